@@ -1,0 +1,94 @@
+"""The few layers that every model here is made of: one place for dtypes, epsilons and attention."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Makes layers that share dtypes.
+
+    Attributes:
+      rngs: source of the initial values.
+      dtype: what activations are computed in. Norms take their statistics, and attention its softmax,
+        in at least float32.
+      param_dtype: what weights are held in.
+    """
+
+    rngs: nnx.Rngs
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @property
+    def _kw(self):
+        return dict(dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs)
+
+    def linear(self, n_in: int, n_out: int, bias: bool = True) -> nnx.Linear:
+        """[..., n_in] -> [..., n_out]."""
+        return nnx.Linear(n_in, n_out, use_bias=bias, **self._kw)
+
+    def conv(self, n_in: int, n_out: int, size: int, stride: int = 1, padding=0, bias: bool = True) -> nnx.Conv:
+        """[B, H, W, n_in] -> [B, H', W', n_out]; `padding` as ((top, bottom), (left, right)) or one number."""
+        if isinstance(padding, int):
+            padding = ((padding, padding),) * 2
+        return nnx.Conv(n_in, n_out, (size, size), stride, padding=padding, use_bias=bias, **self._kw)
+
+    def layer_norm(self, n: int, epsilon: float) -> nnx.LayerNorm:
+        # The fast variance E[x^2] - E[x]^2 loses digits that parity needs.
+        return nnx.LayerNorm(n, epsilon=epsilon, use_fast_variance=False, **self._kw)
+
+    def group_norm(self, n: int, groups: int, epsilon: float) -> nnx.GroupNorm:
+        return nnx.GroupNorm(n, groups, epsilon=epsilon, use_fast_variance=False, **self._kw)
+
+    def embed(self, count: int, n: int) -> nnx.Embed:
+        return nnx.Embed(count, n, **self._kw)
+
+    def param(self, init: Callable, *shape: int) -> nnx.Param:
+        """A bare parameter; cast it with `.astype(dtype)` where it is used."""
+        return nnx.Param(init(self.rngs.params(), shape, self.param_dtype))
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), OpenAI's approximation of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def heads(x: Array, count: int) -> Array:
+    """[B, N, H*D] -> [B, N, H, D]."""
+    return x.reshape(*x.shape[:-1], count, x.shape[-1] // count)
+
+
+def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array | None = None) -> Array:
+    """Softmax attention, scores scaled by 1/sqrt(D).
+
+    Args:
+      q: [B, N, H, D]. k, v: [B, M, H, D].
+      causal: query n sees keys 0..n only.
+      mask: bool [B, 1 | H, N, M], true where a query may look.
+
+    Returns:
+      [B, N, H*D], in q's dtype.
+    """
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, mask=mask)
+    return out.reshape(*out.shape[:-2], -1)
+
+
+def split_qkv(qkv: Array, count: int) -> tuple[Array, Array, Array]:
+    """Fused projection [B, N, 3*H*D] -> q, k, v, each [B, N, H, D]."""
+    q, k, v = jnp.split(qkv, 3, axis=-1)
+    return heads(q, count), heads(k, count), heads(v, count)
