@@ -173,9 +173,7 @@ TABLE: dict[str, Spec] = {
         readout="l2(cls) + mean(l2(all)), l2",
     ),
     "metaclip_h14": _H14,
-    "dfn_h14": _r(
-        _H14, source="hf-hub:apple/DFN5B-CLIP-ViT-H-14", resize_mode="squash", readout="l2(cls)"
-    ),
+    "dfn_h14": _r(_H14, source="hf-hub:apple/DFN5B-CLIP-ViT-H-14", resize_mode="squash", readout="l2(cls)"),
     "dfn_h14_378": _r(
         _H14,
         open_clip_name="ViT-H-14-378-quickgelu",
