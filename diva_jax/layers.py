@@ -34,9 +34,7 @@ class Layers:
         """[..., n_in] -> [..., n_out]."""
         return nnx.Linear(n_in, n_out, use_bias=bias, **self._kw)
 
-    def conv(
-        self, n_in: int, n_out: int, size: int, stride: int = 1, padding=0, bias: bool = True
-    ) -> nnx.Conv:
+    def conv(self, n_in: int, n_out: int, size: int, stride: int = 1, padding=0, bias: bool = True) -> nnx.Conv:
         """[B, H, W, n_in] -> [B, H', W', n_out]; `padding` as ((top, bottom), (left, right)) or one number."""
         if isinstance(padding, int):
             padding = ((padding, padding),) * 2

@@ -1,1 +1,25 @@
+"""Objectives, found by module name: `config.objective = "diva"` is `diva_jax.objectives.diva`.
 
+An objective module defines
+  `build(config, rngs) -> nnx.Module` with `loss(batch, keys) -> (loss, metrics)`,
+  `PRETRAINED`: attribute -> the kind of pretrained part that fills it (a name in `diva_jax.weights.parts`);
+    every other attribute starts from the random weights that `build` gives it.
+It does not know about meshes, optimizers or files.
+"""
+
+import importlib
+import pkgutil
+
+from diva_jax.errors import UserError
+
+
+def find(name: str):
+    """The objective's module.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    known = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    if name not in known:
+        raise UserError(f"config.objective={name!r} is not known: use one of {', '.join(known)}")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,1 @@
+"""Weights: two-way name tables, readers, writers, and the filling of a program from its sources."""

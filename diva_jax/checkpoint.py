@@ -1,0 +1,114 @@
+"""Checkpoints: what is trained, the optimizer, step, PRNG key and data position, written by orbax.
+
+Frozen weights are not in them; the sources and hashes they were loaded from are (`meta`), and are compared when
+a run goes on. A checkpoint is renamed into place when it is whole, so a killed save leaves the last one intact.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from diva_jax import config as configs
+from diva_jax.errors import UserError, listing
+
+
+class Checkpoints:
+    """The checkpoints of a workdir.
+
+    Args:
+      workdir: the run's folder; checkpoints are in its `checkpoints`.
+      keep: how many of the newest to keep.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 3):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(
+            (Path(workdir) / "checkpoints").absolute(),
+            options=options,
+            item_names=("state", "data", "meta"),
+        )
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: dict, data: dict, meta: dict) -> None:
+        """Starts to write a checkpoint; returns when `state` may be overwritten. No-op where it exists."""
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, abstract_state: dict) -> tuple[dict, dict, dict]:
+        """(state laid out as `abstract_state` says, data position, meta)."""
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
+        )
+        found = self._manager.restore(step, args=items)
+        return found["state"], found["data"], found["meta"]
+
+    def restore_params(self, step: int, arrays: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict, dict]:
+        """(the trained parameters alone, meta): what an export needs, whatever the optimizer was."""
+        restore = ocp.args.PyTreeRestore(
+            {"params": arrays},
+            partial_restore=True,
+            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": arrays}),
+        )
+        with ocp.CheckpointManager(
+            self._manager.directory,
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        ) as manager:
+            found = manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
+        return found["state"]["params"], found["meta"]
+
+    def wait(self) -> None:
+        """Returns when every save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def claim(workdir: Path, config) -> None:
+    """Writes the config into a new workdir, or checks that a used one is of the same config.
+
+    Raises:
+      UserError: the workdir belongs to another config, or cannot be written.
+    """
+    path = Path(workdir) / "config.json"
+    ours = json.loads(config.to_json())
+    if path.exists():
+        if changed := configs.differences(json.loads(path.read_text()), ours):
+            raise UserError(
+                f"--workdir={workdir} holds a run of another config: {listing(changed, 5)}; "
+                "use another workdir, or the config of that run"
+            )
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_suffix(".tmp")
+        tmp.write_text(json.dumps(ours, indent=1))
+        os.replace(tmp, path)
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
+
+
+def check_sources(there: dict, here: dict) -> None:
+    """Raises a UserError where a run would go on with other frozen weights than it began with."""
+    changed = [k for k in here if there.get(k, {}).get("sha256") != here[k]["sha256"]]
+    if changed:
+        raise UserError(
+            f"the weights of {listing(changed)} are not those this run began with "
+            f"({there.get(changed[0], {}).get('source')}): put the same files back, or use another workdir"
+        )

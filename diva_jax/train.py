@@ -1,0 +1,147 @@
+"""The only train loop: build, restore, step, log, save."""
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from diva_jax import checkpoint, metrics, objectives, partition, sharding
+from diva_jax import config as configs
+from diva_jax.data import pipeline
+from diva_jax.step import Program
+from diva_jax.weights import parts
+
+
+def say(*parts) -> None:
+    """Prints on process 0."""
+    if jax.process_index() == 0:
+        print(*parts, flush=True)
+
+
+class Preemption:
+    """Remembers that SIGTERM came, so that the loop can save and leave."""
+
+    def __init__(self):
+        self._asked = threading.Event()
+        self._before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+
+    def __bool__(self) -> bool:
+        return self._asked.is_set()
+
+    def close(self) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays."""
+    return {k: jax.make_array_from_process_local_data(shardings, v) for k, v in batch.items()}
+
+
+class Run:
+    """One training run in a workdir.
+
+    Args:
+      config: of `config.default`'s form.
+      workdir: where config.json, checkpoints, metrics.jsonl and TensorBoard events go.
+
+    Raises:
+      UserError: anything about the input is wrong; nothing in the workdir is lost.
+    """
+
+    def __init__(self, config, workdir: str | Path):
+        self.config, self.workdir = config, Path(workdir)
+        configs.validate(config, jax.device_count())
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.program = Program(config, self.mesh)
+        self.batches = pipeline.build(
+            config.data,
+            seed=config.seed,
+            global_batch=config.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            cache_dir=self.workdir / "cache",
+        )
+        self.total = self.program.stages[-1].end
+        checkpoint.claim(self.workdir, config)
+        self.checkpoints = checkpoint.Checkpoints(self.workdir, config.checkpoint.keep)
+        self.step = self.checkpoints.latest() or 0
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total
+
+    def _load(self) -> None:
+        """Frozen weights from their sources; the state from the last checkpoint, or from the sources too."""
+        program, pretrained = self.program, objectives.find(self.config.objective).PRETRAINED
+        latest = self.checkpoints.latest()
+        began = time.perf_counter()
+        names = None if latest is None else program.abstract_frozen()
+        arrays, self.origins = parts.load(program, pretrained, names)
+        if latest is None:
+            self.state = program.init_state(arrays)
+        else:
+            abstract = program.abstract_state(program.stage_at(latest))
+            self.state, data_state, meta = self.checkpoints.restore(latest, abstract)
+            checkpoint.check_sources(meta["sources"], self.origins)
+            self.batches.set_state(data_state)
+        self.frozen = {n: arrays[n] for n in program.abstract_frozen()}
+        say(f"weights loaded in {time.perf_counter() - began:.1f} s")
+        say(partition.summary(program.arrays, program.trained))
+        if latest is not None:
+            say(f"goes on from the checkpoint of step {latest}")
+
+    def _save(self) -> None:
+        meta = {"sources": self.origins, "config": json.loads(self.config.to_json())}
+        self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta)
+
+    def run(self) -> bool:
+        """Trains to the end, or to SIGTERM; saves in both cases.
+
+        Returns:
+          True where the run is finished.
+
+        Raises:
+          RunError: loss or gradient not finite, or too many broken images; the last checkpoint stands.
+        """
+        if self.finished:
+            return True
+        self._load()
+        c = self.config
+        writer = metrics.Writer(self.workdir, self.step, c.log.tensorboard) if jax.process_index() == 0 else None
+        self.progress = metrics.Progress(writer, self.step, self.total, c.log.every, c.batch_size)
+        preempted = Preemption()
+        try:
+            while not self.finished and not preempted:
+                self._run_stage(self.program.stage_at(self.step), preempted)
+            self.progress.flush()
+            self._save()
+        finally:
+            preempted.close()
+            self.checkpoints.close()
+            if writer:
+                writer.close()
+        if not self.finished:
+            say(f"SIGTERM: saved step {self.step}; the same command goes on from here")
+        return self.finished
+
+    def _run_stage(self, index: int, preempted: Preemption) -> None:
+        """Steps until the stage's end or SIGTERM; leaves the next stage's optimizer state behind."""
+        stage = self.program.stages[index]
+        step_fn = self.program.step(index)
+        say(f"stage {stage.name}: steps {stage.start} to {stage.end}, peak learning rate {stage.lr:g}; compiling")
+        while self.step < stage.end and not preempted:
+            began = time.perf_counter()
+            batch = next(self.batches)
+            self.progress.waited(time.perf_counter() - began, self.batches.broken.count)
+            self.state, values = step_fn(self.state, self.frozen, to_device(batch, self.program.batch_sharding))
+            self.step += 1
+            self.progress.add(self.step, values)
+            if self.step == stage.end and index + 1 < len(self.program.stages):
+                self.state["opt"] = self.program.init_opt(index + 1, self.state["params"])
+            if self.step % self.config.checkpoint.every == 0:
+                self.progress.flush()
+                self._save()
