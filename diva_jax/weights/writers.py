@@ -1,0 +1,91 @@
+"""Writes weights in the layouts that other libraries read: safetensors files, open_clip folders, whole folders."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from diva_jax.errors import UserError
+
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one safetensors file; it appears under its name only when it is whole.
+
+    Args:
+      path: the file.
+      tensors: name -> array of any layout in memory, or a lazy tensor that `np.asarray` reads.
+    """
+    path = Path(path)
+    # save_file writes memory as it lies, so a transposed view would come out in the wrong order.
+    dense = {name: np.asarray(t, order="C") for name, t in tensors.items()}
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        save_file(dense, tmp, metadata={"format": "pt"})
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Mapping) -> None:
+    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_open_clip(
+    folder: str | Path, tensors: Mapping[str, np.ndarray], config: Mapping, extra_files: Iterable[Path] = ()
+) -> None:
+    """Writes a folder that `open_clip.create_model_and_transforms("local-dir:...")` reads; it is made if missing.
+
+    Args:
+      folder: where to.
+      tensors: open_clip's names -> arrays: both towers, logit_scale and, for SigLIP, logit_bias.
+      config: the content of open_clip_config.json.
+      extra_files: copied beside, e.g. the tokenizer's.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / OPEN_CLIP_WEIGHTS, tensors)
+    write_json(folder / OPEN_CLIP_CONFIG, config)
+    for file in extra_files:
+        shutil.copyfile(file, folder / Path(file).name)
+
+
+@contextlib.contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A temporary folder next to `out` that becomes `out` when the block ends well, and is removed otherwise.
+
+    Raises:
+      UserError: `out` exists and is not an empty folder, or cannot be written.
+    """
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out} exists already: remove it, or give another folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        # mkdtemp makes a folder for its owner alone; an export is an ordinary folder.
+        tmp.chmod(0o777 & ~_umask())
+    except OSError as e:
+        raise UserError(f"--out={out} cannot be written ({e}): give a folder that you may write") from e
+    try:
+        yield tmp
+        # An empty folder is replaced; one that filled up meanwhile makes this fail.
+        os.replace(tmp, out)
+    except OSError as e:
+        raise UserError(f"--out={out} cannot be written ({e}): give a folder with enough room") from e
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
