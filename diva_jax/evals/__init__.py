@@ -76,12 +76,13 @@ score,correct`, then those that only some tasks have.
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from diva_jax.errors import UserError, listing
 
 # Modules of this package that tasks share.
-_SHARED = ("data", "encode", "images", "stats", "weights")
+_SHARED = ("data", "encode", "evaluator", "images", "readout", "stats", "weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Options:
       seed: of the draws and the resamples.
       classes, templates: JSON files with class names and prompt templates for `zeroshot`; empty: the data's own.
       neighbours: k of `drift`'s kNN overlap.
+      dtype: what the towers compute in; "float32" asks for full precision of chips that would use less.
     """
 
     batch_size: int = 64
@@ -104,11 +106,14 @@ class Options:
     classes: str = ""
     templates: str = ""
     neighbours: int = 10
+    dtype: str = "float32"
 
     def __post_init__(self):
         for field in ("batch_size", "seeds", "bootstrap", "neighbours"):
             if getattr(self, field) < 1:
                 raise UserError(f"evaluation: {field}={getattr(self, field)} must be at least 1")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"evaluation: dtype={self.dtype!r} is not known: use float32 or bfloat16")
 
 
 @dataclasses.dataclass
@@ -134,6 +139,7 @@ class Task(Protocol):
       data: where the data is, absolute.
       count, items: how many of what ("pairs", "images").
       metrics: name -> {"title", "unit"} of everything that `evaluate` and `compare` report.
+      texts: every text whose embedding `evaluate` will ask for.
     """
 
     title: str
@@ -141,6 +147,7 @@ class Task(Protocol):
     count: int
     items: str
     metrics: dict[str, dict[str, str]]
+    texts: Sequence[str]
 
     def evaluate(self, model) -> Outcome:
         """Scores one set of weights, an `encode.Model`."""

@@ -1,0 +1,186 @@
+"""Embeddings of images and texts over a mesh: fixed batches, the last one padded, whatever the number of devices."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from PIL import Image
+
+from diva_jax import backbones, partition, sharding
+from diva_jax.backbones import Spec
+from diva_jax.backbones.text import Text
+from diva_jax.evals import Options, images
+from diva_jax.evals.readout import Readout, parse_readout, patch_weights, read_out
+from diva_jax.preprocess import normalise, to_float
+
+Array = jax.Array
+_THREADS = 16
+_QUIET = 30.0  # Seconds between progress lines.
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """[..., D] scaled to length one, float64."""
+    x = np.asarray(x, np.float64)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _ahead(read: Callable[[int], np.ndarray], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, np.ndarray]]:
+    """Row -> value for each batch, read in threads while the batch before it is in use."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        waiting: dict = {}
+        try:
+            for i in range(len(batches) + 1):
+                now = waiting
+                waiting = {r: pool.submit(read, r) for r in batches[i]} if i < len(batches) else {}
+                if i:
+                    yield {r: future.result() for r, future in now.items()}
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Towers:
+    """The two towers of a backbone, compiled once; weights are given with each call.
+
+    Args:
+      spec: the backbone.
+      mesh: batches are split over all of its devices.
+      options: batch size, seeds and dtype.
+
+    Attributes:
+      vision, text: name -> ShapeDtypeStruct of the parameters wanted.
+    """
+
+    def __init__(self, spec: Spec, mesh: Mesh, options: Options):
+        self.spec, self.mesh, self.options = spec, mesh, options
+        self.readout = parse_readout(spec.readout)
+        dtype = jnp.dtype(options.dtype)
+        self._vision, self.vision = partition.disassemble(
+            nnx.eval_shape(lambda: backbones.build(spec, rngs=nnx.Rngs(0), dtype=dtype))
+        )
+        self._text, self.text = partition.disassemble(nnx.eval_shape(lambda: Text(spec, rngs=nnx.Rngs(0), dtype=dtype)))
+        devices = mesh.devices.size
+        self.batch = -(-options.batch_size // devices) * devices
+        self._rows = NamedSharding(mesh, sharding.BATCH)
+        jit = partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+        self._encode_images = jit(self._image_step, static_argnames="readout")
+        self._encode_texts = jit(self._text_step)
+
+    def _precision(self):
+        # Chips multiply float32 in bfloat16 unless asked: an evaluation in float32 is one in float32.
+        return jax.default_matmul_precision("highest" if self.options.dtype == "float32" else "default")
+
+    def _image_step(self, arrays, pixels: Array, weights: Array | None, *, readout: Readout | None):
+        """uint8 [B, S, S, 3] -> pooled [B, D] and, with a readout, its embeddings [B, K, D]."""
+        with self._precision():
+            x = normalise(to_float(pixels), self.spec.mean, self.spec.std)
+            features = self._vision.merge(arrays).encode(x)
+            out = {"pooled": features.pooled.astype(jnp.float32)}
+            if readout is not None:
+                out["published"] = read_out(readout, features, weights)
+            return out
+
+    def _text_step(self, arrays, ids: Array) -> Array:
+        with self._precision():
+            return self._text.merge(arrays).encode(ids).astype(jnp.float32)
+
+    def _put(self, rows: Mapping[int, np.ndarray], first: int, count: int, example: np.ndarray) -> Array:
+        """Rows first.. of the data as one global batch, zeros past the end; each process gives only its own."""
+
+        def piece(index):
+            take = range(*index[0].indices(self.batch))
+            return np.stack([rows[first + i] if first + i < count else np.zeros_like(example) for i in take])
+
+        return jax.make_array_from_callback((self.batch, *example.shape), self._rows, piece)
+
+    def _batches(self, count: int) -> list[list[int]]:
+        """For each batch the rows that this process holds."""
+        spans = self._rows.addressable_devices_indices_map((self.batch,)).values()
+        mine = sorted({i for (span,) in spans for i in range(*span.indices(self.batch))})
+        return [[b + i for i in mine if b + i < count] for b in range(0, count, self.batch)]
+
+    def images(
+        self, arrays: Mapping[str, Array], read: Callable[[int], Image.Image], count: int, published: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Embeddings of images 0..count-1.
+
+        Args:
+          arrays: the vision tower's parameters by name.
+          read: image i, called from threads.
+          count: how many.
+          published: the spec's readout too.
+
+        Returns:
+          {"pooled": float32 [count, D]} and, where wanted, "published": [count, K, D].
+        """
+        spec, readout = self.spec, self.readout if published else None
+        example = np.zeros((spec.image_size, spec.image_size, 3), np.uint8)
+        out, began = [], time.monotonic()
+        told = began
+
+        def load(i: int) -> np.ndarray:
+            return images.prepare(read(i), spec.image_size, spec.resize_mode, spec.interpolation)
+
+        for b, rows in enumerate(_ahead(load, self._batches(count))):
+            first = b * self.batch
+            weights = None
+            if readout and readout.patches is not None:
+                own = patch_weights(readout, spec.patches, list(rows), self.options.seeds, self.options.seed)
+                per_row = dict(zip(rows, own, strict=True))
+                shape = (self.options.seeds if readout.random else 1, spec.patches)
+                weights = self._put(per_row, first, count, np.zeros(shape, np.float32))
+            result = self._encode_images(arrays, self._put(rows, first, count, example), weights, readout=readout)
+            out.append({k: np.asarray(v) for k, v in result.items()})
+            if time.monotonic() - told > _QUIET and jax.process_index() == 0:
+                told, done = time.monotonic(), first + self.batch
+                rate = done / (told - began)
+                print(f"  {done} of {count} images, {rate:.1f} images/s", file=sys.stderr, flush=True)
+        return {k: np.concatenate([o[k] for o in out])[:count] for k in out[0]}
+
+    def texts(self, arrays: Mapping[str, Array], ids: np.ndarray) -> np.ndarray:
+        """Embeddings of token ids int32 [N, context_length], float32 [N, D], not normalised."""
+        out = []
+        for b, rows in enumerate(self._batches(len(ids))):
+            batch = self._put({r: ids[r] for r in rows}, b * self.batch, len(ids), ids[0])
+            out.append(np.asarray(self._encode_texts(arrays, batch)))
+        return np.concatenate(out)[: len(ids)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One set of weights, as tasks see it.
+
+    Attributes:
+      label: what results call it.
+      towers: the compiled towers.
+      arrays: name -> array of the run's parameters, `vision/...` and whatever else was trained.
+      table: text -> row of `embeddings`.
+      embeddings: of every text that a task has announced, float32 [T, D], not normalised.
+    """
+
+    label: str
+    towers: Towers
+    arrays: Mapping[str, Array]
+    table: Mapping[str, int]
+    embeddings: np.ndarray
+
+    @property
+    def spec(self) -> Spec:
+        return self.towers.spec
+
+    def images(self, read: Callable[[int], Image.Image], count: int, published: bool = False) -> dict[str, np.ndarray]:
+        """`Towers.images` with these weights."""
+        vision = {n.removeprefix("vision/"): a for n, a in self.arrays.items() if n.startswith("vision/")}
+        return self.towers.images(vision, read, count, published)
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings of texts that the task announced in `Task.texts`, float32 [N, D], not normalised."""
+        return self.embeddings[[self.table[t] for t in texts]]

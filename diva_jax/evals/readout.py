@@ -1,0 +1,96 @@
+"""Readouts: how a backbone's tokens become the image embedding that a score was published with."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diva_jax.backbones import Features
+from diva_jax.errors import UserError
+
+Array = jax.Array
+_WHICH = r"all|random \d+"
+_READOUT = re.compile(
+    r"(?P<cls>pooled|cls|l2\(cls\))"
+    rf"( \+ mean\(((?P<plain>{_WHICH})|l2\((?P<normed>{_WHICH})\))\))?"
+    r"(?P<after>, l2)?"
+)
+
+
+class Readout(NamedTuple):
+    """How tokens become one image embedding, before it meets the text.
+
+    Attributes:
+      l2_cls: normalise the pooled token first.
+      patches: how many patch tokens are drawn (uniformly, with replacement) and averaged; 0: all; None: none.
+      l2_patches: normalise each of them first.
+      l2_after: normalise the sum.
+    """
+
+    l2_cls: bool
+    patches: int | None
+    l2_patches: bool
+    l2_after: bool
+
+    @property
+    def random(self) -> bool:
+        return bool(self.patches)
+
+
+def parse_readout(text: str) -> Readout:
+    """`"l2(cls) + mean(l2(random 364))"` and the like; "pooled" is "cls, l2".
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    found = _READOUT.fullmatch(text)
+    if not found:
+        raise UserError(
+            f"backbone.readout={text!r} cannot be read: write cls or l2(cls), then as wanted + mean(TOKENS) with all, "
+            "random K, l2(all) or l2(random K) as tokens, then as wanted ', l2'"
+        )
+    which = found["plain"] or found["normed"]
+    count = None if which is None else int(which.removeprefix("random ").replace("all", "0"))
+    after = bool(found["after"]) or found["cls"] == "pooled"
+    return Readout(found["cls"] == "l2(cls)", count, bool(found["normed"]), after)
+
+
+def l2(x: Array) -> Array:
+    """[..., D] scaled to length one."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def read_out(readout: Readout, features: Features, weights: Array | None) -> Array:
+    """K image embeddings an image.
+
+    Args:
+      readout: how.
+      features: tokens [B, P, D], pooled [B, D].
+      weights: of each patch in the mean, [B, K, P]; None where no patch counts.
+
+    Returns:
+      [B, K, D], float32; K is 1 without patches.
+    """
+    tokens, cls = (x.astype(jnp.float32) for x in features)
+    out = (l2(cls) if readout.l2_cls else cls)[:, None]  # [B, 1, D]
+    if readout.patches is not None:
+        tokens = l2(tokens) if readout.l2_patches else tokens
+        out = out + jnp.einsum("bkp,bpd->bkd", weights, tokens)
+    return l2(out) if readout.l2_after else out
+
+
+def patch_weights(readout: Readout, patches: int, rows: Sequence[int], seeds: int, seed: int) -> np.ndarray | None:
+    """Each patch's share in the mean, float32 [B, K, P]: of the image's own number and the seed alone."""
+    if readout.patches is None:
+        return None
+    if not readout.random:
+        return np.full((len(rows), 1, patches), 1 / patches, np.float32)
+    out = np.empty((len(rows), seeds, patches), np.float32)
+    for row, drawn in zip(rows, out, strict=True):
+        for k in range(seeds):
+            indices = np.random.default_rng((seed, k, row)).integers(0, patches, readout.patches)
+            drawn[k] = np.bincount(indices, minlength=patches) / readout.patches
+    return out

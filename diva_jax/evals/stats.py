@@ -1,0 +1,101 @@
+"""Intervals and tests for scores that are means over items: bootstrap and McNemar."""
+
+import math
+
+import numpy as np
+from scipy.stats import binomtest
+
+_CHUNK = 2**22  # Resampled counts held at once: 32 MB.
+
+
+def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap means of N clusters with these sums and counts, [resamples].
+
+    How often each *distinct* cluster is drawn is multinomial, so equal ones need not be drawn one by one: 50,000
+    right-or-wrong answers cost as much as two.
+    """
+    levels, weights = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
+    n = len(sums)
+    chunk = max(1, _CHUNK // len(levels))
+    means = []
+    for start in range(0, resamples, chunk):
+        drawn = rng.multinomial(n, weights / n, size=min(chunk, resamples - start))  # [R, levels]
+        means.append((drawn @ levels[:, 0]) / (drawn @ levels[:, 1]))
+    return np.concatenate(means)
+
+
+def bootstrap(
+    values: np.ndarray,
+    *,
+    resamples: int,
+    seed: int,
+    strata: np.ndarray | None = None,
+    clusters: np.ndarray | None = None,
+) -> list[float]:
+    """The 95% percentile bootstrap interval of a mean.
+
+    Args:
+      values: [N], one an item.
+      resamples: how many.
+      seed: the same seed gives the same interval.
+      strata: [N] labels. The mean is then that of the strata's means, and items are drawn within each stratum:
+        for a benchmark that fixes how many items of each kind it has.
+      clusters: [N] labels. Whole clusters are drawn: for items that are not independent, such as the captions of
+        one image.
+
+    Returns:
+      [low, high], in the unit of `values`.
+    """
+    values = np.asarray(values, np.float64)
+    strata = np.zeros(len(values), int) if strata is None else np.asarray(strata)
+    rng = np.random.default_rng(seed)
+    parts = []
+    for stratum in np.unique(strata):
+        here = strata == stratum
+        sums, counts = values[here], np.ones(here.sum())
+        if clusters is not None:
+            _, index = np.unique(np.asarray(clusters)[here], return_inverse=True)
+            sums, counts = np.bincount(index, sums), np.bincount(index, counts)
+        parts.append(_resampled_means(sums, counts, resamples, rng))
+    return [float(q) for q in np.quantile(np.mean(parts, axis=0), (0.025, 0.975))]
+
+
+def mcnemar(before: np.ndarray, after: np.ndarray) -> dict[str, int | float]:
+    """The exact two-sided McNemar test of two models' right answers on the same items.
+
+    Args:
+      before, after: [N], true where right.
+
+    Returns:
+      won: items that only `after` has right; lost: only `before`; p: how likely a split as uneven is where each
+      of these falls to either side with probability 1/2 (1 where there are none).
+    """
+    before, after = np.asarray(before, bool), np.asarray(after, bool)
+    won, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return {"won": won, "lost": lost, "p": p}
+
+
+def percent(interval: list[float]) -> list[float]:
+    return [100 * x for x in interval]
+
+
+def paired(before: np.ndarray, after: np.ndarray, **kw) -> dict[str, float | list[float]]:
+    """Mean difference of two models on the same items and its bootstrap interval, in percent.
+
+    Args:
+      before, after: [N], 0 to 1.
+      **kw: for `bootstrap`; with `strata` the mean is that of the strata's means.
+    """
+    difference = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+    return {"difference": 100 * mean(difference, kw.get("strata")), "interval": percent(bootstrap(difference, **kw))}
+
+
+def mean(values: np.ndarray, strata: np.ndarray | None = None) -> float:
+    """The mean, or the mean of the strata's means, summed without rounding error: independent of the order."""
+    values = np.asarray(values, np.float64)
+    if strata is None:
+        return math.fsum(values) / len(values)
+    strata = np.asarray(strata)
+    parts = [mean(values[strata == s]) for s in np.unique(strata)]
+    return math.fsum(parts) / len(parts)
