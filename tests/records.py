@@ -1,0 +1,64 @@
+"""Small images and tar shards for the data tests."""
+
+import io
+import tarfile
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+
+def encoded(tag: int, width: int = 40, height: int = 30, form: str = "PNG", mode: str = "RGB") -> bytes:
+    """An image whose top left pixel, and every other, says which one it is: (tag // 256, tag % 256, 7)."""
+    image = Image.new("RGB", (width, height), (tag // 256, tag % 256, 7)).convert(mode)
+    data = io.BytesIO()
+    image.save(data, form)
+    return data.getvalue()
+
+
+def tags(images: np.ndarray) -> list[int]:
+    """The tags of crops [B, S, S, 3]; resizing keeps a constant colour."""
+    assert (images == images[:, :1, :1]).all()
+    return [int(r) * 256 + int(g) for r, g, _ in images[:, 0, 0]]
+
+
+def noise(seed: int, width: int = 64, height: int = 48) -> bytes:
+    """A JPEG of coarse noise: any other crop box shows."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height))
+    data = io.BytesIO()
+    image.save(data, "JPEG")
+    return data.getvalue()
+
+
+def write_tar(path, members: dict[str, bytes], **kw) -> None:
+    with tarfile.open(path, "w", **kw) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_shards(folder, count: int, per_shard: int, broken=()) -> None:
+    """Shards of tagged PNGs with captions; those in `broken` are garbage."""
+    for shard in range(0, count, per_shard):
+        members = {}
+        for i in range(shard, min(shard + per_shard, count)):
+            members[f"{i:09d}.png"] = b"no image" if i in broken else encoded(i)
+            members[f"{i:09d}.txt"] = b"a caption"
+        write_tar(folder / f"{shard // per_shard:05d}.tar", members)
+
+
+def data_config(path, **changes) -> ConfigDict:
+    config = ConfigDict(
+        {
+            "path": str(path),
+            "image_size": 12,
+            "crop": {"scale": (0.9, 1.0), "ratio": (3 / 4, 4 / 3), "interpolation": "bicubic"},
+            "threads": 2,
+            "prefetch": 2,
+            "max_broken_share": 0.05,
+        }
+    )
+    config.update(changes)
+    return config

@@ -1,0 +1,157 @@
+"""Decoding and crops against torchvision on Pillow images."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as TF
+
+from diva_jax.data import crop
+from diva_jax.data.photos import examples
+
+SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    found = [Image.open(io.BytesIO(e.jpeg)).convert("RGB") for e in examples(16)]
+    return [*found, found[0].resize((61, 47)), found[1].convert("L").convert("RGB").resize((700, 333))]
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear", "lanczos"])
+def test_bit_for_bit_torchvision(photographs, name):
+    rng = np.random.default_rng(1)
+    for i, image in enumerate(photographs):
+        w, h = image.size
+        boxes = [crop.sample_box(rng, w, h, SCALE, RATIO), crop.sample_box(rng, w, h, (0.05, 0.4), RATIO)]
+        for box in [*boxes, (0, 0, w, h), (w - 17, h - 13, w, h)]:
+            left, top, right, bottom = box
+            size = (64, 224, 512)[i % 3]
+            mode = InterpolationMode(name)
+            expected = TF.resized_crop(image, top, left, bottom - top, right - left, [size, size], mode)
+            ours = crop.resized_crop(image, box, size, name)
+            assert ours.dtype == np.uint8 and ours.shape == (size, size, 3)
+            np.testing.assert_array_equal(ours, np.asarray(expected))
+
+
+def boxes_of(width, height, scale, ratio, count):
+    """(ours, torchvision's), each [count, 4] as top, left, height, width."""
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop.sample_box(rng, width, height, scale, ratio) for _ in range(count)])
+    ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], axis=1)
+    image = Image.new("RGB", (width, height))
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(count)])
+    return ours, theirs
+
+
+@pytest.mark.parametrize(
+    "width, height, scale",
+    [
+        (500, 375, SCALE),  # Attempts are often in vain: a ratio of 4:3 fits only narrow boxes at this scale.
+        (301, 303, SCALE),
+        (640, 427, (0.08, 1.0)),
+        (90, 1000, SCALE),  # Always the central box.
+    ],
+)
+def test_boxes_are_distributed_as_torchvisions(width, height, scale):
+    count = 4000
+    ours, theirs = boxes_of(width, height, scale, RATIO, count)
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+    h, w = ours[:, 2].astype(float), ours[:, 3].astype(float)
+    assert (w / h).min() > RATIO[0] * 0.98 and (w / h).max() < RATIO[1] * 1.02
+    for measure in (
+        lambda b: b[:, 0],
+        lambda b: b[:, 1],
+        lambda b: b[:, 2] * b[:, 3] / (width * height),
+        lambda b: np.log(b[:, 3] / b[:, 2]),
+    ):
+        a, b = measure(ours), measure(theirs)
+        error = np.sqrt((a.var() + b.var()) / count)  # Of the difference of the means.
+        assert abs(a.mean() - b.mean()) <= 4 * error + 1e-12
+        assert abs(a.std() - b.std()) <= 0.08 * b.std() + 1e-12
+        assert abs(np.quantile(a, 0.05) - np.quantile(b, 0.05)) <= 0.15 * b.std() + 1e-12
+
+
+@pytest.mark.parametrize("width, height, ratio", [(90, 1000, RATIO), (1000, 90, RATIO), (100, 101, (0.2, 0.3))])
+def test_the_central_box_is_torchvisions(width, height, ratio):
+    ours, theirs = boxes_of(width, height, (2.0, 2.0), ratio, 3)  # Twice the image's area: nothing fits.
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_thin_images_still_give_a_box():
+    rng = np.random.default_rng(0)
+    for size in [(1, 1), (1, 900), (900, 1)]:
+        left, top, right, bottom = crop.sample_box(rng, *size, SCALE, RATIO)
+        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+        crop.resized_crop(Image.new("RGB", size), (left, top, right, bottom), 8)
+    assert crop.sample_box(rng, 1, 900, (2.0, 2.0), (3.0, 4.0)) == (0, 449, 1, 450)
+
+
+@pytest.mark.parametrize(
+    "form, mode",
+    [
+        ("JPEG", "RGB"),
+        ("JPEG", "L"),
+        ("JPEG", "CMYK"),
+        ("PNG", "RGB"),
+        ("PNG", "RGBA"),
+        ("PNG", "LA"),
+        ("PNG", "L"),
+        ("PNG", "P"),
+        ("PNG", "1"),
+        ("PNG", "I;16"),
+        ("WEBP", "RGB"),
+        ("WEBP", "RGBA"),
+    ],
+)
+def test_decode_is_pillows_convert(photographs, form, mode):
+    data = io.BytesIO()
+    if mode == "I;16":
+        Image.fromarray(np.asarray(photographs[3].convert("L")).astype(np.uint16) * 257).save(data, form)
+    else:
+        image = photographs[3].convert(mode)
+        if "A" in mode:
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(data, form)
+    stored = Image.open(io.BytesIO(data.getvalue()))
+    assert stored.mode == mode
+    image = crop.decode(data.getvalue())
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(stored.convert("RGB")))
+
+
+def test_a_large_jpeg_is_decoded_in_full(photographs):
+    """Pillow's draft mode would decode it at half the resolution for a small crop."""
+    data = io.BytesIO()
+    photographs[2].resize((1024, 768)).save(data, "JPEG")
+    image = crop.decode(data.getvalue())
+    assert image.size == (1024, 768)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(data).convert("RGB")))
+
+
+def broken_images():
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (40, 30)).save(png, "PNG")
+    Image.effect_noise((64, 64), 50).save(jpeg, "JPEG")
+    huge = bytearray(png.getvalue())
+    huge[16:24] = (60000).to_bytes(4, "big") * 2  # Width and height in the header.
+    return {
+        "empty": b"",
+        "text": b"<html>403 Forbidden</html>",
+        "truncated JPEG": jpeg.getvalue()[: len(jpeg.getvalue()) // 2],
+        "truncated PNG": png.getvalue()[:-30],
+        "huge": bytes(huge),
+        "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n",
+    }
+
+
+@pytest.mark.parametrize("kind", broken_images())
+def test_broken_images_raise(kind):
+    with pytest.raises(Exception) as e:
+        crop.decode(broken_images()[kind])
+    assert not isinstance(e.value, MemoryError)
