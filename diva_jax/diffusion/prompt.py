@@ -46,7 +46,7 @@ def encode_prompt(folder: Path, config) -> tuple[jax.Array, list[Path]]:
     here = TextEncoderConfig.from_dict(config.text_encoder.to_dict())
     if there != here:
         raise UserError(f"{part} is of another architecture than config.diffusion.text_encoder: {there} and not {here}")
-    tensors = readers.safetensors_in(part, "model.safetensors")
+    tensors = readers.weights_in(part, "model", "pytorch_model")
     encoder = nnx.eval_shape(lambda: TextEncoder(there, rngs=nnx.Rngs(0)))
     encoder = names.load_into(encoder, tensors, diffusers.TEXT_ENCODER, source=str(part))
     return nnx.jit(lambda m, x: m(x))(encoder, jnp.asarray(ids)), tensors.files

@@ -9,6 +9,7 @@ convolution's `kernel` [H, W, in, out] its `weight` [out, in, H, W]; everything 
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from flax import nnx
 
 from diva_jax.errors import UserError, listing
 
+# Tensors read and transposed at the same time; each needs up to twice its own memory meanwhile.
+_READERS = 2
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
@@ -99,7 +102,7 @@ def assign(
 
     Args:
       state: module or state whose variables hold anything with shape and dtype (`nnx.eval_shape`'s result).
-      tensors: name -> array; may be lazy: values need `.shape` and, when read, `np.asarray`.
+      tensors: name -> array; may be lazy: values need `.shape` and, when read, `np.asarray`. Read in two threads.
       table: the names.
       source: named in errors.
       put: (path, array in our layout and dtype, wanted shape and dtype) -> device array.
@@ -130,12 +133,16 @@ def assign(
             ),
         ],
     )
-    filled = {}
-    for name, (path, var) in wanted.items():
+
+    def fill(item) -> tuple[tuple, nnx.Variable]:
+        name, (path, var) = item
         array = from_torch_layout(path, np.asarray(tensors[names[name]]))
-        want = jax.ShapeDtypeStruct(var.shape, var.dtype)
-        filled[path] = var.replace(put(path, np.ascontiguousarray(array, dtype=var.dtype), want))
-    return nnx.from_flat_state(filled)
+        # The dtype first: to transpose the smaller type is less work, and neither copies where nothing changes.
+        array = np.asarray(array.astype(var.dtype, copy=False), order="C")
+        return path, var.replace(put(path, array, jax.ShapeDtypeStruct(var.shape, var.dtype)))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return nnx.from_flat_state(dict(pool.map(fill, wanted.items())))
 
 
 def to_torch(state, table: Table) -> dict[str, np.ndarray]:

