@@ -64,7 +64,8 @@ that one function; `evaluate.py` needs no change.
       }
     }
 
-`metrics` names every score and every compared figure of a task; `unit` is "%" or "". `interval` is a 95% interval
+`metrics` names every score and every compared figure of a task; `unit` is "%" or "". A comparison has a `difference`
+or, where it is itself the score (drift's cosine and knn_overlap), a `score`. `interval` is a 95% interval
 or null, `mcnemar` is null where a metric has no right and wrong, `patterns` and `flipped` are there where a task
 has them. The first of the weights is `before` in every comparison. In `flipped`, `before` and `after` are what
 the softmax gives image 1 under each of the two texts (right: above 0.5 for the first, not for the second).
@@ -153,7 +154,7 @@ class Task(Protocol):
         """Scores one set of weights, an `encode.Model`."""
 
     def compare(self, before: Outcome, after: Outcome) -> dict[str, Any]:
-        """Two weights on the same data: `scores` and, where there is something to show, `flipped`."""
+        """Two weights on the same data: `scores`, `flipped` where there is something to show, `rows` for the CSV."""
 
 
 def names() -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 from PIL import Image
 
 from diva_jax import backbones, partition, sharding
@@ -160,6 +161,7 @@ class Model:
 
     Attributes:
       label: what results call it.
+      config: of `config.default`'s form.
       towers: the compiled towers.
       arrays: name -> array of the run's parameters, `vision/...` and whatever else was trained.
       table: text -> row of `embeddings`.
@@ -167,6 +169,7 @@ class Model:
     """
 
     label: str
+    config: ConfigDict
     towers: Towers
     arrays: Mapping[str, Array]
     table: Mapping[str, int]

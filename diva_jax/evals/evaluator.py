@@ -1,0 +1,195 @@
+"""Runs tasks on weights, compares, writes: behind `python -m diva_jax.evaluate`, and in the train loop."""
+
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diva_jax import __version__, evals, tokenizers
+from diva_jax.config import spec_of
+from diva_jax.errors import UserError, listing
+from diva_jax.evals import Options, Outcome, weights
+from diva_jax.evals.encode import Model, Towers
+
+COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
+
+
+def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
+    """Task -> path, from --task and --data.
+
+    Raises:
+      UserError: a task without data, or data without a task.
+    """
+    if not tasks:
+        raise UserError("--task is missing: give one or more, e.g. --task=mmvp,zeroshot")
+    if len(tasks) == 1 and len(given) == 1 and not given[0].startswith(f"{tasks[0]}="):
+        return {tasks[0]: given[0]}
+    found = dict(item.split("=", 1) for item in given if "=" in item)
+    if strange := [item for item in given if item.split("=", 1)[0] not in tasks]:
+        raise UserError(f"--data={strange[0]} belongs to no task: write --data=TASK=PATH, TASK one of {listing(tasks)}")
+    if missing := [t for t in tasks if not found.get(t)]:
+        raise UserError(f"the task {missing[0]} has no data: give --data={missing[0]}=PATH")
+    return {t: found[t] for t in tasks}
+
+
+def labels_of(sources: Sequence[str], steps: Sequence[int | None]) -> list[str]:
+    """A short name for each: the last part of its path and the step, or all of it where two would be alike."""
+
+    def label(name: str, step: int | None) -> str:
+        return name if step is None else f"{name}:{step}"
+
+    short = [label(Path(s).name or s, step) for s, step in zip(sources, steps, strict=True)]
+    return short if len(set(short)) == len(short) else [label(s, n) for s, n in zip(sources, steps, strict=True)]
+
+
+class Evaluator:
+    """Tasks on a mesh. Data is read and checked at once, towers are compiled once, whatever the weights.
+
+    Args:
+      config: of `config.default`'s form; its `backbone` and `mesh.min_shard` count.
+      mesh: what images and texts are split over.
+      data: task -> where its data is; the tasks to run, in order.
+      options: the same for all tasks.
+      tokenizer: folder with the tokenizer's files; empty: that of the weights.
+
+    Raises:
+      UserError: a task is unknown, or its data is wrong.
+    """
+
+    def __init__(self, config, mesh, data: Mapping[str, str], options: Options | None = None, tokenizer: str = ""):
+        self.config, self.mesh, self.options = config, mesh, options or Options()
+        self.tasks = {name: evals.find(name).prepare(path, self.options) for name, path in data.items()}
+        self.towers = Towers(spec_of(config), mesh, self.options)
+        texts = dict.fromkeys(text for task in self.tasks.values() for text in task.texts)
+        self._rows = {text: i for i, text in enumerate(texts)}
+        self._tokenizer, self._embeddings, self._before = tokenizer, {}, None
+
+    def _texts(self, source: str) -> np.ndarray:
+        """Embeddings of every text that a task needs, from the source's text tower, which is dropped again."""
+        if not self._rows:
+            return np.zeros((0, 0), np.float32)
+        if source not in self._embeddings:
+            arrays, folder = weights.text(source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
+            tokenize = tokenizers.build(self.towers.spec.text, self._tokenizer or folder)
+            self._embeddings[source] = self.towers.texts(arrays, tokenize(list(self._rows)))
+        return self._embeddings[source]
+
+    def model(self, label: str, arrays: Mapping[str, jax.Array], text: str) -> Model:
+        """Weights as tasks see them; `text` is the source of their text tower."""
+        return Model(label, self.config, self.towers, arrays, self._rows, self._texts(text))
+
+    def evaluate(self, model: Model) -> dict[str, Outcome]:
+        """Task -> what it finds."""
+        return {name: task.evaluate(model) for name, task in self.tasks.items()}
+
+    def scalars(self, params: Mapping[str, jax.Array]) -> dict[str, float]:
+        """For the train loop: every score of live parameters, and how it differs from the encoder the run began with.
+
+        The first call also evaluates that encoder, loaded from `config.backbone.source`. Every process of a run
+        must call.
+
+        Args:
+          params: name -> array, sharded as they are: `vision/...` and whatever else a task needs.
+
+        Returns:
+          `eval/<task>/<metric>` and, where a task compares, `eval/<task>/<metric>_change` (`eval/drift/cosine`
+          and the like compare by themselves and have no `_change`), in the metric's unit.
+        """
+        source = self.config.backbone.source
+        if self._before is None:
+            original = weights.vision(source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
+            self._before = self.evaluate(self.model("before", {**params, **original}, source))
+        out = {}
+        for name, after in self.evaluate(self.model("now", params, source)).items():
+            out |= {f"eval/{name}/{m}": s["score"] for m, s in after.results["scores"].items()}
+            for metric, s in self.tasks[name].compare(self._before[name], after)["scores"].items():
+                key, value = (f"{metric}_change", s["difference"]) if "difference" in s else (metric, s["score"])
+                out[f"eval/{name}/{key}"] = value
+        return out
+
+    def report(self, found: Sequence[tuple[str, dict[str, Outcome]]]) -> tuple[dict[str, Any], list[dict]]:
+        """(the `tasks` of results.json, the rows of predictions.csv); the first label is compared with each other."""
+        tasks, rows = {}, []
+        for name, task in self.tasks.items():
+            outcomes = [(label, by_task[name]) for label, by_task in found]
+            mine = [row for _, o in outcomes for row in o.rows]
+            comparisons = []
+            for label, after in outcomes[1:]:
+                compared = task.compare(outcomes[0][1], after)
+                mine += compared.pop("rows", [])
+                comparisons.append({"before": outcomes[0][0], "after": label, **compared})
+            tasks[name] = {
+                "title": task.title,
+                "data": task.data,
+                "count": task.count,
+                "items": task.items,
+                "metrics": task.metrics,
+                "weights": {label: o.results for label, o in outcomes},
+                "comparisons": comparisons,
+            }
+            rows += [{"task": name, **row} for row in mine]
+        return tasks, rows
+
+
+def about(config, options: Options) -> dict[str, Any]:
+    """What results.json says of the evaluation itself; see `evals`."""
+    devices = jax.devices()
+    packages = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")
+    versions = {p: importlib.metadata.version(p) for p in packages}
+    return {
+        "schema": 1,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"diva_jax": __version__, "python": platform.python_version()} | versions,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "config": json.loads(config.to_json()),
+        "options": vars(options),
+    }
+
+
+def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
+    """results.json and predictions.csv, each renamed into place when it is whole.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    extra = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "predictions.csv.tmp"
+        with open(partial, "w", encoding="utf-8", newline="") as f:
+            writer = csv.DictWriter(f, [*COLUMNS, *extra], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial, folder / "predictions.csv")
+        partial = folder / "results.json.tmp"
+        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False), "utf-8")
+        os.replace(partial, folder / "results.json")
+    except OSError as e:
+        raise UserError(f"--out={folder} cannot be written ({e}): use a folder that you may write") from e
+
+
+def table(tasks: dict) -> str:
+    """The scores with their intervals, and the differences."""
+    lines = []
+    for task in tasks.values():
+        lines.append(f"{task['title']}: {task['count']} {task['items']}")
+        found = [(label, w["scores"]) for label, w in task["weights"].items()]
+        found += [(f"{c['before']} -> {c['after']}", c["scores"]) for c in task["comparisons"]]
+        for label, scores in found:
+            for metric, s in scores.items():
+                value = s.get("score", s.get("difference"))
+                text = f"{value:+8.2f}" if "difference" in s else f"{value:8.2f}"
+                if s["interval"]:
+                    text += "  [{:.2f}, {:.2f}]".format(*s["interval"])
+                if test := s.get("mcnemar"):
+                    text += f"  won {test['won']}, lost {test['lost']}, p = {test['p']:.3g}"
+                lines.append(f"  {label:<40}  {metric:<28}{text}")
+    return "\n".join(lines)

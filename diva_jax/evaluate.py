@@ -1,0 +1,79 @@
+"""Evaluates encoders: python -m diva_jax.evaluate --config=configs/vitl14.py --weights=weights/vitl14
+--weights=runs/vitl14:4600 --task=mmvp,zeroshot --data=mmvp=data/MMVP_VLM --data=zeroshot=data/imagenet --out=DIR.
+
+A source of weights is anything that training starts from, or a workdir, with `:STEP` for another checkpoint than
+the last. The first one is what the others are compared with. `DIR/results.json` and `DIR/predictions.csv` are
+described in diva_jax/evals.
+"""
+
+import time
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from diva_jax import errors
+from diva_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file of the backbone.")
+_WEIGHTS = flags.DEFINE_multi_string("weights", [], "A source of weights or a workdir[:STEP]; may be repeated.")
+_TASK = flags.DEFINE_list("task", [], "Tasks, modules of diva_jax/evals: mmvp,zeroshot,retrieval,drift.")
+_DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH for each task; PATH alone where there is one task.")
+_OUT = flags.DEFINE_string("out", None, "Folder for results.json and predictions.csv.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Folder with the tokenizer's files; default: that of the weights.")
+_BATCH = flags.DEFINE_integer("batch_size", 64, "Images at once, over all devices; no score depends on it.")
+_SEEDS = flags.DEFINE_integer("seeds", 10, "Draws of random patches for a published readout that has some.")
+_BOOTSTRAP = flags.DEFINE_integer("bootstrap", 10_000, "Resamples behind each interval.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws and the resamples.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "What the towers compute in: float32 or bfloat16.")
+_CLASSES = flags.DEFINE_string("classes", "", "zeroshot: JSON file of class names, or imagenet; default: the data's.")
+_TEMPLATES = flags.DEFINE_string("templates", "", "zeroshot: JSON file of prompts; default: the data's or ImageNet's.")
+_NEIGHBOURS = flags.DEFINE_integer("neighbours", 10, "drift: k of the kNN overlap.")
+
+
+def main() -> None:
+    if _CONFIG.value is None:
+        raise UserError("--config is missing: give the backbone's config file, e.g. --config=configs/vitl14.py")
+    if not _WEIGHTS.value:
+        raise UserError("--weights is missing: give a source of weights or a workdir, once for each to evaluate")
+    if not _OUT.value:
+        raise UserError("--out is missing: give a folder for results.json and predictions.csv")
+    if len(set(_WEIGHTS.value)) < len(_WEIGHTS.value):
+        raise UserError("--weights names the same source twice: give each once")
+    # Heavy imports come after the flags are known to be right.
+    import jax
+
+    from diva_jax import evals, sharding
+    from diva_jax.evals import evaluator, weights
+
+    options = evals.Options(
+        batch_size=_BATCH.value,
+        seeds=_SEEDS.value,
+        bootstrap=_BOOTSTRAP.value,
+        seed=_SEED.value,
+        classes=_CLASSES.value,
+        templates=_TEMPLATES.value,
+        neighbours=_NEIGHBOURS.value,
+        dtype=_DTYPE.value,
+    )
+    config, mesh = _CONFIG.value, sharding.make_mesh(_CONFIG.value.mesh)
+    began = time.perf_counter()
+    runner = evaluator.Evaluator(config, mesh, evaluator.data_of(_TASK.value, _DATA.value), options, _TOKENIZER.value)
+    given = [weights.resolve(source) for source in _WEIGHTS.value]
+    labels, found = evaluator.labels_of(*zip(*given, strict=True)), []
+    for (source, step), label in zip(given, labels, strict=True):
+        loaded = weights.load(source, step, config, mesh)
+        found.append((label, runner.evaluate(runner.model(label, loaded.arrays, loaded.text))))
+        del loaded  # One set of weights on the devices at a time.
+    tasks, rows = runner.report(found)
+    if jax.process_index() == 0:
+        listed = [{"label": n, "source": s, "step": t} for n, (s, t) in zip(labels, given, strict=True)]
+        about = evaluator.about(config, options)
+        took = {"seconds": round(time.perf_counter() - began, 1)}
+        evaluator.write(Path(_OUT.value), about | took | {"weights": listed, "tasks": tasks}, rows)
+        print(evaluator.table(tasks), flush=True)
+        print(f"wrote {_OUT.value}/results.json and predictions.csv in {took['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)
