@@ -15,6 +15,21 @@ from diva_jax import config as configs
 from diva_jax.errors import UserError, listing
 
 
+def _folder(workdir: Path) -> Path:
+    return (Path(workdir) / "checkpoints").absolute()
+
+
+def steps(workdir: Path) -> list[int]:
+    """The steps whose checkpoints are whole, in order; nothing is made where there is none."""
+    folder = _folder(workdir)
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The newest whole checkpoint's step, or None."""
+    return (steps(workdir) or [None])[-1]
+
+
 class Checkpoints:
     """The checkpoints of a workdir.
 
@@ -26,17 +41,10 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int = 3):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(
-            (Path(workdir) / "checkpoints").absolute(),
+            _folder(workdir),
             options=options,
             item_names=("state", "data", "meta"),
         )
-
-    def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
-        return self._manager.latest_step()
-
-    def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: dict, data: dict, meta: dict) -> None:
         """Starts to write a checkpoint; returns when `state` may be overwritten. No-op where it exists."""
@@ -80,25 +88,25 @@ class Checkpoints:
         self._manager.close()
 
 
-def claim(workdir: Path, config) -> None:
-    """Writes the config into a new workdir, or checks that a used one is of the same config.
-
-    Raises:
-      UserError: the workdir belongs to another config, or cannot be written.
-    """
+def check_config(workdir: Path, config) -> None:
+    """Raises a UserError where the workdir has checkpoints of another config."""
     path = Path(workdir) / "config.json"
-    ours = json.loads(config.to_json())
-    if path.exists():
-        if changed := configs.differences(json.loads(path.read_text()), ours):
-            raise UserError(
-                f"--workdir={workdir} holds a run of another config: {listing(changed, 5)}; "
-                "use another workdir, or the config of that run"
-            )
+    if not path.exists() or latest_step(workdir) is None:
         return
+    if changed := configs.differences(json.loads(path.read_text()), json.loads(config.to_json())):
+        raise UserError(
+            f"--workdir={workdir} holds a run of another config: {listing(changed, 5)}; "
+            "use another workdir, or the config of that run"
+        )
+
+
+def write_config(workdir: Path, config) -> None:
+    """Writes the config to `workdir/config.json`; a UserError where that cannot be written."""
+    path = Path(workdir) / "config.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_suffix(".tmp")
-        tmp.write_text(json.dumps(ours, indent=1))
+        tmp.write_text(json.dumps(json.loads(config.to_json()), indent=1))
         os.replace(tmp, path)
     except OSError as e:
         raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class UserError(Exception):
@@ -21,33 +21,44 @@ def listing(names: Sequence[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags; any complaint of absl or ml_collections becomes a UserError."""
+def _parse(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Parses flags; any complaint of absl or ml_collections becomes a UserError, as do missing `arguments`."""
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
-        raise UserError(" ".join(str(e).split()) + " (see --help)") from e
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, see --help")
+        message = e.args[0] if isinstance(e, KeyError) and e.args else e  # str(KeyError) is its argument's repr.
+        raise UserError(f"{message} (see --help)") from e
+    known = len(arguments) + 1
+    if len(rest) > known:
+        raise UserError(f"unexpected argument {rest[known]!r}: every other option is a flag, see --help")
+    if len(rest) < known:
+        raise UserError(f"{arguments[len(rest) - 1]} is missing: give it as an argument, see --help")
     return rest
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command: flags parsed, `UserError` printed as one line with exit code 2, `RunError` 1."""
+def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
+    """Runs a command: flags parsed, `UserError` printed as one line with exit code 2, `RunError` 1.
+
+    Args:
+      main: called with the values of `arguments`.
+      arguments: names of what the command takes besides flags, in order; all are required.
+    """
 
     def report(e: Exception, code: int):
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         sys.exit(code)
 
-    def guarded(_):
+    def guarded(argv):
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax and grain tell a page for every save.
         try:
-            main()
+            main(*argv[1:])
         except UserError as e:
             report(e, 2)
         except RunError as e:
             report(e, 1)
 
     try:
-        app.run(guarded, flags_parser=_parse)
+        app.run(guarded, flags_parser=lambda argv: _parse(argv, arguments))
     except UserError as e:
         report(e, 2)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diva_jax.attention import attention as attention
+
 Array = jax.Array
 
 
@@ -71,21 +73,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def heads(x: Array, count: int) -> Array:
     """[B, N, H*D] -> [B, N, H, D]."""
     return x.reshape(*x.shape[:-1], count, x.shape[-1] // count)
-
-
-def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array | None = None) -> Array:
-    """Softmax attention, scores scaled by 1/sqrt(D).
-
-    Args:
-      q: [B, N, H, D]. k, v: [B, M, H, D].
-      causal: query n sees keys 0..n only.
-      mask: bool [B, 1 | H, N, M], true where a query may look.
-
-    Returns:
-      [B, N, H*D], in q's dtype.
-    """
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, mask=mask)
-    return out.reshape(*out.shape[:-2], -1)
 
 
 def split_qkv(qkv: Array, count: int) -> tuple[Array, Array, Array]:

@@ -73,7 +73,7 @@ def train_step(
         "key": state["key"],
     }
     metrics = {k: jnp.mean(v) for k, v in metrics.items()}
-    metrics |= {"grad_norm": optax.global_norm(grads), "lr": jnp.asarray(lr(state["step"] - start))}
+    metrics |= {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(lr(state["step"] - start))}
     return new, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
 
 
@@ -178,8 +178,7 @@ class Program:
           wrap: applied to the pure function before `jax.jit` (tests count its traces).
         """
         s = self.stages[stage]
-        fn = partial(
-            train_step,
+        static = dict(
             skeleton=self.skeleton,
             active=frozenset(self.active(stage)),
             tx=self.optimizer(stage),
@@ -187,5 +186,11 @@ class Program:
             start=s.start,
             accum=self.config.accum,
         )
+
+        def step(state, frozen, batch):
+            # What is traced sees the mesh, and from it the platform it is compiled for (attention.py).
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return train_step(state, frozen, batch, **static)
+
         out = jax.tree.map(lambda a: a.sharding, self.abstract_state(stage))
-        return jax.jit(wrap(fn), donate_argnums=0, out_shardings=(out, self.replicated))
+        return jax.jit(wrap(step), donate_argnums=0, out_shardings=(out, self.replicated))

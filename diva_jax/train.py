@@ -66,9 +66,9 @@ class Run:
             cache_dir=self.workdir / "cache",
         )
         self.total = self.program.stages[-1].end
-        checkpoint.claim(self.workdir, config)
-        self.checkpoints = checkpoint.Checkpoints(self.workdir, config.checkpoint.keep)
-        self.step = self.checkpoints.latest() or 0
+        checkpoint.check_config(self.workdir, config)
+        self.checkpoints = None
+        self.step = checkpoint.latest_step(self.workdir) or 0
 
     @property
     def finished(self) -> bool:
@@ -77,10 +77,14 @@ class Run:
     def _load(self) -> None:
         """Frozen weights from their sources; the state from the last checkpoint, or from the sources too."""
         program, pretrained = self.program, objectives.find(self.config.objective).PRETRAINED
-        latest = self.checkpoints.latest()
+        latest = checkpoint.latest_step(self.workdir)
         began = time.perf_counter()
         names = None if latest is None else program.abstract_frozen()
         arrays, self.origins = parts.load(program, pretrained, names)
+        # Only now, when every input has been found good, is anything written.
+        if jax.process_index() == 0:
+            checkpoint.write_config(self.workdir, self.config)
+        self.checkpoints = checkpoint.Checkpoints(self.workdir, self.config.checkpoint.keep)
         if latest is None:
             self.state = program.init_state(arrays)
         else:

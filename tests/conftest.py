@@ -1,9 +1,18 @@
-"""Shared by all tests: eight fake CPU devices, torchvision beside a CPU build of torch."""
+"""Shared by all tests: eight fake CPU devices, quick compilation, torchvision beside a CPU build of torch."""
 
-import chex
-import jax
-import pytest
-import torch
+import os
+import tempfile
+
+# Before jax starts, and inherited by the commands that tests run. Compiling is most of the suite's time: code is
+# not optimised, and a program that several tests compile is compiled once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="diva_jax_compiled_"))
+
+import chex  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 chex.set_n_cpu_devices(8)
 torch.set_num_threads(2)
@@ -11,15 +20,9 @@ torch.set_num_threads(2)
 
 def register_torchvision_operators():
     """torchvision's compiled operators do not load beside a CPU build of torch; two are named at import."""
-    for name, schema in (
-        ("nms", "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
-        (
-            "qnms",
-            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        ),
-    ):
+    for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{schema.split('(')[0]}", "(" + schema.split("(", 1)[1])
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 register_torchvision_operators()

@@ -110,7 +110,7 @@ _L14 = Spec(
     source="hf-hub:timm/vit_large_patch14_clip_224.openai",
     select="random:76",
     add_text="token",
-    readout="cls + mean(random 76)",
+    readout="cls + mean(random 76), l2",
 )
 _H14_TEXT = TextSpec(width=1024, heads=16, layers=24, mlp_dim=4096)
 _H14 = Spec(
@@ -141,7 +141,7 @@ _SIGLIP = Spec(
     select="runs:6",
     readout="l2(cls)",
     text=TextSpec(
-        context_length=64,
+        context_length=16,
         vocab_size=32000,
         width=1152,
         heads=16,
@@ -186,12 +186,27 @@ TABLE: dict[str, Spec] = {
     "siglip_so400m": _SIGLIP,
     "siglip_so400m_384": _r(
         _SIGLIP,
+        text=_r(_SIGLIP.text, context_length=64),
         open_clip_name="ViT-SO400M-14-SigLIP-384",
         source="hf-hub:timm/ViT-SO400M-14-SigLIP-384",
         image_size=384,
         select="runs:10",
     ),
 }
+
+# The demo's and the tests': random weights, no checkpoint of it exists.
+TINY = Spec(
+    open_clip_name="tiny",
+    image_size=56,
+    patch_size=14,
+    width=96,
+    layers=3,
+    heads=4,
+    mlp_dim=384,
+    embed_dim=48,
+    select="random:7",
+    text=TextSpec(width=32, heads=2, layers=1, mlp_dim=128),
+)
 
 
 def architecture(name: str):

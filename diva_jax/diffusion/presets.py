@@ -31,6 +31,7 @@ _VAE = dict(
     in_channels=3,
     latent_channels=4,
     block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
     layers_per_block=2,
     norm_num_groups=32,
     scaling_factor=0.18215,
@@ -54,8 +55,31 @@ _TEXT_15 = dict(
     hidden_act="quick_gelu",
 )
 _V = dict(_SCHEDULER, prediction_type="v_prediction")
+# The demo's and the tests': random weights, no checkpoint of it exists.
+_TINY = dict(
+    unet=dict(
+        _UNET_21,
+        sample_size=8,
+        block_out_channels=(16, 32, 32, 32),
+        layers_per_block=1,
+        attention_head_dim=(2, 2, 4, 4),
+        cross_attention_dim=48,
+        norm_num_groups=8,
+    ),
+    vae=dict(_VAE, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4),
+    text_encoder=dict(
+        _TEXT_21,
+        vocab_size=514,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    ),
+    scheduler=_SCHEDULER,
+)
 
 PRESETS: dict[str, dict] = {
+    "tiny": _TINY,
     "sd21_base": dict(unet=_UNET_21, vae=_VAE, text_encoder=_TEXT_21, scheduler=_SCHEDULER),
     "sd21": dict(unet=dict(_UNET_21, sample_size=96), vae=_VAE, text_encoder=_TEXT_21, scheduler=_V),
     "sd21_unclip": dict(

@@ -60,7 +60,7 @@ class Diva(nnx.Module):
                 raise UserError(f"config.diva.{switch}={self.config[switch]!r}: use {' or '.join(values)}")
         d = config.diffusion
         unet_config = UNetConfig.from_dict(d.unet.to_dict())
-        if unet_config.class_embed_type is not None:
+        if unet_config.class_embed_dim is not None:
             raise UserError(
                 "the diva objective has no class embedding to give to this U-Net "
                 "(class_embed_type is set): use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion"
@@ -172,8 +172,8 @@ class Diva(nnx.Module):
           (what is differentiated, {"loss": the plain mean over images and draws}).
         """
         pixels = preprocess.to_float(batch["image"])
-        h, w = (s // self.vae.factor for s in pixels.shape[1:3])
-        value, seen = self.forward(pixels, self.draw(keys, (h, w, self.vae.latent_channels)))
+        h, w = (s // self.vae.config.downscale for s in pixels.shape[1:3])
+        value, seen = self.forward(pixels, self.draw(keys, (h, w, self.vae.config.latent_channels)))
         return value, {"loss": jnp.mean(seen["losses"])}
 
 

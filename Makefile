@@ -1,0 +1,35 @@
+# Everything lives in .venv; nothing but Python >= 3.11 is needed.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.stamp  ## trains a tiny model on photographs and exports it: about two minutes on two cores
+	$(RUN) -m diva_jax.demo --out=data/tiny
+	$(RUN) -m diva_jax.main --config=configs/tiny.py --workdir=runs/tiny
+	rm -rf runs/tuned
+	$(RUN) -m diva_jax.export_torch --workdir=runs/tiny --out=runs/tuned
+
+test: $(VENV)/test.stamp lint  ## the whole test suite
+	$(RUN) -m pytest
+
+lint: $(VENV)/test.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(PIP) -e ".[demo]"
+	touch $@
+
+$(VENV)/test.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(PIP) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) data runs
