@@ -13,6 +13,22 @@ from diva_jax.attention import attention as attention
 Array = jax.Array
 
 
+class LayerNorm(nnx.LayerNorm):
+    """Flax's, with a name in profiles and compiled programs."""
+
+    @jax.named_scope("norm")
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x)
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Flax's, with a name in profiles and compiled programs."""
+
+    @jax.named_scope("norm")
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layers:
     """Makes layers that share dtypes.
@@ -44,10 +60,10 @@ class Layers:
 
     def layer_norm(self, n: int, epsilon: float) -> nnx.LayerNorm:
         # The fast variance E[x^2] - E[x]^2 loses digits that parity needs.
-        return nnx.LayerNorm(n, epsilon=epsilon, use_fast_variance=False, **self._kw)
+        return LayerNorm(n, epsilon=epsilon, use_fast_variance=False, **self._kw)
 
     def group_norm(self, n: int, groups: int, epsilon: float) -> nnx.GroupNorm:
-        return nnx.GroupNorm(n, groups, epsilon=epsilon, use_fast_variance=False, **self._kw)
+        return GroupNorm(n, groups, epsilon=epsilon, use_fast_variance=False, **self._kw)
 
     def embed(self, count: int, n: int) -> nnx.Embed:
         return nnx.Embed(count, n, **self._kw)

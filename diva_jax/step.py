@@ -65,9 +65,11 @@ def train_step(
     xs = (micro_batches(batch["image"], accum), micro_batches(keys, accum))
     grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, trained), xs)
     grads = jax.tree.map(lambda g: g / accum, grads)
-    updates, opt = tx.update(grads, state["opt"], trained)
+    with jax.named_scope("optimizer"):
+        updates, opt = tx.update(grads, state["opt"], trained)
+        trained = optax.apply_updates(trained, updates)
     new = {
-        "params": {**idle, **optax.apply_updates(trained, updates)},
+        "params": {**idle, **trained},
         "opt": opt,
         "step": state["step"] + 1,
         "key": state["key"],

@@ -138,21 +138,28 @@ class Diva(nnx.Module):
           context [N, B, n, C], pred_noise [N, B, h, w, c], losses [N]}).
         """
         vae_view, backbone_view = self.views(pixels)
-        latents = self.vae.encode(vae_view)
+        with jax.named_scope("vae"):
+            latents = self.vae.encode(vae_view)
         abar = schedule.alphas_cumprod(self.schedule)
         shared = self.config.backbone_passes == "exact"
         towers = (self.visual_proj,) if shared else (self.visual_proj, self.vision)
         graph, params = nnx.split(towers)
-        features = self.vision.encode(backbone_view) if shared else None
+
+        def encode(vision):
+            with jax.named_scope("vision"):
+                return vision.encode(backbone_view)
+
+        features = encode(self.vision) if shared else None
 
         def one_draw(inputs, draw: Draws):
             params, seen = inputs
             visual_proj, *vision = nnx.merge(graph, params)
-            seen = vision[0].encode(backbone_view) if vision else seen
+            seen = encode(vision[0]) if vision else seen
             f = condition.select_tokens(seen, self.spec.select, draw.token_indices)
             c = condition.add_text(visual_proj(f), self.text_context[...], self.spec.add_text)
             noisy = schedule.add_noise(latents, draw.noise, abar, draw.timesteps)
-            pred = self.unet(noisy, draw.timesteps, c)
+            with jax.named_scope("unet"):
+                pred = self.unet(noisy, draw.timesteps, c)
             goal = schedule.target(latents, draw.noise, abar, draw.timesteps, self.schedule.prediction_type)
             pred = pred.astype(jnp.promote_types(pred.dtype, jnp.float32))
             loss = jnp.mean(jnp.square(pred - goal))

@@ -1,0 +1,250 @@
+"""Reads what a compiled TPU program costs out of its optimised HLO text, `compiled.as_text()`.
+
+The compiler's own summary counts a loop's body once, counts on-chip traffic as bytes, and counts kernels as
+nothing. Its HLO says more: every operation carries the cycles that the compiler expects of it, every array says
+whether it lies in HBM or on the chip, and every loop how often it runs.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
+_ARRAY = re.compile(r"\b(pred|bf16|[suf](?:8|16|32|64))\[([\d,]*)\](?:\{([^}]*)\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_START = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = ")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# What moves no byte of its own: names for parts of other arrays, and the ends of copies counted at their start.
+_FREE = frozenset(
+    "parameter get-tuple-element tuple bitcast constant after-all partition-id replica-id "
+    "copy-done slice-done async-done async-update send-done recv-done opt-barrier".split()
+)
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a type.
+
+    Attributes:
+      dtype: as HLO writes it. dims: its shape.
+      layout: e.g. "1,0:T(8,128)S(1)": axes from minor to major, tiles, memory space.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str
+
+    @property
+    def on_chip(self) -> bool:
+        """In VMEM, or one of the smaller memories, and not in HBM."""
+        return bool(re.search(r"S\([1-9]", self.layout))
+
+    @property
+    def size(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.dims) * _WIDTH.get(self.dtype, 4)
+
+    @property
+    def laid_out(self) -> int:
+        """Bytes with the padding that its tiles need."""
+        order, _, tiles = self.layout.partition(":")
+        tile = re.match(r"T\(([\d,]+)\)", tiles)
+        if not tile or not order:
+            return self.size
+        sides = [int(t) for t in tile.group(1).split(",")]
+        dims = [self.dims[int(i)] for i in order.split(",")]  # minor to major
+        sides = sides[::-1][: len(dims)]
+        padded = [-(-n // t) * t for n, t in zip(dims, sides, strict=False)]
+        return math.prod(padded + dims[len(sides) :]) * _WIDTH.get(self.dtype, 4)
+
+
+@dataclasses.dataclass
+class Op:
+    """One instruction.
+
+    Attributes:
+      name, kind: e.g. "fusion.6", "fusion".
+      type: the result's type as text; `arrays(type)` lists it.
+      operands: names, in the same computation.
+      rest: everything after the operands.
+    """
+
+    name: str
+    kind: str
+    type: str
+    operands: list[str]
+    rest: str
+
+    @property
+    def path(self) -> str:
+        """Where it comes from in the traced program, e.g. "jit(step)/while/body/unet/conv"."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found.group(1) if found else ""
+
+    @property
+    def cycles(self) -> int:
+        """What the compiler expects one execution to take; a kernel has 0."""
+        found = re.search(r'"estimated_cycles":"?(\d+)', self.rest)
+        return int(found.group(1)) if found else 0
+
+    @property
+    def target(self) -> str:
+        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
+        return found.group(1) if found else ""
+
+    @property
+    def called(self) -> list[str]:
+        names = _CALLED.findall(self.rest)
+        for group in _BRANCHES.findall(self.rest):
+            names += [n.strip().lstrip("%") for n in group.split(",")]
+        return names
+
+    @property
+    def trips(self) -> int:
+        """How often a loop runs; 1 where the compiler does not know."""
+        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.rest)
+        return int(found.group(1)) if found else 1
+
+
+Computation = dict[str, Op]
+
+
+@dataclasses.dataclass
+class Program:
+    """A parsed module: `computations` by name, `entry` the name of the one that runs."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def executed(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Op, Computation, int]]:
+        """Every operation that runs by itself, loops entered: (op, its computation, how often it runs)."""
+        computation = self.computations[name or self.entry]
+        for op in computation.values():
+            if op.kind in ("while", "call", "conditional"):
+                for called in op.called:
+                    yield from self.executed(called, times * op.trips)
+            else:
+                yield op, computation, times
+
+    def flops(self, op: Op, computation: Computation) -> int:
+        """Of its matrix products and convolutions, a multiply-add as two; a kernel's from its operands."""
+        if op.kind in ("dot", "convolution"):
+            return _product_flops(op, computation)
+        if op.kind == "custom-call":
+            return kernel_flops(op, computation)
+        inside = op.called if op.kind in ("fusion", "async-start") else []
+        return sum(self.flops(o, self.computations[c]) for c in inside for o in self.computations[c].values())
+
+
+def arrays(type_: str) -> list[Array]:
+    """The arrays of a type, a tuple's one after the other."""
+    return [Array(d, tuple(int(n) for n in dims.split(",") if n), lay or "") for d, dims, lay in _ARRAY.findall(type_)]
+
+
+def _closing(text: str, start: int) -> int:
+    """Index just past the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if not depth:
+            return i + 1
+    return len(text)
+
+
+def _parse_op(text: str) -> Op:
+    name, rest = text.split(" = ", 1)
+    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    type_, rest = rest[:end], rest[end:].lstrip()
+    bracket = rest.index("(")
+    end = _closing(rest, bracket)
+    operands = re.findall(r"%([\w.\-]+)", rest[bracket:end])
+    return Op(name.strip().removeprefix("ROOT ").lstrip("%"), rest[:bracket], type_, operands, rest[end:])
+
+
+def parse(text: str) -> Program:
+    """The computations of a module.
+
+    Raises:
+      ValueError: there is no entry computation in the text.
+    """
+    computations, entry, current, pending = {}, None, None, []
+
+    def finish():
+        if pending:
+            op = _parse_op("".join(pending))
+            current[op.name] = op
+            pending.clear()
+
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = computations[header.group(2)] = {}
+            entry = header.group(2) if header.group(1) else entry
+        elif current is not None and line == "}":
+            finish()
+            current = None
+        elif current is not None and _START.match(line):
+            finish()
+            pending.append(line)
+        elif pending:  # a kernel's settings run over several lines
+            pending.append(line)
+    if entry is None:
+        raise ValueError("no ENTRY computation in this text: is it compiled.as_text()?")
+    return Program(computations, entry)
+
+
+def _numbers(text: str, key: str) -> list[int]:
+    found = re.search(key + r"=\{([\d,]*)\}", text)
+    return [int(n) for n in found.group(1).split(",") if n] if found else []
+
+
+def _product_flops(op: Op, computation: Computation) -> int:
+    lhs, rhs = (arrays(computation[o].type)[0].dims for o in op.operands[:2])
+    out = arrays(op.type)[0].dims
+    if op.kind == "dot":
+        return 2 * math.prod(out) * math.prod(lhs[i] for i in _numbers(op.rest, "lhs_contracting_dims"))
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
+    inputs, kernel, result = labels.groups()
+    # Positions of output and kernel that meet a pixel and not padding, per spatial axis.
+    pairs = 1
+    for axis in sorted(set(kernel) - {"i", "o"}):
+        pairs *= _meetings(
+            lhs[inputs.index(axis)], rhs[kernel.index(axis)], out[result.index(axis)], op.rest, int(axis)
+        )
+    return 2 * pairs * rhs[kernel.index("i")] * out[result.index("b")] * out[result.index("f")]
+
+
+def _meetings(size: int, taps: int, out: int, rest: str, axis: int) -> int:
+    """(output position, kernel tap) pairs of one axis of a convolution that land on a pixel."""
+    window = re.search(r"window=\{([^}]*)\}", rest)
+    given = dict(part.split("=") for part in window.group(1).split()) if window else {}
+
+    def of(key, default):
+        return given[key].split("x")[axis] if key in given else default
+
+    low = int(of("pad", "0_0").split("_")[0])
+    stride, dilation, spread = (int(of(k, "1")) for k in ("stride", "rhs_dilate", "lhs_dilate"))
+    count = 0
+    for tap in range(taps):
+        at = tap * dilation - low
+        # out * stride + at must be a multiple of `spread` within the spread-out pixels.
+        hits = (at + o * stride for o in range(out))
+        count += sum(1 for h in hits if 0 <= h <= (size - 1) * spread and h % spread == 0)
+    return count
+
+
+# Matrix products of queries x keys x head dim in JAX's splash attention kernels, by the kernel's name.
+_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+
+
+def kernel_flops(op: Op, computation: Computation) -> int:
+    """FLOPs of an attention kernel, from its operands' shapes; 0 for kernels that are not known here."""
+    products = next((n for name, n in _SPLASH.items() if name in op.path), 0)
+    if op.target != "tpu_custom_call" or not products:
+        return 0
+    # Behind the mask's tables come q, k, v: [B, H, D, N], as attention.py has them laid out.
+    q, k, _ = [a.dims for o in op.operands for a in arrays(computation[o].type) if len(a.dims) == 4][:3]
+    return 2 * products * math.prod(q) * k[-1]
