@@ -1,5 +1,6 @@
 """Weights from any source into a model: `load` for one model, `parts.load` for a whole training program."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -45,20 +46,29 @@ def fill_vision(source: sources.ClipSource, spec: Spec, state, put=None, field: 
     return names.assign(state, tensors, clip.vision_table(spec), source=source.where, put=put)
 
 
+def check_text(source: sources.ClipSource, spec: Spec) -> None:
+    """Raises a UserError where the source has no text tower, or says that it is another than `spec.text`."""
+    if "token_embedding.weight" not in source.tensors and "text.token_embedding.weight" not in source.tensors:
+        raise UserError(f"{source.where} holds a vision tower alone: give the checkpoint of the whole model")
+    if source.spec is None:
+        return
+    there, here = source.spec.text, spec.text
+    wrong = [
+        f"{f.name} is {getattr(there, f.name)!r} there and {getattr(here, f.name)!r} in the config"
+        for f in dataclasses.fields(here)
+        if getattr(there, f.name) != getattr(here, f.name)
+    ]
+    if wrong:
+        raise UserError(f"{source.where} has another text tower than config.backbone.text: {'; '.join(wrong)}")
+
+
 def fill_text(source: sources.ClipSource, spec: Spec, state, put=None):
     """The state of `spec`'s text tower, filled.
 
     Raises:
       UserError: the source has no text tower, or one of another architecture.
     """
-    if "token_embedding.weight" not in source.tensors and "text.token_embedding.weight" not in source.tensors:
-        raise UserError(f"{source.where} holds a vision tower alone: give the checkpoint of the whole model")
-    if source.spec is not None and source.spec.text != spec.text:
-        fields = [f for f in vars(spec.text) if getattr(spec.text, f) != getattr(source.spec.text, f)]
-        wrong = [
-            f"{f} is {getattr(source.spec.text, f)!r} there and {getattr(spec.text, f)!r} in the config" for f in fields
-        ]
-        raise UserError(f"{source.where} has another text tower than config.backbone.text: {'; '.join(wrong)}")
+    check_text(source, spec)
     return names.assign(state, source.tensors, clip.text_table(spec), source=source.where, put=put)
 
 

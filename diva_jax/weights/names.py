@@ -48,6 +48,10 @@ class Table:
             name = re.sub(pattern, replacement, name)
         return name
 
+    def names(self, state) -> list[str]:
+        """The names of all parameters of a state."""
+        return [self.torch_name(path) for path in flat(state)]
+
     def canonical(self, name: str) -> str:
         for pattern, replacement in self.aliases:
             name = re.sub(pattern, replacement, name)
@@ -90,6 +94,26 @@ def _report(what: str, source: str, problems: Iterable[tuple[str, list[str]]]):
         raise UserError(f"{source} does not fit the {what} of the config: {'; '.join(found)}")
 
 
+def check(state, tensors: Mapping, table: Table, *, source: str = "the checkpoint") -> None:
+    """Compares names and shapes of a checkpoint with those of a state; arguments as `assign`'s.
+
+    Raises:
+      UserError: a name is unknown, missing, or of another shape; lists them all.
+    """
+    names = {table.canonical(n): n for n in tensors}
+    shapes = {table.torch_name(path): torch_shape(path, var.shape) for path, var in flat(state).items()}
+    found = {n: tuple(tensors[names[n]].shape) for n in shapes if n in names}
+    _report(
+        table.what,
+        source,
+        [
+            ("missing", [n for n in shapes if n not in names]),
+            ("unknown", [n for c, n in names.items() if c not in shapes and not table.ignored(c)]),
+            ("wrong shape", [f"{n} (is {found[n]}, should be {shapes[n]})" for n in found if found[n] != shapes[n]]),
+        ],
+    )
+
+
 def assign(
     state,
     tensors: Mapping[str, np.ndarray],
@@ -114,25 +138,9 @@ def assign(
       UserError: a name is unknown, missing, or of another shape; lists them all.
     """
     put = put or (lambda path, array, want: jnp.asarray(array))
+    check(state, tensors, table, source=source)
     names = {table.canonical(n): n for n in tensors}
     wanted = {table.torch_name(path): (path, var) for path, var in flat(state).items()}
-    shapes = {n: torch_shape(path, var.shape) for n, (path, var) in wanted.items()}
-    _report(
-        table.what,
-        source,
-        [
-            ("missing", [n for n in wanted if n not in names]),
-            ("unknown", [n for c, n in names.items() if c not in wanted and not table.ignored(c)]),
-            (
-                "wrong shape",
-                [
-                    f"{n} (is {tuple(tensors[names[n]].shape)}, should be {shape})"
-                    for n, shape in shapes.items()
-                    if n in names and tuple(tensors[names[n]].shape) != shape
-                ],
-            ),
-        ],
-    )
 
     def fill(item) -> tuple[tuple, nnx.Variable]:
         name, (path, var) = item

@@ -56,6 +56,19 @@ class ClipSource:
     def files(self) -> list[Path]:
         return self.tensors.files
 
+    def described(self, source: str) -> Spec:
+        """The Spec with `source` as where its weights are.
+
+        Raises:
+          UserError: the checkpoint is a bare file, which does not tell its heads and activation.
+        """
+        if self.spec is None:
+            raise UserError(
+                f"{self.where} ({self.kind}) does not say how many heads it has and which activation: give a config, "
+                "e.g. --config=configs/vitl14.py, or put its open_clip_config.json beside it"
+            )
+        return dataclasses.replace(self.spec, source=source)
+
 
 def _hub(repo: str, field: str, patterns: list[str]) -> Path:
     """The local snapshot of a hub repository, with the files that `patterns` name."""

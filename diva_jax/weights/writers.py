@@ -30,6 +30,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
     tmp = path.with_name(path.name + ".tmp")
     try:
         save_file(dense, tmp, metadata={"format": "pt"})
+        tmp.chmod(0o666 & ~_umask())  # It makes files for their owner alone.
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -54,8 +55,19 @@ def write_open_clip(
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / OPEN_CLIP_WEIGHTS, tensors)
     write_json(folder / OPEN_CLIP_CONFIG, config)
-    for file in extra_files:
+    copy_into(folder, extra_files)
+
+
+def copy_into(folder: Path, files: Iterable[Path]) -> None:
+    for file in files:
         shutil.copyfile(file, folder / Path(file).name)
+
+
+def refuse_taken(out: str | Path) -> None:
+    """Raises a UserError where `out` exists and is not an empty folder."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out} exists already: remove it, or give another folder")
 
 
 @contextlib.contextmanager
@@ -65,14 +77,12 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     Raises:
       UserError: `out` exists and is not an empty folder, or cannot be written.
     """
+    refuse_taken(out)
     out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} exists already: remove it, or give another folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        # mkdtemp makes a folder for its owner alone; an export is an ordinary folder.
-        tmp.chmod(0o777 & ~_umask())
+        tmp.chmod(0o777 & ~_umask())  # As above.
     except OSError as e:
         raise UserError(f"--out={out} cannot be written ({e}): give a folder that you may write") from e
     try:
