@@ -1,39 +1,19 @@
 """Tokenizers against open_clip's, from every set of files that a weights' folder may hold."""
 
-import argparse
 import json
 import shutil
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
-import sentencepiece
+from eval_data import TEXTS, write_siglip_tokenizer
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from transformers import CLIPTokenizer, SiglipTokenizer, T5Tokenizer
+from transformers import CLIPTokenizer
 
 from diva_jax import tokenizers
 from diva_jax.backbones import TextSpec
 from diva_jax.errors import UserError
 
-TEXTS = [
-    "a photo of a dog looking to the left.",
-    "A Photo, of  the\tDOG's   two\nears -- isn't it? we'll see: they've 12345 hairs (3.14 %)",
-    "a photo of a butterfly's wings, the_under_side; snake_case & CamelCase",
-    "",
-    "   \n ",
-    "!!! ... ???",
-    "😀 a 👩‍👩‍👧 family of 🐈‍⬛ cats ❤️",
-    "une tasse de café, naïve façade, Straße, İstanbul, ﬁancé, Ⅷ ½ ²",
-    "写真 の 猫 и кошка على العشب",
-    "&lt;b&gt;bold&lt;/b&gt; &amp;amp; schÃ¶n â€œquotedâ€\x9d",
-    "<start_of_text> in the text <end_of_text> <|endoftext|>",
-    "word " * 200,
-    "supercalifragilisticexpialidocious" * 20,
-    "x" * 74,
-    "1 " * 75,
-]
 CLIP = TextSpec()
 SIGLIP = TextSpec(context_length=64, vocab_size=32000, tokenizer="siglip")
 
@@ -86,28 +66,7 @@ def test_clip_equals_open_clip(clip_folder, reference):
 
 @pytest.fixture(scope="module", params=["timm", "transformers"])
 def siglip_folder(request, tmp_path_factory):
-    """A small SentencePiece vocabulary, in the layout of open_clip's hub folders and of transformers'."""
-    folder = tmp_path_factory.mktemp("siglip")
-    lines = Path(tarfile.__file__).read_text().splitlines() + Path(argparse.__file__).read_text().splitlines()
-    lines = [s for line in lines for s in (line.strip(), tokenizers.siglip_clean(line)) if s]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=str(folder / "spiece"),
-        vocab_size=900,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    out = tmp_path_factory.mktemp(request.param)
-    if request.param == "timm":
-        T5Tokenizer.from_pretrained(folder, pad_token="</s>", extra_ids=0, legacy=False).save_pretrained(out)
-        assert (out / "tokenizer.json").exists()
-    else:
-        SiglipTokenizer(str(folder / "spiece.model"), pad_token="</s>").save_pretrained(out)
-        assert (out / "spiece.model").exists()
-    return out
+    return write_siglip_tokenizer(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def test_siglip_equals_open_clip(siglip_folder):

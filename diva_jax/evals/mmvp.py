@@ -120,14 +120,15 @@ def pair_scores(images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.n
       texts: [2N, D], any length.
 
     Returns:
-      logits [2N, 2] of each text with its pair's two images, and the probability of image 1, [2N]; float64.
+      logits [2N, 2] of each text with its pair's two images, float64, and the probability of image 1, [2N],
+      float32: coarse enough that the rounding of the sums does not turn a tie into an answer.
     """
     pairs = np.asarray(images, np.float64).reshape(-1, 2, images.shape[-1])  # [N, image, D]
     words = encode.unit(texts).reshape(pairs.shape)  # [N, text, D]
     logits = SCALE * np.einsum("ntd,nid->nti", words, pairs).reshape(-1, 2)
     # A large negative difference overflows to the right answer, 0.
     with np.errstate(over="ignore"):
-        return logits, 1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))
+        return logits, (1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))).astype(np.float32)
 
 
 def pairs_right(first: np.ndarray) -> np.ndarray:
