@@ -1,0 +1,15 @@
+"""Writes a report: python -m diva_jax.report DIR.
+
+DIR is the --out folder of diva_jax.evaluate or a training workdir; report.html and report/*.png go into it.
+"""
+
+from diva_jax import errors, report
+
+
+def main(folder: str) -> None:
+    page, *charts = report.write(folder)
+    print(f"{page} and {len(charts)} charts in {page.with_suffix('')}")
+
+
+if __name__ == "__main__":
+    errors.run(main, ("DIR",))

@@ -1,0 +1,97 @@
+"""The items that one weights' encoder gets right and the other's does not, with their pictures."""
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from diva_jax.report.canvas import Canvas
+from diva_jax.report.sections import Section, paragraph
+
+_SHOWN = 48  # A comparison, metric and direction; all of them are in predictions.csv.
+_SIDE = 320  # A thumbnail's longer side [pixels].
+
+
+def sections(task: dict[str, Any]) -> list[Section]:
+    """One section for each comparison and metric that has flipped items."""
+    out, thumbnails = [], {}
+    compared = task.get("comparisons", [])
+    for c in compared:
+        for metric, info in task["metrics"].items():
+            flipped = [f for f in c.get("flipped", []) if f["metric"] == metric]
+            if not flipped:
+                continue
+            title = f"{task['title']}: {task.get('items', 'items')} that flipped"
+            note = f"{info['title']}, {c['before']} → {c['after']}"
+            if any(w["scores"].get(metric, {}).get("seeds") for w in task["weights"].values()):
+                note += "; shares are means over the draws"
+            body = []
+            for won, name in ((True, "Right only after"), (False, "Right only before")):
+                some = [f for f in flipped if f["won"] is won]
+                if some:
+                    body.append(f'<h3 class="{"won" if won else "lost"}">{name} <small>{len(some)}</small></h3>')
+                    cards = "".join(_card(f, task.get("items", "items"), thumbnails) for f in some[:_SHOWN])
+                    body.append(f'<div class="cards">{cards}</div>')
+                if len(some) > _SHOWN:
+                    body.append(paragraph(f"And {len(some) - _SHOWN} more, in predictions.csv.", "fine"))
+            out.append(Section(title, body, note))
+    return out
+
+
+def _card(f: dict[str, Any], items: str, thumbnails: dict[str, str]) -> str:
+    head = f"{items.removesuffix('s').capitalize()} {f['item']}"
+    head = f"<header><b>{escape(head)}</b> {escape(f.get('group') or '')}</header>"
+    texts, images = f.get("texts", []), f.get("images", [])
+    if len(texts) == len(images) == len(f.get("before", [])) == len(f.get("after", [])) == 2:
+        parts = [_half(f, i, thumbnails) for i in (0, 1)]
+    else:
+        parts = [f"<figure>{_picture(i, thumbnails)}</figure>" for i in images] + [paragraph(t) for t in texts]
+    return f'<article class="card">{head}<div class="sides">{"".join(parts)}</div></article>'
+
+
+def _half(f: dict[str, Any], i: int, thumbnails: dict[str, str]) -> str:
+    """One image of a pair over its own text, and what share of that text each encoder gives to it."""
+    shares = [f[when][i] if i == 0 else 1 - f[when][i] for when in ("before", "after")]
+    words = [f"{s:.2f} {'✓' if (s > 0.5 if i == 0 else s >= 0.5) else '✗'}" for s in shares]
+    return (
+        f"<figure>{_picture(f['images'][i], thumbnails)}<figcaption>{escape(f['texts'][i])}"
+        f"{_meter(shares)}<small>{words[0]} → {words[1]}</small></figcaption></figure>"
+    )
+
+
+def _meter(shares: list[float]) -> str:
+    """A track from 0 to 1 with its middle, a dot before and a dot after."""
+    canvas = Canvas(140, 14, f"share of this text: {shares[0]:.2f} before, {shares[1]:.2f} after")
+    at = [5 + 130 * s for s in shares]
+    canvas.path([(5, 7), (135, 7)], "grid", 2)
+    canvas.path([(70, 2), (70, 12)], "axis")
+    canvas.path([(at[0], 7), (at[1], 7)], "s1", 2)
+    canvas.dot(at[0], 7, 4, "s0")
+    canvas.dot(at[1], 7, 4, "s1")
+    return canvas.svg()
+
+
+def _picture(path: str, thumbnails: dict[str, str]) -> str:
+    """An `<img>` that holds its picture, or a line that names the file where it can't be read."""
+    if path not in thumbnails:
+        thumbnails[path] = _thumbnail(path)
+    if not thumbnails[path]:
+        return f'<p class="missing">{escape(Path(path).name)} cannot be read</p>'
+    return f'<img src="{thumbnails[path]}" alt="{escape(Path(path).name)}">'
+
+
+def _thumbnail(path: str) -> str:
+    """A JPEG as a data: URI, or "" for a file that is gone or no image."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * _SIDE, 2 * _SIDE))
+            small = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return ""
+    small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

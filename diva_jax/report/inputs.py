@@ -1,0 +1,145 @@
+"""Reads and checks what a report is made of: an evaluation's results.json, a run's metrics.jsonl and config.json."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from diva_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+      name: of its folder.
+      index: of its colour, that of its first weights where an evaluation has some.
+      config: of config.json; empty where there is none.
+      rows: of metrics.jsonl, by step.
+    """
+
+    name: str
+    index: int
+    config: dict[str, Any]
+    rows: list[dict[str, float]]
+
+    @property
+    def total(self) -> int | None:
+        """Steps of the whole run, where the config says."""
+        steps = self.config.get("steps")
+        return steps + self.warmup if isinstance(steps, int) else None
+
+    @property
+    def warmup(self) -> int:
+        """Steps of the stage that trains visual_proj alone."""
+        return self.config.get("condition", {}).get("warmup_steps", 0)
+
+    def curve(self, key: str) -> list[tuple[float, float]]:
+        """[(step, value)] of one key."""
+        return [(r["step"], float(r[key])) for r in self.rows if _finite(r.get(key))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything a report shows; `results` is None and `runs` empty where there is none."""
+
+    folder: Path
+    results: dict[str, Any] | None
+    runs: list[Run]
+
+
+def read(folder: str | Path) -> Inputs:
+    """Reads an evaluation's output folder, a training workdir, or one that is both.
+
+    The runs that an evaluation's weights came from are read too, where they are still there.
+
+    Raises:
+      UserError: nothing to report on, or a file that is broken, named with its line.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give an evaluation's --out folder or a training --workdir")
+    results = _results(folder / "results.json")
+    folders = {folder.resolve(): 1}
+    for i, w in enumerate((results or {}).get("weights", [])):
+        if w.get("step") is not None and w.get("source"):
+            folders.setdefault(Path(w["source"]).resolve(), i)
+    runs = [r for r in (_run(path, index) for path, index in folders.items()) if r.rows]
+    if results is None and not runs:
+        raise UserError(
+            f"{folder} has neither results.json (python -m diva_jax.evaluate --out={folder}) nor logged steps in "
+            "metrics.jsonl (a training workdir): nothing to report on"
+        )
+    return Inputs(folder, results, runs)
+
+
+def _run(folder: Path, index: int) -> Run:
+    path = folder / "config.json"
+    config = _json(path, _bytes(path)) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a config (a JSON object): restore it or move it away")
+    return Run(folder.name, index, config, _metrics(folder / "metrics.jsonl"))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}): check who may read it") from e
+
+
+def _json(path: Path, text: bytes, line: int | None = None) -> Any:
+    try:
+        return json.loads(text.decode())
+    except ValueError as e:  # Not JSON, or not even UTF-8.
+        where = f"line {line}" if line else f"line {getattr(e, 'lineno', 1)}"
+        raise UserError(f"{path}, {where} is not JSON ({getattr(e, 'msg', e)}): repair or remove it") from e
+
+
+def _metrics(path: Path) -> list[dict[str, float]]:
+    """Rows by step. A last line without an end is one that is being written, or was cut by a kill: left out."""
+    if not path.is_file():
+        return []
+    lines = _bytes(path).splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        row = _json(path, line, number)
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}, line {number} has no step: it is not a row of a training log, remove it")
+        rows.append(row)
+    return sorted(rows, key=lambda r: r["step"])
+
+
+def _results(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    results = _json(path, _bytes(path))
+    again = "it is not what this version of diva_jax.evaluate writes, evaluate again"
+    if not isinstance(results, dict) or results.get("schema") != 1:
+        raise UserError(f"{path} is not of schema 1: {again}")
+    for name, task in results.get("tasks", {}).items():
+        for key in ("title", "metrics", "weights"):
+            if key not in task:
+                raise UserError(f"{path}: {name} has no {key!r}: {again}")
+    if not results.get("tasks") or not all("label" in w for w in results.get("weights", [{}])):
+        raise UserError(f"{path} has no tasks, or weights without a label: {again}")
+    return results
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config as `a.b.c` -> value."""
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            out.update(flat(value, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = value
+    return out

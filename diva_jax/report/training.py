@@ -1,0 +1,98 @@
+"""The sections of training runs: how far they got, their curves, what was measured on the way."""
+
+from functools import partial
+from statistics import fmean, median
+
+from diva_jax.report import wording
+from diva_jax.report.charts import Chart, Series, curves, paired, points
+from diva_jax.report.inputs import Run
+from diva_jax.report.sections import Section, cell, paragraph, table
+from diva_jax.report.wording import Finding
+
+# metrics.jsonl key -> (title, takes half of a wide page). The first ones are what a reader looks for.
+_CURVES = {
+    "loss": ("Loss", False),
+    "grad_norm": ("Gradient norm, before the clip", False),
+    "lr": ("Learning rate", True),
+    "images_per_s": ("Images per second", True),
+}
+_ON_THE_WAY = ("eval/", "feedback/")
+
+
+def finding(run: Run) -> Finding:
+    """How far a run is and what became of its loss."""
+    loss = [v for _, v in run.curve("loss")]
+    last = run.rows[-1]["step"]
+    far = f"{run.name}, step {last:,}" + (f" of {run.total:,}" if run.total else "")
+    if not loss:
+        return Finding(far, "no loss logged", "")
+    some = max(1, len(loss) // 20)
+    first, now = fmean(loss[:some]), fmean(loss[-some:])
+    figures = f"loss {wording.compact(first)}\u00a0→\u00a0{wording.compact(now)}"
+    return Finding(far, figures, f"Means over the first and the last {some} of {len(loss)} logged rows.")
+
+
+def sections(runs: list[Run]) -> list[Section]:
+    """Curves of all runs, then one section for what they evaluated during training."""
+    if not runs:
+        return []
+    body: list[str | Chart] = [_summary(runs)]
+    for key, (title, half) in _CURVES.items():
+        data = [Series(r.name, r.index, r.curve(key)) for r in runs if r.curve(key)]
+        if data:
+            draw = partial(curves, title=title, data=data, x_title="step", marks=_stages(runs))
+            smooth = max(len(s.points) for s in data) > 20 and key in ("loss", "grad_norm")
+            body.append(Chart(f"training-{key}", draw, half, "Bold: moving mean over 5% of the rows." * smooth))
+    found = _on_the_way(runs)
+    return [Section("Training", body)] + ([Section("During training", found)] if found else [])
+
+
+def _stages(runs: list[Run]) -> list[tuple[float, str]]:
+    """Where the first run's stages meet, if it got there."""
+    run = runs[0]
+    inside = 0 < run.warmup < run.rows[-1]["step"]
+    return [(run.warmup, "visual_proj alone until here")] if inside else []
+
+
+def _summary(runs: list[Run]) -> str:
+    lines = []
+    for r in runs:
+        last = r.rows[-1]
+        speed, wait = [v for _, v in r.curve("images_per_s")], [v for _, v in r.curve("data_wait")]
+        loss = r.curve("loss")
+        of = f"of {r.total:,}" if r.total else ""
+        lines.append(
+            [
+                r.name,
+                cell(f"{last['step']:,}", [of], last["step"]),
+                cell(wording.number(loss[-1][1], "") if loss else "–", ["last row"], loss[-1][1] if loss else None),
+                cell(wording.compact(median(speed)) if speed else "–", ["median"]),
+                cell(f"{100 * median(wait):.0f}%" if wait else "–", ["median"]),
+                cell(f"{last.get('broken_images', 0):,.0f}"),
+            ]
+        )
+    return table(["Run", "Steps", "Loss", "Images/s", "Data wait", "Broken images"], lines, short=True)
+
+
+def _on_the_way(runs: list[Run]) -> list[str | Chart]:
+    """A small chart for each key of the evaluations that ran during training, with its interval where logged.
+
+    `KEY/low` and `KEY/high` are the interval of `KEY`.
+    """
+    keys = [k for r in runs for row in r.rows for k in row if k.startswith(_ON_THE_WAY)]
+    ends = ("/low", "/high")
+    charts, lines = [], []
+    for key in dict.fromkeys(k for k in keys if not k.endswith(ends)):
+        data = []
+        for r in runs:
+            if found := r.curve(key):
+                low, high = (dict(r.curve(key + end)) for end in ends)
+                at = [(low[x], high[x]) if x in low and x in high else None for x, _ in found]
+                data.append(Series(r.name, r.index, found, at))
+                if "gap" in key and at[-1] and wording.beyond(at[-1]) is False:
+                    interval = wording.interval(at[-1], "")
+                    lines.append(f"{r.name}, step {found[-1][0]:,}: {key} is zero within its interval ({interval}).")
+        title = ", ".join(key.removeprefix("eval/").replace("_", " ").split("/"))
+        draw = partial(points, title=title, data=data, x_title="step")
+        charts.append(Chart("training-" + key.replace("/", "-"), draw))
+    return [paragraph(line, "plain") for line in lines] + paired(charts)

@@ -1,0 +1,85 @@
+"""How a browser takes the report: Debian's chromium, on a laptop and a phone, light and dark."""
+
+import json
+import shutil
+
+import pytest
+import report_samples as samples
+
+from diva_jax import report
+
+
+def browser():
+    """Debian's chromium without a window, network services off; skips where it is not installed."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
+    pytest.importorskip("selenium")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", "disable-dev-shm-usage",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return webdriver.Chrome(options=options, service=Service(driver))
+
+
+def visit(driver, page, width, scheme):
+    """Opens a page at a width in a colour scheme: (console messages, URLs asked for)."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    driver.get(page.as_uri())
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    return [entry["message"] for entry in driver.get_log("browser")], sent
+
+
+def test_in_a_browser(tmp_path):
+    pages = {"evaluation": report.write(samples.write_full(tmp_path))[0], "run": report.write(tmp_path / "run")[0]}
+    driver = browser()
+    try:
+        backgrounds = set()
+        for name, page in pages.items():
+            for width in (390, 1280):
+                for scheme in ("light", "dark"):
+                    console, sent = visit(driver, page, width, scheme)
+                    assert not console, console
+                    assert page.as_uri() in sent  # or the next line would prove nothing
+                    assert not [url for url in sent if url != page.as_uri() and not url.startswith("data:")]
+                    found = driver.execute_script(LOOK)
+                    where = (name, width, scheme, found)
+                    assert found["scroll"] <= found["window"] <= width, where
+                    assert not found["outside"] and not found["clipped"], where
+                    assert found["images"] == found["loaded"] == (28 if name == "evaluation" else 0), where
+                    assert found["charts"] > 4, where
+                    backgrounds.add((scheme, found["background"]))
+        assert len(backgrounds) == 2
+    finally:
+        driver.quit()
+
+
+# What a reader would see: anything past the right edge, chart text cut off by its drawing, pictures that are there.
+LOOK = """
+const shown = what => [...document.querySelectorAll(what)].filter(e => e.getClientRects().length);
+const width = document.documentElement.clientWidth, images = [...document.images];
+const cut = (a, b) => a.left < b.left - 1 || a.right > b.right + 1 || a.bottom > b.bottom + 1;
+return {
+  scroll: document.documentElement.scrollWidth,
+  window: width,
+  outside: shown('body *').filter(e => e.getBoundingClientRect().right > width + 1 && !e.closest('.scrolls'))
+    .map(e => e.outerHTML.slice(0, 80)),
+  clipped: shown('svg text').filter(t => cut(t.getBoundingClientRect(), t.ownerSVGElement.getBoundingClientRect()))
+    .map(t => t.textContent),
+  images: images.length,
+  loaded: images.filter(i => i.complete && i.naturalWidth > 0).length,
+  charts: shown('.figures svg').filter(s => s.getBoundingClientRect().height > 100).length,
+  background: getComputedStyle(document.body).backgroundColor,
+};
+"""
