@@ -19,7 +19,8 @@ class Chip:
       kind: what JAX calls it, `device.device_kind`.
       flops: peak bf16, multiply and add counted as two [FLOP/s].
       hbm_bandwidth: [bytes/s].
-      hbm: memory [bytes]; the compiler keeps a little of it for itself.
+      hbm: memory [bytes].
+      usable: what the compiler gives to a program, as it says when one does not fit [bytes].
       clock: [Hz], of the unit in which the TPU's compiler estimates cycles; 0 where there is no such unit.
       ici: what one chip can send to its neighbours over all links at once [bytes/s]; 0: no table entry.
       wrap: a slice whose side is a multiple of this has wrap-around links along it (a torus, not a mesh).
@@ -30,6 +31,7 @@ class Chip:
     flops: float
     hbm_bandwidth: float
     hbm: int
+    usable: int = 0
     clock: float = 0.0
     ici: float = 0.0
     wrap: int = 0
@@ -40,10 +42,12 @@ _G = 2**30
 # By the name that stands before the colon of a topology, "v5e:4x4".
 CHIPS: dict[str, Chip] = {
     # Without megacore the compiler's topology has two devices a chip; on the machines both cores are one device.
-    "v4": Chip("TPU v4", 275e12, 1228e9, 32 * _G, 1.05e9, 6 * 50e9, 4, (("chip_config_name", "megacore"),)),
-    "v5e": Chip("TPU v5 lite", 197e12, 819e9, 16 * _G, 1.5e9, 4 * 50e9, 16),
-    "v5p": Chip("TPU v5", 459e12, 2765e9, 95 * _G, 1.75e9, 6 * 100e9, 4),
-    "v6e": Chip("TPU v6 lite", 918e12, 1640e9, 32 * _G, 1.75e9, 4 * 100e9, 16),
+    "v4": Chip(
+        "TPU v4", 275e12, 1228e9, 32 * _G, int(30.75 * _G), 1.05e9, 6 * 50e9, 4, (("chip_config_name", "megacore"),)
+    ),
+    "v5e": Chip("TPU v5 lite", 197e12, 819e9, 16 * _G, int(15.75 * _G), 1.5e9, 4 * 50e9, 16),
+    "v5p": Chip("TPU v5", 459e12, 2765e9, 95 * _G, int(95.73 * _G), 1.75e9, 6 * 100e9, 4),
+    "v6e": Chip("TPU v6 lite", 918e12, 1640e9, 32 * _G, int(31.24 * _G), 1.75e9, 4 * 100e9, 16),
 }
 _OTHERS = (
     Chip("NVIDIA H100 80GB HBM3", 989e12, 3350e9, 80 * 10**9),

@@ -17,10 +17,12 @@ _START = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = ")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # What moves no byte of its own: names for parts of other arrays, and the ends of copies counted at their start.
-_FREE = frozenset(
+FREE = frozenset(
     "parameter get-tuple-element tuple bitcast constant after-all partition-id replica-id "
     "copy-done slice-done async-done async-update send-done recv-done opt-barrier".split()
 )
+# Custom calls that name memory and do nothing.
+_NO_WORK = ("AllocateBuffer", "ConcatBitcast")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -69,7 +71,7 @@ class Op:
       name, kind: e.g. "fusion.6", "fusion".
       type: the result's type as text; `arrays(type)` lists it.
       operands: names, in the same computation.
-      rest: everything after the operands.
+      rest: everything from the operands on.
     """
 
     name: str
@@ -102,12 +104,6 @@ class Op:
             names += [n.strip().lstrip("%") for n in group.split(",")]
         return names
 
-    @property
-    def trips(self) -> int:
-        """How often a loop runs; 1 where the compiler does not know."""
-        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.rest)
-        return int(found.group(1)) if found else 1
-
 
 Computation = dict[str, Op]
 
@@ -124,10 +120,34 @@ class Program:
         computation = self.computations[name or self.entry]
         for op in computation.values():
             if op.kind in ("while", "call", "conditional"):
+                trips = self.trips(op) if op.kind == "while" else 1
                 for called in op.called:
-                    yield from self.executed(called, times * op.trips)
+                    yield from self.executed(called, times * trips)
             else:
                 yield op, computation, times
+
+    def trips(self, loop: Op) -> int:
+        """How often a loop runs: the bound that its condition compares a counter with; 1 where there is none."""
+        condition = self.computations.get(re.search(r"condition=%?([\w.\-]+)", loop.rest).group(1), {})
+        for op in condition.values():
+            if op.kind == "compare" and "direction=LT" in op.rest:
+                bound = condition.get(op.operands[1])
+                if bound and bound.kind == "constant":
+                    return int(bound.rest.strip("()").split(")")[0])
+        return 1
+
+    def loops(self) -> list[int]:
+        """Trips of every loop that runs, largest first."""
+
+        def inside(name):
+            for op in self.computations[name].values():
+                if op.kind == "while":
+                    yield self.trips(op)
+                if op.kind in ("while", "call", "conditional"):
+                    for called in op.called:
+                        yield from inside(called)
+
+        return sorted(inside(self.entry), reverse=True)
 
     def flops(self, op: Op, computation: Computation) -> int:
         """Of its matrix products and convolutions, a multiply-add as two; a kernel's from its operands."""
@@ -142,6 +162,40 @@ class Program:
 def arrays(type_: str) -> list[Array]:
     """The arrays of a type, a tuple's one after the other."""
     return [Array(d, tuple(int(n) for n in dims.split(",") if n), lay or "") for d, dims, lay in _ARRAY.findall(type_)]
+
+
+def hbm_traffic(op: Op, computation: Computation) -> int:
+    """Bytes that an operation reads from and writes to HBM: its operands and results that lie there."""
+    if op.kind in FREE or op.target in _NO_WORK:
+        return 0
+    if op.kind in ("copy-start", "slice-start"):
+        # (destination, source, context) or ((sources), destination, context): what is moved, once.
+        moved = arrays(op.type)[1 if op.type.startswith("((") else 0]
+        return moved.size
+    touched = [a for o in op.operands if o in computation for a in arrays(computation[o].type)] + arrays(op.type)
+    return sum(a.size for a in touched if not a.on_chip)
+
+
+def materialised(op: Op) -> list[Array]:
+    """The arrays in HBM that an operation makes room for."""
+    if op.kind in FREE or op.kind.endswith(("-start", "-done")) or op.target in _NO_WORK:
+        return []
+    return [a for a in arrays(op.type) if not a.on_chip]
+
+
+def collective(program: Program, op: Op, computation: Computation) -> tuple[str, int]:
+    """(kind, bytes of the larger side, result or operands) of a collective, on this device; ("", 0) for others."""
+    kind = op.kind.removesuffix("-start")
+    if kind == "async":  # wraps a computation of one
+        inside = [o for c in op.called for o in program.computations[c].values()]
+        kind = next((o.kind for o in inside if o.kind in COLLECTIVES), "")
+    if kind not in COLLECTIVES:
+        return "", 0
+    operands = sum(a.size for o in op.operands if o in computation for a in arrays(computation[o].type))
+    results = sum(a.size for a in arrays(op.type))
+    if op.kind.endswith("-start") and op.type.startswith("(("):
+        results -= operands  # a start's type lists both
+    return kind, max(operands, results)
 
 
 def _closing(text: str, start: int) -> int:
@@ -161,7 +215,7 @@ def _parse_op(text: str) -> Op:
     bracket = rest.index("(")
     end = _closing(rest, bracket)
     operands = re.findall(r"%([\w.\-]+)", rest[bracket:end])
-    return Op(name.strip().removeprefix("ROOT ").lstrip("%"), rest[:bracket], type_, operands, rest[end:])
+    return Op(name.strip().removeprefix("ROOT ").lstrip("%"), rest[:bracket], type_, operands, rest[bracket:])
 
 
 def parse(text: str) -> Program:

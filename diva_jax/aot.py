@@ -1,0 +1,279 @@
+"""Compiles the train step for a TPU slice that is not there, and says what it needs and costs.
+
+    python -m diva_jax.aot --config=configs/vitl14.py --topology=v5e:4x4 [--per-device-batch=8] [--search]
+
+It is the very step that training runs (`step.Program`), lowered from shapes: no weights are read or made. A full
+size takes minutes and a few GiB of host memory on two cores; no TPU is needed, only `pip install diva_jax[tpu]`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from diva_jax import chips, costs, errors, flops, sharding
+from diva_jax import config as configs
+from diva_jax.errors import UserError
+from diva_jax.step import Program
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, e.g. v5e:4x4, v4:2x2x4.")
+_BATCH = flags.DEFINE_integer("per-device-batch", None, "Images a chip in a micro-batch; default: the config's.")
+_SEARCH = flags.DEFINE_bool("search", False, "Find the largest per-device batch that fits (several compilations).")
+_SAVE = flags.DEFINE_string("save", None, "Write the optimised HLO text here.")
+_JSON = flags.DEFINE_string("json", None, "Write the report here as JSON ('-': print it instead of the tables).")
+
+_GIB = 2**30
+# libtpu asks the machine's metadata service and its environment which slice it is on, and loads only once a
+# machine: none of it matters to a compiler.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """A device's HBM, in bytes. Aliases are outputs that reuse an argument's memory (the donated train state)."""
+
+    arguments: int
+    outputs: int
+    aliases: int
+    temporaries: int
+    code: int
+    available: int
+
+    @property
+    def needed(self) -> int:
+        return self.arguments + self.outputs - self.aliases + self.temporaries + self.code
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.available
+
+
+class OutOfMemory(Exception):
+    """The compiler gave up: `needed` of `available` bytes, as it said."""
+
+    def __init__(self, needed: float, available: float):
+        super().__init__(f"{needed / _GIB:.2f} GiB needed, {available / _GIB:.2f} available")
+        self.needed, self.available = needed, available
+
+
+def devices(topology: str) -> tuple[chips.Chip, tuple[int, ...], list]:
+    """A slice's chip, shape, and devices to compile for.
+
+    Raises:
+      UserError: libtpu is missing or locked, or there is no such slice.
+    """
+    name, chip, shape = chips.parse_topology(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("libtpu, the TPU's compiler, is not installed: pip install 'diva_jax[tpu]' (it runs on a CPU)")
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **dict(chip.options)).devices
+    except Exception as e:  # the library's own classes differ by version
+        raise UserError(explain(str(e), topology)) from e
+    return chip, shape, list(found)
+
+
+def explain(message: str, topology: str) -> str:
+    """One sentence on why there is no topology."""
+    if "lockfile" in message or "already in use" in message:
+        return (
+            "libtpu is locked by another process (or one that died): if `lsof /tmp/libtpu_lockfile` shows no live "
+            "one, remove /tmp/libtpu_lockfile, else end that process or set ALLOW_MULTIPLE_LIBTPU_LOAD=1"
+        )
+    reason = message.strip().splitlines()[0].split("INVALID_ARGUMENT: ")[-1][:200]
+    return f"--topology={topology} is not a slice that libtpu knows ({reason}): use e.g. v5e:4x4, v6e:4x4 or v5p:2x2x2"
+
+
+def with_batch(config, chips_: int, per_device: int | None):
+    """The config with that many images a chip in each micro-batch; unchanged for None.
+
+    Raises:
+      UserError: what `config.validate` finds.
+    """
+    if per_device is not None:
+        if per_device < 1:
+            raise UserError(f"--per-device-batch={per_device} must be at least 1")
+        config = config.copy_and_resolve_references()
+        config.batch_size = chips_ * per_device * config.accum
+    configs.validate(config, chips_)
+    return config
+
+
+def compile_step(config, found: list):
+    """The last stage's step, compiled from shapes.
+
+    Returns:
+      (compiled, Program, {"trace": seconds, "compile": seconds}).
+
+    Raises:
+      OutOfMemory: it does not fit, and the compiler said so.
+    """
+    began = time.perf_counter()
+    program = Program(config, sharding.make_mesh(config.mesh, found))
+    stage = len(program.stages) - 1
+    lowered = program.step(stage).lower(
+        program.abstract_state(stage), program.abstract_frozen(), program.abstract_batch()
+    )
+    traced = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        sizes = re.findall(r"([\d.]+)([GM])\b", str(e).split("RESOURCE_EXHAUSTED")[-1])
+        if "RESOURCE_EXHAUSTED" not in str(e) or len(sizes) < 2:
+            raise
+        needed, available = (float(n) * {"G": _GIB, "M": 2**20}[unit] for n, unit in sizes[:2])
+        raise OutOfMemory(needed, available) from e
+    return compiled, program, {"trace": traced - began, "compile": time.perf_counter() - traced}
+
+
+def report(config, topology: str, save: str | None = None) -> dict:
+    """Compiles a config's step for a slice and describes it; everything is per device unless it says otherwise.
+
+    Args:
+      config: with the batch to compile for.
+      topology: e.g. "v5e:4x4".
+      save: where to write the optimised HLO text.
+
+    Returns:
+      A dict that JSON can hold; `fits` says whether `memory` (bytes) stays within the chip's. Where the compiler
+      gave up for want of memory, what it needs HBM for is all there is besides.
+    """
+    chip, shape, found = devices(topology)
+    row = {
+        "topology": topology,
+        "chips": len(found),
+        "mesh": {"data": len(found) // config.mesh.fsdp, "fsdp": config.mesh.fsdp},
+        "remat": config.remat,
+        "accum": config.accum,
+        "batch_size": config.batch_size,
+        "per_device_batch": config.batch_size // config.accum // len(found),
+    }
+    try:
+        compiled, program, seconds = compile_step(config, found)
+    except OutOfMemory as e:
+        return row | {"fits": False, "needed": e.needed, "available": e.available}
+    stats = compiled.memory_analysis()
+    memory = Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.alias_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.generated_code_size_in_bytes,
+        chip.usable,
+    )
+    text = compiled.as_text()
+    if save:
+        Path(save).write_text(text)
+    cost = costs.analyse(text, chip)
+    images = config.batch_size / len(found)
+    ms = cost["model_ms"] + cost["kernel_ms"]
+    return row | {
+        "fits": memory.fits,
+        "needed": memory.needed,
+        "available": memory.available,
+        "memory": dataclasses.asdict(memory),
+        "seconds": seconds,
+        **cost,
+        "step_ms": ms,
+        "images_per_s": 1e3 * images / ms,
+        "mfu": flops.per_image(config) * images / (ms / 1e3 * chip.flops),
+        "all_reduce_ms": 1e3 * chips.all_reduce_seconds(_reduced(cost), chip, shape),
+    }
+
+
+def _reduced(cost: dict) -> float:
+    """Bytes summed over the devices in one step; the two halves of an all-reduce count as one."""
+    gb = {kind: c["gb"] for kind, c in cost["collectives"].items()}
+    return 1e9 * (gb.get("all-reduce", 0) + (gb.get("reduce-scatter", 0) + gb.get("all-gather", 0)) / 2)
+
+
+def search(config, topology: str, limit: int = 64) -> dict:
+    """The report of the largest per-device batch that fits, found by doubling and bisection; batch 1's if none does."""
+    found = devices(topology)[2]
+    best, low, high, size = None, 0, limit + 1, 1
+    while high - low > 1:
+        row = report(with_batch(config, len(found), size), topology)
+        print(f"per-device batch {size}: {verdict(row)}", flush=True)
+        low, high, best = (size, high, row) if row["fits"] else (low, size, best)
+        size = min(2 * size, limit) if high > limit else (low + high) // 2
+    return best or row
+
+
+def verdict(row: dict) -> str:
+    """`fits, 2.31 GiB to spare (13.44 of 15.75)`."""
+    spare = (row["available"] - row["needed"]) / _GIB
+    word = f"fits, {spare:.2f} GiB to spare" if row["fits"] else f"does not fit, {-spare:.2f} GiB too much"
+    return f"{word} ({row['needed'] / _GIB:.2f} of {row['available'] / _GIB:.2f} GiB)"
+
+
+def text_of(row: dict) -> str:
+    """The report for people."""
+    n, mesh = row["chips"], row["mesh"]
+    lines = [
+        f"{row['topology']}: {n} chips, mesh data {mesh['data']} x fsdp {mesh['fsdp']}, remat {row['remat']}",
+        f"batch {row['batch_size']} = {row['per_device_batch']} a chip x {n} chips x {row['accum']} micro-batches",
+        f"HBM of a chip: {verdict(row)}",
+    ]
+    if "memory" not in row:
+        return "\n".join(lines)
+    m = row["memory"]
+    parts = "  ".join(f"{k} {m[k] / _GIB:.2f}" for k in ("arguments", "outputs", "aliases", "temporaries", "code"))
+    lines += [
+        f"  [GiB]  {parts}",
+        f"time of a step: {row['step_ms']:.0f} ms = {row['model_ms']:.0f} as the compiler models it + "
+        f"{row['kernel_ms']:.0f} for the kernels, which it does not model, at the chip's peak",
+        f"  {row['images_per_s']:.1f} images/s a chip, MFU {100 * row['mfu']:.0f}%; no collective's time is in it: "
+        f"at the links' speed {row['all_reduce_ms']:.0f} ms",
+        f"FLOPs {row['flops'] / 1e12:.1f} T + {row['kernel_flops'] / 1e12:.1f} T in kernels (from their shapes)   "
+        f"HBM traffic {row['hbm_gb']:.0f} GB   loops {' x '.join(map(str, row['loops']))}",
+        f"{'part':<18}{'ms':>9}{'HBM GB':>9}{'TFLOP':>8}{'kernels':>9}   ms by kind",
+    ]
+    for name, p in row["parts"].items():
+        kinds = "  ".join(f"{k} {v:.1f}" for k, v in p["kinds"].items() if v >= 0.05)
+        lines.append(
+            f"{name:<18}{p['model_ms']:>9.1f}{p['hbm_gb']:>9.1f}{p['flops'] / 1e12:>8.2f}"
+            f"{p['kernel_flops'] / 1e12:>9.2f}   {kinds}"
+        )
+    lines += [f"{k}: {c['count']} a step, {c['gb']:.3f} GB" for k, c in row["collectives"].items()]
+    lines += [f"kernel {name}: {n} a step" for name, n in row["kernels"].items()]
+    lines.append("largest arrays in HBM, as laid out:")
+    lines += [f"  {a['mib']:>8.1f} MiB x {a['count']:<3} {a['path']}" for a in row["largest"]]
+    lines.append(f"traced in {row['seconds']['trace']:.0f} s, compiled in {row['seconds']['compile']:.0f} s")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # this process computes nothing, and leaves a TPU to others
+    if _CONFIG.value is None:
+        raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
+    config, topology = _CONFIG.value, _TOPOLOGY.value
+    chips_ = len(devices(topology)[2])
+    if _SEARCH.value:
+        row = search(config, topology)
+    else:
+        row = report(with_batch(config, chips_, _BATCH.value), topology, _SAVE.value)
+    if _JSON.value:
+        text = json.dumps(row, indent=1)
+        print(text) if _JSON.value == "-" else Path(_JSON.value).write_text(text + "\n")
+    if _JSON.value != "-":
+        print(text_of(row), flush=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)
