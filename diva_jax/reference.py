@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from diva_jax.backbones import Spec
+from diva_jax.backbones.open_clip_config import to_open_clip
 
 
 def available(name: str) -> bool:
@@ -92,3 +93,73 @@ def transformers_pooled(folder: Path, images: np.ndarray) -> tuple[np.ndarray, l
     # Versions before 5 return the tensor itself.
     found = getattr(found, "pooler_output", found)
     return found.numpy(), [*info["missing_keys"], *info["unexpected_keys"]]
+
+
+def _perturb(model, seed: int = 0):
+    """Moves norms and biases away from ones and zeros, where a swapped pair would not show."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim < 2:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def new_open_clip(spec: Spec):
+    """open_clip's own model of `spec`, random weights: by its name where open_clip has it, else by its config."""
+    import open_clip
+
+    if spec.open_clip_name in open_clip.list_models():
+        return _perturb(open_clip.create_model(spec.open_clip_name))
+    cfg = dict(to_open_clip(spec)["model_cfg"])
+    return _perturb((open_clip.CustomTextCLIP if cfg.pop("custom_text", False) else open_clip.CLIP)(**cfg))
+
+
+def save_open_clip(model, spec: Spec, folder: Path) -> None:
+    """Writes an open_clip folder: the weights with safetensors' torch writer, the config with open_clip's."""
+    import open_clip
+    from open_clip.push_to_hf_hub import save_config_for_hf
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    config = open_clip.get_model_config(spec.open_clip_name) or to_open_clip(spec)["model_cfg"]
+    save_config_for_hf(model, folder / "open_clip_config.json", config)
+
+
+def write_open_clip(folder: Path, spec: Spec, images: np.ndarray) -> list[np.ndarray]:
+    """Writes a random model of `spec`; returns what open_clip computes with it.
+
+    Args:
+      folder: exists.
+      spec: of the model.
+      images: float32 [B, H, W, 3].
+
+    Returns:
+      [pooled [B, D], tokens [B, P, D]]: each patch token after the final norm and, for CLIP, the projection.
+    """
+    import torch
+
+    model = new_open_clip(spec)
+    save_open_clip(model, spec, folder)
+    seen, visual = [], model.visual
+    siglip = spec.arch == "siglip"
+    (visual.trunk.norm if siglip else visual.transformer).register_forward_hook(lambda *a: seen.append(a[2]))
+    with torch.no_grad():
+        pooled = model.encode_image(_pixels(images))
+        tokens = seen[0] if siglip else (visual.ln_post(seen[0]) @ visual.proj)[:, 1:]
+    return [pooled.numpy(), tokens.numpy()]
+
+
+def write_diffusers_unet(folder: Path, options: dict, sample, timesteps, context, class_labels=None) -> np.ndarray:
+    """Writes a random U-Net with `save_pretrained`; returns its output [B, H, W, C] for channels-last inputs."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    model = _perturb(UNet2DConditionModel.from_config(dict(options)))
+    model.save_pretrained(folder)
+    labels = None if class_labels is None else torch.from_numpy(class_labels)
+    with torch.no_grad():
+        out = model(_pixels(sample), torch.from_numpy(timesteps), torch.from_numpy(context), class_labels=labels).sample
+    return out.numpy().transpose(0, 2, 3, 1)

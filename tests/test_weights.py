@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from flax import nnx
+from helpers import randomise, relative_error
 from safetensors.torch import save_file
 
 from diva_jax import weights
@@ -19,7 +20,6 @@ from diva_jax.diffusion.unet import UNetConfig
 from diva_jax.diffusion.vae import VAEConfig
 from diva_jax.errors import UserError
 from diva_jax.weights import clip, diffusers, hf, names, readers, sources
-from helpers import randomise, relative_error
 
 CLIP = Spec(
     image_size=30,
@@ -169,3 +169,202 @@ def test_openai_archive(tmp_path):
     assert found.kind == "OpenAI archive" and found.spec == OPENAI
     with pytest.raises(UserError, match="activation is 'quick_gelu' there and 'gelu' in the config"):
         weights.load(str(tmp_path / "ViT-tiny.pt"), dataclasses.replace(OPENAI, activation="gelu"))
+
+
+def siglip_folder(folder, spec=SIGLIP, act="gelu", **save):
+    """A transformers SiglipModel of `spec` with random weights, saved; returns the model."""
+    from transformers import SiglipConfig, SiglipModel
+
+    cfg = hf.config_of(spec, "float32")
+    for part in ("vision_config", "text_config"):
+        cfg[part]["hidden_act"] = act
+    config = SiglipConfig(vision_config=cfg["vision_config"], text_config=cfg["text_config"])
+    model = randomise(SiglipModel(config))
+    model.save_pretrained(folder, **save)
+    return model
+
+
+def clip_folder(folder, spec=CLIP, **save):
+    from transformers import CLIPConfig, CLIPModel
+
+    cfg = hf.config_of(spec, "float32")
+    config = CLIPConfig(
+        vision_config=cfg["vision_config"], text_config=cfg["text_config"], projection_dim=cfg["projection_dim"]
+    )
+    model = randomise(CLIPModel(config))
+    model.save_pretrained(folder, **save)
+    return model
+
+
+@pytest.mark.parametrize("shards", [None, "100KB"])
+def test_transformers_clip(tmp_path, shards):
+    model = clip_folder(tmp_path, **({"max_shard_size": shards} if shards else {}))
+    assert bool(shards) == (len(list(tmp_path.glob("*.safetensors"))) > 1)
+    images, ids = np.random.default_rng(0).standard_normal((2, 30, 30, 3), np.float32), np.array([[5, 7, 98] + [0] * 8])
+    vision, text = weights.load(str(tmp_path), CLIP), weights.load(str(tmp_path), CLIP, tower="text")
+    with torch.no_grad():
+        theirs = model.get_image_features(pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+        their_text = model.get_text_features(input_ids=torch.from_numpy(ids))
+    assert relative_error(vision.encode(jnp.asarray(images)).pooled, theirs.pooler_output) < 2e-5
+    assert relative_error(text.encode(jnp.asarray(ids)), their_text.pooler_output) < 2e-5
+
+
+def test_transformers_clip_with_another_activation_is_refused(tmp_path):
+    clip_folder(tmp_path)
+    with pytest.raises(UserError, match="activation is 'quick_gelu' there and 'gelu' in the config"):
+        weights.load(str(tmp_path), dataclasses.replace(CLIP, activation="gelu"))
+
+
+def test_transformers_siglip(tmp_path):
+    model = siglip_folder(tmp_path)
+    images, ids = np.random.default_rng(0).standard_normal((2, 42, 42, 3), np.float32), np.arange(10)[None] * 7
+    vision, text = weights.load(str(tmp_path), SIGLIP), weights.load(str(tmp_path), SIGLIP, tower="text")
+    with torch.no_grad():
+        pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        theirs = model.vision_model(pixels)
+        their_text = model.get_text_features(input_ids=torch.from_numpy(ids))
+    ours = vision.encode(jnp.asarray(images))
+    assert relative_error(ours.pooled, theirs.pooler_output) < 2e-5
+    assert relative_error(ours.tokens, theirs.last_hidden_state) < 2e-5
+    assert relative_error(text.encode(jnp.asarray(ids)), their_text.pooler_output) < 2e-5
+
+
+def test_published_siglip_says_tanh_and_is_run_exactly(tmp_path):
+    siglip_folder(tmp_path, act="gelu_pytorch_tanh")
+    weights.load(str(tmp_path), SIGLIP)
+
+
+@pytest.mark.parametrize("spec", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_transformers_names_both_ways_are_exact(tmp_path, spec):
+    model = (clip_folder if spec is CLIP else siglip_folder)(tmp_path, spec)
+    source = sources.open_clip_source(str(tmp_path))
+    back = hf.from_open_clip(source.tensors, spec)
+    theirs = model.state_dict()
+    assert back.keys() == {n for n in theirs if not n.endswith("position_ids")}
+    for name, tensor in back.items():
+        np.testing.assert_array_equal(np.asarray(tensor), theirs[name].numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("size", [42, 24])
+def test_position_embeddings_at_another_resolution(model, tmp_path, size, capsys):
+    """Up and down, as open_clip's own resize_pos_embed."""
+    from open_clip.model import resize_pos_embed
+
+    tensors = state_dict(model)
+    torch.save(tensors, tmp_path / "w.pt")
+    spec = dataclasses.replace(CLIP, image_size=size)
+    ours = weights.load(str(tmp_path / "w.pt"), spec)
+    resize_pos_embed(tensors, clip_model(spec))
+    theirs = tensors["visual.positional_embedding"]
+    assert relative_error(ours.pos_embed[...], theirs) < 2e-6
+    np.testing.assert_array_equal(ours.pos_embed[...][0], theirs[0].numpy())
+    assert f"interpolated from 5 x 5 to {size // 6} x {size // 6}" in capsys.readouterr().out
+
+
+def test_position_embeddings_are_left_alone_at_the_same_resolution(model, tmp_path, capsys):
+    torch.save(state_dict(model), tmp_path / "w.pt")
+    weights.load(str(tmp_path / "w.pt"), CLIP)
+    assert "interpolated" not in capsys.readouterr().out
+
+
+UNET = dict(
+    sample_size=8,
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    attention_head_dim=(2, 4),
+    cross_attention_dim=24,
+    norm_num_groups=8,
+    use_linear_projection=True,
+)
+VARIANTS = {
+    "plain": {},
+    "fp16": dict(variant="fp16"),
+    "sharded": dict(max_shard_size="200KB"),
+    "fp16 sharded": dict(variant="fp16", max_shard_size="100KB"),
+    "bin": dict(safe_serialization=False),
+    "bin sharded": dict(safe_serialization=False, max_shard_size="200KB"),
+}
+
+
+@pytest.mark.parametrize("kind", list(VARIANTS))
+def test_diffusers_unet(tmp_path, kind):
+    from diffusers import UNet2DConditionModel
+
+    model = randomise(UNet2DConditionModel(**UNET))
+    model = model.half() if "fp16" in kind else model
+    model.save_pretrained(tmp_path / "unet", **VARIANTS[kind])
+    files = [f for f in (tmp_path / "unet").iterdir() if f.suffix in (".safetensors", ".bin")]
+    assert ("sharded" in kind) == (len(files) > 1)
+    for folder in (tmp_path, tmp_path / "unet") if kind == "plain" else (tmp_path,):
+        same(weights.load(str(folder), UNetConfig.from_dict(UNET)), diffusers.UNET, model.state_dict())
+
+
+def test_full_precision_is_preferred_to_a_variant(tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    model = randomise(UNet2DConditionModel(**UNET))
+    model.save_pretrained(tmp_path)
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+    model.half().save_pretrained(tmp_path, variant="fp16")
+    same(weights.load(str(tmp_path), UNetConfig.from_dict(UNET)), diffusers.UNET, expected)
+
+
+def test_diffusers_vae_and_text_encoder(tmp_path):
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    vae = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    model = randomise(AutoencoderKL(**vae, **blocks))
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def old_name(name):
+        for new, was in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
+        return name
+
+    (tmp_path / "old").mkdir()
+    save_file(
+        {old_name(k): v for k, v in model.state_dict().items()}, tmp_path / "old/diffusion_pytorch_model.safetensors"
+    )
+    model.save_pretrained(tmp_path / "vae")
+    (tmp_path / "old/config.json").write_text((tmp_path / "vae/config.json").read_text())
+    for folder in (tmp_path, tmp_path / "old"):
+        same(weights.load(str(folder), VAEConfig.from_dict(vae | blocks)), diffusers.VAE, model.state_dict())
+
+    cfg = dict(vocab_size=60, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    text = randomise(CLIPTextModel(CLIPTextConfig(**cfg, max_position_embeddings=9, hidden_act="gelu")))
+    text.save_pretrained(tmp_path / "text_encoder")
+    spec = TextEncoderConfig(60, 9, 24, 2, 2, 48)
+    expected = {k.removeprefix("text_model."): v for k, v in text.state_dict().items()}
+    same(weights.load(str(tmp_path), spec), diffusers.TEXT_ENCODER, expected)
+    with pytest.raises(UserError, match="layers is 2 there and 3 in the config"):
+        weights.load(str(tmp_path), dataclasses.replace(spec, layers=3))
+
+
+def test_wrong_architectures_say_what_was_found(model, tmp_path):
+    torch.save(state_dict(model), tmp_path / "w.pt")
+    with pytest.raises(UserError, match="width is 48 there and 1024 in the config; layers is 2 there and 24"):
+        weights.load(str(tmp_path / "w.pt"), Spec())
+    with pytest.raises(UserError, match="arch is 'vit' there and 'siglip' in the config"):
+        weights.load(str(tmp_path / "w.pt"), SIGLIP)
+    torch.save({"conv.weight": torch.ones(3)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="no vision tower that is known"):
+        weights.load(str(tmp_path / "x.pt"), CLIP)
+
+
+def test_fingerprint_is_of_contents_and_order(tmp_path):
+    for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (readers.fingerprint([tmp_path / n]) for n in "abc")
+    assert a == c != b and len(a) == 64
+    assert readers.fingerprint([tmp_path / "a", tmp_path / "b"]) != readers.fingerprint(
+        [tmp_path / "b", tmp_path / "a"]
+    )
+
+
+def test_described_configs_are_those_of_open_clip(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": open_clip.get_model_config("ViT-B-32")}))
+    assert from_open_clip(json.loads((tmp_path / "open_clip_config.json").read_text())).patch_size == 32

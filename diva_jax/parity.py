@@ -1,0 +1,109 @@
+"""Full-size parity with the original libraries, on the CPU in float32, and what bfloat16 costs.
+
+    python -m diva_jax.parity --config=configs/vitl14.py
+
+open_clip and diffusers make the models with random weights, write them with their own save functions and compute a
+reference; our readers load those files and our models compute the same. Exit code 1 where a relative L2 error passes
+1e-4. Needs torch, open_clip and diffusers (the `test` extra), about 12 GiB of memory and 8 GB in --tmp; minutes.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+
+from diva_jax import errors, reference, weights
+from diva_jax.config import spec_of
+from diva_jax.diffusion.unet import UNetConfig
+from diva_jax.errors import RunError, UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone and U-Net are compared.")
+_UNET = flags.DEFINE_bool("unet", True, "Compare the U-Net too; it is the same for most configs.")
+_TMP = flags.DEFINE_string("tmp", None, "Where the files of weights go meanwhile; default the system's.")
+
+BOUND = 1e-4
+
+
+def error(ours, theirs) -> float:
+    """Relative L2 error, in float64."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def _run(function, model, *args) -> list[np.ndarray]:
+    with jax.default_matmul_precision("highest"):
+        return [np.asarray(y, np.float32) for y in nnx.jit(function)(model, *args)]
+
+
+def features(spec, folder: Path) -> Iterator[tuple[str, float]]:
+    """Rows (what, relative error): pooled and tokens against open_clip, then bfloat16 against float32."""
+    images = np.concatenate([reference.image(spec), reference.image(spec)[:, ::-1, ::-1] ** 2])
+    theirs = reference.write_open_clip(folder, spec, images)
+
+    def ours(dtype):
+        tower = weights.load(str(folder), spec, dtype=dtype)
+        return _run(lambda m, x: (m.encode(x).pooled, m.encode(x).tokens), tower, images)
+
+    full = ours(jnp.float32)
+    for name, a, b in zip(("pooled", "tokens"), full, theirs, strict=True):
+        yield f"{name}, float32, against open_clip", error(a, b)
+    for name, a, b in zip(("pooled", "tokens"), ours(jnp.bfloat16), full, strict=True):
+        yield f"{name}, bfloat16 against float32", error(a, b)
+
+
+def unet(options: dict, folder: Path) -> Iterator[tuple[str, float]]:
+    """Rows (what, relative error) of the U-Net's output on one image's latents."""
+    config = UNetConfig.from_dict(options)
+    rng = np.random.default_rng(0)
+    side = config.sample_size if isinstance(config.sample_size, int) else 64
+    inputs = [
+        rng.standard_normal((1, side, side, config.in_channels), np.float32),
+        np.asarray([421]),
+        rng.standard_normal((1, 77, config.cross_attention_dim), np.float32),
+    ]
+    if config.class_embed_dim is not None:
+        inputs.append(rng.standard_normal((1, config.class_embed_dim), np.float32))
+    theirs = reference.write_diffusers_unet(folder, options, *inputs)
+
+    def ours(dtype):
+        model = weights.load(str(folder), config, dtype=dtype, param_dtype=dtype)
+        return _run(lambda m, *x: (m(*x),), model, *inputs)[0]
+
+    full = ours(jnp.float32)
+    yield "U-Net output, float32, against diffusers", error(full, theirs)
+    yield "U-Net output, bfloat16 against float32", error(ours(jnp.bfloat16), full)
+
+
+def main() -> None:
+    if _CONFIG.value is None:
+        raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
+    jax.config.update("jax_platforms", "cpu")
+    for library in ("open_clip", "diffusers"):
+        if not reference.available(library):
+            raise UserError(f"{library} cannot be imported: pip install 'diva_jax[test]'")
+    spec, wrong = spec_of(_CONFIG.value), []
+
+    def show(rows):
+        for what, value in rows:
+            print(f"{what:<45}{value:.1e}", flush=True)
+            if " against float32" not in what and not value <= BOUND:
+                wrong.append(what)
+
+    print(f"{spec.open_clip_name}, {spec.image_size} px", flush=True)
+    with tempfile.TemporaryDirectory(dir=_TMP.value) as tmp:
+        show(features(spec, Path(tmp)))
+    if _UNET.value:
+        with tempfile.TemporaryDirectory(dir=_TMP.value) as tmp:
+            show(unet(_CONFIG.value.diffusion.unet.to_dict(), Path(tmp)))
+    if wrong:
+        raise RunError(f"relative error above {BOUND:.0e}: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
