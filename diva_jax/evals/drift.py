@@ -31,8 +31,8 @@ def overlap(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def effective_rank(x: np.ndarray) -> float:
-    """Of embeddings [N, D], their mean taken out: from 1 to min(N - 1, D)."""
-    values = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
+    """Of embeddings [N, D]: from 1, where all point the same way, to min(N, D)."""
+    values = np.linalg.svd(x, compute_uv=False)
     p = values / values.sum()
     p = p[p > 0]
     return float(np.exp(-(p * np.log(p)).sum()))
