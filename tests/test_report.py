@@ -124,7 +124,7 @@ def test_flipped_pairs_have_their_pictures(full):
     assert page.text.count("Right only after") == page.text.count("pairs that flipped") == 2
     assert samples.HOSTILE in page.text  # shown as it is, and no script: `the_page_stands_alone`
     # Text 2 belongs to image 2: what image 1 does not get.
-    assert "0.45 ✗ → 0.55 ✓" in page.text
+    assert "0.61 ✓ → 0.71 ✓" in page.text and "0.45 ✗ → 0.65 ✓" in page.text
 
 
 def test_more_flips_than_a_page_should_hold(tmp_path):
