@@ -202,7 +202,7 @@ def test_curves():
 
 def test_bars_are_as_long_as_their_values():
     data = [charts.Row("a", [("x", 0, 25.0, None, ""), ("y", 1, 50.0, (40.0, 60.0), "")])]
-    canvas = charts.rows(918, "Bars", data, "%")
+    canvas = charts.rows(918, "Bars", data, "%", 60.0)
     bars = re.findall(r'<polygon points="([^"]*)" fill="var\(--s([01])\)">', canvas.svg())
     length = {}
     for corners, index in bars:
@@ -235,6 +235,8 @@ def test_wording():
     ]  # fmt: skip
     assert wording.number(25.926, "%") == "25.9" and wording.number(0.2, "") == "0.200"
     assert wording.number(None, "%") == "–" and wording.number(float("nan"), "") == "–"
+    doubtful = {"difference": 5, "interval": [1, 9], "mcnemar": {"won": 5, "lost": 0, "p": 0.0625}}
+    assert wording.verdict(doubtful) == "Higher, beyond its interval, but the exact test does not exclude chance."
     assert wording.signed(-0.31, "%") == "−0.3" and wording.signed(6.667, "%") == "+6.7"
     assert [wording.beyond(e) for e in ([-1, 1], [0.0, 2.0], [0.1, 2], [-2, -1], None)] == [
         False, False, True, True, None,

@@ -120,14 +120,14 @@ def _wrapped(text: str, width: float, size: float) -> list[str]:
     return lines
 
 
-def rows(width: float, title: str, data: Sequence[Row], unit: str, high: float | None = None) -> Canvas:
+def rows(width: float, title: str, data: Sequence[Row], unit: str, high: float) -> Canvas:
     """Rows of horizontal bars from zero, one bar a series, with a whisker where an interval is known.
 
     Labels stand left of the bars, or above them where the chart is narrow.
 
     Args:
       unit: behind the ticks.
-      high: the axis ends here; None: at the largest value.
+      high: the axis goes to here at least.
     """
     narrow = width < 480
     names = list(dict.fromkeys((v[0], v[1]) for row in data for v in row.values))
@@ -138,7 +138,7 @@ def rows(width: float, title: str, data: Sequence[Row], unit: str, high: float |
     reach = [e for r in data for v in r.values for e in (v[2], *(v[3] or ()))]
     canvas = Canvas(width, top + sum(heights) + 24, title)
     head(canvas)
-    scale = _Scale(min(0.0, *reach), high or max(reach), left, width - 28, count=4 if narrow else 8)
+    scale = _Scale(min(0.0, *reach), max(high, *reach), left, width - 28, count=4 if narrow else 8)
     bottom = canvas.height - 22
     for tick in scale.ticks:
         canvas.path([(scale(tick), top), (scale(tick), bottom)], "grid" if tick else "axis")

@@ -136,9 +136,9 @@ def _zero_lines(task: dict) -> list[str]:
 
 
 def _patterns(name: str, task: dict, order: list[str]) -> list[Chart]:
-    """Bars by pattern, a chart for each metric."""
+    """Bars by pattern, a chart for each metric, all on the same axis."""
     have = [w for w in order if task["weights"].get(w, {}).get("patterns")]
-    charts = []
+    found = []
     for metric, info in task["metrics"].items():
         groups = {}
         for w in have:
@@ -147,8 +147,9 @@ def _patterns(name: str, task: dict, order: list[str]) -> list[Chart]:
                     groups.setdefault(p["name"], []).append(_value(w, order.index(w), s, info["unit"], p["name"]))
         if groups:
             data = [Row(g, v) for g, v in groups.items()]
-            charts.append(_row_chart(f"{name}-patterns-{metric}", f"By pattern, {info['title']}", data, info["unit"]))
-    return paired(charts)
+            found.append((f"{name}-patterns-{metric}", f"By pattern, {info['title']}", data, info["unit"]))
+    high = _end([row for _, _, data, _ in found for row in data])
+    return paired([_row_chart(*chart, high) for chart in found])
 
 
 def _bars(name: str, task: dict, order: list[str]) -> list[Chart]:
@@ -162,7 +163,7 @@ def _bars(name: str, task: dict, order: list[str]) -> list[Chart]:
         ]
         if values:
             data.append(Row(info["title"], values))
-    return [_row_chart(f"{name}-scores", "Scores", data, "%")] if len(data) > 1 else []
+    return [_row_chart(f"{name}-scores", "Scores", data, "%", _end(data))] if len(data) > 1 else []
 
 
 def _value(label: str, index: int, s: dict, unit: str, what: str):
@@ -171,8 +172,13 @@ def _value(label: str, index: int, s: dict, unit: str, what: str):
     return label, index, s["score"], ends, tip + (f" ({wording.interval(ends, unit)})" if ends else "")
 
 
-def _row_chart(name: str, title: str, data: list[Row], unit: str) -> Chart:
-    high = 100.0 if unit == "%" and max(v[2] for r in data for v in r.values) > 60 else None
+def _end(data: list[Row]) -> float:
+    """Where an axis of percentages ends: at what is drawn, or at 100 where that is near."""
+    reach = max((e for r in data for v in r.values for e in (v[2], *(v[3] or ()))), default=0.0)
+    return 100.0 if reach > 60 else max(reach, 1.0)
+
+
+def _row_chart(name: str, title: str, data: list[Row], unit: str, high: float) -> Chart:
     whiskers = any(v[3] for r in data for v in r.values)
     note = "Whiskers: 95% intervals." if whiskers else ""
     return Chart(name, partial(rows, title=title, data=data, unit=unit, high=high), note=note)

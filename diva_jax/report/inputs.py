@@ -65,7 +65,7 @@ def read(folder: str | Path) -> Inputs:
     folders = {folder.resolve(): 1}
     for i, w in enumerate((results or {}).get("weights", [])):
         if w.get("step") is not None and w.get("source"):
-            folders.setdefault(Path(w["source"]).resolve(), i)
+            folders.setdefault(Path(w["source"]).expanduser().resolve(), i)
     runs = [r for r in (_run(path, index) for path, index in folders.items()) if r.rows]
     if results is None and not runs:
         raise UserError(

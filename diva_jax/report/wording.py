@@ -77,11 +77,14 @@ def change(before: dict[str, Any], after: dict[str, Any], difference: dict[str, 
 
 def verdict(difference: dict[str, Any]) -> str:
     """What a paired difference with its interval lets one say, in one sentence."""
+    test, doubt = difference.get("mcnemar"), ""
+    if test and test["p"] >= 0.05:
+        doubt = ", but the exact test does not exclude chance"
     return {
         "": "There is no interval for this difference, so nothing can be said about chance.",
         "zero": "Zero is within the interval: these data show no difference.",
-        "up": "Higher, beyond its interval.",
-        "down": "Lower, beyond its interval.",
+        "up": f"Higher, beyond its interval{doubt}.",
+        "down": f"Lower, beyond its interval{doubt}.",
     }[direction(difference)]
 
 
