@@ -175,7 +175,7 @@ def _value(label: str, index: int, s: dict, unit: str, what: str):
 def _end(data: list[Row]) -> float:
     """Where an axis of percentages ends: at what is drawn, or at 100 where that is near."""
     reach = max((e for r in data for v in r.values for e in (v[2], *(v[3] or ()))), default=0.0)
-    return 100.0 if reach > 60 else max(reach, 1.0)
+    return 100.0 if reach > 80 else max(reach, 1.0)
 
 
 def _row_chart(name: str, title: str, data: list[Row], unit: str, high: float) -> Chart:
