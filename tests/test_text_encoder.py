@@ -87,7 +87,7 @@ def test_names_of_all_versions(tmp_path):
     theirs, ours = pair("gelu")
     theirs.save_pretrained(tmp_path)
     now = load_file(tmp_path / "model.safetensors")
-    # Versions before 5 had a prefix, and before 4.31 saved the positions.
+    # Older versions had a prefix, and still older ones saved the positions.
     old = {f"text_model.{name}": array for name, array in now.items()}
     old["text_model.embeddings.position_ids"] = np.arange(19)[None]
     for weights in (now, old):

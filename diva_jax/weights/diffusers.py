@@ -11,7 +11,7 @@ UNET = Table(
 VAE = Table(
     "encoder of the diffusers VAE",
     ignore=(r"decoder\..*", r"post_quant_conv\..*"),
-    # Checkpoints written before diffusers 0.15.
+    # Older checkpoints, from before diffusers had one attention class.
     aliases=(
         (r"(mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
         (r"(mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
@@ -30,6 +30,6 @@ TEXT_ENCODER = Table(
     ),
     # A constant that older versions saved, and the projection of CLIPTextModelWithProjection.
     ignore=(r"embeddings\.position_ids", r"text_projection\.weight"),
-    # Versions before 5 put everything under this prefix.
+    # Older versions of transformers put everything under this prefix.
     aliases=((r"^text_model\.", ""),),
 )
