@@ -63,6 +63,12 @@ class Checkpoints:
         found = self._manager.restore(step, args=items)
         return found["state"], found["data"], found["meta"]
 
+    def trained(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Name -> shape and dtype of the trained parameters in a checkpoint, to be put on the first device."""
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        tree = ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state").item_metadata.tree
+        return {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in tree["params"].items()}
+
     def restore_params(self, step: int, arrays: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict, dict]:
         """(the trained parameters alone, meta): what an export needs, whatever the optimizer was."""
         restore = ocp.args.PyTreeRestore(

@@ -125,6 +125,7 @@ def save_open_clip(model, spec: Spec, folder: Path) -> None:
 
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     config = open_clip.get_model_config(spec.open_clip_name) or to_open_clip(spec)["model_cfg"]
+    open_clip.model.set_model_preprocess_cfg(model, to_open_clip(spec)["preprocess_cfg"])
     save_config_for_hf(model, folder / "open_clip_config.json", config)
 
 

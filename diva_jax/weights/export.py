@@ -34,7 +34,7 @@ def _cast(t, dtype: np.dtype) -> Tensor:
         array = np.asarray(t)
         if dtype == np.float16 and array.dtype != np.float16 and np.abs(array).max(initial=0) > 65504:
             raise UserError("a weight does not fit float16: use --dtype=bfloat16 or float32")
-        return array.astype(dtype)
+        return array.astype(dtype, copy=False)
 
     return Tensor(tuple(t.shape), dtype, read)
 
@@ -136,7 +136,14 @@ def _run_original(folder: Path, fmt: str, spec: Spec) -> str:
 
 
 def export(
-    source: ClipSource, spec: Spec, out: str | Path, fmt: str, *, dtype: str = "float32", card: str = ""
+    source: ClipSource,
+    spec: Spec,
+    out: str | Path,
+    fmt: str,
+    *,
+    dtype: str = "float32",
+    card: str = "",
+    run: bool = True,
 ) -> None:
     """Writes `source` in one of `FORMATS` to the folder `out`, which appears when it is whole and verified.
 
@@ -147,6 +154,7 @@ def export(
       fmt: of `FORMATS`.
       dtype: of `DTYPES`.
       card: the content of README.md.
+      run: run one image through the library that the export is for, where it is installed.
 
     Raises:
       UserError: bad input, see `whole_model`; `out` is taken; the format cannot hold this model.
@@ -169,7 +177,8 @@ def export(
         back = _read_back(folder, fmt)
         _compare(tensors, back.tensors, str(out))
         say(f"{len(tensors)} tensors read back, bit for bit as in {source.where}" + _cast_note(source, dtype))
-        say(_run_original(folder, fmt, spec))
+        if run:
+            say(_run_original(folder, fmt, spec))
     say(f"done: {out} ({fmt}, {dtype})")
 
 

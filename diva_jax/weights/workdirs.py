@@ -3,15 +3,14 @@
 import json
 from pathlib import Path
 
-import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from diva_jax import backbones, checkpoint, objectives
+from diva_jax import backbones, checkpoint, objectives, partition
+from diva_jax.backbones import Spec
 from diva_jax.config import spec_of
 from diva_jax.errors import UserError, listing
-from diva_jax.sharding import make_mesh
-from diva_jax.step import Program
 from diva_jax.weights import clip, loading, names, readers, sources
 from diva_jax.weights.readers import Tensors
 
@@ -40,15 +39,21 @@ def choose_step(workdir: str | Path, step: int | None) -> int:
     return step
 
 
-def _trained(config: ConfigDict, workdir: str | Path, step: int) -> tuple[dict, dict, Program]:
-    mesh = make_mesh(ConfigDict(dict(data=-1, fsdp=1)), jax.devices()[:1])
-    program = Program(config, mesh)
-    checkpoints = checkpoint.Checkpoints(Path(workdir), config.checkpoint.keep)
+def _trained(workdir: str | Path, step: int) -> tuple[dict, dict]:
+    checkpoints = checkpoint.Checkpoints(Path(workdir))
     try:
-        params, meta = checkpoints.restore_params(step, {n: program.arrays[n] for n in program.trained})
+        return checkpoints.restore_params(step, checkpoints.trained(step))
     finally:
         checkpoints.close()
-    return params, meta, program
+
+
+def _over(base: sources.ClipSource, spec: Spec, params: dict) -> dict[str, np.ndarray]:
+    """The vision tower in open_clip's names: `params` where they were trained, the rest from `base`."""
+    state = nnx.state(nnx.eval_shape(lambda: backbones.build(spec, rngs=nnx.Rngs(0))))
+    if any(partition.name_of(path) not in params for path in names.flat(state)):
+        state = loading.fill_vision(base, spec, state, loading.host_put)
+    filled = {p: v.replace(params.get(partition.name_of(p), v.get_value())) for p, v in names.flat(state).items()}
+    return names.to_torch(nnx.from_flat_state(filled), clip.vision_table(spec))
 
 
 def checkpoint_source(workdir: str | Path, step: int | None = None) -> tuple[sources.ClipSource, dict]:
@@ -66,7 +71,7 @@ def checkpoint_source(workdir: str | Path, step: int | None = None) -> tuple[sou
     """
     config = config_of(workdir)
     step = choose_step(workdir, step)
-    params, meta, program = _trained(config, workdir, step)
+    params, meta = _trained(workdir, step)
     kinds = objectives.find(config.objective).PRETRAINED
     attribute = next((a for a, kind in kinds.items() if kind == "vision"), None)
     if attribute is None:
@@ -79,17 +84,8 @@ def checkpoint_source(workdir: str | Path, step: int | None = None) -> tuple[sou
             f"{base.where} is not the checkpoint that the run began with (sha256 {found[:12]}, "
             f"{began['sha256'][:12]} expected): put {listing(began['source'])} back"
         )
-    state = nnx.state(nnx.eval_shape(lambda: backbones.build(spec, rngs=nnx.Rngs(0))))
-    if any(f"{attribute}/" + "/".join(map(str, path)) not in params for path, _ in nnx.to_flat_state(state)):
-        state = loading.fill_vision(base, spec, state, loading.host_put)
-    filled = nnx.from_flat_state(
-        {
-            path: var.replace(params.get(f"{attribute}/" + "/".join(map(str, path)), var.get_value()))
-            for path, var in nnx.to_flat_state(state)
-        }
-    )
-    tuned = names.to_torch(filled, clip.vision_table(spec))
-    tensors = Tensors({n: tuned.get(n, t) for n, t in base.tensors.items()} | tuned, base.files)
+    tuned = _over(base, spec, {n.removeprefix(f"{attribute}/"): a for n, a in params.items()})
+    tensors = Tensors({**base.tensors, **tuned}, base.files)
     where = f"{workdir}, step {step}"
     provenance = dict(
         workdir=str(workdir), step=step, config=json.loads(config.to_json()), sources=meta["sources"], base=base.where

@@ -1,0 +1,69 @@
+"""Full-size round trip: open_clip's file -> our modules -> exports -> read again, bit for bit in float32.
+
+    python bench/roundtrip.py --config=configs/vitl14.py
+
+open_clip makes and writes the model with random weights. Both towers go through our modules (transposed to our layout
+and back), are exported as an open_clip folder and as a transformers folder, and every tensor that is read from either
+is compared with the original file. Exit code 1 where a bit differs. About three times the model's size in memory.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+
+from diva_jax import errors, reference, weights
+from diva_jax.config import spec_of
+from diva_jax.errors import RunError, UserError, listing
+from diva_jax.weights import clip, export, names, readers, sources
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone makes the trip.")
+_TMP = flags.DEFINE_string("tmp", None, "Where the files go meanwhile; default the system's.")
+_RUN = flags.DEFINE_bool("run", True, "Also run the exports through open_clip and transformers: more memory.")
+
+
+def through_our_modules(folder: Path, spec) -> sources.ClipSource:
+    """The source in `folder`, each tower's tensors taken from our module that was loaded from it."""
+    source = sources.open_clip_source(str(folder))
+    scales = {n: np.asarray(t) for n, t in source.tensors.items() if n.startswith("logit_")}
+    found = {}
+    for tower, table in (("vision", clip.vision_table(spec)), ("text", clip.text_table(spec))):
+        found |= names.to_torch(nnx.state(weights.load(str(folder), spec, tower=tower)), table)
+    return sources.ClipSource(str(folder), source.kind, readers.Tensors(found | scales, source.files), source.spec)
+
+
+def main() -> None:
+    if _CONFIG.value is None:
+        raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
+    jax.config.update("jax_platforms", "cpu")
+    for library in ("open_clip", "transformers"):
+        if not reference.available(library):
+            raise UserError(f"{library} cannot be imported: pip install 'diva_jax[test]'")
+    spec = spec_of(_CONFIG.value)
+    with tempfile.TemporaryDirectory(dir=_TMP.value) as tmp:
+        original = Path(tmp) / "original"
+        original.mkdir()
+        reference.save_open_clip(reference.new_open_clip(spec), spec, original)
+        began = time.perf_counter()
+        ours = through_our_modules(original, spec)
+        file = readers.open_file(original / "open_clip_model.safetensors")
+        print(f"{spec.open_clip_name}, {spec.image_size} px: {len(file)} tensors", flush=True)
+        for fmt in ("open_clip", "hf"):
+            out = Path(tmp) / fmt
+            export.export(ours, spec, out, fmt, run=_RUN.value)
+            back = sources.open_clip_source(str(out)).tensors
+            wrong = [n for n in file if n not in back or not np.array_equal(np.asarray(file[n]), np.asarray(back[n]))]
+            wrong += [n for n in back if n not in file]
+            if wrong:
+                raise RunError(f"{fmt}: {listing(wrong, 5)} differ from the original")
+            print(f"{fmt}: all {len(back)} tensors bit for bit those of the original file", flush=True)
+        print(f"{time.perf_counter() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)
