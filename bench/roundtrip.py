@@ -37,6 +37,17 @@ def through_our_modules(folder: Path, spec) -> sources.ClipSource:
     return sources.ClipSource(str(folder), source.kind, readers.Tensors(found | scales, source.files), source.spec)
 
 
+def compare(original: Path, out: Path) -> int:
+    """How many tensors an export has in common with the file that open_clip wrote: all, or it raises a RunError."""
+    file = readers.open_file(original / "open_clip_model.safetensors")
+    back = sources.open_clip_source(str(out)).tensors
+    wrong = [n for n in file if n not in back or not np.array_equal(np.asarray(file[n]), np.asarray(back[n]))]
+    wrong += [n for n in back if n not in file]
+    if wrong:
+        raise RunError(f"{out}: {listing(wrong, 5)} differ from the original")
+    return len(back)
+
+
 def main() -> None:
     if _CONFIG.value is None:
         raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
@@ -51,17 +62,12 @@ def main() -> None:
         reference.save_open_clip(reference.new_open_clip(spec), spec, original)
         began = time.perf_counter()
         ours = through_our_modules(original, spec)
-        file = readers.open_file(original / "open_clip_model.safetensors")
-        print(f"{spec.open_clip_name}, {spec.image_size} px: {len(file)} tensors", flush=True)
+        print(f"{spec.open_clip_name}, {spec.image_size} px", flush=True)
         for fmt in ("open_clip", "hf"):
             out = Path(tmp) / fmt
             export.export(ours, spec, out, fmt, run=_RUN.value)
-            back = sources.open_clip_source(str(out)).tensors
-            wrong = [n for n in file if n not in back or not np.array_equal(np.asarray(file[n]), np.asarray(back[n]))]
-            wrong += [n for n in back if n not in file]
-            if wrong:
-                raise RunError(f"{fmt}: {listing(wrong, 5)} differ from the original")
-            print(f"{fmt}: all {len(back)} tensors bit for bit those of the original file", flush=True)
+            count = compare(original, out)
+            print(f"{fmt}: all {count} tensors bit for bit those of the original file", flush=True)
         print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
 

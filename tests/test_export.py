@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,12 +18,14 @@ from test_weights import CLIP, SIGLIP, clip_folder, siglip_folder
 from diva_jax import checkpoint, demo, reference, weights
 from diva_jax import config as configs
 from diva_jax.backbones import TABLE, TINY
-from diva_jax.backbones.open_clip_config import to_open_clip
+from diva_jax.backbones.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.errors import RunError, UserError
 from diva_jax.sharding import make_mesh
 from diva_jax.step import Program
 from diva_jax.weights import export, hf, readers, sources, workdirs, writers
 from diva_jax.weights.readers import Tensor, Tensors
+
+ROOT = Path(__file__).parent.parent
 
 
 def equal(ours, theirs):
@@ -271,7 +274,6 @@ def test_transformers_cannot_hold_every_text_tower():
 @pytest.mark.parametrize("tag", list(TABLE))
 def test_every_backbone_has_both_configs(tag):
     """What the exports of all eight say of themselves is what was exported."""
-    from diva_jax.backbones.open_clip_config import from_open_clip
 
     def comparable(spec):
         return dataclasses.replace(
@@ -281,3 +283,17 @@ def test_every_backbone_has_both_configs(tag):
     spec = TABLE[tag]
     assert comparable(from_open_clip(to_open_clip(spec))) == comparable(spec)
     assert comparable(hf.spec_of(hf.config_of(spec, "float32"), hf.preprocessor_of(spec), tag)) == comparable(spec)
+
+
+def test_round_trip_of_vit_b_32_at_full_size(tmp_path):
+    """open_clip's own file, through our modules, to both layouts, every bit."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    from roundtrip import compare, through_our_modules
+
+    spec = dataclasses.replace(from_open_clip(open_clip.get_model_config("ViT-B-32")), open_clip_name="ViT-B-32")
+    (tmp_path / "in").mkdir()
+    reference.save_open_clip(reference.new_open_clip(spec), spec, tmp_path / "in")
+    ours = through_our_modules(tmp_path / "in", spec)
+    for fmt in ("open_clip", "hf"):
+        export.export(ours, spec, tmp_path / fmt, fmt, run=fmt == "hf")
+        compare(tmp_path / "in", tmp_path / fmt)
