@@ -14,28 +14,30 @@ Array = jax.Array
 # Queries from which the kernel is used, self-attention and attention to another sequence apart: below, the
 # scores fit into the TPU's fast memory and XLA's fused softmax does not wait for HBM.
 KERNEL_FROM = {"self": 512, "cross": 4096}
-# Keys and queries of one tile; the scores of a tile, in float32, must fit into VMEM beside its inputs.
-MAX_BLOCK = 1024
+# Keys and queries of one tile, for heads up to a width: its scores and sums, in float32, must fit into VMEM.
+MAX_BLOCK = {128: 1024, 512: 512}
 LANES = 128  # Every tile is a multiple of a vector register's lanes.
 
 
-def use_kernel(queries: int, keys: int, batch: int, mesh) -> bool:
+def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
     """Whether attention of these sizes, traced for `mesh`, runs in the kernel.
 
     Args:
       queries, keys: sequence lengths.
+      width: of a head.
       batch: images, over all devices of the mesh.
       mesh: an abstract mesh, empty where none was set.
     """
     device = None if mesh.empty else mesh.abstract_device
-    if device is None or device.platform != "tpu" or batch % mesh.size:
+    if device is None or device.platform != "tpu" or batch % mesh.size or width > max(MAX_BLOCK):
         return False
     return queries >= KERNEL_FROM["self" if queries == keys else "cross"]
 
 
-def block(n: int) -> int:
+def block(n: int, width: int) -> int:
     """The tile for a sequence of n, a multiple of LANES: its largest divisor that is one too, up to MAX_BLOCK."""
-    return max(b for b in range(LANES, MAX_BLOCK + 1, LANES) if n % b == 0)
+    most = next(most for limit, most in MAX_BLOCK.items() if width <= limit)
+    return max(b for b in range(LANES, most + 1, LANES) if n % b == 0)
 
 
 def _padded(x: Array) -> Array:
@@ -49,7 +51,7 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
 
     Args:
       q: [B, N, H, D]. k, v: [B, M, H, D]. On this device; any lengths (padded to LANES, and the padding
-        masked), any D.
+        masked), D up to the widest in MAX_BLOCK.
       interpret: run the kernel's program on a CPU, for tests.
 
     Returns:
@@ -58,7 +60,7 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     n, m = q.shape[1], k.shape[1]
     q, k, v = _padded(q * q.shape[-1] ** -0.5), _padded(k), _padded(v)
     (h, pn), pm = q.shape[1:3], k.shape[2]
-    bq, bk = block(pn), block(pm)
+    bq, bk = block(pn, q.shape[-1]), block(pm, q.shape[-1])
     # Sequence-minor: with heads of 64, the other layout would fill half of every lane with padding in HBM.
     layout = splash.QKVLayout.SEQ_MINOR
     kernel = splash.make_splash_mha_single_device(
@@ -102,7 +104,7 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array
     mesh = jax.sharding.get_abstract_mesh()
     if q.dtype == jnp.float64:
         out = _float64(q, k, v, causal, mask)
-    elif not causal and mask is None and use_kernel(q.shape[1], k.shape[1], q.shape[0], mesh):
+    elif not causal and mask is None and use_kernel(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh):
         batch = P(mesh.axis_names)
         # XLA cannot split a kernel over devices: each one runs it on its own images.
         out = jax.shard_map(flash, in_specs=(batch,) * 3, out_specs=batch, check_vma=False)(q, k, v)

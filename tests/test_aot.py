@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from diva_jax import aot, config
+from diva_jax import aot, attention, config, hlo, sharding
 from diva_jax.errors import UserError
 
 pytest.importorskip("libtpu")
@@ -138,3 +138,34 @@ def test_errors_are_one_line(arguments, said):
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and said in last and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("n", "m", "heads", "width"), [(4096, 77, 5, 64), (1024, 1024, 10, 64), (729, 729, 2, 72)])
+def test_attention_kernels_compile_for_the_tpu(n, m, heads, width):
+    """Forward and backward on the sizes of the U-Net and of a tower whose length is no multiple of a tile."""
+    assert compiled_kernels(n, m, heads, width, True) == 3
+
+
+def test_the_vae_s_wide_head_fits_into_vmem():
+    assert compiled_kernels(4096, 4096, 1, 512, False) == 1
+
+
+def compiled_kernels(n, m, heads, width, gradient):
+    mesh = sharding.make_mesh(config.default().mesh, aot.devices("v5e:2x2")[2])
+    batch = NamedSharding(mesh, P(("data", "fsdp")))
+    q, k = (jax.ShapeDtypeStruct((8, length, heads, width), jnp.bfloat16, sharding=batch) for length in (n, m))
+
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            out = attention.attention(*args)
+        return jnp.sum(out.astype(jnp.float32) ** 2) if gradient else out
+
+    fn = jax.grad(run, argnums=(0, 1, 2)) if gradient else run
+    text = jax.jit(fn).lower(q, k, k).compile().as_text()
+    program = hlo.parse(text)
+    kernels = [(op, c) for op, c, _ in program.executed() if op.target == "tpu_custom_call"]
+    padded = {length: -(-length // 128) * 128 for length in (n, m)}
+    products = 9 if gradient else 2
+    work = 2 * products * (8 // 4) * heads * padded[n] * padded[m] * width
+    assert sum(program.flops(op, c) for op, c in kernels) == work
+    return len(kernels)

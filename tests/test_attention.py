@@ -48,27 +48,22 @@ def test_the_kernel_equals_plain_attention(n, m, heads, width):
 
 
 def test_tiles_divide_the_padded_length():
-    assert [attention.block(n) for n in (128, 640, 768, 1024, 2304, 4096, 9216)] == [
-        128,
-        640,
-        768,
-        1024,
-        768,
-        1024,
-        1024,
-    ]
+    lengths = (128, 640, 768, 1024, 2304, 4096, 9216)
+    assert [attention.block(n, 64) for n in lengths] == [128, 640, 768, 1024, 768, 1024, 1024]
+    assert [attention.block(n, 512) for n in lengths] == [128, 128, 384, 512, 384, 512, 512]
 
 
 def test_the_kernel_is_for_long_sequences_on_tpus():
     tpu, cpu, gpu = (mesh(p) for p in ("tpu", "cpu", "gpu"))
     long = attention.KERNEL_FROM["self"]
-    assert attention.use_kernel(long, long, 8, tpu)
-    assert not attention.use_kernel(long - 1, long - 1, 8, tpu)
-    assert not attention.use_kernel(4096, 4096, 8, cpu)
-    assert not attention.use_kernel(4096, 4096, 8, gpu)
-    assert not attention.use_kernel(4096, 4096, 8, jax.sharding.get_abstract_mesh())
-    assert not attention.use_kernel(4096, 4096, 6, tpu), "a batch that the devices cannot share"
-    assert attention.use_kernel(4096, 77, 8, tpu) == (attention.KERNEL_FROM["cross"] <= 4096)
+    assert attention.use_kernel(long, long, 64, 8, tpu)
+    assert not attention.use_kernel(long - 1, long - 1, 64, 8, tpu)
+    assert not attention.use_kernel(4096, 4096, 64, 8, cpu)
+    assert not attention.use_kernel(4096, 4096, 64, 8, gpu)
+    assert not attention.use_kernel(4096, 4096, 64, 8, jax.sharding.get_abstract_mesh())
+    assert not attention.use_kernel(4096, 4096, 1024, 8, tpu), "a head that no tile is known for"
+    assert not attention.use_kernel(4096, 4096, 64, 6, tpu), "a batch that the devices cannot share"
+    assert attention.use_kernel(4096, 77, 64, 8, tpu) == (attention.KERNEL_FROM["cross"] <= 4096)
 
 
 def kernels(platform, **kw):

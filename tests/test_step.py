@@ -117,7 +117,7 @@ def test_same_image_same_draws_whatever_its_micro_batch():
 
 def test_remat_changes_nothing():
     plain, _, _, _, _ = run(small.small_config(), 2)
-    remat, _, _, _, _ = run(small.small_config(remat=True), 2)
+    remat, _, _, _, _ = run(small.small_config(remat="all"), 2)
     np.testing.assert_allclose(plain, remat, rtol=1e-6)
 
 

@@ -67,8 +67,9 @@ class Diva(nnx.Module):
             )
         self.schedule = schedule.ScheduleConfig.from_dict(d.scheduler.to_dict())
         dtype, frozen = jnp.dtype(config.dtype), jnp.dtype(config.frozen_dtype)
-        kw = dict(rngs=rngs, dtype=dtype, remat=config.remat)
-        self.vision = backbones.build(self.spec, param_dtype=jnp.float32, **kw)
+        kw = dict(rngs=rngs, dtype=dtype)
+        again = config.remat in ("vision", "all")
+        self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=again, **kw)
         width, cross = self.spec.embed_dim, unet_config.cross_attention_dim
         # As PyTorch's nn.Linear, which the authors use: uniform in +-1/sqrt(fan in), the bias too.
         uniform = nnx.initializers.uniform(2 * width**-0.5)
@@ -80,8 +81,8 @@ class Diva(nnx.Module):
             kernel_init=lambda *a: uniform(*a) - width**-0.5,
             bias_init=lambda *a: uniform(*a) - width**-0.5,
         )
-        self.unet = UNet(unet_config, param_dtype=frozen, **kw)
-        self.vae = VAE(VAEConfig.from_dict(d.vae.to_dict()), rngs=rngs, dtype=dtype, param_dtype=frozen)
+        self.unet = UNet(unet_config, param_dtype=frozen, remat=config.remat == "all", **kw)
+        self.vae = VAE(VAEConfig.from_dict(d.vae.to_dict()), param_dtype=frozen, **kw)
         self.text_context = nnx.Variable(jnp.zeros((1, d.text_tokens, cross), jnp.float32))
         condition.check(self.spec.select, self.spec.add_text, self.spec.patches, d.text_tokens)
 

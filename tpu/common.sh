@@ -1,0 +1,67 @@
+# Read by every script here: flags, the env file, and `run`, which prints a command and, unless --dry-run, runs it.
+# shellcheck shell=bash
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ENV_FILE="$HERE/env.sh"
+DRY_RUN=0
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# The comment at the top of the calling script is its help.
+usage() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+}
+
+# Takes --help, --dry-run and --env=FILE; what is left is in REST.
+parse_flags() {
+  REST=()
+  local flag
+  for flag in "$@"; do
+    case $flag in
+      --help | -h) usage && exit 0 ;;
+      --dry-run) DRY_RUN=1 ;;
+      --env=*) ENV_FILE=${flag#--env=} ;;
+      *) REST+=("$flag") ;;
+    esac
+  done
+}
+
+no_more_flags() {
+  [[ ${#REST[@]} -eq 0 ]] || die "unknown flag ${REST[0]}: see $0 --help"
+}
+
+read_env() {
+  [[ -f $ENV_FILE ]] || die "there is no $ENV_FILE: cp tpu/env.example tpu/env.sh and edit it, or give --env=FILE"
+  # shellcheck source=env.example
+  source "$ENV_FILE"
+  local setting
+  for setting in PROJECT ZONE NAME ACCELERATOR_TYPE RUNTIME_VERSION BUCKET CONFIG WORKDIR; do
+    [[ -n ${!setting:-} ]] || die "$ENV_FILE does not set $setting"
+  done
+  HOME_IN_BUCKET="gs://$BUCKET/diva_jax/$NAME"
+  WHERE=("--project=$PROJECT" "--zone=$ZONE")
+}
+
+run() {
+  printf '+'
+  printf ' %q' "$@"
+  printf '\n'
+  [[ $DRY_RUN -eq 1 ]] || "$@"
+}
+
+# Runs a command on every machine of the slice (or on worker $1 alone).
+on_workers() {
+  run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" "--worker=$1" "--command=$2"
+}
+
+# The code of this commit and the env file, where the machines fetch them when they start.
+upload() {
+  local archive="$HERE/../build/diva_jax.tar.gz"
+  run mkdir -p "$HERE/../build"
+  run git -C "$HERE/.." archive --format=tar.gz --prefix=diva_jax/ --output="$archive" HEAD
+  run gcloud storage cp "$archive" "$HOME_IN_BUCKET/diva_jax.tar.gz"
+  run gcloud storage cp "$ENV_FILE" "$HOME_IN_BUCKET/env.sh"
+}

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Runs on the machines of a slice, as root: at every start (the slice's start-up script), and over ssh.
+#
+#   vm.sh [boot|setup|start|train|stop] [--dry-run] [--help]
+#
+# boot: setup, then start. setup: installs the code that lies in the bucket, and mounts the bucket. start: makes train
+# a service, which is started again until the run is done. train: the run itself. stop: SIGTERM, upon which it saves.
+set -euo pipefail
+
+ROOT=/opt/diva_jax
+DRY_RUN=0
+WHAT=boot
+for word in "$@"; do
+  case $word in
+    boot | setup | start | train | stop) WHAT=$word ;;
+    --dry-run) DRY_RUN=1 ;;
+    --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    *) echo "error: unknown argument $word: see $0 --help" >&2 && exit 2 ;;
+  esac
+done
+
+run() {
+  printf '+'
+  printf ' %q' "$@"
+  printf '\n'
+  [[ $DRY_RUN -eq 1 ]] || "$@"
+}
+
+metadata() {
+  curl --silent --fail --header 'Metadata-Flavor: Google' \
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+}
+
+read_env() {
+  if [[ $DRY_RUN -eq 1 ]]; then
+    HOME_IN_BUCKET='gs://BUCKET/diva_jax/NAME' BUCKET=BUCKET MOUNT=/gcs CONFIG=CONFIG WORKDIR=WORKDIR FLAGS=FLAGS
+    return
+  fi
+  mkdir -p "$ROOT"
+  HOME_IN_BUCKET=$(metadata diva-home)
+  gcloud storage cp "$HOME_IN_BUCKET/env.sh" "$ROOT/env.sh"
+  # shellcheck source=env.example
+  source "$ROOT/env.sh"
+}
+
+setup() {
+  run gcloud storage cp "$HOME_IN_BUCKET/diva_jax.tar.gz" "$ROOT/"
+  run rm -rf "$ROOT/diva_jax"
+  run tar --extract --gzip --file="$ROOT/diva_jax.tar.gz" --directory="$ROOT"
+  run install --mode=755 "$ROOT/diva_jax/tpu/vm.sh" "$ROOT/vm.sh"
+  run pip install --quiet uv
+  [[ -x $ROOT/venv/bin/python ]] || run uv venv --python 3.11 "$ROOT/venv"
+  run uv pip install --python "$ROOT/venv/bin/python" "$ROOT/diva_jax[tpu]"
+  [[ -z ${MOUNT:-} ]] || mount_bucket
+}
+
+mount_bucket() {
+  mountpoint --quiet "$MOUNT" && return
+  if ! command -v gcsfuse >/dev/null && [[ $DRY_RUN -eq 0 ]]; then
+    echo "error: this image has no gcsfuse: install it, or use gs:// paths alone and an empty MOUNT" >&2
+    exit 2
+  fi
+  run mkdir -p "$MOUNT"
+  run gcsfuse --implicit-dirs -o allow_other "$BUCKET" "$MOUNT"
+}
+
+# systemd starts it again where it failed, sends SIGTERM at shutdown, and waits for the checkpoint that follows.
+unit() {
+  cat <<END
+[Unit]
+Description=diva_jax training
+After=network-online.target
+
+[Service]
+ExecStart=$ROOT/vm.sh train
+Restart=on-failure
+RestartSec=30
+RestartPreventExitStatus=2
+TimeoutStopSec=600
+END
+}
+
+start() {
+  if [[ $DRY_RUN -eq 1 ]]; then
+    unit
+  else
+    unit >/etc/systemd/system/diva_jax.service
+  fi
+  run systemctl daemon-reload
+  run systemctl restart diva_jax
+}
+
+finished() {
+  if [[ $WORKDIR == gs://* ]]; then
+    gcloud storage ls "$WORKDIR/done" >/dev/null 2>&1
+  else
+    [[ -e $WORKDIR/done ]]
+  fi
+}
+
+train() {
+  trap : TERM # it is meant for Python, which saves
+  local flags
+  read -r -a flags <<<"${FLAGS:-}"
+  run cd "$ROOT/diva_jax"
+  run env PYTHONUNBUFFERED=1 "$ROOT/venv/bin/python" -m diva_jax.main \
+    "--config=$CONFIG" "--workdir=$WORKDIR" "${flags[@]}"
+  # A run that ends well before its end was told to by another machine's SIGTERM: all of them start again.
+  [[ $DRY_RUN -eq 1 ]] || finished || exit 75
+}
+
+[[ $WHAT == stop ]] || read_env
+case $WHAT in
+  boot)
+    setup
+    start
+    ;;
+  stop) run systemctl stop diva_jax ;;
+  *) "$WHAT" ;;
+esac
