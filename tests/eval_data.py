@@ -138,6 +138,26 @@ def torch_model(spec: Spec, seed: int = 5) -> torch.nn.Module:
     return model
 
 
+def centred(model: torch.nn.Module, spec: Spec, pictures: list[Image.Image], texts: list[str]) -> torch.nn.Module:
+    """A CLIP model without what all these embeddings share: a random one finds everything alike.
+
+    The projections lose the direction of the mean embedding.
+    """
+    prepare = open_clip.image_transform(spec.image_size, is_train=False, mean=spec.mean, std=spec.std)
+    with torch.no_grad():
+        images = model.encode_image(torch.stack([prepare(p) for p in pictures]))
+        words = model.encode_text(open_clip.SimpleTokenizer()(texts))
+        for projection, embeddings in ((model.visual.proj, images), (model.text_projection, words)):
+            u = torch.nn.functional.normalize(embeddings.mean(0), dim=0)
+            projection -= torch.outer(projection @ u, u)
+    return model
+
+
+def statement(row: int) -> str:
+    """Of the MMVP data below."""
+    return f"thing number {row * 7}, seen from {'left' if row % 2 else 'above'}"
+
+
 def write_model(folder: Path, model: torch.nn.Module) -> Path:
     """Weights and CLIP's tokenizer in a folder, as a source."""
     folder.mkdir(exist_ok=True)
@@ -203,6 +223,6 @@ def write_mmvp(root: Path, folder: str = FOLDERS[0]) -> Path:
         path = root / folder / type_ / f"{row + 1}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(patch(row), "JPEG"))
-        lines.append(f'{row + 1},{type_},"thing number {row * 7}, seen from {"left" if row % 2 else "above"}"')
+        lines.append(f'{row + 1},{type_},"{statement(row)}"')
     (root / "Questions.csv").write_text("\n".join(lines) + "\n")
     return root

@@ -9,7 +9,7 @@ import torch
 from clip_benchmark.datasets.builder import build_dataset
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from clip_benchmark.models.open_clip import load_open_clip
-from eval_data import CLIP, encoded, eval_config, patch, torch_model, write_model
+from eval_data import CLIP, centred, encoded, eval_config, patch, torch_model, write_model
 from PIL import Image
 from records import write_tar
 from sklearn.datasets import load_digits
@@ -28,19 +28,10 @@ def digit(i: int) -> Image.Image:
     return Image.fromarray((load_digits().images[i] * 15).astype(np.uint8)).convert("RGB")
 
 
-def centred(model):
-    """What all digits' embeddings share is taken out: a random tower would call every one of them the same."""
-    transform = open_clip.image_transform(CLIP.image_size, is_train=False)
-    with torch.no_grad():
-        mean = model.encode_image(torch.stack([transform(digit(i)) for i in range(0, 1500, 30)])).mean(0)
-        u = mean / mean.norm()
-        model.visual.proj -= torch.outer(model.visual.proj @ u, u)
-    return model
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    folder = write_model(tmp_path_factory.mktemp("exported"), centred(torch_model(CLIP)))
+    model = centred(torch_model(CLIP), CLIP, [digit(i) for i in range(0, 1500, 30)], [f"the digit {w}" for w in WORDS])
+    folder = write_model(tmp_path_factory.mktemp("exported"), model)
     write_json(folder / "open_clip_config.json", to_open_clip(CLIP))
     return folder
 

@@ -1,22 +1,19 @@
 """What an evaluation may be of: any source of weights, or a run's workdir at a step."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from diva_jax import backbones, checkpoint, partition, sharding
 from diva_jax.backbones import Spec
 from diva_jax.backbones.text import Text
 from diva_jax.config import spec_of
 from diva_jax.errors import UserError, listing
-from diva_jax.step import Program
-from diva_jax.weights import loading, names, parts, sources
+from diva_jax.weights import loading, names, parts, sources, workdirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +38,12 @@ def resolve(source: str) -> tuple[str, int | None]:
     """`"runs/a:400"` -> ("runs/a", 400), `"runs/a"` -> ("runs/a", its last step), others -> (source, None).
 
     Raises:
-      UserError: a workdir without this checkpoint.
+      UserError: a workdir without this checkpoint, or a source that cannot be.
     """
     head, _, tail = source.rpartition(":")
     path, step = (head, int(tail)) if tail.isdigit() and is_workdir(head) else (source, None)
     if not is_workdir(path):
+        sources.locate(source, "--weights")
         return source, None
     steps = checkpoint.steps(Path(path).expanduser())
     if not steps or (step is not None and step not in steps):
@@ -95,17 +93,19 @@ def _has_text(source: str) -> bool:
 def _workdir(source: str, step: int, config, mesh: Mesh) -> Weights:
     """The encoder of a run; what the run does not train comes from the source it began with."""
     folder = Path(source).expanduser()
-    run = ConfigDict(json.loads((folder / "config.json").read_text()))
+    run = workdirs.config_of(folder)
     spec, wanted = spec_of(run), spec_of(config)
     if wrong := [f for f in (*sources.ARCHITECTURE, "image_size") if getattr(spec, f) != getattr(wanted, f)]:
         raise UserError(f"{source} is a run of another backbone than --config ({listing(wrong)}): give its own config")
-    program = Program(run, mesh)
     checkpoints = checkpoint.Checkpoints(folder)
     try:
-        arrays, _ = checkpoints.restore_params(step, {n: program.arrays[n] for n in program.trained})
+        saved = checkpoints.trained(step)
+        shardings = sharding.parameter_shardings(saved, mesh, run.mesh.min_shard)
+        arrays, _ = checkpoints.restore_params(step, sharding.with_shardings(saved, shardings))
     finally:
         checkpoints.close()
-    idle = [n for n in program.arrays if n.startswith("vision/") and n not in arrays]
+    tower = nnx.eval_shape(lambda: backbones.build(spec, rngs=nnx.Rngs(0)))
+    idle = [n for path in names.flat(tower) if (n := f"vision/{partition.name_of(path)}") not in arrays]
     if idle:
         original = vision(run.backbone.source, spec, mesh, run.mesh.min_shard)
         arrays = {n: original[n] for n in idle} | arrays
