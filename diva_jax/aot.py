@@ -260,9 +260,7 @@ def text_of(row: dict) -> str:
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # this process computes nothing, and leaves a TPU to others
-    if _CONFIG.value is None:
-        raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
-    config, topology = _CONFIG.value, _TOPOLOGY.value
+    config, topology = errors.config_of(_CONFIG), _TOPOLOGY.value
     chips_ = len(devices(topology)[2])
     if _SEARCH.value:
         row = search(config, topology)

@@ -21,6 +21,21 @@ def listing(names: Sequence[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def config_of(flag):
+    """The config that a `--config` flag (of `config_flags.DEFINE_config_file`) names.
+
+    Raises:
+      UserError: the flag is missing, or its file cannot be loaded.
+    """
+    if flag.value is None:
+        raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
+    try:
+        flag.value.to_dict()
+    except OSError as e:  # ml_collections keeps a failure to load until the config is looked at.
+        raise UserError(f"--config cannot be loaded: {str(e).split('earlier failure to load: ')[-1]}") from e
+    return flag.value
+
+
 def _parse(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """Parses flags; any complaint of absl or ml_collections becomes a UserError, as do missing `arguments`."""
     try:

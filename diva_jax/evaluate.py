@@ -32,8 +32,7 @@ _NEIGHBOURS = flags.DEFINE_integer("neighbours", 10, "drift: k of the kNN overla
 
 
 def main() -> None:
-    if _CONFIG.value is None:
-        raise UserError("--config is missing: give the backbone's config file, e.g. --config=configs/vitl14.py")
+    config = errors.config_of(_CONFIG)
     if not _WEIGHTS.value:
         raise UserError("--weights is missing: give a source of weights or a workdir, once for each to evaluate")
     if not _OUT.value:
@@ -56,7 +55,7 @@ def main() -> None:
         neighbours=_NEIGHBOURS.value,
         dtype=_DTYPE.value,
     )
-    config, mesh = _CONFIG.value, sharding.make_mesh(_CONFIG.value.mesh)
+    mesh = sharding.make_mesh(config.mesh)
     began = time.perf_counter()
     runner = evaluator.Evaluator(config, mesh, evaluator.data_of(_TASK.value, _DATA.value), options, _TOKENIZER.value)
     given = [weights.resolve(source) for source in _WEIGHTS.value]

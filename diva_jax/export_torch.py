@@ -30,7 +30,7 @@ def _from_source():
 
     source = sources.open_clip_source(_SOURCE.value)
     if _CONFIG.value is not None:
-        return source, spec_of(_CONFIG.value)
+        return source, spec_of(errors.config_of(_CONFIG))
     return source, source.described(_SOURCE.value)
 
 

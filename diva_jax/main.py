@@ -15,13 +15,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 
 
 def main() -> None:
-    if _CONFIG.value is None:
-        raise UserError("--config is missing: give a config file, e.g. --config=configs/tiny.py")
+    config = errors.config_of(_CONFIG)
     if not _WORKDIR.value:
         raise UserError("--workdir is missing: give a folder for checkpoints and metrics, e.g. --workdir=runs/tiny")
     from diva_jax.train import Run, say
 
-    run = Run(_CONFIG.value, _WORKDIR.value)
+    run = Run(config, _WORKDIR.value)
     if run.finished:
         say(f"{_WORKDIR.value}: all {run.total} steps are done; export with python -m diva_jax.export_torch")
     elif run.run():

@@ -81,13 +81,12 @@ def unet(options: dict, folder: Path) -> Iterator[tuple[str, float]]:
 
 
 def main() -> None:
-    if _CONFIG.value is None:
-        raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
+    config = errors.config_of(_CONFIG)
     jax.config.update("jax_platforms", "cpu")
     for library in ("open_clip", "diffusers"):
         if not reference.available(library):
             raise UserError(f"{library} cannot be imported: pip install 'diva_jax[test]'")
-    spec, wrong = spec_of(_CONFIG.value), []
+    spec, wrong = spec_of(config), []
 
     def show(rows):
         for what, value in rows:
@@ -100,7 +99,7 @@ def main() -> None:
         show(features(spec, Path(tmp)))
     if _UNET.value:
         with tempfile.TemporaryDirectory(dir=_TMP.value) as tmp:
-            show(unet(_CONFIG.value.diffusion.unet.to_dict(), Path(tmp)))
+            show(unet(config.diffusion.unet.to_dict(), Path(tmp)))
     if wrong:
         raise RunError(f"relative error above {BOUND:.0e}: {', '.join(wrong)}")
 

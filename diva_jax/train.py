@@ -125,6 +125,7 @@ class Run:
             self._save()
         finally:
             preempted.close()
+            self.batches.close()
             self.checkpoints.close()
             if writer:
                 writer.close()

@@ -33,6 +33,7 @@ def diffusion() -> dict:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
     sd["vae"] |= dict(block_out_channels=(8, 12), down_block_types=("DownEncoderBlock2D",) * 2)
+    sd["text_encoder"] |= dict(hidden_size=24, intermediate_size=40)
     return sd
 
 

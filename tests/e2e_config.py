@@ -1,0 +1,12 @@
+"""The config that test_train_e2e.py's commands run: `small.small_config` on files; the argument is their folder."""
+
+from small import small_config
+
+
+def get_config(folder: str):
+    c = small_config(steps=12, batch_size=8, accum=2)
+    c.backbone.source, c.diffusion.source = f"{folder}/clip", f"{folder}/stable-diffusion"
+    c.data.path, c.data.threads = f"{folder}/photos", 2
+    c.condition.warmup_steps = 2
+    c.checkpoint.every, c.log.every = 3, 1
+    return c
