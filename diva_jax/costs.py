@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+from collections.abc import Iterable
 
 from diva_jax import hlo
 from diva_jax.chips import Chip
@@ -80,7 +81,7 @@ def analyse(text: str, chip: Chip) -> dict:
     program = hlo.parse(text)
     parts: dict[str, Cost] = collections.defaultdict(Cost)
     kinds: dict[tuple[str, str], int] = collections.Counter()
-    collectives: dict[str, list] = collections.defaultdict(lambda: [0, 0])
+    channels: dict[str, tuple[str, int, int]] = {}
     kernels: dict[str, int] = collections.Counter()
     largest: dict[tuple[int, str], int] = collections.Counter()
     for op, computation, times in program.executed():
@@ -90,10 +91,8 @@ def analyse(text: str, chip: Chip) -> dict:
         part, kind = part_of(op.path)
         parts[part].add(cost)
         kinds[part, kind] += cost.cycles
-        name, size = hlo.collective(program, op, computation)
-        if name:
-            collectives[name][0] += times
-            collectives[name][1] += times * size
+        for channel, (name, size) in hlo.collectives(program, op, computation).items():
+            channels[channel] = (name, times, times * size)
         if op.target == "tpu_custom_call":
             kernels[op.name.rsplit(".", 1)[0]] += times
         for array in hlo.materialised(op):
@@ -121,7 +120,7 @@ def analyse(text: str, chip: Chip) -> dict:
             }
             for part, c in sorted(parts.items(), key=lambda i: -i[1].cycles)
         },
-        "collectives": {k: {"count": n, "gb": b / 1e9} for k, (n, b) in sorted(collectives.items())},
+        "collectives": _by_kind(channels.values()),
         "largest": [
             {"mib": size / 2**20, "count": n, "path": path}
             for (size, path), n in sorted(largest.items(), key=lambda i: -i[0][0])[:12]
@@ -129,6 +128,15 @@ def analyse(text: str, chip: Chip) -> dict:
         "kernels": dict(sorted(kernels.items())),
         "loops": program.loops(),
     }
+
+
+def _by_kind(channels: Iterable[tuple[str, int, int]]) -> dict[str, dict]:
+    out: dict[str, dict] = {}
+    for kind, count, size in sorted(channels):
+        row = out.setdefault(kind, {"count": 0, "gb": 0.0})
+        row["count"] += count
+        row["gb"] += size / 1e9
+    return out
 
 
 def _short(path: str, length: int = 90) -> str:

@@ -183,19 +183,29 @@ def materialised(op: Op) -> list[Array]:
     return [a for a in arrays(op.type) if not a.on_chip]
 
 
-def collective(program: Program, op: Op, computation: Computation) -> tuple[str, int]:
-    """(kind, bytes of the larger side, result or operands) of a collective, on this device; ("", 0) for others."""
+def collectives(program: Program, op: Op, computation: Computation) -> dict[str, tuple[str, int]]:
+    """The collectives that an operation is, or has inside: {channel or name: (kind, bytes of the larger side)}.
+
+    One that runs beside other work has its beginning, middle and end in different fusions, under one channel.
+    """
+    found = {}
     kind = op.kind.removesuffix("-start")
-    if kind == "async":  # wraps a computation of one
-        inside = [o for c in op.called for o in program.computations[c].values()]
-        kind = next((o.kind for o in inside if o.kind in COLLECTIVES), "")
-    if kind not in COLLECTIVES:
-        return "", 0
-    operands = sum(a.size for o in op.operands if o in computation for a in arrays(computation[o].type))
-    results = sum(a.size for a in arrays(op.type))
-    if op.kind.endswith("-start") and op.type.startswith("(("):
-        results -= operands  # a start's type lists both
-    return kind, max(operands, results)
+    if kind in COLLECTIVES:
+        channel = re.search(r"channel_id=(\d+)", op.rest)
+        operands = sum(a.size for o in op.operands if o in computation for a in arrays(computation[o].type))
+        results = sum(a.size for a in arrays(op.type))
+        if op.kind != kind and op.type.startswith("(("):
+            results -= operands  # a start's type lists both
+        found[channel.group(1) if channel else op.name] = (kind, max(operands, results))
+    elif op.kind in ("fusion", "async-start"):
+        for called in op.called:
+            inner = program.computations[called]
+            # The TPU's reduce-scatter: a sum of which each device keeps its slice.
+            scattered = any(o.kind == "dynamic-slice" for o in inner.values())
+            for o in inner.values():
+                for channel, (name, size) in collectives(program, o, inner).items():
+                    found[channel] = ("reduce-scatter" if scattered and name == "all-reduce" else name, size)
+    return found
 
 
 def _closing(text: str, start: int) -> int:

@@ -90,6 +90,40 @@ def test_collectives_and_largest_arrays(report):
     assert (4 * 8 * 128, "reduce_sum") in sizes, "100 columns lie in 128 lanes"
 
 
+def test_collectives_inside_of_fusions():
+    """A gather that runs beside other work counts once; a sum of which a slice is kept is a reduce-scatter."""
+    text = """
+%start (p: bf16[16,64]) -> bf16[64,64] {
+  %p = bf16[16,64]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[64,64]{1,0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%done (p: bf16[16,64]) -> bf16[64,64] {
+  %p = bf16[16,64]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[64,64]{1,0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%scatter (p: f32[64,64]) -> f32[16,64] {
+  %p = f32[64,64]{1,0} parameter(0)
+  %sum = f32[64,64]{1,0} all-reduce(%p), channel_id=4, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[16,64]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={16,64}
+}
+
+ENTRY %main (x: bf16[16,64], y: f32[64,64]) -> f32[16,64] {
+  %x = bf16[16,64]{1,0} parameter(0)
+  %y = f32[64,64]{1,0} parameter(1)
+  %a = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %b = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%done
+  ROOT %c = f32[16,64]{1,0} fusion(%y), kind=kCustom, calls=%scatter
+}
+"""
+    assert costs.analyse(text, chips.CHIPS["v5e"])["collectives"] == {
+        "all-gather": {"count": 1, "gb": pytest.approx(2 * 64 * 64 / 1e9)},
+        "reduce-scatter": {"count": 1, "gb": pytest.approx(4 * 64 * 64 / 1e9)},
+    }
+
+
 def test_layouts():
     minor_first = hlo.arrays("bf16[4,1024,72]{1,2,0:T(8,128)(2,1)S(1)}")[0]
     assert minor_first.on_chip and minor_first.laid_out == minor_first.size

@@ -1,0 +1,130 @@
+"""The tables of docs/TPU.md: compiles every config for TPU slices that are not there, and prints Markdown.
+
+    python bench/tpu.py [--out=bench/tpu] [--only=REGEX] [--tables]
+
+Each compilation is one `python -m diva_jax.aot` and takes minutes; its report is kept as JSON in --out and not made
+again while the file is there. --tables: compile nothing, print what there is.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+CONFIGS = (
+    "vitl14", "vitl14_336", "metaclip_l14", "metaclip_h14", "dfn_h14", "dfn_h14_378", "siglip_so400m",
+    "siglip_so400m_384",
+)  # fmt: skip
+# Name of the report -> (config, topology, further flags).
+RUNS = {
+    **{f"{c}-v5e-16": (c, "v5e:4x4", []) for c in CONFIGS},
+    "vitl14-v4-16": ("vitl14", "v4:2x2x4", []),
+    "vitl14-v5p-16": ("vitl14", "v5p:2x2x4", []),
+    "vitl14-v6e-16": ("vitl14", "v6e:4x4", []),
+    # Weak scaling: as many images a chip on every slice.
+    "vitl14-v5e-4": ("vitl14", "v5e:2x2", ["--per-device-batch=8"]),
+    "vitl14-v5e-256": ("vitl14", "v5e:16x16", ["--per-device-batch=8"]),
+}
+SCALING = ("vitl14-v5e-4", "vitl14-v5e-16", "vitl14-v5e-256")
+GIB = 2**30
+
+
+def compile_missing(out: Path, only: str) -> None:
+    for name, (config, topology, flags) in RUNS.items():
+        path = out / f"{name}.json"
+        if path.exists() or not re.search(only, name):
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "diva_jax.aot", f"--config=configs/{config}.py", f"--topology={topology}"]
+        subprocess.run([*command, f"--json={path}", *flags], check=True, stdout=subprocess.DEVNULL)
+
+
+def reports(out: Path) -> dict[str, dict]:
+    return {name: json.loads(p.read_text()) for name in RUNS if (p := out / f"{name}.json").exists()}
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def costs(found: dict[str, dict]) -> str:
+    """One row a report: what fits, and what a step costs on a chip."""
+    header = (
+        "config, slice | fsdp | remat | images a chip x micro-batches | HBM needed, of [GiB] | temporaries [GiB] | "
+        "model + kernels at peak [ms] | images/s a chip | MFU | HBM [GB] | TFLOP + in kernels | compile [s]"
+    ).split(" | ")
+    rows = []
+    for name, r in found.items():
+        row = [
+            f"{RUNS[name][0]}, {r['topology']}",
+            r["mesh"]["fsdp"],
+            r["remat"],
+            f"{r['per_device_batch']} x {r['accum']}",
+            f"{r['needed'] / GIB:.2f}, {r['available'] / GIB:.2f}" + ("" if r["fits"] else " **does not fit**"),
+        ]
+        if "memory" in r:
+            row += [
+                f"{r['memory']['temporaries'] / GIB:.2f}",
+                f"{r['model_ms']:.0f} + {r['kernel_ms']:.0f}",
+                f"{r['images_per_s']:.1f}",
+                f"{100 * r['mfu']:.0f}%",
+                f"{r['hbm_gb']:.0f}",
+                f"{r['flops'] / 1e12:.0f} + {r['kernel_flops'] / 1e12:.0f}",
+                f"{r['seconds']['compile']:.0f}",
+            ]
+        rows.append(row + [""] * (len(header) - len(row)))
+    return table(header, rows)
+
+
+def parts(found: dict[str, dict], name: str) -> str:
+    """Where one report's time and traffic go."""
+    rows = [
+        [
+            part,
+            f"{p['model_ms']:.0f}",
+            f"{p['kernel_flops'] / 1e12:.1f}",
+            f"{p['hbm_gb']:.1f}",
+            f"{p['flops'] / 1e12:.1f}",
+        ]
+        for part, p in found[name]["parts"].items()
+    ]
+    return table(["part", "model ms", "TFLOP in kernels", "HBM GB", "TFLOP outside"], rows)
+
+
+def scaling(found: dict[str, dict]) -> str:
+    """Weak scaling on paper: nothing of the all-reduce hidden behind compute, links at their published speed."""
+    rows = []
+    for name in SCALING:
+        if name in found and "memory" in found[name]:
+            r = found[name]
+            reduced = r["collectives"].get("all-reduce", {"gb": 0, "count": 0})
+            rows.append([
+                r["chips"], r["batch_size"], f"{r['step_ms']:.0f}", f"{reduced['gb']:.2f} in {reduced['count']}",
+                f"{r['all_reduce_ms']:.1f}", f"{100 * r['step_ms'] / (r['step_ms'] + r['all_reduce_ms']):.1f}%",
+            ])  # fmt: skip
+    return table(
+        ["chips", "batch", "compute [ms]", "all-reduce a step [GB]", "at the links' speed [ms]", "efficiency"], rows
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench/tpu"))
+    parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--tables", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.tables:
+        compile_missing(args.out, args.only)
+    found = reports(args.out)
+    print(costs(found))
+    if "vitl14-v5e-16" in found:
+        print("\n" + parts(found, "vitl14-v5e-16"))
+    print("\n" + scaling(found))
+
+
+if __name__ == "__main__":
+    main()
