@@ -14,7 +14,7 @@ from diva_jax.diffusion import presets
 from diva_jax.errors import UserError, listing
 
 # What may differ when a run is resumed: none of it changes what is learned.
-RESUMABLE = ("log", "checkpoint", "mesh", "data.threads", "data.prefetch", "remat")
+RESUMABLE = ("log", "checkpoint", "mesh", "data.threads", "data.prefetch", "remat", "compile_cache", "profile")
 # Subtrees whose fields belong to another library's format, or to the user.
 _FREE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion.scheduler")
 
@@ -95,6 +95,11 @@ def default(backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "
     c.log = ConfigDict()
     c.log.every = 10  # Steps between progress lines, metrics.jsonl rows and TensorBoard points.
     c.log.tensorboard = True
+
+    c.compile_cache = "auto"  # Where compiled programs are kept: auto is WORKDIR/cache/compiled; "" keeps none.
+    c.profile = ConfigDict()
+    c.profile.start = 10  # First step of the trace.
+    c.profile.steps = 0  # Steps to trace into WORKDIR/profile (for xprof or TensorBoard); 0: none.
     return c.lock()
 
 

@@ -63,10 +63,20 @@ class Progress:
       start, total: steps done, and of the whole run.
       every: steps between reports.
       images: in one step.
+      utilisation: model FLOPs utilisation (MFU) at one image a second; None where the peak is not known.
     """
 
-    def __init__(self, writer: Writer | None, start: int, total: int, every: int, images: int):
+    def __init__(
+        self,
+        writer: Writer | None,
+        start: int,
+        total: int,
+        every: int,
+        images: int,
+        utilisation: float | None = None,
+    ):
         self._writer, self._total, self._every, self._images = writer, total, every, images
+        self._utilisation = utilisation
         self._pending: tuple[int, dict] | None = None
         self._window: list[dict[str, float]] = []
         self._waited = 0.0
@@ -112,6 +122,8 @@ class Progress:
         row = {k: float(np.mean([w[k] for w in self._window])) for k in self._window[0]}
         row["lr"] = self._window[-1]["lr"]
         row["images_per_s"] = len(self._window) * self._images / elapsed
+        if self._utilisation:
+            row["mfu"] = row["images_per_s"] * self._utilisation
         row["data_wait"] = min(1.0, self._waited / elapsed)
         row["broken_images"] = self._broken
         since, first = self._began
@@ -119,9 +131,11 @@ class Progress:
         eta = rate * (self._total - step)
         if self._writer:
             self._writer.write(step, row)
+            mfu = f"  MFU {100 * row['mfu']:.1f}%" if "mfu" in row else ""
             print(
-                f"step {step}/{self._total}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3g}  lr {row['lr']:.3g}"
-                f"  {row['images_per_s']:.1f} images/s  data wait {100 * row['data_wait']:.0f}%  ETA {duration(eta)}",
+                f"step {step}/{self._total}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3g}  lr {row['lr']:.3g}  "
+                f"{row['images_per_s']:.1f} images/s{mfu}  data wait {100 * row['data_wait']:.0f}%  "
+                f"ETA {duration(eta)}",
                 flush=True,
             )
         self._window, self._waited, self._window_start = [], 0.0, now

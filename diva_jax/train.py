@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from diva_jax import checkpoint, metrics, objectives, partition, sharding
+from diva_jax import checkpoint, chips, flops, metrics, objectives, partition, sharding
 from diva_jax import config as configs
 from diva_jax.data import pipeline
 from diva_jax.step import Program
@@ -41,6 +41,36 @@ def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) ->
     return {k: jax.make_array_from_process_local_data(shardings, v) for k, v in batch.items()}
 
 
+def use_compile_cache(setting: str, workdir: Path) -> None:
+    """Keeps compiled programs where `config.compile_cache` says, so that a second start need not compile."""
+    if setting:
+        folder = workdir / "cache" / "compiled" if setting == "auto" else Path(setting)
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+class Profile:
+    """Traces `config.profile.steps` steps from `config.profile.start` on into WORKDIR/profile."""
+
+    def __init__(self, config, workdir: Path):
+        self._start, self._end = config.start, config.start + config.steps
+        self._folder, self._on = workdir / "profile", False
+
+    def before(self, step: int) -> None:
+        """Called before each step with the number of steps done."""
+        if not self._on and self._start <= step < self._end:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+        elif self._on and step >= self._end:
+            self.close()
+
+    def close(self) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
+            say(f"profile of the steps from {self._start} on: {self._folder}")
+
+
 class Run:
     """One training run in a workdir.
 
@@ -55,6 +85,7 @@ class Run:
     def __init__(self, config, workdir: str | Path):
         self.config, self.workdir = config, Path(workdir)
         configs.validate(config, jax.device_count())
+        use_compile_cache(config.compile_cache, self.workdir)
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
         self.batches = pipeline.build(
@@ -116,7 +147,10 @@ class Run:
         self._load()
         c = self.config
         writer = metrics.Writer(self.workdir, self.step, c.log.tensorboard) if jax.process_index() == 0 else None
-        self.progress = metrics.Progress(writer, self.step, self.total, c.log.every, c.batch_size)
+        peak = chips.peak(self.mesh.devices.flat[0])
+        utilisation = flops.per_image(c) / (peak * self.mesh.size) if peak and c.objective == "diva" else None
+        self.progress = metrics.Progress(writer, self.step, self.total, c.log.every, c.batch_size, utilisation)
+        self.profile = Profile(c.profile, self.workdir)
         preempted = Preemption()
         try:
             while not self.finished and not preempted:
@@ -125,6 +159,7 @@ class Run:
             self._save()
         finally:
             preempted.close()
+            self.profile.close()
             self.batches.close()
             self.checkpoints.close()
             if writer:
@@ -139,6 +174,7 @@ class Run:
         step_fn = self.program.step(index)
         say(f"stage {stage.name}: steps {stage.start} to {stage.end}, peak learning rate {stage.lr:g}; compiling")
         while self.step < stage.end and not preempted:
+            self.profile.before(self.step)
             began = time.perf_counter()
             batch = next(self.batches)
             self.progress.waited(time.perf_counter() - began, self.batches.broken.count)
