@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from diva_jax import checkpoint, chips, flops, metrics, objectives, partition, sharding
+from diva_jax import checkpoint, chips, metrics, objectives, partition, sharding
 from diva_jax import config as configs
 from diva_jax.data import pipeline
 from diva_jax.step import Program
@@ -148,7 +148,8 @@ class Run:
         c = self.config
         writer = metrics.Writer(self.workdir, self.step, c.log.tensorboard) if jax.process_index() == 0 else None
         peak = chips.peak(self.mesh.devices.flat[0])
-        utilisation = flops.per_image(c) / (peak * self.mesh.size) if peak and c.objective == "diva" else None
+        counted = getattr(objectives.find(c.objective), "flops_per_image", None)
+        utilisation = counted(c) / (peak * self.mesh.size) if peak and counted else None
         self.progress = metrics.Progress(writer, self.step, self.total, c.log.every, c.batch_size, utilisation)
         self.profile = Profile(c.profile, self.workdir)
         preempted = Preemption()

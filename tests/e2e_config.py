@@ -1,5 +1,7 @@
 """The config that test_train_e2e.py's commands run: `small.small_config` on files; the argument is their folder."""
 
+import os
+
 from small import small_config
 
 
@@ -9,4 +11,5 @@ def get_config(folder: str):
     c.data.path, c.data.threads = f"{folder}/photos", 2
     c.condition.warmup_steps = 2
     c.checkpoint.every, c.log.every = 3, 1
+    c.compile_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "auto")  # One for all runs of a test session.
     return c

@@ -35,7 +35,6 @@ def files(tmp_path_factory):
 
 def start(files, workdir, *more) -> subprocess.Popen:
     command = [sys.executable, "-m", "diva_jax.main", f"--config={HERE}/e2e_config.py:{files}", f"--workdir={workdir}"]
-    command.append(f"--config.compile_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}")
     env = os.environ | {"PYTHONPATH": str(HERE), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(
         [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=HERE.parent

@@ -3,7 +3,8 @@
 An objective module defines
   `build(config, rngs) -> nnx.Module` with `loss(batch, keys) -> (loss, metrics)`,
   `PRETRAINED`: attribute -> the kind of pretrained part that fills it (a name in `diva_jax.weights.parts`);
-    every other attribute starts from the random weights that `build` gives it.
+    every other attribute starts from the random weights that `build` gives it,
+  `flops_per_image(config)` (optional): counted FLOPs of one image in one step, for the MFU in the progress line.
 It does not know about meshes, optimizers or files.
 """
 

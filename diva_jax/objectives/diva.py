@@ -19,6 +19,9 @@ from diva_jax.diffusion import schedule
 from diva_jax.diffusion.unet import UNet, UNetConfig
 from diva_jax.diffusion.vae import VAE, VAEConfig
 from diva_jax.errors import UserError
+from diva_jax.flops import per_image as flops_per_image
+
+__all__ = ["PRETRAINED", "Diva", "Draws", "build", "flops_per_image"]
 
 Array = jax.Array
 
