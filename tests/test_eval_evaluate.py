@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import small
 from eval_data import CLIP, centred, encoded, eval_config, patch, statement, torch_model, write_mmvp, write_model
+from helpers import tensors
 
 from diva_jax import checkpoint, evals, sharding
 from diva_jax.errors import UserError
 from diva_jax.evals import Options, evaluator, weights
+from diva_jax.weights.writers import write_safetensors
 
 TASKS = ("mmvp", "zeroshot", "retrieval", "drift")
 OPTIONS = Options(bootstrap=300, seeds=2, batch_size=32, neighbours=3)
@@ -160,6 +162,15 @@ def test_a_checkpoint_is_what_was_saved(config, workdir, base):
         want = saved[name] if name in program.trained else source.arrays[name]
         np.testing.assert_array_equal(np.asarray(array), np.asarray(want), err_msg=name)
     assert found.text == str(base)
+
+
+def test_a_vision_tower_alone_has_the_configs_text_tower(config, base, tmp_path):
+    """As DIVA's authors publish their encoders."""
+    tower = tensors(torch_model(CLIP, seed=8).visual)
+    write_safetensors(tmp_path / "tuned.safetensors", tower)
+    found = weights.load(str(tmp_path / "tuned.safetensors"), None, config, sharding.make_mesh(config.mesh))
+    assert found.text == str(base)
+    np.testing.assert_array_equal(found.arrays["vision/class_embed"], tower["class_embedding"])
 
 
 def command(tmp_path, config, *args):
