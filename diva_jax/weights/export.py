@@ -40,7 +40,7 @@ def _cast(t, dtype: np.dtype) -> Tensor:
 
 
 def _abstract(make, spec: Spec):
-    return nnx.state(nnx.eval_shape(lambda: make(spec, rngs=nnx.Rngs(0))))
+    return nnx.state(names.abstract(lambda rngs: make(spec, rngs=rngs)))
 
 
 def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tensors:

@@ -122,7 +122,7 @@ def load(
     kw = dict(dtype=dtype, param_dtype=param_dtype)
 
     def abstract(make):
-        return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0), **kw)))
+        return nnx.split(names.abstract(lambda rngs: make(rngs=rngs, **kw)))
 
     if isinstance(spec, Spec):
         opened = sources.open_clip_source(source)

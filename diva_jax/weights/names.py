@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from diva_jax.errors import UserError, listing
 
-# Tensors read and transposed at the same time; each needs up to twice its own memory meanwhile.
+# Tensors read at the same time; each needs its own memory once more meanwhile.
 _READERS = 2
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
@@ -59,6 +58,22 @@ class Table:
 
     def ignored(self, name: str) -> bool:
         return any(re.fullmatch(p, name) for p in self.ignore)
+
+
+class _FixedKey:
+    """Stands for `nnx.Rngs` where values do not matter: under a trace, Rngs' counters take time quadratic in the
+    number of parameters."""
+
+    def __init__(self):
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self._key
+
+
+def abstract(make: Callable[..., nnx.Module]) -> nnx.Module:
+    """The module that `make(rngs)` builds, shapes and dtypes alone: for weights that come from elsewhere."""
+    return nnx.eval_shape(lambda: make(_FixedKey()))
 
 
 def flat(state) -> dict[tuple, nnx.Variable]:
@@ -129,7 +144,7 @@ def assign(
       tensors: name -> array; may be lazy: values need `.shape` and, when read, `np.asarray`. Read in two threads.
       table: the names.
       source: named in errors.
-      put: (path, array in our layout and dtype, wanted shape and dtype) -> device array.
+      put: (path, array in our layout and dtype, of any strides, wanted shape and dtype) -> device array.
 
     Returns:
       A state of the same structure, each array of the dtype that the abstract one has.
@@ -137,16 +152,15 @@ def assign(
     Raises:
       UserError: a name is unknown, missing, or of another shape; lists them all.
     """
-    put = put or (lambda path, array, want: jnp.asarray(array))
+    put = put or (lambda path, array, want: jax.device_put(array))
     check(state, tensors, table, source=source)
     names = {table.canonical(n): n for n in tensors}
     wanted = {table.torch_name(path): (path, var) for path, var in flat(state).items()}
 
     def fill(item) -> tuple[tuple, nnx.Variable]:
         name, (path, var) = item
-        array = from_torch_layout(path, np.asarray(tensors[names[name]]))
-        # The dtype first: to transpose the smaller type is less work, and neither copies where nothing changes.
-        array = np.asarray(array.astype(var.dtype, copy=False), order="C")
+        # A transposed view: jax copies any layout to the device as fast as a dense one, so no copy is made here.
+        array = from_torch_layout(path, np.asarray(tensors[names[name]])).astype(var.dtype, copy=False)
         return path, var.replace(put(path, array, jax.ShapeDtypeStruct(var.shape, var.dtype)))
 
     with ThreadPoolExecutor(_READERS) as pool:
