@@ -100,25 +100,17 @@ def analyse(text: str, chip: Chip) -> dict:
     total = Cost()
     for cost in parts.values():
         total.add(cost)
-
-    def ms(cycles):
-        return 1e3 * cycles / chip.clock
-
     return {
-        "model_ms": ms(total.cycles),
-        "hbm_gb": total.hbm / 1e9,
-        "flops": total.flops,
-        "kernel_flops": total.kernel_flops,
+        **_row(total, chip),
         "kernel_ms": 1e3 * total.kernel_flops / chip.flops,
         "parts": {
-            part: {
-                "model_ms": ms(c.cycles),
-                "hbm_gb": c.hbm / 1e9,
-                "flops": c.flops,
-                "kernel_flops": c.kernel_flops,
-                "kinds": {k: ms(n) for (p, k), n in sorted(kinds.items(), key=lambda i: -i[1]) if p == part and n},
+            part: _row(cost, chip)
+            | {
+                "kinds": {
+                    k: _ms(n, chip) for (p, k), n in sorted(kinds.items(), key=lambda i: -i[1]) if p == part and n
+                }
             }
-            for part, c in sorted(parts.items(), key=lambda i: -i[1].cycles)
+            for part, cost in sorted(parts.items(), key=lambda i: -i[1].cycles)
         },
         "collectives": _by_kind(channels.values()),
         "largest": [
@@ -127,6 +119,19 @@ def analyse(text: str, chip: Chip) -> dict:
         ],
         "kernels": dict(sorted(kernels.items())),
         "loops": program.loops(),
+    }
+
+
+def _ms(cycles: int, chip: Chip) -> float:
+    return 1e3 * cycles / chip.clock
+
+
+def _row(cost: Cost, chip: Chip) -> dict:
+    return {
+        "model_ms": _ms(cost.cycles, chip),
+        "hbm_gb": cost.hbm / 1e9,
+        "flops": cost.flops,
+        "kernel_flops": cost.kernel_flops,
     }
 
 

@@ -1,9 +1,11 @@
 """The ahead-of-time compiler on small programs: what fits, what is counted, and what users get wrong."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from diva_jax import aot, attention, config, hlo, sharding
+from diva_jax import aot, attention, backbones, config, hlo, sharding
 from diva_jax.errors import UserError
 
 pytest.importorskip("libtpu")
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class Toy:
@@ -105,6 +108,16 @@ def test_the_batch_of_the_config_or_of_the_flag():
         aot.with_batch(c, 16, 0)
     with pytest.raises(UserError, match="7 devices"):
         aot.with_batch(c, 7, None)
+
+
+@pytest.mark.parametrize("name", backbones.TABLE)
+def test_every_config_s_batch_suits_sixteen_chips(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    c = aot.with_batch(module.get_config(), 16, None)
+    assert c.batch_size // c.accum // 16 == 8, "the batch at which the TPU's convolutions are at their best"
+    assert 16 % c.mesh.fsdp == 0
 
 
 def test_no_such_slice():
