@@ -127,15 +127,15 @@ def torch_train(model: TorchDiva, c, draws_of) -> None:
     clipped = 0
     for step in range(STEPS):
         opt.zero_grad()
-        for a in range(c.accum):
-            image, drawn = draws_of(step, a)
-            first, last = model.losses(image, drawn)
-            if c.diva.draw_weights == "faithful":
+        if c.diva.draw_weights == "faithful":
+            for a in range(c.accum):
+                first, last = model.losses(*draws_of(step, slice(a, None, c.accum)))
                 # The authors' order: the first draw's backward pass, undivided, inside the forward pass.
                 first.backward()
                 (last / c.accum).backward()
-            else:
-                ((first + last) / (2 * c.accum)).backward()
+        else:  # Equal weights: the mean over the whole batch, which no micro-batch may change.
+            first, last = model.losses(*draws_of(step, slice(None)))
+            ((first + last) / 2).backward()
         norm = torch.nn.utils.clip_grad_norm_(params, o.clip)
         clipped += float(norm) > o.clip
         opt.step()
@@ -143,7 +143,7 @@ def torch_train(model: TorchDiva, c, draws_of) -> None:
     assert clipped >= 3, "the clip never worked: the test would not see it missing"
 
 
-@pytest.mark.parametrize("optimizer, mode", [("sgd", "faithful"), ("sgd", "exact"), ("adamw", "exact")])
+@pytest.mark.parametrize("optimizer, mode", [("sgd", "faithful"), ("adamw", "exact")])
 def test_ten_steps(optimizer, mode):
     c = small.small_config(
         batch_size=10,
@@ -169,8 +169,8 @@ def test_ten_steps(optimizer, mode):
     side = c.data.image_size // module.vae.config.downscale
     draw = jax.jit(lambda keys: module.draw(keys, (side, side, 4)))
 
-    def draws_of(step, a):
-        rows = np.arange(c.batch_size)[a :: c.accum]
+    def draws_of(step, part):
+        rows = np.arange(c.batch_size)[part]
         drawn = draw(image_keys(key, jnp.int32(step), jnp.asarray(rows)))
         t, eps, indices = (torch.from_numpy(np.array(x)) for x in drawn)
         return np.asarray(batches[step]["image"])[rows], (t.long(), eps, indices.long())
