@@ -5,14 +5,23 @@ a run goes on. A checkpoint is renamed into place when it is whole, so a killed 
 """
 
 import json
+import logging
 import os
+import time
+import zlib
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
 from diva_jax import config as configs
-from diva_jax.errors import UserError, listing
+from diva_jax import distributed
+from diva_jax.errors import RunError, UserError, listing
+
+logger = logging.getLogger(__name__)
+
+_PAUSES = (2.0, 8.0, 30.0)  # Seconds before a save that failed is tried again.
+_SEEN_WITHIN = 60.0  # Seconds after which network file systems show every machine a new file.
 
 
 def _folder(workdir: Path) -> Path:
@@ -39,21 +48,60 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int = 3):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(
-            _folder(workdir),
+        self._workdir, self._keep = workdir, keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
+        return ocp.CheckpointManager(
+            _folder(self._workdir),
             options=options,
             item_names=("state", "data", "meta"),
         )
 
-    def save(self, step: int, state: dict, data: dict, meta: dict) -> None:
-        """Starts to write a checkpoint; returns when `state` may be overwritten. No-op where it exists."""
-        if step in self._manager.all_steps():
-            return
+    def save(self, step: int, state: dict, data: dict, meta: dict, wait: bool = False) -> None:
+        """Starts to write a checkpoint; returns when `state` may be overwritten. No-op where it exists.
+
+        That an earlier save failed is found out here too; the present state is then written in its stead. What
+        fails is tried again, a few times; checkpoints that are whole are not touched.
+
+        Args:
+          step, state, data, meta: what `restore` returns.
+          wait: until it is on disk.
+
+        Raises:
+          RunError: it could not be written.
+        """
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
         )
-        self._manager.save(step, args=items)
+        for pause in (*_PAUSES, None):
+            reason = self._try_to_save(step, items, wait)
+            if not distributed.any_failed(reason is not None):
+                return
+            reason, self._manager = reason or "another process could not write its part", None
+            if pause is not None:
+                distributed.say(f"step {step}: saving failed, tried again in {pause:g} s: {reason}")
+                time.sleep(pause)
+            wait = True
+        raise RunError(
+            f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({reason}), tried "
+            f"{len(_PAUSES) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room or mend "
+            "the access, then start the same command again, which goes on from there"
+        )
+
+    def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:
+        """None, or why it failed. orbax reports a failed save only when waited for, and does not recover from it."""
+        try:
+            self._manager = self._manager or self._open()
+            self._manager.wait_until_finished()
+            if step not in self._manager.all_steps():
+                self._manager.save(step, args=items)
+            if wait:
+                self._manager.wait_until_finished()
+        except Exception as e:
+            return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        return None
 
     def restore(self, step: int, abstract_state: dict) -> tuple[dict, dict, dict]:
         """(state laid out as `abstract_state` says, data position, meta)."""
@@ -91,7 +139,18 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for what is being written. What then fails is only logged: nobody asked for it any more."""
+        if self._manager is None:
+            return
+        try:
+            self._manager.close()
+        except Exception as e:
+            logger.warning("the last save failed: %s", e)
+        self._manager = None
+
+    def abandon(self) -> None:
+        """Waits for nothing: a save that other processes take part in may never end."""
+        self._manager = None
 
 
 def check_config(workdir: Path, config) -> None:
@@ -116,6 +175,19 @@ def write_config(workdir: Path, config) -> None:
         os.replace(tmp, path)
     except OSError as e:
         raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
+
+
+def seen_config(workdir: Path) -> int | None:
+    """The checksum of `workdir/config.json`, as soon as it is seen here; None where it never is.
+
+    Every process reads what process 0 has just written: a folder of its own on each machine is found out.
+    """
+    path, until = Path(workdir) / "config.json", time.monotonic() + _SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > until:
+            return None
+        time.sleep(1.0)
+    return zlib.crc32(path.read_bytes())
 
 
 def check_sources(there: dict, here: dict) -> None:

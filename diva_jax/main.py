@@ -1,17 +1,22 @@
 """Trains: python -m diva_jax.main --config=configs/vitl14.py --workdir=runs/vitl14 [--config.FIELD=VALUE ...].
 
 The same command again resumes from the last checkpoint, or says that the run is done. SIGTERM saves and ends
-with exit code 0.
+with exit code 0. On a TPU slice or under Slurm the same command on every machine makes one run; elsewhere
+JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
-from diva_jax import errors
+from diva_jax import distributed, errors
 from diva_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the config of this run go.")
+_JOIN = flags.DEFINE_integer("join_timeout", 300, "Seconds in which all processes of a run have to start.", 1)
+_LOST = flags.DEFINE_integer(
+    "lost_timeout", 100, "Seconds without a sign of life after which a process is lost, and all others end.", 2
+)
 
 
 def main() -> None:
@@ -20,13 +25,15 @@ def main() -> None:
         raise UserError("--workdir is missing: give a folder for checkpoints and metrics, e.g. --workdir=runs/tiny")
     from diva_jax.train import Run, say
 
-    run = Run(config, _WORKDIR.value)
-    if run.finished:
-        say(f"{_WORKDIR.value}: all {run.total} steps are done; export with python -m diva_jax.export_torch")
-    elif run.run():
-        say(
-            f"done: {run.total} steps; export with python -m diva_jax.export_torch --workdir={_WORKDIR.value} --out=DIR"
-        )
+    with distributed.session(_JOIN.value, _LOST.value):
+        run = Run(config, _WORKDIR.value)
+        if run.finished:
+            say(f"{_WORKDIR.value}: all {run.total} steps are done; export with python -m diva_jax.export_torch")
+        elif run.run():
+            say(
+                f"done: {run.total} steps; export with "
+                f"python -m diva_jax.export_torch --workdir={_WORKDIR.value} --out=DIR"
+            )
 
 
 if __name__ == "__main__":

@@ -1,39 +1,20 @@
 """The only train loop: build, restore, step, log, save."""
 
 import json
-import signal
-import threading
 import time
+import zlib
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from diva_jax import checkpoint, chips, metrics, objectives, partition, sharding
+from diva_jax import checkpoint, chips, distributed, metrics, objectives, partition, sharding
 from diva_jax import config as configs
 from diva_jax.data import pipeline
+from diva_jax.distributed import Preemption, say
+from diva_jax.errors import RunError
 from diva_jax.step import Program
 from diva_jax.weights import parts
-
-
-def say(*parts) -> None:
-    """Prints on process 0."""
-    if jax.process_index() == 0:
-        print(*parts, flush=True)
-
-
-class Preemption:
-    """Remembers that SIGTERM came, so that the loop can save and leave."""
-
-    def __init__(self):
-        self._asked = threading.Event()
-        self._before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
-
-    def __bool__(self) -> bool:
-        return self._asked.is_set()
-
-    def close(self) -> None:
-        signal.signal(signal.SIGTERM, self._before)
 
 
 def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) -> dict[str, jax.Array]:
@@ -100,6 +81,13 @@ class Run:
         checkpoint.check_config(self.workdir, config)
         self.checkpoints = None
         self.step = checkpoint.latest_step(self.workdir) or 0
+        distributed.check_same(
+            {
+                "the checksum of the config": zlib.crc32(config.to_json().encode()),
+                "the number of images in config.data.path": self.batches.get_state()["records"],
+                "the last checkpoint in --workdir": self.step,
+            }
+        )
 
     @property
     def finished(self) -> bool:
@@ -115,6 +103,8 @@ class Run:
         # Only now, when every input has been found good, is anything written.
         if jax.process_index() == 0:
             checkpoint.write_config(self.workdir, self.config)
+        distributed.check_same({f"the checksum of the {part} weights": o["sha256"] for part, o in self.origins.items()})
+        distributed.check_same({"config.json in --workdir": checkpoint.seen_config(self.workdir)})
         self.checkpoints = checkpoint.Checkpoints(self.workdir, self.config.checkpoint.keep)
         if latest is None:
             self.state = program.init_state(arrays)
@@ -129,9 +119,9 @@ class Run:
         if latest is not None:
             say(f"goes on from the checkpoint of step {latest}")
 
-    def _save(self) -> None:
+    def _save(self, wait: bool = False) -> None:
         meta = {"sources": self.origins, "config": json.loads(self.config.to_json())}
-        self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta)
+        self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, wait)
 
     def run(self) -> bool:
         """Trains to the end, or to SIGTERM; saves in both cases.
@@ -140,11 +130,13 @@ class Run:
           True where the run is finished.
 
         Raises:
-          RunError: loss or gradient not finite, or too many broken images; the last checkpoint stands.
+          RunError: loss or gradient not finite, too many broken images, a checkpoint that cannot be written,
+            another process lost; the last checkpoint stands.
         """
         if self.finished:
             return True
-        self._load()
+        with distributed.explained(lambda: self.step):
+            self._load()
         c = self.config
         writer = metrics.Writer(self.workdir, self.step, c.log.tensorboard) if jax.process_index() == 0 else None
         peak = chips.peak(self.mesh.devices.flat[0])
@@ -154,10 +146,19 @@ class Run:
         self.profile = Profile(c.profile, self.workdir)
         preempted = Preemption()
         try:
-            while not self.finished and not preempted:
-                self._run_stage(self.program.stage_at(self.step), preempted)
-            self.progress.flush()
-            self._save()
+            with distributed.explained(lambda: self.step):
+                while not self.finished and not preempted:
+                    self._run_stage(self.program.stage_at(self.step), preempted)
+                self.progress.flush()
+                self._save(wait=True)
+        except distributed.Lost:
+            self.checkpoints.abandon()
+            raise
+        except OSError as e:
+            raise RunError(
+                f"step {self.step}: {e}: see that there is room in {self.workdir} and that it may be written, then "
+                "start again; the last checkpoint stands"
+            ) from e
         finally:
             preempted.close()
             self.profile.close()
@@ -181,6 +182,7 @@ class Run:
             self.progress.waited(time.perf_counter() - began, self.batches.broken.count)
             self.state, values = step_fn(self.state, self.frozen, to_device(batch, self.program.batch_sharding))
             self.step += 1
+            preempted.after(self.step)
             self.progress.add(self.step, values)
             if self.step == stage.end and index + 1 < len(self.program.stages):
                 self.state["opt"] = self.program.init_opt(index + 1, self.state["params"])
