@@ -15,6 +15,7 @@ from diva_jax import errors
 from diva_jax.backbones import TINY, Spec
 from diva_jax.diffusion import presets
 from diva_jax.errors import UserError
+from diva_jax.layers import Keys
 
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 
@@ -28,8 +29,8 @@ def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
     from diva_jax.backbones.text import Text
     from diva_jax.weights import clip, names, writers
 
-    vision = backbones.build(spec, rngs=nnx.Rngs(seed))
-    text = Text(spec, rngs=nnx.Rngs(seed + 1))
+    vision = backbones.build(spec, rngs=Keys(seed))
+    text = Text(spec, rngs=Keys(seed + 1))
     tensors = names.to_torch(nnx.state(vision), clip.vision_table(spec))
     tensors |= names.to_torch(nnx.state(text), clip.text_table(spec))
     tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
@@ -63,7 +64,7 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
         writers.write_safetensors(folder / part / file, names.to_torch(nnx.state(model), table))
         (folder / part / "config.json").write_text(json.dumps(kind | config[part], indent=1))
 
-    rngs = nnx.Rngs(seed)
+    rngs = Keys(seed)
     unet = UNet(UNetConfig.from_dict(config["unet"]), rngs=rngs)
     vae = VAE(VAEConfig.from_dict(config["vae"]), rngs=rngs)
     text = TextEncoder(TextEncoderConfig.from_dict(config["text_encoder"]), rngs=rngs)

@@ -17,7 +17,7 @@ from diva_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file of the backbone.")
 _WEIGHTS = flags.DEFINE_multi_string("weights", [], "A source of weights or a workdir[:STEP]; may be repeated.")
-_TASK = flags.DEFINE_list("task", [], "Tasks, modules of diva_jax/evals: mmvp,zeroshot,retrieval,drift.")
+_TASK = flags.DEFINE_list("task", [], "Tasks, modules of diva_jax/evals: mmvp,zeroshot,retrieval,drift,feedback.")
 _DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH for each task; PATH alone where there is one task.")
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json and predictions.csv.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Folder with the tokenizer's files; default: that of the weights.")
@@ -25,6 +25,8 @@ _BATCH = flags.DEFINE_integer("batch_size", 64, "Images at once, over all device
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Draws of random patches for a published readout that has some.")
 _BOOTSTRAP = flags.DEFINE_integer("bootstrap", 10_000, "Resamples behind each interval.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws and the resamples.")
+_IMAGES = flags.DEFINE_integer("images", 256, "feedback: at most so many images, chosen by the seed.")
+_DRAWS = flags.DEFINE_integer("draws", 4, "feedback: gradients of independent draws on the same images.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "What the towers compute in: float32 or bfloat16.")
 _CLASSES = flags.DEFINE_string("classes", "", "zeroshot: JSON file of class names, or imagenet; default: the data's.")
 _TEMPLATES = flags.DEFINE_string("templates", "", "zeroshot: JSON file of prompts; default: the data's or ImageNet's.")
@@ -53,6 +55,8 @@ def main() -> None:
         classes=_CLASSES.value,
         templates=_TEMPLATES.value,
         neighbours=_NEIGHBOURS.value,
+        images=_IMAGES.value,
+        draws=_DRAWS.value,
         dtype=_DTYPE.value,
     )
     mesh = sharding.make_mesh(config.mesh)
@@ -60,10 +64,16 @@ def main() -> None:
     runner = evaluator.Evaluator(config, mesh, evaluator.data_of(_TASK.value, _DATA.value), options, _TOKENIZER.value)
     given = [weights.resolve(source) for source in _WEIGHTS.value]
     labels, found = evaluator.labels_of(*zip(*given, strict=True)), []
+    # Weights that are no run's are judged with the projection into the U-Net that the first run has trained.
+    lender = next((i for i, (_, step) in enumerate(given) if step is not None), None)
+    lent = {} if lender is None else weights.beside(*given[lender], mesh)
     for (source, step), label in zip(given, labels, strict=True):
         loaded = weights.load(source, step, config, mesh)
-        found.append((label, runner.evaluate(runner.model(label, loaded.arrays, loaded.text))))
-        del loaded  # One set of weights on the devices at a time.
+        borrows = lent and step is None
+        arrays = {**lent, **loaded.arrays} if borrows else loaded.arrays
+        model = runner.model(label, arrays, loaded.text, labels[lender] if borrows else "")
+        found.append((label, runner.evaluate(model)))
+        del loaded, arrays, model  # One set of weights on the devices at a time.
     tasks, rows = runner.report(found)
     if jax.process_index() == 0:
         listed = [{"label": n, "source": s, "step": t} for n, (s, t) in zip(labels, given, strict=True)]

@@ -89,6 +89,12 @@ class Progress:
         self._waited += seconds
         self._broken = broken
 
+    def paused(self, seconds: float) -> None:
+        """Time in which no step was made, to be left out of images per second and of the time that is left."""
+        self._window_start += seconds
+        if self._began:
+            self._began = (self._began[0] + seconds, self._began[1])
+
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Metrics of a step that has been started; the step before it is now looked at."""
         self.flush()

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diva_jax import config as configs
-from diva_jax import objectives, optim, partition, sharding
+from diva_jax import layers, objectives, optim, partition, sharding
 
 
 def micro_batches(x: jax.Array, accum: int) -> jax.Array:
@@ -104,7 +104,7 @@ class Program:
 
     def init_module(self) -> nnx.Module:
         """The objective with random weights."""
-        return objectives.find(self.config.objective).build(self.config, nnx.Rngs(self.config.seed))
+        return objectives.find(self.config.objective).build(self.config, layers.Keys(self.config.seed))
 
     def active(self, stage: int) -> dict[str, float]:
         """Name -> scale of what a stage trains."""

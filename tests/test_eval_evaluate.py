@@ -277,9 +277,10 @@ def test_live_parameters_in_training(config, data, base, workdir):
     runner = evaluator.Evaluator(config, mesh, {t: data[t] for t in ("mmvp", "drift")}, OPTIONS)
     begun = weights.load(str(base), None, config, mesh).arrays
     assert any(len(a.sharding.device_set) == 8 and not a.is_fully_replicated for a in begun.values())
-    found = runner.scalars(begun)
+    found, notes = runner.scalars(begun)
+    assert not notes
     assert found["eval/drift/cosine"] == pytest.approx(1) and found["eval/drift/knn_overlap"] == 100
     assert found["eval/mmvp/pooled_change"] == 0
     assert 0 < found["eval/mmvp/pooled"] < 100 and all(type(v) is float for v in found.values())
-    moved = runner.scalars({**begun, **weights.load(str(workdir), 5, config, mesh).arrays})
+    moved, _ = runner.scalars({**begun, **weights.load(str(workdir), 5, config, mesh).arrays})
     assert moved["eval/drift/cosine"] < 0.999 and set(moved) == set(found)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from diva_jax.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.errors import UserError
+from diva_jax.layers import abstract
 from diva_jax.weights import diffusers, names, readers
 
 
@@ -47,6 +48,6 @@ def encode_prompt(folder: Path, config) -> tuple[jax.Array, list[Path]]:
     if there != here:
         raise UserError(f"{part} is of another architecture than config.diffusion.text_encoder: {there} and not {here}")
     tensors = readers.weights_in(part, "model", "pytorch_model")
-    encoder = nnx.eval_shape(lambda: TextEncoder(there, rngs=nnx.Rngs(0)))
+    encoder = abstract(lambda rngs: TextEncoder(there, rngs=rngs))
     encoder = names.load_into(encoder, tensors, diffusers.TEXT_ENCODER, source=str(part))
     return nnx.jit(lambda m, x: m(x))(encoder, jnp.asarray(ids)), tensors.files

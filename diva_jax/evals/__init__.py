@@ -60,7 +60,9 @@ that one function; `evaluate.py` needs no change.
         },
         "zeroshot": {... metrics acc1, acc5, mean_per_class_recall ...},
         "retrieval": {... metrics image_retrieval_recall@1, ..., text_retrieval_recall@10 ...},
-        "drift": {... metric effective_rank; comparisons' metrics cosine, knn_overlap ...}
+        "drift": {... metric effective_rank; comparisons' metrics cosine, knn_overlap ...},
+        "feedback": {... metrics loss_own, gap_other, gap_text, gradient_cosine, gradient_snr; its weights have
+          "timesteps": [{"low": 0, "high": 100, "scores": {"gap_other": {"score": 0.002, "interval": [...]}}}] ...}
       }
     }
 
@@ -68,7 +70,8 @@ that one function; `evaluate.py` needs no change.
 or, where it is itself the score (drift's cosine and knn_overlap), a `score`. `interval` is a 95% interval
 or null, `mcnemar` is null where a metric has no right and wrong, `patterns` and `flipped` are there where a task
 has them. The first of the weights is `before` in every comparison. In `flipped`, `before` and `after` are what
-the softmax gives image 1 under each of the two texts (right: above 0.5 for the first, not for the second).
+the softmax gives image 1 under each of the two texts (right: above 0.5 for the first, not for the second). Weights may
+have `notes`: sentences for the reader, which `evaluate` prints.
 
 `DIR/predictions.csv` has every single score: the columns `task,weights,metric,seed,item,file,text,truth,predicted,
 score,correct`, then those that only some tasks have.
@@ -97,6 +100,8 @@ class Options:
       seed: of the draws and the resamples.
       classes, templates: JSON files with class names and prompt templates for `zeroshot`; empty: the data's own.
       neighbours: k of `drift`'s kNN overlap.
+      images: at most so many of the images of `feedback`, chosen by the seed; they are kept in memory.
+      draws: gradients of `feedback` on the same images.
       dtype: what the towers compute in; "float32" asks for full precision of chips that would use less.
     """
 
@@ -107,12 +112,15 @@ class Options:
     classes: str = ""
     templates: str = ""
     neighbours: int = 10
+    images: int = 256
+    draws: int = 4
     dtype: str = "float32"
 
     def __post_init__(self):
-        for field in ("batch_size", "seeds", "bootstrap", "neighbours"):
-            if getattr(self, field) < 1:
-                raise UserError(f"evaluation: {field}={getattr(self, field)} must be at least 1")
+        least = dict.fromkeys(("batch_size", "seeds", "bootstrap", "neighbours"), 1) | {"images": 2, "draws": 2}
+        for field, minimum in least.items():
+            if getattr(self, field) < minimum:
+                raise UserError(f"evaluation: {field}={getattr(self, field)} must be at least {minimum}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"evaluation: dtype={self.dtype!r} is not known: use float32 or bfloat16")
 
@@ -134,6 +142,10 @@ class Outcome:
 
 class Task(Protocol):
     """A task with its data at hand.
+
+    Two more methods are optional. `bind(config, mesh)` is called once, before any weights are loaded; it raises a
+    UserError where the task cannot be done with this config. `scalars(outcome)` gives the scores that the train loop
+    logs of an outcome, by their full key; a task that has it is not compared with the encoder that a run began with.
 
     Attributes:
       title: as a reader should see it.

@@ -10,7 +10,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -21,6 +20,7 @@ from diva_jax.backbones import Spec
 from diva_jax.backbones.text import Text
 from diva_jax.evals import Options, images
 from diva_jax.evals.readout import Readout, parse_readout, patch_weights, read_out
+from diva_jax.layers import abstract
 from diva_jax.preprocess import normalise, to_float
 
 Array = jax.Array
@@ -65,9 +65,9 @@ class Towers:
         self.readout = parse_readout(spec.readout)
         dtype = jnp.dtype(options.dtype)
         self._vision, self.vision = partition.disassemble(
-            nnx.eval_shape(lambda: backbones.build(spec, rngs=nnx.Rngs(0), dtype=dtype))
+            abstract(lambda rngs: backbones.build(spec, rngs=rngs, dtype=dtype))
         )
-        self._text, self.text = partition.disassemble(nnx.eval_shape(lambda: Text(spec, rngs=nnx.Rngs(0), dtype=dtype)))
+        self._text, self.text = partition.disassemble(abstract(lambda rngs: Text(spec, rngs=rngs, dtype=dtype)))
         devices = mesh.devices.size
         self.batch = -(-options.batch_size // devices) * devices
         self._rows = NamedSharding(mesh, sharding.BATCH)
@@ -166,6 +166,7 @@ class Model:
       arrays: name -> array of the run's parameters, `vision/...` and whatever else was trained.
       table: text -> row of `embeddings`.
       embeddings: of every text that a task has announced, float32 [T, D], not normalised.
+      borrowed: whose those of `arrays` are that these weights lack; empty: nobody's.
     """
 
     label: str
@@ -174,6 +175,7 @@ class Model:
     arrays: Mapping[str, Array]
     table: Mapping[str, int]
     embeddings: np.ndarray
+    borrowed: str = ""
 
     @property
     def spec(self) -> Spec:

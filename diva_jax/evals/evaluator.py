@@ -50,6 +50,16 @@ def labels_of(sources: Sequence[str], steps: Sequence[int | None]) -> list[str]:
     return short if len(set(short)) == len(short) else [label(s, n) for s, n in zip(sources, steps, strict=True)]
 
 
+def flat(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """`KEY`, `KEY/low` and `KEY/high` of each score or difference."""
+    out = {}
+    for key, s in scores.items():
+        out[key] = s["difference"] if "difference" in s else s["score"]
+        if s["interval"]:
+            out |= {f"{key}/low": s["interval"][0], f"{key}/high": s["interval"][1]}
+    return out
+
+
 class Evaluator:
     """Tasks on a mesh. Data is read and checked at once, towers are compiled once, whatever the weights.
 
@@ -67,6 +77,9 @@ class Evaluator:
     def __init__(self, config, mesh, data: Mapping[str, str], options: Options | None = None, tokenizer: str = ""):
         self.config, self.mesh, self.options = config, mesh, options or Options()
         self.tasks = {name: evals.find(name).prepare(path, self.options) for name, path in data.items()}
+        for task in self.tasks.values():
+            if hasattr(task, "bind"):
+                task.bind(config, mesh)
         self.towers = Towers(spec_of(config), mesh, self.options)
         texts = dict.fromkeys(text for task in self.tasks.values() for text in task.texts)
         self._rows = {text: i for i, text in enumerate(texts)}
@@ -82,15 +95,15 @@ class Evaluator:
             self._embeddings[source] = self.towers.texts(arrays, tokenize(list(self._rows)))
         return self._embeddings[source]
 
-    def model(self, label: str, arrays: Mapping[str, jax.Array], text: str) -> Model:
-        """Weights as tasks see them; `text` is the source of their text tower."""
-        return Model(label, self.config, self.towers, arrays, self._rows, self._texts(text))
+    def model(self, label: str, arrays: Mapping[str, jax.Array], text: str, borrowed: str = "") -> Model:
+        """Weights as tasks see them; `text` is the source of their text tower, `borrowed` as in `Model`."""
+        return Model(label, self.config, self.towers, arrays, self._rows, self._texts(text), borrowed)
 
     def evaluate(self, model: Model) -> dict[str, Outcome]:
         """Task -> what it finds."""
         return {name: task.evaluate(model) for name, task in self.tasks.items()}
 
-    def scalars(self, params: Mapping[str, jax.Array]) -> dict[str, float]:
+    def scalars(self, params: Mapping[str, jax.Array]) -> tuple[dict[str, float], list[str]]:
         """For the train loop: every score of live parameters, and how it differs from the encoder the run began with.
 
         The first call also evaluates that encoder, loaded from `config.backbone.source`. Every process of a run
@@ -100,20 +113,25 @@ class Evaluator:
           params: name -> array, sharded as they are: `vision/...` and whatever else a task needs.
 
         Returns:
-          `eval/<task>/<metric>` and, where a task compares, `eval/<task>/<metric>_change` (`eval/drift/cosine`
-          and the like compare by themselves and have no `_change`), in the metric's unit.
+          ({`eval/<task>/<metric>`, with `/low` and `/high` behind it where it has an interval, and, where a task
+          compares, `eval/<task>/<metric>_change` (`eval/drift/cosine` and the like compare by themselves and have
+          no `_change`), in the metric's unit; what a task's own `scalars` gives}, sentences for the reader).
         """
-        source = self.config.backbone.source
-        if self._before is None:
+        source, out, notes = self.config.backbone.source, {}, []
+        compared = {n: t for n, t in self.tasks.items() if not hasattr(t, "scalars")}
+        if self._before is None and compared:
             original = weights.vision(source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
-            self._before = self.evaluate(self.model("before", {**params, **original}, source))
-        out = {}
+            before = self.model("before", {**params, **original}, source)
+            self._before = {name: task.evaluate(before) for name, task in compared.items()}
         for name, after in self.evaluate(self.model("now", params, source)).items():
-            out |= {f"eval/{name}/{m}": s["score"] for m, s in after.results["scores"].items()}
-            for metric, s in self.tasks[name].compare(self._before[name], after)["scores"].items():
-                key, value = (f"{metric}_change", s["difference"]) if "difference" in s else (metric, s["score"])
-                out[f"eval/{name}/{key}"] = value
-        return out
+            notes += after.results.get("notes", [])
+            if name not in compared:
+                out |= flat(self.tasks[name].scalars(after))
+                continue
+            out |= flat({f"eval/{name}/{m}": s for m, s in after.results["scores"].items()})
+            changes = self.tasks[name].compare(self._before[name], after)["scores"].items()
+            out |= flat({f"eval/{name}/{m}{'_change' * ('difference' in s)}": s for m, s in changes})
+        return out, notes
 
     def report(self, found: Sequence[tuple[str, dict[str, Outcome]]]) -> tuple[dict[str, Any], list[dict]]:
         """(the `tasks` of results.json, the rows of predictions.csv); the first label is compared with each other."""
@@ -176,8 +194,17 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
         raise UserError(f"--out={folder} cannot be written ({e}): use a folder that you may write") from e
 
 
+def _figure(s: Mapping[str, Any], unit: str) -> str:
+    """A score or difference with its interval: two digits behind the point for %, else four significant ones."""
+    form = ".2f" if unit == "%" else ".4g"
+    text = f"{s['difference']:+{form}}" if "difference" in s else f"{s['score']:{form}}"
+    ends = "  [{}, {}]".format(*(f"{x:{form}}" for x in s["interval"])) if s["interval"] else ""
+    test = "  won {won}, lost {lost}, p = {p:.3g}".format(**s["mcnemar"]) if s.get("mcnemar") else ""
+    return f"{text:>8}{ends}{test}"
+
+
 def table(tasks: dict) -> str:
-    """The scores with their intervals, and the differences."""
+    """The scores with their intervals, the differences, and each weights' notes."""
     lines = []
     for task in tasks.values():
         lines.append(f"{task['title']}: {task['count']} {task['items']}")
@@ -185,11 +212,6 @@ def table(tasks: dict) -> str:
         found += [(f"{c['before']} -> {c['after']}", c["scores"]) for c in task["comparisons"]]
         for label, scores in found:
             for metric, s in scores.items():
-                value = s.get("score", s.get("difference"))
-                text = f"{value:+8.2f}" if "difference" in s else f"{value:8.2f}"
-                if s["interval"]:
-                    text += "  [{:.2f}, {:.2f}]".format(*s["interval"])
-                if test := s.get("mcnemar"):
-                    text += f"  won {test['won']}, lost {test['lost']}, p = {test['p']:.3g}"
-                lines.append(f"  {label:<40}  {metric:<28}{text}")
+                lines.append(f"  {label:<40}  {metric:<28}{_figure(s, task['metrics'][metric]['unit'])}")
+        lines += [f"  {label}: {note}" for label, w in task["weights"].items() for note in w.get("notes", [])]
     return "\n".join(lines)

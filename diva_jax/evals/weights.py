@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from diva_jax import backbones, checkpoint, partition, sharding
@@ -13,6 +12,7 @@ from diva_jax.backbones import Spec
 from diva_jax.backbones.text import Text
 from diva_jax.config import spec_of
 from diva_jax.errors import UserError, listing
+from diva_jax.layers import abstract
 from diva_jax.weights import loading, names, parts, sources, workdirs
 
 
@@ -54,7 +54,7 @@ def resolve(source: str) -> tuple[str, int | None]:
 
 def _tower(build: Callable, fill: Callable, source, spec: Spec, mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
     """Name -> array of one tower, each straight to its sharding; `fill` is of `weights.loading`."""
-    module = nnx.eval_shape(lambda: build(spec, rngs=nnx.Rngs(0)))
+    module = abstract(lambda rngs: build(spec, rngs=rngs))
     shardings = {
         path: sharding.parameter_shardings({path: var}, mesh, min_shard)[path]
         for path, var in names.flat(module).items()
@@ -90,6 +90,24 @@ def _has_text(source: str) -> bool:
     return any(n.endswith("token_embedding.weight") for n in sources.open_clip_source(source, "--weights").tensors)
 
 
+def _trained(folder: Path, step: int, run, mesh: Mesh, wanted: Callable[[str], bool] = lambda name: True) -> dict:
+    """What a run has trained, name -> array, or as much of it as is wanted."""
+    checkpoints = checkpoint.Checkpoints(folder)
+    try:
+        saved = {n: a for n, a in checkpoints.trained(step).items() if wanted(n)}
+        shardings = sharding.parameter_shardings(saved, mesh, run.mesh.min_shard)
+        return checkpoints.restore_params(step, sharding.with_shardings(saved, shardings))[0] if saved else {}
+    finally:
+        checkpoints.close()
+
+
+def beside(source: str, step: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """What a run has trained beside its vision tower: `visual_proj/...`, which weights from elsewhere do not have."""
+    folder = Path(source).expanduser()
+    run = workdirs.config_of(folder)
+    return _trained(folder, step, run, mesh, lambda name: not name.startswith("vision/"))
+
+
 def _workdir(source: str, step: int, config, mesh: Mesh) -> Weights:
     """The encoder of a run; what the run does not train comes from the source it began with."""
     folder = Path(source).expanduser()
@@ -97,14 +115,8 @@ def _workdir(source: str, step: int, config, mesh: Mesh) -> Weights:
     spec, wanted = spec_of(run), spec_of(config)
     if wrong := [f for f in (*sources.ARCHITECTURE, "image_size") if getattr(spec, f) != getattr(wanted, f)]:
         raise UserError(f"{source} is a run of another backbone than --config ({listing(wrong)}): give its own config")
-    checkpoints = checkpoint.Checkpoints(folder)
-    try:
-        saved = checkpoints.trained(step)
-        shardings = sharding.parameter_shardings(saved, mesh, run.mesh.min_shard)
-        arrays, _ = checkpoints.restore_params(step, sharding.with_shardings(saved, shardings))
-    finally:
-        checkpoints.close()
-    tower = nnx.eval_shape(lambda: backbones.build(spec, rngs=nnx.Rngs(0)))
+    arrays = _trained(folder, step, run, mesh)
+    tower = abstract(lambda rngs: backbones.build(spec, rngs=rngs))
     idle = [n for path in names.flat(tower) if (n := f"vision/{partition.name_of(path)}") not in arrays]
     if idle:
         original = vision(run.backbone.source, spec, mesh, run.mesh.min_shard)

@@ -1,7 +1,8 @@
 """Objectives, found by module name: `config.objective = "diva"` is `diva_jax.objectives.diva`.
 
 An objective module defines
-  `build(config, rngs) -> nnx.Module` with `loss(batch, keys) -> (loss, metrics)`,
+  `build(config, rngs) -> nnx.Module` with `loss(batch, keys) -> (loss, metrics)` and, for the evaluation task
+    `feedback`, `condition_losses(batch, keys, edges)` as `diva.Diva` has it (optional),
   `PRETRAINED`: attribute -> the kind of pretrained part that fills it (a name in `diva_jax.weights.parts`);
     every other attribute starts from the random weights that `build` gives it,
   `flops_per_image(config)` (optional): counted FLOPs of one image in one step, for the MFU in the progress line.

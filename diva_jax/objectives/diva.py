@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
@@ -89,8 +90,8 @@ class Diva(nnx.Module):
         self.text_context = nnx.Variable(jnp.zeros((1, d.text_tokens, cross), jnp.float32))
         condition.check(self.spec.select, self.spec.add_text, self.spec.patches, d.text_tokens)
 
-    def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> Draws:
-        """All N draws from one key an image, [B]; each image's numbers depend on its own key alone."""
+    def draw(self, keys: Array, latents_shape: tuple[int, int, int], count: int | None = None) -> Draws:
+        """N draws (`count`, or config.diva.draws) from one key an image, [B]; each depends on its image's key alone."""
 
         def one(key):
             t, eps, tokens = jax.random.split(key, 3)
@@ -101,7 +102,8 @@ class Diva(nnx.Module):
                 tokens,
             )
 
-        per_draw = jax.vmap(lambda key: jax.random.split(key, self.config.draws), out_axes=1)(keys)  # [N, B]
+        n = count or self.config.draws
+        per_draw = jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys)  # [N, B]
         timesteps, noise, token_keys = jax.vmap(jax.vmap(one))(per_draw)
         indices = jax.vmap(lambda k: condition.draw_token_indices(k, self.spec.select, self.spec.patches))(token_keys)
         return Draws(timesteps, noise, indices)
@@ -130,6 +132,20 @@ class Diva(nnx.Module):
             return jnp.full((n,), 1 / n, jnp.float32)
         return jnp.asarray([self.accum] * (n - 1) + [1], jnp.float32)
 
+    def context(self, visual_proj: nnx.Module, seen: backbones.Features, draw: Draws) -> tuple[Array, Array]:
+        """What the encoder sees -> (its tokens that condition the U-Net [B, n, D], the condition [B, n, C])."""
+        f = condition.select_tokens(seen, self.spec.select, draw.token_indices)
+        return f, condition.add_text(visual_proj(f), self.text_context[...], self.spec.add_text)
+
+    def denoise(self, latents: Array, draw: Draws, context: Array) -> tuple[Array, Array]:
+        """(what the U-Net predicts from a draw's noisy latents, what it should), [B, h, w, c], float32 or wider."""
+        abar = schedule.alphas_cumprod(self.schedule)
+        noisy = schedule.add_noise(latents, draw.noise, abar, draw.timesteps)
+        with jax.named_scope("unet"):
+            pred = self.unet(noisy, draw.timesteps, context)
+        goal = schedule.target(latents, draw.noise, abar, draw.timesteps, self.schedule.prediction_type)
+        return pred.astype(jnp.promote_types(pred.dtype, jnp.float32)), goal
+
     def forward(self, pixels: Array, drawn: Draws) -> tuple[Array, dict]:
         """The loss and everything on the way to it.
 
@@ -144,7 +160,6 @@ class Diva(nnx.Module):
         vae_view, backbone_view = self.views(pixels)
         with jax.named_scope("vae"):
             latents = self.vae.encode(vae_view)
-        abar = schedule.alphas_cumprod(self.schedule)
         shared = self.config.backbone_passes == "exact"
         towers = (self.visual_proj,) if shared else (self.visual_proj, self.vision)
         graph, params = nnx.split(towers)
@@ -159,13 +174,8 @@ class Diva(nnx.Module):
             params, seen = inputs
             visual_proj, *vision = nnx.merge(graph, params)
             seen = encode(vision[0]) if vision else seen
-            f = condition.select_tokens(seen, self.spec.select, draw.token_indices)
-            c = condition.add_text(visual_proj(f), self.text_context[...], self.spec.add_text)
-            noisy = schedule.add_noise(latents, draw.noise, abar, draw.timesteps)
-            with jax.named_scope("unet"):
-                pred = self.unet(noisy, draw.timesteps, c)
-            goal = schedule.target(latents, draw.noise, abar, draw.timesteps, self.schedule.prediction_type)
-            pred = pred.astype(jnp.promote_types(pred.dtype, jnp.float32))
+            f, c = self.context(visual_proj, seen, draw)
+            pred, goal = self.denoise(latents, draw, c)
             loss = jnp.mean(jnp.square(pred - goal))
             return loss, {"features": f, "context": c, "pred_noise": pred, "losses": loss}
 
@@ -186,6 +196,41 @@ class Diva(nnx.Module):
         h, w = (s // self.vae.config.downscale for s in pixels.shape[1:3])
         value, seen = self.forward(pixels, self.draw(keys, (h, w, self.vae.config.latent_channels)))
         return value, {"loss": jnp.mean(seen["losses"])}
+
+    def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
+        """The loss of each image under its own condition, under another image's, and under the text alone.
+
+        One draw an image and bin; timesteps, noise and token draw are the same under all three conditions. For the
+        text alone the visual part is zero: the condition is the prompt's states as they are (`add_text` token), or
+        their mean in every one of its tokens (mean).
+
+        Args:
+          batch: {"image", "other": uint8 [B, S, S, 3]}, `other` being whose condition is borrowed.
+          keys: PRNG keys, one an image, [B].
+          edges: [K + 1] ints; the timestep of draw k is uniform in edges[k] .. edges[k + 1] - 1.
+
+        Returns:
+          {"own", "other", "text": [K, B]}.
+        """
+        views = [self.views(preprocess.to_float(batch[k])) for k in ("image", "other")]
+        latents = self.vae.encode(views[0][0])
+        both = jax.lax.map(self.vision.encode, jnp.stack([view for _, view in views]))
+        seen = [backbones.Features(*(x[i] for x in both)) for i in (0, 1)]  # By itself, by the other.
+        drawn = self.draw(keys, latents.shape[1:], len(edges) - 1)
+        within = drawn.timesteps * np.diff(edges)[:, None] // self.schedule.num_train_timesteps
+        drawn = drawn._replace(timesteps=(edges[:-1, None] + within).astype(jnp.int32))
+
+        def loss(draw: Draws, context: Array) -> Array:
+            pred, goal = self.denoise(latents, draw, context)
+            return jnp.mean(jnp.square(pred - goal), axis=(1, 2, 3))
+
+        def one_draw(draw: Draws) -> Array:
+            own, other = (self.context(self.visual_proj, f, draw)[1] for f in seen)
+            text = condition.add_text(jnp.zeros_like(own), self.text_context[...], self.spec.add_text)
+            return jax.lax.map(lambda context: loss(draw, context), jnp.stack([own, other, text]))  # [3, B]
+
+        losses = jax.lax.map(one_draw, drawn)
+        return {name: losses[:, i] for i, name in enumerate(("own", "other", "text"))}
 
 
 def build(config, rngs: nnx.Rngs) -> Diva:

@@ -4,6 +4,7 @@ Three layouts: `open_clip`, a folder for open_clip's `local-dir:`; `hf`, a trans
 folder, which LLaVA's `--vision_tower` reads too; `pt`, the vision tower's state dict as DIVA's authors publish it.
 """
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax import backbones, reference
+from diva_jax import backbones, layers, reference
 from diva_jax.backbones import Spec
 from diva_jax.backbones.open_clip_config import to_open_clip
 from diva_jax.backbones.text import Text
@@ -40,7 +41,7 @@ def _cast(t, dtype: np.dtype) -> Tensor:
 
 
 def _abstract(make, spec: Spec):
-    return nnx.state(names.abstract(lambda rngs: make(spec, rngs=rngs)))
+    return nnx.state(layers.abstract(lambda rngs: make(spec, rngs=rngs)))
 
 
 def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tensors:
@@ -124,6 +125,7 @@ def _run_original(folder: Path, fmt: str, spec: Spec) -> str:
         theirs = reference.open_clip_pooled(folder, images)
     else:
         theirs = reference.open_clip_tower_pooled(folder / PT_FILE, to_open_clip(spec), images)
+    gc.collect()  # Modules are full of cycles, and ours needs the memory of theirs.
     if keys:
         raise RunError(f"{library} finds keys missing or unexpected: {listing(keys, 5)}; nothing was exported")
     source = str(folder / PT_FILE) if fmt == "pt" else str(folder)

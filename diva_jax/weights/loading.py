@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax import backbones
+from diva_jax import backbones, layers
 from diva_jax.backbones import Spec
 from diva_jax.backbones.text import Text
 from diva_jax.diffusion.text_encoder import TextEncoder, TextEncoderConfig
@@ -122,7 +122,7 @@ def load(
     kw = dict(dtype=dtype, param_dtype=param_dtype)
 
     def abstract(make):
-        return nnx.split(names.abstract(lambda rngs: make(rngs=rngs, **kw)))
+        return nnx.split(layers.abstract(lambda rngs: make(rngs=rngs, **kw)))
 
     if isinstance(spec, Spec):
         opened = sources.open_clip_source(source)

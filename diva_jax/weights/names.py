@@ -60,22 +60,6 @@ class Table:
         return any(re.fullmatch(p, name) for p in self.ignore)
 
 
-class _FixedKey:
-    """Stands for `nnx.Rngs` where values do not matter: under a trace, Rngs' counters take time quadratic in the
-    number of parameters."""
-
-    def __init__(self):
-        self._key = jax.random.key(0)
-
-    def params(self) -> jax.Array:
-        return self._key
-
-
-def abstract(make: Callable[..., nnx.Module]) -> nnx.Module:
-    """The module that `make(rngs)` builds, shapes and dtypes alone: for weights that come from elsewhere."""
-    return nnx.eval_shape(lambda: make(_FixedKey()))
-
-
 def flat(state) -> dict[tuple, nnx.Variable]:
     """Path -> variable, of a module or state."""
     if isinstance(state, nnx.Module):

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from diva_jax import backbones, checkpoint, objectives, partition
+from diva_jax import backbones, checkpoint, layers, objectives, partition
 from diva_jax.backbones import Spec
 from diva_jax.config import spec_of
 from diva_jax.errors import UserError, listing
@@ -49,7 +49,7 @@ def _trained(workdir: str | Path, step: int) -> tuple[dict, dict]:
 
 def _over(base: sources.ClipSource, spec: Spec, params: dict) -> dict[str, np.ndarray]:
     """The vision tower in open_clip's names: `params` where they were trained, the rest from `base`."""
-    state = nnx.state(names.abstract(lambda rngs: backbones.build(spec, rngs=rngs)))
+    state = nnx.state(layers.abstract(lambda rngs: backbones.build(spec, rngs=rngs)))
     if any(partition.name_of(path) not in params for path in names.flat(state)):
         state = loading.fill_vision(base, spec, state, loading.host_put)
     filled = {p: v.replace(params.get(partition.name_of(p), v.get_value())) for p, v in names.flat(state).items()}
