@@ -1,17 +1,21 @@
 """The tables of docs/TPU.md: compiles every config for TPU slices that are not there, and prints Markdown.
 
-    python bench/tpu.py [--out=bench/tpu] [--only=REGEX] [--tables]
+    python bench/tpu.py [--out=bench/tpu] [--only=REGEX] [--tables] [--docs=docs/TPU.md]
 
 Each compilation is one `python -m diva_jax.aot` and takes minutes; its report is kept as JSON in --out and not made
-again while the file is there. --tables: compile nothing, print what there is.
+again while the file is there. --tables: compile nothing, print what there is. --docs: and put it between the marks
+of that file.
 """
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from diva_jax import chips
 
 CONFIGS = (
     "vitl14", "vitl14_336", "metaclip_l14", "metaclip_h14", "dfn_h14", "dfn_h14_378", "siglip_so400m",
@@ -27,7 +31,9 @@ RUNS = {
     "vitl14-v5e-4": ("vitl14", "v5e:2x2", ["--per-device-batch=8"]),
     "vitl14-v5e-256": ("vitl14", "v5e:16x16", ["--per-device-batch=8"]),
 }
-SCALING = ("vitl14-v5e-4", "vitl14-v5e-16", "vitl14-v5e-256")
+SCALING = {"vitl14-v5e-4": (2, 2), "vitl14-v5e-16": (4, 4), "vitl14-v5e-256": (16, 16)}
+BASE = "vitl14-v5e-16"
+BEGIN, END = "<!-- tables: python bench/tpu.py --docs=docs/TPU.md -->", "<!-- end of tables -->"
 GIB = 2**30
 
 
@@ -95,16 +101,23 @@ def parts(found: dict[str, dict], name: str) -> str:
 
 
 def scaling(found: dict[str, dict]) -> str:
-    """Weak scaling on paper: nothing of the all-reduce hidden behind compute, links at their published speed."""
+    """Weak scaling on paper: nothing of the all-reduce hidden behind compute, links at their published speed.
+
+    A slice that was not compiled takes compute and bytes from the one of 16 chips: both are per device, and the
+    program of a device is the same.
+    """
     rows = []
-    for name in SCALING:
-        if name in found and "memory" in found[name]:
-            r = found[name]
-            reduced = r["collectives"].get("all-reduce", {"gb": 0, "count": 0})
-            rows.append([
-                r["chips"], r["batch_size"], f"{r['step_ms']:.0f}", f"{reduced['gb']:.2f} in {reduced['count']}",
-                f"{r['all_reduce_ms']:.1f}", f"{100 * r['step_ms'] / (r['step_ms'] + r['all_reduce_ms']):.1f}%",
-            ])  # fmt: skip
+    for name, shape in SCALING.items():
+        r = found.get(name, found.get(BASE))
+        if r is None or "memory" not in r:
+            continue
+        n, reduced = math.prod(shape), r["collectives"]["all-reduce"]
+        ms = 1e3 * chips.all_reduce_seconds(1e9 * reduced["gb"], chips.CHIPS["v5e"], shape)
+        rows.append([
+            f"{n}" if name in found else f"{n} (from 16)", n * r["per_device_batch"] * r["accum"],
+            f"{r['step_ms']:.0f}", f"{reduced['gb']:.2f} in {reduced['count']}", f"{ms:.1f}",
+            f"{100 * r['step_ms'] / (r['step_ms'] + ms):.1f}%",
+        ])  # fmt: skip
     return table(
         ["chips", "batch", "compute [ms]", "all-reduce a step [GB]", "at the links' speed [ms]", "efficiency"], rows
     )
@@ -115,15 +128,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/tpu"))
     parser.add_argument("--only", default="", metavar="REGEX")
     parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--docs", type=Path, metavar="FILE")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.tables:
         compile_missing(args.out, args.only)
     found = reports(args.out)
-    print(costs(found))
-    if "vitl14-v5e-16" in found:
-        print("\n" + parts(found, "vitl14-v5e-16"))
-    print("\n" + scaling(found))
+    text = "\n\n".join(
+        [
+            costs(found),
+            *(["Where the step of `vitl14` on v5e:4x4 goes:", parts(found, BASE)] if BASE in found else []),
+            "Weak scaling of `vitl14`, eight images a chip and micro-batch:",
+            scaling(found),
+        ]
+    )
+    print(text)
+    if args.docs:
+        before, _, rest = args.docs.read_text().partition(BEGIN)
+        args.docs.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.partition(END)[2])
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def analyse(text: str, chip: Chip) -> dict:
         if op.kind in hlo.FREE:
             continue
         cost = op_cost(program, op, computation, times)
-        part, kind = part_of(op.path)
+        path = program.origin(op, computation)
+        part, kind = part_of(path)
         parts[part].add(cost)
         kinds[part, kind] += cost.cycles
         for channel, (name, size) in hlo.collectives(program, op, computation).items():
@@ -96,7 +97,7 @@ def analyse(text: str, chip: Chip) -> dict:
         if op.target == "tpu_custom_call":
             kernels[op.name.rsplit(".", 1)[0]] += times
         for array in hlo.materialised(op):
-            largest[array.laid_out, _short(op.path) or op.kind] += 1
+            largest[array.laid_out, _short(path) or op.kind] += 1
     total = Cost()
     for cost in parts.values():
         total.add(cost)

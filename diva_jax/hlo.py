@@ -110,10 +110,11 @@ Computation = dict[str, Op]
 
 @dataclasses.dataclass
 class Program:
-    """A parsed module: `computations` by name, `entry` the name of the one that runs."""
+    """A parsed module: `computations` by name, `entry` the name of the one that runs, `readers` a cache."""
 
     computations: dict[str, Computation]
     entry: str
+    readers: dict[int, dict[str, str]] = dataclasses.field(default_factory=dict, repr=False)
 
     def executed(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Op, Computation, int]]:
         """Every operation that runs by itself, loops entered: (op, its computation, how often it runs)."""
@@ -135,6 +136,23 @@ class Program:
                 if bound and bound.kind == "constant":
                     return int(bound.rest.strip("()").split(")")[0])
         return 1
+
+    def origin(self, op: Op, computation: Computation) -> str:
+        """An operation's path; of one that has none, a prefetch say, that of the operation it is for."""
+        for _ in range(5):
+            if op.path or op.name not in (readers := self._readers(computation)):
+                break
+            op = computation[readers[op.name]]
+        return op.path
+
+    def _readers(self, computation: Computation) -> dict[str, str]:
+        """Name of an operand -> name of the first operation that reads it."""
+        if id(computation) not in self.readers:
+            first = self.readers[id(computation)] = {}
+            for name, op in computation.items():
+                for operand in op.operands:
+                    first.setdefault(operand, name)
+        return self.readers[id(computation)]
 
     def loops(self) -> list[int]:
         """Trips of every loop that runs, largest first."""
