@@ -14,7 +14,7 @@ from diva_jax.diffusion import presets
 from diva_jax.errors import UserError, listing
 
 # What may differ when a run is resumed: none of it changes what is learned.
-RESUMABLE = ("log", "checkpoint", "mesh", "data.threads", "data.prefetch", "remat", "compile_cache", "profile")
+RESUMABLE = ("log", "checkpoint", "eval", "mesh", "data.threads", "data.prefetch", "remat", "compile_cache", "profile")
 # Subtrees whose fields belong to another library's format, or to the user.
 _FREE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion.scheduler")
 
@@ -95,6 +95,16 @@ def default(backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "
     c.log = ConfigDict()
     c.log.every = 10  # Steps between progress lines, metrics.jsonl rows and TensorBoard points.
     c.log.tensorboard = True
+
+    c.eval = ConfigDict()
+    c.eval.every = (
+        0  # Steps between evaluations in training, and one before the first and after the last; 0: none.
+    )
+    c.eval.data = ()  # "TASK=PATH" texts, tasks of diva_jax/evals: ("mmvp=data/MMVP_VLM", "feedback=data/photos").
+    c.eval.batch_size = 64  # Images at once, over all devices; no score depends on it.
+    c.eval.images = 64  # feedback: at most so many.
+    c.eval.draws = 4  # feedback: gradients of independent draws on the same images.
+    c.eval.tokenizer = ""  # Folder with the tokenizer's files; empty: that of backbone.source.
 
     c.compile_cache = "auto"  # Where compiled programs are kept: auto is WORKDIR/cache/compiled; "" keeps none.
     c.profile = ConfigDict()
@@ -195,6 +205,11 @@ def validate(config: ConfigDict, devices: int) -> None:
     ):
         if given[field] < 1:
             raise UserError(f"config.{field}={given[field]} must be at least 1")
+    if given["eval.every"] < 0 or bool(given["eval.every"]) != bool(given["eval.data"]):
+        raise UserError(
+            f"config.eval.every={given['eval.every']} with config.eval.data={given['eval.data']}: set both, every to "
+            "at least 1 and data to texts TASK=PATH, or neither"
+        )
     for field in ("dtype", "frozen_dtype"):
         if given[field] not in ("float32", "bfloat16", "float64"):
             raise UserError(f"config.{field}={given[field]!r}: use float32 or bfloat16")

@@ -13,6 +13,7 @@ from diva_jax import config as configs
 from diva_jax.data import pipeline
 from diva_jax.distributed import Preemption, say
 from diva_jax.errors import RunError
+from diva_jax.evals import evaluator
 from diva_jax.step import Program
 from diva_jax.weights import parts
 
@@ -81,6 +82,7 @@ class Run:
         checkpoint.check_config(self.workdir, config)
         self.checkpoints = None
         self.step = checkpoint.latest_step(self.workdir) or 0
+        self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
         distributed.check_same(
             {
                 "the checksum of the config": zlib.crc32(config.to_json().encode()),
@@ -119,6 +121,22 @@ class Run:
         if latest is not None:
             say(f"goes on from the checkpoint of step {latest}")
 
+    def _evaluate(self) -> None:
+        """Scores of the weights as they are, where `config.eval` asks for them; training notices nothing of it."""
+        every = self.config.eval.every
+        if not self.evaluator or (self.step % every and self.step != self.total):
+            return
+        self.progress.flush()
+        began = time.perf_counter()
+        row, notes = self.evaluator.scalars({**self.frozen, **self.state["params"]})
+        took = time.perf_counter() - began
+        if self.writer:
+            self.writer.write(self.step, row)
+        say(f"evaluated step {self.step} in {took:.0f} s: {evaluator.summary(row)}")
+        for note in notes:
+            say(f"  {note}")
+        self.progress.paused(took)
+
     def _save(self, wait: bool = False) -> None:
         meta = {"sources": self.origins, "config": json.loads(self.config.to_json())}
         self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, wait)
@@ -138,7 +156,8 @@ class Run:
         with distributed.explained(lambda: self.step):
             self._load()
         c = self.config
-        writer = metrics.Writer(self.workdir, self.step, c.log.tensorboard) if jax.process_index() == 0 else None
+        tensorboard, first = c.log.tensorboard, jax.process_index() == 0
+        self.writer = writer = metrics.Writer(self.workdir, self.step, tensorboard) if first else None
         peak = chips.peak(self.mesh.devices.flat[0])
         counted = getattr(objectives.find(c.objective), "flops_per_image", None)
         utilisation = counted(c) / (peak * self.mesh.size) if peak and counted else None
@@ -147,6 +166,8 @@ class Run:
         preempted = Preemption()
         try:
             with distributed.explained(lambda: self.step):
+                if self.step == 0:
+                    self._evaluate()
                 while not self.finished and not preempted:
                     self._run_stage(self.program.stage_at(self.step), preempted)
                 self.progress.flush()
@@ -186,6 +207,8 @@ class Run:
             self.progress.add(self.step, values)
             if self.step == stage.end and index + 1 < len(self.program.stages):
                 self.state["opt"] = self.program.init_opt(index + 1, self.state["params"])
+            if not preempted:
+                self._evaluate()
             if self.step % self.config.checkpoint.every == 0:
                 self.progress.flush()
                 self._save()

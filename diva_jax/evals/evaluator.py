@@ -40,6 +40,21 @@ def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
     return {t: found[t] for t in tasks}
 
 
+def in_training(config, mesh) -> "Evaluator | None":
+    """What evaluates a run as `config.eval` says; None where it says never.
+
+    Raises:
+      UserError: an entry of `config.eval.data` is no TASK=PATH, or as `Evaluator`.
+    """
+    c = config.eval
+    if not c.every:
+        return None
+    if wrong := [entry for entry in c.data if not all(entry.partition("="))]:
+        raise UserError(f"config.eval.data has {wrong[0]!r}, which is no TASK=PATH: write e.g. 'mmvp=data/MMVP_VLM'")
+    options = Options(batch_size=c.batch_size, images=c.images, draws=c.draws, seed=config.seed)
+    return Evaluator(config, mesh, dict(entry.split("=", 1) for entry in c.data), options, c.tokenizer)
+
+
 def labels_of(sources: Sequence[str], steps: Sequence[int | None]) -> list[str]:
     """A short name for each: the last part of its path and the step, or all of it where two would be alike."""
 
@@ -58,6 +73,18 @@ def flat(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         if s["interval"]:
             out |= {f"{key}/low": s["interval"][0], f"{key}/high": s["interval"][1]}
     return out
+
+
+def summary(row: Mapping[str, float]) -> str:
+    """`mmvp/pooled 25.93, feedback/gap_other 0.00021 (0.0001 to 0.0003)`: a row of `scalars`, without its bins."""
+
+    def text(key: str) -> str:
+        ends = [row.get(f"{key}/{end}") for end in ("low", "high")]
+        interval = "" if None in ends else " ({:.3g} to {:.3g})".format(*ends)
+        return f"{key.removeprefix('eval/')} {row[key]:.4g}{interval}"
+
+    shown = [k for k in row if k.startswith(("eval/", "feedback/")) and not k.endswith(("/low", "/high"))]
+    return ", ".join(map(text, shown))
 
 
 class Evaluator:

@@ -1,0 +1,137 @@
+"""Evaluation during training: what it logs, and that training notices nothing of it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small
+from eval_data import encoded, patch
+from test_train_e2e import files  # noqa: F401  (the fixture)
+
+from diva_jax import checkpoint, metrics
+from diva_jax.errors import UserError
+from diva_jax.report import training
+from diva_jax.report.inputs import read
+from diva_jax.train import Run
+
+TOTAL = 5
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    for i in range(13):
+        (root / f"{i:02}.png").write_bytes(encoded(patch(i)))
+    return root
+
+
+def config(files, **fields):  # noqa: F811
+    c = small.small_config(steps=TOTAL, batch_size=8, checkpoint__every=2, log__every=1, **fields)
+    c.backbone.source, c.diffusion.source = f"{files}/clip", f"{files}/stable-diffusion"
+    c.data.path, c.data.threads = f"{files}/photos", 2
+    c.compile_cache = os.environ["JAX_COMPILATION_CACHE_DIR"]  # One for all these runs.
+    return c
+
+
+def evaluating(files, photos):  # noqa: F811
+    tasks = (f"feedback={files}/photos", f"drift={photos}")
+    return config(files, eval__every=2, eval__data=tasks, eval__images=9, eval__draws=2, eval__batch_size=8)
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluations(workdir: Path) -> dict[int, dict]:
+    return {r.pop("step"): r for r in rows(workdir) if "feedback/gap_other" in r}
+
+
+def trained(c, workdir: Path) -> dict[str, np.ndarray]:
+    state, _, _ = checkpoint.Checkpoints(workdir).restore(TOTAL, small.program(c).abstract_state(0))
+    return {n: np.asarray(a) for n, a in state["params"].items()}
+
+
+@pytest.fixture(scope="module")
+def ran(files, photos, tmp_path_factory):  # noqa: F811
+    workdir = tmp_path_factory.mktemp("runs") / "evaluated"
+    assert Run(evaluating(files, photos), workdir).run()
+    return workdir
+
+
+def test_rows_of_evaluations(ran):
+    found = evaluations(ran)
+    assert list(found) == [0, 2, 4, 5]  # Before the first step, every second, after the last.
+    for row in found.values():
+        assert all(np.isfinite(v) for v in row.values())
+        low, value, high = (row[f"feedback/gap_other{end}"] for end in ("/low", "", "/high"))
+        assert low < value < high
+        assert {"feedback/loss_own", "feedback/gap_text", "feedback/gradient_cosine", "eval/drift/cosine/low"} <= set(
+            row
+        )
+        assert sum(k.startswith("feedback_by_timestep/gap_text/") and k.endswith("/low") for k in row) == 10
+    assert found[0]["eval/drift/cosine"] == pytest.approx(1) and found[5]["eval/drift/cosine"] < 0.99999
+    assert found[5]["feedback/loss_own"] != found[0]["feedback/loss_own"]
+    assert [r["step"] for r in rows(ran) if "loss" in r] == list(range(1, TOTAL + 1))
+    sections = training.sections(read(ran).runs)
+    assert [s.title for s in sections] == ["Training", "During training"]
+
+
+def test_training_is_bit_identical_with_and_without(files, photos, ran, tmp_path, capsys):  # noqa: F811
+    plain = config(files)
+    assert Run(plain, tmp_path).run()
+    want = trained(plain, tmp_path)
+    for name, array in trained(plain, ran).items():
+        np.testing.assert_array_equal(array, want[name], err_msg=name)
+    without = [{k: v for k, v in r.items() if k in ("step", "loss", "grad_norm")} for r in rows(tmp_path)]
+    assert without == [{k: r[k] for k in ("step", "loss", "grad_norm")} for r in rows(ran) if "loss" in r]
+
+
+def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):  # noqa: F811
+    """From the checkpoint of step 4, evaluated before it was saved: that row stays, the last one is made again."""
+    workdir = tmp_path / "run"
+    shutil.copytree(ran, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(TOTAL))
+    assert Run(evaluating(files, photos), workdir).run()
+    assert evaluations(workdir) == evaluations(ran)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluated step")]
+    assert len(said) == 1 and said[0].startswith("evaluated step 5 in ")
+    assert "feedback/gap_other" in said[0] and "drift/cosine" in said[0] and "by_timestep" not in said[0]
+
+
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        (("feedback=nowhere",), "--data=feedback='nowhere' does not exist"),
+        (("feedback",), "'feedback', which is no TASK=PATH"),
+        (("nothing=here",), "nothing is not known"),
+        ((), "set both"),
+    ],
+)
+def test_bad_data_is_refused_before_anything_is_written(files, tmp_path, data, says):  # noqa: F811
+    with pytest.raises(UserError, match=says):
+        Run(config(files, eval__every=2, eval__data=data), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_time_of_an_evaluation_is_not_time_of_training(monkeypatch):
+    now, written = [0.0], []
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+
+    class Writer:
+        def write(self, step, row):
+            written.append(row)
+
+    progress = metrics.Progress(Writer(), 0, 4, 1, images=8)
+    values = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1}
+    for step in (1, 2, 3, 4):
+        now[0] += 2
+        progress.add(step, {k: jax.numpy.float32(v) for k, v in values.items()})
+        progress.flush()
+        if step == 2:
+            now[0] += 1000
+            progress.paused(1000)
+    assert [r["images_per_s"] for r in written] == [4.0] * 4
