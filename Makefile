@@ -13,7 +13,7 @@ demo: $(VENV)/demo.stamp  ## trains a tiny model on photographs and exports it: 
 	$(RUN) -m diva_jax.export_torch --workdir=runs/tiny --out=runs/tuned
 
 test: $(VENV)/test.stamp lint  ## the whole test suite
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .
