@@ -64,16 +64,10 @@ def main() -> None:
     runner = evaluator.Evaluator(config, mesh, evaluator.data_of(_TASK.value, _DATA.value), options, _TOKENIZER.value)
     given = [weights.resolve(source) for source in _WEIGHTS.value]
     labels, found = evaluator.labels_of(*zip(*given, strict=True)), []
-    # Weights that are no run's are judged with the projection into the U-Net that the first run has trained.
-    lender = next((i for i, (_, step) in enumerate(given) if step is not None), None)
-    lent = {} if lender is None else weights.beside(*given[lender], mesh)
-    for (source, step), label in zip(given, labels, strict=True):
-        loaded = weights.load(source, step, config, mesh)
-        borrows = lent and step is None
-        arrays = {**lent, **loaded.arrays} if borrows else loaded.arrays
-        model = runner.model(label, arrays, loaded.text, labels[lender] if borrows else "")
+    for label, loaded in weights.each(given, labels, config, mesh):
+        model = runner.model(label, loaded.arrays, loaded.text, loaded.borrowed)
         found.append((label, runner.evaluate(model)))
-        del loaded, arrays, model  # One set of weights on the devices at a time.
+        del loaded, model  # One set of weights on the devices at a time.
     tasks, rows = runner.report(found)
     if jax.process_index() == 0:
         listed = [{"label": n, "source": s, "step": t} for n, (s, t) in zip(labels, given, strict=True)]

@@ -12,8 +12,9 @@ import small
 from eval_data import encoded, patch
 from test_train_e2e import files  # noqa: F401  (the fixture)
 
-from diva_jax import checkpoint, metrics
+from diva_jax import checkpoint, metrics, sharding
 from diva_jax.errors import UserError
+from diva_jax.evals import Options, evaluator, weights
 from diva_jax.report import training
 from diva_jax.report.inputs import read
 from diva_jax.train import Run
@@ -100,6 +101,33 @@ def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):  # n
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluated step")]
     assert len(said) == 1 and said[0].startswith("evaluated step 5 in ")
     assert "feedback/gap_other" in said[0] and "drift/cosine" in said[0] and "by_timestep" not in said[0]
+
+
+def test_the_command_finds_what_the_log_says(files, photos, ran):  # noqa: F811
+    """The run's last row again from its checkpoint; the encoder that it began with borrows its projection."""
+    c = evaluating(files, photos)
+    mesh = sharding.make_mesh(c.mesh)
+    tasks = {"feedback": c.eval.data[0].removeprefix("feedback=")}
+    run = evaluator.Evaluator(c, mesh, tasks, Options(batch_size=8, images=9, draws=2))
+    given = [weights.resolve(source) for source in (f"{files}/clip", str(ran))]
+    found = []
+    for label, loaded in weights.each(given, ["clip", "tuned"], c, mesh):
+        found.append((label, run.evaluate(run.model(label, loaded.arrays, loaded.text, loaded.borrowed))))
+        own = {n: a for n, a in loaded.arrays.items() if n.startswith("visual_proj/")}
+        for name, array in trained(c, ran).items():
+            if name in own:
+                np.testing.assert_array_equal(np.asarray(own[name]), array)
+    results, _ = run.report(found)
+    by_label = results["feedback"]["weights"]
+    logged = evaluations(ran)[TOTAL]
+    for metric, s in by_label["tuned"]["scores"].items():
+        assert s["score"] == pytest.approx(logged[f"feedback/{metric}"], rel=1e-5, abs=1e-7), metric
+    assert any("the one trained by tuned is used" in note for note in by_label["clip"]["notes"])
+    assert not any("projection" in note for note in by_label["tuned"]["notes"])
+    (comparison,) = results["feedback"]["comparisons"]
+    assert comparison["scores"]["gap_other"]["difference"] != 0
+    bare = run.tasks["feedback"].evaluate(run.model("clip", weights.load(*given[0], c, mesh).arrays, ""))
+    assert "these weights have no visual_proj: the random one of config.seed=0 is used" in bare.results["notes"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What an evaluation may be of: any source of weights, or a run's workdir at a step."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -23,10 +23,12 @@ class Weights:
     Attributes:
       arrays: name -> array on the mesh: `vision/...` and, of a workdir, all that its run trains.
       text: the source whose text tower and tokenizer belong to it.
+      borrowed: whose those of `arrays` are that the source itself lacks; empty: nobody's.
     """
 
     arrays: Mapping[str, jax.Array]
     text: str
+    borrowed: str = ""
 
 
 def is_workdir(source: str) -> bool:
@@ -101,13 +103,6 @@ def _trained(folder: Path, step: int, run, mesh: Mesh, wanted: Callable[[str], b
         checkpoints.close()
 
 
-def beside(source: str, step: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """What a run has trained beside its vision tower: `visual_proj/...`, which weights from elsewhere do not have."""
-    folder = Path(source).expanduser()
-    run = workdirs.config_of(folder)
-    return _trained(folder, step, run, mesh, lambda name: not name.startswith("vision/"))
-
-
 def _workdir(source: str, step: int, config, mesh: Mesh) -> Weights:
     """The encoder of a run; what the run does not train comes from the source it began with."""
     folder = Path(source).expanduser()
@@ -139,3 +134,33 @@ def load(source: str, step: int | None, config, mesh: Mesh) -> Weights:
         return _workdir(source, step, config, mesh)
     arrays = vision(source, spec_of(config), mesh, config.mesh.min_shard)
     return Weights(arrays, source if _has_text(source) else config.backbone.source)
+
+
+def each(
+    given: Sequence[tuple[str, int | None]], labels: Sequence[str], config, mesh: Mesh
+) -> Iterator[tuple[str, Weights]]:
+    """(label, weights) of several sources, loaded one at a time.
+
+    Weights that are no run's borrow what the first run among them has trained beside its vision tower
+    (`visual_proj/...`), so that before and after tuning are judged with the same.
+
+    Args:
+      given: (source, step) as `resolve` gives them.
+      labels: of each.
+      config, mesh: as for `load`.
+
+    Raises:
+      UserError: as `load`.
+    """
+    lender = next((i for i, (_, step) in enumerate(given) if step is not None), None)
+    lent = {}
+    if lender is not None and any(step is None for _, step in given):
+        folder = Path(given[lender][0]).expanduser()
+        run = workdirs.config_of(folder)
+        lent = _trained(folder, given[lender][1], run, mesh, lambda name: not name.startswith("vision/"))
+    for (source, step), label in zip(given, labels, strict=True):
+        found = load(source, step, config, mesh)
+        if lent and step is None:
+            found = Weights({**lent, **found.arrays}, found.text, labels[lender])
+        yield label, found
+        del found  # Not held while the next is loaded.
