@@ -31,7 +31,7 @@ def _folder(workdir: Path) -> Path:
 def steps(workdir: Path) -> list[int]:
     """The steps whose checkpoints are whole, in order; nothing is made where there is none."""
     folder = _folder(workdir)
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
 def latest_step(workdir: Path) -> int | None:
@@ -52,7 +52,13 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            create=True,
+            cleanup_tmp_directories=True,
+            # Where a folder cannot be made, the threads that would fill it wait for it for five minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
         return ocp.CheckpointManager(
             _folder(self._workdir),
             options=options,

@@ -85,8 +85,8 @@ class Run:
         self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
         distributed.check_same(
             {
-                "the checksum of the config": zlib.crc32(config.to_json().encode()),
                 "the number of images in config.data.path": self.batches.get_state()["records"],
+                "the checksum of the config": zlib.crc32(config.to_json().encode()),
                 "the last checkpoint in --workdir": self.step,
             }
         )

@@ -1,0 +1,277 @@
+"""Several real processes on this machine make one run, whatever their number; one is told to leave, one dies, one
+never comes, one brings other data. And saves that fail."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import multihost
+import numpy as np
+import pytest
+import small
+from e2e_config import get_config
+from jax.experimental.compilation_cache import compilation_cache
+
+from diva_jax import checkpoint, demo, distributed, metrics, sharding, train
+from diva_jax.data import pipeline
+from diva_jax.data.photos import pack_photos
+from diva_jax.errors import RunError, UserError
+
+HERE = Path(__file__).parent
+STEPS, BATCH, IMAGES = 9, 8, 24
+FIELDS = {"steps": STEPS, "accum": 1, "condition.warmup_steps": 0, "diva.draws": 1, "log.tensorboard": False}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    pack_photos(folder / "photos", count=IMAGES, per_shard=8)
+    demo.write_clip(folder / "clip", small.SPEC)
+    demo.write_stable_diffusion(folder / "stable-diffusion", small.diffusion())
+    return folder
+
+
+def free_address() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
+
+
+def start(files, workdir, address, index: int, count: int, *more) -> subprocess.Popen:
+    """The command as process `index` of `count`, with one device."""
+    flags = [f"--config={HERE}/e2e_config.py:{files}", f"--workdir={workdir}", "--lost_timeout=10"]
+    flags += [f"--config.{name}={value}" for name, value in FIELDS.items()]
+    env = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PYTHONPATH": str(HERE.parent),
+    }
+    command = [sys.executable, HERE / "multihost.py", f"{workdir}.{index}of{count}.rows", *flags, *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def start_all(files, workdir, count: int, *more) -> list[subprocess.Popen]:
+    address = free_address()
+    return [start(files, workdir, address, index, count, *more) for index in range(count)]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    ends = [(p.communicate(timeout=300), p.returncode) for p in processes]
+    return [(code, out, err) for (out, err), code in ends]
+
+
+def wait_for_step(process: subprocess.Popen, step: int) -> None:
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            return
+    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
+
+
+def run_here(files, workdir) -> None:
+    """The same run by this process and its eight devices."""
+    config = get_config(str(files))
+    config.update_from_flattened_dict(FIELDS)
+    take = pipeline.Iterator.__next__
+    multihost.record(f"{workdir}.here.rows")
+    try:
+        assert train.Run(config, workdir).run()
+    finally:
+        pipeline.Iterator.__next__ = take
+
+
+def seen(workdir) -> dict[tuple[int, int], int]:
+    """(step, row) -> checksum of the image, of all starts and processes, which agree where they overlap."""
+    rows = {}
+    for file in workdir.parent.glob(f"{workdir.name}.*.rows"):
+        for step, row, image in map(json.loads, file.read_text().splitlines()):
+            assert rows.setdefault((step, row), image) == image, f"step {step}, row {row} of {file.name}"
+    return rows
+
+
+def losses(workdir) -> list[float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    return [r["loss"] for r in rows]
+
+
+def test_one_run_over_two_four_and_one_processes(files, tmp_path):
+    """Two processes, one of which is told to leave; then four, one of which dies; then one to the end."""
+    workdir, alone = tmp_path / "run", tmp_path / "alone"
+    two = start_all(files, workdir, 2, "--config.mesh.fsdp=2", "--config.mesh.min_shard=64")
+    wait_for_step(two[0], 2)
+    two[1].terminate()
+    ends = finish(two)
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    saved = checkpoint.latest_step(workdir)
+    assert 2 <= saved < STEPS and f"SIGTERM: saved step {saved}" in ends[0][1]
+    assert not re.search("^(step|stage|total) ", ends[1][1], re.M), "only process 0 prints"
+
+    four = start_all(files, workdir, 4, "--config.mesh.fsdp=2")
+    wait_for_step(four[0], saved + 2)
+    four[2].kill()
+    began = time.monotonic()
+    ends = finish(four)
+    assert time.monotonic() - began < 60
+    for code, _, err in (ends[0], ends[1], ends[3]):
+        assert code not in (0, 2) and ("lost another of the 4 processes" in err or "another task died" in err), err
+
+    run_here(files, workdir)
+    run_here(files, alone)
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-5)
+    whole = seen(alone)
+    assert seen(workdir) == whole
+    for first in range(1, STEPS + 1, IMAGES // BATCH):
+        images = [image for (step, _), image in whole.items() if first <= step < first + IMAGES // BATCH]
+        assert len(images) == len(set(images)) == IMAGES
+
+
+def test_data_that_is_truncated_on_one_machine(files, tmp_path):
+    fewer = tmp_path / "fewer"
+    shutil.copytree(files / "photos", fewer)
+    sorted(fewer.glob("*.tar"))[-1].unlink()
+    address = free_address()
+    whole = start(files, tmp_path / "run", address, 0, 2)
+    short = start(files, tmp_path / "run", address, 1, 2, f"--config.data.path={fewer}")
+    for code, _, err in finish([whole, short]):
+        assert code == 2 and "error: " in err and "Traceback" not in err, err
+        assert "the number of images in config.data.path is 24 for process 0 and 16 for process 1" in err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_others_do_not_come(files, tmp_path, index):
+    address = free_address()
+    ((code, _, err),) = finish([start(files, tmp_path / "run", address, index, 2, "--join_timeout=2")])
+    assert code == 2 and address in err and "on every machine" in err
+    assert ("not all 2 processes" if index == 0 else "cannot reach the coordinator") in err
+    assert len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        (("host:1", None, "0"), "JAX_NUM_PROCESSES"),
+        (("host", "2", "0"), "HOST:PORT"),
+        (("host:1", "2", "2"), "JAX_PROCESS_ID=2"),
+    ],
+)
+def test_variables_that_do_not_fit(monkeypatch, variables, said):
+    for name, value in zip(("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"), variables, strict=True):
+        if value is not None:
+            monkeypatch.setenv(f"JAX_{name}", value)
+    with pytest.raises(UserError, match=said):
+        distributed.initialise(1, 10)
+
+
+def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("asked for others"))
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "1")
+    assert distributed.initialise(1, 10) is False
+
+
+def test_mesh_that_does_not_divide():
+    c = small.small_config(mesh__fsdp=3)
+    with pytest.raises(UserError, match="fsdp=3 does not divide the 8 devices"):
+        sharding.make_mesh(c.mesh)
+    c.mesh.update(fsdp=2, data=3)
+    with pytest.raises(UserError, match="use data=-1 or 4"):
+        sharding.make_mesh(c.mesh)
+
+
+STATE = {"x": np.arange(3.0)}
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PAUSES", (0.01, 0.01))
+    c = checkpoint.Checkpoints(tmp_path, keep=1)
+    c.save(1, STATE, {}, {}, wait=True)
+    return c
+
+
+def fail_to_write(monkeypatch, times: int) -> list:
+    """The disk is full for so many saves: found out where orbax finds it out, in the thread that writes."""
+    write, failed = checkpoint.ocp.JsonCheckpointHandler._save_fn, []
+
+    async def full(self, *args):
+        if len(failed) < times:
+            failed.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        await write(self, *args)
+
+    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "_save_fn", full)
+    return failed
+
+
+def test_a_save_that_fails_is_made_up_for(checkpoints, tmp_path, monkeypatch, capfd):
+    failed = fail_to_write(monkeypatch, 1)
+    checkpoints.save(2, STATE, {}, {})  # Fails behind our back.
+    checkpoints.save(3, STATE, {}, {})
+    assert failed and "step 3: saving failed, tried again" in capfd.readouterr().out
+    assert checkpoint.steps(tmp_path) == [3]
+    checkpoints.close()
+
+
+def test_a_disk_that_stays_full_keeps_the_last_checkpoint(checkpoints, tmp_path, monkeypatch):
+    fail_to_write(monkeypatch, 1000)
+    with pytest.raises(RunError, match=r"step 2: .*No space left.*tried 3 times; the last whole one is of step 1"):
+        checkpoints.save(2, STATE, {}, {}, wait=True)
+    checkpoints.close()
+    assert checkpoint.steps(tmp_path) == [1]
+    np.testing.assert_array_equal(checkpoint.Checkpoints(tmp_path).restore(1, STATE)[0]["x"], STATE["x"])
+
+
+def test_a_bucket_that_is_gone(checkpoints, tmp_path):
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("now a file, in which no folder can be made")
+    with pytest.raises(RunError, match="step 2: no checkpoint can be written to .*checkpoints"):
+        checkpoints.save(2, STATE, {}, {}, wait=True)
+    checkpoints.close()
+
+
+def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics.Writer, "write", full)
+    config = get_config(str(files))
+    config.update_from_flattened_dict(FIELDS)
+    with pytest.raises(RunError, match="step 2: .*No space left on device.*last checkpoint stands"):
+        train.Run(config, tmp_path).run()
+
+
+def test_a_second_start_does_not_compile_the_step_again(tmp_path):
+    events = []
+
+    def listen(event, **_):
+        events.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    train.use_compile_cache("auto", tmp_path)
+    compilation_cache.reset_cache()  # jax keeps to the first folder it has used.
+    try:
+        for found in ("cache_misses", "cache_hits"):
+            p = small.program(small.small_config(diva__draws=1))
+            lowered = p.step(0).lower(p.abstract_state(0), p.abstract_frozen(), p.abstract_batch())
+            events.clear()
+            lowered.compile()
+            assert f"/jax/compilation_cache/{found}" in events
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        compilation_cache.reset_cache()
+        jax.monitoring.unregister_event_listener(listen)
+    assert list((tmp_path / "cache" / "compiled").iterdir())
