@@ -46,7 +46,8 @@ def arrays_of(run, seed: int = 0) -> dict[str, jax.Array]:
 
 
 def outcome(run, arrays, label="x"):
-    return run.tasks["feedback"].evaluate(run.model(label, arrays, ""))
+    with jax.default_matmul_precision("highest"):  # As in every test: what a fixture compiles is not compiled again.
+        return run.tasks["feedback"].evaluate(run.model(label, arrays, ""))
 
 
 @pytest.fixture(scope="module")

@@ -56,10 +56,15 @@ def trained(c, workdir: Path) -> dict[str, np.ndarray]:
     return {n: np.asarray(a) for n, a in state["params"].items()}
 
 
+def train(c, workdir: Path) -> bool:
+    with jax.default_matmul_precision("highest"):  # As in every test: what a fixture compiles is not compiled again.
+        return Run(c, workdir).run()
+
+
 @pytest.fixture(scope="module")
 def ran(files, photos, tmp_path_factory):  # noqa: F811
     workdir = tmp_path_factory.mktemp("runs") / "evaluated"
-    assert Run(evaluating(files, photos), workdir).run()
+    assert train(evaluating(files, photos), workdir)
     return workdir
 
 
@@ -83,7 +88,7 @@ def test_rows_of_evaluations(ran):
 
 def test_training_is_bit_identical_with_and_without(files, photos, ran, tmp_path, capsys):  # noqa: F811
     plain = config(files)
-    assert Run(plain, tmp_path).run()
+    assert train(plain, tmp_path)
     want = trained(plain, tmp_path)
     for name, array in trained(plain, ran).items():
         np.testing.assert_array_equal(array, want[name], err_msg=name)
@@ -96,7 +101,7 @@ def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):  # n
     workdir = tmp_path / "run"
     shutil.copytree(ran, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(TOTAL))
-    assert Run(evaluating(files, photos), workdir).run()
+    assert train(evaluating(files, photos), workdir)
     assert evaluations(workdir) == evaluations(ran)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluated step")]
     assert len(said) == 1 and said[0].startswith("evaluated step 5 in ")
