@@ -13,11 +13,11 @@ from diva_jax.errors import UserError
 def learning_rate(stage: Stage, warmup: float) -> optax.Schedule:
     """Linear from 0 over ceil(warmup * steps), then cosine to 0 at the stage's last step.
 
-    The schedule's argument counts steps from the stage's start; its first value is 0 where there is a warm-up.
+    The schedule's argument counts steps from the stage's start; its first value is 0 where there is a warm-up, which
+    leaves at least one step after it.
     """
-    return optax.warmup_cosine_decay_schedule(
-        0.0 if warmup else stage.lr, stage.lr, math.ceil(warmup * stage.steps), stage.steps
-    )
+    warm = min(math.ceil(warmup * stage.steps), stage.steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0 if warm else stage.lr, stage.lr, warm, stage.steps)
 
 
 def _scale_by_name(scales: Mapping[str, float]) -> optax.GradientTransformation:

@@ -187,6 +187,8 @@ class Run:
             self.checkpoints.close()
             if writer:
                 writer.close()
+        if self.finished and jax.process_index() == 0:
+            (self.workdir / "done").touch()  # For scripts that start the command again until the run is done.
         if not self.finished:
             say(f"SIGTERM: saved step {self.step}; the same command goes on from here")
         return self.finished

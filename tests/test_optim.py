@@ -26,6 +26,12 @@ def test_learning_rate_is_linear_then_cosine_to_zero():
     np.testing.assert_allclose(optim.learning_rate(STAGE, 0.0)(0), 1e-4, rtol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_shortest_stages_have_a_schedule(steps):
+    lr = optim.learning_rate(Stage("s", 0, steps, 0.5, ()), 0.9)
+    assert max(float(lr(i)) for i in range(steps)) == 0.5
+
+
 def one_update(params, grads, **fields):
     c = config.default().optim.unlock()
     c.update(fields)

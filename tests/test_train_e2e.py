@@ -86,6 +86,7 @@ def test_a_run_reports_what_it_does(files, uninterrupted):
     assert {"loss", "grad_norm", "lr", "images_per_s", "data_wait", "broken_images"} <= set(rows[0])
     assert list((workdir / "tensorboard").glob("events*"))
     assert checkpoint.steps(workdir) == [9, 12, 14]  # the newest three
+    assert (workdir / "done").exists()
 
 
 def test_the_same_command_again_says_that_it_is_done(files, uninterrupted):
@@ -100,6 +101,7 @@ def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, sig)
     run_until(process, step, sig)
     code, _, err = finish(process)
     assert code == (0 if sig == signal.SIGTERM else -sig), err
+    assert not (tmp_path / "run" / "done").exists()
     saved = checkpoint.latest_step(tmp_path / "run")
     if sig == signal.SIGTERM:
         assert saved >= step
