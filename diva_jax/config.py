@@ -97,9 +97,7 @@ def default(backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "
     c.log.tensorboard = True
 
     c.eval = ConfigDict()
-    c.eval.every = (
-        0  # Steps between evaluations in training, and one before the first and after the last; 0: none.
-    )
+    c.eval.every = 0  # Steps between evaluations in training, and one before the first and after the last; 0: none.
     c.eval.data = ()  # "TASK=PATH" texts, tasks of diva_jax/evals: ("mmvp=data/MMVP_VLM", "feedback=data/photos").
     c.eval.batch_size = 64  # Images at once, over all devices; no score depends on it.
     c.eval.images = 64  # feedback: at most so many.
