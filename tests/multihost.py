@@ -5,7 +5,7 @@ import json
 import sys
 import zlib
 
-from diva_jax import errors, main
+from diva_jax import errors
 from diva_jax.data import pipeline
 
 _take = pipeline.Iterator.__next__
@@ -26,4 +26,6 @@ def record(path) -> None:
 
 if __name__ == "__main__":
     record(sys.argv.pop(1))
+    from diva_jax import main  # Its flags would clash with those of other commands that a test process imports.
+
     errors.run(main.main)
