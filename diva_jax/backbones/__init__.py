@@ -70,7 +70,7 @@ class Spec:
       select: which patch tokens join the pooled one as condition: "all", "random:K" (K uniform draws with
         replacement), or "runs:K" (means over runs of K along the raster order, remainder dropped).
       add_text: "token" (text and features token by token) or "mean" (mean text token added to every one).
-      readout: the readout with which this row's MMVP-VLM score was published (METHOD: section 2's last column).
+      readout: the readout with which this row's MMVP-VLM score was published (authors' evaluation code).
       text: the text tower's spec.
     """
 
@@ -156,7 +156,7 @@ _SIGLIP = Spec(
 )
 _r = dataclasses.replace
 
-# The eight rows of METHOD section 2; `select` of dfn_h14_378 is int(0.5 * 729).
+# The backbones that the authors tuned, as their code conditions on them; `select` of dfn_h14_378 is int(0.5 * 729).
 TABLE: dict[str, Spec] = {
     "vitl14": _L14,
     "vitl14_336": _r(
