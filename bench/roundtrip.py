@@ -52,13 +52,12 @@ def compare(original: Path, out: Path) -> int:
 
 
 def main() -> None:
-    if _CONFIG.value is None:
-        raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
+    config = errors.config_of(_CONFIG)
     jax.config.update("jax_platforms", "cpu")
     for library in ("open_clip", "transformers"):
         if not reference.available(library):
             raise UserError(f"{library} cannot be imported: pip install 'diva_jax[test]'")
-    spec = spec_of(_CONFIG.value)
+    spec = spec_of(config)
     with tempfile.TemporaryDirectory(dir=_TMP.value) as tmp:
         original = Path(tmp) / "original"
         original.mkdir()

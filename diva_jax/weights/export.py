@@ -17,9 +17,9 @@ from diva_jax import backbones, layers, reference
 from diva_jax.backbones import Spec
 from diva_jax.backbones.open_clip_config import to_open_clip
 from diva_jax.backbones.text import Text
+from diva_jax.distributed import say
 from diva_jax.errors import RunError, UserError, listing
 from diva_jax.weights import clip, hf, loading, names, pickles, resample, sources, writers
-from diva_jax.weights.loading import say
 from diva_jax.weights.readers import Tensor, Tensors
 from diva_jax.weights.sources import ClipSource
 

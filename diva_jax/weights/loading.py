@@ -15,6 +15,7 @@ from diva_jax.backbones.text import Text
 from diva_jax.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.diffusion.unet import UNet, UNetConfig
 from diva_jax.diffusion.vae import VAE, VAEConfig
+from diva_jax.distributed import say
 from diva_jax.errors import UserError
 from diva_jax.weights import clip, diffusers, names, readers, resample, sources
 
@@ -24,12 +25,6 @@ _SD = {
     VAEConfig: ("vae", VAE, diffusers.VAE, ("diffusion_pytorch_model",)),
     TextEncoderConfig: ("text_encoder", TextEncoder, diffusers.TEXT_ENCODER, ("model", "pytorch_model")),
 }
-
-
-def say(message: str) -> None:
-    """Prints on process 0."""
-    if jax.process_index() == 0:
-        print(message, flush=True)
 
 
 def fill_vision(source: sources.ClipSource, spec: Spec, state, put=None, field: str = "config.backbone"):

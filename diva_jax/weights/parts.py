@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from diva_jax import partition
 from diva_jax.config import spec_of
 from diva_jax.diffusion.prompt import encode_prompt
 from diva_jax.diffusion.unet import UNetConfig
@@ -104,7 +105,7 @@ def _initialise(program, fresh: list[str]) -> dict:
         return {}
 
     def init():
-        flat = {"/".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(nnx.state(program.init_module()))}
-        return {n: flat[n] for n in fresh}
+        _, arrays = partition.disassemble(program.init_module())
+        return {n: arrays[n] for n in fresh}
 
     return jax.jit(init, out_shardings={n: program.shardings[n] for n in fresh})()
