@@ -15,6 +15,6 @@ from diva_jax import config as base
 
 def get_config(arg: str | None = None):
     c = base.default("metaclip_h14")
-    # So that weights and optimizer state fit into 16 GiB chips; elsewhere --config.mesh.fsdp=1.
-    c.mesh.fsdp, c.remat = 4, "vision"
+    # So that what is trained fits into 16 GiB chips; elsewhere --config.mesh.fsdp=1.
+    c.mesh.fsdp, c.mesh.shard_frozen, c.remat = 4, False, "vision"
     return base.faithful(c) if arg == "faithful" else c

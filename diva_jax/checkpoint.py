@@ -6,16 +6,15 @@ a run goes on. A checkpoint is renamed into place when it is whole, so a killed 
 
 import json
 import logging
-import os
 import time
 import zlib
-from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from diva_jax import config as configs
-from diva_jax import distributed
+from diva_jax import distributed, paths
 from diva_jax.errors import RunError, UserError, listing
 
 logger = logging.getLogger(__name__)
@@ -24,17 +23,17 @@ _PAUSES = (2.0, 8.0, 30.0)  # Seconds before a save that failed is tried again.
 _SEEN_WITHIN = 60.0  # Seconds after which network file systems show every machine a new file.
 
 
-def _folder(workdir: Path) -> Path:
-    return (Path(workdir) / "checkpoints").absolute()
+def _folder(workdir: epath.PathLike) -> epath.Path:
+    return paths.absolute(epath.Path(workdir) / "checkpoints")
 
 
-def steps(workdir: Path) -> list[int]:
+def steps(workdir: epath.PathLike) -> list[int]:
     """The steps whose checkpoints are whole, in order; nothing is made where there is none."""
     folder = _folder(workdir)
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
-def latest_step(workdir: Path) -> int | None:
+def latest_step(workdir: epath.PathLike) -> int | None:
     """The newest whole checkpoint's step, or None."""
     return (steps(workdir) or [None])[-1]
 
@@ -47,7 +46,7 @@ class Checkpoints:
       keep: how many of the newest to keep.
     """
 
-    def __init__(self, workdir: Path, keep: int = 3):
+    def __init__(self, workdir: epath.PathLike, keep: int = 3):
         self._workdir, self._keep = workdir, keep
         self._manager = self._open()
 
@@ -81,17 +80,19 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
         )
+        reasons = {}  # In order, each once: what a failed save leaves behind may be why the next one fails.
         for pause in (*_PAUSES, None):
             reason = self._try_to_save(step, items, wait)
             if not distributed.any_failed(reason is not None):
                 return
             reason, self._manager = reason or "another process could not write its part", None
+            reasons[reason] = None
             if pause is not None:
                 distributed.say(f"step {step}: saving failed, tried again in {pause:g} s: {reason}")
                 time.sleep(pause)
             wait = True
         raise RunError(
-            f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({reason}), tried "
+            f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({', then '.join(reasons)}), tried "
             f"{len(_PAUSES) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room or mend "
             "the access, then start the same command again, which goes on from there"
         )
@@ -159,9 +160,9 @@ class Checkpoints:
         self._manager = None
 
 
-def check_config(workdir: Path, config) -> None:
+def check_config(workdir: epath.PathLike, config) -> None:
     """Raises a UserError where the workdir has checkpoints of another config."""
-    path = Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     if not path.exists() or latest_step(workdir) is None:
         return
     if changed := configs.differences(json.loads(path.read_text()), json.loads(config.to_json())):
@@ -171,24 +172,21 @@ def check_config(workdir: Path, config) -> None:
         )
 
 
-def write_config(workdir: Path, config) -> None:
+def write_config(workdir: epath.PathLike, config) -> None:
     """Writes the config to `workdir/config.json`; a UserError where that cannot be written."""
-    path = Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_suffix(".tmp")
-        tmp.write_text(json.dumps(json.loads(config.to_json()), indent=1))
-        os.replace(tmp, path)
+        paths.write_whole(path, json.dumps(json.loads(config.to_json()), indent=1))
     except OSError as e:
         raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
 
 
-def seen_config(workdir: Path) -> int | None:
+def seen_config(workdir: epath.PathLike) -> int | None:
     """The checksum of `workdir/config.json`, as soon as it is seen here; None where it never is.
 
     Every process reads what process 0 has just written: a folder of its own on each machine is found out.
     """
-    path, until = Path(workdir) / "config.json", time.monotonic() + _SEEN_WITHIN
+    path, until = epath.Path(workdir) / "config.json", time.monotonic() + _SEEN_WITHIN
     while not path.exists():
         if time.monotonic() > until:
             return None

@@ -86,6 +86,7 @@ def default(backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "
     c.mesh = ConfigDict()
     c.mesh.data = -1  # Devices along the batch alone; -1: all that fsdp leaves.
     c.mesh.fsdp = 1  # Devices that also share the weights.
+    c.mesh.shard_frozen = True  # They share the frozen ones too; False: more memory, and no gathers of those.
     c.mesh.min_shard = 2**18  # Elements: smaller parameters are replicated.
 
     c.checkpoint = ConfigDict()

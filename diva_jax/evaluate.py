@@ -7,12 +7,11 @@ described in diva_jax/evals.
 """
 
 import time
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from diva_jax import errors
+from diva_jax import errors, paths
 from diva_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file of the backbone.")
@@ -39,6 +38,7 @@ def main() -> None:
         raise UserError("--weights is missing: give a source of weights or a workdir, once for each to evaluate")
     if not _OUT.value:
         raise UserError("--out is missing: give a folder for results.json and predictions.csv")
+    out = paths.local(_OUT.value, "--out")
     if len(set(_WEIGHTS.value)) < len(_WEIGHTS.value):
         raise UserError("--weights names the same source twice: give each once")
     # Heavy imports come after the flags are known to be right.
@@ -73,7 +73,7 @@ def main() -> None:
         listed = [{"label": n, "source": s, "step": t} for n, (s, t) in zip(labels, given, strict=True)]
         about = evaluator.about(config, options)
         took = {"seconds": round(time.perf_counter() - began, 1)}
-        evaluator.write(Path(_OUT.value), about | took | {"weights": listed, "tasks": tasks}, rows)
+        evaluator.write(out, about | took | {"weights": listed, "tasks": tasks}, rows)
         print(evaluator.table(tasks), flush=True)
         print(f"wrote {_OUT.value}/results.json and predictions.csv in {took['seconds']} s", flush=True)
 

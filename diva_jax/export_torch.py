@@ -12,7 +12,7 @@ that is installed), and only then renamed.
 from absl import flags
 from ml_collections import config_flags
 
-from diva_jax import errors
+from diva_jax import errors, paths
 from diva_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run to export from.")
@@ -47,14 +47,15 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     from diva_jax.weights import cards, export, workdirs, writers
 
-    writers.refuse_taken(_OUT.value)
+    out = paths.local(_OUT.value, "--out")
+    writers.refuse_taken(out)
     if _WORKDIR.value:
         source, provenance = workdirs.checkpoint_source(_WORKDIR.value, _STEP.value)
         spec = source.spec
     else:
         (source, spec), provenance = _from_source(), None
     card = cards.card(source, spec, _FORMAT.value, _DTYPE.value, provenance)
-    export.export(source, spec, _OUT.value, _FORMAT.value, dtype=_DTYPE.value, card=card)
+    export.export(source, spec, out, _FORMAT.value, dtype=_DTYPE.value, card=card)
 
 
 if __name__ == "__main__":

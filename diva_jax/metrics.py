@@ -3,11 +3,12 @@
 import json
 import math
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
+from diva_jax import paths
 from diva_jax.errors import RunError
 
 
@@ -18,27 +19,31 @@ def duration(seconds: float) -> str:
 
 
 class Writer:
-    """Appends rows to `metrics.jsonl` and TensorBoard; rows past `step` of an interrupted run are dropped."""
+    """Appends rows to `metrics.jsonl` and TensorBoard; rows past `step` of an interrupted run are dropped.
 
-    def __init__(self, workdir: Path, step: int, tensorboard: bool):
-        self._path = Path(workdir) / "metrics.jsonl"
-        if self._path.exists():
-            kept = []
-            for line in self._path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except ValueError:  # a row cut short by a kill
-                    continue
-            tmp = self._path.with_suffix(".tmp")
-            tmp.write_text("".join(k + "\n" for k in kept))
-            tmp.replace(self._path)
-        self._file = open(self._path, "a", buffering=1)
+    In a bucket they appear twice a minute, and when `flush` or `close` is called.
+    """
+
+    def __init__(self, workdir: epath.PathLike, step: int, tensorboard: bool):
+        path = epath.Path(workdir) / "metrics.jsonl"
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:  # a row cut short by a kill
+                continue
+        paths.write_whole(path, "".join(kept))
+        self._mirror = paths.Mirror(path.parent)
+        local = self._mirror.local / path.name
+        if not local.exists():
+            local.write_text("".join(kept))
+        self._file = open(local, "a", buffering=1)
         self._board = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+            self._board = SummaryWriter(str(self._mirror.local / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, row: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **row}) + "\n")
@@ -46,11 +51,17 @@ class Writer:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
+        self._mirror.push()
+
+    def flush(self) -> None:
+        """Whatever was written is now in the workdir."""
+        self._mirror.push(force=True)
 
     def close(self) -> None:
         self._file.close()
         if self._board:
             self._board.close()
+        self._mirror.close()
 
 
 class Progress:

@@ -96,11 +96,13 @@ class Program:
         self.stages = configs.stages(config)
         module = nnx.eval_shape(lambda: self.init_module())
         self.skeleton, shapes = partition.disassemble(module)
-        self.shardings = sharding.parameter_shardings(shapes, mesh, config.mesh.min_shard)
-        self.arrays = sharding.with_shardings(shapes, self.shardings)
         self.scales = [partition.scales(s.trainable, shapes) for s in self.stages]
         self.trained = [n for n in shapes if any(s[n] for s in self.scales)]
         self.replicated = NamedSharding(mesh, P())
+        self.shardings = sharding.parameter_shardings(shapes, mesh, config.mesh.min_shard)
+        if not config.mesh.shard_frozen:
+            self.shardings |= {n: self.replicated for n in shapes if n not in set(self.trained)}
+        self.arrays = sharding.with_shardings(shapes, self.shardings)
 
     def init_module(self) -> nnx.Module:
         """The objective with random weights."""

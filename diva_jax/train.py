@@ -3,12 +3,12 @@
 import json
 import time
 import zlib
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
-from diva_jax import checkpoint, chips, distributed, metrics, objectives, partition, sharding
+from diva_jax import checkpoint, chips, distributed, metrics, objectives, partition, paths, sharding
 from diva_jax import config as configs
 from diva_jax.data import pipeline
 from diva_jax.distributed import Preemption, say
@@ -23,33 +23,34 @@ def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) ->
     return {k: jax.make_array_from_process_local_data(shardings, v) for k, v in batch.items()}
 
 
-def use_compile_cache(setting: str, workdir: Path) -> None:
+def use_compile_cache(setting: str, workdir: epath.Path) -> None:
     """Keeps compiled programs where `config.compile_cache` says, so that a second start need not compile."""
     if setting:
-        folder = workdir / "cache" / "compiled" if setting == "auto" else Path(setting)
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        folder = workdir / "cache" / "compiled" if setting == "auto" else epath.Path(setting).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(paths.absolute(folder)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 class Profile:
     """Traces `config.profile.steps` steps from `config.profile.start` on into WORKDIR/profile."""
 
-    def __init__(self, config, workdir: Path):
+    def __init__(self, config, workdir: epath.Path):
         self._start, self._end = config.start, config.start + config.steps
-        self._folder, self._on = workdir / "profile", False
+        self._folder, self._mirror = workdir / "profile", None
 
     def before(self, step: int) -> None:
         """Called before each step with the number of steps done."""
-        if not self._on and self._start <= step < self._end:
-            jax.profiler.start_trace(str(self._folder))
-            self._on = True
-        elif self._on and step >= self._end:
+        if not self._mirror and self._start <= step < self._end:
+            self._mirror = paths.Mirror(self._folder)
+            jax.profiler.start_trace(str(self._mirror.local))
+        elif self._mirror and step >= self._end:
             self.close()
 
     def close(self) -> None:
-        if self._on:
+        if self._mirror:
             jax.profiler.stop_trace()
-            self._on = False
+            self._mirror.close()
+            self._mirror = None
             say(f"profile of the steps from {self._start} on: {self._folder}")
 
 
@@ -58,14 +59,14 @@ class Run:
 
     Args:
       config: of `config.default`'s form.
-      workdir: where config.json, checkpoints, metrics.jsonl and TensorBoard events go.
+      workdir: where config.json, checkpoints, metrics.jsonl and TensorBoard events go; a folder, or gs://...
 
     Raises:
       UserError: anything about the input is wrong; nothing in the workdir is lost.
     """
 
-    def __init__(self, config, workdir: str | Path):
-        self.config, self.workdir = config, Path(workdir)
+    def __init__(self, config, workdir: epath.PathLike):
+        self.config, self.workdir = config, paths.folder(workdir, "--workdir")
         configs.validate(config, jax.device_count())
         use_compile_cache(config.compile_cache, self.workdir)
         self.mesh = sharding.make_mesh(config.mesh)
@@ -138,6 +139,8 @@ class Run:
         self.progress.paused(took)
 
     def _save(self, wait: bool = False) -> None:
+        if self.writer:
+            self.writer.flush()
         meta = {"sources": self.origins, "config": json.loads(self.config.to_json())}
         self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, wait)
 

@@ -28,6 +28,21 @@ def register_torchvision_operators():
 register_torchvision_operators()
 
 
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """What e2e_config.py's runs are made of: 24 photographs in shards of eight, weights of both models."""
+    import small  # only now: it makes arrays
+
+    from diva_jax import demo
+    from diva_jax.data.photos import pack_photos
+
+    folder = tmp_path_factory.mktemp("files")
+    pack_photos(folder / "photos", count=24, per_shard=8)
+    demo.write_clip(folder / "clip", small.SPEC)
+    demo.write_stable_diffusion(folder / "stable-diffusion", small.diffusion())
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def highest_precision():
     with jax.default_matmul_precision("highest"):

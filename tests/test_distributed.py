@@ -3,14 +3,9 @@ never comes, one brings other data. And saves that fail."""
 
 import errno
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import multihost
@@ -19,63 +14,13 @@ import pytest
 import small
 from e2e_config import get_config
 from jax.experimental.compilation_cache import compilation_cache
+from processes import FIELDS, STEPS, finish, free_address, start, start_all, wait_for_step
 
-from diva_jax import checkpoint, demo, distributed, metrics, sharding, train
+from diva_jax import checkpoint, distributed, metrics, sharding, train
 from diva_jax.data import pipeline
-from diva_jax.data.photos import pack_photos
 from diva_jax.errors import RunError, UserError
 
-HERE = Path(__file__).parent
-STEPS, BATCH, IMAGES = 9, 8, 24
-FIELDS = {"steps": STEPS, "accum": 1, "condition.warmup_steps": 0, "diva.draws": 1, "log.tensorboard": False}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    pack_photos(folder / "photos", count=IMAGES, per_shard=8)
-    demo.write_clip(folder / "clip", small.SPEC)
-    demo.write_stable_diffusion(folder / "stable-diffusion", small.diffusion())
-    return folder
-
-
-def free_address() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{s.getsockname()[1]}"
-
-
-def start(files, workdir, address, index: int, count: int, *more) -> subprocess.Popen:
-    """The command as process `index` of `count`, with one device."""
-    flags = [f"--config={HERE}/e2e_config.py:{files}", f"--workdir={workdir}", "--lost_timeout=10"]
-    flags += [f"--config.{name}={value}" for name, value in FIELDS.items()]
-    env = os.environ | {
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": str(count),
-        "JAX_PROCESS_ID": str(index),
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PYTHONPATH": str(HERE.parent),
-    }
-    command = [sys.executable, HERE / "multihost.py", f"{workdir}.{index}of{count}.rows", *flags, *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def start_all(files, workdir, count: int, *more) -> list[subprocess.Popen]:
-    address = free_address()
-    return [start(files, workdir, address, index, count, *more) for index in range(count)]
-
-
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    ends = [(p.communicate(timeout=300), p.returncode) for p in processes]
-    return [(code, out, err) for (out, err), code in ends]
-
-
-def wait_for_step(process: subprocess.Popen, step: int) -> None:
-    for line in process.stdout:
-        if line.startswith(f"step {step}/"):
-            return
-    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
+BATCH, IMAGES = 8, 24
 
 
 def run_here(files, workdir) -> None:
@@ -231,6 +176,14 @@ def test_a_disk_that_stays_full_keeps_the_last_checkpoint(checkpoints, tmp_path,
     checkpoints.close()
     assert checkpoint.steps(tmp_path) == [1]
     np.testing.assert_array_equal(checkpoint.Checkpoints(tmp_path).restore(1, STATE)[0]["x"], STATE["x"])
+
+
+def test_what_failed_first_is_said(checkpoints, monkeypatch):
+    """Threads of a failed save may still write where the next one cleans up."""
+    reasons = iter(["No space left on device", "Directory not empty", "Directory not empty"])
+    monkeypatch.setattr(checkpoint.Checkpoints, "_try_to_save", lambda *_: next(reasons))
+    with pytest.raises(RunError, match=r"\(No space left on device, then Directory not empty\), tried 3 times"):
+        checkpoints.save(2, STATE, {}, {}, wait=True)
 
 
 def test_a_bucket_that_is_gone(checkpoints, tmp_path):

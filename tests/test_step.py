@@ -59,13 +59,17 @@ def reference():
     return run(small.small_config(), 10)
 
 
-@pytest.mark.parametrize("devices, accum, fsdp", [(1, 4, 1), (2, 1, 1), (8, 1, 1), (2, 4, 1), (8, 1, 4)])
-def test_losses_do_not_depend_on_devices_or_accumulation(reference, devices, accum, fsdp):
-    c = small.small_config(accum=accum, mesh__fsdp=fsdp, mesh__min_shard=64)
-    losses, state, _, _, p = run(c, 10, devices)
+@pytest.mark.parametrize(
+    "devices, accum, fsdp, shard_frozen",
+    [(1, 4, 1, True), (2, 1, 1, True), (8, 1, 1, True), (2, 4, 1, True), (8, 1, 4, True), (8, 1, 4, False)],
+)
+def test_losses_do_not_depend_on_devices_or_accumulation(reference, devices, accum, fsdp, shard_frozen):
+    c = small.small_config(accum=accum, mesh__fsdp=fsdp, mesh__shard_frozen=shard_frozen, mesh__min_shard=64)
+    losses, state, frozen, _, p = run(c, 10, devices)
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
-    if fsdp > 1:
-        assert any("fsdp" in a.sharding.spec for a in state["params"].values())
+    assert any("fsdp" in a.sharding.spec for a in state["params"].values()) == (fsdp > 1)
+    lies = [p.arrays[n].sharding.spec for n in frozen]
+    assert any("fsdp" in spec for spec in lies) == (fsdp > 1 and shard_frozen)
 
 
 def test_warm_up_stage_trains_the_projection_alone_then_everything():

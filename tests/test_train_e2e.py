@@ -15,22 +15,12 @@ import pytest
 import small
 from e2e_config import get_config
 
-from diva_jax import checkpoint, demo
-from diva_jax.data.photos import pack_photos
+from diva_jax import checkpoint
 from diva_jax.errors import RunError
 from diva_jax.train import Run
 
 HERE = Path(__file__).parent
 TOTAL = 14
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    pack_photos(folder / "photos", count=24, per_shard=8)
-    demo.write_clip(folder / "clip", small.SPEC)
-    demo.write_stable_diffusion(folder / "stable-diffusion", small.diffusion())
-    return folder
 
 
 def start(files, workdir, *more) -> subprocess.Popen:

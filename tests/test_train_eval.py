@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import small
 from eval_data import encoded, patch
-from test_train_e2e import files  # noqa: F401  (the fixture)
 
 from diva_jax import checkpoint, metrics, sharding
 from diva_jax.errors import UserError
@@ -30,7 +29,7 @@ def photos(tmp_path_factory):
     return root
 
 
-def config(files, **fields):  # noqa: F811
+def config(files, **fields):
     c = small.small_config(steps=TOTAL, batch_size=8, checkpoint__every=2, log__every=1, **fields)
     c.backbone.source, c.diffusion.source = f"{files}/clip", f"{files}/stable-diffusion"
     c.data.path, c.data.threads = f"{files}/photos", 2
@@ -38,7 +37,7 @@ def config(files, **fields):  # noqa: F811
     return c
 
 
-def evaluating(files, photos):  # noqa: F811
+def evaluating(files, photos):
     tasks = (f"feedback={files}/photos", f"drift={photos}")
     return config(files, eval__every=2, eval__data=tasks, eval__images=9, eval__draws=2, eval__batch_size=8)
 
@@ -62,7 +61,7 @@ def train(c, workdir: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def ran(files, photos, tmp_path_factory):  # noqa: F811
+def ran(files, photos, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "evaluated"
     assert train(evaluating(files, photos), workdir)
     return workdir
@@ -86,7 +85,7 @@ def test_rows_of_evaluations(ran):
     assert [s.title for s in sections] == ["Training", "During training"]
 
 
-def test_training_is_bit_identical_with_and_without(files, photos, ran, tmp_path, capsys):  # noqa: F811
+def test_training_is_bit_identical_with_and_without(files, photos, ran, tmp_path, capsys):
     plain = config(files)
     assert train(plain, tmp_path)
     want = trained(plain, tmp_path)
@@ -96,7 +95,7 @@ def test_training_is_bit_identical_with_and_without(files, photos, ran, tmp_path
     assert without == [{k: r[k] for k in ("step", "loss", "grad_norm")} for r in rows(ran) if "loss" in r]
 
 
-def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):  # noqa: F811
+def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):
     """From the checkpoint of step 4, evaluated before it was saved: that row stays, the last one is made again."""
     workdir = tmp_path / "run"
     shutil.copytree(ran, workdir)
@@ -108,7 +107,7 @@ def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):  # n
     assert "feedback/gap_other" in said[0] and "drift/cosine" in said[0] and "by_timestep" not in said[0]
 
 
-def test_the_command_finds_what_the_log_says(files, photos, ran):  # noqa: F811
+def test_the_command_finds_what_the_log_says(files, photos, ran):
     """The run's last row again from its checkpoint; the encoder that it began with borrows its projection."""
     c = evaluating(files, photos)
     mesh = sharding.make_mesh(c.mesh)
@@ -144,7 +143,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):  # noqa: F811
         ((), "set both"),
     ],
 )
-def test_bad_data_is_refused_before_anything_is_written(files, tmp_path, data, says):  # noqa: F811
+def test_bad_data_is_refused_before_anything_is_written(files, tmp_path, data, says):
     with pytest.raises(UserError, match=says):
         Run(config(files, eval__every=2, eval__data=data), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
-from diva_jax import backbones, checkpoint, partition, sharding
+from diva_jax import backbones, checkpoint, partition, paths, sharding
 from diva_jax.backbones import Spec
 from diva_jax.backbones.text import Text
 from diva_jax.config import spec_of
@@ -32,8 +33,8 @@ class Weights:
 
 
 def is_workdir(source: str) -> bool:
-    path = Path(source).expanduser()
-    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+    path = paths.folder(source, "--weights")
+    return (path / "config.json").exists() and (path / "checkpoints").is_dir()
 
 
 def resolve(source: str) -> tuple[str, int | None]:
@@ -47,7 +48,7 @@ def resolve(source: str) -> tuple[str, int | None]:
     if not is_workdir(path):
         sources.locate(source, "--weights")
         return source, None
-    steps = checkpoint.steps(Path(path).expanduser())
+    steps = checkpoint.steps(epath.Path(path).expanduser())
     if not steps or (step is not None and step not in steps):
         which = f"no checkpoint of step {step}, only of {listing(steps)}" if steps else "no checkpoint yet"
         raise UserError(f"{path} has {which}: name a step that exists, as {path}:STEP")
@@ -92,7 +93,7 @@ def _has_text(source: str) -> bool:
     return any(n.endswith("token_embedding.weight") for n in sources.open_clip_source(source, "--weights").tensors)
 
 
-def _trained(folder: Path, step: int, run, mesh: Mesh, wanted: Callable[[str], bool] = lambda name: True) -> dict:
+def _trained(folder: epath.Path, step: int, run, mesh: Mesh, wanted: Callable[[str], bool] = lambda name: True) -> dict:
     """What a run has trained, name -> array, or as much of it as is wanted."""
     checkpoints = checkpoint.Checkpoints(folder)
     try:
@@ -105,7 +106,7 @@ def _trained(folder: Path, step: int, run, mesh: Mesh, wanted: Callable[[str], b
 
 def _workdir(source: str, step: int, config, mesh: Mesh) -> Weights:
     """The encoder of a run; what the run does not train comes from the source it began with."""
-    folder = Path(source).expanduser()
+    folder = epath.Path(source).expanduser()
     run = workdirs.config_of(folder)
     spec, wanted = spec_of(run), spec_of(config)
     if wrong := [f for f in (*sources.ARCHITECTURE, "image_size") if getattr(spec, f) != getattr(wanted, f)]:
@@ -155,7 +156,7 @@ def each(
     lender = next((i for i, (_, step) in enumerate(given) if step is not None), None)
     lent = {}
     if lender is not None and any(step is None for _, step in given):
-        folder = Path(given[lender][0]).expanduser()
+        folder = epath.Path(given[lender][0]).expanduser()
         run = workdirs.config_of(folder)
         lent = _trained(folder, given[lender][1], run, mesh, lambda name: not name.startswith("vision/"))
     for (source, step), label in zip(given, labels, strict=True):

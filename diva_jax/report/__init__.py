@@ -7,14 +7,17 @@ It reads what `diva_jax.evals` documents. Two more things it shows where they ar
 - rows of metrics.jsonl may have keys `eval/...` and `feedback/...`, with `KEY/low` and `KEY/high` as an interval.
 """
 
-from pathlib import Path
+import io
 
+from etils import epath
+
+from diva_jax import paths
 from diva_jax.errors import UserError
 from diva_jax.report import inputs, page
 from diva_jax.report.charts import Chart
 
 
-def write(folder: str | Path) -> list[Path]:
+def write(folder: epath.PathLike) -> list[epath.Path]:
     """Writes `report.html` and `report/*.png` into the folder that the numbers are in.
 
     Args:
@@ -35,10 +38,9 @@ def write(folder: str | Path) -> list[Path]:
         written = [target]
         for chart in charts:
             written.append(pictures / f"{chart.name}.png")
-            chart.draw(page.HALF if chart.half else page.WIDE).png().save(written[-1])
-        partial = target.with_suffix(".tmp")
-        partial.write_text(page.html(found, body), encoding="utf-8")
-        partial.replace(target)
+            chart.draw(page.HALF if chart.half else page.WIDE).png().save(png := io.BytesIO(), "png")
+            written[-1].write_bytes(png.getvalue())
+        paths.write_whole(target, page.html(found, body))
     except OSError as e:
         raise UserError(f"{folder}: the report cannot be written ({e}): give a folder that you may write to") from e
     return written

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from diva_jax import paths
 from diva_jax.errors import UserError
 
 
@@ -45,12 +47,12 @@ class Run:
 class Inputs:
     """Everything a report shows; `results` is None and `runs` empty where there is none."""
 
-    folder: Path
+    folder: epath.Path
     results: dict[str, Any] | None
     runs: list[Run]
 
 
-def read(folder: str | Path) -> Inputs:
+def read(folder: epath.PathLike) -> Inputs:
     """Reads an evaluation's output folder, a training workdir, or one that is both.
 
     The runs that an evaluation's weights came from are read too, where they are still there.
@@ -58,14 +60,14 @@ def read(folder: str | Path) -> Inputs:
     Raises:
       UserError: nothing to report on, or a file that is broken, named with its line.
     """
-    folder = Path(folder)
+    folder = paths.folder(folder, "DIR")
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give an evaluation's --out folder or a training --workdir")
     results = _results(folder / "results.json")
-    folders = {folder.resolve(): 1}
+    folders = {paths.absolute(folder): 1}
     for i, w in enumerate((results or {}).get("weights", [])):
         if w.get("step") is not None and w.get("source"):
-            folders.setdefault(Path(w["source"]).expanduser().resolve(), i)
+            folders.setdefault(paths.absolute(epath.Path(w["source"]).expanduser()), i)
     runs = [r for r in (_run(path, index) for path, index in folders.items()) if r.rows]
     if results is None and not runs:
         raise UserError(
@@ -75,7 +77,7 @@ def read(folder: str | Path) -> Inputs:
     return Inputs(folder, results, runs)
 
 
-def _run(folder: Path, index: int) -> Run:
+def _run(folder: epath.Path, index: int) -> Run:
     path = folder / "config.json"
     config = _json(path, _bytes(path)) if path.is_file() else {}
     if not isinstance(config, dict):
@@ -83,14 +85,14 @@ def _run(folder: Path, index: int) -> Run:
     return Run(folder.name, index, config, _metrics(folder / "metrics.jsonl"))
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: epath.Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}): check who may read it") from e
 
 
-def _json(path: Path, text: bytes, line: int | None = None) -> Any:
+def _json(path: epath.Path, text: bytes, line: int | None = None) -> Any:
     try:
         return json.loads(text.decode())
     except ValueError as e:  # Not JSON, or not even UTF-8.
@@ -98,7 +100,7 @@ def _json(path: Path, text: bytes, line: int | None = None) -> Any:
         raise UserError(f"{path}, {where} is not JSON ({getattr(e, 'msg', e)}): repair or remove it") from e
 
 
-def _metrics(path: Path) -> list[dict[str, float]]:
+def _metrics(path: epath.Path) -> list[dict[str, float]]:
     """Rows by step. A last line without an end is one that is being written, or was cut by a kill: left out."""
     if not path.is_file():
         return []
@@ -114,7 +116,7 @@ def _metrics(path: Path) -> list[dict[str, float]]:
     return sorted(rows, key=lambda r: r["step"])
 
 
-def _results(path: Path) -> dict[str, Any] | None:
+def _results(path: epath.Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     results = _json(path, _bytes(path))

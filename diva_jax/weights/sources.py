@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diva_jax import paths
 from diva_jax.backbones import Spec
 from diva_jax.backbones.open_clip_config import from_open_clip
 from diva_jax.errors import UserError, listing
@@ -96,6 +97,11 @@ def locate(source: str, field: str) -> Path | str:
     """
     if not source:
         raise UserError(f"{field} is empty: set it to a file, a folder or a hub id of weights")
+    if paths.is_remote(source):
+        raise UserError(
+            f"{field}={source!r} is no folder of this machine: mount the bucket (gcsfuse; MOUNT in tpu/env.sh) or copy "
+            f"the weights here, and set {field} to where they are"
+        )
     path = Path(source.removeprefix("local-dir:")).expanduser()
     if not source.startswith("hf-hub:") and path.exists():
         return path

@@ -1,13 +1,13 @@
 """A run's checkpoint as a source of weights: what it trained, over the weights it began with."""
 
 import json
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from diva_jax import backbones, checkpoint, layers, objectives, partition
+from diva_jax import backbones, checkpoint, layers, objectives, partition, paths
 from diva_jax.backbones import Spec
 from diva_jax.config import spec_of
 from diva_jax.errors import UserError, listing
@@ -15,21 +15,21 @@ from diva_jax.weights import clip, loading, names, readers, sources
 from diva_jax.weights.readers import Tensors
 
 
-def config_of(workdir: str | Path) -> ConfigDict:
+def config_of(workdir: epath.PathLike) -> ConfigDict:
     """The config that a run wrote into its workdir.
 
     Raises:
       UserError: there is no run in the workdir.
     """
-    path = Path(workdir) / "config.json"
+    path = paths.folder(workdir, "--workdir") / "config.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir} holds no run: give the --workdir of python -m diva_jax.main")
     return ConfigDict(readers.read_json(path))
 
 
-def choose_step(workdir: str | Path, step: int | None) -> int:
+def choose_step(workdir: epath.PathLike, step: int | None) -> int:
     """`step`, or the newest one; a UserError lists those that exist."""
-    there = checkpoint.steps(Path(workdir))
+    there = checkpoint.steps(workdir)
     if not there:
         raise UserError(f"--workdir={workdir} has no checkpoint yet: let the run save one")
     if step is None:
@@ -39,8 +39,8 @@ def choose_step(workdir: str | Path, step: int | None) -> int:
     return step
 
 
-def _trained(workdir: str | Path, step: int) -> tuple[dict, dict]:
-    checkpoints = checkpoint.Checkpoints(Path(workdir))
+def _trained(workdir: epath.PathLike, step: int) -> tuple[dict, dict]:
+    checkpoints = checkpoint.Checkpoints(workdir)
     try:
         return checkpoints.restore_params(step, checkpoints.trained(step))
     finally:
@@ -56,7 +56,7 @@ def _over(base: sources.ClipSource, spec: Spec, params: dict) -> dict[str, np.nd
     return names.to_torch(nnx.from_flat_state(filled), clip.vision_table(spec))
 
 
-def checkpoint_source(workdir: str | Path, step: int | None = None) -> tuple[sources.ClipSource, dict]:
+def checkpoint_source(workdir: epath.PathLike, step: int | None = None) -> tuple[sources.ClipSource, dict]:
     """The tuned model of a run, both towers.
 
     Args:
