@@ -44,10 +44,11 @@ class Checkpoints:
     Args:
       workdir: the run's folder; checkpoints are in its `checkpoints`.
       keep: how many of the newest to keep.
+      timeout: seconds in which all processes must have written their parts.
     """
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 3):
-        self._workdir, self._keep = workdir, keep
+    def __init__(self, workdir: epath.PathLike, keep: int = 3, timeout: int = 300):
+        self._workdir, self._keep, self._timeout = workdir, keep, timeout
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -56,7 +57,7 @@ class Checkpoints:
             create=True,
             cleanup_tmp_directories=True,
             # Where a folder cannot be made, the threads that would fill it wait for it for five minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(timeout_secs=self._timeout, create_directories_asynchronously=False),
         )
         return ocp.CheckpointManager(
             _folder(self._workdir),

@@ -92,6 +92,7 @@ def default(backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 200  # Steps.
     c.checkpoint.keep = 3  # The newest so many.
+    c.checkpoint.timeout = 300  # Seconds in which all processes must have written their parts of one.
 
     c.log = ConfigDict()
     c.log.every = 10  # Steps between progress lines, metrics.jsonl rows and TensorBoard points.

@@ -108,7 +108,8 @@ class Run:
             checkpoint.write_config(self.workdir, self.config)
         distributed.check_same({f"the checksum of the {part} weights": o["sha256"] for part, o in self.origins.items()})
         distributed.check_same({"config.json in --workdir": checkpoint.seen_config(self.workdir)})
-        self.checkpoints = checkpoint.Checkpoints(self.workdir, self.config.checkpoint.keep)
+        saving = self.config.checkpoint
+        self.checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
         if latest is None:
             self.state = program.init_state(arrays)
         else:

@@ -43,8 +43,11 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     return [(code, out, err) for (out, err), code in ends]
 
 
-def wait_for_step(process: subprocess.Popen, step: int) -> None:
+def wait_for_step(process: subprocess.Popen, step: int) -> str:
+    """What it printed until the progress line of a step."""
+    seen = ""
     for line in process.stdout:
+        seen += line
         if line.startswith(f"step {step}/"):
-            return
+            return seen
     raise AssertionError(f"ended before step {step}: {process.stderr.read()}")

@@ -5,6 +5,8 @@ import errno
 import json
 import re
 import shutil
+import signal
+import subprocess
 import time
 
 import jax
@@ -79,6 +81,35 @@ def test_one_run_over_two_four_and_one_processes(files, tmp_path):
     for first in range(1, STEPS + 1, IMAGES // BATCH):
         images = [image for (step, _), image in whole.items() if first <= step < first + IMAGES // BATCH]
         assert len(images) == len(set(images)) == IMAGES
+
+
+def lost(process: subprocess.Popen, since: float) -> None:
+    """It ends within the timeout, and says why."""
+    ((code, _, err),) = finish([process])
+    assert time.monotonic() - since < 60
+    assert code not in (0, 2) and ("lost another of the 2 processes" in err or "another task died" in err), err
+
+
+def test_the_machine_that_the_others_meet_at_dies(files, tmp_path):
+    two = start_all(files, tmp_path / "run", 2)
+    wait_for_step(two[0], 2)
+    two[0].kill()
+    lost(two[1], time.monotonic())
+
+
+def test_a_save_that_fails_on_one_machine_which_later_falls_silent(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAILS_ON", "1")
+    monkeypatch.setenv("FAILS", "1")
+    fields = ("steps=40", "mesh.fsdp=2", "mesh.min_shard=64", "checkpoint.timeout=8")
+    two = start_all(files, tmp_path / "run", 2, *(f"--config.{f}" for f in fields))
+    seen = wait_for_step(two[0], 14)
+    assert re.search(r"^step \d+: saving failed, tried again", seen, re.M)
+    two[1].send_signal(signal.SIGSTOP)
+    try:
+        lost(two[0], time.monotonic())
+    finally:
+        two[1].kill()
+    assert checkpoint.steps(tmp_path / "run"), "the second try was whole"
 
 
 def test_data_that_is_truncated_on_one_machine(files, tmp_path):
@@ -228,3 +259,15 @@ def test_a_second_start_does_not_compile_the_step_again(tmp_path):
         compilation_cache.reset_cache()
         jax.monitoring.unregister_event_listener(listen)
     assert list((tmp_path / "cache" / "compiled").iterdir())
+
+
+def test_a_workdir_that_the_machines_do_not_share(tmp_path, monkeypatch):
+    """Process 0 has written config.json into its own; this one never sees it, and says something else than 0."""
+    monkeypatch.setattr(checkpoint, "_SEEN_WITHIN", 0.0)
+    config = small.small_config()
+    checkpoint.write_config(tmp_path / "first", config)
+    facts = [{"config.json": checkpoint.seen_config(tmp_path / folder)} for folder in ("first", "second")]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "_gather", lambda _: [json.dumps(f).encode() for f in facts])
+    with pytest.raises(UserError, match=r"config.json is \d+ for process 0 and None for process 1"):
+        distributed.check_same(facts[0])
