@@ -203,16 +203,25 @@ def _reduced(cost: dict) -> float:
     return 1e9 * (gb.get("all-reduce", 0) + (gb.get("reduce-scatter", 0) + gb.get("all-gather", 0)) / 2)
 
 
-def search(config, topology: str, limit: int = 64) -> dict:
-    """The report of the largest per-device batch that fits, found by doubling and bisection; batch 1's if none does."""
-    found = devices(topology)[2]
-    best, low, high, size = None, 0, limit + 1, 1
+def search(config, topology: str, limit: int = 256) -> dict:
+    """The report of the largest per-device batch that fits; batch 1's if none does.
+
+    Each try is a compilation, so it begins at the config's own batch, and goes on at the one that would just fit if
+    memory grew by as much with every image.
+    """
+    n = len(devices(topology)[2])
+    rows, needed, low, high = {}, {}, 0, limit + 1
+    size = min(max(config.batch_size // config.accum // n, 1), limit)
     while high - low > 1:
-        row = report(with_batch(config, len(found), size), topology)
+        row = rows[size] = report(with_batch(config, n, size), topology)
         print(f"per-device batch {size}: {verdict(row)}", flush=True)
-        low, high, best = (size, high, row) if row["fits"] else (low, size, best)
-        size = min(2 * size, limit) if high > limit else (low + high) // 2
-    return best or row
+        low, high = (size, high) if row["fits"] else (low, size)
+        needed.setdefault(0, row.get("memory", {}).get("arguments", 0))
+        needed[size] = row["needed"]
+        a, b = (low, high) if high <= limit else sorted(needed)[-2:]
+        size = a + int((row["available"] - needed[a]) * (b - a) / (needed[b] - needed[a]))
+        size = min(max(size, low + 1), high - 1)
+    return rows[low or 1]
 
 
 def verdict(row: dict) -> str:
@@ -263,7 +272,7 @@ def main() -> None:
     config, topology = errors.config_of(_CONFIG), _TOPOLOGY.value
     chips_ = len(devices(topology)[2])
     if _SEARCH.value:
-        row = search(config, topology)
+        row = search(with_batch(config, chips_, _BATCH.value), topology)
     else:
         row = report(with_batch(config, chips_, _BATCH.value), topology, _SAVE.value)
     if _JSON.value:

@@ -86,17 +86,34 @@ def test_what_does_not_fit_is_said_with_the_amount(toy, monkeypatch):
     assert "does not fit" in aot.text_of(row) and "GiB too much" in aot.text_of(row)
 
 
-def test_search_finds_the_largest_batch(toy, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "largest, weights, curve, tries",
+    [
+        (11, 5, 1, [8, 11, 12]),  # needs grow by as much with each image
+        (11, 5, 2, None),  # faster
+        (11, 5, 0.5, None),  # slower
+        (3, 0, 1, [8, 3, 4]),
+        (1, 5, 1, [8, 4, 2, 1]),
+        (0, 5, 1, [8, 3, 2, 1]),
+        (300, 5, 1, [8, 256]),
+    ],
+)
+def test_search_finds_the_largest_batch(toy, monkeypatch, capsys, largest, weights, curve, tries):
+    def needed(images):
+        return weights + images**curve
+
     def pretend(config, topology, save=None):
         images = config.batch_size // 4
-        return {"fits": images <= 11, "needed": images, "available": 11, "per_device_batch": images}
+        there = needed(largest + 0.5)
+        row = {"needed": needed(images), "available": there, "images": images, "fits": needed(images) <= there}
+        return row | ({"memory": {"arguments": weights}} if row["fits"] else {})
 
     monkeypatch.setattr(aot, "report", pretend)
-    assert aot.search(toy, "v5e:2x2")["per_device_batch"] == 11
+    toy.batch_size = 4 * 8
+    found = aot.search(toy, "v5e:2x2")
+    assert (found["images"], found["fits"]) == (min(max(largest, 1), 256), largest > 0)
     asked = [int(line.split()[2][:-1]) for line in capsys.readouterr().out.splitlines()]
-    assert asked == [1, 2, 4, 8, 16, 12, 10, 11]
-    monkeypatch.setattr(aot, "report", lambda *a: pretend(*a) | {"fits": False})
-    assert not aot.search(toy, "v5e:2x2")["fits"]
+    assert len(asked) <= 6 and asked == (tries or asked)
 
 
 def test_the_batch_of_the_config_or_of_the_flag():

@@ -23,6 +23,7 @@ from processes import STEPS, finish, start_all, wait_for_step
 
 from diva_jax import checkpoint, paths
 from diva_jax.errors import RunError, UserError
+from diva_jax.evals import weights
 
 HERE = Path(__file__).parent
 
@@ -104,6 +105,8 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
         assert list((workdir / folder).iterdir()), folder
     assert list((workdir / "cache").glob("tar_index_*"))
 
+    assert weights.resolve(f"{workdir}:{saved}") == (str(workdir), saved)
+    assert weights.resolve(str(workdir)) == (str(workdir), STEPS)
     code, out, err = command("diva_jax.export_torch", f"--workdir={workdir}", f"--out={tmp_path / 'tuned'}")
     assert code == 0 and (tmp_path / "tuned" / "open_clip_model.safetensors").exists(), err
     code, _, err = command("diva_jax.report", str(workdir))
