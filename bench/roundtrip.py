@@ -23,6 +23,7 @@ from diva_jax import errors, reference, weights
 from diva_jax.config import spec_of
 from diva_jax.errors import RunError, UserError, listing
 from diva_jax.weights import clip, export, names, readers, sources
+from diva_jax.weights.tensors import Tensors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone makes the trip.")
 _TMP = flags.DEFINE_string("tmp", None, "Where the files go meanwhile; default the system's.")
@@ -37,7 +38,7 @@ def through_our_modules(folder: Path, spec) -> sources.ClipSource:
     for tower, table in (("vision", clip.vision_table(spec)), ("text", clip.text_table(spec))):
         found |= names.to_torch(nnx.state(weights.load(str(folder), spec, tower=tower)), table)
         gc.collect()  # Modules are full of cycles; the next tower needs their memory.
-    return sources.ClipSource(str(folder), source.kind, readers.Tensors(found | scales, source.files), source.spec)
+    return sources.ClipSource(str(folder), source.kind, Tensors(found | scales, source.files), source.spec)
 
 
 def compare(original: Path, out: Path) -> int:

@@ -24,7 +24,7 @@ from diva_jax.backbones.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.errors import RunError, UserError
 from diva_jax.sharding import make_mesh, parameter_shardings
 from diva_jax.weights import export, hf, names, readers, sources, workdirs, writers
-from diva_jax.weights.readers import Tensor, Tensors
+from diva_jax.weights.tensors import Tensor, Tensors
 
 ROOT = Path(__file__).parent.parent
 

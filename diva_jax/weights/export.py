@@ -20,8 +20,8 @@ from diva_jax.backbones.text import Text
 from diva_jax.distributed import say
 from diva_jax.errors import RunError, UserError, listing
 from diva_jax.weights import clip, hf, loading, names, pickles, resample, sources, writers
-from diva_jax.weights.readers import Tensor, Tensors
 from diva_jax.weights.sources import ClipSource
+from diva_jax.weights.tensors import Tensor, Tensors
 
 FORMATS = ("open_clip", "hf", "pt")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -13,7 +13,7 @@ import numpy as np
 
 from diva_jax.backbones import HALF, OPENAI_MEAN, OPENAI_STD, Spec, TextSpec
 from diva_jax.errors import UserError, listing
-from diva_jax.weights.readers import Tensor, Tensors
+from diva_jax.weights.tensors import Tensor, Tensors
 
 
 @dataclasses.dataclass(frozen=True)

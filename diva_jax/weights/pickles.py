@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diva_jax.errors import UserError
-from diva_jax.weights.readers import Tensor
+from diva_jax.weights.tensors import Tensor
 
 _STORAGES = {
     "DoubleStorage": np.float64,

@@ -1,9 +1,8 @@
 """Files of weights, told apart by their first bytes, read lazily, tensor by tensor."""
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from diva_jax.errors import UserError
+from diva_jax.weights import pickles
+from diva_jax.weights.tensors import Tensor, Tensors
 
 _DTYPES = {
     "F64": np.float64,
@@ -25,44 +26,6 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor that is in a file: shape and dtype at once, values when `np.asarray` asks for them."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        array = self.read()
-        return array if dtype is None else array.astype(dtype)
-
-
-class Tensors(Mapping):
-    """Name -> lazy tensor.
-
-    Attributes:
-      files: the paths they are in, for fingerprints and messages.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], files: list[Path]):
-        self.files = files
-        self._tensors = dict(tensors)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def renamed(self, rename: Callable[[str], str | None]) -> "Tensors":
-        """The same tensors under new names; those that are given None are left out."""
-        return Tensors({new: t for old, t in self.items() if (new := rename(old)) is not None}, self.files)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -95,9 +58,6 @@ def open_file(path: Path) -> Tensors:
     Raises:
       UserError: the file is missing, truncated, of no such kind, or needs torch and there is none.
     """
-    # pickles.py needs this module's Tensor.
-    from diva_jax.weights import pickles
-
     try:
         with open(path, "rb") as f:
             start = f.read(64)

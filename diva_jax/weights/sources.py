@@ -12,7 +12,7 @@ from diva_jax.backbones import Spec
 from diva_jax.backbones.open_clip_config import from_open_clip
 from diva_jax.errors import UserError, listing
 from diva_jax.weights import hf, readers
-from diva_jax.weights.readers import Tensor, Tensors
+from diva_jax.weights.tensors import Tensor, Tensors
 from diva_jax.weights.writers import OPEN_CLIP_CONFIG
 
 # Preferred first; a folder that has open_clip's config has open_clip's names in the first of these.

@@ -12,7 +12,7 @@ from diva_jax.backbones import Spec
 from diva_jax.config import spec_of
 from diva_jax.errors import UserError, listing
 from diva_jax.weights import clip, loading, names, readers, sources
-from diva_jax.weights.readers import Tensors
+from diva_jax.weights.tensors import Tensors
 
 
 def config_of(workdir: epath.PathLike) -> ConfigDict:
