@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small
 from eval_data import encoded, patch
+from processes import finish, start_all
 
 from diva_jax import checkpoint, metrics, sharding
 from diva_jax.errors import UserError
@@ -65,6 +66,18 @@ def ran(files, photos, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "evaluated"
     assert train(evaluating(files, photos), workdir)
     return workdir
+
+
+def test_two_processes_find_the_same_scores(ran, files, photos, tmp_path):
+    fields = ("steps=5", "diva.draws=2", "eval.every=5", "eval.images=9", "eval.draws=2", "eval.batch_size=8")
+    data = f"--config.eval.data=('feedback={files}/photos', 'drift={photos}')"
+    ends = finish(start_all(files, tmp_path / "two", 2, data, *(f"--config.{f}" for f in fields)))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    ours, alone = evaluations(tmp_path / "two"), evaluations(ran)
+    assert list(ours) == [0, TOTAL]
+    for step, row in ours.items():
+        assert row == pytest.approx(alone[step], rel=2e-3, abs=1e-5)
+    assert "evaluated step 5" in ends[0][1] and "evaluated" not in ends[1][1]
 
 
 def test_rows_of_evaluations(ran):
