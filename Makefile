@@ -6,6 +6,8 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c 
 
 .PHONY: demo test lint clean
 
+# The TPU's compiler, which the tests install, says much where there is no TPU.
+demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/demo.stamp  ## trains a tiny model on photographs and exports it: about two minutes on two cores
 	$(RUN) -m diva_jax.demo --out=data/tiny
 	$(RUN) -m diva_jax.main --config=configs/tiny.py --workdir=runs/tiny
