@@ -27,6 +27,9 @@ RUNS = {
     "vitl14-v4-16": ("vitl14", "v4:2x2x4", []),
     "vitl14-v5p-16": ("vitl14", "v5p:2x2x4", []),
     "vitl14-v6e-16": ("vitl14", "v6e:4x4", []),
+    # What a setting of the configs saves and costs.
+    "vitl14-v5e-16-remat": ("vitl14", "v5e:4x4", ["--config.remat=vision"]),
+    "dfn_h14_378-v5e-16-sharded": ("dfn_h14_378", "v5e:4x4", ["--config.mesh.shard_frozen=True"]),
     # Weak scaling: as many images a chip on every slice.
     "vitl14-v5e-4": ("vitl14", "v5e:2x2", ["--per-device-batch=8"]),
     "vitl14-v5e-256": ("vitl14", "v5e:16x16", ["--per-device-batch=8"]),
@@ -60,12 +63,12 @@ def costs(found: dict[str, dict]) -> str:
     """One row a report: what fits, and what a step costs on a chip."""
     header = (
         "config, slice | fsdp | remat | images a chip x micro-batches | HBM needed, of [GiB] | temporaries [GiB] | "
-        "model + kernels at peak [ms] | images/s a chip | MFU | HBM [GB] | TFLOP + in kernels | compile [s]"
+        "model + kernels at peak [ms] | links [ms] | images/s a chip | MFU | HBM [GB] | TFLOP + in kernels | compile [s]"
     ).split(" | ")
     rows = []
     for name, r in found.items():
         row = [
-            f"{RUNS[name][0]}, {r['topology']}",
+            ", ".join([RUNS[name][0], r["topology"], *(f.removeprefix("--config.") for f in RUNS[name][2])]),
             r["mesh"]["fsdp"],
             r["remat"],
             f"{r['per_device_batch']} x {r['accum']}",
@@ -75,6 +78,7 @@ def costs(found: dict[str, dict]) -> str:
             row += [
                 f"{r['memory']['temporaries'] / GIB:.2f}",
                 f"{r['model_ms']:.0f} + {r['kernel_ms']:.0f}",
+                f"{r['all_reduce_ms']:.0f}",
                 f"{r['images_per_s']:.1f}",
                 f"{100 * r['mfu']:.0f}%",
                 f"{r['hbm_gb']:.0f}",
