@@ -63,7 +63,8 @@ def costs(found: dict[str, dict]) -> str:
     """One row a report: what fits, and what a step costs on a chip."""
     header = (
         "config, slice | fsdp | remat | images a chip x micro-batches | HBM needed, of [GiB] | temporaries [GiB] | "
-        "model + kernels at peak [ms] | links [ms] | images/s a chip | MFU | HBM [GB] | TFLOP + in kernels | compile [s]"
+        "model + kernels at peak [ms] | links [ms] | images/s a chip | MFU | HBM [GB] | TFLOP + in kernels | "
+        "compile [s]"
     ).split(" | ")
     rows = []
     for name, r in found.items():
