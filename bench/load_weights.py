@@ -29,8 +29,9 @@ def _peak() -> float:
 def _write(folder: Path) -> None:
     from diffusers import UNet2DConditionModel
 
-    from diva_jax import backbones, reference
-    from diva_jax.diffusion.presets import preset
+    from diva_jax.export import reference
+    from diva_jax.models import backbones
+    from diva_jax.models.diffusion.presets import preset
 
     spec = backbones.TABLE["vitl14"]
     (folder / "clip").mkdir()
@@ -64,9 +65,10 @@ def _ours(folder: Path, dtype: str):
     import jax.numpy as jnp
     from flax import nnx
 
-    from diva_jax import backbones, weights
-    from diva_jax.diffusion.presets import preset
-    from diva_jax.diffusion.unet import UNetConfig
+    from diva_jax import weights
+    from diva_jax.models import backbones
+    from diva_jax.models.diffusion.presets import preset
+    from diva_jax.models.diffusion.unet import UNetConfig
 
     jax.config.update("jax_platforms", "cpu")
     jax.devices()
@@ -83,7 +85,7 @@ def _ours(folder: Path, dtype: str):
 
 
 def _measure(side: str, folder: Path) -> None:
-    from diva_jax import reference
+    from diva_jax.export import reference
 
     if side in ("torch", "write"):
         assert reference.available("open_clip") and reference.available("diffusers")

@@ -19,10 +19,12 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from diva_jax import errors, reference, weights
+from diva_jax import weights
+from diva_jax.common import cli
+from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.config import spec_of
-from diva_jax.errors import RunError, UserError, listing
-from diva_jax.weights import clip, export, names, readers, sources
+from diva_jax.export import layouts, reference
+from diva_jax.weights import clip, names, readers, sources
 from diva_jax.weights.tensors import Tensors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone makes the trip.")
@@ -53,7 +55,7 @@ def compare(original: Path, out: Path) -> int:
 
 
 def main() -> None:
-    config = errors.config_of(_CONFIG)
+    config = cli.config_of(_CONFIG)
     jax.config.update("jax_platforms", "cpu")
     for library in ("open_clip", "transformers"):
         if not reference.available(library):
@@ -69,11 +71,11 @@ def main() -> None:
         print(f"{spec.open_clip_name}, {spec.image_size} px", flush=True)
         for fmt in ("open_clip", "hf"):
             out = Path(tmp) / fmt
-            export.export(ours, spec, out, fmt, run=_RUN.value)
+            layouts.export(ours, spec, out, fmt, run=_RUN.value)
             count = compare(original, out)
             print(f"{fmt}: all {count} tensors bit for bit those of the original file", flush=True)
         print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

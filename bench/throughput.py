@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-_MODEL = flags.DEFINE_string("backbone", "vitl14", "A row of diva_jax.backbones.TABLE.")
+_MODEL = flags.DEFINE_string("backbone", "vitl14", "A row of diva_jax.models.backbones.TABLE.")
 _PAIRS = flags.DEFINE_integer("pairs", 5, "Measurements of each side.")
 _IMAGES = flags.DEFINE_integer("images", 8, "Images a measurement.")
 _BATCH = flags.DEFINE_integer("batch_size", 8, "Images at once.")
@@ -46,11 +46,12 @@ def _theirs(model, transform, photographs):
 
 
 def _ours(folder: str, spec, photographs):
-    from diva_jax import config, sharding
-    from diva_jax.evals import Options, encode, weights
+    from diva_jax import config
+    from diva_jax.evals import Options, encode, encoders
+    from diva_jax.training import sharding
 
     mesh = sharding.make_mesh(config.default(spec).mesh)
-    arrays = {n.removeprefix("vision/"): a for n, a in weights.vision(folder, spec, mesh, 2**18).items()}
+    arrays = {n.removeprefix("vision/"): a for n, a in encoders.vision(folder, spec, mesh, 2**18).items()}
     towers = encode.Towers(spec, mesh, Options(batch_size=_BATCH.value))
     return lambda: towers.images(arrays, photographs.__getitem__, len(photographs))["pooled"]
 
@@ -58,7 +59,8 @@ def _ours(folder: str, spec, photographs):
 def main(_) -> None:
     import numpy as np
 
-    from diva_jax import backbones, reference
+    from diva_jax.export import reference
+    from diva_jax.models import backbones
 
     if not reference.available("open_clip"):
         raise SystemExit("this comparison needs torch and open_clip: pip install -e '.[test]'")

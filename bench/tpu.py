@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from diva_jax import chips
+from diva_jax.costs import chips
 
 CONFIGS = (
     "vitl14", "vitl14_336", "metaclip_l14", "metaclip_h14", "dfn_h14", "dfn_h14_378", "siglip_so400m",

@@ -8,8 +8,8 @@ It shows that every part works together, on the same files and readers as at ful
 knows nothing about images, so the loss says nothing about the method.
 """
 
-from diva_jax import backbones
 from diva_jax import config as base
+from diva_jax.models import backbones
 
 
 def get_config(arg: str | None = None):

@@ -1,4 +1,4 @@
-"""Compiles the train step for a TPU slice that is not there, and says what it needs and costs.
+"""Compiles the train step for a TPU slice that is not there, and says what it needs and analysis.
 
     python -m diva_jax.aot --config=configs/vitl14.py --topology=v5e:4x4 [--per-device-batch=8] [--search]
 
@@ -18,10 +18,12 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from diva_jax import chips, costs, errors, flops, sharding
 from diva_jax import config as configs
-from diva_jax.errors import UserError
-from diva_jax.step import Program
+from diva_jax.common import cli
+from diva_jax.common.errors import UserError
+from diva_jax.costs import analysis, chips, flops
+from diva_jax.training import sharding
+from diva_jax.training.step import Program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, e.g. v5e:4x4, v4:2x2x4.")
@@ -180,7 +182,7 @@ def report(config, topology: str, save: str | None = None) -> dict:
     text = compiled.as_text()
     if save:
         Path(save).write_text(text)
-    cost = costs.analyse(text, chip)
+    cost = analysis.analyse(text, chip)
     images = config.batch_size / len(found)
     ms = cost["model_ms"] + cost["kernel_ms"]
     return row | {
@@ -269,7 +271,7 @@ def text_of(row: dict) -> str:
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # this process computes nothing, and leaves a TPU to others
-    config, topology = errors.config_of(_CONFIG), _TOPOLOGY.value
+    config, topology = cli.config_of(_CONFIG), _TOPOLOGY.value
     chips_ = len(devices(topology)[2])
     if _SEARCH.value:
         row = search(with_batch(config, chips_, _BATCH.value), topology)
@@ -283,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from diva_jax import backbones
-from diva_jax.diffusion import presets
-from diva_jax.errors import UserError, listing
+from diva_jax.common.errors import UserError, listing
+from diva_jax.models import backbones
+from diva_jax.models.diffusion import presets
 
 # What may differ when a run is resumed: none of it changes what is learned.
 RESUMABLE = ("log", "checkpoint", "eval", "mesh", "data.threads", "data.prefetch", "remat", "compile_cache", "profile")

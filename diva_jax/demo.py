@@ -11,11 +11,11 @@ import jax
 from absl import flags
 from flax import nnx
 
-from diva_jax import errors
-from diva_jax.backbones import TINY, Spec
-from diva_jax.diffusion import presets
-from diva_jax.errors import UserError
-from diva_jax.layers import Keys
+from diva_jax.common import cli
+from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import TINY, Spec
+from diva_jax.models.diffusion import presets
+from diva_jax.models.layers import Keys
 
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 
@@ -24,9 +24,9 @@ def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
     """An open_clip folder of random towers: vision, text and logit_scale."""
     import numpy as np
 
-    from diva_jax import backbones
-    from diva_jax.backbones.open_clip_config import to_open_clip
-    from diva_jax.backbones.text import Text
+    from diva_jax.models import backbones
+    from diva_jax.models.backbones.open_clip_config import to_open_clip
+    from diva_jax.models.backbones.text import Text
     from diva_jax.weights import clip, names, writers
 
     vision = backbones.build(spec, rngs=Keys(seed))
@@ -54,9 +54,9 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
       config: as `presets.preset` gives it.
       seed: of the weights.
     """
-    from diva_jax.diffusion.text_encoder import TextEncoder, TextEncoderConfig
-    from diva_jax.diffusion.unet import UNet, UNetConfig
-    from diva_jax.diffusion.vae import VAE, VAEConfig
+    from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
+    from diva_jax.models.diffusion.unet import UNet, UNetConfig
+    from diva_jax.models.diffusion.vae import VAE, VAEConfig
     from diva_jax.weights import diffusers, names, writers
 
     def write(part: str, kind: str, model: nnx.Module, table: names.Table, file: str):
@@ -118,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

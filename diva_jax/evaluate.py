@@ -11,8 +11,8 @@ import time
 from absl import flags
 from ml_collections import config_flags
 
-from diva_jax import errors, paths
-from diva_jax.errors import UserError
+from diva_jax.common import cli, paths
+from diva_jax.common.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file of the backbone.")
 _WEIGHTS = flags.DEFINE_multi_string("weights", [], "A source of weights or a workdir[:STEP]; may be repeated.")
@@ -33,7 +33,7 @@ _NEIGHBOURS = flags.DEFINE_integer("neighbours", 10, "drift: k of the kNN overla
 
 
 def main() -> None:
-    config = errors.config_of(_CONFIG)
+    config = cli.config_of(_CONFIG)
     if not _WEIGHTS.value:
         raise UserError("--weights is missing: give a source of weights or a workdir, once for each to evaluate")
     if not _OUT.value:
@@ -44,8 +44,9 @@ def main() -> None:
     # Heavy imports come after the flags are known to be right.
     import jax
 
-    from diva_jax import evals, sharding
-    from diva_jax.evals import evaluator, weights
+    from diva_jax import evals
+    from diva_jax.evals import encoders, evaluator
+    from diva_jax.training import sharding
 
     options = evals.Options(
         batch_size=_BATCH.value,
@@ -62,9 +63,9 @@ def main() -> None:
     mesh = sharding.make_mesh(config.mesh)
     began = time.perf_counter()
     runner = evaluator.Evaluator(config, mesh, evaluator.data_of(_TASK.value, _DATA.value), options, _TOKENIZER.value)
-    given = [weights.resolve(source) for source in _WEIGHTS.value]
+    given = [encoders.resolve(source) for source in _WEIGHTS.value]
     labels, found = evaluator.labels_of(*zip(*given, strict=True)), []
-    for label, loaded in weights.each(given, labels, config, mesh):
+    for label, loaded in encoders.each(given, labels, config, mesh):
         model = runner.model(label, loaded.arrays, loaded.text, loaded.borrowed)
         found.append((label, runner.evaluate(model)))
         del loaded, model  # One set of weights on the devices at a time.
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

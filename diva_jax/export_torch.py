@@ -12,8 +12,8 @@ that is installed), and only then renamed.
 from absl import flags
 from ml_collections import config_flags
 
-from diva_jax import errors, paths
-from diva_jax.errors import UserError
+from diva_jax.common import cli, paths
+from diva_jax.common.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run to export from.")
 _SOURCE = flags.DEFINE_string("source", None, "Instead of --workdir: any file, folder or hub id of CLIP weights.")
@@ -30,7 +30,7 @@ def _from_source():
 
     source = sources.open_clip_source(_SOURCE.value)
     if _CONFIG.value is not None:
-        return source, spec_of(errors.config_of(_CONFIG))
+        return source, spec_of(cli.config_of(_CONFIG))
     return source, source.described(_SOURCE.value)
 
 
@@ -45,7 +45,8 @@ def main() -> None:
 
     # One image is all that is computed, and the reference runs in float32.
     jax.config.update("jax_platforms", "cpu")
-    from diva_jax.weights import cards, export, workdirs, writers
+    from diva_jax.export import cards, layouts, workdirs
+    from diva_jax.weights import writers
 
     out = paths.local(_OUT.value, "--out")
     writers.refuse_taken(out)
@@ -55,8 +56,8 @@ def main() -> None:
     else:
         (source, spec), provenance = _from_source(), None
     card = cards.card(source, spec, _FORMAT.value, _DTYPE.value, provenance)
-    export.export(source, spec, out, _FORMAT.value, dtype=_DTYPE.value, card=card)
+    layouts.export(source, spec, out, _FORMAT.value, dtype=_DTYPE.value, card=card)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

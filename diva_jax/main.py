@@ -8,8 +8,9 @@ JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
 from absl import flags
 from ml_collections import config_flags
 
-from diva_jax import distributed, errors
-from diva_jax.errors import UserError
+from diva_jax.common import cli
+from diva_jax.common.errors import UserError
+from diva_jax.training import distributed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the config of this run go.")
@@ -20,10 +21,11 @@ _LOST = flags.DEFINE_integer(
 
 
 def main() -> None:
-    config = errors.config_of(_CONFIG)
+    config = cli.config_of(_CONFIG)
     if not _WORKDIR.value:
         raise UserError("--workdir is missing: give a folder for checkpoints and metrics, e.g. --workdir=runs/tiny")
-    from diva_jax.train import Run, say
+    from diva_jax.common.log import say
+    from diva_jax.train import Run
 
     with distributed.session(_JOIN.value, _LOST.value):
         run = Run(config, _WORKDIR.value)
@@ -37,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -18,10 +18,12 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from diva_jax import errors, reference, weights
+from diva_jax import weights
+from diva_jax.common import cli
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.config import spec_of
-from diva_jax.diffusion.unet import UNetConfig
-from diva_jax.errors import RunError, UserError
+from diva_jax.export import reference
+from diva_jax.models.diffusion.unet import UNetConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone and U-Net are compared.")
 _UNET = flags.DEFINE_bool("unet", True, "Compare the U-Net too; it is the same for most configs.")
@@ -81,7 +83,7 @@ def unet(options: dict, folder: Path) -> Iterator[tuple[str, float]]:
 
 
 def main() -> None:
-    config = errors.config_of(_CONFIG)
+    config = cli.config_of(_CONFIG)
     jax.config.update("jax_platforms", "cpu")
     for library in ("open_clip", "diffusers"):
         if not reference.available(library):
@@ -105,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -8,13 +8,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from diva_jax import checkpoint, chips, distributed, metrics, objectives, partition, paths, sharding
 from diva_jax import config as configs
+from diva_jax import objectives
+from diva_jax.common import paths
+from diva_jax.common.errors import RunError
+from diva_jax.common.log import say
+from diva_jax.costs import chips
 from diva_jax.data import pipeline
-from diva_jax.distributed import Preemption, say
-from diva_jax.errors import RunError
 from diva_jax.evals import evaluator
-from diva_jax.step import Program
+from diva_jax.training import checkpoint, distributed, metrics, partition, sharding
+from diva_jax.training.distributed import Preemption
+from diva_jax.training.step import Program
 from diva_jax.weights import parts
 
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: eight fake CPU devices, quick compilation, torchvision beside a CPU build of torch."""
+"""Shared by all tests: eight fake CPU devices, quick compilation."""
 
 import os
 import tempfile
@@ -12,20 +12,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="diva
 import chex  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 chex.set_n_cpu_devices(8)
-torch.set_num_threads(2)
-
-
-def register_torchvision_operators():
-    """torchvision's compiled operators do not load beside a CPU build of torch; two are named at import."""
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-register_torchvision_operators()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import re
 
 import fsspec
 
-from diva_jax.errors import UserError, listing
+from diva_jax.common.errors import UserError, listing
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 WHAT = "a .tar shard, a pattern like {00000..00331}.tar, a folder of shards or of images, or tfds:name/split"

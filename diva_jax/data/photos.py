@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from diva_jax.common.errors import UserError
 from diva_jax.data import files
-from diva_jax.errors import UserError
 
 # File in skimage/data -> caption.
 PHOTOGRAPHS = {
@@ -180,9 +180,9 @@ def _main() -> None:
 if __name__ == "__main__":
     from absl import flags
 
-    from diva_jax import errors
+    from diva_jax.common import cli
 
     # Here and not above: other modules of this package define --out as well.
     flags.DEFINE_string("out", "data/photos", "Folder for the shards.")
     flags.DEFINE_integer("count", 96, "Examples to cut.", lower_bound=1)
-    errors.run(_main)
+    cli.run(_main)

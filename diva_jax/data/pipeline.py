@@ -12,8 +12,8 @@ import threading
 import grain
 import numpy as np
 
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import crop, sources
-from diva_jax.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
 

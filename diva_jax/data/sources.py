@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Protocol
 from urllib.parse import parse_qsl
 
+from diva_jax.common.errors import UserError, listing
 from diva_jax.data import files
 from diva_jax.data.tars import TarSource
-from diva_jax.errors import UserError, listing
 
 
 class Source(Protocol):

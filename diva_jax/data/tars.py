@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diva_jax.common.errors import UserError, listing
 from diva_jax.data import files
-from diva_jax.errors import UserError, listing
 
 logger = logging.getLogger(__name__)
 

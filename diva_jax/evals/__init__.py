@@ -83,10 +83,8 @@ import pkgutil
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from diva_jax.errors import UserError, listing
-
-# Modules of this package that tasks share.
-_SHARED = ("data", "encode", "evaluator", "images", "readout", "stats", "weights")
+from diva_jax.common.errors import UserError, listing
+from diva_jax.evals import tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +169,7 @@ class Task(Protocol):
 
 def names() -> list[str]:
     """Every task there is."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
+    return sorted(m.name for m in pkgutil.iter_modules(tasks.__path__))
 
 
 def find(name: str):
@@ -182,4 +180,4 @@ def find(name: str):
     """
     if name not in names():
         raise UserError(f"--task={name} is not known: use {listing(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{tasks.__name__}.{name}")

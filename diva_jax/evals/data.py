@@ -12,9 +12,9 @@ from urllib.parse import parse_qsl
 
 from PIL import Image
 
+from diva_jax.common.errors import UserError, listing
 from diva_jax.data import files
-from diva_jax.errors import UserError, listing
-from diva_jax.evals.images import open_image
+from diva_jax.data.images import open_image
 
 _LAYOUT = "PATH/test/0.tar, 1.tar, ... as clip_benchmark_export_wds writes them"
 _IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")

@@ -15,13 +15,15 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diva_jax import backbones, partition, sharding
-from diva_jax.backbones import Spec
-from diva_jax.backbones.text import Text
-from diva_jax.evals import Options, images
+from diva_jax.data import images
+from diva_jax.data.preprocess import normalise, to_float
+from diva_jax.evals import Options
 from diva_jax.evals.readout import Readout, parse_readout, patch_weights, read_out
-from diva_jax.layers import abstract
-from diva_jax.preprocess import normalise, to_float
+from diva_jax.models import backbones
+from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones.text import Text
+from diva_jax.models.layers import abstract
+from diva_jax.training import partition, sharding
 
 Array = jax.Array
 _THREADS = 16

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from diva_jax import __version__, evals, tokenizers
+from diva_jax import __version__, evals
+from diva_jax.common.errors import UserError, listing
 from diva_jax.config import spec_of
-from diva_jax.errors import UserError, listing
-from diva_jax.evals import Options, Outcome, weights
+from diva_jax.data import tokenizers
+from diva_jax.evals import Options, Outcome, encoders
 from diva_jax.evals.encode import Model, Towers
 
 COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
@@ -117,7 +118,7 @@ class Evaluator:
         if not self._rows:
             return np.zeros((0, 0), np.float32)
         if source not in self._embeddings:
-            arrays, folder = weights.text(source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
+            arrays, folder = encoders.text(source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
             tokenize = tokenizers.build(self.towers.spec.text, self._tokenizer or folder)
             self._embeddings[source] = self.towers.texts(arrays, tokenize(list(self._rows)))
         return self._embeddings[source]
@@ -147,7 +148,7 @@ class Evaluator:
         source, out, notes = self.config.backbone.source, {}, []
         compared = {n: t for n, t in self.tasks.items() if not hasattr(t, "scalars")}
         if self._before is None and compared:
-            original = weights.vision(source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
+            original = encoders.vision(source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
             before = self.model("before", {**params, **original}, source)
             self._before = {name: task.evaluate(before) for name, task in compared.items()}
         for name, after in self.evaluate(self.model("now", params, source)).items():

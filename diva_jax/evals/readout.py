@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diva_jax.backbones import Features
-from diva_jax.errors import UserError
+from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import Features
 
 Array = jax.Array
 _WHICH = r"all|random \d+"

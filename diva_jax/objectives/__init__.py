@@ -12,7 +12,7 @@ It does not know about meshes, optimizers or files.
 import importlib
 import pkgutil
 
-from diva_jax.errors import UserError
+from diva_jax.common.errors import UserError
 
 
 def find(name: str):
@@ -21,7 +21,7 @@ def find(name: str):
     Raises:
       UserError: there is none of that name.
     """
-    known = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    known = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("condition", "draws"))
     if name not in known:
         raise UserError(f"config.objective={name!r} is not known: use one of {', '.join(known)}")
     return importlib.import_module(f"{__name__}.{name}")

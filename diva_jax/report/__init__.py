@@ -11,8 +11,8 @@ import io
 
 from etils import epath
 
-from diva_jax import paths
-from diva_jax.errors import UserError
+from diva_jax.common import paths
+from diva_jax.common.errors import UserError
 from diva_jax.report import inputs, page
 from diva_jax.report.charts import Chart
 

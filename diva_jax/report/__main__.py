@@ -3,7 +3,8 @@
 DIR is the --out folder of diva_jax.evaluate or a training workdir; report.html and report/*.png go into it.
 """
 
-from diva_jax import errors, report
+from diva_jax import report
+from diva_jax.common import cli
 
 
 def main(folder: str) -> None:
@@ -12,4 +13,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, ("DIR",))
+    cli.run(main, ("DIR",))

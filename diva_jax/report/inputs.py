@@ -7,8 +7,8 @@ from typing import Any
 
 from etils import epath
 
-from diva_jax import paths
-from diva_jax.errors import UserError
+from diva_jax.common import paths
+from diva_jax.common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

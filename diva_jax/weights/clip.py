@@ -4,7 +4,7 @@ An open_clip checkpoint holds both towers and the logits' scale and bias. The ta
 about that tower's names, knows and ignores the rest, and so refuses a name that neither has.
 """
 
-from diva_jax.backbones import Spec
+from diva_jax.models.backbones import Spec
 from diva_jax.weights.names import Table
 
 # What is in checkpoints and belongs to no tower; OpenAI's own archives carry their sizes as tensors.

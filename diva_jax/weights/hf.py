@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from diva_jax.backbones import HALF, OPENAI_MEAN, OPENAI_STD, Spec, TextSpec
-from diva_jax.errors import UserError, listing
+from diva_jax.common.errors import UserError, listing
+from diva_jax.models.backbones import HALF, OPENAI_MEAN, OPENAI_STD, Spec, TextSpec
 from diva_jax.weights.tensors import Tensor, Tensors
 
 

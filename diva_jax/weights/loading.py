@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax import backbones, layers
-from diva_jax.backbones import Spec
-from diva_jax.backbones.text import Text
-from diva_jax.diffusion.text_encoder import TextEncoder, TextEncoderConfig
-from diva_jax.diffusion.unet import UNet, UNetConfig
-from diva_jax.diffusion.vae import VAE, VAEConfig
-from diva_jax.distributed import say
-from diva_jax.errors import UserError
+from diva_jax.common.errors import UserError
+from diva_jax.common.log import say
+from diva_jax.models import backbones, layers
+from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones.text import Text
+from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from diva_jax.models.diffusion.unet import UNet, UNetConfig
+from diva_jax.models.diffusion.vae import VAE, VAEConfig
 from diva_jax.weights import clip, diffusers, names, readers, resample, sources
 
 # Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from diva_jax.errors import UserError, listing
+from diva_jax.common.errors import UserError, listing
 
 # Tensors read at the same time; each needs its own memory once more meanwhile.
 _READERS = 2

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from diva_jax import partition
+from diva_jax.common.errors import UserError
 from diva_jax.config import spec_of
-from diva_jax.diffusion.prompt import encode_prompt
-from diva_jax.diffusion.unet import UNetConfig
-from diva_jax.diffusion.vae import VAEConfig
-from diva_jax.errors import UserError
+from diva_jax.models.diffusion.unet import UNetConfig
+from diva_jax.models.diffusion.vae import VAEConfig
+from diva_jax.training import partition
 from diva_jax.weights import loading, readers, sources
+from diva_jax.weights.prompt import encode_prompt
 
 
 def put_on(sharding: Callable[[tuple], jax.sharding.Sharding]) -> Callable:

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from diva_jax.errors import UserError
+from diva_jax.common.errors import UserError
 from diva_jax.weights.tensors import Tensor
 
 _STORAGES = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from diva_jax.errors import UserError
+from diva_jax.common.errors import UserError
 from diva_jax.weights import pickles
 from diva_jax.weights.tensors import Tensor, Tensors
 

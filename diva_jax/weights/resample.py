@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from diva_jax.backbones import Spec
+from diva_jax.models.backbones import Spec
 from diva_jax.weights.tensors import Tensor, Tensors
 
 _NAMES = {"vit": "visual.positional_embedding", "siglip": "visual.trunk.pos_embed"}

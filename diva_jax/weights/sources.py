@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from diva_jax import paths
-from diva_jax.backbones import Spec
-from diva_jax.backbones.open_clip_config import from_open_clip
-from diva_jax.errors import UserError, listing
+from diva_jax.common import paths
+from diva_jax.common.errors import UserError, listing
+from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones.open_clip_config import from_open_clip
 from diva_jax.weights import hf, readers
 from diva_jax.weights.tensors import Tensor, Tensors
 from diva_jax.weights.writers import OPEN_CLIP_CONFIG

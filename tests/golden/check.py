@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax import backbones, condition, config, partition
-from diva_jax.objectives import diva
+from diva_jax import config
+from diva_jax.models import backbones
+from diva_jax.objectives import condition, diva
+from diva_jax.training import partition
 from diva_jax.weights import clip, diffusers, names
 
 # Relative L2 error.

@@ -1,0 +1,1 @@
+"""Shared by all: errors, the command line, messages, paths."""

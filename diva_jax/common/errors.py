@@ -1,0 +1,18 @@
+"""Errors with a message for the user; `common.cli` prints them."""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Bad input. The message is one sentence that says what is wrong and what to do; exit code 2."""
+
+
+class RunError(Exception):
+    """The run itself failed (a loss that is not finite, too many broken images); exit code 1."""
+
+
+def listing(names: Sequence[str], limit: int = 20) -> str:
+    """`a, b, c`, cut with a count past `limit` names."""
+    names = [str(n) for n in names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

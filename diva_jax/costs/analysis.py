@@ -1,0 +1,151 @@
+"""What a compiled step costs on a chip, by part of the program: time, memory traffic, arithmetic, collectives."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from diva_jax.costs import hlo
+from diva_jax.costs.chips import Chip
+
+# First match wins, on an operation's path in the traced program; the names are `jax.named_scope`s.
+PARTS = (("vae", r"\bvae\b"), ("unet", r"\bunet\b"), ("vision", r"\bvision\b"), ("optimizer", r"\boptimizer\b"))
+KINDS = (
+    ("attention", r"\battention\b"),
+    ("norm", r"\bnorm\b"),
+    ("conv", r"conv_general_dilated"),
+    ("matmul", r"dot_general"),
+)
+OTHER = "other"
+
+
+def part_of(path: str) -> tuple[str, str]:
+    """`"jit(step)/.../transpose(jvp(unet))/norm/mul"` -> ("unet backward", "norm"); a fusion counts where it ends."""
+
+    def first(table):
+        return next((name for name, pattern in table if re.search(pattern, path)), OTHER)
+
+    part = first(PARTS)
+    if part in ("unet", "vision"):
+        part += " backward" if "transpose(" in path else " forward"
+    return part, first(KINDS)
+
+
+@dataclasses.dataclass
+class Cost:
+    """Sums over operations, on one device, over one step.
+
+    Attributes:
+      cycles: as the compiler estimates them; kernels not included.
+      hbm: bytes read from and written to HBM, without the padding of tiles.
+      flops: of matrix products and convolutions outside of kernels. kernel_flops: inside.
+      ops: executed.
+    """
+
+    cycles: int = 0
+    hbm: int = 0
+    flops: int = 0
+    kernel_flops: int = 0
+    ops: int = 0
+
+    def add(self, other: "Cost") -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+def op_cost(program: hlo.Program, op: hlo.Op, computation: hlo.Computation, times: int) -> Cost:
+    """One operation's cost, executed `times` times."""
+    flops = program.flops(op, computation)
+    kernel = op.kind == "custom-call"
+    return Cost(
+        cycles=times * op.cycles,
+        hbm=times * hlo.hbm_traffic(op, computation),
+        flops=0 if kernel else times * flops,
+        kernel_flops=times * flops if kernel else 0,
+        ops=times,
+    )
+
+
+def analyse(text: str, chip: Chip) -> dict:
+    """A device's costs from the optimised HLO.
+
+    Args:
+      text: `compiled.as_text()`.
+      chip: whose clock and peak turn cycles and FLOPs into time.
+
+    Returns:
+      {"model_ms", "hbm_gb", "flops", "kernel_flops", "kernel_ms" (at peak), "parts": {part: {"model_ms", "hbm_gb",
+      "flops", "kernel_flops", "kinds": {kind: model ms}}}, "collectives": {kind: {"count", "gb"}},
+      "largest": [{"mib", "count", "path"}], "kernels": {name: count}, "loops": trips of each loop}.
+    """
+    program = hlo.parse(text)
+    parts: dict[str, Cost] = collections.defaultdict(Cost)
+    kinds: dict[tuple[str, str], int] = collections.Counter()
+    channels: dict[str, tuple[str, int, int]] = {}
+    kernels: dict[str, int] = collections.Counter()
+    largest: dict[tuple[int, str], int] = collections.Counter()
+    for op, computation, times in program.executed():
+        if op.kind in hlo.FREE:
+            continue
+        cost = op_cost(program, op, computation, times)
+        path = program.origin(op, computation)
+        part, kind = part_of(path)
+        parts[part].add(cost)
+        kinds[part, kind] += cost.cycles
+        for channel, (name, size) in hlo.collectives(program, op, computation).items():
+            channels[channel] = (name, times, times * size)
+        if op.target == "tpu_custom_call":
+            kernels[op.name.rsplit(".", 1)[0]] += times
+        for array in hlo.materialised(op):
+            largest[array.laid_out, _short(path) or op.kind] += 1
+    total = Cost()
+    for cost in parts.values():
+        total.add(cost)
+    return {
+        **_row(total, chip),
+        "kernel_ms": 1e3 * total.kernel_flops / chip.flops,
+        "parts": {
+            part: _row(cost, chip)
+            | {
+                "kinds": {
+                    k: _ms(n, chip) for (p, k), n in sorted(kinds.items(), key=lambda i: -i[1]) if p == part and n
+                }
+            }
+            for part, cost in sorted(parts.items(), key=lambda i: -i[1].cycles)
+        },
+        "collectives": _by_kind(channels.values()),
+        "largest": [
+            {"mib": size / 2**20, "count": n, "path": path}
+            for (size, path), n in sorted(largest.items(), key=lambda i: -i[0][0])[:12]
+        ],
+        "kernels": dict(sorted(kernels.items())),
+        "loops": program.loops(),
+    }
+
+
+def _ms(cycles: int, chip: Chip) -> float:
+    return 1e3 * cycles / chip.clock
+
+
+def _row(cost: Cost, chip: Chip) -> dict:
+    return {
+        "model_ms": _ms(cost.cycles, chip),
+        "hbm_gb": cost.hbm / 1e9,
+        "flops": cost.flops,
+        "kernel_flops": cost.kernel_flops,
+    }
+
+
+def _by_kind(channels: Iterable[tuple[str, int, int]]) -> dict[str, dict]:
+    out: dict[str, dict] = {}
+    for kind, count, size in sorted(channels):
+        row = out.setdefault(kind, {"count": 0, "gb": 0.0})
+        row["count"] += count
+        row["gb"] += size / 1e9
+    return out
+
+
+def _short(path: str, length: int = 90) -> str:
+    """The end of a path, without the words that every path has."""
+    path = re.sub(r"(jit\(step\)|while|body|closed_call|checkpoint|rematted_computation)/", "", path)
+    return path if len(path) <= length else "..." + path[-length:]

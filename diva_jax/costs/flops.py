@@ -1,0 +1,146 @@
+"""How much arithmetic one training image needs, counted from the config: the numerator of MFU.
+
+Model FLOPs: matrix products and convolutions alone, a multiply-add as two, every convolution with its full window;
+what remat computes again does not count. Backward: once more the forward work for the gradient of a layer's input,
+and once more for that of its weights, where they are wanted; attention's two products have four.
+"""
+
+import dataclasses
+
+from diva_jax.config import spec_of
+from diva_jax.models.backbones import Spec
+from diva_jax.models.diffusion.unet import UNetConfig
+from diva_jax.models.diffusion.vae import VAEConfig
+from diva_jax.objectives import condition
+
+
+@dataclasses.dataclass
+class Tally:
+    """Forward and backward FLOPs of frozen layers, in the order in which they run.
+
+    Attributes:
+      forward, backward: so far.
+      reached: whether what flows depends on the condition yet; before that nothing has a gradient.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    reached: bool = False
+
+    def layer(self, positions: int, n_in: int, n_out: int, window: int = 1) -> None:
+        """A linear layer or a convolution with `positions` outputs."""
+        work = 2 * positions * n_in * n_out * window
+        self.forward += work
+        self.backward += work * self.reached
+
+    def attention(self, n: int, m: int, width: int, cross: bool = False) -> None:
+        """Scores and weighted sum of n queries and m keys; with `cross`, the keys are the condition's."""
+        self.forward += 4 * n * m * width
+        # Of the first cross-attention, the queries alone have no gradient.
+        self.backward += 2 * n * m * width * (4 if self.reached else 3 if cross else 0)
+
+    def resnet(self, positions: int, n_in: int, n_out: int) -> None:
+        self.layer(positions, n_in, n_out, 9)
+        self.layer(positions, n_out, n_out, 9)
+        if n_in != n_out:
+            self.layer(positions, n_in, n_out)
+
+    def transformer(self, n: int, width: int, tokens: int, context: int) -> None:
+        """Stable Diffusion's: projections, self-attention, cross-attention, GEGLU."""
+        for _ in range(4):  # in; query, key, value
+            self.layer(n, width, width)
+        self.attention(n, n, width)
+        self.layer(n, width, width)
+        self.layer(n, width, width)  # the query of the condition
+        self.attention(n, tokens, width, cross=True)
+        self.reached = True
+        self.layer(tokens, context, 2 * width)
+        self.layer(n, width, width)
+        self.layer(n, width, 8 * width)
+        self.layer(n, 4 * width, width)
+        self.layer(n, width, width)  # out
+
+
+def unet(config: UNetConfig, size: int, tokens: int) -> Tally:
+    """One pass over latents of size x size under `tokens` tokens; backward to the condition alone."""
+    t, channels, context = Tally(), config.block_out_channels, config.cross_attention_dim
+    side, n = size, channels[0]
+    t.layer(side**2, config.in_channels, n, 9)
+    skips = [n]
+    for level, width in enumerate(channels):
+        for _ in range(config.layers_per_block[level]):
+            t.resnet(side**2, n, width)
+            if config.cross_down[level]:
+                t.transformer(side**2, width, tokens, context)
+            n = width
+            skips.append(n)
+        if level < len(channels) - 1:
+            side = -(-side // 2)
+            t.layer(side**2, n, n, 9)
+            skips.append(n)
+    t.resnet(side**2, n, n)
+    t.transformer(side**2, n, tokens, context)
+    t.resnet(side**2, n, n)
+    for i, level in enumerate(reversed(range(len(channels)))):
+        width = channels[level]
+        for _ in range(config.layers_per_block[level] + 1):
+            t.resnet(side**2, n + skips.pop(), width)
+            if config.cross_up[i]:
+                t.transformer(side**2, width, tokens, context)
+            n = width
+        if level:
+            side = -(-size // 2 ** (level - 1))
+            t.layer(side**2, n, n, 9)
+    t.layer(side**2, n, config.out_channels, 9)
+    return t
+
+
+def vae(config: VAEConfig, size: int) -> float:
+    """Encoding one size x size image."""
+    t, n, side = Tally(), config.block_out_channels[0], size
+    t.layer(side**2, config.in_channels, n, 9)
+    for level, width in enumerate(config.block_out_channels):
+        for _ in range(config.layers_per_block):
+            t.resnet(side**2, n, width)
+            n = width
+        if level < len(config.block_out_channels) - 1:
+            side //= 2
+            t.layer(side**2, n, n, 9)
+    t.resnet(side**2, n, n)
+    for _ in range(4):
+        t.layer(side**2, n, n)
+    t.attention(side**2, side**2, n)
+    t.resnet(side**2, n, n)
+    t.layer(side**2, n, 2 * config.latent_channels, 9)
+    return t.forward
+
+
+def vision(spec: Spec) -> float:
+    """The backbone's forward pass over one image; with its backward pass, three times as much."""
+    w, patches = spec.width, spec.patches
+    n = patches + (spec.arch == "vit")  # CLIP's has a class token
+    block = 2 * n * (4 * w * w + 2 * w * spec.mlp_dim) + 4 * n * n * w
+    total = 2 * patches * 3 * spec.patch_size**2 * w + spec.layers * block
+    if spec.arch == "siglip":  # attention pooling: one query
+        return total + 2 * (2 * w * w + 2 * patches * w * w + 2 * patches * w + 2 * w * spec.mlp_dim)
+    return total + 2 * n * w * spec.embed_dim
+
+
+def parts(config) -> dict[str, float]:
+    """FLOPs of one image in one training step, by part: "vae", "vision", "unet", "visual_proj"."""
+    spec, draws = spec_of(config), config.diva.draws
+    vae_config = VAEConfig.from_dict(config.diffusion.vae.to_dict())
+    unet_config = UNetConfig.from_dict(config.diffusion.unet.to_dict())
+    tokens = condition.token_count(spec.select, spec.patches)
+    u = unet(unet_config, config.data.image_size // vae_config.downscale, tokens)
+    return {
+        "vae": vae(vae_config, config.data.image_size),
+        "vision": 3 * vision(spec) * (1 if config.diva.backbone_passes == "exact" else draws),
+        "unet": draws * (u.forward + u.backward),
+        "visual_proj": draws * 3 * 2 * tokens * spec.embed_dim * unet_config.cross_attention_dim,
+    }
+
+
+def per_image(config) -> float:
+    """FLOPs of one image in one training step of the diva objective, vision encoder trained."""
+    return sum(parts(config).values())

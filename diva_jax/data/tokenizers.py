@@ -1,0 +1,202 @@
+"""Text to token ids for CLIP's and SigLIP's text towers, from the files beside the weights."""
+
+import gzip
+import html
+import json
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import regex
+from tokenizers import models
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import TextSpec
+
+Tokenizer = Callable[[Sequence[str]], np.ndarray]
+
+START, END = "<start_of_text>", "<end_of_text>"
+# What the vocabularies of transformers call the two.
+_THEIRS = {"<|startoftext|>": START, "<|endoftext|>": END}
+_WORDS = regex.compile(
+    rf"{START}|{END}|'(?:s|t|re|ve|m|ll|d)|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", flags=regex.IGNORECASE
+)
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_CLIP_FILES = "tokenizer.json, vocab.json with merges.txt, or bpe_simple_vocab_16e6.txt.gz"
+# Entries of OpenAI's merges file that make its vocabulary of 49,408.
+_OPENAI_MERGES = 49152 - 256 - 2
+
+
+def basic_clean(text: str) -> str:
+    """Mends broken Unicode and resolves HTML entities, as CLIP's text cleaning does for every model."""
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+
+
+def clip_clean(text: str) -> str:
+    """CLIP's: whitespace runs become one blank, then lower case."""
+    return " ".join(basic_clean(text).split()).lower()
+
+
+def siglip_clean(text: str) -> str:
+    """SigLIP's ("canonicalize"): underscores become blanks, ASCII punctuation goes, lower case, one blank a gap."""
+    text = basic_clean(text).replace("_", " ").translate(_NO_PUNCTUATION)
+    return " ".join(text.lower().split())
+
+
+def byte_letters() -> dict[int, str]:
+    """The printable letter that stands for each byte in byte-level BPE vocabularies, as GPT-2 chose them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+class ClipTokenizer:
+    """CLIP's lower-cased byte-level BPE, padded with zeros.
+
+    Args:
+      vocab: token -> id, with the two special tokens under open_clip's or transformers' names.
+      merges: pairs, the first learned first.
+      length: ids a text.
+
+    Attributes:
+      size: ids there are.
+
+    Raises:
+      UserError: the vocabulary has no special tokens.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], length: int = 77):
+        vocab = {_THEIRS.get(t, t): i for t, i in vocab.items()}
+        if missing := [t for t in (START, END) if t not in vocab]:
+            raise UserError(f"a CLIP tokenizer's vocabulary has no {missing[0]}: its files are not CLIP's")
+        self.size = max(vocab.values()) + 1
+        self.start, self.end, self.length = vocab[START], vocab[END], length
+        self._special = {START: self.start, END: self.end}
+        self._letters = byte_letters()
+        words = {t: i for t, i in vocab.items() if t not in self._special}
+        self._bpe = models.BPE(words, list(merges), end_of_word_suffix="</w>")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without start and end, however long."""
+        ids = []
+        for word in _WORDS.findall(clip_clean(text)):
+            if word in self._special:
+                ids.append(self._special[word])
+            else:
+                letters = "".join(self._letters[b] for b in word.encode("utf-8"))
+                ids.extend(token.id for token in self._bpe.tokenize(letters))
+        return ids
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts -> ids, int32 [N, length]; a text that is too long is cut and still ends with the end token."""
+        out = np.zeros((len(texts), self.length), np.int32)
+        for row, text in zip(out, texts, strict=True):
+            ids = [self.start, *self.encode(text)[: self.length - 2], self.end]
+            row[: len(ids)] = ids
+        return out
+
+
+class SiglipTokenizer:
+    """SigLIP's SentencePiece vocabulary on canonicalised text, padded as the folder's tokenizer says.
+
+    Args:
+      folder: with the files that transformers' AutoTokenizer wants.
+      length: ids a text.
+
+    Attributes:
+      size: ids there are.
+
+    Raises:
+      UserError: the files cannot be read.
+    """
+
+    def __init__(self, folder: Path, length: int = 64):
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as e:  # transformers raises a different kind for each file that is missing or broken.
+            why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise UserError(f"the tokenizer files in {folder} cannot be read ({why}): fetch the folder again") from e
+        self.length, self.size = length, len(self._tokenizer)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts -> ids, int32 [N, length]; a text that is too long is cut and still ends with the end token."""
+        texts = [siglip_clean(t) for t in texts]
+        encoded = self._tokenizer(texts, max_length=self.length, padding="max_length", truncation=True)
+        return np.asarray(encoded["input_ids"], np.int32).reshape(len(texts), self.length)
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second
+
+
+def _openai_vocabulary(lines: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """From OpenAI's merges alone: bytes, bytes that end a word, merges, then the two special tokens."""
+    merges = [_pair(line) for line in lines[1 : _OPENAI_MERGES + 1]]
+    letters = list(byte_letters().values())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), START, END]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(token -> id, merges) from whichever of CLIP's tokenizer files a folder has.
+
+    Raises:
+      UserError: it has none, or one that is broken.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        if path.exists():
+            whole = json.loads(path.read_text("utf-8"))
+            added = {t["content"]: t["id"] for t in whole.get("added_tokens", ())}
+            return whole["model"]["vocab"] | added, [_pair(m) for m in whole["model"]["merges"]]
+        path = folder / "vocab.json"
+        if path.exists():
+            vocab = json.loads(path.read_text("utf-8"))
+            path = folder / "merges.txt"
+            lines = path.read_text("utf-8").split("\n")
+            return vocab, [_pair(line) for line in lines if line and not line.startswith("#version")]
+        path = folder / "bpe_simple_vocab_16e6.txt.gz"
+        if path.exists():
+            return _openai_vocabulary(gzip.decompress(path.read_bytes()).decode("utf-8").split("\n"))
+    except FileNotFoundError as e:
+        raise UserError(f"{path} is missing: put it beside {folder / 'vocab.json'}") from e
+    except (OSError, EOFError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is no tokenizer file of CLIP's ({e!r}): fetch it again") from e
+    raise UserError(f"{folder} has no tokenizer: it needs {_CLIP_FILES}; put them there or give --tokenizer=FOLDER")
+
+
+def build(text: TextSpec, folder: str | Path) -> Tokenizer:
+    """The tokenizer of a text tower.
+
+    Args:
+      text: its `tokenizer` ("clip" or "siglip"), `context_length` and `vocab_size`.
+      folder: where the tokenizer's files are.
+
+    Returns:
+      Texts -> ids, int32 [N, context_length].
+
+    Raises:
+      UserError: files are missing (says which) or broken, or the vocabulary is larger than the tower's.
+    """
+    folder = Path(folder)
+    if text.tokenizer == "clip":
+        tokenizer = ClipTokenizer(*clip_vocabulary(folder), text.context_length)
+    elif text.tokenizer == "siglip":
+        if not any((folder / f).exists() for f in ("tokenizer.json", "spiece.model", "tokenizer.model")):
+            raise UserError(
+                f"{folder} has no tokenizer: it needs tokenizer.json or spiece.model, with tokenizer_config.json; "
+                "put them there or give --tokenizer=FOLDER"
+            )
+        tokenizer = SiglipTokenizer(folder, text.context_length)
+    else:
+        raise UserError(f"text.tokenizer={text.tokenizer!r} is not known: use clip or siglip")
+    if tokenizer.size > text.vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokenizer.size} tokens, but the text tower only {text.vocab_size}"
+        )
+    return tokenizer

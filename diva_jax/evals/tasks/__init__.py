@@ -1,0 +1,1 @@
+"""Evaluation tasks: each module here is one, found by its name."""

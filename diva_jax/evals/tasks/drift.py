@@ -1,0 +1,94 @@
+"""How far tuning has moved an encoder: embeddings before and after, on any folder of images.
+
+No labels and no texts. Cosine: of each image's embedding with the one it had. kNN overlap: the share of an image's k
+nearest neighbours (by cosine, itself left out) that it keeps. Effective rank (Roy and Vetterli, 2007): the
+exponential of the entropy of the normalised singular values; a collapsing encoder's falls.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from diva_jax.common.errors import UserError
+from diva_jax.evals import Options, Outcome, data, encode, stats
+
+_QUERIES = 256
+
+
+def neighbours(x: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k nearest rows of each unit row, [N, k], int; among equals the first."""
+    out = []
+    for start in range(0, len(x), _QUERIES):
+        scores = x[start : start + _QUERIES] @ x.T
+        scores[np.arange(len(scores)), start + np.arange(len(scores))] = -np.inf
+        out.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
+    return np.concatenate(out)
+
+
+def overlap(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The share of each row's neighbours that is in both, [N, k] twice -> [N]."""
+    return np.array([len(np.intersect1d(b, a)) for b, a in zip(before, after, strict=True)]) / before.shape[1]
+
+
+def effective_rank(x: np.ndarray) -> float:
+    """Of embeddings [N, D]: from 1, where all point the same way, to min(N, D)."""
+    values = np.linalg.svd(x, compute_uv=False)
+    p = values / values.sum()
+    p = p[p > 0]
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+class Drift:
+    """The task; see `evals.Task`."""
+
+    title, items, texts = "Drift", "images", ()
+
+    def __init__(self, path: str, options: Options):
+        root = Path(path).expanduser()
+        if not root.is_dir():
+            raise UserError(f"--data=drift={path} is no folder: give one with images in it")
+        paths = data.folder_images(root)
+        self.options, self.count, self.data = options, len(paths), str(root.resolve())
+        self.k = options.neighbours
+        if self.count <= self.k + 1:
+            raise UserError(
+                f"{root} has {self.count} images, too few for {self.k} neighbours of each: give more images, or "
+                "a smaller --neighbours"
+            )
+        self.images = data.image_files(paths, [None] * self.count, root, rgb=False)
+        self.metrics = {
+            "effective_rank": {"title": "effective rank", "unit": ""},
+            "cosine": {"title": "cosine to the embedding before", "unit": ""},
+            "knn_overlap": {"title": f"overlap of the {self.k} nearest neighbours", "unit": "%"},
+        }
+
+    def evaluate(self, model) -> Outcome:
+        """The effective rank; embeddings are kept for `compare`."""
+        x = encode.unit(model.images(self.images.read, self.count)["pooled"])
+        scores = {"effective_rank": {"score": effective_rank(x), "interval": None}}
+        return Outcome(
+            {"scores": scores}, [], {"embeddings": x, "neighbours": neighbours(x, self.k), "label": model.label}
+        )
+
+    def compare(self, before: Outcome, after: Outcome) -> dict:
+        """Mean cosine and overlap with their intervals, and the change of effective rank; every image's as rows."""
+        cosine = (before.held["embeddings"] * after.held["embeddings"]).sum(axis=1)
+        kept = overlap(before.held["neighbours"], after.held["neighbours"])
+        how = dict(resamples=self.options.bootstrap, seed=self.options.seed)
+        rank = [o.results["scores"]["effective_rank"]["score"] for o in (before, after)]
+        scores = {
+            "cosine": {"score": stats.mean(cosine), "interval": stats.bootstrap(cosine, **how)},
+            "knn_overlap": {"score": 100 * stats.mean(kept), "interval": stats.percent(stats.bootstrap(kept, **how))},
+            "effective_rank": {"difference": rank[1] - rank[0], "interval": None, "mcnemar": None},
+        }
+        rows = [
+            {"weights": after.held["label"], "metric": metric, "item": i, "file": name, "score": float(values[i])}
+            for metric, values in (("cosine", cosine), ("knn_overlap", kept))
+            for i, name in enumerate(self.images.names)
+        ]
+        return {"scores": scores, "rows": rows}
+
+
+def prepare(path: str, options: Options) -> Drift:
+    """The task on `path`, a folder of images, however deep."""
+    return Drift(path, options)

@@ -1,0 +1,298 @@
+"""Whether the diffusion feedback is signal or noise, which decides if DIVA can help an encoder at all.
+
+A U-Net that ignores its condition sends noise back, and noise makes an encoder worse. Two measurements, on any images:
+
+Condition gap: the diffusion loss under the image's own condition, under another image's, under the text alone, with
+the same timesteps, noise and token draw for all three. `gap_other` and `gap_text` are how much higher the loss is
+without the image's own condition: above zero where the U-Net makes use of it. Each image has one timestep in each
+of ten bins. The other image is the next one in a fixed random circle through all images.
+
+Agreement of gradients: images are taken in groups of eight; a group's gradient with respect to the trained
+parameters of the vision tower, as training takes it, is computed for R independent draws of timesteps, noise and
+tokens. `gradient_cosine` is the mean cosine c of two of them: for gradients that are a signal s, the same for each
+draw, plus independent noise n, c is |s|^2 / (|s|^2 + |n|^2), so that `gradient_snr`, c / (1 - c), is |s|^2 / |n|^2.
+
+Everything is computed in `config.dtype`, since it is the feedback of training that is judged. An image's random
+numbers depend on the seed and on its own number alone.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from diva_jax import objectives
+from diva_jax.common.errors import UserError, listing
+from diva_jax.data import crop, images, sources
+from diva_jax.evals import Options, Outcome, stats
+from diva_jax.models.diffusion.schedule import ScheduleConfig
+from diva_jax.training import sharding
+from diva_jax.training.step import Program
+from diva_jax.weights import parts
+
+BINS = 10
+GROUP = 8  # Images of one gradient.
+_THREADS = 16
+METRICS = {
+    "loss_own": "diffusion loss, own condition",
+    "gap_other": "condition gap to another image",
+    "gap_text": "condition gap to the text alone",
+    "gradient_cosine": "cosine of gradients of independent draws",
+    "gradient_snr": "signal-to-noise of the gradient",
+}
+_LOSSES = ("loss_own", "gap_other", "gap_text")
+
+
+def partners(count: int, seed: int) -> np.ndarray:
+    """Whose condition each image is given as another's, [count]: the next in a random circle, so never its own."""
+    order = np.random.default_rng(seed).permutation(count)
+    out = np.empty(count, int)
+    out[order] = np.roll(order, -1)
+    return out
+
+
+def mean_cosine(gradient: Callable, draws, like):
+    """The mean cosine of all pairs of R gradients, with the memory of two.
+
+    Of unit vectors u: |sum u|^2 = R + the cosines of all ordered pairs.
+
+    Args:
+      gradient: one draw -> pytree.
+      draws: pytree with a leading axis [R, ...].
+      like: a pytree of arrays as `gradient` returns.
+
+    Returns:
+      (the mean cosine, nothing meaningful where a norm is zero; the R norms).
+    """
+
+    def add(total, draw):
+        g = gradient(draw)
+        norm = optax.tree.norm(g)
+        scale = 1 / jnp.where(norm > 0, norm, 1)
+        return jax.tree.map(lambda a, b: a + scale * b, total, g), norm
+
+    total, norms = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), draws)
+    r = len(norms)
+    return (optax.tree.norm(total, squared=True) - r) / (r * (r - 1)), norms
+
+
+class Feedback:
+    """The task; see `evals.Task`. `bind` comes before `evaluate`."""
+
+    title, items, texts = "Diffusion feedback", "images", ()
+
+    def __init__(self, path: str, options: Options):
+        try:
+            source = sources.open_source(path, quiet=jax.process_index() > 0)
+        except UserError as e:
+            raise UserError(str(e).replace("config.data.path", "--data=feedback")) from e
+        if len(source) < 2:
+            raise UserError(f"--data=feedback={path} has {len(source)} images: give at least 2")
+        self.options, self.data, self._source = options, path, source
+        # Not the first ones: data are often sorted by what is in them.
+        order = np.random.default_rng(options.seed).permutation(len(source))
+        self._records = np.sort(order[: options.images])
+        self.count = len(self._records)
+        self.names = [source.name(int(i)) for i in self._records]
+        self.partners = partners(self.count, options.seed)
+        self.metrics = {name: {"title": title, "unit": ""} for name, title in METRICS.items()}
+        self.group = min(GROUP, self.count)
+
+    def bind(self, config, mesh) -> None:
+        """Reads the images, at the resolution of training; finds what the objective needs.
+
+        Raises:
+          UserError: the objective has no `condition_losses`, or an image cannot be read.
+        """
+        self.config, self.mesh = config, mesh
+        self.program = Program(config, mesh)
+        kinds = objectives.find(config.objective).PRETRAINED
+        towers = tuple(f"{attribute}/" for attribute, kind in kinds.items() if kind == "vision")
+        self._encoder = [n for n in self.program.trained if n.startswith(towers)]
+        module = self.program.skeleton.merge(self.program.arrays)
+        if not hasattr(module, "condition_losses") or not self._encoder:
+            lacks = "condition_losses" if self._encoder else "a vision tower that config.trainable trains"
+            raise UserError(
+                f"the task feedback cannot judge config.objective={config.objective!r}, which lacks {lacks}: leave "
+                "feedback out of the tasks, or give the objective what it lacks (see diva_jax/objectives)"
+            )
+        steps = ScheduleConfig.from_dict(config.diffusion.scheduler.to_dict()).num_train_timesteps
+        self.edges = np.arange(BINS + 1) * steps // BINS
+        self._frozen: dict[str, jax.Array] = {}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            self._pixels = list(pool.map(self._read, self._records))
+        self._rows = NamedSharding(mesh, sharding.BATCH)
+        jit = partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+        self._losses, self._cosines = jit(self._loss_step), jit(self._gradient_step)
+
+    def _read(self, record: int) -> np.ndarray:
+        """The centre square at the VAE's resolution, uint8 [S, S, 3]."""
+        name = self._source.name(int(record))
+        try:
+            image = crop.decode(self._source.read(int(record))[1])
+        except Exception as e:  # Pillow's plugins raise many kinds on broken data.
+            raise UserError(f"the image {name} of {self.data} cannot be read ({e}): fetch it again") from e
+        c = self.config.data
+        return images.prepare(image, c.image_size, "shortest", "bicubic")
+
+    def _put(self, numbers: Sequence[int]) -> jax.Array:
+        """These images as one global batch; each process gives only its own rows."""
+
+        def piece(index):
+            return np.stack([self._pixels[numbers[i]] for i in range(*index[0].indices(len(numbers)))])
+
+        return jax.make_array_from_callback((len(numbers), *self._pixels[0].shape), self._rows, piece)
+
+    def _keys(self, use: int, numbers: Sequence[int]) -> np.ndarray:
+        """Key data, one an image, of the seed, the use and the image's number alone."""
+        key = jax.random.fold_in(jax.random.key(self.options.seed), use)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers))
+        return np.asarray(jax.random.key_data(keys))
+
+    def _loss_step(self, arrays, own, other, keys):
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            module = self.program.skeleton.merge(arrays)
+            batch = {"image": own, "other": other}
+            return module.condition_losses(batch, jax.random.wrap_key_data(keys), self.edges)
+
+    def _gradient_step(self, arrays, own, keys):
+        """keys: key data [R, B, ...] -> (mean cosine, norms [R])."""
+        trained = {n: arrays[n] for n in self._encoder}
+
+        def gradient(keys):
+            def loss(trained):
+                module = self.program.skeleton.merge(arrays, trained)
+                return module.loss({"image": own}, jax.random.wrap_key_data(keys))[0]
+
+            return jax.grad(loss)(trained)
+
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return mean_cosine(gradient, keys, trained)
+
+    def _arrays(self, model) -> tuple[dict[str, jax.Array], list[str]]:
+        """(every parameter of the objective, sentences on where they come from if that needs saying)."""
+        wanted = self.program.arrays
+        mine = {n: a for n, a in model.arrays.items() if n in wanted}
+        if wrong := [n for n, a in mine.items() if a.shape != wanted[n].shape]:
+            raise UserError(f"{model.label}: {listing(wrong, 3)} has another shape than --config says: give its config")
+        pretrained = objectives.find(self.config.objective).PRETRAINED
+        missing = [n for n in wanted if n not in mine]
+        if load := [n for n in missing if n not in self._frozen]:
+            used = {n.split("/")[0] for n in load}
+            self._frozen |= parts.load(self.program, {a: k for a, k in pretrained.items() if a in used}, load)[0]
+        notes, own = [], sorted({n.split("/")[0] for n in missing} - set(pretrained))
+        if own:
+            seed = self.config.seed
+            notes = [f"these weights have no {listing(own)}: the random one of config.seed={seed} is used"]
+        elif model.borrowed:
+            notes = [f"these weights have no projection into the U-Net: the one trained by {model.borrowed} is used"]
+        return {n: self._frozen[n] for n in missing} | mine, notes
+
+    def _condition_losses(self, arrays, batch: int) -> dict[str, np.ndarray]:
+        """Own, other and text -> [N, BINS] float64; the last batch is filled up with the first image."""
+        found = []
+        for first in range(0, self.count, batch):
+            rows = [i if i < self.count else 0 for i in range(first, first + batch)]
+            pixels = (self._put(rows), self._put(self.partners[rows]))
+            losses = self._losses(arrays, *pixels, self._keys(0, rows))
+            found.append({name: np.asarray(x, np.float64).T for name, x in losses.items()})
+        return {name: np.concatenate([f[name] for f in found])[: self.count] for name in found[0]}
+
+    def _gradients(self, arrays) -> tuple[np.ndarray, np.ndarray]:
+        """(mean cosines [groups], norms [groups, R]); what does not fill a group is left out.
+
+        A group is repeated until the devices divide it, which leaves its mean gradient as it is.
+        """
+        copies = np.lcm(self.group, self.mesh.size) // self.group
+        found = []
+        for first in range(0, self.count - self.group + 1, self.group):
+            rows = list(range(first, first + self.group)) * copies
+            keys = np.stack([self._keys(1 + r, rows) for r in range(self.options.draws)])
+            found.append([np.asarray(x) for x in self._cosines(arrays, self._put(rows), keys)])
+        return np.array([c for c, _ in found], np.float64), np.stack([n for _, n in found])
+
+    def _interval(self, values: np.ndarray) -> dict[str, Any]:
+        how = dict(resamples=self.options.bootstrap, seed=self.options.seed)
+        return {"score": stats.mean(values), "interval": stats.bootstrap(values, **how) if len(values) > 1 else None}
+
+    def evaluate(self, model) -> Outcome:
+        """Losses, gaps and agreement of gradients, with intervals over images (groups of images for the latter)."""
+        arrays, notes = self._arrays(model)
+        losses = self._condition_losses(arrays, model.towers.batch)
+        values = {"loss_own": losses["own"]} | {f"gap_{k}": losses[k] - losses["own"] for k in ("other", "text")}
+        scores = {name: self._interval(v.mean(axis=1)) for name, v in values.items()}
+        bins = [
+            {"low": int(low), "high": int(high), "scores": {n: self._interval(v[:, k]) for n, v in values.items()}}
+            for k, (low, high) in enumerate(zip(self.edges, self.edges[1:], strict=False))
+        ]
+        cosines, norms = self._gradients(arrays)
+        cosines = np.where((norms > 0).all(axis=1), cosines, np.nan)
+        if (known := cosines[~np.isnan(cosines)]).size:
+            scores["gradient_cosine"] = of = self._interval(known)
+            if max([of["score"], *(of["interval"] or [])]) < 1:
+                ends = of["interval"] and [c / (1 - c) for c in of["interval"]]
+                scores["gradient_snr"] = {"score": of["score"] / (1 - of["score"]), "interval": ends}
+        else:
+            notes.append("the encoder's gradient is zero: the U-Net does not use its condition, nothing can be learned")
+        notes += zero_lines(scores)
+        names = {"own": "loss_own", "other": "loss_other", "text": "loss_text"}
+        rows = [
+            {
+                "weights": model.label,
+                "metric": names[k],
+                "item": i,
+                "file": file,
+                "score": float(x[i, b]),
+                "timesteps": f"{self.edges[b]}-{self.edges[b + 1] - 1}",
+            }
+            for k, x in losses.items()
+            for i, file in enumerate(self.names)
+            for b in range(BINS)
+        ]
+        held = {n: v.mean(axis=1) for n, v in values.items()} | {"gradient_cosine": cosines}
+        return Outcome({"scores": scores, "timesteps": bins, "notes": notes}, rows, held)
+
+    def compare(self, before: Outcome, after: Outcome) -> dict:
+        """Differences on the same images, timesteps and noise."""
+        scores = {}
+        for name in (*_LOSSES, "gradient_cosine"):
+            values = after.held[name] - before.held[name]
+            if (values := values[~np.isnan(values)]).size:
+                found = self._interval(values)
+                scores[name] = {"difference": found["score"], "interval": found["interval"], "mcnemar": None}
+        return {"scores": scores}
+
+    def scalars(self, outcome: Outcome) -> dict[str, dict]:
+        """For the train loop: `feedback/METRIC`, and of each bin `feedback_by_timestep/METRIC/LOW-HIGH`."""
+        found = {f"feedback/{m}": s for m, s in outcome.results["scores"].items()}
+        for b in outcome.results["timesteps"]:
+            where = f"{b['low']:03}-{b['high'] - 1:03}"
+            found |= {f"feedback_by_timestep/{m}/{where}": s for m, s in b["scores"].items()}
+        return found
+
+
+def zero_lines(scores: dict[str, dict]) -> list[str]:
+    """One plain sentence for every gap, and for the cosine, that is zero within its interval."""
+    meaning = {
+        "gap_other": "the U-Net does not see which image its condition is of, so its feedback is noise",
+        "gap_text": "the U-Net gains nothing from the image's features over the text alone",
+        "gradient_cosine": "gradients of independent draws do not agree, they are mostly noise",
+    }
+    out = []
+    for name, means in meaning.items():
+        ends = scores.get(name, {}).get("interval")
+        if ends and ends[0] <= 0 <= ends[1]:
+            out.append(f"the {METRICS[name]} is zero within its interval ({ends[0]:.3g} to {ends[1]:.3g}): {means}")
+    return out
+
+
+def prepare(path: str, options: Options) -> Feedback:
+    """The task on `path`: whatever `config.data.path` may be (tar shards, a folder of images, tfds:name/split)."""
+    return Feedback(path, options)

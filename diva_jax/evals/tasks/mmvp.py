@@ -1,0 +1,250 @@
+"""MMVP-VLM (arXiv 2401.06209): 135 pairs of images that CLIP confuses, in nine visual patterns.
+
+For each pair, both images and both texts ("a photo of " + statement): for each text the softmax of the logits over
+the two images; above 0.5 is an answer for image 1 (exactly 0.5 is one for image 2). Text 1 belongs to image 1,
+text 2 to image 2, and a pair counts only when both texts are right. The score is the mean over the patterns.
+"""
+
+import csv
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diva_jax.common.errors import UserError
+from diva_jax.evals import Options, Outcome, data, encode, stats
+
+PATTERNS = (
+    "Orientation and Direction",
+    "Presence of Specific Features",
+    "State and Condition",
+    "Quantity and Count",
+    "Positional and Relational Context",
+    "Color and Appearance",
+    "Structural Characteristics",
+    "Texts",
+    "Viewpoint and Perspective",
+)
+PER_PATTERN = 15
+ROWS = 2 * PER_PATTERN * len(PATTERNS)
+# As the hub, DIVA's authors and the benchmark's own README call it.
+FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
+HEADER = ["Question ID", "Type", "Statement"]
+SCALE = 100.0  # Of the logits, in every published evaluation; it decides no answer.
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One row of Questions.csv, `line` its line there."""
+
+    line: int
+    id: int
+    image: Path
+    text: str
+
+
+def _root(path: str) -> tuple[Path, Path]:
+    """(Questions.csv, the folder of images) of a data path."""
+    root = Path(path).expanduser()
+    if root.name in (*FOLDERS, "Questions.csv"):
+        root = root.parent
+    questions = root / "Questions.csv"
+    if not questions.is_file():
+        raise UserError(f"{questions} does not exist: give --data=mmvp=FOLDER, one with Questions.csv and its images")
+    folder = next((root / f for f in FOLDERS if (root / f).is_dir()), None)
+    if folder is None:
+        raise UserError(f"{root} has none of the folders {', '.join(map(repr, FOLDERS))}: put the images there")
+    return questions, folder
+
+
+def _rows(path: Path) -> list[tuple[int, list[str]]]:
+    """(line, fields) of each row, the header checked."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            reader = csv.reader(f)
+            rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if any(row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path} cannot be read as CSV ({e}): fetch it again") from e
+    if not rows or rows[0][1] != HEADER:
+        raise UserError(f"{path} begins with {rows[0][1] if rows else 'nothing'}, not {','.join(HEADER)}")
+    return rows[1:]
+
+
+def _question(path: Path, folder: Path, line: int, fields: list[str]) -> Question:
+    where = f"{path}, line {line}"
+    if len(fields) != 3 or not all(fields):
+        raise UserError(f"{where}: a row has {', '.join(HEADER)}, none empty, but this one is {fields}")
+    id_, type_, statement = fields
+    if not (id_.isascii() and id_.isdigit()):
+        raise UserError(f"{where}: the Question ID {id_!r} is no number")
+    image = folder / type_ / f"{int(id_)}.jpg"
+    if not image.is_file():
+        raise UserError(f"{where}: its image {image} does not exist: fetch it, or mend the row")
+    return Question(line, int(id_), image, f"a photo of {statement}")
+
+
+def read_questions(path: str) -> list[Question]:
+    """The 270 questions, checked; pattern and pair follow from the position.
+
+    Raises:
+      UserError: the file or an image is missing or broken, the number or the order of the rows is wrong, or a pair
+        is not complete; names line and file.
+    """
+    file, folder = _root(path)
+    rows = _rows(file)
+    if len(rows) != ROWS:
+        raise UserError(f"{file} has {len(rows)} questions, MMVP-VLM has {ROWS}: fetch the file again")
+    questions = [_question(file, folder, line, fields) for line, fields in rows]
+    seen: dict[Path, int] = {}
+    for first, second in zip(questions[::2], questions[1::2], strict=True):
+        if first.id % 2 != 1 or second.id != first.id + 1 or first.image.parent != second.image.parent:
+            raise UserError(
+                f"{file}, lines {first.line} and {second.line}: a pair is an odd Question ID and the next even one of "
+                f"the same Type, not {first.id} ({first.image.parent.name}) and {second.id} "
+                f"({second.image.parent.name}): rows are swapped, missing or wrong"
+            )
+        for q in (first, second):
+            if q.image in seen:
+                raise UserError(f"{file}, line {q.line}: question {q.id} is there twice, first in line {seen[q.image]}")
+            seen[q.image] = q.line
+    return questions
+
+
+def pair_scores(images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and what the softmax over a pair's images gives image 1.
+
+    Args:
+      images: [2N, D] embeddings as the readout leaves them, rows 2n and 2n+1 a pair.
+      texts: [2N, D], any length.
+
+    Returns:
+      logits [2N, 2] of each text with its pair's two images, float64, and the probability of image 1, [2N],
+      float32: coarse enough that the rounding of the sums does not turn a tie into an answer.
+    """
+    pairs = np.asarray(images, np.float64).reshape(-1, 2, images.shape[-1])  # [N, image, D]
+    words = encode.unit(texts).reshape(pairs.shape)  # [N, text, D]
+    logits = SCALE * np.einsum("ntd,nid->nti", words, pairs).reshape(-1, 2)
+    # A large negative difference overflows to the right answer, 0.
+    with np.errstate(over="ignore"):
+        return logits, (1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))).astype(np.float32)
+
+
+def pairs_right(first: np.ndarray) -> np.ndarray:
+    """Probabilities of image 1, [..., 2N] -> whether both texts of each pair are right, [..., N]."""
+    says_first = first > 0.5
+    return says_first[..., ::2] & ~says_first[..., 1::2]
+
+
+class Mmvp:
+    """The task; see `evals.Task`."""
+
+    title, items = "MMVP-VLM", "pairs"
+
+    def __init__(self, path: str, options: Options):
+        self.options, self.questions = options, read_questions(path)
+        paths = [q.image for q in self.questions]
+        self.images = data.image_files(paths, [None] * len(paths), paths[0].parent.parent, rgb=False)
+        # A broken image is found before anything is loaded or scored.
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.images.read, range(len(paths))))
+        self.data = str(_root(path)[0].parent.resolve())
+        self.count = ROWS // 2
+        self.texts = [q.text for q in self.questions]
+        self.strata = np.arange(self.count) // PER_PATTERN
+        self.metrics = {
+            "pooled": {"title": "pooled embedding", "unit": "%"},
+            "published": {"title": "published readout", "unit": "%"},
+        }
+
+    def _read(self, i: int) -> Image.Image:
+        return self.images.read(i)
+
+    def _score(self, right: np.ndarray, strata: np.ndarray | None, seed: int) -> dict:
+        """Score and interval in percent, from [K, N] pairs that are right under each of K draws."""
+        share = right.mean(axis=0)
+        o = self.options
+        interval = stats.bootstrap(share, resamples=o.bootstrap, seed=seed, strata=strata)
+        out = {"score": 100 * stats.mean(share, strata), "interval": stats.percent(interval)}
+        if len(right) > 1:
+            seeds = [100 * stats.mean(r, strata) for r in right.astype(float)]
+            out |= {"seeds": seeds, "seeds_std": float(np.std(seeds, ddof=1))}
+        return out
+
+    def evaluate(self, model) -> Outcome:
+        """Both readouts: per pattern, their mean, and every single probability."""
+        self.metrics["published"]["title"] = f"published readout, {model.spec.readout}"
+        found = model.images(self._read, ROWS, published=True)
+        texts = model.texts(self.texts)
+        embeddings = {"pooled": encode.unit(found["pooled"])[:, None], "published": found["published"]}
+        scores, held, rows = {}, {}, []
+        patterns = [{"name": name, "count": PER_PATTERN, "scores": {}} for name in PATTERNS]
+        for metric, e in embeddings.items():
+            per_seed = [pair_scores(e[:, k], texts) for k in range(e.shape[1])]
+            first = np.stack([p for _, p in per_seed])  # [K, 2N]
+            right = pairs_right(first)
+            scores[metric] = self._score(right, self.strata, self.options.seed)
+            for i, pattern in enumerate(patterns):
+                pattern["scores"][metric] = self._score(right[:, self.strata == i], None, self.options.seed)
+            held[metric] = {"first": first.mean(axis=0), "right": right}
+            for k, (logits, p) in enumerate(per_seed):
+                rows += self._rows(model.label, metric, k, logits, p)
+        return Outcome({"scores": scores, "patterns": patterns}, rows, held)
+
+    def _rows(self, label: str, metric: str, seed: int, logits: np.ndarray, first: np.ndarray) -> list[dict]:
+        return [
+            {
+                "weights": label,
+                "metric": metric,
+                "seed": seed,
+                "item": q.id,
+                "file": self.images.names[i],
+                "text": q.text,
+                "truth": 2 - q.id % 2,
+                "predicted": 1 if first[i] > 0.5 else 2,
+                "score": float(first[i]),
+                "correct": int((first[i] > 0.5) == (q.id % 2 == 1)),
+                "pair": i // 2,
+                "pattern": PATTERNS[i // 2 // PER_PATTERN],
+                "logit_image_1": float(logits[i, 0]),
+                "logit_image_2": float(logits[i, 1]),
+            }
+            for i, q in enumerate(self.questions)
+        ]
+
+    def compare(self, before: Outcome, after: Outcome) -> dict:
+        """Paired difference, interval, McNemar and the pairs that flipped.
+
+        A readout that draws has a share of its draws right for each pair; for McNemar and the flips a pair is right
+        where more than half of them are.
+        """
+        scores, flipped = {}, []
+        for metric in self.metrics:
+            b, a = before.held[metric], after.held[metric]
+            shares = b["right"].mean(axis=0), a["right"].mean(axis=0)
+            difference = stats.paired(
+                *shares, resamples=self.options.bootstrap, seed=self.options.seed, strata=self.strata
+            )
+            was, now = (share > 0.5 for share in shares)
+            scores[metric] = difference | {"mcnemar": stats.mcnemar(was, now)}
+            flipped += [self._flip(metric, n, bool(now[n]), b["first"], a["first"]) for n in np.flatnonzero(was != now)]
+        return {"scores": scores, "flipped": flipped}
+
+    def _flip(self, metric: str, n: int, won: bool, before: np.ndarray, after: np.ndarray) -> dict:
+        pair = slice(2 * n, 2 * n + 2)
+        return {
+            "metric": metric,
+            "item": int(n),
+            "group": PATTERNS[n // PER_PATTERN],
+            "won": won,
+            "images": [str(q.image.resolve()) for q in self.questions[pair]],
+            "texts": [q.text for q in self.questions[pair]],
+            "before": [float(p) for p in before[pair]],
+            "after": [float(p) for p in after[pair]],
+        }
+
+
+def prepare(path: str, options: Options) -> Mmvp:
+    """The task on `path`, the folder with Questions.csv and the images; everything there is checked first."""
+    return Mmvp(path, options)

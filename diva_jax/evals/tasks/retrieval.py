@@ -1,0 +1,113 @@
+"""Image-text retrieval as CLIP_benchmark does it: recall@1, 5 and 10 in both directions.
+
+An image with several captions is found by each of them (image retrieval: one query a caption), and its own query
+(text retrieval) is answered by any one of them among the first k.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from diva_jax.common.errors import UserError
+from diva_jax.evals import Options, Outcome, data, encode, stats
+
+AT = (1, 5, 10)
+_QUERIES = 256  # Ranked at once; fixed, so that the rounding of a score depends on nothing else.
+
+
+def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The place of the best right answer to each query, 0 the first; among equal scores the order of the answers.
+
+    Args:
+      queries: [Q, D]. answers: [A, D].
+      right: [Q, A], bool, at least one a row.
+    """
+    out = []
+    for start in range(0, len(queries), _QUERIES):
+        scores, mine = queries[start : start + _QUERIES] @ answers.T, right[start : start + _QUERIES]
+        best = np.where(mine, scores, -np.inf).max(axis=1, keepdims=True)
+        equal = scores == best
+        first = (equal & mine).argmax(axis=1)
+        ahead = equal & (np.arange(len(answers)) < first[:, None])
+        out.append((scores > best).sum(axis=1) + ahead.sum(axis=1))
+    return np.concatenate(out)
+
+
+def open_data(path: str) -> data.Images:
+    """Tars in CLIP_benchmark's layout, or a CSV file."""
+    where = Path(path).expanduser()
+    if where.is_file() and where.suffix.lower() == ".csv":
+        return data.caption_csv(where)
+    if not where.is_dir() or not data.has_tars(where):
+        raise UserError(f"--data=retrieval={path} is neither a folder of tar shards nor a CSV file: give one of them")
+    return data.tars(where, "txt", str.splitlines)
+
+
+class Retrieval:
+    """The task; see `evals.Task`."""
+
+    title, items = "Retrieval", "images"
+
+    def __init__(self, path: str, options: Options):
+        self.options, self.images = options, open_data(path)
+        self.count, self.data = len(self.images), str(Path(path).expanduser().resolve())
+        self.texts = [caption for captions in self.images.targets for caption in captions]
+        for name, captions in zip(self.images.names, self.images.targets, strict=True):
+            if not captions:
+                raise UserError(f"{path}: {name} has no caption: remove the image or give it one")
+        # The image of each caption.
+        self.owner = np.repeat(np.arange(self.count), [len(c) for c in self.images.targets])
+        # As in CLIP_benchmark, a metric is named after what is retrieved.
+        self.metrics = {
+            f"{what}_retrieval_recall@{k}": {"title": f"{what} retrieval, recall@{k}", "unit": "%"}
+            for what in ("image", "text")
+            for k in AT
+        }
+
+    def _of(self, metric: str, held: dict) -> tuple[np.ndarray, dict]:
+        """Whether each query succeeds, and how to resample: an image's captions stay together."""
+        what, k = metric.split("_")[0], int(metric.split("@")[1])
+        clusters = self.owner if what == "image" else None
+        return held[what] < k, dict(clusters=clusters, resamples=self.options.bootstrap, seed=self.options.seed)
+
+    def evaluate(self, model) -> Outcome:
+        """The recalls, and the place of the right answer to every query."""
+        texts = encode.unit(model.texts(self.texts))
+        images = encode.unit(model.images(self.images.read, self.count)["pooled"])
+        right = self.owner[:, None] == np.arange(self.count)  # [texts, images]
+        held = {"image": ranks(texts, images, right), "text": ranks(images, texts, right.T)}
+        scores = {}
+        for metric in self.metrics:
+            values, how = self._of(metric, held)
+            interval = stats.percent(stats.bootstrap(values, **how))
+            scores[metric] = {"score": 100 * stats.mean(values), "interval": interval}
+        return Outcome({"scores": scores, "texts": len(self.texts)}, self._rows(model.label, held), held)
+
+    def _rows(self, label: str, held: dict) -> list[dict]:
+        def row(what: str, item: int, image: int, text: str, rank: int) -> dict:
+            return {
+                "weights": label,
+                "metric": f"{what}_retrieval",
+                "item": item,
+                "file": self.images.names[image],
+                "text": text,
+                "score": int(rank) + 1,
+                "correct": int(rank == 0),
+            }
+
+        by_text = [row("image", i, self.owner[i], text, held["image"][i]) for i, text in enumerate(self.texts)]
+        return by_text + [row("text", i, i, "", held["text"][i]) for i in range(self.count)]
+
+    def compare(self, before: Outcome, after: Outcome) -> dict:
+        """Paired differences; McNemar where queries are independent, so not for the captions of one image."""
+        scores = {}
+        for metric in self.metrics:
+            (b, how), (a, _) = self._of(metric, before.held), self._of(metric, after.held)
+            test = None if how["clusters"] is not None else stats.mcnemar(b, a)
+            scores[metric] = stats.paired(b, a, **how) | {"mcnemar": test}
+        return {"scores": scores}
+
+
+def prepare(path: str, options: Options) -> Retrieval:
+    """The task on `path`: tars in CLIP_benchmark's layout (Flickr30k, COCO), or a CSV file with image and caption."""
+    return Retrieval(path, options)

@@ -1,0 +1,155 @@
+"""Zero-shot classification as CLIP_benchmark does it: acc@1, acc@5 and mean per-class recall.
+
+A class is the mean of its prompts' normalised embeddings, normalised again; an image belongs to the class with the
+highest cosine.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from diva_jax.common.errors import UserError, listing
+from diva_jax.evals import Options, Outcome, data, encode, stats
+
+_IMAGENET = Path(__file__).with_name("imagenet.json")
+
+
+def imagenet(what: str) -> list[str]:
+    """ImageNet's 1000 "classes" or its 80 "templates", as OpenAI published them for CLIP."""
+    return json.loads(_IMAGENET.read_text("utf-8"))[what]
+
+
+def class_names(given: str, found: data.Images) -> list[str]:
+    """The classes by label.
+
+    Args:
+      given: `Options.classes`: "imagenet", a JSON list by label, a JSON object folder name -> class name, or empty:
+        the data's own.
+      found: the data.
+
+    Raises:
+      UserError: names are missing, or do not fit the labels.
+    """
+    names = imagenet("classes") if given == "imagenet" else data.read_names(given) if given else found.classes
+    if names is None:
+        raise UserError("the data names no classes (no classnames.txt): give --classes=FILE.json with a list of them")
+    if isinstance(names, dict):
+        if missing := [c for c in found.classes or () if c not in names]:
+            raise UserError(f"{given} has no name for {listing(missing, 5)}: add it")
+        names = [names[c] for c in found.classes or ()]
+    labels = np.asarray(found.targets)
+    if not len(names) > labels.max() or labels.min() < 0:
+        raise UserError(
+            f"there are {len(names)} class names, but labels from {labels.min()} to {labels.max()}: "
+            "give --classes=FILE.json with a name for every label"
+        )
+    return list(names)
+
+
+def prompts(given: str, found: data.Images, classes: list[str]) -> list[list[str]]:
+    """The texts of each class.
+
+    Args:
+      given: `Options.templates`: a JSON list of templates with `{c}`, a JSON object class -> texts, or empty: the
+        data's own, or else ImageNet's 80.
+
+    Raises:
+      UserError: a class has no texts, or a template no `{c}`.
+    """
+    templates = data.read_names(given) if given else found.templates or imagenet("templates")
+    where = given or "zeroshot_classification_templates.txt"
+    if isinstance(templates, Mapping):
+        if missing := [c for c in classes if not templates.get(c)]:
+            raise UserError(f"{where} has no prompts for {listing(missing, 5)}: add them")
+        return [[t.replace("{c}", c) for t in templates[c]] for c in classes]
+    if bad := [t for t in templates if "{c}" not in t]:
+        raise UserError(f"{where}: the template {bad[0]!r} has no {{c}} where the class goes: add it")
+    return [[t.replace("{c}", c) for t in templates] for c in classes]
+
+
+def classifier(embeddings: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Prompt embeddings [sum(sizes), D], the classes one after the other -> unit class embeddings [C, D]."""
+    ends = np.cumsum(sizes)
+    parts = np.split(encode.unit(embeddings), ends[:-1])
+    return encode.unit(np.stack([p.mean(axis=0) for p in parts]))
+
+
+def open_data(path: str) -> data.Images:
+    """tfds, tars in CLIP_benchmark's layout, or class folders, told apart by looking."""
+    if path.startswith("tfds:"):
+        return data.tfds(path)
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--data=zeroshot={path} is no folder: give tar shards, class folders or tfds:name/split")
+    return data.tars(root, "cls", int) if data.has_tars(root) else data.class_folders(root)
+
+
+class ZeroShot:
+    """The task; see `evals.Task`."""
+
+    title, items = "Zero-shot classification", "images"
+
+    def __init__(self, path: str, options: Options):
+        self.options, self.images = options, open_data(path)
+        self.classes = class_names(options.classes, self.images)
+        texts = prompts(options.templates, self.images, self.classes)
+        self._sizes = [len(t) for t in texts]
+        self.texts = [t for per_class in texts for t in per_class]
+        self.labels = np.asarray(self.images.targets)
+        self.data = path if path.startswith("tfds:") else str(Path(path).expanduser().resolve())
+        self.count = len(self.images)
+        self.metrics = {"acc1": {"title": "accuracy @1", "unit": "%"}}
+        if len(self.classes) >= 5:
+            self.metrics["acc5"] = {"title": "accuracy @5", "unit": "%"}
+        self.metrics["mean_per_class_recall"] = {"title": "mean per-class recall", "unit": "%"}
+
+    def _of(self, metric: str, held: dict) -> tuple[np.ndarray, dict]:
+        """What a metric is the mean of, and how to resample it."""
+        values = held["top5" if metric == "acc5" else "top1"]
+        strata = self.labels if metric == "mean_per_class_recall" else None
+        return values, dict(strata=strata, resamples=self.options.bootstrap, seed=self.options.seed)
+
+    def evaluate(self, model) -> Outcome:
+        """The scores, and the predicted class of every image."""
+        classes = classifier(model.texts(self.texts), self._sizes)
+        images = encode.unit(model.images(self.images.read, self.count)["pooled"])
+        logits = 100 * images @ classes.T  # [N, C]
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+        hits = order == self.labels[:, None]
+        held = {"top1": hits[:, 0], "top5": hits.any(axis=1)}
+        scores = {}
+        for metric in self.metrics:
+            values, how = self._of(metric, held)
+            interval = stats.percent(stats.bootstrap(values, **how))
+            scores[metric] = {"score": 100 * stats.mean(values, how["strata"]), "interval": interval}
+        rows = [
+            {
+                "weights": model.label,
+                "metric": "acc1",
+                "item": i,
+                "file": self.images.names[i],
+                "truth": self.classes[label],
+                "predicted": self.classes[order[i, 0]],
+                "score": float(logits[i, order[i, 0]]),
+                "correct": int(held["top1"][i]),
+                "top5": "; ".join(self.classes[c] for c in order[i]),
+            }
+            for i, label in enumerate(self.labels)
+        ]
+        return Outcome({"scores": scores, "classes": len(self.classes)}, rows, held)
+
+    def compare(self, before: Outcome, after: Outcome) -> dict:
+        """Paired differences; McNemar for the metrics that count each image once."""
+        scores = {}
+        for metric in self.metrics:
+            (b, how), (a, _) = self._of(metric, before.held), self._of(metric, after.held)
+            test = None if how["strata"] is not None else stats.mcnemar(b, a)
+            scores[metric] = stats.paired(b, a, **how) | {"mcnemar": test}
+        return {"scores": scores}
+
+
+def prepare(path: str, options: Options) -> ZeroShot:
+    """The task on `path`: tfds:name/split, tars in CLIP_benchmark's layout, or a folder of class folders."""
+    return ZeroShot(path, options)

@@ -1,0 +1,72 @@
+"""The README of an export: what the model is, and from which run, step, data and config it came."""
+
+import importlib.metadata
+import json
+
+from diva_jax.models.backbones import Spec
+from diva_jax.weights import readers
+from diva_jax.weights.sources import ClipSource
+
+_USE = {
+    "open_clip": """import open_clip
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH")
+tokenizer = open_clip.get_tokenizer("local-dir:PATH")""",
+    "hf": """from transformers import AutoImageProcessor, AutoModel
+model, processor = AutoModel.from_pretrained("PATH"), AutoImageProcessor.from_pretrained("PATH")
+# LLaVA: --vision_tower PATH""",
+    "pt": """import torch
+clip.visual.load_state_dict(torch.load("PATH/vision_tower.pth", weights_only=True))""",
+}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict | None) -> str:
+    """The content of README.md.
+
+    Args:
+      source: what is exported.
+      spec, fmt, dtype: of the export.
+      provenance: of `workdirs.checkpoint_source`, or None for a conversion.
+    """
+    name = spec.open_clip_name or f"{spec.arch} {spec.image_size}"
+    squash = "squashed to a square" if spec.resize_mode == "squash" else "shortest side resized, centre cropped"
+    lines = [
+        "---",
+        f"library_name: {'transformers' if fmt == 'hf' else 'open_clip'}",
+        "tags: [clip, diva]" if provenance else "tags: [clip]",
+        "---",
+        f"# {name}{', tuned with DIVA' if provenance else ''}",
+        "",
+        f"{spec.image_size} px, patch {spec.patch_size}, width {spec.width}, {spec.layers} layers, {spec.activation}, "
+        f"weights in {dtype}. Images: {squash}, {spec.interpolation}, mean {list(spec.mean)}, std {list(spec.std)}.",
+        "",
+        "```python",
+        _USE[fmt],
+        "```",
+        "",
+        "## Where it comes from",
+        "",
+    ]
+    if provenance is None:
+        lines += [f"- converted from `{source.where}` ({source.kind}), sha256 `{readers.fingerprint(source.files)}`"]
+    else:
+        config = provenance["config"]
+        lines += [
+            f"- run `{provenance['workdir']}`, step {provenance['step']}, objective {config['objective']}",
+            f"- data `{config['data']['path']}`, {config['batch_size']} images a step, seed {config['seed']}",
+            f"- vision encoder tuned from `{provenance['base']}`; the text tower is untouched",
+        ]
+        lines += [
+            f"- {part}: {', '.join(s['source'])}, sha256 `{s['sha256']}`" for part, s in provenance["sources"].items()
+        ]
+    versions = ", ".join(f"{p} {_version(p)}" for p in ("diva_jax", "jax", "flax", "numpy"))
+    lines += [f"- written by {versions}", ""]
+    if provenance is not None:
+        lines += ["## Config", "", "```json", json.dumps(provenance["config"], indent=1), "```", ""]
+    return "\n".join(lines)

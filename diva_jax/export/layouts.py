@@ -1,0 +1,190 @@
+"""Writes a model for other tools, and does not say done before it has read it back and run it.
+
+Three layouts: `open_clip`, a folder for open_clip's `local-dir:`; `hf`, a transformers CLIPModel or SiglipModel
+folder, which LLaVA's `--vision_tower` reads too; `pt`, the vision tower's state dict as DIVA's authors publish it.
+"""
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diva_jax.common.errors import RunError, UserError, listing
+from diva_jax.common.log import say
+from diva_jax.export import reference
+from diva_jax.models import backbones, layers
+from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones.open_clip_config import to_open_clip
+from diva_jax.models.backbones.text import Text
+from diva_jax.weights import clip, hf, loading, names, pickles, resample, sources, writers
+from diva_jax.weights.sources import ClipSource
+from diva_jax.weights.tensors import Tensor, Tensors
+
+FORMATS = ("open_clip", "hf", "pt")
+DTYPES = ("float32", "float16", "bfloat16")
+PT_FILE = "vision_tower.pth"
+# Relative L2 error of the pooled embedding against the original library.
+BOUND = 1e-4
+
+
+def _cast(t, dtype: np.dtype) -> Tensor:
+    def read() -> np.ndarray:
+        array = np.asarray(t)
+        if dtype == np.float16 and array.dtype != np.float16 and np.abs(array).max(initial=0) > 65504:
+            raise UserError("a weight does not fit float16: use --dtype=bfloat16 or float32")
+        return array.astype(dtype, copy=False)
+
+    return Tensor(tuple(t.shape), dtype, read)
+
+
+def _abstract(make, spec: Spec):
+    return nnx.state(layers.abstract(lambda rngs: make(spec, rngs=rngs)))
+
+
+def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tensors:
+    """What an export holds: open_clip's names, each tensor lazily cast to `dtype`.
+
+    Args:
+      source: any.
+      spec: of the export; position embeddings are brought to its resolution.
+      dtype: a name in `DTYPES`; float32 holds every published checkpoint exactly.
+      text: whether the text tower and the logits' scale and bias belong to it.
+
+    Raises:
+      UserError: the source is not this model, or has no text tower where one is needed.
+    """
+    sources.check(source, spec)
+    tensors = resample.to_resolution(source.tensors, spec)
+    table = clip.vision_table(spec)
+    names.check(_abstract(backbones.build, spec), tensors, table, source=source.where)
+    wanted = {n: tensors[n] for n in table.names(_abstract(backbones.build, spec))}
+    if text:
+        loading.check_text(source, spec)
+        state, table = _abstract(Text, spec), clip.text_table(spec)
+        names.check(state, tensors, table, source=source.where)
+        wanted |= {n: tensors[n] for n in table.names(state)}
+        scales = ("logit_scale", "logit_bias") if spec.arch == "siglip" else ("logit_scale",)
+        if missing := [n for n in scales if n not in tensors]:
+            raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
+        wanted |= {n: tensors[n] for n in scales}
+    return Tensors({n: _cast(t, np.dtype(getattr(jnp, dtype))) for n, t in wanted.items()}, source.files)
+
+
+def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    torch = pickles.import_torch("--format=pt")
+
+    def tensor(t):
+        array = np.array(t, order="C")
+        if array.dtype == jnp.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    torch.save({n.removeprefix("visual."): tensor(t) for n, t in tensors.items()}, folder / PT_FILE)
+
+
+def _write(folder: Path, fmt: str, tensors: Tensors, spec: Spec, tokenizer: tuple[Path, ...], dtype: str) -> None:
+    if fmt == "pt":
+        _write_pt(folder, tensors)
+    elif fmt == "open_clip":
+        writers.write_open_clip(folder, tensors, to_open_clip(spec), tokenizer)
+    else:
+        config = hf.config_of(spec, dtype)
+        writers.write_safetensors(folder / "model.safetensors", hf.from_open_clip(tensors, spec))
+        writers.write_json(folder / "config.json", config)
+        writers.write_json(folder / "preprocessor_config.json", hf.preprocessor_of(spec))
+        writers.copy_into(folder, tokenizer)
+
+
+def _read_back(folder: Path, fmt: str) -> ClipSource:
+    return sources.open_clip_source(str(folder / PT_FILE if fmt == "pt" else folder))
+
+
+def _compare(written: Tensors, there: Tensors, where: str) -> None:
+    """Raises where a tensor that was read back is not bit for bit the one that should have been written."""
+    wrong = [n for n in written if n not in there] + [n for n in there if n not in written]
+    for name in written.keys() & there.keys():
+        ours, theirs = np.asarray(written[name]), np.asarray(there[name])
+        if ours.dtype != theirs.dtype or not np.array_equal(ours, theirs):
+            wrong.append(name)
+    if wrong:
+        raise RunError(f"{where} read back differs in {listing(sorted(wrong), 5)}: nothing was exported")
+
+
+def _run_original(folder: Path, fmt: str, spec: Spec) -> str:
+    """Runs one image through the library that the export is for; what to print, or an error past the bound."""
+    library = "transformers" if fmt == "hf" else "open_clip"
+    if not reference.available(library):
+        return f"not run through {library}: it cannot be imported here"
+    images, keys = reference.image(spec), []
+    if fmt == "hf":
+        theirs, keys = reference.transformers_pooled(folder, images)
+    elif fmt == "open_clip":
+        theirs = reference.open_clip_pooled(folder, images)
+    else:
+        theirs = reference.open_clip_tower_pooled(folder / PT_FILE, to_open_clip(spec), images)
+    gc.collect()  # Modules are full of cycles, and ours needs the memory of theirs.
+    if keys:
+        raise RunError(f"{library} finds keys missing or unexpected: {listing(keys, 5)}; nothing was exported")
+    source = str(folder / PT_FILE) if fmt == "pt" else str(folder)
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(nnx.jit(lambda m, x: m.encode(x).pooled)(loading.load(source, spec), images))
+    error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+    if not error <= BOUND:
+        raise RunError(f"{library} computes other embeddings (relative error {error:.1e}): nothing was exported")
+    return f"{library}: largest difference {np.abs(ours - theirs).max():.1e}, relative error {error:.1e}"
+
+
+def export(
+    source: ClipSource,
+    spec: Spec,
+    out: str | Path,
+    fmt: str,
+    *,
+    dtype: str = "float32",
+    card: str = "",
+    run: bool = True,
+) -> None:
+    """Writes `source` in one of `FORMATS` to the folder `out`, which appears when it is whole and verified.
+
+    Args:
+      source: any checkpoint, see `sources.open_clip_source` and `workdirs.checkpoint_source`.
+      spec: of what is written.
+      out: a folder that does not exist or is empty.
+      fmt: of `FORMATS`.
+      dtype: of `DTYPES`.
+      card: the content of README.md.
+      run: run one image through the library that the export is for, where it is installed.
+
+    Raises:
+      UserError: bad input, see `whole_model`; `out` is taken; the format cannot hold this model.
+      RunError: what was written is not what should have been.
+    """
+    if fmt not in FORMATS:
+        raise UserError(f"--format={fmt} is none of {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
+    tensors = whole_model(source, spec, dtype, text=fmt != "pt")
+    if fmt == "pt":
+        pickles.import_torch("--format=pt")
+    elif fmt == "hf":
+        hf.config_of(spec, dtype)
+    else:
+        to_open_clip(spec)
+    with writers.new_folder(out) as folder:
+        _write(folder, fmt, tensors, spec, source.tokenizer, dtype)
+        (folder / "README.md").write_text(card)
+        back = _read_back(folder, fmt)
+        _compare(tensors, back.tensors, str(out))
+        say(f"{len(tensors)} tensors read back, bit for bit as in {source.where}" + _cast_note(source, dtype))
+        if run:
+            say(_run_original(folder, fmt, spec))
+    say(f"done: {out} ({fmt}, {dtype})")
+
+
+def _cast_note(source: ClipSource, dtype: str) -> str:
+    narrowed = any(np.dtype(t.dtype).itemsize > jnp.dtype(dtype).itemsize for t in source.tensors.values())
+    return f" rounded to {dtype}" if narrowed else ""

@@ -1,0 +1,166 @@
+"""The original libraries, where they are installed, to hold our results against: exports and `parity` use it."""
+
+import contextlib
+import importlib
+from pathlib import Path
+
+import numpy as np
+
+from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones.open_clip_config import to_open_clip
+
+
+def available(name: str) -> bool:
+    """Whether `torch` and the library `name` can be imported."""
+    try:
+        import torch
+
+        # torchvision's compiled operators do not load beside a CPU build of torch; open_clip's imports name these
+        # two and nothing here runs them.
+        for op, schema in (
+            ("nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
+            ("qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
+        ):
+            if not hasattr(torch.ops.torchvision, op):
+                torch.library.define(f"torchvision::{op}", schema)
+        importlib.import_module(name)
+    except Exception:  # A broken install of an optional library is as good as none.
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the progress bars and warnings of transformers' loading."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
+def image(spec: Spec) -> np.ndarray:
+    """A smooth, normalised test image, float32 [1, H, W, 3]."""
+    s = spec.image_size
+    y, x = np.meshgrid(np.linspace(-1, 1, s), np.linspace(-1, 1, s), indexing="ij")
+    channels = [np.sin(3 * x + y), np.cos(5 * y * x), np.sin(9 * x * x + 2 * y) * y]
+    return np.stack(channels, -1)[None].astype(np.float32)
+
+
+def _pixels(images: np.ndarray):
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def open_clip_pooled(folder: Path, images: np.ndarray) -> np.ndarray:
+    """Image embeddings [B, D] of an open_clip folder, by open_clip itself, in float32."""
+    import open_clip
+    import torch
+
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    with torch.no_grad():
+        return model.float().eval().encode_image(_pixels(images)).numpy()
+
+
+def open_clip_tower_pooled(file: Path, config: dict, images: np.ndarray) -> np.ndarray:
+    """Image embeddings [B, D] of a vision tower's state dict in open_clip's tower of `config`."""
+    import open_clip
+    import torch
+
+    cfg = {k: v for k, v in config["model_cfg"].items() if k != "custom_text"}
+    custom = config["model_cfg"].get("custom_text", False)
+    tower = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg).visual
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    tower.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        return tower.float().eval()(_pixels(images)).numpy()
+
+
+def transformers_pooled(folder: Path, images: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """(image embeddings [B, D] of a CLIPModel or SiglipModel folder in float32, missing and unexpected keys)."""
+    import torch
+    from transformers import AutoModel
+
+    with quiet(), torch.no_grad():
+        model, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        found = model.eval().get_image_features(pixel_values=_pixels(images))
+    # Versions before 5 return the tensor itself.
+    found = getattr(found, "pooler_output", found)
+    return found.numpy(), [*info["missing_keys"], *info["unexpected_keys"]]
+
+
+def _perturb(model, seed: int = 0):
+    """Moves norms and biases away from ones and zeros, where a swapped pair would not show."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim < 2:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def new_open_clip(spec: Spec):
+    """open_clip's own model of `spec`, random weights: by its name where open_clip has it, else by its config."""
+    import open_clip
+
+    if spec.open_clip_name in open_clip.list_models():
+        return _perturb(open_clip.create_model(spec.open_clip_name))
+    cfg = dict(to_open_clip(spec)["model_cfg"])
+    return _perturb((open_clip.CustomTextCLIP if cfg.pop("custom_text", False) else open_clip.CLIP)(**cfg))
+
+
+def save_open_clip(model, spec: Spec, folder: Path) -> None:
+    """Writes an open_clip folder: the weights with safetensors' torch writer, the config with open_clip's."""
+    import open_clip
+    from open_clip.push_to_hf_hub import save_config_for_hf
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    config = open_clip.get_model_config(spec.open_clip_name) or to_open_clip(spec)["model_cfg"]
+    open_clip.model.set_model_preprocess_cfg(model, to_open_clip(spec)["preprocess_cfg"])
+    save_config_for_hf(model, folder / "open_clip_config.json", config)
+
+
+def write_open_clip(folder: Path, spec: Spec, images: np.ndarray) -> list[np.ndarray]:
+    """Writes a random model of `spec`; returns what open_clip computes with it.
+
+    Args:
+      folder: exists.
+      spec: of the model.
+      images: float32 [B, H, W, 3].
+
+    Returns:
+      [pooled [B, D], tokens [B, P, D]]: each patch token after the final norm and, for CLIP, the projection.
+    """
+    import torch
+
+    model = new_open_clip(spec)
+    save_open_clip(model, spec, folder)
+    seen, visual = [], model.visual
+    siglip = spec.arch == "siglip"
+    (visual.trunk.norm if siglip else visual.transformer).register_forward_hook(lambda *a: seen.append(a[2]))
+    with torch.no_grad():
+        pooled = model.encode_image(_pixels(images))
+        tokens = seen[0] if siglip else (visual.ln_post(seen[0]) @ visual.proj)[:, 1:]
+    return [pooled.numpy(), tokens.numpy()]
+
+
+def write_diffusers_unet(folder: Path, options: dict, sample, timesteps, context, class_labels=None) -> np.ndarray:
+    """Writes a random U-Net with `save_pretrained`; returns its output [B, H, W, C] for channels-last inputs."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    model = _perturb(UNet2DConditionModel.from_config(dict(options)))
+    model.save_pretrained(folder)
+    labels = None if class_labels is None else torch.from_numpy(class_labels)
+    with torch.no_grad():
+        out = model(_pixels(sample), torch.from_numpy(timesteps), torch.from_numpy(context), class_labels=labels).sample
+    return out.numpy().transpose(0, 2, 3, 1)

@@ -1,0 +1,1 @@
+"""Models: backbones, the diffusion U-Net and VAE, adapters, over shared layers and attention."""

@@ -1,0 +1,162 @@
+"""Residual, transformer and resampling blocks, named as in diffusers; shared by the U-Net and the VAE."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diva_jax.models.attention import attention
+from diva_jax.models.layers import ACTIVATIONS, Array, Layers, heads
+
+
+def call(block: nnx.Module, *args: Array, remat: bool = False) -> Array:
+    """`block(*args)`; with `remat` its inside is computed again in the backward pass instead of kept."""
+
+    def run(block, *args):
+        return block(*args)
+
+    # jax.checkpoint and not nnx.remat, which writes the block's variables back: that fails where they were made
+    # outside of the function being differentiated, as frozen weights are.
+    return jax.checkpoint(run)(block, *args) if remat else run(block, *args)
+
+
+class ResnetBlock(nnx.Module):
+    """Two 3x3 convolutions with a residual; the time embedding is added between them.
+
+    Args:
+      n_in, n_out: channels.
+      groups, epsilon: of both GroupNorms.
+      time_dim: width of the time embedding; None for a block without.
+    """
+
+    def __init__(self, n_in: int, n_out: int, groups: int, epsilon: float, layers: Layers, time_dim: int | None = None):
+        self.norm1 = layers.group_norm(n_in, groups, epsilon)
+        self.conv1 = layers.conv(n_in, n_out, 3, padding=1)
+        if time_dim is not None:
+            self.time_emb_proj = layers.linear(time_dim, n_out)
+        self.norm2 = layers.group_norm(n_out, groups, epsilon)
+        self.conv2 = layers.conv(n_out, n_out, 3, padding=1)
+        self.has_shortcut = n_in != n_out
+        if self.has_shortcut:
+            self.conv_shortcut = layers.conv(n_in, n_out, 1)
+
+    def __call__(self, x: Array, time: Array | None = None) -> Array:
+        """[B, H, W, n_in], [B, time_dim] -> [B, H, W, n_out]."""
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        if time is not None:
+            y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None]
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return (self.conv_shortcut(x) if self.has_shortcut else x) + y
+
+
+class Downsample(nnx.Module):
+    """3x3 convolution with stride 2.
+
+    Args:
+      n: channels.
+      padding: (before, after) on both axes: (1, 1) in the U-Net, (0, 1) in the VAE.
+    """
+
+    def __init__(self, n: int, padding: tuple[int, int], layers: Layers):
+        self.conv = layers.conv(n, n, 3, stride=2, padding=(padding, padding))
+
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, n] -> about [B, H/2, W/2, n]: sizes rounded up for padding (1, 1), down for (0, 1)."""
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Nearest neighbour to twice the size, cut to `size`, then a 3x3 convolution.
+
+    The cut serves sides that were odd before they were halved, and gives the same pixels as nearest
+    neighbour to `size` itself.
+    """
+
+    def __init__(self, n: int, layers: Layers):
+        self.conv = layers.conv(n, n, 3, padding=1)
+
+    def __call__(self, x: Array, size: tuple[int, int]) -> Array:
+        """[B, H, W, n] -> [B, *size, n], each of `size` 2H or 2H - 1."""
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return self.conv(x[:, : size[0], : size[1]])
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of tokens to a context.
+
+    Args:
+      n: channels of the tokens.
+      n_context: channels of the context.
+      count: number of heads.
+      bias: of the query, key and value projections; the output's always has one.
+    """
+
+    def __init__(self, n: int, n_context: int, count: int, layers: Layers, bias: bool = False):
+        self.count = count
+        self.to_q = layers.linear(n, n, bias)
+        self.to_k = layers.linear(n_context, n, bias)
+        self.to_v = layers.linear(n_context, n, bias)
+        self.to_out = nnx.List([layers.linear(n, n)])
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        """[B, N, n], [B, M, n_context] -> [B, N, n]."""
+        q, k, v = (heads(t, self.count) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out[0](attention(q, k, v))
+
+
+class FeedForward(nnx.Module):
+    """GEGLU: one half of the first projection, gated by GELU of the other; hidden width 4n."""
+
+    def __init__(self, n: int, layers: Layers):
+        self.proj = layers.linear(n, 8 * n)
+        self.out = layers.linear(4 * n, n)
+
+    def __call__(self, x: Array) -> Array:
+        """[B, N, n] -> [B, N, n]."""
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return self.out(value * ACTIVATIONS["gelu"](gate))
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention, cross-attention and feed-forward, each after a LayerNorm and with a residual."""
+
+    def __init__(self, n: int, n_context: int, count: int, layers: Layers):
+        self.norm1 = layers.layer_norm(n, 1e-5)
+        self.attn1 = Attention(n, n, count, layers)
+        self.norm2 = layers.layer_norm(n, 1e-5)
+        self.attn2 = Attention(n, n_context, count, layers)
+        self.norm3 = layers.layer_norm(n, 1e-5)
+        self.ff = FeedForward(n, layers)
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        """[B, N, n], [B, M, n_context] -> [B, N, n]."""
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nnx.Module):
+    """One transformer block over the pixels of a feature map, with projections in and out and a residual.
+
+    Args:
+      n: channels; n_context: channels of the context; count: number of heads.
+      groups: of the GroupNorm.
+      linear: projections stored as linear layers (Stable Diffusion 2) or as 1x1 convolutions (1.x).
+    """
+
+    def __init__(self, n: int, n_context: int, count: int, groups: int, linear: bool, layers: Layers):
+        def project():
+            return layers.linear(n, n) if linear else layers.conv(n, n, 1)
+
+        # Not the U-Net's norm_eps: the original fixes this one.
+        self.norm = layers.group_norm(n, groups, 1e-6)
+        self.proj_in = project()
+        self.transformer_blocks = nnx.List([TransformerBlock(n, n_context, count, layers)])
+        self.proj_out = project()
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        """[B, H, W, n], [B, M, n_context] -> [B, H, W, n]."""
+        y = self.proj_in(self.norm(x))
+        y = y.reshape(y.shape[0], -1, y.shape[-1])  # [B, H*W, n]
+        y = self.transformer_blocks[0](y, context)
+        return x + self.proj_out(y.reshape(x.shape))

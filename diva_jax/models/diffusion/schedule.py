@@ -1,0 +1,131 @@
+"""The noise schedule: how much noise each timestep has, and what the U-Net is asked for. Pure functions."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.diffusion import options as opt
+from diva_jax.models.layers import Array
+
+_WHAT = "scheduler"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """A noise schedule; the defaults are Stable Diffusion 1.5's and 2.1-base's.
+
+    Attributes:
+      num_train_timesteps: T; timesteps are 0 .. T-1.
+      beta_start, beta_end: variance of the noise that the first and the last step add.
+      beta_schedule: "linear" in beta, "scaled_linear" (linear in its square root), or "squaredcos_cap_v2"
+        (a cosine of time, which ignores the two betas).
+      prediction_type: what the U-Net predicts, "epsilon" (the noise) or "v_prediction" (the velocity).
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "ScheduleConfig":
+        """Reads `scheduler_config.json` of a diffusers folder; what it leaves out has diffusers' default.
+
+        Options of sampling are not looked at.
+
+        Raises:
+          UserError: a schedule or prediction type that is not implemented here.
+        """
+        fixed = {
+            "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+            "prediction_type": ("epsilon", "v_prediction"),
+            "trained_betas": (None,),
+            "rescale_betas_zero_snr": (False, None),
+        }
+        opt.check({k: v for k, v in options.items() if k in fixed}, _WHAT, used=(), fixed=fixed)
+        return cls(
+            num_train_timesteps=opt.integer(options, "num_train_timesteps", 1000, _WHAT),
+            beta_start=float(options.get("beta_start", 0.0001)),
+            beta_end=float(options.get("beta_end", 0.02)),
+            beta_schedule=options.get("beta_schedule", "linear"),
+            prediction_type=options.get("prediction_type", "epsilon"),
+        )
+
+
+def betas(config: ScheduleConfig) -> np.ndarray:
+    """Variance of the noise that each step adds, [T] float64.
+
+    Raises:
+      UserError: an unknown beta_schedule.
+    """
+    start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
+    if config.beta_schedule == "linear":
+        return np.linspace(start, end, n)
+    if config.beta_schedule == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, n) ** 2
+    if config.beta_schedule == "squaredcos_cap_v2":
+        time = np.linspace(0, 1, n + 1)
+        remaining = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - remaining[1:] / remaining[:-1], 0.999)
+    raise UserError(
+        f"beta_schedule={config.beta_schedule!r} is unknown: use linear, scaled_linear or squaredcos_cap_v2"
+    )
+
+
+def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
+    """Share of the latents' variance that is left at each timestep, the running product of 1 - beta.
+
+    Returns:
+      [T] float32. `1 - beta` is rounded to float32 before the product, as diffusers does, which the result
+      then equals to about 1e-7.
+    """
+    alphas = np.float32(1) - betas(config).astype(np.float32)
+    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+
+
+def _coefficients(like: Array, alphas_cumprod: Array, timesteps: Array) -> tuple[Array, Array]:
+    """sqrt(abar_t) and sqrt(1 - abar_t), in at least float32, to be multiplied with arrays as `like`."""
+    left = jnp.asarray(alphas_cumprod)[timesteps].astype(jnp.promote_types(like.dtype, jnp.float32))
+    left = left.reshape(timesteps.shape + (1,) * (like.ndim - timesteps.ndim))
+    return jnp.sqrt(left), jnp.sqrt(1 - left)
+
+
+def add_noise(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array) -> Array:
+    """Noisy latents zt = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (DIVA, section 3.1).
+
+    Args:
+      latents: z0, [B, H, W, C], or any shape that broadcasts against `noise`.
+      noise: eps, standard normal, [..., B, H, W, C].
+      alphas_cumprod: abar, [T], see `alphas_cumprod`.
+      timesteps: [..., B] integers.
+
+    Returns:
+      The shape and dtype of `noise`.
+    """
+    signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
+    return (signal * latents + sigma * noise).astype(noise.dtype)
+
+
+def target(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array, prediction_type: str) -> Array:
+    """What the U-Net is asked to predict, for the arguments of `add_noise`.
+
+    Args:
+      prediction_type: "epsilon" for the noise, "v_prediction" for sqrt(abar_t) eps - sqrt(1 - abar_t) z0.
+
+    Returns:
+      The shape and dtype of `noise`.
+
+    Raises:
+      UserError: another prediction_type.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
+        return (signal * noise - sigma * latents).astype(noise.dtype)
+    raise UserError(f"prediction_type={prediction_type!r} is unknown: use epsilon or v_prediction")

@@ -1,0 +1,119 @@
+"""Stable Diffusion's text encoder, as transformers' `CLIPTextModel` computes it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.attention import attention
+from diva_jax.models.diffusion import options as opt
+from diva_jax.models.layers import ACTIVATIONS, Array, Layers, heads
+
+_WHAT = "text encoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """Shape of a text encoder; the defaults are Stable Diffusion 2.1-base's.
+
+    Attributes:
+      vocab_size: number of tokens.
+      context_length: most tokens in a text.
+      width, layers, heads, mlp_dim: of the transformer.
+      activation: of the MLPs, "gelu" (2.x) or "quick_gelu" (1.x).
+      norm_eps: of the LayerNorms.
+    """
+
+    vocab_size: int = 49408
+    context_length: int = 77
+    width: int = 1024
+    layers: int = 23
+    heads: int = 16
+    mlp_dim: int = 4096
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "TextEncoderConfig":
+        """Reads `text_encoder/config.json`; what it leaves out has the default of transformers.
+
+        Raises:
+          UserError: a config of another model, an unknown activation, or a width that the heads do not divide.
+        """
+        kind = options.get("model_type", "clip_text_model")
+        if kind != "clip_text_model":
+            raise UserError(f"the {_WHAT}'s config is one of {kind!r}, give the folder of a CLIPTextModel")
+        activation = options.get("hidden_act", "quick_gelu")
+        if activation not in ("gelu", "quick_gelu"):
+            raise UserError(
+                f"the {_WHAT}'s config has hidden_act={activation!r}, only gelu and quick_gelu are supported"
+            )
+        config = cls(
+            vocab_size=opt.integer(options, "vocab_size", 49408, _WHAT),
+            context_length=opt.integer(options, "max_position_embeddings", 77, _WHAT),
+            width=opt.integer(options, "hidden_size", 512, _WHAT),
+            layers=opt.integer(options, "num_hidden_layers", 12, _WHAT),
+            heads=opt.integer(options, "num_attention_heads", 8, _WHAT),
+            mlp_dim=opt.integer(options, "intermediate_size", 2048, _WHAT),
+            activation=activation,
+            norm_eps=float(options.get("layer_norm_eps", 1e-5)),
+        )
+        opt.divisible([config.width], [config.heads], ("hidden_size", "num_attention_heads"), _WHAT)
+        return config
+
+
+class Layer(nnx.Module):
+    """Causal self-attention and MLP, each after a LayerNorm and with a residual: [B, N, W] -> [B, N, W]."""
+
+    def __init__(self, config: TextEncoderConfig, layers: Layers):
+        n = config.width
+        self.config = config
+        self.layer_norm1 = layers.layer_norm(n, config.norm_eps)
+        self.q_proj = layers.linear(n, n)
+        self.k_proj = layers.linear(n, n)
+        self.v_proj = layers.linear(n, n)
+        self.out_proj = layers.linear(n, n)
+        self.layer_norm2 = layers.layer_norm(n, config.norm_eps)
+        self.fc1 = layers.linear(n, config.mlp_dim)
+        self.fc2 = layers.linear(config.mlp_dim, n)
+
+    def __call__(self, x: Array) -> Array:
+        y = self.layer_norm1(x)
+        q, k, v = (heads(project(y), self.config.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.out_proj(attention(q, k, v, causal=True))
+        return x + self.fc2(ACTIVATIONS[self.config.activation](self.fc1(self.layer_norm2(x))))
+
+
+class TextEncoder(nnx.Module):
+    """Tokens to the context of the U-Net; see `Layers` for rngs, dtype and param_dtype."""
+
+    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+        layers = Layers(rngs, dtype, param_dtype)
+        self.config = config
+        self.token_embedding = layers.embed(config.vocab_size, config.width)
+        self.position_embedding = layers.embed(config.context_length, config.width)
+        self.layers = nnx.List(Layer(config, layers) for _ in range(config.layers))
+        self.final_layer_norm = layers.layer_norm(config.width, config.norm_eps)
+
+    def __call__(self, tokens: Array) -> Array:
+        """The last hidden state after the final LayerNorm; padding is not masked.
+
+        Args:
+          tokens: [B, N] integers, N at most `context_length`.
+
+        Returns:
+          [B, N, width], in `dtype`.
+
+        Raises:
+          UserError: more than `context_length` tokens.
+        """
+        n = tokens.shape[1]
+        if n > self.config.context_length:
+            raise UserError(f"the text has {n} tokens, shorten it to {self.config.context_length}, the {_WHAT}'s limit")
+        x = self.token_embedding(tokens) + self.position_embedding(jnp.arange(n))
+        for layer in self.layers:
+            x = layer(x)
+        return self.final_layer_norm(x)

@@ -1,0 +1,363 @@
+"""Stable Diffusion's U-Net, as diffusers' `UNet2DConditionModel` computes it, channels last."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.diffusion import options as opt
+from diva_jax.models.diffusion.blocks import Downsample, ResnetBlock, Transformer, Upsample, call
+from diva_jax.models.layers import Array, Layers
+
+_WHAT = "U-Net"
+# Option -> the values that give what is computed here, diffusers' default first.
+_FIXED = {
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None, "projection"),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None, 1),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+    "transformer_layers_per_block": (1,),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+_USED = (
+    "attention_head_dim",
+    "block_out_channels",
+    "cross_attention_dim",
+    "in_channels",
+    "layers_per_block",
+    "norm_eps",
+    "norm_num_groups",
+    "num_attention_heads",
+    "out_channels",
+    "projection_class_embeddings_input_dim",
+    "sample_size",
+    "use_linear_projection",
+    # Without influence: the first two name parts of other options, softmax is always in float32 here, and
+    # nothing is dropped in a frozen network.
+    "addition_embed_type_num_heads",
+    "addition_time_embed_dim",
+    "upcast_attention",
+    "dropout",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a U-Net; the defaults are Stable Diffusion 2.1-base's.
+
+    Attributes:
+      sample_size: side of the latents it was trained on [latent pixels]; informative, any size is accepted.
+      in_channels, out_channels: of the latents.
+      block_out_channels: channels of each resolution, finest first.
+      layers_per_block: residual blocks of each resolution on the way down; the way up has one more.
+      heads: attention heads of each resolution.
+      cross_down, cross_up: which blocks have transformers, in the order in which they run.
+      cross_attention_dim: channels of the context.
+      use_linear_projection: see `blocks.Transformer`.
+      norm_num_groups: groups of every GroupNorm.
+      norm_eps: epsilon of the GroupNorms outside the transformers.
+      class_embed_dim: channels of `class_labels`, a vector that is added to the time embedding (2.1-unclip's
+        image embedding and noise level); None for a U-Net without.
+    """
+
+    sample_size: int | tuple[int, ...] | None = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
+    heads: tuple[int, ...] = (5, 10, 20, 20)
+    cross_down: tuple[bool, ...] = (True, True, True, False)
+    cross_up: tuple[bool, ...] = (False, True, True, True)
+    cross_attention_dim: int = 1024
+    use_linear_projection: bool = True
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    class_embed_dim: int | None = None
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "UNetConfig":
+        """Reads `unet/config.json` of a diffusers folder; what it leaves out has diffusers' default.
+
+        `attention_head_dim` is a head *count* despite its name; `num_attention_heads` wins where given.
+
+        Raises:
+          UserError: an option that is not implemented here, or values that do not fit each other.
+        """
+        opt.check(options, _WHAT, used=_USED, fixed=_FIXED, kind="UNet2DConditionModel")
+        channels = opt.integers(options, "block_out_channels", (320, 640, 1280, 1280), _WHAT)
+        n = len(channels)
+        count = "num_attention_heads" if options.get("num_attention_heads") else "attention_head_dim"
+        sample_size = options.get("sample_size")
+        config = cls(
+            sample_size=tuple(sample_size) if isinstance(sample_size, list) else sample_size,
+            in_channels=opt.integer(options, "in_channels", 4, _WHAT),
+            out_channels=opt.integer(options, "out_channels", 4, _WHAT),
+            block_out_channels=channels,
+            layers_per_block=opt.per_block(options, "layers_per_block", 2, n, _WHAT),
+            heads=opt.per_block(options, count, 8, n, _WHAT),
+            cross_down=_cross(options, "down_block_types", (True, True, True, False), n),
+            cross_up=_cross(options, "up_block_types", (False, True, True, True), n),
+            cross_attention_dim=opt.integer(options, "cross_attention_dim", 1280, _WHAT),
+            use_linear_projection=bool(options.get("use_linear_projection", False)),
+            norm_num_groups=opt.integer(options, "norm_num_groups", 32, _WHAT),
+            norm_eps=float(options.get("norm_eps", 1e-5)),
+            class_embed_dim=_class_embed_dim(options),
+        )
+        opt.divisible(channels, [config.norm_num_groups] * n, ("block_out_channels", "norm_num_groups"), _WHAT)
+        opt.divisible(channels, config.heads, ("block_out_channels", count), _WHAT)
+        return config
+
+
+def _cross(options, name: str, default: tuple[bool, ...], count: int) -> tuple[bool, ...]:
+    """Which blocks have transformers, from their class names."""
+    if name not in options and len(default) == count:
+        return default
+    types = options.get(name, ())
+    if len(types) != count:
+        raise UserError(f"the {_WHAT}'s config has {len(types)} {name} for {count} block_out_channels")
+    return tuple(t.startswith("CrossAttn") for t in types)
+
+
+def _class_embed_dim(options) -> int | None:
+    if options.get("class_embed_type") is None:
+        return None
+    return opt.integer(options, "projection_class_embeddings_input_dim", None, _WHAT)
+
+
+def timestep_embedding(timesteps: Array, n: int) -> Array:
+    """Cosines, then sines, of the timesteps at n/2 frequencies from 1 down to 1/10000.
+
+    Args:
+      timesteps: [B], in steps.
+      n: width, even.
+
+    Returns:
+      [B, n] float32, whatever the model's dtype: at step 999 half precision would not tell steps apart.
+    """
+    half = n // 2
+    # Rounded to float32 where diffusers rounds: the arguments reach 999, so that one unit in a frequency's last
+    # place shows in the fifth digit.
+    exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)  # numpy's float32 exp is less exact
+    args = timesteps.astype(jnp.float32)[:, None] * frequencies  # [B, n/2]
+    return jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers with SiLU between: [B, n_in] -> [B, n_out]."""
+
+    def __init__(self, n_in: int, n_out: int, layers: Layers):
+        self.linear_1 = layers.linear(n_in, n_out)
+        self.linear_2 = layers.linear(n_out, n_out)
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class _Maker:
+    """Makes the blocks of one U-Net at one resolution."""
+
+    def __init__(self, config: UNetConfig, level: int, layers: Layers):
+        self.config, self.layers, self.level = config, layers, level
+        self.n = config.block_out_channels[level]
+
+    def resnet(self, n_in: int) -> ResnetBlock:
+        c = self.config
+        time_dim = 4 * c.block_out_channels[0]
+        return ResnetBlock(n_in, self.n, c.norm_num_groups, c.norm_eps, self.layers, time_dim)
+
+    def transformer(self) -> Transformer:
+        c = self.config
+        return Transformer(
+            self.n,
+            c.cross_attention_dim,
+            c.heads[self.level],
+            c.norm_num_groups,
+            c.use_linear_projection,
+            self.layers,
+        )
+
+
+class DownBlock(nnx.Module):
+    """Residual blocks (and transformers) of one resolution, then to half of it.
+
+    Args:
+      n_in: channels that come in.
+      depth: number of residual blocks.
+      cross: with transformers.
+      downsample: false for the coarsest resolution.
+    """
+
+    def __init__(self, n_in: int, depth: int, cross: bool, downsample: bool, make: _Maker, remat: bool):
+        self.remat = remat
+        self.resnets = nnx.List([make.resnet(make.n if i else n_in) for i in range(depth)])
+        self.attentions = nnx.List([make.transformer() for _ in range(depth if cross else 0)])
+        self.downsamplers = nnx.List([Downsample(make.n, (1, 1), make.layers)] if downsample else [])
+
+    def __call__(self, x: Array, time: Array, context: Array) -> list[Array]:
+        """[B, H, W, n_in] -> the maps that the way up will want, the last of which goes on down."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = call(resnet, x, time, remat=self.remat)
+            if self.attentions:
+                x = call(self.attentions[i], x, context, remat=self.remat)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            skips.append(downsample(x))
+        return skips
+
+
+class MidBlock(nnx.Module):
+    """Residual block, transformer, residual block at the coarsest resolution."""
+
+    def __init__(self, make: _Maker, remat: bool):
+        self.remat = remat
+        self.resnets = nnx.List([make.resnet(make.n), make.resnet(make.n)])
+        self.attentions = nnx.List([make.transformer()])
+
+    def __call__(self, x: Array, time: Array, context: Array) -> Array:
+        x = call(self.resnets[0], x, time, remat=self.remat)
+        x = call(self.attentions[0], x, context, remat=self.remat)
+        return call(self.resnets[1], x, time, remat=self.remat)
+
+
+class UpBlock(nnx.Module):
+    """Residual blocks (and transformers) of one resolution, each fed with a map of the way down.
+
+    Args:
+      n_in: channels that come in.
+      n_skips: channels of the skips, in the order in which they are used.
+      cross: with transformers.
+      upsample: false for the finest resolution.
+    """
+
+    def __init__(self, n_in: int, n_skips: list[int], cross: bool, upsample: bool, make: _Maker, remat: bool):
+        self.remat = remat
+        self.resnets = nnx.List([make.resnet((make.n if i else n_in) + n) for i, n in enumerate(n_skips)])
+        self.attentions = nnx.List([make.transformer() for _ in range(len(n_skips) if cross else 0)])
+        self.upsamplers = nnx.List([Upsample(make.n, make.layers)] if upsample else [])
+
+    def __call__(self, x: Array, skips: list[Array], time: Array, context: Array) -> Array:
+        """Takes its skips off the end of `skips`, and upsamples to the size of the one that is then last."""
+        for i, resnet in enumerate(self.resnets):
+            x = call(resnet, jnp.concatenate([x, skips.pop()], axis=-1), time, remat=self.remat)
+            if self.attentions:
+                x = call(self.attentions[i], x, context, remat=self.remat)
+        for upsample in self.upsamplers:
+            x = upsample(x, skips[-1].shape[1:3])
+        return x
+
+
+class UNet(nnx.Module):
+    """Predicts the noise (or velocity) in noisy latents.
+
+    Args:
+      config: the shape.
+      rngs, dtype, param_dtype: see `Layers`. The time and class embeddings are computed in at least float32.
+      remat: recompute every residual block and transformer in the backward pass instead of keeping their
+        insides; the values are the same.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+    ):
+        layers = Layers(rngs, dtype, param_dtype)
+        precise = Layers(rngs, jnp.promote_types(dtype, jnp.float32), param_dtype)
+        channels, last = config.block_out_channels, len(config.block_out_channels) - 1
+        self.config, self.dtype = config, dtype
+        self.conv_in = layers.conv(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], precise)
+        if config.class_embed_dim is not None:
+            self.class_embedding = TimestepEmbedding(config.class_embed_dim, 4 * channels[0], precise)
+
+        down, up = [], []
+        n, skips = channels[0], [channels[0]]  # channels of the map at hand, and of those kept for the way up
+        for level, depth in enumerate(config.layers_per_block):
+            make = _Maker(config, level, layers)
+            down.append(DownBlock(n, depth, config.cross_down[level], level < last, make, remat))
+            n = make.n
+            skips += [n] * (depth + (level < last))
+        self.down_blocks = nnx.List(down)
+        self.mid_block = MidBlock(make, remat)
+        for i, level in enumerate(range(last, -1, -1)):
+            make = _Maker(config, level, layers)
+            n_skips = [skips.pop() for _ in range(config.layers_per_block[level] + 1)]
+            up.append(UpBlock(n, n_skips, config.cross_up[i], level > 0, make, remat))
+            n = make.n
+        self.up_blocks = nnx.List(up)
+        self.conv_norm_out = layers.group_norm(n, config.norm_num_groups, config.norm_eps)
+        self.conv_out = layers.conv(n, config.out_channels, 3, padding=1)
+
+    def __call__(self, sample: Array, timesteps: Array, context: Array, class_labels: Array | None = None) -> Array:
+        """One denoising step's prediction.
+
+        Args:
+          sample: noisy latents, [B, H, W, in_channels]; any H and W.
+          timesteps: [B], integers in steps.
+          context: what to condition on, [B, N, cross_attention_dim]; any N.
+          class_labels: [B, class_embed_dim], where the U-Net has a class embedding.
+
+        Returns:
+          [B, H, W, out_channels], in `dtype`.
+
+        Raises:
+          UserError: class_labels missing, or given to a U-Net that takes none.
+        """
+        time = self._time(timesteps, class_labels)  # [B, 4 * block_out_channels[0]]
+        context = context.astype(self.dtype)
+        x = self.conv_in(sample)
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block(skips[-1], time, context)
+        x = self.mid_block(skips[-1], time, context)
+        for block in self.up_blocks:
+            x = block(x, skips, time, context)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+    def _time(self, timesteps: Array, class_labels: Array | None) -> Array:
+        width = self.config.class_embed_dim
+        if (width is None) != (class_labels is None):
+            need = f"needs class_labels of width {width}" if width is not None else "takes no class_labels"
+            raise UserError(f"this U-Net {need}: use another objective or another Stable Diffusion checkpoint")
+        time = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]))
+        if class_labels is not None:
+            time = time + self.class_embedding(class_labels)
+        return time.astype(self.dtype)

@@ -1,0 +1,182 @@
+"""The encoder of Stable Diffusion's VAE, as diffusers' `AutoencoderKL` computes it, channels last."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.diffusion import options as opt
+from diva_jax.models.diffusion.blocks import Attention, Downsample, ResnetBlock
+from diva_jax.models.layers import Array, Layers
+
+_WHAT = "VAE"
+_EPSILON = 1e-6
+# Option -> the values that give what is computed here, diffusers' default first.
+_FIXED = {
+    "act_fn": ("silu", "swish"),
+    "down_block_types": ("DownEncoderBlock2D",),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "mid_block_add_attention": (True,),
+    "shift_factor": (None,),
+}
+_USED = (
+    "block_out_channels",
+    "in_channels",
+    "latent_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "scaling_factor",
+    "use_quant_conv",
+    # Of the decoder, of half precision in diffusers, and a hint for tiling.
+    "up_block_types",
+    "out_channels",
+    "use_post_quant_conv",
+    "force_upcast",
+    "sample_size",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Shape of a VAE; the defaults are Stable Diffusion's.
+
+    Attributes:
+      in_channels: of the images.
+      latent_channels: of the latents.
+      block_out_channels: channels of each resolution, finest first; each but the last is halved.
+      layers_per_block: residual blocks of each resolution.
+      norm_num_groups: groups of every GroupNorm.
+      scaling_factor: what the posterior's mean is multiplied by.
+      use_quant_conv: a 1x1 convolution on the moments.
+    """
+
+    in_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    use_quant_conv: bool = True
+
+    @property
+    def downscale(self) -> int:
+        """Image pixels along one side of a latent pixel."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "VAEConfig":
+        """Reads `vae/config.json` of a diffusers folder; what it leaves out has diffusers' default.
+
+        Raises:
+          UserError: an option that is not implemented here, or values that do not fit each other.
+        """
+        opt.check(options, _WHAT, used=_USED, fixed=_FIXED, kind="AutoencoderKL")
+        channels = opt.integers(options, "block_out_channels", (64,), _WHAT)
+        types = options.get("down_block_types", ("DownEncoderBlock2D",))
+        if len(types) != len(channels):
+            raise UserError(
+                f"the {_WHAT}'s config has {len(types)} down_block_types for {len(channels)} block_out_channels"
+            )
+        groups = opt.integer(options, "norm_num_groups", 32, _WHAT)
+        opt.divisible(channels, [groups] * len(channels), ("block_out_channels", "norm_num_groups"), _WHAT)
+        scale = options.get("scaling_factor")
+        return cls(
+            in_channels=opt.integer(options, "in_channels", 3, _WHAT),
+            latent_channels=opt.integer(options, "latent_channels", 4, _WHAT),
+            block_out_channels=channels,
+            layers_per_block=opt.integer(options, "layers_per_block", 1, _WHAT),
+            norm_num_groups=groups,
+            scaling_factor=0.18215 if scale is None else float(scale),
+            use_quant_conv=bool(options.get("use_quant_conv", True)),
+        )
+
+
+class PixelAttention(Attention):
+    """Single-head self-attention over the pixels of a feature map, with a GroupNorm and a residual."""
+
+    def __init__(self, n: int, groups: int, layers: Layers):
+        super().__init__(n, n, 1, layers, bias=True)
+        self.group_norm = layers.group_norm(n, groups, _EPSILON)
+
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, n] -> [B, H, W, n]."""
+        y = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])  # [B, H*W, n]
+        return x + super().__call__(y, y).reshape(x.shape)
+
+
+class DownBlock(nnx.Module):
+    """Residual blocks of one resolution, then to half of it (not where it is the last)."""
+
+    def __init__(self, n_in: int, n: int, downsample: bool, config: VAEConfig, layers: Layers):
+        self.resnets = nnx.List(
+            ResnetBlock(n if i else n_in, n, config.norm_num_groups, _EPSILON, layers)
+            for i in range(config.layers_per_block)
+        )
+        # The image's right and bottom edges are padded, its left and top ones are not.
+        self.downsamplers = nnx.List([Downsample(n, (0, 1), layers)] if downsample else [])
+
+    def __call__(self, x: Array) -> Array:
+        for block in [*self.resnets, *self.downsamplers]:
+            x = block(x)
+        return x
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention, residual block at the coarsest resolution."""
+
+    def __init__(self, n: int, groups: int, layers: Layers):
+        self.resnets = nnx.List(ResnetBlock(n, n, groups, _EPSILON, layers) for _ in range(2))
+        self.attentions = nnx.List([PixelAttention(n, groups, layers)])
+
+    def __call__(self, x: Array) -> Array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nnx.Module):
+    """[B, H, W, in_channels] -> moments, [B, h, w, 2 * latent_channels]."""
+
+    def __init__(self, config: VAEConfig, layers: Layers):
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = layers.conv(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nnx.List(
+            DownBlock(channels[max(i - 1, 0)], n, i < len(channels) - 1, config, layers) for i, n in enumerate(channels)
+        )
+        self.mid_block = MidBlock(channels[-1], groups, layers)
+        self.conv_norm_out = layers.group_norm(channels[-1], groups, _EPSILON)
+        self.conv_out = layers.conv(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class VAE(nnx.Module):
+    """Images to latents; see `Layers` for rngs, dtype and param_dtype."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+        layers = Layers(rngs, dtype, param_dtype)
+        self.config = config
+        self.encoder = Encoder(config, layers)
+        if config.use_quant_conv:
+            self.quant_conv = layers.conv(2 * config.latent_channels, 2 * config.latent_channels, 1)
+
+    def encode(self, images: Array) -> Array:
+        """The latents that the U-Net works on: scaling_factor times the posterior's mean, not a sample.
+
+        Args:
+          images: [B, H, W, 3], RGB in [-1, 1].
+
+        Returns:
+          [B, H/8, W/8, 4], sizes rounded down, in `dtype`.
+        """
+        moments = self.encoder(images)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        return self.config.scaling_factor * moments[..., : self.config.latent_channels]

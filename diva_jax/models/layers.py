@@ -1,0 +1,117 @@
+"""The few layers that every model here is made of: one place for dtypes, epsilons and attention."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diva_jax.models.attention import attention as attention
+
+Array = jax.Array
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Flax's, with a name in profiles and compiled programs."""
+
+    @jax.named_scope("norm")
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x)
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Flax's, with a name in profiles and compiled programs."""
+
+    @jax.named_scope("norm")
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x)
+
+
+class Keys:
+    """Stands for `nnx.Rngs`: the n-th key is `fold_in(key(seed), n)`.
+
+    It counts in Python: under a trace, Rngs' own counters take time quadratic in the number of parameters (half a
+    minute for a U-Net).
+    """
+
+    def __init__(self, seed: int = 0):
+        self._key, self._count = jax.random.key(seed), 0
+
+    def params(self) -> Array:
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count)
+
+
+def abstract(make: Callable[[Keys], nnx.Module]) -> nnx.Module:
+    """The module that `make(rngs)` builds, shapes and dtypes alone: for weights that come from elsewhere."""
+    return nnx.eval_shape(lambda: make(Keys()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Makes layers that share dtypes.
+
+    Attributes:
+      rngs: source of the initial values.
+      dtype: what activations are computed in. Norms take their statistics, and attention its softmax,
+        in at least float32.
+      param_dtype: what weights are held in.
+    """
+
+    rngs: nnx.Rngs
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @property
+    def _kw(self):
+        return dict(dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs)
+
+    def linear(self, n_in: int, n_out: int, bias: bool = True) -> nnx.Linear:
+        """[..., n_in] -> [..., n_out]."""
+        return nnx.Linear(n_in, n_out, use_bias=bias, **self._kw)
+
+    def conv(self, n_in: int, n_out: int, size: int, stride: int = 1, padding=0, bias: bool = True) -> nnx.Conv:
+        """[B, H, W, n_in] -> [B, H', W', n_out]; `padding` as ((top, bottom), (left, right)) or one number."""
+        if isinstance(padding, int):
+            padding = ((padding, padding),) * 2
+        return nnx.Conv(n_in, n_out, (size, size), stride, padding=padding, use_bias=bias, **self._kw)
+
+    def layer_norm(self, n: int, epsilon: float) -> nnx.LayerNorm:
+        # The fast variance E[x^2] - E[x]^2 loses digits that parity needs.
+        return LayerNorm(n, epsilon=epsilon, use_fast_variance=False, **self._kw)
+
+    def group_norm(self, n: int, groups: int, epsilon: float) -> nnx.GroupNorm:
+        return GroupNorm(n, groups, epsilon=epsilon, use_fast_variance=False, **self._kw)
+
+    def embed(self, count: int, n: int) -> nnx.Embed:
+        return nnx.Embed(count, n, **self._kw)
+
+    def param(self, init: Callable, *shape: int) -> nnx.Param:
+        """A bare parameter; cast it with `.astype(dtype)` where it is used."""
+        return nnx.Param(init(self.rngs.params(), shape, self.param_dtype))
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), OpenAI's approximation of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def heads(x: Array, count: int) -> Array:
+    """[B, N, H*D] -> [B, N, H, D]."""
+    return x.reshape(*x.shape[:-1], count, x.shape[-1] // count)
+
+
+def split_qkv(qkv: Array, count: int) -> tuple[Array, Array, Array]:
+    """Fused projection [B, N, 3*H*D] -> q, k, v, each [B, N, H, D]."""
+    q, k, v = jnp.split(qkv, 3, axis=-1)
+    return heads(q, count), heads(k, count), heads(v, count)

@@ -1,0 +1,207 @@
+"""Checkpoints: what is trained, the optimizer, step, PRNG key and data position, written by orbax.
+
+Frozen weights are not in them; the sources and hashes they were loaded from are (`meta`), and are compared when
+a run goes on. A checkpoint is renamed into place when it is whole, so a killed save leaves the last one intact.
+"""
+
+import json
+import logging
+import time
+import zlib
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from diva_jax import config as configs
+from diva_jax.common import paths
+from diva_jax.common.errors import RunError, UserError, listing
+from diva_jax.common.log import say
+from diva_jax.training import distributed
+
+logger = logging.getLogger(__name__)
+
+_PAUSES = (2.0, 8.0, 30.0)  # Seconds before a save that failed is tried again.
+_SEEN_WITHIN = 60.0  # Seconds after which network file systems show every machine a new file.
+
+
+def _folder(workdir: epath.PathLike) -> epath.Path:
+    return paths.absolute(epath.Path(workdir) / "checkpoints")
+
+
+def steps(workdir: epath.PathLike) -> list[int]:
+    """The steps whose checkpoints are whole, in order; nothing is made where there is none."""
+    folder = _folder(workdir)
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def latest_step(workdir: epath.PathLike) -> int | None:
+    """The newest whole checkpoint's step, or None."""
+    return (steps(workdir) or [None])[-1]
+
+
+class Checkpoints:
+    """The checkpoints of a workdir.
+
+    Args:
+      workdir: the run's folder; checkpoints are in its `checkpoints`.
+      keep: how many of the newest to keep.
+      timeout: seconds in which all processes must have written their parts.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 3, timeout: int = 300):
+        self._workdir, self._keep, self._timeout = workdir, keep, timeout
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            create=True,
+            cleanup_tmp_directories=True,
+            # Where a folder cannot be made, the threads that would fill it wait for it for five minutes.
+            async_options=ocp.AsyncOptions(timeout_secs=self._timeout, create_directories_asynchronously=False),
+        )
+        return ocp.CheckpointManager(
+            _folder(self._workdir),
+            options=options,
+            item_names=("state", "data", "meta"),
+        )
+
+    def save(self, step: int, state: dict, data: dict, meta: dict, wait: bool = False) -> None:
+        """Starts to write a checkpoint; returns when `state` may be overwritten. No-op where it exists.
+
+        That an earlier save failed is found out here too; the present state is then written in its stead. What
+        fails is tried again, a few times; checkpoints that are whole are not touched.
+
+        Args:
+          step, state, data, meta: what `restore` returns.
+          wait: until it is on disk.
+
+        Raises:
+          RunError: it could not be written.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
+        )
+        reasons = {}  # In order, each once: what a failed save leaves behind may be why the next one fails.
+        for pause in (*_PAUSES, None):
+            reason = self._try_to_save(step, items, wait)
+            if not distributed.any_failed(reason is not None):
+                return
+            reason, self._manager = reason or "another process could not write its part", None
+            reasons[reason] = None
+            if pause is not None:
+                say(f"step {step}: saving failed, tried again in {pause:g} s: {reason}")
+                time.sleep(pause)
+            wait = True
+        raise RunError(
+            f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({', then '.join(reasons)}), tried "
+            f"{len(_PAUSES) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room or mend "
+            "the access, then start the same command again, which goes on from there"
+        )
+
+    def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:
+        """None, or why it failed. orbax reports a failed save only when waited for, and does not recover from it."""
+        try:
+            self._manager = self._manager or self._open()
+            self._manager.wait_until_finished()
+            if step not in self._manager.all_steps():
+                self._manager.save(step, args=items)
+            if wait:
+                self._manager.wait_until_finished()
+        except Exception as e:
+            return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        return None
+
+    def restore(self, step: int, abstract_state: dict) -> tuple[dict, dict, dict]:
+        """(state laid out as `abstract_state` says, data position, meta)."""
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
+        )
+        found = self._manager.restore(step, args=items)
+        return found["state"], found["data"], found["meta"]
+
+    def trained(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Name -> shape and dtype of the trained parameters in a checkpoint, to be put on the first device."""
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        tree = ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state").item_metadata.tree
+        return {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in tree["params"].items()}
+
+    def restore_params(self, step: int, arrays: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict, dict]:
+        """(the trained parameters alone, meta): what an export needs, whatever the optimizer was."""
+        restore = ocp.args.PyTreeRestore(
+            {"params": arrays},
+            partial_restore=True,
+            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": arrays}),
+        )
+        with ocp.CheckpointManager(
+            self._manager.directory,
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        ) as manager:
+            found = manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
+        return found["state"]["params"], found["meta"]
+
+    def wait(self) -> None:
+        """Returns when every save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for what is being written. What then fails is only logged: nobody asked for it any more."""
+        if self._manager is None:
+            return
+        try:
+            self._manager.close()
+        except Exception as e:
+            logger.warning("the last save failed: %s", e)
+        self._manager = None
+
+    def abandon(self) -> None:
+        """Waits for nothing: a save that other processes take part in may never end."""
+        self._manager = None
+
+
+def check_config(workdir: epath.PathLike, config) -> None:
+    """Raises a UserError where the workdir has checkpoints of another config."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists() or latest_step(workdir) is None:
+        return
+    if changed := configs.differences(json.loads(path.read_text()), json.loads(config.to_json())):
+        raise UserError(
+            f"--workdir={workdir} holds a run of another config: {listing(changed, 5)}; "
+            "use another workdir, or the config of that run"
+        )
+
+
+def write_config(workdir: epath.PathLike, config) -> None:
+    """Writes the config to `workdir/config.json`; a UserError where that cannot be written."""
+    path = epath.Path(workdir) / "config.json"
+    try:
+        paths.write_whole(path, json.dumps(json.loads(config.to_json()), indent=1))
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
+
+
+def seen_config(workdir: epath.PathLike) -> int | None:
+    """The checksum of `workdir/config.json`, as soon as it is seen here; None where it never is.
+
+    Every process reads what process 0 has just written: a folder of its own on each machine is found out.
+    """
+    path, until = epath.Path(workdir) / "config.json", time.monotonic() + _SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > until:
+            return None
+        time.sleep(1.0)
+    return zlib.crc32(path.read_bytes())
+
+
+def check_sources(there: dict, here: dict) -> None:
+    """Raises a UserError where a run would go on with other frozen weights than it began with."""
+    changed = [k for k in here if there.get(k, {}).get("sha256") != here[k]["sha256"]]
+    if changed:
+        raise UserError(
+            f"the weights of {listing(changed)} are not those this run began with "
+            f"({there.get(changed[0], {}).get('source')}): put the same files back, or use another workdir"
+        )

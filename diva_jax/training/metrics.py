@@ -1,0 +1,158 @@
+"""What a run reports: metrics.jsonl, TensorBoard events and a progress line."""
+
+import json
+import math
+import time
+
+import jax
+import numpy as np
+from etils import epath
+
+from diva_jax.common import paths
+from diva_jax.common.errors import RunError
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` under an hour."""
+    s = int(seconds + 0.5)
+    return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
+
+
+class Writer:
+    """Appends rows to `metrics.jsonl` and TensorBoard; rows past `step` of an interrupted run are dropped.
+
+    In a bucket they appear twice a minute, and when `flush` or `close` is called.
+    """
+
+    def __init__(self, workdir: epath.PathLike, step: int, tensorboard: bool):
+        path = epath.Path(workdir) / "metrics.jsonl"
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:  # a row cut short by a kill
+                continue
+        paths.write_whole(path, "".join(kept))
+        self._mirror = paths.Mirror(path.parent)
+        local = self._mirror.local / path.name
+        if not local.exists():
+            local.write_text("".join(kept))
+        self._file = open(local, "a", buffering=1)
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(self._mirror.local / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        if self._board:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        self._mirror.push()
+
+    def flush(self) -> None:
+        """Whatever was written is now in the workdir."""
+        self._mirror.push(force=True)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+        self._mirror.close()
+
+
+class Progress:
+    """Collects the steps' metrics, checks that they are finite, and reports every `every` steps.
+
+    A step's metrics are fetched only after the next step has been started, so that the device never waits.
+
+    Args:
+      writer: None on processes that do not report.
+      start, total: steps done, and of the whole run.
+      every: steps between reports.
+      images: in one step.
+      utilisation: model FLOPs utilisation (MFU) at one image a second; None where the peak is not known.
+    """
+
+    def __init__(
+        self,
+        writer: Writer | None,
+        start: int,
+        total: int,
+        every: int,
+        images: int,
+        utilisation: float | None = None,
+    ):
+        self._writer, self._total, self._every, self._images = writer, total, every, images
+        self._utilisation = utilisation
+        self._pending: tuple[int, dict] | None = None
+        self._window: list[dict[str, float]] = []
+        self._waited = 0.0
+        self._began: tuple[float, int] | None = None  # when the first step was over, and its number
+        self._window_start = time.perf_counter()
+        self._broken = 0
+
+    def waited(self, seconds: float, broken: int) -> None:
+        """Time spent waiting for the last batch, and broken images skipped so far."""
+        self._waited += seconds
+        self._broken = broken
+
+    def paused(self, seconds: float) -> None:
+        """Time in which no step was made, to be left out of images per second and of the time that is left."""
+        self._window_start += seconds
+        if self._began:
+            self._began = (self._began[0] + seconds, self._began[1])
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Metrics of a step that has been started; the step before it is now looked at."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Waits for the pending step.
+
+        Raises:
+          RunError: its loss or gradient is not finite.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {k: float(np.asarray(v)) for k, v in metrics.items()}
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
+        if bad:
+            raise RunError(
+                f"step {step}: {' and '.join(bad)} not finite; stopped, the last checkpoint is from before: lower "
+                "config.optim.lr or set config.dtype=float32, then start again"
+            )
+        self._window.append(values)
+        if self._began is None:
+            self._began = (time.perf_counter(), step)
+        if step % self._every == 0 or step == self._total:
+            self._report(step)
+
+    def _report(self, step: int) -> None:
+        now = time.perf_counter()
+        elapsed = now - self._window_start
+        row = {k: float(np.mean([w[k] for w in self._window])) for k in self._window[0]}
+        row["lr"] = self._window[-1]["lr"]
+        row["images_per_s"] = len(self._window) * self._images / elapsed
+        if self._utilisation:
+            row["mfu"] = row["images_per_s"] * self._utilisation
+        row["data_wait"] = min(1.0, self._waited / elapsed)
+        row["broken_images"] = self._broken
+        since, first = self._began
+        rate = (now - since) / (step - first) if step > first else elapsed / len(self._window)
+        eta = rate * (self._total - step)
+        if self._writer:
+            self._writer.write(step, row)
+            mfu = f"  MFU {100 * row['mfu']:.1f}%" if "mfu" in row else ""
+            print(
+                f"step {step}/{self._total}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3g}  lr {row['lr']:.3g}  "
+                f"{row['images_per_s']:.1f} images/s{mfu}  data wait {100 * row['data_wait']:.0f}%  "
+                f"ETA {duration(eta)}",
+                flush=True,
+            )
+        self._window, self._waited, self._window_start = [], 0.0, now

@@ -1,0 +1,56 @@
+"""Optimizer and learning-rate schedule of a stage, from the config."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import optax
+
+from diva_jax.common.errors import UserError
+from diva_jax.config import Stage
+
+
+def learning_rate(stage: Stage, warmup: float) -> optax.Schedule:
+    """Linear from 0 over ceil(warmup * steps), then cosine to 0 at the stage's last step.
+
+    The schedule's argument counts steps from the stage's start; its first value is 0 where there is a warm-up, which
+    leaves at least one step after it.
+    """
+    warm = min(math.ceil(warmup * stage.steps), stage.steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0 if warm else stage.lr, stage.lr, warm, stage.steps)
+
+
+def _scale_by_name(scales: Mapping[str, float]) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: {n: u * scales[n] for n, u in updates.items()})
+
+
+def _decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
+    """Weight decay reaches matrices and convolutions, not biases, norms and embeddings of one axis."""
+    return {n: p.ndim > 1 for n, p in params.items()}
+
+
+def build(config, stage: Stage, scales: Mapping[str, float]) -> optax.GradientTransformation:
+    """The optax chain: clip by global norm, SGD with momentum or AdamW, per-parameter scale.
+
+    Args:
+      config: `config.optim`.
+      stage: gives peak learning rate and steps.
+      scales: name -> learning-rate scale, for the trained parameters.
+
+    Raises:
+      UserError: an unknown optimizer.
+    """
+    lr = learning_rate(stage, config.warmup)
+    decay = config.weight_decay
+    if config.name == "sgd":
+        chain = [optax.add_decayed_weights(decay, _decay_mask)] if decay else []
+        chain.append(optax.sgd(lr, config.momentum or None))
+    elif config.name == "adamw":
+        chain = [optax.adamw(lr, config.b1, config.b2, config.eps, weight_decay=decay, mask=_decay_mask)]
+    else:
+        raise UserError(f"config.optim.name={config.name!r}: use sgd or adamw")
+    if config.clip:
+        chain.insert(0, optax.clip_by_global_norm(config.clip))
+    if any(s != 1 for s in scales.values()):
+        chain.append(_scale_by_name(scales))
+    return optax.chain(*chain)

@@ -1,0 +1,70 @@
+"""The mesh, and where each array lives on it."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from diva_jax.common.errors import UserError
+
+BATCH = P(("data", "fsdp"))
+
+
+def make_mesh(config, devices=None) -> Mesh:
+    """A (`data`, `fsdp`) mesh over all devices.
+
+    Args:
+      config: `config.mesh`.
+      devices: default all of the run's.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    n, fsdp = len(devices), config.fsdp
+    if fsdp < 1 or n % fsdp:
+        raise UserError(f"config.mesh.fsdp={fsdp} does not divide the {n} devices of this run")
+    data = n // fsdp if config.data == -1 else config.data
+    if data * fsdp != n:
+        raise UserError(
+            f"config.mesh.data={config.data} x fsdp={fsdp} is {data * fsdp} devices, but this run has {n}: "
+            f"use data=-1 or {n // fsdp}"
+        )
+    if devices == jax.devices():
+        return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return Mesh(np.asarray(devices).reshape(data, fsdp), ("data", "fsdp"))
+
+
+def parameter_spec(shape: tuple[int, ...], fsdp: int, min_shard: int) -> P:
+    """Small arrays are replicated; others are split over `fsdp` along their largest axis that divides."""
+    axes = [i for i, n in enumerate(shape) if n % fsdp == 0]
+    if fsdp == 1 or not axes or math.prod(shape) < min_shard:
+        return P()
+    longest = max(axes, key=lambda i: shape[i])
+    return P(*(["fsdp" if i == longest else None for i in range(len(shape))]))
+
+
+def parameter_shardings(arrays: Mapping, mesh: Mesh, min_shard: int) -> dict[str, NamedSharding]:
+    """Name -> sharding, for arrays with a shape."""
+    fsdp = mesh.shape["fsdp"]
+    return {n: NamedSharding(mesh, parameter_spec(a.shape, fsdp, min_shard)) for n, a in arrays.items()}
+
+
+def like_parameters(tree, shardings: Mapping[str, NamedSharding], mesh: Mesh):
+    """Shardings for an optimizer state: a leaf whose last key names a parameter lies as that one does."""
+
+    def of(path, leaf):
+        key = getattr(path[-1], "key", None) if path else None
+        if leaf.ndim and key in shardings:
+            return shardings[key]
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def with_shardings(tree, shardings):
+    """ShapeDtypeStructs that carry their sharding."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)

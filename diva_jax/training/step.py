@@ -1,0 +1,202 @@
+"""The train step: one pure function, its abstract inputs and their shardings.
+
+`train.py` runs it and `aot.py` compiles it for machines that are not there; both get it from `Program`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from diva_jax import config as configs
+from diva_jax import objectives
+from diva_jax.models import layers
+from diva_jax.training import optim, partition, sharding
+
+
+def micro_batches(x: jax.Array, accum: int) -> jax.Array:
+    """[B, ...] -> [A, B/A, ...]; micro-batch a takes images a, a+A, ..., so no image changes its device."""
+    return x.reshape(x.shape[0] // accum, accum, *x.shape[1:]).swapaxes(0, 1)
+
+
+def image_keys(key_data: jax.Array, step: jax.Array, rows: jax.Array) -> jax.Array:
+    """One PRNG key an image: of the run's key, the step and the image's row in the global batch alone."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
+    return jax.vmap(partial(jax.random.fold_in, key))(rows)
+
+
+def train_step(
+    state: dict,
+    frozen: Mapping[str, jax.Array],
+    batch: Mapping[str, jax.Array],
+    *,
+    skeleton: partition.Skeleton,
+    active: frozenset[str],
+    tx: optax.GradientTransformation,
+    lr: optax.Schedule,
+    start: int,
+    accum: int,
+) -> tuple[dict, dict]:
+    """One optimizer step.
+
+    Args:
+      state: {"params": {name: array}, "opt": optax state of the active ones, "step": int32 [], "key": uint32}.
+      frozen: the parameters that no stage trains.
+      batch: {"image": uint8 [B, S, S, 3], "row": int32 [B]}.
+      skeleton, active, tx, lr, start, accum: static; `active` are the stage's trained names, `start` its first step.
+
+    Returns:
+      (new state, metrics: float32 scalars loss, grad_norm (before the clip), lr, and the objective's own).
+    """
+    trained = {n: a for n, a in state["params"].items() if n in active}
+    idle = {n: a for n, a in state["params"].items() if n not in active}
+    keys = image_keys(state["key"], state["step"], batch["row"])
+
+    def loss_fn(trained, images, keys):
+        return skeleton.merge(trained, idle, frozen).loss({"image": images}, keys)
+
+    def micro(total, x):
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, *x)
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    xs = (micro_batches(batch["image"], accum), micro_batches(keys, accum))
+    grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, trained), xs)
+    grads = jax.tree.map(lambda g: g / accum, grads)
+    with jax.named_scope("optimizer"):
+        updates, opt = tx.update(grads, state["opt"], trained)
+        trained = optax.apply_updates(trained, updates)
+    new = {
+        "params": {**idle, **trained},
+        "opt": opt,
+        "step": state["step"] + 1,
+        "key": state["key"],
+    }
+    metrics = {k: jnp.mean(v) for k, v in metrics.items()}
+    metrics |= {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(lr(state["step"] - start))}
+    return new, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
+
+
+class Program:
+    """A config on a mesh: the module's skeleton, which arrays it needs, and one compiled step a stage.
+
+    Attributes:
+      config, mesh: as given.
+      stages: `config.stages`.
+      skeleton: the objective without its arrays.
+      arrays: name -> ShapeDtypeStruct with its sharding, of every parameter.
+      scales: per stage, name -> learning-rate scale (0: frozen).
+      trained: names that some stage trains; these alone are in the state and in checkpoints.
+    """
+
+    def __init__(self, config, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.stages = configs.stages(config)
+        module = nnx.eval_shape(lambda: self.init_module())
+        self.skeleton, shapes = partition.disassemble(module)
+        self.scales = [partition.scales(s.trainable, shapes) for s in self.stages]
+        self.trained = [n for n in shapes if any(s[n] for s in self.scales)]
+        self.replicated = NamedSharding(mesh, P())
+        self.shardings = sharding.parameter_shardings(shapes, mesh, config.mesh.min_shard)
+        if not config.mesh.shard_frozen:
+            self.shardings |= {n: self.replicated for n in shapes if n not in set(self.trained)}
+        self.arrays = sharding.with_shardings(shapes, self.shardings)
+
+    def init_module(self) -> nnx.Module:
+        """The objective with random weights."""
+        return objectives.find(self.config.objective).build(self.config, layers.Keys(self.config.seed))
+
+    def active(self, stage: int) -> dict[str, float]:
+        """Name -> scale of what a stage trains."""
+        return {n: s for n, s in self.scales[stage].items() if s}
+
+    def stage_at(self, step: int) -> int:
+        """The stage that makes step `step`; the last one when all are done."""
+        return next((i for i, s in enumerate(self.stages) if step < s.end), len(self.stages) - 1)
+
+    def optimizer(self, stage: int) -> optax.GradientTransformation:
+        return optim.build(self.config.optim, self.stages[stage], self.active(stage))
+
+    def init_opt(self, stage: int, params: Mapping[str, jax.Array]):
+        """A fresh optimizer state for a stage, sharded as its parameters."""
+        return jax.jit(self.optimizer(stage).init, out_shardings=self._opt_shardings(stage))(
+            {n: params[n] for n in self.active(stage)}
+        )
+
+    def _opt_shapes(self, stage: int):
+        return jax.eval_shape(self.optimizer(stage).init, {n: self.arrays[n] for n in self.active(stage)})
+
+    def _opt_shardings(self, stage: int):
+        return sharding.like_parameters(self._opt_shapes(stage), self.shardings, self.mesh)
+
+    def abstract_state(self, stage: int) -> dict:
+        """The train state of a stage, as ShapeDtypeStructs with shardings."""
+
+        def scalar(shape, dtype):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
+
+        opt = sharding.with_shardings(self._opt_shapes(stage), self._opt_shardings(stage))
+        params = {n: self.arrays[n] for n in self.trained}
+        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        return {
+            "params": params,
+            "opt": opt,
+            "step": scalar((), jnp.int32),
+            "key": scalar(key.shape, key.dtype),
+        }
+
+    def init_state(self, params: Mapping[str, jax.Array]) -> dict:
+        """The state of step 0, from the values of the trained parameters."""
+        key = jax.random.key_data(jax.random.fold_in(jax.random.key(self.config.seed), 1))
+        put = partial(jax.device_put, device=self.replicated)
+        params = {n: params[n] for n in self.trained}
+        return {
+            "params": params,
+            "opt": self.init_opt(0, params),
+            "step": put(jnp.int32(0)),
+            "key": put(key),
+        }
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, sharding.BATCH)
+
+    def abstract_batch(self) -> dict:
+        b, s = self.config.batch_size, self.config.data.image_size
+        return {
+            "image": jax.ShapeDtypeStruct((b, s, s, 3), jnp.uint8, sharding=self.batch_sharding),
+            "row": jax.ShapeDtypeStruct((b,), jnp.int32, sharding=self.batch_sharding),
+        }
+
+    def abstract_frozen(self) -> dict:
+        trained = set(self.trained)
+        return {n: a for n, a in self.arrays.items() if n not in trained}
+
+    def step(self, stage: int, wrap: Callable = lambda f: f) -> Callable:
+        """The jitted step of a stage: (state, frozen, batch) -> (state, metrics); the state is donated.
+
+        Args:
+          stage: index.
+          wrap: applied to the pure function before `jax.jit` (tests count its traces).
+        """
+        s = self.stages[stage]
+        static = dict(
+            skeleton=self.skeleton,
+            active=frozenset(self.active(stage)),
+            tx=self.optimizer(stage),
+            lr=optim.learning_rate(s, self.config.optim.warmup),
+            start=s.start,
+            accum=self.config.accum,
+        )
+
+        def step(state, frozen, batch):
+            # What is traced sees the mesh, and from it the platform it is compiled for (attention.py).
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return train_step(state, frozen, batch, **static)
+
+        out = jax.tree.map(lambda a: a.sharding, self.abstract_state(stage))
+        return jax.jit(wrap(step), donate_argnums=0, out_shardings=(out, self.replicated))

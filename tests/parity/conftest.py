@@ -1,0 +1,3 @@
+"""Tests that use PyTorch and the original libraries."""
+
+import torch_setup  # noqa: F401

@@ -1,0 +1,118 @@
+"""From a photograph and a sentence to logits, against open_clip's transform, tokenizer and models."""
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from eval_data import CLIP, PHOTOGRAPHS, SIGLIP, TEXTS, eval_config, photograph
+from eval_models import torch_model, write_model, write_siglip_tokenizer
+from helpers import relative_error
+from open_clip.pretrained import get_pretrained_cfg
+from PIL import Image
+
+from diva_jax.common.errors import UserError
+from diva_jax.data import images
+from diva_jax.data.tokenizers import build
+from diva_jax.evals import Options, encode, encoders
+from diva_jax.models.backbones import TABLE
+from diva_jax.training import sharding
+
+PUBLISHED = {
+    "vitl14": "openai",
+    "vitl14_336": "openai",
+    "metaclip_l14": "metaclip_fullcc",
+    "metaclip_h14": "metaclip_fullcc",
+    "dfn_h14": "dfn5b",
+    "dfn_h14_378": "dfn5b",
+    "siglip_so400m": "webli",
+    "siglip_so400m_384": "webli",
+}
+
+
+def transform(spec):
+    return open_clip.image_transform(
+        spec.image_size,
+        is_train=False,
+        mean=spec.mean,
+        std=spec.std,
+        resize_mode=spec.resize_mode,
+        interpolation=spec.interpolation,
+    )
+
+
+def pictures() -> dict[str, Image.Image]:
+    """Photographs, every mode that is not RGB, sizes that round to either side, small and thin ones."""
+    found = {name: photograph(name) for name in PHOTOGRAPHS}
+    rgb = found["chelsea"]
+    found |= {mode: rgb.convert(mode) for mode in ("P", "LA", "RGBA", "1", "CMYK")}
+    found["alpha"] = rgb.convert("RGBA")
+    found["alpha"].putalpha(Image.linear_gradient("L").resize(rgb.size))
+    sizes = ((5, 9), (301, 37), (37, 512), (224, 224), (225, 224), (224, 227), (333, 334), (450, 449))
+    return found | {f"{w}x{h}": rgb.resize((w, h)) for w, h in sizes}
+
+
+@pytest.mark.parametrize("tag", TABLE)
+def test_uint8_stage_is_bit_for_bit_open_clips(tag):
+    spec = TABLE[tag]
+    published = get_pretrained_cfg(spec.open_clip_name, PUBLISHED[tag])
+    mode = {"bicubic": spec.interpolation, "shortest": "shortest", "squash": "squash"}
+    assert spec.mean == tuple(published["mean"]) and spec.std == tuple(published["std"])
+    assert spec.resize_mode == mode[published.get("resize_mode", "shortest")]
+    assert spec.interpolation == published.get("interpolation", "bicubic")
+    *resize, to_tensor, normalize = transform(spec).transforms
+    for name, image in pictures().items():
+        want = image
+        for step in resize:
+            want = step(want)
+        got = images.prepare(image, spec.image_size, spec.resize_mode, spec.interpolation)
+        assert got.dtype == np.uint8
+        np.testing.assert_array_equal(got, np.asarray(want), err_msg=name)
+
+
+def test_bilinear_too():
+    spec = {"image_size": 65, "resize_mode": "shortest", "interpolation": "bilinear"}
+    theirs = open_clip.image_transform(65, is_train=False, interpolation="bilinear", resize_mode="shortest")
+    for image in pictures().values():
+        want = image
+        for step in theirs.transforms[:-2]:
+            want = step(want)
+        np.testing.assert_array_equal(images.prepare(image, *spec.values()), np.asarray(want))
+
+
+def test_an_unknown_resize_mode_is_refused():
+    with pytest.raises(UserError, match="resize_mode='longest'"):
+        images.prepare(photograph("camera"), 10, "longest", "bicubic")
+
+
+def embeddings(spec, folder, tokenizer, mesh):
+    """Our image and text embeddings, from the files alone."""
+    towers = encode.Towers(spec, mesh, Options(batch_size=4))
+    loaded = encoders.load(str(folder), None, eval_config(spec, folder), mesh)
+    vision = {n.removeprefix("vision/"): a for n, a in loaded.arrays.items()}
+    found = towers.images(vision, lambda i: photograph(PHOTOGRAPHS[i]), len(PHOTOGRAPHS))["pooled"]
+    arrays, _ = encoders.text(loaded.text, spec, mesh, 2**18)
+    return found, towers.texts(arrays, tokenizer(TEXTS))
+
+
+@pytest.mark.parametrize("spec", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_logits_on_photographs_equal_open_clips(spec, tmp_path):
+    model = torch_model(spec)
+    folder = write_model(tmp_path / "model", model)
+    if spec is CLIP:
+        theirs, tokenizer = open_clip.SimpleTokenizer(), build(spec.text, folder)
+    else:
+        siglip_folder = write_siglip_tokenizer(tmp_path)
+        theirs = open_clip.tokenizer.HFTokenizer(str(siglip_folder), context_length=64, clean="canonicalize")
+        tokenizer = build(spec.text, siglip_folder)
+    ours, words = embeddings(spec, folder, tokenizer, sharding.make_mesh(eval_config(spec, folder).mesh))
+    with torch.no_grad():
+        pixels = torch.stack([transform(spec)(photograph(name)) for name in PHOTOGRAPHS])
+        want_images, want_words = model.encode_image(pixels), model.encode_text(theirs(TEXTS))
+        want, _ = model.get_logits(pixels, theirs(TEXTS))
+    worst = max(relative_error(a, b) for a, b in zip(words, want_words, strict=True))
+    logits = np.exp(model.logit_scale.item()) * encode.unit(ours) @ encode.unit(words).T
+    logits += 0 if model.logit_bias is None else model.logit_bias.item()
+    gap = np.abs(logits - want.numpy()).max()
+    print(f"worst sentence {worst:.1e}, images {relative_error(ours, want_images):.1e}, logits {gap:.1e}")
+    assert worst <= 1e-4 and relative_error(ours, want_images) <= 1e-4 and gap <= 1e-3
+    assert np.ptp(want.numpy(), axis=0).min() > 0.05, "the photographs must not all look alike"

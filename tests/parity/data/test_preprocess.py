@@ -1,0 +1,79 @@
+"""Both views against PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative_error
+from torchvision.transforms import functional as TF
+
+from diva_jax.data import preprocess
+from diva_jax.models.backbones import HALF, IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
+
+# Up and down, odd sizes, not square.
+SHAPES = [(64, 64, 28), (60, 60, 42), (42, 42, 60), (37, 53, 28), (51, 34, 48), (512, 512, 224)]
+
+
+def images(*shape, dtype=np.float32):
+    return np.random.default_rng(0).random((2, *shape, 3)).astype(dtype)
+
+
+def torch_resize(x, size, mode, antialias):
+    x = torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
+    y = F.interpolate(x, size=(size, size), mode=mode, antialias=antialias, align_corners=False)
+    return y.permute(0, 2, 3, 1).numpy()
+
+
+def torch_normalise(x, mean, std):
+    x = torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
+    return TF.normalize(x, mean, std).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("h, w, size", SHAPES)
+@pytest.mark.parametrize("mode", ["faithful", "exact"])
+def test_backbone_view_is_torch_interpolate(h, w, size, mode):
+    x, mean, std = images(h, w), OPENAI_MEAN, (0.2, 0.3, 0.25)
+    if mode == "faithful":
+        expected = torch_resize(torch_normalise(x, mean, std), size, "bilinear", False)
+    else:
+        expected = torch_normalise(torch_resize(x, size, "bicubic", True), mean, std)
+    ours = jax.jit(lambda x: preprocess.backbone_view(x, size, mean, std, mode))(x)
+    assert ours.dtype == jnp.float32
+    assert relative_error(ours, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", ["faithful", "exact"])
+def test_views_run_in_float64(mode):
+    with jax.enable_x64(True):
+        x = jnp.asarray(images(51, 34, dtype=np.float64))
+        ours = preprocess.backbone_view(x, 28, HALF, HALF, mode)
+        assert ours.dtype == preprocess.vae_view(x, mode).dtype == jnp.float64
+        resized = torch_resize(x, 28, *(("bilinear", False) if mode == "faithful" else ("bicubic", True)))
+        assert relative_error(ours, (resized - 0.5) / 0.5) <= 1e-14
+
+
+def test_backbone_view_of_the_same_size_only_normalises():
+    x = images(28, 28)
+    for mode in ("faithful", "exact"):
+        ours = preprocess.backbone_view(x, 28, OPENAI_MEAN, OPENAI_STD, mode)
+        assert relative_error(ours, torch_normalise(x, OPENAI_MEAN, OPENAI_STD)) <= 2e-7
+
+
+def test_vae_view():
+    x = images(31, 18)
+    np.testing.assert_array_equal(preprocess.vae_view(x, "exact"), 2 * x - 1)
+    seen = torch_normalise(x, OPENAI_MEAN, OPENAI_STD)
+    # Denormalising is normalising with mean' = -mean/std, std' = 1/std.
+    mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+    back = torch_normalise(seen, tuple(-mean / std), tuple(1 / std))
+    assert relative_error(preprocess.vae_view(x, "faithful"), 2 * back - 1) <= 1e-6
+    contrast = std / np.array(OPENAI_STD)
+    assert 0.81 < contrast.min() < contrast.max() < 0.87  # What the docstring says.
+
+
+def test_to_float_is_torchvisions_to_tensor():
+    x = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    expected = TF.to_tensor(x[0]).permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(jax.jit(preprocess.to_float)(x)[0], expected, rtol=1.2e-7, atol=0)

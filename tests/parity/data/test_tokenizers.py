@@ -1,0 +1,111 @@
+"""Tokenizers against open_clip's, from every set of files that a weights' folder may hold."""
+
+import json
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+from eval_data import TEXTS
+from eval_models import write_siglip_tokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from transformers import CLIPTokenizer
+
+from diva_jax.common.errors import UserError
+from diva_jax.data import tokenizers
+from diva_jax.models.backbones import TextSpec
+
+CLIP = TextSpec()
+SIGLIP = TextSpec(context_length=64, vocab_size=32000, tokenizer="siglip")
+
+
+def random_texts(count: int, seed: int) -> list[str]:
+    """Strings of letters, digits, marks, blanks and symbols from all over Unicode."""
+    rng = np.random.default_rng(seed)
+    ranges = ((32, 127), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x2000, 0x2070), (0x1F300, 0x1F650))
+    out = []
+    for _ in range(count):
+        low, high = zip(
+            *(ranges[i] for i in rng.choice(len(ranges), 40, p=(0.6, 0.1, 0.05, 0.1, 0.05, 0.1))), strict=True
+        )
+        out.append("".join(map(chr, rng.integers(low, high))))
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return SimpleTokenizer()
+
+
+@pytest.fixture(scope="module", params=["tokenizer.json", "vocab.json", "bpe_simple_vocab_16e6.txt.gz"])
+def clip_folder(request, tmp_path_factory, reference):
+    folder = tmp_path_factory.mktemp("clip")
+    if request.param.endswith(".gz"):
+        shutil.copy(open_clip.tokenizer.default_bpe(), folder / request.param)
+        return folder
+    theirs = {tokenizers.START: "<|startoftext|>", tokenizers.END: "<|endoftext|>"}
+    vocab = {theirs.get(t, t): i for t, i in reference.encoder.items()}
+    merges = sorted(reference.bpe_ranks, key=reference.bpe_ranks.get)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    if request.param == "tokenizer.json":
+        whole = tmp_path_factory.mktemp("clip_json")
+        CLIPTokenizer.from_pretrained(folder).save_pretrained(whole)
+        assert (whole / "tokenizer.json").exists() and not (whole / "vocab.json").exists()
+        return whole
+    return folder
+
+
+def test_clip_equals_open_clip(clip_folder, reference):
+    tokenizer, texts = tokenizers.build(CLIP, clip_folder), TEXTS + random_texts(400, seed=1)
+    ours = tokenizer(texts)
+    assert ours.dtype == np.int32
+    np.testing.assert_array_equal(ours, reference(texts).numpy())
+    # The over-long ones were cut, and end as they should.
+    assert (ours[TEXTS.index("word " * 200)] != 0).all() and ours[11, -1] == ours.max() == 49407
+
+
+@pytest.fixture(scope="module", params=["timm", "transformers"])
+def siglip_folder(request, tmp_path_factory):
+    return write_siglip_tokenizer(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def test_siglip_equals_open_clip(siglip_folder):
+    texts = TEXTS + random_texts(200, seed=2)
+    ours = tokenizers.build(SIGLIP, siglip_folder)(texts)
+    reference = HFTokenizer(str(siglip_folder), context_length=64, clean="canonicalize")
+    np.testing.assert_array_equal(ours, reference(texts).numpy())
+    # Padded with the end token; a text without letters is nothing else.
+    assert (ours[3] == 1).all() and (ours[5] == 1).all() and ours[11, -1] == 1 and (ours[11, :-1] != 1).all()
+
+
+def test_siglip_rule_lower_cases_and_drops_punctuation():
+    assert tokenizers.siglip_clean("  A_Photo, of (the)\tDOG's “ear”! ") == "a photo of the dogs ear"
+    assert tokenizers.clip_clean("  A_Photo, of (the)\tDOG's “ear”! ") == 'a_photo, of (the) dog\'s "ear"!'
+
+
+@pytest.mark.parametrize(
+    "text, files, says",
+    [
+        (CLIP, {}, "has no tokenizer: it needs tokenizer.json, vocab.json with merges.txt"),
+        (CLIP, {"vocab.json": "{}"}, "merges.txt is missing"),
+        (CLIP, {"vocab.json": "{", "merges.txt": ""}, "vocab.json is no tokenizer file"),
+        (CLIP, {"vocab.json": '{"a": 0}', "merges.txt": "a b\n"}, "no <start_of_text>"),
+        (CLIP, {"tokenizer.json": '{"model": {}}'}, "tokenizer.json is no tokenizer file"),
+        (CLIP, {"bpe_simple_vocab_16e6.txt.gz": "not gzip"}, "bpe_simple_vocab_16e6.txt.gz is no tokenizer file"),
+        (SIGLIP, {}, "it needs tokenizer.json or spiece.model"),
+        (SIGLIP, {"spiece.model": "broken"}, "cannot be read"),
+        (TextSpec(tokenizer="bert"), {}, "text.tokenizer='bert' is not known"),
+    ],
+)
+def test_missing_and_broken_files_are_named(tmp_path, text, files, says):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=says):
+        tokenizers.build(text, tmp_path)
+
+
+def test_a_vocabulary_larger_than_the_tower_is_refused(tmp_path):
+    shutil.copy(open_clip.tokenizer.default_bpe(), tmp_path / "bpe_simple_vocab_16e6.txt.gz")
+    with pytest.raises(UserError, match="49408 tokens, but the text tower only 100"):
+        tokenizers.build(TextSpec(vocab_size=100), tmp_path)

@@ -1,0 +1,129 @@
+"""CLIP_benchmark on an exported model and this evaluator, on the same tars: the same scores to the last digit."""
+
+import inspect
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from clip_benchmark.datasets.builder import build_dataset
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from clip_benchmark.models.open_clip import load_open_clip
+from eval_data import CLIP, encoded, eval_config, patch
+from eval_models import centred, torch_model, write_model
+from PIL import Image
+from records import write_tar
+from sklearn.datasets import load_digits
+
+from diva_jax.evals import Options, encoders, evaluator
+from diva_jax.models.backbones.open_clip_config import to_open_clip
+from diva_jax.training import sharding
+from diva_jax.weights.writers import write_json
+
+WORDS = "zero one two three four five six seven eight nine".split()
+TEMPLATES = ["a photo of the number: {c}.", "the digit {c}", 'a {c}, "hand-written".']
+CAPTIONS = 83
+
+
+def digit(i: int) -> Image.Image:
+    return Image.fromarray((load_digits().images[i] * 15).astype(np.uint8)).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    model = centred(torch_model(CLIP), CLIP, [digit(i) for i in range(0, 1500, 30)], [f"the digit {w}" for w in WORDS])
+    folder = write_model(tmp_path_factory.mktemp("exported"), model)
+    write_json(folder / "open_clip_config.json", to_open_clip(CLIP))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """297 digits of scikit-learn, 8 x 8 pixels, in two shards."""
+    root = tmp_path_factory.mktemp("digits")
+    (root / "test").mkdir()
+    labels = load_digits().target
+    for shard, rows in enumerate((range(1500, 1700), range(1700, 1797))):
+        members = {}
+        for i in rows:
+            members |= {f"s{i:07d}.cls": str(labels[i]).encode(), f"s{i:07d}.png": encoded(digit(i))}
+        write_tar(root / "test" / f"{shard}.tar", members)
+    (root / "test" / "nshards.txt").write_text("2\n")
+    (root / "classnames.txt").write_text("\n".join(WORDS) + "\n")
+    (root / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    """Photographs with one to five captions each, as Flickr30k and COCO are packed."""
+    root = tmp_path_factory.mktemp("captions")
+    (root / "test").mkdir()
+    members = {}
+    for i in range(CAPTIONS):
+        texts = [
+            f"{WORDS[(i + 3 * j) % 10]} {WORDS[i % 7]} things, number {i * 10 + j}, at noon!" for j in range(1 + i % 5)
+        ]
+        members |= {f"s{i:07d}.jpg": encoded(patch(i), "JPEG"), f"s{i:07d}.txt": "\n".join(texts).encode()}
+    write_tar(root / "test" / "0.tar", members)
+    (root / "test" / "nshards.txt").write_text("1\n")
+    (root / "dataset_type.txt").write_text("retrieval\n")
+    return root
+
+
+def accuracy():
+    """Their `accuracy`, whose float(array of shape [1]) numpy no longer allows; nothing else is changed."""
+    source = inspect.getsource(zeroshot_classification.accuracy)
+    assert source.count(".cpu().numpy()") == 1
+    names = {}
+    exec(source.replace(".cpu().numpy()", ".item()"), names)
+    return names["accuracy"]
+
+
+def theirs(exported, root, task):
+    name = f"local-dir:{exported}"
+    model, transform, tokenizer = load_open_clip(name)
+    data = build_dataset("wds/small", root=str(root), transform=transform, split="test", task=task)
+    loader = torch.utils.data.DataLoader(data.batched(64), batch_size=None, num_workers=0)
+    if task == "zeroshot_retrieval":
+        ks = [1, 5, 10]
+        return zeroshot_retrieval.evaluate(model.eval(), loader, tokenizer, "cpu", amp=False, recall_k_list=ks)
+    loader.dataset.classes = data.classes
+    return zeroshot_classification.evaluate(
+        model.eval(), loader, tokenizer, data.classes, data.templates, "cpu", amp=False
+    )
+
+
+def ours(exported, root, task, batch_size=50):
+    config = eval_config(CLIP, exported)
+    mesh = sharding.make_mesh(config.mesh)
+    runner = evaluator.Evaluator(config, mesh, {task: str(root)}, Options(bootstrap=500, batch_size=batch_size))
+    loaded = encoders.load(str(exported), None, config, mesh)
+    return runner.evaluate(runner.model("exported", loaded.arrays, loaded.text))[task]
+
+
+def test_classification(exported, digits, monkeypatch):
+    monkeypatch.setattr(zeroshot_classification, "accuracy", accuracy())
+    want, found = theirs(exported, digits, "zeroshot_classification"), ours(exported, digits, "zeroshot")
+    scores = {k: v["score"] for k, v in found.results["scores"].items()}
+    print(f"clip_benchmark {want}\ndiva_jax {scores}")
+    assert set(scores) == set(want)
+    for metric, value in want.items():
+        assert round(scores[metric] / 100, 12) == round(value, 12), metric
+    predicted = {r["predicted"] for r in found.rows}
+    assert len(predicted) > 2 and 0 < scores["acc1"] < scores["acc5"] < 100, "a test of nothing"
+
+
+def test_retrieval(exported, captions):
+    want, found = theirs(exported, captions, "zeroshot_retrieval"), ours(exported, captions, "retrieval")
+    scores = {k: v["score"] for k, v in found.results["scores"].items()}
+    print(f"clip_benchmark {want}\ndiva_jax {scores}")
+    assert set(scores) == set(want)
+    for metric, value in want.items():
+        # They average in float32.
+        assert np.float32(scores[metric] / 100) == np.float32(value), metric
+    assert 0 < scores["text_retrieval_recall@5"] < scores["text_retrieval_recall@10"] < 100, "a test of nothing"
+
+
+def test_the_export_is_open_clips(exported):
+    assert isinstance(open_clip.get_tokenizer(f"local-dir:{exported}"), open_clip.SimpleTokenizer)

@@ -1,0 +1,249 @@
+"""Vision towers against open_clip's VisionTransformer and timm's, on random weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from helpers import randomise, relative_error, tensors
+from open_clip.transformer import QuickGELU, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import TABLE, Spec, build
+from diva_jax.weights.clip import vision_table
+from diva_jax.weights.names import assign, flat, load_into, to_torch
+
+# Head width 80 as H/14 has it; a grid, widths and MLPs that are no powers of two; 38 px lose 3 by patch 7.
+QUICK = Spec(image_size=42, patch_size=14, width=160, layers=3, heads=2, mlp_dim=330, embed_dim=52)
+GELU = Spec(
+    image_size=38,
+    patch_size=7,
+    width=60,
+    layers=2,
+    heads=5,
+    mlp_dim=240,
+    embed_dim=71,
+    activation="gelu",
+    norm_eps=1e-6,
+)
+SIGLIP = Spec(
+    arch="siglip",
+    image_size=38,
+    patch_size=7,
+    width=48,
+    layers=3,
+    heads=3,
+    mlp_dim=137,
+    embed_dim=48,
+    activation="gelu",
+    norm_eps=1e-6,
+)
+SPECS = {"quick_gelu": QUICK, "gelu": GELU, "siglip": SIGLIP}
+
+
+def torch_tower(spec: Spec) -> torch.nn.Module:
+    ratio = (spec.mlp_dim + 0.5) / spec.width
+    if spec.arch == "siglip":
+        tower = TimmVisionTransformer(
+            img_size=spec.image_size,
+            patch_size=spec.patch_size,
+            embed_dim=spec.width,
+            depth=spec.layers,
+            num_heads=spec.heads,
+            mlp_ratio=ratio,
+            class_token=False,
+            global_pool="map",
+            num_classes=0,
+        )
+    else:
+        tower = VisionTransformer(
+            image_size=spec.image_size,
+            patch_size=spec.patch_size,
+            width=spec.width,
+            layers=spec.layers,
+            heads=spec.heads,
+            mlp_ratio=ratio,
+            output_dim=spec.embed_dim,
+            act_layer=QuickGELU if spec.activation == "quick_gelu" else torch.nn.GELU,
+            norm_layer=lambda n: torch.nn.LayerNorm(n, eps=spec.norm_eps),
+        )
+    return randomise(tower, seed=spec.width)
+
+
+def torch_features(tower, images):
+    """Images [B, 3, H, W] -> tokens, pooled; the library's own pooled output, tokens by hand for CLIP."""
+    if isinstance(tower, TimmVisionTransformer):
+        return tower.forward_features(images), tower(images)
+    x = tower.transformer(tower._embeds(images))
+    return (tower.ln_post(x) @ tower.proj)[:, 1:], tower(images)
+
+
+def checkpoint(tower) -> dict[str, np.ndarray]:
+    prefix = "visual.trunk." if isinstance(tower, TimmVisionTransformer) else "visual."
+    return {prefix + k: v for k, v in tensors(tower).items()}
+
+
+def abstract(spec: Spec, **kw):
+    return nnx.eval_shape(lambda: build(spec, rngs=nnx.Rngs(0), **kw))
+
+
+def load(spec: Spec, tower, **kw):
+    return load_into(abstract(spec, **kw), checkpoint(tower), vision_table(spec))
+
+
+def images_for(spec: Spec, count: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(7)
+    return rng.standard_normal((count, spec.image_size, spec.image_size, 3)).astype(np.float32)
+
+
+def channels_first(images, dtype=torch.float32):
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(dtype)
+
+
+def probes(spec: Spec, count: int = 3):
+    """Fixed random directions: a scalar loss that every token and the pooled one enter."""
+    rng = np.random.default_rng(8)
+    shapes = (count, spec.patches, spec.embed_dim), (count, spec.embed_dim)
+    return tuple(rng.standard_normal(s).astype(np.float32) for s in shapes)
+
+
+def loss_of(spec: Spec, graph):
+    """state, images -> scalar."""
+    a, b = probes(spec)
+
+    def loss(state, images):
+        tokens, pooled = nnx.merge(graph, state).encode(images)
+        return jnp.sum(tokens * a.astype(tokens.dtype)) + jnp.sum(pooled * b.astype(pooled.dtype))
+
+    return loss
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_features_equal_the_original(spec):
+    tower, images = torch_tower(spec), images_for(spec)
+    tokens, pooled = jax.jit(lambda x: load(spec, tower).encode(x))(images)
+    with torch.no_grad():
+        want_tokens, want_pooled = torch_features(tower, channels_first(images))
+    assert tokens.shape == (3, spec.patches, spec.embed_dim) and pooled.shape == (3, spec.embed_dim)
+    errors = relative_error(tokens, want_tokens), relative_error(pooled, want_pooled)
+    print(f"tokens {errors[0]:.1e} pooled {errors[1]:.1e}")
+    assert max(errors) <= 2e-5
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_gradients_equal_the_original(spec):
+    tower, images = torch_tower(spec), images_for(spec)
+    graph, state = nnx.split(load(spec, tower))
+    ours = to_torch(jax.jit(jax.grad(loss_of(spec, graph)))(state, images), vision_table(spec))
+    tokens, pooled = torch_features(tower, channels_first(images))
+    a, b = map(torch.from_numpy, probes(spec))
+    ((tokens * a).sum() + (pooled * b).sum()).backward()
+    prefix = "visual.trunk." if spec.arch == "siglip" else "visual."
+    want = {prefix + k: p.grad.numpy() for k, p in tower.named_parameters()}
+    assert set(ours) == set(want)
+    errors = {k: relative_error(ours[k], want[k]) for k in want}
+    print(f"worst {max(errors.values()):.1e} ({max(errors, key=errors.get)})")
+    assert max(errors.values()) <= 2e-5
+
+
+@pytest.mark.parametrize("spec", [QUICK, SIGLIP], ids=["clip", "siglip"])
+def test_remat_changes_neither_values_nor_gradients(spec):
+    tower, images = torch_tower(spec), images_for(spec)
+    results = []
+    for remat in (False, True):
+        graph, state = nnx.split(load(spec, tower, remat=remat))
+        step = jax.value_and_grad(loss_of(spec, graph))
+        blocks = str(jax.make_jaxpr(step)(state, images)).count(" remat")
+        assert (blocks >= spec.layers) if remat else not blocks
+        results.append(jax.jit(step)(state, images))
+    (value, grads), (value_remat, grads_remat) = results
+    assert relative_error(value_remat, value) < 1e-5
+    for path, g in flat(grads).items():
+        assert relative_error(flat(grads_remat)[path][...], g[...]) < 1e-5, path
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_float64_is_float64_throughout(spec):
+    """In double a wrong epsilon or a cast to float32, small in float32, cannot hide."""
+    tower, images = torch_tower(spec).double(), images_for(spec)
+    with jax.enable_x64(True):
+        vision = load(spec, tower, dtype=jnp.float64, param_dtype=jnp.float64)
+        tokens, pooled = jax.jit(vision.encode)(jnp.asarray(images, jnp.float64))
+        assert tokens.dtype == pooled.dtype == jnp.float64
+        tokens, pooled = np.asarray(tokens), np.asarray(pooled)
+    with torch.no_grad():
+        want_tokens, want_pooled = torch_features(tower, channels_first(images, torch.float64))
+    assert relative_error(tokens, want_tokens) < 1e-13
+    assert relative_error(pooled, want_pooled) < 1e-13
+
+
+@pytest.mark.parametrize("spec", [QUICK, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_activations(spec, param_dtype):
+    tower, images = torch_tower(spec), images_for(spec)
+    exact = jax.jit(load(spec, tower).encode)(images)
+    vision = load(spec, tower, dtype=jnp.bfloat16, param_dtype=param_dtype)
+    assert {v.dtype for v in flat(vision).values()} == {jnp.dtype(param_dtype)}
+    for got, want in zip(jax.jit(vision.encode)(images), exact, strict=True):
+        assert got.dtype == jnp.bfloat16
+        # bf16 keeps 8 bits: 2^-9 a rounding, some tens of them in a row.
+        assert relative_error(got.astype(jnp.float32), want) < 0.03
+
+
+@pytest.mark.parametrize("spec", [QUICK, SIGLIP], ids=["clip", "siglip"])
+def test_random_weights_keep_the_variance_at_depth(spec):
+    @jax.jit
+    def spread(stream, images):
+        deep = build(dataclasses.replace(spec, layers=5), rngs=nnx.Rngs(3))
+        for block in deep.blocks:
+            stream = block(stream)
+        return stream.std(), *(x.std() for x in deep.encode(images))
+
+    stream = np.random.default_rng(0).standard_normal((2, 9, spec.width)).astype(np.float32)
+    stream, tokens, pooled = map(float, spread(stream, images_for(spec)))
+    assert 1 < stream < 1.6
+    assert 0.5 < tokens < 2 and 0.05 < pooled < 2
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_tensors_there_and_back_are_bit_identical(spec):
+    source = checkpoint(torch_tower(spec))
+    back = to_torch(load(spec, torch_tower(spec)), vision_table(spec))
+    assert set(back) == set(source)
+    for name, array in source.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_table_is_strict(spec):
+    source, table, model = checkpoint(torch_tower(spec)), vision_table(spec), abstract(spec)
+    known = ["logit_scale", "logit_bias", "attn_mask", "text.attn_mask", "positional_embedding", "text_projection"]
+    known += ["transformer.resblocks.11.attn.in_proj_weight", "text.transformer.resblocks.0.mlp.c_fc.bias"]
+    known += ["text.text_projection.weight", "token_embedding.weight", "ln_final.bias"]
+    assign(model, source | {k: np.zeros(1) for k in known}, table)
+    for stranger in ("visual.extra", "visual.proj.weight", "transformer.resblocks.0.ls_1.gamma", "head.weight"):
+        with pytest.raises(UserError, match=f"unknown: {stranger}"):
+            assign(model, source | {stranger: np.zeros(1)}, table)
+    for name in source:
+        with pytest.raises(UserError, match=f"missing: {name}"):
+            assign(model, {k: v for k, v in source.items() if k != name}, table)
+
+
+def test_siglip_wants_embed_dim_to_be_its_width():
+    with pytest.raises(UserError, match="no projection"):
+        build(dataclasses.replace(SIGLIP, embed_dim=24), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("tag", ["vitl14_336", "dfn_h14_378", "siglip_so400m_384"])
+def test_full_size_shapes(tag):
+    spec = TABLE[tag]
+    side = spec.image_size
+    tokens, pooled = nnx.eval_shape(
+        lambda x: build(spec, rngs=nnx.Rngs(0)).encode(x), jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    )
+    patches = {336: 576, 378: 729, 384: 729}[side]
+    assert tokens.shape == (2, patches, spec.embed_dim) and pooled.shape == (2, spec.embed_dim)

@@ -1,0 +1,300 @@
+"""Our Spec and open_clip's configs: what we read is the model that open_clip builds, name by name."""
+
+import copy
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+from flax import nnx
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import HALF, OPENAI_MEAN, TABLE, Spec, TextSpec, build
+from diva_jax.models.backbones import open_clip_config as occ
+from diva_jax.models.backbones.open_clip_config import from_open_clip, to_open_clip
+from diva_jax.models.backbones.text import Text
+from diva_jax.weights.clip import text_table, vision_table
+from diva_jax.weights.names import flat, torch_shape
+
+CLIP_NAMES = (
+    "ViT-B-32",
+    "ViT-B-32-quickgelu",
+    "ViT-B-16",
+    "ViT-L-14",
+    "ViT-L-14-336",
+    "ViT-H-14",
+    "ViT-H-14-378-quickgelu",
+    "ViT-g-14",
+    "ViT-bigG-14",
+)
+SIGLIP_NAMES = ("ViT-SO400M-14-SigLIP", "ViT-SO400M-14-SigLIP-384", "ViT-B-16-SigLIP")
+ARCHITECTURE = (
+    "arch image_size patch_size width layers heads mlp_dim embed_dim activation norm_eps mean std text".split()
+)
+
+
+def model_config(name: str) -> dict:
+    return json.loads((Path(open_clip.__file__).parent / "model_configs" / f"{name}.json").read_text())
+
+
+def on_meta(config: dict) -> torch.nn.Module:
+    """open_clip's own model of a model config: shapes, no memory."""
+    config = copy.deepcopy(config)
+    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    with torch.device("meta"):
+        return kind(**config)
+
+
+@functools.cache
+def our_shapes(spec: Spec) -> dict[str, tuple]:
+    """Both towers' names and shapes as their tables write them."""
+    towers = (
+        (vision_table(spec), nnx.eval_shape(lambda: build(spec, rngs=nnx.Rngs(0)))),
+        (text_table(spec), nnx.eval_shape(lambda: Text(spec, rngs=nnx.Rngs(0)))),
+    )
+    return {t.torch_name(p): torch_shape(p, v.shape) for t, tower in towers for p, v in flat(tower).items()}
+
+
+def same_towers(spec: Spec, config: dict):
+    theirs = {k: tuple(v.shape) for k, v in on_meta(config).state_dict().items()}
+    ours = our_shapes(spec)
+    assert set(theirs) - set(ours) == {"logit_scale"} | ({"logit_bias"} if spec.arch == "siglip" else set())
+    assert {k: v for k, v in theirs.items() if k in ours} == ours
+    for tower in (vision_table(spec), text_table(spec)):
+        known = set(ours) | {n for n in theirs if tower.ignored(n)}
+        assert set(theirs) <= known
+
+
+def small(**kw) -> dict:
+    """A small model config; `kw` as `vision_cfg__width=...` or `quick_gelu=...`."""
+    config = dict(
+        embed_dim=24,
+        vision_cfg=dict(image_size=28, patch_size=7, width=48, layers=2, head_width=16),
+        text_cfg=dict(context_length=9, vocab_size=99, width=36, heads=3, layers=2),
+    )
+    for key, value in kw.items():
+        *tower, option = key.split("__")
+        (config[tower[0]] if tower else config)[option] = value
+    return config
+
+
+@pytest.mark.parametrize("name", CLIP_NAMES + SIGLIP_NAMES)
+def test_names_and_shapes_are_those_of_the_model_that_open_clip_builds(name):
+    config = model_config(name)
+    spec = from_open_clip(config, name=name)
+    same_towers(spec, config)
+    written = to_open_clip(spec)
+    assert from_open_clip(written, name=name) == spec
+    same_towers(spec, written["model_cfg"])
+
+
+@pytest.mark.parametrize("tag", TABLE)
+def test_table_rows_are_what_open_clip_names(tag):
+    row = TABLE[tag]
+    spec = from_open_clip(model_config(row.open_clip_name), name=row.open_clip_name)
+    assert {k: getattr(row, k) for k in ARCHITECTURE} == {k: getattr(spec, k) for k in ARCHITECTURE}
+
+
+@pytest.mark.parametrize("tag", TABLE)
+def test_table_rows_come_back_from_their_export(tag):
+    row = TABLE[tag]
+    config = json.loads(json.dumps(to_open_clip(row)))
+    spec = from_open_clip(config, name=row.open_clip_name, source=row.source)
+    assert spec == dataclasses.replace(row, select=spec.select, add_text=spec.add_text, readout=spec.readout)
+    assert config["model_cfg"].get("quick_gelu", False) == ("quickgelu" in row.open_clip_name)
+    assert config["preprocess_cfg"]["resize_mode"] == row.resize_mode
+
+
+def test_the_written_file_makes_open_clip_build_and_prepare_the_same(tmp_path):
+    """open_clip itself reads the folder: weights' names, activation, image transform and tokenizer."""
+    spec = from_open_clip(small(quick_gelu=True, vision_cfg__mlp_ratio=3.1))
+    spec = dataclasses.replace(spec, mean=HALF, std=(0.1, 0.2, 0.3), resize_mode="squash", interpolation="bilinear")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(to_open_clip(spec)))
+    weights = open_clip.CLIP(**to_open_clip(spec)["model_cfg"]).state_dict()
+    torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items() if k != "logit_scale"} == our_shapes(spec)
+    assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, open_clip.model.QuickGELU)
+    shown = str(transform)
+    assert "size=(28, 28)" in shown and "bilinear" in shown and "CenterCrop" not in shown
+    assert "mean=[0.5, 0.5, 0.5]" in shown and "std=[0.1, 0.2, 0.3]" in shown
+    assert open_clip.get_tokenizer(f"local-dir:{tmp_path}")(["a"]).shape == (1, 9)
+
+
+def test_defaults_are_those_of_open_clip():
+    spec = from_open_clip(dict(embed_dim=512, vision_cfg={}, text_cfg={}))
+    vision, text = CLIPVisionCfg(), CLIPTextCfg()
+    assert (spec.layers, spec.width, spec.image_size) == (vision.layers, vision.width, vision.image_size)
+    assert (spec.patch_size, spec.width // spec.heads) == (vision.patch_size, vision.head_width)
+    assert spec.mlp_dim == vision.width * vision.mlp_ratio and spec.activation == "gelu"
+    assert spec.text == TextSpec(text.context_length, text.vocab_size, text.width, text.heads, text.layers, 2048)
+    assert (spec.mean, spec.resize_mode) == (OPENAI_MEAN, "shortest")
+    same_towers(spec, dict(embed_dim=512, vision_cfg={}, text_cfg={}))
+
+
+def test_every_option_of_open_clip_is_known_and_its_default_accepted():
+    config = dict(
+        embed_dim=512, vision_cfg=dataclasses.asdict(CLIPVisionCfg()), text_cfg=dataclasses.asdict(CLIPTextCfg())
+    )
+    assert from_open_clip(config) == from_open_clip(dict(embed_dim=512, vision_cfg={}, text_cfg={}))
+
+
+@pytest.mark.parametrize("name", occ._TIMM)
+def test_timm_table(name):
+    with torch.device("meta"):
+        trunk = timm.create_model(name, num_classes=0, global_pool="map")
+    fields = occ._timm_fields(name)
+    block = trunk.blocks[0]
+    theirs = dict(
+        image_size=trunk.patch_embed.img_size[0],
+        patch_size=trunk.patch_embed.patch_size[0],
+        width=trunk.embed_dim,
+        layers=len(trunk.blocks),
+        heads=block.attn.num_heads,
+        mlp_dim=block.mlp.fc1.out_features,
+        activation="gelu_tanh" if "tanh" in str(block.mlp.act).lower() else "gelu",
+        norm_eps=block.norm1.eps,
+    )
+    assert fields == theirs
+    pool = trunk.attn_pool
+    assert (pool.num_heads, pool.norm.eps, pool.mlp.fc1.out_features) == (
+        fields["heads"],
+        fields["norm_eps"],
+        fields["mlp_dim"],
+    )
+    assert type(pool.mlp.act) is type(block.mlp.act)
+
+
+@pytest.mark.parametrize(
+    "options, field, value",
+    [
+        (dict(quick_gelu=True), "activation", "quick_gelu"),
+        (dict(), "activation", "gelu"),
+        (
+            dict(vision_cfg__act_kwargs={"approximate": "tanh"}, text_cfg__act_kwargs={"approximate": "tanh"}),
+            "activation",
+            "gelu_tanh",
+        ),
+        (dict(vision_cfg__norm_kwargs={"eps": 1e-6}), "norm_eps", 1e-6),
+        (dict(vision_cfg__mlp_ratio=4.9231), "mlp_dim", 236),
+        (dict(vision_cfg__image_size=[42, 42]), "image_size", 42),
+    ],
+)
+def test_options_that_are_read_come_back(options, field, value):
+    spec = from_open_clip(small(**options))
+    assert getattr(spec, field) == value
+    assert from_open_clip(to_open_clip(spec)) == spec
+    same_towers(spec, to_open_clip(spec)["model_cfg"])
+
+
+def test_mlp_ratio_gives_the_very_width():
+    sizes = [(1152, 4304), (1408, 6144), (1664, 8192), *((w, m) for w in (7, 49, 93) for m in range(1, 400))]
+    for width, mlp_dim in sizes:
+        assert int(width * occ._mlp_ratio(width, mlp_dim)) == mlp_dim
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("vision_cfg__ls_init_value", 1e-4),
+        ("vision_cfg__attentional_pool", True),
+        ("vision_cfg__pool_type", "avg"),
+        ("vision_cfg__no_ln_pre", True),
+        ("vision_cfg__final_ln_after_pool", True),
+        ("vision_cfg__patch_dropout", 0.5),
+        ("vision_cfg__pos_embed_type", "sin_cos_2d"),
+        ("vision_cfg__qk_norm", True),
+        ("vision_cfg__block_type", "custom"),
+        ("vision_cfg__layers", [3, 4, 6, 3]),
+        ("vision_cfg__layers", 2.5),
+        ("vision_cfg__head_width", 20),
+        ("vision_cfg__image_size", [28, 35]),
+        ("vision_cfg__norm_kwargs", {"elementwise_affine": False}),
+        ("vision_cfg__act_kwargs", {"inplace": True}),
+        ("vision_cfg__timm_model_name", "convnext_base"),
+        ("vision_cfg__timm_model_name", "vit_base_patch16_siglip_gap_224"),
+        ("text_cfg__hf_model_name", "roberta-base"),
+        ("text_cfg__embed_cls", True),
+        ("text_cfg__pool_type", "eos"),
+        ("text_cfg__proj_type", "none"),
+        ("text_cfg__ls_init_value", 1e-4),
+        ("text_cfg__act_kwargs", {"approximate": "tanh"}),
+        ("text_cfg__heads", 5),
+        ("text_cfg__hf_tokenizer_name", "bert-base-uncased"),
+        ("text_cfg__tokenizer_kwargs", {"strip_sep_token": True}),
+        ("init_logit_bias", -10),
+        ("multimodal_cfg", {}),
+        ("embed_dim", None),
+        ("vision_cfg__depth", 12),
+    ],
+)
+def test_what_is_not_implemented_is_named(option, value):
+    with pytest.raises(UserError, match=option.split("__")[-1]) as error:
+        from_open_clip(small(**{option: value}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("vision_cfg__timm_pool", "avg"),
+        ("vision_cfg__timm_proj", "linear"),
+        ("vision_cfg__timm_drop_path", 0.1),
+        ("vision_cfg__image_size", 384),
+        ("custom_text", False),
+        ("embed_dim", 512),
+    ],
+)
+def test_siglip_options_that_make_another_model_are_named(option, value):
+    config = model_config("ViT-B-16-SigLIP")
+    *tower, key = option.split("__")
+    (config[tower[0]] if tower else config)[key] = value
+    with pytest.raises(UserError, match=key):
+        from_open_clip(config)
+    if key in ("timm_pool", "timm_proj"):
+        del config["vision_cfg"][key]  # open_clip's own default is another model too
+        with pytest.raises(UserError, match=key):
+            from_open_clip(config)
+
+
+@pytest.mark.parametrize("config", [None, [], {}, {"model_cfg": {}}, {"embed_dim": 3, "vision_cfg": {}}])
+def test_something_else_than_a_config_is_refused(config):
+    with pytest.raises(UserError, match="not an open_clip config"):
+        from_open_clip(config)
+
+
+@pytest.mark.parametrize("key, value", [("resize_mode", "longest"), ("interpolation", "random"), ("mean", [0.5, 0.5])])
+def test_preprocessing_that_is_not_implemented_is_named(key, value):
+    with pytest.raises(UserError, match=f"preprocess_cfg.{key}"):
+        from_open_clip(dict(model_cfg=small(), preprocess_cfg={key: value}))
+
+
+def test_preprocessing_left_out_is_open_clips_default_except_for_siglip():
+    config = model_config("ViT-B-16-SigLIP")
+    assert from_open_clip(config).mean == HALF and from_open_clip(config).resize_mode == "squash"
+    named = from_open_clip(dict(model_cfg=config, preprocess_cfg={"std": [0.1, 0.2, 0.3]}))
+    assert (named.mean, named.std, named.resize_mode) == (OPENAI_MEAN, (0.1, 0.2, 0.3), "shortest")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(width=1160, embed_dim=1160), "timm's list"),
+        (dict(image_size=256), "timm's list"),
+        (dict(activation="gelu_tanh"), "timm's list"),
+        (dict(norm_eps=1e-5), "timm's list"),
+    ],
+)
+def test_a_siglip_that_timm_has_not_cannot_be_written(changes, message):
+    with pytest.raises(UserError, match=message):
+        to_open_clip(dataclasses.replace(TABLE["siglip_so400m"], **changes))
+
+
+def test_an_activation_that_open_clip_has_not_cannot_be_written():
+    with pytest.raises(UserError, match="silu"):
+        to_open_clip(Spec(activation="silu"))

@@ -1,0 +1,123 @@
+"""The text encoder against transformers' `CLIPTextModel`: hidden states, names of all versions, refusals."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from helpers import randomise, relative_error, tensors
+from safetensors.numpy import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from diva_jax.weights import names
+from diva_jax.weights.diffusers import TEXT_ENCODER
+
+SD21 = dict(
+    hidden_act="gelu",
+    hidden_size=1024,
+    intermediate_size=4096,
+    layer_norm_eps=1e-5,
+    max_position_embeddings=77,
+    model_type="clip_text_model",
+    num_attention_heads=16,
+    num_hidden_layers=23,
+    projection_dim=512,
+    vocab_size=49408,
+)
+SD15 = SD21 | dict(
+    hidden_act="quick_gelu",
+    hidden_size=768,
+    intermediate_size=3072,
+    num_attention_heads=12,
+    num_hidden_layers=12,
+    projection_dim=768,
+)
+_TINY = dict(
+    hidden_size=36,
+    intermediate_size=100,
+    layer_norm_eps=1e-3,
+    max_position_embeddings=19,
+    num_attention_heads=3,
+    num_hidden_layers=2,
+    vocab_size=53,
+    bos_token_id=51,
+    eos_token_id=52,
+)
+
+
+def build(options) -> TextEncoder:
+    return TextEncoder(TextEncoderConfig.from_dict(options), rngs=nnx.Rngs(0))
+
+
+def load(options, weights) -> TextEncoder:
+    return names.load_into(nnx.eval_shape(lambda: build(options)), weights, TEXT_ENCODER)
+
+
+@functools.cache
+def pair(activation):
+    options = SD21 | _TINY | dict(hidden_act=activation)
+    theirs = randomise(CLIPTextModel(CLIPTextConfig(**options)))
+    return theirs, load(options, tensors(theirs))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("count", [19, 7])
+def test_parity(activation, count):
+    theirs, ours = pair(activation)
+    tokens = np.random.default_rng(0).integers(1, 51, (2, count))
+    tokens[:, 0], tokens[0, 4:], tokens[1, 5:], tokens[:, 4] = 51, 0, 52, 52
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens))[0]
+    error = relative_error(jax.jit(ours.__call__)(tokens), expected)
+    print(f"{activation}, {count} tokens: {error:.1e}")
+    assert error <= 2e-5
+
+
+def test_full_text_only():
+    _, ours = pair("gelu")
+    with pytest.raises(UserError, match="20 tokens, shorten it to 19"):
+        ours(np.zeros((1, 20), int))
+
+
+def test_names_of_all_versions(tmp_path):
+    theirs, ours = pair("gelu")
+    theirs.save_pretrained(tmp_path)
+    now = load_file(tmp_path / "model.safetensors")
+    # Older versions had a prefix, and still older ones saved the positions.
+    old = {f"text_model.{name}": array for name, array in now.items()}
+    old["text_model.embeddings.position_ids"] = np.arange(19)[None]
+    for weights in (now, old):
+        loaded = names.flat(load(SD21 | _TINY, weights))
+        assert all(np.array_equal(loaded[p].get_value(), v.get_value()) for p, v in names.flat(ours).items())
+
+
+@pytest.mark.parametrize(("options", "parameters"), [(SD21, 340_387_840), (SD15, 123_060_480)], ids=["2.1", "1.5"])
+def test_full_size_names_and_shapes(options, parameters):
+    with torch.device("meta"):
+        theirs = CLIPTextModel(CLIPTextConfig(**options)).state_dict()
+    ours = names.flat(nnx.eval_shape(lambda: build(options)))
+    shapes = {TEXT_ENCODER.torch_name(p): names.torch_shape(p, v.shape) for p, v in ours.items()}
+    assert shapes == {name: tuple(t.shape) for name, t in theirs.items()}
+    assert sum(v.size for v in ours.values()) == parameters
+
+
+def test_defaults_are_those_of_transformers():
+    assert TextEncoderConfig.from_dict(CLIPTextConfig().to_dict()) == TextEncoderConfig.from_dict({})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("hidden_act", "gelu_new", "hidden_act"),
+        ("model_type", "t5", "CLIPTextModel"),
+        ("num_attention_heads", 15, "num_attention_heads"),
+        ("hidden_size", "1024", "hidden_size"),
+    ],
+)
+def test_refused_options_are_named(option, value, message):
+    with pytest.raises(UserError, match=message):
+        TextEncoderConfig.from_dict(SD21 | {option: value})

@@ -1,0 +1,351 @@
+"""The U-Net against diffusers' `UNet2DConditionModel`: values, gradients, names, and configs refused."""
+
+import functools
+import inspect
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from flax import nnx
+from helpers import randomise, relative_error, tensors
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.diffusion import blocks, unet
+from diva_jax.models.diffusion.unet import UNet, UNetConfig, timestep_embedding
+from diva_jax.models.layers import Layers
+from diva_jax.weights import names
+from diva_jax.weights.diffusers import UNET
+
+SD21_BASE = dict(
+    _class_name="UNet2DConditionModel",
+    act_fn="silu",
+    attention_head_dim=[5, 10, 20, 20],
+    block_out_channels=[320, 640, 1280, 1280],
+    center_input_sample=False,
+    cross_attention_dim=1024,
+    down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    downsample_padding=1,
+    dual_cross_attention=False,
+    flip_sin_to_cos=True,
+    freq_shift=0,
+    in_channels=4,
+    layers_per_block=2,
+    mid_block_scale_factor=1,
+    norm_eps=1e-5,
+    norm_num_groups=32,
+    num_class_embeds=None,
+    only_cross_attention=False,
+    out_channels=4,
+    sample_size=64,
+    up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    use_linear_projection=True,
+)
+SD21 = SD21_BASE | dict(sample_size=96, upcast_attention=True)
+SD21_UNCLIP = SD21 | dict(
+    class_embed_type="projection",
+    mid_block_type="UNetMidBlock2DCrossAttn",
+    projection_class_embeddings_input_dim=2048,
+    resnet_time_scale_shift="default",
+)
+SD15 = SD21_BASE | dict(attention_head_dim=8, cross_attention_dim=768, use_linear_projection=False)
+
+# Shrunk: channels that are no powers of two, groups of one to six channels, and, but for "2.1", another
+# norm_eps, which must reach the norms outside the transformers and no other.
+_TINY = dict(norm_num_groups=8, sample_size=16)
+_TWO_LEVELS = _TINY | dict(
+    norm_eps=1e-2,
+    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+)
+TINY = {
+    "2.1": SD21_BASE
+    | _TINY
+    | dict(block_out_channels=[16, 24, 48, 48], attention_head_dim=[2, 2, 4, 8], cross_attention_dim=20)
+    | dict(layers_per_block=[1, 2, 1, 1]),
+    "1.5": SD15 | _TWO_LEVELS | dict(block_out_channels=[16, 32], attention_head_dim=4, cross_attention_dim=12),
+    "2.1-unclip": SD21_UNCLIP
+    | _TWO_LEVELS
+    | dict(block_out_channels=[24, 32], attention_head_dim=[3, 2], cross_attention_dim=24, layers_per_block=1)
+    | dict(projection_class_embeddings_input_dim=10),
+    "mini": SD21_BASE
+    | _TWO_LEVELS
+    | dict(block_out_channels=[8, 24], attention_head_dim=[1, 3], cross_attention_dim=10, layers_per_block=1),
+}
+
+
+def channels_first(x) -> torch.Tensor:
+    # Contiguous: for channels-last strides torch takes the variance as E[x^2] - E[x]^2, which loses digits.
+    return torch.from_numpy(x).movedim(-1, 1).contiguous()
+
+
+def build(options, **kw) -> UNet:
+    return UNet(UNetConfig.from_dict(options), rngs=nnx.Rngs(0), **kw)
+
+
+@functools.cache
+def pair(name):
+    """diffusers' U-Net with random weights, and ours with the same."""
+    theirs = randomise(diffusers.UNet2DConditionModel.from_config(TINY[name]))
+    return theirs, names.load_into(nnx.eval_shape(lambda: build(TINY[name])), tensors(theirs), UNET)
+
+
+def batch(name, height, width, tokens, seed=1):
+    """sample, timesteps, context, class labels or None, and a cotangent of the prediction."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    options = TINY[name]
+    labels = options.get("projection_class_embeddings_input_dim")
+    return (
+        normal(2, height, width, 4),
+        np.array([3, 987]),
+        normal(2, tokens, options["cross_attention_dim"]),
+        None if labels is None else normal(2, labels),
+        normal(2, height, width, 4),
+    )
+
+
+def run_theirs(unet, sample, timesteps, context, labels, cotangent):
+    """diffusers' prediction, channels last, and its gradient to the context."""
+    dtype = next(unet.parameters()).dtype
+    cast = lambda a: None if a is None else torch.from_numpy(a).to(dtype)  # noqa: E731
+    context = cast(context).requires_grad_()
+    out = unet(channels_first(sample), torch.from_numpy(timesteps), context, class_labels=cast(labels)).sample.movedim(
+        1, -1
+    )
+    (grad,) = torch.autograd.grad(out, context, cast(cotangent))
+    return out.detach().numpy(), grad.numpy()
+
+
+@jax.jit
+def run_ours(unet, sample, timesteps, context, labels, cotangent):
+    out, pull = jax.vjp(lambda c: unet(sample, timesteps, c, labels), context)
+    return out, pull(cotangent)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "width", "tokens"),
+    [("2.1", 12, 20, 77), ("1.5", 9, 15, 7), ("2.1-unclip", 13, 10, 30)],
+)
+def test_parity(name, height, width, tokens):
+    theirs, ours = pair(name)
+    args = batch(name, height, width, tokens)
+    expected, expected_grad = run_theirs(theirs, *args)
+    out, grad = run_ours(ours, *args)
+    errors = relative_error(out, expected), relative_error(grad, expected_grad)
+    print(f"{name}: prediction {errors[0]:.1e}, gradient to the context {errors[1]:.1e}")
+    assert max(errors) <= 2e-5
+
+
+def test_remat_recomputes_every_block():
+    args = batch("mini", 6, 4, 5)[:3]
+    primitives = []
+    for remat in (False, True):
+        model = nnx.eval_shape(functools.partial(build, TINY["mini"], remat=remat))
+        jaxpr = jax.make_jaxpr(lambda model, *args: model(*args))(model, *args)
+        primitives.append([e.primitive.name for e in jaxpr.eqns])
+    # 1 + 1 residual blocks down, 2 mid, 2 + 2 up; 1 transformer down, 1 mid, 2 up.
+    assert [p.count("checkpoint") + p.count("remat2") for p in primitives] == [0, 12]
+
+
+def test_remat_changes_nothing():
+    block = blocks.Transformer(24, 10, 3, 6, True, Layers(nnx.Rngs(0)))
+
+    @functools.partial(jax.jit, static_argnames="remat")
+    def run(block, x, context, remat):
+        # The block's weights come from outside of what is differentiated, as a frozen U-Net's do.
+        return jax.value_and_grad(lambda c: (blocks.call(block, x, c, remat=remat) ** 2).sum())(context)
+
+    x, context = faint(2, 5, 7, 24), faint(2, 9, 10)
+    for ours, expected in zip(run(block, x, context, True), run(block, x, context, False), strict=True):
+        assert relative_error(ours, expected) <= 1e-6
+
+
+def test_float64_is_float64_throughout():
+    theirs = randomise(diffusers.UNet2DConditionModel.from_config(TINY["mini"])).double()
+    sample, timesteps, context, labels, cotangent = batch("mini", 5, 6, 4)
+    # Step 0, where both libraries' float32 sines and cosines are exact.
+    args = [a if a is None else a.astype(np.float64) for a in (sample, timesteps * 0, context, labels, cotangent)]
+    args[1] = args[1].astype(np.int64)
+    expected, expected_grad = run_theirs(theirs, *args)
+    with jax.enable_x64(True):
+        ours = nnx.eval_shape(lambda: build(TINY["mini"], dtype=jnp.float64, param_dtype=jnp.float64))
+        out, grad = run_ours(names.load_into(ours, tensors(theirs), UNET), *args)
+    assert relative_error(out, expected) <= 1e-12
+    assert relative_error(grad, expected_grad) <= 1e-12
+
+
+def test_bfloat16_is_close_to_float32():
+    theirs, precise = pair("mini")
+    half = names.load_into(
+        nnx.eval_shape(lambda: build(TINY["mini"], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)),
+        tensors(theirs),
+        UNET,
+    )
+    args = batch("mini", 5, 7, 3)[:3]
+    out = jax.jit(half.__call__)(*args)
+    assert out.dtype == jnp.bfloat16
+    error = relative_error(out.astype(jnp.float32), jax.jit(precise.__call__)(*args))
+    print(f"bfloat16: {error:.1e}")
+    assert error <= 3e-2
+
+
+def test_timestep_embedding():
+    reference = diffusers.models.embeddings.get_timestep_embedding(
+        torch.arange(1000), 320, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
+    ours = timestep_embedding(jnp.arange(1000), 320)
+    # One unit in a frequency's last place is 6e-5 at step 999; torch's and our exponential differ in 3 of 160.
+    assert np.abs(ours - reference.numpy()).max() <= 7e-5
+    assert relative_error(ours, reference) <= 5e-6
+    # In half precision, 996 to 999 would be one and the same.
+    assert np.unique(np.asarray(ours)[-4:], axis=0).shape[0] == 4
+
+
+def faint(*shape):
+    """Input so small that the epsilons of the norms matter."""
+    return 0.02 * np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+
+
+def load_block(make, module):
+    return names.load_into(nnx.eval_shape(lambda: make(Layers(nnx.Rngs(0)))), tensors(module), UNET)
+
+
+@pytest.mark.parametrize("n_out", [12, 20])
+def test_resnet_block(n_out):
+    theirs = randomise(ResnetBlock2D(in_channels=12, out_channels=n_out, temb_channels=10, groups=4, eps=1e-5))
+    ours = load_block(lambda layers: blocks.ResnetBlock(12, n_out, 4, 1e-5, layers, 10), theirs)
+    x, time = faint(2, 5, 7, 12), faint(2, 10)
+    expected = theirs(channels_first(x), torch.from_numpy(time)).movedim(1, -1)
+    assert relative_error(jax.jit(ours.__call__)(x, time), expected.detach()) <= 2e-5
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_transformer(linear):
+    theirs = randomise(
+        Transformer2DModel(
+            3, 8, in_channels=24, cross_attention_dim=10, norm_num_groups=6, use_linear_projection=linear
+        )
+    )
+    ours = load_block(lambda layers: blocks.Transformer(24, 10, 3, 6, linear, layers), theirs)
+    x, context = faint(2, 5, 7, 24), faint(2, 9, 10)
+    expected = theirs(channels_first(x), encoder_hidden_states=torch.from_numpy(context)).sample.movedim(1, -1)
+    assert relative_error(jax.jit(ours.__call__)(x, context), expected.detach()) <= 2e-5
+
+
+def test_transformer_block():
+    theirs = randomise(BasicTransformerBlock(24, 3, 8, cross_attention_dim=10, activation_fn="geglu"))
+    # The tokens stay faint through the attentions, so that the second and third norm's epsilons matter too.
+    for attention in (theirs.attn1, theirs.attn2):
+        for p in attention.to_out.parameters():
+            p.data *= 0.1
+    ours = load_block(lambda layers: blocks.TransformerBlock(24, 10, 3, layers), theirs)
+    x, context = faint(2, 35, 24), 50 * faint(2, 9, 10)
+    expected = theirs(torch.from_numpy(x), encoder_hidden_states=torch.from_numpy(context))
+    assert relative_error(jax.jit(ours.__call__)(x, context), expected.detach()) <= 2e-5
+
+
+@pytest.mark.parametrize("height", [1, 4, 7])
+def test_resampling(height):
+    """Odd sizes: down rounds up, and up again cuts to the size that was."""
+    layers = Layers(nnx.Rngs(0))
+    down, up = blocks.Downsample(3, (1, 1), layers), blocks.Upsample(3, layers)
+    their_down = diffusers.models.downsampling.Downsample2D(3, use_conv=True)
+    their_up = diffusers.models.upsampling.Upsample2D(3, use_conv=True)
+    for module, theirs in ((down, their_down), (up, their_up)):
+        randomise(theirs)
+        kernel, bias = theirs.conv.weight.detach().numpy(), theirs.conv.bias.detach().numpy()
+        module.conv.kernel[...], module.conv.bias[...] = kernel.transpose(2, 3, 1, 0), bias
+    x = faint(2, height, 5, 3)
+    expected = their_down(channels_first(x))
+    small = down(x)
+    assert relative_error(small, expected.movedim(1, -1).detach()) <= 2e-5
+    expected = their_up(expected, output_size=(height, 5)).movedim(1, -1)
+    assert relative_error(up(small, (height, 5)), expected.detach()) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [(SD21_BASE, 865_910_724), (SD15, 859_520_964), (SD21_UNCLIP, 870_173_124)],
+    ids=["2.1-base", "1.5", "2.1-unclip"],
+)
+def test_full_size_names_and_shapes(options, parameters):
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel.from_config(options).state_dict()
+    ours = names.flat(nnx.eval_shape(lambda: build(options)))
+    shapes = {UNET.torch_name(p): names.torch_shape(p, v.shape) for p, v in ours.items()}
+    assert shapes == {name: tuple(t.shape) for name, t in theirs.items()}
+    assert sum(v.size for v in ours.values()) == parameters
+
+
+def test_round_trip_is_bit_identical():
+    theirs, ours = pair("mini")
+    back = names.to_torch(ours, UNET)
+    assert all(np.array_equal(back[name], array) for name, array in tensors(theirs).items())
+
+
+def test_every_option_of_diffusers_is_known_with_its_default():
+    defaults = {
+        name: p.default
+        for name, p in inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters.items()
+        if name != "self"
+    }
+    assert set(defaults) == set(unet._USED) | set(unet._FIXED)
+    assert UNetConfig.from_dict(defaults) == UNetConfig.from_dict({})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("addition_embed_type", "text_time"),
+        ("class_embed_type", "timestep"),
+        ("num_class_embeds", 10),
+        ("dual_cross_attention", True),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("only_cross_attention", [True, True, True, False]),
+        ("time_embedding_type", "fourier"),
+        ("mid_block_type", "UNetMidBlock2D"),
+        ("mid_block_type", None),
+        ("act_fn", "gelu"),
+        ("flip_sin_to_cos", False),
+        ("freq_shift", 1),
+        ("transformer_layers_per_block", [1, 2, 10, 10]),
+        ("down_block_types", ["DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]),
+        ("up_block_types", ["UpBlock2D", "CrossAttnUpBlock2D"]),
+        ("cross_attention_dim", [1024, 1024, 1024, 1024]),
+        ("block_out_channels", [320, 640, 1280, 0]),
+        ("block_out_channels", []),
+        ("layers_per_block", [2, 2]),
+        ("attention_head_dim", "8"),
+        ("attention_head_dim", 7),
+        ("norm_num_groups", 48),
+        ("norm_num_groups", None),
+        ("projection_class_embeddings_input_dim", None),
+        ("a_new_option", 3),
+        ("_class_name", "UNet2DModel"),
+    ],
+)
+def test_refused_options_are_named(option, value):
+    with pytest.raises(UserError) as e:
+        UNetConfig.from_dict(SD21_UNCLIP | {option: value})
+    assert (option in str(e.value) or option == "_class_name") and "\n" not in str(e.value)
+
+
+def test_head_counts():
+    heads = lambda **kw: UNetConfig.from_dict(SD21_BASE | kw).heads  # noqa: E731
+    assert heads() == (5, 10, 20, 20)
+    assert heads(attention_head_dim=8) == (8, 8, 8, 8)
+    assert heads(attention_head_dim=64, num_attention_heads=[5, 5, 10, 10]) == (5, 5, 10, 10)
+
+
+def test_class_labels_are_asked_for_and_refused():
+    sample, timesteps, context, labels, _ = batch("2.1-unclip", 8, 8, 3)
+    with pytest.raises(UserError, match="needs class_labels of width 10"):
+        pair("2.1-unclip")[1](sample, timesteps, context)
+    with pytest.raises(UserError, match="takes no class_labels"):
+        pair("mini")[1](sample, timesteps, context, labels)

@@ -1,0 +1,319 @@
+"""`weights.load` from every kind of source, each written by the library that it belongs to."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import open_clip
+import pytest
+import torch
+from clip_folders import CLIP, SIGLIP, clip_folder, siglip_folder
+from flax import nnx
+from helpers import randomise, relative_error
+from safetensors.torch import save_file
+
+from diva_jax import weights
+from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones.open_clip_config import from_open_clip, to_open_clip
+from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
+from diva_jax.models.diffusion.unet import UNetConfig
+from diva_jax.models.diffusion.vae import VAEConfig
+from diva_jax.weights import clip, diffusers, hf, names, readers, sources
+
+
+def clip_model(spec=CLIP):
+    return randomise(open_clip.CLIP(**{k: v for k, v in to_open_clip(spec)["model_cfg"].items()}))
+
+
+def state_dict(model):
+    return {k: v.detach().clone() for k, v in model.state_dict().items() if k != "attn_mask"}
+
+
+def same(module, table, expected):
+    """Every leaf of a module is bit for bit the tensor of its name."""
+    for name, array in names.to_torch(nnx.state(module), table).items():
+        np.testing.assert_array_equal(array, expected[name].float().numpy(), err_msg=name)
+
+
+def same_towers(source, expected, spec=CLIP):
+    same(weights.load(str(source), spec), clip.vision_table(spec), expected)
+    same(weights.load(str(source), spec, tower="text"), clip.text_table(spec), expected)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return clip_model()
+
+
+def wrap(kind, tensors):
+    if kind == "module":
+        return {f"module.{k}": v for k, v in tensors.items()}
+    if kind == "state_dict":
+        return {"state_dict": {f"module.{k}": v for k, v in tensors.items()}, "epoch": 3}
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["plain", "module", "state_dict"])
+@pytest.mark.parametrize("suffix", ["pt", "bin", "old.pth"])
+def test_open_clip_pickles(model, tmp_path, kind, suffix):
+    path, tensors = tmp_path / f"weights.{suffix}", state_dict(model)
+    torch.save(wrap(kind, tensors), path, _use_new_zipfile_serialization=not suffix.startswith("old"))
+    same_towers(path, tensors)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_open_clip_safetensors(model, tmp_path, prefix):
+    tensors = state_dict(model)
+    save_file({prefix + k: v.contiguous() for k, v in tensors.items()}, tmp_path / "w.safetensors")
+    same_towers(tmp_path / "w.safetensors", tensors)
+
+
+def test_bfloat16_and_float16_widen_exactly(model, tmp_path):
+    half = {k: v.to(torch.float16 if "ln" in k else torch.bfloat16) for k, v in state_dict(model).items()}
+    save_file({k: v.contiguous() for k, v in half.items()}, tmp_path / "w.safetensors")
+    torch.save(half, tmp_path / "w.pt")
+    same_towers(tmp_path / "w.safetensors", half)
+    same_towers(tmp_path / "w.pt", half)
+
+
+def test_held_in_the_dtype_asked_for(model, tmp_path):
+    tensors = state_dict(model)
+    torch.save(tensors, tmp_path / "w.pt")
+    loaded = weights.load(str(tmp_path / "w.pt"), CLIP, param_dtype=jnp.bfloat16)
+    same(loaded, clip.vision_table(CLIP), {k: v.bfloat16() for k, v in tensors.items()})
+
+
+def test_open_clip_folder_and_the_file_in_it(model, tmp_path):
+    save_file({k: v.contiguous() for k, v in state_dict(model).items()}, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(to_open_clip(CLIP)))
+    same_towers(tmp_path, state_dict(model))
+    gelu = dataclasses.replace(CLIP, activation="gelu")
+    for source in (tmp_path, f"local-dir:{tmp_path}", tmp_path / "open_clip_model.safetensors"):
+        with pytest.raises(UserError, match="activation is 'quick_gelu' there and 'gelu' in the config"):
+            weights.load(str(source), gelu)
+
+
+def test_custom_text_names(tmp_path):
+    cfg = {k: v for k, v in to_open_clip(CLIP)["model_cfg"].items()}
+    tensors = state_dict(randomise(open_clip.CustomTextCLIP(**cfg)))
+    tensors.pop("text.attn_mask", None)
+    torch.save(tensors, tmp_path / "w.pt")
+    same_towers(tmp_path / "w.pt", {k.removeprefix("text."): v for k, v in tensors.items()})
+
+
+@pytest.mark.parametrize("layout", ["tower", "visual", "training state"])
+def test_files_of_the_diva_authors(model, tmp_path, layout):
+    tensors = state_dict(model)
+    tower = {k: v for k, v in tensors.items() if k.startswith("visual.")}
+    content = {
+        "tower": {k.removeprefix("visual."): v for k, v in tower.items()},
+        "visual": tower,
+        "training state": {f"class_model.model.{k}": v for k, v in tensors.items()}
+        | {"class_model.final_fc.weight": torch.ones(1, 20), "unet.conv_in.weight": torch.ones(4, 4, 3, 3)},
+    }[layout]
+    torch.save(content, tmp_path / "OpenAI-ViT-L-14-224.pth")
+    source = str(tmp_path / "OpenAI-ViT-L-14-224.pth")
+    same(weights.load(source, CLIP), clip.vision_table(CLIP), tensors)
+    if layout != "training state":
+        with pytest.raises(UserError, match="vision tower alone"):
+            weights.load(source, CLIP, tower="text")
+
+
+OPENAI = dataclasses.replace(CLIP, width=128, heads=2)
+
+
+def openai_archive(path):
+    """Writes a TorchScript archive as OpenAI's are, float16 and sizes as buffers; returns its tensors."""
+    model = randomise(open_clip.CLIP(**to_open_clip(OPENAI)["model_cfg"]))
+    for name, value in (("input_resolution", 30), ("context_length", 11), ("vocab_size", 99)):
+        vars(model).pop(name, None)
+        model.register_buffer(name, torch.tensor(value))
+    inputs = torch.zeros(1, 3, 30, 30), torch.zeros(1, 11, dtype=torch.long)
+    torch.jit.trace(model, inputs, check_trace=False).half().save(str(path))
+    return torch.jit.load(str(path), map_location="cpu").state_dict()
+
+
+def test_openai_archive(tmp_path):
+    expected = openai_archive(tmp_path / "ViT-tiny.pt")
+    assert expected["visual.conv1.weight"].dtype == torch.float16
+    same_towers(tmp_path / "ViT-tiny.pt", expected, OPENAI)
+    found = sources.open_clip_source(str(tmp_path / "ViT-tiny.pt"))
+    assert found.kind == "OpenAI archive" and found.spec == OPENAI
+    with pytest.raises(UserError, match="activation is 'quick_gelu' there and 'gelu' in the config"):
+        weights.load(str(tmp_path / "ViT-tiny.pt"), dataclasses.replace(OPENAI, activation="gelu"))
+
+
+@pytest.mark.parametrize("shards", [None, "100KB"])
+def test_transformers_clip(tmp_path, shards):
+    model = clip_folder(tmp_path, **({"max_shard_size": shards} if shards else {}))
+    assert bool(shards) == (len(list(tmp_path.glob("*.safetensors"))) > 1)
+    images, ids = np.random.default_rng(0).standard_normal((2, 30, 30, 3), np.float32), np.array([[5, 7, 98] + [0] * 8])
+    vision, text = weights.load(str(tmp_path), CLIP), weights.load(str(tmp_path), CLIP, tower="text")
+    with torch.no_grad():
+        theirs = model.get_image_features(pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+        their_text = model.get_text_features(input_ids=torch.from_numpy(ids))
+    assert relative_error(vision.encode(jnp.asarray(images)).pooled, theirs.pooler_output) < 2e-5
+    assert relative_error(text.encode(jnp.asarray(ids)), their_text.pooler_output) < 2e-5
+
+
+def test_transformers_clip_with_another_activation_is_refused(tmp_path):
+    clip_folder(tmp_path)
+    with pytest.raises(UserError, match="activation is 'quick_gelu' there and 'gelu' in the config"):
+        weights.load(str(tmp_path), dataclasses.replace(CLIP, activation="gelu"))
+
+
+def test_transformers_siglip(tmp_path):
+    model = siglip_folder(tmp_path)
+    images, ids = np.random.default_rng(0).standard_normal((2, 42, 42, 3), np.float32), np.arange(10)[None] * 7
+    vision, text = weights.load(str(tmp_path), SIGLIP), weights.load(str(tmp_path), SIGLIP, tower="text")
+    with torch.no_grad():
+        pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        theirs = model.vision_model(pixels)
+        their_text = model.get_text_features(input_ids=torch.from_numpy(ids))
+    ours = vision.encode(jnp.asarray(images))
+    assert relative_error(ours.pooled, theirs.pooler_output) < 2e-5
+    assert relative_error(ours.tokens, theirs.last_hidden_state) < 2e-5
+    assert relative_error(text.encode(jnp.asarray(ids)), their_text.pooler_output) < 2e-5
+
+
+def test_published_siglip_says_tanh_and_is_run_exactly(tmp_path):
+    siglip_folder(tmp_path, act="gelu_pytorch_tanh")
+    weights.load(str(tmp_path), SIGLIP)
+
+
+@pytest.mark.parametrize("spec", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_transformers_names_both_ways_are_exact(tmp_path, spec):
+    model = (clip_folder if spec is CLIP else siglip_folder)(tmp_path, spec)
+    source = sources.open_clip_source(str(tmp_path))
+    back = hf.from_open_clip(source.tensors, spec)
+    theirs = model.state_dict()
+    assert back.keys() == {n for n in theirs if not n.endswith("position_ids")}
+    for name, tensor in back.items():
+        np.testing.assert_array_equal(np.asarray(tensor), theirs[name].numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("size", [42, 24])
+def test_position_embeddings_at_another_resolution(model, tmp_path, size, capsys):
+    """Up and down, as open_clip's own resize_pos_embed."""
+    from open_clip.model import resize_pos_embed
+
+    tensors = state_dict(model)
+    torch.save(tensors, tmp_path / "w.pt")
+    spec = dataclasses.replace(CLIP, image_size=size)
+    ours = weights.load(str(tmp_path / "w.pt"), spec)
+    resize_pos_embed(tensors, clip_model(spec))
+    theirs = tensors["visual.positional_embedding"]
+    assert relative_error(ours.pos_embed[...], theirs) < 2e-6
+    np.testing.assert_array_equal(ours.pos_embed[...][0], theirs[0].numpy())
+    assert f"interpolated from 5 x 5 to {size // 6} x {size // 6}" in capsys.readouterr().out
+
+
+def test_position_embeddings_are_left_alone_at_the_same_resolution(model, tmp_path, capsys):
+    torch.save(state_dict(model), tmp_path / "w.pt")
+    weights.load(str(tmp_path / "w.pt"), CLIP)
+    assert "interpolated" not in capsys.readouterr().out
+
+
+UNET = dict(
+    sample_size=8,
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    attention_head_dim=(2, 4),
+    cross_attention_dim=24,
+    norm_num_groups=8,
+    use_linear_projection=True,
+)
+VARIANTS = {
+    "plain": {},
+    "fp16": dict(variant="fp16"),
+    "sharded": dict(max_shard_size="200KB"),
+    "fp16 sharded": dict(variant="fp16", max_shard_size="100KB"),
+    "bin": dict(safe_serialization=False),
+    "bin sharded": dict(safe_serialization=False, max_shard_size="200KB"),
+}
+
+
+@pytest.mark.parametrize("kind", list(VARIANTS))
+def test_diffusers_unet(tmp_path, kind):
+    from diffusers import UNet2DConditionModel
+
+    model = randomise(UNet2DConditionModel(**UNET))
+    model = model.half() if "fp16" in kind else model
+    model.save_pretrained(tmp_path / "unet", **VARIANTS[kind])
+    files = [f for f in (tmp_path / "unet").iterdir() if f.suffix in (".safetensors", ".bin")]
+    assert ("sharded" in kind) == (len(files) > 1)
+    for folder in (tmp_path, tmp_path / "unet") if kind == "plain" else (tmp_path,):
+        same(weights.load(str(folder), UNetConfig.from_dict(UNET)), diffusers.UNET, model.state_dict())
+
+
+def test_full_precision_is_preferred_to_a_variant(tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    model = randomise(UNet2DConditionModel(**UNET))
+    model.save_pretrained(tmp_path)
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+    model.half().save_pretrained(tmp_path, variant="fp16")
+    same(weights.load(str(tmp_path), UNetConfig.from_dict(UNET)), diffusers.UNET, expected)
+
+
+def test_diffusers_vae_and_text_encoder(tmp_path):
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    vae = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    model = randomise(AutoencoderKL(**vae, **blocks))
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def old_name(name):
+        for new, was in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
+        return name
+
+    (tmp_path / "old").mkdir()
+    save_file(
+        {old_name(k): v for k, v in model.state_dict().items()}, tmp_path / "old/diffusion_pytorch_model.safetensors"
+    )
+    model.save_pretrained(tmp_path / "vae")
+    (tmp_path / "old/config.json").write_text((tmp_path / "vae/config.json").read_text())
+    for folder in (tmp_path, tmp_path / "old"):
+        same(weights.load(str(folder), VAEConfig.from_dict(vae | blocks)), diffusers.VAE, model.state_dict())
+
+    cfg = dict(vocab_size=60, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    text = randomise(CLIPTextModel(CLIPTextConfig(**cfg, max_position_embeddings=9, hidden_act="gelu")))
+    text.save_pretrained(tmp_path / "text_encoder")
+    spec = TextEncoderConfig(60, 9, 24, 2, 2, 48)
+    expected = {k.removeprefix("text_model."): v for k, v in text.state_dict().items()}
+    same(weights.load(str(tmp_path), spec), diffusers.TEXT_ENCODER, expected)
+    with pytest.raises(UserError, match="layers is 2 there and 3 in the config"):
+        weights.load(str(tmp_path), dataclasses.replace(spec, layers=3))
+
+
+def test_wrong_architectures_say_what_was_found(model, tmp_path):
+    torch.save(state_dict(model), tmp_path / "w.pt")
+    with pytest.raises(UserError, match="width is 48 there and 1024 in the config; layers is 2 there and 24"):
+        weights.load(str(tmp_path / "w.pt"), Spec())
+    with pytest.raises(UserError, match="arch is 'vit' there and 'siglip' in the config"):
+        weights.load(str(tmp_path / "w.pt"), SIGLIP)
+    torch.save({"conv.weight": torch.ones(3)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="no vision tower that is known"):
+        weights.load(str(tmp_path / "x.pt"), CLIP)
+
+
+def test_fingerprint_is_of_contents_and_order(tmp_path):
+    for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (readers.fingerprint([tmp_path / n]) for n in "abc")
+    assert a == c != b and len(a) == 64
+    assert readers.fingerprint([tmp_path / "a", tmp_path / "b"]) != readers.fingerprint(
+        [tmp_path / "b", tmp_path / "a"]
+    )
+
+
+def test_described_configs_are_those_of_open_clip(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": open_clip.get_model_config("ViT-B-32")}))
+    assert from_open_clip(json.loads((tmp_path / "open_clip_config.json").read_text())).patch_size == 32

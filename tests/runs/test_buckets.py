@@ -1,0 +1,172 @@
+"""A run whose data and workdir are in a bucket: an emulator of Google's, spoken to by gcsfs and tensorstore."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import ThreadingHTTPServer
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import fsspec
+import gcp_storage_emulator.server as emulator
+import numpy as np
+import pytest
+from etils import epath
+from gcp_storage_emulator.exceptions import NotFound
+from places import ROOT, SUPPORT
+from processes import STEPS, finish, start_all, wait_for_step
+
+from diva_jax.common import paths
+from diva_jax.common.errors import RunError, UserError
+from diva_jax.evals import encoders
+from diva_jax.training import checkpoint
+
+
+class Handler(emulator.RequestHandler):
+    """The emulator's, one request at a time, and with a file's version told with its content."""
+
+    turn = threading.Lock()
+
+    def parse_request(self):
+        if super().parse_request():  # Only now has a request come: an idle connection holds up no other.
+            with self.turn:
+                getattr(self, f"do_{self.command}")()
+        return False  # done
+
+    def end_headers(self):
+        if found := re.match(r"/.*/b/([^/]+)/o/([^?]+)\?.*alt=media", self.path):
+            with contextlib.suppress(NotFound):
+                version = self.storage.get_file_obj(found[1], unquote(found[2]))["generation"]
+                self.send_header("x-goog-generation", version)
+        super().end_headers()
+
+
+class Threads(ThreadingHTTPServer):
+    """A thread a connection; one that is closed early is no error."""
+
+    daemon_threads = True
+
+    def __init__(self, address, handler):
+        super().__init__(address, partial(Handler, *handler.args))
+
+    def handle_error(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The address of an empty bucket, which this process and those it starts can reach."""
+    emulator.server = SimpleNamespace(HTTPServer=Threads)
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    address = f"http://127.0.0.1:{server._api._httpd.server_port}"
+    names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
+    os.environ.update(dict.fromkeys(names, address))
+    try:
+        yield epath.Path("gs://bucket")
+    finally:
+        for name in names:
+            del os.environ[name]
+        server.stop()
+
+
+def command(module: str, *flags) -> tuple[int, str, str]:
+    run = [sys.executable, "-m", module, *flags]
+    env = os.environ | {"PYTHONPATH": str(SUPPORT)}
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path):
+    """Told to leave, resumed, then exported and reported on, all from gs://."""
+    for shard in (files / "photos").glob("*.tar"):
+        (bucket / "photos" / shard.name).write_bytes(shard.read_bytes())
+    workdir = bucket / "runs" / "a"
+    more = [f"--config.data.path={bucket}/photos/*.tar", "--config.compile_cache=auto", "--config.log.tensorboard=true"]
+    more += ["--config.profile.start=1", "--config.profile.steps=1"]
+    two = start_all(files, workdir, 2, *more, rows=tmp_path / "first")
+    wait_for_step(two[0], 2)
+    two[1].terminate()
+    ends = finish(two)
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    saved = checkpoint.latest_step(workdir)
+    assert 2 <= saved < STEPS and not (workdir / "done").exists()
+    ends = finish(start_all(files, workdir, 1, *more, rows=tmp_path / "second"))
+    assert [code for code, _, _ in ends] == [0], ends
+    assert f"goes on from the checkpoint of step {saved}" in ends[0][1]
+    assert checkpoint.latest_step(workdir) == STEPS and (workdir / "done").exists()
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    for folder in ("tensorboard", "cache/compiled", "profile/plugins/profile"):
+        assert list((workdir / folder).iterdir()), folder
+    assert list((workdir / "cache").glob("tar_index_*"))
+
+    assert encoders.resolve(f"{workdir}:{saved}") == (str(workdir), saved)
+    assert encoders.resolve(str(workdir)) == (str(workdir), STEPS)
+    code, out, err = command("diva_jax.export_torch", f"--workdir={workdir}", f"--out={tmp_path / 'tuned'}")
+    assert code == 0 and (tmp_path / "tuned" / "open_clip_model.safetensors").exists(), err
+    code, _, err = command("diva_jax.report", str(workdir))
+    assert code == 0 and "</html>" in (workdir / "report.html").read_text(), err
+
+
+@pytest.mark.parametrize(
+    "module, flags, said",
+    [
+        ("diva_jax.main", ["--config=tests/e2e_config.py:{files}", "--workdir=ftp://a/b"], "use gs://BUCKET/"),
+        (
+            "diva_jax.main",
+            ["--config=tests/e2e_config.py:{files}", "--config.accum=1", "--workdir=gs://nowhere/run"],
+            "gs://nowhere",
+        ),
+        ("diva_jax.export_torch", ["--workdir=gs://bucket/none", "--out=x"], "holds no run"),
+        ("diva_jax.export_torch", ["--workdir=runs/a", "--out=gs://bucket/x"], "--out=gs://bucket/x must be a folder"),
+        ("diva_jax.export_torch", ["--source=gs://bucket/clip", "--out=x"], "mount the bucket"),
+        ("diva_jax.report", ["gs://bucket/none"], "gs://bucket/none is not a folder"),
+    ],
+)
+def test_refused_in_one_sentence(files, bucket, module, flags, said):
+    code, _, err = command(module, *(flag.format(files=files) for flag in flags))
+    assert code == 2 and said in err.splitlines()[-1] and "Traceback" not in err, err
+
+
+def test_a_bucket_that_vanishes_while_saving(bucket, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PAUSES", (0.01,))
+    store, state = fsspec.filesystem("gs"), {"x": np.arange(3.0)}
+    store.mkdir("doomed")
+    checkpoints = checkpoint.Checkpoints("gs://doomed/run")
+    checkpoints.save(1, state, {}, {}, wait=True)
+    assert checkpoint.steps("gs://doomed/run") == [1]
+    store.rm("doomed/run", recursive=True)
+    store.rmdir("doomed")
+    with pytest.raises(RunError, match="step 2: no checkpoint can be written to gs://doomed/run/checkpoints"):
+        checkpoints.save(2, state, {}, {}, wait=True)
+    checkpoints.close()
+
+
+def test_a_mirror_copies_what_changed(bucket):
+    mirror = paths.Mirror(bucket / "mirror", every=3600)
+    (mirror.local / "a").mkdir()
+    (mirror.local / "a" / "x").write_text("1")
+    mirror.push()
+    assert not (bucket / "mirror").exists()
+    mirror.push(force=True)
+    (bucket / "mirror" / "a" / "x").write_text("theirs")
+    (mirror.local / "y").write_text("2")
+    mirror.close()
+    assert (bucket / "mirror" / "y").read_text() == "2"
+    assert (bucket / "mirror" / "a" / "x").read_text() == "theirs", "copied again without a change"
+    assert not mirror.local.exists()
+
+
+def test_without_gcsfs(monkeypatch):
+    def missing(self):
+        raise ImportError("no gcsfs")
+
+    monkeypatch.setattr(epath.gpath.PosixGPath, "exists", missing)
+    with pytest.raises(UserError, match=r"pip install 'diva_jax\[gcs\]'"):
+        paths.folder("gs://bucket/run", "--workdir")

@@ -1,0 +1,274 @@
+"""Several real processes on this machine make one run, whatever their number; one is told to leave, one dies, one
+never comes, one brings other data. And saves that fail."""
+
+import errno
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import multihost
+import numpy as np
+import pytest
+import small
+from e2e_config import get_config
+from jax.experimental.compilation_cache import compilation_cache
+from processes import FIELDS, STEPS, finish, free_address, start, start_all, wait_for_step
+
+from diva_jax import train
+from diva_jax.common.errors import RunError, UserError
+from diva_jax.data import pipeline
+from diva_jax.training import checkpoint, distributed, metrics, sharding
+
+BATCH, IMAGES = 8, 24
+
+
+def run_here(files, workdir) -> None:
+    """The same run by this process and its eight devices."""
+    config = get_config(str(files))
+    config.update_from_flattened_dict(FIELDS)
+    take = pipeline.Iterator.__next__
+    multihost.record(f"{workdir}.here.rows")
+    try:
+        assert train.Run(config, workdir).run()
+    finally:
+        pipeline.Iterator.__next__ = take
+
+
+def seen(workdir) -> dict[tuple[int, int], int]:
+    """(step, row) -> checksum of the image, of all starts and processes, which agree where they overlap."""
+    rows = {}
+    for file in workdir.parent.glob(f"{workdir.name}.*.rows"):
+        for step, row, image in map(json.loads, file.read_text().splitlines()):
+            assert rows.setdefault((step, row), image) == image, f"step {step}, row {row} of {file.name}"
+    return rows
+
+
+def losses(workdir) -> list[float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    return [r["loss"] for r in rows]
+
+
+def test_one_run_over_two_four_and_one_processes(files, tmp_path):
+    """Two processes, one of which is told to leave; then four, one of which dies; then one to the end."""
+    workdir, alone = tmp_path / "run", tmp_path / "alone"
+    two = start_all(files, workdir, 2, "--config.mesh.fsdp=2", "--config.mesh.min_shard=64")
+    wait_for_step(two[0], 2)
+    two[1].terminate()
+    ends = finish(two)
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    saved = checkpoint.latest_step(workdir)
+    assert 2 <= saved < STEPS and f"SIGTERM: saved step {saved}" in ends[0][1]
+    assert not re.search("^(step|stage|total) ", ends[1][1], re.M), "only process 0 prints"
+
+    four = start_all(files, workdir, 4, "--config.mesh.fsdp=2")
+    wait_for_step(four[0], saved + 2)
+    four[2].kill()
+    began = time.monotonic()
+    ends = finish(four)
+    assert time.monotonic() - began < 60
+    for code, _, err in (ends[0], ends[1], ends[3]):
+        assert code not in (0, 2) and ("lost another of the 4 processes" in err or "another task died" in err), err
+
+    run_here(files, workdir)
+    run_here(files, alone)
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-5)
+    whole = seen(alone)
+    assert seen(workdir) == whole
+    for first in range(1, STEPS + 1, IMAGES // BATCH):
+        images = [image for (step, _), image in whole.items() if first <= step < first + IMAGES // BATCH]
+        assert len(images) == len(set(images)) == IMAGES
+
+
+def lost(process: subprocess.Popen, since: float) -> None:
+    """It ends within the timeout, and says why."""
+    ((code, _, err),) = finish([process])
+    assert time.monotonic() - since < 60
+    assert code not in (0, 2) and ("lost another of the 2 processes" in err or "another task died" in err), err
+
+
+def test_the_machine_that_the_others_meet_at_dies(files, tmp_path):
+    two = start_all(files, tmp_path / "run", 2)
+    wait_for_step(two[0], 2)
+    two[0].kill()
+    lost(two[1], time.monotonic())
+
+
+def test_a_save_that_fails_on_one_machine_which_later_falls_silent(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAILS_ON", "1")
+    monkeypatch.setenv("FAILS", "1")
+    fields = ("steps=40", "mesh.fsdp=2", "mesh.min_shard=64", "checkpoint.timeout=8")
+    two = start_all(files, tmp_path / "run", 2, *(f"--config.{f}" for f in fields))
+    seen = wait_for_step(two[0], 14)
+    assert re.search(r"^step \d+: saving failed, tried again", seen, re.M)
+    two[1].send_signal(signal.SIGSTOP)
+    try:
+        lost(two[0], time.monotonic())
+    finally:
+        two[1].kill()
+    assert checkpoint.steps(tmp_path / "run"), "the second try was whole"
+
+
+def test_data_that_is_truncated_on_one_machine(files, tmp_path):
+    fewer = tmp_path / "fewer"
+    shutil.copytree(files / "photos", fewer)
+    sorted(fewer.glob("*.tar"))[-1].unlink()
+    address = free_address()
+    whole = start(files, tmp_path / "run", address, 0, 2)
+    short = start(files, tmp_path / "run", address, 1, 2, f"--config.data.path={fewer}")
+    for code, _, err in finish([whole, short]):
+        assert code == 2 and "error: " in err and "Traceback" not in err, err
+        assert "the number of images in config.data.path is 24 for process 0 and 16 for process 1" in err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_others_do_not_come(files, tmp_path, index):
+    address = free_address()
+    ((code, _, err),) = finish([start(files, tmp_path / "run", address, index, 2, "--join_timeout=2")])
+    assert code == 2 and address in err and "on every machine" in err
+    assert ("not all 2 processes" if index == 0 else "cannot reach the coordinator") in err
+    assert len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        (("host:1", None, "0"), "JAX_NUM_PROCESSES"),
+        (("host", "2", "0"), "HOST:PORT"),
+        (("host:1", "2", "2"), "JAX_PROCESS_ID=2"),
+    ],
+)
+def test_variables_that_do_not_fit(monkeypatch, variables, said):
+    for name, value in zip(("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"), variables, strict=True):
+        if value is not None:
+            monkeypatch.setenv(f"JAX_{name}", value)
+    with pytest.raises(UserError, match=said):
+        distributed.initialise(1, 10)
+
+
+def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("asked for others"))
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "1")
+    assert distributed.initialise(1, 10) is False
+
+
+def test_mesh_that_does_not_divide():
+    c = small.small_config(mesh__fsdp=3)
+    with pytest.raises(UserError, match="fsdp=3 does not divide the 8 devices"):
+        sharding.make_mesh(c.mesh)
+    c.mesh.update(fsdp=2, data=3)
+    with pytest.raises(UserError, match="use data=-1 or 4"):
+        sharding.make_mesh(c.mesh)
+
+
+STATE = {"x": np.arange(3.0)}
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PAUSES", (0.01, 0.01))
+    c = checkpoint.Checkpoints(tmp_path, keep=1)
+    c.save(1, STATE, {}, {}, wait=True)
+    return c
+
+
+def fail_to_write(monkeypatch, times: int) -> list:
+    """The disk is full for so many saves: found out where orbax finds it out, in the thread that writes."""
+    write, failed = checkpoint.ocp.JsonCheckpointHandler._save_fn, []
+
+    async def full(self, *args):
+        if len(failed) < times:
+            failed.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        await write(self, *args)
+
+    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "_save_fn", full)
+    return failed
+
+
+def test_a_save_that_fails_is_made_up_for(checkpoints, tmp_path, monkeypatch, capfd):
+    failed = fail_to_write(monkeypatch, 1)
+    checkpoints.save(2, STATE, {}, {})  # Fails behind our back.
+    checkpoints.save(3, STATE, {}, {})
+    assert failed and "step 3: saving failed, tried again" in capfd.readouterr().out
+    assert checkpoint.steps(tmp_path) == [3]
+    checkpoints.close()
+
+
+def test_a_disk_that_stays_full_keeps_the_last_checkpoint(checkpoints, tmp_path, monkeypatch):
+    fail_to_write(monkeypatch, 1000)
+    with pytest.raises(RunError, match=r"step 2: .*No space left.*tried 3 times; the last whole one is of step 1"):
+        checkpoints.save(2, STATE, {}, {}, wait=True)
+    checkpoints.close()
+    assert checkpoint.steps(tmp_path) == [1]
+    np.testing.assert_array_equal(checkpoint.Checkpoints(tmp_path).restore(1, STATE)[0]["x"], STATE["x"])
+
+
+def test_what_failed_first_is_said(checkpoints, monkeypatch):
+    """Threads of a failed save may still write where the next one cleans up."""
+    reasons = iter(["No space left on device", "Directory not empty", "Directory not empty"])
+    monkeypatch.setattr(checkpoint.Checkpoints, "_try_to_save", lambda *_: next(reasons))
+    with pytest.raises(RunError, match=r"\(No space left on device, then Directory not empty\), tried 3 times"):
+        checkpoints.save(2, STATE, {}, {}, wait=True)
+
+
+def test_a_bucket_that_is_gone(checkpoints, tmp_path):
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("now a file, in which no folder can be made")
+    with pytest.raises(RunError, match="step 2: no checkpoint can be written to .*checkpoints"):
+        checkpoints.save(2, STATE, {}, {}, wait=True)
+    checkpoints.close()
+
+
+def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics.Writer, "write", full)
+    config = get_config(str(files))
+    config.update_from_flattened_dict(FIELDS)
+    with pytest.raises(RunError, match="step 2: .*No space left on device.*last checkpoint stands"):
+        train.Run(config, tmp_path).run()
+
+
+def test_a_second_start_does_not_compile_the_step_again(tmp_path):
+    events = []
+
+    def listen(event, **_):
+        events.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    train.use_compile_cache("auto", tmp_path)
+    compilation_cache.reset_cache()  # jax keeps to the first folder it has used.
+    try:
+        for found in ("cache_misses", "cache_hits"):
+            p = small.program(small.small_config(diva__draws=1))
+            lowered = p.step(0).lower(p.abstract_state(0), p.abstract_frozen(), p.abstract_batch())
+            events.clear()
+            lowered.compile()
+            assert f"/jax/compilation_cache/{found}" in events
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        compilation_cache.reset_cache()
+        jax.monitoring.unregister_event_listener(listen)
+    assert list((tmp_path / "cache" / "compiled").iterdir())
+
+
+def test_a_workdir_that_the_machines_do_not_share(tmp_path, monkeypatch):
+    """Process 0 has written config.json into its own; this one never sees it, and says something else than 0."""
+    monkeypatch.setattr(checkpoint, "_SEEN_WITHIN", 0.0)
+    config = small.small_config()
+    checkpoint.write_config(tmp_path / "first", config)
+    facts = [{"config.json": checkpoint.seen_config(tmp_path / folder)} for folder in ("first", "second")]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "_gather", lambda _: [json.dumps(f).encode() for f in facts])
+    with pytest.raises(UserError, match=r"config.json is \d+ for process 0 and None for process 1"):
+        distributed.check_same(facts[0])

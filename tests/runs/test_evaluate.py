@@ -1,0 +1,289 @@
+"""The whole evaluation: the command, a run's checkpoint as weights, the results file, live parameters in training."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import small
+from eval_data import CLIP, encoded, eval_config, patch, statement, write_mmvp
+from eval_models import centred, torch_model, write_model
+from helpers import tensors
+
+from diva_jax import evals
+from diva_jax.common.errors import UserError
+from diva_jax.evals import Options, encoders, evaluator
+from diva_jax.export import workdirs
+from diva_jax.training import checkpoint, sharding
+from diva_jax.weights.writers import write_safetensors
+
+TASKS = ("mmvp", "zeroshot", "retrieval", "drift")
+OPTIONS = Options(bootstrap=300, seeds=2, batch_size=32, neighbours=3)
+CONFIG = """
+import dataclasses
+import json
+from pathlib import Path
+from diva_jax import config
+from diva_jax.models.backbones import Spec, TextSpec
+
+def get_config():
+    fields = json.loads(Path({path!r}).read_text())
+    text = TextSpec(**fields.pop("text"))
+    return config.default(Spec(**fields, text=text))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    (root / "mmvp").mkdir()
+    write_mmvp(root / "mmvp")
+    rows = ["image,caption"]
+    for i in range(21):
+        path = root / "classes" / f"kind {i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(patch(i)))
+        rows += [f"classes/kind {i % 3}/{i}.png,picture {j} of number {i}" for j in range(1 + i % 2)]
+    (root / "captions.csv").write_text("\n".join(rows))
+    paths = (root / "mmvp", root / "classes", root / "captions.csv", root / "classes")
+    return {task: str(path) for task, path in zip(TASKS, paths, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    texts = [f"a photo of {statement(i)}" for i in range(0, 270, 9)]
+    model = centred(torch_model(CLIP), CLIP, [patch(i) for i in range(0, 270, 9)], texts)
+    return write_model(tmp_path_factory.mktemp("weights") / "base", model)
+
+
+@pytest.fixture(scope="module")
+def config(base):
+    return eval_config(CLIP, base)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, base):
+    """A run that trains the last block alone, with checkpoints of steps 2 and 5."""
+    c = small.small_config(trainable=(("vision/blocks/1/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0)))
+    c.backbone = eval_config(CLIP, base).backbone
+    folder = tmp_path_factory.mktemp("runs") / "tuned"
+    checkpoint.write_config(folder, c)
+    program = small.program(c)
+    checkpoints = checkpoint.Checkpoints(folder)
+    for step in (2, 5):
+        arrays = small.random_arrays(program, seed=step)
+        checkpoints.save(step, program.init_state(arrays), {}, {"sources": {}, "config": json.loads(c.to_json())})
+    checkpoints.wait()
+    checkpoints.close()
+    return folder
+
+
+def run(config, data, sources, devices: int, **options):
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    runner = evaluator.Evaluator(config, mesh, data, Options(**(vars(OPTIONS) | options)))
+    found = []
+    for source in sources:
+        path, step = encoders.resolve(str(source))
+        loaded = encoders.load(path, step, config, mesh)
+        label = evaluator.labels_of([path], [step])[0]
+        found.append((label, runner.evaluate(runner.model(label, loaded.arrays, loaded.text))))
+    return runner.report(found)
+
+
+def close(a, b, where="results"):
+    """The same structure; numbers of float32 embeddings to 1e-5, scores (shares of items) to the last digit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            close(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            close(x, y, f"{where}[{i}]")
+    elif isinstance(a, float):
+        loose = any(part in where for part in (".drift.", ".flipped["))
+        assert a == pytest.approx(b, abs=1e-4 if loose else 0, rel=1e-5 if loose else 1e-12), where
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def reference(config, data, base, workdir):
+    return run(config, data, [base, f"{workdir}:2", workdir], devices=8)
+
+
+def test_results_have_the_documented_form(reference, workdir):
+    tasks, rows = reference
+    assert list(tasks) == list(TASKS)
+    labels = ["base", "tuned:2", "tuned:5"]
+    for name, task in tasks.items():
+        assert set(task) == {"title", "data", "count", "items", "metrics", "weights", "comparisons"}
+        assert os.path.isabs(task["data"]) and task["count"] > 0 and list(task["weights"]) == labels
+        assert [(c["before"], c["after"]) for c in task["comparisons"]] == [("base", x) for x in labels[1:]]
+        for found in [*task["weights"].values(), *task["comparisons"]]:
+            assert set(found["scores"]) <= set(task["metrics"]), name
+        for metric in task["metrics"].values():
+            assert metric["title"] and metric["unit"] in ("%", "")
+        for found in task["weights"].values():
+            for s in found["scores"].values():
+                assert s["interval"] is None or s["interval"][0] <= s["score"] <= s["interval"][1]
+    mmvp = tasks["mmvp"]
+    assert [len(w["patterns"]) for w in mmvp["weights"].values()] == [9] * 3
+    mean = np.mean([p["scores"]["pooled"]["score"] for p in mmvp["weights"]["base"]["patterns"]])
+    assert mmvp["weights"]["base"]["scores"]["pooled"]["score"] == pytest.approx(mean)
+    assert mmvp["comparisons"][0]["flipped"] and len(mmvp["weights"]["base"]["scores"]["published"]["seeds"]) == 2
+    assert tasks["drift"]["comparisons"][0]["scores"]["cosine"]["score"] < 0.999
+    counts = {name: sum(r["task"] == name for r in rows) for name in TASKS}
+    assert counts == {"mmvp": 3 * 270 * 3, "zeroshot": 3 * 21, "retrieval": 3 * (31 + 21), "drift": 2 * 2 * 21}
+    text = evaluator.table(tasks)
+    assert "base -> tuned:5" in text and "p = " in text and "MMVP-VLM: 135 pairs" in text
+
+
+@pytest.mark.parametrize("devices, batch", [(1, 20), (8, 1)])
+def test_same_results_on_any_devices_and_batch(reference, config, data, base, workdir, devices, batch):
+    tasks, _ = run(config, data, [base, f"{workdir}:2", workdir], devices, batch_size=batch)
+    close(tasks, reference[0])
+
+
+def test_a_checkpoint_is_what_was_saved(config, workdir, base):
+    """The trained block from the checkpoint, the rest from the source."""
+    mesh = sharding.make_mesh(config.mesh)
+    path, step = encoders.resolve(str(workdir))
+    assert step == 5 and encoders.resolve(f"{workdir}:2") == (str(workdir), 2)
+    found = encoders.load(path, step, config, mesh)
+    source = encoders.load(str(base), None, config, mesh)
+    program = small.program(workdirs.config_of(workdir))
+    saved = small.random_arrays(program, seed=5)
+    assert set(found.arrays) == set(source.arrays) | {"visual_proj/kernel", "visual_proj/bias"}
+    for name, array in found.arrays.items():
+        want = saved[name] if name in program.trained else source.arrays[name]
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(want), err_msg=name)
+    assert found.text == str(base)
+
+
+def test_a_vision_tower_alone_has_the_configs_text_tower(config, base, tmp_path):
+    """As DIVA's authors publish their encoders."""
+    tower = tensors(torch_model(CLIP, seed=8).visual)
+    write_safetensors(tmp_path / "tuned.safetensors", tower)
+    found = encoders.load(str(tmp_path / "tuned.safetensors"), None, config, sharding.make_mesh(config.mesh))
+    assert found.text == str(base)
+    np.testing.assert_array_equal(found.arrays["vision/class_embed"], tower["class_embedding"])
+
+
+def command(tmp_path, config, *args):
+    fields = tmp_path / "spec.json"
+    fields.write_text(json.dumps(config.backbone.to_dict()))
+    (tmp_path / "config.py").write_text(CONFIG.format(path=str(fields)))
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    line = [sys.executable, "-m", "diva_jax.evaluate", f"--config={tmp_path / 'config.py'}", *args]
+    return subprocess.run(line, capture_output=True, text=True, env=env)
+
+
+def test_the_command_twice(tmp_path, config, data, base, workdir, reference):
+    args = [f"--weights={base}", f"--weights={workdir}:2", f"--weights={workdir}", f"--task={','.join(TASKS)}"]
+    args += [f"--data={task}={path}" for task, path in data.items()]
+    args += ["--bootstrap=300", "--seeds=2", "--batch_size=50", "--neighbours=3"]
+    outs = [tmp_path / "a", tmp_path / "b" / "c"]
+    for out in outs:
+        done = command(tmp_path, config, *args, f"--out={out}")
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr and "base -> tuned:5" in done.stdout
+        assert sorted(p.name for p in out.iterdir()) == ["predictions.csv", "results.json"]
+    first, second = (json.loads((out / "results.json").read_text()) for out in outs)
+    for results in (first, second):
+        assert results.pop("created") and results.pop("seconds") > 0
+    assert first == second
+    assert (outs[0] / "predictions.csv").read_bytes() == (outs[1] / "predictions.csv").read_bytes()
+    assert first["schema"] == 1 and first["devices"].startswith("1 x ") and first["options"]["bootstrap"] == 300
+    assert [(w["label"], w["step"]) for w in first["weights"]] == [("base", None), ("tuned:2", 2), ("tuned:5", 5)]
+    assert first["config"]["backbone"]["width"] == CLIP.width and "jax" in first["versions"]
+    # One device in another process, eight here: the same scores.
+    close(first["tasks"], json.loads(json.dumps(reference[0])))
+    with open(outs[0] / "predictions.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert list(rows[0])[:11] == list(evaluator.COLUMNS) and len(rows) == len(reference[1])
+
+
+def test_the_commands_errors(tmp_path, config, data, base):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "open_clip_model.safetensors").hardlink_to(base / "open_clip_model.safetensors")
+    drift, mmvp = f"--data=drift={data['drift']}", f"--data=mmvp={data['mmvp']}"
+    out = f"--out={tmp_path / 'out'}"
+    for args, says in (
+        ((f"--weights={base}", "--task=drift", drift), "--out is missing"),
+        ((f"--weights={tmp_path / 'bare'}", "--task=mmvp", mmvp, out), "has no tokenizer: it needs tokenizer.json"),
+    ):
+        done = command(tmp_path, config, *args)
+        assert done.returncode == 2 and done.stdout.count("\n") < 2, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and "Traceback" not in done.stderr
+        assert re.search(says, last), last
+
+
+def test_the_tokenizer_may_come_from_elsewhere(tmp_path, config, data, base):
+    (tmp_path / "open_clip_model.safetensors").hardlink_to(base / "open_clip_model.safetensors")
+    mesh = sharding.make_mesh(config.mesh)
+    runner = evaluator.Evaluator(config, mesh, {"mmvp": data["mmvp"]}, OPTIONS, tokenizer=str(base))
+    assert runner.model("bare", {}, str(tmp_path)).embeddings.shape == (270, CLIP.embed_dim)
+
+
+@pytest.mark.parametrize(
+    "tasks, given, says",
+    [
+        ([], ["x"], "--task is missing"),
+        (["mmvp", "drift"], ["mmvp=x"], "the task drift has no data"),
+        (["mmvp", "drift"], ["mmvp=x", "y"], "--data=y belongs to no task"),
+        (["mmvp", "drift"], ["mmvp=x", "drift=y", "zeroshot=z"], "--data=zeroshot=z belongs to no task"),
+        (["mmvp"], ["mmvp="], "the task mmvp has no data"),
+    ],
+)
+def test_data_that_does_not_fit_the_tasks(tasks, given, says):
+    with pytest.raises(UserError, match=says):
+        evaluator.data_of(tasks, given)
+
+
+def test_data_and_labels():
+    assert evaluator.data_of(["mmvp"], ["a=b"]) == {"mmvp": "a=b"}
+    assert evaluator.data_of(["drift", "mmvp"], ["mmvp=a=b", "drift=c"]) == {"drift": "c", "mmvp": "a=b"}
+    assert evaluator.labels_of(["a/x", "b/y"], [None, 3]) == ["x", "y:3"]
+    assert evaluator.labels_of(["a/x", "b/x/"], [None, None]) == ["a/x", "b/x/"]
+    assert evals.names() == sorted(evals.names()) and set(TASKS) <= set(evals.names())
+    with pytest.raises(UserError, match="--task=stats is not known: use drift, .*mmvp"):
+        evals.find("stats")
+
+
+def test_wrong_steps_and_backbones_are_refused(workdir, config, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint of step 3, only of 2, 5: .*:STEP"):
+        encoders.resolve(f"{workdir}:3")
+    with pytest.raises(UserError, match="--weights='.*/none' does not exist"):
+        encoders.resolve(str(tmp_path / "none"))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        encoders.resolve(str(tmp_path))
+    other = eval_config(CLIP, workdir)
+    other.backbone.width = 60
+    with pytest.raises(UserError, match="is a run of another backbone than --config .width.: give its own"):
+        encoders.load(str(workdir), 5, other, sharding.make_mesh(other.mesh))
+
+
+def test_live_parameters_in_training(config, data, base, workdir):
+    """Sharded over the mesh as training holds them; the first encoder is what they are compared with."""
+    config.mesh.update(fsdp=4, min_shard=64)
+    mesh = sharding.make_mesh(config.mesh)
+    runner = evaluator.Evaluator(config, mesh, {t: data[t] for t in ("mmvp", "drift")}, OPTIONS)
+    begun = encoders.load(str(base), None, config, mesh).arrays
+    assert any(len(a.sharding.device_set) == 8 and not a.is_fully_replicated for a in begun.values())
+    found, notes = runner.scalars(begun)
+    assert not notes
+    assert found["eval/drift/cosine"] == pytest.approx(1) and found["eval/drift/knn_overlap"] == 100
+    assert found["eval/mmvp/pooled_change"] == 0
+    assert 0 < found["eval/mmvp/pooled"] < 100 and all(type(v) is float for v in found.values())
+    moved, _ = runner.scalars({**begun, **encoders.load(str(workdir), 5, config, mesh).arrays})
+    assert moved["eval/drift/cosine"] < 0.999 and set(moved) == set(found)

@@ -1,0 +1,312 @@
+"""Exports: from a checkpoint and from any source, in every layout, read again by the library that it is for."""
+
+import dataclasses
+import json
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import open_clip
+import pytest
+import torch
+from clip_folders import CLIP, SIGLIP, clip_folder, siglip_folder
+from helpers import randomise, relative_error, tensors
+from ml_collections import ConfigDict
+from PIL import Image
+from places import ROOT
+
+from diva_jax import config as configs
+from diva_jax import demo, weights
+from diva_jax.common.errors import RunError, UserError
+from diva_jax.export import layouts, reference, workdirs
+from diva_jax.models import backbones, layers
+from diva_jax.models.backbones import TABLE, TINY
+from diva_jax.models.backbones.open_clip_config import from_open_clip, to_open_clip
+from diva_jax.training import checkpoint, partition
+from diva_jax.training.sharding import make_mesh, parameter_shardings
+from diva_jax.weights import hf, names, readers, sources, writers
+from diva_jax.weights.tensors import Tensor, Tensors
+
+
+def equal(ours, theirs):
+    """Two mappings hold the same tensors, bit for bit."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(theirs[name]), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A workdir whose one checkpoint trained the blocks and the projection, but not the position embeddings."""
+    root = tmp_path_factory.mktemp("run")
+    demo.write_clip(root / "clip", TINY)
+    (root / "clip/tokenizer.json").write_text("{}")
+    c = configs.default(TINY, "tiny")
+    c.backbone.source, c.data.path, c.data.image_size = str(root / "clip"), "somewhere/photos", 64
+    workdir = root / "work"
+    checkpoint.write_config(workdir, c)
+    rng = np.random.default_rng(0)
+    tower = names.flat(layers.abstract(lambda rngs: backbones.build(TINY, rngs=rngs)))
+    shapes = {"vision/" + partition.name_of(p): v.shape for p, v in tower.items() if p != ("pos_embed",)}
+    params = {n: rng.standard_normal(s, np.float32) * 0.05 for n, s in shapes.items()}
+    # As a run on a mesh leaves them: pieces on all eight devices.
+    mesh = make_mesh(ConfigDict(dict(data=1, fsdp=8)))
+    shardings = parameter_shardings(params, mesh, 1)
+    placed = {n: jax.device_put(a, shardings[n]) for n, a in params.items()}
+    source = sources.open_clip_source(str(root / "clip"))
+    meta = {"sources": {"vision": {"source": ["x"], "sha256": readers.fingerprint(source.files)}}}
+    checkpoints = checkpoint.Checkpoints(workdir)
+    checkpoints.save(7, {"params": placed, "opt": {"mu": placed}, "step": jax.numpy.int32(7)}, {}, meta)
+    checkpoints.close()
+    return root, params
+
+
+def test_checkpoint_to_open_clip(run, tmp_path, capsys):
+    root, params = run
+    source, provenance = workdirs.checkpoint_source(root / "work")
+    assert provenance["step"] == 7 and source.spec == dataclasses.replace(TINY, source=str(root / "clip"))
+    layouts.export(source, source.spec, tmp_path / "out", "open_clip")
+    assert "open_clip: largest difference" in capsys.readouterr().out
+
+    original = sources.open_clip_source(str(root / "clip")).tensors
+    written = readers.open_file(tmp_path / "out/open_clip_model.safetensors")
+    untouched = [n for n in original if not n.startswith("visual.")] + ["visual.positional_embedding"]
+    equal({n: written[n] for n in untouched}, {n: original[n] for n in untouched})
+    np.testing.assert_array_equal(
+        written["visual.transformer.resblocks.1.mlp.c_fc.weight"], params["vision/blocks/1/mlp/fc1/kernel"].T
+    )
+    config = json.loads((tmp_path / "out/open_clip_config.json").read_text())
+    assert config["model_cfg"]["quick_gelu"] is True and config["preprocess_cfg"]["resize_mode"] == "shortest"
+    assert (tmp_path / "out/tokenizer.json").exists()
+
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    image = preprocess(Image.fromarray(np.random.default_rng(1).integers(0, 255, (90, 70, 3), np.uint8)))[None]
+    with torch.no_grad():
+        theirs = model.encode_image(image, normalize=True).numpy()
+    ours = weights.load(str(tmp_path / "out"), source.spec).encode(image.numpy().transpose(0, 2, 3, 1)).pooled
+    ours = ours / np.linalg.norm(ours, axis=-1, keepdims=True)
+    assert np.abs(ours - theirs).max() < 1e-5
+
+    again, _ = workdirs.checkpoint_source(root / "work", 7)
+    equal(again.tensors, sources.open_clip_source(str(tmp_path / "out")).tensors)
+
+
+def command(*args):
+    args = [sys.executable, "-m", "diva_jax.export_torch", *map(str, args)]
+    return subprocess.run(args, capture_output=True, text=True, timeout=300)
+
+
+def test_command_writes_a_card_and_refuses_to_overwrite(run, tmp_path):
+    root, _ = run
+    out = tmp_path / "out"
+    done = command(f"--workdir={root / 'work'}", f"--out={out}", "--format=hf", "--step=7")
+    assert done.returncode == 0, done.stderr
+    assert "bit for bit" in done.stdout and "transformers: largest difference" in done.stdout
+    card = (out / "README.md").read_text()
+    for part in ("step 7", "somewhere/photos", "sha256", "jax ", '"batch_size": 640'):
+        assert part in card, part
+    refused = command(f"--workdir={root / 'work'}", f"--out={out}")
+    assert refused.returncode == 2 and "exists already" in refused.stderr and "Traceback" not in refused.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_workdirs(run, tmp_path):
+    root, _ = run
+    with pytest.raises(UserError, match="holds no run"):
+        workdirs.checkpoint_source(tmp_path)
+    with pytest.raises(UserError, match=r"--step=3 has no checkpoint in .*: use one of 7"):
+        workdirs.checkpoint_source(root / "work", 3)
+    (tmp_path / "config.json").write_text((root / "work/config.json").read_text())
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        workdirs.checkpoint_source(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_source_that_changed_is_refused(run, tmp_path):
+    root, _ = run
+    file = root / "clip/open_clip_model.safetensors"
+    before = file.read_bytes()
+    demo.write_clip(root / "clip", TINY, seed=5)
+    try:
+        with pytest.raises(UserError, match="is not the checkpoint that the run began with"):
+            workdirs.checkpoint_source(root / "work")
+    finally:
+        file.write_bytes(before)
+
+
+H14 = dataclasses.replace(
+    TABLE["dfn_h14_378"],
+    open_clip_name="",
+    image_size=42,
+    width=160,
+    heads=2,
+    layers=2,
+    mlp_dim=640,
+    embed_dim=24,
+    text=CLIP.text,
+)
+
+
+def written_by_open_clip(spec, folder):
+    folder.mkdir()
+    model = randomise(open_clip.CLIP(**to_open_clip(spec)["model_cfg"]))
+    reference.save_open_clip(model, spec, folder)
+    return tensors(model)
+
+
+@pytest.mark.parametrize("fmt", ["open_clip", "hf", "pt"])
+def test_round_trip_of_a_small_h14_with_heads_of_80(tmp_path, fmt):
+    original = written_by_open_clip(H14, tmp_path / "in")
+    source = sources.open_clip_source(str(tmp_path / "in"))
+    layouts.export(source, H14, tmp_path / "out", fmt)
+    back = sources.open_clip_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
+    equal(back, {n: t for n, t in original.items() if fmt != "pt" or n.startswith("visual.")})
+
+
+def test_squash_is_in_both_configs(tmp_path):
+    """DFN's images are squashed: the transforms of both libraries agree on a wide image."""
+    from transformers import AutoImageProcessor
+
+    written_by_open_clip(H14, tmp_path / "in")
+    source = sources.open_clip_source(str(tmp_path / "in"))
+    for fmt in ("open_clip", "hf"):
+        layouts.export(source, H14, tmp_path / fmt, fmt)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (60, 90, 3), np.uint8))
+    theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'open_clip'}")[2](image).numpy()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    ours = np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])
+    assert relative_error(ours, theirs) < 0.02  # Each library resizes in its own way, a crop would be far off.
+
+
+def test_transformers_vision_model_has_no_missing_key(tmp_path):
+    """What LLaVA does with --vision_tower: the vision model alone, out of the whole model's folder."""
+    from transformers import CLIPVisionModel
+
+    written_by_open_clip(CLIP, tmp_path / "in")
+    layouts.export(sources.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "hf")
+    model, info = CLIPVisionModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info.get("mismatched_keys")
+    assert model.config.hidden_act == "quick_gelu"
+    images = np.random.default_rng(0).standard_normal((2, 30, 30, 3), np.float32)
+    with torch.no_grad():
+        out = model.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).pooler_output
+    tower = weights.load(str(tmp_path / "out"), CLIP)
+    assert relative_error(tower.encode(images).pooled, out.numpy() @ np.asarray(tower.proj[...])) < 2e-5
+
+
+def test_round_trip_of_a_small_siglip(tmp_path, capsys):
+    model = siglip_folder(tmp_path / "in")
+    layouts.export(sources.open_clip_source(str(tmp_path / "in")), SIGLIP, tmp_path / "out", "hf")
+    assert "transformers: largest difference" in capsys.readouterr().out
+    equal(readers.open_file(tmp_path / "out/model.safetensors"), tensors(model))
+    with pytest.raises(UserError, match="timm's list, which has none of width 48"):
+        layouts.export(sources.open_clip_source(str(tmp_path / "in")), SIGLIP, tmp_path / "b", "open_clip")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("fmt", ["open_clip", "hf", "pt"])
+def test_half_precision(tmp_path, dtype, fmt):
+    written_by_open_clip(CLIP, tmp_path / "in")
+    source = sources.open_clip_source(str(tmp_path / "in"))
+    layouts.export(source, CLIP, tmp_path / "out", fmt, dtype=dtype)
+    back = sources.open_clip_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
+    assert {str(np.dtype(t.dtype)) for t in back.values()} == {dtype}
+
+
+def test_vision_tower_alone_has_no_text_to_export(tmp_path):
+    written_by_open_clip(CLIP, tmp_path / "in")
+    layouts.export(sources.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "tower", "pt")
+    state = torch.load(tmp_path / "tower" / layouts.PT_FILE, weights_only=True)
+    assert "conv1.weight" in state and "class_embedding" in state
+    tower = sources.open_clip_source(str(tmp_path / "tower" / layouts.PT_FILE))
+    with pytest.raises(UserError, match="vision tower alone"):
+        layouts.export(tower, CLIP, tmp_path / "out", "open_clip")
+
+
+def test_another_resolution_is_exported_as_such(tmp_path):
+    clip_folder(tmp_path / "in")
+    spec = dataclasses.replace(CLIP, image_size=42)
+    layouts.export(sources.open_clip_source(str(tmp_path / "in")), spec, tmp_path / "out", "open_clip")
+    assert sources.open_clip_source(str(tmp_path / "out")).spec.image_size == 42
+
+
+def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
+    """One flipped value in the file on its way to the disk, and nothing is exported."""
+    written_by_open_clip(CLIP, tmp_path / "in")
+    write = writers.write_safetensors
+
+    def spoilt(path, content):
+        arrays = {n: np.array(t) for n, t in content.items()}
+        arrays["ln_final.bias"][3] += 1e-3
+        write(path, arrays)
+
+    monkeypatch.setattr(writers, "write_safetensors", spoilt)
+    with pytest.raises(RunError, match="ln_final.bias"):
+        layouts.export(sources.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_open_clip_computes_is_compared(tmp_path, monkeypatch):
+    """The right weights that open_clip runs to another result are no export."""
+    written_by_open_clip(CLIP, tmp_path / "in")
+    pooled = reference.open_clip_pooled
+    monkeypatch.setattr(reference, "open_clip_pooled", lambda *a: pooled(*a) * 1.0002)
+    with pytest.raises(RunError, match="computes other embeddings"):
+        layouts.export(sources.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_float16_overflow_is_refused(tmp_path):
+    written_by_open_clip(CLIP, tmp_path / "in")
+    source = sources.open_clip_source(str(tmp_path / "in"))
+    big = Tensor((24,), np.dtype(np.float32), lambda: np.full(24, 1e6, np.float32))
+    name = "visual.ln_post.bias"
+    big = dataclasses.replace(big, shape=source.tensors[name].shape, read=lambda: np.full(48, 1e6, np.float32))
+    source = dataclasses.replace(source, tensors=Tensors(dict(source.tensors) | {name: big}, source.files))
+    with pytest.raises(UserError, match="does not fit float16"):
+        layouts.export(source, CLIP, tmp_path / "out", "open_clip", dtype="float16")
+
+
+def test_transformers_cannot_hold_every_text_tower():
+    text = dataclasses.replace(CLIP.text, causal=False)
+    with pytest.raises(UserError, match="use --format=open_clip"):
+        hf.config_of(dataclasses.replace(CLIP, text=text), "float32")
+
+
+@pytest.mark.parametrize("tag", list(TABLE))
+def test_every_backbone_has_both_configs(tag):
+    """What the exports of all eight say of themselves is what was exported."""
+
+    def comparable(spec):
+        return dataclasses.replace(
+            spec, source="", open_clip_name="", **dict.fromkeys(("select", "add_text", "readout"), "")
+        )
+
+    spec = TABLE[tag]
+    assert comparable(from_open_clip(to_open_clip(spec))) == comparable(spec)
+    assert comparable(hf.spec_of(hf.config_of(spec, "float32"), hf.preprocessor_of(spec), tag)) == comparable(spec)
+
+
+def test_round_trip_of_vit_b_32_at_full_size(tmp_path):
+    """open_clip's own file, through our modules, to both layouts, every bit."""
+    command = ["bench/roundtrip.py", "--config=configs/custom.py:ViT-B-32", "--norun", f"--tmp={tmp_path}"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for fmt in ("open_clip", "hf"):
+        assert f"{fmt}: all 302 tensors bit for bit those of the original file" in done.stdout, done.stdout
+
+
+def test_custom_config_of_weights_that_describe_themselves(tmp_path):
+    written_by_open_clip(H14, tmp_path / "in")
+    module = runpy.run_path(str(ROOT / "configs/custom.py"))
+    found = configs.spec_of(module["get_config"](str(tmp_path / "in")))
+    assert found == dataclasses.replace(H14, source=str(tmp_path / "in"), select="all", readout="pooled")
+    for name in module["MODELS"]:
+        spec = configs.spec_of(module["get_config"](f"{name}-quickgelu"))
+        theirs = from_open_clip(open_clip.get_model_config(name) | {"quick_gelu": True}, name=f"{name}-quickgelu")
+        assert spec == theirs
+    with pytest.raises(UserError, match="does not exist"):
+        module["get_config"]("nothing/there.pt")

@@ -1,0 +1,166 @@
+"""Whole runs through the command: to the end, killed and resumed, refused."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import small
+from e2e_config import get_config
+from places import ROOT, SUPPORT
+
+from diva_jax.common.errors import RunError
+from diva_jax.train import Run
+from diva_jax.training import checkpoint
+
+TOTAL = 14
+
+
+def start(files, workdir, *more) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "diva_jax.main",
+        f"--config={SUPPORT}/e2e_config.py:{files}",
+        f"--workdir={workdir}",
+    ]
+    env = os.environ | {"PYTHONPATH": str(SUPPORT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.Popen(
+        [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def run_until(process: subprocess.Popen, step: int, sig: signal.Signals) -> None:
+    """Sends a signal as soon as the progress line of a step is seen."""
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            process.send_signal(sig)
+            return
+    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
+
+
+def final_state(files, workdir) -> dict[str, np.ndarray]:
+    p = small.program(get_config(str(files)))
+    assert checkpoint.latest_step(workdir) == TOTAL
+    state, data, _ = checkpoint.Checkpoints(workdir).restore(TOTAL, p.abstract_state(1))
+    assert data["batches"] == TOTAL
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(files, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    code, out, err = finish(start(files, workdir))
+    assert code == 0, err
+    return workdir, out
+
+
+def test_a_run_reports_what_it_does(files, uninterrupted):
+    workdir, out = uninterrupted
+    assert re.search(r"^total +[\d,]+ +[\d,]+", out, re.M)
+    assert "stage visual_proj: steps 0 to 2" in out and "stage tune: steps 2 to 14" in out
+    lines = re.findall(
+        r"^step (\d+)/14  loss [\d.]+  grad [\d.e+-]+  lr [\d.e+-]+  [\d.]+ images/s  data wait \d+%  ETA \d+:\d\d$",
+        out,
+        re.M,
+    )
+    assert [int(n) for n in lines] == list(range(1, TOTAL + 1))
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, TOTAL + 1))
+    assert {"loss", "grad_norm", "lr", "images_per_s", "data_wait", "broken_images"} <= set(rows[0])
+    assert list((workdir / "tensorboard").glob("events*"))
+    assert checkpoint.steps(workdir) == [9, 12, 14]  # the newest three
+    assert (workdir / "done").exists()
+
+
+def test_the_same_command_again_says_that_it_is_done(files, uninterrupted):
+    code, out, err = finish(start(files, uninterrupted[0]))
+    assert code == 0 and "all 14 steps are done" in out, err
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, sig):
+    step = random.SystemRandom().randint(1, TOTAL - 3)
+    process = start(files, tmp_path / "run")
+    run_until(process, step, sig)
+    code, _, err = finish(process)
+    assert code == (0 if sig == signal.SIGTERM else -sig), err
+    assert not (tmp_path / "run" / "done").exists()
+    saved = checkpoint.latest_step(tmp_path / "run")
+    if sig == signal.SIGTERM:
+        assert saved >= step
+    code, out, err = finish(start(files, tmp_path / "run"))
+    assert code == 0, err
+    assert (f"checkpoint of step {saved}" in out) == (saved is not None)
+    ours, whole = final_state(files, tmp_path / "run"), final_state(files, uninterrupted[0])
+    assert set(ours) == set(whole)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=f"{name}, interrupted at step {step}")
+    rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, TOTAL + 1))
+
+
+def test_checkpoint_holds_no_frozen_leaf(files, uninterrupted):
+    workdir, _ = uninterrupted
+    names = final_state(files, workdir)
+    assert any("vision/" in n for n in names) and any("visual_proj/" in n for n in names)
+    assert not [n for n in names if re.search(r"unet/|vae/|text_context", n)]
+    everything = "".join(str(f) for f in (workdir / "checkpoints").rglob("*"))
+    assert "unet" not in everything
+
+
+def test_not_finite_stops_with_the_step_and_keeps_the_last_checkpoint(files, tmp_path):
+    c = get_config(str(files))
+    c.accum = 1  # This process has eight devices.
+    c.condition.warmup_steps, c.optim.name, c.optim.lr, c.optim.clip = 0, "sgd", 1e30, 0.0
+    c.optim.warmup = 0.4  # The first step's learning rate is 0, so its checkpoint is good.
+    c.checkpoint.every = 1
+    with pytest.raises(RunError, match=r"step \d+: .*not finite"):
+        Run(c, tmp_path).run()
+    kept = checkpoint.latest_step(tmp_path)
+    assert kept is not None
+    p = small.program(c)
+    state, _, _ = checkpoint.Checkpoints(tmp_path).restore(kept, p.abstract_state(0))
+    assert all(np.isfinite(np.asarray(a)).all() for a in state["params"].values())
+
+
+BAD = {
+    "unknown field": (["--config.optim.lrr=1"], "lrr"),
+    "wrong type": (["--config.optim.lr=fast"], "config.optim.lr"),
+    "missing data": (["--config.data.path=nowhere"], "config.data.path"),
+    "empty data": (["--config.data.path={empty}"], "config.data.path"),
+    "another run's workdir": (["--workdir={whole}", "--config.optim.lr=1.0"], "optim.lr"),
+    "batch and devices": (["--config.batch_size=9"], "config.batch_size=9"),
+    "another architecture": (["--config.backbone.layers=3"], "layers is 2 there and 3 in the config"),
+    "another U-Net": (["--config.diffusion.unet.cross_attention_dim=32"], "diffusion.unet"),
+    "idle pattern": (["--config.trainable=(('vision/.*',1.0),('typo/.*',1.0),('.*',0.0))"], "'typo/.*'"),
+    "no config": (["--config=nothing.py"], "nothing.py"),
+    "missing weights": (["--config.backbone.source=nowhere"], "config.backbone.source"),
+    "unknown objective": (["--config.objective=dvia"], "diva"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(files, uninterrupted, tmp_path, what):
+    arguments, named = BAD[what]
+    (tmp_path / "empty").mkdir()
+    fields = {"empty": tmp_path / "empty", "whole": uninterrupted[0]}
+    before = sorted(uninterrupted[0].rglob("*"))
+    code, out, err = finish(start(files, tmp_path / "new", *(a.format(**fields) for a in arguments)))
+    assert code == 2, (out, err)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], err
+    assert "Traceback" not in err + out
+    assert not (tmp_path / "new" / "checkpoints").exists()
+    assert sorted(uninterrupted[0].rglob("*")) == before

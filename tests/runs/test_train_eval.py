@@ -1,0 +1,182 @@
+"""Evaluation during training: what it logs, and that training notices nothing of it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small
+from eval_data import encoded, patch
+from processes import finish, start_all
+
+from diva_jax.common.errors import UserError
+from diva_jax.evals import Options, encoders, evaluator
+from diva_jax.report import training
+from diva_jax.report.inputs import read
+from diva_jax.train import Run
+from diva_jax.training import checkpoint, metrics, sharding
+
+TOTAL = 5
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    for i in range(13):
+        (root / f"{i:02}.png").write_bytes(encoded(patch(i)))
+    return root
+
+
+def config(files, **fields):
+    c = small.small_config(steps=TOTAL, batch_size=8, checkpoint__every=2, log__every=1, **fields)
+    c.backbone.source, c.diffusion.source = f"{files}/clip", f"{files}/stable-diffusion"
+    c.data.path, c.data.threads = f"{files}/photos", 2
+    c.compile_cache = os.environ["JAX_COMPILATION_CACHE_DIR"]  # One for all these runs.
+    return c
+
+
+def evaluating(files, photos):
+    tasks = (f"feedback={files}/photos", f"drift={photos}")
+    return config(files, eval__every=2, eval__data=tasks, eval__images=9, eval__draws=2, eval__batch_size=8)
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluations(workdir: Path) -> dict[int, dict]:
+    return {r.pop("step"): r for r in rows(workdir) if "feedback/gap_other" in r}
+
+
+def trained(c, workdir: Path) -> dict[str, np.ndarray]:
+    state, _, _ = checkpoint.Checkpoints(workdir).restore(TOTAL, small.program(c).abstract_state(0))
+    return {n: np.asarray(a) for n, a in state["params"].items()}
+
+
+def train(c, workdir: Path) -> bool:
+    with jax.default_matmul_precision("highest"):  # As in every test: what a fixture compiles is not compiled again.
+        return Run(c, workdir).run()
+
+
+@pytest.fixture(scope="module")
+def ran(files, photos, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "evaluated"
+    assert train(evaluating(files, photos), workdir)
+    return workdir
+
+
+def test_two_processes_find_the_same_scores(ran, files, photos, tmp_path):
+    fields = ("steps=5", "diva.draws=2", "eval.every=5", "eval.images=9", "eval.draws=2", "eval.batch_size=8")
+    data = f"--config.eval.data=('feedback={files}/photos', 'drift={photos}')"
+    ends = finish(start_all(files, tmp_path / "two", 2, data, *(f"--config.{f}" for f in fields)))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    ours, alone = evaluations(tmp_path / "two"), evaluations(ran)
+    assert list(ours) == [0, TOTAL]
+    for step, row in ours.items():
+        assert row == pytest.approx(alone[step], rel=2e-3, abs=1e-5)
+    assert "evaluated step 5" in ends[0][1] and "evaluated" not in ends[1][1]
+
+
+def test_rows_of_evaluations(ran):
+    found = evaluations(ran)
+    assert list(found) == [0, 2, 4, 5]  # Before the first step, every second, after the last.
+    for row in found.values():
+        assert all(np.isfinite(v) for v in row.values())
+        low, value, high = (row[f"feedback/gap_other{end}"] for end in ("/low", "", "/high"))
+        assert low < value < high
+        assert {"feedback/loss_own", "feedback/gap_text", "feedback/gradient_cosine", "eval/drift/cosine/low"} <= set(
+            row
+        )
+        assert sum(k.startswith("feedback_by_timestep/gap_text/") and k.endswith("/low") for k in row) == 10
+    assert found[0]["eval/drift/cosine"] == pytest.approx(1) and found[5]["eval/drift/cosine"] < 0.99999
+    assert found[5]["feedback/loss_own"] != found[0]["feedback/loss_own"]
+    assert [r["step"] for r in rows(ran) if "loss" in r] == list(range(1, TOTAL + 1))
+    sections = training.sections(read(ran).runs)
+    assert [s.title for s in sections] == ["Training", "During training"]
+
+
+def test_training_is_bit_identical_with_and_without(files, photos, ran, tmp_path, capsys):
+    plain = config(files)
+    assert train(plain, tmp_path)
+    want = trained(plain, tmp_path)
+    for name, array in trained(plain, ran).items():
+        np.testing.assert_array_equal(array, want[name], err_msg=name)
+    without = [{k: v for k, v in r.items() if k in ("step", "loss", "grad_norm")} for r in rows(tmp_path)]
+    assert without == [{k: r[k] for k in ("step", "loss", "grad_norm")} for r in rows(ran) if "loss" in r]
+
+
+def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):
+    """From the checkpoint of step 4, evaluated before it was saved: that row stays, the last one is made again."""
+    workdir = tmp_path / "run"
+    shutil.copytree(ran, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(TOTAL))
+    assert train(evaluating(files, photos), workdir)
+    assert evaluations(workdir) == evaluations(ran)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluated step")]
+    assert len(said) == 1 and said[0].startswith("evaluated step 5 in ")
+    assert "feedback/gap_other" in said[0] and "drift/cosine" in said[0] and "by_timestep" not in said[0]
+
+
+def test_the_command_finds_what_the_log_says(files, photos, ran):
+    """The run's last row again from its checkpoint; the encoder that it began with borrows its projection."""
+    c = evaluating(files, photos)
+    mesh = sharding.make_mesh(c.mesh)
+    tasks = {"feedback": c.eval.data[0].removeprefix("feedback=")}
+    run = evaluator.Evaluator(c, mesh, tasks, Options(batch_size=8, images=9, draws=2))
+    given = [encoders.resolve(source) for source in (f"{files}/clip", str(ran))]
+    found = []
+    for label, loaded in encoders.each(given, ["clip", "tuned"], c, mesh):
+        found.append((label, run.evaluate(run.model(label, loaded.arrays, loaded.text, loaded.borrowed))))
+        own = {n: a for n, a in loaded.arrays.items() if n.startswith("visual_proj/")}
+        for name, array in trained(c, ran).items():
+            if name in own:
+                np.testing.assert_array_equal(np.asarray(own[name]), array)
+    results, _ = run.report(found)
+    by_label = results["feedback"]["weights"]
+    logged = evaluations(ran)[TOTAL]
+    for metric, s in by_label["tuned"]["scores"].items():
+        assert s["score"] == pytest.approx(logged[f"feedback/{metric}"], rel=1e-5, abs=1e-7), metric
+    assert any("the one trained by tuned is used" in note for note in by_label["clip"]["notes"])
+    assert not any("projection" in note for note in by_label["tuned"]["notes"])
+    (comparison,) = results["feedback"]["comparisons"]
+    assert comparison["scores"]["gap_other"]["difference"] != 0
+    bare = run.tasks["feedback"].evaluate(run.model("clip", encoders.load(*given[0], c, mesh).arrays, ""))
+    assert "these weights have no visual_proj: the random one of config.seed=0 is used" in bare.results["notes"]
+
+
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        (("feedback=nowhere",), "--data=feedback='nowhere' does not exist"),
+        (("feedback",), "'feedback', which is no TASK=PATH"),
+        (("nothing=here",), "nothing is not known"),
+        ((), "set both"),
+    ],
+)
+def test_bad_data_is_refused_before_anything_is_written(files, tmp_path, data, says):
+    with pytest.raises(UserError, match=says):
+        Run(config(files, eval__every=2, eval__data=data), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_time_of_an_evaluation_is_not_time_of_training(monkeypatch):
+    now, written = [0.0], []
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+
+    class Writer:
+        def write(self, step, row):
+            written.append(row)
+
+    progress = metrics.Progress(Writer(), 0, 4, 1, images=8)
+    values = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1}
+    for step in (1, 2, 3, 4):
+        now[0] += 2
+        progress.add(step, {k: jax.numpy.float32(v) for k, v in values.items()})
+        progress.flush()
+        if step == 2:
+            now[0] += 1000
+            progress.paused(1000)
+    assert [r["images_per_s"] for r in written] == [4.0] * 4

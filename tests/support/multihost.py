@@ -1,0 +1,51 @@
+"""What test_distributed.py starts: `python multihost.py FILE ...` is `python -m diva_jax.main ...`, and FILE gets a row
+[step, row of the global batch, checksum of the image] for every image that a step takes. With FAILS in the environment
+the first so many arrays of a checkpoint cannot be written by the process whose number is in FAILS_ON."""
+
+import errno
+import json
+import os
+import sys
+import zlib
+
+from orbax.checkpoint._src.serialization import serialization
+
+from diva_jax.common import cli
+from diva_jax.data import pipeline
+
+_take = pipeline.Iterator.__next__
+
+
+def record(path) -> None:
+    """From here on, every batch that this process takes is written to `path`."""
+
+    def take(self):
+        batch = _take(self)
+        with open(path, "a") as f:
+            for row, image in zip(batch["row"], batch["image"], strict=True):
+                f.write(json.dumps([self.get_state()["batches"], int(row), zlib.crc32(image.tobytes())]) + "\n")
+        return batch
+
+    pipeline.Iterator.__next__ = take
+
+
+def fail_to_write(times: int) -> None:
+    """The disk is full, for this process alone, for so many arrays."""
+    write, failed = serialization.async_serialize_from_host, []
+
+    async def full(*args, **kwargs):
+        if len(failed) < times:
+            failed.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        await write(*args, **kwargs)
+
+    serialization.async_serialize_from_host = full
+
+
+if __name__ == "__main__":
+    if os.environ.get("FAILS_ON") == os.environ["JAX_PROCESS_ID"]:
+        fail_to_write(int(os.environ["FAILS"]))
+    record(sys.argv.pop(1))
+    from diva_jax import main  # Its flags would clash with those of other commands that a test process imports.
+
+    cli.run(main.main)

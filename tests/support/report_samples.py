@@ -1,0 +1,207 @@
+"""Evaluations and runs for the report's tests, in the files that diva_jax.evaluate and diva_jax.main write."""
+
+import json
+import math
+
+import numpy as np
+from PIL import Image
+
+from diva_jax.evals.tasks import mmvp
+
+BEFORE, AFTER = "openai", "runs/vitl14:4600"
+HOSTILE = 'a photo of <script>alert("1")</script> & \'two\' "mugs"'
+
+
+def score(value, spread, **more):
+    return {"score": value, "interval": [value - spread, value + spread], **more}
+
+
+def write_images(folder, count):
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+        paths.append(folder / f"{i + 1}.jpg")
+        small.resize((400 + 40 * (i % 3), 400), Image.Resampling.BICUBIC).save(paths[-1])
+    return [str(p) for p in paths]
+
+
+def patterns(pooled):
+    """Nine patterns, the pooled score of k of 15 pairs."""
+    return [
+        {
+            "name": name,
+            "count": 15,
+            "scores": {
+                "pooled": {"score": 100 * k / 15, "interval": [100 * max(0, k - 3) / 15, 100 * (k + 3) / 15]},
+                "published": score(pooled - 2 + k, 9.0),
+            },
+        }
+        for name, k in zip(mmvp.PATTERNS, (2, 3, 1, 5, 0, 7, 4, 2, 6), strict=True)
+    ]
+
+
+def flips(images):
+    """A flipped pair for every two images; every fifth is the published readout's, every fourth lost."""
+    out = []
+    for n in range(len(images) // 2):
+        won = n % 4 != 3
+        was, now = [0.61, 0.55], [0.71, 0.45 - 0.1 * (n % 3)]
+        out.append(
+            {
+                "metric": "pooled" if n % 5 else "published",
+                "item": 7 * n,
+                "group": mmvp.PATTERNS[n % 9],
+                "won": won,
+                "images": images[2 * n : 2 * n + 2],
+                "texts": [HOSTILE, f"a photo of {n} butterflies whose wings are closed, seen from the side"],
+                "before": was if won else now,
+                "after": now if won else was,
+            }
+        )
+    return out
+
+
+def mmvp_task(images):
+    """Both readouts, nine patterns, pairs that flipped both ways; the pooled gain is beyond its interval."""
+    weights = {}
+    for w, pooled, published in ((BEFORE, 19.259, 19.7), (AFTER, 25.926, 21.1)):
+        seeds = [published - 0.4, published + 0.4]
+        scores = {"pooled": score(pooled, 6.5), "published": score(published, 6, seeds=seeds, seeds_std=0.57)}
+        weights[w] = {"scores": scores, "patterns": patterns(pooled)}
+    pooled = {"difference": 6.667, "interval": [1.481, 11.852], "mcnemar": {"won": 12, "lost": 3, "p": 0.0352}}
+    published = {"difference": 1.4, "interval": [-2.2, 5.0], "mcnemar": {"won": 7, "lost": 5, "p": 0.774}}
+    scores = {"pooled": pooled, "published": published}
+    titles = {"pooled": "pooled embedding", "published": "published readout, cls + mean(random 76), l2"}
+    return {
+        "title": "MMVP-VLM",
+        "data": "/data/MMVP_VLM",
+        "count": 135,
+        "items": "pairs",
+        "metrics": {m: {"title": t, "unit": "%"} for m, t in titles.items()},
+        "weights": weights,
+        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": scores, "flipped": flips(images)}],
+    }
+
+
+def retrieval_task():
+    names = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)]
+    weights = {
+        w: {"scores": {m: score(36.5 + 8.7 * i + shift, 0.4) for i, m in enumerate(names)}}
+        for w, shift in ((BEFORE, 0.0), (AFTER, -0.31))
+    }
+    differences = {m: {"difference": -0.31, "interval": [-0.55, -0.07], "mcnemar": None} for m in names}
+    return {
+        "title": "Retrieval",
+        "data": "/data/coco",
+        "count": 5000,
+        "items": "images",
+        "metrics": {m: {"title": m.replace("_", " "), "unit": "%"} for m in names},
+        "weights": weights,
+        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": differences}],
+    }
+
+
+def feedback_task():
+    """The gap to another image's condition is zero within its interval before tuning and not after."""
+    titles = {
+        "loss_own": "diffusion loss, own condition",
+        "gap_other": "condition gap to another image",
+        "gap_text": "condition gap to the text alone",
+    }
+    weights = {}
+    for w, gap in ((BEFORE, 0.0002), (AFTER, 0.0031)):
+        bins = []
+        for low in range(0, 1000, 100):
+            t = (low + 50) / 1000
+            loss = 0.9 * math.exp(-4.5 * t) + 0.004
+            scores = {
+                "loss_own": score(loss * (0.95 if w == AFTER else 1), 0.03 * loss),
+                "gap_other": score(gap * (1 + math.sin(3 * t)), 0.0006),
+                "gap_text": score(2 * gap * (1 + t), 0.0008),
+            }
+            bins.append({"low": low, "high": low + 100, "scores": scores})
+        scores = {"loss_own": score(0.2043, 0.004), "gap_other": score(gap, 0.0005), "gap_text": score(2 * gap, 0.0002)}
+        weights[w] = {"scores": scores, "timesteps": bins}
+    return {
+        "title": "Diffusion feedback",
+        "data": "/data/images",
+        "count": 256,
+        "items": "images",
+        "metrics": {m: {"title": t, "unit": ""} for m, t in titles.items()},
+        "weights": weights,
+        "comparisons": [],
+    }
+
+
+def drift_task():
+    return {
+        "title": "Drift",
+        "data": "/data/images",
+        "count": 256,
+        "items": "images",
+        "metrics": {
+            "effective_rank": {"title": "effective rank", "unit": ""},
+            "cosine": {"title": "cosine similarity of tuned and original", "unit": ""},
+        },
+        "weights": {
+            w: {"scores": {"effective_rank": {"score": r, "interval": None}}}
+            for w, r in ((BEFORE, 231.4), (AFTER, 198.2))
+        },
+        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": {"cosine": score(0.9731, 0.002)}}],
+    }
+
+
+def write_evaluation(folder, images, source="runs/vitl14", **tasks):
+    """results.json and predictions.csv as diva_jax.evals documents them."""
+    results = {
+        "schema": 1,
+        "created": "2026-01-31T12:00:00+00:00",
+        "versions": {"diva_jax": "0.1.0", "python": "3.11.9", "jax": "0.10.2"},
+        "devices": "8 x cpu",
+        "config": {"backbone": {"name": "ViT-L-14-quickgelu", "image_size": 224}},
+        "options": {"batch_size": 64, "seeds": 10, "bootstrap": 10000, "seed": 0, "dtype": "float32"},
+        "weights": [
+            {"label": BEFORE, "source": "weights/vitl14", "step": None},
+            {"label": AFTER, "source": str(source), "step": 4600},
+        ],
+        "tasks": tasks or {"mmvp": mmvp_task(images)},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "predictions.csv").write_text("task,weights,metric,seed,item,file,text,truth,predicted,score,correct\n")
+    return results
+
+
+def write_run(folder, rows=460, total=4600):
+    """A workdir's config.json and metrics.jsonl: noisy curves, a warm-up stage, feedback on the way."""
+    rng = np.random.default_rng(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"steps": total - 500, "condition": {"warmup_steps": 500}, "optim": {"lr": 1e-4, "name": "sgd"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = []
+    for i in range(1, rows + 1):
+        x = i / rows
+        row = {
+            "step": total * i // rows,
+            "loss": 0.14 + 0.03 * math.exp(-6 * x) + 0.004 * rng.normal(),
+            "grad_norm": 0.8 * math.exp(rng.normal() * 0.4) * (1 + 4 * math.exp(-8 * x)),
+            "lr": 1e-4 * 0.5 * (1 + math.cos(math.pi * x)),
+            "images_per_s": 812 + 20 * rng.normal(),
+            "data_wait": 0.01,
+            "broken_images": 3 * i // rows,
+        }
+        lines.append(json.dumps(row))
+        if i % max(1, rows // 6) == 0:
+            gap = {"feedback/gap_other": 0.0004, "feedback/gap_other/low": -0.0003, "feedback/gap_other/high": 0.0011}
+            lines.append(json.dumps({"step": row["step"], "eval/mmvp/pooled": 19 + 6 * x, **gap}))
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def write_full(folder):
+    """An evaluation of a run that is still there, every section of a report: its folder; the run is `folder/run`."""
+    images = write_images(folder, 28)
+    write_run(folder / "run")
+    tasks = {"mmvp": mmvp_task(images), "feedback": feedback_task(), "retrieval": retrieval_task()}
+    write_evaluation(folder / "out", images, folder / "run", **tasks, drift=drift_task())
+    return folder / "out"

@@ -1,0 +1,209 @@
+"""The ahead-of-time compiler on small programs: what fits, what is counted, and what users get wrong."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from places import ROOT
+
+from diva_jax import aot, config
+from diva_jax.common.errors import UserError
+from diva_jax.costs import hlo
+from diva_jax.models import attention, backbones
+from diva_jax.training import sharding
+
+pytest.importorskip("libtpu")
+CONFIGS = ROOT / "configs"
+
+
+class Toy:
+    """Stands in for `step.Program`: y = x @ w for images of `width` floats, the gradient summed over devices."""
+
+    width = 512
+
+    def __init__(self, config, mesh):
+        self.config, self.mesh, self.stages = config, mesh, ("warm-up", "tune")
+
+    def _array(self, *shape, spec=None):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec or P()))
+
+    def abstract_state(self, stage):
+        assert stage == 1, "the last stage is the one that trains everything"
+        return {"w": self._array(self.width, self.width)}
+
+    def abstract_frozen(self):
+        return {"v": self._array(self.width, self.width)}
+
+    def abstract_batch(self):
+        return {"image": self._array(self.config.batch_size, self.width, spec=P(("data", "fsdp")))}
+
+    def step(self, stage):
+        def step(state, frozen, batch):
+            def loss(w):
+                with jax.named_scope("unet"):
+                    return jnp.sum((batch["image"] @ w @ frozen["v"]) ** 2)
+
+            return {"w": state["w"] - jax.grad(loss)(state["w"])}, {}
+
+        return jax.jit(step, donate_argnums=0)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(aot, "Program", Toy)
+    c = config.default("vitl14")
+    c.accum, c.batch_size = 1, 1024
+    return c
+
+
+def test_report(toy, tmp_path):
+    row = aot.report(toy, "v5e:2x2", save=tmp_path / "step.hlo.txt")
+    matrix, batch = 4 * 512 * 512, 1024 // 4
+    assert row["fits"] and row["chips"] == 4 and row["per_device_batch"] == batch
+    assert row["memory"]["arguments"] == 2 * matrix + 4 * batch * 512
+    assert row["memory"]["aliases"] == row["memory"]["outputs"] - row["memory"]["outputs"] % matrix == matrix
+    assert row["collectives"]["all-reduce"] == {"count": 1, "gb": pytest.approx(matrix / 1e9)}
+    # Forward two products, backward two: the input of the first has no gradient.
+    assert row["flops"] == 4 * 2 * batch * 512 * 512
+    assert row["parts"]["unet backward"]["flops"] == 2 * 2 * batch * 512 * 512
+    assert row["model_ms"] > 1e3 * row["flops"] / 197e12
+    assert row["seconds"]["compile"] > 0
+    assert "ENTRY" in (tmp_path / "step.hlo.txt").read_text()
+    assert json.loads(json.dumps(row)) == row
+    text = aot.text_of(row)
+    assert "to spare" in text and "all-reduce: 1 a step" in text and "unet backward" in text
+
+
+def test_what_does_not_fit_is_said_with_the_amount(toy, monkeypatch):
+    monkeypatch.setattr(Toy, "width", 65536)  # two matrices of 16 GiB
+    row = aot.report(toy, "v5e:2x2")
+    assert not row["fits"] and row["available"] == 15.75 * 2**30
+    assert row["needed"] > 32 * 2**30
+    assert "does not fit" in aot.text_of(row) and "GiB too much" in aot.text_of(row)
+
+
+@pytest.mark.parametrize(
+    "largest, weights, curve, tries",
+    [
+        (11, 5, 1, [8, 11, 12]),  # needs grow by as much with each image
+        (11, 5, 2, None),  # faster
+        (11, 5, 0.5, None),  # slower
+        (3, 0, 1, [8, 3, 4]),
+        (1, 5, 1, [8, 4, 2, 1]),
+        (0, 5, 1, [8, 3, 2, 1]),
+        (300, 5, 1, [8, 256]),
+    ],
+)
+def test_search_finds_the_largest_batch(toy, monkeypatch, capsys, largest, weights, curve, tries):
+    def needed(images):
+        return weights + images**curve
+
+    def pretend(config, topology, save=None):
+        images = config.batch_size // 4
+        there = needed(largest + 0.5)
+        row = {"needed": needed(images), "available": there, "images": images, "fits": needed(images) <= there}
+        return row | ({"memory": {"arguments": weights}} if row["fits"] else {})
+
+    monkeypatch.setattr(aot, "report", pretend)
+    toy.batch_size = 4 * 8
+    found = aot.search(toy, "v5e:2x2")
+    assert (found["images"], found["fits"]) == (min(max(largest, 1), 256), largest > 0)
+    asked = [int(line.split()[2][:-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(asked) <= 6 and asked == (tries or asked)
+
+
+def test_the_batch_of_the_config_or_of_the_flag():
+    c = config.default("vitl14")
+    assert aot.with_batch(c, 16, None).batch_size == 640
+    assert aot.with_batch(c, 16, 3).batch_size == 16 * 3 * c.accum
+    assert c.batch_size == 640
+    with pytest.raises(UserError, match="per-device-batch=0"):
+        aot.with_batch(c, 16, 0)
+    with pytest.raises(UserError, match="7 devices"):
+        aot.with_batch(c, 7, None)
+
+
+@pytest.mark.parametrize("name", backbones.TABLE)
+def test_every_config_fits_sixteen_chips(name):
+    """By the report of its compilation, which must be one of the config as it is."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    c = aot.with_batch(module.get_config(), 16, None)
+    assert c.batch_size // c.accum // 16 == 8, "the batch at which the TPU's convolutions are at their best"
+    report = json.loads((CONFIGS.parent / "bench" / "tpu" / f"{name}-v5e-16.json").read_text())
+    assert report["mesh"] == {"data": 16 // c.mesh.fsdp, "fsdp": c.mesh.fsdp}
+    assert (report["remat"], report["accum"], report["batch_size"]) == (c.remat, c.accum, c.batch_size)
+    assert report["fits"] and report["needed"] < report["available"]
+
+
+def test_no_such_slice():
+    with pytest.raises(UserError, match="v5e:3x3 is not a slice"):
+        aot.devices("v5e:3x3")
+
+
+def test_v4_has_one_device_a_chip():
+    assert len(aot.devices("v4:2x2x1")[2]) == 4
+
+
+def test_libtpu_missing_or_locked(monkeypatch):
+    lock = "ABORTED: The TPU is already in use by another process. See /tmp/libtpu_lockfile"
+    assert "remove" in aot.explain(lock, "v5e:4x4") and "lsof" in aot.explain(lock, "v5e:4x4")
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"diva_jax\[tpu\]"):
+        aot.devices("v5e:4x4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--config is missing"),
+        (["--config=configs/vitl14.py", "--topology=v9:4x4"], "use one of v4, v5e, v5p, v6e"),
+        (["--config=configs/vitl14.py", "--per-device-batch=0"], "must be at least 1"),
+    ],
+)
+def test_errors_are_one_line(arguments, said):
+    command = [sys.executable, "-m", "diva_jax.aot", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=100)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said in last and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("n", "m", "heads", "width"), [(4096, 77, 5, 64), (1024, 1024, 10, 64), (729, 729, 2, 72)])
+def test_attention_kernels_compile_for_the_tpu(n, m, heads, width):
+    """Forward and backward on the sizes of the U-Net and of a tower whose length is no multiple of a tile."""
+    assert compiled_kernels(n, m, heads, width, True) == 3
+
+
+def test_the_vae_s_wide_head_fits_into_vmem():
+    assert compiled_kernels(4096, 4096, 1, 512, False) == 1
+
+
+def compiled_kernels(n, m, heads, width, gradient):
+    mesh = sharding.make_mesh(config.default().mesh, aot.devices("v5e:2x2")[2])
+    batch = NamedSharding(mesh, P(("data", "fsdp")))
+    q, k = (jax.ShapeDtypeStruct((8, length, heads, width), jnp.bfloat16, sharding=batch) for length in (n, m))
+
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            out = attention.attention(*args)
+        return jnp.sum(out.astype(jnp.float32) ** 2) if gradient else out
+
+    fn = jax.grad(run, argnums=(0, 1, 2)) if gradient else run
+    with jax.default_matmul_precision("default"):  # the tests' "highest" is not for bfloat16
+        text = jax.jit(fn).lower(q, k, k).compile().as_text()
+    program = hlo.parse(text)
+    kernels = [(op, c) for op, c, _ in program.executed() if op.target == "tpu_custom_call"]
+    padded = {length: -(-length // 128) * 128 for length in (n, m)}
+    products = 9 if gradient else 2
+    work = 2 * products * (8 // 4) * heads * padded[n] * padded[m] * width
+    assert sum(program.flops(op, c) for op, c in kernels) == work
+    return len(kernels)

@@ -1,0 +1,50 @@
+"""The table of chips, topologies' names, and the time of a sum over a slice."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from diva_jax.common.errors import UserError
+from diva_jax.costs import chips
+
+# Cores x matrix units x side^2 of a chip; two FLOPs a cycle each give the published peak at the table's clock.
+UNITS = {"v4": 2 * 4 * 128**2, "v5e": 4 * 128**2, "v5p": 2 * 4 * 128**2}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_clock_and_peak_agree(name):
+    chip = chips.CHIPS[name]
+    assert 2 * UNITS[name] * chip.clock == pytest.approx(chip.flops, rel=0.005)
+
+
+def test_the_peak_is_found_by_what_jax_calls_the_device():
+    assert chips.peak(SimpleNamespace(device_kind="TPU v5 lite")) == 197e12
+    assert chips.peak(SimpleNamespace(device_kind="TPU v5e")) == 197e12
+    assert chips.peak(SimpleNamespace(device_kind="TPU v5")) == 459e12
+    assert chips.peak(SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")) == 989e12
+    assert chips.peak(SimpleNamespace(device_kind="cpu")) is None
+
+
+def test_the_compiler_leaves_most_of_the_memory():
+    for chip in chips.CHIPS.values():
+        assert 0.95 * chip.hbm < chip.usable < 1.01 * chip.hbm
+
+
+def test_topologies():
+    assert chips.parse_topology("v5e:4x4") == ("v5e", chips.CHIPS["v5e"], (4, 4))
+    assert chips.parse_topology("v4:2x2x4")[2] == (2, 2, 4)
+    for bad in ("v5e", "v5e:4", "v5e:4x4x4", "v4:4x4", "v5e:axb", "v5e:0x4", "v9:4x4", "4x4"):
+        with pytest.raises(UserError, match=bad):
+            chips.parse_topology(bad)
+
+
+def test_time_of_an_all_reduce():
+    chip, gb = chips.CHIPS["v5e"], 1e9
+    assert chips.all_reduce_seconds(gb, chip, (1, 1)) == 0
+    # A whole pod is a torus: 2 x 255/256 GB leave each chip at the speed of all its links.
+    assert chips.all_reduce_seconds(gb, chip, (16, 16)) == pytest.approx(2 * gb * 255 / 256 / chip.ici)
+    # Lines have half of it, and an axis of one chip has none.
+    assert chips.all_reduce_seconds(gb, chip, (4, 4)) == pytest.approx(2 * gb * 15 / 16 / (chip.ici / 2))
+    assert chips.all_reduce_seconds(gb, chip, (1, 4)) == pytest.approx(2 * gb * 3 / 4 / (chip.ici / 4))
+    assert math.isclose(chips.all_reduce_seconds(2 * gb, chip, (4, 4)), 2 * chips.all_reduce_seconds(gb, chip, (4, 4)))

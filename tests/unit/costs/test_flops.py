@@ -1,0 +1,100 @@
+"""Counted FLOPs against published counts, and against the traced program."""
+
+import math
+
+import jax
+import pytest
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+
+from diva_jax import config
+from diva_jax.costs import flops
+from diva_jax.models import backbones
+from diva_jax.models.diffusion.unet import UNet, UNetConfig
+from diva_jax.models.diffusion.vae import VAE, VAEConfig
+
+TERA = 1e12
+
+
+def test_stable_diffusion():
+    u = flops.unet(UNetConfig(), 64, 77)
+    assert u.forward / TERA == pytest.approx(0.804, rel=0.01)
+    assert (u.forward + u.backward) / TERA == pytest.approx(1.671, rel=0.01)
+    assert flops.vae(VAEConfig(), 512) / TERA == pytest.approx(1.117, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    [
+        ("vitl14", 0.162),
+        ("vitl14_336", 0.382),
+        ("metaclip_h14", 0.335),
+        ("dfn_h14_378", 1.007),
+        ("siglip_so400m", 0.220),
+        ("siglip_so400m_384", 0.670),
+    ],
+)
+def test_backbones(name, forward):
+    assert flops.vision(backbones.TABLE[name]) / TERA == pytest.approx(forward, rel=0.01)
+
+
+def test_whole_step():
+    c = config.default("vitl14")
+    c.diva.backbone_passes = "faithful"
+    assert flops.per_image(c) / TERA == pytest.approx(5.43, rel=0.01)
+    c.diva.backbone_passes = "exact"
+    assert (flops.per_image(c) - flops.parts(c)["vae"]) / TERA == pytest.approx(3.83, rel=0.01)
+    one_draw = config.default("vitl14")
+    one_draw.diva.draws = 1
+    assert flops.parts(one_draw)["unet"] == flops.parts(c)["unet"] / 2
+
+
+def traced(jaxpr, times=1):
+    """Matrix products and convolutions (full windows) of a jaxpr, a multiply-add as two."""
+    total = 0
+    for e in jaxpr.eqns:
+        out = e.outvars[0].aval
+        if e.primitive.name == "dot_general":
+            (contracted, _), _ = e.params["dimension_numbers"]
+            total += 2 * times * math.prod(out.shape) * math.prod(e.invars[0].aval.shape[i] for i in contracted)
+        elif e.primitive.name == "conv_general_dilated":
+            kernel, numbers = e.invars[1].aval.shape, e.params["dimension_numbers"]
+            work = 2 * math.prod(out.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+            total += times * work // math.prod(e.params["lhs_dilation"])  # a stride's backward: mostly zeros
+        inner = times * e.params.get("length", 1)
+        for sub in jaxprs_in_params(e.params):
+            total += traced(sub, inner)
+    return total
+
+
+def test_backward_is_what_the_traced_program_does():
+    """An odd small U-Net: forward, and backward to the condition alone."""
+    c = UNetConfig(
+        block_out_channels=(16, 32, 48), layers_per_block=(1, 2, 1), heads=(2, 2, 4), cross_down=(True, False, True),
+        cross_up=(True, False, True), cross_attention_dim=24, norm_num_groups=8,
+    )  # fmt: skip
+    model = nnx.eval_shape(lambda: UNet(c, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    args = [
+        jax.ShapeDtypeStruct(s, d) for s, d in (((1, 16, 16, 4), "float32"), ((1,), "int32"), ((1, 7, 24), "float32"))
+    ]
+
+    def loss(context, state, sample, timesteps):
+        return nnx.merge(graph, state)(sample, timesteps, context).sum()
+
+    # The time embedding is the one thing that is not counted.
+    time = 2 * (16 * 64 + 64 * 64) + 2 * 64 * sum(r for r in (16, 32, 32, 48, 48, 48, 48, 48, 32, 32, 32, 16, 16))
+    u = flops.unet(c, 16, 7)
+    forward = traced(jax.make_jaxpr(loss)(args[2], state, *args[:2]).jaxpr) - time
+    assert u.forward == pytest.approx(forward, rel=2e-3)
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(args[2], state, *args[:2])
+    both = traced(jaxpr.jaxpr) - time
+    assert u.forward + u.backward == pytest.approx(both, rel=2e-3)
+
+
+def test_vae_is_what_the_traced_program_does():
+    c = VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
+    graph, state = nnx.split(nnx.eval_shape(lambda: VAE(c, rngs=nnx.Rngs(0))))
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
+    jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state).encode(x))(state, images)
+    assert flops.vae(c, 32) == pytest.approx(traced(jaxpr.jaxpr), rel=1e-2)

@@ -1,0 +1,164 @@
+"""The reader of optimised HLO: on a text that was written for it, and on what the TPU's compiler writes."""
+
+import pytest
+
+from diva_jax.costs import analysis, chips, hlo
+
+# A step with a loop of three, a fused product in it, a kernel, an asynchronous copy and an all-reduce.
+TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={()->()}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%fused (p0: bf16[32,64], p1: bf16[64,16]) -> bf16[32,16] {
+  %p0 = bf16[32,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[64,16]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  ROOT %product = bf16[32,16]{1,0:T(8,128)(2,1)} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%condition (c: (s32[], bf16[32,64])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(3)
+  %c = (s32[], bf16[32,64]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+%body (b: (s32[], bf16[32,64])) -> (s32[], bf16[32,64]) {
+  %b = (s32[], bf16[32,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x.1 = bf16[32,64]{1,0:T(8,128)(2,1)} get-tuple-element(%b), index=1
+  %w = bf16[64,16]{1,0:T(8,128)(2,1)S(1)} constant({...})
+  %fusion.1 = bf16[32,16]{1,0:T(8,128)(2,1)} fusion(%x.1, %w), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/while/body/transpose(jvp(unet))/dot_general" stack_frame_id=1}, backend_config={"window_config":{"estimated_cycles":"1500"}}
+  %splash_mha_fwd_residuals.1 = (f32[512,128]{1,0:T(8,128)}, bf16[2,4,64,256]{3,2,1,0:T(8,128)(2,1)}) custom-call(%table, %q, %k, %v), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(step)/while/body/jvp(unet)/attention/splash_mha_fwd_residuals/pallas_call"}
+  %table = s8[1,2,2]{2,1,0} constant({...})
+  %q = bf16[2,4,64,256]{3,2,1,0:T(8,128)(2,1)} constant({...})
+  %k = bf16[2,4,64,128]{3,2,1,0:T(8,128)(2,1)} constant({...})
+  %v = bf16[2,4,64,128]{3,2,1,0:T(8,128)(2,1)} constant({...})
+  ROOT %out = (s32[], bf16[32,64]{1,0}) tuple(%i, %x.1)
+}
+
+ENTRY %main (a: f32[8,100]) -> f32[8,100] {
+  %a = f32[8,100]{1,0:T(8,128)} parameter(0), metadata={op_name="state['vision/kernel']"}
+  %copy-start.1 = (f32[8,100]{1,0:T(8,128)S(1)}, f32[8,100]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done.1 = f32[8,100]{1,0:T(8,128)S(1)} copy-done(%copy-start.1)
+  %init = (s32[], bf16[32,64]{1,0}) tuple()
+  %while.1 = (s32[], bf16[32,64]{1,0}) while(%init), condition=%condition, body=%body, metadata={op_name="jit(step)/while"}
+  ROOT %all-reduce.1 = f32[8,100]{1,0:T(8,128)} all-reduce(%copy-done.1), replica_groups={{0,1}}, to_apply=%add, metadata={op_name="jit(step)/optimizer/reduce_sum"}, backend_config={"estimated_cycles":"3000"}
+}
+"""  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def report():
+    return analysis.analyse(TEXT, chips.CHIPS["v5e"])
+
+
+def test_loops_and_kernels_count_as_often_as_they_run(report):
+    product, kernel = 2 * 32 * 64 * 16, 2 * 2 * 2 * 4 * 64 * 256 * 128
+    assert report["flops"] == 3 * product
+    assert report["kernel_flops"] == 3 * kernel
+    assert report["kernel_ms"] == pytest.approx(1e3 * 3 * kernel / 197e12)
+    assert report["model_ms"] == pytest.approx(1e3 * (3 * 1500 + 3000) / 1.5e9)
+    assert report["loops"] == [3]
+    assert report["kernels"] == {"splash_mha_fwd_residuals": 3}
+
+
+def test_parts_and_kinds(report):
+    parts = report["parts"]
+    assert parts["unet backward"]["kinds"] == {"matmul": pytest.approx(1e3 * 3 * 1500 / 1.5e9)}
+    assert parts["unet forward"]["kernel_flops"] == report["kernel_flops"]
+    assert parts["optimizer"]["model_ms"] == pytest.approx(0.002)
+    assert "vision forward" not in parts, "a parameter's name is no operation"
+
+
+def test_traffic_is_what_lies_in_hbm(report):
+    fusion = 2 * 32 * 64 + 2 * 32 * 16  # its second operand is on the chip
+    assert report["parts"]["unet backward"]["hbm_gb"] * 1e9 == pytest.approx(3 * fusion)
+    copied, reduced = 4 * 800, 4 * 800  # the copy moves its array once; the sum reads the copy, on the chip
+    # The copy has no name of its own: it is made for the sum.
+    assert report["parts"]["optimizer"]["hbm_gb"] * 1e9 == pytest.approx(reduced + copied)
+    assert "other" not in report["parts"]
+
+
+def test_collectives_and_largest_arrays(report):
+    assert report["collectives"] == {"all-reduce": {"count": 1, "gb": pytest.approx(3200 / 1e9)}}
+    sizes = {(a["mib"] * 2**20, a["path"].rsplit("/", 1)[-1]) for a in report["largest"]}
+    assert (2 * 2 * 4 * 64 * 256, "pallas_call") in sizes
+    assert (4 * 8 * 128, "reduce_sum") in sizes, "100 columns lie in 128 lanes"
+
+
+def test_collectives_inside_of_fusions():
+    """A gather that runs beside other work counts once; a sum of which a slice is kept is a reduce-scatter."""
+    text = """
+%start (p: bf16[16,64]) -> bf16[64,64] {
+  %p = bf16[16,64]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[64,64]{1,0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%done (p: bf16[16,64]) -> bf16[64,64] {
+  %p = bf16[16,64]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[64,64]{1,0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%scatter (p: f32[64,64]) -> f32[16,64] {
+  %p = f32[64,64]{1,0} parameter(0)
+  %sum = f32[64,64]{1,0} all-reduce(%p), channel_id=4, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[16,64]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={16,64}
+}
+
+ENTRY %main (x: bf16[16,64], y: f32[64,64]) -> f32[16,64] {
+  %x = bf16[16,64]{1,0} parameter(0)
+  %y = f32[64,64]{1,0} parameter(1)
+  %a = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %b = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%done
+  ROOT %c = f32[16,64]{1,0} fusion(%y), kind=kCustom, calls=%scatter
+}
+"""
+    assert analysis.analyse(text, chips.CHIPS["v5e"])["collectives"] == {
+        "all-gather": {"count": 1, "gb": pytest.approx(2 * 64 * 64 / 1e9)},
+        "reduce-scatter": {"count": 1, "gb": pytest.approx(4 * 64 * 64 / 1e9)},
+    }
+
+
+def test_layouts():
+    minor_first = hlo.arrays("bf16[4,1024,72]{1,2,0:T(8,128)(2,1)S(1)}")[0]
+    assert minor_first.on_chip and minor_first.laid_out == minor_first.size
+    padded = hlo.arrays("bf16[4,1024,72]{2,1,0:T(8,128)(2,1)}")[0]
+    assert not padded.on_chip and padded.laid_out == 2 * 4 * 1024 * 128
+    assert hlo.arrays("f32[]{:T(128)}")[0].laid_out == 4
+    assert [a.dtype for a in hlo.arrays("(s32[], (bf16[2], pred[3]))")] == ["s32", "bf16", "pred"]
+
+
+@pytest.mark.parametrize(
+    ("dims", "window", "meetings"),
+    [
+        # 3x3 over 8x8, padded by one: 8 + 7 + 7 pairs an axis.
+        ((8, 3, 8), "size=3x3 pad=1_1x1_1", 22 * 22),
+        # Stride 2 with padding (0, 1): taps at 0, 2, 4, 6; 1, 3, 5, 7; 2, 4, 6.
+        ((8, 3, 4), "size=3x3 stride=2x2 pad=0_1x0_1", 11 * 11),
+        # Its backward: four pixels spread out by two.
+        ((4, 3, 8), "size=3x3 pad=2_1x2_1 lhs_dilate=2x2", 11 * 11),
+    ],
+)
+def test_convolutions_count_no_padding(dims, window, meetings):
+    size, taps, out = dims
+    text = f"""
+ENTRY %main (x: f32[]) -> f32[] {{
+  %x = f32[2,{size},{size},5]{{3,2,1,0}} parameter(0)
+  %k = f32[{taps},{taps},5,7]{{3,2,1,0}} parameter(1)
+  ROOT %c = f32[2,{out},{out},7]{{3,2,1,0}} convolution(%x, %k), window={{{window}}}, dim_labels=b01f_01io->b01f
+}}
+"""
+    program = hlo.parse(text)
+    main = program.computations["main"]
+    assert program.flops(main["c"], main) == 2 * 2 * 5 * 7 * meetings
+
+
+def test_a_text_that_is_no_program():
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.parse("hello")

@@ -1,0 +1,193 @@
+"""What a data path may be: tars, patterns, folders, tfds, a remote store; and what it may not."""
+
+import io
+import os
+import sys
+
+import fsspec
+import pytest
+from records import encoded, noise, write_tar
+
+from diva_jax.common.errors import UserError
+from diva_jax.data import files
+from diva_jax.data.sources import FolderSource, TfdsSource, open_source
+from diva_jax.data.tars import TarSource
+
+
+@pytest.fixture
+def shards(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for i in range(12):
+        write_tar(folder / f"{i:05d}.tar", {f"{i}.jpg": noise(i), f"{i}.txt": b"caption"})
+    return folder
+
+
+def names(source):
+    return [source.name(i) for i in range(len(source))]
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        ("a.tar", ["a.tar"]),
+        ("{00000..00002}.tar", ["00000.tar", "00001.tar", "00002.tar"]),
+        ("{9..11}.tar", ["9.tar", "10.tar", "11.tar"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
+    ],
+)
+def test_braces(pattern, expected):
+    assert files.expand(pattern) == expected
+
+
+def test_tars_by_file_folder_glob_and_braces(shards):
+    expected = [f"{i:05d}.tar/{i}.jpg" for i in range(12)]
+    assert names(open_source(str(shards))) == expected
+    assert names(open_source(f"{shards}/*.tar")) == expected
+    assert names(open_source(f"{shards}/{{00000..00011}}.tar")) == expected
+    assert names(open_source(f"{shards}/0000[2-4].tar")) == expected[2:5]
+    assert names(open_source(f"{shards}/{{00003,00001}}.tar")) == [expected[3], expected[1]]
+    one = open_source(f"{shards}/00007.tar")
+    assert isinstance(one, TarSource) and one.read(0) == ("00007.tar/7.jpg", noise(7))
+
+
+def test_a_folder_with_a_pattern_in_its_name(tmp_path):
+    folder = tmp_path / "cc3m[train]{v2}"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(noise(0))
+    assert names(open_source(str(folder))) == ["a.jpg"]
+
+
+def test_image_folder_is_recursive_and_sorted(tmp_path):
+    for name in ("b/2.png", "b/1.JPG", "a/c/3.webp", "0.jpeg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    for name in ("a/._x.jpg", "b/notes.txt", "b/1.json"):
+        (tmp_path / name).write_bytes(b"no image")
+    os.symlink(tmp_path, tmp_path / "a" / "loop")
+    source = open_source(str(tmp_path))
+    assert isinstance(source, FolderSource)
+    assert [source.read(i) for i in range(len(source))] == [
+        (name, name.encode()) for name in ("0.jpeg", "a/c/3.webp", "b/1.JPG", "b/2.png")
+    ]
+    assert names(open_source(f"{tmp_path}/")) == names(source)
+    assert names(open_source(f"{tmp_path}/b/*")) == [f"{tmp_path}/b/1.JPG", f"{tmp_path}/b/2.png"]
+
+
+def test_linked_folders_are_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.jpg").write_bytes(noise(0))
+    (tmp_path / "data").mkdir()
+    os.symlink(tmp_path / "real", tmp_path / "data" / "link")
+    assert names(open_source(str(tmp_path / "data"))) == ["link/a.jpg"]
+
+
+def test_home_is_expanded(shards, monkeypatch):
+    monkeypatch.setenv("HOME", str(shards.parent))
+    assert len(open_source("~/shards")) == 12
+
+
+@pytest.mark.parametrize(
+    "path, complaint",
+    [
+        ("", "is not set"),
+        (None, "is not set"),
+        ("{tmp}/nowhere", "does not exist"),
+        ("{tmp}/nowhere/*.tar", "matches no file"),
+        ("{tmp}/shards/{{00010..00013}}.tar", r"2 files that do not exist \(.*00012.tar, .*00013.tar\)"),
+        ("{tmp}/empty", "neither .tar shards nor images"),
+        ("{tmp}/notes.txt", "notes.txt is no uncompressed tar archive"),
+        ("nosuch://bucket/x", "cannot be reached"),
+    ],
+)
+def test_bad_paths_are_one_sentence(tmp_path, shards, path, complaint):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("hello " * 200)
+    with pytest.raises(UserError, match=complaint) as e:
+        open_source(path.format(tmp=tmp_path) if path else path)
+    assert "\n" not in str(e.value)
+    assert "config.data.path" in str(e.value) or "nosuch" in str(e.value)
+
+
+@pytest.fixture
+def bucket():
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.rm("/bucket", recursive=True)
+
+
+def test_remote_tars_folder_and_cache(bucket):
+    for i in range(3):
+        data = io.BytesIO()
+        write_tar(None, {f"{i}.jpg": noise(i), f"{i}.txt": b"x"}, fileobj=data)
+        bucket.pipe(f"/bucket/tars/{i:05d}.tar", data.getvalue())
+        bucket.pipe(f"/bucket/images/{i}.jpg", noise(i))
+    expected = [(f"{i:05d}.tar/{i}.jpg", noise(i)) for i in range(3)]
+    for path in ("memory://bucket/tars", "memory://bucket/tars/*.tar", "memory://bucket/tars/{00000..00002}.tar"):
+        for _ in range(2):  # The second time from the cache.
+            source = open_source(path, cache_dir="memory://bucket/cache")
+            assert [source.read(i) for i in range(3)] == expected
+    assert bucket.glob("/bucket/cache/*.npz")
+    folder = open_source("memory://bucket/images")
+    assert [folder.read(i)[1] for i in range(3)] == [noise(i) for i in range(3)]
+    with pytest.raises(UserError, match="does not exist"):
+        open_source("memory://bucket/nothing")
+
+
+def test_a_store_that_refuses(bucket, monkeypatch):
+    bucket.pipe("/bucket/a.tar", b"")
+    monkeypatch.setattr(type(bucket), "exists", lambda *_: (_ for _ in ()).throw(PermissionError("403 Forbidden")))
+    with pytest.raises(UserError, match="config.data.path='memory://bucket/a.tar' cannot be read .403 Forbidden"):
+        open_source("memory://bucket/a.tar")
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    import tensorflow_datasets as tfds
+
+    class Tagged(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            image = tfds.features.Image(shape=(None, None, 3))
+            features = {"image": image, "mask": image, "label": tfds.features.Text()}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(5):
+                yield i, {"image": io.BytesIO(encoded(i)), "mask": io.BytesIO(encoded(100 + i)), "label": "x"}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    Tagged(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_tfds_without_tensorflow(tfds_dir):
+    source = open_source(f"tfds:tagged/train?data_dir={tfds_dir}&image=image")
+    assert isinstance(source, TfdsSource)
+    assert sorted(source.read(i)[1] for i in range(5)) == sorted(encoded(i) for i in range(5))
+    assert source.name(3) == "tfds:tagged/train[3]"
+    masks = open_source(f"tfds:tagged:1.0.0/train[:40%]?data_dir={tfds_dir}&image=mask")
+    assert len(masks) == 2 and masks.read(0)[1] in [encoded(100 + i) for i in range(5)]
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "spec, complaint",
+    [
+        ("tfds:tagged", "must read tfds:name/split"),
+        ("tfds:tagged/train?split=x", "must read tfds:name/split"),
+        ("tfds:tagged/train?data_dir={dir}", r"2 image features \(image, mask\)"),
+        ("tfds:tagged/train?data_dir={dir}&image=label", "no image feature 'label'"),
+        ("tfds:tagged/test?data_dir={dir}&image=mask", "cannot be read"),
+        ("tfds:no_such_set/train?data_dir={dir}", "cannot be read"),
+    ],
+)
+def test_bad_tfds_specs(tfds_dir, spec, complaint):
+    with pytest.raises(UserError, match=complaint) as e:
+        open_source(spec.format(dir=tfds_dir))
+    assert "\n" not in str(e.value) and "config.data.path" in str(e.value)

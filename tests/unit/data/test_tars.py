@@ -1,0 +1,240 @@
+"""The index over tar shards: against tarfile's own reading, and on damaged files."""
+
+import concurrent.futures
+import logging
+import os
+import tarfile
+
+import pytest
+from records import encoded, noise, write_tar
+
+from diva_jax.common.errors import UserError
+from diva_jax.data import files, tars
+from diva_jax.data.tars import TarSource
+
+LONG = "a/" * 120 + "é" + "x" * 150 + ".jpg"  # Past 100 + 155 bytes: no plain header holds it.
+
+
+def members(count=5, start=0):
+    return {
+        f"{i:09d}.{ext}": data
+        for i in range(start, start + count)
+        for ext, data in (("jpg", noise(i)), ("json", b"{}"), ("txt", b"caption" * i))
+    }
+
+
+def test_reads_what_tarfile_reads(tmp_path):
+    first = {**members(), "x.PNG": encoded(1), "y.jpeg": noise(2), "z.webp": b"w", "._y.jpeg": b"macOS", "a.cls": b"1"}
+    write_tar(tmp_path / "00000.tar", first)
+    write_tar(tmp_path / "00001.tar", members(3, start=5))
+    source = TarSource([str(tmp_path / "00000.tar"), str(tmp_path / "00001.tar")])
+    expected = []
+    for shard in ("00000.tar", "00001.tar"):
+        with tarfile.open(tmp_path / shard) as tar:
+            for info in tar:
+                if info.name.endswith((".jpg", ".PNG", ".jpeg", ".webp")) and not info.name.startswith("."):
+                    expected.append((f"{shard}/{info.name}", tar.extractfile(info).read()))
+    assert len(expected) == len(source) == 11
+    assert [source.read(i) for i in range(len(source))] == expected
+    # In any order, from many threads at once.
+    order = [7, 0, 10, 3, 3, 9] * 50
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, order)) == [expected[i] for i in order]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names(tmp_path, form):
+    write_tar(tmp_path / "a.tar", {LONG: noise(0), "b.jpg": noise(1)}, format=form)
+    source = TarSource([str(tmp_path / "a.tar")])
+    assert source.read(0) == (f"a.tar/{LONG}", noise(0))
+    assert source.read(1) == ("a.tar/b.jpg", noise(1))
+
+
+def test_folders_and_links_are_no_images(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
+            info = tarfile.TarInfo(f"{kind.decode()}.jpg")
+            info.type, info.linkname = kind, "elsewhere.jpg"
+            tar.addfile(info)
+        (tmp_path / "c.jpg").write_bytes(noise(3))
+        tar.add(tmp_path / "c.jpg", "c.jpg")
+    source = TarSource([str(tmp_path / "a.tar")])
+    assert [source.name(i) for i in range(len(source))] == ["a.tar/c.jpg"]
+
+
+def cut(path, length):
+    os.truncate(path, length)
+    return path
+
+
+def test_a_truncated_shard_keeps_what_is_whole(tmp_path, caplog):
+    good, bad, garbage = (str(tmp_path / name) for name in ("0.tar", "1.tar", "2.tar"))
+    write_tar(good, members(3))
+    write_tar(bad, members(4))
+    with tarfile.open(bad) as tar:
+        third = tar.getmember("000000002.jpg")
+    with open(garbage, "wb") as f:
+        f.write(bytes(range(256)) * 20)
+    cut(bad, third.offset_data + third.size - 1)  # Its last byte is missing.
+    with caplog.at_level(logging.WARNING):
+        source = TarSource([good, bad, garbage])
+    assert [source.name(i) for i in range(len(source))] == [
+        *(f"0.tar/{i:09d}.jpg" for i in range(3)),
+        *(f"1.tar/{i:09d}.jpg" for i in range(2)),
+    ]
+    assert [source.read(i)[1] for i in range(5)] == [noise(0), noise(1), noise(2), noise(0), noise(1)]
+    lines = [r.getMessage() for r in caplog.records]
+    assert sum(bad in line for line in lines) == 1 and sum(garbage in line for line in lines) == 1
+    assert not any(good in line for line in lines)
+    assert lines[-1] == "2 of 3 tar shards are damaged"
+    assert "2 images kept" in source.damaged[bad] and "no uncompressed tar" in source.damaged[garbage]
+
+
+def test_every_length_of_a_cut_shard(tmp_path):
+    """Whatever the cut, the images before it are read, none is invented, and the damage is told."""
+    path = str(tmp_path / "a.tar")
+    write_tar(path, {"0.jpg": b"x" * 700, "1.jpg": b"y" * 512, "2.jpg": b"z"})
+    with tarfile.open(path) as tar:
+        ends = [m.offset_data + m.size for m in tar]
+        archive_end = tar.getmembers()[-1].offset_data + 512
+    whole = (tmp_path / "a.tar").read_bytes()
+    for length in range(0, archive_end + 1, 64):
+        (tmp_path / "b.tar").write_bytes(whole[:length])
+        found = tars.scan(str(tmp_path / "b.tar"))
+        assert found.names == [f"{i}.jpg" for i, end in enumerate(ends) if end <= length], length
+        assert found.complaint, length
+    assert not tars.scan(path).complaint
+
+
+def test_damage_in_the_middle_is_told(tmp_path, caplog):
+    path = tmp_path / "a.tar"
+    write_tar(path, members(4))
+    with tarfile.open(path) as tar:
+        hit = tar.getmember("000000002.json").offset
+    data = bytearray(path.read_bytes())
+    data[hit : hit + 512] = os.urandom(512)
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert len(TarSource([str(path)])) == 3  # 0, 1, 2: the third image comes before its json.
+    assert f"damaged at byte {hit}" in caplog.text
+
+
+def test_no_image_at_all(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.txt": b"x"})
+    (tmp_path / "b.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="not one image in 2 tar files .*b.tar is no uncompressed tar archive"):
+        TarSource([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")])
+
+
+def test_a_compressed_tar_is_told_apart(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        tar.add(__file__, "a.jpg")
+    with pytest.raises(UserError, match="no uncompressed tar archive"):
+        TarSource([str(tmp_path / "a.tar")])
+
+
+def test_a_shard_that_cannot_be_opened_stops(tmp_path):
+    os.symlink(tmp_path / "nowhere", tmp_path / "a.tar")
+    with pytest.raises(UserError, match="a.tar of config.data.path cannot be read"):
+        TarSource([str(tmp_path / "a.tar")])
+
+
+def test_a_shard_that_shrinks_later_is_an_error_not_garbage(tmp_path):
+    path = str(tmp_path / "a.tar")
+    write_tar(path, members(2))
+    source = TarSource([path])
+    cut(path, 600)
+    with pytest.raises(OSError, match="ends .* bytes early"):
+        source.read(1)
+
+
+def test_more_shards_than_open_files(tmp_path, monkeypatch):
+    shards = []
+    for i in range(8):
+        shards.append(str(tmp_path / f"{i}.tar"))
+        write_tar(shards[-1], members(2))
+    source = TarSource(shards)
+    opened, closed = [], []
+    real_open, real_close = os.open, os.close
+
+    class Counted(files._Descriptor):
+        def __init__(self, path):
+            self.fd = real_open(path, os.O_RDONLY)
+            opened.append(path)
+
+        def __del__(self):
+            real_close(self.fd)
+            closed.append(self.fd)
+
+    source._reader._open = files.functools.lru_cache(maxsize=3)(Counted)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        order = list(range(len(source))) * 20
+        assert all(data == noise(i % 2) for i, (_, data) in zip(order, pool.map(source.read, order), strict=True))
+    assert len(opened) > 8 and len(opened) - len(closed) == 3
+
+
+class TestCache:
+    def source(self, folder, cache, **kw):
+        return TarSource(sorted(str(p) for p in folder.glob("*.tar")), str(cache), **kw)
+
+    @pytest.fixture
+    def shards(self, tmp_path):
+        folder = tmp_path / "data"
+        folder.mkdir()
+        write_tar(folder / "0.tar", {LONG: noise(0), "b.jpg": noise(1)})
+        write_tar(folder / "1.tar", members(2))
+        cut(folder / "1.tar", 1000)
+        return folder
+
+    def test_second_start_reads_no_header(self, shards, tmp_path, monkeypatch, caplog):
+        cache = tmp_path / "cache"
+        first = self.source(shards, cache)
+        before = [first.read(i) for i in range(len(first))]
+        assert len(list(cache.iterdir())) == 1 and sorted(os.listdir(shards)) == ["0.tar", "1.tar"]
+        monkeypatch.setattr(tars, "scan", lambda path: pytest.fail("scanned again"))
+        caplog.clear()
+        second = self.source(shards, cache)
+        assert [second.read(i) for i in range(len(second))] == before
+        assert "1.tar is cut short" in caplog.text  # Told every time, not only when it was found.
+
+    def test_a_changed_shard_is_indexed_again(self, shards, tmp_path):
+        cache = tmp_path / "cache"
+        assert len(self.source(shards, cache)) == 2
+        write_tar(shards / "1.tar", members(4))
+        assert len(self.source(shards, cache)) == 6
+        stat = os.stat(shards / "1.tar")
+        write_tar(shards / "1.tar", {k: v for k, v in reversed(members(4).items())})  # The same size.
+        os.utime(shards / "1.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        assert self.source(shards, cache).name(2) == "1.tar/000000003.jpg"
+
+    def test_a_corrupt_cache_is_built_again(self, shards, tmp_path, caplog):
+        cache = tmp_path / "cache"
+        self.source(shards, cache)
+        (file,) = cache.iterdir()
+        for damage in (b"", file.read_bytes()[:300], b"garbage"):
+            file.write_bytes(damage)
+            assert len(self.source(shards, cache)) == 2
+        assert "building it again" in caplog.text
+        caplog.clear()
+        self.source(shards, cache)
+        assert "building it again" not in caplog.text
+
+    def test_a_cache_that_cannot_be_written_only_warns(self, shards, tmp_path, caplog):
+        (tmp_path / "cache").write_text("a file where the folder should be")
+        assert len(self.source(shards, tmp_path / "cache")) == 2
+        assert "could not be kept" in caplog.text
+
+    def test_quiet(self, shards, tmp_path, caplog):
+        self.source(shards, tmp_path / "cache", quiet=True)
+        assert not caplog.text
+
+
+def test_progress_of_a_long_index(tmp_path, monkeypatch, capsys):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(tars.time, "monotonic", lambda: next(clock))
+    for i in range(9):
+        write_tar(tmp_path / f"{i}.tar", members(1))
+    TarSource([str(tmp_path / f"{i}.tar") for i in range(9)])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "indexing tar shards: 3 of 9, about 24 s left"
+    assert len(lines) == 3

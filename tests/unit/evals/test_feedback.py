@@ -1,0 +1,251 @@
+"""Feedback: the condition gap and the agreement of gradients, by hand, planted, on any devices and batch size."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from eval_data import encoded, patch
+from flax import nnx
+
+from diva_jax import objectives
+from diva_jax.common.errors import UserError
+from diva_jax.data.preprocess import to_float
+from diva_jax.evals import Options, evaluator
+from diva_jax.evals.tasks import feedback
+from diva_jax.models.diffusion import schedule
+from diva_jax.objectives import diva
+from diva_jax.training import sharding
+
+COUNT = 11  # One group of gradients and three images over.
+OPTIONS = Options(bootstrap=400, batch_size=4, draws=3, seed=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("feedback")
+    for i in range(COUNT):
+        (root / f"{i:02}.png").write_bytes(encoded(patch(i)))
+    return root
+
+
+def runner(folder, devices: int = 1, **options):
+    c = small.small_config()
+    mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
+    return evaluator.Evaluator(c, mesh, {"feedback": str(folder)}, Options(**vars(OPTIONS) | options))
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """On one device, compiled once for all tests."""
+    return runner(folder)
+
+
+def arrays_of(run, seed: int = 0) -> dict[str, jax.Array]:
+    return small.random_arrays(run.tasks["feedback"].program, seed)
+
+
+def outcome(run, arrays, label="x"):
+    with jax.default_matmul_precision("highest"):  # As in every test: what a fixture compiles is not compiled again.
+        return run.tasks["feedback"].evaluate(run.model(label, arrays, ""))
+
+
+@pytest.fixture(scope="module")
+def found(one):
+    return outcome(one, arrays_of(one))
+
+
+def by_hand(run, arrays) -> dict[str, np.ndarray]:
+    """[COUNT, bins], image by image and timestep by timestep, from the objective's parts."""
+    task = run.tasks["feedback"]
+    module = task.program.skeleton.merge(arrays)
+    abar = schedule.alphas_cumprod(module.schedule)
+    look = jax.jit(lambda pixels: (module.vae.encode(2 * pixels - 1), module.vision.encode(module.views(pixels)[1])))
+    unet = jax.jit(lambda noisy, t, c: module.unet(noisy, t, c))
+    seen = [look(jnp.asarray(p, jnp.float32)[None] / 255) for p in task._pixels]
+    assert module.spec.add_text == "mean"
+    text = jnp.repeat(module.text_context[...].mean(axis=1, keepdims=True), 6, axis=1)
+    out = {k: np.zeros((COUNT, 10)) for k in ("own", "other", "text")}
+    for i in range(COUNT):
+        latents = seen[i][0]
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(OPTIONS.seed), 0), i)
+        drawn = module.draw(key[None], latents.shape[1:], 10)
+        for k in range(10):
+            t = 100 * k + int(drawn.timesteps[k, 0]) // 10
+            noisy = abar[t] ** 0.5 * latents + (1 - abar[t]) ** 0.5 * drawn.noise[k]
+            for name, whose in (("own", i), ("other", task.partners[i]), ("text", None)):
+                c = text
+                if whose is not None:
+                    tokens = seen[whose][1].tokens[:, drawn.token_indices[k, 0]]
+                    c = text + module.visual_proj(jnp.concatenate([seen[whose][1].pooled[:, None], tokens], 1))
+                error = unet(noisy, jnp.array([t]), c) - drawn.noise[k]
+                out[name][i, k] = float(jnp.mean(error**2))
+    return out
+
+
+def test_losses_and_gaps_by_hand(one, found):
+    hand = by_hand(one, arrays_of(one))
+    rows = {}
+    for r in found.rows:
+        assert r["weights"] == "x" and r["file"] == f"{r['item']:02}.png"
+        rows[r["metric"].removeprefix("loss_"), r["item"], int(r["timesteps"].split("-")[0]) // 100] = r["score"]
+    assert len(rows) == len(found.rows) == 3 * COUNT * 10
+    for (name, i, k), value in rows.items():
+        assert value == pytest.approx(hand[name][i, k], rel=2e-5), (name, i, k)
+    scores, bins = found.results["scores"], found.results["timesteps"]
+    assert [(b["low"], b["high"]) for b in bins] == [(k, k + 100) for k in range(0, 1000, 100)]
+    for name, want in (
+        ("loss_own", hand["own"]),
+        ("gap_other", hand["other"] - hand["own"]),
+        ("gap_text", hand["text"] - hand["own"]),
+    ):
+        assert scores[name]["score"] == pytest.approx(want.mean(), abs=2e-5)
+        assert scores[name]["interval"][0] < scores[name]["score"] < scores[name]["interval"][1]
+        for k, b in enumerate(bins):
+            assert b["scores"][name]["score"] == pytest.approx(want[:, k].mean(), abs=2e-5)
+    assert len({round(x, 6) for x in hand["own"].ravel()}) == hand["own"].size  # Nothing here is the same by chance.
+
+
+def test_gradients_by_hand(one, found):
+    """Every pair of the three gradients of one group, each with the loss that training takes."""
+    task, arrays = one.tasks["feedback"], arrays_of(one)
+    vision = {n: a for n, a in arrays.items() if n.startswith("vision/")}
+
+    @jax.jit
+    def gradient(vision, keys):
+        def loss(vision):
+            return task.program.skeleton.merge(arrays, vision).loss({"image": jnp.stack(task._pixels[:8])}, keys)[0]
+
+        return jax.grad(loss)(vision)
+
+    flat = []
+    for r in range(3):
+        key = jax.random.fold_in(jax.random.key(OPTIONS.seed), 1 + r)
+        keys = jnp.stack([jax.random.fold_in(key, i) for i in range(8)])
+        flat.append(np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient(vision, keys))]).astype(np.float64))
+    unit = [g / np.linalg.norm(g) for g in flat]
+    cosine = np.mean([unit[a] @ unit[b] for a, b in ((0, 1), (0, 2), (1, 2))])
+    scores = found.results["scores"]
+    assert scores["gradient_cosine"] == {"score": pytest.approx(cosine, abs=2e-6), "interval": None}  # One group.
+    assert scores["gradient_snr"]["score"] == pytest.approx(cosine / (1 - cosine), rel=1e-4)
+    assert -1 < cosine < 0.999
+
+
+def test_mean_cosine_of_a_planted_signal():
+    """Signal s and noise n in every draw: s^2 / (s^2 + n^2)."""
+    rng = np.random.default_rng(0)
+    signal = np.full(4000, 0.7, np.float32)
+    draws = jnp.asarray(signal + rng.normal(0, 1.4, (6, 4000)), jnp.float32)
+    cosine, norms = feedback.mean_cosine(lambda g: {"g": g}, draws, {"g": draws[0]})
+    assert float(cosine) == pytest.approx(0.2, abs=0.02)
+    np.testing.assert_allclose(norms, np.linalg.norm(draws, axis=1), rtol=1e-5)
+    pairs = (draws @ draws.T) / np.outer(norms, norms)
+    assert float(cosine) == pytest.approx(float(np.mean(pairs[np.triu_indices(6, 1)])), abs=1e-6)
+
+
+@pytest.mark.parametrize("devices, batch", [(8, 16)])
+def test_same_numbers_on_any_devices_and_batch(found, folder, devices, batch):
+    run = runner(folder, devices, batch_size=batch)
+    other = outcome(run, arrays_of(run))
+    np.testing.assert_allclose([r["score"] for r in other.rows], [r["score"] for r in found.rows], rtol=2e-5)
+    for name, s in found.results["scores"].items():
+        assert other.results["scores"][name]["score"] == pytest.approx(s["score"], rel=1e-3, abs=2e-6), name
+
+
+def deaf(arrays):
+    """A U-Net that ignores its condition: nothing of it gets out of the cross-attention."""
+    silent = {n: jax.device_put(jnp.zeros_like(a), a.sharding) for n, a in arrays.items() if "/attn2/to_v/" in n}
+    assert silent
+    return {**arrays, **silent}
+
+
+def test_a_unet_that_ignores_its_condition(one, found):
+    silent = outcome(one, deaf(arrays_of(one)), "deaf")
+    scores, notes = silent.results["scores"], silent.results["notes"]
+    for gap in ("gap_other", "gap_text"):
+        assert scores[gap]["score"] == pytest.approx(0, abs=1e-9)
+        low, high = scores[gap]["interval"]
+        assert low <= 0 <= high
+        assert sum("zero within its interval" in n and feedback.METRICS[gap] in n for n in notes) == 1
+    assert "gradient_cosine" not in scores and "gradient_snr" not in scores
+    assert any("gradient is zero" in n for n in notes)
+    assert all(np.isfinite(r["score"]) for r in silent.rows)
+    changed = one.tasks["feedback"].compare(found, silent)["scores"]
+    assert set(changed) == {"loss_own", "gap_other", "gap_text"}
+    tasks, _ = one.report([("x", {"feedback": found}), ("deaf", {"feedback": silent})])
+    text = evaluator.table(tasks)
+    lines = [line for line in text.splitlines() if "zero within its interval" in line and "deaf: " in line]
+    assert len(lines) == 2 and all("\n" not in line for line in lines)
+
+
+class Attentive(nnx.Module):
+    """An objective whose U-Net predicts the noise exactly where its condition is the image's mean colour."""
+
+    def __init__(self):
+        self.vision = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+    def condition_losses(self, batch, keys, edges):
+        own, other = (to_float(batch[k]).mean(axis=(1, 2)) for k in ("image", "other"))
+        scale = jnp.asarray(edges[1:], jnp.float32)[:, None]  # Bins differ.
+        conditions = {"own": self.vision(own), "other": self.vision(other), "text": jnp.zeros_like(own)}
+        return {k: scale * jnp.mean((c - own) ** 2, axis=-1) for k, c in conditions.items()}
+
+    def loss(self, batch, keys):
+        own = to_float(batch["image"]).mean(axis=(1, 2))
+        noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+        return jnp.mean((self.vision(own) - 0.1 * noise) ** 2), {}
+
+
+def test_another_objective_that_heeds_its_condition(folder, monkeypatch):
+    module = SimpleNamespace(build=lambda config, rngs: Attentive(), PRETRAINED={"vision": "vision"})
+    monkeypatch.setattr(objectives, "find", lambda name: module)
+    c = small.small_config(trainable=(("vision/.*", 1.0),))
+    run = evaluator.Evaluator(c, sharding.make_mesh(c.mesh), {"feedback": str(folder)}, OPTIONS)
+    task = run.tasks["feedback"]
+    heeds = outcome(run, {"vision/kernel": jnp.eye(3), "vision/bias": jnp.zeros(3)})
+    scores = heeds.results["scores"]
+    assert scores["loss_own"] == {"score": pytest.approx(0, abs=1e-9), "interval": pytest.approx([0, 0], abs=1e-9)}
+    colour = np.stack(task._pixels).astype(np.float64).mean(axis=(1, 2)) / 255
+    for gap, other in (("gap_other", colour[task.partners]), ("gap_text", 0)):
+        losses = ((other - colour) ** 2).mean(axis=1)
+        assert scores[gap]["score"] == pytest.approx(losses.mean() * task.edges[1:].mean(), rel=1e-4)
+        assert 0 < scores[gap]["interval"][0] < scores[gap]["score"]
+        for b in heeds.results["timesteps"]:
+            assert b["scores"][gap]["score"] == pytest.approx(losses.mean() * b["high"], rel=1e-4)
+    assert not any("gap" in note for note in heeds.results["notes"])
+    assert 0.5 < scores["gradient_cosine"]["score"] < 1  # The mean colour is a signal in every draw.
+    blind = outcome(run, {"vision/kernel": jnp.zeros((3, 3)), "vision/bias": jnp.full(3, 0.5)})
+    change = task.compare(blind, heeds)["scores"]["gap_other"]
+    assert change["difference"] == pytest.approx(scores["gap_other"]["score"]) and 0 < change["interval"][0]
+    assert any("zero within its interval" in note for note in blind.results["notes"])
+
+
+def test_scalars_of_live_parameters(one):
+    """With intervals, by timestep too, and nothing compared: there is no source of the encoder it began with."""
+    row, notes = one.scalars(deaf(arrays_of(one)))
+    assert {"feedback/gap_other", "feedback/gap_other/low", "feedback/gap_other/high"} <= set(row)
+    assert {f"feedback_by_timestep/gap_text/{low:03}-{low + 99:03}/low" for low in range(0, 1000, 100)} <= set(row)
+    assert all(type(v) is float and np.isfinite(v) for v in row.values())
+    assert len(notes) == 3
+
+
+def test_partners_are_never_oneself():
+    for n in (2, 3, 50):
+        p = feedback.partners(n, 1)
+        assert sorted(p) == list(range(n)) and (p != np.arange(n)).all()
+
+
+def test_what_cannot_be_judged_is_refused(folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--data=feedback='.*none' does not exist"):
+        feedback.prepare(str(tmp_path / "none"), OPTIONS)
+    (tmp_path / "a.png").write_bytes(encoded(patch(0)))
+    with pytest.raises(UserError, match="has 1 images: give at least 2"):
+        feedback.prepare(str(tmp_path), OPTIONS)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="the image b.png of .* cannot be read"):
+        runner(tmp_path)
+    monkeypatch.delattr(diva.Diva, "condition_losses")
+    with pytest.raises(UserError, match="config.objective='diva', which lacks condition_losses"):
+        runner(folder)

@@ -1,0 +1,219 @@
+"""MMVP-VLM: the file's checks, and the score against the definition written out."""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from eval_data import write_mmvp
+
+from diva_jax.common.errors import UserError
+from diva_jax.evals import Options
+from diva_jax.evals.tasks import mmvp
+from diva_jax.evals.tasks.mmvp import FOLDERS, PATTERNS, prepare
+
+OPTIONS = Options(bootstrap=2000, seeds=3)
+ROWS = 270
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return write_mmvp(tmp_path_factory.mktemp("mmvp"))
+
+
+@pytest.fixture
+def root(original, tmp_path):
+    """A copy to break; the images are links."""
+    copy = tmp_path / "mmvp"
+    shutil.copytree(original, copy, copy_function=os.link)
+    table = (copy / "Questions.csv").read_text()
+    (copy / "Questions.csv").unlink()
+    (copy / "Questions.csv").write_text(table)
+    return copy
+
+
+class Fake:
+    """A model that gives these embeddings."""
+
+    def __init__(self, seed: int, seeds: int = 3, dim: int = 6):
+        rng = np.random.default_rng(seed)
+        # Few values, so that exact ties between a pair's images happen.
+        self.pooled = rng.integers(-1, 2, (ROWS, dim)).astype(np.float32) + [2, *[0] * (dim - 1)]
+        self.published = rng.integers(-1, 2, (ROWS, seeds, dim)).astype(np.float32)
+        self.text = rng.integers(-1, 2, (ROWS, dim)).astype(np.float32) + [*[0] * (dim - 1), 2]
+        self.label, self.spec = f"fake{seed}", SimpleNamespace(readout="cls + mean(random 5), l2")
+
+    def images(self, read, count, published):
+        assert count == ROWS and published
+        return {"pooled": self.pooled, "published": self.published}
+
+    def texts(self, texts):
+        assert texts[0] == "a photo of thing number 0, seen from above" and len(texts) == ROWS
+        return self.text
+
+
+def brute_force(images, texts):
+    """Pair by pair, as the benchmark's description reads. Returns right [135] and the ties met."""
+    right, ties = [], 0
+    for n in range(ROWS // 2):
+        answers = []
+        for t in (2 * n, 2 * n + 1):
+            word = texts[t] / np.sqrt(np.sum(np.square(texts[t], dtype=np.float64)))
+            logits = [100 * float(np.dot(images[i].astype(np.float64), word)) for i in (2 * n, 2 * n + 1)]
+            top = max(logits)
+            e = [np.exp(x - top) for x in logits]
+            first = np.float32(e[0] / (e[0] + e[1]))
+            ties += first == 0.5
+            answers.append(1 if first > 0.5 else 2)
+        # Question ids count from 1: the first of a pair is odd, and asks for image 1.
+        right.append(answers == [1, 2])
+    return np.array(right), ties
+
+
+def test_scores_equal_brute_force_ties_included(original):
+    task, total_ties = prepare(str(original), OPTIONS), 0
+    for seed in range(5):
+        model = Fake(seed)
+        found = task.evaluate(model)
+        normed = model.pooled / np.linalg.norm(model.pooled.astype(np.float64), axis=1, keepdims=True)
+        right, _ = brute_force(normed, model.text)
+        by_seed = []
+        for k in range(3):
+            r, ties = brute_force(model.published[:, k], model.text)
+            by_seed.append(r)
+            total_ties += ties
+        pooled, published = found.results["scores"]["pooled"], found.results["scores"]["published"]
+        assert pooled["score"] == pytest.approx(100 * right.mean(), abs=1e-9)
+        assert published["score"] == pytest.approx(100 * np.mean(by_seed), abs=1e-9)
+        np.testing.assert_allclose(published["seeds"], [100 * r.mean() for r in by_seed])
+        for i, pattern in enumerate(found.results["patterns"]):
+            assert pattern["name"] == PATTERNS[i]
+            want = 100 * right[15 * i : 15 * i + 15].mean()
+            assert pattern["scores"]["pooled"]["score"] == pytest.approx(want, abs=1e-9)
+        for s in (pooled, published):
+            low, high = s["interval"]
+            assert low < s["score"] < high and 4 < high - low < 25
+    assert total_ties > 20
+
+
+def test_a_tie_is_an_answer_for_image_2():
+    images, texts = np.ones((4, 3)), np.random.default_rng(0).standard_normal((4, 3))
+    _, first = mmvp.pair_scores(images, texts)
+    assert (first == 0.5).all() and not mmvp.pairs_right(first).any()
+    # Far apart: no overflow, no warning.
+    _, first = mmvp.pair_scores(np.array([[1e3], [-1e3], [-1e3], [1e3]]), np.ones((4, 1)))
+    np.testing.assert_array_equal(first, [1, 1, 0, 0])
+
+
+def test_every_score_is_in_the_rows(original):
+    task, model = prepare(str(original), OPTIONS), Fake(0)
+    found = task.evaluate(model)
+    assert len(found.rows) == ROWS * (1 + 3)
+    for row in found.rows:
+        assert row["correct"] == (row["truth"] == row["predicted"]) and row["truth"] == (1 if row["item"] % 2 else 2)
+        assert row["score"] == pytest.approx(1 / (1 + np.exp(row["logit_image_2"] - row["logit_image_1"])))
+    pooled = [r for r in found.rows if r["metric"] == "pooled"]
+    pairs = [a["correct"] and b["correct"] for a, b in zip(pooled[::2], pooled[1::2], strict=True)]
+    assert 100 * np.mean(pairs) == pytest.approx(found.results["scores"]["pooled"]["score"])
+    assert pooled[31]["file"] == "Presence/32.jpg" and pooled[31]["pair"] == 15 and pooled[31]["pattern"] == PATTERNS[1]
+
+
+def test_comparison_of_two_weights(original):
+    task = prepare(str(original), OPTIONS)
+    before, after = task.evaluate(Fake(1)), task.evaluate(Fake(2))
+    found = task.compare(before, after)
+    b, a = before.held["pooled"]["right"][0], after.held["pooled"]["right"][0]
+    s = found["scores"]["pooled"]
+    assert s["difference"] == pytest.approx(100 * (a.mean() - b.mean()))
+    assert s["mcnemar"]["won"] == (a & ~b).sum() and s["mcnemar"]["lost"] == (b & ~a).sum()
+    assert s["interval"][0] < s["difference"] < s["interval"][1]
+    flips = [f for f in found["flipped"] if f["metric"] == "pooled"]
+    assert [f["item"] for f in flips] == list(np.flatnonzero(a != b))
+    for f in flips:
+        assert f["won"] == a[f["item"]] and f["group"] == PATTERNS[f["item"] // 15]
+        assert [p.rsplit("/", 1)[1] for p in f["images"]] == [f"{2 * f['item'] + 1}.jpg", f"{2 * f['item'] + 2}.jpg"]
+        assert all(os.path.isabs(p) and os.path.exists(p) for p in f["images"])
+        now = (f["after"][0] > 0.5) and not f["after"][1] > 0.5
+        assert now == f["won"]
+    same = task.compare(before, before)
+    assert same["flipped"] == [] and same["scores"]["pooled"]["mcnemar"]["p"] == 1
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_three_names_of_the_folder(root, folder):
+    os.rename(root / FOLDERS[0], root / folder)
+    for path in (root, root / folder, root / "Questions.csv"):
+        assert len(mmvp.read_questions(str(path))) == ROWS
+
+
+def test_a_table_from_windows_is_read(root):
+    table = root / "Questions.csv"
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes().replace(b"\n", b"\r\n"))
+    assert mmvp.read_questions(str(root))[0].text == "a photo of thing number 0, seen from above"
+
+
+def edit(root, change):
+    lines = (root / "Questions.csv").read_text().splitlines()
+    change(lines)
+    (root / "Questions.csv").write_text("\n".join(lines) + "\n")
+
+
+def swap(i, j):
+    def change(lines):
+        lines[i], lines[j] = lines[j], lines[i]
+
+    return change
+
+
+def put(i, line):
+    def change(lines):
+        lines[i] = line
+
+    return change
+
+
+BAD_TABLES = {
+    "swapped in a pair": (swap(3, 4), r"lines 4 and 5: a pair is an odd Question ID .* not 4 \(Orientation\) and 3"),
+    "swapped between pairs": (swap(2, 3), "lines 2 and 3: a pair is"),
+    "swapped first ones": (swap(1, 3), "lines 2 and 3: a pair is"),
+    "a row lost": (lambda lines: lines.pop(9), "has 269 questions, MMVP-VLM has 270"),
+    "a row twice": (lambda lines: lines.insert(9, lines[9]), "has 271 questions"),
+    "a pair twice": (lambda lines: lines.__setitem__(slice(3, 5), lines[1:3]), "line 4: question 1 is there twice"),
+    "wrong id, no image": (put(5, "999,Orientation,x"), r"line 6: its image .*Orientation.999.jpg does not exist"),
+    "wrong id, an image": (put(6, "8,Orientation,x"), "lines 6 and 7: a pair is"),
+    "id no number": (put(6, "six,Orientation,x"), "line 7: the Question ID 'six' is no number"),
+    "wrong type": (put(6, "6,Presence,x"), "line 7: its image .* does not exist"),
+    "empty statement": (put(6, "6,Orientation,"), "line 7: a row has Question ID, Type, Statement, none empty"),
+    "a column more": (put(6, "6,Orientation,x,y"), "line 7: a row has"),
+    "no header": (lambda lines: lines.pop(0), "begins with .*, not Question ID,Type,Statement"),
+    "empty": (lambda lines: lines.clear(), "begins with nothing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_a_bad_table_is_refused(root, case):
+    change, says = BAD_TABLES[case]
+    edit(root, change)
+    with pytest.raises(UserError, match=says):
+        prepare(str(root), OPTIONS)
+
+
+def test_bad_images_are_refused(root):
+    image = root / FOLDERS[0] / "Texts" / "213.jpg"
+    data = image.read_bytes()
+    image.unlink()
+    with pytest.raises(UserError, match=r"line 214: its image .*213.jpg does not exist"):
+        prepare(str(root), OPTIONS)
+    for broken in (b"", b"no image", data[: len(data) // 2]):
+        image.write_bytes(broken)
+        with pytest.raises(UserError, match=r"the image .*213.jpg cannot be read"):
+            prepare(str(root), OPTIONS)
+
+
+def test_missing_folders_are_named(tmp_path):
+    with pytest.raises(UserError, match="Questions.csv does not exist: give --data=mmvp=FOLDER"):
+        prepare(str(tmp_path), OPTIONS)
+    (tmp_path / "Questions.csv").write_text("")
+    with pytest.raises(UserError, match="has none of the folders 'MLLM_VLM Images'"):
+        prepare(str(tmp_path), OPTIONS)

@@ -1,0 +1,122 @@
+"""Retrieval: recalls against sorting, ties, captions that stay together, CSV files."""
+
+import numpy as np
+import pytest
+from eval_data import encoded, patch
+from records import write_tar
+
+from diva_jax.common.errors import UserError
+from diva_jax.evals import Options
+from diva_jax.evals.tasks import retrieval
+from diva_jax.evals.tasks.retrieval import prepare
+
+OPTIONS = Options(bootstrap=1000)
+COUNT = 23
+CAPTIONS = [[f"caption {j} of {i}" for j in range(1 + i % 5)] for i in range(COUNT)]
+
+
+@pytest.fixture
+def table(tmp_path):
+    rows = ["image,caption,note"]
+    for i, captions in enumerate(CAPTIONS):
+        (tmp_path / f"{i}.png").write_bytes(encoded(patch(i)))
+        rows += [f'{i}.png,"{caption}",x' for caption in captions]
+    path = tmp_path / "captions.csv"
+    path.write_text("\n".join(rows))
+    return path
+
+
+class Fake:
+    label = "fake"
+
+    def __init__(self, seed, texts):
+        rng = np.random.default_rng(seed)
+        self.pooled, self.words = rng.standard_normal((COUNT, 5)), rng.standard_normal((len(texts), 5))
+
+    def images(self, read, count):
+        assert read(count - 1).size == patch(count - 1).size
+        return {"pooled": self.pooled}
+
+    def texts(self, texts):
+        return self.words
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_recalls_equal_sorting(table):
+    task = prepare(str(table), OPTIONS)
+    assert task.count == COUNT and task.texts == [c for captions in CAPTIONS for c in captions]
+    model = Fake(0, task.texts)
+    found = task.evaluate(model)
+    scores = unit(model.words) @ unit(model.pooled).T
+    owner = [i for i, captions in enumerate(CAPTIONS) for _ in captions]
+    for k in (1, 5, 10):
+        image = [owner[t] in np.argsort(-scores[t])[:k] for t in range(len(owner))]
+        text = [any(owner[t] == i for t in np.argsort(-scores[:, i])[:k]) for i in range(COUNT)]
+        got = found.results["scores"]
+        assert got[f"image_retrieval_recall@{k}"]["score"] == pytest.approx(100 * np.mean(image))
+        assert got[f"text_retrieval_recall@{k}"]["score"] == pytest.approx(100 * np.mean(text))
+    for s in found.results["scores"].values():
+        assert s["interval"][0] <= s["score"] <= s["interval"][1]
+    assert len(found.rows) == len(owner) + COUNT
+    after = task.evaluate(Fake(1, task.texts))
+    for metric, s in task.compare(found, after)["scores"].items():
+        change = after.results["scores"][metric]["score"] - found.results["scores"][metric]["score"]
+        assert s["difference"] == pytest.approx(change)
+        # The captions of one image are not independent, which McNemar's test assumes.
+        assert (s["mcnemar"] is None) == metric.startswith("image")
+
+
+def test_among_equals_the_first_wins():
+    answers = np.ones((6, 2))
+    right = np.zeros((2, 6), bool)
+    right[0, [3, 5]] = right[1, 0] = True
+    np.testing.assert_array_equal(retrieval.ranks(np.ones((2, 2)), answers, right), [3, 0])
+    # An encoder that has collapsed to one point finds nothing but by chance.
+    n = 300
+    found = retrieval.ranks(np.ones((n, 2)), np.ones((n, 2)), np.eye(n, dtype=bool))
+    np.testing.assert_array_equal(found, np.arange(n))
+
+
+def test_tars_with_several_captions(tmp_path):
+    (tmp_path / "test").mkdir()
+    members = {}
+    for i, captions in enumerate(CAPTIONS):
+        members |= {f"s{i}.jpg": encoded(patch(i), "JPEG"), f"s{i}.txt": "\n".join(captions).encode()}
+    write_tar(tmp_path / "test" / "0.tar", members)
+    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
+    task = prepare(str(tmp_path), OPTIONS)
+    assert task.images.targets == CAPTIONS and list(task.owner[:4]) == [0, 1, 1, 2]
+    write_tar(tmp_path / "test" / "0.tar", members | {"s1.txt": b""})
+    with pytest.raises(UserError, match=r"0.tar\[1\] has no caption"):
+        prepare(str(tmp_path), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("none.png,a thing", "names .*none.png, which does not exist"),
+        ("1.png,", "line 3: image or caption is empty"),
+        (",a thing", "line 3: image or caption is empty"),
+    ],
+)
+def test_bad_rows_are_refused(table, line, says):
+    lines = table.read_text().splitlines()
+    lines[2] = line
+    table.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=says):
+        prepare(str(table), OPTIONS)
+
+
+def test_bad_files_are_refused(table, tmp_path):
+    table.write_text("file,caption\n1.png,x\n")
+    with pytest.raises(UserError, match="has no column image"):
+        prepare(str(table), OPTIONS)
+    table.write_text("image,caption\n")
+    with pytest.raises(UserError, match="has no rows"):
+        prepare(str(table), OPTIONS)
+    for path in (tmp_path / "none.csv", tmp_path):
+        with pytest.raises(UserError, match="neither a folder of tar shards nor a CSV file"):
+            prepare(str(path), OPTIONS)

@@ -1,0 +1,95 @@
+"""The TPU's attention kernel against plain attention, and the choice between the two."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from diva_jax.models import attention
+
+
+def qkv(n, m, heads, width, batch=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(batch, s, heads, width)), jnp.float32) for s in (n, m, m)]
+
+
+def mesh(platform, sizes=(2, 2)):
+    return AbstractMesh(
+        sizes,
+        ("data", "fsdp"),
+        axis_types=(AxisType.Auto,) * 2,
+        abstract_device=AbstractDevice(device_kind="any", num_cores=1, platform=platform),
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "heads", "width"),
+    [(256, 256, 2, 64), (384, 384, 1, 40), (130, 130, 2, 72), (256, 77, 1, 80), (200, 365, 1, 160)],
+)
+def test_the_kernel_equals_plain_attention(n, m, heads, width):
+    """Forward and all three gradients, heads of every width in use, lengths that need padding."""
+    args = qkv(n, m, heads, width)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=args[0].shape), jnp.float32)
+
+    def value_and_grads(fn):
+        return jax.jit(jax.value_and_grad(lambda a: jnp.sum(weight * fn(*a)), has_aux=False))(args)
+
+    with jax.default_matmul_precision("highest"):
+        out = jax.jit(lambda a: attention.flash(*a, interpret=True))(args)
+        assert relative_error(out, jax.nn.dot_product_attention(*args)) < 2e-5
+        value, grads = value_and_grads(lambda *a: attention.flash(*a, interpret=True))
+        expected, goals = value_and_grads(jax.nn.dot_product_attention)
+    assert abs(value - expected) < 1e-4 * abs(expected)
+    for ours, goal in zip(grads, goals, strict=True):
+        assert relative_error(ours, goal) < 2e-5
+
+
+def test_tiles_divide_the_padded_length():
+    lengths = (128, 640, 768, 1024, 2304, 4096, 9216)
+    assert [attention.block(n, 64) for n in lengths] == [128, 640, 768, 1024, 768, 1024, 1024]
+    assert [attention.block(n, 512) for n in lengths] == [128, 128, 384, 512, 384, 512, 512]
+
+
+def test_the_kernel_is_for_long_sequences_on_tpus():
+    tpu, cpu, gpu = (mesh(p) for p in ("tpu", "cpu", "gpu"))
+    long = attention.KERNEL_FROM["self"]
+    assert attention.use_kernel(long, long, 64, 8, tpu)
+    assert not attention.use_kernel(long - 1, long - 1, 64, 8, tpu)
+    assert not attention.use_kernel(4096, 4096, 64, 8, cpu)
+    assert not attention.use_kernel(4096, 4096, 64, 8, gpu)
+    assert not attention.use_kernel(4096, 4096, 64, 8, jax.sharding.get_abstract_mesh())
+    assert not attention.use_kernel(4096, 4096, 1024, 8, tpu), "a head that no tile is known for"
+    assert not attention.use_kernel(4096, 4096, 64, 6, tpu), "a batch that the devices cannot share"
+    assert attention.use_kernel(4096, 77, 64, 8, tpu) == (attention.KERNEL_FROM["cross"] <= 4096)
+
+
+def kernels(platform, **kw):
+    """How many kernels attention makes when it is traced for a platform that is not there."""
+    args = [jax.ShapeDtypeStruct((8, 1024, 2, 64), jnp.bfloat16)] * 3
+
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(mesh(platform)):
+            return attention.attention(*args, **kw)
+
+    return str(jax.make_jaxpr(run)(*args)).count("pallas_call[")
+
+
+def test_the_mesh_decides_and_not_this_machine():
+    assert kernels("tpu") == 1
+    assert kernels("cpu") == 0
+    assert kernels("tpu", causal=True) == 0
+
+
+def test_sharded_over_the_batch_axes():
+    """Each device runs its own images: the kernel stands inside of a shard_map over both axes."""
+    args = [jax.ShapeDtypeStruct((8, 1024, 2, 64), jnp.bfloat16)] * 3
+    with jax.sharding.use_abstract_mesh(mesh("tpu")):
+        jaxpr = jax.make_jaxpr(attention.attention)(*args)
+    maps = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "shard_map"]
+    assert len(maps) == 1
+    # q, k, v come last, behind the mask's small tables, which every device holds whole.
+    assert maps[0].params["in_specs"][-3:] == (P(("data", "fsdp")),) * 3
+    assert [v.aval.shape[0] for v in maps[0].params["jaxpr"].invars[-3:]] == [2] * 3

@@ -1,0 +1,66 @@
+"""Schedules and chains, by hand."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diva_jax import config
+from diva_jax.common.errors import UserError
+from diva_jax.config import Stage
+from diva_jax.training import optim
+
+STAGE = Stage("tune", 100, 4700, 1e-4, ())
+
+
+def test_learning_rate_is_linear_then_cosine_to_zero():
+    """The published schedule: ceil(0.005 * 4600) = 23 steps of warm-up from 0."""
+    lr = optim.learning_rate(STAGE, 0.005)
+    assert float(lr(0)) == 0.0
+    np.testing.assert_allclose(lr(11), 1e-4 * 11 / 23, rtol=1e-6)
+    np.testing.assert_allclose(lr(23), 1e-4, rtol=1e-6)
+    for step in (24, 1000, 4599):
+        expected = 0.5e-4 * (1 + math.cos(math.pi * (step - 23) / (4600 - 23)))
+        np.testing.assert_allclose(lr(step), expected, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(lr(4600), 0.0, atol=1e-12)
+    np.testing.assert_allclose(optim.learning_rate(STAGE, 0.0)(0), 1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_shortest_stages_have_a_schedule(steps):
+    lr = optim.learning_rate(Stage("s", 0, steps, 0.5, ()), 0.9)
+    assert max(float(lr(i)) for i in range(steps)) == 0.5
+
+
+def one_update(params, grads, **fields):
+    c = config.default().optim.unlock()
+    c.update(fields)
+    tx = optim.build(c, Stage("s", 0, 10, 0.5, ()), dict.fromkeys(params, 1.0))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    return updates
+
+
+def test_clip_is_of_the_global_norm_and_comes_first():
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones(3)}
+    grads = {"a": jnp.full((2, 2), 3.0), "b": jnp.full(3, 4.0)}
+    norm = math.sqrt(4 * 9 + 3 * 16)
+    updates = one_update(params, grads, name="sgd", warmup=0.0, clip=1.0)
+    np.testing.assert_allclose(updates["a"], -0.5 * 3 / norm, rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], -0.5 * 4 / norm, rtol=1e-6)
+    unclipped = one_update(params, grads, name="sgd", warmup=0.0, clip=0.0)
+    np.testing.assert_allclose(unclipped["b"], -2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_spares_biases_and_norms(name):
+    params = {"kernel": jnp.full((2, 2), 2.0), "scale": jnp.full(3, 2.0)}
+    grads = {"kernel": jnp.zeros((2, 2)), "scale": jnp.zeros(3)}
+    updates = one_update(params, grads, name=name, warmup=0.0, clip=0.0, weight_decay=0.1)
+    np.testing.assert_allclose(updates["kernel"], -0.5 * 0.1 * 2, rtol=1e-6)
+    np.testing.assert_array_equal(updates["scale"], 0.0)
+
+
+def test_unknown_optimizer():
+    with pytest.raises(UserError, match="config.optim.name='lion'"):
+        one_update({"a": jnp.ones(2)}, {"a": jnp.ones(2)}, name="lion")
