@@ -22,8 +22,8 @@ from ml_collections import config_flags
 from diva_jax import weights
 from diva_jax.common import cli
 from diva_jax.common.errors import RunError, UserError, listing
-from diva_jax.config import spec_of
 from diva_jax.export import layouts, reference
+from diva_jax.models.backbones import spec_of
 from diva_jax.weights import clip, names, readers, sources
 from diva_jax.weights.tensors import Tensors
 

@@ -121,14 +121,6 @@ def faithful(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def spec_of(config: ConfigDict) -> backbones.Spec:
-    """The backbone's Spec, hashable."""
-    fields = config.backbone.to_dict()
-    text = backbones.TextSpec(**fields.pop("text"))
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return backbones.Spec(**fields, text=text)
-
-
 class Stage(NamedTuple):
     """A run of steps with one trainable set, learning rate and schedule; the optimizer starts anew.
 

@@ -25,7 +25,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16", "bfloat16"
 
 
 def _from_source():
-    from diva_jax.config import spec_of
+    from diva_jax.models.backbones import spec_of
     from diva_jax.weights import sources
 
     source = sources.open_clip_source(_SOURCE.value)

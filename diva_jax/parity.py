@@ -21,8 +21,8 @@ from ml_collections import config_flags
 from diva_jax import weights
 from diva_jax.common import cli
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.config import spec_of
 from diva_jax.export import reference
+from diva_jax.models.backbones import spec_of
 from diva_jax.models.diffusion.unet import UNetConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone and U-Net are compared.")

@@ -7,8 +7,7 @@ and once more for that of its weights, where they are wanted; attention's two pr
 
 import dataclasses
 
-from diva_jax.config import spec_of
-from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones import Spec, spec_of
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
 from diva_jax.objectives import condition

@@ -10,10 +10,9 @@ from jax.sharding import Mesh
 
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
-from diva_jax.config import spec_of
 from diva_jax.export import workdirs
 from diva_jax.models import backbones
-from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones import Spec, spec_of
 from diva_jax.models.backbones.text import Text
 from diva_jax.models.layers import abstract
 from diva_jax.training import checkpoint, partition, sharding

@@ -15,10 +15,10 @@ import numpy as np
 
 from diva_jax import __version__, evals
 from diva_jax.common.errors import UserError, listing
-from diva_jax.config import spec_of
 from diva_jax.data import tokenizers
 from diva_jax.evals import Options, Outcome, encoders
 from diva_jax.evals.encode import Model, Towers
+from diva_jax.models.backbones import spec_of
 
 COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
 

@@ -10,9 +10,8 @@ from ml_collections import ConfigDict
 from diva_jax import objectives
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
-from diva_jax.config import spec_of
 from diva_jax.models import backbones, layers
-from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones import Spec, spec_of
 from diva_jax.training import checkpoint, partition
 from diva_jax.weights import clip, loading, names, readers, sources
 from diva_jax.weights.tensors import Tensors

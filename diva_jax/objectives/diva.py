@@ -15,10 +15,10 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.config import spec_of
 from diva_jax.costs.flops import per_image as flops_per_image
 from diva_jax.data import preprocess
 from diva_jax.models import backbones
+from diva_jax.models.backbones import spec_of
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig

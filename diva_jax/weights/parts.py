@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
-from diva_jax.config import spec_of
+from diva_jax.models.backbones import spec_of
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
 from diva_jax.training import partition

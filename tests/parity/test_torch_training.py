@@ -37,7 +37,7 @@ class TorchDiva:
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from open_clip.transformer import QuickGELU, VisionTransformer
 
-        self.config, self.spec = p.config, config.spec_of(p.config)
+        self.config, self.spec = p.config, backbones.spec_of(p.config)
         s, d = self.spec, p.config.diffusion
         self.vision = VisionTransformer(
             s.image_size,

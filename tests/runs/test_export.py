@@ -302,10 +302,10 @@ def test_round_trip_of_vit_b_32_at_full_size(tmp_path):
 def test_custom_config_of_weights_that_describe_themselves(tmp_path):
     written_by_open_clip(H14, tmp_path / "in")
     module = runpy.run_path(str(ROOT / "configs/custom.py"))
-    found = configs.spec_of(module["get_config"](str(tmp_path / "in")))
+    found = backbones.spec_of(module["get_config"](str(tmp_path / "in")))
     assert found == dataclasses.replace(H14, source=str(tmp_path / "in"), select="all", readout="pooled")
     for name in module["MODELS"]:
-        spec = configs.spec_of(module["get_config"](f"{name}-quickgelu"))
+        spec = backbones.spec_of(module["get_config"](f"{name}-quickgelu"))
         theirs = from_open_clip(open_clip.get_model_config(name) | {"quick_gelu": True}, name=f"{name}-quickgelu")
         assert spec == theirs
     with pytest.raises(UserError, match="does not exist"):

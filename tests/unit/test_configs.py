@@ -35,7 +35,7 @@ def test_config_builds_as_shapes(path):
     config.validate(c, 1 if path.stem == "tiny" else 16)  # a v5e:4x4
     c.mesh.fsdp = 1
     p = Program(c, sharding.make_mesh(c.mesh, jax.devices()[:1]))
-    spec = config.spec_of(c)
+    spec = backbones.spec_of(c)
     if path.stem in backbones.TABLE:
         assert spec == backbones.TABLE[path.stem]
     # 865.9 M: the U-Net of Stable Diffusion 2.1-base, the VAE's encoder beside it.

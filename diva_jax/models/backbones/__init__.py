@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 
@@ -207,6 +208,18 @@ TINY = Spec(
     select="random:7",
     text=TextSpec(width=32, heads=2, layers=1, mlp_dim=128),
 )
+
+
+def spec_of(config: ConfigDict) -> Spec:
+    """The Spec that `config.backbone` describes, hashable.
+
+    Args:
+      config: of `config.default`'s form.
+    """
+    fields = config.backbone.to_dict()
+    text = TextSpec(**fields.pop("text"))
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return Spec(**fields, text=text)
 
 
 def architecture(name: str):
