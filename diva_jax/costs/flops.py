@@ -7,10 +7,9 @@ and once more for that of its weights, where they are wanted; attention's two pr
 
 import dataclasses
 
-from diva_jax.models.backbones import Spec, spec_of
+from diva_jax.models.backbones import Spec
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
-from diva_jax.objectives import condition
 
 
 @dataclasses.dataclass
@@ -123,23 +122,3 @@ def vision(spec: Spec) -> float:
     if spec.arch == "siglip":  # attention pooling: one query
         return total + 2 * (2 * w * w + 2 * patches * w * w + 2 * patches * w + 2 * w * spec.mlp_dim)
     return total + 2 * n * w * spec.embed_dim
-
-
-def parts(config) -> dict[str, float]:
-    """FLOPs of one image in one training step, by part: "vae", "vision", "unet", "visual_proj"."""
-    spec, draws = spec_of(config), config.diva.draws
-    vae_config = VAEConfig.from_dict(config.diffusion.vae.to_dict())
-    unet_config = UNetConfig.from_dict(config.diffusion.unet.to_dict())
-    tokens = condition.token_count(spec.select, spec.patches)
-    u = unet(unet_config, config.data.image_size // vae_config.downscale, tokens)
-    return {
-        "vae": vae(vae_config, config.data.image_size),
-        "vision": 3 * vision(spec) * (1 if config.diva.backbone_passes == "exact" else draws),
-        "unet": draws * (u.forward + u.backward),
-        "visual_proj": draws * 3 * 2 * tokens * spec.embed_dim * unet_config.cross_attention_dim,
-    }
-
-
-def per_image(config) -> float:
-    """FLOPs of one image in one training step of the diva objective, vision encoder trained."""
-    return sum(parts(config).values())

@@ -29,6 +29,21 @@ class GroupNorm(nnx.GroupNorm):
         return super().__call__(x)
 
 
+class Matrix(nnx.Module):
+    """x @ W, [..., n_in] -> [..., n_out]: a projection whose weight PyTorch holds as [n_in, n_out] too.
+
+    Args:
+      matrix: W.
+      dtype: what activations are computed in.
+    """
+
+    def __init__(self, matrix: nnx.Param, dtype):
+        self.matrix, self.dtype = matrix, dtype
+
+    def __call__(self, x: Array) -> Array:
+        return x @ self.matrix[...].astype(self.dtype)
+
+
 class Keys:
     """Stands for `nnx.Rngs`: the n-th key is `fold_in(key(seed), n)`.
 
@@ -84,6 +99,10 @@ class Layers:
 
     def group_norm(self, n: int, groups: int, epsilon: float) -> nnx.GroupNorm:
         return GroupNorm(n, groups, epsilon=epsilon, use_fast_variance=False, **self._kw)
+
+    def matrix(self, init: Callable, n_in: int, n_out: int) -> Matrix:
+        """[..., n_in] -> [..., n_out], without a bias."""
+        return Matrix(self.param(init, n_in, n_out), self.dtype)
 
     def embed(self, count: int, n: int) -> nnx.Embed:
         return nnx.Embed(count, n, **self._kw)

@@ -1,27 +1,76 @@
-"""Objectives, found by module name: `config.objective = "diva"` is `diva_jax.objectives.diva`.
+"""Objectives: `config.objective` names a module of this package, or any module that can be imported, by dotted path.
 
 An objective module defines
-  `build(config, rngs) -> nnx.Module` with `loss(batch, keys) -> (loss, metrics)` and, for the evaluation task
-    `feedback`, `condition_losses(batch, keys, edges)` as `diva.Diva` has it (optional),
-  `PRETRAINED`: attribute -> the kind of pretrained part that fills it (a name in `diva_jax.weights.parts`);
-    every other attribute starts from the random weights that `build` gives it,
-  `flops_per_image(config)` (optional): counted FLOPs of one image in one step, for the MFU in the progress line.
-It does not know about meshes, optimizers or files.
+  `Objective`: a subclass of `contract.Objective`;
+  `default() -> ConfigDict`: its own fields, each with a comment; becomes `config.<last component of the name>`;
+  `SECTIONS` (optional): names of shared sections that its configs have, see `config.SECTIONS`;
+  `recipe(config) -> None` (optional): sets the general fields of a config to the published values;
+  `stages(config) -> tuple[Stage, ...]` (optional): default one stage that trains `config.trainable`;
+  `validate(config) -> None` (optional): raises a `UserError` for fields that do not fit together.
+
+A diffusion objective may have one more method for the evaluation task `feedback`, `condition_losses(batch, keys,
+edges)`, as `diva.Objective` has it.
 """
 
 import importlib
 import pkgutil
+from types import ModuleType
 
 from diva_jax.common.errors import UserError
+from diva_jax.objectives.contract import Objective, Stage, tune
+
+__all__ = ["Objective", "Stage", "find", "names", "section", "stages", "tune"]
+
+_SHARED = ("condition", "contract", "draws")
 
 
-def find(name: str):
+def names() -> list[str]:
+    """The objectives of this package."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
+
+
+def find(name: str) -> ModuleType:
     """The objective's module.
 
+    Args:
+      name: of a module of this package, or a dotted path.
+
     Raises:
-      UserError: there is none of that name.
+      UserError: there is no such module, or it is not an objective.
     """
-    known = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("condition", "draws"))
-    if name not in known:
-        raise UserError(f"config.objective={name!r} is not known: use one of {', '.join(known)}")
-    return importlib.import_module(f"{__name__}.{name}")
+    if "." not in name and name not in names():
+        raise UserError(
+            f"config.objective={name!r} is not known: use one of {', '.join(names())}, or the dotted path of a module"
+        )
+    path = name if "." in name else f"{__name__}.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as e:
+        if e.name and (path == e.name or path.startswith(e.name + ".")):
+            raise UserError(f"config.objective={name!r} cannot be imported ({e}): check the path and PYTHONPATH") from e
+        raise
+    if missing := [a for a in ("Objective", "default") if not hasattr(module, a)]:
+        raise UserError(f"config.objective={name!r} is not an objective: the module does not define {missing[0]}")
+    return module
+
+
+def section(name: str) -> str:
+    """The name of an objective's own config section: the last component of its path."""
+    return name.rpartition(".")[2]
+
+
+def stages(config) -> tuple[Stage, ...]:
+    """The stages of a run, in order, without gaps.
+
+    Raises:
+      UserError: they leave gaps or have no steps.
+    """
+    module = find(config.objective)
+    if not hasattr(module, "stages"):
+        return (tune(config),)
+    found = tuple(module.stages(config))
+    starts = [0, *(s.end for s in found)]
+    if not found or any(s.start != start or s.steps < 1 for s, start in zip(found, starts, strict=False)):
+        spans = ", ".join(f"{s.name} {s.start} to {s.end}" for s in found)
+        raise UserError(f"the stages of config.objective={config.objective} must follow one another, but are {spans}")
+    return found

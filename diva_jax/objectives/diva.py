@@ -6,38 +6,73 @@ target)^2) (section 3.1, equations 1 to 4), target eps or, for a v-prediction mo
 through the U-Net into `visual_proj` and `vision`.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.costs.flops import per_image as flops_per_image
-from diva_jax.data import preprocess
+from diva_jax.costs import flops
+from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
-from diva_jax.models.backbones import spec_of
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.unet import UNet, UNetConfig
-from diva_jax.models.diffusion.vae import VAE, VAEConfig
-from diva_jax.objectives import condition, draws
-
-__all__ = ["PRETRAINED", "Diva", "Draws", "build", "flops_per_image"]
+from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.unet import UNet
+from diva_jax.models.diffusion.vae import VAE
+from diva_jax.objectives import condition, contract, draws
+from diva_jax.weights import parts
 
 Array = jax.Array
 
-PRETRAINED = {"vision": "vision", "unet": "unet", "vae": "vae", "text_context": "text_context"}
+SECTIONS = ("condition", "diffusion")
+FAITHFUL, EXACT = "faithful", "exact"
 
-# (switch, the values it may take); see `config.default` for what each one does.
-SWITCHES = {
-    "vae_view": ("exact", "faithful"),
-    "backbone_stats": ("exact", "faithful"),
-    "backbone_resize": ("exact", "faithful"),
-    "draw_weights": ("exact", "faithful"),
-    "backbone_passes": ("exact", "faithful"),
-}
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`config.diva`. "faithful" is what the authors' code does, "exact" what the models were trained on."""
+
+    draws: int = 2  # Timestep and noise draws per image.
+    vae_view: str = EXACT  # exact: 2x-1. faithful: through CLIP's and back by ImageNet's mean/std.
+    backbone_stats: str = EXACT  # exact: the backbone's own mean/std. faithful: OpenAI's for all.
+    backbone_resize: str = EXACT  # exact: antialiased bicubic, then normalised. faithful: bilinear after.
+    draw_weights: str = EXACT  # exact: equal, a mean. faithful: accum : 1, summed over micro-batches.
+    backbone_passes: str = EXACT  # exact: one pass shared by the draws. faithful: one per draw.
+
+    def __post_init__(self):
+        if self.draws < 1:
+            raise UserError(f"config.diva.draws={self.draws} must be at least 1")
+        for switch in SWITCHES:
+            if (value := getattr(self, switch)) not in (EXACT, FAITHFUL):
+                raise UserError(f"config.diva.{switch}={value!r}: use {EXACT} or {FAITHFUL}")
+
+
+SWITCHES = tuple(f.name for f in dataclasses.fields(Options) if f.default == EXACT)
+
+
+def default() -> ConfigDict:
+    """The fields of `config.diva`: see `Options`."""
+    return ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
+
+
+def recipe(config: ConfigDict) -> None:
+    """The published recipe (DIVA, section 4.1): about one epoch of CC3M at 640 images per step."""
+    config.steps, config.batch_size, config.accum = 4600, 640, 5
+    config.trainable = (("vision/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0))
+    config.optim.update(name="sgd", lr=1e-4, momentum=0.9, weight_decay=0.0, warmup=0.005, clip=1.0)
+
+
+def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
+    """`visual_proj` alone for condition.warmup_steps, then the trainable table."""
+    warm = config.condition.warmup_steps
+    main = contract.tune(config, warm)
+    alone = (("visual_proj/.*", 1.0), (".*", 0.0))
+    return (contract.Stage("visual_proj", 0, warm, config.condition.warmup_lr, alone), main) if warm else (main,)
 
 
 class Draws(NamedTuple):
@@ -54,29 +89,26 @@ class Draws(NamedTuple):
     token_indices: Array | None
 
 
-class Diva(nnx.Module):
-    """The objective; `vision` and `visual_proj` are what is usually trained."""
+class Objective(contract.Objective):
+    """`vision` and `visual_proj` are what is usually trained."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs):
-        self.spec = spec_of(config)
-        self.config = FrozenConfigDict(config.diva)
-        self.accum = config.accum
-        for switch, values in SWITCHES.items():
-            if self.config[switch] not in values:
-                raise UserError(f"config.diva.{switch}={self.config[switch]!r}: use {' or '.join(values)}")
-        d = config.diffusion
-        unet_config = UNetConfig.from_dict(d.unet.to_dict())
-        if unet_config.class_embed_dim is not None:
+    def __init__(self, config, *, rngs):
+        self.spec = backbones.spec_of(config)
+        self.options = Options(**config.diva)
+        self.diffusion = Diffusion.from_dict(config.diffusion.to_dict())
+        self.image_size, self.accum = config.data.image_size, config.accum
+        unet, cross = self.diffusion.unet, self.diffusion.unet.cross_attention_dim
+        if unet.class_embed_dim is not None:
             raise UserError(
                 "the diva objective has no class embedding to give to this U-Net "
                 "(class_embed_type is set): use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion"
             )
-        self.schedule = schedule.ScheduleConfig.from_dict(d.scheduler.to_dict())
+        condition.check(self.spec.select, self.spec.add_text, self.spec.patches, self.diffusion.text_tokens)
         dtype, frozen = jnp.dtype(config.dtype), jnp.dtype(config.frozen_dtype)
         kw = dict(rngs=rngs, dtype=dtype)
         again = config.remat in ("vision", "all")
         self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=again, **kw)
-        width, cross = self.spec.embed_dim, unet_config.cross_attention_dim
+        width = self.spec.embed_dim
         # As PyTorch's nn.Linear, which the authors use: uniform in +-1/sqrt(fan in), the bias too.
         uniform = nnx.initializers.uniform(2 * width**-0.5)
         self.visual_proj = nnx.Linear(
@@ -87,24 +119,57 @@ class Diva(nnx.Module):
             kernel_init=lambda *a: uniform(*a) - width**-0.5,
             bias_init=lambda *a: uniform(*a) - width**-0.5,
         )
-        self.unet = UNet(unet_config, param_dtype=frozen, remat=config.remat == "all", **kw)
-        self.vae = VAE(VAEConfig.from_dict(d.vae.to_dict()), param_dtype=frozen, **kw)
-        self.text_context = nnx.Variable(jnp.zeros((1, d.text_tokens, cross), jnp.float32))
-        condition.check(self.spec.select, self.spec.add_text, self.spec.patches, d.text_tokens)
+        self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
+        self.vae = VAE(self.diffusion.vae, param_dtype=frozen, **kw)
+        self.text_context = nnx.Variable(jnp.zeros((1, self.diffusion.text_tokens, cross), jnp.float32))
+
+    @property
+    def inputs(self) -> Mapping[str, inputs.Image]:
+        """{"image": uint8 [S, S, 3] at the VAE's resolution}."""
+        return {"image": inputs.Image(self.image_size)}
+
+    def pretrained(self) -> Mapping[str, parts.Part]:
+        """All but `visual_proj`."""
+        d = self.diffusion
+        return {
+            "vision": parts.vision(self.spec.source, self.spec),
+            "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet"),
+            "vae": parts.diffusers(d.source, d.vae, "config.diffusion.vae"),
+            "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder),
+        }
+
+    def towers(self) -> Mapping[str, nnx.Module]:
+        return {"vision": self.vision}
+
+    def flops_by_part(self) -> dict[str, float]:
+        """FLOPs of one image in one step, the vision encoder trained: "vae", "vision", "unet", "visual_proj"."""
+        d, n = self.diffusion, self.options.draws
+        tokens = condition.token_count(self.spec.select, self.spec.patches)
+        unet = flops.unet(d.unet, self.image_size // d.vae.downscale, tokens)
+        passes = 1 if self.options.backbone_passes == EXACT else n
+        return {
+            "vae": flops.vae(d.vae, self.image_size),
+            "vision": 3 * flops.vision(self.spec) * passes,
+            "unet": n * (unet.forward + unet.backward),
+            "visual_proj": n * 3 * 2 * tokens * self.spec.embed_dim * d.unet.cross_attention_dim,
+        }
+
+    def flops(self) -> float:
+        return sum(self.flops_by_part().values())
 
     def draw(self, keys: Array, latents_shape: tuple[int, int, int], count: int | None = None) -> Draws:
-        """N draws (`count`, or config.diva.draws) from one key an image, [B]; each depends on its image's key alone."""
+        """N draws (`count`, or config.diva.draws) from one key per image, [B]; each depends on that key alone."""
 
         def one(key):
             t, eps, tokens = jax.random.split(key, 3)
-            steps = self.schedule.num_train_timesteps
+            steps = self.diffusion.scheduler.num_train_timesteps
             return (
                 jax.random.randint(t, (), 0, steps),
                 jax.random.normal(eps, latents_shape, jnp.float32),
                 tokens,
             )
 
-        n = count or self.config.draws
+        n = count or self.options.draws
         per_draw = jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys)  # [N, B]
         timesteps, noise, token_keys = jax.vmap(jax.vmap(one))(per_draw)
         indices = jax.vmap(lambda k: condition.draw_token_indices(k, self.spec.select, self.spec.patches))(token_keys)
@@ -112,10 +177,10 @@ class Diva(nnx.Module):
 
     def views(self, pixels: Array) -> tuple[Array, Array]:
         """Pixels [B, S, S, 3] in [0, 1] -> (VAE view, backbone view), each normalised for its model."""
-        c, faithful = self.config, "faithful"
+        c = self.options
         stats = (
             (backbones.OPENAI_MEAN, backbones.OPENAI_STD)
-            if c.backbone_stats == faithful
+            if c.backbone_stats == FAITHFUL
             else (self.spec.mean, self.spec.std)
         )
         return (
@@ -129,8 +194,8 @@ class Diva(nnx.Module):
         The step averages over the micro-batches, so `faithful`, where the last draw alone is divided by the
         number of micro-batches A and everything is summed, reads (A, ..., A, 1).
         """
-        n = self.config.draws
-        if self.config.draw_weights == "exact":
+        n = self.options.draws
+        if self.options.draw_weights == EXACT:
             return jnp.full((n,), 1 / n, jnp.float32)
         return jnp.asarray([self.accum] * (n - 1) + [1], jnp.float32)
 
@@ -141,11 +206,11 @@ class Diva(nnx.Module):
 
     def denoise(self, latents: Array, draw: Draws, context: Array) -> tuple[Array, Array]:
         """(what the U-Net predicts from a draw's noisy latents, what it should), [B, h, w, c], float32 or wider."""
-        abar = schedule.alphas_cumprod(self.schedule)
+        abar = schedule.alphas_cumprod(self.diffusion.scheduler)
         noisy = schedule.add_noise(latents, draw.noise, abar, draw.timesteps)
         with jax.named_scope("unet"):
             pred = self.unet(noisy, draw.timesteps, context)
-        goal = schedule.target(latents, draw.noise, abar, draw.timesteps, self.schedule.prediction_type)
+        goal = schedule.target(latents, draw.noise, abar, draw.timesteps, self.diffusion.scheduler.prediction_type)
         return pred.astype(jnp.promote_types(pred.dtype, jnp.float32)), goal
 
     def forward(self, pixels: Array, drawn: Draws) -> tuple[Array, dict]:
@@ -162,26 +227,31 @@ class Diva(nnx.Module):
         vae_view, backbone_view = self.views(pixels)
         with jax.named_scope("vae"):
             latents = self.vae.encode(vae_view)
-        shared = self.config.backbone_passes == "exact"
-        towers = (self.visual_proj,) if shared else (self.visual_proj, self.vision)
-        graph, params = nnx.split(towers)
+        shared = self.options.backbone_passes == EXACT
 
         def encode(vision):
             with jax.named_scope("vision"):
                 return vision.encode(backbone_view)
 
-        features = encode(self.vision) if shared else None
+        if shared:  # What a draw is differentiated with respect to: the projection and the features.
+            graph, params = nnx.split(self.visual_proj)
+            given = (params, encode(self.vision))
+        else:  # The projection and the encoder, which each draw runs itself.
+            graph, given = nnx.split((self.visual_proj, self.vision))
 
-        def one_draw(inputs, draw: Draws):
-            params, seen = inputs
-            visual_proj, *vision = nnx.merge(graph, params)
-            seen = encode(vision[0]) if vision else seen
-            f, c = self.context(visual_proj, seen, draw)
+        def one_draw(given, draw: Draws):
+            if shared:
+                params, features = given
+                visual_proj = nnx.merge(graph, params)
+            else:
+                visual_proj, vision = nnx.merge(graph, given)
+                features = encode(vision)
+            f, c = self.context(visual_proj, features, draw)
             pred, goal = self.denoise(latents, draw, c)
             loss = jnp.mean(jnp.square(pred - goal))
             return loss, {"features": f, "context": c, "pred_noise": pred, "losses": loss}
 
-        value, seen = draws.weighted_sum(one_draw, (params, features), drawn, self.weights())
+        value, seen = draws.weighted_sum(one_draw, given, drawn, self.weights())
         return value, {"latents": latents, **seen}
 
     def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:
@@ -189,7 +259,7 @@ class Diva(nnx.Module):
 
         Args:
           batch: {"image": uint8 [B, S, S, 3]}.
-          keys: PRNG keys, one an image, [B].
+          keys: PRNG keys, one per image, [B].
 
         Returns:
           (what is differentiated, {"loss": the plain mean over images and draws}).
@@ -202,13 +272,13 @@ class Diva(nnx.Module):
     def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
         """The loss of each image under its own condition, under another image's, and under the text alone.
 
-        One draw an image and bin; timesteps, noise and token draw are the same under all three conditions. For the
+        One draw per image and bin; timesteps, noise and token draw are the same under all three conditions. For the
         text alone the visual part is zero: the condition is the prompt's states as they are (`add_text` token), or
         their mean in every one of its tokens (mean).
 
         Args:
           batch: {"image", "other": uint8 [B, S, S, 3]}, `other` being whose condition is borrowed.
-          keys: PRNG keys, one an image, [B].
+          keys: PRNG keys, one per image, [B].
           edges: [K + 1] ints; the timestep of draw k is uniform in edges[k] .. edges[k + 1] - 1.
 
         Returns:
@@ -219,7 +289,7 @@ class Diva(nnx.Module):
         both = jax.lax.map(self.vision.encode, jnp.stack([view for _, view in views]))
         seen = [backbones.Features(*(x[i] for x in both)) for i in (0, 1)]  # By itself, by the other.
         drawn = self.draw(keys, latents.shape[1:], len(edges) - 1)
-        within = drawn.timesteps * np.diff(edges)[:, None] // self.schedule.num_train_timesteps
+        within = drawn.timesteps * np.diff(edges)[:, None] // self.diffusion.scheduler.num_train_timesteps
         drawn = drawn._replace(timesteps=(edges[:-1, None] + within).astype(jnp.int32))
 
         def loss(draw: Draws, context: Array) -> Array:
@@ -233,8 +303,3 @@ class Diva(nnx.Module):
 
         losses = jax.lax.map(one_draw, drawn)
         return {name: losses[:, i] for i, name in enumerate(("own", "other", "text"))}
-
-
-def build(config, rngs: nnx.Rngs) -> Diva:
-    """The objective of a config with random weights (under `nnx.eval_shape`: its shapes alone)."""
-    return Diva(config, rngs=rngs)

@@ -4,25 +4,21 @@ Frozen weights are not in them; the sources and hashes they were loaded from are
 a run goes on. A checkpoint is renamed into place when it is whole, so a killed save leaves the last one intact.
 """
 
-import json
 import logging
 import time
-import zlib
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diva_jax import config as configs
 from diva_jax.common import paths
-from diva_jax.common.errors import RunError, UserError, listing
+from diva_jax.common.errors import RunError
 from diva_jax.common.log import say
 from diva_jax.training import distributed
 
 logger = logging.getLogger(__name__)
 
 _PAUSES = (2.0, 8.0, 30.0)  # Seconds before a save that failed is tried again.
-_SEEN_WITHIN = 60.0  # Seconds after which network file systems show every machine a new file.
 
 
 def _folder(workdir: epath.PathLike) -> epath.Path:
@@ -45,7 +41,7 @@ class Checkpoints:
 
     Args:
       workdir: the run's folder; checkpoints are in its `checkpoints`.
-      keep: how many of the newest to keep.
+      keep: checkpoints to keep, the newest ones.
       timeout: seconds in which all processes must have written their parts.
     """
 
@@ -96,8 +92,8 @@ class Checkpoints:
             wait = True
         raise RunError(
             f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({', then '.join(reasons)}), tried "
-            f"{len(_PAUSES) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room or mend "
-            "the access, then start the same command again, which goes on from there"
+            f"{len(_PAUSES) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room or fix "
+            "the access rights, then start the same command again, which goes on from there"
         )
 
     def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:
@@ -121,9 +117,9 @@ class Checkpoints:
         found = self._manager.restore(step, args=items)
         return found["state"], found["data"], found["meta"]
 
-    def trained(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Name -> shape and dtype of the trained parameters in a checkpoint, to be put on the first device."""
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    def trained(self, step: int, device: jax.Device) -> dict[str, jax.ShapeDtypeStruct]:
+        """Name -> shape and dtype of the trained parameters in a checkpoint, to be restored to `device`."""
+        here = jax.sharding.SingleDeviceSharding(device)
         tree = ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state").item_metadata.tree
         return {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in tree["params"].items()}
 
@@ -161,47 +157,3 @@ class Checkpoints:
     def abandon(self) -> None:
         """Waits for nothing: a save that other processes take part in may never end."""
         self._manager = None
-
-
-def check_config(workdir: epath.PathLike, config) -> None:
-    """Raises a UserError where the workdir has checkpoints of another config."""
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists() or latest_step(workdir) is None:
-        return
-    if changed := configs.differences(json.loads(path.read_text()), json.loads(config.to_json())):
-        raise UserError(
-            f"--workdir={workdir} holds a run of another config: {listing(changed, 5)}; "
-            "use another workdir, or the config of that run"
-        )
-
-
-def write_config(workdir: epath.PathLike, config) -> None:
-    """Writes the config to `workdir/config.json`; a UserError where that cannot be written."""
-    path = epath.Path(workdir) / "config.json"
-    try:
-        paths.write_whole(path, json.dumps(json.loads(config.to_json()), indent=1))
-    except OSError as e:
-        raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
-
-
-def seen_config(workdir: epath.PathLike) -> int | None:
-    """The checksum of `workdir/config.json`, as soon as it is seen here; None where it never is.
-
-    Every process reads what process 0 has just written: a folder of its own on each machine is found out.
-    """
-    path, until = epath.Path(workdir) / "config.json", time.monotonic() + _SEEN_WITHIN
-    while not path.exists():
-        if time.monotonic() > until:
-            return None
-        time.sleep(1.0)
-    return zlib.crc32(path.read_bytes())
-
-
-def check_sources(there: dict, here: dict) -> None:
-    """Raises a UserError where a run would go on with other frozen weights than it began with."""
-    changed = [k for k in here if there.get(k, {}).get("sha256") != here[k]["sha256"]]
-    if changed:
-        raise UserError(
-            f"the weights of {listing(changed)} are not those this run began with "
-            f"({there.get(changed[0], {}).get('source')}): put the same files back, or use another workdir"
-        )

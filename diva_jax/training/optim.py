@@ -7,7 +7,7 @@ import jax
 import optax
 
 from diva_jax.common.errors import UserError
-from diva_jax.config import Stage
+from diva_jax.objectives import Stage
 
 
 def learning_rate(stage: Stage, warmup: float) -> optax.Schedule:

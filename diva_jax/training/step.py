@@ -1,8 +1,9 @@
 """The train step: one pure function, its abstract inputs and their shardings.
 
-`train.py` runs it and `aot.py` compiles it for machines that are not there; both get it from `Program`.
+`train.py` runs it and `aot.py` compiles it for TPUs without the hardware; both get it from `Program`.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -13,19 +14,18 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from diva_jax import config as configs
 from diva_jax import objectives
 from diva_jax.models import layers
-from diva_jax.training import optim, partition, sharding
+from diva_jax.training import optim, partition, sharding, towers
 
 
 def micro_batches(x: jax.Array, accum: int) -> jax.Array:
-    """[B, ...] -> [A, B/A, ...]; micro-batch a takes images a, a+A, ..., so no image changes its device."""
+    """[B, ...] -> [A, B/A, ...]; micro-batch a has images a, a+A, ..., so that no image changes its device."""
     return x.reshape(x.shape[0] // accum, accum, *x.shape[1:]).swapaxes(0, 1)
 
 
 def image_keys(key_data: jax.Array, step: jax.Array, rows: jax.Array) -> jax.Array:
-    """One PRNG key an image: of the run's key, the step and the image's row in the global batch alone."""
+    """One PRNG key per image, of the run's key, the step and the image's row in the global batch alone."""
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
     return jax.vmap(partial(jax.random.fold_in, key))(rows)
 
@@ -47,7 +47,7 @@ def train_step(
     Args:
       state: {"params": {name: array}, "opt": optax state of the active ones, "step": int32 [], "key": uint32}.
       frozen: the parameters that no stage trains.
-      batch: {"image": uint8 [B, S, S, 3], "row": int32 [B]}.
+      batch: the objective's inputs, each [B, *shape], and "row": int32 [B].
       skeleton, active, tx, lr, start, accum: static; `active` are the stage's trained names, `start` its first step.
 
     Returns:
@@ -57,14 +57,14 @@ def train_step(
     idle = {n: a for n, a in state["params"].items() if n not in active}
     keys = image_keys(state["key"], state["step"], batch["row"])
 
-    def loss_fn(trained, images, keys):
-        return skeleton.merge(trained, idle, frozen).loss({"image": images}, keys)
+    def loss_fn(trained, batch, keys):
+        return skeleton.merge(trained, idle, frozen).loss(batch, keys)
 
     def micro(total, x):
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, *x)
         return jax.tree.map(jnp.add, total, grads), metrics
 
-    xs = (micro_batches(batch["image"], accum), micro_batches(keys, accum))
+    xs = jax.tree.map(lambda x: micro_batches(x, accum), (dict(batch), keys))
     grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, trained), xs)
     grads = jax.tree.map(lambda g: g / accum, grads)
     with jax.named_scope("optimizer"):
@@ -82,11 +82,12 @@ def train_step(
 
 
 class Program:
-    """A config on a mesh: the module's skeleton, which arrays it needs, and one compiled step a stage.
+    """A config on a mesh: the objective without its arrays, which arrays it has, and one compiled step per stage.
 
     Attributes:
       config, mesh: as given.
-      stages: `config.stages`.
+      objective: the objective, abstract: its inputs, sources, towers and FLOPs.
+      stages: the run's stages.
       skeleton: the objective without its arrays.
       arrays: name -> ShapeDtypeStruct with its sharding, of every parameter.
       scales: per stage, name -> learning-rate scale (0: frozen).
@@ -95,9 +96,9 @@ class Program:
 
     def __init__(self, config, mesh: Mesh):
         self.config, self.mesh = config, mesh
-        self.stages = configs.stages(config)
-        module = nnx.eval_shape(lambda: self.init_module())
-        self.skeleton, shapes = partition.disassemble(module)
+        self.objective = nnx.eval_shape(self.init_module)
+        self.stages = objectives.stages(config)
+        self.skeleton, shapes = partition.disassemble(self.objective)
         self.scales = [partition.scales(s.trainable, shapes) for s in self.stages]
         self.trained = [n for n in shapes if any(s[n] for s in self.scales)]
         self.replicated = NamedSharding(mesh, P())
@@ -106,9 +107,15 @@ class Program:
             self.shardings |= {n: self.replicated for n in shapes if n not in set(self.trained)}
         self.arrays = sharding.with_shardings(shapes, self.shardings)
 
-    def init_module(self) -> nnx.Module:
+    def init_module(self) -> objectives.Objective:
         """The objective with random weights."""
-        return objectives.find(self.config.objective).build(self.config, layers.Keys(self.config.seed))
+        kind = objectives.find(self.config.objective).Objective
+        return kind(self.config, rngs=layers.Keys(self.config.seed))
+
+    @functools.cached_property
+    def towers(self) -> towers.Towers:
+        """What evaluation and export see, as a function of the parameters."""
+        return towers.Towers(self.skeleton, self.arrays)
 
     def active(self, stage: int) -> dict[str, float]:
         """Name -> scale of what a stage trains."""
@@ -166,23 +173,21 @@ class Program:
         return NamedSharding(self.mesh, sharding.BATCH)
 
     def abstract_batch(self) -> dict:
-        b, s = self.config.batch_size, self.config.data.image_size
-        return {
-            "image": jax.ShapeDtypeStruct((b, s, s, 3), jnp.uint8, sharding=self.batch_sharding),
-            "row": jax.ShapeDtypeStruct((b,), jnp.int32, sharding=self.batch_sharding),
-        }
+        """One global batch, as ShapeDtypeStructs with shardings."""
+        b = self.config.batch_size
+
+        def of(shape, dtype):
+            return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=self.batch_sharding)
+
+        found = {name: of(i.shape, i.dtype) for name, i in self.objective.inputs.items()}
+        return found | {"row": of((), jnp.int32)}
 
     def abstract_frozen(self) -> dict:
         trained = set(self.trained)
         return {n: a for n, a in self.arrays.items() if n not in trained}
 
-    def step(self, stage: int, wrap: Callable = lambda f: f) -> Callable:
-        """The jitted step of a stage: (state, frozen, batch) -> (state, metrics); the state is donated.
-
-        Args:
-          stage: index.
-          wrap: applied to the pure function before `jax.jit` (tests count its traces).
-        """
+    def step(self, stage: int) -> Callable:
+        """The jitted step of a stage: (state, frozen, batch) -> (state, metrics); the state is donated."""
         s = self.stages[stage]
         static = dict(
             skeleton=self.skeleton,
@@ -199,4 +204,4 @@ class Program:
                 return train_step(state, frozen, batch, **static)
 
         out = jax.tree.map(lambda a: a.sharding, self.abstract_state(stage))
-        return jax.jit(wrap(step), donate_argnums=0, out_shardings=(out, self.replicated))
+        return jax.jit(step, donate_argnums=0, out_shardings=(out, self.replicated))

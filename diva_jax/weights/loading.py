@@ -18,6 +18,7 @@ from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfi
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
 from diva_jax.weights import clip, diffusers, names, readers, resample, sources
+from diva_jax.weights.tensors import Tensors
 
 # Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).
 _SD = {
@@ -67,16 +68,18 @@ def fill_text(source: sources.ClipSource, spec: Spec, state, put=None):
     return names.assign(state, source.tensors, clip.text_table(spec), source=source.where, put=put)
 
 
-def fill_diffusers(folder: Path, config, state, put=None, field: str = ""):
-    """The state of a U-Net, VAE encoder or text encoder, filled from a pipeline's folder or the part's own.
+def open_diffusers(folder: Path, config, field: str = "") -> Tensors:
+    """The tensors of a U-Net, VAE encoder or text encoder, in a pipeline's folder or the part's own.
 
-    Returns:
-      (state, the files read).
+    Args:
+      folder: of the pipeline or the part.
+      config: a UNetConfig, VAEConfig or TextEncoderConfig.
+      field: the config section of `config`, named in errors.
 
     Raises:
-      UserError: the folder's config.json differs from `config`, or the weights do not fit.
+      UserError: the folder's config.json differs from `config`.
     """
-    part, _, table, stems = _SD[type(config)]
+    part, _, _, stems = _SD[type(config)]
     folder = folder / part if (folder / part).is_dir() else folder
     there = type(config).from_dict(readers.read_json(folder / "config.json"))
     wrong = [
@@ -86,8 +89,16 @@ def fill_diffusers(folder: Path, config, state, put=None, field: str = ""):
     ]
     if wrong:
         raise UserError(f"{folder} is of another architecture than {field or part}: {'; '.join(wrong)}")
-    tensors = readers.weights_in(folder, *stems)
-    return names.assign(state, tensors, table, source=str(folder), put=put), tensors.files
+    return readers.weights_in(folder, *stems)
+
+
+def fill_diffusers(tensors: Tensors, config, state, put=None):
+    """The state of a U-Net, VAE encoder or text encoder, filled from `open_diffusers`'s tensors.
+
+    Raises:
+      UserError: names or shapes do not fit.
+    """
+    return names.assign(state, tensors, _SD[type(config)][2], source=str(tensors.files[0].parent), put=put)
 
 
 def load(
@@ -131,7 +142,7 @@ def load(
         kw["remat"] = remat
     folder = sources.diffusers_folder(source)
     graph, state = abstract(functools.partial(model, spec))
-    return nnx.merge(graph, fill_diffusers(folder, spec, state, put)[0])
+    return nnx.merge(graph, fill_diffusers(open_diffusers(folder, spec), spec, state, put))
 
 
 def host_put(path, array: np.ndarray, want: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -1,111 +1,140 @@
-"""Fills an objective's pretrained parts from their sources, each array straight to its sharding."""
+"""Pretrained parts: where the parameters of a model come from, and how their source is opened."""
 
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.backbones import spec_of
-from diva_jax.models.diffusion.unet import UNetConfig
-from diva_jax.models.diffusion.vae import VAEConfig
-from diva_jax.training import partition
-from diva_jax.weights import loading, readers, sources
+from diva_jax.models.backbones import Spec
+from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
+from diva_jax.weights import loading, sources
 from diva_jax.weights.prompt import encode_prompt
 
-
-def put_on(sharding: Callable[[tuple], jax.sharding.Sharding]) -> Callable:
-    """A `put` for `names.assign`: each process gives only the pieces that its devices hold."""
-
-    def put(path, array: np.ndarray, want: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.make_array_from_callback(want.shape, sharding(path), lambda index: array[index])
-
-    return put
+# (path, array in our layout and dtype, wanted shape and dtype) -> array on a device, or on the host.
+Put = Callable[[tuple, np.ndarray, jax.ShapeDtypeStruct], object]
 
 
-def _vision(config, state, put):
-    source = sources.open_clip_source(config.backbone.source, "config.backbone.source")
-    return loading.fill_vision(source, spec_of(config), state, put), source.files
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A source of weights that has been found and checked, before its values are read.
+
+    Attributes:
+      files: that it consists of.
+      fill: (abstract state of the parameters, put) -> the state, filled.
+    """
+
+    files: list[Path]
+    fill: Callable[[nnx.State, Put], nnx.State]
 
 
-def _diffusers_part(config, state, put, part: str, config_class):
-    folder = sources.diffusers_folder(config.diffusion.source)
-    here = config_class.from_dict(config.diffusion[part].to_dict())
-    return loading.fill_diffusers(folder, here, state, put, f"config.diffusion.{part}")
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Where the parameters below one prefix come from.
+
+    Attributes:
+      source: file, folder or hub id, as the config has it.
+      open: finds the source; raises a `UserError` where it is missing or of another architecture.
+      fresh: regexes over names below the prefix of parameters that the source does not have (adapters); they keep the
+        objective's initial values.
+    """
+
+    source: str
+    open: Callable[[], Opened]
+    fresh: tuple[str, ...] = ()
 
 
-def _unet(config, state, put):
-    return _diffusers_part(config, state, put, "unet", UNetConfig)
-
-
-def _vae(config, state, put):
-    return _diffusers_part(config, state, put, "vae", VAEConfig)
-
-
-def _text_context(config, state, put):
-    """The frozen text condition, computed here, once, and not in the step."""
-    folder = sources.diffusers_folder(config.diffusion.source)
-    context, files = encode_prompt(folder, config.diffusion)
-    ((path, var),) = nnx.to_flat_state(state)
-    array = np.asarray(context, var.dtype)
-    if array.shape != var.shape:
-        raise UserError(
-            f"{folder}: the text encoder gives a prompt of shape {array.shape}, the config expects {var.shape}: "
-            "set config.diffusion.text_encoder and text_tokens to what the folder holds"
-        )
-    return nnx.from_flat_state({path: var.replace(put(path, array, jax.ShapeDtypeStruct(var.shape, var.dtype)))}), files
-
-
-KINDS = {"vision": _vision, "unet": _unet, "vae": _vae, "text_context": _text_context}
-
-
-def load(program, pretrained: dict[str, str], only: Collection[str] | None = None) -> tuple[dict, dict]:
-    """The arrays of a program: pretrained parts from their sources, the rest as the objective initialises it.
+def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[str, ...] = ()) -> Part:
+    """The vision tower of a backbone.
 
     Args:
-      program: a `step.Program`.
-      pretrained: attribute -> kind, the objective's `PRETRAINED`.
-      only: names to keep; others are checked against their source and dropped. All where None.
-
-    Returns:
-      ({name: array on its sharding}, {attribute: {source files' names, sha256}}).
-
-    Raises:
-      UserError: a source is missing, broken, or of another architecture.
+      source: anything that `sources.open_clip_source` reads.
+      spec: of the tower.
+      field: the config section of the spec, named in errors; its `source` is where `source` comes from.
+      fresh: see `Part`.
     """
-    wanted = set(program.arrays if only is None else only)
-    arrays, origins, hashes = {}, {}, ThreadPoolExecutor(1)
-    for attribute, kind in pretrained.items():
-        mine = {n: v for n, v in program.skeleton.variables.items() if n.split("/")[0] == attribute}
-        by_path = {path[1:] or path: n for n, (path, _) in mine.items()}
-        abstract = nnx.from_flat_state(
-            {path[1:] or path: var.replace(program.arrays[n]) for n, (path, var) in mine.items()}
-        )
-        keep = put_on(lambda path, by_path=by_path: program.shardings[by_path[path]])
 
-        def put(path, array, want, keep=keep, by_path=by_path):
-            return keep(path, array, want) if by_path[path] in wanted else None
+    def opened():
+        found = sources.open_clip_source(source, f"{field}.source")
+        sources.check(found, spec, field)
+        return Opened(found.files, lambda state, put: loading.fill_vision(found, spec, state, put, field))
 
-        state, files = KINDS[kind](program.config, abstract, put)
-        arrays.update({by_path[path]: var.get_value() for path, var in nnx.to_flat_state(state)})
-        origins[attribute] = {"source": [f.name for f in files], "sha256": hashes.submit(readers.fingerprint, files)}
-    fresh = [n for n in program.arrays if n.split("/")[0] not in pretrained and n in wanted]
-    arrays.update(_initialise(program, fresh))
-    # Hashed meanwhile: reading the next part waits for memory, hashing for the processor.
-    origins = {a: o | {"sha256": o["sha256"].result()} for a, o in origins.items()}
-    hashes.shutdown()
-    return {n: a for n, a in arrays.items() if n in wanted}, origins
+    return Part(source, opened, fresh)
 
 
-def _initialise(program, fresh: list[str]) -> dict:
-    """The objective's own initial values of these parameters; the compiler drops the work for all others."""
-    if not fresh:
-        return {}
+def text(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[str, ...] = ()) -> Part:
+    """The text tower of a backbone; arguments as for `vision`."""
 
-    def init():
-        _, arrays = partition.disassemble(program.init_module())
-        return {n: arrays[n] for n in fresh}
+    def opened():
+        found = sources.open_clip_source(source, f"{field}.source")
+        loading.check_text(found, spec)
+        return Opened(found.files, lambda state, put: loading.fill_text(found, spec, state, put))
 
-    return jax.jit(init, out_shardings={n: program.shardings[n] for n in fresh})()
+    return Part(source, opened, fresh)
+
+
+def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
+    """The scale or bias of the logits, `logit_scale` or `logit_bias`: one parameter of shape [], as it is stored."""
+
+    def opened():
+        found = sources.open_clip_source(source, f"{field}.source")
+        if name not in found.tensors:
+            raise UserError(f"{found.where} has no {name}: give the checkpoint of the whole model as {field}.source")
+        return Opened(found.files, lambda state, put: _one(state, np.asarray(found.tensors[name]), put))
+
+    return Part(source, opened)
+
+
+def diffusers(source: str, config, field: str) -> Part:
+    """A U-Net, the encoder of a VAE, or a text encoder of Stable Diffusion.
+
+    Args:
+      source: diffusers folder or hub id.
+      config: a UNetConfig, VAEConfig or TextEncoderConfig.
+      field: the config section of `config`, named in errors.
+    """
+
+    def opened():
+        tensors = loading.open_diffusers(sources.diffusers_folder(source), config, field)
+        return Opened(tensors.files, lambda state, put: loading.fill_diffusers(tensors, config, state, put))
+
+    return Part(source, opened)
+
+
+def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfig) -> Part:
+    """The last hidden state of a prompt, [1, tokens, width]: computed once, when it is loaded.
+
+    Args:
+      source: diffusers folder or hub id, with `tokenizer` and `text_encoder`.
+      prompt: its text.
+      tokens: it is padded to this many.
+      config: of the text encoder.
+    """
+
+    def opened():
+        folder = sources.diffusers_folder(source)
+        tensors = loading.open_diffusers(folder, config, "config.diffusion.text_encoder")
+
+        def fill(state, put):
+            context = encode_prompt(folder, prompt, tokens, config, tensors)
+            ((_, var),) = nnx.to_flat_state(state)
+            if context.shape != var.shape:
+                raise UserError(
+                    f"{folder}: the text encoder gives a prompt of shape {context.shape}, the config expects "
+                    f"{var.shape}: set config.diffusion.text_encoder and text_tokens to what the folder holds"
+                )
+            return _one(state, context, put)
+
+        return Opened(tensors.files, fill)
+
+    return Part(source, opened)
+
+
+def _one(state: nnx.State, array: np.ndarray, put: Put) -> nnx.State:
+    """A state of one variable, filled."""
+    ((path, var),) = nnx.to_flat_state(state)
+    array = array.astype(var.dtype).reshape(var.shape)
+    return nnx.from_flat_state({path: var.replace(put(path, array, jax.ShapeDtypeStruct(var.shape, var.dtype)))})

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -10,7 +9,8 @@ from flax import nnx
 from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.layers import abstract
-from diva_jax.weights import diffusers, names, readers
+from diva_jax.weights import loading
+from diva_jax.weights.tensors import Tensors
 
 
 def tokenize(folder: Path, prompt: str, length: int) -> np.ndarray:
@@ -28,26 +28,23 @@ def tokenize(folder: Path, prompt: str, length: int) -> np.ndarray:
     return np.asarray([ids], np.int32)
 
 
-def encode_prompt(folder: Path, config) -> tuple[jax.Array, list[Path]]:
-    """The prompt's last hidden state after the final LayerNorm, in float32.
+def encode_prompt(folder: Path, prompt: str, tokens: int, config: TextEncoderConfig, tensors: Tensors) -> np.ndarray:
+    """The prompt's last hidden state after the final LayerNorm.
 
     Args:
-      folder: a diffusers folder with `tokenizer` and `text_encoder`.
-      config: `config.diffusion`.
+      folder: a diffusers folder with `tokenizer`.
+      prompt: its text.
+      tokens: it is padded to this many.
+      config: of the text encoder.
+      tensors: its weights.
 
     Returns:
-      ([1, text_tokens, width], the files of the text encoder).
+      float32 [1, tokens, width].
 
     Raises:
-      UserError: files are missing, or of another architecture than `config.text_encoder`.
+      UserError: files are missing, or the weights do not fit `config`.
     """
-    ids = tokenize(folder / "tokenizer", config.prompt, config.text_tokens)
-    part = folder / "text_encoder"
-    there = TextEncoderConfig.from_dict(readers.read_json(part / "config.json"))
-    here = TextEncoderConfig.from_dict(config.text_encoder.to_dict())
-    if there != here:
-        raise UserError(f"{part} is of another architecture than config.diffusion.text_encoder: {there} and not {here}")
-    tensors = readers.weights_in(part, "model", "pytorch_model")
-    encoder = abstract(lambda rngs: TextEncoder(there, rngs=rngs))
-    encoder = names.load_into(encoder, tensors, diffusers.TEXT_ENCODER, source=str(part))
-    return nnx.jit(lambda m, x: m(x))(encoder, jnp.asarray(ids)), tensors.files
+    ids = tokenize(folder / "tokenizer", prompt, tokens)
+    graph, state = nnx.split(abstract(lambda rngs: TextEncoder(config, rngs=rngs)))
+    encoder = nnx.merge(graph, loading.fill_diffusers(tensors, config, state))
+    return np.asarray(nnx.jit(lambda m, x: m(x))(encoder, jnp.asarray(ids)))

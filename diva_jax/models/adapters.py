@@ -1,0 +1,245 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) over any linear layer, fused projections included.
+
+An adapted layer computes `y = W x + b + (alpha / rank) B A drop(x)` (section 4.1). `A` is drawn uniformly from
++-1/sqrt(n_in) and `B` is zero, so that an adapted model starts as the model itself. A fused projection to queries,
+keys and values has one pair of matrices, and one dropout mask, for each of its parts.
+
+An adapted layer keeps the names of its own parameters (`kernel`, `bias`) and adds `lora/a` and `lora/b`, so that the
+name table of the model still covers its own parameters. `Lora.trainable` gives the rows for `config.trainable`.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from diva_jax.common.errors import UserError, listing
+from diva_jax.models.layers import Keys, Matrix
+
+Array = jax.Array
+
+# Layers whose outputs are several projections, one after the other, by the last component of their path.
+FUSED = ("qkv", "kv")
+FRESH = r"(.*/)?lora/[ab]"  # Names of the adapters' own parameters: no checkpoint of the model has them.
+
+_DROPOUT: contextvars.ContextVar[Array | None] = contextvars.ContextVar("dropout", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """How a model is adapted.
+
+    Attributes:
+      rank: of the update of each layer.
+      alpha: the update is scaled by alpha / rank.
+      dropout: probability with which an element of an adapter's input is zero in training, see `dropout`.
+      targets: regex over the paths of layers in the model, e.g. `blocks/3/mlp/fc1`.
+      fused: which parts of a fused projection are adapted, letters of "qkv".
+      biases: whether the biases of adapted layers are trained too.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])"
+    fused: str = "qkv"
+    biases: bool = False
+
+    def __post_init__(self):
+        for field, ok, use in (
+            ("rank", self.rank >= 1, "1 or more"),
+            ("alpha", self.alpha > 0, "a number above 0"),
+            ("dropout", 0 <= self.dropout < 1, "0 or more and below 1"),
+            ("fused", self.fused and set(self.fused) <= set("qkv"), "one or more of the letters q, k, v"),
+        ):
+            if not ok:
+                raise UserError(f"lora.{field}={getattr(self, field)!r}: use {use}")
+        try:
+            re.compile(self.targets)
+        except re.error as e:
+            raise UserError(f"lora.targets={self.targets!r} is not a regular expression ({e})") from e
+
+    def trainable(self, prefix: str) -> tuple[tuple[str, float], ...]:
+        """Rows of `config.trainable` for a model whose parameters are named `prefix/...`."""
+        leaves = "(lora/[ab]|bias)" if self.biases else "lora/[ab]"
+        return ((f"{prefix}/({self.targets})/{leaves}", 1.0),)
+
+
+def default() -> ConfigDict:
+    """A config section with the fields of `Lora`."""
+    return ConfigDict(dataclasses.asdict(Lora()))
+
+
+@contextlib.contextmanager
+def dropout(keys: Array) -> Iterator[None]:
+    """Adapters drop elements of their inputs where a model is called, or traced, in this context.
+
+    Args:
+      keys: one PRNG key per image, [B]; the inputs of adapted layers are [B, ...]. An image's masks depend on its key
+        and on the layer alone.
+    """
+    token = _DROPOUT.set(keys)
+    try:
+        yield
+    finally:
+        _DROPOUT.reset(token)
+
+
+class Update(nnx.Module):
+    """The low-rank update of one layer: `a` [parts, n_in, rank] and `b` [parts, rank, n_out / width].
+
+    Args:
+      n_in, n_out: of the layer.
+      lora: rank, scale and dropout.
+      width: how many projections the layer's outputs consist of.
+      parts: which of them are adapted, as indices.
+      index: of the layer in its model; decides its dropout masks.
+      rngs: source of the initial values.
+    """
+
+    def __init__(self, n_in: int, n_out: int, lora: Lora, width: int, parts: tuple[int, ...], index: int, rngs):
+        self.scale, self.drop = lora.alpha / lora.rank, lora.dropout
+        self.width, self.parts, self.index = width, parts, index
+        bound = n_in**-0.5
+        a = jax.random.uniform(rngs.params(), (len(parts), n_in, lora.rank), jnp.float32, -bound, bound)
+        self.a = nnx.Param(a)
+        self.b = nnx.Param(jnp.zeros((len(parts), lora.rank, n_out // width), jnp.float32))
+
+    def _joined(self, parts: Array) -> Array:
+        """[parts, ..., n_out / width] -> [..., n_out], zero for the parts that are not adapted."""
+        all_parts = [
+            parts[self.parts.index(i)] if i in self.parts else jnp.zeros_like(parts[0]) for i in range(self.width)
+        ]
+        return jnp.concatenate(all_parts, axis=-1)
+
+    def _dropped(self, x: Array, keys: Array) -> Array:
+        """[B, ..., n_in] -> [parts, B, ..., n_in]: each part has a mask of its own."""
+        keep = 1 - self.drop
+
+        def masks(key):
+            shape = (len(self.parts), *x.shape[1:])
+            return jax.random.bernoulli(jax.random.fold_in(key, self.index), keep, shape)
+
+        mask = jnp.moveaxis(jax.vmap(masks)(keys), 1, 0)
+        return jnp.where(mask, x / jnp.asarray(keep, x.dtype), 0)
+
+    def __call__(self, x: Array) -> Array:
+        """(alpha / rank) B A drop(x), [..., n_in] -> [..., n_out]."""
+        keys = _DROPOUT.get()
+        drops = self.drop > 0 and keys is not None
+        x = self._dropped(x, keys) if drops else jnp.broadcast_to(x, (len(self.parts), *x.shape))
+        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
+        return self._joined(jnp.einsum("p...i,pir,pro->p...o", x, a, b)) * jnp.asarray(self.scale, x.dtype)
+
+    def merged(self, weight: Array) -> Array:
+        """W + (alpha / rank) A B, [n_in, n_out], in float32.
+
+        The products are summed over the rank one after the other, so that the result does not depend on how the
+        arrays are sharded.
+        """
+
+        def add(total, pair):
+            column, row = pair  # [parts, n_in], [parts, n_out / width]
+            return total + column[:, :, None] * row[:, None, :], None
+
+        a, b = self.a[...].astype(jnp.float32), self.b[...].astype(jnp.float32)
+        zeros = jnp.zeros((len(self.parts), a.shape[1], b.shape[2]), jnp.float32)
+        product, _ = jax.lax.scan(add, zeros, (jnp.moveaxis(a, 2, 0), jnp.moveaxis(b, 1, 0)))
+        return weight.astype(jnp.float32) + self.scale * self._joined(product)
+
+
+class LoraLinear(nnx.Linear):
+    """An adapted `nnx.Linear`; its kernel and bias are those of `layer`."""
+
+    def __init__(self, layer: nnx.Linear, update: Update, rngs):
+        sizes = (layer.in_features, layer.out_features)
+        dtypes = dict(dtype=layer.dtype, param_dtype=layer.param_dtype)
+        super().__init__(*sizes, use_bias=layer.use_bias, rngs=rngs, **dtypes)
+        self.kernel, self.bias = layer.kernel, layer.bias
+        self.lora = update
+
+    def __call__(self, x: Array) -> Array:
+        y = super().__call__(x)
+        return y + self.lora(x.astype(y.dtype))
+
+
+class LoraMatrix(Matrix):
+    """An adapted `layers.Matrix`; its weight is that of `layer`."""
+
+    def __init__(self, layer: Matrix, update: Update, rngs):
+        self.matrix, self.dtype = layer.matrix, layer.dtype
+        self.lora = update
+
+    def __call__(self, x: Array) -> Array:
+        y = super().__call__(x)
+        return y + self.lora(x.astype(y.dtype))
+
+
+# Layer that can be adapted -> (its adapted form, the attribute of its weight [n_in, n_out]).
+_KINDS = {nnx.Linear: (LoraLinear, "kernel"), Matrix: (LoraMatrix, "matrix")}
+
+
+def _replace(model: nnx.Module, path: tuple, layer: nnx.Module) -> None:
+    for part in path[:-1]:
+        model = model[part] if isinstance(part, int) else getattr(model, part)
+    if isinstance(path[-1], int):
+        model[path[-1]] = layer
+    else:
+        setattr(model, path[-1], layer)
+
+
+def adapt(model: nnx.Module, lora: Lora, rngs) -> None:
+    """Puts adapters at the layers of `model` that `lora.targets` names.
+
+    Args:
+      model: any module with linear layers (`nnx.Linear`, `layers.Matrix`); it is changed in place.
+      lora: the adapters.
+      rngs: source of the initial values.
+
+    Raises:
+      UserError: no layer is named.
+    """
+    layers = {"/".join(map(str, path)): (path, m) for path, m in nnx.iter_modules(model) if type(m) in _KINDS}
+    named = [name for name in layers if re.fullmatch(lora.targets, name)]
+    if not named:
+        raise UserError(f"lora.targets={lora.targets!r} matches no layer: layers are named like {listing(layers, 6)}")
+    for index, name in enumerate(named):
+        path, layer = layers[name]
+        adapted, weight = _KINDS[type(layer)]
+        letters = path[-1] if path[-1] in FUSED else ""
+        parts = tuple(i for i, letter in enumerate(letters) if letter in lora.fused) if letters else (0,)
+        if parts:
+            shape = getattr(layer, weight).shape
+            update = Update(*shape, lora, max(len(letters), 1), parts, index, rngs)
+            _replace(model, path, adapted(layer, update, rngs))
+
+
+def merge(model: nnx.Module) -> nnx.Module:
+    """A copy of an adapted model whose layers are plain again, with W + (alpha / rank) A B as weights, in float32.
+
+    Everything that is not adapted is shared with `model`, bit for bit.
+    """
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, state)
+    adapted = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, LoraLinear | LoraMatrix)]
+    for path, layer in adapted:
+        if isinstance(layer, LoraLinear):
+            plain = nnx.Linear(
+                layer.in_features,
+                layer.out_features,
+                use_bias=layer.use_bias,
+                dtype=layer.dtype,
+                param_dtype=layer.param_dtype,
+                rngs=Keys(),
+            )
+            plain.kernel, plain.bias = nnx.Param(layer.lora.merged(layer.kernel[...])), layer.bias
+        else:
+            plain = Matrix(nnx.Param(layer.lora.merged(layer.matrix[...])), layer.dtype)
+        _replace(model, path, plain)
+    return model

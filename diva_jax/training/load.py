@@ -1,0 +1,114 @@
+"""The first arrays of a program: pretrained parts from their sources, each array straight to its sharding."""
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from flax import nnx
+
+from diva_jax.common.errors import UserError, listing
+from diva_jax.training import partition
+from diva_jax.training.step import Program
+from diva_jax.weights import readers
+from diva_jax.weights.parts import Opened
+
+
+def put_on(sharding: Callable[[tuple], jax.sharding.Sharding]) -> Callable:
+    """A `put` for `names.assign`: each process gives only the pieces that its devices hold."""
+
+    def put(path, array: np.ndarray, want: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(want.shape, sharding(path), lambda index: array[index])
+
+    return put
+
+
+def below(prefix: str, names: Iterable[str]) -> list[str]:
+    """The names that are `prefix` or begin with `prefix/`."""
+    return [n for n in names if n == prefix or n.startswith(prefix + "/")]
+
+
+def owners(program: Program) -> dict[str, str]:
+    """Parameter name -> the prefix of the part that it comes from; names without one start fresh.
+
+    Raises:
+      UserError: a part has no parameters.
+    """
+    found = {}
+    parts = program.objective.pretrained()
+    for prefix in sorted(parts, key=len):  # The longest prefix is applied last, and so wins.
+        names = below(prefix, program.arrays)
+        if not names:
+            raise UserError(
+                f"config.objective={program.config.objective}: pretrained() names {prefix!r}, but parameters are named "
+                f"like {listing(list(program.arrays)[:3])}"
+            )
+        for name in names:
+            rest = name[len(prefix) + 1 :]
+            fresh = any(re.fullmatch(pattern, rest) for pattern in parts[prefix].fresh)
+            found.pop(name, None) if fresh else found.__setitem__(name, prefix)
+    return found
+
+
+def _fill(program: Program, prefix: str, opened: Opened, mine: list[str], wanted: set[str]) -> dict:
+    """{name: array} of one part's wanted parameters."""
+    depth = prefix.count("/") + 1
+    paths = {n: program.skeleton.variables[n][0] for n in mine}
+    names = {path[depth:] or path: n for n, path in paths.items()}
+    variables = {p: program.skeleton.variables[n][1].replace(program.arrays[n]) for p, n in names.items()}
+    place = put_on(lambda path: program.shardings[names[path]])
+
+    def put(path, array, want):
+        return place(path, array, want) if names[path] in wanted else None
+
+    state = opened.fill(nnx.from_flat_state(variables), put)
+    return {names[path]: var.get_value() for path, var in nnx.to_flat_state(state)}
+
+
+def initial_arrays(
+    program: Program, only: Collection[str] | None = None, every_source: bool = True
+) -> tuple[dict, dict]:
+    """The arrays of a program: pretrained parts from their sources, the rest as the objective initialises it.
+
+    Args:
+      program: what is loaded.
+      only: names to load; all where None. A part of which some are named is checked as a whole.
+      every_source: find and hash the sources of parts of which nothing is loaded, too.
+
+    Returns:
+      ({name: array on its sharding}, {prefix: {"source": names of files, "sha256"}}).
+
+    Raises:
+      UserError: a source is missing, broken, or of another architecture.
+    """
+    wanted = set(program.arrays if only is None else only)
+    owner, parts = owners(program), program.objective.pretrained()
+    mine = {prefix: [n for n, p in owner.items() if p == prefix] for prefix in parts}
+    needed = [prefix for prefix in parts if not wanted.isdisjoint(mine[prefix])]
+    # Everything is found and checked before any values are read.
+    opened = {prefix: parts[prefix].open() for prefix in (parts if every_source else needed)}
+    arrays = {}
+    with ThreadPoolExecutor(1) as hashes:
+        # Hashed while values are read: one waits for memory, the other for the processor.
+        digests = {prefix: hashes.submit(readers.fingerprint, o.files) for prefix, o in opened.items()}
+        for prefix in needed:
+            arrays |= _fill(program, prefix, opened[prefix], mine[prefix], wanted)
+        arrays |= _initialise(program, [n for n in program.arrays if n not in owner and n in wanted])
+        origins = {
+            prefix: {"source": [f.name for f in o.files], "sha256": digests[prefix].result()}
+            for prefix, o in opened.items()
+        }
+    return {n: a for n, a in arrays.items() if n in wanted}, origins
+
+
+def _initialise(program: Program, fresh: list[str]) -> dict:
+    """The objective's own initial values of these parameters; the compiler drops the work for all others."""
+    if not fresh:
+        return {}
+
+    def init():
+        _, arrays = partition.disassemble(program.init_module())
+        return {n: arrays[n] for n in fresh}
+
+    return jax.jit(init, out_shardings={n: program.shardings[n] for n in fresh})()

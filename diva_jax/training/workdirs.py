@@ -1,0 +1,182 @@
+"""The workdir of a run: its config, and what it had trained at a step."""
+
+import dataclasses
+import functools
+import json
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from diva_jax.common import paths
+from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import flatten
+from diva_jax.training import checkpoint, load, towers
+from diva_jax.training.step import Program
+
+# What may differ when a run is resumed: none of it changes what is learned.
+RESUMABLE = ("log", "checkpoint", "eval", "mesh", "data.threads", "data.prefetch", "remat", "compile_cache", "profile")
+_SEEN_WITHIN = 60.0  # Seconds after which network file systems show a new file to every machine.
+# Sections that are compared as a whole: their fields are those of another library.
+WHOLE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion.scheduler")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Fields that differ between two configs (as read from JSON) and that matter to what is learned."""
+    a, b = flatten(there, WHOLE), flatten(here, WHOLE)
+    return [
+        f"{k} ({a.get(k)!r} there, {b.get(k)!r} here)"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k) != b.get(k) and not any(k == r or k.startswith(r + ".") for r in RESUMABLE)
+    ]
+
+
+def check_config(workdir: epath.PathLike, config) -> None:
+    """Raises a UserError where the workdir has checkpoints of another config."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists() or checkpoint.latest_step(workdir) is None:
+        return
+    if changed := differences(json.loads(path.read_text()), json.loads(config.to_json())):
+        raise UserError(
+            f"--workdir={workdir} holds a run of another config: {listing(changed, 5)}; "
+            "use another workdir, or the config of that run"
+        )
+
+
+def write_config(workdir: epath.PathLike, config) -> None:
+    """Writes the config to `workdir/config.json`; a UserError where that cannot be written."""
+    path = epath.Path(workdir) / "config.json"
+    try:
+        paths.write_whole(path, json.dumps(json.loads(config.to_json()), indent=1))
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
+
+
+def seen_config(workdir: epath.PathLike) -> int | None:
+    """The checksum of `workdir/config.json`, as soon as it is seen here; None where it never is.
+
+    Every process reads what process 0 has just written: a folder of its own on each machine is found out.
+    """
+    path, until = epath.Path(workdir) / "config.json", time.monotonic() + _SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > until:
+            return None
+        time.sleep(1.0)
+    return zlib.crc32(path.read_bytes())
+
+
+def check_sources(there: dict, here: dict) -> None:
+    """Raises a UserError where a run would go on with other frozen weights than it began with."""
+    changed = [k for k in here if there.get(k, {}).get("sha256") != here[k]["sha256"]]
+    if changed:
+        raise UserError(
+            f"the weights of {listing(changed)} are not those this run began with "
+            f"({there.get(changed[0], {}).get('source')}): put the same files back, or use another workdir"
+        )
+
+
+def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict:
+    """The config that a run wrote into its workdir.
+
+    Raises:
+      UserError: there is no run in the workdir.
+    """
+    path = paths.folder(workdir, field) / "config.json"
+    if not path.exists():
+        raise UserError(f"{field}={workdir} holds no run: give the --workdir of python -m diva_jax.main")
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e}): restore it, it is the config of the run") from e
+
+
+def choose_step(workdir: epath.PathLike, step: int | None = None, field: str = "--step") -> int:
+    """`step`, or the newest one.
+
+    Raises:
+      UserError: there is no such checkpoint; lists those that exist.
+    """
+    there = checkpoint.steps(epath.Path(workdir).expanduser())
+    if not there:
+        raise UserError(f"{workdir} has no checkpoint yet: let the run save one")
+    if step is not None and step not in there:
+        raise UserError(f"{field}={step} has no checkpoint in {workdir}: use one of {listing(there)}")
+    return there[-1] if step is None else step
+
+
+def _host() -> jax.Device:
+    """The device that stands for this machine's memory."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # Only another platform was asked for.
+        return jax.local_devices()[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunAt:
+    """A run at one step: what it has trained, over the weights that it began with; arrays are on the host.
+
+    Attributes:
+      workdir: of the run.
+      step: of one of its checkpoints.
+      config: of the run.
+    """
+
+    workdir: epath.PathLike
+    step: int
+    config: ConfigDict
+
+    @classmethod
+    def open(cls, workdir: epath.PathLike, step: int | None = None) -> "RunAt":
+        """Finds a run and a step of it, default the newest.
+
+        Raises:
+          UserError: no run, no checkpoint, or no such step.
+        """
+        config = read_config(workdir)
+        return cls(workdir, choose_step(workdir, step), config)
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The run's program, on one device of the host."""
+        config = self.config.copy_and_resolve_references()
+        return Program(config, Mesh(np.asarray([[_host()]]), ("data", "fsdp")))
+
+    @functools.cached_property
+    def _restored(self) -> tuple[dict[str, jax.Array], dict]:
+        checkpoints = checkpoint.Checkpoints(self.workdir)
+        try:
+            return checkpoints.restore_params(self.step, checkpoints.trained(self.step, _host()))
+        finally:
+            checkpoints.close()
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """What the run has trained, by name."""
+        return self._restored[0]
+
+    @property
+    def sources(self) -> dict[str, dict]:
+        """Prefix -> {"source": file names, "sha256"} of the weights that the run began with."""
+        return self._restored[1]["sources"]
+
+    def towers(self, wanted: Iterable[str] | None = None) -> towers.Flat:
+        """The tuned towers, adapters merged; see `Objective.towers`.
+
+        Args:
+          wanted: their names; default all.
+
+        Raises:
+          UserError: weights that the run began with are gone, or are not the same files.
+        """
+        wanted = list(self.program.towers.shapes if wanted is None else wanted)
+        needed = set().union(*(self.program.towers.needs(t) for t in wanted))
+        found, origins = load.initial_arrays(self.program, needed - set(self.params), every_source=False)
+        check_sources(self.sources, origins)
+        return self.program.towers({**found, **self.params}, wanted)
