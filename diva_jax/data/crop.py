@@ -1,6 +1,5 @@
-"""Encoded image -> random resized crop, bit for bit what torchvision does on Pillow images."""
+"""Random resized crops, bit for bit as torchvision makes them of Pillow images."""
 
-import io
 import math
 
 import numpy as np
@@ -11,22 +10,9 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would also hand PostScript to Ghostscript.
-_MAX_PIXELS = 2**27  # 400 MB decoded; a larger one is taken for a decompression bomb.
 _ATTEMPTS = 10
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom [pixels]
-
-
-def decode(data: bytes) -> Image.Image:
-    """Decodes to RGB. Any exception means that the image is broken.
-
-    Pillow's `draft` mode, which decodes JPEGs at a lower resolution, would change bits and stays off.
-    """
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    if image.width * image.height > _MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are too many")
-    return image.convert("RGB")
 
 
 def sample_box(
@@ -34,14 +20,14 @@ def sample_box(
 ) -> Box:
     """Draws the box of torchvision's RandomResizedCrop.
 
-    Area uniform, aspect ratio log-uniform; after ten boxes that do not fit, the largest central one whose
-    ratio is in range.
+    The area is uniform and the aspect ratio log-uniform; after ten boxes that do not fit, the box is the largest
+    central one whose ratio is in range.
 
     Args:
-      rng: drawn from.
-      width, height: of the image.
+      rng: the generator to draw from.
+      width, height: of the image [pixels].
       scale: range of the box's area, as a share of the image's.
-      ratio: range of its width / height.
+      ratio: range of the box's width / height.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_ATTEMPTS):
@@ -57,7 +43,7 @@ def sample_box(
 
 def _central_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
     w, h = width, height
-    # At least a pixel, whatever the range: a thin image and a ratio far from 1 would give an empty box.
+    # At least one pixel: a thin image with a ratio far from 1 would give an empty box.
     if width / height < ratio[0]:
         h = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
@@ -67,8 +53,8 @@ def _central_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
 
 
 def resized_crop(image: Image.Image, box: Box, size: int, interpolation: str = "bicubic") -> np.ndarray:
-    """Cuts the box out, then resizes: uint8 [size, size, 3].
+    """Crops the box out, then resizes it: uint8 [size, size, 3].
 
-    Cutting first matters: `resize(box=...)` would let the filter see pixels outside of the box.
+    The order matters: with `resize(box=...)` the filter would read pixels outside of the box.
     """
     return np.asarray(image.crop(box).resize((size, size), INTERPOLATIONS[interpolation]))

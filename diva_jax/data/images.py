@@ -1,4 +1,4 @@
-"""A test image as open_clip prepares it for a backbone, on the host with Pillow, bit for bit."""
+"""Decoding of images, and the preparation of test images for a backbone: both bit for bit, on the host with Pillow."""
 
 import io
 
@@ -8,48 +8,65 @@ from PIL import Image
 from diva_jax.common.errors import UserError
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would also hand PostScript to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would also pass PostScript to Ghostscript.
+_MAX_PIXELS = 2**27  # 400 MB decoded; a larger image is taken for a decompression bomb.
 
 
-def open_image(data: bytes, name: str, rgb: bool = False) -> Image.Image:
-    """Decodes an image.
+def decode(data: bytes, rgb: bool = True) -> Image.Image:
+    """Decodes an image at its full size.
+
+    Pillow's `draft` mode, which decodes JPEGs at a lower resolution, would change pixels and stays off.
 
     Args:
       data: the encoded image.
-      name: for the error.
-      rgb: convert at once, as webdataset and torchvision's folders do; else `prepare` converts after resizing, as
-        open_clip does, which is not the same for a palette or an alpha channel.
+      rgb: convert to RGB at once, as webdataset and torchvision's folders do. Otherwise the image keeps its mode, and
+        `prepare` converts it after resizing, as open_clip does; the two differ for palettes and alpha channels.
 
     Raises:
-      UserError: it cannot be decoded; names it.
+      Exception: the image is broken. Pillow's plugins raise many types.
+    """
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    if image.width * image.height > _MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are too many")
+    image.load()
+    return image.convert("RGB") if rgb else image
+
+
+def open_image(data: bytes, name: str, rgb: bool = False) -> Image.Image:
+    """`decode` for data in which every image counts, as in an evaluation.
+
+    Raises:
+      UserError: the image cannot be decoded; gives `name`.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        image.load()
-        return image.convert("RGB") if rgb else image
-    except Exception as e:  # Pillow's plugins raise many kinds on broken data.
+        return decode(data, rgb)
+    except Exception as e:  # See `decode`.
         raise UserError(f"the image {name} cannot be read ({e}): fetch it again") from e
 
 
 def _shortest(image: Image.Image, size: int, filter: Image.Resampling) -> Image.Image:
-    """The shorter side to `size`, the longer one in proportion (rounded down), then the centre."""
+    """Resizes the shorter side to `size` and the longer in proportion (rounded down), then crops the centre."""
     w, h = image.size
     w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
     if (w, h) != image.size:
         image = image.resize((w, h), filter)
-    # Python rounds halves to even, and so does torchvision's crop.
+    # Python rounds halves to even, as torchvision's crop does.
     left, top = round((w - size) / 2), round((h - size) / 2)
     return image.crop((left, top, left + size, top + size))
 
 
 def prepare(image: Image.Image, size: int, resize_mode: str, interpolation: str) -> np.ndarray:
-    """uint8 [size, size, 3].
+    """A test image as open_clip prepares it, uint8 [size, size, 3].
 
     Args:
       image: of any mode and size.
       size: the backbone's resolution [pixels].
-      resize_mode: "shortest" (and the centre) or "squash" (both sides, whatever the proportions).
+      resize_mode: "shortest" (resizes the shorter side, then crops the centre) or "squash" (resizes both sides,
+        which does not keep the proportions).
       interpolation: "bicubic" or "bilinear".
+
+    Raises:
+      UserError: the resize mode is not known.
     """
     filter = _FILTERS[interpolation]
     if resize_mode == "shortest":

@@ -1,35 +1,39 @@
-"""Records -> batches of uint8 crops: shuffled by one seed, resumable, split over processes.
+"""Records -> batches of the arrays that an objective asks for: shuffled by one seed, resumable, split over processes.
 
-Images are numbered from the start of the run: position 0, 1, 2, ... One shuffle of all records an epoch, of
-`seed` and the epoch alone, says which record stands at a position; the crop depends on (seed, position)
-alone. Global batch b of B images is positions b*B .. (b+1)*B - 1, and process p of P takes every P-th of
-them from the p-th on, so that any number of processes together see the same images in the same rows.
+Examples are numbered from the start of the run: position 0, 1, 2, ... Each epoch is one shuffle of all records, which
+depends on `seed` and the epoch alone and decides the record at each position; crops and other random choices depend
+on (seed, position) alone. Global batch b of B examples is positions b*B .. (b+1)*B - 1, and process p of P takes
+every P-th of them from the p-th on, so that any number of processes together see the same examples in the same rows.
 """
 
+import functools
 import logging
 import threading
+from collections.abc import Mapping
 
 import grain
 import numpy as np
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import crop, sources
+from diva_jax.data import crop, images, sources
+from diva_jax.data.inputs import Example, Input
+from diva_jax.data.records import Source
 
 logger = logging.getLogger(__name__)
 
-_FOREVER = 2**62  # Positions; no run comes near.
-_NAMED = 20  # Broken images named in the log before it only counts.
-_JUDGED_FROM = 10  # Broken reads below which a share says too little: the first image may be a broken one.
+_FOREVER = 2**62  # Positions; more than any run has.
+_NAMED = 20  # Broken images that the log names; further ones are only counted.
+_JUDGED_FROM = 10  # Broken reads up to which the share is not judged: the first image may be a broken one.
 
 
 class Broken:
-    """Counts the images that could not be read; shared by all decoding threads.
+    """Counts the records that could not be read; shared by all decoding threads.
 
     Args:
-      max_share: of the images read; past it `add` raises.
+      max_share: the largest share of broken ones among the records read; above it `add` raises.
 
     Attributes:
-      count: broken images, each record once.
+      count: broken records, each counted once.
     """
 
     def __init__(self, max_share: float):
@@ -43,12 +47,12 @@ class Broken:
         return len(self._records)
 
     def good(self) -> None:
-        """One image was read."""
+        """Counts a record that was read."""
         with self._lock:
             self._read += 1
 
     def add(self, record: int, name: str, reason: str) -> None:
-        """One image could not be read; named in the log the first time.
+        """Counts a record that could not be read; the first time, the log names it.
 
         Raises:
           RunError: there are too many.
@@ -62,11 +66,11 @@ class Broken:
         if new and count <= _NAMED:
             logger.warning("skipped a broken image: %s: %s", name, reason)
             if count == _NAMED:
-                logger.warning("%d broken images: from here on they are only counted", count)
+                logger.warning("%d broken images: further ones are only counted", count)
         if failed > _JUDGED_FROM and failed > self.max_share * read:
             raise RunError(
                 f"{failed} of {read} images read were broken ({failed / read:.1%}, the last: {name}: {reason}), more "
-                f"than config.data.max_broken_share={self.max_share:g} allows: mend the data, or raise that field"
+                f"than config.data.max_broken_share={self.max_share:g} allows: repair the data, or raise that field"
             )
 
 
@@ -74,69 +78,85 @@ class Examples:
     """Position -> example, the same in every process and thread.
 
     Args:
-      source: of encoded images.
-      config: with `image_size` and `crop`, as in `build`.
-      seed: of order and crops.
-      global_batch: images in a global batch.
-      broken: told of every image read.
+      source: of the records.
+      config: `config.data`.
+      inputs: the arrays to make of each record, by name.
+      seed: of order, crops and whatever the inputs draw.
+      global_batch: examples in a global batch.
+      broken: counts the records that are read.
     """
 
-    def __init__(self, source: sources.Source, config, seed: int, global_batch: int, broken: Broken):
+    def __init__(
+        self, source: Source, config, inputs: Mapping[str, Input], seed: int, global_batch: int, broken: Broken
+    ):
         self._source, self._broken, self._seed, self._global_batch = source, broken, seed, global_batch
-        self._size, self._interpolation = config.image_size, config.crop.interpolation
         self._scale, self._ratio = tuple(config.crop.scale), tuple(config.crop.ratio)
-        # grain shuffles epoch e by seed + e: of neighbouring seeds one would lag the other by an epoch.
+        self._needs_text = any(i.needs_text for i in inputs.values())
+        self._make = {name: i.open(config) for name, i in inputs.items()}
+        # grain shuffles epoch e by seed + e: with neighbouring seeds one run would repeat the other's orders.
         shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
-        self._order[0]  # grain sets its bookkeeping up on first use, which threads must not do at once.
+        self._order[0]  # grain initialises itself on first use, which threads must not do at once.
 
     def record(self, position: int) -> int:
-        """Which record stands at a position."""
+        """The record at a position."""
         return self._order[position]
 
     def __call__(self, position: int) -> dict[str, np.ndarray]:
-        """{"image": uint8 [S, S, 3], "row": int32 [], its row in the global batch}.
+        """{each input's name: its array, "row": int32 [], the row in the global batch}.
 
-        A broken image gives way to the next good one in the epoch's order.
+        A broken record is replaced by the next good one in the epoch's order.
 
         Raises:
-          RunError: too many images are broken, or all.
+          RunError: too many records are broken, or all.
         """
         n = len(self._source)
         first, k = position - position % n, position % n
         for step in range(n):
-            image = self._read(self.record(first + (k + step) % n))
-            if image is not None:
+            found = self._read(self.record(first + (k + step) % n))
+            if found is not None:
+                image, text = found
                 rng = np.random.default_rng((self._seed, position))
                 box = crop.sample_box(rng, *image.size, self._scale, self._ratio)
-                pixels = crop.resized_crop(image, box, self._size, self._interpolation)
-                return {"image": pixels, "row": np.int32(position % self._global_batch)}
-        raise RunError(f"not one of the {n} images of config.data.path can be read: look at the log for why")
+                example = Example(image, text, box, rng)
+                arrays = {name: make(example) for name, make in self._make.items()}
+                return {**arrays, "row": np.int32(position % self._global_batch)}
+        raise RunError(f"not one of the {n} images of config.data.path can be read: the log says why")
 
-    def _read(self, record: int):
-        """The decoded image, or None where it is broken."""
+    def _read(self, i: int):
+        """(decoded image, text) of record i, or None where it is broken."""
         try:
-            image = crop.decode(self._source.read(record)[1])
+            record = self._source.read(i, with_text=self._needs_text)
+            if self._needs_text and not (record.text and record.text.strip()):
+                raise ValueError("it has no caption")
+            image = images.decode(record.image)
         except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, zlib.error, ... on bad files.
-            self._broken.add(record, self._source.name(record), str(e) or type(e).__name__)
+            self._broken.add(i, self._source.name(i), str(e) or type(e).__name__)
             return None
         self._broken.good()
-        return image
+        return image, record.text
 
 
 class Iterator:
     """Endless batches of this process's part of each global batch.
 
     Attributes:
-      source: the records; `len(source)` images make an epoch.
-      broken: the counter of broken images.
+      source: the records; `len(source)` of them make an epoch.
+      broken: the counter of broken records.
     """
 
     def __init__(
-        self, config, source: sources.Source, seed: int, global_batch: int, process_index: int, process_count: int
+        self,
+        config,
+        source: Source,
+        inputs: Mapping[str, Input],
+        seed: int,
+        global_batch: int,
+        process_index: int,
+        process_count: int,
     ):
         self.source, self.broken = source, Broken(config.max_broken_share)
-        self._examples = Examples(source, config, seed, global_batch, self.broken)
+        self._examples = Examples(source, config, inputs, seed, global_batch, self.broken)
         self._identity = {"seed": seed, "records": len(source), "global_batch": global_batch}
         self._process = slice(process_index, None, process_count)
         self._local_batch = global_batch // process_count
@@ -155,10 +175,10 @@ class Iterator:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """{"image": uint8 [b, S, S, 3], "row": int32 [b]}: rows of the global batch, b = B / processes.
+        """{each input's name: [b, *shape], "row": int32 [b], rows of the global batch}; b = B / processes.
 
         Raises:
-          RunError: too many images are broken.
+          RunError: too many records are broken.
         """
         if self._batches is None:
             self._batches = self._open()
@@ -167,11 +187,11 @@ class Iterator:
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """Where the run stands: JSON-able, the same in every process, whatever was prefetched."""
+        """The position of the run, for JSON: the same in every process, and independent of what was prefetched."""
         return {"batches": self._consumed, **self._identity}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes on where `state` was taken; with any number of processes.
+        """Continues from where `state` was taken, with any number of processes.
 
         Raises:
           UserError: it was taken with another seed, batch size or data.
@@ -180,7 +200,7 @@ class Iterator:
             if state.get(field) != ours:
                 raise UserError(
                     f"the checkpoint was written with {_NAMES[field]} {state.get(field)}, this run has {ours}: "
-                    "set it back, or start in another workdir"
+                    "restore that value, or start in another workdir"
                 )
         self.close()
         self._consumed = int(state["batches"])
@@ -199,34 +219,43 @@ _NAMES = {
 }
 
 
-def _check(config, seed: int, global_batch: int, process_count: int) -> None:
-    """Raises a UserError for the first field that cannot be."""
-    (low, high), (narrow, wide) = config.crop.scale, config.crop.ratio
-    known = crop.INTERPOLATIONS
-    for ok, complaint in (
-        (0 <= seed < 2**32, f"config.seed={seed}: use 0 to 2**32 - 1"),
-        (global_batch > 0, f"config.batch_size={global_batch}: use 1 or more"),
-        (
-            global_batch % process_count == 0,
-            f"config.batch_size={global_batch} does not divide over {process_count} processes: use a multiple",
-        ),
-        (config.image_size > 0, f"config.data.image_size={config.image_size}: use 1 or more"),
-        (config.threads >= 0, f"config.data.threads={config.threads}: use 0 (no threads) or more"),
-        (config.prefetch > 0, f"config.data.prefetch={config.prefetch}: use 1 or more"),
-        (0 <= config.max_broken_share <= 1, f"config.data.max_broken_share={config.max_broken_share}: use 0 to 1"),
-        (0 < low <= high <= 1, f"config.data.crop.scale={(low, high)}: use 0 < low <= high <= 1"),
-        (0 < narrow <= wide, f"config.data.crop.ratio={(narrow, wide)}: use 0 < narrow <= wide"),
-        (
-            config.crop.interpolation in known,
-            f"config.data.crop.interpolation={config.crop.interpolation!r}: use one of {', '.join(known)}",
-        ),
-    ):
-        if not ok:
-            raise UserError(complaint)
+# Field of config.data, what must hold, what to do where it does not.
+FIELDS = (
+    ("image_size", lambda c: c.image_size > 0, "use 1 or more"),
+    ("threads", lambda c: c.threads >= 0, "use 0 (no threads) or more"),
+    ("prefetch", lambda c: c.prefetch > 0, "use 1 or more"),
+    ("max_broken_share", lambda c: 0 <= c.max_broken_share <= 1, "use 0 to 1"),
+    ("crop.scale", lambda c: 0 < c.crop.scale[0] <= c.crop.scale[1] <= 1, "use 0 < low <= high <= 1"),
+    ("crop.ratio", lambda c: 0 < c.crop.ratio[0] <= c.crop.ratio[1], "use 0 < narrow <= wide"),
+    (
+        "crop.interpolation",
+        lambda c: c.crop.interpolation in crop.INTERPOLATIONS,
+        f"use one of {', '.join(crop.INTERPOLATIONS)}",
+    ),
+)
+
+
+def _check(config, inputs: Mapping[str, Input], seed: int, global_batch: int, process_count: int) -> None:
+    """Raises a UserError for the first field that is out of range."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"config.seed={seed}: use 0 to 2**32 - 1")
+    if global_batch < 1:
+        raise UserError(f"config.batch_size={global_batch}: use 1 or more")
+    if global_batch % process_count:
+        raise UserError(
+            f"config.batch_size={global_batch} does not divide over {process_count} processes: use a multiple"
+        )
+    for field, holds, sentence in FIELDS:
+        if not holds(config):
+            value = functools.reduce(getattr, field.split("."), config)
+            raise UserError(f"config.data.{field}={value!r}: {sentence}")
+    if "row" in inputs:
+        raise UserError("an input cannot be called 'row', which is the examples' row in the batch: rename it")
 
 
 def build(
     config,
+    inputs: Mapping[str, Input],
     *,
     seed: int,
     global_batch: int,
@@ -237,17 +266,25 @@ def build(
     """Opens the data of a run.
 
     Args:
-      config: `path` (see `sources.open_source`), `image_size` (the crop's side, pixels), `crop` (`scale`,
-        `ratio`, `interpolation`), `threads` (that decode; 0: decode when asked), `prefetch` (batches),
-        `max_broken_share` (of the images read).
-      seed: of order and crops, 0 to 2**32 - 1.
-      global_batch: images in a batch over all processes.
+      config: `config.data`: `path` (see `sources.open_source`), `crop` (`scale`, `ratio`, `interpolation`), `threads`
+        (that decode; 0: decode when asked), `prefetch` (batches), `max_broken_share` (of the records read).
+      inputs: the arrays of a batch by name, see `diva_jax.data.inputs`.
+      seed: of order, crops and whatever the inputs draw, 0 to 2**32 - 1.
+      global_batch: examples in a batch over all processes.
       process_index, process_count: this process's place.
       cache_dir: folder for the index of tar shards, or None.
 
     Raises:
-      UserError: a field is out of range, or there is no data at the path.
+      UserError: a field is out of range, there is no data at the path, an input needs captions and the data has
+        none, or an input cannot be opened.
     """
-    _check(config, seed, global_batch, process_count)
+    _check(config, inputs, seed, global_batch, process_count)
     source = sources.open_source(config.path, str(cache_dir) if cache_dir else None, quiet=process_index != 0)
-    return Iterator(config, source, seed, global_batch, process_index, process_count)
+    readers = [name for name, i in inputs.items() if i.needs_text]
+    if readers and not source.has_text:
+        raise UserError(
+            f"config.data.path={config.path!r} has no captions, which the input {readers[0]!r} needs: give tar shards "
+            "with .txt or .json members, a CSV or parquet file or a Hugging Face dataset with a text column "
+            "(PATH?text=COLUMN names it), or images with a .txt file beside each"
+        )
+    return Iterator(config, source, inputs, seed, global_batch, process_index, process_count)

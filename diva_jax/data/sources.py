@@ -2,24 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from typing import Protocol
 from urllib.parse import parse_qsl
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import files
+from diva_jax.data.records import Record, Source
 from diva_jax.data.tars import TarSource
-
-
-class Source(Protocol):
-    """Records 0..len-1. `name` and `read` may be called from any thread."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, i: int) -> str:
-        """What to call record i in a log."""
-
-    def read(self, i: int) -> tuple[str, bytes]:
-        """Name and encoded image of record i; an OSError where it cannot be had."""
 
 
 class FolderSource:
@@ -40,9 +28,11 @@ class FolderSource:
     def name(self, i: int) -> str:
         return self.paths[i][self._cut :]
 
-    def read(self, i: int) -> tuple[str, bytes]:
+    has_text = False
+
+    def read(self, i: int, with_text: bool = True) -> Record:
         with files.open_binary(self.paths[i]) as f:
-            return self.name(i), f.read()
+            return Record(self.name(i), f.read())
 
 
 class TfdsSource:
@@ -99,8 +89,10 @@ class TfdsSource:
     def name(self, i: int) -> str:
         return f"{self.spec}[{i}]"
 
-    def read(self, i: int) -> tuple[str, bytes]:
-        return self.name(i), self._records[i][self._image]
+    has_text = False
+
+    def read(self, i: int, with_text: bool = True) -> Record:
+        return Record(self.name(i), self._records[i][self._image])
 
 
 def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) -> Source:

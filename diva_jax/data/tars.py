@@ -17,6 +17,7 @@ import numpy as np
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import files
+from diva_jax.data.records import Record
 
 logger = logging.getLogger(__name__)
 
@@ -225,8 +226,10 @@ class TarSource:
         shard = self.shards[self._index.shard[i]]
         return f"{os.path.basename(shard)}/{member.decode('utf-8', 'surrogateescape')}"
 
-    def read(self, i: int) -> tuple[str, bytes]:
+    has_text = False
+
+    def read(self, i: int, with_text: bool = True) -> Record:
         """Name and encoded image; an OSError if the shard has shrunk or gone since it was indexed."""
         index = self._index
         shard = self.shards[index.shard[i]]
-        return self.name(i), self._reader.read(shard, int(index.offset[i]), int(index.size[i]))
+        return Record(self.name(i), self._reader.read(shard, int(index.offset[i]), int(index.size[i])))

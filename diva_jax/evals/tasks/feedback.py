@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from diva_jax import objectives
 from diva_jax.common.errors import UserError, listing
-from diva_jax.data import crop, images, sources
+from diva_jax.data import images, sources
 from diva_jax.evals import Options, Outcome, stats
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.training import sharding
@@ -136,7 +136,7 @@ class Feedback:
         """The centre square at the VAE's resolution, uint8 [S, S, 3]."""
         name = self._source.name(int(record))
         try:
-            image = crop.decode(self._source.read(int(record))[1])
+            image = images.decode(self._source.read(int(record), with_text=False).image)
         except Exception as e:  # Pillow's plugins raise many kinds on broken data.
             raise UserError(f"the image {name} of {self.data} cannot be read ({e}): fetch it again") from e
         c = self.config.data

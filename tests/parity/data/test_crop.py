@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from diva_jax.data import crop
+from diva_jax.data import crop, images
 from diva_jax.data.photos import examples
 
 SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
@@ -120,7 +120,7 @@ def test_decode_is_pillows_convert(photographs, form, mode):
         image.save(data, form)
     stored = Image.open(io.BytesIO(data.getvalue()))
     assert stored.mode == mode
-    image = crop.decode(data.getvalue())
+    image = images.decode(data.getvalue())
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), np.asarray(stored.convert("RGB")))
 
@@ -129,7 +129,7 @@ def test_a_large_jpeg_is_decoded_in_full(photographs):
     """Pillow's draft mode would decode it at half the resolution for a small crop."""
     data = io.BytesIO()
     photographs[2].resize((1024, 768)).save(data, "JPEG")
-    image = crop.decode(data.getvalue())
+    image = images.decode(data.getvalue())
     assert image.size == (1024, 768)
     np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(data).convert("RGB")))
 
@@ -153,5 +153,5 @@ def broken_images():
 @pytest.mark.parametrize("kind", broken_images())
 def test_broken_images_raise(kind):
     with pytest.raises(Exception) as e:
-        crop.decode(broken_images()[kind])
+        images.decode(broken_images()[kind])
     assert not isinstance(e.value, MemoryError)

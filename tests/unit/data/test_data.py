@@ -9,7 +9,7 @@ import pytest
 from records import data_config, encoded, noise, tags, write_shards, write_tar
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import pipeline
+from diva_jax.data import inputs, pipeline
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def noisy(tmp_path_factory):
 
 def build(path, *, seed=0, batch=8, process=(0, 1), **changes):
     index, count = process
-    return pipeline.build(
-        data_config(path, **changes), seed=seed, global_batch=batch, process_index=index, process_count=count
-    )
+    config = data_config(path, **changes)
+    wanted = {"image": inputs.Image(max(1, config.image_size))}
+    return pipeline.build(config, wanted, seed=seed, global_batch=batch, process_index=index, process_count=count)
 
 
 def take(iterator, n):
@@ -288,5 +288,5 @@ def test_bad_fields_are_one_sentence(noisy, changes, complaint):
 
 
 def test_index_is_cached_where_told(tagged, tmp_path):
-    pipeline.build(data_config(tagged), seed=0, global_batch=4, cache_dir=tmp_path / "run" / "cache")
+    pipeline.build(data_config(tagged), {}, seed=0, global_batch=4, cache_dir=tmp_path / "run" / "cache")
     assert [p.suffix for p in (tmp_path / "run" / "cache").iterdir()] == [".npz"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import crop, photos
+from diva_jax.data import images, photos
 from diva_jax.data.sources import open_source
 
 
@@ -34,7 +34,7 @@ def test_layout_of_img2dataset(packed):
                 assert facts["caption"] == tar.extractfile(txt).read().decode()
                 assert facts["key"] == key and facts["status"] == "success"
                 assert facts["sha256"] == hashlib.sha256(data).hexdigest()
-                assert (facts["width"], facts["height"]) == crop.decode(data).size
+                assert (facts["width"], facts["height"]) == images.decode(data).size
                 keys.append(key)
         stats = json.loads((folder / f"{number:05d}_stats.json").read_text())
         assert stats["successes"] == 32
@@ -45,12 +45,12 @@ def test_layout_of_img2dataset(packed):
 
 def test_examples_are_distinct_varied_photographs(packed):
     source = open_source(str(packed[0]))
-    images = [crop.decode(source.read(i)[1]) for i in range(len(source))]
-    assert len({image.tobytes() for image in images}) == 96
-    assert all(96 <= min(i.size) and max(i.size) <= 640 for i in images)
-    aspects = [i.width / i.height for i in images]
+    found = [images.decode(source.read(i).image) for i in range(len(source))]
+    assert len({image.tobytes() for image in found}) == 96
+    assert all(96 <= min(i.size) and max(i.size) <= 640 for i in found)
+    aspects = [i.width / i.height for i in found]
     assert min(aspects) < 0.8 and max(aspects) > 1.25
-    assert all(np.asarray(i).std() > 5 for i in images)  # No region is blank.
+    assert all(np.asarray(i).std() > 5 for i in found)  # No region is blank.
 
 
 def test_the_same_bytes_again(packed, tmp_path):

@@ -49,7 +49,7 @@ def test_tars_by_file_folder_glob_and_braces(shards):
     assert names(open_source(f"{shards}/0000[2-4].tar")) == expected[2:5]
     assert names(open_source(f"{shards}/{{00003,00001}}.tar")) == [expected[3], expected[1]]
     one = open_source(f"{shards}/00007.tar")
-    assert isinstance(one, TarSource) and one.read(0) == ("00007.tar/7.jpg", noise(7))
+    assert isinstance(one, TarSource) and one.read(0)[:2] == ("00007.tar/7.jpg", noise(7))
 
 
 def test_a_folder_with_a_pattern_in_its_name(tmp_path):
@@ -68,7 +68,7 @@ def test_image_folder_is_recursive_and_sorted(tmp_path):
     os.symlink(tmp_path, tmp_path / "a" / "loop")
     source = open_source(str(tmp_path))
     assert isinstance(source, FolderSource)
-    assert [source.read(i) for i in range(len(source))] == [
+    assert [source.read(i)[:2] for i in range(len(source))] == [
         (name, name.encode()) for name in ("0.jpeg", "a/c/3.webp", "b/1.JPG", "b/2.png")
     ]
     assert names(open_source(f"{tmp_path}/")) == names(source)
@@ -127,7 +127,7 @@ def test_remote_tars_folder_and_cache(bucket):
     for path in ("memory://bucket/tars", "memory://bucket/tars/*.tar", "memory://bucket/tars/{00000..00002}.tar"):
         for _ in range(2):  # The second time from the cache.
             source = open_source(path, cache_dir="memory://bucket/cache")
-            assert [source.read(i) for i in range(3)] == expected
+            assert [source.read(i)[:2] for i in range(3)] == expected
     assert bucket.glob("/bucket/cache/*.npz")
     folder = open_source("memory://bucket/images")
     assert [folder.read(i)[1] for i in range(3)] == [noise(i) for i in range(3)]

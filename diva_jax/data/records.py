@@ -1,0 +1,37 @@
+"""What a data set is made of: records with an image and, where the data has captions, a text."""
+
+from typing import NamedTuple, Protocol
+
+
+class Record(NamedTuple):
+    """One record of a source.
+
+    Attributes:
+      name: what to call it in a log: file and member, file and row.
+      image: the encoded image.
+      text: its caption; several captions are separated by newlines. None where there is none.
+    """
+
+    name: str
+    image: bytes
+    text: str | None = None
+
+
+class Source(Protocol):
+    """Records 0..len-1 with random access. `name` and `read` may be called from any thread."""
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the records have captions, as far as can be known without reading each of them."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """The name of record i."""
+
+    def read(self, i: int, with_text: bool = True) -> Record:
+        """Record i; without its text where that is not asked for.
+
+        Raises:
+          Exception: the record cannot be read. The type depends on the source.
+        """
