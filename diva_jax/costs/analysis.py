@@ -1,4 +1,4 @@
-"""What a compiled step costs on a chip, by part of the program: time, memory traffic, arithmetic, collectives."""
+"""Costs of a compiled step per chip and per part of the program: time, memory traffic, FLOPs and collectives."""
 
 import collections
 import dataclasses
@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from diva_jax.costs import hlo
 from diva_jax.costs.chips import Chip
 
-# First match wins, on an operation's path in the traced program; the names are `jax.named_scope`s.
+# (name, pattern) of an operation's path in the traced program; the first match counts. Most of the names are
+# `jax.named_scope`s.
 PARTS = (("vae", r"\bvae\b"), ("unet", r"\bunet\b"), ("vision", r"\bvision\b"), ("optimizer", r"\boptimizer\b"))
 KINDS = (
     ("attention", r"\battention\b"),
@@ -20,7 +21,12 @@ OTHER = "other"
 
 
 def part_of(path: str) -> tuple[str, str]:
-    """`"jit(step)/.../transpose(jvp(unet))/norm/mul"` -> ("unet backward", "norm"); a fusion counts where it ends."""
+    """Returns part and kind of an operation, e.g. ("unet backward", "norm").
+
+    Args:
+      path: the path in the traced program, e.g. "jit(step)/.../transpose(jvp(unet))/norm/mul". A fusion has the path
+        of its last operation.
+    """
 
     def first(table):
         return next((name for name, pattern in table if re.search(pattern, path)), OTHER)
@@ -33,13 +39,14 @@ def part_of(path: str) -> tuple[str, str]:
 
 @dataclasses.dataclass
 class Cost:
-    """Sums over operations, on one device, over one step.
+    """Sums over operations, per device and per step.
 
     Attributes:
-      cycles: as the compiler estimates them; kernels not included.
+      cycles: as estimated by the compiler, without kernels.
       hbm: bytes read from and written to HBM, without the padding of tiles.
-      flops: of matrix products and convolutions outside of kernels. kernel_flops: inside.
-      ops: executed.
+      flops: FLOPs of matrix products and convolutions outside of kernels.
+      kernel_flops: FLOPs inside of kernels.
+      ops: number of executed operations.
     """
 
     cycles: int = 0
@@ -49,13 +56,14 @@ class Cost:
     ops: int = 0
 
     def add(self, other: "Cost") -> None:
+        """Adds another cost to this one, in place."""
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
-def op_cost(program: hlo.Program, op: hlo.Op, computation: hlo.Computation, times: int) -> Cost:
-    """One operation's cost, executed `times` times."""
-    flops = program.flops(op, computation)
+def op_cost(module: hlo.HloModule, op: hlo.Op, computation: hlo.Computation, times: int) -> Cost:
+    """Returns the cost of an operation that is executed `times` times."""
+    flops = module.flops(op, computation)
     kernel = op.kind == "custom-call"
     return Cost(
         cycles=times * op.cycles,
@@ -67,32 +75,42 @@ def op_cost(program: hlo.Program, op: hlo.Op, computation: hlo.Computation, time
 
 
 def analyse(text: str, chip: Chip) -> dict:
-    """A device's costs from the optimised HLO.
+    """Computes the costs of one step on one device from the optimised HLO.
 
     Args:
       text: `compiled.as_text()`.
-      chip: whose clock and peak turn cycles and FLOPs into time.
+      chip: the chip whose clock and peak rate convert cycles and FLOPs to time.
 
     Returns:
-      {"model_ms", "hbm_gb", "flops", "kernel_flops", "kernel_ms" (at peak), "parts": {part: {"model_ms", "hbm_gb",
-      "flops", "kernel_flops", "kinds": {kind: model ms}}}, "collectives": {kind: {"count", "gb"}},
-      "largest": [{"mib", "count", "path"}], "kernels": {name: count}, "loops": trips of each loop}.
+      A dict with these keys:
+        "model_ms": sum of the compiler's cycle estimates [ms], without kernels.
+        "kernel_ms": time of the kernels' FLOPs at the chip's peak rate [ms].
+        "hbm_gb": HBM traffic [1e9 bytes].
+        "flops", "kernel_flops": FLOPs outside and inside of kernels.
+        "parts": {part: {"model_ms", "hbm_gb", "flops", "kernel_flops", "kinds": {kind: model ms}}}.
+        "collectives": {kind: {"count", "gb"}}.
+        "largest": [{"mib", "count", "path"}], the twelve largest arrays in HBM, padding included.
+        "kernels": {name: number of executions}.
+        "loops": trip count of each loop, largest first.
+
+    Raises:
+      ValueError: the text has no entry computation.
     """
-    program = hlo.parse(text)
+    module = hlo.parse(text)
     parts: dict[str, Cost] = collections.defaultdict(Cost)
     kinds: dict[tuple[str, str], int] = collections.Counter()
     channels: dict[str, tuple[str, int, int]] = {}
     kernels: dict[str, int] = collections.Counter()
     largest: dict[tuple[int, str], int] = collections.Counter()
-    for op, computation, times in program.executed():
+    for op, computation, times in module.executed():
         if op.kind in hlo.FREE:
             continue
-        cost = op_cost(program, op, computation, times)
-        path = program.origin(op, computation)
+        cost = op_cost(module, op, computation, times)
+        path = module.origin(op, computation)
         part, kind = part_of(path)
         parts[part].add(cost)
         kinds[part, kind] += cost.cycles
-        for channel, (name, size) in hlo.collectives(program, op, computation).items():
+        for channel, (name, size) in hlo.collectives(module, op, computation).items():
             channels[channel] = (name, times, times * size)
         if op.target == "tpu_custom_call":
             kernels[op.name.rsplit(".", 1)[0]] += times
@@ -119,7 +137,7 @@ def analyse(text: str, chip: Chip) -> dict:
             for (size, path), n in sorted(largest.items(), key=lambda i: -i[0][0])[:12]
         ],
         "kernels": dict(sorted(kernels.items())),
-        "loops": program.loops(),
+        "loops": module.loops(),
     }
 
 
@@ -146,6 +164,6 @@ def _by_kind(channels: Iterable[tuple[str, int, int]]) -> dict[str, dict]:
 
 
 def _short(path: str, length: int = 90) -> str:
-    """The end of a path, without the words that every path has."""
+    """Returns the end of a path without the components that most paths have."""
     path = re.sub(r"(jit\(step\)|while|body|closed_call|checkpoint|rematted_computation)/", "", path)
     return path if len(path) <= length else "..." + path[-length:]

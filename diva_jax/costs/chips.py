@@ -1,8 +1,8 @@
-"""What the accelerators can do at most: peaks, memory, interconnect.
+"""Peak performance, memory and interconnect of accelerator chips.
 
-Sources: Google Cloud's TPU pages of each version (peak compute, HBM size and bandwidth, interconnect, chips of a
-pod); for v4's links and clock also Jouppi et al., "TPU v4", arXiv 2304.01433, table 4; NVIDIA's H100 and H200
-data sheets (SXM, dense bf16). The TPUs' clocks are those that turn their matrix units into the published peak.
+Sources: Google Cloud's documentation of each TPU version (peak compute, HBM size and bandwidth, interconnect, chips per
+pod); for the links and the clock of v4 also Jouppi et al., "TPU v4", arXiv 2304.01433, table 4; NVIDIA's H100 and H200
+data sheets (SXM, dense bf16). The clock of a TPU is the one at which its matrix units reach the published peak.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ class Chip:
     """One accelerator chip.
 
     Attributes:
-      kind: what JAX calls it, `device.device_kind`.
-      flops: peak bf16, multiply and add counted as two [FLOP/s].
-      hbm_bandwidth: [bytes/s].
-      hbm: memory [bytes].
-      usable: what the compiler gives to a program, as it says when one does not fit [bytes].
-      clock: [Hz], of the unit in which the TPU's compiler estimates cycles; 0 where there is no such unit.
-      ici: what one chip can send to its neighbours over all links at once [bytes/s]; 0: no table entry.
-      wrap: a slice whose side is a multiple of this has wrap-around links along it (a torus, not a mesh).
+      kind: the name in JAX, `device.device_kind`.
+      flops: peak bf16 rate, a multiply-add counted as two [FLOP/s].
+      hbm_bandwidth: peak HBM bandwidth [bytes/s].
+      hbm: HBM size [bytes].
+      usable: HBM available to a program, as the compiler reports it when a program does not fit [bytes].
+      clock: clock of the cycles that the TPU compiler estimates [Hz]; 0 for GPUs.
+      ici: rate at which one chip can send over all its links together [bytes/s]; 0 for GPUs.
+      wrap: along an axis whose length is a multiple of this, a slice has wrap-around links (a torus, not a mesh).
       options: further arguments of `topologies.get_topology_desc`.
     """
 
@@ -39,9 +39,9 @@ class Chip:
 
 
 _G = 2**30
-# By the name that stands before the colon of a topology, "v5e:4x4".
+# Key: the part of a topology's name before the colon, e.g. "v5e" of "v5e:4x4".
 CHIPS: dict[str, Chip] = {
-    # Without megacore the compiler's topology has two devices a chip; on the machines both cores are one device.
+    # Without megacore, the compiler's topology has two devices per chip. On the real machines, a chip is one device.
     "v4": Chip(
         "TPU v4", 275e12, 1228e9, 32 * _G, int(30.75 * _G), 1.05e9, 6 * 50e9, 4, (("chip_config_name", "megacore"),)
     ),
@@ -53,25 +53,25 @@ _OTHERS = (
     Chip("NVIDIA H100 80GB HBM3", 989e12, 3350e9, 80 * 10**9),
     Chip("NVIDIA H200", 989e12, 4800e9, 141 * 10**9),
 )
-# Names under which some runtimes know the same chip.
+# Other names of the same chips, used by some runtimes.
 _ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 
 
 def peak(device) -> float | None:
-    """Peak bf16 FLOP/s of a `jax.Device`; None where the table has no such kind (a CPU, say)."""
+    """Returns the peak bf16 rate of a `jax.Device` [FLOP/s]; None for a kind without a table entry, such as a CPU."""
     kind = _ALIASES.get(device.device_kind, device.device_kind)
     return next((c.flops for c in (*CHIPS.values(), *_OTHERS) if c.kind == kind), None)
 
 
 def parse_topology(topology: str) -> tuple[str, Chip, tuple[int, ...]]:
-    """`"v5e:4x4"` -> ("v5e", its Chip, (4, 4)).
+    """Parses the name of a topology: `"v5e:4x4"` -> ("v5e", its Chip, (4, 4)).
 
     Raises:
-      UserError: another form, or a chip that is not in the table.
+      UserError: the chip is not in the table, or the number of axes is not that of the chip.
     """
     name, _, sides = topology.partition(":")
     if name not in CHIPS:
-        raise UserError(f"--topology={topology}: the chip {name!r} is not known, use one of {', '.join(CHIPS)}")
+        raise UserError(f"--topology={topology}: the chip {name!r} is unknown, use one of {', '.join(CHIPS)}")
     try:
         shape = tuple(int(s) for s in sides.split("x"))
     except ValueError:
@@ -79,16 +79,21 @@ def parse_topology(topology: str) -> tuple[str, Chip, tuple[int, ...]]:
     axes = 3 if name in ("v4", "v5p") else 2
     if len(shape) != axes or min(shape) < 1:
         example = "2x2x2" if axes == 3 else "4x4"
-        raise UserError(f"--topology={topology}: {name} is laid out along {axes} axes, write e.g. {name}:{example}")
+        raise UserError(f"--topology={topology}: {name} has {axes} axes, write e.g. {name}:{example}")
     return name, CHIPS[name], shape
 
 
 def all_reduce_seconds(size: float, chip: Chip, shape: tuple[int, ...]) -> float:
-    """A lower bound for summing `size` bytes over all chips of a slice.
+    """Returns a lower bound for the time of an all-reduce over all chips of a slice [s].
 
-    Every chip sends 2 (n - 1) / n of the bytes (reduce-scatter, then all-gather). All links work at once where
-    the sides longer than 1 wrap around; an axis that does not wrap is a line, on which a ring uses each link
-    for both ways and so has half of it; an axis of length 1 has no links.
+    Each chip sends 2 (n - 1) / n of the bytes (reduce-scatter, then all-gather). All links of a chip are assumed busy.
+    Along an axis without wrap-around links, a ring uses each link in both directions, so its bandwidth is halved. An
+    axis of length 1 has no links.
+
+    Args:
+      size: the bytes to sum, per chip.
+      chip: the kind of chip.
+      shape: chips along each axis of the slice.
     """
     n = math.prod(shape)
     rings = sum((1.0 if side % chip.wrap == 0 else 0.5) for side in shape if side > 1) / len(shape)

@@ -1,8 +1,8 @@
-"""Reads what a compiled TPU program costs out of its optimised HLO text, `compiled.as_text()`.
+"""Parses the optimised HLO text of a compiled TPU program (`compiled.as_text()`) and computes costs from it.
 
-The compiler's own summary counts a loop's body once, counts on-chip traffic as bytes, and counts kernels as
-nothing. Its HLO says more: every operation carries the cycles that the compiler expects of it, every array says
-whether it lies in HBM or on the chip, and every loop how often it runs.
+The compiler's own summary (`compiled.cost_analysis()`) counts the body of a loop once, includes on-chip traffic in the
+bytes accessed, and counts Pallas kernels as zero. The HLO text has more detail: each operation has the number of cycles
+that the compiler estimates, each array has its memory space (HBM or on-chip), and each loop has its trip count.
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _START = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = ")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-# What moves no byte of its own: names for parts of other arrays, and the ends of copies counted at their start.
+# Operations without memory traffic: names for parts of other arrays, and the ends of copies, which are counted at their
+# start.
 FREE = frozenset(
     "parameter get-tuple-element tuple bitcast constant after-all partition-id replica-id "
     "copy-done slice-done async-done async-update send-done recv-done opt-barrier".split()
 )
-# Custom calls that name memory and do nothing.
+# Custom calls that only name memory.
 _NO_WORK = ("AllocateBuffer", "ConcatBitcast")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -31,8 +32,9 @@ class Array:
     """One array of a type.
 
     Attributes:
-      dtype: as HLO writes it. dims: its shape.
-      layout: e.g. "1,0:T(8,128)S(1)": axes from minor to major, tiles, memory space.
+      dtype: the dtype as HLO writes it, e.g. "bf16".
+      dims: the shape.
+      layout: the layout as HLO writes it, e.g. "1,0:T(8,128)S(1)": axes from minor to major, tiles, memory space.
     """
 
     dtype: str
@@ -41,17 +43,17 @@ class Array:
 
     @property
     def on_chip(self) -> bool:
-        """In VMEM, or one of the smaller memories, and not in HBM."""
+        """Whether the array is in VMEM or another on-chip memory, and not in HBM."""
         return bool(re.search(r"S\([1-9]", self.layout))
 
     @property
     def size(self) -> int:
-        """Bytes of its elements."""
+        """Size of the elements [bytes]."""
         return math.prod(self.dims) * _WIDTH.get(self.dtype, 4)
 
     @property
     def laid_out(self) -> int:
-        """Bytes with the padding that its tiles need."""
+        """Size including the padding of tiles [bytes]."""
         order, _, tiles = self.layout.partition(":")
         tile = re.match(r"T\(([\d,]+)\)", tiles)
         if not tile or not order:
@@ -68,10 +70,11 @@ class Op:
     """One instruction.
 
     Attributes:
-      name, kind: e.g. "fusion.6", "fusion".
-      type: the result's type as text; `arrays(type)` lists it.
-      operands: names, in the same computation.
-      rest: everything from the operands on.
+      name: e.g. "fusion.6".
+      kind: the opcode, e.g. "fusion".
+      type: the result's type as text; `arrays(type)` lists its arrays.
+      operands: names of instructions in the same computation.
+      rest: the text of the instruction from the operands on.
     """
 
     name: str
@@ -82,23 +85,25 @@ class Op:
 
     @property
     def path(self) -> str:
-        """Where it comes from in the traced program, e.g. "jit(step)/while/body/unet/conv"."""
+        """The origin in the traced program, e.g. "jit(step)/while/body/unet/conv"; "" if there is none."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found.group(1) if found else ""
 
     @property
     def cycles(self) -> int:
-        """What the compiler expects one execution to take; a kernel has 0."""
+        """Cycles of one execution as estimated by the compiler; 0 for a kernel."""
         found = re.search(r'"estimated_cycles":"?(\d+)', self.rest)
         return int(found.group(1)) if found else 0
 
     @property
     def target(self) -> str:
+        """The target of a custom call, e.g. "tpu_custom_call"; "" for other instructions."""
         found = re.search(r'custom_call_target="([^"]*)"', self.rest)
         return found.group(1) if found else ""
 
     @property
     def called(self) -> list[str]:
+        """Names of the computations that the instruction calls."""
         names = _CALLED.findall(self.rest)
         for group in _BRANCHES.findall(self.rest):
             names += [n.strip().lstrip("%") for n in group.split(",")]
@@ -109,15 +114,21 @@ Computation = dict[str, Op]
 
 
 @dataclasses.dataclass
-class Program:
-    """A parsed module: `computations` by name, `entry` the name of the one that runs, `readers` a cache."""
+class HloModule:
+    """A parsed HLO module.
+
+    Attributes:
+      computations: name -> computation.
+      entry: the name of the entry computation.
+      readers: a cache of `origin`.
+    """
 
     computations: dict[str, Computation]
     entry: str
     readers: dict[int, dict[str, str]] = dataclasses.field(default_factory=dict, repr=False)
 
     def executed(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Op, Computation, int]]:
-        """Every operation that runs by itself, loops entered: (op, its computation, how often it runs)."""
+        """Yields every executed operation, also inside loops: (op, its computation, number of executions)."""
         computation = self.computations[name or self.entry]
         for op in computation.values():
             if op.kind in ("while", "call", "conditional"):
@@ -128,7 +139,7 @@ class Program:
                 yield op, computation, times
 
     def trips(self, loop: Op) -> int:
-        """How often a loop runs: the bound that its condition compares a counter with; 1 where there is none."""
+        """Returns the trip count of a loop: the bound that its condition compares a counter with, or 1 without one."""
         condition = self.computations.get(re.search(r"condition=%?([\w.\-]+)", loop.rest).group(1), {})
         for op in condition.values():
             if op.kind == "compare" and "direction=LT" in op.rest:
@@ -138,7 +149,7 @@ class Program:
         return 1
 
     def origin(self, op: Op, computation: Computation) -> str:
-        """An operation's path; of one that has none, a prefetch say, that of the operation it is for."""
+        """Returns the path of an operation. If it has none, as prefetches do, the path of the op that reads it."""
         for _ in range(5):
             if op.path or op.name not in (readers := self._readers(computation)):
                 break
@@ -146,7 +157,7 @@ class Program:
         return op.path
 
     def _readers(self, computation: Computation) -> dict[str, str]:
-        """Name of an operand -> name of the first operation that reads it."""
+        """Returns {name of an operand: name of the first operation that reads it}."""
         if id(computation) not in self.readers:
             first = self.readers[id(computation)] = {}
             for name, op in computation.items():
@@ -155,7 +166,7 @@ class Program:
         return self.readers[id(computation)]
 
     def loops(self) -> list[int]:
-        """Trips of every loop that runs, largest first."""
+        """Returns the trip counts of all executed loops, largest first."""
 
         def inside(name):
             for op in self.computations[name].values():
@@ -168,7 +179,10 @@ class Program:
         return sorted(inside(self.entry), reverse=True)
 
     def flops(self, op: Op, computation: Computation) -> int:
-        """Of its matrix products and convolutions, a multiply-add as two; a kernel's from its operands."""
+        """Returns the FLOPs of an operation, a multiply-add counted as two.
+
+        Matrix products and convolutions are counted, also those inside fusions; for kernels see `kernel_flops`.
+        """
         if op.kind in ("dot", "convolution"):
             return _product_flops(op, computation)
         if op.kind == "custom-call":
@@ -178,16 +192,16 @@ class Program:
 
 
 def arrays(type_: str) -> list[Array]:
-    """The arrays of a type, a tuple's one after the other."""
+    """Returns the arrays of a type given as text; tuples are flattened."""
     return [Array(d, tuple(int(n) for n in dims.split(",") if n), lay or "") for d, dims, lay in _ARRAY.findall(type_)]
 
 
 def hbm_traffic(op: Op, computation: Computation) -> int:
-    """Bytes that an operation reads from and writes to HBM: its operands and results that lie there."""
+    """Returns the HBM traffic of an operation [bytes]: the sizes of its operands and results that are in HBM."""
     if op.kind in FREE or op.target in _NO_WORK:
         return 0
     if op.kind in ("copy-start", "slice-start"):
-        # (destination, source, context) or ((sources), destination, context): what is moved, once.
+        # The type is (destination, source, context) or ((sources), destination, context). The traffic is counted once.
         moved = arrays(op.type)[1 if op.type.startswith("((") else 0]
         return moved.size
     touched = [a for o in op.operands if o in computation for a in arrays(computation[o].type)] + arrays(op.type)
@@ -195,16 +209,19 @@ def hbm_traffic(op: Op, computation: Computation) -> int:
 
 
 def materialised(op: Op) -> list[Array]:
-    """The arrays in HBM that an operation makes room for."""
+    """Returns the arrays in HBM that an operation allocates."""
     if op.kind in FREE or op.kind.endswith(("-start", "-done")) or op.target in _NO_WORK:
         return []
     return [a for a in arrays(op.type) if not a.on_chip]
 
 
-def collectives(program: Program, op: Op, computation: Computation) -> dict[str, tuple[str, int]]:
-    """The collectives that an operation is, or has inside: {channel or name: (kind, bytes of the larger side)}.
+def collectives(module: HloModule, op: Op, computation: Computation) -> dict[str, tuple[str, int]]:
+    """Returns the collectives of an operation and of the computations it calls.
 
-    One that runs beside other work has its beginning, middle and end in different fusions, under one channel.
+    An asynchronous collective is split over several fusions that share one channel.
+
+    Returns:
+      {channel id, or the name without one: (kind, the larger of the sizes of operands and results [bytes])}.
     """
     found = {}
     kind = op.kind.removesuffix("-start")
@@ -213,21 +230,21 @@ def collectives(program: Program, op: Op, computation: Computation) -> dict[str,
         operands = sum(a.size for o in op.operands if o in computation for a in arrays(computation[o].type))
         results = sum(a.size for a in arrays(op.type))
         if op.kind != kind and op.type.startswith("(("):
-            results -= operands  # a start's type lists both
+            results -= operands  # The type of a start lists operands and results.
         found[channel.group(1) if channel else op.name] = (kind, max(operands, results))
     elif op.kind in ("fusion", "async-start"):
         for called in op.called:
-            inner = program.computations[called]
-            # The TPU's reduce-scatter: a sum of which each device keeps its slice.
+            inner = module.computations[called]
+            # On TPUs a reduce-scatter is an all-reduce followed by a dynamic slice.
             scattered = any(o.kind == "dynamic-slice" for o in inner.values())
             for o in inner.values():
-                for channel, (name, size) in collectives(program, o, inner).items():
+                for channel, (name, size) in collectives(module, o, inner).items():
                     found[channel] = ("reduce-scatter" if scattered and name == "all-reduce" else name, size)
     return found
 
 
 def _closing(text: str, start: int) -> int:
-    """Index just past the bracket that closes the one at `start`."""
+    """Returns the index after the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -246,11 +263,17 @@ def _parse_op(text: str) -> Op:
     return Op(name.strip().removeprefix("ROOT ").lstrip("%"), rest[:bracket], type_, operands, rest[bracket:])
 
 
-def parse(text: str) -> Program:
-    """The computations of a module.
+def parse(text: str) -> HloModule:
+    """Parses the text of a module.
+
+    Args:
+      text: `compiled.as_text()`.
+
+    Returns:
+      The module.
 
     Raises:
-      ValueError: there is no entry computation in the text.
+      ValueError: the text has no entry computation.
     """
     computations, entry, current, pending = {}, None, None, []
 
@@ -271,11 +294,11 @@ def parse(text: str) -> Program:
         elif current is not None and _START.match(line):
             finish()
             pending.append(line)
-        elif pending:  # a kernel's settings run over several lines
+        elif pending:  # The attributes of a kernel can span several lines.
             pending.append(line)
     if entry is None:
-        raise ValueError("no ENTRY computation in this text: is it compiled.as_text()?")
-    return Program(computations, entry)
+        raise ValueError("the text has no ENTRY computation: give the result of compiled.as_text()")
+    return HloModule(computations, entry)
 
 
 def _numbers(text: str, key: str) -> list[int]:
@@ -290,17 +313,17 @@ def _product_flops(op: Op, computation: Computation) -> int:
         return 2 * math.prod(out) * math.prod(lhs[i] for i in _numbers(op.rest, "lhs_contracting_dims"))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
     inputs, kernel, result = labels.groups()
-    # Positions of output and kernel that meet a pixel and not padding, per spatial axis.
+    # Pairs of an output position and a kernel position whose input is a pixel and not padding, per spatial axis.
     pairs = 1
     for axis in sorted(set(kernel) - {"i", "o"}):
-        pairs *= _meetings(
+        pairs *= _valid_pairs(
             lhs[inputs.index(axis)], rhs[kernel.index(axis)], out[result.index(axis)], op.rest, int(axis)
         )
     return 2 * pairs * rhs[kernel.index("i")] * out[result.index("b")] * out[result.index("f")]
 
 
-def _meetings(size: int, taps: int, out: int, rest: str, axis: int) -> int:
-    """(output position, kernel tap) pairs of one axis of a convolution that land on a pixel."""
+def _valid_pairs(size: int, taps: int, out: int, rest: str, axis: int) -> int:
+    """Counts the pairs (output position, kernel position) along one axis whose input is a pixel and not padding."""
     window = re.search(r"window=\{([^}]*)\}", rest)
     given = dict(part.split("=") for part in window.group(1).split()) if window else {}
 
@@ -308,25 +331,25 @@ def _meetings(size: int, taps: int, out: int, rest: str, axis: int) -> int:
         return given[key].split("x")[axis] if key in given else default
 
     low = int(of("pad", "0_0").split("_")[0])
-    stride, dilation, spread = (int(of(k, "1")) for k in ("stride", "rhs_dilate", "lhs_dilate"))
+    stride, dilation, input_dilation = (int(of(k, "1")) for k in ("stride", "rhs_dilate", "lhs_dilate"))
     count = 0
     for tap in range(taps):
         at = tap * dilation - low
-        # out * stride + at must be a multiple of `spread` within the spread-out pixels.
-        hits = (at + o * stride for o in range(out))
-        count += sum(1 for h in hits if 0 <= h <= (size - 1) * spread and h % spread == 0)
+        # o * stride + at must be a multiple of the input dilation and within the dilated input.
+        positions = (at + o * stride for o in range(out))
+        count += sum(1 for p in positions if 0 <= p <= (size - 1) * input_dilation and p % input_dilation == 0)
     return count
 
 
-# Matrix products of queries x keys x head dim in JAX's splash attention kernels, by the kernel's name.
+# Number of matrix products of size queries x keys x head dim in JAX's splash attention kernels, by kernel name.
 _SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
 
 
 def kernel_flops(op: Op, computation: Computation) -> int:
-    """FLOPs of an attention kernel, from its operands' shapes; 0 for kernels that are not known here."""
+    """Returns the FLOPs of a splash attention kernel from the shapes of its operands; 0 for other kernels."""
     products = next((n for name, n in _SPLASH.items() if name in op.path), 0)
     if op.target != "tpu_custom_call" or not products:
         return 0
-    # Behind the mask's tables come q, k, v: [B, H, D, N], as attention.py has them laid out.
+    # The operands q, k, v follow the tables of the mask. Their layout is [B, H, D, N], see attention.py.
     q, k, _ = [a.dims for o in op.operands for a in arrays(computation[o].type) if len(a.dims) == 4][:3]
     return 2 * products * math.prod(q) * k[-1]

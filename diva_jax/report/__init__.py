@@ -1,10 +1,11 @@
-"""A report on an evaluation or a training run: one HTML file that needs nothing else, and its charts as PNGs.
+"""Writes a report on an evaluation or a training run: one self-contained HTML file, and its charts as PNG files.
 
-It reads what `diva_jax.evals` documents. Two more things it shows where they are there:
+The format of the input is documented in `diva_jax.evals`. Two optional inputs are shown in addition:
 
-- a task's weights may have `timesteps` beside `scores` (the diffusion feedback by timestep bin):
-  `[{"low": 0, "high": 100, "scores": {METRIC: {"score": 0.2, "interval": [0.1, 0.3]}}}, ...]`;
-- rows of metrics.jsonl may have keys `eval/...` and `feedback/...`, with `KEY/low` and `KEY/high` as an interval.
+- In a task's entry for one set of weights, `timesteps` beside `scores` (the diffusion feedback per timestep bin):
+  `[{"low": 0, "high": 100, "scores": {METRIC: {"score": 0.2, "interval": [0.1, 0.3]}}}, ...]`.
+- In rows of metrics.jsonl, the keys `eval/...` and `feedback/...`, with `KEY/low` and `KEY/high` as the interval of
+  `KEY`.
 """
 
 import io
@@ -18,16 +19,16 @@ from diva_jax.report.charts import Chart
 
 
 def write(folder: epath.PathLike) -> list[epath.Path]:
-    """Writes `report.html` and `report/*.png` into the folder that the numbers are in.
+    """Writes `report.html` and `report/*.png` into the folder that holds the results.
 
     Args:
-      folder: an evaluation's output folder, a training workdir, or both in one.
+      folder: an evaluation's output folder, a training workdir, or a folder that is both.
 
     Returns:
-      The files written, the page first.
+      The paths of the files written: `report.html` first, then one PNG file per chart.
 
     Raises:
-      UserError: there is nothing to report on, a file is broken, or the folder can't be written to.
+      UserError: there is nothing to report on, a file is invalid, or the folder is not writable.
     """
     found = inputs.read(folder)
     body = page.sections(found)
@@ -42,5 +43,5 @@ def write(folder: epath.PathLike) -> list[epath.Path]:
             written[-1].write_bytes(png.getvalue())
         paths.write_whole(target, page.html(found, body))
     except OSError as e:
-        raise UserError(f"{folder}: the report cannot be written ({e}): give a folder that you may write to") from e
+        raise UserError(f"{folder}: the report cannot be written ({e}): check the permissions of the folder") from e
     return written

@@ -1,6 +1,7 @@
 """Writes a report: python -m diva_jax.report DIR.
 
-DIR is the --out folder of diva_jax.evaluate or a training workdir; report.html and report/*.png go into it.
+DIR is the --out folder of diva_jax.evaluate or a training workdir. The report is written to DIR/report.html and
+DIR/report/*.png.
 """
 
 from diva_jax import report
@@ -9,7 +10,7 @@ from diva_jax.common import cli
 
 def main(folder: str) -> None:
     page, *charts = report.write(folder)
-    print(f"{page} and {len(charts)} charts in {page.with_suffix('')}")
+    print(f"Wrote {page} and {len(charts)} charts in {page.with_suffix('')}.")
 
 
 if __name__ == "__main__":

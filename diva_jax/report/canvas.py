@@ -1,6 +1,7 @@
-"""A drawing of a few shapes, written as inline SVG (coloured by the page's CSS) or as a PNG (light colours).
+"""A drawing made of simple shapes, written as inline SVG (coloured by the page's CSS) or as a PNG (light colours).
 
-One list of shapes feeds both, so a PNG shows what the page shows; Pillow and its own font are all that it needs.
+Both outputs are drawn from the same list of shapes, so a PNG shows what the page shows. PNGs are drawn with Pillow
+and the font that it includes.
 """
 
 import dataclasses
@@ -9,8 +10,8 @@ import html
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-# Role -> (light, dark). Series colours have at least 3:1 against the page in both, and differ in lightness, so
-# that they are told apart without colour vision too.
+# Role -> (light, dark). Series colours have a contrast of at least 3:1 against the page in both schemes. They also
+# differ in lightness, so that readers with colour vision deficiency can distinguish them.
 COLOURS = {
     "page": ("#fbfaf8", "#15171b"),
     "panel": ("#ffffff", "#1c1f25"),
@@ -29,14 +30,14 @@ COLOURS = {
 }
 SERIES = 6
 _FONT = 'font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"'
-# What Pillow's own font cannot draw.
+# Replacements for characters that Pillow's included font does not have.
 _PLAIN = str.maketrans({"−": "-", "–": "-", "→": ">", "×": "x", "“": '"', "”": '"', "’": "'"})
-_DRAWN, _KEPT = 4, 2  # A PNG is drawn at 4 pixels a unit and kept at 2, which smooths its edges.
-_MARGIN = 18  # Around a PNG [units].
+_DRAWN, _KEPT = 4, 2  # A PNG is drawn at 4 pixels per unit and reduced to 2, which smooths edges.
+_MARGIN = 18  # Margin around a PNG [units].
 
 
 def series(index: int) -> str:
-    """The colour role of a series: the first is the quiet one that others are compared with."""
+    """Returns the colour role of a series. Series 0, the reference of comparisons, has a neutral grey."""
     return f"s{index if index < SERIES else 1 + (index - 1) % (SERIES - 1)}"
 
 
@@ -46,7 +47,7 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
 
 
 def text_width(string: str, size: float = 12) -> float:
-    """At most how wide a text is [units] in the fonts that browsers have for it."""
+    """Returns an upper bound of a text's width [units] in the fonts that browsers use for it."""
     return 1.16 * _font(size).getlength(string.replace("−", "+").translate(_PLAIN))
 
 
@@ -55,14 +56,15 @@ class Shape:
     """One shape.
 
     Attributes:
-      kind: path (open), area (filled), dot, or text.
-      points: [(x, y)], y down; a dot's and a text's own place is the first.
-      role: of COLOURS.
-      width: of a path's stroke, a dot's radius, a text's size.
+      kind: "path" (open line), "area" (filled polygon), "dot" or "text".
+      points: [(x, y)] in units, y pointing down. The position of a dot or a text is the first point.
+      role: a key of COLOURS.
+      width: the stroke width of a path, the radius of a dot, or the font size of a text [units].
       opacity: 0 to 1.
-      dash: a path is dashed.
-      string, anchor: a text's; anchor is start, middle or end.
-      title: tooltip.
+      dash: whether a path is dashed.
+      string: the content of a text.
+      anchor: the horizontal alignment of a text: "start", "middle" or "end".
+      title: the tooltip.
     """
 
     kind: str
@@ -77,10 +79,11 @@ class Shape:
 
 
 class Canvas:
-    """Shapes on a plane of `width` x `height` units (pixels of a page at its own size).
+    """A list of shapes on a plane of `width` x `height` units (CSS pixels at the page's normal size).
 
     Args:
-      label: what the drawing shows, for those who cannot see it.
+      width, height: the size [units].
+      label: a description of the drawing for screen readers.
     """
 
     def __init__(self, width: float, height: float, label: str):
@@ -94,18 +97,18 @@ class Canvas:
         self._shapes.append(Shape("area", tuple(points), role, 0, opacity, title=title))
 
     def rect(self, x: float, y: float, w: float, h: float, role: str, opacity: float = 1.0, title: str = ""):
-        """Filled; of opacity 0 it only holds a tooltip."""
+        """Adds a filled rectangle. With opacity 0 it is invisible and serves as the area of a tooltip."""
         self.area([(x, y), (x + w, y), (x + w, y + h), (x, y + h)], role, opacity, title)
 
     def dot(self, x: float, y: float, radius: float, role: str, title: str = ""):
         self._shapes.append(Shape("dot", ((x, y),), role, radius, title=title))
 
     def text(self, x: float, y: float, string: str, role: str = "muted", size: float = 12, anchor: str = "start"):
-        """`y` is the baseline."""
+        """Adds a text whose baseline is at `y`."""
         self._shapes.append(Shape("text", ((x, y),), role, size, string=string, anchor=anchor))
 
     def svg(self) -> str:
-        """An `<svg>` element whose colours are the page's CSS variables."""
+        """Returns an `<svg>` element whose colours are the page's CSS variables."""
         body = "".join(_svg(s) for s in self._shapes)
         return (
             f'<svg viewBox="0 0 {self.width:g} {self.height:g}" role="img" '
@@ -113,7 +116,7 @@ class Canvas:
         )
 
     def png(self) -> Image.Image:
-        """RGB, 2 pixels a unit, light colours, with a margin."""
+        """Returns an RGB image in light colours: 2 pixels per unit, with a margin of 18 units on each side."""
         size = (round(self.width * _DRAWN), round(self.height * _DRAWN))
         image = Image.new("RGB", size, COLOURS["panel"][0])
         draw = ImageDraw.Draw(image)
@@ -145,7 +148,7 @@ def _svg(s: Shape) -> str:
 
 
 def _mixed(role: str, opacity: float) -> tuple[int, ...]:
-    """The light colour over the panel."""
+    """Returns the light colour of a role, blended over the panel's colour."""
     over, under = ([int(COLOURS[r][0][i : i + 2], 16) for i in (1, 3, 5)] for r in (role, "panel"))
     return tuple(round(opacity * a + (1 - opacity) * b) for a, b in zip(over, under, strict=True))
 
@@ -168,7 +171,7 @@ def _draw(draw: ImageDraw.ImageDraw, s: Shape) -> None:
 
 
 def _dashes(start, end):
-    """Every other stretch of 4 units of a straight line."""
+    """Returns the dashes of a straight line: every second segment of about 4 units."""
     length = max(abs(end[0] - start[0]), abs(end[1] - start[1]))
     pieces = max(1, round(length / (4 * _DRAWN)))
     at = [tuple(p + (q - p) * i / pieces for p, q in zip(start, end, strict=True)) for i in range(pieces + 1)]

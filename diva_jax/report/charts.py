@@ -1,4 +1,4 @@
-"""The report's charts: numbers in, a Canvas of the asked width out."""
+"""The report's charts: functions that draw data on a `Canvas` of a given width."""
 
 import dataclasses
 import math
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from diva_jax.report.canvas import Canvas, series, text_width
 from diva_jax.report.wording import compact
 
-_POINTS = 1000  # A curve is thinned to about this many.
-_TIPS = 80  # Tooltips along a curve.
+_POINTS = 1000  # Approximate number of points that a curve is reduced to.
+_TIPS = 80  # Approximate number of tooltips along a curve.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Chart:
     """A chart that can be drawn at any width.
 
     Attributes:
-      name: of its PNG, without the suffix.
-      draw: width [units] -> Canvas.
-      half: takes half of a wide page.
-      note: one plain sentence below it, or "".
+      name: the file name of its PNG without the suffix.
+      draw: a function: width [units] -> Canvas.
+      half: whether the chart takes half of the width of a wide page.
+      note: one sentence below the chart, or "".
     """
 
     name: str
@@ -30,7 +30,14 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A curve: `points` [(x, y)], and where known the interval of each (low, high)."""
+    """A curve.
+
+    Attributes:
+      name: the name in the legend.
+      index: the index of its colour, see `canvas.series`.
+      points: [(x, y)].
+      intervals: one (low, high) or None per point; empty if no point has an interval.
+    """
 
     name: str
     index: int
@@ -40,20 +47,20 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A labelled row of bars or dots: [(series name, series index, value, interval or None, tooltip)]."""
+    """A labelled row of bars; `values` is [(series name, series index, value, interval or None, tooltip)]."""
 
     label: str
     values: Sequence[tuple[str, int, float, tuple[float, float] | None, str]]
 
 
 def paired(data: Sequence[Chart]) -> list[Chart]:
-    """Charts two by two; the first of an odd number takes a whole row."""
+    """Lays out charts in pairs. If their number is odd, the first one takes the full width."""
     odd = len(data) % 2
     return [dataclasses.replace(chart, half=i >= odd) for i, chart in enumerate(data)]
 
 
 class _Scale:
-    """Data -> units along one axis, with round ticks: it ends at ticks, or where `tight` at the data."""
+    """Maps data to units along one axis, with round ticks. The axis ends at ticks or, if `tight`, at the data."""
 
     def __init__(self, low: float, high: float, start: float, end: float, log=False, tight=False, count: int = 5):
         self._log = log
@@ -82,12 +89,12 @@ def _round_step(step: float) -> float:
 
 
 def _fits_log(values: Sequence[float]) -> bool:
-    """More than 1.5 decades, all positive: a linear axis would hide the small ones."""
+    """Whether a log axis is used: all values are positive and their ratio exceeds 30 (about 1.5 decades)."""
     return min(values) > 0 and max(values) / min(values) > 30
 
 
 def _head(width: float, title: str, names: Sequence[tuple[str, int]]) -> tuple[Callable[[Canvas], None], float]:
-    """Title and, from two series on, a legend that wraps: (what draws them, where they end)."""
+    """Lays out the title and, for two or more series, a legend: (function that draws them, y of their end)."""
     lines = _wrapped(title, width, 14)
     places, x, y = [], 0.0, 22.0 + 18 * len(lines)
     for name, index in names:
@@ -109,7 +116,7 @@ def _head(width: float, title: str, names: Sequence[tuple[str, int]]) -> tuple[C
 
 
 def _wrapped(text: str, width: float, size: float) -> list[str]:
-    """Lines of whole words that fit."""
+    """Breaks a text between words into lines that are at most `width` wide."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -121,13 +128,16 @@ def _wrapped(text: str, width: float, size: float) -> list[str]:
 
 
 def rows(width: float, title: str, data: Sequence[Row], unit: str, high: float) -> Canvas:
-    """Rows of horizontal bars from zero, one bar a series, with a whisker where an interval is known.
+    """Draws rows of horizontal bars from zero: one bar per series, with a whisker where an interval is known.
 
-    Labels stand left of the bars, or above them where the chart is narrow.
+    Labels are placed left of the bars, or above them if the chart is narrow.
 
     Args:
-      unit: behind the ticks.
-      high: the axis goes to here at least.
+      width: the width of the chart [units].
+      title: the title of the chart.
+      data: the rows, from top to bottom.
+      unit: the unit, appended to the tick labels.
+      high: the smallest upper end of the axis.
     """
     narrow = width < 480
     names = list(dict.fromkeys((v[0], v[1]) for row in data for v in row.values))
@@ -162,7 +172,7 @@ def rows(width: float, title: str, data: Sequence[Row], unit: str, high: float) 
 
 
 def _whisker(canvas: Canvas, ends, cap: float) -> None:
-    """A horizontal or vertical interval with caps, readable on a bar and beside it."""
+    """Draws a horizontal or vertical interval with caps."""
     (x0, y0), (x1, y1) = ends
     canvas.path(ends, "ink", 1.2, 0.65)
     for x, y in ends:
@@ -171,7 +181,7 @@ def _whisker(canvas: Canvas, ends, cap: float) -> None:
 
 
 def _plot(width, title, curves, x_title, tight) -> tuple[Canvas, _Scale, _Scale, tuple[float, float]]:
-    """Head, axes, grid and ticks of a line chart."""
+    """Draws title, legend, axes, grid and ticks of a line chart: (canvas, x scale, y scale, (top, bottom))."""
     head, top = _head(width, title, [(c.name, c.index) for c in curves])
     xs = [x for c in curves for x, _ in c.points]
     ys = [y for c in curves for _, y in c.points]
@@ -198,10 +208,16 @@ def _plot(width, title, curves, x_title, tight) -> tuple[Canvas, _Scale, _Scale,
 def curves(
     width: float, title: str, data: Sequence[Series], x_title: str, marks: Sequence[tuple[float, str]] = ()
 ) -> Canvas:
-    """Long noisy curves: every point faint, their moving mean on top. Positive values over decades get a log axis.
+    """Draws long noisy curves: the points in a light line, their moving mean in a bold line.
+
+    The y axis is logarithmic if all values are positive and span more than about 1.5 decades.
 
     Args:
-      marks: [(x, text)], drawn as dashed vertical lines; the text only where there is room.
+      width: the width of the chart [units].
+      title: the title of the chart.
+      data: the curves.
+      x_title: the title of the x axis.
+      marks: [(x, text)], drawn as dashed vertical lines. The text is omitted if the chart is narrow.
     """
     canvas, xs, ys, (top, bottom) = _plot(width, title, data, x_title, tight=True)
     for x, label in marks:
@@ -226,7 +242,17 @@ def curves(
 
 
 def points(width: float, title: str, data: Sequence[Series], x_title: str, unit: str = "") -> Canvas:
-    """A few points a series with their intervals, side by side where they share an x, joined by a line."""
+    """Draws a few points per series with their intervals, joined by a line.
+
+    Points of different series at the same x are shifted so that they do not overlap.
+
+    Args:
+      width: the width of the chart [units].
+      title: the title of the chart.
+      data: the series.
+      x_title: the title of the x axis.
+      unit: the unit, appended to the values in tooltips.
+    """
     canvas, xs, ys, (top, bottom) = _plot(width, title, data, x_title, tight=False)
     tips: dict[float, list[str]] = {}
     for n, s in enumerate(data):
@@ -246,7 +272,7 @@ def points(width: float, title: str, data: Sequence[Series], x_title: str, unit:
 
 
 def _tooltips(canvas: Canvas, tips: dict[float, str], top: float, bottom: float) -> None:
-    """Invisible columns, each as wide as the way to its neighbours, that hold the tooltips."""
+    """Adds the tooltips as invisible columns that end halfway between neighbouring x positions."""
     at = sorted(tips)
     edges = [at[0] - 10, *((a + b) / 2 for a, b in zip(at[:-1], at[1:], strict=True)), at[-1] + 10]
     for x, left, right in zip(at, edges[:-1], edges[1:], strict=True):
@@ -254,7 +280,7 @@ def _tooltips(canvas: Canvas, tips: dict[float, str], top: float, bottom: float)
 
 
 def moving_mean(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Mean of the `window` points around each (fewer at the ends)."""
+    """Returns, for each point, the mean over about `window` points around it (fewer at the ends)."""
     total = [0.0]
     for _, y in points:
         total.append(total[-1] + y)
@@ -266,7 +292,7 @@ def moving_mean(points: Sequence[tuple[float, float]], window: int) -> list[tupl
 
 
 def thinned(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
-    """At most about `limit` points: of each run of neighbours the lowest and the highest, so spikes stay."""
+    """Reduces a curve to at most about `limit` points: the lowest and highest of each run, which keeps spikes."""
     if len(points) <= limit:
         return list(points)
     size = math.ceil(2 * len(points) / limit)

@@ -1,4 +1,4 @@
-"""The sections of an evaluation's results: scores, patterns, timesteps, the items that flipped."""
+"""The report's sections on evaluation results: scores, patterns, timesteps and flipped items."""
 
 from functools import partial
 from html import escape
@@ -11,15 +11,16 @@ from diva_jax.report.wording import Finding
 
 
 def labels(results: dict[str, Any]) -> list[str]:
-    """Of the weights, the one that others are compared with first."""
+    """Returns the labels of the weights. The first one is the reference of comparisons."""
     return [w["label"] for w in results["weights"]]
 
 
 def findings(results: dict[str, Any]) -> list[Finding]:
-    """What happened to the scores, the main one first.
+    """Returns the main results as sentences, in order of importance.
 
-    Each task's first metric, where the difference has an interval, the last weights before the others; of two
-    weights all metrics of a task that has up to three.
+    These are the differences with an interval in each task's first metric, the last weights first. If there are two
+    sets of weights, all metrics of tasks with at most three metrics are included. If there are no such differences,
+    the scores themselves are returned.
     """
     out = []
     for task in results["tasks"].values():
@@ -44,7 +45,7 @@ def _finding(task: dict, c: dict, metric: str, several: bool) -> Finding:
 
 
 def _alone(results: dict) -> list[Finding]:
-    """Scores without a comparison."""
+    """Returns the scores of an evaluation without comparisons."""
     out = []
     for task in results["tasks"].values():
         for m, info in list(task["metrics"].items())[:1]:
@@ -53,13 +54,13 @@ def _alone(results: dict) -> list[Finding]:
                     s = found["scores"][m]
                     ends = wording.interval(s.get("interval"), info["unit"])
                     figures = wording.number(s["score"], info["unit"]) + (f" (95% interval {ends})" if ends else "")
-                    meaning = f"{label} alone, with nothing to compare it with."
+                    meaning = f"Score of {label}; there are no other weights to compare with."
                     out.append(Finding(f"{task['title']}, {info['title']}", figures, meaning))
     return out
 
 
 def sections(results: dict[str, Any]) -> list[Section]:
-    """One section for each task, and one for each task's flipped items."""
+    """Returns one section per task, each followed by the sections of its flipped items."""
     out = []
     for name, task in results["tasks"].items():
         count = f"{task['count']:,} {task.get('items', 'items')}" if task.get("count") else ""
@@ -73,7 +74,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
 
 
 def _scores(results: dict, task: dict) -> str:
-    """Metrics down, weights across, then the difference of each comparison."""
+    """Returns the table of scores: one row per metric, one column per set of weights and per comparison."""
     used = [w for w in labels(results) if w in task["weights"]]
     compared = [c for c in task.get("comparisons", []) if any("difference" in s for s in c["scores"].values())]
     head = ["Score"] + [f"{swatch(labels(results).index(w))}{escape(w)}" for w in used]
@@ -89,7 +90,7 @@ def _scores(results: dict, task: dict) -> str:
         line += [_difference(c["scores"].get(metric), unit, task.get("items", "items")) for c in compared]
         lines.append(line)
     known = any(s.get("interval") for w in used for s in task["weights"][w]["scores"].values())
-    return table(head, lines) + (paragraph("Small figures: 95% intervals.", "fine") if known else "")
+    return table(head, lines) + (paragraph("Small figures are 95% intervals.", "fine") if known else "")
 
 
 def _score(s: dict, unit: str) -> str:
@@ -109,7 +110,7 @@ def _difference(d: dict | None, unit: str, items: str) -> str:
 
 
 def _between(task: dict) -> list[str]:
-    """What exists only between two weights (cosine similarity, say) and is no difference."""
+    """Returns the table of metrics that are defined only for two sets of weights, such as cosine similarity."""
     lines, compared = [], task.get("comparisons", [])
     for metric, info in task["metrics"].items():
         found = [c["scores"].get(metric) for c in compared]
@@ -121,22 +122,22 @@ def _between(task: dict) -> list[str]:
 
 
 def _zero_lines(task: dict) -> list[str]:
-    """One plain line for every condition gap that is zero within its interval."""
+    """Returns one sentence for every condition gap whose interval contains zero."""
     out = []
     for label, found in task["weights"].items():
         for metric, s in found["scores"].items():
-            if "gap" in metric and wording.beyond(s.get("interval")) is False:
+            if "gap" in metric and wording.excludes_zero(s.get("interval")) is False:
                 info = task["metrics"][metric]
                 ends = wording.interval(s["interval"], info["unit"])
                 out.append(
-                    f"{label}: {info['title']} is zero within its interval ({ends}): the U-Net's feedback carries no "
-                    "signal about the image that these data can show."
+                    f"{label}: {info['title']} is not different from zero (95% interval {ends}): these data show no "
+                    "signal about the image in the U-Net's feedback."
                 )
     return [paragraph(line, "plain") for line in out]
 
 
 def _patterns(name: str, task: dict, order: list[str]) -> list[Chart]:
-    """Bars by pattern, a chart for each metric, all on the same axis."""
+    """Returns one bar chart per metric with one row per pattern; all charts have the same axis."""
     have = [w for w in order if task["weights"].get(w, {}).get("patterns")]
     found = []
     for metric, info in task["metrics"].items():
@@ -147,13 +148,13 @@ def _patterns(name: str, task: dict, order: list[str]) -> list[Chart]:
                     groups.setdefault(p["name"], []).append(_value(w, order.index(w), s, info["unit"], p["name"]))
         if groups:
             data = [Row(g, v) for g, v in groups.items()]
-            found.append((f"{name}-patterns-{metric}", f"By pattern, {info['title']}", data, info["unit"]))
+            found.append((f"{name}-patterns-{metric}", f"Score per pattern, {info['title']}", data, info["unit"]))
     high = _end([row for _, _, data, _ in found for row in data])
     return paired([_row_chart(*chart, high) for chart in found])
 
 
 def _bars(name: str, task: dict, order: list[str]) -> list[Chart]:
-    """Bars of all scores that are shares, where there are enough of them for a picture to help."""
+    """Returns a bar chart of all scores in percent if there are at least two of them."""
     data = []
     for metric, info in task["metrics"].items():
         values = [
@@ -173,19 +174,19 @@ def _value(label: str, index: int, s: dict, unit: str, what: str):
 
 
 def _end(data: list[Row]) -> float:
-    """Where an axis of percentages ends: at what is drawn, or at 100 where that is near."""
+    """Returns the upper end of an axis of percentages: 100 if the largest value exceeds 80, else that value."""
     reach = max((e for r in data for v in r.values for e in (v[2], *(v[3] or ()))), default=0.0)
     return 100.0 if reach > 80 else max(reach, 1.0)
 
 
 def _row_chart(name: str, title: str, data: list[Row], unit: str, high: float) -> Chart:
     whiskers = any(v[3] for r in data for v in r.values)
-    note = "Whiskers: 95% intervals." if whiskers else ""
+    note = "Whiskers are 95% intervals." if whiskers else ""
     return Chart(name, partial(rows, title=title, data=data, unit=unit, high=high), note=note)
 
 
 def _timesteps(name: str, task: dict, order: list[str]) -> list[Chart]:
-    """Each figure of the diffusion feedback by timestep bin, at the bins' middles."""
+    """Returns one chart per metric of the diffusion feedback: scores at the centres of the timestep bins."""
     charts = []
     for metric, info in task["metrics"].items():
         data = []

@@ -1,4 +1,4 @@
-"""The items that one weights' encoder gets right and the other's does not, with their pictures."""
+"""The report's sections on flipped items: those that are correct with only one of two sets of weights."""
 
 import base64
 import io
@@ -11,12 +11,12 @@ from PIL import Image, ImageOps
 from diva_jax.report.canvas import Canvas
 from diva_jax.report.sections import Section, paragraph
 
-_SHOWN = 48  # A comparison, metric and direction; all of them are in predictions.csv.
-_SIDE = 320  # A thumbnail's longer side [pixels].
+_SHOWN = 48  # Largest number of items per comparison, metric and direction; predictions.csv has all of them.
+_SIDE = 320  # Longer side of a thumbnail [pixels].
 
 
 def sections(task: dict[str, Any]) -> list[Section]:
-    """One section for each comparison and metric that has flipped items."""
+    """Returns one section per comparison and metric that has flipped items."""
     out, thumbnails = [], {}
     compared = task.get("comparisons", [])
     for c in compared:
@@ -29,14 +29,14 @@ def sections(task: dict[str, Any]) -> list[Section]:
             if any(w["scores"].get(metric, {}).get("seeds") for w in task["weights"].values()):
                 note += "; shares are means over the draws"
             body = []
-            for won, name in ((True, "Right only after"), (False, "Right only before")):
+            for won, name in ((True, "Correct only after"), (False, "Correct only before")):
                 some = [f for f in flipped if f["won"] is won]
                 if some:
                     body.append(f'<h3 class="{"won" if won else "lost"}">{name} <small>{len(some)}</small></h3>')
                     cards = "".join(_card(f, task.get("items", "items"), thumbnails) for f in some[:_SHOWN])
                     body.append(f'<div class="cards">{cards}</div>')
                 if len(some) > _SHOWN:
-                    body.append(paragraph(f"And {len(some) - _SHOWN} more, in predictions.csv.", "fine"))
+                    body.append(paragraph(f"{len(some) - _SHOWN} more are listed in predictions.csv.", "fine"))
             out.append(Section(title, body, note))
     return out
 
@@ -53,7 +53,7 @@ def _card(f: dict[str, Any], items: str, thumbnails: dict[str, str]) -> str:
 
 
 def _half(f: dict[str, Any], i: int, thumbnails: dict[str, str]) -> str:
-    """One image of a pair over its own text, and what share of that text each encoder gives to it."""
+    """Returns one image of a pair, its text, and the probability that each encoder gives to that text."""
     shares = [f[when][i] if i == 0 else 1 - f[when][i] for when in ("before", "after")]
     words = [f"{s:.2f} {'✓' if (s > 0.5 if i == 0 else s >= 0.5) else '✗'}" for s in shares]
     return (
@@ -63,7 +63,7 @@ def _half(f: dict[str, Any], i: int, thumbnails: dict[str, str]) -> str:
 
 
 def _meter(shares: list[float]) -> str:
-    """A track from 0 to 1 with its middle, a dot before and a dot after."""
+    """Draws the two probabilities as dots on a line from 0 to 1, whose centre is marked."""
     canvas = Canvas(140, 14, f"share of this text: {shares[0]:.2f} before, {shares[1]:.2f} after")
     at = [5 + 130 * s for s in shares]
     canvas.path([(5, 7), (135, 7)], "grid", 2)
@@ -75,7 +75,7 @@ def _meter(shares: list[float]) -> str:
 
 
 def _picture(path: str, thumbnails: dict[str, str]) -> str:
-    """An `<img>` that holds its picture, or a line that names the file where it can't be read."""
+    """Returns an `<img>` with embedded data, or a line with the file name if the file cannot be read."""
     if path not in thumbnails:
         thumbnails[path] = _thumbnail(path)
     if not thumbnails[path]:
@@ -84,7 +84,7 @@ def _picture(path: str, thumbnails: dict[str, str]) -> str:
 
 
 def _thumbnail(path: str) -> str:
-    """A JPEG as a data: URI, or "" for a file that is gone or no image."""
+    """Returns a JPEG thumbnail as a data: URI, or "" if the file is missing or is not an image."""
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * _SIDE, 2 * _SIDE))

@@ -1,4 +1,4 @@
-"""Reads and checks what a report is made of: an evaluation's results.json, a run's metrics.jsonl and config.json."""
+"""Reads and validates a report's input: results.json of an evaluation, metrics.jsonl and config.json of a run."""
 
 import dataclasses
 import json
@@ -16,10 +16,10 @@ class Run:
     """A training run.
 
     Attributes:
-      name: of its folder.
-      index: of its colour, that of its first weights where an evaluation has some.
-      config: of config.json; empty where there is none.
-      rows: of metrics.jsonl, by step.
+      name: the name of the workdir.
+      index: the index of its colour. If an evaluation has weights of this run, it is the index of the first of them.
+      config: the content of config.json; empty if there is no such file.
+      rows: the rows of metrics.jsonl, sorted by step.
     """
 
     name: str
@@ -29,23 +29,29 @@ class Run:
 
     @property
     def total(self) -> int | None:
-        """Steps of the whole run, where the config says."""
+        """Number of steps of the whole run, or None if the config does not contain it."""
         steps = self.config.get("steps")
         return steps + self.warmup if isinstance(steps, int) else None
 
     @property
     def warmup(self) -> int:
-        """Steps of the stage that trains visual_proj alone."""
+        """Number of steps of the stage that trains only visual_proj."""
         return self.config.get("condition", {}).get("warmup_steps", 0)
 
     def curve(self, key: str) -> list[tuple[float, float]]:
-        """[(step, value)] of one key."""
+        """Returns [(step, value)] of one key, finite values only."""
         return [(r["step"], float(r[key])) for r in self.rows if _finite(r.get(key))]
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything a report shows; `results` is None and `runs` empty where there is none."""
+    """The content of a report.
+
+    Attributes:
+      folder: the folder that the report is written to.
+      results: the content of results.json, or None if there is no evaluation.
+      runs: the training runs; empty if there are none.
+    """
 
     folder: epath.Path
     results: dict[str, Any] | None
@@ -55,10 +61,10 @@ class Inputs:
 def read(folder: epath.PathLike) -> Inputs:
     """Reads an evaluation's output folder, a training workdir, or one that is both.
 
-    The runs that an evaluation's weights came from are read too, where they are still there.
+    The workdirs that an evaluation's weights came from are read as well if they still exist.
 
     Raises:
-      UserError: nothing to report on, or a file that is broken, named with its line.
+      UserError: there is nothing to report on, or a file is invalid; the message gives the file and line.
     """
     folder = paths.folder(folder, "DIR")
     if not folder.is_dir():
@@ -71,8 +77,8 @@ def read(folder: epath.PathLike) -> Inputs:
     runs = [r for r in (_run(path, index) for path, index in folders.items()) if r.rows]
     if results is None and not runs:
         raise UserError(
-            f"{folder} has neither results.json (python -m diva_jax.evaluate --out={folder}) nor logged steps in "
-            "metrics.jsonl (a training workdir): nothing to report on"
+            f"{folder} has neither results.json nor logged steps in metrics.jsonl: give an evaluation's output folder "
+            f"(python -m diva_jax.evaluate --out={folder}) or a training workdir"
         )
     return Inputs(folder, results, runs)
 
@@ -81,7 +87,7 @@ def _run(folder: epath.Path, index: int) -> Run:
     path = folder / "config.json"
     config = _json(path, _bytes(path)) if path.is_file() else {}
     if not isinstance(config, dict):
-        raise UserError(f"{path} is not a config (a JSON object): restore it or move it away")
+        raise UserError(f"{path} is not a config (a JSON object): restore or remove it")
     return Run(folder.name, index, config, _metrics(folder / "metrics.jsonl"))
 
 
@@ -89,19 +95,19 @@ def _bytes(path: epath.Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}): check who may read it") from e
+        raise UserError(f"{path} cannot be read ({e.strerror}): check its permissions") from e
 
 
 def _json(path: epath.Path, text: bytes, line: int | None = None) -> Any:
     try:
         return json.loads(text.decode())
-    except ValueError as e:  # Not JSON, or not even UTF-8.
+    except ValueError as e:  # Not JSON, or not UTF-8.
         where = f"line {line}" if line else f"line {getattr(e, 'lineno', 1)}"
         raise UserError(f"{path}, {where} is not JSON ({getattr(e, 'msg', e)}): repair or remove it") from e
 
 
 def _metrics(path: epath.Path) -> list[dict[str, float]]:
-    """Rows by step. A last line without an end is one that is being written, or was cut by a kill: left out."""
+    """Reads rows, sorted by step. An incomplete last line (still being written, or the run was killed) is skipped."""
     if not path.is_file():
         return []
     lines = _bytes(path).splitlines(keepends=True)
@@ -111,7 +117,7 @@ def _metrics(path: epath.Path) -> list[dict[str, float]]:
     for number, line in enumerate(lines, 1):
         row = _json(path, line, number)
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f"{path}, line {number} has no step: it is not a row of a training log, remove it")
+            raise UserError(f"{path}, line {number} has no step, so it is not a row of a training log: remove it")
         rows.append(row)
     return sorted(rows, key=lambda r: r["step"])
 
@@ -120,7 +126,7 @@ def _results(path: epath.Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     results = _json(path, _bytes(path))
-    again = "it is not what this version of diva_jax.evaluate writes, evaluate again"
+    again = "it was not written by this version of diva_jax.evaluate, run the evaluation again"
     if not isinstance(results, dict) or results.get("schema") != 1:
         raise UserError(f"{path} is not of schema 1: {again}")
     for name, task in results.get("tasks", {}).items():
@@ -137,7 +143,7 @@ def _finite(value: Any) -> bool:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config as `a.b.c` -> value."""
+    """Flattens a nested config to {"a.b.c": value}."""
     out = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:

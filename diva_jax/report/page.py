@@ -1,4 +1,4 @@
-"""The HTML page: header with what the numbers say, the sections, the config; one file, nothing fetched."""
+"""The HTML page: a header with the main results, the sections, and the configs. It loads no other files."""
 
 import itertools
 from html import escape
@@ -11,20 +11,21 @@ from diva_jax.report.sections import Section
 from diva_jax.report.style import css
 from diva_jax.report.wording import Finding
 
-# Widths that charts are drawn at, so that their text has the page's size: full and half of a wide page, a phone.
+# Chart widths [CSS pixels]: full and half of a wide page, and a phone. Charts are drawn once per width and not
+# scaled, so that their text has the same size as the page's.
 WIDE, HALF, NARROW = 918, 426, 328
-# Nothing may be fetched, from anywhere: pictures and styles are in the page.
+# The browser may not load anything: images and styles are embedded in the page.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def sections(inputs: Inputs) -> list[Section]:
-    """Everything there is to show; what is missing has no section."""
+    """Returns the sections of all inputs that are present."""
     found = evaluation.sections(inputs.results) if inputs.results else []
     return found + training.sections(inputs.runs)
 
 
 def html(inputs: Inputs, body: list[Section]) -> str:
-    """The whole document."""
+    """Returns the whole document."""
     found = evaluation.findings(inputs.results) if inputs.results else []
     found += [training.finding(run) for run in inputs.runs]
     parts = [_header(inputs, found), *(_section(s) for s in body), _setup(inputs), _footer(inputs)]
@@ -74,7 +75,7 @@ def _figure(chart: Chart) -> str:
 
 
 def _setup(inputs: Inputs) -> str:
-    """Versions, sources and configs, each a list that opens."""
+    """Returns the section of versions, sources and configs, each as a list that can be opened."""
     lists = []
     if inputs.results:
         r = inputs.results
@@ -103,4 +104,4 @@ def _details(title: str, values: dict[str, Any], opened: bool) -> str:
 def _footer(inputs: Inputs) -> str:
     files = [n for n in ("results.json", "predictions.csv", "metrics.jsonl") if (inputs.folder / n).is_file()]
     where = escape(f"{', '.join(files)} in {inputs.folder}")
-    return f"<footer>Made from {where}. Exact values are in the tooltips.</footer>"
+    return f"<footer>Generated from {where}. Exact values are in the tooltips.</footer>"

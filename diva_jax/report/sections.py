@@ -1,4 +1,4 @@
-"""A report's sections as data: what `page` lays out and `write` turns into PNGs."""
+"""A report's sections as data, which `page` formats as HTML and `write` as PNG files."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from html import escape
 from diva_jax.report.canvas import series
 from diva_jax.report.charts import Chart
 
-_STACKED = 4  # Columns, the first one on a line of its own, that a phone has room for.
+_STACKED = 4  # Largest number of columns that fit on a phone if the first one has its own line.
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A titled part of the page: `body` is HTML and charts in order, `note` a line under the title."""
+    """A part of the page with a title: `body` is HTML and charts in order, `note` is a line under the title."""
 
     title: str
     body: list[str | Chart]
@@ -20,7 +20,7 @@ class Section:
 
 
 def swatch(index: int) -> str:
-    """A small square in a series' colour, and a word joiner: it stays with what it marks."""
+    """Returns a small square in a series' colour, and a word joiner that prevents a line break after it."""
     return f'<i class="swatch" style="background:var(--{series(index)})"></i>&#8288;'
 
 
@@ -29,10 +29,11 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def table(head: list[str], rows: list[list[str]], short: bool = False) -> str:
-    """A table of HTML cells; each row's first is its header.
+    """Returns a table of HTML cells; the first cell of each row is its header.
 
-    On a phone the header takes a line of its own, and a table of many columns that are not `short` scrolls by itself;
-    the roles keep it a table for a screen reader there.
+    On a phone, row headers are placed on their own line, and a table with many columns can be scrolled horizontally
+    unless its cells are `short`. The ARIA roles are needed because the CSS for phones changes `display`, which would
+    otherwise hide the table's structure from screen readers.
     """
     top = "".join(f'<th scope="col" role="columnheader">{h}</th>' for h in head)
     lines = "".join(
@@ -49,7 +50,7 @@ def table(head: list[str], rows: list[list[str]], short: bool = False) -> str:
 
 
 def cell(value: str, below: Sequence[str] = (), exact: object = None, kind: str = "") -> str:
-    """A number, in small lines below it its interval and more, and the input's own digits as a tooltip."""
+    """Returns a number with small lines below it (its interval, for example) and the exact value as a tooltip."""
     tip = f' title="{escape(str(exact))}"' if exact is not None else ""
     small = "".join(f"<small>{escape(line)}</small>" for line in below if line)
     return f"<b{tip}{f' class={kind}' if kind else ''}>{escape(value)}</b>{small}"

@@ -1,10 +1,10 @@
-"""The page's stylesheet: light and dark from the same table of colours that the PNGs use."""
+"""The page's stylesheet, in light and dark colours from the table that the PNGs use."""
 
 from diva_jax.report.canvas import COLOURS
 
 
 def css() -> str:
-    """All of the page's CSS."""
+    """Returns the page's CSS."""
     light, dark = ("".join(f"--{role}:{pair[i]};" for role, pair in COLOURS.items()) for i in (0, 1))
     return f":root{{color-scheme:light dark;{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{_RULES}"
 

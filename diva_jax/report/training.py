@@ -1,4 +1,4 @@
-"""The sections of training runs: how far they got, their curves, what was measured on the way."""
+"""The report's sections on training runs: progress, curves, and evaluations during training."""
 
 from functools import partial
 from statistics import fmean, median
@@ -9,18 +9,18 @@ from diva_jax.report.inputs import Run
 from diva_jax.report.sections import Section, cell, paragraph, table
 from diva_jax.report.wording import Finding
 
-# metrics.jsonl key -> (title, takes half of a wide page). The first ones are what a reader looks for.
+# Key of metrics.jsonl -> (title, whether the chart takes half of a wide page), in order of importance.
 _CURVES = {
     "loss": ("Loss", False),
-    "grad_norm": ("Gradient norm, before the clip", False),
+    "grad_norm": ("Gradient norm before clipping", False),
     "lr": ("Learning rate", True),
     "images_per_s": ("Images per second", True),
 }
-_ON_THE_WAY = ("eval/", "feedback/")
+_EVALUATED = ("eval/", "feedback/")  # Prefixes of keys from evaluations during training.
 
 
 def finding(run: Run) -> Finding:
-    """How far a run is and what became of its loss."""
+    """Returns a run's progress and the change of its loss."""
     loss = [v for _, v in run.curve("loss")]
     last = run.rows[-1]["step"]
     far = f"{run.name}, step {last:,}" + (f" of {run.total:,}" if run.total else "")
@@ -33,7 +33,7 @@ def finding(run: Run) -> Finding:
 
 
 def sections(runs: list[Run]) -> list[Section]:
-    """Curves of all runs, then one section for what they evaluated during training."""
+    """Returns a section with the curves of all runs, and one with the evaluations during training."""
     if not runs:
         return []
     body: list[str | Chart] = [_summary(runs)]
@@ -42,16 +42,18 @@ def sections(runs: list[Run]) -> list[Section]:
         if data:
             draw = partial(curves, title=title, data=data, x_title="step", marks=_stages(runs))
             smooth = max(len(s.points) for s in data) > 20 and key in ("loss", "grad_norm")
-            body.append(Chart(f"training-{key}", draw, half, "Bold: moving mean over 5% of the rows." * smooth))
-    found = _on_the_way(runs)
+            body.append(
+                Chart(f"training-{key}", draw, half, "The bold line is the moving mean over 5% of the rows." * smooth)
+            )
+    found = _evaluated(runs)
     return [Section("Training", body)] + ([Section("During training", found)] if found else [])
 
 
 def _stages(runs: list[Run]) -> list[tuple[float, str]]:
-    """Where the first run's stages meet, if it got there."""
+    """Returns the step at which the first run's second stage begins, if the run has reached it."""
     run = runs[0]
     inside = 0 < run.warmup < run.rows[-1]["step"]
-    return [(run.warmup, "visual_proj alone until here")] if inside else []
+    return [(run.warmup, "end of the stage that trains only visual_proj")] if inside else []
 
 
 def _summary(runs: list[Run]) -> str:
@@ -74,12 +76,12 @@ def _summary(runs: list[Run]) -> str:
     return table(["Run", "Steps", "Loss", "Images/s", "Data wait", "Broken images"], lines, short=True)
 
 
-def _on_the_way(runs: list[Run]) -> list[str | Chart]:
-    """A small chart for each key of the evaluations that ran during training, with its interval where logged.
+def _evaluated(runs: list[Run]) -> list[str | Chart]:
+    """Returns one small chart per key of the evaluations during training, with intervals where they were logged.
 
     `KEY/low` and `KEY/high` are the interval of `KEY`.
     """
-    keys = [k for r in runs for row in r.rows for k in row if k.startswith(_ON_THE_WAY)]
+    keys = [k for r in runs for row in r.rows for k in row if k.startswith(_EVALUATED)]
     ends = ("/low", "/high")
     charts, lines = [], []
     for key in dict.fromkeys(k for k in keys if not k.endswith(ends)):
@@ -89,9 +91,9 @@ def _on_the_way(runs: list[Run]) -> list[str | Chart]:
                 low, high = (dict(r.curve(key + end)) for end in ends)
                 at = [(low[x], high[x]) if x in low and x in high else None for x, _ in found]
                 data.append(Series(r.name, r.index, found, at))
-                if "gap" in key and at[-1] and wording.beyond(at[-1]) is False:
+                if "gap" in key and at[-1] and wording.excludes_zero(at[-1]) is False:
                     interval = wording.interval(at[-1], "")
-                    lines.append(f"{r.name}, step {found[-1][0]:,}: {key} is zero within its interval ({interval}).")
+                    lines.append(f"{r.name}, step {found[-1][0]:,}: {key} is not different from zero ({interval}).")
         title = ", ".join(key.removeprefix("eval/").replace("_", " ").split("/"))
         draw = partial(points, title=title, data=data, x_title="step")
         charts.append(Chart("training-" + key.replace("/", "-"), draw))

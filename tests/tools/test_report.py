@@ -1,4 +1,4 @@
-"""The report: what it says against the numbers it was given, and that it stands alone."""
+"""Tests of the report: the page shows the numbers of the input and loads no other files."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ def full(tmp_path):
 
 
 class Page(HTMLParser):
-    """A page's elements; fails on tags that are not closed in order."""
+    """The elements of a page. Parsing fails if tags are not closed in order."""
 
     VOID = {"meta", "link", "img"}
 
@@ -59,11 +59,11 @@ class Page(HTMLParser):
 
 
 def headings(page):
-    """The sections' titles."""
+    """Returns the titles of the sections."""
     return re.findall(r"<h2>(.*?)</h2>", page.read_text(encoding="utf-8"))
 
 
-def test_the_page_stands_alone(full):
+def test_the_page_loads_nothing_else(full):
     path, *pngs = report.write(full)
     page = Page(path)
     source = path.read_text(encoding="utf-8")
@@ -97,17 +97,17 @@ def test_numbers_are_those_of_the_input(full):
             for s in c["scores"].values():
                 assert str(s.get("difference", s.get("score"))) in shown
     assert "MMVP-VLM, pooled embedding: 19.3 → 25.9 (+6.7, 95% interval 1.5 to 11.9)" in page.text
-    assert "Higher, beyond its interval. 12 pairs won, 3 lost, exact McNemar p = 0.035." in page.text
-    # No difference is said where zero is within the interval, and a fall is called one.
+    assert "Higher: zero is outside of the interval. 12 pairs won, 3 lost, exact McNemar p = 0.035." in page.text
+    # No difference is stated if zero is within the interval, and a decrease is stated as one.
     assert "19.7 → 21.1 (+1.4, 95% interval −2.2 to 5.0) Zero is within the interval" in page.text
-    assert "36.5 → 36.2 (−0.3, 95% interval −0.6 to −0.1) Lower, beyond its interval." in page.text
-    assert "openai: condition gap to another image is zero within its interval" in page.text
+    assert "36.5 → 36.2 (−0.3, 95% interval −0.6 to −0.1) Lower: zero is outside of the interval." in page.text
+    assert "openai: condition gap to another image is not different from zero" in page.text
     assert "runs/vitl14:4600: condition gap" not in page.text
-    # The bars carry their numbers: 2 of 15 pairs.
+    # The tooltips of the bars have their values: 2 of 15 pairs.
     assert "Orientation and Direction\nopenai: 13.3% (0.0 to 33.3)" in path.read_text(encoding="utf-8")
 
 
-def test_flipped_pairs_have_their_pictures(full):
+def test_flipped_pairs_have_their_images(full):
     results = json.loads((full / "results.json").read_text())
     flipped = results["tasks"]["mmvp"]["comparisons"][0]["flipped"]
     Path(flipped[0]["images"][0]).unlink()
@@ -119,28 +119,30 @@ def test_flipped_pairs_have_their_pictures(full):
     for attrs in images:
         data = base64.b64decode(attrs["src"].removeprefix("data:image/jpeg;base64,"))
         sizes.add(Image.open(io.BytesIO(data)).size)
-    assert sizes <= {(320, 320), (320, 291), (320, 267)} and len(sizes) > 1  # as wide as they were high
+    assert sizes <= {(320, 320), (320, 291), (320, 267)} and len(sizes) > 1  # the ratios of the three input sizes
     assert page.text.count("cannot be read") == 2
-    assert page.text.count("Right only after") == page.text.count("pairs that flipped") == 2
-    assert samples.HOSTILE in page.text  # shown as it is, and no script: `the_page_stands_alone`
-    # Text 2 belongs to image 2: what image 1 does not get.
+    assert page.text.count("Correct only after") == page.text.count("pairs that flipped") == 2
+    assert (
+        samples.HOSTILE in page.text
+    )  # shown as text; `test_the_page_loads_nothing_else` checks that there is no script
+    # The probability of text 2 for image 2 is one minus that of text 1.
     assert "0.61 ✓ → 0.71 ✓" in page.text and "0.45 ✗ → 0.65 ✓" in page.text
 
 
-def test_more_flips_than_a_page_should_hold(tmp_path):
+def test_the_number_of_flips_shown_is_limited(tmp_path):
     images = samples.write_images(tmp_path, 2)
     task = samples.mmvp_task(images)
     task["comparisons"][0]["flipped"] *= 60
     samples.write_evaluation(tmp_path, images, mmvp=task)
     page = Page(report.write(tmp_path)[0])
-    assert len(page.all("img")) == 2 * 48 and "And 12 more, in predictions.csv." in page.text
+    assert len(page.all("img")) == 2 * 48 and "12 more are listed in predictions.csv." in page.text
 
 
-def test_what_is_missing_is_left_out(tmp_path):
+def test_sections_without_data_are_omitted(tmp_path):
     images = samples.write_images(tmp_path, 4)
     samples.write_evaluation(tmp_path / "eval", images)
     page = report.write(tmp_path / "eval")[0]
-    # The pairs are of two metrics, a section each; the source is no folder here, so there is no training.
+    # There are flipped pairs for two metrics, one section each. The source is not a folder, so there is no run.
     assert headings(page) == ["MMVP-VLM", *2 * ["MMVP-VLM: pairs that flipped"], "Config and versions"]
     samples.write_run(tmp_path / "run", rows=3)
     (tmp_path / "run" / "config.json").unlink()
@@ -162,12 +164,12 @@ def test_a_workdir(tmp_path):
     assert f"loss {np.mean(loss[:23]):.3g} → {np.mean(loss[-23:]):.3g}" in text and "step 4,600 of 4,600" in text
     assert str(loss[-1]) in [attrs.get("title") for attrs in Page(page).all("b")]
     assert {p.stem for p in pngs} >= {"training-loss", "training-grad_norm", "training-feedback-gap_other"}
-    assert "feedback/gap_other is zero within its interval" in text
+    assert "feedback/gap_other is not different from zero" in text
     assert "optim.lr 0.0001" in text
 
 
 def test_several_steps_of_one_run(tmp_path):
-    """Each compared with the first, in a table that scrolls by itself; their common run once."""
+    """Each is compared with the first, in a table that scrolls; the run that they share is shown once."""
     images = samples.write_images(tmp_path, 4)
     samples.write_run(tmp_path / "run", rows=30)
     task = samples.mmvp_task(images)
@@ -193,7 +195,7 @@ def test_curves():
     flat = charts.moving_mean([(i, 5.0) for i in range(10)], 4)
     assert flat == [(i, 5.0) for i in range(10)]
     assert charts.moving_mean([(0, 0.0), (1, 3.0), (2, 6.0), (3, 0.0)], 2)[1] == (1, 3.0)
-    # One row, equal values and huge ranges have an axis too.
+    # A single row, equal values and very large ranges also give a valid axis.
     for data in ([(5, 0.3)], [(1, 0.0), (2, 0.0)], [(1, 1e-7), (2, 1e9)], [(1, -2.0), (2, 1e-9)]):
         for width in (328, 918):
             canvas = charts.curves(width, "Loss", [charts.Series("a", 1, data)], "step")
@@ -209,13 +211,13 @@ def test_bars_are_as_long_as_their_values():
         xs = [float(p.split(",")[0]) for p in corners.split()]
         length[index] = max(xs) - min(xs)
     assert length["1"] / length["0"] == pytest.approx(2, rel=1e-3)
-    # The PNG shows the same: its bars' colours cover areas of the same ratio, whiskers aside.
+    # The PNG shows the same: the areas of the bars have the same ratio, except for the whiskers.
     pixels = np.asarray(canvas.png())
     areas = [(pixels == tuple(bytes.fromhex(COLOURS[r][0][1:]))).all(-1)[80:].sum() for r in ("s0", "s1")]
     assert 1.6 < areas[1] / areas[0] < 2.1
 
 
-def test_colours_can_be_told_from_the_page():
+def test_colours_have_enough_contrast():
     def luminance(colour):
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         parts = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
@@ -236,9 +238,12 @@ def test_wording():
     assert wording.number(25.926, "%") == "25.9" and wording.number(0.2, "") == "0.200"
     assert wording.number(None, "%") == "–" and wording.number(float("nan"), "") == "–"
     doubtful = {"difference": 5, "interval": [1, 9], "mcnemar": {"won": 5, "lost": 0, "p": 0.0625}}
-    assert wording.verdict(doubtful) == "Higher, beyond its interval, but the exact test does not exclude chance."
+    assert (
+        wording.verdict(doubtful)
+        == "Higher: zero is outside of the interval, but the exact test does not exclude chance."
+    )
     assert wording.signed(-0.31, "%") == "−0.3" and wording.signed(6.667, "%") == "+6.7"
-    assert [wording.beyond(e) for e in ([-1, 1], [0.0, 2.0], [0.1, 2], [-2, -1], None)] == [
+    assert [wording.excludes_zero(e) for e in ([-1, 1], [0.0, 2.0], [0.1, 2], [-2, -1], None)] == [
         False, False, True, True, None,
     ]  # fmt: skip
 
@@ -274,7 +279,7 @@ def test_bad_input(tmp_path, case):
     assert "\n" not in str(e.value) and not (folder / "report.html").exists()
 
 
-def test_a_row_cut_by_a_kill_is_left_out(tmp_path):
+def test_an_incomplete_last_row_is_skipped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     assert [row["step"] for row in inputs.read(tmp_path).runs[0].rows] == [1]
 

@@ -1,4 +1,4 @@
-"""How a browser takes the report: Debian's chromium, on a laptop and a phone, light and dark."""
+"""Tests of the report in Debian's chromium: laptop and phone widths, light and dark."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from diva_jax.report.canvas import COLOURS
 
 
 def browser():
-    """Debian's chromium without a window, network services off; skips where it is not installed."""
+    """Starts chromium without a window and without network services; skips the test if it is not installed."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
@@ -31,7 +31,7 @@ def browser():
 
 
 def visit(driver, page, width, scheme):
-    """Opens a page at a width in a colour scheme: (console messages, URLs asked for)."""
+    """Opens a page at a width and in a colour scheme: (console messages, requested URLs)."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -51,7 +51,7 @@ def test_in_a_browser(tmp_path):
                 for scheme in ("light", "dark"):
                     console, sent = visit(driver, page, width, scheme)
                     assert not console, console
-                    assert page.as_uri() in sent  # or the next line would prove nothing
+                    assert page.as_uri() in sent  # Requests are recorded; else the next line would pass without them.
                     assert not [url for url in sent if url != page.as_uri() and not url.startswith("data:")]
                     found = driver.execute_script(LOOK)
                     where = (name, width, scheme, found)
@@ -66,7 +66,7 @@ def test_in_a_browser(tmp_path):
         driver.quit()
 
 
-# What a reader would see: anything past the right edge, chart text cut off by its drawing or too small, pictures.
+# Collects elements past the right edge, chart text that is clipped or too small, and images that did not load.
 LOOK = """
 const shown = what => [...document.querySelectorAll(what)].filter(e => e.getClientRects().length);
 const width = document.documentElement.clientWidth, images = [...document.images];

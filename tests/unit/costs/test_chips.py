@@ -1,4 +1,4 @@
-"""The table of chips, topologies' names, and the time of a sum over a slice."""
+"""Tests of the table of chips, the names of topologies, and the time of an all-reduce."""
 
 import math
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 from diva_jax.common.errors import UserError
 from diva_jax.costs import chips
 
-# Cores x matrix units x side^2 of a chip; two FLOPs a cycle each give the published peak at the table's clock.
+# Cores x matrix units x side^2 per chip. Two FLOPs per cycle each give the published peak at the table's clock.
 UNITS = {"v4": 2 * 4 * 128**2, "v5e": 4 * 128**2, "v5p": 2 * 4 * 128**2}
 
 
@@ -18,7 +18,7 @@ def test_clock_and_peak_agree(name):
     assert 2 * UNITS[name] * chip.clock == pytest.approx(chip.flops, rel=0.005)
 
 
-def test_the_peak_is_found_by_what_jax_calls_the_device():
+def test_the_peak_is_found_by_device_kind():
     assert chips.peak(SimpleNamespace(device_kind="TPU v5 lite")) == 197e12
     assert chips.peak(SimpleNamespace(device_kind="TPU v5e")) == 197e12
     assert chips.peak(SimpleNamespace(device_kind="TPU v5")) == 459e12
@@ -26,7 +26,7 @@ def test_the_peak_is_found_by_what_jax_calls_the_device():
     assert chips.peak(SimpleNamespace(device_kind="cpu")) is None
 
 
-def test_the_compiler_leaves_most_of_the_memory():
+def test_most_of_the_memory_is_usable():
     for chip in chips.CHIPS.values():
         assert 0.95 * chip.hbm < chip.usable < 1.01 * chip.hbm
 
@@ -42,9 +42,9 @@ def test_topologies():
 def test_time_of_an_all_reduce():
     chip, gb = chips.CHIPS["v5e"], 1e9
     assert chips.all_reduce_seconds(gb, chip, (1, 1)) == 0
-    # A whole pod is a torus: 2 x 255/256 GB leave each chip at the speed of all its links.
+    # A whole pod is a torus: each chip sends 2 x 255/256 GB over all its links.
     assert chips.all_reduce_seconds(gb, chip, (16, 16)) == pytest.approx(2 * gb * 255 / 256 / chip.ici)
-    # Lines have half of it, and an axis of one chip has none.
+    # An axis without wrap-around links has half of the bandwidth, and an axis of one chip has none.
     assert chips.all_reduce_seconds(gb, chip, (4, 4)) == pytest.approx(2 * gb * 15 / 16 / (chip.ici / 2))
     assert chips.all_reduce_seconds(gb, chip, (1, 4)) == pytest.approx(2 * gb * 3 / 4 / (chip.ici / 4))
     assert math.isclose(chips.all_reduce_seconds(2 * gb, chip, (4, 4)), 2 * chips.all_reduce_seconds(gb, chip, (4, 4)))

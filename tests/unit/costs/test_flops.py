@@ -1,4 +1,4 @@
-"""Counted FLOPs against published counts, and against the traced program."""
+"""Tests of the FLOP counts against published counts and against the traced program."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_whole_step():
 
 
 def traced(jaxpr, times=1):
-    """Matrix products and convolutions (full windows) of a jaxpr, a multiply-add as two."""
+    """Counts the FLOPs of matrix products and convolutions (full windows) of a jaxpr, a multiply-add as two."""
     total = 0
     for e in jaxpr.eqns:
         out = e.outvars[0].aval
@@ -60,15 +60,17 @@ def traced(jaxpr, times=1):
         elif e.primitive.name == "conv_general_dilated":
             kernel, numbers = e.invars[1].aval.shape, e.params["dimension_numbers"]
             work = 2 * math.prod(out.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-            total += times * work // math.prod(e.params["lhs_dilation"])  # a stride's backward: mostly zeros
+            total += (
+                times * work // math.prod(e.params["lhs_dilation"])
+            )  # The backward pass of a stride multiplies mostly zeros.
         inner = times * e.params.get("length", 1)
         for sub in jaxprs_in_params(e.params):
             total += traced(sub, inner)
     return total
 
 
-def test_backward_is_what_the_traced_program_does():
-    """An odd small U-Net: forward, and backward to the condition alone."""
+def test_unet_matches_the_traced_program():
+    """An irregular small U-Net: forward pass, and backward pass to the condition only."""
     c = UNetConfig(
         block_out_channels=(16, 32, 48), layers_per_block=(1, 2, 1), heads=(2, 2, 4), cross_down=(True, False, True),
         cross_up=(True, False, True), cross_attention_dim=24, norm_num_groups=8,
@@ -82,7 +84,7 @@ def test_backward_is_what_the_traced_program_does():
     def loss(context, state, sample, timesteps):
         return nnx.merge(graph, state)(sample, timesteps, context).sum()
 
-    # The time embedding is the one thing that is not counted.
+    # The counts include everything except the time embedding.
     time = 2 * (16 * 64 + 64 * 64) + 2 * 64 * sum(r for r in (16, 32, 32, 48, 48, 48, 48, 48, 32, 32, 32, 16, 16))
     u = flops.unet(c, 16, 7)
     forward = traced(jax.make_jaxpr(loss)(args[2], state, *args[:2]).jaxpr) - time
@@ -92,7 +94,7 @@ def test_backward_is_what_the_traced_program_does():
     assert u.forward + u.backward == pytest.approx(both, rel=2e-3)
 
 
-def test_vae_is_what_the_traced_program_does():
+def test_vae_matches_the_traced_program():
     c = VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
     graph, state = nnx.split(nnx.eval_shape(lambda: VAE(c, rngs=nnx.Rngs(0))))
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")

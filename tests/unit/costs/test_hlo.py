@@ -1,10 +1,11 @@
-"""The reader of optimised HLO: on a text that was written for it, and on what the TPU's compiler writes."""
+"""Tests of the parser of optimised HLO, on texts in the TPU compiler's format written for these tests."""
 
 import pytest
 
 from diva_jax.costs import analysis, chips, hlo
 
-# A step with a loop of three, a fused product in it, a kernel, an asynchronous copy and an all-reduce.
+# A step with a loop of three iterations, a fused product and a kernel inside it, an asynchronous copy and an
+# all-reduce.
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={()->()}
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -57,7 +58,7 @@ def report():
     return analysis.analyse(TEXT, chips.CHIPS["v5e"])
 
 
-def test_loops_and_kernels_count_as_often_as_they_run(report):
+def test_operations_in_loops_count_once_per_iteration(report):
     product, kernel = 2 * 32 * 64 * 16, 2 * 2 * 2 * 4 * 64 * 256 * 128
     assert report["flops"] == 3 * product
     assert report["kernel_flops"] == 3 * kernel
@@ -72,14 +73,14 @@ def test_parts_and_kinds(report):
     assert parts["unet backward"]["kinds"] == {"matmul": pytest.approx(1e3 * 3 * 1500 / 1.5e9)}
     assert parts["unet forward"]["kernel_flops"] == report["kernel_flops"]
     assert parts["optimizer"]["model_ms"] == pytest.approx(0.002)
-    assert "vision forward" not in parts, "a parameter's name is no operation"
+    assert "vision forward" not in parts, "the name of a parameter is not an operation"
 
 
-def test_traffic_is_what_lies_in_hbm(report):
-    fusion = 2 * 32 * 64 + 2 * 32 * 16  # its second operand is on the chip
+def test_traffic_counts_arrays_in_hbm_only(report):
+    fusion = 2 * 32 * 64 + 2 * 32 * 16  # The second operand is on-chip.
     assert report["parts"]["unet backward"]["hbm_gb"] * 1e9 == pytest.approx(3 * fusion)
-    copied, reduced = 4 * 800, 4 * 800  # the copy moves its array once; the sum reads the copy, on the chip
-    # The copy has no name of its own: it is made for the sum.
+    copied, reduced = 4 * 800, 4 * 800  # The all-reduce reads the copy, which is on-chip.
+    # The copy has no path, so it has the path of the all-reduce that reads it.
     assert report["parts"]["optimizer"]["hbm_gb"] * 1e9 == pytest.approx(reduced + copied)
     assert "other" not in report["parts"]
 
@@ -88,11 +89,11 @@ def test_collectives_and_largest_arrays(report):
     assert report["collectives"] == {"all-reduce": {"count": 1, "gb": pytest.approx(3200 / 1e9)}}
     sizes = {(a["mib"] * 2**20, a["path"].rsplit("/", 1)[-1]) for a in report["largest"]}
     assert (2 * 2 * 4 * 64 * 256, "pallas_call") in sizes
-    assert (4 * 8 * 128, "reduce_sum") in sizes, "100 columns lie in 128 lanes"
+    assert (4 * 8 * 128, "reduce_sum") in sizes, "100 columns are padded to 128 lanes"
 
 
 def test_collectives_inside_of_fusions():
-    """A gather that runs beside other work counts once; a sum of which a slice is kept is a reduce-scatter."""
+    """An asynchronous all-gather counts once; an all-reduce followed by a slice is a reduce-scatter."""
     text = """
 %start (p: bf16[16,64]) -> bf16[64,64] {
   %p = bf16[16,64]{1,0} parameter(0)
@@ -135,17 +136,17 @@ def test_layouts():
 
 
 @pytest.mark.parametrize(
-    ("dims", "window", "meetings"),
+    ("dims", "window", "pairs"),
     [
-        # 3x3 over 8x8, padded by one: 8 + 7 + 7 pairs an axis.
+        # 3x3 over 8x8, padded by one: 8 + 7 + 7 pairs per axis.
         ((8, 3, 8), "size=3x3 pad=1_1x1_1", 22 * 22),
-        # Stride 2 with padding (0, 1): taps at 0, 2, 4, 6; 1, 3, 5, 7; 2, 4, 6.
+        # Stride 2 with padding (0, 1): the three kernel positions read 0, 2, 4, 6; 1, 3, 5, 7; and 2, 4, 6.
         ((8, 3, 4), "size=3x3 stride=2x2 pad=0_1x0_1", 11 * 11),
-        # Its backward: four pixels spread out by two.
+        # The backward pass of that: four pixels with input dilation two.
         ((4, 3, 8), "size=3x3 pad=2_1x2_1 lhs_dilate=2x2", 11 * 11),
     ],
 )
-def test_convolutions_count_no_padding(dims, window, meetings):
+def test_convolutions_do_not_count_padding(dims, window, pairs):
     size, taps, out = dims
     text = f"""
 ENTRY %main (x: f32[]) -> f32[] {{
@@ -154,11 +155,11 @@ ENTRY %main (x: f32[]) -> f32[] {{
   ROOT %c = f32[2,{out},{out},7]{{3,2,1,0}} convolution(%x, %k), window={{{window}}}, dim_labels=b01f_01io->b01f
 }}
 """
-    program = hlo.parse(text)
-    main = program.computations["main"]
-    assert program.flops(main["c"], main) == 2 * 2 * 5 * 7 * meetings
+    module = hlo.parse(text)
+    main = module.computations["main"]
+    assert module.flops(main["c"], main) == 2 * 2 * 5 * 7 * pairs
 
 
-def test_a_text_that_is_no_program():
+def test_text_without_an_entry_computation():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("hello")
