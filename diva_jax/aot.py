@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from diva_jax import config as configs
 from diva_jax.common import cli
 from diva_jax.common.errors import UserError
-from diva_jax.costs import analysis, chips, flops
+from diva_jax.costs import analysis, chips
 from diva_jax.training import sharding
 from diva_jax.training.step import Program
 
@@ -183,7 +183,7 @@ def report(config, topology: str, save: str | None = None) -> dict:
     if save:
         Path(save).write_text(text)
     cost = analysis.analyse(text, chip)
-    images = config.batch_size / len(found)
+    images, counted = config.batch_size / len(found), program.objective.flops()
     ms = cost["model_ms"] + cost["kernel_ms"]
     return row | {
         "fits": memory.fits,
@@ -194,7 +194,7 @@ def report(config, topology: str, save: str | None = None) -> dict:
         **cost,
         "step_ms": ms,
         "images_per_s": 1e3 * images / ms,
-        "mfu": flops.per_image(config) * images / (ms / 1e3 * chip.flops),
+        "mfu": counted * images / (ms / 1e3 * chip.flops) if counted else None,
         "all_reduce_ms": 1e3 * chips.all_reduce_seconds(_reduced(cost), chip, shape),
     }
 

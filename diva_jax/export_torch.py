@@ -45,13 +45,13 @@ def main() -> None:
 
     # One image is all that is computed, and the reference runs in float32.
     jax.config.update("jax_platforms", "cpu")
-    from diva_jax.export import cards, layouts, workdirs
+    from diva_jax.export import cards, layouts, runs
     from diva_jax.weights import writers
 
     out = paths.local(_OUT.value, "--out")
     writers.refuse_taken(out)
     if _WORKDIR.value:
-        source, provenance = workdirs.checkpoint_source(_WORKDIR.value, _STEP.value)
+        source, provenance = runs.run_source(_WORKDIR.value, _STEP.value)
         spec = source.spec
     else:
         (source, spec), provenance = _from_source(), None

@@ -92,6 +92,7 @@ class Run:
         use_compile_cache(config.compile_cache, self.workdir)
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
+        self.program.towers  # noqa: B018 - an objective whose towers cannot be exported is refused before it trains.
         self.batches = pipeline.build(
             config.data,
             self.program.objective.inputs,

@@ -32,7 +32,7 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
     Args:
       source: what is exported.
       spec, fmt, dtype: of the export.
-      provenance: of `workdirs.checkpoint_source`, or None for a conversion.
+      provenance: of `runs.run_source`, or None for a conversion.
     """
     name = spec.open_clip_name or f"{spec.arch} {spec.image_size}"
     squash = "squashed to a square" if spec.resize_mode == "squash" else "shortest side resized, centre cropped"
@@ -60,7 +60,7 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
         lines += [
             f"- run `{provenance['workdir']}`, step {provenance['step']}, objective {config['objective']}",
             f"- data `{config['data']['path']}`, {config['batch_size']} images a step, seed {config['seed']}",
-            f"- vision encoder tuned from `{provenance['base']}`; the text tower is untouched",
+            f"- tuned from `{provenance['base']}`: {', '.join(provenance['tuned'])}; the rest is unchanged",
         ]
         lines += [
             f"- {part}: {', '.join(s['source'])}, sha256 `{s['sha256']}`" for part, s in provenance["sources"].items()

@@ -151,7 +151,7 @@ def export(
     """Writes `source` in one of `FORMATS` to the folder `out`, which appears when it is whole and verified.
 
     Args:
-      source: any checkpoint, see `sources.open_clip_source` and `workdirs.checkpoint_source`.
+      source: any checkpoint, see `sources.open_clip_source` and `runs.run_source`.
       spec: of what is written.
       out: a folder that does not exist or is empty.
       fmt: of `FORMATS`.

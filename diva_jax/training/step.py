@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diva_jax import objectives
-from diva_jax.models import layers
+from diva_jax.models import backbones, layers
 from diva_jax.training import optim, partition, sharding, towers
 
 
@@ -114,8 +114,14 @@ class Program:
 
     @functools.cached_property
     def towers(self) -> towers.Towers:
-        """What evaluation and export see, as a function of the parameters."""
-        return towers.Towers(self.skeleton, self.arrays)
+        """What evaluation and export see, as a function of the parameters.
+
+        Raises:
+          UserError: the objective's towers are not those of `config.backbone`.
+        """
+        found = towers.Towers(self.skeleton, self.arrays)
+        found.check(backbones.spec_of(self.config))
+        return found
 
     def active(self, stage: int) -> dict[str, float]:
         """Name -> scale of what a stage trains."""

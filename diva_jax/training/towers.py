@@ -6,6 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diva_jax.common.errors import UserError, listing
+from diva_jax.models import backbones
+from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones.text import Text
+from diva_jax.models.layers import abstract
 from diva_jax.training.partition import Skeleton, disassemble
 
 Flat = dict[str, dict[str, jax.Array]]  # Tower -> name of a parameter in it -> array.
@@ -49,6 +54,24 @@ class Towers:
             self._needs[leaf] = frozenset() if hasattr(var, "val") else depends.get(var, frozenset())
             if not hasattr(var, "val") and var in inputs:
                 self._same[leaf] = inputs[var]
+
+    def check(self, spec: Spec) -> None:
+        """Raises a UserError where a tower has other parameters than that of the backbone `spec`."""
+        makers = {"vision": backbones.build, "text": Text}
+        for tower, shapes in self.shapes.items():
+            if tower in makers:
+                module = abstract(lambda rngs, tower=tower: makers[tower](spec, rngs=rngs))
+                want = {n: a.shape for n, a in disassemble(module)[1].items()}
+            elif tower in ("logit_scale", "logit_bias"):
+                want = {tower: ()}
+            else:
+                raise UserError(f"towers() returns {tower!r}: return vision, text, logit_scale and logit_bias alone")
+            wrong = {n for n in want.keys() | shapes.keys() if n not in shapes or shapes[n].shape != want.get(n)}
+            if wrong:
+                raise UserError(
+                    f"the {tower} tower of the objective is not that of config.backbone, they differ in "
+                    f"{listing(sorted(wrong), 5)}: towers() must return the plain tower, with adapters merged"
+                )
 
     def needs(self, tower: str) -> frozenset[str]:
         """The parameters of the objective that a tower is made of."""

@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.backbones import Spec
+from diva_jax.data import tokenizers
+from diva_jax.models.backbones import Spec, TextSpec
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.weights import loading, sources
 from diva_jax.weights.prompt import encode_prompt
@@ -131,6 +132,23 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
         return Opened(tensors.files, fill)
 
     return Part(source, opened)
+
+
+def tokenizer_folder(source: str, field: str = "config.backbone.source") -> Path:
+    """The folder that has the tokenizer's files of a source of weights."""
+    where = Path(sources.open_clip_source(source, field).where)
+    return where if where.is_dir() else where.parent
+
+
+def tokenizer(source: str, text: TextSpec, folder: str = "") -> Callable[[], tokenizers.Tokenizer]:
+    """Opens the tokenizer of a text tower when it is called, for `data.inputs.Tokens`.
+
+    Args:
+      source: of the weights, whose tokenizer it is.
+      text: of the tower.
+      folder: with the tokenizer's files; empty: that of `source`.
+    """
+    return lambda: tokenizers.build(text, folder or tokenizer_folder(source))
 
 
 def _one(state: nnx.State, array: np.ndarray, put: Put) -> nnx.State:

@@ -210,16 +210,21 @@ TINY = Spec(
 )
 
 
-def spec_of(config: ConfigDict) -> Spec:
-    """The Spec that `config.backbone` describes, hashable.
+def parse_spec(section: ConfigDict) -> Spec:
+    """The Spec that a config section describes, hashable.
 
     Args:
-      config: of `config.default`'s form.
+      section: with the fields of `Spec`, e.g. `config.backbone`.
     """
-    fields = config.backbone.to_dict()
+    fields = section.to_dict()
     text = TextSpec(**fields.pop("text"))
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return Spec(**fields, text=text)
+
+
+def spec_of(config: ConfigDict) -> Spec:
+    """The Spec of the backbone that a run tunes, `config.backbone`."""
+    return parse_spec(config.backbone)
 
 
 def architecture(name: str):

@@ -1,0 +1,74 @@
+"""A run's checkpoint as a source of weights: the towers that it tuned, over the model that it began with."""
+
+import json
+
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from diva_jax.common.errors import UserError, listing
+from diva_jax.models import backbones
+from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones.text import Text
+from diva_jax.models.layers import abstract
+from diva_jax.training import partition, workdirs
+from diva_jax.weights import clip, names, readers, sources
+from diva_jax.weights.tensors import Tensors
+
+
+def in_open_clip_names(towers: dict[str, dict], spec: Spec) -> dict[str, np.ndarray]:
+    """Towers of an objective -> open_clip's names and layouts.
+
+    Args:
+      towers: as `RunAt.towers` returns them: "vision", "text", "logit_scale" or "logit_bias".
+      spec: of the backbone.
+    """
+    kinds = {"vision": (backbones.build, clip.vision_table(spec)), "text": (Text, clip.text_table(spec))}
+    out = {}
+    for tower, arrays in towers.items():
+        if tower not in kinds:
+            out[tower] = np.asarray(arrays[tower])
+            continue
+        make, table = kinds[tower]
+        variables = names.flat(abstract(lambda rngs, make=make: make(spec, rngs=rngs)))
+        filled = {path: var.replace(np.asarray(arrays[partition.name_of(path)])) for path, var in variables.items()}
+        out |= names.to_torch(nnx.from_flat_state(filled), table)
+    return out
+
+
+def run_source(workdir: epath.PathLike, step: int | None = None) -> tuple[sources.ClipSource, dict]:
+    """The tuned model of a run, both towers.
+
+    Args:
+      workdir: of the run.
+      step: of a checkpoint; default the newest.
+
+    Returns:
+      (source, provenance: {"workdir", "step", "config", "sources", "base", "tuned"}).
+
+    Raises:
+      UserError: no run, no checkpoint, no such step, or the weights it began with are gone or others.
+    """
+    run = workdirs.RunAt.open(workdir, step)
+    spec = backbones.spec_of(run.config)
+    base = sources.open_clip_source(spec.source, "config.backbone.source")
+    found = readers.fingerprint(base.files)
+    for prefix, part in run.program.objective.pretrained().items():
+        began = run.sources.get(prefix)
+        if part.source == spec.source and began and began["sha256"] != found:
+            raise UserError(
+                f"{base.where} is not the checkpoint that the run began with (sha256 {found[:12]}, "
+                f"{began['sha256'][:12]} expected): put {listing(began['source'])} back"
+            )
+    towers = run.towers()
+    tensors = Tensors({**base.tensors, **in_open_clip_names(towers, spec)}, base.files)
+    provenance = dict(
+        workdir=str(workdir),
+        step=run.step,
+        config=json.loads(run.config.to_json()),
+        sources=run.sources,
+        base=base.where,
+        tuned=sorted(towers),
+    )
+    where = f"{workdir}, step {run.step}"
+    return sources.ClipSource(where, "checkpoint", tensors, spec, tokenizer=base.tokenizer), provenance
