@@ -1,7 +1,8 @@
-"""Softmax attention: a flash kernel for long sequences on TPUs, plain XLA everywhere else.
+"""Softmax attention: a flash kernel for long sequences on TPUs, plain XLA otherwise.
 
-Which of the two is decided while a function is traced, from the mesh that it is traced for (`jax.sharding`'s
-abstract mesh) and not from the machine at hand, so that a step compiled on a CPU for a TPU is the TPU's step.
+The choice is made while a function is traced. It depends on the mesh that the function is traced for (the abstract mesh
+of `jax.sharding`) and not on the machine that traces it, so that a step compiled for a TPU on a CPU is the same program
+as one compiled on the TPU.
 """
 
 import jax
@@ -11,22 +12,23 @@ from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
 
-# Queries from which the kernel is used, self-attention and attention to another sequence apart: below, the
-# scores fit into the TPU's fast memory and XLA's fused softmax does not wait for HBM.
+# Smallest number of queries for which the kernel is used, for self-attention and for cross-attention. With fewer
+# queries, the scores fit into VMEM and XLA's fused softmax is not limited by HBM bandwidth.
 KERNEL_FROM = {"self": 512, "cross": 4096}
-# Keys and queries of one tile, for heads up to a width: its scores and sums, in float32, must fit into VMEM.
+# Largest head dim -> largest number of queries and of keys per tile. The float32 scores and sums of a tile must fit
+# into VMEM.
 MAX_BLOCK = {128: 1024, 512: 512}
-LANES = 128  # Every tile is a multiple of a vector register's lanes.
+LANES = 128  # Tiles are multiples of the number of lanes of a vector register.
 
 
 def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
-    """Whether attention of these sizes, traced for `mesh`, runs in the kernel.
+    """Returns whether attention of these sizes, traced for `mesh`, uses the kernel.
 
     Args:
       queries, keys: sequence lengths.
-      width: of a head.
-      batch: images, over all devices of the mesh.
-      mesh: an abstract mesh, empty where none was set.
+      width: the head dim.
+      batch: the global batch size.
+      mesh: an abstract mesh; empty if none was set.
     """
     device = None if mesh.empty else mesh.abstract_device
     if device is None or device.platform != "tpu" or batch % mesh.size or width > max(MAX_BLOCK):
@@ -35,7 +37,12 @@ def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
 
 
 def block(n: int, width: int) -> int:
-    """The tile for a sequence of n, a multiple of LANES: its largest divisor that is one too, up to MAX_BLOCK."""
+    """Returns the tile size for a sequence: the largest divisor of n that is a multiple of LANES and within MAX_BLOCK.
+
+    Args:
+      n: the sequence length, a multiple of LANES.
+      width: the head dim.
+    """
     most = next(most for limit, most in MAX_BLOCK.items() if width <= limit)
     return max(b for b in range(LANES, most + 1, LANES) if n % b == 0)
 
@@ -47,21 +54,23 @@ def _padded(x: Array) -> Array:
 
 
 def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
-    """Attention in which no score reaches HBM, forward or backward (arXiv 2205.14135; JAX's splash kernel).
+    """Attention that does not write scores to HBM, neither forward nor backward (FlashAttention, arXiv 2205.14135).
+
+    The kernel is JAX's splash attention. Sequences are padded to multiples of LANES, and the padding is masked.
 
     Args:
-      q: [B, N, H, D]. k, v: [B, M, H, D]. On this device; any lengths (padded to LANES, and the padding
-        masked), D up to the widest in MAX_BLOCK.
-      interpret: run the kernel's program on a CPU, for tests.
+      q: queries, [B, N, H, D], on one device; D is at most the largest key of MAX_BLOCK.
+      k, v: keys and values, [B, M, H, D].
+      interpret: whether to interpret the kernel on a CPU, for tests.
 
     Returns:
-      [B, N, H, D], in q's dtype.
+      [B, N, H, D], in the dtype of q.
     """
     n, m = q.shape[1], k.shape[1]
     q, k, v = _padded(q * q.shape[-1] ** -0.5), _padded(k), _padded(v)
     (h, pn), pm = q.shape[1:3], k.shape[2]
     bq, bk = block(pn, q.shape[-1]), block(pm, q.shape[-1])
-    # Sequence-minor: with heads of 64, the other layout would fill half of every lane with padding in HBM.
+    # The sequence is the minor axis. With head dim 64 as the minor axis, half of each array in HBM would be padding.
     layout = splash.QKVLayout.SEQ_MINOR
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.FullMask((pn, pm))] * h),
@@ -73,14 +82,14 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     )  # fmt: skip
     ids = None
     if (pn, pm) != (n, m):
-        # Queries see the keys of their own segment; a padded query may see anything, its row is cut off below.
+        # Queries attend to the keys of their own segment, so padded keys are ignored. Padded queries are removed below.
         ids = splash.SegmentIds(q=jnp.zeros(pn, jnp.int32), kv=(jnp.arange(pm) >= m).astype(jnp.int32))
     out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))(q, k, v)
     return out[:, :, :n].swapaxes(1, 2)
 
 
 def _float64(q: Array, k: Array, v: Array, causal: bool, mask: Array | None) -> Array:
-    """For checks by finite differences: the library's softmax is in float32 whatever it is given."""
+    """Attention in float64, for finite-difference tests: `jax.nn.dot_product_attention` computes softmax in float32."""
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
     if causal:
         scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, -jnp.inf)
@@ -91,22 +100,23 @@ def _float64(q: Array, k: Array, v: Array, causal: bool, mask: Array | None) -> 
 
 @jax.named_scope("attention")
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array | None = None) -> Array:
-    """Softmax attention, scores scaled by 1/sqrt(D).
+    """Softmax attention with scores scaled by 1 / sqrt(D) (arXiv 1706.03762, equation 1).
 
     Args:
-      q: [B, N, H, D]. k, v: [B, M, H, D].
-      causal: query n sees keys 0..n only.
-      mask: bool [B, 1 | H, N, M], true where a query may look.
+      q: queries, [B, N, H, D].
+      k, v: keys and values, [B, M, H, D].
+      causal: whether query n attends to keys 0..n only.
+      mask: [B, 1 | H, N, M], bool; true where a query attends to a key.
 
     Returns:
-      [B, N, H*D], in q's dtype.
+      [B, N, H*D], in the dtype of q.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if q.dtype == jnp.float64:
         out = _float64(q, k, v, causal, mask)
     elif not causal and mask is None and use_kernel(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh):
         batch = P(mesh.axis_names)
-        # XLA cannot split a kernel over devices: each one runs it on its own images.
+        # XLA cannot partition a kernel, so each device runs it on its own part of the batch.
         out = jax.shard_map(flash, in_specs=(batch,) * 3, out_specs=batch, check_vma=False)(q, k, v)
     else:
         out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, mask=mask)

@@ -1,4 +1,4 @@
-"""The few layers that every model here is made of: one place for dtypes, epsilons and attention."""
+"""Layers shared by all models, with one definition of dtypes, epsilons and attention."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Flax's, with a name in profiles and compiled programs."""
+    """Flax's LayerNorm, with the name "norm" in profiles and compiled programs."""
 
     @jax.named_scope("norm")
     def __call__(self, x: Array) -> Array:
@@ -22,7 +22,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class GroupNorm(nnx.GroupNorm):
-    """Flax's, with a name in profiles and compiled programs."""
+    """Flax's GroupNorm, with the name "norm" in profiles and compiled programs."""
 
     @jax.named_scope("norm")
     def __call__(self, x: Array) -> Array:
@@ -45,22 +45,23 @@ class Matrix(nnx.Module):
 
 
 class Keys:
-    """Stands for `nnx.Rngs`: the n-th key is `fold_in(key(seed), n)`.
+    """A replacement for `nnx.Rngs` whose n-th key, counted from 1, is `fold_in(key(seed), n)`.
 
-    It counts in Python: under a trace, Rngs' own counters take time quadratic in the number of parameters (half a
-    minute for a U-Net).
+    The counter is a Python integer. The counters of `nnx.Rngs` are arrays, which makes tracing quadratic in the number
+    of parameters.
     """
 
     def __init__(self, seed: int = 0):
         self._key, self._count = jax.random.key(seed), 0
 
     def params(self) -> Array:
+        """Returns the next key."""
         self._count += 1
         return jax.random.fold_in(self._key, self._count)
 
 
 def abstract(make: Callable[[Keys], nnx.Module]) -> nnx.Module:
-    """The module that `make(rngs)` builds, shapes and dtypes alone: for weights that come from elsewhere."""
+    """Returns the module that `make(rngs)` builds, with shapes and dtypes instead of arrays, for a loader to fill."""
     return nnx.eval_shape(lambda: make(Keys()))
 
 
@@ -69,10 +70,10 @@ class Layers:
     """Makes layers that share dtypes.
 
     Attributes:
-      rngs: source of the initial values.
-      dtype: what activations are computed in. Norms take their statistics, and attention its softmax,
-        in at least float32.
-      param_dtype: what weights are held in.
+      rngs: the source of keys for initial values.
+      dtype: the dtype of activations. The statistics of norms and the softmax of attention are computed in at least
+        float32.
+      param_dtype: the dtype of weights.
     """
 
     rngs: nnx.Rngs
@@ -94,10 +95,12 @@ class Layers:
         return nnx.Conv(n_in, n_out, (size, size), stride, padding=padding, use_bias=bias, **self._kw)
 
     def layer_norm(self, n: int, epsilon: float) -> nnx.LayerNorm:
-        # The fast variance E[x^2] - E[x]^2 loses digits that parity needs.
+        """LayerNorm over the last axis of [..., n]."""
+        # The fast variance E[x^2] - E[x]^2 is not accurate enough for parity.
         return LayerNorm(n, epsilon=epsilon, use_fast_variance=False, **self._kw)
 
     def group_norm(self, n: int, groups: int, epsilon: float) -> nnx.GroupNorm:
+        """GroupNorm over [B, H, W, n]; `groups` divides n."""
         return GroupNorm(n, groups, epsilon=epsilon, use_fast_variance=False, **self._kw)
 
     def matrix(self, init: Callable, n_in: int, n_out: int) -> Matrix:
@@ -105,10 +108,11 @@ class Layers:
         return Matrix(self.param(init, n_in, n_out), self.dtype)
 
     def embed(self, count: int, n: int) -> nnx.Embed:
+        """An embedding table: integers [...] below `count` -> [..., n]."""
         return nnx.Embed(count, n, **self._kw)
 
     def param(self, init: Callable, *shape: int) -> nnx.Param:
-        """A bare parameter; cast it with `.astype(dtype)` where it is used."""
+        """A single parameter in param_dtype; cast it with `.astype(dtype)` where it is used."""
         return nnx.Param(init(self.rngs.params(), shape, self.param_dtype))
 
 

@@ -1,8 +1,8 @@
-"""torch's pickles, without running what is in them.
+"""Reads torch's pickle files without executing the code in them.
 
-A pickle can run any code when it is opened. A state dict is opened by torch with `weights_only=True`. OpenAI's
-files are TorchScript archives, which that refuses and `torch.jit.load` would compile; their layout is simple, so
-their tensors are taken out here, by an unpickler that makes nothing but tensors and names, and without torch.
+Loading a pickle can execute arbitrary code. State dicts are therefore loaded by torch with `weights_only=True`.
+OpenAI's files are TorchScript archives, which `weights_only=True` does not support and which `torch.jit.load` would
+compile. They are read here without torch, by an unpickler that only creates tensors and containers.
 """
 
 import functools
@@ -33,7 +33,14 @@ _STORAGES = {
 
 
 def import_torch(why: str):
-    """torch; a UserError names the extra to install where it is missing."""
+    """Imports and returns torch.
+
+    Args:
+      why: the purpose, as the first words of the error message.
+
+    Raises:
+      UserError: torch is not installed.
+    """
     try:
         import torch
     except ImportError as e:
@@ -42,7 +49,7 @@ def import_torch(why: str):
 
 
 def _numpy(tensor) -> np.ndarray:
-    """A copy: the tensor's own memory is a mapped file, which may change under whoever keeps it."""
+    """Returns a copy of a tensor as a numpy array. The tensor's own memory is a mapped file, which may change."""
     import torch
 
     if tensor.dtype == torch.bfloat16:
@@ -51,22 +58,25 @@ def _numpy(tensor) -> np.ndarray:
 
 
 def state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch-saved state dict, plain or under `state_dict`.
+    """Opens a state dict saved with `torch.save`, at the top level or under the key `state_dict`.
+
+    Returns:
+      Name -> lazy tensor.
 
     Raises:
-      UserError: torch is not installed, the file is broken, or holds more than tensors.
+      UserError: torch is not installed, the file is invalid, or it contains objects other than tensors.
     """
     torch = import_torch(f"reading {path}")
     load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
-        # The format of before torch 1.6 cannot be mapped.
+        # The file format before torch 1.6 does not support mmap.
         content = load(mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         if "Weights only load failed" not in str(e) and "Unsupported" not in str(e):
             raise UserError(f"{path} is truncated or corrupt ({e}): fetch the file again") from e
         raise UserError(
-            f"{path} holds more than tensors, and opening it could run any code: save its state_dict() alone, "
-            "best as safetensors"
+            f"{path} contains objects other than tensors, so opening it could run any code: save only its "
+            "state_dict(), preferably as safetensors"
         ) from e
     except (RuntimeError, ValueError, KeyError, IndexError, EOFError, OSError, AssertionError) as e:
         raise UserError(f"{path} is truncated or corrupt ({e}): fetch the file again") from e
@@ -76,7 +86,7 @@ def state_dict(path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         found = {str(n): t for n, t in content.items() if isinstance(t, torch.Tensor)}
     if not found:
-        raise UserError(f"{path} holds no state dict: save the model's state_dict(), best as safetensors")
+        raise UserError(f"{path} has no state dict: save the model's state_dict(), preferably as safetensors")
     return {n: _lazy(t) for n, t in found.items()}
 
 
@@ -90,7 +100,14 @@ def _lazy(tensor) -> Tensor:
 
 
 def zip_archive(path: Path) -> dict[str, Tensor]:
-    """The tensors of a zip that torch wrote: a TorchScript archive or a pickle."""
+    """Opens a zip file written by torch: a TorchScript archive or a pickle.
+
+    Returns:
+      Name -> lazy tensor.
+
+    Raises:
+      UserError: the file is invalid or not supported; see `state_dict`.
+    """
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as e:
@@ -103,11 +120,11 @@ def zip_archive(path: Path) -> dict[str, Tensor]:
 
 
 class _Module:
-    """What stands for a TorchScript module: its attributes and nothing else."""
+    """A placeholder for a TorchScript module, with its attributes only."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes modules, tensors and lists of numbers; anything else in the pickle is refused."""
+    """An unpickler that creates modules, tensors and containers only, and raises a UserError for other objects."""
 
     def __init__(self, file, path: Path, archive: zipfile.ZipFile, root: str):
         super().__init__(file)
@@ -122,9 +139,12 @@ class _Unpickler(pickle.Unpickler):
             return np.dtype(_STORAGES[name])
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "torch.jit._pickle":  # Attributes that are lists; none of them is a weight.
+        if module == "torch.jit._pickle":  # Attributes that are lists. None of them is a weight.
             return lambda *args: None
-        raise UserError(f"{self._path} needs {module}.{name}, which is no part of a CLIP archive: it is not opened")
+        raise UserError(
+            f"{self._path} contains {module}.{name}, which is not part of a CLIP archive: give OpenAI's file or a "
+            "state dict"
+        )
 
     def persistent_load(self, pid):
         _, dtype, key, _, count = pid

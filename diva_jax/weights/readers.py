@@ -1,4 +1,4 @@
-"""Files of weights, told apart by their first bytes, read lazily, tensor by tensor."""
+"""Reads files of weights lazily, one tensor at a time. The format is detected from the first bytes of a file."""
 
 import hashlib
 import json
@@ -30,14 +30,16 @@ _DTYPES = {
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        # Mapped pages would count as this process's memory, a second time the size of the weights.
+        # With mmap, the mapped pages would count as memory of this process, in addition to the arrays.
         file = safe_open(path, framework="numpy", backend="pread")
         found = {}
-        for name in file.keys():  # noqa: SIM118 - it is no dict
+        for name in file.keys():  # noqa: SIM118 - file is not a dict
             piece = file.get_slice(name)
             dtype = _DTYPES.get(piece.get_dtype())
             if dtype is None:
-                raise UserError(f"{path}: the tensor {name} is of type {piece.get_dtype()}, float weights are needed")
+                raise UserError(
+                    f"{path}: the tensor {name} is of type {piece.get_dtype()}, give a file of float weights"
+                )
             read = lambda name=name: _read(path, file, name)  # noqa: E731
             found[name] = Tensor(tuple(piece.get_shape()), np.dtype(dtype), read)
         return found
@@ -53,10 +55,17 @@ def _read(path: Path, file, name: str) -> np.ndarray:
 
 
 def open_file(path: Path) -> Tensors:
-    """The tensors of one file: safetensors, a torch pickle, or a TorchScript archive.
+    """Opens one file: safetensors, a torch pickle, or a TorchScript archive.
+
+    Args:
+      path: a local file.
+
+    Returns:
+      Name -> lazy tensor. The file is read when a tensor's values are requested, except for torch pickles, whose
+      header is read with torch.
 
     Raises:
-      UserError: the file is missing, truncated, of no such kind, or needs torch and there is none.
+      UserError: the file is missing, truncated or of another format, or it needs torch and torch is not installed.
     """
     try:
         with open(path, "rb") as f:
@@ -70,14 +79,18 @@ def open_file(path: Path) -> Tensors:
     if start.startswith(b"\x80"):
         return Tensors(pickles.state_dict(path), [path])
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull")
+        raise UserError(f"{path} is a git-lfs pointer and not the file itself: run git lfs pull")
     raise UserError(
         f"{path} is neither safetensors nor a torch file (it begins with {start[:12]!r}): fetch the file again"
     )
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file; a UserError where it is missing or broken."""
+    """Reads a JSON file.
+
+    Raises:
+      UserError: the file is missing or is not valid JSON.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as e:
@@ -87,23 +100,32 @@ def read_json(path: Path) -> dict:
 
 
 def _spellings(stem: str) -> Iterator[str]:
-    """Names of a weights file in order of preference: safetensors first, full precision first."""
+    """Yields the possible names of a weights file, in order of preference: safetensors and full precision first."""
     for suffix, shards in (("safetensors", "safetensors.index"), ("bin", "bin.index")):
         yield f"{stem}.{suffix}"
         yield f"{stem}.{shards}.json"
         for variant in ("fp16", "non_ema", "bf16"):
             yield f"{stem}.{variant}.{suffix}"
-            # diffusers has written the index of a sharded variant both ways.
+            # The index of a sharded variant has one of two names, depending on the version of diffusers.
             yield f"{stem}.{shards}.{variant}.json"
             yield f"{stem}.{variant}.{shards}.json"
 
 
 def weights_in(folder: Path, *stems: str) -> Tensors:
-    """The weights in a folder: the first of `stems` that is there, in any spelling that diffusers, transformers or
-    open_clip give it: `.safetensors` or `.bin`, an fp16 variant, sharded with an index beside it.
+    """Opens the weights in a folder.
+
+    All file names that diffusers, transformers and open_clip use are supported: `.safetensors` or `.bin`, variants such
+    as fp16, and sharded files with an index.
+
+    Args:
+      folder: a local folder.
+      *stems: file names without suffix, in order of preference; the first one that exists is opened.
+
+    Returns:
+      Name -> lazy tensor, see `open_file`.
 
     Raises:
-      UserError: none is there, a shard is missing, or a file is broken.
+      UserError: there is no such file, a shard is missing, or a file is invalid.
     """
     for name in (name for stem in stems for name in _spellings(stem)):
         path = folder / name
@@ -113,13 +135,13 @@ def weights_in(folder: Path, *stems: str) -> Tensors:
             return open_file(path)
         shards = sorted({folder / f for f in read_json(path).get("weight_map", {}).values()})
         if missing := [s.name for s in shards if not s.is_file()]:
-            raise UserError(f"{path} names {missing[0]}, which is missing: fetch the folder again")
+            raise UserError(f"{path} lists {missing[0]}, which is missing: fetch the folder again")
         return Tensors({n: t for shard in shards for n, t in open_file(shard).items()}, shards)
-    raise UserError(f"{folder} holds no weights ({' or '.join(stems)}.safetensors or .bin): fetch them again")
+    raise UserError(f"{folder} has no weights ({' or '.join(stems)}.safetensors or .bin): fetch them again")
 
 
 def fingerprint(files: list[Path]) -> str:
-    """sha256 over the sha256 of each file, in order, as 64 hex digits; the files are read in parallel."""
+    """Returns the SHA-256 of the concatenated SHA-256 digests of `files`, in order, as 64 hex digits."""
 
     def digest(path: Path) -> bytes:
         with open(path, "rb") as f:

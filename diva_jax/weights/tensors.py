@@ -1,4 +1,4 @@
-"""Tensors that are still in their files, by name."""
+"""Lazy tensors: names, shapes and dtypes of the tensors in files, whose values are read on request."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +9,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that is in a file: shape and dtype at once, values when `np.asarray` asks for them."""
+    """A tensor in a file, whose values are read by `np.asarray`.
+
+    Attributes:
+      shape: the shape.
+      dtype: the dtype in the file.
+      read: a function that reads the values.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -21,10 +27,10 @@ class Tensor:
 
 
 class Tensors(Mapping):
-    """Name -> lazy tensor.
+    """A mapping: name -> lazy tensor.
 
     Attributes:
-      files: the paths they are in, for fingerprints and messages.
+      files: the files that contain the tensors, for fingerprints and messages.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], files: list[Path]):
@@ -41,5 +47,5 @@ class Tensors(Mapping):
         return len(self._tensors)
 
     def renamed(self, rename: Callable[[str], str | None]) -> "Tensors":
-        """The same tensors under new names; those that are given None are left out."""
+        """Returns the tensors under new names, without those for which `rename` returns None."""
         return Tensors({new: t for old, t in self.items() if (new := rename(old)) is not None}, self.files)

@@ -1,4 +1,4 @@
-"""Writes weights in the layouts that other libraries read: safetensors files, open_clip folders, whole folders."""
+"""Writes weights in the formats of other libraries: safetensors files, open_clip folders, and folders in general."""
 
 import contextlib
 import json
@@ -18,19 +18,19 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one safetensors file; it appears under its name only when it is whole.
+    """Writes one safetensors file. It is written under a temporary name and renamed when it is complete.
 
     Args:
       path: the file.
-      tensors: name -> array of any layout in memory, or a lazy tensor that `np.asarray` reads.
+      tensors: name -> array of any memory layout, or a lazy tensor that `np.asarray` reads.
     """
     path = Path(path)
-    # save_file writes memory as it lies, so a transposed view would come out in the wrong order.
+    # save_file writes the memory of an array regardless of its strides, so transposed views must be copied first.
     dense = {name: np.asarray(t, order="C") for name, t in tensors.items()}
     tmp = path.with_name(path.name + ".tmp")
     try:
         save_file(dense, tmp, metadata={"format": "pt"})
-        tmp.chmod(0o666 & ~_umask())  # It makes files for their owner alone.
+        tmp.chmod(0o666 & ~_umask())  # save_file creates files that only their owner can read.
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -43,13 +43,13 @@ def write_json(path: str | Path, content: Mapping) -> None:
 def write_open_clip(
     folder: str | Path, tensors: Mapping[str, np.ndarray], config: Mapping, extra_files: Iterable[Path] = ()
 ) -> None:
-    """Writes a folder that `open_clip.create_model_and_transforms("local-dir:...")` reads; it is made if missing.
+    """Writes a folder that `open_clip.create_model_and_transforms("local-dir:...")` reads.
 
     Args:
-      folder: where to.
+      folder: the folder; it is created if it does not exist.
       tensors: open_clip's names -> arrays: both towers, logit_scale and, for SigLIP, logit_bias.
       config: the content of open_clip_config.json.
-      extra_files: copied beside, e.g. the tokenizer's.
+      extra_files: files to copy into the folder, e.g. those of the tokenizer.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def copy_into(folder: Path, files: Iterable[Path]) -> None:
 
 
 def refuse_taken(out: str | Path) -> None:
-    """Raises a UserError where `out` exists and is not an empty folder."""
+    """Raises a UserError if `out` exists and is not an empty folder."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} exists already: remove it, or give another folder")
@@ -72,22 +72,22 @@ def refuse_taken(out: str | Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary folder next to `out` that becomes `out` when the block ends well, and is removed otherwise.
+    """Yields a temporary folder next to `out`. It is renamed to `out` if the block succeeds, and removed otherwise.
 
     Raises:
-      UserError: `out` exists and is not an empty folder, or cannot be written.
+      UserError: `out` exists and is not an empty folder, or it cannot be written.
     """
     refuse_taken(out)
     out = Path(out).absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        tmp.chmod(0o777 & ~_umask())  # As above.
+        tmp.chmod(0o777 & ~_umask())  # mkdtemp creates folders that only their owner can read.
     except OSError as e:
         raise UserError(f"--out={out} cannot be written ({e}): give a folder that you may write") from e
     try:
         yield tmp
-        # An empty folder is replaced; one that filled up meanwhile makes this fail.
+        # This replaces an empty folder, and fails if files were added to it in the meantime.
         os.replace(tmp, out)
     except OSError as e:
         raise UserError(f"--out={out} cannot be written ({e}): give a folder with enough room") from e

@@ -1,4 +1,4 @@
-"""Residual, transformer and resampling blocks, named as in diffusers; shared by the U-Net and the VAE."""
+"""Residual, transformer and resampling blocks of the U-Net and the VAE, with the names of diffusers."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ from diva_jax.models.layers import ACTIVATIONS, Array, Layers, heads
 
 
 def call(block: nnx.Module, *args: Array, remat: bool = False) -> Array:
-    """`block(*args)`; with `remat` its inside is computed again in the backward pass instead of kept."""
+    """Returns `block(*args)`; with `remat`, its activations are recomputed in the backward pass instead of stored."""
 
     def run(block, *args):
         return block(*args)
 
-    # jax.checkpoint and not nnx.remat, which writes the block's variables back: that fails where they were made
-    # outside of the function being differentiated, as frozen weights are.
+    # jax.checkpoint is used because nnx.remat updates the block's variables. That fails for variables that were created
+    # outside of the differentiated function, such as frozen weights.
     return jax.checkpoint(run)(block, *args) if remat else run(block, *args)
 
 
@@ -24,8 +24,8 @@ class ResnetBlock(nnx.Module):
 
     Args:
       n_in, n_out: channels.
-      groups, epsilon: of both GroupNorms.
-      time_dim: width of the time embedding; None for a block without.
+      groups, epsilon: number of groups and epsilon of both GroupNorms.
+      time_dim: width of the time embedding; None for a block without one.
     """
 
     def __init__(self, n_in: int, n_out: int, groups: int, epsilon: float, layers: Layers, time_dim: int | None = None):
@@ -60,22 +60,22 @@ class Downsample(nnx.Module):
         self.conv = layers.conv(n, n, 3, stride=2, padding=(padding, padding))
 
     def __call__(self, x: Array) -> Array:
-        """[B, H, W, n] -> about [B, H/2, W/2, n]: sizes rounded up for padding (1, 1), down for (0, 1)."""
+        """[B, H, W, n] -> [B, H/2, W/2, n]; sizes are rounded up for padding (1, 1) and down for (0, 1)."""
         return self.conv(x)
 
 
 class Upsample(nnx.Module):
-    """Nearest neighbour to twice the size, cut to `size`, then a 3x3 convolution.
+    """Nearest-neighbour upsampling by two, cropped to `size`, then a 3x3 convolution.
 
-    The cut serves sides that were odd before they were halved, and gives the same pixels as nearest
-    neighbour to `size` itself.
+    The crop is needed for sizes that were odd before they were halved. The result equals nearest-neighbour resizing to
+    `size`.
     """
 
     def __init__(self, n: int, layers: Layers):
         self.conv = layers.conv(n, n, 3, padding=1)
 
     def __call__(self, x: Array, size: tuple[int, int]) -> Array:
-        """[B, H, W, n] -> [B, *size, n], each of `size` 2H or 2H - 1."""
+        """[B, H, W, n] -> [B, *size, n]; size[0] is 2H or 2H - 1, size[1] is 2W or 2W - 1."""
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
         return self.conv(x[:, : size[0], : size[1]])
 
@@ -87,7 +87,7 @@ class Attention(nnx.Module):
       n: channels of the tokens.
       n_context: channels of the context.
       count: number of heads.
-      bias: of the query, key and value projections; the output's always has one.
+      bias: whether the query, key and value projections have a bias; the output projection always has one.
     """
 
     def __init__(self, n: int, n_context: int, count: int, layers: Layers, bias: bool = False):
@@ -104,7 +104,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """GEGLU: one half of the first projection, gated by GELU of the other; hidden width 4n."""
+    """GEGLU (arXiv 2002.05202): one half of the projection times the GELU of the other half; hidden width 4n."""
 
     def __init__(self, n: int, layers: Layers):
         self.proj = layers.linear(n, 8 * n)
@@ -139,16 +139,18 @@ class Transformer(nnx.Module):
     """One transformer block over the pixels of a feature map, with projections in and out and a residual.
 
     Args:
-      n: channels; n_context: channels of the context; count: number of heads.
-      groups: of the GroupNorm.
-      linear: projections stored as linear layers (Stable Diffusion 2) or as 1x1 convolutions (1.x).
+      n: channels.
+      n_context: channels of the context.
+      count: number of heads.
+      groups: number of groups of the GroupNorm.
+      linear: whether the projections are linear layers (Stable Diffusion 2) or 1x1 convolutions (1.x).
     """
 
     def __init__(self, n: int, n_context: int, count: int, groups: int, linear: bool, layers: Layers):
         def project():
             return layers.linear(n, n) if linear else layers.conv(n, n, 1)
 
-        # Not the U-Net's norm_eps: the original fixes this one.
+        # This epsilon is fixed in diffusers; norm_eps of the U-Net's config does not apply to it.
         self.norm = layers.group_norm(n, groups, 1e-6)
         self.proj_in = project()
         self.transformer_blocks = nnx.List([TransformerBlock(n, n_context, count, layers)])

@@ -1,7 +1,8 @@
-"""The published Stable Diffusion models, as the config files of their diffusers folders say.
+"""Presets of the published Stable Diffusion models, with the values of their diffusers folders' config files.
 
-Data only: each preset holds what `diffusion.unet`, `.vae`, `.text_encoder` and `.scheduler` of a config need,
-under diffusers' (for the text encoder transformers') own field names. A folder whose files say otherwise is refused.
+Each preset has the fields of `diffusion.unet`, `.vae`, `.text_encoder` and `.scheduler` of a config, with the names
+that diffusers (for the text encoder, transformers) uses. It is an error to load a folder whose config files differ from
+the config.
 """
 
 import copy
@@ -55,7 +56,7 @@ _TEXT_15 = dict(
     hidden_act="quick_gelu",
 )
 _V = dict(_SCHEDULER, prediction_type="v_prediction")
-# The demo's and the tests': random weights, no checkpoint of it exists.
+# For the demo and the tests, which use random weights; there is no published checkpoint.
 _TINY = dict(
     unet=dict(
         _UNET_21,
@@ -103,5 +104,5 @@ PRESETS: dict[str, dict] = {
 
 
 def preset(name: str) -> dict:
-    """A copy of one preset: {"unet", "vae", "text_encoder", "scheduler"}."""
+    """Returns a copy of a preset: {"unet": ..., "vae": ..., "text_encoder": ..., "scheduler": ...}."""
     return copy.deepcopy(PRESETS[name])

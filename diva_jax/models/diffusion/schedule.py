@@ -1,4 +1,4 @@
-"""The noise schedule: how much noise each timestep has, and what the U-Net is asked for. Pure functions."""
+"""The noise schedule: the amount of noise at each timestep, and the target of the U-Net's prediction."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ class ScheduleConfig:
     """A noise schedule; the defaults are Stable Diffusion 1.5's and 2.1-base's.
 
     Attributes:
-      num_train_timesteps: T; timesteps are 0 .. T-1.
-      beta_start, beta_end: variance of the noise that the first and the last step add.
-      beta_schedule: "linear" in beta, "scaled_linear" (linear in its square root), or "squaredcos_cap_v2"
-        (a cosine of time, which ignores the two betas).
+      num_train_timesteps: the number of timesteps T; timesteps are 0 .. T-1.
+      beta_start, beta_end: variance of the noise added at the first and at the last timestep.
+      beta_schedule: "linear" (in beta), "scaled_linear" (linear in the square root of beta), or "squaredcos_cap_v2"
+        (a squared cosine of time, arXiv 2102.09672, equation 17; beta_start and beta_end are not used).
       prediction_type: what the U-Net predicts, "epsilon" (the noise) or "v_prediction" (the velocity).
     """
 
@@ -34,12 +34,12 @@ class ScheduleConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "ScheduleConfig":
-        """Reads `scheduler_config.json` of a diffusers folder; what it leaves out has diffusers' default.
+        """Reads the content of a diffusers folder's `scheduler_config.json`; missing options have diffusers' defaults.
 
-        Options of sampling are not looked at.
+        Options that only affect sampling are ignored.
 
         Raises:
-          UserError: a schedule or prediction type that is not implemented here.
+          UserError: the schedule or the prediction type is not implemented.
         """
         fixed = {
             "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -47,7 +47,7 @@ class ScheduleConfig:
             "trained_betas": (None,),
             "rescale_betas_zero_snr": (False, None),
         }
-        opt.check({k: v for k, v in options.items() if k in fixed}, _WHAT, used=(), fixed=fixed)
+        opt.require_supported({k: v for k, v in options.items() if k in fixed}, _WHAT, used=(), fixed=fixed)
         return cls(
             num_train_timesteps=opt.integer(options, "num_train_timesteps", 1000, _WHAT),
             beta_start=float(options.get("beta_start", 0.0001)),
@@ -58,10 +58,10 @@ class ScheduleConfig:
 
 
 def betas(config: ScheduleConfig) -> np.ndarray:
-    """Variance of the noise that each step adds, [T] float64.
+    """Returns the variance of the noise added at each timestep, [T] float64.
 
     Raises:
-      UserError: an unknown beta_schedule.
+      UserError: beta_schedule is unknown.
     """
     start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.beta_schedule == "linear":
@@ -78,25 +78,24 @@ def betas(config: ScheduleConfig) -> np.ndarray:
 
 
 def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
-    """Share of the latents' variance that is left at each timestep, the running product of 1 - beta.
+    """Returns the cumulative product of 1 - beta, the remaining share of the latents' variance at each timestep.
 
     Returns:
-      [T] float32. `1 - beta` is rounded to float32 before the product, as diffusers does, which the result
-      then equals to about 1e-7.
+      [T] float32. `1 - beta` is rounded to float32 before the product, as in diffusers.
     """
     alphas = np.float32(1) - betas(config).astype(np.float32)
     return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
 
 
 def _coefficients(like: Array, alphas_cumprod: Array, timesteps: Array) -> tuple[Array, Array]:
-    """sqrt(abar_t) and sqrt(1 - abar_t), in at least float32, to be multiplied with arrays as `like`."""
+    """Returns sqrt(abar_t) and sqrt(1 - abar_t) in at least float32, in shapes that broadcast against `like`."""
     left = jnp.asarray(alphas_cumprod)[timesteps].astype(jnp.promote_types(like.dtype, jnp.float32))
     left = left.reshape(timesteps.shape + (1,) * (like.ndim - timesteps.ndim))
     return jnp.sqrt(left), jnp.sqrt(1 - left)
 
 
 def add_noise(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array) -> Array:
-    """Noisy latents zt = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (DIVA, section 3.1).
+    """Returns noisy latents zt = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (DIVA, section 3.1).
 
     Args:
       latents: z0, [B, H, W, C], or any shape that broadcasts against `noise`.
@@ -105,23 +104,25 @@ def add_noise(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Ar
       timesteps: [..., B] integers.
 
     Returns:
-      The shape and dtype of `noise`.
+      Noisy latents, in the shape and dtype of `noise`.
     """
     signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
     return (signal * latents + sigma * noise).astype(noise.dtype)
 
 
 def target(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array, prediction_type: str) -> Array:
-    """What the U-Net is asked to predict, for the arguments of `add_noise`.
+    """Returns the target of the U-Net's prediction.
 
     Args:
-      prediction_type: "epsilon" for the noise, "v_prediction" for sqrt(abar_t) eps - sqrt(1 - abar_t) z0.
+      latents, noise, alphas_cumprod, timesteps: see `add_noise`.
+      prediction_type: "epsilon" for the noise, "v_prediction" for sqrt(abar_t) eps - sqrt(1 - abar_t) z0 (the velocity,
+        arXiv 2202.00512, section 4).
 
     Returns:
-      The shape and dtype of `noise`.
+      The target, in the shape and dtype of `noise`.
 
     Raises:
-      UserError: another prediction_type.
+      UserError: prediction_type is unknown.
     """
     if prediction_type == "epsilon":
         return noise

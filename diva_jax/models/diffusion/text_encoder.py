@@ -20,11 +20,14 @@ class TextEncoderConfig:
     """Shape of a text encoder; the defaults are Stable Diffusion 2.1-base's.
 
     Attributes:
-      vocab_size: number of tokens.
-      context_length: most tokens in a text.
-      width, layers, heads, mlp_dim: of the transformer.
-      activation: of the MLPs, "gelu" (2.x) or "quick_gelu" (1.x).
-      norm_eps: of the LayerNorms.
+      vocab_size: number of tokens in the vocabulary.
+      context_length: largest number of tokens in a text.
+      width: channels of the transformer.
+      layers: number of transformer layers.
+      heads: number of attention heads.
+      mlp_dim: hidden width of the MLPs.
+      activation: activation of the MLPs, "gelu" (Stable Diffusion 2.x) or "quick_gelu" (1.x).
+      norm_eps: epsilon of the LayerNorms.
     """
 
     vocab_size: int = 49408
@@ -38,18 +41,19 @@ class TextEncoderConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "TextEncoderConfig":
-        """Reads `text_encoder/config.json`; what it leaves out has the default of transformers.
+        """Reads the content of `text_encoder/config.json`; missing options have the defaults of transformers.
 
         Raises:
-          UserError: a config of another model, an unknown activation, or a width that the heads do not divide.
+          UserError: the config is that of another model, the activation is unknown, or the width is not a multiple of
+            the number of heads.
         """
         kind = options.get("model_type", "clip_text_model")
         if kind != "clip_text_model":
-            raise UserError(f"the {_WHAT}'s config is one of {kind!r}, give the folder of a CLIPTextModel")
+            raise UserError(f"the {_WHAT}'s config is that of a {kind!r}, give the folder of a CLIPTextModel")
         activation = options.get("hidden_act", "quick_gelu")
         if activation not in ("gelu", "quick_gelu"):
             raise UserError(
-                f"the {_WHAT}'s config has hidden_act={activation!r}, only gelu and quick_gelu are supported"
+                f"the {_WHAT}'s config has hidden_act={activation!r}, use a checkpoint with gelu or quick_gelu"
             )
         config = cls(
             vocab_size=opt.integer(options, "vocab_size", 49408, _WHAT),
@@ -88,7 +92,12 @@ class Layer(nnx.Module):
 
 
 class TextEncoder(nnx.Module):
-    """Tokens to the context of the U-Net; see `Layers` for rngs, dtype and param_dtype."""
+    """Encodes tokens to the context of the U-Net.
+
+    Args:
+      config: the shape.
+      rngs, dtype, param_dtype: see `Layers`.
+    """
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
         layers = Layers(rngs, dtype, param_dtype)
@@ -99,7 +108,7 @@ class TextEncoder(nnx.Module):
         self.final_layer_norm = layers.layer_norm(config.width, config.norm_eps)
 
     def __call__(self, tokens: Array) -> Array:
-        """The last hidden state after the final LayerNorm; padding is not masked.
+        """Returns the last hidden state after the final LayerNorm. Padding is not masked.
 
         Args:
           tokens: [B, N] integers, N at most `context_length`.
@@ -108,7 +117,7 @@ class TextEncoder(nnx.Module):
           [B, N, width], in `dtype`.
 
         Raises:
-          UserError: more than `context_length` tokens.
+          UserError: there are more than `context_length` tokens.
         """
         n = tokens.shape[1]
         if n > self.config.context_length:

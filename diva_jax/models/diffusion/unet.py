@@ -1,4 +1,4 @@
-"""Stable Diffusion's U-Net, as diffusers' `UNet2DConditionModel` computes it, channels last."""
+"""Stable Diffusion's U-Net, equivalent to diffusers' `UNet2DConditionModel`, with channels last."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from diva_jax.models.diffusion.blocks import Downsample, ResnetBlock, Transforme
 from diva_jax.models.layers import Array, Layers
 
 _WHAT = "U-Net"
-# Option -> the values that give what is computed here, diffusers' default first.
+# Option -> its implemented values; diffusers' default is the first.
 _FIXED = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None,),
@@ -64,8 +64,8 @@ _USED = (
     "projection_class_embeddings_input_dim",
     "sample_size",
     "use_linear_projection",
-    # Without influence: the first two name parts of other options, softmax is always in float32 here, and
-    # nothing is dropped in a frozen network.
+    # Options that do not affect the result: the first two belong to options that are not implemented, softmax is always
+    # computed in float32, and a frozen network has no dropout.
     "addition_embed_type_num_heads",
     "addition_time_embed_dim",
     "upcast_attention",
@@ -78,18 +78,18 @@ class UNetConfig:
     """Shape of a U-Net; the defaults are Stable Diffusion 2.1-base's.
 
     Attributes:
-      sample_size: side of the latents it was trained on [latent pixels]; informative, any size is accepted.
-      in_channels, out_channels: of the latents.
-      block_out_channels: channels of each resolution, finest first.
-      layers_per_block: residual blocks of each resolution on the way down; the way up has one more.
-      heads: attention heads of each resolution.
-      cross_down, cross_up: which blocks have transformers, in the order in which they run.
+      sample_size: side of the latents in training [latent pixels]; any size is accepted.
+      in_channels, out_channels: channels of the noisy latents and of the prediction.
+      block_out_channels: channels per resolution, finest first.
+      layers_per_block: residual blocks per resolution in the down blocks; the up blocks have one more.
+      heads: attention heads per resolution.
+      cross_down, cross_up: whether each down block and each up block has transformers, in order of execution.
       cross_attention_dim: channels of the context.
       use_linear_projection: see `blocks.Transformer`.
       norm_num_groups: groups of every GroupNorm.
       norm_eps: epsilon of the GroupNorms outside the transformers.
       class_embed_dim: channels of `class_labels`, a vector that is added to the time embedding (2.1-unclip's
-        image embedding and noise level); None for a U-Net without.
+        image embedding and noise level); None for a U-Net without one.
     """
 
     sample_size: int | tuple[int, ...] | None = 64
@@ -108,14 +108,14 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "UNetConfig":
-        """Reads `unet/config.json` of a diffusers folder; what it leaves out has diffusers' default.
+        """Reads the content of a diffusers folder's `unet/config.json`; missing options have diffusers' defaults.
 
-        `attention_head_dim` is a head *count* despite its name; `num_attention_heads` wins where given.
+        Despite its name, `attention_head_dim` is the *number* of heads; `num_attention_heads` overrides it if present.
 
         Raises:
-          UserError: an option that is not implemented here, or values that do not fit each other.
+          UserError: an option is not implemented, or values are inconsistent.
         """
-        opt.check(options, _WHAT, used=_USED, fixed=_FIXED, kind="UNet2DConditionModel")
+        opt.require_supported(options, _WHAT, used=_USED, fixed=_FIXED, kind="UNet2DConditionModel")
         channels = opt.integers(options, "block_out_channels", (320, 640, 1280, 1280), _WHAT)
         n = len(channels)
         count = "num_attention_heads" if options.get("num_attention_heads") else "attention_head_dim"
@@ -141,12 +141,14 @@ class UNetConfig:
 
 
 def _cross(options, name: str, default: tuple[bool, ...], count: int) -> tuple[bool, ...]:
-    """Which blocks have transformers, from their class names."""
+    """Returns which blocks have transformers, according to their class names."""
     if name not in options and len(default) == count:
         return default
     types = options.get(name, ())
     if len(types) != count:
-        raise UserError(f"the {_WHAT}'s config has {len(types)} {name} for {count} block_out_channels")
+        raise UserError(
+            f"the {_WHAT}'s config has {len(types)} {name} for {count} block_out_channels: give one per entry"
+        )
     return tuple(t.startswith("CrossAttn") for t in types)
 
 
@@ -157,26 +159,28 @@ def _class_embed_dim(options) -> int | None:
 
 
 def timestep_embedding(timesteps: Array, n: int) -> Array:
-    """Cosines, then sines, of the timesteps at n/2 frequencies from 1 down to 1/10000.
+    """Returns cosines, then sines, of the timesteps at n/2 frequencies from 1 to about 1/10000.
+
+    These are the position embeddings of arXiv 1706.03762, section 3.5, in another order.
 
     Args:
-      timesteps: [B], in steps.
-      n: width, even.
+      timesteps: [B], integers.
+      n: the width, an even number.
 
     Returns:
-      [B, n] float32, whatever the model's dtype: at step 999 half precision would not tell steps apart.
+      [B, n] float32 for every dtype of the model: in bfloat16, neighbouring timesteps near 999 have the same value.
     """
     half = n // 2
-    # Rounded to float32 where diffusers rounds: the arguments reach 999, so that one unit in a frequency's last
-    # place shows in the fifth digit.
+    # Values are rounded to float32 at the same places as in diffusers. Since timesteps reach 999, an error of one unit
+    # in the last place of a frequency changes the fifth digit of the result.
     exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)  # numpy's float32 exp is less exact
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)  # numpy's float32 exp is less accurate.
     args = timesteps.astype(jnp.float32)[:, None] * frequencies  # [B, n/2]
     return jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two linear layers with SiLU between: [B, n_in] -> [B, n_out]."""
+    """Two linear layers with SiLU in between: [B, n_in] -> [B, n_out]."""
 
     def __init__(self, n_in: int, n_out: int, layers: Layers):
         self.linear_1 = layers.linear(n_in, n_out)
@@ -187,7 +191,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 class _Maker:
-    """Makes the blocks of one U-Net at one resolution."""
+    """Makes the layers of a U-Net at one resolution."""
 
     def __init__(self, config: UNetConfig, level: int, layers: Layers):
         self.config, self.layers, self.level = config, layers, level
@@ -211,13 +215,15 @@ class _Maker:
 
 
 class DownBlock(nnx.Module):
-    """Residual blocks (and transformers) of one resolution, then to half of it.
+    """Residual blocks (and transformers) at one resolution, then downsampling by two.
 
     Args:
-      n_in: channels that come in.
+      n_in: channels of the input.
       depth: number of residual blocks.
-      cross: with transformers.
-      downsample: false for the coarsest resolution.
+      cross: whether each residual block is followed by a transformer.
+      downsample: whether to downsample; false for the coarsest resolution.
+      make: makes the layers.
+      remat: see `UNet`.
     """
 
     def __init__(self, n_in: int, depth: int, cross: bool, downsample: bool, make: _Maker, remat: bool):
@@ -227,7 +233,7 @@ class DownBlock(nnx.Module):
         self.downsamplers = nnx.List([Downsample(make.n, (1, 1), make.layers)] if downsample else [])
 
     def __call__(self, x: Array, time: Array, context: Array) -> list[Array]:
-        """[B, H, W, n_in] -> the maps that the way up will want, the last of which goes on down."""
+        """[B, H, W, n_in] -> the skip connections for the up blocks; the last one is the input of the next block."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = call(resnet, x, time, remat=self.remat)
@@ -254,13 +260,15 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Residual blocks (and transformers) of one resolution, each fed with a map of the way down.
+    """Residual blocks (and transformers) at one resolution, each with a skip connection, then upsampling by two.
 
     Args:
-      n_in: channels that come in.
-      n_skips: channels of the skips, in the order in which they are used.
-      cross: with transformers.
-      upsample: false for the finest resolution.
+      n_in: channels of the input.
+      n_skips: channels of the skip connections, in the order of use.
+      cross: whether each residual block is followed by a transformer.
+      upsample: whether to upsample; false for the finest resolution.
+      make: makes the layers.
+      remat: see `UNet`.
     """
 
     def __init__(self, n_in: int, n_skips: list[int], cross: bool, upsample: bool, make: _Maker, remat: bool):
@@ -270,7 +278,7 @@ class UpBlock(nnx.Module):
         self.upsamplers = nnx.List([Upsample(make.n, make.layers)] if upsample else [])
 
     def __call__(self, x: Array, skips: list[Array], time: Array, context: Array) -> Array:
-        """Takes its skips off the end of `skips`, and upsamples to the size of the one that is then last."""
+        """Removes its skip connections from the end of `skips`, and upsamples to the size of the last remaining one."""
         for i, resnet in enumerate(self.resnets):
             x = call(resnet, jnp.concatenate([x, skips.pop()], axis=-1), time, remat=self.remat)
             if self.attentions:
@@ -281,13 +289,13 @@ class UpBlock(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Predicts the noise (or velocity) in noisy latents.
+    """Predicts the noise (or the velocity) of noisy latents.
 
     Args:
       config: the shape.
       rngs, dtype, param_dtype: see `Layers`. The time and class embeddings are computed in at least float32.
-      remat: recompute every residual block and transformer in the backward pass instead of keeping their
-        insides; the values are the same.
+      remat: whether to recompute the activations of residual blocks and transformers in the backward pass instead of
+        storing them. It does not change the result.
     """
 
     def __init__(
@@ -309,7 +317,7 @@ class UNet(nnx.Module):
             self.class_embedding = TimestepEmbedding(config.class_embed_dim, 4 * channels[0], precise)
 
         down, up = [], []
-        n, skips = channels[0], [channels[0]]  # channels of the map at hand, and of those kept for the way up
+        n, skips = channels[0], [channels[0]]  # Channels of the current features, and of the skip connections.
         for level, depth in enumerate(config.layers_per_block):
             make = _Maker(config, level, layers)
             down.append(DownBlock(n, depth, config.cross_down[level], level < last, make, remat))
@@ -327,19 +335,19 @@ class UNet(nnx.Module):
         self.conv_out = layers.conv(n, config.out_channels, 3, padding=1)
 
     def __call__(self, sample: Array, timesteps: Array, context: Array, class_labels: Array | None = None) -> Array:
-        """One denoising step's prediction.
+        """Returns the prediction for one denoising step.
 
         Args:
           sample: noisy latents, [B, H, W, in_channels]; any H and W.
-          timesteps: [B], integers in steps.
-          context: what to condition on, [B, N, cross_attention_dim]; any N.
-          class_labels: [B, class_embed_dim], where the U-Net has a class embedding.
+          timesteps: [B], integers.
+          context: the condition, [B, N, cross_attention_dim]; any N.
+          class_labels: [B, class_embed_dim]; required if the U-Net has a class embedding, and None otherwise.
 
         Returns:
           [B, H, W, out_channels], in `dtype`.
 
         Raises:
-          UserError: class_labels missing, or given to a U-Net that takes none.
+          UserError: class_labels is missing, or is given to a U-Net without a class embedding.
         """
         time = self._time(timesteps, class_labels)  # [B, 4 * block_out_channels[0]]
         context = context.astype(self.dtype)

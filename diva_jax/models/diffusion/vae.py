@@ -1,4 +1,4 @@
-"""The encoder of Stable Diffusion's VAE, as diffusers' `AutoencoderKL` computes it, channels last."""
+"""The encoder of Stable Diffusion's VAE, equivalent to that of diffusers' `AutoencoderKL`, with channels last."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from diva_jax.models.layers import Array, Layers
 
 _WHAT = "VAE"
 _EPSILON = 1e-6
-# Option -> the values that give what is computed here, diffusers' default first.
+# Option -> its implemented values; diffusers' default is the first.
 _FIXED = {
     "act_fn": ("silu", "swish"),
     "down_block_types": ("DownEncoderBlock2D",),
@@ -32,7 +32,7 @@ _USED = (
     "norm_num_groups",
     "scaling_factor",
     "use_quant_conv",
-    # Of the decoder, of half precision in diffusers, and a hint for tiling.
+    # Options that do not affect the encoder here: the decoder's, half precision in diffusers, and tiling.
     "up_block_types",
     "out_channels",
     "use_post_quant_conv",
@@ -46,13 +46,13 @@ class VAEConfig:
     """Shape of a VAE; the defaults are Stable Diffusion's.
 
     Attributes:
-      in_channels: of the images.
-      latent_channels: of the latents.
-      block_out_channels: channels of each resolution, finest first; each but the last is halved.
-      layers_per_block: residual blocks of each resolution.
+      in_channels: channels of the images.
+      latent_channels: channels of the latents.
+      block_out_channels: channels per resolution, finest first; each resolution is half of the one before.
+      layers_per_block: residual blocks per resolution.
       norm_num_groups: groups of every GroupNorm.
-      scaling_factor: what the posterior's mean is multiplied by.
-      use_quant_conv: a 1x1 convolution on the moments.
+      scaling_factor: factor by which the posterior's mean is multiplied.
+      use_quant_conv: whether there is a 1x1 convolution on the moments.
     """
 
     in_channels: int = 3
@@ -65,22 +65,23 @@ class VAEConfig:
 
     @property
     def downscale(self) -> int:
-        """Image pixels along one side of a latent pixel."""
+        """Ratio of the image size to the size of the latents."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "VAEConfig":
-        """Reads `vae/config.json` of a diffusers folder; what it leaves out has diffusers' default.
+        """Reads the content of a diffusers folder's `vae/config.json`; missing options have diffusers' defaults.
 
         Raises:
-          UserError: an option that is not implemented here, or values that do not fit each other.
+          UserError: an option is not implemented, or values are inconsistent.
         """
-        opt.check(options, _WHAT, used=_USED, fixed=_FIXED, kind="AutoencoderKL")
+        opt.require_supported(options, _WHAT, used=_USED, fixed=_FIXED, kind="AutoencoderKL")
         channels = opt.integers(options, "block_out_channels", (64,), _WHAT)
         types = options.get("down_block_types", ("DownEncoderBlock2D",))
         if len(types) != len(channels):
             raise UserError(
-                f"the {_WHAT}'s config has {len(types)} down_block_types for {len(channels)} block_out_channels"
+                f"the {_WHAT}'s config has {len(types)} down_block_types for {len(channels)} block_out_channels: "
+                "give one per entry"
             )
         groups = opt.integer(options, "norm_num_groups", 32, _WHAT)
         opt.divisible(channels, [groups] * len(channels), ("block_out_channels", "norm_num_groups"), _WHAT)
@@ -110,14 +111,14 @@ class PixelAttention(Attention):
 
 
 class DownBlock(nnx.Module):
-    """Residual blocks of one resolution, then to half of it (not where it is the last)."""
+    """Residual blocks at one resolution, then downsampling by two except at the coarsest resolution."""
 
     def __init__(self, n_in: int, n: int, downsample: bool, config: VAEConfig, layers: Layers):
         self.resnets = nnx.List(
             ResnetBlock(n if i else n_in, n, config.norm_num_groups, _EPSILON, layers)
             for i in range(config.layers_per_block)
         )
-        # The image's right and bottom edges are padded, its left and top ones are not.
+        # Only the right and bottom edges are padded.
         self.downsamplers = nnx.List([Downsample(n, (0, 1), layers)] if downsample else [])
 
     def __call__(self, x: Array) -> Array:
@@ -158,7 +159,12 @@ class Encoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """Images to latents; see `Layers` for rngs, dtype and param_dtype."""
+    """Encodes images to latents.
+
+    Args:
+      config: the shape.
+      rngs, dtype, param_dtype: see `Layers`.
+    """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
         layers = Layers(rngs, dtype, param_dtype)
@@ -168,13 +174,13 @@ class VAE(nnx.Module):
             self.quant_conv = layers.conv(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
     def encode(self, images: Array) -> Array:
-        """The latents that the U-Net works on: scaling_factor times the posterior's mean, not a sample.
+        """Returns the latents for the U-Net: scaling_factor times the mean of the posterior (not a sample).
 
         Args:
-          images: [B, H, W, 3], RGB in [-1, 1].
+          images: [B, H, W, in_channels], RGB in [-1, 1].
 
         Returns:
-          [B, H/8, W/8, 4], sizes rounded down, in `dtype`.
+          [B, H / downscale, W / downscale, latent_channels], sizes rounded down, in `dtype`.
         """
         moments = self.encoder(images)
         if self.config.use_quant_conv:

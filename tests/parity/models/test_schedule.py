@@ -1,4 +1,4 @@
-"""The noise schedule against diffusers' schedulers."""
+"""Parity of the noise schedule with diffusers' schedulers."""
 
 import diffusers
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_alphas_cumprod(name):
     assert error <= 1e-6
 
 
-def test_stable_diffusion_s_schedule_by_its_definition():
+def test_stable_diffusion_schedule_matches_its_definition():
     beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     abar = schedule.alphas_cumprod(ScheduleConfig())
     assert ScheduleConfig.from_dict(SD21_BASE) == ScheduleConfig()
@@ -106,7 +106,7 @@ def test_refused_options_are_named(option, value):
         ScheduleConfig.from_dict(SD21_BASE | {option: value})
 
 
-def test_unknown_names_in_a_config_of_our_own():
+def test_unknown_names_in_our_config():
     latents, noise, timesteps = draws()
     with pytest.raises(UserError, match="prediction_type='sample'"):
         schedule.target(latents, noise, np.ones(1000, np.float32), timesteps, "sample")

@@ -1,4 +1,4 @@
-"""The text encoder against transformers' `CLIPTextModel`: hidden states, names of all versions, refusals."""
+"""Parity of the text encoder with transformers' `CLIPTextModel`: hidden states, names, and unsupported configs."""
 
 import functools
 
@@ -77,7 +77,7 @@ def test_parity(activation, count):
     assert error <= 2e-5
 
 
-def test_full_text_only():
+def test_too_many_tokens_are_refused():
     _, ours = pair("gelu")
     with pytest.raises(UserError, match="20 tokens, shorten it to 19"):
         ours(np.zeros((1, 20), int))
@@ -87,7 +87,7 @@ def test_names_of_all_versions(tmp_path):
     theirs, ours = pair("gelu")
     theirs.save_pretrained(tmp_path)
     now = load_file(tmp_path / "model.safetensors")
-    # Older versions had a prefix, and still older ones saved the positions.
+    # Older versions had a prefix, and the oldest ones also saved the position ids.
     old = {f"text_model.{name}": array for name, array in now.items()}
     old["text_model.embeddings.position_ids"] = np.arange(19)[None]
     for weights in (now, old):

@@ -1,4 +1,4 @@
-"""The U-Net against diffusers' `UNet2DConditionModel`: values, gradients, names, and configs refused."""
+"""Parity of the U-Net with diffusers' `UNet2DConditionModel`: values, gradients, names, and unsupported configs."""
 
 import functools
 import inspect
@@ -55,8 +55,8 @@ SD21_UNCLIP = SD21 | dict(
 )
 SD15 = SD21_BASE | dict(attention_head_dim=8, cross_attention_dim=768, use_linear_projection=False)
 
-# Shrunk: channels that are no powers of two, groups of one to six channels, and, but for "2.1", another
-# norm_eps, which must reach the norms outside the transformers and no other.
+# Small variants: channels that are not powers of two, groups of one to six channels and, except for "2.1", another
+# norm_eps, which applies only to the norms outside the transformers.
 _TINY = dict(norm_num_groups=8, sample_size=16)
 _TWO_LEVELS = _TINY | dict(
     norm_eps=1e-2,
@@ -80,7 +80,7 @@ TINY = {
 
 
 def channels_first(x) -> torch.Tensor:
-    # Contiguous: for channels-last strides torch takes the variance as E[x^2] - E[x]^2, which loses digits.
+    # Contiguous: with channels-last strides, torch computes the variance as E[x^2] - E[x]^2, which is less accurate.
     return torch.from_numpy(x).movedim(-1, 1).contiguous()
 
 
@@ -90,13 +90,13 @@ def build(options, **kw) -> UNet:
 
 @functools.cache
 def pair(name):
-    """diffusers' U-Net with random weights, and ours with the same."""
+    """Returns diffusers' U-Net with random weights, and ours with the same weights."""
     theirs = randomise(diffusers.UNet2DConditionModel.from_config(TINY[name]))
     return theirs, names.load_into(nnx.eval_shape(lambda: build(TINY[name])), tensors(theirs), UNET)
 
 
 def batch(name, height, width, tokens, seed=1):
-    """sample, timesteps, context, class labels or None, and a cotangent of the prediction."""
+    """Returns sample, timesteps, context, class labels or None, and a cotangent of the prediction."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     options = TINY[name]
@@ -111,7 +111,7 @@ def batch(name, height, width, tokens, seed=1):
 
 
 def run_theirs(unet, sample, timesteps, context, labels, cotangent):
-    """diffusers' prediction, channels last, and its gradient to the context."""
+    """Returns diffusers' prediction, channels last, and the gradient with respect to the context."""
     dtype = next(unet.parameters()).dtype
     cast = lambda a: None if a is None else torch.from_numpy(a).to(dtype)  # noqa: E731
     context = cast(context).requires_grad_()
@@ -138,7 +138,7 @@ def test_parity(name, height, width, tokens):
     expected, expected_grad = run_theirs(theirs, *args)
     out, grad = run_ours(ours, *args)
     errors = relative_error(out, expected), relative_error(grad, expected_grad)
-    print(f"{name}: prediction {errors[0]:.1e}, gradient to the context {errors[1]:.1e}")
+    print(f"{name}: prediction {errors[0]:.1e}, gradient of the context {errors[1]:.1e}")
     assert max(errors) <= 2e-5
 
 
@@ -149,7 +149,7 @@ def test_remat_recomputes_every_block():
         model = nnx.eval_shape(functools.partial(build, TINY["mini"], remat=remat))
         jaxpr = jax.make_jaxpr(lambda model, *args: model(*args))(model, *args)
         primitives.append([e.primitive.name for e in jaxpr.eqns])
-    # 1 + 1 residual blocks down, 2 mid, 2 + 2 up; 1 transformer down, 1 mid, 2 up.
+    # Residual blocks: 1 + 1 down, 2 mid, 2 + 2 up. Transformers: 1 down, 1 mid, 2 up.
     assert [p.count("checkpoint") + p.count("remat2") for p in primitives] == [0, 12]
 
 
@@ -158,10 +158,10 @@ def test_remat_changes_nothing():
 
     @functools.partial(jax.jit, static_argnames="remat")
     def run(block, x, context, remat):
-        # The block's weights come from outside of what is differentiated, as a frozen U-Net's do.
+        # The block's weights are created outside of the differentiated function, like those of a frozen U-Net.
         return jax.value_and_grad(lambda c: (blocks.call(block, x, c, remat=remat) ** 2).sum())(context)
 
-    x, context = faint(2, 5, 7, 24), faint(2, 9, 10)
+    x, context = small_input(2, 5, 7, 24), small_input(2, 9, 10)
     for ours, expected in zip(run(block, x, context, True), run(block, x, context, False), strict=True):
         assert relative_error(ours, expected) <= 1e-6
 
@@ -169,7 +169,7 @@ def test_remat_changes_nothing():
 def test_float64_is_float64_throughout():
     theirs = randomise(diffusers.UNet2DConditionModel.from_config(TINY["mini"])).double()
     sample, timesteps, context, labels, cotangent = batch("mini", 5, 6, 4)
-    # Step 0, where both libraries' float32 sines and cosines are exact.
+    # Timestep 0, at which the float32 sines and cosines of both libraries are exact.
     args = [a if a is None else a.astype(np.float64) for a in (sample, timesteps * 0, context, labels, cotangent)]
     args[1] = args[1].astype(np.int64)
     expected, expected_grad = run_theirs(theirs, *args)
@@ -200,15 +200,15 @@ def test_timestep_embedding():
         torch.arange(1000), 320, flip_sin_to_cos=True, downscale_freq_shift=0
     )
     ours = timestep_embedding(jnp.arange(1000), 320)
-    # One unit in a frequency's last place is 6e-5 at step 999; torch's and our exponential differ in 3 of 160.
+    # One unit in the last place of a frequency is 6e-5 at step 999; the exponentials differ in 3 of 160 values.
     assert np.abs(ours - reference.numpy()).max() <= 7e-5
     assert relative_error(ours, reference) <= 5e-6
-    # In half precision, 996 to 999 would be one and the same.
+    # In bfloat16, the embeddings of 996 to 999 would be equal.
     assert np.unique(np.asarray(ours)[-4:], axis=0).shape[0] == 4
 
 
-def faint(*shape):
-    """Input so small that the epsilons of the norms matter."""
+def small_input(*shape):
+    """Returns input that is small enough for the epsilons of the norms to have an effect."""
     return 0.02 * np.random.default_rng(2).standard_normal(shape).astype(np.float32)
 
 
@@ -220,7 +220,7 @@ def load_block(make, module):
 def test_resnet_block(n_out):
     theirs = randomise(ResnetBlock2D(in_channels=12, out_channels=n_out, temb_channels=10, groups=4, eps=1e-5))
     ours = load_block(lambda layers: blocks.ResnetBlock(12, n_out, 4, 1e-5, layers, 10), theirs)
-    x, time = faint(2, 5, 7, 12), faint(2, 10)
+    x, time = small_input(2, 5, 7, 12), small_input(2, 10)
     expected = theirs(channels_first(x), torch.from_numpy(time)).movedim(1, -1)
     assert relative_error(jax.jit(ours.__call__)(x, time), expected.detach()) <= 2e-5
 
@@ -233,26 +233,26 @@ def test_transformer(linear):
         )
     )
     ours = load_block(lambda layers: blocks.Transformer(24, 10, 3, 6, linear, layers), theirs)
-    x, context = faint(2, 5, 7, 24), faint(2, 9, 10)
+    x, context = small_input(2, 5, 7, 24), small_input(2, 9, 10)
     expected = theirs(channels_first(x), encoder_hidden_states=torch.from_numpy(context)).sample.movedim(1, -1)
     assert relative_error(jax.jit(ours.__call__)(x, context), expected.detach()) <= 2e-5
 
 
 def test_transformer_block():
     theirs = randomise(BasicTransformerBlock(24, 3, 8, cross_attention_dim=10, activation_fn="geglu"))
-    # The tokens stay faint through the attentions, so that the second and third norm's epsilons matter too.
+    # The tokens remain small after the attentions, so that the epsilons of the second and third norm have an effect.
     for attention in (theirs.attn1, theirs.attn2):
         for p in attention.to_out.parameters():
             p.data *= 0.1
     ours = load_block(lambda layers: blocks.TransformerBlock(24, 10, 3, layers), theirs)
-    x, context = faint(2, 35, 24), 50 * faint(2, 9, 10)
+    x, context = small_input(2, 35, 24), 50 * small_input(2, 9, 10)
     expected = theirs(torch.from_numpy(x), encoder_hidden_states=torch.from_numpy(context))
     assert relative_error(jax.jit(ours.__call__)(x, context), expected.detach()) <= 2e-5
 
 
 @pytest.mark.parametrize("height", [1, 4, 7])
 def test_resampling(height):
-    """Odd sizes: down rounds up, and up again cuts to the size that was."""
+    """Odd sizes: downsampling rounds up, and upsampling crops to the original size."""
     layers = Layers(nnx.Rngs(0))
     down, up = blocks.Downsample(3, (1, 1), layers), blocks.Upsample(3, layers)
     their_down = diffusers.models.downsampling.Downsample2D(3, use_conv=True)
@@ -261,7 +261,7 @@ def test_resampling(height):
         randomise(theirs)
         kernel, bias = theirs.conv.weight.detach().numpy(), theirs.conv.bias.detach().numpy()
         module.conv.kernel[...], module.conv.bias[...] = kernel.transpose(2, 3, 1, 0), bias
-    x = faint(2, height, 5, 3)
+    x = small_input(2, height, 5, 3)
     expected = their_down(channels_first(x))
     small = down(x)
     assert relative_error(small, expected.movedim(1, -1).detach()) <= 2e-5

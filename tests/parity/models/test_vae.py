@@ -1,4 +1,4 @@
-"""The VAE's encoder against diffusers' `AutoencoderKL`: latents, names, and configs refused."""
+"""Parity of the VAE's encoder with diffusers' `AutoencoderKL`: latents, names, and unsupported configs."""
 
 import functools
 import inspect
@@ -51,12 +51,12 @@ encode = jax.jit(lambda model, images: model.encode(images))
 
 
 def images(height, width):
-    """Of so little contrast that the epsilons of the norms matter."""
+    """Returns images with a contrast that is low enough for the epsilons of the norms to have an effect."""
     return 0.02 * np.random.default_rng(1).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
 
 
 def expected_latents(model, x, scale=0.18215):
-    # Contiguous: for channels-last strides torch takes the variance as E[x^2] - E[x]^2 and loses three digits here.
+    # Contiguous: with channels-last strides, torch computes the variance as E[x^2] - E[x]^2, which is less accurate.
     x = torch.from_numpy(x).movedim(-1, 1).contiguous()
     with torch.no_grad():
         mean = model.encode(x).latent_dist.mean
@@ -83,7 +83,7 @@ def test_scaling_factor_and_no_quant_conv():
 
 
 def test_old_attention_names():
-    """Checkpoints as diffusers wrote them before it had one attention class."""
+    """Checkpoints of older diffusers versions, which had another attention class, are read too."""
     old = {}
     for name, array in tensors(reference()).items():
         for new_part, old_part in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
@@ -100,7 +100,7 @@ def test_full_size_names_and_shapes():
     ours = names.flat(nnx.eval_shape(lambda: build(SD)))
     shapes = {TABLE.torch_name(p): names.torch_shape(p, v.shape) for p, v in ours.items()}
     assert shapes == {name: tuple(t.shape) for name, t in theirs.items() if not TABLE.ignored(name)}
-    # Of 83.7 M in all: what is ignored is the decoder's.
+    # The whole VAE has 83.7 M parameters; those of the decoder are ignored.
     assert sum(t.numel() for t in theirs.values()) == 83_653_863
     assert sum(v.size for v in ours.values()) == 34_163_664
 

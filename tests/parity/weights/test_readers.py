@@ -96,19 +96,19 @@ class Bomb:
 
 def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path):
     torch.save({"a": CONTENT["b"], "bomb": Bomb(tmp_path / "ran")}, tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", "could run any code: save its state_dict")
+    refused(tmp_path / "a.pt", "could run any code: save only its state_dict")
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     refused(tmp_path / "b.pt", "fetch the file again|could run any code")
     with zipfile.ZipFile(tmp_path / "c.pt", "w") as archive:
         archive.writestr("c/data.pkl", pickle.dumps(Bomb(tmp_path / "ran"), protocol=2))
         archive.writestr("c/code/__torch__.py", "")
-    refused(tmp_path / "c.pt", "mkdir, which is no part of a CLIP archive")
+    refused(tmp_path / "c.pt", "mkdir, which is not part of a CLIP archive")
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_whole_pickled_model_is_refused(tmp_path):
     torch.save(torch.nn.Linear(3, 4), tmp_path / "model.pth")
-    refused(tmp_path / "model.pth", r"holds more than tensors.*state_dict")
+    refused(tmp_path / "model.pth", r"contains objects other than tensors.*state_dict")
 
 
 def test_files_of_another_kind(tmp_path):
@@ -121,9 +121,9 @@ def test_files_of_another_kind(tmp_path):
     refused(path, "fetch the file again")
     refused(tmp_path / "nothing.pt", "No such file")
     torch.save({"epoch": 3}, tmp_path / "epoch.pt")
-    refused(tmp_path / "epoch.pt", "holds no state dict")
+    refused(tmp_path / "epoch.pt", "has no state dict")
     save_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, path)
-    refused(path, "float weights are needed")
+    refused(path, "give a file of float weights")
 
 
 def test_missing_shard(tmp_path):
@@ -135,7 +135,7 @@ def test_missing_shard(tmp_path):
     (tmp_path / "m.safetensors.index.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         readers.weights_in(tmp_path, "m")
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         readers.weights_in(tmp_path, "other")
 
 
