@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from diva_jax import evals
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
@@ -98,13 +99,7 @@ def default(backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "
     c.log.every = 10  # Steps between progress lines, metrics.jsonl rows and TensorBoard points.
     c.log.tensorboard = True
 
-    c.eval = ConfigDict()
-    c.eval.every = 0  # Steps between evaluations in training, and one before the first and after the last; 0: none.
-    c.eval.data = ()  # "TASK=PATH" texts, tasks of diva_jax/evals: ("mmvp=data/MMVP_VLM", "feedback=data/photos").
-    c.eval.batch_size = 64  # Images at once, over all devices; no score depends on it.
-    c.eval.images = 64  # feedback: at most so many.
-    c.eval.draws = 4  # feedback: gradients of independent draws on the same images.
-    c.eval.tokenizer = ""  # Folder with the tokenizer's files; empty: that of backbone.source.
+    c.eval = evals.default()  # Fields: see evals.Settings, and the Options of each module in evals/tasks.
 
     c.compile_cache = "auto"  # Where compiled programs are kept: auto is WORKDIR/cache/compiled; "" keeps none.
     c.profile = ConfigDict()
@@ -184,7 +179,7 @@ def validate(config: ConfigDict, devices: int) -> None:
       UserError: an unknown field, or values that do not fit together.
     """
     known, given = _flatten(default().to_dict()), _flatten(config.to_dict())
-    if unknown := [k for k in given if k not in known]:
+    if unknown := [k for k in given if k not in known and not k.startswith("eval.")]:  # evals.parse checks those.
         raise UserError(f"unknown config field {listing(unknown)}: see diva_jax/config.py for all that exist")
     for field in (
         "steps",
@@ -197,11 +192,7 @@ def validate(config: ConfigDict, devices: int) -> None:
     ):
         if given[field] < 1:
             raise UserError(f"config.{field}={given[field]} must be at least 1")
-    if given["eval.every"] < 0 or bool(given["eval.every"]) != bool(given["eval.data"]):
-        raise UserError(
-            f"config.eval.every={given['eval.every']} with config.eval.data={given['eval.data']}: set both, every to "
-            "at least 1 and data to texts TASK=PATH, or neither"
-        )
+    evals.parse(config.eval)
     for field in ("dtype", "frozen_dtype"):
         if given[field] not in ("float32", "bfloat16", "float64"):
             raise UserError(f"config.{field}={given[field]!r}: use float32 or bfloat16")
