@@ -8,10 +8,10 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from diva_jax import objectives
+from diva_jax import evals, objectives
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.fields import Rule, at_least, one_of
+from diva_jax.common.fields import at_least, one_of
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
 from diva_jax.training.workdirs import WHOLE
@@ -107,13 +107,7 @@ def default(
     c.log.every = 10  # Steps between progress lines, metrics.jsonl rows and TensorBoard points.
     c.log.tensorboard = True
 
-    c.eval = ConfigDict()
-    c.eval.every = 0  # Steps between evaluations in training, and one before the first and after the last; 0: none.
-    c.eval.data = ()  # "TASK=PATH" texts, tasks of diva_jax/evals: ("mmvp=data/MMVP_VLM", "feedback=data/photos").
-    c.eval.batch_size = 64  # Images at once, over all devices; no score depends on it.
-    c.eval.images = 64  # feedback: at most so many.
-    c.eval.draws = 4  # feedback: gradients of independent draws on the same images.
-    c.eval.tokenizer = ""  # Folder with the tokenizer's files; empty: that of backbone.source.
+    c.eval = evals.default()  # Fields: see evals.Settings, and the Options of each module in evals/tasks.
 
     c.compile_cache = "auto"  # Where compiled programs are kept: auto is WORKDIR/cache/compiled; "" keeps none.
     c.profile = ConfigDict()
@@ -140,7 +134,7 @@ _RULES = (
     # float64 is for checks by finite differences, and needs JAX_ENABLE_X64.
     *(one_of(field, "float32", "bfloat16", "float64") for field in ("dtype", "frozen_dtype")),
     one_of("remat", "none", "vision", "all"),
-    Rule("profile.steps", lambda v: v >= 0, "0 (no trace) or more"),
+    at_least("profile.steps", 0),
 )
 
 
@@ -162,14 +156,10 @@ def validate(config: ConfigDict, devices: int) -> None:
         )
     known = fields.flatten(default(objective=config.objective).to_dict(), WHOLE)
     given = fields.flatten(config.to_dict(), WHOLE)
-    if unknown := [k for k in given if k not in known]:
+    if unknown := [k for k in given if k not in known and not k.startswith("eval.")]:
         raise UserError(f"unknown config field {listing(unknown)}: see diva_jax/config.py for all that exist")
     fields.require(given, _RULES)
-    if given["eval.every"] < 0 or bool(given["eval.every"]) != bool(given["eval.data"]):
-        raise UserError(
-            f"config.eval.every={given['eval.every']} with config.eval.data={given['eval.data']}: set both, every to "
-            "at least 1 and data to texts TASK=PATH, or neither"
-        )
+    evals.parse(config.eval)
     if hasattr(method, "validate"):
         method.validate(config)
     parts = devices * config.accum

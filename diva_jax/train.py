@@ -16,7 +16,7 @@ from diva_jax.common.errors import RunError
 from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
-from diva_jax.evals import evaluator
+from diva_jax.evals import evaluator, results
 from diva_jax.training import checkpoint, distributed, load, metrics, partition, sharding, workdirs
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program
@@ -226,7 +226,7 @@ class _Loop:
         took = time.perf_counter() - began
         if self.writer:
             self.writer.write(self.step, row)
-        say(f"evaluated step {self.step} in {took:.0f} s: {evaluator.summary(row)}")
+        say(f"evaluated step {self.step} in {took:.0f} s: {results.summary(row)}")
         for note in notes:
             say(f"  {note}")
         self.progress.paused(took)

@@ -1,59 +1,47 @@
-"""Checks of config fields: tables of what a field must be, and one sentence where it is not."""
+"""Checks of config fields: each owner of a section keeps one table of rules for its values."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from diva_jax.common.errors import UserError
 
-
-class Rule(NamedTuple):
-    """What one field must be.
-
-    Attributes:
-      field: its dotted name below the checked section.
-      holds: value -> whether it is allowed.
-      use: what to use instead, for the error: "1 or more".
-    """
-
-    field: str
-    holds: Callable[[Any], bool]
-    use: str
-
-
-def one_of(field: str, *values: Any) -> Rule:
-    """A rule that allows these values alone."""
-    return Rule(field, lambda v: v in values, " or ".join(str(v) for v in values))
+# Field, predicate of its value, and what the value must be as the end of a sentence: "must be at least 1".
+Rule = tuple[str, Callable[[Any], bool], str]
 
 
 def at_least(field: str, least: float) -> Rule:
     """A rule that allows numbers from `least` on."""
-    return Rule(field, lambda v: v >= least, f"{least} or more")
+    return field, lambda v: v >= least, f"must be at least {least}"
 
 
-def require(values: Mapping[str, Any], rules: Iterable[Rule], section: str = "config") -> None:
-    """Checks the fields of a section; rules of fields that it does not have are passed over.
+def one_of(field: str, *values: Any) -> Rule:
+    """A rule that allows these values alone."""
+    return field, lambda v: v in values, f"must be {' or '.join(map(str, values))}"
+
+
+def require(section: Mapping[str, Any], rules: Iterable[Rule], name: str = "config") -> None:
+    """Applies a table of rules to a section.
 
     Args:
-      values: dotted name -> value, as `flatten` returns them.
-      rules: the table.
-      section: of the fields, named in errors.
+      section: field (or dotted path, see `flatten`) -> value.
+      rules: see `Rule`; those of fields that the section does not have are passed over.
+      name: the section's path, such as `config.eval`, for the message.
 
     Raises:
-      UserError: the first field that is not what its rule allows.
+      UserError: a value breaks its rule.
     """
-    for rule in rules:
-        if rule.field in values:
-            value = values[rule.field]
+    for field, holds, sentence in rules:
+        if field in section:
             try:
-                holds = rule.holds(value)
-            except (TypeError, ValueError):  # A value of another type, e.g. a number where there must be a pair.
-                holds = False
-            if not holds:
-                raise UserError(f"{section}.{rule.field}={value!r}: use {rule.use}")
+                good = holds(section[field])
+            except (TypeError, ValueError):  # A value of another type, such as a number in place of a pair.
+                good = False
+            if not good:
+                raise UserError(f"{name}.{field}={section[field]!r} {sentence}")
 
 
 def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
-    """Nested sections -> {dotted name: value}; the sections named in `whole` are values themselves."""
+    """Nested sections -> {dotted path: value}; the sections named in `whole` are values themselves."""
     out = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -62,3 +50,9 @@ def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = 
         else:
             out[name] = value
     return out
+
+
+def unknown(section: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted paths of all fields of a section, at any depth, that `known` does not have."""
+    there = flatten(known, (), prefix)
+    return [field for field in flatten(section, (), prefix) if field not in there]

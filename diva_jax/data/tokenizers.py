@@ -167,7 +167,9 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
         raise UserError(f"{path} is missing: put it beside {folder / 'vocab.json'}") from e
     except (OSError, EOFError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path} is no tokenizer file of CLIP's ({e!r}): fetch it again") from e
-    raise UserError(f"{folder} has no tokenizer: it needs {_CLIP_FILES}; put them there or give --tokenizer=FOLDER")
+    raise UserError(
+        f"{folder} has no tokenizer: it needs {_CLIP_FILES}; put them there or set --config.eval.tokenizer=FOLDER"
+    )
 
 
 def build(text: TextSpec, folder: str | Path) -> Tokenizer:
@@ -190,7 +192,7 @@ def build(text: TextSpec, folder: str | Path) -> Tokenizer:
         if not any((folder / f).exists() for f in ("tokenizer.json", "spiece.model", "tokenizer.model")):
             raise UserError(
                 f"{folder} has no tokenizer: it needs tokenizer.json or spiece.model, with tokenizer_config.json; "
-                "put them there or give --tokenizer=FOLDER"
+                "put them there or set --config.eval.tokenizer=FOLDER"
             )
         tokenizer = SiglipTokenizer(folder, text.context_length)
     else:

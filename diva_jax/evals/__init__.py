@@ -1,126 +1,47 @@
-"""Evaluation tasks, each a module of this package found by its name, and what they write.
+"""Evaluation tasks: modules of `diva_jax.evals.tasks`, or any importable modules, found by name.
 
-A task module has `prepare(path, options) -> Task`. It reads and checks the data before any weights are loaded,
-and raises a UserError that names the file and row where something is wrong. A new task is a new module with
-that one function; `evaluate.py` needs no change.
-
-`DIR/results.json` of `python -m diva_jax.evaluate` (lists and numbers cut here; every path is absolute):
-
-    {
-      "schema": 1,
-      "created": "2026-01-31T12:00:00+00:00",
-      "versions": {"diva_jax": "0.1.0", "python": "3.11.9", "jax": "0.10.2", "flax": ..., "numpy": ..., "pillow": ...},
-      "devices": "8 x cpu",
-      "config": {...},
-      "options": {"batch_size": 64, "seeds": 10, "bootstrap": 10000, "seed": 0, "dtype": "float32"},
-      "weights": [
-        {"label": "openai", "source": "weights/vitl14", "step": null},
-        {"label": "runs/vitl14:4600", "source": "runs/vitl14", "step": 4600}
-      ],
-      "tasks": {
-        "mmvp": {
-          "title": "MMVP-VLM",
-          "data": "/data/MMVP_VLM",
-          "count": 135, "items": "pairs",
-          "metrics": {
-            "pooled": {"title": "pooled embedding", "unit": "%"},
-            "published": {"title": "published readout, cls + mean(random 76), l2", "unit": "%"}
-          },
-          "weights": {
-            "openai": {
-              "scores": {
-                "pooled": {"score": 19.26, "interval": [13.33, 25.93]},
-                "published": {"score": 19.7, "interval": [14.1, 25.6], "seeds": [20.0, 19.26], "seeds_std": 0.5}
-              },
-              "patterns": [
-                {"name": "Orientation and Direction", "count": 15, "scores": {"pooled": {...}, "published": {...}}}
-              ]
-            },
-            "runs/vitl14:4600": {...}
-          },
-          "comparisons": [
-            {
-              "before": "openai", "after": "runs/vitl14:4600",
-              "scores": {
-                "pooled": {
-                  "difference": 5.93, "interval": [0.74, 11.11],
-                  "mcnemar": {"won": 10, "lost": 2, "p": 0.0386}
-                }
-              },
-              "flipped": [
-                {
-                  "metric": "pooled", "item": 4, "group": "Orientation and Direction", "won": true,
-                  "images": ["/data/MMVP_VLM/MMVP_VLM_Images/.../9.jpg", "/data/.../10.jpg"],
-                  "texts": ["a photo of ...", "a photo of ..."],
-                  "before": [0.61, 0.55], "after": [0.61, 0.45]
-                }
-              ]
-            }
-          ]
-        },
-        "zeroshot": {... metrics acc1, acc5, mean_per_class_recall ...},
-        "retrieval": {... metrics image_retrieval_recall@1, ..., text_retrieval_recall@10 ...},
-        "drift": {... metric effective_rank; comparisons' metrics cosine, knn_overlap ...},
-        "feedback": {... metrics loss_own, gap_other, gap_text, gradient_cosine, gradient_snr; its weights have
-          "timesteps": [{"low": 0, "high": 100, "scores": {"gap_other": {"score": 0.002, "interval": [...]}}}] ...}
-      }
-    }
-
-`metrics` names every score and every compared figure of a task; `unit` is "%" or "". A comparison has a `difference`
-or, where it is itself the score (drift's cosine and knn_overlap), a `score`. `interval` is a 95% interval
-or null, `mcnemar` is null where a metric has no right and wrong, `patterns` and `flipped` are there where a task
-has them. The first of the weights is `before` in every comparison. In `flipped`, `before` and `after` are what
-the softmax gives image 1 under each of the two texts (right: above 0.5 for the first, not for the second). Weights may
-have `notes`: sentences for the reader, which `evaluate` prints.
-
-`DIR/predictions.csv` has every single score: the columns `task,weights,metric,seed,item,file,text,truth,predicted,
-score,correct`, then those that only some tasks have.
+A task module defines
+  `default() -> ConfigDict`: its options, which become `config.eval.<name>`; empty where it has none,
+  `RULES` (optional): what their values must be, a table as for `common.fields.require`,
+  `prepare(path, section, settings) -> Task`: reads and checks the data at `path` before any weights are loaded, and
+    raises a UserError that names the file and row where something is wrong. `section` is the task's own section of
+    `config.eval`, which it parses into a dataclass of its own; `settings` is the part that all tasks share.
+A new task is a new module; nothing else changes. docs/EVALUATION.md describes the files that an evaluation writes.
 """
 
+import abc
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from ml_collections import ConfigDict
+
+from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
 from diva_jax.evals import tasks
 
+_RULES = (
+    ("every", lambda n: n >= 0, "must be at least 0"),
+    ("batch_size", lambda n: n >= 1, "must be at least 1"),
+    ("bootstrap", lambda n: n >= 1, "must be at least 1"),
+    ("seed", lambda n: n >= 0, "must be at least 0"),
+    ("dtype", lambda name: name in ("float32", "bfloat16"), "must be float32 or bfloat16"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """How to evaluate, the same for every task.
+class Settings:
+    """The part of `config.eval` that all tasks share."""
 
-    Attributes:
-      batch_size: images (and texts) that go through a tower at once, over all devices; any number.
-      seeds: draws of random patches for a published readout that has some.
-      bootstrap: resamples behind an interval.
-      seed: of the draws and the resamples.
-      classes, templates: JSON files with class names and prompt templates for `zeroshot`; empty: the data's own.
-      neighbours: k of `drift`'s kNN overlap.
-      images: at most so many of the images of `feedback`, chosen by the seed; they are kept in memory.
-      draws: gradients of `feedback` on the same images.
-      dtype: what the towers compute in; "float32" asks for full precision of chips that would use less.
-    """
-
-    batch_size: int = 64
-    seeds: int = 10
-    bootstrap: int = 10_000
-    seed: int = 0
-    classes: str = ""
-    templates: str = ""
-    neighbours: int = 10
-    images: int = 256
-    draws: int = 4
-    dtype: str = "float32"
-
-    def __post_init__(self):
-        least = dict.fromkeys(("batch_size", "seeds", "bootstrap", "neighbours"), 1) | {"images": 2, "draws": 2}
-        for field, minimum in least.items():
-            if getattr(self, field) < minimum:
-                raise UserError(f"evaluation: {field}={getattr(self, field)} must be at least {minimum}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"evaluation: dtype={self.dtype!r} is not known: use float32 or bfloat16")
+    every: int = 0  # Training steps between evaluations, with one before the first and after the last step; 0: none.
+    data: tuple[str, ...] = ()  # What to evaluate while training: "TASK=PATH" texts, such as "mmvp=data/MMVP_VLM".
+    batch_size: int = 64  # Images (or texts) per forward pass, over all devices; any number, no score depends on it.
+    bootstrap: int = 10_000  # Resamples per interval.
+    seed: int = 0  # Of the resamples and of everything that a task draws.
+    dtype: str = "float32"  # Compute type of the towers; float32 uses the chip's full precision.
+    tokenizer: str = ""  # Folder with the tokenizer's files; empty: that of the weights.
 
 
 @dataclasses.dataclass
@@ -128,7 +49,7 @@ class Outcome:
     """What a task finds for one set of weights.
 
     Attributes:
-      results: goes into results.json as it is: `scores`, and whatever else the task reports.
+      results: goes into results.json unchanged: `scores`, and whatever else the task reports.
       rows: of predictions.csv.
       held: arrays that `Task.compare` needs; never written.
     """
@@ -138,19 +59,17 @@ class Outcome:
     held: dict[str, Any]
 
 
-class Task(Protocol):
-    """A task with its data at hand.
-
-    Two more methods are optional. `bind(config, mesh)` is called once, before any weights are loaded; it raises a
-    UserError where the task cannot be done with this config. `scalars(outcome)` gives the scores that the train loop
-    logs of an outcome, by their full key; a task that has it is not compared with the encoder that a run began with.
+class Task(abc.ABC):
+    """A task whose data has been read and checked.
 
     Attributes:
-      title: as a reader should see it.
-      data: where the data is, absolute.
+      title: name for the reader.
+      data: absolute path or spec of the data.
       count, items: how many of what ("pairs", "images").
-      metrics: name -> {"title", "unit"} of everything that `evaluate` and `compare` report.
+      metrics: name -> {"title", "unit"} of everything that `evaluate` and `compare` report; final once `bind` returns.
       texts: every text whose embedding `evaluate` will ask for.
+      compared_in_training: whether the train loop also logs how the scores differ from those of the encoder that the
+        run began with. (`python -m diva_jax.evaluate` always compares.)
     """
 
     title: str
@@ -158,26 +77,131 @@ class Task(Protocol):
     count: int
     items: str
     metrics: dict[str, dict[str, str]]
-    texts: Sequence[str]
+    texts: Sequence[str] = ()
+    compared_in_training: bool = True
 
+    def bind(self, config: ConfigDict, mesh) -> None:  # noqa: B027 - most tasks need nothing from the run.
+        """Called once, before any weights are loaded and before `evaluate`.
+
+        Args:
+          config: of `config.default`'s form.
+          mesh: the devices that evaluate.
+
+        Raises:
+          UserError: the task cannot be done with this config.
+        """
+
+    @abc.abstractmethod
     def evaluate(self, model) -> Outcome:
         """Scores one set of weights, an `encode.Model`."""
 
+    @abc.abstractmethod
     def compare(self, before: Outcome, after: Outcome) -> dict[str, Any]:
-        """Two weights on the same data: `scores`, `flipped` where there is something to show, `rows` for the CSV."""
+        """Compares two sets of weights on the same data.
+
+        Returns:
+          `scores`, each with a `difference` or, where the comparison is itself the score, a `score`; optionally
+          `flipped`, the items whose answer changed, and `rows` for predictions.csv.
+        """
+
+    def scalars(self, name: str, outcome: Outcome) -> dict[str, dict[str, Any]]:
+        """The scores that the train loop logs for an outcome, by their full key; `name` is the task's."""
+        return {f"eval/{name}/{metric}": score for metric, score in outcome.results["scores"].items()}
 
 
 def names() -> list[str]:
-    """Every task there is."""
+    """The tasks of this package."""
     return sorted(m.name for m in pkgutil.iter_modules(tasks.__path__))
+
+
+def short(name: str) -> str:
+    """A task's name in the config, in results and in logs: the last component of a dotted path."""
+    return name.rpartition(".")[2]
 
 
 def find(name: str):
     """The module of a task.
 
+    Args:
+      name: one of `names`, or the dotted path of any importable module that defines a task.
+
     Raises:
-      UserError: there is none of this name.
+      UserError: there is no such task.
     """
-    if name not in names():
-        raise UserError(f"--task={name} is not known: use {listing(names())}")
-    return importlib.import_module(f"{tasks.__name__}.{name}")
+    if "." not in name:
+        if name not in names():
+            raise UserError(f"the task {name} is not known: use {listing(names())}, or the dotted path of a module")
+        return importlib.import_module(f"{tasks.__name__}.{name}")
+    try:
+        module = importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"the task {name} cannot be imported ({e}): give a module that is on PYTHONPATH") from e
+    if lacks := [f for f in ("default", "prepare") if not hasattr(module, f)]:
+        raise UserError(f"the module {name} is not a task, it lacks {listing(lacks)}: see diva_jax/evals/__init__.py")
+    return module
+
+
+def default(others: Iterable[str] = ()) -> ConfigDict:
+    """The section `config.eval`: `Settings`, and below it the options of each task that has some.
+
+    Args:
+      others: dotted paths of further tasks.
+
+    Raises:
+      UserError: as `find`.
+    """
+    out = ConfigDict(dataclasses.asdict(Settings()))
+    for name in (*names(), *others):
+        if options := find(name).default():
+            out[short(name)] = options
+    return out
+
+
+def entries(data: Iterable[str]) -> dict[str, str]:
+    """Task -> path, from the TASK=PATH texts of `config.eval.data`.
+
+    Raises:
+      UserError: one of them does not have this form.
+    """
+    if wrong := [entry for entry in data if not all(entry.partition("="))]:
+        raise UserError(f"config.eval.data has {wrong[0]!r}, which is no TASK=PATH: write e.g. 'mmvp=data/MMVP_VLM'")
+    return dict(entry.split("=", 1) for entry in data)
+
+
+def parse(section: ConfigDict, wanted: Iterable[str] = ()) -> tuple[Settings, dict[str, ConfigDict]]:
+    """Checks `config.eval` and parses it.
+
+    Args:
+      section: of `default`'s form. A task outside this package may have no section; its defaults apply then.
+      wanted: the names or dotted paths of tasks to run; those that `data` names are checked too.
+
+    Returns:
+      (what all tasks share, {task as in `wanted`: its own section, complete and checked}).
+
+    Raises:
+      UserError: an unknown task or field, a value that its owner's rules refuse, or two tasks of one short name.
+    """
+    given, wanted = section.to_dict(), list(wanted)
+    others = [name for name in dict.fromkeys([*wanted, *entries(given["data"])]) if name not in names()]
+    modules = {name: find(name) for name in (*names(), *others)}
+    shared = [f.name for f in dataclasses.fields(Settings)]
+    taken = {*shared, *names()}
+    for name in others:
+        if short(name) in taken:
+            raise UserError(f"the task {name}: config.eval has another {short(name)!r}, rename the module")
+        taken.add(short(name))
+    known = default(others).to_dict()
+    if strange := fields.unknown(given, known, "eval."):
+        raise UserError(f"unknown config field {listing(strange)}: see diva_jax/evals for all that exist")
+    fields.require(given, _RULES, "config.eval")
+    if bool(given["every"]) != bool(given["data"]):
+        raise UserError(
+            f"config.eval.every={given['every']} with config.eval.data={given['data']}: set both, every to at least 1 "
+            "and data to texts TASK=PATH, or neither"
+        )
+    own = {}
+    for name, module in modules.items():
+        own[name] = ConfigDict(known.get(short(name), {}) | given.get(short(name), {}))
+        fields.require(own[name], getattr(module, "RULES", ()), f"config.eval.{short(name)}")
+    settings = Settings(**{field: given[field] for field in shared})
+    return settings, {name: own[name] for name in wanted}

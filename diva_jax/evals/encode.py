@@ -1,4 +1,4 @@
-"""Embeddings of images and texts over a mesh: fixed batches, the last one padded, whatever the number of devices."""
+"""Embeddings of images and texts over a mesh: batches of a fixed size, the last one padded, on any mesh."""
 
 import dataclasses
 import sys
@@ -17,7 +17,7 @@ from PIL import Image
 
 from diva_jax.data import images
 from diva_jax.data.preprocess import normalise, to_float
-from diva_jax.evals import Options
+from diva_jax.evals import Settings
 from diva_jax.evals.readout import Readout, parse_readout, patch_weights, read_out
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
@@ -56,30 +56,30 @@ class Towers:
     Args:
       spec: the backbone.
       mesh: batches are split over all of its devices.
-      options: batch size, seeds and dtype.
+      settings: batch size, seed and dtype.
 
     Attributes:
       vision, text: name -> ShapeDtypeStruct of the parameters wanted.
     """
 
-    def __init__(self, spec: Spec, mesh: Mesh, options: Options):
-        self.spec, self.mesh, self.options = spec, mesh, options
+    def __init__(self, spec: Spec, mesh: Mesh, settings: Settings):
+        self.spec, self.mesh, self.settings = spec, mesh, settings
         self.readout = parse_readout(spec.readout)
-        dtype = jnp.dtype(options.dtype)
+        dtype = jnp.dtype(settings.dtype)
         self._vision, self.vision = partition.disassemble(
             abstract(lambda rngs: backbones.build(spec, rngs=rngs, dtype=dtype))
         )
         self._text, self.text = partition.disassemble(abstract(lambda rngs: Text(spec, rngs=rngs, dtype=dtype)))
         devices = mesh.devices.size
-        self.batch = -(-options.batch_size // devices) * devices
+        self.batch = -(-settings.batch_size // devices) * devices
         self._rows = NamedSharding(mesh, sharding.BATCH)
         jit = partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
         self._encode_images = jit(self._image_step, static_argnames="readout")
         self._encode_texts = jit(self._text_step)
 
     def _precision(self):
-        # Chips multiply float32 in bfloat16 unless asked: an evaluation in float32 is one in float32.
-        return jax.default_matmul_precision("highest" if self.options.dtype == "float32" else "default")
+        # By default TPUs multiply float32 matrices in bfloat16; an evaluation in float32 must not.
+        return jax.default_matmul_precision("highest" if self.settings.dtype == "float32" else "default")
 
     def _image_step(self, arrays, pixels: Array, weights: Array | None, *, readout: Readout | None):
         """uint8 [B, S, S, 3] -> pooled [B, D] and, with a readout, its embeddings [B, K, D]."""
@@ -96,7 +96,7 @@ class Towers:
             return self._text.merge(arrays).encode(ids).astype(jnp.float32)
 
     def _put(self, rows: Mapping[int, np.ndarray], first: int, count: int, example: np.ndarray) -> Array:
-        """Rows first.. of the data as one global batch, zeros past the end; each process gives only its own."""
+        """The batch from row `first` on as a global array, zeros past the end; each process provides its own rows."""
 
         def piece(index):
             take = range(*index[0].indices(self.batch))
@@ -105,26 +105,27 @@ class Towers:
         return jax.make_array_from_callback((self.batch, *example.shape), self._rows, piece)
 
     def _batches(self, count: int) -> list[list[int]]:
-        """For each batch the rows that this process holds."""
+        """The rows that this process holds, per batch."""
         spans = self._rows.addressable_devices_indices_map((self.batch,)).values()
         mine = sorted({i for (span,) in spans for i in range(*span.indices(self.batch))})
         return [[b + i for i in mine if b + i < count] for b in range(0, count, self.batch)]
 
     def images(
-        self, arrays: Mapping[str, Array], read: Callable[[int], Image.Image], count: int, published: bool = False
+        self, arrays: Mapping[str, Array], read: Callable[[int], Image.Image], count: int, seeds: int = 0
     ) -> dict[str, np.ndarray]:
         """Embeddings of images 0..count-1.
 
         Args:
           arrays: the vision tower's parameters by name.
           read: image i, called from threads.
-          count: how many.
-          published: the spec's readout too.
+          count: the number of images.
+          seeds: draws of random patches for the spec's published readout; 0: the pooled embedding alone.
 
         Returns:
-          {"pooled": float32 [count, D]} and, where wanted, "published": [count, K, D].
+          {"pooled": float32 [count, D]} and, with seeds, "published": [count, K, D]; K is `seeds` for a readout that
+          draws patches, else 1.
         """
-        spec, readout = self.spec, self.readout if published else None
+        spec, readout = self.spec, self.readout if seeds else None
         example = np.zeros((spec.image_size, spec.image_size, 3), np.uint8)
         out, began = [], time.monotonic()
         told = began
@@ -136,9 +137,9 @@ class Towers:
             first = b * self.batch
             weights = None
             if readout and readout.patches is not None:
-                own = patch_weights(readout, spec.patches, list(rows), self.options.seeds, self.options.seed)
+                own = patch_weights(readout, spec.patches, list(rows), seeds, self.settings.seed)
                 per_row = dict(zip(rows, own, strict=True))
-                shape = (self.options.seeds if readout.random else 1, spec.patches)
+                shape = (seeds if readout.random else 1, spec.patches)
                 weights = self._put(per_row, first, count, np.zeros(shape, np.float32))
             result = self._encode_images(arrays, self._put(rows, first, count, example), weights, readout=readout)
             out.append({k: np.asarray(v) for k, v in result.items()})
@@ -162,13 +163,13 @@ class Model:
     """One set of weights, as tasks see it.
 
     Attributes:
-      label: what results call it.
+      label: its name in the results.
       config: of `config.default`'s form.
       towers: the compiled towers.
       arrays: name -> array of the run's parameters, `vision/...` and whatever else was trained.
       table: text -> row of `embeddings`.
       embeddings: of every text that a task has announced, float32 [T, D], not normalised.
-      borrowed: whose those of `arrays` are that these weights lack; empty: nobody's.
+      borrowed: the label of the weights that provide those of `arrays` that these lack; empty: none are missing.
     """
 
     label: str
@@ -183,10 +184,10 @@ class Model:
     def spec(self) -> Spec:
         return self.towers.spec
 
-    def images(self, read: Callable[[int], Image.Image], count: int, published: bool = False) -> dict[str, np.ndarray]:
+    def images(self, read: Callable[[int], Image.Image], count: int, seeds: int = 0) -> dict[str, np.ndarray]:
         """`Towers.images` with these weights."""
         vision = {n.removeprefix("vision/"): a for n, a in self.arrays.items() if n.startswith("vision/")}
-        return self.towers.images(vision, read, count, published)
+        return self.towers.images(vision, read, count, seeds)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts that the task announced in `Task.texts`, float32 [N, D], not normalised."""

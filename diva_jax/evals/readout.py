@@ -64,12 +64,12 @@ def l2(x: Array) -> Array:
 
 
 def read_out(readout: Readout, features: Features, weights: Array | None) -> Array:
-    """K image embeddings an image.
+    """K embeddings per image.
 
     Args:
-      readout: how.
+      readout: the parsed readout.
       features: tokens [B, P, D], pooled [B, D].
-      weights: of each patch in the mean, [B, K, P]; None where no patch counts.
+      weights: of each patch in the mean, [B, K, P]; None for a readout without patches.
 
     Returns:
       [B, K, D], float32; K is 1 without patches.
@@ -83,7 +83,18 @@ def read_out(readout: Readout, features: Features, weights: Array | None) -> Arr
 
 
 def patch_weights(readout: Readout, patches: int, rows: Sequence[int], seeds: int, seed: int) -> np.ndarray | None:
-    """Each patch's share in the mean, float32 [B, K, P]: of the image's own number and the seed alone."""
+    """Each patch's weight in the mean, float32 [B, K, P]; random ones depend only on the seed and the image's number.
+
+    Args:
+      readout: the parsed readout.
+      patches: P, the number of patch tokens.
+      rows: the numbers of the B images.
+      seeds: K, for a readout that draws patches; else K is 1.
+      seed: of the draws.
+
+    Returns:
+      The weights, or None for a readout without patches.
+    """
     if readout.patches is None:
         return None
     if not readout.random:

@@ -11,8 +11,8 @@ _CHUNK = 2**22  # Resampled counts held at once: 32 MB.
 def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Bootstrap means of N clusters with these sums and counts, [resamples].
 
-    How often each *distinct* cluster is drawn is multinomial, so equal ones need not be drawn one by one: 50,000
-    right-or-wrong answers cost as much as two.
+    The number of times that each *distinct* cluster is drawn is multinomial, so clusters of equal sum and count are
+    drawn together: the cost for 50,000 right or wrong answers is that of two.
     """
     levels, weights = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
     n = len(sums)
@@ -35,11 +35,11 @@ def bootstrap(
     """The 95% percentile bootstrap interval of a mean.
 
     Args:
-      values: [N], one an item.
-      resamples: how many.
+      values: [N], one per item.
+      resamples: the number of resamples.
       seed: the same seed gives the same interval.
       strata: [N] labels. The mean is then that of the strata's means, and items are drawn within each stratum:
-        for a benchmark that fixes how many items of each kind it has.
+        for a benchmark with a fixed number of items of each kind.
       clusters: [N] labels. Whole clusters are drawn: for items that are not independent, such as the captions of
         one image.
 
@@ -67,8 +67,8 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> dict[str, int | float]:
       before, after: [N], true where right.
 
     Returns:
-      won: items that only `after` has right; lost: only `before`; p: how likely a split as uneven is where each
-      of these falls to either side with probability 1/2 (1 where there are none).
+      won: the number of items that only `after` has right; lost: that only `before` has right; p: the probability of a
+      split at least as uneven if each of these were won or lost with probability 1/2 (1 where there are none).
     """
     before, after = np.asarray(before, bool), np.asarray(after, bool)
     won, lost = int((after & ~before).sum()), int((before & ~after).sum())
@@ -77,6 +77,7 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> dict[str, int | float]:
 
 
 def percent(interval: list[float]) -> list[float]:
+    """An interval of shares, in percent."""
     return [100 * x for x in interval]
 
 

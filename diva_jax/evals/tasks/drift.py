@@ -1,18 +1,34 @@
 """How far tuning has moved an encoder: embeddings before and after, on any folder of images.
 
-No labels and no texts. Cosine: of each image's embedding with the one it had. kNN overlap: the share of an image's k
-nearest neighbours (by cosine, itself left out) that it keeps. Effective rank (Roy and Vetterli, 2007): the
-exponential of the entropy of the normalised singular values; a collapsing encoder's falls.
+Neither labels nor texts are needed. Cosine: of each image's embedding before and after. kNN overlap: the share of the k
+nearest neighbours of an image (by cosine, without the image itself) that are the same before and after. Effective rank
+(Roy and Vetterli, 2007): the exponential of the entropy of the normalised singular values; it falls when an encoder
+collapses.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Options, Outcome, data, encode, stats
+from diva_jax.evals import Outcome, Settings, Task, data, encode, stats
 
 _QUERIES = 256
+RULES = (("neighbours", lambda k: k >= 1, "must be at least 1"),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The section `config.eval.drift`."""
+
+    neighbours: int = 10  # The k of the kNN overlap.
+
+
+def default() -> ConfigDict:
+    """The options and their defaults."""
+    return ConfigDict(dataclasses.asdict(Options()))
 
 
 def neighbours(x: np.ndarray, k: int) -> np.ndarray:
@@ -38,22 +54,22 @@ def effective_rank(x: np.ndarray) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-class Drift:
+class Drift(Task):
     """The task; see `evals.Task`."""
 
-    title, items, texts = "Drift", "images", ()
+    title, items = "Drift", "images"
 
-    def __init__(self, path: str, options: Options):
+    def __init__(self, path: str, options: Options, settings: Settings):
         root = Path(path).expanduser()
         if not root.is_dir():
-            raise UserError(f"--data=drift={path} is no folder: give one with images in it")
+            raise UserError(f"--data=drift={path} is not a folder: give one with images in it")
         paths = data.folder_images(root)
-        self.options, self.count, self.data = options, len(paths), str(root.resolve())
+        self.settings, self.count, self.data = settings, len(paths), str(root.resolve())
         self.k = options.neighbours
         if self.count <= self.k + 1:
             raise UserError(
                 f"{root} has {self.count} images, too few for {self.k} neighbours of each: give more images, or "
-                "a smaller --neighbours"
+                "a smaller --config.eval.drift.neighbours"
             )
         self.images = data.image_files(paths, [None] * self.count, root, rgb=False)
         self.metrics = {
@@ -63,7 +79,7 @@ class Drift:
         }
 
     def evaluate(self, model) -> Outcome:
-        """The effective rank; embeddings are kept for `compare`."""
+        """The effective rank; the embeddings are held for `compare`."""
         x = encode.unit(model.images(self.images.read, self.count)["pooled"])
         scores = {"effective_rank": {"score": effective_rank(x), "interval": None}}
         return Outcome(
@@ -71,10 +87,10 @@ class Drift:
         )
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
-        """Mean cosine and overlap with their intervals, and the change of effective rank; every image's as rows."""
+        """Mean cosine and overlap with intervals, the change of effective rank, and one row per image and metric."""
         cosine = (before.held["embeddings"] * after.held["embeddings"]).sum(axis=1)
         kept = overlap(before.held["neighbours"], after.held["neighbours"])
-        how = dict(resamples=self.options.bootstrap, seed=self.options.seed)
+        how = dict(resamples=self.settings.bootstrap, seed=self.settings.seed)
         rank = [o.results["scores"]["effective_rank"]["score"] for o in (before, after)]
         scores = {
             "cosine": {"score": stats.mean(cosine), "interval": stats.bootstrap(cosine, **how)},
@@ -89,6 +105,6 @@ class Drift:
         return {"scores": scores, "rows": rows}
 
 
-def prepare(path: str, options: Options) -> Drift:
-    """The task on `path`, a folder of images, however deep."""
-    return Drift(path, options)
+def prepare(path: str, section: ConfigDict, settings: Settings) -> Drift:
+    """The task on `path`, a folder of images with any depth of subfolders."""
+    return Drift(path, Options(**section), settings)

@@ -1,21 +1,23 @@
-"""Whether the diffusion feedback is signal or noise, which decides if DIVA can help an encoder at all.
+"""Whether the diffusion feedback is signal or noise, which decides if DIVA can improve an encoder.
 
-A U-Net that ignores its condition sends noise back, and noise makes an encoder worse. Two measurements, on any images:
+The gradient through a U-Net that ignores its condition is noise, and noise makes an encoder worse. Two measurements, on
+any images:
 
 Condition gap: the diffusion loss under the image's own condition, under another image's, under the text alone, with
 the same timesteps, noise and token draw for all three. `gap_other` and `gap_text` are how much higher the loss is
-without the image's own condition: above zero where the U-Net makes use of it. Each image has one timestep in each
-of ten bins. The other image is the next one in a fixed random circle through all images.
+without the image's own condition: above zero where the U-Net uses it. Each image has one timestep in each of ten bins.
+The other image is the next one in a fixed random cyclic order of all images.
 
 Agreement of gradients: images are taken in groups of eight; a group's gradient with respect to the trained
-parameters of the vision tower, as training takes it, is computed for R independent draws of timesteps, noise and
+parameters of the vision tower, as in training, is computed for R independent draws of timesteps, noise and
 tokens. `gradient_cosine` is the mean cosine c of two of them: for gradients that are a signal s, the same for each
 draw, plus independent noise n, c is |s|^2 / (|s|^2 + |n|^2), so that `gradient_snr`, c / (1 - c), is |s|^2 / |n|^2.
 
-Everything is computed in `config.dtype`, since it is the feedback of training that is judged. An image's random
-numbers depend on the seed and on its own number alone.
+Everything is computed in `config.dtype`, as in training. The random numbers of an image depend only on the seed and on
+the image's own number.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,11 +29,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from diva_jax import objectives
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import images, sources
-from diva_jax.evals import Options, Outcome, stats
+from diva_jax.evals import Outcome, Settings, Task, stats
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.training import sharding
 from diva_jax.training.step import Program
@@ -48,10 +51,27 @@ METRICS = {
     "gradient_snr": "signal-to-noise of the gradient",
 }
 _LOSSES = ("loss_own", "gap_other", "gap_text")
+RULES = (
+    ("images", lambda n: n >= 2, "must be at least 2"),
+    ("draws", lambda n: n >= 2, "must be at least 2"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The section `config.eval.feedback`."""
+
+    images: int = 256  # The largest number of images, chosen by the seed; they are kept in memory.
+    draws: int = 4  # Gradients of independent draws on the same images.
+
+
+def default() -> ConfigDict:
+    """The options and their defaults."""
+    return ConfigDict(dataclasses.asdict(Options()))
 
 
 def partners(count: int, seed: int) -> np.ndarray:
-    """Whose condition each image is given as another's, [count]: the next in a random circle, so never its own."""
+    """The image whose condition stands for another's, int [count]: the next in a random cycle, never itself."""
     order = np.random.default_rng(seed).permutation(count)
     out = np.empty(count, int)
     out[order] = np.roll(order, -1)
@@ -69,7 +89,7 @@ def mean_cosine(gradient: Callable, draws, like):
       like: a pytree of arrays as `gradient` returns.
 
     Returns:
-      (the mean cosine, nothing meaningful where a norm is zero; the R norms).
+      (the mean cosine, undefined where a norm is zero; the R norms).
     """
 
     def add(total, draw):
@@ -83,25 +103,28 @@ def mean_cosine(gradient: Callable, draws, like):
     return (optax.tree.norm(total, squared=True) - r) / (r * (r - 1)), norms
 
 
-class Feedback:
-    """The task; see `evals.Task`. `bind` comes before `evaluate`."""
+class Feedback(Task):
+    """The task; see `evals.Task`.
 
-    title, items, texts = "Diffusion feedback", "images", ()
+    It is not compared in training: the losses depend on the projection too, and that of the first step is not kept.
+    """
 
-    def __init__(self, path: str, options: Options):
+    title, items, compared_in_training = "Diffusion feedback", "images", False
+
+    def __init__(self, path: str, options: Options, settings: Settings):
         try:
             source = sources.open_source(path, quiet=jax.process_index() > 0)
         except UserError as e:
             raise UserError(str(e).replace("config.data.path", "--data=feedback")) from e
         if len(source) < 2:
             raise UserError(f"--data=feedback={path} has {len(source)} images: give at least 2")
-        self.options, self.data, self._source = options, path, source
-        # Not the first ones: data are often sorted by what is in them.
-        order = np.random.default_rng(options.seed).permutation(len(source))
+        self.options, self.settings, self.data, self._source = options, settings, path, source
+        # Not the first ones: data sets are often sorted by class.
+        order = np.random.default_rng(settings.seed).permutation(len(source))
         self._records = np.sort(order[: options.images])
         self.count = len(self._records)
         self.names = [source.name(int(i)) for i in self._records]
-        self.partners = partners(self.count, options.seed)
+        self.partners = partners(self.count, settings.seed)
         self.metrics = {name: {"title": title, "unit": ""} for name, title in METRICS.items()}
         self.group = min(GROUP, self.count)
 
@@ -143,7 +166,7 @@ class Feedback:
         return images.prepare(image, c.image_size, "shortest", "bicubic")
 
     def _put(self, numbers: Sequence[int]) -> jax.Array:
-        """These images as one global batch; each process gives only its own rows."""
+        """These images as one global batch; each process provides only its own rows."""
 
         def piece(index):
             return np.stack([self._pixels[numbers[i]] for i in range(*index[0].indices(len(numbers)))])
@@ -151,8 +174,8 @@ class Feedback:
         return jax.make_array_from_callback((len(numbers), *self._pixels[0].shape), self._rows, piece)
 
     def _keys(self, use: int, numbers: Sequence[int]) -> np.ndarray:
-        """Key data, one an image, of the seed, the use and the image's number alone."""
-        key = jax.random.fold_in(jax.random.key(self.options.seed), use)
+        """Key data, one key per image; it depends only on the seed, the use and the image's number."""
+        key = jax.random.fold_in(jax.random.key(self.settings.seed), use)
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers))
         return np.asarray(jax.random.key_data(keys))
 
@@ -177,7 +200,7 @@ class Feedback:
             return mean_cosine(gradient, keys, trained)
 
     def _arrays(self, model) -> tuple[dict[str, jax.Array], list[str]]:
-        """(every parameter of the objective, sentences on where they come from if that needs saying)."""
+        """(every parameter of the objective, notes on parameters that these weights do not have)."""
         wanted = self.program.arrays
         mine = {n: a for n, a in model.arrays.items() if n in wanted}
         if wrong := [n for n, a in mine.items() if a.shape != wanted[n].shape]:
@@ -196,7 +219,7 @@ class Feedback:
         return {n: self._frozen[n] for n in missing} | mine, notes
 
     def _condition_losses(self, arrays, batch: int) -> dict[str, np.ndarray]:
-        """Own, other and text -> [N, BINS] float64; the last batch is filled up with the first image."""
+        """{"own", "other", "text"} -> float64 [N, BINS]; the last batch is padded with the first image."""
         found = []
         for first in range(0, self.count, batch):
             rows = [i if i < self.count else 0 for i in range(first, first + batch)]
@@ -206,9 +229,9 @@ class Feedback:
         return {name: np.concatenate([f[name] for f in found])[: self.count] for name in found[0]}
 
     def _gradients(self, arrays) -> tuple[np.ndarray, np.ndarray]:
-        """(mean cosines [groups], norms [groups, R]); what does not fill a group is left out.
+        """(mean cosines [groups], norms [groups, R]); images that do not fill a group are left out.
 
-        A group is repeated until the devices divide it, which leaves its mean gradient as it is.
+        A group is repeated until its size is a multiple of the number of devices; its mean gradient stays the same.
         """
         copies = np.lcm(self.group, self.mesh.size) // self.group
         found = []
@@ -219,7 +242,7 @@ class Feedback:
         return np.array([c for c, _ in found], np.float64), np.stack([n for _, n in found])
 
     def _interval(self, values: np.ndarray) -> dict[str, Any]:
-        how = dict(resamples=self.options.bootstrap, seed=self.options.seed)
+        how = dict(resamples=self.settings.bootstrap, seed=self.settings.seed)
         return {"score": stats.mean(values), "interval": stats.bootstrap(values, **how) if len(values) > 1 else None}
 
     def evaluate(self, model) -> Outcome:
@@ -269,17 +292,17 @@ class Feedback:
                 scores[name] = {"difference": found["score"], "interval": found["interval"], "mcnemar": None}
         return {"scores": scores}
 
-    def scalars(self, outcome: Outcome) -> dict[str, dict]:
-        """For the train loop: `feedback/METRIC`, and of each bin `feedback_by_timestep/METRIC/LOW-HIGH`."""
-        found = {f"feedback/{m}": s for m, s in outcome.results["scores"].items()}
+    def scalars(self, name: str, outcome: Outcome) -> dict[str, dict[str, Any]]:
+        """`feedback/METRIC`, and for each bin `feedback_by_timestep/METRIC/LOW-HIGH`."""
+        found = {f"{name}/{m}": s for m, s in outcome.results["scores"].items()}
         for b in outcome.results["timesteps"]:
             where = f"{b['low']:03}-{b['high'] - 1:03}"
-            found |= {f"feedback_by_timestep/{m}/{where}": s for m, s in b["scores"].items()}
+            found |= {f"{name}_by_timestep/{m}/{where}": s for m, s in b["scores"].items()}
         return found
 
 
 def zero_lines(scores: dict[str, dict]) -> list[str]:
-    """One plain sentence for every gap, and for the cosine, that is zero within its interval."""
+    """One sentence for every gap, and for the cosine, whose interval includes zero."""
     meaning = {
         "gap_other": "the U-Net does not see which image its condition is of, so its feedback is noise",
         "gap_text": "the U-Net gains nothing from the image's features over the text alone",
@@ -293,6 +316,6 @@ def zero_lines(scores: dict[str, dict]) -> list[str]:
     return out
 
 
-def prepare(path: str, options: Options) -> Feedback:
-    """The task on `path`: whatever `config.data.path` may be (tar shards, a folder of images, tfds:name/split)."""
-    return Feedback(path, options)
+def prepare(path: str, section: ConfigDict, settings: Settings) -> Feedback:
+    """The task on `path`, of any form that `config.data.path` may have."""
+    return Feedback(path, Options(**section), settings)

@@ -11,10 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Options, Outcome, data, encode, stats
+from diva_jax.evals import Outcome, Settings, Task, data, encode, stats
+from diva_jax.models.backbones import spec_of
 
 PATTERNS = (
     "Orientation and Direction",
@@ -32,12 +34,25 @@ ROWS = 2 * PER_PATTERN * len(PATTERNS)
 # As the hub, DIVA's authors and the benchmark's own README call it.
 FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 HEADER = ["Question ID", "Type", "Statement"]
-SCALE = 100.0  # Of the logits, in every published evaluation; it decides no answer.
+SCALE = 100.0  # Of the logits, in every published evaluation; no answer depends on it.
+RULES = (("seeds", lambda n: n >= 1, "must be at least 1"),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The section `config.eval.mmvp`."""
+
+    seeds: int = 10  # Draws of random patches for a published readout that averages some.
+
+
+def default() -> ConfigDict:
+    """The options and their defaults."""
+    return ConfigDict(dataclasses.asdict(Options()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One row of Questions.csv, `line` its line there."""
+    """One row of Questions.csv; `line` is its line in the file."""
 
     line: int
     id: int
@@ -78,10 +93,10 @@ def _question(path: Path, folder: Path, line: int, fields: list[str]) -> Questio
         raise UserError(f"{where}: a row has {', '.join(HEADER)}, none empty, but this one is {fields}")
     id_, type_, statement = fields
     if not (id_.isascii() and id_.isdigit()):
-        raise UserError(f"{where}: the Question ID {id_!r} is no number")
+        raise UserError(f"{where}: the Question ID {id_!r} is not a number")
     image = folder / type_ / f"{int(id_)}.jpg"
     if not image.is_file():
-        raise UserError(f"{where}: its image {image} does not exist: fetch it, or mend the row")
+        raise UserError(f"{where}: its image {image} does not exist: fetch it, or correct the row")
     return Question(line, int(id_), image, f"a photo of {statement}")
 
 
@@ -107,13 +122,13 @@ def read_questions(path: str) -> list[Question]:
             )
         for q in (first, second):
             if q.image in seen:
-                raise UserError(f"{file}, line {q.line}: question {q.id} is there twice, first in line {seen[q.image]}")
+                raise UserError(f"{file}, line {q.line}: question {q.id} appears twice, first in line {seen[q.image]}")
             seen[q.image] = q.line
     return questions
 
 
 def pair_scores(images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and what the softmax over a pair's images gives image 1.
+    """Logits, and the probability that the softmax over a pair's images gives to image 1.
 
     Args:
       images: [2N, D] embeddings as the readout leaves them, rows 2n and 2n+1 a pair.
@@ -137,13 +152,13 @@ def pairs_right(first: np.ndarray) -> np.ndarray:
     return says_first[..., ::2] & ~says_first[..., 1::2]
 
 
-class Mmvp:
+class Mmvp(Task):
     """The task; see `evals.Task`."""
 
     title, items = "MMVP-VLM", "pairs"
 
-    def __init__(self, path: str, options: Options):
-        self.options, self.questions = options, read_questions(path)
+    def __init__(self, path: str, options: Options, settings: Settings):
+        self.options, self.settings, self.questions = options, settings, read_questions(path)
         paths = [q.image for q in self.questions]
         self.images = data.image_files(paths, [None] * len(paths), paths[0].parent.parent, rgb=False)
         # A broken image is found before anything is loaded or scored.
@@ -158,14 +173,17 @@ class Mmvp:
             "published": {"title": "published readout", "unit": "%"},
         }
 
+    def bind(self, config: ConfigDict, mesh) -> None:
+        """Names the published readout of the config's backbone."""
+        self.metrics["published"]["title"] = f"published readout, {spec_of(config).readout}"
+
     def _read(self, i: int) -> Image.Image:
         return self.images.read(i)
 
-    def _score(self, right: np.ndarray, strata: np.ndarray | None, seed: int) -> dict:
+    def _score(self, right: np.ndarray, strata: np.ndarray | None) -> dict:
         """Score and interval in percent, from [K, N] pairs that are right under each of K draws."""
         share = right.mean(axis=0)
-        o = self.options
-        interval = stats.bootstrap(share, resamples=o.bootstrap, seed=seed, strata=strata)
+        interval = stats.bootstrap(share, resamples=self.settings.bootstrap, seed=self.settings.seed, strata=strata)
         out = {"score": 100 * stats.mean(share, strata), "interval": stats.percent(interval)}
         if len(right) > 1:
             seeds = [100 * stats.mean(r, strata) for r in right.astype(float)]
@@ -174,8 +192,7 @@ class Mmvp:
 
     def evaluate(self, model) -> Outcome:
         """Both readouts: per pattern, their mean, and every single probability."""
-        self.metrics["published"]["title"] = f"published readout, {model.spec.readout}"
-        found = model.images(self._read, ROWS, published=True)
+        found = model.images(self._read, ROWS, seeds=self.options.seeds)
         texts = model.texts(self.texts)
         embeddings = {"pooled": encode.unit(found["pooled"])[:, None], "published": found["published"]}
         scores, held, rows = {}, {}, []
@@ -184,9 +201,9 @@ class Mmvp:
             per_seed = [pair_scores(e[:, k], texts) for k in range(e.shape[1])]
             first = np.stack([p for _, p in per_seed])  # [K, 2N]
             right = pairs_right(first)
-            scores[metric] = self._score(right, self.strata, self.options.seed)
+            scores[metric] = self._score(right, self.strata)
             for i, pattern in enumerate(patterns):
-                pattern["scores"][metric] = self._score(right[:, self.strata == i], None, self.options.seed)
+                pattern["scores"][metric] = self._score(right[:, self.strata == i], None)
             held[metric] = {"first": first.mean(axis=0), "right": right}
             for k, (logits, p) in enumerate(per_seed):
                 rows += self._rows(model.label, metric, k, logits, p)
@@ -216,15 +233,15 @@ class Mmvp:
     def compare(self, before: Outcome, after: Outcome) -> dict:
         """Paired difference, interval, McNemar and the pairs that flipped.
 
-        A readout that draws has a share of its draws right for each pair; for McNemar and the flips a pair is right
-        where more than half of them are.
+        With a readout that draws patches, a pair is right under a share of the draws. McNemar's test and the flips
+        count it as right where more than half of the draws are.
         """
         scores, flipped = {}, []
         for metric in self.metrics:
             b, a = before.held[metric], after.held[metric]
             shares = b["right"].mean(axis=0), a["right"].mean(axis=0)
             difference = stats.paired(
-                *shares, resamples=self.options.bootstrap, seed=self.options.seed, strata=self.strata
+                *shares, resamples=self.settings.bootstrap, seed=self.settings.seed, strata=self.strata
             )
             was, now = (share > 0.5 for share in shares)
             scores[metric] = difference | {"mcnemar": stats.mcnemar(was, now)}
@@ -245,6 +262,6 @@ class Mmvp:
         }
 
 
-def prepare(path: str, options: Options) -> Mmvp:
+def prepare(path: str, section: ConfigDict, settings: Settings) -> Mmvp:
     """The task on `path`, the folder with Questions.csv and the images; everything there is checked first."""
-    return Mmvp(path, options)
+    return Mmvp(path, Options(**section), settings)

@@ -1,26 +1,35 @@
 """Image-text retrieval as CLIP_benchmark does it: recall@1, 5 and 10 in both directions.
 
-An image with several captions is found by each of them (image retrieval: one query a caption), and its own query
-(text retrieval) is answered by any one of them among the first k.
+In image retrieval each caption is a query whose answer is its image. In text retrieval each image is a query, answered
+by any of its captions among the first k.
 """
 
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Options, Outcome, data, encode, stats
+from diva_jax.evals import Outcome, Settings, Task, data, encode, stats
 
 AT = (1, 5, 10)
 _QUERIES = 256  # Ranked at once; fixed, so that the rounding of a score depends on nothing else.
 
 
+def default() -> ConfigDict:
+    """This task has no options."""
+    return ConfigDict()
+
+
 def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The place of the best right answer to each query, 0 the first; among equal scores the order of the answers.
+    """The rank of the best right answer to each query, from 0; equal scores are ranked in the order of the answers.
 
     Args:
       queries: [Q, D]. answers: [A, D].
-      right: [Q, A], bool, at least one a row.
+      right: bool [Q, A], at least one true per row.
+
+    Returns:
+      int [Q].
     """
     out = []
     for start in range(0, len(queries), _QUERIES):
@@ -43,19 +52,19 @@ def open_data(path: str) -> data.Images:
     return data.tars(where, "txt", str.splitlines)
 
 
-class Retrieval:
+class Retrieval(Task):
     """The task; see `evals.Task`."""
 
     title, items = "Retrieval", "images"
 
-    def __init__(self, path: str, options: Options):
-        self.options, self.images = options, open_data(path)
+    def __init__(self, path: str, settings: Settings):
+        self.settings, self.images = settings, open_data(path)
         self.count, self.data = len(self.images), str(Path(path).expanduser().resolve())
         self.texts = [caption for captions in self.images.targets for caption in captions]
         for name, captions in zip(self.images.names, self.images.targets, strict=True):
             if not captions:
                 raise UserError(f"{path}: {name} has no caption: remove the image or give it one")
-        # The image of each caption.
+        # The number of each caption's image.
         self.owner = np.repeat(np.arange(self.count), [len(c) for c in self.images.targets])
         # As in CLIP_benchmark, a metric is named after what is retrieved.
         self.metrics = {
@@ -68,10 +77,10 @@ class Retrieval:
         """Whether each query succeeds, and how to resample: an image's captions stay together."""
         what, k = metric.split("_")[0], int(metric.split("@")[1])
         clusters = self.owner if what == "image" else None
-        return held[what] < k, dict(clusters=clusters, resamples=self.options.bootstrap, seed=self.options.seed)
+        return held[what] < k, dict(clusters=clusters, resamples=self.settings.bootstrap, seed=self.settings.seed)
 
     def evaluate(self, model) -> Outcome:
-        """The recalls, and the place of the right answer to every query."""
+        """The recalls, and the rank of the right answer to every query."""
         texts = encode.unit(model.texts(self.texts))
         images = encode.unit(model.images(self.images.read, self.count)["pooled"])
         right = self.owner[:, None] == np.arange(self.count)  # [texts, images]
@@ -108,6 +117,6 @@ class Retrieval:
         return {"scores": scores}
 
 
-def prepare(path: str, options: Options) -> Retrieval:
+def prepare(path: str, section: ConfigDict, settings: Settings) -> Retrieval:
     """The task on `path`: tars in CLIP_benchmark's layout (Flickr30k, COCO), or a CSV file with image and caption."""
-    return Retrieval(path, options)
+    return Retrieval(path, settings)

@@ -4,16 +4,31 @@ A class is the mean of its prompts' normalised embeddings, normalised again; an 
 highest cosine.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.evals import Options, Outcome, data, encode, stats
+from diva_jax.evals import Outcome, Settings, Task, data, encode, stats
 
 _IMAGENET = Path(__file__).with_name("imagenet.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The section `config.eval.zeroshot`."""
+
+    classes: str = ""  # A JSON file of class names, or "imagenet"; empty: the data's own.
+    templates: str = ""  # A JSON file of prompt templates; empty: the data's own, or else ImageNet's.
+
+
+def default() -> ConfigDict:
+    """The options and their defaults."""
+    return ConfigDict(dataclasses.asdict(Options()))
 
 
 def imagenet(what: str) -> list[str]:
@@ -22,19 +37,24 @@ def imagenet(what: str) -> list[str]:
 
 
 def class_names(given: str, found: data.Images) -> list[str]:
-    """The classes by label.
+    """The class names by label.
 
     Args:
-      given: `Options.classes`: "imagenet", a JSON list by label, a JSON object folder name -> class name, or empty:
+      given: `Options.classes`; "imagenet", a JSON list by label, a JSON object folder name -> class name, or empty:
         the data's own.
       found: the data.
 
     Raises:
       UserError: names are missing, or do not fit the labels.
     """
-    names = imagenet("classes") if given == "imagenet" else data.read_names(given) if given else found.classes
+    if given == "imagenet":
+        names = imagenet("classes")
+    else:
+        names = data.read_names(given) if given else found.classes
     if names is None:
-        raise UserError("the data names no classes (no classnames.txt): give --classes=FILE.json with a list of them")
+        raise UserError(
+            "the data names no classes (no classnames.txt): set --config.eval.zeroshot.classes=FILE.json with a list"
+        )
     if isinstance(names, dict):
         if missing := [c for c in found.classes or () if c not in names]:
             raise UserError(f"{given} has no name for {listing(missing, 5)}: add it")
@@ -43,7 +63,7 @@ def class_names(given: str, found: data.Images) -> list[str]:
     if not len(names) > labels.max() or labels.min() < 0:
         raise UserError(
             f"there are {len(names)} class names, but labels from {labels.min()} to {labels.max()}: "
-            "give --classes=FILE.json with a name for every label"
+            "set --config.eval.zeroshot.classes=FILE.json with a name for every label"
         )
     return list(names)
 
@@ -70,29 +90,29 @@ def prompts(given: str, found: data.Images, classes: list[str]) -> list[list[str
 
 
 def classifier(embeddings: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Prompt embeddings [sum(sizes), D], the classes one after the other -> unit class embeddings [C, D]."""
+    """Prompt embeddings [sum(sizes), D], ordered by class -> unit class embeddings [C, D]; `sizes` is per class."""
     ends = np.cumsum(sizes)
     parts = np.split(encode.unit(embeddings), ends[:-1])
     return encode.unit(np.stack([p.mean(axis=0) for p in parts]))
 
 
 def open_data(path: str) -> data.Images:
-    """tfds, tars in CLIP_benchmark's layout, or class folders, told apart by looking."""
+    """tfds, tars in CLIP_benchmark's layout, or class folders; the form is detected from the path and its contents."""
     if path.startswith("tfds:"):
         return data.tfds(path)
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"--data=zeroshot={path} is no folder: give tar shards, class folders or tfds:name/split")
+        raise UserError(f"--data=zeroshot={path} is not a folder: give tar shards, class folders or tfds:name/split")
     return data.tars(root, "cls", int) if data.has_tars(root) else data.class_folders(root)
 
 
-class ZeroShot:
+class ZeroShot(Task):
     """The task; see `evals.Task`."""
 
     title, items = "Zero-shot classification", "images"
 
-    def __init__(self, path: str, options: Options):
-        self.options, self.images = options, open_data(path)
+    def __init__(self, path: str, options: Options, settings: Settings):
+        self.settings, self.images = settings, open_data(path)
         self.classes = class_names(options.classes, self.images)
         texts = prompts(options.templates, self.images, self.classes)
         self._sizes = [len(t) for t in texts]
@@ -106,10 +126,10 @@ class ZeroShot:
         self.metrics["mean_per_class_recall"] = {"title": "mean per-class recall", "unit": "%"}
 
     def _of(self, metric: str, held: dict) -> tuple[np.ndarray, dict]:
-        """What a metric is the mean of, and how to resample it."""
+        """The values whose mean the metric is, and how to resample them."""
         values = held["top5" if metric == "acc5" else "top1"]
         strata = self.labels if metric == "mean_per_class_recall" else None
-        return values, dict(strata=strata, resamples=self.options.bootstrap, seed=self.options.seed)
+        return values, dict(strata=strata, resamples=self.settings.bootstrap, seed=self.settings.seed)
 
     def evaluate(self, model) -> Outcome:
         """The scores, and the predicted class of every image."""
@@ -150,6 +170,6 @@ class ZeroShot:
         return {"scores": scores}
 
 
-def prepare(path: str, options: Options) -> ZeroShot:
+def prepare(path: str, section: ConfigDict, settings: Settings) -> ZeroShot:
     """The task on `path`: tfds:name/split, tars in CLIP_benchmark's layout, or a folder of class folders."""
-    return ZeroShot(path, options)
+    return ZeroShot(path, Options(**section), settings)

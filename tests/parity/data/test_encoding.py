@@ -13,7 +13,7 @@ from PIL import Image
 from diva_jax.common.errors import UserError
 from diva_jax.data import images
 from diva_jax.data.tokenizers import build
-from diva_jax.evals import Options, encode, encoders
+from diva_jax.evals import Settings, encode, encoders
 from diva_jax.models.backbones import TABLE
 from diva_jax.training import sharding
 
@@ -86,7 +86,7 @@ def test_an_unknown_resize_mode_is_refused():
 
 def embeddings(spec, folder, tokenizer, mesh):
     """Our image and text embeddings, from the files alone."""
-    towers = encode.Towers(spec, mesh, Options(batch_size=4))
+    towers = encode.Towers(spec, mesh, Settings(batch_size=4))
     loaded = encoders.load(str(folder), None, eval_config(spec, folder), mesh)
     vision = {n.removeprefix("vision/"): a for n, a in loaded.arrays.items()}
     found = towers.images(vision, lambda i: photograph(PHOTOGRAPHS[i]), len(PHOTOGRAPHS))["pooled"]

@@ -15,7 +15,7 @@ from PIL import Image
 from records import write_tar
 from sklearn.datasets import load_digits
 
-from diva_jax.evals import Options, encoders, evaluator
+from diva_jax.evals import encoders, evaluator
 from diva_jax.models.backbones.open_clip_config import to_open_clip
 from diva_jax.training import sharding
 from diva_jax.weights.writers import write_json
@@ -96,8 +96,9 @@ def theirs(exported, root, task):
 
 def ours(exported, root, task, batch_size=50):
     config = eval_config(CLIP, exported)
+    config.eval.update(bootstrap=500, batch_size=batch_size)
     mesh = sharding.make_mesh(config.mesh)
-    runner = evaluator.Evaluator(config, mesh, {task: str(root)}, Options(bootstrap=500, batch_size=batch_size))
+    runner = evaluator.Evaluator(config, mesh, {task: str(root)})
     loaded = encoders.load(str(exported), None, config, mesh)
     return runner.evaluate(runner.model("exported", loaded.arrays, loaded.text))[task]
 

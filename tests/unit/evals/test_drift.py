@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 from eval_data import encoded, patch
+from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Options
+from diva_jax.evals import Settings
 from diva_jax.evals.tasks import drift
-from diva_jax.evals.tasks.drift import prepare
 
 COUNT, DIM = 40, 12
-OPTIONS = Options(bootstrap=1000, neighbours=5)
+
+
+def prepare(path):
+    return drift.prepare(str(path), ConfigDict({"neighbours": 5}), Settings(bootstrap=1000))
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def task(tmp_path_factory):
         path = root / f"{i % 3}" / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encoded(patch(i)))
-    return prepare(str(root), OPTIONS)
+    return prepare(root)
 
 
 class Fake:
@@ -85,8 +88,8 @@ def test_effective_rank():
 
 
 def test_bad_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
-        prepare(str(tmp_path / "none"), OPTIONS)
+    with pytest.raises(UserError, match="is not a folder"):
+        prepare(tmp_path / "none")
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match="has 1 images, too few for 5 neighbours"):
-        prepare(str(tmp_path), OPTIONS)
+    with pytest.raises(UserError, match="has 1 images, too few for 5 neighbours.*--config.eval.drift.neighbours"):
+        prepare(tmp_path)

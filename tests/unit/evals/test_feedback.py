@@ -13,14 +13,14 @@ from flax import nnx
 from diva_jax import objectives
 from diva_jax.common.errors import UserError
 from diva_jax.data.preprocess import to_float
-from diva_jax.evals import Options, evaluator
+from diva_jax.evals import Settings, evaluator, results
 from diva_jax.evals.tasks import feedback
 from diva_jax.models.diffusion import schedule
 from diva_jax.objectives import diva
 from diva_jax.training import sharding
 
 COUNT = 11  # One group of gradients and three images over.
-OPTIONS = Options(bootstrap=400, batch_size=4, draws=3, seed=5)
+SEED = 5
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,18 @@ def folder(tmp_path_factory):
     return root
 
 
-def runner(folder, devices: int = 1, **options):
-    c = small.small_config()
+def config(**fields):
+    c = small.small_config(**fields)
+    c.eval.update(bootstrap=400, batch_size=4, seed=SEED)
+    c.eval.feedback.draws = 3
+    return c
+
+
+def runner(folder, devices: int = 1, batch_size: int = 4):
+    c = config()
+    c.eval.batch_size = batch_size
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
-    return evaluator.Evaluator(c, mesh, {"feedback": str(folder)}, Options(**vars(OPTIONS) | options))
+    return evaluator.Evaluator(c, mesh, {"feedback": str(folder)})
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +78,7 @@ def by_hand(run, arrays) -> dict[str, np.ndarray]:
     out = {k: np.zeros((COUNT, 10)) for k in ("own", "other", "text")}
     for i in range(COUNT):
         latents = seen[i][0]
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(OPTIONS.seed), 0), i)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 0), i)
         drawn = module.draw(key[None], latents.shape[1:], 10)
         for k in range(10):
             t = 100 * k + int(drawn.timesteps[k, 0]) // 10
@@ -122,7 +130,7 @@ def test_gradients_by_hand(one, found):
 
     flat = []
     for r in range(3):
-        key = jax.random.fold_in(jax.random.key(OPTIONS.seed), 1 + r)
+        key = jax.random.fold_in(jax.random.key(SEED), 1 + r)
         keys = jnp.stack([jax.random.fold_in(key, i) for i in range(8)])
         flat.append(np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient(vision, keys))]).astype(np.float64))
     unit = [g / np.linalg.norm(g) for g in flat]
@@ -175,7 +183,7 @@ def test_a_unet_that_ignores_its_condition(one, found):
     changed = one.tasks["feedback"].compare(found, silent)["scores"]
     assert set(changed) == {"loss_own", "gap_other", "gap_text"}
     tasks, _ = one.report([("x", {"feedback": found}), ("deaf", {"feedback": silent})])
-    text = evaluator.table(tasks)
+    text = results.table(tasks)
     lines = [line for line in text.splitlines() if "zero within its interval" in line and "deaf: " in line]
     assert len(lines) == 2 and all("\n" not in line for line in lines)
 
@@ -201,8 +209,8 @@ class Attentive(nnx.Module):
 def test_another_objective_that_heeds_its_condition(folder, monkeypatch):
     module = SimpleNamespace(build=lambda config, rngs: Attentive(), PRETRAINED={"vision": "vision"})
     monkeypatch.setattr(objectives, "find", lambda name: module)
-    c = small.small_config(trainable=(("vision/.*", 1.0),))
-    run = evaluator.Evaluator(c, sharding.make_mesh(c.mesh), {"feedback": str(folder)}, OPTIONS)
+    c = config(trainable=(("vision/.*", 1.0),))
+    run = evaluator.Evaluator(c, sharding.make_mesh(c.mesh), {"feedback": str(folder)})
     task = run.tasks["feedback"]
     heeds = outcome(run, {"vision/kernel": jnp.eye(3), "vision/bias": jnp.zeros(3)})
     scores = heeds.results["scores"]
@@ -239,10 +247,10 @@ def test_partners_are_never_oneself():
 
 def test_what_cannot_be_judged_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--data=feedback='.*none' does not exist"):
-        feedback.prepare(str(tmp_path / "none"), OPTIONS)
+        feedback.prepare(str(tmp_path / "none"), feedback.default(), Settings())
     (tmp_path / "a.png").write_bytes(encoded(patch(0)))
     with pytest.raises(UserError, match="has 1 images: give at least 2"):
-        feedback.prepare(str(tmp_path), OPTIONS)
+        feedback.prepare(str(tmp_path), feedback.default(), Settings())
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="the image b.png of .* cannot be read"):
         runner(tmp_path)

@@ -2,19 +2,22 @@
 
 import os
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from eval_data import write_mmvp
+from eval_data import CLIP, eval_config, write_mmvp
+from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Options
+from diva_jax.evals import Settings
 from diva_jax.evals.tasks import mmvp
-from diva_jax.evals.tasks.mmvp import FOLDERS, PATTERNS, prepare
+from diva_jax.evals.tasks.mmvp import FOLDERS, PATTERNS
 
-OPTIONS = Options(bootstrap=2000, seeds=3)
 ROWS = 270
+
+
+def prepare(path):
+    return mmvp.prepare(str(path), ConfigDict({"seeds": 3}), Settings(bootstrap=2000))
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +45,10 @@ class Fake:
         self.pooled = rng.integers(-1, 2, (ROWS, dim)).astype(np.float32) + [2, *[0] * (dim - 1)]
         self.published = rng.integers(-1, 2, (ROWS, seeds, dim)).astype(np.float32)
         self.text = rng.integers(-1, 2, (ROWS, dim)).astype(np.float32) + [*[0] * (dim - 1), 2]
-        self.label, self.spec = f"fake{seed}", SimpleNamespace(readout="cls + mean(random 5), l2")
+        self.label = f"fake{seed}"
 
-    def images(self, read, count, published):
-        assert count == ROWS and published
+    def images(self, read, count, seeds):
+        assert count == ROWS and seeds == 3
         return {"pooled": self.pooled, "published": self.published}
 
     def texts(self, texts):
@@ -72,7 +75,7 @@ def brute_force(images, texts):
 
 
 def test_scores_equal_brute_force_ties_included(original):
-    task, total_ties = prepare(str(original), OPTIONS), 0
+    task, total_ties = prepare(original), 0
     for seed in range(5):
         model = Fake(seed)
         found = task.evaluate(model)
@@ -106,8 +109,16 @@ def test_a_tie_is_an_answer_for_image_2():
     np.testing.assert_array_equal(first, [1, 1, 0, 0])
 
 
+def test_bind_names_the_published_readout(original):
+    task = prepare(original)
+    task.bind(eval_config(CLIP, original), None)
+    assert task.metrics["published"]["title"] == f"published readout, {CLIP.readout}"
+    titles = str(task.metrics)
+    assert set(task.evaluate(Fake(0)).results["scores"]) == set(task.metrics) and str(task.metrics) == titles
+
+
 def test_every_score_is_in_the_rows(original):
-    task, model = prepare(str(original), OPTIONS), Fake(0)
+    task, model = prepare(original), Fake(0)
     found = task.evaluate(model)
     assert len(found.rows) == ROWS * (1 + 3)
     for row in found.rows:
@@ -120,7 +131,7 @@ def test_every_score_is_in_the_rows(original):
 
 
 def test_comparison_of_two_weights(original):
-    task = prepare(str(original), OPTIONS)
+    task = prepare(original)
     before, after = task.evaluate(Fake(1)), task.evaluate(Fake(2))
     found = task.compare(before, after)
     b, a = before.held["pooled"]["right"][0], after.held["pooled"]["right"][0]
@@ -179,10 +190,10 @@ BAD_TABLES = {
     "swapped first ones": (swap(1, 3), "lines 2 and 3: a pair is"),
     "a row lost": (lambda lines: lines.pop(9), "has 269 questions, MMVP-VLM has 270"),
     "a row twice": (lambda lines: lines.insert(9, lines[9]), "has 271 questions"),
-    "a pair twice": (lambda lines: lines.__setitem__(slice(3, 5), lines[1:3]), "line 4: question 1 is there twice"),
+    "a pair twice": (lambda lines: lines.__setitem__(slice(3, 5), lines[1:3]), "line 4: question 1 appears twice"),
     "wrong id, no image": (put(5, "999,Orientation,x"), r"line 6: its image .*Orientation.999.jpg does not exist"),
     "wrong id, an image": (put(6, "8,Orientation,x"), "lines 6 and 7: a pair is"),
-    "id no number": (put(6, "six,Orientation,x"), "line 7: the Question ID 'six' is no number"),
+    "id no number": (put(6, "six,Orientation,x"), "line 7: the Question ID 'six' is not a number"),
     "wrong type": (put(6, "6,Presence,x"), "line 7: its image .* does not exist"),
     "empty statement": (put(6, "6,Orientation,"), "line 7: a row has Question ID, Type, Statement, none empty"),
     "a column more": (put(6, "6,Orientation,x,y"), "line 7: a row has"),
@@ -196,7 +207,7 @@ def test_a_bad_table_is_refused(root, case):
     change, says = BAD_TABLES[case]
     edit(root, change)
     with pytest.raises(UserError, match=says):
-        prepare(str(root), OPTIONS)
+        prepare(root)
 
 
 def test_bad_images_are_refused(root):
@@ -204,16 +215,16 @@ def test_bad_images_are_refused(root):
     data = image.read_bytes()
     image.unlink()
     with pytest.raises(UserError, match=r"line 214: its image .*213.jpg does not exist"):
-        prepare(str(root), OPTIONS)
+        prepare(root)
     for broken in (b"", b"no image", data[: len(data) // 2]):
         image.write_bytes(broken)
         with pytest.raises(UserError, match=r"the image .*213.jpg cannot be read"):
-            prepare(str(root), OPTIONS)
+            prepare(root)
 
 
 def test_missing_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="Questions.csv does not exist: give --data=mmvp=FOLDER"):
-        prepare(str(tmp_path), OPTIONS)
+        prepare(tmp_path)
     (tmp_path / "Questions.csv").write_text("")
     with pytest.raises(UserError, match="has none of the folders 'MLLM_VLM Images'"):
-        prepare(str(tmp_path), OPTIONS)
+        prepare(tmp_path)

@@ -6,13 +6,15 @@ from eval_data import encoded, patch
 from records import write_tar
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Options
+from diva_jax.evals import Settings
 from diva_jax.evals.tasks import retrieval
-from diva_jax.evals.tasks.retrieval import prepare
 
-OPTIONS = Options(bootstrap=1000)
 COUNT = 23
 CAPTIONS = [[f"caption {j} of {i}" for j in range(1 + i % 5)] for i in range(COUNT)]
+
+
+def prepare(path):
+    return retrieval.prepare(str(path), retrieval.default(), Settings(bootstrap=1000))
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def unit(x):
 
 
 def test_recalls_equal_sorting(table):
-    task = prepare(str(table), OPTIONS)
+    task = prepare(table)
     assert task.count == COUNT and task.texts == [c for captions in CAPTIONS for c in captions]
     model = Fake(0, task.texts)
     found = task.evaluate(model)
@@ -87,11 +89,11 @@ def test_tars_with_several_captions(tmp_path):
         members |= {f"s{i}.jpg": encoded(patch(i), "JPEG"), f"s{i}.txt": "\n".join(captions).encode()}
     write_tar(tmp_path / "test" / "0.tar", members)
     (tmp_path / "dataset_type.txt").write_text("retrieval\n")
-    task = prepare(str(tmp_path), OPTIONS)
+    task = prepare(tmp_path)
     assert task.images.targets == CAPTIONS and list(task.owner[:4]) == [0, 1, 1, 2]
     write_tar(tmp_path / "test" / "0.tar", members | {"s1.txt": b""})
     with pytest.raises(UserError, match=r"0.tar\[1\] has no caption"):
-        prepare(str(tmp_path), OPTIONS)
+        prepare(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -107,16 +109,16 @@ def test_bad_rows_are_refused(table, line, says):
     lines[2] = line
     table.write_text("\n".join(lines))
     with pytest.raises(UserError, match=says):
-        prepare(str(table), OPTIONS)
+        prepare(table)
 
 
 def test_bad_files_are_refused(table, tmp_path):
     table.write_text("file,caption\n1.png,x\n")
     with pytest.raises(UserError, match="has no column image"):
-        prepare(str(table), OPTIONS)
+        prepare(table)
     table.write_text("image,caption\n")
     with pytest.raises(UserError, match="has no rows"):
-        prepare(str(table), OPTIONS)
+        prepare(table)
     for path in (tmp_path / "none.csv", tmp_path):
         with pytest.raises(UserError, match="neither a folder of tar shards nor a CSV file"):
-            prepare(str(path), OPTIONS)
+            prepare(path)

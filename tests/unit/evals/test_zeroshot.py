@@ -10,16 +10,17 @@ from records import write_tar
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Options
+from diva_jax.evals import Settings
 from diva_jax.evals.tasks import zeroshot
-from diva_jax.evals.tasks.zeroshot import prepare
 
 NAMES = ["cat", "small dog", "bird", "cow", "fish", "ant"]
 LABELS = [0, 0, 0, 1, 2, 2, 3, 4, 4, 4, 4, 5, 5]
 
 
-def options(**kw):
-    return Options(bootstrap=1000, **kw)
+def prepare(path, **options):
+    section = zeroshot.default()
+    section.update(options)
+    return zeroshot.prepare(str(path), section, Settings(bootstrap=1000))
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ class Fake:
 
 
 def test_scores_equal_scikit_learns(folders):
-    task = prepare(str(folders), options())
+    task = prepare(folders)
     assert task.count == 13 and list(task.labels) == LABELS and len(task.texts) == 6 * 80
     assert task.texts[80] == "a bad photo of a small dog."
     model = Fake(task)
@@ -91,7 +92,7 @@ def test_scores_equal_scikit_learns(folders):
 
 
 def test_comparison(folders):
-    task = prepare(str(folders), options())
+    task = prepare(folders)
     before, after = task.evaluate(Fake(task, 0)), task.evaluate(Fake(task, 1))
     found = task.compare(before, after)["scores"]
     for metric, s in found.items():
@@ -104,7 +105,7 @@ def test_comparison(folders):
 def test_tars_in_clip_benchmarks_layout(tmp_path):
     root = write_tars(tmp_path / "tars")
     for path in (root, root / "test"):
-        task = prepare(str(path), options())
+        task = prepare(path)
         assert list(task.labels) == LABELS and task.texts[:3] == ["a cat", "the cat.", "a small dog"]
         assert task.images.read(12).size == patch(12).size
         assert task.images.names[9] == "10.tar[9]"
@@ -113,7 +114,7 @@ def test_tars_in_clip_benchmarks_layout(tmp_path):
 def test_fewer_than_five_classes_have_no_acc5(tmp_path):
     root = write_tars(tmp_path / "tars", labels=[i % 4 for i in LABELS])
     (root / "classnames.txt").write_text("a\nb\nc\nd\n")
-    assert set(prepare(str(root), options()).metrics) == {"acc1", "mean_per_class_recall"}
+    assert set(prepare(root).metrics) == {"acc1", "mean_per_class_recall"}
 
 
 @pytest.fixture(scope="module")
@@ -143,20 +144,20 @@ def tfds_dir(tmp_path_factory):
 
 
 def test_tfds(tfds_dir):
-    task = prepare(f"tfds:labelled/test?data_dir={tfds_dir}", options())
+    task = prepare(f"tfds:labelled/test?data_dir={tfds_dir}")
     assert sorted(task.labels) == LABELS and task.classes == NAMES
     sizes = sorted(task.images.read(i).size for i in range(task.count))
     assert sizes == sorted(patch(i).size for i in range(len(LABELS)))
     for spec in ("tfds:labelled", f"tfds:labelled/test?data_dir={tfds_dir}&where=x"):
         with pytest.raises(UserError, match="must read tfds:name/split"):
-            prepare(spec, options())
+            prepare(spec)
     for spec in (
         "tfds:labelled/train?data_dir={}",
         "tfds:labelled/test?label=x&data_dir={}",
         "tfds:none/test?data_dir={}",
     ):
         with pytest.raises(UserError, match="cannot be read"):
-            prepare(spec.format(tfds_dir), options())
+            prepare(spec.format(tfds_dir))
 
 
 def test_names_and_prompts_from_json(folders, tmp_path):
@@ -166,23 +167,23 @@ def test_names_and_prompts_from_json(folders, tmp_path):
         return str(path)
 
     (folders / "classnames.txt").unlink()
-    assert prepare(str(folders), options()).classes == [f"n{i:02d}" for i in range(6)]
-    assert prepare(str(folders), options(classes=written(NAMES))).classes == NAMES
+    assert prepare(folders).classes == [f"n{i:02d}" for i in range(6)]
+    assert prepare(folders, classes=written(NAMES)).classes == NAMES
     by_folder = {f"n{i:02d}": name for i, name in enumerate(NAMES)}
-    assert prepare(str(folders), options(classes=written(by_folder))).classes == NAMES
-    assert len(prepare(str(folders), options(classes="imagenet")).classes) == 1000
-    task = prepare(str(folders), options(templates=written(["one {c}"])))
+    assert prepare(folders, classes=written(by_folder)).classes == NAMES
+    assert len(prepare(folders, classes="imagenet").classes) == 1000
+    task = prepare(folders, templates=written(["one {c}"]))
     assert task.texts[1] == "one n01"
-    task = prepare(str(folders), options(templates=written({f"n{i:02d}": ["has fur"] * (i + 1) for i in range(6)})))
+    task = prepare(folders, templates=written({f"n{i:02d}": ["has fur"] * (i + 1) for i in range(6)}))
     assert task._sizes == [1, 2, 3, 4, 5, 6]
     for classes, says in (
         (NAMES[:3], "3 class names, but labels from 0 to 5"),
         ({"n00": "cat"}, "no name for n01, n02"),
     ):
         with pytest.raises(UserError, match=says):
-            prepare(str(folders), options(classes=written(classes)))
+            prepare(folders, classes=written(classes))
     with pytest.raises(UserError, match="cannot be read as JSON"):
-        prepare(str(folders), options(classes=str(tmp_path / "none.json")))
+        prepare(folders, classes=str(tmp_path / "none.json"))
     for templates, says in (
         (["a photo"], "has no {c}"),
         ({"n00": ["x"]}, "has no prompts for n01"),
@@ -190,7 +191,7 @@ def test_names_and_prompts_from_json(folders, tmp_path):
         ([1], "must hold a list"),
     ):
         with pytest.raises(UserError, match=says):
-            prepare(str(folders), options(templates=written(templates)))
+            prepare(folders, templates=written(templates))
 
 
 def test_imagenets_prompts_and_names():
@@ -229,18 +230,18 @@ def broken_tars(tmp_path, case):
 )
 def test_broken_tars_are_refused(tmp_path, case, says):
     with pytest.raises(UserError, match=says):
-        prepare(str(broken_tars(tmp_path, case)), options())
+        prepare(broken_tars(tmp_path, case))
 
 
 def test_broken_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
-        prepare(str(tmp_path / "nothing"), options())
+    with pytest.raises(UserError, match="is not a folder"):
+        prepare(tmp_path / "nothing")
     with pytest.raises(UserError, match="neither tar shards nor a folder of images"):
-        prepare(str(tmp_path), options())
+        prepare(tmp_path)
     (tmp_path / "a").mkdir()
     with pytest.raises(UserError, match="a has no image in it"):
-        prepare(str(tmp_path), options())
+        prepare(tmp_path)
     (tmp_path / "a" / "1.png").write_bytes(b"broken")
-    task = prepare(str(tmp_path), options())
+    task = prepare(tmp_path)
     with pytest.raises(UserError, match=r"the image .*1.png cannot be read"):
         task.images.read(0)

@@ -1,0 +1,105 @@
+"""What an evaluation writes and prints: results.json, predictions.csv and the table; see docs/EVALUATION.md."""
+
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diva_jax import __version__
+from diva_jax.common.errors import UserError
+
+COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
+
+
+def flat(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """`KEY`, and `KEY/low` and `KEY/high` where there is an interval, for each score or difference."""
+    out = {}
+    for key, s in scores.items():
+        out[key] = s["difference"] if "difference" in s else s["score"]
+        if s["interval"]:
+            out |= {f"{key}/low": s["interval"][0], f"{key}/high": s["interval"][1]}
+    return out
+
+
+def summary(row: Mapping[str, float]) -> str:
+    """`mmvp/pooled 25.93, feedback/gap_other 0.00021 (0.0001 to 0.0003)`: a row of `scalars`, without its bins."""
+
+    def text(key: str) -> str:
+        ends = [row.get(f"{key}/{end}") for end in ("low", "high")]
+        interval = "" if None in ends else " ({:.3g} to {:.3g})".format(*ends)
+        return f"{key.removeprefix('eval/')} {row[key]:.4g}{interval}"
+
+    shown = [k for k in row if k.startswith(("eval/", "feedback/")) and not k.endswith(("/low", "/high"))]
+    return ", ".join(map(text, shown))
+
+
+def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What results.json says of the evaluation itself.
+
+    Args:
+      config: the whole config.
+      options: those that the scores were computed with, `Evaluator.options`.
+    """
+    devices = jax.devices()
+    packages = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")
+    versions = {p: importlib.metadata.version(p) for p in packages}
+    return {
+        "schema": 1,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"diva_jax": __version__, "python": platform.python_version()} | versions,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "config": json.loads(config.to_json()),
+        "options": options,
+    }
+
+
+def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
+    """results.json and predictions.csv, each renamed into place once it is complete.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    extra = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "predictions.csv.tmp"
+        with open(partial, "w", encoding="utf-8", newline="") as f:
+            writer = csv.DictWriter(f, [*COLUMNS, *extra], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial, folder / "predictions.csv")
+        partial = folder / "results.json.tmp"
+        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False), "utf-8")
+        os.replace(partial, folder / "results.json")
+    except OSError as e:
+        raise UserError(f"--out={folder} cannot be written ({e}): use a folder that you may write") from e
+
+
+def _figure(s: Mapping[str, Any], unit: str) -> str:
+    """A score or difference with its interval: two decimals for %, else four significant digits."""
+    form = ".2f" if unit == "%" else ".4g"
+    text = f"{s['difference']:+{form}}" if "difference" in s else f"{s['score']:{form}}"
+    ends = "  [{}, {}]".format(*(f"{x:{form}}" for x in s["interval"])) if s["interval"] else ""
+    test = "  won {won}, lost {lost}, p = {p:.3g}".format(**s["mcnemar"]) if s.get("mcnemar") else ""
+    return f"{text:>8}{ends}{test}"
+
+
+def table(tasks: dict) -> str:
+    """The scores with their intervals, the differences, and the notes on each set of weights."""
+    lines = []
+    for task in tasks.values():
+        lines.append(f"{task['title']}: {task['count']} {task['items']}")
+        found = [(label, w["scores"]) for label, w in task["weights"].items()]
+        found += [(f"{c['before']} -> {c['after']}", c["scores"]) for c in task["comparisons"]]
+        for label, scores in found:
+            for metric, s in scores.items():
+                lines.append(f"  {label:<40}  {metric:<28}{_figure(s, task['metrics'][metric]['unit'])}")
+        lines += [f"  {label}: {note}" for label, w in task["weights"].items() for note in w.get("notes", [])]
+    return "\n".join(lines)
