@@ -44,7 +44,7 @@ def main() -> None:
     given = [encoders.resolve(source) for source in _WEIGHTS.value]
     labels, found = evaluator.labels_of(*zip(*given, strict=True)), []
     for label, loaded in encoders.each(given, labels, config, mesh):
-        model = runner.model(label, loaded.arrays, loaded.text, loaded.borrowed)
+        model = runner.model(label, loaded)
         found.append((label, runner.evaluate(model)))
         del loaded, model  # One set of weights on the devices at a time.
     tasks, rows = runner.report(found)

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 from PIL import Image
 
 from diva_jax.data import images
 from diva_jax.data.preprocess import normalise, to_float
 from diva_jax.evals import Settings
+from diva_jax.evals.encoders import Encoder
 from diva_jax.evals.readout import Readout, parse_readout, patch_weights, read_out
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
@@ -163,31 +163,26 @@ class Model:
     """One set of weights, as tasks see it.
 
     Attributes:
-      label: its name in the results.
-      config: of `config.default`'s form.
+      label: its name in results.
       towers: the compiled towers.
-      arrays: name -> array of the run's parameters, `vision/...` and whatever else was trained.
+      encoder: the weights.
       table: text -> row of `embeddings`.
       embeddings: of every text that a task has announced, float32 [T, D], not normalised.
-      borrowed: the label of the weights that provide those of `arrays` that these lack; empty: none are missing.
     """
 
     label: str
-    config: ConfigDict
     towers: Towers
-    arrays: Mapping[str, Array]
+    encoder: Encoder
     table: Mapping[str, int]
     embeddings: np.ndarray
-    borrowed: str = ""
 
     @property
     def spec(self) -> Spec:
         return self.towers.spec
 
-    def images(self, read: Callable[[int], Image.Image], count: int, seeds: int = 0) -> dict[str, np.ndarray]:
+    def images(self, read: Callable[[int], Image.Image], count: int, published: bool = False) -> dict[str, np.ndarray]:
         """`Towers.images` with these weights."""
-        vision = {n.removeprefix("vision/"): a for n, a in self.arrays.items() if n.startswith("vision/")}
-        return self.towers.images(vision, read, count, seeds)
+        return self.towers.images(self.encoder.vision, read, count, published)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts that the task announced in `Task.texts`, float32 [N, D], not normalised."""

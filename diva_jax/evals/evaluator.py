@@ -13,7 +13,9 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.data import tokenizers
 from diva_jax.evals import Outcome, encoders, results
 from diva_jax.evals.encode import Model, Towers
+from diva_jax.evals.encoders import Encoder
 from diva_jax.models.backbones import spec_of
+from diva_jax.weights import parts
 
 
 def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
@@ -83,34 +85,45 @@ class Evaluator:
         self.towers = Towers(spec_of(config), mesh, self.settings)
         texts = dict.fromkeys(text for task in self.tasks.values() for text in task.texts)
         self._rows = {text: i for i, text in enumerate(texts)}
-        self._embeddings, self._before = {}, None
+        self._ids, self._embeddings, self._before = {}, {}, None
 
-    def _texts(self, source: str) -> np.ndarray:
-        """Embeddings of every text that a task needs, by the source's text tower, which is freed afterwards."""
+    def _texts(self, encoder: Encoder) -> np.ndarray:
+        """Embeddings of every text that a task needs, by the encoder's text tower.
+
+        That of a source is loaded, freed afterwards, and its embeddings are kept.
+        """
         if not self._rows:
             return np.zeros((0, 0), np.float32)
+        source, spec = encoder.source, self.towers.spec
+        if source not in self._ids:
+            folder = self.settings.tokenizer or parts.tokenizer_folder(source, "--weights")
+            self._ids[source] = tokenizers.build(spec.text, folder)(list(self._rows))
+        if encoder.text is not None:
+            return self.towers.texts(encoder.text, self._ids[source])
         if source not in self._embeddings:
-            arrays, folder = encoders.text(source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
-            tokenize = tokenizers.build(self.towers.spec.text, self.settings.tokenizer or folder)
-            self._embeddings[source] = self.towers.texts(arrays, tokenize(list(self._rows)))
+            arrays = encoders.tower("text", source, spec, self.mesh, self.config.mesh.min_shard)
+            self._embeddings[source] = self.towers.texts(arrays, self._ids[source])
         return self._embeddings[source]
 
-    def model(self, label: str, arrays: Mapping[str, jax.Array], text: str, borrowed: str = "") -> Model:
-        """Weights as tasks see them; `text` is the source of their text tower, `borrowed` as in `Model`."""
-        return Model(label, self.config, self.towers, arrays, self._rows, self._texts(text), borrowed)
+    def model(self, label: str, encoder: Encoder) -> Model:
+        """Weights as tasks see them."""
+        return Model(label, self.towers, encoder, self._rows, self._texts(encoder))
 
     def evaluate(self, model: Model) -> dict[str, Outcome]:
         """The outcome of each task."""
         return {name: task.evaluate(model) for name, task in self.tasks.items()}
 
-    def scalars(self, params: Mapping[str, jax.Array]) -> tuple[dict[str, float], list[str]]:
+    def scalars(
+        self, towers: Mapping[str, Mapping[str, jax.Array]], params: Mapping[str, jax.Array]
+    ) -> tuple[dict[str, float], list[str]]:
         """For the train loop: every score of live parameters, and its difference from the run's initial encoder.
 
         The first call also evaluates that encoder, loaded from `config.backbone.source`. Every process of a run
         must call.
 
         Args:
-          params: name -> array, sharded as they are: `vision/...` and whatever else a task needs.
+          towers: the tuned towers, tower -> name -> array, see `Objective.towers`.
+          params: every parameter of the objective, name -> array, for tasks that judge the objective itself.
 
         Returns:
           ({key: value}, notes for the reader). The keys are those of `Task.scalars`, usually `eval/<task>/<metric>`,
@@ -120,10 +133,11 @@ class Evaluator:
         source, out, notes = self.config.backbone.source, {}, []
         compared = {name: task for name, task in self.tasks.items() if task.compared_in_training}
         if self._before is None and compared:
-            original = encoders.vision(source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
-            before = self.model("before", {**params, **original}, source)
+            vision = encoders.tower("vision", source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
+            before = self.model("before", Encoder(vision, None, source, {}, source))
             self._before = {name: task.evaluate(before) for name, task in compared.items()}
-        for name, after in self.evaluate(self.model("now", params, source)).items():
+        now = Encoder(towers["vision"], towers.get("text"), source, params, source)
+        for name, after in self.evaluate(self.model("now", now)).items():
             notes += after.results.get("notes", [])
             out |= results.flat(self.tasks[name].scalars(name, after))
             if name in compared:

@@ -8,8 +8,8 @@ An objective module defines
   `stages(config) -> tuple[Stage, ...]` (optional): default one stage that trains `config.trainable`;
   `validate(config) -> None` (optional): raises a `UserError` for fields that do not fit together.
 
-A diffusion objective may have one more method for the evaluation task `feedback`, `condition_losses(batch, keys,
-edges)`, as `diva.Objective` has it.
+A diffusion objective of images alone may have two more members for the evaluation task `feedback`, as `diva.Objective`
+has them: `condition_losses(batch, keys, edges)`, and `timesteps`, their number.
 """
 
 import importlib

@@ -128,6 +128,11 @@ class Objective(contract.Objective):
         """{"image": uint8 [S, S, 3] at the VAE's resolution}."""
         return {"image": inputs.Image(self.image_size)}
 
+    @property
+    def timesteps(self) -> int:
+        """Of the noise schedule: timesteps are 0 to this, exclusive."""
+        return self.diffusion.scheduler.num_train_timesteps
+
     def pretrained(self) -> Mapping[str, parts.Part]:
         """All but `visual_proj`."""
         d = self.diffusion

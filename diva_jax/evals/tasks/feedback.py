@@ -31,14 +31,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from diva_jax import objectives
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import images, sources
 from diva_jax.evals import Outcome, Settings, Task, stats
-from diva_jax.models.diffusion.schedule import ScheduleConfig
-from diva_jax.training import sharding
+from diva_jax.training import load, sharding
 from diva_jax.training.step import Program
-from diva_jax.weights import parts
 
 BINS = 10
 GROUP = 8  # Images of one gradient.
@@ -136,17 +133,21 @@ class Feedback(Task):
         """
         self.config, self.mesh = config, mesh
         self.program = Program(config, mesh)
-        kinds = objectives.find(config.objective).PRETRAINED
-        towers = tuple(f"{attribute}/" for attribute, kind in kinds.items() if kind == "vision")
-        self._encoder = [n for n in self.program.trained if n.startswith(towers)]
-        module = self.program.skeleton.merge(self.program.arrays)
-        if not hasattr(module, "condition_losses") or not self._encoder:
-            lacks = "condition_losses" if self._encoder else "a vision tower that config.trainable trains"
+        objective = self.program.objective
+        needed = self.program.towers.needs("vision")
+        self._encoder = [n for n in self.program.trained if n in needed]
+        lacks = {
+            "condition_losses": not hasattr(objective, "condition_losses"),
+            "a vision tower that config.trainable trains": not self._encoder,
+            "a loss of images alone": set(objective.inputs) != {"image"},
+        }
+        if any(lacks.values()):
             raise UserError(
-                f"the task feedback cannot judge config.objective={config.objective!r}, which lacks {lacks}: leave "
-                "feedback out of the tasks, or give the objective what it lacks (see diva_jax/objectives)"
+                f"the task feedback cannot judge config.objective={config.objective!r}, which lacks "
+                f"{next(what for what, true in lacks.items() if true)}: leave feedback out of the tasks, or give the "
+                "objective what it lacks (see diva_jax/objectives)"
             )
-        steps = ScheduleConfig.from_dict(config.diffusion.scheduler.to_dict()).num_train_timesteps
+        steps = objective.timesteps
         self.edges = np.arange(BINS + 1) * steps // BINS
         self._frozen: dict[str, jax.Array] = {}
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -201,22 +202,39 @@ class Feedback(Task):
 
     def _arrays(self, model) -> tuple[dict[str, jax.Array], list[str]]:
         """(every parameter of the objective, notes on parameters that these weights do not have)."""
-        wanted = self.program.arrays
-        mine = {n: a for n, a in model.arrays.items() if n in wanted}
+        wanted, encoder = self.program.arrays, model.encoder
+        mine = {n: a for n, a in encoder.params.items() if n in wanted}
         if wrong := [n for n, a in mine.items() if a.shape != wanted[n].shape]:
             raise UserError(f"{model.label}: {listing(wrong, 3)} has another shape than --config says: give its config")
-        pretrained = objectives.find(self.config.objective).PRETRAINED
         missing = [n for n in wanted if n not in mine]
-        if load := [n for n in missing if n not in self._frozen]:
-            used = {n.split("/")[0] for n in load}
-            self._frozen |= parts.load(self.program, {a: k for a, k in pretrained.items() if a in used}, load)[0]
-        notes, own = [], sorted({n.split("/")[0] for n in missing} - set(pretrained))
-        if own:
+        arrays = self._loaded(missing, encoder.base) | mine
+        # Parameters that start fresh and are not part of the encoder: projections into the U-Net.
+        fresh = {n.split("/")[0] for n in missing if n not in load.owners(self.program)}
+        fresh -= {n.split("/")[0] for t in self.program.towers.shapes for n in self.program.towers.needs(t)}
+        notes = []
+        if fresh:
             seed = self.config.seed
-            notes = [f"these weights have no {listing(own)}: the random one of config.seed={seed} is used"]
-        elif model.borrowed:
-            notes = [f"these weights have no projection into the U-Net: the one trained by {model.borrowed} is used"]
-        return {n: self._frozen[n] for n in missing} | mine, notes
+            notes = [f"these weights have no {listing(sorted(fresh))}: the random one of config.seed={seed} is used"]
+        elif encoder.borrowed:
+            notes = [f"these weights have no projection into the U-Net: the one trained by {encoder.borrowed} is used"]
+        return arrays, notes
+
+    def _loaded(self, missing: Sequence[str], base: str) -> dict[str, jax.Array]:
+        """Parameters that weights lack, from their sources; `base` stands for `config.backbone.source`.
+
+        Those of other sources are the same for all weights, and kept.
+        """
+        program = self.program
+        if base != self.config.backbone.source:
+            config = self.config.copy_and_resolve_references()
+            config.backbone.source = base
+            program = Program(config, self.mesh)
+        parts, owners = program.objective.pretrained(), load.owners(program)
+        of_base = {n for n in missing if n in owners and parts[owners[n]].source == base}
+        if others := [n for n in missing if n not in of_base and n not in self._frozen]:
+            self._frozen |= load.initial_arrays(self.program, others, every_source=False)[0]
+        found = load.initial_arrays(program, of_base, every_source=False)[0] if of_base else {}
+        return {n: self._frozen[n] for n in missing if n not in of_base} | found
 
     def _condition_losses(self, arrays, batch: int) -> dict[str, np.ndarray]:
         """{"own", "other", "text"} -> float64 [N, BINS]; the last batch is padded with the first image."""
