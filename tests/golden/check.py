@@ -16,6 +16,7 @@ from flax import nnx
 
 from diva_jax import config
 from diva_jax.models import backbones
+from diva_jax.models.layers import abstract
 from diva_jax.objectives import condition, diva
 from diva_jax.training import partition
 from diva_jax.weights import clip, diffusers, names
@@ -101,7 +102,7 @@ def objective(name: str, z, sd):
     c.update(dtype="float32", frozen_dtype="float32", accum=1)
     c.diva.draws = len(z["losses"])
     c.diffusion.text_tokens = z["text_context"].shape[1]
-    module = nnx.eval_shape(lambda: diva.build(config.faithful(c), nnx.Rngs(0)))
+    module = abstract(lambda rngs: diva.Objective(config.faithful(c), rngs=rngs))
 
     def take(source, prefix):
         return {k[len(prefix) :]: source[k] for k in source.files if k.startswith(prefix)}

@@ -12,6 +12,8 @@ from diva_jax.costs import flops
 from diva_jax.models import backbones
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
+from diva_jax.models.layers import abstract
+from diva_jax.objectives import diva
 
 TERA = 1e12
 
@@ -39,14 +41,15 @@ def test_backbones(name, forward):
 
 
 def test_whole_step():
-    c = config.default("vitl14")
-    c.diva.backbone_passes = "faithful"
-    assert flops.per_image(c) / TERA == pytest.approx(5.43, rel=0.01)
-    c.diva.backbone_passes = "exact"
-    assert (flops.per_image(c) - flops.parts(c)["vae"]) / TERA == pytest.approx(3.83, rel=0.01)
-    one_draw = config.default("vitl14")
-    one_draw.diva.draws = 1
-    assert flops.parts(one_draw)["unet"] == flops.parts(c)["unet"] / 2
+    def counted(**fields):
+        c = config.default("vitl14")
+        c.diva.update(fields)
+        return abstract(lambda rngs: diva.Objective(c, rngs=rngs))
+
+    assert counted(backbone_passes="faithful").flops() / TERA == pytest.approx(5.43, rel=0.01)
+    exact, one_draw = counted(), counted(draws=1)
+    assert (exact.flops() - exact.flops_by_part()["vae"]) / TERA == pytest.approx(3.83, rel=0.01)
+    assert one_draw.flops_by_part()["unet"] == exact.flops_by_part()["unet"] / 2
 
 
 def traced(jaxpr, times=1):

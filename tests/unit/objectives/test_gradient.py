@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import small
 
-from diva_jax.objectives.diva import Diva
+from diva_jax.objectives.diva import Objective
 
 
 def test_finite_differences():
@@ -16,7 +16,7 @@ def test_finite_differences():
         frozen = {n: a for n, a in arrays.items() if n not in trained}
         rng = np.random.default_rng(1)
         pixels = rng.uniform(size=(2, 24, 24, 3))
-        module: Diva = p.skeleton.merge(arrays)
+        module: Objective = p.skeleton.merge(arrays)
         drawn = module.draw(jax.random.split(jax.random.key(0), 2), (12, 12, 4))
         drawn = drawn._replace(noise=rng.normal(size=drawn.noise.shape))
 

@@ -8,7 +8,7 @@ import pytest
 
 from diva_jax import config
 from diva_jax.common.errors import UserError
-from diva_jax.config import Stage
+from diva_jax.objectives import Stage
 from diva_jax.training import optim
 
 STAGE = Stage("tune", 100, 4700, 1e-4, ())

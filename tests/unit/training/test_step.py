@@ -8,11 +8,11 @@ import pytest
 import small
 
 from diva_jax import config
-from diva_jax.training import partition
+from diva_jax.training import partition, step
 
 
-def run(c, steps: int, devices: int = 1, wrap=lambda f: f):
-    """(losses, final state, frozen, first frozen values as numpy, first trained values as numpy)."""
+def run(c, steps: int, devices: int = 1):
+    """(losses, final state, frozen arrays, all initial values as numpy, the program)."""
     p = small.program(c, devices)
     arrays = small.random_arrays(p)
     state = p.init_state({n: jnp.copy(arrays[n]) for n in p.trained})
@@ -21,7 +21,7 @@ def run(c, steps: int, devices: int = 1, wrap=lambda f: f):
     losses, fns = [], {}
     for i in range(steps):
         stage = p.stage_at(i)
-        fns.setdefault(stage, p.step(stage, wrap))
+        fns.setdefault(stage, p.step(stage))
         state, metrics = fns[stage](state, frozen, small.batch(p, i))
         losses.append(float(metrics["loss"]))
         if i + 1 == p.stages[stage].end and stage + 1 < len(p.stages):
@@ -29,10 +29,11 @@ def run(c, steps: int, devices: int = 1, wrap=lambda f: f):
     return losses, state, frozen, before, p
 
 
-def test_twenty_steps_leave_frozen_leaves_bit_identical_and_trace_once():
+def test_twenty_steps_leave_frozen_leaves_bit_identical_and_trace_once(monkeypatch):
     chex.clear_trace_counter()
+    monkeypatch.setattr(step, "train_step", chex.assert_max_traces(step.train_step, n=1))
     c = small.small_config(steps=20)
-    losses, state, frozen, before, p = run(c, 20, wrap=chex.assert_max_traces(n=1))
+    losses, state, frozen, before, p = run(c, 20)
     for name, array in frozen.items():
         np.testing.assert_array_equal(np.asarray(array), before[name], err_msg=name)
     for name, array in state["params"].items():
@@ -109,15 +110,14 @@ def test_faithful_draws_weigh_as_the_authors_backward_passes():
 
 def test_same_image_same_draws_whatever_its_micro_batch():
     """Rows, not positions in a micro-batch, decide the random numbers; rows and steps differ."""
-    from diva_jax.training.step import image_keys
 
     key = jax.random.key_data(jax.random.key(3))
     rows = jnp.arange(6)
-    keys = image_keys(key, jnp.int32(5), rows)
-    shuffled = image_keys(key, jnp.int32(5), rows[::-1])
+    keys = step.image_keys(key, jnp.int32(5), rows)
+    shuffled = step.image_keys(key, jnp.int32(5), rows[::-1])
     assert (jax.random.key_data(keys)[::-1] == jax.random.key_data(shuffled)).all()
     assert len({tuple(k) for k in np.asarray(jax.random.key_data(keys)).tolist()}) == 6
-    assert not (jax.random.key_data(image_keys(key, jnp.int32(6), rows)) == jax.random.key_data(keys)).all()
+    assert not (jax.random.key_data(step.image_keys(key, jnp.int32(6), rows)) == jax.random.key_data(keys)).all()
 
 
 def test_remat_changes_nothing():
