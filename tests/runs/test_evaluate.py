@@ -13,17 +13,16 @@ import pytest
 import small
 from eval_data import CLIP, encoded, eval_config, patch, statement, write_mmvp
 from eval_models import centred, torch_model, write_model
+from eval_schema import EXAMPLE, check_documented
 from helpers import tensors
 
-from diva_jax import evals
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Options, encoders, evaluator
+from diva_jax.evals import encoders, evaluator, results
 from diva_jax.export import workdirs
 from diva_jax.training import checkpoint, sharding
 from diva_jax.weights.writers import write_safetensors
 
 TASKS = ("mmvp", "zeroshot", "retrieval", "drift")
-OPTIONS = Options(bootstrap=300, seeds=2, batch_size=32, neighbours=3)
 CONFIG = """
 import dataclasses
 import json
@@ -61,9 +60,17 @@ def base(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("weights") / "base", model)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def config(base):
-    return eval_config(CLIP, base)
+    return quick(base)
+
+
+def quick(base, batch_size: int = 32):
+    """The config of every evaluation here: few resamples and draws."""
+    c = eval_config(CLIP, base)
+    c.eval.update(bootstrap=300, batch_size=batch_size)
+    c.eval.mmvp.seeds, c.eval.drift.neighbours = 2, 3
+    return c
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +90,9 @@ def workdir(tmp_path_factory, base):
     return folder
 
 
-def run(config, data, sources, devices: int, **options):
+def run(config, data, sources, devices: int):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    runner = evaluator.Evaluator(config, mesh, data, Options(**(vars(OPTIONS) | options)))
+    runner = evaluator.Evaluator(config, mesh, data)
     found = []
     for source in sources:
         path, step = encoders.resolve(str(source))
@@ -114,8 +121,8 @@ def close(a, b, where="results"):
 
 
 @pytest.fixture(scope="module")
-def reference(config, data, base, workdir):
-    return run(config, data, [base, f"{workdir}:2", workdir], devices=8)
+def reference(data, base, workdir):
+    return run(quick(base), data, [base, f"{workdir}:2", workdir], devices=8)
 
 
 def test_results_have_the_documented_form(reference, workdir):
@@ -141,13 +148,13 @@ def test_results_have_the_documented_form(reference, workdir):
     assert tasks["drift"]["comparisons"][0]["scores"]["cosine"]["score"] < 0.999
     counts = {name: sum(r["task"] == name for r in rows) for name in TASKS}
     assert counts == {"mmvp": 3 * 270 * 3, "zeroshot": 3 * 21, "retrieval": 3 * (31 + 21), "drift": 2 * 2 * 21}
-    text = evaluator.table(tasks)
+    text = results.table(tasks)
     assert "base -> tuned:5" in text and "p = " in text and "MMVP-VLM: 135 pairs" in text
 
 
 @pytest.mark.parametrize("devices, batch", [(1, 20), (8, 1)])
-def test_same_results_on_any_devices_and_batch(reference, config, data, base, workdir, devices, batch):
-    tasks, _ = run(config, data, [base, f"{workdir}:2", workdir], devices, batch_size=batch)
+def test_same_results_on_any_devices_and_batch(reference, data, base, workdir, devices, batch):
+    tasks, _ = run(quick(base, batch), data, [base, f"{workdir}:2", workdir], devices)
     close(tasks, reference[0])
 
 
@@ -188,7 +195,7 @@ def command(tmp_path, config, *args):
 def test_the_command_twice(tmp_path, config, data, base, workdir, reference):
     args = [f"--weights={base}", f"--weights={workdir}:2", f"--weights={workdir}", f"--task={','.join(TASKS)}"]
     args += [f"--data={task}={path}" for task, path in data.items()]
-    args += ["--bootstrap=300", "--seeds=2", "--batch_size=50", "--neighbours=3"]
+    args += [f"--config.eval.{o}" for o in ("bootstrap=300", "mmvp.seeds=2", "batch_size=50", "drift.neighbours=3")]
     outs = [tmp_path / "a", tmp_path / "b" / "c"]
     for out in outs:
         done = command(tmp_path, config, *args, f"--out={out}")
@@ -196,18 +203,23 @@ def test_the_command_twice(tmp_path, config, data, base, workdir, reference):
         assert "Traceback" not in done.stderr and "base -> tuned:5" in done.stdout
         assert sorted(p.name for p in out.iterdir()) == ["predictions.csv", "results.json"]
     first, second = (json.loads((out / "results.json").read_text()) for out in outs)
-    for results in (first, second):
-        assert results.pop("created") and results.pop("seconds") > 0
+    check_documented(first, EXAMPLE)
+    for found in (first, second):
+        assert found.pop("created") and found.pop("seconds") > 0
     assert first == second
     assert (outs[0] / "predictions.csv").read_bytes() == (outs[1] / "predictions.csv").read_bytes()
-    assert first["schema"] == 1 and first["devices"].startswith("1 x ") and first["options"]["bootstrap"] == 300
+    assert first["schema"] == 1 and first["devices"].startswith("1 x ")
+    assert first["options"] == {
+        **{"batch_size": 50, "bootstrap": 300, "seed": 0, "dtype": "float32", "tokenizer": ""},
+        **{"mmvp": {"seeds": 2}, "zeroshot": {"classes": "", "templates": ""}, "drift": {"neighbours": 3}},
+    }
     assert [(w["label"], w["step"]) for w in first["weights"]] == [("base", None), ("tuned:2", 2), ("tuned:5", 5)]
     assert first["config"]["backbone"]["width"] == CLIP.width and "jax" in first["versions"]
     # One device in another process, eight here: the same scores.
     close(first["tasks"], json.loads(json.dumps(reference[0])))
     with open(outs[0] / "predictions.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert list(rows[0])[:11] == list(evaluator.COLUMNS) and len(rows) == len(reference[1])
+    assert list(rows[0])[:11] == list(results.COLUMNS) and len(rows) == len(reference[1])
 
 
 def test_the_commands_errors(tmp_path, config, data, base):
@@ -229,7 +241,8 @@ def test_the_commands_errors(tmp_path, config, data, base):
 def test_the_tokenizer_may_come_from_elsewhere(tmp_path, config, data, base):
     (tmp_path / "open_clip_model.safetensors").hardlink_to(base / "open_clip_model.safetensors")
     mesh = sharding.make_mesh(config.mesh)
-    runner = evaluator.Evaluator(config, mesh, {"mmvp": data["mmvp"]}, OPTIONS, tokenizer=str(base))
+    config.eval.tokenizer = str(base)
+    runner = evaluator.Evaluator(config, mesh, {"mmvp": data["mmvp"]})
     assert runner.model("bare", {}, str(tmp_path)).embeddings.shape == (270, CLIP.embed_dim)
 
 
@@ -253,9 +266,6 @@ def test_data_and_labels():
     assert evaluator.data_of(["drift", "mmvp"], ["mmvp=a=b", "drift=c"]) == {"drift": "c", "mmvp": "a=b"}
     assert evaluator.labels_of(["a/x", "b/y"], [None, 3]) == ["x", "y:3"]
     assert evaluator.labels_of(["a/x", "b/x/"], [None, None]) == ["a/x", "b/x/"]
-    assert evals.names() == sorted(evals.names()) and set(TASKS) <= set(evals.names())
-    with pytest.raises(UserError, match="--task=stats is not known: use drift, .*mmvp"):
-        evals.find("stats")
 
 
 def test_wrong_steps_and_backbones_are_refused(workdir, config, tmp_path):
@@ -277,7 +287,7 @@ def test_live_parameters_in_training(config, data, base, workdir):
     """Sharded over the mesh as training holds them; the first encoder is what they are compared with."""
     config.mesh.update(fsdp=4, min_shard=64)
     mesh = sharding.make_mesh(config.mesh)
-    runner = evaluator.Evaluator(config, mesh, {t: data[t] for t in ("mmvp", "drift")}, OPTIONS)
+    runner = evaluator.Evaluator(config, mesh, {t: data[t] for t in ("mmvp", "drift")})
     begun = encoders.load(str(base), None, config, mesh).arrays
     assert any(len(a.sharding.device_set) == 8 and not a.is_fully_replicated for a in begun.values())
     found, notes = runner.scalars(begun)

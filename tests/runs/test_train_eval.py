@@ -1,4 +1,4 @@
-"""Evaluation during training: what it logs, and that training notices nothing of it."""
+"""Evaluation during training: what it logs, and that it does not affect training."""
 
 import json
 import os
@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import small
 from eval_data import encoded, patch
+from eval_schema import EXAMPLE, check_documented
 from processes import finish, start_all
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Options, encoders, evaluator
+from diva_jax.evals import encoders, evaluator
 from diva_jax.report import training
 from diva_jax.report.inputs import read
 from diva_jax.train import Run
@@ -40,7 +41,8 @@ def config(files, **fields):
 
 def evaluating(files, photos):
     tasks = (f"feedback={files}/photos", f"drift={photos}")
-    return config(files, eval__every=2, eval__data=tasks, eval__images=9, eval__draws=2, eval__batch_size=8)
+    feedback = dict(eval__feedback__images=9, eval__feedback__draws=2)
+    return config(files, eval__every=2, eval__data=tasks, eval__batch_size=8, **feedback)
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -69,9 +71,10 @@ def ran(files, photos, tmp_path_factory):
 
 
 def test_two_processes_find_the_same_scores(ran, files, photos, tmp_path):
-    fields = ("steps=5", "diva.draws=2", "eval.every=5", "eval.images=9", "eval.draws=2", "eval.batch_size=8")
-    data = f"--config.eval.data=('feedback={files}/photos', 'drift={photos}')"
-    ends = finish(start_all(files, tmp_path / "two", 2, data, *(f"--config.{f}" for f in fields)))
+    fields = ["steps=5", "diva.draws=2", "eval.every=5", "eval.batch_size=8"]
+    fields += ["eval.feedback.images=9", "eval.feedback.draws=2"]
+    fields += [f"eval.data=feedback={files}/photos", f"eval.data=drift={photos}"]  # A tuple field: given twice.
+    ends = finish(start_all(files, tmp_path / "two", 2, *(f"--config.{f}" for f in fields)))
     assert [code for code, _, _ in ends] == [0, 0], ends
     ours, alone = evaluations(tmp_path / "two"), evaluations(ran)
     assert list(ours) == [0, TOTAL]
@@ -125,7 +128,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     c = evaluating(files, photos)
     mesh = sharding.make_mesh(c.mesh)
     tasks = {"feedback": c.eval.data[0].removeprefix("feedback=")}
-    run = evaluator.Evaluator(c, mesh, tasks, Options(batch_size=8, images=9, draws=2))
+    run = evaluator.Evaluator(c, mesh, tasks)
     given = [encoders.resolve(source) for source in (f"{files}/clip", str(ran))]
     found = []
     for label, loaded in encoders.each(given, ["clip", "tuned"], c, mesh):
@@ -135,6 +138,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
             if name in own:
                 np.testing.assert_array_equal(np.asarray(own[name]), array)
     results, _ = run.report(found)
+    check_documented(json.loads(json.dumps(results)), EXAMPLE["tasks"], "tasks")
     by_label = results["feedback"]["weights"]
     logged = evaluations(ran)[TOTAL]
     for metric, s in by_label["tuned"]["scores"].items():
