@@ -4,7 +4,6 @@ import csv
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from diva_jax import __version__, evals
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import tokenizers
 from diva_jax.evals import Options, Outcome, encoders
@@ -201,23 +201,21 @@ def about(config, options: Options) -> dict[str, Any]:
 
 
 def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
-    """results.json and predictions.csv, each renamed into place when it is whole.
+    """Writes results.json and predictions.csv, each atomically.
 
     Raises:
       UserError: the folder cannot be written.
     """
     extra = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "predictions.csv.tmp"
-        with open(partial, "w", encoding="utf-8", newline="") as f:
+        with (
+            paths.whole_file(folder / "predictions.csv") as temporary,
+            open(temporary, "w", encoding="utf-8", newline="") as f,
+        ):
             writer = csv.DictWriter(f, [*COLUMNS, *extra], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial, folder / "predictions.csv")
-        partial = folder / "results.json.tmp"
-        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False), "utf-8")
-        os.replace(partial, folder / "results.json")
+        paths.write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
     except OSError as e:
         raise UserError(f"--out={folder} cannot be written ({e}): use a folder that you may write") from e
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Options, Outcome, data, encode, stats
+from diva_jax.data import labelled
+from diva_jax.evals import Options, Outcome, encode, stats
 
 _QUERIES = 256
 
@@ -47,7 +48,7 @@ class Drift:
         root = Path(path).expanduser()
         if not root.is_dir():
             raise UserError(f"--data=drift={path} is no folder: give one with images in it")
-        paths = data.folder_images(root)
+        paths = labelled.folder_images(root)
         self.options, self.count, self.data = options, len(paths), str(root.resolve())
         self.k = options.neighbours
         if self.count <= self.k + 1:
@@ -55,7 +56,7 @@ class Drift:
                 f"{root} has {self.count} images, too few for {self.k} neighbours of each: give more images, or "
                 "a smaller --neighbours"
             )
-        self.images = data.image_files(paths, [None] * self.count, root, rgb=False)
+        self.images = labelled.image_files(paths, [None] * self.count, root, rgb=False)
         self.metrics = {
             "effective_rank": {"title": "effective rank", "unit": ""},
             "cosine": {"title": "cosine to the embedding before", "unit": ""},

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Options, Outcome, data, encode, stats
+from diva_jax.data import labelled
+from diva_jax.evals import Options, Outcome, encode, stats
 
 PATTERNS = (
     "Orientation and Direction",
@@ -145,7 +146,7 @@ class Mmvp:
     def __init__(self, path: str, options: Options):
         self.options, self.questions = options, read_questions(path)
         paths = [q.image for q in self.questions]
-        self.images = data.image_files(paths, [None] * len(paths), paths[0].parent.parent, rgb=False)
+        self.images = labelled.image_files(paths, [None] * len(paths), paths[0].parent.parent, rgb=False)
         # A broken image is found before anything is loaded or scored.
         with ThreadPoolExecutor() as pool:
             list(pool.map(self.images.read, range(len(paths))))

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.evals import Options, Outcome, data, encode, stats
+from diva_jax.data import labelled
+from diva_jax.evals import Options, Outcome, encode, stats
 
 _IMAGENET = Path(__file__).with_name("imagenet.json")
 
@@ -21,7 +22,7 @@ def imagenet(what: str) -> list[str]:
     return json.loads(_IMAGENET.read_text("utf-8"))[what]
 
 
-def class_names(given: str, found: data.Images) -> list[str]:
+def class_names(given: str, found: labelled.Images) -> list[str]:
     """The classes by label.
 
     Args:
@@ -32,7 +33,7 @@ def class_names(given: str, found: data.Images) -> list[str]:
     Raises:
       UserError: names are missing, or do not fit the labels.
     """
-    names = imagenet("classes") if given == "imagenet" else data.read_names(given) if given else found.classes
+    names = imagenet("classes") if given == "imagenet" else labelled.read_names(given) if given else found.classes
     if names is None:
         raise UserError("the data names no classes (no classnames.txt): give --classes=FILE.json with a list of them")
     if isinstance(names, dict):
@@ -48,7 +49,7 @@ def class_names(given: str, found: data.Images) -> list[str]:
     return list(names)
 
 
-def prompts(given: str, found: data.Images, classes: list[str]) -> list[list[str]]:
+def prompts(given: str, found: labelled.Images, classes: list[str]) -> list[list[str]]:
     """The texts of each class.
 
     Args:
@@ -58,7 +59,7 @@ def prompts(given: str, found: data.Images, classes: list[str]) -> list[list[str
     Raises:
       UserError: a class has no texts, or a template no `{c}`.
     """
-    templates = data.read_names(given) if given else found.templates or imagenet("templates")
+    templates = labelled.read_names(given) if given else found.templates or imagenet("templates")
     where = given or "zeroshot_classification_templates.txt"
     if isinstance(templates, Mapping):
         if missing := [c for c in classes if not templates.get(c)]:
@@ -76,14 +77,14 @@ def classifier(embeddings: np.ndarray, sizes: list[int]) -> np.ndarray:
     return encode.unit(np.stack([p.mean(axis=0) for p in parts]))
 
 
-def open_data(path: str) -> data.Images:
+def open_data(path: str) -> labelled.Images:
     """tfds, tars in CLIP_benchmark's layout, or class folders, told apart by looking."""
     if path.startswith("tfds:"):
-        return data.tfds(path)
+        return labelled.tfds(path)
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"--data=zeroshot={path} is no folder: give tar shards, class folders or tfds:name/split")
-    return data.tars(root, "cls", int) if data.has_tars(root) else data.class_folders(root)
+    return labelled.tars(root, "cls", int) if labelled.has_tars(root) else labelled.class_folders(root)
 
 
 class ZeroShot:
