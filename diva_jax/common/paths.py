@@ -2,8 +2,12 @@
 
 import contextlib
 import logging
+import os
+import posixpath
 import tempfile
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -11,22 +15,23 @@ from etils import epath
 
 from diva_jax.common.errors import UserError
 
-# A bucket's listing goes stale as soon as another process, or tensorstore in this one, writes to it.
+# A cached listing of a bucket is wrong as soon as another process, or tensorstore in this one, writes to it.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
-# Without a right that nothing here needs, gcsfs warns of it at every call.
+# gcsfs warns at every call where the account lacks a right that nothing here needs.
 logging.getLogger("gcsfs").setLevel(logging.ERROR)
 
 
 def is_remote(path) -> bool:
+    """Whether a path has a scheme, such as gs://."""
     return "://" in str(path)
 
 
 def folder(path, flag: str) -> epath.Path:
-    """A folder that may be in a bucket, of which is found out whether it can be asked for.
+    """A folder on this machine or in a bucket; for a bucket, checks that it can be reached.
 
     Args:
-      path: what the user gave, e.g. "~/runs/a" or "gs://bucket/runs/a".
-      flag: where they gave it, named in errors.
+      path: as the user gives it, e.g. "~/runs/a" or "gs://bucket/runs/a".
+      flag: the flag that gives it, for errors.
 
     Raises:
       UserError: the bucket cannot be reached, or what reaches it is not installed.
@@ -39,7 +44,7 @@ def folder(path, flag: str) -> epath.Path:
     except ImportError as e:
         raise UserError(f"{flag}={path}: buckets need gcsfs: pip install 'diva_jax[gcs]'") from e
     except KeyError as e:
-        raise UserError(f"{flag}={path} is of no kind that can be written: use gs://BUCKET/... or a folder") from e
+        raise UserError(f"{flag}={path} has a scheme that is not supported: use gs://BUCKET/... or a folder") from e
     except Exception as e:  # The store's own, from DNS to a right that is missing.
         raise UserError(
             f"{flag}={path} cannot be reached ({reason(e)}): check the name and this account's rights"
@@ -48,17 +53,21 @@ def folder(path, flag: str) -> epath.Path:
 
 
 def absolute(path: epath.Path) -> epath.Path:
-    """The same folder, whatever the current one."""
+    """The folder as an absolute path."""
     return path if is_remote(path) else path.resolve()
 
 
 def reason(e: Exception) -> str:
-    """An exception as part of one line; stores answer with pages."""
+    """An exception on one line; those of object stores can be pages long."""
     return " ".join(f"{type(e).__name__}: {e}".split())[:300]
 
 
 def local(path: str, flag: str) -> Path:
-    """A folder on this machine; a UserError where it is in a bucket."""
+    """A folder on this machine.
+
+    Raises:
+      UserError: it is in a bucket.
+    """
     if is_remote(path):
         raise UserError(f"{flag}={path} must be a folder on this machine: copy it from there with gcloud storage cp")
     return Path(path)
@@ -66,7 +75,7 @@ def local(path: str, flag: str) -> Path:
 
 @contextlib.contextmanager
 def _as_oserror(path):
-    """Stores have exceptions of their own, which are to a run what a full disk is."""
+    """Turns the exceptions of object stores into OSErrors, which a run handles as it handles a full disk."""
     try:
         yield
     except OSError:
@@ -75,44 +84,73 @@ def _as_oserror(path):
         raise OSError(f"{path}: {reason(e)}") from e
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file so that nobody ever reads a part of it; makes its folder.
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Writes a local file atomically: readers see the old file or the complete new one.
+
+    Creates the folder.
+
+    Args:
+      path: the file, on this machine.
+
+    Yields:
+      A temporary file's path in the same folder, to be written. It becomes `path` where the block ends without an
+      exception, and is removed otherwise.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Unique, since several processes may write the same file.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
+    """Writes a file atomically, on this machine or in a bucket, and creates its folder.
+
+    Args:
+      path: the file.
+      data: its content; text is written as UTF-8.
 
     Raises:
       OSError: it cannot be written.
     """
+    data = data.encode() if isinstance(data, str) else data
     with _as_oserror(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if is_remote(path):  # There a file is seen once it is whole, and renaming is copying.
-            path.write_text(text)
+        if is_remote(path):
+            fs, inside = fsspec.core.url_to_fs(str(path))
+            fs.makedirs(posixpath.dirname(inside), exist_ok=True)
+            fs.pipe_file(inside, data)  # Object stores show a file only when it is complete.
             return
-        tmp = path.with_name(path.name + ".tmp")
-        tmp.write_text(text)
-        tmp.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(data)
 
 
 class Mirror:
-    """A folder for libraries that append to files, or know local ones only.
+    """A folder for libraries that append to files, or that write local files only.
 
-    Where the folder is remote, `local` is a temporary one whose files are copied there, whole, by `push`; else it
-    is the folder itself.
+    Where the folder is remote, `local` is a temporary folder whose files `push` copies to it; otherwise `local` is the
+    folder itself.
 
     Args:
-      folder: to be written to.
-      every: seconds that lie between two pushes that are not forced.
+      folder: where the files go.
+      every: least time between two pushes that are not forced [s].
     """
 
     def __init__(self, folder: epath.Path, every: float = 30.0):
         self.folder, self._every, self._pushed = folder, every, time.monotonic()
         self._tmp = tempfile.TemporaryDirectory(prefix="diva_jax_") if is_remote(folder) else None
         self.local = Path(self._tmp.name if self._tmp else folder)
-        self._seen: dict[Path, tuple[int, int]] = {}  # What a file was like when it was copied.
+        self._seen: dict[Path, tuple[int, int]] = {}  # Size and time of each file when it was copied.
 
     def push(self, force: bool = False) -> None:
-        """Copies what has changed, if the last time was long enough ago.
+        """Copies the files that have changed, unless the last push was less than `every` seconds ago.
 
         Raises:
-          OSError: it cannot be written there.
+          OSError: the folder cannot be written.
         """
         if not self._tmp or (not force and time.monotonic() < self._pushed + self._every):
             return
@@ -126,7 +164,7 @@ class Mirror:
         self._pushed = time.monotonic()
 
     def close(self) -> None:
-        """Copies what is left, and removes the temporary folder."""
+        """Copies the files that have changed, and removes the temporary folder."""
         self.push(force=True)
         if self._tmp:
             self._tmp.cleanup()

@@ -1,1 +1,1 @@
-"""Data: records (tar shards, folders, tfds) -> a shuffled, resumable iterator of uint8 crops on the host."""
+"""Data: records (tar shards, folders, tables, tfds) -> a shuffled, resumable iterator of batches on the host."""

@@ -1,4 +1,4 @@
-"""Where records live: paths, patterns, folders, on this machine or behind a scheme such as gs://."""
+"""Files of a data set: patterns, folders and reads by position, on this machine or behind a scheme such as gs://."""
 
 import concurrent.futures
 import functools
@@ -10,23 +10,32 @@ import re
 import fsspec
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.paths import is_remote
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-WHAT = "a .tar shard, a pattern like {00000..00331}.tar, a folder of shards or of images, or tfds:name/split"
+WHAT = (
+    "a .tar shard, a pattern like {00000..00331}.tar, a folder of shards or of images, a .csv, .tsv or .parquet file, "
+    "a folder of save_to_disk, or tfds:name/split"
+)
+# Kind of data -> suffixes of its files, in the order in which a folder's files are looked through: img2dataset writes
+# a .parquet file of metadata beside each shard and each folder of images, for example.
+KINDS = {
+    "tars": (".tar",),
+    "images": IMAGE_SUFFIXES,
+    "arrow": (".arrow",),
+    "parquet": (".parquet",),
+    "csv": (".csv", ".tsv"),
+}
 
 
 def is_image(name: str) -> bool:
-    """By suffix. Hidden files do not count: macOS leaves `._x.jpg` beside `x.jpg` in folders and tars."""
+    """Whether a file is an image, by suffix. Hidden ones are not: macOS leaves `._x.jpg` beside `x.jpg`."""
     base = posixpath.basename(name)
     return base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".")
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path
-
-
 def expand(pattern: str) -> list[str]:
-    """Expands braces as a shell does: `{000..012}` keeps its leading zeros, `{a,b}` lists."""
+    """Expands braces as a shell does: `{000..012}` with its leading zeros, and `{a,b}`."""
     brace = re.search(r"\{([^{}]*)\}", pattern)
     if not brace:
         return [pattern]
@@ -46,7 +55,7 @@ def _remote(path: str):
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as e:
-        raise UserError(f"{path!r} cannot be reached ({e}): install what this scheme needs") from e
+        raise UserError(f"{path!r} cannot be reached ({e}): install the package for this scheme") from e
 
 
 def open_binary(path: str):
@@ -58,7 +67,7 @@ def open_binary(path: str):
 
 
 def stat(path: str) -> tuple[int, str]:
-    """Size in bytes, and whatever tells one version of the file from the next.
+    """(size in bytes, a text that changes when the file does).
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -110,34 +119,40 @@ def walk(folder: str) -> list[str]:
     return sorted(found)
 
 
-def _spelled(pattern: str) -> list[str]:
-    """The files of a brace or glob pattern."""
-    spelled = expand(pattern)
+def _matches(pattern: str) -> list[str]:
+    """The files of a brace or glob pattern, which must exist."""
+    names = expand(pattern)
     if any(c in pattern for c in "*?["):
-        files = [f for one in spelled for f in match(one)]
-        if not files:
+        found = [f for one in names for f in match(one)]
+        if not found:
             raise UserError(f"config.data.path={pattern!r} matches no file: give it {WHAT}")
-        return files
-    if len(spelled) == 1:
+        return found
+    if len(names) == 1:
         raise UserError(f"config.data.path={pattern!r} does not exist: give it {WHAT}")
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        missing = [f for f, there in zip(spelled, pool.map(exists, spelled), strict=True) if not there]
+        missing = [f for f, there in zip(names, pool.map(exists, names), strict=True) if not there]
     if missing:
         raise UserError(
-            f"config.data.path={pattern!r} spells {len(missing)} files that do not exist "
-            f"({listing(missing, 5)}): mend the range, or use * to take what is there"
+            f"config.data.path={pattern!r} names {len(missing)} files that do not exist "
+            f"({listing(missing, 5)}): correct the range, or use * for the files that exist"
         )
-    return spelled
+    return names
+
+
+def kind_of(name: str) -> str | None:
+    """The kind of data in a file, a key of `KINDS`, by suffix; None for others and hidden files."""
+    base = posixpath.basename(name).lower()
+    return None if base.startswith(".") else next((k for k, suffixes in KINDS.items() if base.endswith(suffixes)), None)
 
 
 def find(path: str) -> tuple[str, list[str]]:
-    """Tells by looking what a data path is.
+    """The kind of data at a path, by the suffixes of its files.
 
     Args:
-      path: a .tar file, a folder, or a brace or glob pattern; local or with a scheme.
+      path: a file, a folder, or a brace or glob pattern; local or with a scheme.
 
     Returns:
-      ("tars", shards) or ("images", image files), sorted (braces: in the order they spell).
+      (a key of `KINDS`, the files of this kind, sorted; with braces, in the order of the expansion).
 
     Raises:
       UserError: nothing is there, or nothing that can be read.
@@ -145,27 +160,30 @@ def find(path: str) -> tuple[str, list[str]]:
     if not path:
         raise UserError(f"config.data.path is not set: give it {WHAT}")
     if is_folder(path):
-        files = walk(path)
+        found = walk(path)
     elif exists(path):
-        return ("images" if is_image(path) else "tars"), [path]
+        return kind_of(path) or "tars", [path]  # Without a known suffix, the scan says what is wrong.
     else:
-        files = _spelled(path)
-    tars = [f for f in files if f.lower().endswith(".tar")]
-    images = [f for f in files if is_image(f)]
-    if not tars and not images:
-        raise UserError(
-            f"config.data.path={path!r} has neither .tar shards nor images ({', '.join(IMAGE_SUFFIXES)}) in it"
-        )
-    return ("tars", tars) if tars else ("images", images)
+        found = _matches(path)
+    by_kind: dict[str | None, list[str]] = {}
+    for file in found:
+        by_kind.setdefault(kind_of(file), []).append(file)
+    for kind in KINDS:
+        if kind in by_kind:
+            return kind, by_kind[kind]
+    raise UserError(
+        f"config.data.path={path!r} has neither .tar shards nor images ({', '.join(IMAGE_SUFFIXES)}) nor tables "
+        "(.arrow, .parquet, .csv, .tsv) in it"
+    )
 
 
 class _Descriptor:
-    """An open file, closed when its last user lets go of it."""
+    """A file descriptor that is closed when nothing refers to it any more."""
 
     def __init__(self, path: str):
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self, close=os.close):  # A default outlives the module at the interpreter's end.
+    def __del__(self, close=os.close):  # Bound here, since at exit the module may be gone before the object.
         if hasattr(self, "fd"):
             close(self.fd)
 
@@ -173,16 +191,20 @@ class _Descriptor:
 class Reader:
     """Reads ranges of files by position, from any number of threads.
 
-    `pread` moves no shared file position, so threads and forked processes may share a descriptor. Only
-    the most recent 256 stay open, since thousands of shards would run into the limit on open files; one
-    that falls out is closed when the reads that hold it are done.
+    `pread` does not move the file position, so threads and forked processes may share a descriptor. At most 256
+    stay open, because thousands of shards would exceed the limit on open files; the least recently used one is closed
+    when the reads that hold it are done.
     """
 
     def __init__(self):
         self._open = functools.lru_cache(maxsize=256)(_Descriptor)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`; an OSError where the file ends before."""
+        """`size` bytes from `offset`.
+
+        Raises:
+          OSError: the file cannot be read, or ends before.
+        """
         if is_remote(path):
             fs, inside = _remote(path)
             data = fs.cat_file(inside, start=offset, end=offset + size) if size else b""
@@ -195,27 +217,9 @@ class Reader:
     def _pread(self, path: str, offset: int, size: int) -> bytes:
         file = self._open(path)
         data = os.pread(file.fd, size, offset)
-        while len(data) < size:  # Network file systems, and reads past 2 GiB, may return less than asked.
+        while len(data) < size:  # Reads from network file systems or of more than 2 GiB may be partial.
             more = os.pread(file.fd, size - len(data), offset + len(data))
             if not more:
                 break
             data += more
         return data
-
-
-def write_atomically(path: str, data: bytes) -> None:
-    """Writes so that no reader ever sees a part; creates the folder."""
-    if is_remote(path):
-        fs, inside = _remote(path)  # Object stores show a file only once it is whole.
-        fs.makedirs(posixpath.dirname(inside), exist_ok=True)
-        fs.pipe_file(inside, data)
-        return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)

@@ -1,15 +1,14 @@
-"""Real photographs without a network: those that the scikit-image wheel carries, cut into a small data set.
+"""A small data set of real photographs that needs no network: regions of those in the scikit-image wheel.
 
     python -m diva_jax.data.photos --out=data/photos
 
-All are public domain or CC0, but for the motorcycle pair (Middlebury 2014 stereo data, see scikit-image).
+All are public domain or CC0, except the motorcycle pair (Middlebury 2014 stereo data, see scikit-image).
 """
 
 import hashlib
 import importlib.util
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError
-from diva_jax.data import files
 
 # File in skimage/data -> caption.
 PHOTOGRAPHS = {
@@ -65,7 +64,7 @@ def _folder() -> Path:
 
 
 def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A region of a third to all of the photograph, 2:3 to 3:2, scaled down."""
+    """A region of 35% to 90% of the photograph's area, with an aspect ratio of 2:3 to 3:2, scaled down."""
     share, aspect = rng.uniform(0.35, 0.9), np.exp(rng.uniform(np.log(2 / 3), np.log(3 / 2)))
     area = share * image.width * image.height
     width = min(image.width, round((area * aspect) ** 0.5))
@@ -78,7 +77,7 @@ def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def examples(count: int = 96, seed: int = 0) -> Iterator[Example]:
-    """Overlapping regions of the photographs in turn; the same bytes on every call.
+    """Overlapping regions, one photograph after the other; the same bytes on every call.
 
     Raises:
       UserError: scikit-image is not installed.
@@ -101,7 +100,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _shard(shard: int, chunk: list[Example]) -> bytes:
-    """One tar as img2dataset writes it: 9-digit keys, each with .jpg, .json and .txt, in that order."""
+    """One tar in img2dataset's layout: 9-digit keys, each with .jpg, .json and .txt members, in this order."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for i, example in enumerate(chunk):
@@ -126,14 +125,14 @@ def _shard(shard: int, chunk: list[Example]) -> bytes:
 
 
 def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32, seed: int = 0) -> list[Path]:
-    """Writes webdataset tar shards as img2dataset lays them out, each with its `_stats.json`.
+    """Writes webdataset tar shards in img2dataset's layout, each with its `_stats.json`.
 
-    The bytes depend on the arguments (and on Pillow's JPEG encoder) alone.
+    The bytes depend only on the arguments and on Pillow's JPEG encoder.
 
     Args:
-      out_dir: created when needed.
-      count: examples.
-      per_shard: examples in a shard, at most 10,000.
+      out_dir: folder for the shards, created when needed.
+      count: examples in all shards.
+      per_shard: examples per shard, at most 10,000.
       seed: of the regions.
 
     Returns:
@@ -147,7 +146,7 @@ def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32, seed:
     for shard, start in enumerate(range(0, count, per_shard)):
         chunk = every[start : start + per_shard]
         path = Path(out_dir) / f"{shard:05d}.tar"
-        files.write_atomically(os.fspath(path), _shard(shard, chunk))
+        paths.write_whole(path, _shard(shard, chunk))
         stats = {
             "count": len(chunk),
             "successes": len(chunk),
@@ -163,13 +162,13 @@ def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32, seed:
 
 def write_folder(out_dir: str | Path, count: int = 96, seed: int = 0) -> list[Path]:
     """Writes the examples of `pack_photos` as a plain folder: `<photograph>/<number>.jpg`."""
-    paths = []
+    written = []
     for i, example in enumerate(examples(count, seed)):
         path = Path(out_dir) / Path(example.photograph).stem / f"{i:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(example.jpeg)
-        paths.append(path)
-    return paths
+        written.append(path)
+    return written
 
 
 def _main() -> None:

@@ -1,5 +1,6 @@
 """What a data set is made of: records with an image and, where the data has captions, a text."""
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 
@@ -35,3 +36,18 @@ class Source(Protocol):
         Raises:
           Exception: the record cannot be read. The type depends on the source.
         """
+
+
+def caption(value) -> str | None:
+    """A caption as files hold it: a text, several texts (joined by newlines), bytes in UTF-8, or None.
+
+    Raises:
+      ValueError: it is anything else.
+    """
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Iterable) and not isinstance(value, Mapping):
+        return "\n".join(filter(None, map(caption, value)))
+    raise ValueError(f"its caption is no text but {value!r}")

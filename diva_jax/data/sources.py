@@ -1,17 +1,27 @@
-"""Random-access sources of encoded images, told apart by looking at the path."""
+"""Opens the data at a path; the format follows from the names of the files there."""
 
+import functools
 import os
+import posixpath
+import re
 from collections.abc import Sequence
 from urllib.parse import parse_qsl
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.paths import is_remote
 from diva_jax.data import files
 from diva_jax.data.records import Record, Source
+from diva_jax.data.tables import open_tables
 from diva_jax.data.tars import TarSource
+from diva_jax.data.tfds_source import TfdsSource
+
+_PROBED = 64  # Images of a folder beside which a caption is looked for.
+# A path with options; a `?` that is part of a glob pattern has no NAME=VALUE after it.
+_OPTIONS = re.compile(r"(.*?)\?(\w+=[^?&=]*(?:&\w+=[^?&=]*)*)")
 
 
 class FolderSource:
-    """Image files, each one record.
+    """Image files, each one record; its caption is the `.txt` file of the same stem beside it.
 
     Args:
       paths: the files, local or remote.
@@ -26,94 +36,85 @@ class FolderSource:
         return len(self.paths)
 
     def name(self, i: int) -> str:
+        """The file, relative to the root."""
         return self.paths[i][self._cut :]
 
-    has_text = False
+    def _caption_file(self, i: int) -> str:
+        return posixpath.splitext(self.paths[i])[0] + ".txt"
+
+    @functools.cached_property
+    def has_text(self) -> bool:
+        """Whether one of 64 images, spread over all, has a caption beside it."""
+        step = -(-len(self) // _PROBED)
+        return any(files.exists(self._caption_file(i)) for i in range(0, len(self), step))
 
     def read(self, i: int, with_text: bool = True) -> Record:
+        """See `Source.read`.
+
+        Raises:
+          OSError: a file cannot be read.
+          ValueError: the caption is not UTF-8.
+        """
         with files.open_binary(self.paths[i]) as f:
-            return Record(self.name(i), f.read())
+            image = f.read()
+        return Record(self.name(i), image, self._text(i) if with_text else None)
+
+    def _text(self, i: int) -> str | None:
+        try:
+            with files.open_binary(self._caption_file(i)) as f:
+                return f.read().decode("utf-8")
+        except FileNotFoundError:
+            return None
 
 
-class TfdsSource:
-    """The images of a prepared tfds dataset in array_record format, read without TensorFlow.
-
-    Args:
-      spec: `tfds:name/split`, where `name` may carry a config and a version (`coco/2017:1.1.0`) and
-        `split` a slice (`train[:10%]`). Behind a `?`: `data_dir=...` for another folder than tfds's own,
-        `image=...` to choose among several image features.
+def split_options(path: str) -> tuple[str, dict[str, str]]:
+    """`"a.csv?image=file&text=title"` -> ("a.csv", {"image": "file", "text": "title"}).
 
     Raises:
-      UserError: the dataset is not there, not in this format, or has no image feature.
+      UserError: there are options that are not known.
     """
-
-    def __init__(self, spec: str):
-        self.spec, _, query = spec.partition("?")
-        options = dict(parse_qsl(query))
-        name, _, split = self.spec.removeprefix("tfds:").rpartition("/")
-        if not name or set(options) - {"data_dir", "image"}:
-            raise UserError(f"config.data.path={spec!r} must read tfds:name/split[?data_dir=...&image=...]")
-        import tensorflow_datasets as tfds  # Slow to import, and only this source needs it.
-
-        try:
-            builder = tfds.builder(name, data_dir=options.get("data_dir"))
-            self._image = self._image_feature(builder.info.features, options.get("image"), tfds)
-            # The encoded bytes: decoding and its errors belong to the pipeline.
-            decoders = {self._image: tfds.decode.SkipDecoding()}
-            self._records = builder.as_data_source(split=split, decoders=decoders)
-        except UserError:
-            raise
-        except Exception as e:  # tfds raises a different kind for each of missing name, split, folder, format.
-            why = str(e).strip().splitlines()
-            raise UserError(
-                f"config.data.path={spec!r} cannot be read ({why[0] if why else type(e).__name__}): prepare it "
-                "first with tfds.builder(name, file_format='array_record').download_and_prepare()"
-            ) from e
-        if not len(self):
-            raise UserError(f"config.data.path={spec!r} has no records")
-
-    def _image_feature(self, features, wanted: str | None, tfds) -> str:
-        images = [key for key, feature in features.items() if type(feature) is tfds.features.Image]
-        if wanted and wanted not in images:
-            raise UserError(f"config.data.path: {self.spec} has no image feature {wanted!r}, only {listing(images)}")
-        if not wanted and len(images) != 1:
-            raise UserError(
-                f"config.data.path: {self.spec} has {len(images)} image features ({listing(images)}): choose one "
-                "with ?image=..."
-            )
-        return wanted or images[0]
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def name(self, i: int) -> str:
-        return f"{self.spec}[{i}]"
-
-    has_text = False
-
-    def read(self, i: int, with_text: bool = True) -> Record:
-        return Record(self.name(i), self._records[i][self._image])
+    match = _OPTIONS.fullmatch(path)
+    if not match:
+        return path, {}
+    options = dict(parse_qsl(match[2], keep_blank_values=True))
+    if unknown := [o for o in options if o not in ("image", "text") or not options[o]]:
+        raise UserError(
+            f"config.data.path={path!r} has the option {listing(unknown)}: after ? write image=COLUMN, text=COLUMN, or "
+            "both with & between them"
+        )
+    return match[1], options
 
 
 def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) -> Source:
     """Opens a data path.
 
     Args:
-      path: a .tar shard, a brace or glob pattern of shards, a folder of shards or (recursively) of
-        images, each local or behind a scheme (gs://...); or `tfds:name/split`.
-      cache_dir: where the index of tar shards is kept; None keeps none.
-      quiet: report neither progress nor damaged shards, for all processes of a run but the first.
+      path: one of the following; files may be local or have a scheme (gs://...).
+        - A .tar shard, a brace or glob pattern of shards, or a folder with shards.
+        - A folder with images at any depth, or a pattern.
+        - A .csv, .tsv or .parquet file, a pattern, or a folder with them; a folder that Hugging Face's `save_to_disk`
+          has written. `?image=COLUMN&text=COLUMN` chooses the columns.
+        - `tfds:name/split`, see `TfdsSource`.
+      cache_dir: folder for the index of tar shards; None: no cache.
+      quiet: report neither progress nor damaged shards, as for all processes of a run but the first.
 
     Raises:
-      UserError: nothing there, or nothing readable; names `config.data.path`.
+      UserError: nothing is there, or nothing that can be read; names `config.data.path`.
     """
     if path and path.startswith("tfds:"):
         return TfdsSource(path)
-    path = path if not path or files.is_remote(path) else os.path.expanduser(path)
+    path, options = split_options(path) if path else (path, {})
+    path = path if not path or is_remote(path) else os.path.expanduser(path)
     try:
         kind, found = files.find(path)
-    except OSError as e:  # A store that refuses; local folders answer with "does not exist".
+        if kind not in ("tars", "images"):
+            return open_tables(kind, found, path, options, quiet)
+    except OSError as e:  # An object store that refuses; a local folder that is not there is a UserError.
         raise UserError(f"config.data.path={path!r} cannot be read ({e}): check it and this account's rights") from e
+    if options:
+        raise UserError(
+            f"config.data.path={path!r} holds {kind}, which have no columns: leave ?{'&'.join(options)} out"
+        )
     if kind == "tars":
         return TarSource(found, cache_dir, quiet)
     return FolderSource(found, path if files.is_folder(path) else "")

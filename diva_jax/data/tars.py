@@ -1,11 +1,13 @@
-"""Random access to the images of tar shards, through an index of their headers."""
+"""Random access to the images and captions of tar shards, through an index of their headers."""
 
 import concurrent.futures
+import functools
 import hashlib
 import io
 import json
 import logging
 import os
+import posixpath
 import sys
 import tarfile
 import time
@@ -15,84 +17,124 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import files
-from diva_jax.data.records import Record
+from diva_jax.data.records import Record, caption
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = tarfile.BLOCKSIZE
-_VERSION = 1  # Of the cached index; counts up whenever what `scan` takes in changes.
+_VERSION = 2  # Of the cached index; increased whenever the content of an index changes.
 _SCANNERS = 16  # Threads; reading headers is mostly waiting for the disk.
-_NAMED = 20  # Damaged shards named in the log before it only counts.
+_NAMED = 20  # Damaged shards that the log names; further ones are only counted.
+_CAPTIONS = ("", ".txt", ".json")  # Suffixes of caption members by their code in the index.
+_LONGEST_CAPTION = 2**20  # Bytes; a larger .txt or .json member is no caption.
 
 
-class Members(NamedTuple):
-    """The complete image members of one shard.
+class Member(NamedTuple):
+    """A regular file in a tar; `offset` and `size` are those of its data, in bytes."""
 
-    Attributes:
-      names: as the archive spells them, long names included.
-      offsets, sizes: of the data, in bytes.
-      complaint: what is wrong with the shard; empty if nothing is.
-    """
+    name: str
+    offset: int
+    size: int
 
-    names: list[str]
-    offsets: list[int]
-    sizes: list[int]
+
+class Scan(NamedTuple):
+    """The complete members of one shard, in archive order, and what is wrong with it (empty if nothing is)."""
+
+    members: list[Member]
     complaint: str
 
 
-def scan(path: str) -> Members:
-    """Reads the headers of one shard. Damage ends the scan; what came whole before it is kept.
+def scan(path: str) -> Scan:
+    """Reads the headers of one shard. Damage ends the scan; the complete members before it are kept.
 
     Raises:
-      UserError: the file cannot be opened or read.
+      OSError: the file cannot be opened or read.
     """
-    names, offsets, sizes = [], [], []
-    try:
-        length, _ = files.stat(path)
-        with files.open_binary(path) as file:
-            complaint = _scan(file, length, names, offsets, sizes)
-    except OSError as e:
-        # Not damage to work around: a passing failure would change the data, and the cache remember it.
-        raise UserError(f"tar shard {path} of config.data.path cannot be read ({e}): mend that or leave it out") from e
-    return Members(names, offsets, sizes, complaint)
-
-
-def _scan(file, length: int, names: list[str], offsets: list[int], sizes: list[int]) -> str:
-    try:
-        tar = tarfile.TarFile(fileobj=file)
-    except tarfile.TarError:
-        return "is no uncompressed tar archive"
-    here = 0
-    while True:
-        file.seek(here)
+    length, _ = files.stat(path)
+    with files.open_binary(path) as file:
         try:
-            info = tarfile.TarInfo.fromtarfile(tar)
-        except (tarfile.TarError, ValueError, IndexError):  # The latter two: nonsense in a long-name header.
-            break
-        whole = info.offset_data + info.size <= length
-        if not whole or tar.offset <= here:
-            break
-        here = tar.offset
-        if info.isreg() and not info.issparse() and files.is_image(info.name):
-            names.append(info.name)
-            offsets.append(info.offset_data)
-            sizes.append(info.size)
-    file.seek(here)
-    # A whole archive ends with blocks of zeros; one cut off between two members has none.
-    if file.read(_BLOCK) == tarfile.NUL * _BLOCK:
-        return ""
-    return f"is cut short or damaged at byte {here} of {length}: {len(names)} images kept, the rest skipped"
+            tar = tarfile.TarFile(fileobj=file)
+        except tarfile.TarError:
+            return Scan([], "is no uncompressed tar archive")
+        members, end = [], 0
+        while True:
+            file.seek(end)
+            try:
+                info = tarfile.TarInfo.fromtarfile(tar)
+            except (tarfile.TarError, ValueError, IndexError):  # The latter two: a broken long-name header.
+                break
+            if info.offset_data + info.size > length or tar.offset <= end:
+                break
+            end = tar.offset
+            if info.isreg() and not info.issparse():
+                members.append(Member(info.name, info.offset_data, info.size))
+        file.seek(end)
+        # A complete archive ends with blocks of zeros; one that is cut off between two members has none.
+        complete = file.read(_BLOCK) == tarfile.NUL * _BLOCK
+    return Scan(members, "" if complete else f"is cut short or damaged at byte {end} of {length}")
+
+
+def sample_key(name: str) -> tuple[str, str]:
+    """(the sample that a member belongs to, its extension), split at the first dot as webdataset does."""
+    folder, base = posixpath.split(name)
+    stem, _, extension = base.partition(".")
+    return posixpath.join(folder, stem), extension.lower()
+
+
+class Images(NamedTuple):
+    """The images of one shard.
+
+    Attributes:
+      members: of each image.
+      captions: (code in `_CAPTIONS`, offset, size) of each image's caption.
+      complaint: what is wrong with the shard; empty if nothing is.
+    """
+
+    members: list[Member]
+    captions: list[tuple[int, int, int]]
+    complaint: str
+
+
+def _caption_of(name: str, texts: dict[str, Member]) -> tuple[int, int, int]:
+    """The caption member of an image: of its name without the suffix, or else of its webdataset sample."""
+    for stem in (posixpath.splitext(name)[0], sample_key(name)[0]):
+        for code, suffix in enumerate(_CAPTIONS[1:], start=1):
+            if found := texts.get(stem + suffix):
+                return code, found.offset, found.size
+    return 0, 0, 0
+
+
+def _images(path: str) -> Images:
+    """The images of a shard, with their captions.
+
+    Raises:
+      UserError: the shard cannot be opened or read.
+    """
+    try:
+        members, complaint = scan(path)
+    except OSError as e:
+        # Not skipped as damage is: a temporary failure would change the data, and the cache would keep the change.
+        raise UserError(f"tar shard {path} of config.data.path cannot be read ({e}): repair it or leave it out") from e
+    found = [m for m in members if files.is_image(m.name)]
+    texts = {m.name: m for m in members if m.name.endswith(_CAPTIONS[1:]) and m.size <= _LONGEST_CAPTION}
+    if complaint and members:
+        complaint += f": {len(found)} images kept, the rest skipped"
+    return Images(found, [_caption_of(m.name, texts) for m in found], complaint)
 
 
 class Index(NamedTuple):
-    """All members of all shards, N in number.
+    """The images of all shards, N in number.
 
     Attributes:
       shard: int32 [N], which file.
       offset, size: int64 [N], bytes.
-      names: uint8, every name in UTF-8, one after the other.
+      caption: uint8 [N], code in `_CAPTIONS` of the member with the caption; 0: there is none.
+      text_offset: int64 [N], bytes; of that member.
+      text_size: int32 [N], bytes; of that member.
+      names: uint8, the concatenated names in UTF-8.
       name_end: int64 [N], where each name ends in `names`.
       complaints: JSON, a list of [file number, what is wrong].
     """
@@ -100,30 +142,38 @@ class Index(NamedTuple):
     shard: np.ndarray
     offset: np.ndarray
     size: np.ndarray
+    caption: np.ndarray
+    text_offset: np.ndarray
+    text_size: np.ndarray
     names: np.ndarray
     name_end: np.ndarray
     complaints: np.ndarray
 
 
-def _pack(parts: Sequence[Members]) -> Index:
-    names = [name.encode("utf-8", "surrogateescape") for part in parts for name in part.names]
+def _pack(parts: Sequence[Images]) -> Index:
+    members = [m for part in parts for m in part.members]
+    captions = [c for part in parts for c in part.captions]
+    names = [m.name.encode("utf-8", "surrogateescape") for m in members]
     complaints = [(i, part.complaint) for i, part in enumerate(parts) if part.complaint]
     return Index(
-        shard=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.names) for part in parts]),
-        offset=np.array([o for part in parts for o in part.offsets], np.int64),
-        size=np.array([s for part in parts for s in part.sizes], np.int64),
+        shard=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.members) for part in parts]),
+        offset=np.array([m.offset for m in members], np.int64),
+        size=np.array([m.size for m in members], np.int64),
+        caption=np.array([code for code, _, _ in captions], np.uint8),
+        text_offset=np.array([offset for _, offset, _ in captions], np.int64),
+        text_size=np.array([size for _, _, size in captions], np.int32),
         names=np.frombuffer(b"".join(names), np.uint8),
         name_end=np.cumsum([len(name) for name in names], dtype=np.int64),
         complaints=np.array(json.dumps(complaints)),
     )
 
 
-def _scan_all(shards: Sequence[str], quiet: bool) -> list[Members]:
-    """Scans in threads; a line with the time left every ten seconds."""
+def _scan_all(shards: Sequence[str], quiet: bool) -> list[Images]:
+    """Scans in threads, and prints a line with the remaining time every ten seconds."""
     start = last = time.monotonic()
-    parts: list[Members] = []
+    parts: list[Images] = []
     with concurrent.futures.ThreadPoolExecutor(_SCANNERS) as pool:
-        for part in pool.map(scan, shards):
+        for part in pool.map(_images, shards):
             parts.append(part)
             now = time.monotonic()
             if now - last > 10 and not quiet:
@@ -135,16 +185,16 @@ def _scan_all(shards: Sequence[str], quiet: bool) -> list[Members]:
 
 
 def _cache_file(shards: Sequence[str], cache_dir: str) -> str:
-    """A name that changes whenever a shard is added, removed, replaced or written to."""
+    """The index's file, whose name changes whenever a shard is added, removed, replaced or written to."""
     with concurrent.futures.ThreadPoolExecutor(_SCANNERS) as pool:
-        facts = list(pool.map(_fact, shards))
+        facts = list(pool.map(_version_of, shards))
     digest = hashlib.sha256(json.dumps([_VERSION, facts]).encode()).hexdigest()
     return os.path.join(cache_dir, f"tar_index_{digest[:20]}.npz")
 
 
-def _fact(shard: str) -> tuple[str, int, str]:
+def _version_of(shard: str) -> tuple[str, int, str]:
     try:
-        return (shard if files.is_remote(shard) else os.path.abspath(shard), *files.stat(shard))
+        return (shard if paths.is_remote(shard) else os.path.abspath(shard), *files.stat(shard))
     except OSError:
         return shard, -1, ""
 
@@ -164,19 +214,23 @@ def _store(path: str, index: Index) -> None:
     data = io.BytesIO()
     np.savez(data, **index._asdict())
     try:
-        files.write_atomically(path, data.getvalue())
+        paths.write_whole(path, data.getvalue())
     except OSError as e:
-        logger.warning("the index of the tar shards could not be kept in %s (%s): going on without", path, e)
+        logger.warning(
+            "the index of the tar shards could not be written to %s (%s): the next start will scan them again", path, e
+        )
 
 
 def build_index(shards: Sequence[str], cache_dir: str | None = None, quiet: bool = False) -> Index:
-    """Indexes shards, from the cache where it knows them as they are now.
+    """Indexes shards, or reads the index from the cache if no shard has changed since it was written.
 
     Args:
       shards: tar files.
-      cache_dir: folder for the index, created when needed; None keeps none. Nothing is ever written
-        beside the shards.
+      cache_dir: folder for the index, created when needed; None: no cache. Nothing is ever written beside the shards.
       quiet: print no progress.
+
+    Raises:
+      UserError: a shard cannot be opened or read.
     """
     cached = cache_dir and _cache_file(shards, cache_dir)
     index = _load(cached) if cached else None
@@ -190,13 +244,16 @@ def build_index(shards: Sequence[str], cache_dir: str | None = None, quiet: bool
 class TarSource:
     """The images of tar shards as webdataset and img2dataset write them, in archive order.
 
+    An image's caption is the `.txt` member of the same stem, or else the "caption" of its `.json` member. It is read
+    from the tar when it is asked for.
+
     Args:
       shards: tar files, local or remote.
       cache_dir: folder for the index, or None.
-      quiet: neither progress nor complaints about damaged shards are reported.
+      quiet: report neither progress nor damaged shards.
 
     Raises:
-      UserError: not one image in all the shards.
+      UserError: a shard cannot be read, or there is not one image in all the shards.
     """
 
     def __init__(self, shards: Sequence[str], cache_dir: str | None = None, quiet: bool = False):
@@ -226,10 +283,39 @@ class TarSource:
         shard = self.shards[self._index.shard[i]]
         return f"{os.path.basename(shard)}/{member.decode('utf-8', 'surrogateescape')}"
 
-    has_text = False
+    @functools.cached_property
+    def has_text(self) -> bool:
+        """Whether there are captions: a .txt member, or a "caption" in the first .json member."""
+        if (self._index.caption == _CAPTIONS.index(".txt")).any():
+            return True
+        found = np.flatnonzero(self._index.caption)
+        try:
+            return bool(len(found)) and self._text(int(found[0])) is not None
+        except (OSError, ValueError):
+            return False
+
+    def _text(self, i: int) -> str | None:
+        index = self._index
+        suffix = _CAPTIONS[index.caption[i]]
+        if not suffix:
+            return None
+        data = self._reader.read(self.shards[index.shard[i]], int(index.text_offset[i]), int(index.text_size[i]))
+        try:
+            text = data.decode("utf-8")
+            if suffix == ".txt":
+                return text
+            meta = json.loads(text)
+        except ValueError as e:
+            raise ValueError(f"the caption in its {suffix} member cannot be read ({e})") from e
+        return caption(meta.get("caption")) if isinstance(meta, dict) else None
 
     def read(self, i: int, with_text: bool = True) -> Record:
-        """Name and encoded image; an OSError if the shard has shrunk or gone since it was indexed."""
+        """See `Source.read`.
+
+        Raises:
+          OSError: the shard is shorter than when it was indexed, or no longer there.
+          ValueError: the caption is not UTF-8, or its .json member is broken.
+        """
         index = self._index
-        shard = self.shards[index.shard[i]]
-        return Record(self.name(i), self._reader.read(shard, int(index.offset[i]), int(index.size[i])))
+        image = self._reader.read(self.shards[index.shard[i]], int(index.offset[i]), int(index.size[i]))
+        return Record(self.name(i), image, self._text(i) if with_text else None)

@@ -4,7 +4,6 @@ import csv
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 
 from diva_jax import __version__
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 
 COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
@@ -68,16 +68,14 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
     """
     extra = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "predictions.csv.tmp"
-        with open(partial, "w", encoding="utf-8", newline="") as f:
+        with (
+            paths.whole_file(folder / "predictions.csv") as temporary,
+            open(temporary, "w", encoding="utf-8", newline="") as f,
+        ):
             writer = csv.DictWriter(f, [*COLUMNS, *extra], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial, folder / "predictions.csv")
-        partial = folder / "results.json.tmp"
-        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False), "utf-8")
-        os.replace(partial, folder / "results.json")
+        paths.write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
     except OSError as e:
         raise UserError(f"--out={folder} cannot be written ({e}): use a folder that you may write") from e
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
@@ -24,16 +25,11 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
       path: the file.
       tensors: name -> array of any memory layout, or a lazy tensor that `np.asarray` reads.
     """
-    path = Path(path)
-    # save_file writes the memory of an array regardless of its strides, so transposed views must be copied first.
+    # save_file ignores strides, so that a transposed view would be written in the wrong order.
     dense = {name: np.asarray(t, order="C") for name, t in tensors.items()}
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        save_file(dense, tmp, metadata={"format": "pt"})
-        tmp.chmod(0o666 & ~_umask())  # save_file creates files that only their owner can read.
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with paths.whole_file(path) as temporary:
+        save_file(dense, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o666 & ~_umask())  # save_file makes files that only their owner can read.
 
 
 def write_json(path: str | Path, content: Mapping) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Outcome, Settings, Task, data, encode, stats
+from diva_jax.data import labelled
+from diva_jax.evals import Outcome, Settings, Task, encode, stats
 
 _QUERIES = 256
 RULES = (("neighbours", lambda k: k >= 1, "must be at least 1"),)
@@ -63,7 +64,7 @@ class Drift(Task):
         root = Path(path).expanduser()
         if not root.is_dir():
             raise UserError(f"--data=drift={path} is not a folder: give one with images in it")
-        paths = data.folder_images(root)
+        paths = labelled.folder_images(root)
         self.settings, self.count, self.data = settings, len(paths), str(root.resolve())
         self.k = options.neighbours
         if self.count <= self.k + 1:
@@ -71,7 +72,7 @@ class Drift(Task):
                 f"{root} has {self.count} images, too few for {self.k} neighbours of each: give more images, or "
                 "a smaller --config.eval.drift.neighbours"
             )
-        self.images = data.image_files(paths, [None] * self.count, root, rgb=False)
+        self.images = labelled.image_files(paths, [None] * self.count, root, rgb=False)
         self.metrics = {
             "effective_rank": {"title": "effective rank", "unit": ""},
             "cosine": {"title": "cosine to the embedding before", "unit": ""},

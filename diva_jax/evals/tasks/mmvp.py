@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Outcome, Settings, Task, data, encode, stats
+from diva_jax.data import labelled
+from diva_jax.evals import Outcome, Settings, Task, encode, stats
 from diva_jax.models.backbones import spec_of
 
 PATTERNS = (
@@ -160,7 +161,7 @@ class Mmvp(Task):
     def __init__(self, path: str, options: Options, settings: Settings):
         self.options, self.settings, self.questions = options, settings, read_questions(path)
         paths = [q.image for q in self.questions]
-        self.images = data.image_files(paths, [None] * len(paths), paths[0].parent.parent, rgb=False)
+        self.images = labelled.image_files(paths, [None] * len(paths), paths[0].parent.parent, rgb=False)
         # A broken image is found before anything is loaded or scored.
         with ThreadPoolExecutor() as pool:
             list(pool.map(self.images.read, range(len(paths))))

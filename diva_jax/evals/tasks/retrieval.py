@@ -10,7 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Outcome, Settings, Task, data, encode, stats
+from diva_jax.data import labelled
+from diva_jax.evals import Outcome, Settings, Task, encode, stats
 
 AT = (1, 5, 10)
 _QUERIES = 256  # Ranked at once; fixed, so that the rounding of a score depends on nothing else.
@@ -42,14 +43,14 @@ def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.nda
     return np.concatenate(out)
 
 
-def open_data(path: str) -> data.Images:
+def open_data(path: str) -> labelled.Images:
     """Tars in CLIP_benchmark's layout, or a CSV file."""
     where = Path(path).expanduser()
     if where.is_file() and where.suffix.lower() == ".csv":
-        return data.caption_csv(where)
-    if not where.is_dir() or not data.has_tars(where):
+        return labelled.caption_csv(where)
+    if not where.is_dir() or not labelled.has_tars(where):
         raise UserError(f"--data=retrieval={path} is neither a folder of tar shards nor a CSV file: give one of them")
-    return data.tars(where, "txt", str.splitlines)
+    return labelled.tars(where, "txt", str.splitlines)
 
 
 class Retrieval(Task):

@@ -13,7 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.evals import Outcome, Settings, Task, data, encode, stats
+from diva_jax.data import labelled
+from diva_jax.evals import Outcome, Settings, Task, encode, stats
 
 _IMAGENET = Path(__file__).with_name("imagenet.json")
 
@@ -36,7 +37,7 @@ def imagenet(what: str) -> list[str]:
     return json.loads(_IMAGENET.read_text("utf-8"))[what]
 
 
-def class_names(given: str, found: data.Images) -> list[str]:
+def class_names(given: str, found: labelled.Images) -> list[str]:
     """The class names by label.
 
     Args:
@@ -50,7 +51,7 @@ def class_names(given: str, found: data.Images) -> list[str]:
     if given == "imagenet":
         names = imagenet("classes")
     else:
-        names = data.read_names(given) if given else found.classes
+        names = labelled.read_names(given) if given else found.classes
     if names is None:
         raise UserError(
             "the data names no classes (no classnames.txt): set --config.eval.zeroshot.classes=FILE.json with a list"
@@ -68,7 +69,7 @@ def class_names(given: str, found: data.Images) -> list[str]:
     return list(names)
 
 
-def prompts(given: str, found: data.Images, classes: list[str]) -> list[list[str]]:
+def prompts(given: str, found: labelled.Images, classes: list[str]) -> list[list[str]]:
     """The texts of each class.
 
     Args:
@@ -78,7 +79,7 @@ def prompts(given: str, found: data.Images, classes: list[str]) -> list[list[str
     Raises:
       UserError: a class has no texts, or a template no `{c}`.
     """
-    templates = data.read_names(given) if given else found.templates or imagenet("templates")
+    templates = labelled.read_names(given) if given else found.templates or imagenet("templates")
     where = given or "zeroshot_classification_templates.txt"
     if isinstance(templates, Mapping):
         if missing := [c for c in classes if not templates.get(c)]:
@@ -96,14 +97,14 @@ def classifier(embeddings: np.ndarray, sizes: list[int]) -> np.ndarray:
     return encode.unit(np.stack([p.mean(axis=0) for p in parts]))
 
 
-def open_data(path: str) -> data.Images:
+def open_data(path: str) -> labelled.Images:
     """tfds, tars in CLIP_benchmark's layout, or class folders; the form is detected from the path and its contents."""
     if path.startswith("tfds:"):
-        return data.tfds(path)
+        return labelled.tfds(path)
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"--data=zeroshot={path} is not a folder: give tar shards, class folders or tfds:name/split")
-    return data.tars(root, "cls", int) if data.has_tars(root) else data.class_folders(root)
+    return labelled.tars(root, "cls", int) if labelled.has_tars(root) else labelled.class_folders(root)
 
 
 class ZeroShot(Task):

@@ -1,20 +1,22 @@
-"""Data sets of evaluation: labelled and captioned images from tars, tfds, class folders and CSV files."""
+"""Complete sets of labelled or captioned images, for evaluation: tars, tfds, class folders and CSV files.
 
-import csv
+A broken image or row is an error here, since every image counts in a score; the sources of training skip it.
+"""
+
 import dataclasses
 import json
 import os
 import re
-import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from urllib.parse import parse_qsl
 
 from PIL import Image
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.data import files
+from diva_jax.data import files, tables
+from diva_jax.data import tars as shards
 from diva_jax.data.images import open_image
+from diva_jax.data.tfds_source import TfdsSource
 
 _LAYOUT = "PATH/test/0.tar, 1.tar, ... as clip_benchmark_export_wds writes them"
 _IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
@@ -22,13 +24,13 @@ _IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Images 0..N-1 and what is known of each.
+    """Images 0..N-1 with their targets.
 
     Attributes:
-      names: of each, for results and errors.
-      read: image i, decoded to RGB; from any thread; a UserError names a broken one.
-      targets: the label (int) or the captions (list of texts) of each.
-      classes: names by label; None where there are no labels, or the data does not name them.
+      names: of each image, for results and errors.
+      read: i -> image i, decoded; may be called from any thread, and raises a UserError that names a broken image.
+      targets: the label (int) or the captions (list of texts) of each image.
+      classes: class names by label; None where there are no labels, or the data does not name them.
       templates: the data's own prompts with `{c}` for the class; None where it has none.
     """
 
@@ -43,17 +45,17 @@ class Images:
 
 
 def lines(path: Path) -> list[str] | None:
-    """Stripped lines of a text file; None where it does not exist."""
+    """The stripped lines of a text file; None where it does not exist."""
     return [line.strip() for line in path.read_text("utf-8").splitlines()] if path.exists() else None
 
 
 def _natural(path: Path) -> list:
-    """0.tar, 2.tar, 10.tar."""
+    """A sort key for which numbers in names count as numbers: 0.tar, 2.tar, 10.tar."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _shards(root: Path) -> tuple[Path, list[Path]]:
-    """(the folder with the names of the classes, shards) of a root, or of one of its splits."""
+    """(the folder with classnames.txt, the shards) of a data set's folder, or of one of its splits."""
     split = root / "test" if (root / "test").is_dir() else root
     found = sorted(split.glob("*.tar"), key=_natural)
     count = split / "nshards.txt"
@@ -67,23 +69,23 @@ def _shards(root: Path) -> tuple[Path, list[Path]]:
 
 
 def has_tars(root: Path) -> bool:
+    """Whether a folder, or its split `test`, has tar shards."""
     return any(root.glob("*.tar")) or any((root / "test").glob("*.tar"))
 
 
-def _members(shards: Sequence[Path]) -> list[dict[str, tuple[str, int, int]]]:
-    """Samples in archive order: extension -> (shard, offset, size); a sample's members share what is before the dot."""
-    samples: dict[tuple[str, str], dict] = {}
-    for shard in map(str, shards):
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, extension = base.partition(".")
-                    if member.isfile() and stem:
-                        place = (shard, member.offset_data, member.size)
-                        samples.setdefault((shard, f"{folder}/{stem}"), {})[extension.lower()] = place
-        except (tarfile.TarError, OSError) as e:
-            raise UserError(f"{shard} cannot be read as a tar archive ({e}): fetch it again") from e
+def _samples(shard: str) -> list[dict[str, shards.Member]]:
+    """The samples of a shard in archive order: extension -> member."""
+    try:
+        members, complaint = shards.scan(shard)
+    except OSError as e:
+        raise UserError(f"{shard} cannot be read as a tar archive ({e}): fetch it again") from e
+    if complaint:
+        raise UserError(f"{shard} cannot be read as a tar archive (it {complaint}): fetch it again")
+    samples: dict[str, dict[str, shards.Member]] = {}
+    for member in members:
+        key, extension = shards.sample_key(member.name)
+        if os.path.basename(key):  # Not a hidden file.
+            samples.setdefault(key, {})[extension] = member
     return list(samples.values())
 
 
@@ -92,32 +94,33 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
 
     Args:
       root: the folder with `test/*.tar`, or one split of it with its tars.
-      target: the extension that holds the target, "cls" or "txt".
-      parse: its text -> the target.
+      target: the extension of the members with the targets, "cls" or "txt".
+      parse: text of such a member -> target; raises ValueError.
 
     Raises:
       UserError: a shard is missing or broken, or a sample has no image or no target; names them.
     """
-    top, shards = _shards(root)
-    if not shards:
+    top, found = _shards(root)
+    if not found:
         raise UserError(f"{root} has no tar shards: give a folder with {_LAYOUT}")
     reader = files.Reader()
     places, names, targets = [], [], []
-    for sample in _members(shards):
-        image = next((sample[s] for s in _IMAGE_SUFFIXES if s in sample), None)
-        anything = next(iter(sample.values()))
-        if image is None or target not in sample:
-            lacks = "an image" if image is None else f"a .{target} member"
-            raise UserError(f"{anything[0]}: the sample at byte {anything[1]} lacks {lacks}: write the shard again")
-        text = reader.read(*sample[target]).decode("utf-8", "replace")
-        try:
-            targets.append(parse(text))
-        except ValueError as e:
-            raise UserError(f"{anything[0]}: .{target} holds {text[:40]!r} ({e}): write the shard again") from e
-        places.append(image)
-        names.append(f"{Path(image[0]).name}[{len(names)}]")
+    for shard in map(str, found):
+        for sample in _samples(shard):
+            image = next((sample[s] for s in _IMAGE_SUFFIXES if s in sample), None)
+            if image is None or target not in sample:
+                lacks = "an image" if image is None else f"a .{target} member"
+                at = next(iter(sample.values())).offset
+                raise UserError(f"{shard}: the sample at byte {at} lacks {lacks}: write the shard again")
+            text = reader.read(shard, *sample[target][1:]).decode("utf-8", "replace")
+            try:
+                targets.append(parse(text))
+            except ValueError as e:
+                raise UserError(f"{shard}: .{target} holds {text[:40]!r} ({e}): write the shard again") from e
+            names.append(f"{Path(shard).name}[{len(names)}]")
+            places.append((shard, image.offset, image.size))
     if not places:
-        raise UserError(f"{shards[0]} and its neighbours hold no samples: give a folder with {_LAYOUT}")
+        raise UserError(f"the {len(found)} shards from {found[0]} on hold no samples: give a folder with {_LAYOUT}")
 
     def read(i: int) -> Image.Image:
         return open_image(reader.read(*places[i]), f"{places[i][0]}, byte {places[i][1]}", rgb=True)
@@ -132,36 +135,18 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
 
 
 def tfds(spec: str) -> Images:
-    """A prepared tfds data set in array_record format, read through `data_source`, without TensorFlow.
+    """A prepared tfds dataset with labels, see `TfdsSource`.
 
     Args:
       spec: `tfds:name/split[?data_dir=...&image=image&label=label]`.
 
     Raises:
-      UserError: it is not there, not in this format, or has no such features.
+      UserError: it is not there, not in array_record format, or has no such features.
     """
-    name, _, query = spec.partition("?")
-    options = {"image": "image", "label": "label"} | dict(parse_qsl(query))
-    name, _, split = name.removeprefix("tfds:").rpartition("/")
-    if not name or set(options) - {"data_dir", "image", "label"}:
-        raise UserError(f"{spec!r} must read tfds:name/split[?data_dir=...&image=...&label=...]")
-    import tensorflow_datasets as tfds_  # Slow to import, and only this source needs it.
-
-    image, label = options["image"], options["label"]
-    try:
-        builder = tfds_.builder(name, data_dir=options.get("data_dir"))
-        features = builder.info.features
-        classes = list(features[label].names)
-        records = builder.as_data_source(split=split, decoders={image: tfds_.decode.SkipDecoding()})
-        targets = [int(record[label]) for record in records]
-    except Exception as e:  # tfds raises a different kind for each of missing name, split, feature, format.
-        why = str(e).strip().splitlines()
-        raise UserError(
-            f"{spec!r} cannot be read ({why[0] if why else type(e).__name__}): prepare it first with "
-            "tfds.builder(name, file_format='array_record').download_and_prepare(), and name its features"
-        ) from e
-    names = [f"{name}/{split}[{i}]" for i in range(len(targets))]
-    return Images(names, lambda i: open_image(records[i][image], names[i], rgb=True), targets, classes)
+    source = TfdsSource(spec, "--data", {"image": "image", "label": "label"})
+    targets, classes = source.labels(source.options["label"])
+    names = [source.name(i).removeprefix("tfds:") for i in range(len(source))]
+    return Images(names, lambda i: open_image(source.read(i).image, names[i], rgb=True), targets, classes)
 
 
 def folder_images(root: Path) -> list[Path]:
@@ -170,7 +155,15 @@ def folder_images(root: Path) -> list[Path]:
 
 
 def image_files(paths: Sequence[Path], targets: Sequence, root: Path, rgb: bool = True, **kw) -> Images:
-    """Images that are files, named relative to `root`."""
+    """Images in files of their own.
+
+    Args:
+      paths: the files.
+      targets: of each.
+      root: what names are relative to.
+      rgb: see `images.decode`.
+      **kw: further fields of `Images`.
+    """
 
     def read(i: int) -> Image.Image:
         try:
@@ -182,9 +175,9 @@ def image_files(paths: Sequence[Path], targets: Sequence, root: Path, rgb: bool 
 
 
 def class_folders(root: Path) -> Images:
-    """`root/<class>/.../<image>`: labels by the sorted order of the folders, as torchvision's ImageFolder.
+    """`root/<class>/.../<image>`: labels by the sorted order of the folders, as in torchvision's ImageFolder.
 
-    `classes` are the folders' names; a `classnames.txt` or the prompts beside them are read as in the tar layout.
+    `classes` are the lines of `root/classnames.txt`, or else the folders' names; prompts are read as in the tar layout.
 
     Raises:
       UserError: no folders, or a folder without an image.
@@ -206,20 +199,21 @@ def class_folders(root: Path) -> Images:
 
 
 def caption_csv(path: Path) -> Images:
-    """A CSV file with the columns `image` (a file, relative to the CSV's folder) and `caption`, a row a caption.
+    """A CSV file with the columns `image` (a file, relative to the CSV's folder) and `caption`, one caption per row.
 
     Raises:
-      UserError: a column or a file is missing, or a caption is empty; names the row.
+      UserError: a column or a file is missing, or a caption is empty; names the line.
     """
+    rows = tables.csv_rows(str(path))
+    header = next(rows, (1, []))[1]
+    if missing := sorted({"image", "caption"} - set(header)):
+        raise UserError(f"{path} has no column {listing(missing)}: its first row must be image,caption")
     captions: dict[str, list[str]] = {}
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        reader = csv.DictReader(f)
-        if missing := {"image", "caption"} - set(reader.fieldnames or ()):
-            raise UserError(f"{path} has no column {listing(sorted(missing))}: its first row must be image,caption")
-        for row in reader:
-            if not row["image"] or not (row["caption"] or "").strip():
-                raise UserError(f"{path}, line {reader.line_num}: image or caption is empty: mend the row")
-            captions.setdefault(row["image"], []).append(row["caption"])
+    for line, fields in rows:
+        row = dict(zip(header, fields, strict=False))
+        if not row.get("image") or not row.get("caption", "").strip():
+            raise UserError(f"{path}, line {line}: image or caption is empty: complete the row")
+        captions.setdefault(row["image"], []).append(row["caption"])
     paths = [path.parent / name for name in captions]
     if gone := next((p for p in paths if not p.is_file()), None):
         raise UserError(f"{path} names {gone}, which does not exist: fetch the image or remove its rows")
@@ -243,4 +237,4 @@ def read_names(path: str) -> list[str] | dict:
         return value
     if isinstance(value, dict) and value:
         return value
-    raise UserError(f"{path} must hold a list of texts, or an object with one entry a class")
+    raise UserError(f"{path} must hold a list of texts, or an object with one entry per class")
