@@ -1,4 +1,4 @@
-# Everything lives in .venv; nothing but Python >= 3.11 is needed.
+# Everything is installed in .venv. The only requirement is Python >= 3.11.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -6,7 +6,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c 
 
 .PHONY: demo test lint clean
 
-# The TPU's compiler, which the tests install, says much where there is no TPU.
+# libtpu, which the tests install, prints many messages on machines without a TPU.
 demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/demo.stamp  ## trains a tiny model on photographs and exports it: about two minutes on two cores
 	$(RUN) -m diva_jax.demo --out=data/tiny

@@ -1,10 +1,11 @@
-"""Time and memory to load Stable Diffusion's U-Net and ViT-L/14 from safetensors, next to PyTorch's.
+"""Compares time and memory to load Stable Diffusion's U-Net and ViT-L/14 from safetensors with PyTorch.
 
-    python bench/load_weights.py            # alternating pairs, one process a measurement
+    python bench/load_weights.py            # alternating measurements, each in its own process
 
-PyTorch's side is `safetensors.torch.load_file`, building diffusers' U-Net and open_clip's vision tower, and
-`load_state_dict`. Ours is `weights.load` of both, arrays on the device. Files are random, float32, full size, and
-in the page cache for both. Memory is the process's peak over what it held before, against the bytes of the weights.
+PyTorch: `safetensors.torch.load_file`, construction of diffusers' U-Net and open_clip's vision tower, and
+`load_state_dict`. Ours: `weights.load` of both, until the arrays are on the device. The files have random float32
+weights of full size, and are in the page cache. Memory is the increase of the process's peak memory, divided by the
+size of the weights.
 """
 
 import resource
@@ -16,10 +17,12 @@ from pathlib import Path
 
 from absl import app, flags
 
-_PAIRS = flags.DEFINE_integer("pairs", 3, "Measurements of each side.")
-_TMP = flags.DEFINE_string("tmp", None, "Where the files go (5 GB); default the system's.")
-_SIDE = flags.DEFINE_enum("side", None, ("torch", "ours", "ours-bfloat16", "write"), "Internal: one measurement.")
-_FOLDER = flags.DEFINE_string("folder", None, "Internal: where the files are.")
+_PAIRS = flags.DEFINE_integer("pairs", 3, "Number of measurements per side.")
+_TMP = flags.DEFINE_string("tmp", None, "Folder for temporary files (5 GB); the default is the system's.")
+_SIDE = flags.DEFINE_enum(
+    "side", None, ("torch", "ours", "ours-bfloat16", "write"), "Internal: the side to measure once."
+)
+_FOLDER = flags.DEFINE_string("folder", None, "Internal: the folder of the files.")
 
 
 def _peak() -> float:

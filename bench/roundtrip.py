@@ -1,11 +1,11 @@
-"""Full-size round trip: open_clip's file -> our modules -> exports -> read again, bit for bit in float32.
+"""Full-size round trip: open_clip's file -> our modules -> exports -> read again, bit-identical in float32.
 
     python bench/roundtrip.py --config=configs/vitl14.py
 
-open_clip makes and writes the model with random weights. Both towers go through our modules (transposed to our layout
-and back), are exported as an open_clip folder and as a transformers folder, and every tensor that is read from either
-is compared with the original file. Exit code 1 where a bit differs. Peak memory is about three times the model's,
-with --norun twice.
+open_clip creates and saves the model with random weights. Both towers are loaded into our modules (transposed to our
+layout and back) and exported as an open_clip folder and as a transformers folder. Every tensor of both exports is
+compared with the original file. The exit code is 1 if a bit differs. Peak memory is about three times the size of the
+model, or twice with --norun.
 """
 
 import gc
@@ -27,24 +27,33 @@ from diva_jax.models.backbones import spec_of
 from diva_jax.weights import clip, names, readers, sources
 from diva_jax.weights.tensors import Tensors
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone makes the trip.")
-_TMP = flags.DEFINE_string("tmp", None, "Where the files go meanwhile; default the system's.")
-_RUN = flags.DEFINE_bool("run", True, "Also run the exports through open_clip and transformers: more memory.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone is exported.")
+_TMP = flags.DEFINE_string("tmp", None, "Folder for temporary files; the default is the system's.")
+_RUN = flags.DEFINE_bool(
+    "run", True, "Whether to also run the exports with open_clip and transformers, which needs more memory."
+)
 
 
 def through_our_modules(folder: Path, spec) -> sources.ClipSource:
-    """The source in `folder`, each tower's tensors taken from our module that was loaded from it."""
+    """Returns the source in `folder`, with the tensors of each tower taken from our module loaded from it."""
     source = sources.open_clip_source(str(folder))
     scales = {n: np.asarray(t) for n, t in source.tensors.items() if n.startswith("logit_")}
     found = {}
     for tower, table in (("vision", clip.vision_table(spec)), ("text", clip.text_table(spec))):
         found |= names.to_torch(nnx.state(weights.load(str(folder), spec, tower=tower)), table)
-        gc.collect()  # Modules are full of cycles; the next tower needs their memory.
+        gc.collect()  # Modules contain reference cycles. This frees their memory for the next tower.
     return sources.ClipSource(str(folder), source.kind, Tensors(found | scales, source.files), source.spec)
 
 
 def compare(original: Path, out: Path) -> int:
-    """How many tensors an export has in common with the file that open_clip wrote: all, or it raises a RunError."""
+    """Compares the tensors of an export with those of the file that open_clip wrote.
+
+    Returns:
+      The number of tensors.
+
+    Raises:
+      RunError: a tensor differs, is missing, or is not in the original file.
+    """
     file = readers.open_file(original / "open_clip_model.safetensors")
     back = sources.open_clip_source(str(out)).tensors
     wrong = [n for n in file if n not in back or not np.array_equal(np.asarray(file[n]), np.asarray(back[n]))]
@@ -73,7 +82,7 @@ def main() -> None:
             out = Path(tmp) / fmt
             layouts.export(ours, spec, out, fmt, run=_RUN.value)
             count = compare(original, out)
-            print(f"{fmt}: all {count} tensors bit for bit those of the original file", flush=True)
+            print(f"{fmt}: all {count} tensors are bit-identical to those of the original file", flush=True)
         print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
 

@@ -1,10 +1,10 @@
-"""Images per second of ViT-L/14 features on this machine, next to open_clip's.
+"""Compares the throughput of ViT-L/14 features on this machine with open_clip's [images/s].
 
     python bench/throughput.py --pairs=5
 
-Both sides get the same weights (random, float32) and the same photographs, decoded, in memory; what is timed is
-from there to the embedding: resize, crop, normalise, encode. One measurement of each side at a time, alternating,
-so that both meet the same machine. Prints each, the medians, and how far the embeddings are apart.
+Both sides use the same weights (random, float32) and the same decoded photographs in memory. The measured time covers
+resizing, cropping, normalisation and encoding. The two sides are measured alternately, so that other load on the
+machine affects both. The script prints each measurement, the medians, and the relative difference of the embeddings.
 """
 
 import os
@@ -15,10 +15,10 @@ from pathlib import Path
 
 from absl import app, flags
 
-_MODEL = flags.DEFINE_string("backbone", "vitl14", "A row of diva_jax.models.backbones.TABLE.")
-_PAIRS = flags.DEFINE_integer("pairs", 5, "Measurements of each side.")
-_IMAGES = flags.DEFINE_integer("images", 8, "Images a measurement.")
-_BATCH = flags.DEFINE_integer("batch_size", 8, "Images at once.")
+_MODEL = flags.DEFINE_string("backbone", "vitl14", "A key of diva_jax.models.backbones.TABLE.")
+_PAIRS = flags.DEFINE_integer("pairs", 5, "Number of measurements per side.")
+_IMAGES = flags.DEFINE_integer("images", 8, "Images per measurement.")
+_BATCH = flags.DEFINE_integer("batch_size", 8, "Batch size.")
 
 
 def _photographs(count: int) -> list:
@@ -79,7 +79,7 @@ def main(_) -> None:
         model = reference.new_open_clip(spec).eval()
         reference.save_open_clip(model, spec, Path(tmp))
         sides = {"open_clip": _theirs(model, transform, photographs), "diva_jax": _ours(tmp, spec, photographs)}
-    # Once each untimed: compilation, and whatever the libraries set up.
+    # The first run of each side is not timed, because it includes compilation and initialisation.
     features = {name: run() for name, run in sides.items()}
     gap = np.linalg.norm(features["diva_jax"] - features["open_clip"]) / np.linalg.norm(features["open_clip"])
     how = f"{os.cpu_count()} cores, float32, batches of {_BATCH.value}"

@@ -1,10 +1,10 @@
-"""The tables of docs/TPU.md: compiles every config for TPU slices that are not there, and prints Markdown.
+"""Generates the tables of docs/TPU.md: compiles every config for TPU slices, without the hardware, and prints Markdown.
 
     python bench/tpu.py [--out=bench/tpu] [--only=REGEX] [--tables] [--docs=docs/TPU.md]
 
-Each compilation is one `python -m diva_jax.aot` and takes minutes; its report is kept as JSON in --out and not made
-again while the file is there. --tables: compile nothing, print what there is. --docs: and put it between the marks
-of that file.
+Each compilation is one run of `python -m diva_jax.aot` and takes minutes. Its report is stored as JSON in --out, and is
+not made again if the file exists. --tables prints the tables of the existing reports without compiling. --docs also
+writes the tables between the two markers in that file.
 """
 
 import argparse
@@ -27,10 +27,10 @@ RUNS = {
     "vitl14-v4-16": ("vitl14", "v4:2x2x4", []),
     "vitl14-v5p-16": ("vitl14", "v5p:2x2x4", []),
     "vitl14-v6e-16": ("vitl14", "v6e:4x4", []),
-    # What a setting of the configs saves and costs.
+    # Savings and costs of single settings.
     "vitl14-v5e-16-remat": ("vitl14", "v5e:4x4", ["--config.remat=vision"]),
     "dfn_h14_378-v5e-16-sharded": ("dfn_h14_378", "v5e:4x4", ["--config.mesh.shard_frozen=True"]),
-    # Weak scaling: as many images a chip on every slice.
+    # Weak scaling: the same number of images per chip on every slice.
     "vitl14-v5e-4": ("vitl14", "v5e:2x2", ["--per-device-batch=8"]),
     "vitl14-v5e-256": ("vitl14", "v5e:16x16", ["--per-device-batch=8"]),
 }
@@ -60,10 +60,10 @@ def table(header: list[str], rows: list[list]) -> str:
 
 
 def costs(found: dict[str, dict]) -> str:
-    """One row a report: what fits, and what a step costs on a chip."""
+    """Returns a table with one row per report: memory, and costs of a step per chip."""
     header = (
-        "config, slice | fsdp | remat | images a chip x micro-batches | HBM needed, of [GiB] | temporaries [GiB] | "
-        "model + kernels at peak [ms] | links [ms] | images/s a chip | MFU | HBM [GB] | TFLOP + in kernels | "
+        "config, slice | fsdp | remat | images per chip x micro-batches | HBM needed, of [GiB] | temporaries [GiB] | "
+        "model + kernels at peak [ms] | links [ms] | images/s per chip | MFU | HBM [GB] | TFLOP + in kernels | "
         "compile [s]"
     ).split(" | ")
     rows = []
@@ -91,7 +91,7 @@ def costs(found: dict[str, dict]) -> str:
 
 
 def parts(found: dict[str, dict], name: str) -> str:
-    """Where one report's time and traffic go."""
+    """Returns a table of one report's time and traffic per part of the program."""
     rows = [
         [
             part,
@@ -106,10 +106,10 @@ def parts(found: dict[str, dict], name: str) -> str:
 
 
 def scaling(found: dict[str, dict]) -> str:
-    """Weak scaling on paper: nothing of the all-reduce hidden behind compute, links at their published speed.
+    """Returns a table of calculated weak scaling: compute plus the all-reduce at the links' published speed.
 
-    A slice that was not compiled takes compute and bytes from the one of 16 chips: both are per device, and the
-    program of a device is the same.
+    No overlap of communication and compute is assumed. For a slice without a report, compute and bytes are those of the
+    slice with 16 chips; both are per device, and the program per device is the same.
     """
     rows = []
     for name, shape in SCALING.items():
@@ -124,7 +124,7 @@ def scaling(found: dict[str, dict]) -> str:
             f"{100 * r['step_ms'] / (r['step_ms'] + ms):.1f}%",
         ])  # fmt: skip
     return table(
-        ["chips", "batch", "compute [ms]", "all-reduce a step [GB]", "at the links' speed [ms]", "efficiency"], rows
+        ["chips", "batch", "compute [ms]", "all-reduce per step [GB]", "at the links' speed [ms]", "efficiency"], rows
     )
 
 
@@ -142,8 +142,12 @@ def main() -> None:
     text = "\n\n".join(
         [
             costs(found),
-            *(["Where the step of `vitl14` on v5e:4x4 goes:", parts(found, BASE)] if BASE in found else []),
-            "Weak scaling of `vitl14`, eight images a chip and micro-batch:",
+            *(
+                ["Costs of a step of `vitl14` on v5e:4x4 per part of the program:", parts(found, BASE)]
+                if BASE in found
+                else []
+            ),
+            "Weak scaling of `vitl14`, eight images per chip and micro-batch:",
             scaling(found),
         ]
     )

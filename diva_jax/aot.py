@@ -1,9 +1,10 @@
-"""Compiles the train step for a TPU slice that is not there, and says what it needs and analysis.
+"""Compiles the train step for a TPU slice, without TPU hardware, and prints its memory use and costs.
 
     python -m diva_jax.aot --config=configs/vitl14.py --topology=v5e:4x4 [--per-device-batch=8] [--search]
 
-It is the very step that training runs (`step.Program`), lowered from shapes: no weights are read or made. A full
-size takes minutes and a few GiB of host memory on two cores; no TPU is needed, only `pip install diva_jax[tpu]`.
+The compiled step is the one that training runs (`step.Program`). It is lowered from shapes, so no weights are loaded.
+The only requirement is libtpu, the TPU compiler, which runs on CPUs: `pip install 'diva_jax[tpu]'`. Compiling a
+full-size step takes minutes; docs/TPU.md lists times and host memory.
 """
 
 import dataclasses
@@ -27,14 +28,14 @@ from diva_jax.training.step import Program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, e.g. v5e:4x4, v4:2x2x4.")
-_BATCH = flags.DEFINE_integer("per-device-batch", None, "Images a chip in a micro-batch; default: the config's.")
+_BATCH = flags.DEFINE_integer("per-device-batch", None, "Images per chip and micro-batch; the default is the config's.")
 _SEARCH = flags.DEFINE_bool("search", False, "Find the largest per-device batch that fits (several compilations).")
-_SAVE = flags.DEFINE_string("save", None, "Write the optimised HLO text here.")
-_JSON = flags.DEFINE_string("json", None, "Write the report here as JSON ('-': print it instead of the tables).")
+_SAVE = flags.DEFINE_string("save", None, "Write the optimised HLO text to this file.")
+_JSON = flags.DEFINE_string("json", None, "Write the report to this file as JSON; '-' prints it instead of the tables.")
 
 _GIB = 2**30
-# libtpu asks the machine's metadata service and its environment which slice it is on, and loads only once a
-# machine: none of it matters to a compiler.
+# By default, libtpu queries the machine's metadata service and environment for its slice, and can be loaded by only one
+# process per machine. Neither is needed for compilation.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -45,7 +46,16 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """A device's HBM, in bytes. Aliases are outputs that reuse an argument's memory (the donated train state)."""
+    """HBM use of a program per device [bytes].
+
+    Attributes:
+      arguments: weights, optimizer state and batch.
+      outputs: results.
+      aliases: the part of the outputs that reuses the memory of arguments (the donated train state).
+      temporaries: intermediate results.
+      code: the compiled program.
+      available: HBM available to a program on this chip.
+    """
 
     arguments: int
     outputs: int
@@ -56,15 +66,17 @@ class Memory:
 
     @property
     def needed(self) -> int:
+        """HBM needed in total [bytes]."""
         return self.arguments + self.outputs - self.aliases + self.temporaries + self.code
 
     @property
     def fits(self) -> bool:
+        """Whether the program fits into the available HBM."""
         return self.needed <= self.available
 
 
 class OutOfMemory(Exception):
-    """The compiler gave up: `needed` of `available` bytes, as it said."""
+    """The compiler reported that the program does not fit: `needed` and `available` are in bytes."""
 
     def __init__(self, needed: float, available: float):
         super().__init__(f"{needed / _GIB:.2f} GiB needed, {available / _GIB:.2f} available")
@@ -72,10 +84,13 @@ class OutOfMemory(Exception):
 
 
 def devices(topology: str) -> tuple[chips.Chip, tuple[int, ...], list]:
-    """A slice's chip, shape, and devices to compile for.
+    """Returns a slice's chip, its shape, and the devices to compile for.
+
+    Args:
+      topology: e.g. "v5e:4x4".
 
     Raises:
-      UserError: libtpu is missing or locked, or there is no such slice.
+      UserError: libtpu is not installed or is locked by another process, or there is no such slice.
     """
     name, chip, shape = chips.parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
@@ -86,27 +101,34 @@ def devices(topology: str) -> tuple[chips.Chip, tuple[int, ...], list]:
 
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **dict(chip.options)).devices
-    except Exception as e:  # the library's own classes differ by version
+    except Exception as e:  # The class of the exception depends on the version.
         raise UserError(explain(str(e), topology)) from e
     return chip, shape, list(found)
 
 
 def explain(message: str, topology: str) -> str:
-    """One sentence on why there is no topology."""
+    """Returns a one-sentence error message for an exception of libtpu."""
     if "lockfile" in message or "already in use" in message:
         return (
-            "libtpu is locked by another process (or one that died): if `lsof /tmp/libtpu_lockfile` shows no live "
-            "one, remove /tmp/libtpu_lockfile, else end that process or set ALLOW_MULTIPLE_LIBTPU_LOAD=1"
+            "libtpu is locked by another process: if `lsof /tmp/libtpu_lockfile` shows no running process, remove "
+            "/tmp/libtpu_lockfile, otherwise end that process or set ALLOW_MULTIPLE_LIBTPU_LOAD=1"
         )
     reason = message.strip().splitlines()[0].split("INVALID_ARGUMENT: ")[-1][:200]
-    return f"--topology={topology} is not a slice that libtpu knows ({reason}): use e.g. v5e:4x4, v6e:4x4 or v5p:2x2x2"
+    return (
+        f"--topology={topology} is not a slice that libtpu supports ({reason}): use e.g. v5e:4x4, v6e:4x4 or v5p:2x2x2"
+    )
 
 
 def with_batch(config, chips_: int, per_device: int | None):
-    """The config with that many images a chip in each micro-batch; unchanged for None.
+    """Returns the config with another batch size.
+
+    Args:
+      config: the config.
+      chips_: the number of chips.
+      per_device: images per chip and micro-batch; None keeps the config's batch size.
 
     Raises:
-      UserError: what `config.validate` finds.
+      UserError: `per_device` is less than 1, or the config is invalid (`config.validate`).
     """
     if per_device is not None:
         if per_device < 1:
@@ -118,13 +140,17 @@ def with_batch(config, chips_: int, per_device: int | None):
 
 
 def compile_step(config, found: list):
-    """The last stage's step, compiled from shapes.
+    """Compiles the step of the last stage from shapes.
+
+    Args:
+      config: the config.
+      found: the devices to compile for.
 
     Returns:
       (compiled, Program, {"trace": seconds, "compile": seconds}).
 
     Raises:
-      OutOfMemory: it does not fit, and the compiler said so.
+      OutOfMemory: the compiler reported that the program does not fit.
     """
     began = time.perf_counter()
     program = Program(config, sharding.make_mesh(config.mesh, found))
@@ -145,16 +171,25 @@ def compile_step(config, found: list):
 
 
 def report(config, topology: str, save: str | None = None) -> dict:
-    """Compiles a config's step for a slice and describes it; everything is per device unless it says otherwise.
+    """Compiles the step of a config for a slice and returns its costs.
 
     Args:
-      config: with the batch to compile for.
+      config: the config, with the batch size to compile for.
       topology: e.g. "v5e:4x4".
-      save: where to write the optimised HLO text.
+      save: a file for the optimised HLO text, or None.
 
     Returns:
-      A dict that JSON can hold; `fits` says whether `memory` (bytes) stays within the chip's. Where the compiler
-      gave up for want of memory, what it needs HBM for is all there is besides.
+      A dict of JSON values, per device unless the name implies otherwise:
+        "topology", "chips", "mesh", "remat", "accum", "batch_size", "per_device_batch": the input.
+        "fits", "needed", "available": whether the program fits, and HBM [bytes].
+      These keys are missing if the compiler reported that the program does not fit:
+        "memory": the fields of `Memory` [bytes]; "seconds": time to trace and to compile.
+        All keys of `analysis.analyse`.
+        "step_ms": "model_ms" plus "kernel_ms"; "images_per_s": images per second and chip; "mfu": model FLOPs
+        utilisation, between 0 and 1; "all_reduce_ms": lower bound of communication time, not part of "step_ms".
+
+    Raises:
+      UserError: see `devices`.
     """
     chip, shape, found = devices(topology)
     row = {
@@ -200,16 +235,21 @@ def report(config, topology: str, save: str | None = None) -> dict:
 
 
 def _reduced(cost: dict) -> float:
-    """Bytes summed over the devices in one step; the two halves of an all-reduce count as one."""
+    """Bytes that are all-reduced per step. A reduce-scatter or an all-gather counts as half of an all-reduce."""
     gb = {kind: c["gb"] for kind, c in cost["collectives"].items()}
     return 1e9 * (gb.get("all-reduce", 0) + (gb.get("reduce-scatter", 0) + gb.get("all-gather", 0)) / 2)
 
 
 def search(config, topology: str, limit: int = 256) -> dict:
-    """The report of the largest per-device batch that fits; batch 1's if none does.
+    """Returns the report of the largest per-device batch that fits, or that of batch 1 if none fits.
 
-    Each try is a compilation, so it begins at the config's own batch, and goes on at the one that would just fit if
-    memory grew by as much with every image.
+    Each trial is a compilation. The first trial is the config's batch; further ones are interpolated or extrapolated
+    linearly from the memory that the trials so far needed.
+
+    Args:
+      config: the config.
+      topology: e.g. "v5e:4x4".
+      limit: the largest per-device batch to try.
     """
     n = len(devices(topology)[2])
     rows, needed, low, high = {}, {}, 0, limit + 1
@@ -227,19 +267,19 @@ def search(config, topology: str, limit: int = 256) -> dict:
 
 
 def verdict(row: dict) -> str:
-    """`fits, 2.31 GiB to spare (13.44 of 15.75)`."""
+    """Formats whether a program fits: `fits, 2.31 GiB to spare (13.44 of 15.75 GiB)`."""
     spare = (row["available"] - row["needed"]) / _GIB
     word = f"fits, {spare:.2f} GiB to spare" if row["fits"] else f"does not fit, {-spare:.2f} GiB too much"
     return f"{word} ({row['needed'] / _GIB:.2f} of {row['available'] / _GIB:.2f} GiB)"
 
 
 def text_of(row: dict) -> str:
-    """The report for people."""
+    """Formats a report as text."""
     n, mesh = row["chips"], row["mesh"]
     lines = [
         f"{row['topology']}: {n} chips, mesh data {mesh['data']} x fsdp {mesh['fsdp']}, remat {row['remat']}",
-        f"batch {row['batch_size']} = {row['per_device_batch']} a chip x {n} chips x {row['accum']} micro-batches",
-        f"HBM of a chip: {verdict(row)}",
+        f"batch {row['batch_size']} = {row['per_device_batch']} per chip x {n} chips x {row['accum']} micro-batches",
+        f"HBM per chip: {verdict(row)}",
     ]
     if "memory" not in row:
         return "\n".join(lines)
@@ -247,11 +287,11 @@ def text_of(row: dict) -> str:
     parts = "  ".join(f"{k} {m[k] / _GIB:.2f}" for k in ("arguments", "outputs", "aliases", "temporaries", "code"))
     lines += [
         f"  [GiB]  {parts}",
-        f"time of a step: {row['step_ms']:.0f} ms = {row['model_ms']:.0f} as the compiler models it + "
-        f"{row['kernel_ms']:.0f} for the kernels, which it does not model, at the chip's peak",
-        f"  {row['images_per_s']:.1f} images/s a chip, MFU {100 * row['mfu']:.0f}%; no collective's time is in it: "
-        f"at the links' speed {row['all_reduce_ms']:.0f} ms",
-        f"FLOPs {row['flops'] / 1e12:.1f} T + {row['kernel_flops'] / 1e12:.1f} T in kernels (from their shapes)   "
+        f"time per step: {row['step_ms']:.0f} ms = {row['model_ms']:.0f} ms estimated by the compiler + "
+        f"{row['kernel_ms']:.0f} ms for kernels at the chip's peak rate (the compiler has no estimate for them)",
+        f"  {row['images_per_s']:.1f} images/s per chip, MFU {100 * row['mfu']:.0f}%; communication is not included "
+        f"(at least {row['all_reduce_ms']:.0f} ms)",
+        f"FLOPs {row['flops'] / 1e12:.1f} T + {row['kernel_flops'] / 1e12:.1f} T in kernels (from operand shapes)   "
         f"HBM traffic {row['hbm_gb']:.0f} GB   loops {' x '.join(map(str, row['loops']))}",
         f"{'part':<18}{'ms':>9}{'HBM GB':>9}{'TFLOP':>8}{'kernels':>9}   ms by kind",
     ]
@@ -261,16 +301,16 @@ def text_of(row: dict) -> str:
             f"{name:<18}{p['model_ms']:>9.1f}{p['hbm_gb']:>9.1f}{p['flops'] / 1e12:>8.2f}"
             f"{p['kernel_flops'] / 1e12:>9.2f}   {kinds}"
         )
-    lines += [f"{k}: {c['count']} a step, {c['gb']:.3f} GB" for k, c in row["collectives"].items()]
-    lines += [f"kernel {name}: {n} a step" for name, n in row["kernels"].items()]
-    lines.append("largest arrays in HBM, as laid out:")
+    lines += [f"{k}: {c['count']} per step, {c['gb']:.3f} GB" for k, c in row["collectives"].items()]
+    lines += [f"kernel {name}: {n} per step" for name, n in row["kernels"].items()]
+    lines.append("largest arrays in HBM, with padding:")
     lines += [f"  {a['mib']:>8.1f} MiB x {a['count']:<3} {a['path']}" for a in row["largest"]]
     lines.append(f"traced in {row['seconds']['trace']:.0f} s, compiled in {row['seconds']['compile']:.0f} s")
     return "\n".join(lines)
 
 
 def main() -> None:
-    jax.config.update("jax_platforms", "cpu")  # this process computes nothing, and leaves a TPU to others
+    jax.config.update("jax_platforms", "cpu")  # This process only compiles and must not occupy a TPU.
     config, topology = cli.config_of(_CONFIG), _TOPOLOGY.value
     chips_ = len(devices(topology)[2])
     if _SEARCH.value:

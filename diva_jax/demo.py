@@ -1,7 +1,7 @@
-"""Writes what configs/tiny.py needs: python -m diva_jax.demo --out=data/tiny.
+"""Writes the data and weights for configs/tiny.py: python -m diva_jax.demo --out=data/tiny.
 
-Photographs in tar shards as img2dataset writes them, an open_clip folder with both towers and a diffusers
-folder, the towers tiny and random: the same files, through the same readers, as at full size.
+These are photographs in tar shards (the format of img2dataset), an open_clip folder with both towers, and a diffusers
+folder. The models are tiny and have random weights; file formats and readers are those of full-size models.
 """
 
 import json
@@ -21,7 +21,13 @@ _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 
 
 def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
-    """An open_clip folder of random towers: vision, text and logit_scale."""
+    """Writes an open_clip folder with random weights: both towers and logit_scale.
+
+    Args:
+      folder: the folder; it is created if it does not exist.
+      spec: the backbone.
+      seed: the seed of the weights.
+    """
     import numpy as np
 
     from diva_jax.models import backbones
@@ -38,7 +44,7 @@ def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
 
 
 def _byte_tokenizer() -> tuple[dict[str, int], str]:
-    """CLIP's byte-level vocabulary without a single merge: (vocab, merges.txt)."""
+    """Returns CLIP's byte-level vocabulary without merges: (vocab, content of merges.txt)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
@@ -47,12 +53,12 @@ def _byte_tokenizer() -> tuple[dict[str, int], str]:
 
 
 def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
-    """A diffusers folder of random models (the VAE's encoder alone).
+    """Writes a diffusers folder with random weights; of the VAE, only the encoder.
 
     Args:
-      folder: made where missing.
-      config: as `presets.preset` gives it.
-      seed: of the weights.
+      folder: the folder; it is created if it does not exist.
+      config: a result of `presets.preset`.
+      seed: the seed of the weights.
     """
     from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
     from diva_jax.models.diffusion.unet import UNet, UNetConfig
@@ -101,7 +107,7 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
 
 
 def write_all(out: Path) -> None:
-    """Photographs, towers and diffusion model; what is already there is written anew."""
+    """Writes photographs, towers and diffusion model into a folder; existing files are overwritten."""
     from diva_jax.data.photos import pack_photos
 
     pack_photos(out / "photos")
@@ -114,7 +120,9 @@ def main() -> None:
         raise UserError("--out is missing: give a folder, e.g. --out=data/tiny")
     jax.config.update("jax_platforms", "cpu")
     write_all(Path(_OUT.value))
-    print(f"{_OUT.value}: photos (tar shards), clip (open_clip folder), stable-diffusion (diffusers folder)")
+    print(
+        f"Wrote photos (tar shards), clip (open_clip folder) and stable-diffusion (diffusers folder) to {_OUT.value}."
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Exports a tuned model, or converts any checkpoint that can be read, for PyTorch tools.
+"""Exports a tuned model, or converts CLIP weights of any supported format, for PyTorch libraries.
 
     python -m diva_jax.export_torch --workdir=runs/vitl14 --out=exports/tuned                   # open_clip
     python -m diva_jax.export_torch --workdir=runs/vitl14 --out=exports/llava --format=hf       # transformers, LLaVA
     python -m diva_jax.export_torch --source=ViT-L-14.pt --out=exports/openai --format=hf       # a converter
     python -m diva_jax.export_torch --source=tower.pth --config=configs/vitl14.py --out=… --format=pt
 
-The export is written beside --out, read back, compared leaf by leaf, run through the library that it is for (where
-that is installed), and only then renamed.
+The export is written to a temporary folder, read back and compared tensor by tensor. If the target library is
+installed, one image is encoded with it. The folder is renamed to --out only if all of this succeeds.
 """
 
 from absl import flags
@@ -15,13 +15,13 @@ from ml_collections import config_flags
 from diva_jax.common import cli, paths
 from diva_jax.common.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run to export from.")
-_SOURCE = flags.DEFINE_string("source", None, "Instead of --workdir: any file, folder or hub id of CLIP weights.")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "For a --source that does not describe itself.")
-_OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist yet, or be empty.")
-_FORMAT = flags.DEFINE_enum("format", "open_clip", ("open_clip", "hf", "pt"), "The layout to write.")
-_STEP = flags.DEFINE_integer("step", None, "Of --workdir's checkpoint; default the newest.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16", "bfloat16"), "What weights are written in.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of the run to export.")
+_SOURCE = flags.DEFINE_string("source", None, "Instead of --workdir: a file, folder or hub id of CLIP weights.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config of a --source without a config file.")
+_OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist or be empty.")
+_FORMAT = flags.DEFINE_enum("format", "open_clip", ("open_clip", "hf", "pt"), "The format to write.")
+_STEP = flags.DEFINE_integer("step", None, "The step of the checkpoint in --workdir; the default is the newest.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16", "bfloat16"), "The dtype of the exported weights.")
 
 
 def _from_source():
@@ -40,10 +40,10 @@ def main() -> None:
     if not _OUT.value:
         raise UserError("--out is missing: give a folder for the export, e.g. --out=runs/tuned")
     if _SOURCE.value and _STEP.value is not None:
-        raise UserError("--step goes with --workdir: a --source has no steps")
+        raise UserError("--step is for --workdir only: remove it, a --source has no steps")
     import jax
 
-    # One image is all that is computed, and the reference runs in float32.
+    # Only one image is encoded, and the reference is computed in float32.
     jax.config.update("jax_platforms", "cpu")
     from diva_jax.export import cards, layouts, runs
     from diva_jax.weights import writers

@@ -1,10 +1,11 @@
-"""Full-size parity with the original libraries, on the CPU in float32, and what bfloat16 costs.
+"""Compares full-size models with the original libraries, on the CPU in float32, and bfloat16 with float32.
 
     python -m diva_jax.parity --config=configs/vitl14.py
 
-open_clip and diffusers make the models with random weights, write them with their own save functions and compute a
-reference; our readers load those files and our models compute the same. Exit code 1 where a relative L2 error passes
-1e-4. Needs torch, open_clip and diffusers (the `test` extra), about 12 GiB of memory and 8 GB in --tmp; minutes.
+open_clip and diffusers create the models with random weights, save them, and compute a reference. The files are then
+loaded with this project's readers, and its models compute the same outputs. The exit code is 1 if a relative L2 error
+is above 1e-4. The command needs torch, open_clip and diffusers (`pip install 'diva_jax[test]'`), about 12 GiB of memory
+and 8 GB of disk in --tmp, and takes minutes.
 """
 
 import tempfile
@@ -26,14 +27,14 @@ from diva_jax.models.backbones import spec_of
 from diva_jax.models.diffusion.unet import UNetConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone and U-Net are compared.")
-_UNET = flags.DEFINE_bool("unet", True, "Compare the U-Net too; it is the same for most configs.")
-_TMP = flags.DEFINE_string("tmp", None, "Where the files of weights go meanwhile; default the system's.")
+_UNET = flags.DEFINE_bool("unet", True, "Whether to compare the U-Net too; it is the same for most configs.")
+_TMP = flags.DEFINE_string("tmp", None, "Folder for temporary weight files; the default is the system's.")
 
 BOUND = 1e-4
 
 
 def error(ours, theirs) -> float:
-    """Relative L2 error, in float64."""
+    """Returns the relative L2 error, computed in float64."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
@@ -44,7 +45,15 @@ def _run(function, model, *args) -> list[np.ndarray]:
 
 
 def features(spec, folder: Path) -> Iterator[tuple[str, float]]:
-    """Rows (what, relative error): pooled and tokens against open_clip, then bfloat16 against float32."""
+    """Compares the vision encoder's outputs with open_clip's, then bfloat16 with float32.
+
+    Args:
+      spec: the backbone.
+      folder: a folder for the weights.
+
+    Yields:
+      (description, relative L2 error).
+    """
     images = np.concatenate([reference.image(spec), reference.image(spec)[:, ::-1, ::-1] ** 2])
     theirs = reference.write_open_clip(folder, spec, images)
 
@@ -60,7 +69,15 @@ def features(spec, folder: Path) -> Iterator[tuple[str, float]]:
 
 
 def unet(options: dict, folder: Path) -> Iterator[tuple[str, float]]:
-    """Rows (what, relative error) of the U-Net's output on one image's latents."""
+    """Compares the U-Net's output for the latents of one image with diffusers', then bfloat16 with float32.
+
+    Args:
+      options: the U-Net's options, see `presets`.
+      folder: a folder for the weights.
+
+    Yields:
+      (description, relative L2 error).
+    """
     config = UNetConfig.from_dict(options)
     rng = np.random.default_rng(0)
     side = config.sample_size if isinstance(config.sample_size, int) else 64
@@ -103,7 +120,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=_TMP.value) as tmp:
             show(unet(config.diffusion.unet.to_dict(), Path(tmp)))
     if wrong:
-        raise RunError(f"relative error above {BOUND:.0e}: {', '.join(wrong)}")
+        raise RunError(f"the relative error is above {BOUND:.0e}: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-# Read by every script here: flags, the env file, and `run`, which prints a command and, unless --dry-run, runs it.
+# Sourced by every script in this folder: parses flags, reads the env file, and defines `run`, which prints a command
+# and, without --dry-run, executes it.
 # shellcheck shell=bash
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -10,12 +11,12 @@ die() {
   exit 2
 }
 
-# The comment at the top of the calling script is its help.
+# Prints the comment at the top of the calling script as its help.
 usage() {
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 }
 
-# Takes --help, --dry-run and --env=FILE; what is left is in REST.
+# Parses --help, --dry-run and --env=FILE; the remaining flags are stored in REST.
 parse_flags() {
   REST=()
   local flag
@@ -34,12 +35,12 @@ no_more_flags() {
 }
 
 read_env() {
-  [[ -f $ENV_FILE ]] || die "there is no $ENV_FILE: cp tpu/env.example tpu/env.sh and edit it, or give --env=FILE"
+  [[ -f $ENV_FILE ]] || die "$ENV_FILE does not exist: cp tpu/env.example tpu/env.sh and edit it, or give --env=FILE"
   # shellcheck source=env.example
   source "$ENV_FILE"
   local setting
   for setting in PROJECT ZONE NAME ACCELERATOR_TYPE RUNTIME_VERSION BUCKET CONFIG WORKDIR; do
-    [[ -n ${!setting:-} ]] || die "$ENV_FILE does not set $setting"
+    [[ -n ${!setting:-} ]] || die "$ENV_FILE does not set $setting: add it, see tpu/env.example"
   done
   HOME_IN_BUCKET="gs://$BUCKET/diva_jax/$NAME"
   WHERE=("--project=$PROJECT" "--zone=$ZONE")
@@ -52,12 +53,12 @@ run() {
   [[ $DRY_RUN -eq 1 ]] || "$@"
 }
 
-# Runs a command on every machine of the slice (or on worker $1 alone).
+# Runs command $2 on worker $1 of the slice, or on every worker for "all".
 on_workers() {
   run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" "--worker=$1" "--command=$2"
 }
 
-# The code of this commit and the env file, where the machines fetch them when they start.
+# Uploads the code of the current commit and the env file to the bucket, from which the machines download them.
 upload() {
   local archive="$HERE/../build/diva_jax.tar.gz"
   run mkdir -p "$HERE/../build"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Asks for a TPU slice that installs diva_jax and trains as soon as it is there.
+# Requests a TPU slice that installs diva_jax and starts training as soon as it is available.
 #
 #   tpu/create.sh [--watch] [--env=FILE] [--dry-run] [--help]
 #
-# Uploads the code of the current commit and the env file to the bucket, then makes a queued resource. Its machines
-# run tpu/vm.sh at every start: a machine that was restarted goes on by itself. A spot slice that is preempted
-# disappears; with --watch this command stays, and asks for a new one each time until the run is done.
+# The script uploads the code of the current commit and the env file to the bucket, then creates a queued resource. The
+# machines of the slice run tpu/vm.sh at every start, so a restarted machine resumes training. A preempted spot slice is
+# deleted; with --watch, this command keeps running and requests a new slice each time until the run is finished.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
@@ -32,9 +32,9 @@ state() {
 upload
 request
 [[ $WATCH -eq 1 ]] || exit 0
-[[ $WORKDIR == gs://* ]] || die "--watch looks for the end of the run in WORKDIR: make it a gs:// path"
+[[ $WORKDIR == gs://* ]] || die "--watch checks WORKDIR for the end of the run: set WORKDIR to a gs:// path"
 if [[ $DRY_RUN -eq 1 ]]; then
-  echo "# every minute: where the state is SUSPENDED or FAILED, delete the request and make it again"
+  echo "# every minute: if the state is SUSPENDED or FAILED, delete the request and create it again"
   run gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
   request
   exit 0
@@ -50,4 +50,4 @@ until gcloud storage ls "$WORKDIR/done" >/dev/null 2>&1; do
       ;;
   esac
 done
-echo "$NAME: the run is done; tpu/delete.sh gives the slice back"
+echo "$NAME: the run is finished; delete the slice with tpu/delete.sh"

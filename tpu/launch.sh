@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Starts the run of the env file on every machine of the slice, or restarts it after a change of the env file.
+# Starts the run described by the env file on every machine of the slice, or restarts it after the env file changed.
 #
 #   tpu/launch.sh [--env=FILE] [--dry-run] [--help]
 #
-# A run that is going on is asked to save and stop first; the same workdir goes on from its last checkpoint. The env
-# file is stored in the bucket as well, so that machines that start later run the same command.
+# A run in progress first saves a checkpoint and stops. With the same workdir, training resumes from the last
+# checkpoint. The env file is also uploaded to the bucket, so that machines that start later run the same command.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

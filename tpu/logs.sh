@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Shows what the run prints, and goes on doing so until Ctrl-C.
+# Shows the output of the run until Ctrl-C.
 #
 #   tpu/logs.sh [--worker=N] [--lines=N] [--env=FILE] [--dry-run] [--help]
 #
-# Only process 0 reports progress, and it is not always on worker 0: --worker=all shows every machine's.
+# Only process 0 reports progress, and it is not always on worker 0. --worker=all shows the output of every machine.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs the code of the current commit on every machine of a slice that is already there.
+# Installs the code of the current commit on every machine of an existing slice.
 #
 #   tpu/setup.sh [--env=FILE] [--dry-run] [--help]
 #
-# A new slice does this by itself when it starts. The run is not restarted: tpu/launch.sh does that.
+# A new slice installs the code when it starts. This script does not restart the run; use tpu/launch.sh for that.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

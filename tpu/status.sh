@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Says where the request stands, and for a slice that is there, whether each machine trains and its last line.
+# Shows the state of the request and, for an existing slice, whether each machine is training and its last log line.
 #
 #   tpu/status.sh [--env=FILE] [--dry-run] [--help]
 set -euo pipefail

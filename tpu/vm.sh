@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Runs on the machines of a slice, as root: at every start (the slice's start-up script), and over ssh.
+# Runs as root on the machines of a slice: at every start (as the slice's start-up script), and over ssh.
 #
 #   vm.sh [boot|setup|start|train|stop] [--dry-run] [--help]
 #
-# boot: setup, then start. setup: installs the code that lies in the bucket, and mounts the bucket. start: makes train
-# a service, which is started again until the run is done. train: the run itself. stop: SIGTERM, upon which it saves.
+# boot: setup, then start.
+# setup: installs the code from the bucket and mounts the bucket.
+# start: runs train as a service, which is restarted until the run is finished.
+# train: runs the training.
+# stop: sends SIGTERM, upon which the run saves a checkpoint and stops.
 set -euo pipefail
 
 ROOT=/opt/diva_jax
@@ -57,14 +60,14 @@ setup() {
 mount_bucket() {
   mountpoint --quiet "$MOUNT" && return
   if ! command -v gcsfuse >/dev/null && [[ $DRY_RUN -eq 0 ]]; then
-    echo "error: this image has no gcsfuse: install it, or use gs:// paths alone and an empty MOUNT" >&2
+    echo "error: gcsfuse is not installed: install it, or use only gs:// paths and an empty MOUNT" >&2
     exit 2
   fi
   run mkdir -p "$MOUNT"
   run gcsfuse --implicit-dirs -o allow_other "$BUCKET" "$MOUNT"
 }
 
-# systemd starts it again where it failed, sends SIGTERM at shutdown, and waits for the checkpoint that follows.
+# systemd restarts the service after a failure, sends SIGTERM at shutdown, and waits until the checkpoint is saved.
 unit() {
   cat <<END
 [Unit]
@@ -99,13 +102,13 @@ finished() {
 }
 
 train() {
-  trap : TERM # it is meant for Python, which saves
+  trap : TERM # Python handles SIGTERM and saves a checkpoint; this shell must not exit before.
   local flags
   read -r -a flags <<<"${FLAGS:-}"
   run cd "$ROOT/diva_jax"
   run env PYTHONUNBUFFERED=1 "$ROOT/venv/bin/python" -m diva_jax.main \
     "--config=$CONFIG" "--workdir=$WORKDIR" "${flags[@]}"
-  # A run that ends well before its end was told to by another machine's SIGTERM: all of them start again.
+  # Exit code 0 before the last step: another machine received SIGTERM. Fail, so that the service is restarted.
   [[ $DRY_RUN -eq 1 ]] || finished || exit 75
 }
 

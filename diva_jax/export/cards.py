@@ -1,4 +1,4 @@
-"""The README of an export: what the model is, and from which run, step, data and config it came."""
+"""The README of an export, with the model's properties and its origin: run, step, data and config."""
 
 import importlib.metadata
 import json
@@ -27,12 +27,14 @@ def _version(package: str) -> str:
 
 
 def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict | None) -> str:
-    """The content of README.md.
+    """Returns the content of README.md.
 
     Args:
-      source: what is exported.
-      spec, fmt, dtype: of the export.
-      provenance: of `runs.run_source`, or None for a conversion.
+      source: the exported weights.
+      spec: the backbone.
+      fmt: the format, "open_clip", "hf" or "pt".
+      dtype: the dtype of the exported weights.
+      provenance: the provenance from `runs.run_source`, or None for a conversion.
     """
     name = spec.open_clip_name or f"{spec.arch} {spec.image_size}"
     squash = "squashed to a square" if spec.resize_mode == "squash" else "shortest side resized, centre cropped"
@@ -50,7 +52,7 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
         _USE[fmt],
         "```",
         "",
-        "## Where it comes from",
+        "## Origin",
         "",
     ]
     if provenance is None:
@@ -59,7 +61,7 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
         config = provenance["config"]
         lines += [
             f"- run `{provenance['workdir']}`, step {provenance['step']}, objective {config['objective']}",
-            f"- data `{config['data']['path']}`, {config['batch_size']} images a step, seed {config['seed']}",
+            f"- data `{config['data']['path']}`, {config['batch_size']} images per step, seed {config['seed']}",
             f"- tuned from `{provenance['base']}`: {', '.join(provenance['tuned'])}; the rest is unchanged",
         ]
         lines += [

@@ -9,6 +9,7 @@ from diva_jax.common import cli
 
 
 def main(folder: str) -> None:
+    """Writes the report and prints the path of the page."""
     page, *charts = report.write(folder)
     print(f"Wrote {page} and {len(charts)} charts in {page.with_suffix('')}.")
 

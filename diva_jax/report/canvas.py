@@ -91,9 +91,11 @@ class Canvas:
         self._shapes: list[Shape] = []
 
     def path(self, points, role: str, width: float = 1.0, opacity: float = 1.0, dash: bool = False, title: str = ""):
+        """Adds an open line through `points`; see `Shape` for the arguments."""
         self._shapes.append(Shape("path", tuple(points), role, width, opacity, dash, title=title))
 
     def area(self, points, role: str, opacity: float = 1.0, title: str = ""):
+        """Adds a filled polygon with the corners `points`."""
         self._shapes.append(Shape("area", tuple(points), role, 0, opacity, title=title))
 
     def rect(self, x: float, y: float, w: float, h: float, role: str, opacity: float = 1.0, title: str = ""):
@@ -101,6 +103,7 @@ class Canvas:
         self.area([(x, y), (x + w, y), (x + w, y + h), (x, y + h)], role, opacity, title)
 
     def dot(self, x: float, y: float, radius: float, role: str, title: str = ""):
+        """Adds a filled circle with its centre at (x, y)."""
         self._shapes.append(Shape("dot", ((x, y),), role, radius, title=title))
 
     def text(self, x: float, y: float, string: str, role: str = "muted", size: float = 12, anchor: str = "start"):

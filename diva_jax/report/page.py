@@ -25,7 +25,12 @@ def sections(inputs: Inputs) -> list[Section]:
 
 
 def html(inputs: Inputs, body: list[Section]) -> str:
-    """Returns the whole document."""
+    """Returns the HTML document.
+
+    Args:
+      inputs: the content of the report.
+      body: the result of `sections(inputs)`.
+    """
     found = evaluation.findings(inputs.results) if inputs.results else []
     found += [training.finding(run) for run in inputs.runs]
     parts = [_header(inputs, found), *(_section(s) for s in body), _setup(inputs), _footer(inputs)]

@@ -25,6 +25,7 @@ def swatch(index: int) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
+    """Returns a `<p>` element with escaped text; `kind` is its CSS class."""
     return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"
 
 

@@ -33,6 +33,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
 
 
 def write_json(path: str | Path, content: Mapping) -> None:
+    """Writes an indented JSON file."""
     Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -55,6 +56,7 @@ def write_open_clip(
 
 
 def copy_into(folder: Path, files: Iterable[Path]) -> None:
+    """Copies files into a folder under their own names."""
     for file in files:
         shutil.copyfile(file, folder / Path(file).name)
 

@@ -296,7 +296,7 @@ def test_round_trip_of_vit_b_32_at_full_size(tmp_path):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for fmt in ("open_clip", "hf"):
-        assert f"{fmt}: all 302 tensors bit for bit those of the original file" in done.stdout, done.stdout
+        assert f"{fmt}: all 302 tensors are bit-identical to those of the original file" in done.stdout, done.stdout
 
 
 def test_custom_config_of_weights_that_describe_themselves(tmp_path):

@@ -1,4 +1,4 @@
-"""The ahead-of-time compiler on small programs: what fits, what is counted, and what users get wrong."""
+"""Tests of ahead-of-time compilation with small programs: memory, costs, and errors for wrong input."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ CONFIGS = ROOT / "configs"
 
 
 class Toy:
-    """Stands in for `step.Program`: y = x @ w for images of `width` floats, the gradient summed over devices."""
+    """A replacement of `step.Program`: y = x @ w for images of `width` floats, with an all-reduced gradient."""
 
     width = 512
 
@@ -35,7 +35,7 @@ class Toy:
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec or P()))
 
     def abstract_state(self, stage):
-        assert stage == 1, "the last stage is the one that trains everything"
+        assert stage == 1, "the last stage trains all parameters"
         return {"w": self._array(self.width, self.width)}
 
     def abstract_frozen(self):
@@ -70,7 +70,7 @@ def test_report(toy, tmp_path):
     assert row["memory"]["arguments"] == 2 * matrix + 4 * batch * 512
     assert row["memory"]["aliases"] == row["memory"]["outputs"] - row["memory"]["outputs"] % matrix == matrix
     assert row["collectives"]["all-reduce"] == {"count": 1, "gb": pytest.approx(matrix / 1e9)}
-    # Forward two products, backward two: the input of the first has no gradient.
+    # Two products forward and two backward; the gradient of the first input is not needed.
     assert row["flops"] == 4 * 2 * batch * 512 * 512
     assert row["parts"]["unet backward"]["flops"] == 2 * 2 * batch * 512 * 512
     assert row["model_ms"] > 1e3 * row["flops"] / 197e12
@@ -78,11 +78,11 @@ def test_report(toy, tmp_path):
     assert "ENTRY" in (tmp_path / "step.hlo.txt").read_text()
     assert json.loads(json.dumps(row)) == row
     text = aot.text_of(row)
-    assert "to spare" in text and "all-reduce: 1 a step" in text and "unet backward" in text
+    assert "to spare" in text and "all-reduce: 1 per step" in text and "unet backward" in text
 
 
-def test_what_does_not_fit_is_said_with_the_amount(toy, monkeypatch):
-    monkeypatch.setattr(Toy, "width", 65536)  # two matrices of 16 GiB
+def test_a_program_that_does_not_fit(toy, monkeypatch):
+    monkeypatch.setattr(Toy, "width", 65536)  # Two matrices of 16 GiB.
     row = aot.report(toy, "v5e:2x2")
     assert not row["fits"] and row["available"] == 15.75 * 2**30
     assert row["needed"] > 32 * 2**30
@@ -92,9 +92,9 @@ def test_what_does_not_fit_is_said_with_the_amount(toy, monkeypatch):
 @pytest.mark.parametrize(
     "largest, weights, curve, tries",
     [
-        (11, 5, 1, [8, 11, 12]),  # needs grow by as much with each image
-        (11, 5, 2, None),  # faster
-        (11, 5, 0.5, None),  # slower
+        (11, 5, 1, [8, 11, 12]),  # memory grows linearly with the batch
+        (11, 5, 2, None),  # memory grows faster
+        (11, 5, 0.5, None),  # memory grows more slowly
         (3, 0, 1, [8, 3, 4]),
         (1, 5, 1, [8, 4, 2, 1]),
         (0, 5, 1, [8, 3, 2, 1]),
@@ -132,12 +132,12 @@ def test_the_batch_of_the_config_or_of_the_flag():
 
 @pytest.mark.parametrize("name", backbones.TABLE)
 def test_every_config_fits_sixteen_chips(name):
-    """By the report of its compilation, which must be one of the config as it is."""
+    """Checks the stored report of its compilation, which must match the current config."""
     spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     c = aot.with_batch(module.get_config(), 16, None)
-    assert c.batch_size // c.accum // 16 == 8, "the batch at which the TPU's convolutions are at their best"
+    assert c.batch_size // c.accum // 16 == 8, "8 is the batch for which the TPU compiler leaves convolutions unchanged"
     report = json.loads((CONFIGS.parent / "bench" / "tpu" / f"{name}-v5e-16.json").read_text())
     assert report["mesh"] == {"data": 16 // c.mesh.fsdp, "fsdp": c.mesh.fsdp}
     assert (report["remat"], report["accum"], report["batch_size"]) == (c.remat, c.accum, c.batch_size)
@@ -149,7 +149,7 @@ def test_no_such_slice():
         aot.devices("v5e:3x3")
 
 
-def test_v4_has_one_device_a_chip():
+def test_v4_has_one_device_per_chip():
     assert len(aot.devices("v4:2x2x1")[2]) == 4
 
 
@@ -179,11 +179,11 @@ def test_errors_are_one_line(arguments, said):
 
 @pytest.mark.parametrize(("n", "m", "heads", "width"), [(4096, 77, 5, 64), (1024, 1024, 10, 64), (729, 729, 2, 72)])
 def test_attention_kernels_compile_for_the_tpu(n, m, heads, width):
-    """Forward and backward on the sizes of the U-Net and of a tower whose length is no multiple of a tile."""
+    """Forward and backward, with sizes of the U-Net and of a tower whose length is not a multiple of the tile."""
     assert compiled_kernels(n, m, heads, width, True) == 3
 
 
-def test_the_vae_s_wide_head_fits_into_vmem():
+def test_the_wide_head_of_the_vae_fits_into_vmem():
     assert compiled_kernels(4096, 4096, 1, 512, False) == 1
 
 
@@ -198,12 +198,12 @@ def compiled_kernels(n, m, heads, width, gradient):
         return jnp.sum(out.astype(jnp.float32) ** 2) if gradient else out
 
     fn = jax.grad(run, argnums=(0, 1, 2)) if gradient else run
-    with jax.default_matmul_precision("default"):  # the tests' "highest" is not for bfloat16
+    with jax.default_matmul_precision("default"):  # The tests' default "highest" does not support bfloat16.
         text = jax.jit(fn).lower(q, k, k).compile().as_text()
-    program = hlo.parse(text)
-    kernels = [(op, c) for op, c, _ in program.executed() if op.target == "tpu_custom_call"]
+    module = hlo.parse(text)
+    kernels = [(op, c) for op, c, _ in module.executed() if op.target == "tpu_custom_call"]
     padded = {length: -(-length // 128) * 128 for length in (n, m)}
     products = 9 if gradient else 2
     work = 2 * products * (8 // 4) * heads * padded[n] * padded[m] * width
-    assert sum(program.flops(op, c) for op, c in kernels) == work
+    assert sum(module.flops(op, c) for op, c in kernels) == work
     return len(kernels)

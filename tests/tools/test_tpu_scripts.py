@@ -1,4 +1,4 @@
-"""The launch scripts: what they would run, their help, their complaints, and shellcheck's opinion of them."""
+"""Tests of the launch scripts: the commands of a dry run, help, error messages, and shellcheck."""
 
 import re
 import shutil
@@ -46,7 +46,7 @@ def test_strict_mode(script):
     assert script == "common.sh" or "\nset -euo pipefail\n" in text
 
 
-def test_create_asks_for_spot_and_trains_at_every_start():
+def test_create_requests_spot_and_trains_at_every_start():
     request = next(c for c in commands("create.sh") if "queued-resources create" in c)
     assert " --spot" in request and "--accelerator-type=v5litepod-16" in request
     assert "startup-script=" in request and request.count("vm.sh") == 1
@@ -60,7 +60,7 @@ def test_create_on_demand(tmp_path):
     assert not any("--spot" in line for line in lines)
 
 
-def test_create_watch_asks_again():
+def test_create_watch_requests_again():
     kinds = [
         re.search(r"queued-resources (\w+)", c).group(1) for c in commands("create.sh", "--watch") if "queued" in c
     ]
@@ -88,7 +88,7 @@ def test_the_machines_install_mount_and_train():
     assert "-m diva_jax.main --config=CONFIG --workdir=WORKDIR FLAGS" in train
 
 
-def test_complaints_are_one_sentence(tmp_path):
+def test_errors_are_one_sentence(tmp_path):
     assert "cp tpu/env.example" in run("status.sh", f"--env={tmp_path / 'none'}", "--dry-run", code=2)
     assert "--nonsense" in run("create.sh", ENV, "--nonsense", code=2)
     (tmp_path / "env.sh").write_text("PROJECT=p\n")
@@ -103,12 +103,12 @@ def test_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
-def test_the_manifest_is_filled_in_from_the_env_file_alone():
+def test_the_manifest_uses_only_variables_of_the_env_file():
     text = (TPU / "gke.yaml").read_text()
     given = set(re.findall(r"^(\w+)=", (TPU / "env.example").read_text(), re.M)) | {"IMAGE"}
     assert set(re.findall(r"\$\{(\w+)\}", text)) <= given
     yaml = pytest.importorskip("yaml")
     pod = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]
-    # v5e:4x4: sixteen chips, four a machine.
+    # v5e:4x4 has sixteen chips, four per machine.
     chips = pod["template"]["spec"]["containers"][0]["resources"]["limits"]["google.com/tpu"]
     assert pod["parallelism"] * chips == 16
