@@ -230,6 +230,8 @@ def test_the_commands_errors(tmp_path, config, data, base):
     for args, says in (
         ((f"--weights={base}", "--task=drift", drift), "--out is missing"),
         ((f"--weights={tmp_path / 'bare'}", "--task=mmvp", mmvp, out), "has no tokenizer: it needs tokenizer.json"),
+        (("--seeds=2",), "Unknown command line flag 'seeds'"),
+        ((f"--weights={base}", "--task=drift", drift, out, "--config.eval.mmvp.seeds=0"), "eval.mmvp.seeds=0 must be"),
     ):
         done = command(tmp_path, config, *args)
         assert done.returncode == 2 and done.stdout.count("\n") < 2, done.stderr

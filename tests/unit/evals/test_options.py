@@ -1,0 +1,202 @@
+"""The section `config.eval`: its defaults, what is refused, and tasks from outside the package."""
+
+import importlib
+import sys
+
+import pytest
+from eval_data import CLIP, eval_config
+from ml_collections import ConfigDict
+
+from diva_jax import config, evals
+from diva_jax.common import sections
+from diva_jax.common.errors import UserError
+from diva_jax.evals import Outcome, Settings, evaluator
+from diva_jax.training import sharding
+
+TASKS = ["drift", "feedback", "mmvp", "retrieval", "zeroshot"]
+OUTSIDE = """
+import dataclasses
+from ml_collections import ConfigDict
+from diva_jax.evals import Outcome, Task
+
+RULES = (("scale", lambda x: x > 0, "must be above 0"),)
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    scale: float = 2.0
+
+def default():
+    return ConfigDict(dataclasses.asdict(Options()))
+
+class Length(Task):
+    title, items, count = "Length", "letters", 1
+    metrics = {"length": {"title": "length", "unit": ""}}
+
+    def __init__(self, path, options, settings):
+        self.data, self.options, self.settings = path, options, settings
+
+    def evaluate(self, model):
+        score = self.options.scale * len(self.data)
+        return Outcome({"scores": {"length": {"score": score, "interval": None}}}, [], {"score": score})
+
+    def compare(self, before, after):
+        difference = after.held["score"] - before.held["score"]
+        return {"scores": {"length": {"difference": difference, "interval": None, "mcnemar": None}}}
+
+def prepare(path, section, settings):
+    return Length(path, Options(**section), settings)
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A package with the task `outside_tasks.length`, and modules that are not tasks."""
+    package = tmp_path / "outside_tasks"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    for name in ("length", "data", "mmvp"):
+        (package / f"{name}.py").write_text(OUTSIDE)
+    (package / "empty.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield "outside_tasks.length"
+    for name in [n for n in sys.modules if n.startswith("outside_tasks")]:
+        del sys.modules[name]
+
+
+def changed(**fields) -> ConfigDict:
+    """The default section with other values, by name; dots as double underscores."""
+    section = evals.default()
+    for name, value in fields.items():
+        *path, leaf = name.split("__")
+        node = section
+        for part in path:
+            node = node[part]
+        node[leaf] = value
+    return section
+
+
+def test_defaults():
+    c = config.default().eval.to_dict()
+    assert c == {
+        "every": 0,
+        "data": (),
+        "batch_size": 64,
+        "bootstrap": 10_000,
+        "seed": 0,
+        "dtype": "float32",
+        "tokenizer": "",
+        "drift": {"neighbours": 10},
+        "feedback": {"images": 256, "draws": 4},
+        "mmvp": {"seeds": 10},
+        "zeroshot": {"classes": "", "templates": ""},
+    }
+    assert evals.names() == TASKS
+    settings, own = evals.parse(evals.default(), TASKS)
+    assert settings == Settings() and list(own) == TASKS
+    assert own["feedback"].to_dict() == c["feedback"] and not own["retrieval"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rules_are_about_existing_options_and_hold_for_the_defaults(name):
+    module = evals.find(name)
+    sections.require(module.default(), getattr(module, "RULES", ()), name)
+
+
+@pytest.mark.parametrize(
+    "field, value, least",
+    [
+        ("batch_size", 0, 1),
+        ("bootstrap", 0, 1),
+        ("seed", -1, 0),
+        ("mmvp__seeds", 0, 1),
+        ("drift__neighbours", 0, 1),
+        ("feedback__images", 1, 2),
+        ("feedback__draws", 1, 2),
+    ],
+)
+def test_values_out_of_range_are_refused(field, value, least):
+    """For a task that is not run too, and at the smallest value accepted."""
+    name = field.replace("__", r"\.")
+    with pytest.raises(UserError, match=f"config.eval.{name}={value} must be at least {least}"):
+        evals.parse(changed(**{field: value}), ["retrieval"])
+    evals.parse(changed(**{field: least}))
+
+
+def test_other_bad_values_are_refused():
+    with pytest.raises(UserError, match="config.eval.dtype='float16' must be float32 or bfloat16"):
+        evals.parse(changed(dtype="float16"))
+    with pytest.raises(UserError, match="config.eval.every=-1 must be at least 0"):
+        evals.parse(changed(every=-1, data=("drift=x",)))
+    for fields in (dict(every=3), dict(data=("drift=x",))):
+        with pytest.raises(UserError, match="set both, every to at least 1 and data to texts TASK=PATH, or neither"):
+            evals.parse(changed(**fields))
+    for entry in ("drift", "drift=", "=x"):
+        with pytest.raises(UserError, match=f"config.eval.data has '{entry}', which is no TASK=PATH"):
+            evals.parse(changed(every=3, data=(entry,)))
+    for name in ("stats", "nothing"):
+        with pytest.raises(UserError, match=f"the task {name} is not known: use drift, .*mmvp"):
+            evals.find(name)
+        with pytest.raises(UserError, match=f"the task {name} is not known"):
+            evals.parse(changed(every=3, data=(f"{name}=x",)))
+
+
+@pytest.mark.parametrize("field", ["images", "mmvp__draws", "my_task"])
+def test_unknown_fields_are_refused(field):
+    with pytest.raises(UserError, match=f"unknown config field eval.{field.replace('__', '[.]')}: see"):
+        evals.parse(changed(**{field: 3}))
+    c = config.default()
+    with c.unlocked():
+        c.eval = changed(**{field: 3})
+    with pytest.raises(UserError, match="unknown config field eval."):
+        config.validate(c, 1)
+
+
+def test_entries():
+    assert evals.entries(("mmvp=a=b", "my.task=tfds:x/test?a=1")) == {"mmvp": "a=b", "my.task": "tfds:x/test?a=1"}
+
+
+def test_a_task_from_outside_the_package(outside, tmp_path):
+    c = eval_config(CLIP, tmp_path)
+    mesh = sharding.make_mesh(c.mesh)
+    c.eval.update(every=2, data=(f"{outside}=four",), seed=7)
+    config.validate(c, 1)
+    task = evaluator.Evaluator(c, mesh, {outside: "four"}).tasks["length"]
+    assert task.options.scale == 2.0 and task.settings.seed == 7  # No section: the defaults.
+    with c.unlocked():
+        c.eval.length = evals.find(outside).default()
+    c.eval.length.scale = 3.0
+    config.validate(c, 1)
+    run = evaluator.in_training(c, mesh)
+    assert run.options["length"] == {"scale": 3.0} and "every" not in run.options and "mmvp" not in run.options
+    outcomes = run.evaluate(run.model("x", {}, ""))
+    tasks, rows = run.report([("x", outcomes), ("y", outcomes)])
+    assert tasks["length"]["weights"]["x"]["scores"]["length"]["score"] == 12 and rows == []
+    assert tasks["length"]["comparisons"][0]["scores"]["length"]["difference"] == 0
+    c.eval.length.scale = 0.0
+    with pytest.raises(UserError, match="config.eval.length.scale=0.0 must be above 0"):
+        evaluator.Evaluator(c, mesh, {outside: "four"})
+
+
+def test_what_the_train_loop_logs(outside, tmp_path):
+    """Scores, and `_change` for differences, only of tasks that are compared in training."""
+    c = eval_config(CLIP, tmp_path)
+    run = evaluator.Evaluator(c, sharding.make_mesh(c.mesh), {outside: "four"})
+    run._before = {"length": Outcome({}, [], {"score": 5.0})}
+    assert run.scalars({}) == ({"eval/length/length": 8.0, "eval/length/length_change": 3.0}, [])
+    run.tasks["length"].compared_in_training = False
+    assert run.scalars({}) == ({"eval/length/length": 8.0}, [])
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("outside_tasks.none", "the task outside_tasks.none cannot be imported .*PYTHONPATH"),
+        ("outside_tasks.empty", "the module outside_tasks.empty is not a task, it lacks default, prepare"),
+        ("outside_tasks.data", "config.eval has another 'data', rename the module"),
+        ("outside_tasks.mmvp", "config.eval has another 'mmvp', rename the module"),
+    ],
+)
+def test_modules_that_cannot_be_tasks_are_refused(outside, name, says):
+    with pytest.raises(UserError, match=says):
+        evals.parse(evals.default(), [name])
