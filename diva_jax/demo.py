@@ -13,6 +13,7 @@ from flax import nnx
 
 from diva_jax.common import cli
 from diva_jax.common.errors import UserError
+from diva_jax.data import tokenizers
 from diva_jax.models.backbones import TINY, Spec
 from diva_jax.models.diffusion import presets
 from diva_jax.models.layers import Keys
@@ -43,13 +44,13 @@ def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
     writers.write_open_clip(folder, tensors, to_open_clip(spec))
 
 
-def _byte_tokenizer() -> tuple[dict[str, int], str]:
-    """Returns CLIP's byte-level vocabulary without merges: (vocab, content of merges.txt)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+def write_byte_tokenizer(folder: Path) -> None:
+    """Writes CLIP's byte-level vocabulary without merges, 514 tokens, as transformers' vocab.json and merges.txt."""
+    letters = list(tokenizers.byte_letters().values())
     words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    return {word: i for i, word in enumerate(words)}, "#version: 0.2\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}, indent=1))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
 def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
@@ -78,10 +79,8 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
     write("unet", {"_class_name": "UNet2DConditionModel"}, unet, diffusers.UNET, weights)
     write("vae", {"_class_name": "AutoencoderKL"}, vae, diffusers.VAE, weights)
     write("text_encoder", {"model_type": "clip_text_model"}, text, diffusers.TEXT_ENCODER, "model.safetensors")
-    vocab, merges = _byte_tokenizer()
     files = {
         "scheduler/scheduler_config.json": {"_class_name": "PNDMScheduler"} | config["scheduler"],
-        "tokenizer/vocab.json": vocab,
         "tokenizer/tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer",
             "model_max_length": 77,
@@ -103,7 +102,7 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1))
-    (folder / "tokenizer/merges.txt").write_text(merges)
+    write_byte_tokenizer(folder / "tokenizer")
 
 
 def write_all(out: Path) -> None:

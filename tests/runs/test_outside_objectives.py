@@ -1,0 +1,207 @@
+"""Objectives that the package does not have, named by dotted path, from config to open_clip."""
+
+import csv
+import json
+import random
+import shutil
+import signal
+import sys
+
+import commands
+import jax
+import numpy as np
+import open_clip
+import pytest
+import small
+import torch
+from flax import nnx
+from outside_config import TEACHER, get_config
+from places import SUPPORT
+
+from diva_jax import config, demo
+from diva_jax.common.errors import UserError
+from diva_jax.data.photos import write_folder
+from diva_jax.evals import encoders
+from diva_jax.export import runs
+from diva_jax.models import backbones
+from diva_jax.models.layers import Keys
+from diva_jax.train import Run
+from diva_jax.training import checkpoint, sharding, workdirs
+from diva_jax.weights import clip, names, readers, writers
+
+NAMES = ("distillation", "captions")
+TOTAL = {"distillation": 8, "captions": 6}
+
+
+@pytest.fixture(scope="module")
+def world(files, tmp_path_factory):
+    """The files of both: captioned photographs, the model to tune with a tokenizer, a teacher, labelled pictures."""
+    root = tmp_path_factory.mktemp("world")
+    shutil.copytree(SUPPORT / "outside", root / "elsewhere")
+    shutil.copytree(files / "photos", root / "photos")
+    shutil.copytree(files / "clip", root / "clip")
+    demo.write_byte_tokenizer(root / "clip")
+    teacher = backbones.build(TEACHER, rngs=Keys(7))
+    tensors = names.to_torch(nnx.state(teacher), clip.vision_table(TEACHER))
+    writers.write_safetensors(root / "teacher.safetensors", tensors)
+    write_folder(root / "classes", count=24)
+    (root / "classes" / "zeroshot_classification_templates.txt").write_text("a photo of a {c}\n")
+    sys.path.insert(0, str(root))
+    yield root
+    sys.path.remove(str(root))
+
+
+def train(world, name, workdir, *more):
+    flags = (f"--config={SUPPORT}/outside_config.py:{name}:{world}", f"--workdir={workdir}", *more)
+    return commands.start("main", *flags, path=(world,))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def ran(request, world, tmp_path_factory):
+    """(objective, workdir, what was printed) of a run from beginning to end."""
+    workdir = tmp_path_factory.mktemp("runs") / request.param
+    code, out, err = commands.finish(train(world, request.param, workdir))
+    assert code == 0, err
+    return request.param, workdir, out
+
+
+def test_a_run_trains_its_stages_and_says_what_accumulation_does(ran):
+    name, workdir, out = ran
+    if name == "distillation":
+        assert "stage head: steps 0 to 2" in out and "stage tune: steps 2 to 8" in out
+        assert "compares" not in out
+    else:
+        assert "compares the images of a micro-batch with each other: 4 at once, not the 8 of a step" in out
+    assert (workdir / "done").exists() and checkpoint.latest_step(workdir) == TOTAL[name]
+
+
+def test_adapters_and_head_alone_are_in_the_checkpoint(ran):
+    name, workdir, _ = ran
+    trained = set(workdirs.RunAt.open(workdir).params)
+    if name == "captions":
+        assert "logit_scale" in trained and {n.split("/")[0] for n in trained} == {"vision", "text", "logit_scale"}
+        return
+    leaves = {n.rsplit("/", 1)[1] for n in trained if n.startswith("vision/")}
+    assert leaves == {"a", "b", "bias"} and {n for n in trained if not n.startswith("vision/")} == {
+        "head/kernel",
+        "head/bias",
+    }
+
+
+def test_a_killed_run_resumes_bit_identical(ran, world, tmp_path):
+    name, whole, _ = ran
+    process = train(world, name, tmp_path / "run")
+    commands.signal_at(process, random.SystemRandom().randint(2, TOTAL[name] - 2), signal.SIGKILL)
+    assert commands.finish(process)[0] == -signal.SIGKILL
+    code, out, err = commands.finish(train(world, name, tmp_path / "run"))
+    assert code == 0 and "resumed from the checkpoint of step" in out, err
+    ours, want = (workdirs.RunAt.open(w).params for w in (tmp_path / "run", whole))
+    assert set(ours) == set(want)
+    for parameter, array in want.items():
+        np.testing.assert_array_equal(np.asarray(ours[parameter]), np.asarray(array), err_msg=parameter)
+
+
+def predictions(out) -> list[dict]:
+    with open(out / "predictions.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
+    name, workdir, _ = ran
+    out, tuned = tmp_path / "scores", tmp_path / "tuned"
+    commands.succeed("export_torch", f"--workdir={workdir}", f"--out={tuned}", path=(world,))
+    configuration = f"--config={SUPPORT}/outside_config.py:{name}:{world}"
+    weights = [f"--weights={w}" for w in (world / "clip", workdir, tuned)]
+    data = ("--task=zeroshot", f"--data={world}/classes", "--config.eval.bootstrap=50", f"--out={out}")
+    commands.succeed("evaluate", configuration, *weights, *data, path=(world,))
+
+    rows = {label: [] for label in json.loads((out / "results.json").read_text())["tasks"]["zeroshot"]["weights"]}
+    for row in predictions(out):
+        rows[row.pop("weights")].append(row)
+    base, run, exported = rows.values()
+    assert run == exported  # Every score of every picture, to the last digit.
+    assert [r["score"] for r in run] != [r["score"] for r in base]
+
+    c = get_config(f"{name}:{world}")
+    found = encoders.load(str(workdir), TOTAL[name], c, sharding.make_mesh(c.mesh))
+    scored = {"vision": found.vision} | ({"text": found.text} if found.text is not None else {})
+    written = readers.open_file(tuned / "open_clip_model.safetensors")
+    original = readers.open_file(world / "clip" / "open_clip_model.safetensors")
+    spec = backbones.spec_of(c)
+    tensors = runs.in_open_clip_names(scored, spec)
+    for tensor, array in tensors.items():
+        np.testing.assert_array_equal(np.asarray(written[tensor]), array, err_msg=tensor)
+    changed = {n for n in original if not np.array_equal(np.asarray(written[n]), np.asarray(original[n]))}
+    if name == "distillation":  # Adapted layers alone.
+        assert changed and all(".resblocks." in n and "ln_" not in n for n in changed)
+        assert {n.rsplit(".", 1)[1] for n in changed} == {"weight", "bias", "in_proj_weight", "in_proj_bias"}
+    else:
+        assert {"logit_scale", "text_projection", "visual.proj", "token_embedding.weight"} <= changed
+
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tuned}")
+    pictures = np.random.default_rng(3).standard_normal((2, 3, spec.image_size, spec.image_size)).astype(np.float32)
+    with torch.no_grad():
+        theirs = model.eval().encode_image(torch.from_numpy(pictures)).numpy()
+    tower = Run(c, tmp_path / "unused").program.towers  # The plain tower, as the run's program gives it.
+    ours = names_to_tower(tower.shapes["vision"], found.vision, spec).encode(pictures.transpose(0, 2, 3, 1)).pooled
+    assert np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs) < 2e-5
+
+
+def names_to_tower(shapes, arrays, spec):
+    """A vision tower with these arrays, of the run's names."""
+    tower = backbones.build(spec, rngs=Keys(0))
+    state = {path: var.replace(np.asarray(arrays["/".join(map(str, path))])) for path, var in names.flat(tower).items()}
+    assert {"/".join(map(str, path)) for path in state} == set(shapes)
+    nnx.update(tower, nnx.from_flat_state(state))
+    return tower
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_do_not_depend_on_devices(world, name):
+    """The negatives of `captions` are those of the whole micro-batch, whatever the number of devices."""
+    c = get_config(f"{name}:{world}")
+    c.batch_size, c.steps = 16, 2
+    losses = []
+    for devices in (1, 8):
+        p = small.program(c, devices)
+        arrays, rng = small.random_arrays(p), np.random.default_rng(0)
+        batch = {}
+        for key, array in p.abstract_batch().items():
+            high = 256 if array.dtype == np.uint8 else 500
+            batch[key] = rng.integers(0, high, array.shape).astype(array.dtype)
+        batch["row"] = np.arange(16, dtype=np.int32)
+        state = p.init_state({n: arrays[n] for n in p.trained})
+        frozen = {n: arrays[n] for n in p.abstract_frozen()}
+        step = p.step(len(p.stages) - 1)
+        if len(p.stages) > 1:
+            state["opt"] = p.init_opt(len(p.stages) - 1, state["params"])
+        for _ in range(2):
+            state, metrics = step(state, frozen, jax.device_put(batch, p.batch_sharding))
+            losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[:2], losses[2:], rtol=1e-5)
+
+
+def test_what_cannot_work_is_refused_in_one_sentence(world, tmp_path):
+    (world / "elsewhere" / "empty.py").write_text("x = 1\n")
+    broken = (world / "elsewhere" / "distillation.py").read_text().replace("adapters.merge(self.vision)", "self.vision")
+    (world / "elsewhere" / "unmerged.py").write_text(broken.replace("config.distillation", "config.unmerged"))
+    for objective, says in (
+        ("elsewhere.nothing", "cannot be imported"),
+        ("elsewhere.empty", "is not an objective: the module does not define Objective"),
+        ("nothing", "is not known: use one of diva"),
+    ):
+        with pytest.raises(UserError, match=says):
+            config.default(small.SPEC, objective=objective)
+    c = get_config(f"distillation:{world}")
+    c.distillation.lora.targets = "blocks/9/.*"
+    with pytest.raises(UserError, match="lora.targets='blocks/9/.*' matches no layer"):
+        Run(c, tmp_path / "run")
+    c = get_config(f"captions:{world}")
+    c.data.path = str(world / "classes")
+    with pytest.raises(UserError, match="config.data.path.*caption"):
+        Run(c, tmp_path / "run")
+    unmerged = config.default(small.SPEC, objective="elsewhere.unmerged")
+    unmerged.batch_size, unmerged.data.path = 8, str(world / "photos")
+    with pytest.raises(UserError, match="towers.. must return the plain tower, with adapters merged"):
+        Run(unmerged, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,35 @@
+"""Configs of the objectives in tests/support/outside; the argument is OBJECTIVE:FOLDER, the folder of their files."""
+
+import dataclasses
+import os
+
+import small
+
+from diva_jax import config
+from diva_jax.models import backbones
+
+TEACHER = dataclasses.replace(
+    backbones.TABLE["siglip_so400m"],
+    image_size=30,
+    patch_size=10,
+    width=36,
+    layers=2,
+    heads=3,
+    mlp_dim=50,
+    embed_dim=36,
+)
+
+
+def get_config(arg: str):
+    name, folder = arg.split(":")
+    c = config.default(small.SPEC, objective=f"elsewhere.{name}")
+    c.update(dtype="float32", frozen_dtype="float32", steps=6, batch_size=8, accum=2)
+    c.backbone.source = f"{folder}/clip"
+    c.data.path, c.data.threads = f"{folder}/photos", 2
+    c.optim.update(name="adamw", lr=1e-3, warmup=0.1)
+    c.checkpoint.every, c.log.every, c.log.tensorboard = 2, 1, False
+    c.compile_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "auto")
+    if name == "distillation":
+        teacher = dataclasses.replace(TEACHER, source=f"{folder}/teacher.safetensors")
+        c.distillation.teacher.update(dataclasses.asdict(teacher))
+    return c
