@@ -51,7 +51,7 @@ def _ours(folder: str, spec, photographs):
     from diva_jax.training import sharding
 
     mesh = sharding.make_mesh(config.default(spec).mesh)
-    arrays = {n.removeprefix("vision/"): a for n, a in encoders.vision(folder, spec, mesh, 2**18).items()}
+    arrays = encoders.tower("vision", folder, spec, mesh, 2**18)
     towers = encode.Towers(spec, mesh, Settings(batch_size=_BATCH.value))
     return lambda: towers.images(arrays, photographs.__getitem__, len(photographs))["pooled"]
 

@@ -18,8 +18,8 @@ from helpers import tensors
 
 from diva_jax.common.errors import UserError
 from diva_jax.evals import encoders, evaluator, results
-from diva_jax.export import workdirs
-from diva_jax.training import checkpoint, sharding
+from diva_jax.training import checkpoint, sharding, workdirs
+from diva_jax.weights import readers, sources
 from diva_jax.weights.writers import write_safetensors
 
 TASKS = ("mmvp", "zeroshot", "retrieval", "drift")
@@ -79,12 +79,14 @@ def workdir(tmp_path_factory, base):
     c = small.small_config(trainable=(("vision/blocks/1/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0)))
     c.backbone = eval_config(CLIP, base).backbone
     folder = tmp_path_factory.mktemp("runs") / "tuned"
-    checkpoint.write_config(folder, c)
+    workdirs.write_config(folder, c)
     program = small.program(c)
     checkpoints = checkpoint.Checkpoints(folder)
     for step in (2, 5):
         arrays = small.random_arrays(program, seed=step)
-        checkpoints.save(step, program.init_state(arrays), {}, {"sources": {}, "config": json.loads(c.to_json())})
+        began = {"source": ["x"], "sha256": readers.fingerprint(sources.open_clip_source(str(base)).files)}
+        meta = {"sources": {"vision": began}, "config": json.loads(c.to_json())}
+        checkpoints.save(step, program.init_state(arrays), {}, meta)
     checkpoints.wait()
     checkpoints.close()
     return folder
@@ -98,7 +100,7 @@ def run(config, data, sources, devices: int):
         path, step = encoders.resolve(str(source))
         loaded = encoders.load(path, step, config, mesh)
         label = evaluator.labels_of([path], [step])[0]
-        found.append((label, runner.evaluate(runner.model(label, loaded.arrays, loaded.text))))
+        found.append((label, runner.evaluate(runner.model(label, loaded))))
     return runner.report(found)
 
 
@@ -165,13 +167,17 @@ def test_a_checkpoint_is_what_was_saved(config, workdir, base):
     assert step == 5 and encoders.resolve(f"{workdir}:2") == (str(workdir), 2)
     found = encoders.load(path, step, config, mesh)
     source = encoders.load(str(base), None, config, mesh)
-    program = small.program(workdirs.config_of(workdir))
+    program = small.program(workdirs.read_config(workdir))
     saved = small.random_arrays(program, seed=5)
-    assert set(found.arrays) == set(source.arrays) | {"visual_proj/kernel", "visual_proj/bias"}
-    for name, array in found.arrays.items():
-        want = saved[name] if name in program.trained else source.arrays[name]
+    assert set(found.params) == set(program.trained) and {"visual_proj/kernel", "visual_proj/bias"} < set(found.params)
+    for name, array in found.params.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(saved[name]), err_msg=name)
+    assert set(found.vision) == set(source.vision)
+    for name, array in found.vision.items():
+        ours = f"vision/{name}"
+        want = saved[ours] if ours in program.trained else source.vision[name]
         np.testing.assert_array_equal(np.asarray(array), np.asarray(want), err_msg=name)
-    assert found.text == str(base)
+    assert found.source == str(base) and found.text is None
 
 
 def test_a_vision_tower_alone_has_the_configs_text_tower(config, base, tmp_path):
@@ -179,8 +185,8 @@ def test_a_vision_tower_alone_has_the_configs_text_tower(config, base, tmp_path)
     tower = tensors(torch_model(CLIP, seed=8).visual)
     write_safetensors(tmp_path / "tuned.safetensors", tower)
     found = encoders.load(str(tmp_path / "tuned.safetensors"), None, config, sharding.make_mesh(config.mesh))
-    assert found.text == str(base)
-    np.testing.assert_array_equal(found.arrays["vision/class_embed"], tower["class_embedding"])
+    assert found.source == str(base) and found.text is None
+    np.testing.assert_array_equal(found.vision["class_embed"], tower["class_embedding"])
 
 
 def command(tmp_path, config, *args):
@@ -290,12 +296,12 @@ def test_live_parameters_in_training(config, data, base, workdir):
     config.mesh.update(fsdp=4, min_shard=64)
     mesh = sharding.make_mesh(config.mesh)
     runner = evaluator.Evaluator(config, mesh, {t: data[t] for t in ("mmvp", "drift")})
-    begun = encoders.load(str(base), None, config, mesh).arrays
+    begun = encoders.load(str(base), None, config, mesh).vision
     assert any(len(a.sharding.device_set) == 8 and not a.is_fully_replicated for a in begun.values())
-    found, notes = runner.scalars(begun)
+    found, notes = runner.scalars({"vision": begun}, {})
     assert not notes
     assert found["eval/drift/cosine"] == pytest.approx(1) and found["eval/drift/knn_overlap"] == 100
     assert found["eval/mmvp/pooled_change"] == 0
     assert 0 < found["eval/mmvp/pooled"] < 100 and all(type(v) is float for v in found.values())
-    moved, _ = runner.scalars({**begun, **encoders.load(str(workdir), 5, config, mesh).arrays})
+    moved, _ = runner.scalars({"vision": encoders.load(str(workdir), 5, config, mesh).vision}, {})
     assert moved["eval/drift/cosine"] < 0.999 and set(moved) == set(found)

@@ -132,8 +132,8 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     given = [encoders.resolve(source) for source in (f"{files}/clip", str(ran))]
     found = []
     for label, loaded in encoders.each(given, ["clip", "tuned"], c, mesh):
-        found.append((label, run.evaluate(run.model(label, loaded.arrays, loaded.text, loaded.borrowed))))
-        own = {n: a for n, a in loaded.arrays.items() if n.startswith("visual_proj/")}
+        found.append((label, run.evaluate(run.model(label, loaded))))
+        own = {n: a for n, a in loaded.params.items() if n.startswith("visual_proj/")}
         for name, array in trained(c, ran).items():
             if name in own:
                 np.testing.assert_array_equal(np.asarray(own[name]), array)
@@ -147,7 +147,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     assert not any("projection" in note for note in by_label["tuned"]["notes"])
     (comparison,) = results["feedback"]["comparisons"]
     assert comparison["scores"]["gap_other"]["difference"] != 0
-    bare = run.tasks["feedback"].evaluate(run.model("clip", encoders.load(*given[0], c, mesh).arrays, ""))
+    bare = run.tasks["feedback"].evaluate(run.model("clip", encoders.load(*given[0], c, mesh)))
     assert "these weights have no visual_proj: the random one of config.seed=0 is used" in bare.results["notes"]
 
 

@@ -88,9 +88,8 @@ def embeddings(spec, folder, tokenizer, mesh):
     """Our image and text embeddings, from the files alone."""
     towers = encode.Towers(spec, mesh, Settings(batch_size=4))
     loaded = encoders.load(str(folder), None, eval_config(spec, folder), mesh)
-    vision = {n.removeprefix("vision/"): a for n, a in loaded.arrays.items()}
-    found = towers.images(vision, lambda i: photograph(PHOTOGRAPHS[i]), len(PHOTOGRAPHS))["pooled"]
-    arrays, _ = encoders.text(loaded.text, spec, mesh, 2**18)
+    found = towers.images(loaded.vision, lambda i: photograph(PHOTOGRAPHS[i]), len(PHOTOGRAPHS))["pooled"]
+    arrays = encoders.tower("text", loaded.source, spec, mesh, 2**18)
     return found, towers.texts(arrays, tokenizer(TEXTS))
 
 

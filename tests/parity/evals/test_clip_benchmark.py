@@ -100,7 +100,7 @@ def ours(exported, root, task, batch_size=50):
     mesh = sharding.make_mesh(config.mesh)
     runner = evaluator.Evaluator(config, mesh, {task: str(root)})
     loaded = encoders.load(str(exported), None, config, mesh)
-    return runner.evaluate(runner.model("exported", loaded.arrays, loaded.text))[task]
+    return runner.evaluate(runner.model("exported", loaded))[task]
 
 
 def test_classification(exported, digits, monkeypatch):

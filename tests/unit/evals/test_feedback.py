@@ -9,15 +9,17 @@ import pytest
 import small
 from eval_data import encoded, patch
 from flax import nnx
+from ml_collections import ConfigDict
 
 from diva_jax import objectives
 from diva_jax.common.errors import UserError
+from diva_jax.data import inputs
 from diva_jax.data.preprocess import to_float
-from diva_jax.evals import Settings, evaluator, results
+from diva_jax.evals import Settings, encoders, evaluator, results
 from diva_jax.evals.tasks import feedback
 from diva_jax.models.diffusion import schedule
 from diva_jax.objectives import diva
-from diva_jax.training import sharding
+from diva_jax.training import sharding, towers
 
 COUNT = 11  # One group of gradients and three images over.
 SEED = 5
@@ -55,9 +57,13 @@ def arrays_of(run, seed: int = 0) -> dict[str, jax.Array]:
     return small.random_arrays(run.tasks["feedback"].program, seed)
 
 
+def encoder(params) -> encoders.Encoder:
+    return encoders.Encoder({}, None, "", params, "")
+
+
 def outcome(run, arrays, label="x"):
     with jax.default_matmul_precision("highest"):  # As in every test: what a fixture compiles is not compiled again.
-        return run.tasks["feedback"].evaluate(run.model(label, arrays, ""))
+        return run.tasks["feedback"].evaluate(run.model(label, encoder(arrays)))
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +194,17 @@ def test_a_unet_that_ignores_its_condition(one, found):
     assert len(lines) == 2 and all("\n" not in line for line in lines)
 
 
-class Attentive(nnx.Module):
+class Attentive(objectives.Objective):
     """An objective whose U-Net predicts the noise exactly where its condition is the image's mean colour."""
 
-    def __init__(self):
-        self.vision = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    timesteps = 1000
+
+    def __init__(self, config, *, rngs):
+        self.vision = nnx.Linear(3, 3, rngs=rngs)
+
+    @property
+    def inputs(self):
+        return {"image": inputs.Image(24)}
 
     def condition_losses(self, batch, keys, edges):
         own, other = (to_float(batch[k]).mean(axis=(1, 2)) for k in ("image", "other"))
@@ -207,8 +219,9 @@ class Attentive(nnx.Module):
 
 
 def test_another_objective_that_heeds_its_condition(folder, monkeypatch):
-    module = SimpleNamespace(build=lambda config, rngs: Attentive(), PRETRAINED={"vision": "vision"})
+    module = SimpleNamespace(Objective=Attentive, default=ConfigDict)
     monkeypatch.setattr(objectives, "find", lambda name: module)
+    monkeypatch.setattr(towers.Towers, "check", lambda *_: None)  # Its tower is not one of a backbone.
     c = config(trainable=(("vision/.*", 1.0),))
     run = evaluator.Evaluator(c, sharding.make_mesh(c.mesh), {"feedback": str(folder)})
     task = run.tasks["feedback"]
@@ -232,7 +245,7 @@ def test_another_objective_that_heeds_its_condition(folder, monkeypatch):
 
 def test_scalars_of_live_parameters(one):
     """With intervals, by timestep too, and nothing compared: there is no source of the encoder it began with."""
-    row, notes = one.scalars(deaf(arrays_of(one)))
+    row, notes = one.scalars({"vision": {}}, deaf(arrays_of(one)))
     assert {"feedback/gap_other", "feedback/gap_other/low", "feedback/gap_other/high"} <= set(row)
     assert {f"feedback_by_timestep/gap_text/{low:03}-{low + 99:03}/low" for low in range(0, 1000, 100)} <= set(row)
     assert all(type(v) is float and np.isfinite(v) for v in row.values())
@@ -254,6 +267,6 @@ def test_what_cannot_be_judged_is_refused(folder, tmp_path, monkeypatch):
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="the image b.png of .* cannot be read"):
         runner(tmp_path)
-    monkeypatch.delattr(diva.Diva, "condition_losses")
+    monkeypatch.delattr(diva.Objective, "condition_losses")
     with pytest.raises(UserError, match="config.objective='diva', which lacks condition_losses"):
         runner(folder)
