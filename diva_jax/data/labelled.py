@@ -146,7 +146,9 @@ def tfds(spec: str) -> Images:
     source = TfdsSource(spec, "--data", {"image": "image", "label": "label"})
     targets, classes = source.labels(source.options["label"])
     names = [source.name(i).removeprefix("tfds:") for i in range(len(source))]
-    return Images(names, lambda i: open_image(source.read(i).image, names[i], rgb=True), targets, classes)
+    return Images(
+        names, lambda i: open_image(source.read(i, with_text=False).image, names[i], rgb=True), targets, classes
+    )
 
 
 def folder_images(root: Path) -> list[Path]:

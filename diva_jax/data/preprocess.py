@@ -1,7 +1,7 @@
-"""The two views of one crop, made on the device: the VAE's and the backbone's.
+"""The two views of one crop, computed on the device: the VAE's and the backbone's.
 
-Each has an `exact` form, what the models were trained on, and a `faithful` one, what the authors' code of
-arXiv 2407.20171 computes.
+Each has an `exact` form, which is the preprocessing that the models were trained with, and a `faithful` one, which is
+what the code of the authors of arXiv 2407.20171 computes.
 """
 
 import jax
@@ -13,34 +13,39 @@ Array = jax.Array
 
 
 def to_float(images: Array, dtype=jnp.float32) -> Array:
-    """uint8 -> [0, 1]."""
+    """uint8 images of any shape -> `dtype`, in [0, 1]."""
     return images.astype(dtype) / 255
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """(x - mean) / std by channel, [..., C]."""
+    """(x - mean) / std per channel of images [..., C]."""
     return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
 
 
 def resize(images: Array, size: int, method: str, antialias: bool) -> Array:
-    """[B, H, W, C] -> [B, size, size, C], as PyTorch's `interpolate(align_corners=False)`.
+    """Resizes images as PyTorch's `interpolate(align_corners=False)` does.
 
     Args:
-      method: "linear" or "cubic". With antialias, cubic is Keys's kernel with a = -0.5, as in PyTorch and
-        Pillow; without, PyTorch takes a = -0.75 and would differ.
+      images: [B, H, W, C].
+      size: of the result [pixels].
+      method: "linear" or "cubic". With antialias, cubic is Keys's kernel with a = -0.5, as in PyTorch and Pillow;
+        without antialias, PyTorch uses a = -0.75 and would differ.
       antialias: widen the kernel when downscaling.
+
+    Returns:
+      [B, size, size, C].
     """
     shape = (images.shape[0], size, size, images.shape[3])
     return jax.image.resize(images, shape, method, antialias=antialias, precision=jax.lax.Precision.HIGHEST)
 
 
 def vae_view(images: Array, mode: str = "exact") -> Array:
-    """What the VAE encodes.
+    """The VAE's input, of the shape of `images`.
 
     Args:
       images: [B, S, S, 3] in [0, 1].
-      mode: "exact": 2x - 1. "faithful": normalised with CLIP's statistics and back with ImageNet's to y,
-        then 2y - 1, which scales contrast by 0.82 to 0.86 and shifts it.
+      mode: "exact": 2x - 1. "faithful": 2y - 1, where y is x normalised with CLIP's statistics and denormalised with
+        ImageNet's, which scales the contrast by 0.82 to 0.86 and shifts the mean.
     """
     if mode == "faithful":
         images = normalise(images, OPENAI_MEAN, OPENAI_STD)
@@ -51,14 +56,14 @@ def vae_view(images: Array, mode: str = "exact") -> Array:
 def backbone_view(
     images: Array, size: int, mean: tuple[float, ...], std: tuple[float, ...], mode: str = "exact"
 ) -> Array:
-    """What the vision encoder sees.
+    """The vision encoder's input.
 
     Args:
       images: [B, S, S, 3] in [0, 1].
-      size: the backbone's resolution.
-      mean, std: to normalise with, by channel.
-      mode: of the resize. "exact": bicubic with antialias, then normalised. "faithful": normalised, then
-        bilinear without antialias.
+      size: the backbone's resolution [pixels].
+      mean, std: of the normalisation, per channel.
+      mode: "exact": resized (bicubic, with antialias), then normalised. "faithful": normalised, then resized (bilinear,
+        without antialias).
 
     Returns:
       [B, size, size, 3].

@@ -297,7 +297,7 @@ def open_tables(kind: str, found: Sequence[str], path: str, options: Mapping[str
     if kind == "arrow":
         found = _data_files(path, found)
     splits = {match[1] for f in found if (match := _SPLIT.search(f.removeprefix(path)))}
-    if len(splits) > 1:
+    if len(splits) > 1 and files.is_folder(path):
         raise UserError(
             f"config.data.path={path!r} holds several splits ({listing(sorted(splits))}): choose the files of one "
             "with a pattern, e.g. 'data/train-*.parquet'"

@@ -75,6 +75,23 @@ def test_image_folder_is_recursive_and_sorted(tmp_path):
     assert names(open_source(f"{tmp_path}/b/*")) == [f"{tmp_path}/b/1.JPG", f"{tmp_path}/b/2.png"]
 
 
+def test_captions_beside_images(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/1.jpg", "a/2.v1.png", "3.jpg"):
+        (tmp_path / name).write_bytes(noise(0))
+    assert not open_source(str(tmp_path)).has_text
+    (tmp_path / "a" / "1.txt").write_text("café")
+    (tmp_path / "a" / "2.v1.txt").write_text("two")
+    source = open_source(str(tmp_path))
+    assert source.has_text
+    assert {source.name(i): source.read(i).text for i in range(3)} == {
+        "3.jpg": None,
+        "a/1.jpg": "café",
+        "a/2.v1.png": "two",
+    }
+    assert all(source.read(i, with_text=False).text is None for i in range(3))
+
+
 def test_linked_folders_are_followed(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.jpg").write_bytes(noise(0))
@@ -166,6 +183,13 @@ def tfds_dir(tmp_path_factory):
     return folder
 
 
+def test_tfds_captions(tfds_dir):
+    source = open_source(f"tfds:tagged/train?data_dir={tfds_dir}&image=image&text=label")
+    assert source.has_text and {source.read(i).text for i in range(5)} == {"x"}
+    assert source.read(0, with_text=False).text is None
+    assert not open_source(f"tfds:tagged/train?data_dir={tfds_dir}&image=image").has_text
+
+
 def test_tfds_without_tensorflow(tfds_dir):
     source = open_source(f"tfds:tagged/train?data_dir={tfds_dir}&image=image")
     assert isinstance(source, TfdsSource)
@@ -183,6 +207,7 @@ def test_tfds_without_tensorflow(tfds_dir):
         ("tfds:tagged/train?split=x", "must read tfds:name/split"),
         ("tfds:tagged/train?data_dir={dir}", r"2 image features \(image, mask\)"),
         ("tfds:tagged/train?data_dir={dir}&image=label", "no image feature 'label'"),
+        ("tfds:tagged/train?data_dir={dir}&image=mask&text=words", "no feature 'words', only image, mask, label"),
         ("tfds:tagged/test?data_dir={dir}&image=mask", "cannot be read"),
         ("tfds:no_such_set/train?data_dir={dir}", "cannot be read"),
     ],

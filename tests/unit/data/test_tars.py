@@ -62,6 +62,48 @@ def test_folders_and_links_are_no_images(tmp_path):
     assert [source.name(i) for i in range(len(source))] == ["a.tar/c.jpg"]
 
 
+def test_captions_of_samples(tmp_path):
+    """`.txt` before `.json`, in any order of the members, of the same stem or else of the webdataset sample."""
+    every = {
+        "a/0.txt": "café".encode(),
+        "a/0.jpg": noise(0),
+        "a/0.json": b'{"caption": "not this one"}',
+        "1.jpg": noise(1),
+        "1.json": b'{"caption": "of the json"}',
+        "2.v1.jpg": noise(2),
+        "2.v2.jpg": noise(3),
+        "2.v1.txt": b"version one",
+        "2.txt": b"the sample's",
+        "3.jpg": noise(4),
+        "4.jpg": noise(5),
+        "4.json": b'{"caption": null, "key": "4"}',
+        "5.jpg": noise(6),
+        "5.json": b'{"caption": ["one", "two"]}',
+        "6.jpg": noise(7),
+        "6.json": b"{broken",
+        "7.jpg": noise(8),
+        "7.txt": b"x" * (tars._LONGEST_CAPTION + 1),
+    }
+    write_tar(tmp_path / "a.tar", every)
+    for _ in range(2):  # The second time from the cache.
+        source = TarSource([str(tmp_path / "a.tar")], str(tmp_path / "cache"))
+        assert source.has_text
+        texts = [source.read(i).text for i in (0, 1, 2, 3, 4, 5, 6, 8)]
+        assert texts == ["café", "of the json", "version one", "the sample's", None, None, "one\ntwo", None]
+        with pytest.raises(ValueError, match="the caption in its .json member cannot be read"):
+            source.read(7)
+        assert source.read(7, with_text=False)[:2] == ("a.tar/6.jpg", noise(7))
+
+
+@pytest.mark.parametrize(
+    "extra, has",
+    [({}, False), ({"0.json": b"{}"}, False), ({"0.json": b'{"caption": ""}'}, True), ({"0.txt": b""}, True)],
+)
+def test_whether_there_are_captions(tmp_path, extra, has):
+    write_tar(tmp_path / "a.tar", {"0.jpg": noise(0), "1.jpg": noise(1), "x.txt": b"of no image", **extra})
+    assert TarSource([str(tmp_path / "a.tar")]).has_text == has
+
+
 def cut(path, length):
     os.truncate(path, length)
     return path

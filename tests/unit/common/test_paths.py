@@ -1,0 +1,69 @@
+"""Files are written as a whole or not at all, on this machine and in a bucket."""
+
+import concurrent.futures
+import os
+import stat
+
+import fsspec
+import pytest
+
+from diva_jax.common import paths
+
+
+@pytest.fixture
+def bucket():
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.rm("/bucket", recursive=True)
+
+
+def test_text_and_bytes(tmp_path, bucket):
+    for data, content in (("cafe\u0301\n", "cafe\u0301\n".encode()), (b"\x00\xff", b"\x00\xff")):
+        for path in (tmp_path / "a" / "b.txt", str(tmp_path / "a" / "c.txt")):
+            paths.write_whole(path, data)
+            with open(path, "rb") as f:
+                assert f.read() == content
+        paths.write_whole("memory://bucket/a/b.txt", data)
+        assert bucket.cat_file("/bucket/a/b.txt") == content
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["b.txt", "c.txt"]
+
+
+def test_a_failure_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    paths.write_whole(path, "old")
+    with pytest.raises(ZeroDivisionError), paths.whole_file(path) as temporary:
+        temporary.write_text("half of the n")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with paths.whole_file(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    paths.write_whole(tmp_path / "a", "x")
+    (tmp_path / "b").write_text("x")
+    assert stat.S_IMODE(os.stat(tmp_path / "a").st_mode) == stat.S_IMODE(os.stat(tmp_path / "b").st_mode)
+
+
+def test_writers_of_the_same_file_do_not_meet(tmp_path):
+    path = tmp_path / "a"
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: paths.write_whole(path, str(i) * 10_000), [i % 10 for i in range(80)]))
+    found = path.read_text()
+    assert len(found) == 10_000 and len(set(found)) == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_errors_are_oserrors(tmp_path, bucket, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        paths.write_whole(tmp_path / "file" / "a", "x")
+
+    def refuses(*_, **__):
+        raise RuntimeError("403 Forbidden")
+
+    bucket.pipe("/bucket/a", b"")
+    monkeypatch.setattr(type(bucket), "pipe_file", refuses)
+    with pytest.raises(OSError, match="memory://bucket/b: RuntimeError: 403 Forbidden"):
+        paths.write_whole("memory://bucket/b", "x")

@@ -1,0 +1,165 @@
+"""What a batch holds: several crops of one box, token ids, and captions that are missing."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from records import data_config, encoded, noise, tags, write_tar
+
+from diva_jax.common.errors import RunError, UserError
+from diva_jax.data import crop, images, inputs, pipeline
+
+COUNT = 14
+
+
+def letters(length):
+    """A tokenizer whose ids are the text's letters."""
+
+    def tokenize(texts):
+        ids = np.zeros((len(texts), length), np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text)] = list(map(ord, text[:length]))
+        return ids
+
+    return tokenize
+
+
+def text_of(ids):
+    return "".join(chr(i) for i in ids if i)
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """14 images, each with a caption of its own."""
+    folder = tmp_path_factory.mktemp("captioned")
+    for shard in range(2):
+        members = {}
+        for i in range(7 * shard, 7 * shard + 7):
+            members |= {f"{i}.png": encoded(i), f"{i}.txt": f"{i}. of {COUNT}. end".encode()}
+        write_tar(folder / f"{shard}.tar", members)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("noisy")
+    write_tar(folder / "0.tar", {f"{i}.jpg": noise(i, 64 + i, 48 + 3 * i) for i in range(9)})
+    return folder
+
+
+def build(path, wanted, batch=6, **kw):
+    return pipeline.build(data_config(path, max_broken_share=0.6), wanted, seed=0, global_batch=batch, **kw)
+
+
+def tokens(length=12, choose=None):
+    return inputs.Tokens(length, lambda: letters(length), choose)
+
+
+def test_shape_and_dtype_are_those_of_the_batch(captioned):
+    wanted = {"large": inputs.Image(23), "small": inputs.Image(9), "caption": tokens()}
+    batch = next(build(captioned, wanted))
+    assert set(batch) == {*wanted, "row"}
+    for name, i in wanted.items():
+        assert batch[name].shape == (6, *i.shape) and batch[name].dtype == i.dtype
+    assert [wanted[name].needs_text for name in wanted] == [False, False, True]
+
+
+def test_crops_of_two_sizes_are_of_one_box(noisy):
+    """And each is what it is alone, which depends on (seed, position) only."""
+    both = build(noisy, {"a": inputs.Image(31), "b": inputs.Image(17)})
+    alone = build(noisy, {"b": inputs.Image(17)})
+    for _ in range(4):
+        pair = next(both)
+        np.testing.assert_array_equal(pair["b"], next(alone)["b"])
+    seen = []
+
+    @dataclasses.dataclass
+    class Spy:
+        shape, dtype, needs_text = (), np.dtype(np.int32), False
+
+        def open(self, config):
+            return lambda example: seen.append(example) or np.int32(0)
+
+    config = data_config(noisy, threads=0)
+    batch = next(pipeline.build(config, {"spy": Spy(), "a": inputs.Image(31)}, seed=5, global_batch=4))
+    for position, (example, pixels) in enumerate(zip(seen, batch["a"], strict=True)):
+        rng = np.random.default_rng((5, position))
+        assert example.box == crop.sample_box(rng, *example.image.size, config.crop.scale, config.crop.ratio)
+        assert rng.random() == example.rng.random()  # The box was drawn first.
+        np.testing.assert_array_equal(crop.resized_crop(example.image, example.box, 31, "bicubic"), pixels)
+        assert example.image.mode == "RGB" and example.text is None
+
+
+def test_a_caption_belongs_to_its_image(captioned):
+    wanted = {"image": inputs.Image(8), "caption": tokens(20)}
+    for batch, _ in zip(build(captioned, wanted), range(5), strict=False):
+        numbers = [int(text_of(ids).split(".")[0]) for ids in batch["caption"]]
+        assert numbers == tags(batch["image"])
+
+
+def test_the_chosen_part_depends_on_seed_and_position_alone(captioned):
+    def prefix(text, rng):
+        return text[: rng.integers(1, len(text) + 1)]
+
+    wanted = {"caption": tokens(20, prefix)}
+    whole = build(captioned, wanted)
+    parts = [build(captioned, wanted, process_index=p, process_count=3) for p in range(3)]
+    lengths = set()
+    for _ in range(6):
+        batch = next(whole)
+        for p, part in enumerate(parts):
+            np.testing.assert_array_equal(next(part)["caption"], batch["caption"][p::3])
+        lengths |= {len(text_of(ids)) for ids in batch["caption"]}
+    assert len(lengths) > 5
+
+
+def test_no_caption_is_broken_only_where_text_is_needed(tmp_path, caplog):
+    members = {}
+    for i in range(COUNT):
+        members[f"{i}.png"] = encoded(i)
+        if i % 4:
+            members[f"{i}.txt"] = b"\xff\xfe" if i == 1 else b" \n" if i == 2 else b"words"
+    write_tar(tmp_path / "a.tar", members)
+    without = build(tmp_path, {"image": inputs.Image(8)}, batch=COUNT)
+    assert sorted(tags(next(without)["image"])) == list(range(COUNT)) and not without.broken.count
+    both = build(tmp_path, {"image": inputs.Image(8), "caption": tokens()}, batch=COUNT)
+    batch = next(both)
+    broken = {0, 4, 8, 12, 1, 2}
+    assert set(tags(batch["image"])) == set(range(COUNT)) - broken and both.broken.count == len(broken)
+    assert {text_of(ids) for ids in batch["caption"]} == {"words"}
+    for i in broken:
+        assert caplog.text.count(f"a.tar/{i}.png: ") == 1
+    assert "it has no caption" in caplog.text and "cannot be read ('utf-8' codec" in caplog.text
+    config = data_config(tmp_path, max_broken_share=0.2)
+    with pytest.raises(RunError, match="max_broken_share=0.2"):
+        for _ in zip(pipeline.build(config, {"t": tokens()}, seed=0, global_batch=COUNT), range(3), strict=False):
+            pass
+
+
+def test_data_without_captions_is_refused_at_once(noisy):
+    with pytest.raises(UserError, match="config.data.path=.* has no captions, which the input 'words' needs: give tar"):
+        build(noisy, {"image": inputs.Image(8), "words": tokens()})
+
+
+def test_bad_inputs_are_one_sentence(captioned):
+    for wanted, says in (
+        (lambda: {"row": inputs.Image(8)}, "an input cannot be called 'row'"),
+        (lambda: {"image": inputs.Image(0)}, "an image input of 0 pixels"),
+        (lambda: {"t": inputs.Tokens(12, lambda: letters(11))}, "gives 11 ids per text, but the input has 12"),
+    ):
+        with pytest.raises(UserError, match=says) as e:
+            build(captioned, wanted())
+        assert "\n" not in str(e.value)
+
+
+def test_a_failing_input_is_no_broken_record(captioned):
+    def fails(text, rng):
+        raise ZeroDivisionError("of the input")
+
+    with pytest.raises(ZeroDivisionError):
+        next(build(captioned, {"t": tokens(choose=fails)}))
+
+
+def test_open_image_names_the_broken_one():
+    with pytest.raises(UserError, match="the image here.png cannot be read"):
+        images.open_image(b"broken", "here.png")

@@ -1,0 +1,280 @@
+"""Tables as data: CSV, TSV, Parquet and Hugging Face datasets on disk; columns, broken rows, what may not be."""
+
+import concurrent.futures
+import json
+import logging
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from records import data_config, encoded, tags
+
+from diva_jax.common.errors import UserError
+from diva_jax.data import inputs, pipeline, tables
+from diva_jax.data.sources import open_source, split_options
+
+COUNT = 23
+CAPTIONS = [f'caption {i}, "quoted"\nand on two lines' if i % 5 == 0 else f"caption {i}" for i in range(COUNT)]
+HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """23 images, every third one in a folder of its own."""
+    for i in range(COUNT):
+        path = tmp_path / where(i)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(i))
+    return tmp_path
+
+
+def where(i):
+    return f"{i}.png" if i % 3 else f"more/{i}.png"
+
+
+def hf_table(images, captions=CAPTIONS, name="image", text="text"):
+    structs = pa.array([{"bytes": data, "path": None} for data in images], HF_IMAGE)
+    return pa.table({"id": list(range(len(images))), name: structs, text: captions})
+
+
+def write_csv(path, header, rows, separator=","):
+    def cell(value):
+        return '"' + value.replace('"', '""') + '"' if set(value) & set('",\n\t') else value
+
+    path.write_text("\n".join(separator.join(map(cell, row)) for row in [header, *rows]) + "\n", "utf-8")
+    return path
+
+
+def write_arrow(path, table, rows=5):
+    """As ArrowWriter of `datasets` does: a stream of record batches."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+
+
+def save_to_disk(folder, table, shards=2):
+    """The layout of `Dataset.save_to_disk`."""
+    size = -(-table.num_rows // shards)
+    names = [f"data-{k:05d}-of-{shards:05d}.arrow" for k in range(shards)]
+    for k, name in enumerate(names):
+        write_arrow(folder / name, table.slice(k * size, size))
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+    write_arrow(folder / "cache-1234.arrow", pa.table({"indices": [1]}))  # As `datasets` leaves beside it.
+
+
+def make(folder, kind):
+    """(the path of the same 23 records in each form, its first file)."""
+    images = [encoded(i) for i in range(COUNT)]
+    rows = [(where(i), CAPTIONS[i]) for i in range(COUNT)]
+    if kind == "csv":
+        return write_csv(folder / "a.csv", ("image", "caption"), rows)
+    if kind == "tsv":
+        return write_csv(folder / "a.tsv", ("title", "filepath"), [row[::-1] for row in rows], "\t")
+    if kind == "semicolons":
+        return write_csv(folder / "a.csv", ("id", "file", "text"), [("1", *row) for row in rows], ";")
+    if kind == "parquet of paths":
+        table = pa.table({"path": [row[0] for row in rows], "caption": CAPTIONS})
+        pq.write_table(table, folder / "a.parquet")
+        return folder / "a.parquet"
+    if kind == "parquet of bytes":
+        pq.write_table(pa.table({"text": CAPTIONS, "jpg": images}), folder / "a.parquet", row_group_size=4)
+        return folder / "a.parquet"
+    if kind == "parquet folder":
+        (folder / "hf" / "data").mkdir(parents=True)
+        for k, part in enumerate((slice(0, 9), slice(9, COUNT))):
+            table = hf_table(images[part], CAPTIONS[part])
+            pq.write_table(table, folder / "hf" / "data" / f"train-{k:05d}-of-00002.parquet", row_group_size=3)
+        return folder / "hf"
+    save_to_disk(folder / "saved", hf_table(images))
+    return folder / "saved"
+
+
+KINDS = ("csv", "tsv", "semicolons", "parquet of paths", "parquet of bytes", "parquet folder", "save_to_disk")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_holds_the_same_records(folder, kind):
+    source = open_source(str(make(folder, kind)))
+    assert len(source) == COUNT and source.has_text
+    records = [source.read(i) for i in range(COUNT)]
+    assert [r.image for r in records] == [encoded(i) for i in range(COUNT)]
+    assert [r.text for r in records] == CAPTIONS
+    assert source.read(3, with_text=False).text is None
+    assert [r.name for r in records] == [source.name(i) for i in range(COUNT)] and len(
+        {r.name for r in records}
+    ) == COUNT
+    order = list(np.random.default_rng(0).integers(0, COUNT, 200))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, order)) == [records[i] for i in order]
+
+
+@pytest.mark.parametrize("kind", ("csv", "parquet folder", "save_to_disk"))
+def test_shuffled_resumed_and_split_as_tars_are(folder, kind):
+    path = make(folder, kind)
+
+    def build(p=0, count=1):
+        kw = dict(seed=0, global_batch=6, process_index=p, process_count=count)
+        return pipeline.build(data_config(path), {"image": inputs.Image(8)}, **kw)
+
+    whole = build()
+    batches = [next(whole) for _ in range(8)]
+    seen = sum((tags(b["image"]) for b in batches), [])
+    assert sorted(seen[:COUNT]) == list(range(COUNT)) != seen[:COUNT]
+    for p in range(3):
+        part = build(p, 3)
+        part.set_state({"batches": 3, "seed": 0, "records": COUNT, "global_batch": 6})
+        for batch in batches[3:]:
+            np.testing.assert_array_equal(next(part)["image"], batch["image"][p::3])
+
+
+def test_rows_are_named_by_file_and_line(folder):
+    source = open_source(str(make(folder, "csv")))
+    # The caption of every fifth row takes two lines, of which the last counts.
+    assert [source.name(i) for i in range(7)] == [f"a.csv, line {n}" for n in (3, 4, 5, 6, 7, 9, 10)]
+    rows = open_source(str(make(folder, "parquet folder")))
+    assert rows.name(0) == "train-00000-of-00002.parquet, row 1"
+    assert rows.name(COUNT - 1) == "train-00001-of-00002.parquet, row 14"
+
+
+@pytest.mark.parametrize("kind", ("csv", "parquet of bytes", "save_to_disk"))
+def test_broken_rows_are_skipped_and_named(folder, kind, caplog):
+    path = make(folder, kind)
+    if kind == "csv":
+        lines = ["image,caption", *(f"{where(i)},c{i}" for i in range(COUNT))]
+        lines[4], lines[6], lines[8] = "none.png,gone", ",without an image", where(7)
+        path.write_text("\n".join(lines))
+        names, says = ("a.csv, line 5", "a.csv, line 7", "a.csv, line 9"), ("none.png", "no image", "no caption")
+        bad = {3, 5, 7}
+    else:
+        images = [None if i == 3 else b"broken" if i == 5 else encoded(i) for i in range(COUNT)]
+        captions = [None if i == 7 else c for i, c in enumerate(CAPTIONS)]
+        bad, says = {3, 5, 7}, ("no image", "cannot identify", "no caption")
+        if kind == "save_to_disk":
+            save_to_disk(path, hf_table(images, captions))
+            names = [f"data-00000-of-00002.arrow, row {n}" for n in (4, 6, 8)]
+        else:
+            pq.write_table(pa.table({"image": images, "text": captions}), path)
+            names = [f"a.parquet, row {n}" for n in (4, 6, 8)]
+    wanted = {
+        "image": inputs.Image(8),
+        "n": inputs.Tokens(1, lambda: lambda texts: np.zeros((len(texts), 1), np.int32)),
+    }
+    with caplog.at_level(logging.WARNING):
+        config = data_config(path, max_broken_share=0.5)
+        batch = next(pipeline.build(config, wanted, seed=0, global_batch=COUNT))
+    assert set(tags(batch["image"])) == set(range(COUNT)) - bad
+    lines = [r.getMessage() for r in caplog.records]
+    for name, why in zip(names, says, strict=True):
+        assert sum(f"broken image: {name}: " in line and why in line for line in lines) == 1, (name, lines)
+
+
+def test_columns_by_option(folder):
+    rows = [(where((i + 1) % COUNT), "wrong", where(i), f"words {i}") for i in range(COUNT)]
+    path = write_csv(folder / "b.csv", ("image", "caption", "the file", "words"), rows)
+    source = open_source(f"{path}?image=the file&text=words")
+    assert source.read(4)[1:] == (encoded(4), "words 4")
+    table = hf_table([encoded(i) for i in range(COUNT)], name="photograph", text="words")
+    pq.write_table(table, folder / "b.parquet")
+    save_to_disk(folder / "saved", table)
+    for path in (folder / "b.parquet", folder / "saved"):
+        source = open_source(f"{path}?image=photograph")
+        assert not source.has_text and source.read(4).text is None
+        assert open_source(f"{path}?text=words&image=photograph").read(4)[1:] == (encoded(4), CAPTIONS[4])
+
+
+def test_lists_of_captions_are_lines(folder):
+    table = pa.table({"image": [encoded(0)], "caption": pa.array([["one", "two"]])})
+    pq.write_table(table, folder / "a.parquet")
+    assert open_source(f"{folder}/a.parquet").read(0).text == "one\ntwo"
+
+
+def test_a_struct_may_name_a_file(folder):
+    struct = pa.array([{"bytes": None, "path": where(3)}, {"bytes": encoded(1), "path": "1.jpg"}], HF_IMAGE)
+    pq.write_table(pa.table({"image": struct}), folder / "a.parquet")
+    source = open_source(f"{folder}/a.parquet")
+    assert [source.read(i).image for i in range(2)] == [encoded(3), encoded(1)] and not source.has_text
+
+
+def test_separators_and_a_mark_of_byte_order(tmp_path):
+    for separator in ",\t;|":
+        path = tmp_path / "a.csv"
+        path.write_bytes(f"\ufeffimage{separator}caption\n\nx.png{separator}y\n".encode())
+        assert list(tables.csv_rows(str(path))) == [(1, ["image", "caption"]), (3, ["x.png", "y"])]
+
+
+def test_patterns(folder):
+    make(folder, "parquet folder")
+    assert len(open_source(f"{folder}/hf/data/*.parquet")) == COUNT
+    assert len(open_source(f"{folder}/hf/data/train-{{00001,00000}}-of-00002.parquet?text=text")) == COUNT
+    assert open_source(f"{folder}/hf/data/train-0000?-of-00002.parquet").read(0).image == encoded(0)
+    for path, options in (
+        ("a/b?.tar", {}),
+        ("a.csv?image=x", {"image": "x"}),
+        ("a?.csv?text=my%20words&image=b", {"text": "my words", "image": "b"}),
+    ):
+        assert split_options(path)[1] == options
+
+
+def test_metadata_beside_shards_and_images_is_left_alone(folder):
+    """img2dataset writes a Parquet file for each."""
+    pq.write_table(pa.table({"url": ["x"]}), folder / "00000.parquet")
+    assert len(open_source(str(folder))) == COUNT
+
+
+def test_large_row_groups_are_told(folder, monkeypatch, caplog):
+    path = make(folder, "parquet of bytes")
+    open_source(str(path))
+    assert not caplog.text
+    monkeypatch.setattr(tables, "_LARGE_GROUP", 10)
+    open_source(str(path), quiet=True)
+    assert not caplog.text
+    open_source(str(path))
+    assert "a.parquet has row groups of up to 0 MB" in caplog.text
+
+
+def two_datasets(folder):
+    for split in ("train", "test"):
+        save_to_disk(folder / split, hf_table([encoded(0)], ["x"]))
+
+
+def two_splits(folder):
+    folder.mkdir()
+    for split in ("train", "test"):
+        pq.write_table(hf_table([encoded(0)], ["x"]), folder / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize(
+    "name, write, says",
+    [
+        ("a.csv", lambda p: p.write_text("url,words\nx,y\n"), "has no column image, file, .* or webp, only url, words"),
+        ("a.csv?image=x", lambda p: p.write_text("image\ny\n"), r"has no column 'x' for \?image=, only image"),
+        ("a.csv?caption=x", lambda p: p.write_text("image\ny\n"), "has the option caption: after . write image=COLUMN"),
+        ("a.csv", lambda p: p.write_text("image,caption\n"), "a.csv has no rows"),
+        ("a.csv", lambda p: p.write_text(""), "has no column image"),
+        ("a.csv", lambda p: p.write_bytes(b"image,caption\nx,\xff\xfe\n"), "cannot be read as a CSV file after line"),
+        ("a.tsv", lambda p: p.write_text("image\n" + 'x\n"' + "y" * 200_000), "a CSV file after line 2 .field larger"),
+        ("a.parquet", lambda p: p.write_bytes(b"no table"), "a.parquet cannot be read as parquet"),
+        ("a.parquet", lambda p: pq.write_table(pa.table({"image": [1]}), p), "'image' of .*a.parquet holds int64"),
+        ("a.arrow", lambda p: p.write_bytes(b"no table"), "a.arrow cannot be read as arrow"),
+        ("x", two_datasets, "holds several datasets .test, train.: choose one, e.g. .*/test"),
+        ("x", two_splits, "holds several splits .test, train.: choose the files of one"),
+        ("x", lambda p: save_to_disk(p, hf_table([b""], [""])) or (p / "state.json").write_text("{}"),
+         "is no state.json of save_to_disk"),
+        ("x?text=a", lambda p: p.mkdir() or (p / "1.png").write_bytes(encoded(1)), "images, which have no columns"),
+    ],
+)  # fmt: skip
+def test_bad_tables_are_one_sentence(tmp_path, name, write, says):
+    write(tmp_path / name.split("?")[0])
+    with pytest.raises(UserError, match=says) as e:
+        open_source(f"{tmp_path}/{name}")
+    assert "\n" not in str(e.value) and not re.search(r"\btar\b", str(e.value))
+
+
+def test_tables_that_disagree_on_captions(tmp_path):
+    for name, columns in (("a", {"image": ["x"], "text": ["y"]}), ("b", {"image": ["x"]})):
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match="b.parquet has no column with captions"):
+        open_source(str(tmp_path))
