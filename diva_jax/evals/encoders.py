@@ -13,7 +13,7 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.export import workdirs
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, spec_of
-from diva_jax.models.backbones.text import Text
+from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import abstract
 from diva_jax.training import checkpoint, partition, sharding
 from diva_jax.weights import loading, names, parts, sources
