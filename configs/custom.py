@@ -16,7 +16,7 @@ interpolated), --config.backbone.select=random:128, --config.backbone.add_text=t
 """
 
 from diva_jax import config as base
-from diva_jax.models.backbones.open_clip_config import from_open_clip
+from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.weights.sources import open_clip_source
 
 

@@ -32,8 +32,8 @@ def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
     import numpy as np
 
     from diva_jax.models import backbones
-    from diva_jax.models.backbones.open_clip_config import to_open_clip
-    from diva_jax.models.backbones.text import Text
+    from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
+    from diva_jax.models.backbones.shared.text import Text
     from diva_jax.weights import clip, names, writers
 
     vision = backbones.build(spec, rngs=Keys(seed))

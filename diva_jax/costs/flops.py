@@ -7,7 +7,7 @@ and once more for that of its weights, where they are wanted; attention's two pr
 
 import dataclasses
 
-from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones import Spec, architecture
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
 
@@ -115,10 +115,4 @@ def vae(config: VAEConfig, size: int) -> float:
 
 def vision(spec: Spec) -> float:
     """The backbone's forward pass over one image; with its backward pass, three times as much."""
-    w, patches = spec.width, spec.patches
-    n = patches + (spec.arch == "vit")  # CLIP's has a class token
-    block = 2 * n * (4 * w * w + 2 * w * spec.mlp_dim) + 4 * n * n * w
-    total = 2 * patches * 3 * spec.patch_size**2 * w + spec.layers * block
-    if spec.arch == "siglip":  # attention pooling: one query
-        return total + 2 * (2 * w * w + 2 * patches * w * w + 2 * patches * w + 2 * w * spec.mlp_dim)
-    return total + 2 * n * w * spec.embed_dim
+    return architecture(spec.arch).flops(spec)

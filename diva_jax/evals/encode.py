@@ -21,7 +21,7 @@ from diva_jax.evals.encoders import Encoder
 from diva_jax.evals.readout import Readout, parse_readout, patch_weights, read_out
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.text import Text
+from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import abstract
 from diva_jax.training import partition, sharding
 

@@ -10,7 +10,7 @@ from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.text import Text
+from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import abstract
 from diva_jax.training import load as loads
 from diva_jax.training import partition, sharding, workdirs

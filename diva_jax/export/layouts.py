@@ -1,7 +1,7 @@
-"""Writes a model for other tools, and does not say done before it has read it back and run it.
+"""Writes a model for other tools; it is read back and run before the export counts as done.
 
-Three layouts: `open_clip`, a folder for open_clip's `local-dir:`; `hf`, a transformers CLIPModel or SiglipModel
-folder, which LLaVA's `--vision_tower` reads too; `pt`, the vision tower's state dict as DIVA's authors publish it.
+Three layouts: `open_clip`, a folder for open_clip's `local-dir:`; `hf`, a folder of a transformers model, which
+LLaVA's `--vision_tower` reads too; `pt`, the vision tower's state dict as DIVA's authors publish it.
 """
 
 import gc
@@ -18,8 +18,8 @@ from diva_jax.common.log import say
 from diva_jax.export import reference
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.open_clip_config import to_open_clip
-from diva_jax.models.backbones.text import Text
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
+from diva_jax.models.backbones.shared.text import Text
 from diva_jax.weights import clip, hf, loading, names, pickles, resample, sources, writers
 from diva_jax.weights.sources import ClipSource
 from diva_jax.weights.tensors import Tensor, Tensors
@@ -50,27 +50,28 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
 
     Args:
       source: any.
-      spec: of the export; position embeddings are brought to its resolution.
+      spec: of the export; position embeddings are interpolated to its resolution.
       dtype: a name in `DTYPES`; float32 holds every published checkpoint exactly.
-      text: whether the text tower and the logits' scale and bias belong to it.
+      text: whether the text tower, where there is one, and the rest of the whole model belong to it.
 
     Raises:
-      UserError: the source is not this model, or has no text tower where one is needed.
+      UserError: the source is not this model, or lacks a part that is needed.
     """
     sources.check(source, spec)
     tensors = resample.to_resolution(source.tensors, spec)
     table = clip.vision_table(spec)
     names.check(_abstract(backbones.build, spec), tensors, table, source=source.where)
     wanted = {n: tensors[n] for n in table.names(_abstract(backbones.build, spec))}
+    others = backbones.architecture(spec.arch).OTHERS
     if text:
-        loading.check_text(source, spec)
-        state, table = _abstract(Text, spec), clip.text_table(spec)
-        names.check(state, tensors, table, source=source.where)
-        wanted |= {n: tensors[n] for n in table.names(state)}
-        scales = ("logit_scale", "logit_bias") if spec.arch == "siglip" else ("logit_scale",)
-        if missing := [n for n in scales if n not in tensors]:
+        if spec.has_text:
+            loading.check_text(source, spec)
+            state, table = _abstract(Text, spec), clip.text_table(spec)
+            names.check(state, tensors, table, source=source.where)
+            wanted |= {n: tensors[n] for n in table.names(state)}
+        if missing := [n for n in others if n not in tensors]:
             raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
-        wanted |= {n: tensors[n] for n in scales}
+    wanted |= {n: tensors[n] for n in others if n in tensors and (text or n.startswith("visual."))}
     return Tensors({n: _cast(t, np.dtype(getattr(jnp, dtype))) for n, t in wanted.items()}, source.files)
 
 
@@ -92,10 +93,10 @@ def _write(folder: Path, fmt: str, tensors: Tensors, spec: Spec, tokenizer: tupl
     elif fmt == "open_clip":
         writers.write_open_clip(folder, tensors, to_open_clip(spec), tokenizer)
     else:
-        config = hf.config_of(spec, dtype)
-        writers.write_safetensors(folder / "model.safetensors", hf.from_open_clip(tensors, spec))
+        config = hf.to_transformers(spec, dtype)
+        writers.write_safetensors(folder / "model.safetensors", hf.to_transformers_names(tensors, spec))
         writers.write_json(folder / "config.json", config)
-        writers.write_json(folder / "preprocessor_config.json", hf.preprocessor_of(spec))
+        writers.write_json(folder / "preprocessor_config.json", hf.image_processor(spec))
         writers.copy_into(folder, tokenizer)
 
 
@@ -116,7 +117,8 @@ def _compare(written: Tensors, there: Tensors, where: str) -> None:
 
 def _run_original(folder: Path, fmt: str, spec: Spec) -> str:
     """Runs one image through the library that the export is for; what to print, or an error past the bound."""
-    library = "transformers" if fmt == "hf" else "open_clip"
+    tower_library = backbones.architecture(spec.arch).LIBRARY
+    library = {"hf": "transformers", "open_clip": "open_clip", "pt": tower_library}[fmt]
     if not reference.available(library):
         return f"not run through {library}: it cannot be imported here"
     images, keys = reference.image(spec), []
@@ -125,8 +127,8 @@ def _run_original(folder: Path, fmt: str, spec: Spec) -> str:
     elif fmt == "open_clip":
         theirs = reference.open_clip_pooled(folder, images)
     else:
-        theirs = reference.open_clip_tower_pooled(folder / PT_FILE, to_open_clip(spec), images)
-    gc.collect()  # Modules are full of cycles, and ours needs the memory of theirs.
+        theirs = reference.TOWERS[library](folder / PT_FILE, spec, images)
+    gc.collect()  # PyTorch's modules hold reference cycles; their memory is needed for our model.
     if keys:
         raise RunError(f"{library} finds keys missing or unexpected: {listing(keys, 5)}; nothing was exported")
     source = str(folder / PT_FILE) if fmt == "pt" else str(folder)
@@ -171,7 +173,7 @@ def export(
     if fmt == "pt":
         pickles.import_torch("--format=pt")
     elif fmt == "hf":
-        hf.config_of(spec, dtype)
+        hf.to_transformers(spec, dtype)
     else:
         to_open_clip(spec)
     with writers.new_folder(out) as folder:

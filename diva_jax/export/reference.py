@@ -1,4 +1,4 @@
-"""The original libraries, where they are installed, to hold our results against: exports and `parity` use it."""
+"""The original libraries, where they are installed, to compare our results with: for exports and `parity`."""
 
 import contextlib
 import importlib
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.open_clip_config import to_open_clip
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 
 
 def available(name: str) -> bool:
@@ -68,28 +68,37 @@ def open_clip_pooled(folder: Path, images: np.ndarray) -> np.ndarray:
         return model.float().eval().encode_image(_pixels(images)).numpy()
 
 
-def open_clip_tower_pooled(file: Path, config: dict, images: np.ndarray) -> np.ndarray:
-    """Image embeddings [B, D] of a vision tower's state dict in open_clip's tower of `config`."""
-    import open_clip
+def _tower_pooled(tower, state: dict, images: np.ndarray) -> np.ndarray:
     import torch
 
-    cfg = {k: v for k, v in config["model_cfg"].items() if k != "custom_text"}
-    custom = config["model_cfg"].get("custom_text", False)
-    tower = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg).visual
-    state = torch.load(file, map_location="cpu", weights_only=True)
     tower.load_state_dict(state, strict=True)
     with torch.no_grad():
         return tower.float().eval()(_pixels(images)).numpy()
 
 
+def open_clip_tower_pooled(file: Path, spec: Spec, images: np.ndarray) -> np.ndarray:
+    """Image embeddings [B, D] of a vision tower's state dict in open_clip's tower of `spec`."""
+    import open_clip
+    import torch
+
+    cfg = dict(to_open_clip(spec)["model_cfg"])
+    tower = (open_clip.CustomTextCLIP if cfg.pop("custom_text", False) else open_clip.CLIP)(**cfg).visual
+    return _tower_pooled(tower, torch.load(file, map_location="cpu", weights_only=True), images)
+
+
+# Library -> (file of a vision tower's state dict, spec, images [B, H, W, 3]) -> image embeddings [B, D].
+TOWERS = {"open_clip": open_clip_tower_pooled}
+
+
 def transformers_pooled(folder: Path, images: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """(image embeddings [B, D] of a CLIPModel or SiglipModel folder in float32, missing and unexpected keys)."""
+    """(image embeddings [B, D] of a transformers folder in float32, keys missing and unexpected)."""
     import torch
     from transformers import AutoModel
 
     with quiet(), torch.no_grad():
         model, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-        found = model.eval().get_image_features(pixel_values=_pixels(images))
+        run = getattr(model.eval(), "get_image_features", model)  # A vision encoder alone is called itself.
+        found = run(pixel_values=_pixels(images))
     # Versions before 5 return the tensor itself.
     found = getattr(found, "pooler_output", found)
     return found.numpy(), [*info["missing_keys"], *info["unexpected_keys"]]
@@ -138,19 +147,23 @@ def write_open_clip(folder: Path, spec: Spec, images: np.ndarray) -> list[np.nda
       images: float32 [B, H, W, 3].
 
     Returns:
-      [pooled [B, D], tokens [B, P, D]]: each patch token after the final norm and, for CLIP, the projection.
+      [pooled [B, D], tokens [B, P, D]]: each patch token after the final norm and the projection, if any.
     """
     import torch
 
     model = new_open_clip(spec)
     save_open_clip(model, spec, folder)
-    seen, visual = [], model.visual
-    siglip = spec.arch == "siglip"
-    (visual.trunk.norm if siglip else visual.transformer).register_forward_hook(lambda *a: seen.append(a[2]))
     with torch.no_grad():
-        pooled = model.encode_image(_pixels(images))
-        tokens = seen[0] if siglip else (visual.ln_post(seen[0]) @ visual.proj)[:, 1:]
-    return [pooled.numpy(), tokens.numpy()]
+        return [model.encode_image(_pixels(images)).numpy(), _open_clip_tokens(model.visual, _pixels(images)).numpy()]
+
+
+def _open_clip_tokens(visual, pixels):
+    """Each patch token [B, P, D] of open_clip's vision tower, after the final norm and the projection."""
+    trunk = getattr(visual, "trunk", None)
+    if trunk is None:
+        return (visual.ln_post(visual.transformer(visual._embeds(pixels))) @ visual.proj)[:, 1:]
+    # timm's; the head is the projection, or the identity.
+    return trunk.head(trunk.forward_features(pixels)[:, trunk.num_prefix_tokens :])
 
 
 def write_diffusers_unet(folder: Path, options: dict, sample, timesteps, context, class_labels=None) -> np.ndarray:

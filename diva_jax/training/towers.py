@@ -9,7 +9,7 @@ from flax import nnx
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.text import Text
+from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import abstract
 from diva_jax.training.partition import Skeleton, disassemble
 

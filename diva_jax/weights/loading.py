@@ -13,7 +13,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.text import Text
+from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
@@ -29,7 +29,7 @@ _SD = {
 
 
 def fill_vision(source: sources.ClipSource, spec: Spec, state, put=None, field: str = "config.backbone"):
-    """The state of `spec`'s vision tower, filled; position embeddings brought to its resolution, which is said.
+    """The state of `spec`'s vision tower, filled; position embeddings brought to its resolution, which is logged.
 
     Raises:
       UserError: the source is of another architecture or activation, or its names or shapes do not fit.
@@ -43,7 +43,8 @@ def fill_vision(source: sources.ClipSource, spec: Spec, state, put=None, field: 
 
 
 def check_text(source: sources.ClipSource, spec: Spec) -> None:
-    """Raises a UserError where the source has no text tower, or says that it is another than `spec.text`."""
+    """Raises a UserError where there is no text tower, or the source describes another than `spec.text`."""
+    clip.text_table(spec)  # Of an architecture that has a text tower.
     if "token_embedding.weight" not in source.tensors and "text.token_embedding.weight" not in source.tensors:
         raise UserError(f"{source.where} holds a vision tower alone: give the checkpoint of the whole model")
     if source.spec is None:

@@ -1,13 +1,11 @@
-"""Two-way name tables between PyTorch checkpoints and our NNX modules, strict in both directions.
+"""PyTorch checkpoints into our NNX modules and back, strict in both directions.
 
-A table turns the path of an NNX parameter into the name that the original library gives it. The map is
-made by walking the model, so it covers every parameter, and is used both ways: `assign` fills a model from
-tensors, `to_torch` writes them back. Layouts: `kernel` [in, out] is PyTorch's `weight` [out, in], and a
+A `Table` (`models.names`) turns the path of a parameter into its name in a checkpoint. The map is made by walking the
+model, so it covers every parameter, and is used both ways: `assign` fills a model from tensors, `to_torch` writes
+them back. Layouts: `kernel` [in, out] is PyTorch's `weight` [out, in], and a
 convolution's `kernel` [H, W, in, out] its `weight` [out, in, H, W]; everything else is carried as it is.
 """
 
-import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,74 +14,13 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.models.names import Table as Table
+from diva_jax.models.names import flat as flat
+from diva_jax.models.names import from_torch_layout, to_torch_layout
+from diva_jax.models.names import torch_shape as torch_shape
 
-# Tensors read at the same time; each needs its own memory once more meanwhile.
+# Tensors read at the same time; each needs its own memory a second time meanwhile.
 _READERS = 2
-_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Names of one architecture in one library's checkpoints.
-
-    Attributes:
-      what: shown in errors, e.g. "diffusers U-Net".
-      rename: (regex, replacement) applied in turn to our dotted path, its leaf already renamed
-        (kernel, scale, embedding -> weight).
-      ignore: regexes of checkpoint names that are known and not used.
-      aliases: (regex, replacement) that bring older checkpoints' names to today's before anything else.
-    """
-
-    what: str
-    rename: tuple[tuple[str, str], ...] = ()
-    ignore: tuple[str, ...] = ()
-    aliases: tuple[tuple[str, str], ...] = ()
-
-    def torch_name(self, path: tuple) -> str:
-        """`("blocks", 0, "attn", "kernel")` -> e.g. `"blocks.0.attn.weight"`, renamed."""
-        *head, leaf = (str(p) for p in path)
-        name = ".".join([*head, _LEAF.get(leaf, leaf)])
-        for pattern, replacement in self.rename:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    def names(self, state) -> list[str]:
-        """The names of all parameters of a state."""
-        return [self.torch_name(path) for path in flat(state)]
-
-    def canonical(self, name: str) -> str:
-        for pattern, replacement in self.aliases:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    def ignored(self, name: str) -> bool:
-        return any(re.fullmatch(p, name) for p in self.ignore)
-
-
-def flat(state) -> dict[tuple, nnx.Variable]:
-    """Path -> variable, of a module or state."""
-    if isinstance(state, nnx.Module):
-        state = nnx.state(state)
-    return dict(nnx.to_flat_state(state))
-
-
-def torch_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the PyTorch tensor that belongs to our parameter."""
-    if path[-1] != "kernel":
-        return tuple(shape)
-    return (shape[1], shape[0]) if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
-
-
-def from_torch_layout(path: tuple, array):
-    if path[-1] != "kernel":
-        return array
-    return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
-
-
-def to_torch_layout(path: tuple, array):
-    if path[-1] != "kernel":
-        return array
-    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
 
 
 def _report(what: str, source: str, problems: Iterable[tuple[str, list[str]]]):

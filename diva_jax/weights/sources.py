@@ -1,16 +1,17 @@
-"""Where weights come from, told apart by looking: a file, a folder or a hub id; whose layout it is; what it says
-of itself."""
+"""Sources of weights: a file, a folder or a hub id, whose format is detected from the contents."""
 
 import dataclasses
 import re
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
-from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.open_clip_config import from_open_clip
+from diva_jax.models.backbones import Spec, architectures
+from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
+from diva_jax.models.backbones.shared.positions import depth
 from diva_jax.weights import hf, readers
 from diva_jax.weights.tensors import Tensor, Tensors
 from diva_jax.weights.writers import OPEN_CLIP_CONFIG
@@ -35,13 +36,14 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclasses.dataclass(frozen=True)
 class ClipSource:
-    """A CLIP or SigLIP checkpoint.
+    """A checkpoint of a backbone.
 
     Attributes:
       where: the file or folder, for messages.
       kind: what it was recognised as, for messages.
-      tensors: under open_clip's names; the scale and bias of the logits are scalars.
-      spec: what the source says of itself, or None where it says nothing.
+      tensors: under open_clip's names, the vision tower's under `visual.`; the scale and bias of the logits are
+        scalars.
+      spec: the architecture that the source describes, or None where it does not.
       silent: fields of `spec` that the source does not really tell.
       tokenizer: the tokenizer's files beside it.
     """
@@ -152,67 +154,42 @@ def _scalar(t: Tensor) -> Tensor:
     return t if t.shape != (1,) else Tensor((), t.dtype, lambda: np.asarray(t).reshape(()))
 
 
+def _recognise(tensors: Tensors, prefix: str = "visual.") -> ModuleType | None:
+    """The architecture whose vision tower is under `prefix`, or None."""
+    return next((m for m in architectures().values() if prefix + m.MARK in tensors), None)
+
+
 def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
-    """Takes off what surrounds a state dict, and brings the vision tower's names under `visual.`.
+    """Removes what surrounds a state dict, and brings the vision tower's names under `visual.`.
 
     Known: DistributedDataParallel's `module.`; the whole training state of DIVA's authors, where CLIP is
-    `class_model.model.`; a vision tower alone; open_clip's `text.` before the text tower of a `custom_text` model.
+    `class_model.model.`; a vision tower alone; names that the architecture's text tower has too, see `text_table`.
     """
-    prefix = next((p for p in ("module.", "class_model.model.", "module.class_model.model.") if _under(tensors, p)), "")
-    if prefix:
+    surrounding = ("module.", "class_model.model.", "module.class_model.model.")
+    towers = ((p, tower) for p in surrounding for tower in ("visual.", ""))
+    if prefix := next((p for p, tower in towers if _recognise(tensors, p + tower)), ""):
         tensors = tensors.renamed(lambda n: n.removeprefix(prefix) if n.startswith(prefix) else None)
-    if "conv1.weight" in tensors or "trunk.patch_embed.proj.weight" in tensors:
+    if _recognise(tensors, ""):
         tensors = tensors.renamed(lambda n: f"visual.{n}")
-    if "visual.conv1.weight" in tensors:
-        tensors = tensors.renamed(lambda n: n.removeprefix("text."))
-    elif "visual.trunk.patch_embed.proj.weight" not in tensors:
+    if (found := _recognise(tensors)) is None:
         raise UserError(
-            f"{where} holds no vision tower that is known (a CLIP ViT or SigLIP's), its names begin "
+            f"{where} holds no vision tower that is known ({listing(list(architectures()))}), its names begin "
             f"{listing(sorted(tensors)[:3])}: give an open_clip, OpenAI or transformers checkpoint"
         )
+    if found.TEXT is not None:
+        tensors = tensors.renamed(found.TEXT.canonical)
     scaled = {n: _scalar(t) if n in ("logit_scale", "logit_bias") else t for n, t in tensors.items()}
     return Tensors(scaled, tensors.files)
 
 
-def _under(tensors: Tensors, prefix: str) -> bool:
-    towers = ("visual.conv1.weight", "visual.trunk.patch_embed.proj.weight", "conv1.weight")
-    return any(prefix + t in tensors for t in (*towers, "trunk.patch_embed.proj.weight"))
-
-
 def shapes_say(tensors: Tensors) -> dict:
-    """Fields of `Spec` that the vision tower's shapes tell: all but the heads and the activation."""
-
-    def depth(prefix: str) -> int:
-        return len({m[1] for n in tensors if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", n))})
-
-    def shape(name: str) -> tuple:
-        if name not in tensors:
-            raise UserError(f"the checkpoint's vision tower is not whole, {name} is missing: fetch it again")
-        return tuple(tensors[name].shape)
-
-    if "visual.conv1.weight" in tensors:
-        width, _, _, patch = shape("visual.conv1.weight")
-        blocks, fc1, extra = "visual.transformer.resblocks", "mlp.c_fc", 1
-        positions, embed = shape("visual.positional_embedding")[0], shape("visual.proj")[1]
-    else:
-        width, _, _, patch = shape("visual.trunk.patch_embed.proj.weight")
-        blocks, fc1, extra = "visual.trunk.blocks", "mlp.fc1", 0
-        positions, embed = shape("visual.trunk.pos_embed")[1], width
-    return dict(
-        arch="siglip" if extra == 0 else "vit",
-        image_size=round((positions - extra) ** 0.5) * patch,
-        patch_size=patch,
-        width=width,
-        layers=depth(blocks),
-        mlp_dim=shape(f"{blocks}.0.{fc1}.weight")[0],
-        embed_dim=embed,
-    )
+    """Fields of `Spec` that the vision tower's shapes tell; see each architecture's `shapes`."""
+    return _recognise(tensors).shapes(tensors)
 
 
 def _openai_spec(tensors: Tensors) -> Spec:
-    """OpenAI's models have heads of width 64 and QuickGELU, and say so nowhere."""
+    """OpenAI's models have heads of width 64 and QuickGELU; their archives do not say so."""
     vision = shapes_say(tensors)
-    layers = {n.split(".")[2] for n in tensors if n.startswith("transformer.resblocks.")}
     text_width = tensors["ln_final.weight"].shape[0]
     return from_open_clip(
         dict(
@@ -230,14 +207,14 @@ def _openai_spec(tensors: Tensors) -> Spec:
                 vocab_size=tensors["token_embedding.weight"].shape[0],
                 width=text_width,
                 heads=text_width // 64,
-                layers=len(layers),
+                layers=depth(tensors, "transformer.resblocks"),
             ),
         )
     )
 
 
 def open_clip_source(source: str, field: str = "--source") -> ClipSource:
-    """Any checkpoint of a CLIP or SigLIP model, recognised by what is in it.
+    """Any checkpoint of a backbone; its format is detected from the contents.
 
     Args:
       source: an open_clip, OpenAI or transformers file or folder, a vision tower's state dict, or a hub id.
@@ -248,14 +225,15 @@ def open_clip_source(source: str, field: str = "--source") -> ClipSource:
     """
     at = _clip_folder(source, field)
     folder = at if at.is_dir() else at.parent
-    # A config beside a file speaks for it only where the file has the name that the config's folder would look for.
+    # A config beside a file describes it only where the file has a name under which folders keep their weights.
     described = at.is_dir() or at.name.split(".")[0].split("-")[0] in CLIP_STEMS
     tensors = readers.weights_in(at, *CLIP_STEMS) if at.is_dir() else readers.open_file(at)
     where = str(at)
     tokenizer = tuple(folder / f for f in TOKENIZER_FILES if (folder / f).is_file()) if described else ()
-    if any(n.startswith("vision_model.") for n in tensors):
+    if hf.recognises(tensors):
         spec, silent = _transformers_spec(folder, where)
-        return ClipSource(where, "transformers folder", hf.to_open_clip(tensors, spec, where), spec, silent, tokenizer)
+        tensors = hf.to_open_clip_names(tensors, spec, where)
+        return ClipSource(where, "transformers folder", tensors, spec, silent, tokenizer)
     tensors = _open_clip_names(tensors, where)
     if described and (folder / OPEN_CLIP_CONFIG).is_file():
         spec = from_open_clip(readers.read_json(folder / OPEN_CLIP_CONFIG), source=source)
@@ -268,14 +246,12 @@ def open_clip_source(source: str, field: str = "--source") -> ClipSource:
 def _transformers_spec(folder: Path, where: str) -> tuple[Spec, frozenset[str]]:
     config = readers.read_json(folder / "config.json")
     pre = folder / "preprocessor_config.json"
-    spec = hf.spec_of(config, readers.read_json(pre) if pre.is_file() else {}, where)
-    told = config.get("vision_config", {}).get("hidden_act", "gelu_pytorch_tanh")
-    # transformers names the tanh form for SigLIP weights that timm and open_clip run with the exact GELU.
-    return spec, frozenset({"activation"} if spec.arch == "siglip" and told == "gelu_pytorch_tanh" else ())
+    return hf.from_transformers(config, readers.read_json(pre) if pre.is_file() else {}, where)
 
 
 # What must agree between the config's backbone and the weights.
 ARCHITECTURE = ("arch", "patch_size", "width", "layers", "heads", "mlp_dim", "embed_dim", "activation", "norm_eps")
+ARCHITECTURE += ("registers",)
 
 
 def check(source: ClipSource, spec: Spec, field: str = "config.backbone") -> None:

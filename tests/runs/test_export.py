@@ -23,7 +23,7 @@ from diva_jax.common.errors import RunError, UserError
 from diva_jax.export import layouts, reference, workdirs
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import TABLE, TINY
-from diva_jax.models.backbones.open_clip_config import from_open_clip, to_open_clip
+from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.training import checkpoint, partition
 from diva_jax.training.sharding import make_mesh, parameter_shardings
 from diva_jax.weights import hf, names, readers, sources, writers
@@ -273,12 +273,12 @@ def test_float16_overflow_is_refused(tmp_path):
 def test_transformers_cannot_hold_every_text_tower():
     text = dataclasses.replace(CLIP.text, causal=False)
     with pytest.raises(UserError, match="use --format=open_clip"):
-        hf.config_of(dataclasses.replace(CLIP, text=text), "float32")
+        hf.to_transformers(dataclasses.replace(CLIP, text=text), "float32")
 
 
 @pytest.mark.parametrize("tag", list(TABLE))
 def test_every_backbone_has_both_configs(tag):
-    """What the exports of all eight say of themselves is what was exported."""
+    """The configs of an export describe what was exported."""
 
     def comparable(spec):
         return dataclasses.replace(
@@ -287,7 +287,8 @@ def test_every_backbone_has_both_configs(tag):
 
     spec = TABLE[tag]
     assert comparable(from_open_clip(to_open_clip(spec))) == comparable(spec)
-    assert comparable(hf.spec_of(hf.config_of(spec, "float32"), hf.preprocessor_of(spec), tag)) == comparable(spec)
+    found, silent = hf.from_transformers(hf.to_transformers(spec, "float32"), hf.image_processor(spec), tag)
+    assert comparable(found) == comparable(spec) and not silent
 
 
 def test_round_trip_of_vit_b_32_at_full_size(tmp_path):

@@ -37,7 +37,7 @@ def siglip_folder(folder, spec=SIGLIP, act="gelu", **save):
     """A transformers SiglipModel of `spec` with random weights, saved; returns the model."""
     from transformers import SiglipConfig, SiglipModel
 
-    cfg = hf.config_of(spec, "float32")
+    cfg = hf.to_transformers(spec, "float32")
     for part in ("vision_config", "text_config"):
         cfg[part]["hidden_act"] = act
     config = SiglipConfig(vision_config=cfg["vision_config"], text_config=cfg["text_config"])
@@ -49,7 +49,7 @@ def siglip_folder(folder, spec=SIGLIP, act="gelu", **save):
 def clip_folder(folder, spec=CLIP, **save):
     from transformers import CLIPConfig, CLIPModel
 
-    cfg = hf.config_of(spec, "float32")
+    cfg = hf.to_transformers(spec, "float32")
     config = CLIPConfig(
         vision_config=cfg["vision_config"], text_config=cfg["text_config"], projection_dim=cfg["projection_dim"]
     )

@@ -1,12 +1,31 @@
-"""Backbones: CLIP vision encoders, each a row of data over one of a few architectures.
+"""Backbones: vision encoders, each a row of data over one of a few architectures.
 
-An architecture is a module of this package, found by `Spec.arch`, that defines `Vision(spec, ...)` with
-`encode(images) -> Features`. A new checkpoint of a known architecture is one row of `TABLE` (or the same
-fields in a config file) and no code.
+A new checkpoint of a known architecture is one row of `TABLE` (or the same fields in a config file) and no code.
+
+An architecture is a module of this package, found by listing it, whose name is `Spec.arch`. It defines everything
+that differs by architecture; what several of them use is in the subpackage `shared`:
+
+- `Vision(spec, *, rngs, dtype, param_dtype, remat)`, an NNX module with random weights and
+  `encode(images) -> Features`.
+- `flops(spec) -> float`: floating-point operations of the forward pass over one image.
+- `MARK`: the tensor, without `visual.`, by which a checkpoint of this architecture is recognised.
+- `VISION`, `TEXT`: `models.names.Table`s between our towers and open_clip's checkpoints; `TEXT` is None where there
+  is no text tower.
+- `POSITIONS`: a `shared.positions.Positions`, the position embeddings that depend on the resolution.
+- `OTHERS`: tensors of a whole checkpoint that belong to neither tower and are kept in exports.
+- `shapes(tensors) -> dict`: the fields of `Spec` that the shapes of a checkpoint's vision tower tell.
+- `PREPROCESS`: mean, std, resize_mode and interpolation where a config does not state them.
+- `reads_open_clip(vision_cfg) -> bool`, `from_open_clip(model_cfg) -> dict`, `to_open_clip(spec) -> dict`: between
+  `Spec` and open_clip's config, see `shared.open_clip_config`.
+- `TRANSFORMERS`: a `shared.transformers_layout.Layout`, or None where transformers has no such model.
+- `LIBRARY`: the library that reads the vision tower's state dict: "open_clip" or "timm".
 """
 
 import dataclasses
+import functools
 import importlib
+import pkgutil
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -14,7 +33,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, listing
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -24,11 +43,11 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class Features(NamedTuple):
-    """What a backbone sees in a batch of images.
+    """The output of a backbone for a batch of images.
 
     Attributes:
-      tokens: patch tokens in raster order, [B, P, D], in the same space as `pooled` for CLIP towers (after
-        the final norm and the projection), after the trunk's final norm for SigLIP.
+      tokens: patch tokens in raster order, [B, P, D]; in the same space as `pooled` for CLIP, EVA02-CLIP (after the
+        final norm and the projection) and DINOv2 (after the final norm), after the trunk's final norm for SigLIP.
       pooled: the image embedding, [B, D], not normalised.
     """
 
@@ -38,7 +57,21 @@ class Features(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TextSpec:
-    """The text tower that belongs to a backbone; fields as in open_clip's `text_cfg`."""
+    """The text tower that belongs to a backbone; fields as in open_clip's `text_cfg`.
+
+    Attributes:
+      context_length: tokens per text.
+      vocab_size, width, heads, layers, mlp_dim: of the transformer; no layers: there is no text tower.
+      causal: whether a token attends to the tokens before it alone.
+      pool: the token whose state is projected: "argmax" (the highest id, CLIP's end-of-text token), "eos" (the first
+        one whose id is `eos_id`) or "last" (the last position).
+      proj_bias: SigLIP projects with a linear layer and a bias, CLIP with a bare matrix.
+      norm_eps: of the LayerNorms.
+      tokenizer: "clip" (BPE, lower-cased), "siglip" (SentencePiece on canonicalised text) or "xlm" (SentencePiece,
+        case and punctuation kept).
+      activation: of the MLPs; empty: the vision tower's.
+      eos_id: see `pool`.
+    """
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -47,10 +80,16 @@ class TextSpec:
     layers: int = 12
     mlp_dim: int = 3072
     causal: bool = True
-    pool: str = "argmax"  # argmax: at the end-of-text token (the highest id); last: at the last position.
-    proj_bias: bool = False  # SigLIP projects with a linear layer and a bias, CLIP with a bare matrix.
+    pool: str = "argmax"
+    proj_bias: bool = False
     norm_eps: float = 1e-5
-    tokenizer: str = "clip"  # clip: BPE, lower-cased; siglip: SentencePiece, canonicalised.
+    tokenizer: str = "clip"
+    activation: str = ""
+    eos_id: int = 2
+
+
+# Of a backbone that has a vision tower alone.
+NO_TEXT = TextSpec(context_length=0, vocab_size=0, width=0, heads=0, layers=0, mlp_dim=0, tokenizer="")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +103,7 @@ class Spec:
       image_size, patch_size: pixels.
       width, layers, heads, mlp_dim: of the transformer.
       embed_dim: D of `Features`.
-      activation: of the MLPs, a name in `layers.ACTIVATIONS`.
+      activation: of the MLPs, a name in `layers.ACTIVATIONS`; for dinov2 also "swiglu".
       norm_eps: of the LayerNorms.
       mean, std: per channel, of images in [0, 1].
       resize_mode, interpolation: how open_clip prepares a test image ("shortest" and centre crop, or "squash").
@@ -72,7 +111,8 @@ class Spec:
         replacement), or "runs:K" (means over runs of K along the raster order, remainder dropped).
       add_text: "token" (text and features token by token) or "mean" (mean text token added to every one).
       readout: the readout with which this row's MMVP-VLM score was published (authors' evaluation code).
-      text: the text tower's spec.
+      text: the text tower's spec; `NO_TEXT` where there is none.
+      registers: register tokens (dinov2).
     """
 
     arch: str = "vit"
@@ -95,6 +135,12 @@ class Spec:
     add_text: str = "mean"
     readout: str = "pooled"
     text: TextSpec = TextSpec()
+    registers: int = 0
+
+    @property
+    def has_text(self) -> bool:
+        """Whether a text tower belongs to this backbone."""
+        return self.text.layers > 0
 
     @property
     def grid(self) -> int:
@@ -103,6 +149,7 @@ class Spec:
 
     @property
     def patches(self) -> int:
+        """Patches per image."""
         return self.grid**2
 
 
@@ -195,7 +242,7 @@ TABLE: dict[str, Spec] = {
     ),
 }
 
-# The demo's and the tests': random weights, no checkpoint of it exists.
+# Used by the demo and the tests with random weights; no checkpoint of it exists.
 TINY = Spec(
     open_clip_name="tiny",
     image_size=56,
@@ -227,13 +274,35 @@ def spec_of(config: ConfigDict) -> Spec:
     return parse_spec(config.backbone)
 
 
-def architecture(name: str):
-    """The module `diva_jax.models.backbones.<name>`; a UserError names the known ones otherwise."""
-    if name not in ("vit", "siglip"):
-        raise UserError(f"backbone.arch={name!r} is no known architecture: use vit or siglip")
-    return importlib.import_module(f"{__name__}.{name}")
+@functools.cache
+def architectures() -> dict[str, ModuleType]:
+    """Name -> module of every architecture: the modules of this package that are no subpackages."""
+    listed = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg)
+    return {name: importlib.import_module(f"{__name__}.{name}") for name in listed}
 
 
-def build(spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False):
-    """The vision tower of `spec` with random weights (under `nnx.eval_shape`: its shapes alone)."""
+def architecture(name: str) -> ModuleType:
+    """The module of an architecture.
+
+    Raises:
+      UserError: there is no architecture of this name; lists those that exist.
+    """
+    if name not in architectures():
+        raise UserError(f"backbone.arch={name!r} is no known architecture: use one of {listing(list(architectures()))}")
+    return architectures()[name]
+
+
+def build(spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False) -> nnx.Module:
+    """The vision tower of `spec` with random weights.
+
+    Args:
+      spec: sizes, activation and epsilon.
+      rngs: source of the initial values; under `nnx.eval_shape` shapes and dtypes alone are made.
+      dtype: what activations are computed in.
+      param_dtype: what weights are held in.
+      remat: recompute each block in the backward pass: less memory, a third more work, the same gradient.
+
+    Raises:
+      UserError: the architecture is not known, or cannot have these sizes.
+    """
     return architecture(spec.arch).Vision(spec, rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)

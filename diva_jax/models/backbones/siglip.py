@@ -1,17 +1,70 @@
-"""SigLIP's Vision Transformer (arXiv 2303.15343), as timm and open_clip run it."""
+"""SigLIP's Vision Transformer (arXiv 2303.15343), as timm and open_clip run it.
+
+SigLIP 2's towers of fixed resolution (arXiv 2502.14786) are the same; their text towers have a vocabulary of 256,000
+and tanh's approximation of GELU.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.backbones import Features, Spec
-from diva_jax.models.backbones.transformer import Mlp, blocks, run
+from diva_jax.models.backbones import HALF, Features, Spec
+from diva_jax.models.backbones.shared import open_clip_config as occ
+from diva_jax.models.backbones.shared import transformers_layout as hf
+from diva_jax.models.backbones.shared.positions import Positions, depth, tensor_shape
+from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
+from diva_jax.models.backbones.shared.transformer import Mlp, block_flops, blocks, patch_flops, run
 from diva_jax.models.layers import Layers, attention, heads
+from diva_jax.models.names import Table
+
+MARK = "trunk.attn_pool.latent"
+VISION = Table(
+    "siglip vision tower",
+    ((r"^patch_embed\.", "patch_embed.proj."), (r"^", "visual.trunk.")),
+    ignore=(*TEXT_NAMES, *NEITHER),
+)
+TEXT = text_table("siglip", "text.")
+POSITIONS = Positions("visual.trunk.pos_embed")
+OTHERS = ("logit_scale", "logit_bias")
+PREPROCESS = dict(mean=HALF, std=HALF, resize_mode="squash", interpolation="bicubic")
+LIBRARY = "open_clip"
+
+# The towers that timm has, and their activation; sizes follow from the name.
+TIMM = {
+    "vit_base_patch32_siglip_256": "gelu_tanh",
+    "vit_base_patch16_siglip_224": "gelu",
+    "vit_base_patch16_siglip_256": "gelu",
+    "vit_base_patch16_siglip_384": "gelu",
+    "vit_base_patch16_siglip_512": "gelu",
+    "vit_large_patch16_siglip_256": "gelu",
+    "vit_large_patch16_siglip_384": "gelu",
+    "vit_large_patch16_siglip_512": "gelu_tanh",
+    "vit_so400m_patch14_siglip_224": "gelu",
+    "vit_so400m_patch14_siglip_378": "gelu",
+    "vit_so400m_patch14_siglip_384": "gelu",
+    "vit_so400m_patch16_siglip_256": "gelu_tanh",
+    "vit_so400m_patch16_siglip_384": "gelu_tanh",
+    "vit_so400m_patch16_siglip_512": "gelu_tanh",
+    "vit_giantopt_patch16_siglip_256": "gelu_tanh",
+    "vit_giantopt_patch16_siglip_384": "gelu_tanh",
+}
+_SIZES = {  # width, layers, heads, mlp_dim
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+    "giantopt": (1536, 40, 16, 6144),
+}
+_LOGIT_BIAS = -10
+_SIGLIP2_VOCABULARY = 256000
 
 
 class AttentionPool(nnx.Module):
-    """A learned query looks at all patch tokens; then an MLP with a residual."""
+    """Attention of one learned query over all patch tokens, then an MLP with a residual."""
 
     def __init__(self, make: Layers, spec: Spec):
         width = spec.width
@@ -32,14 +85,7 @@ class AttentionPool(nnx.Module):
 
 
 class Vision(nnx.Module):
-    """The vision tower of `spec` with random weights; `spec.embed_dim` is `spec.width`.
-
-    Args:
-      spec: sizes, activation and epsilon.
-      rngs: source of the initial values.
-      dtype: what activations are computed in.
-      param_dtype: what weights are held in.
-      remat: recompute each block in the backward pass: less memory, a third more work, the same gradient.
+    """The vision tower of `spec` with random weights; arguments as `backbones.build`'s.
 
     Raises:
       UserError: `spec.embed_dim` is not `spec.width`.
@@ -62,9 +108,184 @@ class Vision(nnx.Module):
     def encode(self, images: jax.Array) -> Features:
         """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.
 
-        An image whose side is no multiple of the patch (384 by 14) loses the rest at its right and bottom.
+        Where the side is no multiple of the patch (384 by 14), the rest at the right and the bottom is not used.
         """
         x = self.patch_embed(images.astype(self.dtype))  # [B, grid, grid, D]
         x = x.reshape(x.shape[0], -1, x.shape[-1]) + self.pos_embed[...].astype(self.dtype)
         tokens = self.norm(run(self.blocks, x, remat=self.remat))  # [B, P, D]
         return Features(tokens=tokens, pooled=self.attn_pool(tokens))
+
+
+def flops(spec: Spec) -> float:
+    """FLOPs of the forward pass over one image; the pooling has one query."""
+    w, patches = spec.width, spec.patches
+    stack = spec.layers * block_flops(patches, w, spec.mlp_dim)
+    return patch_flops(spec) + stack + 2 * (2 * w * w + 2 * patches * w * w + 2 * patches * w + 2 * w * spec.mlp_dim)
+
+
+def shapes(tensors: Mapping) -> dict:
+    """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
+    width, _, _, patch = tensor_shape(tensors, "visual.trunk.patch_embed.proj.weight")
+    return dict(
+        arch="siglip",
+        image_size=POSITIONS.grid(tensors) * patch,
+        patch_size=patch,
+        width=width,
+        layers=depth(tensors, "visual.trunk.blocks"),
+        mlp_dim=tensor_shape(tensors, "visual.trunk.blocks.0.mlp.fc1.weight")[0],
+        embed_dim=width,
+    )
+
+
+def timm_fields(name: str) -> dict:
+    """The fields of Spec that one of timm's models fixes."""
+    family, patch, size = re.fullmatch(r"vit_(\w+)_patch(\d+)_siglip_(\d+)", name).groups()
+    width, layers, count, mlp_dim = _SIZES[family]
+    return dict(
+        image_size=int(size),
+        patch_size=int(patch),
+        width=width,
+        layers=layers,
+        heads=count,
+        mlp_dim=mlp_dim,
+        embed_dim=width,
+        activation=TIMM[name],
+        norm_eps=1e-6,
+    )
+
+
+def reads_open_clip(vision_cfg: Mapping) -> bool:
+    """Whether the config names one of timm's SigLIP models."""
+    return vision_cfg.get("timm_model_name") in TIMM
+
+
+def from_open_clip(model_cfg: Mapping) -> dict:
+    """The fields of Spec that open_clip's model config gives the vision tower.
+
+    Raises:
+      UserError: an option that is not implemented, named.
+    """
+    fields = timm_fields(model_cfg["vision_cfg"]["timm_model_name"])
+    occ.check_timm(model_cfg, fields, timm_pool=("map",), timm_proj=("none",), timm_proj_bias=(False, True))
+    return fields
+
+
+def to_open_clip(spec: Spec) -> dict:
+    """open_clip's model config of the vision tower: all but embed_dim and text_cfg.
+
+    Raises:
+      UserError: timm has no such tower.
+    """
+    vision = occ.timm_vision(spec, {name: timm_fields(name) for name in TIMM}, timm_pool="map", timm_proj="none")
+    return dict(init_logit_bias=_LOGIT_BIAS, custom_text=True, vision_cfg=vision)
+
+
+_LAYER = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.proj": "self_attn.out_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def _recipes(spec: Spec) -> list[hf.Recipe]:
+    v, ours, head = "vision_model", "visual.trunk", "vision_model.head"
+    # Attention is fused in open_clip and not in transformers; in the pooling head it is the other way round.
+    pool = [
+        hf.Recipe(
+            (f"{ours}.attn_pool.q.{leaf}", f"{ours}.attn_pool.kv.{leaf}"),
+            (f"{head}.attention.in_proj_{leaf}",),
+            shares=(1, 2),
+        )
+        for leaf in hf.LEAVES
+    ]
+    return [
+        *hf.both(f"{ours}.patch_embed.proj", f"{v}.embeddings.patch_embedding"),
+        hf.Recipe((f"{ours}.pos_embed",), (f"{v}.embeddings.position_embedding.weight",), lead=1),
+        *hf.clip_layers(spec.layers, f"{ours}.blocks", v, _LAYER, "attn.qkv."),
+        *hf.both(f"{ours}.norm", f"{v}.post_layernorm"),
+        hf.Recipe((f"{ours}.attn_pool.latent",), (f"{head}.probe",)),
+        *pool,
+        *hf.both(f"{ours}.attn_pool.proj", f"{head}.attention.out_proj"),
+        *hf.both(f"{ours}.attn_pool.norm", f"{head}.layernorm"),
+        *hf.both(f"{ours}.attn_pool.mlp.fc1", f"{head}.mlp.fc1"),
+        *hf.both(f"{ours}.attn_pool.mlp.fc2", f"{head}.mlp.fc2"),
+        *hf.text_recipes(spec.text, "text."),
+        *hf.both("text.text_projection", "text_model.head"),
+        hf.Recipe(("logit_scale",), ("logit_scale",), lead=-1),
+        hf.Recipe(("logit_bias",), ("logit_bias",), lead=-1),
+    ]
+
+
+# transformers' defaults, which its config files leave out.
+_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+_DEFAULTS |= dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+_VISION_DEFAULTS = _DEFAULTS | dict(image_size=224, patch_size=16)
+_TEXT_DEFAULTS = _DEFAULTS | dict(vocab_size=32000, max_position_embeddings=64)
+_TANH = hf.ACTIVATIONS["gelu_tanh"]
+
+
+def _published_activation(fields: Mapping[str, Any]) -> str:
+    """The vision tower's activation in open_clip, by its sizes; the exact GELU where timm has no such tower."""
+    rows = (timm_fields(name) for name in TIMM)
+    return next((r["activation"] for r in rows if all(r[k] == v for k, v in fields.items())), "gelu")
+
+
+def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
+    """See `hf.Layout`.
+
+    transformers' published configs name tanh's approximation of GELU in both towers. open_clip runs the same weights
+    with the exact GELU, but for SigLIP 2's text towers and some vision towers; so does this Spec.
+    """
+    vision = _VISION_DEFAULTS | (config.get("vision_config") or {})
+    text = _TEXT_DEFAULTS | (config.get("text_config") or {})
+    fields = hf.vision_fields(vision)
+    activation, text_activation = hf.our_activation(vision, where), hf.our_activation(text, where)
+    published = vision["hidden_act"] == text["hidden_act"] == _TANH
+    if published:
+        activation = _published_activation(fields)
+        text_activation = "gelu_tanh" if text["vocab_size"] == _SIGLIP2_VOCABULARY else "gelu"
+    spec = Spec(
+        arch="siglip",
+        **fields,
+        embed_dim=vision["hidden_size"],
+        activation=activation,
+        mean=tuple(preprocessor.get("image_mean") or HALF),
+        std=tuple(preprocessor.get("image_std") or HALF),
+        resize_mode="squash",
+        text=hf.text_spec(
+            text,
+            causal=False,
+            pool="last",
+            proj_bias=True,
+            tokenizer="siglip",
+            activation="" if text_activation == activation else text_activation,
+        ),
+    )
+    return spec, frozenset({"activation"} if published else ())
+
+
+def _to_config(spec: Spec, dtype: str) -> dict:
+    text = spec.text
+    if (text.causal, text.pool, text.proj_bias) != (False, "last", True):
+        raise UserError(
+            f"transformers has no siglip text tower with causal={text.causal}, pool={text.pool!r}, "
+            f"proj_bias={text.proj_bias}: use --format=open_clip"
+        )
+    return dict(
+        architectures=["SiglipModel"],
+        model_type="siglip",
+        dtype=dtype,
+        vision_config=hf.vision_config(spec) | dict(model_type="siglip_vision_model"),
+        text_config=hf.text_config(spec) | dict(projection_size=spec.embed_dim, model_type="siglip_text_model"),
+    )
+
+
+def _image_processor(spec: Spec) -> dict:
+    return hf.image_processor(spec, "SiglipImageProcessor")
+
+
+TRANSFORMERS = hf.Layout(
+    {"siglip": "SiglipModel"}, "vision_model.", _recipes, _from_config, _to_config, _image_processor
+)

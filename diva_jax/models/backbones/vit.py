@@ -1,24 +1,45 @@
-"""CLIP's Vision Transformer (arXiv 2103.00020), as OpenAI and open_clip run it."""
+"""CLIP's Vision Transformer (arXiv 2103.00020), as OpenAI and open_clip run it; MetaCLIP 2's (arXiv 2507.22062) too."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diva_jax.models.backbones import Features, Spec
-from diva_jax.models.backbones.transformer import blocks, run
+from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
+from diva_jax.models.backbones.shared import open_clip_config as occ
+from diva_jax.models.backbones.shared import transformers_layout as hf
+from diva_jax.models.backbones.shared.positions import Positions, depth, tensor_shape
+from diva_jax.models.backbones.shared.text import BLOCKS, NEITHER, TEXT_NAMES, text_table
+from diva_jax.models.backbones.shared.transformer import block_flops, blocks, patch_flops, run
 from diva_jax.models.layers import Layers
+from diva_jax.models.names import Table
+
+MARK = "conv1.weight"
+VISION = Table(
+    "vit vision tower",
+    (
+        *BLOCKS,
+        (r"^patch_embed\.", "conv1."),
+        (r"^class_embed$", "class_embedding"),
+        (r"^pos_embed$", "positional_embedding"),
+        (r"^norm_pre\.", "ln_pre."),
+        (r"^norm\.", "ln_post."),
+        (r"^", "visual."),
+    ),
+    ignore=(*TEXT_NAMES, *NEITHER),
+)
+TEXT = text_table("vit")
+POSITIONS = Positions("visual.positional_embedding", extra=1)
+OTHERS = ("logit_scale",)
+PREPROCESS = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize_mode="shortest", interpolation="bicubic")
+LIBRARY = "open_clip"
 
 
 class Vision(nnx.Module):
-    """The vision tower of `spec` with random weights.
-
-    Args:
-      spec: sizes, activation and epsilon.
-      rngs: source of the initial values.
-      dtype: what activations are computed in.
-      param_dtype: what weights are held in.
-      remat: recompute each block in the backward pass: less memory, a third more work, the same gradient.
-    """
+    """The vision tower of `spec` with random weights; arguments as `backbones.build`'s."""
 
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False):
         make = Layers(rngs, dtype, param_dtype)
@@ -36,8 +57,8 @@ class Vision(nnx.Module):
     def encode(self, images: jax.Array) -> Features:
         """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.
 
-        CLIP itself projects the class token alone; DIVA takes every token through the final norm and the
-        projection (authors' code).
+        CLIP itself projects the class token alone; DIVA applies the final norm and the projection to every token
+        (authors' code).
         """
         x = self.patch_embed(images.astype(self.dtype))  # [B, grid, grid, width]
         x = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -46,3 +67,175 @@ class Vision(nnx.Module):
         x = run(self.blocks, self.norm_pre(x), remat=self.remat)
         x = self.norm(x) @ self.proj[...].astype(self.dtype)  # [B, 1 + P, D]
         return Features(tokens=x[:, 1:], pooled=x[:, 0])
+
+
+def flops(spec: Spec) -> float:
+    """FLOPs of the forward pass over one image."""
+    tokens = 1 + spec.patches
+    stack = spec.layers * block_flops(tokens, spec.width, spec.mlp_dim)
+    return patch_flops(spec) + stack + 2 * tokens * spec.width * spec.embed_dim
+
+
+def shapes(tensors: Mapping) -> dict:
+    """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
+    width, _, _, patch = tensor_shape(tensors, "visual.conv1.weight")
+    stack = "visual.transformer.resblocks"
+    return dict(
+        arch="vit",
+        image_size=POSITIONS.grid(tensors) * patch,
+        patch_size=patch,
+        width=width,
+        layers=depth(tensors, stack),
+        mlp_dim=tensor_shape(tensors, f"{stack}.0.mlp.c_fc.weight")[0],
+        embed_dim=tensor_shape(tensors, "visual.proj")[1],
+    )
+
+
+_READ = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "act_kwargs", "norm_kwargs"}
+_READ |= {"timm_model_name"}
+_FIXED = occ.TOWER_FIXED | {
+    "patch_dropout": (0,),
+    "attentional_pool": (False,),
+    "no_ln_pre": (False,),
+    "pos_embed_type": ("learnable",),
+    "pool_type": ("tok",),
+}
+
+
+def reads_open_clip(vision_cfg: Mapping) -> bool:
+    """Whether open_clip builds its own tower of this config, and not timm's."""
+    return not vision_cfg.get("timm_model_name")
+
+
+def from_open_clip(model_cfg: Mapping) -> dict:
+    """The fields of Spec that open_clip's model config gives the vision tower.
+
+    Raises:
+      UserError: an option that is not implemented, named.
+    """
+    cfg, where = model_cfg["vision_cfg"], "vision_cfg"
+    occ.check_options(cfg, where, _READ, occ.VISION_FREE | set(occ.TIMM_OPTIONS), _FIXED)
+    if isinstance(cfg.get("layers"), (list, tuple)):
+        occ.refuse("vision_cfg.layers", cfg["layers"], "a list of layers means a ResNet, use a ViT")
+    width = occ.number(cfg, where, "width", 768)
+    head_width = occ.number(cfg, where, "head_width", 64)
+    if width % head_width:
+        occ.refuse("vision_cfg.head_width", head_width, f"it must divide the width, {width}")
+    if model_cfg.get("init_logit_bias") is not None:
+        occ.refuse("init_logit_bias", model_cfg["init_logit_bias"], "only SigLIP models have a bias on their logits")
+    return dict(
+        image_size=occ.number(cfg, where, "image_size", 224),
+        patch_size=occ.number(cfg, where, "patch_size", 16),
+        width=width,
+        layers=occ.number(cfg, where, "layers", 12),
+        heads=width // head_width,
+        mlp_dim=int(width * occ.number(cfg, where, "mlp_ratio", 4.0, float)),
+        activation=occ.activation(cfg, where, bool(model_cfg.get("quick_gelu", False))),
+        norm_eps=occ.norm_eps(cfg, where),
+    )
+
+
+def to_open_clip(spec: Spec) -> dict:
+    """open_clip's model config of the vision tower: all but embed_dim and text_cfg.
+
+    Raises:
+      UserError: open_clip cannot build this tower.
+    """
+    if spec.width % spec.heads:
+        raise UserError(f"heads={spec.heads} must divide width={spec.width}")
+    vision = dict(
+        image_size=spec.image_size,
+        layers=spec.layers,
+        width=spec.width,
+        head_width=spec.width // spec.heads,
+        mlp_ratio=occ.mlp_ratio(spec.width, spec.mlp_dim),
+        patch_size=spec.patch_size,
+        **occ.tower_options(spec.activation, spec.norm_eps),
+    )
+    return dict(quick_gelu=spec.activation == "quick_gelu", vision_cfg=vision)
+
+
+def _recipes(spec: Spec) -> list[hf.Recipe]:
+    v, e = "vision_model", "vision_model.embeddings"
+    return [
+        hf.Recipe(("visual.class_embedding",), (f"{e}.class_embedding",)),
+        hf.Recipe(("visual.conv1.weight",), (f"{e}.patch_embedding.weight",)),
+        hf.Recipe(("visual.positional_embedding",), (f"{e}.position_embedding.weight",)),
+        *hf.both("visual.ln_pre", f"{v}.pre_layrnorm"),
+        *hf.clip_layers(spec.layers, "visual.transformer.resblocks", v),
+        *hf.both("visual.ln_post", f"{v}.post_layernorm"),
+        hf.Recipe(("visual.proj",), ("visual_projection.weight",), transposed=True),
+        *hf.text_recipes(spec.text, ""),
+        hf.Recipe(("text_projection",), ("text_projection.weight",), transposed=True),
+        hf.Recipe(("logit_scale",), ("logit_scale",)),
+    ]
+
+
+# transformers' defaults, which its config files leave out.
+_COMMON = dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, num_hidden_layers=12)
+_VISION_DEFAULTS = _COMMON | dict(
+    hidden_size=768, intermediate_size=3072, num_attention_heads=12, image_size=224, patch_size=32
+)
+_TEXT_DEFAULTS = _COMMON | dict(
+    hidden_size=512, intermediate_size=2048, num_attention_heads=8, vocab_size=49408, max_position_embeddings=77
+)
+_MODELS = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model"}
+
+
+def _text_rules(kind: str, config: Mapping, where: str) -> dict:
+    """How a text tower of transformers pools, and its tokenizer, as fields of TextSpec."""
+    if kind == "clip":
+        return {}
+    eos = config.get("eos_token_id", 49407)
+    if not isinstance(eos, int):
+        raise UserError(f"{where} has text_config.eos_token_id={eos!r}: it must be one id")
+    return dict(pool="eos", eos_id=eos, tokenizer="xlm")
+
+
+def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
+    vision = _VISION_DEFAULTS | (config.get("vision_config") or {})
+    text = _TEXT_DEFAULTS | (config.get("text_config") or {})
+    activation, text_activation = hf.our_activation(vision, where), hf.our_activation(text, where)
+    spec = Spec(
+        arch="vit",
+        **hf.vision_fields(vision),
+        embed_dim=config.get("projection_dim", 512),
+        activation=activation,
+        mean=tuple(preprocessor.get("image_mean") or OPENAI_MEAN),
+        std=tuple(preprocessor.get("image_std") or OPENAI_STD),
+        resize_mode="squash" if hf.squashes(preprocessor) else "shortest",
+        text=hf.text_spec(
+            text,
+            activation="" if text_activation == activation else text_activation,
+            **_text_rules(config["model_type"], text, where),
+        ),
+    )
+    return spec, frozenset()
+
+
+def _to_config(spec: Spec, dtype: str) -> dict:
+    text = spec.text
+    if not text.causal or text.proj_bias or text.pool not in ("argmax", "eos"):
+        raise UserError(
+            f"transformers has no vit text tower with causal={text.causal}, pool={text.pool!r}, "
+            f"proj_bias={text.proj_bias}: use --format=open_clip"
+        )
+    kind = "metaclip_2" if text.pool == "eos" else "clip"
+    projection = dict(projection_dim=spec.embed_dim)
+    if text.pool == "eos":
+        special = dict(bos_token_id=0, pad_token_id=1, eos_token_id=text.eos_id)
+    elif text.vocab_size == 49408:
+        special = dict(bos_token_id=49406, eos_token_id=49407)
+    else:
+        special = dict(eos_token_id=2)  # transformers' code for "pool at the highest id", open_clip's rule.
+    return dict(
+        architectures=[_MODELS[kind]],
+        model_type=kind,
+        dtype=dtype,
+        **projection,
+        vision_config=hf.vision_config(spec) | projection | dict(model_type=f"{kind}_vision_model"),
+        text_config=hf.text_config(spec) | projection | special | dict(model_type=f"{kind}_text_model"),
+    )
+
+
+TRANSFORMERS = hf.Layout(_MODELS, "vision_model.", _recipes, _from_config, _to_config, hf.clip_image_processor)

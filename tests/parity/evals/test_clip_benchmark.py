@@ -16,7 +16,7 @@ from records import write_tar
 from sklearn.datasets import load_digits
 
 from diva_jax.evals import encoders, evaluator
-from diva_jax.models.backbones.open_clip_config import to_open_clip
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.training import sharding
 from diva_jax.weights.writers import write_json
 

@@ -14,10 +14,10 @@ from flax import nnx
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.backbones import HALF, OPENAI_MEAN, TABLE, Spec, TextSpec, build
-from diva_jax.models.backbones import open_clip_config as occ
-from diva_jax.models.backbones.open_clip_config import from_open_clip, to_open_clip
-from diva_jax.models.backbones.text import Text
+from diva_jax.models.backbones import HALF, OPENAI_MEAN, TABLE, Spec, TextSpec, build, siglip
+from diva_jax.models.backbones.shared import open_clip_config as occ
+from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
+from diva_jax.models.backbones.shared.text import Text
 from diva_jax.weights.clip import text_table, vision_table
 from diva_jax.weights.names import flat, torch_shape
 
@@ -144,11 +144,11 @@ def test_every_option_of_open_clip_is_known_and_its_default_accepted():
     assert from_open_clip(config) == from_open_clip(dict(embed_dim=512, vision_cfg={}, text_cfg={}))
 
 
-@pytest.mark.parametrize("name", occ._TIMM)
+@pytest.mark.parametrize("name", siglip.TIMM)
 def test_timm_table(name):
     with torch.device("meta"):
         trunk = timm.create_model(name, num_classes=0, global_pool="map")
-    fields = occ._timm_fields(name)
+    fields = siglip.timm_fields(name)
     block = trunk.blocks[0]
     theirs = dict(
         image_size=trunk.patch_embed.img_size[0],
@@ -157,6 +157,7 @@ def test_timm_table(name):
         layers=len(trunk.blocks),
         heads=block.attn.num_heads,
         mlp_dim=block.mlp.fc1.out_features,
+        embed_dim=trunk.num_features,
         activation="gelu_tanh" if "tanh" in str(block.mlp.act).lower() else "gelu",
         norm_eps=block.norm1.eps,
     )
@@ -180,6 +181,7 @@ def test_timm_table(name):
             "activation",
             "gelu_tanh",
         ),
+        (dict(text_cfg__act_kwargs={"approximate": "tanh"}), "activation", "gelu"),
         (dict(vision_cfg__norm_kwargs={"eps": 1e-6}), "norm_eps", 1e-6),
         (dict(vision_cfg__mlp_ratio=4.9231), "mlp_dim", 236),
         (dict(vision_cfg__image_size=[42, 42]), "image_size", 42),
@@ -195,7 +197,7 @@ def test_options_that_are_read_come_back(options, field, value):
 def test_mlp_ratio_gives_the_very_width():
     sizes = [(1152, 4304), (1408, 6144), (1664, 8192), *((w, m) for w in (7, 49, 93) for m in range(1, 400))]
     for width, mlp_dim in sizes:
-        assert int(width * occ._mlp_ratio(width, mlp_dim)) == mlp_dim
+        assert int(width * occ.mlp_ratio(width, mlp_dim)) == mlp_dim
 
 
 @pytest.mark.parametrize(
@@ -220,10 +222,10 @@ def test_mlp_ratio_gives_the_very_width():
         ("vision_cfg__timm_model_name", "vit_base_patch16_siglip_gap_224"),
         ("text_cfg__hf_model_name", "roberta-base"),
         ("text_cfg__embed_cls", True),
-        ("text_cfg__pool_type", "eos"),
+        ("text_cfg__pool_type", "first"),
         ("text_cfg__proj_type", "none"),
         ("text_cfg__ls_init_value", 1e-4),
-        ("text_cfg__act_kwargs", {"approximate": "tanh"}),
+        ("text_cfg__act_kwargs", {"approximate": "exact"}),
         ("text_cfg__heads", 5),
         ("text_cfg__hf_tokenizer_name", "bert-base-uncased"),
         ("text_cfg__tokenizer_kwargs", {"strip_sep_token": True}),

@@ -13,7 +13,7 @@ from helpers import randomise, relative_error, tensors
 
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec, TextSpec
-from diva_jax.models.backbones.text import Text
+from diva_jax.models.backbones.shared.text import Text
 from diva_jax.weights.clip import text_table, vision_table
 from diva_jax.weights.names import assign, load_into, to_torch
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from diva_jax import weights
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.open_clip_config import from_open_clip, to_open_clip
+from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
@@ -187,7 +187,7 @@ def test_published_siglip_says_tanh_and_is_run_exactly(tmp_path):
 def test_transformers_names_both_ways_are_exact(tmp_path, spec):
     model = (clip_folder if spec is CLIP else siglip_folder)(tmp_path, spec)
     source = sources.open_clip_source(str(tmp_path))
-    back = hf.from_open_clip(source.tensors, spec)
+    back = hf.to_transformers_names(source.tensors, spec)
     theirs = model.state_dict()
     assert back.keys() == {n for n in theirs if not n.endswith("position_ids")}
     for name, tensor in back.items():

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from diva_jax import objectives
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
-from diva_jax.models.backbones.text import Text
+from diva_jax.models.backbones.shared.text import Text
 from diva_jax.weights import parts
 
 

@@ -14,7 +14,7 @@ from diva_jax.config import default
 from diva_jax.evals import Settings, encode, readout
 from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE, Features
-from diva_jax.models.backbones.text import Text
+from diva_jax.models.backbones.shared.text import Text
 from diva_jax.training import partition, sharding
 
 COUNT = 19

@@ -1,8 +1,11 @@
-"""The pre-norm transformer that CLIP's and SigLIP's towers, vision and text, are all made of."""
+"""The pre-norm transformer of CLIP's and SigLIP's towers, vision and text."""
+
+from collections.abc import Callable
 
 import jax
 from flax import nnx
 
+from diva_jax.models.backbones import Spec
 from diva_jax.models.layers import ACTIVATIONS, Layers, attention, split_qkv
 
 Array = jax.Array
@@ -22,6 +25,8 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
+    """Two linear layers with an activation between them."""
+
     def __init__(self, make: Layers, width: int, hidden: int, activation: str):
         self.activation = activation
         self.fc1 = make.linear(width, hidden)
@@ -55,22 +60,33 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def blocks(make: Layers, layers: int, *args, **kw) -> nnx.List:
-    """`layers` blocks, `Block(make, *args, **kw)`.
+def blocks(make: Layers, layers: int, *args, block: Callable[..., nnx.Module] = Block, **kw) -> nnx.List:
+    """`layers` blocks, `block(make, *args, **kw)`.
 
-    What each block adds to the stream is made smaller by sqrt(2 * layers), as CLIP initialises it, so that
-    the stream's variance does not grow with depth.
+    The output of each block's branches is divided by sqrt(2 * layers), as CLIP initialises it, so that the variance
+    of the residual stream does not grow with depth.
     """
-    stack = [Block(make, *args, **kw) for _ in range(layers)]
-    for block in stack:
-        for out in (block.attn.proj, block.mlp.fc2):
+    stack = [block(make, *args, **kw) for _ in range(layers)]
+    for one in stack:
+        for out in (one.attn.proj, one.mlp.fc2):
             out.kernel[...] *= (2 * layers) ** -0.5
     return nnx.List(stack)
 
 
-def run(stack: nnx.List, x: Array, *, remat: bool = False) -> Array:
-    """[B, N, D] through all blocks; `remat` recomputes each block's insides in the backward pass."""
-    step = nnx.remat(Block.__call__) if remat else Block.__call__
+def run(stack: nnx.List, x: Array, *args: Array, remat: bool = False) -> Array:
+    """[B, N, D] through all blocks, each called with `args` too; `remat` recomputes them in the backward pass."""
+    call = type(stack[0]).__call__
+    step = nnx.remat(call) if remat else call
     for block in stack:
-        x = step(block, x)
+        x = step(block, x, *args)
     return x
+
+
+def patch_flops(spec: Spec) -> float:
+    """FLOPs of the patch embedding of one image."""
+    return 2 * spec.patches * 3 * spec.patch_size**2 * spec.width
+
+
+def block_flops(tokens: int, width: int, mlp_dim: int, mlp_layers: int = 2) -> float:
+    """FLOPs of one block over `tokens` tokens, whose MLP has `mlp_layers` products of width x mlp_dim."""
+    return 2 * tokens * (4 * width * width + mlp_layers * width * mlp_dim) + 4 * tokens * tokens * width
