@@ -27,6 +27,7 @@ VISION = Table(
         (r"^pos_embed$", "positional_embedding"),
         (r"^norm_pre\.", "ln_pre."),
         (r"^norm\.", "ln_post."),
+        (r"^proj\.matrix$", "proj"),
         (r"^", "visual."),
     ),
     ignore=(*TEXT_NAMES, *NEITHER),
@@ -52,7 +53,7 @@ class Vision(nnx.Module):
         self.norm_pre = make.layer_norm(width, eps)
         self.blocks = blocks(make, spec.layers, width, spec.heads, spec.mlp_dim, spec.activation, eps)
         self.norm = make.layer_norm(width, eps)
-        self.proj = make.param(near_zero, width, spec.embed_dim)
+        self.proj = make.matrix(near_zero, width, spec.embed_dim)
 
     def encode(self, images: jax.Array) -> Features:
         """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.
@@ -65,7 +66,7 @@ class Vision(nnx.Module):
         first = jnp.broadcast_to(self.class_embed[...].astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.pos_embed[...].astype(self.dtype)  # [B, 1 + P, width]
         x = run(self.blocks, self.norm_pre(x), remat=self.remat)
-        x = self.norm(x) @ self.proj[...].astype(self.dtype)  # [B, 1 + P, D]
+        x = self.proj(self.norm(x))  # [B, 1 + P, D]
         return Features(tokens=x[:, 1:], pooled=x[:, 0])
 
 

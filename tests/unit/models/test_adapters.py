@@ -1,0 +1,148 @@
+"""Tests of low-rank adapters: what they compute, what they train, and that merging them changes nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from flax import nnx
+
+from diva_jax.common.errors import UserError
+from diva_jax.models import adapters, backbones
+from diva_jax.models.layers import Keys, abstract
+from diva_jax.training import partition
+
+ALL = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])|proj"
+SIGLIP = dataclasses.replace(
+    backbones.TABLE["siglip_so400m"],
+    image_size=30,
+    patch_size=10,
+    width=36,
+    layers=2,
+    heads=3,
+    mlp_dim=50,
+    embed_dim=36,
+)
+
+
+def adapted(spec, lora, seed=0, scale=0.3):
+    """A tower with random adapters, B too."""
+    tower = backbones.build(spec, rngs=Keys(seed))
+    adapters.adapt(tower, lora, Keys(seed + 1))
+    for i, (_, m) in enumerate(nnx.iter_modules(tower)):
+        if isinstance(m, adapters.Update):
+            m.b[...] = scale * jax.random.normal(jax.random.key(i), m.b.shape)
+    return tower
+
+
+def images(spec, count=3):
+    return jax.random.normal(jax.random.key(9), (count, spec.image_size, spec.image_size, 3))
+
+
+@pytest.mark.parametrize("spec", [small.SPEC, SIGLIP], ids=["vit", "siglip"])
+def test_new_adapters_change_nothing_and_merged_ones_compute_the_same(spec):
+    lora = adapters.Lora(rank=3, alpha=7.0, targets=ALL + r"|attn_pool/(q|kv|mlp/fc[12])")
+    plain, fresh = backbones.build(spec, rngs=Keys(0)), backbones.build(spec, rngs=Keys(0))
+    adapters.adapt(fresh, lora, Keys(1))
+    x = images(spec)
+    np.testing.assert_array_equal(fresh.encode(x).pooled, plain.encode(x).pooled)
+    tower = adapted(spec, lora)
+    merged = adapters.merge(tower)
+    for ours, want in zip(merged.encode(x), tower.encode(x), strict=True):
+        assert np.linalg.norm(ours - want) / np.linalg.norm(want) < 2e-6
+    assert not np.allclose(tower.encode(x).pooled, plain.encode(x).pooled, rtol=1e-2)
+    names = partition.disassemble(merged)[1]
+    assert {n: a.shape for n, a in names.items()} == {n: a.shape for n, a in partition.disassemble(plain)[1].items()}
+
+
+@pytest.mark.parametrize("fused", ["qkv", "qv", "k"])
+def test_fused_projections_have_an_adapter_for_each_part(fused):
+    """Against W + (alpha / rank) A B written out, part by part."""
+    lora = adapters.Lora(rank=2, alpha=3.0, targets=r"blocks/1/attn/qkv", fused=fused)
+    tower = adapted(small.SPEC, lora)
+    layer, width = tower.blocks[1].attn.qkv, small.SPEC.width
+    want = np.asarray(layer.kernel[...]).copy()
+    for i, letter in enumerate(fused):
+        part = "qkv".index(letter)
+        want[:, part * width : (part + 1) * width] += 1.5 * np.asarray(layer.lora.a[i]) @ np.asarray(layer.lora.b[i])
+    merged = adapters.merge(tower).blocks[1].attn.qkv
+    np.testing.assert_allclose(merged.kernel[...], want, rtol=1e-5, atol=1e-6)
+    x = jax.random.normal(jax.random.key(2), (2, 5, width))
+    np.testing.assert_allclose(layer(x), x @ want + layer.bias[...], rtol=1e-4, atol=1e-5)
+    assert type(tower.blocks[0].attn.qkv) is nnx.Linear and type(merged) is nnx.Linear
+
+
+def test_merging_does_not_depend_on_the_mesh():
+    tower = adapted(small.SPEC, adapters.Lora(rank=4, targets=ALL))
+    skeleton, arrays = partition.disassemble(tower)
+
+    @jax.jit
+    def merged(arrays):
+        return partition.disassemble(adapters.merge(skeleton.merge(arrays)))[1]
+
+    mesh = jax.make_mesh((8,), ("x",))
+    want = merged(arrays)
+
+    def split(a):
+        axes = [("x" if n % 8 == 0 and not i else None) for i, n in enumerate(a.shape)]
+        return jax.device_put(a, jax.NamedSharding(mesh, jax.P(*axes)))
+
+    for name, array in merged({n: split(a) for n, a in arrays.items()}).items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(want[name]), err_msg=name)
+
+
+def test_dropout_depends_on_the_image_and_the_layer_alone():
+    lora = adapters.Lora(rank=3, dropout=0.5, targets=ALL)
+    tower, x = adapted(small.SPEC, lora), images(small.SPEC, 4)
+    keys = jax.random.split(jax.random.key(4), 4)
+
+    def encode(x, keys):
+        with adapters.dropout(keys):
+            return np.asarray(tower.encode(x).pooled)
+
+    dropped, plain = encode(x, keys), np.asarray(tower.encode(x).pooled)
+    assert not np.allclose(dropped, plain, rtol=1e-2)
+    order = np.asarray([2, 0, 3, 1])
+    np.testing.assert_allclose(encode(x[order], keys[order]), dropped[order], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(tower.encode(x).pooled), plain)  # The context is over.
+
+    layer = tower.blocks[0].attn.qkv.lora
+    ones = jnp.ones((2000, small.SPEC.width))
+    masked = layer._dropped(ones, jax.random.split(jax.random.key(0), 2000))
+    assert masked.mean() == pytest.approx(1, abs=0.02) and set(np.unique(masked)) == {0.0, 2.0}
+    assert not np.array_equal(masked[0], masked[1])  # q and k have masks of their own.
+
+
+def test_what_is_trained_follows_from_the_rows():
+    lora = adapters.Lora(rank=2, targets=r"blocks/0/(attn/qkv|mlp/fc1)", biases=True)
+    tower = abstract(lambda rngs: backbones.build(small.SPEC, rngs=rngs))
+    adapters.adapt(tower, lora, Keys(0))
+    names = [f"vision/{n}" for n in partition.disassemble(tower)[1]]
+    trained = {n for n, s in partition.scales((*lora.trainable("vision"), (".*", 0.0)), names).items() if s}
+    layers = ("vision/blocks/0/attn/qkv", "vision/blocks/0/mlp/fc1")
+    assert trained == {f"{layer}/{leaf}" for layer in layers for leaf in ("lora/a", "lora/b", "bias")}
+    without = dataclasses.replace(lora, biases=False).trainable("vision")
+    trained = {n for n, s in partition.scales((*without, (".*", 0.0)), names).items() if s}
+    assert trained == {f"{layer}/{leaf}" for layer in layers for leaf in ("lora/a", "lora/b")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"rank": 0}, "lora.rank=0: use 1 or more"),
+        ({"alpha": -1.0}, "lora.alpha=-1.0"),
+        ({"dropout": 1.0}, "lora.dropout=1.0: use 0 or more and below 1"),
+        ({"fused": "qx"}, "lora.fused='qx'"),
+        ({"targets": "("}, "is not a regular expression"),
+    ],
+)
+def test_values_that_cannot_be(fields, says):
+    with pytest.raises(UserError, match=says.replace("(", r"\(")):
+        adapters.Lora(**fields)
+
+
+def test_targets_that_match_no_layer():
+    with pytest.raises(UserError, match="matches no layer: layers are named like blocks/0/attn/"):
+        adapted(small.SPEC, adapters.Lora(targets="attn"))
