@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo check test lint clean
 
 # libtpu, which the tests install, prints many messages on machines without a TPU.
 demo: export JAX_PLATFORMS ?= cpu
@@ -13,6 +13,9 @@ demo: $(VENV)/demo.stamp  ## trains a tiny model on photographs and exports it: 
 	$(RUN) -m diva_jax.main --config=configs/tiny.py --workdir=runs/tiny
 	rm -rf runs/tuned
 	$(RUN) -m diva_jax.export_torch --workdir=runs/tiny --out=runs/tuned
+
+check: $(VENV)/test.stamp lint  ## lint and the unit tests, without PyTorch: about two minutes on two cores
+	$(RUN) -m pytest -n 2 --dist loadfile tests/unit
 
 test: $(VENV)/test.stamp lint  ## the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile

@@ -159,15 +159,13 @@ def explained(step):
     """
     try:
         yield
-    except (UserError, RunError):
-        raise
-    except Exception as e:
+    except jax.errors.JaxRuntimeError as e:
         if jax.process_count() == 1 or not _LOST.search(str(e)):
             raise
         raise Lost(
             f"process {jax.process_index()} lost another of the {jax.process_count()} processes at step {step()} "
             f"({str(e).splitlines()[0][:300]}): look at the other processes' logs for the cause; the same command on "
-            "all of them goes on from the last checkpoint"
+            "all of them resumes from the last checkpoint"
         ) from e
 
 
