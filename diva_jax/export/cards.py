@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 
-from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones import Spec, architecture
 from diva_jax.weights import readers
 from diva_jax.weights.sources import ClipSource
 
@@ -17,6 +17,9 @@ model, processor = AutoModel.from_pretrained("PATH"), AutoImageProcessor.from_pr
     "pt": """import torch
 clip.visual.load_state_dict(torch.load("PATH/vision_tower.pth", weights_only=True))""",
 }
+# A state dict of an architecture that open_clip does not have.
+_USE_STATE_DICT = """import torch
+model.load_state_dict(torch.load("PATH/vision_tower.pth", weights_only=True))"""
 
 
 def _version(package: str) -> str:
@@ -35,11 +38,13 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
       provenance: of `workdirs.checkpoint_source`, or None for a conversion.
     """
     name = spec.open_clip_name or f"{spec.arch} {spec.image_size}"
+    library = "transformers" if fmt == "hf" else architecture(spec.arch).LIBRARY
+    tags = [*(["clip"] if spec.has_text else ["image-feature-extraction"]), *(["diva"] if provenance else [])]
     squash = "squashed to a square" if spec.resize_mode == "squash" else "shortest side resized, centre cropped"
     lines = [
         "---",
-        f"library_name: {'transformers' if fmt == 'hf' else 'open_clip'}",
-        "tags: [clip, diva]" if provenance else "tags: [clip]",
+        f"library_name: {library}",
+        f"tags: [{', '.join(tags)}]",
         "---",
         f"# {name}{', tuned with DIVA' if provenance else ''}",
         "",
@@ -47,7 +52,7 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
         f"weights in {dtype}. Images: {squash}, {spec.interpolation}, mean {list(spec.mean)}, std {list(spec.std)}.",
         "",
         "```python",
-        _USE[fmt],
+        _USE[fmt] if library in ("open_clip", "transformers") else _USE_STATE_DICT,
         "```",
         "",
         "## Where it comes from",
@@ -57,10 +62,11 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
         lines += [f"- converted from `{source.where}` ({source.kind}), sha256 `{readers.fingerprint(source.files)}`"]
     else:
         config = provenance["config"]
+        text = "; the text tower is unchanged" if spec.has_text else ""
         lines += [
             f"- run `{provenance['workdir']}`, step {provenance['step']}, objective {config['objective']}",
             f"- data `{config['data']['path']}`, {config['batch_size']} images a step, seed {config['seed']}",
-            f"- vision encoder tuned from `{provenance['base']}`; the text tower is untouched",
+            f"- vision encoder tuned from `{provenance['base']}`" + text,
         ]
         lines += [
             f"- {part}: {', '.join(s['source'])}, sha256 `{s['sha256']}`" for part, s in provenance["sources"].items()
