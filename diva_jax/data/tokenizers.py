@@ -1,4 +1,4 @@
-"""Text to token ids for CLIP's and SigLIP's text towers, from the files beside the weights."""
+"""Text to token ids for CLIP's, SigLIP's and MetaCLIP 2's text towers, from the files beside the weights."""
 
 import gzip
 import html
@@ -30,19 +30,25 @@ _OPENAI_MERGES = 49152 - 256 - 2
 
 
 def basic_clean(text: str) -> str:
-    """Mends broken Unicode and resolves HTML entities, as CLIP's text cleaning does for every model."""
+    """Fixes broken Unicode and resolves HTML entities, as CLIP's text cleaning does for every model."""
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
 def clip_clean(text: str) -> str:
-    """CLIP's: whitespace runs become one blank, then lower case."""
-    return " ".join(basic_clean(text).split()).lower()
+    """CLIP's: runs of whitespace become one blank, then lower case."""
+    return whitespace_clean(text).lower()
 
 
 def siglip_clean(text: str) -> str:
-    """SigLIP's ("canonicalize"): underscores become blanks, ASCII punctuation goes, lower case, one blank a gap."""
+    """SigLIP's ("canonicalize"): underscores become blanks, ASCII punctuation is removed, lower case, one blank
+    between words."""
     text = basic_clean(text).replace("_", " ").translate(_NO_PUNCTUATION)
     return " ".join(text.lower().split())
+
+
+def whitespace_clean(text: str) -> str:
+    """open_clip's default for other tokenizers ("whitespace"): runs of whitespace become one blank, case is kept."""
+    return " ".join(basic_clean(text).split())
 
 
 def byte_letters() -> dict[int, str]:
@@ -58,10 +64,10 @@ class ClipTokenizer:
     Args:
       vocab: token -> id, with the two special tokens under open_clip's or transformers' names.
       merges: pairs, the first learned first.
-      length: ids a text.
+      length: ids per text.
 
     Attributes:
-      size: ids there are.
+      size: number of ids.
 
     Raises:
       UserError: the vocabulary has no special tokens.
@@ -98,21 +104,22 @@ class ClipTokenizer:
         return out
 
 
-class SiglipTokenizer:
-    """SigLIP's SentencePiece vocabulary on canonicalised text, padded as the folder's tokenizer says.
+class FolderTokenizer:
+    """A tokenizer of transformers on cleaned text, padded as the folder's files state: SigLIP's, MetaCLIP 2's.
 
     Args:
-      folder: with the files that transformers' AutoTokenizer wants.
-      length: ids a text.
+      folder: with the files that transformers' AutoTokenizer reads.
+      length: ids per text.
+      clean: applied to every text before.
 
     Attributes:
-      size: ids there are.
+      size: number of ids.
 
     Raises:
       UserError: the files cannot be read.
     """
 
-    def __init__(self, folder: Path, length: int = 64):
+    def __init__(self, folder: Path, length: int, clean: Callable[[str], str]):
         from transformers import AutoTokenizer
 
         try:
@@ -120,11 +127,11 @@ class SiglipTokenizer:
         except Exception as e:  # transformers raises a different kind for each file that is missing or broken.
             why = (str(e).strip().splitlines() or [type(e).__name__])[0]
             raise UserError(f"the tokenizer files in {folder} cannot be read ({why}): fetch the folder again") from e
-        self.length, self.size = length, len(self._tokenizer)
+        self.length, self.size, self._clean = length, len(self._tokenizer), clean
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> ids, int32 [N, length]; a text that is too long is cut and still ends with the end token."""
-        texts = [siglip_clean(t) for t in texts]
+        texts = [self._clean(t) for t in texts]
         encoded = self._tokenizer(texts, max_length=self.length, padding="max_length", truncation=True)
         return np.asarray(encoded["input_ids"], np.int32).reshape(len(texts), self.length)
 
@@ -172,11 +179,16 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
     )
 
 
+# Kind of a tokenizer that is read by transformers -> how its texts are cleaned.
+_CLEAN = {"siglip": siglip_clean, "xlm": whitespace_clean}
+_FOLDER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+
+
 def build(text: TextSpec, folder: str | Path) -> Tokenizer:
     """The tokenizer of a text tower.
 
     Args:
-      text: its `tokenizer` ("clip" or "siglip"), `context_length` and `vocab_size`.
+      text: its `tokenizer` ("clip", "siglip" or "xlm"), `context_length` and `vocab_size`.
       folder: where the tokenizer's files are.
 
     Returns:
@@ -188,15 +200,15 @@ def build(text: TextSpec, folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     if text.tokenizer == "clip":
         tokenizer = ClipTokenizer(*clip_vocabulary(folder), text.context_length)
-    elif text.tokenizer == "siglip":
-        if not any((folder / f).exists() for f in ("tokenizer.json", "spiece.model", "tokenizer.model")):
+    elif text.tokenizer in _CLEAN:
+        if not any((folder / f).exists() for f in _FOLDER_FILES):
             raise UserError(
                 f"{folder} has no tokenizer: it needs tokenizer.json or spiece.model, with tokenizer_config.json; "
                 "put them there or set --config.eval.tokenizer=FOLDER"
             )
-        tokenizer = SiglipTokenizer(folder, text.context_length)
+        tokenizer = FolderTokenizer(folder, text.context_length, _CLEAN[text.tokenizer])
     else:
-        raise UserError(f"text.tokenizer={text.tokenizer!r} is not known: use clip or siglip")
+        raise UserError(f"text.tokenizer={text.tokenizer!r} is not known: use clip, siglip or xlm")
     if tokenizer.size > text.vocab_size:
         raise UserError(
             f"the tokenizer in {folder} has {tokenizer.size} tokens, but the text tower only {text.vocab_size}"

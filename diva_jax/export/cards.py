@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 
-from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones import Spec, architecture
 from diva_jax.weights import readers
 from diva_jax.weights.sources import ClipSource
 
@@ -17,6 +17,9 @@ model, processor = AutoModel.from_pretrained("PATH"), AutoImageProcessor.from_pr
     "pt": """import torch
 clip.visual.load_state_dict(torch.load("PATH/vision_tower.pth", weights_only=True))""",
 }
+# A state dict of an architecture that open_clip does not have.
+_USE_STATE_DICT = """import torch
+model.load_state_dict(torch.load("PATH/vision_tower.pth", weights_only=True))"""
 
 
 def _version(package: str) -> str:
@@ -37,11 +40,13 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
       provenance: the provenance from `runs.run_source`, or None for a conversion.
     """
     name = spec.open_clip_name or f"{spec.arch} {spec.image_size}"
+    library = "transformers" if fmt == "hf" else architecture(spec.arch).LIBRARY
+    tags = [*(["clip"] if spec.has_text else ["image-feature-extraction"]), *(["diva"] if provenance else [])]
     squash = "squashed to a square" if spec.resize_mode == "squash" else "shortest side resized, centre cropped"
     lines = [
         "---",
-        f"library_name: {'transformers' if fmt == 'hf' else 'open_clip'}",
-        "tags: [clip, diva]" if provenance else "tags: [clip]",
+        f"library_name: {library}",
+        f"tags: [{', '.join(tags)}]",
         "---",
         f"# {name}{', tuned with DIVA' if provenance else ''}",
         "",
@@ -49,7 +54,7 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
         f"weights in {dtype}. Images: {squash}, {spec.interpolation}, mean {list(spec.mean)}, std {list(spec.std)}.",
         "",
         "```python",
-        _USE[fmt],
+        _USE[fmt] if library in ("open_clip", "transformers") else _USE_STATE_DICT,
         "```",
         "",
         "## Origin",

@@ -86,8 +86,33 @@ def open_clip_tower_pooled(file: Path, spec: Spec, images: np.ndarray) -> np.nda
     return _tower_pooled(tower, torch.load(file, map_location="cpu", weights_only=True), images)
 
 
+def timm_tower_pooled(file: Path, spec: Spec, images: np.ndarray) -> np.ndarray:
+    """Image embeddings [B, D] of a DINOv2 state dict in timm's Vision Transformer of `spec`."""
+    import torch
+    from timm.layers import SwiGLUPacked
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+    swiglu = spec.activation == "swiglu"
+    options = dict(mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU) if swiglu else {}
+    if spec.registers:
+        options |= dict(reg_tokens=spec.registers, no_embed_class=True)
+    tower = VisionTransformer(
+        img_size=spec.image_size,
+        patch_size=spec.patch_size,
+        embed_dim=spec.width,
+        depth=spec.layers,
+        num_heads=spec.heads,
+        mlp_ratio=(spec.mlp_dim * (1 + swiglu) + 0.5) / spec.width,
+        init_values=1.0,
+        num_classes=0,
+        **options,
+    )
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return _tower_pooled(tower, checkpoint_filter_fn(state, tower), images)
+
+
 # Library -> (file of a vision tower's state dict, spec, images [B, H, W, 3]) -> image embeddings [B, D].
-TOWERS = {"open_clip": open_clip_tower_pooled}
+TOWERS = {"open_clip": open_clip_tower_pooled, "timm": timm_tower_pooled}
 
 
 def transformers_pooled(folder: Path, images: np.ndarray) -> tuple[np.ndarray, list[str]]:

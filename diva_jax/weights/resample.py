@@ -9,7 +9,7 @@ from diva_jax.weights.tensors import Tensor, Tensors
 
 def grids(tensors: Tensors, spec: Spec) -> tuple[int, int]:
     """(patches along a side in the checkpoint, the same in `spec`)."""
-    return architecture(spec.arch).POSITIONS.grid(tensors), spec.grid
+    return architecture(spec.arch).positions(spec).grid(tensors), spec.grid
 
 
 def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
@@ -50,7 +50,7 @@ def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
     old, new = grids(tensors, spec)
     if old == new:
         return tensors
-    positions = architecture(spec.arch).POSITIONS
+    positions = architecture(spec.arch).positions(spec)
     was = tensors[positions.name]
     extra = was.shape[-2] - old * old
     shape = (*was.shape[:-2], extra + new * new, was.shape[-1])

@@ -29,7 +29,7 @@ VISION = Table(
     ignore=(*TEXT_NAMES, *NEITHER),
 )
 TEXT = text_table("siglip", "text.")
-POSITIONS = Positions("visual.trunk.pos_embed")
+_POSITIONS = Positions("visual.trunk.pos_embed")
 OTHERS = ("logit_scale", "logit_bias")
 PREPROCESS = dict(mean=HALF, std=HALF, resize_mode="squash", interpolation="bicubic")
 LIBRARY = "open_clip"
@@ -116,6 +116,11 @@ class Vision(nnx.Module):
         return Features(tokens=tokens, pooled=self.attn_pool(tokens))
 
 
+def positions(spec: Spec) -> Positions:
+    """The learned position embeddings."""
+    return _POSITIONS
+
+
 def flops(spec: Spec) -> float:
     """FLOPs of the forward pass over one image; the pooling has one query."""
     w, patches = spec.width, spec.patches
@@ -128,7 +133,7 @@ def shapes(tensors: Mapping) -> dict:
     width, _, _, patch = tensor_shape(tensors, "visual.trunk.patch_embed.proj.weight")
     return dict(
         arch="siglip",
-        image_size=POSITIONS.grid(tensors) * patch,
+        image_size=_POSITIONS.grid(tensors) * patch,
         patch_size=patch,
         width=width,
         layers=depth(tensors, "visual.trunk.blocks"),

@@ -33,7 +33,7 @@ VISION = Table(
     ignore=(*TEXT_NAMES, *NEITHER),
 )
 TEXT = text_table("vit")
-POSITIONS = Positions("visual.positional_embedding", extra=1)
+_POSITIONS = Positions("visual.positional_embedding", extra=1)
 OTHERS = ("logit_scale",)
 PREPROCESS = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize_mode="shortest", interpolation="bicubic")
 LIBRARY = "open_clip"
@@ -70,6 +70,11 @@ class Vision(nnx.Module):
         return Features(tokens=x[:, 1:], pooled=x[:, 0])
 
 
+def positions(spec: Spec) -> Positions:
+    """The learned position embeddings."""
+    return _POSITIONS
+
+
 def flops(spec: Spec) -> float:
     """FLOPs of the forward pass over one image."""
     tokens = 1 + spec.patches
@@ -83,7 +88,7 @@ def shapes(tensors: Mapping) -> dict:
     stack = "visual.transformer.resblocks"
     return dict(
         arch="vit",
-        image_size=POSITIONS.grid(tensors) * patch,
+        image_size=_POSITIONS.grid(tensors) * patch,
         patch_size=patch,
         width=width,
         layers=depth(tensors, stack),

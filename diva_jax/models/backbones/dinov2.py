@@ -1,0 +1,257 @@
+"""DINOv2's Vision Transformer (arXiv 2304.07193), with or without registers (arXiv 2309.16588); no text tower.
+
+Checkpoints have the names of the authors' torch.hub models, here under `visual.`; timm's are the same for models
+without registers but the giant one. Position embeddings are interpolated as transformers does it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Features, Spec
+from diva_jax.models.backbones.shared import transformers_layout as hf
+from diva_jax.models.backbones.shared.positions import Positions, depth, tensor_shape
+from diva_jax.models.backbones.shared.transformer import Attention, Mlp, block_flops, patch_flops, run
+from diva_jax.models.layers import Layers
+from diva_jax.models.names import Table
+
+MARK = "blocks.0.ls1.gamma"
+# The mask token of pretraining is in published checkpoints and in no forward pass.
+OTHERS = ("visual.mask_token",)
+VISION = Table(
+    "dinov2 vision tower",
+    ((r"^patch_embed\.", "patch_embed.proj."), (r"^", "visual.")),
+    ignore=(r"visual\.mask_token",),
+)
+TEXT = None
+PREPROCESS = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD, resize_mode="shortest", interpolation="bicubic")
+LIBRARY = "timm"
+
+
+class LayerScale(nnx.Module):
+    """A learned factor for each channel (arXiv 2103.17239)."""
+
+    def __init__(self, make: Layers, width: int):
+        self.gamma = make.param(nnx.initializers.ones, width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+        return x * self.gamma[...].astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """silu(a) * b of one fused projection to (a, b), then a linear layer (arXiv 2002.05202)."""
+
+    def __init__(self, make: Layers, width: int, hidden: int):
+        self.w12 = make.linear(width, 2 * hidden)
+        self.w3 = make.linear(hidden, width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+        a, b = jnp.split(self.w12(x), 2, axis=-1)
+        return self.w3(jax.nn.silu(a) * b)
+
+
+class Block(nnx.Module):
+    """x + ls1 * attention(norm1(x)), then x + ls2 * mlp(norm2(x))."""
+
+    def __init__(self, make: Layers, spec: Spec):
+        width = spec.width
+        self.norm1 = make.layer_norm(width, spec.norm_eps)
+        self.attn = Attention(make, width, spec.heads, causal=False)
+        self.ls1 = LayerScale(make, width)
+        self.norm2 = make.layer_norm(width, spec.norm_eps)
+        if spec.activation == "swiglu":
+            self.mlp = SwiGLU(make, width, spec.mlp_dim)
+        else:
+            self.mlp = Mlp(make, width, spec.mlp_dim, spec.activation)
+        self.ls2 = LayerScale(make, width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, N, D] -> [B, N, D]
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class Vision(nnx.Module):
+    """The vision encoder of `spec` with random weights; arguments as `backbones.build`'s.
+
+    Raises:
+      UserError: `spec.embed_dim` is not `spec.width`.
+    """
+
+    def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False):
+        make = Layers(rngs, dtype, param_dtype)
+        width = spec.width
+        if spec.embed_dim != width:
+            raise UserError(
+                f"a dinov2 backbone has no projection: set embed_dim={spec.embed_dim} to its width, {width}"
+            )
+        self.dtype, self.remat, self.registers = dtype, remat, spec.registers
+        near_zero = nnx.initializers.normal(0.02)
+        self.cls_token = make.param(near_zero, 1, 1, width)
+        self.pos_embed = make.param(near_zero, 1, 1 + spec.patches, width)
+        if spec.registers:
+            self.register_tokens = make.param(near_zero, 1, spec.registers, width)
+        self.patch_embed = make.conv(3, width, spec.patch_size, spec.patch_size)
+        self.blocks = nnx.List([Block(make, spec) for _ in range(spec.layers)])
+        self.norm = make.layer_norm(width, spec.norm_eps)
+
+    def encode(self, images: jax.Array) -> Features:
+        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.
+
+        Both are taken after the final norm; pooled is the class token. Registers have no position embedding and are
+        left out of the tokens.
+        """
+        x = self.patch_embed(images.astype(self.dtype))  # [B, grid, grid, width]
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+
+        def repeated(tokens):
+            return jnp.broadcast_to(tokens[...].astype(self.dtype), (x.shape[0], *tokens.shape[1:]))
+
+        x = jnp.concatenate([repeated(self.cls_token), x], axis=1) + self.pos_embed[...].astype(self.dtype)
+        if self.registers:
+            x = jnp.concatenate([x[:, :1], repeated(self.register_tokens), x[:, 1:]], axis=1)
+        x = self.norm(run(self.blocks, x, remat=self.remat))  # [B, 1 + R + P, D]
+        return Features(tokens=x[:, 1 + self.registers :], pooled=x[:, 0])
+
+
+def positions(spec: Spec) -> Positions:
+    """The learned position embeddings; transformers interpolates those of models with registers with antialiasing."""
+    return Positions("visual.pos_embed", extra=1, antialias=spec.registers > 0)
+
+
+def flops(spec: Spec) -> float:
+    """FLOPs of the forward pass over one image."""
+    tokens = 1 + spec.registers + spec.patches
+    mlp_layers = 3 if spec.activation == "swiglu" else 2
+    return patch_flops(spec) + spec.layers * block_flops(tokens, spec.width, spec.mlp_dim, mlp_layers)
+
+
+def shapes(tensors: Mapping) -> dict:
+    """The fields of Spec that a checkpoint's shapes tell: all but the heads and the MLP's activation, if not SwiGLU."""
+    width, _, _, patch = tensor_shape(tensors, "visual.patch_embed.proj.weight")
+    found = dict(
+        arch="dinov2",
+        image_size=Positions("visual.pos_embed", extra=1).grid(tensors) * patch,
+        patch_size=patch,
+        width=width,
+        layers=depth(tensors, "visual.blocks"),
+        embed_dim=width,
+        registers=tensor_shape(tensors, "visual.register_tokens")[1] if "visual.register_tokens" in tensors else 0,
+    )
+    if "visual.blocks.0.mlp.w3.weight" in tensors:
+        hidden = tensor_shape(tensors, "visual.blocks.0.mlp.w3.weight")[1]
+        return found | dict(activation="swiglu", mlp_dim=hidden)
+    return found | dict(mlp_dim=tensor_shape(tensors, "visual.blocks.0.mlp.fc1.weight")[0])
+
+
+def reads_open_clip(vision_cfg: Mapping) -> bool:
+    """Never: open_clip has no DINOv2."""
+    return False
+
+
+def to_open_clip(spec: Spec) -> dict:
+    """Raises a UserError: open_clip has no DINOv2."""
+    raise UserError("open_clip has no dinov2 model: use --format=hf or --format=pt")
+
+
+_LAYER = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.proj": "attention.output.dense",
+}
+_MLP = {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+_SWIGLU = {"mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out"}
+_QUERY = "attention.attention.{}"
+
+
+def _recipes(spec: Spec) -> list[hf.Recipe]:
+    e, names = "embeddings", _LAYER | (_SWIGLU if spec.activation == "swiglu" else _MLP)
+    registers = [hf.Recipe(("visual.register_tokens",), (f"{e}.register_tokens",))] if spec.registers else []
+    scales = [
+        hf.Recipe((f"visual.blocks.{i}.ls{j}.gamma",), (f"encoder.layer.{i}.layer_scale{j}.lambda1",))
+        for i in range(spec.layers)
+        for j in (1, 2)
+    ]
+    return [
+        hf.Recipe(("visual.cls_token",), (f"{e}.cls_token",)),
+        hf.Recipe(("visual.mask_token",), (f"{e}.mask_token",)),
+        hf.Recipe(("visual.pos_embed",), (f"{e}.position_embeddings",)),
+        *registers,
+        *hf.both("visual.patch_embed.proj", f"{e}.patch_embeddings.projection"),
+        *hf.layers(spec.layers, "visual.blocks", "encoder.layer", names, "attn.qkv.", _QUERY),
+        *scales,
+        *hf.both("visual.norm", "layernorm"),
+    ]
+
+
+# transformers' defaults, which its config files leave out.
+_DEFAULTS = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, hidden_act="gelu")
+_DEFAULTS |= dict(layer_norm_eps=1e-6, image_size=224, qkv_bias=True, use_swiglu_ffn=False, use_mask_token=True)
+_PATCH = {"dinov2": 14, "dinov2_with_registers": 16}
+_MODELS = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+
+
+def _hidden(width: int, ratio: float, swiglu: bool) -> int:
+    """The width inside the MLP: with SwiGLU two thirds as much, rounded up to a multiple of 8."""
+    hidden = int(width * ratio)
+    return (int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden
+
+
+def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
+    kind = config["model_type"]
+    c = _DEFAULTS | dict(patch_size=_PATCH[kind]) | dict(config)
+    for option in ("qkv_bias", "use_mask_token"):
+        if not c[option]:
+            raise UserError(f"{where} has {option}=false: only models that have it are implemented")
+    registers = c.get("num_register_tokens", 4) if kind == "dinov2_with_registers" else 0
+    width, swiglu = c["hidden_size"], c["use_swiglu_ffn"]
+    spec = Spec(
+        arch="dinov2",
+        **hf.vision_fields(c | dict(intermediate_size=_hidden(width, c["mlp_ratio"], swiglu))),
+        embed_dim=width,
+        activation="swiglu" if swiglu else hf.our_activation(c, where),
+        mean=tuple(preprocessor.get("image_mean") or IMAGENET_MEAN),
+        std=tuple(preprocessor.get("image_std") or IMAGENET_STD),
+        resize_mode="squash" if hf.squashes(preprocessor) else "shortest",
+        text=NO_TEXT,
+        registers=registers,
+    )
+    return spec, frozenset()
+
+
+def _to_config(spec: Spec, dtype: str) -> dict:
+    swiglu = spec.activation == "swiglu"
+    ratio = next((r for r in range(1, 17) if _hidden(spec.width, r, swiglu) == spec.mlp_dim), None)
+    if ratio is None:
+        raise UserError(
+            f"transformers has no dinov2 model of width {spec.width} and mlp_dim {spec.mlp_dim}, whose ratio is no "
+            "whole number: use --format=pt"
+        )
+    kind = "dinov2_with_registers" if spec.registers else "dinov2"
+    config = dict(
+        architectures=[_MODELS[kind]],
+        model_type=kind,
+        dtype=dtype,
+        hidden_size=spec.width,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        mlp_ratio=ratio,
+        hidden_act="gelu" if swiglu else hf.their_activation(spec.activation),
+        layer_norm_eps=spec.norm_eps,
+        image_size=spec.image_size,
+        patch_size=spec.patch_size,
+        num_channels=3,
+        qkv_bias=True,
+        use_swiglu_ffn=swiglu,
+    )
+    return config | (dict(num_register_tokens=spec.registers) if spec.registers else dict(use_mask_token=True))
+
+
+def _image_processor(spec: Spec) -> dict:
+    return hf.clip_image_processor(spec) | dict(image_processor_type="BitImageProcessor")
+
+
+TRANSFORMERS = hf.Layout(_MODELS, "embeddings.cls_token", _recipes, _from_config, _to_config, _image_processor)

@@ -1,0 +1,199 @@
+"""EVA02-CLIP's vision tower (arXiv 2303.15389), as timm and open_clip run it.
+
+Rotary position embeddings of the patches beside the learned ones, SwiGLU MLPs, and norms inside attention and MLP
+(sub-LN). The base and large models; EVA02-CLIP-E is of another architecture and is not implemented.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
+from diva_jax.models.backbones.shared import open_clip_config as occ
+from diva_jax.models.backbones.shared.positions import Positions, depth, tensor_shape
+from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
+from diva_jax.models.backbones.shared.transformer import block_flops, blocks, patch_flops, run
+from diva_jax.models.layers import Layers, attention, heads
+from diva_jax.models.names import Table
+
+MARK = "trunk.blocks.0.attn.q_proj.weight"
+VISION = Table(
+    "eva02 vision tower",
+    ((r"^patch_embed\.", "patch_embed.proj."), (r"^", "visual.trunk.")),
+    ignore=(*TEXT_NAMES, *NEITHER),
+)
+TEXT = text_table("eva02", "text.")
+_POSITIONS = Positions("visual.trunk.pos_embed", extra=1)
+OTHERS = ("logit_scale",)
+PREPROCESS = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize_mode="shortest", interpolation="bicubic")
+TRANSFORMERS = None
+LIBRARY = "open_clip"
+
+_BASE = dict(image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_dim=2048)
+_LARGE = dict(image_size=224, patch_size=14, width=1024, layers=24, heads=16, mlp_dim=2730)
+_FIXED = dict(activation="silu", norm_eps=1e-6)
+# timm's models, and the fields of Spec that each fixes.
+TIMM = {
+    "eva02_base_patch16_clip_224": _BASE | _FIXED,
+    "eva02_large_patch14_clip_224": _LARGE | _FIXED,
+    "eva02_large_patch14_clip_336": _LARGE | _FIXED | dict(image_size=336),
+}
+# The grid of patches, of pretraining, that the rotary embeddings of every grid are scaled to.
+_ROTARY_GRID = 16
+_ROTARY_BASE = 10000.0
+
+
+def rotary_table(grid: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sines and cosines of the rotary embeddings (arXiv 2104.09864) along both axes.
+
+    Args:
+      grid: patches along one side.
+      width: of a head; half of it encodes the row and half the column.
+
+    Returns:
+      (sin, cos), float64 [1 + grid * grid, width], two neighbours alike; the first row, the class token's, rotates
+      by nothing.
+    """
+    bands = _ROTARY_BASE ** -(np.arange(width // 4) / (width // 4))
+    at = np.arange(grid) * _ROTARY_GRID / grid
+    rows, columns = np.meshgrid(at, at, indexing="ij")
+    angles = np.stack([rows, columns], -1)[..., None] * bands  # [grid, grid, 2, width / 4]
+    angles = np.repeat(angles.reshape(grid * grid, width // 2), 2, axis=-1)
+    angles = np.concatenate([np.zeros((1, width)), angles])
+    return np.sin(angles), np.cos(angles)
+
+
+def _rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """[B, N, H, D], each pair of neighbours rotated by its angle, in x's dtype."""
+    turned = jnp.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+    return (x * cos[:, None] + turned * sin[:, None]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Self-attention with rotary embeddings and a norm before the output's projection."""
+
+    def __init__(self, make: Layers, spec: Spec):
+        width = spec.width
+        self.heads = spec.heads
+        self.q_proj = make.linear(width, width)
+        self.k_proj = make.linear(width, width, bias=False)
+        self.v_proj = make.linear(width, width)
+        self.norm = make.layer_norm(width, spec.norm_eps)
+        self.proj = make.linear(width, width)
+
+    def __call__(self, x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:  # [B, N, D] -> [B, N, D]
+        q, k, v = (heads(layer(x), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return self.proj(self.norm(attention(_rotate(q, sin, cos), _rotate(k, sin, cos), v)))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (arXiv 2002.05202) with a norm before the last layer."""
+
+    def __init__(self, make: Layers, spec: Spec):
+        self.fc1_g = make.linear(spec.width, spec.mlp_dim)
+        self.fc1_x = make.linear(spec.width, spec.mlp_dim)
+        self.norm = make.layer_norm(spec.mlp_dim, spec.norm_eps)
+        self.fc2 = make.linear(spec.mlp_dim, spec.width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+        return self.fc2(self.norm(jax.nn.silu(self.fc1_g(x)) * self.fc1_x(x)))
+
+
+class Block(nnx.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(self, make: Layers, spec: Spec):
+        self.norm1 = make.layer_norm(spec.width, spec.norm_eps)
+        self.attn = Attention(make, spec)
+        self.norm2 = make.layer_norm(spec.width, spec.norm_eps)
+        self.mlp = Mlp(make, spec)
+
+    def __call__(self, x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:  # [B, N, D] -> [B, N, D]
+        x = x + self.attn(self.norm1(x), sin, cos)
+        return x + self.mlp(self.norm2(x))
+
+
+class Vision(nnx.Module):
+    """The vision tower of `spec` with random weights; arguments as `backbones.build`'s."""
+
+    def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False):
+        make = Layers(rngs, dtype, param_dtype)
+        width = spec.width
+        self.dtype, self.remat = dtype, remat
+        self.grid, self.head_width = spec.grid, width // spec.heads
+        near_zero = nnx.initializers.normal(width**-0.5)
+        self.cls_token = make.param(near_zero, 1, 1, width)
+        self.pos_embed = make.param(near_zero, 1, 1 + spec.patches, width)
+        self.patch_embed = make.conv(3, width, spec.patch_size, spec.patch_size)
+        self.blocks = blocks(make, spec.layers, spec, block=Block)
+        self.norm = make.layer_norm(width, spec.norm_eps)
+        self.head = make.linear(width, spec.embed_dim)
+
+    def encode(self, images: jax.Array) -> Features:
+        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.
+
+        EVA02-CLIP itself projects the class token alone; as for CLIP, every token is taken through the final norm
+        and the projection here.
+        """
+        x = self.patch_embed(images.astype(self.dtype))  # [B, grid, grid, width]
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        first = jnp.broadcast_to(self.cls_token[...].astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
+        x = jnp.concatenate([first, x], axis=1) + self.pos_embed[...].astype(self.dtype)  # [B, 1 + P, width]
+        angles_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        sin, cos = (jnp.asarray(table, angles_dtype) for table in rotary_table(self.grid, self.head_width))
+        x = self.head(self.norm(run(self.blocks, x, sin, cos, remat=self.remat)))  # [B, 1 + P, D]
+        return Features(tokens=x[:, 1:], pooled=x[:, 0])
+
+
+def positions(spec: Spec) -> Positions:
+    """The learned position embeddings."""
+    return _POSITIONS
+
+
+def flops(spec: Spec) -> float:
+    """FLOPs of the forward pass over one image."""
+    tokens = 1 + spec.patches
+    stack = spec.layers * block_flops(tokens, spec.width, spec.mlp_dim, mlp_layers=3)
+    return patch_flops(spec) + stack + 2 * tokens * spec.width * spec.embed_dim
+
+
+def shapes(tensors: Mapping) -> dict:
+    """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
+    width, _, _, patch = tensor_shape(tensors, "visual.trunk.patch_embed.proj.weight")
+    return dict(
+        arch="eva02",
+        image_size=_POSITIONS.grid(tensors) * patch,
+        patch_size=patch,
+        width=width,
+        layers=depth(tensors, "visual.trunk.blocks"),
+        mlp_dim=tensor_shape(tensors, "visual.trunk.blocks.0.mlp.fc1_g.weight")[0],
+        embed_dim=tensor_shape(tensors, "visual.trunk.head.weight")[0],
+    )
+
+
+def reads_open_clip(vision_cfg: Mapping) -> bool:
+    """Whether the config names one of timm's EVA02-CLIP models."""
+    return vision_cfg.get("timm_model_name") in TIMM
+
+
+def from_open_clip(model_cfg: Mapping) -> dict:
+    """The fields of Spec that open_clip's model config gives the vision tower.
+
+    Raises:
+      UserError: an option that is not implemented, named.
+    """
+    fields = TIMM[model_cfg["vision_cfg"]["timm_model_name"]]
+    occ.check_timm(model_cfg, fields, timm_pool=("token",), timm_proj=(None, ""), timm_proj_bias=(False, True))
+    return dict(fields)
+
+
+def to_open_clip(spec: Spec) -> dict:
+    """open_clip's model config of the vision tower: all but embed_dim and text_cfg.
+
+    Raises:
+      UserError: timm has no such tower.
+    """
+    return dict(custom_text=True, vision_cfg=occ.timm_vision(spec, TIMM, timm_pool="token", timm_proj=None))
