@@ -79,6 +79,20 @@ def test_siglip_equals_open_clip(siglip_folder):
     assert (ours[3] == 1).all() and (ours[5] == 1).all() and ours[11, -1] == 1 and (ours[11, :-1] != 1).all()
 
 
+XLM = TextSpec(context_length=64, vocab_size=32000, tokenizer="xlm")
+
+
+def test_siglip2_and_metaclip2_equal_open_clip(tmp_path):
+    """A Gemma tokenizer on canonicalised text, and XLM-V's on text whose case is kept."""
+    for kind, text, clean in (("gemma", SIGLIP, "canonicalize"), ("xlm", XLM, "whitespace")):
+        folder = write_siglip_tokenizer(tmp_path / kind, kind)
+        texts = TEXTS + random_texts(100, seed=3)
+        reference = HFTokenizer(str(folder), context_length=64, clean=clean)(texts).numpy()
+        ours = tokenizers.build(text, folder)(texts)
+        np.testing.assert_array_equal(ours, reference)
+    assert tokenizers.build(XLM, folder)(["A Dog"]).tolist() != tokenizers.build(XLM, folder)(["a dog"]).tolist()
+
+
 def test_siglip_rule_lower_cases_and_drops_punctuation():
     assert tokenizers.siglip_clean("  A_Photo, of (the)\tDOG's “ear”! ") == "a photo of the dogs ear"
     assert tokenizers.clip_clean("  A_Photo, of (the)\tDOG's “ear”! ") == 'a_photo, of (the) dog\'s "ear"!'
