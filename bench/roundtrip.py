@@ -24,7 +24,7 @@ from diva_jax.common import cli
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.export import layouts, reference
 from diva_jax.models.backbones import spec_of
-from diva_jax.weights import clip, names, readers, sources
+from diva_jax.weights import clip, names, origins, readers
 from diva_jax.weights.tensors import Tensors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone is exported.")
@@ -34,15 +34,15 @@ _RUN = flags.DEFINE_bool(
 )
 
 
-def through_our_modules(folder: Path, spec) -> sources.ClipSource:
+def through_our_modules(folder: Path, spec) -> origins.ClipSource:
     """Returns the source in `folder`, with the tensors of each tower taken from our module loaded from it."""
-    source = sources.open_clip_source(str(folder))
+    source = origins.open_clip_source(str(folder))
     scales = {n: np.asarray(t) for n, t in source.tensors.items() if n.startswith("logit_")}
     found = {}
     for tower, table in (("vision", clip.vision_table(spec)), ("text", clip.text_table(spec))):
         found |= names.to_torch(nnx.state(weights.load(str(folder), spec, tower=tower)), table)
         gc.collect()  # Modules contain reference cycles. This frees their memory for the next tower.
-    return sources.ClipSource(str(folder), source.kind, Tensors(found | scales, source.files), source.spec)
+    return origins.ClipSource(str(folder), source.kind, Tensors(found | scales, source.files), source.spec)
 
 
 def compare(original: Path, out: Path) -> int:
@@ -55,7 +55,7 @@ def compare(original: Path, out: Path) -> int:
       RunError: a tensor differs, is missing, or is not in the original file.
     """
     file = readers.open_file(original / "open_clip_model.safetensors")
-    back = sources.open_clip_source(str(out)).tensors
+    back = origins.open_clip_source(str(out)).tensors
     wrong = [n for n in file if n not in back or not np.array_equal(np.asarray(file[n]), np.asarray(back[n]))]
     wrong += [n for n in back if n not in file]
     if wrong:

@@ -18,7 +18,7 @@ interpolated), --config.backbone.select=random:128, --config.backbone.add_text=t
 from diva_jax import config as base
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Spec
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
-from diva_jax.weights.sources import open_clip_source
+from diva_jax.weights.origins import open_clip_source
 
 
 def _text(width: int, heads: int, layers: int, **others) -> dict:

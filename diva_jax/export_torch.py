@@ -26,9 +26,9 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16", "bfloat16"
 
 def _from_source():
     from diva_jax.models.backbones import spec_of
-    from diva_jax.weights import sources
+    from diva_jax.weights import origins
 
-    source = sources.open_clip_source(_SOURCE.value)
+    source = origins.open_clip_source(_SOURCE.value)
     if _CONFIG.value is not None:
         return source, spec_of(cli.config_of(_CONFIG))
     return source, source.described(_SOURCE.value)

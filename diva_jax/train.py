@@ -93,7 +93,7 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
         self.program.towers  # noqa: B018 - an objective whose towers cannot be exported is refused before it trains.
-        self.batches = pipeline.build(
+        self.batches = pipeline.open_batches(
             config.data,
             self.program.objective.inputs,
             seed=config.seed,

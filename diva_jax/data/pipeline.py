@@ -253,7 +253,7 @@ def _check(config, inputs: Mapping[str, Input], seed: int, global_batch: int, pr
         raise UserError("an input cannot be called 'row', which is the examples' row in the batch: rename it")
 
 
-def build(
+def open_batches(
     config,
     inputs: Mapping[str, Input],
     *,

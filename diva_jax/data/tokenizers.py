@@ -184,7 +184,7 @@ _CLEAN = {"siglip": siglip_clean, "xlm": whitespace_clean}
 _FOLDER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 
 
-def build(text: TextSpec, folder: str | Path) -> Tokenizer:
+def open_tokenizer(text: TextSpec, folder: str | Path) -> Tokenizer:
     """The tokenizer of a text tower.
 
     Args:

@@ -14,7 +14,7 @@ from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import abstract
 from diva_jax.training import load as loads
 from diva_jax.training import partition, sharding, workdirs
-from diva_jax.weights import loading, names, sources
+from diva_jax.weights import loading, names, origins
 
 _KINDS = {"vision": (backbones.build, loading.fill_vision), "text": (Text, loading.fill_text)}
 
@@ -54,7 +54,7 @@ def resolve(source: str) -> tuple[str, int | None]:
     head, _, tail = source.rpartition(":")
     path, step = (head, int(tail)) if tail.isdigit() and is_workdir(head) else (source, None)
     if not is_workdir(path):
-        sources.locate(source, "--weights")
+        origins.locate(source, "--weights")
         return source, None
     return path, workdirs.choose_step(path, step, "--weights: the step ")
 
@@ -64,7 +64,7 @@ def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dic
 
     Args:
       kind: "vision" or "text".
-      source: anything that `sources.open_clip_source` reads.
+      source: anything that `origins.open_clip_source` reads.
       spec: of the backbone.
       mesh: where they go.
       min_shard: smaller arrays are replicated.
@@ -76,13 +76,13 @@ def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dic
     module = abstract(lambda rngs: make(spec, rngs=rngs))
     variables = names.flat(module)
     shardings = sharding.parameter_shardings(variables, mesh, min_shard)
-    opened = sources.open_clip_source(source, "--weights")
+    opened = origins.open_clip_source(source, "--weights")
     state = fill(opened, spec, module, loads.put_on(shardings.__getitem__))
     return {partition.name_of(path): var.get_value() for path, var in names.flat(state).items()}
 
 
 def _has_text(source: str) -> bool:
-    return any(n.endswith("token_embedding.weight") for n in sources.open_clip_source(source, "--weights").tensors)
+    return any(n.endswith("token_embedding.weight") for n in origins.open_clip_source(source, "--weights").tensors)
 
 
 def _put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
@@ -94,7 +94,7 @@ def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
     """The encoder of a run; what the run does not train comes from the source it began with."""
     run = workdirs.RunAt.open(source, step)
     spec, wanted = backbones.spec_of(run.config), backbones.spec_of(config)
-    if wrong := [f for f in (*sources.ARCHITECTURE, "image_size") if getattr(spec, f) != getattr(wanted, f)]:
+    if wrong := [f for f in (*origins.ARCHITECTURE, "image_size") if getattr(spec, f) != getattr(wanted, f)]:
         raise UserError(f"{source} is a run of another backbone than --config ({listing(wrong)}): give its own config")
     min_shard, found = run.config.mesh.min_shard, {}
     for kind, arrays in run.towers().items():
@@ -104,7 +104,7 @@ def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
     return Encoder(found["vision"], found.get("text"), spec.source, params, spec.source)
 
 
-def load(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
+def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
     """The weights of a source, on the mesh.
 
     Args:
@@ -144,7 +144,7 @@ def each(
         own = set().union(*(run.program.towers.needs(t) for t in run.program.towers.shapes))
         lent = _put({n: a for n, a in run.params.items() if n not in own}, mesh, run.config.mesh.min_shard)
     for (source, step), label in zip(given, labels, strict=True):
-        found = load(source, step, config, mesh)
+        found = read(source, step, config, mesh)
         if lent and step is None:
             found = dataclasses.replace(found, params=lent, borrowed=labels[lender])
         yield label, found

@@ -5,7 +5,7 @@ import json
 
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.weights import readers
-from diva_jax.weights.sources import ClipSource
+from diva_jax.weights.origins import ClipSource
 
 _USE = {
     "open_clip": """import open_clip

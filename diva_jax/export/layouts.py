@@ -20,8 +20,8 @@ from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.models.backbones.shared.text import Text
-from diva_jax.weights import clip, hf, loading, names, pickles, resample, sources, writers
-from diva_jax.weights.sources import ClipSource
+from diva_jax.weights import clip, hf, loading, names, origins, pickles, resample, writers
+from diva_jax.weights.origins import ClipSource
 from diva_jax.weights.tensors import Tensor, Tensors
 
 FORMATS = ("open_clip", "hf", "pt")
@@ -57,17 +57,17 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
     Raises:
       UserError: the source is not this model, or lacks a part that is needed.
     """
-    sources.check(source, spec)
+    origins.check_architecture(source, spec)
     tensors = resample.to_resolution(source.tensors, spec)
     table = clip.vision_table(spec)
-    names.check(_abstract(backbones.build, spec), tensors, table, source=source.where)
+    names.check_names(_abstract(backbones.build, spec), tensors, table, source=source.where)
     wanted = {n: tensors[n] for n in table.names(_abstract(backbones.build, spec))}
     others = backbones.architecture(spec.arch).OTHERS
     if text:
         if spec.has_text:
             loading.check_text(source, spec)
             state, table = _abstract(Text, spec), clip.text_table(spec)
-            names.check(state, tensors, table, source=source.where)
+            names.check_names(state, tensors, table, source=source.where)
             wanted |= {n: tensors[n] for n in table.names(state)}
         if missing := [n for n in others if n not in tensors]:
             raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
@@ -101,7 +101,7 @@ def _write(folder: Path, fmt: str, tensors: Tensors, spec: Spec, tokenizer: tupl
 
 
 def _read_back(folder: Path, fmt: str) -> ClipSource:
-    return sources.open_clip_source(str(folder / PT_FILE if fmt == "pt" else folder))
+    return origins.open_clip_source(str(folder / PT_FILE if fmt == "pt" else folder))
 
 
 def _compare(written: Tensors, there: Tensors, where: str) -> None:
@@ -153,7 +153,7 @@ def export(
     """Writes `source` in one of `FORMATS` to the folder `out`, which appears when it is whole and verified.
 
     Args:
-      source: any checkpoint, see `sources.open_clip_source` and `runs.run_source`.
+      source: any checkpoint, see `origins.open_clip_source` and `runs.run_source`.
       spec: of what is written.
       out: a folder that does not exist or is empty.
       fmt: of `FORMATS`.

@@ -12,7 +12,7 @@ from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import abstract
 from diva_jax.training import partition, workdirs
-from diva_jax.weights import clip, names, readers, sources
+from diva_jax.weights import clip, names, origins, readers
 from diva_jax.weights.tensors import Tensors
 
 
@@ -36,7 +36,7 @@ def in_open_clip_names(towers: dict[str, dict], spec: Spec) -> dict[str, np.ndar
     return out
 
 
-def run_source(workdir: epath.PathLike, step: int | None = None) -> tuple[sources.ClipSource, dict]:
+def run_source(workdir: epath.PathLike, step: int | None = None) -> tuple[origins.ClipSource, dict]:
     """The tuned model of a run, both towers.
 
     Args:
@@ -51,7 +51,7 @@ def run_source(workdir: epath.PathLike, step: int | None = None) -> tuple[source
     """
     run = workdirs.RunAt.open(workdir, step)
     spec = backbones.spec_of(run.config)
-    base = sources.open_clip_source(spec.source, "config.backbone.source")
+    base = origins.open_clip_source(spec.source, "config.backbone.source")
     found = readers.fingerprint(base.files)
     for prefix, part in run.program.objective.pretrained().items():
         began = run.sources.get(prefix)
@@ -71,4 +71,4 @@ def run_source(workdir: epath.PathLike, step: int | None = None) -> tuple[source
         tuned=sorted(towers),
     )
     where = f"{workdir}, step {run.step}"
-    return sources.ClipSource(where, "checkpoint", tensors, spec, tokenizer=base.tokenizer), provenance
+    return origins.ClipSource(where, "checkpoint", tensors, spec, tokenizer=base.tokenizer), provenance

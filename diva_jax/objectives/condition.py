@@ -75,7 +75,7 @@ def add_text(projected: Array, text: Array, how: str) -> Array:
     return projected + text.astype(projected.dtype)
 
 
-def check(select: str, how: str, patches: int, text_tokens: int) -> None:
+def check_fit(select: str, how: str, patches: int, text_tokens: int) -> None:
     """Raises a UserError where features and text cannot be added."""
     n = token_count(select, patches)
     if how not in ("token", "mean"):

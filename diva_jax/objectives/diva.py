@@ -103,7 +103,7 @@ class Objective(contract.Objective):
                 "the diva objective has no class embedding to give to this U-Net "
                 "(class_embed_type is set): use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion"
             )
-        condition.check(self.spec.select, self.spec.add_text, self.spec.patches, self.diffusion.text_tokens)
+        condition.check_fit(self.spec.select, self.spec.add_text, self.spec.patches, self.diffusion.text_tokens)
         dtype, frozen = jnp.dtype(config.dtype), jnp.dtype(config.frozen_dtype)
         kw = dict(rngs=rngs, dtype=dtype)
         again = config.remat in ("vision", "all")

@@ -29,7 +29,7 @@ def _decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
     return {n: p.ndim > 1 for n, p in params.items()}
 
 
-def build(config, stage: Stage, scales: Mapping[str, float]) -> optax.GradientTransformation:
+def optimizer(config, stage: Stage, scales: Mapping[str, float]) -> optax.GradientTransformation:
     """The optax chain: clip by global norm, SGD with momentum or AdamW, per-parameter scale.
 
     Args:

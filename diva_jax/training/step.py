@@ -132,7 +132,7 @@ class Program:
         return next((i for i, s in enumerate(self.stages) if step < s.end), len(self.stages) - 1)
 
     def optimizer(self, stage: int) -> optax.GradientTransformation:
-        return optim.build(self.config.optim, self.stages[stage], self.active(stage))
+        return optim.optimizer(self.config.optim, self.stages[stage], self.active(stage))
 
     def init_opt(self, stage: int, params: Mapping[str, jax.Array]):
         """A fresh optimizer state for a stage, sharded as its parameters."""

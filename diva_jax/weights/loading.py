@@ -17,7 +17,7 @@ from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
-from diva_jax.weights import clip, diffusers, names, readers, resample, sources
+from diva_jax.weights import clip, diffusers, names, origins, readers, resample
 from diva_jax.weights.tensors import Tensors
 
 # Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).
@@ -28,13 +28,13 @@ _SD = {
 }
 
 
-def fill_vision(source: sources.ClipSource, spec: Spec, state, put=None, field: str = "config.backbone"):
+def fill_vision(source: origins.ClipSource, spec: Spec, state, put=None, field: str = "config.backbone"):
     """The state of `spec`'s vision tower, filled; position embeddings brought to its resolution, which is logged.
 
     Raises:
       UserError: the source is of another architecture or activation, or its names or shapes do not fit.
     """
-    sources.check(source, spec, field)
+    origins.check_architecture(source, spec, field)
     tensors = resample.to_resolution(source.tensors, spec)
     if tensors is not source.tensors:
         old, new = resample.grids(source.tensors, spec)
@@ -42,7 +42,7 @@ def fill_vision(source: sources.ClipSource, spec: Spec, state, put=None, field: 
     return names.assign(state, tensors, clip.vision_table(spec), source=source.where, put=put)
 
 
-def check_text(source: sources.ClipSource, spec: Spec) -> None:
+def check_text(source: origins.ClipSource, spec: Spec) -> None:
     """Raises a UserError where there is no text tower, or the source describes another than `spec.text`."""
     clip.text_table(spec)  # Of an architecture that has a text tower.
     if "token_embedding.weight" not in source.tensors and "text.token_embedding.weight" not in source.tensors:
@@ -59,7 +59,7 @@ def check_text(source: sources.ClipSource, spec: Spec) -> None:
         raise UserError(f"{source.where} has another text tower than config.backbone.text: {'; '.join(wrong)}")
 
 
-def fill_text(source: sources.ClipSource, spec: Spec, state, put=None):
+def fill_text(source: origins.ClipSource, spec: Spec, state, put=None):
     """The state of `spec`'s text tower, filled.
 
     Raises:
@@ -132,7 +132,7 @@ def load(
         return nnx.split(layers.abstract(lambda rngs: make(rngs=rngs, **kw)))
 
     if isinstance(spec, Spec):
-        opened = sources.open_clip_source(source)
+        opened = origins.open_clip_source(source)
         if tower == "text":
             graph, state = abstract(functools.partial(Text, spec))
             return nnx.merge(graph, fill_text(opened, spec, state, put))
@@ -141,7 +141,7 @@ def load(
     _, model, _, _ = _SD[type(spec)]
     if model is UNet:
         kw["remat"] = remat
-    folder = sources.diffusers_folder(source)
+    folder = origins.diffusers_folder(source)
     graph, state = abstract(functools.partial(model, spec))
     return nnx.merge(graph, fill_diffusers(open_diffusers(folder, spec), spec, state, put))
 

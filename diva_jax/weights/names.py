@@ -30,7 +30,7 @@ def _report(what: str, source: str, problems: Iterable[tuple[str, list[str]]]):
         raise UserError(f"{source} does not fit the {what} of the config: {'; '.join(found)}")
 
 
-def check(state, tensors: Mapping, table: Table, *, source: str = "the checkpoint") -> None:
+def check_names(state, tensors: Mapping, table: Table, *, source: str = "the checkpoint") -> None:
     """Compares names and shapes of a checkpoint with those of a state; arguments as `assign`'s.
 
     Raises:
@@ -74,7 +74,7 @@ def assign(
       UserError: a name is unknown, missing, or of another shape; lists them all.
     """
     put = put or (lambda path, array, want: jax.device_put(array))
-    check(state, tensors, table, source=source)
+    check_names(state, tensors, table, source=source)
     names = {table.canonical(n): n for n in tensors}
     wanted = {table.torch_name(path): (path, var) for path, var in flat(state).items()}
 

@@ -12,7 +12,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models.backbones import Spec, TextSpec
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
-from diva_jax.weights import loading, sources
+from diva_jax.weights import loading, origins
 from diva_jax.weights.prompt import encode_prompt
 
 # (path, array in our layout and dtype, wanted shape and dtype) -> array on a device, or on the host.
@@ -52,15 +52,15 @@ def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple
     """The vision tower of a backbone.
 
     Args:
-      source: anything that `sources.open_clip_source` reads.
+      source: anything that `origins.open_clip_source` reads.
       spec: of the tower.
       field: the config section of the spec, named in errors; its `source` is where `source` comes from.
       fresh: see `Part`.
     """
 
     def opened():
-        found = sources.open_clip_source(source, f"{field}.source")
-        sources.check(found, spec, field)
+        found = origins.open_clip_source(source, f"{field}.source")
+        origins.check_architecture(found, spec, field)
         return Opened(found.files, lambda state, put: loading.fill_vision(found, spec, state, put, field))
 
     return Part(source, opened, fresh)
@@ -70,7 +70,7 @@ def text(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[s
     """The text tower of a backbone; arguments as for `vision`."""
 
     def opened():
-        found = sources.open_clip_source(source, f"{field}.source")
+        found = origins.open_clip_source(source, f"{field}.source")
         loading.check_text(found, spec)
         return Opened(found.files, lambda state, put: loading.fill_text(found, spec, state, put))
 
@@ -81,7 +81,7 @@ def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
     """The scale or bias of the logits, `logit_scale` or `logit_bias`: one parameter of shape [], as it is stored."""
 
     def opened():
-        found = sources.open_clip_source(source, f"{field}.source")
+        found = origins.open_clip_source(source, f"{field}.source")
         if name not in found.tensors:
             raise UserError(f"{found.where} has no {name}: give the checkpoint of the whole model as {field}.source")
         return Opened(found.files, lambda state, put: _one(state, np.asarray(found.tensors[name]), put))
@@ -99,7 +99,7 @@ def diffusers(source: str, config, field: str) -> Part:
     """
 
     def opened():
-        tensors = loading.open_diffusers(sources.diffusers_folder(source), config, field)
+        tensors = loading.open_diffusers(origins.diffusers_folder(source), config, field)
         return Opened(tensors.files, lambda state, put: loading.fill_diffusers(tensors, config, state, put))
 
     return Part(source, opened)
@@ -116,7 +116,7 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
     """
 
     def opened():
-        folder = sources.diffusers_folder(source)
+        folder = origins.diffusers_folder(source)
         tensors = loading.open_diffusers(folder, config, "config.diffusion.text_encoder")
 
         def fill(state, put):
@@ -136,7 +136,7 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
 
 def tokenizer_folder(source: str, field: str = "config.backbone.source") -> Path:
     """The folder that has the tokenizer's files of a source of weights."""
-    where = Path(sources.open_clip_source(source, field).where)
+    where = Path(origins.open_clip_source(source, field).where)
     return where if where.is_dir() else where.parent
 
 
@@ -148,7 +148,7 @@ def tokenizer(source: str, text: TextSpec, folder: str = "") -> Callable[[], tok
       text: of the tower.
       folder: with the tokenizer's files; empty: that of `source`.
     """
-    return lambda: tokenizers.build(text, folder or tokenizer_folder(source))
+    return lambda: tokenizers.open_tokenizer(text, folder or tokenizer_folder(source))
 
 
 def _one(state: nnx.State, array: np.ndarray, put: Put) -> nnx.State:

@@ -19,7 +19,7 @@ from helpers import tensors
 from diva_jax.common.errors import UserError
 from diva_jax.evals import encoders, evaluator, results
 from diva_jax.training import checkpoint, sharding, workdirs
-from diva_jax.weights import readers, sources
+from diva_jax.weights import origins, readers
 from diva_jax.weights.writers import write_safetensors
 
 TASKS = ("mmvp", "zeroshot", "retrieval", "drift")
@@ -84,7 +84,7 @@ def workdir(tmp_path_factory, base):
     checkpoints = checkpoint.Checkpoints(folder)
     for step in (2, 5):
         arrays = small.random_arrays(program, seed=step)
-        began = {"source": ["x"], "sha256": readers.fingerprint(sources.open_clip_source(str(base)).files)}
+        began = {"source": ["x"], "sha256": readers.fingerprint(origins.open_clip_source(str(base)).files)}
         meta = {"sources": {"vision": began}, "config": json.loads(c.to_json())}
         checkpoints.save(step, program.init_state(arrays), {}, meta)
     checkpoints.wait()
@@ -98,7 +98,7 @@ def run(config, data, sources, devices: int):
     found = []
     for source in sources:
         path, step = encoders.resolve(str(source))
-        loaded = encoders.load(path, step, config, mesh)
+        loaded = encoders.read(path, step, config, mesh)
         label = evaluator.labels_of([path], [step])[0]
         found.append((label, runner.evaluate(runner.model(label, loaded))))
     return runner.report(found)
@@ -165,8 +165,8 @@ def test_a_checkpoint_is_what_was_saved(config, workdir, base):
     mesh = sharding.make_mesh(config.mesh)
     path, step = encoders.resolve(str(workdir))
     assert step == 5 and encoders.resolve(f"{workdir}:2") == (str(workdir), 2)
-    found = encoders.load(path, step, config, mesh)
-    source = encoders.load(str(base), None, config, mesh)
+    found = encoders.read(path, step, config, mesh)
+    source = encoders.read(str(base), None, config, mesh)
     program = small.program(workdirs.read_config(workdir))
     saved = small.random_arrays(program, seed=5)
     assert set(found.params) == set(program.trained) and {"visual_proj/kernel", "visual_proj/bias"} < set(found.params)
@@ -184,7 +184,7 @@ def test_a_vision_tower_alone_has_the_configs_text_tower(config, base, tmp_path)
     """As DIVA's authors publish their encoders."""
     tower = tensors(torch_model(CLIP, seed=8).visual)
     write_safetensors(tmp_path / "tuned.safetensors", tower)
-    found = encoders.load(str(tmp_path / "tuned.safetensors"), None, config, sharding.make_mesh(config.mesh))
+    found = encoders.read(str(tmp_path / "tuned.safetensors"), None, config, sharding.make_mesh(config.mesh))
     assert found.source == str(base) and found.text is None
     np.testing.assert_array_equal(found.vision["class_embed"], tower["class_embedding"])
 
@@ -288,7 +288,7 @@ def test_wrong_steps_and_backbones_are_refused(workdir, config, tmp_path):
     other = eval_config(CLIP, workdir)
     other.backbone.width = 60
     with pytest.raises(UserError, match="is a run of another backbone than --config .width.: give its own"):
-        encoders.load(str(workdir), 5, other, sharding.make_mesh(other.mesh))
+        encoders.read(str(workdir), 5, other, sharding.make_mesh(other.mesh))
 
 
 def test_live_parameters_in_training(config, data, base, workdir):
@@ -296,12 +296,12 @@ def test_live_parameters_in_training(config, data, base, workdir):
     config.mesh.update(fsdp=4, min_shard=64)
     mesh = sharding.make_mesh(config.mesh)
     runner = evaluator.Evaluator(config, mesh, {t: data[t] for t in ("mmvp", "drift")})
-    begun = encoders.load(str(base), None, config, mesh).vision
+    begun = encoders.read(str(base), None, config, mesh).vision
     assert any(len(a.sharding.device_set) == 8 and not a.is_fully_replicated for a in begun.values())
     found, notes = runner.scalars({"vision": begun}, {})
     assert not notes
     assert found["eval/drift/cosine"] == pytest.approx(1) and found["eval/drift/knn_overlap"] == 100
     assert found["eval/mmvp/pooled_change"] == 0
     assert 0 < found["eval/mmvp/pooled"] < 100 and all(type(v) is float for v in found.values())
-    moved, _ = runner.scalars({"vision": encoders.load(str(workdir), 5, config, mesh).vision}, {})
+    moved, _ = runner.scalars({"vision": encoders.read(str(workdir), 5, config, mesh).vision}, {})
     assert moved["eval/drift/cosine"] < 0.999 and set(moved) == set(found)

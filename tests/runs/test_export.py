@@ -10,23 +10,26 @@ import jax
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
-from clip_folders import CLIP, SIGLIP, clip_folder, siglip_folder
+from clip_folders import CLIP, SIGLIP, clip_folder, dinov2_folder, metaclip2_folder, siglip_folder
+from eval_models import torch_model
 from helpers import randomise, relative_error, tensors
 from ml_collections import ConfigDict
 from PIL import Image
 from places import ROOT
+from specs import DINOV2, DINOV2_REG, DINOV2_SWIGLU, EVA02, METACLIP2_FOLDER, SIGLIP2_FOLDER
 
 from diva_jax import config as configs
 from diva_jax import demo, weights
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.export import layouts, reference, workdirs
+from diva_jax.export import cards, layouts, reference, workdirs
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import TABLE, TINY
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.training import checkpoint, partition
 from diva_jax.training.sharding import make_mesh, parameter_shardings
-from diva_jax.weights import hf, names, readers, sources, writers
+from diva_jax.weights import hf, names, origins, readers, writers
 from diva_jax.weights.tensors import Tensor, Tensors
 
 
@@ -55,7 +58,7 @@ def run(tmp_path_factory):
     mesh = make_mesh(ConfigDict(dict(data=1, fsdp=8)))
     shardings = parameter_shardings(params, mesh, 1)
     placed = {n: jax.device_put(a, shardings[n]) for n, a in params.items()}
-    source = sources.open_clip_source(str(root / "clip"))
+    source = origins.open_clip_source(str(root / "clip"))
     meta = {"sources": {"vision": {"source": ["x"], "sha256": readers.fingerprint(source.files)}}}
     checkpoints = checkpoint.Checkpoints(workdir)
     checkpoints.save(7, {"params": placed, "opt": {"mu": placed}, "step": jax.numpy.int32(7)}, {}, meta)
@@ -70,7 +73,7 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     layouts.export(source, source.spec, tmp_path / "out", "open_clip")
     assert "open_clip: largest difference" in capsys.readouterr().out
 
-    original = sources.open_clip_source(str(root / "clip")).tensors
+    original = origins.open_clip_source(str(root / "clip")).tensors
     written = readers.open_file(tmp_path / "out/open_clip_model.safetensors")
     untouched = [n for n in original if not n.startswith("visual.")] + ["visual.positional_embedding"]
     equal({n: written[n] for n in untouched}, {n: original[n] for n in untouched})
@@ -90,7 +93,7 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     assert np.abs(ours - theirs).max() < 1e-5
 
     again, _ = workdirs.checkpoint_source(root / "work", 7)
-    equal(again.tensors, sources.open_clip_source(str(tmp_path / "out")).tensors)
+    equal(again.tensors, origins.open_clip_source(str(tmp_path / "out")).tensors)
 
 
 def command(*args):
@@ -159,9 +162,9 @@ def written_by_open_clip(spec, folder):
 @pytest.mark.parametrize("fmt", ["open_clip", "hf", "pt"])
 def test_round_trip_of_a_small_h14_with_heads_of_80(tmp_path, fmt):
     original = written_by_open_clip(H14, tmp_path / "in")
-    source = sources.open_clip_source(str(tmp_path / "in"))
+    source = origins.open_clip_source(str(tmp_path / "in"))
     layouts.export(source, H14, tmp_path / "out", fmt)
-    back = sources.open_clip_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
+    back = origins.open_clip_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
     equal(back, {n: t for n, t in original.items() if fmt != "pt" or n.startswith("visual.")})
 
 
@@ -170,7 +173,7 @@ def test_squash_is_in_both_configs(tmp_path):
     from transformers import AutoImageProcessor
 
     written_by_open_clip(H14, tmp_path / "in")
-    source = sources.open_clip_source(str(tmp_path / "in"))
+    source = origins.open_clip_source(str(tmp_path / "in"))
     for fmt in ("open_clip", "hf"):
         layouts.export(source, H14, tmp_path / fmt, fmt)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (60, 90, 3), np.uint8))
@@ -185,7 +188,7 @@ def test_transformers_vision_model_has_no_missing_key(tmp_path):
     from transformers import CLIPVisionModel
 
     written_by_open_clip(CLIP, tmp_path / "in")
-    layouts.export(sources.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "hf")
+    layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "hf")
     model, info = CLIPVisionModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info.get("mismatched_keys")
     assert model.config.hidden_act == "quick_gelu"
@@ -198,30 +201,95 @@ def test_transformers_vision_model_has_no_missing_key(tmp_path):
 
 def test_round_trip_of_a_small_siglip(tmp_path, capsys):
     model = siglip_folder(tmp_path / "in")
-    layouts.export(sources.open_clip_source(str(tmp_path / "in")), SIGLIP, tmp_path / "out", "hf")
+    layouts.export(origins.open_clip_source(str(tmp_path / "in")), SIGLIP, tmp_path / "out", "hf")
     assert "transformers: largest difference" in capsys.readouterr().out
     equal(readers.open_file(tmp_path / "out/model.safetensors"), tensors(model))
     with pytest.raises(UserError, match="timm's list, which has none of width 48"):
-        layouts.export(sources.open_clip_source(str(tmp_path / "in")), SIGLIP, tmp_path / "b", "open_clip")
+        layouts.export(origins.open_clip_source(str(tmp_path / "in")), SIGLIP, tmp_path / "b", "open_clip")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("fmt", ["hf", "pt"])
+@pytest.mark.parametrize("spec", [DINOV2, DINOV2_REG, DINOV2_SWIGLU], ids=["plain", "registers", "swiglu"])
+def test_round_trip_of_a_small_dinov2(tmp_path, capsys, spec, fmt):
+    """Run through transformers, or timm, and bit for bit; the mask token, of no use here, is kept."""
+    model = dinov2_folder(tmp_path / "in", spec)
+    source = origins.open_clip_source(str(tmp_path / "in"))
+    layouts.export(source, spec, tmp_path / "out", fmt, card=cards.card(source, spec, fmt, "float32", None))
+    library = {"hf": "transformers", "pt": "timm"}[fmt]
+    assert f"{library}: largest difference" in capsys.readouterr().out
+    back = origins.open_clip_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else "")))
+    equal(back.tensors, source.tensors)
+    assert "visual.mask_token" in back.tensors and "open_clip" not in (tmp_path / "out/README.md").read_text()
+    if fmt == "hf":
+        again = type(model).from_pretrained(tmp_path / "out").state_dict()
+        equal({k: v.numpy() for k, v in again.items()}, tensors(model))
+    with pytest.raises(UserError, match="open_clip has no dinov2 model: use --format=hf or --format=pt"):
+        layouts.export(source, spec, tmp_path / "b", "open_clip")
+    assert not (tmp_path / "b").exists()
+
+
+def test_round_trip_of_a_small_siglip2_and_metaclip2(tmp_path, capsys):
+    """The text towers' own activation and pooling are in both configs."""
+    for name, write, spec in (
+        ("siglip2", siglip_folder, SIGLIP2_FOLDER),
+        ("metaclip2", metaclip2_folder, METACLIP2_FOLDER),
+    ):
+        write(tmp_path / name, spec)
+        source = origins.open_clip_source(str(tmp_path / name))
+        assert source.spec == spec
+        layouts.export(source, spec, tmp_path / f"{name}-hf", "hf")
+        assert "transformers: largest difference" in capsys.readouterr().out
+        assert origins.open_clip_source(str(tmp_path / f"{name}-hf")).spec == spec
+    layouts.export(source, spec, tmp_path / "open_clip", "open_clip")
+    assert origins.open_clip_source(str(tmp_path / "open_clip")).spec.text == spec.text
+
+
+def test_round_trip_of_a_small_eva02(tmp_path, capsys, monkeypatch):
+    """Through open_clip itself, by a tiny model that timm and our table are given."""
+    name = "eva02_tiny_patch6_clip_42"
+
+    def tiny(pretrained=False, **kw):
+        sizes = dict(img_size=42, patch_size=6, embed_dim=48, depth=2, num_heads=3, mlp_ratio=133.5 / 48)
+        options = dict(qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True)
+        return timm.models.eva.Eva(**sizes, **options, ref_feat_shape=(16, 16), **kw)
+
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, name, tiny)
+    monkeypatch.setattr(timm.models, "create_model", lambda _, **kw: tiny(**kw))
+    fields = {f: getattr(EVA02, f) for f in backbones.eva02.TIMM["eva02_base_patch16_clip_224"]}
+    monkeypatch.setitem(backbones.eva02.TIMM, name, fields)
+    monkeypatch.setattr(timm, "create_model", lambda _, **kw: tiny(**kw))
+
+    (tmp_path / "in").mkdir()
+    model = torch_model(EVA02)
+    writers.write_open_clip(tmp_path / "in", tensors(model), to_open_clip(EVA02))
+    source = origins.open_clip_source(str(tmp_path / "in"))
+    assert source.spec == dataclasses.replace(EVA02, source=str(tmp_path / "in"))
+    for fmt in ("open_clip", "pt"):
+        layouts.export(source, EVA02, tmp_path / fmt, fmt)
+        assert "open_clip: largest difference" in capsys.readouterr().out
+        back = origins.open_clip_source(str(tmp_path / fmt / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
+        equal(back, {n: t for n, t in tensors(model).items() if fmt != "pt" or n.startswith("visual.")})
+    with pytest.raises(UserError, match="transformers has no eva02 model: use --format=open_clip"):
+        layouts.export(source, EVA02, tmp_path / "hf", "hf")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("fmt", ["open_clip", "hf", "pt"])
 def test_half_precision(tmp_path, dtype, fmt):
     written_by_open_clip(CLIP, tmp_path / "in")
-    source = sources.open_clip_source(str(tmp_path / "in"))
+    source = origins.open_clip_source(str(tmp_path / "in"))
     layouts.export(source, CLIP, tmp_path / "out", fmt, dtype=dtype)
-    back = sources.open_clip_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
+    back = origins.open_clip_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
     assert {str(np.dtype(t.dtype)) for t in back.values()} == {dtype}
 
 
 def test_vision_tower_alone_has_no_text_to_export(tmp_path):
     written_by_open_clip(CLIP, tmp_path / "in")
-    layouts.export(sources.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "tower", "pt")
+    layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "tower", "pt")
     state = torch.load(tmp_path / "tower" / layouts.PT_FILE, weights_only=True)
     assert "conv1.weight" in state and "class_embedding" in state
-    tower = sources.open_clip_source(str(tmp_path / "tower" / layouts.PT_FILE))
+    tower = origins.open_clip_source(str(tmp_path / "tower" / layouts.PT_FILE))
     with pytest.raises(UserError, match="vision tower alone"):
         layouts.export(tower, CLIP, tmp_path / "out", "open_clip")
 
@@ -229,8 +297,8 @@ def test_vision_tower_alone_has_no_text_to_export(tmp_path):
 def test_another_resolution_is_exported_as_such(tmp_path):
     clip_folder(tmp_path / "in")
     spec = dataclasses.replace(CLIP, image_size=42)
-    layouts.export(sources.open_clip_source(str(tmp_path / "in")), spec, tmp_path / "out", "open_clip")
-    assert sources.open_clip_source(str(tmp_path / "out")).spec.image_size == 42
+    layouts.export(origins.open_clip_source(str(tmp_path / "in")), spec, tmp_path / "out", "open_clip")
+    assert origins.open_clip_source(str(tmp_path / "out")).spec.image_size == 42
 
 
 def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
@@ -245,7 +313,7 @@ def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
 
     monkeypatch.setattr(writers, "write_safetensors", spoilt)
     with pytest.raises(RunError, match="ln_final.bias"):
-        layouts.export(sources.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
+        layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
@@ -255,13 +323,13 @@ def test_what_open_clip_computes_is_compared(tmp_path, monkeypatch):
     pooled = reference.open_clip_pooled
     monkeypatch.setattr(reference, "open_clip_pooled", lambda *a: pooled(*a) * 1.0002)
     with pytest.raises(RunError, match="computes other embeddings"):
-        layouts.export(sources.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
+        layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 def test_float16_overflow_is_refused(tmp_path):
     written_by_open_clip(CLIP, tmp_path / "in")
-    source = sources.open_clip_source(str(tmp_path / "in"))
+    source = origins.open_clip_source(str(tmp_path / "in"))
     big = Tensor((24,), np.dtype(np.float32), lambda: np.full(24, 1e6, np.float32))
     name = "visual.ln_post.bias"
     big = dataclasses.replace(big, shape=source.tensors[name].shape, read=lambda: np.full(48, 1e6, np.float32))
@@ -305,9 +373,15 @@ def test_custom_config_of_weights_that_describe_themselves(tmp_path):
     module = runpy.run_path(str(ROOT / "configs/custom.py"))
     found = backbones.spec_of(module["get_config"](str(tmp_path / "in")))
     assert found == dataclasses.replace(H14, source=str(tmp_path / "in"), select="all", readout="pooled")
-    for name in module["MODELS"]:
-        spec = backbones.spec_of(module["get_config"](f"{name}-quickgelu"))
-        theirs = from_open_clip(open_clip.get_model_config(name) | {"quick_gelu": True}, name=f"{name}-quickgelu")
-        assert spec == theirs
+    for name, model in module["MODELS"].items():
+        config = open_clip.get_model_config(name)
+        assert backbones.spec_of(module["get_config"](name)) == from_open_clip(config, name=name)
+        if not model["vision_cfg"].get("timm_model_name"):
+            spec = backbones.spec_of(module["get_config"](f"{name}-quickgelu"))
+            assert spec == from_open_clip(config | {"quick_gelu": True}, name=f"{name}-quickgelu")
+    for name, spec in module["DINOV2"].items():
+        assert backbones.spec_of(module["get_config"](name)) == spec
+        found, _ = hf.from_transformers(hf.to_transformers(spec, "float32"), hf.image_processor(spec), name)
+        assert found == spec
     with pytest.raises(UserError, match="does not exist"):
         module["get_config"]("nothing/there.pt")

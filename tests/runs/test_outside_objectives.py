@@ -124,7 +124,7 @@ def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
     assert [r["score"] for r in run] != [r["score"] for r in base]
 
     c = get_config(f"{name}:{world}")
-    found = encoders.load(str(workdir), TOTAL[name], c, sharding.make_mesh(c.mesh))
+    found = encoders.read(str(workdir), TOTAL[name], c, sharding.make_mesh(c.mesh))
     scored = {"vision": found.vision} | ({"text": found.text} if found.text is not None else {})
     written = readers.open_file(tuned / "open_clip_model.safetensors")
     original = readers.open_file(world / "clip" / "open_clip_model.safetensors")

@@ -147,7 +147,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     assert not any("projection" in note for note in by_label["tuned"]["notes"])
     (comparison,) = results["feedback"]["comparisons"]
     assert comparison["scores"]["gap_other"]["difference"] != 0
-    bare = run.tasks["feedback"].evaluate(run.model("clip", encoders.load(*given[0], c, mesh)))
+    bare = run.tasks["feedback"].evaluate(run.model("clip", encoders.read(*given[0], c, mesh)))
     assert "these weights have no visual_proj: the random one of config.seed=0 is used" in bare.results["notes"]
 
 

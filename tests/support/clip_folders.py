@@ -1,58 +1,63 @@
-"""Folders of transformers' CLIPModel and SiglipModel, small and random."""
+"""Folders of transformers' models, small and random."""
 
 from helpers import randomise
+from specs import CLIP_FOLDER as CLIP
+from specs import DINOV2, METACLIP2_FOLDER
+from specs import SIGLIP_FOLDER as SIGLIP
 
-from diva_jax.models.backbones import HALF, Spec, TextSpec
 from diva_jax.weights import hf
 
-CLIP = Spec(
-    image_size=30,
-    patch_size=6,
-    width=48,
-    layers=2,
-    heads=3,
-    mlp_dim=96,
-    embed_dim=20,
-    text=TextSpec(context_length=11, vocab_size=99, width=128, heads=2, layers=2, mlp_dim=512),
-)
-SIGLIP = Spec(
-    arch="siglip",
-    image_size=42,
-    patch_size=14,
-    width=48,
-    layers=2,
-    heads=4,
-    mlp_dim=100,
-    embed_dim=48,
-    activation="gelu",
-    norm_eps=1e-6,
-    mean=HALF,
-    std=HALF,
-    resize_mode="squash",
-    text=TextSpec(10, 77, 48, 4, 2, 100, causal=False, pool="last", proj_bias=True, norm_eps=1e-6, tokenizer="siglip"),
-)
 
+def siglip_folder(folder, spec=SIGLIP, act=None, **save):
+    """A transformers SiglipModel of `spec` with random weights, saved; returns the model.
 
-def siglip_folder(folder, spec=SIGLIP, act="gelu", **save):
-    """A transformers SiglipModel of `spec` with random weights, saved; returns the model."""
+    Args:
+      folder: where to.
+      spec: of the model.
+      act: transformers' activation of both towers; default the spec's.
+      **save: for `save_pretrained`.
+    """
     from transformers import SiglipConfig, SiglipModel
 
     cfg = hf.to_transformers(spec, "float32")
-    for part in ("vision_config", "text_config"):
-        cfg[part]["hidden_act"] = act
+    if act is not None:
+        for part in ("vision_config", "text_config"):
+            cfg[part]["hidden_act"] = act
     config = SiglipConfig(vision_config=cfg["vision_config"], text_config=cfg["text_config"])
     model = randomise(SiglipModel(config))
     model.save_pretrained(folder, **save)
     return model
 
 
+def _clip_like(kind, config_kind, folder, spec, **save):
+    cfg = hf.to_transformers(spec, "float32")
+    parts = {k: cfg[k] for k in ("vision_config", "text_config", "projection_dim")}
+    model = randomise(kind(config_kind(**parts)))
+    model.save_pretrained(folder, **save)
+    return model
+
+
 def clip_folder(folder, spec=CLIP, **save):
+    """A transformers CLIPModel."""
     from transformers import CLIPConfig, CLIPModel
 
+    return _clip_like(CLIPModel, CLIPConfig, folder, spec, **save)
+
+
+def metaclip2_folder(folder, spec=METACLIP2_FOLDER, **save):
+    """A transformers MetaClip2Model."""
+    from transformers import MetaClip2Config, MetaClip2Model
+
+    return _clip_like(MetaClip2Model, MetaClip2Config, folder, spec, **save)
+
+
+def dinov2_folder(folder, spec=DINOV2, **save):
+    """A transformers Dinov2Model or Dinov2WithRegistersModel."""
+    import transformers
+
     cfg = hf.to_transformers(spec, "float32")
-    config = CLIPConfig(
-        vision_config=cfg["vision_config"], text_config=cfg["text_config"], projection_dim=cfg["projection_dim"]
-    )
-    model = randomise(CLIPModel(config))
+    (kind,) = cfg.pop("architectures")
+    config = getattr(transformers, kind.replace("Model", "Config"))(**cfg)
+    model = randomise(getattr(transformers, kind)(config))
     model.save_pretrained(folder, **save)
     return model

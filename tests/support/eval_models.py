@@ -10,7 +10,7 @@ import sentencepiece
 import torch
 from helpers import randomise, tensors
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
+from torch_towers import torch_tower
 from transformers import SiglipTokenizer, T5Tokenizer
 
 from diva_jax.data.tokenizers import siglip_clean
@@ -18,52 +18,45 @@ from diva_jax.models.backbones import Spec
 from diva_jax.weights.writers import write_safetensors
 
 
-class _Siglip(torch.nn.Module):
+class _Trunk(torch.nn.Module):
     """A timm tower where open_clip keeps it, under `visual.trunk`."""
 
     def __init__(self, spec: Spec):
         super().__init__()
-        self.trunk = VisionTransformer(
-            img_size=spec.image_size,
-            patch_size=spec.patch_size,
-            embed_dim=spec.width,
-            depth=spec.layers,
-            num_heads=spec.heads,
-            mlp_ratio=(spec.mlp_dim + 0.5) / spec.width,
-            class_token=False,
-            global_pool="map",
-            num_classes=0,
-        )
+        self.trunk = torch_tower(spec)
 
     def forward(self, x):
         return self.trunk(x)
 
 
-def torch_model(spec: Spec, seed: int = 5) -> torch.nn.Module:
-    """open_clip's whole model, random."""
-    text, siglip = spec.text, spec.arch == "siglip"
-    kind = open_clip.CustomTextCLIP if siglip else open_clip.CLIP
+def torch_model(spec: Spec, seed: int = 5, custom_text: bool = False) -> torch.nn.Module:
+    """open_clip's whole model, random; `custom_text`: with the text tower under `text.` for CLIP too."""
+    text, timm_tower = spec.text, spec.arch != "vit"
+    kind = open_clip.CustomTextCLIP if timm_tower or custom_text else open_clip.CLIP
     vision = dict(image_size=spec.image_size, patch_size=spec.patch_size, width=spec.width, layers=spec.layers)
+    activation = text.activation or spec.activation
     model = kind(
         embed_dim=spec.embed_dim,
-        quick_gelu=spec.activation == "quick_gelu",
-        init_logit_bias=-10 if siglip else None,
-        vision_cfg=vision | dict(head_width=spec.width // spec.heads),
+        quick_gelu=activation == "quick_gelu",
+        init_logit_bias=-10 if spec.arch == "siglip" else None,
+        vision_cfg=vision | dict(head_width=spec.width // spec.heads, mlp_ratio=(spec.mlp_dim + 0.5) / spec.width),
         text_cfg=dict(
             context_length=text.context_length,
             vocab_size=text.vocab_size,
             width=text.width,
             heads=text.heads,
             layers=text.layers,
-            mlp_ratio=text.mlp_dim / text.width,
+            mlp_ratio=(text.mlp_dim + 0.5) / text.width,
             no_causal_mask=not text.causal,
             pool_type=text.pool,
+            eos_id=text.eos_id,
             proj_bias=text.proj_bias,
             norm_kwargs=dict(eps=text.norm_eps),
+            act_kwargs=dict(approximate="tanh") if activation == "gelu_tanh" else None,
         ),
     )
-    if siglip:
-        model.visual = _Siglip(spec)
+    if timm_tower:
+        model.visual = _Trunk(spec)
     with torch.no_grad():
         scale = model.logit_scale.clone()
         randomise(model, seed)
@@ -95,11 +88,16 @@ def write_model(folder: Path, model: torch.nn.Module) -> Path:
 
 
 def write_siglip_tokenizer(out: Path, layout: str = "timm") -> Path:
-    """A small SentencePiece vocabulary as open_clip's hub folders ("timm") or "transformers" ones hold it."""
+    """A small SentencePiece vocabulary as hub folders hold it.
+
+    Args:
+      out: where the folder is made.
+      layout: "timm" or "transformers" for SigLIP's, "gemma" for SigLIP 2's, "xlm" for MetaCLIP 2's.
+    """
     lines = Path(tarfile.__file__).read_text().splitlines() + Path(argparse.__file__).read_text().splitlines()
     lines = [s for line in lines for s in (line.strip(), siglip_clean(line)) if s]
     train = out / "train"
-    train.mkdir()
+    train.mkdir(parents=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_prefix=str(train / "spiece"),
@@ -114,7 +112,31 @@ def write_siglip_tokenizer(out: Path, layout: str = "timm") -> Path:
     if layout == "timm":
         T5Tokenizer.from_pretrained(train, pad_token="</s>", extra_ids=0, legacy=False).save_pretrained(folder)
         assert (folder / "tokenizer.json").exists()
+    elif layout in ("gemma", "xlm"):
+        pieces = sentencepiece.SentencePieceProcessor(str(train / "spiece.model"))
+        vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+        _write_fast_tokenizer(folder, vocab, layout)
     else:
         SiglipTokenizer(str(train / "spiece.model"), pad_token="</s>").save_pretrained(folder)
         assert (folder / "spiece.model").exists()
     return folder
+
+
+def _write_fast_tokenizer(folder: Path, vocab: list[tuple[str, float]], layout: str) -> None:
+    """SigLIP 2's (end token, padded with id 0) or XLM-R's (start and end tokens, padded with id 1) on a vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [pair for pair in vocab if pair[0] not in ("<pad>", "</s>", "<unk>")]
+    first = {"gemma": ["<pad>", "<eos>", "<unk>"], "xlm": ["<s>", "<pad>", "</s>", "<unk>"]}[layout]
+    tokenizer = Tokenizer(models.Unigram([*((t, 0.0) for t in first), *words], unk_id=first.index("<unk>")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    end = "<eos>" if layout == "gemma" else "</s>"
+    single = f"$A {end}" if layout == "gemma" else f"<s> $A {end}"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(t, i) for i, t in enumerate(first)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token=end, unk_token="<unk>", padding_side="right"
+    )
+    fast.save_pretrained(folder)

@@ -33,10 +33,10 @@ LIBRARY = "timm"
 
 
 class LayerScale(nnx.Module):
-    """A learned factor for each channel (arXiv 2103.17239)."""
+    """A learned factor for each channel (arXiv 2103.17239), initially `value`."""
 
-    def __init__(self, make: Layers, width: int):
-        self.gamma = make.param(nnx.initializers.ones, width)
+    def __init__(self, make: Layers, width: int, value: float):
+        self.gamma = make.param(nnx.initializers.constant(value), width)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         return x * self.gamma[...].astype(x.dtype)
@@ -58,16 +58,17 @@ class Block(nnx.Module):
     """x + ls1 * attention(norm1(x)), then x + ls2 * mlp(norm2(x))."""
 
     def __init__(self, make: Layers, spec: Spec):
-        width = spec.width
+        # So that the variance of the residual stream does not grow with depth; checkpoints bring their own values.
+        width, scale = spec.width, (2 * spec.layers) ** -0.5
         self.norm1 = make.layer_norm(width, spec.norm_eps)
         self.attn = Attention(make, width, spec.heads, causal=False)
-        self.ls1 = LayerScale(make, width)
+        self.ls1 = LayerScale(make, width, scale)
         self.norm2 = make.layer_norm(width, spec.norm_eps)
         if spec.activation == "swiglu":
             self.mlp = SwiGLU(make, width, spec.mlp_dim)
         else:
             self.mlp = Mlp(make, width, spec.mlp_dim, spec.activation)
-        self.ls2 = LayerScale(make, width)
+        self.ls2 = LayerScale(make, width, scale)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, N, D] -> [B, N, D]
         x = x + self.ls1(self.attn(self.norm1(x)))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import images
-from diva_jax.data.tokenizers import build
+from diva_jax.data.tokenizers import open_tokenizer
 from diva_jax.evals import Settings, encode, encoders
 from diva_jax.models.backbones import TABLE
 from diva_jax.training import sharding
@@ -87,7 +87,7 @@ def test_an_unknown_resize_mode_is_refused():
 def embeddings(spec, folder, tokenizer, mesh):
     """Our image and text embeddings, from the files alone."""
     towers = encode.Towers(spec, mesh, Settings(batch_size=4))
-    loaded = encoders.load(str(folder), None, eval_config(spec, folder), mesh)
+    loaded = encoders.read(str(folder), None, eval_config(spec, folder), mesh)
     found = towers.images(loaded.vision, lambda i: photograph(PHOTOGRAPHS[i]), len(PHOTOGRAPHS))["pooled"]
     arrays = encoders.tower("text", loaded.source, spec, mesh, 2**18)
     return found, towers.texts(arrays, tokenizer(TEXTS))
@@ -98,11 +98,11 @@ def test_logits_on_photographs_equal_open_clips(spec, tmp_path):
     model = torch_model(spec)
     folder = write_model(tmp_path / "model", model)
     if spec is CLIP:
-        theirs, tokenizer = open_clip.SimpleTokenizer(), build(spec.text, folder)
+        theirs, tokenizer = open_clip.SimpleTokenizer(), open_tokenizer(spec.text, folder)
     else:
         siglip_folder = write_siglip_tokenizer(tmp_path)
         theirs = open_clip.tokenizer.HFTokenizer(str(siglip_folder), context_length=64, clean="canonicalize")
-        tokenizer = build(spec.text, siglip_folder)
+        tokenizer = open_tokenizer(spec.text, siglip_folder)
     ours, words = embeddings(spec, folder, tokenizer, sharding.make_mesh(eval_config(spec, folder).mesh))
     with torch.no_grad():
         pixels = torch.stack([transform(spec)(photograph(name)) for name in PHOTOGRAPHS])

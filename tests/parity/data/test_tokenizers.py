@@ -57,7 +57,7 @@ def clip_folder(request, tmp_path_factory, reference):
 
 
 def test_clip_equals_open_clip(clip_folder, reference):
-    tokenizer, texts = tokenizers.build(CLIP, clip_folder), TEXTS + random_texts(400, seed=1)
+    tokenizer, texts = tokenizers.open_tokenizer(CLIP, clip_folder), TEXTS + random_texts(400, seed=1)
     ours = tokenizer(texts)
     assert ours.dtype == np.int32
     np.testing.assert_array_equal(ours, reference(texts).numpy())
@@ -72,11 +72,28 @@ def siglip_folder(request, tmp_path_factory):
 
 def test_siglip_equals_open_clip(siglip_folder):
     texts = TEXTS + random_texts(200, seed=2)
-    ours = tokenizers.build(SIGLIP, siglip_folder)(texts)
+    ours = tokenizers.open_tokenizer(SIGLIP, siglip_folder)(texts)
     reference = HFTokenizer(str(siglip_folder), context_length=64, clean="canonicalize")
     np.testing.assert_array_equal(ours, reference(texts).numpy())
     # Padded with the end token; a text without letters is nothing else.
     assert (ours[3] == 1).all() and (ours[5] == 1).all() and ours[11, -1] == 1 and (ours[11, :-1] != 1).all()
+
+
+XLM = TextSpec(context_length=64, vocab_size=32000, tokenizer="xlm")
+
+
+def test_siglip2_and_metaclip2_equal_open_clip(tmp_path):
+    """A Gemma tokenizer on canonicalised text, and XLM-V's on text whose case is kept."""
+    for kind, text, clean in (("gemma", SIGLIP, "canonicalize"), ("xlm", XLM, "whitespace")):
+        folder = write_siglip_tokenizer(tmp_path / kind, kind)
+        texts = TEXTS + random_texts(100, seed=3)
+        reference = HFTokenizer(str(folder), context_length=64, clean=clean)(texts).numpy()
+        ours = tokenizers.open_tokenizer(text, folder)(texts)
+        np.testing.assert_array_equal(ours, reference)
+    assert (
+        tokenizers.open_tokenizer(XLM, folder)(["A Dog"]).tolist()
+        != tokenizers.open_tokenizer(XLM, folder)(["a dog"]).tolist()
+    )
 
 
 def test_siglip_rule_lower_cases_and_drops_punctuation():
@@ -102,10 +119,10 @@ def test_missing_and_broken_files_are_named(tmp_path, text, files, says):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=says):
-        tokenizers.build(text, tmp_path)
+        tokenizers.open_tokenizer(text, tmp_path)
 
 
 def test_a_vocabulary_larger_than_the_tower_is_refused(tmp_path):
     shutil.copy(open_clip.tokenizer.default_bpe(), tmp_path / "bpe_simple_vocab_16e6.txt.gz")
     with pytest.raises(UserError, match="49408 tokens, but the text tower only 100"):
-        tokenizers.build(TextSpec(vocab_size=100), tmp_path)
+        tokenizers.open_tokenizer(TextSpec(vocab_size=100), tmp_path)

@@ -99,7 +99,7 @@ def ours(exported, root, task, batch_size=50):
     config.eval.update(bootstrap=500, batch_size=batch_size)
     mesh = sharding.make_mesh(config.mesh)
     runner = evaluator.Evaluator(config, mesh, {task: str(root)})
-    loaded = encoders.load(str(exported), None, config, mesh)
+    loaded = encoders.read(str(exported), None, config, mesh)
     return runner.evaluate(runner.model("exported", loaded))[task]
 
 

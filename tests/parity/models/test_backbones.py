@@ -8,83 +8,18 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers import randomise, relative_error, tensors
-from open_clip.transformer import QuickGELU, VisionTransformer
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from helpers import relative_error
+from specs import DINOV2, EVA02, QUICK, SIGLIP, TOWERS
+from torch_towers import checkpoint, checkpoint_name, torch_features, torch_tower
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.backbones import TABLE, Spec, build
+from diva_jax.models import backbones
+from diva_jax.models.backbones import TABLE, Spec, build, eva02
 from diva_jax.weights.clip import vision_table
 from diva_jax.weights.names import assign, flat, load_into, to_torch
 
-# Head width 80 as H/14 has it; a grid, widths and MLPs that are no powers of two; 38 px lose 3 by patch 7.
-QUICK = Spec(image_size=42, patch_size=14, width=160, layers=3, heads=2, mlp_dim=330, embed_dim=52)
-GELU = Spec(
-    image_size=38,
-    patch_size=7,
-    width=60,
-    layers=2,
-    heads=5,
-    mlp_dim=240,
-    embed_dim=71,
-    activation="gelu",
-    norm_eps=1e-6,
-)
-SIGLIP = Spec(
-    arch="siglip",
-    image_size=38,
-    patch_size=7,
-    width=48,
-    layers=3,
-    heads=3,
-    mlp_dim=137,
-    embed_dim=48,
-    activation="gelu",
-    norm_eps=1e-6,
-)
-SPECS = {"quick_gelu": QUICK, "gelu": GELU, "siglip": SIGLIP}
-
-
-def torch_tower(spec: Spec) -> torch.nn.Module:
-    ratio = (spec.mlp_dim + 0.5) / spec.width
-    if spec.arch == "siglip":
-        tower = TimmVisionTransformer(
-            img_size=spec.image_size,
-            patch_size=spec.patch_size,
-            embed_dim=spec.width,
-            depth=spec.layers,
-            num_heads=spec.heads,
-            mlp_ratio=ratio,
-            class_token=False,
-            global_pool="map",
-            num_classes=0,
-        )
-    else:
-        tower = VisionTransformer(
-            image_size=spec.image_size,
-            patch_size=spec.patch_size,
-            width=spec.width,
-            layers=spec.layers,
-            heads=spec.heads,
-            mlp_ratio=ratio,
-            output_dim=spec.embed_dim,
-            act_layer=QuickGELU if spec.activation == "quick_gelu" else torch.nn.GELU,
-            norm_layer=lambda n: torch.nn.LayerNorm(n, eps=spec.norm_eps),
-        )
-    return randomise(tower, seed=spec.width)
-
-
-def torch_features(tower, images):
-    """Images [B, 3, H, W] -> tokens, pooled; the library's own pooled output, tokens by hand for CLIP."""
-    if isinstance(tower, TimmVisionTransformer):
-        return tower.forward_features(images), tower(images)
-    x = tower.transformer(tower._embeds(images))
-    return (tower.ln_post(x) @ tower.proj)[:, 1:], tower(images)
-
-
-def checkpoint(tower) -> dict[str, np.ndarray]:
-    prefix = "visual.trunk." if isinstance(tower, TimmVisionTransformer) else "visual."
-    return {prefix + k: v for k, v in tensors(tower).items()}
+# One spec for each architecture.
+EACH = {"clip": QUICK, "siglip": SIGLIP, "eva02": EVA02, "dinov2": DINOV2}
 
 
 def abstract(spec: Spec, **kw):
@@ -92,7 +27,7 @@ def abstract(spec: Spec, **kw):
 
 
 def load(spec: Spec, tower, **kw):
-    return load_into(abstract(spec, **kw), checkpoint(tower), vision_table(spec))
+    return load_into(abstract(spec, **kw), checkpoint(spec, tower), vision_table(spec))
 
 
 def images_for(spec: Spec, count: int = 3) -> np.ndarray:
@@ -122,7 +57,7 @@ def loss_of(spec: Spec, graph):
     return loss
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
 def test_features_equal_the_original(spec):
     tower, images = torch_tower(spec), images_for(spec)
     tokens, pooled = jax.jit(lambda x: load(spec, tower).encode(x))(images)
@@ -134,7 +69,7 @@ def test_features_equal_the_original(spec):
     assert max(errors) <= 2e-5
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
 def test_gradients_equal_the_original(spec):
     tower, images = torch_tower(spec), images_for(spec)
     graph, state = nnx.split(load(spec, tower))
@@ -142,15 +77,14 @@ def test_gradients_equal_the_original(spec):
     tokens, pooled = torch_features(tower, channels_first(images))
     a, b = map(torch.from_numpy, probes(spec))
     ((tokens * a).sum() + (pooled * b).sum()).backward()
-    prefix = "visual.trunk." if spec.arch == "siglip" else "visual."
-    want = {prefix + k: p.grad.numpy() for k, p in tower.named_parameters()}
+    want = {checkpoint_name(spec, k): p.grad.numpy() for k, p in tower.named_parameters()}
     assert set(ours) == set(want)
     errors = {k: relative_error(ours[k], want[k]) for k in want}
     print(f"worst {max(errors.values()):.1e} ({max(errors, key=errors.get)})")
     assert max(errors.values()) <= 2e-5
 
 
-@pytest.mark.parametrize("spec", [QUICK, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("spec", EACH.values(), ids=EACH)
 def test_remat_changes_neither_values_nor_gradients(spec):
     tower, images = torch_tower(spec), images_for(spec)
     results = []
@@ -166,10 +100,12 @@ def test_remat_changes_neither_values_nor_gradients(spec):
         assert relative_error(flat(grads_remat)[path][...], g[...]) < 1e-5, path
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
 def test_float64_is_float64_throughout(spec):
     """In double a wrong epsilon or a cast to float32, small in float32, cannot hide."""
     tower, images = torch_tower(spec).double(), images_for(spec)
+    if rope := getattr(tower, "rope", None):  # timm computes its angles in float32.
+        rope.pos_embed = torch.from_numpy(np.hstack([t[1:] for t in eva02.rotary_table(spec.grid, rope.dim)]))
     with jax.enable_x64(True):
         vision = load(spec, tower, dtype=jnp.float64, param_dtype=jnp.float64)
         tokens, pooled = jax.jit(vision.encode)(jnp.asarray(images, jnp.float64))
@@ -181,7 +117,7 @@ def test_float64_is_float64_throughout(spec):
     assert relative_error(pooled, want_pooled) < 1e-13
 
 
-@pytest.mark.parametrize("spec", [QUICK, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("spec", EACH.values(), ids=EACH)
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 def test_bfloat16_activations(spec, param_dtype):
     tower, images = torch_tower(spec), images_for(spec)
@@ -194,36 +130,38 @@ def test_bfloat16_activations(spec, param_dtype):
         assert relative_error(got.astype(jnp.float32), want) < 0.03
 
 
-@pytest.mark.parametrize("spec", [QUICK, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("spec", EACH.values(), ids=EACH)
 def test_random_weights_keep_the_variance_at_depth(spec):
     @jax.jit
     def spread(stream, images):
         deep = build(dataclasses.replace(spec, layers=5), rngs=nnx.Rngs(3))
         for block in deep.blocks:
-            stream = block(stream)
+            stream = block(stream, *rest)
         return stream.std(), *(x.std() for x in deep.encode(images))
 
+    rest = (np.zeros((9, 1), np.float32), np.ones((9, 1), np.float32)) if spec.arch == "eva02" else ()
     stream = np.random.default_rng(0).standard_normal((2, 9, spec.width)).astype(np.float32)
     stream, tokens, pooled = map(float, spread(stream, images_for(spec)))
     assert 1 < stream < 1.6
     assert 0.5 < tokens < 2 and 0.05 < pooled < 2
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
 def test_tensors_there_and_back_are_bit_identical(spec):
-    source = checkpoint(torch_tower(spec))
+    source = checkpoint(spec, torch_tower(spec))
     back = to_torch(load(spec, torch_tower(spec)), vision_table(spec))
     assert set(back) == set(source)
     for name, array in source.items():
         np.testing.assert_array_equal(back[name], array)
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
 def test_table_is_strict(spec):
-    source, table, model = checkpoint(torch_tower(spec)), vision_table(spec), abstract(spec)
+    source, table, model = checkpoint(spec, torch_tower(spec)), vision_table(spec), abstract(spec)
     known = ["logit_scale", "logit_bias", "attn_mask", "text.attn_mask", "positional_embedding", "text_projection"]
     known += ["transformer.resblocks.11.attn.in_proj_weight", "text.transformer.resblocks.0.mlp.c_fc.bias"]
     known += ["text.text_projection.weight", "token_embedding.weight", "ln_final.bias"]
+    known = known if spec.has_text else ["visual.mask_token"]
     assign(model, source | {k: np.zeros(1) for k in known}, table)
     for stranger in ("visual.extra", "visual.proj.weight", "transformer.resblocks.0.ls_1.gamma", "head.weight"):
         with pytest.raises(UserError, match=f"unknown: {stranger}"):
@@ -233,9 +171,26 @@ def test_table_is_strict(spec):
             assign(model, {k: v for k, v in source.items() if k != name}, table)
 
 
-def test_siglip_wants_embed_dim_to_be_its_width():
+@pytest.mark.parametrize("spec", [SIGLIP, DINOV2], ids=["siglip", "dinov2"])
+def test_embed_dim_is_the_width_where_there_is_no_projection(spec):
     with pytest.raises(UserError, match="no projection"):
-        build(dataclasses.replace(SIGLIP, embed_dim=24), rngs=nnx.Rngs(0))
+        build(dataclasses.replace(spec, embed_dim=24), rngs=nnx.Rngs(0))
+
+
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(UserError, match="backbone.arch='resnet' is no known architecture: use one of .*eva02"):
+        build(dataclasses.replace(QUICK, arch="resnet"), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
+def test_a_checkpoint_is_recognised_and_its_shapes_tell_the_sizes(spec):
+    tensors = checkpoint(spec, torch_tower(spec))
+    marked = [name for name, module in backbones.architectures().items() if f"visual.{module.MARK}" in tensors]
+    assert marked == [spec.arch]
+    found = backbones.architecture(spec.arch).shapes(tensors)
+    assert found.pop("image_size") == spec.grid * spec.patch_size
+    assert set(found) >= {"arch", "patch_size", "width", "layers", "mlp_dim", "embed_dim"}
+    assert found == {field: getattr(spec, field) for field in found}
 
 
 @pytest.mark.parametrize("tag", ["vitl14_336", "dfn_h14_378", "siglip_so400m_384"])

@@ -14,7 +14,7 @@ from flax import nnx
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.backbones import HALF, OPENAI_MEAN, TABLE, Spec, TextSpec, build, siglip
+from diva_jax.models.backbones import HALF, OPENAI_MEAN, TABLE, Spec, TextSpec, build, eva02, siglip
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.models.backbones.shared.text import Text
@@ -31,6 +31,14 @@ CLIP_NAMES = (
     "ViT-H-14-378-quickgelu",
     "ViT-g-14",
     "ViT-bigG-14",
+)
+OTHER_NAMES = (
+    "EVA02-B-16",
+    "EVA02-L-14",
+    "EVA02-L-14-336",
+    "ViT-B-16-SigLIP2",
+    "ViT-SO400M-16-SigLIP2-256",
+    "ViT-H-14-worldwide-quickgelu",
 )
 SIGLIP_NAMES = ("ViT-SO400M-14-SigLIP", "ViT-SO400M-14-SigLIP-384", "ViT-B-16-SigLIP")
 ARCHITECTURE = (
@@ -83,7 +91,7 @@ def small(**kw) -> dict:
     return config
 
 
-@pytest.mark.parametrize("name", CLIP_NAMES + SIGLIP_NAMES)
+@pytest.mark.parametrize("name", CLIP_NAMES + SIGLIP_NAMES + OTHER_NAMES)
 def test_names_and_shapes_are_those_of_the_model_that_open_clip_builds(name):
     config = model_config(name)
     spec = from_open_clip(config, name=name)
@@ -220,6 +228,7 @@ def test_mlp_ratio_gives_the_very_width():
         ("vision_cfg__act_kwargs", {"inplace": True}),
         ("vision_cfg__timm_model_name", "convnext_base"),
         ("vision_cfg__timm_model_name", "vit_base_patch16_siglip_gap_224"),
+        ("vision_cfg__timm_model_name", "eva02_enormous_patch14_clip_224"),
         ("text_cfg__hf_model_name", "roberta-base"),
         ("text_cfg__embed_cls", True),
         ("text_cfg__pool_type", "first"),
@@ -262,6 +271,50 @@ def test_siglip_options_that_make_another_model_are_named(option, value):
         del config["vision_cfg"][key]  # open_clip's own default is another model too
         with pytest.raises(UserError, match=key):
             from_open_clip(config)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("vision_cfg__timm_pool", "avg"),
+        ("vision_cfg__timm_proj", "linear"),
+        ("vision_cfg__image_size", 336),
+        ("custom_text", False),
+    ],
+)
+def test_eva02_options_that_make_another_model_are_named(option, value):
+    config = model_config("EVA02-B-16")
+    *tower, key = option.split("__")
+    (config[tower[0]] if tower else config)[key] = value
+    with pytest.raises(UserError, match=key):
+        from_open_clip(config)
+
+
+@pytest.mark.parametrize("name", eva02.TIMM)
+def test_timm_table_of_eva02(name):
+    with torch.device("meta"):
+        trunk = timm.create_model(name, num_classes=24, global_pool="token")
+    block, size = trunk.blocks[0], trunk.patch_embed.img_size[0]
+    theirs = dict(
+        image_size=size,
+        patch_size=trunk.patch_embed.patch_size[0],
+        width=trunk.embed_dim,
+        layers=len(trunk.blocks),
+        heads=block.attn.num_heads,
+        mlp_dim=block.mlp.fc1_g.out_features,
+        activation="silu" if isinstance(block.mlp.act, torch.nn.SiLU) else "",
+        norm_eps=block.norm1.eps,
+    )
+    assert eva02.TIMM[name] == theirs
+    assert (trunk.rope.ref_feat_shape, trunk.rope.temperature) == ((16, 16), 10000)
+
+
+def test_towers_of_different_activations():
+    config = small(text_cfg__act_kwargs={"approximate": "tanh"})
+    spec = from_open_clip(config)
+    assert (spec.activation, spec.text.activation) == ("gelu", "gelu_tanh")
+    with pytest.raises(UserError, match="one quick_gelu for both towers"):
+        to_open_clip(dataclasses.replace(spec, activation="quick_gelu"))
 
 
 @pytest.mark.parametrize("config", [None, [], {}, {"model_cfg": {}}, {"embed_dim": 3, "vision_cfg": {}}])

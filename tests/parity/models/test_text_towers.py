@@ -1,54 +1,32 @@
-"""Text towers against open_clip's CLIP.encode_text and CustomTextCLIP, on random weights."""
+"""Text towers against open_clip's CLIP.encode_text and CustomTextCLIP's, on random weights."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import open_clip
 import pytest
 import torch
+from eval_models import torch_model
 from flax import nnx
-from helpers import randomise, relative_error, tensors
+from helpers import relative_error, tensors
+from specs import DINOV2, EVA02, GELU, METACLIP2, QUICK, SIGLIP, SIGLIP2
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.backbones import Spec, TextSpec
+from diva_jax.models import backbones
+from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.weights.clip import text_table, vision_table
 from diva_jax.weights.names import assign, load_into, to_torch
 
-_CLIP = TextSpec(context_length=13, vocab_size=101, width=60, heads=5, layers=3, mlp_dim=240)
-_SIGLIP = dataclasses.replace(
-    _CLIP, mlp_dim=224, causal=False, pool="last", proj_bias=True, norm_eps=1e-6, tokenizer="siglip"
-)
-QUICK = Spec(image_size=28, width=24, layers=1, heads=2, mlp_dim=96, embed_dim=37, text=_CLIP)
-GELU = dataclasses.replace(QUICK, activation="gelu")
-SIGLIP = dataclasses.replace(QUICK, arch="siglip", activation="gelu", text=_SIGLIP)
-SPECS = {"quick_gelu": QUICK, "gelu": GELU, "siglip": SIGLIP}
-
-
-def torch_model(spec: Spec, custom_text: bool) -> torch.nn.Module:
-    """open_clip's whole model; its vision tower is small and does not matter here."""
-    text = spec.text
-    kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
-    model = kind(
-        embed_dim=spec.embed_dim,
-        quick_gelu=spec.activation == "quick_gelu",
-        vision_cfg=dict(image_size=28, patch_size=14, width=24, layers=1, head_width=12),
-        text_cfg=dict(
-            context_length=text.context_length,
-            vocab_size=text.vocab_size,
-            width=text.width,
-            heads=text.heads,
-            layers=text.layers,
-            mlp_ratio=(text.mlp_dim + 0.5) / text.width,
-            no_causal_mask=not text.causal,
-            pool_type=text.pool,
-            proj_bias=text.proj_bias,
-            norm_kwargs=dict(eps=text.norm_eps),
-        ),
-    )
-    return randomise(model, seed=5)
+SPECS = {
+    "quick_gelu": QUICK,
+    "gelu": GELU,
+    "siglip": SIGLIP,
+    "siglip2": SIGLIP2,
+    "metaclip2": METACLIP2,
+    "eva02": EVA02,
+}
 
 
 def abstract(spec: Spec, **kw):
@@ -64,14 +42,14 @@ def sentences(spec: Spec) -> np.ndarray:
     text, rng = spec.text, np.random.default_rng(2)
     ids = np.zeros((4, text.context_length), np.int32)
     for row, words in zip(ids, (text.context_length - 2, 0, 1, 6), strict=True):
-        row[0], row[words + 1] = text.vocab_size - 2, text.vocab_size - 1
-        row[1 : words + 1] = rng.integers(1, text.vocab_size - 2, words)
+        row[0], row[words + 1] = text.vocab_size - 2, text.eos_id if text.pool == "eos" else text.vocab_size - 1
+        row[1 : words + 1] = rng.integers(3, text.vocab_size - 2, words)
     return ids
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_embeddings_equal_the_original(spec):
-    model, ids = torch_model(spec, custom_text=spec.arch == "siglip"), sentences(spec)
+    model, ids = torch_model(spec), sentences(spec)
     got = jax.jit(load(spec, model).encode)(ids)
     with torch.no_grad():
         want = model.encode_text(torch.from_numpy(ids).long())
@@ -80,9 +58,9 @@ def test_embeddings_equal_the_original(spec):
     assert got.shape == (4, spec.embed_dim) and max(errors) <= 2e-5
 
 
-@pytest.mark.parametrize("spec", [QUICK, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("spec", [QUICK, SIGLIP, EVA02], ids=["clip", "siglip", "eva02"])
 def test_gradients_equal_the_original(spec):
-    model, ids = torch_model(spec, custom_text=spec.arch == "siglip"), sentences(spec)
+    model, ids = torch_model(spec), sentences(spec)
     probe = np.random.default_rng(3).standard_normal((4, spec.embed_dim)).astype(np.float32)
     graph, state = nnx.split(load(spec, model))
     grads = jax.jit(jax.grad(lambda s: jnp.sum(nnx.merge(graph, s).encode(ids) * probe)))(state)
@@ -102,20 +80,21 @@ def test_clip_text_under_text_prefix_reads_the_same():
     assert relative_error(got, want) <= 2e-5
 
 
-@pytest.mark.parametrize("spec", [QUICK, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("spec", [QUICK, SIGLIP, EVA02], ids=["clip", "siglip", "eva02"])
 def test_both_tables_share_one_checkpoint_and_name_all_of_it(spec):
-    model = torch_model(spec, custom_text=spec.arch == "siglip")
+    model = torch_model(spec)
     source = tensors(model)
     back = to_torch(load(spec, model), text_table(spec))
     for name, array in back.items():
         np.testing.assert_array_equal(array, source[name])
     assert all(vision_table(spec).ignored(name) for name in back)
-    assert {n.split(".")[0] for n in set(source) - set(back)} == {"visual", "logit_scale"}
+    rest = {n.split(".")[0] for n in set(source) - set(back)}
+    assert rest == {"visual", *backbones.architecture(spec.arch).OTHERS}
 
 
-@pytest.mark.parametrize("spec", [QUICK, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("spec", [QUICK, SIGLIP, EVA02], ids=["clip", "siglip", "eva02"])
 def test_table_is_strict(spec):
-    source = tensors(torch_model(spec, custom_text=spec.arch == "siglip"))
+    source = tensors(torch_model(spec))
     table, tower = text_table(spec), abstract(spec)
     known = {k: np.zeros(()) for k in ("logit_bias", "attn_mask", "text.attn_mask", "visual.trunk.pos_embed")}
     assign(tower, source | known, table)
@@ -127,10 +106,10 @@ def test_table_is_strict(spec):
             assign(tower, {k: v for k, v in source.items() if k != name}, table)
 
 
-@pytest.mark.parametrize("spec", [QUICK, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("spec", [QUICK, SIGLIP, EVA02], ids=["clip", "siglip", "eva02"])
 def test_float64_is_float64_throughout(spec):
     """In double a wrong epsilon or a cast to float32, small in float32, cannot hide."""
-    model, ids = torch_model(spec, custom_text=spec.arch == "siglip").double(), sentences(spec)
+    model, ids = torch_model(spec).double(), sentences(spec)
     with jax.enable_x64(True):
         got = jax.jit(load(spec, model, dtype=jnp.float64, param_dtype=jnp.float64).encode)(ids)
         assert got.dtype == jnp.float64
@@ -142,7 +121,7 @@ def test_float64_is_float64_throughout(spec):
 
 @pytest.mark.parametrize("dtype, param_dtype", [(jnp.bfloat16, jnp.float32), (jnp.bfloat16, jnp.bfloat16)])
 def test_bfloat16_activations(dtype, param_dtype):
-    model, ids = torch_model(QUICK, custom_text=False), sentences(QUICK)
+    model, ids = torch_model(QUICK), sentences(QUICK)
     got = jax.jit(load(QUICK, model, dtype=dtype, param_dtype=param_dtype).encode)(ids)
     assert got.dtype == dtype
     assert relative_error(got.astype(jnp.float32), jax.jit(load(QUICK, model).encode)(ids)) < 0.03
@@ -150,4 +129,10 @@ def test_bfloat16_activations(dtype, param_dtype):
 
 def test_unknown_pooling_is_refused():
     with pytest.raises(UserError, match="text.pool='first'"):
-        Text(dataclasses.replace(QUICK, text=dataclasses.replace(_CLIP, pool="first")), rngs=nnx.Rngs(0))
+        Text(dataclasses.replace(QUICK, text=dataclasses.replace(QUICK.text, pool="first")), rngs=nnx.Rngs(0))
+
+
+def test_a_vision_encoder_alone_has_no_text_tower():
+    for fails in (lambda: Text(DINOV2, rngs=nnx.Rngs(0)), lambda: text_table(DINOV2)):
+        with pytest.raises(UserError, match="a dinov2 backbone has no text tower"):
+            fails()

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.torch import save_file
 
 from diva_jax.common.errors import UserError
-from diva_jax.weights import names, parts, readers, sources, writers
+from diva_jax.weights import names, origins, parts, readers, writers
 
 
 def read_all(path):
@@ -162,16 +162,16 @@ except UserError as e: print(e)
 @pytest.mark.parametrize("source", ["stabilityai/stable-diffusion-2-1-base", "hf-hub:stabilityai/stable-diffusion-2-1"])
 def test_the_removed_repository_is_named(source):
     with pytest.raises(UserError, match=r"removed in November 2025: set config.diffusion.source to a mirror"):
-        sources.diffusers_folder(source)
+        origins.diffusers_folder(source)
 
 
 def test_a_local_folder_of_the_removed_name_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stabilityai/stable-diffusion-2-1-base").mkdir(parents=True)
-    assert sources.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
+    assert origins.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
 
 
-@pytest.mark.parametrize("find", [sources.diffusers_folder, sources.open_clip_source])
+@pytest.mark.parametrize("find", [origins.diffusers_folder, origins.open_clip_source])
 def test_places_that_are_not_there(find, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source, match in (

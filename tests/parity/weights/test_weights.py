@@ -8,10 +8,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from clip_folders import CLIP, SIGLIP, clip_folder, siglip_folder
+from clip_folders import CLIP, SIGLIP, clip_folder, dinov2_folder, metaclip2_folder, siglip_folder
+from eval_models import torch_model
 from flax import nnx
 from helpers import randomise, relative_error
 from safetensors.torch import save_file
+from specs import DINOV2, DINOV2_REG, DINOV2_SWIGLU, EVA02, METACLIP2_FOLDER, SIGLIP2_FOLDER
+from torch_towers import torch_features, torch_tower
 
 from diva_jax import weights
 from diva_jax.common.errors import UserError
@@ -20,7 +23,7 @@ from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
-from diva_jax.weights import clip, diffusers, hf, names, readers, sources
+from diva_jax.weights import clip, diffusers, hf, names, origins, readers
 
 
 def clip_model(spec=CLIP):
@@ -139,7 +142,7 @@ def test_openai_archive(tmp_path):
     expected = openai_archive(tmp_path / "ViT-tiny.pt")
     assert expected["visual.conv1.weight"].dtype == torch.float16
     same_towers(tmp_path / "ViT-tiny.pt", expected, OPENAI)
-    found = sources.open_clip_source(str(tmp_path / "ViT-tiny.pt"))
+    found = origins.open_clip_source(str(tmp_path / "ViT-tiny.pt"))
     assert found.kind == "OpenAI archive" and found.spec == OPENAI
     with pytest.raises(UserError, match="activation is 'quick_gelu' there and 'gelu' in the config"):
         weights.load(str(tmp_path / "ViT-tiny.pt"), dataclasses.replace(OPENAI, activation="gelu"))
@@ -164,10 +167,11 @@ def test_transformers_clip_with_another_activation_is_refused(tmp_path):
         weights.load(str(tmp_path), dataclasses.replace(CLIP, activation="gelu"))
 
 
-def test_transformers_siglip(tmp_path):
-    model = siglip_folder(tmp_path)
+@pytest.mark.parametrize("spec", [SIGLIP, SIGLIP2_FOLDER], ids=["siglip", "siglip2"])
+def test_transformers_siglip(tmp_path, spec):
+    model = siglip_folder(tmp_path, spec)
     images, ids = np.random.default_rng(0).standard_normal((2, 42, 42, 3), np.float32), np.arange(10)[None] * 7
-    vision, text = weights.load(str(tmp_path), SIGLIP), weights.load(str(tmp_path), SIGLIP, tower="text")
+    vision, text = weights.load(str(tmp_path), spec), weights.load(str(tmp_path), spec, tower="text")
     with torch.no_grad():
         pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
         theirs = model.vision_model(pixels)
@@ -178,20 +182,120 @@ def test_transformers_siglip(tmp_path):
     assert relative_error(text.encode(jnp.asarray(ids)), their_text.pooler_output) < 2e-5
 
 
+def test_transformers_metaclip2(tmp_path):
+    """Pooled at the first token of the end's id, which is not the highest; what follows it does not matter."""
+    spec, model = METACLIP2_FOLDER, metaclip2_folder(tmp_path)
+    assert origins.open_clip_source(str(tmp_path)).spec == spec
+    ids = np.array([[0, 7, 98, 2, 1, 1, 1, 1, 1, 1, 1], [0, 95, 2, 2, 1, 1, 1, 1, 1, 1, 1]])
+    images = np.random.default_rng(0).standard_normal((2, 30, 30, 3), np.float32)
+    with torch.no_grad():
+        theirs = model.get_image_features(pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+        their_text = model.get_text_features(input_ids=torch.from_numpy(ids))
+    assert relative_error(weights.load(str(tmp_path), spec).encode(images).pooled, theirs.pooler_output) < 2e-5
+    text = weights.load(str(tmp_path), spec, tower="text")
+    assert relative_error(text.encode(jnp.asarray(ids)), their_text.pooler_output) < 2e-5
+
+
+@pytest.mark.parametrize("size", [42, 54, 30])
+@pytest.mark.parametrize("spec", [DINOV2, DINOV2_REG, DINOV2_SWIGLU], ids=["plain", "registers", "swiglu"])
+def test_transformers_dinov2(tmp_path, spec, size):
+    """At the resolution of its position embeddings, above and below, as transformers interpolates them."""
+    model = dinov2_folder(tmp_path, spec)
+    source = origins.open_clip_source(str(tmp_path))
+    assert source.spec == spec and source.kind == "transformers folder"
+    images = np.random.default_rng(size).standard_normal((2, size, size, 3), np.float32)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    ours = weights.load(str(tmp_path), dataclasses.replace(spec, image_size=size)).encode(jnp.asarray(images))
+    assert relative_error(ours.pooled, theirs.pooler_output) < 2e-5
+    assert relative_error(ours.tokens, theirs.last_hidden_state[:, 1 + spec.registers :]) < 2e-5
+
+
+def test_torch_hub_dinov2(tmp_path):
+    """The authors' state dict, which has the mask token of pretraining, bare or as a trained model's part."""
+    tower = torch_tower(DINOV2)
+    images = np.random.default_rng(0).standard_normal((2, 42, 42, 3), np.float32)
+    with torch.no_grad():
+        _, pooled = torch_features(tower, torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    for prefix in ("", "module."):
+        content = tower.state_dict() | {"mask_token": torch.zeros(1, DINOV2.width)}
+        torch.save({prefix + k: v for k, v in content.items()}, tmp_path / "dinov2.pth")
+        ours = weights.load(str(tmp_path / "dinov2.pth"), DINOV2).encode(jnp.asarray(images))
+        assert relative_error(ours.pooled, pooled) < 2e-5
+    with pytest.raises(UserError, match="registers is 0 there and 4 in the config"):
+        weights.load(str(tmp_path / "dinov2.pth"), dataclasses.replace(DINOV2, registers=4))
+    with pytest.raises(UserError, match="a dinov2 backbone has no text tower"):
+        weights.load(str(tmp_path / "dinov2.pth"), DINOV2, tower="text")
+
+
+def test_open_clip_eva02(tmp_path):
+    """The whole model's file, the tower alone, and learned position embeddings at another resolution."""
+    from timm.layers import resample_abs_pos_embed
+
+    model = torch_model(EVA02)
+    tensors = state_dict(model)
+    torch.save(tensors, tmp_path / "w.pt")
+    torch.save({k.removeprefix("visual."): v for k, v in tensors.items() if "visual." in k}, tmp_path / "v.pt")
+    same_towers(tmp_path / "w.pt", tensors, EVA02)
+    same(weights.load(str(tmp_path / "v.pt"), EVA02), clip.vision_table(EVA02), tensors)
+    larger = weights.load(str(tmp_path / "w.pt"), dataclasses.replace(EVA02, image_size=54))
+    want = resample_abs_pos_embed(tensors["visual.trunk.pos_embed"], [9, 9], num_prefix_tokens=1)
+    assert relative_error(larger.pos_embed[...], want) < 2e-6
+
+
+def test_of_bare_dinov2_files_only_those_with_a_row_are_described(tmp_path):
+    torch.save(torch_tower(DINOV2).state_dict(), tmp_path / "dinov2.pth")
+    with pytest.raises(UserError, match="does not say how many heads it has"):
+        origins.open_clip_source(str(tmp_path / "dinov2.pth")).described("x")
+
+
+@pytest.mark.parametrize("option", ["use_mask_token", "qkv_bias"])
+def test_dinov2_options_that_are_not_implemented_are_named(option):
+    config = hf.to_transformers(DINOV2, "float32") | {option: False}
+    with pytest.raises(UserError, match=f"{option}=false"):
+        hf.from_transformers(config, {}, "x")
+
+
+def test_a_transformers_model_that_is_not_known_lists_those_that_are():
+    with pytest.raises(UserError, match="is a 'bert' model: give the folder of a whole .*Dinov2Model.* or SiglipModel"):
+        hf.from_transformers({"model_type": "bert"}, {}, "x")
+
+
+@pytest.mark.parametrize(("vocab", "activation"), [(32000, ""), (256000, "gelu_tanh")], ids=["siglip", "siglip2"])
+def test_published_siglip_folders_are_read_as_open_clip_runs_them(vocab, activation):
+    """transformers' published configs leave `hidden_act` at its default, tanh, in both towers of both versions."""
+    config = dict(model_type="siglip", text_config=dict(vocab_size=vocab), vision_config=dict(image_size=224))
+    spec, silent = hf.from_transformers(config, {}, "x")
+    assert (spec.activation, spec.text.activation, silent) == ("gelu", activation, {"activation"})
+    giant = dict(hidden_size=1536, num_hidden_layers=40, num_attention_heads=16, intermediate_size=6144, image_size=256)
+    spec, _ = hf.from_transformers(config | dict(vision_config=giant), {}, "x")
+    assert spec.activation == "gelu_tanh" and spec.text.activation == ("gelu" if vocab == 32000 else "")
+
+
 def test_published_siglip_says_tanh_and_is_run_exactly(tmp_path):
     siglip_folder(tmp_path, act="gelu_pytorch_tanh")
     weights.load(str(tmp_path), SIGLIP)
 
 
-@pytest.mark.parametrize("spec", [CLIP, SIGLIP], ids=["clip", "siglip"])
-def test_transformers_names_both_ways_are_exact(tmp_path, spec):
-    model = (clip_folder if spec is CLIP else siglip_folder)(tmp_path, spec)
-    source = sources.open_clip_source(str(tmp_path))
+_FOLDERS = {
+    "clip": (clip_folder, CLIP),
+    "metaclip2": (metaclip2_folder, METACLIP2_FOLDER),
+    "siglip": (siglip_folder, SIGLIP),
+    "dinov2": (dinov2_folder, DINOV2),
+    "dinov2_reg": (dinov2_folder, DINOV2_REG),
+    "dinov2_swiglu": (dinov2_folder, DINOV2_SWIGLU),
+}
+
+
+@pytest.mark.parametrize(("write", "spec"), _FOLDERS.values(), ids=_FOLDERS)
+def test_transformers_names_both_ways_are_exact(tmp_path, write, spec):
+    write(tmp_path, spec)
+    theirs = readers.open_file(tmp_path / "model.safetensors")
+    source = origins.open_clip_source(str(tmp_path))
     back = hf.to_transformers_names(source.tensors, spec)
-    theirs = model.state_dict()
-    assert back.keys() == {n for n in theirs if not n.endswith("position_ids")}
+    assert back.keys() == theirs.keys()
     for name, tensor in back.items():
-        np.testing.assert_array_equal(np.asarray(tensor), theirs[name].numpy(), err_msg=name)
+        np.testing.assert_array_equal(np.asarray(tensor), np.asarray(theirs[name]), err_msg=name)
 
 
 @pytest.mark.parametrize("size", [42, 24])

@@ -6,6 +6,7 @@ import jax
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
+from specs import TOWERS
 
 from diva_jax import config
 from diva_jax.costs import flops
@@ -95,6 +96,14 @@ def test_unet_matches_the_traced_program():
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(args[2], state, *args[:2])
     both = traced(jaxpr.jaxpr) - time
     assert u.forward + u.backward == pytest.approx(both, rel=2e-3)
+
+
+@pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
+def test_backbones_match_the_traced_program(spec):
+    graph, state = nnx.split(nnx.eval_shape(lambda: backbones.build(spec, rngs=nnx.Rngs(0))))
+    images = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), "float32")
+    jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state).encode(x))(state, images)
+    assert flops.vision(spec) == traced(jaxpr.jaxpr)
 
 
 def test_vae_matches_the_traced_program():

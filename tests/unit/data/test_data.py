@@ -32,7 +32,9 @@ def build(path, *, seed=0, batch=8, process=(0, 1), **changes):
     index, count = process
     config = data_config(path, **changes)
     wanted = {"image": inputs.Image(max(1, config.image_size))}
-    return pipeline.build(config, wanted, seed=seed, global_batch=batch, process_index=index, process_count=count)
+    return pipeline.open_batches(
+        config, wanted, seed=seed, global_batch=batch, process_index=index, process_count=count
+    )
 
 
 def take(iterator, n):
@@ -288,5 +290,5 @@ def test_bad_fields_are_one_sentence(noisy, changes, complaint):
 
 
 def test_index_is_cached_where_told(tagged, tmp_path):
-    pipeline.build(data_config(tagged), {}, seed=0, global_batch=4, cache_dir=tmp_path / "run" / "cache")
+    pipeline.open_batches(data_config(tagged), {}, seed=0, global_batch=4, cache_dir=tmp_path / "run" / "cache")
     assert [p.suffix for p in (tmp_path / "run" / "cache").iterdir()] == [".npz"]

@@ -48,7 +48,7 @@ def noisy(tmp_path_factory):
 
 
 def build(path, wanted, batch=6, **kw):
-    return pipeline.build(data_config(path, max_broken_share=0.6), wanted, seed=0, global_batch=batch, **kw)
+    return pipeline.open_batches(data_config(path, max_broken_share=0.6), wanted, seed=0, global_batch=batch, **kw)
 
 
 def tokens(length=12, choose=None):
@@ -81,7 +81,7 @@ def test_crops_of_two_sizes_are_of_one_box(noisy):
             return lambda example: seen.append(example) or np.int32(0)
 
     config = data_config(noisy, threads=0)
-    batch = next(pipeline.build(config, {"spy": Spy(), "a": inputs.Image(31)}, seed=5, global_batch=4))
+    batch = next(pipeline.open_batches(config, {"spy": Spy(), "a": inputs.Image(31)}, seed=5, global_batch=4))
     for position, (example, pixels) in enumerate(zip(seen, batch["a"], strict=True)):
         rng = np.random.default_rng((5, position))
         assert example.box == crop.sample_box(rng, *example.image.size, config.crop.scale, config.crop.ratio)
@@ -132,7 +132,9 @@ def test_no_caption_is_broken_only_where_text_is_needed(tmp_path, caplog):
     assert "it has no caption" in caplog.text and "cannot be read ('utf-8' codec" in caplog.text
     config = data_config(tmp_path, max_broken_share=0.2)
     with pytest.raises(RunError, match="max_broken_share=0.2"):
-        for _ in zip(pipeline.build(config, {"t": tokens()}, seed=0, global_batch=COUNT), range(3), strict=False):
+        for _ in zip(
+            pipeline.open_batches(config, {"t": tokens()}, seed=0, global_batch=COUNT), range(3), strict=False
+        ):
             pass
 
 

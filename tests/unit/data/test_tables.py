@@ -117,7 +117,7 @@ def test_shuffled_resumed_and_split_as_tars_are(folder, kind):
 
     def build(p=0, count=1):
         kw = dict(seed=0, global_batch=6, process_index=p, process_count=count)
-        return pipeline.build(data_config(path), {"image": inputs.Image(8)}, **kw)
+        return pipeline.open_batches(data_config(path), {"image": inputs.Image(8)}, **kw)
 
     whole = build()
     batches = [next(whole) for _ in range(8)]
@@ -164,7 +164,7 @@ def test_broken_rows_are_skipped_and_named(folder, kind, caplog):
     }
     with caplog.at_level(logging.WARNING):
         config = data_config(path, max_broken_share=0.5)
-        batch = next(pipeline.build(config, wanted, seed=0, global_batch=COUNT))
+        batch = next(pipeline.open_batches(config, wanted, seed=0, global_batch=COUNT))
     assert set(tags(batch["image"])) == set(range(COUNT)) - bad
     lines = [r.getMessage() for r in caplog.records]
     for name, why in zip(names, says, strict=True):

@@ -55,8 +55,8 @@ def test_unknown_selection(select):
 
 
 def test_token_wise_text_needs_as_many_tokens():
-    condition.check("random:76", "token", 256, 77)
+    condition.check_fit("random:76", "token", 256, 77)
     with pytest.raises(UserError, match="select=random:76"):
-        condition.check("all", "token", 256, 77)
+        condition.check_fit("all", "token", 256, 77)
     with pytest.raises(UserError, match="backbone.add_text"):
-        condition.check("all", "sum", 256, 77)
+        condition.check_fit("all", "sum", 256, 77)

@@ -36,7 +36,7 @@ def test_the_shortest_stages_have_a_schedule(steps):
 def one_update(params, grads, **fields):
     c = config.default().optim.unlock()
     c.update(fields)
-    tx = optim.build(c, Stage("s", 0, 10, 0.5, ()), dict.fromkeys(params, 1.0))
+    tx = optim.optimizer(c, Stage("s", 0, 10, 0.5, ()), dict.fromkeys(params, 1.0))
     updates, _ = tx.update(grads, tx.init(params), params)
     return updates
 

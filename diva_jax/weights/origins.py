@@ -254,7 +254,7 @@ ARCHITECTURE = ("arch", "patch_size", "width", "layers", "heads", "mlp_dim", "em
 ARCHITECTURE += ("registers",)
 
 
-def check(source: ClipSource, spec: Spec, field: str = "config.backbone") -> None:
+def check_architecture(source: ClipSource, spec: Spec, field: str = "config.backbone") -> None:
     """Refuses weights of another architecture or activation than `spec`.
 
     Raises:
