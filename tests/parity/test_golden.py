@@ -15,8 +15,9 @@ import check  # noqa: E402
 
 @pytest.mark.parametrize("name", ["OpenAICLIP_224", "MetaCLIP_224", "DFN_378", "SigLIP_224"])
 def test_golden_file(name):
-    rows = check.errors(HERE / f"{name}.npz", SD)
-    assert {r[0].split("/")[0] for r in rows} == set(check.BOUNDS)
+    path = HERE / f"{name}.npz"
+    rows = check.errors(path, SD)
+    assert {r[0].split("/")[0] for r in rows} == set(check.method_of(path).BOUNDS)
     assert [r for r in rows if not r[1] <= r[2]] == []
 
 

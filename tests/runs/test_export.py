@@ -23,11 +23,11 @@ from specs import DINOV2, DINOV2_REG, DINOV2_SWIGLU, EVA02, METACLIP2_FOLDER, SI
 from diva_jax import config as configs
 from diva_jax import demo, weights
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.export import cards, layouts, reference, workdirs
+from diva_jax.export import cards, layouts, reference, runs
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import TABLE, TINY
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
-from diva_jax.training import checkpoint, partition
+from diva_jax.training import checkpoint, partition, workdirs
 from diva_jax.training.sharding import make_mesh, parameter_shardings
 from diva_jax.weights import hf, names, origins, readers, writers
 from diva_jax.weights.tensors import Tensor, Tensors
@@ -49,7 +49,7 @@ def run(tmp_path_factory):
     c = configs.default(TINY, "tiny")
     c.backbone.source, c.data.path, c.data.image_size = str(root / "clip"), "somewhere/photos", 64
     workdir = root / "work"
-    checkpoint.write_config(workdir, c)
+    workdirs.write_config(workdir, c)
     rng = np.random.default_rng(0)
     tower = names.flat(layers.abstract(lambda rngs: backbones.build(TINY, rngs=rngs)))
     shapes = {"vision/" + partition.name_of(p): v.shape for p, v in tower.items() if p != ("pos_embed",)}
@@ -68,7 +68,7 @@ def run(tmp_path_factory):
 
 def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     root, params = run
-    source, provenance = workdirs.checkpoint_source(root / "work")
+    source, provenance = runs.run_source(root / "work")
     assert provenance["step"] == 7 and source.spec == dataclasses.replace(TINY, source=str(root / "clip"))
     layouts.export(source, source.spec, tmp_path / "out", "open_clip")
     assert "open_clip: largest difference" in capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     ours = ours / np.linalg.norm(ours, axis=-1, keepdims=True)
     assert np.abs(ours - theirs).max() < 1e-5
 
-    again, _ = workdirs.checkpoint_source(root / "work", 7)
+    again, _ = runs.run_source(root / "work", 7)
     equal(again.tensors, origins.open_clip_source(str(tmp_path / "out")).tensors)
 
 
@@ -118,12 +118,12 @@ def test_command_writes_a_card_and_refuses_to_overwrite(run, tmp_path):
 def test_bad_workdirs(run, tmp_path):
     root, _ = run
     with pytest.raises(UserError, match="holds no run"):
-        workdirs.checkpoint_source(tmp_path)
+        runs.run_source(tmp_path)
     with pytest.raises(UserError, match=r"--step=3 has no checkpoint in .*: use one of 7"):
-        workdirs.checkpoint_source(root / "work", 3)
+        runs.run_source(root / "work", 3)
     (tmp_path / "config.json").write_text((root / "work/config.json").read_text())
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        workdirs.checkpoint_source(tmp_path)
+        runs.run_source(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -134,7 +134,7 @@ def test_a_source_that_changed_is_refused(run, tmp_path):
     demo.write_clip(root / "clip", TINY, seed=5)
     try:
         with pytest.raises(UserError, match="is not the checkpoint that the run began with"):
-            workdirs.checkpoint_source(root / "work")
+            runs.run_source(root / "work")
     finally:
         file.write_bytes(before)
 

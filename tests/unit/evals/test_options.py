@@ -8,7 +8,7 @@ from eval_data import CLIP, eval_config
 from ml_collections import ConfigDict
 
 from diva_jax import config, evals
-from diva_jax.common import sections
+from diva_jax.common import fields
 from diva_jax.common.errors import UserError
 from diva_jax.evals import Outcome, Settings, evaluator
 from diva_jax.training import sharding
@@ -100,7 +100,7 @@ def test_defaults():
 @pytest.mark.parametrize("name", TASKS)
 def test_rules_are_about_existing_options_and_hold_for_the_defaults(name):
     module = evals.find(name)
-    sections.require(module.default(), getattr(module, "RULES", ()), name)
+    fields.require(module.default(), getattr(module, "RULES", ()), name)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_other_bad_values_are_refused():
         evals.parse(changed(dtype="float16"))
     with pytest.raises(UserError, match="config.eval.every=-1 must be at least 0"):
         evals.parse(changed(every=-1, data=("drift=x",)))
-    for fields in (dict(every=3), dict(data=("drift=x",))):
+    for changes in (dict(every=3), dict(data=("drift=x",))):
         with pytest.raises(UserError, match="set both, every to at least 1 and data to texts TASK=PATH, or neither"):
-            evals.parse(changed(**fields))
+            evals.parse(changed(**changes))
     for entry in ("drift", "drift=", "=x"):
         with pytest.raises(UserError, match=f"config.eval.data has '{entry}', which is no TASK=PATH"):
             evals.parse(changed(every=3, data=(entry,)))

@@ -1,0 +1,179 @@
+"""Golden files of DIVA: one forward and backward pass of the authors' code, over tiny random modules.
+
+A file holds inputs, weights, every random draw and the results; their departures from their own models are included.
+The U-Net and VAE are those of sd_tiny_7.npz.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diva_jax import config
+from diva_jax.models import backbones
+from diva_jax.models.layers import abstract
+from diva_jax.objectives import condition, diva
+from diva_jax.training import partition
+from diva_jax.weights import clip, diffusers, names
+
+# Relative L2 error.
+BOUNDS = {"latents": 5e-6, "features": 5e-6, "context": 5e-6, "pred_noise": 1e-5, "losses": 1e-5, "grad": 2e-5}
+# What the arrays do not tell, by the beginning of the file's name: heads or their width, window of pooling.
+HEADS = {"OpenAICLIP": ("heads", 4), "MetaCLIP": ("width", 16), "DFN": ("width", 32), "SigLIP": ("heads", 4)}
+WINDOWS = (6, 10)
+SD = dict(unet_heads=(2, 2, 4, 4), unet_groups=8, vae_groups=4)
+
+
+def vision_spec(name: str, z) -> backbones.Spec:
+    """The backbone of a golden file."""
+    siglip = any(k.startswith("w/visual.trunk.") for k in z.files)
+    trunk = "w/visual.trunk." if siglip else "w/visual."
+    patch = z[trunk + ("patch_embed.proj.weight" if siglip else "conv1.weight")]
+    positions = z[trunk + ("pos_embed" if siglip else "positional_embedding")]
+    patches = positions.shape[-2] - (not siglip)
+    width, size = patch.shape[0], patch.shape[-1]
+    block = "blocks.0.mlp.fc1.weight" if siglip else "transformer.resblocks.0.mlp.c_fc.weight"
+    layers = len({k.split("blocks.")[1].split(".")[0] for k in z.files if k.startswith("w/") and "blocks." in k})
+    kind, n = next(v for prefix, v in HEADS.items() if name.startswith(prefix))
+    tokens, text = z["features/0"].shape[1], z["text_context"].shape[1]
+    if "token_indices/0" in z.files:
+        select = f"random:{z['token_indices/0'].shape[1]}"
+    elif siglip:
+        select = next(f"runs:{w}" for w in WINDOWS if condition.token_count(f"runs:{w}", patches) == tokens)
+    else:
+        select = "all"
+    return backbones.Spec(
+        arch="siglip" if siglip else "vit",
+        image_size=round(patches**0.5) * size,
+        patch_size=size,
+        width=width,
+        layers=layers,
+        heads=n if kind == "heads" else width // n,
+        mlp_dim=z[trunk + block].shape[0],
+        embed_dim=z["features/0"].shape[-1],
+        activation="gelu" if siglip else "quick_gelu",
+        norm_eps=1e-6 if siglip else 1e-5,
+        mean=backbones.HALF if siglip else backbones.OPENAI_MEAN,
+        std=backbones.HALF if siglip else backbones.OPENAI_STD,
+        select=select,
+        add_text="token" if select.startswith("random") and tokens == text else "mean",
+    )
+
+
+def diffusion_config(sd) -> dict:
+    """Sizes of U-Net and VAE, in diffusers' terms, from their state dicts."""
+
+    def widths(part, key):
+        n = 1 + max(int(k.split("down_blocks.")[1].split(".")[0]) for k in sd.files if f"{part}down_blocks." in k)
+        return tuple(sd[f"{part}down_blocks.{i}.resnets.0.{key}"].shape[0] for i in range(n))
+
+    unet = dict(
+        in_channels=sd["unet/conv_in.weight"].shape[1],
+        out_channels=sd["unet/conv_out.weight"].shape[0],
+        block_out_channels=widths("unet/", "conv1.weight"),
+        layers_per_block=2,
+        attention_head_dim=SD["unet_heads"],
+        cross_attention_dim=sd["unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        use_linear_projection=sd["unet/down_blocks.0.attentions.0.proj_in.weight"].ndim == 2,
+        norm_num_groups=SD["unet_groups"],
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
+    channels = widths("vae/encoder.", "conv1.weight")
+    vae = dict(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        layers_per_block=2,
+        norm_num_groups=SD["vae_groups"],
+        latent_channels=sd["vae/quant_conv.weight"].shape[0] // 2,
+    )
+    preset = config.default().diffusion
+    return dict(unet=unet, vae=vae, text_encoder=preset.text_encoder.to_dict(), scheduler=preset.scheduler.to_dict())
+
+
+def objective(name: str, z, sd):
+    """The objective that trains, with a golden file's weights, every switch faithful, float32."""
+    c = config.default(vision_spec(name, z), diffusion_config(sd))
+    c.update(dtype="float32", frozen_dtype="float32", accum=1)
+    c.diva.draws = len(z["losses"])
+    c.diffusion.text_tokens = z["text_context"].shape[1]
+    module = abstract(lambda rngs: diva.Objective(config.faithful(c), rngs=rngs))
+
+    def take(source, prefix):
+        return {k[len(prefix) :]: source[k] for k in source.files if k.startswith(prefix)}
+
+    own = take(z, "w/")
+    projection = names.Table("visual_proj", ((r"^", "visual_proj."),), ignore=(r"visual\..*",))
+    vision = dataclasses.replace(clip.vision_table(module.spec))
+    vision = dataclasses.replace(vision, ignore=(*vision.ignore, r"visual_proj\..*"))
+    module.vision = names.load_into(module.vision, own, vision)
+    module.visual_proj = names.load_into(module.visual_proj, own, projection)
+    module.unet = names.load_into(module.unet, take(sd, "unet/"), diffusers.UNET)
+    module.vae = names.load_into(module.vae, take(sd, "vae/"), diffusers.VAE)
+    module.text_context = nnx.Variable(jnp.asarray(z["text_context"]))
+    return module, {"vision": vision, "visual_proj": projection}
+
+
+def compute(name: str, z, sd) -> dict[str, np.ndarray]:
+    """Every recorded quantity, by its name in the file."""
+    module, tables = objective(name, z, sd)
+    n = len(z["losses"])
+
+    def stack(key):
+        return jnp.stack([jnp.asarray(z[f"{key}/{k}"]) for k in range(n)])
+
+    indices = stack("token_indices") if "token_indices/0" in z.files else None
+    drawn = diva.Draws(stack("timesteps"), stack("noise"), indices)
+    skeleton, arrays = partition.disassemble(module)
+    trained = {k: v for k, v in arrays.items() if k.startswith(("vision/", "visual_proj/"))}
+    frozen = {k: v for k, v in arrays.items() if k not in trained}
+
+    def loss(trained):
+        return skeleton.merge(trained, frozen).forward(jnp.asarray(z["pixels"]), drawn)
+
+    with jax.default_matmul_precision("highest"):
+        (_, seen), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
+    out = {"latents": seen["latents"], "losses": seen["losses"]}
+    for key in ("features", "context", "pred_noise"):
+        out |= {f"{key}/{k}": seen[key][k] for k in range(n)}
+    for part, table in tables.items():
+        state = nnx.from_flat_state(
+            {
+                path[1:]: var.replace(grads[name])
+                for name, (path, var) in skeleton.variables.items()
+                if name.startswith(part + "/")
+            }
+        )
+        out |= {f"grad/{k}": v for k, v in names.to_torch(state, table).items()}
+    return {k: np.asarray(v) for k, v in out.items()}
+
+
+def reads(name: str) -> bool:
+    """Whether a file of this name is one of DIVA's."""
+    return name.startswith(tuple(HEADS))
+
+
+def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
+    """(quantity, relative L2 error, bound), for every result that the file records.
+
+    Args:
+      golden: the file.
+      sd: the state dicts of U-Net and VAE.
+
+    Raises:
+      ValueError: the file records other quantities than we compute.
+    """
+    z, states = np.load(golden), np.load(sd)
+    ours = compute(golden.stem, z, states)
+    recorded = [k for k in z.files if k.split("/")[0] in BOUNDS]
+    if set(recorded) != set(ours):
+        raise ValueError(f"quantities differ: {sorted(set(recorded) ^ set(ours))}")
+    rows = []
+    for key in recorded:
+        want = z[key].astype(np.float64)
+        error = np.linalg.norm(ours[key] - want) / np.linalg.norm(want)
+        rows.append((key, float(error), BOUNDS[key.split("/")[0]]))
+    return rows
