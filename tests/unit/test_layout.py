@@ -1,0 +1,68 @@
+"""The package's imports go in one direction, files stay short, and names of modules are documented."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+PACKAGE = ROOT / "diva_jax"
+# Lowest first: a folder or top-level file imports only from those before it, and from itself.
+ORDER = (
+    "common", "models", "costs", "data", "weights", "objectives", "training", "export", "evals", "report", "config",
+    "train",
+)  # fmt: skip
+COMMANDS = ("main", "evaluate", "export_torch", "aot", "parity", "demo")
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def place(module: str) -> str:
+    """`diva_jax.data.tars` -> "data"; the package itself -> ""."""
+    return (module.split(".") + [""])[1]
+
+
+def imported(file: Path) -> set[str]:
+    """The places that a file imports from, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {place(a.name) for a in node.names if a.name.split(".")[0] == "diva_jax"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "diva_jax":
+            inside = place(node.module)
+            found |= {inside} if inside else {a.name for a in node.names}
+    return found
+
+
+def test_imports_go_down():
+    wrong = []
+    for file in FILES:
+        here = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if here in (*COMMANDS, "__init__"):
+            continue
+        allowed = {*ORDER[: ORDER.index(here) + 1], "__version__"}
+        wrong += [f"{file.relative_to(ROOT)} imports {other}" for other in imported(file) if other not in allowed]
+    assert not wrong
+
+
+def test_no_command_is_imported():
+    for file in FILES:
+        assert not imported(file) & set(COMMANDS), file
+
+
+@pytest.mark.parametrize("folder", ["diva_jax", "tests", "configs", "bench"])
+def test_files_are_short(folder):
+    long = {
+        f.relative_to(ROOT): n for f in (ROOT / folder).rglob("*.py") if (n := len(f.read_text().splitlines())) > 400
+    }
+    assert not long
+
+
+def test_the_architecture_page_names_every_place():
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+    for name in (*ORDER, *COMMANDS):
+        assert name in page, name
+    modules = [f.stem for f in FILES if f.parent != PACKAGE and f.parent.parent == PACKAGE and f.stem[0] != "_"]
+    shown = page.split("```")[1]
+    internal = {f.stem for f in (PACKAGE / "report").glob("*.py")}
+    missing = sorted(m for m in modules if m not in shown and m not in internal)
+    assert not missing
