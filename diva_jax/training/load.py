@@ -45,9 +45,9 @@ def owners(program: Program) -> dict[str, str]:
                 f"like {listing(list(program.arrays)[:3])}"
             )
         for name in names:
-            rest = name[len(prefix) + 1 :]
-            fresh = any(re.fullmatch(pattern, rest) for pattern in parts[prefix].fresh)
-            found.pop(name, None) if fresh else found.__setitem__(name, prefix)
+            found[name] = prefix
+            if any(re.fullmatch(pattern, name[len(prefix) + 1 :]) for pattern in parts[prefix].fresh):
+                del found[name]
     return found
 
 
