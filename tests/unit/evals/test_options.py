@@ -4,8 +4,9 @@ import importlib
 import sys
 
 import pytest
-from eval_data import CLIP, eval_config
+from eval_data import eval_config
 from ml_collections import ConfigDict
+from specs import EVAL_CLIP as CLIP
 
 from diva_jax import config, evals
 from diva_jax.common import fields
