@@ -85,7 +85,7 @@ def test_command_writes_a_card_and_refuses_to_overwrite(run, tmp_path):
     root, _ = run
     out = tmp_path / "out"
     printed = commands.succeed("export_torch", f"--workdir={root / 'work'}", f"--out={out}", "--format=hf", "--step=7")
-    assert "bit for bit" in printed and "transformers: largest difference" in printed
+    assert "bit-identical" in printed and "transformers: largest difference" in printed
     card = (out / "README.md").read_text()
     for part in ("step 7", "somewhere/photos", "sha256", "jax ", '"batch_size": 640'):
         assert part in card, part

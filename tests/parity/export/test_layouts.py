@@ -60,7 +60,7 @@ def test_vision_tower_alone_has_no_text_to_export(tmp_path):
     state = torch.load(tmp_path / "tower" / layouts.PT_FILE, weights_only=True)
     assert "conv1.weight" in state and "class_embedding" in state
     tower = origins.open_clip_source(str(tmp_path / "tower" / layouts.PT_FILE))
-    with pytest.raises(UserError, match="vision tower alone"):
+    with pytest.raises(UserError, match="only a vision tower"):
         layouts.export(tower, CLIP, tmp_path / "out", "open_clip")
 
 

@@ -42,7 +42,7 @@ def test_round_trip_of_a_small_siglip(tmp_path, capsys):
 @pytest.mark.parametrize("fmt", ["hf", "pt"])
 @pytest.mark.parametrize("spec", [DINOV2, DINOV2_REG, DINOV2_SWIGLU], ids=["plain", "registers", "swiglu"])
 def test_round_trip_of_a_small_dinov2(tmp_path, capsys, spec, fmt):
-    """Run through transformers, or timm, and bit for bit; the mask token, of no use here, is kept."""
+    """Run through transformers or timm, and bit-identical; the mask token, which is not used, is kept."""
     model = dinov2_folder(tmp_path / "in", spec)
     source = origins.open_clip_source(str(tmp_path / "in"))
     layouts.export(source, spec, tmp_path / "out", fmt, card=cards.card(source, spec, fmt, "float32", None))

@@ -37,7 +37,7 @@ def state_dict(model):
 
 
 def same(module, table, expected):
-    """Every leaf of a module is bit for bit the tensor of its name."""
+    """Every leaf of a module is bit-identical to the tensor of its name."""
     for name, array in names.to_torch(nnx.state(module), table).items():
         np.testing.assert_array_equal(array, expected[name].float().numpy(), err_msg=name)
 
@@ -122,7 +122,7 @@ def test_files_of_the_diva_authors(model, tmp_path, layout):
     source = str(tmp_path / "OpenAI-ViT-L-14-224.pth")
     same(weights.load(source, CLIP), clip.vision_table(CLIP), tensors)
     if layout != "training state":
-        with pytest.raises(UserError, match="vision tower alone"):
+        with pytest.raises(UserError, match="only a vision tower"):
             weights.load(source, CLIP, tower="text")
 
 
@@ -244,7 +244,7 @@ def test_open_clip_eva02(tmp_path):
 
 def test_of_bare_dinov2_files_only_those_with_a_row_are_described(tmp_path):
     torch.save(torch_tower(DINOV2).state_dict(), tmp_path / "dinov2.pth")
-    with pytest.raises(UserError, match="does not say how many heads it has"):
+    with pytest.raises(UserError, match="does not specify the number of heads"):
         origins.open_clip_source(str(tmp_path / "dinov2.pth")).described("x")
 
 

@@ -22,7 +22,7 @@ def test_first_match_wins():
     [
         ((("vision/.*", 1.0),), "visual_proj/bias, unet/conv_in/bias"),
         ((("vison/.*", 1.0), (".*", 0.0)), "'vison/.*' matches no parameter"),
-        (((".*", 0.0), ("vision/.*", 1.0)), "earlier patterns took all"),
+        (((".*", 0.0), ("vision/.*", 1.0)), "earlier patterns match all"),
         (((".*", 0.0),), "trains nothing"),
         ((("vision/(", 1.0), (".*", 0.0)), "no regular expression"),
         ((("vision", 1.0), (".*", 0.0)), "'vision' matches no parameter"),

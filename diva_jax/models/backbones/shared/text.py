@@ -70,7 +70,7 @@ class Text(nnx.Module):
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
         make, text = Layers(rngs, dtype, param_dtype), spec.text
         if not spec.has_text:
-            raise UserError(f"a {spec.arch} backbone has no text tower: use what needs images alone")
+            raise UserError(f"a {spec.arch} backbone has no text tower: use a task or objective that needs only images")
         if text.pool not in _POOLS:
             raise UserError(f"text.pool={text.pool!r} is no known pooling: use one of {', '.join(_POOLS)}")
         width, eps = text.width, text.norm_eps
