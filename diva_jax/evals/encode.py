@@ -96,7 +96,7 @@ class Towers:
             return self._text.merge(arrays).encode(ids).astype(jnp.float32)
 
     def _put(self, rows: Mapping[int, np.ndarray], first: int, count: int, example: np.ndarray) -> Array:
-        """Returns the batch from row `first` on as a global array, zeros past the end; each process provides its rows."""
+        """Returns the batch from row `first` on as a global array, zeros past the end; processes provide their rows."""
 
         def piece(index):
             take = range(*index[0].indices(self.batch))
