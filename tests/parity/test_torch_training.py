@@ -1,4 +1,4 @@
-"""Ten optimizer steps of the whole objective against the same written in plain PyTorch."""
+"""Ten optimizer steps of the whole objective against an implementation in plain PyTorch."""
 
 import math
 
@@ -21,7 +21,7 @@ STEPS = 10
 
 
 def part_tensors(p, arrays, part: str, table) -> dict[str, torch.Tensor]:
-    """One part's arrays under its original library's names."""
+    """Returns the arrays of one part under the names of the original library."""
     state = {
         path[1:]: var.replace(arrays[name])
         for name, (path, var) in p.skeleton.variables.items()
@@ -92,7 +92,7 @@ class TorchDiva:
         return 2 * x - 1, (small_x - mean) / std
 
     def losses(self, image, drawn) -> list[torch.Tensor]:
-        """One loss a draw, for one micro-batch."""
+        """One loss per draw, for one micro-batch."""
         vae_view, view = self.views(image)
         latents = self.vae.config.scaling_factor * self.vae.encode(vae_view).latent_dist.mean
         out = []

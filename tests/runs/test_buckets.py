@@ -1,4 +1,4 @@
-"""A run whose data and workdir are in a bucket: an emulator of Google's, spoken to by gcsfs and tensorstore."""
+"""Runs with data and workdir in a bucket, on an emulator of Google Cloud Storage, through gcsfs and tensorstore."""
 
 import contextlib
 import json
@@ -26,12 +26,14 @@ from diva_jax.training import checkpoint
 
 
 class Handler(emulator.RequestHandler):
-    """The emulator's, one request at a time, and with a file's version told with its content."""
+    """The emulator's handler, for one request at a time, which also returns the version of a file with its content."""
 
     turn = threading.Lock()
 
     def parse_request(self):
-        if super().parse_request():  # Only now has a request come: an idle connection holds up no other.
+        if (
+            super().parse_request()
+        ):  # The lock is taken after the request has arrived: idle connections do not block others.
             with self.turn:
                 getattr(self, f"do_{self.command}")()
         return False  # done
@@ -45,7 +47,7 @@ class Handler(emulator.RequestHandler):
 
 
 class Threads(ThreadingHTTPServer):
-    """A thread a connection; one that is closed early is no error."""
+    """One thread per connection; a connection that is closed early is not an error."""
 
     daemon_threads = True
 
@@ -58,7 +60,7 @@ class Threads(ThreadingHTTPServer):
 
 @pytest.fixture(scope="module")
 def bucket():
-    """The address of an empty bucket, which this process and those it starts can reach."""
+    """Yields the path of an empty bucket that this process and its subprocesses can access."""
     emulator.server = SimpleNamespace(HTTPServer=Threads)
     server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     server.start()
@@ -74,7 +76,7 @@ def bucket():
 
 
 def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path):
-    """Told to leave, resumed, then exported and reported on, all from gs://."""
+    """A run is stopped by SIGTERM, resumed, exported and reported, all with gs:// paths."""
     for shard in (files / "photos").glob("*.tar"):
         (bucket / "photos" / shard.name).write_bytes(shard.read_bytes())
     workdir = bucket / "runs" / "a"

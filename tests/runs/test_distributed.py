@@ -1,5 +1,5 @@
-"""Several real processes on this machine make one run, whatever their number; one is told to leave, one dies, one
-never comes, one brings other data. And saves that fail."""
+"""Runs of several processes on this machine, with a process that is stopped, is killed, does not start or has other
+data; and saves that fail."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ BATCH, IMAGES = 8, 24
 
 
 def run_here(files, workdir) -> None:
-    """The same run by this process and its eight devices."""
+    """The same run in this process on its eight devices."""
     config = get_config(str(files))
     config.update_from_flattened_dict(FIELDS)
     take = pipeline.Iterator.__next__
@@ -40,7 +40,7 @@ def run_here(files, workdir) -> None:
 
 
 def seen(workdir) -> dict[tuple[int, int], int]:
-    """(step, row) -> checksum of the image, of all starts and processes, which agree where they overlap."""
+    """Returns (step, row) -> checksum of the image, over all starts and processes; asserts that they agree."""
     rows = {}
     for file in workdir.parent.glob(f"{workdir.name}.*.rows"):
         for step, row, image in map(json.loads, file.read_text().splitlines()):
@@ -55,7 +55,7 @@ def losses(workdir) -> list[float]:
 
 
 def test_one_run_over_two_four_and_one_processes(files, tmp_path):
-    """Two processes, one of which is told to leave; then four, one of which dies; then one to the end."""
+    """Two processes, one of which is sent SIGTERM; then four, one of which is killed; then one to the last step."""
     workdir, alone = tmp_path / "run", tmp_path / "alone"
     two = start_all(files, workdir, 2, "--config.mesh.fsdp=2", "--config.mesh.min_shard=64")
     wait_for_step(two[0], 2)
@@ -86,7 +86,7 @@ def test_one_run_over_two_four_and_one_processes(files, tmp_path):
 
 
 def lost(process: subprocess.Popen, since: float) -> None:
-    """It ends within the timeout, and says why."""
+    """Asserts that it ends within the timeout and prints the reason."""
     ((code, _, err),) = finish([process])
     assert time.monotonic() - since < 60
     assert code not in (0, 2) and ("lost another of the 2 processes" in err or "another task died" in err), err
@@ -180,7 +180,7 @@ def checkpoints(tmp_path, monkeypatch):
 
 
 def fail_to_write(monkeypatch, times: int) -> list:
-    """The disk is full for so many saves: found out where orbax finds it out, in the thread that writes."""
+    """Simulates a full disk for this number of saves, in orbax's writing thread."""
     write, failed = checkpoint.ocp.JsonCheckpointHandler._save_fn, []
 
     async def full(self, *args):
@@ -195,7 +195,7 @@ def fail_to_write(monkeypatch, times: int) -> list:
 
 def test_a_save_that_fails_is_made_up_for(checkpoints, tmp_path, monkeypatch, capfd):
     failed = fail_to_write(monkeypatch, 1)
-    checkpoints.save(2, STATE, {}, {})  # Fails behind our back.
+    checkpoints.save(2, STATE, {}, {})  # Fails in the background.
     checkpoints.save(3, STATE, {}, {})
     assert failed and "step 3: saving failed, tried again" in capfd.readouterr().out
     assert checkpoint.steps(tmp_path) == [3]
@@ -212,7 +212,7 @@ def test_a_disk_that_stays_full_keeps_the_last_checkpoint(checkpoints, tmp_path,
 
 
 def test_what_failed_first_is_said(checkpoints, monkeypatch):
-    """Threads of a failed save may still write where the next one cleans up."""
+    """Threads of a failed save may still write while the next one cleans up."""
     reasons = iter(["No space left on device", "Directory not empty", "Directory not empty"])
     monkeypatch.setattr(checkpoint.Checkpoints, "_try_to_save", lambda *_: next(reasons))
     with pytest.raises(RunError, match=r"\(No space left on device, then Directory not empty\), tried 3 times"):
@@ -247,7 +247,7 @@ def test_a_second_start_does_not_compile_the_step_again(tmp_path):
     jax.monitoring.register_event_listener(listen)
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     train.use_compile_cache("auto", tmp_path)
-    compilation_cache.reset_cache()  # jax keeps to the first folder it has used.
+    compilation_cache.reset_cache()  # Without this, jax keeps using its first folder.
     try:
         for found in ("cache_misses", "cache_hits"):
             p = small.program(small.small_config(diva__draws=1))
@@ -264,7 +264,7 @@ def test_a_second_start_does_not_compile_the_step_again(tmp_path):
 
 
 def test_a_workdir_that_the_machines_do_not_share(tmp_path, monkeypatch):
-    """Process 0 has written config.json into its own; this one never sees it, and says something else than 0."""
+    """Process 0 has written config.json to its own folder; this process does not see it."""
     monkeypatch.setattr(workdirs, "_SEEN_WITHIN", 0.0)
     config = small.small_config()
     workdirs.write_config(tmp_path / "first", config)

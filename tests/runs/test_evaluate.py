@@ -1,4 +1,4 @@
-"""The whole evaluation: the command, a run's checkpoint as weights, the results file, live parameters in training."""
+"""The evaluation command, checkpoints of runs as weights, the results file, and parameters in training."""
 
 import csv
 import json
@@ -66,7 +66,7 @@ def config(base):
 
 
 def quick(base, batch_size: int = 32):
-    """The config of every evaluation here: few resamples and draws."""
+    """Returns a config with few resamples and draws."""
     c = eval_config(CLIP, base)
     c.eval.update(bootstrap=300, batch_size=batch_size)
     c.eval.mmvp.seeds, c.eval.drift.neighbours = 2, 3
@@ -75,7 +75,7 @@ def quick(base, batch_size: int = 32):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, base):
-    """A run that trains the last block alone, with checkpoints of steps 2 and 5."""
+    """A run that trains only the last block, with checkpoints of steps 2 and 5."""
     c = small.small_config(trainable=(("vision/blocks/1/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0)))
     c.backbone = eval_config(CLIP, base).backbone
     folder = tmp_path_factory.mktemp("runs") / "tuned"
@@ -105,7 +105,7 @@ def run(config, data, sources, devices: int):
 
 
 def close(a, b, where="results"):
-    """The same structure; numbers of float32 embeddings to 1e-5, scores (shares of items) to the last digit."""
+    """Asserts the same structure, float32 embeddings to 1e-5, and scores (shares of items) to the last digit."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert list(a) == list(b), where
@@ -161,7 +161,7 @@ def test_same_results_on_any_devices_and_batch(reference, data, base, workdir, d
 
 
 def test_a_checkpoint_is_what_was_saved(config, workdir, base):
-    """The trained block from the checkpoint, the rest from the source."""
+    """The trained block is that of the checkpoint, the rest that of the source."""
     mesh = sharding.make_mesh(config.mesh)
     path, step = encoders.resolve(str(workdir))
     assert step == 5 and encoders.resolve(f"{workdir}:2") == (str(workdir), 2)
@@ -181,7 +181,7 @@ def test_a_checkpoint_is_what_was_saved(config, workdir, base):
 
 
 def test_a_vision_tower_alone_has_the_configs_text_tower(config, base, tmp_path):
-    """As DIVA's authors publish their encoders."""
+    """DIVA's authors publish their encoders in this form."""
     tower = tensors(torch_model(CLIP, seed=8).visual)
     write_safetensors(tmp_path / "tuned.safetensors", tower)
     found = encoders.read(str(tmp_path / "tuned.safetensors"), None, config, sharding.make_mesh(config.mesh))
@@ -220,7 +220,7 @@ def test_the_command_twice(tmp_path, config, data, base, workdir, reference):
     }
     assert [(w["label"], w["step"]) for w in first["weights"]] == [("base", None), ("tuned:2", 2), ("tuned:5", 5)]
     assert first["config"]["backbone"]["width"] == CLIP.width and "jax" in first["versions"]
-    # One device in another process, eight here: the same scores.
+    # One device in the other process and eight in this one have the same scores.
     close(first["tasks"], json.loads(json.dumps(reference[0])))
     with open(outs[0] / "predictions.csv", newline="") as f:
         rows = list(csv.DictReader(f))
@@ -288,7 +288,7 @@ def test_wrong_steps_and_backbones_are_refused(workdir, config, tmp_path):
 
 
 def test_live_parameters_in_training(config, data, base, workdir):
-    """Sharded over the mesh as training holds them; the first encoder is what they are compared with."""
+    """Parameters sharded over the mesh as in training are compared with the initial encoder."""
     config.mesh.update(fsdp=4, min_shard=64)
     mesh = sharding.make_mesh(config.mesh)
     runner = evaluator.Evaluator(config, mesh, {t: data[t] for t in ("mmvp", "drift")})

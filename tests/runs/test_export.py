@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     tower = names.flat(layers.abstract(lambda rngs: backbones.build(TINY, rngs=rngs)))
     shapes = {"vision/" + partition.name_of(p): v.shape for p, v in tower.items() if p != ("pos_embed",)}
     params = {n: rng.standard_normal(s, np.float32) * 0.05 for n, s in shapes.items()}
-    # As a run on a mesh leaves them: pieces on all eight devices.
+    # Sharded over all eight devices, as in a run on a mesh.
     mesh = make_mesh(ConfigDict(dict(data=1, fsdp=8)))
     shardings = parameter_shardings(params, mesh, 1)
     placed = {n: jax.device_put(a, shardings[n]) for n, a in params.items()}
@@ -118,7 +118,7 @@ def test_a_source_that_changed_is_refused(run, tmp_path):
 
 
 def test_round_trip_of_vit_b_32_at_full_size(tmp_path):
-    """open_clip's own file, through our modules, to both layouts, every bit."""
+    """open_clip's own file, converted through our modules to both formats, is bit-identical."""
     flags = ("--config=configs/custom.py:ViT-B-32", "--norun", f"--tmp={tmp_path}")
     printed = commands.output(commands.launch(sys.executable, "bench/roundtrip.py", *flags))
     for fmt in ("open_clip", "hf"):

@@ -1,4 +1,4 @@
-"""Objectives that the package does not have, named by dotted path, from config to open_clip."""
+"""Objectives outside of the package, selected by dotted path, from config to open_clip."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ TOTAL = {"distillation": 8, "captions": 6}
 
 @pytest.fixture(scope="module")
 def world(files, tmp_path_factory):
-    """The files of both: captioned photographs, the model to tune with a tokenizer, a teacher, labelled pictures."""
+    """Files of both objectives: photographs with captions, the model to tune, its tokenizer, a teacher, and classes."""
     root = tmp_path_factory.mktemp("world")
     shutil.copytree(SUPPORT / "outside", root / "elsewhere")
     shutil.copytree(files / "photos", root / "photos")
@@ -59,7 +59,7 @@ def train(world, name, workdir, *more):
 
 @pytest.fixture(scope="module", params=NAMES)
 def ran(request, world, tmp_path_factory):
-    """(objective, workdir, what was printed) of a run from beginning to end."""
+    """(objective, workdir, output) of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("runs") / request.param
     code, out, err = commands.finish(train(world, request.param, workdir))
     assert code == 0, err
@@ -121,7 +121,7 @@ def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
     for row in predictions(out):
         rows[row.pop("weights")].append(row)
     base, run, exported = rows.values()
-    assert run == exported  # Every score of every picture, to the last digit.
+    assert run == exported  # Every score of every image, to the last digit.
     assert [r["score"] for r in run] != [r["score"] for r in base]
 
     c = get_config(f"{name}:{world}")
@@ -134,7 +134,7 @@ def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
     for tensor, array in tensors.items():
         np.testing.assert_array_equal(np.asarray(written[tensor]), array, err_msg=tensor)
     changed = {n for n in original if not np.array_equal(np.asarray(written[n]), np.asarray(original[n]))}
-    if name == "distillation":  # Adapted layers alone.
+    if name == "distillation":  # Only adapted layers.
         assert changed and all(".resblocks." in n and "ln_" not in n for n in changed)
         assert {n.rsplit(".", 1)[1] for n in changed} == {"weight", "bias", "in_proj_weight", "in_proj_bias"}
     else:
@@ -150,7 +150,7 @@ def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
 
 
 def names_to_tower(shapes, arrays, spec):
-    """A vision tower with these arrays, of the run's names."""
+    """Returns a vision tower with these arrays under the names of a run."""
     tower = backbones.build(spec, rngs=Keys(0))
     state = {path: var.replace(np.asarray(arrays["/".join(map(str, path))])) for path, var in names.flat(tower).items()}
     assert {"/".join(map(str, path)) for path in state} == set(shapes)
@@ -160,7 +160,7 @@ def names_to_tower(shapes, arrays, spec):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_do_not_depend_on_devices(world, name):
-    """The negatives of `captions` are those of the whole micro-batch, whatever the number of devices."""
+    """The negatives of `captions` are those of the whole micro-batch, for any number of devices."""
     c = get_config(f"{name}:{world}")
     c.batch_size, c.steps = 16, 2
     losses = []

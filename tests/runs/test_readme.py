@@ -1,4 +1,4 @@
-"""The commands of the README's laptop section run as written, in order, and give what it promises."""
+"""The commands in the README's laptop section run as written, in order, and have the documented results."""
 
 import os
 import re
@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(section: str) -> list[str]:
-    """The indented code blocks under a heading."""
+    """Returns the code blocks under a heading."""
     text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
     return re.findall(r"```(?:python)?\n(.*?)```", text, re.S)
 
@@ -43,7 +43,7 @@ def test_laptop_commands_run_as_written(elsewhere):
     for line in lines[:3]:
         run(line, elsewhere)
     assert "done" in run(lines[1], elsewhere)
-    # The whole second run would add nothing to the first: its override is what is new.
+    # One step suffices, because only the override differs from the first run.
     run(lines[3] + " --config.steps=1", elsewhere)
     run(blocks("Use what was trained")[0].strip(), elsewhere)
     assert (elsewhere / "runs/hf/config.json").exists()

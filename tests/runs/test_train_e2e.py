@@ -52,7 +52,7 @@ def test_a_run_reports_what_it_does(files, uninterrupted):
     assert [r["step"] for r in rows] == list(range(1, TOTAL + 1))
     assert {"loss", "grad_norm", "lr", "images_per_s", "data_wait", "broken_images"} <= set(rows[0])
     assert list((workdir / "tensorboard").glob("events*"))
-    assert checkpoint.steps(workdir) == [9, 12, 14]  # the latest three
+    assert checkpoint.steps(workdir) == [9, 12, 14]  # The last three.
     assert (workdir / "done").exists()
 
 

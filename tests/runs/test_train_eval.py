@@ -1,4 +1,4 @@
-"""Evaluation during training: what it logs, and that it does not affect training."""
+"""Evaluation during training: the logged scores, and no effect on training."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def config(files, **fields):
     c = small.small_config(steps=TOTAL, batch_size=8, checkpoint__every=2, log__every=1, **fields)
     c.backbone.source, c.diffusion.source = f"{files}/clip", f"{files}/stable-diffusion"
     c.data.path, c.data.threads = f"{files}/photos", 2
-    c.compile_cache = os.environ["JAX_COMPILATION_CACHE_DIR"]  # One for all these runs.
+    c.compile_cache = os.environ["JAX_COMPILATION_CACHE_DIR"]  # The same for all these runs.
     return c
 
 
@@ -112,7 +112,7 @@ def test_training_is_bit_identical_with_and_without(files, photos, ran, tmp_path
 
 
 def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):
-    """From the checkpoint of step 4, evaluated before it was saved: that row stays, the last one is made again."""
+    """Step 4 was evaluated before its checkpoint: its row is kept, and only the last evaluation is repeated."""
     workdir = tmp_path / "run"
     shutil.copytree(ran, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(TOTAL))
@@ -124,7 +124,7 @@ def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):
 
 
 def test_the_command_finds_what_the_log_says(files, photos, ran):
-    """The run's last row again from its checkpoint; the encoder that it began with borrows its projection."""
+    """The last row can be computed from the checkpoint; the initial encoder borrows the run's projection."""
     c = evaluating(files, photos)
     mesh = sharding.make_mesh(c.mesh)
     tasks = {"feedback": c.eval.data[0].removeprefix("feedback=")}

@@ -1,4 +1,4 @@
-"""Folders of transformers' models, small and random."""
+"""Folders of small transformers models with random weights."""
 
 from helpers import randomise
 from specs import CLIP_FOLDER as CLIP
@@ -9,11 +9,11 @@ from diva_jax.weights import hf
 
 
 def siglip_folder(folder, spec=SIGLIP, act=None, **save):
-    """A transformers SiglipModel of `spec` with random weights, saved; returns the model.
+    """Writes and returns a transformers SiglipModel of `spec` with random weights.
 
     Args:
-      folder: where to.
-      spec: of the model.
+      folder: the folder.
+      spec: the model.
       act: transformers' activation of both towers; default the spec's.
       **save: for `save_pretrained`.
     """
@@ -38,21 +38,21 @@ def _clip_like(kind, config_kind, folder, spec, **save):
 
 
 def clip_folder(folder, spec=CLIP, **save):
-    """A transformers CLIPModel."""
+    """Writes and returns a transformers CLIPModel."""
     from transformers import CLIPConfig, CLIPModel
 
     return _clip_like(CLIPModel, CLIPConfig, folder, spec, **save)
 
 
 def metaclip2_folder(folder, spec=METACLIP2_FOLDER, **save):
-    """A transformers MetaClip2Model."""
+    """Writes and returns a transformers MetaClip2Model."""
     from transformers import MetaClip2Config, MetaClip2Model
 
     return _clip_like(MetaClip2Model, MetaClip2Config, folder, spec, **save)
 
 
 def dinov2_folder(folder, spec=DINOV2, **save):
-    """A transformers Dinov2Model or Dinov2WithRegistersModel."""
+    """Writes and returns a transformers Dinov2Model or Dinov2WithRegistersModel."""
     import transformers
 
     cfg = hf.to_transformers(spec, "float32")

@@ -1,4 +1,4 @@
-"""The config that test_train_e2e.py's commands run: `small.small_config` on files; the argument is their folder."""
+"""The config of the commands in test_train_e2e.py: `small.small_config` with files in the folder of the argument."""
 
 import os
 

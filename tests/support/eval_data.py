@@ -34,7 +34,7 @@ TEXTS = [
 
 
 def statement(row: int) -> str:
-    """Of the MMVP data below."""
+    """Returns the statement of a row of `write_mmvp`."""
     return f"thing number {row * 7}, seen from {'left' if row % 2 else 'above'}"
 
 
@@ -47,7 +47,7 @@ def photograph(name: str) -> Image.Image:
 
 
 def patch(index: int) -> Image.Image:
-    """A piece of a photograph, another for each index; no two of one size in a row."""
+    """Returns a piece of a photograph, different for each index; consecutive ones differ in size."""
     rng = np.random.default_rng(index)
     whole = photograph(PHOTOGRAPHS[index % 4])
     w, h = 50 + index % 17, 45 + index % 13
@@ -62,7 +62,7 @@ def encoded(image: Image.Image, form: str = "PNG") -> bytes:
 
 
 def write_mmvp(root: Path, folder: str = FOLDERS[0]) -> Path:
-    """135 pairs of pieces of photographs with statements of their own."""
+    """Writes 135 pairs of pieces of photographs, each with its own statement."""
     lines = [",".join(HEADER)]
     for row in range(2 * PER_PATTERN * len(PATTERNS)):
         type_ = PATTERNS[row // (2 * PER_PATTERN)].split()[0]

@@ -19,7 +19,7 @@ from diva_jax.weights.writers import write_safetensors
 
 
 class _Trunk(torch.nn.Module):
-    """A timm tower where open_clip keeps it, under `visual.trunk`."""
+    """A timm tower under `visual.trunk`, as in open_clip."""
 
     def __init__(self, spec: Spec):
         super().__init__()
@@ -30,7 +30,7 @@ class _Trunk(torch.nn.Module):
 
 
 def torch_model(spec: Spec, seed: int = 5, custom_text: bool = False) -> torch.nn.Module:
-    """open_clip's whole model, random; `custom_text`: with the text tower under `text.` for CLIP too."""
+    """Returns open_clip's model with random weights; `custom_text`: the text tower is under `text.` for CLIP too."""
     text, timm_tower = spec.text, spec.arch != "vit"
     kind = open_clip.CustomTextCLIP if timm_tower or custom_text else open_clip.CLIP
     vision = dict(image_size=spec.image_size, patch_size=spec.patch_size, width=spec.width, layers=spec.layers)
@@ -65,9 +65,9 @@ def torch_model(spec: Spec, seed: int = 5, custom_text: bool = False) -> torch.n
 
 
 def centred(model: torch.nn.Module, spec: Spec, pictures: list[Image.Image], texts: list[str]) -> torch.nn.Module:
-    """A CLIP model without what all these embeddings share: a random one finds everything alike.
+    """Removes the direction of the mean embedding from the projections of a CLIP model.
 
-    The projections lose the direction of the mean embedding.
+    The embeddings of a random model are otherwise too similar.
     """
     prepare = open_clip.image_transform(spec.image_size, is_train=False, mean=spec.mean, std=spec.std)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def centred(model: torch.nn.Module, spec: Spec, pictures: list[Image.Image], tex
 
 
 def write_model(folder: Path, model: torch.nn.Module) -> Path:
-    """Weights and CLIP's tokenizer in a folder, as a source."""
+    """Writes weights and CLIP's tokenizer to a folder, as a source."""
     folder.mkdir(exist_ok=True)
     write_safetensors(folder / "open_clip_model.safetensors", tensors(model))
     shutil.copy(open_clip.tokenizer.default_bpe(), folder / "bpe_simple_vocab_16e6.txt.gz")
@@ -88,10 +88,10 @@ def write_model(folder: Path, model: torch.nn.Module) -> Path:
 
 
 def write_siglip_tokenizer(out: Path, layout: str = "timm") -> Path:
-    """A small SentencePiece vocabulary as hub folders hold it.
+    """Writes a small SentencePiece tokenizer in the form of hub folders.
 
     Args:
-      out: where the folder is made.
+      out: the parent folder.
       layout: "timm" or "transformers" for SigLIP's, "gemma" for SigLIP 2's, "xlm" for MetaCLIP 2's.
     """
     lines = Path(tarfile.__file__).read_text().splitlines() + Path(argparse.__file__).read_text().splitlines()
@@ -123,7 +123,7 @@ def write_siglip_tokenizer(out: Path, layout: str = "timm") -> Path:
 
 
 def _write_fast_tokenizer(folder: Path, vocab: list[tuple[str, float]], layout: str) -> None:
-    """SigLIP 2's (end token, padded with id 0) or XLM-R's (start and end tokens, padded with id 1) on a vocabulary."""
+    """Writes SigLIP 2's tokenizer (end token, padded with id 0) or XLM-R's (start and end tokens, padded with id 1)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

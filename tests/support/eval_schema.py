@@ -1,4 +1,4 @@
-"""Whether a results.json has the form of the example in docs/EVALUATION.md."""
+"""Comparison of results.json with the example in docs/EVALUATION.md."""
 
 import json
 import re
@@ -13,7 +13,7 @@ _BY_NAME = ("tasks", "weights", "metrics", "scores", "versions", "config", "opti
 def check_documented(found, example, where: str = "results.json") -> None:
     """Asserts that `found` has exactly the fields of `example`, of the same types; null is allowed for any value.
 
-    Of what has a name that is not in the example, the first one there is the example.
+    For names that are not in the example, its first entry is the example.
     """
     if found is None or example is None:
         return

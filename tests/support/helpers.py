@@ -4,7 +4,7 @@ import numpy as np
 
 
 def relative_error(ours, reference) -> float:
-    """Relative L2 error, in float64."""
+    """Returns the relative L2 error, in float64."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape, (ours.shape, reference.shape)
     return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
@@ -27,5 +27,5 @@ def randomise(module, seed: int = 0):
 
 
 def tensors(module) -> dict[str, np.ndarray]:
-    """The state dict of a PyTorch module as numpy arrays."""
+    """Returns the state dict of a PyTorch module as numpy arrays."""
     return {k: v.detach().cpu().numpy() for k, v in module.state_dict().items()}

@@ -1,6 +1,6 @@
-"""What test_distributed.py starts: `python multihost.py FILE ...` is `python -m diva_jax.main ...`, and FILE gets a row
-[step, row of the global batch, checksum of the image] for every image that a step takes. With FAILS in the environment
-the first so many arrays of a checkpoint cannot be written by the process whose number is in FAILS_ON."""
+"""The command of test_distributed.py: `python multihost.py FILE ...` is `python -m diva_jax.main ...`, and writes a row
+[step, row of the global batch, checksum of the image] to FILE for every image of a step. With FAILS in the environment,
+the process whose number is FAILS_ON fails to write the first FAILS arrays of a checkpoint."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ _take = pipeline.Iterator.__next__
 
 
 def record(path) -> None:
-    """From here on, every batch that this process takes is written to `path`."""
+    """Writes every later batch of this process to `path`."""
 
     def take(self):
         batch = _take(self)
@@ -30,7 +30,7 @@ def record(path) -> None:
 
 
 def fail_to_write(times: int) -> None:
-    """The disk is full, for this process alone, for so many arrays."""
+    """Simulates a full disk in this process for this number of arrays."""
     write, failed = serialization.async_serialize_from_host, []
 
     async def full(*args, **kwargs):

@@ -23,10 +23,10 @@ def start(files, workdir, address, index: int, count: int, *more, rows=None) -> 
 
     Args:
       files: folder of the `files` fixture.
-      workdir: of the run.
-      address: of the coordinator.
-      index: of this process.
-      count: of processes.
+      workdir: the workdir of the run.
+      address: HOST:PORT of the coordinator.
+      index: the index of this process.
+      count: the number of processes.
       *more: further flags.
       rows: prefix of the files that multihost.py writes; default `workdir`.
     """

@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def encoded(tag: int, width: int = 40, height: int = 30, form: str = "PNG", mode: str = "RGB") -> bytes:
-    """An image whose top left pixel, and every other, says which one it is: (tag // 256, tag % 256, 7)."""
+    """Returns an image of one colour that encodes its number: (tag // 256, tag % 256, 7)."""
     image = Image.new("RGB", (width, height), (tag // 256, tag % 256, 7)).convert(mode)
     data = io.BytesIO()
     image.save(data, form)
@@ -17,13 +17,13 @@ def encoded(tag: int, width: int = 40, height: int = 30, form: str = "PNG", mode
 
 
 def tags(images: np.ndarray) -> list[int]:
-    """The tags of crops [B, S, S, 3]; resizing keeps a constant colour."""
+    """Returns the tags of crops [B, S, S, 3]; resizing keeps a constant colour."""
     assert (images == images[:, :1, :1]).all()
     return [int(r) * 256 + int(g) for r, g, _ in images[:, 0, 0]]
 
 
 def noise(seed: int, width: int = 64, height: int = 48) -> bytes:
-    """A JPEG of coarse noise: any other crop box shows."""
+    """Returns a JPEG of coarse noise, for which every crop box gives another result."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height))
     data = io.BytesIO()
@@ -40,7 +40,7 @@ def write_tar(path, members: dict[str, bytes], **kw) -> None:
 
 
 def write_shards(folder, count: int, per_shard: int, broken=()) -> None:
-    """Shards of tagged PNGs with captions; those in `broken` are garbage."""
+    """Writes shards of tagged PNGs with captions; those in `broken` are not images."""
     for shard in range(0, count, per_shard):
         members = {}
         for i in range(shard, min(shard + per_shard, count)):

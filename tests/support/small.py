@@ -26,7 +26,7 @@ def diffusion() -> dict:
 
 
 def small_config(**fields):
-    """Float32, AdamW, 24-pixel crops, batches of 8; `fields` by dotted name, dots as double underscores."""
+    """Returns a config: float32, AdamW, 24-pixel crops, batches of 8; in names of `fields`, `__` stands for a dot."""
     c = config.default(SPEC, diffusion())
     c.update(dtype="float32", frozen_dtype="float32", steps=10, batch_size=8, accum=1)
     c.diffusion.text_tokens = 6
@@ -46,7 +46,7 @@ def program(c, devices: int = 1) -> Program:
 
 
 def random_arrays(p: Program, seed: int = 0) -> dict:
-    """Every parameter of a program, the text condition too, on its sharding; norms and biases randomised."""
+    """Returns every parameter of a program, including the text condition, on its sharding; norms and biases random."""
     rng, out = np.random.default_rng(seed), {}
     for name, a in p.arrays.items():
         noise = rng.normal(size=a.shape)
@@ -59,7 +59,7 @@ def random_arrays(p: Program, seed: int = 0) -> dict:
 
 
 def batch(p: Program, step: int, size: int | None = None) -> dict:
-    """A batch of random pictures, the same for any mesh."""
+    """Returns a batch of random images, the same for any mesh."""
     c = p.config
     b, s = size or c.batch_size, c.data.image_size
     rng = np.random.default_rng((7, step))

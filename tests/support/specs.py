@@ -1,4 +1,4 @@
-"""Tiny backbones of every architecture; sizes that are no powers of two, heads of unusual width."""
+"""Tiny backbones of every architecture, with sizes that are not powers of two and unusual head widths."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ _SIGLIP_TEXT = _replace(
 
 # Heads of width 80 as in H/14.
 QUICK = Spec(image_size=42, patch_size=14, width=160, layers=3, heads=2, mlp_dim=330, embed_dim=52, text=_TEXT)
-# Of 38 px, the patches of 7 leave 3 unused.
+# 38 px are not a multiple of the patch size: 3 px are unused.
 GELU = Spec(
     image_size=38,
     patch_size=7,
@@ -42,7 +42,7 @@ SIGLIP = Spec(
     resize_mode="squash",
     text=_SIGLIP_TEXT,
 )
-# SigLIP 2: as open_clip runs it, the text tower has tanh's approximation of GELU.
+# SigLIP 2: the text tower has the tanh approximation of GELU, as in open_clip.
 SIGLIP2 = _replace(SIGLIP, text=_replace(_SIGLIP_TEXT, activation="gelu_tanh"))
 # MetaCLIP 2: pooling at the first token of a given id, which is not the highest.
 METACLIP2 = _replace(QUICK, text=_replace(_TEXT, pool="eos", eos_id=2, tokenizer="xlm"))
@@ -88,7 +88,7 @@ TOWERS = {
     "dinov2_swiglu": DINOV2_SWIGLU,
 }
 
-# Whole models that transformers has too.
+# Whole models that are in transformers too.
 CLIP_FOLDER = Spec(
     image_size=30,
     patch_size=6,

@@ -1,4 +1,4 @@
-"""torch on two threads, and torchvision beside a CPU build of torch."""
+"""Limits torch to two threads, and makes torchvision importable with a CPU build of torch."""
 
 import torch
 
@@ -6,7 +6,7 @@ torch.set_num_threads(2)
 
 
 def register_torchvision_operators():
-    """torchvision's compiled operators do not load beside a CPU build of torch; two are named at import."""
+    """Defines two operators that torchvision needs at import and does not load with a CPU build of torch."""
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -12,7 +12,7 @@ from diva_jax.models.backbones import Spec
 
 
 def _ratio(spec: Spec, times: int = 1) -> float:
-    """A ratio of which `int(width * ratio)` is the MLP's width."""
+    """Returns a ratio for which `int(width * ratio)` is the width of the MLP."""
     return (spec.mlp_dim * times + 0.5) / spec.width
 
 
@@ -61,7 +61,7 @@ def _eva02(spec: Spec) -> torch.nn.Module:
 
 
 class Dinov2(timm_vit.VisionTransformer):
-    """timm's, whose position embeddings have a row for the class token and none for registers, as the authors' have."""
+    """timm's tower, with position embeddings for the class token and none for registers, as in the authors' code."""
 
     def _pos_embed(self, x):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
@@ -86,24 +86,24 @@ PREFIX = {"vit": "visual.", "siglip": "visual.trunk.", "eva02": "visual.trunk.",
 
 
 def torch_tower(spec: Spec) -> torch.nn.Module:
-    """The vision tower of open_clip or timm, random weights."""
+    """Returns the vision tower of open_clip or timm with random weights."""
     return randomise(_MAKE[spec.arch](spec), seed=spec.width)
 
 
 def checkpoint_name(spec: Spec, name: str) -> str:
-    """The name that a parameter of `torch_tower` has in a checkpoint."""
+    """Returns the name of a parameter of `torch_tower` in a checkpoint."""
     if spec.activation == "swiglu":
         name = name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
     return PREFIX[spec.arch] + name
 
 
 def checkpoint(spec: Spec, tower: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The tensors of `torch_tower` as a checkpoint holds them."""
+    """Returns the tensors of `torch_tower` under the names of a checkpoint."""
     return {checkpoint_name(spec, k): v for k, v in tensors(tower).items()}
 
 
 def torch_features(tower: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [B, 3, H, W] -> (tokens, pooled): pooled is the library's own, tokens are taken the same way."""
+    """Images [B, 3, H, W] -> (tokens, pooled): pooled is the library's result, tokens are computed in the same way."""
     if isinstance(tower, VisionTransformer):
         x = tower.transformer(tower._embeds(images))
         return (tower.ln_post(x) @ tower.proj)[:, 1:], tower(images)

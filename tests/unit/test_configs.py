@@ -1,4 +1,4 @@
-"""Every config file builds, as shapes, and is what the published table says."""
+"""Every config file builds under eval_shape and has the published values."""
 
 import importlib.util
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_config_builds_as_shapes(path):
     spec = backbones.spec_of(c)
     if path.stem in backbones.TABLE:
         assert spec == backbones.TABLE[path.stem]
-    # 865.9 M: the U-Net of Stable Diffusion 2.1-base, the VAE's encoder beside it.
+    # 865.9 M: the U-Net of Stable Diffusion 2.1-base; the others are the encoder of the VAE.
     unet = sum(a.size for n, a in p.arrays.items() if n.startswith("unet/"))
     assert path.stem == "tiny" or unet == 865_910_724
     assert {n.split("/")[0] for n in p.trained} == {"vision", "visual_proj"}
@@ -48,7 +48,7 @@ def test_config_builds_as_shapes(path):
 
 
 def test_tokens_of_the_eight_conditions():
-    """DIVA's authors' code, by backbone."""
+    """Values in the code of DIVA's authors, by backbone."""
     counts = {n: condition.token_count(s.select, s.patches) for n, s in backbones.TABLE.items()}
     assert counts == {
         "vitl14": 77,

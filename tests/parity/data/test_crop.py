@@ -51,7 +51,7 @@ def boxes_of(width, height, scale, ratio, count):
 @pytest.mark.parametrize(
     "width, height, scale",
     [
-        (500, 375, SCALE),  # Attempts are often in vain: a ratio of 4:3 fits only narrow boxes at this scale.
+        (500, 375, SCALE),  # Attempts often fail: a ratio of 4:3 fits only narrow boxes at this scale.
         (301, 303, SCALE),
         (640, 427, (0.08, 1.0)),
         (90, 1000, SCALE),  # Always the central box.

@@ -1,4 +1,4 @@
-"""From a photograph and a sentence to logits, against open_clip's transform, tokenizer and models."""
+"""Logits of photographs and sentences against open_clip's transform, tokenizer and models."""
 
 import numpy as np
 import open_clip

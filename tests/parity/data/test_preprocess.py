@@ -70,7 +70,7 @@ def test_vae_view():
     back = torch_normalise(seen, tuple(-mean / std), tuple(1 / std))
     assert relative_error(preprocess.vae_view(x, "faithful"), 2 * back - 1) <= 1e-6
     contrast = std / np.array(OPENAI_STD)
-    assert 0.81 < contrast.min() < contrast.max() < 0.87  # What the docstring says.
+    assert 0.81 < contrast.min() < contrast.max() < 0.87  # The range in the docstring.
 
 
 def test_to_float_is_torchvisions_to_tensor():

@@ -1,4 +1,4 @@
-"""Tokenizers against open_clip's, from every set of files that a weights' folder may hold."""
+"""Tokenizers against open_clip's, for every set of files that a folder of weights may contain."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def test_clip_equals_open_clip(clip_folder, reference):
     ours = tokenizer(texts)
     assert ours.dtype == np.int32
     np.testing.assert_array_equal(ours, reference(texts).numpy())
-    # The over-long ones were cut, and end as they should.
+    # Long texts are truncated and end with the end token.
     assert (ours[TEXTS.index("word " * 200)] != 0).all() and ours[11, -1] == ours.max() == 49407
 
 
@@ -75,7 +75,7 @@ def test_siglip_equals_open_clip(siglip_folder):
     ours = tokenizers.open_tokenizer(SIGLIP, siglip_folder)(texts)
     reference = HFTokenizer(str(siglip_folder), context_length=64, clean="canonicalize")
     np.testing.assert_array_equal(ours, reference(texts).numpy())
-    # Padded with the end token; a text without letters is nothing else.
+    # Padded with the end token; a text without letters has only padding.
     assert (ours[3] == 1).all() and (ours[5] == 1).all() and ours[11, -1] == 1 and (ours[11, :-1] != 1).all()
 
 

@@ -1,4 +1,4 @@
-"""CLIP_benchmark on an exported model and this evaluator, on the same tars: the same scores to the last digit."""
+"""CLIP_benchmark on an exported model and our evaluator have the same scores for the same tars, to the last digit."""
 
 import inspect
 

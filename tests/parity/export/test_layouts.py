@@ -1,4 +1,4 @@
-"""Exported folders as the libraries that load them see them, and exports that are refused."""
+"""Exported folders, loaded by the original libraries, and exports that are refused."""
 
 import dataclasses
 import runpy
@@ -39,7 +39,7 @@ def test_squash_is_in_both_configs(tmp_path):
 
 
 def test_transformers_vision_model_has_no_missing_key(tmp_path):
-    """What LLaVA does with --vision_tower: the vision model alone, out of the whole model's folder."""
+    """LLaVA's --vision_tower loads only the vision model from the folder of the whole model."""
     from transformers import CLIPVisionModel
 
     written_by_open_clip(CLIP, tmp_path / "in")
@@ -65,7 +65,7 @@ def test_vision_tower_alone_has_no_text_to_export(tmp_path):
 
 
 def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
-    """One flipped value in the file on its way to the disk, and nothing is exported."""
+    """Nothing is exported if one value in the written file differs."""
     written_by_open_clip(CLIP, tmp_path / "in")
     write = writers.write_safetensors
 
@@ -81,7 +81,7 @@ def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
 
 
 def test_what_open_clip_computes_is_compared(tmp_path, monkeypatch):
-    """The right weights that open_clip runs to another result are no export."""
+    """Nothing is exported if open_clip computes other embeddings with the correct weights."""
     written_by_open_clip(CLIP, tmp_path / "in")
     pooled = reference.open_clip_pooled
     monkeypatch.setattr(reference, "open_clip_pooled", lambda *a: pooled(*a) * 1.0002)

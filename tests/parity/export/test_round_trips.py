@@ -76,7 +76,7 @@ def test_round_trip_of_a_small_siglip2_and_metaclip2(tmp_path, capsys):
 
 
 def test_round_trip_of_a_small_eva02(tmp_path, capsys, monkeypatch):
-    """Through open_clip itself, by a tiny model that timm and our table are given."""
+    """Runs open_clip with a tiny model that is added to timm and to our table."""
     name = "eva02_tiny_patch6_clip_42"
 
     def tiny(pretrained=False, **kw):

@@ -40,7 +40,7 @@ def channels_first(images, dtype=torch.float32):
 
 
 def probes(spec: Spec, count: int = 3):
-    """Fixed random directions: a scalar loss that every token and the pooled one enter."""
+    """Fixed random directions, for a scalar loss that depends on all tokens."""
     rng = np.random.default_rng(8)
     shapes = (count, spec.patches, spec.embed_dim), (count, spec.embed_dim)
     return tuple(rng.standard_normal(s).astype(np.float32) for s in shapes)
@@ -102,7 +102,7 @@ def test_remat_changes_neither_values_nor_gradients(spec):
 
 @pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
 def test_float64_is_float64_throughout(spec):
-    """In double a wrong epsilon or a cast to float32, small in float32, cannot hide."""
+    """Float64 shows a wrong epsilon or a cast to float32, which are small in float32."""
     tower, images = torch_tower(spec).double(), images_for(spec)
     if rope := getattr(tower, "rope", None):  # timm computes its angles in float32.
         rope.pos_embed = torch.from_numpy(np.hstack([t[1:] for t in eva02.rotary_table(spec.grid, rope.dim)]))
@@ -126,7 +126,7 @@ def test_bfloat16_activations(spec, param_dtype):
     assert {v.dtype for v in flat(vision).values()} == {jnp.dtype(param_dtype)}
     for got, want in zip(jax.jit(vision.encode)(images), exact, strict=True):
         assert got.dtype == jnp.bfloat16
-        # bf16 keeps 8 bits: 2^-9 a rounding, some tens of them in a row.
+        # bf16 keeps 8 bits: 2^-9 per rounding, some tens of them in a row.
         assert relative_error(got.astype(jnp.float32), want) < 0.03
 
 

@@ -1,4 +1,4 @@
-"""Our Spec and open_clip's configs: what we read is the model that open_clip builds, name by name."""
+"""Specs from open_clip's configs describe the models that open_clip builds, with all names."""
 
 import copy
 import dataclasses
@@ -51,7 +51,7 @@ def model_config(name: str) -> dict:
 
 
 def on_meta(config: dict) -> torch.nn.Module:
-    """open_clip's own model of a model config: shapes, no memory."""
+    """Returns open_clip's model of a config on the meta device."""
     config = copy.deepcopy(config)
     kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
     with torch.device("meta"):
@@ -60,7 +60,7 @@ def on_meta(config: dict) -> torch.nn.Module:
 
 @functools.cache
 def our_shapes(spec: Spec) -> dict[str, tuple]:
-    """Both towers' names and shapes as their tables write them."""
+    """Returns names and shapes of both towers from their tables."""
     towers = (
         (vision_table(spec), nnx.eval_shape(lambda: build(spec, rngs=nnx.Rngs(0)))),
         (text_table(spec), nnx.eval_shape(lambda: Text(spec, rngs=nnx.Rngs(0)))),

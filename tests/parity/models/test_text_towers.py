@@ -72,7 +72,7 @@ def test_gradients_equal_the_original(spec):
 
 
 def test_clip_text_under_text_prefix_reads_the_same():
-    """open_clip's `custom_text` keeps the same tower under `text.`."""
+    """With `custom_text`, open_clip has the same tower under `text.`."""
     model = torch_model(QUICK, custom_text=True)
     got = jax.jit(load(QUICK, model).encode)(sentences(QUICK))
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_table_is_strict(spec):
 
 @pytest.mark.parametrize("spec", [QUICK, SIGLIP, EVA02], ids=["clip", "siglip", "eva02"])
 def test_float64_is_float64_throughout(spec):
-    """In double a wrong epsilon or a cast to float32, small in float32, cannot hide."""
+    """Float64 shows a wrong epsilon or a cast to float32, which are small in float32."""
     model, ids = torch_model(spec).double(), sentences(spec)
     with jax.enable_x64(True):
         got = jax.jit(load(spec, model, dtype=jnp.float64, param_dtype=jnp.float64).encode)(ids)

@@ -1,4 +1,4 @@
-"""Files that are broken, hostile, or not what they seem, and places that are not there: one sentence each."""
+"""Files that are invalid, hostile or of another format are refused in one sentence."""
 
 import os
 import pickle
@@ -122,7 +122,7 @@ def test_files_of_another_kind(tmp_path):
 
 
 def test_torch_is_named_where_it_is_missing(tmp_path):
-    """And a JIT archive or safetensors need none."""
+    """A JIT archive and safetensors do not need it."""
     torch.save(CONTENT, tmp_path / "a.pt")
     save_file(CONTENT, tmp_path / "a.safetensors")
     jit_archive(tmp_path / "jit.pt")

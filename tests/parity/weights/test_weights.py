@@ -1,4 +1,4 @@
-"""`weights.load` from every kind of source, each written by the library that it belongs to."""
+"""`weights.load` for every kind of source, each written by its own library."""
 
 import dataclasses
 import json
@@ -127,7 +127,7 @@ def test_files_of_the_diva_authors(model, tmp_path, layout):
 
 
 def openai_archive(path):
-    """Writes a TorchScript archive as OpenAI's are, float16 and sizes as buffers; returns its tensors."""
+    """Writes a TorchScript archive like OpenAI's, in float16 with sizes as buffers; returns its tensors."""
     model = randomise(open_clip.CLIP(**to_open_clip(OPENAI)["model_cfg"]))
     for name, value in (("input_resolution", 30), ("context_length", 11), ("vocab_size", 99)):
         vars(model).pop(name, None)
@@ -182,7 +182,7 @@ def test_transformers_siglip(tmp_path, spec):
 
 
 def test_transformers_metaclip2(tmp_path):
-    """Pooled at the first token of the end's id, which is not the highest; what follows it does not matter."""
+    """Pools at the first end token, whose id is not the highest; later tokens have no effect."""
     spec, model = METACLIP2_FOLDER, metaclip2_folder(tmp_path)
     assert origins.open_clip_source(str(tmp_path)).spec == spec
     ids = np.array([[0, 7, 98, 2, 1, 1, 1, 1, 1, 1, 1], [0, 95, 2, 2, 1, 1, 1, 1, 1, 1, 1]])

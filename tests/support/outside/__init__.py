@@ -1,1 +1,1 @@
-"""Objectives that the package does not have; tests copy this folder elsewhere and name them by dotted path."""
+"""Objectives outside of the package; tests copy this folder and select them by dotted path."""

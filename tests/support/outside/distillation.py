@@ -1,4 +1,4 @@
-"""Distillation: low-rank adapters bring a CLIP tower's embedding, through a linear head, to a frozen teacher's."""
+"""Distillation: low-rank adapters and a linear head fit the embedding of a CLIP tower to that of a frozen teacher."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from diva_jax.weights import parts
 
 def default() -> ConfigDict:
     c = ConfigDict()
-    c.head_steps = 2  # Steps that train the head alone first.
+    c.head_steps = 2  # Initial steps that train only the head.
     c.head_lr = 1e-2  # Their peak learning rate.
     c.lora = ConfigDict(dataclasses.asdict(adapters.Lora(rank=3, alpha=6.0, dropout=0.25, biases=True)))
     c.teacher = ConfigDict(dataclasses.asdict(backbones.Spec(arch="siglip", embed_dim=1024)))

@@ -1,4 +1,4 @@
-"""Files are written as a whole or not at all, on this machine and in a bucket."""
+"""Files are written completely or not at all, locally and in a bucket."""
 
 import concurrent.futures
 import os

@@ -1,4 +1,4 @@
-"""The iterator: order, processes, resume, broken images."""
+"""The iterator: order, processes, resuming, and images that cannot be read."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from diva_jax.data import inputs, pipeline
 
 @pytest.fixture(scope="module")
 def tagged(tmp_path_factory):
-    """24 images, each telling its number, in three shards."""
+    """24 images that encode their numbers, in three shards."""
     folder = tmp_path_factory.mktemp("tagged")
     write_shards(folder, 24, 10)
     return folder
@@ -22,7 +22,7 @@ def tagged(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
-    """11 images in which any other crop shows."""
+    """11 images for which every crop gives another result."""
     folder = tmp_path_factory.mktemp("noisy")
     write_tar(folder / "0.tar", {f"{i}.jpg": noise(i, 64 + i, 48 + 3 * i) for i in range(11)})
     return folder
@@ -65,7 +65,7 @@ def test_every_record_once_an_epoch(tagged):
 
 
 def test_a_batch_size_that_does_not_divide(tagged):
-    """Batches run across the epoch's end; each 24 positions are still all the records."""
+    """Batches cross the end of an epoch; every 24 positions are still all records."""
     seen = sum((tags(b["image"]) for b in take(build(tagged, batch=7), 11)), [])
     for start in (0, 24, 48):
         assert sorted(seen[start : start + 24]) == list(range(24))
@@ -73,7 +73,7 @@ def test_a_batch_size_that_does_not_divide(tagged):
 
 def test_fewer_records_than_a_batch(noisy):
     batch = next(build(noisy, batch=32, crop={"scale": (0.3, 0.9)}))
-    assert len(np.unique(batch["image"].reshape(32, -1), axis=0)) == 32  # Each time another crop.
+    assert len(np.unique(batch["image"].reshape(32, -1), axis=0)) == 32  # A different crop each time.
 
 
 def test_seeds(tagged):
@@ -114,12 +114,12 @@ def test_processes_share_the_global_batch(noisy, count):
 @pytest.mark.parametrize("stop", [0, 1, 4, 5])
 @pytest.mark.parametrize("count", [1, 2])
 def test_resume_equals_uninterrupted(noisy, stop, count):
-    """Stopped mid-epoch (11 records, batches of 6), gone on with another process count."""
+    """Stopped within an epoch (11 records, batches of 6), resumed with another number of processes."""
     whole = take(build(noisy, batch=6), 8)
     before = build(noisy, batch=6, process=(1, 2))
     take(before, stop)
-    state = json.loads(json.dumps(before.get_state()))  # As a checkpoint keeps it.
-    assert state["batches"] == stop  # And not what was prefetched.
+    state = json.loads(json.dumps(before.get_state()))  # As in a checkpoint.
+    assert state["batches"] == stop  # Prefetched batches do not count.
     for p in range(count):
         after = build(noisy, batch=6, process=(p, count))
         after.set_state(state)
@@ -173,14 +173,14 @@ def test_close_ends_the_threads(noisy):
     for thread in started:
         thread.join(10)
         assert not thread.is_alive()
-    assert next(iterator)["row"].tolist() == list(range(8))  # And goes on, at the second batch.
+    assert next(iterator)["row"].tolist() == list(range(8))  # Resumes at the second batch.
     assert iterator.get_state()["batches"] == 2
 
 
 class TestBroken:
     def test_gives_way_to_the_next_in_order(self, tmp_path, tagged, caplog):
         order = sum((tags(b["image"]) for b in take(build(tagged, batch=8), 6)), [])
-        # In the first epoch one in the middle, two in a row, and the last, whose stand-in is the first.
+        # In the first epoch: one in the middle, two in a row, and the last, which the first one replaces.
         bad = {order[5], order[11], order[12], order[23]}
         write_shards(tmp_path, 24, 10, broken=bad)
         with caplog.at_level(logging.WARNING):
@@ -193,7 +193,7 @@ class TestBroken:
             assert seen[position] == order[k]
             assert (tag in bad) == (seen[position] != tag)
         assert iterator.broken.count == 4
-        for record in bad:  # Named once each, though met in both epochs.
+        for record in bad:  # Each is logged once, although it occurs in both epochs.
             assert caplog.text.count(f"{record:09d}.png") == 1
 
     def test_processes_and_resume_agree(self, tmp_path):

@@ -1,4 +1,4 @@
-"""What a batch holds: several crops of one box, token ids, and captions that are missing."""
+"""The contents of a batch: several crops of one box, token ids, and missing captions."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ COUNT = 14
 
 
 def letters(length):
-    """A tokenizer whose ids are the text's letters."""
+    """A tokenizer whose ids are the letters of the text."""
 
     def tokenize(texts):
         ids = np.zeros((len(texts), length), np.int32)
@@ -30,7 +30,7 @@ def text_of(ids):
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """14 images, each with a caption of its own."""
+    """14 images with different captions."""
     folder = tmp_path_factory.mktemp("captioned")
     for shard in range(2):
         members = {}
@@ -65,7 +65,7 @@ def test_shape_and_dtype_are_those_of_the_batch(captioned):
 
 
 def test_crops_of_two_sizes_are_of_one_box(noisy):
-    """And each is what it is alone, which depends on (seed, position) only."""
+    """Each is the same without the others, and depends only on (seed, position)."""
     both = build(noisy, {"a": inputs.Image(31), "b": inputs.Image(17)})
     alone = build(noisy, {"b": inputs.Image(17)})
     for _ in range(4):
@@ -85,7 +85,7 @@ def test_crops_of_two_sizes_are_of_one_box(noisy):
     for position, (example, pixels) in enumerate(zip(seen, batch["a"], strict=True)):
         rng = np.random.default_rng((5, position))
         assert example.box == crop.sample_box(rng, *example.image.size, config.crop.scale, config.crop.ratio)
-        assert rng.random() == example.rng.random()  # The box was drawn first.
+        assert rng.random() == example.rng.random()  # The box is drawn first.
         np.testing.assert_array_equal(crop.resized_crop(example.image, example.box, 31, "bicubic"), pixels)
         assert example.image.mode == "RGB" and example.text is None
 

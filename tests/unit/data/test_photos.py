@@ -1,4 +1,4 @@
-"""The demo's data: real photographs, packed as img2dataset packs them."""
+"""The data of the demo: photographs in the format of img2dataset."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""What a data path may be: tars, patterns, folders, tfds, a remote store; and what it may not."""
+"""Valid data paths: tars, patterns, folders, tfds, remote stores; and errors for invalid ones."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Tables as data: CSV, TSV, Parquet and Hugging Face datasets on disk; columns, broken rows, what may not be."""
+"""Tables as data: CSV, TSV, Parquet and Hugging Face datasets on disk; columns, unreadable rows, and errors."""
 
 import concurrent.futures
 import json
@@ -22,7 +22,7 @@ HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 @pytest.fixture
 def folder(tmp_path):
-    """23 images, every third one in a folder of its own."""
+    """23 images, every third one in a separate folder."""
     for i in range(COUNT):
         path = tmp_path / where(i)
         path.parent.mkdir(exist_ok=True)
@@ -48,7 +48,7 @@ def write_csv(path, header, rows, separator=","):
 
 
 def write_arrow(path, table, rows=5):
-    """As ArrowWriter of `datasets` does: a stream of record batches."""
+    """Writes a stream of record batches, like ArrowWriter of `datasets`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(path), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
         writer.write_table(table, max_chunksize=rows)
@@ -62,11 +62,11 @@ def save_to_disk(folder, table, shards=2):
         write_arrow(folder / name, table.slice(k * size, size))
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
     (folder / "dataset_info.json").write_text("{}")
-    write_arrow(folder / "cache-1234.arrow", pa.table({"indices": [1]}))  # As `datasets` leaves beside it.
+    write_arrow(folder / "cache-1234.arrow", pa.table({"indices": [1]}))  # A file that `datasets` leaves in the folder.
 
 
 def make(folder, kind):
-    """(the path of the same 23 records in each form, its first file)."""
+    """(path of the same 23 records in each format, its first file)."""
     images = [encoded(i) for i in range(COUNT)]
     rows = [(where(i), CAPTIONS[i]) for i in range(COUNT)]
     if kind == "csv":

@@ -1,4 +1,4 @@
-"""The index over tar shards: against tarfile's own reading, and on damaged files."""
+"""The index of tar shards, compared with tarfile, and for damaged files."""
 
 import concurrent.futures
 import logging
@@ -12,7 +12,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import files, tars
 from diva_jax.data.tars import TarSource
 
-LONG = "a/" * 120 + "é" + "x" * 150 + ".jpg"  # Past 100 + 155 bytes: no plain header holds it.
+LONG = "a/" * 120 + "é" + "x" * 150 + ".jpg"  # More than the 100 + 155 bytes of a plain header.
 
 
 def members(count=5, start=0):
@@ -133,7 +133,7 @@ def test_a_truncated_shard_keeps_what_is_whole(tmp_path, caplog):
 
 
 def test_every_length_of_a_cut_shard(tmp_path):
-    """Whatever the cut, the images before it are read, none is invented, and the damage is told."""
+    """Wherever a file is truncated, exactly the images before are read, and a warning is logged."""
     path = str(tmp_path / "a.tar")
     write_tar(path, {"0.jpg": b"x" * 700, "1.jpg": b"y" * 512, "2.jpg": b"z"})
     with tarfile.open(path) as tar:
@@ -237,7 +237,7 @@ class TestCache:
         caplog.clear()
         second = self.source(shards, cache)
         assert [second.read(i) for i in range(len(second))] == before
-        assert "1.tar is cut short" in caplog.text  # Told every time, not only when it was found.
+        assert "1.tar is cut short" in caplog.text  # Logged every time, not only when the index is made.
 
     def test_a_changed_shard_is_indexed_again(self, shards, tmp_path):
         cache = tmp_path / "cache"

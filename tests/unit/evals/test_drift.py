@@ -1,4 +1,4 @@
-"""Drift: what it says of an encoder that has not moved, of one that has, and of one that has collapsed."""
+"""Drift of an unchanged encoder, a changed one, and one that has collapsed."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_effective_rank():
     whole = drift.effective_rank(rng.standard_normal((400, 9)))
     assert 8.5 < whole <= 9
     assert drift.effective_rank(rng.standard_normal((400, 9)) * np.geomspace(1, 1e-3, 9)) < 4
-    # Collapsed to a point, but for noise.
+    # Collapsed to a point, except for noise.
     assert drift.effective_rank(1 + 1e-6 * rng.standard_normal((400, 9))) < 1.001
 
 

@@ -1,4 +1,4 @@
-"""Feedback: the condition gap and the agreement of gradients, by hand, planted, on any devices and batch size."""
+"""Feedback: condition gap and gradient agreement by hand, for planted signals, and for any devices and batch size."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ from diva_jax.models.diffusion import schedule
 from diva_jax.objectives import diva
 from diva_jax.training import sharding, towers
 
-COUNT = 11  # One group of gradients and three images over.
+COUNT = 11  # One group of gradients and three more images.
 SEED = 5
 
 
@@ -62,7 +62,7 @@ def encoder(params) -> encoders.Encoder:
 
 
 def outcome(run, arrays, label="x"):
-    with jax.default_matmul_precision("highest"):  # As in every test: what a fixture compiles is not compiled again.
+    with jax.default_matmul_precision("highest"):  # As in every test, so that nothing is compiled twice.
         return run.tasks["feedback"].evaluate(run.model(label, encoder(arrays)))
 
 
@@ -72,7 +72,7 @@ def found(one):
 
 
 def by_hand(run, arrays) -> dict[str, np.ndarray]:
-    """[COUNT, bins], image by image and timestep by timestep, from the objective's parts."""
+    """Computes losses [COUNT, bins] per image and timestep, from the parts of the objective."""
     task = run.tasks["feedback"]
     module = task.program.skeleton.merge(arrays)
     abar = schedule.alphas_cumprod(module.diffusion.scheduler)
@@ -119,11 +119,11 @@ def test_losses_and_gaps_by_hand(one, found):
         assert scores[name]["interval"][0] < scores[name]["score"] < scores[name]["interval"][1]
         for k, b in enumerate(bins):
             assert b["scores"][name]["score"] == pytest.approx(want[:, k].mean(), abs=2e-5)
-    assert len({round(x, 6) for x in hand["own"].ravel()}) == hand["own"].size  # Nothing here is the same by chance.
+    assert len({round(x, 6) for x in hand["own"].ravel()}) == hand["own"].size  # All values differ.
 
 
 def test_gradients_by_hand(one, found):
-    """Every pair of the three gradients of one group, each with the loss that training takes."""
+    """Compares all pairs of the three gradients of one group, with the loss of training."""
     task, arrays = one.tasks["feedback"], arrays_of(one)
     vision = {n: a for n, a in arrays.items() if n.startswith("vision/")}
 
@@ -169,7 +169,7 @@ def test_same_numbers_on_any_devices_and_batch(found, folder, devices, batch):
 
 
 def deaf(arrays):
-    """A U-Net that ignores its condition: nothing of it gets out of the cross-attention."""
+    """Returns arrays for which the cross-attention, and so the U-Net, ignores the condition."""
     silent = {n: jax.device_put(jnp.zeros_like(a), a.sharding) for n, a in arrays.items() if "/attn2/to_v/" in n}
     assert silent
     return {**arrays, **silent}
@@ -195,7 +195,7 @@ def test_a_unet_that_ignores_its_condition(one, found):
 
 
 class Attentive(objectives.Objective):
-    """An objective whose U-Net predicts the noise exactly where its condition is the image's mean colour."""
+    """An objective whose loss is zero if the condition is the mean colour of the image."""
 
     timesteps = 1000
 
@@ -244,7 +244,7 @@ def test_another_objective_that_heeds_its_condition(folder, monkeypatch):
 
 
 def test_scalars_of_live_parameters(one):
-    """With intervals, by timestep too, and nothing compared: there is no source of the encoder it began with."""
+    """Scores have intervals, also by timestep, and no comparison, because the initial encoder has no source."""
     row, notes = one.scalars({"vision": {}}, deaf(arrays_of(one)))
     assert {"feedback/gap_other", "feedback/gap_other/low", "feedback/gap_other/high"} <= set(row)
     assert {f"feedback_by_timestep/gap_text/{low:03}-{low + 99:03}/low" for low in range(0, 1000, 100)} <= set(row)

@@ -1,4 +1,4 @@
-"""MMVP-VLM: the file's checks, and the score against the definition written out."""
+"""MMVP-VLM: checks of the files, and the score against the written definition."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def root(original, tmp_path):
-    """A copy to break; the images are links."""
+    """A copy to modify; the images are links."""
     copy = tmp_path / "mmvp"
     shutil.copytree(original, copy, copy_function=os.link)
     table = (copy / "Questions.csv").read_text()
@@ -38,11 +38,11 @@ def root(original, tmp_path):
 
 
 class Fake:
-    """A model that gives these embeddings."""
+    """A model that returns these embeddings."""
 
     def __init__(self, seed: int, seeds: int = 3, dim: int = 6):
         rng = np.random.default_rng(seed)
-        # Few values, so that exact ties between a pair's images happen.
+        # Few values, so that exact ties between the images of a pair occur.
         self.pooled = rng.integers(-1, 2, (ROWS, dim)).astype(np.float32) + [2, *[0] * (dim - 1)]
         self.published = rng.integers(-1, 2, (ROWS, seeds, dim)).astype(np.float32)
         self.text = rng.integers(-1, 2, (ROWS, dim)).astype(np.float32) + [*[0] * (dim - 1), 2]
@@ -58,7 +58,7 @@ class Fake:
 
 
 def brute_force(images, texts):
-    """Pair by pair, as the benchmark's description reads. Returns right [135] and the ties met."""
+    """Scores pair by pair, as the benchmark describes. Returns correct [135] and the number of ties."""
     right, ties = [], 0
     for n in range(ROWS // 2):
         answers = []

@@ -1,4 +1,4 @@
-"""The section `config.eval`: its defaults, what is refused, and tasks from outside the package."""
+"""The section `config.eval`: defaults, errors, and tasks outside of the package."""
 
 import importlib
 import sys
@@ -117,7 +117,7 @@ def test_rules_are_about_existing_options_and_hold_for_the_defaults(name):
     ],
 )
 def test_values_out_of_range_are_refused(field, value, least):
-    """For a task that is not run too, and at the smallest value accepted."""
+    """Also for a task that is not run, and with the smallest valid value."""
     name = field.replace("__", r"\.")
     with pytest.raises(UserError, match=f"config.eval.{name}={value} must be at least {least}"):
         evals.parse(changed(**{field: value}), ["retrieval"])

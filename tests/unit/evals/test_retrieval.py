@@ -1,4 +1,4 @@
-"""Retrieval: recalls against sorting, ties, captions that stay together, CSV files."""
+"""Retrieval: recalls against sorting, ties, clusters of captions, CSV files."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_among_equals_the_first_wins():
     right = np.zeros((2, 6), bool)
     right[0, [3, 5]] = right[1, 0] = True
     np.testing.assert_array_equal(retrieval.ranks(np.ones((2, 2)), answers, right), [3, 0])
-    # An encoder that has collapsed to one point finds nothing but by chance.
+    # An encoder that has collapsed to one point retrieves by chance.
     n = 300
     found = retrieval.ranks(np.ones((n, 2)), np.ones((n, 2)), np.eye(n, dtype=bool))
     np.testing.assert_array_equal(found, np.arange(n))

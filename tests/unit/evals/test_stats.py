@@ -1,4 +1,4 @@
-"""Intervals against plain resampling, the McNemar test against counting every split."""
+"""Intervals against plain resampling, and the McNemar test against enumeration."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from diva_jax.evals import stats
 
 
 def plain(values, resamples, strata=None, clusters=None):
-    """The textbook bootstrap: draw indices, take the mean."""
+    """The textbook bootstrap: means of drawn indices."""
     rng, means = np.random.default_rng(1), []
     values = np.asarray(values, float)
     for _ in range(resamples):
@@ -33,7 +33,7 @@ def test_interval_equals_plain_resampling(kind):
     if kind == "strata":  # Unequal strata: the mean of their means is not the mean.
         kw["strata"] = np.repeat([0, 1, 2], (10, 20, 60))
         values = rng.random(90) < np.array([0.9, 0.5, 0.1])[kw["strata"]]
-    if kind == "clusters":  # Every item of a cluster alike: the interval is wider than that of single items.
+    if kind == "clusters":  # The items of a cluster are equal: the interval is wider than for single items.
         kw["clusters"] = np.repeat(np.arange(18), 5)
         values = (rng.random(18) < 0.4)[kw["clusters"]]
     ours = stats.bootstrap(values, resamples=20_000, seed=0, **kw)

@@ -1,4 +1,4 @@
-"""Tests of low-rank adapters: what they compute, what they train, and that merging them changes nothing."""
+"""Tests of low-rank adapters: values, trained parameters, and merging without a change of the result."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ SIGLIP = dataclasses.replace(
 
 
 def adapted(spec, lora, seed=0, scale=0.3):
-    """A tower with random adapters, B too."""
+    """Returns a tower with random adapters, in which B is random too."""
     tower = backbones.build(spec, rngs=Keys(seed))
     adapters.adapt(tower, lora, Keys(seed + 1))
     for i, (_, m) in enumerate(nnx.iter_modules(tower)):
@@ -59,7 +59,7 @@ def test_new_adapters_change_nothing_and_merged_ones_compute_the_same(spec):
 
 @pytest.mark.parametrize("fused", ["qkv", "qv", "k"])
 def test_fused_projections_have_an_adapter_for_each_part(fused):
-    """Against W + (alpha / rank) A B written out, part by part."""
+    """Compares with W + (alpha / rank) A B, computed for each part."""
     lora = adapters.Lora(rank=2, alpha=3.0, targets=r"blocks/1/attn/qkv", fused=fused)
     tower = adapted(small.SPEC, lora)
     layer, width = tower.blocks[1].attn.qkv, small.SPEC.width
@@ -106,13 +106,13 @@ def test_dropout_depends_on_the_image_and_the_layer_alone():
     assert not np.allclose(dropped, plain, rtol=1e-2)
     order = np.asarray([2, 0, 3, 1])
     np.testing.assert_allclose(encode(x[order], keys[order]), dropped[order], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(np.asarray(tower.encode(x).pooled), plain)  # The context is over.
+    np.testing.assert_array_equal(np.asarray(tower.encode(x).pooled), plain)  # Outside of the context.
 
     layer = tower.blocks[0].attn.qkv.lora
     ones = jnp.ones((2000, small.SPEC.width))
     masked = layer._dropped(ones, jax.random.split(jax.random.key(0), 2000))
     assert masked.mean() == pytest.approx(1, abs=0.02) and set(np.unique(masked)) == {0.0, 2.0}
-    assert not np.array_equal(masked[0], masked[1])  # q and k have masks of their own.
+    assert not np.array_equal(masked[0], masked[1])  # q and k have different masks.
 
 
 def test_what_is_trained_follows_from_the_rows():

@@ -1,4 +1,4 @@
-"""The TPU's attention kernel against plain attention, and the choice between the two."""
+"""The TPU's attention kernel against plain attention, and the choice between them."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def test_the_kernel_is_for_long_sequences_on_tpus():
 
 
 def kernels(platform, **kw):
-    """How many kernels attention makes when it is traced for a platform that is not there."""
+    """Returns the number of kernels of attention when it is traced for a platform without the hardware."""
     args = [jax.ShapeDtypeStruct((8, 1024, 2, 64), jnp.bfloat16)] * 3
 
     def run(*args):
@@ -84,12 +84,12 @@ def test_the_mesh_decides_and_not_this_machine():
 
 
 def test_sharded_over_the_batch_axes():
-    """Each device runs its own images: the kernel stands inside of a shard_map over both axes."""
+    """Each device runs its own images: the kernel is inside a shard_map over both axes."""
     args = [jax.ShapeDtypeStruct((8, 1024, 2, 64), jnp.bfloat16)] * 3
     with jax.sharding.use_abstract_mesh(mesh("tpu")):
         jaxpr = jax.make_jaxpr(attention.attention)(*args)
     maps = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "shard_map"]
     assert len(maps) == 1
-    # q, k, v come last, behind the mask's small tables, which every device holds whole.
+    # q, k, v are last, after the small tables of the mask, which are replicated.
     assert maps[0].params["in_specs"][-3:] == (P(("data", "fsdp")),) * 3
     assert [v.aval.shape[0] for v in maps[0].params["jaxpr"].invars[-3:]] == [2] * 3

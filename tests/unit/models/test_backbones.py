@@ -1,4 +1,4 @@
-"""The contract of architectures, and properties of what they compute, without another library."""
+"""The interface of architectures, and properties of their results, without other libraries."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def test_every_module_of_the_package_is_a_whole_architecture():
 
 @pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
 def test_a_spec_comes_back_from_its_config(spec):
-    """Of plain fields alone: none that flags or JSON could not hold."""
+    """Specs have only plain fields, which flags and JSON can represent."""
     config = ConfigDict({"backbone": dataclasses.asdict(spec)})
     assert backbones.spec_of(ConfigDict(config.to_dict())) == spec
     values = [*dataclasses.asdict(spec).values(), *dataclasses.asdict(spec.text).values()]
@@ -44,7 +44,7 @@ def test_flops_are_linear_in_depth(spec):
 
 
 def test_rotary_embeddings_turn_by_the_distance_alone():
-    """The product of a rotated query and key depends on how far apart their patches are, and nothing else."""
+    """The product of a rotated query and key depends only on the distance of their patches."""
     grid, width = 5, 12
     sin, cos = rotary_table(grid, width)
     assert sin.shape == (1 + grid * grid, width) and not sin[0].any() and (cos[0] == 1).all()

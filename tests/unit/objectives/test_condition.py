@@ -1,4 +1,4 @@
-"""Tokens to condition: selection, text, and what is refused."""
+"""The condition from tokens: selection, addition of the text, and errors."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Tests of what is asked of any objective: found by name, its config section, its stages, its sources."""
+"""Tests of the interface of objectives: names, config sections, stages and sources."""
 
 from types import SimpleNamespace
 

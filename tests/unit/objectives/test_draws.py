@@ -1,4 +1,4 @@
-"""Summing over draws with the memory of one: the same value and gradient as the plain sum."""
+"""The sum over draws with the memory of one draw has the value and gradient of the plain sum."""
 
 import jax
 import jax.numpy as jnp
@@ -51,5 +51,5 @@ def test_memory_does_not_grow_with_the_draws():
         return jax.jit(f).lower(w).compile().memory_analysis().temp_size_in_bytes
 
     one = temporaries(1)
-    # Each draw's own input is held; eight saved activations a draw would be eight times that.
+    # The input of each draw is kept; saving eight activations per draw would need eight times the memory.
     assert temporaries(6) < one + 6 * 512 * 256 * 4 * 2

@@ -1,4 +1,4 @@
-"""The gradient that reaches the vision encoder, against finite differences in float64."""
+"""The gradient of the vision encoder against finite differences in float64."""
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ def test_finite_differences():
             slope = (float(plus) - float(minus)) / (2 * h)
             expected = sum(float(np.vdot(grads[n], direction[n])) for n in trained)
             np.testing.assert_allclose(expected, slope, rtol=2e-6)
-        # One parameter deep in the tower and one at its very start, each alone.
+        # Single parameters: in a block, at the start of the tower, and in the projection.
         for name in ("vision/blocks/0/attn/qkv/kernel", "vision/patch_embed/kernel", "visual_proj/bias"):
             direction = rng.normal(size=trained[name].shape)
             shifted = [value_and_grad(trained | {name: trained[name] + s * 1e-6 * direction})[0] for s in (1, -1)]

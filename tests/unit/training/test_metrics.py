@@ -1,4 +1,4 @@
-"""Rows, the progress line, and the stop at the first number that is not finite."""
+"""Rows, the progress line, and the error for numbers that are not finite."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Schedules and chains, by hand."""
+"""Schedules and chains against values computed by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The trainable table is total, and every way to get it wrong is named."""
+"""The trainable table covers all parameters, and invalid tables are refused."""
 
 import jax.numpy as jnp
 import numpy as np

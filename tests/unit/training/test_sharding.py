@@ -1,4 +1,4 @@
-"""The mesh's sizes are checked, and arrays lie where the rules say."""
+"""Checks of the mesh's sizes, and the sharding rules."""
 
 import jax
 import numpy as np
@@ -40,8 +40,8 @@ def test_mesh_that_does_not_divide(fields, said):
         ((6, 8), P(None, "fsdp")),
         ((12, 8), P("fsdp", None)),
         ((3, 3, 5, 20), P(None, None, None, "fsdp")),
-        ((7, 9), P()),  # nothing divides
-        ((2, 4), P()),  # too small
+        ((7, 9), P()),  # No axis divides.
+        ((2, 4), P()),  # Too small.
         ((), P()),
     ],
 )

@@ -59,7 +59,7 @@ def test_places_that_are_not_there(find, monkeypatch):
 
 
 def test_arrays_go_straight_to_their_shards():
-    """Each device holds its piece, in the dtype asked for, kernels transposed."""
+    """Each device has its shard, in the requested dtype, with kernels transposed."""
     model = nnx.eval_shape(lambda: nnx.Linear(16, 24, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     weight, bias = np.arange(24 * 16, dtype=np.float32).reshape(24, 16), np.ones(24, np.float32)
