@@ -4,8 +4,8 @@ An open_clip checkpoint holds both towers and the logits' scale and bias. The ta
 tower's names, knows and ignores the rest, and so refuses a name that neither has.
 """
 
-from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec, architecture
+from diva_jax.models.backbones.shared.text import require_text
 from diva_jax.models.names import Table
 
 
@@ -18,9 +18,7 @@ def text_table(spec: Spec) -> Table:
     """Our `Text` <-> names at the top level for CLIP, under `text.` for SigLIP and EVA02-CLIP.
 
     Raises:
-      UserError: the architecture has no text tower.
+      UserError: there is no text tower.
     """
-    table = architecture(spec.arch).TEXT
-    if table is None:
-        raise UserError(f"a {spec.arch} backbone has no text tower: use what needs images alone")
-    return table
+    require_text(spec)
+    return architecture(spec.arch).TEXT

@@ -13,7 +13,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.backbones.shared.text import Text, require_text
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
@@ -44,7 +44,7 @@ def fill_vision(source: origins.ClipSource, spec: Spec, state, put=None, field: 
 
 def check_text(source: origins.ClipSource, spec: Spec) -> None:
     """Raises a UserError where there is no text tower, or the source describes another than `spec.text`."""
-    clip.text_table(spec)  # Of an architecture that has a text tower.
+    require_text(spec)
     if "token_embedding.weight" not in source.tensors and "text.token_embedding.weight" not in source.tensors:
         raise UserError(f"{source.where} holds a vision tower alone: give the checkpoint of the whole model")
     if source.spec is None:

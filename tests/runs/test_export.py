@@ -25,7 +25,7 @@ from diva_jax import demo, weights
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.export import cards, layouts, reference, runs
 from diva_jax.models import backbones, layers
-from diva_jax.models.backbones import TABLE, TINY
+from diva_jax.models.backbones import TABLE, TINY, eva02
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.training import checkpoint, partition, workdirs
 from diva_jax.training.sharding import make_mesh, parameter_shardings
@@ -249,16 +249,14 @@ def test_round_trip_of_a_small_eva02(tmp_path, capsys, monkeypatch):
     """Through open_clip itself, by a tiny model that timm and our table are given."""
     name = "eva02_tiny_patch6_clip_42"
 
-    def tiny(pretrained=False, **kw):
+    def tiny(name, pretrained, **kw):
         sizes = dict(img_size=42, patch_size=6, embed_dim=48, depth=2, num_heads=3, mlp_ratio=133.5 / 48)
         options = dict(qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True)
         return timm.models.eva.Eva(**sizes, **options, ref_feat_shape=(16, 16), **kw)
 
-    monkeypatch.setitem(timm.models._registry._model_entrypoints, name, tiny)
-    monkeypatch.setattr(timm.models, "create_model", lambda _, **kw: tiny(**kw))
-    fields = {f: getattr(EVA02, f) for f in backbones.eva02.TIMM["eva02_base_patch16_clip_224"]}
-    monkeypatch.setitem(backbones.eva02.TIMM, name, fields)
-    monkeypatch.setattr(timm, "create_model", lambda _, **kw: tiny(**kw))
+    fields = {f: getattr(EVA02, f) for f in eva02.TIMM["eva02_base_patch16_clip_224"]}
+    monkeypatch.setitem(eva02.TIMM, name, fields)
+    monkeypatch.setattr(timm, "create_model", tiny)
 
     (tmp_path / "in").mkdir()
     model = torch_model(EVA02)
