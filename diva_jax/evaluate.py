@@ -1,9 +1,10 @@
 """Evaluates encoders: python -m diva_jax.evaluate --config=configs/vitl14.py --weights=weights/vitl14
 --weights=runs/vitl14:4600 --task=mmvp,zeroshot --data=mmvp=data/MMVP_VLM --data=zeroshot=data/imagenet --out=DIR.
 
-A source of weights is anything that training can start from, or a workdir, with `:STEP` for another checkpoint than
-the last. The others are compared with the first one. The options are fields of the config: --config.eval.batch_size=32
-for all tasks, --config.eval.mmvp.seeds=5 for one. docs/EVALUATION.md describes them and what is written to DIR.
+A source of weights is any source that training can start from, or a workdir, with `:STEP` for another checkpoint than
+the last. The first one is compared with each of the others. Options are fields of the config:
+--config.eval.batch_size=32 for all tasks, --config.eval.mmvp.seeds=5 for one. docs/EVALUATION.md describes the options
+and the files that are written to DIR.
 """
 
 import time
@@ -19,7 +20,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WEIGHTS = flags.DEFINE_multi_string("weights", [], "A source of weights or a workdir[:STEP]; may be repeated.")
 _TASK = flags.DEFINE_list("task", [], "mmvp,zeroshot,retrieval,drift,feedback, or dotted paths of modules.")
-_DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH for each task; PATH alone where there is one task.")
+_DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH for each task; PATH suffices if there is one task.")
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json and predictions.csv.")
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     for label, loaded in encoders.each(given, labels, config, mesh):
         model = runner.model(label, loaded)
         found.append((label, runner.evaluate(model)))
-        del loaded, model  # One set of weights on the devices at a time.
+        del loaded, model  # Only one set of weights is on the devices at a time.
     tasks, rows = runner.report(found)
     if jax.process_index() == 0:
         listed = [{"label": n, "source": s, "step": t} for n, (s, t) in zip(labels, given, strict=True)]

@@ -1,8 +1,8 @@
 """Trains: python -m diva_jax.main --config=configs/vitl14.py --workdir=runs/vitl14 [--config.FIELD=VALUE ...].
 
-The same command again resumes from the last checkpoint, or says that the run is done. SIGTERM saves and ends
-with exit code 0. On a TPU slice or under Slurm the same command on every machine makes one run; elsewhere
-JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
+The same command resumes from the last checkpoint, or prints that the run is done. SIGTERM saves a checkpoint and ends
+the process with exit code 0. On a TPU slice or under Slurm, the same command on every machine starts one run; elsewhere
+set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
 import signal
@@ -16,10 +16,10 @@ from diva_jax.common.errors import UserError
 from diva_jax.training import distributed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the config of this run go.")
-_JOIN = flags.DEFINE_integer("join_timeout", 300, "Seconds in which all processes of a run have to start.", 1)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the config of this run.")
+_JOIN = flags.DEFINE_integer("join_timeout", 300, "Seconds within which all processes of a run must start.", 1)
 _LOST = flags.DEFINE_integer(
-    "lost_timeout", 100, "Seconds without a sign of life after which a process is lost, and all others end.", 2
+    "lost_timeout", 100, "Seconds without a heartbeat after which a process is lost and all others end.", 2
 )
 
 

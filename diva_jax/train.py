@@ -26,12 +26,12 @@ _MANY_EPOCHS = 5.0  # The published runs see each image about once.
 
 
 def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays."""
+    """Returns a batch as global arrays; each process provides its own rows."""
     return {k: jax.make_array_from_process_local_data(shardings, v) for k, v in batch.items()}
 
 
 def use_compile_cache(setting: str, workdir: epath.Path) -> None:
-    """Keeps compiled programs where `config.compile_cache` says, so that a second start need not compile."""
+    """Keeps compiled programs in the folder `config.compile_cache`, so that a restart does not compile them again."""
     if setting:
         folder = workdir / "cache" / "compiled" if setting == "auto" else epath.Path(setting).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(paths.absolute(folder)))
@@ -39,14 +39,14 @@ def use_compile_cache(setting: str, workdir: epath.Path) -> None:
 
 
 class Profile:
-    """Traces `config.profile.steps` steps from `config.profile.start` on into WORKDIR/profile."""
+    """Records a trace of `config.profile.steps` steps, beginning at `config.profile.start`, in WORKDIR/profile."""
 
     def __init__(self, config, workdir: epath.Path):
         self._start, self._end = config.start, config.start + config.steps
         self._folder, self._mirror = workdir / "profile", None
 
     def before(self, step: int) -> None:
-        """Called before each step with the number of steps done."""
+        """Must be called before each step, with the number of completed steps."""
         if not self._mirror and self._start <= step < self._end:
             self._mirror = paths.Mirror(self._folder)
             jax.profiler.start_trace(str(self._mirror.local))
@@ -67,9 +67,9 @@ class Loaded:
 
     Attributes:
       state: the train state.
-      frozen: name -> array that no stage trains.
-      origins: prefix -> {"source", "sha256"} of the weights that the run began with.
-      checkpoints: of its workdir.
+      frozen: name -> array, for parameters that no stage trains.
+      origins: prefix -> {"source", "sha256"} of the initial weights.
+      checkpoints: the checkpoints of the workdir.
     """
 
     state: dict
@@ -82,11 +82,11 @@ class Run:
     """One training run in a workdir, checked and ready to load its weights.
 
     Args:
-      config: of `config.default`'s form.
-      workdir: where config.json, checkpoints, metrics.jsonl and TensorBoard events go; a folder, or gs://...
+      config: a config as `config.default` returns it.
+      workdir: folder for config.json, checkpoints, metrics.jsonl and TensorBoard events; a path, or gs://...
 
     Raises:
-      UserError: anything about the input is wrong; nothing in the workdir is changed.
+      UserError: the config, the data or the workdir is invalid; nothing in the workdir is changed.
     """
 
     def __init__(self, config, workdir: epath.PathLike):
@@ -95,7 +95,7 @@ class Run:
         use_compile_cache(config.compile_cache, self.workdir)
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
-        self.program.towers  # noqa: B018 - an objective whose towers cannot be exported is refused before it trains.
+        self.program.towers  # noqa: B018 - raises if the towers cannot be exported.
         self.batches = pipeline.open_batches(
             config.data,
             self.program.objective.inputs,
@@ -121,7 +121,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were done when this run was opened."""
+        """Whether all steps were completed when this run was opened."""
         return self.start >= self.total
 
     def describe(self) -> str:
@@ -143,11 +143,11 @@ class Run:
         return "\n".join(lines)
 
     def load(self) -> Loaded:
-        """Frozen weights from their sources; the state from the last checkpoint, or from the sources too."""
+        """Loads frozen weights from their sources, and the state from the last checkpoint or from the sources."""
         program, resumes = self.program, self.start > 0
         began = time.perf_counter()
         arrays, origins = load.initial_arrays(program, program.abstract_frozen() if resumes else None)
-        # Only now, when every input has been found good, is anything written.
+        # Nothing is written before all inputs have been checked.
         if jax.process_index() == 0:
             self.lock = lock.Lock(self.workdir)
             workdirs.write_config(self.workdir, self.config)
@@ -181,9 +181,9 @@ class Run:
           Whether the run is finished; if not, `stopped_by` is the signal.
 
         Raises:
-          UserError: weights are missing, broken, or of another architecture.
-          RunError: loss or gradient not finite, too many broken images, a checkpoint that cannot be written,
-            another process lost; the last checkpoint is kept.
+          UserError: weights are missing, invalid, or of another architecture.
+          RunError: the loss or gradient is not finite, too many images cannot be read, a checkpoint cannot be
+            written, or another process is lost; the last checkpoint is kept.
         """
         if self.finished:
             return True
@@ -197,7 +197,7 @@ class Run:
 
 
 class _Loop:
-    """A run with its weights, from its first step to its last."""
+    """A run with its weights loaded."""
 
     def __init__(self, run: Run):
         self.run_, self.program, self.step = run, run.program, run.start
@@ -228,7 +228,7 @@ class _Loop:
             raise
         except OSError as e:
             raise RunError(
-                f"step {self.step}: {e}: see that there is room in {run.workdir} and that it may be written, then "
+                f"step {self.step}: {e}: check that {run.workdir} can be written and that there is space, then "
                 "start again; the last checkpoint is kept"
             ) from e
         finally:
@@ -245,7 +245,7 @@ class _Loop:
         return finished
 
     def _evaluate(self) -> None:
-        """Scores of the present weights, where `config.eval` asks for them; does not affect training."""
+        """Evaluates the current weights if `config.eval` is set for this step; does not affect training."""
         run = self.run_
         if not run.evaluator or (self.step % run.config.eval.every and self.step != run.total):
             return
@@ -268,7 +268,7 @@ class _Loop:
         self.checkpoints.save(self.step, self.state, self.run_.batches.get_state(), meta, wait)
 
     def _run_stage(self, index: int) -> None:
-        """Steps until the stage's end or SIGTERM; leaves the next stage's optimizer state behind."""
+        """Trains to the end of a stage or until SIGTERM; initialises the optimizer state of the next stage."""
         run, stage = self.run_, self.program.stages[index]
         step_fn, compiled = self.program.step(index), None
         active = self.program.active(index)

@@ -39,19 +39,19 @@ class Settings:
     data: tuple[str, ...] = ()  # What to evaluate while training: "TASK=PATH" texts, such as "mmvp=data/MMVP_VLM".
     batch_size: int = 64  # Images (or texts) per forward pass, over all devices; any number, no score depends on it.
     bootstrap: int = 10_000  # Resamples per interval.
-    seed: int = 0  # Of the resamples and of everything that a task draws.
+    seed: int = 0  # Seed of the resamples and of all random draws of a task.
     dtype: str = "float32"  # Compute type of the towers; float32 uses the chip's full precision.
     tokenizer: str = ""  # Folder with the tokenizer's files; empty: that of the weights.
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What a task finds for one set of weights.
+    """The result of a task for one set of weights.
 
     Attributes:
-      results: goes into results.json unchanged: `scores`, and whatever else the task reports.
-      rows: of predictions.csv.
-      held: arrays that `Task.compare` needs; never written.
+      results: `scores` and everything else that the task reports, written to results.json unchanged.
+      rows: rows of predictions.csv.
+      held: arrays that `Task.compare` needs; they are not written.
     """
 
     results: dict[str, Any]
@@ -105,22 +105,22 @@ class Task(abc.ABC):
         """
 
     def scalars(self, name: str, outcome: Outcome) -> dict[str, dict[str, Any]]:
-        """The scores that the train loop logs for an outcome, by their full key; `name` is the task's."""
+        """Returns the scores that the train loop logs for an outcome, by full key; `name` is the name of the task."""
         return {f"eval/{name}/{metric}": score for metric, score in outcome.results["scores"].items()}
 
 
 def names() -> list[str]:
-    """The tasks of this package."""
+    """Returns the names of the tasks of this package."""
     return sorted(m.name for m in pkgutil.iter_modules(tasks.__path__))
 
 
 def short(name: str) -> str:
-    """A task's name in the config, in results and in logs: the last component of a dotted path."""
+    """Returns the name of a task in the config, results and logs: the last component of a dotted path."""
     return name.rpartition(".")[2]
 
 
 def find(name: str):
-    """The module of a task.
+    """Imports the module of a task.
 
     Args:
       name: one of `names`, or the dotted path of any importable module that defines a task.
@@ -142,7 +142,7 @@ def find(name: str):
 
 
 def default(others: Iterable[str] = ()) -> ConfigDict:
-    """The section `config.eval`: `Settings`, and below it the options of each task that has some.
+    """Returns the section `config.eval`: `Settings`, and the options of each task that has options.
 
     Args:
       others: dotted paths of further tasks.
@@ -158,13 +158,13 @@ def default(others: Iterable[str] = ()) -> ConfigDict:
 
 
 def entries(data: Iterable[str]) -> dict[str, str]:
-    """Task -> path, from the TASK=PATH texts of `config.eval.data`.
+    """Returns task -> path, from the TASK=PATH texts of `config.eval.data`.
 
     Raises:
       UserError: one of them does not have this form.
     """
     if wrong := [entry for entry in data if not all(entry.partition("="))]:
-        raise UserError(f"config.eval.data has {wrong[0]!r}, which is no TASK=PATH: write e.g. 'mmvp=data/MMVP_VLM'")
+        raise UserError(f"config.eval.data has {wrong[0]!r}, which is not TASK=PATH: write e.g. 'mmvp=data/MMVP_VLM'")
     return dict(entry.split("=", 1) for entry in data)
 
 

@@ -31,13 +31,13 @@ _QUIET = 30.0  # Seconds between progress lines.
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """[..., D] scaled to length one, float64."""
+    """Scales [..., D] to length one, in float64."""
     x = np.asarray(x, np.float64)
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def _ahead(read: Callable[[int], np.ndarray], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, np.ndarray]]:
-    """Row -> value for each batch, read in threads while the batch before it is in use."""
+    """Yields row -> value for each batch, read in threads while the previous batch is in use."""
     with ThreadPoolExecutor(_THREADS) as pool:
         waiting: dict = {}
         try:
@@ -96,7 +96,7 @@ class Towers:
             return self._text.merge(arrays).encode(ids).astype(jnp.float32)
 
     def _put(self, rows: Mapping[int, np.ndarray], first: int, count: int, example: np.ndarray) -> Array:
-        """The batch from row `first` on as a global array, zeros past the end; each process provides its own rows."""
+        """Returns the batch from row `first` on as a global array, zeros past the end; processes provide their rows."""
 
         def piece(index):
             take = range(*index[0].indices(self.batch))
@@ -105,7 +105,7 @@ class Towers:
         return jax.make_array_from_callback((self.batch, *example.shape), self._rows, piece)
 
     def _batches(self, count: int) -> list[list[int]]:
-        """The rows that this process holds, per batch."""
+        """Returns the rows of this process, per batch."""
         spans = self._rows.addressable_devices_indices_map((self.batch,)).values()
         mine = sorted({i for (span,) in spans for i in range(*span.indices(self.batch))})
         return [[b + i for i in mine if b + i < count] for b in range(0, count, self.batch)]
@@ -113,13 +113,13 @@ class Towers:
     def images(
         self, arrays: Mapping[str, Array], read: Callable[[int], Image.Image], count: int, seeds: int = 0
     ) -> dict[str, np.ndarray]:
-        """Embeddings of images 0..count-1.
+        """Computes the embeddings of images 0..count-1.
 
         Args:
           arrays: the vision tower's parameters by name.
-          read: image i, called from threads.
+          read: returns image i; called from threads.
           count: the number of images.
-          seeds: draws of random patches for the spec's published readout; 0: the pooled embedding alone.
+          seeds: draws of random patches for the spec's published readout; 0: only the pooled embedding.
 
         Returns:
           {"pooled": float32 [count, D]} and, with seeds, "published": [count, K, D]; K is `seeds` for a readout that
@@ -150,7 +150,7 @@ class Towers:
         return {k: np.concatenate([o[k] for o in out])[:count] for k in out[0]}
 
     def texts(self, arrays: Mapping[str, Array], ids: np.ndarray) -> np.ndarray:
-        """Embeddings of token ids int32 [N, context_length], float32 [N, D], not normalised."""
+        """Computes the embeddings of token ids int32 [N, context_length]: float32 [N, D], not normalised."""
         out = []
         for b, rows in enumerate(self._batches(len(ids))):
             batch = self._put({r: ids[r] for r in rows}, b * self.batch, len(ids), ids[0])
@@ -160,14 +160,14 @@ class Towers:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One set of weights, as tasks see it.
+    """One set of weights, in the form that tasks use.
 
     Attributes:
       label: its name in results.
       towers: the compiled towers.
       encoder: the weights.
       table: text -> row of `embeddings`.
-      embeddings: of every text that a task has announced, float32 [T, D], not normalised.
+      embeddings: the embeddings of all texts in `Task.texts`, float32 [T, D], not normalised.
     """
 
     label: str
@@ -185,5 +185,5 @@ class Model:
         return self.towers.images(self.encoder.vision, read, count, published)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings of texts that the task announced in `Task.texts`, float32 [N, D], not normalised."""
+        """Returns the embeddings of texts that are in `Task.texts`: float32 [N, D], not normalised."""
         return self.embeddings[[self.table[t] for t in texts]]

@@ -1,4 +1,4 @@
-"""What an evaluation may be of: any source of weights, or a run's workdir at a step."""
+"""The encoders of an evaluation: any source of weights, or the workdir of a run at a step."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +25,8 @@ class Encoder:
 
     Attributes:
       vision: the vision tower's parameters, name -> array on the mesh.
-      text: the text tower's, where a run has trained them; None where they are those of `source`.
-      source: the source that has the text tower and the tokenizer.
+      text: those of the text tower, if a run has trained them; None if they are those of `source`.
+      source: the source of the text tower and the tokenizer.
       params: name -> array of the objective's parameters that a run has trained; empty where it is not a run.
       base: the source of the vision tower that a run began with, or of these weights themselves.
       borrowed: the label of the run whose `params` are used with these weights; empty where they are their own.
@@ -60,17 +60,17 @@ def resolve(source: str) -> tuple[str, int | None]:
 
 
 def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
-    """The parameters of one tower of a source, name -> array on the mesh.
+    """Loads the parameters of one tower of a source: name -> array on the mesh.
 
     Args:
       kind: "vision" or "text".
-      source: anything that `origins.open_clip_source` reads.
-      spec: of the backbone.
-      mesh: where they go.
+      source: a source for `origins.open_clip_source`.
+      spec: the backbone.
+      mesh: the devices.
       min_shard: smaller arrays are replicated.
 
     Raises:
-      UserError: the source is missing, broken, of another architecture, or has no such tower.
+      UserError: the source is missing, invalid, of another architecture, or has no such tower.
     """
     make, fill = _KINDS[kind]
     module = abstract(lambda rngs: make(spec, rngs=rngs))
@@ -91,7 +91,7 @@ def _put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[st
 
 
 def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
-    """The encoder of a run; what the run does not train comes from the source it began with."""
+    """Returns the encoder of a run; parameters that the run does not train are those of its initial source."""
     run = workdirs.RunAt.open(source, step)
     spec, wanted = backbones.spec_of(run.config), backbones.spec_of(config)
     if wrong := [f for f in (*origins.ARCHITECTURE, "image_size") if getattr(spec, f) != getattr(wanted, f)]:
@@ -105,15 +105,15 @@ def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
 
 
 def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
-    """The weights of a source, on the mesh.
+    """Loads the weights of a source onto the mesh.
 
     Args:
-      source, step: as `resolve` returns them: a workdir and its step, or whatever `weights.load` reads and None.
-      config: says which backbone this must be, and where the text tower comes from if the source has none.
-      mesh: where the arrays go.
+      source, step: a result of `resolve`: a workdir and its step, or a source for `weights.load` and None.
+      config: its backbone must be that of the source; it also has the text tower if the source has none.
+      mesh: the devices.
 
     Raises:
-      UserError: the source is missing, broken, or of another architecture.
+      UserError: the source is missing, invalid, or of another architecture.
     """
     if step is not None:
         return _of_run(source, step, config, mesh)
@@ -124,10 +124,10 @@ def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
 def each(
     given: Sequence[tuple[str, int | None]], labels: Sequence[str], config, mesh: Mesh
 ) -> Iterator[tuple[str, Encoder]]:
-    """(label, encoder) of several sources, loaded one at a time.
+    """Yields (label, encoder) for several sources, loaded one at a time.
 
-    Weights that are not a run's borrow what the first run among them has trained beside its towers
-    (`visual_proj/...`), so that before and after tuning are judged with the same.
+    Sources that are not runs borrow the parameters outside the towers (`visual_proj/...`) that the first run among the
+    sources has trained, so that the scores before and after tuning use the same parameters.
 
     Args:
       given: (source, step) as `resolve` returns them.
@@ -148,4 +148,4 @@ def each(
         if lent and step is None:
             found = dataclasses.replace(found, params=lent, borrowed=labels[lender])
         yield label, found
-        del found  # Not held while the next is loaded.
+        del found  # Its memory is free while the next is loaded.

@@ -1,4 +1,4 @@
-"""Runs tasks on weights and compares them: behind `python -m diva_jax.evaluate`, and in the train loop."""
+"""Runs tasks on weights and compares the results, for `python -m diva_jax.evaluate` and for the train loop."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from diva_jax.weights import parts
 
 
 def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
-    """Task -> path, from --task and --data.
+    """Returns task -> path, from --task and --data.
 
     Raises:
       UserError: a task without data, or data without a task.
@@ -37,16 +37,16 @@ def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
 
 
 def in_training(config, mesh) -> "Evaluator | None":
-    """The evaluator that `config.eval.data` asks for; None where `config.eval.every` is 0.
+    """Returns the evaluator for `config.eval.data`; None if `config.eval.every` is 0.
 
     Raises:
-      UserError: an entry of `config.eval.data` is no TASK=PATH, or as `Evaluator`.
+      UserError: an entry of `config.eval.data` is not TASK=PATH, or as `Evaluator`.
     """
     return Evaluator(config, mesh, evals.entries(config.eval.data)) if config.eval.every else None
 
 
 def labels_of(sources: Sequence[str], steps: Sequence[int | None]) -> list[str]:
-    """A label for each source: the last part of its path and the step, or its whole path if two would be the same."""
+    """Returns a label for each source: the last part of its path and the step, or the whole path if two are equal."""
 
     def label(name: str, step: int | None) -> str:
         return name if step is None else f"{name}:{step}"
@@ -88,9 +88,9 @@ class Evaluator:
         self._ids, self._embeddings, self._before = {}, {}, None
 
     def _texts(self, encoder: Encoder) -> np.ndarray:
-        """Embeddings of every text that a task needs, by the encoder's text tower.
+        """Returns the embeddings of all texts of the tasks, from the text tower of the encoder.
 
-        That of a source is loaded, freed afterwards, and its embeddings are kept.
+        The text tower of a source is loaded and then freed; its embeddings are kept.
         """
         if not self._rows:
             return np.zeros((0, 0), np.float32)
@@ -106,24 +106,24 @@ class Evaluator:
         return self._embeddings[source]
 
     def model(self, label: str, encoder: Encoder) -> Model:
-        """Weights as tasks see them."""
+        """Returns weights in the form that tasks use."""
         return Model(label, self.towers, encoder, self._rows, self._texts(encoder))
 
     def evaluate(self, model: Model) -> dict[str, Outcome]:
-        """The outcome of each task."""
+        """Returns the outcome of each task."""
         return {name: task.evaluate(model) for name, task in self.tasks.items()}
 
     def scalars(
         self, towers: Mapping[str, Mapping[str, jax.Array]], params: Mapping[str, jax.Array]
     ) -> tuple[dict[str, float], list[str]]:
-        """For the train loop: every score of live parameters, and its difference from the run's initial encoder.
+        """Returns the scores of parameters in training, and their differences from those of the initial encoder.
 
         The first call also evaluates that encoder, loaded from `config.backbone.source`. Every process of a run
-        must call.
+        must call this.
 
         Args:
           towers: the tuned towers, tower -> name -> array, see `Objective.towers`.
-          params: every parameter of the objective, name -> array, for tasks that judge the objective itself.
+          params: every parameter of the objective, name -> array, for tasks that score the objective itself.
 
         Returns:
           ({key: value}, notes for the reader). The keys are those of `Task.scalars`, usually `eval/<task>/<metric>`,
@@ -145,7 +145,7 @@ class Evaluator:
         return out, notes
 
     def _changes(self, name: str, after: Outcome) -> dict[str, dict[str, Any]]:
-        """A comparison with the initial encoder: differences as `eval/<task>/<metric>_change`.
+        """Compares with the initial encoder: differences as `eval/<task>/<metric>_change`.
 
         A comparison that is itself the score, such as drift's cosine, keeps the metric's name.
         """
@@ -156,7 +156,7 @@ class Evaluator:
         return found
 
     def report(self, found: Sequence[tuple[str, dict[str, Outcome]]]) -> tuple[dict[str, Any], list[dict]]:
-        """(the `tasks` of results.json, the rows of predictions.csv); the first label is compared with each other."""
+        """Returns (`tasks` of results.json, rows of predictions.csv); each label is compared with the first one."""
         tasks, rows = {}, []
         for name, task in self.tasks.items():
             outcomes = [(label, by_task[name]) for label, by_task in found]

@@ -1,4 +1,4 @@
-"""Readouts: how a backbone's tokens become the image embedding that a score was published with."""
+"""Readouts: the image embeddings from the tokens of a backbone with which scores were published."""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _READOUT = re.compile(
 
 
 class Readout(NamedTuple):
-    """How tokens become one image embedding, before it meets the text.
+    """The computation of one image embedding from tokens.
 
     Attributes:
       l2_cls: normalise the pooled token first.
@@ -41,16 +41,16 @@ class Readout(NamedTuple):
 
 
 def parse_readout(text: str) -> Readout:
-    """`"l2(cls) + mean(l2(random 364))"` and the like; "pooled" is "cls, l2".
+    """Parses a readout such as `"l2(cls) + mean(l2(random 364))"`; "pooled" is "cls, l2".
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it cannot be parsed.
     """
     found = _READOUT.fullmatch(text)
     if not found:
         raise UserError(
-            f"backbone.readout={text!r} cannot be read: write cls or l2(cls), then as wanted + mean(TOKENS) with all, "
-            "random K, l2(all) or l2(random K) as tokens, then as wanted ', l2'"
+            f"backbone.readout={text!r} cannot be read: write cls or l2(cls), then optionally + mean(TOKENS) with all, "
+            "random K, l2(all) or l2(random K) as tokens, then optionally ', l2'"
         )
     which = found["plain"] or found["normed"]
     count = None if which is None else int(which.removeprefix("random ").replace("all", "0"))
@@ -59,12 +59,12 @@ def parse_readout(text: str) -> Readout:
 
 
 def l2(x: Array) -> Array:
-    """[..., D] scaled to length one."""
+    """Scales [..., D] to length one."""
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def read_out(readout: Readout, features: Features, weights: Array | None) -> Array:
-    """K embeddings per image.
+    """Computes K embeddings per image.
 
     Args:
       readout: the parsed readout.
@@ -83,7 +83,7 @@ def read_out(readout: Readout, features: Features, weights: Array | None) -> Arr
 
 
 def patch_weights(readout: Readout, patches: int, rows: Sequence[int], seeds: int, seed: int) -> np.ndarray | None:
-    """Each patch's weight in the mean, float32 [B, K, P]; random ones depend only on the seed and the image's number.
+    """Returns the weights of patches in the mean, float32 [B, K, P]; draws depend only on seed and image number.
 
     Args:
       readout: the parsed readout.

@@ -1,4 +1,4 @@
-"""What an evaluation writes and prints: results.json, predictions.csv and the table; see docs/EVALUATION.md."""
+"""The output of an evaluation: results.json, predictions.csv and the table; see docs/EVALUATION.md."""
 
 import csv
 import datetime
@@ -19,7 +19,7 @@ COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth",
 
 
 def flat(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """`KEY`, and `KEY/low` and `KEY/high` where there is an interval, for each score or difference."""
+    """Returns `KEY`, and `KEY/low` and `KEY/high` if there is an interval, for each score or difference."""
     out = {}
     for key, s in scores.items():
         out[key] = s["difference"] if "difference" in s else s["score"]
@@ -29,7 +29,7 @@ def flat(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def summary(row: Mapping[str, float]) -> str:
-    """`mmvp/pooled 25.93, feedback/gap_other 0.00021 (0.0001 to 0.0003)`: a row of `scalars`, without its bins."""
+    """Formats a row of `scalars` without bins: `mmvp/pooled 25.93, feedback/gap_other 0.00021 (0.0001 to 0.0003)`."""
 
     def text(key: str) -> str:
         ends = [row.get(f"{key}/{end}") for end in ("low", "high")]
@@ -41,11 +41,11 @@ def summary(row: Mapping[str, float]) -> str:
 
 
 def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What results.json says of the evaluation itself.
+    """Returns the part of results.json about the evaluation itself.
 
     Args:
       config: the whole config.
-      options: those that the scores were computed with, `Evaluator.options`.
+      options: the options of the scores, `Evaluator.options`.
     """
     devices = jax.devices()
     packages = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")
@@ -61,7 +61,7 @@ def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
-    """results.json and predictions.csv, each renamed into place once it is complete.
+    """Writes results.json and predictions.csv, each renamed into place when it is complete.
 
     Raises:
       UserError: the folder cannot be written.
@@ -77,11 +77,11 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
             writer.writerows(rows)
         paths.write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
     except OSError as e:
-        raise UserError(f"--out={folder} cannot be written ({e}): use a folder that you may write") from e
+        raise UserError(f"--out={folder} cannot be written ({e}): use a folder with write access") from e
 
 
 def _figure(s: Mapping[str, Any], unit: str) -> str:
-    """A score or difference with its interval: two decimals for %, else four significant digits."""
+    """Formats a score or difference with its interval: two decimals for %, else four significant digits."""
     form = ".2f" if unit == "%" else ".4g"
     text = f"{s['difference']:+{form}}" if "difference" in s else f"{s['score']:{form}}"
     ends = "  [{}, {}]".format(*(f"{x:{form}}" for x in s["interval"])) if s["interval"] else ""
@@ -90,7 +90,7 @@ def _figure(s: Mapping[str, Any], unit: str) -> str:
 
 
 def table(tasks: dict) -> str:
-    """The scores with their intervals, the differences, and the notes on each set of weights."""
+    """Formats the scores with intervals, the differences, and the notes on each set of weights."""
     lines = []
     for task in tasks.values():
         lines.append(f"{task['title']}: {task['count']} {task['items']}")

@@ -5,14 +5,14 @@ import math
 import numpy as np
 from scipy.stats import binomtest
 
-_CHUNK = 2**22  # Resampled counts held at once: 32 MB.
+_CHUNK = 2**22  # Maximum number of resampled counts in memory: 32 MB.
 
 
 def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap means of N clusters with these sums and counts, [resamples].
+    """Returns bootstrap means [resamples] of N clusters with these sums and counts.
 
-    The number of times that each *distinct* cluster is drawn is multinomial, so clusters of equal sum and count are
-    drawn together: the cost for 50,000 right or wrong answers is that of two.
+    The number of draws of each *distinct* cluster is multinomial, so clusters of equal sum and count are drawn
+    together: 50,000 right or wrong answers have the cost of two clusters.
     """
     levels, weights = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
     n = len(sums)
@@ -32,7 +32,7 @@ def bootstrap(
     strata: np.ndarray | None = None,
     clusters: np.ndarray | None = None,
 ) -> list[float]:
-    """The 95% percentile bootstrap interval of a mean.
+    """Computes the 95% percentile bootstrap interval of a mean.
 
     Args:
       values: [N], one per item.
@@ -61,14 +61,14 @@ def bootstrap(
 
 
 def mcnemar(before: np.ndarray, after: np.ndarray) -> dict[str, int | float]:
-    """The exact two-sided McNemar test of two models' right answers on the same items.
+    """Computes the exact two-sided McNemar test for two models' correct answers on the same items.
 
     Args:
-      before, after: [N], true where right.
+      before, after: [N], true if correct.
 
     Returns:
-      won: the number of items that only `after` has right; lost: that only `before` has right; p: the probability of a
-      split at least as uneven if each of these were won or lost with probability 1/2 (1 where there are none).
+      won: the number of items that only `after` has correct; lost: that only `before` has correct; p: the probability
+      of a split at least as uneven if each of these were won or lost with probability 1/2 (1 if there are none).
     """
     before, after = np.asarray(before, bool), np.asarray(after, bool)
     won, lost = int((after & ~before).sum()), int((before & ~after).sum())
@@ -77,12 +77,12 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> dict[str, int | float]:
 
 
 def percent(interval: list[float]) -> list[float]:
-    """An interval of shares, in percent."""
+    """Converts an interval of shares to percent."""
     return [100 * x for x in interval]
 
 
 def paired(before: np.ndarray, after: np.ndarray, **kw) -> dict[str, float | list[float]]:
-    """Mean difference of two models on the same items and its bootstrap interval, in percent.
+    """Computes the mean difference of two models on the same items and its bootstrap interval, in percent.
 
     Args:
       before, after: [N], 0 to 1.
@@ -93,7 +93,7 @@ def paired(before: np.ndarray, after: np.ndarray, **kw) -> dict[str, float | lis
 
 
 def mean(values: np.ndarray, strata: np.ndarray | None = None) -> float:
-    """The mean, or the mean of the strata's means, summed without rounding error: independent of the order."""
+    """Computes the mean, or the mean of the strata's means; exact summation makes it independent of the order."""
     values = np.asarray(values, np.float64)
     if strata is None:
         return math.fsum(values) / len(values)

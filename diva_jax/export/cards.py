@@ -17,7 +17,7 @@ model, processor = AutoModel.from_pretrained("PATH"), AutoImageProcessor.from_pr
     "pt": """import torch
 clip.visual.load_state_dict(torch.load("PATH/vision_tower.pth", weights_only=True))""",
 }
-# A state dict of an architecture that open_clip does not have.
+# For a state dict of an architecture that open_clip does not have.
 _USE_STATE_DICT = """import torch
 model.load_state_dict(torch.load("PATH/vision_tower.pth", weights_only=True))"""
 

@@ -1,7 +1,7 @@
-"""Writes a model for other tools; it is read back and run before the export counts as done.
+"""Writes a model for other tools, then reads it back and runs it before the export appears.
 
-Three layouts: `open_clip`, a folder for open_clip's `local-dir:`; `hf`, a folder of a transformers model, which
-LLaVA's `--vision_tower` reads too; `pt`, the vision tower's state dict as DIVA's authors publish it.
+There are three formats: `open_clip`, a folder for open_clip's `local-dir:`; `hf`, a folder of a transformers model, for
+LLaVA's `--vision_tower` too; `pt`, the state dict of the vision tower, in the form that DIVA's authors publish.
 """
 
 import gc
@@ -46,16 +46,16 @@ def _abstract(make, spec: Spec):
 
 
 def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tensors:
-    """What an export holds: open_clip's names, each tensor lazily cast to `dtype`.
+    """Returns the tensors of an export under open_clip's names, each lazily cast to `dtype`.
 
     Args:
-      source: any.
-      spec: of the export; position embeddings are interpolated to its resolution.
-      dtype: a name in `DTYPES`; float32 holds every published checkpoint exactly.
-      text: whether the text tower, where there is one, and the rest of the whole model belong to it.
+      source: the weights.
+      spec: the exported backbone; position embeddings are interpolated to its resolution.
+      dtype: a name in `DTYPES`; float32 represents every published checkpoint exactly.
+      text: whether to include the text tower, if there is one, and the other parameters of the whole model.
 
     Raises:
-      UserError: the source is not this model, or lacks a part that is needed.
+      UserError: the source is another model, or a required part is missing.
     """
     origins.check_architecture(source, spec)
     tensors = resample.to_resolution(source.tensors, spec)
@@ -105,7 +105,11 @@ def _read_back(folder: Path, fmt: str) -> ClipSource:
 
 
 def _compare(written: Tensors, there: Tensors, where: str) -> None:
-    """Raises where a tensor that was read back is not bit for bit the one that should have been written."""
+    """Checks that the tensors that were read back are bit-identical to those to write.
+
+    Raises:
+      RunError: they differ.
+    """
     wrong = [n for n in written if n not in there] + [n for n in there if n not in written]
     for name in written.keys() & there.keys():
         ours, theirs = np.asarray(written[name]), np.asarray(there[name])
@@ -116,11 +120,18 @@ def _compare(written: Tensors, there: Tensors, where: str) -> None:
 
 
 def _run_original(folder: Path, fmt: str, spec: Spec) -> str:
-    """Runs one image through the library that the export is for; what to print, or an error past the bound."""
+    """Runs one image through the library that the export is for.
+
+    Returns:
+      The message to print.
+
+    Raises:
+      RunError: keys are missing or unexpected, or the embeddings differ by more than `BOUND`.
+    """
     tower_library = backbones.architecture(spec.arch).LIBRARY
     library = {"hf": "transformers", "open_clip": "open_clip", "pt": tower_library}[fmt]
     if not reference.available(library):
-        return f"not run through {library}: it cannot be imported here"
+        return f"not run through {library}, which cannot be imported"
     images, keys = reference.image(spec), []
     if fmt == "hf":
         theirs, keys = reference.transformers_pooled(folder, images)
@@ -150,20 +161,20 @@ def export(
     card: str = "",
     run: bool = True,
 ) -> None:
-    """Writes `source` in one of `FORMATS` to the folder `out`, which appears when it is whole and verified.
+    """Writes `source` in one of `FORMATS` to the folder `out`, which appears when it is complete and verified.
 
     Args:
-      source: any checkpoint, see `origins.open_clip_source` and `runs.run_source`.
-      spec: of what is written.
+      source: the weights, from `origins.open_clip_source` or `runs.run_source`.
+      spec: the exported backbone.
       out: a folder that does not exist or is empty.
-      fmt: of `FORMATS`.
-      dtype: of `DTYPES`.
+      fmt: one of `FORMATS`.
+      dtype: one of `DTYPES`.
       card: the content of README.md.
-      run: run one image through the library that the export is for, where it is installed.
+      run: whether to run one image through the library that the export is for, if it is installed.
 
     Raises:
-      UserError: bad input, see `whole_model`; `out` is taken; the format cannot hold this model.
-      RunError: what was written is not what should have been.
+      UserError: as `whole_model`; `out` exists and is not empty; the format does not support this model.
+      RunError: the written files differ from the weights, or the library computes other embeddings.
     """
     if fmt not in FORMATS:
         raise UserError(f"--format={fmt} is none of {', '.join(FORMATS)}")
@@ -181,7 +192,7 @@ def export(
         (folder / "README.md").write_text(card)
         back = _read_back(folder, fmt)
         _compare(tensors, back.tensors, str(out))
-        say(f"{len(tensors)} tensors read back, bit for bit as in {source.where}" + _cast_note(source, dtype))
+        say(f"{len(tensors)} tensors read back, bit-identical to {source.where}" + _cast_note(source, dtype))
         if run:
             say(_run_original(folder, fmt, spec))
     say(f"done: {out} ({fmt}, {dtype})")

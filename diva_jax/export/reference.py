@@ -1,4 +1,4 @@
-"""The original libraries, where they are installed, to compare our results with: for exports and `parity`."""
+"""Results of the original libraries, if they are installed, for exports and `parity`."""
 
 import contextlib
 import importlib
@@ -11,12 +11,12 @@ from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 
 
 def available(name: str) -> bool:
-    """Whether `torch` and the library `name` can be imported."""
+    """Returns whether `torch` and the library `name` can be imported."""
     try:
         import torch
 
-        # torchvision's compiled operators do not load beside a CPU build of torch; open_clip's imports name these
-        # two and nothing here runs them.
+        # torchvision's compiled operators do not load with a CPU build of torch. These two must exist to import
+        # open_clip, but are not used here.
         for op, schema in (
             ("nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
             ("qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
@@ -24,14 +24,14 @@ def available(name: str) -> bool:
             if not hasattr(torch.ops.torchvision, op):
                 torch.library.define(f"torchvision::{op}", schema)
         importlib.import_module(name)
-    except Exception:  # A broken install of an optional library is as good as none.
+    except Exception:  # An incomplete installation of an optional library is treated as a missing one.
         return False
     return True
 
 
 @contextlib.contextmanager
 def quiet():
-    """Without the progress bars and warnings of transformers' loading."""
+    """Context manager without the progress bars and warnings of transformers."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -45,7 +45,7 @@ def quiet():
 
 
 def image(spec: Spec) -> np.ndarray:
-    """A smooth, normalised test image, float32 [1, H, W, 3]."""
+    """Returns a smooth, normalised test image, float32 [1, H, W, 3]."""
     s = spec.image_size
     y, x = np.meshgrid(np.linspace(-1, 1, s), np.linspace(-1, 1, s), indexing="ij")
     channels = [np.sin(3 * x + y), np.cos(5 * y * x), np.sin(9 * x * x + 2 * y) * y]
@@ -59,7 +59,7 @@ def _pixels(images: np.ndarray):
 
 
 def open_clip_pooled(folder: Path, images: np.ndarray) -> np.ndarray:
-    """Image embeddings [B, D] of an open_clip folder, by open_clip itself, in float32."""
+    """Computes the image embeddings [B, D] of an open_clip folder with open_clip, in float32."""
     import open_clip
     import torch
 
@@ -77,7 +77,7 @@ def _tower_pooled(tower, state: dict, images: np.ndarray) -> np.ndarray:
 
 
 def open_clip_tower_pooled(file: Path, spec: Spec, images: np.ndarray) -> np.ndarray:
-    """Image embeddings [B, D] of a vision tower's state dict in open_clip's tower of `spec`."""
+    """Computes the image embeddings [B, D] of a vision tower's state dict with open_clip's tower of `spec`."""
     import open_clip
     import torch
 
@@ -87,7 +87,7 @@ def open_clip_tower_pooled(file: Path, spec: Spec, images: np.ndarray) -> np.nda
 
 
 def timm_tower_pooled(file: Path, spec: Spec, images: np.ndarray) -> np.ndarray:
-    """Image embeddings [B, D] of a DINOv2 state dict in timm's Vision Transformer of `spec`."""
+    """Computes the image embeddings [B, D] of a DINOv2 state dict with timm's Vision Transformer of `spec`."""
     import torch
     from timm.layers import SwiGLUPacked
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -116,13 +116,17 @@ TOWERS = {"open_clip": open_clip_tower_pooled, "timm": timm_tower_pooled}
 
 
 def transformers_pooled(folder: Path, images: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """(image embeddings [B, D] of a transformers folder in float32, keys missing and unexpected)."""
+    """Computes the image embeddings of a transformers folder with transformers, in float32.
+
+    Returns:
+      (embeddings [B, D], missing and unexpected keys).
+    """
     import torch
     from transformers import AutoModel
 
     with quiet(), torch.no_grad():
         model, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-        run = getattr(model.eval(), "get_image_features", model)  # A vision encoder alone is called itself.
+        run = getattr(model.eval(), "get_image_features", model)  # A model with only a vision encoder is called itself.
         found = run(pixel_values=_pixels(images))
     # Versions before 5 return the tensor itself.
     found = getattr(found, "pooler_output", found)
@@ -130,7 +134,7 @@ def transformers_pooled(folder: Path, images: np.ndarray) -> tuple[np.ndarray, l
 
 
 def _perturb(model, seed: int = 0):
-    """Moves norms and biases away from ones and zeros, where a swapped pair would not show."""
+    """Changes norms and biases from ones and zeros, for which swapped parameters would not be detected."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -142,7 +146,7 @@ def _perturb(model, seed: int = 0):
 
 
 def new_open_clip(spec: Spec):
-    """open_clip's own model of `spec`, random weights: by its name where open_clip has it, else by its config."""
+    """Returns open_clip's model of `spec` with random weights: by its name if open_clip has it, else by its config."""
     import open_clip
 
     if spec.open_clip_name in open_clip.list_models():
@@ -164,11 +168,11 @@ def save_open_clip(model, spec: Spec, folder: Path) -> None:
 
 
 def write_open_clip(folder: Path, spec: Spec, images: np.ndarray) -> list[np.ndarray]:
-    """Writes a random model of `spec`; returns what open_clip computes with it.
+    """Writes a random model of `spec` and runs it with open_clip.
 
     Args:
-      folder: exists.
-      spec: of the model.
+      folder: an existing folder.
+      spec: the backbone.
       images: float32 [B, H, W, 3].
 
     Returns:
@@ -183,11 +187,11 @@ def write_open_clip(folder: Path, spec: Spec, images: np.ndarray) -> list[np.nda
 
 
 def _open_clip_tokens(visual, pixels):
-    """Each patch token [B, P, D] of open_clip's vision tower, after the final norm and the projection."""
+    """Returns the patch tokens [B, P, D] of open_clip's vision tower, after the final norm and the projection."""
     trunk = getattr(visual, "trunk", None)
     if trunk is None:
         return (visual.ln_post(visual.transformer(visual._embeds(pixels))) @ visual.proj)[:, 1:]
-    # timm's; the head is the projection, or the identity.
+    # A tower of timm; the head is the projection, or the identity.
     return trunk.head(trunk.forward_features(pixels)[:, trunk.num_prefix_tokens :])
 
 

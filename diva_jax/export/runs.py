@@ -1,4 +1,4 @@
-"""A run's checkpoint as a source of weights: the towers that it tuned, over the model that it began with."""
+"""A checkpoint of a run as a source of weights: the tuned towers, and the rest of the initial model."""
 
 import json
 
@@ -17,11 +17,11 @@ from diva_jax.weights.tensors import Tensors
 
 
 def in_open_clip_names(towers: dict[str, dict], spec: Spec) -> dict[str, np.ndarray]:
-    """Towers of an objective -> open_clip's names and layouts.
+    """Converts towers of an objective to open_clip's names and layouts.
 
     Args:
-      towers: as `RunAt.towers` returns them: "vision", "text", "logit_scale" or "logit_bias".
-      spec: of the backbone.
+      towers: the result of `RunAt.towers`: "vision", "text", "logit_scale" or "logit_bias".
+      spec: the backbone.
     """
     kinds = {"vision": (backbones.build, clip.vision_table(spec)), "text": (Text, clip.text_table(spec))}
     out = {}
@@ -37,17 +37,17 @@ def in_open_clip_names(towers: dict[str, dict], spec: Spec) -> dict[str, np.ndar
 
 
 def run_source(workdir: epath.PathLike, step: int | None = None) -> tuple[origins.ClipSource, dict]:
-    """The tuned model of a run, both towers.
+    """Returns the tuned model of a run, with both towers.
 
     Args:
-      workdir: of the run.
-      step: of a checkpoint; default the newest.
+      workdir: the workdir of the run.
+      step: the step of a checkpoint; default the last one.
 
     Returns:
       (source, provenance: {"workdir", "step", "config", "sources", "base", "tuned"}).
 
     Raises:
-      UserError: no run, no checkpoint, no such step, or the weights it began with are gone or others.
+      UserError: there is no run, checkpoint or such step, or the initial weights are missing or have changed.
     """
     run = workdirs.RunAt.open(workdir, step)
     spec = backbones.spec_of(run.config)

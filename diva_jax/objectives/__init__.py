@@ -1,4 +1,4 @@
-"""Objectives: `config.objective` names a module of this package, or any module that can be imported, by dotted path.
+"""Objectives: `config.objective` is the name of a module of this package, or the dotted path of any other module.
 
 An objective module defines
   `Objective`: a subclass of `contract.Objective`;
@@ -8,8 +8,8 @@ An objective module defines
   `stages(config) -> tuple[Stage, ...]` (optional): default one stage that trains `config.trainable`;
   `validate(config) -> None` (optional): raises a `UserError` for fields that do not fit together.
 
-A diffusion objective of images alone may have two more members for the evaluation task `feedback`, as `diva.Objective`
-has them: `condition_losses(batch, keys, edges)`, and `timesteps`, their number.
+A diffusion objective whose only input is an image may have two more members for the evaluation task `feedback`, see
+`diva.Objective`: `condition_losses(batch, keys, edges)`, and `timesteps`, the number of timesteps.
 """
 
 import importlib
@@ -25,15 +25,15 @@ _SHARED = ("condition", "contract", "draws")
 
 
 def names() -> list[str]:
-    """The objectives of this package."""
+    """Returns the names of the objectives of this package."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
 
 
 def find(name: str) -> ModuleType:
-    """The objective's module.
+    """Imports the module of an objective.
 
     Args:
-      name: of a module of this package, or a dotted path.
+      name: the name of a module of this package, or a dotted path.
 
     Raises:
       UserError: there is no such module, or it is not an objective.
@@ -55,15 +55,15 @@ def find(name: str) -> ModuleType:
 
 
 def section(name: str) -> str:
-    """The name of an objective's own config section: the last component of its path."""
+    """Returns the name of the config section of an objective: the last component of its path."""
     return name.rpartition(".")[2]
 
 
 def stages(config) -> tuple[Stage, ...]:
-    """The stages of a run, in order, without gaps.
+    """Returns the stages of a run, in order and without gaps.
 
     Raises:
-      UserError: they leave gaps or have no steps.
+      UserError: there are gaps between stages, or a stage has no steps.
     """
     module = find(config.objective)
     if not hasattr(module, "stages"):

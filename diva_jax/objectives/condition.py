@@ -1,4 +1,4 @@
-"""From image features to the U-Net's condition: which tokens, and how the text is added.
+"""The condition of the U-Net from image features: selection of tokens, and addition of the text.
 
 DIVA, section 3.2, with the token counts and the text of the authors' code for each backbone.
 """
@@ -13,25 +13,27 @@ Array = jax.Array
 
 
 def parse_select(select: str) -> tuple[str, int]:
-    """`"all"` -> ("all", 0), `"random:76"` -> ("random", 76), `"runs:6"` -> ("runs", 6).
+    """Parses `Spec.select`: `"all"` -> ("all", 0), `"random:76"` -> ("random", 76), `"runs:6"` -> ("runs", 6).
 
     Raises:
-      UserError: any other text.
+      UserError: the text has none of these forms.
     """
     kind, _, count = select.partition(":")
     if (kind == "all" and not count) or (kind in ("random", "runs") and count.isdigit() and int(count) > 0):
         return kind, int(count or 0)
-    raise UserError(f"backbone.select={select!r} is not known: use all, random:K or runs:K, K a count of patches")
+    raise UserError(
+        f"backbone.select={select!r} is not known: use all, random:K or runs:K, where K is a number of patches"
+    )
 
 
 def token_count(select: str, patches: int) -> int:
-    """Tokens in the condition, the pooled one included."""
+    """Returns the number of tokens in the condition, including the pooled token."""
     kind, k = parse_select(select)
     return 1 + {"all": patches, "random": k, "runs": patches // max(k, 1)}[kind]
 
 
 def draw_token_indices(keys: Array, select: str, patches: int) -> Array | None:
-    """Patch indices [B, K], int32, uniform with replacement, from one key an image [B]; None unless random."""
+    """Draws patch indices [B, K], int32, uniform with replacement, from one key per image [B]; None unless random."""
     kind, k = parse_select(select)
     if kind != "random":
         return None
@@ -39,15 +41,15 @@ def draw_token_indices(keys: Array, select: str, patches: int) -> Array | None:
 
 
 def select_tokens(features: Features, select: str, indices: Array | None = None) -> Array:
-    """The features that condition the U-Net, pooled token first.
+    """Selects the features that condition the U-Net, with the pooled token first.
 
     Args:
       features: tokens [B, P, D], pooled [B, D].
       select: as in `Spec.select`.
-      indices: [B, K] where `select` is random.
+      indices: [B, K] if `select` is random.
 
     Returns:
-      [B, n, D], n of `token_count`.
+      [B, n, D], where n is `token_count`.
     """
     kind, k = parse_select(select)
     tokens = features.tokens
@@ -60,7 +62,7 @@ def select_tokens(features: Features, select: str, indices: Array | None = None)
 
 
 def add_text(projected: Array, text: Array, how: str) -> Array:
-    """The U-Net's condition.
+    """Computes the condition of the U-Net.
 
     Args:
       projected: [B, n, C], the features after `visual_proj`.
@@ -76,7 +78,11 @@ def add_text(projected: Array, text: Array, how: str) -> Array:
 
 
 def check_fit(select: str, how: str, patches: int, text_tokens: int) -> None:
-    """Raises a UserError where features and text cannot be added."""
+    """Checks that features and text can be added.
+
+    Raises:
+      UserError: `how` is not known, or the numbers of tokens differ.
+    """
     n = token_count(select, patches)
     if how not in ("token", "mean"):
         raise UserError(f"backbone.add_text={how!r} is not known: use token or mean")

@@ -1,4 +1,4 @@
-"""What an objective is: the one class that the loop, the step, evaluation and export know."""
+"""The base class of objectives: the interface for the train loop, the step, evaluation and export."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from diva_jax.weights.parts import Part
 
 
 class Stage(NamedTuple):
-    """A run of steps with one trainable set, peak learning rate and schedule; the optimizer starts anew.
+    """Consecutive steps with one trainable set, peak learning rate and schedule, and a newly initialised optimizer.
 
     Attributes:
-      name: shown in the log.
+      name: the name, shown in the log.
       start, end: global steps, end exclusive.
-      lr: peak.
+      lr: the peak learning rate.
       trainable: rows as in `config.trainable`: ((regex, learning-rate scale), ...).
     """
 
@@ -27,11 +27,12 @@ class Stage(NamedTuple):
 
     @property
     def steps(self) -> int:
+        """The number of steps."""
         return self.end - self.start
 
 
 def tune(config, start: int = 0) -> Stage:
-    """The stage that trains `config.trainable` for `config.steps` steps, from step `start` on."""
+    """Returns the stage that trains `config.trainable` for `config.steps` steps, beginning at step `start`."""
     table = tuple((str(p), float(s)) for p, s in config.trainable)
     return Stage("tune", start, start + config.steps, config.optim.lr, table)
 
@@ -39,8 +40,8 @@ def tune(config, start: int = 0) -> Stage:
 class Objective(nnx.Module):
     """A loss and the models that it needs. Constructed as `Objective(config, rngs=rngs)` with random weights.
 
-    It does not know about meshes, optimizers, files or other objectives. Its constructor raises a `UserError` where
-    the config does not fit together; it runs under `nnx.eval_shape` before anything is loaded.
+    An objective is independent of meshes, optimizers, files and other objectives. Its constructor runs under
+    `nnx.eval_shape` before anything is loaded, and raises a `UserError` if the config is inconsistent.
 
     Attributes:
       compares_images: whether the loss of an image depends on the other images of its micro-batch (negatives,
@@ -54,41 +55,41 @@ class Objective(nnx.Module):
 
     @property
     def inputs(self) -> Mapping[str, object]:
-        """What a batch holds: name -> `data.inputs.Image`, `data.inputs.Tokens` or an object like them.
+        """The contents of a batch: name -> `data.inputs.Image`, `data.inputs.Tokens` or an object like them.
 
-        The data pipeline, the abstract batch of a compilation and the step follow from it. Each batch also has "row":
-        int32 [B], the image's row in the global batch.
+        They determine the data pipeline, the abstract batch of a compilation, and the step. Each batch also has "row":
+        int32 [B], the row of the image in the global batch.
         """
         raise NotImplementedError
 
     def loss(self, batch: Mapping[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one micro-batch.
+        """Computes the loss of one micro-batch.
 
         Args:
           batch: each input as [B, *shape].
-          keys: PRNG keys, one per image, [B]: of the run's seed, the step and the image's row alone.
+          keys: PRNG keys, one per image, [B]; they depend only on the seed, the step and the row of the image.
 
         Returns:
-          (scalar that is differentiated, scalar metrics, among them "loss"). Both are averaged over micro-batches.
+          (scalar to differentiate, scalar metrics, which include "loss"). Both are averaged over micro-batches.
         """
         raise NotImplementedError
 
     def pretrained(self) -> Mapping[str, Part]:
-        """Prefix of parameter names -> where these parameters come from; all others keep their initial values.
+        """Returns prefix of parameter names -> source of these parameters; all others keep their initial values.
 
-        The longest prefix wins: {"vision": ..., "teacher/vision": ...}.
+        The longest prefix takes precedence: {"vision": ..., "teacher/vision": ...}.
         """
         return {}
 
     def towers(self) -> Mapping[str, nnx.Module]:
-        """The tuned model, adapters merged: all that evaluation and export see.
+        """Returns the tuned model with adapters merged, for evaluation and export.
 
-        "vision" has the parameters of `backbones.build(spec)`, "text" (where it is trained) those of
-        `backbones.text.Text(spec)`, spec being that of `config.backbone`. "logit_scale" and "logit_bias" are
-        `nnx.Param`s of shape []. What is not here is as in `config.backbone.source`.
+        "vision" has the parameters of `backbones.build(spec)`, "text" (if it is trained) those of
+        `backbones.shared.text.Text(spec)`, where spec is that of `config.backbone`. "logit_scale" and "logit_bias" are
+        `nnx.Param`s of shape []. Everything else is taken from `config.backbone.source`.
         """
         return {"vision": self.vision}
 
     def flops(self) -> float | None:
-        """FLOPs of one image in one step of the last stage, counted from shapes, for MFU; None where not counted."""
+        """Returns the FLOPs per image and step of the last stage, from shapes, for MFU; None if not counted."""
         return None

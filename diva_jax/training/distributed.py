@@ -1,4 +1,4 @@
-"""Runs of several processes: how they meet, agree, learn of a preemption, and end when one of them is lost."""
+"""Runs of several processes: connecting, comparing inputs, preemption, and the end when a process is lost."""
 
 import contextlib
 import importlib.util
@@ -16,17 +16,24 @@ from jax.experimental import multihost_utils
 
 from diva_jax.common.errors import RunError, UserError
 
-_GRACE = 5.0  # Seconds for the others to end by themselves before a process that failed leaves them.
-_FACTS = 4096  # Bytes of `check_same`'s facts.
+_GRACE = 5.0  # Seconds that a failed process waits before it exits, in which the others can fail by themselves.
+_FACTS = 4096  # Maximum size of `check_same`'s facts in bytes.
 _LOST = re.compile("gloo|connection|socket|heartbeat|barrier|coordination|unavailable|deadline", re.IGNORECASE)
 
 
 class Lost(RunError):
-    """Another process of the run is gone."""
+    """Another process of the run has died or cannot be reached."""
 
 
 def _explicit() -> dict | None:
-    """What JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say; None where none is set."""
+    """Reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Returns:
+      Arguments for `jax.distributed.initialize`, or None if none of the variables is set.
+
+    Raises:
+      UserError: only some are set, or a value is invalid.
+    """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = {n: os.environ[n] for n in names if os.environ.get(n)}
     if not given:
@@ -42,12 +49,13 @@ def _explicit() -> dict | None:
 
 
 def _in_cluster() -> bool:
-    """Whether this is one task of several under Slurm, or a machine with TPUs, of which there may be more."""
+    """Returns whether this is one of several Slurm tasks, or a machine with TPUs, which may be part of a slice."""
     if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= set(os.environ):
         return int(os.environ.get("SLURM_NTASKS", "1")) > 1
     if (jax.config.jax_platforms or "tpu").split(",")[0] != "tpu" or not importlib.util.find_spec("libtpu"):
         return False
-    # GKE lists the slice's machines; elsewhere jax looks for chips when imported, and sets the last one without.
+    # GKE lists the machines of the slice. Elsewhere jax looks for chips when it is imported, and sets
+    # TPU_SKIP_MDS_QUERY if there are none.
     gke = {"TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"} & set(os.environ)
     return bool(gke) or "TPU_SKIP_MDS_QUERY" not in os.environ
 
@@ -62,47 +70,47 @@ def _reachable(address: str) -> bool:
 
 
 def _not_met(seconds: float) -> str:
-    """Why the processes did not meet, for the one that waited."""
-    from jax._src.distributed import global_state as met  # The only place that knows what was detected.
+    """Returns the error message for processes that did not connect within `seconds`."""
+    from jax._src.distributed import global_state as met  # There is no public access to the detected values.
 
     everywhere = "start the same command on every machine (gcloud's --worker=all, tpu/launch.sh)"
     if met.process_id == 0 or _reachable(met.coordinator_address):
         return (
-            f"not all {met.num_processes} processes of this run came to the coordinator at "
-            f"{met.coordinator_address} within {seconds:g} s, only process {met.process_id} is known to be here: "
-            f"{everywhere}, not on one alone"
+            f"not all {met.num_processes} processes of this run connected to the coordinator at "
+            f"{met.coordinator_address} within {seconds:g} s; only process {met.process_id} is known to have started: "
+            f"{everywhere}, not only on one"
         )
     return (
         f"process {met.process_id} of {met.num_processes} cannot reach the coordinator, process 0, at "
-        f"{met.coordinator_address} ({seconds:g} s): {everywhere}, and let them connect to that port"
+        f"{met.coordinator_address} ({seconds:g} s): {everywhere}, and allow connections to that port"
     )
 
 
 def initialise(join_timeout: float, lost_timeout: float) -> bool:
-    """Joins the other processes of the run where the environment says that there are others.
+    """Connects to the other processes of the run, if there are others.
 
-    Explicitly by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; detected on TPU slices and under
-    Slurm. To be called before anything asks for devices. Where they do not all meet in time this process ends with
-    one sentence: exit code 2 where the variables were set by hand; 1 in a cluster, where a machine that is late
-    is no mistake, and a service may start the command again.
+    They are given by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and detected on TPU slices and
+    under Slurm. This must be called before any other use of devices. If not all processes connect in time, this
+    process exits with an error message of one sentence. The exit code is 2 if the variables were set, and 1 in a
+    cluster, where a machine may be late and a service may start the command again.
 
     Args:
-      join_timeout: seconds for all processes to come.
-      lost_timeout: seconds without a sign of life after which a process counts as lost and all others end.
+      join_timeout: seconds within which all processes must connect.
+      lost_timeout: seconds without a heartbeat after which a process is lost and all others end.
 
     Returns:
-      Whether there is a run to share, be it of one process.
+      Whether `jax.distributed` was initialised, which it may be for a single process too.
 
     Raises:
       UserError: the variables do not fit together.
-      RunError: what was detected cannot be read.
+      RunError: the cluster's description cannot be read.
     """
     explicit = _explicit()
     if explicit is None and not _in_cluster():
         return False
 
     def give_up():
-        # From a thread: jax itself would abort with a stack trace.
+        # Called from a thread, because jax itself would abort with a stack trace.
         print(f"error: {_not_met(join_timeout)}", file=sys.stderr, flush=True)
         os._exit(2 if explicit else 1)
 
@@ -117,7 +125,7 @@ def initialise(join_timeout: float, lost_timeout: float) -> bool:
         )
     except ValueError as e:
         if explicit is None and "coordinator_address" in str(e):
-            return False  # TPUs, but of no slice that can be asked for.
+            return False  # TPUs, but the metadata describes no slice.
         raise RunError(f"jax.distributed.initialize: {e}") from e
     except (RuntimeError, OSError) as e:
         raise RunError(f"the processes of this run cannot be found: {e}") from e
@@ -128,10 +136,10 @@ def initialise(join_timeout: float, lost_timeout: float) -> bool:
 
 @contextlib.contextmanager
 def session(join_timeout: float = 300, lost_timeout: float = 100):
-    """`initialise`, and an end that keeps no other process waiting.
+    """Context manager: `initialise`, and an exit for which no other process has to wait.
 
-    After an exception the others are given a moment to fail of the same cause and leave together; then this
-    process ends, even where another thread of it, or the farewell between the processes, still waits.
+    After an exception the other processes have `_GRACE` seconds to fail for the same reason. Then this process exits,
+    even if another thread of it, or the shutdown barrier between the processes, is still waiting.
     """
     shared = initialise(join_timeout, lost_timeout)
     try:
@@ -149,10 +157,10 @@ def session(join_timeout: float = 300, lost_timeout: float = 100):
 
 @contextlib.contextmanager
 def explained(step):
-    """Turns what jax raises when another process is gone into one sentence.
+    """Context manager that replaces the errors that jax raises for a lost process by one sentence.
 
     Args:
-      step: () -> steps done.
+      step: returns the number of completed steps.
 
     Raises:
       Lost: in a run of several processes, communication failed.
@@ -170,13 +178,17 @@ def explained(step):
 
 
 def _gather(data: bytes) -> list[bytes]:
-    """Up to `_FACTS` bytes of each process, in order."""
+    """Returns the data of each process, up to `_FACTS` bytes, in the order of the processes."""
     padded = np.frombuffer(data.ljust(_FACTS), np.uint8)
     return [bytes(row).rstrip() for row in multihost_utils.process_allgather(padded)]
 
 
 def check_same(facts: dict[str, str | int | None]) -> None:
-    """Raises a UserError, on every process, where the processes differ in one of `facts` (what it is -> value)."""
+    """Checks that `facts` (description -> value) are the same on all processes.
+
+    Raises:
+      UserError: they differ; raised on every process.
+    """
     if jax.process_count() == 1:
         return
     first, *others = [json.loads(row) for row in _gather(json.dumps(facts).encode())]
@@ -190,7 +202,7 @@ def check_same(facts: dict[str, str | int | None]) -> None:
 
 
 def any_failed(failed: bool) -> bool:
-    """Whether it failed on any process."""
+    """Returns whether `failed` is true on any process."""
     if jax.process_count() == 1:
         return failed
     return bool(multihost_utils.process_allgather(np.uint8(failed)).any())
@@ -201,8 +213,8 @@ class Preemption:
 
     A second SIGINT ends the process at once.
 
-    With several processes jax passes the notice on, and they agree on the step after which all of them leave;
-    its own handler, which `initialise` installed, must then stay.
+    With several processes jax forwards the notice, and they agree on the step after which all of them end. This needs
+    jax's own signal handler, which `initialise` installed.
     """
 
     def __init__(self):
@@ -220,7 +232,7 @@ class Preemption:
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
     def after(self, step: int) -> None:
-        """Called after each step, by every process, with the number of steps done."""
+        """Must be called by every process after each step, with the number of completed steps."""
         if self._shared and multihost_utils.reached_preemption_sync_point(step):
             self._asked.set()
 

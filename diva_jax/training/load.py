@@ -1,4 +1,4 @@
-"""The first arrays of a program: pretrained parts from their sources, each array straight to its sharding."""
+"""The initial arrays of a program: pretrained parts from their sources, each array placed directly on its sharding."""
 
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -16,7 +16,7 @@ from diva_jax.weights.parts import Opened
 
 
 def put_on(sharding: Callable[[tuple], jax.sharding.Sharding]) -> Callable:
-    """A `put` for `names.assign`: each process gives only the pieces that its devices hold."""
+    """Returns a `put` for `names.assign`; each process provides only the shards of its own devices."""
 
     def put(path, array: np.ndarray, want: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.make_array_from_callback(want.shape, sharding(path), lambda index: array[index])
@@ -25,23 +25,23 @@ def put_on(sharding: Callable[[tuple], jax.sharding.Sharding]) -> Callable:
 
 
 def below(prefix: str, names: Iterable[str]) -> list[str]:
-    """The names that are `prefix` or begin with `prefix/`."""
+    """Returns the names that are `prefix` or begin with `prefix/`."""
     return [n for n in names if n == prefix or n.startswith(prefix + "/")]
 
 
 def owners(program: Program) -> dict[str, str]:
-    """Parameter name -> the prefix of the part that it comes from; names without one start fresh.
+    """Returns parameter name -> prefix of its pretrained part; other parameters keep their initial values.
 
     Raises:
       UserError: a part has no parameters.
     """
     found = {}
     parts = program.objective.pretrained()
-    for prefix in sorted(parts, key=len):  # The longest prefix is applied last, and so wins.
+    for prefix in sorted(parts, key=len):  # The longest prefix is applied last and takes precedence.
         names = below(prefix, program.arrays)
         if not names:
             raise UserError(
-                f"config.objective={program.config.objective}: pretrained() names {prefix!r}, but parameters are named "
+                f"config.objective={program.config.objective}: pretrained() has {prefix!r}, but parameters are named "
                 f"like {listing(list(program.arrays)[:3])}"
             )
         for name in names:
@@ -52,7 +52,7 @@ def owners(program: Program) -> dict[str, str]:
 
 
 def _fill(program: Program, prefix: str, opened: Opened, mine: list[str], wanted: set[str]) -> dict:
-    """{name: array} of one part's wanted parameters."""
+    """Returns {name: array} for the wanted parameters of one part."""
     depth = prefix.count("/") + 1
     paths = {n: program.skeleton.variables[n][0] for n in mine}
     names = {path[depth:] or path: n for n, path in paths.items()}
@@ -69,28 +69,28 @@ def _fill(program: Program, prefix: str, opened: Opened, mine: list[str], wanted
 def initial_arrays(
     program: Program, only: Collection[str] | None = None, every_source: bool = True
 ) -> tuple[dict, dict]:
-    """The arrays of a program: pretrained parts from their sources, the rest as the objective initialises it.
+    """Loads the arrays of a program: pretrained parts from their sources, others as the objective initialises them.
 
     Args:
-      program: what is loaded.
-      only: names to load; all where None. A part of which some are named is checked as a whole.
-      every_source: find and hash the sources of parts of which nothing is loaded, too.
+      program: the program.
+      only: the names to load; default all. A part of which some are loaded is checked as a whole.
+      every_source: whether to also find and hash the sources of parts of which nothing is loaded.
 
     Returns:
       ({name: array on its sharding}, {prefix: {"source": names of files, "sha256"}}).
 
     Raises:
-      UserError: a source is missing, broken, or of another architecture.
+      UserError: a source is missing, invalid, or of another architecture.
     """
     wanted = set(program.arrays if only is None else only)
     owner, parts = owners(program), program.objective.pretrained()
     mine = {prefix: [n for n, p in owner.items() if p == prefix] for prefix in parts}
     needed = [prefix for prefix in parts if not wanted.isdisjoint(mine[prefix])]
-    # Everything is found and checked before any values are read.
+    # All sources are found and checked before any values are read.
     opened = {prefix: parts[prefix].open() for prefix in (parts if every_source else needed)}
     arrays = {}
     with ThreadPoolExecutor(1) as hashes:
-        # Hashed while values are read: one waits for memory, the other for the processor.
+        # Hashing needs the processor while reading waits for the disk.
         digests = {prefix: hashes.submit(readers.fingerprint, o.files) for prefix, o in opened.items()}
         for prefix in needed:
             arrays |= _fill(program, prefix, opened[prefix], mine[prefix], wanted)
@@ -103,7 +103,7 @@ def initial_arrays(
 
 
 def _initialise(program: Program, fresh: list[str]) -> dict:
-    """The objective's own initial values of these parameters; the compiler drops the work for all others."""
+    """Returns the initial values of these parameters; the compiler removes the computation of all others."""
     if not fresh:
         return {}
 

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard events, log.txt and a progress line."""
+"""Reports of a run: metrics.jsonl, TensorBoard events, log.txt and progress lines."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from diva_jax.common.errors import RunError
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` under an hour."""
+    """Formats seconds as `1:02:03`, or as `2:03` below one hour."""
     s = int(seconds + 0.5)
     return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
 
@@ -21,9 +21,9 @@ def duration(seconds: float) -> str:
 class Writer:
     """Appends rows to `metrics.jsonl` and TensorBoard, and messages to `log.txt`.
 
-    Rows of `metrics.jsonl` past `step`, of an interrupted run, are dropped.
+    Rows of an interrupted run after `step` are removed.
 
-    In a bucket they appear twice a minute, and when `flush` or `close` is called.
+    In a bucket, the files are updated twice per minute, and by `flush` and `close`.
     """
 
     def __init__(self, workdir: epath.PathLike, step: int, tensorboard: bool):
@@ -33,7 +33,7 @@ class Writer:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except ValueError:  # a row cut short by a kill
+            except ValueError:  # A row that was truncated when the process was killed.
                 continue
         paths.write_whole(path, "".join(kept))
         self._mirror = paths.Mirror(path.parent)
@@ -58,7 +58,7 @@ class Writer:
         self._mirror.push()
 
     def flush(self) -> None:
-        """Whatever was written is now in the workdir."""
+        """Copies everything written so far to the workdir."""
         self._mirror.push(force=True)
 
     def close(self) -> None:
@@ -73,14 +73,14 @@ class Writer:
 class Progress:
     """Collects the steps' metrics, checks that they are finite, and reports every `every` steps.
 
-    A step's metrics are fetched only after the next step has been started, so that the device never waits.
+    The metrics of a step are fetched after the next step has been started, so that the device does not wait.
 
     Args:
-      writer: None on processes that do not report.
-      start, total: steps done, and of the whole run.
+      writer: the writer; None on processes that do not report.
+      start, total: the number of completed steps, and of steps of the whole run.
       every: steps between reports.
-      images: in one step.
-      utilisation: model FLOPs utilisation (MFU) at one image a second; None where the peak is not known.
+      images: images per step.
+      utilisation: model FLOPs utilisation (MFU) at one image per second; None if the peak is not known.
     """
 
     def __init__(
@@ -97,28 +97,28 @@ class Progress:
         self._pending: tuple[int, dict] | None = None
         self._window: list[dict[str, float]] = []
         self._waited = 0.0
-        self._began: tuple[float, int] | None = None  # when the first step was over, and its number
+        self._began: tuple[float, int] | None = None  # End time of the first step, and its number.
         self._window_start = time.perf_counter()
         self._broken = 0
 
     def waited(self, seconds: float, broken: int) -> None:
-        """Time spent waiting for the last batch, and broken images skipped so far."""
+        """Adds time spent waiting for a batch; `broken` is the number of images that could not be read so far."""
         self._waited += seconds
         self._broken = broken
 
     def paused(self, seconds: float) -> None:
-        """Time in which no step was made, to be left out of images per second and of the time that is left."""
+        """Excludes time without training steps from images per second and from the remaining time."""
         self._window_start += seconds
         if self._began:
             self._began = (self._began[0] + seconds, self._began[1])
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Metrics of a step that has been started; the step before it is now looked at."""
+        """Takes the metrics of a step that has been started, and reports the step before it."""
         self.flush()
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Waits for the pending step.
+        """Waits for the pending step and reports it.
 
         Raises:
           RunError: its loss or gradient is not finite.

@@ -1,7 +1,7 @@
-"""Which parameters are trained: a regex table, total, printed; and a module as flat dicts of arrays.
+"""Trained and frozen parameters by a table of regular expressions, and modules as flat dicts of arrays.
 
-Parameters are known by name: their path in the module, joined by slashes
-(`vision/blocks/0/attn/qkv/kernel`). A train state, an optimizer state and a checkpoint are dicts by that name.
+The name of a parameter is its path in the module, joined by slashes (`vision/blocks/0/attn/qkv/kernel`). Train states,
+optimizer states and checkpoints are dicts with these names as keys.
 """
 
 import re
@@ -16,22 +16,23 @@ from diva_jax.common.errors import UserError, listing
 
 
 def name_of(path: tuple) -> str:
+    """Returns the name of the parameter at a path."""
     return "/".join(str(p) for p in path)
 
 
 class Skeleton(NamedTuple):
-    """A module without its arrays: what makes `{name: array}` a module again.
+    """A module without its arrays, from which `merge` makes a module again.
 
     Attributes:
       graph: from `nnx.split`.
-      variables: name -> (path, variable without value).
+      variables: name -> (path, variable without a value).
     """
 
     graph: nnx.GraphDef
     variables: Mapping[str, tuple[tuple, nnx.Variable]]
 
     def merge(self, *arrays: Mapping[str, jax.Array]) -> nnx.Module:
-        """The module of these arrays, which together name every parameter once."""
+        """Returns the module with these arrays, which must together have every parameter."""
         everything = {}
         for part in arrays:
             everything.update(part)
@@ -40,7 +41,7 @@ class Skeleton(NamedTuple):
 
 
 def disassemble(module: nnx.Module) -> tuple[Skeleton, dict[str, jax.Array]]:
-    """Module -> (skeleton, {name: array or ShapeDtypeStruct})."""
+    """Splits a module into its skeleton and {name: array or ShapeDtypeStruct}."""
     graph, state = nnx.split(module)
     flat = {name_of(path): (path, var) for path, var in nnx.to_flat_state(state)}
     arrays = {name: var.get_value() for name, (_, var) in flat.items()}
@@ -49,10 +50,10 @@ def disassemble(module: nnx.Module) -> tuple[Skeleton, dict[str, jax.Array]]:
 
 
 def scales(table: Iterable[tuple[str, float]], names: Iterable[str]) -> dict[str, float]:
-    """Name -> learning-rate scale (0: frozen); the first pattern that matches the whole name wins.
+    """Returns name -> learning-rate scale (0: frozen), by the first pattern that matches the whole name.
 
     Raises:
-      UserError: a name that no pattern matches, or a pattern that matches no name.
+      UserError: no pattern matches a name, a pattern matches no name or is invalid, or nothing is trained.
     """
     table, names = list(table), list(names)
     out, used = {}, set()
@@ -61,7 +62,7 @@ def scales(table: Iterable[tuple[str, float]], names: Iterable[str]) -> dict[str
             try:
                 hit = re.fullmatch(pattern, name)
             except re.error as e:
-                raise UserError(f"config.trainable: {pattern!r} is no regular expression ({e})") from e
+                raise UserError(f"config.trainable: {pattern!r} is not a regular expression ({e})") from e
             if hit:
                 out[name] = float(scale)
                 used.add(i)
@@ -69,10 +70,10 @@ def scales(table: Iterable[tuple[str, float]], names: Iterable[str]) -> dict[str
     if missed := [n for n in names if n not in out]:
         raise UserError(f"config.trainable matches no pattern for {listing(missed, 5)}: end the table with ('.*', 0.0)")
     for i, (pattern, _) in enumerate(table):
-        # A last catch-all may be left with nothing; any other idle pattern is a typing error.
+        # A catch-all pattern may be unused; any other unused pattern is a typing error.
         if i not in used and pattern != ".*":
             raise UserError(
-                f"config.trainable: the pattern {pattern!r} matches no parameter (or earlier patterns took all "
+                f"config.trainable: the pattern {pattern!r} matches no parameter (or earlier patterns match all "
                 f"of them); parameters are named like {listing(names[:3])}"
             )
     if not any(out.values()):
@@ -81,7 +82,7 @@ def scales(table: Iterable[tuple[str, float]], names: Iterable[str]) -> dict[str
 
 
 def summary(arrays: Mapping[str, jax.ShapeDtypeStruct], trained: Iterable[str]) -> str:
-    """A table by part (first name component): parameters trained and frozen, and bytes."""
+    """Returns a table by part (first name component): numbers of trained and frozen parameters, and memory."""
     trained = set(trained)
     rows: dict[str, list[int]] = {}
     for name, a in arrays.items():

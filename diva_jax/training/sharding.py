@@ -1,4 +1,4 @@
-"""The mesh, and where each array lives on it."""
+"""The mesh, and the sharding of each array on it."""
 
 import math
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ BATCH = P(("data", "fsdp"))
 
 
 def make_mesh(config, devices=None) -> Mesh:
-    """A (`data`, `fsdp`) mesh over all devices.
+    """Returns a (`data`, `fsdp`) mesh over all devices.
 
     Args:
       config: `config.mesh`.
-      devices: default all of the run's.
+      devices: the devices; default all of the run.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -39,7 +39,7 @@ def make_mesh(config, devices=None) -> Mesh:
 
 
 def parameter_spec(shape: tuple[int, ...], fsdp: int, min_shard: int) -> P:
-    """Small arrays are replicated; others are split over `fsdp` along their largest axis that divides."""
+    """Returns the partition of an array: split over `fsdp` along its largest divisible axis, or replicated if small."""
     axes = [i for i, n in enumerate(shape) if n % fsdp == 0]
     if fsdp == 1 or not axes or math.prod(shape) < min_shard:
         return P()
@@ -48,13 +48,13 @@ def parameter_spec(shape: tuple[int, ...], fsdp: int, min_shard: int) -> P:
 
 
 def parameter_shardings(arrays: Mapping, mesh: Mesh, min_shard: int) -> dict[str, NamedSharding]:
-    """Name -> sharding, for arrays with a shape."""
+    """Returns name -> sharding for arrays, or anything else with a shape."""
     fsdp = mesh.shape["fsdp"]
     return {n: NamedSharding(mesh, parameter_spec(a.shape, fsdp, min_shard)) for n, a in arrays.items()}
 
 
 def like_parameters(tree, shardings: Mapping[str, NamedSharding], mesh: Mesh):
-    """Shardings for an optimizer state: a leaf whose last key names a parameter lies as that one does."""
+    """Returns the shardings of an optimizer state: a leaf whose last key is a parameter's name has its sharding."""
 
     def of(path, leaf):
         key = getattr(path[-1], "key", None) if path else None
@@ -66,5 +66,5 @@ def like_parameters(tree, shardings: Mapping[str, NamedSharding], mesh: Mesh):
 
 
 def with_shardings(tree, shardings):
-    """ShapeDtypeStructs that carry their sharding."""
+    """Returns a tree of ShapeDtypeStructs with these shardings."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)

@@ -1,4 +1,4 @@
-"""The tuned towers of an objective, as functions of its parameters: what evaluation and export see."""
+"""The tuned towers of an objective as functions of its parameters, for evaluation and export."""
 
 from collections.abc import Iterable, Mapping
 
@@ -17,20 +17,20 @@ Flat = dict[str, dict[str, jax.Array]]  # Tower -> name of a parameter in it -> 
 
 
 def _leaves(skeleton: Skeleton, arrays: Mapping[str, jax.Array]) -> Flat:
-    """`Objective.towers`, each as a flat dict; a bare variable (logit_scale) has its own name in it."""
+    """Returns `Objective.towers`, each as a flat dict; in that of a bare variable (logit_scale) the key is its name."""
     found = skeleton.merge(arrays).towers()
     return {t: disassemble(m)[1] if isinstance(m, nnx.Module) else {t: m.get_value()} for t, m in found.items()}
 
 
 class Towers:
-    """The towers that an objective gives, traced once.
+    """The towers of an objective, traced once.
 
-    Most parameters of a tower are the objective's own, under another name; others (merged adapters) are computed from
-    several. Which parameters are needed for which is found by tracing `Objective.towers`.
+    Most parameters of a tower are parameters of the objective under another name; others (merged adapters) are computed
+    from several. Tracing `Objective.towers` shows which parameters each of them needs.
 
     Args:
-      skeleton: of the objective.
-      arrays: name -> anything with shape and dtype, of every parameter of the objective.
+      skeleton: the objective without its arrays.
+      arrays: every parameter of the objective, name -> anything with a shape and dtype.
 
     Attributes:
       shapes: tower -> name -> ShapeDtypeStruct.
@@ -48,7 +48,7 @@ class Towers:
             depends.update(dict.fromkeys(eqn.outvars, used))
         inputs = dict(zip(jaxpr.invars, names, strict=True))
         self._needs: dict[tuple[str, str], frozenset[str]] = {}
-        self._same: dict[tuple[str, str], str] = {}  # Leaves that are a parameter as it is.
+        self._same: dict[tuple[str, str], str] = {}  # Leaves that are an unchanged parameter.
         paths = [(path[0].key, path[1].key) for path, _ in jax.tree_util.tree_leaves_with_path(self.shapes)]
         for leaf, var in zip(paths, jaxpr.outvars, strict=True):
             self._needs[leaf] = frozenset() if hasattr(var, "val") else depends.get(var, frozenset())
@@ -56,7 +56,11 @@ class Towers:
                 self._same[leaf] = inputs[var]
 
     def check(self, spec: Spec) -> None:
-        """Raises a UserError where a tower has other parameters than that of the backbone `spec`."""
+        """Checks that each tower has the parameters of the tower of the backbone `spec`.
+
+        Raises:
+          UserError: the names or shapes differ, or a tower is not known.
+        """
         makers = {"vision": backbones.build, "text": Text}
         for tower, shapes in self.shapes.items():
             if tower in makers:
@@ -65,7 +69,7 @@ class Towers:
             elif tower in ("logit_scale", "logit_bias"):
                 want = {tower: ()}
             else:
-                raise UserError(f"towers() returns {tower!r}: return vision, text, logit_scale and logit_bias alone")
+                raise UserError(f"towers() returns {tower!r}: return only vision, text, logit_scale and logit_bias")
             wrong = {n for n in want.keys() | shapes.keys() if n not in shapes or shapes[n].shape != want.get(n)}
             if wrong:
                 raise UserError(
@@ -74,18 +78,18 @@ class Towers:
                 )
 
     def needs(self, tower: str) -> frozenset[str]:
-        """The parameters of the objective that a tower is made of."""
+        """Returns the names of the objective's parameters that a tower is computed from."""
         return frozenset().union(*(names for (t, _), names in self._needs.items() if t == tower))
 
     def __call__(self, arrays: Mapping[str, jax.Array], wanted: Iterable[str] | None = None) -> Flat:
-        """The towers of these parameters.
+        """Computes the towers of these parameters.
 
         Args:
           arrays: name -> array, at least those that `needs` names; on devices or on the host.
-          wanted: towers; default all.
+          wanted: the names of the towers; default all.
 
         Returns:
-          tower -> name -> array. What is a parameter as it is, is the array given, not a copy.
+          tower -> name -> array. For an unchanged parameter it is the given array, not a copy.
         """
         wanted = set(self.shapes if wanted is None else wanted)
         leaves = [leaf for leaf in self._needs if leaf[0] in wanted]

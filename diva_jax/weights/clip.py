@@ -1,7 +1,7 @@
-"""Name tables of a backbone's towers, between our modules and open_clip's checkpoints.
+"""Name tables of the towers of a backbone, between our modules and open_clip's checkpoints.
 
-An open_clip checkpoint holds both towers and the logits' scale and bias. The table of one tower is strict about that
-tower's names, knows and ignores the rest, and so refuses a name that neither has.
+An open_clip checkpoint has both towers and the scale and bias of the logits. The table of one tower requires the names
+of that tower, ignores the other known names, and rejects unknown names.
 """
 
 from diva_jax.models.backbones import Spec, architecture
@@ -10,12 +10,12 @@ from diva_jax.models.names import Table
 
 
 def vision_table(spec: Spec) -> Table:
-    """Our `Vision` <-> `visual.*`; see the architecture's `VISION`."""
+    """Returns the table from `Vision` to `visual.*`; see the architecture's `VISION`."""
     return architecture(spec.arch).VISION
 
 
 def text_table(spec: Spec) -> Table:
-    """Our `Text` <-> names at the top level for CLIP, under `text.` for SigLIP and EVA02-CLIP.
+    """Returns the table from `Text` to names at the top level for CLIP, and under `text.` for SigLIP and EVA02-CLIP.
 
     Raises:
       UserError: there is no text tower.

@@ -2,7 +2,7 @@
 
 from diva_jax.weights.names import Table
 
-# Our modules carry diffusers' own names, but for the positions in its feed-forward list.
+# Our modules have diffusers' names, except for the positions in its feed-forward list.
 UNET = Table(
     "diffusers U-Net",
     rename=((r"\bff\.proj\.", "ff.net.0.proj."), (r"\bff\.out\.", "ff.net.2.")),
@@ -11,7 +11,7 @@ UNET = Table(
 VAE = Table(
     "encoder of the diffusers VAE",
     ignore=(r"decoder\..*", r"post_quant_conv\..*"),
-    # Older checkpoints, from before diffusers had one attention class.
+    # Names of older checkpoints, before diffusers had one attention class.
     aliases=(
         (r"(mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
         (r"(mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
@@ -30,6 +30,6 @@ TEXT_ENCODER = Table(
     ),
     # A constant that older versions saved, and the projection of CLIPTextModelWithProjection.
     ignore=(r"embeddings\.position_ids", r"text_projection\.weight"),
-    # Older versions of transformers put everything under this prefix.
+    # Older versions of transformers use this prefix for all names.
     aliases=((r"^text_model\.", ""),),
 )

@@ -1,4 +1,7 @@
-"""Models of transformers <-> open_clip's names: tensors and config files, by each architecture's `TRANSFORMERS`."""
+"""Conversion between models of transformers and open_clip's names: tensors and config files.
+
+The table of each architecture is its `TRANSFORMERS`.
+"""
 
 from collections.abc import Iterable, Mapping
 from types import ModuleType
@@ -17,7 +20,11 @@ def _with_layout() -> list[ModuleType]:
 
 
 def _layout(spec: Spec) -> Layout:
-    """The model of `spec` in transformers; a UserError where there is none."""
+    """Returns the layout of `spec` in transformers.
+
+    Raises:
+      UserError: transformers has no such model.
+    """
     layout = architecture(spec.arch).TRANSFORMERS
     if layout is None:
         raise UserError(f"transformers has no {spec.arch} model: use --format=open_clip or --format=pt")
@@ -25,17 +32,17 @@ def _layout(spec: Spec) -> Layout:
 
 
 def recognises(names: Iterable[str]) -> bool:
-    """Whether tensors have transformers' names."""
+    """Returns whether tensors have transformers' names."""
     marks = tuple(module.TRANSFORMERS.mark for module in _with_layout())
     return any(name.startswith(marks) for name in names)
 
 
 def _swap(recipe: Recipe, shape: tuple, to_hf: bool) -> tuple:
-    """The joint tensor's shape on the other side."""
+    """Returns the shape of the joint tensor in the other layout."""
     if recipe.transposed:
         return shape[::-1]
     if recipe.lead:
-        # Adds the axis on the side that has it, drops it on the other.
+        # Adds the axis in the layout that has it, and removes it in the other.
         return shape[1:] if (recipe.lead > 0) == to_hf else (1, *shape)
     return shape
 
@@ -67,12 +74,12 @@ def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[st
 
 
 def to_open_clip_names(tensors: Tensors, spec: Spec, source: str) -> Tensors:
-    """transformers' names and layouts -> open_clip's, lazily.
+    """Converts transformers' names and layouts to those of open_clip, lazily.
 
     Args:
-      tensors: of the whole model.
-      spec: of the model, see `from_transformers`.
-      source: named in errors.
+      tensors: the tensors of the whole model.
+      spec: the model, see `from_transformers`.
+      source: the source, named in errors.
 
     Raises:
       UserError: names are missing or unknown; lists them.
@@ -89,25 +96,25 @@ def to_open_clip_names(tensors: Tensors, spec: Spec, source: str) -> Tensors:
 
 
 def to_transformers_names(tensors: Mapping[str, Any], spec: Spec) -> dict[str, Tensor]:
-    """The inverse of `to_open_clip_names`; `tensors` holds the whole model."""
+    """The inverse of `to_open_clip_names`; `tensors` are those of the whole model."""
     return {n: t for r in _layout(spec).recipes(spec) for n, t in _convert(r, tensors, True).items()}
 
 
 def from_transformers(
     config: Mapping[str, Any], preprocessor: Mapping[str, Any], where: str
 ) -> tuple[Spec, frozenset[str]]:
-    """The Spec that a transformers folder describes.
+    """Returns the Spec that a transformers folder describes.
 
     Args:
-      config: its config.json.
-      preprocessor: its preprocessor_config.json, or {}.
-      where: named in errors.
+      config: the content of config.json.
+      preprocessor: the content of preprocessor_config.json, or {}.
+      where: the folder, named in errors.
 
     Returns:
-      (spec, the fields of it that the folder does not really tell).
+      (spec, the fields of it that the folder does not specify).
 
     Raises:
-      UserError: it is a model, or has an activation, that is not implemented.
+      UserError: the model or its activation is not implemented.
     """
     kind = config.get("model_type")
     layouts = {model: module.TRANSFORMERS for module in _with_layout() for model in module.TRANSFORMERS.models}
@@ -118,11 +125,11 @@ def from_transformers(
 
 
 def to_transformers(spec: Spec, dtype: str) -> dict:
-    """The content of config.json for `spec`.
+    """Returns the content of config.json for `spec`.
 
     Args:
-      spec: of the model.
-      dtype: of the weights, e.g. "float32".
+      spec: the model.
+      dtype: the dtype of the weights, e.g. "float32".
 
     Raises:
       UserError: transformers has no such model.
@@ -131,5 +138,5 @@ def to_transformers(spec: Spec, dtype: str) -> dict:
 
 
 def image_processor(spec: Spec) -> dict:
-    """The content of preprocessor_config.json: the test-time transform of `spec`."""
+    """Returns the content of preprocessor_config.json: the test-time transform of `spec`."""
     return _layout(spec).preprocessor(spec)

@@ -1,4 +1,4 @@
-"""Weights from any source into a model: `load` for one model, `parts.load` for a whole training program."""
+"""Loads weights from any source into one model; `training.load` does so for a whole training program."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ _SD = {
 
 
 def fill_vision(source: origins.ClipSource, spec: Spec, state, put=None, field: str = "config.backbone"):
-    """The state of `spec`'s vision tower, filled; position embeddings brought to its resolution, which is logged.
+    """Returns the filled state of `spec`'s vision tower; interpolates position embeddings to its resolution if needed.
 
     Raises:
       UserError: the source is of another architecture or activation, or its names or shapes do not fit.
@@ -43,10 +43,14 @@ def fill_vision(source: origins.ClipSource, spec: Spec, state, put=None, field: 
 
 
 def check_text(source: origins.ClipSource, spec: Spec) -> None:
-    """Raises a UserError where there is no text tower, or the source describes another than `spec.text`."""
+    """Checks that the source has the text tower `spec.text`.
+
+    Raises:
+      UserError: there is no text tower, or it is of another architecture.
+    """
     require_text(spec)
     if "token_embedding.weight" not in source.tensors and "text.token_embedding.weight" not in source.tensors:
-        raise UserError(f"{source.where} holds a vision tower alone: give the checkpoint of the whole model")
+        raise UserError(f"{source.where} contains only a vision tower: give the checkpoint of the whole model")
     if source.spec is None:
         return
     there, here = source.spec.text, spec.text
@@ -60,7 +64,7 @@ def check_text(source: origins.ClipSource, spec: Spec) -> None:
 
 
 def fill_text(source: origins.ClipSource, spec: Spec, state, put=None):
-    """The state of `spec`'s text tower, filled.
+    """Returns the filled state of `spec`'s text tower.
 
     Raises:
       UserError: the source has no text tower, or one of another architecture.
@@ -70,10 +74,10 @@ def fill_text(source: origins.ClipSource, spec: Spec, state, put=None):
 
 
 def open_diffusers(folder: Path, config, field: str = "") -> Tensors:
-    """The tensors of a U-Net, VAE encoder or text encoder, in a pipeline's folder or the part's own.
+    """Opens the tensors of a U-Net, VAE encoder or text encoder, in the folder of a pipeline or of the part.
 
     Args:
-      folder: of the pipeline or the part.
+      folder: the folder of the pipeline or of the part.
       config: a UNetConfig, VAEConfig or TextEncoderConfig.
       field: the config section of `config`, named in errors.
 
@@ -94,7 +98,7 @@ def open_diffusers(folder: Path, config, field: str = "") -> Tensors:
 
 
 def fill_diffusers(tensors: Tensors, config, state, put=None):
-    """The state of a U-Net, VAE encoder or text encoder, filled from `open_diffusers`'s tensors.
+    """Returns the state of a U-Net, VAE encoder or text encoder, filled with the tensors of `open_diffusers`.
 
     Raises:
       UserError: names or shapes do not fit.
@@ -112,19 +116,19 @@ def load(
     remat: bool = False,
     put=None,
 ) -> nnx.Module:
-    """A model with the weights of a source, whatever library wrote it.
+    """Returns a model with the weights of a source, written by any of the supported libraries.
 
     Args:
       source: for a Spec an open_clip file or folder, OpenAI's archive, a transformers CLIPModel or SiglipModel
         folder, a vision tower's state dict, or a hub id; for the others a diffusers folder or hub id.
       spec: a `backbones.Spec`, or a UNetConfig, VAEConfig or TextEncoderConfig.
-      tower: "vision" or "text", of a Spec.
-      dtype, param_dtype: what the model computes in, and what its weights are held in.
-      remat: see the model.
+      tower: "vision" or "text", for a Spec.
+      dtype, param_dtype: the dtypes of computations and of the weights.
+      remat: as for the model.
       put: (path, array, ShapeDtypeStruct) -> device array; default the first device.
 
     Raises:
-      UserError: the source is missing, broken, or of another architecture than `spec`.
+      UserError: the source is missing, invalid, or of another architecture than `spec`.
     """
     kw = dict(dtype=dtype, param_dtype=param_dtype)
 
@@ -147,5 +151,5 @@ def load(
 
 
 def host_put(path, array: np.ndarray, want: jax.ShapeDtypeStruct) -> np.ndarray:
-    """A `put` that leaves an array on the host."""
+    """A `put` that keeps an array on the host."""
     return array

@@ -16,7 +16,7 @@ from diva_jax.weights import hf, readers
 from diva_jax.weights.tensors import Tensor, Tensors
 from diva_jax.weights.writers import OPEN_CLIP_CONFIG
 
-# Preferred first; a folder that has open_clip's config has open_clip's names in the first of these.
+# In order of preference; a folder with open_clip's config has open_clip's names in the first of these.
 CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,12 +40,12 @@ class ClipSource:
 
     Attributes:
       where: the file or folder, for messages.
-      kind: what it was recognised as, for messages.
-      tensors: under open_clip's names, the vision tower's under `visual.`; the scale and bias of the logits are
-        scalars.
-      spec: the architecture that the source describes, or None where it does not.
-      silent: fields of `spec` that the source does not really tell.
-      tokenizer: the tokenizer's files beside it.
+      kind: the detected format, for messages.
+      tensors: the tensors under open_clip's names, those of the vision tower under `visual.`; the scale and bias of
+        the logits are scalars.
+      spec: the architecture that the source describes, or None if it has no description.
+      silent: fields of `spec` that the source does not specify.
+      tokenizer: the files of its tokenizer.
     """
 
     where: str
@@ -60,49 +60,49 @@ class ClipSource:
         return self.tensors.files
 
     def described(self, source: str) -> Spec:
-        """The Spec with `source` as where its weights are.
+        """Returns the Spec, with `source` as the source of its weights.
 
         Raises:
-          UserError: the checkpoint is a bare file, which does not tell its heads and activation.
+          UserError: the checkpoint is a bare file, which does not specify heads and activation.
         """
         if self.spec is None:
             raise UserError(
-                f"{self.where} ({self.kind}) does not say how many heads it has and which activation: give a config, "
+                f"{self.where} ({self.kind}) does not specify the number of heads and the activation: give a config, "
                 "e.g. --config=configs/vitl14.py, or put its open_clip_config.json beside it"
             )
         return dataclasses.replace(self.spec, source=source)
 
 
 def _hub(repo: str, field: str, patterns: list[str]) -> Path:
-    """The local snapshot of a hub repository, with the files that `patterns` name."""
+    """Returns the local snapshot of a hub repository, with the files that match `patterns`."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as e:  # Everything from DNS to a private repository; each is the same to the user.
+    except Exception as e:  # Any reason from DNS to a private repository; the message has it.
         reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
         raise UserError(
-            f"{field}={repo!r} is no local folder, and the hub did not give it ({reason}): check the name and the "
+            f"{field}={repo!r} is not a local folder, and the hub did not give it ({reason}): check the name and the "
             f"network, or download it elsewhere and set {field} to the folder"
         ) from e
 
 
 def locate(source: str, field: str) -> Path | str:
-    """A local path, or a hub id to download.
+    """Returns a local path, or the hub id to download.
 
     Args:
       source: a path, `local-dir:PATH`, `hf-hub:ID` or a bare hub id.
-      field: the config field or flag that it is from, named in errors.
+      field: the config field or flag of the source, named in errors.
 
     Raises:
-      UserError: neither a path that exists nor a hub id, or the removed repository of Stable Diffusion 2.1.
+      UserError: it is neither an existing path nor a hub id, or it is the removed repository of Stable Diffusion 2.1.
     """
     if not source:
         raise UserError(f"{field} is empty: set it to a file, a folder or a hub id of weights")
     if paths.is_remote(source):
         raise UserError(
-            f"{field}={source!r} is no folder of this machine: mount the bucket (gcsfuse; MOUNT in tpu/env.sh) or copy "
-            f"the weights here, and set {field} to where they are"
+            f"{field}={source!r} is not a local folder: mount the bucket (gcsfuse; MOUNT in tpu/env.sh) or copy "
+            f"the weights, and set {field} to the local folder"
         )
     path = Path(source.removeprefix("local-dir:")).expanduser()
     if not source.startswith("hf-hub:") and path.exists():
@@ -119,17 +119,17 @@ def locate(source: str, field: str) -> Path | str:
 
 
 def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Path:
-    """The folder of a Stable Diffusion pipeline, downloaded where it is a hub id.
+    """Returns the folder of a Stable Diffusion pipeline, downloaded if `source` is a hub id.
 
     Raises:
-      UserError: see `locate`.
+      UserError: as `locate`.
     """
     at = locate(source, field)
     if isinstance(at, Path):
         return at
     meta = ["*.json", "tokenizer/*"]
     models = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
-    # Full precision, in one file or sharded; a repository that has only the fp16 variant gets a second look.
+    # Full precision, in one file or sharded. The fp16 variant is downloaded only if a repository has no other.
     for suffixes in (("", "-?????-of-?????"), (".fp16", ".fp16-?????-of-?????")):
         patterns = meta + [f"{m}{s}.safetensors" for m in models for s in suffixes]
         folder = _hub(at, field, patterns)
@@ -147,7 +147,7 @@ def _clip_folder(source: str, field: str) -> Path:
             folder = _hub(at, field, ["*.json", *TOKENIZER_FILES, f"{stem}.{suffix}", f"{stem}-*.{suffix}"])
             if (folder / f"{stem}.{suffix}").exists() or list(folder.glob(f"{stem}-*.{suffix}")):
                 return folder
-    raise UserError(f"{field}={source!r} holds no weights named {listing(CLIP_STEMS)}: give another repository")
+    raise UserError(f"{field}={source!r} has no weights named {listing(CLIP_STEMS)}: give another repository")
 
 
 def _scalar(t: Tensor) -> Tensor:
@@ -155,15 +155,15 @@ def _scalar(t: Tensor) -> Tensor:
 
 
 def _recognise(tensors: Tensors, prefix: str = "visual.") -> ModuleType | None:
-    """The architecture whose vision tower is under `prefix`, or None."""
+    """Returns the architecture of the vision tower under `prefix`, or None."""
     return next((m for m in architectures().values() if prefix + m.MARK in tensors), None)
 
 
 def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
-    """Removes what surrounds a state dict, and brings the vision tower's names under `visual.`.
+    """Removes prefixes of a state dict, and moves the names of the vision tower under `visual.`.
 
-    Known: DistributedDataParallel's `module.`; the whole training state of DIVA's authors, where CLIP is
-    `class_model.model.`; a vision tower alone; names that the architecture's text tower has too, see `text_table`.
+    It supports DistributedDataParallel's `module.`; the whole training state of DIVA's authors, where CLIP is
+    `class_model.model.`; only a vision tower; and the names of the architecture's text tower, see `text_table`.
     """
     surrounding = ("module.", "class_model.model.", "module.class_model.model.")
     towers = ((p, tower) for p in surrounding for tower in ("visual.", ""))
@@ -173,8 +173,8 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
         tensors = tensors.renamed(lambda n: f"visual.{n}")
     if (found := _recognise(tensors)) is None:
         raise UserError(
-            f"{where} holds no vision tower that is known ({listing(list(architectures()))}), its names begin "
-            f"{listing(sorted(tensors)[:3])}: give an open_clip, OpenAI or transformers checkpoint"
+            f"{where} has no vision tower of a known architecture ({listing(list(architectures()))}); its names "
+            f"begin with {listing(sorted(tensors)[:3])}: give an open_clip, OpenAI or transformers checkpoint"
         )
     if found.TEXT is not None:
         tensors = tensors.renamed(found.TEXT.canonical)
@@ -183,12 +183,12 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
 
 
 def shapes_say(tensors: Tensors) -> dict:
-    """Fields of `Spec` that the vision tower's shapes tell; see each architecture's `shapes`."""
+    """Returns the fields of `Spec` that follow from the vision tower's shapes; see each architecture's `shapes`."""
     return _recognise(tensors).shapes(tensors)
 
 
 def _openai_spec(tensors: Tensors) -> Spec:
-    """OpenAI's models have heads of width 64 and QuickGELU; their archives do not say so."""
+    """Returns the Spec of an OpenAI archive: heads of width 64 and QuickGELU, which the archives do not specify."""
     vision = shapes_say(tensors)
     text_width = tensors["ln_final.weight"].shape[0]
     return from_open_clip(
@@ -214,18 +214,18 @@ def _openai_spec(tensors: Tensors) -> Spec:
 
 
 def open_clip_source(source: str, field: str = "--source") -> ClipSource:
-    """Any checkpoint of a backbone; its format is detected from the contents.
+    """Opens any checkpoint of a backbone; the format is detected from the contents.
 
     Args:
       source: an open_clip, OpenAI or transformers file or folder, a vision tower's state dict, or a hub id.
-      field: the config field or flag that it is from, named in errors.
+      field: the config field or flag of the source, named in errors.
 
     Raises:
-      UserError: it is missing, broken, or none of these.
+      UserError: it is missing, invalid, or of none of these formats.
     """
     at = _clip_folder(source, field)
     folder = at if at.is_dir() else at.parent
-    # A config beside a file describes it only where the file has a name under which folders keep their weights.
+    # A config in the folder of a file describes the file only if it has one of the standard names of weights.
     described = at.is_dir() or at.name.split(".")[0].split("-")[0] in CLIP_STEMS
     tensors = readers.weights_in(at, *CLIP_STEMS) if at.is_dir() else readers.open_file(at)
     where = str(at)
@@ -249,16 +249,16 @@ def _transformers_spec(folder: Path, where: str) -> tuple[Spec, frozenset[str]]:
     return hf.from_transformers(config, readers.read_json(pre) if pre.is_file() else {}, where)
 
 
-# What must agree between the config's backbone and the weights.
+# Fields that must be the same in the config's backbone and in the weights.
 ARCHITECTURE = ("arch", "patch_size", "width", "layers", "heads", "mlp_dim", "embed_dim", "activation", "norm_eps")
 ARCHITECTURE += ("registers",)
 
 
 def check_architecture(source: ClipSource, spec: Spec, field: str = "config.backbone") -> None:
-    """Refuses weights of another architecture or activation than `spec`.
+    """Checks that weights are of the architecture and activation of `spec`.
 
     Raises:
-      UserError: lists each field with what was found and what was expected.
+      UserError: they differ; lists each field with both values.
     """
     found = shapes_say(source.tensors)
     if source.spec is not None:

@@ -1,4 +1,4 @@
-"""Pretrained parts: where the parameters of a model come from, and how their source is opened."""
+"""Pretrained parts: the sources of the parameters of a model, and how each is opened."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.weights import loading, origins
 from diva_jax.weights.prompt import encode_prompt
 
-# (path, array in our layout and dtype, wanted shape and dtype) -> array on a device, or on the host.
+# (path, array in our layout and dtype, required shape and dtype) -> array on a device, or on the host.
 Put = Callable[[tuple, np.ndarray, jax.ShapeDtypeStruct], object]
 
 
@@ -24,7 +24,7 @@ class Opened:
     """A source of weights that has been found and checked, before its values are read.
 
     Attributes:
-      files: that it consists of.
+      files: its files.
       fill: (abstract state of the parameters, put) -> the state, filled.
     """
 
@@ -34,13 +34,13 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Where the parameters below one prefix come from.
+    """The source of the parameters below one prefix.
 
     Attributes:
-      source: file, folder or hub id, as the config has it.
-      open: finds the source; raises a `UserError` where it is missing or of another architecture.
-      fresh: regexes over names below the prefix of parameters that the source does not have (adapters); they keep the
-        objective's initial values.
+      source: the file, folder or hub id in the config.
+      open: opens the source; raises a `UserError` if it is missing or of another architecture.
+      fresh: regular expressions for names, below the prefix, of parameters that the source does not have (adapters);
+        they keep the initial values of the objective.
     """
 
     source: str
@@ -49,12 +49,12 @@ class Part:
 
 
 def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[str, ...] = ()) -> Part:
-    """The vision tower of a backbone.
+    """Returns the part for the vision tower of a backbone.
 
     Args:
-      source: anything that `origins.open_clip_source` reads.
-      spec: of the tower.
-      field: the config section of the spec, named in errors; its `source` is where `source` comes from.
+      source: a source for `origins.open_clip_source`.
+      spec: the backbone.
+      field: the config section of the spec, named in errors; its field `source` is `source`.
       fresh: see `Part`.
     """
 
@@ -67,7 +67,7 @@ def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple
 
 
 def text(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[str, ...] = ()) -> Part:
-    """The text tower of a backbone; arguments as for `vision`."""
+    """Returns the part for the text tower of a backbone; arguments as for `vision`."""
 
     def opened():
         found = origins.open_clip_source(source, f"{field}.source")
@@ -78,7 +78,7 @@ def text(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[s
 
 
 def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
-    """The scale or bias of the logits, `logit_scale` or `logit_bias`: one parameter of shape [], as it is stored."""
+    """Returns the part for `logit_scale` or `logit_bias`: one parameter of shape [], with the stored value."""
 
     def opened():
         found = origins.open_clip_source(source, f"{field}.source")
@@ -90,7 +90,7 @@ def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
 
 
 def diffusers(source: str, config, field: str) -> Part:
-    """A U-Net, the encoder of a VAE, or a text encoder of Stable Diffusion.
+    """Returns the part for a U-Net, the encoder of a VAE, or a text encoder of Stable Diffusion.
 
     Args:
       source: diffusers folder or hub id.
@@ -106,13 +106,13 @@ def diffusers(source: str, config, field: str) -> Part:
 
 
 def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfig) -> Part:
-    """The last hidden state of a prompt, [1, tokens, width]: computed once, when it is loaded.
+    """Returns the part for the last hidden state of a prompt, [1, tokens, width], which is computed when it is loaded.
 
     Args:
       source: diffusers folder or hub id, with `tokenizer` and `text_encoder`.
-      prompt: its text.
-      tokens: it is padded to this many.
-      config: of the text encoder.
+      prompt: the text.
+      tokens: the number of tokens to which it is padded.
+      config: the text encoder.
     """
 
     def opened():
@@ -125,7 +125,7 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
             if context.shape != var.shape:
                 raise UserError(
                     f"{folder}: the text encoder gives a prompt of shape {context.shape}, the config expects "
-                    f"{var.shape}: set config.diffusion.text_encoder and text_tokens to what the folder holds"
+                    f"{var.shape}: set config.diffusion.text_encoder and text_tokens to the values of that folder"
                 )
             return _one(state, context, put)
 
@@ -135,24 +135,24 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
 
 
 def tokenizer_folder(source: str, field: str = "config.backbone.source") -> Path:
-    """The folder that has the tokenizer's files of a source of weights."""
+    """Returns the folder with the tokenizer's files of a source of weights."""
     where = Path(origins.open_clip_source(source, field).where)
     return where if where.is_dir() else where.parent
 
 
 def tokenizer(source: str, text: TextSpec, folder: str = "") -> Callable[[], tokenizers.Tokenizer]:
-    """Opens the tokenizer of a text tower when it is called, for `data.inputs.Tokens`.
+    """Returns a function that opens the tokenizer of a text tower, for `data.inputs.Tokens`.
 
     Args:
-      source: of the weights, whose tokenizer it is.
-      text: of the tower.
-      folder: with the tokenizer's files; empty: that of `source`.
+      source: the source of the weights.
+      text: the text tower.
+      folder: the folder with the tokenizer's files; empty: that of `source`.
     """
     return lambda: tokenizers.open_tokenizer(text, folder or tokenizer_folder(source))
 
 
 def _one(state: nnx.State, array: np.ndarray, put: Put) -> nnx.State:
-    """A state of one variable, filled."""
+    """Fills a state of one variable."""
     ((path, var),) = nnx.to_flat_state(state)
     array = array.astype(var.dtype).reshape(var.shape)
     return nnx.from_flat_state({path: var.replace(put(path, array, jax.ShapeDtypeStruct(var.shape, var.dtype)))})

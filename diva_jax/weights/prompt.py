@@ -1,4 +1,4 @@
-"""The text condition: a prompt through Stable Diffusion's tokenizer and text encoder, once."""
+"""The text condition: the states of a prompt from Stable Diffusion's tokenizer and text encoder."""
 
 from pathlib import Path
 
@@ -14,29 +14,29 @@ from diva_jax.weights.tensors import Tensors
 
 
 def tokenize(folder: Path, prompt: str, length: int) -> np.ndarray:
-    """Token ids [1, length], int32, padded as the folder's tokenizer says.
+    """Returns token ids [1, length], int32, padded as the folder's tokenizer specifies.
 
     Raises:
-      UserError: the tokenizer's files are missing or broken.
+      UserError: the tokenizer's files are missing or invalid.
     """
     from transformers import CLIPTokenizer
 
     if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder} holds no vocab.json: the diffusers folder needs its tokenizer, fetch it again")
+        raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"]
     return np.asarray([ids], np.int32)
 
 
 def encode_prompt(folder: Path, prompt: str, tokens: int, config: TextEncoderConfig, tensors: Tensors) -> np.ndarray:
-    """The prompt's last hidden state after the final LayerNorm.
+    """Computes the last hidden state of a prompt, after the final LayerNorm.
 
     Args:
       folder: a diffusers folder with `tokenizer`.
-      prompt: its text.
-      tokens: it is padded to this many.
-      config: of the text encoder.
-      tensors: its weights.
+      prompt: the text.
+      tokens: the number of tokens to which it is padded.
+      config: the text encoder.
+      tensors: the weights of the text encoder.
 
     Returns:
       float32 [1, tokens, width].

@@ -1,4 +1,4 @@
-"""Position embeddings at another resolution than they were trained at."""
+"""Interpolation of position embeddings to another resolution than that of the checkpoint."""
 
 import jax
 import numpy as np
@@ -8,12 +8,12 @@ from diva_jax.weights.tensors import Tensor, Tensors
 
 
 def grids(tensors: Tensors, spec: Spec) -> tuple[int, int]:
-    """(patches along a side in the checkpoint, the same in `spec`)."""
+    """Returns the patches per side in the checkpoint and in `spec`."""
     return architecture(spec.arch).positions(spec).grid(tensors), spec.grid
 
 
 def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
-    """Keys' cubic convolution kernel at distances x."""
+    """Returns Keys' cubic convolution kernel at distances x."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((x - 5) * x + 8) * a * x - 4 * a
@@ -21,7 +21,7 @@ def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:
-    """The weights [new, old] of cubic interpolation without antialiasing, edges repeated, as torch has it."""
+    """Returns the weights [new, old] of cubic interpolation, without antialiasing, edges repeated, as in torch."""
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
@@ -31,21 +31,21 @@ def _bicubic(old: int, new: int) -> np.ndarray:
 
 
 def _resize(grid: np.ndarray, new: int, antialias: bool) -> np.ndarray:
-    """float32 [old, old, D] -> [new, new, D]."""
+    """Resizes float32 [old, old, D] to [new, new, D]."""
     if not antialias:
         weights = _bicubic(len(grid), new)
         return np.einsum("io,opd,jp->ijd", weights, grid, weights, optimize=True).astype(np.float32)
-    # Exact products: an accelerator's default would round them to bfloat16.
+    # In full precision: by default an accelerator rounds products to bfloat16.
     with jax.default_matmul_precision("highest"):
         return np.asarray(jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True))
 
 
 def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
-    """The tensors with position embeddings for `spec.image_size`; the same object where they fit already.
+    """Returns the tensors with position embeddings for `spec.image_size`; the same object if they fit already.
 
-    Bicubic over the grid of patches, in float32, as the original does it (open_clip's `resize_pos_embed`; for DINOv2
-    transformers' models); embeddings of other tokens are kept. Rotary embeddings are computed by the model and are in
-    no checkpoint.
+    Interpolation is bicubic over the grid of patches, in float32, as in the original (open_clip's `resize_pos_embed`;
+    for DINOv2 the models of transformers). Embeddings of other tokens are kept. Rotary embeddings are computed by the
+    model and are not in a checkpoint.
     """
     old, new = grids(tensors, spec)
     if old == new:

@@ -4,22 +4,20 @@ import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from functools import partial
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import unquote
 
+import commands
 import fsspec
 import gcp_storage_emulator.server as emulator
 import numpy as np
 import pytest
 from etils import epath
 from gcp_storage_emulator.exceptions import NotFound
-from places import ROOT, SUPPORT
-from processes import STEPS, finish, start_all, wait_for_step
+from processes import STEPS, finish, start_all
 
 from diva_jax.common import paths
 from diva_jax.common.errors import RunError, UserError
@@ -75,13 +73,6 @@ def bucket():
         server.stop()
 
 
-def command(module: str, *flags) -> tuple[int, str, str]:
-    run = [sys.executable, "-m", module, *flags]
-    env = os.environ | {"PYTHONPATH": str(SUPPORT)}
-    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=env)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path):
     """Told to leave, resumed, then exported and reported on, all from gs://."""
     for shard in (files / "photos").glob("*.tar"):
@@ -90,7 +81,7 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
     more = [f"--config.data.path={bucket}/photos/*.tar", "--config.compile_cache=auto", "--config.log.tensorboard=true"]
     more += ["--config.profile.start=1", "--config.profile.steps=1"]
     two = start_all(files, workdir, 2, *more, rows=tmp_path / "first")
-    wait_for_step(two[0], 2)
+    commands.wait_for_step(two[0], 2)
     two[1].terminate()
     ends = finish(two)
     assert [code for code, _, _ in ends] == [0, 0], ends
@@ -98,7 +89,7 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
     assert 2 <= saved < STEPS and not (workdir / "done").exists()
     ends = finish(start_all(files, workdir, 1, *more, rows=tmp_path / "second"))
     assert [code for code, _, _ in ends] == [0], ends
-    assert f"goes on from the checkpoint of step {saved}" in ends[0][1]
+    assert f"resumed from the checkpoint of step {saved}" in ends[0][1]
     assert checkpoint.latest_step(workdir) == STEPS and (workdir / "done").exists()
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
@@ -108,30 +99,28 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
 
     assert encoders.resolve(f"{workdir}:{saved}") == (str(workdir), saved)
     assert encoders.resolve(str(workdir)) == (str(workdir), STEPS)
-    code, out, err = command("diva_jax.export_torch", f"--workdir={workdir}", f"--out={tmp_path / 'tuned'}")
-    assert code == 0 and (tmp_path / "tuned" / "open_clip_model.safetensors").exists(), err
-    code, _, err = command("diva_jax.report", str(workdir))
-    assert code == 0 and "</html>" in (workdir / "report.html").read_text(), err
+    commands.succeed("export_torch", f"--workdir={workdir}", f"--out={tmp_path / 'tuned'}")
+    assert (tmp_path / "tuned" / "open_clip_model.safetensors").exists()
+    commands.succeed("report", workdir)
+    assert "</html>" in (workdir / "report.html").read_text()
+
+
+CONFIG = "--config=tests/support/e2e_config.py:{files}"
 
 
 @pytest.mark.parametrize(
     "module, flags, said",
     [
-        ("diva_jax.main", ["--config=tests/e2e_config.py:{files}", "--workdir=ftp://a/b"], "use gs://BUCKET/"),
-        (
-            "diva_jax.main",
-            ["--config=tests/e2e_config.py:{files}", "--config.accum=1", "--workdir=gs://nowhere/run"],
-            "gs://nowhere",
-        ),
-        ("diva_jax.export_torch", ["--workdir=gs://bucket/none", "--out=x"], "holds no run"),
-        ("diva_jax.export_torch", ["--workdir=runs/a", "--out=gs://bucket/x"], "--out=gs://bucket/x must be a folder"),
-        ("diva_jax.export_torch", ["--source=gs://bucket/clip", "--out=x"], "mount the bucket"),
-        ("diva_jax.report", ["gs://bucket/none"], "gs://bucket/none is not a folder"),
+        ("main", [CONFIG, "--workdir=ftp://a/b"], "use gs://BUCKET/"),
+        ("main", [CONFIG, "--config.accum=1", "--workdir=gs://nowhere/run"], "gs://nowhere"),
+        ("export_torch", ["--workdir=gs://bucket/none", "--out=x"], "holds no run"),
+        ("export_torch", ["--workdir=runs/a", "--out=gs://bucket/x"], "--out=gs://bucket/x must be a folder"),
+        ("export_torch", ["--source=gs://bucket/clip", "--out=x"], "mount the bucket"),
+        ("report", ["gs://bucket/none"], "gs://bucket/none is not a folder"),
     ],
 )
 def test_refused_in_one_sentence(files, bucket, module, flags, said):
-    code, _, err = command(module, *(flag.format(files=files) for flag in flags))
-    assert code == 2 and said in err.splitlines()[-1] and "Traceback" not in err, err
+    assert said in commands.refused(module, *(flag.format(files=files) for flag in flags))
 
 
 def test_a_bucket_that_vanishes_while_saving(bucket, monkeypatch):

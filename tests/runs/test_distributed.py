@@ -14,14 +14,15 @@ import multihost
 import numpy as np
 import pytest
 import small
+from commands import wait_for_step
 from e2e_config import get_config
 from jax.experimental.compilation_cache import compilation_cache
-from processes import FIELDS, STEPS, finish, free_address, start, start_all, wait_for_step
+from processes import FIELDS, STEPS, finish, free_address, start, start_all
 
 from diva_jax import train
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import pipeline
-from diva_jax.training import checkpoint, distributed, metrics, sharding
+from diva_jax.training import checkpoint, distributed, metrics, sharding, workdirs
 
 BATCH, IMAGES = 8, 24
 
@@ -264,10 +265,10 @@ def test_a_second_start_does_not_compile_the_step_again(tmp_path):
 
 def test_a_workdir_that_the_machines_do_not_share(tmp_path, monkeypatch):
     """Process 0 has written config.json into its own; this one never sees it, and says something else than 0."""
-    monkeypatch.setattr(checkpoint, "_SEEN_WITHIN", 0.0)
+    monkeypatch.setattr(workdirs, "_SEEN_WITHIN", 0.0)
     config = small.small_config()
-    checkpoint.write_config(tmp_path / "first", config)
-    facts = [{"config.json": checkpoint.seen_config(tmp_path / folder)} for folder in ("first", "second")]
+    workdirs.write_config(tmp_path / "first", config)
+    facts = [{"config.json": workdirs.seen_config(tmp_path / folder)} for folder in ("first", "second")]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "_gather", lambda _: [json.dumps(f).encode() for f in facts])
     with pytest.raises(UserError, match=r"config.json is \d+ for process 0 and None for process 1"):

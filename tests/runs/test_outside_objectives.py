@@ -15,8 +15,9 @@ import pytest
 import small
 import torch
 from flax import nnx
-from outside_config import TEACHER, get_config
+from outside_config import get_config
 from places import SUPPORT
+from specs import TEACHER
 
 from diva_jax import config, demo
 from diva_jax.common.errors import UserError

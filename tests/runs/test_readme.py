@@ -2,10 +2,10 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 from places import ROOT
@@ -31,17 +31,14 @@ def elsewhere(tmp_path_factory):
 
 
 def run(command: str, folder: Path) -> str:
-    env = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     command = command.replace("python ", f"{sys.executable} ", 1)
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    first = f"{folder / 'bin'}:{os.environ['PATH']}"
+    return commands.output(commands.launch("bash", "-c", command, cwd=folder, PATH=first))
 
 
 def test_laptop_commands_run_as_written(elsewhere):
-    commands = [b for b in blocks("Try it on a laptop") if b.startswith("python -m")]
-    lines = [line for b in commands for line in b.strip().splitlines()]
+    code = [b for b in blocks("Try it on a laptop") if b.startswith("python -m")]
+    lines = [line for b in code for line in b.strip().splitlines()]
     assert len(lines) == 4
     for line in lines[:3]:
         run(line, elsewhere)

@@ -1,19 +1,17 @@
-"""Whole runs through the command: to the end, killed and resumed, refused."""
+"""Complete runs of the training command: uninterrupted, killed and resumed, refused."""
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
 import small
 from e2e_config import get_config
-from places import ROOT, SUPPORT
+from places import SUPPORT
 
 from diva_jax.common.errors import RunError
 from diva_jax.train import Run
@@ -22,32 +20,8 @@ from diva_jax.training import checkpoint
 TOTAL = 14
 
 
-def start(files, workdir, *more) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "diva_jax.main",
-        f"--config={SUPPORT}/e2e_config.py:{files}",
-        f"--workdir={workdir}",
-    ]
-    env = os.environ | {"PYTHONPATH": str(SUPPORT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.Popen(
-        [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def run_until(process: subprocess.Popen, step: int, sig: signal.Signals) -> None:
-    """Sends a signal as soon as the progress line of a step is seen."""
-    for line in process.stdout:
-        if line.startswith(f"step {step}/"):
-            process.send_signal(sig)
-            return
-    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
+def start(files, workdir, *more):
+    return commands.start("main", f"--config={SUPPORT}/e2e_config.py:{files}", f"--workdir={workdir}", *more)
 
 
 def final_state(files, workdir) -> dict[str, np.ndarray]:
@@ -61,9 +35,7 @@ def final_state(files, workdir) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def uninterrupted(files, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    code, out, err = finish(start(files, workdir))
-    assert code == 0, err
-    return workdir, out
+    return workdir, commands.output(start(files, workdir))
 
 
 def test_a_run_reports_what_it_does(files, uninterrupted):
@@ -80,28 +52,26 @@ def test_a_run_reports_what_it_does(files, uninterrupted):
     assert [r["step"] for r in rows] == list(range(1, TOTAL + 1))
     assert {"loss", "grad_norm", "lr", "images_per_s", "data_wait", "broken_images"} <= set(rows[0])
     assert list((workdir / "tensorboard").glob("events*"))
-    assert checkpoint.steps(workdir) == [9, 12, 14]  # the newest three
+    assert checkpoint.steps(workdir) == [9, 12, 14]  # the latest three
     assert (workdir / "done").exists()
 
 
 def test_the_same_command_again_says_that_it_is_done(files, uninterrupted):
-    code, out, err = finish(start(files, uninterrupted[0]))
-    assert code == 0 and "all 14 steps are done" in out, err
+    assert "all 14 steps are done" in commands.output(start(files, uninterrupted[0]))
 
 
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
 def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, sig):
     step = random.SystemRandom().randint(1, TOTAL - 3)
     process = start(files, tmp_path / "run")
-    run_until(process, step, sig)
-    code, _, err = finish(process)
+    commands.signal_at(process, step, sig)
+    code, _, err = commands.finish(process)
     assert code == (0 if sig == signal.SIGTERM else -sig), err
     assert not (tmp_path / "run" / "done").exists()
     saved = checkpoint.latest_step(tmp_path / "run")
     if sig == signal.SIGTERM:
         assert saved >= step
-    code, out, err = finish(start(files, tmp_path / "run"))
-    assert code == 0, err
+    out = commands.output(start(files, tmp_path / "run"))
     assert (f"checkpoint of step {saved}" in out) == (saved is not None)
     ours, whole = final_state(files, tmp_path / "run"), final_state(files, uninterrupted[0])
     assert set(ours) == set(whole)
@@ -111,7 +81,7 @@ def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, sig)
     assert rows == list(range(1, TOTAL + 1))
 
 
-def test_checkpoint_holds_no_frozen_leaf(files, uninterrupted):
+def test_checkpoint_contains_no_frozen_leaf(files, uninterrupted):
     workdir, _ = uninterrupted
     names = final_state(files, workdir)
     assert any("vision/" in n for n in names) and any("visual_proj/" in n for n in names)
@@ -157,10 +127,7 @@ def test_bad_input_is_one_line_and_exit_code_2(files, uninterrupted, tmp_path, w
     (tmp_path / "empty").mkdir()
     fields = {"empty": tmp_path / "empty", "whole": uninterrupted[0]}
     before = sorted(uninterrupted[0].rglob("*"))
-    code, out, err = finish(start(files, tmp_path / "new", *(a.format(**fields) for a in arguments)))
-    assert code == 2, (out, err)
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], err
-    assert "Traceback" not in err + out
+    error = commands.refusal(start(files, tmp_path / "new", *(a.format(**fields) for a in arguments)))
+    assert named in error
     assert not (tmp_path / "new" / "checkpoints").exists()
     assert sorted(uninterrupted[0].rglob("*")) == before

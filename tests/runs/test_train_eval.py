@@ -155,7 +155,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     "data, says",
     [
         (("feedback=nowhere",), "--data=feedback='nowhere' does not exist"),
-        (("feedback",), "'feedback', which is no TASK=PATH"),
+        (("feedback",), "'feedback', which is not TASK=PATH"),
         (("nothing=here",), "nothing is not known"),
         ((), "set both"),
     ],

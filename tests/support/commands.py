@@ -11,24 +11,32 @@ from places import ROOT, SUPPORT
 _ENVIRONMENT = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
 
 
-def start(module: str, *args, path=(), **env) -> subprocess.Popen:
-    """Starts `python -m diva_jax.MODULE ARGS`.
+def launch(*line, path=(), cwd=ROOT, **env) -> subprocess.Popen:
+    """Starts a command line.
 
     Args:
-      module: below diva_jax.
-      args: of the command.
-      path: folders to put in PYTHONPATH, beside tests/support.
-      env: environment variables to set.
+      *line: the program and its arguments.
+      path: folders to add to PYTHONPATH, before the repository and tests/support.
+      cwd: working folder.
+      **env: environment variables to set.
     """
-    folders = os.pathsep.join(map(str, (*path, SUPPORT)))
+    folders = os.pathsep.join(map(str, (*path, ROOT, SUPPORT)))
     environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": folders} | env
-    line = [sys.executable, "-m", f"diva_jax.{module}", *map(str, args)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(line, **pipes, env=environment, cwd=ROOT)
+    return subprocess.Popen([str(word) for word in line], **pipes, env=environment, cwd=cwd)
 
 
-def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str, str]:
-    """(exit code, what is left of stdout, stderr) of a process, when it ends."""
+def start(module: str, *args, **kw) -> subprocess.Popen:
+    """Starts `python -m diva_jax.MODULE ARGS`; keywords as for `launch`."""
+    return launch(sys.executable, "-m", f"diva_jax.{module}", *args, **kw)
+
+
+def finish(process: subprocess.Popen, seconds: float = 400) -> tuple[int, str, str]:
+    """Waits until a process ends.
+
+    Returns:
+      Exit code, the rest of stdout, and stderr.
+    """
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
 
@@ -38,17 +46,43 @@ def run(module: str, *args, **kw) -> tuple[int, str, str]:
     return finish(start(module, *args, **kw))
 
 
-def succeed(module: str, *args, **kw) -> str:
-    """What a command prints, which must end with exit code 0."""
-    code, out, err = run(module, *args, **kw)
-    assert code == 0, f"{module} ended with {code}: {err}"
+def output(process: subprocess.Popen) -> str:
+    """Returns the output of a process, which must end with exit code 0."""
+    code, out, err = finish(process)
+    assert code == 0, f"{process.args} ended with {code}: {out}\n{err}"
     return out
+
+
+def succeed(module: str, *args, **kw) -> str:
+    """Returns the output of a command, which must end with exit code 0."""
+    return output(start(module, *args, **kw))
+
+
+def refusal(process: subprocess.Popen) -> str:
+    """Returns the error of a process that ends with exit code 2: one line on stderr, and no traceback."""
+    code, out, err = finish(process)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, out, err)
+    assert "Traceback" not in out
+    return lines[0]
+
+
+def refused(module: str, *args, **kw) -> str:
+    """Returns the error of a command that must be refused, see `refusal`."""
+    return refusal(start(module, *args, **kw))
+
+
+def wait_for_step(process: subprocess.Popen, step: int) -> str:
+    """Returns the output of a run up to the progress line of a training step."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if line.startswith(f"step {step}/"):
+            return seen
+    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
 
 
 def signal_at(process: subprocess.Popen, step: int, sig: signal.Signals) -> None:
     """Sends a signal as soon as the progress line of a training step is printed."""
-    for line in process.stdout:
-        if line.startswith(f"step {step}/"):
-            process.send_signal(sig)
-            return
-    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
+    wait_for_step(process, step)
+    process.send_signal(sig)

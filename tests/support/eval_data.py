@@ -1,4 +1,4 @@
-"""Small specs and data sets for the tests of evaluation, made of scikit-image's photographs."""
+"""Small data sets for the tests of evaluation, made from scikit-image's photographs."""
 
 import dataclasses
 import io
@@ -10,50 +10,9 @@ from PIL import Image
 
 from diva_jax import config
 from diva_jax.evals.tasks.mmvp import FOLDERS, HEADER, PATTERNS, PER_PATTERN
-from diva_jax.models.backbones import HALF, Spec, TextSpec
+from diva_jax.models.backbones import Spec
 
-_TEXT = TextSpec(width=32, heads=2, layers=2, mlp_dim=128)
-CLIP = Spec(
-    image_size=42,
-    patch_size=14,
-    width=48,
-    layers=2,
-    heads=3,
-    mlp_dim=192,
-    embed_dim=20,
-    readout="cls + mean(random 5), l2",
-    text=_TEXT,
-)
-SIGLIP = Spec(
-    arch="siglip",
-    image_size=38,
-    patch_size=7,
-    width=48,
-    layers=2,
-    heads=3,
-    mlp_dim=137,
-    embed_dim=48,
-    activation="gelu",
-    norm_eps=1e-6,
-    mean=HALF,
-    std=HALF,
-    resize_mode="squash",
-    readout="l2(cls)",
-    text=dataclasses.replace(
-        _TEXT,
-        context_length=64,
-        vocab_size=2000,
-        width=36,
-        causal=False,
-        pool="last",
-        proj_bias=True,
-        norm_eps=1e-6,
-        mlp_dim=144,
-        tokenizer="siglip",
-    ),
-)
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "camera", "logo")
-
 
 TEXTS = [
     "a photo of a dog looking to the left.",

@@ -1,7 +1,6 @@
-"""What parity tests share."""
+"""Errors between arrays, and random weights of PyTorch modules."""
 
 import numpy as np
-import torch
 
 
 def relative_error(ours, reference) -> float:
@@ -11,8 +10,10 @@ def relative_error(ours, reference) -> float:
     return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
-def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives every parameter, norms and biases too, a random value, so that a swapped one shows."""
+def randomise(module, seed: int = 0):
+    """Gives every parameter of a PyTorch module a random value, norms and biases too, so that a swap is detected."""
+    import torch  # Only here: tests without PyTorch use this file too.
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -25,6 +26,6 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module.eval()
 
 
-def tensors(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    """A torch module's state dict as numpy."""
+def tensors(module) -> dict[str, np.ndarray]:
+    """The state dict of a PyTorch module as numpy arrays."""
     return {k: v.detach().cpu().numpy() for k, v in module.state_dict().items()}

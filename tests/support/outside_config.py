@@ -3,26 +3,14 @@
 import dataclasses
 import os
 
-import small
+from specs import TEACHER, TRAINED
 
 from diva_jax import config
-from diva_jax.models import backbones
-
-TEACHER = dataclasses.replace(
-    backbones.TABLE["siglip_so400m"],
-    image_size=30,
-    patch_size=10,
-    width=36,
-    layers=2,
-    heads=3,
-    mlp_dim=50,
-    embed_dim=36,
-)
 
 
 def get_config(arg: str):
     name, folder = arg.split(":")
-    c = config.default(small.SPEC, objective=f"elsewhere.{name}")
+    c = config.default(TRAINED, objective=f"elsewhere.{name}")
     c.update(dtype="float32", frozen_dtype="float32", steps=6, batch_size=8, accum=2)
     c.backbone.source = f"{folder}/clip"
     c.data.path, c.data.threads = f"{folder}/photos", 2

@@ -1,27 +1,13 @@
 """A whole objective, small enough to compile in seconds: two levels of U-Net and VAE, two backbone blocks."""
 
-import dataclasses
-
 import jax
 import numpy as np
+from specs import TRAINED as SPEC
 
 from diva_jax import config
-from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
 from diva_jax.training import sharding
 from diva_jax.training.step import Program
-
-SPEC = dataclasses.replace(
-    backbones.TINY,
-    image_size=21,
-    patch_size=7,
-    width=24,
-    layers=2,
-    heads=3,
-    mlp_dim=40,
-    embed_dim=20,
-    select="random:5",
-)
 
 
 def diffusion() -> dict:

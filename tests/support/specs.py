@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from diva_jax.models.backbones import HALF, IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Spec, TextSpec
+from diva_jax.models.backbones import HALF, IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, TABLE, TINY, Spec, TextSpec
 
 _replace = dataclasses.replace
 
@@ -117,3 +117,72 @@ SIGLIP_FOLDER = Spec(
 )
 SIGLIP2_FOLDER = _replace(SIGLIP_FOLDER, text=_replace(SIGLIP_FOLDER.text, activation="gelu_tanh"))
 METACLIP2_FOLDER = _replace(CLIP_FOLDER, text=_replace(CLIP_FOLDER.text, pool="eos", eos_id=2, tokenizer="xlm"))
+
+# Towers of evaluations, with CLIP's whole vocabulary and a small one of SigLIP's.
+_EVAL_TEXT = TextSpec(width=32, heads=2, layers=2, mlp_dim=128)
+EVAL_CLIP = Spec(
+    image_size=42,
+    patch_size=14,
+    width=48,
+    layers=2,
+    heads=3,
+    mlp_dim=192,
+    embed_dim=20,
+    readout="cls + mean(random 5), l2",
+    text=_EVAL_TEXT,
+)
+EVAL_SIGLIP = _replace(
+    SIGLIP,
+    layers=2,
+    readout="l2(cls)",
+    text=_replace(
+        _EVAL_TEXT,
+        context_length=64,
+        vocab_size=2000,
+        width=36,
+        causal=False,
+        pool="last",
+        proj_bias=True,
+        norm_eps=1e-6,
+        mlp_dim=144,
+        tokenizer="siglip",
+    ),
+)
+
+# The tower that small.py's runs train.
+TRAINED = _replace(
+    TINY,
+    image_size=21,
+    patch_size=7,
+    width=24,
+    layers=2,
+    heads=3,
+    mlp_dim=40,
+    embed_dim=20,
+    select="random:5",
+)
+# The frozen second encoder of a distillation.
+TEACHER = _replace(
+    TABLE["siglip_so400m"],
+    image_size=30,
+    patch_size=10,
+    width=36,
+    layers=2,
+    heads=3,
+    mlp_dim=50,
+    embed_dim=36,
+)
+# DFN's ViT-H/14, which has heads of width 80 and squashes its images.
+H14 = _replace(
+    TABLE["dfn_h14_378"],
+    open_clip_name="",
+    image_size=42,
+    width=160,
+    heads=2,
+    layers=2,
+    mlp_dim=640,
+    embed_dim=24,
+    text=CLIP_FOLDER.text,
+)
+# transformers' CLIP with the head width that OpenAI's own files assume.
+OPENAI = _replace(CLIP_FOLDER, width=128, heads=2)

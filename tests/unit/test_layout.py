@@ -4,7 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import ROOT, SUPPORT, TESTS
+from without_torch import PACKAGES
 
 PACKAGE = ROOT / "diva_jax"
 # Lowest first: a folder or top-level file imports only from those before it, and from itself.
@@ -66,3 +67,21 @@ def test_the_architecture_page_names_every_place():
     internal = {f.stem for f in (PACKAGE / "report").glob("*.py")}
     missing = sorted(m for m in modules if m not in shown and m not in internal)
     assert not missing
+
+
+def imported_by_tests(file: Path) -> set[str]:
+    """The packages that a test file imports when it is loaded, and the modules of tests/support that it uses do."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in (n.split(".")[0] for n in names):
+            support = SUPPORT / f"{name}.py"
+            found |= imported_by_tests(support) if support.exists() else {name}
+    return found
+
+
+@pytest.mark.parametrize("file", sorted((TESTS / "unit").rglob("*.py")), ids=lambda f: f.stem)
+def test_unit_tests_do_not_need_pytorch(file):
+    """`make check` also runs them where these packages cannot be imported."""
+    assert not imported_by_tests(file) & set(PACKAGES)

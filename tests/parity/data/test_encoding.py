@@ -4,11 +4,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from eval_data import CLIP, PHOTOGRAPHS, SIGLIP, TEXTS, eval_config, photograph
+from eval_data import PHOTOGRAPHS, TEXTS, eval_config, photograph
 from eval_models import torch_model, write_model, write_siglip_tokenizer
 from helpers import relative_error
 from open_clip.pretrained import get_pretrained_cfg
 from PIL import Image
+from specs import EVAL_CLIP as CLIP
+from specs import EVAL_SIGLIP as SIGLIP
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import images

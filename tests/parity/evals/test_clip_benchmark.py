@@ -9,11 +9,12 @@ import torch
 from clip_benchmark.datasets.builder import build_dataset
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from clip_benchmark.models.open_clip import load_open_clip
-from eval_data import CLIP, encoded, eval_config, patch
+from eval_data import encoded, eval_config, patch
 from eval_models import centred, torch_model, write_model
 from PIL import Image
 from records import write_tar
 from sklearn.datasets import load_digits
+from specs import EVAL_CLIP as CLIP
 
 from diva_jax.evals import encoders, evaluator
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip

@@ -6,8 +6,10 @@ import functools
 import jax
 import numpy as np
 import pytest
-from eval_data import CLIP, SIGLIP, patch
+from eval_data import patch
 from flax import nnx
+from specs import EVAL_CLIP as CLIP
+from specs import EVAL_SIGLIP as SIGLIP
 
 from diva_jax.common.errors import UserError
 from diva_jax.config import default

@@ -5,8 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from eval_data import CLIP, eval_config, write_mmvp
+from eval_data import eval_config, write_mmvp
 from ml_collections import ConfigDict
+from specs import EVAL_CLIP as CLIP
 
 from diva_jax.common.errors import UserError
 from diva_jax.evals import Settings

@@ -4,8 +4,9 @@ import importlib
 import sys
 
 import pytest
-from eval_data import CLIP, eval_config
+from eval_data import eval_config
 from ml_collections import ConfigDict
+from specs import EVAL_CLIP as CLIP
 
 from diva_jax import config, evals
 from diva_jax.common import fields
@@ -132,7 +133,7 @@ def test_other_bad_values_are_refused():
         with pytest.raises(UserError, match="set both, every to at least 1 and data to texts TASK=PATH, or neither"):
             evals.parse(changed(**changes))
     for entry in ("drift", "drift=", "=x"):
-        with pytest.raises(UserError, match=f"config.eval.data has '{entry}', which is no TASK=PATH"):
+        with pytest.raises(UserError, match=f"config.eval.data has '{entry}', which is not TASK=PATH"):
             evals.parse(changed(every=3, data=(entry,)))
     for name in ("stats", "nothing"):
         with pytest.raises(UserError, match=f"the task {name} is not known: use drift, .*mmvp"):

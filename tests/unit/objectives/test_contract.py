@@ -53,7 +53,7 @@ def test_the_longest_prefix_owns_a_parameter_and_adapters_start_fresh():
     owners = load.owners(p)
     assert "vision/blocks/1/norm1/scale" not in owners and owners["vision/blocks/0/norm1/scale"] == "vision"
     parts["vison"] = part
-    with pytest.raises(UserError, match=r"pretrained\(\) names 'vison', but parameters are named like"):
+    with pytest.raises(UserError, match=r"pretrained\(\) has 'vison', but parameters are named like"):
         load.owners(p)
 
 

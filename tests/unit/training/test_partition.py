@@ -7,7 +7,7 @@ from flax import nnx
 
 from diva_jax import config
 from diva_jax.common.errors import UserError
-from diva_jax.training import partition
+from diva_jax.training import partition, workdirs
 
 NAMES = ("vision/blocks/0/attn/qkv/kernel", "vision/blocks/10/norm1/scale", "visual_proj/bias", "unet/conv_in/bias")
 
@@ -22,9 +22,9 @@ def test_first_match_wins():
     [
         ((("vision/.*", 1.0),), "visual_proj/bias, unet/conv_in/bias"),
         ((("vison/.*", 1.0), (".*", 0.0)), "'vison/.*' matches no parameter"),
-        (((".*", 0.0), ("vision/.*", 1.0)), "earlier patterns took all"),
+        (((".*", 0.0), ("vision/.*", 1.0)), "earlier patterns match all"),
         (((".*", 0.0),), "trains nothing"),
-        ((("vision/(", 1.0), (".*", 0.0)), "no regular expression"),
+        ((("vision/(", 1.0), (".*", 0.0)), "not a regular expression"),
         ((("vision", 1.0), (".*", 0.0)), "'vision' matches no parameter"),
     ],
 )
@@ -53,6 +53,6 @@ def test_disassemble_and_merge_are_inverse():
 def test_differences_ignore_what_does_not_change_the_result():
     a, b = config.default().to_dict(), config.default().to_dict()
     b["log"]["every"], b["data"]["threads"], b["checkpoint"]["keep"] = 1, 2, 9
-    assert config.differences(a, b) == []
+    assert workdirs.differences(a, b) == []
     b["optim"]["lr"], b["diva"]["draws"] = 1.0, 3
-    assert [d.split(" ")[0] for d in config.differences(a, b)] == ["diva.draws", "optim.lr"]
+    assert [d.split(" ")[0] for d in workdirs.differences(a, b)] == ["diva.draws", "optim.lr"]

@@ -79,5 +79,5 @@ def test_another_tower_than_the_backbones_is_refused(method):
 
     with pytest.raises(UserError, match="towers.. must return the plain tower, with adapters merged"):
         towers_of(lambda self: {"vision": self.vision}).check(small.SPEC)
-    with pytest.raises(UserError, match="returns 'audio': return vision, text, logit_scale and logit_bias"):
+    with pytest.raises(UserError, match="returns 'audio': return only vision, text, logit_scale and logit_bias"):
         towers_of(lambda self: {"audio": self.head}).check(small.SPEC)

@@ -1,0 +1,120 @@
+"""Exported folders as the libraries that load them see them, and exports that are refused."""
+
+import dataclasses
+import runpy
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from exports import written_by_open_clip
+from helpers import relative_error
+from PIL import Image
+from places import ROOT
+from specs import CLIP_FOLDER as CLIP
+from specs import H14
+
+from diva_jax import weights
+from diva_jax.common.errors import RunError, UserError
+from diva_jax.export import layouts, reference
+from diva_jax.models import backbones
+from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
+from diva_jax.weights import hf, origins, writers
+from diva_jax.weights.tensors import Tensor, Tensors
+
+
+def test_squash_is_in_both_configs(tmp_path):
+    """DFN's images are squashed: the transforms of both libraries agree on a wide image."""
+    from transformers import AutoImageProcessor
+
+    written_by_open_clip(H14, tmp_path / "in")
+    source = origins.open_clip_source(str(tmp_path / "in"))
+    for fmt in ("open_clip", "hf"):
+        layouts.export(source, H14, tmp_path / fmt, fmt)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (60, 90, 3), np.uint8))
+    theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'open_clip'}")[2](image).numpy()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    ours = np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])
+    assert relative_error(ours, theirs) < 0.02  # Each library resizes in its own way, a crop would be far off.
+
+
+def test_transformers_vision_model_has_no_missing_key(tmp_path):
+    """What LLaVA does with --vision_tower: the vision model alone, out of the whole model's folder."""
+    from transformers import CLIPVisionModel
+
+    written_by_open_clip(CLIP, tmp_path / "in")
+    layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "hf")
+    model, info = CLIPVisionModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info.get("mismatched_keys")
+    assert model.config.hidden_act == "quick_gelu"
+    images = np.random.default_rng(0).standard_normal((2, 30, 30, 3), np.float32)
+    with torch.no_grad():
+        out = model.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).pooler_output
+    tower = weights.load(str(tmp_path / "out"), CLIP)
+    assert relative_error(tower.encode(images).pooled, out.numpy() @ np.asarray(tower.proj[...])) < 2e-5
+
+
+def test_vision_tower_alone_has_no_text_to_export(tmp_path):
+    written_by_open_clip(CLIP, tmp_path / "in")
+    layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "tower", "pt")
+    state = torch.load(tmp_path / "tower" / layouts.PT_FILE, weights_only=True)
+    assert "conv1.weight" in state and "class_embedding" in state
+    tower = origins.open_clip_source(str(tmp_path / "tower" / layouts.PT_FILE))
+    with pytest.raises(UserError, match="only a vision tower"):
+        layouts.export(tower, CLIP, tmp_path / "out", "open_clip")
+
+
+def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
+    """One flipped value in the file on its way to the disk, and nothing is exported."""
+    written_by_open_clip(CLIP, tmp_path / "in")
+    write = writers.write_safetensors
+
+    def spoilt(path, content):
+        arrays = {n: np.array(t) for n, t in content.items()}
+        arrays["ln_final.bias"][3] += 1e-3
+        write(path, arrays)
+
+    monkeypatch.setattr(writers, "write_safetensors", spoilt)
+    with pytest.raises(RunError, match="ln_final.bias"):
+        layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_open_clip_computes_is_compared(tmp_path, monkeypatch):
+    """The right weights that open_clip runs to another result are no export."""
+    written_by_open_clip(CLIP, tmp_path / "in")
+    pooled = reference.open_clip_pooled
+    monkeypatch.setattr(reference, "open_clip_pooled", lambda *a: pooled(*a) * 1.0002)
+    with pytest.raises(RunError, match="computes other embeddings"):
+        layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_float16_overflow_is_refused(tmp_path):
+    written_by_open_clip(CLIP, tmp_path / "in")
+    source = origins.open_clip_source(str(tmp_path / "in"))
+    big = Tensor((24,), np.dtype(np.float32), lambda: np.full(24, 1e6, np.float32))
+    name = "visual.ln_post.bias"
+    big = dataclasses.replace(big, shape=source.tensors[name].shape, read=lambda: np.full(48, 1e6, np.float32))
+    source = dataclasses.replace(source, tensors=Tensors(dict(source.tensors) | {name: big}, source.files))
+    with pytest.raises(UserError, match="does not fit float16"):
+        layouts.export(source, CLIP, tmp_path / "out", "open_clip", dtype="float16")
+
+
+def test_custom_config_of_weights_that_describe_themselves(tmp_path):
+    written_by_open_clip(H14, tmp_path / "in")
+    module = runpy.run_path(str(ROOT / "configs/custom.py"))
+    found = backbones.spec_of(module["get_config"](str(tmp_path / "in")))
+    assert found == dataclasses.replace(H14, source=str(tmp_path / "in"), select="all", readout="pooled")
+    for name, model in module["MODELS"].items():
+        config = open_clip.get_model_config(name)
+        assert backbones.spec_of(module["get_config"](name)) == from_open_clip(config, name=name)
+        if not model["vision_cfg"].get("timm_model_name"):
+            spec = backbones.spec_of(module["get_config"](f"{name}-quickgelu"))
+            assert spec == from_open_clip(config | {"quick_gelu": True}, name=f"{name}-quickgelu")
+    for name, spec in module["DINOV2"].items():
+        assert backbones.spec_of(module["get_config"](name)) == spec
+        found, _ = hf.from_transformers(hf.to_transformers(spec, "float32"), hf.image_processor(spec), name)
+        assert found == spec
+    with pytest.raises(UserError, match="does not exist"):
+        module["get_config"]("nothing/there.pt")

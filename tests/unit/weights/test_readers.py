@@ -1,0 +1,96 @@
+"""Sources that cannot be used, arrays that are placed on their shards, and files that are written."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from diva_jax.common.errors import UserError
+from diva_jax.training import load
+from diva_jax.weights import names, origins, readers, writers
+
+
+def read_all(path):
+    return {n: np.asarray(t) for n, t in readers.open_file(path).items()}
+
+
+def test_missing_shard(tmp_path):
+    index = {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
+    writers.write_safetensors(tmp_path / "m-00001-of-00002.safetensors", {"a": np.float32(3)})
+    with pytest.raises(UserError, match="m-00002-of-00002.safetensors, which is missing"):
+        readers.weights_in(tmp_path, "m")
+    (tmp_path / "m.safetensors.index.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        readers.weights_in(tmp_path, "m")
+    with pytest.raises(UserError, match="has no weights"):
+        readers.weights_in(tmp_path, "other")
+
+
+@pytest.mark.parametrize("source", ["stabilityai/stable-diffusion-2-1-base", "hf-hub:stabilityai/stable-diffusion-2-1"])
+def test_the_removed_repository_is_named(source):
+    with pytest.raises(UserError, match=r"removed in November 2025: set config.diffusion.source to a mirror"):
+        origins.diffusers_folder(source)
+
+
+def test_a_local_folder_of_the_removed_name_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stabilityai/stable-diffusion-2-1-base").mkdir(parents=True)
+    assert origins.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
+
+
+@pytest.mark.parametrize("find", [origins.diffusers_folder, origins.open_clip_source])
+def test_places_that_are_not_there(find, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for source, match in (
+        ("", "is empty"),
+        ("no/such/folder", "does not exist"),
+        ("local-dir:nothing", "does not exist"),
+        ("hf-hub:someone/something", "the hub did not give it"),
+        ("someone/something", "the hub did not give it"),
+    ):
+        with pytest.raises(UserError, match=match) as e:
+            find(source, "config.x.source")
+        assert "config.x.source" in str(e.value) and len(str(e.value)) < 600
+
+
+def test_arrays_go_straight_to_their_shards():
+    """Each device holds its piece, in the dtype asked for, kernels transposed."""
+    model = nnx.eval_shape(lambda: nnx.Linear(16, 24, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    weight, bias = np.arange(24 * 16, dtype=np.float32).reshape(24, 16), np.ones(24, np.float32)
+    put = load.put_on(lambda path: NamedSharding(mesh, PartitionSpec("fsdp")))
+    state = names.assign(model, {"weight": weight, "bias": bias}, names.Table("linear"), put=put)
+    kernel = state["kernel"].get_value()
+    assert kernel.dtype == jnp.bfloat16 and {s.data.shape for s in kernel.addressable_shards} == {(2, 24)}
+    np.testing.assert_array_equal(np.asarray(kernel, np.float32), weight.T.astype(jnp.bfloat16).astype(np.float32))
+
+
+def test_writers(tmp_path):
+    array = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+    content = {"t": array.T, "s": np.float32(3), "b": array.astype(jnp.bfloat16)}
+    writers.write_safetensors(tmp_path / "a.safetensors", content)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    found = read_all(tmp_path / "a.safetensors")
+    for name, value in content.items():
+        np.testing.assert_array_equal(found[name], value)
+        assert found[name].dtype == value.dtype
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), writers.new_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    with writers.new_folder(tmp_path / "out") as folder:
+        (folder / "whole").write_text("")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UserError, match="exists already"), writers.new_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(UserError, match="cannot be written"), writers.new_folder("/proc/nothing/out"):
+        pass
