@@ -4,7 +4,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo check test lint clean
+.PHONY: help demo check test lint clean
+
+help:  ## prints this list
+	@grep -hE "^[a-z]+:.*## " $(MAKEFILE_LIST) | sed -E "s/^([a-z]+):.*## /make \1\t/"
 
 # libtpu, which the tests install, prints many messages on machines without a TPU.
 demo: export JAX_PLATFORMS ?= cpu
@@ -20,7 +23,7 @@ check: $(VENV)/test.stamp lint  ## lint and the unit tests, with PyTorch blocked
 test: $(VENV)/test.stamp lint  ## the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-lint: $(VENV)/test.stamp
+lint: $(VENV)/test.stamp  ## style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
@@ -36,5 +39,5 @@ $(VENV)/test.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(PIP) -e ".[test]"
 	touch $@
 
-clean:
-	rm -rf $(VENV) data runs
+clean:  ## removes the environment and what make demo made, nothing else
+	rm -rf $(VENV) data/tiny runs/tiny runs/tuned

@@ -17,4 +17,4 @@ def get_config(arg: str | None = None):
     c = base.default("dfn_h14")
     # So that what is trained fits into 16 GiB chips; elsewhere --config.mesh.fsdp=1.
     c.mesh.fsdp, c.mesh.shard_frozen, c.remat = 4, False, "vision"
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

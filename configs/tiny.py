@@ -22,4 +22,4 @@ def get_config(arg: str | None = None):
     c.data.image_size, c.data.threads = 64, 2
     c.optim.name, c.optim.lr, c.optim.warmup = "adamw", 1e-3, 0.05
     c.checkpoint.every, c.log.every = 50, 5
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

@@ -16,4 +16,4 @@ from diva_jax import config as base
 def get_config(arg: str | None = None):
     c = base.default("vitl14_336")
     c.remat = "vision"  # So that eight images a micro-batch fit into a 16 GiB chip.
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

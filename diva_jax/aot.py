@@ -324,5 +324,10 @@ def main() -> None:
         print(text_of(row), flush=True)
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The installed command."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -118,6 +118,21 @@ def default(
     return c.lock()
 
 
+def variant(config: ConfigDict, arg: str | None) -> ConfigDict:
+    """The variant of a config that the argument after its file name asks for: `configs/vitl14.py:faithful`.
+
+    Args:
+      config: the config; it is changed.
+      arg: the argument; None, "" or "exact" for the config as it is, "faithful" for `faithful`.
+
+    Raises:
+      UserError: another argument.
+    """
+    if arg not in (None, "", "exact", "faithful"):
+        raise UserError(f"the config has no variant {arg!r}: write exact or faithful after the colon, or nothing")
+    return faithful(config) if arg == "faithful" else config
+
+
 def faithful(config: ConfigDict) -> ConfigDict:
     """Sets every switch of the objective that is "exact" to what its authors' code does."""
     section = config[objectives.section(config.objective)]

@@ -58,5 +58,10 @@ def main() -> None:
         print(f"wrote {_OUT.value}/results.json and predictions.csv in {took['seconds']} s", flush=True)
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The installed command."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -59,5 +59,10 @@ def main() -> None:
     layouts.export(source, spec, out, _FORMAT.value, dtype=_DTYPE.value, card=card)
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The installed command."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -5,6 +5,9 @@ the process with exit code 0. On a TPU slice or under Slurm, the same command on
 set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
+import signal
+import sys
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -31,12 +34,20 @@ def main() -> None:
         run = Run(config, _WORKDIR.value)
         if run.finished:
             say(f"{_WORKDIR.value}: all {run.total} steps are done; export with python -m diva_jax.export_torch")
-        elif run.run():
+        elif not run.run():
+            if run.stopped_by == signal.SIGINT:
+                sys.exit(128 + signal.SIGINT)
+        else:
             say(
                 f"done: {run.total} steps; export with "
                 f"python -m diva_jax.export_torch --workdir={_WORKDIR.value} --out=DIR"
             )
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The installed command."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -123,5 +123,10 @@ def main() -> None:
         raise RunError(f"the relative error is above {BOUND:.0e}: {', '.join(wrong)}")
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The installed command."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import signal
 import time
 import zlib
 
@@ -17,9 +18,11 @@ from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
-from diva_jax.training import checkpoint, distributed, load, metrics, partition, sharding, workdirs
+from diva_jax.training import checkpoint, distributed, load, lock, metrics, partition, sharding, workdirs
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program
+
+_MANY_EPOCHS = 5.0  # The published runs see each image about once.
 
 
 def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) -> dict[str, jax.Array]:
@@ -104,6 +107,8 @@ class Run:
         )
         self.total = self.program.stages[-1].end
         workdirs.check_config(self.workdir, config)
+        self.lock: lock.Lock | None = None
+        self.stopped_by: signal.Signals | None = None
         self.start = checkpoint.latest_step(self.workdir) or 0
         self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
         distributed.check_same(
@@ -119,6 +124,24 @@ class Run:
         """Whether all steps were completed when this run was opened."""
         return self.start >= self.total
 
+    def describe(self) -> str:
+        """The header of a run: its data, devices, dtypes, sources, and where it writes."""
+        c, objective = self.config, self.program.objective
+        images, shape = self.batches.get_state()["records"], self.mesh.shape
+        epochs = self.total * c.batch_size / images
+        kind = self.mesh.devices.flat[0].device_kind
+        lines = [
+            f"{c.objective}: {self.total:,} steps x {c.batch_size:,} images = {epochs:.3g} epochs of the {images:,} "
+            f"images in {c.data.path}",
+            f"{self.mesh.size} x {kind}, mesh data {shape['data']} x fsdp {shape['fsdp']}; computes in {c.dtype}, "
+            f"frozen weights in {c.frozen_dtype}",
+            *(f"{prefix} from {part.source}" for prefix, part in objective.pretrained().items()),
+            f"writes to {self.workdir}",
+        ]
+        if epochs > _MANY_EPOCHS:
+            lines.append(f"note: every image is seen {epochs:.3g} times; use more images, or fewer config.steps")
+        return "\n".join(lines)
+
     def load(self) -> Loaded:
         """Loads frozen weights from their sources, and the state from the last checkpoint or from the sources."""
         program, resumes = self.program, self.start > 0
@@ -126,6 +149,7 @@ class Run:
         arrays, origins = load.initial_arrays(program, program.abstract_frozen() if resumes else None)
         # Nothing is written before all inputs have been checked.
         if jax.process_index() == 0:
+            self.lock = lock.Lock(self.workdir)
             workdirs.write_config(self.workdir, self.config)
         distributed.check_same({f"the checksum of the {part} weights": o["sha256"] for part, o in origins.items()})
         distributed.check_same({"config.json in --workdir": workdirs.seen_config(self.workdir)})
@@ -151,10 +175,10 @@ class Run:
         return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, checkpoints)
 
     def run(self) -> bool:
-        """Trains to the last step or until SIGTERM, and saves a checkpoint in both cases.
+        """Trains to the end, or to SIGTERM or the first SIGINT; saves in each case.
 
         Returns:
-          Whether the run is finished.
+          Whether the run is finished; if not, `stopped_by` is the signal.
 
         Raises:
           UserError: weights are missing, invalid, or of another architecture.
@@ -163,8 +187,13 @@ class Run:
         """
         if self.finished:
             return True
+        say(self.describe())
         with contextlib.closing(self.batches):
-            return _Loop(self).run()
+            try:
+                return _Loop(self).run()
+            finally:
+                if self.lock:
+                    self.lock.close()
 
 
 class _Loop:
@@ -211,7 +240,8 @@ class _Loop:
         if finished and jax.process_index() == 0:
             (run.workdir / "done").touch()  # For scripts that start the command again until the run is done.
         if not finished:
-            say(f"SIGTERM: saved step {self.step}; the same command resumes from here")
+            run.stopped_by = self.preempted.signal or signal.SIGTERM
+            say(f"{run.stopped_by.name}: saved step {self.step}; the same command resumes from here")
         return finished
 
     def _evaluate(self) -> None:
@@ -240,15 +270,27 @@ class _Loop:
     def _run_stage(self, index: int) -> None:
         """Trains to the end of a stage or until SIGTERM; initialises the optimizer state of the next stage."""
         run, stage = self.run_, self.program.stages[index]
-        step_fn = self.program.step(index)
-        say(f"stage {stage.name}: steps {stage.start} to {stage.end}, peak learning rate {stage.lr:g}; compiling")
+        step_fn, compiled = self.program.step(index), None
+        active = self.program.active(index)
+        count = sum(self.program.arrays[n].size for n in active)
+        where = ", ".join(dict.fromkeys(n.split("/")[0] for n in active))
+        say(
+            f"stage {stage.name}: steps {stage.start} to {stage.end}, peak learning rate {stage.lr:g}, trains "
+            f"{count:,} parameters of {where}; compiling"
+        )
         while self.step < stage.end and not self.preempted:
             self.profile.before(self.step)
             began = time.perf_counter()
             batch = next(run.batches)
             self.progress.waited(time.perf_counter() - began, run.batches.broken.count)
             batch = to_device(batch, self.program.batch_sharding)
-            self.state, values = step_fn(self.state, self.loaded.frozen, batch)
+            if compiled is None:
+                began = time.perf_counter()
+                compiled = step_fn.lower(self.state, self.loaded.frozen, batch).compile()
+                took = time.perf_counter() - began
+                say(f"compiled in {took:.0f} s")
+                self.progress.paused(took)
+            self.state, values = compiled(self.state, self.loaded.frozen, batch)
             self.step += 1
             self.preempted.after(self.step)
             self.progress.add(self.step, values)

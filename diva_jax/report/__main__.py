@@ -14,5 +14,10 @@ def main(folder: str) -> None:
     print(f"Wrote {page} and {len(charts)} charts in {page.with_suffix('')}.")
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The installed command."""
     cli.run(main, ("DIR",))
+
+
+if __name__ == "__main__":
+    entry()

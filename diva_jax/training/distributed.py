@@ -209,17 +209,27 @@ def any_failed(failed: bool) -> bool:
 
 
 class Preemption:
-    """True after SIGTERM to any process of the run: the run must save a checkpoint and end.
+    """Whether the run has been asked to save and end: by SIGTERM to any of its processes, or by the first SIGINT.
+
+    A second SIGINT ends the process at once.
 
     With several processes jax forwards the notice, and they agree on the step after which all of them end. This needs
     jax's own signal handler, which `initialise` installed.
     """
 
     def __init__(self):
+        self.signal: signal.Signals | None = None
         self._asked = threading.Event()
         self._shared = jax.distributed.is_initialized()
-        if not self._shared:
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+        # One process of several cannot end alone: there, jax's handler of SIGTERM is the only one.
+        wanted = () if self._shared else (signal.SIGTERM, signal.SIGINT)
+        self._before = {s: signal.signal(s, self._ask) for s in wanted}
+
+    def _ask(self, number: int, _) -> None:
+        self.signal = signal.Signals(number)
+        self._asked.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
     def after(self, step: int) -> None:
         """Must be called by every process after each step, with the number of completed steps."""
@@ -230,5 +240,5 @@ class Preemption:
         return self._asked.is_set()
 
     def close(self) -> None:
-        if not self._shared:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)

@@ -1,4 +1,4 @@
-"""Reports of a run: metrics.jsonl, TensorBoard events and progress lines."""
+"""Reports of a run: metrics.jsonl, TensorBoard events, log.txt and progress lines."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from diva_jax.common import paths
+from diva_jax.common import log, paths
 from diva_jax.common.errors import RunError
 
 
@@ -19,7 +19,9 @@ def duration(seconds: float) -> str:
 
 
 class Writer:
-    """Appends rows to `metrics.jsonl` and TensorBoard; rows of an interrupted run after `step` are removed.
+    """Appends rows to `metrics.jsonl` and TensorBoard, and messages to `log.txt`.
+
+    Rows of an interrupted run after `step` are removed.
 
     In a bucket, the files are updated twice per minute, and by `flush` and `close`.
     """
@@ -39,6 +41,8 @@ class Writer:
         if not local.exists():
             local.write_text("".join(kept))
         self._file = open(local, "a", buffering=1)
+        self._log = open(self._mirror.local / "log.txt", "a", buffering=1)
+        log.keep_in(self._log)
         self._board = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -58,6 +62,8 @@ class Writer:
         self._mirror.push(force=True)
 
     def close(self) -> None:
+        log.keep_in(None)
+        self._log.close()
         self._file.close()
         if self._board:
             self._board.close()
@@ -149,10 +155,9 @@ class Progress:
         if self._writer:
             self._writer.write(step, row)
             mfu = f"  MFU {100 * row['mfu']:.1f}%" if "mfu" in row else ""
-            print(
+            log.say(
                 f"step {step}/{self._total}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3g}  lr {row['lr']:.3g}  "
                 f"{row['images_per_s']:.1f} images/s{mfu}  data wait {100 * row['data_wait']:.0f}%  "
-                f"ETA {duration(eta)}",
-                flush=True,
+                f"ETA {duration(eta)}"
             )
         self._window, self._waited, self._window_start = [], 0.0, now

@@ -4,8 +4,8 @@ An open_clip checkpoint has both towers and the scale and bias of the logits. Th
 of that tower, ignores the other known names, and rejects unknown names.
 """
 
-from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec, architecture
+from diva_jax.models.backbones.shared.text import require_text
 from diva_jax.models.names import Table
 
 
@@ -18,9 +18,7 @@ def text_table(spec: Spec) -> Table:
     """Returns the table from `Text` to names at the top level for CLIP, and under `text.` for SigLIP and EVA02-CLIP.
 
     Raises:
-      UserError: the architecture has no text tower.
+      UserError: there is no text tower.
     """
-    table = architecture(spec.arch).TEXT
-    if table is None:
-        raise UserError(f"a {spec.arch} backbone has no text tower: use a task or objective that needs only images")
-    return table
+    require_text(spec)
+    return architecture(spec.arch).TEXT

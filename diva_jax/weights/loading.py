@@ -13,7 +13,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.backbones.shared.text import Text, require_text
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
@@ -48,7 +48,7 @@ def check_text(source: origins.ClipSource, spec: Spec) -> None:
     Raises:
       UserError: there is no text tower, or it is of another architecture.
     """
-    clip.text_table(spec)  # Raises if the architecture has no text tower.
+    require_text(spec)
     if "token_embedding.weight" not in source.tensors and "text.token_embedding.weight" not in source.tensors:
         raise UserError(f"{source.where} contains only a vision tower: give the checkpoint of the whole model")
     if source.spec is None:

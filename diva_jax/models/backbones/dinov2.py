@@ -165,7 +165,7 @@ _LAYER = {
 }
 _MLP = {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 _SWIGLU = {"mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out"}
-_QUERY = "attention.attention.{}"
+_QUERIES = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
 
 
 def _recipes(spec: Spec) -> list[hf.Recipe]:
@@ -182,7 +182,7 @@ def _recipes(spec: Spec) -> list[hf.Recipe]:
         hf.Recipe(("visual.pos_embed",), (f"{e}.position_embeddings",)),
         *registers,
         *hf.both("visual.patch_embed.proj", f"{e}.patch_embeddings.projection"),
-        *hf.layers(spec.layers, "visual.blocks", "encoder.layer", names, "attn.qkv.", _QUERY),
+        *hf.layers(spec.layers, "visual.blocks", "encoder.layer", names, "attn.qkv.", _QUERIES),
         *scales,
         *hf.both("visual.norm", "layernorm"),
     ]

@@ -15,7 +15,7 @@ from specs import SIGLIP_FOLDER as SIGLIP
 
 from diva_jax.common.errors import UserError
 from diva_jax.export import cards, layouts
-from diva_jax.models import backbones
+from diva_jax.models.backbones import eva02
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.weights import origins, readers, writers
 
@@ -79,16 +79,14 @@ def test_round_trip_of_a_small_eva02(tmp_path, capsys, monkeypatch):
     """Runs open_clip with a tiny model that is added to timm and to our table."""
     name = "eva02_tiny_patch6_clip_42"
 
-    def tiny(pretrained=False, **kw):
+    def tiny(name, pretrained, **kw):
         sizes = dict(img_size=42, patch_size=6, embed_dim=48, depth=2, num_heads=3, mlp_ratio=133.5 / 48)
         options = dict(qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True)
         return timm.models.eva.Eva(**sizes, **options, ref_feat_shape=(16, 16), **kw)
 
-    monkeypatch.setitem(timm.models._registry._model_entrypoints, name, tiny)
-    monkeypatch.setattr(timm.models, "create_model", lambda _, **kw: tiny(**kw))
-    fields = {f: getattr(EVA02, f) for f in backbones.eva02.TIMM["eva02_base_patch16_clip_224"]}
-    monkeypatch.setitem(backbones.eva02.TIMM, name, fields)
-    monkeypatch.setattr(timm, "create_model", lambda _, **kw: tiny(**kw))
+    fields = {f: getattr(EVA02, f) for f in eva02.TIMM["eva02_base_patch16_clip_224"]}
+    monkeypatch.setitem(eva02.TIMM, name, fields)
+    monkeypatch.setattr(timm, "create_model", tiny)
 
     (tmp_path / "in").mkdir()
     model = torch_model(EVA02)

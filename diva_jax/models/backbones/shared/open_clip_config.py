@@ -83,8 +83,8 @@ def number(cfg: Mapping, where: str, key: str, default, kind: Callable = int):
     value = cfg.get(key, default)
     if key in ("image_size", "patch_size") and isinstance(value, (list, tuple)) and len(set(value)) == 1:
         value = value[0]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or value <= 0 or kind(value) != value:
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not numeric or value <= 0 or kind(value) != value:
         refuse(f"{where}.{key}", value, f"it must be one positive {kind.__name__}")
     return kind(value)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones import Spec, architecture
 from diva_jax.models.backbones.shared.transformer import blocks, run
 from diva_jax.models.layers import Layers
 from diva_jax.models.names import Table
@@ -54,6 +54,12 @@ def text_table(arch: str, prefix: str = "") -> Table:
     return Table(f"{arch} text tower", rename, ignore=(r"visual\..+", *NEITHER), aliases=aliases)
 
 
+def require_text(spec: Spec) -> None:
+    """Raises a UserError where no text tower belongs to `spec`."""
+    if not spec.has_text or architecture(spec.arch).TEXT is None:
+        raise UserError(f"a {spec.arch} backbone has no text tower: leave out what compares images with texts")
+
+
 class Text(nnx.Module):
     """The text tower that belongs to `spec` (its `text` and `embed_dim`), with random weights.
 
@@ -69,8 +75,7 @@ class Text(nnx.Module):
 
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
         make, text = Layers(rngs, dtype, param_dtype), spec.text
-        if not spec.has_text:
-            raise UserError(f"a {spec.arch} backbone has no text tower: use a task or objective that needs only images")
+        require_text(spec)
         if text.pool not in _POOLS:
             raise UserError(f"text.pool={text.pool!r} is no known pooling: use one of {', '.join(_POOLS)}")
         width, eps = text.width, text.norm_eps

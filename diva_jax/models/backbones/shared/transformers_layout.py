@@ -5,7 +5,7 @@ reshaped, and split again. Values are moved, never computed, so both ways are ex
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diva_jax.common.errors import UserError, listing
@@ -60,6 +60,7 @@ _LAYER = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+_QUERIES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # Our name of an activation -> transformers'.
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
@@ -69,7 +70,9 @@ def both(open_clip: str, hf: str) -> list[Recipe]:
     return [Recipe((f"{open_clip}.{leaf}",), (f"{hf}.{leaf}",)) for leaf in LEAVES]
 
 
-def layers(count: int, open_clip: str, hf: str, names: Mapping[str, str], fused: str, query: str) -> list[Recipe]:
+def layers(
+    count: int, open_clip: str, hf: str, names: Mapping[str, str], fused: str, parts: Sequence[str]
+) -> list[Recipe]:
     """`count` transformer blocks.
 
     Args:
@@ -77,15 +80,13 @@ def layers(count: int, open_clip: str, hf: str, names: Mapping[str, str], fused:
       open_clip, hf: the names before the number of the block.
       names: layers of one block, open_clip's name -> transformers'.
       fused: open_clip's joint projection to queries, keys and values, without its leaf.
-      query: transformers' projections, with one `{}` for query, key and value: "q", "k", "v" or whole words.
+      parts: transformers' projections to queries, keys and values, without their leaf.
     """
-    words = ("query", "key", "value") if "attention" in query else "qkv"
     out = []
     for i in range(count):
         a, b = f"{open_clip}.{i}", f"{hf}.{i}"
         for leaf in LEAVES:
-            parts = tuple(f"{b}.{query.format(word)}.{leaf}" for word in words)
-            out.append(Recipe((f"{a}.{fused}{leaf}",), parts))
+            out.append(Recipe((f"{a}.{fused}{leaf}",), tuple(f"{b}.{part}.{leaf}" for part in parts)))
         for mine, its in names.items():
             out += both(f"{a}.{mine}", f"{b}.{its}")
     return out
@@ -95,7 +96,7 @@ def clip_layers(
     count: int, open_clip: str, model: str, names: Mapping[str, str] = _LAYER, fused: str = "attn.in_proj_"
 ):
     """`layers` of a tower of CLIPModel or SiglipModel; `model` is "vision_model" or "text_model"."""
-    return layers(count, open_clip, f"{model}.encoder.layers", names, fused, "self_attn.{}_proj")
+    return layers(count, open_clip, f"{model}.encoder.layers", names, fused, _QUERIES)
 
 
 def text_recipes(text: TextSpec, prefix: str) -> list[Recipe]:

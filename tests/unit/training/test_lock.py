@@ -1,0 +1,79 @@
+"""Tests of the lock of a workdir: one trainer, and no lock that a killed run leaves behind for ever."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from etils import epath
+
+from diva_jax.common.errors import UserError
+from diva_jax.training import lock
+from diva_jax.training.lock import Lock
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lock, "RENEWED", 0.05)
+    monkeypatch.setattr(lock, "WATCHED", 0.6)
+
+
+def write(folder, **owner):
+    (folder / "lock.json").write_text(json.dumps({"beat": 0, "since": time.time() - 300} | owner))
+
+
+def test_a_lock_is_renewed_and_removed(tmp_path):
+    held = Lock(epath.Path(tmp_path))
+    first = json.loads((tmp_path / "lock.json").read_text())
+    assert first["pid"] == os.getpid() and first["host"]
+    time.sleep(0.3)
+    assert json.loads((tmp_path / "lock.json").read_text())["beat"] > first["beat"]
+    held.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_machine_that_lives_is_named(tmp_path):
+    write(tmp_path, host="elsewhere", pid=12)
+    stop = threading.Event()
+
+    def renew():
+        beat = 0
+        while not stop.wait(0.05):
+            beat += 1
+            write(tmp_path, host="elsewhere", pid=12, beat=beat)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="is in use by process 12 on elsewhere, for 5 min: use another workdir"):
+            Lock(epath.Path(tmp_path))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_process_of_this_machine_that_lives_is_named(tmp_path):
+    code = "import sys, time, diva_jax.training.lock as l; l.RENEWED = .05; from etils import epath; "
+    code += "l.Lock(epath.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"in use by process {other.pid} on "):
+            Lock(epath.Path(tmp_path))
+    finally:
+        other.kill()
+        other.wait()
+    began = time.monotonic()
+    Lock(epath.Path(tmp_path)).close()  # It has ended, and its lock is taken over at once.
+    assert time.monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1, "beat": 7}', "{", "[1]", "", '{"pid": "x"}'])
+def test_what_nobody_renews_is_taken_over(tmp_path, content):
+    (tmp_path / "lock.json").write_text(content)
+    held = Lock(epath.Path(tmp_path))
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+    held.close()
