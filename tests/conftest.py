@@ -1,10 +1,10 @@
-"""Shared by all tests: eight fake CPU devices, quick compilation."""
+"""Settings of all tests: eight simulated CPU devices, and fast compilation."""
 
 import os
 import tempfile
 
-# Before jax starts, and inherited by the commands that tests run. Compiling is most of the suite's time: code is
-# not optimised, and a program that several tests compile is compiled once.
+# Set before jax starts, and inherited by the commands that tests run. Most of the time is compilation, so code is not
+# optimised, and a program that several tests use is compiled once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="diva_jax_compiled_"))
@@ -18,8 +18,8 @@ chex.set_n_cpu_devices(8)
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """What e2e_config.py's runs are made of: 24 photographs in shards of eight, weights of both models."""
-    import small  # only now: it makes arrays
+    """Files of e2e_config.py's runs: 24 photographs in shards of eight, weights of both models."""
+    import small  # Imported here because it creates arrays.
 
     from diva_jax import demo
     from diva_jax.data.photos import pack_photos

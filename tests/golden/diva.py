@@ -1,6 +1,6 @@
 """Golden files of DIVA: one forward and backward pass of the authors' code, over tiny random modules.
 
-A file holds inputs, weights, every random draw and the results; their departures from their own models are included.
+A file contains inputs, weights, every random draw and the results of that code.
 The U-Net and VAE are those of sd_tiny_7.npz.
 """
 
@@ -21,14 +21,14 @@ from diva_jax.weights import clip, diffusers, names
 
 # Relative L2 error.
 BOUNDS = {"latents": 5e-6, "features": 5e-6, "context": 5e-6, "pred_noise": 1e-5, "losses": 1e-5, "grad": 2e-5}
-# What the arrays do not tell, by the beginning of the file's name: heads or their width, window of pooling.
+# Values that do not follow from the arrays, by prefix of the file's name: heads or their width, window of pooling.
 HEADS = {"OpenAICLIP": ("heads", 4), "MetaCLIP": ("width", 16), "DFN": ("width", 32), "SigLIP": ("heads", 4)}
 WINDOWS = (6, 10)
 SD = dict(unet_heads=(2, 2, 4, 4), unet_groups=8, vae_groups=4)
 
 
 def vision_spec(name: str, z) -> backbones.Spec:
-    """The backbone of a golden file."""
+    """Returns the backbone of a golden file."""
     siglip = any(k.startswith("w/visual.trunk.") for k in z.files)
     trunk = "w/visual.trunk." if siglip else "w/visual."
     patch = z[trunk + ("patch_embed.proj.weight" if siglip else "conv1.weight")]
@@ -64,7 +64,7 @@ def vision_spec(name: str, z) -> backbones.Spec:
 
 
 def diffusion_config(sd) -> dict:
-    """Sizes of U-Net and VAE, in diffusers' terms, from their state dicts."""
+    """Returns the sizes of U-Net and VAE, in diffusers' terms, from their state dicts."""
 
     def widths(part, key):
         n = 1 + max(int(k.split("down_blocks.")[1].split(".")[0]) for k in sd.files if f"{part}down_blocks." in k)
@@ -95,7 +95,7 @@ def diffusion_config(sd) -> dict:
 
 
 def objective(name: str, z, sd):
-    """The objective that trains, with a golden file's weights, every switch faithful, float32."""
+    """Returns the objective with a golden file's weights, in float32, with every switch `faithful`."""
     c = config.default(vision_spec(name, z), diffusion_config(sd))
     c.update(dtype="float32", frozen_dtype="float32", accum=1)
     c.diva.draws = len(z["losses"])
@@ -118,7 +118,7 @@ def objective(name: str, z, sd):
 
 
 def compute(name: str, z, sd) -> dict[str, np.ndarray]:
-    """Every recorded quantity, by its name in the file."""
+    """Computes every recorded quantity, by its name in the file."""
     module, tables = objective(name, z, sd)
     n = len(z["losses"])
 
@@ -152,12 +152,12 @@ def compute(name: str, z, sd) -> dict[str, np.ndarray]:
 
 
 def reads(name: str) -> bool:
-    """Whether a file of this name is one of DIVA's."""
+    """Returns whether a file of this name is one of DIVA."""
     return name.startswith(tuple(HEADS))
 
 
 def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
-    """(quantity, relative L2 error, bound), for every result that the file records.
+    """Returns (quantity, relative L2 error, bound) for every result in the file.
 
     Args:
       golden: the file.

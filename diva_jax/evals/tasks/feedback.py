@@ -247,7 +247,7 @@ class Feedback(Task):
         return {name: np.concatenate([f[name] for f in found])[: self.count] for name in found[0]}
 
     def _gradients(self, arrays) -> tuple[np.ndarray, np.ndarray]:
-        """(mean cosines [groups], norms [groups, R]); images that do not fill a group are left out.
+        """(mean cosines [groups], norms [groups, R]); images that do not fill a group are omitted.
 
         A group is repeated until its size is a multiple of the number of devices; its mean gradient stays the same.
         """

@@ -1,4 +1,4 @@
-"""Zero-shot classification: metrics against scikit-learn, and every layout of data, good and bad."""
+"""Zero-shot classification: metrics, and every layout of data, valid and invalid."""
 
 import io
 import json
