@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
+from diva_jax.common.errors import RunError
 from diva_jax.data import images
 from diva_jax.data.preprocess import normalise, to_float
 from diva_jax.evals import Settings
@@ -34,6 +35,21 @@ def unit(x: np.ndarray) -> np.ndarray:
     """[..., D] scaled to length one, float64."""
     x = np.asarray(x, np.float64)
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def require_finite(embeddings: np.ndarray, label: str, what: str) -> np.ndarray:
+    """Returns the embeddings, [N, ..., D].
+
+    Raises:
+      RunError: some of the N are not finite; gives the label of the weights and how many.
+    """
+    bad = int((~np.isfinite(embeddings).reshape(len(embeddings), -1).all(axis=1)).sum())
+    if bad:
+        raise RunError(
+            f"{label}: the embeddings of {bad} of {len(embeddings)} {what} are not finite: these weights cannot be "
+            "evaluated"
+        )
+    return embeddings
 
 
 def _ahead(read: Callable[[int], np.ndarray], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, np.ndarray]]:
@@ -181,9 +197,18 @@ class Model:
         return self.towers.spec
 
     def images(self, read: Callable[[int], Image.Image], count: int, published: bool = False) -> dict[str, np.ndarray]:
-        """`Towers.images` with these weights."""
-        return self.towers.images(self.encoder.vision, read, count, published)
+        """`Towers.images` with these weights.
+
+        Raises:
+          RunError: an embedding is not finite.
+        """
+        found = self.towers.images(self.encoder.vision, read, count, published)
+        return {key: require_finite(value, self.label, "images") for key, value in found.items()}
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings of texts that the task announced in `Task.texts`, float32 [N, D], not normalised."""
-        return self.embeddings[[self.table[t] for t in texts]]
+        """Embeddings of texts that the task announced in `Task.texts`, float32 [N, D], not normalised.
+
+        Raises:
+          RunError: an embedding is not finite.
+        """
+        return require_finite(self.embeddings[[self.table[t] for t in texts]], self.label, "texts")

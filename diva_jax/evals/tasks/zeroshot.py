@@ -138,7 +138,8 @@ class ZeroShot(Task):
         images = encode.unit(model.images(self.images.read, self.count)["pooled"])
         logits = 100 * images @ classes.T  # [N, C]
         order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-        hits = order == self.labels[:, None]
+        # An image with a score that is not finite counts as wrong.
+        hits = (order == self.labels[:, None]) & np.isfinite(logits).all(axis=1, keepdims=True)
         held = {"top1": hits[:, 0], "top5": hits.any(axis=1)}
         scores = {}
         for metric in self.metrics:

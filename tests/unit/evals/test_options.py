@@ -13,7 +13,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.evals import Outcome, Settings, evaluator
 from diva_jax.training import sharding
 
-TASKS = ["drift", "feedback", "mmvp", "retrieval", "zeroshot"]
+TASKS = ["choice", "drift", "feedback", "mmvp", "retrieval", "zeroshot"]
 OUTSIDE = """
 import dataclasses
 from ml_collections import ConfigDict
@@ -86,6 +86,7 @@ def test_defaults():
         "seed": 0,
         "dtype": "float32",
         "tokenizer": "",
+        "choice": {"layout": "", "images": "", "allow_partial": False},
         "drift": {"neighbours": 10},
         "feedback": {"images": 256, "draws": 4},
         "mmvp": {"seeds": 10},
