@@ -18,7 +18,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file of the backbone; --config.eval.FIELD=VALUE sets an option."
 )
 _WEIGHTS = flags.DEFINE_multi_string("weights", [], "A source of weights or a workdir[:STEP]; may be repeated.")
-_TASK = flags.DEFINE_list("task", [], "Tasks, separated by commas: modules of diva_jax.evals.tasks, or dotted paths of modules.")
+_TASK = flags.DEFINE_list("task", [], "Modules of diva_jax.evals.tasks, such as mmvp,choice, or dotted paths.")
 _DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH for each task; PATH alone where there is one task.")
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json and predictions.csv.")
 
