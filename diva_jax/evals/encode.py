@@ -92,6 +92,7 @@ class Towers:
         jit = partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
         self._encode_images = jit(self._image_step, static_argnames="readout")
         self._encode_texts = jit(self._text_step)
+        self._encode_dense = jit(self._dense_step, static_argnames="last")
 
     def _precision(self):
         # By default TPUs multiply float32 matrices in bfloat16; an evaluation in float32 must not.
@@ -110,6 +111,12 @@ class Towers:
     def _text_step(self, arrays, ids: Array) -> Array:
         with self._precision():
             return self._text.merge(arrays).encode(ids).astype(jnp.float32)
+
+    def _dense_step(self, arrays, pixels: Array, *, last: str) -> Array:
+        """uint8 [B, S, S, 3] -> patch tokens [B, P, D]."""
+        with self._precision():
+            x = normalise(to_float(pixels), self.spec.mean, self.spec.std)
+            return self._vision.merge(arrays).encode_dense(x, last).astype(jnp.float32)
 
     def _put(self, rows: Mapping[int, np.ndarray], first: int, count: int, example: np.ndarray) -> Array:
         """The batch from row `first` on as a global array, zeros past the end; each process provides its own rows."""
@@ -165,6 +172,23 @@ class Towers:
                 print(f"  {done} of {count} images, {rate:.1f} images/s", file=sys.stderr, flush=True)
         return {k: np.concatenate([o[k] for o in out])[:count] for k in out[0]}
 
+    def dense(
+        self, arrays: Mapping[str, Array], read: Callable[[int], np.ndarray], count: int, last: str
+    ) -> Iterator[np.ndarray]:
+        """Patch tokens of windows 0..count-1, in order, each float32 [P, D], not normalised.
+
+        Args:
+          arrays: the vision tower's parameters by name.
+          read: window i, uint8 [S, S, 3], called from threads.
+          count: the number of windows.
+          last: how the last block is run, see `models.backbones.shared.dense`.
+        """
+        size = self.spec.image_size
+        example = np.zeros((size, size, 3), np.uint8)
+        for b, rows in enumerate(_ahead(read, self._batches(count))):
+            batch = self._put(rows, b * self.batch, count, example)
+            yield from np.asarray(self._encode_dense(arrays, batch, last=last))[: count - b * self.batch]
+
     def texts(self, arrays: Mapping[str, Array], ids: np.ndarray) -> np.ndarray:
         """Embeddings of token ids int32 [N, context_length], float32 [N, D], not normalised."""
         out = []
@@ -204,6 +228,15 @@ class Model:
         """
         found = self.towers.images(self.encoder.vision, read, count, published)
         return {key: require_finite(value, self.label, "images") for key, value in found.items()}
+
+    def dense(self, read: Callable[[int], np.ndarray], count: int, last: str) -> Iterator[np.ndarray]:
+        """`Towers.dense` with these weights.
+
+        Raises:
+          RunError: a token is not finite.
+        """
+        for tokens in self.towers.dense(self.encoder.vision, read, count, last):
+            yield require_finite(tokens, self.label, "patches of a window")
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts that the task announced in `Task.texts`, float32 [N, D], not normalised.

@@ -13,7 +13,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.evals import Outcome, Settings, evaluator
 from diva_jax.training import sharding
 
-TASKS = ["choice", "drift", "feedback", "mmvp", "probe", "retrieval", "robustness", "zeroshot"]
+TASKS = ["choice", "drift", "feedback", "mmvp", "probe", "retrieval", "robustness", "segmentation", "zeroshot"]
 OUTSIDE = """
 import dataclasses
 from ml_collections import ConfigDict
@@ -98,6 +98,15 @@ def test_defaults():
             "iterations": 1000,
         },
         "robustness": {"templates": "", "allow_partial": False},
+        "segmentation": {
+            "last": "sclip",
+            "short_side": 0,
+            "stride": 0,
+            "scale": 40.0,
+            "background": 0.0,
+            "classes": "",
+            "allow_partial": False,
+        },
         "zeroshot": {"classes": "", "templates": ""},
     }
     assert evals.names() == TASKS
