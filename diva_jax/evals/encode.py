@@ -1,6 +1,7 @@
 """Embeddings of images and texts over a mesh: batches of a fixed size, the last one padded, on any mesh."""
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
+from diva_jax.common.errors import RunError
 from diva_jax.data import images
 from diva_jax.data.preprocess import normalise, to_float
 from diva_jax.evals import Settings
@@ -34,6 +36,21 @@ def unit(x: np.ndarray) -> np.ndarray:
     """Scales [..., D] to length one, in float64."""
     x = np.asarray(x, np.float64)
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def require_finite(embeddings: np.ndarray, label: str, what: str) -> np.ndarray:
+    """Returns the embeddings, [N, ..., D].
+
+    Raises:
+      RunError: some of the N are not finite; gives the label of the weights and how many.
+    """
+    bad = int((~np.isfinite(embeddings).reshape(len(embeddings), -1).all(axis=1)).sum())
+    if bad:
+        raise RunError(
+            f"{label}: the embeddings of {bad} of {len(embeddings)} {what} are not finite: these weights cannot be "
+            "evaluated"
+        )
+    return embeddings
 
 
 def _ahead(read: Callable[[int], np.ndarray], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, np.ndarray]]:
@@ -59,7 +76,7 @@ class Towers:
       settings: batch size, seed and dtype.
 
     Attributes:
-      vision, text: name -> ShapeDtypeStruct of the parameters wanted.
+      vision: name -> ShapeDtypeStruct of the parameters of the vision tower.
     """
 
     def __init__(self, spec: Spec, mesh: Mesh, settings: Settings):
@@ -69,13 +86,19 @@ class Towers:
         self._vision, self.vision = partition.disassemble(
             abstract(lambda rngs: backbones.build(spec, rngs=rngs, dtype=dtype))
         )
-        self._text, self.text = partition.disassemble(abstract(lambda rngs: Text(spec, rngs=rngs, dtype=dtype)))
         devices = mesh.devices.size
         self.batch = -(-settings.batch_size // devices) * devices
         self._rows = NamedSharding(mesh, sharding.BATCH)
         jit = partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
         self._encode_images = jit(self._image_step, static_argnames="readout")
         self._encode_texts = jit(self._text_step)
+        self._encode_dense = jit(self._dense_step, static_argnames="last")
+
+    @functools.cached_property
+    def _text(self) -> partition.Skeleton:
+        """The text tower without its arrays; a UserError if the backbone has none."""
+        dtype = jnp.dtype(self.settings.dtype)
+        return partition.disassemble(abstract(lambda rngs: Text(self.spec, rngs=rngs, dtype=dtype)))[0]
 
     def _precision(self):
         # By default TPUs multiply float32 matrices in bfloat16; an evaluation in float32 must not.
@@ -94,6 +117,12 @@ class Towers:
     def _text_step(self, arrays, ids: Array) -> Array:
         with self._precision():
             return self._text.merge(arrays).encode(ids).astype(jnp.float32)
+
+    def _dense_step(self, arrays, pixels: Array, *, last: str) -> Array:
+        """uint8 [B, S, S, 3] -> patch tokens [B, P, D]."""
+        with self._precision():
+            x = normalise(to_float(pixels), self.spec.mean, self.spec.std)
+            return self._vision.merge(arrays).encode_dense(x, last).astype(jnp.float32)
 
     def _put(self, rows: Mapping[int, np.ndarray], first: int, count: int, example: np.ndarray) -> Array:
         """Returns the batch from row `first` on as a global array, zeros past the end; processes provide their rows."""
@@ -149,6 +178,23 @@ class Towers:
                 print(f"  {done} of {count} images, {rate:.1f} images/s", file=sys.stderr, flush=True)
         return {k: np.concatenate([o[k] for o in out])[:count] for k in out[0]}
 
+    def dense(
+        self, arrays: Mapping[str, Array], read: Callable[[int], np.ndarray], count: int, last: str
+    ) -> Iterator[np.ndarray]:
+        """Patch tokens of windows 0..count-1, in order, each float32 [P, D], not normalised.
+
+        Args:
+          arrays: the vision tower's parameters by name.
+          read: window i, uint8 [S, S, 3], called from threads.
+          count: the number of windows.
+          last: how the last block is run, see `models.backbones.shared.dense`.
+        """
+        size = self.spec.image_size
+        example = np.zeros((size, size, 3), np.uint8)
+        for b, rows in enumerate(_ahead(read, self._batches(count))):
+            batch = self._put(rows, b * self.batch, count, example)
+            yield from np.asarray(self._encode_dense(arrays, batch, last=last))[: count - b * self.batch]
+
     def texts(self, arrays: Mapping[str, Array], ids: np.ndarray) -> np.ndarray:
         """Computes the embeddings of token ids int32 [N, context_length]: float32 [N, D], not normalised."""
         out = []
@@ -181,9 +227,27 @@ class Model:
         return self.towers.spec
 
     def images(self, read: Callable[[int], Image.Image], count: int, published: bool = False) -> dict[str, np.ndarray]:
-        """`Towers.images` with these weights."""
-        return self.towers.images(self.encoder.vision, read, count, published)
+        """`Towers.images` with these weights.
+
+        Raises:
+          RunError: an embedding is not finite.
+        """
+        found = self.towers.images(self.encoder.vision, read, count, published)
+        return {key: require_finite(value, self.label, "images") for key, value in found.items()}
+
+    def dense(self, read: Callable[[int], np.ndarray], count: int, last: str) -> Iterator[np.ndarray]:
+        """`Towers.dense` with these weights.
+
+        Raises:
+          RunError: a token is not finite.
+        """
+        for tokens in self.towers.dense(self.encoder.vision, read, count, last):
+            yield require_finite(tokens, self.label, "patches of a window")
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns the embeddings of texts that are in `Task.texts`: float32 [N, D], not normalised."""
-        return self.embeddings[[self.table[t] for t in texts]]
+        """Returns the embeddings of texts that are in `Task.texts`, float32 [N, D], not normalised.
+
+        Raises:
+          RunError: an embedding is not finite.
+        """
+        return require_finite(self.embeddings[[self.table[t] for t in texts]], self.label, "texts")

@@ -60,6 +60,37 @@ def bootstrap(
     return [float(q) for q in np.quantile(np.mean(parts, axis=0), (0.025, 0.975))]
 
 
+def mean_ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+    """The mean of the ratios over the classes whose denominator is not 0; [..., C] twice -> [...]; NaN without any."""
+    there = denominators > 0
+    ratios = np.where(there, numerators / np.where(there, denominators, 1), 0.0)
+    with np.errstate(invalid="ignore"):
+        return ratios.sum(axis=-1) / there.sum(axis=-1)
+
+
+def bootstrap_ratios(*pairs: tuple[np.ndarray, np.ndarray], resamples: int, seed: int) -> list[float]:
+    """The 95% percentile bootstrap interval, over items, of a mean ratio of sums such as the mIoU.
+
+    Args:
+      *pairs: (numerators, denominators) per item and class, each [N, C]; with two pairs, those of the same items
+        before and after, the interval is of the difference.
+      resamples: the number of resamples.
+      seed: the same seed gives the same interval.
+
+    Returns:
+      [low, high], in shares.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(pairs[0][0])
+    chunk = max(1, _CHUNK // n)
+    values = []
+    for start in range(0, resamples, chunk):
+        drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(chunk, resamples - start)).astype(np.float64)
+        found = [mean_ratio(drawn @ a, drawn @ b) for a, b in pairs]
+        values.append(found[-1] - found[0] if len(pairs) > 1 else found[0])
+    return [float(q) for q in np.nanquantile(np.concatenate(values), (0.025, 0.975))]
+
+
 def mcnemar(before: np.ndarray, after: np.ndarray) -> dict[str, int | float]:
     """Computes the exact two-sided McNemar test for two models' correct answers on the same items.
 

@@ -148,9 +148,8 @@ def pair_scores(images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def pairs_right(first: np.ndarray) -> np.ndarray:
-    """Probabilities of image 1, [..., 2N] -> whether both texts of each pair are right, [..., N]."""
-    says_first = first > 0.5
-    return says_first[..., ::2] & ~says_first[..., 1::2]
+    """Probabilities of image 1, [..., 2N] -> whether both texts of each pair are right, [..., N]; NaN is wrong."""
+    return (first[..., ::2] > 0.5) & (first[..., 1::2] <= 0.5)
 
 
 class Mmvp(Task):

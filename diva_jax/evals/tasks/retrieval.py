@@ -25,6 +25,8 @@ def default() -> ConfigDict:
 def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The rank of the best right answer to each query, from 0; equal scores are ranked in the order of the answers.
 
+    Scores that are not finite count as wrong: such a right answer is ranked last, such a wrong answer first.
+
     Args:
       queries: [Q, D]. answers: [A, D].
       right: bool [Q, A], at least one true per row.
@@ -35,11 +37,13 @@ def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.nda
     out = []
     for start in range(0, len(queries), _QUERIES):
         scores, mine = queries[start : start + _QUERIES] @ answers.T, right[start : start + _QUERIES]
+        scores = np.where(np.isfinite(scores), scores, np.where(mine, -np.inf, np.inf))
         best = np.where(mine, scores, -np.inf).max(axis=1, keepdims=True)
         equal = scores == best
         first = (equal & mine).argmax(axis=1)
         ahead = equal & (np.arange(len(answers)) < first[:, None])
-        out.append((scores > best).sum(axis=1) + ahead.sum(axis=1))
+        rank = (scores > best).sum(axis=1) + ahead.sum(axis=1)
+        out.append(np.where(best[:, 0] == -np.inf, len(answers), rank))
     return np.concatenate(out)
 
 

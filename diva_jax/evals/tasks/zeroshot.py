@@ -97,13 +97,13 @@ def classifier(embeddings: np.ndarray, sizes: list[int]) -> np.ndarray:
     return encode.unit(np.stack([p.mean(axis=0) for p in parts]))
 
 
-def open_data(path: str) -> labelled.Images:
+def open_data(path: str, task: str = "zeroshot") -> labelled.Images:
     """tfds, tars in CLIP_benchmark's layout, or class folders; the form is detected from the path and its contents."""
     if path.startswith("tfds:"):
         return labelled.tfds(path)
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"--data=zeroshot={path} is not a folder: give tar shards, class folders or tfds:name/split")
+        raise UserError(f"--data={task}={path} is not a folder: give tar shards, class folders or tfds:name/split")
     return labelled.tars(root, "cls", int) if labelled.has_tars(root) else labelled.class_folders(root)
 
 
@@ -138,7 +138,8 @@ class ZeroShot(Task):
         images = encode.unit(model.images(self.images.read, self.count)["pooled"])
         logits = 100 * images @ classes.T  # [N, C]
         order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-        hits = order == self.labels[:, None]
+        # An image with a score that is not finite counts as wrong.
+        hits = (order == self.labels[:, None]) & np.isfinite(logits).all(axis=1, keepdims=True)
         held = {"top1": hits[:, 0], "top5": hits.any(axis=1)}
         scores = {}
         for metric in self.metrics:

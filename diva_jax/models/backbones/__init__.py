@@ -6,7 +6,8 @@ An architecture is a module of this package, found by listing it, whose name is 
 that differs by architecture; what several of them use is in the subpackage `shared`:
 
 - `Vision(spec, *, rngs, dtype, param_dtype, remat)`, an NNX module with random weights and
-  `encode(images) -> Features`.
+  `encode(images) -> Features`; where it has a text tower to compare patches with, also
+  `encode_dense(images, last) -> patch tokens in the text's space`, see `shared.dense`.
 - `flops(spec) -> float`: floating-point operations of the forward pass over one image.
 - `MARK`: the tensor, without `visual.`, by which a checkpoint of this architecture is recognised.
 - `VISION`, `TEXT`: `models.names.Table`s between our towers and open_clip's checkpoints; `TEXT` is None where there

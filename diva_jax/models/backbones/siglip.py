@@ -16,6 +16,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import HALF, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
+from diva_jax.models.backbones.shared.dense import run_dense
 from diva_jax.models.backbones.shared.positions import Positions, depth, tensor_shape
 from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
 from diva_jax.models.backbones.shared.transformer import Mlp, block_flops, blocks, patch_flops, run
@@ -83,6 +84,12 @@ class AttentionPool(nnx.Module):
         x = self.proj(attention(heads(q, self.heads), heads(k, self.heads), heads(v, self.heads)))
         return (x + self.mlp(self.norm(x)))[:, 0]
 
+    def each(self, tokens: jax.Array) -> jax.Array:
+        """[B, P, D] -> [B, P, D]: what the pool makes of each token if its query attends to that token alone."""
+        _, v = jnp.split(self.kv(tokens), 2, axis=-1)
+        x = self.proj(v)
+        return x + self.mlp(self.norm(x))
+
 
 class Vision(nnx.Module):
     """The vision tower of `spec` with random weights; arguments as `backbones.build`'s.
@@ -110,10 +117,18 @@ class Vision(nnx.Module):
 
         Where the side is no multiple of the patch (384 by 14), the rest at the right and the bottom is not used.
         """
-        x = self.patch_embed(images.astype(self.dtype))  # [B, grid, grid, D]
-        x = x.reshape(x.shape[0], -1, x.shape[-1]) + self.pos_embed[...].astype(self.dtype)
-        tokens = self.norm(run(self.blocks, x, remat=self.remat))  # [B, P, D]
+        tokens = self.norm(run(self.blocks, self._embedded(images), remat=self.remat))  # [B, P, D]
         return Features(tokens=tokens, pooled=self.attn_pool(tokens))
+
+    def encode_dense(self, images: jax.Array, last: str = "plain") -> jax.Array:
+        """Images as for `encode` -> patch tokens [B, P, D] in the text's space, the last block as `last` of
+        `shared.dense.VARIANTS`, each token pooled by itself."""
+        return self.attn_pool.each(self.norm(run_dense(self.blocks, self._embedded(images), last)))
+
+    def _embedded(self, images: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] -> the first block's input, [B, P, D]."""
+        x = self.patch_embed(images.astype(self.dtype))  # [B, grid, grid, D]
+        return x.reshape(x.shape[0], -1, x.shape[-1]) + self.pos_embed[...].astype(self.dtype)
 
 
 def positions(spec: Spec) -> Positions:

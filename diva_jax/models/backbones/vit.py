@@ -11,6 +11,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
+from diva_jax.models.backbones.shared.dense import run_dense
 from diva_jax.models.backbones.shared.positions import Positions, depth, tensor_shape
 from diva_jax.models.backbones.shared.text import BLOCKS, NEITHER, TEXT_NAMES, text_table
 from diva_jax.models.backbones.shared.transformer import block_flops, blocks, patch_flops, run
@@ -61,13 +62,23 @@ class Vision(nnx.Module):
         CLIP itself projects the class token alone; DIVA applies the final norm and the projection to every token
         (authors' code).
         """
+        x = run(self.blocks, self._embedded(images), remat=self.remat)
+        x = self.proj(self.norm(x))  # [B, 1 + P, D]
+        return Features(tokens=x[:, 1:], pooled=x[:, 0])
+
+    def encode_dense(self, images: jax.Array, last: str = "plain") -> jax.Array:
+        """Images as for `encode` -> patch tokens [B, P, D] in the text's space, the last block as `last` of
+        `shared.dense.VARIANTS`."""
+        x = run_dense(self.blocks, self._embedded(images), last)
+        return self.proj(self.norm(x))[:, 1:]
+
+    def _embedded(self, images: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] -> the first block's input, [B, 1 + P, width]."""
         x = self.patch_embed(images.astype(self.dtype))  # [B, grid, grid, width]
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         first = jnp.broadcast_to(self.class_embed[...].astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = jnp.concatenate([first, x], axis=1) + self.pos_embed[...].astype(self.dtype)  # [B, 1 + P, width]
-        x = run(self.blocks, self.norm_pre(x), remat=self.remat)
-        x = self.proj(self.norm(x))  # [B, 1 + P, D]
-        return Features(tokens=x[:, 1:], pooled=x[:, 0])
+        x = jnp.concatenate([first, x], axis=1) + self.pos_embed[...].astype(self.dtype)
+        return self.norm_pre(x)
 
 
 def positions(spec: Spec) -> Positions:

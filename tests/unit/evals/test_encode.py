@@ -11,9 +11,10 @@ from flax import nnx
 from specs import EVAL_CLIP as CLIP
 from specs import EVAL_SIGLIP as SIGLIP
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.config import default
 from diva_jax.evals import Settings, encode, readout
+from diva_jax.evals.encoders import Encoder
 from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE, Features
 from diva_jax.models.backbones.shared.text import Text
@@ -128,3 +129,19 @@ def test_the_pooled_readout_is_the_normalised_embedding():
 def test_unknown_readouts_are_refused(text):
     with pytest.raises(UserError, match="backbone.readout=.* cannot be read"):
         encode.Towers(dataclasses.replace(CLIP, readout=text), sharding.make_mesh(default(CLIP).mesh), Settings())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_embeddings_that_are_not_finite_are_refused(value):
+    mesh = sharding.make_mesh(default(CLIP).mesh, jax.devices()[:1])
+    arrays = dict(arrays_of(backbones.build, CLIP))
+    arrays["proj/matrix"] = arrays["proj/matrix"].at[0, 0].set(value)
+    table, texts = {"a": 0, "b": 1, "c": 2}, np.ones((3, CLIP.embed_dim), np.float32)
+    texts[1:, 2] = value
+    towers = encode.Towers(CLIP, mesh, Settings(batch_size=4))
+    model = encode.Model("run:7", towers, Encoder(arrays, None, "", {}, ""), table, texts)
+    with pytest.raises(RunError, match="run:7: the embeddings of 5 of 5 images are not finite"):
+        model.images(patch, 5)
+    assert model.texts(["a"]).shape == (1, CLIP.embed_dim)
+    with pytest.raises(RunError, match="run:7: the embeddings of 2 of 3 texts are not finite"):
+        model.texts(["a", "b", "c"])

@@ -229,3 +229,7 @@ def test_missing_folders_are_named(tmp_path):
     (tmp_path / "Questions.csv").write_text("")
     with pytest.raises(UserError, match="has none of the folders 'MLLM_VLM Images'"):
         prepare(tmp_path)
+
+
+def test_probabilities_that_are_not_finite_are_wrong():
+    assert mmvp.pairs_right(np.array([0.9, 0.1, 0.9, np.nan, np.nan, 0.1])).tolist() == [True, False, False]

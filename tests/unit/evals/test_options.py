@@ -14,7 +14,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.evals import Outcome, Settings, evaluator
 from diva_jax.training import sharding
 
-TASKS = ["drift", "feedback", "mmvp", "retrieval", "zeroshot"]
+TASKS = ["choice", "drift", "feedback", "mmvp", "probe", "retrieval", "robustness", "segmentation", "zeroshot"]
 OUTSIDE = """
 import dataclasses
 from ml_collections import ConfigDict
@@ -87,9 +87,27 @@ def test_defaults():
         "seed": 0,
         "dtype": "float32",
         "tokenizer": "",
+        "choice": {"layout": "", "images": "", "allow_partial": False},
         "drift": {"neighbours": 10},
         "feedback": {"images": 256, "draws": 4},
         "mmvp": {"seeds": 10},
+        "probe": {
+            "neighbours": 20,
+            "temperature": 0.07,
+            "weight_decay": 0.0,
+            "held_out": 0.2,
+            "iterations": 1000,
+        },
+        "robustness": {"templates": "", "allow_partial": False},
+        "segmentation": {
+            "last": "sclip",
+            "short_side": 0,
+            "stride": 0,
+            "scale": 40.0,
+            "background": 0.0,
+            "classes": "",
+            "allow_partial": False,
+        },
         "zeroshot": {"classes": "", "templates": ""},
     }
     assert evals.names() == TASKS
@@ -113,6 +131,8 @@ def test_rules_are_about_existing_options_and_hold_for_the_defaults(name):
         ("mmvp__seeds", 0, 1),
         ("drift__neighbours", 0, 1),
         ("feedback__images", 1, 2),
+        ("probe__neighbours", 0, 1),
+        ("probe__iterations", 0, 1),
         ("feedback__draws", 1, 2),
     ],
 )
@@ -136,7 +156,7 @@ def test_other_bad_values_are_refused():
         with pytest.raises(UserError, match=f"config.eval.data has '{entry}', which is not TASK=PATH"):
             evals.parse(changed(every=3, data=(entry,)))
     for name in ("stats", "nothing"):
-        with pytest.raises(UserError, match=f"the task {name} is not known: use drift, .*mmvp"):
+        with pytest.raises(UserError, match=f"the task {name} is not known: use choice, drift, .*mmvp"):
             evals.find(name)
         with pytest.raises(UserError, match=f"the task {name} is not known"):
             evals.parse(changed(every=3, data=(f"{name}=x",)))
@@ -170,7 +190,7 @@ def test_a_task_from_outside_the_package(outside, tmp_path):
     config.validate(c, 1)
     run = evaluator.in_training(c, mesh)
     assert run.options["length"] == {"scale": 3.0} and "every" not in run.options and "mmvp" not in run.options
-    outcomes = run.evaluate(run.model("x", {}, ""))
+    outcomes = run.evaluate(run.model("x", None))
     tasks, rows = run.report([("x", outcomes), ("y", outcomes)])
     assert tasks["length"]["weights"]["x"]["scores"]["length"]["score"] == 12 and rows == []
     assert tasks["length"]["comparisons"][0]["scores"]["length"]["difference"] == 0
@@ -184,9 +204,9 @@ def test_what_the_train_loop_logs(outside, tmp_path):
     c = eval_config(CLIP, tmp_path)
     run = evaluator.Evaluator(c, sharding.make_mesh(c.mesh), {outside: "four"})
     run._before = {"length": Outcome({}, [], {"score": 5.0})}
-    assert run.scalars({}) == ({"eval/length/length": 8.0, "eval/length/length_change": 3.0}, [])
+    assert run.scalars({"vision": {}}, {}) == ({"eval/length/length": 8.0, "eval/length/length_change": 3.0}, [])
     run.tasks["length"].compared_in_training = False
-    assert run.scalars({}) == ({"eval/length/length": 8.0}, [])
+    assert run.scalars({"vision": {}}, {}) == ({"eval/length/length": 8.0}, [])
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,15 @@ def test_among_equals_the_first_wins():
     np.testing.assert_array_equal(found, np.arange(n))
 
 
+def test_scores_that_are_not_finite_are_wrong():
+    right = np.eye(3, dtype=bool)
+    answers = np.eye(3)
+    np.testing.assert_array_equal(retrieval.ranks(np.full((3, 3), np.nan), answers, right), [3, 3, 3])
+    # A wrong answer whose score is not finite is ahead of the right one.
+    answers[1, 0] = np.nan
+    np.testing.assert_array_equal(retrieval.ranks(np.eye(3), answers, right), [1, 3, 1])
+
+
 def test_tars_with_several_captions(tmp_path):
     (tmp_path / "test").mkdir()
     members = {}

@@ -106,6 +106,14 @@ def test_comparison(folders):
     assert found["mean_per_class_recall"]["mcnemar"] is None
 
 
+def test_scores_that_are_not_finite_are_wrong(folders):
+    task = prepare(folders)
+    model = Fake(task)
+    model.pooled[:2] = np.nan
+    found = task.evaluate(model)
+    assert not found.held["top1"][:2].any() and not found.held["top5"][:2].any()
+
+
 def test_tars_in_clip_benchmarks_layout(tmp_path):
     root = write_tars(tmp_path / "tars")
     for path in (root, root / "test"):

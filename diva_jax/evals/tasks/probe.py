@@ -1,0 +1,182 @@
+"""Probes of the frozen encoder: a linear classifier as CLIP_benchmark's, and nearest neighbours as DINO's.
+
+Both are fitted on the pooled embeddings of a training split, of length one, and scored on a test split.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diva_jax.common import fields
+from diva_jax.common.errors import UserError, listing
+from diva_jax.data import labelled
+from diva_jax.evals import Outcome, Settings, Task, encode, linear, stats
+from diva_jax.evals.tasks import zeroshot
+
+_TEST = ("test", "val")
+RULES = (
+    fields.at_least("neighbours", 1),
+    ("temperature", lambda t: t > 0, "must be above 0"),
+    ("held_out", lambda share: 0 < share < 1, "must be between 0 and 1"),
+    fields.at_least("weight_decay", 0),
+    fields.at_least("iterations", 1),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The section `config.eval.probe`."""
+
+    neighbours: int = 20  # The k of the nearest neighbours.
+    temperature: float = 0.07  # Of their votes.
+    weight_decay: float = 0.0  # Of the linear probe; 0: searched on a part of the training split.
+    held_out: float = 0.2  # That part's share, chosen by the seed.
+    iterations: int = 1000  # Of L-BFGS, at most.
+
+
+def default() -> ConfigDict:
+    """The options and their defaults."""
+    return ConfigDict(dataclasses.asdict(Options()))
+
+
+def splits(path: str) -> tuple[str, str]:
+    """(the training split, the test split) of a data path.
+
+    Args:
+      path: `train=PATH,test=PATH`, or a folder with the folders `train` and `test` (or `val`).
+
+    Raises:
+      UserError: it is neither, or both splits are the same.
+    """
+    if path.startswith("train="):
+        train, found, test = path.removeprefix("train=").partition(",test=")
+        if not (train and found and test):
+            raise UserError(f"--data=probe={path} must read train=PATH,test=PATH")
+    else:
+        root = Path(path).expanduser()
+        name = next((name for name in _TEST if (root / name).is_dir()), None)
+        if name is None or not (root / "train").is_dir():
+            raise UserError(f"{root} has no folders train and test: give one that has, or train=PATH,test=PATH")
+        train, test = str(root / "train"), str(root / name)
+    if train == test:
+        raise UserError(f"--data=probe={path} names one split twice: give a training and a test split")
+    return train, test
+
+
+def _check_labels(train: labelled.Images, test: labelled.Images) -> None:
+    """Raises a UserError where the splits do not have the same classes; names the image."""
+    if train.classes and test.classes and train.classes != test.classes:
+        strange = sorted(set(train.classes) ^ set(test.classes)) or ["their order"]
+        raise UserError(f"the training and the test split differ in the classes {listing(strange, 5)}: give equal ones")
+    known = set(train.targets)
+    for name, label in zip(test.names, test.targets, strict=True):
+        if label not in known:
+            raise UserError(f"{name} of the test split has the label {label}, which no training image has: correct it")
+    if min(known) < 0 or len(known) < 2:
+        raise UserError("a probe needs at least two classes, with labels from 0: correct the training split")
+
+
+class Probe(Task):
+    """The task; see `evals.Task`."""
+
+    title, items = "Probes", "images"
+
+    def __init__(self, path: str, options: Options, settings: Settings):
+        self.options, self.settings = options, settings
+        train, test = splits(path)
+        self.train, self.test = (zeroshot.open_data(p, "probe") for p in (train, test))
+        _check_labels(self.train, self.test)
+        self.train_labels, self.labels = np.asarray(self.train.targets), np.asarray(self.test.targets)
+        self.classes = int(self.train_labels.max()) + 1
+        self.count = len(self.test)
+        if options.neighbours > len(self.train):
+            raise UserError(
+                f"config.eval.probe.neighbours={options.neighbours} is more than the {len(self.train)} training images"
+            )
+        self.data = f"train={train},test={test}"
+        self.metrics = {}
+        for kind, name in (("linear", "linear probe"), ("knn", f"{options.neighbours} nearest neighbours")):
+            self.metrics[f"{kind}_acc1"] = {"title": f"{name}, accuracy @1", "unit": "%"}
+            if self.classes >= 5:
+                self.metrics[f"{kind}_acc5"] = {"title": f"{name}, accuracy @5", "unit": "%"}
+            self.metrics[f"{kind}_mean_per_class_recall"] = {"title": f"{name}, mean per-class recall", "unit": "%"}
+
+    def _weight_decay(self, x: np.ndarray) -> float:
+        """The option, or the decay with the best accuracy on the held-out part of the training split."""
+        if self.options.weight_decay:
+            return self.options.weight_decay
+        order = np.random.default_rng(self.settings.seed).permutation(len(x))
+        count = min(max(1, round(self.options.held_out * len(x))), len(x) - 1)
+        held, kept = order[:count], order[count:]
+
+        def accuracy(number: int) -> float:
+            logits = self._linear(x[kept], self.train_labels[kept], linear.DECAYS[number], x[held])
+            return float((logits.argmax(axis=1) == self.train_labels[held]).mean())
+
+        return float(linear.DECAYS[linear.search(accuracy)])
+
+    def _linear(self, x: np.ndarray, y: np.ndarray, decay: float, queries: np.ndarray) -> np.ndarray:
+        """Logits of the queries, [Q, C]."""
+        weights, biases = linear.fit(x, y, self.classes, decay, self.options.iterations)
+        return queries @ weights + biases
+
+    def _of(self, metric: str, held: dict) -> tuple[np.ndarray, dict]:
+        """The values whose mean the metric is, and how to resample them."""
+        kind, _, what = metric.partition("_")
+        hits = held[kind]
+        strata = self.labels if what == "mean_per_class_recall" else None
+        values = hits.any(axis=1) if what == "acc5" else hits[:, 0]
+        return values, dict(strata=strata, resamples=self.settings.bootstrap, seed=self.settings.seed)
+
+    def evaluate(self, model) -> Outcome:
+        """Both probes, and the predicted class of every test image."""
+        train, test = (encode.unit(model.images(s.read, len(s))["pooled"]) for s in (self.train, self.test))
+        decay = self._weight_decay(train)
+        o = self.options
+        outputs = {
+            "linear": self._linear(train, self.train_labels, decay, test),
+            "knn": linear.neighbours(test, train, self.train_labels, self.classes, o.neighbours, o.temperature),
+        }
+        held, rows = {}, []
+        for kind, output in outputs.items():
+            order = np.argsort(-output, axis=1, kind="stable")[:, :5]
+            held[kind] = order == self.labels[:, None]
+            rows += [
+                {
+                    "weights": model.label,
+                    "metric": f"{kind}_acc1",
+                    "item": i,
+                    "file": self.test.names[i],
+                    "truth": self._name(label),
+                    "predicted": self._name(order[i, 0]),
+                    "score": float(output[i, order[i, 0]]),
+                    "correct": int(held[kind][i, 0]),
+                }
+                for i, label in enumerate(self.labels)
+            ]
+        scores = {}
+        for metric in self.metrics:
+            values, how = self._of(metric, held)
+            interval = stats.percent(stats.bootstrap(values, **how))
+            scores[metric] = {"score": 100 * stats.mean(values, how["strata"]), "interval": interval}
+        return Outcome({"scores": scores, "weight_decay": decay, "training_images": len(self.train)}, rows, held)
+
+    def _name(self, label: int) -> str:
+        names = self.test.classes or []
+        return names[label] if label < len(names) else str(label)
+
+    def compare(self, before: Outcome, after: Outcome) -> dict:
+        """Paired differences; McNemar for the metrics that count each image once."""
+        scores = {}
+        for metric in self.metrics:
+            (b, how), (a, _) = self._of(metric, before.held), self._of(metric, after.held)
+            test = None if how["strata"] is not None else stats.mcnemar(b, a)
+            scores[metric] = stats.paired(b, a, **how) | {"mcnemar": test}
+        return {"scores": scores}
+
+
+def prepare(path: str, section: ConfigDict, settings: Settings) -> Probe:
+    """The task on `path`, see `splits`; each split as for `zeroshot`: class folders, tars or tfds."""
+    return Probe(path, Options(**section), settings)
