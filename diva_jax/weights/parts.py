@@ -105,7 +105,9 @@ def diffusers(source: str, config, field: str) -> Part:
     return Part(source, opened)
 
 
-def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfig) -> Part:
+def text_context(
+    source: str, prompt: str, tokens: int, config: TextEncoderConfig, mask_padding: bool = False
+) -> Part:
     """The last hidden state of a prompt, [1, tokens, width]: computed once, when it is loaded.
 
     Args:
@@ -113,6 +115,7 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
       prompt: its text.
       tokens: it is padded to this many.
       config: of the text encoder.
+      mask_padding: see `prompt.encode_prompt`.
     """
 
     def opened():
@@ -120,7 +123,7 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
         tensors = loading.open_diffusers(folder, config, "config.diffusion.text_encoder")
 
         def fill(state, put):
-            context = encode_prompt(folder, prompt, tokens, config, tensors)
+            context = encode_prompt(folder, prompt, tokens, config, tensors, mask_padding)
             ((_, var),) = nnx.to_flat_state(state)
             if context.shape != var.shape:
                 raise UserError(
