@@ -105,9 +105,7 @@ def diffusers(source: str, config, field: str) -> Part:
     return Part(source, opened)
 
 
-def text_context(
-    source: str, prompt: str, tokens: int, config: TextEncoderConfig, mask_padding: bool = False
-) -> Part:
+def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfig, mask_padding: bool = False) -> Part:
     """The last hidden state of a prompt, [1, tokens, width]: computed once, when it is loaded.
 
     Args:
