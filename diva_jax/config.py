@@ -75,11 +75,13 @@ def default(
     c.optim = ConfigDict()
     c.optim.name = "sgd"  # sgd or adamw.
     c.optim.lr = 1e-4  # Peak.
-    c.optim.warmup = 0.005  # Share of the steps, rounded up, from 0 to the peak; then cosine to 0.
+    c.optim.warmup = 0.005  # Share of the steps, rounded up, from 0 to the peak.
+    c.optim.schedule = "cosine"  # After the warm-up: cosine (to 0) or constant.
     c.optim.clip = 1.0  # Global norm of the gradient; 0: no clip.
     c.optim.momentum = 0.9  # sgd.
     c.optim.b1, c.optim.b2, c.optim.eps = 0.9, 0.999, 1e-8  # adamw.
     c.optim.weight_decay = 0.0  # adamw (decoupled) and sgd (added to the gradient).
+    c.optim.decay_all = False  # Decay biases, norms and all other vectors too; False: matrices and convolutions alone.
 
     c.data = ConfigDict()
     c.data.path = ""  # Tar shards (a folder, a glob, {00000..00331}.tar), an image folder, or tfds:name/split.
@@ -149,6 +151,7 @@ _RULES = (
     # float64 is for checks by finite differences, and needs JAX_ENABLE_X64.
     *(one_of(field, "float32", "bfloat16", "float64") for field in ("dtype", "frozen_dtype")),
     one_of("remat", "none", "vision", "all"),
+    one_of("optim.schedule", "cosine", "constant"),
     at_least("profile.steps", 0),
 )
 

@@ -10,13 +10,18 @@ from diva_jax.common.errors import UserError
 from diva_jax.objectives import Stage
 
 
-def learning_rate(stage: Stage, warmup: float) -> optax.Schedule:
-    """Linear from 0 over ceil(warmup * steps), then cosine to 0 at the stage's last step.
+def learning_rate(stage: Stage, warmup: float, schedule: str = "cosine") -> optax.Schedule:
+    """Linear from 0 over ceil(warmup * steps), then cosine to 0 at the stage's last step, or constant.
 
     The schedule's argument counts steps from the stage's start; its first value is 0 where there is a warm-up, which
     leaves at least one step after it.
     """
     warm = min(math.ceil(warmup * stage.steps), stage.steps - 1)
+    if schedule == "constant":
+        constant = optax.constant_schedule(stage.lr)
+        return (
+            optax.join_schedules([optax.linear_schedule(0.0, stage.lr, warm), constant], [warm]) if warm else constant
+        )
     return optax.warmup_cosine_decay_schedule(0.0 if warm else stage.lr, stage.lr, warm, stage.steps)
 
 
@@ -40,13 +45,13 @@ def optimizer(config, stage: Stage, scales: Mapping[str, float]) -> optax.Gradie
     Raises:
       UserError: an unknown optimizer.
     """
-    lr = learning_rate(stage, config.warmup)
-    decay = config.weight_decay
+    lr = learning_rate(stage, config.warmup, config.schedule)
+    decay, mask = config.weight_decay, None if config.decay_all else _decay_mask
     if config.name == "sgd":
-        chain = [optax.add_decayed_weights(decay, _decay_mask)] if decay else []
+        chain = [optax.add_decayed_weights(decay, mask)] if decay else []
         chain.append(optax.sgd(lr, config.momentum or None))
     elif config.name == "adamw":
-        chain = [optax.adamw(lr, config.b1, config.b2, config.eps, weight_decay=decay, mask=_decay_mask)]
+        chain = [optax.adamw(lr, config.b1, config.b2, config.eps, weight_decay=decay, mask=mask)]
     else:
         raise UserError(f"config.optim.name={config.name!r}: use sgd or adamw")
     if config.clip:

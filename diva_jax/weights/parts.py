@@ -105,7 +105,7 @@ def diffusers(source: str, config, field: str) -> Part:
     return Part(source, opened)
 
 
-def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfig) -> Part:
+def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfig, mask_padding: bool = False) -> Part:
     """Returns the part for the last hidden state of a prompt, [1, tokens, width], which is computed when it is loaded.
 
     Args:
@@ -113,6 +113,7 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
       prompt: the text.
       tokens: the number of tokens to which it is padded.
       config: the text encoder.
+      mask_padding: see `prompt.encode_prompt`.
     """
 
     def opened():
@@ -120,7 +121,7 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
         tensors = loading.open_diffusers(folder, config, "config.diffusion.text_encoder")
 
         def fill(state, put):
-            context = encode_prompt(folder, prompt, tokens, config, tensors)
+            context = encode_prompt(folder, prompt, tokens, config, tensors, mask_padding)
             ((_, var),) = nnx.to_flat_state(state)
             if context.shape != var.shape:
                 raise UserError(

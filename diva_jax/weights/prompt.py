@@ -13,8 +13,8 @@ from diva_jax.weights import loading
 from diva_jax.weights.tensors import Tensors
 
 
-def tokenize(folder: Path, prompt: str, length: int) -> np.ndarray:
-    """Returns token ids [1, length], int32, padded as the folder's tokenizer specifies.
+def tokenize(folder: Path, prompt: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (token ids, int32 [1, length], padded as the folder's tokenizer specifies; bool mask, false for padding).
 
     Raises:
       UserError: the tokenizer's files are missing or invalid.
@@ -24,11 +24,13 @@ def tokenize(folder: Path, prompt: str, length: int) -> np.ndarray:
     if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"]
-    return np.asarray([ids], np.int32)
+    found = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)
+    return np.asarray([found["input_ids"]], np.int32), np.asarray([found["attention_mask"]], bool)
 
 
-def encode_prompt(folder: Path, prompt: str, tokens: int, config: TextEncoderConfig, tensors: Tensors) -> np.ndarray:
+def encode_prompt(
+    folder: Path, prompt: str, tokens: int, config: TextEncoderConfig, tensors: Tensors, mask_padding: bool = False
+) -> np.ndarray:
     """Computes the last hidden state of a prompt, after the final LayerNorm.
 
     Args:
@@ -37,6 +39,7 @@ def encode_prompt(folder: Path, prompt: str, tokens: int, config: TextEncoderCon
       tokens: the number of tokens to which it is padded.
       config: the text encoder.
       tensors: the weights of the text encoder.
+      mask_padding: whether padding is not attended to. Stable Diffusion's own pipeline attends to it.
 
     Returns:
       float32 [1, tokens, width].
@@ -44,7 +47,8 @@ def encode_prompt(folder: Path, prompt: str, tokens: int, config: TextEncoderCon
     Raises:
       UserError: files are missing, or the weights do not fit `config`.
     """
-    ids = tokenize(folder / "tokenizer", prompt, tokens)
+    ids, mask = tokenize(folder / "tokenizer", prompt, tokens)
     graph, state = nnx.split(abstract(lambda rngs: TextEncoder(config, rngs=rngs)))
     encoder = nnx.merge(graph, loading.fill_diffusers(tensors, config, state))
-    return np.asarray(nnx.jit(lambda m, x: m(x))(encoder, jnp.asarray(ids)))
+    masks = (jnp.asarray(mask),) if mask_padding else ()
+    return np.asarray(nnx.jit(lambda m, *args: m(*args))(encoder, jnp.asarray(ids), *masks))

@@ -84,10 +84,10 @@ class Layer(nnx.Module):
         self.fc1 = layers.linear(n, config.mlp_dim)
         self.fc2 = layers.linear(config.mlp_dim, n)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, keys: Array | None = None) -> Array:
         y = self.layer_norm1(x)
         q, k, v = (heads(project(y), self.config.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        x = x + self.out_proj(attention(q, k, v, causal=True))
+        x = x + self.out_proj(attention(q, k, v, causal=True, mask=keys))
         return x + self.fc2(ACTIVATIONS[self.config.activation](self.fc1(self.layer_norm2(x))))
 
 
@@ -107,11 +107,13 @@ class TextEncoder(nnx.Module):
         self.layers = nnx.List(Layer(config, layers) for _ in range(config.layers))
         self.final_layer_norm = layers.layer_norm(config.width, config.norm_eps)
 
-    def __call__(self, tokens: Array) -> Array:
-        """Returns the last hidden state after the final LayerNorm. Padding is not masked.
+    def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
+        """Returns the last hidden state after the final LayerNorm.
 
         Args:
           tokens: [B, N] integers, N at most `context_length`.
+          mask: [B, N] bool, the tokens that are attended to (those before a query alone, as always); None: all, padding
+            included.
 
         Returns:
           [B, N, width], in `dtype`.
@@ -123,6 +125,7 @@ class TextEncoder(nnx.Module):
         if n > self.config.context_length:
             raise UserError(f"the text has {n} tokens, shorten it to {self.config.context_length}, the {_WHAT}'s limit")
         x = self.token_embedding(tokens) + self.position_embedding(jnp.arange(n))
+        keys = None if mask is None else mask[:, None, None]  # [B, 1, 1, N], for every head and query.
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, keys)
         return self.final_layer_norm(x)

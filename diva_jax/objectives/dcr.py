@@ -1,0 +1,389 @@
+"""DCR (arXiv 2603.04803): a contrastive loss between a frozen U-Net's predictions under different images' conditions.
+
+For images i of a group: noisy latents z_i at timestep t_i; the embedding e_i of the vision tower and e+_i of a jittered
+view; conditions c = text + projector(e) on every row of the text; P[i, j] = UNet(z_i, t_i, c_j), P+[i] = UNet(z_i, t_i,
+c+_i). With n(.) the flattened prediction divided by its norm and A_i = n(P[i, i]), the logits are products of A_i with
+n(P+[i]) and n(target_i), the positives, and n(P[i, j]), j != i, the negatives, over a temperature. The loss of an image
+is logsumexp(all logits) minus the mean of the two positives. The gradient reaches every condition.
+
+Stage 1 trains the projector; stage 2 trains low-rank adapters of the tower. What is said of the method here is what
+its authors' code (boyuh/DCR at c16d885) computes; each departure from it is a field of `Options`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from diva_jax.common.errors import UserError
+from diva_jax.costs import flops
+from diva_jax.data import inputs, jitter, preprocess
+from diva_jax.models import adapters, backbones
+from diva_jax.models.diffusion import schedule
+from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.unet import UNet
+from diva_jax.models.diffusion.vae import VAE
+from diva_jax.models.layers import Layers
+from diva_jax.models.projector import Projector
+from diva_jax.objectives import contract, draws
+from diva_jax.objectives.contrast import contrast
+from diva_jax.weights import parts
+
+Array = jax.Array
+
+SECTIONS = ("condition", "diffusion")
+FAITHFUL, EXACT = "faithful", "exact"
+TARGETS = {"epsilon": "epsilon", "velocity": "v_prediction", FAITHFUL: "v_prediction"}
+# Adapted layers, by architecture: all linear layers of the blocks, and the projection or the MLP of the pooling.
+_BLOCKS = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])"
+LORA_TARGETS = {"vit": rf"{_BLOCKS}|proj", "siglip": rf"{_BLOCKS}|attn_pool/mlp/fc[12]"}
+# PyTorch never calls this layer's own forward, so its adapter has no effect, but its bias is trained.
+_INERT = {"siglip": "attn_pool/proj"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`config.dcr`. "faithful" is what the authors' code does, "exact" what the models were trained on."""
+
+    group: int = 16  # Images that are compared with each other: group^2 + group U-Net passes.
+    tile: int = 17  # U-Net passes whose activations a chip holds at the same time; group + 1 avoids recomputation.
+    temperature: float = 0.1  # Of the logits.
+    projector_only: bool = False  # Whether the run ends after stage 1 (condition.warmup_steps steps).
+    # exact: what the U-Net predicts. faithful: velocity, for every U-Net. Or the name: epsilon, velocity.
+    target: str = EXACT
+    plus_space: str = EXACT  # exact: jitter of the image in [0, 1]. faithful: of the normalised one, clipped to [0, 1].
+    tower_norm: str = EXACT  # exact: the backbone's own mean/std. faithful: OpenAI's for all.
+    text_mask: str = EXACT  # exact: the prompt's tokens attend to padding, as in SD's pipeline. faithful: they do not.
+    schedule_dtype: str = EXACT  # Of the products of 1 - beta. exact: float32. faithful: config.dtype.
+    loss_dtype: str = EXACT  # Of predictions, logits and loss. exact: float32. faithful: config.dtype.
+    # faithful: as stage 2. exact: mean((UNet(z, t, c) - eps)^2), as the paper is said to do; not verified.
+    stage1_loss: str = FAITHFUL
+
+    def __post_init__(self):
+        for field in ("group", "tile"):
+            if (value := getattr(self, field)) < 2 - (field == "tile"):
+                raise UserError(f"config.dcr.{field}={value} must be at least {2 - (field == 'tile')}")
+        if self.temperature <= 0:
+            raise UserError(f"config.dcr.temperature={self.temperature} must be above 0")
+        for switch in SWITCHES:
+            known = (EXACT, FAITHFUL, *(("epsilon", "velocity") if switch == "target" else ()))
+            if (value := getattr(self, switch)) not in known:
+                raise UserError(f"config.dcr.{switch}={value!r}: use one of {', '.join(known)}")
+        if self.stage1_loss == EXACT and not self.projector_only:
+            raise UserError(
+                "config.dcr.stage1_loss=exact is another loss than stage 2's: run stage 1 by itself with "
+                "config.dcr.projector_only=True, then stage 2 from its result with config.condition.warmup_steps=0"
+            )
+
+
+SWITCHES = tuple(f.name for f in dataclasses.fields(Options) if f.default in (EXACT, FAITHFUL))
+
+
+def default() -> ConfigDict:
+    """The fields of `config.dcr`: see `Options`; `lora`: see `adapters.Lora`."""
+    c = ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
+    c.lora = ConfigDict(dataclasses.asdict(adapters.Lora(rank=16, alpha=16.0, dropout=0.1, biases=True)))
+    return c
+
+
+def options_of(config: ConfigDict) -> Options:
+    """`config.dcr` without `lora`."""
+    return Options(**{k: v for k, v in config.dcr.items() if k != "lora"})
+
+
+def recipe(config: ConfigDict) -> None:
+    """The authors' recipe: 256 images per step, in groups of 16; the constant learning rate of each stage."""
+    config.steps, config.batch_size = 4600, 256
+    config.condition.update(warmup_steps=100_000, warmup_lr=1e-4)
+    config.optim.update(name="adamw", lr=1e-5, weight_decay=0.01, decay_all=True, clip=1.0)
+    config.optim.update(schedule="constant", warmup=0.0)
+    config.diffusion.prompt = ""
+    config.data.image_size = config.backbone.image_size
+    config.dcr.lora.targets = LORA_TARGETS.get(config.backbone.arch, _BLOCKS)
+    config.trainable = ((".*", 0.0),)  # Beside the adapters, see `stages`.
+
+
+def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
+    """The projector for condition.warmup_steps, then the adapters (and what `config.trainable` names) for steps."""
+    lora, arch, warm = adapters.Lora(**config.dcr.lora), config.backbone.arch, config.condition.warmup_steps
+    alone = (("projector/.*", 1.0), (".*", 0.0))
+    first = contract.Stage("projector", 0, warm, config.condition.warmup_lr, alone)
+    if config.dcr.projector_only:
+        return (first,)
+    rows = lora.trainable("vision")
+    if lora.biases and arch in _INERT and not re.fullmatch(lora.targets, _INERT[arch]):
+        rows += ((f"vision/{_INERT[arch]}/bias", 1.0),)
+    rest = contract.tune(config, warm)
+    second = rest._replace(name="tower", trainable=rows + rest.trainable)
+    return (first, second) if warm else (second,)
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises a UserError where the batch cannot be divided into groups, or sizes or stages do not fit together."""
+    options = options_of(config)
+    adapters.Lora(**config.dcr.lora)
+    whole = options.group * config.accum
+    if config.batch_size % whole:
+        near = max(1, round(config.batch_size / whole)) * whole
+        raise UserError(
+            f"config.batch_size={config.batch_size} cannot be divided into groups of {options.group} images "
+            f"(config.dcr.group) x {config.accum} micro-batches (config.accum): use {near}"
+        )
+    if options.projector_only and not config.condition.warmup_steps:
+        raise UserError("config.dcr.projector_only=True trains nothing with config.condition.warmup_steps=0: set steps")
+    if config.data.image_size != config.backbone.image_size:
+        raise UserError(
+            f"config.data.image_size={config.data.image_size} and config.backbone.image_size="
+            f"{config.backbone.image_size} must be equal: the VAE and the vision tower of DCR see one view"
+        )
+
+
+class Draws(NamedTuple):
+    """The random numbers of B images.
+
+    Attributes:
+      timesteps: [B], int32, in 0..T-1.
+      noise, posterior: latents' shape [B, h, w, c], standard normal; of the diffusion, and of the VAE's posterior.
+      jitter: of the positive view.
+      dropout: PRNG keys of the adapters in the two passes of the tower, two arrays [B]; None: no dropout.
+    """
+
+    timesteps: Array
+    noise: Array
+    posterior: Array
+    jitter: jitter.Draw
+    dropout: tuple[Array, Array] | None
+
+
+def _largest_divisor(n: int, most: int) -> int:
+    return max(k for k in range(1, n + 1) if n % k == 0 and k <= max(1, most))
+
+
+class Objective(contract.Objective):
+    """`projector` is trained in stage 1, the adapters in `vision` in stage 2."""
+
+    compares_images = True
+
+    def __init__(self, config, *, rngs):
+        self.spec, self.options = backbones.spec_of(config), options_of(config)
+        self.diffusion = Diffusion.from_dict(config.diffusion.to_dict())
+        unet, cross = self.diffusion.unet, self.diffusion.unet.cross_attention_dim
+        if unet.class_embed_dim is not None:
+            raise UserError(
+                "the dcr objective has no class embedding to give to this U-Net "
+                "(class_embed_type is set): use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion"
+            )
+        dtype, frozen = jnp.dtype(config.dtype), jnp.dtype(config.frozen_dtype)
+        self.dtype = dtype
+        kw = dict(rngs=rngs, dtype=dtype)
+        self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=config.remat in ("vision", "all"), **kw)
+        self.lora = adapters.Lora(**config.dcr.lora)
+        adapters.adapt(self.vision, self.lora, rngs)
+        self.projector = Projector(self.spec.embed_dim, cross, Layers(rngs, dtype, jnp.float32))
+        self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
+        self.vae = VAE(self.diffusion.vae, param_dtype=frozen, **kw)
+        self.text_context = nnx.Variable(jnp.zeros((1, self.diffusion.text_tokens, cross), jnp.float32))
+
+    @property
+    def inputs(self) -> Mapping[str, inputs.Image]:
+        """{"image": uint8 [S, S, 3] at the vision tower's resolution}, for the VAE too."""
+        return {"image": inputs.Image(self.spec.image_size)}
+
+    def pretrained(self) -> Mapping[str, parts.Part]:
+        """All but the projector and the adapters."""
+        d, masked = self.diffusion, self.options.text_mask == FAITHFUL
+        return {
+            "vision": parts.vision(self.spec.source, self.spec, fresh=(adapters.FRESH,)),
+            "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet"),
+            "vae": parts.diffusers(d.source, d.vae, "config.diffusion.vae"),
+            "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder, masked),
+        }
+
+    def towers(self) -> Mapping[str, nnx.Module]:
+        return {"vision": adapters.merge(self.vision)}
+
+    @property
+    def conditions(self) -> int:
+        """U-Net passes per image."""
+        return 1 if self.options.stage1_loss == EXACT else self.options.group + 1
+
+    def flops_by_part(self) -> dict[str, float]:
+        """FLOPs of one image in one step of the last stage: "vae", "vision", "lora", "projector", "unet".
+
+        In stage 2, the tower and the projector, whose weights are frozen, have the forward work twice (the gradient of
+        the layers' inputs), the adapters three times. In stage 1, the tower has it once and the projector three times.
+        """
+        tower, lora_times, projector = (1, 1, 3) if self.options.projector_only else (2, 3, 2)
+        d, c = self.diffusion, self.diffusion.unet.cross_attention_dim
+        unet = flops.unet(d.unet, self.spec.image_size // d.vae.downscale, d.text_tokens)
+        lora = 0
+        for path, m in nnx.iter_modules(self.vision):
+            if isinstance(m, adapters.Update):
+                positions = 1 if path[0] == "attn_pool" else self.spec.patches + (self.spec.arch != "siglip")
+                lora += 2 * positions * (m.a.size + m.b.size)
+        return {
+            "vae": flops.vae(d.vae, self.spec.image_size),
+            "vision": 2 * tower * flops.vision(self.spec),
+            "lora": 2 * lora_times * lora,
+            "projector": 2 * projector * 2 * (self.spec.embed_dim * c + c * c),
+            "unet": self.conditions * (unet.forward + unet.backward),
+        }
+
+    def flops(self) -> float:
+        return sum(self.flops_by_part().values())
+
+    def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> Draws:
+        """From one key per image, [B]; each image's draw depends on its key alone."""
+
+        def one(key):
+            t, noise, posterior, plus, first, second = jax.random.split(key, 6)
+            steps = self.diffusion.scheduler.num_train_timesteps
+            normal = [jax.random.normal(k, latents_shape, jnp.float32) for k in (noise, posterior)]
+            return jax.random.randint(t, (), 0, steps), *normal, plus, (first, second)
+
+        timesteps, noise, posterior, plus, dropout = jax.vmap(one)(keys)
+        return Draws(timesteps, noise, posterior, jitter.draw(plus, self.spec.image_size), dropout)
+
+    def views(self, pixels: Array, drawn: jitter.Draw) -> tuple[Array, Array]:
+        """Pixels [B, S, S, 3] in [0, 1] -> (the tower's view, the jittered one)."""
+        own = self.options.tower_norm == EXACT
+        stats = (self.spec.mean, self.spec.std) if own else (backbones.OPENAI_MEAN, backbones.OPENAI_STD)
+        view = preprocess.normalise(pixels, *stats)
+        if self.options.plus_space == FAITHFUL:
+            return view, jitter.apply(view, drawn)
+        return view, preprocess.normalise(jitter.apply(pixels, drawn), *stats)
+
+    def embed(self, view: Array, dropout: Array | None) -> Array:
+        """The tower's pooled embedding, [B, d], not normalised."""
+        with jax.named_scope("vision"):
+            if dropout is None:
+                return self.vision.encode(view).pooled
+            with adapters.dropout(dropout):
+                return self.vision.encode(view).pooled
+
+    def alphas_cumprod(self) -> Array:
+        """[T] float32, rounded as `schedule_dtype` says."""
+        abar = jnp.asarray(schedule.alphas_cumprod(self.diffusion.scheduler))
+        return abar.astype(self.dtype).astype(abar.dtype) if self.options.schedule_dtype == FAITHFUL else abar
+
+    def goal(self, latents: Array, drawn: Draws, abar: Array) -> Array:
+        """What predictions are compared with, [B, h, w, c]."""
+        kind = TARGETS.get(self.options.target, self.diffusion.scheduler.prediction_type)
+        return schedule.target(latents, drawn.noise, abar, drawn.timesteps, kind)
+
+    def tiles(self, images: int) -> tuple[int, int]:
+        """(chunks of the micro-batch, conditions of the group + 1) that run at the same time.
+
+        A chunk of r images per chip under k conditions has at most `tile` passes; where all conditions fit, an image's
+        gradient is taken right after its passes; otherwise, its passes are computed again in the backward pass.
+        """
+        mesh, conditions = jax.sharding.get_abstract_mesh(), self.conditions
+        chips = 1 if mesh.empty else mesh.size
+        local = images // chips if images % chips == 0 else images
+        if self.options.tile >= conditions:
+            return local // _largest_divisor(local, self.options.tile // conditions), conditions
+        together = _largest_divisor(local, self.options.tile)
+        return local // together, _largest_divisor(conditions, self.options.tile // together)
+
+    def predict(self, noisy: Array, timesteps: Array, conditions: Array, together: int) -> Array:
+        """Predictions of B images under n conditions each, `together` of them at the same time.
+
+        Args:
+          noisy: [B, h, w, c].
+          timesteps: [B].
+          conditions: [B, n, C], added to every row of the text.
+          together: a divisor of n. Below n, the passes are computed again in the backward pass.
+
+        Returns:
+          [B, n, h, w, c], in the dtype of `loss_dtype`.
+        """
+        b, n, _ = conditions.shape
+
+        def some(p):
+            """[B, k, C] -> [B, k, h, w, c]."""
+
+            def each(x):
+                return jnp.repeat(x, p.shape[1], axis=0)
+
+            text = self.text_context[...].astype(p.dtype)
+            with jax.named_scope("unet"):
+                out = self.unet(each(noisy), each(timesteps), p.reshape(-1, 1, p.shape[-1]) + text)
+            return out.reshape(b, p.shape[1], *out.shape[1:])
+
+        if together == n:
+            out = some(conditions)
+        else:
+            tiles = jnp.moveaxis(conditions.reshape(b, n // together, together, -1), 1, 0)
+            out = jax.lax.map(jax.checkpoint(some), tiles)  # [n / together, B, together, h, w, c]
+            out = jnp.moveaxis(out, 0, 1).reshape(b, n, *out.shape[3:])
+        return out.astype(self._loss_dtype)
+
+    @property
+    def _loss_dtype(self):
+        return self.dtype if self.options.loss_dtype == FAITHFUL else jnp.promote_types(self.dtype, jnp.float32)
+
+    def forward(self, pixels: Array, drawn: Draws) -> tuple[Array, dict]:
+        """The loss and everything on the way to it.
+
+        Args:
+          pixels: [B, S, S, 3] in [0, 1]; images k * group to (k + 1) * group - 1 are compared.
+          drawn: the random numbers of each.
+
+        Returns:
+          (loss, {latents, noisy, goal [B, h, w, c]; embedding, plus_embedding [B, d]; context, context_plus [B, C];
+          predicted [B, g + 1, h, w, c]; contrast}); with the loss of reconstruction `contrast` and all of `predicted`
+          but the own condition's are missing.
+        """
+        g, b = self.options.group, pixels.shape[0]
+        with jax.named_scope("vae"):
+            latents = self.vae.sample(preprocess.vae_view(pixels), drawn.posterior)
+        abar = self.alphas_cumprod()
+        noisy = schedule.add_noise(latents, drawn.noise, abar, drawn.timesteps)
+        keys = drawn.dropout or (None, None)
+        embeddings = [self.embed(v, key) for v, key in zip(self.views(pixels, drawn.jitter), keys, strict=True)]
+        p, plus = (self.projector(e) for e in embeddings)
+        seen = dict(latents=latents, noisy=noisy, embedding=embeddings[0], plus_embedding=embeddings[1])
+        seen |= dict(context=p, context_plus=plus)
+        reconstruct = self.options.stage1_loss == EXACT
+        goal = drawn.noise if reconstruct else self.goal(latents, drawn, abar)
+        chunks, together = self.tiles(b)
+
+        def one_chunk(given, chunk):
+            (p, plus), (rows, noisy, t, goal) = given, chunk
+            if reconstruct:
+                predicted = self.predict(noisy, t, p[rows][:, None], 1)
+                loss = jnp.mean(jnp.square(predicted[:, 0] - goal.astype(predicted.dtype)))
+                return loss.astype(jnp.float32), {"predicted": predicted}
+            conditions = p.reshape(b // g, g, -1)[rows // g]  # [rows, g, C]
+            predicted = self.predict(noisy, t, jnp.concatenate([conditions, plus[rows][:, None]], axis=1), together)
+            found = contrast(predicted, goal.astype(predicted.dtype), rows % g, self.options.temperature)
+            return jnp.mean(found.losses).astype(jnp.float32), {"predicted": predicted, "contrast": found}
+
+        def apart(x):
+            """[B, ...] -> [chunks, B / chunks, ...]; chunk a has images a, a + chunks, ...: none changes its chip."""
+            return jnp.swapaxes(x.reshape(b // chunks, chunks, *x.shape[1:]), 0, 1)
+
+        parts_of = jax.tree.map(apart, (jnp.arange(b), noisy, drawn.timesteps, goal))
+        value, found = draws.weighted_sum(one_chunk, (p, plus), parts_of, jnp.full((chunks,), 1 / chunks, jnp.float32))
+        joined = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(b, *x.shape[2:]), found)
+        return value, {**seen, "goal": goal, **joined}
+
+    def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:
+        """One micro-batch.
+
+        Args:
+          batch: {"image": uint8 [B, S, S, 3]}, B a multiple of the group.
+          keys: PRNG keys, one per image, [B].
+
+        Returns:
+          (loss, {"loss": the same}).
+        """
+        pixels = preprocess.to_float(batch["image"])
+        h, w = (s // self.vae.config.downscale for s in pixels.shape[1:3])
+        value, _ = self.forward(pixels, self.draw(keys, (h, w, self.vae.config.latent_channels)))
+        return value, {"loss": value}

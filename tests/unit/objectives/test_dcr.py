@@ -1,0 +1,211 @@
+"""DCR: groups and tiles do not change the result, what each stage trains, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from diva_jax import config, objectives
+from diva_jax.common.errors import UserError
+from diva_jax.data import jitter
+from diva_jax.models import backbones
+from diva_jax.models.backbones import HALF
+from diva_jax.objectives.contrast import contrast
+from diva_jax.training import partition
+
+SPEC = dataclasses.replace(small.SPEC, image_size=28)  # Latents of side 14, then 7.
+SIGLIP = dataclasses.replace(SPEC, arch="siglip", embed_dim=24, activation="gelu_tanh", mean=HALF, std=HALF)
+
+
+def dcr_config(spec=SPEC, **fields):
+    """Float32, groups of 4, batches of 16; `fields` of config.dcr."""
+    c = config.default(spec, small.diffusion(), "dcr")
+    c.update(dtype="float32", frozen_dtype="float32", steps=3, batch_size=16)
+    c.diffusion.text_tokens = 6
+    c.condition.warmup_steps = 2
+    c.optim.lr = 1e-3
+    c.dcr.group = 4
+    c.dcr.lora.rank = 3
+    c.dcr.update(fields)
+    return c
+
+
+def two_steps(devices: int, tile: int) -> tuple[list, dict]:
+    """(loss and gradient norm of two steps of stage 2, the parameters after them)."""
+    p = small.program(dcr_config(tile=tile), devices)
+    # Small adapters, so that rounding is not amplified.
+    arrays = {n: 0.05 * a if n.endswith("lora/b") else a for n, a in small.random_arrays(p).items()}
+    frozen = {n: arrays[n] for n in p.abstract_frozen()}
+    state = p.init_state({n: arrays[n] for n in p.trained})
+    state["opt"] = p.init_opt(1, state["params"])
+    step, seen = p.step(1), []
+    for i in range(2):
+        state, metrics = step(state, frozen, small.batch(p, i))
+        seen += [float(metrics["loss"]), float(metrics["grad_norm"])]
+    return seen, jax.device_get(state["params"])
+
+
+def test_neither_devices_nor_tiles_change_the_step():
+    """Eight devices hold half a group each; passes one condition at a time are computed again in the backward pass."""
+    want, params = two_steps(1, tile=5)
+    for devices, tile in ((8, 2), (1, 11)):
+        seen, ours = two_steps(devices, tile)
+        np.testing.assert_allclose(seen, want, rtol=1e-5, err_msg=f"{devices} devices, tile {tile}")
+        for name, array in params.items():
+            np.testing.assert_allclose(ours[name], array, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("images", "group", "tile", "chunks", "together"),
+    [(16, 16, 17, 16, 17), (16, 16, 40, 8, 17), (16, 16, 8, 2, 1), (6, 3, 100, 1, 4), (6, 3, 3, 2, 1), (2, 2, 1, 2, 1)],
+)
+def test_a_tile_holds_at_most_its_passes(images, group, tile, chunks, together):
+    c = dcr_config(group=group, tile=tile)
+    c.batch_size = images
+    objective = small.program(c).objective
+    assert objective.tiles(images) == (chunks, together)
+    assert images // chunks * together <= tile
+
+
+def test_contrast_is_the_formula():
+    """Against the sums written out in float64, with logits past the range of exp in float32."""
+    rng = np.random.default_rng(0)
+    predicted, goal = rng.normal(size=(5, 4, 2, 3, 1)), rng.normal(size=(5, 2, 3, 1))
+    anchors, tau = np.array([0, 1, 2, 0, 1]), 0.004
+    found = contrast(*(jnp.asarray(x, jnp.float32) for x in (predicted, goal)), jnp.asarray(anchors), tau)
+    for i, a in enumerate(anchors):
+        unit = [p.ravel() / np.linalg.norm(p) for p in (*predicted[i], goal[i])]
+        s = np.array([unit[a] @ u for u in unit]) / tau
+        z = np.log(sum(np.exp(x.astype(np.longdouble)) for k, x in enumerate(s) if k != a))
+        np.testing.assert_allclose(found.losses[i], [z - s[3], z - s[4]], rtol=2e-5, atol=1e-4)
+        np.testing.assert_allclose(found.others[i], s[:3], rtol=1e-5, atol=1e-4)
+    zero = jax.grad(lambda x: contrast(x, jnp.ones((1, 2, 2, 1)), jnp.array([0]), 0.1).losses.sum())(
+        jnp.zeros((1, 3, 2, 2, 1))
+    )
+    assert np.isfinite(zero).all()
+
+
+@pytest.mark.parametrize("spec", [SPEC, SIGLIP], ids=["vit", "siglip"])
+def test_each_stage_trains_its_own(spec):
+    p = small.program(dcr_config(spec))
+    assert [(s.name, s.start, s.end, s.lr) for s in p.stages] == [("projector", 0, 2, 1e-4), ("tower", 2, 5, 1e-3)]
+    first, second = (set(p.active(i)) for i in (0, 1))
+    assert {n.split("/")[0] for n in first} == {"projector"} and len(first) == 6
+    adapted = {n.rpartition("/lora/")[0] for n in second if "/lora/" in n}
+    block = {f"vision/blocks/{i}/{layer}" for i in (0, 1) for layer in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")}
+    pool = {"vision/attn_pool/mlp/fc1", "vision/attn_pool/mlp/fc2"}
+    assert adapted == block | ({"vision/proj"} if spec is SPEC else pool)
+    biases = {n for n in second if n.endswith("/bias")}
+    inert = {"vision/attn_pool/proj/bias"} if spec is SIGLIP else set()
+    assert biases == {f"{n}/bias" for n in adapted if n != "vision/proj"} | inert
+    assert second == biases | {f"{n}/lora/{x}" for n in adapted for x in "ab"}
+    qkv = p.arrays["vision/blocks/0/attn/qkv/lora/a"]
+    assert qkv.shape == (3, spec.width, 3)
+    assert set(p.towers.shapes) == {"vision"}  # Merged, and checked to be those of the backbone.
+
+
+def test_published_recipe():
+    c = config.default("vitl14", objective="dcr")
+    o = c.optim
+    assert (o.name, o.lr, o.weight_decay, o.clip, o.schedule, o.decay_all) == (
+        "adamw",
+        1e-5,
+        0.01,
+        1.0,
+        "constant",
+        True,
+    )
+    assert (c.batch_size, c.dcr.group, c.data.image_size, c.diffusion.prompt) == (256, 16, 224, "")
+    stages = objectives.stages(c)
+    assert [(s.steps, s.lr) for s in stages] == [(100_000, 1e-4), (4600, 1e-5)]
+    lora = c.dcr.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.biases) == (16, 16.0, 0.1, True)
+    switches = ("target", "plus_space", "tower_norm", "text_mask", "schedule_dtype", "loss_dtype", "stage1_loss")
+    config.faithful(c)
+    assert all(c.dcr[s] == "faithful" for s in switches)
+    p = small.program(config.default("vitl14", objective="dcr"))
+    sizes = {True: 0, False: 0}
+    for name in p.active(1):
+        sizes["/lora/" in name] += p.arrays[name].size
+    assert sizes == {True: 7_106_560, False: 221_184}
+    # 17 passes, each at 28 x 28 latents; the attention over pixels shrinks more than the rest.
+    passes = p.objective.flops_by_part()["unet"] / (17 * (28 / 64) ** 2 * 1.671e12)
+    assert 0.8 < passes < 1
+
+
+def test_normalisation_and_the_space_of_the_jitter():
+    pixels = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 28, 28, 3)), jnp.float32)
+    nothing = (jnp.arange(4), jnp.array([1.0, 1, 1, 0]), jnp.array([0, 0, 28, 28]), jnp.array(False), jnp.array(False))
+    nothing = jitter.Draw(*(jnp.stack([x, x]) for x in nothing))
+    view, plus = small.program(dcr_config(SIGLIP)).objective.views(pixels, nothing)
+    np.testing.assert_allclose(view, 2 * pixels - 1, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(plus, view, rtol=1e-4, atol=1e-5)
+    faithful = dcr_config(SIGLIP, tower_norm="faithful", plus_space="faithful")
+    view, plus = small.program(faithful).objective.views(pixels, nothing)
+    mean, std = np.array(backbones.OPENAI_MEAN), np.array(backbones.OPENAI_STD)
+    np.testing.assert_allclose(view, (pixels - mean) / std, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(plus, np.clip(view, 0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_schedule_rounded_to_bfloat16():
+    c = dcr_config(schedule_dtype="faithful")
+    c.dtype = "bfloat16"
+    abar = np.asarray(small.program(c).objective.alphas_cumprod())
+    assert abar.dtype == np.float32 and (abar[:2] == 1).all() and len(set(abar[:100])) == 28
+    exact = np.asarray(small.program(dcr_config()).objective.alphas_cumprod())
+    np.testing.assert_allclose(np.sqrt(1 - exact[:2]), [0.029, 0.041], atol=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (dict(batch_size=20, accum=2), "batch_size=20 cannot be divided into groups of 4 images .* use (16|24)"),
+        (dict(data__image_size=64), "see one view"),
+        (dict(dcr__projector_only=True, condition__warmup_steps=0), "trains nothing"),
+        (dict(dcr__stage1_loss="exact"), "run stage 1 by itself"),
+        (dict(dcr__target="noise"), "use one of exact, faithful, epsilon, velocity"),
+        (dict(dcr__group=1), "group=1 must be at least 2"),
+        (dict(dcr__tile=0), "tile=0 must be at least 1"),
+        (dict(dcr__temperature=0.0), "must be above 0"),
+        (dict(dcr__lora__rank=0), "lora.rank=0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields, says):
+    c = dcr_config()
+    for name, value in fields.items():
+        *path, leaf = name.split("__")
+        node = c
+        for part in path:
+            node = node[part]
+        node[leaf] = value
+    with pytest.raises(UserError, match=says):
+        config.validate(c, 1)
+
+
+def test_targets_that_match_nothing_are_refused_before_anything_loads():
+    c = dcr_config()
+    c.dcr.lora.targets = "blocks/7/.*"
+    with pytest.raises(UserError, match="lora.targets='blocks/7/.*' matches no layer"):
+        small.program(c)
+    c = dcr_config()
+    c.diffusion.unet.class_embed_type, c.diffusion.unet.projection_class_embeddings_input_dim = "projection", 8
+    with pytest.raises(UserError, match="no class embedding"):
+        small.program(c)
+
+
+def test_projector_alone_reconstructs():
+    """The mean squared error of one pass per image."""
+    c = dcr_config(projector_only=True, stage1_loss="exact", tile=3)
+    config.validate(c, 1)
+    p = small.program(c)
+    assert [s.name for s in p.stages] == ["projector"] and p.objective.conditions == 1
+    module = p.skeleton.merge(small.random_arrays(p))
+    pixels = jnp.asarray(np.random.default_rng(1).uniform(size=(4, 28, 28, 3)), jnp.float32)
+    drawn = module.draw(jax.random.split(jax.random.key(0), 4), (14, 14, 4))
+    value, seen = jax.jit(module.forward)(pixels, drawn)
+    np.testing.assert_allclose(value, np.mean((seen["predicted"][:, 0] - drawn.noise) ** 2), rtol=1e-5)
+    assert seen["predicted"].shape == (4, 1, 14, 14, 4)
+    assert set(partition.scales(p.stages[0].trainable, p.arrays).values()) == {0.0, 1.0}
