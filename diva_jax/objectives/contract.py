@@ -1,6 +1,6 @@
 """What an objective is: the one class that the loop, the step, evaluation and export know."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ class Stage(NamedTuple):
       start, end: global steps, end exclusive.
       lr: peak.
       trainable: rows as in `config.trainable`: ((regex, learning-rate scale), ...).
+      schedule: step of the stage, from 0 -> learning rate; None: as `config.optim` says.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Stage(NamedTuple):
     end: int
     lr: float
     trainable: tuple[tuple[str, float], ...]
+    schedule: Callable[[jax.Array], jax.Array] | None = None
 
     @property
     def steps(self) -> int:

@@ -71,6 +71,8 @@ class TextSpec:
         case and punctuation kept).
       activation: of the MLPs; empty: the vision tower's.
       eos_id: see `pool`.
+      kept_positions: where a checkpoint has another context_length: that many position embeddings are kept and the
+        others are stretched to fit, see `weights.resample.to_context`; -1: such a checkpoint is refused.
     """
 
     context_length: int = 77
@@ -86,6 +88,7 @@ class TextSpec:
     tokenizer: str = "clip"
     activation: str = ""
     eos_id: int = 2
+    kept_positions: int = -1
 
 
 # Of a backbone that has a vision tower alone.
