@@ -17,7 +17,7 @@ class Stage(NamedTuple):
       start, end: global steps, end exclusive.
       lr: peak.
       trainable: rows as in `config.trainable`: ((regex, learning-rate scale), ...).
-      schedule: step of the stage, from 0 -> learning rate; None: as `config.optim` says.
+      rate: the learning rate by step of the stage, from 0 on; None: as `config.optim` says.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Stage(NamedTuple):
     end: int
     lr: float
     trainable: tuple[tuple[str, float], ...]
-    schedule: Callable[[jax.Array], jax.Array] | None = None
+    rate: Callable[[jax.Array], jax.Array] | None = None
 
     @property
     def steps(self) -> int:

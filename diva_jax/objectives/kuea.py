@@ -55,7 +55,9 @@ class Options:
     kernel_params: str = EXACT  # exact: gamma and c are trained (polynomial). faithful: constant.
     first_step_lr: str = EXACT  # exact: the warm-up holds from the first step. faithful: the first step has the peak.
     teacher_norm: str = EXACT  # exact: the teacher's mean/std. faithful: the backbone's.
-    teacher_resize: str = EXACT  # exact: prepared for the teacher from the image. faithful: the backbone's view, resized.
+    teacher_resize: str = (
+        EXACT  # exact: prepared for the teacher from the image. faithful: the backbone's view, resized.
+    )
     teacher_crop_from: int = 256  # exact: the image is resized to this before the teacher's central crop [pixels].
 
     def __post_init__(self):
@@ -104,14 +106,14 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     options, stage = _options(config), contract.tune(config)
     warm = min(math.ceil(config.optim.warmup * stage.steps - 1e-6), stage.steps - 1)
 
-    def schedule(step: Array) -> Array:
+    def rate(step: Array) -> Array:
         up = stage.lr * (step + 1) / max(warm, 1)
         down = 0.5 * stage.lr * (1 + jnp.cos(jnp.pi * (step - warm) / (stage.steps - warm)))
         lr = jnp.where(step < warm, up, down)
         return jnp.where(step == 0, stage.lr, lr) if options.first_step_lr == FAITHFUL else lr
 
     rows = (("kernel_params", 1.0),) if options.trains_kernel else ()
-    return (stage._replace(trainable=(*rows, *stage.trainable), schedule=schedule),)
+    return (stage._replace(trainable=(*rows, *stage.trainable), rate=rate),)
 
 
 def _products(x: Array) -> tuple[Array, Array]:

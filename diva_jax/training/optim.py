@@ -15,10 +15,10 @@ def learning_rate(stage: Stage, warmup: float) -> optax.Schedule:
     """Linear from 0 over ceil(warmup * steps), then cosine to 0 at the stage's last step.
 
     The schedule's argument counts steps from the stage's start; its first value is 0 where there is a warm-up, which
-    leaves at least one step after it. A stage with a schedule of its own has that one.
+    leaves at least one step after it. A stage that has a `rate` of its own has that one.
     """
-    if stage.schedule is not None:
-        return stage.schedule
+    if stage.rate is not None:
+        return stage.rate
     warm = min(math.ceil(warmup * stage.steps), stage.steps - 1)
     return optax.warmup_cosine_decay_schedule(0.0 if warm else stage.lr, stage.lr, warm, stage.steps)
 

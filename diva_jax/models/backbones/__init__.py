@@ -163,6 +163,18 @@ _L14 = Spec(
     add_text="token",
     readout="cls + mean(random 76), l2",
 )
+# OpenAI's ViT-B/16, which DIVA's authors did not tune.
+VIT_B16 = Spec(
+    open_clip_name="ViT-B-16-quickgelu",
+    source="hf-hub:timm/vit_base_patch16_clip_224.openai",
+    patch_size=16,
+    width=768,
+    layers=12,
+    heads=12,
+    mlp_dim=3072,
+    embed_dim=512,
+    text=TextSpec(width=512, heads=8, layers=12, mlp_dim=2048),
+)
 _H14_TEXT = TextSpec(width=1024, heads=16, layers=24, mlp_dim=4096)
 _H14 = Spec(
     open_clip_name="ViT-H-14-quickgelu",

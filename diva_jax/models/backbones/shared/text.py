@@ -68,9 +68,7 @@ class Text(nnx.Module):
       UserError: `spec` has no text tower, or its pooling is not known.
     """
 
-    def __init__(
-        self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False
-    ):
+    def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False):
         make, text = Layers(rngs, dtype, param_dtype), spec.text
         if not spec.has_text:
             raise UserError(f"a {spec.arch} backbone has no text tower: use what needs images alone")
