@@ -83,7 +83,8 @@ class MaskNet(nnx.Module):
         self.blocks = nnx.List([block])
         self.norm = make.layer_norm(width, eps)
         self.query = make.param(nnx.initializers.normal(width**-0.5), width)
-        self.keys, self.values = make.linear(width, width), make.linear(width, width)
+        # A bias of the keys would add the same to every score of the query.
+        self.keys, self.values = make.linear(width, width, bias=False), make.linear(width, width)
         self.proj = make.linear(width, spec.embed_dim)
 
     def __call__(self, states: Array) -> Array:
@@ -132,7 +133,7 @@ class Objective(contract.Objective):
         self.micro_batch = config.batch_size // config.accum
         if not self.spec.has_text:
             raise UserError(
-                f"config.objective=smartclip trains a text tower, but a {self.spec.arch} backbone without one is given: "
+                f"config.objective=smartclip trains a text tower, but the {self.spec.arch} backbone has none: "
                 "use a CLIP backbone"
             )
         kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), remat=config.remat in ("vision", "all"))

@@ -1,4 +1,4 @@
-"""KUEA's golden file, and what its arrays do not pin: exact switches, a resized teacher input, and the other kernels."""
+"""KUEA's golden file, and what its arrays do not pin: exact switches, a resized teacher input, other kernels."""
 
 import sys
 
