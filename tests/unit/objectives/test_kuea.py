@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from specs import DINOV2_REG
 from traced import traced
 
@@ -70,16 +68,17 @@ def test_at_the_start_the_distance_to_the_original_is_zero(kernel):
 
     trained = {n: arrays[n] for n in p.trained}
     (value, metrics), grads = jax.jit(jax.value_and_grad(losses, has_aux=True))(trained)
-    assert metrics["loss_clean"] == 0 and metrics["loss_kernel"] > 0
-    assert value == pytest.approx(float(0.5 * metrics["loss_kernel"]))
+    assert metrics["loss_clean"] < 1e-9 and metrics["loss_kernel"] > 0
+    assert value == pytest.approx(float(0.5 * metrics["loss_kernel"]), abs=1e-8)
     assert all(np.isfinite(g).all() for g in grads.values())
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(2, 7), st.integers(1, 9), st.floats(0.01, 2), st.floats(0.05, 3), st.floats(0.1, 20))
-def test_only_the_ratio_of_gamma_and_c_matters(count, width, gamma, c, factor):
+@pytest.mark.parametrize("seed", range(6))
+def test_only_the_ratio_of_gamma_and_c_matters(seed):
     """So gamma dL/dgamma + c dL/dc = 0 for every L of the kernel; the diagonal is 1 and the kernel symmetric."""
-    rng = np.random.default_rng(count)
+    rng = np.random.default_rng(seed)
+    count, width = rng.integers(2, 8), rng.integers(1, 10)
+    gamma, c, factor = np.exp(rng.uniform(-4, 1)), np.exp(rng.uniform(-3, 1)), np.exp(rng.uniform(-2, 3))
     x, probe = rng.normal(size=(count, width)), rng.normal(size=(count, count))
     with jax.enable_x64(True):
         one = kuea.polynomial(jnp.asarray(x), gamma, c)
@@ -111,7 +110,7 @@ def test_inputs_follow_the_switches(mode):
 
 
 def test_flops_are_those_of_the_traced_program():
-    p = small.program(settings_of("faithful"))
+    p = small.program(settings_of())  # Faithful, the teacher's input is resized with products too.
     batch = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.abstract_batch().items()}
     shapes = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.arrays.items()}
     trained = {n: shapes.pop(n) for n in p.trained}
@@ -120,12 +119,8 @@ def test_flops_are_those_of_the_traced_program():
         return p.skeleton.merge(trained, frozen).loss(batch, None)[0]
 
     counted = traced(jax.make_jaxpr(jax.value_and_grad(loss))(trained, shapes, batch).jaxpr) / 16
-    spec, parts = p.objective.spec, p.objective.flops_by_part()
-    # The pixels have no gradient; of the tokens, which are projected too, there is no loss.
-    tokens = 2 * 2 * spec.patches * spec.width * spec.embed_dim
-    resize = counted - (p.objective.flops() - patch_flops(spec) - tokens)
-    assert p.objective.flops() == sum(parts.values())
-    assert abs(resize) < 0.01 * counted
+    # The pixels have no gradient.
+    assert counted == p.objective.flops() - patch_flops(p.objective.spec)
 
 
 @pytest.mark.parametrize(
