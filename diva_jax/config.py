@@ -81,7 +81,8 @@ def default(
     c.optim.momentum = 0.9  # sgd.
     c.optim.b1, c.optim.b2, c.optim.eps = 0.9, 0.999, 1e-8  # adamw.
     c.optim.weight_decay = 0.0  # adamw (decoupled) and sgd (added to the gradient).
-    c.optim.decay_all = False  # Decay biases, norms and all other vectors too; False: matrices and convolutions alone.
+    c.optim.decay_all = False  # Decay biases, norms and all other vectors too; False: only matrices and convolutions.
+    c.optim.no_decay = ""  # regex over parameter names that weight decay does not reach; it must match the whole name.
 
     c.data = ConfigDict()
     c.data.path = ""  # Tar shards (a folder, a glob, {00000..00331}.tar), an image folder, or tfds:name/split.

@@ -8,6 +8,7 @@ from PIL import Image
 from diva_jax.common.errors import UserError
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESIZE_MODES = ("shortest", "squash")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would also pass PostScript to Ghostscript.
 _MAX_PIXELS = 2**27  # 400 MB decoded; a larger image is taken for a decompression bomb.
 

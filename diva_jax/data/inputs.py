@@ -5,6 +5,7 @@ The pipeline, the abstract batch of the train step and the checks at the start o
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL.Image import Image as PILImage
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import crop
+from diva_jax.data import crop, images
 from diva_jax.data.tokenizers import Tokenizer
 
 
@@ -88,6 +89,60 @@ class Image:
     def open(self, config) -> Callable[[Example], np.ndarray]:
         size, interpolation = self.size, config.crop.interpolation
         return lambda example: crop.resized_crop(example.image, example.box, size, interpolation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The image as it is prepared for an evaluation, without random choices: `images.prepare`, bit for bit.
+
+    Attributes:
+      size: side of the result [pixels].
+      resize_mode, interpolation: see `images.prepare`.
+      resize: where it is not 0, the image is prepared at this size and the central `size` pixels of each side are kept,
+        as transforms do that resize to 256 and crop 224 [pixels].
+    """
+
+    size: int
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
+    resize: int = 0
+    needs_text = False
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise UserError(f"an image input of {self.size} pixels cannot be made: use 1 or more")
+        if self.resize and self.resize < self.size:
+            raise UserError(
+                f"{self.size} pixels cannot be cropped from an image of {self.resize}: resize it to {self.size} or more"
+            )
+        if self.resize_mode not in images.RESIZE_MODES:
+            raise UserError(
+                f"resize_mode={self.resize_mode!r} is not known: use one of {', '.join(images.RESIZE_MODES)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.size, self.size, 3
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8)
+
+    def open(self, config) -> Callable[[Example], np.ndarray]:
+        side = self.resize or self.size
+        first = (side - self.size) // 2
+        kept = slice(first, first + self.size)
+        return lambda example: images.prepare(example.image, side, self.resize_mode, self.interpolation)[kept, kept]
+
+
+def first_sentences(text: str, rng: np.random.Generator) -> str:
+    """The first n sentences of a text, n uniform from 1 to all of them: a `choose` for `Tokens`.
+
+    A sentence ends at ".", "!" or "?" before white space. The result is what the text begins with, unchanged.
+    """
+    ends = [m.end() for m in re.finditer(r"[.!?](?=\s)", text.rstrip())]
+    ends.append(len(text.rstrip()))
+    return text[: ends[rng.integers(len(ends))]]
 
 
 @dataclasses.dataclass(frozen=True)

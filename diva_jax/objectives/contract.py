@@ -1,6 +1,6 @@
 """The base class of objectives: the interface for the train loop, the step, evaluation and export."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ class Stage(NamedTuple):
       start, end: global steps, end exclusive.
       lr: the peak learning rate.
       trainable: rows as in `config.trainable`: ((regex, learning-rate scale), ...).
+      rate: the learning rate by step of the stage, from 0 on; None: as `config.optim` says.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Stage(NamedTuple):
     end: int
     lr: float
     trainable: tuple[tuple[str, float], ...]
+    rate: Callable[[jax.Array], jax.Array] | None = None
 
     @property
     def steps(self) -> int:

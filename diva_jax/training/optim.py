@@ -1,7 +1,8 @@
 """Optimizer and learning-rate schedule of a stage, from the config."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 
 import jax
 import optax
@@ -14,8 +15,10 @@ def learning_rate(stage: Stage, warmup: float, schedule: str = "cosine") -> opta
     """Linear from 0 over ceil(warmup * steps), then cosine to 0 at the stage's last step, or constant.
 
     The schedule's argument counts steps from the stage's start; its first value is 0 where there is a warm-up, which
-    leaves at least one step after it.
+    leaves at least one step after it. A stage that has a `rate` of its own has that one.
     """
+    if stage.rate is not None:
+        return stage.rate
     warm = min(math.ceil(warmup * stage.steps), stage.steps - 1)
     if schedule == "constant":
         constant = optax.constant_schedule(stage.lr)
@@ -29,9 +32,20 @@ def _scale_by_name(scales: Mapping[str, float]) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: {n: u * scales[n] for n, u in updates.items()})
 
 
-def _decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
-    """Weight decay reaches matrices and convolutions, not biases, norms and embeddings of one axis."""
-    return {n: p.ndim > 1 for n, p in params.items()}
+def _decay_mask(config) -> Callable[[Mapping[str, jax.Array]], dict[str, bool]]:
+    """Weight decay reaches matrices and convolutions, and with `decay_all` biases, norms and embeddings of one axis.
+
+    It reaches no parameter whose whole name matches `no_decay`.
+    """
+    try:
+        spared = re.compile(config.no_decay)
+    except re.error as e:
+        raise UserError(f"config.optim.no_decay={config.no_decay!r} is no regular expression ({e})") from e
+
+    def mask(params):
+        return {n: (config.decay_all or p.ndim > 1) and not spared.fullmatch(n) for n, p in params.items()}
+
+    return mask
 
 
 def optimizer(config, stage: Stage, scales: Mapping[str, float]) -> optax.GradientTransformation:
@@ -43,10 +57,10 @@ def optimizer(config, stage: Stage, scales: Mapping[str, float]) -> optax.Gradie
       scales: name -> learning-rate scale, for the trained parameters.
 
     Raises:
-      UserError: an unknown optimizer.
+      UserError: an unknown optimizer, or a `no_decay` that is no regular expression.
     """
     lr = learning_rate(stage, config.warmup, config.schedule)
-    decay, mask = config.weight_decay, None if config.decay_all else _decay_mask
+    decay, mask = config.weight_decay, _decay_mask(config)
     if config.name == "sgd":
         chain = [optax.add_decayed_weights(decay, mask)] if decay else []
         chain.append(optax.sgd(lr, config.momentum or None))

@@ -54,23 +54,27 @@ def check_text(source: origins.ClipSource, spec: Spec) -> None:
     if source.spec is None:
         return
     there, here = source.spec.text, spec.text
+    free = {"kept_positions"} | ({"context_length"} if here.kept_positions >= 0 else set())
     wrong = [
         f"{f.name} is {getattr(there, f.name)!r} there and {getattr(here, f.name)!r} in the config"
         for f in dataclasses.fields(here)
-        if getattr(there, f.name) != getattr(here, f.name)
+        if getattr(there, f.name) != getattr(here, f.name) and f.name not in free
     ]
     if wrong:
         raise UserError(f"{source.where} has another text tower than config.backbone.text: {'; '.join(wrong)}")
 
 
 def fill_text(source: origins.ClipSource, spec: Spec, state, put=None):
-    """Returns the filled state of `spec`'s text tower.
+    """Returns the filled state of `spec`'s text tower; positions are stretched to its context where it asks for that.
 
     Raises:
       UserError: the source has no text tower, or one of another architecture.
     """
     check_text(source, spec)
-    return names.assign(state, source.tensors, clip.text_table(spec), source=source.where, put=put)
+    tensors = resample.to_context(source.tensors, spec.text)
+    if tensors is not source.tensors:
+        say(f"{source.where}: position embeddings of texts stretched to {spec.text.context_length} tokens")
+    return names.assign(state, tensors, clip.text_table(spec), source=source.where, put=put)
 
 
 def open_diffusers(folder: Path, config, field: str = "") -> Tensors:

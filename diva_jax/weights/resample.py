@@ -1,9 +1,10 @@
-"""Interpolation of position embeddings to another resolution than that of the checkpoint."""
+"""Interpolation of position embeddings to another resolution, or to longer texts, than those of the checkpoint."""
 
 import jax
 import numpy as np
 
-from diva_jax.models.backbones import Spec, architecture
+from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import Spec, TextSpec, architecture
 from diva_jax.weights.tensors import Tensor, Tensors
 
 
@@ -62,3 +63,51 @@ def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
 
     resized = Tensor(shape, np.dtype(np.float32), read)
     return Tensors({n: resized if n == positions.name else t for n, t in tensors.items()}, tensors.files)
+
+
+def stretch(table: np.ndarray, length: int, kept: int) -> np.ndarray:
+    """Position embeddings of texts for a longer context, as Long-CLIP makes them (arXiv 2403.15378, section 3.2).
+
+    The first `kept` rows stay. Row kept + i of the result is read at kept + i * (old - kept) / (length - kept) by
+    linear interpolation; past the last row the line through the last two goes on.
+
+    Args:
+      table: [old, D].
+      length: rows of the result.
+      kept: at most old - 2.
+
+    Returns:
+      float32 [length, D].
+    """
+    old = len(table)
+    at = kept + np.arange(length - kept) * ((old - kept) / (length - kept))
+    low = np.minimum(at.astype(int), old - 2)
+    share = (at - low)[:, None]
+    rows = (1 - share) * table[low] + share * table[low + 1]
+    return np.concatenate([table[:kept], rows]).astype(np.float32)
+
+
+def to_context(tensors: Tensors, text: TextSpec) -> Tensors:
+    """The tensors with `text.context_length` position embeddings of texts; the same object where they have them.
+
+    Where they do not, and `text.kept_positions` is not negative, they are stretched, see `stretch`.
+
+    Raises:
+      UserError: more are to be kept than can be.
+    """
+    name = next((n for n in ("positional_embedding", "text.positional_embedding") if n in tensors), None)
+    if text.kept_positions < 0 or name is None or tensors[name].shape[0] == text.context_length:
+        return tensors
+    was = tensors[name]
+    old, length, kept = was.shape[0], text.context_length, text.kept_positions
+    if kept > min(old - 2, length - 1):
+        raise UserError(
+            f"text.kept_positions={kept} cannot be kept of {old} position embeddings for {length} tokens: use at most "
+            f"{min(old - 2, length - 1)}"
+        )
+
+    def read() -> np.ndarray:
+        return stretch(np.asarray(was, np.float32), length, kept)
+
+    longer = Tensor((length, *was.shape[1:]), np.dtype(np.float32), read)
+    return Tensors({n: longer if n == name else t for n, t in tensors.items()}, tensors.files)

@@ -14,6 +14,9 @@ from diva_jax.training import partition, sharding
 from diva_jax.training.step import Program
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
+# Objective of the other configs, by the beginning of their names -> what it trains.
+OTHERS = {"kuea": {"vision", "kernel_params"}, "smartclip": {"vision", "text", "mask_net"}}
+DIVA = [f for f in FILES if not f.stem.startswith(tuple(OTHERS))]
 
 
 def load(path: Path):
@@ -27,7 +30,22 @@ def test_all_eight_rows_have_a_config():
     assert set(backbones.TABLE) <= {f.stem for f in FILES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [f for f in FILES if f not in DIVA], ids=lambda p: p.stem)
+def test_config_of_another_objective_builds_as_shapes(path):
+    module = load(path)
+    assert f"python -m diva_jax.main --config=configs/{path.name}" in module.__doc__
+    for arg in (None, "faithful"):
+        c = module.get_config(arg)
+        config.validate(c, 16)  # a v5e:4x4
+        p = Program(c, sharding.make_mesh(c.mesh, jax.devices()[:1]))
+        objective = path.stem.split("_")[0]
+        gone = {"kernel_params"} if arg else set()
+        assert c.objective == objective and {n.split("/")[0] for n in p.trained} == OTHERS[objective] - gone
+        p.towers  # noqa: B018 - those of config.backbone.
+        assert p.objective.flops() > 0
+
+
+@pytest.mark.parametrize("path", DIVA, ids=lambda p: p.stem)
 def test_config_builds_as_shapes(path):
     module = load(path)
     assert "python -m diva_jax.main --config=configs/" in module.__doc__
@@ -63,10 +81,10 @@ def test_tokens_of_the_eight_conditions():
 
 
 def test_published_recipe():
-    c = load(FILES[0].with_name("vitl14.py")).get_config()
+    c = load(DIVA[0].with_name("vitl14.py")).get_config()
     o = c.optim
     assert (o.name, o.lr, o.momentum, o.weight_decay, o.clip) == ("sgd", 1e-4, 0.9, 0.0, 1.0)
     assert (c.batch_size, c.steps, c.diva.draws, c.data.image_size, c.dtype) == (640, 4600, 2, 512, "bfloat16")
     assert set(c.diva.to_dict().values()) == {2, "exact"}
-    faithful = load(FILES[0].with_name("vitl14.py")).get_config("faithful")
+    faithful = load(DIVA[0].with_name("vitl14.py")).get_config("faithful")
     assert set(faithful.diva.to_dict().values()) == {2, "faithful"}

@@ -72,6 +72,8 @@ class TextSpec:
         case and punctuation kept).
       activation: of the MLPs; empty: the vision tower's.
       eos_id: see `pool`.
+      kept_positions: where a checkpoint has another context_length: that many position embeddings are kept and the
+        others are stretched to fit, see `weights.resample.to_context`; -1: such a checkpoint is refused.
     """
 
     context_length: int = 77
@@ -87,6 +89,7 @@ class TextSpec:
     tokenizer: str = "clip"
     activation: str = ""
     eos_id: int = 2
+    kept_positions: int = -1
 
 
 # Of a backbone that has a vision tower alone.
@@ -160,6 +163,18 @@ _L14 = Spec(
     select="random:76",
     add_text="token",
     readout="cls + mean(random 76), l2",
+)
+# OpenAI's ViT-B/16, which DIVA's authors did not tune.
+VIT_B16 = Spec(
+    open_clip_name="ViT-B-16-quickgelu",
+    source="hf-hub:timm/vit_base_patch16_clip_224.openai",
+    patch_size=16,
+    width=768,
+    layers=12,
+    heads=12,
+    mlp_dim=3072,
+    embed_dim=512,
+    text=TextSpec(width=512, heads=8, layers=12, mlp_dim=2048),
 )
 _H14_TEXT = TextSpec(width=1024, heads=16, layers=24, mlp_dim=4096)
 _H14 = Spec(

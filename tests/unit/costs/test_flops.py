@@ -1,12 +1,10 @@
 """Tests of the FLOP counts against published counts and against the traced program."""
 
-import math
-
 import jax
 import pytest
 from flax import nnx
-from jax.extend.core import jaxprs_in_params
 from specs import TOWERS
+from traced import traced
 
 from diva_jax import config
 from diva_jax.costs import flops
@@ -51,26 +49,6 @@ def test_whole_step():
     exact, one_draw = counted(), counted(draws=1)
     assert (exact.flops() - exact.flops_by_part()["vae"]) / TERA == pytest.approx(3.83, rel=0.01)
     assert one_draw.flops_by_part()["unet"] == exact.flops_by_part()["unet"] / 2
-
-
-def traced(jaxpr, times=1):
-    """Counts the FLOPs of matrix products and convolutions (full windows) of a jaxpr, a multiply-add as two."""
-    total = 0
-    for e in jaxpr.eqns:
-        out = e.outvars[0].aval
-        if e.primitive.name == "dot_general":
-            (contracted, _), _ = e.params["dimension_numbers"]
-            total += 2 * times * math.prod(out.shape) * math.prod(e.invars[0].aval.shape[i] for i in contracted)
-        elif e.primitive.name == "conv_general_dilated":
-            kernel, numbers = e.invars[1].aval.shape, e.params["dimension_numbers"]
-            work = 2 * math.prod(out.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-            total += (
-                times * work // math.prod(e.params["lhs_dilation"])
-            )  # The backward pass of a stride multiplies mostly zeros.
-        inner = times * e.params.get("length", 1)
-        for sub in jaxprs_in_params(e.params):
-            total += traced(sub, inner)
-    return total
 
 
 def test_unet_matches_the_traced_program():

@@ -68,18 +68,20 @@ class Text(nnx.Module):
       rngs: source of the initial values.
       dtype: what activations are computed in.
       param_dtype: what weights are held in.
+      remat: recompute each block in the backward pass.
 
     Raises:
       UserError: `spec` has no text tower, or its pooling is not known.
     """
 
-    def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+    def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False):
         make, text = Layers(rngs, dtype, param_dtype), spec.text
         require_text(spec)
         if text.pool not in _POOLS:
             raise UserError(f"text.pool={text.pool!r} is no known pooling: use one of {', '.join(_POOLS)}")
         width, eps = text.width, text.norm_eps
-        self.dtype, self.pool, self.proj_bias, self.eos_id = dtype, text.pool, text.proj_bias, text.eos_id
+        self.dtype, self.remat, self.pool, self.eos_id = dtype, remat, text.pool, text.eos_id
+        self.proj_bias = text.proj_bias
         self.token_embed = make.embed(text.vocab_size, width)
         self.pos_embed = make.param(nnx.initializers.normal(0.01), text.context_length, width)
         activation = text.activation or spec.activation
@@ -92,9 +94,16 @@ class Text(nnx.Module):
 
     def encode(self, tokens: jax.Array) -> jax.Array:
         """Token ids, int32 [B, context_length] -> text embedding [B, embed_dim], not normalised."""
-        x = self.token_embed(tokens) + self.pos_embed[...].astype(self.dtype)  # [B, N, D]
-        x = run(self.blocks, x)
-        x = self.norm(x[jnp.arange(x.shape[0]), self._pooled_at(tokens)])  # [B, D]
+        return self.embed(self.states(tokens), tokens)
+
+    def states(self, tokens: jax.Array) -> jax.Array:
+        """Token ids, int32 [B, context_length] -> states after the last block, before the final norm, [B, N, D]."""
+        x = self.token_embed(tokens) + self.pos_embed[...].astype(self.dtype)
+        return run(self.blocks, x, remat=self.remat)
+
+    def embed(self, states: jax.Array, tokens: jax.Array) -> jax.Array:
+        """The rest of `encode`: states [B, N, D] and the ids that they are of -> text embedding [B, embed_dim]."""
+        x = self.norm(states[jnp.arange(states.shape[0]), self._pooled_at(tokens)])  # [B, D]
         return self.proj(x) if self.proj_bias else x @ self.proj[...].astype(self.dtype)
 
     def _pooled_at(self, tokens: jax.Array) -> jax.Array | int:

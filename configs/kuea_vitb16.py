@@ -1,0 +1,19 @@
+r"""KUEA on OpenAI CLIP ViT-B/16 at 224 px: its embeddings' kernel is brought to that of DINOv2 ViT-L/14.
+
+    python -m diva_jax.main --config=configs/kuea_vitb16.py --workdir=runs/kuea_vitb16 \
+        --config.data.path='tfds:imagenet2012/train'
+
+Two epochs of ImageNet-1K, 128 images per step. With `:faithful` after the file name each switch
+is set as in the authors' code.
+
+The published gamma and c of ViT-B/16 are not known to us; those of ViT-L/14 are the initial values here.
+"""
+
+from diva_jax import config as base
+from diva_jax.models import backbones
+
+
+def get_config(arg: str | None = None):
+    c = base.default(backbones.VIT_B16, objective="kuea")
+    c.steps, c.batch_size = 20_000, 128
+    return base.faithful(c) if arg == "faithful" else c

@@ -1,0 +1,18 @@
+r"""KUEA on OpenAI CLIP ViT-L/14 at 336 px: its embeddings' kernel is brought to that of DINOv2 ViT-L/14.
+
+    python -m diva_jax.main --config=configs/kuea_vitl14_336.py --workdir=runs/kuea_vitl14_336 \
+        --config.data.path='tfds:imagenet2012/train'
+
+Two epochs of ImageNet-1K, 32 images per step. With `:faithful` after the file name each switch
+is set as in the authors' code.
+
+MMVP-VLM, published: 20.0 -> 21.5.
+"""
+
+from diva_jax import config as base
+
+
+def get_config(arg: str | None = None):
+    c = base.default("vitl14_336", objective="kuea")
+    c.steps, c.batch_size = 80_000, 32
+    return base.faithful(c) if arg == "faithful" else c

@@ -1,0 +1,256 @@
+"""KUEA (arXiv 2506.02557): the kernel of an encoder's embeddings is aligned with that of a frozen DINOv2.
+
+For a batch of B images: f = vision(u), f0 the same of a frozen copy of the initial encoder, g = teacher(v), all pooled
+and not normalised. With kernels K over all pairs of the batch,
+  loss = clean_weight * mean_i |f_i - f0_i|^2 + kernel_weight * mean_ij (K_f[i, j] - K_g[i, j])^2.
+There is no diffusion model. "faithful" switches are what the authors' code does, see docs/OBJECTIVES.md.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from diva_jax.common.errors import UserError
+from diva_jax.costs import flops
+from diva_jax.data import inputs, preprocess
+from diva_jax.models import backbones
+from diva_jax.objectives import contract
+from diva_jax.weights import parts
+
+Array = jax.Array
+
+FAITHFUL, EXACT = "faithful", "exact"
+KERNELS = ("polynomial", "gaussian", "cosine")
+TEACHER = backbones.Spec(
+    arch="dinov2",
+    source="hf-hub:facebook/dinov2-with-registers-large",
+    embed_dim=1024,
+    activation="gelu",
+    norm_eps=1e-6,
+    mean=backbones.IMAGENET_MEAN,
+    std=backbones.IMAGENET_STD,
+    text=backbones.NO_TEXT,
+    registers=4,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`config.kuea`, but for the teacher's Spec. "faithful" is what the authors' code does."""
+
+    kernel: str = "polynomial"  # polynomial, gaussian or cosine.
+    gamma: float = 0.0032  # polynomial: (gamma a.b + c)^3, normalised to 1 on the diagonal; only gamma/c matters.
+    c: float = 0.191623
+    teacher_gamma: float = 0.0  # 0: 1 / the teacher's embed_dim.
+    teacher_c: float = 1.0
+    width: float = 8.7  # gaussian: exp(-|a - b|^2 / (2 width^2)).
+    teacher_width: float = 15.8
+    clean_weight: float = 1.0  # Of the distance to the initial encoder's embedding.
+    kernel_weight: float = 0.5  # Of the distance of the kernels.
+    kernel_params: str = EXACT  # exact: gamma and c are trained (polynomial). faithful: constant.
+    first_step_lr: str = EXACT  # exact: the warm-up holds from the first step. faithful: the first step has the peak.
+    teacher_norm: str = EXACT  # exact: the teacher's mean/std. faithful: the backbone's.
+    teacher_resize: str = (
+        EXACT  # exact: prepared for the teacher from the image. faithful: the backbone's view, resized.
+    )
+    teacher_crop_from: int = 256  # exact: the image is resized to this before the teacher's central crop [pixels].
+
+    def __post_init__(self):
+        if self.kernel not in KERNELS:
+            raise UserError(f"config.kuea.kernel={self.kernel!r}: use one of {', '.join(KERNELS)}")
+        for switch in SWITCHES:
+            if (value := getattr(self, switch)) not in (EXACT, FAITHFUL):
+                raise UserError(f"config.kuea.{switch}={value!r}: use {EXACT} or {FAITHFUL}")
+        for field in ("gamma", "c", "teacher_c", "width", "teacher_width"):
+            if getattr(self, field) <= 0:
+                raise UserError(f"config.kuea.{field}={getattr(self, field)} must be above 0")
+
+    @property
+    def trains_kernel(self) -> bool:
+        return self.kernel == "polynomial" and self.kernel_params == EXACT
+
+
+SWITCHES = tuple(f.name for f in dataclasses.fields(Options) if f.default == EXACT)
+
+
+def _options(config: ConfigDict) -> Options:
+    return Options(**{f.name: config.kuea[f.name] for f in dataclasses.fields(Options)})
+
+
+def default() -> ConfigDict:
+    """The fields of `config.kuea`: see `Options`; `teacher` is a `backbones.Spec`."""
+    c = ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
+    c.teacher = ConfigDict(dataclasses.asdict(TEACHER))
+    return c
+
+
+def recipe(config: ConfigDict) -> None:
+    """The published recipe: 40,000 steps of 64 ImageNet images (two epochs), float32, no clip."""
+    config.steps, config.batch_size = 40_000, 64
+    config.dtype = config.frozen_dtype = "float32"
+    config.trainable = (("vision/.*", 1.0), (".*", 0.0))
+    config.optim.update(name="adamw", lr=1e-5, weight_decay=1e-4, decay_all=True, warmup=0.07, clip=0.0)
+    config.optim.no_decay = "kernel_params"
+
+
+def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
+    """One stage: `config.trainable`, and gamma and c where they are trained; the learning rate is open_clip's cosine.
+
+    With W = warmup * steps (rounded up): peak * (s + 1) / W before step W, then cosine to 0 at the last step.
+    """
+    options, stage = _options(config), contract.tune(config)
+    warm = min(math.ceil(config.optim.warmup * stage.steps - 1e-6), stage.steps - 1)
+
+    def rate(step: Array) -> Array:
+        up = stage.lr * (step + 1) / max(warm, 1)
+        down = 0.5 * stage.lr * (1 + jnp.cos(jnp.pi * (step - warm) / (stage.steps - warm)))
+        lr = jnp.where(step < warm, up, down)
+        return jnp.where(step == 0, stage.lr, lr) if options.first_step_lr == FAITHFUL else lr
+
+    rows = (("kernel_params", 1.0),) if options.trains_kernel else ()
+    return (stage._replace(trainable=(*rows, *stage.trainable), rate=rate),)
+
+
+def _products(x: Array) -> tuple[Array, Array]:
+    """[B, D] -> (inner products of all pairs [B, B], squared norms [B]), in float32 or wider."""
+    return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST), jnp.sum(x * x, axis=-1)
+
+
+def polynomial(x: Array, gamma: float | Array, c: float | Array) -> Array:
+    """k(a, b) / sqrt(k(a, a) k(b, b)) with k(a, b) = (gamma a.b + c)^3, of all pairs: [B, D] -> [B, B]."""
+    products, squares = _products(x)
+    scale = jax.lax.rsqrt(gamma * squares + c)
+    return ((gamma * products + c) * scale[:, None] * scale) ** 3
+
+
+def gaussian(x: Array, width: float) -> Array:
+    """exp(-|a - b|^2 / (2 width^2)) of all pairs: [B, D] -> [B, B]."""
+    products, squares = _products(x)
+    return jnp.exp((2 * products - squares[:, None] - squares) / (2 * width**2))
+
+
+def cosine(x: Array) -> Array:
+    """a.b / (|a| |b|) of all pairs: [B, D] -> [B, B]."""
+    products, squares = _products(x)
+    scale = jax.lax.rsqrt(squares)
+    return products * scale[:, None] * scale
+
+
+class Objective(contract.Objective):
+    """`vision` is what is trained, and `kernel_params` (gamma, c) where `config.kuea.kernel_params` is exact."""
+
+    compares_images = True
+
+    def __init__(self, config, *, rngs):
+        self.spec, self.taught_by = backbones.spec_of(config), backbones.parse_spec(config.kuea.teacher)
+        self.options, self.micro_batch = _options(config), config.batch_size // config.accum
+        if self.options.teacher_resize == EXACT and self.options.teacher_crop_from < self.taught_by.image_size:
+            raise UserError(
+                f"config.kuea.teacher_crop_from={self.options.teacher_crop_from} must be at least the teacher's "
+                f"image_size, {self.taught_by.image_size}"
+            )
+        kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype))
+        again, frozen = config.remat in ("vision", "all"), jnp.dtype(config.frozen_dtype)
+        self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=again, **kw)
+        self.original = backbones.build(self.spec, param_dtype=frozen, **kw)
+        self.teacher = backbones.build(self.taught_by, param_dtype=frozen, **kw)
+        if self.options.trains_kernel:
+            self.kernel_params = nnx.Param(jnp.asarray([self.options.gamma, self.options.c], jnp.float32))
+
+    @property
+    def inputs(self) -> Mapping[str, inputs.Prepared]:
+        """{"image": uint8 [S, S, 3]}; with `teacher_resize` exact also "teacher", at the teacher's resolution."""
+        s, t = self.spec, self.taught_by
+        found = {"image": inputs.Prepared(s.image_size, s.resize_mode, s.interpolation)}
+        if self.options.teacher_resize == EXACT:
+            crop_from = self.options.teacher_crop_from if t.resize_mode == "shortest" else 0
+            found["teacher"] = inputs.Prepared(t.image_size, t.resize_mode, t.interpolation, crop_from)
+        return found
+
+    def pretrained(self) -> Mapping[str, parts.Part]:
+        """All but `kernel_params`; `original` is what `vision` was."""
+        return {
+            "vision": parts.vision(self.spec.source, self.spec),
+            "original": parts.vision(self.spec.source, self.spec),
+            "teacher": parts.vision(self.taught_by.source, self.taught_by, "config.kuea.teacher"),
+        }
+
+    def towers(self) -> Mapping[str, nnx.Module]:
+        return {"vision": self.vision}
+
+    def flops_by_part(self) -> dict[str, float]:
+        """FLOPs of one image in one step: "vision", "original", "teacher", "kernels" (over the micro-batch)."""
+        once, pairs = flops.vision(self.spec), 2 * self.micro_batch
+        return {
+            "vision": 3 * once,
+            "original": once,
+            "teacher": flops.vision(self.taught_by),
+            "kernels": pairs * (3 * self.spec.embed_dim + self.taught_by.embed_dim),
+        }
+
+    def flops(self) -> float:
+        return sum(self.flops_by_part().values())
+
+    def teacher_view(self, pixels: Array) -> Array:
+        """Pixels [B, S, S, 3] in [0, 1] -> the teacher's input [B, T, T, 3]: resized where S is not T, normalised."""
+        size, like = self.taught_by.image_size, self.taught_by if self.options.teacher_norm == EXACT else self.spec
+        if pixels.shape[1] != size:
+            pixels = preprocess.resize(pixels, size, "cubic", antialias=True)
+        return preprocess.normalise(pixels, like.mean, like.std)
+
+    def kernels(self, f: Array, g: Array) -> tuple[Array, Array]:
+        """Embeddings of the backbone [B, D] and the teacher [B, D'] -> their kernels, each [B, B]."""
+        o = self.options
+        if o.kernel == "gaussian":
+            return gaussian(f, o.width), gaussian(g, o.teacher_width)
+        if o.kernel == "cosine":
+            return cosine(f), cosine(g)
+        gamma, c = self.kernel_params[...] if o.trains_kernel else (o.gamma, o.c)
+        return polynomial(f, gamma, c), polynomial(g, o.teacher_gamma or 1 / g.shape[-1], o.teacher_c)
+
+    def forward(self, pixels: Array, teacher_pixels: Array) -> tuple[Array, dict[str, Array]]:
+        """The loss and everything on the way to it.
+
+        Args:
+          pixels: [B, S, S, 3] in [0, 1], what the backbone sees before its normalisation.
+          teacher_pixels: [B, S', S', 3] in [0, 1], what `teacher_view` makes the teacher's input of.
+
+        Returns:
+          (loss, {f, f0 [B, D], g [B, D'], k_clip, k_dino [B, B], loss_clean, loss_kernel []}).
+        """
+
+        def pooled(tower, view):
+            x = tower.encode(view).pooled
+            return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+        view = preprocess.normalise(pixels, self.spec.mean, self.spec.std)
+        with jax.named_scope("vision"):
+            f = pooled(self.vision, view)
+        with jax.named_scope("original"):
+            f0 = jax.lax.stop_gradient(pooled(self.original, view))
+        with jax.named_scope("teacher"):
+            g = jax.lax.stop_gradient(pooled(self.teacher, self.teacher_view(teacher_pixels)))
+        k_clip, k_dino = self.kernels(f, g)
+        clean = jnp.mean(jnp.sum(jnp.square(f - f0), axis=-1))
+        kernel = jnp.mean(jnp.square(k_clip - k_dino))
+        seen = dict(f=f, f0=f0, g=g, k_clip=k_clip, k_dino=k_dino, loss_clean=clean, loss_kernel=kernel)
+        return self.options.clean_weight * clean + self.options.kernel_weight * kernel, seen
+
+    def loss(self, batch: Mapping[str, Array], keys: Array) -> tuple[Array, dict[str, Array]]:
+        """One micro-batch; the keys are not used.
+
+        Args:
+          batch: {"image": uint8 [B, S, S, 3]}, and "teacher", uint8 [B, T, T, 3], where `inputs` has it.
+          keys: one per image, [B].
+
+        Returns:
+          (loss, {"loss", "loss_clean", "loss_kernel"}).
+        """
+        pixels = preprocess.to_float(batch["image"])
+        value, seen = self.forward(pixels, preprocess.to_float(batch["teacher"]) if "teacher" in batch else pixels)
+        return value, {"loss": value, "loss_clean": seen["loss_clean"], "loss_kernel": seen["loss_kernel"]}

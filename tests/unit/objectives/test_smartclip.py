@@ -1,0 +1,121 @@
+"""SmartCLIP: its logits written out, several devices, FLOPs, and configs that do not fit together."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from specs import DINOV2
+from traced import traced
+
+from diva_jax import config, demo
+from diva_jax.common.errors import UserError
+from diva_jax.data import inputs
+from diva_jax.models import backbones
+from diva_jax.models.backbones.shared.transformer import patch_flops
+from diva_jax.objectives import smartclip
+from diva_jax.train import Run
+
+TEXT = backbones.TextSpec(context_length=11, vocab_size=60, width=36, heads=3, layers=1, mlp_dim=50)
+SPEC = dataclasses.replace(small.SPEC, layers=1, text=TEXT)
+
+
+def settings_of():
+    c = config.default(SPEC, objective="smartclip")
+    c.update(dtype="float32", batch_size=16, steps=5)
+    c.backbone.text.context_length = TEXT.context_length
+    c.optim.lr = 1e-3
+    return c
+
+
+def random_batch(p, seed=0):
+    rng = np.random.default_rng(seed)
+    high = {"image": 256, "caption": TEXT.vocab_size, "row": 1}
+    made = {n: rng.integers(0, high[n], a.shape).astype(a.dtype) for n, a in p.abstract_batch().items()}
+    return jax.device_put(made | {"row": np.arange(len(made["row"]), dtype=np.int32)}, p.batch_sharding)
+
+
+def test_losses_do_not_depend_on_devices():
+    c, losses = settings_of(), []
+    c.trainable = (("mask_net/.*", 3.0), (".*", 1.0))
+    for devices in (1, 8):
+        p = small.program(c, devices)
+        arrays = small.random_arrays(p)
+        state = p.init_state({n: arrays[n] for n in p.trained})
+        for step in range(2):
+            state, metrics = p.step(0)(state, {}, random_batch(p, step))
+            losses.append([float(metrics[k]) for k in ("loss", "selected")])
+    np.testing.assert_allclose(losses[:2], losses[2:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_masked_cosines_written_out(seed):
+    rng = np.random.default_rng(seed)
+    n, d = rng.integers(2, 6), rng.integers(3, 9)
+    x, y, m = rng.normal(size=(n + 1, d)), rng.normal(size=(n, d)), (rng.random((n, d)) > 0.4).astype(float)
+    m[0] = 0  # Selects nothing.
+    got = np.asarray(smartclip.masked_cosines(*(jnp.asarray(a, jnp.float32) for a in (x, y, m))))
+    for i in range(n + 1):
+        for j in range(1, n):
+            a, b = m[j] * x[i], y[j]
+            want = a @ b / np.linalg.norm(a) / np.linalg.norm(b) if m[j].any() else 0
+            assert got[i, j] == pytest.approx(want, abs=1e-6)
+    assert (got[:, 0] == 0).all()
+    slope = jax.grad(lambda m: jnp.sum(smartclip.masked_cosines(jnp.asarray(x), jnp.asarray(y), m)))(jnp.asarray(m))
+    assert np.isfinite(slope).all()
+
+
+def test_binary_has_the_gradient_of_the_sigmoid():
+    z = jnp.linspace(-4.0, 4.0, 12)
+    np.testing.assert_allclose(smartclip.binary(z), z > 0, atol=1e-7)
+    slope = jax.vmap(jax.grad(smartclip.binary))(z)
+    np.testing.assert_allclose(slope, jax.vmap(jax.grad(jax.nn.sigmoid))(z), rtol=1e-6)
+
+
+def test_flops_are_those_of_the_traced_program():
+    p = small.program(settings_of())
+    batch = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.abstract_batch().items()}
+    shapes = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.arrays.items()}
+    loss = jax.value_and_grad(lambda trained: p.skeleton.merge(trained).loss(batch_of, None)[0])
+    with jax.ensure_compile_time_eval():
+        batch_of = {n: jnp.zeros(a.shape, a.dtype) for n, a in batch.items()}
+    counted = traced(jax.make_jaxpr(loss)(shapes).jaxpr) / 16
+    # The pixels have no gradient, nor have the states that the mask network reads; its one query is a parameter.
+    assert counted == pytest.approx(p.objective.flops() - patch_flops(p.objective.spec), rel=5e-3)
+
+
+def test_the_published_recipe():
+    c = config.default("vitl14", objective="smartclip")
+    assert (c.backbone.text.context_length, c.backbone.text.kept_positions, c.batch_size) == (248, 20, 1024)
+    p = small.program(c)
+    assert p.arrays["text/pos_embed"].shape == (248, 768)
+    rate = p.active(0)
+    assert {n: rate[n] for n in ("mask_net/proj/kernel", "text/pos_embed")} == {
+        "mask_net/proj/kernel": 1000.0,
+        "text/pos_embed": 1.0,
+    }
+    warm = np.ceil(c.optim.warmup * c.steps)
+    assert warm == 200 and p.objective.inputs["caption"].choose is inputs.first_sentences
+
+
+def test_what_cannot_work_is_one_sentence(files, tmp_path):
+    with pytest.raises(UserError, match="config.objective=smartclip trains a text tower, but the dinov2 backbone has"):
+        small.program(config.default(DINOV2, objective="smartclip"))
+    c = config.default(small.SPEC, objective="smartclip")
+    c.update(batch_size=8)
+    demo.write_byte_tokenizer(tmp_path / "tokenizer")
+    c.smartclip.tokenizer = str(tmp_path / "tokenizer")
+    c.backbone.source, c.data.path = str(files / "clip"), str(files / "classes")
+    (files / "classes" / "a").mkdir(parents=True, exist_ok=True)
+    demo_image = np.zeros((9, 8, 3), np.uint8)
+    from PIL import Image
+
+    Image.fromarray(demo_image).save(files / "classes" / "a" / "0.png")
+    with pytest.raises(UserError, match="has no captions, which the input 'caption' needs"):
+        Run(c, tmp_path / "run")
+    c.data.path, c.backbone.text.kept_positions = str(files / "photos"), -1
+    with pytest.raises(UserError, match="context_length is 77 there and 248 in the config"):
+        Run(c, tmp_path / "run").load()
+    assert not (tmp_path / "run" / "config.json").exists()
