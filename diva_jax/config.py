@@ -14,6 +14,7 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import at_least, one_of
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
+from diva_jax.training import optim
 from diva_jax.training.workdirs import WHOLE
 
 
@@ -75,11 +76,14 @@ def default(
     c.optim = ConfigDict()
     c.optim.name = "sgd"  # sgd or adamw.
     c.optim.lr = 1e-4  # Peak.
-    c.optim.warmup = 0.005  # Share of the steps, rounded up, from 0 to the peak; then cosine to 0.
+    c.optim.warmup = 0.005  # Share of a stage's steps, rounded up, in which the rate rises from 0 to the peak.
+    c.optim.warmup_steps = -1  # The same as a number of steps; -1: as warmup says.
+    c.optim.schedule = "cosine"  # After the warm-up: cosine, to 0 at the stage's end, or constant.
     c.optim.clip = 1.0  # Global norm of the gradient; 0: no clip.
     c.optim.momentum = 0.9  # sgd.
     c.optim.b1, c.optim.b2, c.optim.eps = 0.9, 0.999, 1e-8  # adamw.
     c.optim.weight_decay = 0.0  # adamw (decoupled) and sgd (added to the gradient).
+    c.optim.decay_all = False  # Biases, norms and all other vectors decay too.
 
     c.data = ConfigDict()
     c.data.path = ""  # Tar shards (a folder, a glob, {00000..00331}.tar), an image folder, or tfds:name/split.
@@ -135,6 +139,8 @@ _RULES = (
     *(one_of(field, "float32", "bfloat16", "float64") for field in ("dtype", "frozen_dtype")),
     one_of("remat", "none", "vision", "all"),
     at_least("profile.steps", 0),
+    one_of("optim.schedule", *optim.SCHEDULES),
+    at_least("optim.warmup_steps", -1),
 )
 
 

@@ -17,6 +17,8 @@ class Stage(NamedTuple):
       start, end: global steps, end exclusive.
       lr: peak.
       trainable: rows as in `config.trainable`: ((regex, learning-rate scale), ...).
+      schedule: "cosine" or "constant", see `config.optim.schedule`, whose value it has where it is None.
+      warmup_steps: of this stage, see `config.optim.warmup_steps`, whose value it has where it is None.
     """
 
     name: str
@@ -24,6 +26,8 @@ class Stage(NamedTuple):
     end: int
     lr: float
     trainable: tuple[tuple[str, float], ...]
+    schedule: str | None = None
+    warmup_steps: int | None = None
 
     @property
     def steps(self) -> int:

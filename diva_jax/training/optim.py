@@ -9,14 +9,23 @@ import optax
 from diva_jax.common.errors import UserError
 from diva_jax.objectives import Stage
 
+SCHEDULES = ("cosine", "constant")
+
 
 def learning_rate(stage: Stage, warmup: float) -> optax.Schedule:
-    """Linear from 0 over ceil(warmup * steps), then cosine to 0 at the stage's last step.
+    """Linear from 0 to the peak, then as `stage.schedule` says: cosine to 0 at the stage's last step, or constant.
 
     The schedule's argument counts steps from the stage's start; its first value is 0 where there is a warm-up, which
     leaves at least one step after it.
+
+    Args:
+      stage: gives peak, steps, schedule (None: cosine) and steps of the warm-up.
+      warmup: share of the stage's steps, rounded up, where the stage does not give the warm-up in steps (None or -1).
     """
-    warm = min(math.ceil(warmup * stage.steps), stage.steps - 1)
+    given = stage.warmup_steps is not None and stage.warmup_steps >= 0
+    warm = min(stage.warmup_steps if given else math.ceil(warmup * stage.steps), stage.steps - 1)
+    if stage.schedule == "constant":
+        return optax.linear_schedule(0.0, stage.lr, warm) if warm else optax.constant_schedule(stage.lr)
     return optax.warmup_cosine_decay_schedule(0.0 if warm else stage.lr, stage.lr, warm, stage.steps)
 
 
@@ -25,7 +34,7 @@ def _scale_by_name(scales: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def _decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
-    """Weight decay reaches matrices and convolutions, not biases, norms and embeddings of one axis."""
+    """Matrices and convolutions decay, not biases, norms and embeddings of one axis."""
     return {n: p.ndim > 1 for n, p in params.items()}
 
 
@@ -41,12 +50,12 @@ def optimizer(config, stage: Stage, scales: Mapping[str, float]) -> optax.Gradie
       UserError: an unknown optimizer.
     """
     lr = learning_rate(stage, config.warmup)
-    decay = config.weight_decay
+    decay, mask = config.weight_decay, None if config.decay_all else _decay_mask
     if config.name == "sgd":
-        chain = [optax.add_decayed_weights(decay, _decay_mask)] if decay else []
+        chain = [optax.add_decayed_weights(decay, mask)] if decay else []
         chain.append(optax.sgd(lr, config.momentum or None))
     elif config.name == "adamw":
-        chain = [optax.adamw(lr, config.b1, config.b2, config.eps, weight_decay=decay, mask=_decay_mask)]
+        chain = [optax.adamw(lr, config.b1, config.b2, config.eps, weight_decay=decay, mask=mask)]
     else:
         raise UserError(f"config.optim.name={config.name!r}: use sgd or adamw")
     if config.clip:
