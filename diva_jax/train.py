@@ -67,12 +67,14 @@ class Loaded:
       frozen: name -> array that no stage trains.
       origins: prefix -> {"source", "sha256"} of the weights that the run began with.
       checkpoints: of its workdir.
+      parent: record of the checkpoint that it began with, see `workdirs.Parent.record`; None where there is none.
     """
 
     state: dict
     frozen: dict[str, jax.Array]
     origins: dict[str, dict]
     checkpoints: checkpoint.Checkpoints
+    parent: dict | None
 
 
 class Run:
@@ -81,12 +83,14 @@ class Run:
     Args:
       config: of `config.default`'s form.
       workdir: where config.json, checkpoints, metrics.jsonl and TensorBoard events go; a folder, or gs://...
+      init_from: WORKDIR or WORKDIR:STEP of another run, from which parameters of the same name and shape are taken
+        instead of from their sources. A run that resumes does not read it.
 
     Raises:
       UserError: anything about the input is wrong; nothing in the workdir is changed.
     """
 
-    def __init__(self, config, workdir: epath.PathLike):
+    def __init__(self, config, workdir: epath.PathLike, init_from: str | None = None):
         self.config, self.workdir = config, paths.folder(workdir, "--workdir")
         configs.validate(config, jax.device_count())
         use_compile_cache(config.compile_cache, self.workdir)
@@ -105,12 +109,15 @@ class Run:
         self.total = self.program.stages[-1].end
         workdirs.check_config(self.workdir, config)
         self.start = checkpoint.latest_step(self.workdir) or 0
+        self.parent = workdirs.Parent.open(init_from) if init_from and not self.start else None
+        self.taken = self.parent.matching(self.program.arrays) if self.parent else []
         self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
         distributed.check_same(
             {
                 "the number of images in config.data.path": self.batches.get_state()["records"],
                 "the checksum of the config": zlib.crc32(config.to_json().encode()),
                 "the last checkpoint in --workdir": self.start,
+                "the checkpoint of --init_from": self.parent.sha256 if self.parent else None,
             }
         )
 
@@ -120,17 +127,29 @@ class Run:
         return self.start >= self.total
 
     def load(self) -> Loaded:
-        """Frozen weights from their sources; the state from the last checkpoint, or from the sources too."""
-        program, resumes = self.program, self.start > 0
+        """Frozen weights from their sources; the state from the last checkpoint, or from the sources too.
+
+        What is taken from another run's checkpoint, frozen or not, is not read from its source.
+        """
+        program, resumes, saving = self.program, self.start > 0, self.config.checkpoint
         began = time.perf_counter()
-        arrays, origins = load.initial_arrays(program, program.abstract_frozen() if resumes else None)
+        checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout) if resumes else None
+        parent, taken = self.parent, self.taken
+        record = checkpoints.meta(self.start).get("init_from") if resumes else None
+        if record and record["frozen"]:
+            parent, taken = workdirs.Parent.recorded(record), record["frozen"]
+        elif parent:
+            record = parent.record(set(taken) & set(program.abstract_frozen()))
+        wanted = set(program.abstract_frozen() if resumes else program.arrays)
+        arrays, origins = load.initial_arrays(program, wanted - set(taken))
+        if taken:
+            arrays |= parent.read({n: program.arrays[n] for n in taken})
         # Only now, when every input has been found good, is anything written.
         if jax.process_index() == 0:
             workdirs.write_config(self.workdir, self.config)
         distributed.check_same({f"the checksum of the {part} weights": o["sha256"] for part, o in origins.items()})
         distributed.check_same({"config.json in --workdir": workdirs.seen_config(self.workdir)})
-        saving = self.config.checkpoint
-        checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
+        checkpoints = checkpoints or checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
         if resumes:
             abstract = program.abstract_state(program.stage_at(self.start))
             state, data_state, meta = checkpoints.restore(self.start, abstract)
@@ -140,6 +159,11 @@ class Run:
             state = program.init_state(arrays)
         say(f"weights loaded in {time.perf_counter() - began:.1f} s")
         say(partition.summary(program.arrays, program.trained))
+        if self.parent:
+            say(
+                f"{len(taken)} of {len(program.arrays)} parameters are those of --init_from={parent.workdir}, step "
+                f"{parent.step}, which has {len(parent.shapes)}; all others begin as without it"
+            )
         if program.objective.compares_images and self.config.accum > 1:
             together = self.config.batch_size // self.config.accum
             say(
@@ -148,7 +172,7 @@ class Run:
             )
         if resumes:
             say(f"resumed from the checkpoint of step {self.start}")
-        return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, checkpoints)
+        return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, checkpoints, record)
 
     def run(self) -> bool:
         """Trains to the end, or to SIGTERM; saves in both cases.
@@ -235,6 +259,8 @@ class _Loop:
         if self.writer:
             self.writer.flush()
         meta = {"sources": self.loaded.origins, "config": json.loads(self.run_.config.to_json())}
+        if self.loaded.parent:
+            meta["init_from"] = self.loaded.parent
         self.checkpoints.save(self.step, self.state, self.run_.batches.get_state(), meta, wait)
 
     def _run_stage(self, index: int) -> None:

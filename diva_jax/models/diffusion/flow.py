@@ -97,23 +97,27 @@ def timestep_code(t: Array, freqs: np.ndarray | None = None) -> Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(t.dtype)
 
 
-def rotations(config: FlowConfig, grid: tuple[int, int], text: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of the rotary embedding's angles, each [text + h * w, head width / 2], float32.
+def token_positions(grid: tuple[int, int], text: int = 1) -> np.ndarray:
+    """Positions of text tokens, (0, 0, 0), then of image tokens in raster order, (0, row, column): [text + h * w, 3]."""
+    rows, columns = np.meshgrid(*(np.arange(n) for n in grid), indexing="ij")
+    image = np.stack([np.zeros(rows.size), rows.ravel(), columns.ravel()], axis=-1)
+    return np.concatenate([np.zeros((text, 3)), image])
 
-    The position of a text token is (0, 0, 0), that of the image token in row i and column j is (0, i, j). Angles are
-    computed in float64 (arXiv 2104.09864, section 3.4.2).
+
+def rotations(config: FlowConfig, grid: tuple[int, int], text: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of the rotary embedding's angles (arXiv 2104.09864, section 3.4.2), computed in float64.
 
     Args:
       config: of the transformer.
       grid: (h, w), image tokens in raster order.
       text: number of text tokens.
+
+    Returns:
+      Two arrays [text + h * w, head width / 2], float32.
     """
-    rows, columns = np.meshgrid(*(np.arange(n) for n in grid), indexing="ij")
-    image = np.stack([np.zeros(rows.size), rows.ravel(), columns.ravel()], axis=-1)
-    ids = np.concatenate([np.zeros((text, 3)), image])
-    angles = np.concatenate(
-        [ids[:, i : i + 1] * config.theta ** (-np.arange(0, d, 2) / d) for i, d in enumerate(config.axes)], axis=-1
-    )
+    ids = token_positions(grid, text)
+    angles = [ids[:, i : i + 1] * config.theta ** (-np.arange(0, d, 2) / d) for i, d in enumerate(config.axes)]
+    angles = np.concatenate(angles, axis=-1)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
