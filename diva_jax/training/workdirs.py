@@ -154,7 +154,7 @@ class Parent:
             shapes = {n: tuple(a.shape) for n, a in checkpoints.trained(step, _host()).items()}
         finally:
             checkpoints.close()
-        return cls(str(where), step, shapes, checkpoint.identity(where, step))
+        return cls(str(paths.absolute(where)), step, shapes, checkpoint.identity(where, step))
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any]) -> "Parent":
@@ -187,9 +187,8 @@ class Parent:
         found = [n for n, a in arrays.items() if self.shapes.get(n) == tuple(a.shape)]
         if not found:
             raise UserError(
-                f"--init_from={self.workdir}:{self.step}: no parameter there ({listing(list(self.shapes)[:3])}) has the "
-                f"name and the shape of one of this config's ({listing(list(arrays)[:3])}): use a run of the same "
-                "models"
+                f"--init_from={self.workdir}:{self.step}: no parameter there ({listing(list(self.shapes)[:3])}) has "
+                f"the name and shape of one of this config ({listing(list(arrays)[:3])}): use a run of the same models"
             )
         return found
 

@@ -1,7 +1,7 @@
 """Golden files of GenHancer (continuous): forward pass, gradients of both stages, and FLUX's encoder, on tiny modules.
 
 A case consists of NAME.npz (draws, weights, forward pass), NAME_grad1.npz and NAME_stage2.npz, which are looked for
-beside the given file, then in `family`. A case that has draws of the posterior takes its encoder from genhancer_vae.npz.
+beside the given file, then in `family`. A case with draws of the posterior takes its encoder from genhancer_vae.npz.
 """
 
 import dataclasses

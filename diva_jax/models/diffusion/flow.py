@@ -98,7 +98,7 @@ def timestep_code(t: Array, freqs: np.ndarray | None = None) -> Array:
 
 
 def token_positions(grid: tuple[int, int], text: int = 1) -> np.ndarray:
-    """Positions of text tokens, (0, 0, 0), then of image tokens in raster order, (0, row, column): [text + h * w, 3]."""
+    """Positions of text tokens, (0, 0, 0), then of image tokens, (0, row, column), in raster order: [text + h w, 3]."""
     rows, columns = np.meshgrid(*(np.arange(n) for n in grid), indexing="ij")
     image = np.stack([np.zeros(rows.size), rows.ravel(), columns.ravel()], axis=-1)
     return np.concatenate([np.zeros((text, 3)), image])
