@@ -14,6 +14,7 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import at_least, one_of
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
+from diva_jax.training import optim
 from diva_jax.training.workdirs import WHOLE
 
 
@@ -75,8 +76,9 @@ def default(
     c.optim = ConfigDict()
     c.optim.name = "sgd"  # sgd or adamw.
     c.optim.lr = 1e-4  # Peak.
-    c.optim.warmup = 0.005  # Share of the steps, rounded up, from 0 to the peak.
-    c.optim.schedule = "cosine"  # After the warm-up: cosine (to 0) or constant.
+    c.optim.warmup = 0.005  # Share of a stage's steps, rounded up, in which the rate rises from 0 to the peak.
+    c.optim.warmup_steps = -1  # The same as a number of steps; -1: as warmup says.
+    c.optim.schedule = "cosine"  # After the warm-up: cosine, to 0 at the stage's end, or constant.
     c.optim.clip = 1.0  # Global norm of the gradient; 0: no clip.
     c.optim.momentum = 0.9  # sgd.
     c.optim.b1, c.optim.b2, c.optim.eps = 0.9, 0.999, 1e-8  # adamw.
@@ -152,8 +154,9 @@ _RULES = (
     # float64 is for checks by finite differences, and needs JAX_ENABLE_X64.
     *(one_of(field, "float32", "bfloat16", "float64") for field in ("dtype", "frozen_dtype")),
     one_of("remat", "none", "vision", "all"),
-    one_of("optim.schedule", "cosine", "constant"),
     at_least("profile.steps", 0),
+    one_of("optim.schedule", *optim.SCHEDULES),
+    at_least("optim.warmup_steps", -1),
 )
 
 

@@ -17,6 +17,12 @@ from diva_jax.training import distributed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the config of this run.")
+_INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "WORKDIR or WORKDIR:STEP of another run: parameters of the same name and shape are taken from its checkpoint and "
+    "not from their sources. Has no effect on a run that resumes.",
+)
 _JOIN = flags.DEFINE_integer("join_timeout", 300, "Seconds within which all processes of a run must start.", 1)
 _LOST = flags.DEFINE_integer(
     "lost_timeout", 100, "Seconds without a heartbeat after which a process is lost and all others end.", 2
@@ -31,7 +37,7 @@ def main() -> None:
     from diva_jax.train import Run
 
     with distributed.session(_JOIN.value, _LOST.value):
-        run = Run(config, _WORKDIR.value)
+        run = Run(config, _WORKDIR.value, _INIT_FROM.value)
         if run.finished:
             say(f"{_WORKDIR.value}: all {run.total} steps are done; export with python -m diva_jax.export_torch")
         elif not run.run():

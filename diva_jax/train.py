@@ -70,12 +70,14 @@ class Loaded:
       frozen: name -> array, for parameters that no stage trains.
       origins: prefix -> {"source", "sha256"} of the initial weights.
       checkpoints: the checkpoints of the workdir.
+      parent: record of the checkpoint that it began with, see `workdirs.Parent.record`; None where there is none.
     """
 
     state: dict
     frozen: dict[str, jax.Array]
     origins: dict[str, dict]
     checkpoints: checkpoint.Checkpoints
+    parent: dict | None
 
 
 class Run:
@@ -84,12 +86,14 @@ class Run:
     Args:
       config: a config as `config.default` returns it.
       workdir: folder for config.json, checkpoints, metrics.jsonl and TensorBoard events; a path, or gs://...
+      init_from: WORKDIR or WORKDIR:STEP of another run, from which parameters of the same name and shape are taken
+        instead of from their sources. A run that resumes does not read it.
 
     Raises:
       UserError: the config, the data or the workdir is invalid; nothing in the workdir is changed.
     """
 
-    def __init__(self, config, workdir: epath.PathLike):
+    def __init__(self, config, workdir: epath.PathLike, init_from: str | None = None):
         self.config, self.workdir = config, paths.folder(workdir, "--workdir")
         configs.validate(config, jax.device_count())
         use_compile_cache(config.compile_cache, self.workdir)
@@ -110,12 +114,15 @@ class Run:
         self.lock: lock.Lock | None = None
         self.stopped_by: signal.Signals | None = None
         self.start = checkpoint.latest_step(self.workdir) or 0
+        self.parent = workdirs.Parent.open(init_from) if init_from and not self.start else None
+        self.taken = self.parent.matching(self.program.arrays) if self.parent else []
         self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
         distributed.check_same(
             {
                 "the number of images in config.data.path": self.batches.get_state()["records"],
                 "the checksum of the config": zlib.crc32(config.to_json().encode()),
                 "the last checkpoint in --workdir": self.start,
+                "the checkpoint of --init_from": self.parent.sha256 if self.parent else None,
             }
         )
 
@@ -142,19 +149,38 @@ class Run:
             lines.append(f"note: every image is seen {epochs:.3g} times; use more images, or fewer config.steps")
         return "\n".join(lines)
 
-    def load(self) -> Loaded:
-        """Loads frozen weights from their sources, and the state from the last checkpoint or from the sources."""
-        program, resumes = self.program, self.start > 0
-        began = time.perf_counter()
-        arrays, origins = load.initial_arrays(program, program.abstract_frozen() if resumes else None)
-        # Nothing is written before all inputs have been checked.
-        if jax.process_index() == 0:
+    def _lock(self) -> None:
+        """Takes the workdir's lock, on the first process."""
+        if jax.process_index() == 0 and self.lock is None:
             self.lock = lock.Lock(self.workdir)
+
+    def load(self) -> Loaded:
+        """Loads frozen weights from their sources, and the state from the last checkpoint or from the sources.
+
+        Parameters that are taken from another run's checkpoint are not read from their sources.
+        """
+        program, resumes, saving = self.program, self.start > 0, self.config.checkpoint
+        began = time.perf_counter()
+        if resumes:  # Before its checkpoints are opened, which may belong to a run that still trains.
+            self._lock()
+        checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout) if resumes else None
+        parent, taken = self.parent, self.taken
+        record = checkpoints.meta(self.start).get("init_from") if resumes else None
+        if record and record["frozen"]:
+            parent, taken = workdirs.Parent.recorded(record), record["frozen"]
+        elif parent:
+            record = parent.record(set(taken) & set(program.abstract_frozen()))
+        wanted = set(program.abstract_frozen() if resumes else program.arrays)
+        arrays, origins = load.initial_arrays(program, wanted - set(taken))
+        if taken:
+            arrays |= parent.read({n: program.arrays[n] for n in taken})
+        # Nothing is written before all inputs have been checked.
+        self._lock()
+        if jax.process_index() == 0:
             workdirs.write_config(self.workdir, self.config)
         distributed.check_same({f"the checksum of the {part} weights": o["sha256"] for part, o in origins.items()})
         distributed.check_same({"config.json in --workdir": workdirs.seen_config(self.workdir)})
-        saving = self.config.checkpoint
-        checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
+        checkpoints = checkpoints or checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
         if resumes:
             abstract = program.abstract_state(program.stage_at(self.start))
             state, data_state, meta = checkpoints.restore(self.start, abstract)
@@ -164,6 +190,11 @@ class Run:
             state = program.init_state(arrays)
         say(f"weights loaded in {time.perf_counter() - began:.1f} s")
         say(partition.summary(program.arrays, program.trained))
+        if self.parent:
+            say(
+                f"{len(taken)} of {len(program.arrays)} parameters are those of --init_from={parent.workdir}, step "
+                f"{parent.step}, which has {len(parent.shapes)}; all others begin as without it"
+            )
         if program.objective.compares_images and self.config.accum > 1:
             together = self.config.batch_size // self.config.accum
             say(
@@ -172,7 +203,7 @@ class Run:
             )
         if resumes:
             say(f"resumed from the checkpoint of step {self.start}")
-        return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, checkpoints)
+        return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, checkpoints, record)
 
     def run(self) -> bool:
         """Trains to the end, or to SIGTERM or the first SIGINT; saves in each case.
@@ -265,6 +296,8 @@ class _Loop:
         if self.writer:
             self.writer.flush()
         meta = {"sources": self.loaded.origins, "config": json.loads(self.run_.config.to_json())}
+        if self.loaded.parent:
+            meta["init_from"] = self.loaded.parent
         self.checkpoints.save(self.step, self.state, self.run_.batches.get_state(), meta, wait)
 
     def _run_stage(self, index: int) -> None:

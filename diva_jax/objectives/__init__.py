@@ -66,9 +66,15 @@ def stages(config) -> tuple[Stage, ...]:
       UserError: there are gaps between stages, or a stage has no steps.
     """
     module = find(config.objective)
-    if not hasattr(module, "stages"):
-        return (tune(config),)
-    found = tuple(module.stages(config))
+    found = tuple(module.stages(config)) if hasattr(module, "stages") else (tune(config),)
+    optim = config.optim
+    found = tuple(
+        s._replace(
+            schedule=optim.schedule if s.schedule is None else s.schedule,
+            warmup_steps=optim.warmup_steps if s.warmup_steps is None else s.warmup_steps,
+        )
+        for s in found
+    )
     starts = [0, *(s.end for s in found)]
     if not found or any(s.start != start or s.steps < 1 for s, start in zip(found, starts, strict=False)):
         spans = ", ".join(f"{s.name} {s.start} to {s.end}" for s in found)

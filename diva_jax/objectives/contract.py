@@ -18,6 +18,8 @@ class Stage(NamedTuple):
       lr: the peak learning rate.
       trainable: rows as in `config.trainable`: ((regex, learning-rate scale), ...).
       rate: the learning rate by step of the stage, from 0 on; None: as `config.optim` says.
+      schedule: "cosine" or "constant", see `config.optim.schedule`, whose value it has where it is None.
+      warmup_steps: of this stage, see `config.optim.warmup_steps`, whose value it has where it is None.
     """
 
     name: str
@@ -26,6 +28,8 @@ class Stage(NamedTuple):
     lr: float
     trainable: tuple[tuple[str, float], ...]
     rate: Callable[[jax.Array], jax.Array] | None = None
+    schedule: str | None = None
+    warmup_steps: int | None = None
 
     @property
     def steps(self) -> int:

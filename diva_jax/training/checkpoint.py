@@ -4,6 +4,7 @@ Frozen weights are not in them; the sources and hashes they were loaded from are
 a run goes on. A checkpoint is renamed into place when it is whole, so a killed save leaves the last one intact.
 """
 
+import hashlib
 import logging
 import time
 
@@ -34,6 +35,13 @@ def steps(workdir: epath.PathLike) -> list[int]:
 def latest_step(workdir: epath.PathLike) -> int | None:
     """The newest whole checkpoint's step, or None."""
     return (steps(workdir) or [None])[-1]
+
+
+def identity(workdir: epath.PathLike, step: int) -> str:
+    """SHA-256 of a checkpoint's own description, which has the time at which it was written, as hex digits."""
+    folder = _folder(workdir) / str(step)
+    files = [f for f in (folder / "_CHECKPOINT_METADATA", folder / "state" / "_METADATA") if f.exists()]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
 class Checkpoints:
@@ -116,6 +124,10 @@ class Checkpoints:
         )
         found = self._manager.restore(step, args=items)
         return found["state"], found["data"], found["meta"]
+
+    def meta(self, step: int) -> dict:
+        """What `save` was given as `meta`."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def trained(self, step: int, device: jax.Device) -> dict[str, jax.ShapeDtypeStruct]:
         """Name -> shape and dtype of the trained parameters in a checkpoint, to be restored to `device`."""

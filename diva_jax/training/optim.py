@@ -10,21 +10,25 @@ import optax
 from diva_jax.common.errors import UserError
 from diva_jax.objectives import Stage
 
+SCHEDULES = ("cosine", "constant")
 
-def learning_rate(stage: Stage, warmup: float, schedule: str = "cosine") -> optax.Schedule:
-    """Linear from 0 over ceil(warmup * steps), then cosine to 0 at the stage's last step, or constant.
+
+def learning_rate(stage: Stage, warmup: float) -> optax.Schedule:
+    """Linear from 0 to the peak, then as `stage.schedule` says: cosine to 0 at the stage's last step, or constant.
 
     The schedule's argument counts steps from the stage's start; its first value is 0 where there is a warm-up, which
-    leaves at least one step after it. A stage that has a `rate` of its own has that one.
+    leaves at least one step after it. A stage with a `rate` of its own has that one.
+
+    Args:
+      stage: gives peak, steps, schedule (None: cosine) and steps of the warm-up.
+      warmup: share of the stage's steps, rounded up, where the stage does not give the warm-up in steps (None or -1).
     """
     if stage.rate is not None:
         return stage.rate
-    warm = min(math.ceil(warmup * stage.steps), stage.steps - 1)
-    if schedule == "constant":
-        constant = optax.constant_schedule(stage.lr)
-        return (
-            optax.join_schedules([optax.linear_schedule(0.0, stage.lr, warm), constant], [warm]) if warm else constant
-        )
+    given = stage.warmup_steps is not None and stage.warmup_steps >= 0
+    warm = min(stage.warmup_steps if given else math.ceil(warmup * stage.steps), stage.steps - 1)
+    if stage.schedule == "constant":
+        return optax.linear_schedule(0.0, stage.lr, warm) if warm else optax.constant_schedule(stage.lr)
     return optax.warmup_cosine_decay_schedule(0.0 if warm else stage.lr, stage.lr, warm, stage.steps)
 
 
@@ -59,7 +63,7 @@ def optimizer(config, stage: Stage, scales: Mapping[str, float]) -> optax.Gradie
     Raises:
       UserError: an unknown optimizer, or a `no_decay` that is no regular expression.
     """
-    lr = learning_rate(stage, config.warmup, config.schedule)
+    lr = learning_rate(stage, config.warmup)
     decay, mask = config.weight_decay, _decay_mask(config)
     if config.name == "sgd":
         chain = [optax.add_decayed_weights(decay, mask)] if decay else []

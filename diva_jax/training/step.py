@@ -199,7 +199,7 @@ class Program:
             skeleton=self.skeleton,
             active=frozenset(self.active(stage)),
             tx=self.optimizer(stage),
-            lr=optim.learning_rate(s, self.config.optim.warmup, self.config.optim.schedule),
+            lr=optim.learning_rate(s, self.config.optim.warmup),
             start=s.start,
             accum=self.config.accum,
         )

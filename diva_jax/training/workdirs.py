@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import time
 import zlib
 from collections.abc import Iterable, Mapping
@@ -119,6 +120,90 @@ def _host() -> jax.Device:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parent:
+    """The checkpoint of a run that another run starts from.
+
+    Attributes:
+      workdir: of the run.
+      step: of the checkpoint.
+      shapes: name -> shape of what the run has trained.
+      sha256: of the files that describe the checkpoint, which no other one shares.
+    """
+
+    workdir: str
+    step: int
+    shapes: Mapping[str, tuple[int, ...]]
+    sha256: str
+
+    @classmethod
+    def open(cls, text: str, field: str = "--init_from") -> "Parent":
+        """Finds a checkpoint.
+
+        Args:
+          text: WORKDIR, of which the newest step is taken, or WORKDIR:STEP.
+          field: that `text` is from, named in errors.
+
+        Raises:
+          UserError: no run, no checkpoint, or no such step.
+        """
+        workdir, step = re.fullmatch(r"(.*?)(?::(\d+))?", text).groups()
+        where = paths.folder(workdir, field)
+        step = choose_step(where, int(step) if step else None, f"{field}: the step ")
+        checkpoints = checkpoint.Checkpoints(where)
+        try:
+            shapes = {n: tuple(a.shape) for n, a in checkpoints.trained(step, _host()).items()}
+        finally:
+            checkpoints.close()
+        return cls(str(paths.absolute(where)), step, shapes, checkpoint.identity(where, step))
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> "Parent":
+        """The checkpoint of which a run says that it began there, see `record`.
+
+        Raises:
+          UserError: it is gone, or is another one.
+        """
+        where = f"{record['workdir']}:{record['step']}"
+        try:
+            found = cls.open(where)
+        except UserError as e:
+            raise UserError(
+                f"this run began with frozen parameters of {where}, which cannot be read ({e}): put it back"
+            ) from e
+        if found.sha256 != record["sha256"]:
+            raise UserError(f"{where} is not the checkpoint that this run began with: put the same one back")
+        return found
+
+    def record(self, frozen: Iterable[str]) -> dict:
+        """What the checkpoints of the run that starts here keep; `frozen`: what it has taken and does not train."""
+        return {"workdir": self.workdir, "step": self.step, "sha256": self.sha256, "frozen": sorted(frozen)}
+
+    def matching(self, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
+        """The names of arrays that are in the checkpoint, in the same shape.
+
+        Raises:
+          UserError: there are none.
+        """
+        found = [n for n, a in arrays.items() if self.shapes.get(n) == tuple(a.shape)]
+        if not found:
+            raise UserError(
+                f"--init_from={self.workdir}:{self.step}: no parameter there ({listing(list(self.shapes)[:3])}) has "
+                f"the name and shape of one of this config ({listing(list(arrays)[:3])}): use a run of the same models"
+            )
+        return found
+
+    def read(self, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """The values of these parameters, in the given dtypes and on the given shardings."""
+        if not arrays:
+            return {}
+        checkpoints = checkpoint.Checkpoints(self.workdir)
+        try:
+            return checkpoints.restore_params(self.step, dict(arrays))[0]
+        finally:
+            checkpoints.close()
+
+
+@dataclasses.dataclass(frozen=True)
 class RunAt:
     """A run at one step: what it has trained, over the weights that it began with; arrays are on the host.
 
@@ -176,7 +261,10 @@ class RunAt:
           UserError: weights that the run began with are gone, or are not the same files.
         """
         wanted = list(self.program.towers.shapes if wanted is None else wanted)
-        needed = set().union(*(self.program.towers.needs(t) for t in wanted))
-        found, origins = load.initial_arrays(self.program, needed - set(self.params), every_source=False)
+        needed = set().union(*(self.program.towers.needs(t) for t in wanted)) - set(self.params)
+        record = self._restored[1].get("init_from", {})
+        taken = {n: self.program.arrays[n] for n in needed & set(record.get("frozen", ()))}
+        inherited = Parent.recorded(record).read(taken) if taken else {}
+        found, origins = load.initial_arrays(self.program, needed - set(taken), every_source=False)
         check_sources(self.sources, origins)
-        return self.program.towers({**found, **self.params}, wanted)
+        return self.program.towers({**found, **inherited, **self.params}, wanted)

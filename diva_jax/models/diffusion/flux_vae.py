@@ -1,0 +1,95 @@
+"""The encoder of FLUX's autoencoder: Stable Diffusion's without `quant_conv`, with 16 channels and a shift."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from diva_jax.models.diffusion.vae import Encoder, VAEConfig
+from diva_jax.models.layers import Array, Keys, Layers
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxVAEConfig:
+    """Shape of the encoder; the defaults are FLUX.1's.
+
+    Attributes:
+      in_channels: channels of the images.
+      latent_channels: channels of the latents.
+      block_out_channels: channels per resolution, finest first; each resolution is half of the one before.
+      layers_per_block: residual blocks per resolution.
+      norm_num_groups: groups of every GroupNorm.
+      scaling_factor, shift_factor: latents are scaling_factor * (sample - shift_factor).
+    """
+
+    in_channels: int = 3
+    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    @property
+    def downscale(self) -> int:
+        """Ratio of the image size to the size of the latents."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def encoder(self) -> VAEConfig:
+        """The shape as one of Stable Diffusion's."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shift_factor"}
+        return VAEConfig(**fields, use_quant_conv=False)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "FluxVAEConfig":
+        """Reads the content of a diffusers folder's `vae/config.json`.
+
+        Raises:
+          UserError: an option is not implemented, or values are inconsistent.
+        """
+        there = VAEConfig.from_dict({k: v for k, v in options.items() if k != "shift_factor"})
+        fields = {f.name: getattr(there, f.name) for f in dataclasses.fields(cls) if f.name != "shift_factor"}
+        return cls(**fields, shift_factor=float(options.get("shift_factor") or 0.0))
+
+
+class FluxVAE(nnx.Module):
+    """Encodes images to latents.
+
+    Args:
+      config: the shape.
+      rngs, dtype, param_dtype: see `Layers`.
+    """
+
+    def __init__(self, config: FluxVAEConfig, *, rngs: Keys, dtype=jnp.float32, param_dtype=jnp.float32):
+        self.config = config
+        self.encoder = Encoder(config.encoder, Layers(rngs, dtype, param_dtype))
+
+    def moments(self, images: Array) -> Array:
+        """Mean and logarithm of the variance of the posterior, one after the other.
+
+        Args:
+          images: [B, H, W, in_channels], RGB in [-1, 1].
+
+        Returns:
+          [B, H / downscale, W / downscale, 2 * latent_channels], sizes rounded down.
+        """
+        return self.encoder(images)
+
+    def encode(self, images: Array, noise: Array | None = None) -> Array:
+        """Latents: scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor), float32 or wider.
+
+        Args:
+          images: as for `moments`.
+          noise: standard normal, of the latents' shape; None: the mean of the posterior.
+
+        Returns:
+          [B, h, w, latent_channels].
+        """
+        moments = self.moments(images)
+        moments = moments.astype(jnp.promote_types(moments.dtype, jnp.float32))
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        sample = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
+        return self.config.scaling_factor * (sample - self.config.shift_factor)

@@ -1,0 +1,338 @@
+"""GenHancer, continuous (arXiv 2503.19480): a light denoiser that is conditioned on the image embedding alone.
+
+For an image x: latents z = VAE(x), t = sigmoid(s n), x_t = (1 - t) z + t noise; the embedding e of x goes through two
+projectors to the denoiser's pooled condition and to one text token; loss = mean((denoiser(x_t, t, e) - (noise - z))^2)
+(section 3.2). Stage 1 trains projectors and denoiser, stage 2 low-rank adapters of the encoder (section 3.3).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from diva_jax.common.errors import UserError
+from diva_jax.costs import flops
+from diva_jax.data import inputs, preprocess
+from diva_jax.models import adapters, backbones
+from diva_jax.models.diffusion import flow
+from diva_jax.models.diffusion.flow import FlowConfig
+from diva_jax.models.diffusion.flux_vae import FluxVAE, FluxVAEConfig
+from diva_jax.models.layers import ACTIVATIONS, Layers
+from diva_jax.objectives import contract
+from diva_jax.weights import flux, parts
+
+Array = jax.Array
+
+FAITHFUL, EXACT = "faithful", "exact"
+ONLY, ALL, NONE = "only", "all", "none"
+
+# Layers that are adapted, by architecture; the pooling head's output projection is subject to a switch.
+_BLOCKS = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])"
+_TARGETS = {"vit": rf"{_BLOCKS}|proj", "siglip": rf"{_BLOCKS}|attn_pool/mlp/fc[12]"}
+_HEAD_OUT = "attn_pool/proj"
+_GENERATOR = (("project_clip/.*", 1.0), ("project_t5/.*", 1.0), ("denoiser/.*", 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`config.genhancer`, without its sections. "faithful" is what the authors' code does, "exact" what it meant."""
+
+    stage1_steps: int = 100_000  # Steps that train projectors and denoiser; 0: they come from --init_from.
+    stage1_lr: float = 1e-4  # Their peak learning rate; stage 2 has config.steps and config.optim.lr.
+    stage2: str = ONLY  # Trains the encoder's adapters (only), projectors and denoiser too (all); none: no stage 2.
+    latents: str = "sample"  # Of the VAE's posterior: sample, or mean.
+    scale_factor: float = 1.0  # s of t = sigmoid(s n).
+    guidance: float = 4.0  # The strength of guidance that the denoiser is told, for every image.
+    vae_dtype: str = "float32"  # What the VAE computes in and is held in.
+    time_precision: str = EXACT  # exact: t in float32. faithful: t, 1000 t and the codes rounded to bfloat16.
+    warmup: str = EXACT  # exact: as config.optim says (10 steps). faithful: none, as the authors' schedule ignores it.
+    siglip_head_out: str = EXACT  # exact: the pooling head's output is adapted. faithful: its bias alone is trained.
+    siglip_gelu: str = EXACT  # exact: config.backbone.activation. faithful: tanh's approximation.
+
+    def __post_init__(self):
+        allowed = {"stage2": (ONLY, ALL, NONE), "latents": ("sample", "mean"), "vae_dtype": ("float32", "bfloat16")}
+        allowed |= dict.fromkeys(SWITCHES, (EXACT, FAITHFUL))
+        for field, values in allowed.items():
+            if (value := getattr(self, field)) not in values:
+                raise UserError(f"config.genhancer.{field}={value!r}: use {' or '.join(values)}")
+        if self.stage1_steps < 0 or (not self.stage1_steps and self.stage2 == NONE):
+            raise UserError(
+                f"config.genhancer.stage1_steps={self.stage1_steps} with stage2={self.stage2} trains nothing: "
+                "give at least one step"
+            )
+
+
+SWITCHES = tuple(f.name for f in dataclasses.fields(Options) if f.default == EXACT)
+_LORA = adapters.Lora(rank=16, alpha=16.0, dropout=0.1, targets="", biases=True)
+
+
+def default() -> ConfigDict:
+    """The fields of `config.genhancer`: see `Options`, `FlowConfig`, `FluxVAEConfig` and `adapters.Lora`."""
+    c = ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
+    c.denoiser = ConfigDict(dataclasses.asdict(FlowConfig()))
+    c.vae = ConfigDict(dataclasses.asdict(FluxVAEConfig()))
+    # Holds ae.safetensors: that file, a folder, a diffusers folder or a hub id.
+    c.vae.source = "black-forest-labs/FLUX.1-schnell"
+    c.lora = ConfigDict(dataclasses.asdict(_LORA))
+    c.lora.targets = ""  # Regex over the encoder's layers; empty: those that the authors adapt.
+    return c
+
+
+def recipe(config: ConfigDict) -> None:
+    """The published recipe (the authors' configuration files)."""
+    config.steps, config.batch_size, config.accum = 10_000, 256, 2
+    config.trainable = ()  # Follows from stage2.
+    config.optim.update(name="adamw", lr=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip=1.0)
+    config.optim.update(schedule="constant", warmup_steps=10, decay_all=True)
+    config.data.image_size = config.backbone.image_size
+    config.checkpoint.every = 500
+
+
+def options(config: ConfigDict) -> Options:
+    """`config.genhancer` without its sections."""
+    section = config.genhancer
+    return Options(**{f.name: section[f.name] for f in dataclasses.fields(Options)})
+
+
+def lora(config: ConfigDict) -> adapters.Lora:
+    """The adapters of the encoder."""
+    fields = config.genhancer.lora.to_dict()
+    if not fields["targets"]:
+        arch = config.backbone.arch
+        if arch not in _TARGETS:
+            raise UserError(
+                f"config.genhancer.lora.targets is empty, and the authors adapt no {arch} encoder: name the layers, "
+                f"e.g. {_BLOCKS!r}"
+            )
+        fields["targets"] = _TARGETS[arch]
+        if arch == "siglip" and config.genhancer.siglip_head_out == EXACT:
+            fields["targets"] += f"|{_HEAD_OUT}"
+    return adapters.Lora(**fields)
+
+
+def _adapted_rows(config: ConfigDict) -> tuple[tuple[str, float], ...]:
+    """Rows of the trainable table for adapters and biases of the encoder."""
+    rows = lora(config).trainable("vision")
+    dead = config.backbone.arch == "siglip" and config.genhancer.siglip_head_out == FAITHFUL
+    return (*rows, (f"vision/{_HEAD_OUT}/bias", 1.0)) if dead else rows
+
+
+def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
+    """Stage 1 for stage1_steps, then stage 2 for config.steps; `config.trainable` replaces stage 2's table if given."""
+    o, end, rest = options(config), config.genhancer.stage1_steps, ((".*", 0.0),)
+    warm = 0 if o.warmup == FAITHFUL else None
+    found = []
+    if end:
+        found.append(contract.Stage("stage1", 0, end, o.stage1_lr, (*_GENERATOR, *rest), warmup_steps=warm))
+    if o.stage2 != NONE:
+        table = tuple((str(p), float(s)) for p, s in config.trainable)
+        table = table or (*_adapted_rows(config), *(_GENERATOR if o.stage2 == ALL else ()), *rest)
+        found.append(contract.Stage("stage2", end, end + config.steps, config.optim.lr, table, warmup_steps=warm))
+    return tuple(found)
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises a UserError for fields that do not fit together."""
+    options(config)
+    size, unit = config.backbone.image_size, 2 * _vae(config).downscale
+    if size % unit:
+        raise UserError(
+            f"config.backbone.image_size={size} must be a multiple of {unit}, a token of the denoiser: "
+            f"use {round(size / unit) * unit}"
+        )
+
+
+def _vae(config: ConfigDict) -> FluxVAEConfig:
+    return FluxVAEConfig(**_fields(config.genhancer.vae, without=("source",)))
+
+
+def _fields(section: ConfigDict, without: tuple[str, ...] = ()) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.to_dict().items() if k not in without}
+
+
+class Draws(NamedTuple):
+    """The random numbers of B images.
+
+    Attributes:
+      posterior: standard normal, of the latents' shape [B, h, w, z].
+      t: standard normal, [B]; the time is its sigmoid.
+      noise: standard normal, of the packed latents' shape [B, N, 4z].
+    """
+
+    posterior: Array
+    t: Array
+    noise: Array
+
+
+class Projector(nnx.Module):
+    """LayerNorm, linear, exact GELU, linear: [B, d] -> [B, n]."""
+
+    def __init__(self, d: int, n: int, layers: Layers):
+        self.norm = layers.layer_norm(d, 1e-5)
+        self.fc1, self.fc2 = flow.torch_linear(layers, d, n), flow.torch_linear(layers, n, n)
+
+    def __call__(self, e: Array) -> Array:
+        return self.fc2(ACTIVATIONS["gelu"](self.fc1(self.norm(e))))
+
+
+class Objective(contract.Objective):
+    """`vision` has adapters where a stage trains them; `project_clip`, `project_t5` and `denoiser` start at random."""
+
+    def __init__(self, config, *, rngs):
+        self.spec, self.options = backbones.spec_of(config), options(config)
+        self.vae_config, self.source = _vae(config), config.genhancer.vae.source
+        self.flow_config = FlowConfig(**_fields(config.genhancer.denoiser))
+        if self.flow_config.in_channels != 4 * self.vae_config.latent_channels:
+            raise UserError(
+                f"config.genhancer.denoiser.in_channels={self.flow_config.in_channels} must be four times "
+                f"config.genhancer.vae.latent_channels, {4 * self.vae_config.latent_channels}"
+            )
+        dtype = jnp.dtype(config.dtype)
+        tower = self.spec
+        if tower.arch == "siglip" and self.options.siglip_gelu == FAITHFUL:
+            tower = dataclasses.replace(tower, activation="gelu_tanh")
+        self.vision = backbones.build(tower, rngs=rngs, dtype=dtype, remat=config.remat in ("vision", "all"))
+        if self.options.stage2 != NONE:
+            adapters.adapt(self.vision, lora(config), rngs)
+        trains_generator = self.options.stage1_steps or self.options.stage2 == ALL
+        held = jnp.float32 if trains_generator else jnp.dtype(config.frozen_dtype)
+        layers, f = Layers(rngs, dtype, held), self.flow_config
+        self.project_clip = Projector(self.spec.embed_dim, f.vector_dim, layers)
+        self.project_t5 = Projector(self.spec.embed_dim, f.text_dim, layers)
+        self.denoiser = flow.Flow(f, rngs=rngs, dtype=dtype, param_dtype=held, remat=config.remat == "all")
+        precision = jnp.dtype(self.options.vae_dtype)
+        self.vae = FluxVAE(self.vae_config, rngs=rngs, dtype=precision, param_dtype=precision)
+
+    @property
+    def inputs(self) -> Mapping[str, inputs.Image]:
+        """{"image": uint8 [R, R, 3] at the encoder's own resolution}."""
+        return {"image": inputs.Image(self.spec.image_size)}
+
+    def pretrained(self) -> Mapping[str, parts.Part]:
+        """The encoder without its adapters, and the VAE."""
+        fresh = (adapters.FRESH,) if self.options.stage2 != NONE else ()
+        return {
+            "vision": parts.vision(self.spec.source, self.spec, fresh=fresh),
+            "vae": flux.vae(self.source, self.vae_config, "config.genhancer.vae"),
+        }
+
+    def towers(self) -> Mapping[str, nnx.Module]:
+        return {"vision": adapters.merge(self.vision)}
+
+    def flops_by_part(self) -> dict[str, float]:
+        """FLOPs of one image in one step of the last stage: "vae", "vision", "denoiser".
+
+        The products of the adapters are not counted, of which there are less than 3 % of the encoder's.
+        """
+        size = self.spec.image_size
+        work = denoiser_flops(self.flow_config, (size // self.vae_config.downscale // 2) ** 2)
+        tuned = self.options.stage2
+        vision = flops.vision(self.spec)
+        return {
+            "vae": flops.vae(self.vae_config.encoder, size),
+            "vision": vision if tuned == NONE else 2 * vision,
+            "denoiser": work.forward + (work.backward if tuned == ONLY else work.forward * 2),
+        }
+
+    def flops(self) -> float:
+        return sum(self.flops_by_part().values())
+
+    def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> tuple[Draws, Array]:
+        """(random numbers, keys of the adapters' dropout), from one key per image, [B]."""
+        h, w, z = latents_shape
+
+        def one(key):
+            posterior, t, noise, drop = jax.random.split(key, 4)
+            tokens = ((h // 2) * (w // 2), 4 * z)
+            normal = jax.random.normal
+            return Draws(normal(posterior, latents_shape), normal(t, ()), normal(noise, tokens)), drop
+
+        return jax.vmap(one)(keys)
+
+    def latents(self, pixels: Array, posterior: Array) -> Array:
+        """[B, R, R, 3] in [0, 1] and standard normal noise -> latents [B, h, w, z], float32."""
+        with jax.named_scope("vae"):
+            noise = posterior if self.options.latents == "sample" else None
+            return jax.lax.stop_gradient(self.vae.encode(2 * pixels - 1, noise))
+
+    def forward(self, pixels: Array, latents: Array, drawn: Draws, freqs: np.ndarray | None = None):
+        """The loss and everything on the way to it.
+
+        Args:
+          pixels: [B, R, R, 3] in [0, 1].
+          latents: [B, h, w, z].
+          drawn: the random numbers of these images.
+          freqs: of the denoiser's `timestep_code`.
+
+        Returns:
+          (mean over everything of the squared error, {embed [B, d]; vec [B, 768]; txt [B, 1, 4096]; t [B];
+          packed, x_t, target and pred [B, N, 4z]; and dit.NAME of the denoiser's intermediate results}).
+        """
+        wide = jnp.promote_types(latents.dtype, jnp.float32)
+        with jax.named_scope("vision"):
+            embed = self.vision.encode(preprocess.normalise(pixels, self.spec.mean, self.spec.std)).pooled
+        vec, txt = self.project_clip(embed), self.project_t5(embed)[:, None]
+        packed = flow.pack(latents)
+        t = jax.nn.sigmoid(self.options.scale_factor * drawn.t)
+        noisy = (1 - t[:, None, None]) * packed + t[:, None, None] * drawn.noise
+        seen = {"embed": embed, "vec": vec, "txt": txt, "packed": packed, "t": t, "x_t": noisy}
+        guidance = jnp.full_like(t, self.options.guidance)
+        given = [t, guidance]
+        if self.options.time_precision == FAITHFUL:
+            given = [x.astype(jnp.bfloat16) for x in given]
+        grid = (latents.shape[1] // 2, latents.shape[2] // 2)
+        with jax.named_scope("denoiser"):
+            note = lambda name, value: seen.__setitem__(f"dit.{name}", value)  # noqa: E731
+            pred = self.denoiser(noisy, *given, vec, txt, grid, freqs, note).astype(wide)
+        seen |= {"target": drawn.noise - packed, "pred": pred}
+        return jnp.mean(jnp.square(pred - seen["target"])), seen
+
+    def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:
+        """One micro-batch.
+
+        Args:
+          batch: {"image": uint8 [B, R, R, 3]}.
+          keys: PRNG keys, one per image, [B].
+
+        Returns:
+          (the loss, {"loss": the same}).
+        """
+        pixels = preprocess.to_float(batch["image"])
+        h, w = (s // self.vae_config.downscale for s in pixels.shape[1:3])
+        drawn, drop = self.draw(keys, (h, w, self.vae_config.latent_channels))
+        latents = self.latents(pixels, drawn.posterior)
+        with adapters.dropout(drop):
+            value, _ = self.forward(pixels, latents, drawn)
+        return value, {"loss": value}
+
+
+def denoiser_flops(config: FlowConfig, tokens: int, text: int = 1) -> flops.Tally:
+    """One pass over `tokens` image tokens; backward to the pooled condition and the text tokens alone."""
+    tally, width, hidden = flops.Tally(), config.width, config.hidden
+    tally.layer(tokens, config.in_channels, width)
+    for _ in range(2):  # Time and guidance.
+        tally.layer(1, 256, width)
+        tally.layer(1, width, width)
+    tally.reached = True
+    tally.layer(1, config.vector_dim, width)
+    tally.layer(1, width, width)
+    tally.layer(text, config.text_dim, width)
+    for _ in range(config.double_blocks):
+        for n in (tokens, text):
+            tally.layer(1, width, 6 * width)
+            for n_in, n_out in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):
+                tally.layer(n, n_in, n_out)
+        tally.attention(tokens + text, tokens + text, width)
+    for _ in range(config.single_blocks):
+        tally.layer(1, width, 3 * width)
+        tally.layer(tokens + text, width, 3 * width + hidden)
+        tally.layer(tokens + text, width + hidden, width)
+        tally.attention(tokens + text, tokens + text, width)
+    tally.layer(1, width, 2 * width)
+    tally.layer(tokens, width, config.in_channels)
+    return tally

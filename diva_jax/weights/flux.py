@@ -1,0 +1,90 @@
+"""FLUX's autoencoder and the transformer of its kind: names in checkpoints, and the autoencoder's source."""
+
+from pathlib import Path
+
+import numpy as np
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
+from diva_jax.weights import diffusers, names, origins, readers
+from diva_jax.weights.parts import Opened, Part
+from diva_jax.weights.tensors import Tensor, Tensors
+
+FILE = "ae.safetensors"
+
+# The names of Black Forest Labs' own files.
+VAE = names.Table(
+    "encoder of FLUX's autoencoder",
+    rename=(
+        (r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block."),
+        (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
+        (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+        (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+        (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
+        (r"\.mid_block\.attentions\.0\.to_(q|k|v)\.", r".mid.attn_1.\1."),
+        (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+        (r"\.conv_norm_out\.", ".norm_out."),
+        (r"\.conv_shortcut\.", ".nin_shortcut."),
+    ),
+    ignore=(r"decoder\..*",),
+)
+DENOISER = names.Table(
+    "FLUX's transformer",
+    rename=(
+        (r"_mlp\.fc1\.", "_mlp.0."),
+        (r"_mlp\.fc2\.", "_mlp.2."),
+        (r"\.(query|key)_norm\.weight$", r".\1_norm.scale"),
+        (r"\.adaLN_modulation\.", ".adaLN_modulation.1."),
+    ),
+)
+PROJECTOR = names.Table(
+    "projector of GenHancer",
+    rename=((r"^norm\.", "0."), (r"^fc1\.", "1."), (r"^fc2\.", "3.")),
+)
+
+
+def with_matrices(tensors: Tensors) -> Tensors:
+    """The attention's 1x1 convolutions [n, n, 1, 1] as matrices [n, n]."""
+
+    def squeezed(tensor) -> Tensor:
+        return Tensor(tensor.shape[:2], tensor.dtype, lambda: np.asarray(tensor).reshape(tensor.shape[:2]))
+
+    attn = ".mid.attn_1."
+    found = {n: squeezed(t) if attn in n and tuple(t.shape[2:]) == (1, 1) else t for n, t in tensors.items()}
+    return Tensors(found, getattr(tensors, "files", []))
+
+
+def _open(source: str, config: FluxVAEConfig, field: str) -> tuple[Tensors, names.Table]:
+    at = origins.locate(source, f"{field}.source")
+    at = at if isinstance(at, Path) else origins._hub(at, f"{field}.source", [FILE])
+    if at.is_dir() and (at / FILE).is_file():
+        at = at / FILE
+    if at.is_file():
+        return with_matrices(readers.open_file(at)), VAE
+    folder = at / "vae" if (at / "vae").is_dir() else at
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{field}.source={source!r} has neither {FILE} nor a diffusers folder vae: give one of them")
+    there = FluxVAEConfig.from_dict(readers.read_json(folder / "config.json"))
+    wrong = [
+        f"{k} is {v!r} there and {getattr(config, k)!r} here" for k, v in vars(there).items() if v != getattr(config, k)
+    ]
+    if wrong:
+        raise UserError(f"{folder} is of another architecture than {field}: {'; '.join(wrong)}")
+    return readers.weights_in(folder, "diffusion_pytorch_model"), diffusers.VAE
+
+
+def vae(source: str, config: FluxVAEConfig, field: str) -> Part:
+    """The encoder of FLUX's autoencoder.
+
+    Args:
+      source: `ae.safetensors`, a folder that holds it, a diffusers folder (the pipeline's or `vae`), or a hub id.
+      config: the shape.
+      field: the config section that `source` and `config` are from, named in errors.
+    """
+
+    def opened():
+        tensors, table = _open(source, config, field)
+        where = str(tensors.files[0])
+        return Opened(tensors.files, lambda state, put: names.assign(state, tensors, table, source=where, put=put))
+
+    return Part(source, opened)
