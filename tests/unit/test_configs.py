@@ -59,9 +59,10 @@ def test_config_builds_as_shapes(path):
     # 865.9 M: the U-Net of Stable Diffusion 2.1-base; the others are the encoder of the VAE.
     unet = sum(a.size for n, a in p.arrays.items() if n.startswith("unet/"))
     assert path.stem == "tiny" or unet == 865_910_724
-    assert {n.split("/")[0] for n in p.trained} == {"vision", "visual_proj"}
+    projection, weight = {"diva": ("visual_proj", "kernel"), "dcr": ("projector", "fc1/kernel")}[c.objective]
+    assert {n.split("/")[0] for n in p.trained} == {"vision", projection}
     assert "total" in partition.summary(p.arrays, p.trained)
-    shape = p.arrays["visual_proj/kernel"].shape
+    shape = p.arrays[f"{projection}/{weight}"].shape
     assert shape == (spec.embed_dim, c.diffusion.unet.cross_attention_dim)
 
 

@@ -55,6 +55,8 @@ def test_neither_devices_nor_tiles_change_the_step():
         seen, ours = two_steps(devices, tile)
         np.testing.assert_allclose(seen, want, rtol=1e-5, err_msg=f"{devices} devices, tile {tile}")
         for name, array in params.items():
+            if name.endswith("qkv/bias"):  # The bias of the keys has no gradient; AdamW moves it by the sign of noise.
+                array, ours[name] = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (array, ours[name]))
             np.testing.assert_allclose(ours[name], array, rtol=1e-4, atol=2e-5, err_msg=name)
 
 
@@ -191,7 +193,8 @@ def test_targets_that_match_nothing_are_refused_before_anything_loads():
     with pytest.raises(UserError, match="lora.targets='blocks/7/.*' matches no layer"):
         small.program(c)
     c = dcr_config()
-    c.diffusion.unet.class_embed_type, c.diffusion.unet.projection_class_embeddings_input_dim = "projection", 8
+    with c.unlocked():
+        c.diffusion.unet.update(class_embed_type="projection", projection_class_embeddings_input_dim=8)
     with pytest.raises(UserError, match="no class embedding"):
         small.program(c)
 
