@@ -11,7 +11,8 @@ is decided here. For a batch of B images with embeddings x_i and captions with e
                                         under that caption's own mask;
   CE different images, same mask      = -mean_j log softmax_i(s_ij)[j]: caption j and its one mask against
                                         every image;
-  loss      = align_weight * (the sum of both) + sparsity_weight * mean_jd |m_jd|.
+  loss      = align_weight * (the sum of both) + sparsity_weight * mean_jd |m_jd|, where |m| = m with a gradient of
+              1 for every dimension, selected or not.
 
 In evaluation and export there is no mask: x_i and y_j are compared as CLIP's are.
 """
@@ -192,7 +193,7 @@ class Objective(contract.Objective):
         images, texts, masks = images.astype(wide), texts.astype(wide), binary(mask_logits.astype(wide))
         logits = self.options.logit_scale * masked_cosines(images, texts, masks)
         same_image, same_mask = (-jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits, axis=a))) for a in (1, 0))
-        selected = jnp.mean(jnp.abs(masks))
+        selected = jnp.mean(masks)  # |m| = m; that of rounded zeros would have a gradient of either sign.
         value = self.options.align_weight * (same_image + same_mask) + self.options.sparsity_weight * selected
         seen = dict(images=images, texts=texts, masks=masks, logits=logits)
         return value, seen | dict(same_image=same_image, same_mask=same_mask, selected=selected)

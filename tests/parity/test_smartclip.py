@@ -67,7 +67,7 @@ def torch_loss(model, mask_net, image, ids):
     logits = SCALE * torch.cosine_similarity(mask[None] * x[:, None], y[None], dim=-1)
     right = torch.arange(len(x))
     cross = torch.nn.functional.cross_entropy
-    return ALIGN * (cross(logits, right) + cross(logits.T, right)) + SPARSITY * mask.abs().mean(), mask
+    return ALIGN * (cross(logits, right) + cross(logits.T, right)) + SPARSITY * mask.mean(), mask
 
 
 def test_ten_steps():

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 from records import data_config, encoded, noise, tags, write_tar
 
 from diva_jax.common.errors import RunError, UserError
@@ -135,6 +136,56 @@ def test_no_caption_is_broken_only_where_text_is_needed(tmp_path, caplog):
         batches = pipeline.open_batches(config, {"t": tokens()}, seed=0, global_batch=COUNT)
         for _ in range(3):
             next(batches)
+
+
+def test_prepared_images_are_those_of_an_evaluation(noisy):
+    """Bit for bit, whatever the run's crop; 24 of 32 is the central crop after resizing to 32, as torchvision has it."""
+    wanted = {
+        "a": inputs.Prepared(23),
+        "b": inputs.Prepared(17, "squash", "bilinear"),
+        "c": inputs.Prepared(24, resize=32),
+    }
+    seen = []
+
+    @dataclasses.dataclass
+    class Spy:
+        shape, dtype, needs_text = (), np.dtype(np.int32), False
+
+        def open(self, config):
+            return lambda example: seen.append(example.image) or np.int32(0)
+
+    batch = next(pipeline.open_batches(data_config(noisy, threads=0), wanted | {"spy": Spy()}, seed=2, global_batch=9))
+    assert [batch[n].shape[1:] for n in wanted] == [wanted[n].shape for n in wanted]
+    for i, image in enumerate(seen):
+        np.testing.assert_array_equal(batch["a"][i], images.prepare(image, 23, "shortest", "bicubic"))
+        np.testing.assert_array_equal(batch["b"][i], images.prepare(image, 17, "squash", "bilinear"))
+        w, h = (32, int(32 * image.height / image.width)) if image.width <= image.height else (0, 32)
+        w = w or int(32 * image.width / image.height)
+        left, top = round((w - 24) / 2), round((h - 24) / 2)
+        whole = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(batch["c"][i], whole[top : top + 24, left : left + 24])
+    for make, says in (
+        (lambda: inputs.Prepared(0), "0 pixels cannot be made"),
+        (lambda: inputs.Prepared(24, resize=20), "24 pixels cannot be cropped from an image of 20"),
+        (lambda: inputs.Prepared(24, "longest"), "resize_mode='longest' is not known"),
+    ):
+        with pytest.raises(UserError, match=says):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("A dog. It runs!  Does it? Yes", ["A dog.", "A dog. It runs!", "A dog. It runs!  Does it?", None]),
+        ("One 3.5 m tree.", [None]),
+        ("no end ", ["no end"]),
+        ("Two.\nLines. ", ["Two.", "Two.\nLines."]),
+    ],
+)
+def test_first_sentences_are_every_beginning(text, sentences):
+    rng = np.random.default_rng(0)
+    drawn = {inputs.first_sentences(text, rng) for _ in range(60)}
+    assert drawn == {text if s is None else s for s in sentences}
 
 
 def test_data_without_captions_is_refused_at_once(noisy):

@@ -61,6 +61,23 @@ def test_weight_decay_spares_biases_and_norms(name):
     np.testing.assert_array_equal(updates["scale"], 0.0)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_of_every_tensor_but_those_named(name):
+    params = {n: jnp.full(3, 2.0) for n in ("net/scale", "net/kernel_params", "kernel_params")}
+    grads = {n: jnp.zeros(3) for n in params}
+    fields = dict(name=name, warmup=0.0, clip=0.0, weight_decay=0.1, decay_all=True, no_decay="kernel_params")
+    updates = one_update(params, grads, **fields)
+    for n in params:
+        np.testing.assert_allclose(updates[n], 0.0 if n == "kernel_params" else -0.5 * 0.1 * 2, rtol=1e-6)
+    with pytest.raises(UserError, match="config.optim.no_decay='\\(' is no regular expression"):
+        one_update(params, grads, no_decay="(")
+
+
+def test_a_stage_may_have_a_rate_of_its_own():
+    lr = optim.learning_rate(STAGE._replace(rate=lambda step: 7.0 + step), 0.5)
+    assert (lr(0), lr(3)) == (7.0, 10.0)
+
+
 def test_unknown_optimizer():
     with pytest.raises(UserError, match="config.optim.name='lion'"):
         one_update({"a": jnp.ones(2)}, {"a": jnp.ones(2)}, name="lion")
