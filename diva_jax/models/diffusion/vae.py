@@ -173,6 +173,22 @@ class VAE(nnx.Module):
         if config.use_quant_conv:
             self.quant_conv = layers.conv(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
+    def moments(self, images: Array) -> tuple[Array, Array]:
+        """Returns the posterior of the latents, before the scaling factor: (mean, logarithm of the variance).
+
+        Args:
+          images: [B, H, W, in_channels], RGB in [-1, 1].
+
+        Returns:
+          Two arrays [B, H / downscale, W / downscale, latent_channels], sizes rounded down, in `dtype`. The logarithm is
+          not clamped.
+        """
+        moments = self.encoder(images)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        n = self.config.latent_channels
+        return moments[..., :n], moments[..., n:]
+
     def encode(self, images: Array) -> Array:
         """Returns the latents for the U-Net: scaling_factor times the mean of the posterior (not a sample).
 
@@ -182,7 +198,19 @@ class VAE(nnx.Module):
         Returns:
           [B, H / downscale, W / downscale, latent_channels], sizes rounded down, in `dtype`.
         """
-        moments = self.encoder(images)
-        if self.config.use_quant_conv:
-            moments = self.quant_conv(moments)
-        return self.config.scaling_factor * moments[..., : self.config.latent_channels]
+        return self.config.scaling_factor * self.moments(images)[0]
+
+    def sample(self, images: Array, noise: Array) -> Array:
+        """Returns latents for the U-Net drawn from the posterior: scaling_factor * (mean + std * noise).
+
+        Args:
+          images: [B, H, W, in_channels], RGB in [-1, 1].
+          noise: standard normal, of the latents' shape.
+
+        Returns:
+          Latents as from `encode`, in the wider of `dtype` and the dtype of `noise`. As in diffusers, the logarithm of
+          the variance is clamped to [-30, 20].
+        """
+        mean, logvar = self.moments(images)
+        std = jnp.exp(0.5 * jnp.clip(logvar.astype(noise.dtype), -30, 20))
+        return self.config.scaling_factor * (mean + std * noise)
