@@ -81,6 +81,14 @@ def default(
     c.optim.b1, c.optim.b2, c.optim.eps = 0.9, 0.999, 1e-8  # adamw.
     c.optim.weight_decay = 0.0  # adamw (decoupled) and sgd (added to the gradient).
 
+    c.anchor = ConfigDict()
+    # Times the squared distance of the pooled embedding to the untuned encoder's, added to the loss; 0: none.
+    c.anchor.weight = 0.0
+    c.ema = ConfigDict()
+    # Of an exponential moving average of the trained weights, which starts at their first values; evaluation and export
+    # use the average. 0: none.
+    c.ema.decay = 0.0
+
     c.data = ConfigDict()
     c.data.path = ""  # Tar shards (a folder, a glob, {00000..00331}.tar), an image folder, or tfds:name/split.
     c.data.image_size = 512  # The crop's side: the VAE's resolution [pixels].
@@ -135,6 +143,8 @@ _RULES = (
     *(one_of(field, "float32", "bfloat16", "float64") for field in ("dtype", "frozen_dtype")),
     one_of("remat", "none", "vision", "all"),
     at_least("profile.steps", 0),
+    at_least("anchor.weight", 0),
+    ("ema.decay", lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
 )
 
 

@@ -19,7 +19,7 @@ from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
 from diva_jax.training import checkpoint, distributed, load, metrics, partition, sharding, workdirs
 from diva_jax.training.distributed import Preemption
-from diva_jax.training.step import Program
+from diva_jax.training.step import Program, averaged
 
 
 def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) -> dict[str, jax.Array]:
@@ -215,13 +215,16 @@ class _Loop:
         return finished
 
     def _evaluate(self) -> None:
-        """Scores of the present weights, where `config.eval` asks for them; does not affect training."""
+        """Scores of the present weights, or of their moving average; does not affect training.
+
+        It returns at once where `config.eval` asks for no scores at this step.
+        """
         run = self.run_
         if not run.evaluator or (self.step % run.config.eval.every and self.step != run.total):
             return
         self.progress.flush()
         began = time.perf_counter()
-        params = {**self.loaded.frozen, **self.state["params"]}
+        params = {**self.loaded.frozen, **averaged(self.state)}
         row, notes = run.evaluator.scalars(self.program.towers(params), params)
         took = time.perf_counter() - began
         if self.writer:

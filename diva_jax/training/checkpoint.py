@@ -1,4 +1,4 @@
-"""Checkpoints: what is trained, the optimizer, step, PRNG key and data position, written by orbax.
+"""Checkpoints: what is trained (and its moving average), the optimizer, step, PRNG key and data position, by orbax.
 
 Frozen weights are not in them; the sources and hashes they were loaded from are (`meta`), and are compared when
 a run goes on. A checkpoint is renamed into place when it is whole, so a killed save leaves the last one intact.
@@ -117,18 +117,23 @@ class Checkpoints:
         found = self._manager.restore(step, args=items)
         return found["state"], found["data"], found["meta"]
 
-    def trained(self, step: int, device: jax.Device) -> dict[str, jax.ShapeDtypeStruct]:
-        """Name -> shape and dtype of the trained parameters in a checkpoint, to be restored to `device`."""
-        here = jax.sharding.SingleDeviceSharding(device)
-        tree = ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state").item_metadata.tree
-        return {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in tree["params"].items()}
+    def restore_params(self, step: int, device: jax.Device) -> tuple[dict[str, jax.Array], dict]:
+        """What evaluation and export need, whatever the optimizer was.
 
-    def restore_params(self, step: int, arrays: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict, dict]:
-        """(the trained parameters alone, meta): what an export needs, whatever the optimizer was."""
+        Args:
+          step: of a checkpoint.
+          device: where the arrays go.
+
+        Returns:
+          ({name: array} of the trained parameters, their moving average where the run keeps one, meta).
+        """
+        tree = ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state").item_metadata.tree
+        kind, here = "ema" if "ema" in tree else "params", jax.sharding.SingleDeviceSharding(device)
+        arrays = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in tree[kind].items()}
         restore = ocp.args.PyTreeRestore(
-            {"params": arrays},
+            {kind: arrays},
             partial_restore=True,
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": arrays}),
+            restore_args=ocp.checkpoint_utils.construct_restore_args({kind: arrays}),
         )
         with ocp.CheckpointManager(
             self._manager.directory,
@@ -138,7 +143,7 @@ class Checkpoints:
             },
         ) as manager:
             found = manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
-        return found["state"]["params"], found["meta"]
+        return found["state"][kind], found["meta"]
 
     def wait(self) -> None:
         """Returns when every save is on disk."""

@@ -152,13 +152,13 @@ class RunAt:
     def _restored(self) -> tuple[dict[str, jax.Array], dict]:
         checkpoints = checkpoint.Checkpoints(self.workdir)
         try:
-            return checkpoints.restore_params(self.step, checkpoints.trained(self.step, _host()))
+            return checkpoints.restore_params(self.step, _host())
         finally:
             checkpoints.close()
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """What the run has trained, by name."""
+        """What the run has trained, by name; its moving average where the run keeps one."""
         return self._restored[0]
 
     @property

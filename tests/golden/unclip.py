@@ -27,6 +27,7 @@ _EXACT = ("latent_mean", "latent_std", "latents", "z_t", "target_v", "embed", "c
 BOUNDS = dict.fromkeys(_EXACT, 5e-6) | dict.fromkeys(("alphas_cumprod", "embed_alphas_cumprod"), 1e-6)
 BOUNDS |= {"pred": 1e-5, "loss": 1e-5, "grad_embed": 2e-5, "grad": 2e-5}
 HEADS = 4
+TARGETS = ("v", "eps")
 # Not results: what a file feeds.
 GIVEN = ("pixels", "clip_pixels", "text_context", "timesteps", "noise", "embed_noise", "levels", "keep", "posterior")
 GIVEN += ("stats_mean", "stats_std", "meta")
@@ -48,7 +49,7 @@ def vision_spec(z, meta) -> backbones.Spec:
         heads=HEADS,
         mlp_dim=z["w/visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
         embed_dim=z["w/visual.proj"].shape[1],
-        activation=meta["act"],
+        activation="quick_gelu" if meta["act"] == "quick_gelu" else "gelu",
     )
 
 
@@ -79,11 +80,11 @@ def objective(z, sd, meta) -> unclip.Objective:
     return module
 
 
-def _options(module, key: str) -> unclip.Options:
+def _options(given: unclip.Options, key: str) -> unclip.Options:
     """The options of a case: `random_drop+stats` is random levels, labels dropped, with statistics."""
     noise, _, stats = key.partition("+")
     noise = noise.removesuffix("_drop")
-    return dataclasses.replace(module.options, embed_noise=noise, stats="on" if stats else "off")
+    return dataclasses.replace(given, embed_noise=noise, stats="on" if stats else "off")
 
 
 def compute(z, sd) -> dict[str, np.ndarray]:
@@ -99,31 +100,30 @@ def compute(z, sd) -> dict[str, np.ndarray]:
     trained = {k: v for k, v in arrays.items() if k.startswith("vision/")}
     abar = schedule.alphas_cumprod(module.diffusion.scheduler)
 
-    def labels_of(embed):
-        out = []
-        for case in cases:
-            module.options = _options(module, case)
-            out.append(module.class_labels(embed, drawn if "_drop" in case else everything))
-        module.options = given
-        return jnp.stack(out)
+    def run(arrays, trained):
+        def as_if(options=given, trained=trained):
+            made = skeleton.merge(arrays, trained)
+            made.options = options
+            return made
 
-    def run(trained):
+        def labels_of(embed):
+            made = [(as_if(_options(given, case)), drawn if "_drop" in case else everything) for case in cases]
+            return jnp.stack([m.class_labels(embed, d) for m, d in made])
+
         view = 2 * jnp.asarray(z["pixels"]) - 1
-        mean, logvar = module.vae.moments(view)
-        latents = module.encode_latents(view, drawn)
-        embed, to_trained = jax.vjp(lambda p: skeleton.merge(arrays, p).embed(jnp.asarray(z["clip_pixels"])), trained)
+        mean, logvar = as_if().vae.moments(view)
+        latents = as_if().encode_latents(view, drawn)
+        clip_view = jnp.asarray(z["clip_pixels"])
+        embed, to_trained = jax.vjp(lambda p: as_if(trained=p).embed(clip_view), trained)
         labels, to_embed = jax.vjp(labels_of, embed)
 
         def one(labels):
-            """(prediction, by target the mean loss and its gradient with respect to the labels)."""
-            pred, pull = jax.vjp(lambda c: module.denoise(latents, drawn, c), labels)
-            found = {}
-            for target in ("v", "eps"):
-                module.options = dataclasses.replace(given, target=target)
-                loss, g = jax.value_and_grad(lambda p: jnp.mean(module.errors(p, latents, drawn)))(pred)
-                found[target] = (loss, *pull(g))
-            module.options = given
-            return pred, found
+            """(prediction, by target the loss and its gradient with respect to the labels)."""
+            pred, pull = jax.vjp(lambda c: as_if().denoise(latents, drawn, c), labels)
+            made = [as_if(dataclasses.replace(given, target=target)) for target in TARGETS]
+            found = [jax.value_and_grad(lambda p, m=m: jnp.mean(m.errors(p, latents, drawn)))(pred) for m in made]
+            (grads,) = jax.vmap(pull)(jnp.stack([g for _, g in found]))
+            return pred, {t: (loss, g) for t, (loss, _), g in zip(TARGETS, found, grads, strict=True)}
 
         preds, found = jax.lax.map(one, labels)
         out = dict(latent_mean=mean, latent_std=jnp.exp(0.5 * logvar), latents=latents, embed=embed)
@@ -140,7 +140,7 @@ def compute(z, sd) -> dict[str, np.ndarray]:
         return out
 
     with jax.default_matmul_precision("highest"):
-        out = jax.jit(run)(trained)
+        out = jax.jit(run)(arrays, trained)
     for name in whole:
         grads = out.pop(f"{name}/grad")
         state = {path[1:]: var.replace(grads[n]) for n, (path, var) in skeleton.variables.items() if n in grads}

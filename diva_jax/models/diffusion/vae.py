@@ -180,8 +180,8 @@ class VAE(nnx.Module):
           images: [B, H, W, in_channels], RGB in [-1, 1].
 
         Returns:
-          Two arrays [B, H / downscale, W / downscale, latent_channels], sizes rounded down, in `dtype`. The logarithm is
-          not clamped.
+          Two arrays [B, H / downscale, W / downscale, latent_channels], sizes rounded down, in `dtype`; the logarithm
+          is not clamped.
         """
         moments = self.encoder(images)
         if self.config.use_quant_conv:
