@@ -1,4 +1,4 @@
-"""un²CLIP: the vision tower learns to invert unCLIP, a diffusion model that is conditioned on its image embedding.
+"""un²CLIP (arXiv 2505.24517): the vision tower learns to invert unCLIP, a diffusion model of its image embeddings.
 
 For an image x: latents z0 = VAE(x), a timestep t and noise eps, z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps; the
 embedding e = vision(x), pooled and projected, not normalised; the class label c = [e', code(level)], where e' is e with

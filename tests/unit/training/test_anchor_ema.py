@@ -52,11 +52,10 @@ def test_defaults_have_neither():
     assert not [n for n in small.program(c).trained if n.startswith("anchor/")]
 
 
-@pytest.mark.parametrize("make", [small.small_config, small_unclip.small_config], ids=["diva", "unclip"])
-def test_anchor_by_hand(make):
+def test_anchor_by_hand():
     """Value and gradient are the plain objective's, plus 2 w (e - e0) / B through the encoder."""
     weight, b = 0.3, 4
-    p, plain = (small.program(make(batch_size=b, anchor__weight=w)) for w in (weight, 0.0))
+    p, plain = (small.program(small.small_config(batch_size=b, anchor__weight=w)) for w in (weight, 0.0))
     arrays = small.random_arrays(p)
     batch, keys = small.batch(p, 0), jax.random.split(jax.random.key(1), b)
     mine = {n: arrays[n] for n in p.trained}
@@ -112,11 +111,11 @@ def test_average_is_the_recursion_across_stages():
     assert not np.array_equal(states[4]["ema"]["vision/patch_embed/kernel"], want["vision/patch_embed/kernel"] * 0)
 
 
-@pytest.mark.parametrize("make", [small.small_config, small_unclip.small_config], ids=["diva", "unclip"])
-def test_devices_do_not_matter(make):
-    fields = dict(anchor__weight=0.1, ema__decay=0.5)
-    one, alone, _ = run(make(**fields), 3)
-    eight, shared, p = run(make(mesh__fsdp=4, mesh__min_shard=64, **fields), 3, 8)
+def test_devices_do_not_matter():
+    """Of un²CLIP, with everything that it can draw."""
+    fields = dict(anchor__weight=0.1, ema__decay=0.5, unclip__embed_noise="random", unclip__embed_drop=0.3)
+    one, alone, _ = run(small_unclip.small_config(**fields), 3)
+    eight, shared, p = run(small_unclip.small_config(mesh__fsdp=4, mesh__min_shard=64, **fields), 3, 8)
     np.testing.assert_allclose(one, eight, rtol=1e-5)
     for kind in ("params", "ema"):
         moved = [np.linalg.norm(shared[-1][kind][n] - a) / np.linalg.norm(a) for n, a in alone[-1][kind].items()]
