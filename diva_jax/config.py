@@ -86,6 +86,14 @@ def default(
     c.optim.decay_all = False  # Decay biases, norms and all other vectors too; False: only matrices and convolutions.
     c.optim.no_decay = ""  # regex over parameter names that weight decay does not reach; it must match the whole name.
 
+    c.anchor = ConfigDict()
+    # Times the squared distance of the pooled embedding to the untuned encoder's, added to the loss; 0: none.
+    c.anchor.weight = 0.0
+    c.ema = ConfigDict()
+    # Of an exponential moving average of the trained weights, which starts at their first values; evaluation and export
+    # use the average. 0: none.
+    c.ema.decay = 0.0
+
     c.data = ConfigDict()
     c.data.path = ""  # Tar shards (a folder, a glob, {00000..00331}.tar), an image folder, or tfds:name/split.
     c.data.image_size = 512  # The crop's side: the VAE's resolution [pixels].
@@ -157,6 +165,8 @@ _RULES = (
     at_least("profile.steps", 0),
     one_of("optim.schedule", *optim.SCHEDULES),
     at_least("optim.warmup_steps", -1),
+    at_least("anchor.weight", 0),
+    ("ema.decay", lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
 )
 
 

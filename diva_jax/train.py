@@ -20,7 +20,7 @@ from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
 from diva_jax.training import checkpoint, distributed, load, lock, metrics, partition, sharding, workdirs
 from diva_jax.training.distributed import Preemption
-from diva_jax.training.step import Program
+from diva_jax.training.step import Program, averaged
 
 _MANY_EPOCHS = 5.0  # The published runs see each image about once.
 
@@ -276,13 +276,16 @@ class _Loop:
         return finished
 
     def _evaluate(self) -> None:
-        """Evaluates the current weights if `config.eval` is set for this step; does not affect training."""
+        """Evaluates the current weights, or their moving average, if `config.eval` is set for this step.
+
+        This does not affect training.
+        """
         run = self.run_
         if not run.evaluator or (self.step % run.config.eval.every and self.step != run.total):
             return
         self.progress.flush()
         began = time.perf_counter()
-        params = {**self.loaded.frozen, **self.state["params"]}
+        params = {**self.loaded.frozen, **averaged(self.state)}
         row, notes = run.evaluator.scalars(self.program.towers(params), params)
         took = time.perf_counter() - began
         if self.writer:

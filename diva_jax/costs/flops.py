@@ -19,11 +19,13 @@ class Tally:
     Attributes:
       forward, backward: so far.
       reached: whether what flows depends on the condition yet; before that nothing has a gradient.
+      by_class: whether the condition is a class embedding, added in every residual block, and not the context.
     """
 
     forward: float = 0.0
     backward: float = 0.0
     reached: bool = False
+    by_class: bool = False
 
     def layer(self, positions: int, n_in: int, n_out: int, window: int = 1) -> None:
         """A linear layer or a convolution with `positions` outputs."""
@@ -32,16 +34,20 @@ class Tally:
         self.backward += work * self.reached
 
     def attention(self, n: int, m: int, width: int, cross: bool = False) -> None:
-        """Scores and weighted sum of n queries and m keys; with `cross`, the keys are the condition's."""
+        """Scores and weighted sum of n queries and m keys; with `cross`, the keys are the context's."""
         self.forward += 4 * n * m * width
-        # Of the first cross-attention, the queries alone have no gradient.
-        self.backward += 2 * n * m * width * (4 if self.reached else 3 if cross else 0)
+        if cross and self.by_class:  # Keys and values are constant.
+            products = 2 if self.reached else 0
+        else:  # Of the first cross-attention, the queries alone have no gradient.
+            products = 4 if self.reached else 3 if cross else 0
+        self.backward += 2 * n * m * width * products
 
     def resnet(self, positions: int, n_in: int, n_out: int) -> None:
         self.layer(positions, n_in, n_out, 9)
-        self.layer(positions, n_out, n_out, 9)
         if n_in != n_out:
             self.layer(positions, n_in, n_out)
+        self.reached |= self.by_class
+        self.layer(positions, n_out, n_out, 9)
 
     def transformer(self, n: int, width: int, tokens: int, context: int) -> None:
         """Stable Diffusion's: projections, self-attention, cross-attention, GEGLU."""
@@ -51,17 +57,23 @@ class Tally:
         self.layer(n, width, width)
         self.layer(n, width, width)  # the query of the condition
         self.attention(n, tokens, width, cross=True)
-        self.reached = True
-        self.layer(tokens, context, 2 * width)
+        if self.by_class:
+            self.forward += 2 * tokens * context * 2 * width
+        else:
+            self.reached = True
+            self.layer(tokens, context, 2 * width)
         self.layer(n, width, width)
         self.layer(n, width, 8 * width)
         self.layer(n, 4 * width, width)
         self.layer(n, width, width)  # out
 
 
-def unet(config: UNetConfig, size: int, tokens: int) -> Tally:
-    """One pass over latents of size x size under `tokens` tokens; backward to the condition alone."""
-    t, channels, context = Tally(), config.block_out_channels, config.cross_attention_dim
+def unet(config: UNetConfig, size: int, tokens: int, by_class: bool = False) -> Tally:
+    """One pass over latents of size x size under `tokens` tokens; backward to the condition alone.
+
+    The condition is the tokens; with `by_class` it is the class embedding, and the tokens are constant.
+    """
+    t, channels, context = Tally(by_class=by_class), config.block_out_channels, config.cross_attention_dim
     side, n = size, channels[0]
     t.layer(side**2, config.in_channels, n, 9)
     skips = [n]

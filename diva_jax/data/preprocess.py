@@ -6,6 +6,7 @@ what the code of the authors of arXiv 2407.20171 computes.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 
@@ -39,6 +40,43 @@ def resize(images: Array, size: int, method: str, antialias: bool) -> Array:
     return jax.image.resize(images, shape, method, antialias=antialias, precision=jax.lax.Precision.HIGHEST)
 
 
+def _aligned_weights(n: int, size: int) -> np.ndarray:
+    """The matrix [size, n] of `aligned_resize` along one axis."""
+    keep = np.eye(n)
+    if (factor := n / size) > 1:
+        sigma = max((factor - 1) / 2, 0.001)
+        taps = int(max(4 * sigma, 3)) | 1
+        offsets = np.arange(taps) - taps // 2
+        kernel = np.exp(-(offsets**2) / (2 * sigma**2))
+        padded = np.pad(np.arange(n), taps // 2, mode="reflect")
+        keep = sum(k * keep[padded[i : i + n]] for i, k in enumerate(kernel / kernel.sum()))
+    at = np.arange(size) * ((n - 1) / (size - 1)) if size > 1 else np.zeros(1)
+    a, first = -0.75, np.floor(at).astype(int)
+    out = np.zeros((size, n))
+    for tap in range(-1, 3):
+        x = np.abs(at - first - tap)
+        near, far = ((a + 2) * x - (a + 3)) * x**2 + 1, a * (((x - 5) * x + 8) * x - 4)
+        out += np.where(x <= 1, near, far)[:, None] * keep[np.clip(first + tap, 0, n - 1)]
+    return out
+
+
+def aligned_resize(images: Array, size: int) -> Array:
+    """Resizes images as kornia's `resize(interpolation="bicubic", align_corners=True, antialias=True)` does.
+
+    Stability's code for Stable unCLIP does so: a Gaussian blur with reflected edges where the image gets smaller, then
+    PyTorch's cubic kernel (a = -0.75) between pixels whose corners are aligned.
+
+    Args:
+      images: [B, H, W, C].
+      size: of the result [pixels].
+
+    Returns:
+      [B, size, size, C].
+    """
+    rows, columns = (jnp.asarray(_aligned_weights(n, size), images.dtype) for n in images.shape[1:3])
+    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, images, precision=jax.lax.Precision.HIGHEST)
+
+
 def vae_view(images: Array, mode: str = "exact") -> Array:
     """The VAE's input, of the shape of `images`.
 
@@ -63,11 +101,13 @@ def backbone_view(
       size: the backbone's resolution [pixels].
       mean, std: of the normalisation, per channel.
       mode: "exact": resized (bicubic, with antialias), then normalised. "faithful": normalised, then resized (bilinear,
-        without antialias).
+        without antialias). "aligned": resized by `aligned_resize`, then normalised.
 
     Returns:
       [B, size, size, 3].
     """
     if mode == "faithful":
         return resize(normalise(images, mean, std), size, "linear", antialias=False)
+    if mode == "aligned":
+        return normalise(aligned_resize(images, size), mean, std)
     return normalise(resize(images, size, "cubic", antialias=True), mean, std)

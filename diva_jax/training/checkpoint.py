@@ -1,4 +1,4 @@
-"""Checkpoints: what is trained, the optimizer, step, PRNG key and data position, written by orbax.
+"""Checkpoints: what is trained (and its moving average), the optimizer, step, PRNG key and data position, by orbax.
 
 Frozen weights are not in them; the sources and hashes they were loaded from are (`meta`), and are compared when
 a run goes on. A checkpoint is renamed into place when it is whole, so a killed save leaves the last one intact.
@@ -129,28 +129,39 @@ class Checkpoints:
         """What `save` was given as `meta`."""
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
-    def trained(self, step: int, device: jax.Device) -> dict[str, jax.ShapeDtypeStruct]:
-        """Name -> shape and dtype of the trained parameters in a checkpoint, to be restored to `device`."""
-        here = jax.sharding.SingleDeviceSharding(device)
-        tree = ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state").item_metadata.tree
-        return {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in tree["params"].items()}
+    def _tree(self, step: int) -> dict:
+        """The train state of a checkpoint, with shapes and dtypes as leaves."""
+        return ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state").item_metadata.tree
 
-    def restore_params(self, step: int, arrays: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict, dict]:
-        """(the trained parameters alone, meta): what an export needs, whatever the optimizer was."""
+    def trained(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Name -> shape and dtype of the trained parameters in a checkpoint."""
+        return {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in self._tree(step)["params"].items()}
+
+    def restore_arrays(self, step: int, arrays: dict[str, jax.ShapeDtypeStruct], kind: str = "params") -> dict:
+        """Some trained parameters ("params"), or their moving averages ("ema"), laid out as `arrays` says."""
         restore = ocp.args.PyTreeRestore(
-            {"params": arrays},
+            {kind: arrays},
             partial_restore=True,
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": arrays}),
+            restore_args=ocp.checkpoint_utils.construct_restore_args({kind: arrays}),
         )
-        with ocp.CheckpointManager(
-            self._manager.directory,
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-        ) as manager:
-            found = manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
-        return found["state"]["params"], found["meta"]
+        handlers = {"state": ocp.PyTreeCheckpointHandler()}
+        with ocp.CheckpointManager(self._manager.directory, item_handlers=handlers) as manager:
+            return manager.restore(step, args=ocp.args.Composite(state=restore))["state"][kind]
+
+    def restore_params(self, step: int, device: jax.Device) -> tuple[dict[str, jax.Array], dict]:
+        """What evaluation and export need, whatever the optimizer was.
+
+        Args:
+          step: of a checkpoint.
+          device: where the arrays go.
+
+        Returns:
+          ({name: array} of the trained parameters, or of their moving average if the run keeps one; meta).
+        """
+        tree, here = self._tree(step), jax.sharding.SingleDeviceSharding(device)
+        kind = "ema" if "ema" in tree else "params"
+        arrays = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in tree[kind].items()}
+        return self.restore_arrays(step, arrays, kind), self.meta(step)
 
     def wait(self) -> None:
         """Returns when every save is on disk."""

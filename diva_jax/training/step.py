@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from diva_jax import objectives
 from diva_jax.models import backbones, layers
-from diva_jax.training import optim, partition, sharding, towers
+from diva_jax.training import anchor, optim, partition, sharding, towers
 
 
 def micro_batches(x: jax.Array, accum: int) -> jax.Array:
@@ -30,6 +30,11 @@ def image_keys(key_data: jax.Array, step: jax.Array, rows: jax.Array) -> jax.Arr
     return jax.vmap(partial(jax.random.fold_in, key))(rows)
 
 
+def averaged(state: Mapping) -> Mapping[str, jax.Array]:
+    """What a state's run evaluates and exports: the moving average of the trained parameters, or these themselves."""
+    return state.get("ema", state["params"])
+
+
 def train_step(
     state: dict,
     frozen: Mapping[str, jax.Array],
@@ -41,14 +46,17 @@ def train_step(
     lr: optax.Schedule,
     start: int,
     accum: int,
+    decay: float = 0.0,
 ) -> tuple[dict, dict]:
     """One optimizer step.
 
     Args:
-      state: {"params": {name: array}, "opt": optax state of the active ones, "step": int32 [], "key": uint32}.
+      state: {"params": {name: array}, "opt": optax state of the active ones, "step": int32 [], "key": uint32}, and
+        where it is kept "ema": the exponential moving average of "params", {name: array}.
       frozen: the parameters that no stage trains.
       batch: the objective's inputs, each [B, *shape], and "row": int32 [B].
-      skeleton, active, tx, lr, start, accum: static; `active` are the stage's trained names, `start` its first step.
+      skeleton, active, tx, lr, start, accum, decay: static; `active` are the stage's trained names, `start` its first
+        step, `decay` that of the moving average.
 
     Returns:
       (new state, metrics: float32 scalars loss, grad_norm (before the clip), lr, and the objective's own).
@@ -76,6 +84,8 @@ def train_step(
         "step": state["step"] + 1,
         "key": state["key"],
     }
+    if "ema" in state:  # In this form, what is not active stays bit-identical to its parameter.
+        new["ema"] = {n: a + (1 - decay) * (new["params"][n] - a) for n, a in state["ema"].items()}
     metrics = {k: jnp.mean(v) for k, v in metrics.items()}
     metrics |= {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(lr(state["step"] - start))}
     return new, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
@@ -90,7 +100,7 @@ class Program:
       stages: the run's stages.
       skeleton: the objective without its arrays.
       arrays: name -> ShapeDtypeStruct with its sharding, of every parameter.
-      scales: per stage, name -> learning-rate scale (0: frozen).
+      scales: per stage, name -> learning-rate scale (0: frozen); the anchor's parameters are not in it.
       trained: names that some stage trains; these alone are in the state and in checkpoints.
     """
 
@@ -99,8 +109,9 @@ class Program:
         self.objective = nnx.eval_shape(self.init_module)
         self.stages = objectives.stages(config)
         self.skeleton, shapes = partition.disassemble(self.objective)
-        self.scales = [partition.scales(s.trainable, shapes) for s in self.stages]
-        self.trained = [n for n in shapes if any(s[n] for s in self.scales)]
+        open_to_training = [n for n in shapes if not (config.anchor.weight and n.startswith(f"{anchor.PREFIX}/"))]
+        self.scales = [partition.scales(s.trainable, open_to_training) for s in self.stages]
+        self.trained = [n for n in open_to_training if any(s[n] for s in self.scales)]
         self.replicated = NamedSharding(mesh, P())
         self.shardings = sharding.parameter_shardings(shapes, mesh, config.mesh.min_shard)
         if not config.mesh.shard_frozen:
@@ -110,6 +121,8 @@ class Program:
     def init_module(self) -> objectives.Objective:
         """The objective with random weights."""
         kind = objectives.find(self.config.objective).Objective
+        if self.config.anchor.weight:
+            kind = anchor.anchored(kind)
         return kind(self.config, rngs=layers.Keys(self.config.seed))
 
     @functools.cached_property
@@ -155,23 +168,27 @@ class Program:
         opt = sharding.with_shardings(self._opt_shapes(stage), self._opt_shardings(stage))
         params = {n: self.arrays[n] for n in self.trained}
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        average = {"ema": params} if self.config.ema.decay else {}
         return {
             "params": params,
             "opt": opt,
             "step": scalar((), jnp.int32),
             "key": scalar(key.shape, key.dtype),
+            **average,
         }
 
     def init_state(self, params: Mapping[str, jax.Array]) -> dict:
-        """The state of step 0, from the values of the trained parameters."""
+        """The state of step 0, from the values of the trained parameters; their moving average begins with them."""
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(self.config.seed), 1))
         put = partial(jax.device_put, device=self.replicated)
         params = {n: params[n] for n in self.trained}
+        average = {"ema": jax.tree.map(jnp.copy, params)} if self.config.ema.decay else {}
         return {
             "params": params,
             "opt": self.init_opt(0, params),
             "step": put(jnp.int32(0)),
             "key": put(key),
+            **average,
         }
 
     @property
@@ -202,6 +219,7 @@ class Program:
             lr=optim.learning_rate(s, self.config.optim.warmup),
             start=s.start,
             accum=self.config.accum,
+            decay=self.config.ema.decay,
         )
 
         def step(state, frozen, batch):

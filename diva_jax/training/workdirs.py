@@ -151,7 +151,7 @@ class Parent:
         step = choose_step(where, int(step) if step else None, f"{field}: the step ")
         checkpoints = checkpoint.Checkpoints(where)
         try:
-            shapes = {n: tuple(a.shape) for n, a in checkpoints.trained(step, _host()).items()}
+            shapes = {n: tuple(a.shape) for n, a in checkpoints.trained(step).items()}
         finally:
             checkpoints.close()
         return cls(str(paths.absolute(where)), step, shapes, checkpoint.identity(where, step))
@@ -198,7 +198,7 @@ class Parent:
             return {}
         checkpoints = checkpoint.Checkpoints(self.workdir)
         try:
-            return checkpoints.restore_params(self.step, dict(arrays))[0]
+            return checkpoints.restore_arrays(self.step, dict(arrays))
         finally:
             checkpoints.close()
 
@@ -237,13 +237,13 @@ class RunAt:
     def _restored(self) -> tuple[dict[str, jax.Array], dict]:
         checkpoints = checkpoint.Checkpoints(self.workdir)
         try:
-            return checkpoints.restore_params(self.step, checkpoints.trained(self.step, _host()))
+            return checkpoints.restore_params(self.step, _host())
         finally:
             checkpoints.close()
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """What the run has trained, by name."""
+        """What the run has trained, by name; its moving average where the run keeps one."""
         return self._restored[0]
 
     @property

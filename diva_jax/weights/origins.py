@@ -128,7 +128,8 @@ def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Pat
     if isinstance(at, Path):
         return at
     meta = ["*.json", "tokenizer/*"]
-    models = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+    stem = "diffusion_pytorch_model"
+    models = (f"unet/{stem}", f"vae/{stem}", "text_encoder/model", f"image_normalizer/{stem}")
     # Full precision, in one file or sharded. The fp16 variant is downloaded only if a repository has no other.
     for suffixes in (("", "-?????-of-?????"), (".fp16", ".fp16-?????-of-?????")):
         patterns = meta + [f"{m}{s}.safetensors" for m in models for s in suffixes]

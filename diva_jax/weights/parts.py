@@ -12,7 +12,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models.backbones import Spec, TextSpec
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
-from diva_jax.weights import loading, origins
+from diva_jax.weights import loading, origins, readers
 from diva_jax.weights.prompt import encode_prompt
 
 # (path, array in our layout and dtype, required shape and dtype) -> array on a device, or on the host.
@@ -129,6 +129,35 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
                     f"{var.shape}: set config.diffusion.text_encoder and text_tokens to the values of that folder"
                 )
             return _one(state, context, put)
+
+        return Opened(tensors.files, fill)
+
+    return Part(source, opened)
+
+
+def embedding_statistics(source: str) -> Part:
+    """The statistics of image embeddings that Stable unCLIP was trained with: `mean` and `std`, [1, d] each.
+
+    Args:
+      source: diffusers folder or hub id, with `image_normalizer`.
+    """
+
+    def opened():
+        folder = origins.diffusers_folder(source) / "image_normalizer"
+        tensors = readers.weights_in(folder, "diffusion_pytorch_model")
+
+        def fill(state, put):
+            filled = {}
+            for path, var in nnx.to_flat_state(state):
+                name = str(path[-1])
+                if name not in tensors or tensors[name].shape != var.shape:
+                    raise UserError(
+                        f"{folder} has no {name} of shape {var.shape}: give the generator that belongs to "
+                        "config.backbone, or set config.unclip.stats=off"
+                    )
+                array = np.asarray(tensors[name]).astype(var.dtype)
+                filled[path] = var.replace(put(path, array, jax.ShapeDtypeStruct(var.shape, var.dtype)))
+            return nnx.from_flat_state(filled)
 
         return Opened(tensors.files, fill)
 

@@ -21,6 +21,14 @@ def test_golden_file(name):
     assert [r for r in rows if not r[1] <= r[2]] == []
 
 
+@pytest.mark.parametrize("name", ["unclip_a"])
+def test_golden_file_of_the_family(name):
+    path = HERE / "family" / f"{name}.npz"
+    method, rows = check.method_of(path), check.errors(path, SD)
+    assert {method.quantity(r[0]) for r in rows} == set(method.BOUNDS)
+    assert [r for r in rows if not r[1] <= r[2]] == []
+
+
 def test_command_fails_past_the_bound(tmp_path):
     """A LayerNorm weight that differs by 1e-4 is detected; the exit code is 1."""
     z = dict(np.load(HERE / "MetaCLIP_224.npz"))

@@ -9,7 +9,8 @@ from places import ROOT
 
 from diva_jax import config
 from diva_jax.models import backbones
-from diva_jax.objectives import condition
+from diva_jax.models.layers import abstract
+from diva_jax.objectives import condition, unclip
 from diva_jax.training import partition, sharding
 from diva_jax.training.step import Program
 
@@ -56,14 +57,20 @@ def test_config_builds_as_shapes(path):
     spec = backbones.spec_of(c)
     if path.stem in backbones.TABLE:
         assert spec == backbones.TABLE[path.stem]
+    assert "total" in partition.summary(p.arrays, p.trained)
     # 865.9 M: the U-Net of Stable Diffusion 2.1-base; the others are the encoder of the VAE.
     unet = sum(a.size for n, a in p.arrays.items() if n.startswith("unet/"))
-    assert path.stem == "tiny" or unet == 865_910_724
-    projection, weight = {"diva": ("visual_proj", "kernel"), "dcr": ("projector", "fc1/kernel")}[c.objective]
-    assert {n.split("/")[0] for n in p.trained} == {"vision", projection}
-    assert "total" in partition.summary(p.arrays, p.trained)
-    shape = p.arrays[f"{projection}/{weight}"].shape
-    assert shape == (spec.embed_dim, c.diffusion.unet.cross_attention_dim)
+    trained = {n.split("/")[0] for n in p.trained}
+    if c.objective in ("diva", "dcr"):
+        assert path.stem == "tiny" or unet == 865_910_724
+        projection, weight = {"diva": ("visual_proj", "kernel"), "dcr": ("projector", "fc1/kernel")}[c.objective]
+        assert trained == {"vision", projection}
+        shape = p.arrays[f"{projection}/{weight}"].shape
+        assert shape == (spec.embed_dim, c.diffusion.unet.cross_attention_dim)
+    if c.objective == "unclip":  # With the class embedding; 2d to 1280 to 1280 channels.
+        assert unet == 865_910_724 + (2 * spec.embed_dim + 1) * 1280 + 1281 * 1280
+        assert unet / 1e6 == pytest.approx({768: 869.5, 1024: 870.2}[spec.embed_dim], abs=0.05)
+        assert trained == {"vision"}
 
 
 def test_tokens_of_the_eight_conditions():
@@ -79,6 +86,15 @@ def test_tokens_of_the_eight_conditions():
         "siglip_so400m": 43,
         "siglip_so400m_384": 73,
     }
+
+
+def test_what_is_known_of_un2clip():
+    for name, tera in (("unclip_vitl14", 7.99), ("unclip_h14", 8.51)):
+        c = load(FILES[0].with_name(f"{name}.py")).get_config()
+        assert (c.optim.name, c.optim.lr, c.batch_size, c.diffusion.prompt) == ("adamw", 3e-7, 32, "")
+        assert c.data.image_size == 8 * c.diffusion.unet.sample_size == 768
+        counted = abstract(lambda rngs, c=c: unclip.Objective(c, rngs=rngs)).flops()
+        assert counted / 1e12 == pytest.approx(tera, rel=0.002)
 
 
 def test_published_recipe():

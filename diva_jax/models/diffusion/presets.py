@@ -56,6 +56,14 @@ _TEXT_15 = dict(
     hidden_act="quick_gelu",
 )
 _V = dict(_SCHEDULER, prediction_type="v_prediction")
+
+
+def _unclip(embed_dim: int) -> dict:
+    """The U-Net of Stable unCLIP for image embeddings of this width."""
+    class_input = dict(class_embed_type="projection", projection_class_embeddings_input_dim=2 * embed_dim)
+    return dict(_UNET_21, sample_size=96, **class_input)
+
+
 # For the demo and the tests, which use random weights; there is no published checkpoint.
 _TINY = dict(
     unet=dict(
@@ -83,17 +91,10 @@ PRESETS: dict[str, dict] = {
     "tiny": _TINY,
     "sd21_base": dict(unet=_UNET_21, vae=_VAE, text_encoder=_TEXT_21, scheduler=_SCHEDULER),
     "sd21": dict(unet=dict(_UNET_21, sample_size=96), vae=_VAE, text_encoder=_TEXT_21, scheduler=_V),
-    "sd21_unclip": dict(
-        unet=dict(
-            _UNET_21,
-            sample_size=96,
-            class_embed_type="projection",
-            projection_class_embeddings_input_dim=2048,
-        ),
-        vae=_VAE,
-        text_encoder=_TEXT_21,
-        scheduler=_V,
-    ),
+    # Stable unCLIP: conditioned on [image embedding, code of the embedding's noise level], OpenAI ViT-L/14's (768) and
+    # OpenCLIP ViT-H/14's (1024).
+    "unclip_l": dict(unet=_unclip(768), vae=_VAE, text_encoder=_TEXT_21, scheduler=_V),
+    "unclip_h": dict(unet=_unclip(1024), vae=_VAE, text_encoder=_TEXT_21, scheduler=_V),
     "sd15": dict(
         unet=dict(_UNET_21, attention_head_dim=8, cross_attention_dim=768, use_linear_projection=False),
         vae=_VAE,

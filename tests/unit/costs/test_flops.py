@@ -22,6 +22,14 @@ def test_stable_diffusion():
     assert u.forward / TERA == pytest.approx(0.804, rel=0.01)
     assert (u.forward + u.backward) / TERA == pytest.approx(1.671, rel=0.01)
     assert flops.vae(VAEConfig(), 512) / TERA == pytest.approx(1.117, rel=0.01)
+    assert flops.vae(VAEConfig(), 768) / TERA == pytest.approx(2.609, rel=0.001)
+
+
+@pytest.mark.parametrize(("size", "forward", "both"), [(96, 2.149, 4.897), (64, 0.804, 1.719)])
+def test_stable_unclip(size, forward, both):
+    u = flops.unet(UNetConfig(class_embed_dim=1536), size, 77, by_class=True)
+    assert u.forward / TERA == pytest.approx(forward, abs=5e-4)
+    assert (u.forward + u.backward) / TERA == pytest.approx(both, abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -51,28 +59,33 @@ def test_whole_step():
     assert one_draw.flops_by_part()["unet"] == exact.flops_by_part()["unet"] / 2
 
 
-def test_unet_matches_the_traced_program():
+@pytest.mark.parametrize("by_class", [False, True])
+def test_unet_matches_the_traced_program(by_class):
     """An irregular small U-Net: forward pass, and backward pass to the condition only."""
     c = UNetConfig(
         block_out_channels=(16, 32, 48), layers_per_block=(1, 2, 1), heads=(2, 2, 4), cross_down=(True, False, True),
         cross_up=(True, False, True), cross_attention_dim=24, norm_num_groups=8,
+        class_embed_dim=10 if by_class else None,
     )  # fmt: skip
     model = nnx.eval_shape(lambda: UNet(c, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
-    args = [
-        jax.ShapeDtypeStruct(s, d) for s, d in (((1, 16, 16, 4), "float32"), ((1,), "int32"), ((1, 7, 24), "float32"))
-    ]
+    shapes = (((1, 16, 16, 4), "float32"), ((1,), "int32"), ((1, 7, 24), "float32"), ((1, 10), "float32"))
+    sample, timesteps, context, labels = (jax.ShapeDtypeStruct(s, d) for s, d in shapes)
 
-    def loss(context, state, sample, timesteps):
-        return nnx.merge(graph, state)(sample, timesteps, context).sum()
+    def loss(condition, state, sample, timesteps, context):
+        given = (context, condition) if by_class else (condition,)
+        return nnx.merge(graph, state)(sample, timesteps, *given).sum()
 
-    # The counts include everything except the time embedding.
-    time = 2 * (16 * 64 + 64 * 64) + 2 * 64 * sum(r for r in (16, 32, 32, 48, 48, 48, 48, 48, 32, 32, 32, 16, 16))
-    u = flops.unet(c, 16, 7)
-    forward = traced(jax.make_jaxpr(loss)(args[2], state, *args[:2]).jaxpr) - time
+    args = (labels if by_class else context, state, sample, timesteps, context)
+    # The counts include everything except the time and class embeddings.
+    projections = 2 * 64 * sum(r for r in (16, 32, 32, 48, 48, 48, 48, 48, 32, 32, 32, 16, 16))
+    classes = 2 * (10 * 64 + 64 * 64) * by_class
+    time = 2 * (16 * 64 + 64 * 64) + projections + classes
+    u = flops.unet(c, 16, 7, by_class)
+    forward = traced(jax.make_jaxpr(loss)(*args).jaxpr) - time
     assert u.forward == pytest.approx(forward, rel=2e-3)
-    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(args[2], state, *args[:2])
-    both = traced(jaxpr.jaxpr) - time
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(*args)
+    both = traced(jaxpr.jaxpr) - time - (projections + classes) * by_class
     assert u.forward + u.backward == pytest.approx(both, rel=2e-3)
 
 

@@ -1,0 +1,342 @@
+"""un²CLIP (arXiv 2505.24517): the vision tower learns to invert unCLIP, a diffusion model of its image embeddings.
+
+For an image x: latents z0 = VAE(x), a timestep t and noise eps, z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps; the
+embedding e = vision(x), pooled and projected, not normalised; the class label c = [e', code(level)], where e' is e with
+the noise augmentation of unCLIP (arXiv 2204.06125, section 2.1; `Options.embed_noise`); G = UNet(z_t, t, text, c), a
+v-prediction under the states of an empty prompt. loss = mean((G - v)^2) with v = sqrt(abar_t) eps - sqrt(1 - abar_t) z0
+(arXiv 2202.00512, section 4). The gradient runs through the U-Net into `vision`, all else is frozen.
+
+Which of the options below the method's authors used is not known: see docs/OBJECTIVES.md.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from diva_jax.common.errors import UserError
+from diva_jax.costs import flops
+from diva_jax.data import inputs, preprocess
+from diva_jax.models import backbones
+from diva_jax.models.diffusion import schedule
+from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.unet import UNet, timestep_embedding
+from diva_jax.models.diffusion.vae import VAE
+from diva_jax.objectives import contract
+from diva_jax.weights import parts
+
+Array = jax.Array
+
+SECTIONS = ("diffusion",)
+LEVELS = schedule.ScheduleConfig(beta_schedule="squaredcos_cap_v2")  # Of the noise that is added to embeddings.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`config.unclip`."""
+
+    target: str = "v"  # v: the generator's own objective. eps: its noise, which weighs timestep t by abar_t.
+    embed_noise: str = "none"  # none; mean0: level 0 without its noise; level<L>: level L; random: any level.
+    embed_drop: float = 0.0  # Share of the images whose class label is zero.
+    stats: str = "on"  # on: noise by the generator's mean and std of embeddings. off: mean 0, std 1.
+    latents: str = "sample"  # sample: of the VAE's posterior. mean: its mean.
+    clip_view: str = "processor"  # processor: the backbone's own preprocessing. ldm: as in the generator's training.
+
+    def __post_init__(self):
+        for field, values in _VALUES.items():
+            if (value := getattr(self, field)) not in values:
+                raise UserError(f"config.unclip.{field}={value!r}: use {' or '.join(values)}")
+        if self.embed_noise not in ("none", "mean0", "random") and not self._in_range():
+            raise UserError(
+                f"config.unclip.embed_noise={self.embed_noise!r}: use none, mean0, random or level<L>, e.g. level0, L "
+                f"below {LEVELS.num_train_timesteps}"
+            )
+        if not 0 <= self.embed_drop < 1:
+            raise UserError(f"config.unclip.embed_drop={self.embed_drop} must be at least 0 and below 1")
+
+    def _in_range(self) -> bool:
+        level = re.fullmatch(r"level(\d+)", self.embed_noise)
+        return level is not None and int(level[1]) < LEVELS.num_train_timesteps
+
+    @property
+    def level(self) -> int | None:
+        """The noise level of every embedding; None where it is random."""
+        if self.embed_noise == "random":
+            return None
+        return int(self.embed_noise.removeprefix("level")) if self.embed_noise.startswith("level") else 0
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether the result depends on the generator's statistics of embeddings."""
+        return self.stats == "on" and self.embed_noise != "none"
+
+
+_VALUES = {
+    "target": ("v", "eps"),
+    "stats": ("on", "off"),
+    "latents": ("sample", "mean"),
+    "clip_view": ("processor", "ldm"),
+}
+
+
+def default() -> ConfigDict:
+    """The fields of `config.unclip`: see `Options`."""
+    return ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
+
+
+def recipe(config: ConfigDict) -> None:
+    """What is known of the published recipe: AdamW, 3e-7, 32 images per step, about one epoch of CC3M."""
+    config.steps, config.batch_size = 92_000, 32
+    config.optim.update(name="adamw", lr=3e-7)
+    config.data.image_size = 768
+    config.diffusion.prompt = ""
+    config.diffusion.source = "sd2-community/stable-diffusion-2-1-unclip-small"
+
+
+class Draws(NamedTuple):
+    """The random numbers of B images.
+
+    Attributes:
+      timesteps: [B], int32, in 0..T-1.
+      noise, posterior: latents' shape [B, h, w, c], standard normal; `posterior` makes a sample of the VAE's posterior.
+      embed_noise: [B, d], standard normal.
+      levels: [B], int32, uniform noise levels of the embeddings.
+      keep: [B], bool, whether the image keeps its class label.
+    """
+
+    timesteps: Array
+    noise: Array
+    posterior: Array
+    embed_noise: Array
+    levels: Array
+    keep: Array
+
+
+class Statistics(nnx.Module):
+    """Mean and standard deviation of image embeddings, [1, d] each; 0 and 1 until they are loaded."""
+
+    def __init__(self, d: int):
+        self.mean, self.std = nnx.Variable(jnp.zeros((1, d))), nnx.Variable(jnp.ones((1, d)))
+
+
+class Objective(contract.Objective):
+    """`vision` is what is usually trained."""
+
+    def __init__(self, config, *, rngs):
+        self.spec = backbones.spec_of(config)
+        self.options = Options(**config.unclip)
+        self.diffusion = Diffusion.from_dict(config.diffusion.to_dict())
+        self.image_size = config.data.image_size
+        _check_fit(self.spec, self.diffusion)
+        unet, frozen = self.diffusion.unet, jnp.dtype(config.frozen_dtype)
+        kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype))
+        again = config.remat in ("vision", "all")
+        self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=again, **kw)
+        self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
+        self.vae = VAE(self.diffusion.vae, param_dtype=frozen, **kw)
+        context = (1, self.diffusion.text_tokens, unet.cross_attention_dim)
+        self.text_context = nnx.Variable(jnp.zeros(context, jnp.float32))
+        if self.options.uses_statistics:
+            self.image_normalizer = Statistics(self.spec.embed_dim)
+
+    @property
+    def inputs(self) -> Mapping[str, inputs.Image]:
+        """{"image": uint8 [S, S, 3] at the VAE's resolution}."""
+        return {"image": inputs.Image(self.image_size)}
+
+    @property
+    def timesteps(self) -> int:
+        """Of the noise schedule: timesteps are 0 to this, exclusive."""
+        return self.diffusion.scheduler.num_train_timesteps
+
+    def pretrained(self) -> Mapping[str, parts.Part]:
+        """All; the statistics where they are used."""
+        d = self.diffusion
+        found = {
+            "vision": parts.vision(self.spec.source, self.spec),
+            "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet"),
+            "vae": parts.diffusers(d.source, d.vae, "config.diffusion.vae"),
+            "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder),
+        }
+        if self.options.uses_statistics:
+            found["image_normalizer"] = parts.embedding_statistics(d.source)
+        return found
+
+    def flops_by_part(self) -> dict[str, float]:
+        """FLOPs of one image in one step, the vision encoder trained: "vae", "vision", "unet"."""
+        d = self.diffusion
+        unet = flops.unet(d.unet, self.image_size // d.vae.downscale, d.text_tokens, by_class=True)
+        return {
+            "vae": flops.vae(d.vae, self.image_size),
+            "vision": 3 * flops.vision(self.spec),
+            "unet": unet.forward + unet.backward,
+        }
+
+    def flops(self) -> float:
+        return sum(self.flops_by_part().values())
+
+    def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> Draws:
+        """The random numbers of B images from one key each, [B]."""
+
+        def one(key):
+            t, eps, posterior, embed, level, keep = jax.random.split(key, 6)
+            return Draws(
+                timesteps=jax.random.randint(t, (), 0, self.timesteps),
+                noise=jax.random.normal(eps, latents_shape, jnp.float32),
+                posterior=jax.random.normal(posterior, latents_shape, jnp.float32),
+                embed_noise=jax.random.normal(embed, (self.spec.embed_dim,), jnp.float32),
+                levels=jax.random.randint(level, (), 0, LEVELS.num_train_timesteps),
+                keep=jax.random.uniform(keep) >= self.options.embed_drop,
+            )
+
+        return jax.vmap(one)(keys)
+
+    def views(self, pixels: Array) -> tuple[Array, Array]:
+        """Pixels [B, S, S, 3] in [0, 1] -> (VAE view, backbone view), each normalised for its model."""
+        s = self.spec
+        mode = "aligned" if self.options.clip_view == "ldm" else "exact"
+        return preprocess.vae_view(pixels), preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, mode)
+
+    def encode_latents(self, vae_view: Array, drawn: Draws) -> Array:
+        """z0, [B, h, w, c]."""
+        with jax.named_scope("vae"):
+            if self.options.latents == "mean":
+                return self.vae.encode(vae_view)
+            return self.vae.sample(vae_view, drawn.posterior)
+
+    def embed(self, view: Array) -> Array:
+        """Backbone view -> the image embedding e, [B, d], float32 or wider."""
+        with jax.named_scope("vision"):
+            pooled = self.vision.encode(view).pooled
+        return pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32))
+
+    def class_labels(self, embed: Array, drawn: Draws) -> Array:
+        """c = [e', code(level)], [B, 2 d], of embeddings e, [B, d].
+
+        With mean m and standard deviation s of embeddings, and noise n, e' = sqrt(abar_L) (e - m) / s +
+        sqrt(1 - abar_L) n, times s, plus m; abar is that of `LEVELS`. code(L): cosines, then sines.
+        """
+        o = self.options
+        levels = drawn.levels if o.level is None else jnp.full_like(drawn.levels, o.level)
+        code = timestep_embedding(levels, embed.shape[-1]).astype(embed.dtype)
+        if o.embed_noise != "none":
+            mean, std = jnp.zeros_like(embed), jnp.ones_like(embed)
+            if o.uses_statistics:
+                mean, std = self.image_normalizer.mean[...], self.image_normalizer.std[...]
+            noise = jnp.zeros_like(embed) if o.embed_noise == "mean0" else drawn.embed_noise
+            abar = schedule.alphas_cumprod(LEVELS)
+            embed = schedule.add_noise((embed - mean) / std, noise, abar, levels) * std + mean
+        return jnp.concatenate([embed, code], axis=-1) * drawn.keep[:, None].astype(embed.dtype)
+
+    def denoise(self, latents: Array, drawn: Draws, labels: Array) -> Array:
+        """G, what the U-Net predicts from z_t under class labels [B, 2 d]: [B, h, w, c], float32 or wider."""
+        abar = schedule.alphas_cumprod(self.diffusion.scheduler)
+        noisy = schedule.add_noise(latents, drawn.noise, abar, drawn.timesteps)
+        context = jnp.broadcast_to(self.text_context[...], (len(labels), *self.text_context.shape[1:]))
+        with jax.named_scope("unet"):
+            pred = self.unet(noisy, drawn.timesteps, context, labels)
+        return pred.astype(jnp.promote_types(pred.dtype, jnp.float32))
+
+    def errors(self, pred: Array, latents: Array, drawn: Draws) -> Array:
+        """The loss of each image, [B]: the mean squared error of G, or of the noise that G implies."""
+        abar, t = schedule.alphas_cumprod(self.diffusion.scheduler), drawn.timesteps
+        if self.options.target == "v":
+            wrong = pred - schedule.target(latents, drawn.noise, abar, t, "v_prediction")
+        else:  # eps = sqrt(abar) v + sqrt(1 - abar) z_t
+            noisy = schedule.add_noise(latents, drawn.noise, abar, t)
+            wrong = schedule.add_noise(pred, noisy, abar, t) - drawn.noise
+        return jnp.mean(jnp.square(wrong), axis=(1, 2, 3))
+
+    def forward(self, pixels: Array, drawn: Draws) -> tuple[Array, dict]:
+        """The loss and everything on the way to it.
+
+        Args:
+          pixels: [B, S, S, 3] in [0, 1].
+          drawn: see `Draws`.
+
+        Returns:
+          (scalar, {latents, pred [B, h, w, c], embed [B, d], class_labels [B, 2 d], errors [B]}).
+        """
+        vae_view, view = self.views(pixels)
+        latents, embed = self.encode_latents(vae_view, drawn), self.embed(view)
+        labels = self.class_labels(embed, drawn)
+        pred = self.denoise(latents, drawn, labels)
+        errors = self.errors(pred, latents, drawn)
+        seen = dict(latents=latents, embed=embed, class_labels=labels, pred=pred, errors=errors)
+        return jnp.mean(errors), seen
+
+    def _draw_for(self, pixels: Array, keys: Array) -> Draws:
+        h, w = (s // self.vae.config.downscale for s in pixels.shape[1:3])
+        return self.draw(keys, (h, w, self.vae.config.latent_channels))
+
+    def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:
+        """One micro-batch.
+
+        Args:
+          batch: {"image": uint8 [B, S, S, 3]}.
+          keys: PRNG keys, one per image, [B].
+
+        Returns:
+          (loss, {"loss": the same}).
+        """
+        pixels = preprocess.to_float(batch["image"])
+        value, _ = self.forward(pixels, self._draw_for(pixels, keys))
+        return value, {"loss": value}
+
+    def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
+        """The loss of each image under its own embedding, under another image's, and under the text alone.
+
+        For the text alone the class label is zero, as for the images that lost theirs in the generator's training.
+        Timesteps and noise are the same under all three conditions; no class label is dropped.
+
+        Args:
+          batch: {"image", "other": uint8 [B, S, S, 3]}, `other` being whose embedding is borrowed.
+          keys: PRNG keys, one per image, [B].
+          edges: [K + 1] ints; the timestep of draw k is uniform in edges[k] .. edges[k + 1] - 1.
+
+        Returns:
+          {"own", "other", "text": [K, B]}.
+        """
+        views = [self.views(preprocess.to_float(batch[k])) for k in ("image", "other")]
+        embeds = jax.lax.map(self.embed, jnp.stack([view for _, view in views]))
+
+        def one_bin(x):
+            number, low, high = x
+            drawn = self._draw_for(views[0][0], jax.vmap(jax.random.fold_in, (0, None))(keys, number))
+            within = drawn.timesteps * (high - low) // self.timesteps
+            drawn = drawn._replace(timesteps=low + within, keep=jnp.ones_like(drawn.keep))
+            latents = self.encode_latents(views[0][0], drawn)
+            own, other = (self.class_labels(e, drawn) for e in embeds)
+            labels = jnp.stack([own, other, jnp.zeros_like(own)])
+            return jax.lax.map(lambda c: self.errors(self.denoise(latents, drawn, c), latents, drawn), labels)
+
+        edges = jnp.asarray(edges, jnp.int32)
+        losses = jax.lax.map(one_bin, (jnp.arange(len(edges) - 1), edges[:-1], edges[1:]))  # [K, 3, B]
+        return {name: losses[:, i] for i, name in enumerate(("own", "other", "text"))}
+
+
+def _check_fit(spec: backbones.Spec, diffusion: Diffusion) -> None:
+    """Raises a UserError where this generator cannot be conditioned on this tower's embedding."""
+    width, kind = diffusion.unet.class_embed_dim, diffusion.scheduler.prediction_type
+    if width is None:
+        raise UserError(
+            "config.objective=unclip needs a U-Net that is conditioned on an image embedding, and config.diffusion has "
+            "none (class_embed_type is not set): make the config with diffusion='unclip_l' or 'unclip_h'"
+        )
+    if width != 2 * spec.embed_dim:
+        raise UserError(
+            f"the generator of config.diffusion takes image embeddings of width {width // 2}, but those of "
+            f"config.backbone have {spec.embed_dim}: use unclip_l with OpenAI's ViT-L/14 and unclip_h with OpenCLIP's "
+            "ViT-H/14"
+        )
+    if kind != "v_prediction":
+        raise UserError(
+            f"config.objective=unclip expects a generator of v-predictions, but config.diffusion.scheduler has "
+            f"prediction_type={kind!r}: set it to v_prediction if the generator's own scheduler does"
+        )

@@ -1,0 +1,178 @@
+"""Golden files of un²CLIP: every option of the noise on the embedding, under both targets, over tiny random modules.
+
+The numbers are diffusers' (Stable unCLIP's pipeline) and open_clip's. The U-Net and VAE are those of sd_tiny_7.npz, to
+which a file adds the U-Net's class embedding.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import diva
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diva_jax import config
+from diva_jax.models import backbones
+from diva_jax.models.diffusion import schedule
+from diva_jax.models.layers import abstract
+from diva_jax.objectives import unclip
+from diva_jax.training import partition
+from diva_jax.weights import clip, diffusers, names
+
+# Relative L2 error, by the last part of a quantity's name; `grad` is any tensor's.
+_EXACT = ("latent_mean", "latent_std", "latents", "z_t", "target_v", "embed", "class_labels")
+BOUNDS = dict.fromkeys(_EXACT, 5e-6) | dict.fromkeys(("alphas_cumprod", "embed_alphas_cumprod"), 1e-6)
+BOUNDS |= {"pred": 1e-5, "loss": 1e-5, "grad_embed": 2e-5, "grad": 2e-5}
+HEADS = 4
+TARGETS = ("v", "eps")
+# Not results: what a file feeds.
+GIVEN = ("pixels", "clip_pixels", "text_context", "timesteps", "noise", "embed_noise", "levels", "keep", "posterior")
+GIVEN += ("stats_mean", "stats_std", "meta")
+
+
+def quantity(key: str) -> str:
+    """The key of `BOUNDS` for a result."""
+    return "grad" if "/grad/" in key else key.rpartition("/")[2]
+
+
+def vision_spec(z, meta) -> backbones.Spec:
+    """The backbone of a golden file."""
+    patch = z["w/visual.conv1.weight"]
+    return backbones.Spec(
+        image_size=z["clip_pixels"].shape[1],
+        patch_size=patch.shape[-1],
+        width=patch.shape[0],
+        layers=len({k.split("resblocks.")[1].split(".")[0] for k in z.files if k.startswith("w/visual.transformer.")}),
+        heads=HEADS,
+        mlp_dim=z["w/visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        embed_dim=z["w/visual.proj"].shape[1],
+        activation="quick_gelu" if meta["act"] == "quick_gelu" else "gelu",
+    )
+
+
+def objective(z, sd, meta) -> unclip.Objective:
+    """The objective with a golden file's weights, float32."""
+    spec, diffusion = vision_spec(z, meta), diva.diffusion_config(sd)
+    diffusion["unet"] |= dict(
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=z["w/unet.class_embedding.linear_1.weight"].shape[1],
+    )
+    diffusion["scheduler"] |= dict(prediction_type="v_prediction")
+    c = config.default(spec, diffusion, "unclip")
+    c.update(dtype="float32", frozen_dtype="float32")
+    c.unclip.update(latents=meta["latents"], embed_noise="random")  # So that it has statistics.
+    module = abstract(lambda rngs: unclip.Objective(c, rngs=rngs))
+
+    def take(source, prefix):
+        return {k[len(prefix) :]: source[k] for k in source.files if k.startswith(prefix)}
+
+    vision = {k: v for k, v in take(z, "w/").items() if k.startswith("visual.")}
+    module.vision = names.load_into(module.vision, vision, clip.vision_table(spec))
+    unet = {**take(sd, "unet/"), **take(z, "w/unet.")}
+    module.unet = names.load_into(module.unet, unet, diffusers.UNET)
+    module.vae = names.load_into(module.vae, take(sd, "vae/"), diffusers.VAE)
+    module.text_context = nnx.Variable(jnp.asarray(z["text_context"]))
+    module.image_normalizer.mean = nnx.Variable(jnp.asarray(z["stats_mean"]))
+    module.image_normalizer.std = nnx.Variable(jnp.asarray(z["stats_std"]))
+    return module
+
+
+def _options(given: unclip.Options, key: str) -> unclip.Options:
+    """The options of a case: `random_drop+stats` is random levels, labels dropped, with statistics."""
+    noise, _, stats = key.partition("+")
+    noise = noise.removesuffix("_drop")
+    return dataclasses.replace(given, embed_noise=noise, stats="on" if stats else "off")
+
+
+def compute(z, sd) -> dict[str, np.ndarray]:
+    """Every recorded quantity, by its name in the file; one program for all cases."""
+    meta = json.loads(str(z["meta"]))
+    module = objective(z, sd, meta)
+    given = module.options
+    cases = sorted({k.split("/")[0] for k in z.files if k.endswith("/class_labels")})
+    whole = sorted({k.split("/grad/")[0] for k in z.files if "/grad/" in k})
+    drawn = unclip.Draws(**{f: jnp.asarray(z[f]) for f in unclip.Draws._fields})
+    everything = drawn._replace(keep=jnp.ones_like(drawn.keep))
+    skeleton, arrays = partition.disassemble(module)
+    trained = {k: v for k, v in arrays.items() if k.startswith("vision/")}
+    abar = schedule.alphas_cumprod(module.diffusion.scheduler)
+
+    def run(arrays, trained):
+        def as_if(options=given, trained=trained):
+            made = skeleton.merge(arrays, trained)
+            made.options = options
+            return made
+
+        def labels_of(embed):
+            made = [(as_if(_options(given, case)), drawn if "_drop" in case else everything) for case in cases]
+            return jnp.stack([m.class_labels(embed, d) for m, d in made])
+
+        view = 2 * jnp.asarray(z["pixels"]) - 1
+        mean, logvar = as_if().vae.moments(view)
+        latents = as_if().encode_latents(view, drawn)
+        clip_view = jnp.asarray(z["clip_pixels"])
+        embed, to_trained = jax.vjp(lambda p: as_if(trained=p).embed(clip_view), trained)
+        labels, to_embed = jax.vjp(labels_of, embed)
+
+        def one(labels):
+            """(prediction, by target the loss and its gradient with respect to the labels)."""
+            pred, pull = jax.vjp(lambda c: as_if().denoise(latents, drawn, c), labels)
+            made = [as_if(dataclasses.replace(given, target=target)) for target in TARGETS]
+            found = [jax.value_and_grad(lambda p, m=m: jnp.mean(m.errors(p, latents, drawn)))(pred) for m in made]
+            (grads,) = jax.vmap(pull)(jnp.stack([g for _, g in found]))
+            return pred, {t: (loss, g) for t, (loss, _), g in zip(TARGETS, found, grads, strict=True)}
+
+        preds, found = jax.lax.map(one, labels)
+        out = dict(latent_mean=mean, latent_std=jnp.exp(0.5 * logvar), latents=latents, embed=embed)
+        out["z_t"] = schedule.add_noise(latents, drawn.noise, abar, drawn.timesteps)
+        out["target_v"] = schedule.target(latents, drawn.noise, abar, drawn.timesteps, "v_prediction")
+        for i, case in enumerate(cases):
+            out |= {f"{case}/class_labels": labels[i], f"{case}/pred": preds[i]}
+            for target, (loss, g) in found.items():
+                (of_embed,) = to_embed(jnp.zeros_like(labels).at[i].set(g[i]))
+                name = f"{case}/{target}"
+                out |= {f"{name}/loss": loss[i], f"{name}/grad_embed": of_embed}
+                if name in whole:
+                    out[f"{name}/grad"] = to_trained(of_embed)[0]
+        return out
+
+    with jax.default_matmul_precision("highest"):
+        out = jax.jit(run)(arrays, trained)
+    for name in whole:
+        grads = out.pop(f"{name}/grad")
+        state = {path[1:]: var.replace(grads[n]) for n, (path, var) in skeleton.variables.items() if n in grads}
+        tensors = names.to_torch(nnx.from_flat_state(state), clip.vision_table(module.spec))
+        out |= {f"{name}/grad/{k}": v for k, v in tensors.items()}
+    out |= dict(alphas_cumprod=abar, embed_alphas_cumprod=schedule.alphas_cumprod(unclip.LEVELS))
+    return {k: np.asarray(v) for k, v in out.items()}
+
+
+def reads(name: str) -> bool:
+    """Whether a file of this name is one of un²CLIP's."""
+    return name.startswith("unclip")
+
+
+def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
+    """(quantity, relative L2 error, bound), for every result that the file records.
+
+    Args:
+      golden: the file.
+      sd: the state dicts of U-Net and VAE.
+
+    Raises:
+      ValueError: the file records other quantities than we compute.
+    """
+    z, states = np.load(golden), np.load(sd)
+    ours = compute(z, states)
+    recorded = [k for k in z.files if k not in GIVEN and not k.startswith("w/")]
+    if set(recorded) != set(ours):
+        raise ValueError(f"quantities differ: {sorted(set(recorded) ^ set(ours))}")
+    rows = []
+    for key in recorded:
+        want = z[key].astype(np.float64)
+        error = np.linalg.norm(ours[key] - want) / np.linalg.norm(want)
+        rows.append((key, float(error), BOUNDS[quantity(key)]))
+    return rows

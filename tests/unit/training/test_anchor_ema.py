@@ -1,0 +1,168 @@
+"""The anchor term and the moving average of the trained weights: values, what they leave alone, resuming."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+import small_unclip
+
+from diva_jax import config
+from diva_jax.common.errors import UserError
+from diva_jax.data import preprocess
+from diva_jax.export import runs
+from diva_jax.models import backbones
+from diva_jax.train import Run
+from diva_jax.training import checkpoint, workdirs
+
+
+def run(c, steps: int, devices: int = 1):
+    """(losses, state after each step as numpy, the program)."""
+    p = small.program(c, devices)
+    arrays = small.random_arrays(p)
+    state = p.init_state({n: jnp.copy(arrays[n]) for n in p.trained})
+    frozen = {n: arrays[n] for n in p.abstract_frozen()}
+    losses, states, fns = [], [jax.tree.map(np.asarray, state)], {}
+    for i in range(steps):
+        stage = p.stage_at(i)
+        fns.setdefault(stage, p.step(stage))
+        state, metrics = fns[stage](state, frozen, small.batch(p, i))
+        losses.append([float(metrics[k]) for k in ("loss", "anchor") if k in metrics])
+        states.append(jax.tree.map(np.asarray, state))
+        if i + 1 == p.stages[stage].end and stage + 1 < len(p.stages):
+            state["opt"] = p.init_opt(stage + 1, state["params"])
+    return losses, states, p
+
+
+def test_defaults_have_neither():
+    plain = small.program(small.small_config())
+    assert set(plain.abstract_state(0)) == {"params", "opt", "step", "key"}
+    both = small.program(small.small_config(anchor__weight=0.5, ema__decay=0.9))
+    more = set(both.arrays) - set(plain.arrays)
+    assert {n.removeprefix("anchor/") for n in more} == {
+        n.removeprefix("vision/") for n in plain.arrays if n.startswith("vision/")
+    }
+    assert both.trained == plain.trained and set(both.abstract_state(0)["ema"]) == set(plain.trained)
+    assert set(plain.objective.pretrained()) == set(both.objective.pretrained()) - {"anchor"}
+    assert both.objective.pretrained()["anchor"].source == plain.config.backbone.source
+    # Also where the table would train everything.
+    c = small.small_config(anchor__weight=0.5, trainable=((".*", 1.0),))
+    assert not [n for n in small.program(c).trained if n.startswith("anchor/")]
+
+
+def test_anchor_by_hand():
+    """Value and gradient are the plain objective's, plus 2 w (e - e0) / B through the encoder."""
+    weight, b = 0.3, 4
+    p, plain = (small.program(small.small_config(batch_size=b, anchor__weight=w)) for w in (weight, 0.0))
+    arrays = small.random_arrays(p)
+    batch, keys = small.batch(p, 0), jax.random.split(jax.random.key(1), b)
+    mine = {n: arrays[n] for n in p.trained}
+
+    def loss(program, trained):
+        return program.skeleton.merge(arrays, trained).loss(batch, keys)
+
+    (value, metrics), grads = jax.jit(jax.value_and_grad(lambda t: loss(p, t), has_aux=True))(mine)
+    (base, _), want = jax.jit(jax.value_and_grad(lambda t: loss(plain, t), has_aux=True))(mine)
+    s = small.SPEC
+    view = preprocess.resize(preprocess.to_float(batch["image"]), s.image_size, "cubic", antialias=True)
+    view = preprocess.normalise(view, s.mean, s.std)
+    module = p.skeleton.merge(arrays)
+    untuned = module.anchor.encode(view).pooled
+    tuned, pull = jax.vjp(lambda t: p.skeleton.merge(arrays, t).vision.encode(view).pooled, mine)
+    far = np.square(np.asarray(tuned) - np.asarray(untuned)).sum(axis=1).mean()
+    assert far > 0.1
+    np.testing.assert_allclose(metrics["anchor"], far, rtol=1e-5)
+    np.testing.assert_allclose(value, base + weight * far, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], base, rtol=1e-5)
+    (term,) = pull(2 * weight * (tuned - untuned) / b)
+    for name in mine:
+        expected = np.asarray(want[name] + term[name])
+        assert np.linalg.norm(grads[name] - expected) <= 1e-4 * np.linalg.norm(expected) + 1e-7, name
+
+
+def test_anchor_is_zero_at_the_start():
+    """In bfloat16 too, as the copy is computed as the encoder is, from weights held in fewer bits."""
+    c = small.small_config(anchor__weight=1.0, dtype="bfloat16", frozen_dtype="bfloat16")
+    p = small.program(c)
+    arrays = small.random_arrays(p)
+    for name in p.arrays:
+        if name.startswith("anchor/"):
+            arrays[name] = arrays["vision/" + name.removeprefix("anchor/")].astype(p.arrays[name].dtype)
+    module = p.skeleton.merge(arrays)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 21, 21, 3)), jnp.float32)
+    np.testing.assert_array_equal(module.vision.encode(x).pooled, module.anchor.encode(x).pooled)
+
+
+def test_average_is_the_recursion_across_stages():
+    """In numpy, from the first values on; what the first stage does not train stays bit-identical in it."""
+    c = small.small_config(steps=3, condition__warmup_steps=2, ema__decay=0.75, optim__warmup=0.0)
+    _, states, _ = run(c, 4)
+    want = {n: a.astype(np.float64) for n, a in states[0]["params"].items()}
+    for i, state in enumerate(states):
+        if i:
+            want = {n: 0.75 * a + 0.25 * state["params"][n] for n, a in want.items()}
+        for name, array in state["ema"].items():
+            np.testing.assert_allclose(array, want[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    for name, array in states[2]["ema"].items():
+        if name.startswith("vision/"):
+            np.testing.assert_array_equal(array, states[0]["params"][name], err_msg=name)
+    assert not np.array_equal(states[4]["ema"]["vision/patch_embed/kernel"], want["vision/patch_embed/kernel"] * 0)
+
+
+def test_devices_do_not_matter():
+    """Of un²CLIP, with everything that it can draw."""
+    fields = dict(anchor__weight=0.1, ema__decay=0.5, unclip__embed_noise="random", unclip__embed_drop=0.3)
+    one, alone, _ = run(small_unclip.small_config(**fields), 3)
+    eight, shared, p = run(small_unclip.small_config(mesh__fsdp=4, mesh__min_shard=64, **fields), 3, 8)
+    np.testing.assert_allclose(one, eight, rtol=1e-5)
+    for kind in ("params", "ema"):
+        moved = [np.linalg.norm(shared[-1][kind][n] - a) / np.linalg.norm(a) for n, a in alone[-1][kind].items()]
+        assert max(moved) < 1e-3
+    sharded = [n for n, a in p.arrays.items() if "fsdp" in a.sharding.spec]
+    assert any(n.startswith("anchor/") for n in sharded)
+    assert all(p.abstract_state(0)["ema"][n].sharding == p.arrays[n].sharding for n in p.trained)
+
+
+def test_what_cannot_work_is_refused():
+    for field, value in (("anchor.weight", -0.1), ("ema.decay", 1.0), ("ema.decay", -0.5)):
+        c = small.small_config()
+        c.update_from_flattened_dict({field: value})
+        with pytest.raises(UserError, match=f"config.{field}"):
+            config.validate(c, 1)
+
+
+def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
+    """un²CLIP with both, on files: the second half again from a checkpoint; evaluation and export see the average."""
+    small_unclip.write_generator(tmp_path / "generator")
+    c = small_unclip.small_config(steps=4, anchor__weight=0.2, ema__decay=0.6, unclip__embed_noise="random")
+    c.backbone.source, c.diffusion.source = str(files / "clip"), str(tmp_path / "generator")
+    c.data.path, c.data.threads, c.compile_cache = str(files / "photos"), 2, ""
+    c.checkpoint.every, c.log.tensorboard = 2, False
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert Run(c, whole).run()
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "4")
+    (again / "done").unlink()
+    assert checkpoint.latest_step(again) == 2
+    assert Run(c, again).run()
+
+    def state(workdir):
+        opened = Run(c, workdir)
+        checkpoints = checkpoint.Checkpoints(workdir)
+        found, _, meta = checkpoints.restore(4, opened.program.abstract_state(0))
+        checkpoints.close()
+        return found, meta
+
+    (want, meta), (got, _) = state(whole), state(again)
+    assert "anchor" in meta["sources"] and meta["sources"]["anchor"] == meta["sources"]["vision"]
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    at = workdirs.RunAt.open(whole)
+    for name, array in at.params.items():
+        np.testing.assert_array_equal(array, want["ema"][name], err_msg=name)
+        assert not np.array_equal(array, want["params"][name]), name
+    source, _ = runs.run_source(whole)
+    name = "visual.proj"
+    np.testing.assert_array_equal(source.tensors[name], np.asarray(want["ema"]["vision/proj/matrix"]))
+    assert backbones.spec_of(at.config) == source.spec
