@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo check test lint clean
+.PHONY: demo check test attack lint clean
 
 # libtpu, which the tests install, prints many messages on machines without a TPU.
 demo: export JAX_PLATFORMS ?= cpu
@@ -19,6 +19,10 @@ check: $(VENV)/test.stamp lint  ## lint and the unit tests, without PyTorch: abo
 
 test: $(VENV)/test.stamp lint  ## the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# Address space is limited, so that a file which asks for too much memory fails a test and not the machine.
+attack: $(VENV)/test.stamp  ## generated cases of damaged and hostile input: minutes, at most 24 GB of address space
+	ulimit -v 24000000; $(RUN) -m pytest -m attack
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .

@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.torch import save_file
 
 from diva_jax.common.errors import UserError
-from diva_jax.weights import names, origins, parts, readers, writers
+from diva_jax.training import load
+from diva_jax.weights import names, origins, readers, writers
 
 
 def read_all(path):
@@ -191,7 +192,7 @@ def test_arrays_go_straight_to_their_shards():
     model = nnx.eval_shape(lambda: nnx.Linear(16, 24, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     weight, bias = np.arange(24 * 16, dtype=np.float32).reshape(24, 16), np.ones(24, np.float32)
-    put = parts.put_on(lambda path: NamedSharding(mesh, PartitionSpec("fsdp")))
+    put = load.put_on(lambda path: NamedSharding(mesh, PartitionSpec("fsdp")))
     state = names.assign(model, {"weight": weight, "bias": bias}, names.Table("linear"), put=put)
     kernel = state["kernel"].get_value()
     assert kernel.dtype == jnp.bfloat16 and {s.data.shape for s in kernel.addressable_shards} == {(2, 24)}
