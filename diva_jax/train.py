@@ -121,23 +121,27 @@ class Run:
 
     def load(self) -> Loaded:
         """Frozen weights from their sources; the state from the last checkpoint, or from the sources too."""
-        program, resumes = self.program, self.start > 0
+        program = self.program
         began = time.perf_counter()
+        restored = checkpoint.restore_newest(self.workdir, lambda step: program.abstract_state(program.stage_at(step)))
+        resumes, self.start = restored is not None, restored.step if restored else 0
         arrays, origins = load.initial_arrays(program, program.abstract_frozen() if resumes else None)
+        if resumes:
+            workdirs.check_sources(restored.meta["sources"], origins)
+            self.batches.set_state(restored.data)
         # Only now, when every input has been found good, is anything written.
         if jax.process_index() == 0:
             workdirs.write_config(self.workdir, self.config)
+            for step, why in restored.damaged.items() if resumes else ():
+                aside = checkpoint.set_aside(self.workdir, step)
+                say(f"the checkpoint of step {step} is damaged ({why}): kept as {aside}, step {self.start} is used")
         distributed.check_same({f"the checksum of the {part} weights": o["sha256"] for part, o in origins.items()})
-        distributed.check_same({"config.json in --workdir": workdirs.seen_config(self.workdir)})
+        distributed.check_same(
+            {"config.json in --workdir": workdirs.seen_config(self.workdir), "the checkpoint restored": self.start}
+        )
         saving = self.config.checkpoint
         checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
-        if resumes:
-            abstract = program.abstract_state(program.stage_at(self.start))
-            state, data_state, meta = checkpoints.restore(self.start, abstract)
-            workdirs.check_sources(meta["sources"], origins)
-            self.batches.set_state(data_state)
-        else:
-            state = program.init_state(arrays)
+        state = restored.state if resumes else program.init_state(arrays)
         say(f"weights loaded in {time.perf_counter() - began:.1f} s")
         say(partition.summary(program.arrays, program.trained))
         if program.objective.compares_images and self.config.accum > 1:

@@ -147,6 +147,11 @@ def session(join_timeout: float = 300, lost_timeout: float = 100):
         jax.distributed.shutdown()
 
 
+def is_lost(e: Exception) -> bool:
+    """Whether jax raised this because another process of the run is gone."""
+    return isinstance(e, jax.errors.JaxRuntimeError) and jax.process_count() > 1 and bool(_LOST.search(str(e)))
+
+
 @contextlib.contextmanager
 def explained(step):
     """Turns what jax raises when another process is gone into one sentence.
@@ -160,7 +165,7 @@ def explained(step):
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
-        if jax.process_count() == 1 or not _LOST.search(str(e)):
+        if not is_lost(e):
             raise
         raise Lost(
             f"process {jax.process_index()} lost another of the {jax.process_count()} processes at step {step()} "
