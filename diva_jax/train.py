@@ -226,7 +226,12 @@ class _Loop:
         self.progress.flush()
         began = time.perf_counter()
         params = {**self.loaded.frozen, **self.state["params"]}
-        row, notes = run.evaluator.scalars(self.program.towers(params), params)
+        try:
+            with self.preempted.at_once():
+                row, notes = run.evaluator.scalars(self.program.towers(params), params)
+        except distributed.Interrupted:
+            say(f"SIGTERM: the evaluation of step {self.step} is left out")
+            return
         took = time.perf_counter() - began
         if self.writer:
             self.writer.write(self.step, row)
@@ -249,7 +254,8 @@ class _Loop:
         while self.step < stage.end and not self.preempted:
             self.profile.before(self.step)
             began = time.perf_counter()
-            batch = next(run.batches)
+            if (batch := run.batches.wait(self.preempted.__bool__)) is None:
+                return
             self.progress.waited(time.perf_counter() - began, run.batches.broken.count)
             batch = to_device(batch, self.program.batch_sharding)
             self.state, values = step_fn(self.state, self.loaded.frozen, batch)

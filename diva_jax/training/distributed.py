@@ -201,6 +201,10 @@ def any_failed(failed: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.uint8(failed)).any())
 
 
+class Interrupted(BaseException):
+    """SIGTERM came where work was allowed to be broken off, see `Preemption.at_once`."""
+
+
 class Preemption:
     """Whether the run has been asked, by SIGTERM to any of its processes, to save and leave.
 
@@ -210,9 +214,29 @@ class Preemption:
 
     def __init__(self):
         self._asked = threading.Event()
+        self._at_once = False
         self._shared = jax.distributed.is_initialized()
         if not self._shared:
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_) -> None:
+        self._asked.set()
+        if self._at_once:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """While it lasts, SIGTERM raises `Interrupted`, for work that changes nothing and may take long.
+
+        With several processes it does not, since all of them must leave after the same step.
+        """
+        self._at_once = True
+        try:
+            if self._asked.is_set() and not self._shared:
+                raise Interrupted
+            yield
+        finally:
+            self._at_once = False
 
     def after(self, step: int) -> None:
         """Called after each step, by every process, with the number of steps done."""

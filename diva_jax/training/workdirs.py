@@ -22,7 +22,10 @@ from diva_jax.training import checkpoint, load, towers
 from diva_jax.training.step import Program
 
 # What may differ when a run is resumed: none of it changes what is learned.
-RESUMABLE = ("log", "checkpoint", "eval", "mesh", "data.threads", "data.prefetch", "remat", "compile_cache", "profile")
+RESUMABLE = (
+    *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "profile"),
+    *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib"),
+)
 _SEEN_WITHIN = 60.0  # Seconds after which network file systems show a new file to every machine.
 # Sections that are compared as a whole: their fields are those of another library.
 WHOLE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion.scheduler")
