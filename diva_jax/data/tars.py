@@ -29,7 +29,7 @@ _VERSION = 3  # Of the cached index; increased whenever the content of an index 
 _SCANNERS = 16  # Threads; reading headers is mostly waiting for the disk.
 _NAMED = 20  # Damaged shards that the log names; further ones are only counted.
 _CAPTIONS = ("", ".txt", ".json")  # Suffixes of caption members by their code in the index.
-_LONGEST_HEADER = 2**20  # Bytes of an extended header, which has a member's name.
+_LONGEST_HEADER = 2**13  # Bytes of an extended header; tarfile needs time that grows with their square.
 _LONGEST_CAPTION = 2**20  # Bytes; a larger .txt or .json member is no caption.
 
 
