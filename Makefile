@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo check test lint clean
+.PHONY: help demo check test attack lint clean
 
 help:  ## prints this list
 	@grep -hE "^[a-z]+:.*## " $(MAKEFILE_LIST) | sed -E "s/^([a-z]+):.*## /make \1\t/"
@@ -22,6 +22,10 @@ check: $(VENV)/test.stamp lint  ## lint and the unit tests, with PyTorch blocked
 
 test: $(VENV)/test.stamp lint  ## the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# Address space is limited, so that a file which asks for too much memory fails a test and not the machine.
+attack: $(VENV)/test.stamp  ## generated cases of damaged and hostile input: minutes, at most 24 GB of address space
+	ulimit -v 24000000; $(RUN) -m pytest -m attack
 
 lint: $(VENV)/test.stamp  ## style and formatting
 	$(RUN) -m ruff check .

@@ -103,6 +103,8 @@ def default(
     c.data.crop.interpolation = "bicubic"
     c.data.threads = 16  # That decode, per process.
     c.data.prefetch = 2  # Batches.
+    c.data.decode_gib = 4.0  # Memory of the images that are decoded at the same time, per process [GiB].
+    c.data.stall_timeout = 600.0  # Seconds without a batch after which the run stops and names what it reads.
     c.data.max_broken_share = 0.05  # Of the images seen; past it the run stops.
 
     c.mesh = ConfigDict()

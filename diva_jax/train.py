@@ -159,13 +159,14 @@ class Run:
 
         Parameters that are taken from another run's checkpoint are not read from their sources.
         """
-        program, resumes, saving = self.program, self.start > 0, self.config.checkpoint
+        program, saving = self.program, self.config.checkpoint
         began = time.perf_counter()
-        if resumes:  # Before its checkpoints are opened, which may belong to a run that still trains.
+        if self.start:  # Before its checkpoints are opened, which may belong to a run that still trains.
             self._lock()
-        checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout) if resumes else None
+        restored = checkpoint.restore_newest(self.workdir, lambda step: program.abstract_state(program.stage_at(step)))
+        resumes, self.start = restored is not None, restored.step if restored else 0
         parent, taken = self.parent, self.taken
-        record = checkpoints.meta(self.start).get("init_from") if resumes else None
+        record = restored.meta.get("init_from") if resumes else None
         if record and record["frozen"]:
             parent, taken = workdirs.Parent.recorded(record), record["frozen"]
         elif parent:
@@ -174,20 +175,22 @@ class Run:
         arrays, origins = load.initial_arrays(program, wanted - set(taken))
         if taken:
             arrays |= parent.read({n: program.arrays[n] for n in taken})
+        if resumes:
+            workdirs.check_sources(restored.meta["sources"], origins)
+            self.batches.set_state(restored.data)
         # Nothing is written before all inputs have been checked.
         self._lock()
         if jax.process_index() == 0:
             workdirs.write_config(self.workdir, self.config)
+            for step, why in restored.damaged.items() if resumes else ():
+                aside = checkpoint.set_aside(self.workdir, step)
+                say(f"the checkpoint of step {step} is damaged ({why}): kept as {aside}, step {self.start} is used")
         distributed.check_same({f"the checksum of the {part} weights": o["sha256"] for part, o in origins.items()})
-        distributed.check_same({"config.json in --workdir": workdirs.seen_config(self.workdir)})
-        checkpoints = checkpoints or checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
-        if resumes:
-            abstract = program.abstract_state(program.stage_at(self.start))
-            state, data_state, meta = checkpoints.restore(self.start, abstract)
-            workdirs.check_sources(meta["sources"], origins)
-            self.batches.set_state(data_state)
-        else:
-            state = program.init_state(arrays)
+        distributed.check_same(
+            {"config.json in --workdir": workdirs.seen_config(self.workdir), "the checkpoint restored": self.start}
+        )
+        checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
+        state = restored.state if resumes else program.init_state(arrays)
         say(f"weights loaded in {time.perf_counter() - began:.1f} s")
         say(partition.summary(program.arrays, program.trained))
         if self.parent:
@@ -286,7 +289,12 @@ class _Loop:
         self.progress.flush()
         began = time.perf_counter()
         params = {**self.loaded.frozen, **averaged(self.state)}
-        row, notes = run.evaluator.scalars(self.program.towers(params), params)
+        try:
+            with self.preempted.at_once():
+                row, notes = run.evaluator.scalars(self.program.towers(params), params)
+        except distributed.Interrupted:
+            say(f"{self.preempted.signal.name}: the evaluation of step {self.step} is skipped")
+            return
         took = time.perf_counter() - began
         if self.writer:
             self.writer.write(self.step, row)
@@ -317,7 +325,8 @@ class _Loop:
         while self.step < stage.end and not self.preempted:
             self.profile.before(self.step)
             began = time.perf_counter()
-            batch = next(run.batches)
+            if (batch := run.batches.wait(self.preempted.__bool__)) is None:
+                return
             self.progress.waited(time.perf_counter() - began, run.batches.broken.count)
             batch = to_device(batch, self.program.batch_sharding)
             if compiled is None:

@@ -16,3 +16,8 @@ def listing(names: Sequence[str], limit: int = 20) -> str:
     names = [str(n) for n in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def printable(text: str) -> str:
+    """The text with control characters, such as those in names of files, written as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -3,16 +3,23 @@
 import concurrent.futures
 import functools
 import glob
+import logging
+import math
 import os
 import posixpath
 import re
+import stat as statlib
 
 import fsspec
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.paths import is_remote
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_IMAGE_BYTES = 2**28  # Of one encoded image; a larger file is not an image, but a sparse file, for example.
+_MOST_NAMES = 1_000_000  # That the braces of a pattern may stand for.
+logger = logging.getLogger(__name__)
+
 WHAT = (
     "a .tar shard, a pattern like {00000..00331}.tar, a folder of shards or of images, a .csv, .tsv or .parquet file, "
     "a folder of save_to_disk, or tfds:name/split"
@@ -27,6 +34,8 @@ KINDS = {
     "csv": (".csv", ".tsv"),
 }
 
+_PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
+
 
 def is_image(name: str) -> bool:
     """Whether a file is an image, by suffix. Hidden ones are not: macOS leaves `._x.jpg` beside `x.jpg`."""
@@ -34,20 +43,31 @@ def is_image(name: str) -> bool:
     return base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".")
 
 
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+
+
+def _choices(brace: str) -> list[str] | range:
+    """What the inside of a brace stands for; numbers without their leading zeros."""
+    if not (bounds := _RANGE.fullmatch(brace)):
+        return brace.split(",")
+    first, last = int(bounds[1]), int(bounds[2])
+    return range(first, last + 1) if last >= first else range(first, last - 1, -1)
+
+
 def expand(pattern: str) -> list[str]:
-    """Expands braces as a shell does: `{000..012}` with its leading zeros, and `{a,b}`."""
+    """Expands braces as a shell does: `{000..012}` with its leading zeros, and `{a,b}`.
+
+    Raises:
+      UserError: it stands for more than a million names.
+    """
+    if (count := math.prod(len(_choices(b)) for b in re.findall(r"\{([^{}]*)\}", pattern))) > _MOST_NAMES:
+        raise UserError(f"{pattern!r} stands for {count} names: correct the range, or use * for the files that exist")
     brace = re.search(r"\{([^{}]*)\}", pattern)
     if not brace:
         return [pattern]
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
-    if bounds:
-        first, last = int(bounds[1]), int(bounds[2])
-        step = 1 if last >= first else -1
-        choices = [str(i).zfill(len(bounds[1])) for i in range(first, last + step, step)]
-    else:
-        choices = brace[1].split(",")
+    width = len(brace[1].partition("..")[0]) if _RANGE.fullmatch(brace[1]) else 0
     head, tail = pattern[: brace.start()], pattern[brace.end() :]
-    return [one for choice in choices for one in expand(head + choice + tail)]
+    return [one for choice in _choices(brace[1]) for one in expand(f"{head}{str(choice).zfill(width)}{tail}")]
 
 
 def _remote(path: str):
@@ -61,9 +81,22 @@ def _remote(path: str):
 def open_binary(path: str):
     """A seekable binary file, local or remote."""
     if not is_remote(path):
-        return open(path, "rb")
+        return open(path, "rb", opener=open_regular)
     fs, inside = _remote(path)
     return fs.open(inside, "rb")
+
+
+def open_regular(path: str, flags: int = 0) -> int:
+    """The descriptor of a local file, opened to be read.
+
+    Raises:
+      OSError: it is a pipe, a device, a socket or a folder, whose reading may never end.
+    """
+    fd = os.open(path, flags | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # A pipe would wait for its writer.
+    if not statlib.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(f"{path} is not a regular file")
+    return fd
 
 
 def stat(path: str) -> tuple[int, str]:
@@ -145,6 +178,16 @@ def kind_of(name: str) -> str | None:
     return None if base.startswith(".") else next((k for k, suffixes in KINDS.items() if base.endswith(suffixes)), None)
 
 
+def _report_unread(path: str, kind: str, by_kind: dict[str | None, list[str]]) -> None:
+    """Logs images and compressed shards that are left out, because shards are in the same folder."""
+    packed = [f for f in by_kind.get(None, ()) if f.lower().endswith(_PACKED)]
+    for what, left in (("images", by_kind.get("images", [])), ("compressed shards", packed)):
+        if kind == "tars" and left:
+            logger.warning(
+                "%s: %d %s beside the .tar shards are not read (%s)", path, len(left), what, listing(left, 2)
+            )
+
+
 def find(path: str) -> tuple[str, list[str]]:
     """The kind of data at a path, by the suffixes of its files.
 
@@ -170,7 +213,12 @@ def find(path: str) -> tuple[str, list[str]]:
         by_kind.setdefault(kind_of(file), []).append(file)
     for kind in KINDS:
         if kind in by_kind:
+            _report_unread(path, kind, by_kind)
             return kind, by_kind[kind]
+    if packed := [f for f in found if f.lower().endswith(_PACKED)]:
+        raise UserError(
+            f"{packed[0]} of config.data.path is compressed: unpack the shards to .tar, which are read in place"
+        )
     raise UserError(
         f"config.data.path={path!r} has neither .tar shards nor images ({', '.join(IMAGE_SUFFIXES)}) nor tables "
         "(.arrow, .parquet, .csv, .tsv) in it"
@@ -181,7 +229,7 @@ class _Descriptor:
     """A file descriptor that is closed when nothing refers to it any more."""
 
     def __init__(self, path: str):
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_regular(path)
 
     def __del__(self, close=os.close):  # Bound here, since at exit the module may be gone before the object.
         if hasattr(self, "fd"):

@@ -1,6 +1,9 @@
 """Decoding of images, and the preparation of test images for a backbone: both bit for bit, on the host with Pillow."""
 
+import contextlib
 import io
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -12,6 +15,52 @@ RESIZE_MODES = ("shortest", "squash")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would also pass PostScript to Ghostscript.
 _MAX_PIXELS = 2**27  # 400 MB decoded; a larger image is taken for a decompression bomb.
 
+# Bytes of memory per pixel while an image is decoded and converted: Pillow keeps four, twice.
+_DECODED = 8
+
+
+class Memory:
+    """Memory for images that are decoded at the same time by several threads.
+
+    Args:
+      size: bytes. An image that needs more than this is decoded alone.
+    """
+
+    def __init__(self, size: int):
+        self._size = self._free = size
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def reserve(self, data: bytes) -> Iterator[None]:
+        """Waits until there is room for an image, and keeps it.
+
+        Args:
+          data: the encoded image; one that cannot be opened needs no room.
+        """
+        try:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                wanted = min(_DECODED * image.width * image.height, self._size)
+        except Exception:  # See `decode`, which reports it.
+            wanted = 0
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= wanted)
+            self._free -= wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += wanted
+                self._changed.notify_all()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits per pixel, whose range is known, with 8; Pillow's conversion would cut values off at 255."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} (32 bits) have no range that says what is white")
+    return image
+
 
 def decode(data: bytes, rgb: bool = True) -> Image.Image:
     """Decodes an image at its full size.
@@ -22,6 +71,7 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
       data: the encoded image.
       rgb: convert to RGB at once, as webdataset and torchvision's folders do. Otherwise the image keeps its mode, and
         `prepare` converts it after resizing, as open_clip does; the two differ for palettes and alpha channels.
+        16 bits per pixel become 8 in both cases.
 
     Raises:
       Exception: the image is broken. Pillow's plugins raise many types.
@@ -30,6 +80,7 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
     if image.width * image.height > _MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are too many")
     image.load()
+    image = _eight_bits(image)
     return image.convert("RGB") if rgb else image
 
 

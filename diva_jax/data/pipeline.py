@@ -6,15 +6,18 @@ on (seed, position) alone. Global batch b of B examples is positions b*B .. (b+1
 every P-th of them from the p-th on, so that any number of processes together see the same examples in the same rows.
 """
 
+import concurrent.futures
+import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 import grain
 import numpy as np
 
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import RunError, UserError, printable
 from diva_jax.data import crop, images, sources
 from diva_jax.data.inputs import Example, Input
 from diva_jax.data.records import Source
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _FOREVER = 2**62  # Positions; more than any run has.
 _NAMED = 20  # Broken images that the log names; further ones are only counted.
+_LOOK_EVERY = 0.5  # Seconds between two looks at whether a wait shall end.
 _JUDGED_FROM = 10  # Broken reads up to which the share is not judged: the first image may be a broken one.
 
 
@@ -57,6 +61,7 @@ class Broken:
         Raises:
           RunError: there are too many.
         """
+        name, reason = printable(name), printable(" ".join(reason.split()))
         with self._lock:
             self._read += 1
             self._failed += 1
@@ -90,6 +95,8 @@ class Examples:
         self, source: Source, config, inputs: Mapping[str, Input], seed: int, global_batch: int, broken: Broken
     ):
         self._source, self._broken, self._seed, self._global_batch = source, broken, seed, global_batch
+        self._memory = images.Memory(int(config.decode_gib * 2**30))
+        self._reading: dict[int, tuple[str, float]] = {}  # By thread: the record that it reads, and since when.
         self._scale, self._ratio = tuple(config.crop.scale), tuple(config.crop.ratio)
         self._needs_text = any(i.needs_text for i in inputs.values())
         self._make = {name: i.open(config) for name, i in inputs.items()}
@@ -97,6 +104,11 @@ class Examples:
         shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
         self._order[0]  # grain initialises itself on first use, which threads must not do at once.
+
+    def slowest(self) -> tuple[str, float] | None:
+        """(name of the record whose reading has begun first and has not ended, seconds since), or None."""
+        found = min(list(self._reading.values()), key=lambda r: r[1], default=None)
+        return None if found is None else (found[0], time.monotonic() - found[1])
 
     def record(self, position: int) -> int:
         """The record at a position."""
@@ -113,26 +125,31 @@ class Examples:
         n = len(self._source)
         first, k = position - position % n, position % n
         for step in range(n):
-            found = self._read(self.record(first + (k + step) % n))
-            if found is not None:
-                image, text = found
-                rng = np.random.default_rng((self._seed, position))
-                box = crop.sample_box(rng, *image.size, self._scale, self._ratio)
-                example = Example(image, text, box, rng)
-                arrays = {name: make(example) for name, make in self._make.items()}
-                return {**arrays, "row": np.int32(position % self._global_batch)}
+            with contextlib.ExitStack() as memory:
+                found = self._read(self.record(first + (k + step) % n), memory)
+                if found is not None:
+                    image, text = found
+                    rng = np.random.default_rng((self._seed, position))
+                    box = crop.sample_box(rng, *image.size, self._scale, self._ratio)
+                    example = Example(image, text, box, rng)
+                    arrays = {name: make(example) for name, make in self._make.items()}
+                    return {**arrays, "row": np.int32(position % self._global_batch)}
         raise RunError(f"not one of the {n} images of config.data.path can be read: the log says why")
 
-    def _read(self, i: int):
-        """(decoded image, text) of record i, or None where it is broken."""
+    def _read(self, i: int, memory: contextlib.ExitStack):
+        """(decoded image, text) of record i, or None where it is broken; `memory` holds what it needs."""
+        self._reading[threading.get_ident()] = printable(self._source.name(i)), time.monotonic()
         try:
             record = self._source.read(i, with_text=self._needs_text)
             if self._needs_text and not (record.text and record.text.strip()):
                 raise ValueError("it has no caption")
+            memory.enter_context(self._memory.reserve(record.image))
             image = images.decode(record.image)
         except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, zlib.error, ... on bad files.
             self._broken.add(i, self._source.name(i), str(e) or type(e).__name__)
             return None
+        finally:
+            del self._reading[threading.get_ident()]
         self._broken.good()
         return image, record.text
 
@@ -162,7 +179,9 @@ class Iterator:
         self._local_batch = global_batch // process_count
         buffered = max(config.threads, config.prefetch * self._local_batch) if config.threads else 0
         self._read_options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=buffered)
+        self._stall_timeout = config.stall_timeout
         self._consumed = 0
+        self._pending: concurrent.futures.Future | None = None  # The next batch, while a thread makes it.
         self._batches = None  # Opened by the first batch: a restored run must not decode from position 0.
 
     def _open(self):
@@ -180,11 +199,41 @@ class Iterator:
         Raises:
           RunError: too many records are broken.
         """
-        if self._batches is None:
-            self._batches = self._open()
-        batch = next(self._batches)
+        return self.wait()
+
+    def wait(self, leave: Callable[[], bool] = lambda: False) -> dict[str, np.ndarray] | None:
+        """The next batch, see `__next__`; None where `leave` becomes true first, and the batch is then the next one.
+
+        A thread waits for the data, so that the caller acts within a second however long a read takes.
+
+        Raises:
+          RunError: too many records are broken, or no batch came within config.data.stall_timeout.
+        """
+        if self._pending is None:
+            self._pending = concurrent.futures.Future()
+            threading.Thread(target=self._fetch, args=(self._pending,), daemon=True).start()
+        began = time.monotonic()
+        while not concurrent.futures.wait([self._pending], _LOOK_EVERY).done:
+            if leave():
+                return None
+            if (waited := time.monotonic() - began) > self._stall_timeout:
+                name, seconds = self._examples.slowest() or ("none of the records", waited)
+                raise RunError(
+                    f"no batch for {waited:.0f} s (config.data.stall_timeout={self._stall_timeout:g}), {seconds:.0f} s "
+                    f"of them reading {name}: see that the disk or the mount of config.data.path answers"
+                )
+        batch = self._pending.result()
+        self._pending = None
         self._consumed += 1
         return batch
+
+    def _fetch(self, batch: concurrent.futures.Future) -> None:
+        try:
+            if self._batches is None:
+                self._batches = self._open()
+            batch.set_result(next(self._batches))
+        except BaseException as e:
+            batch.set_exception(e)
 
     def get_state(self) -> dict[str, int]:
         """The position of the run, for JSON: the same in every process, and independent of what was prefetched."""
@@ -206,10 +255,10 @@ class Iterator:
         self._consumed = int(state["batches"])
 
     def close(self) -> None:
-        """Stops the threads; the next batch starts them again."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        """Stops the threads; the next batch starts them again. Threads in a read that does not end are left there."""
+        batches, pending, self._batches, self._pending = self._batches, self._pending, None, None
+        if batches is not None and (pending is None or concurrent.futures.wait([pending], _LOOK_EVERY).done):
+            batches.close()
 
 
 _NAMES = {
@@ -267,7 +316,8 @@ def open_batches(
 
     Args:
       config: `config.data`: `path` (see `sources.open_source`), `crop` (`scale`, `ratio`, `interpolation`), `threads`
-        (that decode; 0: decode when asked), `prefetch` (batches), `max_broken_share` (of the records read).
+        (that decode; 0: decode when asked), `prefetch` (batches), `max_broken_share` (of the records read),
+        `decode_gib` (memory of the images decoded at the same time), `stall_timeout` (seconds without a batch).
       inputs: the arrays of a batch by name, see `diva_jax.data.inputs`.
       seed: of order, crops and whatever the inputs draw, 0 to 2**32 - 1.
       global_batch: examples in a batch over all processes.

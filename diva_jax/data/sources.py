@@ -56,7 +56,9 @@ class FolderSource:
           ValueError: the caption is not UTF-8.
         """
         with files.open_binary(self.paths[i]) as f:
-            image = f.read()
+            image = f.read(files.MAX_IMAGE_BYTES + 1)
+        if len(image) > files.MAX_IMAGE_BYTES:
+            raise ValueError(f"it has more than {files.MAX_IMAGE_BYTES} bytes, more than any image")
         return Record(self.name(i), image, self._text(i) if with_text else None)
 
     def _text(self, i: int) -> str | None:

@@ -25,10 +25,11 @@ from diva_jax.data.records import Record, caption
 logger = logging.getLogger(__name__)
 
 _BLOCK = tarfile.BLOCKSIZE
-_VERSION = 2  # Of the cached index; increased whenever the content of an index changes.
+_VERSION = 3  # Of the cached index; increased whenever the content of an index changes.
 _SCANNERS = 16  # Threads; reading headers is mostly waiting for the disk.
 _NAMED = 20  # Damaged shards that the log names; further ones are only counted.
 _CAPTIONS = ("", ".txt", ".json")  # Suffixes of caption members by their code in the index.
+_LONGEST_HEADER = 2**13  # Bytes of an extended header; tarfile needs time that grows with their square.
 _LONGEST_CAPTION = 2**20  # Bytes; a larger .txt or .json member is no caption.
 
 
@@ -47,6 +48,23 @@ class Scan(NamedTuple):
     complaint: str
 
 
+class _Headers:
+    """A file of which tarfile reads headers alone: none of them is large.
+
+    Args:
+      file: a seekable binary file.
+    """
+
+    def __init__(self, file):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
 def scan(path: str) -> Scan:
     """Reads the headers of one shard. Damage ends the scan; the complete members before it are kept.
 
@@ -56,7 +74,7 @@ def scan(path: str) -> Scan:
     length, _ = files.stat(path)
     with files.open_binary(path) as file:
         try:
-            tar = tarfile.TarFile(fileobj=file)
+            tar = tarfile.TarFile(fileobj=_Headers(file))
         except tarfile.TarError:
             return Scan([], "is no uncompressed tar archive")
         members, end = [], 0
@@ -64,9 +82,9 @@ def scan(path: str) -> Scan:
             file.seek(end)
             try:
                 info = tarfile.TarInfo.fromtarfile(tar)
-            except (tarfile.TarError, ValueError, IndexError):  # The latter two: a broken long-name header.
+            except (tarfile.TarError, ValueError, IndexError, OverflowError):  # The latter: a broken extended header.
                 break
-            if info.offset_data + info.size > length or tar.offset <= end:
+            if info.size < 0 or info.offset_data + info.size > length or tar.offset <= end:
                 break
             end = tar.offset
             if info.isreg() and not info.issparse():
@@ -317,5 +335,7 @@ class TarSource:
           ValueError: the caption is not UTF-8, or its .json member is broken.
         """
         index = self._index
+        if index.size[i] > files.MAX_IMAGE_BYTES:
+            raise ValueError(f"it has {index.size[i]} bytes, more than any image")
         image = self._reader.read(self.shards[index.shard[i]], int(index.offset[i]), int(index.size[i]))
         return Record(self.name(i), image, self._text(i) if with_text else None)

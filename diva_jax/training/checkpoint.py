@@ -2,20 +2,24 @@
 
 Frozen weights are not in them; the sources and hashes they were loaded from are (`meta`), and are compared when
 a run goes on. A checkpoint is renamed into place when it is whole, so a killed save leaves the last one intact.
+Checksums are written with it and compared when it is read, see `integrity`.
 """
 
 import hashlib
 import logging
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from diva_jax.common import paths
-from diva_jax.common.errors import RunError
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
-from diva_jax.training import distributed
+from diva_jax.training import distributed, integrity
+from diva_jax.training.integrity import Damaged
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +30,107 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
     return paths.absolute(epath.Path(workdir) / "checkpoints")
 
 
-def steps(workdir: epath.PathLike) -> list[int]:
-    """The steps whose checkpoints are whole, in order; nothing is made where there is none."""
+def _saved(workdir: epath.PathLike) -> list[epath.Path]:
+    """The folders of the checkpoints that were saved to the end, by step; they may have been damaged since."""
     folder = _folder(workdir)
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    found = ocp.utils.checkpoint_steps_paths(folder) if folder.is_dir() else []
+    return sorted((f for f in found if f.name.isdecimal()), key=lambda f: int(f.name))
+
+
+def _damage(folder: epath.Path) -> str | None:
+    """What is wrong with a checkpoint, as far as `integrity.check_files` sees it; None: nothing."""
+    try:
+        integrity.check_files(folder)
+    except Damaged as e:
+        return str(e)
+    return None
+
+
+def steps(workdir: epath.PathLike) -> list[int]:
+    """The steps whose checkpoints are whole, in order; nothing is written."""
+    return [int(f.name) for f in _saved(workdir) if _damage(f) is None]
+
+
+def damaged(workdir: epath.PathLike) -> dict[int, str]:
+    """Step -> what is wrong, of the checkpoints of which a part is missing, empty or not readable."""
+    return {int(f.name): why for f in _saved(workdir) if (why := _damage(f)) is not None}
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
     """The newest whole checkpoint's step, or None."""
-    return (steps(workdir) or [None])[-1]
+    return next((int(f.name) for f in reversed(_saved(workdir)) if _damage(f) is None), None)
+
+
+def stored_config(workdir: epath.PathLike) -> dict | None:
+    """The config that the newest whole checkpoint was saved with, or None."""
+    step = latest_step(workdir)
+    return None if step is None else integrity.read_text(_folder(workdir) / str(step), "meta").get("config")
+
+
+def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
+    """Moves a checkpoint to `workdir/damaged`, where no run looks for it; returns its new folder."""
+    aside = _folder(workdir).parent / "damaged"
+    aside.mkdir(parents=True, exist_ok=True)
+    taken = {f.name for f in aside.iterdir()}
+    name = next(n for n in (f"{step}", *(f"{step}-{i}" for i in range(1, 10_000))) if n not in taken)
+    return (_folder(workdir) / str(step)).rename(aside / name)
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+      step: of it.
+      state: the train state.
+      data: the data position.
+      meta: what `save` was given as `meta`.
+      damaged: step -> what is wrong, of newer checkpoints that cannot be used.
+    """
+
+    step: int
+    state: dict
+    data: dict
+    meta: dict
+    damaged: dict[int, str]
+
+
+def restore_newest(workdir: epath.PathLike, abstract_state: Callable[[int], dict]) -> Restored | None:
+    """Restores the newest checkpoint that is what was saved; nothing is written, whatever is damaged.
+
+    Args:
+      workdir: of the run.
+      abstract_state: step -> what `Checkpoints.restore` needs to know of its state.
+
+    Returns:
+      None where there is no checkpoint at all.
+
+    Raises:
+      UserError: there are checkpoints, and every one is damaged.
+      RunError: a bucket cannot be read, which says nothing about what is in it.
+    """
+    unusable = damaged(workdir)
+    candidates = [s for s in reversed(steps(workdir)) if s not in unusable]
+    for step in candidates:
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            reason = None
+            try:
+                found = checkpoints.restore(step, abstract_state(step))
+            except Damaged as e:
+                reason = str(e)
+            except Exception as e:  # tensorstore and orbax raise many types for files that are damaged.
+                if paths.is_remote(workdir) or distributed.is_lost(e):
+                    raise RunError(f"the checkpoint of step {step} cannot be read: {paths.reason(e)}") from e
+                reason = paths.reason(e)
+        if not distributed.any_failed(reason is not None):
+            return Restored(step, *found, {s: why for s, why in unusable.items() if s > step})
+        unusable[step] = reason or "another process cannot read it"
+    if unusable:
+        newest = max(unusable)
+        raise UserError(
+            f"none of the {len(unusable)} checkpoints in {_folder(workdir)} can be restored (that of step {newest}: "
+            f"{unusable[newest]}): put a copy of a good one there, or move the folder away to begin anew"
+        )
+    return None
 
 
 def identity(workdir: epath.PathLike, step: int) -> str:
@@ -51,25 +147,27 @@ class Checkpoints:
       workdir: the run's folder; checkpoints are in its `checkpoints`.
       keep: checkpoints to keep, the newest ones.
       timeout: seconds in which all processes must have written their parts.
+      read_only: to restore only: nothing is made, cleaned up or deleted, so that another process may write there.
     """
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 3, timeout: int = 300):
-        self._workdir, self._keep, self._timeout = workdir, keep, timeout
+    def __init__(self, workdir: epath.PathLike, keep: int = 3, timeout: int = 300, read_only: bool = False):
+        self._workdir, self._keep, self._timeout, self._read_only = workdir, keep, timeout, read_only
         self._manager = self._open()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _open(self, **kw) -> ocp.CheckpointManager:
+        writing = dict(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep,
-            create=True,
-            cleanup_tmp_directories=True,
+            **(dict(read_only=True, save_interval_steps=0, create=False) if self._read_only else writing),
             # Where a folder cannot be made, the threads that would fill it wait for it for five minutes.
             async_options=ocp.AsyncOptions(timeout_secs=self._timeout, create_directories_asynchronously=False),
         )
-        return ocp.CheckpointManager(
-            _folder(self._workdir),
-            options=options,
-            item_names=("state", "data", "meta"),
-        )
+        return ocp.CheckpointManager(_folder(self._workdir), options=options, **(kw or {"item_names": integrity.ITEMS}))
 
     def save(self, step: int, state: dict, data: dict, meta: dict, wait: bool = False) -> None:
         """Starts to write a checkpoint; returns when `state` may be overwritten. No-op where it exists.
@@ -84,6 +182,8 @@ class Checkpoints:
         Raises:
           RunError: it could not be written.
         """
+        meta = meta | {"checksums": integrity.checksums(state)}
+        meta |= {"text_checksum": integrity.text_checksum(data, meta)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
         )
@@ -118,16 +218,21 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, abstract_state: dict) -> tuple[dict, dict, dict]:
-        """(state laid out as `abstract_state` says, data position, meta)."""
+        """(state laid out as `abstract_state` says, data position, meta).
+
+        Raises:
+          Damaged: it is not what was saved.
+        """
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
         )
+        integrity.check_files(_folder(self._workdir) / str(step))
         found = self._manager.restore(step, args=items)
-        return found["state"], found["data"], found["meta"]
+        return found["state"], found["data"], _verified(step, found["state"], found["meta"])
 
     def meta(self, step: int) -> dict:
-        """What `save` was given as `meta`."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        """What `save` was given as `meta`, with the checksums that were added to it."""
+        return integrity.read_text(_folder(self._workdir) / str(step), "meta")
 
     def _tree(self, step: int) -> dict:
         """The train state of a checkpoint, with shapes and dtypes as leaves."""
@@ -137,19 +242,44 @@ class Checkpoints:
         """Name -> shape and dtype of the trained parameters in a checkpoint."""
         return {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in self._tree(step)["params"].items()}
 
-    def restore_arrays(self, step: int, arrays: dict[str, jax.ShapeDtypeStruct], kind: str = "params") -> dict:
-        """Some trained parameters ("params"), or their moving averages ("ema"), laid out as `arrays` says."""
-        restore = ocp.args.PyTreeRestore(
-            {kind: arrays},
-            partial_restore=True,
-            restore_args=ocp.checkpoint_utils.construct_restore_args({kind: arrays}),
-        )
-        handlers = {"state": ocp.PyTreeCheckpointHandler()}
-        with ocp.CheckpointManager(self._manager.directory, item_handlers=handlers) as manager:
-            return manager.restore(step, args=ocp.args.Composite(state=restore))["state"][kind]
+    def restore_arrays(
+        self, step: int, arrays: dict[str, jax.ShapeDtypeStruct], kind: str = "params"
+    ) -> tuple[dict[str, jax.Array], dict]:
+        """Restores some trained parameters ("params"), or their moving averages ("ema"), whatever the optimizer was.
+
+        Args:
+          step: of a checkpoint.
+          arrays: name -> shape, dtype and sharding of the result.
+          kind: "params" or "ema".
+
+        Returns:
+          ({name: array}, meta).
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        try:
+            integrity.check_files(_folder(self._workdir) / str(step))
+            saved = self._tree(step)[kind]
+            wanted = {n: jax.ShapeDtypeStruct(a.shape, saved[n].dtype, sharding=a.sharding) for n, a in arrays.items()}
+            restore = ocp.args.PyTreeRestore(
+                {kind: wanted},
+                partial_restore=True,
+                restore_args=ocp.checkpoint_utils.construct_restore_args({kind: wanted}),
+            )
+            with self._open(item_handlers={"state": ocp.PyTreeCheckpointHandler()}) as manager:
+                found = manager.restore(step, args=ocp.args.Composite(state=restore))["state"][kind]
+            meta = _verified(step, {kind: found}, self.meta(step))
+        except Exception as e:  # Damaged, and the many types that tensorstore and orbax raise.
+            reason = str(e) if isinstance(e, Damaged) else paths.reason(e)
+            raise UserError(
+                f"the checkpoint of step {step} in {self._workdir} cannot be read ({reason}): use another one of "
+                f"{steps(self._workdir)}"
+            ) from e
+        return {n: a.astype(arrays[n].dtype) for n, a in found.items()}, meta
 
     def restore_params(self, step: int, device: jax.Device) -> tuple[dict[str, jax.Array], dict]:
-        """What evaluation and export need, whatever the optimizer was.
+        """What evaluation and export need.
 
         Args:
           step: of a checkpoint.
@@ -157,11 +287,22 @@ class Checkpoints:
 
         Returns:
           ({name: array} of the trained parameters, or of their moving average if the run keeps one; meta).
+
+        Raises:
+          UserError: the checkpoint is damaged.
         """
-        tree, here = self._tree(step), jax.sharding.SingleDeviceSharding(device)
-        kind = "ema" if "ema" in tree else "params"
-        arrays = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in tree[kind].items()}
-        return self.restore_arrays(step, arrays, kind), self.meta(step)
+        try:
+            tree = self._tree(step)
+            kind = "ema" if "ema" in tree else "params"
+            shapes = tree[kind]
+        except Exception as e:  # The many types that orbax raises for damaged descriptions.
+            raise UserError(
+                f"the checkpoint of step {step} in {self._workdir} cannot be read ({paths.reason(e)}): use another one "
+                f"of {steps(self._workdir)}"
+            ) from e
+        here = jax.sharding.SingleDeviceSharding(device)
+        arrays = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in shapes.items()}
+        return self.restore_arrays(step, arrays, kind)
 
     def wait(self) -> None:
         """Returns when every save is on disk."""
@@ -180,3 +321,14 @@ class Checkpoints:
     def abandon(self) -> None:
         """Waits for nothing: a save that other processes take part in may never end."""
         self._manager = None
+
+
+def _verified(step: int, state: dict, meta: dict) -> dict:
+    """`meta` as `save` was given it, if the arrays have the checksums in it; else raises `Damaged`."""
+    meta = dict(meta)
+    meta.pop("text_checksum", None)
+    if (written := meta.pop("checksums", None)) is None:
+        say(f"the checkpoint of step {step} was saved without checksums: its arrays cannot be verified")
+    else:
+        integrity.verify(state, written)
+    return meta

@@ -155,6 +155,11 @@ def session(join_timeout: float = 300, lost_timeout: float = 100):
         jax.distributed.shutdown()
 
 
+def is_lost(e: Exception) -> bool:
+    """Whether jax raised this because another process of the run is gone."""
+    return isinstance(e, jax.errors.JaxRuntimeError) and jax.process_count() > 1 and bool(_LOST.search(str(e)))
+
+
 @contextlib.contextmanager
 def explained(step):
     """Context manager that replaces the errors that jax raises for a lost process by one sentence.
@@ -168,7 +173,7 @@ def explained(step):
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
-        if jax.process_count() == 1 or not _LOST.search(str(e)):
+        if not is_lost(e):
             raise
         raise Lost(
             f"process {jax.process_index()} lost another of the {jax.process_count()} processes at step {step()} "
@@ -208,6 +213,10 @@ def any_failed(failed: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.uint8(failed)).any())
 
 
+class Interrupted(BaseException):
+    """SIGTERM came where work was allowed to be broken off, see `Preemption.at_once`."""
+
+
 class Preemption:
     """Whether the run has been asked to save and end: by SIGTERM to any of its processes, or by the first SIGINT.
 
@@ -220,6 +229,7 @@ class Preemption:
     def __init__(self):
         self.signal: signal.Signals | None = None
         self._asked = threading.Event()
+        self._at_once = False
         self._shared = jax.distributed.is_initialized()
         # One process of several cannot end alone: there, jax's handler of SIGTERM is the only one.
         wanted = () if self._shared else (signal.SIGTERM, signal.SIGINT)
@@ -230,6 +240,22 @@ class Preemption:
         self._asked.set()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        if self._at_once:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """While it lasts, a signal raises `Interrupted`, for work that changes nothing and may take long.
+
+        With several processes it does not, since all of them must leave after the same step.
+        """
+        self._at_once = True
+        try:
+            if self._asked.is_set() and not self._shared:
+                raise Interrupted
+            yield
+        finally:
+            self._at_once = False
 
     def after(self, step: int) -> None:
         """Must be called by every process after each step, with the number of completed steps."""

@@ -18,11 +18,15 @@ from ml_collections import ConfigDict
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import flatten
+from diva_jax.common.log import say
 from diva_jax.training import checkpoint, load, towers
 from diva_jax.training.step import Program
 
 # What may differ when a run is resumed: none of it changes what is learned.
-RESUMABLE = ("log", "checkpoint", "eval", "mesh", "data.threads", "data.prefetch", "remat", "compile_cache", "profile")
+RESUMABLE = (
+    *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "profile"),
+    *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib"),
+)
 _SEEN_WITHIN = 60.0  # Seconds after which network file systems show a new file to every machine.
 # Sections that are compared as a whole: their fields are those of another library.
 WHOLE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion.scheduler")
@@ -38,12 +42,32 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _run_config(workdir: epath.PathLike) -> dict | None:
+    """The config of a run: `workdir/config.json`, or that of its newest checkpoint where the file is damaged.
+
+    Raises:
+      UserError: the file cannot be read, and no checkpoint has the config.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        return content
+    except (OSError, ValueError, RecursionError) as e:
+        if (content := checkpoint.stored_config(workdir)) is None:
+            raise UserError(f"{path} cannot be read ({e}): restore it, it is the config of the run") from e
+        say(f"{path} cannot be read ({e}): the config in the newest checkpoint is used")
+        return content
+
+
 def check_config(workdir: epath.PathLike, config) -> None:
     """Raises a UserError where the workdir has checkpoints of another config."""
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists() or checkpoint.latest_step(workdir) is None:
+    if checkpoint.latest_step(workdir) is None or (there := _run_config(workdir)) is None:
         return
-    if changed := differences(json.loads(path.read_text()), json.loads(config.to_json())):
+    if changed := differences(there, json.loads(config.to_json())):
         raise UserError(
             f"--workdir={workdir} holds a run of another config: {listing(changed, 5)}; "
             "use another workdir, or the config of that run"
@@ -88,13 +112,10 @@ def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict
     Raises:
       UserError: there is no run in the workdir.
     """
-    path = paths.folder(workdir, field) / "config.json"
-    if not path.exists():
+    found = _run_config(paths.folder(workdir, field))
+    if found is None:
         raise UserError(f"{field}={workdir} holds no run: give the --workdir of python -m diva_jax.main")
-    try:
-        return ConfigDict(json.loads(path.read_text()))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({e}): restore it, it is the config of the run") from e
+    return ConfigDict(found)
 
 
 def choose_step(workdir: epath.PathLike, step: int | None = None, field: str = "--step") -> int:
@@ -103,9 +124,16 @@ def choose_step(workdir: epath.PathLike, step: int | None = None, field: str = "
     Raises:
       UserError: there is no such checkpoint; lists those that exist.
     """
-    there = checkpoint.steps(epath.Path(workdir).expanduser())
+    workdir = epath.Path(workdir).expanduser()
+    there, damaged = checkpoint.steps(workdir), checkpoint.damaged(workdir)
     if not there:
-        raise UserError(f"{workdir} has no checkpoint yet: let the run save one")
+        broken = f" that can be read (that of step {max(damaged)}: {damaged[max(damaged)]})" if damaged else " yet"
+        raise UserError(f"{workdir} has no checkpoint{broken}: let the run save one")
+    if step in damaged:
+        raise UserError(f"{field}={step}: that checkpoint is damaged ({damaged[step]}): use one of {listing(there)}")
+    if step is None and damaged and max(damaged) > there[-1]:
+        why = f"the checkpoint of step {max(damaged)} is damaged ({damaged[max(damaged)]})"
+        say(f"{workdir}: {why}: that of step {there[-1]} is used")
     if step is not None and step not in there:
         raise UserError(f"{field}={step} has no checkpoint in {workdir}: use one of {listing(there)}")
     return there[-1] if step is None else step
@@ -149,7 +177,7 @@ class Parent:
         workdir, step = re.fullmatch(r"(.*?)(?::(\d+))?", text).groups()
         where = paths.folder(workdir, field)
         step = choose_step(where, int(step) if step else None, f"{field}: the step ")
-        checkpoints = checkpoint.Checkpoints(where)
+        checkpoints = checkpoint.Checkpoints(where, read_only=True)
         try:
             shapes = {n: tuple(a.shape) for n, a in checkpoints.trained(step).items()}
         finally:
@@ -196,9 +224,9 @@ class Parent:
         """The values of these parameters, in the given dtypes and on the given shardings."""
         if not arrays:
             return {}
-        checkpoints = checkpoint.Checkpoints(self.workdir)
+        checkpoints = checkpoint.Checkpoints(self.workdir, read_only=True)
         try:
-            return checkpoints.restore_arrays(self.step, dict(arrays))
+            return checkpoints.restore_arrays(self.step, dict(arrays))[0]
         finally:
             checkpoints.close()
 
@@ -235,11 +263,8 @@ class RunAt:
 
     @functools.cached_property
     def _restored(self) -> tuple[dict[str, jax.Array], dict]:
-        checkpoints = checkpoint.Checkpoints(self.workdir)
-        try:
+        with checkpoint.Checkpoints(self.workdir, read_only=True) as checkpoints:
             return checkpoints.restore_params(self.step, _host())
-        finally:
-            checkpoints.close()
 
     @property
     def params(self) -> dict[str, jax.Array]:

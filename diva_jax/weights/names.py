@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -21,6 +22,7 @@ from diva_jax.models.names import torch_shape as torch_shape
 
 # Tensors read at the same time; each needs its own memory a second time meanwhile.
 _READERS = 2
+_CHUNK = 2**20  # Elements of a tensor whose values are checked at a time.
 
 
 def _report(what: str, source: str, problems: Iterable[tuple[str, list[str]]]):
@@ -28,6 +30,37 @@ def _report(what: str, source: str, problems: Iterable[tuple[str, list[str]]]):
     found = [f"{title}: {listing(names, 40)}" for title, names in problems if names]
     if found:
         raise UserError(f"{source} does not fit the {what} of the config: {'; '.join(found)}")
+
+
+def _check_type(name: str, dtype: np.dtype, source: str) -> None:
+    """Raises a UserError where a tensor is not of a floating type of at least 16 bits."""
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise UserError(f"{source}: the tensor {name} is of type {dtype}: give a file of unquantised float weights")
+
+
+def check_values(name: str, array: np.ndarray, source: str, may_be_zero: bool = True) -> None:
+    """Checks the values of one tensor, in one pass over its bits.
+
+    Args:
+      name: of the tensor, for the message.
+      array: of a floating type of 2, 4 or 8 bytes, of any strides.
+      source: of the tensor, for the message.
+      may_be_zero: whether every value may be zero, as in biases.
+
+    Raises:
+      UserError: a value is NaN or infinite, or all are zero.
+    """
+    flat_array = array.ravel(order="K")
+    bits = flat_array.view(f"u{array.dtype.itemsize}")
+    infinity = np.asarray(np.inf, array.dtype).view(bits.dtype)
+    magnitude = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)  # Without the sign, floats are ordered as integers are.
+    largest = 0
+    for start in range(0, bits.size, _CHUNK):
+        largest = max(largest, int((bits[start : start + _CHUNK] & magnitude).max()))
+    if largest >= int(infinity):
+        raise UserError(f"{source}: the tensor {name} has values that are NaN or infinite: fetch the file again")
+    if array.size and not largest and not may_be_zero:
+        raise UserError(f"{source}: the tensor {name} is zero everywhere: fetch the file again")
 
 
 def check_names(state, tensors: Mapping, table: Table, *, source: str = "the checkpoint") -> None:
@@ -71,7 +104,8 @@ def assign(
       A state of the same structure, each array of the dtype that the abstract one has.
 
     Raises:
-      UserError: a name is unknown, missing, or of another shape; lists them all.
+      UserError: a name is unknown, missing, or of another shape (lists them all); or a tensor is not of a floating
+        type, not finite, or a kernel of zeros.
     """
     put = put or (lambda path, array, want: jax.device_put(array))
     check_names(state, tensors, table, source=source)
@@ -81,7 +115,13 @@ def assign(
     def fill(item) -> tuple[tuple, nnx.Variable]:
         name, (path, var) = item
         # A transposed view: jax copies any layout to the device as fast as a dense one, so no copy is made here.
-        array = from_torch_layout(path, np.asarray(tensors[names[name]])).astype(var.dtype, copy=False)
+        array = np.asarray(tensors[names[name]])
+        _check_type(names[name], array.dtype, source)
+        with np.errstate(over="ignore"):  # What overflows is infinite, and found as such.
+            array = from_torch_layout(path, array).astype(var.dtype, copy=False)
+        if array.shape != var.shape:
+            raise UserError(f"{source}: the tensor {names[name]} has not the shape that its file declares")
+        check_values(names[name], array, source, may_be_zero=path[-1] != "kernel")
         return path, var.replace(put(path, array, jax.ShapeDtypeStruct(var.shape, var.dtype)))
 
     with ThreadPoolExecutor(_READERS) as pool:

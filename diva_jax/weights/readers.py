@@ -27,6 +27,8 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 
+_MAX_JSON = 2**26  # Bytes.
+
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
@@ -43,15 +45,21 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
             read = lambda name=name: _read(path, file, name)  # noqa: E731
             found[name] = Tensor(tuple(piece.get_shape()), np.dtype(dtype), read)
         return found
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
         raise UserError(f"{path} cannot be read as safetensors ({e}): fetch the file again") from e
 
 
 def _read(path: Path, file, name: str) -> np.ndarray:
     try:
         return file.get_tensor(name)
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, ValueError, MemoryError) as e:
         raise UserError(f"{path}: the tensor {name} cannot be read ({e}): fetch the file again") from e
+
+
+def check_regular(path: Path) -> None:
+    """Raises a UserError where a path is a pipe, a device, a socket or a folder, whose reading may never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file: give a file of weights")
 
 
 def open_file(path: Path) -> Tensors:
@@ -67,6 +75,7 @@ def open_file(path: Path) -> Tensors:
     Raises:
       UserError: the file is missing, truncated or of another format, or it needs torch and torch is not installed.
     """
+    check_regular(path)
     try:
         with open(path, "rb") as f:
             start = f.read(64)
@@ -86,17 +95,41 @@ def open_file(path: Path) -> Tensors:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON file.
+    """Reads a JSON file whose content is an object.
 
     Raises:
-      UserError: the file is missing or is not valid JSON.
+      UserError: the file is missing, is not valid JSON, holds anything but an object, or is larger than 64 MiB.
     """
+    check_regular(path)
     try:
-        return json.loads(path.read_text())
+        if (size := path.stat().st_size) > _MAX_JSON:
+            raise UserError(f"{path} has {size} bytes, which is too many for a JSON file: fetch it again")
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise UserError(f"{path} is missing: the folder is not complete, fetch it again") from e
-    except (ValueError, OSError) as e:
+    except (ValueError, RecursionError, OSError) as e:
         raise UserError(f"{path} is not valid JSON ({e}): fetch it again") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} and not a JSON object: fetch it again")
+    return content
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index lists, all of which must lie beside it.
+
+    Raises:
+      UserError: the index has no map of names, or one is not the name of a file in its folder, or a file is missing.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} has no weight_map from tensors to files: fetch the folder again")
+    for name in names.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or len(name) > 255 or any(c in name for c in "/\\\0"):
+            raise UserError(f"{index} lists {str(name)[:100]!r}, which is not a file of its own folder: fetch it again")
+    found = sorted({index.parent / name for name in names.values()})
+    if missing := [s.name for s in found if not s.is_file()]:
+        raise UserError(f"{index} lists {missing[0]}, which is missing: fetch the folder again")
+    return found
 
 
 def _spellings(stem: str) -> Iterator[str]:
@@ -133,9 +166,7 @@ def weights_in(folder: Path, *stems: str) -> Tensors:
             continue
         if not name.endswith(".json"):
             return open_file(path)
-        shards = sorted({folder / f for f in read_json(path).get("weight_map", {}).values()})
-        if missing := [s.name for s in shards if not s.is_file()]:
-            raise UserError(f"{path} lists {missing[0]}, which is missing: fetch the folder again")
+        shards = _shards(path)
         return Tensors({n: t for shard in shards for n, t in open_file(shard).items()}, shards)
     raise UserError(f"{folder} has no weights ({' or '.join(stems)}.safetensors or .bin): fetch them again")
 

@@ -58,6 +58,8 @@ def data_config(path, **changes) -> ConfigDict:
             "threads": 2,
             "prefetch": 2,
             "max_broken_share": 0.05,
+            "stall_timeout": 60.0,
+            "decode_gib": 1.0,
         }
     )
     config.update(changes)

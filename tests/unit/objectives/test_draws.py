@@ -53,3 +53,37 @@ def test_memory_does_not_grow_with_the_draws():
     one = temporaries(1)
     # The input of each draw is kept; saving eight activations per draw would need eight times the memory.
     assert temporaries(6) < one + 6 * 512 * 256 * 4 * 2
+
+
+def test_what_the_function_closes_over_is_differentiated_too():
+    """Parameters that are not among the inputs, and values that were computed from some; constants are not."""
+    rng = np.random.default_rng(1)
+    params = {"w": rng.normal(size=(3, 5)), "u": rng.normal(size=(5, 2)), "v": rng.normal(size=(4, 3))}
+    x, eps, weights = rng.normal(size=(7, 4)), rng.normal(size=(4, 7, 2)), jnp.asarray([0.1, 2.0, -1.0, 5.0])
+
+    def value(params, summed):
+        latents = jnp.tanh(x @ params["v"])
+
+        def one_draw(w, draw):
+            value = jnp.sum(jnp.tanh(latents @ w) @ params["u"] * draw)
+            return value, value
+
+        return summed(one_draw, params["w"], jnp.asarray(eps))
+
+    def plain(fn, w, drawn):
+        return sum(weights[k] * fn(w, drawn[k])[0] for k in range(4))
+
+    def ours(fn, w, drawn):
+        return draws.weighted_sum(fn, w, drawn, weights)[0]
+
+    params = jax.tree.map(jnp.asarray, params)
+    expected = jax.grad(lambda p: value(p, plain))(params)
+    for compiled in (lambda f: f, jax.jit):
+        got = compiled(jax.grad(lambda p: value(p, ours)))(params)
+        for name in params:
+            np.testing.assert_allclose(got[name], expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
+    # A frozen parameter of the same function costs no gradient.
+    frozen = {n: a for n, a in params.items() if n != "u"}
+    grads = jax.make_jaxpr(jax.grad(lambda p, u: value({**p, "u": u}, ours)))(frozen, params["u"])
+    both = jax.make_jaxpr(jax.grad(lambda p: value(p, ours)))(params)
+    assert str(grads).count("dot_general") < str(both).count("dot_general")

@@ -1,0 +1,57 @@
+"""SIGTERM and SIGINT while data does not come: the run acts within seconds, and nothing is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from places import ROOT, SUPPORT
+
+from diva_jax.training import checkpoint
+
+pytestmark = pytest.mark.attack
+
+
+def start(files, workdir, reads: int, *more) -> subprocess.Popen:
+    command = [sys.executable, f"{SUPPORT}/stalling.py", str(reads), f"--config={SUPPORT}/e2e_config.py:{files}"]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{SUPPORT}", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, f"--workdir={workdir}", *more], **pipes, env=env, cwd=ROOT)
+
+
+def until(process: subprocess.Popen, *texts: str) -> None:
+    """Reads the output until each of the texts was seen."""
+    wanted = set(texts)
+    for line in process.stdout:
+        wanted -= {t for t in wanted if line.startswith(t)}
+        if not wanted:
+            return
+    raise AssertionError(f"ended before {wanted}: {process.stderr.read()}")
+
+
+def end(process: subprocess.Popen, seconds: float = 60) -> tuple[int, str, str, float]:
+    began = time.monotonic()
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err, time.monotonic() - began
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_data_stalls(files, tmp_path, sig):
+    process = start(files, tmp_path / "run", 30)
+    until(process, "stalled", "step 1/")
+    process.send_signal(sig)
+    code, out, err, took = end(process)
+    if sig == signal.SIGTERM:
+        assert code == 0 and "SIGTERM: saved step" in out, (out, err)
+        assert checkpoint.latest_step(tmp_path / "run")
+    else:
+        assert code == 130 and err.strip().splitlines()[-1] == "interrupted" and "Traceback" not in err, err
+    assert took < 30, took
+
+
+def test_a_read_that_stalls_is_named(files, tmp_path):
+    process = start(files, tmp_path / "run", 30, "--config.data.stall_timeout=3")
+    code, _, err, _ = end(process, 200)
+    assert code == 1 and "config.data.stall_timeout=3" in err and ".tar/" in err and "Traceback" not in err, err

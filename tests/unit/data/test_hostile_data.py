@@ -1,0 +1,234 @@
+"""Data that was made to do harm: counted as broken or refused, within bounded memory and time."""
+
+import io
+import os
+import resource
+import struct
+import tarfile
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from records import data_config, encoded, tags, write_shards, write_tar
+
+from diva_jax.common.errors import RunError, UserError
+from diva_jax.data import files, images, inputs, pipeline, tars
+
+pytestmark = pytest.mark.attack
+INPUTS = {"image": inputs.Image(12)}
+
+
+def open_batches(path, batch: int = 4, **kw):
+    return pipeline.open_batches(data_config(path, **kw), INPUTS, seed=0, global_batch=batch)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_shards_with_changed_bytes(tmp_path, seed):
+    """Members are those that were written, or left out; nothing but a UserError or a RunError comes out."""
+    rng = np.random.default_rng(seed)
+    write_shards(tmp_path, 12, 12)
+    path = tmp_path / "00000.tar"
+    data = bytearray(path.read_bytes())
+    for _ in range(int(rng.integers(1, 20))):
+        data[rng.integers(len(data))] = rng.integers(256)
+    path.write_bytes(data)
+    try:
+        batch = next(open_batches(tmp_path, max_broken_share=1.0))
+    except (UserError, RunError) as e:
+        assert "\n" not in str(e)
+    else:
+        assert batch["image"].shape == (4, 12, 12, 3)
+
+
+def _pax(records: bytes) -> bytes:
+    """A shard with an extended header of these records before an image."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = b"x", len(records)
+    data = header.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)
+    image = encoded(1)
+    info = tarfile.TarInfo("1.png")
+    info.size = len(image)
+    return data + info.tobuf() + image + bytes(-len(image) % 512) + bytes(1024)
+
+
+def _record(key: bytes, value: bytes) -> bytes:
+    size = len(key) + len(value) + 3
+    size += len(str(size + len(str(size))))
+    return b"%d %s=%s\n" % (size, key, value)
+
+
+@pytest.mark.parametrize(
+    "key", [b"size", b"mtime", b"uid", b"path", b"GNU.sparse.size", b"GNU.sparse.map", b"hdrcharset"]
+)
+@pytest.mark.parametrize("value", [b"9" * 1_000_000, b"-1", b"-99999999", b"1e999", b"nan", b"", b"\xff\xfe", b"0,1,2"])
+def test_extended_headers(tmp_path, key, value):
+    path = tmp_path / "a.tar"
+    path.write_bytes(_pax(_record(key, value)))
+    began = time.monotonic()
+    for member in tars.scan(str(path)).members:
+        assert 0 <= member.offset and 0 <= member.size <= path.stat().st_size
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("size", [2**31, 2**33 - 1])
+def test_sparse_files_are_not_read_into_memory(tmp_path, size):
+    """Headers and images that declare gigabytes, in files that take no room."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+        info = tarfile.TarInfo("x")
+        info.type, info.size = kind, size
+        path = tmp_path / f"{kind.decode()}.tar"
+        path.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
+        os.truncate(path, size + 4096)
+        assert not tars.scan(str(path)).members
+        path.unlink()
+    (tmp_path / "a.jpg").touch()
+    os.truncate(tmp_path / "a.jpg", size)
+    with pytest.raises(RunError, match="not one of the 1 images"):
+        next(open_batches(tmp_path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        folder = tmp_path / name[0]
+        folder.mkdir()
+        os.mkfifo(folder / name) if name[0] == "a" else (folder / name).symlink_to("/dev/zero")
+        for path in (folder, folder / name):
+            with pytest.raises(UserError, match="is not a regular file"):
+                open_batches(path)
+    os.mkfifo(tmp_path / "c.png")
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encoded(i))
+    found = next(open_batches(f"{tmp_path}/*.png", max_broken_share=1.0))
+    assert set(tags(found["image"])) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("pattern", ["{0..99999999}.tar", "{0..9999}{0..9999}.tar", "{9999999..0}", "{a,b}{1..600000}"])
+def test_patterns_that_stand_for_too_many(pattern):
+    began = time.monotonic()
+    with pytest.raises(UserError, match="names: correct the range"):
+        files.find(f"/nowhere/{pattern}")
+    assert time.monotonic() - began < 2
+
+
+def test_patterns_as_shells_expand_them():
+    assert files.expand("a{08..11}.tar") == ["a08.tar", "a09.tar", "a10.tar", "a11.tar"]
+    assert files.expand("{2..0}") == ["2", "1", "0"]
+    assert files.expand("{x,y}{1..2}") == ["x1", "x2", "y1", "y2"]
+    assert files.expand("{" + "9" * 5000 + "..1}") == ["9" * 5000 + "..1"]
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of zeros, much smaller than what it decodes to."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    rows = zlib.compress((b"\0" + bytes(3 * side)) * side, 9)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_images_decoded_at_once_stay_within_their_memory():
+    memory, data = images.Memory(1000 * 1000 * 8 * 2), bomb(1000)
+    together, most, lock = [0], [0], threading.Lock()
+
+    def work():
+        with memory.reserve(data):
+            with lock:
+                together[0] += 1
+                most[0] = max(most[0], together[0])
+            time.sleep(0.02)
+            with lock:
+                together[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(12)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(10)
+    assert most[0] == 2
+    with images.Memory(10).reserve(data):  # Larger than all of it: decoded alone.
+        pass
+    with memory.reserve(b"no image"):
+        pass
+
+
+def test_bombs_do_not_add_up(tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(bomb(4000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    batch = next(open_batches(tmp_path, batch=8, threads=8, decode_gib=0.2))
+    assert batch["image"].shape == (8, 12, 12, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000  # KiB
+
+
+def test_grey_images_of_sixteen_bits():
+    """Converted by range, where Pillow cuts off at 255; those without a range are broken."""
+    values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    for form in ("PNG", "TIFF"):
+        data = io.BytesIO()
+        Image.fromarray(values).save(data, form)
+        for rgb in (True, False):
+            found = np.asarray(images.decode(data.getvalue(), rgb).convert("RGB"))
+            assert np.abs(found - (values / 257)[..., None]).max() <= 0.51
+    for array in (values.astype(np.int32), values.astype(np.float32)):
+        data = io.BytesIO()
+        Image.fromarray(array).save(data, "TIFF")
+        with pytest.raises(ValueError, match="no range"):
+            images.decode(data.getvalue())
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "tif", "tiff", "jfif", "JPG", "webp"])
+def test_images_of_every_suffix_are_read(tmp_path, suffix):
+    form = {"tif": "TIFF", "jfif": "JPEG", "jpg": "JPEG"}.get(suffix.lower(), suffix.upper())
+    (tmp_path / f"a.{suffix}").write_bytes(encoded(5, form=form))
+    write_tar(tmp_path.with_suffix(".tar"), {f"a.{suffix}": encoded(5, form=form)})
+    for path in (tmp_path, tmp_path.with_suffix(".tar")):
+        assert next(open_batches(path, batch=1))["image"].shape == (1, 12, 12, 3)
+
+
+def test_what_is_left_out_is_said(tmp_path, caplog):
+    write_shards(tmp_path, 4, 4)
+    (tmp_path / "x.jpg").write_bytes(encoded(1, form="JPEG"))
+    (tmp_path / "y.tar.gz").write_bytes(b"")
+    open_batches(tmp_path)
+    assert "1 images beside the .tar shards are not read" in caplog.text and "1 compressed shards" in caplog.text
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="a.tar.gz of config.data.path is compressed: unpack"):
+        open_batches(tmp_path / "z")
+
+
+class Stalling:
+    """Records of which one is never read."""
+
+    has_text = False
+
+    def __init__(self):
+        self.released = threading.Event()
+
+    def __len__(self) -> int:
+        return 5
+
+    def name(self, i: int) -> str:
+        return f"shard.tar/{i}\x1b[31m.png"
+
+    def read(self, i: int, with_text: bool = True):
+        self.released.wait(20)
+        raise OSError("gone")
+
+
+def test_a_wait_for_data_ends(monkeypatch):
+    source = Stalling()
+    config = data_config("x", stall_timeout=1.0)
+    batches = pipeline.Iterator(config, source, INPUTS, 0, 4, 0, 1)
+    began = time.monotonic()
+    assert batches.wait(lambda: True) is None
+    assert time.monotonic() - began < 5 and batches.get_state()["batches"] == 0
+    with pytest.raises(RunError, match=r"stall_timeout=1\), \d+ s of them reading shard.tar/\d\\x1b"):
+        next(batches)
+    batches.close()
+    assert time.monotonic() - began < 10
+    source.released.set()

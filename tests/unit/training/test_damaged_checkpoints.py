@@ -1,0 +1,213 @@
+"""Checkpoints whose files were changed after the save: found out, and the newest good one is used instead."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from diva_jax.common.errors import UserError
+from diva_jax.training import checkpoint, integrity, workdirs
+
+pytestmark = pytest.mark.attack
+
+META = {"sources": {"vision": {"source": ["x"], "sha256": "0"}}, "config": {"steps": 9}}
+
+
+def state(step: int) -> dict:
+    rng = np.random.default_rng(step)
+    a, b = rng.normal(size=(5, 7, 3)).astype(np.float32), rng.normal(size=(11,)).astype(np.float16)
+    return {
+        "params": {"a/kernel": a, "b": b},
+        "opt": {"mu": a * 2},
+        "step": np.int32(step),
+        "key": np.arange(2, dtype=np.uint32),
+    }
+
+
+def abstract(step: int) -> dict:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=here), state(step))
+
+
+def place(tree: dict) -> dict:
+    return jax.tree.map(jax.numpy.asarray, tree)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with checkpoints of steps 3, 6 and 9."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        for step in (3, 6, 9):
+            checkpoints.save(step, place(state(step)), {"batches": step}, META, wait=True)
+    return folder
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def content(folder) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def whole(found: checkpoint.Restored) -> None:
+    assert found.data == {"batches": found.step} and found.meta == META
+    jax.tree.map(np.testing.assert_array_equal, found.state, state(found.step))
+
+
+def mutate(folder, rng) -> str:
+    """Damages one checkpoint in one way."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    file = files[rng.integers(len(files))]
+    data, what = bytearray(file.read_bytes()), int(rng.integers(8))
+    if what <= 3 and data:
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(data)
+    elif what == 4:
+        file.write_bytes(data[: int(rng.integers(0, len(data) + 1))])
+    elif what == 5:
+        file.unlink()
+    elif what == 6:
+        shutil.rmtree(folder / ["state", "data", "meta"][rng.integers(3)])
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+    return f"{what} {file.relative_to(folder)}"
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_what_is_restored_is_what_was_saved(workdir, seed):
+    rng = np.random.default_rng(seed)
+    what = mutate(workdir / "checkpoints" / "9", rng)
+    before = content(workdir)
+    found = checkpoint.restore_newest(workdir, abstract)
+    whole(found)
+    assert found.step == 9 or (found.step == 6 and list(found.damaged) == [9]), what
+    assert content(workdir) == before
+    if found.step == 6:
+        aside = checkpoint.set_aside(workdir, 9)
+        assert aside == workdir / "damaged" / "9" and checkpoint.steps(workdir) == [3, 6]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_one_flipped_bit_of_the_arrays(workdir, seed):
+    """Wherever the values are stored."""
+    rng = np.random.default_rng(seed)
+    files = sorted(f for f in (workdir / "checkpoints/9/state").rglob("*") if f.is_file() and f.parent.name == "d")
+    file = files[rng.integers(len(files))]
+    data = bytearray(file.read_bytes())
+    data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    file.write_bytes(data)
+    whole(checkpoint.restore_newest(workdir, abstract))
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        device = jax.devices()[0]
+        try:
+            params, meta = checkpoints.restore_params(9, device)
+        except UserError as e:
+            assert "step 9" in str(e) and "[3, 6, 9]" in str(e)
+        else:
+            jax.tree.map(np.testing.assert_array_equal, params, state(9)["params"])
+            assert meta == META
+
+
+def test_the_checksum_sees_any_single_change():
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float16, np.int32, np.uint8, np.bool_, jax.numpy.bfloat16, np.float64):
+        for shape in ((), (1,), (37,), (6, 5), (3, 4, 5, 2)):
+            a = np.asarray(rng.normal(size=shape) * 50).astype(dtype)
+            before = integrity.checksums({"x": a})
+            assert before == integrity.checksums({"x": np.array(a)})
+            for _ in range(3):
+                b = np.array(a)
+                place, bit = int(rng.integers(b.nbytes)), int(rng.integers(8))
+                if dtype == np.bool_:
+                    b = np.where(np.arange(b.size).reshape(shape) == place, ~b, b)
+                else:
+                    flat = b.reshape(-1).view(np.uint8)
+                    flat[place] ^= 1 << bit
+                if shape or dtype != np.float64:  # A scalar of 64 bits becomes one of 32 without x64.
+                    assert integrity.checksums({"x": b}) != before, (dtype, shape)
+
+
+def test_the_checksum_is_that_of_any_sharding():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    a = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    sums = {
+        integrity.checksums([jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))])["[0]"]
+        for spec in ((), ("x",), ("y", None), ("x", "y"), (("x", "y"),), (None, "y"))
+    }
+    assert len(sums) == 1 and integrity.checksums([a[::-1]])["[0]"] not in sums
+
+
+def test_an_empty_folder_or_a_copy_is_no_checkpoint(workdir):
+    (workdir / "checkpoints" / "99").mkdir()
+    shutil.copytree(workdir / "checkpoints" / "6", workdir / "checkpoints" / "19")
+    (workdir / "checkpoints" / "notes").mkdir()
+    assert checkpoint.latest_step(workdir) == 9 and checkpoint.steps(workdir) == [3, 6, 9]
+    assert checkpoint.damaged(workdir).keys() == {19, 99}
+    found = checkpoint.restore_newest(workdir, abstract)
+    whole(found)
+    assert found.step == 9 and "copy of the checkpoint of step 6" in found.damaged[19]
+
+
+def test_names_of_what_is_set_aside_do_not_meet(workdir):
+    for name in ("9", "9-1", "9-2"):
+        (workdir / "checkpoints" / "9").mkdir(exist_ok=True)
+        assert checkpoint.set_aside(workdir, 9).name == name
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew(workdir):
+    for step in (3, 6, 9):
+        (workdir / "checkpoints" / str(step) / "state" / "manifest.ocdbt").write_bytes(b"")
+    before = content(workdir)
+    with pytest.raises(UserError, match=r"none of the 3 checkpoints .*manifest.ocdbt is missing or empty.*begin anew"):
+        checkpoint.restore_newest(workdir, abstract)
+    assert content(workdir) == before
+    assert checkpoint.restore_newest(workdir / "nothing", abstract) is None
+
+
+def test_checkpoints_without_checksums_are_read_with_a_note(workdir, capsys):
+    path = workdir / "checkpoints/9/meta/metadata"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in meta.items() if k in META}))
+    found = checkpoint.restore_newest(workdir, abstract)
+    whole(found)
+    assert found.step == 9 and "saved without checksums" in capsys.readouterr().out
+
+
+def test_reading_a_workdir_changes_nothing(workdir):
+    """Not even what an unfinished save of a running trainer has written so far."""
+    unfinished = workdir / "checkpoints" / "12.orbax-checkpoint-tmp-1" / "state.orbax-checkpoint-tmp-2"
+    unfinished.mkdir(parents=True)
+    (unfinished / "half").write_text("x")
+    before = content(workdir)
+    for _ in range(2):
+        with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+            checkpoints.restore(6, abstract(6))
+            checkpoints.restore_params(3, jax.devices()[0])
+        assert content(workdir) == before
+    assert not (workdir / "new").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{" * 5000, '{"steps": 9', "\x00"])
+def test_a_broken_config_is_taken_from_the_newest_checkpoint(workdir, capsys, text):
+    (workdir / "config.json").write_text(text)
+    assert workdirs.read_config(workdir).to_dict() == META["config"]
+    assert "the config in the newest checkpoint is used" in capsys.readouterr().out
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        workdirs.read_config(workdir)
+
+
+def test_the_newest_step_that_is_good_is_chosen(workdir, capsys):
+    (workdir / "checkpoints/9/state/_METADATA").write_bytes(b"")
+    assert workdirs.choose_step(workdir) == 6
+    assert "the checkpoint of step 9 is damaged (state/_METADATA is missing or empty)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--step=9: that checkpoint is damaged .* use one of 3, 6"):
+        workdirs.choose_step(workdir, 9)
