@@ -293,7 +293,8 @@ class Objective(contract.Objective):
         """The loss of each image under its own embedding, under another image's, and under the text alone.
 
         For the text alone the class label is zero, as for the images that lost theirs in the generator's training.
-        Timesteps and noise are the same under all three conditions; no class label is dropped.
+        Timesteps and noise are the same under all three conditions, and the latents in all bins; no class label is
+        dropped.
 
         Args:
           batch: {"image", "other": uint8 [B, S, S, 3]}, `other` being whose embedding is borrowed.
@@ -305,13 +306,13 @@ class Objective(contract.Objective):
         """
         views = [self.views(preprocess.to_float(batch[k])) for k in ("image", "other")]
         embeds = jax.lax.map(self.embed, jnp.stack([view for _, view in views]))
+        latents = self.encode_latents(views[0][0], self._draw_for(views[0][0], keys))
 
         def one_bin(x):
             number, low, high = x
             drawn = self._draw_for(views[0][0], jax.vmap(jax.random.fold_in, (0, None))(keys, number))
             within = drawn.timesteps * (high - low) // self.timesteps
             drawn = drawn._replace(timesteps=low + within, keep=jnp.ones_like(drawn.keep))
-            latents = self.encode_latents(views[0][0], drawn)
             own, other = (self.class_labels(e, drawn) for e in embeds)
             labels = jnp.stack([own, other, jnp.zeros_like(own)])
             return jax.lax.map(lambda c: self.errors(self.denoise(latents, drawn, c), latents, drawn), labels)

@@ -104,11 +104,11 @@ def test_losses_of_the_conditions():
     image = small.batch(p, 0, 2)["image"]
     batch = {"image": image, "other": image[::-1]}
     edges = np.array([0, 400, 1000])
-    losses = jax.jit(lambda keys: module.condition_losses(batch, keys, edges))(jax.random.split(jax.random.key(0), 2))
-    found = {name: np.asarray(x) for name, x in losses.items()}
+    losses = jax.jit(lambda batch: module.condition_losses(batch, jax.random.split(jax.random.key(0), 2), edges))
+    found = {name: np.asarray(x) for name, x in losses(batch).items()}
     assert {x.shape for x in found.values()} == {(2, 2)}
     assert not np.allclose(found["own"], found["other"]) and not np.allclose(found["own"], found["text"])
-    same = module.condition_losses(batch | {"other": image}, jax.random.split(jax.random.key(0), 2), edges)
+    same = losses(batch | {"other": image})
     np.testing.assert_allclose(same["own"], same["other"], rtol=1e-5)
 
 
