@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diva_jax import config
+from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
 from diva_jax.objectives import Stage
 from diva_jax.training import optim
@@ -31,6 +31,29 @@ def test_learning_rate_is_linear_then_cosine_to_zero():
 def test_the_shortest_stages_have_a_schedule(steps):
     lr = optim.learning_rate(Stage("s", 0, steps, 0.5, ()), 0.9)
     assert max(float(lr(i)) for i in range(steps)) == 0.5
+
+
+def test_constant_schedule_and_warm_up_in_steps():
+    constant = STAGE._replace(schedule="constant", warmup_steps=10)
+    lr = optim.learning_rate(constant, 0.005)
+    np.testing.assert_allclose([float(lr(i)) for i in (0, 3, 10, 4599)], [0, 0.3e-4, 1e-4, 1e-4], rtol=1e-6)
+    lr = optim.learning_rate(constant._replace(warmup_steps=0), 0.005)
+    np.testing.assert_allclose([float(lr(i)) for i in (0, 4599)], 1e-4, rtol=1e-6)
+    lr = optim.learning_rate(constant._replace(warmup_steps=-1), 0.005)  # A share: 23 steps.
+    np.testing.assert_allclose([float(lr(i)) for i in (11, 23)], [1e-4 * 11 / 23, 1e-4], rtol=1e-6)
+    lr = optim.learning_rate(STAGE._replace(warmup_steps=46), 0.005)  # Then cosine.
+    np.testing.assert_allclose([float(lr(i)) for i in (23, 46)], [0.5e-4, 1e-4], rtol=1e-6)
+    assert float(lr(4599)) < 1e-9
+
+
+def test_stages_have_the_schedule_of_the_config_where_they_give_none():
+    c = config.default()
+    c.optim.update(schedule="constant", warmup_steps=7)
+    c.condition.warmup_steps = 3
+    assert {(s.schedule, s.warmup_steps) for s in objectives.stages(c)} == {("constant", 7)}
+    c.optim.schedule = "linear"
+    with pytest.raises(UserError, match="config.optim.schedule='linear' must be cosine or constant"):
+        config.validate(c, 1)
 
 
 def one_update(params, grads, **fields):
@@ -76,6 +99,15 @@ def test_weight_decay_of_every_tensor_but_those_named(name):
 def test_a_stage_may_have_a_rate_of_its_own():
     lr = optim.learning_rate(STAGE._replace(rate=lambda step: 7.0 + step), 0.5)
     assert (lr(0), lr(3)) == (7.0, 10.0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_decay_all_reaches_vectors(name):
+    params = {"kernel": jnp.full((2, 2), 2.0), "scale": jnp.full(3, 2.0)}
+    grads = {"kernel": jnp.zeros((2, 2)), "scale": jnp.zeros(3)}
+    updates = one_update(params, grads, name=name, warmup=0.0, clip=0.0, weight_decay=0.1, decay_all=True)
+    for update in updates.values():
+        np.testing.assert_allclose(update, -0.5 * 0.1 * 2, rtol=1e-6)
 
 
 def test_unknown_optimizer():

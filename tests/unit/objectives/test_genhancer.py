@@ -1,0 +1,281 @@
+"""GenHancer: sizes and costs at full size from shapes, switches, draws, stages, devices, and what is refused."""
+
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+import small_genhancer
+from flax import nnx
+from places import ROOT
+
+from diva_jax import config
+from diva_jax.common.errors import UserError
+from diva_jax.models import adapters, backbones
+from diva_jax.models.diffusion import flow
+from diva_jax.models.layers import Keys, abstract
+from diva_jax.objectives import genhancer
+from diva_jax.training import partition, sharding
+from diva_jax.training.step import Program
+
+GIB = 2**30
+V5E = 15.75 * GIB  # HBM that is available to a program on one chip.
+# Name -> (adapters, biases that stage 2 trains [millions]; TFLOP of an image in stage 2).
+CONFIGS = {
+    "vitl14": (7.11, 0.22, 1.079),
+    "vitl14_336": (7.11, 0.22, 2.485),
+    "metaclip_l14": (7.11, 0.22, 1.079),
+    "metaclip_h14": (11.83, 0.37, 1.425),
+    "siglip_so400m": (8.91, 0.28, 1.195),
+    "siglip_so400m_384": (8.91, 0.28, 3.605),
+}
+
+
+def config_file(name):
+    path = ROOT / "configs" / f"genhancer_{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert f"python -m diva_jax.main --config=configs/genhancer_{name}.py" in module.__doc__
+    return module
+
+
+def per_chip(tree) -> int:
+    """Bytes on one device."""
+    shapes = jax.tree.leaves(tree)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * jnp.dtype(a.dtype).itemsize for a in shapes)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_full_size(name):
+    """Parameters, adapters, FLOPs, and what a chip holds when weights are split over fsdp=16."""
+    c = config_file(name).get_config()
+    config.validate(c, 16)
+    assert backbones.spec_of(c) == backbones.TABLE[name] and c.mesh.fsdp == 16
+    mesh = jax.sharding.AbstractMesh((1, 16), ("data", "fsdp"))
+    p = Program(c, mesh)
+    first, second = p.active(0), p.active(1)
+    count = {part: sum(a.size for n, a in p.arrays.items() if n.startswith(part)) for part in ("denoiser/", "vae/")}
+    assert count == {"denoiser/": 1_310_154_816, "vae/": 34_274_208}
+    assert {n.split("/")[0] for n in first} == {"project_clip", "project_t5", "denoiser"}
+    low_rank = sum(p.arrays[n].size for n in second if "/lora/" in n) / 1e6
+    biases = sum(p.arrays[n].size for n in second if n.endswith("/bias")) / 1e6
+    assert (round(low_rank, 2), round(biases, 2)) == CONFIGS[name][:2]
+    assert len(second) == sum("/lora/" in n or n.endswith("/bias") for n in second)
+    assert round(p.objective.flops() / 1e12, 3) == CONFIGS[name][2]
+    for stage in range(2):
+        state = p.abstract_state(stage)
+        gradients = {n: state["params"][n] for n in p.active(stage)}
+        held = per_chip(state) + per_chip(gradients) + per_chip(p.abstract_frozen())
+        assert held < 1.5 * GIB < V5E
+    # Without the split, weights, moments and gradients of stage 1 alone would be more than a chip has.
+    assert sum(4 * 4 * p.arrays[n].size for n in first) > V5E
+
+
+@pytest.mark.parametrize(
+    "tokens, forward, everything, condition",
+    [(196, 0.272, 0.815, 0.546), (441, 0.616, 1.849, 1.247), (576, 0.810, 2.430, 1.644)],
+)
+def test_flops_of_the_denoiser(tokens, forward, everything, condition):
+    work = genhancer.denoiser_flops(flow.FlowConfig(), tokens)
+    found = [x / 1e12 for x in (work.forward, 3 * work.forward, work.forward + work.backward)]
+    assert [round(x, 3) for x in found] == [forward, everything, condition]
+
+
+def test_published_recipe_and_switches():
+    module = config_file("vitl14")
+    c = module.get_config()
+    o, g = c.optim, c.genhancer
+    assert (o.name, o.b1, o.b2, o.eps, o.weight_decay, o.clip) == ("adamw", 0.9, 0.999, 1e-8, 0.01, 1.0)
+    assert (o.schedule, o.warmup_steps, o.decay_all, c.batch_size) == ("constant", 10, True, 256)
+    assert (g.lora.rank, g.lora.alpha, g.lora.dropout, g.lora.biases) == (16, 16.0, 0.1, True)
+    stages = Program(c, jax.sharding.AbstractMesh((1, 1), ("data", "fsdp"))).stages
+    assert [(s.start, s.end, s.lr, s.warmup_steps) for s in stages] == [
+        (0, 100_000, 1e-4, 10),
+        (100_000, 110_000, 1e-5, 10),
+    ]
+    faithful = module.get_config("faithful")
+    assert {g.get(s) for s in genhancer.SWITCHES} == {"exact"}
+    assert {faithful.genhancer.get(s) for s in genhancer.SWITCHES} == {"faithful"}
+    assert [s.warmup_steps for s in genhancer.stages(faithful)] == [0, 0]
+
+
+def test_initial_values_are_those_of_pytorch():
+    """U(+-1/sqrt(fan in)) for weights and biases; zero_out clears modulations and the output alone."""
+    sizes = dict(width=36, heads=3, axes=(4, 2, 6), in_channels=12, vector_dim=20, text_dim=28)
+    _, arrays = partition.disassemble(flow.Flow(flow.FlowConfig(**sizes), rngs=Keys(1)))
+    for name, array in arrays.items():
+        if name.endswith("scale"):
+            np.testing.assert_array_equal(array, 1.0)
+            continue
+        bound = arrays[name.rsplit("/", 1)[0] + "/kernel"].shape[0] ** -0.5
+        assert 0.8 * bound < float(jnp.abs(array).max()) <= bound, name
+        assert abs(float(array.std()) / bound - 3**-0.5) < 0.15, name
+    _, zeroed = partition.disassemble(flow.Flow(flow.FlowConfig(**sizes, zero_out=True), rngs=Keys(1)))
+    clear = {n for n, a in zeroed.items() if not np.any(np.asarray(a))}
+    assert clear == {n for n in arrays if "_mod/" in n or "modulation" in n.lower() or "final_layer/linear" in n}
+
+
+def test_packing():
+    latents = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    packed = np.asarray(flow.pack(jnp.asarray(latents)))
+    assert packed.shape == (2, 6, 12)
+    for i, j, c, dy, dx in np.ndindex(2, 3, 3, 2, 2):
+        np.testing.assert_array_equal(packed[:, 3 * i + j, 4 * c + 2 * dy + dx], latents[:, 2 * i + dy, 2 * j + dx, c])
+
+
+def test_rotation_of_positions_is_relative():
+    """A shift of all image positions does not change scores between image tokens."""
+    config_ = flow.FlowConfig(width=24, heads=1, axes=(4, 8, 12), vector_dim=4, text_dim=4)
+    cos, sin = flow.rotations(config_, (5, 7))
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=24), jnp.float32) for _ in range(2))
+
+    def score(a, b):
+        at = [1 + 7 * row + column for row, column in (a, b)]
+        x = jnp.broadcast_to(jnp.stack([q, k])[None, :, None], (1, 2, 1, 24))
+        turned = flow._rotate(x, jnp.asarray(cos[at]), jnp.asarray(sin[at]))
+        return float(turned[0, 0, 0] @ turned[0, 1, 0])
+
+    np.testing.assert_allclose(score((0, 1), (2, 3)), score((2, 4), (4, 6)), rtol=1e-5)
+    assert abs(score((0, 1), (2, 3)) - score((0, 1), (3, 2))) > 1e-3
+
+
+def test_time_in_bfloat16():
+    t = jnp.asarray(np.random.default_rng(0).uniform(size=500), jnp.float32)
+    rounded = (1000 * t.astype(jnp.bfloat16)).astype(jnp.float32)
+    error = np.abs(np.asarray(rounded - 1000 * t))
+    assert 0.5 < error.mean() < 1.3 and error.max() <= 4.1
+    code = flow.timestep_code(t.astype(jnp.bfloat16))
+    assert code.dtype == jnp.bfloat16 and flow.timestep_code(t).dtype == jnp.float32
+    want = flow.timestep_code(rounded / 1000)
+    assert np.abs(np.asarray(code.astype(jnp.float32) - want)).max() < 0.01
+
+
+def tiny(**fields):
+    return small.program(small_genhancer.small_config(**fields))
+
+
+def test_an_image_has_its_own_draws_and_the_adapters_drop():
+    p = tiny(genhancer__lora__dropout=0.5)
+    arrays = small.random_arrays(p)
+    module = p.skeleton.merge(arrays)
+    keys = jax.random.split(jax.random.key(0), 8)
+    drawn, drop = module.draw(keys, (14, 14, 3))
+    other, _ = module.draw(keys[::-1], (14, 14, 3))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[::-1], b), drawn, other)
+    assert drawn.noise.shape == (8, 49, 12) and drawn.posterior.shape == (8, 14, 14, 3)
+    pixels = jnp.asarray(np.random.default_rng(0).uniform(size=(8, 28, 28, 3)), jnp.float32)
+
+    def embed(keys):
+        with adapters.dropout(keys):
+            return module.forward(pixels, drawn.posterior, drawn)[1]["embed"]
+
+    plain = module.forward(pixels, drawn.posterior, drawn)[1]["embed"]
+    assert np.abs(embed(drop) - plain).max() > 1e-3 and np.abs(embed(drop) - embed(drop[::-1])).max() > 1e-3
+    assert (
+        np.abs(
+            np.asarray(module.latents(pixels, drawn.posterior) - module.latents(pixels, 0 * pixels[:, :14, :14]))
+        ).max()
+        > 1e-3
+    )
+
+
+def test_switches_of_siglip():
+    """faithful: tanh's GELU in the tower; the head's output projection has a trained bias and no adapter."""
+    rows = {}
+    for value in ("exact", "faithful"):
+        p = tiny(spec=small_genhancer.SIGLIP, genhancer__siglip_head_out=value, genhancer__siglip_gelu=value)
+        rows[value] = {n for n in p.active(1) if n.startswith("vision/attn_pool/proj/")}
+        assert p.objective.vision.blocks[0].mlp.activation == {"exact": "gelu", "faithful": "gelu_tanh"}[value]
+        pooled = {n for n in p.active(1) if n.startswith("vision/attn_pool/")} - rows[value]
+        assert all("/mlp/fc" in n for n in pooled) and len(pooled) == 6
+    base = "vision/attn_pool/proj"
+    assert rows == {"exact": {f"{base}/bias", f"{base}/lora/a", f"{base}/lora/b"}, "faithful": {f"{base}/bias"}}
+
+
+def test_what_each_stage_trains():
+    generator = {"project_clip", "project_t5", "denoiser"}
+    for stage2, parts in (("only", {"vision"}), ("all", generator | {"vision"})):
+        p = tiny(genhancer__stage2=stage2)
+        assert {n.split("/")[0] for n in p.active(0)} == generator
+        assert {n.split("/")[0] for n in p.active(1)} == parts
+        assert not any("norm" in n or "embed" in n for n in p.active(1) if n.startswith("vision/"))
+    p = tiny(genhancer__stage2="none")
+    assert [s.name for s in p.stages] == ["stage1"] and not any("lora" in n for n in p.arrays)
+    p = tiny(genhancer__stage1_steps=0, frozen_dtype="bfloat16")
+    assert [s.name for s in p.stages] == ["stage2"]
+    assert {str(a.dtype) for n, a in p.arrays.items() if n.startswith("denoiser/")} == {"bfloat16"}
+    assert {str(a.dtype) for n, a in p.arrays.items() if n.startswith("vae/")} == {"float32"}
+
+
+def test_losses_do_not_depend_on_devices():
+    """Both stages, adapters' dropout included, with weights split over the devices."""
+    losses = []
+    for devices in (1, 8):
+        c = small_genhancer.small_config(genhancer__stage1_steps=1, steps=2, mesh__fsdp=devices, mesh__min_shard=64)
+        c.optim.update(lr=1e-3, warmup_steps=0)
+        p = small.program(c, devices)
+        arrays = small.random_arrays(p)
+        state = p.init_state({n: arrays[n] for n in p.trained})
+        frozen = {n: arrays[n] for n in p.abstract_frozen()}
+        for i in range(3):
+            if i == 1:
+                state["opt"] = p.init_opt(1, state["params"])
+            state, metrics = p.step(min(i, 1))(state, frozen, small.batch(p, i))
+            losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [small_genhancer.SPEC, small_genhancer.SIGLIP], ids=["vit", "siglip"])
+def test_the_tower_that_is_exported_computes_what_was_trained(spec):
+    p = tiny(spec=spec)
+    arrays = small.random_arrays(p)
+    found = p.towers(arrays)["vision"]
+    tower = abstract(lambda rngs: backbones.build(spec, rngs=rngs))
+    skeleton, _ = partition.disassemble(tower)
+    pixels = jax.random.normal(jax.random.key(0), (3, 28, 28, 3))
+    want = p.skeleton.merge(arrays).vision.encode(pixels).pooled
+    np.testing.assert_allclose(skeleton.merge(found).encode(pixels).pooled, want, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(genhancer__stage2="some"), "genhancer.stage2='some': use only or all or none"),
+        (dict(genhancer__stage2="none", genhancer__stage1_steps=0), "trains nothing"),
+        (dict(genhancer__latents="mode"), "genhancer.latents='mode': use sample or mean"),
+        (dict(genhancer__warmup="none"), "genhancer.warmup='none': use exact or faithful"),
+        (dict(backbone__image_size=30), "image_size=30 must be a multiple of 4, .*: use 32"),
+    ],
+)
+def test_what_is_refused_before_anything_loads(fields, says):
+    with pytest.raises(UserError, match=says):
+        config.validate(small_genhancer.small_config(**fields), 1)
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(genhancer__lora__targets="blocks/9/.*"), "matches no layer"),
+        (dict(genhancer__denoiser__in_channels=8), "must be four times config.genhancer.vae.latent_channels, 12"),
+        (dict(genhancer__denoiser__axes=(4, 4, 6)), "axes=.* whose sum is the width of a head, 12"),
+        (dict(backbone__arch="dinov2"), "the authors adapt no dinov2 encoder"),
+    ],
+)
+def test_what_is_refused_when_the_program_is_built(fields, says):
+    with pytest.raises(UserError, match=says):
+        tiny(**fields)
+
+
+def test_mesh_of_another_size_is_refused():
+    c = config_file("vitl14").get_config()
+    with pytest.raises(UserError, match="config.mesh.fsdp=16 does not divide the 8 devices"):
+        sharding.make_mesh(c.mesh)
+
+
+def test_module_is_abstract_under_eval_shape():
+    assert all(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(nnx.state(tiny().objective)))
