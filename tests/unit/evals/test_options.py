@@ -11,7 +11,7 @@ from specs import EVAL_CLIP as CLIP
 from diva_jax import config, evals
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Outcome, Settings, evaluator
+from diva_jax.evals import Outcome, Settings, encoders, evaluator
 from diva_jax.training import sharding
 
 TASKS = ["drift", "feedback", "mmvp", "retrieval", "zeroshot"]
@@ -170,7 +170,7 @@ def test_a_task_from_outside_the_package(outside, tmp_path):
     config.validate(c, 1)
     run = evaluator.in_training(c, mesh)
     assert run.options["length"] == {"scale": 3.0} and "every" not in run.options and "mmvp" not in run.options
-    outcomes = run.evaluate(run.model("x", {}, ""))
+    outcomes = run.evaluate(run.model("x", encoders.Encoder({}, None, "", {}, "")))
     tasks, rows = run.report([("x", outcomes), ("y", outcomes)])
     assert tasks["length"]["weights"]["x"]["scores"]["length"]["score"] == 12 and rows == []
     assert tasks["length"]["comparisons"][0]["scores"]["length"]["difference"] == 0
@@ -184,9 +184,9 @@ def test_what_the_train_loop_logs(outside, tmp_path):
     c = eval_config(CLIP, tmp_path)
     run = evaluator.Evaluator(c, sharding.make_mesh(c.mesh), {outside: "four"})
     run._before = {"length": Outcome({}, [], {"score": 5.0})}
-    assert run.scalars({}) == ({"eval/length/length": 8.0, "eval/length/length_change": 3.0}, [])
+    assert run.scalars({"vision": {}}, {}) == ({"eval/length/length": 8.0, "eval/length/length_change": 3.0}, [])
     run.tasks["length"].compared_in_training = False
-    assert run.scalars({}) == ({"eval/length/length": 8.0}, [])
+    assert run.scalars({"vision": {}}, {}) == ({"eval/length/length": 8.0}, [])
 
 
 @pytest.mark.parametrize(
