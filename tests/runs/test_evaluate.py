@@ -247,7 +247,8 @@ def test_the_tokenizer_may_come_from_elsewhere(tmp_path, config, data, base):
     mesh = sharding.make_mesh(config.mesh)
     config.eval.tokenizer = str(base)
     runner = evaluator.Evaluator(config, mesh, {"mmvp": data["mmvp"]})
-    assert runner.model("bare", {}, str(tmp_path)).embeddings.shape == (270, CLIP.embed_dim)
+    bare = encoders.Encoder({}, None, str(tmp_path), {}, str(tmp_path))
+    assert runner.model("bare", bare).embeddings.shape == (270, CLIP.embed_dim)
 
 
 @pytest.mark.parametrize(
