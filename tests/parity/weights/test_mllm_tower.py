@@ -1,0 +1,72 @@
+"""An export as the vision tower of a multimodal model: the calls of LLaVA's `CLIPVisionTower`, through transformers."""
+
+import open_clip
+import pytest
+import torch
+from clip_folders import CLIP
+from eval_data import patch
+from helpers import randomise, relative_error
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from diva_jax import weights
+from diva_jax.data import images
+from diva_jax.data.preprocess import normalise, to_float
+from diva_jax.export import layouts, reference
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
+from diva_jax.weights import origins
+
+LAYER = -2  # LLaVA's mm_vision_select_layer; its mm_vision_select_feature is "patch".
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mllm")
+    (root / "in").mkdir()
+    model = randomise(open_clip.CLIP(**to_open_clip(CLIP)["model_cfg"]))
+    reference.save_open_clip(model, CLIP, root / "in")
+    layouts.export(origins.open_clip_source(str(root / "in")), CLIP, root / "out", "hf")
+    return root / "out"
+
+
+def selected(folder, pixels):
+    """What `load_model`, `forward` and `feature_select` of LLaVA's tower do with a folder."""
+    tower, info = CLIPVisionModel.from_pretrained(folder, device_map=None, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    tower.requires_grad_(False)
+    with torch.no_grad():
+        found = tower(pixels.to(device=tower.device, dtype=tower.dtype), output_hidden_states=True)
+    assert tower.config.hidden_size == CLIP.width
+    assert (tower.config.image_size // tower.config.patch_size) ** 2 == CLIP.patches
+    return found.hidden_states[LAYER][:, 1:].to(pixels.dtype)
+
+
+def ours(folder, pixels):
+    """Patch tokens before the last block, of channels-last normalised images."""
+    tower = weights.load(str(folder), CLIP)
+    x = tower._embedded(pixels)
+    for block in list(tower.blocks)[: LAYER + 1]:
+        x = block(x)
+    return x[:, 1:]
+
+
+def test_patch_tokens_of_the_layer_that_llava_selects(exported):
+    processor = CLIPImageProcessor.from_pretrained(exported)
+    pictures = [patch(i) for i in range(3)]
+    pixels = processor.preprocess(pictures, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (3, 3, CLIP.image_size, CLIP.image_size)
+    theirs = selected(exported, pixels)
+    assert theirs.shape == (3, CLIP.patches, CLIP.width)
+    assert relative_error(ours(exported, pixels.numpy().transpose(0, 2, 3, 1)), theirs.numpy()) < 2e-5
+
+
+def test_its_image_processor_is_the_evaluations_up_to_rounding(exported):
+    picture = patch(1).resize((80, 60))  # An odd rest is cropped one pixel elsewhere.
+    pixels = CLIPImageProcessor.from_pretrained(exported).preprocess(picture, return_tensors="np")["pixel_values"][0]
+    mine = images.prepare(picture, CLIP.image_size, CLIP.resize_mode, CLIP.interpolation)
+    mine = normalise(to_float(mine[None]), CLIP.mean, CLIP.std)[0].transpose(2, 0, 1)
+    assert relative_error(pixels, mine) < 0.02
+
+
+def test_its_config_is_read_before_the_weights(exported):
+    """LLaVA's `delay_load` reads the config alone."""
+    assert CLIPVisionConfig.from_pretrained(exported).num_hidden_layers == CLIP.layers
