@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from eval_data import CLIP, encoded, eval_config, patch
+from eval_data import encoded, eval_config, patch
 from flax import nnx
 from PIL import Image
+from specs import EVAL_CLIP as CLIP
 
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.evals import Settings, encode, segmentation_sets, stats
