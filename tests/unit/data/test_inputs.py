@@ -139,7 +139,7 @@ def test_no_caption_is_broken_only_where_text_is_needed(tmp_path, caplog):
 
 
 def test_prepared_images_are_those_of_an_evaluation(noisy):
-    """Bit for bit, whatever the run's crop; 24 of 32 is the central crop after resizing to 32, as torchvision has it."""
+    """Bit for bit, whatever the run's crop; 24 of 32 is the central crop after a resize to 32, as in torchvision."""
     wanted = {
         "a": inputs.Prepared(23),
         "b": inputs.Prepared(17, "squash", "bilinear"),
