@@ -6,12 +6,13 @@ line changes single fields (`--config.optim.lr=3e-4`).
 
 import dataclasses
 
+import jax
 from ml_collections import ConfigDict
 
 from diva_jax import evals, objectives
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.fields import at_least, one_of
+from diva_jax.common.fields import between, one_of, pair, whole
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
 from diva_jax.training import optim
@@ -157,19 +158,78 @@ def faithful(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def _is_table(value) -> bool:
+    """Whether a value has the form of `config.trainable`."""
+    rows = [(pattern, scale) for pattern, scale in value]
+    return all(isinstance(p, str) and fields.finite(s) and s >= 0 for p, s in rows) and bool(rows)
+
+
+def _is_select(value: str) -> bool:
+    """Whether the number of tokens in `backbone.select`, where it has one, is one that fits into memory."""
+    count = value.partition(":")[2]
+    return not count or not count.isdecimal() or 1 <= int(count[:10]) <= _MOST_TOKENS
+
+
+_MOST_TOKENS = 2**16
+_HUGE = 2**20  # Of a width; beyond it, one matrix alone has a terabyte.
 _RULES = (
-    *(at_least(field, 1) for field in ("steps", "batch_size", "accum", "log.every", "checkpoint.every")),
-    *(at_least(field, 1) for field in ("checkpoint.keep", "checkpoint.timeout", "mesh.min_shard")),
-    at_least("condition.warmup_steps", 0),
+    *(whole(field, 1) for field in ("steps", "accum", "log.every", "checkpoint.every", "checkpoint.keep")),
+    whole("seed", 0, 2**32 - 1),
+    whole("batch_size", 1, 2**24),
+    whole("checkpoint.timeout", 1, 10**6),
+    whole("mesh.min_shard", 1, 2**62),
+    whole("mesh.data", -1),
+    whole("mesh.fsdp", 1),
+    ("trainable", _is_table, "must be rows of a pattern and a scale of at least 0: (('vision/.*', 1.0), ('.*', 0.0))"),
+    whole("condition.warmup_steps", 0),
+    between("condition.warmup_lr", 0, 1e38),
+    ("optim.lr", lambda v: fields.finite(v) and v > 0, "must be above 0"),
+    *(between(f"optim.{field}", 0, 1e38) for field in ("clip", "weight_decay")),
+    *(between(f"optim.{field}", 0, 1, below=True) for field in ("warmup", "momentum", "b1", "b2")),
+    ("optim.eps", lambda v: fields.finite(v) and 0 < v <= 1, "must be above 0, at most 1"),
+    one_of("optim.name", "sgd", "adamw"),
+    ("data.path", lambda v: isinstance(v, str), "must be a text: a path or a pattern"),
+    whole("data.image_size", 1, 2**14),
+    pair("data.crop.scale", 1e-4, 1),
+    pair("data.crop.ratio", 1e-2, 1e2),
+    whole("data.threads", 0, 1024),
+    whole("data.prefetch", 1, 1024),
+    between("data.max_broken_share", 0, 1),
+    between("data.stall_timeout", 1, 10**7),
+    between("data.decode_gib", 2**-6, 2**14),
+    *(whole(f"backbone.{field}", 1, _HUGE) for field in ("width", "mlp_dim", "embed_dim")),
+    *(whole(f"backbone.{field}", 1, 1024) for field in ("layers", "heads")),
+    *(whole(f"backbone.{field}", 1, 2**14) for field in ("image_size", "patch_size")),
+    *(
+        (f"backbone.{field}", lambda v: len(v) == 3 and all(fields.finite(x) for x in v), "must be three numbers")
+        for field in ("mean", "std")
+    ),
+    ("backbone.std", lambda v: all(x > 0 for x in v), "must be above 0"),
+    ("backbone.select", _is_select, f"must select 1 to {_MOST_TOKENS} tokens"),
+    whole("diffusion.text_tokens", 1, _MOST_TOKENS),
     # float64 is for checks by finite differences, and needs JAX_ENABLE_X64.
     *(one_of(field, "float32", "bfloat16", "float64") for field in ("dtype", "frozen_dtype")),
     one_of("remat", "none", "vision", "all"),
-    at_least("profile.steps", 0),
+    whole("profile.start", 0),
+    whole("profile.steps", 0),
     one_of("optim.schedule", *optim.SCHEDULES),
-    at_least("optim.warmup_steps", -1),
-    at_least("anchor.weight", 0),
-    ("ema.decay", lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+    whole("optim.warmup_steps", -1),
+    between("anchor.weight", 0, 1e38),
+    between("ema.decay", 0, 1, below=True),
 )
+
+
+def _check_together(config: ConfigDict) -> None:
+    """Raises a UserError for values that are each possible, and not together."""
+    if "float64" in (config.dtype, config.frozen_dtype) and not jax.config.jax_enable_x64:
+        raise UserError("config.dtype and config.frozen_dtype are float64 only with JAX_ENABLE_X64=1 set: use float32")
+    if "diffusion" in config:
+        factor = 2 ** (len(config.diffusion.vae.block_out_channels) - 1)
+        if config.data.image_size % factor:
+            raise UserError(
+                f"config.data.image_size={config.data.image_size} must be a multiple of {factor}, by which the VAE "
+                "reduces images"
+            )
 
 
 def validate(config: ConfigDict, devices: int) -> None:
@@ -193,6 +253,7 @@ def validate(config: ConfigDict, devices: int) -> None:
     if unknown := [k for k in given if k not in known and not k.startswith("eval.")]:
         raise UserError(f"unknown config field {listing(unknown)}: see diva_jax/config.py for all that exist")
     fields.require(given, _RULES)
+    _check_together(config)
     evals.parse(config.eval)
     if hasattr(method, "validate"):
         method.validate(config)

@@ -1,5 +1,7 @@
 """Checks of config fields: each owner of a section keeps one table of rules for its values."""
 
+import math
+import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +14,33 @@ Rule = tuple[str, Callable[[Any], bool], str]
 def at_least(field: str, least: float) -> Rule:
     """A rule that allows numbers from `least` on."""
     return field, lambda v: v >= least, f"must be at least {least}"
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a number, neither NaN nor infinite."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def between(field: str, least: float, most: float, below: bool = False) -> Rule:
+    """A rule that allows numbers from `least` to `most`; with `below`, less than `most`."""
+    sentence = f"must be {least:g} to {most:g}" + (", exclusive" if below else "")
+    return field, lambda v: finite(v) and least <= v and (v < most if below else v <= most), sentence
+
+
+def whole(field: str, least: int, most: int = 10**9) -> Rule:
+    """A rule that allows whole numbers from `least` to `most`."""
+    good = lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool) and least <= v <= most  # noqa: E731
+    return field, good, f"must be a whole number, {least} to {most}"
+
+
+def pair(field: str, least: float, most: float) -> Rule:
+    """A rule that allows two numbers from `least` to `most`, the second not below the first."""
+
+    def good(v):
+        low, high = v
+        return finite(low) and finite(high) and least <= low <= high <= most
+
+    return field, good, f"must be two numbers, {least:g} <= low <= high <= {most:g}"
 
 
 def one_of(field: str, *values: Any) -> Rule:
@@ -34,7 +63,12 @@ def require(section: Mapping[str, Any], rules: Iterable[Rule], name: str = "conf
         if field in section:
             try:
                 good = holds(section[field])
-            except (TypeError, ValueError):  # A value of another type, such as a number in place of a pair.
+            except (
+                TypeError,
+                ValueError,
+                AttributeError,
+                OverflowError,
+            ):  # A value of another type, such as a number in place of a pair.
                 good = False
             if not good:
                 raise UserError(f"{name}.{field}={section[field]!r} {sentence}")

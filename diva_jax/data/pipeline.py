@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -273,6 +274,8 @@ FIELDS = (
     ("image_size", lambda c: c.image_size > 0, "use 1 or more"),
     ("threads", lambda c: c.threads >= 0, "use 0 (no threads) or more"),
     ("prefetch", lambda c: c.prefetch > 0, "use 1 or more"),
+    ("stall_timeout", lambda c: 0 < c.stall_timeout < math.inf, "use a number of seconds above 0"),
+    ("decode_gib", lambda c: 0 < c.decode_gib < math.inf, "use a number above 0"),
     ("max_broken_share", lambda c: 0 <= c.max_broken_share <= 1, "use 0 to 1"),
     ("crop.scale", lambda c: 0 < c.crop.scale[0] <= c.crop.scale[1] <= 1, "use 0 < low <= high <= 1"),
     ("crop.ratio", lambda c: 0 < c.crop.ratio[0] <= c.crop.ratio[1], "use 0 < narrow <= wide"),
@@ -295,7 +298,11 @@ def _check(config, inputs: Mapping[str, Input], seed: int, global_batch: int, pr
             f"config.batch_size={global_batch} does not divide over {process_count} processes: use a multiple"
         )
     for field, holds, sentence in FIELDS:
-        if not holds(config):
+        try:
+            good = holds(config)
+        except (TypeError, ValueError, IndexError):  # Of another type, such as a number in place of a pair.
+            good = False
+        if not good:
             value = functools.reduce(getattr, field.split("."), config)
             raise UserError(f"config.data.{field}={value!r}: {sentence}")
     if "row" in inputs:

@@ -30,6 +30,8 @@ _SCANNERS = 16  # Threads; reading headers is mostly waiting for the disk.
 _NAMED = 20  # Damaged shards that the log names; further ones are only counted.
 _CAPTIONS = ("", ".txt", ".json")  # Suffixes of caption members by their code in the index.
 _LONGEST_HEADER = 2**13  # Bytes of an extended header; tarfile needs time that grows with their square.
+# What tarfile raises for damaged headers; all but the first for the numbers and names in extended ones.
+_BROKEN_HEADER = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError)
 _LONGEST_CAPTION = 2**20  # Bytes; a larger .txt or .json member is no caption.
 
 
@@ -75,14 +77,14 @@ def scan(path: str) -> Scan:
     with files.open_binary(path) as file:
         try:
             tar = tarfile.TarFile(fileobj=_Headers(file))
-        except tarfile.TarError:
-            return Scan([], "is no uncompressed tar archive")
+        except _BROKEN_HEADER:
+            return Scan([], "is no uncompressed tar archive, or its first header is damaged")
         members, end = [], 0
         while True:
             file.seek(end)
             try:
                 info = tarfile.TarInfo.fromtarfile(tar)
-            except (tarfile.TarError, ValueError, IndexError, OverflowError):  # The latter: a broken extended header.
+            except _BROKEN_HEADER:
                 break
             if info.size < 0 or info.offset_data + info.size > length or tar.offset <= end:
                 break

@@ -45,8 +45,8 @@ class Options:
     backbone_passes: str = EXACT  # exact: one pass shared by the draws. faithful: one per draw.
 
     def __post_init__(self):
-        if self.draws < 1:
-            raise UserError(f"config.diva.draws={self.draws} must be at least 1")
+        if not isinstance(self.draws, int) or not 1 <= self.draws <= 1024:
+            raise UserError(f"config.diva.draws={self.draws!r} must be a whole number, 1 to 1024")
         for switch in SWITCHES:
             if (value := getattr(self, switch)) not in (EXACT, FAITHFUL):
                 raise UserError(f"config.diva.{switch}={value!r}: use {EXACT} or {FAITHFUL}")

@@ -157,9 +157,9 @@ def test_images_decoded_at_once_stay_within_their_memory():
 
 def test_bombs_do_not_add_up(tmp_path):
     for i in range(8):
-        (tmp_path / f"{i}.png").write_bytes(bomb(4000))
+        (tmp_path / f"{i}.png").write_bytes(bomb(2500))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    batch = next(open_batches(tmp_path, batch=8, threads=8, decode_gib=0.2))
+    batch = next(open_batches(tmp_path, batch=8, threads=8, prefetch=1, decode_gib=0.1, stall_timeout=300.0))
     assert batch["image"].shape == (8, 12, 12, 3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000  # KiB
 
