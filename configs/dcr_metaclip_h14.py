@@ -18,4 +18,4 @@ def get_config(arg: str | None = None):
     c = base.default("metaclip_h14", objective="dcr")
     c.steps = 100_000
     c.remat = "vision"  # So that 16 images per chip, each in two views, fit into 16 GiB.
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

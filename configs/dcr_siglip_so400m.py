@@ -22,4 +22,4 @@ def get_config(arg: str | None = None):
     c.backbone.source = "hf-hub:google/siglip-so400m-patch14-224"
     c.backbone.activation = "gelu_tanh"
     c.remat = "vision"  # So that 16 images per chip, each in two views, fit into 16 GiB.
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

@@ -23,4 +23,4 @@ def get_config(arg: str | None = None):
     c.backbone.activation = "gelu_tanh"
     c.remat = "vision"  # So that 16 images per chip, each in two views, fit into 16 GiB.
     c.dcr.tile = 8  # Passes of the U-Net that fit beside it; they are computed twice.
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

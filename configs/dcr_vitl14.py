@@ -17,4 +17,4 @@ from diva_jax import config as base
 def get_config(arg: str | None = None):
     c = base.default("vitl14", objective="dcr")
     c.remat = "vision"  # So that 16 images per chip, each in two views, fit into 16 GiB.
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

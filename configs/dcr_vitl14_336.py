@@ -18,4 +18,4 @@ def get_config(arg: str | None = None):
     c = base.default("vitl14_336", objective="dcr")
     c.remat = "vision"  # So that 16 images per chip, each in two views, fit into 16 GiB.
     c.dcr.tile = 8  # Passes of the U-Net that fit beside it; they are computed twice.
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

@@ -24,4 +24,4 @@ def get_config(arg: str | None = None):
     c = base.default("metaclip_h14", objective="genhancer")
     c.mesh.fsdp = 16
     c.remat = "vision"  # The encoder has many tokens or layers, whose activations would not all fit.
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

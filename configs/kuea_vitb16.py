@@ -16,4 +16,4 @@ from diva_jax.models import backbones
 def get_config(arg: str | None = None):
     c = base.default(backbones.VIT_B16, objective="kuea")
     c.steps, c.batch_size = 20_000, 128
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

@@ -14,4 +14,4 @@ from diva_jax import config as base
 
 def get_config(arg: str | None = None):
     c = base.default("vitl14", objective="kuea")
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

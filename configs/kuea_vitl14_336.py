@@ -15,4 +15,4 @@ from diva_jax import config as base
 def get_config(arg: str | None = None):
     c = base.default("vitl14_336", objective="kuea")
     c.steps, c.batch_size = 80_000, 32
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

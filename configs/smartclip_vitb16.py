@@ -14,4 +14,4 @@ from diva_jax.models import backbones
 def get_config(arg: str | None = None):
     c = base.default(backbones.VIT_B16, objective="smartclip")
     c.remat = "vision"  # Of both towers, so that 64 images and captions fit into a 16 GiB chip.
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

@@ -13,4 +13,4 @@ from diva_jax import config as base
 def get_config(arg: str | None = None):
     c = base.default("vitl14", objective="smartclip")
     c.remat = "vision"  # Of both towers, so that 64 images and captions fit into a 16 GiB chip.
-    return base.faithful(c) if arg == "faithful" else c
+    return base.variant(c, arg)

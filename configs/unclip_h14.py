@@ -25,9 +25,9 @@ LAION_H14 = dataclasses.replace(
 )
 
 
-def get_config():
+def get_config(arg: str | None = None):
     c = base.default(LAION_H14, "unclip_h", "unclip")
     c.diffusion.source = "sd2-community/stable-diffusion-2-1-unclip"
     # So that what is trained fits into 16 GiB chips; elsewhere --config.mesh.fsdp=1.
     c.mesh.fsdp, c.mesh.shard_frozen, c.remat = 4, False, "vision"
-    return c
+    return base.variant(c, arg)

@@ -13,5 +13,5 @@ MMVP-VLM, published: 19.3 -> 32.6 (as quoted by DCR).
 from diva_jax import config as base
 
 
-def get_config():
+def get_config(arg: str | None = None):
     return base.default("vitl14", "unclip_l", "unclip")

@@ -13,5 +13,5 @@ MMVP-VLM, published: not quoted, as no source of it was at hand.
 from diva_jax import config as base
 
 
-def get_config():
+def get_config(arg: str | None = None):
     return base.default("vitl14_336", "unclip_l", "unclip")

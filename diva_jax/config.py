@@ -150,11 +150,17 @@ def variant(config: ConfigDict, arg: str | None) -> ConfigDict:
 
 
 def faithful(config: ConfigDict) -> ConfigDict:
-    """Sets every switch of the objective that is "exact" to what its authors' code does."""
+    """Sets every switch of the objective that is "exact" to what its authors' code does.
+
+    Raises:
+      UserError: the objective has no such switches.
+    """
     section = config[objectives.section(config.objective)]
-    for switch, value in section.items():
-        if value == "exact":
-            section[switch] = "faithful"
+    switches = [switch for switch, value in section.items() if value == "exact"]
+    if not switches:
+        raise UserError(f"config.objective={config.objective} has no faithful variant: leave out :faithful")
+    for switch in switches:
+        section[switch] = "faithful"
     return config
 
 

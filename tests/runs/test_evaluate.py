@@ -5,6 +5,7 @@ import json
 import os
 import re
 
+import choice_data
 import commands
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from eval_data import encoded, eval_config, patch, statement, write_mmvp
 from eval_models import centred, torch_model, write_model
 from eval_schema import EXAMPLE, check_documented
 from helpers import tensors
+from PIL import Image
 from specs import EVAL_CLIP as CLIP
 
 from diva_jax.common.errors import UserError
@@ -158,6 +160,55 @@ def test_results_have_the_documented_form(reference, workdir):
 def test_same_results_on_any_devices_and_batch(reference, data, base, workdir, devices, batch):
     tasks, _ = run(quick(base, batch), data, [base, f"{workdir}:2", workdir], devices)
     close(tasks, reference[0])
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory):
+    """Small sets of the tasks that are not in `TASKS`."""
+    root = tmp_path_factory.mktemp("other")
+    images = {"probe/train/a": 5, "probe/train/b": 6, "probe/test/a": 4, "probe/test/b": 3}
+    images |= {f"a/{wnid}": 3 for wnid in ("n01440764", "n02123045", "n15075141")}
+    for number, (folder, count) in enumerate(images.items()):
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            (root / folder / f"{i}.png").write_bytes(encoded(patch(10 * number + i)))
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / "voc" / folder).mkdir(parents=True)
+    for i in range(2):
+        (root / "voc" / "JPEGImages" / f"{i}.jpg").write_bytes(encoded(patch(i), "JPEG"))
+        labels = np.random.default_rng(i).integers(0, 3, patch(i).size[::-1]).astype(np.uint8)
+        Image.fromarray(labels).save(root / "voc" / "SegmentationClass" / f"{i}.png")
+    (root / "voc" / "ImageSets" / "Segmentation" / "val.txt").write_text("0\n1\n")
+    choice_data.sugarcrepe(root / "choice")
+    return {
+        "choice": f"{root}/choice",
+        "probe": f"{root}/probe",
+        "robustness": f"a={root}/a",
+        "segmentation": f"voc21={root}/voc",
+    }
+
+
+def test_the_other_tasks_on_any_devices(other_data, base, workdir, tmp_path):
+    found = []
+    for devices, batch in ((1, 20), (8, 3)):
+        config = quick(base, batch)
+        for task in ("choice", "robustness", "segmentation"):
+            config.eval[task].allow_partial = True
+        config.eval.probe.update(neighbours=3, iterations=30)
+        found.append(run(config, other_data, [base, workdir], devices))
+    (tasks, rows), (again, _) = found
+    for name, task in tasks.items():
+        assert task["count"] > 0 and "=" in task["data"] or os.path.isabs(task["data"])
+        for label, weights_ in task["weights"].items():
+            for metric, s in weights_["scores"].items():
+                assert s["interval"][0] <= s["score"] <= s["interval"][1]
+                other = again[name]["weights"][label]["scores"][metric]["score"]
+                assert s["score"] == pytest.approx(other, abs=1.0 if name == "segmentation" else 1e-9), (name, metric)
+        (comparison,) = task["comparisons"]
+        assert set(comparison["scores"]) == set(task["metrics"])
+    results.write(tmp_path, {"tasks": tasks}, rows)
+    assert json.loads((tmp_path / "results.json").read_text())["tasks"].keys() == other_data.keys()
+    assert "Open-vocabulary segmentation: 2 images" in results.table(tasks)
 
 
 def test_a_checkpoint_is_what_was_saved(config, workdir, base):

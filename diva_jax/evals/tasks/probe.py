@@ -95,7 +95,8 @@ class Probe(Task):
             raise UserError(
                 f"config.eval.probe.neighbours={options.neighbours} is more than the {len(self.train)} training images"
             )
-        self.data = f"train={train},test={test}"
+        where = [p if p.startswith("tfds:") else str(Path(p).expanduser().resolve()) for p in (train, test)]
+        self.data = f"train={where[0]},test={where[1]}"
         self.metrics = {}
         for kind, name in (("linear", "linear probe"), ("knn", f"{options.neighbours} nearest neighbours")):
             self.metrics[f"{kind}_acc1"] = {"title": f"{name}, accuracy @1", "unit": "%"}

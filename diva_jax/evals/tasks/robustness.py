@@ -172,8 +172,9 @@ class Robustness(Task):
     title, items = "Robustness", "images"
 
     def __init__(self, path: str, options: Options, settings: Settings):
-        self.settings, self.data = settings, path
-        self.sets = {name: read_set(name, root, options.allow_partial) for name, root in paths_of(path).items()}
+        self.settings, roots = settings, paths_of(path)
+        self.data = ",".join(f"{name}={root.resolve()}" for name, root in roots.items())
+        self.sets = {name: read_set(name, root, options.allow_partial) for name, root in roots.items()}
         self._prompts, self.metrics = {}, {}
         for name, images in self.sets.items():
             self._prompts[name] = zeroshot.prompts(options.templates, images, images.classes)
