@@ -97,6 +97,9 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
         self.program.towers  # noqa: B018 - an objective whose towers cannot be exported is refused before it trains.
+        self.start = checkpoint.latest_step(self.workdir) or 0
+        self.parent = workdirs.Parent.open(init_from) if init_from and not self.start else None
+        self.taken = self.parent.matching(self.program.arrays) if self.parent else []
         self.batches = pipeline.open_batches(
             config.data,
             self.program.objective.inputs,
@@ -108,9 +111,6 @@ class Run:
         )
         self.total = self.program.stages[-1].end
         workdirs.check_config(self.workdir, config)
-        self.start = checkpoint.latest_step(self.workdir) or 0
-        self.parent = workdirs.Parent.open(init_from) if init_from and not self.start else None
-        self.taken = self.parent.matching(self.program.arrays) if self.parent else []
         self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
         distributed.check_same(
             {
