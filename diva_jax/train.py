@@ -100,6 +100,9 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
         self.program.towers  # noqa: B018 - raises if the towers cannot be exported.
+        self.start = checkpoint.latest_step(self.workdir) or 0
+        self.parent = workdirs.Parent.open(init_from) if init_from and not self.start else None
+        self.taken = self.parent.matching(self.program.arrays) if self.parent else []
         self.batches = pipeline.open_batches(
             config.data,
             self.program.objective.inputs,
@@ -113,9 +116,6 @@ class Run:
         workdirs.check_config(self.workdir, config)
         self.lock: lock.Lock | None = None
         self.stopped_by: signal.Signals | None = None
-        self.start = checkpoint.latest_step(self.workdir) or 0
-        self.parent = workdirs.Parent.open(init_from) if init_from and not self.start else None
-        self.taken = self.parent.matching(self.program.arrays) if self.parent else []
         self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
         distributed.check_same(
             {

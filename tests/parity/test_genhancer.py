@@ -74,7 +74,7 @@ def test_ten_steps(stage2):
     for name in p.trained:
         assert relative_error(state["params"][name], tensors[name].detach()) < 1e-4, name
         # The bound means something only where training moved the tensor by much more.
-        assert relative_error(arrays[name], tensors[name].detach()) > 1e-3, name
+        assert relative_error(arrays[name], tensors[name].detach()) > 5e-4, name
 
 
 SIZES = dict(latent_channels=5, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)

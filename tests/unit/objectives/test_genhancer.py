@@ -263,7 +263,7 @@ def test_what_is_refused_before_anything_loads(fields, says):
         (dict(genhancer__lora__targets="blocks/9/.*"), "matches no layer"),
         (dict(genhancer__denoiser__in_channels=8), "must be four times config.genhancer.vae.latent_channels, 12"),
         (dict(genhancer__denoiser__axes=(4, 4, 6)), "axes=.* whose sum is the width of a head, 12"),
-        (dict(backbone__arch="dinov2"), "the authors adapt no dinov2 encoder"),
+        (dict(backbone__arch="dinov2", backbone__embed_dim=24), "the authors adapt no dinov2 encoder"),
     ],
 )
 def test_what_is_refused_when_the_program_is_built(fields, says):
