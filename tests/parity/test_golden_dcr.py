@@ -45,7 +45,9 @@ def siglip_file(theirs) -> Recorded:
     """A file of a SigLIP tower: the arrays that the reader needs to build the objective."""
     rng, z = np.random.default_rng(0), Recorded(np.load(HERE / "family" / "dcr_OpenAICLIP_21.npz"))
     width = theirs.config.hidden_size
-    for key in [k for k in z if k.startswith(("w/vis", "w/project_clip.0", "w/project_clip.1", "stage2/lora"))]:
+    for key in [
+        k for k in z if k.startswith(("w/vis", "w/project_clip.0", "w/project_clip.1", "stage2/lora", "stage2/merged"))
+    ]:
         del z[key]
     z |= {f"w/{k}": v for k, v in whole_names(theirs).items()}
     z |= {"w/project_clip.0.weight": np.ones(width, np.float32), "w/project_clip.0.bias": np.zeros(width, np.float32)}
