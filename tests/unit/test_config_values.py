@@ -36,21 +36,17 @@ def flat(c) -> dict:
     return fields.flatten(c.to_dict(), config.WHOLE)
 
 
-def changed(field: str, value):
-    """A small config with one field changed, whatever its type."""
-    c = small.small_config().unlock()
-    node = c
-    *path, leaf = field.split(".")
-    for part in path:
-        node = node[part]
-    with node.ignore_type():
-        node[leaf] = value
-    return c.lock()
+GIVEN = flat(small.small_config())
+
+
+def check(field: str, value) -> None:
+    """Applies the rules to a small config with one field changed, whatever its type."""
+    fields.require(GIVEN | {field: value}, config._RULES)
 
 
 def test_what_is_published_is_good():
     config.validate(small.small_config(), 1)
-    assert set(RULED) <= set(flat(small.small_config())) and len(RULED) > 45
+    assert set(RULED) <= set(GIVEN) and len(RULED) > 45
 
 
 @pytest.mark.parametrize("field", RULED)
@@ -59,14 +55,13 @@ def test_wild_values(field):
     rules = [holds for f, holds, _ in config._RULES if f == field]
     refused = 0
     for value in WILD:
-        c = changed(field, value)
         try:
-            config.validate(c, 1)
+            check(field, value)
         except UserError as e:
-            assert "\n" not in str(e) and ("config." in str(e)), e
-            refused += f"config.{field}=" in str(e)
+            assert "\n" not in str(e) and f"config.{field}=" in str(e), e
+            refused += 1
         else:
-            assert all(holds(flat(c)[field]) for holds in rules), (field, value)
+            assert all(holds(value) for holds in rules), (field, value)
     assert refused >= 2
 
 
@@ -85,13 +80,12 @@ def test_wild_values(field):
         ("condition.warmup_steps", -5),
         ("profile.steps", -5),
         ("checkpoint.timeout", 0),
-        ("data.image_size", 25),
         ("data.image_size", 10**9),
     ],
 )
 def test_named_values(field, value):
     with pytest.raises(UserError, match=f"config.{field}="):
-        config.validate(changed(field, value), 1)
+        check(field, value)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -107,6 +101,8 @@ def test_rules_of_numbers(seed):
         assert not fields.between("x", -1e300, 1e300)[1](value) and not fields.whole("x", -(10**9))[1](value)
 
 
-def test_float64_needs_x64():
+def test_values_that_do_not_fit_together():
     with pytest.raises(UserError, match="JAX_ENABLE_X64"):
-        config.validate(changed("dtype", "float64"), 1)
+        config.validate(small.small_config(dtype="float64"), 1)
+    with pytest.raises(UserError, match="config.data.image_size=25 must be a multiple of 2"):
+        config.validate(small.small_config(data__image_size=25), 1)
