@@ -114,6 +114,8 @@ def test_average_is_the_recursion_across_stages():
 def test_devices_do_not_matter():
     """Of un²CLIP, with everything that it can draw."""
     fields = dict(anchor__weight=0.1, ema__decay=0.5, unclip__embed_noise="random", unclip__embed_drop=0.3)
+    # AdamW divides the key biases' gradient, which is rounding alone, by its own size: 1e-8 would show it.
+    fields |= dict(optim__eps=1e-4)
     one, alone, _ = run(small_unclip.small_config(**fields), 3)
     eight, shared, p = run(small_unclip.small_config(mesh__fsdp=4, mesh__min_shard=64, **fields), 3, 8)
     np.testing.assert_allclose(one, eight, rtol=1e-5)
