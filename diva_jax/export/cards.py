@@ -41,14 +41,15 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
     """
     name = spec.open_clip_name or f"{spec.arch} {spec.image_size}"
     library = "transformers" if fmt == "hf" else architecture(spec.arch).LIBRARY
-    tags = [*(["clip"] if spec.has_text else ["image-feature-extraction"]), *(["diva"] if provenance else [])]
+    method = provenance["config"]["objective"] if provenance else ""
+    tags = [*(["clip"] if spec.has_text else ["image-feature-extraction"]), *([method] if method else [])]
     squash = "squashed to a square" if spec.resize_mode == "squash" else "shortest side resized, centre cropped"
     lines = [
         "---",
         f"library_name: {library}",
         f"tags: [{', '.join(tags)}]",
         "---",
-        f"# {name}{', tuned with DIVA' if provenance else ''}",
+        f"# {name}{f', tuned with {method}' if method else ''}",
         "",
         f"{spec.image_size} px, patch {spec.patch_size}, width {spec.width}, {spec.layers} layers, {spec.activation}, "
         f"weights in {dtype}. Images: {squash}, {spec.interpolation}, mean {list(spec.mean)}, std {list(spec.std)}.",
@@ -67,6 +68,7 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
         lines += [
             f"- run `{provenance['workdir']}`, step {provenance['step']}, objective {config['objective']}",
             f"- data `{config['data']['path']}`, {config['batch_size']} images per step, seed {config['seed']}",
+            *(["- the moving average of the trained weights"] if config.get("ema", {}).get("decay") else []),
             f"- tuned from `{provenance['base']}`: {', '.join(provenance['tuned'])}; the rest is unchanged",
         ]
         lines += [
