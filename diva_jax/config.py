@@ -166,8 +166,7 @@ def faithful(config: ConfigDict) -> ConfigDict:
 
 def _is_table(value) -> bool:
     """Whether a value has the form of `config.trainable`."""
-    rows = [(pattern, scale) for pattern, scale in value]
-    return all(isinstance(p, str) and fields.finite(s) and s >= 0 for p, s in rows) and bool(rows)
+    return all(isinstance(p, str) and fields.finite(s) and s >= 0 for p, s in value)
 
 
 def _is_select(value: str) -> bool:
@@ -259,6 +258,8 @@ def validate(config: ConfigDict, devices: int) -> None:
     if unknown := [k for k in given if k not in known and not k.startswith("eval.")]:
         raise UserError(f"unknown config field {listing(unknown)}: see diva_jax/config.py for all that exist")
     fields.require(given, _RULES)
+    if not given["trainable"] and known["trainable"]:  # Otherwise the objective's stages have the rows.
+        raise UserError("config.trainable=() must have rows of a pattern and a scale: ('.*', 1.0) trains everything")
     _check_together(config)
     evals.parse(config.eval)
     if hasattr(method, "validate"):

@@ -72,7 +72,7 @@ def test_wild_values(field):
         *(("optim." + f, v) for f in ("b1", "b2", "momentum", "warmup") for v in (1.0, 1.5, -0.1, math.nan, 5)),
         *(("data.crop.scale", v) for v in (0.5, (1e-9, 1e-9), (0.9, 0.5), (0.5, 1.5), (0, 1), (0.5,))),
         *(("data.crop.ratio", v) for v in (0.5, "abc", (2, 1), (1e-9, 1), (1, math.inf))),
-        *(("trainable", v) for v in ("abc", (), (("a",),), (("a", "b"),), ((".*", -1.0),), ((".*", math.nan),), 3)),
+        *(("trainable", v) for v in ("abc", (("a",),), (("a", "b"),), ((".*", -1.0),), ((".*", math.nan),), 3)),
         *(("backbone." + f, v) for f in ("heads", "width", "patch_size", "layers") for v in (0, -1, 10**9, 2.5)),
         *(("backbone.mean", v) for v in ((0.5,), (0.1, 0.2, 0.3, 0.4), (0.1, math.nan, 0.2), 0.5)),
         *(("backbone.select", v) for v in ("random:99999999", "runs:0", "random:" + "9" * 5000)),
@@ -102,6 +102,8 @@ def test_rules_of_numbers(seed):
 
 
 def test_values_that_do_not_fit_together():
+    with pytest.raises(UserError, match=r"config.trainable=\(\) must have rows"):
+        config.validate(small.small_config(trainable=()), 1)
     with pytest.raises(UserError, match="JAX_ENABLE_X64"):
         config.validate(small.small_config(dtype="float64"), 1)
     with pytest.raises(UserError, match="config.data.image_size=25 must be a multiple of 2"):

@@ -219,10 +219,10 @@ class Attentive(objectives.Objective):
 
 
 def test_another_objective_that_heeds_its_condition(folder, monkeypatch):
+    c = config(trainable=(("vision/.*", 1.0),))
     module = SimpleNamespace(Objective=Attentive, default=ConfigDict)
     monkeypatch.setattr(objectives, "find", lambda name: module)
     monkeypatch.setattr(towers.Towers, "check", lambda *_: None)  # Its tower is not one of a backbone.
-    c = config(trainable=(("vision/.*", 1.0),))
     run = evaluator.Evaluator(c, sharding.make_mesh(c.mesh), {"feedback": str(folder)})
     task = run.tasks["feedback"]
     heeds = outcome(run, {"vision/kernel": jnp.eye(3), "vision/bias": jnp.zeros(3)})

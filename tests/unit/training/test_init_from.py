@@ -41,8 +41,9 @@ def saved(run, step: int, change: float) -> dict:
     params = {n: a + change for n, a in loaded.state["params"].items()}
     meta = {"sources": loaded.origins, "config": {}} | ({"init_from": loaded.parent} if loaded.parent else {})
     state = {**loaded.state, "params": params, "step": loaded.state["step"] + step}
-    loaded.checkpoints.save(step, state, run.batches.get_state(), meta, wait=True)
+    loaded.checkpoints.save(step, state, run.batches.get_state() | {"batches": step}, meta, wait=True)
     loaded.checkpoints.close()
+    run.lock.close()
     run.batches.close()
     return {**loaded.frozen, **loaded.state["params"]}
 
