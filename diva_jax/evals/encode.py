@@ -226,13 +226,13 @@ class Model:
     def spec(self) -> Spec:
         return self.towers.spec
 
-    def images(self, read: Callable[[int], Image.Image], count: int, published: bool = False) -> dict[str, np.ndarray]:
+    def images(self, read: Callable[[int], Image.Image], count: int, seeds: int = 0) -> dict[str, np.ndarray]:
         """`Towers.images` with these weights.
 
         Raises:
           RunError: an embedding is not finite.
         """
-        found = self.towers.images(self.encoder.vision, read, count, published)
+        found = self.towers.images(self.encoder.vision, read, count, seeds)
         return {key: require_finite(value, self.label, "images") for key, value in found.items()}
 
     def dense(self, read: Callable[[int], np.ndarray], count: int, last: str) -> Iterator[np.ndarray]:

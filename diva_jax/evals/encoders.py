@@ -56,7 +56,7 @@ def resolve(source: str) -> tuple[str, int | None]:
     if not is_workdir(path):
         origins.locate(source, "--weights")
         return source, None
-    return path, workdirs.choose_step(path, step, "--weights: the step ")
+    return path, workdirs.choose_step(path, step, f"--weights={source}")
 
 
 def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:

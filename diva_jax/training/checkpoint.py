@@ -5,6 +5,7 @@ a run goes on. A checkpoint is renamed into place when it is whole, so a killed 
 Checksums are written with it and compared when it is read, see `integrity`.
 """
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from etils import epath
 
 from diva_jax.common import paths
@@ -74,6 +76,18 @@ def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
     taken = {f.name for f in aside.iterdir()}
     name = next(n for n in (f"{step}", *(f"{step}-{i}" for i in range(1, 10_000))) if n not in taken)
     return (_folder(workdir) / str(step)).rename(aside / name)
+
+
+@contextlib.contextmanager
+def _quiet(read_only: bool):
+    """Without orbax's warning that a read-only folder is read-only."""
+    before = absl_logging.get_verbosity()
+    if read_only:
+        absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(before)
 
 
 class Restored(NamedTuple):
@@ -167,7 +181,10 @@ class Checkpoints:
             # Where a folder cannot be made, the threads that would fill it wait for it for five minutes.
             async_options=ocp.AsyncOptions(timeout_secs=self._timeout, create_directories_asynchronously=False),
         )
-        return ocp.CheckpointManager(_folder(self._workdir), options=options, **(kw or {"item_names": integrity.ITEMS}))
+        with _quiet(self._read_only):
+            return ocp.CheckpointManager(
+                _folder(self._workdir), options=options, **(kw or {"item_names": integrity.ITEMS})
+            )
 
     def save(self, step: int, state: dict, data: dict, meta: dict, wait: bool = False) -> None:
         """Starts to write a checkpoint; returns when `state` may be overwritten. No-op where it exists.

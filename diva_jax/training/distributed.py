@@ -18,6 +18,7 @@ from diva_jax.common.errors import RunError, UserError
 
 _GRACE = 5.0  # Seconds that a failed process waits before it exits, in which the others can fail by themselves.
 _FACTS = 4096  # Maximum size of `check_same`'s facts in bytes.
+_STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
 _LOST = re.compile("gloo|connection|socket|heartbeat|barrier|coordination|unavailable|deadline", re.IGNORECASE)
 
 
@@ -157,7 +158,9 @@ def session(join_timeout: float = 300, lost_timeout: float = 100):
 
 def is_lost(e: Exception) -> bool:
     """Whether jax raised this because another process of the run is gone."""
-    return isinstance(e, jax.errors.JaxRuntimeError) and jax.process_count() > 1 and bool(_LOST.search(str(e)))
+    # Failures of collectives outside of compiled programs are ValueErrors that begin with a status of XLA.
+    of_xla = isinstance(e, jax.errors.JaxRuntimeError) or (isinstance(e, ValueError) and _STATUS.match(str(e)))
+    return bool(of_xla) and jax.process_count() > 1 and bool(_LOST.search(str(e)))
 
 
 @contextlib.contextmanager
@@ -172,7 +175,7 @@ def explained(step):
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as e:
+    except (jax.errors.JaxRuntimeError, ValueError) as e:
         if not is_lost(e):
             raise
         raise Lost(

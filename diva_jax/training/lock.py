@@ -58,7 +58,7 @@ class Lock:
       workdir: of the run; a folder or in a bucket.
 
     Raises:
-      UserError: another process trains in this workdir.
+      UserError: another process trains in this workdir, or it cannot be written.
     """
 
     def __init__(self, workdir: epath.Path):
@@ -73,7 +73,10 @@ class Lock:
                     f"{minutes:.0f} min: use another workdir, or end that run first"
                 )
         self._mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "beat": 0}
-        self._write()
+        try:
+            self._write()
+        except OSError as e:
+            raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()

@@ -118,8 +118,8 @@ def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict
     return ConfigDict(found)
 
 
-def choose_step(workdir: epath.PathLike, step: int | None = None, field: str = "--step") -> int:
-    """`step`, or the newest one.
+def choose_step(workdir: epath.PathLike, step: int | None = None, given: str = "") -> int:
+    """`step`, or the newest one; `given` is what the user wrote for it, default `--step=STEP`.
 
     Raises:
       UserError: there is no such checkpoint; lists those that exist.
@@ -130,12 +130,14 @@ def choose_step(workdir: epath.PathLike, step: int | None = None, field: str = "
         broken = f" that can be read (that of step {max(damaged)}: {damaged[max(damaged)]})" if damaged else " yet"
         raise UserError(f"{workdir} has no checkpoint{broken}: let the run save one")
     if step in damaged:
-        raise UserError(f"{field}={step}: that checkpoint is damaged ({damaged[step]}): use one of {listing(there)}")
+        raise UserError(
+            f"{given or f'--step={step}'}: that checkpoint is damaged ({damaged[step]}): use one of {listing(there)}"
+        )
     if step is None and damaged and max(damaged) > there[-1]:
         why = f"the checkpoint of step {max(damaged)} is damaged ({damaged[max(damaged)]})"
         say(f"{workdir}: {why}: that of step {there[-1]} is used")
     if step is not None and step not in there:
-        raise UserError(f"{field}={step} has no checkpoint in {workdir}: use one of {listing(there)}")
+        raise UserError(f"{given or f'--step={step}'} has no checkpoint in {workdir}: use one of {listing(there)}")
     return there[-1] if step is None else step
 
 
@@ -176,7 +178,7 @@ class Parent:
         """
         workdir, step = re.fullmatch(r"(.*?)(?::(\d+))?", text).groups()
         where = paths.folder(workdir, field)
-        step = choose_step(where, int(step) if step else None, f"{field}: the step ")
+        step = choose_step(where, int(step) if step else None, f"{field}={text}")
         checkpoints = checkpoint.Checkpoints(where, read_only=True)
         try:
             shapes = {n: tuple(a.shape) for n, a in checkpoints.trained(step).items()}

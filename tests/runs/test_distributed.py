@@ -234,7 +234,7 @@ def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.Writer, "write", full)
     config = get_config(str(files))
     config.update_from_flattened_dict(FIELDS)
-    with pytest.raises(RunError, match="step 2: .*No space left on device.*last checkpoint stands"):
+    with pytest.raises(RunError, match="step 2: .*No space left on device.*last checkpoint is kept"):
         train.Run(config, tmp_path).run()
 
 

@@ -325,7 +325,7 @@ def test_data_and_labels():
 
 
 def test_wrong_steps_and_backbones_are_refused(workdir, config, tmp_path):
-    with pytest.raises(UserError, match="no checkpoint of step 3, only of 2, 5: .*:STEP"):
+    with pytest.raises(UserError, match="--weights=.*:3 has no checkpoint in .*: use one of 2, 5"):
         encoders.resolve(f"{workdir}:3")
     with pytest.raises(UserError, match="--weights='.*/none' does not exist"):
         encoders.resolve(str(tmp_path / "none"))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import commands
 import jax
@@ -28,6 +29,10 @@ class Toy:
 
     def __init__(self, config, mesh):
         self.config, self.mesh, self.stages = config, mesh, ("warm-up", "tune")
+
+    @property
+    def objective(self):
+        return SimpleNamespace(flops=lambda: 5.4e12)
 
     def _array(self, *shape, spec=None):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec or P()))

@@ -122,7 +122,9 @@ def test_decode_is_pillows_convert(photographs, form, mode):
     assert stored.mode == mode
     image = images.decode(data.getvalue())
     assert image.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(stored.convert("RGB")))
+    # Pillow's own conversion of 16 bits clips instead of scaling.
+    want = photographs[3].convert("L") if mode == "I;16" else stored
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(want.convert("RGB")))
 
 
 def test_a_large_jpeg_is_decoded_in_full(photographs):
