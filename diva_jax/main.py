@@ -6,7 +6,6 @@ set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
 import signal
-import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -42,7 +41,7 @@ def main() -> None:
             say(f"{_WORKDIR.value}: all {run.total} steps are done; export with python -m diva_jax.export_torch")
         elif not run.run():
             if run.stopped_by == signal.SIGINT:
-                sys.exit(128 + signal.SIGINT)
+                raise KeyboardInterrupt  # Saved; the exit code is 130.
         else:
             say(
                 f"done: {run.total} steps; export with "

@@ -43,9 +43,9 @@ def test_a_signal_while_data_stalls(files, tmp_path, sig):
     until(process, "stalled", "step 1/")
     process.send_signal(sig)
     code, out, err, took = end(process)
+    assert f"{sig.name}: saved step" in out and checkpoint.latest_step(tmp_path / "run"), (out, err)
     if sig == signal.SIGTERM:
-        assert code == 0 and "SIGTERM: saved step" in out, (out, err)
-        assert checkpoint.latest_step(tmp_path / "run")
+        assert code == 0, (out, err)
     else:
         assert code == 130 and err.strip().splitlines()[-1] == "interrupted" and "Traceback" not in err, err
     assert took < 30, took

@@ -13,20 +13,21 @@ from orbax.checkpoint._src.serialization import serialization
 from diva_jax.common import cli
 from diva_jax.data import pipeline
 
-_take = pipeline.Iterator.__next__
+_wait = pipeline.Iterator.wait
 
 
 def record(path) -> None:
     """Writes every later batch of this process to `path`."""
 
-    def take(self):
-        batch = _take(self)
-        with open(path, "a") as f:
-            for row, image in zip(batch["row"], batch["image"], strict=True):
-                f.write(json.dumps([self.get_state()["batches"], int(row), zlib.crc32(image.tobytes())]) + "\n")
+    def wait(self, *args):
+        batch = _wait(self, *args)
+        if batch is not None:
+            with open(path, "a") as f:
+                for row, image in zip(batch["row"], batch["image"], strict=True):
+                    f.write(json.dumps([self.get_state()["batches"], int(row), zlib.crc32(image.tobytes())]) + "\n")
         return batch
 
-    pipeline.Iterator.__next__ = take
+    pipeline.Iterator.wait = wait
 
 
 def fail_to_write(times: int) -> None:
