@@ -178,11 +178,8 @@ class Parent:
         workdir, step = re.fullmatch(r"(.*?)(?::(\d+))?", text).groups()
         where = paths.folder(workdir, field)
         step = choose_step(where, int(step) if step else None, f"{field}={text}")
-        checkpoints = checkpoint.Checkpoints(where, read_only=True)
-        try:
+        with checkpoint.Checkpoints(where, read_only=True) as checkpoints:
             shapes = {n: tuple(a.shape) for n, a in checkpoints.trained(step).items()}
-        finally:
-            checkpoints.close()
         return cls(str(paths.absolute(where)), step, shapes, checkpoint.identity(where, step))
 
     @classmethod
@@ -225,11 +222,8 @@ class Parent:
         """The values of these parameters, in the given dtypes and on the given shardings."""
         if not arrays:
             return {}
-        checkpoints = checkpoint.Checkpoints(self.workdir, read_only=True)
-        try:
+        with checkpoint.Checkpoints(self.workdir, read_only=True) as checkpoints:
             return checkpoints.restore_arrays(self.step, dict(arrays))[0]
-        finally:
-            checkpoints.close()
 
 
 @dataclasses.dataclass(frozen=True)

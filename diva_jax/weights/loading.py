@@ -4,9 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
@@ -152,8 +150,3 @@ def load(
     folder = origins.diffusers_folder(source)
     graph, state = abstract(functools.partial(model, spec))
     return nnx.merge(graph, fill_diffusers(open_diffusers(folder, spec), spec, state, put))
-
-
-def host_put(path, array: np.ndarray, want: jax.ShapeDtypeStruct) -> np.ndarray:
-    """A `put` that keeps an array on the host."""
-    return array

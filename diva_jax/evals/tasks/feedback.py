@@ -209,7 +209,8 @@ class Feedback(Task):
         missing = [n for n in wanted if n not in mine]
         arrays = self._loaded(missing, encoder.base) | mine
         # Parameters that start fresh and are not part of the encoder: projections into the U-Net.
-        fresh = {n.split("/")[0] for n in missing if n not in load.owners(self.program)}
+        owners = load.owners(self.program)
+        fresh = {n.split("/")[0] for n in missing if n not in owners}
         fresh -= {n.split("/")[0] for t in self.program.towers.shapes for n in self.program.towers.needs(t)}
         notes = []
         if fresh:
