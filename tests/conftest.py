@@ -3,10 +3,12 @@
 import os
 import tempfile
 
+from places import FAST_COMPILATION
+
 # Set before jax starts, and inherited by the commands that tests run. Most of the time is compilation, so code is not
 # optimised, and a program that several tests use is compiled once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="diva_jax_compiled_"))
 
 import chex  # noqa: E402

@@ -1,13 +1,13 @@
 """SIGTERM and SIGINT while data does not come: the run acts within seconds, and nothing is lost."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
 
+import commands
 import pytest
-from places import ROOT, SUPPORT
+from places import SUPPORT
 
 from diva_jax.training import checkpoint
 
@@ -15,10 +15,8 @@ pytestmark = pytest.mark.attack
 
 
 def start(files, workdir, reads: int, *more) -> subprocess.Popen:
-    command = [sys.executable, f"{SUPPORT}/stalling.py", str(reads), f"--config={SUPPORT}/e2e_config.py:{files}"]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{SUPPORT}", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*command, f"--workdir={workdir}", *more], **pipes, env=env, cwd=ROOT)
+    options = (str(reads), f"--config={SUPPORT}/e2e_config.py:{files}", f"--workdir={workdir}", *more)
+    return commands.launch(sys.executable, f"{SUPPORT}/stalling.py", *options)
 
 
 def until(process: subprocess.Popen, *texts: str) -> None:
@@ -33,8 +31,7 @@ def until(process: subprocess.Popen, *texts: str) -> None:
 
 def end(process: subprocess.Popen, seconds: float = 60) -> tuple[int, str, str, float]:
     began = time.monotonic()
-    out, err = process.communicate(timeout=seconds)
-    return process.returncode, out, err, time.monotonic() - began
+    return *commands.finish(process, seconds), time.monotonic() - began
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])

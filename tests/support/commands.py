@@ -5,10 +5,10 @@ import signal
 import subprocess
 import sys
 
-from places import ROOT, SUPPORT
+from places import FAST_COMPILATION, ROOT, SUPPORT
 
 # Programs are compiled without optimisation, on one device.
-_ENVIRONMENT = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+_ENVIRONMENT = {"XLA_FLAGS": FAST_COMPILATION, "JAX_PLATFORMS": "cpu"}
 
 
 def launch(*line, path=(), cwd=ROOT, **env) -> subprocess.Popen:
