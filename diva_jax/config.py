@@ -14,6 +14,7 @@ from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import between, one_of, pair, whole
 from diva_jax.models import backbones
+from diva_jax.models.backbones.shared import limits
 from diva_jax.models.diffusion import presets
 from diva_jax.training import optim
 from diva_jax.training.workdirs import WHOLE
@@ -176,7 +177,6 @@ def _is_select(value: str) -> bool:
 
 
 _MOST_TOKENS = 2**16
-_HUGE = 2**20  # Of a width; beyond it, one matrix alone has a terabyte.
 _RULES = (
     *(whole(field, 1) for field in ("steps", "accum", "log.every", "checkpoint.every", "checkpoint.keep")),
     whole("seed", 0, 2**32 - 1),
@@ -202,14 +202,7 @@ _RULES = (
     between("data.max_broken_share", 0, 1),
     between("data.stall_timeout", 1, 10**7),
     between("data.decode_gib", 2**-6, 2**14),
-    *(whole(f"backbone.{field}", 1, _HUGE) for field in ("width", "mlp_dim", "embed_dim")),
-    *(whole(f"backbone.{field}", 1, 1024) for field in ("layers", "heads")),
-    *(whole(f"backbone.{field}", 1, 2**14) for field in ("image_size", "patch_size")),
-    *(
-        (f"backbone.{field}", lambda v: len(v) == 3 and all(fields.finite(x) for x in v), "must be three numbers")
-        for field in ("mean", "std")
-    ),
-    ("backbone.std", lambda v: all(x > 0 for x in v), "must be above 0"),
+    *((f"backbone.{field}", holds, sentence) for field, holds, sentence in limits.RULES),
     ("backbone.select", _is_select, f"must select 1 to {_MOST_TOKENS} tokens"),
     whole("diffusion.text_tokens", 1, _MOST_TOKENS),
     # float64 is for checks by finite differences, and needs JAX_ENABLE_X64.

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
 from diva_jax.common.log import say
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
@@ -90,7 +90,7 @@ def open_diffusers(folder: Path, config, field: str = "") -> Tensors:
     folder = folder / part if (folder / part).is_dir() else folder
     there = type(config).from_dict(readers.read_json(folder / "config.json"))
     wrong = [
-        f"{k} is {v!r} there and {getattr(config, k)!r} in the config"
+        f"{k} is {brief(v)} there and {getattr(config, k)!r} in the config"
         for k, v in vars(there).items()
         if getattr(config, k) != v
     ]

@@ -10,6 +10,7 @@ import numpy as np
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models.backbones import Spec, architectures
+from diva_jax.models.backbones.shared import limits
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.models.backbones.shared.positions import depth
 from diva_jax.weights import hf, readers
@@ -237,7 +238,8 @@ def open_clip_source(source: str, field: str = "--source") -> ClipSource:
         return ClipSource(where, "transformers folder", tensors, spec, silent, tokenizer)
     tensors = _open_clip_names(tensors, where)
     if described and (folder / OPEN_CLIP_CONFIG).is_file():
-        spec = from_open_clip(readers.read_json(folder / OPEN_CLIP_CONFIG), source=source)
+        path = folder / OPEN_CLIP_CONFIG
+        spec = limits.check(from_open_clip(readers.read_json(path), source=source), str(path))
         return ClipSource(where, "open_clip folder", tensors, spec, tokenizer=tokenizer)
     if {"input_resolution", "context_length", "vocab_size"} <= set(tensors):
         return ClipSource(where, "OpenAI archive", tensors, _openai_spec(tensors), tokenizer=tokenizer)

@@ -258,8 +258,8 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
     transformers' published configs name tanh's approximation of GELU in both towers. open_clip runs the same weights
     with the exact GELU, but for SigLIP 2's text towers and some vision towers; so does this Spec.
     """
-    vision = _VISION_DEFAULTS | (config.get("vision_config") or {})
-    text = _TEXT_DEFAULTS | (config.get("text_config") or {})
+    vision = hf.options(config.get("vision_config"), _VISION_DEFAULTS, f"{where}: vision_config")
+    text = hf.options(config.get("text_config"), _TEXT_DEFAULTS, f"{where}: text_config")
     fields = hf.vision_fields(vision)
     activation, text_activation = hf.our_activation(vision, where), hf.our_activation(text, where)
     published = vision["hidden_act"] == text["hidden_act"] == _TANH
@@ -271,8 +271,8 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
         **fields,
         embed_dim=vision["hidden_size"],
         activation=activation,
-        mean=tuple(preprocessor.get("image_mean") or HALF),
-        std=tuple(preprocessor.get("image_std") or HALF),
+        mean=hf.channels(preprocessor, "image_mean", HALF, where),
+        std=hf.channels(preprocessor, "image_std", HALF, where),
         resize_mode="squash",
         text=hf.text_spec(
             text,
