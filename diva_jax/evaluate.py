@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from diva_jax.common import cli, paths
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, printable
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file of the backbone; --config.eval.FIELD=VALUE sets an option."
@@ -54,7 +54,7 @@ def main() -> None:
         about = results.about(config, runner.options)
         took = {"seconds": round(time.perf_counter() - began, 1)}
         results.write(out, about | took | {"weights": listed, "tasks": tasks}, rows)
-        print(results.table(tasks), flush=True)
+        print(printable(results.table(tasks)), flush=True)
         print(f"wrote {_OUT.value}/results.json and predictions.csv in {took['seconds']} s", flush=True)
 
 

@@ -1,5 +1,6 @@
 """What every command shares: flags, `--config`, and how errors are reported."""
 
+import _thread
 import os
 import signal
 import sys
@@ -10,9 +11,11 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from diva_jax.common.errors import RunError, UserError, printable
+from diva_jax.common.errors import RunError, Terminated, UserError, printable
 
 _LINGER = 10.0  # Seconds for threads to end after a command has; one of them may wait for a disk that is gone.
+_TERMINATED = 143  # After SIGTERM, unless a training run has saved.
+_LONGEST = 10_000  # Characters of a message; values that it quotes may be of any length.
 _INTERRUPTED = 130  # Exit code after SIGINT, as shells have it.
 
 
@@ -67,6 +70,25 @@ def _on_sigint(*_) -> None:
     raise KeyboardInterrupt
 
 
+def _on_sigterm(*_) -> None:
+    """As `_on_sigint`, for SIGTERM; what the command has begun to write is removed on the way out."""
+    _end_within(_LINGER, _TERMINATED, "terminated")
+    raise Terminated
+
+
+def _on_unraisable(found) -> None:
+    """Handles an exception where nothing could catch it, such as in a callback of the garbage collector.
+
+    A signal's is raised again a moment later. Threads of a save that failed leave errors of their closed event loop;
+    the failure itself is reported where it is waited for.
+    """
+    again = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(found.exc_type)
+    if again is not None:
+        threading.Timer(0.05, _thread.interrupt_main, (again,)).start()
+    elif "Event loop is closed" not in str(found.exc_value):
+        sys.__unraisablehook__(found)
+
+
 def _write_trace() -> str:
     """Writes the trace of the present exception to a new file in the folder for temporary files; returns its name."""
     try:
@@ -81,7 +103,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     """Runs a command: flags parsed, every error reported as one line.
 
     Exit codes: 2 for `UserError`; 1 for `RunError` and for exceptions that nothing foresaw, whose trace is written to
-    a file; 130 after SIGINT.
+    a file; 130 after SIGINT; 143 after SIGTERM.
 
     Args:
       main: called with the values of `arguments`.
@@ -89,7 +111,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     """
 
     def report(message: str, code: int):
-        print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
+        print(printable(" ".join(message.split()))[:_LONGEST], file=sys.stderr, flush=True)
         _end_within(_LINGER, code)
         sys.exit(code)
 
@@ -101,6 +123,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _on_sigint)
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        sys.unraisablehook = _on_unraisable
     try:
         app.run(guarded, flags_parser=lambda argv: _parse(argv, arguments))
     except UserError as e:
@@ -109,6 +133,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         report(f"error: {e}", 1)
     except KeyboardInterrupt:
         report("interrupted", _INTERRUPTED)
+    except Terminated:
+        report("terminated", _TERMINATED)
     except Exception as e:
         said = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         report(f"error: this was not foreseen ({said}): {_write_trace()}, please report it", 1)

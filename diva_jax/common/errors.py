@@ -11,9 +11,13 @@ class RunError(Exception):
     """The run itself failed (a loss that is not finite, too many broken images); exit code 1."""
 
 
+class Terminated(BaseException):
+    """SIGTERM came where there is nothing to save."""
+
+
 def listing(names: Sequence[str], limit: int = 20) -> str:
     """`a, b, c`, cut with a count past `limit` names."""
-    names = [n if len(n) <= 500 else f"{n[:500]}..." for n in map(str, names)]
+    names = [printable(n if len(n) <= 500 else f"{n[:500]}...").replace("\n", "\\n") for n in map(str, names)]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 

@@ -83,8 +83,8 @@ def _hub(repo: str, field: str, patterns: list[str]) -> Path:
     except Exception as e:  # Any reason from DNS to a private repository; the message has it.
         reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
         raise UserError(
-            f"{field}={repo!r} is not a local folder, and the hub did not give it ({reason}): check the name and the "
-            f"network, or download it elsewhere and set {field} to the folder"
+            f"{field}={repo!r} is not a local folder, so it was taken for a hub id, and the hub did not give it "
+            f"({reason}): check the name and the network, or download it elsewhere and set {field} to the folder"
         ) from e
 
 
@@ -116,6 +116,11 @@ def locate(source: str, field: str) -> Path | str:
         )
     if source.startswith("local-dir:") or not _HUB_ID.fullmatch(repo) or Path(repo).suffix in (".pt", ".bin"):
         raise UserError(f"{field}={source!r} does not exist: set it to a file, a folder or a hub id of weights")
+    if not source.startswith("hf-hub:") and (parent := Path(repo).parent).is_dir():
+        raise UserError(
+            f"{field}={source!r} does not exist in the folder {parent}: correct the path; if it is a hub id, write "
+            f"hf-hub:{repo}"
+        )
     return repo
 
 
