@@ -194,9 +194,17 @@ def to_open_clip(spec: Spec) -> dict:
     """open_clip's model config of the vision tower: all but embed_dim and text_cfg.
 
     Raises:
-      UserError: timm has no such tower.
+      UserError: timm has no such tower, or open_clip runs it with another activation, for which it has no option.
     """
-    vision = occ.timm_vision(spec, {name: timm_fields(name) for name in TIMM}, timm_pool="map", timm_proj="none")
+    table = {name: timm_fields(name) for name in TIMM}
+    for name, fields in table.items():
+        other = {k for k, v in fields.items() if getattr(spec, k) != v}
+        if other == {"activation"}:
+            raise UserError(
+                f"open_clip runs {name} with activation={fields['activation']} and has no option for "
+                f"{spec.activation}: use --format=hf, since transformers computes what was tuned"
+            )
+    vision = occ.timm_vision(spec, table, timm_pool="map", timm_proj="none")
     return dict(init_logit_bias=_LOGIT_BIAS, custom_text=True, vision_cfg=vision)
 
 
