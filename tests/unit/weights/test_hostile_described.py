@@ -1,4 +1,4 @@
-"""Config files beside weights, changed field by field and byte by byte: refused in one sentence, or a possible model."""
+"""Config files beside weights, changed by field and by byte: refused in one sentence, or a possible model."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
-from diva_jax.weights import hf, readers
+from diva_jax.weights import hf, loading, readers
 
 pytestmark = pytest.mark.attack
 
@@ -122,3 +122,20 @@ def test_changed_bytes_of_json(tmp_path, seed):
             possible(limits.check(from_open_clip(readers.read_json(path)), str(path)))
         except UserError as e:
             assert "\n" not in str(e).strip() and len(str(e)) < 2000
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_generator_of_another_schedule(tmp_path, seed):
+    """The source's own file is compared with the config, so that a generator never gets another one's noise."""
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir()
+    config = schedule.ScheduleConfig.from_dict(SD["scheduler"])
+
+    def parse(tree):
+        path.write_text(json.dumps(tree))
+        loading.check_schedule(tmp_path, config)
+        return schedule.ScheduleConfig.from_dict(tree)
+
+    assert set(attacked(parse, SD["scheduler"], seed)) <= {config}
+    path.unlink()
+    loading.check_schedule(tmp_path, config)
