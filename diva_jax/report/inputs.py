@@ -77,7 +77,7 @@ def read(folder: epath.PathLike) -> Inputs:
     results = _results(folder / "results.json")
     folders = {paths.absolute(folder): 1}
     for i, w in enumerate((results or {}).get("weights", [])):
-        if w.get("step") is not None and (source := _existing(w.get("source"))):
+        if w.get("step") is not None and (source := _existing(w.get("source") or "", paths.is_remote(folder))):
             folders.setdefault(source, i)
     runs = [r for r in (_run(path, index) for path, index in folders.items()) if r.rows]
     if results is None and not runs:
@@ -88,10 +88,12 @@ def read(folder: epath.PathLike) -> Inputs:
     return Inputs(folder, results, runs)
 
 
-def _existing(source: str | None) -> epath.Path | None:
-    """The workdir that weights came from, or None where it cannot be found."""
+def _existing(source: str, remote: bool) -> epath.Path | None:
+    """The workdir that weights came from, or None where it cannot be found; one in a bucket only with `remote`."""
+    if not source or (paths.is_remote(source) and not remote):
+        return None
     try:
-        found = paths.absolute(paths.folder(source or "", "source"))
+        found = paths.absolute(paths.folder(source, "source"))
         return found if found.is_dir() else None
     except (UserError, ValueError, OSError, RuntimeError):  # No such bucket, user or path.
         return None
