@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diva_jax import evals, objectives
 from diva_jax.common import fields
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.fields import between, one_of, pair, whole
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared import limits
@@ -264,3 +264,38 @@ def validate(config: ConfigDict, devices: int) -> None:
             f"config.batch_size={config.batch_size} cannot be divided by {devices} devices x "
             f"{config.accum} micro-batches (config.accum): use {near}"
         )
+
+
+def check_stored(config: ConfigDict, where: str) -> None:
+    """Checks a config that was read from a workdir, which may be damaged or come from elsewhere.
+
+    Fields that are missing are not asked for: a run of an earlier version can be exported where its config suffices.
+
+    Args:
+      config: as read.
+      where: the workdir, for the message.
+
+    Raises:
+      UserError: a value has another type than its default, or one that no run can have.
+    """
+    if not isinstance(name := config.get("objective"), str):
+        raise UserError(f"{where}/config.json has objective={brief(name)}, which must be a text: restore the file")
+    known = fields.flatten(default(objective=name).to_dict(), WHOLE)
+    given = fields.flatten(config.to_dict(), WHOLE)
+    for field, value in given.items():
+        kind = _KINDS.get(type(known.get(field)))
+        if kind is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            raise UserError(f"{where}/config.json has {field}={brief(value)} of another type: restore the file")
+    fields.require(given, _RULES, f"{where}/config.json: config")
+
+
+# Type of a default -> the types that JSON may have for it.
+_KINDS = {
+    bool: bool,
+    int: int,
+    float: (int, float),
+    str: str,
+    tuple: (list, tuple),
+    list: (list, tuple),
+    dict: dict,
+}

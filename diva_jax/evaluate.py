@@ -36,13 +36,17 @@ def main() -> None:
     # Slow imports come after the flags have been checked.
     import jax
 
+    from diva_jax import config as configs
     from diva_jax.evals import encoders, evaluator, results
-    from diva_jax.training import sharding
+    from diva_jax.training import sharding, workdirs
 
     mesh = sharding.make_mesh(config.mesh)
     began = time.perf_counter()
     runner = evaluator.Evaluator(config, mesh, evaluator.data_of(_TASK.value, _DATA.value))
     given = [encoders.resolve(source) for source in _WEIGHTS.value]
+    for source, step in given:
+        if step is not None:
+            configs.check_stored(workdirs.read_config(source), source)
     labels, found = evaluator.labels_of(*zip(*given, strict=True)), []
     for label, loaded in encoders.each(given, labels, config, mesh):
         model = runner.model(label, loaded)

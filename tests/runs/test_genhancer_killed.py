@@ -41,27 +41,26 @@ def whole(files, tmp_path_factory):
     """The final state of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     out = commands.output(start(files, workdir))
-    assert "stage projectors" in out or f"steps 0 to {BOUNDARY}" in out
-    assert f"steps {BOUNDARY} to {TOTAL}" in out
+    assert f"steps 0 to {BOUNDARY}" in out and f"steps {BOUNDARY} to {TOTAL}" in out
     return final_state(files, workdir)
 
 
 def test_killed_before_and_after_the_boundary(files, whole, tmp_path):
     """Killed in stage 1, then, as soon as the checkpoint between the stages is there, again."""
-    workdir, resumed = tmp_path / "run", []
+    workdir = tmp_path / "run"
     for step in (BOUNDARY - 1, BOUNDARY):
+        if (checkpoint.latest_step(workdir) or 0) >= step:  # The first kill came late.
+            continue
         process = start(files, workdir)
-        out = commands.wait_for_step(process, step)
+        commands.wait_for_step(process, step)
         until = time.monotonic() + 60  # The step's checkpoint is written in the background.
         while (checkpoint.latest_step(workdir) or 0) < step and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        code, rest, err = commands.finish(process)
-        assert code == -signal.SIGKILL, err
-        resumed += [line for line in (out + rest).splitlines() if line.startswith("resumed")]
+        assert commands.finish(process)[0] == -signal.SIGKILL
         assert checkpoint.latest_step(workdir) < TOTAL
-    out = commands.output(start(files, workdir))
-    assert len(resumed) == 1 and "resumed from the checkpoint of step" in out
+    assert checkpoint.latest_step(workdir) >= BOUNDARY
+    assert "resumed from the checkpoint of step" in commands.output(start(files, workdir))
     ours = final_state(files, workdir)
     assert ours.keys() == whole.keys() and any("/lora/" in name for name in ours)
     for name, array in whole.items():
