@@ -1,6 +1,5 @@
 """What every command shares: flags, `--config`, and how errors are reported."""
 
-import _thread
 import os
 import signal
 import sys
@@ -84,7 +83,7 @@ def _on_unraisable(found) -> None:
     """
     again = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(found.exc_type)
     if again is not None:
-        threading.Timer(0.05, _thread.interrupt_main, (again,)).start()
+        threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, again)).start()
     elif "Event loop is closed" not in str(found.exc_value):
         sys.__unraisablehook__(found)
 
