@@ -5,6 +5,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,7 @@ from diva_jax.common.errors import RunError, Terminated, UserError, printable
 
 _LINGER = 10.0  # Seconds for threads to end after a command has; one of them may wait for a disk that is gone.
 _TERMINATED = 143  # After SIGTERM, unless a training run has saved.
+_handled = 0  # Signals for which an exception was raised.
 _LONGEST = 10_000  # Characters of a message; values that it quotes may be of any length.
 _INTERRUPTED = 130  # Exit code after SIGINT, as shells have it.
 
@@ -65,14 +67,25 @@ def _end_within(seconds: float, code: int, message: str = "") -> None:
 
 def _on_sigint(*_) -> None:
     """Raises KeyboardInterrupt; ends the process a little later where that was lost, as in a callback of jax."""
+    global _handled
+    _handled += 1
     _end_within(_LINGER, _INTERRUPTED, "interrupted")
     raise KeyboardInterrupt
 
 
 def _on_sigterm(*_) -> None:
     """As `_on_sigint`, for SIGTERM; what the command has begun to write is removed on the way out."""
+    global _handled
+    _handled += 1
     _end_within(_LINGER, _TERMINATED, "terminated")
     raise Terminated
+
+
+def _send(number: signal.Signals, handled: int) -> None:
+    """Sends a signal to the main thread until it is handled; one that comes as a wait begins does not end the wait."""
+    while _handled == handled:
+        time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident, number)
 
 
 def _on_unraisable(found) -> None:
@@ -83,7 +96,7 @@ def _on_unraisable(found) -> None:
     """
     again = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(found.exc_type)
     if again is not None:
-        threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, again)).start()
+        threading.Thread(target=_send, args=(again, _handled), daemon=True).start()
     elif "Event loop is closed" not in str(found.exc_value):
         sys.__unraisablehook__(found)
 
