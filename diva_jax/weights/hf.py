@@ -52,6 +52,8 @@ def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[st
     names, out = (recipe.open_clip, recipe.hf) if to_hf else (recipe.hf, recipe.open_clip)
     parts = [tensors[n] for n in names]
     first = tuple(parts[0].shape)
+    if len(parts) > 1 and (not first or any(tuple(p.shape[1:]) != first[1:] or not p.shape for p in parts)):
+        raise UserError(f"{listing(names)} have shapes that do not fit each other: fetch the file again")
     shape = first if len(parts) == 1 else (sum(p.shape[0] for p in parts), *first[1:])
     joint_shape = _swap(recipe, shape, to_hf)
 
@@ -63,8 +65,8 @@ def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[st
     if len(out) == 1:
         return {out[0]: Tensor(joint_shape, parts[0].dtype, joint)}
     shares = (1,) * len(out) if to_hf else recipe.shares
-    if joint_shape[0] % sum(shares):
-        raise UserError(f"{names[0]} has {joint_shape[0]} rows, which do not divide into {listing(out)}")
+    if not joint_shape or joint_shape[0] % sum(shares):
+        raise UserError(f"{names[0]} has the shape {joint_shape}, whose rows do not divide into {listing(out)}")
     unit, found, start = joint_shape[0] // sum(shares), {}, 0
     for name, share in zip(out, shares, strict=True):
         rows = slice(start * unit, (start + share) * unit)

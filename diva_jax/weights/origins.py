@@ -12,7 +12,7 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.models.backbones import Spec, architectures
 from diva_jax.models.backbones.shared import limits
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
-from diva_jax.models.backbones.shared.positions import depth
+from diva_jax.models.backbones.shared.positions import depth, tensor_shape
 from diva_jax.weights import hf, readers
 from diva_jax.weights.tensors import Tensor, Tensors
 from diva_jax.weights.writers import OPEN_CLIP_CONFIG
@@ -197,7 +197,7 @@ def shapes_say(tensors: Tensors) -> dict:
 def _openai_spec(tensors: Tensors) -> Spec:
     """Returns the Spec of an OpenAI archive: heads of width 64 and QuickGELU, which the archives do not specify."""
     vision = shapes_say(tensors)
-    text_width = tensors["ln_final.weight"].shape[0]
+    text_width = tensor_shape(tensors, "ln_final.weight", 1)[0]
     return from_open_clip(
         dict(
             embed_dim=vision["embed_dim"],
@@ -210,8 +210,8 @@ def _openai_spec(tensors: Tensors) -> Spec:
                 mlp_ratio=vision["mlp_dim"] / vision["width"],
             ),
             text_cfg=dict(
-                context_length=tensors["positional_embedding"].shape[0],
-                vocab_size=tensors["token_embedding.weight"].shape[0],
+                context_length=tensor_shape(tensors, "positional_embedding")[0],
+                vocab_size=tensor_shape(tensors, "token_embedding.weight")[0],
                 width=text_width,
                 heads=text_width // 64,
                 layers=depth(tensors, "transformer.resblocks"),

@@ -132,7 +132,7 @@ def flops(spec: Spec) -> float:
 
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the MLP's activation, if not SwiGLU."""
-    width, _, _, patch = tensor_shape(tensors, "visual.patch_embed.proj.weight")
+    width, _, _, patch = tensor_shape(tensors, "visual.patch_embed.proj.weight", 4)
     found = dict(
         arch="dinov2",
         image_size=Positions("visual.pos_embed", extra=1).grid(tensors) * patch,
@@ -140,7 +140,7 @@ def shapes(tensors: Mapping) -> dict:
         width=width,
         layers=depth(tensors, "visual.blocks"),
         embed_dim=width,
-        registers=tensor_shape(tensors, "visual.register_tokens")[1] if "visual.register_tokens" in tensors else 0,
+        registers=tensor_shape(tensors, "visual.register_tokens", 3)[1] if "visual.register_tokens" in tensors else 0,
     )
     if "visual.blocks.0.mlp.w3.weight" in tensors:
         hidden = tensor_shape(tensors, "visual.blocks.0.mlp.w3.weight")[1]

@@ -162,7 +162,7 @@ def flops(spec: Spec) -> float:
 
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
-    width, _, _, patch = tensor_shape(tensors, "visual.trunk.patch_embed.proj.weight")
+    width, _, _, patch = tensor_shape(tensors, "visual.trunk.patch_embed.proj.weight", 4)
     return dict(
         arch="eva02",
         image_size=_POSITIONS.grid(tensors) * patch,

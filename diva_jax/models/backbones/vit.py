@@ -95,7 +95,7 @@ def flops(spec: Spec) -> float:
 
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
-    width, _, _, patch = tensor_shape(tensors, "visual.conv1.weight")
+    width, _, _, patch = tensor_shape(tensors, "visual.conv1.weight", 4)
     stack = "visual.transformer.resblocks"
     return dict(
         arch="vit",

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +24,26 @@ class Positions:
 
     def grid(self, tensors: Mapping) -> int:
         """Patches along one side in the checkpoint."""
-        return round((tensor_shape(tensors, self.name)[-2] - self.extra) ** 0.5)
+        return round(max(0, tensor_shape(tensors, self.name, 2, 3)[-2] - self.extra) ** 0.5)
 
 
-def tensor_shape(tensors: Mapping, name: str) -> tuple[int, ...]:
-    """The shape of a tensor of the vision tower.
+def tensor_shape(tensors: Mapping, name: str, *axes: int) -> tuple[int, ...]:
+    """The shape of a tensor.
+
+    Args:
+      tensors: of a checkpoint.
+      name: of the tensor.
+      *axes: how many axes it may have; default two.
 
     Raises:
-      UserError: the checkpoint does not have it.
+      UserError: the checkpoint does not have it, or it has another number of axes, or an empty one.
     """
     if name not in tensors:
-        raise UserError(f"the checkpoint's vision tower is incomplete, {name} is missing: download it again")
-    return tuple(tensors[name].shape)
+        raise UserError(f"the checkpoint is incomplete, {name} is missing: download it again")
+    shape = tuple(tensors[name].shape)
+    if len(shape) not in (axes or (2,)) or 0 in shape:
+        raise UserError(f"the checkpoint's tensor {name} has the shape {brief(shape)}: download it again")
+    return shape
 
 
 def depth(names: Iterable[str], prefix: str) -> int:
