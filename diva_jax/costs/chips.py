@@ -24,6 +24,7 @@ class Chip:
       clock: clock of the cycles that the TPU compiler estimates [Hz]; 0 for GPUs.
       ici: rate at which one chip can send over all its links together [bytes/s]; 0 for GPUs.
       wrap: along an axis whose length is a multiple of this, a slice has wrap-around links (a torus, not a mesh).
+      matrix_side: sides of its square matrix units [elements]; 0 for GPUs.
       options: further arguments of `topologies.get_topology_desc`.
     """
 
@@ -35,6 +36,7 @@ class Chip:
     clock: float = 0.0
     ici: float = 0.0
     wrap: int = 0
+    matrix_side: int = 0
     options: tuple[tuple[str, str], ...] = ()
 
 
@@ -43,11 +45,11 @@ _G = 2**30
 CHIPS: dict[str, Chip] = {
     # Without megacore, the compiler's topology has two devices per chip. On the real machines, a chip is one device.
     "v4": Chip(
-        "TPU v4", 275e12, 1228e9, 32 * _G, int(30.75 * _G), 1.05e9, 6 * 50e9, 4, (("chip_config_name", "megacore"),)
+        "TPU v4", 275e12, 1228e9, 32 * _G, int(30.75 * _G), 1.05e9, 6 * 50e9, 4, 128, (("chip_config_name", "megacore"),)
     ),
-    "v5e": Chip("TPU v5 lite", 197e12, 819e9, 16 * _G, int(15.75 * _G), 1.5e9, 4 * 50e9, 16),
-    "v5p": Chip("TPU v5", 459e12, 2765e9, 95 * _G, int(95.73 * _G), 1.75e9, 6 * 100e9, 4),
-    "v6e": Chip("TPU v6 lite", 918e12, 1640e9, 32 * _G, int(31.24 * _G), 1.75e9, 4 * 100e9, 16),
+    "v5e": Chip("TPU v5 lite", 197e12, 819e9, 16 * _G, int(15.75 * _G), 1.5e9, 4 * 50e9, 16, 128),
+    "v5p": Chip("TPU v5", 459e12, 2765e9, 95 * _G, int(95.73 * _G), 1.75e9, 6 * 100e9, 4, 128),
+    "v6e": Chip("TPU v6 lite", 918e12, 1640e9, 32 * _G, int(31.24 * _G), 1.75e9, 4 * 100e9, 16, 256),
 }
 _OTHERS = (
     Chip("NVIDIA H100 80GB HBM3", 989e12, 3350e9, 80 * 10**9),

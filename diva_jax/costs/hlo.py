@@ -345,11 +345,19 @@ def _valid_pairs(size: int, taps: int, out: int, rest: str, axis: int) -> int:
 _SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
 
 
-def kernel_flops(op: Op, computation: Computation) -> int:
-    """Returns the FLOPs of a splash attention kernel from the shapes of its operands; 0 for other kernels."""
+def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
+    """Returns the FLOPs of a splash attention kernel from the shapes of its operands; 0 for other kernels.
+
+    Args:
+      op, computation: the operation and its computation.
+      side: the head dim is rounded up to a multiple of this. With the side of the chip's matrix unit, the result is the
+        FLOPs that the unit could do in the time that the kernel occupies it: in each of the products the head dim is the
+        length of the sums or of the result's rows, and the unit computes either in whole sides.
+    """
     products = next((n for name, n in _SPLASH.items() if name in op.path), 0)
     if op.target != "tpu_custom_call" or not products:
         return 0
     # The operands q, k, v follow the tables of the mask. Their layout is [B, H, D, N], see attention.py.
     q, k, _ = [a.dims for o in op.operands for a in arrays(computation[o].type) if len(a.dims) == 4][:3]
-    return 2 * products * math.prod(q) * k[-1]
+    batch, heads, width, queries = q
+    return 2 * products * batch * heads * queries * k[-1] * (-(-width // side) * side)

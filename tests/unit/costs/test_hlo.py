@@ -68,6 +68,30 @@ def test_operations_in_loops_count_once_per_iteration(report):
     assert report["kernels"] == {"splash_mha_fwd_residuals": 3}
 
 
+@pytest.mark.parametrize(("chip", "wide"), [("v5e", 128), ("v4", 128), ("v6e", 256)])
+def test_kernels_at_the_bound_of_their_shape(chip, wide):
+    """Heads of 64 take the time of heads as wide as the matrix unit; a small kernel takes that of its operands."""
+    peak = chips.CHIPS[chip].flops
+
+    def analysed(batch):
+        return analysis.analyse(TEXT.replace("bf16[2,4,64,", f"bf16[{batch},4,64,"), chips.CHIPS[chip])
+
+    report = analysed(2000)
+    products = 3 * 2 * 2 * 2000 * 4 * 256 * 128
+    assert report["kernel_ms"] == pytest.approx(1e3 * products * 64 / peak)
+    assert report["parts"]["unet forward"]["kernel_bound_ms"] == report["kernel_bound_ms"]
+    moved = 3 * (4 * 512 * 128 + 2000 * 2 * (2 * 4 * 64 * 256 + 2 * 4 * 64 * 128) + 4)
+    assert report["kernel_bound_ms"] == pytest.approx(
+        1e3 * max(products * wide / peak, moved / chips.CHIPS[chip].hbm_bandwidth)
+    )
+    assert str(wide) in report["kernel_bound"]
+
+
+def test_a_program_without_kernels_has_no_bound_to_explain():
+    report = analysis.analyse(TEXT.replace("tpu_custom_call", "Other"), chips.CHIPS["v5e"])
+    assert (report["kernel_bound_ms"], report["kernel_bound"]) == (0, "")
+
+
 def test_parts_and_kinds(report):
     parts = report["parts"]
     assert parts["unet backward"]["kinds"] == {"matmul": pytest.approx(1e3 * 3 * 1500 / 1.5e9)}
