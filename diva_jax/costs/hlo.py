@@ -341,12 +341,13 @@ def _valid_pairs(size: int, taps: int, out: int, rest: str, axis: int) -> int:
     return count
 
 
-# Number of matrix products of size queries x keys x head dim in JAX's splash attention kernels, by kernel name.
-_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+# Number of products of queries x keys x head dim in the kernels of models/flash.py, by the start of their names, which end
+# with the head dim.
+_FLASH = {"flash_forward_d": 2, "flash_backward_d": 5}
 
 
 def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
-    """Returns the FLOPs of a splash attention kernel from the shapes of its operands; 0 for other kernels.
+    """Returns the FLOPs of an attention kernel from its name and the shapes of its operands; 0 for other kernels.
 
     Args:
       op, computation: the operation and its computation.
@@ -354,10 +355,10 @@ def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
         FLOPs that the unit could do in the time that the kernel occupies it: in each of the products the head dim is the
         length of the sums or of the result's rows, and the unit computes either in whole sides.
     """
-    products = next((n for name, n in _SPLASH.items() if name in op.path), 0)
-    if op.target != "tpu_custom_call" or not products:
+    found = re.search(rf"\b({'|'.join(_FLASH)})(\d+)", op.path)
+    if op.target != "tpu_custom_call" or not found:
         return 0
-    # The operands q, k, v follow the tables of the mask. Their layout is [B, H, D, N], see attention.py.
-    q, k, _ = [a.dims for o in op.operands for a in arrays(computation[o].type) if len(a.dims) == 4][:3]
-    batch, heads, width, queries = q
-    return 2 * products * batch * heads * queries * k[-1] * (-(-width // side) * side)
+    width = int(found.group(2))
+    # The first operands are q, [B, N, H*D], and k, [B, M, H*D].
+    (batch, queries, channels), (_, keys, _) = (arrays(computation[o].type)[0].dims for o in op.operands[:2])
+    return 2 * _FLASH[found.group(1)] * batch * queries * keys * (channels // width) * (-(-width // side) * side)

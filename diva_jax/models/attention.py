@@ -5,20 +5,23 @@ of `jax.sharding`) and not on the machine that traces it, so that a step compile
 as one compiled on the TPU.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
+
+from diva_jax.models import flash as kernel
 
 Array = jax.Array
 
 # Smallest number of queries for which the kernel is used, for self-attention and for cross-attention. With fewer
 # queries, the scores fit into VMEM and XLA's fused softmax is not limited by HBM bandwidth.
 KERNEL_FROM = {"self": 512, "cross": 4096}
-# Largest head dim -> largest number of queries and of keys per tile. The float32 scores and sums of a tile must fit
-# into VMEM.
-MAX_BLOCK = {128: 1024, 512: 512}
-LANES = 128  # Tiles are multiples of the number of lanes of a vector register.
+# Largest head dim that the kernel is used for; the float32 scores and sums of its tiles must fit into VMEM.
+MAX_WIDTH = 512
+# Largest number of queries and of keys per tile, and of scores in the tiles of the heads that share a block.
+MAX_BLOCK, MAX_SCORES = (512, 1024), 2**20
 
 
 def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
@@ -31,61 +34,52 @@ def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
       mesh: an abstract mesh; empty if none was set.
     """
     device = None if mesh.empty else mesh.abstract_device
-    if device is None or device.platform != "tpu" or batch % mesh.size or width > max(MAX_BLOCK):
+    if device is None or device.platform != "tpu" or batch % mesh.size or width > MAX_WIDTH:
         return False
     return queries >= KERNEL_FROM["self" if queries == keys else "cross"]
 
 
-def block(n: int, width: int) -> int:
-    """Returns the tile size for a sequence: the largest divisor of n that is a multiple of LANES and within MAX_BLOCK.
+def blocks(n: int, m: int, heads: int, width: int) -> tuple[int, int]:
+    """Returns the queries and keys per tile: divisors of n and m that are multiples of LANES, as large as allowed.
 
     Args:
-      n: the sequence length, a multiple of LANES.
+      n, m: numbers of queries and keys, multiples of LANES.
+      heads: the number of heads.
       width: the head dim.
     """
-    most = next(most for limit, most in MAX_BLOCK.items() if width <= limit)
-    return max(b for b in range(LANES, most + 1, LANES) if n % b == 0)
+
+    def largest(length, limit):
+        return max(b for b in range(kernel.LANES, max(limit, kernel.LANES) + 1, kernel.LANES) if length % b == 0)
+
+    limit = MAX_SCORES // kernel.together(heads, width)
+    if width > kernel.LANES:
+        limit //= 4
+    bq = largest(n, min(MAX_BLOCK[0], math.isqrt(limit)))
+    return bq, largest(m, min(MAX_BLOCK[1], limit // bq))
 
 
 def _padded(x: Array) -> Array:
-    """[B, N, H, D] -> [B, H, N', D], N' the next multiple of LANES."""
-    x = x.swapaxes(1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES), (0, 0)))
+    """[B, N, H, D] -> [B, N', H*D], N' the next multiple of LANES."""
+    return jnp.pad(x.reshape(*x.shape[:2], -1), ((0, 0), (0, -x.shape[1] % kernel.LANES), (0, 0)))
 
 
 def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
-    """Attention that does not write scores to HBM, neither forward nor backward (FlashAttention, arXiv 2205.14135).
-
-    The kernel is JAX's splash attention. Sequences are padded to multiples of LANES, and the padding is masked.
+    """Attention with the kernel of `models/flash.py`. Sequences are padded to multiples of LANES.
 
     Args:
-      q: queries, [B, N, H, D], on one device; D is at most the largest key of MAX_BLOCK.
+      q: queries, [B, N, H, D], on one device; D is at most MAX_WIDTH.
       k, v: keys and values, [B, M, H, D].
       interpret: whether to interpret the kernel on a CPU, for tests.
 
     Returns:
       [B, N, H, D], in the dtype of q.
     """
-    n, m = q.shape[1], k.shape[1]
-    q, k, v = _padded(q * q.shape[-1] ** -0.5), _padded(k), _padded(v)
-    (h, pn), pm = q.shape[1:3], k.shape[2]
-    bq, bk = block(pn, q.shape[-1]), block(pm, q.shape[-1])
-    # The sequence is the minor axis. With head dim 64 as the minor axis, half of each array in HBM would be padding.
-    layout = splash.QKVLayout.SEQ_MINOR
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.FullMask((pn, pm))] * h),
-        block_sizes=splash.BlockSizes(
-            block_q=bq, block_kv=bk, block_q_dkv=bq, block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk,
-            q_layout=layout, k_layout=layout, v_layout=layout,
-        ),
-        interpret=interpret,
-    )  # fmt: skip
-    ids = None
-    if (pn, pm) != (n, m):
-        # Queries attend to the keys of their own segment, so padded keys are ignored. Padded queries are removed below.
-        ids = splash.SegmentIds(q=jnp.zeros(pn, jnp.int32), kv=(jnp.arange(pm) >= m).astype(jnp.int32))
-    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))(q, k, v)
-    return out[:, :, :n].swapaxes(1, 2)
+    (_, n, heads, width), m = q.shape, k.shape[1]
+    padded = [_padded(x) for x in (q, k, v)]
+    sizes = blocks(padded[0].shape[1], padded[1].shape[1], heads, width)
+    keys = m if padded[1].shape[1] != m else None
+    out = kernel.attend(*padded, heads, keys, sizes, interpret)
+    return out[:, :n].reshape(q.shape)
 
 
 def _float64(q: Array, k: Array, v: Array, causal: bool, mask: Array | None) -> Array:
