@@ -57,7 +57,7 @@ PARTS = {
 
 
 def lowered(args):
-    """Returns the chip, the lowered program and the number of chips."""
+    """Returns the chip and the lowered program."""
     chip, _, found = aot.devices(args.topology)
     mesh = sharding.make_mesh(configs.default().mesh, found)
     by_batch, replicated = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
@@ -77,11 +77,11 @@ def lowered(args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.named_scope("unet"):
             return jax.value_and_grad(loss, argnums=tuple(range(count)))(*inputs[:count])
 
-    return chip, jax.jit(run).lower(state, *inputs), len(found)
+    return chip, jax.jit(run).lower(state, *inputs)
 
 
 def measure(args) -> dict:
-    chip, program, _ = lowered(args)
+    chip, program = lowered(args)
     began = time.perf_counter()
     compiled = program.compile(compiler_options=dict(o.split("=") for o in args.options.split(",") if o))
     seconds = time.perf_counter() - began
@@ -97,7 +97,10 @@ def measure(args) -> dict:
     if args.part == "unet":
         u = flops.unet(C, 64, TOKENS)
         ms = cost["model_ms"] + cost["kernel_bound_ms"]
-        row |= {"ms_per_image": ms / args.images, "mfu": (u.forward + u.backward) * args.images / (ms / 1e3 * chip.flops)}
+        row |= {
+            "ms_per_image": ms / args.images,
+            "mfu": (u.forward + u.backward) * args.images / (ms / 1e3 * chip.flops),
+        }
     return row | cost
 
 

@@ -23,7 +23,7 @@ from diva_jax import config as configs
 from diva_jax.common import cli
 from diva_jax.common.errors import UserError
 from diva_jax.costs import analysis, chips
-from diva_jax.training import sharding
+from diva_jax.training import compiler, sharding
 from diva_jax.training.step import Program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
@@ -151,6 +151,7 @@ def compile_step(config, found: list):
 
     Raises:
       OutOfMemory: the compiler reported that the program does not fit.
+      UserError: the compiler does not accept `config.compiler_options`.
     """
     began = time.perf_counter()
     program = Program(config, sharding.make_mesh(config.mesh, found))
@@ -160,7 +161,7 @@ def compile_step(config, found: list):
     )
     traced = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = compiler.compiled(lowered)
     except jax.errors.JaxRuntimeError as e:
         sizes = re.findall(r"([\d.]+)([GM])\b", str(e).split("RESOURCE_EXHAUSTED")[-1])
         if "RESOURCE_EXHAUSTED" not in str(e) or len(sizes) < 2:
@@ -189,7 +190,7 @@ def report(config, topology: str, save: str | None = None) -> dict:
         utilisation, between 0 and 1; "all_reduce_ms": lower bound of communication time, not part of "step_ms".
 
     Raises:
-      UserError: see `devices`.
+      UserError: see `devices` and `compile_step`.
     """
     chip, shape, found = devices(topology)
     row = {

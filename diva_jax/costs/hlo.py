@@ -341,9 +341,9 @@ def _valid_pairs(size: int, taps: int, out: int, rest: str, axis: int) -> int:
     return count
 
 
-# Number of products of queries x keys x head dim in the kernels of models/flash.py, by the start of their names, which end
-# with the head dim.
-_FLASH = {"flash_forward_d": 2, "flash_backward_d": 5}
+# The kernels of models/flash.py, by the start of their names, which end with the head dim: the number of products of queries
+# x keys x head dim whose sums are over the head dim, and the number of the others, of which it is the number of rows.
+_FLASH = {"flash_forward_d": (1, 1), "flash_backward_d": (2, 3)}
 
 
 def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
@@ -351,14 +351,14 @@ def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
 
     Args:
       op, computation: the operation and its computation.
-      side: the head dim is rounded up to a multiple of this. With the side of the chip's matrix unit, the result is the
-        FLOPs that the unit could do in the time that the kernel occupies it: in each of the products the head dim is the
-        length of the sums or of the result's rows, and the unit computes either in whole sides.
+      side: the side of the chip's matrix unit. The length of the sums is rounded up to a multiple of it, because the unit
+        adds up that many products per element of the result, zeros included; rows stream through the unit, and their
+        number is not rounded. The result is the FLOPs that the unit could do in the time that the kernel occupies it.
     """
     found = re.search(rf"\b({'|'.join(_FLASH)})(\d+)", op.path)
     if op.target != "tpu_custom_call" or not found:
         return 0
-    width = int(found.group(2))
-    # The first operands are q, [B, N, H*D], and k, [B, M, H*D].
-    (batch, queries, channels), (_, keys, _) = (arrays(computation[o].type)[0].dims for o in op.operands[:2])
-    return 2 * _FLASH[found.group(1)] * batch * queries * keys * (channels // width) * (-(-width // side) * side)
+    width, (sums, rows) = int(found.group(2)), _FLASH[found.group(1)]
+    # The first operands are q, [B, H*D, N], and k, [B, H*D, M].
+    (batch, channels, queries), (_, _, keys) = (arrays(computation[o].type)[0].dims for o in op.operands[:2])
+    return 2 * batch * queries * keys * (channels // width) * (sums * (-(-width // side) * side) + rows * width)

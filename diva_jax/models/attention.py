@@ -5,8 +5,6 @@ of `jax.sharding`) and not on the machine that traces it, so that a step compile
 as one compiled on the TPU.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -18,10 +16,9 @@ Array = jax.Array
 # Smallest number of queries for which the kernel is used, for self-attention and for cross-attention. With fewer
 # queries, the scores fit into VMEM and XLA's fused softmax is not limited by HBM bandwidth.
 KERNEL_FROM = {"self": 512, "cross": 4096}
-# Largest head dim that the kernel is used for; the float32 scores and sums of its tiles must fit into VMEM.
-MAX_WIDTH = 512
-# Largest number of queries and of keys per tile, and of scores in the tiles of the heads that share a block.
-MAX_BLOCK, MAX_SCORES = (512, 1024), 2**20
+# Largest head dim -> largest number of queries and of keys per tile. The float32 scores and sums of a tile must fit
+# into VMEM.
+MAX_BLOCK = {128: 1024, 512: 512}
 
 
 def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
@@ -34,40 +31,33 @@ def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
       mesh: an abstract mesh; empty if none was set.
     """
     device = None if mesh.empty else mesh.abstract_device
-    if device is None or device.platform != "tpu" or batch % mesh.size or width > MAX_WIDTH:
+    if device is None or device.platform != "tpu" or batch % mesh.size or width > max(MAX_BLOCK):
         return False
     return queries >= KERNEL_FROM["self" if queries == keys else "cross"]
 
 
-def blocks(n: int, m: int, heads: int, width: int) -> tuple[int, int]:
-    """Returns the queries and keys per tile: divisors of n and m that are multiples of LANES, as large as allowed.
+def block(n: int, width: int) -> int:
+    """Returns the tile size for a sequence: the largest divisor of n that is a multiple of LANES and within MAX_BLOCK.
 
     Args:
-      n, m: numbers of queries and keys, multiples of LANES.
-      heads: the number of heads.
+      n: the sequence length, a multiple of LANES.
       width: the head dim.
     """
-
-    def largest(length, limit):
-        return max(b for b in range(kernel.LANES, max(limit, kernel.LANES) + 1, kernel.LANES) if length % b == 0)
-
-    limit = MAX_SCORES // kernel.together(heads, width)
-    if width > kernel.LANES:
-        limit //= 4
-    bq = largest(n, min(MAX_BLOCK[0], math.isqrt(limit)))
-    return bq, largest(m, min(MAX_BLOCK[1], limit // bq))
+    most = next(most for limit, most in MAX_BLOCK.items() if width <= limit)
+    return max(b for b in range(kernel.LANES, most + 1, kernel.LANES) if n % b == 0)
 
 
-def _padded(x: Array) -> Array:
-    """[B, N, H, D] -> [B, N', H*D], N' the next multiple of LANES."""
-    return jnp.pad(x.reshape(*x.shape[:2], -1), ((0, 0), (0, -x.shape[1] % kernel.LANES), (0, 0)))
+def _sequence_minor(x: Array) -> Array:
+    """[B, N, H, D] -> [B, H*D, N'], N' the next multiple of LANES."""
+    x = x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % kernel.LANES)))
 
 
 def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     """Attention with the kernel of `models/flash.py`. Sequences are padded to multiples of LANES.
 
     Args:
-      q: queries, [B, N, H, D], on one device; D is at most MAX_WIDTH.
+      q: queries, [B, N, H, D], on one device; D is at most the largest key of MAX_BLOCK.
       k, v: keys and values, [B, M, H, D].
       interpret: whether to interpret the kernel on a CPU, for tests.
 
@@ -75,11 +65,11 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
       [B, N, H, D], in the dtype of q.
     """
     (_, n, heads, width), m = q.shape, k.shape[1]
-    padded = [_padded(x) for x in (q, k, v)]
-    sizes = blocks(padded[0].shape[1], padded[1].shape[1], heads, width)
-    keys = m if padded[1].shape[1] != m else None
-    out = kernel.attend(*padded, heads, keys, sizes, interpret)
-    return out[:, :n].reshape(q.shape)
+    padded = [_sequence_minor(x) for x in (q, k, v)]
+    blocks = tuple(block(x.shape[2], width) for x in padded[:2])
+    keys = m if padded[1].shape[2] != m else None
+    out = kernel.attend(*padded, heads, keys, blocks, interpret)
+    return out[:, :, :n].swapaxes(1, 2).reshape(q.shape)
 
 
 def _float64(q: Array, k: Array, v: Array, causal: bool, mask: Array | None) -> Array:
