@@ -68,8 +68,8 @@ def costs(found: dict[str, dict]) -> str:
     """Returns a table with one row per report: memory, and costs of a step per chip."""
     header = (
         "config, slice | fsdp | remat | images per chip x micro-batches | HBM needed, of [GiB] | temporaries [GiB] | "
-        "model + kernels at their bound (at peak) [ms] | links [ms] | images/s per chip | MFU | HBM [GB] | TFLOP + in kernels | "
-        "compile [s]"
+        "model + kernels at their bound (at peak) [ms] | links [ms] | images/s per chip | MFU | HBM [GB] | "
+        "TFLOP + in kernels | compile [s]"
     ).split(" | ")
     rows = []
     for name, r in found.items():

@@ -3,8 +3,8 @@
     python bench/unet.py [--part=unet] [--topology=v5e:4x4] [--images=8] [--options=NAME=VALUE,...] [--json=FILE]
 
 Levers are measured on this part of the train step because it compiles in minutes, and a block in seconds. The gradient
-is that of the mean squared prediction with respect to the condition; of a block, with respect to its inputs. Weights are
-frozen and in bfloat16. The slice is not needed, only libtpu (see diva_jax/aot.py). The output is one line per run:
+is that of the mean squared prediction with respect to the condition; of a block, with respect to its inputs. Weights
+are frozen and in bfloat16. The slice is not needed, only libtpu (see diva_jax/aot.py). The output is one line per run:
 milliseconds that the compiler estimates for operations, and the kernels' time at the bound of their shapes.
 """
 

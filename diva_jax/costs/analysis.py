@@ -66,8 +66,8 @@ class Cost:
 def kernel_seconds(op: hlo.Op, computation: hlo.Computation, chip: Chip) -> float:
     """Returns a lower bound for the time of one execution of a kernel, for which the compiler has no estimate [s].
 
-    It is the larger of the time of its products, in which a head dim of 64 occupies a 128-wide matrix unit as one of 128
-    does, and the time of its operands and results at the HBM's bandwidth.
+    It is the larger of the time of its products, where sums over a head dim of 64 occupy a 128-wide matrix unit as sums
+    over 128 do, and the time of its operands and results at the HBM's bandwidth.
     """
     if op.target != "tpu_custom_call":
         return 0.0
@@ -178,8 +178,9 @@ def _reason(total: Cost, chip: Chip) -> str:
         return ""
     share = total.kernel_flops / chip.flops / total.kernel_seconds
     return (
-        f"the kernels' shapes allow {100 * share:.0f}% of the peak rate: head dims are padded to multiples of "
-        f"{chip.matrix_side}, the side of the matrix unit, and operands and results are read and written in HBM once"
+        f"the kernels' shapes allow {100 * share:.0f}% of the peak rate: the length of a sum over the head dim counts "
+        f"as the next multiple of {chip.matrix_side}, the side of the matrix unit, and operands and results are read and "
+        "written in HBM once"
     )
 
 

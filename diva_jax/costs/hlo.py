@@ -341,8 +341,8 @@ def _valid_pairs(size: int, taps: int, out: int, rest: str, axis: int) -> int:
     return count
 
 
-# The kernels of models/flash.py, by the start of their names, which end with the head dim: the number of products of queries
-# x keys x head dim whose sums are over the head dim, and the number of the others, of which it is the number of rows.
+# The kernels of models/flash.py, by the start of their names, which end with the head dim: the number of products of
+# queries x keys x head dim whose sums are over the head dim, and of those in which it is the number of rows.
 _FLASH = {"flash_forward_d": (1, 1), "flash_backward_d": (2, 3)}
 
 
@@ -351,9 +351,10 @@ def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
 
     Args:
       op, computation: the operation and its computation.
-      side: the side of the chip's matrix unit. The length of the sums is rounded up to a multiple of it, because the unit
-        adds up that many products per element of the result, zeros included; rows stream through the unit, and their
-        number is not rounded. The result is the FLOPs that the unit could do in the time that the kernel occupies it.
+      side: the side of the chip's matrix unit. The length of the sums is rounded up to a multiple of it, because the
+        unit adds up that many products per element of the result, zeros included. Rows stream through the unit, and
+        their number is not rounded. The result is the FLOPs that the unit could do in the time that the kernel
+        occupies it.
     """
     found = re.search(rf"\b({'|'.join(_FLASH)})(\d+)", op.path)
     if op.target != "tpu_custom_call" or not found:

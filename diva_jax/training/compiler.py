@@ -55,7 +55,8 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     except jax.errors.JaxRuntimeError as e:
         if not (found := _REFUSED.search(str(e))):
             raise
+        name = found.group(1) or found.group(2)
         raise UserError(
-            f"config.compiler_options: this version of the TPU compiler does not accept {found.group(1) or found.group(2)} "
+            f"config.compiler_options: this version of the TPU compiler does not accept {name} "
             f"({str(e).splitlines()[0][:200]}): remove or correct it, or use config.compiler_options={AUTO}"
         ) from e
