@@ -4,8 +4,8 @@
 
 The HLO has no time for kernels, but the compiler's dump has their final schedule: a bundle is issued per cycle at
 best, and the file with the use of each unit has one line per bundle. The bundles of one step of the kernel's grid are
-counted, its beginning and its end included, so the number is somewhat too high for a kernel of many steps. Stalls on HBM
-are not in it.
+counted, its beginning and its end included, so the number is somewhat too high for a kernel of many steps. Stalls on
+HBM are not in it.
 """
 
 import argparse
