@@ -16,7 +16,7 @@ from diva_jax.common.fields import between, one_of, pair, whole
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared import limits
 from diva_jax.models.diffusion import presets
-from diva_jax.training import optim
+from diva_jax.training import compiler, optim
 from diva_jax.training.workdirs import WHOLE
 
 
@@ -127,6 +127,9 @@ def default(
     c.eval = evals.default()  # Fields: see evals.Settings, and the Options of each module in evals/tasks.
 
     c.compile_cache = "auto"  # Where compiled programs are kept: auto is WORKDIR/cache/compiled; "" keeps none.
+    # Options of the TPU compiler, NAME=VALUE,...; auto: those of the chip's row in costs/chips.py; "": none. Not for
+    # CPUs and GPUs.
+    c.compiler_options = compiler.AUTO
     c.profile = ConfigDict()
     c.profile.start = 10  # First step of the trace.
     c.profile.steps = 0  # Steps to trace into WORKDIR/profile (for xprof or TensorBoard); 0: none.
@@ -208,6 +211,7 @@ _RULES = (
     # float64 is for checks by finite differences, and needs JAX_ENABLE_X64.
     *(one_of(field, "float32", "bfloat16", "float64") for field in ("dtype", "frozen_dtype")),
     one_of("remat", "none", "vision", "all"),
+    ("compiler_options", compiler.is_options, "must be auto, or options of the TPU compiler as NAME=VALUE,NAME=VALUE"),
     whole("profile.start", 0),
     whole("profile.steps", 0),
     one_of("optim.schedule", *optim.SCHEDULES),

@@ -18,7 +18,7 @@ from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
-from diva_jax.training import checkpoint, distributed, load, lock, metrics, partition, sharding, workdirs
+from diva_jax.training import checkpoint, compiler, distributed, load, lock, metrics, partition, sharding, workdirs
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program, averaged
 
@@ -331,7 +331,7 @@ class _Loop:
             batch = to_device(batch, self.program.batch_sharding)
             if compiled is None:
                 began = time.perf_counter()
-                compiled = step_fn.lower(self.state, self.loaded.frozen, batch).compile()
+                compiled = compiler.compiled(step_fn.lower(self.state, self.loaded.frozen, batch))
                 took = time.perf_counter() - began
                 say(f"compiled in {took:.0f} s")
                 self.progress.paused(took)

@@ -24,7 +24,7 @@ from diva_jax.training.step import Program
 
 # Fields that may differ when a run is resumed, because none of them affects what is learned.
 RESUMABLE = (
-    *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "profile"),
+    *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "compiler_options", "profile"),
     *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib"),
 )
 _SEEN_WITHIN = 60.0  # Seconds after which network file systems show a new file to every machine.
