@@ -20,6 +20,7 @@ _SOURCE = flags.DEFINE_string("source", None, "Instead of --workdir: a file, fol
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config of a --source without a config file.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist or be empty.")
 _FORMAT = flags.DEFINE_enum("format", "open_clip", ("open_clip", "hf", "pt"), "The format to write.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A folder with the tokenizer's files, in place of the source's.")
 _STEP = flags.DEFINE_integer("step", None, "The step of the checkpoint in --workdir; the default is the newest.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16", "bfloat16"), "The dtype of the exported weights.")
 
@@ -45,7 +46,7 @@ def main() -> None:
 
     # Only one image is encoded, and the reference is computed in float32.
     jax.config.update("jax_platforms", "cpu")
-    from diva_jax.export import cards, layouts, runs
+    from diva_jax.export import cards, layouts, runs, vocabulary
     from diva_jax.weights import writers
 
     out = paths.local(_OUT.value, "--out")
@@ -55,7 +56,10 @@ def main() -> None:
         spec = source.spec
     else:
         (source, spec), provenance = _from_source(), None
-    card = cards.card(source, spec, _FORMAT.value, _DTYPE.value, provenance)
+    if _TOKENIZER.value:
+        source = vocabulary.add(source, spec, _TOKENIZER.value)
+    notes = [n for n in (vocabulary.note(source, spec, _FORMAT.value),) if n]
+    card = cards.card(source, spec, _FORMAT.value, _DTYPE.value, provenance, notes)
     layouts.export(source, spec, out, _FORMAT.value, dtype=_DTYPE.value, card=card)
 
 
