@@ -125,7 +125,9 @@ def default(
 
     c.eval = evals.default()  # Fields: see evals.Settings, and the Options of each module in evals/tasks.
 
-    c.compile_cache = "auto"  # Where compiled programs are kept: auto is WORKDIR/cache/compiled; "" keeps none.
+    # Folder of compiled programs. auto: ~/.cache/diva_jax/compiled, for all runs; WORKDIR/cache/compiled if the workdir
+    # is in a bucket; "" keeps none.
+    c.compile_cache = "auto"
     c.profile = ConfigDict()
     c.profile.start = 10  # First step of the trace.
     c.profile.steps = 0  # Steps to trace into WORKDIR/profile (for xprof or TensorBoard); 0: none.

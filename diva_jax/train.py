@@ -18,7 +18,7 @@ from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
-from diva_jax.training import checkpoint, distributed, load, lock, metrics, partition, sharding, workdirs
+from diva_jax.training import checkpoint, compiled, distributed, load, lock, metrics, partition, sharding, workdirs
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program, averaged
 
@@ -28,14 +28,6 @@ _MANY_EPOCHS = 5.0  # The published runs see each image about once.
 def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) -> dict[str, jax.Array]:
     """Returns a batch as global arrays; each process provides its own rows."""
     return {k: jax.make_array_from_process_local_data(shardings, v) for k, v in batch.items()}
-
-
-def use_compile_cache(setting: str, workdir: epath.Path) -> None:
-    """Keeps compiled programs in the folder `config.compile_cache`, so that a restart does not compile them again."""
-    if setting:
-        folder = workdir / "cache" / "compiled" if setting == "auto" else epath.Path(setting).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(paths.absolute(folder)))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 class Profile:
@@ -96,7 +88,7 @@ class Run:
     def __init__(self, config, workdir: epath.PathLike, init_from: str | None = None):
         self.config, self.workdir = config, paths.folder(workdir, "--workdir")
         configs.validate(config, jax.device_count())
-        use_compile_cache(config.compile_cache, self.workdir)
+        compiled.use_cache(config.compile_cache, self.workdir)
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
         self.program.towers  # noqa: B018 - raises if the towers cannot be exported.
@@ -314,7 +306,7 @@ class _Loop:
     def _run_stage(self, index: int) -> None:
         """Trains to the end of a stage or until SIGTERM; initialises the optimizer state of the next stage."""
         run, stage = self.run_, self.program.stages[index]
-        step_fn, compiled = self.program.step(index), None
+        step_fn, program = self.program.step(index), None
         active = self.program.active(index)
         count = sum(self.program.arrays[n].size for n in active)
         where = ", ".join(dict.fromkeys(n.split("/")[0] for n in active))
@@ -329,13 +321,13 @@ class _Loop:
                 return
             self.progress.waited(time.perf_counter() - began, run.batches.broken.count)
             batch = to_device(batch, self.program.batch_sharding)
-            if compiled is None:
+            if program is None:
                 began = time.perf_counter()
-                compiled = step_fn.lower(self.state, self.loaded.frozen, batch).compile()
+                program = step_fn.lower(self.state, self.loaded.frozen, batch).compile()
                 took = time.perf_counter() - began
                 say(f"compiled in {took:.0f} s")
                 self.progress.paused(took)
-            self.state, values = compiled(self.state, self.loaded.frozen, batch)
+            self.state, values = program(self.state, self.loaded.frozen, batch, step_fn.pace)
             self.step += 1
             self.preempted.after(self.step)
             self.progress.add(self.step, values)

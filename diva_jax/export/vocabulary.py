@@ -1,7 +1,7 @@
 """The tokenizer of an export: all of its files, or none and a note that says so.
 
-transformers makes a tokenizer of two or three tokens where a folder of a CLIP model has no vocabulary, without a warning,
-and maps every word to its unknown token.
+Where a folder of a CLIP model has no vocabulary, transformers makes a tokenizer of two or three tokens, without a
+warning, which maps every word to its unknown token.
 """
 
 import dataclasses

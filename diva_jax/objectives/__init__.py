@@ -17,9 +17,9 @@ import pkgutil
 from types import ModuleType
 
 from diva_jax.common.errors import UserError
-from diva_jax.objectives.contract import Objective, Stage, tune
+from diva_jax.objectives.contract import Objective, Pace, Stage, tune
 
-__all__ = ["Objective", "Stage", "find", "names", "section", "stages", "tune"]
+__all__ = ["Objective", "Pace", "Stage", "find", "names", "section", "stages", "tune"]
 
 _SHARED = ("condition", "contract", "contrast", "draws")
 

@@ -106,14 +106,14 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     options, stage = _options(config), contract.tune(config)
     warm = min(math.ceil(config.optim.warmup * stage.steps - 1e-6), stage.steps - 1)
 
-    def rate(step: Array) -> Array:
-        up = stage.lr * (step + 1) / max(warm, 1)
-        down = 0.5 * stage.lr * (1 + jnp.cos(jnp.pi * (step - warm) / (stage.steps - warm)))
-        lr = jnp.where(step < warm, up, down)
-        return jnp.where(step == 0, stage.lr, lr) if options.first_step_lr == FAITHFUL else lr
+    def rate(step: Array, pace: contract.Pace) -> Array:
+        up = pace.peak * (step + 1) / jnp.maximum(pace.warm, 1)
+        down = 0.5 * pace.peak * (1 + jnp.cos(jnp.pi * (step - pace.warm) / (pace.steps - pace.warm)))
+        lr = jnp.where(step < pace.warm, up, down)
+        return jnp.where(step == 0, pace.peak, lr) if options.first_step_lr == FAITHFUL else lr
 
     rows = (("kernel_params", 1.0),) if options.trains_kernel else ()
-    return (stage._replace(trainable=(*rows, *stage.trainable), rate=rate),)
+    return (stage._replace(trainable=(*rows, *stage.trainable), rate=rate, warmup_steps=warm),)
 
 
 def _products(x: Array) -> tuple[Array, Array]:
