@@ -12,6 +12,7 @@ installed, one image is encoded with it. The folder is renamed to --out only if 
 from absl import flags
 from ml_collections import config_flags
 
+from diva_jax import config as configs
 from diva_jax.common import cli, paths
 from diva_jax.common.errors import UserError
 
@@ -65,7 +66,7 @@ def main() -> None:
 
 def entry() -> None:
     """The installed command."""
-    cli.run(main)
+    cli.run(main, described=configs.described)
 
 
 if __name__ == "__main__":

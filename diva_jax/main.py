@@ -10,6 +10,7 @@ import signal
 from absl import flags
 from ml_collections import config_flags
 
+from diva_jax import config as configs
 from diva_jax.common import cli
 from diva_jax.common.errors import UserError
 from diva_jax.training import distributed
@@ -51,7 +52,7 @@ def main() -> None:
 
 def entry() -> None:
     """The installed command."""
-    cli.run(main)
+    cli.run(main, described=configs.described)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 An objective module defines
   `Objective`: a subclass of `contract.Objective`;
   `default() -> ConfigDict`: its own fields, each with a comment; becomes `config.<last component of the name>`;
+  `PARTS` (optional): section of its fields -> the dataclass or function that documents them, see `common.comments`;
   `SECTIONS` (optional): names of shared sections that its configs have, see `config.SECTIONS`;
   `recipe(config) -> None` (optional): sets the general fields of a config to the published values;
   `stages(config) -> tuple[Stage, ...]` (optional): default one stage that trains `config.trainable`;

@@ -45,11 +45,11 @@ class Options:
 
     kernel: str = "polynomial"  # polynomial, gaussian or cosine.
     gamma: float = 0.0032  # polynomial: (gamma a.b + c)^3, normalised to 1 on the diagonal; only gamma/c matters.
-    c: float = 0.191623
+    c: float = 0.191623  # polynomial: see gamma.
     teacher_gamma: float = 0.0  # 0: 1 / the teacher's embed_dim.
-    teacher_c: float = 1.0
+    teacher_c: float = 1.0  # The teacher's c.
     width: float = 8.7  # gaussian: exp(-|a - b|^2 / (2 width^2)).
-    teacher_width: float = 15.8
+    teacher_width: float = 15.8  # The teacher's width.
     clean_weight: float = 1.0  # Of the distance to the initial encoder's embedding.
     kernel_weight: float = 0.5  # Of the distance of the kernels.
     kernel_params: str = EXACT  # exact: gamma and c are trained (polynomial). faithful: constant.
@@ -80,6 +80,9 @@ SWITCHES = tuple(f.name for f in dataclasses.fields(Options) if f.default == EXA
 
 def _options(config: ConfigDict) -> Options:
     return Options(**{f.name: config.kuea[f.name] for f in dataclasses.fields(Options)})
+
+
+PARTS = {"teacher": backbones.Spec, "teacher.text": backbones.TextSpec}
 
 
 def default() -> ConfigDict:
