@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from diva_jax import config as configs
-from diva_jax.common import paths
+from diva_jax.common import log, paths
 from diva_jax.common.errors import RunError
 from diva_jax.common.log import say
 from diva_jax.costs import chips
@@ -330,7 +330,8 @@ class _Loop:
             batch = to_device(batch, self.program.batch_sharding)
             if program is None:
                 began = time.perf_counter()
-                program = step_fn.lower(self.state, self.loaded.frozen, batch).compile()
+                with log.waiting("compiling"):
+                    program = step_fn.lower(self.state, self.loaded.frozen, batch).compile()
                 took = time.perf_counter() - began
                 say(f"compiled in {took:.0f} s")
                 self.progress.paused(took)

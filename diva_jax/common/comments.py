@@ -1,6 +1,7 @@
 """Comments of fields, read from the source in which the fields are defined: the text of `--help` and docs/CONFIG.md."""
 
 import ast
+import functools
 import inspect
 import io
 import re
@@ -43,6 +44,7 @@ def _attributes(doc: str) -> dict[str, str]:
     return found
 
 
+@functools.cache
 def of(definition: type | Callable) -> dict[str, str]:
     """The comment of each field.
 

@@ -1,8 +1,12 @@
 """Messages for the user: printed, and kept in a file with the time."""
 
+import contextlib
 import datetime
 import shutil
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 import jax
@@ -50,6 +54,30 @@ def bar(share: float | None = None, before: str = "", after: str = "") -> None:
         filled = int(share * room)
         line, _bar = f"{line}{before} [{'#' * filled}{'.' * (room - filled)}] {after}", True
     print(line, end="", flush=True)
+
+
+@contextlib.contextmanager
+def waiting(what: str, tell: Callable[[str], None] = say, every: float = 60.0) -> Iterator[None]:
+    """Says how long something takes, once per minute, while the block runs.
+
+    Args:
+      what: the start of the line.
+      tell: takes the line.
+      every: time between two lines [s].
+    """
+    began, over = time.monotonic(), threading.Event()
+
+    def report():
+        while not over.wait(every):
+            tell(f"{what}: {(time.monotonic() - began) / 60:.0f} min so far")
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def keep_in(file: TextIO | None) -> None:
