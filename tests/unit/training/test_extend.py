@@ -13,6 +13,12 @@ def config(**fields):
     return small.small_config(**{"steps": 10, "condition__warmup_steps": 3} | fields)
 
 
+@pytest.fixture(scope="module")
+def programs():
+    """Of ten steps, and of 25."""
+    return small.program(config()), small.program(config(steps=25))
+
+
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
     """A workdir of `config()` whose last checkpoint is that of its last step."""
@@ -32,9 +38,9 @@ def test_more_steps_and_nothing_else_extend_a_run(workdir):
 
 
 @pytest.mark.parametrize("start", [2, 8, 13])
-def test_what_becomes_of_the_learning_rate(start):
+def test_what_becomes_of_the_learning_rate(programs, start):
     """Both rates are of the same step: before the last stage of its first one, after the end of its last one."""
-    long, short = small.program(config(steps=25)), small.program(config())
+    short, long = programs
     said = workdirs.extension(long, start, 10)
     assert "config.steps was 10 and is 25: the stage tune has the schedule of its 25 steps" in said
     now, before = (float(n) for n in re.findall(r"is ([\d.e-]+), where that of 10 steps has ([\d.e-]+)", said)[0])
@@ -44,9 +50,9 @@ def test_what_becomes_of_the_learning_rate(start):
     assert workdirs.extension(long, start, 25) == ""
 
 
-def test_the_optimizer_state_does_not_depend_on_the_schedule():
+def test_the_optimizer_state_does_not_depend_on_the_schedule(programs):
     """Checkpoints of any number of steps are of the same form."""
-    shapes = [small.program(config(steps=n)).abstract_state(1) for n in (10, 25)]
+    shapes = [p.abstract_state(1) for p in programs]
     assert shapes[0] == shapes[1]
-    numbers = [optim.pace(small.program(config(steps=n)).stages[1], 0.2) for n in (10, 25)]
+    numbers = [optim.pace(p.stages[1], 0.2) for p in programs]
     assert [int(n.warm) for n in numbers] == [2, 5]
