@@ -17,8 +17,8 @@ _HEAD = """# Fields of a config
 <!-- Written by python bench/config_page.py --docs=docs/CONFIG.md -->
 
 A config file (`configs/*.py`) calls `config.default(backbone, diffusion, objective)` and changes what it needs. The
-command line changes single fields: `--config.optim.lr=3e-4`. A tuple is written with or without brackets: `0.9,1.0`. With
-`python -m diva_jax.main --config=FILE --help` the fields of one config are printed with the values that they have.
+command line changes single fields: `--config.optim.lr=3e-4`. A tuple is written with or without brackets: `0.9,1.0`.
+`python -m diva_jax.main --config=FILE --help` prints the fields of one config with the values that they have.
 
 ## All objectives
 

@@ -15,7 +15,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-import diva_jax
 from diva_jax.common import platforms, usage
 from diva_jax.common.errors import RunError, UserError, listing, printable
 
@@ -23,7 +22,7 @@ _LINGER = 10.0  # Seconds for threads to end after a command has; one of them ma
 _INTERRUPTED = 130  # Exit code after SIGINT, as shells have it.
 
 
-_CONFIGS = Path(diva_jax.__file__).parent / "configs"
+_CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class _Tuples(tuple_parser.TupleParser):

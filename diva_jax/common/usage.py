@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import flags
 
-import diva_jax
+from diva_jax import __version__
 
 HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 VERSION = ("--version", "-version")
@@ -20,7 +20,7 @@ Field = tuple[str, str, str]
 
 def version() -> str:
     """`diva_jax 0.1.0, jax 0.10.2, Python 3.11.9`."""
-    return f"diva_jax {diva_jax.__version__}, jax {jax.__version__}, Python {sys.version.split()[0]}"
+    return f"diva_jax {__version__}, jax {jax.__version__}, Python {sys.version.split()[0]}"
 
 
 def _program(module) -> str:

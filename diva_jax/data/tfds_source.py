@@ -12,7 +12,8 @@ def _sentences(message: str, most: int = 600) -> str:
     """A message of several lines on one, cut after its last whole sentence before `most` letters."""
     text = " ".join(message.split())
     if len(text) > most:
-        text = text[: text.rfind(". ", 0, most) + 1] or text[:most] + "..."
+        end = text.rfind(". ", 0, most)
+        return text[:end] if end > 0 else f"{text[:most]}..."
     return text.rstrip(".:")
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -127,3 +128,13 @@ def test_wandb_that_does_not_start_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.raises(UserError, match="config.log.wandb='mine'.*WANDB_MODE=offline"):
         metrics.Writer(tmp_path, 0, tensorboard=False, wandb="mine")
+
+
+def test_long_work_says_how_long_it_takes():
+    told = []
+    with log.waiting("compiling", told.append, every=0.01):
+        while len(told) < 2:
+            time.sleep(0.01)
+    count = len(told)
+    time.sleep(0.05)
+    assert len(told) == count and told[0] == "compiling: 0 min so far"
