@@ -18,6 +18,7 @@ from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
+from diva_jax.export import runs  # noqa: F401 - a run may be the source of weights.
 from diva_jax.training import checkpoint, compiled, distributed, load, lock, metrics, partition, sharding, workdirs
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program, averaged
