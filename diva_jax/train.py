@@ -19,7 +19,7 @@ from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
 from diva_jax.export import runs  # noqa: F401 - a run may be the source of weights.
-from diva_jax.training import checkpoint, compiled, distributed, load, lock, metrics, partition, sharding, workdirs
+from diva_jax.training import checkpoint, compiler, distributed, load, lock, metrics, partition, sharding, workdirs
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program, averaged
 
@@ -91,7 +91,7 @@ class Run:
         paths.check_writable(self.workdir, "--workdir")
         configs.validate(config, jax.device_count())
         metrics.check_wandb(config.log.wandb)
-        compiled.use_cache(config.compile_cache, self.workdir)
+        compiler.use_cache(config.compile_cache, self.workdir)
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
         self.program.towers  # noqa: B018 - raises if the towers cannot be exported.
@@ -134,7 +134,7 @@ class Run:
         kind = self.mesh.devices.flat[0].device_kind
         lines = [
             f"{c.objective}: {self.total:,} steps x {c.batch_size:,} images = {epochs:.3g} epochs of the {images:,} "
-            f"images in {c.data.path}",
+            f"images in {paths.without_secrets(c.data.path)}",
             f"{self.mesh.size} x {kind}, mesh data {shape['data']} x fsdp {shape['fsdp']}; computes in {c.dtype}, "
             f"frozen weights in {c.frozen_dtype}",
             *(f"{prefix} from {part.source}" for prefix, part in objective.pretrained().items()),
@@ -332,7 +332,7 @@ class _Loop:
             if program is None:
                 began = time.perf_counter()
                 with log.waiting("compiling"):
-                    program = step_fn.lower(self.state, self.loaded.frozen, batch).compile()
+                    program = compiler.compiled(step_fn.lower(self.state, self.loaded.frozen, batch))
                 took = time.perf_counter() - began
                 say(f"compiled in {took:.0f} s")
                 self.progress.paused(took)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import posixpath
+import re
 import tempfile
 import time
 import uuid
@@ -41,9 +42,9 @@ def folder(path, flag: str) -> epath.Path:
     try:
         found = epath.Path(path)
         found.exists()
-    except ImportError as e:
-        raise UserError(f"{flag}={path}: buckets need gcsfs: pip install 'diva_jax[gcs]'") from e
-    except KeyError as e:
+    except (ImportError, KeyError) as e:
+        if str(path).startswith("gs://"):
+            raise UserError(f"{flag}={path}: buckets need gcsfs: pip install 'diva_jax[gcs]'") from e
         raise UserError(f"{flag}={path} has a scheme that is not supported: use gs://BUCKET/... or a folder") from e
     except Exception as e:  # The store's own, from DNS to a right that is missing.
         raise UserError(
@@ -65,6 +66,12 @@ def check_writable(folder: epath.Path, flag: str) -> None:
         raise UserError(f"{flag}={folder} cannot be a folder, as {there} is a file: give another one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{flag}={folder} cannot be written, since {there} cannot: use a folder that you may write")
+
+
+def without_secrets(text: str) -> str:
+    """A text without the passwords and the queries (signatures, tokens) of the URLs in it."""
+    text = re.sub(r"(\w+://)[^\s/@\"'`]+@", r"\1", text)
+    return re.sub(r"(\w+://[^\s?#\"'`]*)\?[^\s\"'`]*", r"\1?...", text)
 
 
 def absolute(path: epath.Path) -> epath.Path:

@@ -23,7 +23,7 @@ from processes import FIELDS, STEPS, finish, free_address, start, start_all
 from diva_jax import train
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import pipeline
-from diva_jax.training import checkpoint, compiled, distributed, metrics, sharding, workdirs
+from diva_jax.training import checkpoint, compiler, distributed, metrics, sharding, workdirs
 
 BATCH, IMAGES = 8, 24
 
@@ -270,7 +270,7 @@ def test_the_step_is_compiled_once_for_every_schedule_and_workdir(tmp_path, monk
                 ("cache_hits", {"steps": 37, "optim__lr": 3e-5, "optim__warmup": 0.0}),
             ]
         ):
-            compiled.use_cache("auto", epath.Path(tmp_path / f"run{i}"))
+            compiler.use_cache("auto", epath.Path(tmp_path / f"run{i}"))
             compilation_cache.reset_cache()  # Without this, jax keeps using its first folder.
             p = small.program(small.small_config(diva__draws=1, **fields))
             lowered = p.step(0).lower(p.abstract_state(0), p.abstract_frozen(), p.abstract_batch())
@@ -289,7 +289,7 @@ def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, cache_settings)
             m.setenv("XDG_CACHE_HOME", str(tmp_path))
             for name, value in env.items():
                 m.setenv(name, value)
-            compiled.use_cache(setting, epath.Path(workdir))
+            compiler.use_cache(setting, epath.Path(workdir))
         return jax.config.jax_compilation_cache_dir
 
     (tmp_path / "file").write_text("")

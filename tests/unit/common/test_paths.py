@@ -87,3 +87,24 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is(tmp_path,
 def test_the_demo_command_is_named_for_its_files_alone():
     assert "diva_jax.demo --out=data/tiny" in paths.demo_hint("data/tiny/photos")
     assert paths.demo_hint("data/tiny") and not paths.demo_hint("data/other") and not paths.demo_hint("x/data/tiny")
+
+
+@pytest.mark.parametrize(
+    "text, cleared",
+    [
+        ("https://me:secret@host/a.tar", "https://host/a.tar"),
+        ("see s3://KEY:SE/CRET@b/x", "see s3://KEY:SE/CRET@b/x"),
+        ("`https://host/a?X-Sig=abc&t=1`, 8 images", "`https://host/a?...`, 8 images"),
+        ('"path": "https://u@host/{0..9}.tar?token=x"', '"path": "https://host/{0..9}.tar?..."'),
+        ("gs://bucket/a/b and me@example.org?", "gs://bucket/a/b and me@example.org?"),
+        ("C:/x?y data/{00..11}.tar", "C:/x?y data/{00..11}.tar"),
+    ],
+)
+def test_secrets_of_urls(text, cleared):
+    assert paths.without_secrets(text) == cleared
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/x", "az://bucket/x", "nothing://x", "gs2://x"])
+def test_other_schemes_are_named(path):
+    with pytest.raises(UserError, match=r"has a scheme that is not supported: use gs://"):
+        paths.folder(path, "--workdir")
