@@ -15,7 +15,10 @@ Every field can also be set on the command line: --config.backbone.image_size=33
 interpolated), --config.backbone.select=random:128, --config.backbone.add_text=token. Hours and scores: none published.
 """
 
+from pathlib import Path
+
 from diva_jax import config as base
+from diva_jax.common.errors import UserError, listing
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Spec
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.weights.origins import open_clip_source
@@ -126,6 +129,11 @@ def get_config(arg: str | None = None):
     name = arg.removesuffix("-quickgelu")
     if name in MODELS:
         return base.default(from_open_clip(MODELS[name] | dict(quick_gelu=name != arg), name=arg))
+    if not any(c in arg for c in "/:.") and not Path(arg).exists():
+        raise UserError(
+            f"configs/custom.py:{arg} is neither a name nor a path or hub id of weights; names are "
+            f"{listing([*MODELS, *DINOV2], 100)}"
+        )
     source = open_clip_source(arg, "the argument of configs/custom.py")
     spec = source.described(arg)
     return base.default(spec)

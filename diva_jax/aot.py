@@ -3,8 +3,9 @@
     python -m diva_jax.aot --config=configs/vitl14.py --topology=v5e:4x4 [--per-device-batch=8] [--search]
 
 The compiled step is the one that training runs (`step.Program`). It is lowered from shapes, so no weights are loaded.
-The only requirement is libtpu, the TPU compiler, which runs on CPUs: `pip install 'diva_jax[tpu]'`. Compiling a
-full-size step takes minutes; docs/TPU.md lists times and host memory.
+The only requirement is libtpu, the TPU compiler, which runs on CPUs: `pip install 'diva_jax[tpu]'`. Compiling the step
+of a full-size config took 10 to 35 minutes on two cores (the last column of the table in docs/TPU.md) and 5 to 7 GB of
+memory; a line per minute says that it goes on. --search compiles several times.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from diva_jax import config as configs
-from diva_jax.common import cli
+from diva_jax.common import cli, log
 from diva_jax.common.errors import UserError
 from diva_jax.costs import analysis, chips
 from diva_jax.training import compiler, sharding
@@ -161,7 +163,8 @@ def compile_step(config, found: list):
     )
     traced = time.perf_counter()
     try:
-        compiled = compiler.compiled(lowered)
+        with log.waiting("compiling", lambda line: print(line, file=sys.stderr, flush=True)):
+            compiled = compiler.compiled(lowered)
     except jax.errors.JaxRuntimeError as e:
         sizes = re.findall(r"([\d.]+)([GM])\b", str(e).split("RESOURCE_EXHAUSTED")[-1])
         if "RESOURCE_EXHAUSTED" not in str(e) or len(sizes) < 2:
@@ -329,7 +332,7 @@ def main() -> None:
 
 def entry() -> None:
     """The installed command."""
-    cli.run(main)
+    cli.run(main, described=configs.described)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from diva_jax import evals, objectives
-from diva_jax.common import fields
+from diva_jax.common import comments, fields
 from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.fields import between, one_of, pair, whole
 from diva_jax.models import backbones
@@ -102,7 +102,7 @@ def default(
     c.data.crop = ConfigDict()
     c.data.crop.scale = (0.9, 1.0)  # Of the image's area.
     c.data.crop.ratio = (3 / 4, 4 / 3)  # Width to height.
-    c.data.crop.interpolation = "bicubic"
+    c.data.crop.interpolation = "bicubic"  # To the crop's side: nearest, bilinear, bicubic or lanczos.
     c.data.threads = 16  # That decode, per process.
     c.data.prefetch = 2  # Batches.
     c.data.decode_gib = 4.0  # Memory of the images that are decoded at the same time, per process [GiB].
@@ -122,11 +122,14 @@ def default(
 
     c.log = ConfigDict()
     c.log.every = 10  # Steps between progress lines, metrics.jsonl rows and TensorBoard points.
-    c.log.tensorboard = True
+    c.log.tensorboard = True  # Writes WORKDIR/tensorboard.
+    c.log.wandb = ""  # Project of Weights & Biases that gets the same values; empty: none. Needs diva_jax[wandb].
 
     c.eval = evals.default()  # Fields: see evals.Settings, and the Options of each module in evals/tasks.
 
-    c.compile_cache = "auto"  # Where compiled programs are kept: auto is WORKDIR/cache/compiled; "" keeps none.
+    # Folder of compiled programs. auto: ~/.cache/diva_jax/compiled, for all runs; WORKDIR/cache/compiled if the workdir
+    # is in a bucket; "" keeps none.
+    c.compile_cache = "auto"
     # Options of the TPU compiler, NAME=VALUE,...; auto: those of the chip's row in costs/chips.py; "": none. Not for
     # CPUs and GPUs.
     c.compiler_options = compiler.AUTO
@@ -136,6 +139,28 @@ def default(
     if hasattr(method, "recipe"):
         method.recipe(c)
     return c.lock()
+
+
+def described(config: ConfigDict) -> list[tuple[str, str, str]]:
+    """Every field of a config: (dotted path, its value as on the command line, its comment).
+
+    The comments are those of this file, of the objective's module and of the tasks'. A section of another library, see
+    `WHOLE`, is one row.
+    """
+    name = objectives.section(config.objective)
+    method = objectives.find(config.objective)
+    sources = [("", default), ("condition", _condition), ("diffusion", _diffusion), ("backbone", backbones.Spec)]
+    sources += [("backbone.text", backbones.TextSpec), ("eval", evals.Settings)]
+    sources += [(f"eval.{evals.short(t)}", getattr(evals.find(t), "Options", None)) for t in evals.names()]
+    sources += [(name, getattr(method, "Options", None)), (name, method.default)]
+    sources += [(f"{name}.{part}", kind) for part, kind in getattr(method, "PARTS", {}).items()]
+    known = {}
+    for prefix, source in sources:
+        found = comments.of(source) if source else {}
+        known |= {f"{prefix}.{field}" if prefix else field: text for field, text in found.items()}
+    known |= dict.fromkeys(WHOLE, "As in the part's config.json in a diffusers folder.")
+    rows = fields.flatten(config.to_dict(), WHOLE)
+    return [(field, "{...}" if field in WHOLE else str(value), known.get(field, "")) for field, value in rows.items()]
 
 
 def variant(config: ConfigDict, arg: str | None) -> ConfigDict:

@@ -109,8 +109,11 @@ def write_all(out: Path) -> None:
     """Writes photographs, towers and diffusion model into a folder; existing files are overwritten."""
     from diva_jax.data.photos import pack_photos
 
+    print(f"writing photographs to {out / 'photos'}", flush=True)
     pack_photos(out / "photos")
+    print(f"writing a tiny CLIP to {out / 'clip'}", flush=True)
     write_clip(out / "clip", TINY)
+    print(f"writing a tiny Stable Diffusion to {out / 'stable-diffusion'}", flush=True)
     write_stable_diffusion(out / "stable-diffusion", presets.preset("tiny"))
 
 

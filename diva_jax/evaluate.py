@@ -12,6 +12,7 @@ import time
 from absl import flags
 from ml_collections import config_flags
 
+from diva_jax import config as configs
 from diva_jax.common import cli, paths
 from diva_jax.common.errors import UserError, printable
 
@@ -36,7 +37,6 @@ def main() -> None:
     # Slow imports come after the flags have been checked.
     import jax
 
-    from diva_jax import config as configs
     from diva_jax.evals import encoders, evaluator, results
     from diva_jax.training import sharding, workdirs
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 def entry() -> None:
     """The installed command."""
-    cli.run(main)
+    cli.run(main, described=configs.described)
 
 
 if __name__ == "__main__":

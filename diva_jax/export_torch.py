@@ -12,6 +12,7 @@ installed, one image is encoded with it. The folder is renamed to --out only if 
 from absl import flags
 from ml_collections import config_flags
 
+from diva_jax import config as configs
 from diva_jax.common import cli, paths
 from diva_jax.common.errors import UserError
 
@@ -20,6 +21,7 @@ _SOURCE = flags.DEFINE_string("source", None, "Instead of --workdir: a file, fol
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config of a --source without a config file.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist or be empty.")
 _FORMAT = flags.DEFINE_enum("format", "open_clip", ("open_clip", "hf", "pt"), "The format to write.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A folder with the tokenizer's files, in place of the source's.")
 _STEP = flags.DEFINE_integer("step", None, "The step of the checkpoint in --workdir; the default is the newest.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16", "bfloat16"), "The dtype of the exported weights.")
 
@@ -45,8 +47,7 @@ def main() -> None:
 
     # Only one image is encoded, and the reference is computed in float32.
     jax.config.update("jax_platforms", "cpu")
-    from diva_jax import config as configs
-    from diva_jax.export import cards, layouts, runs
+    from diva_jax.export import cards, layouts, runs, vocabulary
     from diva_jax.training import workdirs
     from diva_jax.weights import writers
 
@@ -58,13 +59,16 @@ def main() -> None:
         spec = source.spec
     else:
         (source, spec), provenance = _from_source(), None
-    card = cards.card(source, spec, _FORMAT.value, _DTYPE.value, provenance)
+    if _TOKENIZER.value:
+        source = vocabulary.add(source, spec, _TOKENIZER.value)
+    notes = [n for n in (vocabulary.note(source, spec, _FORMAT.value),) if n]
+    card = cards.card(source, spec, _FORMAT.value, _DTYPE.value, provenance, notes)
     layouts.export(source, spec, out, _FORMAT.value, dtype=_DTYPE.value, card=card)
 
 
 def entry() -> None:
     """The installed command."""
-    cli.run(main)
+    cli.run(main, described=configs.described)
 
 
 if __name__ == "__main__":

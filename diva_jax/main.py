@@ -5,11 +5,13 @@ the process with exit code 0. On a TPU slice or under Slurm, the same command on
 set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
+import shlex
 import signal
 
 from absl import flags
 from ml_collections import config_flags
 
+from diva_jax import config as configs
 from diva_jax.common import cli
 from diva_jax.common.errors import Terminated, UserError
 from diva_jax.training import distributed
@@ -26,6 +28,14 @@ _JOIN = flags.DEFINE_integer("join_timeout", 300, "Seconds within which all proc
 _LOST = flags.DEFINE_integer(
     "lost_timeout", 100, "Seconds without a heartbeat after which a process is lost and all others end.", 2
 )
+
+
+def _next() -> str:
+    """What to do with a finished run."""
+    return (
+        f"export with python -m diva_jax.export_torch --workdir={shlex.quote(_WORKDIR.value)} --out=DIR, or train on "
+        "with a larger --config.steps"
+    )
 
 
 def main() -> None:
@@ -47,20 +57,17 @@ def _train(config) -> None:
     with distributed.session(_JOIN.value, _LOST.value):
         run = Run(config, _WORKDIR.value, _INIT_FROM.value)
         if run.finished:
-            say(f"{_WORKDIR.value}: all {run.total} steps are done; export with python -m diva_jax.export_torch")
+            say(f"{_WORKDIR.value}: all {run.total} steps are done; {_next()}")
         elif not run.run():
             if run.stopped_by == signal.SIGINT:
                 raise KeyboardInterrupt  # Saved; the exit code is 130.
         else:
-            say(
-                f"done: {run.total} steps; export with "
-                f"python -m diva_jax.export_torch --workdir={_WORKDIR.value} --out=DIR"
-            )
+            say(f"done: {run.total} steps; {_next()}")
 
 
 def entry() -> None:
     """The installed command."""
-    cli.run(main)
+    cli.run(main, described=configs.described)
 
 
 if __name__ == "__main__":

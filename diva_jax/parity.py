@@ -19,6 +19,7 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
+from diva_jax import config as configs
 from diva_jax import weights
 from diva_jax.common import cli
 from diva_jax.common.errors import RunError, UserError
@@ -125,7 +126,7 @@ def main() -> None:
 
 def entry() -> None:
     """The installed command."""
-    cli.run(main)
+    cli.run(main, described=configs.described)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ import numpy as np
 from etils import epath
 
 from diva_jax import config as configs
-from diva_jax.common import paths
+from diva_jax.common import log, paths
 from diva_jax.common.errors import RunError
 from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
+from diva_jax.export import runs  # noqa: F401 - a run may be the source of weights.
 from diva_jax.training import checkpoint, compiler, distributed, load, lock, metrics, partition, sharding, workdirs
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program, averaged
@@ -28,14 +29,6 @@ _MANY_EPOCHS = 5.0  # The published runs see each image about once.
 def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) -> dict[str, jax.Array]:
     """Returns a batch as global arrays; each process provides its own rows."""
     return {k: jax.make_array_from_process_local_data(shardings, v) for k, v in batch.items()}
-
-
-def use_compile_cache(setting: str, workdir: epath.Path) -> None:
-    """Keeps compiled programs in the folder `config.compile_cache`, so that a restart does not compile them again."""
-    if setting:
-        folder = workdir / "cache" / "compiled" if setting == "auto" else epath.Path(setting).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(paths.absolute(folder)))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 class Profile:
@@ -95,8 +88,10 @@ class Run:
 
     def __init__(self, config, workdir: epath.PathLike, init_from: str | None = None):
         self.config, self.workdir = config, paths.folder(workdir, "--workdir")
+        paths.check_writable(self.workdir, "--workdir")
         configs.validate(config, jax.device_count())
-        use_compile_cache(config.compile_cache, self.workdir)
+        metrics.check_wandb(config.log.wandb)
+        compiler.use_cache(config.compile_cache, self.workdir)
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
         self.program.towers  # noqa: B018 - raises if the towers cannot be exported.
@@ -113,7 +108,7 @@ class Run:
             cache_dir=self.workdir / "cache",
         )
         self.total = self.program.stages[-1].end
-        workdirs.check_config(self.workdir, config)
+        self.steps_before = workdirs.check_config(self.workdir, config)
         self.lock: lock.Lock | None = None
         self.stopped_by: signal.Signals | None = None
         self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
@@ -182,6 +177,7 @@ class Run:
         self._lock()
         if jax.process_index() == 0:
             workdirs.write_config(self.workdir, self.config)
+            (self.workdir / "done").unlink(missing_ok=True)  # Of a run that now has more steps.
             for step, why in restored.damaged.items() if resumes else ():
                 aside = checkpoint.set_aside(self.workdir, step)
                 say(f"the checkpoint of step {step} is damaged ({why}): kept as {aside}, step {self.start} is used")
@@ -192,7 +188,6 @@ class Run:
         checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
         state = restored.state if resumes else program.init_state(arrays)
         say(f"weights loaded in {time.perf_counter() - began:.1f} s")
-        say(partition.summary(program.arrays, program.trained))
         if self.parent:
             say(
                 f"{len(taken)} of {len(program.arrays)} parameters are those of --init_from={parent.workdir}, step "
@@ -206,6 +201,8 @@ class Run:
             )
         if resumes:
             say(f"resumed from the checkpoint of step {self.start}")
+            if self.steps_before and (note := workdirs.extension(program, self.start, self.steps_before)):
+                say(note)
         return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, checkpoints, record)
 
     def run(self) -> bool:
@@ -239,7 +236,9 @@ class _Loop:
         with distributed.explained(lambda: self.step):
             self.loaded = run.load()
         self.state, self.checkpoints = self.loaded.state, self.loaded.checkpoints
-        self.writer = metrics.Writer(run.workdir, self.step, c.log.tensorboard) if first else None
+        self.writer = (
+            metrics.Writer(run.workdir, self.step, c.log.tensorboard, c.log.wandb, c.to_dict()) if first else None
+        )
         peak, flops = chips.peak(run.mesh.devices.flat[0]), run.program.objective.flops()
         utilisation = flops / (peak * run.mesh.size) if peak and flops else None
         self.progress = metrics.Progress(self.writer, self.step, run.total, c.log.every, c.batch_size, utilisation)
@@ -314,10 +313,11 @@ class _Loop:
     def _run_stage(self, index: int) -> None:
         """Trains to the end of a stage or until SIGTERM; initialises the optimizer state of the next stage."""
         run, stage = self.run_, self.program.stages[index]
-        step_fn, compiled = self.program.step(index), None
+        step_fn, program = self.program.step(index), None
         active = self.program.active(index)
         count = sum(self.program.arrays[n].size for n in active)
         where = ", ".join(dict.fromkeys(n.split("/")[0] for n in active))
+        say(partition.summary(self.program.arrays, active))
         say(
             f"stage {stage.name}: steps {stage.start} to {stage.end}, peak learning rate {stage.lr:g}, trains "
             f"{count:,} parameters of {where}; compiling"
@@ -329,13 +329,14 @@ class _Loop:
                 return
             self.progress.waited(time.perf_counter() - began, run.batches.broken.count)
             batch = to_device(batch, self.program.batch_sharding)
-            if compiled is None:
+            if program is None:
                 began = time.perf_counter()
-                compiled = compiler.compiled(step_fn.lower(self.state, self.loaded.frozen, batch))
+                with log.waiting("compiling"):
+                    program = compiler.compiled(step_fn.lower(self.state, self.loaded.frozen, batch))
                 took = time.perf_counter() - began
                 say(f"compiled in {took:.0f} s")
                 self.progress.paused(took)
-            self.state, values = compiled(self.state, self.loaded.frozen, batch)
+            self.state, values = program(self.state, self.loaded.frozen, batch, step_fn.pace)
             self.step += 1
             self.preempted.after(self.step)
             self.progress.add(self.step, values)

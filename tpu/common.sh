@@ -16,12 +16,15 @@ usage() {
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 }
 
-# Parses --help, --dry-run and --env=FILE; the remaining flags are stored in REST.
+# Parses --help, --dry-run and --env=FILE; the remaining flags are stored in REST, those after -- in PASSED.
 parse_flags() {
-  REST=()
+  REST=() PASSED=()
   local flag
-  for flag in "$@"; do
+  while [[ $# -gt 0 ]]; do
+    flag=$1
+    shift
     case $flag in
+      --) PASSED=("$@") && break ;;
       --help | -h) usage && exit 0 ;;
       --dry-run) DRY_RUN=1 ;;
       --env=*) ENV_FILE=${flag#--env=} ;;
@@ -31,7 +34,8 @@ parse_flags() {
 }
 
 no_more_flags() {
-  [[ ${#REST[@]} -eq 0 ]] || die "unknown flag ${REST[0]}: see $0 --help"
+  local unknown=("${REST[@]}" "${PASSED[@]}")
+  [[ ${#unknown[@]} -eq 0 ]] || die "unknown flag ${unknown[0]}: see $0 --help"
 }
 
 read_env() {
@@ -44,8 +48,20 @@ read_env() {
   for setting in PROJECT ZONE NAME ACCELERATOR_TYPE RUNTIME_VERSION BUCKET CONFIG WORKDIR; do
     [[ -n ${!setting:-} ]] || die "$ENV_FILE does not set $setting: add it, see tpu/env.example"
   done
+  refuse_placeholders
   HOME_IN_BUCKET="gs://$BUCKET/diva_jax/$NAME"
   WHERE=("--project=$PROJECT" "--zone=$ZONE")
+}
+
+# Ends with an error if a setting still has the value of env.example that names nobody's project or bucket.
+refuse_placeholders() {
+  local setting value
+  for setting in PROJECT BUCKET WORKDIR FLAGS; do
+    value=${!setting:-}
+    case $value in
+      *my-project* | *my-bucket*) die "$ENV_FILE has $setting=$value from env.example: set it to your own" ;;
+    esac
+  done
 }
 
 run() {
@@ -60,9 +76,17 @@ on_workers() {
   run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" "--worker=$1" "--command=$2"
 }
 
+# Says which changes are not part of the current commit, and so not of what is uploaded.
+report_changes() {
+  local changed
+  changed=$(git -C "$HERE/.." status --porcelain -- . ':!tpu/env.sh' | head -5)
+  [[ -z $changed ]] || echo "note: these changes are not committed and are not uploaded:"$'\n'"$changed" >&2
+}
+
 # Uploads the code of the current commit and the env file to the bucket, from which the machines download them.
 upload() {
   local archive="$HERE/../build/diva_jax.tar.gz"
+  report_changes
   run mkdir -p "$HERE/../build"
   run git -C "$HERE/.." archive --format=tar.gz --prefix=diva_jax/ --output="$archive" HEAD
   run gcloud storage cp "$archive" "$HOME_IN_BUCKET/diva_jax.tar.gz"

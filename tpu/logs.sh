@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Shows the output of the run until Ctrl-C.
+# Shows the output of the set-up and of the run until Ctrl-C.
 #
 #   tpu/logs.sh [--worker=N] [--lines=N] [--env=FILE] [--dry-run] [--help]
 #
+# The set-up is the slice's start-up script: where it fails, as with a wrong bucket or package, there is no run.
 # Only process 0 reports progress, and it is not always on worker 0. --worker=all shows the output of every machine.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
@@ -18,4 +19,4 @@ for flag in "${REST[@]}"; do
   esac
 done
 read_env
-on_workers "$WORKER" "journalctl --unit=diva_jax --lines=$LINES_BACK --follow --output=cat"
+on_workers "$WORKER" "sudo journalctl --unit=google-startup-scripts --unit=diva_jax --lines=$LINES_BACK --follow --output=cat"

@@ -37,6 +37,7 @@ metadata() {
 read_env() {
   if [[ $DRY_RUN -eq 1 ]]; then
     HOME_IN_BUCKET='gs://BUCKET/diva_jax/NAME' BUCKET=BUCKET MOUNT=/gcs CONFIG=CONFIG WORKDIR=WORKDIR FLAGS=FLAGS
+    ENVIRONMENT=NAME=value
     return
   fi
   mkdir -p "$ROOT"
@@ -103,8 +104,14 @@ finished() {
 
 train() {
   trap : TERM # Python handles SIGTERM and saves a checkpoint; this shell must not exit before.
-  local flags
+  local flags variables
   read -r -a flags <<<"${FLAGS:-}"
+  read -r -a variables <<<"${ENVIRONMENT:-}"
+  local variable
+  for variable in "${variables[@]}"; do
+    echo "+ export ${variable%%=*}=..." # Values may be secrets.
+    export "${variable?}"
+  done
   run cd "$ROOT/diva_jax"
   run env PYTHONUNBUFFERED=1 "$ROOT/venv/bin/python" -m diva_jax.main \
     "--config=$CONFIG" "--workdir=$WORKDIR" "${flags[@]}"

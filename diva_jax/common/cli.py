@@ -1,6 +1,8 @@
 """What every command shares: flags, `--config`, and how errors are reported."""
 
+import logging as std_logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -8,16 +10,57 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
+from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
-from diva_jax.common.errors import RunError, Terminated, UserError, printable
+from diva_jax.common import platforms, usage
+from diva_jax.common.errors import RunError, Terminated, UserError, listing, printable
 
 _LINGER = 10.0  # Seconds for threads to end after a command has; one of them may wait for a disk that is gone.
 _TERMINATED = 143  # After SIGTERM, unless a training run has saved.
 _handled = 0  # Signals for which an exception was raised.
 _LONGEST = 10_000  # Characters of a message; values that it quotes may be of any length.
 _INTERRUPTED = 130  # Exit code after SIGINT, as shells have it.
+
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+class _Tuples(tuple_parser.TupleParser):
+    """ml_collections' parser of tuples, and texts with commas between them: `mmvp=data/MMVP_VLM,drift=data/photos`."""
+
+    def parse(self, argument):
+        try:
+            return super().parse(argument)
+        except ValueError:
+            if argument.lstrip()[:1] in ("(", "[", "'", '"'):
+                raise
+            return tuple(part.strip() for part in argument.split(",") if part.strip())
+
+
+config_flags.register_flag_parser_for_type(tuple, _Tuples())
+
+
+def _with_config_found(argument: str) -> str:
+    """`--config=vitl14:faithful` -> `--config=.../configs/vitl14.py:faithful`, of the configs of this package.
+
+    Raises:
+      UserError: there is neither such a file nor such a config.
+    """
+    flag, given, value = argument.partition("=")
+    name, colon, variant = value.partition(":")
+    if flag not in ("--config", "-config") or not given or os.path.isfile(name):
+        return argument
+    found = _CONFIGS / (Path(name).name.removesuffix(".py") + ".py")
+    if Path(name).parent.name not in ("", "configs") or not name or not found.is_file():
+        known = sorted(f.stem for f in _CONFIGS.glob("*.py"))
+        raise UserError(
+            f"--config={value}: there is no such file: give one, or the name of a config: {listing(known, 50)}"
+        )
+    return f"{flag}={found}{colon}{variant}"
 
 
 def config_of(flag):
@@ -35,19 +78,54 @@ def config_of(flag):
     return flag.value
 
 
+def _reason(e: Exception) -> str:
+    """What absl or ml_collections complain of; a KeyError's text is the repr of its argument, and may be nested."""
+    while isinstance(e, KeyError) and e.args:
+        if not isinstance(e.args[0], Exception):
+            break
+        e = e.args[0]
+    message = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+    if (match := _UNKNOWN_FIELD.search(message)) or isinstance(e, KeyError):
+        hint, field = match.groups() if match else ("", message.strip("'"))
+        named = next((a for a in sys.argv[1:] if _FIELD.match(a) and field in _FIELD.match(a)[1].split(".")), field)
+        return f"{named}: the config has no field {field}" + (f"; did you mean {hint}?" if hint else "")
+    head, broken, trace = message.partition("Error whilst parsing config file:")  # Followed by Python's traceback.
+    return head + trace.strip().splitlines()[-1] if broken else message
+
+
+_UNKNOWN_FIELD = re.compile(r'Did you mean "(\w+)" instead of "(\w+)"')
+_FIELD = re.compile(r"--?(?:no)?config\.([\w.]+)")
+
+
 def _parse(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """Parses flags; any complaint of absl or ml_collections becomes a UserError, as do missing `arguments`."""
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
-        message = e.args[0] if isinstance(e, KeyError) and e.args else e  # str(KeyError) is its argument's repr.
-        raise UserError(f"{message} (see --help)") from e
+        raise UserError(f"{_reason(e)} (see --help)") from e
     known = len(arguments) + 1
     if len(rest) > known:
         raise UserError(f"unexpected argument {rest[known]!r}: every other option is a flag, see --help")
     if len(rest) < known:
         raise UserError(f"{arguments[len(rest) - 1]} is missing: give it as an argument, see --help")
     return rest
+
+
+def _inform(main: Callable[..., None], arguments: Sequence[str], described: Callable | None) -> None:
+    """Prints the help or the version where that is asked for, and ends the process."""
+    asked = [a for a in sys.argv[1:] if a in (*usage.HELP, *usage.VERSION)]
+    if not asked:
+        return
+    if asked[0] in usage.VERSION:
+        print(usage.version())
+        sys.exit(0)
+    fields = ()
+    if described and any(a.startswith("--config=") for a in sys.argv):
+        sys.argv[:] = [a for a in sys.argv if a not in asked and (a.startswith("--config") or a == sys.argv[0])]
+        _parse(sys.argv, ())
+        fields = described(config_of(flags.FLAGS["config"]))
+    print(usage.text(main, arguments, fields))
+    sys.exit(0)
 
 
 def _end_within(seconds: float, code: int, message: str = "") -> None:
@@ -63,6 +141,13 @@ def _end_within(seconds: float, code: int, message: str = "") -> None:
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
+
+
+class _Plain(std_logging.Formatter):
+    """`warning: the message`, on one line and without a time and a place in the source."""
+
+    def format(self, record) -> str:
+        return printable(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}")
 
 
 def _on_sigint(*_) -> None:
@@ -111,7 +196,7 @@ def _write_trace() -> str:
         return f"the full trace could not be written ({e})"
 
 
-def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
+def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Callable | None = None) -> None:
     """Runs a command: flags parsed, every error reported as one line.
 
     Exit codes: 2 for `UserError`; 1 for `RunError` and for unexpected exceptions, whose trace is written to
@@ -120,6 +205,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     Args:
       main: called with the values of `arguments`.
       arguments: names of what the command takes besides flags, in order; all are required.
+      described: config -> its fields, for `--help` with a config, see `usage.text`.
     """
 
     def report(message: str, code: int):
@@ -128,8 +214,10 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         sys.exit(code)
 
     def guarded(argv):
+        platforms.without_tpu()
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax and grain log many lines for every save.
+        logging.get_absl_handler().setFormatter(_Plain())
         main(*argv[1:])
         _end_within(_LINGER, 0)
 
@@ -138,6 +226,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         signal.signal(signal.SIGTERM, _on_sigterm)
         sys.unraisablehook = _on_unraisable
     try:
+        sys.argv[1:] = [_with_config_found(a) for a in sys.argv[1:]]
+        _inform(main, arguments, described)
         app.run(guarded, flags_parser=lambda argv: _parse(argv, arguments))
     except UserError as e:
         report(f"error: {e}", 2)

@@ -1,6 +1,12 @@
 """Messages for the user: printed, and kept in a file with the time."""
 
+import contextlib
 import datetime
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 import jax
@@ -10,6 +16,7 @@ from diva_jax.common.errors import printable
 _MOST = 1000  # Lines kept until there is a file.
 _early: list[str] = []
 _file: TextIO | None = None
+_bar = False  # Whether there is a progress bar on the terminal's last line.
 
 
 def say(*parts) -> None:
@@ -17,13 +24,62 @@ def say(*parts) -> None:
     if jax.process_index() > 0:
         return
     text = printable(" ".join(map(str, parts)))
-    print(text, flush=True)
+    print(_cleared() + text, flush=True)
     now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
     lines = [f"{now}  {line}\n" for line in text.splitlines()]
     if _file is not None:
         _file.writelines(lines)
     elif len(_early) < _MOST:
         _early.extend(lines)
+
+
+def _cleared() -> str:
+    """What removes the progress bar from the terminal; "" where there is none."""
+    global _bar
+    shown, _bar = _bar, False
+    return "\r\x1b[2K" if shown else ""
+
+
+def bar(share: float | None = None, before: str = "", after: str = "") -> None:
+    """Shows or updates a progress bar on the last line, if stdout is a terminal; messages are printed above it.
+
+    Args:
+      share: of what is done, 0 to 1; None removes the bar.
+      before, after: texts on both sides of it.
+    """
+    global _bar
+    if jax.process_index() > 0 or not sys.stdout.isatty():
+        return
+    line = _cleared()
+    if share is not None:
+        room = max(shutil.get_terminal_size().columns - len(before) - len(after) - 6, 10)
+        filled = int(share * room)
+        line, _bar = f"{line}{before} [{'#' * filled}{'.' * (room - filled)}] {after}", True
+    print(line, end="", flush=True)
+
+
+@contextlib.contextmanager
+def waiting(what: str, tell: Callable[[str], None] = say, every: float = 60.0) -> Iterator[None]:
+    """Says how long something takes, once per minute, while the block runs.
+
+    Args:
+      what: the start of the line.
+      tell: takes the line.
+      every: time between two lines [s].
+    """
+    began, over = time.monotonic(), threading.Event()
+
+    def report():
+        while not over.wait(every):
+            tell(f"{what}: {(time.monotonic() - began) / 60:.0f} min so far")
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def keep_in(file: TextIO | None) -> None:

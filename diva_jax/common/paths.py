@@ -53,6 +53,21 @@ def folder(path, flag: str) -> epath.Path:
     return found
 
 
+def check_writable(folder: epath.Path, flag: str) -> None:
+    """Checks that a folder on this machine, or the nearest one above it, may be written; nothing is written.
+
+    Raises:
+      UserError: it may not.
+    """
+    if is_remote(folder):
+        return
+    there = next((p for p in (folder.resolve(), *folder.resolve().parents) if p.exists()), folder)
+    if not there.is_dir():
+        raise UserError(f"{flag}={folder} cannot be a folder, as {there} is a file: give another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}={folder} cannot be written, since {there} cannot: use a folder that you may write")
+
+
 def without_secrets(text: str) -> str:
     """A text without the passwords and the queries (signatures, tokens) of the URLs in it."""
     text = re.sub(r"(\w+://)[^\s/@\"'`]+@", r"\1", text)
@@ -62,6 +77,11 @@ def without_secrets(text: str) -> str:
 def absolute(path: epath.Path) -> epath.Path:
     """The folder as an absolute path."""
     return path if is_remote(path) else path.resolve()
+
+
+def demo_hint(path: str) -> str:
+    """For a path in data/tiny, where configs/tiny.py has its files: the command that writes them; otherwise empty."""
+    return "python -m diva_jax.demo --out=data/tiny writes it" if Path(path).parts[:2] == ("data", "tiny") else ""
 
 
 def reason(e: Exception) -> str:

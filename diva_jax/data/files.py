@@ -13,7 +13,7 @@ import stat as statlib
 import fsspec
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.paths import is_remote
+from diva_jax.common.paths import demo_hint, is_remote
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_IMAGE_BYTES = 2**28  # Of one encoded image; a larger file is not an image, but a sparse file, for example.
@@ -34,6 +34,7 @@ KINDS = {
     "csv": (".csv", ".tsv"),
 }
 
+_TAR_MAGIC = (257, b"ustar")  # The offset of the text in a tar archive's first header.
 _PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
@@ -161,7 +162,7 @@ def _matches(pattern: str) -> list[str]:
             raise UserError(f"config.data.path={pattern!r} matches no file: give it {WHAT}")
         return found
     if len(names) == 1:
-        raise UserError(f"config.data.path={pattern!r} does not exist: give it {WHAT}")
+        raise UserError(f"config.data.path={pattern!r} does not exist: {demo_hint(pattern) or f'give it {WHAT}'}")
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         missing = [f for f, there in zip(names, pool.map(exists, names), strict=True) if not there]
     if missing:
@@ -176,6 +177,20 @@ def kind_of(name: str) -> str | None:
     """The kind of data in a file, a key of `KINDS`, by suffix; None for others and hidden files."""
     base = posixpath.basename(name).lower()
     return None if base.startswith(".") else next((k for k, suffixes in KINDS.items() if base.endswith(suffixes)), None)
+
+
+def _kind_of_content(path: str) -> str:
+    """ "tars" for a file without a known suffix that is a tar archive.
+
+    Raises:
+      UserError: it is something else.
+    """
+    if path.lower().endswith(_PACKED):
+        raise UserError(f"config.data.path={path!r} is compressed: unpack it to .tar, which is read in place")
+    with open_binary(path) as f:
+        if f.read(_TAR_MAGIC[0] + len(_TAR_MAGIC[1])).endswith(_TAR_MAGIC[1]):
+            return "tars"
+    raise UserError(f"config.data.path={path!r} is no kind of data that is read here: give it {WHAT}")
 
 
 def _report_unread(path: str, kind: str, by_kind: dict[str | None, list[str]]) -> None:
@@ -205,7 +220,7 @@ def find(path: str) -> tuple[str, list[str]]:
     if is_folder(path):
         found = walk(path)
     elif exists(path):
-        return kind_of(path) or "tars", [path]  # Without a known suffix, the scan says what is wrong.
+        return kind_of(path) or _kind_of_content(path), [path]
     else:
         found = _matches(path)
     by_kind: dict[str | None, list[str]] = {}

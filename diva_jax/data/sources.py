@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from urllib.parse import parse_qsl
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.paths import is_remote
+from diva_jax.common.paths import is_remote, reason
 from diva_jax.data import files
 from diva_jax.data.records import Record, Source
 from diva_jax.data.tables import open_tables
@@ -111,8 +111,15 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
         kind, found = files.find(path)
         if kind not in ("tars", "images"):
             return open_tables(kind, found, path, options, quiet)
-    except OSError as e:  # An object store that refuses; a local folder that is not there is a UserError.
-        raise UserError(f"config.data.path={path!r} cannot be read ({e}): check it and this account's rights") from e
+    except UserError:
+        raise
+    except Exception as e:
+        # An object store that refuses, by an exception of its own; a local folder that is not there is a UserError.
+        if not isinstance(e, OSError) and not is_remote(path):
+            raise
+        raise UserError(
+            f"config.data.path={path!r} cannot be read ({reason(e)}): check it, the network and this account's rights"
+        ) from e
     if options:
         raise UserError(
             f"config.data.path={path!r} holds {kind}, which have no columns: leave ?{'&'.join(options)} out"

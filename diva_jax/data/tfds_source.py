@@ -8,6 +8,15 @@ from diva_jax.data.records import Record, caption
 from diva_jax.data.tables import TEXT_COLUMNS
 
 
+def _sentences(message: str, most: int = 600) -> str:
+    """A message of several lines on one, cut after its last whole sentence before `most` letters."""
+    text = " ".join(message.split())
+    if len(text) > most:
+        end = text.rfind(". ", 0, most)
+        return text[:end] if end > 0 else f"{text[:most]}..."
+    return text.rstrip(".:")
+
+
 class TfdsSource:
     """The records of a prepared tfds dataset in array_record format.
 
@@ -45,9 +54,8 @@ class TfdsSource:
         except UserError:
             raise
         except Exception as e:  # tfds raises a different type for each of missing name, split, folder, format.
-            why = str(e).strip().splitlines()
             raise UserError(
-                f"{self._where} cannot be read ({why[0] if why else type(e).__name__}): prepare it "
+                f"{self._where} cannot be read ({_sentences(str(e)) or type(e).__name__}): prepare it "
                 "first with tfds.builder(name, file_format='array_record').download_and_prepare()"
             ) from e
         if not len(self):

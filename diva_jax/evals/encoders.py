@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
+from diva_jax.export import runs  # noqa: F401 - a run may be the source of weights.
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from collections.abc import Sequence
 
 from diva_jax.common import paths
 from diva_jax.models.backbones import Spec, architecture
@@ -30,7 +31,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict | None) -> str:
+def card(
+    source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict | None, notes: Sequence[str] = ()
+) -> str:
     """Returns the content of README.md.
 
     Args:
@@ -39,6 +42,7 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
       fmt: the format, "open_clip", "hf" or "pt".
       dtype: the dtype of the exported weights.
       provenance: the provenance from `runs.run_source`, or None for a conversion.
+      notes: sentences about the export itself, such as what it lacks.
     """
     name = spec.open_clip_name or f"{spec.arch} {spec.image_size}"
     library = "transformers" if fmt == "hf" else architecture(spec.arch).LIBRARY
@@ -59,6 +63,7 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
         _USE[fmt] if library in ("open_clip", "transformers") else _USE_STATE_DICT,
         "```",
         "",
+        *(line for note in notes for line in (f"**Note:** {note}.", "")),
         "## Origin",
         "",
     ]

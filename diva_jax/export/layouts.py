@@ -15,7 +15,7 @@ from flax import nnx
 
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.log import say
-from diva_jax.export import reference
+from diva_jax.export import reference, vocabulary
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
@@ -87,7 +87,7 @@ def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     torch = pickles.import_torch("--format=pt")
 
     def tensor(t):
-        array = np.array(t, order="C")
+        array = np.array(np.asarray(t), order="C")  # A copy, which PyTorch may write to.
         if array.dtype == jnp.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
@@ -99,17 +99,17 @@ def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(f"{folder / PT_FILE}: {e}") from e
 
 
-def _write(folder: Path, fmt: str, tensors: Tensors, spec: Spec, tokenizer: tuple[Path, ...], dtype: str) -> None:
+def _write(folder: Path, fmt: str, tensors: Tensors, spec: Spec, source: ClipSource, dtype: str) -> None:
     if fmt == "pt":
         _write_pt(folder, tensors)
     elif fmt == "open_clip":
-        writers.write_open_clip(folder, tensors, to_open_clip(spec), tokenizer)
+        writers.write_open_clip(folder, tensors, to_open_clip(spec), source.tokenizer)
     else:
         config = hf.to_transformers(spec, dtype)
         writers.write_safetensors(folder / "model.safetensors", hf.to_transformers_names(tensors, spec))
         writers.write_json(folder / "config.json", config)
         writers.write_json(folder / "preprocessor_config.json", hf.image_processor(spec))
-        writers.copy_into(folder, tokenizer)
+        vocabulary.write(folder, source, spec)
 
 
 def _read_back(folder: Path, fmt: str) -> ClipSource:
@@ -200,13 +200,15 @@ def export(
     else:
         to_open_clip(spec)
     with writers.new_folder(out) as folder:
-        _write(folder, fmt, tensors, spec, source.tokenizer, dtype)
+        _write(folder, fmt, tensors, spec, source, dtype)
         (folder / "README.md").write_text(card)
         back = _read_back(folder, fmt)
         _compare(tensors, back.tensors, str(out))
         say(f"{len(tensors)} tensors read back, bit-identical to {source.where}" + _cast_note(source, dtype))
         if run:
             say(_run_original(folder, fmt, spec))
+    if missing := vocabulary.note(source, spec, fmt):
+        say(f"note: {missing}")
     say(f"done: {out} ({fmt}, {dtype})")
 
 

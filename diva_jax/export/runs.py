@@ -1,6 +1,8 @@
 """A checkpoint of a run as a source of weights: the tuned towers, and the rest of the initial model."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 from etils import epath
@@ -72,3 +74,27 @@ def run_source(workdir: epath.PathLike, step: int | None = None) -> tuple[origin
     )
     where = f"{workdir}, step {run.step}"
     return origins.ClipSource(where, "checkpoint", tensors, spec, tokenizer=base.tokenizer), provenance
+
+
+def _opened(source: str) -> origins.ClipSource | None:
+    """WORKDIR or WORKDIR:STEP as a source of weights; None for other sources.
+
+    Its files are those of the initial weights, and the description of the checkpoint with the checksums of its arrays.
+    """
+
+    def holds_run(path: str) -> bool:
+        where = Path(path).expanduser()
+        return (where / "config.json").is_file() and (where / "checkpoints").is_dir()
+
+    head, _, tail = source.rpartition(":")
+    path, step = (head, int(tail)) if tail.isdigit() and head and holds_run(head) else (source, None)
+    if not holds_run(path):
+        return None
+    found, provenance = run_source(path, step)
+    described = Path(path).expanduser() / "checkpoints" / str(provenance["step"]) / "meta"
+    files = [*found.tensors.files, *sorted(f for f in described.rglob("*") if f.is_file())]
+    spec = dataclasses.replace(found.spec, source=source)
+    return dataclasses.replace(found, tensors=Tensors(dict(found.tensors), files), spec=spec)
+
+
+origins.also_opened_by(_opened)

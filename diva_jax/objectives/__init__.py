@@ -3,6 +3,7 @@
 An objective module defines
   `Objective`: a subclass of `contract.Objective`;
   `default() -> ConfigDict`: its own fields, each with a comment; becomes `config.<last component of the name>`;
+  `PARTS` (optional): section of its fields -> the dataclass or function that documents them, see `common.comments`;
   `SECTIONS` (optional): names of shared sections that its configs have, see `config.SECTIONS`;
   `recipe(config) -> None` (optional): sets the general fields of a config to the published values;
   `stages(config) -> tuple[Stage, ...]` (optional): default one stage that trains `config.trainable`;
@@ -17,9 +18,9 @@ import pkgutil
 from types import ModuleType
 
 from diva_jax.common.errors import UserError
-from diva_jax.objectives.contract import Objective, Stage, tune
+from diva_jax.objectives.contract import Objective, Pace, Stage, tune
 
-__all__ = ["Objective", "Stage", "find", "names", "section", "stages", "tune"]
+__all__ = ["Objective", "Pace", "Stage", "find", "names", "section", "stages", "tune"]
 
 _SHARED = ("condition", "contract", "contrast", "draws")
 

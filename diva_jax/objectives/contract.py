@@ -9,6 +9,22 @@ from flax import nnx
 from diva_jax.weights.parts import Part
 
 
+class Pace(NamedTuple):
+    """The numbers of a stage's learning rate. The compiled step has them as an argument: arrays, not constants.
+
+    Attributes:
+      peak: the peak learning rate, float32 [].
+      start: the stage's first step, int32 [].
+      steps: of the stage, int32 [].
+      warm: steps of the warm-up, fewer than `steps`, int32 [].
+    """
+
+    peak: jax.Array
+    start: jax.Array
+    steps: jax.Array
+    warm: jax.Array
+
+
 class Stage(NamedTuple):
     """Consecutive steps with one trainable set, peak learning rate and schedule, and a newly initialised optimizer.
 
@@ -17,7 +33,7 @@ class Stage(NamedTuple):
       start, end: global steps, end exclusive.
       lr: the peak learning rate.
       trainable: rows as in `config.trainable`: ((regex, learning-rate scale), ...).
-      rate: the learning rate by step of the stage, from 0 on; None: as `config.optim` says.
+      rate: the learning rate by step of the stage, from 0 on, and its pace; None: as `config.optim` says.
       schedule: "cosine" or "constant", see `config.optim.schedule`, whose value it has where it is None.
       warmup_steps: of this stage, see `config.optim.warmup_steps`, whose value it has where it is None.
     """
@@ -27,7 +43,7 @@ class Stage(NamedTuple):
     end: int
     lr: float
     trainable: tuple[tuple[str, float], ...]
-    rate: Callable[[jax.Array], jax.Array] | None = None
+    rate: Callable[[jax.Array, Pace], jax.Array] | None = None
     schedule: str | None = None
     warmup_steps: int | None = None
 

@@ -84,6 +84,9 @@ class Options:
 SWITCHES = tuple(f.name for f in dataclasses.fields(Options) if f.default in (EXACT, FAITHFUL))
 
 
+PARTS = {"lora": adapters.Lora}
+
+
 def default() -> ConfigDict:
     """The fields of `config.dcr`: see `Options`; `lora`: see `adapters.Lora`."""
     c = ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})

@@ -68,6 +68,7 @@ class Options:
 
 
 SWITCHES = tuple(f.name for f in dataclasses.fields(Options) if f.default == EXACT)
+PARTS = {"denoiser": FlowConfig, "vae": FluxVAEConfig, "lora": adapters.Lora}
 _LORA = adapters.Lora(rank=16, alpha=16.0, dropout=0.1, targets="", biases=True)
 
 

@@ -45,11 +45,11 @@ class Options:
 
     kernel: str = "polynomial"  # polynomial, gaussian or cosine.
     gamma: float = 0.0032  # polynomial: (gamma a.b + c)^3, normalised to 1 on the diagonal; only gamma/c matters.
-    c: float = 0.191623
+    c: float = 0.191623  # polynomial: see gamma.
     teacher_gamma: float = 0.0  # 0: 1 / the teacher's embed_dim.
-    teacher_c: float = 1.0
+    teacher_c: float = 1.0  # The teacher's c.
     width: float = 8.7  # gaussian: exp(-|a - b|^2 / (2 width^2)).
-    teacher_width: float = 15.8
+    teacher_width: float = 15.8  # The teacher's width.
     clean_weight: float = 1.0  # Of the distance to the initial encoder's embedding.
     kernel_weight: float = 0.5  # Of the distance of the kernels.
     kernel_params: str = EXACT  # exact: gamma and c are trained (polynomial). faithful: constant.
@@ -82,6 +82,9 @@ def _options(config: ConfigDict) -> Options:
     return Options(**{f.name: config.kuea[f.name] for f in dataclasses.fields(Options)})
 
 
+PARTS = {"teacher": backbones.Spec, "teacher.text": backbones.TextSpec}
+
+
 def default() -> ConfigDict:
     """The fields of `config.kuea`: see `Options`; `teacher` is a `backbones.Spec`."""
     c = ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
@@ -106,14 +109,14 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     options, stage = _options(config), contract.tune(config)
     warm = min(math.ceil(config.optim.warmup * stage.steps - 1e-6), stage.steps - 1)
 
-    def rate(step: Array) -> Array:
-        up = stage.lr * (step + 1) / max(warm, 1)
-        down = 0.5 * stage.lr * (1 + jnp.cos(jnp.pi * (step - warm) / (stage.steps - warm)))
-        lr = jnp.where(step < warm, up, down)
-        return jnp.where(step == 0, stage.lr, lr) if options.first_step_lr == FAITHFUL else lr
+    def rate(step: Array, pace: contract.Pace) -> Array:
+        up = pace.peak * (step + 1) / jnp.maximum(pace.warm, 1)
+        down = 0.5 * pace.peak * (1 + jnp.cos(jnp.pi * (step - pace.warm) / (pace.steps - pace.warm)))
+        lr = jnp.where(step < pace.warm, up, down)
+        return jnp.where(step == 0, pace.peak, lr) if options.first_step_lr == FAITHFUL else lr
 
     rows = (("kernel_params", 1.0),) if options.trains_kernel else ()
-    return (stage._replace(trainable=(*rows, *stage.trainable), rate=rate),)
+    return (stage._replace(trainable=(*rows, *stage.trainable), rate=rate, warmup_steps=warm),)
 
 
 def _products(x: Array) -> tuple[Array, Array]:

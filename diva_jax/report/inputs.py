@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from typing import Any
 
 from etils import epath
@@ -83,7 +84,7 @@ def read(folder: epath.PathLike) -> Inputs:
     if results is None and not runs:
         raise UserError(
             f"{folder} has neither results.json nor logged steps in metrics.jsonl: give an evaluation's output folder "
-            f"(python -m diva_jax.evaluate --out={folder}) or a training workdir"
+            f"(python -m diva_jax.evaluate --out={shlex.quote(str(folder))}) or a training workdir"
         )
     return Inputs(folder, results, runs)
 

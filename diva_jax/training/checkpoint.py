@@ -89,7 +89,7 @@ def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
 
 @contextlib.contextmanager
 def _quiet(read_only: bool):
-    """Without orbax's warning that a read-only folder is read-only."""
+    """Without orbax's warnings about what is as it should be, such as that a read-only folder is read-only."""
     before = absl_logging.get_verbosity()
     if read_only:
         absl_logging.set_verbosity(absl_logging.ERROR)
@@ -272,7 +272,8 @@ class Checkpoints:
 
     def _tree(self, step: int) -> dict:
         """The train state of a checkpoint, with shapes and dtypes as leaves."""
-        return ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state").item_metadata.tree
+        with _quiet(True):  # orbax looks for a file of whole checkpoints in this item's folder.
+            return ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state").item_metadata.tree
 
     def trained(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Name -> shape and dtype of the trained parameters in a checkpoint."""

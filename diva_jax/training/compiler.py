@@ -1,13 +1,17 @@
-"""Options of the TPU compiler: those of the chip's table, or those of the config."""
+"""Options of the TPU compiler, those of the chip's table or of the config; and where compiled programs are kept."""
 
+import os
 import re
 
 import jax
+from etils import epath
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 from diva_jax.costs import chips
 
 AUTO = "auto"
+_MOST_BYTES = 10 * 2**30  # Of the compiled programs of all runs of a user.
 _REFUSED = re.compile(r"No such compile option: '([^']*)'|Failed to parse '[^']*' into flag (\w+)")
 
 
@@ -60,3 +64,31 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
             f"config.compiler_options: this version of the TPU compiler does not accept {name} "
             f"({str(e).splitlines()[0][:200]}): remove or correct it, or use config.compiler_options={AUTO}"
         ) from e
+
+
+def use_cache(setting: str, workdir: epath.Path) -> None:
+    """Keeps compiled programs in a folder, so that they are not compiled again for a restart or a similar run.
+
+    Args:
+      setting: `config.compile_cache`: a folder; "" for none; or auto. For a workdir in a bucket, auto is
+        `WORKDIR/cache/compiled`, since its machines come and go. Otherwise it is JAX_COMPILATION_CACHE_DIR, or
+        `~/.cache/diva_jax/compiled`, from which the programs that were not used for longest are removed.
+      workdir: of the run.
+    """
+    if not setting:
+        return
+    if setting != AUTO:
+        folder = epath.Path(setting).expanduser()
+    elif paths.is_remote(workdir):
+        folder = workdir / "cache" / "compiled"
+    elif os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    else:
+        folder = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diva_jax" / "compiled"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+        except OSError:  # A home that cannot be written.
+            folder = workdir / "cache" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(paths.absolute(folder)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

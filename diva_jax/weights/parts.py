@@ -171,7 +171,10 @@ def embedding_statistics(source: str) -> Part:
 
 def tokenizer_folder(source: str, field: str = "config.backbone.source") -> Path:
     """Returns the folder with the tokenizer's files of a source of weights."""
-    where = Path(origins.open_clip_source(source, field).where)
+    found = origins.open_clip_source(source, field)
+    if found.tokenizer:
+        return found.tokenizer[0].parent
+    where = Path(found.where)
     return where if where.is_dir() else where.parent
 
 

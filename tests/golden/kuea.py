@@ -100,7 +100,7 @@ def trajectory(z, **switches: str) -> dict[str, np.ndarray]:
     state = p.init_state({n: jnp.array(arrays[n]) for n in p.trained})
     frozen = {n: arrays[n] for n in p.abstract_frozen()}
     start = jnp.asarray(z["gamma_coef0"])
-    tx = optax.adamw(p.stages[0].rate, weight_decay=0.0)
+    tx = optax.adamw(p.learning_rate(0), weight_decay=0.0)
     opt, leaf, step = tx.init(start), start, p.step(0)
 
     @jax.jit

@@ -16,13 +16,14 @@ import pytest
 import small
 from commands import wait_for_step
 from e2e_config import get_config
+from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from processes import FIELDS, STEPS, finish, free_address, start, start_all
 
 from diva_jax import train
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import pipeline
-from diva_jax.training import checkpoint, distributed, metrics, sharding, workdirs
+from diva_jax.training import checkpoint, compiler, distributed, metrics, sharding, workdirs
 
 BATCH, IMAGES = 8, 24
 
@@ -238,29 +239,78 @@ def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):
         train.Run(config, tmp_path).run()
 
 
-def test_a_second_start_does_not_compile_the_step_again(tmp_path):
+CACHE_FIELDS = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "compilation_cache_max_size")
+
+
+@pytest.fixture
+def cache_settings(monkeypatch):
+    """jax's settings of the compile cache are restored, and JAX_COMPILATION_CACHE_DIR is not set."""
+    before = {f"jax_{field}": getattr(jax.config, f"jax_{field}") for field in CACHE_FIELDS}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    yield
+    for field, value in before.items():
+        jax.config.update(field, value)
+    compilation_cache.reset_cache()
+
+
+def test_the_step_is_compiled_once_for_every_schedule_and_workdir(tmp_path, monkeypatch, cache_settings):
+    """A second start, and a run of other steps, peak and warm-up in another workdir, find it in the user's cache."""
     events = []
 
     def listen(event, **_):
         events.append(event)
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     jax.monitoring.register_event_listener(listen)
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    train.use_compile_cache("auto", tmp_path)
-    compilation_cache.reset_cache()  # Without this, jax keeps using its first folder.
     try:
-        for found in ("cache_misses", "cache_hits"):
-            p = small.program(small.small_config(diva__draws=1))
+        for i, (found, fields) in enumerate(
+            [
+                ("cache_misses", {}),
+                ("cache_hits", {}),
+                ("cache_hits", {"steps": 37, "optim__lr": 3e-5, "optim__warmup": 0.0}),
+            ]
+        ):
+            compiler.use_cache("auto", epath.Path(tmp_path / f"run{i}"))
+            compilation_cache.reset_cache()  # Without this, jax keeps using its first folder.
+            p = small.program(small.small_config(diva__draws=1, **fields))
             lowered = p.step(0).lower(p.abstract_state(0), p.abstract_frozen(), p.abstract_batch())
             events.clear()
             lowered.compile()
-            assert f"/jax/compilation_cache/{found}" in events
+            assert f"/jax/compilation_cache/{found}" in events, fields
     finally:
-        jax.config.update("jax_compilation_cache_dir", before[0])
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
-        compilation_cache.reset_cache()
         jax.monitoring.unregister_event_listener(listen)
-    assert list((tmp_path / "cache" / "compiled").iterdir())
+    assert list((tmp_path / "cache" / "diva_jax" / "compiled").iterdir())
+
+
+def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, cache_settings):
+    def where(setting, workdir, **env):
+        jax.config.update("jax_compilation_cache_dir", "before")
+        with monkeypatch.context() as m:
+            m.setenv("XDG_CACHE_HOME", str(tmp_path))
+            for name, value in env.items():
+                m.setenv(name, value)
+            compiler.use_cache(setting, epath.Path(workdir))
+        return jax.config.jax_compilation_cache_dir
+
+    (tmp_path / "file").write_text("")
+    kept = {
+        "user": where("auto", tmp_path / "a"),
+        "bucket": where("auto", "gs://bucket/runs/a"),
+        "bucket and variable": where("auto", "gs://bucket/runs/a", JAX_COMPILATION_CACHE_DIR="x"),
+        "variable": where("auto", tmp_path / "a", JAX_COMPILATION_CACHE_DIR="x"),
+        "home cannot be written": where("auto", tmp_path / "a", XDG_CACHE_HOME=str(tmp_path / "file")),
+        "given": where(str(tmp_path / "mine"), tmp_path / "a"),
+        "none": where("", tmp_path / "a"),
+    }
+    assert kept == {
+        "user": f"{tmp_path}/diva_jax/compiled",
+        "bucket": "gs://bucket/runs/a/cache/compiled",
+        "bucket and variable": "gs://bucket/runs/a/cache/compiled",
+        "variable": "before",
+        "home cannot be written": f"{tmp_path}/a/cache/compiled",
+        "given": f"{tmp_path}/mine",
+        "none": "before",
+    }
 
 
 def test_a_workdir_that_the_machines_do_not_share(tmp_path, monkeypatch):

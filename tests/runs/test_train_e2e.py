@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 
 import commands
@@ -40,7 +41,9 @@ def uninterrupted(files, tmp_path_factory):
 
 def test_a_run_reports_what_it_does(files, uninterrupted):
     workdir, out = uninterrupted
-    assert re.search(r"^total +[\d,]+ +[\d,]+", out, re.M)
+    tables = [int(n.replace(",", "")) for n in re.findall(r"^total +([\d,]+) +[\d,]+", out, re.M)]
+    projection = [int(n.replace(",", "")) for n in re.findall(r"^visual_proj +([\d,]+) ", out, re.M)]
+    assert tables[0] == projection[0] > 0 and tables[1] > tables[0]  # The first stage trains the projection alone.
     assert "stage visual_proj: steps 0 to 2" in out and "stage tune: steps 2 to 14" in out
     lines = re.findall(
         r"^step (\d+)/14  loss [\d.]+  grad [\d.e+-]+  lr [\d.e+-]+  [\d.]+ images/s  data wait \d+%  ETA \d+:\d\d$",
@@ -58,6 +61,15 @@ def test_a_run_reports_what_it_does(files, uninterrupted):
 
 def test_the_same_command_again_says_that_it_is_done(files, uninterrupted):
     assert "all 14 steps are done" in commands.output(start(files, uninterrupted[0]))
+
+
+def test_a_finished_run_is_extended(files, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    out = commands.output(start(files, tmp_path / "run", "--config.steps=13"))
+    assert "config.steps was 12 and is 13" in out and "step 15/15" in out
+    assert checkpoint.latest_step(tmp_path / "run") == 15 and (tmp_path / "run" / "done").exists()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 16))
 
 
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])

@@ -12,18 +12,19 @@ _started: list[subprocess.Popen] = []
 _ENVIRONMENT = {"XLA_FLAGS": FAST_COMPILATION, "JAX_PLATFORMS": "cpu"}
 
 
-def launch(*line, path=(), cwd=ROOT, **env) -> subprocess.Popen:
+def launch(*line, path=(), cwd=ROOT, stdin=None, **env) -> subprocess.Popen:
     """Starts a command line.
 
     Args:
       *line: the program and its arguments.
       path: folders to add to PYTHONPATH, before the repository and tests/support.
       cwd: working folder.
+      stdin: as for `subprocess.Popen`.
       **env: environment variables to set.
     """
     folders = os.pathsep.join(map(str, (*path, ROOT, SUPPORT)))
     environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": folders} | env
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=stdin, text=True)
     process = subprocess.Popen([str(word) for word in line], **pipes, env=environment, cwd=cwd)
     _started.append(process)
     return process

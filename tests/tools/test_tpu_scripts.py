@@ -1,8 +1,10 @@
 """Tests of the launch scripts: the commands of a dry run, help, error messages, and shellcheck."""
 
+import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,18 @@ from places import ROOT
 
 TPU = ROOT / "tpu"
 SCRIPTS = ("create.sh", "setup.sh", "launch.sh", "status.sh", "logs.sh", "delete.sh")
-ENV = f"--env={TPU / 'env.example'}"
+EXAMPLE = (TPU / "env.example").read_text()
+OWN = EXAMPLE.replace("my-project", "a-project").replace("my-bucket", "a-bucket")
+
+
+def written(text: str) -> str:
+    """The flag of an env file with this content."""
+    file = Path(tempfile.mkdtemp(prefix="diva_jax_env_")) / "env.sh"
+    file.write_text(text)
+    return f"--env={file}"
+
+
+ENV = written(OWN)
 
 
 def run(script, *flags, code=0):
@@ -31,7 +44,7 @@ def test_dry_run_prints_whole_commands_and_runs_none(script):
     for line in printed:
         assert re.match(r"(gcloud (storage|compute tpus) |git |mkdir )", line)
         if line.startswith("gcloud compute"):
-            assert "--project=my-project --zone=us-west4-a" in line
+            assert "--project=a-project --zone=us-west4-a" in line
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "vm.sh"])
@@ -50,14 +63,45 @@ def test_create_requests_spot_and_trains_at_every_start():
     request = next(c for c in commands("create.sh") if "queued-resources create" in c)
     assert " --spot" in request and "--accelerator-type=v5litepod-16" in request
     assert "startup-script=" in request and request.count("vm.sh") == 1
-    assert "diva-home=gs://my-bucket/diva_jax/diva-vitl14" in request
+    assert "diva-home=gs://a-bucket/diva_jax/diva-vitl14" in request
 
 
-def test_create_on_demand(tmp_path):
-    env = tmp_path / "env.sh"
-    env.write_text((TPU / "env.example").read_text().replace("SPOT=1", "SPOT=0"))
-    lines = run("create.sh", "--dry-run", f"--env={env}").splitlines()
+def test_create_on_demand():
+    lines = run("create.sh", "--dry-run", written(OWN.replace("SPOT=1", "SPOT=0"))).splitlines()
     assert not any("--spot" in line for line in lines)
+
+
+def test_create_passes_options_on():
+    env = written(OWN.replace("CREATE_OPTIONS=", 'CREATE_OPTIONS="--network=n --reserved" #'))
+    printed = run("create.sh", "--dry-run", env, "--", "--valid-until-duration=6h", "--labels=a=b")
+    request = next(line for line in printed.splitlines() if "queued-resources create" in line)
+    for option in ("--network=n", "--reserved", "--valid-until-duration=6h", "--labels=a=b"):
+        assert f" {option}" in request
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "setting, line", [("PROJECT", "my-project"), ("BUCKET", "my-bucket"), ("WORKDIR", "gs://my-bucket/runs/vitl14")]
+)
+def test_placeholders_are_refused_in_a_dry_run_too(script, setting, line):
+    text = re.sub(rf"^{setting}=\S+", f"{setting}={line}", OWN, flags=re.M)
+    assert f"has {setting}={line} from env.example" in run(script, "--dry-run", written(text), code=2)
+
+
+def test_what_is_not_committed_is_said(tmp_path):
+    """In a clone with one file more than its commit."""
+    output(launch("git", "clone", "--quiet", ROOT, tmp_path / "clone"))
+    shutil.copytree(TPU, tmp_path / "clone/tpu", dirs_exist_ok=True)
+    git = ["git", "-C", tmp_path / "clone", "-c", "user.name=a", "-c", "user.email=a@b"]
+    output(launch(*git, "add", "--all"))
+    output(launch(*git, "commit", "--quiet", "--allow-empty", "--message=scripts"))
+    script, seen = tmp_path / "clone/tpu/create.sh", []
+    for _ in range(2):
+        code, _, err = finish(launch(script, "--dry-run", ENV), seconds=60)
+        assert code == 0
+        seen.append(err)
+        (tmp_path / "clone/new.py").write_text("")
+    assert "not committed" not in seen[0] and "not committed" in seen[1] and "new.py" in seen[1]
 
 
 def test_create_watch_requests_again():
@@ -65,6 +109,33 @@ def test_create_watch_requests_again():
         re.search(r"queued-resources (\w+)", c).group(1) for c in commands("create.sh", "--watch") if "queued" in c
     ]
     assert kinds == ["create", "delete", "create"]
+
+
+def test_delete_when_done_watches_and_deletes():
+    kinds = [
+        re.search(r"queued-resources (\w+)", c).group(1)
+        for c in commands("create.sh", "--delete-when-done")
+        if "queued" in c
+    ]
+    assert kinds == ["create", "delete", "create", "delete"]
+
+
+def test_watch_needs_a_workdir_in_a_bucket_before_anything_is_requested():
+    env = written(re.sub(r"^WORKDIR=\S+", "WORKDIR=/runs", OWN, flags=re.M))
+    code, out, err = finish(launch(TPU / "create.sh", "--watch", "--dry-run", env), seconds=60)
+    assert code == 2 and "gs://" in err and "+ " not in out
+
+
+def test_a_watched_run_that_is_done_is_deleted(tmp_path):
+    """With a gcloud that finds the file `done` and logs what it is asked for."""
+    (tmp_path / "gcloud").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/log\n")
+    (tmp_path / "gcloud").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for flag, deleted in (("--watch", False), ("--delete-when-done", True)):
+        (tmp_path / "log").write_text("")
+        out = output(launch(TPU / "create.sh", flag, ENV, PATH=path))
+        asked = (tmp_path / "log").read_text()
+        assert ("queued-resources delete diva-vitl14" in asked) == deleted and "the run is finished" in out
 
 
 def test_commands_reach_every_worker():
@@ -86,6 +157,12 @@ def test_the_machines_install_mount_and_train():
         assert word in boot, word
     train = run("vm.sh", "train", "--dry-run")
     assert "-m diva_jax.main --config=CONFIG --workdir=WORKDIR FLAGS" in train
+    assert "+ export NAME=..." in train and "value" not in train  # Values may be secrets.
+
+
+def test_logs_show_the_set_up_too():
+    for script in ("logs.sh", "status.sh"):
+        assert any("--unit=google-startup-scripts" in c and "--unit=diva_jax" in c for c in commands(script))
 
 
 def test_errors_are_one_sentence(tmp_path):
@@ -104,7 +181,7 @@ def test_shellcheck():
 
 def test_the_manifest_uses_only_variables_of_the_env_file():
     text = (TPU / "gke.yaml").read_text()
-    given = set(re.findall(r"^(\w+)=", (TPU / "env.example").read_text(), re.M)) | {"IMAGE"}
+    given = set(re.findall(r"^(\w+)=", EXAMPLE, re.M)) | {"IMAGE"}
     assert set(re.findall(r"\$\{(\w+)\}", text)) <= given
     yaml = pytest.importorskip("yaml")
     pod = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]

@@ -103,7 +103,7 @@ class Spec:
     Attributes:
       arch: the architecture, a module of `diva_jax.models.backbones`.
       open_clip_name: the open_clip model this is, for users and exports.
-      source: where its weights are, anything that `diva_jax.weights` reads.
+      source: where its weights are: a file, folder or hub id that `diva_jax.weights` reads, or the workdir of a run.
       image_size, patch_size: pixels.
       width, layers, heads, mlp_dim: of the transformer.
       embed_dim: D of `Features`.

@@ -22,7 +22,7 @@ from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import TINY
 from diva_jax.training import checkpoint, partition, workdirs
 from diva_jax.training.sharding import make_mesh, parameter_shardings
-from diva_jax.weights import names, origins, readers
+from diva_jax.weights import names, origins, parts, readers
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,25 @@ def run(tmp_path_factory):
     checkpoints.save(7, {"params": placed, "opt": {"mu": placed}, "step": jax.numpy.int32(7)}, {}, meta)
     checkpoints.close()
     return root, params
+
+
+def test_a_run_is_a_source_of_weights(run):
+    """As `config.backbone.source=WORKDIR` or `WORKDIR:STEP`: what an export of the run has, with its own identity."""
+    root, params = run
+    expected, _ = runs.run_source(root / "work")
+    base = readers.fingerprint(origins.open_clip_source(str(root / "clip")).files)
+    for source in (f"{root}/work", f"{root}/work:7"):
+        found = origins.open_clip_source(source, "config.backbone.source")
+        equal(found.tensors, expected.tensors)
+        assert found.spec.source == source and readers.fingerprint(found.files) != base
+        tower = weights.load(source, dataclasses.replace(TINY, source=source))
+        kernel = params["vision/blocks/1/mlp/fc1/kernel"]
+        np.testing.assert_array_equal(tower.blocks[1].mlp.fc1.kernel[...], kernel)
+        assert parts.tokenizer_folder(source) == root / "clip"
+    with pytest.raises(UserError, match="use one of 7"):
+        origins.open_clip_source(f"{root}/work:8")
+    with pytest.raises(UserError, match="does not exist"):
+        origins.open_clip_source(f"{root}/nothing:7")
 
 
 def test_checkpoint_to_open_clip(run, tmp_path, capsys):

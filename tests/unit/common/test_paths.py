@@ -6,6 +6,7 @@ import stat
 
 import fsspec
 import pytest
+from etils import epath
 
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError
@@ -68,6 +69,24 @@ def test_errors_are_oserrors(tmp_path, bucket, monkeypatch):
     monkeypatch.setattr(type(bucket), "pipe_file", refuses)
     with pytest.raises(OSError, match="memory://bucket/b: RuntimeError: 403 Forbidden"):
         paths.write_whole("memory://bucket/b", "x")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    paths.check_writable(epath.Path(tmp_path / "new" / "deep"), "--workdir")
+    paths.check_writable(epath.Path("gs://bucket/runs"), "--workdir")
+    for folder in ("file", "file/deep"):
+        with pytest.raises(UserError, match=f"--workdir=.*{folder} cannot be a folder, as .*file is a file"):
+            paths.check_writable(epath.Path(tmp_path / folder), "--workdir")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # Root may write everywhere.
+    with pytest.raises(UserError, match="--workdir=.*new cannot be written, since .* cannot"):
+        paths.check_writable(epath.Path(tmp_path / "new"), "--workdir")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_demo_command_is_named_for_its_files_alone():
+    assert "diva_jax.demo --out=data/tiny" in paths.demo_hint("data/tiny/photos")
+    assert paths.demo_hint("data/tiny") and not paths.demo_hint("data/other") and not paths.demo_hint("x/data/tiny")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from records import encoded, noise, write_tar
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import files
+from diva_jax.data import files, tfds_source
 from diva_jax.data.sources import FolderSource, TfdsSource, open_source
 from diva_jax.data.tars import TarSource
 
@@ -114,7 +114,7 @@ def test_home_is_expanded(shards, monkeypatch):
         ("{tmp}/nowhere/*.tar", "matches no file"),
         ("{tmp}/shards/{{00010..00013}}.tar", r"2 files that do not exist \(.*00012.tar, .*00013.tar\)"),
         ("{tmp}/empty", "neither .tar shards nor images"),
-        ("{tmp}/notes.txt", "notes.txt is no uncompressed tar archive"),
+        ("{tmp}/notes.txt", "notes.txt' is no kind of data"),
         ("nosuch://bucket/x", "cannot be reached"),
     ],
 )
@@ -155,7 +155,9 @@ def test_remote_tars_folder_and_cache(bucket):
 def test_a_store_that_refuses(bucket, monkeypatch):
     bucket.pipe("/bucket/a.tar", b"")
     monkeypatch.setattr(type(bucket), "exists", lambda *_: (_ for _ in ()).throw(PermissionError("403 Forbidden")))
-    with pytest.raises(UserError, match="config.data.path='memory://bucket/a.tar' cannot be read .403 Forbidden"):
+    with pytest.raises(
+        UserError, match="config.data.path='memory://bucket/a.tar' cannot be read .PermissionError: 403 Forbidden"
+    ):
         open_source("memory://bucket/a.tar")
 
 
@@ -216,3 +218,33 @@ def test_bad_tfds_specs(tfds_dir, spec, complaint):
     with pytest.raises(UserError, match=complaint) as e:
         open_source(spec.format(dir=tfds_dir))
     assert "\n" not in str(e.value) and "config.data.path" in str(e.value)
+
+
+def test_files_of_another_kind_are_not_called_damaged_tars(shards, tmp_path):
+    (shards / "00000.tar").rename(tmp_path / "shard")  # A tar archive under another name is read.
+    assert names(open_source(str(tmp_path / "shard"))) == ["shard/0.jpg"]
+    for name, said in (("a.zip", "is no kind of data that is read here"), ("a.tgz", "is compressed: unpack it")):
+        (tmp_path / name).write_bytes(b"PK" + bytes(1000))
+        with pytest.raises(UserError, match=said):
+            open_source(str(tmp_path / name))
+
+
+def test_a_store_with_exceptions_of_its_own(monkeypatch):
+    class ConnectError(Exception):
+        pass
+
+    def offline(*_):
+        raise ConnectError("name or service not known")
+
+    monkeypatch.setattr(files, "is_folder", offline)
+    with pytest.raises(UserError, match="cannot be read .ConnectError: name or service not known.: check it, the netw"):
+        open_source("hf://datasets/a/b")
+    with pytest.raises(ConnectError):  # An error of this project, which is not to be hidden.
+        open_source("a/b")
+
+
+def test_long_messages_of_tfds_are_cut_after_a_sentence():
+    long = "First line.\n\n" + "A sentence of seven words is here. " * 40 + "Cut"
+    said = tfds_source._sentences(long)
+    assert said.startswith("First line. A sentence") and said.endswith("words is here") and len(said) <= 600
+    assert tfds_source._sentences("Two\nlines:") == "Two lines" and tfds_source._sentences("x" * 700).endswith("x...")

@@ -1,11 +1,15 @@
 """Rows, the progress line, and the error for numbers that are not finite."""
 
+import io
 import json
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from diva_jax.common.errors import RunError
+from diva_jax.common import log
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.training import metrics
 
 
@@ -51,6 +55,89 @@ def test_rows_past_the_checkpoint_and_torn_rows_are_dropped(tmp_path):
 @pytest.mark.parametrize("seconds, text", [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600 * 26 + 62, "26:01:02")])
 def test_duration(seconds, text):
     assert metrics.duration(seconds) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_on_a_terminal_alone(monkeypatch, capsys):
+    log.bar(0.5, "1/2")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "36")
+    log.bar(0.5, "1/2", "ETA 0:01")
+    log.say("a message")
+    log.say("another")
+    log.bar(0.75, "3/4", "ETA 0:00")
+    log.bar()
+    clear = "\r\x1b[2K"
+    half, more = f"1/2 [{'#' * 9}{'.' * 10}] ETA 0:01", f"3/4 [{'#' * 14}{'.' * 5}] ETA 0:00"
+    assert terminal.getvalue() == f"{half}{clear}a message\nanother\n{more}{clear}"
+
+
+def test_every_step_moves_the_bar_and_the_last_one_removes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    writer = metrics.Writer(tmp_path, 0, tensorboard=False)
+    progress = metrics.Progress(writer, 0, 3, every=2, images=4)
+    for step in (1, 2, 3):
+        progress.add(step, values(1.0))
+    progress.flush()
+    writer.close()
+    shown = terminal.getvalue()
+    assert "1/3 [" in shown and "2/3 [" in shown and "3/3 [" not in shown
+    assert "step 3/3" in shown.splitlines()[-1]
+    assert "[" not in (tmp_path / "log.txt").read_text()
+
+
+class FakeWandb:
+    """Takes the place of the package wandb: keeps what it is called with."""
+
+    def __init__(self):
+        self.inits, self.rows, self.finished = [], [], 0
+
+    def init(self, **kw):
+        self.inits.append(kw)
+        return self
+
+    def log(self, row, step):
+        self.rows.append((step, row))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_the_same_rows_and_one_run_per_workdir(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for step in (0, 2):
+        writer = metrics.Writer(tmp_path / "a", step, tensorboard=False, wandb="mine", config={"steps": 9})
+        writer.write(step + 1, {"loss": 1.0 + step})
+        writer.close()
+    metrics.Writer(tmp_path / "b", 0, tensorboard=False, wandb="mine").close()
+    assert fake.rows == [(1, {"loss": 1.0}), (3, {"loss": 3.0})] and fake.finished == 3
+    first, again, other = fake.inits
+    assert first == again and first["id"] != other["id"] and first["project"] == "mine" and first["resume"] == "allow"
+    assert first["config"] == {"steps": 9} and first["name"] == "a"
+
+
+def test_wandb_that_does_not_start_is_one_sentence(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    fake.init = lambda **_: 1 / 0
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match="config.log.wandb='mine'.*WANDB_MODE=offline"):
+        metrics.Writer(tmp_path, 0, tensorboard=False, wandb="mine")
+
+
+def test_long_work_says_how_long_it_takes():
+    told = []
+    with log.waiting("compiling", told.append, every=0.01):
+        while len(told) < 2:
+            time.sleep(0.01)
+    count = len(told)
+    time.sleep(0.05)
+    assert len(told) == count and told[0] == "compiling: 0 min so far"
 
 
 @pytest.mark.attack

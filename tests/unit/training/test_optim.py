@@ -14,9 +14,13 @@ from diva_jax.training import optim
 STAGE = Stage("tune", 100, 4700, 1e-4, ())
 
 
+def rate(stage: Stage, warmup: float):
+    return optim.learning_rate(stage, optim.pace(stage, warmup))
+
+
 def test_learning_rate_is_linear_then_cosine_to_zero():
     """The published schedule: ceil(0.005 * 4600) = 23 steps of warm-up from 0."""
-    lr = optim.learning_rate(STAGE, 0.005)
+    lr = rate(STAGE, 0.005)
     assert float(lr(0)) == 0.0
     np.testing.assert_allclose(lr(11), 1e-4 * 11 / 23, rtol=1e-6)
     np.testing.assert_allclose(lr(23), 1e-4, rtol=1e-6)
@@ -24,24 +28,24 @@ def test_learning_rate_is_linear_then_cosine_to_zero():
         expected = 0.5e-4 * (1 + math.cos(math.pi * (step - 23) / (4600 - 23)))
         np.testing.assert_allclose(lr(step), expected, rtol=1e-5, atol=1e-12)
     np.testing.assert_allclose(lr(4600), 0.0, atol=1e-12)
-    np.testing.assert_allclose(optim.learning_rate(STAGE, 0.0)(0), 1e-4, rtol=1e-6)
+    np.testing.assert_allclose(rate(STAGE, 0.0)(0), 1e-4, rtol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_the_shortest_stages_have_a_schedule(steps):
-    lr = optim.learning_rate(Stage("s", 0, steps, 0.5, ()), 0.9)
+    lr = rate(Stage("s", 0, steps, 0.5, ()), 0.9)
     assert max(float(lr(i)) for i in range(steps)) == 0.5
 
 
 def test_constant_schedule_and_warm_up_in_steps():
     constant = STAGE._replace(schedule="constant", warmup_steps=10)
-    lr = optim.learning_rate(constant, 0.005)
+    lr = rate(constant, 0.005)
     np.testing.assert_allclose([float(lr(i)) for i in (0, 3, 10, 4599)], [0, 0.3e-4, 1e-4, 1e-4], rtol=1e-6)
-    lr = optim.learning_rate(constant._replace(warmup_steps=0), 0.005)
+    lr = rate(constant._replace(warmup_steps=0), 0.005)
     np.testing.assert_allclose([float(lr(i)) for i in (0, 4599)], 1e-4, rtol=1e-6)
-    lr = optim.learning_rate(constant._replace(warmup_steps=-1), 0.005)  # A share: 23 steps.
+    lr = rate(constant._replace(warmup_steps=-1), 0.005)  # A share: 23 steps.
     np.testing.assert_allclose([float(lr(i)) for i in (11, 23)], [1e-4 * 11 / 23, 1e-4], rtol=1e-6)
-    lr = optim.learning_rate(STAGE._replace(warmup_steps=46), 0.005)  # Then cosine.
+    lr = rate(STAGE._replace(warmup_steps=46), 0.005)  # Then cosine.
     np.testing.assert_allclose([float(lr(i)) for i in (23, 46)], [0.5e-4, 1e-4], rtol=1e-6)
     assert float(lr(4599)) < 1e-9
 
@@ -59,7 +63,7 @@ def test_stages_have_the_schedule_of_the_config_where_they_give_none():
 def one_update(params, grads, **fields):
     c = config.default().optim.unlock()
     c.update(fields)
-    tx = optim.optimizer(c, Stage("s", 0, 10, 0.5, ()), dict.fromkeys(params, 1.0))
+    tx = optim.optimizer(c, rate(Stage("s", 0, 10, 0.5, ()), c.warmup), dict.fromkeys(params, 1.0))
     updates, _ = tx.update(grads, tx.init(params), params)
     return updates
 
@@ -97,8 +101,8 @@ def test_weight_decay_of_every_tensor_but_those_named(name):
 
 
 def test_a_stage_may_have_a_rate_of_its_own():
-    lr = optim.learning_rate(STAGE._replace(rate=lambda step: 7.0 + step), 0.5)
-    assert (lr(0), lr(3)) == (7.0, 10.0)
+    lr = rate(STAGE._replace(rate=lambda step, pace: pace.warm + step), 0.5)
+    assert (lr(0), lr(3)) == (2300, 2303)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

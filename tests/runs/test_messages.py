@@ -1,0 +1,81 @@
+"""What the training command prints for help, and for input that is not good: one line that says what to do."""
+
+import json
+import subprocess
+import sys
+
+import commands
+import pytest
+from places import ROOT, SUPPORT
+
+TINY = ("--config=tiny", "--workdir=run")
+# Arguments -> what the line must contain.
+REFUSED = {
+    "a misspelt field": ((*TINY, "--config.optim.lrr=3"), "no field lrr; did you mean lr?"),
+    "an unknown section": ((*TINY, "--config.nonsense.a=3"), "--config.nonsense.a=3: the config has no field nonsense"),
+    "one number for a pair": ((*TINY, "--config.data.crop.scale=0.5"), "config.data.crop.scale=(0.5,) must be two"),
+    "no demo data": (TINY, "config.data.path='data/tiny/photos' does not exist: python -m diva_jax.demo"),
+    "no demo weights": ((*TINY, "--config.data.path=photo.jpg"), "clip' does not exist: python -m diva_jax.demo"),
+    "another kind of file": ((*TINY, "--config.data.path=a.zip"), "config.data.path='a.zip' is no kind of data"),
+    "a compressed archive": ((*TINY, "--config.data.path=a.tar.gz"), "is compressed: unpack it to .tar"),
+    "a table without images": ((*TINY, "--config.data.path=t.csv"), "t.csv has no column image"),
+    "a workdir that is a file": (("--config=tiny", "--workdir=a.zip"), "--workdir=a.zip cannot be a folder"),
+    "a config that is not there": (("--config=vitl15", "--workdir=run"), "the name of a config: custom, "),
+    "an unknown model": (("--config=custom:ViT-B-17", "--workdir=run"), "names are ViT-B-32, "),
+    "a name with a typing error in Python": (
+        ("--config=broken.py", "--workdir=run"),
+        "error: flag --config=broken.py: TypeError",
+    ),
+    "wandb is not installed": ((*TINY, "--config.log.wandb=p"), "pip install 'diva_jax[wandb]'"),
+    "no task": ((*TINY, "--config.eval.data=drift=a,nothing=b", "--config.eval.every=1"), "the task nothing"),
+}
+SHOWN = {
+    "help": (("--help",), ("usage: diva-command", "--workdir", "--init_from", "JAX_COORDINATOR_ADDRESS")),
+    "fields": (
+        ("--config=tiny", "--config.steps=7", "--config.eval.data=drift=a,mmvp=b", "--help"),
+        (
+            "--config.steps=7\n      Optimizer steps",
+            "--config.eval.data=('drift=a', 'mmvp=b')",
+            "--config.diva.draws=2",
+        ),
+    ),
+    "version": (("--version",), ("diva_jax 0.1.0, jax ",)),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """The name of a case -> its (exit code, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("empty")
+    for name in ("a.zip", "a.tar.gz", "photo.jpg"):
+        (folder / name).write_text("nothing")
+    (folder / "t.csv").write_text("a,b\n1,2\n")
+    (folder / "broken.py").write_text("def get_config():\n    return 1 + 'a'\n")
+    cases = {name: arguments for name, (arguments, _) in (REFUSED | SHOWN).items()}
+    process = commands.launch(sys.executable, f"{SUPPORT}/forked.py", "main", cwd=folder, stdin=subprocess.PIPE)
+    out, err = process.communicate(json.dumps(list(cases.values())), timeout=400)
+    assert process.returncode == 0, err
+    assert sorted(p.name for p in folder.iterdir()) == ["a.tar.gz", "a.zip", "broken.py", "photo.jpg", "t.csv"]
+    return dict(zip(cases, json.loads(out.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(ended, case):
+    code, out, err = ended[case]
+    assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: "), (out, err)
+    assert REFUSED[case][1] in err and "Traceback" not in err and "Traceback" not in out
+
+
+@pytest.mark.parametrize("case", SHOWN)
+def test_shown(ended, case):
+    code, out, err = ended[case]
+    assert code == 0 and not err
+    for text in SHOWN[case][1]:
+        assert text in out
+    assert "absl" not in out and "--pdb" not in out
+
+
+def test_every_config_of_the_repository_is_found_by_name():
+    assert {f.name for f in (ROOT / "diva_jax/configs").glob("*.py")} == {
+        f.name for f in (ROOT / "configs").glob("*.py")
+    }
