@@ -171,7 +171,7 @@ class Evaluator:
                 "data": task.data,
                 "count": task.count,
                 "items": task.items,
-                "metrics": task.metrics,
+                "metrics": {m: {"better": "higher", **info} for m, info in task.metrics.items()},
                 "weights": {label: o.results for label, o in outcomes},
                 "comparisons": comparisons,
             }
