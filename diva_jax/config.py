@@ -96,7 +96,8 @@ def default(
     c.ema.decay = 0.0
 
     c.data = ConfigDict()
-    c.data.path = ""  # Tar shards (a folder, a glob, {00000..00331}.tar), an image folder, or tfds:name/split.
+    # Tar shards (a folder, a glob, {00000..00331}.tar), images, a table, tfds:name/split, or mix:...; see docs/DATA.md.
+    c.data.path = ""
     c.data.image_size = 512  # The crop's side: the VAE's resolution [pixels].
     c.data.crop = ConfigDict()
     c.data.crop.scale = (0.9, 1.0)  # Of the image's area.
