@@ -111,6 +111,7 @@ def write_all(out: Path) -> None:
 
     pack_photos(out / "photos")
     write_clip(out / "clip", TINY)
+    write_byte_tokenizer(out / "clip")
     write_stable_diffusion(out / "stable-diffusion", presets.preset("tiny"))
 
 

@@ -10,17 +10,18 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 
-_OWN = Path(__file__).parents[1] / "configs"
+# Of the package, and of a clone.
+_OWN = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 
 
 def _file(name: str) -> Path:
     """Returns a config file: a path, or the name of a config of this package."""
     path = Path(name).expanduser()
-    own = _OWN / f"{path.name.removesuffix('.py')}.py"
     if path.is_file():
         return path
-    if path.parent.name in ("", "configs") and own.is_file():
-        return own
+    for folder in _OWN if path.parent.name in ("", "configs") else ():
+        if (own := folder / f"{path.name.removesuffix('.py')}.py").is_file():
+            return own
     raise UserError(f"the config {name!r} does not exist: give a ConfigDict, or the path of a file such as tiny.py")
 
 
