@@ -16,7 +16,7 @@ from diva_jax.training.step import train_step
 
 @pytest.fixture(scope="module")
 def loss():
-    return diva_jax.objective(config.default(objective="linear_objective"), {"batch_size": 8})
+    return diva_jax.objective(config.default(objective="outside.linear_objective"), {"batch_size": 8})
 
 
 def test_it_is_the_loss_and_the_gradient_of_training(loss):
