@@ -196,19 +196,18 @@ def test_layouts_and_miou(tmp_path, name):
 
 
 def bilinear(table, height, width):
-    """Half-pixel centres, edges repeated."""
-    out = np.zeros((height, width, table.shape[-1]))
-    old = table.shape[:2]
-    for i in range(height):
-        for j in range(width):
-            y = np.clip((i + 0.5) * old[0] / height - 0.5, 0, old[0] - 1)
-            x = np.clip((j + 0.5) * old[1] / width - 0.5, 0, old[1] - 1)
-            y0, x0 = int(y), int(x)
-            y1, x1 = min(y0 + 1, old[0] - 1), min(x0 + 1, old[1] - 1)
-            top = table[y0, x0] * (1 - (x - x0)) + table[y0, x1] * (x - x0)
-            bottom = table[y1, x0] * (1 - (x - x0)) + table[y1, x1] * (x - x0)
-            out[i, j] = top * (1 - (y - y0)) + bottom * (y - y0)
-    return out
+    """Half-pixel centres, edges repeated: each pixel from its four neighbours."""
+
+    def sides(new, old):
+        at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        first = at.astype(int)
+        return first, np.minimum(first + 1, old - 1), at - first
+
+    (y0, y1, dy), (x0, x1, dx) = sides(height, table.shape[0]), sides(width, table.shape[1])
+    dy, dx = dy[:, None, None], dx[None, :, None]
+    top = table[y0][:, x0] * (1 - dx) + table[y0][:, x1] * dx
+    bottom = table[y1][:, x0] * (1 - dx) + table[y1][:, x1] * dx
+    return top * (1 - dy) + bottom * dy
 
 
 def test_class_lists():
