@@ -60,17 +60,18 @@ def findings(results: dict[str, Any]) -> list[Finding]:
 
     These are the differences with an interval in each task's first metric, the last weights first. If there are two
     sets of weights, all metrics of tasks with at most three metrics are included. If there are no such differences,
-    the scores themselves are returned.
+    those without an interval are returned, and if there are none at all, the scores themselves.
     """
-    out, doubted = [], results["doubted"]
+    known, others = [], []
     for task in results["tasks"].values():
         names = list(task["metrics"])
         names = names if len(names) <= 3 and len(results["weights"]) == 2 else names[:1]
         for c in reversed(task.get("comparisons", [])):
             for m in names:
-                if c["scores"].get(m, {}).get("interval") and "difference" in c["scores"][m]:
-                    out.append(_finding(task, c, m, len(results["weights"]) > 2, c["after"] in doubted))
-    return out or _alone(results)
+                if "difference" in (d := c["scores"].get(m, {})):
+                    found = _finding(task, c, m, len(results["weights"]) > 2, c["after"] in results["doubted"])
+                    (known if d.get("interval") else others).append(found)
+    return known or others or _alone(results)
 
 
 def _finding(task: dict, c: dict, metric: str, several: bool, doubted: bool) -> Finding:

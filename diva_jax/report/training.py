@@ -29,7 +29,8 @@ def finding(run: Run) -> Finding:
         return Finding(far, "no loss logged", "")
     some = max(1, len(loss) // 20)
     first, now = fmean(loss[:some]), fmean(loss[-some:])
-    figures = f"loss {wording.compact(first)}\u00a0→\u00a0{wording.compact(now)}"
+    decimals = wording.places((first, now), "")
+    figures = "loss " + "\u00a0→\u00a0".join(wording.number(v, "", decimals) for v in (first, now))
     return Finding(far, figures, f"Means over the first and the last {some} of {len(loss)} logged rows.")
 
 

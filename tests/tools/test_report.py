@@ -168,7 +168,7 @@ def test_a_workdir(tmp_path):
     text = Page(page).text
     loss = [json.loads(line).get("loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     loss = [v for v in loss if v is not None]
-    assert f"loss {np.mean(loss[:23]):.3g} → {np.mean(loss[-23:]):.3g}" in text and "step 4,600 of 4,600" in text
+    assert f"loss {np.mean(loss[:23]):.3f} → {np.mean(loss[-23:]):.3f}" in text and "step 4,600 of 4,600" in text
     assert str(loss[-1]) in [attrs.get("title") for attrs in Page(page).all("b")]
     assert {p.stem for p in pngs} >= {"training-loss", "training-grad_norm", "training-feedback-gap_other"}
     assert "feedback/gap_other is not different from zero" in text

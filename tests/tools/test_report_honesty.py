@@ -147,6 +147,15 @@ def test_an_interval_of_width_zero_is_none(tmp_path):
     assert not [a for a in alarms.of(inputs.read(tmp_path / "run")) if a.title == "Feedback is noise"]
 
 
+def test_differences_without_an_interval_are_still_differences(tmp_path):
+    task = samples.drift_task()
+    scores = task["comparisons"][0]["scores"]
+    scores["effective_rank"] = {"difference": -33.2, "interval": None, "mcnemar": None}
+    page = page_of(tmp_path, drift=task).replace("\u00a0", " ")
+    assert "<span>Drift, effective rank:</span> 231 → 198 <small>(−33)</small>" in page
+    assert "This difference has no interval, so chance cannot be excluded." in page and "no other weights" not in page
+
+
 def test_numbers_of_a_row_have_the_same_decimals():
     assert wording.places([0.2043, 0.1941, None], "") == 3 and wording.places([231.4, 4.1], "") == 0
     assert wording.places([19.26, 25.9], "%") == 1 and wording.places([1e-7], "") is None
