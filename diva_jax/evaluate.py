@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from diva_jax.common import cli, paths
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, printable
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file of the backbone; --config.eval.FIELD=VALUE sets an option."
@@ -34,12 +34,14 @@ def main() -> None:
     # Slow imports come after the flags have been checked.
     import jax
 
+    from diva_jax import config as configs
     from diva_jax.evals import evaluator, results
 
+    configs.check_runs(_WEIGHTS.value)
     found, rows = evaluator.run(config, _WEIGHTS.value, evaluator.data_of(_TASK.value, _DATA.value))
     if jax.process_index() == 0:
         results.write(out, found, rows)
-        print(results.table(found["tasks"]), flush=True)
+        print(printable(results.table(found["tasks"])), flush=True)
         print(f"wrote {_OUT.value}/results.json and predictions.csv in {found['seconds']} s", flush=True)
 
 

@@ -41,9 +41,12 @@ def main() -> None:
 
     # Only one image is encoded, and the reference is computed in float32.
     jax.config.update("jax_platforms", "cpu")
+    from diva_jax import config as configs
     from diva_jax.export import publish
     from diva_jax.models.backbones import spec_of
 
+    if _WORKDIR.value:
+        configs.check_runs([_WORKDIR.value])
     spec = spec_of(cli.config_of(_CONFIG)) if _SOURCE.value and _CONFIG.value is not None else None
     publish.export(
         _WORKDIR.value or _SOURCE.value,

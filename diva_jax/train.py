@@ -139,7 +139,7 @@ class Run:
         kind = self.mesh.devices.flat[0].device_kind
         lines = [
             f"{c.objective}: {self.total:,} steps x {c.batch_size:,} images = {epochs:.3g} epochs of the {images:,} "
-            f"images in {c.data.path}",
+            f"images in {paths.without_secrets(c.data.path)}",
             f"{self.mesh.size} x {kind}, mesh data {shape['data']} x fsdp {shape['fsdp']}; computes in {c.dtype}, "
             f"frozen weights in {c.frozen_dtype}",
             *(f"{prefix} from {part.source}" for prefix, part in objective.pretrained().items()),

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from diva_jax import config as checks
 from diva_jax import train as loop
 from diva_jax.api import configs
 from diva_jax.common import paths
@@ -78,6 +79,7 @@ def evaluate(
     if not data:
         raise UserError("data is empty: give {task: path}, e.g. {'mmvp': 'data/MMVP_VLM'}")
     out = None if out is None else paths.local(os.fspath(out), "out")
+    checks.check_runs(weights)
     found, rows = evaluator.run(configs.read(config, fields), weights, {t: os.fspath(p) for t, p in data.items()})
     if out is not None and jax.process_index() == 0:
         results.write(out, found, rows)
@@ -112,5 +114,6 @@ def export(
     source, out, run = os.fspath(source), os.fspath(out), workdirs.is_run(source)
     if step is not None and not run:
         raise UserError(f"step={step} is for the workdir of a run, which {source} is not: leave it out")
+    checks.check_runs([source])
     publish.export(source, out, format, dtype, publish.Options(**options), run=run, step=step)
     return out

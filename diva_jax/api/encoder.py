@@ -190,5 +190,6 @@ def load(
     Raises:
       UserError: the source is missing, invalid, or of another architecture than `spec`.
     """
+    configs.check_runs([os.fspath(source)])
     source, step = encoders.resolve(os.fspath(source))
     return Encoder(source, step, _config(source, step, spec), batch_size, dtype)

@@ -8,6 +8,7 @@ every P-th of them from the p-th on, so that any number of processes together se
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import logging
 import math
@@ -21,11 +22,18 @@ import numpy as np
 from diva_jax.common.errors import RunError, UserError, printable
 from diva_jax.data import crop, images, sources
 from diva_jax.data.inputs import Example, Input
-from diva_jax.data.records import Source
+from diva_jax.data.records import Record, Source
 
 logger = logging.getLogger(__name__)
 
 _FOREVER = 2**62  # Positions; more than any run has.
+_PAUSES = (0.2, 1.0, 5.0)  # Seconds before a read that failed is tried again.
+# Numbers of errors that say nothing of the data: of networks, of disks, and of a lack of memory or descriptors.
+_TRANSIENT = frozenset(
+    getattr(errno, name)
+    for name in "EIO EAGAIN EINTR ESTALE ETIMEDOUT ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ECONNRESET ECONNABORTED "
+    "ECONNREFUSED ENOTCONN EPIPE ENOMEM EMFILE ENFILE EREMOTEIO".split()
+)
 _NAMED = 20  # Broken images that the log names; further ones are only counted.
 _LOOK_EVERY = 0.5  # Seconds between two looks at whether a wait shall end.
 _JUDGED_FROM = 10  # Broken reads up to which the share is not judged: the first image may be a broken one.
@@ -143,15 +151,31 @@ class Examples:
                     return {**arrays, "row": np.int32(position % self._global_batch)}
         raise RunError(f"not one of the {n} images of config.data.path can be read: the log says why")
 
+    def _record(self, i: int) -> Record:
+        """Reads record i; what may be the fault of a network or a disk is tried again, a few times."""
+        for pause in _PAUSES:
+            try:
+                return self._source.read(i, with_text=self._needs_text)
+            except OSError as e:
+                if e.errno not in _TRANSIENT:
+                    raise
+            time.sleep(pause)
+        return self._source.read(i, with_text=self._needs_text)
+
     def _read(self, i: int, memory: contextlib.ExitStack):
         """(decoded image, text) of record i, or None where it is broken; `memory` holds what it needs."""
         self._reading[threading.get_ident()] = printable(self._source.name(i)), time.monotonic()
         try:
-            record = self._source.read(i, with_text=self._needs_text)
+            record = self._record(i)
             if self._needs_text and not (record.text and record.text.strip()):
                 raise ValueError("it has no caption")
             memory.enter_context(self._memory.reserve(record.image))
             image = images.decode(record.image)
+        except MemoryError as e:
+            raise RunError(
+                f"memory ran out while {printable(self._source.name(i))} was read: lower config.data.threads, "
+                "config.data.prefetch or config.data.decode_gib"
+            ) from e
         except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, zlib.error, ... on bad files.
             self._broken.add(self._locate(i), self._source.name(i), str(e) or type(e).__name__)
             return None

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diva_jax.common import paths
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.weights import readers
 from diva_jax.weights.origins import ClipSource
@@ -89,7 +90,7 @@ def card(
     if provenance is not None:
         config = json.dumps(provenance["config"], indent=1)
         lines += ["<details><summary>Config of the run</summary>", "", "```json", config, "```", "", "</details>", ""]
-    return "\n".join(lines)
+    return paths.without_secrets("\n".join(lines))
 
 
 def _metadata(spec: Spec, fmt: str, library: str, method: str, license: str, base_model: str) -> list[str]:

@@ -37,7 +37,7 @@ def sections(task: dict[str, Any]) -> list[Section]:
 
 
 def _card(f: dict[str, Any], items: str, thumbnails: dict[str, str]) -> str:
-    head = f"{items.removesuffix('s').capitalize()} {f['item']}"
+    head = f"{items.removesuffix('s').capitalize()} {f.get('item', '')}"
     head = f"<header><b>{escape(head)}</b> {escape(f.get('group') or '')}</header>"
     texts, images = f.get("texts", []), f.get("images", [])
     if len(texts) == len(images) == len(f.get("before", [])) == len(f.get("after", [])) == 2:

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from diva_jax.data.files import open_regular
+from diva_jax.data.images import FORMATS, MAX_PIXELS
 from diva_jax.report.sections import paragraph, swatch
 
 SIDE = 320  # Longer side of a thumbnail [pixels].
 IGNORED = 255  # Value of pixels without a class.
+_MOST = 2**20  # Pixels of a map.
 _NAMED = 16  # Classes that the legend of a strip names.
 
 
@@ -34,10 +37,12 @@ def image(path: str, thumbnails: dict[str, str]) -> str:
 def _thumbnail(path: str) -> str:
     """Returns a JPEG thumbnail as a data: URI, or "" if the file is missing or is not an image."""
     try:
-        with Image.open(path) as file:
-            file.draft("RGB", (2 * SIDE, 2 * SIDE))
-            small = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+        with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                return ""
+            picture.draft("RGB", (2 * SIDE, 2 * SIDE))
+            small = ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception:  # Pillow's plugins raise many types.
         return ""
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return _uri(small, "jpeg", quality=80)
@@ -60,9 +65,11 @@ def _decoded(encoded: str) -> np.ndarray:
     """Returns a map of class numbers, uint8 [H, W], from a PNG in base64.
 
     Raises:
-      ValueError, OSError: it is none.
+      Exception: it is none; Pillow raises many types.
     """
     with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)), formats=("PNG",)) as file:
+        if file.width * file.height > _MOST:
+            raise ValueError(f"{file.width}x{file.height} pixels are too many")
         return np.asarray(file.convert("L"))
 
 
@@ -87,9 +94,14 @@ def strips(task: dict[str, Any], labels: list[str]) -> list[str]:
         return []
     names = [c["name"] for c in task["weights"][used[0]].get("classes", [])]
     out, thumbnails = ["<h3>Pictures <small>evenly spaced over the set, not chosen by their scores</small></h3>"], {}
-    for i, first in enumerate(task["weights"][used[0]]["pictures"]):
-        truth = _decoded(first["truth"])
-        found = {w: _decoded(task["weights"][w]["pictures"][i]["predicted"]) for w in used}
+    for i, shown in enumerate(zip(*(task["weights"][w]["pictures"] for w in used), strict=False)):
+        first = shown[0]
+        try:
+            truth = _decoded(first["truth"])
+            found = {w: _decoded(p["predicted"]) for w, p in zip(used, shown, strict=True)}
+        except Exception:  # See `_decoded`.
+            out.append(paragraph(f"Picture {i + 1} of results.json cannot be read.", "fine"))
+            continue
         figures = [
             _figure(image(first["image"], thumbnails), "image"),
             _figure(_map(truth, names, "truth"), "truth"),

@@ -121,7 +121,10 @@ def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict
     found = _run_config(paths.folder(workdir, field))
     if found is None:
         raise UserError(f"{field}={workdir} holds no run: give the --workdir of python -m diva_jax.main")
-    return ConfigDict(found)
+    try:
+        return ConfigDict(found)
+    except (TypeError, ValueError, AttributeError, KeyError) as e:  # Of names that no field can have.
+        raise UserError(f"{field}={workdir}: config.json is not the config of a run ({paths.reason(e)})") from e
 
 
 def choose_step(workdir: epath.PathLike, step: int | None = None, given: str = "") -> int:
@@ -260,7 +263,12 @@ class RunAt:
     def program(self) -> Program:
         """The run's program, on one device of the host."""
         config = self.config.copy_and_resolve_references()
-        return Program(config, Mesh(np.asarray([[_host()]]), ("data", "fsdp")))
+        try:
+            return Program(config, Mesh(np.asarray([[_host()]]), ("data", "fsdp")))
+        except (AttributeError, KeyError, TypeError, ValueError) as e:  # A field is missing, or cannot be used.
+            raise UserError(
+                f"{self.workdir}/config.json does not describe a run of this version ({paths.reason(e)}): restore it"
+            ) from e
 
     @functools.cached_property
     def _restored(self) -> tuple[dict[str, jax.Array], dict]:

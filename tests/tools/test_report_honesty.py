@@ -218,3 +218,6 @@ def test_strips_of_a_segmentation(tmp_path):
     assert pixels.shape == (60, 120, 3) and tuple(pixels[0, 60]) == cat and tuple(pixels[0, -1]) == (225, 225, 225)
     assert len({pictures.colour(i, "") for i in range(171)}) == 171
     assert pictures.strips(samples.mmvp_task([]), [samples.BEFORE]) == []
+    for damaged in ("", "no base64!", base64.b64encode(b"no picture").decode()):
+        task["weights"][samples.AFTER]["pictures"][0]["predicted"] = damaged
+        assert "Picture 1 of results.json cannot be read." in pictures.strips(task, [samples.BEFORE, samples.AFTER])[1]
