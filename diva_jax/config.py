@@ -5,6 +5,7 @@ line changes single fields (`--config.optim.lr=3e-4`).
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from diva_jax.common.fields import between, one_of, pair, whole
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared import limits
 from diva_jax.models.diffusion import presets
-from diva_jax.training import compiler, optim
+from diva_jax.training import compiler, optim, workdirs
 from diva_jax.training.workdirs import WHOLE
 
 
@@ -97,7 +98,8 @@ def default(
     c.ema.decay = 0.0
 
     c.data = ConfigDict()
-    c.data.path = ""  # Tar shards (a folder, a glob, {00000..00331}.tar), an image folder, or tfds:name/split.
+    # Tar shards (a folder, a glob, {00000..00331}.tar), images, a table, tfds:name/split, or mix:...; see docs/DATA.md.
+    c.data.path = ""
     c.data.image_size = 512  # The crop's side: the VAE's resolution [pixels].
     c.data.crop = ConfigDict()
     c.data.crop.scale = (0.9, 1.0)  # Of the image's area.
@@ -293,6 +295,19 @@ def validate(config: ConfigDict, devices: int) -> None:
             f"config.batch_size={config.batch_size} cannot be divided by {devices} devices x "
             f"{config.accum} micro-batches (config.accum): use {near}"
         )
+
+
+def check_runs(sources: Iterable[str]) -> None:
+    """`check_stored` of every run among sources of weights, WORKDIR or WORKDIR:STEP; others are passed over.
+
+    Raises:
+      UserError: as `check_stored`.
+    """
+    for source in sources:
+        head, _, tail = source.rpartition(":")
+        workdir = head if tail.isdigit() and workdirs.is_run(head) else source
+        if workdirs.is_run(workdir):
+            check_stored(workdirs.read_config(workdir), workdir)
 
 
 def check_stored(config: ConfigDict, where: str) -> None:

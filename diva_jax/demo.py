@@ -113,6 +113,7 @@ def write_all(out: Path) -> None:
     pack_photos(out / "photos")
     print(f"writing a tiny CLIP to {out / 'clip'}", flush=True)
     write_clip(out / "clip", TINY)
+    write_byte_tokenizer(out / "clip")
     print(f"writing a tiny Stable Diffusion to {out / 'stable-diffusion'}", flush=True)
     write_stable_diffusion(out / "stable-diffusion", presets.preset("tiny"))
 

@@ -7,8 +7,6 @@ the last. The first one is compared with each of the others. Options are fields 
 and the files that are written to DIR.
 """
 
-import time
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -37,29 +35,14 @@ def main() -> None:
     # Slow imports come after the flags have been checked.
     import jax
 
-    from diva_jax.evals import encoders, evaluator, results
-    from diva_jax.training import sharding, workdirs
+    from diva_jax.evals import evaluator, results
 
-    mesh = sharding.make_mesh(config.mesh)
-    began = time.perf_counter()
-    runner = evaluator.Evaluator(config, mesh, evaluator.data_of(_TASK.value, _DATA.value))
-    given = [encoders.resolve(source) for source in _WEIGHTS.value]
-    for source, step in given:
-        if step is not None:
-            configs.check_stored(workdirs.read_config(source), source)
-    labels, found = evaluator.labels_of(*zip(*given, strict=True)), []
-    for label, loaded in encoders.each(given, labels, config, mesh):
-        model = runner.model(label, loaded)
-        found.append((label, runner.evaluate(model)))
-        del loaded, model  # Only one set of weights is on the devices at a time.
-    tasks, rows = runner.report(found)
+    configs.check_runs(_WEIGHTS.value)
+    found, rows = evaluator.run(config, _WEIGHTS.value, evaluator.data_of(_TASK.value, _DATA.value))
     if jax.process_index() == 0:
-        listed = [{"label": n, "source": s, "step": t} for n, (s, t) in zip(labels, given, strict=True)]
-        about = results.about(config, runner.options)
-        took = {"seconds": round(time.perf_counter() - began, 1)}
-        results.write(out, about | took | {"weights": listed, "tasks": tasks}, rows)
-        print(printable(results.table(tasks)), flush=True)
-        print(f"wrote {_OUT.value}/results.json and predictions.csv in {took['seconds']} s", flush=True)
+        results.write(out, found, rows)
+        print(printable(results.table(found["tasks"])), flush=True)
+        print(f"wrote {_OUT.value}/results.json and predictions.csv in {found['seconds']} s", flush=True)
 
 
 def entry() -> None:

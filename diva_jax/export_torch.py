@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from diva_jax import config as configs
-from diva_jax.common import cli, paths
+from diva_jax.common import cli
 from diva_jax.common.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of the run to export.")
@@ -24,16 +24,10 @@ _FORMAT = flags.DEFINE_enum("format", "open_clip", ("open_clip", "hf", "pt"), "T
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A folder with the tokenizer's files, in place of the source's.")
 _STEP = flags.DEFINE_integer("step", None, "The step of the checkpoint in --workdir; the default is the newest.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16", "bfloat16"), "The dtype of the exported weights.")
-
-
-def _from_source():
-    from diva_jax.models.backbones import spec_of
-    from diva_jax.weights import origins
-
-    source = origins.open_clip_source(_SOURCE.value)
-    if _CONFIG.value is not None:
-        return source, spec_of(cli.config_of(_CONFIG))
-    return source, source.described(_SOURCE.value)
+_LICENSE = flags.DEFINE_string("license", "", "The card's license, as the hub has them: mit, apache-2.0, ...")
+_BASE = flags.DEFINE_string("base_model", "", "The card's base model; the default is the source, if it is a hub id.")
+_RESULTS = flags.DEFINE_string("results", "", "A results.json of diva_jax.evaluate, whose scores the card then has.")
+_HUB = flags.DEFINE_string("push_to_hub", "", "USER/NAME of a hub repository, to which the export is then pushed.")
 
 
 def main() -> None:
@@ -47,23 +41,22 @@ def main() -> None:
 
     # Only one image is encoded, and the reference is computed in float32.
     jax.config.update("jax_platforms", "cpu")
-    from diva_jax.export import cards, layouts, runs, vocabulary
-    from diva_jax.training import workdirs
-    from diva_jax.weights import writers
+    from diva_jax.export import publish
+    from diva_jax.models.backbones import spec_of
 
-    out = paths.local(_OUT.value, "--out")
-    writers.refuse_taken(out)
     if _WORKDIR.value:
-        configs.check_stored(workdirs.read_config(_WORKDIR.value), _WORKDIR.value)
-        source, provenance = runs.run_source(_WORKDIR.value, _STEP.value)
-        spec = source.spec
-    else:
-        (source, spec), provenance = _from_source(), None
-    if _TOKENIZER.value:
-        source = vocabulary.add(source, spec, _TOKENIZER.value)
-    notes = [n for n in (vocabulary.note(source, spec, _FORMAT.value),) if n]
-    card = cards.card(source, spec, _FORMAT.value, _DTYPE.value, provenance, notes)
-    layouts.export(source, spec, out, _FORMAT.value, dtype=_DTYPE.value, card=card)
+        configs.check_runs([_WORKDIR.value])
+    spec = spec_of(cli.config_of(_CONFIG)) if _SOURCE.value and _CONFIG.value is not None else None
+    publish.export(
+        _WORKDIR.value or _SOURCE.value,
+        _OUT.value,
+        _FORMAT.value,
+        _DTYPE.value,
+        publish.Options(_LICENSE.value, _BASE.value, _RESULTS.value, _HUB.value, _TOKENIZER.value or ""),
+        run=bool(_WORKDIR.value),
+        step=_STEP.value,
+        spec=spec,
+    )
 
 
 def entry() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from diva_jax import config as configs
-from diva_jax.common import log, paths
+from diva_jax.common import calls, log, paths
 from diva_jax.common.errors import RunError
 from diva_jax.common.log import say
 from diva_jax.costs import chips
@@ -347,3 +347,6 @@ class _Loop:
             if self.step % run.config.checkpoint.every == 0:
                 self.progress.flush()
                 self._save()
+
+
+calls.make_callable(__name__, "diva_jax.api:train")

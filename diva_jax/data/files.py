@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 WHAT = (
     "a .tar shard, a pattern like {00000..00331}.tar, a folder of shards or of images, a .csv, .tsv or .parquet file, "
-    "a folder of save_to_disk, or tfds:name/split"
+    "a folder of save_to_disk, tfds:name/split, or mix:WEIGHT=PATH;WEIGHT=PATH of these"
 )
 # Kind of data -> suffixes of its files, in the order in which a folder's files are looked through: img2dataset writes
 # a .parquet file of metadata beside each shard and each folder of images, for example.

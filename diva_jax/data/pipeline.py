@@ -53,7 +53,7 @@ class Broken:
         self.max_share = max_share
         self._lock = threading.Lock()
         self._read = self._failed = 0
-        self._records: set[int] = set()
+        self._records: set = set()
 
     @property
     def count(self) -> int:
@@ -64,8 +64,13 @@ class Broken:
         with self._lock:
             self._read += 1
 
-    def add(self, record: int, name: str, reason: str) -> None:
+    def add(self, record, name: str, reason: str) -> None:
         """Counts a record that could not be read; the first time, the log names it.
+
+        Args:
+          record: its number, or anything hashable that stands for it.
+          name: its name.
+          reason: why it could not be read.
 
         Raises:
           RunError: there are too many.
@@ -104,6 +109,7 @@ class Examples:
         self, source: Source, config, inputs: Mapping[str, Input], seed: int, global_batch: int, broken: Broken
     ):
         self._source, self._broken, self._seed, self._global_batch = source, broken, seed, global_batch
+        self._locate = getattr(source, "locate", int)  # A mixture has some records in several slots.
         self._memory = images.Memory(int(config.decode_gib * 2**30))
         self._reading: dict[int, tuple[str, float]] = {}  # By thread: the record that it reads, and since when.
         self._scale, self._ratio = tuple(config.crop.scale), tuple(config.crop.ratio)
@@ -171,7 +177,7 @@ class Examples:
                 "config.data.prefetch or config.data.decode_gib"
             ) from e
         except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, zlib.error, ... on bad files.
-            self._broken.add(i, self._source.name(i), str(e) or type(e).__name__)
+            self._broken.add(self._locate(i), self._source.name(i), str(e) or type(e).__name__)
             return None
         finally:
             del self._reading[threading.get_ident()]

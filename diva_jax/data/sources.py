@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from urllib.parse import parse_qsl
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.log import say
 from diva_jax.common.paths import is_remote, reason
-from diva_jax.data import files
+from diva_jax.data import files, mixture
 from diva_jax.data.records import Record, Source
 from diva_jax.data.tables import open_tables
 from diva_jax.data.tars import TarSource
@@ -87,6 +88,17 @@ def split_options(path: str) -> tuple[str, dict[str, str]]:
     return match[1], options
 
 
+def _mixture(path: str, cache_dir: str | None, quiet: bool) -> Source:
+    weights, paths = zip(*mixture.split(path), strict=True)
+    if nested := [p for p in paths if p.startswith(mixture.PREFIX)]:
+        raise UserError(f"config.data.path={path!r}: {nested[0]!r} is a mixture in a mixture: write its parts instead")
+    found = mixture.MixtureSource([open_source(p, cache_dir, quiet) for p in paths], weights, path)
+    if not quiet:
+        for part, line in zip(paths, found.describe(), strict=True):
+            say(f"{part}: {line}")
+    return found
+
+
 def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) -> Source:
     """Opens a data path.
 
@@ -97,12 +109,15 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
         - A .csv, .tsv or .parquet file, a pattern, or a folder with them; a folder that Hugging Face's `save_to_disk`
           has written. `?image=COLUMN&text=COLUMN` chooses the columns.
         - `tfds:name/split`, see `TfdsSource`.
+        - `mix:WEIGHT=PATH;WEIGHT=PATH` of any of these, see `MixtureSource`.
       cache_dir: folder for the index of tar shards; None: no cache.
       quiet: report neither progress nor damaged shards, as for all processes of a run but the first.
 
     Raises:
       UserError: nothing is there, or nothing that can be read; names `config.data.path`.
     """
+    if path and path.startswith(mixture.PREFIX):
+        return _mixture(path, cache_dir, quiet)
     if path and path.startswith("tfds:"):
         return TfdsSource(path)
     path, options = split_options(path) if path else (path, {})

@@ -67,6 +67,7 @@ class Task(abc.ABC):
       data: absolute path or spec of the data.
       count, items: how many of what ("pairs", "images").
       metrics: name -> {"title", "unit"} of everything that `evaluate` and `compare` report; final once `bind` returns.
+        "better" may say which values are better: "higher", where it is missing, "lower", or "" where neither is.
       texts: every text whose embedding `evaluate` will ask for.
       compared_in_training: whether the train loop also logs how the scores differ from those of the encoder that the
         run began with. (`python -m diva_jax.evaluate` always compares.)

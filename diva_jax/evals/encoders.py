@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from jax.sharding import Mesh
 
-from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.export import runs  # noqa: F401 - a run may be the source of weights.
 from diva_jax.models import backbones
@@ -41,11 +40,6 @@ class Encoder:
     borrowed: str = ""
 
 
-def is_workdir(source: str) -> bool:
-    path = paths.folder(source, "--weights")
-    return (path / "config.json").exists() and (path / "checkpoints").is_dir()
-
-
 def resolve(source: str) -> tuple[str, int | None]:
     """`"runs/a:400"` -> ("runs/a", 400), `"runs/a"` -> ("runs/a", its last step), others -> (source, None).
 
@@ -53,8 +47,8 @@ def resolve(source: str) -> tuple[str, int | None]:
       UserError: a workdir without this checkpoint, or a source that does not exist.
     """
     head, _, tail = source.rpartition(":")
-    path, step = (head, int(tail)) if tail.isdigit() and is_workdir(head) else (source, None)
-    if not is_workdir(path):
+    path, step = (head, int(tail)) if tail.isdigit() and workdirs.is_run(head) else (source, None)
+    if not workdirs.is_run(path):
         origins.locate(source, "--weights")
         return source, None
     return path, workdirs.choose_step(path, step, f"--weights={source}")

@@ -1,6 +1,7 @@
 """Runs tasks on weights and compares the results, for `python -m diva_jax.evaluate` and for the train loop."""
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from diva_jax.evals import Outcome, encoders, results
 from diva_jax.evals.encode import Model, Towers
 from diva_jax.evals.encoders import Encoder
 from diva_jax.models.backbones import spec_of
+from diva_jax.training import sharding
 from diva_jax.weights import parts
 
 
@@ -171,9 +173,38 @@ class Evaluator:
                 "data": task.data,
                 "count": task.count,
                 "items": task.items,
-                "metrics": task.metrics,
+                "metrics": {m: {"better": "higher", **info} for m, info in task.metrics.items()},
                 "weights": {label: o.results for label, o in outcomes},
                 "comparisons": comparisons,
             }
             rows += [{"task": name, **row} for row in mine]
         return tasks, rows
+
+
+def run(config, weights: Sequence[str], data: Mapping[str, str]) -> tuple[dict[str, Any], list[dict]]:
+    """Evaluates sets of weights, one after another, on all devices.
+
+    Args:
+      config: of `config.default`'s form.
+      weights: sources of weights or workdirs[:STEP], each once; the first is compared with each of the others.
+      data: task -> where its data is, see `Evaluator`.
+
+    Returns:
+      (the content of results.json, the rows of predictions.csv).
+
+    Raises:
+      UserError: data or weights are missing or invalid.
+      RunError: embeddings are not finite.
+    """
+    mesh, began = sharding.make_mesh(config.mesh), time.perf_counter()
+    runner = Evaluator(config, mesh, data)
+    given = [encoders.resolve(source) for source in weights]
+    labels, found = labels_of(*zip(*given, strict=True)), []
+    for label, loaded in encoders.each(given, labels, config, mesh):
+        model = runner.model(label, loaded)
+        found.append((label, runner.evaluate(model)))
+        del loaded, model  # Only one set of weights is on the devices at a time.
+    tasks, rows = runner.report(found)
+    listed = [{"label": n, "source": s, "step": t} for n, (s, t) in zip(labels, given, strict=True)]
+    took = {"seconds": round(time.perf_counter() - began, 1)}
+    return results.about(config, runner.options) | took | {"weights": listed, "tasks": tasks}, rows

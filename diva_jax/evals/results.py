@@ -1,18 +1,12 @@
 """The output of an evaluation: results.json, predictions.csv and the table; see docs/EVALUATION.md."""
 
 import csv
-import datetime
-import importlib.metadata
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from diva_jax import __version__
-from diva_jax.common import paths
+from diva_jax.common import machine, paths
 from diva_jax.common.errors import UserError
 
 COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
@@ -49,14 +43,10 @@ def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
       config: the whole config.
       options: the options of the scores, `Evaluator.options`.
     """
-    devices = jax.devices()
-    packages = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")
-    versions = {p: importlib.metadata.version(p) for p in packages}
     return {
         "schema": 1,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"diva_jax": __version__, "python": platform.python_version()} | versions,
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "created": machine.now(),
+        **machine.describe(),
         "config": json.loads(paths.without_secrets(config.to_json())),
         "options": options,
     }

@@ -1,11 +1,11 @@
 """Segmentation sets in their published layouts: one row of `SETS` each.
 
-A label image has one byte per pixel; `first` is the value of class 0, and values outside the classes are ignored.
+A label image has one byte per pixel, whose value is a class, or is ignored.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,19 +16,7 @@ from diva_jax.common.errors import UserError, brief
 from diva_jax.data import texts
 from diva_jax.data.files import open_regular
 from diva_jax.data.images import FORMATS, MAX_PIXELS
-
-_VOC = (
-    "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,potted plant,"
-    "sheep,sofa,train,tv monitor"
-).split(",")
-_BACKGROUND = (
-    "background, sky, wall, tree, wood, grass, road, sea, river, mountain, sand, desk, bed, building, cloud, lamp, "
-    "door, window, wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence"
-)
-_CITYSCAPES = (
-    "road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,"
-    "bus,train,motorcycle,bicycle"
-).split(",")
+from diva_jax.evals import segmentation_names as names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +27,8 @@ class Set:
       title: for the reader.
       classes: how many.
       count: of images in the validation split.
-      first: the value of class 0 in label images; smaller values are ignored.
+      values: the value of each class in label images.
+      ignored: values of pixels that are not counted.
       pairs: folder -> (image, label image) of each item.
       names: folder -> the classes, one text each, synonyms separated by commas.
     """
@@ -47,7 +36,8 @@ class Set:
     title: str
     classes: int
     count: int
-    first: int
+    values: Sequence[int]
+    ignored: Sequence[int]
     pairs: Callable[[Path], list[tuple[Path, Path]]]
     names: Callable[[Path], list[str]]
 
@@ -88,13 +78,45 @@ def _cityscapes(root: Path) -> list[tuple[Path, Path]]:
     return [(p, labels / p.parent.name / p.name.replace("_leftImg8bit.png", suffix)) for p in images]
 
 
+def _context(root: Path) -> list[tuple[Path, Path]]:
+    listed = root / "ImageSets" / "SegmentationContext" / "val.txt"
+    if not listed.is_file():
+        raise UserError(f"{listed} does not exist: give the folder VOC2010 with the files of PASCAL Context in it")
+    found = listed.read_text("utf-8").split()
+    return [(root / "JPEGImages" / f"{n}.jpg", root / "SegmentationClassContext" / f"{n}.png") for n in found]
+
+
+def _coco(suffix: str) -> Callable[[Path], list[tuple[Path, Path]]]:
+    def pairs(root: Path) -> list[tuple[Path, Path]]:
+        images = sorted((root / "images" / "val2017").glob("*.jpg"))
+        if not images:
+            raise UserError(f"{root}/images/val2017 has no .jpg: give a folder with COCO's images and annotations")
+        return [(p, root / "annotations" / "val2017" / f"{p.stem}{suffix}") for p in images]
+
+    return pairs
+
+
+def _named(found: Sequence[str]) -> Callable[[Path], list[str]]:
+    return lambda root: list(found)
+
+
+_IGNORED = (255,)
+_OBJECTS = [names.BACKGROUND.replace(" bed,", ""), *names.COCO]  # A bed is one of COCO's objects.
+_THINGS_AND_STUFF = [*names.COCO, *names.STUFF]
 SETS: dict[str, Set] = {
-    "voc20": Set("PASCAL VOC without background", 20, 1449, 1, _voc, lambda root: _VOC),
-    "voc21": Set("PASCAL VOC", 21, 1449, 0, _voc, lambda root: [_BACKGROUND, *_VOC]),
-    "ade20k": Set("ADE20K", 150, 2000, 1, _ade, _ade_names),
-    "cityscapes": Set("Cityscapes", 19, 500, 0, _cityscapes, lambda root: _CITYSCAPES),
+    "voc20": Set("PASCAL VOC without background", 20, 1449, range(1, 21), (0, 255), _voc, _named(names.VOC)),
+    "voc21": Set("PASCAL VOC", 21, 1449, range(21), _IGNORED, _voc, _named([names.BACKGROUND, *names.VOC])),
+    "context59": Set(
+        "PASCAL Context without background", 59, 5104, range(1, 60), (0, 255), _context, _named(names.CONTEXT)
+    ),
+    "context60": Set("PASCAL Context", 60, 5104, range(60), _IGNORED, _context, _named(["background", *names.CONTEXT])),
+    "ade20k": Set("ADE20K", 150, 2000, range(1, 151), (0, 255), _ade, _ade_names),
+    "coco_object": Set("COCO-Object", 81, 5000, range(81), _IGNORED, _coco("_instanceTrainIds.png"), _named(_OBJECTS)),
+    "coco_stuff": Set("COCO-Stuff", 171, 5000, names.STUFF_VALUES, _IGNORED, _coco(".png"), _named(_THINGS_AND_STUFF)),
+    "cityscapes": Set("Cityscapes", 19, 500, range(19), _IGNORED, _cityscapes, _named(names.CITYSCAPES)),
 }
-HAS_BACKGROUND = ("voc21",)  # Sets whose class 0 is what no other class is.
+_UNKNOWN = -2
+HAS_BACKGROUND = ("voc21", "context60", "coco_object")  # Sets whose class 0 is what no other class is.
 
 
 def read_names(given: str, found: Set, root: Path) -> list[list[str]]:
@@ -112,12 +134,12 @@ def read_names(given: str, found: Set, root: Path) -> list[list[str]]:
         lines = texts.read_text(Path(given).expanduser()).splitlines() if given else found.names(root)
     except UserError as e:
         raise UserError(f"config.eval.segmentation.classes={given}: {e}" if given else str(e)) from e
-    names = [[n.strip() for n in line.split(",") if n.strip()] for line in lines if line.strip()]
-    if len(names) != found.classes or not all(names):
+    synonyms = [[n.strip() for n in line.split(",") if n.strip()] for line in lines if line.strip()]
+    if len(synonyms) != found.classes or not all(synonyms):
         raise UserError(
-            f"{given or root}: {found.title} has {found.classes} classes, not {len(names)}: correct the names"
+            f"{given or root}: {found.title} has {found.classes} classes, not {len(synonyms)}: correct the names"
         )
-    return names
+    return synonyms
 
 
 @contextlib.contextmanager
@@ -167,7 +189,7 @@ def read_labels(path: Path, found: Set) -> np.ndarray:
     """The class of each pixel, int [H, W]; -1 where it is ignored.
 
     Raises:
-      UserError: the file is no label image, or a value is neither a class nor 0 nor 255.
+      UserError: the file is no label image, or a value is neither a class nor one that is ignored.
     """
     with _opened(path) as image:
         # Palettes are kept: the values are the labels.
@@ -176,8 +198,12 @@ def read_labels(path: Path, found: Set) -> np.ndarray:
                 f"{path} has the mode {image.mode}, not one byte per pixel: give the published label images"
             )
         values = np.asarray(image).astype(int)
-    labels = values - found.first
-    strange = (labels >= found.classes) & (values != 255)
-    if strange.any():
-        raise UserError(f"{path} has the unknown label {values[strange][0]}: {found.title} has {found.classes} classes")
-    return np.where((labels < 0) | (values == 255), -1, labels)
+    table = np.full(256, _UNKNOWN)
+    table[list(found.ignored)] = -1
+    table[list(found.values)] = np.arange(found.classes)
+    labels = table[values]
+    if (strange := labels == _UNKNOWN).any():
+        raise UserError(
+            f"{path} has the unknown label {values[strange][0]}: it is none of {found.title}'s {found.classes} classes"
+        )
+    return labels

@@ -180,17 +180,17 @@ def _whisker(canvas: Canvas, ends, cap: float) -> None:
         canvas.path(across, "ink", 1.2, 0.65)
 
 
-def _plot(width, title, curves, x_title, tight) -> tuple[Canvas, _Scale, _Scale, tuple[float, float]]:
+def _plot(width, title, curves, x_title, tight, linear=False) -> tuple[Canvas, _Scale, _Scale, tuple[float, float]]:
     """Draws title, legend, axes, grid and ticks of a line chart: (canvas, x scale, y scale, (top, bottom))."""
     head, top = _head(width, title, [(c.name, c.index) for c in curves])
     xs = [x for c in curves for x, _ in c.points]
     ys = [y for c in curves for _, y in c.points]
     ys += [e for c in curves for i in c.intervals if i for e in i]
-    log = _fits_log(ys)
+    log = not linear and _fits_log(ys)
     canvas = Canvas(width, top + 226, title)
     head(canvas)
     bottom = canvas.height - 42
-    y_scale = _Scale(min(ys), max(ys), bottom, top + 4, log)
+    y_scale = _Scale(min(0.0, *ys) if linear else min(ys), max(ys), bottom, top + 4, log)
     labels = [compact(t) for t in y_scale.ticks]
     left = 10 + max(text_width(t) for t in labels)
     right = width - text_width("0" + compact(max(xs))) / 2 - 2
@@ -206,11 +206,17 @@ def _plot(width, title, curves, x_title, tight) -> tuple[Canvas, _Scale, _Scale,
 
 
 def curves(
-    width: float, title: str, data: Sequence[Series], x_title: str, marks: Sequence[tuple[float, str]] = ()
+    width: float,
+    title: str,
+    data: Sequence[Series],
+    x_title: str,
+    marks: Sequence[tuple[float, str]] = (),
+    linear: bool = False,
 ) -> Canvas:
     """Draws long noisy curves: the points in a light line, their moving mean in a bold line.
 
-    The y axis is logarithmic if all values are positive and span more than about 1.5 decades.
+    The y axis is logarithmic if all values are positive and span more than about 1.5 decades, unless `linear` is set;
+    a linear axis then begins at zero.
 
     Args:
       width: the width of the chart [units].
@@ -218,8 +224,9 @@ def curves(
       data: the curves.
       x_title: the title of the x axis.
       marks: [(x, text)], drawn as dashed vertical lines. The text is omitted if the chart is narrow.
+      linear: see above.
     """
-    canvas, xs, ys, (top, bottom) = _plot(width, title, data, x_title, tight=True)
+    canvas, xs, ys, (top, bottom) = _plot(width, title, data, x_title, tight=True, linear=linear)
     for x, label in marks:
         canvas.path([(xs(x), top), (xs(x), bottom)], "axis", dash=True)
         if width > 600:

@@ -4,8 +4,9 @@ from functools import partial
 from html import escape
 from typing import Any
 
-from diva_jax.report import flips, wording
+from diva_jax.report import alarms, flips, pictures, wording
 from diva_jax.report.charts import Chart, Row, Series, paired, points, rows
+from diva_jax.report.inputs import Inputs
 from diva_jax.report.sections import Section, cell, paragraph, swatch, table
 from diva_jax.report.wording import Finding
 
@@ -15,33 +16,74 @@ def labels(results: dict[str, Any]) -> list[str]:
     return [w["label"] for w in results["weights"]]
 
 
+def prepared(inputs: Inputs) -> dict[str, Any]:
+    """Returns the results as the functions below take them.
+
+    `doubted` has the labels of weights whose scores are not read as improvements, see `alarms.doubted`. Readouts of a
+    task that are the same are one metric.
+    """
+    tasks = {name: _once(task) for name, task in inputs.results["tasks"].items()}
+    return inputs.results | {"tasks": tasks, "doubted": alarms.doubted(inputs)}
+
+
+def _once(task: dict[str, Any]) -> dict[str, Any]:
+    """Merges readouts that are the same, as a backbone's published readout and its pooled embedding can be.
+
+    Metrics with patterns are readouts of the same items; those with equal values everywhere become the first of them,
+    whose title names all.
+    """
+    if not any("patterns" in w for w in task["weights"].values()):
+        return task
+
+    def values(metric: str) -> list:
+        weights = [[w["scores"].get(metric), *(p["scores"].get(metric) for p in w.get("patterns", []))]
+                   for w in task["weights"].values()]  # fmt: skip
+        flipped = [
+            [{k: v for k, v in f.items() if k != "metric"} for f in c.get("flipped", []) if f["metric"] == metric]
+            for c in task.get("comparisons", [])
+        ]
+        return [weights, [c["scores"].get(metric) for c in task.get("comparisons", [])], flipped]
+
+    kept: dict[str, list[str]] = {}
+    for metric in task["metrics"]:
+        first = next((m for m in kept if values(m) == values(metric)), metric)
+        kept.setdefault(first, []).append(metric)
+    metrics = {m: dict(task["metrics"][m]) for m in kept}
+    for m, same in kept.items():
+        metrics[m]["title"] = " and ".join(task["metrics"][n]["title"] for n in same)
+        metrics[m]["title"] += ", which are the same" * (len(same) > 1)
+    return task | {"metrics": metrics}
+
+
 def findings(results: dict[str, Any]) -> list[Finding]:
     """Returns the main results as sentences, in order of importance.
 
     These are the differences with an interval in each task's first metric, the last weights first. If there are two
     sets of weights, all metrics of tasks with at most three metrics are included. If there are no such differences,
-    the scores themselves are returned.
+    those without an interval are returned, and if there are none at all, the scores themselves.
     """
-    out = []
+    known, others = [], []
     for task in results["tasks"].values():
         names = list(task["metrics"])
         names = names if len(names) <= 3 and len(results["weights"]) == 2 else names[:1]
         for c in reversed(task.get("comparisons", [])):
             for m in names:
-                if c["scores"].get(m, {}).get("interval") and "difference" in c["scores"][m]:
-                    out.append(_finding(task, c, m, len(results["weights"]) > 2))
-    return out or _alone(results)
+                if "difference" in (d := c["scores"].get(m, {})):
+                    found = _finding(task, c, m, len(results["weights"]) > 2, c["after"] in results["doubted"])
+                    (known if d.get("interval") else others).append(found)
+    return known or others or _alone(results)
 
 
-def _finding(task: dict, c: dict, metric: str, several: bool) -> Finding:
+def _finding(task: dict, c: dict, metric: str, several: bool, doubted: bool) -> Finding:
     info, difference = task["metrics"][metric], c["scores"][metric]
     what = f"{task['title']}, {info['title']}" + (f", {c['after']}" if several else "")
     before, after = (task["weights"][c[w]]["scores"][metric] for w in ("before", "after"))
     test = wording.mcnemar(difference.get("mcnemar"), task.get("items", "items"))
-    meaning = wording.verdict(difference) + (f" {test}." if test else "")
-    return Finding(
-        what, wording.change(before, after, difference, info["unit"]), meaning, wording.direction(difference)
-    )
+    meaning = wording.verdict(difference, wording.better(info)) + (f" {test}." if test else "")
+    if doubted:
+        meaning = f"Not an improvement: see the first lines of this page. {meaning}"
+    kind = wording.direction(difference, wording.better(info), doubted)
+    return Finding(what, wording.change(before, after, difference, info["unit"]), meaning, kind)
 
 
 def _alone(results: dict) -> list[Finding]:
@@ -52,8 +94,10 @@ def _alone(results: dict) -> list[Finding]:
             for label, found in task["weights"].items():
                 if m in found["scores"]:
                     s = found["scores"][m]
-                    ends = wording.interval(s.get("interval"), info["unit"])
-                    figures = wording.number(s["score"], info["unit"]) + (f" (95% interval {ends})" if ends else "")
+                    decimals = wording.places((s["score"], *(s.get("interval") or ())), info["unit"])
+                    ends = wording.interval(s.get("interval"), info["unit"], decimals)
+                    figures = wording.number(s["score"], info["unit"], decimals)
+                    figures += f" (95% interval {ends})" if ends else ""
                     meaning = f"Score of {label}; there are no other weights to compare with."
                     out.append(Finding(f"{task['title']}, {info['title']}", figures, meaning))
     return out
@@ -66,6 +110,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
         count = f"{task['count']:,} {task.get('items', 'items')}" if task.get("count") else ""
         body = [_scores(results, task), *_between(task), *_zero_lines(task)]
         body += _patterns(name, task, labels(results)) + _timesteps(name, task, labels(results))
+        body += pictures.strips(task, labels(results))
         if not any("patterns" in w or "timesteps" in w for w in task["weights"].values()):
             body += _bars(name, task, labels(results))
         out.append(Section(task["title"], body, count))
@@ -79,34 +124,49 @@ def _scores(results: dict, task: dict) -> str:
     compared = [c for c in task.get("comparisons", []) if any("difference" in s for s in c["scores"].values())]
     head = ["Score"] + [f"{swatch(labels(results).index(w))}{escape(w)}" for w in used]
     head += ["Difference" if len(compared) == 1 else f"Difference, {escape(c['after'])}" for c in compared]
-    lines = []
+    lines, doubted = [], results["doubted"]
     for metric, info in task["metrics"].items():
         found = [task["weights"][w]["scores"].get(metric) for w in used]
         if not any(found):
             continue
-        unit = info["unit"]
+        differences = [c["scores"].get(metric) for c in compared]
+        unit, decimals = info["unit"], _places([*found, *differences], info["unit"])
         name = escape(info["title"]) + (f" <small>{escape(unit)}</small>" if unit else "")
-        line = [name] + [_score(s, unit) if s else "–" for s in found]
-        line += [_difference(c["scores"].get(metric), unit, task.get("items", "items")) for c in compared]
+        line = [name] + [_score(s, unit, decimals) if s else "–" for s in found]
+        line += [
+            _difference(d, info, decimals, c["after"] in doubted) for c, d in zip(compared, differences, strict=True)
+        ]
         lines.append(line)
     known = any(s.get("interval") for w in used for s in task["weights"][w]["scores"].values())
     return table(head, lines) + (paragraph("Small figures are 95% intervals.", "fine") if known else "")
 
 
-def _score(s: dict, unit: str) -> str:
-    below = [wording.interval(s.get("interval"), unit)]
+def _places(found: list[dict | None], unit: str) -> int | None:
+    """Returns the decimals of a row with these scores and differences, see `wording.places`."""
+    rows = [s for s in found if s]
+    values = [s.get(key) for s in rows for key in ("score", "difference")]
+    return wording.places([*values, *(e for s in rows for e in s.get("interval") or ())], unit)
+
+
+def _interval(s: dict, unit: str, decimals: int | None) -> str:
+    return "no interval: all items agree" if s.get("alike") else wording.interval(s.get("interval"), unit, decimals)
+
+
+def _score(s: dict, unit: str, decimals: int | None) -> str:
+    below = [_interval(s, unit, decimals)]
     if s.get("seeds"):
-        below.append(f"{len(s['seeds'])} seeds, σ {wording.number(s.get('seeds_std'), unit)}")
-    return cell(wording.number(s["score"], unit), below, s["score"])
+        below.append(f"{len(s['seeds'])} seeds, σ {wording.number(s.get('seeds_std'), unit, decimals)}")
+    return cell(wording.number(s["score"], unit, decimals), below, s["score"])
 
 
-def _difference(d: dict | None, unit: str, items: str) -> str:
+def _difference(d: dict | None, info: dict, decimals: int | None, doubted: bool) -> str:
     if not d or "difference" not in d:
         return "–"
-    below = [wording.interval(d.get("interval"), unit)]
+    unit, below = info["unit"], [_interval(d, info["unit"], decimals)]
     if test := d.get("mcnemar"):
         below += [f"{test['won']} won, {test['lost']} lost", f"p {wording.p_value(test['p'])}"]
-    return cell(wording.signed(d["difference"], unit), below, d["difference"], wording.direction(d))
+    kind = wording.direction(d, wording.better(info), doubted)
+    return cell(wording.signed(d["difference"], unit, decimals), below, d["difference"], kind)
 
 
 def _between(task: dict) -> list[str]:
@@ -115,7 +175,9 @@ def _between(task: dict) -> list[str]:
     for metric, info in task["metrics"].items():
         found = [c["scores"].get(metric) for c in compared]
         if any(f and "score" in f for f in found):
-            lines.append([escape(info["title"])] + [_score(f, info["unit"]) if f else "–" for f in found])
+            unit = info["unit"]
+            name = escape(info["title"]) + (f" <small>{escape(unit)}</small>" if unit else "")
+            lines.append([name] + [_score(f, unit, _places(found, unit)) if f else "–" for f in found])
     if not lines:
         return []
     return [table(["Between"] + [f"{escape(c['before'])} and {escape(c['after'])}" for c in compared], lines)]
@@ -181,7 +243,7 @@ def _end(data: list[Row]) -> float:
 
 def _row_chart(name: str, title: str, data: list[Row], unit: str, high: float) -> Chart:
     whiskers = any(v[3] for r in data for v in r.values)
-    note = "Whiskers are 95% intervals." if whiskers else ""
+    note = "Whiskers are 95% intervals; where all items agree there is none." if whiskers else ""
     return Chart(name, partial(rows, title=title, data=data, unit=unit, high=high), note=note)
 
 

@@ -1,20 +1,13 @@
 """The report's sections on flipped items: those that are correct with only one of two sets of weights."""
 
-import base64
-import io
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
-from diva_jax.data.files import open_regular
-from diva_jax.data.images import FORMATS, MAX_PIXELS
+from diva_jax.report import pictures
 from diva_jax.report.canvas import Canvas
 from diva_jax.report.sections import Section, paragraph
 
 _SHOWN = 48  # Largest number of items per comparison, metric and direction; predictions.csv has all of them.
-_SIDE = 320  # Longer side of a thumbnail [pixels].
 
 
 def sections(task: dict[str, Any]) -> list[Section]:
@@ -50,7 +43,7 @@ def _card(f: dict[str, Any], items: str, thumbnails: dict[str, str]) -> str:
     if len(texts) == len(images) == len(f.get("before", [])) == len(f.get("after", [])) == 2:
         parts = [_half(f, i, thumbnails) for i in (0, 1)]
     else:
-        parts = [f"<figure>{_picture(i, thumbnails)}</figure>" for i in images] + [paragraph(t) for t in texts]
+        parts = [f"<figure>{pictures.image(i, thumbnails)}</figure>" for i in images] + [paragraph(t) for t in texts]
     return f'<article class="card">{head}<div class="sides">{"".join(parts)}</div></article>'
 
 
@@ -59,7 +52,7 @@ def _half(f: dict[str, Any], i: int, thumbnails: dict[str, str]) -> str:
     shares = [f[when][i] if i == 0 else 1 - f[when][i] for when in ("before", "after")]
     words = [f"{s:.2f} {'✓' if (s > 0.5 if i == 0 else s >= 0.5) else '✗'}" for s in shares]
     return (
-        f"<figure>{_picture(f['images'][i], thumbnails)}<figcaption>{escape(f['texts'][i])}"
+        f"<figure>{pictures.image(f['images'][i], thumbnails)}<figcaption>{escape(f['texts'][i])}"
         f"{_meter(shares)}<small>{words[0]} → {words[1]}</small></figcaption></figure>"
     )
 
@@ -74,28 +67,3 @@ def _meter(shares: list[float]) -> str:
     canvas.dot(at[0], 7, 4, "s0")
     canvas.dot(at[1], 7, 4, "s1")
     return canvas.svg()
-
-
-def _picture(path: str, thumbnails: dict[str, str]) -> str:
-    """Returns an `<img>` with embedded data, or a line with the file name if the file cannot be read."""
-    if path not in thumbnails:
-        thumbnails[path] = _thumbnail(path)
-    if not thumbnails[path]:
-        return f'<p class="missing">{escape(Path(path).name)} cannot be read</p>'
-    return f'<img src="{thumbnails[path]}" alt="{escape(Path(path).name)}">'
-
-
-def _thumbnail(path: str) -> str:
-    """Returns a JPEG thumbnail as a data: URI, or "" if the file is missing or is not an image."""
-    try:
-        with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return ""
-            image.draft("RGB", (2 * _SIDE, 2 * _SIDE))
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:  # Pillow's plugins raise many types.
-        return ""
-    small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -24,12 +24,16 @@ class Run:
       index: the index of its colour. If an evaluation has weights of this run, it is the index of the first of them.
       config: the content of config.json; empty if there is no such file.
       rows: the rows of metrics.jsonl, sorted by step.
+      sessions: when and where it ran, see `training.metrics.Writer`; empty if there is no sessions.json.
+      labels: the labels of the evaluation's weights that are checkpoints of this run.
     """
 
     name: str
     index: int
     config: dict[str, Any]
     rows: list[dict[str, float]]
+    sessions: list[dict[str, Any]]
+    labels: tuple[str, ...]
 
     @property
     def total(self) -> int | None:
@@ -47,6 +51,14 @@ class Run:
     def curve(self, key: str) -> list[tuple[float, float]]:
         """Returns [(step, value)] of one key, finite values only."""
         return [(r["step"], float(r[key])) for r in self.rows if schema.usable(r.get(key))]
+
+    def seconds(self) -> float | None:
+        """Returns the time of the run up to its last row, summed over its sessions [s]; None if it was not logged."""
+        if not (clock := [v for _, v in self.curve("seconds")]):
+            return None
+        # Each session counts from zero.
+        ends = [a for a, b in zip(clock, [*clock[1:], -1.0], strict=True) if b < a]
+        return sum(ends)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +88,12 @@ def read(folder: epath.PathLike) -> Inputs:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give an evaluation's --out folder or a training --workdir")
     results = _results(folder / "results.json")
-    folders = {paths.absolute(folder): 1}
+    folders: dict[epath.Path, tuple[int, tuple[str, ...]]] = {paths.absolute(folder): (1, ())}
     for i, w in enumerate((results or {}).get("weights", [])):
         if w.get("step") is not None and (source := _existing(w.get("source") or "", paths.is_remote(folder))):
-            folders.setdefault(source, i)
-    runs = [r for r in (_run(path, index) for path, index in folders.items()) if r.rows]
+            index, labels = folders.get(source, (i, ()))
+            folders[source] = index, (*labels, w["label"])
+    runs = [r for r in (_run(path, *place) for path, place in folders.items()) if r.rows]
     if results is None and not runs:
         raise UserError(
             f"{folder} has neither results.json nor logged steps in metrics.jsonl: give an evaluation's output folder "
@@ -100,12 +113,18 @@ def _existing(source: str, remote: bool) -> epath.Path | None:
         return None
 
 
-def _run(folder: epath.Path, index: int) -> Run:
+def _run(folder: epath.Path, index: int, labels: tuple[str, ...]) -> Run:
     path = folder / "config.json"
     config = _json(path, _bytes(path)) if path.is_file() else {}
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a config (a JSON object): restore or remove it")
-    return Run(folder.name, index, config, _metrics(folder / "metrics.jsonl"))
+    path = folder / "sessions.json"
+    sessions = _json(path, _bytes(path)) if path.is_file() else []
+    try:
+        schema.check_sessions(sessions)
+    except schema.Wrong as e:
+        raise UserError(f"{path}: {e}: restore or remove it") from e
+    return Run(folder.name, index, config, _metrics(folder / "metrics.jsonl"), sessions, labels)
 
 
 def _bytes(path: epath.Path) -> bytes:
@@ -152,7 +171,23 @@ def _results(path: epath.Path) -> dict[str, Any] | None:
         schema.check(results)
     except schema.Wrong as e:
         raise UserError(f"{path}: {e}: {again}") from e
-    return results
+    return _without_empty_intervals(results)
+
+
+def _without_empty_intervals(tree: Any) -> Any:
+    """Replaces intervals of width zero by None, and marks their scores with `alike`.
+
+    Where all items agree, every resample is the same. The interval is then a single point, which says nothing about
+    other items and must not be shown as certainty.
+    """
+    if isinstance(tree, list):
+        return [_without_empty_intervals(v) for v in tree]
+    if not isinstance(tree, dict):
+        return tree
+    ends = tree.get("interval")
+    if isinstance(ends, list) and len(ends) == 2 and ends[0] == ends[1]:
+        return tree | {"interval": None, "alike": True}
+    return {k: _without_empty_intervals(v) for k, v in tree.items()}
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -98,9 +98,12 @@ _FOUND = _record(
     {"scores": _SCORES},
     patterns=_list_of(_record({"name": _TEXT, "scores": _SCORES})),
     timesteps=_list_of(_record({"low": _NUMBER, "high": _NUMBER, "scores": _SCORES})),
+    classes=_list_of(_record({"name": _TEXT})),
+    pictures=_list_of(_record({"image": _TEXT, "truth": _TEXT, "predicted": _TEXT})),
 )
+_METRIC = _record({"title": _TEXT, "unit": _TEXT}, better=_TEXT)
 _TASK = _record(
-    {"title": _TEXT, "metrics": _by_name(_record({"title": _TEXT, "unit": _TEXT})), "weights": _by_name(_FOUND)},
+    {"title": _TEXT, "metrics": _by_name(_METRIC), "weights": _by_name(_FOUND)},
     count=_or_null(_COUNT),
     items=_TEXT,
     comparisons=_list_of(
@@ -113,10 +116,24 @@ _RESULTS = _record(
         "weights": _list_of(_record({"label": _TEXT}, source=_or_null(_TEXT), step=_or_null(_COUNT))),
     },
     created=_TEXT,
+    seconds=_NUMBER,
+    devices=_TEXT,
     versions=_OBJECT,
     config=_or_null(_OBJECT),
     options=_or_null(_OBJECT),
 )
+
+
+_SESSIONS = _list_of(_record({}, started=_TEXT, devices=_TEXT, versions=_OBJECT))
+
+
+def check_sessions(sessions: Any) -> None:
+    """Checks the content of a run's sessions.json.
+
+    Raises:
+      Wrong: it is not a list of sessions.
+    """
+    _SESSIONS(sessions, "it")
 
 
 def check(results: Any) -> None:

@@ -1,6 +1,7 @@
 """A report's sections as data, which `page` formats as HTML and `write` as PNG files."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -8,6 +9,7 @@ from diva_jax.report.canvas import series
 from diva_jax.report.charts import Chart
 
 _STACKED = 4  # Largest number of columns that fit on a phone if the first one has its own line.
+_TAG = re.compile("<[^>]*>|&#8288;")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +34,22 @@ def paragraph(text: str, kind: str = "") -> str:
 def table(head: list[str], rows: list[list[str]], short: bool = False) -> str:
     """Returns a table of HTML cells; the first cell of each row is its header.
 
-    On a phone, row headers are placed on their own line, and a table with many columns can be scrolled horizontally
-    unless its cells are `short`. The ARIA roles are needed because the CSS for phones changes `display`, which would
-    otherwise hide the table's structure from screen readers.
+    On a phone, row headers are placed on their own line; in a table with many columns each cell is a line with the
+    name of its column, unless cells are `short`. The ARIA roles are needed because the CSS for phones changes
+    `display`, which would otherwise hide the table's structure from screen readers.
     """
+    names = [_TAG.sub("", h) for h in head]
     top = "".join(f'<th scope="col" role="columnheader">{h}</th>' for h in head)
     lines = "".join(
         f'<tr role="row"><th scope="row" role="rowheader">{row[0]}</th>'
-        + "".join(f'<td role="cell">{value}</td>' for value in row[1:])
+        + "".join(
+            f'<td role="cell" data-name="{name}"><div>{value}</div></td>'
+            for name, value in zip(names[1:], row[1:], strict=True)
+        )
         + "</tr>"
         for row in rows
     )
-    kind = "stacks" if short or len(head) <= _STACKED else "scrolls"
+    kind = "stacks" if short or len(head) <= _STACKED else "lines"
     return (
         f'<div class="{kind}" style="--columns:{len(head) - 1}"><table role="table">'
         f'<thead role="rowgroup"><tr role="row">{top}</tr></thead><tbody role="rowgroup">{lines}</tbody></table></div>'
@@ -53,5 +59,6 @@ def table(head: list[str], rows: list[list[str]], short: bool = False) -> str:
 def cell(value: str, below: Sequence[str] = (), exact: object = None, kind: str = "") -> str:
     """Returns a number with small lines below it (its interval, for example) and the exact value as a tooltip."""
     tip = f' title="{escape(str(exact))}"' if exact is not None else ""
+    mark = f' class="{kind}"' if kind else ""
     small = "".join(f"<small>{escape(line)}</small>" for line in below if line)
-    return f"<b{tip}{f' class={kind}' if kind else ''}>{escape(value)}</b>{small}"
+    return f"<b{tip}{mark}>{escape(value)}</b>{small}"

@@ -20,7 +20,7 @@ font-weight:600;letter-spacing:-.01em;text-wrap:balance}
 h1{font-size:clamp(36px,6.2vw,60px);line-height:1.08;margin:10px 0 18px}
 h1 span{display:block;font-size:clamp(20px,2.8vw,27px);line-height:1.25;margin-bottom:10px;max-width:32em}
 h1 small{font:400 clamp(17px,2vw,21px)/1.3 system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif;
-letter-spacing:0;white-space:nowrap}
+letter-spacing:0;display:inline-block}
 h2{font-size:25px;line-height:1.25;margin:0}
 h3{font-size:16px;margin:26px 0 12px}
 h3 small{color:var(--muted);font-weight:400}
@@ -29,9 +29,20 @@ small,.fine{font-size:13px;color:var(--muted)}
 .eyebrow{font-size:13px;letter-spacing:.02em;color:var(--muted);margin:0}
 .lead{font-size:18px}
 .up::before,.down::before,.zero::before{margin-right:.45em;font-size:.8em}
-.up::before{content:"▲";color:var(--won)}
-.down::before{content:"▼";color:var(--lost)}
+.up::before{content:"▲";color:var(--muted)}
+.down::before{content:"▼";color:var(--muted)}
 .zero::before{content:"○";color:var(--muted)}
+.won::before{color:var(--won)}
+.lost::before,.doubted::before{color:var(--lost)}
+.doubted::before{content:"!"}
+.alarms{list-style:none;margin:0 0 32px;padding:0;font-size:15px}
+.alarms li{padding:10px 14px;margin:0 0 6px;background:var(--panel);border:1px solid var(--grid);
+border-left:5px solid var(--lost)}
+.alarms .bad b{color:var(--lost)}
+.alarms .doubt{border-left-color:var(--axis)}
+nav{display:flex;flex-wrap:wrap;gap:4px 18px;margin-top:28px;font-size:14px}
+nav a{color:var(--s1);text-decoration:underline;text-underline-offset:3px;padding:4px 0}
+.facts{list-style:none;margin:20px 0 0;padding:0;font-size:13px;color:var(--muted)}
 .findings{list-style:none;margin:28px 0 0;padding:0;border-top:1px solid var(--grid)}
 .findings li{padding:11px 0;border-bottom:1px solid var(--grid)}
 .findings small{display:block}
@@ -39,9 +50,9 @@ section{margin-top:64px}
 section>header{border-top:2px solid var(--ink);padding-top:14px;margin-bottom:18px}
 section>header p{color:var(--muted);font-size:14px;margin:4px 0 0}
 .plain{border-left:3px solid var(--s2);padding:2px 0 2px 14px}
-.scrolls{overflow-x:auto}
-.scrolls,.stacks{margin:0 0 10px}
-.scrolls th,.scrolls td{overflow-wrap:break-word;min-width:92px}
+.lines{overflow-x:auto}
+.lines,.stacks{margin:0 0 10px}
+.lines th,.lines td{overflow-wrap:break-word;min-width:92px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:15px}
 th,td{text-align:right;vertical-align:top;padding:10px 0 10px 18px;border-bottom:1px solid var(--grid)}
 th:first-child{text-align:left;padding-left:0}
@@ -71,6 +82,12 @@ svg text{font-variant-numeric:tabular-nums}
 .card figcaption svg{max-width:160px;margin-top:auto}
 h3.won{color:var(--won)}
 h3.lost{color:var(--lost)}
+.strip{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,1fr));gap:10px;margin-top:14px}
+.strip figure{margin:0;min-width:0}
+.strip img{width:100%;display:block;border-radius:4px;image-rendering:auto}
+.strip figcaption,.legend{font-size:13px;color:var(--muted);margin-top:4px}
+.legend{max-width:none}
+.legend span{display:inline-block;margin-right:12px}
 details{border-bottom:1px solid var(--grid)}
 summary{cursor:pointer;padding:12px 0;font-weight:500}
 summary small{font-weight:400}
@@ -93,6 +110,15 @@ border-bottom:1px solid var(--grid);padding:10px 0}
 .stacks th,.stacks td{border:0;padding:0;text-align:left}
 .stacks thead th:first-child{display:none}
 .stacks tbody th{grid-column:1/-1;padding:0 0 6px;font-weight:500}
+.lines{overflow-x:visible}
+.lines table,.lines tbody{display:block}
+.lines thead{display:none}
+.lines tr{display:block;border-bottom:1px solid var(--grid);padding:10px 0}
+.lines th,.lines td{border:0;padding:0;text-align:left;min-width:0}
+.lines tbody th{display:block;padding:0 0 6px;font-weight:500}
+.lines td{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:0 12px;padding:3px 0}
+.lines td::before{content:attr(data-name);font-size:13px;color:var(--muted)}
+.strip{grid-template-columns:1fr 1fr}
 dl{grid-template-columns:1fr;gap:0}
 dd{margin-bottom:8px}
 }

@@ -1,6 +1,7 @@
 """The report's sections on training runs: progress, curves, and evaluations during training."""
 
 from functools import partial
+from html import escape
 from statistics import fmean, median
 
 from diva_jax.report import wording
@@ -28,7 +29,8 @@ def finding(run: Run) -> Finding:
         return Finding(far, "no loss logged", "")
     some = max(1, len(loss) // 20)
     first, now = fmean(loss[:some]), fmean(loss[-some:])
-    figures = f"loss {wording.compact(first)}\u00a0→\u00a0{wording.compact(now)}"
+    decimals = wording.places((first, now), "")
+    figures = "loss " + "\u00a0→\u00a0".join(wording.number(v, "", decimals) for v in (first, now))
     return Finding(far, figures, f"Means over the first and the last {some} of {len(loss)} logged rows.")
 
 
@@ -40,7 +42,8 @@ def sections(runs: list[Run]) -> list[Section]:
     for key, (title, half) in _CURVES.items():
         data = [Series(r.name, r.index, r.curve(key)) for r in runs if r.curve(key)]
         if data:
-            draw = partial(curves, title=title, data=data, x_title="step", marks=_stages(runs))
+            linear = key in ("lr", "images_per_s")  # Schedules and speeds are read against zero.
+            draw = partial(curves, title=title, data=data, x_title="step", marks=_stages(runs), linear=linear)
             smooth = max(len(s.points) for s in data) > 20 and key in ("loss", "grad_norm")
             body.append(
                 Chart(f"training-{key}", draw, half, "The bold line is the moving mean over 5% of the rows." * smooth)
@@ -61,16 +64,16 @@ def _summary(runs: list[Run]) -> str:
     for r in runs:
         last = r.rows[-1]
         speed, wait = [v for _, v in r.curve("images_per_s")], [v for _, v in r.curve("data_wait")]
-        loss = r.curve("loss")
+        loss, broken = r.curve("loss"), r.curve("broken_images")
         of = f"of {r.total:,}" if r.total else ""
         lines.append(
             [
-                r.name,
+                escape(r.name),
                 cell(f"{last['step']:,}", [of], last["step"]),
                 cell(wording.number(loss[-1][1], "") if loss else "–", ["last row"], loss[-1][1] if loss else None),
                 cell(wording.compact(median(speed)) if speed else "–", ["median"]),
                 cell(f"{100 * median(wait):.0f}%" if wait else "–", ["median"]),
-                cell(f"{(r.curve('broken_images') or [(0, 0)])[-1][1]:,.0f}"),
+                cell(f"{broken[-1][1]:,.0f}" if broken else "–"),
             ]
         )
     return table(["Run", "Steps", "Loss", "Images/s", "Data wait", "Broken images"], lines, short=True)
@@ -89,10 +92,11 @@ def _evaluated(runs: list[Run]) -> list[str | Chart]:
         for r in runs:
             if found := r.curve(key):
                 low, high = (dict(r.curve(key + end)) for end in ends)
-                at = [(low[x], high[x]) if x in low and x in high else None for x, _ in found]
+                # An interval of width zero comes from items that all agree.
+                at = [(low[x], high[x]) if x in low and x in high and low[x] < high[x] else None for x, _ in found]
                 data.append(Series(r.name, r.index, found, at))
                 if "gap" in key and at[-1] and wording.excludes_zero(at[-1]) is False:
-                    interval = wording.interval(at[-1], "")
+                    interval = wording.interval(at[-1], "", wording.places(at[-1], ""))
                     lines.append(f"{r.name}, step {found[-1][0]:,}: {key} is not different from zero ({interval}).")
         title = ", ".join(key.removeprefix("eval/").replace("_", " ").split("/"))
         draw = partial(points, title=title, data=data, x_title="step")

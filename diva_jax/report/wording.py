@@ -1,10 +1,13 @@
 """Formats numbers, and states results as sentences."""
 
 import math
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 _DASH = "–"
+_MOST_PLACES = 6  # A row that needs more decimals has each of its numbers with its own power of ten.
+_GAP = "\u00a0"  # A blank at which lines do not break.
 
 
 class Finding(NamedTuple):
@@ -14,7 +17,7 @@ class Finding(NamedTuple):
       what: what was measured.
       figures: the measured values.
       meaning: the conclusion that they allow.
-      kind: "up", "down", "zero" (the interval of the difference contains zero), or "" without an interval.
+      kind: CSS classes, see `direction`; "" without an interval.
     """
 
     what: str
@@ -38,22 +41,51 @@ def compact(value: float, digits: int = 3, zeros: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def number(value: float | None, unit: str) -> str:
-    """Formats a score: one decimal for %, else three significant digits; a dash for None or a value not finite."""
+def places(values: Iterable[float | None], unit: str) -> int | None:
+    """Returns the decimals with which all numbers of a row are written, so that they can be compared digit by digit.
+
+    Args:
+      values: the scores, differences and ends of intervals of the row; None and values that are not finite are ignored.
+      unit: "%" has one decimal; other units as many as give the largest value three significant digits.
+
+    Returns:
+      The number of decimals; None where they would be more than six.
+    """
+    if unit == "%":
+        return 1
+    sizes = [abs(v) for v in values if v is not None and math.isfinite(v) and v]
+    if not sizes:
+        return 0
+    found = max(0, 2 - math.floor(math.log10(max(sizes))))
+    return found if found <= _MOST_PLACES else None
+
+
+def number(value: float | None, unit: str, decimals: int | None = None) -> str:
+    """Formats a score; a dash for None or a value not finite.
+
+    Args:
+      value: the score.
+      unit: "%" has one decimal, others have three significant digits, where `decimals` is None.
+      decimals: the number of decimals, see `places`.
+    """
     if value is None or not math.isfinite(value):
         return _DASH
-    return f"{value:.1f}".replace("-", "−") if unit == "%" else compact(value, zeros=True)
+    decimals = 1 if unit == "%" else decimals
+    if decimals is None:
+        return compact(value, zeros=True)
+    text = f"{value:,.{decimals}f}".replace("-", "−")
+    return text.removeprefix("−") if not text.strip("−0.,") else text
 
 
-def signed(value: float | None, unit: str) -> str:
+def signed(value: float | None, unit: str, decimals: int | None = None) -> str:
     """Formats a number with its sign: `+6.7`."""
-    text = number(value, unit)
-    return text if text[0] in "−–" else f"+{text}"
+    text = number(value, unit, decimals)
+    return text if text[0] in "−–" or not text.strip("0.,") else f"+{text}"
 
 
-def interval(ends: list[float] | None, unit: str) -> str:
-    """Formats an interval: `1.5 to 11.9`, or "" for None."""
-    return f"{number(ends[0], unit)} to {number(ends[1], unit)}" if ends else ""
+def interval(ends: list[float] | None, unit: str, decimals: int | None = None) -> str:
+    """Formats an interval: `1.5 to 11.9`, which does not break over lines, or "" for None."""
+    return f"{_GAP}to{_GAP}".join(number(e, unit, decimals) for e in ends) if ends else ""
 
 
 def excludes_zero(ends: list[float] | None) -> bool | None:
@@ -61,31 +93,61 @@ def excludes_zero(ends: list[float] | None) -> bool | None:
     return None if ends is None else not ends[0] <= 0 <= ends[1]
 
 
-def direction(difference: dict[str, Any]) -> str:
-    """Returns the CSS class of a difference: "up", "down", "zero" (within the interval), or "" without an interval."""
+def better(info: Mapping[str, str]) -> str:
+    """Returns which values of a metric are better: "higher", "lower", or "" where neither is."""
+    return info.get("better", "higher" if info["unit"] == "%" else "")
+
+
+def direction(difference: Mapping[str, Any], which: str, doubted: bool = False) -> str:
+    """Returns the CSS classes of a difference.
+
+    Args:
+      difference: an entry of a comparison's scores.
+      which: see `better`.
+      doubted: whether something else says that the difference must not be read as an improvement.
+
+    Returns:
+      "zero" where zero is within the interval; else "up" or "down" by the sign and, where better and worse are
+      defined, "won" or "lost"; "" without an interval.
+    """
     known = excludes_zero(difference.get("interval"))
-    return "" if known is None else ("zero" if not known else ("up" if difference["difference"] > 0 else "down"))
+    if known is None:
+        return ""
+    if not known:
+        return "zero"
+    up = difference["difference"] > 0
+    colour = "" if not which else ("won" if up == (which == "higher") else "lost")
+    if doubted and colour == "won":
+        colour = "doubted"
+    return f"{'up' if up else 'down'} {colour}".strip()
 
 
 def change(before: dict[str, Any], after: dict[str, Any], difference: dict[str, Any], unit: str) -> str:
     """Formats a change: `19.3 → 25.9 (+6.7, 95% interval 1.5 to 11.9)`, without line breaks around the arrow."""
-    by = signed(difference["difference"], unit)
-    if ends := difference.get("interval"):
-        by += f", 95% interval {interval(ends, unit)}"
-    return f"{number(before['score'], unit)}\u00a0→\u00a0{number(after['score'], unit)} ({by})"
+    ends = difference.get("interval")
+    values = (before["score"], after["score"], difference["difference"], *(ends or ()))
+    decimals = places(values, unit)
+    by = signed(difference["difference"], unit, decimals)
+    if ends:
+        by += f", 95% interval {interval(ends, unit, decimals)}"
+    first, now = (number(s["score"], unit, decimals) for s in (before, after))
+    return f"{first}{_GAP}→{_GAP}{now} ({by})"
 
 
-def verdict(difference: dict[str, Any]) -> str:
-    """Returns the conclusion from a paired difference and its interval, as one sentence."""
+def verdict(difference: Mapping[str, Any], which: str) -> str:
+    """Returns the conclusion from a paired difference and its interval, as one sentence; `which` as for `direction`."""
     test, doubt = difference.get("mcnemar"), ""
     if test and test["p"] >= 0.05:
         doubt = ", but the exact test does not exclude chance"
-    return {
-        "": "This difference has no interval, so chance cannot be excluded.",
-        "zero": "Zero is within the interval: these data show no difference.",
-        "up": f"Higher: zero is outside of the interval{doubt}.",
-        "down": f"Lower: zero is outside of the interval{doubt}.",
-    }[direction(difference)]
+    found = direction(difference, which)
+    if not found:
+        if difference.get("alike"):
+            return "All items differ by the same, so there is no interval."
+        return "This difference has no interval, so chance cannot be excluded."
+    if found == "zero":
+        return "Zero is within the interval: these data show no difference."
+    names = {"up": "Higher", "down": "Lower", "won": "Better", "lost": "Worse"}
+    return f"{names[found.split()[-1]]}: zero is outside of the interval{doubt}."
 
 
 def p_value(p: float) -> str:
@@ -98,3 +160,11 @@ def mcnemar(test: dict[str, Any] | None, items: str) -> str:
     if not test:
         return ""
     return f"{test['won']} {items} won, {test['lost']} lost, exact McNemar p {p_value(test['p'])}"
+
+
+def duration(seconds: float) -> str:
+    """Formats a time: `0.4 s`, `81 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 600:
+        return f"{seconds:.{1 if seconds < 10 else 0}f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

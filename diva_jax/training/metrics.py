@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from diva_jax.common import log, paths
+from diva_jax.common import log, machine, paths
 from diva_jax.common.errors import RunError, UserError
 
 
@@ -58,7 +58,8 @@ def _step_of(line: bytes) -> int | None:
 class Writer:
     """Appends rows to `metrics.jsonl`, TensorBoard and Weights & Biases, and messages to `log.txt`.
 
-    Rows of an interrupted run after `step` are removed.
+    Rows of an interrupted run after `step` are removed. Each row has `seconds`, the time since this session of the run
+    began; `sessions.json` lists the sessions with their first step, time, versions and devices.
 
     In a bucket, the files are updated twice per minute, and by `flush` and `close`.
 
@@ -89,6 +90,8 @@ class Writer:
         if not local.exists():
             local.write_bytes(b"".join(kept))
         self._file = open(local, "a", buffering=1)
+        self._began = time.monotonic()
+        self._list_session(path.parent / "sessions.json", step)
         self._log = open(self._mirror.local / "log.txt", "a", buffering=1)
         log.keep_in(self._log)
         self._board = None
@@ -98,8 +101,19 @@ class Writer:
             self._board = SummaryWriter(str(self._mirror.local / "tensorboard"), purge_step=step + 1)
         self._wandb = _wandb_run(path.parent, self._mirror.local, wandb, config or {}) if wandb else None
 
+    @staticmethod
+    def _list_session(path: epath.Path, step: int) -> None:
+        try:
+            found = json.loads(path.read_text()) if path.exists() else []
+        except ValueError:  # Only for the reader: a damaged file does not stop a run.
+            found = []
+        found = found if isinstance(found, list) else []
+        found.append({"step": step, "started": machine.now(), **machine.describe()})
+        paths.write_whole(path, json.dumps(found, indent=1))
+
     def write(self, step: int, row: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        seconds = round(time.monotonic() - self._began, 1)
+        self._file.write(json.dumps({"step": step, **row, "seconds": seconds}) + "\n")
         if self._board:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)

@@ -144,6 +144,12 @@ def check_sources(there: dict, here: dict) -> None:
         )
 
 
+def is_run(path: epath.PathLike) -> bool:
+    """Whether a folder is the workdir of a run that has saved a checkpoint."""
+    path = paths.folder(path, "--weights")
+    return (path / "config.json").exists() and (path / "checkpoints").is_dir()
+
+
 def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict:
     """The config that a run wrote into its workdir.
 

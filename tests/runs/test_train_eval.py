@@ -46,7 +46,9 @@ def evaluating(files, photos):
 
 
 def rows(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    """Returns the rows of metrics.jsonl without the time that each was written at."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
 def evaluations(workdir: Path) -> dict[int, dict]:

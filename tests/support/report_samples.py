@@ -1,11 +1,14 @@
 """Evaluations and runs for the report's tests, in the files that diva_jax.evaluate and diva_jax.main write."""
 
+import base64
+import io
 import json
 import math
 
 import numpy as np
 from PIL import Image
 
+from diva_jax import config as configs
 from diva_jax.evals.tasks import mmvp
 
 BEFORE, AFTER = "openai", "runs/vitl14:4600"
@@ -128,27 +131,60 @@ def feedback_task():
         "data": "/data/images",
         "count": 256,
         "items": "images",
-        "metrics": {m: {"title": t, "unit": ""} for m, t in titles.items()},
+        "metrics": {
+            m: {"title": t, "unit": "", "better": "lower" if m == "loss_own" else "higher"} for m, t in titles.items()
+        },
         "weights": weights,
         "comparisons": [],
     }
 
 
-def drift_task():
+def drift_task(ranks=(231.4, 198.2), cosine=0.9731):
     return {
         "title": "Drift",
         "data": "/data/images",
         "count": 256,
         "items": "images",
         "metrics": {
-            "effective_rank": {"title": "effective rank", "unit": ""},
-            "cosine": {"title": "cosine similarity of tuned and original", "unit": ""},
+            "effective_rank": {"title": "effective rank", "unit": "", "better": "higher"},
+            "cosine": {"title": "cosine similarity of tuned and original", "unit": "", "better": ""},
         },
         "weights": {
             w: {"scores": {"effective_rank": {"score": r, "interval": None}}}
-            for w, r in ((BEFORE, 231.4), (AFTER, 198.2))
+            for w, r in zip((BEFORE, AFTER), ranks, strict=True)
         },
-        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": {"cosine": score(0.9731, 0.002)}}],
+        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": {"cosine": score(cosine, 0.002)}}],
+    }
+
+
+def encoded_map(numbers):
+    """A map of classes as the task writes it: a PNG in base64."""
+    Image.fromarray(np.asarray(numbers, np.uint8), "L").save(buffer := io.BytesIO(), "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def segmentation_task(images):
+    """Two pictures: the truth has classes 0 and 1 and pixels without a label, the predictions all four."""
+    truth = np.array([[0, 0, 1, 1, 255], [0, 1, 1, 1, 255], [0, 0, 0, 1, 1]]).repeat(20, 0).repeat(24, 1)
+    shift = {BEFORE: truth % 4, AFTER: np.where(truth == 255, 3, truth)}
+    weights = {}
+    for w, spread in ((BEFORE, 33.1), (AFTER, 35.0)):
+        pictures = [
+            {"image": i, "truth": encoded_map(truth), "predicted": encoded_map(np.roll(shift[w], n))}
+            for n, i in enumerate(images[:2])
+        ]
+        names = ("background", "cat", "dog <b>", "potted plant")
+        classes = [{"name": n, "iou": 20.0} for n in names]
+        weights[w] = {"scores": {"miou": score(spread, 2.0)}, "classes": classes, "pictures": pictures}
+    difference = {"difference": 1.9, "interval": [1.1, 2.7], "mcnemar": None}
+    return {
+        "title": "Open-vocabulary segmentation",
+        "data": "/data/VOC2012",
+        "count": 1449,
+        "items": "images",
+        "metrics": {"miou": {"title": "PASCAL VOC, mIoU", "unit": "%", "better": "higher"}},
+        "weights": weights,
+        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": {"miou": difference}}],
     }
 
 
@@ -157,6 +193,7 @@ def write_evaluation(folder, images, source="runs/vitl14", **tasks):
     results = {
         "schema": 1,
         "created": "2026-01-31T12:00:00+00:00",
+        "seconds": 4800.2,
         "versions": {"diva_jax": "0.1.0", "python": "3.11.9", "jax": "0.10.2"},
         "devices": "8 x cpu",
         "config": {"backbone": {"name": "ViT-L-14-quickgelu", "image_size": 224}},
@@ -173,12 +210,16 @@ def write_evaluation(folder, images, source="runs/vitl14", **tasks):
     return results
 
 
-def write_run(folder, rows=460, total=4600):
+def write_run(folder, rows=460, total=4600, collapses=False):
     """A workdir's config.json and metrics.jsonl: noisy curves, a warm-up stage, feedback on the way."""
     rng = np.random.default_rng(1)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"steps": total - 500, "condition": {"warmup_steps": 500}, "optim": {"lr": 1e-4, "name": "sgd"}}
-    (folder / "config.json").write_text(json.dumps(config))
+    config = configs.default()
+    config.steps, config.condition.warmup_steps, config.optim.momentum = total - 500, 500, 0.8
+    (folder / "config.json").write_text(config.to_json())
+    machine = {"versions": {"diva_jax": "0.1.0", "jax": "0.10.2"}, "devices": "16 x TPU v5e"}
+    sessions = [{"step": s, "started": f"2026-01-3{d}T09:30:00+00:00", **machine} for s, d in ((0, 0), (total // 2, 1))]
+    (folder / "sessions.json").write_text(json.dumps(sessions))
     lines = []
     for i in range(1, rows + 1):
         x = i / rows
@@ -190,12 +231,30 @@ def write_run(folder, rows=460, total=4600):
             "images_per_s": 812 + 20 * rng.normal(),
             "data_wait": 0.01,
             "broken_images": 3 * i // rows,
+            "seconds": 7200 * (x if x <= 0.5 else x - 0.5),
         }
         lines.append(json.dumps(row))
         if i % max(1, rows // 6) == 0:
             gap = {"feedback/gap_other": 0.0004, "feedback/gap_other/low": -0.0003, "feedback/gap_other/high": 0.0011}
+            lost = 231 * x if collapses else 20 * x
+            gap |= {"eval/drift/effective_rank": 234 - lost, "eval/drift/effective_rank_change": -lost}
             lines.append(json.dumps({"step": row["step"], "eval/mmvp/pooled": 19 + 6 * x, **gap}))
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def write_steps(folder):
+    """An evaluation of three steps of a run, whose tables have many columns: its folder."""
+    images = write_images(folder, 4)
+    write_run(folder / "run", rows=30)
+    task = mmvp_task(images)
+    for label in ("runs/vitl14:1000", "runs/vitl14:2000"):
+        task["weights"][label] = task["weights"][AFTER]
+        task["comparisons"].append(task["comparisons"][0] | {"after": label, "flipped": []})
+    results = write_evaluation(folder / "out", images, folder / "run", mmvp=task)
+    for step in (1000, 2000):
+        results["weights"].append({"label": f"runs/vitl14:{step}", "source": str(folder / "run"), "step": step})
+    (folder / "out" / "results.json").write_text(json.dumps(results))
+    return folder / "out"
 
 
 def write_full(folder):
@@ -203,5 +262,6 @@ def write_full(folder):
     images = write_images(folder, 28)
     write_run(folder / "run")
     tasks = {"mmvp": mmvp_task(images), "feedback": feedback_task(), "retrieval": retrieval_task()}
+    tasks["segmentation"] = segmentation_task(images[-2:])
     write_evaluation(folder / "out", images, folder / "run", **tasks, drift=drift_task())
     return folder / "out"

@@ -66,7 +66,10 @@ def test_the_page_loads_nothing_else(full):
     path, *pngs = report.write(full)
     page = Page(path)
     source = path.read_text(encoding="utf-8")
-    assert not {"script", "iframe", "object", "embed", "base", "form", "a"} & {tag for tag, _ in page.tags}
+    assert not {"script", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert page.all("a") and all(attrs.pop("href").removeprefix("#") in ids for attrs in page.all("a"))
     for _, attrs in page.tags:
         for name in ("src", "href", "srcset", "action", "poster", "xlink:href"):
             assert attrs.get(name, "data:").startswith("data:"), attrs
@@ -74,8 +77,6 @@ def test_the_page_loads_nothing_else(full):
     assert not re.search(r"url\(|@import|https?://", source)
     assert "default-src 'none'" in page.all("meta")[1]["content"]
     assert page.all("html")[0]["lang"] == "en"
-    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(ids) == len(set(ids))
     assert all(attrs["aria-label"] for attrs in page.all("svg"))
     assert pngs and all(p.parent == full / "report" for p in pngs)
     for png in pngs:
@@ -96,14 +97,16 @@ def test_numbers_are_those_of_the_input(full):
             for s in c["scores"].values():
                 assert str(s.get("difference", s.get("score"))) in shown
     assert "MMVP-VLM, pooled embedding: 19.3 → 25.9 (+6.7, 95% interval 1.5 to 11.9)" in page.text
-    assert "Higher: zero is outside of the interval. 12 pairs won, 3 lost, exact McNemar p = 0.035." in page.text
+    assert "Better: zero is outside of the interval. 12 pairs won, 3 lost, exact McNemar p = 0.035." in page.text
     # No difference is stated if zero is within the interval, and a decrease is stated as one.
     assert "19.7 → 21.1 (+1.4, 95% interval −2.2 to 5.0) Zero is within the interval" in page.text
-    assert "36.5 → 36.2 (−0.3, 95% interval −0.6 to −0.1) Lower: zero is outside of the interval." in page.text
+    assert "36.5 → 36.2 (−0.3, 95% interval −0.6 to −0.1) Worse: zero is outside of the interval." in page.text
     assert "openai: condition gap to another image is not different from zero" in page.text
     assert "runs/vitl14:4600: condition gap" not in page.text
+    # Numbers of a row have the same decimals.
+    assert "0.00020 −0.00030 to 0.00070 0.00310 0.00260 to 0.00360" in page.text
     # The tooltips of the bars have their values: 2 of 15 pairs.
-    assert "Orientation and Direction\nopenai: 13.3% (0.0 to 33.3)" in path.read_text(encoding="utf-8")
+    assert "Orientation and Direction\nopenai: 13.3% (0.0\u00a0to\u00a033.3)" in path.read_text(encoding="utf-8")
 
 
 def test_flipped_pairs_have_their_images(full):
@@ -112,7 +115,8 @@ def test_flipped_pairs_have_their_images(full):
     Path(flipped[0]["images"][0]).unlink()
     Path(flipped[1]["images"][0]).write_bytes(b"no image")
     page = Page(report.write(full)[0])
-    images = page.all("img")
+    photographs = [attrs for attrs in page.all("img") if attrs["src"].startswith("data:image/jpeg")]
+    images = photographs[:-2]  # The last two are those of the segmentation.
     assert len(images) == 2 * len(flipped) - 2
     sizes = set()
     for attrs in images:
@@ -120,7 +124,11 @@ def test_flipped_pairs_have_their_images(full):
         sizes.add(Image.open(io.BytesIO(data)).size)
     assert sizes <= {(320, 320), (320, 291), (320, 267)} and len(sizes) > 1  # the ratios of the three input sizes
     assert page.text.count("cannot be read") == 2
-    assert page.text.count("Correct only after") == page.text.count("pairs that flipped") == 2
+    assert (
+        page.text.count("Correct only after")
+        == headings(full / "report.html").count("MMVP-VLM: pairs that flipped")
+        == 2
+    )
     assert (
         samples.HOSTILE in page.text
     )  # shown as text; `test_the_page_loads_nothing_else` checks that there is no script
@@ -160,7 +168,7 @@ def test_a_workdir(tmp_path):
     text = Page(page).text
     loss = [json.loads(line).get("loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     loss = [v for v in loss if v is not None]
-    assert f"loss {np.mean(loss[:23]):.3g} → {np.mean(loss[-23:]):.3g}" in text and "step 4,600 of 4,600" in text
+    assert f"loss {np.mean(loss[:23]):.3f} → {np.mean(loss[-23:]):.3f}" in text and "step 4,600 of 4,600" in text
     assert str(loss[-1]) in [attrs.get("title") for attrs in Page(page).all("b")]
     assert {p.stem for p in pngs} >= {"training-loss", "training-grad_norm", "training-feedback-gap_other"}
     assert "feedback/gap_other is not different from zero" in text
@@ -168,22 +176,12 @@ def test_a_workdir(tmp_path):
 
 
 def test_several_steps_of_one_run(tmp_path):
-    """Each is compared with the first, in a table that scrolls; the run that they share is shown once."""
-    images = samples.write_images(tmp_path, 4)
-    samples.write_run(tmp_path / "run", rows=30)
-    task = samples.mmvp_task(images)
-    for label in ("runs/vitl14:1000", "runs/vitl14:2000"):
-        task["weights"][label] = task["weights"][samples.AFTER]
-        task["comparisons"].append(task["comparisons"][0] | {"after": label, "flipped": []})
-    results = samples.write_evaluation(tmp_path / "out", images, tmp_path / "run", mmvp=task)
-    for step in (1000, 2000):
-        results["weights"].append({"label": f"runs/vitl14:{step}", "source": str(tmp_path / "run"), "step": step})
-    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
-    page = Page(report.write(tmp_path / "out")[0])
+    """Each is compared with the first, in a table of many columns; the run that they share is shown once."""
+    page = Page(report.write(samples.write_steps(tmp_path))[0])
     assert "MMVP-VLM, pooled embedding, runs/vitl14:2000: 19.3 → 25.9" in page.text
     assert page.text.count("run, step 4,600 of 4,600") == 1
-    assert [attrs["class"] for attrs in page.all("div") if attrs.get("class") in ("scrolls", "stacks")] == [
-        "scrolls", "stacks",
+    assert [attrs["class"] for attrs in page.all("div") if attrs.get("class") in ("lines", "stacks")] == [
+        "lines", "stacks",
     ]  # fmt: skip
 
 
@@ -237,10 +235,9 @@ def test_wording():
     assert wording.number(25.926, "%") == "25.9" and wording.number(0.2, "") == "0.200"
     assert wording.number(None, "%") == "–" and wording.number(float("nan"), "") == "–"
     doubtful = {"difference": 5, "interval": [1, 9], "mcnemar": {"won": 5, "lost": 0, "p": 0.0625}}
-    assert (
-        wording.verdict(doubtful)
-        == "Higher: zero is outside of the interval, but the exact test does not exclude chance."
-    )
+    doubt = "zero is outside of the interval, but the exact test does not exclude chance."
+    for which, word in (("higher", "Better"), ("lower", "Worse"), ("", "Higher")):
+        assert wording.verdict(doubtful, which) == f"{word}: {doubt}"
     assert wording.signed(-0.31, "%") == "−0.3" and wording.signed(6.667, "%") == "+6.7"
     assert [wording.excludes_zero(e) for e in ([-1, 1], [0.0, 2.0], [0.1, 2], [-2, -1], None)] == [
         False, False, True, True, None,

@@ -43,7 +43,10 @@ def visit(driver, page, width, scheme):
 
 
 def test_in_a_browser(tmp_path):
+    (steps := tmp_path / "steps").mkdir()
     pages = {"evaluation": report.write(samples.write_full(tmp_path))[0], "run": report.write(tmp_path / "run")[0]}
+    pages["steps"] = report.write(samples.write_steps(steps))[0]
+    pictures = {"evaluation": 28 + 8, "run": 0, "steps": 4}  # Of flipped pairs, and of two strips of four.
     driver = browser()
     try:
         for name, page in pages.items():
@@ -57,8 +60,9 @@ def test_in_a_browser(tmp_path):
                     where = (name, width, scheme, found)
                     assert found["scroll"] <= found["window"] <= width, where
                     assert not found["outside"] and not found["clipped"], where
-                    assert found["images"] == found["loaded"] == (28 if name == "evaluation" else 0), where
-                    assert found["charts"] > 4, where
+                    assert found["images"] == found["loaded"] == pictures[name], where
+                    assert found["charts"] > 1, where
+                    assert found["broken"] == [], where
                     assert not found["small"], where
                     page_colour = bytes.fromhex(COLOURS["page"][scheme == "dark"][1:])
                     assert found["background"] == f"rgb({', '.join(map(str, page_colour))})", where
@@ -66,7 +70,8 @@ def test_in_a_browser(tmp_path):
         driver.quit()
 
 
-# Collects elements past the right edge, chart text that is clipped or too small, and images that did not load.
+# Collects elements past the right edge, intervals that take two lines, chart text that is clipped or too small, and
+# images that did not load.
 LOOK = """
 const shown = what => [...document.querySelectorAll(what)].filter(e => e.getClientRects().length);
 const width = document.documentElement.clientWidth, images = [...document.images];
@@ -74,10 +79,13 @@ const cut = (a, b) => a.left < b.left - 1 || a.right > b.right + 1 || a.bottom >
 return {
   scroll: document.documentElement.scrollWidth,
   window: width,
-  outside: shown('body *').filter(e => e.getBoundingClientRect().right > width + 1 && !e.closest('.scrolls'))
+  outside: shown('body *')
+    .filter(e => e.getBoundingClientRect().right > width + 1 && !(width > 760 && e.closest('.lines')))
     .map(e => e.outerHTML.slice(0, 80)),
   clipped: shown('svg text').filter(t => cut(t.getBoundingClientRect(), t.ownerSVGElement.getBoundingClientRect()))
     .map(t => t.textContent),
+  broken: shown('td small').filter(e => /\\u00a0to/.test(e.textContent) && e.getBoundingClientRect().height > 24)
+    .map(e => e.textContent),
   small: shown('svg text').filter(t => t.getBoundingClientRect().height < 12).map(t => t.textContent),
   images: images.length,
   loaded: images.filter(i => i.complete && i.naturalWidth > 0).length,

@@ -10,8 +10,8 @@ from without_torch import PACKAGES
 PACKAGE = ROOT / "diva_jax"
 # Lowest first: a folder or top-level file imports only from those before it, and from itself.
 ORDER = (
-    "common", "models", "costs", "data", "weights", "objectives", "training", "export", "evals", "report", "config",
-    "train",
+    "common", "models", "costs", "data", "weights", "objectives", "training", "export", "evals", "config", "report",
+    "train", "api",
 )  # fmt: skip
 COMMANDS = ("main", "evaluate", "export_torch", "aot", "parity", "demo")
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -75,8 +75,8 @@ class Drift(Task):
         self.images = labelled.image_files(paths, [None] * self.count, root, rgb=False)
         self.metrics = {
             "effective_rank": {"title": "effective rank", "unit": ""},
-            "cosine": {"title": "cosine to the embedding before", "unit": ""},
-            "knn_overlap": {"title": f"overlap of the {self.k} nearest neighbours", "unit": "%"},
+            "cosine": {"title": "cosine to the embedding before", "unit": "", "better": ""},
+            "knn_overlap": {"title": f"overlap of the {self.k} nearest neighbours", "unit": "%", "better": ""},
         }
 
     def evaluate(self, model) -> Outcome:

@@ -123,6 +123,7 @@ class Feedback(Task):
         self.names = [source.name(int(i)) for i in self._records]
         self.partners = partners(self.count, settings.seed)
         self.metrics = {name: {"title": title, "unit": ""} for name, title in METRICS.items()}
+        self.metrics["loss_own"]["better"] = "lower"
         self.group = min(GROUP, self.count)
 
     def bind(self, config, mesh) -> None:

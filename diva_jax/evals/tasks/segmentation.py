@@ -4,8 +4,10 @@ As SCLIP does it (arXiv 2312.01597): windows over the resized image, cosines of 
 pixels and averaged where windows overlap, a softmax over all texts, and for each class its most probable synonym.
 """
 
+import base64
 import dataclasses
 import functools
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +32,9 @@ RULES = (
     ("scale", lambda s: s > 0, "must be above 0"),
     ("background", lambda p: 0 <= p < 1, "must be at least 0 and below 1"),
 )
+
+
+_PICTURES, _SIDE = 6, 240  # Images whose classes results.json has, evenly spaced; longer side of their maps [pixels].
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +99,15 @@ def classify(cosines: np.ndarray, owner: np.ndarray, scale: float, background: f
     return np.where(by_class.max(axis=-1) < background, 0, by_class.argmax(axis=-1))
 
 
+def _encoded(labels: np.ndarray) -> str:
+    """A map of classes as a small PNG in base64; 255 where it is ignored."""
+    picture = Image.fromarray(np.where(labels < 0, 255, labels).astype(np.uint8))
+    ratio = min(1.0, _SIDE / max(picture.size))
+    size = [max(1, round(ratio * x)) for x in picture.size]
+    picture.resize(size, Image.Resampling.NEAREST).save(buffer := io.BytesIO(), "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 def overlaps(predicted: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """(pixels of the intersection, of the union) of each class, [C] each; labels of -1 are ignored."""
     counted = labels >= 0
@@ -122,6 +136,7 @@ class Segmentation(Task):
         self.texts = list(dict.fromkeys(t for texts in self._prompts for t in texts))
         self.root, self.data, self.count = root, str(root.resolve()), len(self.pairs)
         self.metrics = {"miou": {"title": f"{self.set.title}, mIoU", "unit": "%"}}
+        self._shown = set(np.linspace(0, self.count - 1, min(_PICTURES, self.count)).round().astype(int).tolist())
 
     def bind(self, config: ConfigDict, mesh) -> None:
         """Lays out the windows for the backbone's image size."""
@@ -176,14 +191,17 @@ class Segmentation(Task):
         yield total / seen
 
     def evaluate(self, model) -> Outcome:
-        """The mIoU over the whole set, each class's IoU, and the intersections and unions of every image."""
+        """The mIoU over the whole set, each class's IoU, a few pictures, and the overlaps of every image."""
         embeddings = model.texts([t for texts in self._prompts for t in texts])
         texts = zeroshot.classifier(embeddings, [len(t) for t in self._prompts])
-        o, counts, rows = self.options, [], []
+        o, counts, rows, pictures = self.options, [], [], []
         for (path, label_path), cosines in zip(self.pairs, self._cosines(model, texts), strict=True):
             labels = segmentation_sets.read_labels(label_path, self.set)
             predicted = classify(resized(cosines, *labels.shape), self.owner, o.scale, o.background)
             both, union = overlaps(predicted, labels, len(self.names))
+            if len(rows) in self._shown:
+                shown = {"truth": _encoded(labels), "predicted": _encoded(predicted)}
+                pictures.append({"image": str(path.resolve()), **shown})
             own = stats.mean_ratio(both, union)
             rows.append(
                 {
@@ -203,7 +221,8 @@ class Segmentation(Task):
             for n, b, u in zip(self.names, both.sum(axis=0), union.sum(axis=0), strict=True)
         ]
         scores = {"miou": {"score": 100 * score, "interval": stats.percent(interval)}}
-        return Outcome({"scores": scores, "classes": per_class}, rows, {"both": both, "union": union})
+        found = {"scores": scores, "classes": per_class, "pictures": pictures}
+        return Outcome(found, rows, {"both": both, "union": union})
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
         """The difference of the mIoU and its paired bootstrap interval over images."""

@@ -1,5 +1,8 @@
 """Segmentation: windows, synonyms, background and mIoU by hand; VOC's, ADE20K's and Cityscapes' layouts; bad files."""
 
+import base64
+import io
+
 import jax
 import numpy as np
 import pytest
@@ -67,7 +70,51 @@ def write_cityscapes(root):
     return root
 
 
-LAYOUTS = {"voc20": write_voc, "voc21": write_voc, "ade20k": write_ade, "cityscapes": write_cityscapes}
+def write_context(root):
+    names = [f"2008_{i:06d}" for i in range(COUNT)]
+    for i, name in enumerate(names):
+        save(root / "JPEGImages" / f"{name}.jpg", encoded(patch(i), "JPEG"))
+        save_labels(root / "SegmentationClassContext" / f"{name}.png", labels_of(i, 59), "P")
+    save(root / "ImageSets" / "SegmentationContext" / "val.txt", "\n".join(names).encode())
+    return root
+
+
+def write_coco(root, suffix, values):
+    for i in range(COUNT):
+        save(root / "images" / "val2017" / f"{i:012d}.jpg", encoded(patch(i), "JPEG"))
+        labels = labels_of(i, len(values) - 1)
+        raw = np.where(labels == 255, 255, np.array(values)[np.minimum(labels, len(values) - 1)])
+        save_labels(root / "annotations" / "val2017" / f"{i:012d}{suffix}", raw)
+    return root
+
+
+def write_coco_object(root):
+    return write_coco(root, "_instanceTrainIds.png", range(81))
+
+
+def write_coco_stuff(root):
+    """Pixel values as COCO-Stuff publishes them: the class's number in COCO less one; some numbers are not used."""
+    unused = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
+    return write_coco(root, ".png", [n - 1 for n in range(1, 183) if n not in unused])
+
+
+LAYOUTS = {
+    "voc20": write_voc,
+    "voc21": write_voc,
+    "context59": write_context,
+    "context60": write_context,
+    "ade20k": write_ade,
+    "coco_object": write_coco_object,
+    "coco_stuff": write_coco_stuff,
+    "cityscapes": write_cityscapes,
+}
+# What a pixel's value says, by hand: the class, or None where it is ignored.
+TRUTH = {name: lambda v, first=first: None if v == 255 or v < first else v - first
+         for name, first in (("voc20", 1), ("voc21", 0), ("context59", 1), ("context60", 0), ("ade20k", 1),
+                             ("coco_object", 0), ("cityscapes", 0))}  # fmt: skip
+TRUTH["coco_stuff"] = lambda v: (
+    None if v == 255 else v - sum(n - 1 < v for n in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91))
+)
 
 
 def prepare(path, bind=True, **options):
@@ -127,8 +174,9 @@ def test_layouts_and_miou(tmp_path, name):
         logits = 40 * bilinear(total / seen, *raw.shape)
         p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         best = np.stack([p[..., task.owner == c].max(-1) for c in range(classes)], -1).argmax(-1)
-        truth = raw - segmentation_sets.SETS[name].first
-        counted = (truth >= 0) & (raw != 255)
+        said = [TRUTH[name](v) for v in range(256)]
+        truth = np.array([-1 if c is None else c for c in said])[raw]
+        counted = truth >= 0
         for c in range(classes):
             a, b = (best == c) & counted, (truth == c) & counted
             both[c] += (a & b).sum()
@@ -137,6 +185,10 @@ def test_layouts_and_miou(tmp_path, name):
     assert found.results["scores"]["miou"]["score"] == pytest.approx(want, rel=1e-3)
     low, high = found.results["scores"]["miou"]["interval"]
     assert 0 <= low <= high
+    pictures = found.results["pictures"]
+    assert [p["image"] for p in pictures] == [str(path.resolve()) for path, _ in task.pairs]
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[-1]["truth"]))))
+    np.testing.assert_array_equal(drawn, np.where(counted, truth, 255))
     after = task.evaluate(Fake(2))
     s = task.compare(found, after)["scores"]["miou"]
     assert s["difference"] == pytest.approx(after.results["scores"]["miou"]["score"] - want, rel=1e-2)
@@ -144,19 +196,32 @@ def test_layouts_and_miou(tmp_path, name):
 
 
 def bilinear(table, height, width):
-    """Half-pixel centres, edges repeated."""
-    out = np.zeros((height, width, table.shape[-1]))
-    old = table.shape[:2]
-    for i in range(height):
-        for j in range(width):
-            y = np.clip((i + 0.5) * old[0] / height - 0.5, 0, old[0] - 1)
-            x = np.clip((j + 0.5) * old[1] / width - 0.5, 0, old[1] - 1)
-            y0, x0 = int(y), int(x)
-            y1, x1 = min(y0 + 1, old[0] - 1), min(x0 + 1, old[1] - 1)
-            top = table[y0, x0] * (1 - (x - x0)) + table[y0, x1] * (x - x0)
-            bottom = table[y1, x0] * (1 - (x - x0)) + table[y1, x1] * (x - x0)
-            out[i, j] = top * (1 - (y - y0)) + bottom * (y - y0)
-    return out
+    """Half-pixel centres, edges repeated: each pixel from its four neighbours."""
+
+    def sides(new, old):
+        at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        first = at.astype(int)
+        return first, np.minimum(first + 1, old - 1), at - first
+
+    (y0, y1, dy), (x0, x1, dx) = sides(height, table.shape[0]), sides(width, table.shape[1])
+    dy, dx = dy[:, None, None], dx[None, :, None]
+    top = table[y0][:, x0] * (1 - dx) + table[y0][:, x1] * dx
+    bottom = table[y1][:, x0] * (1 - dx) + table[y1][:, x1] * dx
+    return top * (1 - dy) + bottom * dy
+
+
+def test_class_lists():
+    """The sizes of the published lists, and the ids of classes in COCO's annotations."""
+    ids = {"person": 1, "stop sign": 13, "wine glass": 46, "toothbrush": 90, "banner": 92, "wood": 182}
+    stuff = segmentation_sets.SETS["coco_stuff"]
+    texts = stuff.names(None)
+    assert {name: stuff.values[texts.index(name)] + 1 for name in ids} == ids
+    assert len(set(texts)) == 171
+    context = segmentation_sets.SETS["context59"].names(None)
+    assert context.index("potted plant") == 39
+    assert len(set(context)) == 59
+    for found in segmentation_sets.SETS.values():
+        assert len(found.values) == found.classes and not set(found.values) & set(found.ignored)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +297,8 @@ def test_bad_data_is_refused(tmp_path):
     for path, options, says in (
         (root, {}, "must read SET=FOLDER"),
         (f"coco={root}", {}, "must read SET=FOLDER"),
+        (f"coco_stuff={root}", {}, "images/val2017 has no .jpg"),
+        (f"context60={root}", {}, "SegmentationContext/val.txt does not exist"),
         (f"ade20k={root}", {}, "images/validation has no .jpg"),
         (f"cityscapes={root}", {}, "leftImg8bit/val has no images"),
         (f"voc21={tmp_path}", {}, "val.txt does not exist"),

@@ -10,7 +10,7 @@ from mutations import changed, damaged
 
 from diva_jax import report
 from diva_jax.common.errors import UserError
-from diva_jax.report import flips, inputs, page
+from diva_jax.report import inputs, page, pictures
 
 pytestmark = pytest.mark.attack
 
@@ -90,7 +90,7 @@ def test_what_is_no_picture_is_not_read(tmp_path):
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
     (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     for name in ("pipe.jpg", "zero.jpg", "a.eps", "", "\0", "gone.png", "a" * 5000):
-        assert flips._thumbnail(str(tmp_path / name)) == ""
+        assert pictures._thumbnail(str(tmp_path / name)) == ""
 
 
 @pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "gs://no-such-bucket-at-all", "s3://x/y", "\0", "", "."])

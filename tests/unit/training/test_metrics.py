@@ -52,6 +52,26 @@ def test_rows_past_the_checkpoint_and_torn_rows_are_dropped(tmp_path):
     assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(1, 0.0), (2, 0.0), (3, 9.0)]
 
 
+def test_sessions_are_listed_and_rows_have_their_time(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    for begins in (0, 2):
+        writer = metrics.Writer(tmp_path, begins, tensorboard=False)
+        for step in (begins + 1, begins + 2):
+            clock[0] += 7.5
+            writer.write(step, {"loss": 1.0})
+        writer.close()
+        clock[0] += 1000
+    assert [(r["step"], r["seconds"]) for r in rows(tmp_path)] == [(1, 7.5), (2, 15.0), (3, 7.5), (4, 15.0)]
+    sessions = json.loads((tmp_path / "sessions.json").read_text())
+    assert [s["step"] for s in sessions] == [0, 2] and sessions[0]["started"].endswith("+00:00")
+    assert all(s["devices"] == "8 x cpu" and {"diva_jax", "jax", "python"} <= set(s["versions"]) for s in sessions)
+    for damaged in ("{", '{"a": 1}'):
+        (tmp_path / "sessions.json").write_text(damaged)
+        metrics.Writer(tmp_path, 4, tensorboard=False).close()
+        assert len(json.loads((tmp_path / "sessions.json").read_text())) == 1
+
+
 @pytest.mark.parametrize("seconds, text", [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600 * 26 + 62, "26:01:02")])
 def test_duration(seconds, text):
     assert metrics.duration(seconds) == text

@@ -1,0 +1,154 @@
+"""The loss of an objective and its gradients, on a user's batch, for loops and studies of one's own."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diva_jax import config as configs
+from diva_jax.api import configs as files
+from diva_jax.api.encoder import Picture, as_picture
+from diva_jax.common.errors import UserError, listing
+from diva_jax.data import crop
+from diva_jax.data.inputs import Example
+from diva_jax.training import load, sharding
+from diva_jax.training.step import Program, image_keys
+
+
+class Result(NamedTuple):
+    """The loss of a batch.
+
+    Attributes:
+      loss: the scalar that is differentiated.
+      metrics: name -> value, as the train loop logs them.
+      gradients: name -> array of the shape of the parameter, float32.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+    gradients: dict[str, jax.Array]
+
+
+class Loss:
+    """An objective with its weights loaded; `objective` makes one.
+
+    Attributes:
+      config: the config.
+      inputs: name -> (shape of one example, dtype), what a batch holds.
+      params: name -> array of the parameters that some stage of the config trains.
+      frozen: name -> array of all others.
+    """
+
+    def __init__(self, config: ConfigDict):
+        configs.validate(config, 1)
+        self.config = config
+        self._mesh = sharding.make_mesh(config.mesh)
+        self._program = Program(config, self._mesh)
+        arrays, _ = load.initial_arrays(self._program)
+        trained = set(self._program.trained)
+        self.params = {n: a for n, a in arrays.items() if n in trained}
+        self.frozen = {n: a for n, a in arrays.items() if n not in trained}
+        self._inputs = self._program.objective.inputs
+        self.inputs = {name: (i.shape, i.dtype) for name, i in self._inputs.items()}
+        self._make = {name: i.open(config.data) for name, i in self._inputs.items()}
+        self._key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
+        self._compute = jax.jit(self._trace)
+
+    def batch(
+        self, pictures: Sequence[Picture], texts: Sequence[str] | None = None, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Makes a batch as the data pipeline does: one random crop of each picture, at the size that each input has.
+
+        Args:
+          pictures: what `Encoder.preprocess` takes, each.
+          texts: as many captions, for objectives that read them.
+          seed: of the crops and of whatever the inputs draw.
+
+        Returns:
+          name -> array [B, *shape].
+
+        Raises:
+          UserError: a picture cannot be read, or texts are missing.
+        """
+        texts = [None] * len(pictures) if texts is None else list(texts)
+        needing = [name for name, i in self._inputs.items() if i.needs_text]
+        if len(texts) != len(pictures) or (needing and not all(texts)):
+            raise UserError(
+                f"{len(pictures)} pictures need as many texts, none of them empty, for {listing(needing) or 'a batch'}"
+            )
+        c, rows = self.config.data.crop, []
+        for i, (given, text) in enumerate(zip(pictures, texts, strict=True)):
+            image, rng = as_picture(given).convert("RGB"), np.random.default_rng((seed, i))
+            box = crop.sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
+            rows.append({name: make(Example(image, text, box, rng)) for name, make in self._make.items()})
+        return {name: np.stack([row[name] for row in rows]) for name in self._inputs} if rows else {}
+
+    def _trace(self, params, frozen, batch, key, step):
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+            keys = image_keys(key, step, batch["row"])
+
+            def loss(params):
+                return self._program.skeleton.merge(params, frozen).loss(batch, keys)
+
+            (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+            return value, metrics, gradients
+
+    def __call__(
+        self, batch: Mapping[str, Any], params: Mapping[str, jax.Array] | None = None, step: int = 0
+    ) -> Result:
+        """Computes the loss of a batch and its gradients with respect to the trained parameters.
+
+        The batch is one micro-batch. With the same config, step and rows the random draws are those of training.
+
+        Args:
+          batch: each input as [B, *shape], B a multiple of the number of devices; optionally "row", int32 [B], the
+            rows of the images in the global batch (default 0 to B - 1), from which their random draws follow.
+          params: other values than `self.params`.
+          step: another step has other random draws.
+
+        Raises:
+          UserError: an input is missing, or has another shape or dtype.
+        """
+        batch = self._checked(batch)
+        batch = jax.device_put(batch, jax.sharding.NamedSharding(self._mesh, sharding.BATCH))
+        params = self.params if params is None else dict(params)
+        value, metrics, gradients = self._compute(params, self.frozen, batch, self._key, jnp.int32(step))
+        return Result(float(value), {name: float(v) for name, v in metrics.items()}, gradients)
+
+    def _checked(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        if missing := [name for name in self.inputs if name not in batch]:
+            raise UserError(f"the batch lacks {listing(missing)}: it must have {self._described()}")
+        if strange := [name for name in batch if name not in (*self.inputs, "row")]:
+            raise UserError(f"the batch has {listing(strange)}, which is no input: it must have {self._described()}")
+        size = len(batch[next(iter(self.inputs))])
+        found = {"row": np.arange(size, dtype=np.int32)} | {name: np.asarray(a) for name, a in batch.items()}
+        for name, (shape, dtype) in {**self.inputs, "row": ((), np.dtype(np.int32))}.items():
+            if found[name].shape != (size, *shape) or found[name].dtype != dtype:
+                raise UserError(
+                    f"the input {name} is {found[name].dtype} {list(found[name].shape)}: give {dtype} "
+                    f"{[size, *shape]}, as Loss.batch makes it from pictures"
+                )
+        devices = self._mesh.size
+        if not size or size % devices:
+            raise UserError(f"a batch of {size} cannot be split over {devices} devices: give a multiple of {devices}")
+        return found
+
+    def _described(self) -> str:
+        return ", ".join(f"{name} ({dtype} [B, {', '.join(map(str, s))}])" for name, (s, dtype) in self.inputs.items())
+
+
+def objective(config: ConfigDict | str | os.PathLike, fields: Mapping[str, Any] | None = None) -> Loss:
+    """Loads an objective with its weights: the loss that `train` minimises, and its gradients.
+
+    Args:
+      config: a result of `config.default`, or a config file.
+      fields: dotted path of a field -> value, see `configs.read`.
+
+    Raises:
+      UserError: the config is not valid, or weights are missing.
+    """
+    return Loss(files.read(config, fields))

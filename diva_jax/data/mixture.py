@@ -1,0 +1,90 @@
+"""Several sources as one, in given proportions."""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from diva_jax.common.errors import UserError
+from diva_jax.data.records import Record, Source
+
+PREFIX = "mix:"
+_ENTRY = re.compile(r"(\d+(?:\.\d*)?|\.\d+)=(.+)", re.S)
+_MOST = 2**31  # Slots of a mixture's epoch; the shuffle of an epoch numbers them with 32 bits.
+
+
+def split(path: str) -> list[tuple[Fraction, str]]:
+    """`"mix:2=a.csv;1=b/*.tar"` -> [(2/3, "a.csv"), (1/3, "b/*.tar")].
+
+    Raises:
+      UserError: it does not have this form, or a weight is 0.
+    """
+    entries = [entry.strip() for entry in path.removeprefix(PREFIX).split(";") if entry.strip()]
+    found = [_ENTRY.fullmatch(entry) for entry in entries]
+    if not found or not all(found) or not all(Fraction(m[1]) > 0 for m in found):
+        raise UserError(
+            f"config.data.path={path!r} must read mix:WEIGHT=PATH;WEIGHT=PATH with weights above 0, e.g. "
+            "'mix:0.7=cc3m/{00000..00331}.tar;0.3=mine.csv'"
+        )
+    weights = [Fraction(m[1]) for m in found]
+    return [(w / sum(weights), m[2].strip()) for w, m in zip(weights, found, strict=True)]
+
+
+class MixtureSource:
+    """A source whose epoch has as many records of each part as its weight says.
+
+    One part, the largest for its weight, has each of its records once per epoch. Records of the others are repeated, or
+    rather: slot k of a part of n records is its record k modulo n, so that all of them come before one is repeated.
+    Order, resumption and the split over processes are those of any source, which its epoch's shuffle mixes.
+
+    Args:
+      parts: the sources.
+      weights: of each, above 0, with the sum 1.
+      path: what the user gave, for errors.
+
+    Raises:
+      UserError: the epoch would be too long.
+    """
+
+    def __init__(self, parts: Sequence[Source], weights: Sequence[Fraction], path: str):
+        self.parts = list(parts)
+        length = max(Fraction(len(part)) / w for part, w in zip(parts, weights, strict=True))
+        counts = [max(1, round(w * length)) for w in weights]
+        if sum(counts) > _MOST:
+            raise UserError(
+                f"config.data.path={path!r}: an epoch would have {sum(counts)} images, more than {_MOST}: give the "
+                "large sources more weight, or fewer files"
+            )
+        self.counts = counts
+        self._ends = np.cumsum(counts, dtype=np.int64)
+
+    @property
+    def has_text(self) -> bool:
+        return all(part.has_text for part in self.parts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(the number of the part, the record of the part) in slot i."""
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        slot = i - (int(self._ends[number - 1]) if number else 0)
+        return number, slot % len(self.parts[number])
+
+    def name(self, i: int) -> str:
+        """The record's name in its part."""
+        number, record = self.locate(i)
+        return self.parts[number].name(record)
+
+    def read(self, i: int, with_text: bool = True) -> Record:
+        """See `Source.read`."""
+        number, record = self.locate(i)
+        return self.parts[number].read(record, with_text)
+
+    def describe(self) -> list[str]:
+        """Returns one line per part: its share of an epoch, its size, and how often its records come in an epoch."""
+        return [
+            f"{count / len(self):.1%} of the images: {len(part):,}, each {count / len(part):.3g} times per epoch"
+            for part, count in zip(self.parts, self.counts, strict=True)
+        ]

@@ -1,0 +1,118 @@
+"""`diva_jax.load`: any form of picture, the evaluation's numbers, errors of one sentence."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eval_data import encoded, patch
+from PIL import Image
+from specs import EVAL_CLIP
+
+import diva_jax
+from diva_jax import demo
+from diva_jax.common.errors import UserError
+from diva_jax.evals import encode
+from diva_jax.weights import loading
+
+COUNT = 5
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    demo.write_clip(folder, EVAL_CLIP)
+    demo.write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(clip):
+    return diva_jax.load(clip, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def expected(clip):
+    """Of each picture, by the model itself."""
+    model = loading.load(str(clip), EVAL_CLIP)
+    spec = EVAL_CLIP
+    pixels = np.stack([encode.images.prepare(patch(i), spec.image_size, spec.resize_mode, spec.interpolation)
+                       for i in range(COUNT)])  # fmt: skip
+    x = (pixels / np.float32(255) - np.float32(spec.mean)) / np.float32(spec.std)
+    return pixels, np.asarray(model.encode(x.astype(np.float32)).pooled)
+
+
+def test_every_form_of_pictures(encoder, expected, tmp_path):
+    pixels, want = expected
+    files = [tmp_path / f"{i}.png" for i in range(COUNT)]
+    for i, file in enumerate(files):
+        file.write_bytes(encoded(patch(i)))
+    given = [patch(i) for i in range(COUNT)]
+    for pictures in (given, files, [str(f) for f in files], [np.asarray(p.convert("RGB")) for p in given], pixels):
+        found = encoder.encode_image(pictures)
+        assert found.shape == (COUNT, encoder.spec.embed_dim) and found.dtype == np.float32
+        np.testing.assert_allclose(found, want, atol=2e-5)
+    np.testing.assert_array_equal(np.stack([encoder.preprocess(p) for p in given]), pixels)
+    np.testing.assert_allclose(encoder.encode_image(given[2]), want[2:3], atol=2e-5)
+    np.testing.assert_allclose(encoder.encode_image(files[2]), want[2:3], atol=2e-5)
+    np.testing.assert_allclose(encoder.encode_image(pixels[2]), want[2:3], atol=2e-5)
+    unit = encoder.encode_image(p for p in given[:2])
+    np.testing.assert_allclose(unit, want[:2], atol=2e-5)
+    assert encoder.encode_image([]).shape == encoder.encode_text([]).shape == (0, encoder.spec.embed_dim)
+
+
+def test_more_than_a_batch_and_length_one(encoder):
+    many = [patch(i % COUNT) for i in range(19)]
+    found = encoder.encode_image(many, normalise=True)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(found[:COUNT], found[COUNT : 2 * COUNT], atol=1e-6)
+
+
+def test_texts_are_those_of_the_text_tower(encoder, clip):
+    from diva_jax.data import tokenizers
+
+    texts = ["a photo of a cup", "A dog, ünder ☃", ""]
+    ids = tokenizers.open_tokenizer(EVAL_CLIP.text, clip)(texts)
+    want = np.asarray(loading.load(str(clip), EVAL_CLIP, tower="text").encode(ids))
+    np.testing.assert_allclose(encoder.encode_text(texts), want, atol=2e-5)
+    np.testing.assert_allclose(encoder.encode_text(texts[1]), want[1:2], atol=2e-5)
+
+
+def test_few_sizes_are_compiled(encoder):
+    for count in range(1, 30):
+        encoder._for(count)
+    assert set(encoder._towers) == {1, 2, 4, 8}
+
+
+def test_a_bare_file_needs_a_spec(clip, tmp_path):
+    bare = tmp_path / "tower.safetensors"
+    bare.write_bytes((clip / "open_clip_model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="does not specify the number of heads"):
+        diva_jax.load(bare)
+    found = diva_jax.load(bare, spec=EVAL_CLIP)
+    assert found.spec.width == EVAL_CLIP.width and found.arrays
+    with pytest.raises(UserError, match="has no tokenizer"):
+        found.encode_text("x")
+    with pytest.raises(UserError, match="spec='vit' is none of vitl14, "):
+        diva_jax.load(bare, spec="vit")
+
+
+def test_bad_pictures_are_one_sentence(encoder, tmp_path):
+    broken = tmp_path / "broken.png"
+    Image.new("RGB", (30, 20)).save(buffer := io.BytesIO(), "PNG")
+    broken.write_bytes(buffer.getvalue()[:40])
+    for given, says in (
+        (np.zeros((4, 8, 8), np.float32), "uint8 .H, W, 3., not float32"),
+        (np.zeros((8, 8), np.uint8), r"has the shape .N, H, W, 3., not .8, 8."),
+        (np.zeros((2, 8, 8, 4), np.uint8), r"not uint8 .8, 8, 4."),
+        (tmp_path / "none.png", "none.png cannot be read .No such file"),
+        ([broken], "broken.png cannot be read"),
+        ([3], "not int64 .."),
+    ):
+        with pytest.raises(UserError, match=says) as e:
+            encoder.encode_image(given)
+        assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="encode_text takes texts, not int"):
+        encoder.encode_text(["a", 3])
+    with pytest.raises(UserError, match="does not exist"):
+        diva_jax.load(Path(tmp_path / "nothing"))

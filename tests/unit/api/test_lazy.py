@@ -1,0 +1,55 @@
+"""`import diva_jax` takes no time, and offers the same whatever was imported before."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+from places import ROOT
+
+import diva_jax
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_package_imports_nothing():
+    code = "import sys; before = set(sys.modules); import diva_jax; dir(diva_jax); print(set(sys.modules) - before)"
+    assert run(code).strip() == "{'diva_jax'}"
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+        diva_jax.lode  # noqa: B018
+    assert set(diva_jax.__all__) <= set(dir(diva_jax))
+
+
+@pytest.mark.parametrize("name", ["train", "export"])
+def test_names_of_modules_can_be_called_whatever_was_imported_before(name, monkeypatch):
+    from diva_jax import api
+
+    module = getattr(diva_jax, name)
+    assert isinstance(module, types.ModuleType) and sys.modules[f"diva_jax.{name}"] is module
+    called = {}
+    monkeypatch.setattr(api, name, lambda *args, **kw: called.update(args=args, **kw))
+    module._called.cache_clear()
+    module("a", b=2)
+    module._called.cache_clear()
+    assert called == {"args": ("a",), "b": 2}
+
+
+def test_a_module_that_was_imported_first_can_be_called_too():
+    code = """
+import diva_jax.export.cards, diva_jax
+from diva_jax import export, load
+import diva_jax.export as again
+assert callable(export) and export is again is diva_jax.export and export.cards is diva_jax.export.cards
+try:
+    export("nowhere", "out")
+except diva_jax.common.errors.UserError as e:
+    print(e)
+"""
+    assert "nowhere" in run(code)

@@ -1,0 +1,93 @@
+"""`diva_jax.objective`: loss and gradients are those of the train step, and a batch is checked."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from eval_data import patch
+
+import diva_jax
+from diva_jax import config
+from diva_jax.api import configs
+from diva_jax.common.errors import UserError
+from diva_jax.data import crop
+from diva_jax.training.step import train_step
+
+
+@pytest.fixture(scope="module")
+def loss():
+    return diva_jax.objective(config.default(objective="outside.linear_objective"), {"batch_size": 8})
+
+
+def test_it_is_the_loss_and_the_gradient_of_training(loss):
+    program = loss._program
+    batch = loss.batch([patch(i) for i in range(8)], seed=3)
+    found = loss(batch, step=2)
+    assert found.metrics["loss"] == pytest.approx(found.loss, rel=1e-6)
+    active = frozenset(program.active(0))
+    assert set(found.gradients) == set(loss.params) == {"map/kernel", "map/bias"} and set(loss.frozen) == {"offset"}
+    # One step of plain gradient descent changes the parameters by the gradient.
+    tx = optax.sgd(1.0)
+    state = {
+        "params": loss.params,
+        "opt": tx.init({n: loss.params[n] for n in active}),
+        "step": jax.numpy.int32(2),
+        "key": program.init_state(loss.params)["key"],
+    }
+    static = dict(skeleton=program.skeleton, active=active, tx=tx, lr=lambda step: 1.0, start=0, accum=1)
+    rows = {**batch, "row": np.arange(8, dtype=np.int32)}
+    with jax.sharding.use_abstract_mesh(loss._mesh.abstract_mesh):
+        new, metrics = jax.jit(lambda s, f, b: train_step(s, f, b, **static))(state, loss.frozen, rows)
+    assert found.loss == pytest.approx(float(metrics["loss"]), rel=1e-5)
+    for name, gradient in found.gradients.items():
+        want = np.asarray(loss.params[name]) - np.asarray(new["params"][name])
+        np.testing.assert_allclose(np.asarray(gradient), want, atol=1e-5 + 1e-4 * np.abs(want).max())
+    assert loss(batch, step=3).loss != found.loss
+    changed = {n: 1.1 * a for n, a in loss.params.items()}
+    assert loss(batch, changed, step=2).loss != found.loss
+
+
+def test_batches_are_cropped_as_in_training(loss):
+    c, picture = loss.config.data.crop, patch(1)
+    batch = loss.batch([picture, picture], seed=5)
+    for i in range(2):
+        rng = np.random.default_rng((5, i))
+        box = crop.sample_box(rng, *picture.size, tuple(c.scale), tuple(c.ratio))
+        np.testing.assert_array_equal(batch["image"][i], crop.resized_crop(picture, box, 12, c.interpolation))
+    assert loss.inputs == {"image": ((12, 12, 3), np.dtype(np.uint8))}
+
+
+def test_bad_batches_are_one_sentence(loss):
+    good = loss.batch([patch(i) for i in range(8)])
+    for batch, says in (
+        ({}, "the batch lacks image: it must have image .uint8 .B, 12, 12, 3.."),
+        (good | {"text": 1}, "the batch has text, which is no input"),
+        ({"image": good["image"] / 255}, r"the input image is float64 .8, 12, 12, 3.: give uint8"),
+        ({"image": good["image"][:, :10]}, r"is uint8 .8, 10, 12, 3."),
+        (good | {"row": np.arange(8)}, "the input row is int64"),
+        ({"image": good["image"][:5]}, "a batch of 5 cannot be split over 8 devices"),
+        ({"image": good["image"][:0]}, "a batch of 0 cannot"),
+    ):
+        with pytest.raises(UserError, match=says) as e:
+            loss(batch)
+        assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="2 pictures need as many texts"):
+        loss.batch([patch(0), patch(1)], ["one"])
+
+
+def test_configs_as_arguments(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from diva_jax import config\ndef get_config(arg=None):\n    return config.default('vitl14')\n")
+    found = configs.read(path, {"optim.lr": 3e-4, "steps": 7})
+    assert (found.optim.lr, found.steps, found.is_locked) == (3e-4, 7, True)
+    assert configs.read(found, {"steps": 8}).steps == 8 and found.steps == 7
+    for given, fields, says in (
+        (tmp_path / "none.py", {}, "none.py' does not exist: give a ConfigDict"),
+        (path, {"optim.lrr": 1}, "do not fit the config"),
+        (path, {"steps": "many"}, "do not fit the config"),
+    ):
+        with pytest.raises(UserError, match=says):
+            configs.read(given, fields)
+    path.write_text("def get_config():\n    raise RuntimeError('no')\n")
+    with pytest.raises(UserError, match="mine.py is not a config file .RuntimeError: no"):
+        configs.read(path)

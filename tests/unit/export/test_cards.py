@@ -1,0 +1,177 @@
+"""Cards of exports: metadata that the hub reads, scores of the right weights, caveats; the push to the hub."""
+
+import json
+
+import huggingface_hub
+import pytest
+from huggingface_hub import ModelCard
+from specs import EVAL_CLIP
+
+from diva_jax import demo
+from diva_jax.common.errors import RunError, UserError
+from diva_jax.export import cards, layouts, publish
+from diva_jax.weights import origins
+
+PROVENANCE = {
+    "workdir": "runs/a",
+    "step": 40,
+    "config": {
+        "objective": "diva", "data": {"path": "photos"}, "batch_size": 8, "seed": 3, "ema": {"decay": 0.9},
+        "backbone": {"source": "hf-hub:timm/vit_large_patch14_clip_224.openai"},
+    },
+    "sources": {"vision": {"source": ["a.safetensors"], "sha256": "12ab"}},
+    "base": "/weights/a",
+    "tuned": ["vision"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    demo.write_clip(folder, EVAL_CLIP)
+    return origins.open_clip_source(str(folder))
+
+
+def write_results(folder, source="runs/a", step=40):
+    def score(value, spread):
+        return {"score": value, "interval": [value - spread, value + spread]}
+
+    task = {
+        "title": "MMVP-VLM",
+        "metrics": {"pooled": {"title": "pooled | embedding", "unit": "%"}, "rank": {"title": "rank", "unit": ""}},
+        "weights": {
+            "base": {"scores": {"pooled": score(19.259, 6.5), "rank": {"score": 231.4, "interval": None}}},
+            "a:40": {"scores": {"pooled": score(25.926, 7.0)}},
+        },
+        "comparisons": [
+            {
+                "before": "base",
+                "after": "a:40",
+                "scores": {"pooled": {"difference": 6.667, "interval": [1.481, 11.852]}},
+            }
+        ],
+    }
+    weights = [{"label": "base", "source": "w", "step": None}, {"label": "a:40", "source": source, "step": step}]
+    results = {"created": "2026-01-31T12:00:00+00:00", "weights": weights, "tasks": {"mmvp": task}}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder / "results.json"
+
+
+def test_metadata(clip):
+    text = cards.card(
+        clip, EVAL_CLIP, "hf", "float32", PROVENANCE, license="mit", base_model="timm/base", path="out/hf"
+    )
+    data = ModelCard(text).data
+    assert (data.license, data.base_model, data.pipeline_tag) == ("mit", "timm/base", "zero-shot-image-classification")
+    assert data.library_name == "transformers" and data.tags == ["clip", "diva"]
+    assert data.to_dict()["base_model_relation"] == "finetune"
+    for fmt, tag in (("open_clip", "zero-shot-image-classification"), ("pt", "image-feature-extraction")):
+        data = ModelCard(cards.card(clip, EVAL_CLIP, fmt, "float32", None)).data
+        assert (data.license, data.base_model, data.pipeline_tag) == ("other", None, tag)
+
+
+def test_the_path_is_filled_in_and_the_config_is_folded(clip):
+    text = cards.card(clip, EVAL_CLIP, "open_clip", "float32", PROVENANCE, ["it lacks x"], path="runs/tuned")
+    assert 'create_model_and_transforms("local-dir:runs/tuned")' in text and "PATH" not in text and "SCHEME" not in text
+    assert "**Note:** it lacks x." in text
+    config = text.split("<details>")[1].split("</details>")[0]
+    assert json.loads(config.split("```json")[1].split("```")[0]) == PROVENANCE["config"]
+    text = cards.card(clip, EVAL_CLIP, "open_clip", "float32", PROVENANCE, hub="me/tuned", path="runs/tuned")
+    assert '"hf-hub:me/tuned"' in text and "runs/tuned" not in text
+    assert "<details>" not in cards.card(clip, EVAL_CLIP, "pt", "float32", None)
+
+
+def test_caveats_and_scores(clip, tmp_path):
+    plain = cards.card(clip, EVAL_CLIP, "hf", "float32", PROVENANCE)
+    for line in ("No scores were given", "must be made again", "The text tower was not tuned", "No license was given"):
+        assert line in plain, line
+    scores = publish.scores_of(str(write_results(tmp_path)), "runs/a", 40)
+    text = cards.card(clip, EVAL_CLIP, "hf", "float32", PROVENANCE | {"tuned": ["text", "vision"]}, scores=scores)
+    assert "No scores" not in text and "The text tower was not tuned" not in text
+    table = text.split("## Scores")[1].split("##")[0].strip().splitlines()[2:]
+    assert table[0] == "| task | score | base | this model | difference |" and table[1] == "|---|---|---|---|---|"
+    assert table[2] == (
+        r"| MMVP-VLM | pooled \| embedding [%] | 19.26 (12.76 to 25.76) | 25.93 (18.93 to 32.93) | "
+        "+6.67 (1.48 to 11.85) |"
+    )
+    assert len(table) == 3  # The rank has no score of these weights.
+
+
+def test_scores_are_those_of_the_exported_weights(tmp_path):
+    file = write_results(tmp_path, str(tmp_path / "runs" / "a"))
+    assert publish.scores_of(str(tmp_path), str(tmp_path / "runs" / "." / "a"), 40)["reference"] == "base"
+    assert publish.scores_of(str(file), "w", None)["reference"] == ""
+    for source, step in (("runs/b", 40), (str(tmp_path / "runs" / "a"), 39)):
+        with pytest.raises(UserError, match="has no scores of .*, only of w, .*a:40: evaluate these weights"):
+            publish.scores_of(str(file), source, step)
+    for content in ("{", '{"weights": []}', '{"weights": [{"label": "a"}]}', "[]"):
+        file.write_text(content)
+        with pytest.raises(UserError, match="results.json (is not a results.json|has no scores)") as e:
+            publish.scores_of(str(file), "w", None)
+        assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="none.json is not a results.json"):
+        publish.scores_of(str(tmp_path / "none.json"), "w", None)
+
+
+class Hub:
+    """A hub that records what it is told; `fails` is the name of a method that raises."""
+
+    calls, fails = [], ""
+
+    def __getattr__(self, name):
+        def call(*args, **kw):
+            if name == Hub.fails:
+                raise OSError("no network")
+            Hub.calls.append((name, args, kw))
+            return "https://hub/me/tuned"
+
+        return call
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    Hub.calls, Hub.fails = [], ""
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return Hub
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Layouts write the card alone."""
+
+    def export(source, spec, out, fmt, *, dtype, card):
+        out.mkdir()
+        (out / "README.md").write_text(card)
+
+    monkeypatch.setattr(layouts, "export", export)
+
+
+def push(clip, out, repo="me/tuned"):
+    publish.export(clip.where, out, "hf", "float32", publish.Options("mit", push_to_hub=repo), run=False)
+
+
+def test_the_export_is_pushed(clip, tmp_path, hub, written, capsys):
+    push(clip, tmp_path / "out")
+    assert [name for name, _, _ in hub.calls] == ["whoami", "create_repo", "upload_folder"]
+    assert hub.calls[2][2]["repo_id"] == "me/tuned" and hub.calls[2][2]["folder_path"] == tmp_path / "out"
+    assert 'from_pretrained("me/tuned")' in (tmp_path / "out" / "README.md").read_text()
+    assert "pushed to https://hub/me/tuned" in capsys.readouterr().out
+
+
+def test_the_hub_is_checked_before_anything_is_written(clip, tmp_path, hub, written):
+    for repo in ("tuned", "me/tu ned", "a/b/c"):
+        with pytest.raises(UserError, match="is no name of a hub repository .*give USER/NAME"):
+            push(clip, tmp_path / "out", repo)
+    hub.fails = "whoami"
+    with pytest.raises(UserError, match="does not know this account .*run hf auth login, or set HF_TOKEN"):
+        push(clip, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    hub.fails = "upload_folder"
+    with pytest.raises(RunError, match="is written, but was not pushed to me/tuned .*hf upload me/tuned"):
+        push(clip, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").exists()
+
+
+def test_the_base_model_is_the_source_where_it_is_a_hub_id(clip):
+    assert publish._hub_id("hf-hub:timm/base") == publish._hub_id("timm/base") == "timm/base"
+    assert publish._hub_id(clip.where) == publish._hub_id("nothing/there.pt") == publish._hub_id("") == ""
