@@ -21,7 +21,7 @@ from diva_jax.objectives.contract import Objective, Stage, tune
 
 __all__ = ["Objective", "Stage", "find", "names", "section", "stages", "tune"]
 
-_SHARED = ("condition", "contract", "contrast", "draws")
+_SHARED = ("condition", "contract", "contrast", "draws", "latents")
 
 
 def names() -> list[str]:
