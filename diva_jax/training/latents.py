@@ -93,7 +93,8 @@ class Builder:
         self._batch = batch * len(devices)
         made = facts(self.program)
         self.manifest = Manifest(made, len(self._source), crops, config.seed, per_shard, self._latents.shape)
-        if (there := Manifest.read(self.folder, "--out")) is not None and there != self.manifest:
+        there = Manifest.read(self.folder, "--out")
+        if there is not None and there.fingerprint != self.manifest.fingerprint:
             wrong = differences(vars(there), vars(self.manifest))
             raise UserError(f"{self._named} holds another cache: {listing(wrong, 3)}; use another folder")
         self._broken = Broken(config.data.max_broken_share)
