@@ -59,7 +59,12 @@ _ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 li
 
 def peak(device) -> float | None:
     """Returns the peak bf16 rate of a `jax.Device` [FLOP/s]; None for a kind without a table entry, such as a CPU."""
-    kind = _ALIASES.get(device.device_kind, device.device_kind)
+    return peak_of(device.device_kind)
+
+
+def peak_of(kind: str) -> float | None:
+    """Returns the peak bf16 rate of a chip by its name in JAX or PyTorch [FLOP/s]; None for one without an entry."""
+    kind = _ALIASES.get(kind, kind)
     return next((c.flops for c in (*CHIPS.values(), *_OTHERS) if c.kind == kind), None)
 
 
