@@ -4,8 +4,7 @@
 
 open_clip creates and saves the model with random weights. Both towers are loaded into our modules (transposed to our
 layout and back) and exported as an open_clip folder and as a transformers folder. Every tensor of both exports is
-compared with the original file. The exit code is 1 if a bit differs. Peak memory is about three times the size of the
-model, or twice with --norun.
+compared with the original file. The exit code is 1 if a bit differs.
 """
 
 import gc

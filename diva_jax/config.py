@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 
 from diva_jax import evals, objectives
 from diva_jax.common import fields
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.fields import between, one_of, pair, whole
 from diva_jax.models import backbones
+from diva_jax.models.backbones.shared import limits
 from diva_jax.models.diffusion import presets
-from diva_jax.training import optim
+from diva_jax.training import compiler, optim
 from diva_jax.training.workdirs import WHOLE
 
 
@@ -128,6 +129,9 @@ def default(
     c.eval = evals.default()  # Fields: see evals.Settings, and the Options of each module in evals/tasks.
 
     c.compile_cache = "auto"  # Where compiled programs are kept: auto is WORKDIR/cache/compiled; "" keeps none.
+    # Options of the TPU compiler, NAME=VALUE,...; auto: those of the chip's row in costs/chips.py; "": none. Not for
+    # CPUs and GPUs.
+    c.compiler_options = compiler.AUTO
     c.profile = ConfigDict()
     c.profile.start = 10  # First step of the trace.
     c.profile.steps = 0  # Steps to trace into WORKDIR/profile (for xprof or TensorBoard); 0: none.
@@ -178,7 +182,6 @@ def _is_select(value: str) -> bool:
 
 
 _MOST_TOKENS = 2**16
-_HUGE = 2**20  # Of a width; beyond it, one matrix alone has a terabyte.
 _RULES = (
     *(whole(field, 1) for field in ("steps", "accum", "log.every", "checkpoint.every", "checkpoint.keep")),
     whole("seed", 0, 2**32 - 1),
@@ -205,19 +208,13 @@ _RULES = (
     between("data.max_broken_share", 0, 1),
     between("data.stall_timeout", 1, 10**7),
     between("data.decode_gib", 2**-6, 2**14),
-    *(whole(f"backbone.{field}", 1, _HUGE) for field in ("width", "mlp_dim", "embed_dim")),
-    *(whole(f"backbone.{field}", 1, 1024) for field in ("layers", "heads")),
-    *(whole(f"backbone.{field}", 1, 2**14) for field in ("image_size", "patch_size")),
-    *(
-        (f"backbone.{field}", lambda v: len(v) == 3 and all(fields.finite(x) for x in v), "must be three numbers")
-        for field in ("mean", "std")
-    ),
-    ("backbone.std", lambda v: all(x > 0 for x in v), "must be above 0"),
+    *((f"backbone.{field}", holds, sentence) for field, holds, sentence in limits.RULES),
     ("backbone.select", _is_select, f"must select 1 to {_MOST_TOKENS} tokens"),
     whole("diffusion.text_tokens", 1, _MOST_TOKENS),
     # float64 is for checks by finite differences, and needs JAX_ENABLE_X64.
     *(one_of(field, "float32", "bfloat16", "float64") for field in ("dtype", "frozen_dtype")),
     one_of("remat", "none", "vision", "all"),
+    ("compiler_options", compiler.is_options, "must be auto, or options of the TPU compiler as NAME=VALUE,NAME=VALUE"),
     whole("profile.start", 0),
     whole("profile.steps", 0),
     one_of("optim.schedule", *optim.SCHEDULES),
@@ -274,3 +271,38 @@ def validate(config: ConfigDict, devices: int) -> None:
             f"config.batch_size={config.batch_size} cannot be divided by {devices} devices x "
             f"{config.accum} micro-batches (config.accum): use {near}"
         )
+
+
+def check_stored(config: ConfigDict, where: str) -> None:
+    """Checks a config that was read from a workdir, which may be damaged or come from elsewhere.
+
+    Fields that are missing are not asked for: a run of an earlier version can be exported where its config suffices.
+
+    Args:
+      config: as read.
+      where: the workdir, for the message.
+
+    Raises:
+      UserError: a value has another type than its default, or one that no run can have.
+    """
+    if not isinstance(name := config.get("objective"), str):
+        raise UserError(f"{where}/config.json has objective={brief(name)}, which must be a text: restore the file")
+    known = fields.flatten(default(objective=name).to_dict(), WHOLE)
+    given = fields.flatten(config.to_dict(), WHOLE)
+    for field, value in given.items():
+        kind = _KINDS.get(type(known.get(field)))
+        if kind is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            raise UserError(f"{where}/config.json has {field}={brief(value)} of another type: restore the file")
+    fields.require(given, _RULES, f"{where}/config.json: config")
+
+
+# Type of a default -> the types that JSON may have for it.
+_KINDS = {
+    bool: bool,
+    int: int,
+    float: (int, float),
+    str: str,
+    tuple: (list, tuple),
+    list: (list, tuple),
+    dict: dict,
+}

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from diva_jax.common import cli, paths
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, printable
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file of the backbone; --config.eval.FIELD=VALUE sets an option."
@@ -36,13 +36,17 @@ def main() -> None:
     # Slow imports come after the flags have been checked.
     import jax
 
+    from diva_jax import config as configs
     from diva_jax.evals import encoders, evaluator, results
-    from diva_jax.training import sharding
+    from diva_jax.training import sharding, workdirs
 
     mesh = sharding.make_mesh(config.mesh)
     began = time.perf_counter()
     runner = evaluator.Evaluator(config, mesh, evaluator.data_of(_TASK.value, _DATA.value))
     given = [encoders.resolve(source) for source in _WEIGHTS.value]
+    for source, step in given:
+        if step is not None:
+            configs.check_stored(workdirs.read_config(source), source)
     labels, found = evaluator.labels_of(*zip(*given, strict=True)), []
     for label, loaded in encoders.each(given, labels, config, mesh):
         model = runner.model(label, loaded)
@@ -54,7 +58,7 @@ def main() -> None:
         about = results.about(config, runner.options)
         took = {"seconds": round(time.perf_counter() - began, 1)}
         results.write(out, about | took | {"weights": listed, "tasks": tasks}, rows)
-        print(results.table(tasks), flush=True)
+        print(printable(results.table(tasks)), flush=True)
         print(f"wrote {_OUT.value}/results.json and predictions.csv in {took['seconds']} s", flush=True)
 
 

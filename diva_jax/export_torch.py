@@ -45,12 +45,15 @@ def main() -> None:
 
     # Only one image is encoded, and the reference is computed in float32.
     jax.config.update("jax_platforms", "cpu")
+    from diva_jax import config as configs
     from diva_jax.export import cards, layouts, runs
+    from diva_jax.training import workdirs
     from diva_jax.weights import writers
 
     out = paths.local(_OUT.value, "--out")
     writers.refuse_taken(out)
     if _WORKDIR.value:
+        configs.check_stored(workdirs.read_config(_WORKDIR.value), _WORKDIR.value)
         source, provenance = runs.run_source(_WORKDIR.value, _STEP.value)
         spec = source.spec
     else:

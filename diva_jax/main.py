@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from diva_jax.common import cli
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import Terminated, UserError
 from diva_jax.training import distributed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
@@ -32,6 +32,15 @@ def main() -> None:
     config = cli.config_of(_CONFIG)
     if not _WORKDIR.value:
         raise UserError("--workdir is missing: give a folder for checkpoints and metrics, e.g. --workdir=runs/tiny")
+    from diva_jax.common.log import say
+
+    try:
+        _train(config)
+    except Terminated:  # Once training has begun, the run handles the signal itself, and saves.
+        say("SIGTERM: nothing was trained that is not saved; the same command starts again from here")
+
+
+def _train(config) -> None:
     from diva_jax.common.log import say
     from diva_jax.train import Run
 

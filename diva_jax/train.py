@@ -18,7 +18,18 @@ from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
-from diva_jax.training import checkpoint, distributed, latents, load, lock, metrics, partition, sharding, workdirs
+from diva_jax.training import (
+    checkpoint,
+    compiler,
+    distributed,
+    latents,
+    load,
+    lock,
+    metrics,
+    partition,
+    sharding,
+    workdirs,
+)
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program, averaged
 
@@ -141,7 +152,7 @@ class Run:
         kind = self.mesh.devices.flat[0].device_kind
         lines = [
             f"{c.objective}: {self.total:,} steps x {c.batch_size:,} images = {epochs:.3g} epochs of the {images:,} "
-            f"images in {c.data.path}",
+            f"images in {paths.without_secrets(c.data.path)}",
             f"{self.mesh.size} x {kind}, mesh data {shape['data']} x fsdp {shape['fsdp']}; computes in {c.dtype}, "
             f"frozen weights in {c.frozen_dtype}",
             *(f"{prefix} from {part.source}" for prefix, part in objective.pretrained().items()),
@@ -334,7 +345,7 @@ class _Loop:
             batch = to_device(batch, self.program.batch_sharding)
             if compiled is None:
                 began = time.perf_counter()
-                compiled = step_fn.lower(self.state, self.loaded.frozen, batch).compile()
+                compiled = compiler.compiled(step_fn.lower(self.state, self.loaded.frozen, batch))
                 took = time.perf_counter() - began
                 say(f"compiled in {took:.0f} s")
                 self.progress.paused(took)

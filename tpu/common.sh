@@ -36,8 +36,10 @@ no_more_flags() {
 
 read_env() {
   [[ -f $ENV_FILE ]] || die "$ENV_FILE does not exist: cp tpu/env.example tpu/env.sh and edit it, or give --env=FILE"
+  ! grep -q $'\r' "$ENV_FILE" || die "$ENV_FILE has the line ends of Windows: remove them with sed -i 's/\r\$//' $ENV_FILE"
   # shellcheck source=env.example
   source "$ENV_FILE"
+  [[ ${SPOT:-0} == [01] ]] || die "$ENV_FILE sets SPOT=$SPOT: use 1 (spot) or 0 (on demand)"
   local setting
   for setting in PROJECT ZONE NAME ACCELERATOR_TYPE RUNTIME_VERSION BUCKET CONFIG WORKDIR; do
     [[ -n ${!setting:-} ]] || die "$ENV_FILE does not set $setting: add it, see tpu/env.example"

@@ -5,14 +5,18 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from diva_jax.common.errors import RunError, UserError, printable
+from diva_jax.common.errors import RunError, Terminated, UserError, printable
 
 _LINGER = 10.0  # Seconds for threads to end after a command has; one of them may wait for a disk that is gone.
+_TERMINATED = 143  # After SIGTERM, unless a training run has saved.
+_handled = 0  # Signals for which an exception was raised.
+_LONGEST = 10_000  # Characters of a message; values that it quotes may be of any length.
 _INTERRUPTED = 130  # Exit code after SIGINT, as shells have it.
 
 
@@ -63,8 +67,38 @@ def _end_within(seconds: float, code: int, message: str = "") -> None:
 
 def _on_sigint(*_) -> None:
     """Raises KeyboardInterrupt; ends the process a little later where that was lost, as in a callback of jax."""
+    global _handled
+    _handled += 1
     _end_within(_LINGER, _INTERRUPTED, "interrupted")
     raise KeyboardInterrupt
+
+
+def _on_sigterm(*_) -> None:
+    """As `_on_sigint`, for SIGTERM; what the command has begun to write is removed on the way out."""
+    global _handled
+    _handled += 1
+    _end_within(_LINGER, _TERMINATED, "terminated")
+    raise Terminated
+
+
+def _send(number: signal.Signals, handled: int) -> None:
+    """Sends a signal to the main thread until it is handled; one that comes as a wait begins does not end the wait."""
+    while _handled == handled:
+        time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident, number)
+
+
+def _on_unraisable(found) -> None:
+    """Handles an exception where nothing could catch it, such as in a callback of the garbage collector.
+
+    A signal's is raised again a moment later. Threads of a save that failed leave errors of their closed event loop;
+    the failure itself is reported where it is waited for.
+    """
+    again = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(found.exc_type)
+    if again is not None:
+        threading.Thread(target=_send, args=(again, _handled), daemon=True).start()
+    elif "Event loop is closed" not in str(found.exc_value):
+        sys.__unraisablehook__(found)
 
 
 def _write_trace() -> str:
@@ -81,7 +115,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     """Runs a command: flags parsed, every error reported as one line.
 
     Exit codes: 2 for `UserError`; 1 for `RunError` and for unexpected exceptions, whose trace is written to
-    a file; 130 after SIGINT.
+    a file; 130 after SIGINT; 143 after SIGTERM.
 
     Args:
       main: called with the values of `arguments`.
@@ -89,7 +123,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     """
 
     def report(message: str, code: int):
-        print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
+        print(printable(" ".join(message.split()))[:_LONGEST], file=sys.stderr, flush=True)
         _end_within(_LINGER, code)
         sys.exit(code)
 
@@ -101,6 +135,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _on_sigint)
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        sys.unraisablehook = _on_unraisable
     try:
         app.run(guarded, flags_parser=lambda argv: _parse(argv, arguments))
     except UserError as e:
@@ -109,6 +145,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         report(f"error: {e}", 1)
     except KeyboardInterrupt:
         report("interrupted", _INTERRUPTED)
+    except Terminated:
+        report("terminated", _TERMINATED)
     except Exception as e:
         said = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         report(f"error: unexpected ({said}): {_write_trace()}, please report it", 1)

@@ -11,11 +11,21 @@ class RunError(Exception):
     """The run itself failed (a loss that is not finite, too many broken images); exit code 1."""
 
 
+class Terminated(BaseException):
+    """SIGTERM came where there is nothing to save."""
+
+
 def listing(names: Sequence[str], limit: int = 20) -> str:
     """`a, b, c`, cut with a count past `limit` names."""
-    names = [str(n) for n in names]
+    names = [printable(n if len(n) <= 500 else f"{n[:500]}...").replace("\n", "\\n") for n in map(str, names)]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def brief(value: object, most: int = 100) -> str:
+    """A value as Python writes it, cut after `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def printable(text: str) -> str:

@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
 
 # Field, predicate of its value, and what the value must be as the end of a sentence: "must be at least 1".
 Rule = tuple[str, Callable[[Any], bool], str]
@@ -71,7 +71,7 @@ def require(section: Mapping[str, Any], rules: Iterable[Rule], name: str = "conf
             ):  # A value of another type, such as a number in place of a pair.
                 good = False
             if not good:
-                raise UserError(f"{name}.{field}={section[field]!r} {sentence}")
+                raise UserError(f"{name}.{field}={brief(section[field])} {sentence}")
 
 
 def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:

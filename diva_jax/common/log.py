@@ -5,6 +5,8 @@ from typing import TextIO
 
 import jax
 
+from diva_jax.common.errors import printable
+
 _MOST = 1000  # Lines kept until there is a file.
 _early: list[str] = []
 _file: TextIO | None = None
@@ -14,7 +16,7 @@ def say(*parts) -> None:
     """Prints on process 0, and writes the same to the log file, with the time before each line."""
     if jax.process_index() > 0:
         return
-    text = " ".join(map(str, parts))
+    text = printable(" ".join(map(str, parts)))
     print(text, flush=True)
     now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
     lines = [f"{now}  {line}\n" for line in text.splitlines()]

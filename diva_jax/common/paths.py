@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import posixpath
+import re
 import tempfile
 import time
 import uuid
@@ -41,15 +42,21 @@ def folder(path, flag: str) -> epath.Path:
     try:
         found = epath.Path(path)
         found.exists()
-    except ImportError as e:
-        raise UserError(f"{flag}={path}: buckets need gcsfs: pip install 'diva_jax[gcs]'") from e
-    except KeyError as e:
+    except (ImportError, KeyError) as e:
+        if str(path).startswith("gs://"):
+            raise UserError(f"{flag}={path}: buckets need gcsfs: pip install 'diva_jax[gcs]'") from e
         raise UserError(f"{flag}={path} has a scheme that is not supported: use gs://BUCKET/... or a folder") from e
     except Exception as e:  # The store's own, from DNS to a right that is missing.
         raise UserError(
             f"{flag}={path} cannot be reached ({reason(e)}): check the name and this account's rights"
         ) from e
     return found
+
+
+def without_secrets(text: str) -> str:
+    """A text without the passwords and the queries (signatures, tokens) of the URLs in it."""
+    text = re.sub(r"(\w+://)[^\s/@\"'`]+@", r"\1", text)
+    return re.sub(r"(\w+://[^\s?#\"'`]*)\?[^\s\"'`]*", r"\1?...", text)
 
 
 def absolute(path: epath.Path) -> epath.Path:

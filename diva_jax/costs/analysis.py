@@ -46,6 +46,7 @@ class Cost:
       hbm: bytes read from and written to HBM, without the padding of tiles.
       flops: FLOPs of matrix products and convolutions outside of kernels.
       kernel_flops: FLOPs inside of kernels.
+      kernel_seconds: time of the kernels at the bound of their shapes, see `kernel_seconds`.
       ops: number of executed operations.
     """
 
@@ -53,6 +54,7 @@ class Cost:
     hbm: int = 0
     flops: int = 0
     kernel_flops: int = 0
+    kernel_seconds: float = 0.0
     ops: int = 0
 
     def add(self, other: "Cost") -> None:
@@ -61,7 +63,19 @@ class Cost:
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
-def op_cost(module: hlo.HloModule, op: hlo.Op, computation: hlo.Computation, times: int) -> Cost:
+def kernel_seconds(op: hlo.Op, computation: hlo.Computation, chip: Chip) -> float:
+    """Returns a lower bound for the time of one execution of a kernel, for which the compiler has no estimate [s].
+
+    It is the larger of the time of its products, where sums over a head dim of 64 occupy a 128-wide matrix unit as sums
+    over 128 do, and the time of its operands and results at the HBM's bandwidth.
+    """
+    if op.target != "tpu_custom_call":
+        return 0.0
+    products = hlo.kernel_flops(op, computation, chip.matrix_side) / chip.flops
+    return max(products, hlo.hbm_traffic(op, computation) / chip.hbm_bandwidth)
+
+
+def op_cost(module: hlo.HloModule, op: hlo.Op, computation: hlo.Computation, times: int, chip: Chip) -> Cost:
     """Returns the cost of an operation that is executed `times` times."""
     flops = module.flops(op, computation)
     kernel = op.kind == "custom-call"
@@ -70,6 +84,7 @@ def op_cost(module: hlo.HloModule, op: hlo.Op, computation: hlo.Computation, tim
         hbm=times * hlo.hbm_traffic(op, computation),
         flops=0 if kernel else times * flops,
         kernel_flops=times * flops if kernel else 0,
+        kernel_seconds=times * kernel_seconds(op, computation, chip),
         ops=times,
     )
 
@@ -85,9 +100,11 @@ def analyse(text: str, chip: Chip) -> dict:
       A dict with these keys:
         "model_ms": sum of the compiler's cycle estimates [ms], without kernels.
         "kernel_ms": time of the kernels' FLOPs at the chip's peak rate [ms].
+        "kernel_bound_ms": the least time that the kernels' shapes allow, see `kernel_seconds` [ms].
+        "kernel_bound": the reason for the difference, one sentence; "" without kernels.
         "hbm_gb": HBM traffic [1e9 bytes].
         "flops", "kernel_flops": FLOPs outside and inside of kernels.
-        "parts": {part: {"model_ms", "hbm_gb", "flops", "kernel_flops", "kinds": {kind: model ms}}}.
+        "parts": {part: {"model_ms", "hbm_gb", "flops", "kernel_flops", "kernel_bound_ms", "kinds": {kind: model ms}}}.
         "collectives": {kind: {"count", "gb"}}.
         "largest": [{"mib", "count", "path"}], the twelve largest arrays in HBM, padding included.
         "kernels": {name: number of executions}.
@@ -105,7 +122,7 @@ def analyse(text: str, chip: Chip) -> dict:
     for op, computation, times in module.executed():
         if op.kind in hlo.FREE:
             continue
-        cost = op_cost(module, op, computation, times)
+        cost = op_cost(module, op, computation, times, chip)
         path = module.origin(op, computation)
         part, kind = part_of(path)
         parts[part].add(cost)
@@ -122,6 +139,7 @@ def analyse(text: str, chip: Chip) -> dict:
     return {
         **_row(total, chip),
         "kernel_ms": 1e3 * total.kernel_flops / chip.flops,
+        "kernel_bound": _reason(total, chip),
         "parts": {
             part: _row(cost, chip)
             | {
@@ -151,7 +169,19 @@ def _row(cost: Cost, chip: Chip) -> dict:
         "hbm_gb": cost.hbm / 1e9,
         "flops": cost.flops,
         "kernel_flops": cost.kernel_flops,
+        "kernel_bound_ms": 1e3 * cost.kernel_seconds,
     }
+
+
+def _reason(total: Cost, chip: Chip) -> str:
+    if not total.kernel_seconds:
+        return ""
+    share = total.kernel_flops / chip.flops / total.kernel_seconds
+    return (
+        f"the kernels' shapes allow {100 * share:.0f}% of the peak rate: the length of a sum over the head dim counts "
+        f"as the next multiple of {chip.matrix_side}, the side of the matrix unit, and operands and results are read "
+        "and written in HBM once"
+    )
 
 
 def _by_kind(channels: Iterable[tuple[str, int, int]]) -> dict[str, dict]:

@@ -24,7 +24,10 @@ class Chip:
       clock: clock of the cycles that the TPU compiler estimates [Hz]; 0 for GPUs.
       ici: rate at which one chip can send over all its links together [bytes/s]; 0 for GPUs.
       wrap: along an axis whose length is a multiple of this, a slice has wrap-around links (a torus, not a mesh).
+      matrix_side: sides of its square matrix units [elements]; 0 for GPUs.
       options: further arguments of `topologies.get_topology_desc`.
+      compiler_options: options of the TPU compiler that make the train step faster on this chip, as measured in
+        docs/PERFORMANCE.md; `config.compiler_options` replaces them.
     """
 
     kind: str
@@ -35,7 +38,9 @@ class Chip:
     clock: float = 0.0
     ici: float = 0.0
     wrap: int = 0
+    matrix_side: int = 0
     options: tuple[tuple[str, str], ...] = ()
+    compiler_options: tuple[tuple[str, str], ...] = ()
 
 
 _G = 2**30
@@ -43,11 +48,20 @@ _G = 2**30
 CHIPS: dict[str, Chip] = {
     # Without megacore, the compiler's topology has two devices per chip. On the real machines, a chip is one device.
     "v4": Chip(
-        "TPU v4", 275e12, 1228e9, 32 * _G, int(30.75 * _G), 1.05e9, 6 * 50e9, 4, (("chip_config_name", "megacore"),)
+        "TPU v4",
+        275e12,
+        1228e9,
+        32 * _G,
+        int(30.75 * _G),
+        1.05e9,
+        6 * 50e9,
+        4,
+        128,
+        (("chip_config_name", "megacore"),),
     ),
-    "v5e": Chip("TPU v5 lite", 197e12, 819e9, 16 * _G, int(15.75 * _G), 1.5e9, 4 * 50e9, 16),
-    "v5p": Chip("TPU v5", 459e12, 2765e9, 95 * _G, int(95.73 * _G), 1.75e9, 6 * 100e9, 4),
-    "v6e": Chip("TPU v6 lite", 918e12, 1640e9, 32 * _G, int(31.24 * _G), 1.75e9, 4 * 100e9, 16),
+    "v5e": Chip("TPU v5 lite", 197e12, 819e9, 16 * _G, int(15.75 * _G), 1.5e9, 4 * 50e9, 16, 128),
+    "v5p": Chip("TPU v5", 459e12, 2765e9, 95 * _G, int(95.73 * _G), 1.75e9, 6 * 100e9, 4, 128),
+    "v6e": Chip("TPU v6 lite", 918e12, 1640e9, 32 * _G, int(31.24 * _G), 1.75e9, 4 * 100e9, 16, 256),
 }
 _OTHERS = (
     Chip("NVIDIA H100 80GB HBM3", 989e12, 3350e9, 80 * 10**9),
@@ -57,15 +71,21 @@ _OTHERS = (
 _ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 
 
+def of(device) -> Chip | None:
+    """Returns the chip of a `jax.Device`; None for a kind without a table entry, such as a CPU."""
+    return named(device.device_kind)
+
+
+def named(kind: str) -> Chip | None:
+    """Returns the chip with this name in JAX or PyTorch; None for one without a table entry."""
+    kind = _ALIASES.get(kind, kind)
+    return next((c for c in (*CHIPS.values(), *_OTHERS) if c.kind == kind), None)
+
+
 def peak(device) -> float | None:
     """Returns the peak bf16 rate of a `jax.Device` [FLOP/s]; None for a kind without a table entry, such as a CPU."""
-    return peak_of(device.device_kind)
-
-
-def peak_of(kind: str) -> float | None:
-    """Returns the peak bf16 rate of a chip by its name in JAX or PyTorch [FLOP/s]; None for one without an entry."""
-    kind = _ALIASES.get(kind, kind)
-    return next((c.flops for c in (*CHIPS.values(), *_OTHERS) if c.kind == kind), None)
+    chip = of(device)
+    return chip and chip.flops
 
 
 def parse_topology(topology: str) -> tuple[str, Chip, tuple[int, ...]]:

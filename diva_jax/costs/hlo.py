@@ -341,15 +341,25 @@ def _valid_pairs(size: int, taps: int, out: int, rest: str, axis: int) -> int:
     return count
 
 
-# Number of matrix products of size queries x keys x head dim in JAX's splash attention kernels, by kernel name.
-_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+# The kernels of models/flash.py, by the start of their names, which end with the head dim: the number of products of
+# queries x keys x head dim whose sums are over the head dim, and of those in which it is the number of rows.
+_FLASH = {"flash_forward_d": (1, 1), "flash_backward_d": (2, 3)}
 
 
-def kernel_flops(op: Op, computation: Computation) -> int:
-    """Returns the FLOPs of a splash attention kernel from the shapes of its operands; 0 for other kernels."""
-    products = next((n for name, n in _SPLASH.items() if name in op.path), 0)
-    if op.target != "tpu_custom_call" or not products:
+def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
+    """Returns the FLOPs of an attention kernel from its name and the shapes of its operands; 0 for other kernels.
+
+    Args:
+      op, computation: the operation and its computation.
+      side: the side of the chip's matrix unit. The length of the sums is rounded up to a multiple of it, because the
+        unit adds up that many products per element of the result, zeros included. Rows stream through the unit, and
+        their number is not rounded. The result is the FLOPs that the unit could do in the time that the kernel
+        occupies it.
+    """
+    found = re.search(rf"\b({'|'.join(_FLASH)})(\d+)", op.path)
+    if op.target != "tpu_custom_call" or not found:
         return 0
-    # The operands q, k, v follow the tables of the mask. Their layout is [B, H, D, N], see attention.py.
-    q, k, _ = [a.dims for o in op.operands for a in arrays(computation[o].type) if len(a.dims) == 4][:3]
-    return 2 * products * math.prod(q) * k[-1]
+    width, (sums, rows) = int(found.group(2)), _FLASH[found.group(1)]
+    # The first operands are q, [B, H*D, N], and k, [B, H*D, M].
+    (batch, channels, queries), (_, _, keys) = (arrays(computation[o].type)[0].dims for o in op.operands[:2])
+    return 2 * batch * queries * keys * (channels // width) * (sums * (-(-width // side) * side) + rows * width)

@@ -1,6 +1,7 @@
 """Decoded records, with the memory that they need and a count of those that cannot be read."""
 
 import contextlib
+import errno
 import logging
 import threading
 import time
@@ -13,6 +14,13 @@ from diva_jax.data.records import Record, Source
 
 logger = logging.getLogger(__name__)
 
+_PAUSES = (0.2, 1.0, 5.0)  # Seconds before a read that failed is tried again.
+# Numbers of errors that say nothing of the data: of networks, of disks, and of a lack of memory or descriptors.
+_TRANSIENT = frozenset(
+    getattr(errno, name)
+    for name in "EIO EAGAIN EINTR ESTALE ETIMEDOUT ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ECONNRESET ECONNABORTED "
+    "ECONNREFUSED ENOTCONN EPIPE ENOMEM EMFILE ENFILE EREMOTEIO".split()
+)
 _NAMED = 20  # Broken images that the log names; further ones are only counted.
 _JUDGED_FROM = 10  # Broken reads up to which the share is not judged: the first image may be a broken one.
 
@@ -86,19 +94,35 @@ class Decoder:
         found = min(list(self._reading.values()), key=lambda r: r[1], default=None)
         return None if found is None else (found[0], time.monotonic() - found[1])
 
+    def _record(self, i: int) -> Record:
+        """Reads record i; what may be the fault of a network or a disk is tried again, a few times."""
+        for pause in _PAUSES:
+            try:
+                return self._source.read(i, with_text=self._with_text)
+            except OSError as e:
+                if e.errno not in _TRANSIENT:
+                    raise
+            time.sleep(pause)
+        return self._source.read(i, with_text=self._with_text)
+
     def read(self, i: int, memory: contextlib.ExitStack) -> tuple[Image, Record] | None:
         """(decoded image, record i), or None where it is broken; `memory` holds what it needs.
 
         Raises:
-          RunError: too many records are broken.
+          RunError: too many records are broken, or memory ran out.
         """
         self._reading[threading.get_ident()] = printable(self._source.name(i)), time.monotonic()
         try:
-            record = self._source.read(i, with_text=self._with_text)
+            record = self._record(i)
             if self._with_text and not (record.text and record.text.strip()):
                 raise ValueError("it has no caption")
             memory.enter_context(self._memory.reserve(record.image))
             image = images.decode(record.image)
+        except MemoryError as e:
+            raise RunError(
+                f"memory ran out while {printable(self._source.name(i))} was read: lower config.data.threads, "
+                "config.data.prefetch or config.data.decode_gib"
+            ) from e
         except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, zlib.error, ... on bad files.
             self._broken.add(i, self._source.name(i), str(e) or type(e).__name__)
             return None

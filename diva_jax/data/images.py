@@ -12,8 +12,8 @@ from diva_jax.common.errors import UserError
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 RESIZE_MODES = ("shortest", "squash")
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would also pass PostScript to Ghostscript.
-_MAX_PIXELS = 2**27  # 400 MB decoded; a larger image is taken for a decompression bomb.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would also pass PostScript to Ghostscript.
+MAX_PIXELS = 2**27  # 400 MB decoded; a larger image is taken for a decompression bomb.
 
 # Bytes of memory per pixel while an image is decoded and converted: Pillow keeps four, twice.
 _DECODED = 8
@@ -38,7 +38,7 @@ class Memory:
           data: the encoded image; one that cannot be opened needs no room.
         """
         try:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 wanted = min(_DECODED * image.width * image.height, self._size)
         except Exception:  # See `decode`, which reports it.
             wanted = 0
@@ -76,8 +76,8 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
     Raises:
       Exception: the image is broken. Pillow's plugins raise many types.
     """
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    if image.width * image.height > _MAX_PIXELS:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are too many")
     image.load()
     image = _eight_bits(image)

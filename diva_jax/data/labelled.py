@@ -4,7 +4,6 @@ A broken image or row is an error here, since every image counts in a score; the
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from diva_jax.common.errors import UserError, listing
-from diva_jax.data import files, tables
+from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.data import files, tables, texts
 from diva_jax.data import tars as shards
 from diva_jax.data.images import open_image
 from diva_jax.data.tfds_source import TfdsSource
@@ -46,7 +45,7 @@ class Images:
 
 def lines(path: Path) -> list[str] | None:
     """The stripped lines of a text file; None where it does not exist."""
-    return [line.strip() for line in path.read_text("utf-8").splitlines()] if path.exists() else None
+    return [line.strip() for line in texts.read_text(path).splitlines()] if path.exists() else None
 
 
 def _natural(path: Path) -> list:
@@ -60,7 +59,10 @@ def _shards(root: Path) -> tuple[Path, list[Path]]:
     found = sorted(split.glob("*.tar"), key=_natural)
     count = split / "nshards.txt"
     if count.exists():
-        wanted = [split / f"{i}.tar" for i in range(int(count.read_text()))]
+        number = texts.read_text(count).strip()
+        if not re.fullmatch(r"[0-9]{1,6}", number):
+            raise UserError(f"{count} holds {brief(number)}, which is not a number of shards: write it again")
+        wanted = [split / f"{i}.tar" for i in range(int(number))]
         if missing := [p for p in wanted if not p.exists()]:
             raise UserError(f"{count} counts {len(wanted)} shards, but {missing[0].name} is missing: fetch it")
         found = wanted
@@ -217,8 +219,8 @@ def caption_csv(path: Path) -> Images:
             raise UserError(f"{path}, line {line}: image or caption is empty: complete the row")
         captions.setdefault(row["image"], []).append(row["caption"])
     paths = [path.parent / name for name in captions]
-    if gone := next((p for p in paths if not p.is_file()), None):
-        raise UserError(f"{path} names {gone}, which does not exist: fetch the image or remove its rows")
+    if gone := next((p for p in paths if not texts.is_file(p)), None):
+        raise UserError(f"{path} names {str(gone)[:300]}, which does not exist: fetch the image or remove its rows")
     if not paths:
         raise UserError(f"{path} has no rows: it needs image,caption in each")
     return image_files(paths, list(captions.values()), path.parent)
@@ -230,11 +232,7 @@ def read_names(path: str) -> list[str] | dict:
     Raises:
       UserError: it is missing, broken, or neither a list of texts nor an object.
     """
-    try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as JSON ({e}): give a file with a list of texts, or an object") from e
+    value = texts.parse_json(texts.read_text(path), path)
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         return value
     if isinstance(value, dict) and value:

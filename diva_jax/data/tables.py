@@ -4,7 +4,6 @@ import csv
 import functools
 import io
 import itertools
-import json
 import logging
 import posixpath
 import re
@@ -15,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.paths import is_remote
-from diva_jax.data import files
+from diva_jax.data import files, texts
 from diva_jax.data.records import Record, caption
 
 logger = logging.getLogger(__name__)
@@ -275,10 +274,12 @@ def _data_files(path: str, found: Sequence[str]) -> Sequence[str]:
     if not files.is_folder(path) or not files.exists(state):
         return found
     try:
-        with open(state, encoding="utf-8") as f:
-            return [posixpath.join(folders[0], entry["filename"]) for entry in json.load(f)["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{state} is no state.json of save_to_disk ({e!r}): write the dataset again") from e
+        listed = [entry["filename"] for entry in texts.parse_json(texts.read_text(state), state)["_data_files"]]
+        if not all(isinstance(name, str) and name == posixpath.basename(name) and name.strip(".") for name in listed):
+            raise ValueError("it lists what is no file of its own folder")
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{state} is no state.json of save_to_disk ({brief(e)}): write the dataset again") from e
+    return [posixpath.join(folders[0], name) for name in listed]
 
 
 def open_tables(kind: str, found: Sequence[str], path: str, options: Mapping[str, str], quiet: bool) -> TableSource:

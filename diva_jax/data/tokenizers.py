@@ -3,7 +3,9 @@
 import gzip
 import html
 import json
+import os
 import string
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import numpy as np
 import regex
 from tokenizers import models
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
+from diva_jax.data.files import open_regular
 from diva_jax.models.backbones import TextSpec
 
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
@@ -25,6 +28,8 @@ _WORDS = regex.compile(
 )
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CLIP_FILES = "tokenizer.json, vocab.json with merges.txt, or bpe_simple_vocab_16e6.txt.gz"
+_MOST_BYTES = 2**26  # Of a file.
+_MOST_IDS = 2**24
 # Entries of OpenAI's merges file that make its vocabulary of 49,408.
 _OPENAI_MERGES = 49152 - 256 - 2
 
@@ -70,19 +75,24 @@ class ClipTokenizer:
       size: number of ids.
 
     Raises:
-      UserError: the vocabulary has no special tokens.
+      UserError: the vocabulary has no special tokens, or does not map texts to ids, or a merge is not in it.
     """
 
     def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], length: int = 77):
         vocab = {_THEIRS.get(t, t): i for t, i in vocab.items()}
         if missing := [t for t in (START, END) if t not in vocab]:
             raise UserError(f"a CLIP tokenizer's vocabulary has no {missing[0]}: its files are not CLIP's")
+        if not all(type(i) is int and 0 <= i < _MOST_IDS for i in vocab.values()):
+            raise UserError("a CLIP tokenizer's vocabulary does not map each token to an id: fetch its files again")
         self.size = max(vocab.values()) + 1
         self.start, self.end, self.length = vocab[START], vocab[END], length
         self._special = {START: self.start, END: self.end}
         self._letters = byte_letters()
         words = {t: i for t, i in vocab.items() if t not in self._special}
-        self._bpe = models.BPE(words, list(merges), end_of_word_suffix="</w>")
+        try:
+            self._bpe = models.BPE(words, list(merges), end_of_word_suffix="</w>")
+        except Exception as e:  # The library has no type of its own.
+            raise UserError(f"a CLIP tokenizer's files do not fit each other ({brief(e)}): fetch them again") from e
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end, however long."""
@@ -122,16 +132,21 @@ class FolderTokenizer:
     def __init__(self, folder: Path, length: int, clean: Callable[[str], str]):
         from transformers import AutoTokenizer
 
+        self.length, self._clean = length, clean
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self.size = max(self._tokenizer.get_vocab().values()) + 1
+            self._encode([""])  # Where the padding token is missing, this fails.
         except Exception as e:  # transformers raises a different kind for each file that is missing or broken.
-            why = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise UserError(f"the tokenizer files in {folder} cannot be read ({why}): fetch the folder again") from e
-        self.length, self.size, self._clean = length, len(self._tokenizer), clean
+            raise UserError(
+                f"the tokenizer files in {folder} cannot be read ({brief(e)}): fetch the folder again"
+            ) from e
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> ids, int32 [N, length]; a text that is too long is cut and still ends with the end token."""
-        texts = [self._clean(t) for t in texts]
+        return self._encode([self._clean(t) for t in texts])
+
+    def _encode(self, texts: list[str]) -> np.ndarray:
         encoded = self._tokenizer(texts, max_length=self.length, padding="max_length", truncation=True)
         return np.asarray(encoded["input_ids"], np.int32).reshape(len(texts), self.length)
 
@@ -149,6 +164,20 @@ def _openai_vocabulary(lines: list[str]) -> tuple[dict[str, int], list[tuple[str
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
+def _content(path: Path, opened=open) -> bytes:
+    """The bytes of a file, unpacked where `opened` unpacks.
+
+    Raises:
+      OSError: it is no regular file, or has more than 64 MiB.
+    """
+    os.close(open_regular(path))
+    with opened(path, "rb") as f:
+        data = f.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise OSError("it has more than 64 MiB")
+    return data
+
+
 def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """(token -> id, merges) from whichever of CLIP's tokenizer files a folder has.
 
@@ -158,22 +187,22 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
     path = folder / "tokenizer.json"
     try:
         if path.exists():
-            whole = json.loads(path.read_text("utf-8"))
+            whole = json.loads(_content(path))
             added = {t["content"]: t["id"] for t in whole.get("added_tokens", ())}
             return whole["model"]["vocab"] | added, [_pair(m) for m in whole["model"]["merges"]]
         path = folder / "vocab.json"
         if path.exists():
-            vocab = json.loads(path.read_text("utf-8"))
+            vocab = json.loads(_content(path))
             path = folder / "merges.txt"
-            lines = path.read_text("utf-8").split("\n")
+            lines = _content(path).decode("utf-8").split("\n")
             return vocab, [_pair(line) for line in lines if line and not line.startswith("#version")]
         path = folder / "bpe_simple_vocab_16e6.txt.gz"
         if path.exists():
-            return _openai_vocabulary(gzip.decompress(path.read_bytes()).decode("utf-8").split("\n"))
+            return _openai_vocabulary(_content(path, gzip.open).decode("utf-8").split("\n"))
     except FileNotFoundError as e:
         raise UserError(f"{path} is missing: put it beside {folder / 'vocab.json'}") from e
-    except (OSError, EOFError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} is no tokenizer file of CLIP's ({e!r}): fetch it again") from e
+    except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, zlib.error) as e:
+        raise UserError(f"{path} is no tokenizer file of CLIP's ({brief(e)}): fetch it again") from e
     raise UserError(
         f"{folder} has no tokenizer: it needs {_CLIP_FILES}; put them there or set --config.eval.tokenizer=FOLDER"
     )

@@ -17,6 +17,8 @@ from diva_jax.common.errors import UserError
 
 COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
 
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # How a formula begins, for one spreadsheet program or another.
+
 
 def flat(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Returns `KEY`, and `KEY/low` and `KEY/high` if there is an interval, for each score or difference."""
@@ -55,9 +57,14 @@ def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"diva_jax": __version__, "python": platform.python_version()} | versions,
         "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "config": json.loads(config.to_json()),
+        "config": json.loads(paths.without_secrets(config.to_json())),
         "options": options,
     }
+
+
+def _harmless(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: a text that begins as one gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) else value
 
 
 def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
@@ -70,12 +77,15 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
     try:
         with (
             paths.whole_file(folder / "predictions.csv") as temporary,
-            open(temporary, "w", encoding="utf-8", newline="") as f,
+            # Names of files may be no text; what has no place in UTF-8 is written as an escape, as JSON has it.
+            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as f,
         ):
-            writer = csv.DictWriter(f, [*COLUMNS, *extra], lineterminator="\n")
+            # Every text is quoted: Python would leave out the quotes around a carriage return, which ends a row.
+            writer = csv.DictWriter(f, [*COLUMNS, *extra], lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
             writer.writeheader()
-            writer.writerows(rows)
-        paths.write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
+            writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
+        content = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
+        paths.write_whole(folder / "results.json", content.encode("utf-8", "backslashreplace"))
     except OSError as e:
         raise UserError(f"--out={folder} cannot be written ({e}): use a folder with write access") from e
 

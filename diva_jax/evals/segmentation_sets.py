@@ -3,15 +3,19 @@
 A label image has one byte per pixel; `first` is the value of class 0, and values outside the classes are ignored.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
+from diva_jax.data import texts
+from diva_jax.data.files import open_regular
+from diva_jax.data.images import FORMATS, MAX_PIXELS
 
 _VOC = (
     "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,potted plant,"
@@ -52,7 +56,9 @@ def _voc(root: Path) -> list[tuple[Path, Path]]:
     listed = root / "ImageSets" / "Segmentation" / "val.txt"
     if not listed.is_file():
         raise UserError(f"{listed} does not exist: give the folder VOC2012 as it was unpacked")
-    names = listed.read_text("utf-8").split()
+    names = texts.read_text(listed).split()
+    if wrong := next((n for n in names if "/" in n), None):
+        raise UserError(f"{listed} lists {brief(wrong)}, which is not the name of an image: fetch it again")
     return [(root / "JPEGImages" / f"{n}.jpg", root / "SegmentationClass" / f"{n}.png") for n in names]
 
 
@@ -70,7 +76,7 @@ def _ade_names(root: Path) -> list[str]:
     path = root / "objectInfo150.txt"
     if not path.is_file():
         raise UserError(f"{path} does not exist: fetch it, or set --config.eval.segmentation.classes=FILE.txt")
-    return [line.split("\t")[-1].strip() for line in path.read_text("utf-8").splitlines()[1:] if line.strip()]
+    return [line.split("\t")[-1].strip() for line in texts.read_text(path).splitlines()[1:] if line.strip()]
 
 
 def _cityscapes(root: Path) -> list[tuple[Path, Path]]:
@@ -103,15 +109,33 @@ def read_names(given: str, found: Set, root: Path) -> list[list[str]]:
       UserError: the file cannot be read, or has another number of classes than the set.
     """
     try:
-        lines = Path(given).expanduser().read_text("utf-8").splitlines() if given else found.names(root)
-    except (OSError, ValueError) as e:
-        raise UserError(f"config.eval.segmentation.classes={given} cannot be read ({e}): give a text file") from e
+        lines = texts.read_text(Path(given).expanduser()).splitlines() if given else found.names(root)
+    except UserError as e:
+        raise UserError(f"config.eval.segmentation.classes={given}: {e}" if given else str(e)) from e
     names = [[n.strip() for n in line.split(",") if n.strip()] for line in lines if line.strip()]
     if len(names) != found.classes or not all(names):
         raise UserError(
             f"{given or root}: {found.title} has {found.classes} classes, not {len(names)}: correct the names"
         )
     return names
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file whose pixels have not been read yet.
+
+    Raises:
+      UserError: it is no image, or one that cannot be decoded.
+    """
+    try:
+        with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are too many")
+            yield image
+    except UserError:
+        raise
+    except Exception as e:  # Pillow's plugins raise many types.
+        raise UserError(f"{path} cannot be read ({str(e)[:200]}): fetch it again") from e
 
 
 def read_pairs(found: Set, root: Path, allow_partial: bool) -> list[tuple[Path, Path]]:
@@ -130,11 +154,8 @@ def read_pairs(found: Set, root: Path, allow_partial: bool) -> list[tuple[Path, 
     for pair in pairs:
         sizes = []
         for path in pair:
-            try:
-                with Image.open(path) as image:
-                    sizes.append(image.size)
-            except OSError as e:
-                raise UserError(f"{path} cannot be read ({e}): fetch it again") from e
+            with _opened(path) as image:
+                sizes.append(image.size)
         if sizes[0] != sizes[1]:
             raise UserError(f"{pair[1]} has the size {sizes[1]}, its image {sizes[0]}: fetch both again")
     with ThreadPoolExecutor() as pool:  # An unknown label is found before anything is loaded or scored.
@@ -148,7 +169,7 @@ def read_labels(path: Path, found: Set) -> np.ndarray:
     Raises:
       UserError: the file is no label image, or a value is neither a class nor 0 nor 255.
     """
-    with Image.open(path) as image:
+    with _opened(path) as image:
         # Palettes are kept: the values are the labels.
         if image.mode not in ("P", "L"):
             raise UserError(

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 
+from diva_jax.common import paths
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.weights import readers
 from diva_jax.weights.origins import ClipSource
@@ -78,4 +79,4 @@ def card(source: ClipSource, spec: Spec, fmt: str, dtype: str, provenance: dict 
     lines += [f"- written by {versions}", ""]
     if provenance is not None:
         lines += ["## Config", "", "```json", json.dumps(provenance["config"], indent=1), "```", ""]
-    return "\n".join(lines)
+    return paths.without_secrets("\n".join(lines))

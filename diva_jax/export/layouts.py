@@ -31,12 +31,17 @@ PT_FILE = "vision_tower.pth"
 BOUND = 1e-4
 
 
-def _cast(t, dtype: np.dtype) -> Tensor:
+def _cast(name: str, t, dtype: np.dtype, where: str) -> Tensor:
     def read() -> np.ndarray:
         array = np.asarray(t)
+        names.check_type(name, array.dtype, where)
+        names.check_values(name, array, where)
         if dtype == np.float16 and array.dtype != np.float16 and np.abs(array).max(initial=0) > 65504:
             raise UserError("a weight does not fit float16: use --dtype=bfloat16 or float32")
-        return array.astype(dtype, copy=False)
+        with np.errstate(over="ignore"):
+            narrow = array.astype(dtype, copy=False)
+        names.check_values(name, narrow, f"{where}, rounded to {dtype.name}")
+        return narrow
 
     return Tensor(tuple(t.shape), dtype, read)
 
@@ -55,7 +60,8 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
       text: whether to include the text tower, if there is one, and the other parameters of the whole model.
 
     Raises:
-      UserError: the source is another model, or a required part is missing.
+      UserError: the source is another model, or a required part is missing; when its values are read, a tensor is not
+        of floats, or not finite.
     """
     origins.check_architecture(source, spec)
     tensors = resample.to_resolution(source.tensors, spec)
@@ -72,7 +78,9 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
         if missing := [n for n in others if n not in tensors]:
             raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
     wanted |= {n: tensors[n] for n in others if n in tensors and (text or n.startswith("visual."))}
-    return Tensors({n: _cast(t, np.dtype(getattr(jnp, dtype))) for n, t in wanted.items()}, source.files)
+    return Tensors(
+        {n: _cast(n, t, np.dtype(getattr(jnp, dtype)), source.where) for n, t in wanted.items()}, source.files
+    )
 
 
 def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -84,7 +92,11 @@ def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    torch.save({n.removeprefix("visual."): tensor(t) for n, t in tensors.items()}, folder / PT_FILE)
+    state = {n.removeprefix("visual."): tensor(t) for n, t in tensors.items()}
+    try:
+        torch.save(state, folder / PT_FILE)
+    except RuntimeError as e:  # A full disk, for example.
+        raise OSError(f"{folder / PT_FILE}: {e}") from e
 
 
 def _write(folder: Path, fmt: str, tensors: Tensors, spec: Spec, tokenizer: tuple[Path, ...], dtype: str) -> None:

@@ -125,7 +125,9 @@ def transformers_pooled(folder: Path, images: np.ndarray) -> tuple[np.ndarray, l
     from transformers import AutoModel
 
     with quiet(), torch.no_grad():
-        model, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        model, info = AutoModel.from_pretrained(
+            folder, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+        )
         run = getattr(model.eval(), "get_image_features", model)  # A model with only a vision encoder is called itself.
         found = run(pixel_values=_pixels(images))
     # Versions before 5 return the tensor itself.

@@ -7,8 +7,9 @@ as one compiled on the TPU.
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
+
+from diva_jax.models import flash as kernel
 
 Array = jax.Array
 
@@ -19,7 +20,6 @@ KERNEL_FROM = {"self": 512, "cross": 4096}
 # into VMEM.
 MAX_BLOCK = {128: 1024, 512: 512}
 CUDNN_WIDTH = 128  # Largest head dim of cuDNN's kernel on all GPUs that have it.
-LANES = 128  # Tiles are multiples of the number of lanes of a vector register.
 
 
 def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
@@ -59,19 +59,17 @@ def block(n: int, width: int) -> int:
       width: the head dim.
     """
     most = next(most for limit, most in MAX_BLOCK.items() if width <= limit)
-    return max(b for b in range(LANES, most + 1, LANES) if n % b == 0)
+    return max(b for b in range(kernel.LANES, most + 1, kernel.LANES) if n % b == 0)
 
 
-def _padded(x: Array) -> Array:
-    """[B, N, H, D] -> [B, H, N', D], N' the next multiple of LANES."""
-    x = x.swapaxes(1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES), (0, 0)))
+def _sequence_minor(x: Array) -> Array:
+    """[B, N, H, D] -> [B, H*D, N'], N' the next multiple of LANES."""
+    x = x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % kernel.LANES)))
 
 
 def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
-    """Attention that does not write scores to HBM, neither forward nor backward (FlashAttention, arXiv 2205.14135).
-
-    The kernel is JAX's splash attention. Sequences are padded to multiples of LANES, and the padding is masked.
+    """Attention with the kernel of `models/flash.py`. Sequences are padded to multiples of LANES.
 
     Args:
       q: queries, [B, N, H, D], on one device; D is at most the largest key of MAX_BLOCK.
@@ -81,26 +79,12 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     Returns:
       [B, N, H, D], in the dtype of q.
     """
-    n, m = q.shape[1], k.shape[1]
-    q, k, v = _padded(q * q.shape[-1] ** -0.5), _padded(k), _padded(v)
-    (h, pn), pm = q.shape[1:3], k.shape[2]
-    bq, bk = block(pn, q.shape[-1]), block(pm, q.shape[-1])
-    # The sequence is the minor axis. With head dim 64 as the minor axis, half of each array in HBM would be padding.
-    layout = splash.QKVLayout.SEQ_MINOR
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.FullMask((pn, pm))] * h),
-        block_sizes=splash.BlockSizes(
-            block_q=bq, block_kv=bk, block_q_dkv=bq, block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk,
-            q_layout=layout, k_layout=layout, v_layout=layout,
-        ),
-        interpret=interpret,
-    )  # fmt: skip
-    ids = None
-    if (pn, pm) != (n, m):
-        # Queries attend to the keys of their own segment, so padded keys are ignored. Padded queries are removed below.
-        ids = splash.SegmentIds(q=jnp.zeros(pn, jnp.int32), kv=(jnp.arange(pm) >= m).astype(jnp.int32))
-    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))(q, k, v)
-    return out[:, :, :n].swapaxes(1, 2)
+    (_, n, heads, width), m = q.shape, k.shape[1]
+    padded = [_sequence_minor(x) for x in (q, k, v)]
+    blocks = tuple(block(x.shape[2], width) for x in padded[:2])
+    keys = m if padded[1].shape[2] != m else None
+    out = kernel.attend(*padded, heads, keys, blocks, interpret)
+    return out[:, :, :n].swapaxes(1, 2).reshape(q.shape)
 
 
 def _float64(q: Array, k: Array, v: Array, causal: bool, mask: Array | None) -> Array:

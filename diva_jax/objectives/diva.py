@@ -142,7 +142,7 @@ class Objective(contract.Objective):
         d = self.diffusion
         return {
             "vision": parts.vision(self.spec.source, self.spec),
-            "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet"),
+            "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet", d.scheduler),
             **self.latent_source.pretrained,
             "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder),
         }

@@ -9,6 +9,8 @@ The format of the input is documented in `diva_jax.evals`. Two optional inputs a
 """
 
 import io
+import re
+from collections.abc import Iterable
 
 from etils import epath
 
@@ -16,6 +18,18 @@ from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 from diva_jax.report import inputs, page
 from diva_jax.report.charts import Chart
+
+
+def _file_names(names: Iterable[str]) -> list[str]:
+    """A file name for each name, which may be any text; names that would be the same get a number."""
+    found: dict[str, int] = {}
+    for name in names:
+        safe = re.sub(r"[^\w@=.-]+", "_", name, flags=re.ASCII)[:80].lstrip(".")
+        while safe in found:
+            found[safe] += 1
+            safe = f"{safe}-{found[safe]}"
+        found[safe] = 1
+    return list(found)
 
 
 def write(folder: epath.PathLike) -> list[epath.Path]:
@@ -37,11 +51,11 @@ def write(folder: epath.PathLike) -> list[epath.Path]:
     try:
         pictures.mkdir(exist_ok=True)
         written = [target]
-        for chart in charts:
-            written.append(pictures / f"{chart.name}.png")
+        for name, chart in zip(_file_names(c.name for c in charts), charts, strict=True):
+            written.append(pictures / f"{name}.png")
             chart.draw(page.HALF if chart.half else page.WIDE).png().save(png := io.BytesIO(), "png")
             written[-1].write_bytes(png.getvalue())
-        paths.write_whole(target, page.html(found, body))
+        paths.write_whole(target, page.html(found, body).encode("utf-8", "backslashreplace"))
     except OSError as e:
         raise UserError(f"{folder}: the report cannot be written ({e}): check the permissions of the folder") from e
     return written

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from diva_jax.data.files import open_regular
+from diva_jax.data.images import FORMATS, MAX_PIXELS
 from diva_jax.report.canvas import Canvas
 from diva_jax.report.sections import Section, paragraph
 
@@ -42,7 +44,7 @@ def sections(task: dict[str, Any]) -> list[Section]:
 
 
 def _card(f: dict[str, Any], items: str, thumbnails: dict[str, str]) -> str:
-    head = f"{items.removesuffix('s').capitalize()} {f['item']}"
+    head = f"{items.removesuffix('s').capitalize()} {f.get('item', '')}"
     head = f"<header><b>{escape(head)}</b> {escape(f.get('group') or '')}</header>"
     texts, images = f.get("texts", []), f.get("images", [])
     if len(texts) == len(images) == len(f.get("before", [])) == len(f.get("after", [])) == 2:
@@ -86,10 +88,12 @@ def _picture(path: str, thumbnails: dict[str, str]) -> str:
 def _thumbnail(path: str) -> str:
     """Returns a JPEG thumbnail as a data: URI, or "" if the file is missing or is not an image."""
     try:
-        with Image.open(path) as image:
+        with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return ""
             image.draft("RGB", (2 * _SIDE, 2 * _SIDE))
             small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except Exception:  # Pillow's plugins raise many types.
         return ""
     small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

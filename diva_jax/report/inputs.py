@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
-import math
 from typing import Any
 
 from etils import epath
 
 from diva_jax.common import paths
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
+from diva_jax.report import schema
+
+_MOST_BYTES = 2**28  # Of a file that is read.
+_DEEPEST = 20  # Levels of a config that are shown one by one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +34,18 @@ class Run:
     def total(self) -> int | None:
         """Number of steps of the whole run, or None if the config does not contain it."""
         steps = self.config.get("steps")
-        return steps + self.warmup if isinstance(steps, int) else None
+        return int(steps) + self.warmup if schema.usable(steps) else None
 
     @property
     def warmup(self) -> int:
         """Number of steps of the stage that trains only visual_proj."""
-        return self.config.get("condition", {}).get("warmup_steps", 0)
+        condition = self.config.get("condition")
+        steps = condition.get("warmup_steps") if isinstance(condition, dict) else 0
+        return int(steps) if schema.usable(steps) else 0
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """Returns [(step, value)] of one key, finite values only."""
-        return [(r["step"], float(r[key])) for r in self.rows if _finite(r.get(key))]
+        return [(r["step"], float(r[key])) for r in self.rows if schema.usable(r.get(key))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +77,8 @@ def read(folder: epath.PathLike) -> Inputs:
     results = _results(folder / "results.json")
     folders = {paths.absolute(folder): 1}
     for i, w in enumerate((results or {}).get("weights", [])):
-        if w.get("step") is not None and w.get("source"):
-            folders.setdefault(paths.absolute(epath.Path(w["source"]).expanduser()), i)
+        if w.get("step") is not None and (source := _existing(w.get("source") or "", paths.is_remote(folder))):
+            folders.setdefault(source, i)
     runs = [r for r in (_run(path, index) for path, index in folders.items()) if r.rows]
     if results is None and not runs:
         raise UserError(
@@ -81,6 +86,17 @@ def read(folder: epath.PathLike) -> Inputs:
             f"(python -m diva_jax.evaluate --out={folder}) or a training workdir"
         )
     return Inputs(folder, results, runs)
+
+
+def _existing(source: str, remote: bool) -> epath.Path | None:
+    """The workdir that weights came from, or None where it cannot be found; one in a bucket only with `remote`."""
+    if not source or (paths.is_remote(source) and not remote):
+        return None
+    try:
+        found = paths.absolute(paths.folder(source, "source"))
+        return found if found.is_dir() else None
+    except (UserError, ValueError, OSError, RuntimeError):  # No such bucket, user or path.
+        return None
 
 
 def _run(folder: epath.Path, index: int) -> Run:
@@ -93,6 +109,8 @@ def _run(folder: epath.Path, index: int) -> Run:
 
 def _bytes(path: epath.Path) -> bytes:
     try:
+        if (size := path.stat().length) > _MOST_BYTES:
+            raise UserError(f"{path} has {size} bytes, more than the {_MOST_BYTES} that a report reads: remove rows")
         return path.read_bytes()
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}): check its permissions") from e
@@ -101,9 +119,9 @@ def _bytes(path: epath.Path) -> bytes:
 def _json(path: epath.Path, text: bytes, line: int | None = None) -> Any:
     try:
         return json.loads(text.decode())
-    except ValueError as e:  # Not JSON, or not UTF-8.
+    except (ValueError, RecursionError) as e:  # Not JSON, or not UTF-8.
         where = f"line {line}" if line else f"line {getattr(e, 'lineno', 1)}"
-        raise UserError(f"{path}, {where} is not JSON ({getattr(e, 'msg', e)}): repair or remove it") from e
+        raise UserError(f"{path}, {where} is not JSON ({brief(getattr(e, 'msg', e))}): repair or remove it") from e
 
 
 def _metrics(path: epath.Path) -> list[dict[str, float]]:
@@ -116,7 +134,7 @@ def _metrics(path: epath.Path) -> list[dict[str, float]]:
     rows = []
     for number, line in enumerate(lines, 1):
         row = _json(path, line, number)
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not 0 <= row["step"] < 2**53:
             raise UserError(f"{path}, line {number} has no step, so it is not a row of a training log: remove it")
         rows.append(row)
     return sorted(rows, key=lambda r: r["step"])
@@ -129,24 +147,18 @@ def _results(path: epath.Path) -> dict[str, Any] | None:
     again = "it was not written by this version of diva_jax.evaluate, run the evaluation again"
     if not isinstance(results, dict) or results.get("schema") != 1:
         raise UserError(f"{path} is not of schema 1: {again}")
-    for name, task in results.get("tasks", {}).items():
-        for key in ("title", "metrics", "weights"):
-            if key not in task:
-                raise UserError(f"{path}: {name} has no {key!r}: {again}")
-    if not results.get("tasks") or not all("label" in w for w in results.get("weights", [{}])):
-        raise UserError(f"{path} has no tasks, or weights without a label: {again}")
+    try:
+        schema.check(results)
+    except schema.Wrong as e:
+        raise UserError(f"{path}: {e}: {again}") from e
     return results
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens a nested config to {"a.b.c": value}."""
     out = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and prefix.count(".") < _DEEPEST:
             out.update(flat(value, f"{prefix}{key}."))
         else:
             out[f"{prefix}{key}"] = value

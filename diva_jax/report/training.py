@@ -70,7 +70,7 @@ def _summary(runs: list[Run]) -> str:
                 cell(wording.number(loss[-1][1], "") if loss else "–", ["last row"], loss[-1][1] if loss else None),
                 cell(wording.compact(median(speed)) if speed else "–", ["median"]),
                 cell(f"{100 * median(wait):.0f}%" if wait else "–", ["median"]),
-                cell(f"{last.get('broken_images', 0):,.0f}"),
+                cell(f"{(r.curve('broken_images') or [(0, 0)])[-1][1]:,.0f}"),
             ]
         )
     return table(["Run", "Steps", "Loss", "Images/s", "Data wait", "Broken images"], lines, short=True)

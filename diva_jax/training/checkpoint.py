@@ -25,6 +25,15 @@ from diva_jax.training.integrity import Damaged
 
 logger = logging.getLogger(__name__)
 
+_UNFINISHED = ".orbax-checkpoint-tmp"  # In the names of folders of saves that have not ended.
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether a message is not an error of orbax, which logs pages for each failed save and also raises it."""
+    return record.levelno < logging.ERROR or "/orbax/" not in record.pathname
+
+
+absl_logging.get_absl_logger().addFilter(_not_of_orbax)
 _PAUSES = (2.0, 8.0, 30.0)  # Seconds before a save that failed is tried again.
 
 
@@ -215,11 +224,21 @@ class Checkpoints:
                 say(f"step {step}: saving failed, tried again in {pause:g} s: {reason}")
                 time.sleep(pause)
             wait = True
+        self._discard_unfinished()
         raise RunError(
             f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({', then '.join(reasons)}), tried "
             f"{len(_PAUSES) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room or fix "
             "the access rights, then start the same command again, which resumes from there"
         )
+
+    def _discard_unfinished(self) -> None:
+        """Removes what failed saves have written so far, on the first process; the disk may be full of it."""
+        if jax.process_index() == 0:
+            for folder in _folder(self._workdir).glob(f"*{_UNFINISHED}*"):
+                try:
+                    folder.rmtree()
+                except Exception as e:  # Those of object stores have no common type.
+                    logger.warning("%s cannot be removed: %s", folder, paths.reason(e))
 
     def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:
         """None, or why it failed. orbax reports a failed save only when waited for, and does not recover from it."""

@@ -10,6 +10,7 @@ from etils import epath
 
 from diva_jax.common import log, paths
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import finite
 
 RENEWED = 10.0  # Seconds between two renewals.
 WATCHED = 25.0  # Seconds in which a run that lives must renew its lock.
@@ -22,6 +23,10 @@ def _read(path: epath.Path) -> dict | None:
     except (OSError, ValueError):  # There is none, it has just been removed, or it was cut short by a kill.
         return None
     return content if isinstance(content, dict) else None
+
+
+def _number(value, default: float) -> float:
+    return float(value) if finite(value) else default
 
 
 def _ended(owner: dict) -> bool:
@@ -67,7 +72,7 @@ class Lock:
         if owner is not None and not _ended(owner):
             log.say(f"{self._path} exists: waiting up to {WATCHED:.0f} s to see whether that run still lives")
             if _lives(self._path, owner):
-                minutes = (time.time() - float(owner.get("since", time.time()))) / 60
+                minutes = (time.time() - _number(owner.get("since"), time.time())) / 60
                 raise UserError(
                     f"--workdir={workdir} is in use by process {owner.get('pid')} on {owner.get('host')}, for "
                     f"{minutes:.0f} min: use another workdir, or end that run first"

@@ -18,6 +18,16 @@ def duration(seconds: float) -> str:
     return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
 
 
+def _step_of(line: bytes) -> int | None:
+    """The step of a row of metrics.jsonl, or None where the line is no row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
 class Writer:
     """Appends rows to `metrics.jsonl` and TensorBoard, and messages to `log.txt`.
 
@@ -28,18 +38,17 @@ class Writer:
 
     def __init__(self, workdir: epath.PathLike, step: int, tensorboard: bool):
         path = epath.Path(workdir) / "metrics.jsonl"
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:  # A row that was truncated when the process was killed.
-                continue
-        paths.write_whole(path, "".join(kept))
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        found = [_step_of(line) for line in lines]
+        # The last row may have been truncated when the process was killed.
+        if odd := sum(at is None for at in found[:-1]):
+            log.say(f"{path}: {odd} lines that are no rows of a log are removed")
+        kept = [line + b"\n" for line, at in zip(lines, found, strict=True) if at is not None and at <= step]
+        paths.write_whole(path, b"".join(kept))
         self._mirror = paths.Mirror(path.parent)
         local = self._mirror.local / path.name
         if not local.exists():
-            local.write_text("".join(kept))
+            local.write_bytes(b"".join(kept))
         self._file = open(local, "a", buffering=1)
         self._log = open(self._mirror.local / "log.txt", "a", buffering=1)
         log.keep_in(self._log)

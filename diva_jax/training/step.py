@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from diva_jax import objectives
 from diva_jax.common.errors import UserError
 from diva_jax.models import backbones, layers
-from diva_jax.training import anchor, optim, partition, sharding, towers
+from diva_jax.training import anchor, compiler, optim, partition, sharding, towers
 
 
 def micro_batches(x: jax.Array, accum: int) -> jax.Array:
@@ -216,7 +216,10 @@ class Program:
         return {n: a for n, a in self.arrays.items() if n not in trained}
 
     def step(self, stage: int) -> Callable:
-        """The jitted step of a stage: (state, frozen, batch) -> (state, metrics); the state is donated."""
+        """The jitted step of a stage: (state, frozen, batch) -> (state, metrics); the state is donated.
+
+        It is compiled with `config.compiler_options`; `compiler.compiled` has errors for wrong ones.
+        """
         s = self.stages[stage]
         static = dict(
             skeleton=self.skeleton,
@@ -234,4 +237,5 @@ class Program:
                 return train_step(state, frozen, batch, **static)
 
         out = jax.tree.map(lambda a: a.sharding, self.abstract_state(stage))
-        return jax.jit(step, donate_argnums=0, out_shardings=(out, self.replicated))
+        options = compiler.options(self.config.compiler_options, self.mesh.devices.flat[0])
+        return jax.jit(step, donate_argnums=0, out_shardings=(out, self.replicated), compiler_options=options)

@@ -24,7 +24,7 @@ from diva_jax.training.step import Program
 
 # Fields that may differ when a run is resumed, because none of them affects what is learned.
 RESUMABLE = (
-    *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "profile"),
+    *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "compiler_options", "profile"),
     *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib"),
 )
 _SEEN_WITHIN = 60.0  # Seconds after which network file systems show a new file to every machine.
@@ -120,7 +120,10 @@ def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict
     found = _run_config(paths.folder(workdir, field))
     if found is None:
         raise UserError(f"{field}={workdir} holds no run: give the --workdir of python -m diva_jax.main")
-    return ConfigDict(found)
+    try:
+        return ConfigDict(found)
+    except (TypeError, ValueError, AttributeError, KeyError) as e:  # Of names that no field can have.
+        raise UserError(f"{field}={workdir}: config.json is not the config of a run ({paths.reason(e)})") from e
 
 
 def choose_step(workdir: epath.PathLike, step: int | None = None, given: str = "") -> int:
@@ -259,7 +262,12 @@ class RunAt:
     def program(self) -> Program:
         """The run's program, on one device of the host."""
         config = self.config.copy_and_resolve_references()
-        return Program(config, Mesh(np.asarray([[_host()]]), ("data", "fsdp")))
+        try:
+            return Program(config, Mesh(np.asarray([[_host()]]), ("data", "fsdp")))
+        except (AttributeError, KeyError, TypeError, ValueError) as e:  # A field is missing, or cannot be used.
+            raise UserError(
+                f"{self.workdir}/config.json does not describe a run of this version ({paths.reason(e)}): restore it"
+            ) from e
 
     @functools.cached_property
     def _restored(self) -> tuple[dict[str, jax.Array], dict]:

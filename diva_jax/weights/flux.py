@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
 from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
 from diva_jax.weights import diffusers, names, origins, readers
 from diva_jax.weights.parts import Opened, Part
@@ -66,7 +66,9 @@ def _open(source: str, config: FluxVAEConfig, field: str) -> tuple[Tensors, name
         raise UserError(f"{field}.source={source!r} has neither {FILE} nor a diffusers folder vae: give one of them")
     there = FluxVAEConfig.from_dict(readers.read_json(folder / "config.json"))
     wrong = [
-        f"{k} is {v!r} there and {getattr(config, k)!r} here" for k, v in vars(there).items() if v != getattr(config, k)
+        f"{k} is {brief(v)} there and {getattr(config, k)!r} here"
+        for k, v in vars(there).items()
+        if v != getattr(config, k)
     ]
     if wrong:
         raise UserError(f"{folder} is of another architecture than {field}: {'; '.join(wrong)}")

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.models.backbones import Spec, architecture, architectures
+from diva_jax.models.backbones.shared import limits
 from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe
 from diva_jax.weights.tensors import Tensor, Tensors
 
@@ -118,10 +119,13 @@ def from_transformers(
     """
     kind = config.get("model_type")
     layouts = {model: module.TRANSFORMERS for module in _with_layout() for model in module.TRANSFORMERS.models}
-    if kind not in layouts:
+    if not isinstance(kind, str) or kind not in layouts:
         known = [name for layout in layouts.values() for name in layout.models.values()]
-        raise UserError(f"{where} is a {kind!r} model: give the folder of a whole {' or '.join(dict.fromkeys(known))}")
-    return layouts[kind].from_config(config, preprocessor, where)
+        raise UserError(
+            f"{where} is a {brief(kind)} model: give the folder of a whole {' or '.join(dict.fromkeys(known))}"
+        )
+    spec, silent = layouts[kind].from_config(config, preprocessor, where)
+    return limits.check(spec, where), silent
 
 
 def to_transformers(spec: Spec, dtype: str) -> dict:

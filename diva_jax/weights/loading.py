@@ -7,11 +7,12 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
 from diva_jax.common.log import say
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text, require_text
+from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
@@ -90,13 +91,32 @@ def open_diffusers(folder: Path, config, field: str = "") -> Tensors:
     folder = folder / part if (folder / part).is_dir() else folder
     there = type(config).from_dict(readers.read_json(folder / "config.json"))
     wrong = [
-        f"{k} is {v!r} there and {getattr(config, k)!r} in the config"
+        f"{k} is {brief(v)} there and {getattr(config, k)!r} in the config"
         for k, v in vars(there).items()
         if getattr(config, k) != v
     ]
     if wrong:
         raise UserError(f"{folder} is of another architecture than {field or part}: {'; '.join(wrong)}")
     return readers.weights_in(folder, *stems)
+
+
+def check_schedule(folder: Path, config: ScheduleConfig) -> None:
+    """Checks that a pipeline's folder has this noise schedule; one without a scheduler is not checked.
+
+    Raises:
+      UserError: it has another one, or one that is not implemented.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return
+    there = vars(ScheduleConfig.from_dict(readers.read_json(path)))
+    if wrong := [
+        f"{k} is {v!r} there and {getattr(config, k)!r} here" for k, v in there.items() if getattr(config, k) != v
+    ]:
+        raise UserError(
+            f"{path} is of another noise schedule than config.diffusion.scheduler: {'; '.join(wrong)}; set the fields "
+            "to those of the source"
+        )
 
 
 def fill_diffusers(tensors: Tensors, config, state, put=None):

@@ -32,7 +32,7 @@ def _report(what: str, source: str, problems: Iterable[tuple[str, list[str]]]):
         raise UserError(f"{source} does not fit the {what} of the config: {'; '.join(found)}")
 
 
-def _check_type(name: str, dtype: np.dtype, source: str) -> None:
+def check_type(name: str, dtype: np.dtype, source: str) -> None:
     """Raises a UserError where a tensor is not of a floating type of at least 16 bits."""
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         raise UserError(f"{source}: the tensor {name} is of type {dtype}: give a file of unquantised float weights")
@@ -116,7 +116,7 @@ def assign(
         name, (path, var) = item
         # A transposed view: jax copies any layout to the device as fast as a dense one, so no copy is made here.
         array = np.asarray(tensors[names[name]])
-        _check_type(names[name], array.dtype, source)
+        check_type(names[name], array.dtype, source)
         with np.errstate(over="ignore"):  # What overflows is infinite, and found as such.
             array = from_torch_layout(path, array).astype(var.dtype, copy=False)
         if array.shape != var.shape:

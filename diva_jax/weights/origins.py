@@ -10,6 +10,7 @@ import numpy as np
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models.backbones import Spec, architectures
+from diva_jax.models.backbones.shared import limits
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.models.backbones.shared.positions import depth
 from diva_jax.weights import hf, readers
@@ -82,8 +83,8 @@ def _hub(repo: str, field: str, patterns: list[str]) -> Path:
     except Exception as e:  # Any reason from DNS to a private repository; the message has it.
         reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
         raise UserError(
-            f"{field}={repo!r} is not a local folder, and the hub did not give it ({reason}): check the name and the "
-            f"network, or download it elsewhere and set {field} to the folder"
+            f"{field}={repo!r} is not a local folder, so it was taken for a hub id, and the hub did not give it "
+            f"({reason}): check the name and the network, or download it elsewhere and set {field} to the folder"
         ) from e
 
 
@@ -115,6 +116,11 @@ def locate(source: str, field: str) -> Path | str:
         )
     if source.startswith("local-dir:") or not _HUB_ID.fullmatch(repo) or Path(repo).suffix in (".pt", ".bin"):
         raise UserError(f"{field}={source!r} does not exist: set it to a file, a folder or a hub id of weights")
+    if not source.startswith("hf-hub:") and (parent := Path(repo).parent).is_dir():
+        raise UserError(
+            f"{field}={source!r} does not exist in the folder {parent}: correct the path; if it is a hub id, write "
+            f"hf-hub:{repo}"
+        )
     return repo
 
 
@@ -237,7 +243,8 @@ def open_clip_source(source: str, field: str = "--source") -> ClipSource:
         return ClipSource(where, "transformers folder", tensors, spec, silent, tokenizer)
     tensors = _open_clip_names(tensors, where)
     if described and (folder / OPEN_CLIP_CONFIG).is_file():
-        spec = from_open_clip(readers.read_json(folder / OPEN_CLIP_CONFIG), source=source)
+        path = folder / OPEN_CLIP_CONFIG
+        spec = limits.check(from_open_clip(readers.read_json(path), source=source), str(path))
         return ClipSource(where, "open_clip folder", tensors, spec, tokenizer=tokenizer)
     if {"input_resolution", "context_length", "vocab_size"} <= set(tensors):
         return ClipSource(where, "OpenAI archive", tensors, _openai_spec(tensors), tokenizer=tokenizer)

@@ -11,6 +11,7 @@ from flax import nnx
 from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models.backbones import Spec, TextSpec
+from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.weights import loading, origins, readers
 from diva_jax.weights.prompt import encode_prompt
@@ -89,17 +90,21 @@ def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
     return Part(source, opened)
 
 
-def diffusers(source: str, config, field: str) -> Part:
+def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None = None) -> Part:
     """Returns the part for a U-Net, the encoder of a VAE, or a text encoder of Stable Diffusion.
 
     Args:
       source: diffusers folder or hub id.
       config: a UNetConfig, VAEConfig or TextEncoderConfig.
       field: the config section of `config`, named in errors.
+      scheduler: the noise schedule, of a U-Net; it must be that of the source, where that states one.
     """
 
     def opened():
-        tensors = loading.open_diffusers(origins.diffusers_folder(source), config, field)
+        folder = origins.diffusers_folder(source)
+        tensors = loading.open_diffusers(folder, config, field)
+        if scheduler is not None:
+            loading.check_schedule(folder, scheduler)
         return Opened(tensors.files, lambda state, put: loading.fill_diffusers(tensors, config, state, put))
 
     return Part(source, opened)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.layers import abstract
 from diva_jax.weights import loading
@@ -23,8 +23,11 @@ def tokenize(folder: Path, prompt: str, length: int) -> tuple[np.ndarray, np.nda
 
     if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    found = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)
+    except Exception as e:  # transformers raises a different kind for each file that is missing or broken.
+        raise UserError(f"the tokenizer files in {folder} cannot be read ({brief(e)}): fetch the folder again") from e
     return np.asarray([found["input_ids"]], np.int32), np.asarray([found["attention_mask"]], bool)
 
 
@@ -48,6 +51,11 @@ def encode_prompt(
       UserError: files are missing, or the weights do not fit `config`.
     """
     ids, mask = tokenize(folder / "tokenizer", prompt, tokens)
+    if not 0 <= ids.min() <= ids.max() < config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has the id {ids.max()}, but the text encoder only {config.vocab_size} tokens: "
+            "fetch the folder again"
+        )
     graph, state = nnx.split(abstract(lambda rngs: TextEncoder(config, rngs=rngs)))
     encoder = nnx.merge(graph, loading.fill_diffusers(tensors, config, state))
     masks = (jnp.asarray(mask),) if mask_padding else ()

@@ -1,6 +1,8 @@
 """Writes weights in the formats of other libraries: safetensors files, open_clip folders, and folders in general."""
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -9,11 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 
+_TEMPORARY = ".unfinished"  # At the end of the names of folders that are being written.
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
@@ -24,11 +28,17 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
     Args:
       path: the file.
       tensors: name -> array of any memory layout, or a lazy tensor that `np.asarray` reads.
+
+    Raises:
+      OSError: it cannot be written.
     """
     # save_file ignores strides, so that a transposed view would be written in the wrong order.
     dense = {name: np.asarray(t, order="C") for name, t in tensors.items()}
     with paths.whole_file(path) as temporary:
-        save_file(dense, temporary, metadata={"format": "pt"})
+        try:
+            save_file(dense, temporary, metadata={"format": "pt"})
+        except SafetensorError as e:  # A full disk, for example.
+            raise OSError(f"{path}: {e}") from e
         temporary.chmod(0o666 & ~_umask())  # save_file makes files that only their owner can read.
 
 
@@ -68,6 +78,26 @@ def refuse_taken(out: str | Path) -> None:
         raise UserError(f"--out={out} exists already: remove it, or give another folder")
 
 
+def _lock(folder: Path) -> int | None:
+    """Locks a folder until the descriptor is closed or the process ends; None where it is locked by another one."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # Locked, or of a file system without locks.
+        os.close(fd)
+        return None
+    return fd
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Removes the temporary folders that killed exports to `out` have left."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*{_TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            if (fd := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(fd)
+
+
 @contextlib.contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """Yields a temporary folder next to `out`. It is renamed to `out` if the block succeeds, and removed otherwise.
@@ -79,7 +109,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out).absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        _remove_abandoned(out)
+        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_TEMPORARY, dir=out.parent))
+        locked = _lock(tmp)
         tmp.chmod(0o777 & ~_umask())  # mkdtemp creates folders that only their owner can read.
     except OSError as e:
         raise UserError(f"--out={out} cannot be written ({e}): give a folder that you may write") from e
@@ -91,6 +123,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         raise UserError(f"--out={out} cannot be written ({e}): give a folder with enough room") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+        if locked is not None:
+            os.close(locked)
 
 
 def _umask() -> int:

@@ -52,3 +52,11 @@ def test_a_read_that_stalls_is_named(files, tmp_path):
     process = start(files, tmp_path / "run", 30, "--config.data.stall_timeout=3")
     code, _, err, _ = end(process, 200)
     assert code == 1 and "config.data.stall_timeout=3" in err and ".tar/" in err and "Traceback" not in err, err
+
+
+def test_sigterm_before_training_starts(files, tmp_path):
+    process = start(files, tmp_path / "run", 10**6)
+    assert process.stdout.readline().startswith("diva: ")  # The weights are loaded next.
+    process.send_signal(signal.SIGTERM)
+    code, out, err, took = end(process)
+    assert code == 0 and "SIGTERM: " in out and "Traceback" not in err and took < 30, (out, err)

@@ -258,7 +258,7 @@ BROKEN = {
     "no step": (lambda d: (d / "metrics.jsonl").write_text('{"loss": 1}\n'), "line 1 has no step"),
     "broken results": (lambda d: (d / "results.json").write_text('{"schema": 1,\n "tasks"'), "line 2 is not JSON"),
     "other schema": (lambda d: (d / "results.json").write_text('{"schema": 2}'), "is not of schema 1"),
-    "no tasks": (lambda d: (d / "results.json").write_text('{"schema": 1, "weights": []}'), "has no tasks"),
+    "no tasks": (lambda d: (d / "results.json").write_text('{"schema": 1, "weights": []}'), "has no 'tasks'"),
     "half a task": (
         lambda d: (d / "results.json").write_text('{"schema": 1, "tasks": {"mmvp": {"title": "MMVP"}}}'),
         "mmvp has no 'metrics'",

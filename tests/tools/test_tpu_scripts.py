@@ -111,3 +111,19 @@ def test_the_manifest_uses_only_variables_of_the_env_file():
     # v5e:4x4 has sixteen chips, four per machine.
     chips = pod["template"]["spec"]["containers"][0]["resources"]["limits"]["google.com/tpu"]
     assert pod["parallelism"] * chips == 16
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("SPOT=1", "SPOT=yes", "sets SPOT=yes: use 1"),
+        ("\n", "\r\n", "line ends of Windows"),
+        ("ZONE=", "Z=", "set ZONE"),
+    ],
+)
+def test_a_wrong_env_file_is_refused_before_anything_is_uploaded(tmp_path, script, old, new, said):
+    env = tmp_path / "env.sh"
+    env.write_bytes((TPU / "env.example").read_text().replace(old, new).encode())
+    code, out, err = finish(launch(TPU / script, "--dry-run", f"--env={env}"), seconds=60)
+    assert code == 2 and not out and err.startswith("error: ") and said in err and err.count("\n") == 1

@@ -1,10 +1,13 @@
 """Values of config fields that make no sense: refused in one sentence that names the field, before anything is made."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import small
+from ml_collections import ConfigDict
+from mutations import changed
 
 from diva_jax import config
 from diva_jax.common import fields
@@ -108,3 +111,21 @@ def test_values_that_do_not_fit_together():
         config.validate(small.small_config(dtype="float64"), 1)
     with pytest.raises(UserError, match="config.data.image_size=25 must be a multiple of 2"):
         config.validate(small.small_config(data__image_size=25), 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("objective", ["diva", "genhancer"])
+def test_configs_of_workdirs(objective, seed):
+    """One that was changed is refused, or has possible values of the types of the defaults."""
+    good, rng = json.loads(config.default(objective=objective).to_json()), np.random.default_rng(seed)
+    config.check_stored(ConfigDict(good), "w")
+    for _ in range(40):
+        tree, what = changed(rng, good, int(rng.integers(1, 3)))
+        try:
+            stored = ConfigDict(tree)
+        except (TypeError, ValueError, AttributeError):  # Names that no config can have.
+            continue
+        try:
+            config.check_stored(stored, "w")
+        except UserError as e:
+            assert "\n" not in str(e) and len(str(e)) < 1000, what

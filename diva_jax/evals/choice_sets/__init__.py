@@ -7,12 +7,12 @@ the `Metric`s of the table's row.
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.data import texts
 
 LAYOUTS = ("sugarcrepe", "winoground", "naturalbench", "aro", "whatsup", "whatsup_qa", "valse", "own")
 
@@ -141,12 +141,12 @@ class Pictures:
         for name in names:
             path = self.folder / name
             if path not in self._seen:
-                self._seen[path] = path.is_file()
+                self._seen[path] = texts.is_file(path)
             if self._seen[path]:
                 return path
         raise UserError(
-            f"{where}: its image {self.folder / names[0]} does not exist: fetch it, or set --config.eval.choice.images "
-            "to the folder of the images"
+            f"{where}: its image {str(self.folder / names[0])[:300]} does not exist: fetch it, or set "
+            "--config.eval.choice.images to the folder of the images"
         )
 
 
@@ -168,14 +168,11 @@ def json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     Raises:
       UserError: the file cannot be read, or is neither.
     """
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file} cannot be read as JSON ({e}): fetch it again") from e
+    value = texts.parse_json(texts.read_text(file), str(file))
     if not isinstance(value, list | dict):
         raise UserError(f"{file} holds neither a list nor an object: fetch it again")
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    return ((f"{file}, row {key}", row) for key, row in pairs)
+    return ((f"{file}, row {str(key)[:60]}", row) for key, row in pairs)
 
 
 def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
@@ -184,16 +181,10 @@ def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
     Raises:
       UserError: the file or a line cannot be read; names the line.
     """
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file} cannot be read ({e}): fetch it again") from e
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(texts.read_text(file).splitlines(), 1):
         if line.strip():
-            try:
-                yield f"{file}, line {number}", json.loads(line)
-            except ValueError as e:
-                raise UserError(f"{file}, line {number} is no JSON ({e}): correct it") from e
+            where = f"{file}, line {number}"
+            yield where, texts.parse_json(line, where)
 
 
 def published(path: Path, layout: str) -> list[tuple[Path, Published]]:
@@ -250,12 +241,12 @@ def read_set(file: Path, row: Published, images: str, allow_partial: bool) -> li
     return items
 
 
-def alternatives(where: str, texts: Sequence[str]) -> tuple[str, ...]:
+def alternatives(where: str, choices: Sequence[str]) -> tuple[str, ...]:
     """The texts of an item, the first one right.
 
     Raises:
       UserError: there are fewer than two, or one is no text or empty.
     """
-    if len(texts) < 2 or not all(isinstance(t, str) and t.strip() for t in texts):
+    if len(choices) < 2 or not all(isinstance(t, str) and t.strip() for t in choices):
         raise UserError(f"{where}: there must be at least two texts, none empty: correct the row")
-    return tuple(texts)
+    return tuple(choices)

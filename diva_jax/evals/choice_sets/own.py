@@ -8,7 +8,7 @@ have the same text in `item`.
 
 from pathlib import Path
 
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.data import tables
 from diva_jax.evals.choice_sets import Item, Picture, field, json_lines
 
@@ -48,7 +48,8 @@ def _check_pairs(where: str, pairs, images: int, texts: int) -> tuple[tuple[int,
     )
     if not good:
         raise UserError(
-            f"{where}: 'pairs' must be [image, text] numbers below {images} and {texts}, not {pairs}: correct the row"
+            f"{where}: 'pairs' must be [image, text] numbers below {images} and {texts}, not {brief(pairs)}: correct "
+            "the row"
         )
     found = {(int(i), int(t)) for i, t in pairs}
     if len({i for i, _ in found}) < images or (images > 1 and len({t for _, t in found}) < min(texts, 2)):
@@ -69,6 +70,6 @@ def read(file: Path, rows, pictures) -> list[Item]:
             raise UserError(f"{where}: 'images' and 'texts' must hold texts, none empty: correct the row")
         pairs = _check_pairs(where, row.get("pairs", [[i, i] for i in range(len(names))]), len(names), len(texts))
         found = tuple(Picture(pictures.find(where, n)) for n in names)
-        groups = {"class": str(row["class"])} if "class" in row else {}
+        groups = {"class": str(row["class"])[:100]} if "class" in row else {}
         items.append(Item(where, found, tuple(texts), pairs, groups))
     return items

@@ -7,6 +7,7 @@ text 2 to image 2, and a pair counts only when both texts are right. The score i
 
 import csv
 import dataclasses
+import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diva_jax.common.errors import UserError
-from diva_jax.data import labelled
+from diva_jax.common.errors import UserError, brief
+from diva_jax.data import labelled, texts
 from diva_jax.evals import Outcome, Settings, Task, encode, stats
 from diva_jax.models.backbones import spec_of
 
@@ -78,26 +79,27 @@ def _root(path: str) -> tuple[Path, Path]:
 def _rows(path: Path) -> list[tuple[int, list[str]]]:
     """(line, fields) of each row, the header checked."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            reader = csv.reader(f)
-            rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if any(row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        reader = csv.reader(io.StringIO(texts.read_text(path), newline=""))
+        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if any(row)]
+    except csv.Error as e:
         raise UserError(f"{path} cannot be read as CSV ({e}): fetch it again") from e
     if not rows or rows[0][1] != HEADER:
-        raise UserError(f"{path} begins with {rows[0][1] if rows else 'nothing'}, not {','.join(HEADER)}")
+        raise UserError(f"{path} begins with {brief(rows[0][1]) if rows else 'nothing'}, not {','.join(HEADER)}")
     return rows[1:]
 
 
 def _question(path: Path, folder: Path, line: int, fields: list[str]) -> Question:
     where = f"{path}, line {line}"
     if len(fields) != 3 or not all(fields):
-        raise UserError(f"{where}: a row has {', '.join(HEADER)}, none empty, but this one is {fields}")
+        raise UserError(f"{where}: a row has {', '.join(HEADER)}, none empty, but this one is {brief(fields)}")
     id_, type_, statement = fields
-    if not (id_.isascii() and id_.isdigit()):
-        raise UserError(f"{where}: the Question ID {id_!r} is not a number")
+    if not (id_.isascii() and id_.isdigit() and len(id_) <= 9):
+        raise UserError(f"{where}: the Question ID {brief(id_)} is not a number")
+    if "/" in type_ or type_ in (".", ".."):
+        raise UserError(f"{where}: the Type {brief(type_)} is not the name of a folder")
     image = folder / type_ / f"{int(id_)}.jpg"
-    if not image.is_file():
-        raise UserError(f"{where}: its image {image} does not exist: fetch it, or correct the row")
+    if not texts.is_file(image):
+        raise UserError(f"{where}: its image {str(image)[:300]} does not exist: fetch it, or correct the row")
     return Question(line, int(id_), image, f"a photo of {statement}")
 
 

@@ -189,7 +189,7 @@ def _recipes(spec: Spec) -> list[hf.Recipe]:
 
 
 # transformers' defaults, which its config files leave out.
-_DEFAULTS = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, hidden_act="gelu")
+_DEFAULTS = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4.0, hidden_act="gelu")
 _DEFAULTS |= dict(layer_norm_eps=1e-6, image_size=224, qkv_bias=True, use_swiglu_ffn=False, use_mask_token=True)
 _PATCH = {"dinov2": 14, "dinov2_with_registers": 16}
 _MODELS = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
@@ -203,22 +203,22 @@ def _hidden(width: int, ratio: float, swiglu: bool) -> int:
 
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
     kind = config["model_type"]
-    c = _DEFAULTS | dict(patch_size=_PATCH[kind]) | dict(config)
+    registers = {"num_register_tokens": 4} if kind == "dinov2_with_registers" else {}
+    c = hf.options(config, _DEFAULTS | dict(patch_size=_PATCH[kind]) | registers, f"{where}: config.json")
     for option in ("qkv_bias", "use_mask_token"):
         if not c[option]:
             raise UserError(f"{where} has {option}=false: only models that have it are implemented")
-    registers = c.get("num_register_tokens", 4) if kind == "dinov2_with_registers" else 0
     width, swiglu = c["hidden_size"], c["use_swiglu_ffn"]
     spec = Spec(
         arch="dinov2",
         **hf.vision_fields(c | dict(intermediate_size=_hidden(width, c["mlp_ratio"], swiglu))),
         embed_dim=width,
         activation="swiglu" if swiglu else hf.our_activation(c, where),
-        mean=tuple(preprocessor.get("image_mean") or IMAGENET_MEAN),
-        std=tuple(preprocessor.get("image_std") or IMAGENET_STD),
+        mean=hf.channels(preprocessor, "image_mean", IMAGENET_MEAN, where),
+        std=hf.channels(preprocessor, "image_std", IMAGENET_STD, where),
         resize_mode="squash" if hf.squashes(preprocessor) else "shortest",
         text=NO_TEXT,
-        registers=registers,
+        registers=c["num_register_tokens"] if registers else 0,
     )
     return spec, frozenset()
 

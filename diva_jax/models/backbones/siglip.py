@@ -194,9 +194,17 @@ def to_open_clip(spec: Spec) -> dict:
     """open_clip's model config of the vision tower: all but embed_dim and text_cfg.
 
     Raises:
-      UserError: timm has no such tower.
+      UserError: timm has no such tower, or open_clip runs it with another activation, for which it has no option.
     """
-    vision = occ.timm_vision(spec, {name: timm_fields(name) for name in TIMM}, timm_pool="map", timm_proj="none")
+    table = {name: timm_fields(name) for name in TIMM}
+    for name, fields in table.items():
+        other = {k for k, v in fields.items() if getattr(spec, k) != v}
+        if other == {"activation"}:
+            raise UserError(
+                f"open_clip runs {name} with activation={fields['activation']} and has no option for "
+                f"{spec.activation}: use --format=hf, since transformers computes what was tuned"
+            )
+    vision = occ.timm_vision(spec, table, timm_pool="map", timm_proj="none")
     return dict(init_logit_bias=_LOGIT_BIAS, custom_text=True, vision_cfg=vision)
 
 
@@ -258,8 +266,8 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
     transformers' published configs name tanh's approximation of GELU in both towers. open_clip runs the same weights
     with the exact GELU, but for SigLIP 2's text towers and some vision towers; so does this Spec.
     """
-    vision = _VISION_DEFAULTS | (config.get("vision_config") or {})
-    text = _TEXT_DEFAULTS | (config.get("text_config") or {})
+    vision = hf.options(config.get("vision_config"), _VISION_DEFAULTS, f"{where}: vision_config")
+    text = hf.options(config.get("text_config"), _TEXT_DEFAULTS, f"{where}: text_config")
     fields = hf.vision_fields(vision)
     activation, text_activation = hf.our_activation(vision, where), hf.our_activation(text, where)
     published = vision["hidden_act"] == text["hidden_act"] == _TANH
@@ -271,8 +279,8 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
         **fields,
         embed_dim=vision["hidden_size"],
         activation=activation,
-        mean=tuple(preprocessor.get("image_mean") or HALF),
-        std=tuple(preprocessor.get("image_std") or HALF),
+        mean=hf.channels(preprocessor, "image_mean", HALF, where),
+        std=hf.channels(preprocessor, "image_std", HALF, where),
         resize_mode="squash",
         text=hf.text_spec(
             text,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
@@ -147,7 +147,7 @@ def from_open_clip(model_cfg: Mapping) -> dict:
         layers=occ.number(cfg, where, "layers", 12),
         heads=width // head_width,
         mlp_dim=int(width * occ.number(cfg, where, "mlp_ratio", 4.0, float)),
-        activation=occ.activation(cfg, where, bool(model_cfg.get("quick_gelu", False))),
+        activation=occ.activation(cfg, where, occ.flag(model_cfg, "model_cfg", "quick_gelu")),
         norm_eps=occ.norm_eps(cfg, where),
     )
 
@@ -205,21 +205,21 @@ def _text_rules(kind: str, config: Mapping, where: str) -> dict:
         return {}
     eos = config.get("eos_token_id", 49407)
     if not isinstance(eos, int):
-        raise UserError(f"{where} has text_config.eos_token_id={eos!r}: it must be one id")
+        raise UserError(f"{where} has text_config.eos_token_id={brief(eos)}: it must be one id")
     return dict(pool="eos", eos_id=eos, tokenizer="xlm")
 
 
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
-    vision = _VISION_DEFAULTS | (config.get("vision_config") or {})
-    text = _TEXT_DEFAULTS | (config.get("text_config") or {})
+    vision = hf.options(config.get("vision_config"), _VISION_DEFAULTS, f"{where}: vision_config")
+    text = hf.options(config.get("text_config"), _TEXT_DEFAULTS, f"{where}: text_config")
     activation, text_activation = hf.our_activation(vision, where), hf.our_activation(text, where)
     spec = Spec(
         arch="vit",
         **hf.vision_fields(vision),
-        embed_dim=config.get("projection_dim", 512),
+        embed_dim=hf.options(config, {"projection_dim": 512}, where)["projection_dim"],
         activation=activation,
-        mean=tuple(preprocessor.get("image_mean") or OPENAI_MEAN),
-        std=tuple(preprocessor.get("image_std") or OPENAI_STD),
+        mean=hf.channels(preprocessor, "image_mean", OPENAI_MEAN, where),
+        std=hf.channels(preprocessor, "image_std", OPENAI_STD, where),
         resize_mode="squash" if hf.squashes(preprocessor) else "shortest",
         text=hf.text_spec(
             text,

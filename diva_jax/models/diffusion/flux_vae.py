@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from diva_jax.models.diffusion import options as opt
 from diva_jax.models.diffusion.vae import Encoder, VAEConfig
 from diva_jax.models.layers import Array, Keys, Layers
 
@@ -67,7 +68,7 @@ class FluxVAEConfig:
         """
         there = VAEConfig.from_dict({k: v for k, v in options.items() if k != "shift_factor"})
         fields = {f.name: getattr(there, f.name) for f in dataclasses.fields(cls) if f.name != "shift_factor"}
-        return cls(**fields, shift_factor=float(options.get("shift_factor") or 0.0))
+        return cls(**fields, shift_factor=opt.number(options, "shift_factor", 0.0, "autoencoder", -1e6, 1e6))
 
 
 class FluxVAE(nnx.Module):

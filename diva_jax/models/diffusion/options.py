@@ -3,7 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
+from diva_jax.common.fields import finite
+
+_LARGEST = 2**20  # Of widths and vocabularies; beyond it, one matrix alone has a terabyte.
+_MOST = 64  # Of layers, and of entries of a list.
 
 
 def require_supported(
@@ -23,16 +27,16 @@ def require_supported(
     """
     name = options.get("_class_name", kind)
     if kind and name != kind:
-        raise UserError(f"the {what}'s config is that of a {name}, give the folder of a {kind}")
+        raise UserError(f"the {what}'s config is that of a {brief(name)}, give the folder of a {kind}")
     for name, value in options.items():
         if name.startswith("_") or name in used:
             continue
         if name not in fixed and value is not None:
-            raise UserError(f"the {what}'s config has the unknown option {name}={value!r}, remove it")
+            raise UserError(f"the {what}'s config has the unknown option {brief(name)}={brief(value)}, remove it")
         entries = value if isinstance(value, list | tuple) else [value]
         if name in fixed and not all(e in fixed[name] for e in entries):
             raise UserError(
-                f"the {what}'s config has {name}={value!r}, which is not supported (only {fixed[name][0]!r}): "
+                f"the {what}'s config has {name}={brief(value)}, which is not supported (only {fixed[name][0]!r}): "
                 "use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint"
             )
 
@@ -41,13 +45,59 @@ def integers(options: Mapping[str, Any], name: str, default, what: str) -> tuple
     """Returns an option as a tuple of positive integers; a single number becomes a tuple of one.
 
     Raises:
-      UserError: the option is not a positive integer or a list of them.
+      UserError: the option is not a positive integer or a list of at most `_MOST` of them, or one is above `_LARGEST`,
+        or above `_MOST` if it counts layers.
     """
     value = options.get(name, default)
     entries = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if not entries or not all(type(e) is int and e > 0 for e in entries):
-        raise UserError(f"the {what}'s config has {name}={value!r}, it must be a positive integer or a list of them")
+    if not 1 <= len(entries) <= _MOST or not all(type(e) is int and e > 0 for e in entries):
+        raise UserError(
+            f"the {what}'s config has {name}={brief(value)}, it must be a positive integer or a list of at most {_MOST}"
+        )
+    most = _MOST if "layers" in name else _LARGEST
+    if max(entries) > most:
+        raise UserError(f"the {what}'s config has {name}={brief(value)}, more than {most}: fetch the file again")
     return entries
+
+
+def number(options: Mapping[str, Any], name: str, default: float, what: str, least: float, most: float) -> float:
+    """Returns an option that is one number; null stands for the default.
+
+    Raises:
+      UserError: the option is not a number from `least` to `most`.
+    """
+    value = default if options.get(name) is None else options[name]
+    if not finite(value) or not least <= value <= most:
+        raise UserError(f"the {what}'s config has {name}={brief(value)}, it must be a number, {least:g} to {most:g}")
+    return float(value)
+
+
+def flag(options: Mapping[str, Any], name: str, default: bool, what: str) -> bool:
+    """Returns an option that is true or false; null stands for the default.
+
+    Raises:
+      UserError: the option is neither.
+    """
+    value = default if options.get(name) is None else options[name]
+    if not isinstance(value, bool):
+        raise UserError(f"the {what}'s config has {name}={brief(value)}, it must be true or false")
+    return value
+
+
+def names(options: Mapping[str, Any], name: str, default: tuple[str, ...], count: int, what: str) -> tuple[str, ...]:
+    """Returns an option that is a list of `count` names.
+
+    Raises:
+      UserError: it is not, or has another length.
+    """
+    value = options.get(name, default)
+    if not isinstance(value, list | tuple) or not all(isinstance(n, str) for n in value):
+        raise UserError(f"the {what}'s config has {name}={brief(value)}, it must be a list of names")
+    if len(value) != count:
+        raise UserError(
+            f"the {what}'s config has {len(value)} {name} for {count} block_out_channels: give one per entry"
+        )
+    return tuple(value)
 
 
 def integer(options: Mapping[str, Any], name: str, default: int, what: str) -> int:
@@ -58,7 +108,7 @@ def integer(options: Mapping[str, Any], name: str, default: int, what: str) -> i
     """
     entries = integers(options, name, default, what)
     if len(entries) > 1:
-        raise UserError(f"the {what}'s config has {name}={entries}, give a single number")
+        raise UserError(f"the {what}'s config has {name}={brief(entries)}, give a single number")
     return entries[0]
 
 

@@ -50,8 +50,8 @@ class ScheduleConfig:
         opt.require_supported({k: v for k, v in options.items() if k in fixed}, _WHAT, used=(), fixed=fixed)
         return cls(
             num_train_timesteps=opt.integer(options, "num_train_timesteps", 1000, _WHAT),
-            beta_start=float(options.get("beta_start", 0.0001)),
-            beta_end=float(options.get("beta_end", 0.02)),
+            beta_start=opt.number(options, "beta_start", 0.0001, _WHAT, 1e-9, 0.999),
+            beta_end=opt.number(options, "beta_end", 0.02, _WHAT, 1e-9, 0.999),
             beta_schedule=options.get("beta_schedule", "linear"),
             prediction_type=options.get("prediction_type", "epsilon"),
         )

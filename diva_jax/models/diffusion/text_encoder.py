@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, brief
 from diva_jax.models.attention import attention
 from diva_jax.models.diffusion import options as opt
 from diva_jax.models.layers import ACTIVATIONS, Array, Layers, heads
@@ -49,11 +49,11 @@ class TextEncoderConfig:
         """
         kind = options.get("model_type", "clip_text_model")
         if kind != "clip_text_model":
-            raise UserError(f"the {_WHAT}'s config is that of a {kind!r}, give the folder of a CLIPTextModel")
+            raise UserError(f"the {_WHAT}'s config is that of a {brief(kind)}, give the folder of a CLIPTextModel")
         activation = options.get("hidden_act", "quick_gelu")
         if activation not in ("gelu", "quick_gelu"):
             raise UserError(
-                f"the {_WHAT}'s config has hidden_act={activation!r}, use a checkpoint with gelu or quick_gelu"
+                f"the {_WHAT}'s config has hidden_act={brief(activation)}, use a checkpoint with gelu or quick_gelu"
             )
         config = cls(
             vocab_size=opt.integer(options, "vocab_size", 49408, _WHAT),
@@ -63,7 +63,7 @@ class TextEncoderConfig:
             heads=opt.integer(options, "num_attention_heads", 8, _WHAT),
             mlp_dim=opt.integer(options, "intermediate_size", 2048, _WHAT),
             activation=activation,
-            norm_eps=float(options.get("layer_norm_eps", 1e-5)),
+            norm_eps=opt.number(options, "layer_norm_eps", 1e-5, _WHAT, 0, 1),
         )
         opt.divisible([config.width], [config.heads], ("hidden_size", "num_attention_heads"), _WHAT)
         return config

@@ -130,9 +130,9 @@ class UNetConfig:
             cross_down=_cross(options, "down_block_types", (True, True, True, False), n),
             cross_up=_cross(options, "up_block_types", (False, True, True, True), n),
             cross_attention_dim=opt.integer(options, "cross_attention_dim", 1280, _WHAT),
-            use_linear_projection=bool(options.get("use_linear_projection", False)),
+            use_linear_projection=opt.flag(options, "use_linear_projection", False, _WHAT),
             norm_num_groups=opt.integer(options, "norm_num_groups", 32, _WHAT),
-            norm_eps=float(options.get("norm_eps", 1e-5)),
+            norm_eps=opt.number(options, "norm_eps", 1e-5, _WHAT, 0, 1),
             class_embed_dim=_class_embed_dim(options),
         )
         opt.divisible(channels, [config.norm_num_groups] * n, ("block_out_channels", "norm_num_groups"), _WHAT)
@@ -144,12 +144,7 @@ def _cross(options, name: str, default: tuple[bool, ...], count: int) -> tuple[b
     """Returns which blocks have transformers, according to their class names."""
     if name not in options and len(default) == count:
         return default
-    types = options.get(name, ())
-    if len(types) != count:
-        raise UserError(
-            f"the {_WHAT}'s config has {len(types)} {name} for {count} block_out_channels: give one per entry"
-        )
-    return tuple(t.startswith("CrossAttn") for t in types)
+    return tuple(t.startswith("CrossAttn") for t in opt.names(options, name, (), count, _WHAT))
 
 
 def _class_embed_dim(options) -> int | None:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion import options as opt
 from diva_jax.models.diffusion.blocks import Attention, Downsample, ResnetBlock
 from diva_jax.models.layers import Array, Layers
@@ -94,23 +93,17 @@ class VAEConfig:
         """
         opt.require_supported(options, _WHAT, used=_USED, fixed=_FIXED, kind="AutoencoderKL")
         channels = opt.integers(options, "block_out_channels", (64,), _WHAT)
-        types = options.get("down_block_types", ("DownEncoderBlock2D",))
-        if len(types) != len(channels):
-            raise UserError(
-                f"the {_WHAT}'s config has {len(types)} down_block_types for {len(channels)} block_out_channels: "
-                "give one per entry"
-            )
+        opt.names(options, "down_block_types", ("DownEncoderBlock2D",), len(channels), _WHAT)
         groups = opt.integer(options, "norm_num_groups", 32, _WHAT)
         opt.divisible(channels, [groups] * len(channels), ("block_out_channels", "norm_num_groups"), _WHAT)
-        scale = options.get("scaling_factor")
         return cls(
             in_channels=opt.integer(options, "in_channels", 3, _WHAT),
             latent_channels=opt.integer(options, "latent_channels", 4, _WHAT),
             block_out_channels=channels,
             layers_per_block=opt.integer(options, "layers_per_block", 1, _WHAT),
             norm_num_groups=groups,
-            scaling_factor=0.18215 if scale is None else float(scale),
-            use_quant_conv=bool(options.get("use_quant_conv", True)),
+            scaling_factor=opt.number(options, "scaling_factor", 0.18215, _WHAT, 1e-6, 1e6),
+            use_quant_conv=opt.flag(options, "use_quant_conv", True, _WHAT),
         )
 
 

@@ -1,8 +1,11 @@
 """Round trips of every architecture through every format, read again by the library of the format."""
 
 import dataclasses
+import inspect
+import json
 
 import numpy as np
+import open_clip
 import pytest
 import timm
 from clip_folders import clip_folder, dinov2_folder, metaclip2_folder, siglip_folder
@@ -15,7 +18,7 @@ from specs import SIGLIP_FOLDER as SIGLIP
 
 from diva_jax.common.errors import UserError
 from diva_jax.export import cards, layouts
-from diva_jax.models.backbones import eva02
+from diva_jax.models.backbones import TABLE, eva02
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.weights import origins, readers, writers
 
@@ -37,6 +40,21 @@ def test_round_trip_of_a_small_siglip(tmp_path, capsys):
     with pytest.raises(UserError, match="timm's list, which has none of width 48"):
         layouts.export(origins.open_clip_source(str(tmp_path / "in")), SIGLIP, tmp_path / "b", "open_clip")
     assert not (tmp_path / "b").exists()
+
+
+def test_siglip_with_the_tanh_gelu_is_what_transformers_runs(tmp_path, capsys):
+    """As DCR tunes it. open_clip passes no activation to timm, so that its format cannot hold such a tower."""
+    tanh = dataclasses.replace(SIGLIP, activation="gelu_tanh")
+    model = siglip_folder(tmp_path / "in", tanh)
+    layouts.export(origins.open_clip_source(str(tmp_path / "in")), tanh, tmp_path / "out", "hf")
+    assert "transformers: largest difference" in capsys.readouterr().out  # Compared with the tower of this Spec.
+    equal(readers.open_file(tmp_path / "out/model.safetensors"), tensors(model))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert {config[f"{part}_config"]["hidden_act"] for part in ("vision", "text")} == {"gelu_pytorch_tanh"}
+    assert "act_layer" not in inspect.signature(open_clip.timm_model.TimmModel).parameters
+    for name in ("siglip_so400m", "siglip_so400m_384"):
+        with pytest.raises(UserError, match="has no option for gelu_tanh: use --format=hf"):
+            to_open_clip(dataclasses.replace(TABLE[name], activation="gelu_tanh"))
 
 
 @pytest.mark.parametrize("fmt", ["hf", "pt"])

@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 from diva_jax.common import paths
+from diva_jax.common.errors import UserError
 
 
 @pytest.fixture
@@ -67,3 +68,24 @@ def test_errors_are_oserrors(tmp_path, bucket, monkeypatch):
     monkeypatch.setattr(type(bucket), "pipe_file", refuses)
     with pytest.raises(OSError, match="memory://bucket/b: RuntimeError: 403 Forbidden"):
         paths.write_whole("memory://bucket/b", "x")
+
+
+@pytest.mark.parametrize(
+    "text, cleared",
+    [
+        ("https://me:secret@host/a.tar", "https://host/a.tar"),
+        ("see s3://KEY:SE/CRET@b/x", "see s3://KEY:SE/CRET@b/x"),
+        ("`https://host/a?X-Sig=abc&t=1`, 8 images", "`https://host/a?...`, 8 images"),
+        ('"path": "https://u@host/{0..9}.tar?token=x"', '"path": "https://host/{0..9}.tar?..."'),
+        ("gs://bucket/a/b and me@example.org?", "gs://bucket/a/b and me@example.org?"),
+        ("C:/x?y data/{00..11}.tar", "C:/x?y data/{00..11}.tar"),
+    ],
+)
+def test_secrets_of_urls(text, cleared):
+    assert paths.without_secrets(text) == cleared
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/x", "az://bucket/x", "nothing://x", "gs2://x"])
+def test_other_schemes_are_named(path):
+    with pytest.raises(UserError, match=r"has a scheme that is not supported: use gs://"):
+        paths.folder(path, "--workdir")

@@ -12,6 +12,13 @@ from diva_jax.costs import chips
 UNITS = {"v4": 2 * 4 * 128**2, "v5e": 4 * 128**2, "v5p": 2 * 4 * 128**2}
 
 
+def test_sides_of_the_matrix_units():
+    """Two FLOPs per element and cycle of a whole number of units give the published peak at the table's clock."""
+    for name, chip in chips.CHIPS.items():
+        units = chip.flops / (2 * chip.clock * chip.matrix_side**2)
+        assert units == pytest.approx(round(units), rel=0.005), name
+
+
 @pytest.mark.parametrize("name", UNITS)
 def test_clock_and_peak_agree(name):
     chip = chips.CHIPS[name]

@@ -32,13 +32,12 @@ TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={()->(
   %x.1 = bf16[32,64]{1,0:T(8,128)(2,1)} get-tuple-element(%b), index=1
   %w = bf16[64,16]{1,0:T(8,128)(2,1)S(1)} constant({...})
   %fusion.1 = bf16[32,16]{1,0:T(8,128)(2,1)} fusion(%x.1, %w), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/while/body/transpose(jvp(unet))/dot_general" stack_frame_id=1}, backend_config={"window_config":{"estimated_cycles":"1500"}}
-  %splash_mha_fwd_residuals.1 = (f32[512,128]{1,0:T(8,128)}, bf16[2,4,64,256]{3,2,1,0:T(8,128)(2,1)}) custom-call(%table, %q, %k, %v), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %flash_forward_d64.1 = (f32[512,128]{1,0:T(8,128)}, bf16[2,256,256]{2,1,0:T(8,128)(2,1)}) custom-call(%q, %k, %v), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 512}"
-}}, metadata={op_name="jit(step)/while/body/jvp(unet)/attention/splash_mha_fwd_residuals/pallas_call"}
-  %table = s8[1,2,2]{2,1,0} constant({...})
-  %q = bf16[2,4,64,256]{3,2,1,0:T(8,128)(2,1)} constant({...})
-  %k = bf16[2,4,64,128]{3,2,1,0:T(8,128)(2,1)} constant({...})
-  %v = bf16[2,4,64,128]{3,2,1,0:T(8,128)(2,1)} constant({...})
+}}, metadata={op_name="jit(step)/while/body/jvp(unet)/attention/flash_forward_d64/pallas_call"}
+  %q = bf16[2,256,256]{2,1,0:T(8,128)(2,1)} constant({...})
+  %k = bf16[2,256,128]{2,1,0:T(8,128)(2,1)} constant({...})
+  %v = bf16[2,256,128]{2,1,0:T(8,128)(2,1)} constant({...})
   ROOT %out = (s32[], bf16[32,64]{1,0}) tuple(%i, %x.1)
 }
 
@@ -65,7 +64,31 @@ def test_operations_in_loops_count_once_per_iteration(report):
     assert report["kernel_ms"] == pytest.approx(1e3 * 3 * kernel / 197e12)
     assert report["model_ms"] == pytest.approx(1e3 * (3 * 1500 + 3000) / 1.5e9)
     assert report["loops"] == [3]
-    assert report["kernels"] == {"splash_mha_fwd_residuals": 3}
+    assert report["kernels"] == {"flash_forward_d64": 3}
+
+
+@pytest.mark.parametrize(("chip", "wide"), [("v5e", 128), ("v4", 128), ("v6e", 256)])
+def test_kernels_at_the_bound_of_their_shape(chip, wide):
+    """Sums over heads of 64 take the time of sums as long as the matrix unit is wide; rows are not padded."""
+    peak = chips.CHIPS[chip].flops
+
+    def analysed(keys):
+        return analysis.analyse(TEXT.replace("bf16[2,256,128]", f"bf16[2,256,{keys}]"), chips.CHIPS[chip])
+
+    report = analysed(2**20)
+    product = 3 * 2 * 2 * 4 * 256 * 2**20
+    assert report["kernel_ms"] == pytest.approx(1e3 * product * 2 * 64 / peak)
+    assert report["kernel_bound_ms"] == pytest.approx(1e3 * product * (64 + wide) / peak)
+    assert report["parts"]["unet forward"]["kernel_bound_ms"] == report["kernel_bound_ms"]
+    assert str(wide) in report["kernel_bound"]
+    # With few keys, the time is that of reading and writing operands and results once.
+    moved = 3 * (4 * 512 * 128 + 2 * (2 * 256 * (256 + 256 + 128 + 128)))
+    assert analysed(128)["kernel_bound_ms"] == pytest.approx(1e3 * moved / chips.CHIPS[chip].hbm_bandwidth)
+
+
+def test_a_program_without_kernels_has_no_bound_to_explain():
+    report = analysis.analyse(TEXT.replace("tpu_custom_call", "Other"), chips.CHIPS["v5e"])
+    assert (report["kernel_bound_ms"], report["kernel_bound"]) == (0, "")
 
 
 def test_parts_and_kinds(report):

@@ -1,5 +1,6 @@
 """Data that was made to do harm: counted as broken or refused, within bounded memory and time."""
 
+import errno
 import io
 import os
 import resource
@@ -15,7 +16,7 @@ from PIL import Image
 from records import data_config, encoded, tags, write_shards, write_tar
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import files, images, inputs, pipeline, tars
+from diva_jax.data import decoding, files, images, inputs, pipeline, tars
 
 pytestmark = pytest.mark.attack
 INPUTS = {"image": inputs.Image(12)}
@@ -105,6 +106,40 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(encoded(i))
     found = next(open_batches(f"{tmp_path}/*.png", max_broken_share=1.0))
     assert set(tags(found["image"])) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE])
+@pytest.mark.parametrize("failures", [1, 2, 10**6])
+def test_reads_that_fail_for_a_while_are_tried_again(tmp_path, monkeypatch, number, failures):
+    """They are no broken images; one that goes on failing is."""
+    monkeypatch.setattr(decoding, "_PAUSES", (0.0, 0.0))
+    write_shards(tmp_path, 12, 12)
+    read = files.Reader.read
+
+    def failing(self, path, offset, size):
+        if left := left_of.setdefault((path, offset), failures):
+            left_of[path, offset] = left - 1
+            raise OSError(number, "try later")
+        return read(self, path, offset, size)
+
+    left_of: dict = {}
+    batches = open_batches(tmp_path, max_broken_share=1.0)
+    monkeypatch.setattr(files.Reader, "read", failing)
+    if failures > 2:
+        with pytest.raises(RunError, match="not one of the 12 images"):
+            next(batches)
+        assert batches.broken.count == 12
+    else:
+        assert sorted(set(tags(next(batches)["image"]))) and not batches.broken.count
+
+
+def test_where_memory_runs_out_no_image_is_broken(tmp_path, monkeypatch):
+    write_shards(tmp_path, 12, 12)
+    batches = open_batches(tmp_path)
+    monkeypatch.setattr(images, "decode", lambda _: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(RunError, match=r"memory ran out while .*\.tar/.* was read: lower config.data.threads"):
+        next(batches)
+    assert not batches.broken.count
 
 
 @pytest.mark.parametrize("pattern", ["{0..99999999}.tar", "{0..9999}{0..9999}.tar", "{9999999..0}", "{a,b}{1..600000}"])

@@ -250,7 +250,7 @@ def test_incomplete_sets_of_controlled_pictures_are_refused(tmp_path):
         ("a.csv", "item,image,text,right\nx,0.jpg,cat,0\n", "line 2: an image has no text"),
         ("a.csv", "item,image,text,right\nx,9.jpg,cat,1\nx,9.jpg,dog,0\n", "line 2: its image"),
         ("a.csv", "item,image,text,right\n", "has no items"),
-        ("a.jsonl", "{", "a.jsonl, line 1 is no JSON"),
+        ("a.jsonl", "{", "a.jsonl, line 1 cannot be read as JSON"),
         ("a.jsonl", '{"images": ["0.jpg"], "texts": ["a", "b"], "pairs": [[0, 2]]}', "line 1: 'pairs' must be"),
         ("a.jsonl", '{"images": ["0.jpg"], "texts": ["a", ""]}', "line 1: 'images' and 'texts' must hold texts"),
         ("add_att.json", "3", "neither a list nor an object"),

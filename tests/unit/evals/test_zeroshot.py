@@ -194,7 +194,7 @@ def test_names_and_prompts_from_json(folders, tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             prepare(folders, classes=written(classes))
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(UserError, match="cannot be read as"):
         prepare(folders, classes=str(tmp_path / "none.json"))
     for templates, says in (
         (["a photo"], "has no {c}"),

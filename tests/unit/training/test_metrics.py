@@ -51,3 +51,22 @@ def test_rows_past_the_checkpoint_and_torn_rows_are_dropped(tmp_path):
 @pytest.mark.parametrize("seconds, text", [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600 * 26 + 62, "26:01:02")])
 def test_duration(seconds, text):
     assert metrics.duration(seconds) == text
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("seed", range(6))
+def test_lines_that_are_no_rows_are_removed_with_a_message(tmp_path, capsys, seed):
+    """Whatever stands in the log of a run that resumes: rows up to its step are kept, and what follows is appended."""
+    rng = np.random.default_rng(seed)
+    good = [json.dumps({"step": i, "loss": 0.5}).encode() for i in range(1, 7)]
+    odd = [b"", b"[]", b"3", b"null", b'"step"', b"{}", b'{"step": "2"}', b'{"step": true}', b'{"step": NaN}', b"\xff"]
+    odd += [b"{" * 100_000, b'{"step": 1, "loss', b"\x00", b'{"step": [1]}']
+    lines = list(good)
+    for line in (added := [odd[i] for i in rng.integers(len(odd), size=3)]):
+        lines.insert(int(rng.integers(len(lines))), line)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    writer = metrics.Writer(tmp_path, 4, tensorboard=False)
+    writer.write(5, {"loss": 1.0})
+    writer.close()
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(i, 0.5) for i in (1, 2, 3, 4)] + [(5, 1.0)]
+    assert f"{len(added)} lines that are no rows of a log are removed" in capsys.readouterr().out

@@ -58,6 +58,14 @@ def test_places_that_are_not_there(find, monkeypatch):
         assert "config.x.source" in str(e.value) and len(str(e.value)) < 600
 
 
+def test_a_mistyped_path_does_not_ask_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(origins, "_hub", lambda *_: pytest.fail("the hub was asked"))
+    (tmp_path / "weights" / "clip").mkdir(parents=True)
+    with pytest.raises(UserError, match="config.x.source='weights/clpi' does not exist in the folder weights"):
+        origins.open_clip_source("weights/clpi", "config.x.source")
+
+
 def test_arrays_go_straight_to_their_shards():
     """Each device has its shard, in the requested dtype, with kernels transposed."""
     model = nnx.eval_shape(lambda: nnx.Linear(16, 24, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))

@@ -7,7 +7,8 @@ options are read and written by its architecture's module, with the functions he
 
 from collections.abc import Callable, Mapping
 
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.common.fields import finite
 from diva_jax.models import backbones
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Spec, TextSpec
 
@@ -57,7 +58,7 @@ _XLM_TOKENIZER = "facebook/xlm-v-base"
 
 def refuse(option: str, value, want: str):
     """Raises a UserError that names an option, its value, and what is implemented."""
-    raise UserError(f"open_clip option {option}={value!r} is not implemented here: {want}")
+    raise UserError(f"open_clip option {option}={brief(value)} is not implemented here: {want}")
 
 
 def check_options(cfg: Mapping, where: str, read: set[str], free: set[str], fixed: Mapping[str, tuple]) -> None:
@@ -81,30 +82,50 @@ def check_options(cfg: Mapping, where: str, read: set[str], free: set[str], fixe
 def number(cfg: Mapping, where: str, key: str, default, kind: Callable = int):
     """A positive number; a square image size may come as a pair."""
     value = cfg.get(key, default)
-    if key in ("image_size", "patch_size") and isinstance(value, (list, tuple)) and len(set(value)) == 1:
+    if (
+        key in ("image_size", "patch_size")
+        and isinstance(value, list | tuple)
+        and value
+        and value == value[:1] * len(value)
+    ):
         value = value[0]
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not numeric or value <= 0 or kind(value) != value:
+    if not finite(value) or not 0 < value < 2**31 or kind(value) != value:
         refuse(f"{where}.{key}", value, f"it must be one positive {kind.__name__}")
     return kind(value)
 
 
+def flag(cfg: Mapping, where: str, key: str) -> bool:
+    """An option that is true or false; default false."""
+    value = cfg.get(key) or False
+    if not isinstance(value, bool):
+        refuse(f"{where}.{key}", value, "it must be true or false")
+    return value
+
+
+def _section(cfg: Mapping, where: str, key: str) -> Mapping:
+    """An option that holds options; none where it is missing or null."""
+    value = cfg.get(key) or {}
+    if not isinstance(value, Mapping):
+        refuse(f"{where}.{key}", value, "it must be an object of options")
+    return value
+
+
 def activation(cfg: Mapping, where: str, quick_gelu: bool) -> str:
     """Our name of a tower's activation, a key of `layers.ACTIVATIONS`."""
-    kwargs = cfg.get("act_kwargs") or {}
+    kwargs = _section(cfg, where, "act_kwargs")
     if quick_gelu and not kwargs:
         return "quick_gelu"
     names = {"none": "gelu", "tanh": "gelu_tanh"}
-    if quick_gelu or set(kwargs) - {"approximate"} or kwargs.get("approximate", "none") not in names:
+    if quick_gelu or set(kwargs) - {"approximate"} or kwargs.get("approximate", "none") not in [*names]:
         refuse(f"{where}.act_kwargs", kwargs, 'use {"approximate": "tanh"} without quick_gelu')
     return names[kwargs.get("approximate", "none")]
 
 
 def norm_eps(cfg: Mapping, where: str) -> float:
     """The epsilon of a tower's norms."""
-    kwargs = cfg.get("norm_kwargs") or {}
-    if set(kwargs) - {"eps"}:
-        refuse(f"{where}.norm_kwargs", kwargs, "eps is the one option known")
+    kwargs = _section(cfg, where, "norm_kwargs")
+    if set(kwargs) - {"eps"} or not finite(kwargs.get("eps", 0)):
+        refuse(f"{where}.norm_kwargs", kwargs, "eps, a number, is the one option known")
     return float(kwargs.get("eps", 1e-5))
 
 
@@ -132,7 +153,7 @@ def check_timm(model_cfg: Mapping, fields: Mapping, **implemented: tuple) -> Non
     size = number(cfg, "vision_cfg", "image_size", 224)
     if size != fields["image_size"]:
         refuse("vision_cfg.image_size", size, f"open_clip builds {name} at {fields['image_size']}")
-    if not model_cfg.get("custom_text", False):
+    if not flag(model_cfg, "model_cfg", "custom_text"):
         refuse("custom_text", False, f"a model of {name} keeps its text tower under `text.`, so it must be true")
 
 
@@ -159,6 +180,8 @@ def timm_vision(spec: Spec, table: Mapping[str, Mapping], **options) -> dict:
 
 def _tokenizer(cfg: Mapping) -> str:
     name, kwargs = cfg.get("hf_tokenizer_name") or "", cfg.get("tokenizer_kwargs") or {}
+    if not isinstance(name, str):
+        refuse("text_cfg.hf_tokenizer_name", name, "it must be a text")
     if name and kwargs == _SIGLIP_CLEAN:
         return "siglip"
     if kwargs:
@@ -186,9 +209,9 @@ def _text(cfg: Mapping, vision_activation: str, quick_gelu: bool) -> TextSpec:
         heads=heads,
         layers=number(cfg, "text_cfg", "layers", 12),
         mlp_dim=int(width * number(cfg, "text_cfg", "mlp_ratio", 4.0, float)),
-        causal=not cfg.get("no_causal_mask", False),
+        causal=not flag(cfg, "text_cfg", "no_causal_mask"),
         pool=pool,
-        proj_bias=bool(cfg.get("proj_bias", False)),
+        proj_bias=flag(cfg, "text_cfg", "proj_bias"),
         norm_eps=norm_eps(cfg, "text_cfg"),
         tokenizer=_tokenizer(cfg),
         activation="" if act == vision_activation else act,
@@ -200,7 +223,7 @@ def _channels(cfg: Mapping, key: str, default: tuple) -> tuple[float, ...]:
     """Mean or std, one number per channel; a single number stands for all three."""
     value = cfg.get(key) or default
     value = tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3
-    if len(value) != 3 or not all(isinstance(v, (int, float)) for v in value):
+    if len(value) != 3 or not all(finite(v) and abs(v) < 1e38 for v in value):
         refuse(f"preprocess_cfg.{key}", cfg[key], "it must be three numbers")
     return tuple(map(float, value))
 
@@ -209,7 +232,7 @@ def _preprocess(config: Mapping, default: dict) -> dict:
     """Mean, std, resize; without a `preprocess_cfg` what all published models of the architecture use."""
     if "preprocess_cfg" not in config:
         return default
-    cfg = config["preprocess_cfg"] or {}
+    cfg = _section(config, "config", "preprocess_cfg")
     fields = dict(
         mean=_channels(cfg, "mean", OPENAI_MEAN),
         std=_channels(cfg, "std", OPENAI_STD),
@@ -224,11 +247,12 @@ def _preprocess(config: Mapping, default: dict) -> dict:
 
 def _architecture(vision_cfg: Mapping) -> str:
     """The architecture whose tower open_clip builds from this config."""
-    for name, module in backbones.architectures().items():
-        if module.reads_open_clip(vision_cfg):
-            return name
+    name = vision_cfg.get("timm_model_name")
+    for arch, module in backbones.architectures().items():
+        if isinstance(name, str | None) and module.reads_open_clip(vision_cfg):
+            return arch
     known = "of timm's models only vit_*_siglip_* and eva02_{base,large}_*_clip_* are"
-    return refuse("vision_cfg.timm_model_name", vision_cfg.get("timm_model_name"), known)
+    return refuse("vision_cfg.timm_model_name", name, known)
 
 
 def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec:
@@ -255,7 +279,7 @@ def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec
     return Spec(
         open_clip_name=name,
         source=source,
-        text=_text(model["text_cfg"], fields["activation"], bool(model.get("quick_gelu", False))),
+        text=_text(model["text_cfg"], fields["activation"], flag(model, "model_cfg", "quick_gelu")),
         **fields,
         **_preprocess(config, module.PREPROCESS),
     )

@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.common.fields import finite
 from diva_jax.models.backbones import Spec, TextSpec
 
 
@@ -110,6 +111,41 @@ def text_recipes(text: TextSpec, prefix: str) -> list[Recipe]:
     ]
 
 
+def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The options of a config file, or of a section of it, over transformers' defaults.
+
+    Args:
+      config: as read; None for a section that is not there.
+      defaults: option -> default.
+      where: the folder, and the section, for messages.
+
+    Raises:
+      UserError: it is no JSON object, or an option has not the type of its default.
+    """
+    if not isinstance(config, Mapping | None):
+        raise UserError(f"{where} is {brief(config)}, which must be an object of options: fetch the folder again")
+    found = {**defaults, **(config or {})}
+    for name, default in defaults.items():
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        good = isinstance(found[name], kinds) and isinstance(found[name], bool) == isinstance(default, bool)
+        if not good or (isinstance(found[name], int | float) and not abs(found[name]) < 2**53):
+            kind = "number" if isinstance(default, float) else type(default).__name__
+            raise UserError(f"{where} has {name}={brief(found[name])}, which must be a {kind}: fetch the folder again")
+    return found
+
+
+def channels(preprocessor: Mapping[str, Any], name: str, default: Sequence[float], where: str) -> tuple[float, ...]:
+    """`image_mean` or `image_std` of preprocessor_config.json.
+
+    Raises:
+      UserError: it is no list of three numbers.
+    """
+    value = preprocessor.get(name) or default
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(finite, value)):
+        raise UserError(f"{where}/preprocessor_config.json has {name}={brief(value)}, which must be three numbers")
+    return tuple(value)
+
+
 def our_activation(config: Mapping[str, Any], where: str) -> str:
     """Our name of `hidden_act`.
 
@@ -118,7 +154,7 @@ def our_activation(config: Mapping[str, Any], where: str) -> str:
     """
     ours = {theirs: name for name, theirs in ACTIVATIONS.items()}
     if config["hidden_act"] not in ours:
-        raise UserError(f"{where} has hidden_act={config['hidden_act']!r}: use one of {listing(list(ours))}")
+        raise UserError(f"{where} has hidden_act={brief(config['hidden_act'])}: use one of {listing(list(ours))}")
     return ours[config["hidden_act"]]
 
 

@@ -1,0 +1,142 @@
+"""Compiles the gradient of Stable Diffusion's U-Net, or of one of its blocks, for a TPU slice and prints its costs.
+
+    python bench/unet.py [--part=unet] [--topology=v5e:4x4] [--images=8] [--options=NAME=VALUE,...] [--json=FILE]
+
+Levers are measured on this part of the train step because it compiles in minutes, and a block in seconds. The gradient
+is that of the mean squared prediction with respect to the condition; of a block, with respect to its inputs. Weights
+are frozen and in bfloat16. The slice is not needed, only libtpu (see diva_jax/aot.py). The output is one line per run:
+milliseconds that the compiler estimates for operations, and the kernels' time at the bound of their shapes.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from diva_jax import aot
+from diva_jax import config as configs
+from diva_jax.costs import analysis, flops
+from diva_jax.models.diffusion.blocks import ResnetBlock, Transformer
+from diva_jax.models.diffusion.unet import UNet, UNetConfig
+from diva_jax.models.layers import Layers, abstract
+from diva_jax.training import sharding
+
+TOKENS = 77
+C = UNetConfig()
+BF16 = jnp.bfloat16
+
+
+def whole(rngs, args):
+    return UNet(C, rngs=rngs, dtype=BF16, param_dtype=BF16)
+
+
+def transformer(rngs, args):
+    layers = Layers(rngs, BF16, BF16)
+    return Transformer(args.width, C.cross_attention_dim, args.width // 64, C.norm_num_groups, True, layers)
+
+
+def resnet(rngs, args):
+    return ResnetBlock(
+        args.skip + args.width, args.width, C.norm_num_groups, C.norm_eps, Layers(rngs, BF16, BF16), 1280
+    )
+
+
+# Part -> its module, and the inputs' (shape, dtype) for `n` images; the gradient is that of the inputs in floats that
+# come before the first one that is not differentiated, None.
+PARTS = {
+    "unet": (whole, lambda n, a: (((n, TOKENS, 1024), BF16), None, ((n, 64, 64, 4), jnp.float32), ((n,), jnp.int32))),
+    "transformer": (transformer, lambda n, a: (((n, a.side, a.side, a.width), BF16), ((n, TOKENS, 1024), BF16))),
+    "resnet": (resnet, lambda n, a: (((n, a.side, a.side, a.skip + a.width), BF16), ((n, 1280), BF16))),
+}
+
+
+def lowered(args):
+    """Returns the chip and the lowered program."""
+    chip, _, found = aot.devices(args.topology)
+    mesh = sharding.make_mesh(configs.default().mesh, found)
+    by_batch, replicated = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
+    make, shapes = PARTS[args.part]
+    inputs = shapes(args.images * len(found), args)
+    count = inputs.index(None) if None in inputs else len(inputs)
+    inputs = [jax.ShapeDtypeStruct(*i, sharding=by_batch) for i in inputs if i]
+    graph, state = nnx.split(abstract(lambda rngs: make(rngs, args)))
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), state)
+
+    def run(state, *inputs):
+        def loss(*given):
+            given = (*given, *inputs[count:])
+            out = nnx.merge(graph, state)(*(given[1:] + given[:1] if args.part == "unet" else given))
+            return jnp.mean(jnp.square(out.astype(jnp.float32)))
+
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.named_scope("unet"):
+            return jax.value_and_grad(loss, argnums=tuple(range(count)))(*inputs[:count])
+
+    return chip, jax.jit(run).lower(state, *inputs)
+
+
+def measure(args) -> dict:
+    chip, program = lowered(args)
+    began = time.perf_counter()
+    compiled = program.compile(compiler_options=dict(o.split("=") for o in args.options.split(",") if o))
+    seconds = time.perf_counter() - began
+    text = compiled.as_text()
+    if args.save:
+        args.save.write_text(text)
+    cost = analysis.analyse(text, chip)
+    row = {
+        "part": args.part, "topology": args.topology, "images": args.images, "options": args.options,
+        "side": args.side, "width": args.width, "jax": jax.__version__,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes, "seconds": seconds,
+    }  # fmt: skip
+    if args.part == "unet":
+        u = flops.unet(C, 64, TOKENS)
+        ms = cost["model_ms"] + cost["kernel_bound_ms"]
+        row |= {
+            "ms_per_image": ms / args.images,
+            "mfu": (u.forward + u.backward) * args.images / (ms / 1e3 * chip.flops),
+        }
+    return row | cost
+
+
+def line(row: dict) -> str:
+    kinds = {}
+    for part in row["parts"].values():
+        for kind, ms in part["kinds"].items():
+            kinds[kind] = kinds.get(kind, 0) + ms
+    found = (
+        f"{row['part']} {row['topology']} x{row['images']} [{row['options']}]: {row['model_ms']:.2f} + "
+        f"{row['kernel_bound_ms']:.2f} kernels ms ({row['kernel_ms']:.2f} at peak), {row['hbm_gb']:.2f} GB, "
+        f"temporaries {row['temporaries'] / 2**30:.2f} GiB, compiled in {row['seconds']:.0f} s; "
+        + " ".join(f"{k} {v:.2f}" for k, v in sorted(kinds.items(), key=lambda i: -i[1]))
+    )
+    return found + (f"; {row['ms_per_image']:.2f} ms per image, MFU {row['mfu']:.1%}" if "mfu" in row else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, default="unet")
+    parser.add_argument("--topology", default="v5e:4x4")
+    parser.add_argument("--images", type=int, default=8, help="per chip")
+    parser.add_argument("--side", type=int, default=64, help="of a block's feature map [pixels]")
+    parser.add_argument("--width", type=int, default=320, help="of a block [channels]")
+    parser.add_argument("--skip", type=int, default=0, help="further channels of the input of --part=resnet")
+    parser.add_argument("--options", default="", help="compiler options, NAME=VALUE,...")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the report to this file, one line each")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the optimised HLO to this file")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # This process only compiles.
+    row = measure(args)
+    print(line(row), flush=True)
+    if args.json:
+        with args.json.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

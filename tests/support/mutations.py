@@ -1,0 +1,118 @@
+"""Generated damage: changes of fields of JSON content, and of bytes of files."""
+
+import copy
+import json
+
+import numpy as np
+
+# Values in place of any other; those of text are what files of configs may be misused for.
+WRONG = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "0",
+    "../../etc/passwd",
+    "/",
+    "\x00\x1b[31m\n",
+    "9" * 5000,
+    "<script>alert(1)</script>",
+    "=1+1",
+    [],
+    {},
+    [[]],
+    [None],
+    [1, 2],
+    [float("nan"), 1],
+    ["x"] * 3,
+    {"": None},
+    {"x": {"y": []}},
+]
+
+
+def places(tree, path=()) -> list[tuple]:
+    """The paths of all values below the root of JSON content."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [p for key, value in items for p in [(*path, key), *places(value, (*path, key))]]
+
+
+def changed(rng: np.random.Generator, tree, count: int = 1):
+    """A copy of JSON content with values replaced, removed, renamed, added or put in another's place.
+
+    Args:
+      rng: of the choices.
+      tree: objects and lists.
+      count: of changes.
+
+    Returns:
+      (the copy, what was changed).
+    """
+    tree, said = copy.deepcopy(tree), []
+    for _ in range(count):
+        if not (there := places(tree)):
+            break
+        *path, key = there[rng.integers(len(there))]
+        node = tree
+        for step in path:
+            node = node[step]
+        what, value = int(rng.integers(10)), WRONG[rng.integers(len(WRONG))]
+        if what <= 5:
+            node[key] = copy.deepcopy(value)
+        elif what == 6:
+            del node[key]
+        elif what == 7 and isinstance(node, dict):
+            node[["x", "", "../a", "a/b"][rng.integers(4)]] = node.pop(key)
+        elif what == 8 and isinstance(node[key], int | float):
+            node[key] = [-node[key], node[key] + 1, node[key] * 1000, str(node[key]), [node[key]]][rng.integers(5)]
+        else:
+            *other, last = there[rng.integers(len(there))]
+            source = tree
+            for step in other:
+                source = source[step] if isinstance(source, list | dict) else None
+                if source is None:
+                    break
+            value = copy.deepcopy(source[last]) if source is not None and other != path else None
+            node[key] = value
+        said.append((*path, key, what))
+    return tree, said
+
+
+def text_of(tree) -> str:
+    """JSON content as text; numbers that JSON has no form for are written as Python writes them."""
+    return json.dumps(tree)
+
+
+def damaged(rng: np.random.Generator, data: bytes, most: int = 4) -> bytes:
+    """Bytes of which one to `most` places are overwritten, inserted, removed, cut off or repeated."""
+    data = bytearray(data)
+    for _ in range(int(rng.integers(1, most + 1))):
+        if not data:
+            break
+        at, what = int(rng.integers(len(data))), int(rng.integers(7))
+        if what == 0:
+            data[at] = int(rng.integers(256))
+        elif what == 1:
+            data[at] ^= 1 << int(rng.integers(8))
+        elif what == 2:
+            data[at:at] = rng.bytes(int(rng.integers(1, 9)))
+        elif what == 3:
+            del data[at : at + int(rng.integers(1, 9))]
+        elif what == 4:
+            del data[at:]
+        elif what == 5:
+            data[at:at] = data[: int(rng.integers(1, 64))]
+        else:
+            data[at] = b"\x00\r\n,\"'{}[]:-eE"[rng.integers(14)]
+    return bytes(data)

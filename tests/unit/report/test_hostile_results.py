@@ -1,0 +1,99 @@
+"""Files of a report, changed field by field and byte by byte: a page, or one sentence, and no file elsewhere."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import report_samples as samples
+from mutations import changed, damaged
+
+from diva_jax import report
+from diva_jax.common.errors import UserError
+from diva_jax.report import flips, inputs, page
+
+pytestmark = pytest.mark.attack
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`out` with a small evaluation and `run` with a short run, as (root, content of results.json)."""
+    root = tmp_path_factory.mktemp("report")
+    images = samples.write_images(root, 2)
+    tasks = {"mmvp": samples.mmvp_task(images), "feedback": samples.feedback_task(), "drift": samples.drift_task()}
+    for found in tasks["mmvp"]["weights"].values():
+        found["patterns"] = found["patterns"][:2]
+    for found in tasks["feedback"]["weights"].values():
+        found["timesteps"] = found["timesteps"][:2]
+    samples.write_run(root / "run", rows=6)
+    return root, samples.write_evaluation(root / "out", images, root / "run", **tasks)
+
+
+def outcome(place) -> str | None:
+    """The page, or None where the files are refused; any other exception fails the test."""
+    try:
+        found = inputs.read(place)
+        return page.html(found, page.sections(found))
+    except UserError as e:
+        assert "\n" not in str(e) and len(str(e)) < 1500
+        return None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_results(folder, seed):
+    root, good = folder
+    rng = np.random.default_rng(seed)
+    for case in range(18):
+        content = changed(rng, good, 2)[0] if case % 3 else None
+        data = json.dumps(content).encode() if content else damaged(rng, json.dumps(good).encode())
+        (root / "out/results.json").write_bytes(data)
+        found = outcome(root / "out")
+        assert found is None or "<script>alert" not in found
+    (root / "out/results.json").write_text(json.dumps(good))
+    assert outcome(root / "out")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_logs_of_a_run(folder, seed, tmp_path):
+    root, _ = folder
+    rng = np.random.default_rng(seed)
+    lines = (root / "run/metrics.jsonl").read_text().splitlines()
+    config = json.loads((root / "run/config.json").read_text())
+    for case in range(15):
+        rows = list(lines)
+        i = int(rng.integers(len(rows)))
+        rows[i] = json.dumps(changed(rng, json.loads(rows[i]), 2)[0])
+        data = "".join(f"{row}\n" for row in rows).encode()
+        (tmp_path / "metrics.jsonl").write_bytes(damaged(rng, data) if case % 3 == 0 else data)
+        (tmp_path / "config.json").write_text(json.dumps(changed(rng, config, 1)[0] if case % 2 else config))
+        outcome(tmp_path)
+
+
+NAMES = ["../../up", "/abs", "a/b", "..", "", ".", "x\0y", "con:aux", "é" * 200, "n\n", "same", "SAME"]
+
+
+def test_names_are_never_paths(folder, tmp_path):
+    """Names of tasks and metrics are part of the names of pictures."""
+    task = samples.feedback_task()
+    results = {"schema": 1, "weights": [{"label": n} for n in task["weights"]], "tasks": {n: task for n in NAMES}}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/results.json").write_text(json.dumps(results))
+    before = {p for p in tmp_path.rglob("*")}
+    written = report.write(tmp_path / "in")
+    assert len(set(written)) == len(written) == 1 + 3 * len(NAMES)
+    for made in {p for p in tmp_path.rglob("*")} - before:
+        assert made == tmp_path / "in/report" or made.parent == tmp_path / "in/report" or made.name == "report.html"
+
+
+def test_what_is_no_picture_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    for name in ("pipe.jpg", "zero.jpg", "a.eps", "", "\0", "gone.png", "a" * 5000):
+        assert flips._thumbnail(str(tmp_path / name)) == ""
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "gs://no-such-bucket-at-all", "s3://x/y", "\0", "", "."])
+def test_workdirs_that_cannot_be_found_are_left_out(tmp_path, source):
+    samples.write_evaluation(tmp_path, [], source, drift=samples.drift_task())
+    assert outcome(tmp_path)
