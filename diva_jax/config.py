@@ -105,6 +105,8 @@ def default(
     c.data.crop.scale = (0.9, 1.0)  # Of the image's area.
     c.data.crop.ratio = (3 / 4, 4 / 3)  # Width to height.
     c.data.crop.interpolation = "bicubic"  # To the crop's side: nearest, bilinear, bicubic or lanczos.
+    # Folder of python -m diva_jax.cache_latents: crops and the VAE's moments are read there, and the VAE is not loaded.
+    c.data.latents = ""
     c.data.threads = 16  # That decode, per process.
     c.data.prefetch = 2  # Batches.
     c.data.decode_gib = 4.0  # Memory of the images that are decoded at the same time, per process [GiB].
@@ -224,6 +226,7 @@ _RULES = (
     ("optim.eps", lambda v: fields.finite(v) and 0 < v <= 1, "must be above 0, at most 1"),
     one_of("optim.name", "sgd", "adamw"),
     ("data.path", lambda v: isinstance(v, str), "must be a text: a path or a pattern"),
+    ("data.latents", lambda v: isinstance(v, str), "must be a text: a folder, or empty"),
     whole("data.image_size", 1, 2**14),
     pair("data.crop.scale", 1e-4, 1),
     pair("data.crop.ratio", 1e-2, 1e2),

@@ -19,7 +19,18 @@ from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
 from diva_jax.export import runs  # noqa: F401 - a run may be the source of weights.
-from diva_jax.training import checkpoint, compiler, distributed, load, lock, metrics, partition, sharding, workdirs
+from diva_jax.training import (
+    checkpoint,
+    compiler,
+    distributed,
+    latents,
+    load,
+    lock,
+    metrics,
+    partition,
+    sharding,
+    workdirs,
+)
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program, averaged
 
@@ -106,6 +117,7 @@ class Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             cache_dir=self.workdir / "cache",
+            cache=latents.open_cache(self.program),
         )
         self.total = self.program.stages[-1].end
         self.steps_before = workdirs.check_config(self.workdir, config)
@@ -115,6 +127,7 @@ class Run:
         distributed.check_same(
             {
                 "the number of images in config.data.path": self.batches.get_state()["records"],
+                "the fingerprint of config.data.latents": self.batches.get_state().get("latents"),
                 "the checksum of the config": zlib.crc32(config.to_json().encode()),
                 "the last checkpoint in --workdir": self.start,
                 "the checkpoint of --init_from": self.parent.sha256 if self.parent else None,
@@ -138,6 +151,7 @@ class Run:
             f"{self.mesh.size} x {kind}, mesh data {shape['data']} x fsdp {shape['fsdp']}; computes in {c.dtype}, "
             f"frozen weights in {c.frozen_dtype}",
             *(f"{prefix} from {part.source}" for prefix, part in objective.pretrained().items()),
+            *([f"latents from {c.data.latents}"] if c.data.latents else []),
             f"writes to {self.workdir}",
         ]
         if epochs > _MANY_EPOCHS:

@@ -73,7 +73,12 @@ _ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 li
 
 def of(device) -> Chip | None:
     """Returns the chip of a `jax.Device`; None for a kind without a table entry, such as a CPU."""
-    kind = _ALIASES.get(device.device_kind, device.device_kind)
+    return named(device.device_kind)
+
+
+def named(kind: str) -> Chip | None:
+    """Returns the chip with this name in JAX or PyTorch; None for one without a table entry."""
+    kind = _ALIASES.get(kind, kind)
     return next((c for c in (*CHIPS.values(), *_OTHERS) if c.kind == kind), None)
 
 

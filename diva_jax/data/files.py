@@ -161,7 +161,7 @@ def _matches(pattern: str) -> list[str]:
         if not found:
             raise UserError(f"config.data.path={pattern!r} matches no file: give it {WHAT}")
         return found
-    if len(names) == 1:
+    if names == [pattern]:
         raise UserError(f"config.data.path={pattern!r} does not exist: {demo_hint(pattern) or f'give it {WHAT}'}")
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         missing = [f for f, there in zip(names, pool.map(exists, names), strict=True) if not there]

@@ -81,7 +81,7 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
         raise ValueError(f"{image.width}x{image.height} pixels are too many")
     image.load()
     image = _eight_bits(image)
-    return image.convert("RGB") if rgb else image
+    return image.convert("RGB") if rgb and image.mode != "RGB" else image  # Without a copy where it is RGB.
 
 
 def open_image(data: bytes, name: str, rgb: bool = False) -> Image.Image:

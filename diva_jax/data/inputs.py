@@ -13,7 +13,7 @@ import numpy as np
 from PIL.Image import Image as PILImage
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import crop, images
+from diva_jax.data import crop, images, latents
 from diva_jax.data.tokenizers import Tokenizer
 
 
@@ -25,12 +25,14 @@ class Example(NamedTuple):
       text: the caption; None where no input of the run needs one.
       box: the random crop box of this position.
       rng: of (seed, position). The box was drawn from it first; inputs draw from it in the order of their mapping.
+      moments: of the crop's latents, bfloat16 [h, w, 2 c], where the run reads them from a cache; `box` is then its.
     """
 
     image: PILImage
     text: str | None
     box: crop.Box
     rng: np.random.Generator
+    moments: np.ndarray | None = None
 
 
 class Input(Protocol):
@@ -89,6 +91,25 @@ class Image:
     def open(self, config) -> Callable[[Example], np.ndarray]:
         size, interpolation = self.size, config.crop.interpolation
         return lambda example: crop.resized_crop(example.image, example.box, size, interpolation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """The moments of the crop's latents, from the cache `config.data.latents`.
+
+    Attributes:
+      shape: of one crop's moments, [h, w, 2 c].
+    """
+
+    shape: tuple[int, int, int]
+    needs_text = False
+
+    @property
+    def dtype(self) -> np.dtype:
+        return latents.DTYPE
+
+    def open(self, config) -> Callable[[Example], np.ndarray]:
+        return lambda example: example.moments
 
 
 @dataclasses.dataclass(frozen=True)

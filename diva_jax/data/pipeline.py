@@ -8,9 +8,7 @@ every P-th of them from the p-th on, so that any number of processes together se
 
 import concurrent.futures
 import contextlib
-import errno
 import functools
-import logging
 import math
 import threading
 import time
@@ -19,78 +17,23 @@ from collections.abc import Callable, Mapping
 import grain
 import numpy as np
 
-from diva_jax.common.errors import RunError, UserError, printable
-from diva_jax.data import crop, images, sources
+from diva_jax.common.errors import RunError, UserError
+from diva_jax.data import crop, latents, sources
+from diva_jax.data.decoding import Broken, Decoder
 from diva_jax.data.inputs import Example, Input
-from diva_jax.data.records import Record, Source
-
-logger = logging.getLogger(__name__)
+from diva_jax.data.records import Source
 
 _FOREVER = 2**62  # Positions; more than any run has.
-_PAUSES = (0.2, 1.0, 5.0)  # Seconds before a read that failed is tried again.
-# Numbers of errors that say nothing of the data: of networks, of disks, and of a lack of memory or descriptors.
-_TRANSIENT = frozenset(
-    getattr(errno, name)
-    for name in "EIO EAGAIN EINTR ESTALE ETIMEDOUT ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ECONNRESET ECONNABORTED "
-    "ECONNREFUSED ENOTCONN EPIPE ENOMEM EMFILE ENFILE EREMOTEIO".split()
-)
-_NAMED = 20  # Broken images that the log names; further ones are only counted.
 _LOOK_EVERY = 0.5  # Seconds between two looks at whether a wait shall end.
-_JUDGED_FROM = 10  # Broken reads up to which the share is not judged: the first image may be a broken one.
 
 
-class Broken:
-    """Counts the records that could not be read; shared by all decoding threads.
-
-    Args:
-      max_share: the largest share of broken ones among the records read; above it `add` raises.
-
-    Attributes:
-      count: broken records, each counted once.
-    """
-
-    def __init__(self, max_share: float):
-        self.max_share = max_share
-        self._lock = threading.Lock()
-        self._read = self._failed = 0
-        self._records: set = set()
-
-    @property
-    def count(self) -> int:
-        return len(self._records)
-
-    def good(self) -> None:
-        """Counts a record that was read."""
-        with self._lock:
-            self._read += 1
-
-    def add(self, record, name: str, reason: str) -> None:
-        """Counts a record that could not be read; the first time, the log names it.
-
-        Args:
-          record: its number, or anything hashable that stands for it.
-          name: its name.
-          reason: why it could not be read.
-
-        Raises:
-          RunError: there are too many.
-        """
-        name, reason = printable(name), printable(" ".join(reason.split()))
-        with self._lock:
-            self._read += 1
-            self._failed += 1
-            new = record not in self._records
-            self._records.add(record)
-            count, failed, read = len(self._records), self._failed, self._read
-        if new and count <= _NAMED:
-            logger.warning("skipped a broken image: %s: %s", name, reason)
-            if count == _NAMED:
-                logger.warning("%d broken images: further ones are only counted", count)
-        if failed > _JUDGED_FROM and failed > self.max_share * read:
-            raise RunError(
-                f"{failed} of {read} images read were broken ({failed / read:.1%}, the last: {name}: {reason}), more "
-                f"than config.data.max_broken_share={self.max_share:g} allows: repair the data, or raise that field"
-            )
+def shuffled(records: int, seed: int) -> grain.MapDataset:
+    """The record at each position of a run with this seed."""
+    # grain shuffles epoch e by seed + e: with neighbouring seeds one run would repeat the other's orders.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    order = grain.MapDataset.range(records).shuffle(shuffle_seed).repeat()
+    order[0]  # grain initialises itself on first use, which threads must not do at once.
+    return order
 
 
 class Examples:
@@ -103,27 +46,25 @@ class Examples:
       seed: of order, crops and whatever the inputs draw.
       global_batch: examples in a global batch.
       broken: counts the records that are read.
+      cache: of the moments of a VAE, see `latents.Cache`; the boxes are then those of the cache.
     """
 
     def __init__(
-        self, source: Source, config, inputs: Mapping[str, Input], seed: int, global_batch: int, broken: Broken
+        self,
+        source: Source,
+        config,
+        inputs: Mapping[str, Input],
+        seed: int,
+        global_batch: int,
+        broken: Broken,
+        cache: latents.Cache | None = None,
     ):
-        self._source, self._broken, self._seed, self._global_batch = source, broken, seed, global_batch
-        self._locate = getattr(source, "locate", int)  # A mixture has some records in several slots.
-        self._memory = images.Memory(int(config.decode_gib * 2**30))
-        self._reading: dict[int, tuple[str, float]] = {}  # By thread: the record that it reads, and since when.
+        self._source, self._seed, self._global_batch = source, seed, global_batch
         self._scale, self._ratio = tuple(config.crop.scale), tuple(config.crop.ratio)
-        self._needs_text = any(i.needs_text for i in inputs.values())
+        self._decoder = Decoder(source, config, any(i.needs_text for i in inputs.values()), broken)
         self._make = {name: i.open(config) for name, i in inputs.items()}
-        # grain shuffles epoch e by seed + e: with neighbouring seeds one run would repeat the other's orders.
-        shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self._order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
-        self._order[0]  # grain initialises itself on first use, which threads must not do at once.
-
-    def slowest(self) -> tuple[str, float] | None:
-        """(name of the record whose reading has begun first and has not ended, seconds since), or None."""
-        found = min(list(self._reading.values()), key=lambda r: r[1], default=None)
-        return None if found is None else (found[0], time.monotonic() - found[1])
+        self._order, self._cache = shuffled(len(source), seed), cache
+        self.slowest = self._decoder.slowest
 
     def record(self, position: int) -> int:
         """The record at a position."""
@@ -141,48 +82,27 @@ class Examples:
         first, k = position - position % n, position % n
         for step in range(n):
             with contextlib.ExitStack() as memory:
-                found = self._read(self.record(first + (k + step) % n), memory)
-                if found is not None:
-                    image, text = found
-                    rng = np.random.default_rng((self._seed, position))
-                    box = crop.sample_box(rng, *image.size, self._scale, self._ratio)
-                    example = Example(image, text, box, rng)
+                example = self._example(self.record(first + (k + step) % n), position, memory)
+                if example is not None:
                     arrays = {name: make(example) for name, make in self._make.items()}
                     return {**arrays, "row": np.int32(position % self._global_batch)}
         raise RunError(f"not one of the {n} images of config.data.path can be read: the log says why")
 
-    def _record(self, i: int) -> Record:
-        """Reads record i; what may be the fault of a network or a disk is tried again, a few times."""
-        for pause in _PAUSES:
-            try:
-                return self._source.read(i, with_text=self._needs_text)
-            except OSError as e:
-                if e.errno not in _TRANSIENT:
-                    raise
-            time.sleep(pause)
-        return self._source.read(i, with_text=self._needs_text)
-
-    def _read(self, i: int, memory: contextlib.ExitStack):
-        """(decoded image, text) of record i, or None where it is broken; `memory` holds what it needs."""
-        self._reading[threading.get_ident()] = printable(self._source.name(i)), time.monotonic()
-        try:
-            record = self._record(i)
-            if self._needs_text and not (record.text and record.text.strip()):
-                raise ValueError("it has no caption")
-            memory.enter_context(self._memory.reserve(record.image))
-            image = images.decode(record.image)
-        except MemoryError as e:
-            raise RunError(
-                f"memory ran out while {printable(self._source.name(i))} was read: lower config.data.threads, "
-                "config.data.prefetch or config.data.decode_gib"
-            ) from e
-        except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, zlib.error, ... on bad files.
-            self._broken.add(self._locate(i), self._source.name(i), str(e) or type(e).__name__)
+    def _example(self, i: int, position: int, memory: contextlib.ExitStack) -> Example | None:
+        """Record i at a position, or None where it is broken; `memory` holds what it needs."""
+        cached = None
+        if self._cache is not None and (cached := self._cache.read(i, position // len(self._source))) is None:
+            self._decoder.broken(i, "it could not be decoded when config.data.latents was made")
             return None
-        finally:
-            del self._reading[threading.get_ident()]
-        self._broken.good()
-        return image, record.text
+        if (found := self._decoder.read(i, memory)) is None:
+            return None
+        image, record = found
+        rng = np.random.default_rng((self._seed, position))
+        box = crop.sample_box(rng, *image.size, self._scale, self._ratio)
+        if cached is None:
+            return Example(image, record.text, box, rng)
+        self._cache.verify(cached, record.image, self._source.name(i))
+        return Example(image, record.text, cached.box, rng, cached.moments)
 
 
 class Iterator:
@@ -202,10 +122,13 @@ class Iterator:
         global_batch: int,
         process_index: int,
         process_count: int,
+        cache: latents.Cache | None = None,
     ):
         self.source, self.broken = source, Broken(config.max_broken_share)
-        self._examples = Examples(source, config, inputs, seed, global_batch, self.broken)
+        self._examples = Examples(source, config, inputs, seed, global_batch, self.broken, cache)
         self._identity = {"seed": seed, "records": len(source), "global_batch": global_batch}
+        if cache is not None:
+            self._identity["latents"] = cache.manifest.fingerprint
         self._process = slice(process_index, None, process_count)
         self._local_batch = global_batch // process_count
         buffered = max(config.threads, config.prefetch * self._local_batch) if config.threads else 0
@@ -296,6 +219,7 @@ _NAMES = {
     "seed": "config.seed =",
     "records": "this many images in config.data.path:",
     "global_batch": "config.batch_size =",
+    "latents": "the cache config.data.latents with the fingerprint",
 }
 
 
@@ -348,6 +272,7 @@ def open_batches(
     process_index: int = 0,
     process_count: int = 1,
     cache_dir=None,
+    cache: latents.Cache | None = None,
 ) -> Iterator:
     """Opens the data of a run.
 
@@ -360,10 +285,11 @@ def open_batches(
       global_batch: examples in a batch over all processes.
       process_index, process_count: this process's place.
       cache_dir: folder for the index of tar shards, or None.
+      cache: the moments of a VAE, where the inputs have them; made of the same data.
 
     Raises:
       UserError: a field is out of range, there is no data at the path, an input needs captions and the data has
-        none, or an input cannot be opened.
+        none, an input cannot be opened, or the cache is of other data.
     """
     _check(config, inputs, seed, global_batch, process_count)
     source = sources.open_source(config.path, str(cache_dir) if cache_dir else None, quiet=process_index != 0)
@@ -374,4 +300,6 @@ def open_batches(
             "with .txt or .json members, a CSV or parquet file or a Hugging Face dataset with a text column "
             "(PATH?text=COLUMN names it), or images with a .txt file beside each"
         )
-    return Iterator(config, source, inputs, seed, global_batch, process_index, process_count)
+    if cache is not None:
+        cache.check(source)
+    return Iterator(config, source, inputs, seed, global_batch, process_index, process_count, cache)

@@ -1,4 +1,4 @@
-"""Softmax attention: a flash kernel for long sequences on TPUs, plain XLA otherwise.
+"""Softmax attention: a flash kernel for long sequences on TPUs, cuDNN's on GPUs, plain XLA otherwise.
 
 The choice is made while a function is traced. It depends on the mesh that the function is traced for (the abstract mesh
 of `jax.sharding`) and not on the machine that traces it, so that a step compiled for a TPU on a CPU is the same program
@@ -19,6 +19,7 @@ KERNEL_FROM = {"self": 512, "cross": 4096}
 # Largest head dim -> largest number of queries and of keys per tile. The float32 scores and sums of a tile must fit
 # into VMEM.
 MAX_BLOCK = {128: 1024, 512: 512}
+CUDNN_WIDTH = 128  # Largest head dim of cuDNN's kernel on all GPUs that have it.
 
 
 def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
@@ -34,6 +35,20 @@ def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
     if device is None or device.platform != "tpu" or batch % mesh.size or width > max(MAX_BLOCK):
         return False
     return queries >= KERNEL_FROM["self" if queries == keys else "cross"]
+
+
+def implementation(width: int, dtype, mesh) -> str | None:
+    """Returns the `implementation` of `jax.nn.dot_product_attention`: cuDNN's fused kernel on GPUs, else None (XLA).
+
+    Args:
+      width: the head dim.
+      dtype: of queries, keys and values; the kernel takes 16 bits alone.
+      mesh: an abstract mesh; empty if none was set.
+    """
+    device = None if mesh.empty else mesh.abstract_device
+    narrow = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    fits = narrow and width <= CUDNN_WIDTH and width % 8 == 0
+    return "cudnn" if device is not None and device.platform == "gpu" and fits else None
 
 
 def block(n: int, width: int) -> int:
@@ -103,5 +118,6 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array
         # XLA cannot partition a kernel, so each device runs it on its own part of the batch.
         out = jax.shard_map(flash, in_specs=(batch,) * 3, out_specs=batch, check_vma=False)(q, k, v)
     else:
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, mask=mask)
+        fused = implementation(q.shape[3], q.dtype, mesh)
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, mask=mask, implementation=fused)
     return out.reshape(*out.shape[:-2], -1)

@@ -22,7 +22,7 @@ from diva_jax.objectives.contract import Objective, Pace, Stage, tune
 
 __all__ = ["Objective", "Pace", "Stage", "find", "names", "section", "stages", "tune"]
 
-_SHARED = ("condition", "contract", "contrast", "draws")
+_SHARED = ("condition", "contract", "contrast", "draws", "latents")
 
 
 def names() -> list[str]:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from diva_jax.data import preprocess
+from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights.parts import Part
 
 
@@ -68,9 +70,11 @@ class Objective(nnx.Module):
     Attributes:
       compares_images: whether the loss of an image depends on the other images of its micro-batch (negatives,
         kernels). The step computes such a loss over the whole global micro-batch, whatever the number of devices.
+      latent_source: where the latents of the images come from; None: it has none, and `config.data.latents` is refused.
     """
 
     compares_images: bool = False
+    latent_source: LatentSource | None = None
 
     def __init__(self, config, *, rngs):
         raise NotImplementedError
@@ -95,6 +99,18 @@ class Objective(nnx.Module):
           (scalar to differentiate, scalar metrics, which include "loss"). Both are averaged over micro-batches.
         """
         raise NotImplementedError
+
+    def moments(self, pixels: jax.Array) -> jax.Array:
+        """Computes what a cache of latents holds; for an objective with a `latent_source` and its VAE, `vae`.
+
+        Args:
+          pixels: images [B, S, S, 3] in [0, 1], with S of `latent_source`.
+
+        Returns:
+          The moments of the posterior of `vae`, [B, *latent_source.shape].
+        """
+        with jax.named_scope("vae"):
+            return self.vae.moments(preprocess.vae_view(pixels, self.latent_source.view))
 
     def pretrained(self) -> Mapping[str, Part]:
         """Returns prefix of parameter names -> source of these parameters; all others keep their initial values.

@@ -32,6 +32,7 @@ from diva_jax.models.layers import Layers
 from diva_jax.models.projector import Projector
 from diva_jax.objectives import contract, draws
 from diva_jax.objectives.contrast import contrast
+from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights import parts
 
 Array = jax.Array
@@ -189,13 +190,14 @@ class Objective(contract.Objective):
         adapters.adapt(self.vision, self.lora, rngs)
         self.projector = Projector(self.spec.embed_dim, cross, Layers(rngs, dtype, jnp.float32))
         self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
-        self.vae = VAE(self.diffusion.vae, param_dtype=frozen, **kw)
+        self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, self.spec.image_size)
+        self.vae = None if config.data.latents else VAE(self.diffusion.vae, param_dtype=frozen, **kw)
         self.text_context = nnx.Variable(jnp.zeros((1, self.diffusion.text_tokens, cross), jnp.float32))
 
     @property
-    def inputs(self) -> Mapping[str, inputs.Image]:
-        """{"image": uint8 [S, S, 3] at the vision tower's resolution}, for the VAE too."""
-        return {"image": inputs.Image(self.spec.image_size)}
+    def inputs(self) -> Mapping[str, inputs.Input]:
+        """{"image": uint8 [S, S, 3] at the vision tower's resolution}, for the VAE too; "moments" if cached."""
+        return self.latent_source.inputs
 
     def pretrained(self) -> Mapping[str, parts.Part]:
         """All but the projector and the adapters."""
@@ -203,7 +205,7 @@ class Objective(contract.Objective):
         return {
             "vision": parts.vision(self.spec.source, self.spec, fresh=(adapters.FRESH,)),
             "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet", d.scheduler),
-            "vae": parts.diffusers(d.source, d.vae, "config.diffusion.vae"),
+            **self.latent_source.pretrained,
             "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder, masked),
         }
 
@@ -230,7 +232,7 @@ class Objective(contract.Objective):
                 positions = 1 if path[0] == "attn_pool" else self.spec.patches + (self.spec.arch != "siglip")
                 lora += 2 * positions * (m.a.size + m.b.size)
         return {
-            "vae": flops.vae(d.vae, self.spec.image_size),
+            "vae": self.latent_source.flops,
             "vision": 2 * tower * flops.vision(self.spec),
             "lora": 2 * lora_times * lora,
             "projector": 2 * projector * 2 * (self.spec.embed_dim * c + c * c),
@@ -330,12 +332,13 @@ class Objective(contract.Objective):
     def _loss_dtype(self):
         return self.dtype if self.options.loss_dtype == FAITHFUL else jnp.promote_types(self.dtype, jnp.float32)
 
-    def forward(self, pixels: Array, drawn: Draws) -> tuple[Array, dict]:
+    def forward(self, pixels: Array, drawn: Draws, moments: Array | None = None) -> tuple[Array, dict]:
         """The loss and everything on the way to it.
 
         Args:
           pixels: [B, S, S, 3] in [0, 1]; images k * group to (k + 1) * group - 1 are compared.
           drawn: the random numbers of each.
+          moments: of the VAE's posterior, [B, h, w, 2 c]; None: they are computed.
 
         Returns:
           (loss, {latents, noisy, goal [B, h, w, c]; embedding, plus_embedding [B, d]; context, context_plus [B, C];
@@ -343,8 +346,8 @@ class Objective(contract.Objective):
           but the own condition's are missing.
         """
         g, b = self.options.group, pixels.shape[0]
-        with jax.named_scope("vae"):
-            latents = self.vae.sample(preprocess.vae_view(pixels), drawn.posterior)
+        moments = self.moments(pixels) if moments is None else moments.astype(self.dtype)
+        latents = self.diffusion.vae.latents(moments, drawn.posterior)
         abar = self.alphas_cumprod()
         noisy = schedule.add_noise(latents, drawn.noise, abar, drawn.timesteps)
         keys = drawn.dropout or (None, None)
@@ -380,13 +383,14 @@ class Objective(contract.Objective):
         """One micro-batch.
 
         Args:
-          batch: {"image": uint8 [B, S, S, 3]}, B a multiple of the group.
+          batch: {"image": uint8 [B, S, S, 3]}, B a multiple of the group; and "moments" where they are cached.
           keys: PRNG keys, one per image, [B].
 
         Returns:
           (loss, {"loss": the same}).
         """
         pixels = preprocess.to_float(batch["image"])
-        h, w = (s // self.vae.config.downscale for s in pixels.shape[1:3])
-        value, _ = self.forward(pixels, self.draw(keys, (h, w, self.vae.config.latent_channels)))
+        vae = self.diffusion.vae
+        h, w = (s // vae.downscale for s in pixels.shape[1:3])
+        value, _ = self.forward(pixels, self.draw(keys, (h, w, vae.latent_channels)), batch.get("moments"))
         return value, {"loss": value}

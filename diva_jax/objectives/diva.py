@@ -25,6 +25,7 @@ from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.models.diffusion.vae import VAE
 from diva_jax.objectives import condition, contract, draws
+from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights import parts
 
 Array = jax.Array
@@ -120,13 +121,16 @@ class Objective(contract.Objective):
             bias_init=lambda *a: uniform(*a) - width**-0.5,
         )
         self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
-        self.vae = VAE(self.diffusion.vae, param_dtype=frozen, **kw)
+        view = self.options.vae_view
+        self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, config.data.image_size, view)
+        self.dtype = dtype
+        self.vae = None if config.data.latents else VAE(self.diffusion.vae, param_dtype=frozen, **kw)
         self.text_context = nnx.Variable(jnp.zeros((1, self.diffusion.text_tokens, cross), jnp.float32))
 
     @property
-    def inputs(self) -> Mapping[str, inputs.Image]:
-        """{"image": uint8 [S, S, 3] at the VAE's resolution}."""
-        return {"image": inputs.Image(self.image_size)}
+    def inputs(self) -> Mapping[str, inputs.Input]:
+        """{"image": uint8 [S, S, 3] at the VAE's resolution}, and "moments" where they are cached."""
+        return self.latent_source.inputs
 
     @property
     def timesteps(self) -> int:
@@ -139,7 +143,7 @@ class Objective(contract.Objective):
         return {
             "vision": parts.vision(self.spec.source, self.spec),
             "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet", d.scheduler),
-            "vae": parts.diffusers(d.source, d.vae, "config.diffusion.vae"),
+            **self.latent_source.pretrained,
             "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder),
         }
 
@@ -153,7 +157,7 @@ class Objective(contract.Objective):
         unet = flops.unet(d.unet, self.image_size // d.vae.downscale, tokens)
         passes = 1 if self.options.backbone_passes == EXACT else n
         return {
-            "vae": flops.vae(d.vae, self.image_size),
+            "vae": self.latent_source.flops,
             "vision": 3 * flops.vision(self.spec) * passes,
             "unet": n * (unet.forward + unet.backward),
             "visual_proj": n * 3 * 2 * tokens * self.spec.embed_dim * d.unet.cross_attention_dim,
@@ -218,20 +222,21 @@ class Objective(contract.Objective):
         goal = schedule.target(latents, draw.noise, abar, draw.timesteps, self.diffusion.scheduler.prediction_type)
         return pred.astype(jnp.promote_types(pred.dtype, jnp.float32)), goal
 
-    def forward(self, pixels: Array, drawn: Draws) -> tuple[Array, dict]:
+    def forward(self, pixels: Array, drawn: Draws, moments: Array | None = None) -> tuple[Array, dict]:
         """The loss and everything on the way to it.
 
         Args:
           pixels: [B, S, S, 3] in [0, 1].
           drawn: N draws, stacked.
+          moments: of the VAE's posterior, [B, h, w, 2 c]; None: they are computed.
 
         Returns:
           (weighted sum of the draws' losses, {latents [B, h, w, c]; and by draw: features [N, B, n, D],
           context [N, B, n, C], pred_noise [N, B, h, w, c], losses [N]}).
         """
-        vae_view, backbone_view = self.views(pixels)
-        with jax.named_scope("vae"):
-            latents = self.vae.encode(vae_view)
+        _, backbone_view = self.views(pixels)
+        moments = self.moments(pixels) if moments is None else moments.astype(self.dtype)
+        latents = self.diffusion.vae.latents(moments)
         shared = self.options.backbone_passes == EXACT
 
         def encode(vision):
@@ -263,15 +268,16 @@ class Objective(contract.Objective):
         """One micro-batch.
 
         Args:
-          batch: {"image": uint8 [B, S, S, 3]}.
+          batch: {"image": uint8 [B, S, S, 3]}, and "moments" where they are cached.
           keys: PRNG keys, one per image, [B].
 
         Returns:
           (what is differentiated, {"loss": the plain mean over images and draws}).
         """
         pixels = preprocess.to_float(batch["image"])
-        h, w = (s // self.vae.config.downscale for s in pixels.shape[1:3])
-        value, seen = self.forward(pixels, self.draw(keys, (h, w, self.vae.config.latent_channels)))
+        vae = self.diffusion.vae
+        h, w = (s // vae.downscale for s in pixels.shape[1:3])
+        value, seen = self.forward(pixels, self.draw(keys, (h, w, vae.latent_channels)), batch.get("moments"))
         return value, {"loss": jnp.mean(seen["losses"])}
 
     def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
@@ -289,9 +295,9 @@ class Objective(contract.Objective):
         Returns:
           {"own", "other", "text": [K, B]}.
         """
-        views = [self.views(preprocess.to_float(batch[k])) for k in ("image", "other")]
-        latents = self.vae.encode(views[0][0])
-        both = jax.lax.map(self.vision.encode, jnp.stack([view for _, view in views]))
+        pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
+        latents = self.diffusion.vae.latents(self.moments(pixels[0]))
+        both = jax.lax.map(self.vision.encode, jnp.stack([self.views(p)[1] for p in pixels]))
         seen = [backbones.Features(*(x[i] for x in both)) for i in (0, 1)]  # By itself, by the other.
         drawn = self.draw(keys, latents.shape[1:], len(edges) - 1)
         within = drawn.timesteps * np.diff(edges)[:, None] // self.diffusion.scheduler.num_train_timesteps

@@ -24,6 +24,7 @@ from diva_jax.models.diffusion.flow import FlowConfig
 from diva_jax.models.diffusion.flux_vae import FluxVAE, FluxVAEConfig
 from diva_jax.models.layers import ACTIVATIONS, Layers
 from diva_jax.objectives import contract
+from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights import flux, parts
 
 Array = jax.Array
@@ -186,7 +187,7 @@ class Objective(contract.Objective):
 
     def __init__(self, config, *, rngs):
         self.spec, self.options = backbones.spec_of(config), options(config)
-        self.vae_config, self.source = _vae(config), config.genhancer.vae.source
+        self.vae_config = _vae(config)
         self.flow_config = FlowConfig(**_fields(config.genhancer.denoiser))
         if self.flow_config.in_channels != 4 * self.vae_config.latent_channels:
             raise UserError(
@@ -206,20 +207,28 @@ class Objective(contract.Objective):
         self.project_clip = Projector(self.spec.embed_dim, f.vector_dim, layers)
         self.project_t5 = Projector(self.spec.embed_dim, f.text_dim, layers)
         self.denoiser = flow.Flow(f, rngs=rngs, dtype=dtype, param_dtype=held, remat=config.remat == "all")
-        precision = jnp.dtype(self.options.vae_dtype)
-        self.vae = FluxVAE(self.vae_config, rngs=rngs, dtype=precision, param_dtype=precision)
+        self.latent_source = LatentSource(
+            self.vae_config,
+            flux.vae(config.genhancer.vae.source, self.vae_config, "config.genhancer.vae"),
+            self.spec.image_size,
+            self.options.vae_dtype,
+            self.options.vae_dtype,
+            cached=bool(config.data.latents),
+        )
+        precision = dict(dtype=jnp.dtype(self.options.vae_dtype), param_dtype=jnp.dtype(self.options.vae_dtype))
+        self.vae = None if config.data.latents else FluxVAE(self.vae_config, rngs=rngs, **precision)
 
     @property
-    def inputs(self) -> Mapping[str, inputs.Image]:
-        """{"image": uint8 [R, R, 3] at the encoder's own resolution}."""
-        return {"image": inputs.Image(self.spec.image_size)}
+    def inputs(self) -> Mapping[str, inputs.Input]:
+        """{"image": uint8 [R, R, 3] at the encoder's own resolution}, and "moments" where they are cached."""
+        return self.latent_source.inputs
 
     def pretrained(self) -> Mapping[str, parts.Part]:
         """The encoder without its adapters, and the VAE."""
         fresh = (adapters.FRESH,) if self.options.stage2 != NONE else ()
         return {
             "vision": parts.vision(self.spec.source, self.spec, fresh=fresh),
-            "vae": flux.vae(self.source, self.vae_config, "config.genhancer.vae"),
+            **self.latent_source.pretrained,
         }
 
     def towers(self) -> Mapping[str, nnx.Module]:
@@ -235,7 +244,7 @@ class Objective(contract.Objective):
         tuned = self.options.stage2
         vision = flops.vision(self.spec)
         return {
-            "vae": flops.vae(self.vae_config.encoder, size),
+            "vae": self.latent_source.flops,
             "vision": vision if tuned == NONE else 2 * vision,
             "denoiser": work.forward + (work.backward if tuned == ONLY else work.forward * 2),
         }
@@ -255,11 +264,14 @@ class Objective(contract.Objective):
 
         return jax.vmap(one)(keys)
 
-    def latents(self, pixels: Array, posterior: Array) -> Array:
-        """[B, R, R, 3] in [0, 1] and standard normal noise -> latents [B, h, w, z], float32."""
-        with jax.named_scope("vae"):
-            noise = posterior if self.options.latents == "sample" else None
-            return jax.lax.stop_gradient(self.vae.encode(2 * pixels - 1, noise))
+    def latents(self, pixels: Array, posterior: Array, moments: Array | None = None) -> Array:
+        """[B, R, R, 3] in [0, 1] and standard normal noise -> latents [B, h, w, z], float32.
+
+        Where the moments [B, h, w, 2 z] of the VAE's posterior are given, they are not computed from the pixels.
+        """
+        moments = self.moments(pixels) if moments is None else moments
+        noise = posterior if self.options.latents == "sample" else None
+        return jax.lax.stop_gradient(self.vae_config.latents(moments, noise))
 
     def forward(self, pixels: Array, latents: Array, drawn: Draws, freqs: np.ndarray | None = None):
         """The loss and everything on the way to it.
@@ -297,7 +309,7 @@ class Objective(contract.Objective):
         """One micro-batch.
 
         Args:
-          batch: {"image": uint8 [B, R, R, 3]}.
+          batch: {"image": uint8 [B, R, R, 3]}, and "moments" where they are cached.
           keys: PRNG keys, one per image, [B].
 
         Returns:
@@ -306,7 +318,7 @@ class Objective(contract.Objective):
         pixels = preprocess.to_float(batch["image"])
         h, w = (s // self.vae_config.downscale for s in pixels.shape[1:3])
         drawn, drop = self.draw(keys, (h, w, self.vae_config.latent_channels))
-        latents = self.latents(pixels, drawn.posterior)
+        latents = self.latents(pixels, drawn.posterior, batch.get("moments"))
         with adapters.dropout(drop):
             value, _ = self.forward(pixels, latents, drawn)
         return value, {"loss": value}

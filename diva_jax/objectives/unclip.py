@@ -29,6 +29,7 @@ from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.unet import UNet, timestep_embedding
 from diva_jax.models.diffusion.vae import VAE
 from diva_jax.objectives import contract
+from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights import parts
 
 Array = jax.Array
@@ -139,16 +140,18 @@ class Objective(contract.Objective):
         again = config.remat in ("vision", "all")
         self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=again, **kw)
         self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
-        self.vae = VAE(self.diffusion.vae, param_dtype=frozen, **kw)
+        self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, config.data.image_size)
+        self.dtype = kw["dtype"]
+        self.vae = None if config.data.latents else VAE(self.diffusion.vae, param_dtype=frozen, **kw)
         context = (1, self.diffusion.text_tokens, unet.cross_attention_dim)
         self.text_context = nnx.Variable(jnp.zeros(context, jnp.float32))
         if self.options.uses_statistics:
             self.image_normalizer = Statistics(self.spec.embed_dim)
 
     @property
-    def inputs(self) -> Mapping[str, inputs.Image]:
-        """{"image": uint8 [S, S, 3] at the VAE's resolution}."""
-        return {"image": inputs.Image(self.image_size)}
+    def inputs(self) -> Mapping[str, inputs.Input]:
+        """{"image": uint8 [S, S, 3] at the VAE's resolution}, and "moments" where they are cached."""
+        return self.latent_source.inputs
 
     @property
     def timesteps(self) -> int:
@@ -161,7 +164,7 @@ class Objective(contract.Objective):
         found = {
             "vision": parts.vision(self.spec.source, self.spec),
             "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet", d.scheduler),
-            "vae": parts.diffusers(d.source, d.vae, "config.diffusion.vae"),
+            **self.latent_source.pretrained,
             "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder),
         }
         if self.options.uses_statistics:
@@ -173,7 +176,7 @@ class Objective(contract.Objective):
         d = self.diffusion
         unet = flops.unet(d.unet, self.image_size // d.vae.downscale, d.text_tokens, by_class=True)
         return {
-            "vae": flops.vae(d.vae, self.image_size),
+            "vae": self.latent_source.flops,
             "vision": 3 * flops.vision(self.spec),
             "unet": unet.forward + unet.backward,
         }
@@ -203,12 +206,10 @@ class Objective(contract.Objective):
         mode = "aligned" if self.options.clip_view == "ldm" else "exact"
         return preprocess.vae_view(pixels), preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, mode)
 
-    def encode_latents(self, vae_view: Array, drawn: Draws) -> Array:
-        """z0, [B, h, w, c]."""
-        with jax.named_scope("vae"):
-            if self.options.latents == "mean":
-                return self.vae.encode(vae_view)
-            return self.vae.sample(vae_view, drawn.posterior)
+    def encode_latents(self, moments: Array, drawn: Draws) -> Array:
+        """z0, [B, h, w, c], of moments [B, h, w, 2 c]."""
+        noise = None if self.options.latents == "mean" else drawn.posterior
+        return self.diffusion.vae.latents(moments.astype(self.dtype), noise)
 
     def embed(self, view: Array) -> Array:
         """Backbone view -> the image embedding e, [B, d], float32 or wider."""
@@ -253,18 +254,20 @@ class Objective(contract.Objective):
             wrong = schedule.add_noise(pred, noisy, abar, t) - drawn.noise
         return jnp.mean(jnp.square(wrong), axis=(1, 2, 3))
 
-    def forward(self, pixels: Array, drawn: Draws) -> tuple[Array, dict]:
+    def forward(self, pixels: Array, drawn: Draws, moments: Array | None = None) -> tuple[Array, dict]:
         """The loss and everything on the way to it.
 
         Args:
           pixels: [B, S, S, 3] in [0, 1].
           drawn: see `Draws`.
+          moments: of the VAE's posterior, [B, h, w, 2 c]; None: they are computed.
 
         Returns:
           (scalar, {latents, pred [B, h, w, c], embed [B, d], class_labels [B, 2 d], errors [B]}).
         """
-        vae_view, view = self.views(pixels)
-        latents, embed = self.encode_latents(vae_view, drawn), self.embed(view)
+        _, view = self.views(pixels)
+        moments = self.moments(pixels) if moments is None else moments
+        latents, embed = self.encode_latents(moments, drawn), self.embed(view)
         labels = self.class_labels(embed, drawn)
         pred = self.denoise(latents, drawn, labels)
         errors = self.errors(pred, latents, drawn)
@@ -272,21 +275,22 @@ class Objective(contract.Objective):
         return jnp.mean(errors), seen
 
     def _draw_for(self, pixels: Array, keys: Array) -> Draws:
-        h, w = (s // self.vae.config.downscale for s in pixels.shape[1:3])
-        return self.draw(keys, (h, w, self.vae.config.latent_channels))
+        vae = self.diffusion.vae
+        h, w = (s // vae.downscale for s in pixels.shape[1:3])
+        return self.draw(keys, (h, w, vae.latent_channels))
 
     def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:
         """One micro-batch.
 
         Args:
-          batch: {"image": uint8 [B, S, S, 3]}.
+          batch: {"image": uint8 [B, S, S, 3]}, and "moments" where they are cached.
           keys: PRNG keys, one per image, [B].
 
         Returns:
           (loss, {"loss": the same}).
         """
         pixels = preprocess.to_float(batch["image"])
-        value, _ = self.forward(pixels, self._draw_for(pixels, keys))
+        value, _ = self.forward(pixels, self._draw_for(pixels, keys), batch.get("moments"))
         return value, {"loss": value}
 
     def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
@@ -304,13 +308,13 @@ class Objective(contract.Objective):
         Returns:
           {"own", "other", "text": [K, B]}.
         """
-        views = [self.views(preprocess.to_float(batch[k])) for k in ("image", "other")]
-        embeds = jax.lax.map(self.embed, jnp.stack([view for _, view in views]))
-        latents = self.encode_latents(views[0][0], self._draw_for(views[0][0], keys))
+        pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
+        embeds = jax.lax.map(self.embed, jnp.stack([self.views(p)[1] for p in pixels]))
+        latents = self.encode_latents(self.moments(pixels[0]), self._draw_for(pixels[0], keys))
 
         def one_bin(x):
             number, low, high = x
-            drawn = self._draw_for(views[0][0], jax.vmap(jax.random.fold_in, (0, None))(keys, number))
+            drawn = self._draw_for(pixels[0], jax.vmap(jax.random.fold_in, (0, None))(keys, number))
             within = drawn.timesteps * (high - low) // self.timesteps
             drawn = drawn._replace(timesteps=low + within, keep=jnp.ones_like(drawn.keep))
             own, other = (self.class_labels(e, drawn) for e in embeds)

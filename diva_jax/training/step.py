@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diva_jax import objectives
+from diva_jax.common.errors import UserError
 from diva_jax.models import backbones, layers
 from diva_jax.training import anchor, compiler, optim, partition, sharding, towers
 
@@ -110,6 +111,11 @@ class Program:
     def __init__(self, config, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.objective = nnx.eval_shape(self.init_module)
+        if config.data.latents and self.objective.latent_source is None:
+            raise UserError(
+                f"config.objective={config.objective} has no VAE whose latents could be cached: leave "
+                "config.data.latents empty"
+            )
         self.stages = objectives.stages(config)
         self.skeleton, shapes = partition.disassemble(self.objective)
         open_to_training = [n for n in shapes if not (config.anchor.weight and n.startswith(f"{anchor.PREFIX}/"))]

@@ -122,11 +122,16 @@ def write_config(workdir: epath.PathLike, config) -> None:
 
 
 def seen_config(workdir: epath.PathLike) -> int | None:
-    """The checksum of `workdir/config.json`, as soon as it is seen here; None where it never is.
+    """`seen` for `workdir/config.json`."""
+    return seen(epath.Path(workdir) / "config.json")
+
+
+def seen(path: epath.Path) -> int | None:
+    """The checksum of a file, as soon as it is seen here; None where it never is.
 
     Every process reads what process 0 has just written, so that a folder that is not shared is detected.
     """
-    path, until = epath.Path(workdir) / "config.json", time.monotonic() + _SEEN_WITHIN
+    until = time.monotonic() + _SEEN_WITHIN
     while not path.exists():
         if time.monotonic() > until:
             return None

@@ -208,7 +208,7 @@ def compute(z, sd) -> dict[str, np.ndarray]:
     exact = Reader(z, sd, exact=True)
     other = abstract(lambda rngs: dcr.Objective(exact.config, rngs=rngs))
     out["exact/plus_view"] = other.views(pixels, drawn.jitter)[1]
-    out["vae_moments"] = jnp.concatenate(jax.jit(module.vae.moments)(2 * pixels - 1), axis=-1)
+    out["vae_moments"] = jax.jit(module.vae.moments)(2 * pixels - 1)
     skeleton, arrays = partition.disassemble(module)
     stages = dcr.stages(reader.config)
     rows = [partition.scales(s.trainable, arrays) for s in stages]

@@ -111,8 +111,9 @@ def compute(z, sd) -> dict[str, np.ndarray]:
             return jnp.stack([m.class_labels(embed, d) for m, d in made])
 
         view = 2 * jnp.asarray(z["pixels"]) - 1
-        mean, logvar = as_if().vae.moments(view)
-        latents = as_if().encode_latents(view, drawn)
+        moments = as_if().vae.moments(view)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        latents = as_if().encode_latents(moments, drawn)
         clip_view = jnp.asarray(z["clip_pixels"])
         embed, to_trained = jax.vjp(lambda p: as_if(trained=p).embed(clip_view), trained)
         labels, to_embed = jax.vjp(labels_of, embed)

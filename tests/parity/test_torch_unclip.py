@@ -198,7 +198,7 @@ def test_posterior_sample():
 
     class Fixed(VAE):
         def moments(self, images):
-            return images[..., :2], images[..., 2:]
+            return images
 
     vae = Fixed(VAEConfig(block_out_channels=(4, 4), norm_num_groups=2), rngs=Keys(0))
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ ORDER = (
     "common", "models", "costs", "data", "weights", "objectives", "training", "export", "evals", "config", "report",
     "train", "api",
 )  # fmt: skip
-COMMANDS = ("main", "evaluate", "export_torch", "aot", "parity", "demo")
+COMMANDS = ("main", "evaluate", "export_torch", "cache_latents", "aot", "parity", "demo")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

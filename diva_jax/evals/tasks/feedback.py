@@ -132,6 +132,8 @@ class Feedback(Task):
         Raises:
           UserError: the objective has no `condition_losses`, or an image cannot be read.
         """
+        config = config.copy_and_resolve_references()
+        config.data.latents = ""  # Of the training data, not of these images.
         self.config, self.mesh = config, mesh
         self.program = Program(config, mesh)
         objective = self.program.objective

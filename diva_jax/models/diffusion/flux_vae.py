@@ -44,6 +44,21 @@ class FluxVAEConfig:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shift_factor"}
         return VAEConfig(**fields, use_quant_conv=False)
 
+    def latents(self, moments: Array, noise: Array | None = None) -> Array:
+        """Returns scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor), float32 or wider.
+
+        Args:
+          moments: [..., 2 * latent_channels], as `FluxVAE.moments` returns them.
+          noise: standard normal, [..., latent_channels]; None: the mean of the posterior.
+
+        Returns:
+          [..., latent_channels].
+        """
+        moments = moments.astype(jnp.promote_types(moments.dtype, jnp.float32))
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        sample = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
+        return self.scaling_factor * (sample - self.shift_factor)
+
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "FluxVAEConfig":
         """Reads the content of a diffusers folder's `vae/config.json`.
@@ -80,17 +95,5 @@ class FluxVAE(nnx.Module):
         return self.encoder(images)
 
     def encode(self, images: Array, noise: Array | None = None) -> Array:
-        """Latents: scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor), float32 or wider.
-
-        Args:
-          images: as for `moments`.
-          noise: standard normal, of the latents' shape; None: the mean of the posterior.
-
-        Returns:
-          [B, h, w, latent_channels].
-        """
-        moments = self.moments(images)
-        moments = moments.astype(jnp.promote_types(moments.dtype, jnp.float32))
-        mean, logvar = jnp.split(moments, 2, axis=-1)
-        sample = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
-        return self.config.scaling_factor * (sample - self.config.shift_factor)
+        """Latents [B, h, w, latent_channels] of images as for `moments`, see `FluxVAEConfig.latents`."""
+        return self.config.latents(self.moments(images), noise)

@@ -67,6 +67,23 @@ class VAEConfig:
         """Ratio of the image size to the size of the latents."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    def latents(self, moments: Array, noise: Array | None = None) -> Array:
+        """Returns the latents for the U-Net of an image's posterior.
+
+        Args:
+          moments: [..., 2 * latent_channels], mean and logarithm of the variance, as `VAE.moments` returns them.
+          noise: standard normal, [..., latent_channels]; None: scaling_factor times the mean, in `moments`' dtype.
+
+        Returns:
+          [..., latent_channels]; with noise scaling_factor * (mean + std * noise), in the wider of the dtypes of
+          `moments` and `noise`. As in diffusers, the logarithm of the variance is clamped to [-30, 20].
+        """
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        if noise is None:
+            return self.scaling_factor * mean
+        std = jnp.exp(0.5 * jnp.clip(logvar.astype(noise.dtype), -30, 20))
+        return self.scaling_factor * (mean + std * noise)
+
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "VAEConfig":
         """Reads the content of a diffusers folder's `vae/config.json`; missing options have diffusers' defaults.
@@ -166,21 +183,18 @@ class VAE(nnx.Module):
         if config.use_quant_conv:
             self.quant_conv = layers.conv(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
-    def moments(self, images: Array) -> tuple[Array, Array]:
-        """Returns the posterior of the latents, before the scaling factor: (mean, logarithm of the variance).
+    def moments(self, images: Array) -> Array:
+        """Returns the posterior of the latents, before the scaling factor: mean and logarithm of the variance.
 
         Args:
           images: [B, H, W, in_channels], RGB in [-1, 1].
 
         Returns:
-          Two arrays [B, H / downscale, W / downscale, latent_channels], sizes rounded down, in `dtype`. The logarithm
-          is not clamped.
+          [B, H / downscale, W / downscale, 2 * latent_channels], the means first, sizes rounded down, in `dtype`. The
+          logarithm is not clamped.
         """
         moments = self.encoder(images)
-        if self.config.use_quant_conv:
-            moments = self.quant_conv(moments)
-        n = self.config.latent_channels
-        return moments[..., :n], moments[..., n:]
+        return self.quant_conv(moments) if self.config.use_quant_conv else moments
 
     def encode(self, images: Array) -> Array:
         """Returns the latents for the U-Net: scaling_factor times the mean of the posterior (not a sample).
@@ -191,19 +205,13 @@ class VAE(nnx.Module):
         Returns:
           [B, H / downscale, W / downscale, latent_channels], sizes rounded down, in `dtype`.
         """
-        return self.config.scaling_factor * self.moments(images)[0]
+        return self.config.latents(self.moments(images))
 
     def sample(self, images: Array, noise: Array) -> Array:
-        """Returns latents for the U-Net drawn from the posterior: scaling_factor * (mean + std * noise).
+        """Returns latents for the U-Net drawn from the posterior, see `VAEConfig.latents`.
 
         Args:
           images: [B, H, W, in_channels], RGB in [-1, 1].
           noise: standard normal, of the latents' shape.
-
-        Returns:
-          Latents as from `encode`, in the wider of `dtype` and the dtype of `noise`. As in diffusers, the logarithm of
-          the variance is clamped to [-30, 20].
         """
-        mean, logvar = self.moments(images)
-        std = jnp.exp(0.5 * jnp.clip(logvar.astype(noise.dtype), -30, 20))
-        return self.config.scaling_factor * (mean + std * noise)
+        return self.config.latents(self.moments(images), noise)

@@ -16,7 +16,7 @@ from PIL import Image
 from records import data_config, encoded, tags, write_shards, write_tar
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import files, images, inputs, pipeline, tars
+from diva_jax.data import decoding, files, images, inputs, pipeline, tars
 
 pytestmark = pytest.mark.attack
 INPUTS = {"image": inputs.Image(12)}
@@ -112,7 +112,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
 @pytest.mark.parametrize("failures", [1, 2, 10**6])
 def test_reads_that_fail_for_a_while_are_tried_again(tmp_path, monkeypatch, number, failures):
     """They are no broken images; one that goes on failing is."""
-    monkeypatch.setattr(pipeline, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(decoding, "_PAUSES", (0.0, 0.0))
     write_shards(tmp_path, 12, 12)
     read = files.Reader.read
 
@@ -136,7 +136,7 @@ def test_reads_that_fail_for_a_while_are_tried_again(tmp_path, monkeypatch, numb
 def test_where_memory_runs_out_no_image_is_broken(tmp_path, monkeypatch):
     write_shards(tmp_path, 12, 12)
     batches = open_batches(tmp_path)
-    monkeypatch.setattr(pipeline.images, "decode", lambda _: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(images, "decode", lambda _: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(RunError, match=r"memory ran out while .*\.tar/.* was read: lower config.data.threads"):
         next(batches)
     assert not batches.broken.count

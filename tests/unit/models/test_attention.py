@@ -47,6 +47,27 @@ def test_the_kernel_equals_plain_attention(n, m, heads, width):
         assert relative_error(ours, goal) < 2e-5
 
 
+def test_cudnn_is_for_gpus(monkeypatch):
+    """In 16 bits, with heads that it supports, and without a mask or with one; never where no mesh says so."""
+    gpu, asked = mesh("gpu"), []
+    wanted = [
+        attention.implementation(64, t, m) for t in ("bfloat16", "float32") for m in (gpu, mesh("tpu"), mesh("cpu"))
+    ]
+    assert wanted == ["cudnn", None, None, None, None, None]
+    assert [attention.implementation(w, "float16", gpu) for w in (128, 40, 512, 36)] == ["cudnn", "cudnn", None, None]
+
+    def plain(q, k, v, *, implementation, **kw):
+        asked.append(implementation)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    args = [x.astype(jnp.bfloat16) for x in qkv(6, 7, 2, 64)]
+    with jax.sharding.use_abstract_mesh(gpu):
+        jax.eval_shape(attention.attention, *args)
+    jax.eval_shape(attention.attention, *args)
+    assert asked == ["cudnn", None]
+
+
 def test_tiles_divide_the_padded_length():
     lengths = (128, 640, 768, 1024, 2304, 4096, 9216)
     assert [attention.block(n, 64) for n in lengths] == [128, 640, 768, 1024, 768, 1024, 1024]

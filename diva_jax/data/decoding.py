@@ -1,0 +1,142 @@
+"""Decoded records, with the memory that they need and a count of those that cannot be read."""
+
+import contextlib
+import errno
+import logging
+import threading
+import time
+
+from PIL.Image import Image
+
+from diva_jax.common.errors import RunError, printable
+from diva_jax.data import images
+from diva_jax.data.records import Record, Source
+
+logger = logging.getLogger(__name__)
+
+_PAUSES = (0.2, 1.0, 5.0)  # Seconds before a read that failed is tried again.
+# Numbers of errors that say nothing of the data: of networks, of disks, and of a lack of memory or descriptors.
+_TRANSIENT = frozenset(
+    getattr(errno, name)
+    for name in "EIO EAGAIN EINTR ESTALE ETIMEDOUT ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ECONNRESET ECONNABORTED "
+    "ECONNREFUSED ENOTCONN EPIPE ENOMEM EMFILE ENFILE EREMOTEIO".split()
+)
+_NAMED = 20  # Broken images that the log names; further ones are only counted.
+_JUDGED_FROM = 10  # Broken reads up to which the share is not judged: the first image may be a broken one.
+
+
+class Broken:
+    """Counts the records that could not be read; shared by all decoding threads.
+
+    Args:
+      max_share: the largest share of broken ones among the records read; above it `add` raises.
+
+    Attributes:
+      count: broken records, each counted once.
+    """
+
+    def __init__(self, max_share: float):
+        self.max_share = max_share
+        self._lock = threading.Lock()
+        self._read = self._failed = 0
+        self._records: set = set()
+
+    @property
+    def count(self) -> int:
+        return len(self._records)
+
+    def good(self) -> None:
+        """Counts a record that was read."""
+        with self._lock:
+            self._read += 1
+
+    def add(self, record, name: str, reason: str) -> None:
+        """Counts a record that could not be read; the first time, the log names it.
+
+        Args:
+          record: its number, or anything hashable that stands for it.
+          name: its name.
+          reason: why it could not be read.
+
+        Raises:
+          RunError: there are too many.
+        """
+        name, reason = printable(name), printable(" ".join(reason.split()))
+        with self._lock:
+            self._read += 1
+            self._failed += 1
+            new = record not in self._records
+            self._records.add(record)
+            count, failed, read = len(self._records), self._failed, self._read
+        if new and count <= _NAMED:
+            logger.warning("skipped a broken image: %s: %s", name, reason)
+            if count == _NAMED:
+                logger.warning("%d broken images: further ones are only counted", count)
+        if failed > _JUDGED_FROM and failed > self.max_share * read:
+            raise RunError(
+                f"{failed} of {read} images read were broken ({failed / read:.1%}, the last: {name}: {reason}), more "
+                f"than config.data.max_broken_share={self.max_share:g} allows: repair the data, or raise that field"
+            )
+
+
+class Decoder:
+    """Reads and decodes records, from any number of threads.
+
+    Args:
+      source: of the records.
+      config: `config.data`.
+      with_text: whether records need a caption.
+      broken: counts the records that are read.
+    """
+
+    def __init__(self, source: Source, config, with_text: bool, broken: Broken):
+        self._source, self._with_text, self._broken = source, with_text, broken
+        self._locate = getattr(source, "locate", int)  # A mixture has some records in several slots.
+        self._memory = images.Memory(int(config.decode_gib * 2**30))
+        self._reading: dict[int, tuple[str, float]] = {}  # By thread: the record that it reads, and since when.
+
+    def slowest(self) -> tuple[str, float] | None:
+        """(name of the record whose reading has begun first and has not ended, seconds since), or None."""
+        found = min(list(self._reading.values()), key=lambda r: r[1], default=None)
+        return None if found is None else (found[0], time.monotonic() - found[1])
+
+    def broken(self, i: int, reason: str) -> None:
+        """Counts record i as broken; raises a RunError where too many are."""
+        self._broken.add(self._locate(i), self._source.name(i), reason)
+
+    def _record(self, i: int) -> Record:
+        """Reads record i; what may be the fault of a network or a disk is tried again, a few times."""
+        for pause in _PAUSES:
+            try:
+                return self._source.read(i, with_text=self._with_text)
+            except OSError as e:
+                if e.errno not in _TRANSIENT:
+                    raise
+            time.sleep(pause)
+        return self._source.read(i, with_text=self._with_text)
+
+    def read(self, i: int, memory: contextlib.ExitStack) -> tuple[Image, Record] | None:
+        """(decoded image, record i), or None where it is broken; `memory` holds what it needs.
+
+        Raises:
+          RunError: too many records are broken, or memory ran out.
+        """
+        self._reading[threading.get_ident()] = printable(self._source.name(i)), time.monotonic()
+        try:
+            record = self._record(i)
+            if self._with_text and not (record.text and record.text.strip()):
+                raise ValueError("it has no caption")
+            memory.enter_context(self._memory.reserve(record.image))
+            image = images.decode(record.image)
+        except MemoryError as e:
+            raise RunError(
+                f"memory ran out while {printable(self._source.name(i))} was read: lower config.data.threads, "
+                "config.data.prefetch or config.data.decode_gib"
+            ) from e
+        except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, zlib.error, ... on bad files.
+            self.broken(i, str(e) or type(e).__name__)
+            return None
+        finally:
+            del self._reading[threading.get_ident()]
+        self._broken.good()
+        return image, record

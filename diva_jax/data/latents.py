@@ -1,0 +1,282 @@
+"""Cache of a VAE's moments: files that `python -m diva_jax.cache_latents` writes and `config.data.latents` names.
+
+A cache is a folder with a manifest, `latents.json`, and array_record shards. Shard s has the records
+s * per_shard .. (s + 1) * per_shard - 1 of the data set in order, and of each record all crops in order. An entry is a
+header (`_HEADER`) and the moments of one crop, bfloat16 [h, w, 2 c] in C order; a record whose image could not be
+decoded has entries without moments. array_record keeps a checksum of each entry.
+
+Crop e of record r has the box that a run with the manifest's seed draws for r in epoch e, so that the first epochs of
+such a run see the same crops with the cache and without it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from array_record.python import array_record_module
+
+from diva_jax.common import paths
+from diva_jax.common.errors import RunError, UserError, listing
+from diva_jax.common.fields import flatten
+from diva_jax.data.crop import Box
+from diva_jax.data.records import Source
+
+DTYPE = np.dtype(ml_dtypes.bfloat16)
+FILE = "latents.json"
+_FORMAT = 1
+_HEADER = struct.Struct("<qiI4i")  # Record, crop, CRC-32 of the encoded image, box.
+_OVERHEAD, _PADDING = 160, 2**17  # Bytes of array_record per entry and per file, at most about.
+_OPEN = 256  # Shards that are open at the same time.
+_PROBED = 16  # Records that are compared with the data when a cache is opened.
+
+
+class Entry(NamedTuple):
+    """One crop of one record.
+
+    Attributes:
+      record, crop: the record of the data set, and the number of its crop.
+      image_crc: CRC-32 of the encoded image.
+      box: of the crop.
+      moments: bfloat16 [h, w, 2 c]; None where the image could not be decoded.
+    """
+
+    record: int
+    crop: int
+    image_crc: int
+    box: Box
+    moments: np.ndarray | None
+
+    def pack(self) -> bytes:
+        head = _HEADER.pack(self.record, self.crop, self.image_crc, *self.box)
+        return head if self.moments is None else head + np.ascontiguousarray(self.moments, DTYPE).tobytes()
+
+    @classmethod
+    def unpack(cls, data: bytes, shape: tuple[int, ...]) -> "Entry":
+        """Raises ValueError where the data has another size."""
+        record, crop, crc, *box = _HEADER.unpack_from(data)
+        moments = np.frombuffer(data, DTYPE, offset=_HEADER.size).reshape(shape) if len(data) > _HEADER.size else None
+        return cls(record, crop, crc, tuple(box), moments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a cache holds.
+
+    Attributes:
+      facts: what the moments depend on beside images and boxes: the VAE and its weights, the crop setting.
+      records: records of the data set.
+      crops: of each record.
+      seed: of the boxes.
+      per_shard: records in a shard.
+      shape: of the moments of one crop.
+    """
+
+    facts: Mapping[str, Any]
+    records: int
+    crops: int
+    seed: int
+    per_shard: int
+    shape: tuple[int, ...]
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.records / self.per_shard)
+
+    def shard_bytes(self, shard: int) -> int:
+        """The size of a shard's file, rounded up."""
+        entry = math.prod(self.shape) * DTYPE.itemsize + _OVERHEAD
+        return _PADDING + len(self.range(shard)) * self.crops * entry
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that differ where any value does."""
+        return hashlib.sha256(self.text().encode()).hexdigest()[:16]
+
+    def text(self) -> str:
+        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, sort_keys=True)
+
+    def range(self, shard: int) -> range:
+        """The records of a shard."""
+        return range(shard * self.per_shard, min(self.records, (shard + 1) * self.per_shard))
+
+    def file(self, shard: int) -> str:
+        """The name of a shard."""
+        return f"{shard:05d}-of-{self.shards:05d}.array_record"
+
+    def write(self, folder: Path) -> None:
+        """Raises OSError where it cannot be written."""
+        paths.write_whole(folder / FILE, self.text())
+
+    @classmethod
+    def read(cls, folder: Path, field: str) -> "Manifest | None":
+        """The manifest in a folder; None where there is none.
+
+        Raises:
+          UserError: it cannot be read, or was written by another version.
+        """
+        try:
+            content = json.loads((folder / FILE).read_text())
+            if content.pop("format") != _FORMAT:
+                raise ValueError("it is of another version")
+            return cls(**{**content, "shape": tuple(content["shape"])})
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(
+                f"{field}={folder}: {FILE} cannot be read ({e}): make the cache again with "
+                "python -m diva_jax.cache_latents"
+            ) from e
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The fields in which the facts of two caches differ, with both values."""
+    a, b = (flatten(json.loads(json.dumps(x))) for x in (there, here))
+    return [f"{k} ({a.get(k)!r} there, {b.get(k)!r} here)" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def write_shard(folder: Path, name: str, entries: Iterable[Entry]) -> None:
+    """Writes a shard, which appears in the folder when it is complete.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with paths.whole_file(folder / name) as temporary:
+        temporary.touch()  # Raises an OSError of one line where the folder cannot be written.
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        try:
+            for entry in entries:
+                _as_oserror(writer.write, entry.pack())
+        finally:
+            if writer.is_open():
+                _as_oserror(writer.close)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+
+
+def _as_oserror(call, *args) -> None:
+    """array_record raises a RuntimeError whatever the reason."""
+    try:
+        call(*args)
+    except RuntimeError as e:
+        raise OSError(str(e).split(";")[0]) from e
+
+
+def _open(path: Path):
+    return array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0", file_reader_buffer_size=32768)
+
+
+def is_complete(path: Path, entries: int) -> bool:
+    """Whether a shard has this many entries."""
+    if not path.is_file():
+        return False
+    reader = _open(path)
+    return reader.ok() and reader.num_records() == entries
+
+
+class Cache:
+    """A complete cache, read from any number of threads.
+
+    Args:
+      folder: of the cache, on this machine.
+      facts: what this run's moments depend on, see `Manifest`.
+
+    Attributes:
+      manifest: what it holds.
+
+    Raises:
+      UserError: there is no cache, it is of other facts, or it is not complete; names `config.data.latents`.
+    """
+
+    def __init__(self, folder: str, facts: Mapping[str, Any]):
+        self._folder = paths.local(folder, "config.data.latents").expanduser()
+        self._named = f"config.data.latents={folder}"
+        found = Manifest.read(self._folder, "config.data.latents")
+        if found is None:
+            raise UserError(
+                f"{self._named} holds no cache of latents ({FILE} is not there): make it with python -m "
+                "diva_jax.cache_latents, or give the folder that its --out named"
+            )
+        self.manifest = found
+        if wrong := differences(found.facts, facts):
+            raise UserError(
+                f"{self._named} was made with other settings: {listing(wrong, 3)}; use the cache of this config, "
+                "which python -m diva_jax.cache_latents makes"
+            )
+        there = set(os.listdir(self._folder))
+        if missing := [name for name in map(found.file, range(found.shards)) if name not in there]:
+            raise UserError(
+                f"{self._named} lacks {len(missing)} of its {found.shards} shards ({listing(missing, 2)}): run the "
+                "command that makes it again, which goes on where it ended"
+            )
+        self._reader = functools.lru_cache(maxsize=_OPEN)(_open)
+
+    def check(self, source: Source) -> None:
+        """Compares some records, spread over all, with those that the cache was made of.
+
+        Raises:
+          UserError: they are not the same data.
+        """
+        n = self.manifest.records
+        if len(source) != n:
+            raise UserError(
+                f"{self._named} was made of {n} images, and config.data.path has {len(source)}: make the cache of this "
+                "data with python -m diva_jax.cache_latents"
+            )
+        for record in np.unique(np.linspace(0, n - 1, _PROBED, dtype=np.int64)):
+            entry = self._entry(int(record), 0)
+            try:
+                image = source.read(int(record), with_text=False).image
+            except Exception:  # Reported where the record is used.
+                continue
+            if entry.moments is not None and not same_image(entry, image):
+                raise UserError(self._other_image(source.name(int(record))))
+
+    def read(self, record: int, epoch: int) -> Entry | None:
+        """The crop of a record in an epoch, epoch modulo the number of crops; None where its image was broken.
+
+        Raises:
+          RunError: the cache is damaged.
+        """
+        entry = self._entry(record, epoch % self.manifest.crops)
+        return None if entry.moments is None else entry
+
+    def verify(self, entry: Entry, image: bytes, name: str) -> None:
+        """Raises a RunError where an entry was made of another encoded image."""
+        if not same_image(entry, image):
+            raise RunError(self._other_image(name))
+
+    def _other_image(self, name: str) -> str:
+        return (
+            f"{self._named} was made of other data: {name} is another image there; make the cache of this data with "
+            "python -m diva_jax.cache_latents"
+        )
+
+    def _entry(self, record: int, crop: int) -> Entry:
+        m = self.manifest
+        shard = record // m.per_shard
+        try:
+            (data,) = self._reader(self._folder / m.file(shard)).read([(record % m.per_shard) * m.crops + crop])
+            entry = Entry.unpack(data, m.shape)
+            if (entry.record, entry.crop) != (record, crop):
+                raise ValueError(f"it is that of record {entry.record}, crop {entry.crop}")
+        except (RuntimeError, ValueError, IndexError, OSError, struct.error) as e:
+            raise RunError(
+                f"{self._named}: the entry of record {record}, crop {crop} in {m.file(shard)} cannot be read "
+                f"({' '.join(str(e).split())[:200]}): delete that file and run the command that makes the cache again"
+            ) from e
+        return entry
+
+
+def same_image(entry: Entry, image: bytes) -> bool:
+    """Whether an entry was made of an encoded image."""
+    return entry.image_crc == zlib.crc32(image)

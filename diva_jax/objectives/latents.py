@@ -1,0 +1,69 @@
+"""Latents of a frozen VAE: computed in the step, or from a cache of its moments (`config.data.latents`)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from diva_jax.costs import flops
+from diva_jax.data import inputs
+from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
+from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.vae import VAEConfig
+from diva_jax.weights import parts
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSource:
+    """Where an objective's latents come from.
+
+    Attributes:
+      vae: the shape of the VAE.
+      part: the source of the VAE's weights.
+      size: side of the images that the VAE sees [pixels].
+      dtype, held: what the VAE computes in, and what its weights are held in.
+      view: how the VAE's input is made of the image, see `preprocess.vae_view`.
+      cached: whether moments come with the batch; the objective then has no VAE.
+    """
+
+    vae: VAEConfig | FluxVAEConfig
+    part: parts.Part
+    size: int
+    dtype: str
+    held: str
+    view: str = "exact"
+    cached: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one image's moments: height, width, and twice the channels of the latents."""
+        side = self.size // self.vae.downscale
+        return side, side, 2 * self.vae.latent_channels
+
+    @property
+    def inputs(self) -> Mapping[str, inputs.Input]:
+        """What the batch holds: "image", and "moments" where they are cached."""
+        image = {"image": inputs.Image(self.size)}
+        return image | {"moments": inputs.Moments(self.shape)} if self.cached else image
+
+    @property
+    def pretrained(self) -> Mapping[str, parts.Part]:
+        """{"vae": its source}; nothing where moments are cached."""
+        return {} if self.cached else {"vae": self.part}
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the VAE for one image."""
+        shape = self.vae.encoder if isinstance(self.vae, FluxVAEConfig) else self.vae
+        return 0.0 if self.cached else flops.vae(shape, self.size)
+
+    @classmethod
+    def stable_diffusion(cls, config, diffusion: Diffusion, size: int, view: str = "exact") -> "LatentSource":
+        """Returns that of an objective with Stable Diffusion's VAE, for images of `size` pixels."""
+        part = parts.diffusers(diffusion.source, diffusion.vae, "config.diffusion.vae")
+        cached = bool(config.data.latents)
+        return cls(diffusion.vae, part, size, config.dtype, config.frozen_dtype, view, cached)
+
+    def facts(self) -> dict[str, Any]:
+        """What moments depend on beside the image, its crop and the VAE's weights, for JSON."""
+        vae = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.vae).items()}
+        return {"vae": vae, "image_size": self.size, "dtype": self.dtype, "held": self.held, "view": self.view}

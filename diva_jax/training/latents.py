@@ -1,0 +1,270 @@
+"""Caches of latents: what a run's moments depend on, and the work of `python -m diva_jax.cache_latents`."""
+
+import contextlib
+import itertools
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diva_jax.common import paths
+from diva_jax.common.errors import RunError, UserError, listing
+from diva_jax.common.log import say
+from diva_jax.data import crop, pipeline, preprocess, sources
+from diva_jax.data.decoding import Broken, Decoder
+from diva_jax.data.latents import DTYPE, FILE, Cache, Entry, Manifest, differences, is_complete, write_shard
+from diva_jax.training import distributed, load, metrics, workdirs
+from diva_jax.training.step import Program
+from diva_jax.weights import readers
+
+_SAY_EVERY = 10.0  # Seconds between two lines of progress.
+
+
+def facts(program: Program) -> dict:
+    """What the moments of a program's images depend on beside the images and the boxes of the crops, for JSON.
+
+    Raises:
+      UserError: the VAE's weights are not found, or are of another architecture.
+    """
+    source, settings = program.objective.latent_source, program.config.data.crop
+    weights = readers.fingerprint(source.part.open().files)
+    return {**source.facts(), "weights": weights, "crop": settings.to_dict()}
+
+
+def open_cache(program: Program) -> Cache | None:
+    """The cache that `config.data.latents` names; None where it is not set.
+
+    Raises:
+      UserError: it cannot be read, or is not one of this config.
+    """
+    path = program.config.data.latents
+    return Cache(path, facts(program)) if path else None
+
+
+class Crops(NamedTuple):
+    """The crops of one record.
+
+    Attributes:
+      record: its number.
+      image_crc: CRC-32 of the encoded image.
+      boxes: of the crops; empty where the image is broken.
+      images: uint8 [crops, S, S, 3].
+    """
+
+    record: int
+    image_crc: int
+    boxes: tuple
+    images: np.ndarray
+
+
+class Builder:
+    """Writes a cache of latents, or what is missing of it. Each process writes every P-th shard.
+
+    Args:
+      config: a config as `config.default` returns it, without `data.latents`.
+      out: the folder, on this machine or mounted, the same for all processes.
+      crops: of each image.
+      per_shard: images in a shard.
+      batch: images that a device encodes at the same time.
+
+    Raises:
+      UserError: the objective has no VAE, the config or the data is invalid, or `out` holds another cache.
+    """
+
+    def __init__(self, config, out: str, crops: int, per_shard: int, batch: int):
+        self.folder = paths.local(out, "--out").expanduser()
+        self.config, self._named = config, f"--out={out}"
+        if config.data.latents:
+            raise UserError("config.data.latents is set, but this command makes a cache: leave it empty")
+        # Each process encodes alone: no image of one is needed by another.
+        devices = np.asarray(jax.local_devices()).reshape(-1, 1)
+        self.program = Program(config, Mesh(devices, ("data", "fsdp")))
+        self._latents = self.program.objective.latent_source
+        if self._latents is None:
+            raise UserError(f"config.objective={config.objective} has no VAE whose latents could be cached")
+        self._process, self._processes = jax.process_index(), jax.process_count()
+        self._source = sources.open_source(config.data.path, quiet=self._process != 0)
+        self._batch = batch * len(devices)
+        made = facts(self.program)
+        self.manifest = Manifest(made, len(self._source), crops, config.seed, per_shard, self._latents.shape)
+        there = Manifest.read(self.folder, "--out")
+        if there is not None and there.fingerprint != self.manifest.fingerprint:
+            wrong = differences(vars(there), vars(self.manifest))
+            raise UserError(f"{self._named} holds another cache: {listing(wrong, 3)}; use another folder")
+        self._broken = Broken(config.data.max_broken_share)
+        self._decoder = Decoder(self._source, config.data, with_text=False, broken=self._broken)
+        distributed.check_same({"the fingerprint of the cache": self.manifest.fingerprint})
+
+    @property
+    def mine(self) -> range:
+        """The shards of this process."""
+        return range(self._process, self.manifest.shards, self._processes)
+
+    def _missing(self) -> list[int]:
+        """The shards of this process that are not there; leftovers of a process that was killed are removed."""
+        found = []
+        for shard in self.mine:
+            path = self.folder / self.manifest.file(shard)
+            if not is_complete(path, len(self.manifest.range(shard)) * self.manifest.crops):
+                found.append(shard)
+                for leftover in self.folder.glob(f"{path.name}.*.tmp"):
+                    leftover.unlink()
+        return found
+
+    def _prepare(self) -> list[int]:
+        """Creates the folder and its manifest; the shards that this process has to write.
+
+        Raises:
+          UserError: the folder cannot be written, is too small, or is not the same one for all processes.
+        """
+        m = self.manifest
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._process == 0:
+                m.write(self.folder)
+            missing = self._missing()
+            free = shutil.disk_usage(self.folder).free
+        except OSError as e:
+            raise UserError(f"{self._named} cannot be written ({e}): use a folder that you may write") from e
+        needed = sum(m.shard_bytes(s) for s in missing)
+        if needed > free:
+            raise UserError(
+                f"{self._named} needs {needed / 2**30:.2f} GiB more for {m.records:,} images x {m.crops} crops, and "
+                f"{free / 2**30:.2f} GiB are free there: use a larger disk, or fewer --crops"
+            )
+        seen = workdirs.seen(self.folder / FILE)
+        distributed.check_same({"the manifest in --out, which must be one folder for all processes": seen})
+        return missing
+
+    def _positions(self) -> np.ndarray:
+        """[crops, records]: where a run with the config's seed has each record in each epoch."""
+        n = self.manifest.records
+        order = pipeline.shuffled(n, self.manifest.seed)
+        found = np.empty((self.manifest.crops, n), np.int64)
+        for epoch, row in enumerate(found):
+            first = epoch * n
+            for position in range(first, first + n):
+                row[order[position]] = position
+        return found
+
+    def _crops(self, record: int) -> Crops:
+        size, settings = self._latents.size, self.config.data.crop
+        with contextlib.ExitStack() as memory:
+            found = self._decoder.read(record, memory)
+            if found is None:
+                return Crops(record, 0, (), np.zeros((0, size, size, 3), np.uint8))
+            image, encoded = found
+            boxes = tuple(
+                crop.sample_box(
+                    np.random.default_rng((self.manifest.seed, int(position))),
+                    *image.size,
+                    tuple(settings.scale),
+                    tuple(settings.ratio),
+                )
+                for position in self._where[:, record]
+            )
+            pixels = [crop.resized_crop(image, box, size, settings.interpolation) for box in boxes]
+            return Crops(record, zlib.crc32(encoded.image), boxes, np.stack(pixels))
+
+    def _read(self, shard: int) -> Iterator[Crops]:
+        """The records of a shard, decoded in threads."""
+        data, records = self.config.data, self.manifest.range(shard)
+        ahead = max(data.threads, 2 * self._batch // self.manifest.crops) if data.threads else 0
+        options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead)
+        wanted = grain.MapDataset.range(records.start, records.stop).map(lambda i: self._crops(int(i)))
+        with contextlib.closing(iter(wanted.to_iter_dataset(options))) as found:
+            yield from found
+
+    def _encoder(self):
+        """A function: uint8 [B, S, S, 3] on the host -> moments on the devices, while the host goes on."""
+        program = self.program
+        names = [n for n in program.arrays if n.startswith("vae/")]
+        arrays, _ = load.initial_arrays(program, names, every_source=False)
+        absent = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in program.arrays.items()}
+
+        def moments(arrays, images):
+            with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+                module = program.skeleton.merge(absent, arrays)
+                return module.moments(preprocess.to_float(images)).astype(DTYPE)
+
+        compiled = jax.jit(moments, out_shardings=program.batch_sharding)
+        return lambda images: compiled(arrays, jax.device_put(images, program.batch_sharding))
+
+    def _entries(self, shard: int) -> Iterator[Entry]:
+        """The entries of a shard. Batches do not cross shards, so that a shard is the same whenever it is made."""
+        crops, shape = self.manifest.crops, (self._batch, self._latents.size, self._latents.size, 3)
+        pending: list[tuple] = []  # (rows, moments on the devices): one batch is encoded while the next is decoded.
+        for rows in _batches(_flat(self._read(shard), crops), self._batch):
+            images = np.zeros(shape, np.uint8)
+            for i, (_, image) in enumerate(rows):
+                if image is not None:
+                    images[i] = image
+            pending.append((rows, self._encode(images)))
+            if len(pending) > 1:
+                yield from self._finish(*pending.pop(0))
+        for batch in pending:
+            yield from self._finish(*batch)
+
+    def _finish(self, rows, moments) -> Iterator[Entry]:
+        for (entry, image), found in zip(rows, np.asarray(moments), strict=False):
+            yield entry if image is None else entry._replace(moments=found)
+        self._done += len(rows)
+        now = time.monotonic()
+        if now > self._said + _SAY_EVERY:
+            rate = self._done / (now - self._began)
+            say(
+                f"{self._done:,} of this process's {self._wanted:,} crops ({rate:.1f}/s), "
+                f"{metrics.duration((self._wanted - self._done) / rate)} left"
+            )
+            self._said = now
+
+    def run(self) -> None:
+        """Writes all shards that are missing.
+
+        Raises:
+          UserError: see `_prepare`.
+          RunError: too many images are broken, or a shard cannot be written.
+        """
+        m, missing = self.manifest, self._prepare()
+        size = sum(map(m.shard_bytes, range(m.shards))) / 2**30
+        say(
+            f"{m.records:,} images x {m.crops} crops in {m.shards} shards, {size:.3g} GiB, in {self.folder}; "
+            f"{len(missing)} of this process's {len(self.mine)} shards are to be made"
+        )
+        if missing:
+            self._where, self._encode = self._positions(), self._encoder()
+        self._wanted, self._done = sum(len(m.range(s)) for s in missing) * m.crops, 0
+        self._began = self._said = time.monotonic()
+        for shard in missing:
+            try:
+                write_shard(self.folder, m.file(shard), self._entries(shard))
+            except OSError as e:
+                raise RunError(
+                    f"{self._named}: {m.file(shard)} cannot be written ({e}): see that the folder can be written and "
+                    "has space, then run the same command, which goes on after the last complete shard"
+                ) from e
+        distributed.check_same({"the cache": m.fingerprint})  # All are done.
+        broken = f"; {self._broken.count} broken images have none" if self._broken.count else ""
+        say(f"done{broken}; train with --config.data.latents={self.folder}")
+
+
+def _flat(records: Iterator[Crops], crops: int) -> Iterator[tuple[Entry, np.ndarray | None]]:
+    """(entry without moments, its image) of each crop; the image is None where the record is broken."""
+    for r in records:
+        for k in range(crops):
+            if r.boxes:
+                yield Entry(r.record, k, r.image_crc, r.boxes[k], None), r.images[k]
+            else:
+                yield Entry(r.record, k, 0, (0, 0, 0, 0), None), None
+
+
+def _batches(items: Iterator, size: int) -> Iterator[list]:
+    """Lists of `size` items; the last one may be shorter."""
+    while batch := list(itertools.islice(items, size)):
+        yield batch

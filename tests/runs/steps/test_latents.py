@@ -1,0 +1,242 @@
+"""Training from a cache of latents equals training without it; making a cache can be ended and resumed."""
+
+import dataclasses
+import hashlib
+import shutil
+import signal
+import time
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+import small_genhancer
+import small_unclip
+from e2e_config import get_config
+from places import SUPPORT
+
+from diva_jax import config, train
+from diva_jax.common.errors import RunError, UserError
+from diva_jax.data import latents as files_of
+from diva_jax.data import pipeline, preprocess
+from diva_jax.training import latents, step
+
+CROPS = 2
+ROUNDING = 2.0**-8  # Relative, of bfloat16.
+
+
+def run_config(files, cache="", **fields):
+    c = get_config(str(files))
+    c.update(steps=4, accum=1)
+    c.condition.warmup_steps = 0
+    c.data.latents = str(cache)
+    c.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return c
+
+
+@pytest.fixture(scope="module")
+def cache(files, tmp_path_factory):
+    """Two crops of each of the 24 photographs, in shards of five."""
+    folder = tmp_path_factory.mktemp("latents")
+    latents.Builder(run_config(files), str(folder), CROPS, per_shard=5, batch=1).run()
+    return folder
+
+
+def hashes(folder) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def test_crops_and_moments_are_those_of_a_run_without(files, cache):
+    """Over the first epochs of the same seed; then the crops repeat."""
+    plain, cached = run_config(files), run_config(files, cache)
+    module = step.Program(plain, small.sharding.make_mesh(plain.mesh)).objective
+    p = small.program(plain)
+    arrays, _ = latents.load.initial_arrays(p, [n for n in p.arrays if n.startswith("vae/")], every_source=False)
+    absent = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.arrays.items()}
+    moments = jax.jit(lambda x: p.skeleton.merge(absent, arrays).moments(preprocess.to_float(x)))
+    q = small.program(cached)
+    assert set(p.arrays) - set(q.arrays) == {n for n in p.arrays if n.startswith("vae/")}
+    assert set(q.objective.pretrained()) == set(module.pretrained()) - {"vae"}
+    opened = latents.open_cache(q)
+    kw = dict(seed=plain.seed, global_batch=8)
+    ours = pipeline.open_batches(cached.data, q.objective.inputs, cache=opened, **kw)
+    theirs = pipeline.open_batches(plain.data, p.objective.inputs, **kw)
+    first = {}
+    for number in range(9):
+        a, b = next(ours), next(theirs)
+        if number < 6:
+            np.testing.assert_array_equal(a["image"], b["image"])
+        want = np.asarray(moments(a["image"]))
+        got = a["moments"].astype(np.float32)
+        np.testing.assert_allclose(got, want, rtol=ROUNDING, atol=1e-5)
+        if number < 3:
+            first |= {image.tobytes(): m for image, m in zip(a["image"], a["moments"], strict=True)}
+        if number >= 6:
+            assert all((first[i.tobytes()] == m).all() for i, m in zip(a["image"], a["moments"], strict=True))
+
+
+def test_losses_and_weights_equal_those_of_a_run_without(files, cache, tmp_path):
+    """Three steps of a run on one device; the only difference is the rounding of the moments."""
+    rows, states = [], []
+    for name in ("", cache):
+        c = run_config(files, name)
+        run = train.Run(c, tmp_path / ("cached" if name else "plain"))
+        assert ("latents from" in run.describe()) == bool(name)
+        p = small.program(c)
+        arrays, _ = latents.load.initial_arrays(p)
+        state, frozen = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}
+        fn, seen = p.step(0), []
+        for _ in range(3):
+            state, metrics = fn(state, frozen, train.to_device(next(run.batches), p.batch_sharding))
+            seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        rows.append(seen)
+        states.append(state["params"])
+        run.batches.close()
+    np.testing.assert_allclose(rows[1], rows[0], rtol=ROUNDING)
+    assert rows[0] != rows[1]
+    far = [np.abs(np.asarray(states[0][n] - a)).max() for n, a in states[1].items()]
+    assert max(far) < 1e-2  # Three steps of AdamW with learning rate 1e-2 move a weight by up to 3e-2.
+
+
+def dcr_config():
+    """One group of 4."""
+    c = config.default(dataclasses.replace(small.SPEC, image_size=28), small.diffusion(), "dcr")
+    c.update(dtype="float32", frozen_dtype="float32", batch_size=4)
+    c.diffusion.text_tokens, c.dcr.group, c.dcr.lora.rank = 6, 4, 3
+    return c
+
+
+def test_dcr_has_no_vae_where_moments_are_cached():
+    """Its loss is traced alone: compiling it takes long."""
+    plain, cached = dcr_config(), dcr_config()
+    cached.data.latents = "somewhere"
+    p, q = small.program(plain), small.program(cached)
+    assert p.objective.latent_source.shape == q.objective.inputs["moments"].shape == (14, 14, 8)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(3), 4))
+    for program in (p, q):
+        batch = {n: a for n, a in program.abstract_batch().items() if n != "row"}
+        traced = jax.make_jaxpr(lambda a, b, k, s=program.skeleton: s.merge(a).loss(b, k)[0])(
+            program.arrays, batch, keys
+        )
+        assert traced.out_avals[0].shape == ()
+        assert (traced.jaxpr.pretty_print(name_stack=True).count("vae") > 0) == (program is p)
+
+
+@pytest.mark.parametrize("make", [small_unclip.small_config, small_genhancer.small_config])
+def test_the_loss_of_an_objective_is_that_of_its_own_moments(make):
+    """In float32, with moments that the cache's format holds exactly, the two losses are equal."""
+    plain, cached = make(), make()
+    cached.data.latents = "somewhere"
+    p, q = small.program(plain), small.program(cached)
+    assert p.objective.latent_source.shape == q.objective.inputs["moments"].shape
+    arrays = small.random_arrays(p)
+    side = p.objective.latent_source.size
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (4, side, side, 3), np.uint8))
+    keys = jax.random.split(jax.random.key(3), 4)
+    held = np.dtype(files_of.DTYPE)
+
+    def without(arrays):
+        module = p.skeleton.merge(arrays)
+        exact = module.moments
+        object.__setattr__(module, "moments", lambda x: exact(x).astype(held).astype(jnp.float32))
+        return module.loss({"image": images}, keys)[0]
+
+    def within(arrays):
+        moments = p.skeleton.merge(arrays).moments(preprocess.to_float(images)).astype(held)
+        mine = {n: arrays[n] for n in q.arrays}
+        return q.skeleton.merge(mine).loss({"image": images, "moments": moments}, keys)[0]
+
+    a, b = jax.jit(lambda w: (without(w), within(w)))(arrays)
+    np.testing.assert_allclose(a, b, rtol=2e-6)
+    flops = [x.objective.flops_by_part()["vae"] for x in (p, q)]
+    assert flops[0] > 0 == flops[1]
+
+
+def test_a_cache_is_made_again_bit_identically_where_a_shard_is_missing(files, cache, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    (copy / "00001-of-00005.array_record").unlink()
+    (copy / "00003-of-00005.array_record").write_bytes(b"")
+    (copy / "00003-of-00005.array_record.12345678.tmp").write_bytes(b"left by a killed process")
+    latents.Builder(run_config(files), str(copy), CROPS, per_shard=5, batch=1).run()
+    assert "2 of this process's 5 shards are to be made" in capsys.readouterr().out
+    assert hashes(copy) == hashes(cache)
+
+
+def test_each_process_writes_its_own_shards(files, cache, tmp_path, monkeypatch):
+    """Simulated in one process: the shards of two processes together are those of one."""
+    monkeypatch.setattr(latents.distributed, "check_same", lambda facts: None)
+    for index in range(2):
+        monkeypatch.setattr(latents.jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr(latents.jax, "process_count", lambda: 2)
+        builder = latents.Builder(run_config(files), str(tmp_path), CROPS, per_shard=5, batch=1)
+        assert list(builder.mine) == [[0, 2, 4], [1, 3]][index]
+        builder.run()
+        assert len(list(tmp_path.glob("*.array_record"))) == [3, 5][index]
+    assert hashes(tmp_path) == hashes(cache)
+
+
+def test_a_killed_command_loses_at_most_a_shard(files, cache, tmp_path):
+    """SIGKILL after the first shard; the same command ends with the files of one that was not killed."""
+    out = tmp_path / "out"
+    line = ["cache_latents", f"--config={SUPPORT}/e2e_config.py:{files}", f"--out={out}", "--crops=2", "--per_shard=5"]
+    line += ["--batch_size=8", "--config.data.threads=1"]
+    process = commands.start(*line)
+    until = time.monotonic() + 300
+    while not (out / "00000-of-00005.array_record").exists():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    there = set(out.glob("*.array_record"))
+    assert 1 <= len(there) < 5
+    before = {p.name: p.stat().st_mtime_ns for p in there}
+    latents.Builder(run_config(files, steps=12), str(out), CROPS, per_shard=5, batch=1).run()
+    assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())
+    entries = [files_of.Cache(str(folder), files_of.Manifest.read(cache, "").facts) for folder in (out, cache)]
+    for record in range(24):
+        a, b = (e.read(record, 1) for e in entries)
+        assert a.box == b.box and a.image_crc == b.image_crc
+        np.testing.assert_allclose(a.moments.astype(np.float32), b.moments.astype(np.float32), rtol=2 * ROUNDING)
+
+
+def test_what_is_refused(files, cache, tmp_path, monkeypatch):
+    def build(out=tmp_path, per_shard=5, crops=CROPS, **fields):
+        return latents.Builder(run_config(files, **fields), str(out), crops, per_shard, 1)
+
+    with pytest.raises(UserError, match=r"holds another cache: facts\.crop\.interpolation .*bicubic.*bilinear"):
+        build(cache, data__crop__interpolation="bilinear")
+    with pytest.raises(UserError, match=r"holds another cache: crops \(2 there, 3 here\)"):
+        build(cache, crops=3)
+    with pytest.raises(UserError, match="leave it empty"):
+        build(data__latents="somewhere")
+    with pytest.raises(UserError, match="a folder on this machine"):
+        build("gs://bucket/latents")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        build(tmp_path / "file" / "out").run()
+    builder = build(tmp_path / "small")
+    monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 10**3))
+    with pytest.raises(UserError, match=r"GiB are free there"):
+        builder.run()
+    monkeypatch.undo()
+
+    def full(folder, name, entries):
+        raise OSError("write() failed: No space left on device")
+
+    monkeypatch.setattr(latents, "write_shard", full)
+    with pytest.raises(RunError, match=r"00000-of-00005.* cannot be written .*No space left.* the same command"):
+        builder.run()
+    with pytest.raises(UserError, match=r"made with other settings: dtype \('float32' there, 'bfloat16' here\)"):
+        train.Run(run_config(files, cache, dtype="bfloat16"), tmp_path / "run")
+    kuea = config.default(small.SPEC, objective="kuea")
+    kuea.data.latents = "somewhere"
+    with pytest.raises(UserError, match="kuea has no VAE"):
+        small.program(kuea)
+    kuea.data.latents = ""
+    with pytest.raises(UserError, match="kuea has no VAE"):
+        latents.Builder(kuea, str(tmp_path), 1, 5, 1)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,159 @@
+"""Files of a cache of latents: what is written is read, and damage, other settings and other data are refused."""
+
+import dataclasses
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from records import data_config, noise, write_tar
+
+from diva_jax.common.errors import RunError, UserError
+from diva_jax.data import crop, images, inputs, latents, pipeline, sources
+from diva_jax.data.latents import Cache, Entry, Manifest
+
+COUNT, CROPS, SHAPE, BROKEN = 11, 3, (5, 3, 6), 7
+FACTS = {"vae": {"channels": [8, 12]}, "weights": "ab12", "crop": {"scale": (0.9, 1.0)}}
+MANIFEST = Manifest(FACTS, COUNT, CROPS, seed=4, per_shard=4, shape=SHAPE)
+
+
+def picture(i: int) -> bytes:
+    return noise(i, 64 + i, 48 + 3 * i)
+
+
+def box(i: int, k: int) -> crop.Box:
+    return i, k, 40 + i, 30 + k
+
+
+def entry(i: int, k: int) -> Entry:
+    if i == BROKEN:
+        return Entry(i, k, 0, (0, 0, 0, 0), None)
+    moments = np.random.default_rng((i, k)).normal(size=SHAPE).astype(latents.DTYPE)
+    return Entry(i, k, zlib.crc32(picture(i)), box(i, k), moments)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    MANIFEST.write(tmp_path)
+    for s in range(MANIFEST.shards):
+        latents.write_shard(tmp_path, MANIFEST.file(s), (entry(i, k) for i in MANIFEST.range(s) for k in range(CROPS)))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos") / "0.tar"
+    write_tar(path, {f"{i:02}.jpg": picture(i) for i in range(COUNT)})
+    return path
+
+
+def test_every_entry_is_read_as_it_was_written(folder):
+    cache = Cache(str(folder), FACTS)
+    wanted = [(i, epoch) for i in range(COUNT) for epoch in range(2 * CROPS)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda x: cache.read(*x), wanted))
+    for (i, epoch), got in zip(wanted, found, strict=True):
+        want = entry(i, epoch % CROPS)
+        if i == BROKEN:
+            assert got is None
+        else:
+            np.testing.assert_array_equal(got.moments, want.moments)
+            assert got[:4] == want[:4]
+
+
+def test_batches_have_the_boxes_and_moments_of_their_epoch(folder, data):
+    """The slot of the record without moments is filled, and a resumed run goes on with the same crops."""
+    config = data_config(data, max_broken_share=1.0, crop={"scale": (0.9, 1.0), "ratio": (1, 1)})
+    wanted = {"image": inputs.Image(12), "moments": inputs.Moments(SHAPE)}
+
+    def opened():
+        return pipeline.open_batches(config, wanted, seed=4, global_batch=5, cache=Cache(str(folder), FACTS))
+
+    batches, order = opened(), pipeline.shuffled(COUNT, 4)
+    seen = [next(batches) for _ in range(9)]
+    for b, batch in enumerate(seen):
+        for row in range(5):
+            position = 5 * b + row
+            epoch, i = position // COUNT, order[position]
+            if i == BROKEN:
+                following = (position + 1) % COUNT
+                i = order[epoch * COUNT + following]
+            k = epoch % CROPS
+            np.testing.assert_array_equal(batch["moments"][row], entry(i, k).moments)
+            image = images.decode(picture(i))
+            np.testing.assert_array_equal(batch["image"][row], crop.resized_crop(image, box(i, k), 12))
+    assert batches.broken.count == 1
+    resumed = opened()
+    resumed.set_state({**batches.get_state(), "batches": 7})
+    np.testing.assert_array_equal(next(resumed)["moments"], seen[7]["moments"])
+    with pytest.raises(UserError, match="fingerprint"):
+        resumed.set_state({**batches.get_state(), "latents": "of another"})
+
+
+def test_a_damaged_entry_is_an_error(folder):
+    path = folder / MANIFEST.file(1)
+    whole = path.read_bytes()
+    at = whole.index(entry(5, 2).moments.tobytes()[:40])
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    cache = Cache(str(folder), FACTS)
+    with pytest.raises(RunError, match=r"record 5, crop 2 in 00001-of-00003\.array_record cannot be read"):
+        cache.read(5, 2)
+    assert cache.read(4, 1).record == 4
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RunError, match="cannot be read"):
+        Cache(str(folder), FACTS).read(4, 1)
+    path.write_bytes((folder / MANIFEST.file(0)).read_bytes())
+    with pytest.raises(RunError, match="it is that of record 0"):
+        Cache(str(folder), FACTS).read(4, 0)
+    assert not latents.is_complete(folder / MANIFEST.file(2), 4 * CROPS) and latents.is_complete(path, 4 * CROPS)
+
+
+def test_what_is_refused_when_a_cache_is_opened(folder, data, tmp_path_factory):
+    with pytest.raises(UserError, match=r"weights \('ab12' there, 'cd' here\)"):
+        Cache(str(folder), FACTS | {"weights": "cd"})
+    with pytest.raises(UserError, match=r"crop\.scale"):
+        Cache(str(folder), FACTS | {"crop": {"scale": (0.8, 1.0)}})
+    with pytest.raises(UserError, match="holds no cache"):
+        Cache(str(data.parent), FACTS)
+    with pytest.raises(UserError, match="a folder on this machine"):
+        Cache("gs://bucket/latents", FACTS)
+    other = tmp_path_factory.mktemp("other")
+    write_tar(other / "0.tar", {f"{i:02}.jpg": picture(COUNT - i) for i in range(COUNT)})
+    with pytest.raises(UserError, match="another image there"):
+        Cache(str(folder), FACTS).check(sources.open_source(str(other)))
+    write_tar(other / "0.tar", {"a.jpg": picture(0)})
+    with pytest.raises(UserError, match="made of 11 images, and config.data.path has 1"):
+        Cache(str(folder), FACTS).check(sources.open_source(str(other)))
+    (folder / MANIFEST.file(2)).unlink()
+    with pytest.raises(UserError, match="lacks 1 of its 3 shards"):
+        Cache(str(folder), FACTS)
+    (folder / "latents.json").write_text("{}")
+    with pytest.raises(UserError, match=r"latents\.json cannot be read"):
+        Cache(str(folder), FACTS)
+
+
+def test_a_changed_image_is_found_where_it_is_used(folder, data):
+    """The probes at the start do not see every image."""
+    cache = Cache(str(folder), FACTS)
+    cache.verify(cache.read(3, 0), picture(3), "3.jpg")
+    with pytest.raises(RunError, match=r"3\.jpg is another image there"):
+        cache.verify(cache.read(3, 0), picture(3) + b"\0", "3.jpg")
+
+
+def test_a_shard_is_there_when_it_is_complete(tmp_path):
+    def failing():
+        yield entry(0, 0)
+        raise RunError("too many images are broken")
+
+    with pytest.raises(RunError):
+        latents.write_shard(tmp_path, "a", failing())
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        latents.write_shard(tmp_path / "file", "a", [])
+
+
+def test_the_fingerprint_sees_every_field():
+    fields = {"facts": {}, "records": 5, "crops": 2, "seed": 5, "per_shard": 3, "shape": (1, 2, 4)}
+    changed = {dataclasses.replace(MANIFEST, **{k: v}).fingerprint for k, v in fields.items()}
+    assert len(changed | {MANIFEST.fingerprint}) == 7
