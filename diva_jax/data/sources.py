@@ -1,6 +1,7 @@
 """Opens the data at a path; the format follows from the names of the files there."""
 
 import functools
+import importlib
 import os
 import posixpath
 import re
@@ -15,6 +16,7 @@ from diva_jax.data.tables import open_tables
 from diva_jax.data.tars import TarSource
 from diva_jax.data.tfds_source import TfdsSource
 
+_MODULE = "module:"
 _PROBED = 64  # Images of a folder beside which a caption is looked for.
 # A path with options; a `?` that is part of a glob pattern has no NAME=VALUE after it.
 _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?&=]*(?:&\w+=[^?&=]*)*)")
@@ -87,6 +89,23 @@ def split_options(path: str) -> tuple[str, dict[str, str]]:
     return match[1], options
 
 
+def _from_module(path: str) -> Source:
+    """The source that a module outside of this package makes.
+
+    Raises:
+      UserError: the module cannot be imported, or makes no sources.
+    """
+    name, _, options = path.removeprefix(_MODULE).partition("?")
+    try:
+        make = importlib.import_module(name).open_source
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(
+            f"config.data.path={path!r}: the module {name} cannot be used ({e}): give one on PYTHONPATH that defines "
+            "open_source(options)"
+        ) from e
+    return make(options)
+
+
 def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) -> Source:
     """Opens a data path.
 
@@ -96,6 +115,7 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
         - A folder with images at any depth, or a pattern.
         - A .csv, .tsv or .parquet file, a pattern, or a folder with them; a folder that Hugging Face's `save_to_disk`
           has written. `?image=COLUMN&text=COLUMN` chooses the columns.
+        - `module:DOTTED.PATH?OPTIONS`: what `open_source(OPTIONS)` of that module returns, a `Source` of your own.
         - `tfds:name/split`, see `TfdsSource`.
       cache_dir: folder for the index of tar shards; None: no cache.
       quiet: report neither progress nor damaged shards, as for all processes of a run but the first.
@@ -103,6 +123,8 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
     Raises:
       UserError: nothing is there, or nothing that can be read; names `config.data.path`.
     """
+    if path and path.startswith(_MODULE):
+        return _from_module(path)
     if path and path.startswith("tfds:"):
         return TfdsSource(path)
     path, options = split_options(path) if path else (path, {})

@@ -21,9 +21,8 @@ from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.settings import Diffusion, latent_code
 from diva_jax.models.diffusion.unet import UNet
-from diva_jax.models.diffusion.vae import VAE
 from diva_jax.objectives import condition, contract, draws
 from diva_jax.weights import parts
 
@@ -120,7 +119,7 @@ class Objective(contract.Objective):
             bias_init=lambda *a: uniform(*a) - width**-0.5,
         )
         self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
-        self.vae = VAE(self.diffusion.vae, param_dtype=frozen, **kw)
+        self.vae = latent_code(self.diffusion.vae, param_dtype=frozen, **kw)
         self.text_context = nnx.Variable(jnp.zeros((1, self.diffusion.text_tokens, cross), jnp.float32))
 
     @property

@@ -25,9 +25,8 @@ from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.settings import Diffusion, latent_code
 from diva_jax.models.diffusion.unet import UNet, timestep_embedding
-from diva_jax.models.diffusion.vae import VAE
 from diva_jax.objectives import contract
 from diva_jax.weights import parts
 
@@ -139,7 +138,7 @@ class Objective(contract.Objective):
         again = config.remat in ("vision", "all")
         self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=again, **kw)
         self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
-        self.vae = VAE(self.diffusion.vae, param_dtype=frozen, **kw)
+        self.vae = latent_code(self.diffusion.vae, param_dtype=frozen, **kw)
         context = (1, self.diffusion.text_tokens, unet.cross_attention_dim)
         self.text_context = nnx.Variable(jnp.zeros(context, jnp.float32))
         if self.options.uses_statistics:
