@@ -1,8 +1,8 @@
 """CLIP's contrastive loss (arXiv 2103.00020, section 2.3): both towers on images with captions.
 
 With x_i and y_j the embeddings of images and captions, of length one, and s the logarithm of the scale, logits are
-l_ij = exp(s) x_i . y_j; loss = the mean of the cross-entropies of the rows and of the columns, the diagonal being right.
-The negatives are the other images and captions of the micro-batch. The logits' scale is trained too, at most 100.
+l_ij = exp(s) x_i . y_j; loss = the mean of the cross-entropies of the rows and of the columns, in which the diagonal is
+right. The negatives are the other images and captions of the micro-batch. The scale is trained too, at most 100.
 """
 
 import dataclasses

@@ -13,7 +13,8 @@ Array = jax.Array
 
 
 def parse_select(select: str) -> tuple[str, int]:
-    """Parses `Spec.select`: `"all"` -> ("all", 0), `"random:76"` -> ("random", 76), `"runs:6"` -> ("runs", 6), `"none"` -> ("none", 0).
+    """Parses `Spec.select`: `"all"` -> ("all", 0), `"none"` -> ("none", 0), `"random:76"` -> ("random", 76), and
+    `"runs:6"` -> ("runs", 6).
 
     Raises:
       UserError: the text has none of these forms.

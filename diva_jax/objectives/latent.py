@@ -1,8 +1,8 @@
 """Latent diffusion (arXiv 2112.10752) on images with captions: the U-Net and its text encoder, trained together.
 
 For an image with latents z0 and a caption with token states c: a timestep t, noise eps, z_t = sqrt(abar_t) z0 +
-sqrt(1 - abar_t) eps; loss = mean((UNet(z_t, t, c) - target)^2), target eps or, for a v-prediction model, v. The model of
-the latents is frozen. It makes a generator for the other objectives; there is no vision encoder in it.
+sqrt(1 - abar_t) eps; loss = mean((UNet(z_t, t, c) - target)^2), target eps or, for a v-prediction model, v. The model
+of the latents is frozen. It makes a generator for the other objectives; there is no vision encoder in it.
 """
 
 from collections.abc import Mapping

@@ -45,6 +45,7 @@ class Options:
     embed_drop: float = 0.0  # Share of the images whose class label is zero.
     stats: str = "on"  # on: noise by the generator's mean and std of embeddings. off: mean 0, std 1.
     latents: str = "sample"  # sample: of the VAE's posterior. mean: its mean.
+    condition_of: str = "own"  # own; next: that of the next image in the batch, a control that can teach nothing.
     clip_view: str = "processor"  # processor: the backbone's own preprocessing. ldm: as in the generator's training.
 
     def __post_init__(self):
@@ -78,6 +79,7 @@ class Options:
 
 _VALUES = {
     "target": ("v", "eps"),
+    "condition_of": ("own", "next"),
     "stats": ("on", "off"),
     "latents": ("sample", "mean"),
     "clip_view": ("processor", "ldm"),
@@ -264,6 +266,8 @@ class Objective(contract.Objective):
         """
         vae_view, view = self.views(pixels)
         latents, embed = self.encode_latents(vae_view, drawn), self.embed(view)
+        if self.options.condition_of == "next":
+            embed = jnp.roll(embed, -1, axis=0)
         labels = self.class_labels(embed, drawn)
         pred = self.denoise(latents, drawn, labels)
         errors = self.errors(pred, latents, drawn)

@@ -135,10 +135,14 @@ def write_new_diffusion(folder: Path, diffusion: Mapping, seed: int = 0) -> None
     rngs = Keys(seed)
     unet, text = UNet(d.unet, rngs=rngs), TextEncoder(d.text_encoder, rngs=rngs)
     write_part(folder, "unet", diffusion["unet"], names.to_torch(nnx.state(unet), TABLES["unet"]))
-    write_part(folder, "text_encoder", diffusion["text_encoder"], names.to_torch(nnx.state(text), TABLES["text_encoder"]))
+    write_part(
+        folder, "text_encoder", diffusion["text_encoder"], names.to_torch(nnx.state(text), TABLES["text_encoder"])
+    )
     write_part(folder, "vae", diffusion["vae"], {"basis": basis()[0].astype(np.float32)})
     (folder / "scheduler").mkdir(exist_ok=True)
-    writers.write_json(folder / "scheduler" / "scheduler_config.json", _KINDS["scheduler"] | dict(diffusion["scheduler"]))
+    writers.write_json(
+        folder / "scheduler" / "scheduler_config.json", _KINDS["scheduler"] | dict(diffusion["scheduler"])
+    )
     vocabulary.write(folder / "tokenizer", captions.WORDS, TOKENS)
     index = {
         "_class_name": "StableDiffusionPipeline",

@@ -1,7 +1,7 @@
 """Makes the world's models: python -m diva_jax.world.pretrain --out=runs/world
 
-A CLIP on biased captions, a text-conditioned generator on rich ones, and a generator conditioned on the embedding of that
-CLIP, each trained by the ordinary train loop from random weights. The same command resumes where it was stopped. The
+A CLIP on biased captions, a text-conditioned generator on rich ones, and a generator conditioned on the embedding of
+that CLIP, each trained by the ordinary train loop from random weights. The same command resumes where it was stopped. The
 results are written to OUT/weights in the layouts of open_clip and diffusers, rounded to float16, with a card; copied to
 diva_jax/world/weights they are what every other command of the world starts from.
 """
@@ -12,14 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import flags
-
-from diva_jax.common import cli
 from diva_jax.common.errors import UserError
-
-_OUT = flags.DEFINE_string("out", None, "Folder for the runs and the weights.")
-_SHORTER = flags.DEFINE_float("shorter", 1.0, "Factor for the number of steps, to try the command.", 0.0, 1.0)
-_BATCH = flags.DEFINE_integer("batch_size", 64, "Pictures per step.", 2)
 
 
 class Stage(NamedTuple):
@@ -30,7 +23,6 @@ class Stage(NamedTuple):
       captions: a key of `captions.KINDS`.
       seed: of the training data; no two stages and no test see the same scenes.
       fields: of the config, by dotted name.
-      keeps: the parts to write, prefix of parameters -> whether it was trained here.
     """
 
     objective: str
@@ -99,6 +91,14 @@ def write_start(out: Path) -> None:
 
 def write_result(name: str, out: Path) -> None:
     """Writes what a finished stage has trained to `out/weights/NAME`."""
+    folder = out / "weights" / name
+    partial = folder.with_name(f"{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _fill(name, out, partial)
+    partial.rename(folder)
+
+
+def _fill(name: str, out: Path, folder: Path) -> None:
     from flax import nnx
 
     from diva_jax.export import runs
@@ -107,8 +107,7 @@ def write_result(name: str, out: Path) -> None:
     from diva_jax.weights import names, writers
     from diva_jax.world import captions, models, vocabulary
 
-    folder, workdir = out / "weights" / name, out / "runs" / name
-    shutil.rmtree(folder, ignore_errors=True)
+    workdir = out / "runs" / name
     if name == models.CLIP:
         source, _ = runs.run_source(str(workdir))
         writers.write_open_clip(folder, models.rounded(source.tensors), to_open_clip(models.SPEC))
@@ -144,21 +143,29 @@ def pretrain(out: Path, shorter: float, batch_size: int, say: Callable[[str], No
         run = Run(stage_config(name, out, shorter, batch_size), str(out / "runs" / name))
         if not run.finished and not run.run():
             return False
-        if not (out / "weights" / name / "done").exists():
+        if not (out / "weights" / name).exists():
             write_result(name, out)
-            (out / "weights" / name / "done").touch()
         say(f"{name}: {out / 'weights' / name}")
     return True
 
 
-def main() -> None:
-    if not _OUT.value:
+def _main() -> None:
+    if not flags.FLAGS.out:
         raise UserError("--out is missing: give a folder, e.g. --out=runs/world")
     from diva_jax.common.log import say
 
-    if not pretrain(Path(_OUT.value), _SHORTER.value, _BATCH.value, say):
+    given = flags.FLAGS
+    if not pretrain(Path(given.out), given.shorter, given.batch_size, say):
         say("stopped; the same command resumes")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    from absl import flags
+
+    from diva_jax.common import cli
+
+    # Here and not above: other modules of this package define --out as well.
+    flags.DEFINE_string("out", None, "Folder for the runs and the weights.")
+    flags.DEFINE_float("shorter", 1.0, "Factor for the number of steps, to try the command.", 0.0, 1.0)
+    flags.DEFINE_integer("batch_size", 64, "Pictures per step.", 2)
+    cli.run(_main)

@@ -1,4 +1,4 @@
-"""A word-level vocabulary in the files of CLIP's tokenizer: byte pairs are merged until each of these words is one token."""
+"""A word-level vocabulary in the files of CLIP's tokenizer: byte pairs are merged until each word is one token."""
 
 import json
 from collections import Counter

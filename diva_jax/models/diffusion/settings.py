@@ -12,7 +12,6 @@ from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
 
-
 # Whether `_class_name` in the config of the VAE is that of a patch code -> what is there.
 _VAES = {False: (VAEConfig, VAE), True: (PatchCodeConfig, PatchCode)}
 
