@@ -19,6 +19,12 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file of the backbone; --config.eval.FIELD=VALUE sets an option."
 )
 _WEIGHTS = flags.DEFINE_multi_string("weights", [], "A source of weights or a workdir[:STEP]; may be repeated.")
+_CONTROL = flags.DEFINE_string(
+    "control",
+    "",
+    "One of --weights, not the first, tuned with a signal that can teach nothing: the others are compared "
+    "with it too, and the report says where they are not better.",
+)
 _TASK = flags.DEFINE_list("task", [], "Modules of diva_jax.evals.tasks, such as mmvp,choice, or dotted paths.")
 _DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH for each task; PATH suffices if there is one task.")
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json and predictions.csv.")
@@ -33,6 +39,8 @@ def main() -> None:
     out = paths.local(_OUT.value, "--out")
     if len(set(_WEIGHTS.value)) < len(_WEIGHTS.value):
         raise UserError("--weights names the same source twice: give each once")
+    if _CONTROL.value and _CONTROL.value not in _WEIGHTS.value[1:]:
+        raise UserError(f"--control={_CONTROL.value} must be one of --weights, and not the first")
     # Slow imports come after the flags have been checked.
     import jax
 
@@ -48,7 +56,7 @@ def main() -> None:
         model = runner.model(label, loaded)
         found.append((label, runner.evaluate(model)))
         del loaded, model  # Only one set of weights is on the devices at a time.
-    tasks, rows = runner.report(found)
+    tasks, rows = runner.report(found, dict(zip(_WEIGHTS.value, labels, strict=True)).get(_CONTROL.value, ""))
     if jax.process_index() == 0:
         listed = [{"label": n, "source": s, "step": t} for n, (s, t) in zip(labels, given, strict=True)]
         about = results.about(config, runner.options)

@@ -155,17 +155,27 @@ class Evaluator:
             found[f"{key}_change" if "difference" in score else key] = score
         return found
 
-    def report(self, found: Sequence[tuple[str, dict[str, Outcome]]]) -> tuple[dict[str, Any], list[dict]]:
-        """Returns (`tasks` of results.json, rows of predictions.csv); each label is compared with the first one."""
+    def report(
+        self, found: Sequence[tuple[str, dict[str, Outcome]]], control: str = ""
+    ) -> tuple[dict[str, Any], list[dict]]:
+        """Returns (`tasks` of results.json, rows of predictions.csv).
+
+        Each label is compared with the first one, and with `control`, where that is one of the others.
+        """
+        labels = [label for label, _ in found]
+        pairs = [(labels[0], label) for label in labels[1:]]
+        if control in labels[1:]:
+            pairs += [(control, label) for label in labels[1:] if label != control]
         tasks, rows = {}, []
         for name, task in self.tasks.items():
             outcomes = [(label, by_task[name]) for label, by_task in found]
             mine = [row for _, o in outcomes for row in o.rows]
             comparisons = []
-            for label, after in outcomes[1:]:
-                compared = task.compare(outcomes[0][1], after)
+            by_label = dict(outcomes)
+            for before, label in pairs:
+                compared = task.compare(by_label[before], by_label[label])
                 mine += compared.pop("rows", [])
-                comparisons.append({"before": outcomes[0][0], "after": label, **compared})
+                comparisons.append({"before": before, "after": label, **compared})
             tasks[name] = {
                 "title": task.title,
                 "data": task.data,

@@ -36,9 +36,13 @@ def findings(results: dict[str, Any]) -> list[Finding]:
 def _finding(task: dict, c: dict, metric: str, several: bool) -> Finding:
     info, difference = task["metrics"][metric], c["scores"][metric]
     what = f"{task['title']}, {info['title']}" + (f", {c['after']}" if several else "")
+    control = c["before"] != next(iter(task["weights"]))  # The first weights are the reference.
+    what += f" against the control {c['before']}" if control else ""
     before, after = (task["weights"][c[w]]["scores"][metric] for w in ("before", "after"))
     test = wording.mcnemar(difference.get("mcnemar"), task.get("items", "items"))
     meaning = wording.verdict(difference) + (f" {test}." if test else "")
+    if control and wording.direction(difference) != "up":
+        meaning = f"{c['after']} does not beat the control, so nothing can be claimed. {meaning}"
     return Finding(
         what, wording.change(before, after, difference, info["unit"]), meaning, wording.direction(difference)
     )
@@ -78,7 +82,7 @@ def _scores(results: dict, task: dict) -> str:
     used = [w for w in labels(results) if w in task["weights"]]
     compared = [c for c in task.get("comparisons", []) if any("difference" in s for s in c["scores"].values())]
     head = ["Score"] + [f"{swatch(labels(results).index(w))}{escape(w)}" for w in used]
-    head += ["Difference" if len(compared) == 1 else f"Difference, {escape(c['after'])}" for c in compared]
+    head += ["Difference" if len(compared) == 1 else f"Difference, {escape(_what(task, c))}" for c in compared]
     lines = []
     for metric, info in task["metrics"].items():
         found = [task["weights"][w]["scores"].get(metric) for w in used]
@@ -91,6 +95,12 @@ def _scores(results: dict, task: dict) -> str:
         lines.append(line)
     known = any(s.get("interval") for w in used for s in task["weights"][w]["scores"].values())
     return table(head, lines) + (paragraph("Small figures are 95% intervals.", "fine") if known else "")
+
+
+def _what(task: dict, c: dict) -> str:
+    """Returns what a comparison is of; the first weights are the reference, and other ones are named."""
+    against = "" if c["before"] == next(iter(task["weights"])) else f" against {c['before']}"
+    return c["after"] + against
 
 
 def _score(s: dict, unit: str) -> str:

@@ -33,7 +33,7 @@ SEED = 9001  # Of the tests; those of training data are below.
 PAIRS = 40  # Per pattern.
 _BATCH = 128
 _PROBE_TRAIN, _PROBE_TEST = 1600, 800  # Scenes.
-_DECAY, _ITERATIONS = 1e-4, 200  # Of the linear probes.
+_DECAY, _ITERATIONS = 1e-4, 100  # Of the linear probes.
 _NEIGHBOURS, _TEMPERATURE = 20, 0.07
 _NAMED = 350  # Pictures of one object whose shape is named.
 

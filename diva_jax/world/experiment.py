@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
-from diva_jax.world import comparison
-from diva_jax.world.arms import ARMS
+from diva_jax.train import use_compile_cache
+from diva_jax.world import comparison, models
+from diva_jax.world.arms import ARMS, Arm
 from diva_jax.world.blindness import PAIRS, Tests, summary
 from diva_jax.world.tuning import Judge, Tuner, countdown
 
@@ -44,6 +46,11 @@ def _row(arm: str, seed: int, budget: dict, tests: Tests, found: dict[str, np.nd
     return {"arm": arm, "seed": seed} | budget | more | {"scores": summary(found, tests.pairs.pattern), "items": items}
 
 
+def kept(arm: Arm) -> bool:
+    """Whether the generator that an arm needs is among the kept weights."""
+    return arm.generator == "random" or (models.WEIGHTS / arm.generator).exists()
+
+
 def experiment(out: Path, names: Sequence[str], seeds: int, budget: dict[str, int]) -> list[dict]:
     """Runs what is missing; returns all rows of results.jsonl.
 
@@ -59,6 +66,11 @@ def experiment(out: Path, names: Sequence[str], seeds: int, budget: dict[str, in
     names = list(dict.fromkeys(["untuned", *names]))
     if unknown := [n for n in names if n not in ARMS]:
         raise UserError(f"--arms has {listing(unknown)}: use some of {listing(list(ARMS))}")
+    if missing := [n for n in names if not kept(ARMS[n])]:
+        raise UserError(
+            f"--arms has {listing(missing)}, whose generator is not in {models.WEIGHTS}: make it with python -m "
+            "diva_jax.world.pretrain and copy it there"
+        )
     out.mkdir(parents=True, exist_ok=True)
     rows = read(out / RESULTS)
     if any(row[k] != v for row in rows for k, v in budget.items()):
@@ -92,8 +104,10 @@ def _main() -> None:
     if not given.out:
         raise UserError("--out is missing: give a folder, e.g. --out=runs/experiment")
     out = Path(given.out)
+    use_compile_cache("auto", paths.folder(given.out, "--out"))
     budget = {"steps": given.steps, "batch_size": given.batch_size, "pairs": given.pairs}
-    rows = experiment(out, given.arms or list(ARMS), given.seeds, budget)
+    arms = given.arms or [name for name, arm in ARMS.items() if kept(arm)]
+    rows = experiment(out, arms, given.seeds, budget)
     compared = comparison.compare(rows)
     text = comparison.markdown(compared)
     (out / "table.md").write_text(text, "utf-8")

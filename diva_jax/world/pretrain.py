@@ -1,7 +1,7 @@
 """Makes the world's models: python -m diva_jax.world.pretrain --out=runs/world
 
 A CLIP on biased captions, a text-conditioned generator on rich ones, and a generator conditioned on the embedding of
-that CLIP, each trained by the ordinary train loop from random weights. The same command resumes where it was stopped. The
+that CLIP, each trained by the ordinary train loop from random weights. The same command resumes where it stopped. The
 results are written to OUT/weights in the layouts of open_clip and diffusers, rounded to float16, with a card; copied to
 diva_jax/world/weights they are what every other command of the world starts from.
 """
