@@ -9,7 +9,7 @@ from diva_jax.world import models, records
 # Of every diffusion arm: what `gaps` proposes, pooled token alone, one draw, AdamW.
 _TUNING = {
     "diva.draws": 1,
-    "diva.first_timestep": 300,
+    "diva.first_timestep": 100,
     "optim.name": "adamw",
     "optim.lr": 1e-4,
     "optim.warmup": 0.05,
