@@ -126,8 +126,15 @@ class Tests:
     names: np.ndarray
 
     @classmethod
-    def make(cls, seed: int = SEED, count: int = PAIRS, train: int = _PROBE_TRAIN, test: int = _PROBE_TEST) -> "Tests":
-        """The tests of a seed: `count` pairs per pattern, probes fitted to `train` and scored on `test` scenes."""
+    def make(cls, seed: int = SEED, count: int = PAIRS, train: int = 0, test: int = 0) -> "Tests":
+        """The tests of a seed.
+
+        Args:
+          seed: of the scenes.
+          count: pairs per pattern.
+          train, test: scenes that the probes are fitted to and scored on; 0: as in the experiment.
+        """
+        train, test = train or _PROBE_TRAIN, test or _PROBE_TEST
         a, b = (scenes.sample(np.random.default_rng((seed, 100 + i)), n) for i, n in enumerate((train, test)))
         single = scenes.sample(np.random.default_rng((seed, 102)), 12 * _NAMED)
         single = single.take(np.flatnonzero((single.group == 1) & (single.count == 1))[:_NAMED])
@@ -138,7 +145,8 @@ class Tests:
 class Encoder:
     """The towers of `models.SPEC`, compiled once; weights are arguments."""
 
-    def __init__(self, source: str = models.SPEC.source):
+    def __init__(self, source: str = ""):
+        source = source or models.SPEC.source
         spec = dataclasses.replace(models.SPEC, source=source)
         makers = {"vision": partial(backbones.build, spec), "text": partial(Text, spec)}
         skeletons = {
