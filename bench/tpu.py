@@ -21,15 +21,19 @@ CONFIGS = (
     "vitl14", "vitl14_336", "metaclip_l14", "metaclip_h14", "dfn_h14", "dfn_h14_378", "siglip_so400m",
     "siglip_so400m_384",
 )  # fmt: skip
+# One config per other objective.
+FAMILY = ("unclip_vitl14", "genhancer_vitl14", "dcr_vitl14", "kuea_vitl14", "smartclip_vitl14")
 # Name of the report -> (config, topology, further flags).
 RUNS = {
-    **{f"{c}-v5e-16": (c, "v5e:4x4", []) for c in CONFIGS},
+    **{f"{c}-v5e-16": (c, "v5e:4x4", []) for c in (*CONFIGS, *FAMILY)},
     "vitl14-v4-16": ("vitl14", "v4:2x2x4", []),
     "vitl14-v5p-16": ("vitl14", "v5p:2x2x4", []),
     "vitl14-v6e-16": ("vitl14", "v6e:4x4", []),
     # Savings and costs of single settings.
     "vitl14-v5e-16-remat": ("vitl14", "v5e:4x4", ["--config.remat=vision"]),
     "dfn_h14_378-v5e-16-sharded": ("dfn_h14_378", "v5e:4x4", ["--config.mesh.shard_frozen=True"]),
+    # Stage 1 of GenHancer; the other report of its config is of stage 2.
+    "genhancer_vitl14-v5e-16-stage1": ("genhancer_vitl14", "v5e:4x4", ["--config.genhancer.stage2=none"]),
     # Weak scaling: the same number of images per chip on every slice.
     "vitl14-v5e-4": ("vitl14", "v5e:2x2", ["--per-device-batch=8"]),
     "vitl14-v5e-256": ("vitl14", "v5e:16x16", ["--per-device-batch=8"]),

@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="diva_jax_compiled_"))
 
 import chex  # noqa: E402
+import commands  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -31,6 +32,12 @@ def files(tmp_path_factory):
     demo.write_clip(folder / "clip", small.SPEC)
     demo.write_stable_diffusion(folder / "stable-diffusion", small.diffusion())
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    commands.kill_all()
 
 
 @pytest.fixture(autouse=True)

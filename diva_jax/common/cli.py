@@ -80,7 +80,7 @@ def _write_trace() -> str:
 def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     """Runs a command: flags parsed, every error reported as one line.
 
-    Exit codes: 2 for `UserError`; 1 for `RunError` and for exceptions that nothing foresaw, whose trace is written to
+    Exit codes: 2 for `UserError`; 1 for `RunError` and for unexpected exceptions, whose trace is written to
     a file; 130 after SIGINT.
 
     Args:
@@ -95,7 +95,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
 
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax and grain tell a page for every save.
+            logging.set_verbosity(logging.WARNING)  # orbax and grain log many lines for every save.
         main(*argv[1:])
         _end_within(_LINGER, 0)
 
@@ -111,4 +111,4 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         report("interrupted", _INTERRUPTED)
     except Exception as e:
         said = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        report(f"error: this was not foreseen ({said}): {_write_trace()}, please report it", 1)
+        report(f"error: unexpected ({said}): {_write_trace()}, please report it", 1)

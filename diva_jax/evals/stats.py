@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-from scipy.stats import binomtest
 
 _CHUNK = 2**22  # Maximum number of resampled counts in memory: 32 MB.
 
@@ -101,6 +100,8 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> dict[str, int | float]:
       won: the number of items that only `after` has correct; lost: that only `before` has correct; p: the probability
       of a split at least as uneven if each of these were won or lost with probability 1/2 (1 if there are none).
     """
+    from scipy.stats import binomtest  # Here, because importing it takes a second, which training does not need.
+
     before, after = np.asarray(before, bool), np.asarray(after, bool)
     won, lost = int((after & ~before).sum()), int((before & ~after).sum())
     p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0

@@ -1,8 +1,8 @@
 """Checkpoints: what is trained (and its moving average), the optimizer, step, PRNG key and data position, by orbax.
 
 Frozen weights are not in them; the sources and hashes they were loaded from are (`meta`), and are compared when
-a run goes on. A checkpoint is renamed into place when it is whole, so a killed save leaves the last one intact.
-Checksums are written with it and compared when it is read, see `integrity`.
+a run is resumed. A checkpoint is renamed into place once it is complete, so a save that is killed leaves the previous
+checkpoint intact. Checksums are saved with each checkpoint and verified when it is read, see `integrity`.
 """
 
 import contextlib
@@ -120,7 +120,7 @@ def restore_newest(workdir: epath.PathLike, abstract_state: Callable[[int], dict
 
     Raises:
       UserError: there are checkpoints, and every one is damaged.
-      RunError: a bucket cannot be read, which says nothing about what is in it.
+      RunError: a bucket cannot be reached; its checkpoints may be good.
     """
     unusable = damaged(workdir)
     candidates = [s for s in reversed(steps(workdir)) if s not in unusable]
@@ -189,8 +189,8 @@ class Checkpoints:
     def save(self, step: int, state: dict, data: dict, meta: dict, wait: bool = False) -> None:
         """Starts to write a checkpoint; returns when `state` may be overwritten. No-op where it exists.
 
-        That an earlier save failed is found out here too; the present state is then written in its stead. What
-        fails is tried again, a few times; checkpoints that are whole are not touched.
+        An earlier save that failed is detected here too; the present state is then written instead of it. A save
+        that fails is tried again, a few times; complete checkpoints are not changed.
 
         Args:
           step, state, data, meta: what `restore` returns.
@@ -218,7 +218,7 @@ class Checkpoints:
         raise RunError(
             f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({', then '.join(reasons)}), tried "
             f"{len(_PAUSES) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room or fix "
-            "the access rights, then start the same command again, which goes on from there"
+            "the access rights, then start the same command again, which resumes from there"
         )
 
     def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:
@@ -259,6 +259,13 @@ class Checkpoints:
         """Name -> shape and dtype of the trained parameters in a checkpoint."""
         return {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in self._tree(step)["params"].items()}
 
+    def _unreadable(self, step: int, e: Exception) -> UserError:
+        reason = str(e) if isinstance(e, Damaged) else paths.reason(e)
+        return UserError(
+            f"the checkpoint of step {step} in {self._workdir} cannot be read ({reason}): use another one of "
+            f"{steps(self._workdir)}"
+        )
+
     def restore_arrays(
         self, step: int, arrays: dict[str, jax.ShapeDtypeStruct], kind: str = "params"
     ) -> tuple[dict[str, jax.Array], dict]:
@@ -288,11 +295,7 @@ class Checkpoints:
                 found = manager.restore(step, args=ocp.args.Composite(state=restore))["state"][kind]
             meta = _verified(step, {kind: found}, self.meta(step))
         except Exception as e:  # Damaged, and the many types that tensorstore and orbax raise.
-            reason = str(e) if isinstance(e, Damaged) else paths.reason(e)
-            raise UserError(
-                f"the checkpoint of step {step} in {self._workdir} cannot be read ({reason}): use another one of "
-                f"{steps(self._workdir)}"
-            ) from e
+            raise self._unreadable(step, e) from e
         return {n: a.astype(arrays[n].dtype) for n, a in found.items()}, meta
 
     def restore_params(self, step: int, device: jax.Device) -> tuple[dict[str, jax.Array], dict]:
@@ -313,10 +316,7 @@ class Checkpoints:
             kind = "ema" if "ema" in tree else "params"
             shapes = tree[kind]
         except Exception as e:  # The many types that orbax raises for damaged descriptions.
-            raise UserError(
-                f"the checkpoint of step {step} in {self._workdir} cannot be read ({paths.reason(e)}): use another one "
-                f"of {steps(self._workdir)}"
-            ) from e
+            raise self._unreadable(step, e) from e
         here = jax.sharding.SingleDeviceSharding(device)
         arrays = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in shapes.items()}
         return self.restore_arrays(step, arrays, kind)
@@ -326,7 +326,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for what is being written. What then fails is only logged: nobody asked for it any more."""
+        """Waits for a save in progress. If that save fails, it is logged, not raised."""
         if self._manager is None:
             return
         try:

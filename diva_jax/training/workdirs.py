@@ -22,7 +22,7 @@ from diva_jax.common.log import say
 from diva_jax.training import checkpoint, load, towers
 from diva_jax.training.step import Program
 
-# What may differ when a run is resumed: none of it changes what is learned.
+# Fields that may differ when a run is resumed, because none of them affects what is learned.
 RESUMABLE = (
     *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "profile"),
     *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib"),
@@ -86,7 +86,7 @@ def write_config(workdir: epath.PathLike, config) -> None:
 def seen_config(workdir: epath.PathLike) -> int | None:
     """The checksum of `workdir/config.json`, as soon as it is seen here; None where it never is.
 
-    Every process reads what process 0 has just written: a folder of its own on each machine is found out.
+    Every process reads what process 0 has just written, so that a folder that is not shared is detected.
     """
     path, until = epath.Path(workdir) / "config.json", time.monotonic() + _SEEN_WITHIN
     while not path.exists():
@@ -97,7 +97,7 @@ def seen_config(workdir: epath.PathLike) -> int | None:
 
 
 def check_sources(there: dict, here: dict) -> None:
-    """Raises a UserError where a run would go on with other frozen weights than it began with."""
+    """Raises a UserError where a resumed run would have other frozen weights than before."""
     changed = [k for k in here if there.get(k, {}).get("sha256") != here[k]["sha256"]]
     if changed:
         raise UserError(

@@ -69,7 +69,7 @@ def stretch(table: np.ndarray, length: int, kept: int) -> np.ndarray:
     """Position embeddings of texts for a longer context, as Long-CLIP makes them (arXiv 2403.15378, section 3.2).
 
     The first `kept` rows stay. Row kept + i of the result is read at kept + i * (old - kept) / (length - kept) by
-    linear interpolation; past the last row the line through the last two goes on.
+    linear interpolation; past the last row it is extrapolated from the last two.
 
     Args:
       table: [old, D].

@@ -16,6 +16,7 @@ from helpers import relative_error
 from diva_jax.data import preprocess
 from diva_jax.models import backbones
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
+from diva_jax.models.layers import Keys
 from diva_jax.training.step import image_keys
 from diva_jax.weights import clip, diffusers, names
 
@@ -199,7 +200,7 @@ def test_posterior_sample():
         def moments(self, images):
             return images[..., :2], images[..., 2:]
 
-    vae = Fixed(VAEConfig(block_out_channels=(4, 4), norm_num_groups=2), rngs=nnx.Rngs(0))
+    vae = Fixed(VAEConfig(block_out_channels=(4, 4), norm_num_groups=2), rngs=Keys(0))
     rng = np.random.default_rng(0)
     moments = rng.normal(size=(2, 3, 5, 4)).astype(np.float32) * np.float32([1, 1, 40, 9])
     noise = rng.normal(size=(2, 3, 5, 2)).astype(np.float32)

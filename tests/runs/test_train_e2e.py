@@ -35,7 +35,7 @@ def final_state(files, workdir) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def uninterrupted(files, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, commands.output(start(files, workdir))
+    return workdir, commands.output(start(files, workdir, "--config.log.tensorboard=True"))
 
 
 def test_a_run_reports_what_it_does(files, uninterrupted):

@@ -7,6 +7,7 @@ import sys
 
 from places import FAST_COMPILATION, ROOT, SUPPORT
 
+_started: list[subprocess.Popen] = []
 # Programs are compiled without optimisation, on one device.
 _ENVIRONMENT = {"XLA_FLAGS": FAST_COMPILATION, "JAX_PLATFORMS": "cpu"}
 
@@ -23,7 +24,18 @@ def launch(*line, path=(), cwd=ROOT, **env) -> subprocess.Popen:
     folders = os.pathsep.join(map(str, (*path, ROOT, SUPPORT)))
     environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": folders} | env
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([str(word) for word in line], **pipes, env=environment, cwd=cwd)
+    process = subprocess.Popen([str(word) for word in line], **pipes, env=environment, cwd=cwd)
+    _started.append(process)
+    return process
+
+
+def kill_all() -> None:
+    """Kills the processes that a failed test has left running."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def start(module: str, *args, **kw) -> subprocess.Popen:
@@ -32,7 +44,7 @@ def start(module: str, *args, **kw) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, seconds: float = 400) -> tuple[int, str, str]:
-    """Waits until a process ends.
+    """Waits until a process ends; after `seconds` it raises TimeoutExpired.
 
     Returns:
       Exit code, the rest of stdout, and stderr.

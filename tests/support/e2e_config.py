@@ -11,5 +11,6 @@ def get_config(folder: str):
     c.data.path, c.data.threads = f"{folder}/photos", 2
     c.condition.warmup_steps = 2
     c.checkpoint.every, c.log.every = 3, 1
+    c.log.tensorboard = False  # Its writer takes seconds to import.
     c.compile_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "auto")  # One for all runs of a test session.
     return c

@@ -70,18 +70,20 @@ def test_the_architecture_page_names_every_place():
 
 
 def imported_by_tests(file: Path) -> set[str]:
-    """The packages that a test file imports when it is loaded, and the modules of tests/support that it uses do."""
-    found = set()
-    for node in ast.parse(file.read_text()).body:
+    """The packages that a test imports, and those that the modules of tests/support it uses import when loaded."""
+    found, tree = set(), ast.parse(file.read_text())
+    for node in tree.body if file.parent == SUPPORT else ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for name in (n.split(".")[0] for n in names):
             support = SUPPORT / f"{name}.py"
             found |= imported_by_tests(support) if support.exists() else {name}
     return found
 
 
-@pytest.mark.parametrize("file", sorted((TESTS / "unit").rglob("*.py")), ids=lambda f: f.stem)
-def test_unit_tests_do_not_need_pytorch(file):
-    """`make check` also runs them where these packages cannot be imported."""
-    assert not imported_by_tests(file) & set(PACKAGES)
+@pytest.mark.parametrize("folder", ["unit", "runs", "tools"])
+def test_only_parity_needs_pytorch(folder):
+    """`make check` also runs unit tests where these packages cannot be imported."""
+    files = sorted((TESTS / folder).rglob("*.py"))
+    found = {f.name: wrong for f in files if (wrong := imported_by_tests(f) & set(PACKAGES))}
+    assert files and not found

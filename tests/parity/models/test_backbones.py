@@ -15,6 +15,7 @@ from torch_towers import checkpoint, checkpoint_name, torch_features, torch_towe
 from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE, Spec, build, eva02
+from diva_jax.models.layers import Keys
 from diva_jax.weights.clip import vision_table
 from diva_jax.weights.names import assign, flat, load_into, to_torch
 
@@ -23,7 +24,7 @@ EACH = {"clip": QUICK, "siglip": SIGLIP, "eva02": EVA02, "dinov2": DINOV2}
 
 
 def abstract(spec: Spec, **kw):
-    return nnx.eval_shape(lambda: build(spec, rngs=nnx.Rngs(0), **kw))
+    return nnx.eval_shape(lambda: build(spec, rngs=Keys(0), **kw))
 
 
 def load(spec: Spec, tower, **kw):
@@ -134,7 +135,7 @@ def test_bfloat16_activations(spec, param_dtype):
 def test_random_weights_keep_the_variance_at_depth(spec):
     @jax.jit
     def spread(stream, images):
-        deep = build(dataclasses.replace(spec, layers=5), rngs=nnx.Rngs(3))
+        deep = build(dataclasses.replace(spec, layers=5), rngs=Keys(3))
         for block in deep.blocks:
             stream = block(stream, *rest)
         return stream.std(), *(x.std() for x in deep.encode(images))
@@ -174,12 +175,12 @@ def test_table_is_strict(spec):
 @pytest.mark.parametrize("spec", [SIGLIP, DINOV2], ids=["siglip", "dinov2"])
 def test_embed_dim_is_the_width_where_there_is_no_projection(spec):
     with pytest.raises(UserError, match="no projection"):
-        build(dataclasses.replace(spec, embed_dim=24), rngs=nnx.Rngs(0))
+        build(dataclasses.replace(spec, embed_dim=24), rngs=Keys(0))
 
 
 def test_an_unknown_architecture_is_named():
     with pytest.raises(UserError, match="backbone.arch='resnet' is no known architecture: use one of .*eva02"):
-        build(dataclasses.replace(QUICK, arch="resnet"), rngs=nnx.Rngs(0))
+        build(dataclasses.replace(QUICK, arch="resnet"), rngs=Keys(0))
 
 
 @pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
@@ -198,7 +199,7 @@ def test_full_size_shapes(tag):
     spec = TABLE[tag]
     side = spec.image_size
     tokens, pooled = nnx.eval_shape(
-        lambda x: build(spec, rngs=nnx.Rngs(0)).encode(x), jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+        lambda x: build(spec, rngs=Keys(0)).encode(x), jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
     )
     patches = {336: 576, 378: 729, 384: 729}[side]
     assert tokens.shape == (2, patches, spec.embed_dim) and pooled.shape == (2, spec.embed_dim)

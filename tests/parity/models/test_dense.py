@@ -13,6 +13,7 @@ from torch_towers import checkpoint, torch_tower
 
 from diva_jax.models.backbones import build
 from diva_jax.models.backbones.shared.dense import VARIANTS
+from diva_jax.models.layers import Keys
 from diva_jax.weights.clip import vision_table
 from diva_jax.weights.names import load_into
 
@@ -71,7 +72,7 @@ def siglip_tokens(tower, images, last, spec):
 def test_tokens_equal_torchs(name, last):
     spec = SPECS[name]
     tower = torch_tower(spec).eval()
-    abstract = nnx.eval_shape(lambda: build(spec, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: build(spec, rngs=Keys(0)))
     ours = load_into(abstract, checkpoint(spec, tower), vision_table(spec))
     images = np.random.default_rng(3).standard_normal((2, spec.image_size, spec.image_size, 3)).astype(np.float32)
     with torch.no_grad():

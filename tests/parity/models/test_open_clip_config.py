@@ -18,6 +18,7 @@ from diva_jax.models.backbones import HALF, OPENAI_MEAN, TABLE, Spec, TextSpec, 
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.layers import Keys
 from diva_jax.weights.clip import text_table, vision_table
 from diva_jax.weights.names import flat, torch_shape
 
@@ -62,8 +63,8 @@ def on_meta(config: dict) -> torch.nn.Module:
 def our_shapes(spec: Spec) -> dict[str, tuple]:
     """Returns names and shapes of both towers from their tables."""
     towers = (
-        (vision_table(spec), nnx.eval_shape(lambda: build(spec, rngs=nnx.Rngs(0)))),
-        (text_table(spec), nnx.eval_shape(lambda: Text(spec, rngs=nnx.Rngs(0)))),
+        (vision_table(spec), nnx.eval_shape(lambda: build(spec, rngs=Keys(0)))),
+        (text_table(spec), nnx.eval_shape(lambda: Text(spec, rngs=Keys(0)))),
     )
     return {t.torch_name(p): torch_shape(p, v.shape) for t, tower in towers for p, v in flat(tower).items()}
 

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from diva_jax.models.layers import Keys
 from diva_jax.weights import names
 from diva_jax.weights.diffusers import TEXT_ENCODER
 
@@ -50,7 +51,7 @@ _TINY = dict(
 
 
 def build(options) -> TextEncoder:
-    return TextEncoder(TextEncoderConfig.from_dict(options), rngs=nnx.Rngs(0))
+    return TextEncoder(TextEncoderConfig.from_dict(options), rngs=Keys(0))
 
 
 def load(options, weights) -> TextEncoder:

@@ -16,6 +16,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.layers import Keys
 from diva_jax.weights.clip import text_table, vision_table
 from diva_jax.weights.names import assign, load_into, to_torch
 
@@ -30,7 +31,7 @@ SPECS = {
 
 
 def abstract(spec: Spec, **kw):
-    return nnx.eval_shape(lambda: Text(spec, rngs=nnx.Rngs(0), **kw))
+    return nnx.eval_shape(lambda: Text(spec, rngs=Keys(0), **kw))
 
 
 def load(spec: Spec, model, **kw):
@@ -129,10 +130,10 @@ def test_bfloat16_activations(dtype, param_dtype):
 
 def test_unknown_pooling_is_refused():
     with pytest.raises(UserError, match="text.pool='first'"):
-        Text(dataclasses.replace(QUICK, text=dataclasses.replace(QUICK.text, pool="first")), rngs=nnx.Rngs(0))
+        Text(dataclasses.replace(QUICK, text=dataclasses.replace(QUICK.text, pool="first")), rngs=Keys(0))
 
 
 def test_a_vision_encoder_alone_has_no_text_tower():
-    for fails in (lambda: Text(DINOV2, rngs=nnx.Rngs(0)), lambda: text_table(DINOV2)):
+    for fails in (lambda: Text(DINOV2, rngs=Keys(0)), lambda: text_table(DINOV2)):
         with pytest.raises(UserError, match="a dinov2 backbone has no text tower"):
             fails()

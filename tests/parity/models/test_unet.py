@@ -18,7 +18,7 @@ from helpers import randomise, relative_error, tensors
 from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion import blocks, unet
 from diva_jax.models.diffusion.unet import UNet, UNetConfig, timestep_embedding
-from diva_jax.models.layers import Layers
+from diva_jax.models.layers import Keys, Layers
 from diva_jax.weights import names
 from diva_jax.weights.diffusers import UNET
 
@@ -85,7 +85,7 @@ def channels_first(x) -> torch.Tensor:
 
 
 def build(options, **kw) -> UNet:
-    return UNet(UNetConfig.from_dict(options), rngs=nnx.Rngs(0), **kw)
+    return UNet(UNetConfig.from_dict(options), rngs=Keys(0), **kw)
 
 
 @functools.cache
@@ -154,7 +154,7 @@ def test_remat_recomputes_every_block():
 
 
 def test_remat_changes_nothing():
-    block = blocks.Transformer(24, 10, 3, 6, True, Layers(nnx.Rngs(0)))
+    block = blocks.Transformer(24, 10, 3, 6, True, Layers(Keys(0)))
 
     @functools.partial(jax.jit, static_argnames="remat")
     def run(block, x, context, remat):
@@ -213,7 +213,7 @@ def small_input(*shape):
 
 
 def load_block(make, module):
-    return names.load_into(nnx.eval_shape(lambda: make(Layers(nnx.Rngs(0)))), tensors(module), UNET)
+    return names.load_into(nnx.eval_shape(lambda: make(Layers(Keys(0)))), tensors(module), UNET)
 
 
 @pytest.mark.parametrize("n_out", [12, 20])
@@ -253,7 +253,7 @@ def test_transformer_block():
 @pytest.mark.parametrize("height", [1, 4, 7])
 def test_resampling(height):
     """Odd sizes: downsampling rounds up, and upsampling crops to the original size."""
-    layers = Layers(nnx.Rngs(0))
+    layers = Layers(Keys(0))
     down, up = blocks.Downsample(3, (1, 1), layers), blocks.Upsample(3, layers)
     their_down = diffusers.models.downsampling.Downsample2D(3, use_conv=True)
     their_up = diffusers.models.upsampling.Upsample2D(3, use_conv=True)

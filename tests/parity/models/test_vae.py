@@ -14,6 +14,7 @@ from helpers import randomise, relative_error, tensors
 from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion import vae
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
+from diva_jax.models.layers import Keys
 from diva_jax.weights import names
 from diva_jax.weights.diffusers import VAE as TABLE
 
@@ -35,7 +36,7 @@ TINY = SD | dict(block_out_channels=[8, 16, 24, 24], norm_num_groups=8, layers_p
 
 
 def build(options) -> VAE:
-    return VAE(VAEConfig.from_dict(options), rngs=nnx.Rngs(0))
+    return VAE(VAEConfig.from_dict(options), rngs=Keys(0))
 
 
 def load(options, weights) -> VAE:

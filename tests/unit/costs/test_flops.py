@@ -11,7 +11,7 @@ from diva_jax.costs import flops
 from diva_jax.models import backbones
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
-from diva_jax.models.layers import abstract
+from diva_jax.models.layers import Keys, abstract
 from diva_jax.objectives import diva
 
 TERA = 1e12
@@ -67,7 +67,7 @@ def test_unet_matches_the_traced_program(by_class):
         cross_up=(True, False, True), cross_attention_dim=24, norm_num_groups=8,
         class_embed_dim=10 if by_class else None,
     )  # fmt: skip
-    model = nnx.eval_shape(lambda: UNet(c, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: UNet(c, rngs=Keys(0)))
     graph, state = nnx.split(model)
     shapes = (((1, 16, 16, 4), "float32"), ((1,), "int32"), ((1, 7, 24), "float32"), ((1, 10), "float32"))
     sample, timesteps, context, labels = (jax.ShapeDtypeStruct(s, d) for s, d in shapes)
@@ -91,7 +91,7 @@ def test_unet_matches_the_traced_program(by_class):
 
 @pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
 def test_backbones_match_the_traced_program(spec):
-    graph, state = nnx.split(nnx.eval_shape(lambda: backbones.build(spec, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: backbones.build(spec, rngs=Keys(0))))
     images = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), "float32")
     jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state).encode(x))(state, images)
     assert flops.vision(spec) == traced(jaxpr.jaxpr)
@@ -99,7 +99,7 @@ def test_backbones_match_the_traced_program(spec):
 
 def test_vae_matches_the_traced_program():
     c = VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
-    graph, state = nnx.split(nnx.eval_shape(lambda: VAE(c, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: VAE(c, rngs=Keys(0))))
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
     jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state).encode(x))(state, images)
     assert flops.vae(c, 32) == pytest.approx(traced(jaxpr.jaxpr), rel=1e-2)

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from eval_data import patch
-from flax import nnx
 from specs import EVAL_CLIP as CLIP
 from specs import EVAL_SIGLIP as SIGLIP
 
@@ -18,6 +17,7 @@ from diva_jax.evals.encoders import Encoder
 from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE, Features
 from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.layers import Keys
 from diva_jax.training import partition, sharding
 
 COUNT = 19
@@ -25,7 +25,7 @@ COUNT = 19
 
 @functools.cache
 def arrays_of(build, spec):
-    return partition.disassemble(build(spec, rngs=nnx.Rngs(3)))[1]
+    return partition.disassemble(build(spec, rngs=Keys(3)))[1]
 
 
 @functools.cache

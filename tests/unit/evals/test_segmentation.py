@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 from eval_data import encoded, eval_config, patch
-from flax import nnx
 from PIL import Image
 from specs import EVAL_CLIP as CLIP
 
@@ -13,6 +12,7 @@ from diva_jax.evals import Settings, encode, segmentation_sets, stats
 from diva_jax.evals.encoders import Encoder
 from diva_jax.evals.tasks import segmentation
 from diva_jax.models import backbones
+from diva_jax.models.layers import Keys
 from diva_jax.training import partition, sharding
 
 COUNT = 3
@@ -198,7 +198,7 @@ def test_interval_of_ratios_is_plain_resampling():
 
 
 def test_tokens_over_devices_and_batches_and_that_they_are_finite():
-    arrays = partition.disassemble(backbones.build(CLIP, rngs=nnx.Rngs(3)))[1]
+    arrays = partition.disassemble(backbones.build(CLIP, rngs=Keys(3)))[1]
     windows = [np.asarray(patch(i).resize((42, 42))) for i in range(5)]
     found = []
     for devices, batch in ((1, 5), (8, 3)):

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from ml_collections import ConfigDict
 from specs import EVA02, METACLIP2, TOWERS
 
@@ -13,6 +12,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
 from diva_jax.models.backbones.eva02 import rotary_table
 from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.layers import Keys
 from diva_jax.models.names import Table
 
 CONTRACT = "Vision flops MARK VISION TEXT positions OTHERS shapes PREPROCESS reads_open_clip to_open_clip TRANSFORMERS"
@@ -65,7 +65,7 @@ def test_rotary_embeddings_turn_by_the_distance_alone():
 
 
 def test_eos_pooling_ignores_what_follows_the_end():
-    text = Text(METACLIP2, rngs=nnx.Rngs(0))
+    text = Text(METACLIP2, rngs=Keys(0))
     ids = np.array([[5, 60, 100, 7, 2, 1, 1, 1, 1, 1, 1, 1, 1], [5, 60, 100, 7, 2, 9, 2, 100, 4, 3, 2, 1, 1]])
     first, second = jax.jit(text.encode)(ids)
     np.testing.assert_allclose(first, second, rtol=1e-5)
@@ -76,7 +76,7 @@ def test_eos_pooling_ignores_what_follows_the_end():
 def test_a_text_tower_has_its_own_activation():
     spec = dataclasses.replace(EVA02, text=dataclasses.replace(EVA02.text, activation=""))
     ids = np.arange(13)[None]
-    a, b = (jax.jit(Text(s, rngs=nnx.Rngs(0)).encode)(ids) for s in (EVA02, spec))
+    a, b = (jax.jit(Text(s, rngs=Keys(0)).encode)(ids) for s in (EVA02, spec))
     assert np.abs(a - b).max() > 1e-4
     with pytest.raises(UserError, match="text.pool='first' is no known pooling"):
-        Text(dataclasses.replace(spec, text=dataclasses.replace(spec.text, pool="first")), rngs=nnx.Rngs(0))
+        Text(dataclasses.replace(spec, text=dataclasses.replace(spec.text, pool="first")), rngs=Keys(0))

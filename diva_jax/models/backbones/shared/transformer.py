@@ -69,7 +69,8 @@ def blocks(make: Layers, layers: int, *args, block: Callable[..., nnx.Module] = 
     stack = [block(make, *args, **kw) for _ in range(layers)]
     for one in stack:
         for out in (one.attn.proj, one.mlp.fc2):
-            out.kernel[...] *= (2 * layers) ** -0.5
+            # A new variable: assignment to a traced one takes time proportional to all parameters made so far.
+            out.kernel = nnx.Param(out.kernel[...] * (2 * layers) ** -0.5)
     return nnx.List(stack)
 
 

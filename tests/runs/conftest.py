@@ -1,3 +1,0 @@
-"""Tests that use PyTorch and the original libraries."""
-
-import torch_setup  # noqa: F401
