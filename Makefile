@@ -33,7 +33,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
-	$(PIP) -e ".[demo]"
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/test.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
