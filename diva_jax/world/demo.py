@@ -45,10 +45,8 @@ def write_estimates(tuned: Path, target: Path) -> None:
     images = drawing.draw(scenes.sample(np.random.default_rng(_SEED), _PICTURES))
     before, _ = load.initial_arrays(run.program, every_source=False)
     projection = {n: a for n, a in run.params.items() if n.startswith("visual_proj/")}
-    rows = [images]
-    for params in (before | projection, before | run.params):
-        rows.append(pictures.estimates(run.program, params, images, _TIMESTEP))
-    pictures.sheet(rows).save(target)
+    weights = (before | projection, before | run.params)
+    pictures.sheet([images, *pictures.estimates(run.program, weights, images, _TIMESTEP)]).save(target)
 
 
 def demo(out: Path, config: str, overrides: list[str], pairs: int, run: Callable[[list[str]], int]) -> None:

@@ -1,6 +1,6 @@
 """Pictures of what the encoder makes the generator see: its denoised estimate under the encoder's condition."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +14,22 @@ _ENLARGED = 4  # Pixels of the result per pixel of a picture.
 _GAP = 2  # Pixels between pictures.
 
 
-def estimates(program, params: Mapping[str, jax.Array], images: np.ndarray, timestep: int, seed: int = 0) -> np.ndarray:
+def estimates(
+    program, weights: Sequence[Mapping[str, jax.Array]], images: np.ndarray, timestep: int, seed: int = 0
+) -> list[np.ndarray]:
     """The U-Net's estimate of the pictures from latents with noise, under the condition of the vision encoder.
 
     z0' = (z_t - sqrt(1 - abar_t) eps') / sqrt(abar_t), for a U-Net that predicts the noise eps'.
 
     Args:
       program: a `training.step.Program` of the objective `diva` with a patch code.
-      params: every parameter of it.
+      weights: sets of weights, each with every parameter of the program.
       images: uint8 [N, S, S, 3].
       timestep: of the noise.
       seed: of the noise, which depends on it and on N alone.
 
     Returns:
-      uint8 [N, S, S, 3].
+      uint8 [N, S, S, 3] for each set of weights.
     """
 
     def run(params, images):
@@ -42,8 +44,9 @@ def estimates(program, params: Mapping[str, jax.Array], images: np.ndarray, time
         noisy = schedule.add_noise(latents, noise, schedule.alphas_cumprod(m.diffusion.scheduler), drawn.timesteps)
         return m.vae.decode((noisy - (1 - left) ** 0.5 * pred) / left**0.5)
 
-    found = np.asarray(jax.jit(run)(params, images))
-    return np.clip(127.5 * (found + 1) + 0.5, 0, 255).astype(np.uint8)
+    compiled = jax.jit(run)
+    found = [np.asarray(compiled(params, images)) for params in weights]
+    return [np.clip(127.5 * (x + 1) + 0.5, 0, 255).astype(np.uint8) for x in found]
 
 
 def sheet(rows: list[np.ndarray]) -> Image.Image:

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from diva_jax.data import tokenizers
 from diva_jax.weights import loading
-from diva_jax.world import arms, blindness, comparison, experiment, gaps, models, pretrain
+from diva_jax.world import arms, blindness, comparison, drawing, experiment, gaps, models, pictures, pretrain, scenes
 
 SMALL = dict(
     block_out_channels=[8, 8],
@@ -41,7 +43,7 @@ def world(tmp_path_factory):
     patch.setattr(blindness, "_ITERATIONS", 2)
     for name, value in (("_PROBE_TRAIN", 200), ("_PROBE_TEST", 60), ("_NAMED", 20), ("_BATCH", 64)):
         patch.setattr(blindness, name, value)
-    assert pretrain.pretrain(out, 0.0, 4, print)
+    assert pretrain.pretrain(out, 0.0, 8, print)
     yield out
     patch.undo()
 
@@ -52,7 +54,7 @@ def test_pretraining_writes_folders_that_every_reader_opens_and_is_done_once(wor
     loading.load(models.SPEC.source, models.SPEC)
     tokenizers.open_tokenizer(models.SPEC.text, models.SPEC.source)
     before = (world / "weights" / models.CLIP / "open_clip_model.safetensors").stat().st_mtime_ns
-    assert pretrain.pretrain(world, 0.0, 4, print)
+    assert pretrain.pretrain(world, 0.0, 8, print)
     assert (world / "weights" / models.CLIP / "open_clip_model.safetensors").stat().st_mtime_ns == before
     assert "compiling" not in capfd.readouterr().out
 
@@ -77,3 +79,18 @@ def test_an_experiment_goes_on_where_it_stopped(world, tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == both
     assert both[1]["drift"] > 0 == both[0]["drift"]
     assert "nothing can be claimed" in comparison.markdown(comparison.compare(both))
+
+
+def test_estimates_are_the_pictures_themselves_where_there_is_no_noise(world):
+    """At timestep 0 almost nothing is noise, so that the estimate is what the patch code keeps of the picture."""
+    from diva_jax.training import load, sharding
+    from diva_jax.training.step import Program
+
+    c = arms.arm_config(arms.ARMS["diva"], seed=0, steps=3, batch_size=4, random_generator="")
+    p = Program(c, sharding.make_mesh(c.mesh, jax.devices()[:1]))
+    params, _ = load.initial_arrays(p, every_source=False)
+    images = drawing.draw(scenes.sample(np.random.default_rng(1), 3))
+    early, late = (pictures.estimates(p, [params], images, t)[0].astype(float) for t in (0, 900))
+    assert np.abs(early - images).mean() < 20 < np.abs(late - images).mean()
+    sheet = pictures.sheet([images, early.astype(np.uint8)])
+    assert sheet.size == (4 * (3 * 34 + 2), 4 * (2 * 34 + 2))
