@@ -14,7 +14,7 @@ from pathlib import Path
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
 
-_PICTURES, _TIMESTEP, _SEED = 10, 600, 9201
+_PICTURES, _TIMESTEP, _SEED = 10, 400, 9201
 
 
 def commands(out: Path, config: str, overrides: list[str], pairs: int) -> list[tuple[Path, list[str]]]:

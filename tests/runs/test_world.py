@@ -1,4 +1,4 @@
-"""The world's commands at tiny size: pretraining that resumes, gaps, and an experiment that goes on where it stopped."""
+"""The world at tiny size: pretraining that resumes, gaps, an experiment that goes on where it stopped, pictures."""
 
 import dataclasses
 import json
