@@ -8,7 +8,7 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import sources
-from diva_jax.world import drawing, records
+from diva_jax.world import drawing, records, write
 
 
 def test_a_record_is_a_function_of_seed_and_number():
@@ -40,3 +40,15 @@ def test_wrong_options_are_named(options):
 def test_a_module_that_makes_no_sources(module):
     with pytest.raises(UserError, match="give one on PYTHONPATH that defines open_source"):
         sources.open_source(f"module:{module}?a=1")
+
+
+def test_written_shards_have_the_same_records(tmp_path):
+    source = sources.open_source(records.path(5, "rich", 7))
+    assert [s.name for s in write.write(tmp_path, source, per_shard=3)] == ["00000.tar", "00001.tar", "00002.tar"]
+    there = sources.open_source(str(tmp_path))
+    assert len(there) == 7
+    for i in range(7):
+        ours, theirs = source.read(i), there.read(i)
+        assert ours.text == theirs.text
+        pictures = [np.asarray(Image.open(io.BytesIO(r.image)).convert("RGB")) for r in (ours, theirs)]
+        np.testing.assert_array_equal(*pictures)
