@@ -11,11 +11,8 @@ help:  ## prints this list
 
 # libtpu, which the tests install, prints many messages on machines without a TPU.
 demo: export JAX_PLATFORMS ?= cpu
-demo: $(VENV)/demo.stamp  ## trains a tiny model on photographs and exports it: about two minutes on two cores
-	$(RUN) -m diva_jax.demo --out=data/tiny
-	$(RUN) -m diva_jax.main --config=configs/tiny.py --workdir=runs/tiny
-	rm -rf runs/tuned
-	$(RUN) -m diva_jax.export_torch --workdir=runs/tiny --out=runs/tuned
+demo: $(VENV)/demo.stamp  ## tunes a small CLIP in a drawn world, with a control, and reports: minutes on two cores
+	$(RUN) -m diva_jax.world.demo --out=runs/world
 
 check: $(VENV)/test.stamp lint  ## lint and the unit tests, with PyTorch blocked: about two minutes on two cores
 	PYTHONPATH=tests/support $(RUN) -m pytest -n 2 --dist loadfile -p without_torch tests/unit
@@ -36,7 +33,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
-	$(PIP) -e ".[demo]"
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/test.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
@@ -44,4 +41,4 @@ $(VENV)/test.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
 	touch $@
 
 clean:  ## removes the environment and what make demo made, nothing else
-	rm -rf $(VENV) data/tiny runs/tiny runs/tuned
+	rm -rf $(VENV) data/tiny runs/tiny runs/tuned runs/world

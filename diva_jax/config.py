@@ -17,6 +17,7 @@ from diva_jax.common.fields import between, one_of, pair, whole
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared import limits
 from diva_jax.models.diffusion import presets
+from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.training import compiler, optim, workdirs
 from diva_jax.training.workdirs import WHOLE
 
@@ -256,7 +257,7 @@ def _check_together(config: ConfigDict) -> None:
     if "float64" in (config.dtype, config.frozen_dtype) and not jax.config.jax_enable_x64:
         raise UserError("config.dtype and config.frozen_dtype are float64 only with JAX_ENABLE_X64=1 set: use float32")
     if "diffusion" in config:
-        factor = 2 ** (len(config.diffusion.vae.block_out_channels) - 1)
+        factor = Diffusion.from_dict(config.diffusion.to_dict()).vae.downscale
         if config.data.image_size % factor:
             raise UserError(
                 f"config.data.image_size={config.data.image_size} must be a multiple of {factor}, by which the VAE "

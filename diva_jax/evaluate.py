@@ -18,6 +18,12 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file of the backbone; --config.eval.FIELD=VALUE sets an option."
 )
 _WEIGHTS = flags.DEFINE_multi_string("weights", [], "A source of weights or a workdir[:STEP]; may be repeated.")
+_CONTROL = flags.DEFINE_string(
+    "control",
+    "",
+    "One of --weights, not the first, tuned with a signal that can teach nothing: the others are compared "
+    "with it too, and the report says where they are not better.",
+)
 _TASK = flags.DEFINE_list("task", [], "Modules of diva_jax.evals.tasks, such as mmvp,choice, or dotted paths.")
 _DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH for each task; PATH suffices if there is one task.")
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json and predictions.csv.")
@@ -32,13 +38,16 @@ def main() -> None:
     out = paths.local(_OUT.value, "--out")
     if len(set(_WEIGHTS.value)) < len(_WEIGHTS.value):
         raise UserError("--weights names the same source twice: give each once")
+    if _CONTROL.value and _CONTROL.value not in _WEIGHTS.value[1:]:
+        raise UserError(f"--control={_CONTROL.value} must be one of --weights, and not the first")
     # Slow imports come after the flags have been checked.
     import jax
 
     from diva_jax.evals import evaluator, results
 
     configs.check_runs(_WEIGHTS.value)
-    found, rows = evaluator.run(config, _WEIGHTS.value, evaluator.data_of(_TASK.value, _DATA.value))
+    data = evaluator.data_of(_TASK.value, _DATA.value)
+    found, rows = evaluator.run(config, _WEIGHTS.value, data, _CONTROL.value)
     if jax.process_index() == 0:
         results.write(out, found, rows)
         print(printable(results.table(found["tasks"])), flush=True)

@@ -93,7 +93,8 @@ def examples(count: int = 96, seed: int = 0) -> Iterator[Example]:
         yield Example(name, PHOTOGRAPHS[name], *region.size, jpeg.getvalue())
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Adds a file to a tar; its header depends on name and data alone."""
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.uname, info.gname = len(data), 0o444, "bigdata", "bigdata"
     tar.addfile(info, io.BytesIO(data))
@@ -118,9 +119,9 @@ def _shard(shard: int, chunk: list[Example]) -> bytes:
                 "exif": "{}",
                 "sha256": hashlib.sha256(example.jpeg).hexdigest(),
             }
-            _add(tar, f"{key}.jpg", example.jpeg)
-            _add(tar, f"{key}.json", json.dumps(meta, indent=4).encode())
-            _add(tar, f"{key}.txt", example.caption.encode())
+            add_member(tar, f"{key}.jpg", example.jpeg)
+            add_member(tar, f"{key}.json", json.dumps(meta, indent=4).encode())
+            add_member(tar, f"{key}.txt", example.caption.encode())
     return data.getvalue()
 
 

@@ -1,6 +1,7 @@
 """Opens the data at a path; the format follows from the names of the files there."""
 
 import functools
+import importlib
 import os
 import posixpath
 import re
@@ -16,6 +17,7 @@ from diva_jax.data.tables import open_tables
 from diva_jax.data.tars import TarSource
 from diva_jax.data.tfds_source import TfdsSource
 
+_MODULE = "module:"
 _PROBED = 64  # Images of a folder beside which a caption is looked for.
 # A path with options; a `?` that is part of a glob pattern has no NAME=VALUE after it.
 _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?&=]*(?:&\w+=[^?&=]*)*)")
@@ -99,6 +101,23 @@ def _mixture(path: str, cache_dir: str | None, quiet: bool) -> Source:
     return found
 
 
+def _from_module(path: str) -> Source:
+    """The source that a module outside of this package makes.
+
+    Raises:
+      UserError: the module cannot be imported, or makes no sources.
+    """
+    name, _, options = path.removeprefix(_MODULE).partition("?")
+    try:
+        make = importlib.import_module(name).open_source
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(
+            f"config.data.path={path!r}: the module {name} cannot be used ({e}): give one on PYTHONPATH that defines "
+            "open_source(options)"
+        ) from e
+    return make(options)
+
+
 def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) -> Source:
     """Opens a data path.
 
@@ -108,6 +127,7 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
         - A folder with images at any depth, or a pattern.
         - A .csv, .tsv or .parquet file, a pattern, or a folder with them; a folder that Hugging Face's `save_to_disk`
           has written. `?image=COLUMN&text=COLUMN` chooses the columns.
+        - `module:DOTTED.PATH?OPTIONS`: what `open_source(OPTIONS)` of that module returns, a `Source` of your own.
         - `tfds:name/split`, see `TfdsSource`.
         - `mix:WEIGHT=PATH;WEIGHT=PATH` of any of these, see `MixtureSource`.
       cache_dir: folder for the index of tar shards; None: no cache.
@@ -118,6 +138,8 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
     """
     if path and path.startswith(mixture.PREFIX):
         return _mixture(path, cache_dir, quiet)
+    if path and path.startswith(_MODULE):
+        return _from_module(path)
     if path and path.startswith("tfds:"):
         return TfdsSource(path)
     path, options = split_options(path) if path else (path, {})

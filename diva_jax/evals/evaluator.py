@@ -157,17 +157,27 @@ class Evaluator:
             found[f"{key}_change" if "difference" in score else key] = score
         return found
 
-    def report(self, found: Sequence[tuple[str, dict[str, Outcome]]]) -> tuple[dict[str, Any], list[dict]]:
-        """Returns (`tasks` of results.json, rows of predictions.csv); each label is compared with the first one."""
+    def report(
+        self, found: Sequence[tuple[str, dict[str, Outcome]]], control: str = ""
+    ) -> tuple[dict[str, Any], list[dict]]:
+        """Returns (`tasks` of results.json, rows of predictions.csv).
+
+        Each label is compared with the first one, and with `control`, where that is one of the others.
+        """
+        labels = [label for label, _ in found]
+        pairs = [(labels[0], label) for label in labels[1:]]
+        if control in labels[1:]:
+            pairs += [(control, label) for label in labels[1:] if label != control]
         tasks, rows = {}, []
         for name, task in self.tasks.items():
             outcomes = [(label, by_task[name]) for label, by_task in found]
             mine = [row for _, o in outcomes for row in o.rows]
             comparisons = []
-            for label, after in outcomes[1:]:
-                compared = task.compare(outcomes[0][1], after)
+            by_label = dict(outcomes)
+            for before, label in pairs:
+                compared = task.compare(by_label[before], by_label[label])
                 mine += compared.pop("rows", [])
-                comparisons.append({"before": outcomes[0][0], "after": label, **compared})
+                comparisons.append({"before": before, "after": label, **compared})
             tasks[name] = {
                 "title": task.title,
                 "data": task.data,
@@ -181,13 +191,16 @@ class Evaluator:
         return tasks, rows
 
 
-def run(config, weights: Sequence[str], data: Mapping[str, str]) -> tuple[dict[str, Any], list[dict]]:
+def run(
+    config, weights: Sequence[str], data: Mapping[str, str], control: str = ""
+) -> tuple[dict[str, Any], list[dict]]:
     """Evaluates sets of weights, one after another, on all devices.
 
     Args:
       config: of `config.default`'s form.
       weights: sources of weights or workdirs[:STEP], each once; the first is compared with each of the others.
       data: task -> where its data is, see `Evaluator`.
+      control: one of `weights` that the others are compared with too; empty: none.
 
     Returns:
       (the content of results.json, the rows of predictions.csv).
@@ -204,7 +217,7 @@ def run(config, weights: Sequence[str], data: Mapping[str, str]) -> tuple[dict[s
         model = runner.model(label, loaded)
         found.append((label, runner.evaluate(model)))
         del loaded, model  # Only one set of weights is on the devices at a time.
-    tasks, rows = runner.report(found)
+    tasks, rows = runner.report(found, dict(zip(weights, labels, strict=True)).get(control, ""))
     listed = [{"label": n, "source": s, "step": t} for n, (s, t) in zip(labels, given, strict=True)]
     took = {"seconds": round(time.perf_counter() - began, 1)}
     return results.about(config, runner.options) | took | {"weights": listed, "tasks": tasks}, rows

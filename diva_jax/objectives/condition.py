@@ -13,23 +13,24 @@ Array = jax.Array
 
 
 def parse_select(select: str) -> tuple[str, int]:
-    """Parses `Spec.select`: `"all"` -> ("all", 0), `"random:76"` -> ("random", 76), `"runs:6"` -> ("runs", 6).
+    """Parses `Spec.select`: `"all"` -> ("all", 0), `"none"` -> ("none", 0), `"random:76"` -> ("random", 76), and
+    `"runs:6"` -> ("runs", 6).
 
     Raises:
       UserError: the text has none of these forms.
     """
     kind, _, count = select.partition(":")
-    if (kind == "all" and not count) or (kind in ("random", "runs") and count.isdigit() and int(count) > 0):
+    if (kind in ("all", "none") and not count) or (kind in ("random", "runs") and count.isdigit() and int(count) > 0):
         return kind, int(count or 0)
     raise UserError(
-        f"backbone.select={select!r} is not known: use all, random:K or runs:K, where K is a number of patches"
+        f"backbone.select={select!r} is not known: use all, none, random:K or runs:K, where K is a number of patches"
     )
 
 
 def token_count(select: str, patches: int) -> int:
     """Returns the number of tokens in the condition, including the pooled token."""
     kind, k = parse_select(select)
-    return 1 + {"all": patches, "random": k, "runs": patches // max(k, 1)}[kind]
+    return 1 + {"all": patches, "none": 0, "random": k, "runs": patches // max(k, 1)}[kind]
 
 
 def draw_token_indices(keys: Array, select: str, patches: int) -> Array | None:
@@ -55,6 +56,8 @@ def select_tokens(features: Features, select: str, indices: Array | None = None)
     tokens = features.tokens
     if kind == "random":
         tokens = jnp.take_along_axis(tokens, indices[:, :, None], axis=1)
+    elif kind == "none":
+        tokens = tokens[:, :0]
     elif kind == "runs":
         b, p, d = tokens.shape
         tokens = tokens[:, : p // k * k].reshape(b, p // k, k, d).mean(axis=2)

@@ -21,9 +21,8 @@ from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.settings import Diffusion, latent_code
 from diva_jax.models.diffusion.unet import UNet
-from diva_jax.models.diffusion.vae import VAE
 from diva_jax.objectives import condition, contract, draws
 from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights import parts
@@ -39,6 +38,9 @@ class Options:
     """`config.diva`. "faithful" is what the authors' code does, "exact" what the models were trained on."""
 
     draws: int = 2  # Timestep and noise draws per image.
+    first_timestep: int = 0  # Timesteps are drawn from this one on.
+    end_timestep: int = 0  # And below this one; 0: all of the schedule.
+    condition_of: str = "own"  # own; next: that of the next image in the batch, a control that can teach nothing.
     vae_view: str = EXACT  # exact: 2x-1. faithful: through CLIP's and back by ImageNet's mean/std.
     backbone_stats: str = EXACT  # exact: the backbone's own mean/std. faithful: OpenAI's for all.
     backbone_resize: str = EXACT  # exact: antialiased bicubic, then normalised. faithful: bilinear after.
@@ -48,6 +50,8 @@ class Options:
     def __post_init__(self):
         if not isinstance(self.draws, int) or not 1 <= self.draws <= 1024:
             raise UserError(f"config.diva.draws={self.draws!r} must be a whole number, 1 to 1024")
+        if self.condition_of not in ("own", "next"):
+            raise UserError(f"config.diva.condition_of={self.condition_of!r}: use own or next")
         for switch in SWITCHES:
             if (value := getattr(self, switch)) not in (EXACT, FAITHFUL):
                 raise UserError(f"config.diva.{switch}={value!r}: use {EXACT} or {FAITHFUL}")
@@ -104,6 +108,12 @@ class Objective(contract.Objective):
                 "the diva objective has no class embedding to give to this U-Net "
                 "(class_embed_type is set): use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion"
             )
+        low, high = self.timestep_range
+        if not 0 <= low < high <= self.timesteps:
+            raise UserError(
+                f"config.diva.first_timestep={low} and end_timestep={high} must be a range within the {self.timesteps} "
+                "timesteps of config.diffusion.scheduler"
+            )
         condition.check_fit(self.spec.select, self.spec.add_text, self.spec.patches, self.diffusion.text_tokens)
         dtype, frozen = jnp.dtype(config.dtype), jnp.dtype(config.frozen_dtype)
         kw = dict(rngs=rngs, dtype=dtype)
@@ -124,7 +134,7 @@ class Objective(contract.Objective):
         view = self.options.vae_view
         self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, config.data.image_size, view)
         self.dtype = dtype
-        self.vae = None if config.data.latents else VAE(self.diffusion.vae, param_dtype=frozen, **kw)
+        self.vae = None if config.data.latents else latent_code(self.diffusion.vae, param_dtype=frozen, **kw)
         self.text_context = nnx.Variable(jnp.zeros((1, self.diffusion.text_tokens, cross), jnp.float32))
 
     @property
@@ -136,6 +146,11 @@ class Objective(contract.Objective):
     def timesteps(self) -> int:
         """Of the noise schedule: timesteps are 0 to this, exclusive."""
         return self.diffusion.scheduler.num_train_timesteps
+
+    @property
+    def timestep_range(self) -> tuple[int, int]:
+        """The first timestep that is drawn, and the one after the last."""
+        return self.options.first_timestep, self.options.end_timestep or self.timesteps
 
     def pretrained(self) -> Mapping[str, parts.Part]:
         """All but `visual_proj`."""
@@ -171,9 +186,8 @@ class Objective(contract.Objective):
 
         def one(key):
             t, eps, tokens = jax.random.split(key, 3)
-            steps = self.diffusion.scheduler.num_train_timesteps
             return (
-                jax.random.randint(t, (), 0, steps),
+                jax.random.randint(t, (), *self.timestep_range),
                 jax.random.normal(eps, latents_shape, jnp.float32),
                 tokens,
             )
@@ -241,7 +255,10 @@ class Objective(contract.Objective):
 
         def encode(vision):
             with jax.named_scope("vision"):
-                return vision.encode(backbone_view)
+                seen = vision.encode(backbone_view)
+            if self.options.condition_of == "next":
+                seen = jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), seen)
+            return seen
 
         if shared:  # What a draw is differentiated with respect to: the projection and the features.
             graph, params = nnx.split(self.visual_proj)
@@ -300,7 +317,8 @@ class Objective(contract.Objective):
         both = jax.lax.map(self.vision.encode, jnp.stack([self.views(p)[1] for p in pixels]))
         seen = [backbones.Features(*(x[i] for x in both)) for i in (0, 1)]  # By itself, by the other.
         drawn = self.draw(keys, latents.shape[1:], len(edges) - 1)
-        within = drawn.timesteps * np.diff(edges)[:, None] // self.diffusion.scheduler.num_train_timesteps
+        low, high = self.timestep_range
+        within = (drawn.timesteps - low) * np.diff(edges)[:, None] // (high - low)
         drawn = drawn._replace(timesteps=(edges[:-1, None] + within).astype(jnp.int32))
 
         def loss(draw: Draws, context: Array) -> Array:

@@ -7,6 +7,7 @@ from typing import Any
 from diva_jax.costs import flops
 from diva_jax.data import inputs
 from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
+from diva_jax.models.diffusion.patch_code import PatchCodeConfig
 from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.vae import VAEConfig
 from diva_jax.weights import parts
@@ -25,7 +26,7 @@ class LatentSource:
       cached: whether moments come with the batch; the objective then has no VAE.
     """
 
-    vae: VAEConfig | FluxVAEConfig
+    vae: VAEConfig | FluxVAEConfig | PatchCodeConfig
     part: parts.Part
     size: int
     dtype: str
@@ -35,9 +36,9 @@ class LatentSource:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The shape of one image's moments: height, width, and twice the channels of the latents."""
+        """The shape of one image's moments: height, width, and the channels of `vae`."""
         side = self.size // self.vae.downscale
-        return side, side, 2 * self.vae.latent_channels
+        return side, side, self.vae.moment_channels
 
     @property
     def inputs(self) -> Mapping[str, inputs.Input]:

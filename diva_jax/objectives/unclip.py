@@ -25,9 +25,8 @@ from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.settings import Diffusion, latent_code
 from diva_jax.models.diffusion.unet import UNet, timestep_embedding
-from diva_jax.models.diffusion.vae import VAE
 from diva_jax.objectives import contract
 from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights import parts
@@ -47,6 +46,7 @@ class Options:
     embed_drop: float = 0.0  # Share of the images whose class label is zero.
     stats: str = "on"  # on: noise by the generator's mean and std of embeddings. off: mean 0, std 1.
     latents: str = "sample"  # sample: of the VAE's posterior. mean: its mean.
+    condition_of: str = "own"  # own; next: that of the next image in the batch, a control that can teach nothing.
     clip_view: str = "processor"  # processor: the backbone's own preprocessing. ldm: as in the generator's training.
 
     def __post_init__(self):
@@ -80,6 +80,7 @@ class Options:
 
 _VALUES = {
     "target": ("v", "eps"),
+    "condition_of": ("own", "next"),
     "stats": ("on", "off"),
     "latents": ("sample", "mean"),
     "clip_view": ("processor", "ldm"),
@@ -142,7 +143,7 @@ class Objective(contract.Objective):
         self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
         self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, config.data.image_size)
         self.dtype = kw["dtype"]
-        self.vae = None if config.data.latents else VAE(self.diffusion.vae, param_dtype=frozen, **kw)
+        self.vae = None if config.data.latents else latent_code(self.diffusion.vae, param_dtype=frozen, **kw)
         context = (1, self.diffusion.text_tokens, unet.cross_attention_dim)
         self.text_context = nnx.Variable(jnp.zeros(context, jnp.float32))
         if self.options.uses_statistics:
@@ -268,6 +269,8 @@ class Objective(contract.Objective):
         _, view = self.views(pixels)
         moments = self.moments(pixels) if moments is None else moments
         latents, embed = self.encode_latents(moments, drawn), self.embed(view)
+        if self.options.condition_of == "next":
+            embed = jnp.roll(embed, -1, axis=0)
         labels = self.class_labels(embed, drawn)
         pred = self.denoise(latents, drawn, labels)
         errors = self.errors(pred, latents, drawn)

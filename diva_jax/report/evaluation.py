@@ -77,12 +77,16 @@ def findings(results: dict[str, Any]) -> list[Finding]:
 def _finding(task: dict, c: dict, metric: str, several: bool, doubted: bool) -> Finding:
     info, difference = task["metrics"][metric], c["scores"][metric]
     what = f"{task['title']}, {info['title']}" + (f", {c['after']}" if several else "")
+    control = c["before"] != next(iter(task["weights"]))  # The first weights are the reference.
+    what += f" against the control {c['before']}" if control else ""
     before, after = (task["weights"][c[w]]["scores"][metric] for w in ("before", "after"))
     test = wording.mcnemar(difference.get("mcnemar"), task.get("items", "items"))
     meaning = wording.verdict(difference, wording.better(info)) + (f" {test}." if test else "")
+    kind = wording.direction(difference, wording.better(info), doubted)
+    if control and kind != "up":
+        meaning = f"{c['after']} does not beat the control, so nothing can be claimed. {meaning}"
     if doubted:
         meaning = f"Not an improvement: see the first lines of this page. {meaning}"
-    kind = wording.direction(difference, wording.better(info), doubted)
     return Finding(what, wording.change(before, after, difference, info["unit"]), meaning, kind)
 
 
@@ -123,7 +127,7 @@ def _scores(results: dict, task: dict) -> str:
     used = [w for w in labels(results) if w in task["weights"]]
     compared = [c for c in task.get("comparisons", []) if any("difference" in s for s in c["scores"].values())]
     head = ["Score"] + [f"{swatch(labels(results).index(w))}{escape(w)}" for w in used]
-    head += ["Difference" if len(compared) == 1 else f"Difference, {escape(c['after'])}" for c in compared]
+    head += ["Difference" if len(compared) == 1 else f"Difference, {escape(_what(task, c))}" for c in compared]
     lines, doubted = [], results["doubted"]
     for metric, info in task["metrics"].items():
         found = [task["weights"][w]["scores"].get(metric) for w in used]
@@ -139,6 +143,12 @@ def _scores(results: dict, task: dict) -> str:
         lines.append(line)
     known = any(s.get("interval") for w in used for s in task["weights"][w]["scores"].values())
     return table(head, lines) + (paragraph("Small figures are 95% intervals.", "fine") if known else "")
+
+
+def _what(task: dict, c: dict) -> str:
+    """Returns what a comparison is of; the first weights are the reference, and other ones are named."""
+    against = "" if c["before"] == next(iter(task["weights"])) else f" against {c['before']}"
+    return c["after"] + against
 
 
 def _places(found: list[dict | None], unit: str) -> int | None:

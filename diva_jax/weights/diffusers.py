@@ -20,6 +20,8 @@ VAE = Table(
     ),
 )
 
+PATCH_CODE = Table("patch code")
+
 TEXT_ENCODER = Table(
     "transformers CLIPTextModel",
     rename=(

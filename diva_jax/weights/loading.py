@@ -12,6 +12,7 @@ from diva_jax.common.log import say
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text, require_text
+from diva_jax.models.diffusion.patch_code import PatchCode, PatchCodeConfig
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
@@ -23,6 +24,7 @@ from diva_jax.weights.tensors import Tensors
 _SD = {
     UNetConfig: ("unet", UNet, diffusers.UNET, ("diffusion_pytorch_model",)),
     VAEConfig: ("vae", VAE, diffusers.VAE, ("diffusion_pytorch_model",)),
+    PatchCodeConfig: ("vae", PatchCode, diffusers.PATCH_CODE, ("diffusion_pytorch_model",)),
     TextEncoderConfig: ("text_encoder", TextEncoder, diffusers.TEXT_ENCODER, ("model", "pytorch_model")),
 }
 

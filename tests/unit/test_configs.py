@@ -63,7 +63,7 @@ def test_config_builds_as_shapes(path):
     unet = sum(a.size for n, a in p.arrays.items() if n.startswith("unet/"))
     trained = {n.split("/")[0] for n in p.trained}
     if c.objective in ("diva", "dcr"):
-        assert path.stem == "tiny" or unet == 865_910_724
+        assert path.stem in ("tiny", "world") or unet == 865_910_724
         projection, weight = {"diva": ("visual_proj", "kernel"), "dcr": ("projector", "fc1/kernel")}[c.objective]
         assert trained == {"vision", projection}
         shape = p.arrays[f"{projection}/{weight}"].shape

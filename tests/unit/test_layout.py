@@ -11,7 +11,7 @@ PACKAGE = ROOT / "diva_jax"
 # Lowest first: a folder or top-level file imports only from those before it, and from itself.
 ORDER = (
     "common", "models", "costs", "data", "weights", "objectives", "training", "export", "evals", "config", "report",
-    "train", "api",
+    "train", "api", "world",
 )  # fmt: skip
 COMMANDS = ("main", "evaluate", "export_torch", "cache_latents", "aot", "parity", "demo")
 FILES = sorted(PACKAGE.rglob("*.py"))

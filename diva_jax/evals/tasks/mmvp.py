@@ -8,6 +8,7 @@ text 2 to image 2, and a pair counts only when both texts are right. The score i
 import csv
 import dataclasses
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +35,7 @@ PATTERNS = (
 PER_PATTERN = 15
 ROWS = 2 * PER_PATTERN * len(PATTERNS)
 # As the hub, DIVA's authors and the benchmark's own README call it.
+NAMES = "Patterns.json"  # In a set of another kind: {"patterns": [names], "pairs": of each pattern}.
 FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 HEADER = ["Question ID", "Type", "Statement"]
 SCALE = 100.0  # Of the logits, in every published evaluation; no answer depends on it.
@@ -88,6 +90,28 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     return rows[1:]
 
 
+def read_patterns(path: str) -> tuple[tuple[str, ...], int]:
+    """(names of the patterns, pairs of each): MMVP-VLM's, or what `Patterns.json` beside Questions.csv says.
+
+    Raises:
+      UserError: that file is broken.
+    """
+    file = _root(path)[0].with_name(NAMES)
+    if not file.exists():
+        return PATTERNS, PER_PATTERN
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        names, pairs = tuple(content["patterns"]), content["pairs"]
+        if not names or not all(isinstance(n, str) for n in names) or type(pairs) is not int or pairs < 1:
+            raise ValueError("it needs names and a number")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(
+            f'{file} is wrong ({e!r}): it must read {{"patterns": [names], "pairs": pairs of each pattern}}; remove it '
+            "if this is MMVP-VLM"
+        ) from e
+    return names, pairs
+
+
 def _question(path: Path, folder: Path, line: int, fields: list[str]) -> Question:
     where = f"{path}, line {line}"
     if len(fields) != 3 or not all(fields):
@@ -104,7 +128,7 @@ def _question(path: Path, folder: Path, line: int, fields: list[str]) -> Questio
 
 
 def read_questions(path: str) -> list[Question]:
-    """The 270 questions, checked; pattern and pair follow from the position.
+    """The questions, 270 of MMVP-VLM, checked; pattern and pair follow from the position.
 
     Raises:
       UserError: the file or an image is missing or broken, the number or the order of the rows is wrong, or a pair
@@ -112,8 +136,9 @@ def read_questions(path: str) -> list[Question]:
     """
     file, folder = _root(path)
     rows = _rows(file)
-    if len(rows) != ROWS:
-        raise UserError(f"{file} has {len(rows)} questions, MMVP-VLM has {ROWS}: fetch the file again")
+    names, pairs = read_patterns(path)
+    if len(rows) != (expected := 2 * pairs * len(names)):
+        raise UserError(f"{file} has {len(rows)} questions, MMVP-VLM has {expected}: fetch the file again")
     questions = [_question(file, folder, line, fields) for line, fields in rows]
     seen: dict[Path, int] = {}
     for first, second in zip(questions[::2], questions[1::2], strict=True):
@@ -167,9 +192,10 @@ class Mmvp(Task):
         with ThreadPoolExecutor() as pool:
             list(pool.map(self.images.read, range(len(paths))))
         self.data = str(_root(path)[0].parent.resolve())
-        self.count = ROWS // 2
+        self.patterns, self.per_pattern = read_patterns(path)
+        self.count = len(self.questions) // 2
         self.texts = [q.text for q in self.questions]
-        self.strata = np.arange(self.count) // PER_PATTERN
+        self.strata = np.arange(self.count) // self.per_pattern
         self.metrics = {
             "pooled": {"title": "pooled embedding", "unit": "%"},
             "published": {"title": "published readout", "unit": "%"},
@@ -194,11 +220,11 @@ class Mmvp(Task):
 
     def evaluate(self, model) -> Outcome:
         """Both readouts: per pattern, their mean, and every single probability."""
-        found = model.images(self._read, ROWS, seeds=self.options.seeds)
+        found = model.images(self._read, len(self.questions), seeds=self.options.seeds)
         texts = model.texts(self.texts)
         embeddings = {"pooled": encode.unit(found["pooled"])[:, None], "published": found["published"]}
         scores, held, rows = {}, {}, []
-        patterns = [{"name": name, "count": PER_PATTERN, "scores": {}} for name in PATTERNS]
+        patterns = [{"name": name, "count": self.per_pattern, "scores": {}} for name in self.patterns]
         for metric, e in embeddings.items():
             per_seed = [pair_scores(e[:, k], texts) for k in range(e.shape[1])]
             first = np.stack([p for _, p in per_seed])  # [K, 2N]
@@ -225,7 +251,7 @@ class Mmvp(Task):
                 "score": float(first[i]),
                 "correct": int((first[i] > 0.5) == (q.id % 2 == 1)),
                 "pair": i // 2,
-                "pattern": PATTERNS[i // 2 // PER_PATTERN],
+                "pattern": self.patterns[i // 2 // self.per_pattern],
                 "logit_image_1": float(logits[i, 0]),
                 "logit_image_2": float(logits[i, 1]),
             }
@@ -255,7 +281,7 @@ class Mmvp(Task):
         return {
             "metric": metric,
             "item": int(n),
-            "group": PATTERNS[n // PER_PATTERN],
+            "group": self.patterns[n // self.per_pattern],
             "won": won,
             "images": [str(q.image.resolve()) for q in self.questions[pair]],
             "texts": [q.text for q in self.questions[pair]],

@@ -111,7 +111,7 @@ class Spec:
       norm_eps: of the LayerNorms.
       mean, std: per channel, of images in [0, 1].
       resize_mode, interpolation: how open_clip prepares a test image ("shortest" and centre crop, or "squash").
-      select: which patch tokens join the pooled one as condition: "all", "random:K" (K uniform draws with
+      select: which patch tokens join the pooled one as condition: "all", "none", "random:K" (K uniform draws with
         replacement), or "runs:K" (means over runs of K along the raster order, remainder dropped).
       add_text: "token" (text and features token by token) or "mean" (mean text token added to every one).
       readout: the readout with which this row's MMVP-VLM score was published (authors' evaluation code).

@@ -39,6 +39,11 @@ class FluxVAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
+    def moment_channels(self) -> int:
+        """Channels of the posterior's moments: mean and logarithm of the variance."""
+        return 2 * self.latent_channels
+
+    @property
     def encoder(self) -> VAEConfig:
         """The shape as one of Stable Diffusion's."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shift_factor"}

@@ -4,10 +4,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from flax import nnx
+
+from diva_jax.models.diffusion.patch_code import KIND, PatchCode, PatchCodeConfig
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
-from diva_jax.models.diffusion.vae import VAEConfig
+from diva_jax.models.diffusion.vae import VAE, VAEConfig
+
+# Whether `_class_name` in the config of the VAE is that of a patch code -> what is there.
+_VAES = {False: (VAEConfig, VAE), True: (PatchCodeConfig, PatchCode)}
+
+
+def latent_code(config: VAEConfig | PatchCodeConfig, **kw) -> nnx.Module:
+    """The VAE, or the patch code in its place; arguments as those of both."""
+    return _VAES[isinstance(config, PatchCodeConfig)][1](config, **kw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +36,7 @@ class Diffusion:
     prompt: str
     text_tokens: int
     unet: UNetConfig
-    vae: VAEConfig
+    vae: VAEConfig | PatchCodeConfig
     text_encoder: TextEncoderConfig
     scheduler: ScheduleConfig
 
@@ -36,7 +47,8 @@ class Diffusion:
         Raises:
           UserError: a part has an option that is not implemented here.
         """
-        kinds = dict(unet=UNetConfig, vae=VAEConfig, text_encoder=TextEncoderConfig, scheduler=ScheduleConfig)
+        vae = _VAES[options["vae"].get("_class_name") == KIND][0]
+        kinds = dict(unet=UNetConfig, vae=vae, text_encoder=TextEncoderConfig, scheduler=ScheduleConfig)
         return cls(
             source=options["source"],
             prompt=options["prompt"],

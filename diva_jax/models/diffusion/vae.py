@@ -67,6 +67,11 @@ class VAEConfig:
         """Ratio of the image size to the size of the latents."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def moment_channels(self) -> int:
+        """Channels of the posterior's moments: mean and logarithm of the variance."""
+        return 2 * self.latent_channels
+
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """Returns the latents for the U-Net of an image's posterior.
 

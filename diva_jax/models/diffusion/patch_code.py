@@ -1,0 +1,119 @@
+"""A fixed orthonormal code of image patches, in place of a VAE where pictures are small."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diva_jax.common.errors import UserError
+from diva_jax.models.diffusion import options as opt
+from diva_jax.models.layers import Array
+
+KIND = "PatchCode"  # `_class_name` in `vae/config.json`.
+_WHAT = "patch code"
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchCodeConfig:
+    """Shape of a patch code.
+
+    Attributes:
+      patch_size: side of a patch [pixels].
+      latent_channels: numbers kept per patch.
+      in_channels: channels of the images.
+      scaling_factor: factor by which the code is multiplied.
+    """
+
+    patch_size: int = 4
+    latent_channels: int = 12
+    in_channels: int = 3
+    scaling_factor: float = 1.0
+
+    @property
+    def downscale(self) -> int:
+        """Ratio of the image size to the size of the latents."""
+        return self.patch_size
+
+    @property
+    def moment_channels(self) -> int:
+        """Channels of what `PatchCode.moments` returns."""
+        return self.latent_channels
+
+    def latents(self, moments: Array, noise: Array | None = None) -> Array:
+        """Returns scaling_factor * moments; the code has no variance, and `noise` is not used."""
+        return self.scaling_factor * moments
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "PatchCodeConfig":
+        """Reads `vae/config.json`.
+
+        Raises:
+          UserError: an option is unknown or impossible.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        opt.require_supported(options, _WHAT, used=names, fixed={}, kind=KIND)
+        config = cls(
+            **{n: opt.integer(options, n, getattr(cls, n), _WHAT) for n in names[:3]},
+            scaling_factor=float(options.get("scaling_factor", 1.0)),
+        )
+        if config.latent_channels > config.patch_size**2 * config.in_channels:
+            raise UserError(
+                f"the {_WHAT} keeps {config.latent_channels} numbers of a patch that has only "
+                f"{config.patch_size**2 * config.in_channels}: lower latent_channels"
+            )
+        return config
+
+
+class PatchCode(nnx.Module):
+    """Latents are the projections of image patches on orthonormal patterns, `basis`; there is nothing random.
+
+    It has the methods of `vae.VAE` that objectives use, and `decode`.
+
+    Args:
+      config: the shape.
+      rngs: not used; the patterns of a new one are those of `principal` on white noise, the first axes.
+      dtype, param_dtype: see `Layers`.
+    """
+
+    def __init__(self, config: PatchCodeConfig, *, rngs=None, dtype=jnp.float32, param_dtype=jnp.float32):
+        self.config, self.dtype = config, dtype
+        n = config.patch_size**2 * config.in_channels
+        self.basis = nnx.Param(jnp.eye(n, config.latent_channels, dtype=param_dtype))
+
+    def moments(self, images: Array) -> Array:
+        """Returns the code: [B, H, W, in_channels] in [-1, 1] -> [B, H/p, W/p, latent_channels]."""
+        p = self.config.patch_size
+        b, h, w, c = images.shape
+        patches = images.astype(self.dtype).reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)
+        flat = patches.reshape(b, h // p, w // p, p * p * c)
+        return flat @ self.basis[...].astype(self.dtype)
+
+    def encode(self, images: Array) -> Array:
+        """Returns the latents for the U-Net, `config.latents` of the code."""
+        return self.config.latents(self.moments(images))
+
+    def decode(self, latents: Array) -> Array:
+        """Returns the images nearest to latents [B, h, w, latent_channels]: [B, h p, w p, in_channels]."""
+        p, c = self.config.patch_size, self.config.in_channels
+        b, h, w, _ = latents.shape
+        flat = latents @ self.basis[...].T.astype(latents.dtype) / self.config.scaling_factor
+        return flat.reshape(b, h, w, p, p, c).swapaxes(2, 3).reshape(b, h * p, w * p, c)
+
+
+def principal(images: np.ndarray, patch: int, channels: int) -> np.ndarray:
+    """The patterns that keep most of the variance of images' patches, not centred: [patch**2 * C, channels].
+
+    Args:
+      images: [N, H, W, C], floats.
+      patch: side of a patch [pixels].
+      channels: patterns.
+    """
+    n, h, w, c = images.shape
+    flat = images.reshape(n, h // patch, patch, w // patch, patch, c).swapaxes(2, 3).reshape(-1, patch * patch * c)
+    _, vectors = np.linalg.eigh(flat.T.astype(np.float64) @ flat)
+    vectors = vectors[:, ::-1][:, :channels]
+    largest = np.abs(vectors).argmax(axis=0)
+    return vectors * np.sign(vectors[largest, np.arange(channels)])  # An eigenvector's sign is arbitrary.

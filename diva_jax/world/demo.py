@@ -1,0 +1,94 @@
+"""The method at small size: python -m diva_jax.world.demo --out=runs/world, minutes on two CPU cores.
+
+Tunes the kept CLIP with DIVA and, as a control, with the features of other pictures; scores the CLIP before and after
+on pairs of pictures that differ in one fact; writes OUT/eval/report.html and OUT/estimates.png, what the generator
+makes of pictures under the condition of the encoder before and after. Each step is an ordinary command, which is
+printed; a step that is done is not repeated.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.log import say
+
+_PICTURES, _TIMESTEP, _SEED = 10, 400, 9201
+
+
+def commands(out: Path, config: str, overrides: list[str], pairs: int) -> list[tuple[Path, list[str]]]:
+    """What is run: (a file that is there once it is done, the command after `python -m`)."""
+    from diva_jax.world import models
+
+    tuned, control, data, found = (out / name for name in ("tuned", "control", "pairs", "eval"))
+    train = ["diva_jax.main", f"--config={config}", *overrides]
+    weights = [f"--weights={w}" for w in (models.WEIGHTS / models.CLIP, control, tuned)]
+    evaluate = ["diva_jax.evaluate", f"--config={config}", *overrides, *weights, f"--control={control}"]
+    return [
+        (data / "Patterns.json", ["diva_jax.world.blindness", f"--out={data}", f"--pairs={pairs}"]),
+        (tuned / "done", [*train, f"--workdir={tuned}"]),
+        (control / "done", [*train, f"--workdir={control}", "--config.diva.condition_of=next"]),
+        (found / "results.json", [*evaluate, "--task=mmvp", f"--data={data}", f"--out={found}"]),
+        (found / "report.html", ["diva_jax.report", str(found)]),
+    ]
+
+
+def write_estimates(tuned: Path, target: Path) -> None:
+    """Draws pictures, and the generator's estimates of them under the condition of the CLIP before and after a run."""
+    import numpy as np
+
+    from diva_jax.training import load, workdirs
+    from diva_jax.world import drawing, pictures, scenes
+
+    run = workdirs.RunAt.open(str(tuned))
+    images = drawing.draw(scenes.sample(np.random.default_rng(_SEED), _PICTURES))
+    before, _ = load.initial_arrays(run.program, every_source=False)
+    projection = {n: a for n, a in run.params.items() if n.startswith("visual_proj/")}
+    weights = (before | projection, before | run.params)
+    pictures.sheet([images, *pictures.estimates(run.program, weights, images, _TIMESTEP)]).save(target)
+
+
+def demo(out: Path, config: str, overrides: list[str], pairs: int, run: Callable[[list[str]], int]) -> None:
+    """Runs what is not done yet.
+
+    Args:
+      out: the folder.
+      config, overrides: the config file and flags that change it.
+      pairs: per fact.
+      run: runs the arguments of a command and returns its exit code.
+
+    Raises:
+      RunError: a command failed.
+    """
+    for done, command in commands(out, config, overrides, pairs):
+        if done.exists():
+            continue
+        say(f"$ python -m {' '.join(command)}")
+        if run([sys.executable, "-m", *command]):
+            raise RunError(f"this command failed: python -m {' '.join(command)}")
+    write_estimates(out / "tuned", out / "estimates.png")
+    say(
+        f"the report: {out / 'eval' / 'report.html'}; pictures, their estimates before, and after: "
+        f"{out / 'estimates.png'}. One seed says little: see docs/DOES_IT_WORK.md"
+    )
+
+
+def _main() -> None:
+    given = flags.FLAGS
+    if not given.out:
+        raise UserError("--out is missing: give a folder, e.g. --out=runs/world")
+    demo(Path(given.out), given.config, given.override, given.pairs, lambda command: subprocess.run(command).returncode)
+
+
+if __name__ == "__main__":
+    from absl import flags
+
+    from diva_jax.common import cli
+
+    # Here and not above: other modules of this package define --out as well.
+    flags.DEFINE_string("out", None, "Folder for everything that is written.")
+    flags.DEFINE_string("config", "configs/world.py", "The config file.")
+    flags.DEFINE_multi_string("override", [], "A flag that changes the config: --override=--config.steps=50.")
+    flags.DEFINE_integer("pairs", 40, "Pairs per fact.", 1)
+    cli.run(_main)

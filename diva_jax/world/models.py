@@ -1,0 +1,160 @@
+"""The world's models: their sizes, their configs, and new ones with random weights in the usual folders."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diva_jax import config
+from diva_jax.models import backbones
+from diva_jax.models.backbones import HALF, Spec, TextSpec
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
+from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.diffusion import patch_code, presets
+from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.text_encoder import TextEncoder
+from diva_jax.models.diffusion.unet import UNet
+from diva_jax.models.layers import Keys
+from diva_jax.weights import clip, diffusers, names, writers
+from diva_jax.world import captions, drawing, scenes, vocabulary
+
+WEIGHTS = Path(__file__).parent / "weights"  # What `pretrain` made, kept in the repository.
+CLIP, GENERATOR, UNCLIP = "clip", "generator", "unclip"  # Folders there: open_clip's layout, and twice diffusers'.
+TOKENS = 32  # Per text.
+_VOCABULARY = len(vocabulary.tokens(captions.WORDS))
+_PATCH, _CHANNELS = 4, 12  # Of the patch code.
+_BASIS_SCENES = 2048  # From which its patterns are made.
+
+SPEC = Spec(
+    open_clip_name="world",
+    source=str(WEIGHTS / CLIP),
+    image_size=drawing.SIDE,
+    patch_size=4,
+    width=96,
+    layers=3,
+    heads=3,
+    mlp_dim=384,
+    embed_dim=64,
+    mean=HALF,
+    std=HALF,
+    select="none",
+    add_text="mean",
+    text=TextSpec(context_length=TOKENS, vocab_size=_VOCABULARY, width=96, heads=3, layers=2, mlp_dim=384),
+)
+_UNET = dict(
+    sample_size=drawing.SIDE // _PATCH,
+    in_channels=_CHANNELS,
+    out_channels=_CHANNELS,
+    block_out_channels=[64, 96],
+    layers_per_block=1,
+    attention_head_dim=[2, 3],
+    cross_attention_dim=96,
+    use_linear_projection=True,
+    norm_num_groups=8,
+    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+)
+_SCHEDULER = dict(presets.preset("sd21_base")["scheduler"])
+DIFFUSION = dict(
+    unet=_UNET,
+    vae=dict(_class_name=patch_code.KIND, patch_size=_PATCH, latent_channels=_CHANNELS, scaling_factor=0.71),
+    text_encoder=dict(
+        vocab_size=_VOCABULARY,
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=TOKENS,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+    ),
+    scheduler=_SCHEDULER,
+)
+# The generator of un2CLIP is conditioned on the embedding of `SPEC` and the code of a noise level.
+UNCLIP_DIFFUSION = DIFFUSION | dict(
+    unet=_UNET | dict(class_embed_type="projection", projection_class_embeddings_input_dim=2 * SPEC.embed_dim),
+    scheduler=_SCHEDULER | dict(prediction_type="v_prediction"),
+)
+_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_KINDS = {
+    "unet": {"_class_name": "UNet2DConditionModel"},
+    "vae": {"_class_name": patch_code.KIND},
+    "text_encoder": {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]},
+    "scheduler": {"_class_name": "DDIMScheduler", "clip_sample": False},
+}
+TABLES = {"unet": diffusers.UNET, "vae": diffusers.PATCH_CODE, "text_encoder": diffusers.TEXT_ENCODER}
+
+
+def base_config(objective: str, diffusion: Mapping | None = None):
+    """The config of any objective in the world: float32, the world's models, pictures without crops."""
+    c = config.default(SPEC, dict(diffusion or DIFFUSION), objective)
+    c.dtype = c.frozen_dtype = "float32"
+    c.data.image_size = drawing.SIDE
+    c.data.crop.scale = c.data.crop.ratio = (1.0, 1.0)
+    c.data.threads, c.data.prefetch = 1, 2
+    c.log.every, c.log.tensorboard = 20, False
+    if "diffusion" in c:
+        c.diffusion.prompt, c.diffusion.text_tokens = captions.PREFIX, TOKENS
+        c.diffusion.source = str(WEIGHTS / (GENERATOR if c.diffusion.unet.get("class_embed_type") is None else UNCLIP))
+    return c
+
+
+def write_new_clip(folder: Path, seed: int = 0) -> None:
+    """Writes both towers with random weights and the tokenizer, in open_clip's layout."""
+    vision, text = backbones.build(SPEC, rngs=Keys(seed)), Text(SPEC, rngs=Keys(seed + 1))
+    tensors = names.to_torch(nnx.state(vision), clip.vision_table(SPEC))
+    tensors |= names.to_torch(nnx.state(text), clip.text_table(SPEC))
+    tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
+    writers.write_open_clip(folder, tensors, to_open_clip(SPEC))
+    vocabulary.write(folder, captions.WORDS, TOKENS)
+
+
+def basis(seed: int = 0) -> tuple[np.ndarray, float]:
+    """(patterns of the patch code [48, 12], the scaling factor that gives the latents a variance of one)."""
+    pictures = drawing.draw(scenes.sample(np.random.default_rng(seed), _BASIS_SCENES)).astype(np.float32)
+    pictures = pictures / 127.5 - 1
+    patterns = patch_code.principal(pictures, _PATCH, _CHANNELS)
+    rows = pictures.reshape(len(pictures), drawing.SIDE // _PATCH, _PATCH, drawing.SIDE // _PATCH, _PATCH, 3)
+    codes = rows.swapaxes(2, 3).reshape(-1, _PATCH * _PATCH * 3) @ patterns
+    return patterns, float(np.round(1 / np.sqrt(np.mean(codes**2)), 3))
+
+
+def write_part(folder: Path, part: str, options: Mapping, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes `folder/part`: config.json and weights, as diffusers and transformers do."""
+    (folder / part).mkdir(parents=True, exist_ok=True)
+    writers.write_safetensors(folder / part / f"{_FILES[part]}.safetensors", tensors)
+    writers.write_json(folder / part / "config.json", _KINDS[part] | dict(options))
+
+
+def write_new_diffusion(folder: Path, diffusion: Mapping, seed: int = 0) -> None:
+    """Writes a generator with random weights and the world's patch code, in diffusers' layout."""
+    d = Diffusion.from_dict(dict(source="", prompt="", text_tokens=TOKENS, **diffusion))
+    rngs = Keys(seed)
+    unet, text = UNet(d.unet, rngs=rngs), TextEncoder(d.text_encoder, rngs=rngs)
+    write_part(folder, "unet", diffusion["unet"], names.to_torch(nnx.state(unet), TABLES["unet"]))
+    write_part(
+        folder, "text_encoder", diffusion["text_encoder"], names.to_torch(nnx.state(text), TABLES["text_encoder"])
+    )
+    write_part(folder, "vae", diffusion["vae"], {"basis": basis()[0].astype(np.float32)})
+    (folder / "scheduler").mkdir(exist_ok=True)
+    writers.write_json(
+        folder / "scheduler" / "scheduler_config.json", _KINDS["scheduler"] | dict(diffusion["scheduler"])
+    )
+    vocabulary.write(folder / "tokenizer", captions.WORDS, TOKENS)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diva_jax", patch_code.KIND],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+
+
+def rounded(tensors: Mapping[str, np.ndarray], dtype=jnp.float16) -> dict[str, np.ndarray]:
+    """The same tensors in the type in which they are kept."""
+    return {name: np.asarray(a).astype(dtype) for name, a in tensors.items()}

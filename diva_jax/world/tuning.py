@@ -1,0 +1,104 @@
+"""Tunes the world's CLIP in one process: one compiled program per arm, run with several seeds."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from diva_jax.common.errors import RunError
+from diva_jax.data import pipeline
+from diva_jax.train import to_device
+from diva_jax.training import load, sharding
+from diva_jax.training.step import Program, averaged
+from diva_jax.world import arms, blindness, models
+from diva_jax.world.arms import Arm
+
+Towers = Mapping[str, Mapping[str, jax.Array]]  # Tower -> name -> array.
+
+
+class Tuner:
+    """One arm, compiled once per stage; seeds differ in initial weights, data and draws.
+
+    Args:
+      arm: not the untuned one.
+      steps: optimizer steps of all stages.
+      batch_size: U-Net passes per step.
+      folder: where the random generator is written, if the arm needs it.
+    """
+
+    def __init__(self, arm: Arm, steps: int, batch_size: int, folder: Path):
+        random = folder / "random"
+        if arm.generator == "random" and not random.exists():
+            models.write_new_diffusion(random, models.DIFFUSION, seed=77)
+        self._config = partial(arms.arm_config, arm, steps=steps, batch_size=batch_size, random_generator=random)
+        config = self._config(0)
+        self.program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+        self._compiled: dict[int, Callable] = {}
+
+    def run(self, seed: int, progress: Callable[[int, int], None] = lambda done, steps: None) -> tuple[Towers, float]:
+        """Trains with one seed; returns (the tuned towers, the mean loss of the last tenth of the steps).
+
+        Raises:
+          RunError: the loss is not finite.
+        """
+        p = self.program
+        p.config = self._config(seed)  # Programs of two seeds differ in nothing else.
+        arrays, _ = load.initial_arrays(p, every_source=False)
+        state, frozen = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}
+        batches = pipeline.open_batches(p.config.data, p.objective.inputs, seed=seed, global_batch=p.config.batch_size)
+        total, losses = p.stages[-1].end, []
+        try:
+            for step in range(total):
+                index = p.stage_at(step)
+                batch = to_device(next(batches), p.batch_sharding)
+                if index not in self._compiled:
+                    self._compiled[index] = p.step(index).lower(state, frozen, batch).compile()
+                state, values = self._compiled[index](state, frozen, batch)
+                losses.append(values["loss"])
+                if step + 1 == p.stages[index].end and index + 1 < len(p.stages):
+                    state["opt"] = p.init_opt(index + 1, state["params"])
+                progress(step + 1, total)
+        finally:
+            batches.close()
+        last = float(np.mean([float(x) for x in losses[-max(1, total // 10) :]]))
+        if not np.isfinite(last):
+            raise RunError(f"the loss is {last}: the learning rate is too high")
+        return p.towers({**frozen, **averaged(state)}), last
+
+
+class Judge:
+    """All tests of `blindness`, for any towers."""
+
+    def __init__(self, tests: blindness.Tests):
+        self.tests, self._encoder = tests, blindness.Encoder()
+
+    def __call__(self, towers: Towers) -> dict[str, np.ndarray]:
+        """The results of `blindness.measure`; towers that are not given are those of the kept CLIP."""
+        e = self._encoder
+        return blindness.measure(
+            self.tests,
+            lambda x: e.images(x, towers.get("vision")),
+            lambda t: e.texts(t, towers.get("text")),
+        )
+
+    def drift(self, towers: Towers) -> float:
+        """1 minus the mean cosine of the embeddings of test pictures to those of the kept CLIP."""
+        x = self.tests.test_images
+        cosines = (self._encoder.images(x) * self._encoder.images(x, towers.get("vision"))).sum(axis=1)
+        return float(1 - cosines.mean())
+
+
+def countdown(say: Callable[[str], None], every: float = 20.0) -> Callable[[int, int], None]:
+    """A `progress` that says the step and an ETA at most every `every` seconds."""
+    began, last = time.monotonic(), [time.monotonic()]
+
+    def progress(done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - last[0] >= every or done == total:
+            last[0] = now
+            say(f"  step {done}/{total}, {(now - began) / done * (total - done):.0f} s left")
+
+    return progress

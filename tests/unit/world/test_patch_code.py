@@ -1,0 +1,38 @@
+"""The patch code in place of a VAE."""
+
+import jax
+import numpy as np
+import pytest
+
+from diva_jax.common.errors import UserError
+from diva_jax.costs import flops
+from diva_jax.models.diffusion import patch_code
+from diva_jax.models.diffusion.settings import Diffusion, latent_code
+from diva_jax.world import drawing, models, scenes
+
+
+def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
+    basis, scale = models.basis()
+    np.testing.assert_allclose(basis.T @ basis, np.eye(12), atol=1e-9)
+    pictures = drawing.draw(scenes.sample(np.random.default_rng(3), 60)).astype(np.float32) / 127.5 - 1
+    d = Diffusion.from_dict(dict(source="", prompt="", text_tokens=4, **models.DIFFUSION))
+    code = latent_code(d.vae)
+    code.basis[...] = jax.numpy.asarray(basis, np.float32)
+    latents = code.encode(pictures)
+    assert latents.shape == (60, 8, 8, 12) and abs(scale - d.vae.scaling_factor) < 0.02
+    assert 0.8 < float(np.std(np.asarray(latents))) < 1.2
+    back = np.asarray(code.decode(latents))
+    assert np.mean((back - pictures) ** 2) < 0.08 * np.var(pictures)
+    # What has been projected once stays as it is.
+    np.testing.assert_allclose(code.decode(code.encode(back)), back, atol=1e-5)
+
+
+def test_other_shapes_and_flops():
+    config = patch_code.PatchCodeConfig.from_dict({"patch_size": 2, "latent_channels": 5, "in_channels": 3})
+    code = patch_code.PatchCode(config)
+    assert code.encode(np.ones((1, 6, 10, 3), np.float32)).shape == (1, 3, 5, 5)
+    assert flops.vae(config, 6) == 2 * 9 * 12 * 5
+    with pytest.raises(UserError, match="keeps 13 numbers of a patch that has only 12"):
+        patch_code.PatchCodeConfig.from_dict({"patch_size": 2, "latent_channels": 13})
+    with pytest.raises(UserError, match="unknown option block_out_channels"):
+        patch_code.PatchCodeConfig.from_dict({"block_out_channels": [8]})
