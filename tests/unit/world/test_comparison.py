@@ -38,7 +38,9 @@ def test_an_arm_that_is_as_good_as_its_control_is_not_claimed():
 
 
 def test_an_arm_above_both_and_one_below():
-    found = comparison.compare(rows({"untuned": 0.4, "stages": 0.6, "diva": 0.2, "shuffled": 0.42}))
+    found = comparison.compare(
+        rows({"untuned": 0.4, "stages": 0.6, "shuffled": 0.42, "diva": 0.2, "diva_shuffled": 0.42})
+    )
     assert comparison.verdict("stages", found["stages"]) == "more pairs than untuned, names better; above its control"
     assert comparison.verdict("diva", found["diva"]).startswith("fewer pairs than untuned, names worse; below")
     text = comparison.markdown(found)
