@@ -15,7 +15,7 @@ import numpy as np
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
-from diva_jax.train import use_compile_cache
+from diva_jax.training import compiler
 from diva_jax.world import comparison, models
 from diva_jax.world.arms import ARMS, Arm
 from diva_jax.world.blindness import PAIRS, Tests, summary
@@ -104,7 +104,7 @@ def _main() -> None:
     if not given.out:
         raise UserError("--out is missing: give a folder, e.g. --out=runs/experiment")
     out = Path(given.out)
-    use_compile_cache("auto", paths.folder(given.out, "--out"))
+    compiler.use_cache(compiler.AUTO, paths.folder(given.out, "--out"))
     budget = {"steps": given.steps, "batch_size": given.batch_size, "pairs": given.pairs}
     arms = given.arms or [name for name, arm in ARMS.items() if kept(arm)]
     rows = experiment(out, arms, given.seeds, budget)
