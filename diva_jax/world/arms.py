@@ -52,19 +52,9 @@ def _diva(
     return Arm(what, "diva", _TUNING | {k.replace("__", "."): v for k, v in fields.items()}, stages, generator, control)
 
 
-ARMS = {
-    "untuned": Arm("the kept CLIP", "", control=""),
+# Variants of `stages`, each with a control of its own, `NAME_shuffled`, which differs in whose features are given.
+_VARIANTS = {
     "diva": _diva("DIVA end to end from a random projection", stages=False),
-    "stages": _diva("DIVA in two stages"),
-    "shuffled": _diva("control: two stages, features of the next image", control="", diva__condition_of="next"),
-    "random_unet": _diva("control: two stages, random U-Net", generator="random", control=""),
-    "more_clip": Arm(
-        "control: more CLIP training on biased captions",
-        "clip",
-        {"optim.lr": 1e-4, "optim.warmup": 0.05},
-        stages=False,
-        control="",
-    ),
     "anchor": _diva("two stages, anchor 3e-4", anchor__weight=3e-4),
     "low_rate": _diva("two stages, learning rate 2e-5", optim__lr=2e-5),
     "all_tokens": _diva("two stages, pooled and all patch tokens", backbone__select="all"),
@@ -72,15 +62,30 @@ ARMS = {
     "all_timesteps": _diva("two stages, all timesteps", diva__first_timestep=0),
     "four_draws": _diva("two stages, four draws", diva__draws=4),
     "ema": _diva("two stages, moving average", ema__decay=0.98),
-    "unclip": Arm("un2CLIP", "unclip", _UNCLIP, False, models.UNCLIP, "unclip_shuffled"),
-    "unclip_shuffled": Arm(
-        "control: un2CLIP, embedding of the next image",
-        "unclip",
-        _UNCLIP | {"unclip.condition_of": "next"},
-        False,
-        models.UNCLIP,
-        "",
+    "unclip": Arm("un2CLIP", "unclip", _UNCLIP, False, models.UNCLIP),
+}
+
+
+def _shuffled(arm: Arm) -> Arm:
+    """The control of an arm: the same with the features of the next image."""
+    fields = {**arm.fields, f"{arm.objective}.condition_of": "next"}
+    return dataclasses.replace(arm, what=f"control: {arm.what}, features of the next image", fields=fields, control="")
+
+
+ARMS = {
+    "untuned": Arm("the kept CLIP", "", control=""),
+    "stages": _diva("DIVA in two stages"),
+    "shuffled": _shuffled(_diva("DIVA in two stages")),
+    "random_unet": _diva("control: DIVA in two stages, random U-Net", generator="random", control=""),
+    "more_clip": Arm(
+        "control: more CLIP training on biased captions",
+        "clip",
+        {"optim.lr": 1e-4, "optim.warmup": 0.05},
+        stages=False,
+        control="",
     ),
+    **{name: dataclasses.replace(arm, control=f"{name}_shuffled") for name, arm in _VARIANTS.items()},
+    **{f"{name}_shuffled": _shuffled(arm) for name, arm in _VARIANTS.items()},
 }
 
 

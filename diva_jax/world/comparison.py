@@ -147,13 +147,21 @@ def pareto(compared: Mapping[str, Compared]) -> Canvas:
     canvas.text(left, 14, "pairs right, %", "ink")
     canvas.text(width - 150, bottom + 36, "names right, %", "ink", anchor="end")
 
-    def place(names: float, pairs: float) -> tuple[float, float]:
-        return left + (width - 150 - left) * names / 100, bottom - (bottom - 20) * pairs / 100
+    # Each axis from the multiple of five below its smallest value to the one above its largest.
+    spans = []
+    for metric in ("zeroshot", "pairs"):
+        values = [c.scores[metric] for c in compared.values()]
+        spans.append((5 * np.floor(min(values) / 5), 5 * np.floor(max(values) / 5) + 5))
+    (x0, x1), (y0, y1) = spans
 
-    for tick in range(0, 101, 20):
-        x, y = place(tick, tick)
-        canvas.text(x, bottom + 16, str(tick), anchor="middle")
-        canvas.text(left - 6, y + 4, str(tick), anchor="end")
+    def place(names: float, pairs: float) -> tuple[float, float]:
+        return left + (width - 150 - left) * (names - x0) / (x1 - x0), bottom - (bottom - 20) * (pairs - y0) / (y1 - y0)
+
+    for tick in np.linspace(x0, x1, 6):
+        canvas.text(place(tick, y0)[0], bottom + 16, f"{tick:g}", anchor="middle")
+    for tick in np.linspace(y0, y1, 6):
+        y = place(x0, tick)[1]
+        canvas.text(left - 6, y + 4, f"{tick:g}", anchor="end")
         canvas.path([(left, y), (width - 150, y)], "grid")
     for number, (arm, c) in enumerate(compared.items()):
         x, y = place(c.scores["zeroshot"], c.scores["pairs"])

@@ -36,7 +36,7 @@ class Tuner:
         self._config = partial(arms.arm_config, arm, steps=steps, batch_size=batch_size, random_generator=random)
         config = self._config(0)
         self.program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-        self._compiled: dict[int, Callable] = {}
+        self._steps: dict[int, Callable] = {}  # Of each stage; compiled at its first call.
 
     def run(self, seed: int, progress: Callable[[int, int], None] = lambda done, steps: None) -> tuple[Towers, float]:
         """Trains with one seed; returns (the tuned towers, the mean loss of the last tenth of the steps).
@@ -54,9 +54,9 @@ class Tuner:
             for step in range(total):
                 index = p.stage_at(step)
                 batch = to_device(next(batches), p.batch_sharding)
-                if index not in self._compiled:
-                    self._compiled[index] = p.step(index).lower(state, frozen, batch).compile()
-                state, values = self._compiled[index](state, frozen, batch)
+                if index not in self._steps:
+                    self._steps[index] = p.step(index)
+                state, values = self._steps[index](state, frozen, batch)
                 losses.append(values["loss"])
                 if step + 1 == p.stages[index].end and index + 1 < len(p.stages):
                     state["opt"] = p.init_opt(index + 1, state["params"])
