@@ -235,10 +235,14 @@ class Checkpoints:
         """Removes what failed saves have written so far, on the first process; the disk may be full of it."""
         if jax.process_index() == 0:
             for folder in _folder(self._workdir).glob(f"*{_UNFINISHED}*"):
-                try:
-                    folder.rmtree()
-                except Exception as e:  # Those of object stores have no common type.
-                    logger.warning("%s cannot be removed: %s", folder, paths.reason(e))
+                for last in (False, False, True):
+                    try:
+                        folder.rmtree()
+                        break
+                    except Exception as e:  # Those of object stores have no common type.
+                        if last:
+                            logger.warning("%s cannot be removed: %s", folder, paths.reason(e))
+                    time.sleep(1.0)  # Threads of the failed save may still be writing there.
 
     def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:
         """None, or why it failed. orbax reports a failed save only when waited for, and does not recover from it."""

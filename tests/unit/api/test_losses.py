@@ -34,10 +34,13 @@ def test_it_is_the_loss_and_the_gradient_of_training(loss):
         "step": jax.numpy.int32(2),
         "key": program.init_state(loss.params)["key"],
     }
-    static = dict(skeleton=program.skeleton, active=active, tx=tx, lr=lambda step: 1.0, start=0, accum=1)
+    rate = {"tx": lambda lr: tx, "rate": lambda pace: lambda step: 1.0}
+    static = dict(skeleton=program.skeleton, active=active, accum=1, **rate)
     rows = {**batch, "row": np.arange(8, dtype=np.int32)}
     with jax.sharding.use_abstract_mesh(loss._mesh.abstract_mesh):
-        new, metrics = jax.jit(lambda s, f, b: train_step(s, f, b, **static))(state, loss.frozen, rows)
+        new, metrics = jax.jit(lambda s, f, b: train_step(s, f, b, program.step(0).pace, **static))(
+            state, loss.frozen, rows
+        )
     assert found.loss == pytest.approx(float(metrics["loss"]), rel=1e-5)
     for name, gradient in found.gradients.items():
         want = np.asarray(loss.params[name]) - np.asarray(new["params"][name])

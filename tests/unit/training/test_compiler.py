@@ -54,7 +54,7 @@ def test_the_step_is_jitted_with_them(monkeypatch):
     given = []
     monkeypatch.setattr(compiler, "options", lambda setting, device: given.append((setting, device)) or {"b": "2"})
     monkeypatch.setattr(step.jax, "jit", lambda fn, **kw: kw)
-    assert program.step(0)["compiler_options"] == {"b": "2"}
+    assert program.step(0).jitted["compiler_options"] == {"b": "2"}
     assert given == [("a=1", program.mesh.devices.flat[0])]
 
 
