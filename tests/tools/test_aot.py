@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from places import ROOT
+from places import QUICK, ROOT
 
 from diva_jax import aot, config
 from diva_jax.common.errors import UserError
@@ -20,6 +20,15 @@ from diva_jax.training import compiler, sharding
 
 pytest.importorskip("libtpu")
 CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def flags_that_libtpu_knows():
+    """libtpu reads XLA_FLAGS too, and ends the process where a flag is unknown to it."""
+    jax.devices()  # Those of the CPU have their flags from here on.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", QUICK)
+        yield
 
 
 class Toy:
