@@ -99,6 +99,9 @@ def devices(topology: str) -> tuple[chips.Chip, tuple[int, ...], list]:
         raise UserError("libtpu, the TPU's compiler, is not installed: pip install 'diva_jax[tpu]' (it runs on a CPU)")
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    # libtpu ends the process, without an exception, if XLA_FLAGS has flags of the CPU's compiler.
+    given = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(flag for flag in given if not flag.startswith("--xla_cpu_"))
     from jax.experimental import topologies
 
     try:
