@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 DECAYS = np.logspace(-6, 2, 97)  # Of the search, as CLIP (arXiv 2103.00020, appendix A.3) and CLIP_benchmark.
-_COARSE = 16  # Every so many of them in its first round: logspace(-6, 2, 7).
+_COARSE = 16  # The stride of the first round: logspace(-6, 2, 7).
 _ROWS = 2**14  # Rows whose logits are held at once.
 _QUERIES = 256
 _TOLERANCE = 1e-6  # Of the largest element of the gradient.
