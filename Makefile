@@ -15,10 +15,10 @@ demo: $(VENV)/demo.stamp  ## tunes a small CLIP in a drawn world, with a control
 	$(RUN) -m diva_jax.world.demo --out=runs/world
 
 check: $(VENV)/test.stamp lint  ## lint and the unit tests, with PyTorch blocked: about two minutes on two cores
-	PYTHONPATH=tests/support $(RUN) -m pytest -n 2 --dist loadfile -p without_torch tests/unit
+	PYTHONPATH=tests/support $(RUN) -m pytest -n 2 --dist loadfile --max-worker-restart=0 -p without_torch tests/unit
 
 test: $(VENV)/test.stamp lint  ## the whole test suite
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
 # Address space is limited, so that a file which asks for too much memory fails a test and not the machine.
 attack: $(VENV)/test.stamp  ## generated cases of damaged and hostile input: minutes, at most 24 GB of address space

@@ -1,6 +1,7 @@
 """Settings of all tests: eight simulated CPU devices, and fast compilation."""
 
 import os
+import resource
 import tempfile
 
 from places import FAST_COMPILATION
@@ -17,6 +18,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 chex.set_n_cpu_devices(8)
+_MEMORY = 3_000_000  # [kB]
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +40,14 @@ def files(tmp_path_factory):
 def no_process_is_left():
     yield
     commands.kill_all()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_dropped():
+    """After a file, in a process that has used much memory; compiled programs take most of it."""
+    yield
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > _MEMORY:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -63,6 +63,17 @@ def _with_config_found(argument: str) -> str:
     return f"{flag}={found}{colon}{variant}"
 
 
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`--config FILE` -> `--config=FILE`; other arguments as they are."""
+    out = []
+    for argument in argv:
+        if out and out[-1] in ("--config", "-config"):
+            out[-1] += f"={argument}"
+        else:
+            out.append(argument)
+    return out
+
+
 def config_of(flag):
     """The config that a `--config` flag (of `config_flags.DEFINE_config_file`) names.
 
@@ -226,7 +237,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Cal
         signal.signal(signal.SIGTERM, _on_sigterm)
         sys.unraisablehook = _on_unraisable
     try:
-        sys.argv[1:] = [_with_config_found(a) for a in sys.argv[1:]]
+        sys.argv[1:] = [_with_config_found(a) for a in _joined(sys.argv[1:])]
         _inform(main, arguments, described)
         app.run(guarded, flags_parser=lambda argv: _parse(argv, arguments))
     except UserError as e:

@@ -32,7 +32,7 @@ REFUSED = {
 SHOWN = {
     "help": (("--help",), ("usage: diva-command", "--workdir", "--init_from", "JAX_COORDINATOR_ADDRESS")),
     "fields": (
-        ("--config=tiny", "--config.steps=7", "--config.eval.data=drift=a,mmvp=b", "--help"),
+        ("--config", "tiny", "--config.steps=7", "--config.eval.data=drift=a,mmvp=b", "--help"),
         (
             "--config.steps=7\n      Optimizer steps",
             "--config.eval.data=('drift=a', 'mmvp=b')",

@@ -342,7 +342,7 @@ def test_preprocessing_left_out_is_open_clips_default_except_for_siglip():
     [
         (dict(width=1160, embed_dim=1160), "timm's list"),
         (dict(image_size=256), "timm's list"),
-        (dict(activation="gelu_tanh"), "timm's list"),
+        (dict(activation="gelu_tanh"), "no option for gelu_tanh: use --format=hf"),
         (dict(norm_eps=1e-5), "timm's list"),
     ],
 )

@@ -16,6 +16,7 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.transformer import patch_flops
 from diva_jax.objectives import kuea
 from diva_jax.train import Run
+from diva_jax.training import optim
 
 SWITCHES = ("faithful", "exact")
 
@@ -92,7 +93,8 @@ def test_only_the_ratio_of_gamma_and_c_matters(seed):
 def test_the_published_schedules():
     """The formula of open_clip; faithful has the peak at the first step alone."""
     c = config.default("vitl14", objective="kuea")
-    exact, faithful = (kuea.stages(x)[0].rate for x in (c, config.faithful(c.copy_and_resolve_references())))
+    stages = [kuea.stages(x)[0] for x in (c, config.faithful(c.copy_and_resolve_references()))]
+    exact, faithful = (optim.learning_rate(s, optim.pace(s, c.optim.warmup)) for s in stages)
     steps = np.array([0, 1, 1399, 2799, 2800, 21400, 39999])
     want = 1e-5 * np.where(steps < 2800, (steps + 1) / 2800, 0.5 * (1 + np.cos(np.pi * (steps - 2800) / 37200)))
     np.testing.assert_allclose([exact(s) for s in steps], want, rtol=2e-5, atol=1e-12)
