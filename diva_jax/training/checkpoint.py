@@ -233,16 +233,17 @@ class Checkpoints:
 
     def _discard_unfinished(self) -> None:
         """Removes what failed saves have written so far, on the first process; the disk may be full of it."""
-        if jax.process_index() == 0:
-            for folder in _folder(self._workdir).glob(f"*{_UNFINISHED}*"):
-                for last in (False, False, True):
-                    try:
-                        folder.rmtree()
-                        break
-                    except Exception as e:  # Those of object stores have no common type.
-                        if last:
-                            logger.warning("%s cannot be removed: %s", folder, paths.reason(e))
-                    time.sleep(1.0)  # Threads of the failed save may still be writing there.
+        if jax.process_index() != 0:
+            return
+        for pause in (1.0, 1.0, 0.0):  # Threads of the failed save may still be writing there.
+            try:
+                for folder in _folder(self._workdir).glob(f"*{_UNFINISHED}*"):
+                    folder.rmtree()
+                return
+            except Exception as e:  # Those of object stores have no common type, and a bucket may be gone.
+                reason = paths.reason(e)
+            time.sleep(pause)
+        logger.warning("what the failed save wrote cannot be removed from %s: %s", _folder(self._workdir), reason)
 
     def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:
         """None, or why it failed. orbax reports a failed save only when waited for, and does not recover from it."""
