@@ -10,6 +10,7 @@ it idle. The backward pass is one kernel, which keeps the gradient of the querie
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -129,12 +130,25 @@ def attend(
     return _forward(q, k, v, heads, keys, blocks, interpret)[0]
 
 
+def _specs(width: int, blocks: tuple[int, int], place: Callable) -> tuple[pl.BlockSpec, ...]:
+    """Tiles of queries, of keys, and of one number per query.
+
+    Args:
+      width, blocks: as in `attend`.
+      place: the last two indices of the grid -> (tile of queries, tile of keys).
+    """
+    bq, bk = blocks
+    return (
+        pl.BlockSpec((None, width, bq), lambda b, h, x, y: (b, h, place(x, y)[0])),
+        pl.BlockSpec((None, width, bk), lambda b, h, x, y: (b, h, place(x, y)[1])),
+        pl.BlockSpec((None, None, 1, bq), lambda b, h, x, y: (b, h, 0, place(x, y)[0])),
+    )
+
+
 def _forward(q, k, v, heads, keys, blocks, interpret):
     (b, c, n), m = q.shape, k.shape[2]
     width, (bq, bk) = c // heads, blocks
-    by_q = pl.BlockSpec((None, width, bq), lambda b, h, i, j: (b, h, i))
-    by_k = pl.BlockSpec((None, width, bk), lambda b, h, i, j: (b, h, j))
-    row = pl.BlockSpec((None, None, 1, bq), lambda b, h, i, j: (b, h, 0, i))
+    by_q, by_k, row = _specs(width, blocks, lambda i, j: (i, j))
     return _call(
         _forward_kernel, FORWARD, width, keys, interpret, ("parallel", "parallel", "parallel", "arbitrary"),
         grid=(b, heads, n // bq, m // bk),
@@ -154,9 +168,7 @@ def _backward(heads, keys, blocks, interpret, saved, do):
     q, k, v, o, lse = saved
     (b, c, n), m = q.shape, k.shape[2]
     width, (bq, bk) = c // heads, blocks
-    by_q = pl.BlockSpec((None, width, bq), lambda b, h, j, i: (b, h, i))
-    by_k = pl.BlockSpec((None, width, bk), lambda b, h, j, i: (b, h, j))
-    row = pl.BlockSpec((None, None, 1, bq), lambda b, h, j, i: (b, h, 0, i))
+    by_q, by_k, row = _specs(width, blocks, lambda j, i: (i, j))
     return _call(
         _backward_kernel, BACKWARD, width, keys, interpret, ("parallel", "parallel", "arbitrary", "arbitrary"),
         grid=(b, heads, m // bk, n // bq),

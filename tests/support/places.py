@@ -8,11 +8,9 @@ ROOT = TESTS.parent
 
 # XLA flags: code is not optimised, and fusions are emitted the older way, which halves the time of compilation. On a
 # busy machine the threads of eight simulated devices may meet late; by default the process would end after 40 s.
-# libtpu ends the process where it does not know a flag; it knows the first one.
-QUICK = "--xla_backend_optimization_level=0"
 FAST_COMPILATION = " ".join(
     (
-        QUICK,
+        "--xla_backend_optimization_level=0",
         "--xla_cpu_use_fusion_emitters=false",
         "--xla_cpu_parallel_codegen_split_count=4",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from types import SimpleNamespace
 
 import commands
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from places import QUICK, ROOT
+from places import ROOT
 
 from diva_jax import aot, config
 from diva_jax.common.errors import UserError
@@ -23,11 +24,11 @@ CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def flags_that_libtpu_knows():
-    """libtpu reads XLA_FLAGS too, and ends the process where a flag is unknown to it."""
-    jax.devices()  # Those of the CPU have their flags from here on.
+def flags_of_the_cpu():
+    """`aot.devices` removes them from XLA_FLAGS: they are used before, and are there again afterwards."""
+    jax.devices()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", QUICK)
+        patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
         yield
 
 

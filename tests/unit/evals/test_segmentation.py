@@ -44,12 +44,13 @@ def labels_of(i, top, ignored=255):
     return out
 
 
-def write_voc(root):
+def write_voc(root, suffix="", classes=20):
+    """PASCAL's layout; `suffix` is that of its two folders' names."""
     names = [f"2007_{i:06d}" for i in range(COUNT)]
     for i, name in enumerate(names):
         save(root / "JPEGImages" / f"{name}.jpg", encoded(patch(i), "JPEG"))
-        save_labels(root / "SegmentationClass" / f"{name}.png", labels_of(i, 20), "P")
-    save(root / "ImageSets" / "Segmentation" / "val.txt", "\n".join(names).encode())
+        save_labels(root / f"SegmentationClass{suffix}" / f"{name}.png", labels_of(i, classes), "P")
+    save(root / "ImageSets" / f"Segmentation{suffix}" / "val.txt", "\n".join(names).encode())
     return root
 
 
@@ -71,12 +72,7 @@ def write_cityscapes(root):
 
 
 def write_context(root):
-    names = [f"2008_{i:06d}" for i in range(COUNT)]
-    for i, name in enumerate(names):
-        save(root / "JPEGImages" / f"{name}.jpg", encoded(patch(i), "JPEG"))
-        save_labels(root / "SegmentationClassContext" / f"{name}.png", labels_of(i, 59), "P")
-    save(root / "ImageSets" / "SegmentationContext" / "val.txt", "\n".join(names).encode())
-    return root
+    return write_voc(root, "Context", 59)
 
 
 def write_coco(root, suffix, values):
