@@ -20,13 +20,13 @@ from diva_jax.common import platforms, usage
 from diva_jax.common.errors import RunError, Terminated, UserError, listing, printable
 
 _LINGER = 10.0  # Seconds for threads to end after a command has; one of them may wait for a disk that is gone.
-_TERMINATED = 143  # After SIGTERM, unless a training run has saved.
-_handled = 0  # Signals for which an exception was raised.
 _LONGEST = 10_000  # Characters of a message; values that it quotes may be of any length.
 _INTERRUPTED = 130  # Exit code after SIGINT, as shells have it.
-
-
+_TERMINATED = 143  # Exit code after SIGTERM, unless a training run has saved.
 _CONFIGS = Path(__file__).parents[1] / "configs"
+_UNKNOWN_FIELD = re.compile(r'Did you mean "(\w+)" instead of "(\w+)"')
+_FIELD = re.compile(r"--?(?:no)?config\.([\w.]+)")
+_handled = 0  # Signals for which an exception was raised.
 
 
 class _Tuples(tuple_parser.TupleParser):
@@ -102,10 +102,6 @@ def _reason(e: Exception) -> str:
         return f"{named}: the config has no field {field}" + (f"; did you mean {hint}?" if hint else "")
     head, broken, trace = message.partition("Error whilst parsing config file:")  # Followed by Python's traceback.
     return head + trace.strip().splitlines()[-1] if broken else message
-
-
-_UNKNOWN_FIELD = re.compile(r'Did you mean "(\w+)" instead of "(\w+)"')
-_FIELD = re.compile(r"--?(?:no)?config\.([\w.]+)")
 
 
 def _parse(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
@@ -226,6 +222,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Cal
 
     def guarded(argv):
         platforms.without_tpu()
+        # transformers otherwise says that PyTorch is missing, which no command needs.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax and grain log many lines for every save.
         logging.get_absl_handler().setFormatter(_Plain())
