@@ -21,7 +21,9 @@ from diva_jax.data import inputs, preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow
 from diva_jax.models.diffusion.flow import FlowConfig
-from diva_jax.models.diffusion.flux_vae import FluxVAE, FluxVAEConfig
+from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
+from diva_jax.models.diffusion.patch_code import KIND, PatchCodeConfig
+from diva_jax.models.diffusion.settings import latent_code
 from diva_jax.models.layers import ACTIVATIONS, Layers
 from diva_jax.objectives import contract
 from diva_jax.objectives.latents import LatentSource
@@ -149,8 +151,14 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-def _vae(config: ConfigDict) -> FluxVAEConfig:
-    return FluxVAEConfig(**_fields(config.genhancer.vae, without=("source",)))
+def _vae(config: ConfigDict) -> FluxVAEConfig | PatchCodeConfig:
+    fields = _fields(config.genhancer.vae, without=("source",))
+    return PatchCodeConfig.from_dict(fields) if fields.get("_class_name") == KIND else FluxVAEConfig(**fields)
+
+
+def _vae_part(source: str, vae: FluxVAEConfig | PatchCodeConfig) -> parts.Part:
+    kind = parts.diffusers if isinstance(vae, PatchCodeConfig) else flux.vae
+    return kind(source, vae, "config.genhancer.vae")
 
 
 def _fields(section: ConfigDict, without: tuple[str, ...] = ()) -> dict:
@@ -209,14 +217,14 @@ class Objective(contract.Objective):
         self.denoiser = flow.Flow(f, rngs=rngs, dtype=dtype, param_dtype=held, remat=config.remat == "all")
         self.latent_source = LatentSource(
             self.vae_config,
-            flux.vae(config.genhancer.vae.source, self.vae_config, "config.genhancer.vae"),
+            _vae_part(config.genhancer.vae.source, self.vae_config),
             self.spec.image_size,
             self.options.vae_dtype,
             self.options.vae_dtype,
             cached=bool(config.data.latents),
         )
         precision = dict(dtype=jnp.dtype(self.options.vae_dtype), param_dtype=jnp.dtype(self.options.vae_dtype))
-        self.vae = None if config.data.latents else FluxVAE(self.vae_config, rngs=rngs, **precision)
+        self.vae = None if config.data.latents else latent_code(self.vae_config, rngs=rngs, **precision)
 
     @property
     def inputs(self) -> Mapping[str, inputs.Input]:

@@ -1,11 +1,13 @@
 """Writes a report on an evaluation or a training run: one self-contained HTML file, and its charts as PNG files.
 
-The format of the input is documented in `diva_jax.evals`. Two optional inputs are shown in addition:
+The format of the input is documented in `diva_jax.evals`. Three optional inputs are shown in addition:
 
 - In a task's entry for one set of weights, `timesteps` beside `scores` (the diffusion feedback per timestep bin):
   `[{"low": 0, "high": 100, "scores": {METRIC: {"score": 0.2, "interval": [0.1, 0.3]}}}, ...]`.
 - In rows of metrics.jsonl, the keys `eval/...` and `feedback/...`, with `KEY/low` and `KEY/high` as the interval of
   `KEY`.
+- The file estimates.json beside results.json, rows of pictures:
+  `{"title": ..., "note": ..., "rows": [[{"image": FILE, "caption": ...}, ...], ...]}`.
 """
 
 import io

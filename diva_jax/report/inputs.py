@@ -69,11 +69,13 @@ class Inputs:
       folder: the folder that the report is written to.
       results: the content of results.json, or None if there is no evaluation.
       runs: the training runs; empty if there are none.
+      estimates: the content of estimates.json, or None if there is no such file.
     """
 
     folder: epath.Path
     results: dict[str, Any] | None
     runs: list[Run]
+    estimates: dict[str, Any] | None = None
 
 
 def read(folder: epath.PathLike) -> Inputs:
@@ -99,7 +101,7 @@ def read(folder: epath.PathLike) -> Inputs:
             f"{folder} has neither results.json nor logged steps in metrics.jsonl: give an evaluation's output folder "
             f"(python -m diva_jax.evaluate --out={shlex.quote(str(folder))}) or a training workdir"
         )
-    return Inputs(folder, results, runs)
+    return Inputs(folder, results, runs, _estimates(folder / "estimates.json"))
 
 
 def _existing(source: str, remote: bool) -> epath.Path | None:
@@ -172,6 +174,17 @@ def _results(path: epath.Path) -> dict[str, Any] | None:
     except schema.Wrong as e:
         raise UserError(f"{path}: {e}: {again}") from e
     return _without_empty_intervals(results)
+
+
+def _estimates(path: epath.Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    estimates = _json(path, _bytes(path))
+    try:
+        schema.check_estimates(estimates)
+    except schema.Wrong as e:
+        raise UserError(f"{path}: {e}: write it again, or remove it") from e
+    return estimates
 
 
 def _without_empty_intervals(tree: Any) -> Any:

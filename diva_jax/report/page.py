@@ -3,7 +3,7 @@
 import itertools
 from html import escape
 
-from diva_jax.report import about, alarms, evaluation, training
+from diva_jax.report import about, alarms, evaluation, pictures, training
 from diva_jax.report.charts import Chart
 from diva_jax.report.inputs import Inputs
 from diva_jax.report.sections import Section
@@ -20,6 +20,8 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def sections(inputs: Inputs) -> list[Section]:
     """Returns the sections of all inputs that are present."""
     found = evaluation.sections(evaluation.prepared(inputs)) if inputs.results else []
+    if e := inputs.estimates:
+        found.append(Section(e["title"], pictures.estimates(e, inputs.folder), e["note"]))
     return found + training.sections(inputs.runs)
 
 

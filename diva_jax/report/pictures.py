@@ -3,6 +3,7 @@
 import base64
 import colorsys
 import io
+import os
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,20 @@ def strips(task: dict[str, Any], labels: list[str]) -> list[str]:
         ]
         out.append(f'<div class="strip" style="--columns:{len(figures)}">{"".join(figures)}</div>')
         out.append(_legend([truth, *found.values()], names))
+    return out
+
+
+def estimates(found: dict[str, Any], folder: os.PathLike) -> list[str]:
+    """Returns one row per entry of `rows` in estimates.json: pictures beside each other with their captions.
+
+    Args:
+      found: the content of the file.
+      folder: that of the file; names of pictures are relative to it.
+    """
+    out, thumbnails = [], {}
+    for row in found["rows"]:
+        shown = [_figure(image(str(Path(folder) / f["image"]), thumbnails), f["caption"]) for f in row]
+        out.append(f'<div class="strip" style="--columns:{max(1, len(shown))}">{"".join(shown)}</div>')
     return out
 
 

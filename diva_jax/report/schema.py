@@ -124,6 +124,9 @@ _RESULTS = _record(
 )
 
 
+_ESTIMATES = _record(
+    {"title": _TEXT, "note": _TEXT, "rows": _list_of(_list_of(_record({"image": _TEXT, "caption": _TEXT})))}
+)
 _SESSIONS = _list_of(_record({}, started=_TEXT, devices=_TEXT, versions=_OBJECT))
 
 
@@ -134,6 +137,15 @@ def check_sessions(sessions: Any) -> None:
       Wrong: it is not a list of sessions.
     """
     _SESSIONS(sessions, "it")
+
+
+def check_estimates(estimates: Any) -> None:
+    """Checks the content of estimates.json, see `report`.
+
+    Raises:
+      Wrong: it is not rows of pictures with captions.
+    """
+    _ESTIMATES(estimates, "it")
 
 
 def check(results: Any) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
+from diva_jax.common.errors import UserError
+from diva_jax.objectives import diva
 from diva_jax.world import models, records
 
 # Of every diffusion arm: what `gaps` proposes, pooled token alone, one draw, AdamW.
@@ -21,7 +23,19 @@ _UNCLIP = {
     "unclip.latents": "mean",
     "trainable": (("vision/.*", 1.0), (".*", 0.0)),
 }
-DATA_SEED = 1004
+# Adapters of rank 16; the rate is that of low-rank adapters in small models, ten times that of whole weights.
+_DCR = {
+    "dcr.group": 4,
+    "dcr.tile": 1000,  # All passes at the same time.
+    "optim.lr": 1e-3,
+    "optim.warmup": 0.05,
+    "condition.warmup_lr": 1e-3,
+}
+_KUEA = {"kuea.kernel": "cosine", "optim.lr": 1e-4, "optim.warmup": 0.05}
+_CLIP = {"optim.lr": 1e-4, "optim.warmup": 0.05}
+# Stage 1, which trains the denoiser from random weights, has steps of its own.
+_GENHANCER = {"genhancer.stage1_steps": 1500, "genhancer.stage1_lr": 1e-3, "optim.lr": 1e-3, "optim.warmup": 0.05}
+DATA_SEED = 1010
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,26 +47,44 @@ class Arm:
       objective: of the package; empty: not tuned.
       fields: of the config, by dotted name.
       stages: whether a third of the steps trains the projection alone first.
-      generator: a folder of `models.WEIGHTS`, or "random": one of the same size with random weights.
+      teacher: what teaches, a folder of `models.WEIGHTS`, or "random": one of the same size with random weights; empty:
+        the captions alone.
       control: the arm that must be beaten before anything is claimed; empty: a control itself.
+      captions: of the training data, a key of `captions.KINDS`.
     """
 
     what: str
     objective: str = "diva"
     fields: Mapping[str, object] = dataclasses.field(default_factory=dict)
     stages: bool = True
-    generator: str = models.GENERATOR
+    teacher: str = models.GENERATOR
     control: str = "shuffled"
+    captions: str = "biased"
 
 
-def _diva(
-    what: str, stages: bool = True, generator: str = models.GENERATOR, control: str = "shuffled", **fields
-) -> Arm:
+def _diva(what: str, stages: bool = True, teacher: str = models.GENERATOR, control: str = "shuffled", **fields) -> Arm:
     """DIVA with some fields other than `_TUNING`; in names of `fields`, `__` stands for a dot."""
-    return Arm(what, "diva", _TUNING | {k.replace("__", "."): v for k, v in fields.items()}, stages, generator, control)
+    return Arm(what, "diva", _TUNING | {k.replace("__", "."): v for k, v in fields.items()}, stages, teacher, control)
 
 
-# Variants of `stages`, each with a control of its own, `NAME_shuffled`, which differs in whose features are given.
+def _random(arm: Arm) -> Arm:
+    """The control of an arm: the same with a teacher of random weights."""
+    fields = dict(arm.fields)
+    if arm.objective == "genhancer":
+        fields["genhancer.stage1_steps"] = 1
+    what = f"control: {arm.what}, random teacher"
+    return dataclasses.replace(arm, what=what, fields=fields, teacher=RANDOM, control="")
+
+
+def _shuffled(arm: Arm) -> Arm:
+    """The control of an arm: the same with the features of the next image."""
+    fields = {**arm.fields, f"{arm.objective}.condition_of": "next"}
+    return dataclasses.replace(arm, what=f"control: {arm.what}, features of the next image", fields=fields, control="")
+
+
+RANDOM = "random"
+_STAGES = _diva("DIVA in two stages")
+# Each has a control of its own, `NAME_shuffled`, which differs in whose features are given.
 _VARIANTS = {
     "diva": _diva("DIVA end to end from a random projection", stages=False),
     "anchor": _diva("two stages, anchor 3e-4", anchor__weight=3e-4),
@@ -62,52 +94,73 @@ _VARIANTS = {
     "all_timesteps": _diva("two stages, all timesteps", diva__first_timestep=0),
     "four_draws": _diva("two stages, four draws", diva__draws=4),
     "ema": _diva("two stages, moving average", ema__decay=0.98),
+    "faithful": _diva("two stages, faithful switches", **{f"diva__{s}": diva.FAITHFUL for s in diva.SWITCHES}),
+    "last_block": _diva(
+        "two stages, last block of the encoder alone",
+        trainable=(("vision/blocks/2/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0)),
+    ),
     "unclip": Arm("un2CLIP", "unclip", _UNCLIP, False, models.UNCLIP),
 }
-
-
-def _shuffled(arm: Arm) -> Arm:
-    """The control of an arm: the same with the features of the next image."""
-    fields = {**arm.fields, f"{arm.objective}.condition_of": "next"}
-    return dataclasses.replace(arm, what=f"control: {arm.what}, features of the next image", fields=fields, control="")
-
+# Each has a control of its own, `NAME_random`, whose teacher is random.
+_TAUGHT = {
+    "dcr": Arm("DCR in two stages, groups of 4", "dcr", _DCR),
+    "genhancer": Arm("GenHancer, adapters of rank 16", "genhancer", _GENHANCER, False),
+    "kuea": Arm("KUEA, taught by a CLIP that learned from rich captions", "kuea", _KUEA, False, models.TEACHER),
+}
 
 ARMS = {
-    "untuned": Arm("the kept CLIP", "", control=""),
-    "stages": _diva("DIVA in two stages"),
-    "shuffled": _shuffled(_diva("DIVA in two stages")),
-    "random_unet": _diva("control: DIVA in two stages, random U-Net", generator="random", control=""),
-    "more_clip": Arm(
-        "control: more CLIP training on biased captions",
-        "clip",
-        {"optim.lr": 1e-4, "optim.warmup": 0.05},
-        stages=False,
-        control="",
+    "untuned": Arm("the kept CLIP", "", teacher="", control=""),
+    "stages": _STAGES,
+    "shuffled": _shuffled(_STAGES),
+    "random_unet": _random(_STAGES),
+    "more_clip": Arm("control: more CLIP training on biased captions", "clip", _CLIP, False, "", ""),
+    "rich_clip": Arm(
+        "CLIP training on rich captions, which name the facts", "clip", _CLIP, False, "", "more_clip", "rich"
     ),
     **{name: dataclasses.replace(arm, control=f"{name}_shuffled") for name, arm in _VARIANTS.items()},
+    **{name: dataclasses.replace(arm, control=f"{name}_random") for name, arm in _TAUGHT.items()},
     **{f"{name}_shuffled": _shuffled(arm) for name, arm in _VARIANTS.items()},
+    **{f"{name}_random": _random(arm) for name, arm in _TAUGHT.items()},
 }
 
 
-def arm_config(arm: Arm, seed: int, steps: int, batch_size: int, random_generator: str | os.PathLike):
+def passes(config) -> int:
+    """Passes through the U-Net per picture of one step; 1 where there is no U-Net."""
+    return {"diva": lambda: config.diva.draws, "dcr": lambda: config.dcr.group + 1}.get(config.objective, lambda: 1)()
+
+
+def arm_config(arm: Arm, seed: int, steps: int, batch_size: int, random: str | os.PathLike):
     """The config of one run of an arm.
 
-    All arms have the same budget: `steps` steps, of all stages together, with `batch_size` passes through the U-Net. An
-    arm with several draws per picture has fewer pictures.
+    All arms have the same budget: `steps` steps, of all stages together, with `batch_size` passes through the U-Net
+    (pictures, where there is none). An arm with several passes per picture has fewer pictures.
+
+    Args:
+      arm: not the untuned one.
+      seed: of initial weights, data and draws.
+      steps, batch_size: the budget.
+      random: folder of a teacher with random weights.
+
+    Raises:
+      UserError: `batch_size` cannot be divided into pictures.
     """
-    c = models.base_config(arm.objective, models.UNCLIP_DIFFUSION if arm.generator == models.UNCLIP else None)
+    c = models.base_config(arm.objective, models.UNCLIP_DIFFUSION if arm.teacher == models.UNCLIP else None)
     fields = dict(arm.fields)
     table = fields.pop("trainable", None)
     c.update_from_flattened_dict(fields)
     if table:
         c.trainable = table
-    c.update(seed=seed, batch_size=batch_size, accum=1, steps=steps)
-    if arm.objective == "diva":
-        c.batch_size = max(1, batch_size // c.diva.draws)
+    if batch_size % passes(c):
+        raise UserError(
+            f"--batch_size={batch_size} cannot be divided by the {passes(c)} passes per picture of an arm: give a "
+            f"multiple of {passes(c)}"
+        )
+    c.update(seed=seed, accum=1, steps=steps, batch_size=batch_size // passes(c))
     if arm.stages:
         c.condition.warmup_steps = steps // 3
         c.steps = steps - steps // 3
-    if "diffusion" in c and arm.generator == "random":
-        c.diffusion.source = str(random_generator)
-    c.data.path = records.path(DATA_SEED + seed, "biased")
+    if arm.teacher == RANDOM and arm.objective != "genhancer":
+        section = c.kuea.teacher if "kuea" in c else c.diffusion
+        section.source = str(random)
+    c.data.path = records.path(DATA_SEED + seed, arm.captions)
     return c

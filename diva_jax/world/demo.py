@@ -1,9 +1,9 @@
 """The method at small size: python -m diva_jax.world.demo --out=runs/world, minutes on two CPU cores.
 
 Tunes the kept CLIP with DIVA and, as a control, with the features of other pictures; scores the CLIP before and after
-on pairs of pictures that differ in one fact; writes OUT/eval/report.html and OUT/estimates.png, what the generator
-makes of pictures under the condition of the encoder before and after. Each step is an ordinary command, which is
-printed; a step that is done is not repeated.
+on pairs of pictures that differ in one fact; writes OUT/eval/report.html with the curves, the flipped pairs, and what
+the generator makes of noisy pictures under the condition of the encoder before and after. Each step is an ordinary
+command, which is printed; a step that is done is not repeated.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ from pathlib import Path
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
 
-_PICTURES, _TIMESTEP, _SEED = 10, 400, 9201
+_PICTURES, _TIMESTEP, _SEED = 6, 700, 9201  # Of the estimates.
 
 
 def commands(out: Path, config: str, overrides: list[str], pairs: int) -> list[tuple[Path, list[str]]]:
@@ -30,23 +30,54 @@ def commands(out: Path, config: str, overrides: list[str], pairs: int) -> list[t
         (tuned / "done", [*train, f"--workdir={tuned}"]),
         (control / "done", [*train, f"--workdir={control}", "--config.diva.condition_of=next"]),
         (found / "results.json", [*evaluate, "--task=mmvp", f"--data={data}", f"--out={found}"]),
-        (found / "report.html", ["diva_jax.report", str(found)]),
     ]
 
 
-def write_estimates(tuned: Path, target: Path) -> None:
-    """Draws pictures, and the generator's estimates of them under the condition of the CLIP before and after a run."""
+def write_estimates(tuned: Path, control: Path, folder: Path) -> None:
+    """Writes pictures, the generator's estimates of them from noisy ones, and estimates.json, which the report shows.
+
+    The condition of the estimates is that of the CLIP before tuning (with the projection of the tuned run), after it,
+    and of the control.
+
+    Args:
+      tuned, control: workdirs.
+      folder: that of the report.
+    """
     import numpy as np
 
     from diva_jax.training import load, workdirs
+    from diva_jax.weights import writers
     from diva_jax.world import drawing, pictures, scenes
 
     run = workdirs.RunAt.open(str(tuned))
     images = drawing.draw(scenes.sample(np.random.default_rng(_SEED), _PICTURES))
-    before, _ = load.initial_arrays(run.program, every_source=False)
+    start, _ = load.initial_arrays(run.program, every_source=False)
     projection = {n: a for n, a in run.params.items() if n.startswith("visual_proj/")}
-    weights = (before | projection, before | run.params)
-    pictures.sheet([images, *pictures.estimates(run.program, weights, images, _TIMESTEP)]).save(target)
+    weights = (start | projection, start | run.params, start | workdirs.RunAt.open(str(control)).params)
+    columns = zip(
+        ("picture", "before", "tuned", "control"),
+        (images, *pictures.estimates(run.program, weights, images, _TIMESTEP)),
+        strict=True,
+    )
+    (folder / "estimates").mkdir(parents=True, exist_ok=True)
+    rows: list[list[dict]] = [[] for _ in images]
+    for caption, column in columns:
+        for i, picture in enumerate(column):
+            file = f"estimates/{caption}_{i}.png"
+            pictures.enlarged(picture).save(folder / file)
+            rows[i].append({"image": file, "caption": caption})
+    note = (
+        f"The generator's estimate of each picture from its latents with the noise of timestep {_TIMESTEP}, the same "
+        "noise in each row, under the condition of the encoder before tuning, after it, and of the control. What is "
+        "right in an estimate comes from the noisy latents, the condition, or chance; the losses say which."
+    )
+    writers.write_json(folder / "estimates.json", {"title": "What the generator sees", "note": note, "rows": rows})
+
+
+def _done(command: list[str], run: Callable[[list[str]], int]) -> None:
+    say(f"$ python -m {' '.join(command)}")
+    if run([sys.executable, "-m", *command]):
+        raise RunError(f"this command failed: python -m {' '.join(command)}")
 
 
 def demo(out: Path, config: str, overrides: list[str], pairs: int, run: Callable[[list[str]], int]) -> None:
@@ -62,16 +93,13 @@ def demo(out: Path, config: str, overrides: list[str], pairs: int, run: Callable
       RunError: a command failed.
     """
     for done, command in commands(out, config, overrides, pairs):
-        if done.exists():
-            continue
-        say(f"$ python -m {' '.join(command)}")
-        if run([sys.executable, "-m", *command]):
-            raise RunError(f"this command failed: python -m {' '.join(command)}")
-    write_estimates(out / "tuned", out / "estimates.png")
-    say(
-        f"the report: {out / 'eval' / 'report.html'}; pictures, their estimates before, and after: "
-        f"{out / 'estimates.png'}. One seed says little: see docs/DOES_IT_WORK.md"
-    )
+        if not done.exists():
+            _done(command, run)
+    found = out / "eval"
+    if not (found / "report.html").exists():
+        write_estimates(out / "tuned", out / "control", found)
+        _done(["diva_jax.report", str(found)], run)
+    say(f"the report: {found / 'report.html'}. One seed says little: see docs/DOES_IT_WORK.md")
 
 
 def _main() -> None:

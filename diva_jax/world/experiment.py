@@ -17,7 +17,7 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
 from diva_jax.training import compiler
 from diva_jax.world import comparison, models
-from diva_jax.world.arms import ARMS, Arm
+from diva_jax.world.arms import ARMS, RANDOM, Arm, arm_config
 from diva_jax.world.blindness import PAIRS, Tests, summary
 from diva_jax.world.tuning import Judge, Tuner, countdown
 
@@ -47,8 +47,8 @@ def _row(arm: str, seed: int, budget: dict, tests: Tests, found: dict[str, np.nd
 
 
 def kept(arm: Arm) -> bool:
-    """Whether the generator that an arm needs is among the kept weights."""
-    return arm.generator == "random" or (models.WEIGHTS / arm.generator).exists()
+    """Whether the teacher that an arm needs is among the kept weights."""
+    return arm.teacher in ("", RANDOM) or (models.WEIGHTS / arm.teacher).exists()
 
 
 def experiment(out: Path, names: Sequence[str], seeds: int, budget: dict[str, int]) -> list[dict]:
@@ -61,16 +61,19 @@ def experiment(out: Path, names: Sequence[str], seeds: int, budget: dict[str, in
       budget: {"steps", "batch_size", "pairs"}.
 
     Raises:
-      UserError: an arm is not known, or the folder has runs of another budget.
+      UserError: an arm is not known, its teacher is not kept, the batch cannot be divided, or the folder has runs of
+        another budget.
     """
     names = list(dict.fromkeys(["untuned", *names]))
     if unknown := [n for n in names if n not in ARMS]:
         raise UserError(f"--arms has {listing(unknown)}: use some of {listing(list(ARMS))}")
     if missing := [n for n in names if not kept(ARMS[n])]:
         raise UserError(
-            f"--arms has {listing(missing)}, whose generator is not in {models.WEIGHTS}: make it with python -m "
+            f"--arms has {listing(missing)}, whose teacher is not in {models.WEIGHTS}: make it with python -m "
             "diva_jax.world.pretrain and copy it there"
         )
+    for n in names[1:]:
+        arm_config(ARMS[n], 0, budget["steps"], budget["batch_size"], out)
     out.mkdir(parents=True, exist_ok=True)
     rows = read(out / RESULTS)
     if any(row[k] != v for row in rows for k, v in budget.items()):
@@ -125,6 +128,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("arms", [], "Names of arms, see arms.py; default all.")
     flags.DEFINE_integer("seeds", 5, "Per arm.", 1)
     flags.DEFINE_integer("steps", 200, "Optimizer steps of a run, all stages together.", 3)
-    flags.DEFINE_integer("batch_size", 64, "Passes through the U-Net per step.", 2)
+    flags.DEFINE_integer("batch_size", 40, "Passes through the U-Net per step.", 2)
     flags.DEFINE_integer("pairs", PAIRS, "Pairs per fact of the test.", 1)
     cli.run(_main)

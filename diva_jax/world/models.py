@@ -1,5 +1,6 @@
 """The world's models: their sizes, their configs, and new ones with random weights in the usual folders."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -22,7 +24,8 @@ from diva_jax.weights import clip, diffusers, names, writers
 from diva_jax.world import captions, drawing, scenes, vocabulary
 
 WEIGHTS = Path(__file__).parent / "weights"  # What `pretrain` made, kept in the repository.
-CLIP, GENERATOR, UNCLIP = "clip", "generator", "unclip"  # Folders there: open_clip's layout, and twice diffusers'.
+# Folders there: two in open_clip's layout, two in diffusers'. The teacher is a CLIP that learned from rich captions.
+CLIP, TEACHER, GENERATOR, UNCLIP = "clip", "teacher", "generator", "unclip"
 TOKENS = 32  # Per text.
 _VOCABULARY = len(vocabulary.tokens(captions.WORDS))
 _PATCH, _CHANNELS = 4, 12  # Of the patch code.
@@ -57,7 +60,9 @@ _UNET = dict(
     down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
 )
-_SCHEDULER = dict(presets.preset("sd21_base")["scheduler"])
+# The velocity and not the noise: in terms of the noise, the steps of high noise, where the caption matters most, have
+# next to no weight in the loss.
+_SCHEDULER = dict(presets.preset("sd21_base")["scheduler"], prediction_type="v_prediction")
 DIFFUSION = dict(
     unet=_UNET,
     vae=dict(_class_name=patch_code.KIND, patch_size=_PATCH, latent_channels=_CHANNELS, scaling_factor=0.71),
@@ -76,7 +81,6 @@ DIFFUSION = dict(
 # The generator of un2CLIP is conditioned on the embedding of `SPEC` and the code of a noise level.
 UNCLIP_DIFFUSION = DIFFUSION | dict(
     unet=_UNET | dict(class_embed_type="projection", projection_class_embeddings_input_dim=2 * SPEC.embed_dim),
-    scheduler=_SCHEDULER | dict(prediction_type="v_prediction"),
 )
 _FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _KINDS = {
@@ -96,6 +100,16 @@ def base_config(objective: str, diffusion: Mapping | None = None):
     c.data.crop.scale = c.data.crop.ratio = (1.0, 1.0)
     c.data.threads, c.data.prefetch = 1, 2
     c.log.every, c.log.tensorboard = 20, False
+    if "genhancer" in c:
+        c.genhancer.denoiser.update(
+            in_channels=4 * _CHANNELS, vector_dim=96, text_dim=96, width=96, heads=3, axes=(8, 12, 12)
+        )
+        code = dict(DIFFUSION["vae"], in_channels=3, source=str(WEIGHTS / GENERATOR))
+        with c.unlocked():
+            c.genhancer.vae = ConfigDict(code)
+    if "kuea" in c:
+        c.kuea.teacher.update(dataclasses.asdict(dataclasses.replace(SPEC, source=str(WEIGHTS / TEACHER))))
+        c.kuea.teacher_crop_from = drawing.SIDE
     if "diffusion" in c:
         c.diffusion.prompt, c.diffusion.text_tokens = captions.PREFIX, TOKENS
         c.diffusion.source = str(WEIGHTS / (GENERATOR if c.diffusion.unet.get("class_embed_type") is None else UNCLIP))

@@ -1,9 +1,9 @@
 """Makes the world's models: python -m diva_jax.world.pretrain --out=runs/world
 
-A CLIP on biased captions, a text-conditioned generator on rich ones, and a generator conditioned on the embedding of
-that CLIP, each trained by the ordinary train loop from random weights. The same command resumes where it stopped. The
-results are written to OUT/weights in the layouts of open_clip and diffusers, rounded to float16, with a card; copied to
-diva_jax/world/weights they are what every other command of the world starts from.
+A CLIP on biased captions, a CLIP and a text-conditioned generator on rich ones, and a generator conditioned on the
+embedding of the first CLIP, each trained by the ordinary train loop from random weights. The same command resumes where
+it stopped. The results are written to OUT/weights in the layouts of open_clip and diffusers, rounded to float16, with a
+card; copied to diva_jax/world/weights they are what every other command of the world starts from.
 """
 
 import shutil
@@ -32,14 +32,15 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "clip": Stage("clip", "biased", 1001, {"steps": 1200, "optim.lr": 1e-3, "optim.warmup": 0.05}),
-    "generator": Stage("latent", "rich", 1002, {"steps": 1500, "optim.warmup": 0.05, "ema.decay": 0.99}),
+    "clip": Stage("clip", "biased", 1001, {"steps": 3000, "optim.lr": 1e-3, "optim.warmup": 0.05}),
+    "teacher": Stage("clip", "rich", 1005, {"steps": 3000, "optim.lr": 1e-3, "optim.warmup": 0.05}),
+    "generator": Stage("latent", "rich", 1002, {"steps": 4000, "optim.warmup": 0.05, "ema.decay": 0.99}),
     "unclip": Stage(
         "unclip",
         "biased",
         1003,
         {
-            "steps": 500,
+            "steps": 2000,
             "optim.lr": 1e-3,
             "optim.warmup": 0.05,
             "ema.decay": 0.99,
@@ -65,7 +66,7 @@ def stage_config(name: str, out: Path, shorter: float = 1.0, batch_size: int = 6
         c.trainable = table
     c.checkpoint.every, c.checkpoint.keep = 200, 1
     c.data.path = records.path(stage.seed, stage.captions)
-    c.backbone.source = str(out / ("start" if name == models.CLIP else "weights") / models.CLIP)
+    c.backbone.source = str(out / "start" / name if stage.objective == "clip" else out / "weights" / models.CLIP)
     if "diffusion" in c:
         c.diffusion.source = str(out / "start" / name)
     return c
@@ -78,6 +79,7 @@ def write_start(out: Path) -> None:
     start = out / "start"
     makers = {
         models.CLIP: lambda folder: models.write_new_clip(folder, seed=1),
+        models.TEACHER: lambda folder: models.write_new_clip(folder, seed=4),
         models.GENERATOR: lambda folder: models.write_new_diffusion(folder, models.DIFFUSION, seed=2),
         models.UNCLIP: lambda folder: models.write_new_diffusion(folder, models.UNCLIP_DIFFUSION, seed=3),
     }
@@ -108,7 +110,7 @@ def _fill(name: str, out: Path, folder: Path) -> None:
     from diva_jax.world import captions, models, vocabulary
 
     workdir = out / "runs" / name
-    if name == models.CLIP:
+    if STAGES[name].objective == "clip":
         source, _ = runs.run_source(str(workdir))
         writers.write_open_clip(folder, models.rounded(source.tensors), to_open_clip(models.SPEC))
         vocabulary.write(folder, captions.WORDS, models.TOKENS)

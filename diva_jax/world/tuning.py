@@ -26,14 +26,17 @@ class Tuner:
       arm: not the untuned one.
       steps: optimizer steps of all stages.
       batch_size: U-Net passes per step.
-      folder: where the random generator is written, if the arm needs it.
+      folder: where a teacher with random weights is written, if the arm needs it.
     """
 
     def __init__(self, arm: Arm, steps: int, batch_size: int, folder: Path):
-        random = folder / "random"
-        if arm.generator == "random" and not random.exists():
-            models.write_new_diffusion(random, models.DIFFUSION, seed=77)
-        self._config = partial(arms.arm_config, arm, steps=steps, batch_size=batch_size, random_generator=random)
+        random = folder / f"random_{arm.objective}"
+        if arm.teacher == arms.RANDOM and not random.exists():
+            if arm.objective == "kuea":
+                models.write_new_clip(random, seed=77)
+            else:
+                models.write_new_diffusion(random, models.DIFFUSION, seed=77)
+        self._config = partial(arms.arm_config, arm, steps=steps, batch_size=batch_size, random=random)
         config = self._config(0)
         self.program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
         self._steps: dict[int, Callable] = {}  # Of each stage; compiled at its first call.

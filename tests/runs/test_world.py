@@ -6,10 +6,29 @@ import json
 import jax
 import numpy as np
 import pytest
+import report_samples as samples
 
+from diva_jax import report
+from diva_jax.common.errors import RunError
 from diva_jax.data import tokenizers
+from diva_jax.train import Run
+from diva_jax.training import load, sharding
+from diva_jax.training.step import Program
 from diva_jax.weights import loading
-from diva_jax.world import arms, blindness, comparison, drawing, experiment, gaps, models, pictures, pretrain, scenes
+from diva_jax.world import (
+    arms,
+    blindness,
+    comparison,
+    demo,
+    drawing,
+    experiment,
+    gaps,
+    models,
+    pictures,
+    pretrain,
+    scenes,
+    tuning,
+)
 
 SMALL = dict(
     block_out_channels=[8, 8],
@@ -49,7 +68,7 @@ def world(tmp_path_factory):
 
 
 def test_pretraining_writes_folders_that_every_reader_opens_and_is_done_once(world, capfd):
-    for name in (models.CLIP, models.GENERATOR, models.UNCLIP):
+    for name in (models.CLIP, models.TEACHER, models.GENERATOR, models.UNCLIP):
         assert (world / "weights" / name).is_dir()
     loading.load(models.SPEC.source, models.SPEC)
     tokenizers.open_tokenizer(models.SPEC.text, models.SPEC.source)
@@ -82,14 +101,49 @@ def test_an_experiment_goes_on_where_it_stopped(world, tmp_path):
 
 def test_estimates_are_the_pictures_themselves_where_there_is_no_noise(world):
     """At timestep 0 almost nothing is noise, so that the estimate is what the patch code keeps of the picture."""
-    from diva_jax.training import load, sharding
-    from diva_jax.training.step import Program
-
-    c = arms.arm_config(arms.ARMS["diva"], seed=0, steps=3, batch_size=4, random_generator="")
+    c = arms.arm_config(arms.ARMS["diva"], seed=0, steps=3, batch_size=4, random="")
     p = Program(c, sharding.make_mesh(c.mesh, jax.devices()[:1]))
     params, _ = load.initial_arrays(p, every_source=False)
     images = drawing.draw(scenes.sample(np.random.default_rng(1), 3))
     early, late = (pictures.estimates(p, [params], images, t)[0].astype(float) for t in (0, 900))
     assert np.abs(early - images).mean() < 20 < np.abs(late - images).mean()
-    sheet = pictures.sheet([images, early.astype(np.uint8)])
-    assert sheet.size == (4 * (3 * 34 + 2), 4 * (2 * 34 + 2))
+
+
+@pytest.mark.parametrize("name", ["unclip", "dcr", "genhancer_random", "kuea", "kuea_random", "rich_clip"])
+def test_arms_of_other_objectives_move_the_encoder(world, tmp_path, name):
+    tuner = tuning.Tuner(arms.ARMS[name], 3, 10, tmp_path)
+    towers, loss = tuner.run(0)
+    before = tuner.program.towers(load.initial_arrays(tuner.program, every_source=False)[0])
+    assert np.isfinite(loss)
+    assert any(not np.array_equal(a, before["vision"][n]) for n, a in towers["vision"].items())
+
+
+def test_the_demo_shows_the_estimates_in_its_report(world, tmp_path):
+    for name, of in (("tuned", "own"), ("control", "next")):
+        c = arms.arm_config(arms.ARMS["diva"], seed=0, steps=2, batch_size=4, random="")
+        c.diva.condition_of = of
+        Run(c, str(tmp_path / name)).run()
+    samples.write_evaluation(tmp_path / "eval", samples.write_images(tmp_path, 4))
+    done = [tmp_path / "pairs" / "Patterns.json"]
+    done[0].parent.mkdir()
+    done[0].touch()
+    run = []
+
+    def report_alone(command):
+        run.append(command)
+        if command[2] != "diva_jax.report":
+            return 1
+        report.write(command[3])
+        return 0
+
+    with pytest.raises(RunError, match="diva_jax.main"):
+        (tmp_path / "tuned" / "done").unlink()
+        demo.demo(tmp_path, "c", [], 2, report_alone)
+    (tmp_path / "tuned" / "done").touch()
+    demo.demo(tmp_path, "c", [], 2, report_alone)
+    page = (tmp_path / "eval" / "report.html").read_text()
+    assert "What the generator sees" in page and "cannot be read" not in page
+    assert [page.count(f'alt="{c}_') for c in ("picture", "before", "tuned", "control")] == [6] * 4
+    count = len(run)
+    demo.demo(tmp_path, "c", [], 2, report_alone)
+    assert len(run) == count

@@ -130,3 +130,26 @@ def target(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array
         signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
         return (signal * noise - sigma * latents).astype(noise.dtype)
     raise UserError(f"prediction_type={prediction_type!r} is unknown: use epsilon or v_prediction")
+
+
+def denoised(noisy: Array, predicted: Array, alphas_cumprod: Array, timesteps: Array, prediction_type: str) -> Array:
+    """Returns the latents z0 that a prediction of the U-Net implies: the inverse of `add_noise` and `target`.
+
+    Args:
+      noisy: zt, [B, H, W, C].
+      predicted: what the U-Net predicts, in the shape of `noisy`.
+      alphas_cumprod, timesteps: see `add_noise`.
+      prediction_type: see `target`.
+
+    Returns:
+      (zt - sqrt(1 - abar_t) eps') / sqrt(abar_t), or sqrt(abar_t) zt - sqrt(1 - abar_t) v', in the dtype of `noisy`.
+
+    Raises:
+      UserError: prediction_type is unknown.
+    """
+    signal, sigma = _coefficients(noisy, alphas_cumprod, timesteps)
+    if prediction_type == "epsilon":
+        return ((noisy - sigma * predicted) / signal).astype(noisy.dtype)
+    if prediction_type == "v_prediction":
+        return (signal * noisy - sigma * predicted).astype(noisy.dtype)
+    raise UserError(f"prediction_type={prediction_type!r} is unknown: use epsilon or v_prediction")

@@ -6,19 +6,19 @@ from typing import Any
 
 from flax import nnx
 
+from diva_jax.models.diffusion.flux_vae import FluxVAE, FluxVAEConfig
 from diva_jax.models.diffusion.patch_code import KIND, PatchCode, PatchCodeConfig
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
 
-# Whether `_class_name` in the config of the VAE is that of a patch code -> what is there.
-_VAES = {False: (VAEConfig, VAE), True: (PatchCodeConfig, PatchCode)}
+_CODES = {VAEConfig: VAE, FluxVAEConfig: FluxVAE, PatchCodeConfig: PatchCode}
 
 
-def latent_code(config: VAEConfig | PatchCodeConfig, **kw) -> nnx.Module:
-    """The VAE, or the patch code in its place; arguments as those of both."""
-    return _VAES[isinstance(config, PatchCodeConfig)][1](config, **kw)
+def latent_code(config: VAEConfig | FluxVAEConfig | PatchCodeConfig, **kw) -> nnx.Module:
+    """The VAE of this shape, or the patch code in its place; arguments as those of all."""
+    return _CODES[type(config)](config, **kw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Diffusion:
         Raises:
           UserError: a part has an option that is not implemented here.
         """
-        vae = _VAES[options["vae"].get("_class_name") == KIND][0]
+        vae = PatchCodeConfig if options["vae"].get("_class_name") == KIND else VAEConfig
         kinds = dict(unet=UNetConfig, vae=vae, text_encoder=TextEncoderConfig, scheduler=ScheduleConfig)
         return cls(
             source=options["source"],

@@ -58,12 +58,15 @@ def test_nothing_is_claimed_without_the_control_or_with_one_seed():
 @pytest.mark.parametrize("name", [n for n in arms.ARMS if n != "untuned"])
 def test_every_arm_has_a_valid_config_and_the_same_budget(name):
     arm = arms.ARMS[name]
-    c = arms.arm_config(arm, seed=2, steps=30, batch_size=8, random_generator="x")
+    c = arms.arm_config(arm, seed=2, steps=30, batch_size=40, random="x")
     config.validate(c, 1)
-    stages = experiment_steps(c)
-    draws = c.diva.draws if arm.objective == "diva" else 1
-    assert stages * c.batch_size * draws == 30 * 8 and c.seed == 2
+    own = c.genhancer.stage1_steps if arm.objective == "genhancer" else 0
+    assert (experiment_steps(c) - own) * c.batch_size * arms.passes(c) == 30 * 40 and c.seed == 2
     assert not arm.control or arm.control in arms.ARMS
+    if arm.teacher == arms.RANDOM:
+        assert own == 1 or (c.kuea.teacher if "kuea" in c else c.diffusion).source == "x"
+    if name.endswith("shuffled"):
+        assert c[arm.objective].condition_of == "next"
 
 
 def experiment_steps(c) -> int:
@@ -81,6 +84,8 @@ def test_results_that_were_cut_off_and_unknown_arms(tmp_path):
         experiment.read(path)
     with pytest.raises(UserError, match="--arms has no_such_arm"):
         experiment.experiment(tmp_path / "a", ["no_such_arm"], 1, {"steps": 3, "batch_size": 2, "pairs": 1})
+    with pytest.raises(UserError, match="--batch_size=6 cannot be divided by the 4 passes"):
+        experiment.experiment(tmp_path / "a", ["four_draws"], 1, {"steps": 3, "batch_size": 6, "pairs": 1})
 
 
 def test_the_range_of_timesteps_begins_at_the_first_plain_gap():
