@@ -111,7 +111,7 @@ def test_estimates_are_the_pictures_themselves_where_there_is_no_noise(world):
 
 @pytest.mark.parametrize("name", ["unclip", "dcr", "genhancer_random", "kuea", "kuea_random", "rich_clip"])
 def test_arms_of_other_objectives_move_the_encoder(world, tmp_path, name):
-    tuner = tuning.Tuner(arms.ARMS[name], 3, 10, tmp_path)
+    tuner = tuning.Tuner(arms.ARMS[name], 3, 20, tmp_path)
     towers, loss = tuner.run(0)
     before = tuner.program.towers(load.initial_arrays(tuner.program, every_source=False)[0])
     assert np.isfinite(loss)
