@@ -8,10 +8,9 @@ from diva_jax.common.errors import UserError
 from diva_jax.objectives import diva
 from diva_jax.world import models, records
 
-# Of every diffusion arm: what `gaps` proposes, pooled token alone, one draw, AdamW.
+# Of every DIVA arm: all timesteps, as `gaps` proposes, pooled token alone, one draw, AdamW.
 _TUNING = {
     "diva.draws": 1,
-    "diva.first_timestep": 100,
     "optim.name": "adamw",
     "optim.lr": 1e-4,
     "optim.warmup": 0.05,
@@ -91,7 +90,7 @@ _VARIANTS = {
     "low_rate": _diva("two stages, learning rate 2e-5", optim__lr=2e-5),
     "all_tokens": _diva("two stages, pooled and all patch tokens", backbone__select="all"),
     "runs_tokens": _diva("two stages, pooled and 8 tokens, means of patches", backbone__select="runs:8"),
-    "all_timesteps": _diva("two stages, all timesteps", diva__first_timestep=0),
+    "late_timesteps": _diva("two stages, timesteps from 500", diva__first_timestep=500),
     "four_draws": _diva("two stages, four draws", diva__draws=4),
     "ema": _diva("two stages, moving average", ema__decay=0.98),
     "faithful": _diva("two stages, faithful switches", **{f"diva__{s}": diva.FAITHFUL for s in diva.SWITCHES}),
