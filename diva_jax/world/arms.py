@@ -34,6 +34,7 @@ _KUEA = {"kuea.kernel": "cosine", "optim.lr": 1e-4, "optim.warmup": 0.05}
 _CLIP = {"optim.lr": 1e-4, "optim.warmup": 0.05}
 # Stage 1, which trains the denoiser from random weights, has steps of its own.
 _GENHANCER = {"genhancer.stage1_steps": 1500, "genhancer.stage1_lr": 1e-3, "optim.lr": 1e-3, "optim.warmup": 0.05}
+KEPT, OWN, RANDOM = "kept", "own", "random"
 DATA_SEED = 1010
 
 
@@ -45,7 +46,8 @@ class Arm:
       what: for the reader.
       objective: of the package; empty: not tuned.
       fields: of the config, by dotted name.
-      stages: whether a third of the steps trains the projection alone first.
+      projection: what the condition starts from: "kept", the projection that `pretrain` trained; "own": a third of the
+        steps trains it first, alone; "": random, or none.
       teacher: what teaches, a folder of `models.WEIGHTS`, or "random": one of the same size with random weights; empty:
         the captions alone.
       control: the arm that must be beaten before anything is claimed; empty: a control itself.
@@ -55,15 +57,15 @@ class Arm:
     what: str
     objective: str = "diva"
     fields: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    stages: bool = True
+    projection: str = ""
     teacher: str = models.GENERATOR
     control: str = "shuffled"
     captions: str = "biased"
 
 
-def _diva(what: str, stages: bool = True, teacher: str = models.GENERATOR, control: str = "shuffled", **fields) -> Arm:
+def _diva(what: str, projection: str = KEPT, **fields) -> Arm:
     """DIVA with some fields other than `_TUNING`; in names of `fields`, `__` stands for a dot."""
-    return Arm(what, "diva", _TUNING | {k.replace("__", "."): v for k, v in fields.items()}, stages, teacher, control)
+    return Arm(what, "diva", _TUNING | {k.replace("__", "."): v for k, v in fields.items()}, projection)
 
 
 def _random(arm: Arm) -> Arm:
@@ -81,30 +83,36 @@ def _shuffled(arm: Arm) -> Arm:
     return dataclasses.replace(arm, what=f"control: {arm.what}, features of the next image", fields=fields, control="")
 
 
-RANDOM = "random"
 _STAGES = _diva("DIVA in two stages")
 # Each has a control of its own, `NAME_shuffled`, which differs in whose features are given.
 _VARIANTS = {
-    "diva": _diva("DIVA end to end from a random projection", stages=False),
-    "anchor": _diva("two stages, anchor 3e-4", anchor__weight=3e-4),
+    "diva": _diva("DIVA end to end from a random projection", ""),
+    "short_stages": _diva("DIVA in two stages, the first a third of the steps", OWN),
     "low_rate": _diva("two stages, learning rate 2e-5", optim__lr=2e-5),
-    "all_tokens": _diva("two stages, pooled and all patch tokens", backbone__select="all"),
-    "runs_tokens": _diva("two stages, pooled and 8 tokens, means of patches", backbone__select="runs:8"),
+    "anchor": _diva("two stages, anchor 3e-4", anchor__weight=3e-4),
+    "strong_anchor": _diva("two stages, anchor 3e-3", anchor__weight=3e-3),
+    "ema": _diva("two stages, moving average", ema__decay=0.98),
     "late_timesteps": _diva("two stages, timesteps from 500", diva__first_timestep=500),
     "four_draws": _diva("two stages, four draws", diva__draws=4),
-    "ema": _diva("two stages, moving average", ema__decay=0.98),
     "faithful": _diva("two stages, faithful switches", **{f"diva__{s}": diva.FAITHFUL for s in diva.SWITCHES}),
     "last_block": _diva(
         "two stages, last block of the encoder alone",
         trainable=(("vision/blocks/2/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0)),
     ),
-    "unclip": Arm("un2CLIP", "unclip", _UNCLIP, False, models.UNCLIP),
+    "fixed_projection": _diva(
+        "two stages, the projection is not trained in the second", trainable=(("vision/.*", 1.0), (".*", 0.0))
+    ),
+    "all_tokens": _diva(
+        "pooled and all patch tokens, the first third trains the projection", OWN, backbone__select="all"
+    ),
+    "runs_tokens": _diva("pooled token and 8 means of patches, likewise", OWN, backbone__select="runs:8"),
+    "unclip": Arm("un2CLIP", "unclip", _UNCLIP, teacher=models.UNCLIP),
 }
 # Each has a control of its own, `NAME_random`, whose teacher is random.
 _TAUGHT = {
-    "dcr": Arm("DCR in two stages, groups of 4", "dcr", _DCR),
-    "genhancer": Arm("GenHancer, adapters of rank 16", "genhancer", _GENHANCER, False),
-    "kuea": Arm("KUEA, taught by a CLIP that learned from rich captions", "kuea", _KUEA, False, models.TEACHER),
+    "dcr": Arm("DCR in two stages, groups of 4", "dcr", _DCR, OWN),
+    "genhancer": Arm("GenHancer, adapters of rank 16", "genhancer", _GENHANCER),
+    "kuea": Arm("KUEA, taught by a CLIP that learned from rich captions", "kuea", _KUEA, teacher=models.TEACHER),
 }
 
 ARMS = {
@@ -112,10 +120,8 @@ ARMS = {
     "stages": _STAGES,
     "shuffled": _shuffled(_STAGES),
     "random_unet": _random(_STAGES),
-    "more_clip": Arm("control: more CLIP training on biased captions", "clip", _CLIP, False, "", ""),
-    "rich_clip": Arm(
-        "CLIP training on rich captions, which name the facts", "clip", _CLIP, False, "", "more_clip", "rich"
-    ),
+    "more_clip": Arm("control: more CLIP training on biased captions", "clip", _CLIP, teacher="", control=""),
+    "rich_clip": Arm("CLIP training on rich captions", "clip", _CLIP, teacher="", control="more_clip", captions="rich"),
     **{name: dataclasses.replace(arm, control=f"{name}_shuffled") for name, arm in _VARIANTS.items()},
     **{name: dataclasses.replace(arm, control=f"{name}_random") for name, arm in _TAUGHT.items()},
     **{f"{name}_shuffled": _shuffled(arm) for name, arm in _VARIANTS.items()},
@@ -155,7 +161,7 @@ def arm_config(arm: Arm, seed: int, steps: int, batch_size: int, random: str | o
             f"multiple of {passes(c)}"
         )
     c.update(seed=seed, accum=1, steps=steps, batch_size=batch_size // passes(c))
-    if arm.stages:
+    if arm.projection == OWN:
         c.condition.warmup_steps = steps // 3
         c.steps = steps - steps // 3
     if arm.teacher == RANDOM and arm.objective != "genhancer":

@@ -17,7 +17,7 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
 from diva_jax.training import compiler
 from diva_jax.world import comparison, models
-from diva_jax.world.arms import ARMS, RANDOM, Arm, arm_config
+from diva_jax.world.arms import ARMS, KEPT, RANDOM, Arm, arm_config
 from diva_jax.world.blindness import PAIRS, Tests, summary
 from diva_jax.world.tuning import Judge, Tuner, countdown
 
@@ -47,8 +47,9 @@ def _row(arm: str, seed: int, budget: dict, tests: Tests, found: dict[str, np.nd
 
 
 def kept(arm: Arm) -> bool:
-    """Whether the teacher that an arm needs is among the kept weights."""
-    return arm.teacher in ("", RANDOM) or (models.WEIGHTS / arm.teacher).exists()
+    """Whether what an arm needs is among the kept weights."""
+    needed = {arm.teacher, models.PROJECTION if arm.projection == KEPT else ""} - {"", RANDOM}
+    return all((models.WEIGHTS / name).exists() for name in needed)
 
 
 def experiment(out: Path, names: Sequence[str], seeds: int, budget: dict[str, int]) -> list[dict]:
@@ -69,7 +70,7 @@ def experiment(out: Path, names: Sequence[str], seeds: int, budget: dict[str, in
         raise UserError(f"--arms has {listing(unknown)}: use some of {listing(list(ARMS))}")
     if missing := [n for n in names if not kept(ARMS[n])]:
         raise UserError(
-            f"--arms has {listing(missing)}, whose teacher is not in {models.WEIGHTS}: make it with python -m "
+            f"--arms has {listing(missing)}, which need more than is in {models.WEIGHTS}: make it with python -m "
             "diva_jax.world.pretrain and copy it there"
         )
     for n in names[1:]:

@@ -20,12 +20,14 @@ from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.text_encoder import TextEncoder
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.models.layers import Keys
-from diva_jax.weights import clip, diffusers, names, writers
+from diva_jax.weights import clip, diffusers, names, readers, writers
 from diva_jax.world import captions, drawing, scenes, vocabulary
 
 WEIGHTS = Path(__file__).parent / "weights"  # What `pretrain` made, kept in the repository.
-# Folders there: two in open_clip's layout, two in diffusers'. The teacher is a CLIP that learned from rich captions.
-CLIP, TEACHER, GENERATOR, UNCLIP = "clip", "teacher", "generator", "unclip"
+# Folders there: two in open_clip's layout, two in diffusers', and one with a projection of DIVA. The teacher is a CLIP
+# that learned from rich captions; the projection brings the embedding of the CLIP to the generator's condition.
+CLIP, TEACHER, GENERATOR, UNCLIP, PROJECTION = "clip", "teacher", "generator", "unclip", "projection"
+PROJECTION_FILE = "visual_proj.safetensors"
 TOKENS = 32  # Per text.
 _VOCABULARY = len(vocabulary.tokens(captions.WORDS))
 _PATCH, _CHANNELS = 4, 12  # Of the patch code.
@@ -172,3 +174,9 @@ def write_new_diffusion(folder: Path, diffusion: Mapping, seed: int = 0) -> None
 def rounded(tensors: Mapping[str, np.ndarray], dtype=jnp.float16) -> dict[str, np.ndarray]:
     """The same tensors in the type in which they are kept."""
     return {name: np.asarray(a).astype(dtype) for name, a in tensors.items()}
+
+
+def projection() -> dict[str, np.ndarray]:
+    """The kept projection, by the names of DIVA's parameters, float32."""
+    found = readers.open_file(WEIGHTS / PROJECTION / PROJECTION_FILE)
+    return {name: np.asarray(a).astype(np.float32) for name, a in found.items()}

@@ -1,8 +1,8 @@
 """Makes the world's models: python -m diva_jax.world.pretrain --out=runs/world
 
 A CLIP on biased captions, a CLIP and a text-conditioned generator on rich ones, and a generator conditioned on the
-embedding of the first CLIP, each trained by the ordinary train loop from random weights. The same command resumes where
-it stopped. The results are written to OUT/weights in the layouts of open_clip and diffusers, rounded to float16, with a
+embedding of the first CLIP, each trained by the ordinary train loop from random weights; then DIVA's projection alone,
+from the first CLIP to the first generator. The same command resumes where it stopped. The results are written to OUT/weights in the layouts of open_clip and diffusers, rounded to float16, with a
 card; copied to diva_jax/world/weights they are what every other command of the world starts from.
 """
 
@@ -48,6 +48,19 @@ STAGES = {
             "trainable": (("unet/.*", 1.0), (".*", 0.0)),
         },
     ),
+    "projection": Stage(
+        "diva",
+        "biased",
+        1006,
+        {
+            "steps": 1500,
+            "optim.name": "adamw",
+            "optim.lr": 2e-3,
+            "optim.warmup": 0.05,
+            "diva.draws": 1,
+            "trainable": (("visual_proj/.*", 1.0), (".*", 0.0)),
+        },
+    ),
 }
 
 
@@ -68,7 +81,9 @@ def stage_config(name: str, out: Path, shorter: float = 1.0, batch_size: int = 6
     c.data.path = records.path(stage.seed, stage.captions)
     c.backbone.source = str(out / "start" / name if stage.objective == "clip" else out / "weights" / models.CLIP)
     if "diffusion" in c:
-        c.diffusion.source = str(out / "start" / name)
+        c.diffusion.source = str(
+            out / "weights" / models.GENERATOR if stage.objective == "diva" else out / "start" / name
+        )
     return c
 
 
@@ -115,8 +130,13 @@ def _fill(name: str, out: Path, folder: Path) -> None:
         writers.write_open_clip(folder, models.rounded(source.tensors), to_open_clip(models.SPEC))
         vocabulary.write(folder, captions.WORDS, models.TOKENS)
         return
-    shutil.copytree(out / "start" / name, folder)
     run = workdirs.RunAt.open(str(workdir))
+    if name == models.PROJECTION:
+        folder.mkdir(parents=True)
+        kept = {n: a for n, a in run.params.items() if n.startswith("visual_proj/")}
+        writers.write_safetensors(folder / models.PROJECTION_FILE, models.rounded(kept))
+        return
+    shutil.copytree(out / "start" / name, folder)
     diffusion = models.UNCLIP_DIFFUSION if name == models.UNCLIP else models.DIFFUSION
     variables = run.program.skeleton.variables
     for part in dict.fromkeys(n.split("/")[0] for n in run.params):

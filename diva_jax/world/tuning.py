@@ -37,6 +37,7 @@ class Tuner:
             else:
                 models.write_new_diffusion(random, models.DIFFUSION, seed=77)
         self._config = partial(arms.arm_config, arm, steps=steps, batch_size=batch_size, random=random)
+        self._projection = arm.projection == arms.KEPT
         config = self._config(0)
         self.program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
         self._steps: dict[int, Callable] = {}  # Of each stage; compiled at its first call.
@@ -50,6 +51,8 @@ class Tuner:
         p = self.program
         p.config = self._config(seed)  # Programs of two seeds differ in nothing else.
         arrays, _ = load.initial_arrays(p, every_source=False)
+        if self._projection:
+            arrays |= {n: jax.device_put(a, arrays[n].sharding) for n, a in models.projection().items()}
         state, frozen = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}
         batches = pipeline.open_batches(p.config.data, p.objective.inputs, seed=seed, global_batch=p.config.batch_size)
         total, losses = p.stages[-1].end, []
