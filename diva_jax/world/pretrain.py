@@ -2,8 +2,9 @@
 
 A CLIP on biased captions, a CLIP and a text-conditioned generator on rich ones, and a generator conditioned on the
 embedding of the first CLIP, each trained by the ordinary train loop from random weights; then DIVA's projection alone,
-from the first CLIP to the first generator. The same command resumes where it stopped. The results are written to OUT/weights in the layouts of open_clip and diffusers, rounded to float16, with a
-card; copied to diva_jax/world/weights they are what every other command of the world starts from.
+from the first CLIP to the first generator. The same command resumes where it stopped.
+The results are written to OUT/weights in the layouts of open_clip and diffusers, rounded to float16, with a card;
+copied to diva_jax/world/weights they are what every other command of the world starts from.
 """
 
 import shutil
