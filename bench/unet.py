@@ -1,7 +1,6 @@
 """Compiles the gradient of Stable Diffusion's U-Net, or of one of its blocks, for a TPU slice and prints its costs.
 
-    python bench/unet.py [--part=unet] [--topology=v5e:4x4] [--images=8] [--options=NAME=VALUE,...]
-        [--quantization=int8] [--json=FILE]
+    python bench/unet.py [--part=unet] [--topology=v5e:4x4] [--images=8] [--options=NAME=VALUE,...] [--json=FILE]
 
 Levers are measured on this part of the train step because it compiles in minutes, and a block in seconds. The gradient
 is that of the mean squared prediction with respect to the condition; of a block, with respect to its inputs. Weights
@@ -11,12 +10,12 @@ milliseconds that the compiler estimates for operations, and the kernels' time a
 
 import argparse
 import json
-import re
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,10 +23,9 @@ from diva_jax import aot
 from diva_jax import config as configs
 from diva_jax.costs import analysis, flops
 from diva_jax.models.diffusion.blocks import ResnetBlock, Transformer
-from diva_jax.models.diffusion.unet import PRODUCTS, UNet, UNetConfig
-from diva_jax.models.layers import abstract
-from diva_jax.models.quantized import INT8, QuantizableLayers, quantize
-from diva_jax.training import partition, sharding
+from diva_jax.models.diffusion.unet import UNet, UNetConfig
+from diva_jax.models.layers import Layers, abstract
+from diva_jax.training import sharding
 
 TOKENS = 77
 C = UNetConfig()
@@ -39,34 +37,22 @@ def whole(rngs, args):
 
 
 def transformer(rngs, args):
-    layers = QuantizableLayers(rngs, BF16, BF16)
+    layers = Layers(rngs, BF16, BF16)
     return Transformer(args.width, C.cross_attention_dim, args.width // 64, C.norm_num_groups, True, layers)
 
 
 def resnet(rngs, args):
     return ResnetBlock(
-        args.skip + args.width, args.width, C.norm_num_groups, C.norm_eps, QuantizableLayers(rngs, BF16, BF16), 1280
+        args.skip + args.width, args.width, C.norm_num_groups, C.norm_eps, Layers(rngs, BF16, BF16), 1280
     )
 
 
-# Part -> its module, the path to it in a U-Net, and the inputs' (shape, dtype) for `n` images; the gradient is that of
-# the inputs in floats that come before the first one that is not differentiated, None.
+# Part -> its module, and the inputs' (shape, dtype) for `n` images; the gradient is that of the inputs in floats that
+# come before the first one that is not differentiated, None.
 PARTS = {
-    "unet": (
-        whole,
-        "",
-        lambda n, a: (((n, TOKENS, 1024), BF16), None, ((n, 64, 64, 4), jnp.float32), ((n,), jnp.int32)),
-    ),
-    "transformer": (
-        transformer,
-        "down_blocks/0/attentions/0/",
-        lambda n, a: (((n, a.side, a.side, a.width), BF16), ((n, TOKENS, 1024), BF16)),
-    ),
-    "resnet": (
-        resnet,
-        "up_blocks/0/resnets/0/",
-        lambda n, a: (((n, a.side, a.side, a.skip + a.width), BF16), ((n, 1280), BF16)),
-    ),
+    "unet": (whole, lambda n, a: (((n, TOKENS, 1024), BF16), None, ((n, 64, 64, 4), jnp.float32), ((n,), jnp.int32))),
+    "transformer": (transformer, lambda n, a: (((n, a.side, a.side, a.width), BF16), ((n, TOKENS, 1024), BF16))),
+    "resnet": (resnet, lambda n, a: (((n, a.side, a.side, a.skip + a.width), BF16), ((n, 1280), BF16))),
 }
 
 
@@ -75,26 +61,23 @@ def lowered(args):
     chip, _, found = aot.devices(args.topology)
     mesh = sharding.make_mesh(configs.default().mesh, found)
     by_batch, replicated = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
-    make, place, shapes = PARTS[args.part]
+    make, shapes = PARTS[args.part]
     inputs = shapes(args.images * len(found), args)
     count = inputs.index(None) if None in inputs else len(inputs)
     inputs = [jax.ShapeDtypeStruct(*i, sharding=by_batch) for i in inputs if i]
-    skeleton, arrays = partition.disassemble(abstract(lambda rngs: make(rngs, args)))
-    if args.quantization == INT8:
-        products = [n for n in arrays if re.fullmatch(PRODUCTS, place + n)]
-        arrays |= {n: jax.eval_shape(quantize, arrays[n]) for n in products}
-    arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), arrays)
+    graph, state = nnx.split(abstract(lambda rngs: make(rngs, args)))
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), state)
 
-    def run(arrays, *inputs):
+    def run(state, *inputs):
         def loss(*given):
             given = (*given, *inputs[count:])
-            out = skeleton.merge(arrays)(*(given[1:] + given[:1] if args.part == "unet" else given))
+            out = nnx.merge(graph, state)(*(given[1:] + given[:1] if args.part == "unet" else given))
             return jnp.mean(jnp.square(out.astype(jnp.float32)))
 
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.named_scope("unet"):
             return jax.value_and_grad(loss, argnums=tuple(range(count)))(*inputs[:count])
 
-    return chip, jax.jit(run).lower(arrays, *inputs)
+    return chip, jax.jit(run).lower(state, *inputs)
 
 
 def measure(args) -> dict:
@@ -108,7 +91,6 @@ def measure(args) -> dict:
     cost = analysis.analyse(text, chip)
     row = {
         "part": args.part, "topology": args.topology, "images": args.images, "options": args.options,
-        "quantization": args.quantization,
         "side": args.side, "width": args.width, "jax": jax.__version__,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes, "seconds": seconds,
     }  # fmt: skip
@@ -128,8 +110,7 @@ def line(row: dict) -> str:
         for kind, ms in part["kinds"].items():
             kinds[kind] = kinds.get(kind, 0) + ms
     found = (
-        f"{row['part']} {row['topology']} x{row['images']} {row['quantization'] or 'bf16'} [{row['options']}]: "
-        f"{row['model_ms']:.2f} + "
+        f"{row['part']} {row['topology']} x{row['images']} [{row['options']}]: {row['model_ms']:.2f} + "
         f"{row['kernel_bound_ms']:.2f} kernels ms ({row['kernel_ms']:.2f} at peak), {row['hbm_gb']:.2f} GB, "
         f"temporaries {row['temporaries'] / 2**30:.2f} GiB, compiled in {row['seconds']:.0f} s; "
         + " ".join(f"{k} {v:.2f}" for k, v in sorted(kinds.items(), key=lambda i: -i[1]))
@@ -146,7 +127,6 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=320, help="of a block [channels]")
     parser.add_argument("--skip", type=int, default=0, help="further channels of the input of --part=resnet")
     parser.add_argument("--options", default="", help="compiler options, NAME=VALUE,...")
-    parser.add_argument("--quantization", default="", choices=("", INT8), help="config.frozen_quantization")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the report to this file, one line each")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the optimised HLO to this file")
     args = parser.parse_args()

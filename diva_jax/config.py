@@ -14,7 +14,7 @@ from diva_jax import evals, objectives
 from diva_jax.common import comments, fields
 from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.fields import between, one_of, pair, whole
-from diva_jax.models import backbones, quantized
+from diva_jax.models import backbones
 from diva_jax.models.backbones.shared import limits
 from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.settings import Diffusion
@@ -67,8 +67,6 @@ def default(
     c.accum = 1  # Micro-batches whose gradients make one step.
     c.dtype = "bfloat16"  # Compute; trained weights are always held in float32.
     c.frozen_dtype = "bfloat16"  # What frozen parts of the objective, the U-Net and the VAE, are held in.
-    # int8: products with frozen weights of the U-Net are in int8, see docs/PERFORMANCE.md; "": as in dtype.
-    c.frozen_quantization = ""
     # Whose blocks are computed again in the backward pass, which saves memory: none, vision (+3% work), all (+30%).
     c.remat = "none"
     # regex over parameter names -> learning rate times this; 0 is frozen. First match wins, all must match.
@@ -243,7 +241,6 @@ _RULES = (
     whole("diffusion.text_tokens", 1, _MOST_TOKENS),
     # float64 is for checks by finite differences, and needs JAX_ENABLE_X64.
     *(one_of(field, "float32", "bfloat16", "float64") for field in ("dtype", "frozen_dtype")),
-    one_of("frozen_quantization", "", quantized.INT8),
     one_of("remat", "none", "vision", "all"),
     ("compiler_options", compiler.is_options, "must be auto, or options of the TPU compiler as NAME=VALUE,NAME=VALUE"),
     whole("profile.start", 0),

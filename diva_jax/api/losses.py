@@ -90,7 +90,6 @@ class Loss:
     def _trace(self, params, frozen, batch, key, step):
         with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
             keys = image_keys(key, step, batch["row"])
-            frozen = self._program.quantized(frozen)
 
             def loss(params):
                 return self._program.skeleton.merge(params, frozen).loss(batch, keys)

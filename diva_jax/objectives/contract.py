@@ -70,13 +70,10 @@ class Objective(nnx.Module):
     Attributes:
       compares_images: whether the loss of an image depends on the other images of its micro-batch (negatives,
         kernels). The step computes such a loss over the whole global micro-batch, whatever the number of devices.
-      quantizable: regular expression for names of the weights whose products can be in int8 where they are frozen; "":
-        there are none, and `config.frozen_quantization` is refused.
       latent_source: where the latents of the images come from; None: it has none, and `config.data.latents` is refused.
     """
 
     compares_images: bool = False
-    quantizable: str = ""
     latent_source: LatentSource | None = None
 
     def __init__(self, config, *, rngs):

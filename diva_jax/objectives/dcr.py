@@ -26,7 +26,7 @@ from diva_jax.data import inputs, jitter, preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.settings import Diffusion, latent_code
-from diva_jax.models.diffusion.unet import PRODUCTS, UNet
+from diva_jax.models.diffusion.unet import UNet
 from diva_jax.models.layers import Layers
 from diva_jax.models.projector import Projector
 from diva_jax.objectives import contract, draws
@@ -171,7 +171,6 @@ class Objective(contract.Objective):
     """`projector` is trained in stage 1, the adapters in `vision` in stage 2."""
 
     compares_images = True
-    quantizable = f"unet/{PRODUCTS}"
 
     def __init__(self, config, *, rngs):
         self.spec, self.options = backbones.spec_of(config), options_of(config)

@@ -22,7 +22,7 @@ from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.settings import Diffusion, latent_code
-from diva_jax.models.diffusion.unet import PRODUCTS, UNet
+from diva_jax.models.diffusion.unet import UNet
 from diva_jax.objectives import condition, contract, draws
 from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights import parts
@@ -96,8 +96,6 @@ class Draws(NamedTuple):
 
 class Objective(contract.Objective):
     """`vision` and `visual_proj` are what is usually trained."""
-
-    quantizable = f"unet/{PRODUCTS}"
 
     def __init__(self, config, *, rngs):
         self.spec = backbones.spec_of(config)

@@ -26,7 +26,7 @@ from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.settings import Diffusion, latent_code
-from diva_jax.models.diffusion.unet import PRODUCTS, UNet, timestep_embedding
+from diva_jax.models.diffusion.unet import UNet, timestep_embedding
 from diva_jax.objectives import contract
 from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights import parts
@@ -129,8 +129,6 @@ class Statistics(nnx.Module):
 
 class Objective(contract.Objective):
     """`vision` is what is usually trained."""
-
-    quantizable = f"unet/{PRODUCTS}"
 
     def __init__(self, config, *, rngs):
         self.spec = backbones.spec_of(config)

@@ -4,8 +4,7 @@
 """
 
 import functools
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,9 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diva_jax import objectives
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError
 from diva_jax.models import backbones, layers
-from diva_jax.models.quantized import Quantized, quantize
 from diva_jax.training import anchor, compiler, optim, partition, sharding, towers
 
 
@@ -41,7 +39,7 @@ def averaged(state: Mapping) -> Mapping[str, jax.Array]:
 
 def train_step(
     state: dict,
-    frozen: Mapping[str, jax.Array | Quantized],
+    frozen: Mapping[str, jax.Array],
     batch: Mapping[str, jax.Array],
     pace: objectives.Pace,
     *,
@@ -57,7 +55,7 @@ def train_step(
     Args:
       state: {"params": {name: array}, "opt": optax state of the active ones, "step": int32 [], "key": uint32}, and
         where it is kept "ema": the exponential moving average of "params", {name: array}.
-      frozen: the parameters that no stage trains, as `Program.quantized` returns them.
+      frozen: the parameters that no stage trains.
       batch: the objective's inputs, each [B, *shape], and "row": int32 [B].
       pace: the numbers of the stage's learning rate.
       skeleton, active, tx, rate, accum, decay: static; `active` are the stage's trained names, `tx` makes the optimizer
@@ -111,7 +109,6 @@ class Program:
       arrays: name -> ShapeDtypeStruct with its sharding, of every parameter.
       scales: per stage, name -> learning-rate scale (0: frozen); the anchor's parameters are not in it.
       trained: names that some stage trains; these alone are in the state and in checkpoints.
-      narrow: names of the frozen weights whose products are in int8.
     """
 
     def __init__(self, config, mesh: Mesh):
@@ -127,7 +124,6 @@ class Program:
         open_to_training = [n for n in shapes if not (config.anchor.weight and n.startswith(f"{anchor.PREFIX}/"))]
         self.scales = [partition.scales(s.trainable, open_to_training) for s in self.stages]
         self.trained = [n for n in open_to_training if any(s[n] for s in self.scales)]
-        self.narrow = self._narrow(shapes) if config.frozen_quantization else frozenset()
         self.replicated = NamedSharding(mesh, P())
         self.shardings = sharding.parameter_shardings(shapes, mesh, config.mesh.min_shard)
         if not config.mesh.shard_frozen:
@@ -140,26 +136,6 @@ class Program:
         if self.config.anchor.weight:
             kind = anchor.anchored(kind)
         return kind(self.config, rngs=layers.Keys(self.config.seed))
-
-    def _narrow(self, names: Iterable[str]) -> frozenset[str]:
-        config, pattern = self.config, self.objective.quantizable
-        found = frozenset(n for n in names if pattern and re.fullmatch(pattern, n))
-        if not found:
-            raise UserError(
-                f"config.objective={config.objective} has no frozen U-Net whose products could be in int8: leave "
-                "config.frozen_quantization empty"
-            )
-        if trained := sorted(found.intersection(self.trained)):
-            raise UserError(
-                f"config.frozen_quantization={config.frozen_quantization}: the weights must be frozen, but "
-                f"config.trainable trains {listing(trained)}"
-            )
-        return found
-
-    def quantized(self, frozen: Mapping[str, jax.Array]) -> dict[str, jax.Array | Quantized]:
-        """The frozen parameters as the loss takes them: those of `narrow` in int8. To be called outside of loops."""
-        with jax.named_scope("quantize"):
-            return {n: quantize(a) if n in self.narrow else a for n, a in frozen.items()}
 
     @functools.cached_property
     def towers(self) -> towers.Towers:
@@ -269,7 +245,7 @@ class Program:
         def step(state, frozen, batch, pace):
             # What is traced sees the mesh, and from it the platform it is compiled for (attention.py).
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return train_step(state, self.quantized(frozen), batch, pace, **static)
+                return train_step(state, frozen, batch, pace, **static)
 
         out = jax.tree.map(lambda a: a.sharding, self.abstract_state(stage))
         options = compiler.options(self.config.compiler_options, self.mesh.devices.flat[0])

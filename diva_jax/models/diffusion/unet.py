@@ -14,11 +14,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion import options as opt
 from diva_jax.models.diffusion.blocks import Downsample, ResnetBlock, Transformer, Upsample, call
 from diva_jax.models.layers import Array, Layers
-from diva_jax.models.quantized import QuantizableLayers
 
-# Names, in the U-Net, of the kernels whose products can be in int8 (`models/quantized.py`): all linear layers of the
-# transformers, and the 1x1 convolutions of the residual blocks.
-PRODUCTS = r".*/(attentions/.*|conv_shortcut)/kernel"
 _WHAT = "U-Net"
 # Option -> its implemented values; diffusers' default is the first.
 _FIXED = {
@@ -306,7 +302,7 @@ class UNet(nnx.Module):
         param_dtype=jnp.float32,
         remat: bool = False,
     ):
-        layers = QuantizableLayers(rngs, dtype, param_dtype)
+        layers = Layers(rngs, dtype, param_dtype)
         precise = Layers(rngs, jnp.promote_types(dtype, jnp.float32), param_dtype)
         channels, last = config.block_out_channels, len(config.block_out_channels) - 1
         self.config, self.dtype = config, dtype
