@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.models.attention import attention
-from diva_jax.models.layers import ACTIVATIONS, Array, Layers, heads
+from diva_jax.models.layers import Array, Layers, geglu, heads
 
 
 def call(block: nnx.Module, *args: Array, remat: bool = False) -> Array:
@@ -104,7 +104,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """GEGLU (arXiv 2002.05202): one half of the projection times the GELU of the other half; hidden width 4n."""
+    """Projection, GEGLU, projection; hidden width 4n."""
 
     def __init__(self, n: int, layers: Layers):
         self.proj = layers.linear(n, 8 * n)
@@ -112,8 +112,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, N, n] -> [B, N, n]."""
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return self.out(value * ACTIVATIONS["gelu"](gate))
+        return self.out(geglu(self.proj(x)))
 
 
 class TransformerBlock(nnx.Module):
