@@ -32,6 +32,7 @@ _DCR = {
 }
 _KUEA = {"kuea.kernel": "cosine", "optim.lr": 1e-4, "optim.warmup": 0.05}
 _CLIP = {"optim.lr": 1e-4, "optim.warmup": 0.05}
+_FAST_CLIP = _CLIP | {"optim.lr": 1e-3}
 # Stage 1, which trains the denoiser from random weights, has steps of its own.
 _GENHANCER = {"genhancer.stage1_steps": 1500, "genhancer.stage1_lr": 1e-3, "optim.lr": 1e-3, "optim.warmup": 0.05}
 KEPT, OWN, RANDOM = "kept", "own", "random"
@@ -122,6 +123,13 @@ ARMS = {
     "random_unet": _random(_STAGES),
     "more_clip": Arm("control: more CLIP training on biased captions", "clip", _CLIP, teacher="", control=""),
     "rich_clip": Arm("CLIP training on rich captions", "clip", _CLIP, teacher="", control="more_clip", captions="rich"),
+    # With the peak rate of pretraining: whether the tests can show a gain at this budget at all.
+    "more_clip_fast": Arm(
+        "control: more CLIP training, learning rate 1e-3", "clip", _FAST_CLIP, teacher="", control=""
+    ),
+    "rich_clip_fast": Arm(
+        "CLIP training on rich captions, learning rate 1e-3", "clip", _FAST_CLIP, "", "", "more_clip_fast", "rich"
+    ),
     **{name: dataclasses.replace(arm, control=f"{name}_shuffled") for name, arm in _VARIANTS.items()},
     **{name: dataclasses.replace(arm, control=f"{name}_random") for name, arm in _TAUGHT.items()},
     **{f"{name}_shuffled": _shuffled(arm) for name, arm in _VARIANTS.items()},

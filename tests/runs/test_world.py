@@ -68,7 +68,7 @@ def world(tmp_path_factory):
 
 
 def test_pretraining_writes_folders_that_every_reader_opens_and_is_done_once(world, capfd):
-    for name in (models.CLIP, models.TEACHER, models.GENERATOR, models.UNCLIP):
+    for name in (models.CLIP, models.TEACHER, models.GENERATOR, models.UNCLIP, models.PROJECTION):
         assert (world / "weights" / name).is_dir()
     loading.load(models.SPEC.source, models.SPEC)
     tokenizers.open_tokenizer(models.SPEC.text, models.SPEC.source)
