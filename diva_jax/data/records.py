@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
+# Columns and features with captions, where the data's path has no `text=NAME`; the first that there is.
+TEXT_COLUMNS = ("caption", "text", "title", "captions")
+
 
 class Record(NamedTuple):
     """One record of a source.

@@ -13,7 +13,6 @@ from diva_jax.common.log import say
 from diva_jax.common.paths import is_remote, reason
 from diva_jax.data import files, mixture
 from diva_jax.data.records import Record, Source
-from diva_jax.data.tables import open_tables
 from diva_jax.data.tars import TarSource
 from diva_jax.data.tfds_source import TfdsSource
 
@@ -147,6 +146,8 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
     try:
         kind, found = files.find(path)
         if kind not in ("tars", "images"):
+            from diva_jax.data.tables import open_tables  # Here, because pyarrow takes 50 ms to import.
+
             return open_tables(kind, found, path, options, quiet)
     except UserError:
         raise

@@ -17,13 +17,12 @@ import pyarrow.parquet as pq
 from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.paths import is_remote
 from diva_jax.data import files, texts
-from diva_jax.data.records import Record, caption
+from diva_jax.data.records import TEXT_COLUMNS, Record, caption
 
 logger = logging.getLogger(__name__)
 
-# Names of columns that are used where `?image=` and `?text=` give none; the first that a table has.
+# Names of columns that are used where `?image=` gives none; the first that a table has.
 IMAGE_COLUMNS = ("image", "file", "filepath", "path", "file_name", "filename", "image_path", "jpg", "png", "webp")
-TEXT_COLUMNS = ("caption", "text", "title", "captions")
 _SEPARATORS = ",\t;|"
 _CHUNK = 2**16  # Rows of a CSV file that are converted to Arrow at once.
 _GROUPS = 4  # Decoded row groups that are kept.

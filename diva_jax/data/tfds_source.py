@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from urllib.parse import parse_qsl
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.data.records import Record, caption
-from diva_jax.data.tables import TEXT_COLUMNS
+from diva_jax.data.records import TEXT_COLUMNS, Record, caption
 
 
 def _sentences(message: str, most: int = 600) -> str:

@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import ftfy
 import numpy as np
 import regex
 from tokenizers import models
@@ -36,6 +35,8 @@ _OPENAI_MERGES = 49152 - 256 - 2
 
 def basic_clean(text: str) -> str:
     """Fixes broken Unicode and resolves HTML entities, as CLIP's text cleaning does for every model."""
+    import ftfy  # Here, because it takes 50 ms to import, and a run without texts does not need it.
+
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from diva_jax.models import flash as kernel
-
 Array = jax.Array
 
 # Smallest number of queries for which the kernel is used, for self-attention and for cross-attention. With fewer
@@ -20,6 +18,13 @@ KERNEL_FROM = {"self": 512, "cross": 4096}
 # into VMEM.
 MAX_BLOCK = {128: 1024, 512: 512}
 CUDNN_WIDTH = 128  # Largest head dim of cuDNN's kernel on all GPUs that have it.
+
+
+def _kernel():
+    """The module `models/flash.py`. It is imported where a kernel is traced, since Pallas takes 50 ms to import."""
+    from diva_jax.models import flash as module
+
+    return module
 
 
 def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
@@ -59,13 +64,14 @@ def block(n: int, width: int) -> int:
       width: the head dim.
     """
     most = next(most for limit, most in MAX_BLOCK.items() if width <= limit)
-    return max(b for b in range(kernel.LANES, most + 1, kernel.LANES) if n % b == 0)
+    lanes = _kernel().LANES
+    return max(b for b in range(lanes, most + 1, lanes) if n % b == 0)
 
 
 def _sequence_minor(x: Array) -> Array:
     """[B, N, H, D] -> [B, H*D, N'], N' the next multiple of LANES."""
     x = x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % kernel.LANES)))
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _kernel().LANES)))
 
 
 def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
@@ -83,7 +89,7 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     padded = [_sequence_minor(x) for x in (q, k, v)]
     blocks = tuple(block(x.shape[2], width) for x in padded[:2])
     keys = m if padded[1].shape[2] != m else None
-    out = kernel.attend(*padded, heads, keys, blocks, interpret)
+    out = _kernel().attend(*padded, heads, keys, blocks, interpret)
     return out[:, :, :n].swapaxes(1, 2).reshape(q.shape)
 
 

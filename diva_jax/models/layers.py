@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.models.attention import attention as attention
+from diva_jax.models.convolution import convolve
 
 Array = jax.Array
 
@@ -94,7 +95,8 @@ class Layers:
         """[B, H, W, n_in] -> [B, H', W', n_out]; `padding` as ((top, bottom), (left, right)) or one number."""
         if isinstance(padding, int):
             padding = ((padding, padding),) * 2
-        return nnx.Conv(n_in, n_out, (size, size), stride, padding=padding, use_bias=bias, **self._kw)
+        options = dict(padding=padding, use_bias=bias, conv_general_dilated=convolve)
+        return nnx.Conv(n_in, n_out, (size, size), stride, **options, **self._kw)
 
     @property
     def _norm_kw(self):

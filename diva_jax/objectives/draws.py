@@ -47,7 +47,7 @@ def weighted_sum(fn: Callable, inputs, draws, weights: jax.Array):
             return jax.tree.map(lambda a, b: a + (weight * b).astype(a.dtype), grads, g), (value, aux)
 
         zeros = jax.tree.map(jnp.zeros_like, trained)
-        if len(weights) == 1:  # Without a loop, in which XLA's CPU compiler does not use its fast convolutions.
+        if len(weights) == 1:  # Without a loop of one pass.
             grads, seen = body(zeros, jax.tree.map(lambda x: x[0], (draws, weights)))
             values, aux = jax.tree.map(lambda x: x[None], seen)
         else:

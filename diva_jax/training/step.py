@@ -76,7 +76,7 @@ def train_step(
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, *x)
         return jax.tree.map(jnp.add, total, grads), metrics
 
-    if accum == 1:  # Without a loop, in which XLA's CPU compiler does not use its fast convolutions.
+    if accum == 1:  # Without a loop of one pass.
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, dict(batch), keys)
     else:
         xs = jax.tree.map(lambda x: micro_batches(x, accum), (dict(batch), keys))

@@ -21,6 +21,14 @@ def test_the_package_imports_nothing():
     assert run(code).strip() == "{'diva_jax'}"
 
 
+def test_a_command_imports_only_what_every_run_needs():
+    """Each of these takes 50 to 500 ms to import, and is needed for some devices, data or loggers alone."""
+    code = "import sys, diva_jax.main, diva_jax.train; print(*sys.modules)"
+    found = set(run(code).split())
+    slow = ("jax.experimental.pallas.tpu", "pyarrow", "ftfy", "transformers", "tensorboardX", "torch", "tensorflow")
+    assert "orbax.checkpoint" in found and not found & set(slow)
+
+
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         diva_jax.lode  # noqa: B018
