@@ -30,6 +30,7 @@ RUNS = {
     "vitl14-v5p-16": ("vitl14", "v5p:2x2x4", []),
     "vitl14-v6e-16": ("vitl14", "v6e:4x4", []),
     # Savings and costs of single settings.
+    "vitl14-v5e-16-latents": ("vitl14", "v5e:4x4", ["--config.data.latents=any"]),
     "vitl14-v5e-16-remat": ("vitl14", "v5e:4x4", ["--config.remat=vision"]),
     "dfn_h14_378-v5e-16-sharded": ("dfn_h14_378", "v5e:4x4", ["--config.mesh.shard_frozen=True"]),
     # Stage 1 of GenHancer; the other report of its config is of stage 2.

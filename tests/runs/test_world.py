@@ -120,7 +120,7 @@ def test_arms_of_other_objectives_move_the_encoder(world, tmp_path, name):
 
 def test_the_demo_shows_the_estimates_in_its_report(world, tmp_path):
     for name, of in (("tuned", "own"), ("control", "next")):
-        c = arms.arm_config(arms.ARMS["diva"], seed=0, steps=2, batch_size=4, random="")
+        c = arms.arm_config(arms.ARMS["diva"], seed=0, steps=2, batch_size=8, random="")
         c.diva.condition_of = of
         Run(c, str(tmp_path / name)).run()
     samples.write_evaluation(tmp_path / "eval", samples.write_images(tmp_path, 4))
