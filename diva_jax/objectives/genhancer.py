@@ -22,7 +22,7 @@ from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow
 from diva_jax.models.diffusion.flow import FlowConfig
 from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
-from diva_jax.models.diffusion.patch_code import KIND, PatchCodeConfig
+from diva_jax.models.diffusion.patch_code import PatchCodeConfig
 from diva_jax.models.diffusion.settings import latent_code
 from diva_jax.models.layers import ACTIVATIONS, Layers
 from diva_jax.objectives import contract
@@ -82,6 +82,7 @@ def default() -> ConfigDict:
     c.vae = ConfigDict(dataclasses.asdict(FluxVAEConfig()))
     # Holds ae.safetensors: that file, a folder, a diffusers folder or a hub id.
     c.vae.source = "black-forest-labs/FLUX.1-schnell"
+    c.vae.patch_size = 0  # Above 0: a fixed code of patches of this side in place of the VAE (small worlds) [pixels].
     c.lora = ConfigDict(dataclasses.asdict(_LORA))
     c.lora.targets = ""  # Regex over the encoder's layers; empty: those that the authors adapt.
     return c
@@ -152,8 +153,10 @@ def validate(config: ConfigDict) -> None:
 
 
 def _vae(config: ConfigDict) -> FluxVAEConfig | PatchCodeConfig:
-    fields = _fields(config.genhancer.vae, without=("source",))
-    return PatchCodeConfig.from_dict(fields) if fields.get("_class_name") == KIND else FluxVAEConfig(**fields)
+    if not config.genhancer.vae.patch_size:
+        return FluxVAEConfig(**_fields(config.genhancer.vae, without=("source", "patch_size")))
+    names = [f.name for f in dataclasses.fields(PatchCodeConfig)]
+    return PatchCodeConfig.from_dict({name: config.genhancer.vae[name] for name in names})
 
 
 def _vae_part(source: str, vae: FluxVAEConfig | PatchCodeConfig) -> parts.Part:

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -106,9 +105,9 @@ def base_config(objective: str, diffusion: Mapping | None = None):
         c.genhancer.denoiser.update(
             in_channels=4 * _CHANNELS, vector_dim=96, text_dim=96, width=96, heads=3, axes=(8, 12, 12)
         )
-        code = dict(DIFFUSION["vae"], in_channels=3, source=str(WEIGHTS / GENERATOR))
-        with c.unlocked():
-            c.genhancer.vae = ConfigDict(code)
+        code = DIFFUSION["vae"]
+        c.genhancer.vae.update(source=str(WEIGHTS / GENERATOR), patch_size=_PATCH, latent_channels=_CHANNELS)
+        c.genhancer.vae.scaling_factor = code["scaling_factor"]
     if "kuea" in c:
         c.kuea.teacher.update(dataclasses.asdict(dataclasses.replace(SPEC, source=str(WEIGHTS / TEACHER))))
         c.kuea.teacher_crop_from = drawing.SIDE
