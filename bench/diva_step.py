@@ -53,15 +53,28 @@ def images(c) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (c.batch_size, s, s, 3), np.uint8)
 
 
+def _random(rng: np.random.Generator, name: str, like) -> np.ndarray:
+    """Initial values: weights of variance 1 / (number of inputs), scales of one, other vectors of zero.
+
+    By numpy, because a program that makes all arrays of a U-Net with jax takes minutes to compile on a CPU.
+    """
+    if name.endswith("/scale"):
+        return np.ones(like.shape, np.float32)
+    if len(like.shape) < 2:
+        return np.zeros(like.shape, np.float32)
+    return rng.standard_normal(like.shape, np.float32) / np.sqrt(np.prod(like.shape[:-1]))
+
+
 def ours(c) -> Callable[[], float]:
     """A function that makes one step and returns the loss; its first call compiles."""
     import jax
 
-    from diva_jax.training import partition, sharding
+    from diva_jax.training import sharding
     from diva_jax.training.step import Program
 
     program = Program(c, sharding.make_mesh(c.mesh, jax.devices()[:1]))
-    arrays = jax.jit(lambda: partition.disassemble(program.init_module())[1], out_shardings=program.shardings)()
+    rng = np.random.default_rng(0)
+    arrays = {n: jax.device_put(_random(rng, n, a).astype(a.dtype), a.sharding) for n, a in program.arrays.items()}
     frozen = {n: arrays[n] for n in program.abstract_frozen()}
     state = program.init_state(arrays)
     arrays.clear()
