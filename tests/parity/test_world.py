@@ -52,7 +52,8 @@ def test_diffusers_and_transformers_read_the_generator(ids):
     d = Diffusion.from_dict(dict(source="", prompt="", text_tokens=models.TOKENS, **models.DIFFUSION))
     text = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32).eval()
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
-    assert DDIMScheduler.from_pretrained(folder / "scheduler").config.prediction_type == "epsilon"
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    assert scheduler.config.prediction_type == d.scheduler.prediction_type == "v_prediction"
     found = CLIPTokenizer.from_pretrained(folder / "tokenizer")("a photo of two red circles", padding="max_length")
     assert found["input_ids"][0] == ids[0, 0] and len(found["input_ids"]) == models.TOKENS
     noisy = np.random.default_rng(0).normal(size=(5, 8, 8, 12)).astype(np.float32)
