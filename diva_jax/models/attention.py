@@ -1,13 +1,14 @@
-"""Softmax attention: a flash kernel for long sequences on TPUs, cuDNN's on GPUs, plain XLA otherwise.
+"""Softmax attention: a flash kernel for long sequences on TPUs, cuDNN's on GPUs, `recomputed.py` on CPUs.
 
-The choice is made while a function is traced. It depends on the mesh that the function is traced for (the abstract mesh
-of `jax.sharding`) and not on the machine that traces it, so that a step compiled for a TPU on a CPU is the same program
-as one compiled on the TPU.
+The choice is made while a function is traced, by the platform that it is traced for (`platform.py`).
 """
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+
+from diva_jax.models import recomputed
+from diva_jax.models.platform import traced_for
 
 Array = jax.Array
 
@@ -36,8 +37,7 @@ def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
       batch: the global batch size.
       mesh: an abstract mesh; empty if none was set.
     """
-    device = None if mesh.empty else mesh.abstract_device
-    if device is None or device.platform != "tpu" or batch % mesh.size or width > max(MAX_BLOCK):
+    if traced_for(mesh) != "tpu" or batch % mesh.size or width > max(MAX_BLOCK):
         return False
     return queries >= KERNEL_FROM["self" if queries == keys else "cross"]
 
@@ -50,10 +50,9 @@ def implementation(width: int, dtype, mesh) -> str | None:
       dtype: of queries, keys and values; the kernel takes 16 bits alone.
       mesh: an abstract mesh; empty if none was set.
     """
-    device = None if mesh.empty else mesh.abstract_device
     narrow = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     fits = narrow and width <= CUDNN_WIDTH and width % 8 == 0
-    return "cudnn" if device is not None and device.platform == "gpu" and fits else None
+    return "cudnn" if fits and traced_for(mesh) == "gpu" else None
 
 
 def block(n: int, width: int) -> int:
@@ -117,9 +116,12 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array
       [B, N, H*D], in the dtype of q.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    full = not causal and mask is None
     if q.dtype == jnp.float64:
         out = _float64(q, k, v, causal, mask)
-    elif not causal and mask is None and use_kernel(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh):
+    elif full and q.dtype == jnp.float32 and traced_for(mesh) == "cpu":
+        out = recomputed.attend(q, k, v)
+    elif full and use_kernel(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh):
         batch = P(mesh.axis_names)
         # XLA cannot partition a kernel, so each device runs it on its own part of the batch.
         out = jax.shard_map(flash, in_specs=(batch,) * 3, out_specs=batch, check_vma=False)(q, k, v)

@@ -11,17 +11,12 @@ from collections.abc import Sequence
 
 import jax
 
+from diva_jax.models.platform import traced_for
+
 Array = jax.Array
 Padding = tuple[tuple[int, int], ...]
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-
-
-def on_cpu() -> bool:
-    """Returns whether what is traced is for CPUs: those of the abstract mesh; False where none was set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return device is not None and device.platform == "cpu"
 
 
 def _plain(x: Array, kernel: Array, strides, padding, lhs_dilation, rhs_dilation, precision) -> Array:
@@ -81,6 +76,6 @@ def convolve(
     """
     plain = jax.lax.conv_general_dilated
     ones = all(d == 1 for name in ("lhs_dilation", "rhs_dilation") for d in others.get(name, (1,)))
-    if not on_cpu() or not ones or others.get("feature_group_count", 1) != 1 or isinstance(padding, str):
+    if traced_for() != "cpu" or not ones or others.get("feature_group_count", 1) != 1 or isinstance(padding, str):
         return plain(x, kernel, strides, padding, dimension_numbers=dimension_numbers, precision=precision, **others)
     return _fast(x, kernel, tuple(strides), tuple(map(tuple, padding)), precision)

@@ -47,6 +47,32 @@ def test_the_kernel_equals_plain_attention(n, m, heads, width):
         assert relative_error(ours, goal) < 2e-5
 
 
+@pytest.mark.parametrize(("n", "m", "heads", "width"), [(37, 37, 3, 8), (30, 7, 1, 40), (1, 19, 5, 6)])
+def test_attention_on_cpus_equals_plain_attention(n, m, heads, width):
+    """Forward and gradients; scores are large, so that a softmax without its largest score subtracted overflows."""
+    args = [40 * qkv(n, m, heads, width)[0], *qkv(n, m, heads, width)[1:]]
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(2, n, heads * width)), jnp.float32)
+
+    def value_and_grads(args):
+        out, back = jax.vjp(attention.attention, *args)
+        return [out, *back(weight)]
+
+    with jax.default_matmul_precision("highest"):
+        expected = value_and_grads(args)
+        with jax.sharding.use_abstract_mesh(mesh("cpu")):
+            ours = value_and_grads(args)
+    for x, goal in zip(ours, expected, strict=True):
+        assert relative_error(x, goal) < 5e-6
+
+
+def test_attention_on_cpus_keeps_no_weights():
+    """What is kept for the backward pass has no array of queries times keys; the largest are the arguments."""
+    args = qkv(51, 43, 3, 8)
+    with jax.sharding.use_abstract_mesh(mesh("cpu")):
+        back = jax.eval_shape(lambda *a: jax.vjp(attention.attention, *a)[1], *args)
+    assert max(x.size for x in jax.tree.leaves(back)) == args[0].size < 2 * 3 * 51 * 43
+
+
 def test_cudnn_is_for_gpus(monkeypatch):
     """In 16 bits, with heads that it supports, and without a mask or with one; never where no mesh says so."""
     gpu, asked = mesh("gpu"), []

@@ -1,0 +1,18 @@
+"""The kind of device that a function is traced for.
+
+It is that of the abstract mesh of `jax.sharding` and not that of the machine that traces, so that a step compiled for a
+TPU on a CPU is the same program as one compiled on the TPU.
+"""
+
+import jax
+
+
+def traced_for(mesh=None) -> str:
+    """Returns "cpu", "gpu" or "tpu"; "" where no mesh was set.
+
+    Args:
+      mesh: an abstract mesh; default the one that is set while a function is traced.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    device = None if mesh.empty else mesh.abstract_device
+    return "" if device is None else device.platform
