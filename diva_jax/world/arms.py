@@ -31,9 +31,10 @@ _DCR = {
     "condition.warmup_lr": 1e-3,
 }
 _KUEA = {"kuea.kernel": "cosine", "optim.lr": 1e-4, "optim.warmup": 0.05}
+_STRONG_KUEA = _KUEA | {"kuea.kernel_weight": 50.0}
 _CLIP = {"optim.lr": 1e-4, "optim.warmup": 0.05}
 _FAST_CLIP = _CLIP | {"optim.lr": 1e-3}
-# Stage 1, which trains the denoiser from random weights, has steps of its own.
+# Stage 1, which trains the denoiser from random weights, has steps of its own, and is made once.
 _GENHANCER = {"genhancer.stage1_steps": 1500, "genhancer.stage1_lr": 1e-3, "optim.lr": 1e-3, "optim.warmup": 0.05}
 KEPT, OWN, RANDOM = "kept", "own", "random"
 DATA_SEED = 1010
@@ -53,6 +54,7 @@ class Arm:
         the captions alone.
       control: the arm that must be beaten before anything is claimed; empty: a control itself.
       captions: of the training data, a key of `captions.KINDS`.
+      shared_first_stage: whether all seeds begin with the first stage of seed 0, where it is long.
     """
 
     what: str
@@ -62,6 +64,7 @@ class Arm:
     teacher: str = models.GENERATOR
     control: str = "shuffled"
     captions: str = "biased"
+    shared_first_stage: bool = False
 
 
 def _diva(what: str, projection: str = KEPT, **fields) -> Arm:
@@ -112,8 +115,14 @@ _VARIANTS = {
 # Each has a control of its own, `NAME_random`, whose teacher is random.
 _TAUGHT = {
     "dcr": Arm("DCR in two stages, groups of 4", "dcr", _DCR, OWN),
-    "genhancer": Arm("GenHancer, adapters of rank 16", "genhancer", _GENHANCER),
+    "genhancer": Arm("GenHancer, adapters of rank 16", "genhancer", _GENHANCER, shared_first_stage=True),
     "kuea": Arm("KUEA, taught by a CLIP that learned from rich captions", "kuea", _KUEA, teacher=models.TEACHER),
+    "strong_kuea": Arm(
+        "KUEA, weight of the kernels 50 instead of 0.5",
+        "kuea",
+        _KUEA | {"kuea.kernel_weight": 50.0},
+        teacher=models.TEACHER,
+    ),
 }
 
 ARMS = {

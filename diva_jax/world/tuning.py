@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diva_jax.common.errors import RunError
@@ -37,10 +38,11 @@ class Tuner:
             else:
                 models.write_new_diffusion(random, models.DIFFUSION, seed=77)
         self._config = partial(arms.arm_config, arm, steps=steps, batch_size=batch_size, random=random)
-        self._projection = arm.projection == arms.KEPT
+        self._arm = arm
         config = self._config(0)
         self.program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
         self._steps: dict[int, Callable] = {}  # Of each stage; compiled at its first call.
+        self._first: dict[str, jax.Array] | None = None  # What the shared first stage trained.
 
     def run(self, seed: int, progress: Callable[[int, int], None] = lambda done, steps: None) -> tuple[Towers, float]:
         """Trains with one seed; returns (the tuned towers, the mean loss of the last tenth of the steps).
@@ -48,31 +50,47 @@ class Tuner:
         Raises:
           RunError: the loss is not finite.
         """
+        p, begin = self.program, 0
+        if self._arm.shared_first_stage:
+            begin = p.stages[0].end
+            if self._first is None:
+                state, _, _ = self._train(0, 0, begin, progress)
+                self._first = state["params"]
+        state, frozen, losses = self._train(seed, begin, p.stages[-1].end, progress)
+        last = float(np.mean([float(x) for x in losses[-max(1, len(losses) // 10) :]]))
+        if not np.isfinite(last):
+            raise RunError(f"the loss is {last}: the learning rate is too high")
+        return p.towers({**frozen, **averaged(state)}), last
+
+    def _train(self, seed: int, begin: int, end: int, progress: Callable[[int, int], None]):
+        """Makes the steps from `begin`, the start of a stage, to `end`; returns (state, frozen weights, losses)."""
         p = self.program
         p.config = self._config(seed)  # Programs of two seeds differ in nothing else.
         arrays, _ = load.initial_arrays(p, every_source=False)
-        if self._projection:
+        if self._arm.projection == arms.KEPT:
             arrays |= {n: jax.device_put(a, arrays[n].sharding) for n, a in models.projection().items()}
+        if begin:
+            arrays |= jax.tree.map(jnp.copy, self._first)  # A step takes the arrays of its state.
         state, frozen = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}
+        if begin:
+            state["step"] = jnp.full_like(state["step"], begin)
+            state["opt"] = p.init_opt(p.stage_at(begin), state["params"])
         batches = pipeline.open_batches(p.config.data, p.objective.inputs, seed=seed, global_batch=p.config.batch_size)
-        total, losses = p.stages[-1].end, []
+        losses = []
         try:
-            for step in range(total):
+            for step in range(begin, end):
                 index = p.stage_at(step)
                 batch = to_device(next(batches), p.batch_sharding)
                 if index not in self._steps:
                     self._steps[index] = p.step(index)
                 state, values = self._steps[index](state, frozen, batch)
                 losses.append(values["loss"])
-                if step + 1 == p.stages[index].end and index + 1 < len(p.stages):
+                if step + 1 == p.stages[index].end < end:
                     state["opt"] = p.init_opt(index + 1, state["params"])
-                progress(step + 1, total)
+                progress(step + 1 - begin, end - begin)
         finally:
             batches.close()
-        last = float(np.mean([float(x) for x in losses[-max(1, total // 10) :]]))
-        if not np.isfinite(last):
-            raise RunError(f"the loss is {last}: the learning rate is too high")
-        return p.towers({**frozen, **averaged(state)}), last
+        return state, frozen, losses
 
 
 class Judge:

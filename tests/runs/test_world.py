@@ -116,6 +116,12 @@ def test_arms_of_other_objectives_move_the_encoder(world, tmp_path, name):
     before = tuner.program.towers(load.initial_arrays(tuner.program, every_source=False)[0])
     assert np.isfinite(loss)
     assert any(not np.array_equal(a, before["vision"][n]) for n, a in towers["vision"].items())
+    if arms.ARMS[name].shared_first_stage:
+        again, other = tuner.run(1), tuner.run(0)
+        tuner._first = None  # As in a process that begins with seed 1.
+        alone = tuner.run(1)
+        assert again[1] == alone[1] != other[1] == loss
+        assert all(np.array_equal(a, alone[0]["vision"][n]) for n, a in again[0]["vision"].items())
 
 
 def test_the_demo_shows_the_estimates_in_its_report(world, tmp_path):
