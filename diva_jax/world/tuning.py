@@ -62,13 +62,18 @@ class Tuner:
             raise RunError(f"the loss is {last}: the learning rate is too high")
         return p.towers({**frozen, **averaged(state)}), last
 
-    def _train(self, seed: int, begin: int, end: int, progress: Callable[[int, int], None]):
-        """Makes the steps from `begin`, the start of a stage, to `end`; returns (state, frozen weights, losses)."""
+    def initial(self, seed: int) -> dict[str, jax.Array]:
+        """All weights at step 0; the config of the program is that of the seed afterwards."""
         p = self.program
         p.config = self._config(seed)  # Programs of two seeds differ in nothing else.
         arrays, _ = load.initial_arrays(p, every_source=False)
         if self._arm.projection == arms.KEPT:
             arrays |= {n: jax.device_put(a, arrays[n].sharding) for n, a in models.projection().items()}
+        return arrays
+
+    def _train(self, seed: int, begin: int, end: int, progress: Callable[[int, int], None]):
+        """Makes the steps from `begin`, the start of a stage, to `end`; returns (state, frozen weights, losses)."""
+        p, arrays = self.program, self.initial(seed)
         if begin:
             arrays |= jax.tree.map(jnp.copy, self._first)  # A step takes the arrays of its state.
         state, frozen = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}

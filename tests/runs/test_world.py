@@ -24,6 +24,7 @@ from diva_jax.world import (
     experiment,
     gaps,
     models,
+    noise,
     pictures,
     pretrain,
     scenes,
@@ -110,12 +111,18 @@ def test_estimates_are_the_pictures_themselves_where_there_is_no_noise(world):
 
 
 @pytest.mark.parametrize("name", ["unclip", "dcr", "genhancer_random", "kuea", "kuea_random", "rich_clip"])
-def test_arms_of_other_objectives_move_the_encoder(world, tmp_path, name):
+def test_arms_of_other_objectives_move_the_encoder(world, tmp_path, monkeypatch, name):
     tuner = tuning.Tuner(arms.ARMS[name], 3, 20, tmp_path)
     towers, loss = tuner.run(0)
     before = tuner.program.towers(load.initial_arrays(tuner.program, every_source=False)[0])
     assert np.isfinite(loss)
     assert any(not np.array_equal(a, before["vision"][n]) for n, a in towers["vision"].items())
+    if name == "unclip":
+        for size in ("GROUPS", "PICTURES", "DRAWS"):
+            monkeypatch.setattr(noise, size, 2)
+        found = noise.gradients(tuner)
+        assert found.shape[:2] == (2, 2) and np.isfinite(found).all()
+        assert len({g.tobytes() for g in found.reshape(4, -1)}) == 4, "the same gradient twice"
     if arms.ARMS[name].shared_first_stage:
         again, other = tuner.run(1), tuner.run(0)
         tuner._first = None  # As in a process that begins with seed 1.
