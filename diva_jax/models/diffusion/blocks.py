@@ -112,7 +112,11 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, N, n] -> [B, N, n]."""
-        return self.out(geglu(self.proj(x)))
+        import jax.numpy as jnp
+        from diva_jax.models.layers import _geglu2
+        w, b = self.proj.kernel[...].astype(x.dtype), self.proj.bias[...].astype(x.dtype)
+        n = w.shape[1] // 2
+        return self.out(_geglu2(x @ w[:, :n] + b[:n], x @ w[:, n:] + b[n:]))
 
 
 class TransformerBlock(nnx.Module):
