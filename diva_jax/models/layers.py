@@ -182,23 +182,6 @@ def _geglu_backward(x: Array, dy: Array) -> tuple[Array]:
 _geglu.defvjp(lambda x: (_geglu(x), x), _geglu_backward)
 
 
-@jax.custom_vjp
-def _geglu2(value, gate):
-    v, g = value.astype(jnp.float32), gate.astype(jnp.float32)
-    return (v * g * _normal_cdf(g)).astype(value.dtype)
-
-
-def _geglu2_backward(kept, dy):
-    value, gate = (x.astype(jnp.float32) for x in kept)
-    dy, cdf = dy.astype(jnp.float32), _normal_cdf(gate)
-    density = jnp.exp(-0.5 * gate * gate) * (2 * math.pi) ** -0.5
-    t = kept[0].dtype
-    return (dy * gate * cdf).astype(t), (dy * value * (cdf + gate * density)).astype(t)
-
-
-_geglu2.defvjp(lambda v, g: (_geglu2(v, g), (v, g)), _geglu2_backward)
-
-
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": partial(jax.nn.gelu, approximate=False),

@@ -112,11 +112,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, N, n] -> [B, N, n]."""
-        import jax.numpy as jnp
-        from diva_jax.models.layers import _geglu2
-        w, b = self.proj.kernel[...].astype(x.dtype), self.proj.bias[...].astype(x.dtype)
-        n = w.shape[1] // 2
-        return self.out(_geglu2(x @ w[:, :n] + b[:n], x @ w[:, n:] + b[n:]))
+        return self.out(geglu(self.proj(x)))
 
 
 class TransformerBlock(nnx.Module):
