@@ -2,7 +2,7 @@
 
 As in FlashAttention (arXiv 2205.14135, section 3.1), one number per query is kept for the backward pass, and not the
 weights. XLA's code for the gradient of `jax.nn.dot_product_attention` keeps the scores and the weights, and passes over
-them several times: it takes 2.5 times as long on a CPU for 1024 tokens (docs/PERFORMANCE.md).
+them several times (docs/PERFORMANCE.md, "CPU beside PyTorch").
 """
 
 import jax
