@@ -1,6 +1,6 @@
 """Attention whose backward pass computes the attention weights again, for CPUs.
 
-As in FlashAttention (arXiv 2205.14135, section 3.1), one number per query is kept for the backward pass, and not the
+As in FlashAttention (arXiv 2205.14135, section 3.1), two numbers per query are kept for the backward pass, and not the
 weights. XLA's code for the gradient of `jax.nn.dot_product_attention` keeps the scores and the weights, and passes over
 them several times (docs/PERFORMANCE.md, "CPU beside PyTorch").
 """
@@ -22,15 +22,18 @@ def _forward(q: Array, k: Array, v: Array):
     weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum("bhnm,bmhd->bnhd", weights, v) / total.swapaxes(1, 2)
-    return out, (q, k, v, out, largest + jnp.log(total))
+    return out, (q, k, v, largest, total)
 
 
 def _backward(kept, g: Array):
-    q, k, v, out, log_total = kept
-    weights = jnp.exp(_scores(q, k) - log_total)
-    # The sum over keys of weights times their gradients, for each query.
-    mean = jnp.sum(out * g, axis=-1, keepdims=True).swapaxes(1, 2)
-    to_scores = weights * (jnp.einsum("bnhd,bmhd->bhnm", g, v) - mean)
+    q, k, v, largest, total = kept
+    # The logarithm of the total is not added to the largest score: its rounding would be a factor of all weights.
+    weights = jnp.exp(_scores(q, k) - largest) * (1 / total)
+    to_weights = jnp.einsum("bnhd,bmhd->bhnm", g, v)
+    # The mean for each query. Where it is summed as the weights are, the gradient to a bias of the keys is zero up to
+    # rounding, as it should be; the sum of output times gradient is the same with more rounding.
+    mean = jnp.sum(weights * to_weights, axis=-1, keepdims=True)
+    to_scores = weights * (to_weights - mean)
     scale = q.shape[-1] ** -0.5
     return (
         jnp.einsum("bhnm,bmhd->bnhd", to_scores, k) * scale,
