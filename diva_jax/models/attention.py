@@ -1,6 +1,7 @@
 """Softmax attention: a flash kernel for long sequences on TPUs, cuDNN's on GPUs, `recomputed.py` on CPUs.
 
-The choice is made while a function is traced, by the platform that it is traced for (`platform.py`).
+Elsewhere, with masks, and in dtypes that these do not take, it is plain XLA. The choice is made while a function is
+traced, by the platform that it is traced for (`platform.py`).
 """
 
 import jax

@@ -117,12 +117,7 @@ _TAUGHT = {
     "dcr": Arm("DCR in two stages, groups of 4", "dcr", _DCR, OWN),
     "genhancer": Arm("GenHancer, adapters of rank 16", "genhancer", _GENHANCER, shared_first_stage=True),
     "kuea": Arm("KUEA, taught by a CLIP that learned from rich captions", "kuea", _KUEA, teacher=models.TEACHER),
-    "strong_kuea": Arm(
-        "KUEA, weight of the kernels 50 instead of 0.5",
-        "kuea",
-        _KUEA | {"kuea.kernel_weight": 50.0},
-        teacher=models.TEACHER,
-    ),
+    "strong_kuea": Arm("KUEA, weight of the kernels 50 instead of 0.5", "kuea", _STRONG_KUEA, teacher=models.TEACHER),
 }
 
 ARMS = {
