@@ -1,14 +1,16 @@
-"""Prints how many instruction bundles the TPU compiler schedules for a tile of the attention kernels, without a TPU.
+"""Prints how many instruction bundles the TPU compiler schedules for a tile of our Pallas kernels, without a TPU.
 
     python bench/kernels.py [--topology=v5e:2x2] [--size=4096,4096,5,64] [--block=1024,1024 ...]
+    python bench/kernels.py --kernel=feed_forward [--size=4096,320] [--block=512,640 ...]
 
 The HLO has no time for kernels, but the compiler's dump has their final schedule: a bundle is issued per cycle at
 best, and the file with the use of each unit has one line per bundle. The bundles of one step of the kernel's grid are
 counted, its beginning and its end included, so the number is somewhat too high for a kernel of many steps. Stalls on
-HBM are not in it.
+HBM and on the matrix unit are not in it; docs/TPU.md, section 4, has the bound of the latter.
 """
 
 import argparse
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -18,58 +20,101 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+IMAGES = 8  # Per chip; the milliseconds are for so many.
+
 
 def bundles(folder: Path) -> dict[str, int]:
     """Returns kernel -> bundles of its schedule, from a dump of the compiler."""
     found = {}
-    for path in folder.glob("*flash_*final_hlo-static-per-bundle-utilization.txt"):
+    for path in folder.glob("*ward_*final_hlo-static-per-bundle-utilization.txt"):
         name = path.name.split("-")[1].split(".")[0]
         found[name] = sum(1 for line in path.read_text().splitlines()[4:] if line.strip())
     return found
 
 
+def attention(size: list[int], block: tuple[int, int]):
+    """Returns the function of local arrays, the shapes of arrays by image and of weights, and the number of tiles."""
+    from diva_jax.models import flash
+
+    n, m, heads, width = size
+
+    def run(q, k, v):
+        return flash.attend(q, k, v, heads, None, block, False)
+
+    by_image = [(heads * width, length) for length in (n, m, m)]
+    return run, by_image, [], heads * math.ceil(n / block[0]) * math.ceil(m / block[1])
+
+
+def feed_forward(size: list[int], block: tuple[int, int]):
+    """As `attention`; the block is (tokens, hidden units)."""
+    from diva_jax.models import feed_forward_kernel as kernel
+
+    n, c = size
+    kernel.MAX_TOKENS, kernel.MAX_PART = {c: block[0]}, block[1]
+
+    @jax.custom_vjp
+    def run(x, *weights):
+        return kernel.forward(x, weights, 1e-5, save=False)[0]
+
+    def forward(x, *weights):
+        y, projection = kernel.forward(x, weights, 1e-5, save=True)
+        return y, (x, projection, weights)
+
+    def backward(saved, dy):
+        return kernel.backward(*saved[:2], dy, saved[2], 1e-5), *(jnp.zeros_like(w) for w in saved[2])
+
+    run.defvjp(forward, backward)
+    return run, [(c, n)], [(c,), (c,), (c, 8 * c), (8 * c,), (4 * c, c), (c,)], n // kernel.tile(n, block[0])
+
+
+KERNELS = {
+    "attention": (attention, "4096,4096,5,64", "1024,1024"),
+    "feed_forward": (feed_forward, "4096,320", "512,640"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", choices=KERNELS, default="attention")
     parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--size", default="4096,4096,5,64", help="queries, keys, heads, head dim")
-    parser.add_argument("--block", nargs="+", default=["1024,1024"], help="queries and keys per tile")
+    parser.add_argument("--size", help="queries, keys, heads, head dim; for feed_forward: tokens, channels")
+    parser.add_argument("--block", nargs="+", help="queries and keys per tile; tokens and hidden units per part")
     args = parser.parse_args()
+    make, size, block = KERNELS[args.kernel]
     with tempfile.TemporaryDirectory() as folder:
         # libtpu reads this when it is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         jax.config.update("jax_platforms", "cpu")
         from diva_jax import aot
         from diva_jax import config as configs
-        from diva_jax.models import flash
         from diva_jax.training import sharding
 
-        n, m, heads, width = (int(part) for part in args.size.split(","))
-        mesh = sharding.make_mesh(configs.default().mesh, aot.devices(args.topology)[2])
-        batch = 2 * mesh.size
-        by_batch = NamedSharding(mesh, sharding.BATCH)
-        q, k = (
-            jax.ShapeDtypeStruct((batch, heads * width, length), jnp.bfloat16, sharding=by_batch) for length in (n, m)
-        )
-        for text in args.block:
-            block = tuple(int(part) for part in text.split(","))
+        chip, _, devices = aot.devices(args.topology)
+        mesh = sharding.make_mesh(configs.default().mesh, devices)
+        by_batch, replicated = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
+        for text in args.block or [block]:
+            tile = tuple(int(part) for part in text.split(","))
+            run, by_image, weights, tiles = make([int(part) for part in (args.size or size).split(",")], tile)
+            shapes = [
+                jax.ShapeDtypeStruct((IMAGES * mesh.size, *shape), jnp.bfloat16, sharding=by_batch)
+                for shape in by_image
+            ] + [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated) for shape in weights]
+            specs = (sharding.BATCH,) * len(by_image) + (P(),) * len(weights)
 
-            def loss(q, k, v, block=block):
-                def local(q, k, v):
-                    return flash.attend(q, k, v, heads, None, block, False)
-
+            def loss(*arrays, run=run, specs=specs):
                 with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                    out = jax.shard_map(
-                        local, in_specs=(sharding.BATCH,) * 3, out_specs=P(("data", "fsdp")), check_vma=False
-                    )
-                    return jnp.sum(out(q, k, v).astype(jnp.float32) ** 2)
+                    out = jax.shard_map(run, in_specs=specs, out_specs=P(("data", "fsdp")), check_vma=False)(*arrays)
+                    return jnp.sum(out.astype(jnp.float32) ** 2)
 
             for path in Path(folder).iterdir():
                 path.unlink()
-            jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k).compile()
+            gradient = jax.value_and_grad(loss, argnums=tuple(range(len(by_image))))
+            jax.jit(gradient).lower(*shapes).compile()
             for name, count in sorted(bundles(Path(folder)).items()):
-                scaled = count * 2**20 / (block[0] * block[1])
+                ms = 1e3 * count * tiles * IMAGES / chip.clock
                 print(
-                    f"{args.topology} {args.size} tile {text} {name}: {count} bundles, {scaled:.0f} per 2^20 scores",
+                    f"{args.topology} {args.size or size} tile {text} {name}: {count} bundles, {ms:.3f} ms for "
+                    f"{tiles} tiles of {IMAGES} images",
                     flush=True,
                 )
 

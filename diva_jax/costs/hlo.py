@@ -344,10 +344,14 @@ def _valid_pairs(size: int, taps: int, out: int, rest: str, axis: int) -> int:
 # The kernels of models/flash.py, by the start of their names, which end with the head dim: the number of products of
 # queries x keys x head dim whose sums are over the head dim, and of those in which it is the number of rows.
 _FLASH = {"flash_forward_d": (1, 1), "flash_backward_d": (2, 3)}
+# Those of models/feed_forward_kernel.py, with the number of hidden units H: the number of products of tokens x C x H
+# whose sums are over the C channels, and of those over hidden units.
+_FEED_FORWARD = {"feed_forward_forward_h": (2, 1), "feed_forward_backward_h": (1, 2)}
+_KERNEL = re.compile(rf"\b({'|'.join([*_FLASH, *_FEED_FORWARD])})(\d+)")
 
 
 def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
-    """Returns the FLOPs of an attention kernel from its name and the shapes of its operands; 0 for other kernels.
+    """Returns the FLOPs of a kernel of models/ from its name and the shapes of its operands; 0 for other kernels.
 
     Args:
       op, computation: the operation and its computation.
@@ -356,10 +360,17 @@ def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
         their number is not rounded. The result is the FLOPs that the unit could do in the time that the kernel
         occupies it.
     """
-    found = re.search(rf"\b({'|'.join(_FLASH)})(\d+)", op.path)
+    found = _KERNEL.search(op.path)
     if op.target != "tpu_custom_call" or not found:
         return 0
-    width, (sums, rows) = int(found.group(2)), _FLASH[found.group(1)]
-    # The first operands are q, [B, H*D, N], and k, [B, H*D, M].
-    (batch, channels, queries), (_, _, keys) = (arrays(computation[o].type)[0].dims for o in op.operands[:2])
-    return 2 * batch * queries * keys * (channels // width) * (sums * (-(-width // side) * side) + rows * width)
+
+    def padded(length: int) -> int:
+        return -(-length // side) * side
+
+    name, number = found.group(1), int(found.group(2))
+    first, second = (arrays(computation[o].type)[0].dims for o in op.operands[:2])
+    if name in _FLASH:  # q, [B, H*D, N], and k, [B, H*D, M].
+        (batch, channels, queries), keys, (sums, rows) = first, second[2], _FLASH[name]
+        return 2 * batch * queries * keys * (channels // number) * (sums * padded(number) + rows * number)
+    (batch, channels, tokens), (narrow, wide) = first, _FEED_FORWARD[name]
+    return 2 * batch * tokens * (narrow * padded(channels) * number + wide * channels * padded(number))

@@ -137,7 +137,8 @@ _NORMAL = (0.797827576685907, 0.0364699305203537, -1.2547603066e-4, -3.046723381
 _FITTED = 5.5
 
 
-def _normal_cdf(x: Array) -> Array:
+def normal_cdf(x: Array) -> Array:
+    """Distribution function of the standard normal distribution; the error of x * normal_cdf(x) is at most 4e-6."""
     square = jnp.minimum(x * x, _FITTED**2)
     polynomial = functools.reduce(lambda p, c: p * square + c, _NORMAL[::-1])
     return 0.5 + 0.5 * jnp.tanh(x * polynomial)
@@ -169,14 +170,18 @@ def _halves(x: Array) -> tuple[Array, Array]:
 @jax.custom_vjp
 def _geglu(x: Array) -> Array:
     value, gate = _halves(x)
-    return (value * gate * _normal_cdf(gate)).astype(x.dtype)
+    return (value * gate * normal_cdf(gate)).astype(x.dtype)
+
+
+def geglu_gradient(value: Array, gate: Array, dy: Array) -> tuple[Array, Array]:
+    """Gradients of value * GELU(gate) with respect to both, for dy of the result; all float32, of one shape."""
+    cdf = normal_cdf(gate)
+    density = jnp.exp(-0.5 * gate * gate) * (2 * math.pi) ** -0.5
+    return dy * gate * cdf, dy * value * (cdf + gate * density)
 
 
 def _geglu_backward(x: Array, dy: Array) -> tuple[Array]:
-    value, gate = _halves(x)
-    dy, cdf = dy.astype(jnp.float32), _normal_cdf(gate)
-    density = jnp.exp(-0.5 * gate * gate) * (2 * math.pi) ** -0.5
-    return (jnp.concatenate([dy * gate * cdf, dy * value * (cdf + gate * density)], axis=-1).astype(x.dtype),)
+    return (jnp.concatenate(geglu_gradient(*_halves(x), dy.astype(jnp.float32)), axis=-1).astype(x.dtype),)
 
 
 _geglu.defvjp(lambda x: (_geglu(x), x), _geglu_backward)

@@ -1,6 +1,8 @@
-"""Errors between arrays, and random weights of PyTorch modules."""
+"""Errors between arrays, abstract meshes, and random weights of PyTorch modules."""
 
+import jax
 import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 
 def relative_error(ours, reference) -> float:
@@ -8,6 +10,12 @@ def relative_error(ours, reference) -> float:
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape, (ours.shape, reference.shape)
     return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+
+
+def abstract_mesh(platform: str, sizes: tuple[int, int] = (2, 2)) -> jax.sharding.AbstractMesh:
+    """Returns a mesh of "cpu", "gpu" or "tpu" devices to trace for."""
+    device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
+    return AbstractMesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
 
 
 def randomise(module, seed: int = 0):

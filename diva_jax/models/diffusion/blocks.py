@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.models.attention import attention
+from diva_jax.models.feed_forward import feed_forward
 from diva_jax.models.layers import Array, Layers, geglu, heads
 
 
@@ -131,7 +132,7 @@ class TransformerBlock(nnx.Module):
         y = self.norm1(x)
         x = x + self.attn1(y, y)
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return feed_forward(x, self.norm3, self.ff)
 
 
 class Transformer(nnx.Module):
@@ -151,6 +152,7 @@ class Transformer(nnx.Module):
 
         # This epsilon is fixed in diffusers; norm_eps of the U-Net's config does not apply to it.
         self.norm = layers.group_norm(n, groups, 1e-6)
+        self.linear = linear
         self.proj_in = project()
         self.transformer_blocks = nnx.List([TransformerBlock(n, n_context, count, layers)])
         self.proj_out = project()
@@ -160,4 +162,6 @@ class Transformer(nnx.Module):
         y = self.proj_in(self.norm(x))
         y = y.reshape(y.shape[0], -1, y.shape[-1])  # [B, H*W, n]
         y = self.transformer_blocks[0](y, context)
-        return x + self.proj_out(y.reshape(x.shape))
+        # Before the reshape where it can be: on TPUs the product then reads the layout of the kernels without a copy.
+        y = self.proj_out(y).reshape(x.shape) if self.linear else self.proj_out(y.reshape(x.shape))
+        return x + y

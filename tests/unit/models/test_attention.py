@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import abstract_mesh as mesh
 from helpers import relative_error
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from diva_jax.models import attention
@@ -14,15 +14,6 @@ from diva_jax.models import attention
 def qkv(n, m, heads, width, batch=2, seed=0):
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.normal(size=(batch, s, heads, width)), jnp.float32) for s in (n, m, m)]
-
-
-def mesh(platform, sizes=(2, 2)):
-    return AbstractMesh(
-        sizes,
-        ("data", "fsdp"),
-        axis_types=(AxisType.Auto,) * 2,
-        abstract_device=AbstractDevice(device_kind="any", num_cores=1, platform=platform),
-    )
 
 
 @pytest.mark.parametrize(

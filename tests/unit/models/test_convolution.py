@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import relative_error
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from helpers import abstract_mesh, relative_error
 
 from diva_jax.models.convolution import convolve
 from diva_jax.models.layers import Keys, Layers
@@ -18,9 +17,7 @@ LAYOUT = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def on(platform: str):
-    device = AbstractDevice(platform, None, platform)
-    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
+    return jax.sharding.use_abstract_mesh(abstract_mesh(platform, (1, 1)))
 
 
 CASES = [

@@ -1,0 +1,125 @@
+"""The residual feed-forward layer of a transformer block: a kernel for TPUs where it is faster, else its modules.
+
+The choice is made while a function is traced, by the platform that it is traced for (`platform.py`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from diva_jax.models.platform import traced_for
+
+Array = jax.Array
+
+# Smallest number of tokens for which the kernel is used. With fewer of them and more channels, as in the U-Net's deeper
+# levels, XLA's own operations are near the bound of the matrix unit, and the weights do not fit into VMEM.
+MIN_TOKENS = 512
+
+
+def _kernel():
+    """The module `models/feed_forward_kernel.py`, imported where it is used, since Pallas takes 50 ms to import."""
+    from diva_jax.models import feed_forward_kernel as module
+
+    return module
+
+
+def use_kernel(shape: tuple[int, int, int], hidden: int, dtype, mesh) -> bool:
+    """Returns whether a layer of these sizes, traced for `mesh`, uses the kernel.
+
+    Args:
+      shape: that of the tokens, (B, N, C).
+      hidden: number of hidden units.
+      dtype: that of the tokens; the kernel takes 16 bits alone.
+      mesh: an abstract mesh; empty if none was set.
+    """
+    batch, tokens, channels = shape
+    if traced_for(mesh) != "tpu" or jnp.dtype(dtype).itemsize != 2 or batch % mesh.size:
+        return False
+    lanes, most = _kernel().LANES, max(_kernel().MAX_TOKENS)
+    return tokens >= MIN_TOKENS and channels <= most and tokens % lanes == 0 and hidden % lanes == 0
+
+
+def _plain(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
+    return x + layer(norm(x))
+
+
+def _arrays(state, graph, dtype) -> tuple[tuple[Array, ...], float]:
+    """Returns the weights in the order of the kernel, and the epsilon of the norm."""
+    norm, layer = nnx.merge(graph, state)
+    kernels = [jnp.asarray(linear.kernel[...], dtype) for linear in (layer.proj, layer.out)]
+    vectors = [p[...] for p in (norm.scale, norm.bias, layer.proj.bias, layer.out.bias)]
+    return (*vectors[:2], kernels[0], vectors[2], kernels[1], vectors[3]), norm.epsilon
+
+
+def _sharded(fn, arrays: list[Array], weights: tuple[Array, ...], interpret: bool):
+    """Calls fn(*arrays, weights) with [B, C, N] in place of [B, N, C], each device on its own part of the batch."""
+
+    def local(weights, *arrays):
+        return fn(*arrays, weights)
+
+    arrays = [a.swapaxes(1, 2) for a in arrays]
+    if interpret:
+        out = local(weights, *arrays)
+    else:
+        batch = P(jax.sharding.get_abstract_mesh().axis_names)
+        # XLA cannot partition a kernel.
+        local = jax.shard_map(local, in_specs=(P(), *(batch for _ in arrays)), out_specs=batch, check_vma=False)
+        out = local(weights, *arrays)
+    return jax.tree.map(lambda a: a.swapaxes(1, 2), out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def fused(x: Array, state: nnx.State, graph: nnx.GraphDef, interpret: bool) -> Array:
+    """The layer with the kernel.
+
+    Args:
+      x: tokens, [B, N, C]; N and the number of hidden units are multiples of LANES.
+      state, graph: `nnx.split((norm, layer))`, see `feed_forward`.
+      interpret: whether to interpret the kernel on a CPU and on one device, for tests.
+
+    Returns:
+      [B, N, C], in the dtype of x.
+    """
+    return _forward(x, state, graph, interpret, save=False)[0]
+
+
+def _forward(x, state, graph, interpret, save):
+    weights, epsilon = _arrays(state, graph, x.dtype)
+    run = functools.partial(_kernel().forward, epsilon=epsilon, save=save, interpret=interpret)
+    return _sharded(run, [x], weights, interpret)
+
+
+def _forward_saved(x, state, graph, interpret):
+    out, projection = _forward(x, state, graph, interpret, save=True)
+    return out, (x, projection, state)
+
+
+def _backward(graph, interpret, saved, dy):
+    x, projection, state = saved
+    weights, epsilon = _arrays(state, graph, x.dtype)
+    run = functools.partial(_kernel().backward, epsilon=epsilon, interpret=interpret)
+    dx = _sharded(run, [x, projection, dy], weights, interpret)
+    # Weights are frozen where the kernel is used today, and then XLA removes this computation.
+    _, pull = jax.vjp(lambda state: _plain(x, *nnx.merge(graph, state)), state)
+    return dx, *pull(dy)
+
+
+fused.defvjp(_forward_saved, _backward)
+
+
+def feed_forward(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
+    """Returns x + layer(norm(x)).
+
+    Args:
+      x: tokens, [B, N, C].
+      norm: a LayerNorm of C channels with scale and bias.
+      layer: `proj`, a linear layer from C channels to 2H, GEGLU, and `out`, one from H to C.
+    """
+    if use_kernel(x.shape, layer.out.in_features, x.dtype, jax.sharding.get_abstract_mesh()):
+        graph, state = nnx.split((norm, layer))
+        with jax.named_scope("feed_forward"):
+            return fused(x, state, graph, False)
+    return _plain(x, norm, layer)

@@ -1,0 +1,149 @@
+"""The residual feed-forward layer of a transformer block as Pallas kernels for TPUs: norm, GEGLU and sum in one pass.
+
+Tokens are [B, C, N], with the sequence as the minor axis, as in `flash.py`. A tile of tokens stays in VMEM from the
+LayerNorm to the residual sum, and so do the weights. XLA computes GEGLU in the product before it and the gradient of
+GEGLU in the product after it, and their vector operations take longer than the products. Here the products of one part
+of the hidden units overlap with the vector operations of another. The rows of the weights stream through the matrix
+unit, so that a result of 320 channels does not occupy it as 384 would.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from diva_jax.models.layers import geglu_gradient, normal_cdf
+
+Array = jax.Array
+
+LANES = 128
+# Names of the kernels in compiled programs, followed by the number of hidden units; costs/hlo.py counts their FLOPs by
+# these names.
+FORWARD, BACKWARD = "feed_forward_forward_h", "feed_forward_backward_h"
+MAX_PART = 640  # Largest number of hidden units per part.
+# Largest number of channels -> largest number of tokens per tile. The weights, one tile of the projection for each of
+# two steps of the grid, and one part in float32 must fit into VMEM (`bench/kernels.py --kernel=feed_forward`).
+MAX_TOKENS = {320: 512, 640: 256}
+VMEM = 18 * 2**20  # Limit for a kernel [bytes]. More of it would leave less to the arrays that XLA keeps in VMEM.
+
+
+def tile(n: int, most: int) -> int:
+    """Returns the largest divisor of n that is a multiple of LANES and at most `most`; n is a multiple of LANES."""
+    return max(t for t in range(LANES, most + 1, LANES) if n % t == 0)
+
+
+def _dot(x: Array, y: Array) -> Array:
+    # float32 inputs, as in tests, are multiplied in float32.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _normalised(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """[C, N], float32 -> the same with mean 0 and variance 1 per token, and the inverse deviations, [1, N]."""
+    mean = jnp.mean(x, axis=0, keepdims=True)
+    variance = jnp.maximum(jnp.mean(x * x, axis=0, keepdims=True) - mean * mean, 0)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    return (x - mean) * inverse, inverse
+
+
+def _parts(hidden: int) -> list[tuple[slice, slice]]:
+    """Rows of values and of their gates in the projection, part by part."""
+    size = tile(hidden, MAX_PART)
+    return [(slice(a, a + size), slice(hidden + a, hidden + a + size)) for a in range(0, hidden, size)]
+
+
+def _forward_kernel(x_ref, scale_ref, shift_ref, w_in_ref, b_in_ref, w_out_ref, b_out_ref, y_ref, *saved, epsilon):
+    x = x_ref[...].astype(jnp.float32)
+    z = (_normalised(x, epsilon)[0] * scale_ref[...] + shift_ref[...]).astype(x_ref.dtype)
+    out = x + b_out_ref[...]
+    for values, gates in _parts(w_out_ref.shape[1]):
+        value = _dot(w_in_ref[values], z) + b_in_ref[values]
+        gate = _dot(w_in_ref[gates], z) + b_in_ref[gates]
+        for ref in saved:
+            ref[values], ref[gates] = value.astype(ref.dtype), gate.astype(ref.dtype)
+        out += _dot(w_out_ref[:, values], (value * gate * normal_cdf(gate)).astype(z.dtype))
+    y_ref[...] = out.astype(y_ref.dtype)
+
+
+def _backward_kernel(x_ref, h_ref, dy_ref, scale_ref, w_in_ref, w_out_ref, dx_ref, *, epsilon):
+    dy = dy_ref[...]
+    dz = jnp.zeros(x_ref.shape, jnp.float32)
+    for values, gates in _parts(w_out_ref.shape[0]):
+        d = _dot(w_out_ref[values], dy)
+        value, gate = (h_ref[rows].astype(jnp.float32) for rows in (values, gates))
+        for rows, part in zip((values, gates), geglu_gradient(value, gate, d), strict=True):
+            dz += _dot(w_in_ref[:, rows], part.astype(dy.dtype))
+    normal, inverse = _normalised(x_ref[...].astype(jnp.float32), epsilon)
+    dz *= scale_ref[...]
+    along = jnp.mean(dz * normal, axis=0, keepdims=True)
+    dx = inverse * (dz - jnp.mean(dz, axis=0, keepdims=True) - normal * along)
+    dx_ref[...] = (dx + dy.astype(jnp.float32)).astype(dx_ref.dtype)
+
+
+def _call(kernel, name: str, tiled: list[Array], whole: list[Array], rows: list[int], epsilon: float, interpret: bool):
+    """Runs a kernel for each tile of tokens.
+
+    Args:
+      tiled: arrays of tokens, [B, channels, N].
+      whole: weights.
+      rows: channels of each result, [B, channels, N].
+    """
+    batch, _, n = tiled[0].shape
+    size = tile(n, next(most for limit, most in MAX_TOKENS.items() if tiled[0].shape[1] <= limit))
+
+    def spec(channels: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, channels, size), lambda b, i: (b, 0, i))
+
+    return pl.pallas_call(
+        functools.partial(kernel, epsilon=epsilon),
+        name=name,
+        grid=(batch, n // size),
+        in_specs=[spec(t.shape[1]) for t in tiled]
+        + [pl.BlockSpec(w.shape, lambda b, i: (0, 0), pipeline_mode=pl.Buffered(1)) for w in whole],
+        out_specs=[spec(r) for r in rows],
+        out_shape=[jax.ShapeDtypeStruct((batch, r, n), tiled[0].dtype) for r in rows],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM),
+        interpret=interpret,
+    )(*tiled, *whole)
+
+
+def _column(x: Array) -> Array:
+    return x.astype(jnp.float32)[:, None]
+
+
+def forward(x: Array, weights: tuple[Array, ...], epsilon: float, save: bool, interpret: bool = False) -> list[Array]:
+    """The layer on one device.
+
+    Args:
+      x: tokens, [B, C, N]; N is a multiple of LANES, and C at most the largest key of MAX_TOKENS.
+      weights: scale [C] and shift [C] of the norm, kernel [C, 2H] and bias [2H] of the projection (values, then
+        gates), kernel [H, C] and bias [C] of the output; H is a multiple of LANES. Kernels have the dtype of x.
+      epsilon: that of the norm.
+      save: whether the backward pass follows.
+      interpret: whether to interpret the kernel on a CPU, for tests.
+
+    Returns:
+      [B, C, N] in the dtype of x, and with `save` the projection, [B, 2H, N].
+    """
+    scale, shift, w_in, b_in, w_out, b_out = weights
+    whole = [_column(scale), _column(shift), w_in.T, _column(b_in), w_out.T, _column(b_out)]
+    rows = [x.shape[1], w_in.shape[1]]
+    return _call(_forward_kernel, f"{FORWARD}{len(w_out)}", [x], whole, rows[: 1 + save], epsilon, interpret)
+
+
+def backward(
+    x: Array, projection: Array, dy: Array, weights: tuple[Array, ...], epsilon: float, interpret: bool = False
+) -> Array:
+    """Returns the gradient of the layer with respect to x, [B, C, N] in the dtype of x.
+
+    Args:
+      x, weights, epsilon, interpret: as in `forward`.
+      projection: that of `forward`.
+      dy: the gradient with respect to the output, [B, C, N].
+    """
+    scale, _, w_in, _, w_out, _ = weights
+    whole = [_column(scale), w_in, w_out]
+    name = f"{BACKWARD}{len(w_out)}"
+    return _call(_backward_kernel, name, [x, projection, dy], whole, [x.shape[1]], epsilon, interpret)[0]
