@@ -69,6 +69,13 @@ def bound(row: dict) -> str:
     return f"{row['kernel_bound_ms']:.0f}" if "kernel_bound_ms" in row else "?"
 
 
+def older(row: dict) -> bool:
+    """Returns whether a report was made before the U-Net's feed-forward kernel, which a v4 does not use."""
+    kernels = " ".join(row.get("kernels", {}))
+    attends = "flash_backward" in kernels or "splash" in kernels
+    return attends and "feed_forward" not in kernels and ("splash" in kernels or not row["topology"].startswith("v4"))
+
+
 def costs(found: dict[str, dict]) -> str:
     """Returns a table with one row per report: memory, and costs of a step per chip."""
     header = (
@@ -79,7 +86,8 @@ def costs(found: dict[str, dict]) -> str:
     rows = []
     for name, r in found.items():
         row = [
-            ", ".join([RUNS[name][0], r["topology"], *(f.removeprefix("--config.") for f in RUNS[name][2])]),
+            ", ".join([RUNS[name][0], r["topology"], *(f.removeprefix("--config.") for f in RUNS[name][2])])
+            + (" †" if older(r) else ""),
             r["mesh"]["fsdp"],
             r["remat"],
             f"{r['per_device_batch']} x {r['accum']}",

@@ -26,20 +26,19 @@ def _kernel():
     return module
 
 
-def use_kernel(shape: tuple[int, int, int], hidden: int, dtype, mesh) -> bool:
-    """Returns whether a layer of these sizes, traced for `mesh`, uses the kernel.
+def use_kernel(shape: tuple[int, int, int], hidden: int, dtype) -> bool:
+    """Returns whether a layer of these sizes uses the kernel, on the devices of the abstract mesh that is set.
 
     Args:
       shape: that of the tokens, (B, N, C).
       hidden: number of hidden units.
       dtype: that of the tokens; the kernel takes 16 bits alone.
-      mesh: an abstract mesh; empty if none was set.
     """
-    batch, tokens, channels = shape
-    if traced_for(mesh) != "tpu" or jnp.dtype(dtype).itemsize != 2 or batch % mesh.size:
+    mesh, (batch, tokens, channels) = jax.sharding.get_abstract_mesh(), shape
+    if traced_for(mesh) != "tpu" or jnp.dtype(dtype).itemsize != 2 or batch % mesh.size or tokens < MIN_TOKENS:
         return False
-    lanes, most = _kernel().LANES, max(_kernel().MAX_TOKENS)
-    return tokens >= MIN_TOKENS and channels <= most and tokens % lanes == 0 and hidden % lanes == 0
+    kernel = _kernel()
+    return tokens % kernel.LANES == hidden % kernel.LANES == 0 and channels <= max(kernel.MAX_TOKENS) and kernel.fits()
 
 
 def _plain(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
@@ -118,7 +117,7 @@ def feed_forward(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
       norm: a LayerNorm of C channels with scale and bias.
       layer: `proj`, a linear layer from C channels to 2H, GEGLU, and `out`, one from H to C.
     """
-    if use_kernel(x.shape, layer.out.in_features, x.dtype, jax.sharding.get_abstract_mesh()):
+    if use_kernel(x.shape, layer.out.in_features, x.dtype):
         graph, state = nnx.split((norm, layer))
         with jax.named_scope("feed_forward"):
             return fused(x, state, graph, False)

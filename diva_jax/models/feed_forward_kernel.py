@@ -26,7 +26,12 @@ MAX_PART = 640  # Largest number of hidden units per part.
 # Largest number of channels -> largest number of tokens per tile. The weights, one tile of the projection for each of
 # two steps of the grid, and one part in float32 must fit into VMEM (`bench/kernels.py --kernel=feed_forward`).
 MAX_TOKENS = {320: 512, 640: 256}
-VMEM = 18 * 2**20  # Limit for a kernel [bytes]. More of it would leave less to the arrays that XLA keeps in VMEM.
+VMEM = 24 * 2**20  # Limit for a kernel [bytes].
+
+
+def fits() -> bool:
+    """Returns whether the TPU that is traced for has the VMEM: v5e, v5p and newer ones; a core of a v4 has 16 MiB."""
+    return pltpu.get_tpu_info().vmem_capacity_bytes > VMEM
 
 
 def tile(n: int, most: int) -> int:

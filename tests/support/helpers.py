@@ -12,9 +12,9 @@ def relative_error(ours, reference) -> float:
     return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
-def abstract_mesh(platform: str, sizes: tuple[int, int] = (2, 2)) -> jax.sharding.AbstractMesh:
-    """Returns a mesh of "cpu", "gpu" or "tpu" devices to trace for."""
-    device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
+def abstract_mesh(platform: str, sizes: tuple[int, int] = (2, 2), kind: str = "any") -> jax.sharding.AbstractMesh:
+    """Returns a mesh of "cpu", "gpu" or "tpu" devices of a kind to trace for."""
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
     return AbstractMesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
 
 

@@ -9,6 +9,7 @@ import commands
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from places import ROOT
@@ -16,7 +17,9 @@ from places import ROOT
 from diva_jax import aot, config
 from diva_jax.common.errors import UserError
 from diva_jax.costs import hlo
-from diva_jax.models import attention, backbones
+from diva_jax.models import attention, backbones, feed_forward
+from diva_jax.models.diffusion.blocks import FeedForward
+from diva_jax.models.layers import Keys, Layers
 from diva_jax.training import compiler, sharding
 
 pytest.importorskip("libtpu")
@@ -208,6 +211,35 @@ def test_attention_kernels_compile_for_the_tpu(n, m, heads, width):
 
 def test_the_wide_head_of_the_vae_fits_into_vmem():
     assert compiled_kernels(4096, 4096, 1, 512, False) == 1
+
+
+@pytest.mark.parametrize(("topology", "tokens", "channels"), [("v5e:2x2", 384, 320), ("v6e:2x2", 256, 640)])
+def test_feed_forward_kernels_compile_for_the_tpu(monkeypatch, topology, tokens, channels):
+    """Forward and backward with the largest tiles of both numbers of channels; weights have no gradient."""
+    monkeypatch.setattr(feed_forward, "MIN_TOKENS", tokens)
+    mesh = sharding.make_mesh(config.default().mesh, aot.devices(topology)[2])
+    batch, replicated = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P())
+
+    def modules():
+        layers = Layers(Keys(), jnp.bfloat16, jnp.bfloat16)
+        return layers.layer_norm(channels, 1e-5), FeedForward(channels, layers)
+
+    graph, state = nnx.split(nnx.eval_shape(modules))
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), state)
+
+    def loss(x, state):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            out = feed_forward.feed_forward(x, *nnx.merge(graph, state))
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    x = jax.ShapeDtypeStruct((8, tokens, channels), jnp.bfloat16, sharding=batch)
+    with jax.default_matmul_precision("default"):
+        text = jax.jit(jax.grad(loss)).lower(x, state).compile().as_text()
+    module = hlo.parse(text)
+    executed = list(module.executed())
+    work = sum(module.flops(op, c) for op, c, _ in executed if op.target == "tpu_custom_call")
+    assert work == 2 * 2 * (8 // 4) * tokens * 3 * channels * 4 * channels
+    assert not sum(module.flops(op, c) for op, c, _ in executed if op.target != "tpu_custom_call")
 
 
 def compiled_kernels(n, m, heads, width, gradient):

@@ -86,6 +86,18 @@ def test_kernels_at_the_bound_of_their_shape(chip, wide):
     assert analysed(128)["kernel_bound_ms"] == pytest.approx(1e3 * moved / chips.CHIPS[chip].hbm_bandwidth)
 
 
+@pytest.mark.parametrize(("chip", "channels", "hidden"), [("v5e", 384, 1280), ("v6e", 512, 1280)])
+@pytest.mark.parametrize(("direction", "narrow"), [("forward", 2), ("backward", 1)])
+def test_feed_forward_kernels_at_the_bound_of_their_shape(chip, channels, hidden, direction, narrow):
+    """Sums over 320 channels take the time of the next multiple of the unit's side; rows of 320 do not."""
+    text = TEXT.replace("flash_forward_d64", f"feed_forward_{direction}_h1280").replace("[2,256,256]", "[2,320,4096]")
+    found, peak = analysis.analyse(text, chips.CHIPS[chip]), chips.CHIPS[chip].flops
+    product = 3 * 2 * 2 * 4096
+    assert found["kernel_flops"] == product * 3 * 320 * 1280
+    bound = product * (narrow * channels * 1280 + (3 - narrow) * 320 * hidden)
+    assert found["kernel_bound_ms"] == pytest.approx(1e3 * bound / peak)
+
+
 def test_a_program_without_kernels_has_no_bound_to_explain():
     report = analysis.analyse(TEXT.replace("tpu_custom_call", "Other"), chips.CHIPS["v5e"])
     assert (report["kernel_bound_ms"], report["kernel_bound"]) == (0, "")

@@ -74,20 +74,22 @@ def test_in_bfloat16_it_is_no_worse_than_the_modules():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "platform", "expected"),
+    ("shape", "dtype", "device", "expected"),
     [
-        ((8, 4096, 320), jnp.bfloat16, "tpu", True),
-        ((8, 1024, 640), jnp.bfloat16, "tpu", True),
-        ((8, 256, 640), jnp.bfloat16, "tpu", False),  # Few tokens.
-        ((8, 1024, 1280), jnp.bfloat16, "tpu", False),  # Weights that do not fit.
-        ((8, 1000, 320), jnp.bfloat16, "tpu", False),  # Tokens that do not fill tiles.
-        ((6, 1024, 320), jnp.bfloat16, "tpu", False),  # A batch that four devices cannot share.
-        ((8, 1024, 320), jnp.float32, "tpu", False),
+        ((8, 4096, 320), jnp.bfloat16, "TPU v5 lite", True),
+        ((8, 1024, 640), jnp.bfloat16, "TPU v6 lite", True),
+        ((8, 1024, 640), jnp.bfloat16, "TPU v4", False),  # It has too little VMEM.
+        ((8, 256, 640), jnp.bfloat16, "TPU v5", False),  # Few tokens.
+        ((8, 1024, 1280), jnp.bfloat16, "TPU v5", False),  # Weights that do not fit.
+        ((8, 1000, 320), jnp.bfloat16, "TPU v5", False),  # Tokens that do not fill tiles.
+        ((6, 1024, 320), jnp.bfloat16, "TPU v5", False),  # A batch that four devices cannot share.
+        ((8, 1024, 320), jnp.float32, "TPU v5", False),
         ((8, 1024, 320), jnp.bfloat16, "cpu", False),
     ],
 )
-def test_the_choice(shape, dtype, platform, expected):
-    assert feed_forward.use_kernel(shape, 4 * shape[2], dtype, abstract_mesh(platform)) is expected
+def test_the_choice(shape, dtype, device, expected):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(device[:3].lower(), kind=device)):
+        assert feed_forward.use_kernel(shape, 4 * shape[2], dtype) is expected
 
 
 def test_the_block_calls_the_kernel_on_tpus():
@@ -98,6 +100,6 @@ def test_the_block_calls_the_kernel_on_tpus():
     def loss(x, state):
         return jnp.sum(feed_forward.feed_forward(x, *nnx.merge(graph, state)).astype(jnp.float32))
 
-    with jax.sharding.use_abstract_mesh(abstract_mesh("tpu")):
+    with jax.sharding.use_abstract_mesh(abstract_mesh("tpu", kind="TPU v5 lite")):
         text = str(jax.make_jaxpr(jax.grad(loss))(x, state))
     assert "feed_forward_forward_h512" in text and "feed_forward_backward_h512" in text
