@@ -1,4 +1,4 @@
-"""Compiles the gradient of Stable Diffusion's U-Net, or of one of its blocks, for a TPU slice and prints its costs.
+"""Compiles the gradient of Stable Diffusion's U-Net, or of one block of it or of ViT-H/14, for a TPU; prints its costs.
 
     python bench/unet.py [--part=unet] [--topology=v5e:4x4] [--images=8] [--options=NAME=VALUE,...] [--json=FILE]
 
@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from diva_jax import aot
 from diva_jax import config as configs
 from diva_jax.costs import analysis, flops
+from diva_jax.models.backbones.shared.transformer import Block
 from diva_jax.models.diffusion.blocks import ResnetBlock, Transformer
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.layers import Layers, abstract
@@ -47,11 +48,16 @@ def resnet(rngs, args):
     )
 
 
+def tower(rngs, args):
+    return Block(Layers(rngs, BF16, BF16), args.width, args.width // 80, 4 * args.width, "gelu", 1e-5)
+
+
 # Part -> its module, and the inputs' (shape, dtype) for `n` images; the gradient is that of the inputs in floats that
 # come before the first one that is not differentiated, None.
 PARTS = {
     "unet": (whole, lambda n, a: (((n, TOKENS, 1024), BF16), None, ((n, 64, 64, 4), jnp.float32), ((n,), jnp.int32))),
     "transformer": (transformer, lambda n, a: (((n, a.side, a.side, a.width), BF16), ((n, TOKENS, 1024), BF16))),
+    "tower": (tower, lambda n, a: (((n, 257, a.width), BF16),)),
     "resnet": (resnet, lambda n, a: (((n, a.side, a.side, a.skip + a.width), BF16), ((n, 1280), BF16))),
 }
 

@@ -1,4 +1,4 @@
-"""GEGLU in bfloat16 against float64, for the whole range of gates; in float32 the formula of `jax.nn.gelu`."""
+"""GELU and GEGLU in bfloat16 against float64, for the whole range; in float32 the formula of `jax.nn.gelu`."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diva_jax.models.layers import geglu
+from diva_jax.models.layers import geglu, gelu
 
 CDF = np.vectorize(lambda x: 0.5 * math.erfc(-x / math.sqrt(2)))
 
@@ -38,6 +38,23 @@ def test_bfloat16(seed):
         assert np.all(np.abs(found - want) <= 2**-8 * np.abs(want) + 1e-5 * np.abs(size) * fit)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_gelu_in_bfloat16(seed):
+    """As above, and no worse than with `jax.nn.gelu` in bfloat16."""
+    x, dy = next(generated(seed)), next(generated(seed + 10))
+    wide, d = (np.asarray(a, np.float64) for a in (x, dy))
+    cdf, density = CDF(wide), np.exp(-wide * wide / 2) / math.sqrt(2 * math.pi)
+    results = []
+    for fn in (gelu, lambda x: jax.nn.gelu(x, approximate=False)):
+        y, pull = jax.vjp(fn, x)
+        assert y.dtype == pull(dy)[0].dtype == jnp.bfloat16
+        results.append([np.asarray(a, np.float64) for a in (y, pull(dy)[0])])
+    wanted = wide * cdf, d * (cdf + wide * density)
+    for found, theirs, want in zip(*results, wanted, strict=True):
+        assert np.all(np.abs(found - want) <= 2**-8 * np.abs(want) + 6e-5 * np.maximum(np.abs(d), 1))
+        assert np.linalg.norm(found - want) <= np.linalg.norm(theirs - want)
+
+
 def test_no_worse_than_in_bfloat16_throughout():
     x, _ = generated(7)
     value, gate = np.split(np.asarray(x, np.float64), 2, -1)
@@ -51,6 +68,7 @@ def test_float32_is_the_formula():
     x = generated(0).__next__().astype(jnp.float32)
     value, gate = jnp.split(x, 2, -1)
     np.testing.assert_array_equal(geglu(x), value * jax.nn.gelu(gate, approximate=False))
+    np.testing.assert_array_equal(gelu(x), jax.nn.gelu(x, approximate=False))
 
 
 def test_extreme_gates_are_finite():
