@@ -50,7 +50,7 @@ def feed_forward(size: list[int], block: tuple[int, int]):
     from diva_jax.models import feed_forward_kernel as kernel
 
     n, c = size
-    kernel.MAX_TOKENS, kernel.MAX_PART = {c: block[0]}, block[1]
+    kernel.TILES, kernel.MAX_PART = {c: (block[0], max(vmem for _, vmem in kernel.TILES.values()))}, block[1]
 
     @jax.custom_vjp
     def run(x, *weights):

@@ -38,7 +38,7 @@ def use_kernel(shape: tuple[int, int, int], hidden: int, dtype) -> bool:
     if traced_for(mesh) != "tpu" or jnp.dtype(dtype).itemsize != 2 or batch % mesh.size or tokens < MIN_TOKENS:
         return False
     kernel = _kernel()
-    return tokens % kernel.LANES == hidden % kernel.LANES == 0 and channels <= max(kernel.MAX_TOKENS) and kernel.fits()
+    return tokens % kernel.LANES == hidden % kernel.LANES == 0 and channels <= max(kernel.TILES) and kernel.fits()
 
 
 def _plain(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:

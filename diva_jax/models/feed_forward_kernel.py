@@ -23,17 +23,16 @@ LANES = 128
 # these names.
 FORWARD, BACKWARD = "feed_forward_forward_h", "feed_forward_backward_h"
 MAX_PART = 640  # Largest number of hidden units per part.
-# Largest number of channels -> largest number of tokens per tile. The weights, one tile of the projection for each of
-# two steps of the grid, and one part in float32 must fit into VMEM (`bench/kernels.py --kernel=feed_forward`).
-MAX_TOKENS = {320: 512, 640: 256}
-# Limit for a kernel [bytes]. The one for 640 channels needs between 16 and 18 MiB. With a limit of 20, XLA keeps fewer
-# arrays in VMEM, and the other operations of a block of 4096 tokens take 3.35 instead of 2.90 ms on a v5e.
-VMEM = 18 * 2**20
+# Largest number of channels -> largest number of tokens per tile, and the limit of VMEM for a kernel [bytes]. The
+# weights, one tile of the projection for each of two steps of the grid, and one part in float32 must fit, on a v5p in
+# 16 and 28 MiB. The first limit is close to it, because XLA keeps fewer arrays in VMEM with a larger one: with 20 MiB,
+# the other operations of a block of 4096 tokens take 3.35 instead of 2.90 ms on a v5e.
+TILES = {320: (512, 18 * 2**20), 640: (256, 32 * 2**20)}
 
 
 def fits() -> bool:
     """Returns whether the TPU that is traced for has the VMEM: v5e, v5p and newer ones; a core of a v4 has 16 MiB."""
-    return pltpu.get_tpu_info().vmem_capacity_bytes > VMEM
+    return pltpu.get_tpu_info().vmem_capacity_bytes > max(vmem for _, vmem in TILES.values())
 
 
 def tile(n: int, most: int) -> int:
@@ -97,8 +96,9 @@ def _call(kernel, name: str, tiled: list[Array], whole: list[Array], rows: list[
       whole: weights.
       rows: channels of each result, [B, channels, N].
     """
-    batch, _, n = tiled[0].shape
-    size = tile(n, next(most for limit, most in MAX_TOKENS.items() if tiled[0].shape[1] <= limit))
+    batch, channels, n = tiled[0].shape
+    most, vmem = next(TILES[limit] for limit in TILES if channels <= limit)
+    size = tile(n, most)
 
     def spec(channels: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, channels, size), lambda b, i: (b, 0, i))
@@ -111,7 +111,7 @@ def _call(kernel, name: str, tiled: list[Array], whole: list[Array], rows: list[
         + [pl.BlockSpec(w.shape, lambda b, i: (0, 0), pipeline_mode=pl.Buffered(1)) for w in whole],
         out_specs=[spec(r) for r in rows],
         out_shape=[jax.ShapeDtypeStruct((batch, r, n), tiled[0].dtype) for r in rows],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem),
         interpret=interpret,
     )(*tiled, *whole)
 
@@ -124,7 +124,7 @@ def forward(x: Array, weights: tuple[Array, ...], epsilon: float, save: bool, in
     """The layer on one device.
 
     Args:
-      x: tokens, [B, C, N]; N is a multiple of LANES, and C at most the largest key of MAX_TOKENS.
+      x: tokens, [B, C, N]; N is a multiple of LANES, and C at most the largest key of TILES.
       weights: scale [C] and shift [C] of the norm, kernel [C, 2H] and bias [2H] of the projection (values, then
         gates), kernel [H, C] and bias [C] of the output; H is a multiple of LANES. Kernels have the dtype of x.
       epsilon: that of the norm.

@@ -106,6 +106,16 @@ def test_a_program_that_does_not_fit(toy, monkeypatch):
     assert "does not fit" in aot.text_of(row) and "GiB too much" in aot.text_of(row)
 
 
+def test_a_kernel_that_does_not_fit_into_vmem_is_not_a_program_that_does_not_fit(toy, monkeypatch):
+    def fail(lowered):
+        said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 24.05M of 16.00M vmem."
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(compiler, "compiled", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        aot.report(toy, "v5e:2x2")
+
+
 @pytest.mark.parametrize(
     "largest, weights, curve, tries",
     [
