@@ -223,7 +223,10 @@ def test_the_wide_head_of_the_vae_fits_into_vmem():
     assert compiled_kernels(4096, 4096, 1, 512, False) == 1
 
 
-@pytest.mark.parametrize(("topology", "tokens", "channels"), [("v5e:2x2", 384, 320), ("v6e:2x2", 256, 640)])
+@pytest.mark.parametrize(
+    ("topology", "tokens", "channels"),
+    [("v5e:2x2", 384, 320), ("v6e:2x2", 256, 640), ("v5p:2x2x1", 512, 320), ("v5p:2x2x1", 1024, 640)],
+)
 def test_feed_forward_kernels_compile_for_the_tpu(monkeypatch, topology, tokens, channels):
     """Forward and backward with the largest tiles of both numbers of channels; weights have no gradient."""
     monkeypatch.setattr(feed_forward, "MIN_TOKENS", tokens)
