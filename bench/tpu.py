@@ -70,10 +70,9 @@ def bound(row: dict) -> str:
 
 
 def older(row: dict) -> bool:
-    """Returns whether a report was made before the U-Net's feed-forward kernel, which a v4 does not use."""
+    """Returns whether a report has our attention but not the U-Net's feed-forward kernel, which a v4 does not use."""
     kernels = " ".join(row.get("kernels", {}))
-    attends = "flash_backward" in kernels or "splash" in kernels
-    return attends and "feed_forward" not in kernels and ("splash" in kernels or not row["topology"].startswith("v4"))
+    return "flash_backward" in kernels and "feed_forward" not in kernels and not row["topology"].startswith("v4")
 
 
 def costs(found: dict[str, dict]) -> str:

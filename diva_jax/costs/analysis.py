@@ -178,9 +178,9 @@ def _reason(total: Cost, chip: Chip) -> str:
         return ""
     share = total.kernel_flops / chip.flops / total.kernel_seconds
     return (
-        f"the kernels' shapes allow {100 * share:.0f}% of the peak rate: the length of a sum counts "
-        f"as the next multiple of {chip.matrix_side}, the side of the matrix unit, and operands and results are read "
-        "and written in HBM once"
+        f"the kernels' shapes allow {100 * share:.0f}% of the peak rate: the length of a sum counts as the next "
+        f"multiple of {chip.matrix_side}, the side of the matrix unit, and operands and results are read and written "
+        "in HBM once"
     )
 
 

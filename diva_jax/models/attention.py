@@ -6,10 +6,10 @@ traced, by the platform that it is traced for (`platform.py`).
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from diva_jax.models import recomputed
 from diva_jax.models.platform import traced_for
+from diva_jax.models.tiles import LANES, by_device, tile
 
 Array = jax.Array
 
@@ -64,14 +64,13 @@ def block(n: int, width: int) -> int:
       width: the head dim.
     """
     most = next(most for limit, most in MAX_BLOCK.items() if width <= limit)
-    lanes = _kernel().LANES
-    return max(b for b in range(lanes, most + 1, lanes) if n % b == 0)
+    return tile(n, most)
 
 
 def _sequence_minor(x: Array) -> Array:
     """[B, N, H, D] -> [B, H*D, N'], N' the next multiple of LANES."""
     x = x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _kernel().LANES)))
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES)))
 
 
 def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
@@ -123,9 +122,7 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array
     elif full and q.dtype == jnp.float32 and traced_for(mesh) == "cpu":
         out = recomputed.attend(q, k, v)
     elif full and use_kernel(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh):
-        batch = P(mesh.axis_names)
-        # XLA cannot partition a kernel, so each device runs it on its own part of the batch.
-        out = jax.shard_map(flash, in_specs=(batch,) * 3, out_specs=batch, check_vma=False)(q, k, v)
+        out = by_device(flash, q, k, v)
     else:
         fused = implementation(q.shape[3], q.dtype, mesh)
         out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, mask=mask, implementation=fused)

@@ -8,9 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from diva_jax.models.platform import traced_for
+from diva_jax.models.tiles import LANES, by_device
 
 Array = jax.Array
 
@@ -38,35 +38,28 @@ def use_kernel(shape: tuple[int, int, int], hidden: int, dtype) -> bool:
     if traced_for(mesh) != "tpu" or jnp.dtype(dtype).itemsize != 2 or batch % mesh.size or tokens < MIN_TOKENS:
         return False
     kernel = _kernel()
-    return tokens % kernel.LANES == hidden % kernel.LANES == 0 and channels <= max(kernel.TILES) and kernel.fits()
+    return tokens % LANES == hidden % LANES == 0 and channels <= max(kernel.TILES) and kernel.fits()
 
 
 def _plain(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
     return x + layer(norm(x))
 
 
-def _arrays(state, graph, dtype) -> tuple[tuple[Array, ...], float]:
+def _weights(state, graph, dtype) -> tuple[tuple[Array, ...], float]:
     """Returns the weights in the order of the kernel, and the epsilon of the norm."""
     norm, layer = nnx.merge(graph, state)
-    kernels = [jnp.asarray(linear.kernel[...], dtype) for linear in (layer.proj, layer.out)]
-    vectors = [p[...] for p in (norm.scale, norm.bias, layer.proj.bias, layer.out.bias)]
-    return (*vectors[:2], kernels[0], vectors[2], kernels[1], vectors[3]), norm.epsilon
+    affine = [w for linear in (layer.proj, layer.out) for w in (linear.kernel[...].astype(dtype), linear.bias[...])]
+    return (norm.scale[...], norm.bias[...], *affine), norm.epsilon
 
 
-def _sharded(fn, arrays: list[Array], weights: tuple[Array, ...], interpret: bool):
-    """Calls fn(*arrays, weights) with [B, C, N] in place of [B, N, C], each device on its own part of the batch."""
+def _run(kernel, arrays: list[Array], weights: tuple[Array, ...], interpret: bool):
+    """Calls kernel(*arrays, weights) with [B, C, N] in place of [B, N, C], on each device."""
 
-    def local(weights, *arrays):
-        return fn(*arrays, weights)
+    def local(*given):
+        return kernel(*given[: len(arrays)], given[len(arrays) :])
 
     arrays = [a.swapaxes(1, 2) for a in arrays]
-    if interpret:
-        out = local(weights, *arrays)
-    else:
-        batch = P(jax.sharding.get_abstract_mesh().axis_names)
-        # XLA cannot partition a kernel.
-        local = jax.shard_map(local, in_specs=(P(), *(batch for _ in arrays)), out_specs=batch, check_vma=False)
-        out = local(weights, *arrays)
+    out = local(*arrays, *weights) if interpret else by_device(local, *arrays, whole=weights)
     return jax.tree.map(lambda a: a.swapaxes(1, 2), out)
 
 
@@ -86,9 +79,9 @@ def fused(x: Array, state: nnx.State, graph: nnx.GraphDef, interpret: bool) -> A
 
 
 def _forward(x, state, graph, interpret, save):
-    weights, epsilon = _arrays(state, graph, x.dtype)
-    run = functools.partial(_kernel().forward, epsilon=epsilon, save=save, interpret=interpret)
-    return _sharded(run, [x], weights, interpret)
+    weights, epsilon = _weights(state, graph, x.dtype)
+    kernel = functools.partial(_kernel().forward, epsilon=epsilon, save=save, interpret=interpret)
+    return _run(kernel, [x], weights, interpret)
 
 
 def _forward_saved(x, state, graph, interpret):
@@ -98,9 +91,9 @@ def _forward_saved(x, state, graph, interpret):
 
 def _backward(graph, interpret, saved, dy):
     x, projection, state = saved
-    weights, epsilon = _arrays(state, graph, x.dtype)
-    run = functools.partial(_kernel().backward, epsilon=epsilon, interpret=interpret)
-    dx = _sharded(run, [x, projection, dy], weights, interpret)
+    weights, epsilon = _weights(state, graph, x.dtype)
+    kernel = functools.partial(_kernel().backward, epsilon=epsilon, interpret=interpret)
+    dx = _run(kernel, [x, projection, dy], weights, interpret)
     # Weights are frozen where the kernel is used today, and then XLA removes this computation.
     _, pull = jax.vjp(lambda state: _plain(x, *nnx.merge(graph, state)), state)
     return dx, *pull(dy)

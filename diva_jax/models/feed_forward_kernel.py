@@ -15,35 +15,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from diva_jax.models.layers import geglu_gradient, normal_cdf
+from diva_jax.models.tiles import dot, tile
 
 Array = jax.Array
 
-LANES = 128
 # Names of the kernels in compiled programs, followed by the number of hidden units; costs/hlo.py counts their FLOPs by
 # these names.
 FORWARD, BACKWARD = "feed_forward_forward_h", "feed_forward_backward_h"
 MAX_PART = 640  # Largest number of hidden units per part.
 # Largest number of channels -> largest number of tokens per tile, and the limit of VMEM for a kernel [bytes]. The
 # weights, one tile of the projection for each of two steps of the grid, and one part in float32 must fit, on a v5p in
-# 16 and 28 MiB. The first limit is close to it, because XLA keeps fewer arrays in VMEM with a larger one: with 20 MiB,
-# the other operations of a block of 4096 tokens take 3.35 instead of 2.90 ms on a v5e.
+# 16 and 28 MiB. The first limit is close to it, because XLA keeps fewer arrays in VMEM with a larger one (at commit
+# 7b49ded, with 24 MiB, `bench/unet.py --part=transformer` prints 3.35 instead of 2.90 ms).
 TILES = {320: (512, 18 * 2**20), 640: (256, 32 * 2**20)}
 
 
 def fits() -> bool:
     """Returns whether the TPU that is traced for has the VMEM: v5e, v5p and newer ones; a core of a v4 has 16 MiB."""
     return pltpu.get_tpu_info().vmem_capacity_bytes > max(vmem for _, vmem in TILES.values())
-
-
-def tile(n: int, most: int) -> int:
-    """Returns the largest divisor of n that is a multiple of LANES and at most `most`; n is a multiple of LANES."""
-    return max(t for t in range(LANES, most + 1, LANES) if n % t == 0)
-
-
-def _dot(x: Array, y: Array) -> Array:
-    # float32 inputs, as in tests, are multiplied in float32.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _normalised(x: Array, epsilon: float) -> tuple[Array, Array]:
@@ -65,11 +54,11 @@ def _forward_kernel(x_ref, scale_ref, shift_ref, w_in_ref, b_in_ref, w_out_ref, 
     z = (_normalised(x, epsilon)[0] * scale_ref[...] + shift_ref[...]).astype(x_ref.dtype)
     out = x + b_out_ref[...]
     for values, gates in _parts(w_out_ref.shape[1]):
-        value = _dot(w_in_ref[values], z) + b_in_ref[values]
-        gate = _dot(w_in_ref[gates], z) + b_in_ref[gates]
+        value = dot(w_in_ref[values], z) + b_in_ref[values]
+        gate = dot(w_in_ref[gates], z) + b_in_ref[gates]
         for ref in saved:
             ref[values], ref[gates] = value.astype(ref.dtype), gate.astype(ref.dtype)
-        out += _dot(w_out_ref[:, values], (value * gate * normal_cdf(gate)).astype(z.dtype))
+        out += dot(w_out_ref[:, values], (value * gate * normal_cdf(gate)).astype(z.dtype))
     y_ref[...] = out.astype(y_ref.dtype)
 
 
@@ -77,10 +66,10 @@ def _backward_kernel(x_ref, h_ref, dy_ref, scale_ref, w_in_ref, w_out_ref, dx_re
     dy = dy_ref[...]
     dz = jnp.zeros(x_ref.shape, jnp.float32)
     for values, gates in _parts(w_out_ref.shape[0]):
-        d = _dot(w_out_ref[values], dy)
+        d = dot(w_out_ref[values], dy)
         value, gate = (h_ref[rows].astype(jnp.float32) for rows in (values, gates))
         for rows, part in zip((values, gates), geglu_gradient(value, gate, d), strict=True):
-            dz += _dot(w_in_ref[:, rows], part.astype(dy.dtype))
+            dz += dot(w_in_ref[:, rows], part.astype(dy.dtype))
     normal, inverse = _normalised(x_ref[...].astype(jnp.float32), epsilon)
     dz *= scale_ref[...]
     along = jnp.mean(dz * normal, axis=0, keepdims=True)

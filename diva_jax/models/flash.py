@@ -17,26 +17,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from diva_jax.models.tiles import LANES, dot
+
 Array = jax.Array
 
-LANES = 128  # Tiles are multiples of the number of lanes of a vector register.
 # Names of the kernels in compiled programs, followed by the head dim; costs/hlo.py counts their FLOPs by these names.
 FORWARD, BACKWARD = "flash_forward_d", "flash_backward_d"
 _NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # Score of a padded key.
-_NN = (((1,), (0,)), ((), ()))  # x @ y
 _NT = (((1,), (1,)), ((), ()))  # x @ y.T
 _TN = (((0,), (0,)), ((), ()))  # x.T @ y
 
 
-def _dot(x: Array, y: Array, dims) -> Array:
-    # float32 inputs, as in tests, are multiplied in float32.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _scores(q: Array, k: Array, first, keys: int | None) -> Array:
     """[D, queries], [D, keys] -> [keys, queries]; the keys of this tile from index `keys` on are padding."""
-    s = _dot(k, q * k.shape[0] ** -0.5, _TN)
+    s = dot(k, q * k.shape[0] ** -0.5, _TN)
     if keys is None:
         return s
     return jnp.where(first + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0) < keys, s, _NEVER)
@@ -58,7 +52,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, lse_ref, max_ref, sum_ref, acc_r
     decay = jnp.exp(before - now)
     max_ref[...] = now
     sum_ref[...] = decay * sum_ref[...] + jnp.sum(p, axis=0, keepdims=True)
-    acc_ref[...] = acc_ref[...] * decay + _dot(v_ref[...], p.astype(v_ref.dtype), _NN)
+    acc_ref[...] = acc_ref[...] * decay + dot(v_ref[...], p.astype(v_ref.dtype))
 
     @pl.when(j == last)
     def _():
@@ -84,11 +78,11 @@ def _backward_kernel(
 
     q, k, v, do = q_ref[...], k_ref[...], v_ref[...], do_ref[...]
     p = jnp.exp(_scores(q, k, j * k.shape[1], keys) - lse_ref[...])
-    dv_acc[...] += _dot(do, p.astype(do.dtype), _NT)
+    dv_acc[...] += dot(do, p.astype(do.dtype), _NT)
     row = jnp.sum(o_ref[...].astype(jnp.float32) * do.astype(jnp.float32), axis=0, keepdims=True)
-    ds = (p * (_dot(v, do, _TN) - row)).astype(q.dtype)
-    dk_acc[...] += _dot(q, ds, _NT)
-    dq_acc[:, queries] += _dot(k, ds, _NN)
+    ds = (p * (dot(v, do, _TN) - row)).astype(q.dtype)
+    dk_acc[...] += dot(q, ds, _NT)
+    dq_acc[:, queries] += dot(k, ds)
 
     @pl.when(i == last_i)
     def _():
