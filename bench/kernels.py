@@ -39,7 +39,8 @@ def attention(size: list[int], block: tuple[int, int]):
     n, m, heads, width = size
 
     def run(q, k, v):
-        return flash.attend(q, k, v, heads, None, block, False)
+        out, pull = jax.vjp(lambda *a: flash.attend(*a, heads, None, block, False), q, k, v)
+        return out, pull(out)
 
     by_image = [(heads * width, length) for length in (n, m, m)]
     return run, by_image, [], heads * math.ceil(n / block[0]) * math.ceil(m / block[1])
@@ -48,23 +49,16 @@ def attention(size: list[int], block: tuple[int, int]):
 def feed_forward(size: list[int], block: tuple[int, int]):
     """As `attention`; the block is (tokens, hidden units)."""
     from diva_jax.models import feed_forward_kernel as kernel
+    from diva_jax.models.tiles import tile
 
     n, c = size
     kernel.TILES, kernel.MAX_PART = {c: (block[0], max(vmem for _, vmem in kernel.TILES.values()))}, block[1]
 
-    @jax.custom_vjp
     def run(x, *weights):
-        return kernel.forward(x, weights, 1e-5, save=False)[0]
-
-    def forward(x, *weights):
         y, projection = kernel.forward(x, weights, 1e-5, save=True)
-        return y, (x, projection, weights)
+        return y, kernel.backward(x, projection, y, weights, 1e-5)
 
-    def backward(saved, dy):
-        return kernel.backward(*saved[:2], dy, saved[2], 1e-5), *(jnp.zeros_like(w) for w in saved[2])
-
-    run.defvjp(forward, backward)
-    return run, [(c, n)], [(c,), (c,), (c, 8 * c), (8 * c,), (4 * c, c), (c,)], n // kernel.tile(n, block[0])
+    return run, [(c, n)], [(c,), (c,), (c, 8 * c), (8 * c,), (4 * c, c), (c,)], n // tile(n, block[0])
 
 
 KERNELS = {
@@ -87,6 +81,7 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
         from diva_jax import aot
         from diva_jax import config as configs
+        from diva_jax.costs import analysis, hlo
         from diva_jax.training import sharding
 
         chip, _, devices = aot.devices(args.topology)
@@ -100,21 +95,20 @@ def main() -> None:
                 for shape in by_image
             ] + [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated) for shape in weights]
             specs = (sharding.BATCH,) * len(by_image) + (P(),) * len(weights)
-
-            def loss(*arrays, run=run, specs=specs):
-                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                    out = jax.shard_map(run, in_specs=specs, out_specs=P(("data", "fsdp")), check_vma=False)(*arrays)
-                    return jnp.sum(out.astype(jnp.float32) ** 2)
-
             for path in Path(folder).iterdir():
                 path.unlink()
-            gradient = jax.value_and_grad(loss, argnums=tuple(range(len(by_image))))
-            jax.jit(gradient).lower(*shapes).compile()
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                both = jax.shard_map(run, in_specs=specs, out_specs=sharding.BATCH, check_vma=False)
+                compiled = jax.jit(both).lower(*shapes).compile()
+            bounds = {
+                op.name.rsplit(".", 1)[0]: 1e3 * analysis.kernel_seconds(op, computation, chip)
+                for op, computation, _ in hlo.parse(compiled.as_text()).executed()
+            }
             for name, count in sorted(bundles(Path(folder)).items()):
                 ms = 1e3 * count * tiles * IMAGES / chip.clock
                 print(
                     f"{args.topology} {args.size or size} tile {text} {name}: {count} bundles, {ms:.3f} ms for "
-                    f"{tiles} tiles of {IMAGES} images",
+                    f"{tiles} tiles of {IMAGES} images; bound {bounds[name]:.3f} ms",
                     flush=True,
                 )
 
