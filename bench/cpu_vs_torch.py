@@ -36,7 +36,7 @@ def measure(side: str) -> None:
     """Prints wall and CPU seconds per step, and the increase of peak memory."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from diva_jax.export import reference
+    from diva_jax.weights.export import reference
 
     if side == "torch":
         assert reference.available("open_clip") and reference.available("diffusers")

@@ -38,9 +38,9 @@ def measure(side: str) -> dict:
     if side == "torch" or not gpu:
         jax.config.update("jax_platforms", "cpu")  # The GPU's memory belongs to PyTorch.
     from diva_jax.costs import chips
-    from diva_jax.export import reference
     from diva_jax.training import sharding
     from diva_jax.training.step import Program
+    from diva_jax.weights.export import reference
 
     config = config_of(_SIZE.value, _BATCH.value, "bfloat16")
     began = time.perf_counter()

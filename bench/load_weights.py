@@ -32,9 +32,9 @@ def _peak() -> float:
 def _write(folder: Path) -> None:
     from diffusers import UNet2DConditionModel
 
-    from diva_jax.export import reference
     from diva_jax.models import backbones
     from diva_jax.models.diffusion.presets import preset
+    from diva_jax.weights.export import reference
 
     spec = backbones.TABLE["vitl14"]
     (folder / "clip").mkdir()
@@ -88,7 +88,7 @@ def _ours(folder: Path, dtype: str):
 
 
 def _measure(side: str, folder: Path) -> None:
-    from diva_jax.export import reference
+    from diva_jax.weights.export import reference
 
     if side in ("torch", "write"):
         assert reference.available("open_clip") and reference.available("diffusers")

@@ -21,9 +21,9 @@ from ml_collections import config_flags
 from diva_jax import weights
 from diva_jax.common import cli
 from diva_jax.common.errors import RunError, UserError, listing
-from diva_jax.export import layouts, reference
 from diva_jax.models.backbones import spec_of
 from diva_jax.weights import clip, names, origins, readers
+from diva_jax.weights.export import layouts, reference
 from diva_jax.weights.tensors import Tensors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone is exported.")
@@ -35,7 +35,7 @@ _RUN = flags.DEFINE_bool(
 
 def through_our_modules(folder: Path, spec) -> origins.ClipSource:
     """Returns the source in `folder`, with the tensors of each tower taken from our module loaded from it."""
-    source = origins.open_clip_source(str(folder))
+    source = origins.open_source(str(folder))
     scales = {n: np.asarray(t) for n, t in source.tensors.items() if n.startswith("logit_")}
     found = {}
     for tower, table in (("vision", clip.vision_table(spec)), ("text", clip.text_table(spec))):
@@ -54,7 +54,7 @@ def compare(original: Path, out: Path) -> int:
       RunError: a tensor differs, is missing, or is not in the original file.
     """
     file = readers.open_file(original / "open_clip_model.safetensors")
-    back = origins.open_clip_source(str(out)).tensors
+    back = origins.open_source(str(out)).tensors
     wrong = [n for n in file if n not in back or not np.array_equal(np.asarray(file[n]), np.asarray(back[n]))]
     wrong += [n for n in back if n not in file]
     if wrong:

@@ -59,8 +59,8 @@ def _ours(folder: str, spec, photographs):
 def main(_) -> None:
     import numpy as np
 
-    from diva_jax.export import reference
     from diva_jax.models import backbones
+    from diva_jax.weights.export import reference
 
     if not reference.available("open_clip"):
         raise SystemExit("this comparison needs torch and open_clip: pip install -e '.[test]'")

@@ -21,7 +21,7 @@ from diva_jax import config as base
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Spec
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
-from diva_jax.weights.origins import open_clip_source
+from diva_jax.weights.origins import open_source
 
 
 def _text(width: int, heads: int, layers: int, **others) -> dict:
@@ -134,6 +134,6 @@ def get_config(arg: str | None = None):
             f"configs/custom.py:{arg} is neither a name nor a path or hub id of weights; names are "
             f"{listing([*MODELS, *DINOV2], 100)}"
         )
-    source = open_clip_source(arg, "the argument of configs/custom.py")
+    source = open_source(arg, "the argument of configs/custom.py")
     spec = source.described(arg)
     return base.default(spec)

@@ -8,9 +8,8 @@ import importlib
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "export", "load", "objective", "train"]
-# `train` and `export` are also the names of modules; these can be called, see `common.calls`. `evaluate` is a command,
-# which no module imports, and can be a function.
-_MODULES = ("export", "train")
+# `train` is also the name of a module, which can be called, see `common.calls`.
+_MODULES = ("train",)
 
 
 def __getattr__(name: str):

@@ -41,8 +41,8 @@ def main() -> None:
 
     # Only one image is encoded, and the reference is computed in float32.
     jax.config.update("jax_platforms", "cpu")
-    from diva_jax.export import publish
     from diva_jax.models.backbones import spec_of
+    from diva_jax.weights.export import publish
 
     if _WORKDIR.value:
         configs.check_runs([_WORKDIR.value])

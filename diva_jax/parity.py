@@ -23,9 +23,9 @@ from diva_jax import config as configs
 from diva_jax import weights
 from diva_jax.common import cli
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.export import reference
 from diva_jax.models.backbones import spec_of
 from diva_jax.models.diffusion.unet import UNetConfig
+from diva_jax.weights.export import reference
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone and U-Net are compared.")
 _UNET = flags.DEFINE_bool("unet", True, "Whether to compare the U-Net too; it is the same for most configs.")

@@ -18,7 +18,6 @@ from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
-from diva_jax.export import runs  # noqa: F401 - a run may be the source of weights.
 from diva_jax.training import (
     checkpoint,
     compiler,

@@ -13,8 +13,8 @@ from diva_jax.api import configs
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 from diva_jax.evals import evaluator, results
-from diva_jax.export import publish
 from diva_jax.training import workdirs
+from diva_jax.weights.export import publish
 
 
 def train(

@@ -167,7 +167,7 @@ def _config(source: str, step: int | None, spec: Spec | str | None) -> ConfigDic
         if isinstance(spec, str) and spec not in backbones.TABLE:
             raise UserError(f"spec={spec!r} is none of {', '.join(backbones.TABLE)}: give one of these, or a Spec")
         row = backbones.TABLE[spec] if isinstance(spec, str) else spec
-        config = configs.default(row or origins.open_clip_source(source, "source").described(source))
+        config = configs.default(row or origins.open_source(source, "source").described(source))
     with config.unlocked():
         config.mesh.data, config.mesh.fsdp = -1, 1  # All devices of this machine, not those of the run.
         if step is None:

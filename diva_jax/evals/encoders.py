@@ -7,7 +7,6 @@ import jax
 from jax.sharding import Mesh
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.export import runs  # noqa: F401 - a run may be the source of weights.
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text
@@ -59,7 +58,7 @@ def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dic
 
     Args:
       kind: "vision" or "text".
-      source: a source for `origins.open_clip_source`.
+      source: a source for `origins.open_source`.
       spec: the backbone.
       mesh: the devices.
       min_shard: smaller arrays are replicated.
@@ -71,13 +70,13 @@ def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dic
     module = abstract(lambda rngs: make(spec, rngs=rngs))
     variables = names.flat(module)
     shardings = sharding.parameter_shardings(variables, mesh, min_shard)
-    opened = origins.open_clip_source(source, "--weights")
+    opened = origins.open_source(source, "--weights")
     state = fill(opened, spec, module, loads.put_on(shardings.__getitem__))
     return {partition.name_of(path): var.get_value() for path, var in names.flat(state).items()}
 
 
 def _has_text(source: str) -> bool:
-    return any(n.endswith("token_embedding.weight") for n in origins.open_clip_source(source, "--weights").tensors)
+    return any(n.endswith("token_embedding.weight") for n in origins.open_source(source, "--weights").tensors)
 
 
 def _put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:

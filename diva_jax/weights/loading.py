@@ -160,7 +160,7 @@ def load(
         return nnx.split(layers.abstract(lambda rngs: make(rngs=rngs, **kw)))
 
     if isinstance(spec, Spec):
-        opened = origins.open_clip_source(source)
+        opened = origins.open_source(source)
         if tower == "text":
             graph, state = abstract(functools.partial(Text, spec))
             return nnx.merge(graph, fill_text(opened, spec, state, put))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -222,33 +221,22 @@ def _openai_spec(tensors: Tensors) -> Spec:
     )
 
 
-_others: list[Callable[[str], "ClipSource | None"]] = []
-
-
-def also_opened_by(opener: Callable[[str], "ClipSource | None"]) -> None:
-    """Registers an opener of sources that layers above this one know, such as runs (`export.runs`).
-
-    Args:
-      opener: a source -> it, or None where it is of another kind.
-    """
-    _others.append(opener)
-
-
-def open_clip_source(source: str, field: str = "--source") -> ClipSource:
+def open_source(source: str, field: str = "--source") -> ClipSource:
     """Opens any checkpoint of a backbone; the format is detected from the contents.
 
     Args:
-      source: an open_clip, OpenAI or transformers file or folder, a vision tower's state dict, a hub id, or what one of
-        the other openers knows: WORKDIR or WORKDIR:STEP of a run.
+      source: an open_clip, OpenAI or transformers file or folder, a vision tower's state dict, a hub id, or
+        WORKDIR or WORKDIR:STEP of a run.
       field: the config field or flag of the source, named in errors.
 
     Raises:
       UserError: it is missing, invalid, or of none of these formats.
     """
     if source and not paths.is_remote(source):
-        for opener in _others:
-            if (found := opener(source)) is not None:
-                return found
+        from diva_jax.weights import runs
+
+        if (found := runs.opened(source)) is not None:
+            return found
     at = _clip_folder(source, field)
     folder = at if at.is_dir() else at.parent
     # A config in the folder of a file describes the file only if it has one of the standard names of weights.

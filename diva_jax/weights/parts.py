@@ -53,14 +53,14 @@ def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple
     """Returns the part for the vision tower of a backbone.
 
     Args:
-      source: a source for `origins.open_clip_source`.
+      source: a source for `origins.open_source`.
       spec: the backbone.
       field: the config section of the spec, named in errors; its field `source` is `source`.
       fresh: see `Part`.
     """
 
     def opened():
-        found = origins.open_clip_source(source, f"{field}.source")
+        found = origins.open_source(source, f"{field}.source")
         origins.check_architecture(found, spec, field)
         return Opened(found.files, lambda state, put: loading.fill_vision(found, spec, state, put, field))
 
@@ -71,7 +71,7 @@ def text(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[s
     """Returns the part for the text tower of a backbone; arguments as for `vision`."""
 
     def opened():
-        found = origins.open_clip_source(source, f"{field}.source")
+        found = origins.open_source(source, f"{field}.source")
         loading.check_text(found, spec)
         return Opened(found.files, lambda state, put: loading.fill_text(found, spec, state, put))
 
@@ -82,7 +82,7 @@ def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
     """Returns the part for `logit_scale` or `logit_bias`: one parameter of shape [], with the stored value."""
 
     def opened():
-        found = origins.open_clip_source(source, f"{field}.source")
+        found = origins.open_source(source, f"{field}.source")
         if name not in found.tensors:
             raise UserError(f"{found.where} has no {name}: give the checkpoint of the whole model as {field}.source")
         return Opened(found.files, lambda state, put: _one(state, np.asarray(found.tensors[name]), put))
@@ -171,7 +171,7 @@ def embedding_statistics(source: str) -> Part:
 
 def tokenizer_folder(source: str, field: str = "config.backbone.source") -> Path:
     """Returns the folder with the tokenizer's files of a source of weights."""
-    found = origins.open_clip_source(source, field)
+    found = origins.open_source(source, field)
     if found.tokenizer:
         return found.tokenizer[0].parent
     where = Path(found.where)

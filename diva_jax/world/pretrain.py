@@ -119,10 +119,9 @@ def write_result(name: str, out: Path) -> None:
 def _fill(name: str, out: Path, folder: Path) -> None:
     from flax import nnx
 
-    from diva_jax.export import runs
     from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
     from diva_jax.training import partition, workdirs
-    from diva_jax.weights import names, writers
+    from diva_jax.weights import names, runs, writers
     from diva_jax.world import captions, models, vocabulary
 
     workdir = out / "runs" / name

@@ -4,8 +4,8 @@ import numpy as np
 import open_clip
 from helpers import randomise, tensors
 
-from diva_jax.export import reference
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
+from diva_jax.weights.export import reference
 
 
 def equal(ours, theirs):

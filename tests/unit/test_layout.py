@@ -10,9 +10,11 @@ from without_torch import PACKAGES
 PACKAGE = ROOT / "diva_jax"
 # Lowest first: a folder or top-level file imports only from those before it, and from itself.
 ORDER = (
-    "common", "models", "costs", "data", "weights", "objectives", "training", "export", "evals", "config", "report",
-    "train", "api", "world",
+    "common", "models", "costs", "data", "weights", "objectives", "training", "evals", "config", "report", "train",
+    "api", "world",
 )  # fmt: skip
+# The exception: weights opens runs, which it imports where a source is one, inside a function.
+LATE = {"weights/runs.py": {"training"}}
 COMMANDS = ("main", "evaluate", "export_torch", "cache_latents", "aot", "parity", "demo")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -40,7 +42,7 @@ def test_imports_go_down():
         here = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
         if here in (*COMMANDS, "__init__"):
             continue
-        allowed = {*ORDER[: ORDER.index(here) + 1], "__version__"}
+        allowed = {*ORDER[: ORDER.index(here) + 1], "__version__", *LATE.get(str(file.relative_to(PACKAGE)), ())}
         wrong += [f"{file.relative_to(ROOT)} imports {other}" for other in imported(file) if other not in allowed]
     assert not wrong
 

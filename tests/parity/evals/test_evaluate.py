@@ -86,7 +86,7 @@ def workdir(tmp_path_factory, base):
     checkpoints = checkpoint.Checkpoints(folder)
     for step in (2, 5):
         arrays = small.random_arrays(program, seed=step)
-        began = {"source": ["x"], "sha256": readers.fingerprint(origins.open_clip_source(str(base)).files)}
+        began = {"source": ["x"], "sha256": readers.fingerprint(origins.open_source(str(base)).files)}
         meta = {"sources": {"vision": began}, "config": json.loads(c.to_json())}
         checkpoints.save(step, program.init_state(arrays), {}, meta)
     checkpoints.wait()

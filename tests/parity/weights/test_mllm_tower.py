@@ -11,9 +11,9 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from diva_jax import weights
 from diva_jax.data import images
 from diva_jax.data.preprocess import normalise, to_float
-from diva_jax.export import layouts, reference
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.weights import origins
+from diva_jax.weights.export import layouts, reference
 
 LAYER = -2  # LLaVA's mm_vision_select_layer; its mm_vision_select_feature is "patch".
 
@@ -24,7 +24,7 @@ def exported(tmp_path_factory):
     (root / "in").mkdir()
     model = randomise(open_clip.CLIP(**to_open_clip(CLIP)["model_cfg"]))
     reference.save_open_clip(model, CLIP, root / "in")
-    layouts.export(origins.open_clip_source(str(root / "in")), CLIP, root / "out", "hf")
+    layouts.export(origins.open_source(str(root / "in")), CLIP, root / "out", "hf")
     return root / "out"
 
 

@@ -141,7 +141,7 @@ def test_openai_archive(tmp_path):
     expected = openai_archive(tmp_path / "ViT-tiny.pt")
     assert expected["visual.conv1.weight"].dtype == torch.float16
     same_towers(tmp_path / "ViT-tiny.pt", expected, OPENAI)
-    found = origins.open_clip_source(str(tmp_path / "ViT-tiny.pt"))
+    found = origins.open_source(str(tmp_path / "ViT-tiny.pt"))
     assert found.kind == "OpenAI archive" and found.spec == OPENAI
     with pytest.raises(UserError, match="activation is 'quick_gelu' there and 'gelu' in the config"):
         weights.load(str(tmp_path / "ViT-tiny.pt"), dataclasses.replace(OPENAI, activation="gelu"))
@@ -184,7 +184,7 @@ def test_transformers_siglip(tmp_path, spec):
 def test_transformers_metaclip2(tmp_path):
     """Pools at the first end token, whose id is not the highest; later tokens have no effect."""
     spec, model = METACLIP2_FOLDER, metaclip2_folder(tmp_path)
-    assert origins.open_clip_source(str(tmp_path)).spec == spec
+    assert origins.open_source(str(tmp_path)).spec == spec
     ids = np.array([[0, 7, 98, 2, 1, 1, 1, 1, 1, 1, 1], [0, 95, 2, 2, 1, 1, 1, 1, 1, 1, 1]])
     images = np.random.default_rng(0).standard_normal((2, 30, 30, 3), np.float32)
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_transformers_metaclip2(tmp_path):
 def test_transformers_dinov2(tmp_path, spec, size):
     """At the resolution of its position embeddings, above and below, as transformers interpolates them."""
     model = dinov2_folder(tmp_path, spec)
-    source = origins.open_clip_source(str(tmp_path))
+    source = origins.open_source(str(tmp_path))
     assert source.spec == spec and source.kind == "transformers folder"
     images = np.random.default_rng(size).standard_normal((2, size, size, 3), np.float32)
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_open_clip_eva02(tmp_path):
 def test_of_bare_dinov2_files_only_those_with_a_row_are_described(tmp_path):
     torch.save(torch_tower(DINOV2).state_dict(), tmp_path / "dinov2.pth")
     with pytest.raises(UserError, match="does not specify the number of heads"):
-        origins.open_clip_source(str(tmp_path / "dinov2.pth")).described("x")
+        origins.open_source(str(tmp_path / "dinov2.pth")).described("x")
 
 
 def test_published_siglip_says_tanh_and_is_run_exactly(tmp_path):
@@ -267,7 +267,7 @@ _FOLDERS = {
 def test_transformers_names_both_ways_are_exact(tmp_path, write, spec):
     write(tmp_path, spec)
     theirs = readers.open_file(tmp_path / "model.safetensors")
-    source = origins.open_clip_source(str(tmp_path))
+    source = origins.open_source(str(tmp_path))
     back = hf.to_transformers_names(source.tensors, spec)
     assert back.keys() == theirs.keys()
     for name, tensor in back.items():

@@ -12,10 +12,10 @@ import small_unclip
 from diva_jax import config
 from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess
-from diva_jax.export import runs
 from diva_jax.models import backbones
 from diva_jax.train import Run
 from diva_jax.training import checkpoint, workdirs
+from diva_jax.weights import runs
 
 
 def run(c, steps: int, devices: int = 1):

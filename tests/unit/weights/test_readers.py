@@ -43,7 +43,7 @@ def test_a_local_folder_of_the_removed_name_is_read(tmp_path, monkeypatch):
     assert origins.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
 
 
-@pytest.mark.parametrize("find", [origins.diffusers_folder, origins.open_clip_source])
+@pytest.mark.parametrize("find", [origins.diffusers_folder, origins.open_source])
 def test_places_that_are_not_there(find, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source, match in (
@@ -63,7 +63,7 @@ def test_a_mistyped_path_does_not_ask_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(origins, "_hub", lambda *_: pytest.fail("the hub was asked"))
     (tmp_path / "weights" / "clip").mkdir(parents=True)
     with pytest.raises(UserError, match="config.x.source='weights/clpi' does not exist in the folder weights"):
-        origins.open_clip_source("weights/clpi", "config.x.source")
+        origins.open_source("weights/clpi", "config.x.source")
 
 
 def test_arrays_go_straight_to_their_shards():

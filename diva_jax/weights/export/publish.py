@@ -10,9 +10,9 @@ from typing import Any
 from diva_jax.common import paths
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.log import say
-from diva_jax.export import cards, layouts, runs, vocabulary
 from diva_jax.models.backbones import Spec
-from diva_jax.weights import origins, writers
+from diva_jax.weights import origins, runs, writers
+from diva_jax.weights.export import cards, layouts, vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ def export(
         spec, step = opened.spec, provenance["step"]
         began = provenance["config"]["backbone"]["source"]
     else:
-        opened, provenance, began = origins.open_clip_source(source), None, source
+        opened, provenance, began = origins.open_source(source), None, source
         spec = spec or opened.described(source)
     if options.tokenizer:
         opened = vocabulary.add(opened, spec, options.tokenizer)

@@ -9,8 +9,8 @@ from specs import EVAL_CLIP
 
 from diva_jax import demo
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.export import cards, layouts, publish
 from diva_jax.weights import origins
+from diva_jax.weights.export import cards, layouts, publish
 
 PROVENANCE = {
     "workdir": "runs/a",
@@ -29,7 +29,7 @@ PROVENANCE = {
 def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     demo.write_clip(folder, EVAL_CLIP)
-    return origins.open_clip_source(str(folder))
+    return origins.open_source(str(folder))
 
 
 def write_results(folder, source="runs/a", step=40):

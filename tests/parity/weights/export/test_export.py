@@ -17,12 +17,12 @@ from PIL import Image
 from diva_jax import config as configs
 from diva_jax import demo, weights
 from diva_jax.common.errors import UserError
-from diva_jax.export import layouts, runs
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import TINY
 from diva_jax.training import checkpoint, partition, workdirs
 from diva_jax.training.sharding import make_mesh, parameter_shardings
-from diva_jax.weights import names, origins, parts, readers
+from diva_jax.weights import names, origins, parts, readers, runs
+from diva_jax.weights.export import layouts
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
     mesh = make_mesh(ConfigDict(dict(data=1, fsdp=8)))
     shardings = parameter_shardings(params, mesh, 1)
     placed = {n: jax.device_put(a, shardings[n]) for n, a in params.items()}
-    source = origins.open_clip_source(str(root / "clip"))
+    source = origins.open_source(str(root / "clip"))
     meta = {"sources": {"vision": {"source": ["x"], "sha256": readers.fingerprint(source.files)}}}
     checkpoints = checkpoint.Checkpoints(workdir)
     checkpoints.save(7, {"params": placed, "opt": {"mu": placed}, "step": jax.numpy.int32(7)}, {}, meta)
@@ -55,9 +55,9 @@ def test_a_run_is_a_source_of_weights(run):
     """As `config.backbone.source=WORKDIR` or `WORKDIR:STEP`: what an export of the run has, with its own identity."""
     root, params = run
     expected, _ = runs.run_source(root / "work")
-    base = readers.fingerprint(origins.open_clip_source(str(root / "clip")).files)
+    base = readers.fingerprint(origins.open_source(str(root / "clip")).files)
     for source in (f"{root}/work", f"{root}/work:7"):
-        found = origins.open_clip_source(source, "config.backbone.source")
+        found = origins.open_source(source, "config.backbone.source")
         equal(found.tensors, expected.tensors)
         assert found.spec.source == source and readers.fingerprint(found.files) != base
         tower = weights.load(source, dataclasses.replace(TINY, source=source))
@@ -65,9 +65,9 @@ def test_a_run_is_a_source_of_weights(run):
         np.testing.assert_array_equal(tower.blocks[1].mlp.fc1.kernel[...], kernel)
         assert parts.tokenizer_folder(source) == root / "clip"
     with pytest.raises(UserError, match="use one of 7"):
-        origins.open_clip_source(f"{root}/work:8")
+        origins.open_source(f"{root}/work:8")
     with pytest.raises(UserError, match="does not exist"):
-        origins.open_clip_source(f"{root}/nothing:7")
+        origins.open_source(f"{root}/nothing:7")
 
 
 def test_checkpoint_to_open_clip(run, tmp_path, capsys):
@@ -77,7 +77,7 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     layouts.export(source, source.spec, tmp_path / "out", "open_clip")
     assert "open_clip: largest difference" in capsys.readouterr().out
 
-    original = origins.open_clip_source(str(root / "clip")).tensors
+    original = origins.open_source(str(root / "clip")).tensors
     written = readers.open_file(tmp_path / "out/open_clip_model.safetensors")
     untouched = [n for n in original if not n.startswith("visual.")] + ["visual.positional_embedding"]
     equal({n: written[n] for n in untouched}, {n: original[n] for n in untouched})
@@ -97,7 +97,7 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     assert np.abs(ours - theirs).max() < 1e-5
 
     again, _ = runs.run_source(root / "work", 7)
-    equal(again.tensors, origins.open_clip_source(str(tmp_path / "out")).tensors)
+    equal(again.tensors, origins.open_source(str(tmp_path / "out")).tensors)
 
 
 def test_command_writes_a_card_and_refuses_to_overwrite(run, tmp_path):

@@ -17,28 +17,28 @@ from specs import DINOV2, DINOV2_REG, DINOV2_SWIGLU, EVA02, H14, METACLIP2_FOLDE
 from specs import SIGLIP_FOLDER as SIGLIP
 
 from diva_jax.common.errors import UserError
-from diva_jax.export import cards, layouts
 from diva_jax.models.backbones import TABLE, eva02
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.weights import origins, readers, writers
+from diva_jax.weights.export import cards, layouts
 
 
 @pytest.mark.parametrize("fmt", ["open_clip", "hf", "pt"])
 def test_round_trip_of_a_small_h14_with_heads_of_80(tmp_path, fmt):
     original = written_by_open_clip(H14, tmp_path / "in")
-    source = origins.open_clip_source(str(tmp_path / "in"))
+    source = origins.open_source(str(tmp_path / "in"))
     layouts.export(source, H14, tmp_path / "out", fmt)
-    back = origins.open_clip_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
+    back = origins.open_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
     equal(back, {n: t for n, t in original.items() if fmt != "pt" or n.startswith("visual.")})
 
 
 def test_round_trip_of_a_small_siglip(tmp_path, capsys):
     model = siglip_folder(tmp_path / "in")
-    layouts.export(origins.open_clip_source(str(tmp_path / "in")), SIGLIP, tmp_path / "out", "hf")
+    layouts.export(origins.open_source(str(tmp_path / "in")), SIGLIP, tmp_path / "out", "hf")
     assert "transformers: largest difference" in capsys.readouterr().out
     equal(readers.open_file(tmp_path / "out/model.safetensors"), tensors(model))
     with pytest.raises(UserError, match="timm's list, which has none of width 48"):
-        layouts.export(origins.open_clip_source(str(tmp_path / "in")), SIGLIP, tmp_path / "b", "open_clip")
+        layouts.export(origins.open_source(str(tmp_path / "in")), SIGLIP, tmp_path / "b", "open_clip")
     assert not (tmp_path / "b").exists()
 
 
@@ -46,7 +46,7 @@ def test_siglip_with_the_tanh_gelu_is_what_transformers_runs(tmp_path, capsys):
     """As DCR tunes it. open_clip passes no activation to timm, so that its format cannot hold such a tower."""
     tanh = dataclasses.replace(SIGLIP, activation="gelu_tanh")
     model = siglip_folder(tmp_path / "in", tanh)
-    layouts.export(origins.open_clip_source(str(tmp_path / "in")), tanh, tmp_path / "out", "hf")
+    layouts.export(origins.open_source(str(tmp_path / "in")), tanh, tmp_path / "out", "hf")
     assert "transformers: largest difference" in capsys.readouterr().out  # Compared with the tower of this Spec.
     equal(readers.open_file(tmp_path / "out/model.safetensors"), tensors(model))
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -62,11 +62,11 @@ def test_siglip_with_the_tanh_gelu_is_what_transformers_runs(tmp_path, capsys):
 def test_round_trip_of_a_small_dinov2(tmp_path, capsys, spec, fmt):
     """Run through transformers or timm, and bit-identical; the mask token, which is not used, is kept."""
     model = dinov2_folder(tmp_path / "in", spec)
-    source = origins.open_clip_source(str(tmp_path / "in"))
+    source = origins.open_source(str(tmp_path / "in"))
     layouts.export(source, spec, tmp_path / "out", fmt, card=cards.card(source, spec, fmt, "float32", None))
     library = {"hf": "transformers", "pt": "timm"}[fmt]
     assert f"{library}: largest difference" in capsys.readouterr().out
-    back = origins.open_clip_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else "")))
+    back = origins.open_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else "")))
     equal(back.tensors, source.tensors)
     assert "visual.mask_token" in back.tensors and "open_clip" not in (tmp_path / "out/README.md").read_text()
     if fmt == "hf":
@@ -84,13 +84,13 @@ def test_round_trip_of_a_small_siglip2_and_metaclip2(tmp_path, capsys):
         ("metaclip2", metaclip2_folder, METACLIP2_FOLDER),
     ):
         write(tmp_path / name, spec)
-        source = origins.open_clip_source(str(tmp_path / name))
+        source = origins.open_source(str(tmp_path / name))
         assert source.spec == spec
         layouts.export(source, spec, tmp_path / f"{name}-hf", "hf")
         assert "transformers: largest difference" in capsys.readouterr().out
-        assert origins.open_clip_source(str(tmp_path / f"{name}-hf")).spec == spec
+        assert origins.open_source(str(tmp_path / f"{name}-hf")).spec == spec
     layouts.export(source, spec, tmp_path / "open_clip", "open_clip")
-    assert origins.open_clip_source(str(tmp_path / "open_clip")).spec.text == spec.text
+    assert origins.open_source(str(tmp_path / "open_clip")).spec.text == spec.text
 
 
 def test_round_trip_of_a_small_eva02(tmp_path, capsys, monkeypatch):
@@ -109,12 +109,12 @@ def test_round_trip_of_a_small_eva02(tmp_path, capsys, monkeypatch):
     (tmp_path / "in").mkdir()
     model = torch_model(EVA02)
     writers.write_open_clip(tmp_path / "in", tensors(model), to_open_clip(EVA02))
-    source = origins.open_clip_source(str(tmp_path / "in"))
+    source = origins.open_source(str(tmp_path / "in"))
     assert source.spec == dataclasses.replace(EVA02, source=str(tmp_path / "in"))
     for fmt in ("open_clip", "pt"):
         layouts.export(source, EVA02, tmp_path / fmt, fmt)
         assert "open_clip: largest difference" in capsys.readouterr().out
-        back = origins.open_clip_source(str(tmp_path / fmt / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
+        back = origins.open_source(str(tmp_path / fmt / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
         equal(back, {n: t for n, t in tensors(model).items() if fmt != "pt" or n.startswith("visual.")})
     with pytest.raises(UserError, match="transformers has no eva02 model: use --format=open_clip"):
         layouts.export(source, EVA02, tmp_path / "hf", "hf")
@@ -123,15 +123,15 @@ def test_round_trip_of_a_small_eva02(tmp_path, capsys, monkeypatch):
 def test_another_resolution_is_exported_as_such(tmp_path):
     clip_folder(tmp_path / "in")
     spec = dataclasses.replace(CLIP, image_size=42)
-    layouts.export(origins.open_clip_source(str(tmp_path / "in")), spec, tmp_path / "out", "open_clip")
-    assert origins.open_clip_source(str(tmp_path / "out")).spec.image_size == 42
+    layouts.export(origins.open_source(str(tmp_path / "in")), spec, tmp_path / "out", "open_clip")
+    assert origins.open_source(str(tmp_path / "out")).spec.image_size == 42
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("fmt", ["open_clip", "hf", "pt"])
 def test_half_precision(tmp_path, dtype, fmt):
     written_by_open_clip(CLIP, tmp_path / "in")
-    source = origins.open_clip_source(str(tmp_path / "in"))
+    source = origins.open_source(str(tmp_path / "in"))
     layouts.export(source, CLIP, tmp_path / "out", fmt, dtype=dtype)
-    back = origins.open_clip_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
+    back = origins.open_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else ""))).tensors
     assert {str(np.dtype(t.dtype)) for t in back.values()} == {dtype}

@@ -16,10 +16,10 @@ from specs import H14
 
 from diva_jax import weights
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.export import layouts, reference
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.weights import hf, origins, writers
+from diva_jax.weights.export import layouts, reference
 from diva_jax.weights.tensors import Tensor, Tensors
 
 
@@ -28,7 +28,7 @@ def test_squash_is_in_both_configs(tmp_path):
     from transformers import AutoImageProcessor
 
     written_by_open_clip(H14, tmp_path / "in")
-    source = origins.open_clip_source(str(tmp_path / "in"))
+    source = origins.open_source(str(tmp_path / "in"))
     for fmt in ("open_clip", "hf"):
         layouts.export(source, H14, tmp_path / fmt, fmt)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (60, 90, 3), np.uint8))
@@ -43,7 +43,7 @@ def test_transformers_vision_model_has_no_missing_key(tmp_path):
     from transformers import CLIPVisionModel
 
     written_by_open_clip(CLIP, tmp_path / "in")
-    layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "hf")
+    layouts.export(origins.open_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "hf")
     model, info = CLIPVisionModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info.get("mismatched_keys")
     assert model.config.hidden_act == "quick_gelu"
@@ -56,10 +56,10 @@ def test_transformers_vision_model_has_no_missing_key(tmp_path):
 
 def test_vision_tower_alone_has_no_text_to_export(tmp_path):
     written_by_open_clip(CLIP, tmp_path / "in")
-    layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "tower", "pt")
+    layouts.export(origins.open_source(str(tmp_path / "in")), CLIP, tmp_path / "tower", "pt")
     state = torch.load(tmp_path / "tower" / layouts.PT_FILE, weights_only=True)
     assert "conv1.weight" in state and "class_embedding" in state
-    tower = origins.open_clip_source(str(tmp_path / "tower" / layouts.PT_FILE))
+    tower = origins.open_source(str(tmp_path / "tower" / layouts.PT_FILE))
     with pytest.raises(UserError, match="only a vision tower"):
         layouts.export(tower, CLIP, tmp_path / "out", "open_clip")
 
@@ -76,7 +76,7 @@ def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
 
     monkeypatch.setattr(writers, "write_safetensors", spoilt)
     with pytest.raises(RunError, match="ln_final.bias"):
-        layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
+        layouts.export(origins.open_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
@@ -86,13 +86,13 @@ def test_what_open_clip_computes_is_compared(tmp_path, monkeypatch):
     pooled = reference.open_clip_pooled
     monkeypatch.setattr(reference, "open_clip_pooled", lambda *a: pooled(*a) * 1.0002)
     with pytest.raises(RunError, match="computes other embeddings"):
-        layouts.export(origins.open_clip_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
+        layouts.export(origins.open_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 def test_float16_overflow_is_refused(tmp_path):
     written_by_open_clip(CLIP, tmp_path / "in")
-    source = origins.open_clip_source(str(tmp_path / "in"))
+    source = origins.open_source(str(tmp_path / "in"))
     big = Tensor((24,), np.dtype(np.float32), lambda: np.full(24, 1e6, np.float32))
     name = "visual.ln_post.bias"
     big = dataclasses.replace(big, shape=source.tensors[name].shape, read=lambda: np.full(48, 1e6, np.float32))

@@ -13,7 +13,6 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import abstract
-from diva_jax.training import partition, workdirs
 from diva_jax.weights import clip, names, origins, readers
 from diva_jax.weights.tensors import Tensors
 
@@ -25,6 +24,8 @@ def in_open_clip_names(towers: dict[str, dict], spec: Spec) -> dict[str, np.ndar
       towers: the result of `RunAt.towers`: "vision", "text", "logit_scale" or "logit_bias".
       spec: the backbone.
     """
+    from diva_jax.training import partition
+
     kinds = {"vision": (backbones.build, clip.vision_table(spec)), "text": (Text, clip.text_table(spec))}
     out = {}
     for tower, arrays in towers.items():
@@ -51,9 +52,11 @@ def run_source(workdir: epath.PathLike, step: int | None = None) -> tuple[origin
     Raises:
       UserError: there is no run, checkpoint or such step, or the initial weights are missing or have changed.
     """
+    from diva_jax.training import workdirs  # The layer above: what a run has trained is known there.
+
     run = workdirs.RunAt.open(workdir, step)
     spec = backbones.spec_of(run.config)
-    base = origins.open_clip_source(spec.source, "config.backbone.source")
+    base = origins.open_source(spec.source, "config.backbone.source")
     found = readers.fingerprint(base.files)
     for prefix, part in run.program.objective.pretrained().items():
         began = run.sources.get(prefix)
@@ -76,7 +79,7 @@ def run_source(workdir: epath.PathLike, step: int | None = None) -> tuple[origin
     return origins.ClipSource(where, "checkpoint", tensors, spec, tokenizer=base.tokenizer), provenance
 
 
-def _opened(source: str) -> origins.ClipSource | None:
+def opened(source: str) -> origins.ClipSource | None:
     """WORKDIR or WORKDIR:STEP as a source of weights; None for other sources.
 
     Its files are those of the initial weights, and the description of the checkpoint with the checksums of its arrays.
@@ -95,6 +98,3 @@ def _opened(source: str) -> origins.ClipSource | None:
     files = [*found.tensors.files, *sorted(f for f in described.rglob("*") if f.is_file())]
     spec = dataclasses.replace(found.spec, source=source)
     return dataclasses.replace(found, tensors=Tensors(dict(found.tensors), files), spec=spec)
-
-
-origins.also_opened_by(_opened)

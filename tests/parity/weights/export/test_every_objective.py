@@ -23,11 +23,11 @@ from diva_jax import config as configs
 from diva_jax.data import images
 from diva_jax.data.preprocess import normalise, to_float
 from diva_jax.evals import Settings, encode, encoders
-from diva_jax.export import layouts, runs
 from diva_jax.models import backbones
 from diva_jax.training import checkpoint, load, workdirs
 from diva_jax.training.step import averaged
-from diva_jax.weights import origins, readers
+from diva_jax.weights import origins, readers, runs
+from diva_jax.weights.export import layouts
 
 # Both libraries can hold it, and the objectives' autoencoders halve its sides.
 SPEC = dataclasses.replace(CLIP_FOLDER, image_size=28, patch_size=7, select="random:5")
@@ -67,7 +67,7 @@ def saved(c, p, workdir) -> dict[str, jax.Array]:
     if c.ema.decay:
         state["ema"] = {n: a for n, a in small.random_arrays(p, 2).items() if n in p.trained}
     workdirs.write_config(workdir, c)
-    files = origins.open_clip_source(c.backbone.source).files
+    files = origins.open_source(c.backbone.source).files
     sha = {"source": ["x"], "sha256": readers.fingerprint(files)}
     meta = {"sources": {n: sha for n, part in p.objective.pretrained().items() if part.source == c.backbone.source}}
     with checkpoint.Checkpoints(workdir) as checkpoints:

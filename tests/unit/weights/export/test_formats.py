@@ -9,10 +9,10 @@ from specs import TRAINED
 
 from diva_jax import demo
 from diva_jax.common.errors import UserError
-from diva_jax.export import cards, layouts
 from diva_jax.models.backbones import TABLE
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.weights import hf, origins, tensors
+from diva_jax.weights.export import cards, layouts
 
 
 def test_transformers_cannot_hold_every_text_tower():
@@ -42,7 +42,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, seed):
     """And not said to be read back differently, since NaN is not equal to itself."""
     rng = np.random.default_rng(seed)
     demo.write_clip(tmp_path / "clip", TRAINED)
-    source = origins.open_clip_source(str(tmp_path / "clip"))
+    source = origins.open_source(str(tmp_path / "clip"))
     name = sorted(source.tensors)[rng.integers(len(source.tensors))]
     array = np.array(source.tensors[name])
     array.flat[rng.integers(array.size)] = rng.choice([np.nan, np.inf, -np.inf])

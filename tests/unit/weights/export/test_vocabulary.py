@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 
 from diva_jax import demo
 from diva_jax.common.errors import UserError
-from diva_jax.export import cards, vocabulary
 from diva_jax.models.backbones import NO_TEXT
 from diva_jax.weights import hf, writers
+from diva_jax.weights.export import cards, vocabulary
 from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
 from diva_jax.weights.tensors import Tensors
 

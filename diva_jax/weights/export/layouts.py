@@ -15,12 +15,12 @@ from flax import nnx
 
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.log import say
-from diva_jax.export import reference, vocabulary
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.weights import clip, hf, loading, names, origins, pickles, resample, writers
+from diva_jax.weights.export import reference, vocabulary
 from diva_jax.weights.origins import ClipSource
 from diva_jax.weights.tensors import Tensor, Tensors
 
@@ -113,7 +113,7 @@ def _write(folder: Path, fmt: str, tensors: Tensors, spec: Spec, source: ClipSou
 
 
 def _read_back(folder: Path, fmt: str) -> ClipSource:
-    return origins.open_clip_source(str(folder / PT_FILE if fmt == "pt" else folder))
+    return origins.open_source(str(folder / PT_FILE if fmt == "pt" else folder))
 
 
 def _compare(written: Tensors, there: Tensors, where: str) -> None:
@@ -176,7 +176,7 @@ def export(
     """Writes `source` in one of `FORMATS` to the folder `out`, which appears when it is complete and verified.
 
     Args:
-      source: the weights, from `origins.open_clip_source` or `runs.run_source`.
+      source: the weights, from `origins.open_source` or `runs.run_source`.
       spec: the exported backbone.
       out: a folder that does not exist or is empty.
       fmt: one of `FORMATS`.
