@@ -13,7 +13,7 @@ import numpy as np
 from PIL.Image import Image as PILImage
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import crop, images, latents
+from diva_jax.data import crop, images, latent_cache
 from diva_jax.data.tokenizers import Tokenizer
 
 
@@ -106,7 +106,7 @@ class Moments:
 
     @property
     def dtype(self) -> np.dtype:
-        return latents.DTYPE
+        return latent_cache.DTYPE
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
         return lambda example: example.moments

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import crop, latents, sources
+from diva_jax.data import crop, latent_cache, sources
 from diva_jax.data.decoding import Broken, Decoder
 from diva_jax.data.inputs import Example, Input
 from diva_jax.data.records import Source
@@ -46,7 +46,7 @@ class Examples:
       seed: of order, crops and whatever the inputs draw.
       global_batch: examples in a global batch.
       broken: counts the records that are read.
-      cache: of the moments of a VAE, see `latents.Cache`; the boxes are then those of the cache.
+      cache: of the moments of a VAE, see `latent_cache.Cache`; the boxes are then those of the cache.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Examples:
         seed: int,
         global_batch: int,
         broken: Broken,
-        cache: latents.Cache | None = None,
+        cache: latent_cache.Cache | None = None,
     ):
         self._source, self._seed, self._global_batch = source, seed, global_batch
         self._scale, self._ratio = tuple(config.crop.scale), tuple(config.crop.ratio)
@@ -122,7 +122,7 @@ class Iterator:
         global_batch: int,
         process_index: int,
         process_count: int,
-        cache: latents.Cache | None = None,
+        cache: latent_cache.Cache | None = None,
     ):
         self.source, self.broken = source, Broken(config.max_broken_share)
         self._examples = Examples(source, config, inputs, seed, global_batch, self.broken, cache)
@@ -272,7 +272,7 @@ def open_batches(
     process_index: int = 0,
     process_count: int = 1,
     cache_dir=None,
-    cache: latents.Cache | None = None,
+    cache: latent_cache.Cache | None = None,
 ) -> Iterator:
     """Opens the data of a run.
 

@@ -19,8 +19,7 @@ from places import SUPPORT
 
 from diva_jax import config, train
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import latents as files_of
-from diva_jax.data import pipeline, preprocess
+from diva_jax.data import latent_cache, pipeline, preprocess
 from diva_jax.training import latents, step
 
 CROPS = 2
@@ -136,7 +135,7 @@ def test_the_loss_of_an_objective_is_that_of_its_own_moments(make):
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (4, side, side, 3), np.uint8))
     keys = jax.random.split(jax.random.key(3), 4)
-    held = np.dtype(files_of.DTYPE)
+    held = np.dtype(latent_cache.DTYPE)
 
     def without(arrays):
         module = p.skeleton.merge(arrays)
@@ -196,7 +195,7 @@ def test_a_killed_command_loses_at_most_a_shard(files, cache, tmp_path):
     before = {p.name: p.stat().st_mtime_ns for p in there}
     latents.Builder(run_config(files, steps=12), str(out), CROPS, per_shard=5, batch=1).run()
     assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())
-    entries = [files_of.Cache(str(folder), files_of.Manifest.read(cache, "").facts) for folder in (out, cache)]
+    entries = [latent_cache.Cache(str(folder), latent_cache.Manifest.read(cache, "").facts) for folder in (out, cache)]
     for record in range(24):
         a, b = (e.read(record, 1) for e in entries)
         assert a.box == b.box and a.image_crc == b.image_crc

@@ -9,8 +9,8 @@ import pytest
 from records import data_config, noise, write_tar
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import crop, images, inputs, latents, pipeline, sources
-from diva_jax.data.latents import Cache, Entry, Manifest
+from diva_jax.data import crop, images, inputs, latent_cache, pipeline, sources
+from diva_jax.data.latent_cache import Cache, Entry, Manifest
 
 COUNT, CROPS, SHAPE, BROKEN = 11, 3, (5, 3, 6), 7
 FACTS = {"vae": {"channels": [8, 12]}, "weights": "ab12", "crop": {"scale": (0.9, 1.0)}}
@@ -28,7 +28,7 @@ def box(i: int, k: int) -> crop.Box:
 def entry(i: int, k: int) -> Entry:
     if i == BROKEN:
         return Entry(i, k, 0, (0, 0, 0, 0), None)
-    moments = np.random.default_rng((i, k)).normal(size=SHAPE).astype(latents.DTYPE)
+    moments = np.random.default_rng((i, k)).normal(size=SHAPE).astype(latent_cache.DTYPE)
     return Entry(i, k, zlib.crc32(picture(i)), box(i, k), moments)
 
 
@@ -36,7 +36,9 @@ def entry(i: int, k: int) -> Entry:
 def folder(tmp_path):
     MANIFEST.write(tmp_path)
     for s in range(MANIFEST.shards):
-        latents.write_shard(tmp_path, MANIFEST.file(s), (entry(i, k) for i in MANIFEST.range(s) for k in range(CROPS)))
+        latent_cache.write_shard(
+            tmp_path, MANIFEST.file(s), (entry(i, k) for i in MANIFEST.range(s) for k in range(CROPS))
+        )
     return tmp_path
 
 
@@ -105,7 +107,9 @@ def test_a_damaged_entry_is_an_error(folder):
     path.write_bytes((folder / MANIFEST.file(0)).read_bytes())
     with pytest.raises(RunError, match="it is that of record 0"):
         Cache(str(folder), FACTS).read(4, 0)
-    assert not latents.is_complete(folder / MANIFEST.file(2), 4 * CROPS) and latents.is_complete(path, 4 * CROPS)
+    assert not latent_cache.is_complete(folder / MANIFEST.file(2), 4 * CROPS) and latent_cache.is_complete(
+        path, 4 * CROPS
+    )
 
 
 def test_what_is_refused_when_a_cache_is_opened(folder, data, tmp_path_factory):
@@ -146,11 +150,11 @@ def test_a_shard_is_there_when_it_is_complete(tmp_path):
         raise RunError("too many images are broken")
 
     with pytest.raises(RunError):
-        latents.write_shard(tmp_path, "a", failing())
+        latent_cache.write_shard(tmp_path, "a", failing())
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
-        latents.write_shard(tmp_path / "file", "a", [])
+        latent_cache.write_shard(tmp_path / "file", "a", [])
 
 
 def test_the_fingerprint_sees_every_field():
