@@ -1,4 +1,4 @@
-"""The commands in the README's laptop section run as written, in order, and have the documented results."""
+"""The examples of README.md run as written, in order, and have the documented results."""
 
 import os
 import re
@@ -13,55 +13,46 @@ from places import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(section: str) -> list[str]:
-    """Returns the code blocks under a heading."""
+def blocks(section: str) -> list[tuple[str, str]]:
+    """Returns (language, code) of each code block under a heading."""
     text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    return re.findall(r"```(?:python)?\n(.*?)```", text, re.S)
+    return re.findall(r"```(python)?\n(.*?)```", text, re.S)
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory):
-    """A folder with the repository's configs, as after a clone, for the commands to write in."""
+def clone(tmp_path_factory):
+    """A folder with what the commands need of a clone, for them to write in."""
     folder = tmp_path_factory.mktemp("clone")
-    (folder / "configs").symlink_to(ROOT / "configs")
-    bin_ = folder / "bin"
-    bin_.mkdir()
-    (bin_ / "python").symlink_to(sys.executable)
+    for name in ("configs", "docs", "diva_jax"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
 
 
 def run(command: str, folder: Path) -> str:
-    command = command.replace("python ", f"{sys.executable} ", 1)
-    first = f"{folder / 'bin'}:{os.environ['PATH']}"
+    first = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return commands.output(commands.launch("bash", "-c", command, cwd=folder, PATH=first))
 
 
-def test_laptop_commands_run_as_written(elsewhere):
-    code = [b for b in blocks("Try it on a laptop") if b.startswith("python -m")]
-    lines = [line for b in code for line in b.strip().splitlines()]
-    assert len(lines) == 4
-    # Few and small steps, because this is about the commands.
+def test_the_examples_run_as_written_and_in_their_order(clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    scope = {}
+    ((_, five_lines),) = blocks("Five lines")
+    exec(five_lines, scope)  # noqa: S102
+    assert (scope["images"] @ scope["texts"].T).shape == (1, 2)
+    full_size, small, (_, in_open_clip) = blocks("Train, export, evaluate")
+    assert [line.split()[2] for line in full_size[1].splitlines()] == ["diva_jax.main", "diva_jax.export_torch"]
+    # The test is about the commands, so the run has few and small steps.
     few = " --config.steps=1 --config.condition.warmup_steps=1 --config.batch_size=8"
-    for line in lines[:3]:
-        run(line + few * (".main " in line), elsewhere)
-    assert "done" in run(lines[1] + few, elsewhere)
-    run(lines[3] + few, elsewhere)
-    run(blocks("Use what was trained")[0].strip(), elsewhere)
-    assert (elsewhere / "runs/hf/config.json").exists()
-    (python,) = (b for b in blocks("Try it on a laptop") if b.startswith("import open_clip"))
-    before = os.getcwd()
-    os.chdir(elsewhere)
-    try:
-        scope = {}
-        exec(python, scope)  # noqa: S102
-    finally:
-        os.chdir(before)
+    outputs = [run(line + few * (".main " in line), clone) for line in small[1].strip().splitlines()]
+    assert len(outputs) == 5 and (clone / "runs/small_eval/report.html").exists()
+    assert "done" in run(small[1].splitlines()[1] + few, clone)
+    exec(in_open_clip, scope)  # noqa: S102
     import torch
     from PIL import Image
 
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8))
     with torch.no_grad():
-        features = scope["model"].encode_image(scope["preprocess"](picture)[None])
+        features = scope["model"].encode_image(scope["preprocess"](image)[None])
     assert features.shape == (1, 64) and torch.isfinite(features).all()
 
 
