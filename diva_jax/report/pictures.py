@@ -91,9 +91,10 @@ def strips(task: dict[str, Any], labels: list[str]) -> list[str]:
       labels: the labels of the weights, in order.
     """
     used = [w for w in labels if task["weights"].get(w, {}).get("pictures")]
+    used = [w for w in used if isinstance(task["weights"][w].get("classes"), list)]
     if not used:
         return []
-    names = [c["name"] for c in task["weights"][used[0]].get("classes", [])]
+    names = [c["name"] for c in task["weights"][used[0]]["classes"]]
     out, thumbnails = ["<h3>Pictures <small>evenly spaced over the set, not chosen by their scores</small></h3>"], {}
     for i, shown in enumerate(zip(*(task["weights"][w]["pictures"] for w in used), strict=False)):
         first = shown[0]

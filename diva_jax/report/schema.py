@@ -85,6 +85,12 @@ def _compared(value: Any, where: str) -> None:
     (_DIFFERENCE if "difference" in value else _SCORE)(value, where)
 
 
+def _classes(value: Any, where: str) -> None:
+    """`zeroshot` writes how many classes there are, `segmentation` a record for each."""
+    (_LIST_OF_CLASSES if isinstance(value, list) else _COUNT)(value, where)
+
+
+_LIST_OF_CLASSES = _list_of(_record({"name": _TEXT}))
 _SCORES = _by_name(_SCORE)
 _FLIP = _record(
     {"metric": _TEXT, "won": _FLAG},
@@ -98,7 +104,7 @@ _FOUND = _record(
     {"scores": _SCORES},
     patterns=_list_of(_record({"name": _TEXT, "scores": _SCORES})),
     timesteps=_list_of(_record({"low": _NUMBER, "high": _NUMBER, "scores": _SCORES})),
-    classes=_list_of(_record({"name": _TEXT})),
+    classes=_classes,
     pictures=_list_of(_record({"image": _TEXT, "truth": _TEXT, "predicted": _TEXT})),
 )
 _METRIC = _record({"title": _TEXT, "unit": _TEXT}, better=_TEXT)

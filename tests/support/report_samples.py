@@ -87,6 +87,21 @@ def mmvp_task(images):
     }
 
 
+def zeroshot_task():
+    """The task writes the number of classes beside the scores."""
+    weights = {w: {"scores": {"acc1": score(s, 0.4)}, "classes": 3} for w, s in ((BEFORE, 75.5), (AFTER, 75.4))}
+    difference = {"difference": -0.1, "interval": [-0.2, 0.0], "mcnemar": {"won": 900, "lost": 950, "p": 0.25}}
+    return {
+        "title": "Zero-shot classification",
+        "data": "/data/imagenet",
+        "count": 50000,
+        "items": "images",
+        "metrics": {"acc1": {"title": "accuracy @1", "unit": "%", "better": "higher"}},
+        "weights": weights,
+        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": {"acc1": difference}}],
+    }
+
+
 def retrieval_task():
     names = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)]
     weights = {
@@ -263,5 +278,6 @@ def write_full(folder):
     write_run(folder / "run")
     tasks = {"mmvp": mmvp_task(images), "feedback": feedback_task(), "retrieval": retrieval_task()}
     tasks["segmentation"] = segmentation_task(images[-2:])
-    write_evaluation(folder / "out", images, folder / "run", **tasks, drift=drift_task())
+    tasks |= {"drift": drift_task(), "zeroshot": zeroshot_task()}
+    write_evaluation(folder / "out", images, folder / "run", **tasks)
     return folder / "out"
