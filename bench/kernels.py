@@ -34,7 +34,7 @@ def bundles(folder: Path) -> dict[str, int]:
 
 def attention(size: list[int], block: tuple[int, int]):
     """Returns the function of local arrays, the shapes of arrays by image and of weights, and the number of tiles."""
-    from diva_jax.models import flash
+    from diva_jax.models.kernels import flash
 
     n, m, heads, width = size
 
@@ -48,8 +48,8 @@ def attention(size: list[int], block: tuple[int, int]):
 
 def feed_forward(size: list[int], block: tuple[int, int]):
     """As `attention`; the block is (tokens, hidden units)."""
-    from diva_jax.models import feed_forward_kernel as kernel
-    from diva_jax.models.tiles import tile
+    from diva_jax.models.kernels import feed_forward as kernel
+    from diva_jax.models.kernels.tiles import tile
 
     n, c = size
     kernel.TILES, kernel.MAX_PART = {c: (block[0], max(vmem for _, vmem in kernel.TILES.values()))}, block[1]

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from diva_jax.models import recomputed
+from diva_jax.models.kernels.tiles import LANES, by_device, tile
 from diva_jax.models.platform import traced_for
-from diva_jax.models.tiles import LANES, by_device, tile
 
 Array = jax.Array
 
@@ -20,13 +20,6 @@ KERNEL_FROM = {"self": 512, "cross": 4096}
 # into VMEM.
 MAX_BLOCK = {128: 1024, 512: 512}
 CUDNN_WIDTH = 128  # Largest head dim of cuDNN's kernel on all GPUs that have it.
-
-
-def _kernel():
-    """The module `models/flash.py`. It is imported where a kernel is traced, since Pallas takes 50 ms to import."""
-    from diva_jax.models import flash as module
-
-    return module
 
 
 def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
@@ -74,7 +67,7 @@ def _sequence_minor(x: Array) -> Array:
 
 
 def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
-    """Attention with the kernel of `models/flash.py`. Sequences are padded to multiples of LANES.
+    """Attention with the kernel of `models/kernels/flash.py`. Sequences are padded to multiples of LANES.
 
     Args:
       q: queries, [B, N, H, D], on one device; D is at most the largest key of MAX_BLOCK.
@@ -84,11 +77,13 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     Returns:
       [B, N, H, D], in the dtype of q.
     """
+    from diva_jax.models.kernels import flash as kernel
+
     (_, n, heads, width), m = q.shape, k.shape[1]
     padded = [_sequence_minor(x) for x in (q, k, v)]
     blocks = tuple(block(x.shape[2], width) for x in padded[:2])
     keys = m if padded[1].shape[2] != m else None
-    out = _kernel().attend(*padded, heads, keys, blocks, interpret)
+    out = kernel.attend(*padded, heads, keys, blocks, interpret)
     return out[:, :, :n].swapaxes(1, 2).reshape(q.shape)
 
 

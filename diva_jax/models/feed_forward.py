@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diva_jax.models.kernels.tiles import LANES, by_device
 from diva_jax.models.platform import traced_for
-from diva_jax.models.tiles import LANES, by_device
 
 Array = jax.Array
 
@@ -20,8 +20,8 @@ MIN_TOKENS = 512
 
 
 def _kernel():
-    """The module `models/feed_forward_kernel.py`, imported where it is used, since Pallas takes 50 ms to import."""
-    from diva_jax.models import feed_forward_kernel as module
+    """The module `models/kernels/feed_forward.py`, imported where it is traced, since Pallas takes 50 ms."""
+    from diva_jax.models.kernels import feed_forward as module
 
     return module
 

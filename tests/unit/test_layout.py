@@ -15,7 +15,7 @@ ORDER = (
 )  # fmt: skip
 # The exception: weights opens runs, which it imports where a source is one, inside a function.
 LATE = {"weights/runs.py": {"training"}}
-COMMANDS = ("main", "evaluate", "export_torch", "cache_latents", "aot", "parity", "demo")
+COMMANDS = ("main", "evaluate", "export_torch", "cache_latents", "aot", "demo")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

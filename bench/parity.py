@@ -1,6 +1,6 @@
 """Compares full-size models with the original libraries, on the CPU in float32, and bfloat16 with float32.
 
-    python -m diva_jax.parity --config=configs/vitl14.py
+    python bench/parity.py --config=configs/vitl14.py
 
 open_clip and diffusers create the models with random weights, save them, and compute a reference. The files are then
 loaded with this project's readers, and its models compute the same outputs. The exit code is 1 if a relative L2 error
@@ -19,7 +19,6 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from diva_jax import config as configs
 from diva_jax import weights
 from diva_jax.common import cli
 from diva_jax.common.errors import RunError, UserError
@@ -124,10 +123,5 @@ def main() -> None:
         raise RunError(f"the relative error is above {BOUND:.0e}: {', '.join(wrong)}")
 
 
-def entry() -> None:
-    """The installed command."""
-    cli.run(main, described=configs.described)
-
-
 if __name__ == "__main__":
-    entry()
+    cli.run(main)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from diva_jax.models.kernels.tiles import dot, tile
 from diva_jax.models.layers import geglu_gradient, normal_cdf
-from diva_jax.models.tiles import dot, tile
 
 Array = jax.Array
 
