@@ -40,7 +40,7 @@ PHASES = {
     "trace, compile": "compiled in",
     "first step": "step 1/",
 }
-_IMPORTS = "import diva_jax.main, diva_jax.train"
+_IMPORTS = "import diva_jax.main, diva_jax.training.loop"
 
 
 def cpu_seconds(pid: int) -> float:

@@ -8,13 +8,9 @@ import importlib
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "export", "load", "objective", "train"]
-# `train` is also the name of a module, which can be called, see `common.calls`.
-_MODULES = ("train",)
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
         return getattr(importlib.import_module(f"{__name__}.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

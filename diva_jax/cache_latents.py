@@ -28,7 +28,7 @@ def main() -> None:
     if not _OUT.value:
         raise UserError("--out is missing: give a folder for the cache, e.g. --out=data/latents")
     from diva_jax import config as configs
-    from diva_jax.training.latents import Builder
+    from diva_jax.training.cache_builder import Builder
 
     with distributed.session(_JOIN.value):
         configs.validate(config, 1)

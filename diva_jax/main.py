@@ -52,7 +52,7 @@ def main() -> None:
 
 def _train(config) -> None:
     from diva_jax.common.log import say
-    from diva_jax.train import Run
+    from diva_jax.training.loop import Run
 
     with distributed.session(_JOIN.value, _LOST.value):
         run = Run(config, _WORKDIR.value, _INIT_FROM.value)

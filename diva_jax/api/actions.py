@@ -8,12 +8,11 @@ import jax
 from ml_collections import ConfigDict
 
 from diva_jax import config as checks
-from diva_jax import train as loop
 from diva_jax.api import configs
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 from diva_jax.evals import evaluator, results
-from diva_jax.training import workdirs
+from diva_jax.training import loop, workdirs
 from diva_jax.weights.export import publish
 
 

@@ -1,6 +1,6 @@
 """The train step: one pure function, its abstract inputs and their shardings.
 
-`train.py` runs it and `aot.py` compiles it for TPUs without the hardware; both get it from `Program`.
+`loop.py` runs it and `aot.py` compiles it for TPUs without the hardware; both get it from `Program`.
 """
 
 import functools

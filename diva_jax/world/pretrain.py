@@ -158,7 +158,7 @@ def commit() -> str:
 
 def pretrain(out: Path, shorter: float, batch_size: int, say: Callable[[str], None]) -> bool:
     """Runs or resumes all stages; returns whether all are finished."""
-    from diva_jax.train import Run
+    from diva_jax.training.loop import Run
 
     write_start(out)
     for name in STAGES:

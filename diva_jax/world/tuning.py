@@ -11,8 +11,8 @@ import numpy as np
 
 from diva_jax.common.errors import RunError
 from diva_jax.data import pipeline
-from diva_jax.train import to_device
 from diva_jax.training import load, sharding
+from diva_jax.training.loop import to_device
 from diva_jax.training.step import Program, averaged
 from diva_jax.world import arms, blindness, models
 from diva_jax.world.arms import Arm

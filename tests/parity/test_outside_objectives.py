@@ -25,8 +25,8 @@ from diva_jax.data.photos import write_folder
 from diva_jax.evals import encoders
 from diva_jax.models import backbones
 from diva_jax.models.layers import Keys
-from diva_jax.train import Run
 from diva_jax.training import checkpoint, sharding, workdirs
+from diva_jax.training.loop import Run
 from diva_jax.weights import clip, names, readers, runs, writers
 
 NAMES = ("distillation", "captions")

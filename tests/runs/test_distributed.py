@@ -20,10 +20,9 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from processes import FIELDS, STEPS, finish, free_address, start, start_all
 
-from diva_jax import train
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import pipeline
-from diva_jax.training import checkpoint, compiler, distributed, metrics, sharding, workdirs
+from diva_jax.training import checkpoint, compiler, distributed, loop, metrics, sharding, workdirs
 
 BATCH, IMAGES = 8, 24
 
@@ -35,7 +34,7 @@ def run_here(files, workdir) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.Iterator, "wait", pipeline.Iterator.wait)  # `record` replaces it.
         multihost.record(f"{workdir}.here.rows")
-        assert train.Run(config, workdir).run()
+        assert loop.Run(config, workdir).run()
 
 
 def seen(workdir) -> dict[tuple[int, int], int]:
@@ -234,7 +233,7 @@ def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):
     config = get_config(str(files))
     config.update_from_flattened_dict(FIELDS)
     with pytest.raises(RunError, match="step 2: .*No space left on device.*last checkpoint is kept"):
-        train.Run(config, tmp_path).run()
+        loop.Run(config, tmp_path).run()
 
 
 CACHE_FIELDS = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "compilation_cache_max_size")

@@ -15,8 +15,8 @@ from e2e_config import get_config
 from places import SUPPORT
 
 from diva_jax.common.errors import RunError
-from diva_jax.train import Run
 from diva_jax.training import checkpoint
+from diva_jax.training.loop import Run
 
 TOTAL = 14
 

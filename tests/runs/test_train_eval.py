@@ -17,8 +17,8 @@ from diva_jax.common.errors import UserError
 from diva_jax.evals import encoders, evaluator
 from diva_jax.report import training
 from diva_jax.report.inputs import read
-from diva_jax.train import Run
 from diva_jax.training import checkpoint, metrics, sharding
+from diva_jax.training.loop import Run
 
 TOTAL = 5
 

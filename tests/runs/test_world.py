@@ -11,8 +11,8 @@ import report_samples as samples
 from diva_jax import report
 from diva_jax.common.errors import RunError
 from diva_jax.data import tokenizers
-from diva_jax.train import Run
 from diva_jax.training import load, sharding
+from diva_jax.training.loop import Run
 from diva_jax.training.step import Program
 from diva_jax.weights import loading
 from diva_jax.world import (

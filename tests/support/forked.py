@@ -36,5 +36,5 @@ def run(module, arguments: list[str]) -> tuple[int, str, str]:
 
 if __name__ == "__main__":
     command = importlib.import_module(f"diva_jax.{sys.argv[1]}")
-    importlib.import_module("diva_jax.train")  # Slow to import.
+    importlib.import_module("diva_jax.training.loop")  # Slow to import.
     print(json.dumps([run(command, line) for line in json.load(sys.stdin)]))

@@ -13,8 +13,8 @@ from diva_jax import config
 from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess
 from diva_jax.models import backbones
-from diva_jax.train import Run
 from diva_jax.training import checkpoint, workdirs
+from diva_jax.training.loop import Run
 from diva_jax.weights import runs
 
 

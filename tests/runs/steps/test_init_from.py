@@ -12,8 +12,8 @@ from diva_jax.data.photos import pack_photos
 from diva_jax.models.diffusion.flux_vae import FluxVAE
 from diva_jax.models.layers import Keys
 from diva_jax.objectives import genhancer
-from diva_jax.train import Run
 from diva_jax.training import workdirs
+from diva_jax.training.loop import Run
 from diva_jax.weights import flux, names, writers
 
 

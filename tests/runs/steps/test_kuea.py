@@ -15,8 +15,8 @@ from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.transformer import patch_flops
 from diva_jax.objectives import kuea
-from diva_jax.train import Run
 from diva_jax.training import optim
+from diva_jax.training.loop import Run
 
 SWITCHES = ("faithful", "exact")
 

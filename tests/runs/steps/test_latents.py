@@ -17,10 +17,10 @@ import small_unclip
 from e2e_config import get_config
 from places import SUPPORT
 
-from diva_jax import config, train
+from diva_jax import config
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import latent_cache, pipeline, preprocess
-from diva_jax.training import latents, step
+from diva_jax.training import cache_builder, loop, step
 
 CROPS = 2
 ROUNDING = 2.0**-8  # Relative, of bfloat16.
@@ -39,7 +39,7 @@ def run_config(files, cache="", **fields):
 def cache(files, tmp_path_factory):
     """Two crops of each of the 24 photographs, in shards of five."""
     folder = tmp_path_factory.mktemp("latents")
-    latents.Builder(run_config(files), str(folder), CROPS, per_shard=5, batch=1).run()
+    cache_builder.Builder(run_config(files), str(folder), CROPS, per_shard=5, batch=1).run()
     return folder
 
 
@@ -52,13 +52,13 @@ def test_crops_and_moments_are_those_of_a_run_without(files, cache):
     plain, cached = run_config(files), run_config(files, cache)
     module = step.Program(plain, small.sharding.make_mesh(plain.mesh)).objective
     p = small.program(plain)
-    arrays, _ = latents.load.initial_arrays(p, [n for n in p.arrays if n.startswith("vae/")], every_source=False)
+    arrays, _ = cache_builder.load.initial_arrays(p, [n for n in p.arrays if n.startswith("vae/")], every_source=False)
     absent = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.arrays.items()}
     moments = jax.jit(lambda x: p.skeleton.merge(absent, arrays).moments(preprocess.to_float(x)))
     q = small.program(cached)
     assert set(p.arrays) - set(q.arrays) == {n for n in p.arrays if n.startswith("vae/")}
     assert set(q.objective.pretrained()) == set(module.pretrained()) - {"vae"}
-    opened = latents.open_cache(q)
+    opened = cache_builder.open_cache(q)
     kw = dict(seed=plain.seed, global_batch=8)
     ours = pipeline.open_batches(cached.data, q.objective.inputs, cache=opened, **kw)
     theirs = pipeline.open_batches(plain.data, p.objective.inputs, **kw)
@@ -81,14 +81,14 @@ def test_losses_and_weights_equal_those_of_a_run_without(files, cache, tmp_path)
     rows, states = [], []
     for name in ("", cache):
         c = run_config(files, name)
-        run = train.Run(c, tmp_path / ("cached" if name else "plain"))
+        run = loop.Run(c, tmp_path / ("cached" if name else "plain"))
         assert ("latents from" in run.describe()) == bool(name)
         p = small.program(c)
-        arrays, _ = latents.load.initial_arrays(p)
+        arrays, _ = cache_builder.load.initial_arrays(p)
         state, frozen = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}
         fn, seen = p.step(0), []
         for _ in range(3):
-            state, metrics = fn(state, frozen, train.to_device(next(run.batches), p.batch_sharding))
+            state, metrics = fn(state, frozen, loop.to_device(next(run.batches), p.batch_sharding))
             seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         rows.append(seen)
         states.append(state["params"])
@@ -160,18 +160,18 @@ def test_a_cache_is_made_again_bit_identically_where_a_shard_is_missing(files, c
     (copy / "00001-of-00005.array_record").unlink()
     (copy / "00003-of-00005.array_record").write_bytes(b"")
     (copy / "00003-of-00005.array_record.12345678.tmp").write_bytes(b"left by a killed process")
-    latents.Builder(run_config(files), str(copy), CROPS, per_shard=5, batch=1).run()
+    cache_builder.Builder(run_config(files), str(copy), CROPS, per_shard=5, batch=1).run()
     assert "2 of this process's 5 shards are to be made" in capsys.readouterr().out
     assert hashes(copy) == hashes(cache)
 
 
 def test_each_process_writes_its_own_shards(files, cache, tmp_path, monkeypatch):
     """Simulated in one process: the shards of two processes together are those of one."""
-    monkeypatch.setattr(latents.distributed, "check_same", lambda facts: None)
+    monkeypatch.setattr(cache_builder.distributed, "check_same", lambda facts: None)
     for index in range(2):
-        monkeypatch.setattr(latents.jax, "process_index", lambda index=index: index)
-        monkeypatch.setattr(latents.jax, "process_count", lambda: 2)
-        builder = latents.Builder(run_config(files), str(tmp_path), CROPS, per_shard=5, batch=1)
+        monkeypatch.setattr(cache_builder.jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr(cache_builder.jax, "process_count", lambda: 2)
+        builder = cache_builder.Builder(run_config(files), str(tmp_path), CROPS, per_shard=5, batch=1)
         assert list(builder.mine) == [[0, 2, 4], [1, 3]][index]
         builder.run()
         assert len(list(tmp_path.glob("*.array_record"))) == [3, 5][index]
@@ -193,7 +193,7 @@ def test_a_killed_command_loses_at_most_a_shard(files, cache, tmp_path):
     there = set(out.glob("*.array_record"))
     assert 1 <= len(there) < 5
     before = {p.name: p.stat().st_mtime_ns for p in there}
-    latents.Builder(run_config(files, steps=12), str(out), CROPS, per_shard=5, batch=1).run()
+    cache_builder.Builder(run_config(files, steps=12), str(out), CROPS, per_shard=5, batch=1).run()
     assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())
     entries = [latent_cache.Cache(str(folder), latent_cache.Manifest.read(cache, "").facts) for folder in (out, cache)]
     for record in range(24):
@@ -204,7 +204,7 @@ def test_a_killed_command_loses_at_most_a_shard(files, cache, tmp_path):
 
 def test_what_is_refused(files, cache, tmp_path, monkeypatch):
     def build(out=tmp_path, per_shard=5, crops=CROPS, **fields):
-        return latents.Builder(run_config(files, **fields), str(out), crops, per_shard, 1)
+        return cache_builder.Builder(run_config(files, **fields), str(out), crops, per_shard, 1)
 
     with pytest.raises(UserError, match=r"holds another cache: facts\.crop\.interpolation .*bicubic.*bilinear"):
         build(cache, data__crop__interpolation="bilinear")
@@ -218,7 +218,7 @@ def test_what_is_refused(files, cache, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be written"):
         build(tmp_path / "file" / "out").run()
     builder = build(tmp_path / "small")
-    monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 10**3))
+    monkeypatch.setattr(cache_builder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 10**3))
     with pytest.raises(UserError, match=r"GiB are free there"):
         builder.run()
     monkeypatch.undo()
@@ -226,16 +226,16 @@ def test_what_is_refused(files, cache, tmp_path, monkeypatch):
     def full(folder, name, entries):
         raise OSError("write() failed: No space left on device")
 
-    monkeypatch.setattr(latents, "write_shard", full)
+    monkeypatch.setattr(cache_builder, "write_shard", full)
     with pytest.raises(RunError, match=r"00000-of-00005.* cannot be written .*No space left.* the same command"):
         builder.run()
     with pytest.raises(UserError, match=r"made with other settings: dtype \('float32' there, 'bfloat16' here\)"):
-        train.Run(run_config(files, cache, dtype="bfloat16"), tmp_path / "run")
+        loop.Run(run_config(files, cache, dtype="bfloat16"), tmp_path / "run")
     kuea = config.default(small.SPEC, objective="kuea")
     kuea.data.latents = "somewhere"
     with pytest.raises(UserError, match="kuea has no VAE"):
         small.program(kuea)
     kuea.data.latents = ""
     with pytest.raises(UserError, match="kuea has no VAE"):
-        latents.Builder(kuea, str(tmp_path), 1, 5, 1)
+        cache_builder.Builder(kuea, str(tmp_path), 1, 5, 1)
     assert not (tmp_path / "run").exists()

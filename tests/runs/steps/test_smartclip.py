@@ -17,7 +17,7 @@ from diva_jax.data import inputs
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.transformer import patch_flops
 from diva_jax.objectives import smartclip
-from diva_jax.train import Run
+from diva_jax.training.loop import Run
 
 TEXT = backbones.TextSpec(context_length=11, vocab_size=60, width=36, heads=3, layers=1, mlp_dim=50)
 SPEC = dataclasses.replace(small.SPEC, layers=1, text=TEXT)

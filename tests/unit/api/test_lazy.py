@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import types
 
 import pytest
 from places import ROOT
@@ -23,7 +22,7 @@ def test_the_package_imports_nothing():
 
 def test_a_command_imports_only_what_every_run_needs():
     """Each of these takes 50 to 500 ms to import, and is needed for some devices, data or loggers alone."""
-    code = "import sys, diva_jax.main, diva_jax.train; print(*sys.modules)"
+    code = "import sys, diva_jax.main, diva_jax.training.loop; print(*sys.modules)"
     found = set(run(code).split())
     slow = ("jax.experimental.pallas.tpu", "pyarrow", "ftfy", "transformers", "tensorboardX", "torch", "tensorflow")
     assert "orbax.checkpoint" in found and not found & set(slow)
@@ -35,24 +34,11 @@ def test_unknown_names_are_attribute_errors():
     assert set(diva_jax.__all__) <= set(dir(diva_jax))
 
 
-def test_a_module_can_be_called_whatever_was_imported_before(monkeypatch):
-    from diva_jax import api
-
-    module = diva_jax.train
-    assert isinstance(module, types.ModuleType) and sys.modules["diva_jax.train"] is module
-    called = {}
-    monkeypatch.setattr(api, "train", lambda *args, **kw: called.update(args=args, **kw))
-    module._called.cache_clear()
-    module("a", b=2)
-    module._called.cache_clear()
-    assert called == {"args": ("a",), "b": 2}
-
-
-def test_export_is_a_function_whatever_was_imported_before():
+def test_commands_are_functions_whatever_was_imported_before():
     code = """
-import diva_jax.weights.export.cards, diva_jax
-from diva_jax import export, load
-assert export is diva_jax.api.export is diva_jax.export
+import diva_jax.training.loop, diva_jax.weights.export.cards, diva_jax
+from diva_jax import export, train
+assert export is diva_jax.api.export is diva_jax.export and train is diva_jax.api.train is diva_jax.train
 try:
     export("nowhere", "out")
 except diva_jax.common.errors.UserError as e:

@@ -12,17 +12,17 @@ import numpy as np
 from etils import epath
 
 from diva_jax import config as configs
-from diva_jax.common import calls, log, paths
+from diva_jax.common import log, paths
 from diva_jax.common.errors import RunError
 from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
 from diva_jax.training import (
+    cache_builder,
     checkpoint,
     compiler,
     distributed,
-    latents,
     load,
     lock,
     metrics,
@@ -116,7 +116,7 @@ class Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             cache_dir=self.workdir / "cache",
-            cache=latents.open_cache(self.program),
+            cache=cache_builder.open_cache(self.program),
         )
         self.total = self.program.stages[-1].end
         self.steps_before = workdirs.check_config(self.workdir, config)
@@ -360,6 +360,3 @@ class _Loop:
             if self.step % run.config.checkpoint.every == 0:
                 self.progress.flush()
                 self._save()
-
-
-calls.make_callable(__name__, "diva_jax.api:train")
