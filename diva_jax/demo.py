@@ -46,7 +46,7 @@ def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
 
 def write_byte_tokenizer(folder: Path) -> None:
     """Writes CLIP's byte-level vocabulary without merges, 514 tokens, as transformers' vocab.json and merges.txt."""
-    letters = list(tokenizers.byte_letters().values())
+    letters = tokenizers.BYTE_LETTERS
     words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}, indent=1))

@@ -11,57 +11,53 @@ from pathlib import Path
 
 import numpy as np
 import regex
-from tokenizers import models
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from diva_jax.common.errors import UserError, brief
 from diva_jax.data.files import open_regular
 from diva_jax.models.backbones import TextSpec
 
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
+# The letters that stand for the bytes 0 to 255 in byte-level vocabularies, in the order of OpenAI's.
+BYTE_LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
-START, END = "<start_of_text>", "<end_of_text>"
-# What the vocabularies of transformers call the two.
-_THEIRS = {"<|startoftext|>": START, "<|endoftext|>": END}
+_START, _END = "<start_of_text>", "<end_of_text>"
+# Names of the special tokens in transformers' vocabularies -> in open_clip's.
+_SPECIAL = {"<|startoftext|>": _START, "<|endoftext|>": _END}
 _WORDS = regex.compile(
-    rf"{START}|{END}|'(?:s|t|re|ve|m|ll|d)|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", flags=regex.IGNORECASE
+    rf"{_START}|{_END}|'(?:s|t|re|ve|m|ll|d)|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", flags=regex.IGNORECASE
 )
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CLIP_FILES = "tokenizer.json, vocab.json with merges.txt, or bpe_simple_vocab_16e6.txt.gz"
-_MOST_BYTES = 2**26  # Of a file.
-_MOST_IDS = 2**24
+_MAX_FILE_BYTES = 2**26
+_MAX_ID = 2**24
 # Entries of OpenAI's merges file that make its vocabulary of 49,408.
 _OPENAI_MERGES = 49152 - 256 - 2
 
 
-def basic_clean(text: str) -> str:
+def _basic_clean(text: str) -> str:
     """Fixes broken Unicode and resolves HTML entities, as CLIP's text cleaning does for every model."""
     import ftfy  # Here, because it takes 50 ms to import, and a run without texts does not need it.
 
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
+def whitespace_clean(text: str) -> str:
+    """open_clip's default for other tokenizers ("whitespace"): runs of whitespace become one blank, case is kept."""
+    return " ".join(_basic_clean(text).split())
+
+
 def clip_clean(text: str) -> str:
-    """CLIP's: runs of whitespace become one blank, then lower case."""
+    """CLIP's ("lower"): runs of whitespace become one blank, then lower case."""
     return whitespace_clean(text).lower()
 
 
 def siglip_clean(text: str) -> str:
     """SigLIP's ("canonicalize"): underscores become blanks, ASCII punctuation is removed, lower case, one blank
     between words."""
-    text = basic_clean(text).replace("_", " ").translate(_NO_PUNCTUATION)
+    text = _basic_clean(text).replace("_", " ").translate(_NO_PUNCTUATION)
     return " ".join(text.lower().split())
-
-
-def whitespace_clean(text: str) -> str:
-    """open_clip's default for other tokenizers ("whitespace"): runs of whitespace become one blank, case is kept."""
-    return " ".join(basic_clean(text).split())
-
-
-def byte_letters() -> dict[int, str]:
-    """The printable letter that stands for each byte in byte-level BPE vocabularies, as GPT-2 chose them."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 class ClipTokenizer:
@@ -80,39 +76,30 @@ class ClipTokenizer:
     """
 
     def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], length: int = 77):
-        vocab = {_THEIRS.get(t, t): i for t, i in vocab.items()}
-        if missing := [t for t in (START, END) if t not in vocab]:
+        vocab = {_SPECIAL.get(t, t): i for t, i in vocab.items()}
+        if missing := [t for t in (_START, _END) if t not in vocab]:
             raise UserError(f"a CLIP tokenizer's vocabulary has no {missing[0]}: its files are not CLIP's")
-        if not all(type(i) is int and 0 <= i < _MOST_IDS for i in vocab.values()):
+        if not all(type(i) is int and 0 <= i < _MAX_ID for i in vocab.values()):
             raise UserError("a CLIP tokenizer's vocabulary does not map each token to an id: fetch its files again")
-        self.size = max(vocab.values()) + 1
-        self.start, self.end, self.length = vocab[START], vocab[END], length
-        self._special = {START: self.start, END: self.end}
-        self._letters = byte_letters()
-        words = {t: i for t, i in vocab.items() if t not in self._special}
+        self.size, self._length = max(vocab.values()) + 1, length
         try:
-            self._bpe = models.BPE(words, list(merges), end_of_word_suffix="</w>")
+            self._bpe = tokenizers.Tokenizer(models.BPE(vocab, list(merges), end_of_word_suffix="</w>"))
         except Exception as e:  # The library has no type of its own.
             raise UserError(f"a CLIP tokenizer's files do not fit each other ({brief(e)}): fetch them again") from e
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without start and end, however long."""
-        ids = []
-        for word in _WORDS.findall(clip_clean(text)):
-            if word in self._special:
-                ids.append(self._special[word])
-            else:
-                letters = "".join(self._letters[b] for b in word.encode("utf-8"))
-                ids.extend(token.id for token in self._bpe.tokenize(letters))
-        return ids
+        self._bpe.add_special_tokens([_START, _END])
+        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._bpe.post_processor = processors.TemplateProcessing(
+            single=f"{_START} $A {_END}", special_tokens=[(t, vocab[t]) for t in (_START, _END)]
+        )
+        self._bpe.enable_truncation(length)
+        self._bpe.enable_padding(length=length, pad_id=0)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> ids, int32 [N, length]; a text that is too long is cut and still ends with the end token."""
-        out = np.zeros((len(texts), self.length), np.int32)
-        for row, text in zip(out, texts, strict=True):
-            ids = [self.start, *self.encode(text)[: self.length - 2], self.end]
-            row[: len(ids)] = ids
-        return out
+        # The library's own rule for words has another version of Unicode than open_clip's, and an older one.
+        words = (_WORDS.findall(clip_clean(text)) for text in texts)
+        ids = [self._bpe.encode(w, is_pretokenized=True).ids for w in words]
+        return np.array(ids, np.int32).reshape(len(texts), self._length)
 
 
 class FolderTokenizer:
@@ -133,11 +120,11 @@ class FolderTokenizer:
     def __init__(self, folder: Path, length: int, clean: Callable[[str], str]):
         from transformers import AutoTokenizer
 
-        self.length, self._clean = length, clean
+        self._length, self._clean = length, clean
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             self.size = max(self._tokenizer.get_vocab().values()) + 1
-            self._encode([""])  # Where the padding token is missing, this fails.
+            self([""])  # Where the padding token is missing, this fails.
         except Exception as e:  # transformers raises a different kind for each file that is missing or broken.
             raise UserError(
                 f"the tokenizer files in {folder} cannot be read ({brief(e)}): fetch the folder again"
@@ -145,11 +132,9 @@ class FolderTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> ids, int32 [N, length]; a text that is too long is cut and still ends with the end token."""
-        return self._encode([self._clean(t) for t in texts])
-
-    def _encode(self, texts: list[str]) -> np.ndarray:
-        encoded = self._tokenizer(texts, max_length=self.length, padding="max_length", truncation=True)
-        return np.asarray(encoded["input_ids"], np.int32).reshape(len(texts), self.length)
+        cleaned = [self._clean(text) for text in texts]
+        encoded = self._tokenizer(cleaned, max_length=self._length, padding="max_length", truncation=True)
+        return np.asarray(encoded["input_ids"], np.int32).reshape(len(texts), self._length)
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
@@ -160,21 +145,16 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 def _openai_vocabulary(lines: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """From OpenAI's merges alone: bytes, bytes that end a word, merges, then the two special tokens."""
     merges = [_pair(line) for line in lines[1 : _OPENAI_MERGES + 1]]
-    letters = list(byte_letters().values())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), START, END]
+    tokens = [*BYTE_LETTERS, *(letter + "</w>" for letter in BYTE_LETTERS), *(a + b for a, b in merges), _START, _END]
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
 def _content(path: Path, opened=open) -> bytes:
-    """The bytes of a file, unpacked where `opened` unpacks.
-
-    Raises:
-      OSError: it is no regular file, or has more than 64 MiB.
-    """
+    """The bytes of a regular file of at most 64 MiB, unpacked where `opened` unpacks."""
     os.close(open_regular(path))
     with opened(path, "rb") as f:
-        data = f.read(_MOST_BYTES + 1)
-    if len(data) > _MOST_BYTES:
+        data = f.read(_MAX_FILE_BYTES + 1)
+    if len(data) > _MAX_FILE_BYTES:
         raise OSError("it has more than 64 MiB")
     return data
 

@@ -19,48 +19,57 @@ CLIP = TextSpec()
 SIGLIP = TextSpec(context_length=64, vocab_size=32000, tokenizer="siglip")
 
 
+# Letters, marks, blanks and symbols from all over Unicode, with the share of each range.
+RANGES = {
+    (32, 127): 0.55,
+    (0xA0, 0x250): 0.1,
+    (0x300, 0x370): 0.05,
+    (0x370, 0x530): 0.1,
+    (0x1E00, 0x2070): 0.1,
+    (0x1F300, 0x1F650): 0.1,
+}
+PIECES = ("&amp;", "&#x301;", "&lt;", "'s", "'LL", "'ſ", " \u3000", "\x85", "<end_of_text>", "<START_OF_TEXT>", "Ã©")
+
+
 def random_texts(count: int, seed: int) -> list[str]:
-    """Strings of letters, digits, marks, blanks and symbols from all over Unicode."""
+    """Strings of up to 120 characters, some of them with entities, contractions and special tokens."""
     rng = np.random.default_rng(seed)
-    ranges = ((32, 127), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x2000, 0x2070), (0x1F300, 0x1F650))
+    ranges, shares = list(RANGES), list(RANGES.values())
     out = []
     for _ in range(count):
-        low, high = zip(
-            *(ranges[i] for i in rng.choice(len(ranges), 40, p=(0.6, 0.1, 0.05, 0.1, 0.05, 0.1))), strict=True
-        )
-        out.append("".join(map(chr, rng.integers(low, high))))
+        drawn = rng.choice(len(ranges), rng.integers(0, 120), p=shares)
+        letters = [chr(rng.integers(*ranges[k])) for k in drawn]
+        for k in rng.integers(0, len(PIECES), rng.integers(0, 4)):
+            letters.insert(rng.integers(len(letters) + 1), PIECES[k])
+        out.append("".join(letters))
     return out
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return SimpleTokenizer()
-
-
-@pytest.fixture(scope="module", params=["tokenizer.json", "vocab.json", "bpe_simple_vocab_16e6.txt.gz"])
-def clip_folder(request, tmp_path_factory, reference):
-    folder = tmp_path_factory.mktemp("clip")
-    if request.param.endswith(".gz"):
-        shutil.copy(open_clip.tokenizer.default_bpe(), folder / request.param)
-        return folder
-    theirs = {tokenizers.START: "<|startoftext|>", tokenizers.END: "<|endoftext|>"}
+def clip_folders(tmp_path_factory):
+    """A folder with each form of OpenAI's vocabulary."""
+    merged, pair, whole = (tmp_path_factory.mktemp(name) for name in ("merges", "pair", "whole"))
+    shutil.copy(open_clip.tokenizer.default_bpe(), merged / "bpe_simple_vocab_16e6.txt.gz")
+    reference = SimpleTokenizer()
+    theirs = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocab = {theirs.get(t, t): i for t, i in reference.encoder.items()}
     merges = sorted(reference.bpe_ranks, key=reference.bpe_ranks.get)
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    if request.param == "tokenizer.json":
-        whole = tmp_path_factory.mktemp("clip_json")
-        CLIPTokenizer.from_pretrained(folder).save_pretrained(whole)
-        assert (whole / "tokenizer.json").exists() and not (whole / "vocab.json").exists()
-        return whole
-    return folder
+    (pair / "vocab.json").write_text(json.dumps(vocab))
+    (pair / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    CLIPTokenizer.from_pretrained(pair).save_pretrained(whole)
+    assert (whole / "tokenizer.json").exists() and not (whole / "vocab.json").exists()
+    return merged, pair, whole
 
 
-def test_clip_equals_open_clip(clip_folder, reference):
-    tokenizer, texts = tokenizers.open_tokenizer(CLIP, clip_folder), TEXTS + random_texts(400, seed=1)
-    ours = tokenizer(texts)
-    assert ours.dtype == np.int32
-    np.testing.assert_array_equal(ours, reference(texts).numpy())
+def test_clip_equals_open_clip(clip_folders):
+    tokenizers_of = [tokenizers.open_tokenizer(CLIP, folder) for folder in clip_folders]
+    texts = TEXTS + random_texts(4000, seed=1)
+    want = SimpleTokenizer()(texts).numpy()
+    ours = tokenizers_of[0](texts)
+    assert ours.dtype == np.int32 and tokenizers_of[0]([]).shape == (0, 77)
+    np.testing.assert_array_equal(ours, want)
+    for other in tokenizers_of[1:]:
+        np.testing.assert_array_equal(other(texts[:200]), want[:200])
     # Long texts are truncated and end with the end token.
     assert (ours[TEXTS.index("word " * 200)] != 0).all() and ours[11, -1] == ours.max() == 49407
 

@@ -82,10 +82,13 @@ def test_every_word_is_one_token_and_every_caption_fits(tmp_path):
 
     vocabulary.write(tmp_path, captions.WORDS, TOKENS)
     tokenizer = tokenizers.ClipTokenizer(*tokenizers.clip_vocabulary(tmp_path), TOKENS)
-    assert all(len(tokenizer.encode(word)) == 1 for word in captions.WORDS)
-    assert len({tokenizer.encode(word)[0] for word in captions.WORDS}) == len(captions.WORDS)
+    start, end = (vocabulary.tokens(captions.WORDS)[f"<|{t}oftext|>"] for t in ("start", "end"))
+    words = tokenizer(captions.WORDS)
+    assert (words[:, 0] == start).all() and (words[:, 2] == end).all()  # One token between the two.
+    assert len(set(words[:, 1])) == len(captions.WORDS)
     s, rng = scenes.sample(np.random.default_rng(7), 800), np.random.default_rng(8)
     texts = captions.captions(s, captions.choose(rng, len(s), dict.fromkeys(captions.RICH, 1.0)))
     assert {word for t in texts for word in t.split()} <= set(captions.WORDS)
-    assert max(len(tokenizer.encode(t)) for t in texts) <= TOKENS - 2
+    longest = max(texts, key=lambda t: len(t.split()))
+    assert len(longest.split()) <= TOKENS - 2 and end in tokenizer([longest])[0]
     assert tokenizer.size == len(vocabulary.tokens(captions.WORDS))
