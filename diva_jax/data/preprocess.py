@@ -40,24 +40,37 @@ def resize(images: Array, size: int, method: str, antialias: bool) -> Array:
     return jax.image.resize(images, shape, method, antialias=antialias, precision=jax.lax.Precision.HIGHEST)
 
 
+def cubic_weights(at: np.ndarray, n: int) -> np.ndarray:
+    """The matrix that samples a row of pixels as PyTorch's bicubic interpolation does without antialias.
+
+    Args:
+      at: where to sample [pixels], [N]; the centre of the first pixel is at 0.
+      n: pixels of the row, of which those at the edges are repeated.
+
+    Returns:
+      float64 [N, n], of Keys's cubic kernel with a = -0.75.
+    """
+    a, weights = -0.75, np.zeros((len(at), n))
+    for tap in range(-1, 3):
+        pixel = np.floor(at).astype(int) + tap
+        x = np.abs(at - pixel)
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = ((x - 5) * x + 8) * a * x - 4 * a
+        np.add.at(weights, (np.arange(len(at)), pixel.clip(0, n - 1)), np.where(x <= 1, near, far))
+    return weights
+
+
 def _aligned_weights(n: int, size: int) -> np.ndarray:
     """The matrix [size, n] of `aligned_resize` along one axis."""
-    keep = np.eye(n)
+    blur = np.eye(n)
     if (factor := n / size) > 1:
         sigma = max((factor - 1) / 2, 0.001)
         taps = int(max(4 * sigma, 3)) | 1
         offsets = np.arange(taps) - taps // 2
         kernel = np.exp(-(offsets**2) / (2 * sigma**2))
         padded = np.pad(np.arange(n), taps // 2, mode="reflect")
-        keep = sum(k * keep[padded[i : i + n]] for i, k in enumerate(kernel / kernel.sum()))
-    at = np.arange(size) * ((n - 1) / (size - 1)) if size > 1 else np.zeros(1)
-    a, first = -0.75, np.floor(at).astype(int)
-    out = np.zeros((size, n))
-    for tap in range(-1, 3):
-        x = np.abs(at - first - tap)
-        near, far = ((a + 2) * x - (a + 3)) * x**2 + 1, a * (((x - 5) * x + 8) * x - 4)
-        out += np.where(x <= 1, near, far)[:, None] * keep[np.clip(first + tap, 0, n - 1)]
-    return out
+        blur = sum(k * blur[padded[i : i + n]] for i, k in enumerate(kernel / kernel.sum()))
+    return cubic_weights(np.arange(size) * ((n - 1) / max(size - 1, 1)), n) @ blur
 
 
 def aligned_resize(images: Array, size: int) -> Array:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from diva_jax.common.errors import UserError
+from diva_jax.data import preprocess
 from diva_jax.models.backbones import Spec, TextSpec, architecture
 from diva_jax.weights.tensors import Tensor, Tensors
 
@@ -13,28 +14,10 @@ def grids(tensors: Tensors, spec: Spec) -> tuple[int, int]:
     return architecture(spec.arch).positions(spec).grid(tensors), spec.grid
 
 
-def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
-    """Returns Keys' cubic convolution kernel at distances x."""
-    x = np.abs(x)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((x - 5) * x + 8) * a * x - 4 * a
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-
-
-def _bicubic(old: int, new: int) -> np.ndarray:
-    """Returns the weights [new, old] of cubic interpolation, without antialiasing, edges repeated, as in torch."""
-    centres = (np.arange(new) + 0.5) * old / new - 0.5
-    weights = np.zeros((new, old))
-    for tap in range(-1, 3):
-        at = np.floor(centres).astype(int) + tap
-        np.add.at(weights, (np.arange(new), at.clip(0, old - 1)), _cubic(centres - at))
-    return weights
-
-
 def _resize(grid: np.ndarray, new: int, antialias: bool) -> np.ndarray:
     """Resizes float32 [old, old, D] to [new, new, D]."""
     if not antialias:
-        weights = _bicubic(len(grid), new)
+        weights = preprocess.cubic_weights((np.arange(new) + 0.5) * len(grid) / new - 0.5, len(grid))
         return np.einsum("io,opd,jp->ijd", weights, grid, weights, optimize=True).astype(np.float32)
     # In full precision: by default an accelerator rounds products to bfloat16.
     with jax.default_matmul_precision("highest"):
