@@ -8,7 +8,6 @@ of a full-size config took 10 to 35 minutes on two cores (the last column of the
 memory; a line per minute says that it goes on. --search compiles several times.
 """
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -46,37 +45,6 @@ _ENVIRONMENT = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """HBM use of a program per device [bytes].
-
-    Attributes:
-      arguments: weights, optimizer state and batch.
-      outputs: results.
-      aliases: the part of the outputs that reuses the memory of arguments (the donated train state).
-      temporaries: intermediate results.
-      code: the compiled program.
-      available: HBM available to a program on this chip.
-    """
-
-    arguments: int
-    outputs: int
-    aliases: int
-    temporaries: int
-    code: int
-    available: int
-
-    @property
-    def needed(self) -> int:
-        """HBM needed in total [bytes]."""
-        return self.arguments + self.outputs - self.aliases + self.temporaries + self.code
-
-    @property
-    def fits(self) -> bool:
-        """Whether the program fits into the available HBM."""
-        return self.needed <= self.available
-
-
 class OutOfMemory(Exception):
     """The compiler reported that the program does not fit: `needed` and `available` are in bytes."""
 
@@ -105,10 +73,10 @@ def devices(topology: str) -> tuple[chips.Chip, tuple[int, ...], list]:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **dict(chip.options)).devices
+        topology_desc = topologies.get_topology_desc(platform="tpu", topology_name=topology, **dict(chip.options))
     except Exception as e:  # The class of the exception depends on the version.
         raise UserError(explain(str(e), topology)) from e
-    return chip, shape, list(found)
+    return chip, shape, list(topology_desc.devices)
 
 
 def explain(message: str, topology: str) -> str:
@@ -124,13 +92,8 @@ def explain(message: str, topology: str) -> str:
     )
 
 
-def with_batch(config, chips_: int, per_device: int | None):
-    """Returns the config with another batch size.
-
-    Args:
-      config: the config.
-      chips_: the number of chips.
-      per_device: images per chip and micro-batch; None keeps the config's batch size.
+def with_batch(config, chip_count: int, per_device: int | None):
+    """Returns the config with `per_device` images per chip and micro-batch; None keeps the config's batch size.
 
     Raises:
       UserError: `per_device` is less than 1, or the config is invalid (`config.validate`).
@@ -139,17 +102,13 @@ def with_batch(config, chips_: int, per_device: int | None):
         if per_device < 1:
             raise UserError(f"--per-device-batch={per_device} must be at least 1")
         config = config.copy_and_resolve_references()
-        config.batch_size = chips_ * per_device * config.accum
-    configs.validate(config, chips_)
+        config.batch_size = chip_count * per_device * config.accum
+    configs.validate(config, chip_count)
     return config
 
 
-def compile_step(config, found: list):
-    """Compiles the step of the last stage from shapes.
-
-    Args:
-      config: the config.
-      found: the devices to compile for.
+def compile_step(config, mesh_devices: list):
+    """Compiles the step of the last stage, from shapes, for the devices of a topology.
 
     Returns:
       (compiled, Program, {"trace": seconds, "compile": seconds}).
@@ -159,7 +118,7 @@ def compile_step(config, found: list):
       UserError: the compiler does not accept `config.compiler_options`.
     """
     began = time.perf_counter()
-    program = Program(config, sharding.make_mesh(config.mesh, found))
+    program = Program(config, sharding.make_mesh(config.mesh, mesh_devices))
     stage = len(program.stages) - 1
     lowered = program.step(stage).lower(
         program.abstract_state(stage), program.abstract_frozen(), program.abstract_batch()
@@ -173,8 +132,7 @@ def compile_step(config, found: list):
         # A kernel that does not fit into VMEM is a fault of the kernel. No batch size or mesh helps.
         if "RESOURCE_EXHAUSTED" not in str(e) or "memory space vmem" in str(e) or len(sizes) < 2:
             raise
-        needed, available = (float(n) * {"G": _GIB, "M": 2**20}[unit] for n, unit in sizes[:2])
-        raise OutOfMemory(needed, available) from e
+        raise OutOfMemory(*(float(n) * {"G": _GIB, "M": 2**20}[unit] for n, unit in sizes[:2])) from e
     return compiled, program, {"trace": traced - began, "compile": time.perf_counter() - traced}
 
 
@@ -191,7 +149,9 @@ def report(config, topology: str, save: str | None = None) -> dict:
         "topology", "chips", "mesh", "remat", "accum", "batch_size", "per_device_batch": the input.
         "fits", "needed", "available": whether the program fits, and HBM [bytes].
       These keys are missing if the compiler reported that the program does not fit:
-        "memory": the fields of `Memory` [bytes]; "seconds": time to trace and to compile.
+        "memory": HBM of the "arguments" (weights, optimizer state and batch), "outputs", "aliases" (the part of the
+        outputs that reuses the memory of arguments: the donated train state), "temporaries" and "code", and what is
+        "available" to a program on this chip [bytes]; "seconds": time to trace and to compile.
         All keys of `analysis.analyse`.
         "step_ms": "model_ms" plus "kernel_bound_ms"; "images_per_s": images per second and chip; "mfu": model FLOPs
         utilisation, between 0 and 1; "all_reduce_ms": lower bound of communication time, not part of "step_ms".
@@ -199,40 +159,41 @@ def report(config, topology: str, save: str | None = None) -> dict:
     Raises:
       UserError: see `devices` and `compile_step`.
     """
-    chip, shape, found = devices(topology)
+    chip, shape, mesh_devices = devices(topology)
+    n = len(mesh_devices)
     row = {
         "topology": topology,
-        "chips": len(found),
-        "mesh": {"data": len(found) // config.mesh.fsdp, "fsdp": config.mesh.fsdp},
+        "chips": n,
+        "mesh": {"data": n // config.mesh.fsdp, "fsdp": config.mesh.fsdp},
         "remat": config.remat,
         "accum": config.accum,
         "batch_size": config.batch_size,
-        "per_device_batch": config.batch_size // config.accum // len(found),
+        "per_device_batch": config.batch_size // config.accum // n,
     }
     try:
-        compiled, program, seconds = compile_step(config, found)
+        compiled, program, seconds = compile_step(config, mesh_devices)
     except OutOfMemory as e:
         return row | {"fits": False, "needed": e.needed, "available": e.available}
-    stats = compiled.memory_analysis()
-    memory = Memory(
-        stats.argument_size_in_bytes,
-        stats.output_size_in_bytes,
-        stats.alias_size_in_bytes,
-        stats.temp_size_in_bytes,
-        stats.generated_code_size_in_bytes,
-        chip.usable,
-    )
-    text = compiled.as_text()
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    memory = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "aliases": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+        "available": chip.usable,
+    }
+    needed = memory["arguments"] + memory["outputs"] - memory["aliases"] + memory["temporaries"] + memory["code"]
     if save:
         Path(save).write_text(text)
     cost = analysis.analyse(text, chip)
-    images, counted = config.batch_size / len(found), program.objective.flops()
+    images, counted = config.batch_size / n, program.objective.flops()
     ms = cost["model_ms"] + cost["kernel_bound_ms"]
     return row | {
-        "fits": memory.fits,
-        "needed": memory.needed,
-        "available": memory.available,
-        "memory": dataclasses.asdict(memory),
+        "fits": needed <= chip.usable,
+        "needed": needed,
+        "available": chip.usable,
+        "memory": memory,
         "seconds": seconds,
         **cost,
         "step_ms": ms,
@@ -251,13 +212,8 @@ def _reduced(cost: dict) -> float:
 def search(config, topology: str, limit: int = 256) -> dict:
     """Returns the report of the largest per-device batch that fits, or that of batch 1 if none fits.
 
-    Each trial is a compilation. The first trial is the config's batch; further ones are interpolated or extrapolated
-    linearly from the memory that the trials so far needed.
-
-    Args:
-      config: the config.
-      topology: e.g. "v5e:4x4".
-      limit: the largest per-device batch to try.
+    Each trial is a compilation. The first trial is the config's batch; further ones, at most `limit`, are interpolated
+    or extrapolated linearly from the memory that the trials so far needed.
     """
     n = len(devices(topology)[2])
     rows, needed, low, high = {}, {}, 0, limit + 1
@@ -292,17 +248,17 @@ def text_of(row: dict) -> str:
     if "memory" not in row:
         return "\n".join(lines)
     m = row["memory"]
+    mfu = "unknown" if row["mfu"] is None else f"{100 * row['mfu']:.0f}%"
     parts = "  ".join(f"{k} {m[k] / _GIB:.2f}" for k in ("arguments", "outputs", "aliases", "temporaries", "code"))
     lines += [
         f"  [GiB]  {parts}",
         f"time per step: {row['step_ms']:.0f} ms = {row['model_ms']:.0f} ms estimated by the compiler + "
         f"{row['kernel_bound_ms']:.0f} ms for kernels, which the compiler has no estimate for, at the bound of their "
         f"shapes ({row['kernel_ms']:.0f} ms at the chip's peak rate)",
-        *([f"  {row['kernel_bound']}"] if row["kernel_bound"] else []),
-        f"  {row['images_per_s']:.1f} images/s per chip, MFU {100 * row['mfu']:.0f}%; communication is not included "
+        f"  {row['images_per_s']:.1f} images/s per chip, MFU {mfu}; communication is not included "
         f"(at least {row['all_reduce_ms']:.0f} ms)",
         f"FLOPs {row['flops'] / 1e12:.1f} T + {row['kernel_flops'] / 1e12:.1f} T in kernels (from operand shapes)   "
-        f"HBM traffic {row['hbm_gb']:.0f} GB   loops {' x '.join(map(str, row['loops']))}",
+        f"HBM traffic {row['hbm_gb']:.0f} GB",
         f"{'part':<18}{'ms':>9}{'+ kernels':>11}{'HBM GB':>9}{'TFLOP':>8}{'+ kernels':>11}   ms by kind",
     ]
     for name, p in row["parts"].items():
@@ -313,8 +269,6 @@ def text_of(row: dict) -> str:
         )
     lines += [f"{k}: {c['count']} per step, {c['gb']:.3f} GB" for k, c in row["collectives"].items()]
     lines += [f"kernel {name}: {n} per step" for name, n in row["kernels"].items()]
-    lines.append("largest arrays in HBM, with padding:")
-    lines += [f"  {a['mib']:>8.1f} MiB x {a['count']:<3} {a['path']}" for a in row["largest"]]
     lines.append(f"traced in {row['seconds']['trace']:.0f} s, compiled in {row['seconds']['compile']:.0f} s")
     return "\n".join(lines)
 
@@ -322,11 +276,8 @@ def text_of(row: dict) -> str:
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # This process only compiles and must not occupy a TPU.
     config, topology = cli.config_of(_CONFIG), _TOPOLOGY.value
-    chips_ = len(devices(topology)[2])
-    if _SEARCH.value:
-        row = search(with_batch(config, chips_, _BATCH.value), topology)
-    else:
-        row = report(with_batch(config, chips_, _BATCH.value), topology, _SAVE.value)
+    config = with_batch(config, len(devices(topology)[2]), _BATCH.value)
+    row = search(config, topology) if _SEARCH.value else report(config, topology, _SAVE.value)
     if _JSON.value:
         text = json.dumps(row, indent=1)
         print(text) if _JSON.value == "-" else Path(_JSON.value).write_text(text + "\n")

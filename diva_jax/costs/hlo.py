@@ -6,6 +6,7 @@ that the compiler estimates, each array has its memory space (HBM or on-chip), a
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ class Array:
     Attributes:
       dtype: the dtype as HLO writes it, e.g. "bf16".
       dims: the shape.
-      layout: the layout as HLO writes it, e.g. "1,0:T(8,128)S(1)": axes from minor to major, tiles, memory space.
+      layout: as HLO writes it, e.g. "1,0:T(8,128)S(1)": axes from minor to major, tiles, memory space.
     """
 
     dtype: str
@@ -50,19 +51,6 @@ class Array:
     def size(self) -> int:
         """Size of the elements [bytes]."""
         return math.prod(self.dims) * _WIDTH.get(self.dtype, 4)
-
-    @property
-    def laid_out(self) -> int:
-        """Size including the padding of tiles [bytes]."""
-        order, _, tiles = self.layout.partition(":")
-        tile = re.match(r"T\(([\d,]+)\)", tiles)
-        if not tile or not order:
-            return self.size
-        sides = [int(t) for t in tile.group(1).split(",")]
-        dims = [self.dims[int(i)] for i in order.split(",")]  # minor to major
-        sides = sides[::-1][: len(dims)]
-        padded = [-(-n // t) * t for n, t in zip(dims, sides, strict=False)]
-        return math.prod(padded + dims[len(sides) :]) * _WIDTH.get(self.dtype, 4)
 
 
 @dataclasses.dataclass
@@ -86,20 +74,17 @@ class Op:
     @property
     def path(self) -> str:
         """The origin in the traced program, e.g. "jit(step)/while/body/unet/conv"; "" if there is none."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found.group(1) if found else ""
+        return _first(r'op_name="([^"]*)"', self.rest)
 
     @property
     def cycles(self) -> int:
         """Cycles of one execution as estimated by the compiler; 0 for a kernel."""
-        found = re.search(r'"estimated_cycles":"?(\d+)', self.rest)
-        return int(found.group(1)) if found else 0
+        return int(_first(r'"estimated_cycles":"?(\d+)', self.rest) or 0)
 
     @property
     def target(self) -> str:
         """The target of a custom call, e.g. "tpu_custom_call"; "" for other instructions."""
-        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
-        return found.group(1) if found else ""
+        return _first(r'custom_call_target="([^"]*)"', self.rest)
 
     @property
     def called(self) -> list[str]:
@@ -110,7 +95,25 @@ class Op:
         return names
 
 
-Computation = dict[str, Op]
+class Computation(dict[str, Op]):
+    """The operations of a computation by name, in the order of execution."""
+
+    @functools.cached_property
+    def readers(self) -> dict[str, Op]:
+        """Name of an operand -> the first operation that reads it."""
+        first = {}
+        for op in self.values():
+            for operand in op.operands:
+                first.setdefault(operand, op)
+        return first
+
+    def origin(self, op: Op) -> str:
+        """Returns the path of an operation. If it has none, as prefetches do, the path of the op that reads it."""
+        for _ in range(5):
+            if op.path or op.name not in self.readers:
+                break
+            op = self.readers[op.name]
+        return op.path
 
 
 @dataclasses.dataclass
@@ -120,12 +123,10 @@ class HloModule:
     Attributes:
       computations: name -> computation.
       entry: the name of the entry computation.
-      readers: a cache of `origin`.
     """
 
     computations: dict[str, Computation]
     entry: str
-    readers: dict[int, dict[str, str]] = dataclasses.field(default_factory=dict, repr=False)
 
     def executed(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Op, Computation, int]]:
         """Yields every executed operation, also inside loops: (op, its computation, number of executions)."""
@@ -140,43 +141,13 @@ class HloModule:
 
     def trips(self, loop: Op) -> int:
         """Returns the trip count of a loop: the bound that its condition compares a counter with, or 1 without one."""
-        condition = self.computations.get(re.search(r"condition=%?([\w.\-]+)", loop.rest).group(1), {})
+        condition = self.computations.get(_first(r"condition=%?([\w.\-]+)", loop.rest), {})
         for op in condition.values():
             if op.kind == "compare" and "direction=LT" in op.rest:
                 bound = condition.get(op.operands[1])
                 if bound and bound.kind == "constant":
                     return int(bound.rest.strip("()").split(")")[0])
         return 1
-
-    def origin(self, op: Op, computation: Computation) -> str:
-        """Returns the path of an operation. If it has none, as prefetches do, the path of the op that reads it."""
-        for _ in range(5):
-            if op.path or op.name not in (readers := self._readers(computation)):
-                break
-            op = computation[readers[op.name]]
-        return op.path
-
-    def _readers(self, computation: Computation) -> dict[str, str]:
-        """Returns {name of an operand: name of the first operation that reads it}."""
-        if id(computation) not in self.readers:
-            first = self.readers[id(computation)] = {}
-            for name, op in computation.items():
-                for operand in op.operands:
-                    first.setdefault(operand, name)
-        return self.readers[id(computation)]
-
-    def loops(self) -> list[int]:
-        """Returns the trip counts of all executed loops, largest first."""
-
-        def inside(name):
-            for op in self.computations[name].values():
-                if op.kind == "while":
-                    yield self.trips(op)
-                if op.kind in ("while", "call", "conditional"):
-                    for called in op.called:
-                        yield from inside(called)
-
-        return sorted(inside(self.entry), reverse=True)
 
     def flops(self, op: Op, computation: Computation) -> int:
         """Returns the FLOPs of an operation, a multiply-add counted as two.
@@ -189,6 +160,12 @@ class HloModule:
             return kernel_flops(op, computation)
         inside = op.called if op.kind in ("fusion", "async-start") else []
         return sum(self.flops(o, self.computations[c]) for c in inside for o in self.computations[c].values())
+
+
+def _first(pattern: str, text: str) -> str:
+    """The group of a pattern's first match; "" without one."""
+    found = re.search(pattern, text)
+    return found.group(1) if found else ""
 
 
 def arrays(type_: str) -> list[Array]:
@@ -208,13 +185,6 @@ def hbm_traffic(op: Op, computation: Computation) -> int:
     return sum(a.size for a in touched if not a.on_chip)
 
 
-def materialised(op: Op) -> list[Array]:
-    """Returns the arrays in HBM that an operation allocates."""
-    if op.kind in FREE or op.kind.endswith(("-start", "-done")) or op.target in _NO_WORK:
-        return []
-    return [a for a in arrays(op.type) if not a.on_chip]
-
-
 def collectives(module: HloModule, op: Op, computation: Computation) -> dict[str, tuple[str, int]]:
     """Returns the collectives of an operation and of the computations it calls.
 
@@ -226,12 +196,12 @@ def collectives(module: HloModule, op: Op, computation: Computation) -> dict[str
     found = {}
     kind = op.kind.removesuffix("-start")
     if kind in COLLECTIVES:
-        channel = re.search(r"channel_id=(\d+)", op.rest)
+        channel = _first(r"channel_id=(\d+)", op.rest)
         operands = sum(a.size for o in op.operands if o in computation for a in arrays(computation[o].type))
         results = sum(a.size for a in arrays(op.type))
         if op.kind != kind and op.type.startswith("(("):
             results -= operands  # The type of a start lists operands and results.
-        found[channel.group(1) if channel else op.name] = (kind, max(operands, results))
+        found[channel or op.name] = (kind, max(operands, results))
     elif op.kind in ("fusion", "async-start"):
         for called in op.called:
             inner = module.computations[called]
@@ -244,7 +214,7 @@ def collectives(module: HloModule, op: Op, computation: Computation) -> dict[str
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns the index after the bracket that closes the one at `start`."""
+    """The index after the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -264,13 +234,7 @@ def _parse_op(text: str) -> Op:
 
 
 def parse(text: str) -> HloModule:
-    """Parses the text of a module.
-
-    Args:
-      text: `compiled.as_text()`.
-
-    Returns:
-      The module.
+    """Parses `compiled.as_text()`.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -286,7 +250,7 @@ def parse(text: str) -> HloModule:
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header:
-            current = computations[header.group(2)] = {}
+            current = computations[header.group(2)] = Computation()
             entry = header.group(2) if header.group(1) else entry
         elif current is not None and line == "}":
             finish()
@@ -301,31 +265,24 @@ def parse(text: str) -> HloModule:
     return HloModule(computations, entry)
 
 
-def _numbers(text: str, key: str) -> list[int]:
-    found = re.search(key + r"=\{([\d,]*)\}", text)
-    return [int(n) for n in found.group(1).split(",") if n] if found else []
-
-
 def _product_flops(op: Op, computation: Computation) -> int:
     lhs, rhs = (arrays(computation[o].type)[0].dims for o in op.operands[:2])
     out = arrays(op.type)[0].dims
     if op.kind == "dot":
-        return 2 * math.prod(out) * math.prod(lhs[i] for i in _numbers(op.rest, "lhs_contracting_dims"))
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
-    inputs, kernel, result = labels.groups()
+        summed = _first(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
+        return 2 * math.prod(out) * math.prod(lhs[int(i)] for i in summed.split(",") if i)
+    inputs, kernel, result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest).groups()
     # Pairs of an output position and a kernel position whose input is a pixel and not padding, per spatial axis.
-    pairs = 1
-    for axis in sorted(set(kernel) - {"i", "o"}):
-        pairs *= _valid_pairs(
-            lhs[inputs.index(axis)], rhs[kernel.index(axis)], out[result.index(axis)], op.rest, int(axis)
-        )
+    pairs = math.prod(
+        _valid_pairs(lhs[inputs.index(axis)], rhs[kernel.index(axis)], out[result.index(axis)], op.rest, int(axis))
+        for axis in set(kernel) - {"i", "o"}
+    )
     return 2 * pairs * rhs[kernel.index("i")] * out[result.index("b")] * out[result.index("f")]
 
 
 def _valid_pairs(size: int, taps: int, out: int, rest: str, axis: int) -> int:
-    """Counts the pairs (output position, kernel position) along one axis whose input is a pixel and not padding."""
-    window = re.search(r"window=\{([^}]*)\}", rest)
-    given = dict(part.split("=") for part in window.group(1).split()) if window else {}
+    """The number of pairs (output position, kernel position) of one axis whose input is a pixel and not padding."""
+    given = dict(part.split("=") for part in _first(r"window=\{([^}]*)\}", rest).split())
 
     def of(key, default):
         return given[key].split("x")[axis] if key in given else default

@@ -63,7 +63,6 @@ def test_operations_in_loops_count_once_per_iteration(report):
     assert report["kernel_flops"] == 3 * kernel
     assert report["kernel_ms"] == pytest.approx(1e3 * 3 * kernel / 197e12)
     assert report["model_ms"] == pytest.approx(1e3 * (3 * 1500 + 3000) / 1.5e9)
-    assert report["loops"] == [3]
     assert report["kernels"] == {"flash_forward_d64": 3}
 
 
@@ -80,7 +79,6 @@ def test_kernels_at_the_bound_of_their_shape(chip, wide):
     assert report["kernel_ms"] == pytest.approx(1e3 * product * 2 * 64 / peak)
     assert report["kernel_bound_ms"] == pytest.approx(1e3 * product * (64 + wide) / peak)
     assert report["parts"]["unet forward"]["kernel_bound_ms"] == report["kernel_bound_ms"]
-    assert str(wide) in report["kernel_bound"]
     # With few keys, the time is that of reading and writing operands and results once.
     moved = 3 * (4 * 512 * 128 + 2 * (2 * 256 * (256 + 256 + 128 + 128)))
     assert analysed(128)["kernel_bound_ms"] == pytest.approx(1e3 * moved / chips.CHIPS[chip].hbm_bandwidth)
@@ -96,11 +94,6 @@ def test_feed_forward_kernels_at_the_bound_of_their_shape(chip, channels, hidden
     assert found["kernel_flops"] == product * 3 * 320 * 1280
     bound = product * (narrow * channels * 1280 + (3 - narrow) * 320 * hidden)
     assert found["kernel_bound_ms"] == pytest.approx(1e3 * bound / peak)
-
-
-def test_a_program_without_kernels_has_no_bound_to_explain():
-    report = analysis.analyse(TEXT.replace("tpu_custom_call", "Other"), chips.CHIPS["v5e"])
-    assert (report["kernel_bound_ms"], report["kernel_bound"]) == (0, "")
 
 
 def test_parts_and_kinds(report):
@@ -120,11 +113,8 @@ def test_traffic_counts_arrays_in_hbm_only(report):
     assert "other" not in report["parts"]
 
 
-def test_collectives_and_largest_arrays(report):
+def test_collectives(report):
     assert report["collectives"] == {"all-reduce": {"count": 1, "gb": pytest.approx(3200 / 1e9)}}
-    sizes = {(a["mib"] * 2**20, a["path"].rsplit("/", 1)[-1]) for a in report["largest"]}
-    assert (2 * 2 * 4 * 64 * 256, "pallas_call") in sizes
-    assert (4 * 8 * 128, "reduce_sum") in sizes, "100 columns are padded to 128 lanes"
 
 
 def test_collectives_inside_of_fusions():
@@ -161,12 +151,10 @@ ENTRY %main (x: bf16[16,64], y: f32[64,64]) -> f32[16,64] {
     }
 
 
-def test_layouts():
-    minor_first = hlo.arrays("bf16[4,1024,72]{1,2,0:T(8,128)(2,1)S(1)}")[0]
-    assert minor_first.on_chip and minor_first.laid_out == minor_first.size
-    padded = hlo.arrays("bf16[4,1024,72]{2,1,0:T(8,128)(2,1)}")[0]
-    assert not padded.on_chip and padded.laid_out == 2 * 4 * 1024 * 128
-    assert hlo.arrays("f32[]{:T(128)}")[0].laid_out == 4
+def test_arrays():
+    on_chip, in_hbm = hlo.arrays("(bf16[4,1024,72]{1,2,0:T(8,128)(2,1)S(1)}, bf16[4,1024,72]{2,1,0:T(8,128)(2,1)})")
+    assert on_chip.on_chip and not in_hbm.on_chip and in_hbm.size == 2 * 4 * 1024 * 72
+    assert hlo.arrays("f32[]{:T(128)}")[0].size == 4
     assert [a.dtype for a in hlo.arrays("(s32[], (bf16[2], pred[3]))")] == ["s32", "bf16", "pred"]
 
 
