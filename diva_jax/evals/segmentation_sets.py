@@ -17,6 +17,7 @@ from diva_jax.data import texts
 from diva_jax.data.files import open_regular
 from diva_jax.data.images import FORMATS, MAX_PIXELS
 from diva_jax.evals import segmentation_names as names
+from diva_jax.evals.items import require_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Set:
       values: the value of each class in label images.
       ignored: values of pixels that are not counted.
       pairs: folder -> (image, label image) of each item.
-      names: folder -> the classes, one text each, synonyms separated by commas.
+      names: the classes, one text each, synonyms separated by commas; None: those of the folder's objectInfo150.txt.
     """
 
     title: str
@@ -39,26 +40,77 @@ class Set:
     values: Sequence[int]
     ignored: Sequence[int]
     pairs: Callable[[Path], list[tuple[Path, Path]]]
-    names: Callable[[Path], list[str]]
+    names: Sequence[str] | None
 
 
-def _voc(root: Path) -> list[tuple[Path, Path]]:
-    listed = root / "ImageSets" / "Segmentation" / "val.txt"
-    if not listed.is_file():
-        raise UserError(f"{listed} does not exist: give the folder VOC2012 as it was unpacked")
-    names = texts.read_text(listed).split()
-    if wrong := next((n for n in names if "/" in n), None):
-        raise UserError(f"{listed} lists {brief(wrong)}, which is not the name of an image: fetch it again")
-    return [(root / "JPEGImages" / f"{n}.jpg", root / "SegmentationClass" / f"{n}.png") for n in names]
+def _pascal(subset: str, labels: str, hint: str) -> Callable[[Path], list[tuple[Path, Path]]]:
+    """PASCAL's layout: a list of names, JPEGs and PNGs of labels."""
+
+    def pairs(root: Path) -> list[tuple[Path, Path]]:
+        path = root / "ImageSets" / subset / "val.txt"
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: give the folder {hint}")
+        stems = texts.read_text(path).split()
+        if wrong := next((n for n in stems if "/" in n), None):
+            raise UserError(f"{path} lists {brief(wrong)}, which is not the name of an image: fetch it again")
+        return [(root / "JPEGImages" / f"{n}.jpg", root / labels / f"{n}.png") for n in stems]
+
+    return pairs
 
 
-def _ade(root: Path) -> list[tuple[Path, Path]]:
-    images = sorted((root / "images" / "validation").glob("*.jpg"))
-    if not images:
-        raise UserError(
-            f"{root}/images/validation has no .jpg: give the folder ADEChallengeData2016 as it was unpacked"
-        )
-    return [(p, root / "annotations" / "validation" / f"{p.stem}.png") for p in images]
+def _folders(
+    images: str, pattern: str, labels: str, suffixes: tuple[str, str], hint: str
+) -> Callable[[Path], list[tuple[Path, Path]]]:
+    """A folder of images and one of labels with the same paths below, whose names end in one suffix or the other."""
+
+    def pairs(root: Path) -> list[tuple[Path, Path]]:
+        paths = sorted((root / images).glob(pattern))
+        if not paths:
+            raise UserError(f"{root / images} has no {suffixes[0]} images: give {hint}")
+        names = [path.relative_to(root / images).as_posix().removesuffix(suffixes[0]) for path in paths]
+        return [(path, root / labels / (name + suffixes[1])) for path, name in zip(paths, names, strict=True)]
+
+    return pairs
+
+
+def _coco(suffix: str) -> Callable[[Path], list[tuple[Path, Path]]]:
+    hint = "a folder with COCO's images and annotations"
+    return _folders("images/val2017", "*.jpg", "annotations/val2017", (".jpg", suffix), hint)
+
+
+_VOC = _pascal("Segmentation", "SegmentationClass", "VOC2012 as it was unpacked")
+_CONTEXT = _pascal("SegmentationContext", "SegmentationClassContext", "VOC2010 with the files of PASCAL Context in it")
+_ADE = _folders(
+    "images/validation",
+    "*.jpg",
+    "annotations/validation",
+    (".jpg", ".png"),
+    "the folder ADEChallengeData2016 as it was unpacked",
+)
+_CITYSCAPES = _folders(
+    "leftImg8bit/val",
+    "*/*_leftImg8bit.png",
+    "gtFine/val",
+    ("_leftImg8bit.png", "_gtFine_labelTrainIds.png"),
+    "Cityscapes' folder as it was unpacked",
+)
+_IGNORED = (255,)
+# A bed is one of COCO's objects.
+_OBJECTS = [names.BACKGROUND.replace(" bed,", ""), *names.COCO]
+_THINGS_AND_STUFF = [*names.COCO, *names.STUFF]
+SETS: dict[str, Set] = {
+    "voc20": Set("PASCAL VOC without background", 20, 1449, range(1, 21), (0, 255), _VOC, names.VOC),
+    "voc21": Set("PASCAL VOC", 21, 1449, range(21), _IGNORED, _VOC, [names.BACKGROUND, *names.VOC]),
+    "context59": Set("PASCAL Context without background", 59, 5104, range(1, 60), (0, 255), _CONTEXT, names.CONTEXT),
+    "context60": Set("PASCAL Context", 60, 5104, range(60), _IGNORED, _CONTEXT, ["background", *names.CONTEXT]),
+    "ade20k": Set("ADE20K", 150, 2000, range(1, 151), (0, 255), _ADE, None),
+    "coco_object": Set("COCO-Object", 81, 5000, range(81), _IGNORED, _coco("_instanceTrainIds.png"), _OBJECTS),
+    "coco_stuff": Set("COCO-Stuff", 171, 5000, names.STUFF_VALUES, _IGNORED, _coco(".png"), _THINGS_AND_STUFF),
+    "cityscapes": Set("Cityscapes", 19, 500, range(19), _IGNORED, _CITYSCAPES, names.CITYSCAPES),
+}
+_UNKNOWN = -2
+# Sets whose class 0 is what no other class is.
+HAS_BACKGROUND = ("voc21", "context60", "coco_object")
 
 
 def _ade_names(root: Path) -> list[str]:
@@ -69,75 +121,28 @@ def _ade_names(root: Path) -> list[str]:
     return [line.split("\t")[-1].strip() for line in texts.read_text(path).splitlines()[1:] if line.strip()]
 
 
-def _cityscapes(root: Path) -> list[tuple[Path, Path]]:
-    images = sorted((root / "leftImg8bit" / "val").glob("*/*_leftImg8bit.png"))
-    if not images:
-        raise UserError(f"{root}/leftImg8bit/val has no images: give Cityscapes' folder as it was unpacked")
-    labels = root / "gtFine" / "val"
-    suffix = "_gtFine_labelTrainIds.png"
-    return [(p, labels / p.parent.name / p.name.replace("_leftImg8bit.png", suffix)) for p in images]
-
-
-def _context(root: Path) -> list[tuple[Path, Path]]:
-    listed = root / "ImageSets" / "SegmentationContext" / "val.txt"
-    if not listed.is_file():
-        raise UserError(f"{listed} does not exist: give the folder VOC2010 with the files of PASCAL Context in it")
-    found = listed.read_text("utf-8").split()
-    return [(root / "JPEGImages" / f"{n}.jpg", root / "SegmentationClassContext" / f"{n}.png") for n in found]
-
-
-def _coco(suffix: str) -> Callable[[Path], list[tuple[Path, Path]]]:
-    def pairs(root: Path) -> list[tuple[Path, Path]]:
-        images = sorted((root / "images" / "val2017").glob("*.jpg"))
-        if not images:
-            raise UserError(f"{root}/images/val2017 has no .jpg: give a folder with COCO's images and annotations")
-        return [(p, root / "annotations" / "val2017" / f"{p.stem}{suffix}") for p in images]
-
-    return pairs
-
-
-def _named(found: Sequence[str]) -> Callable[[Path], list[str]]:
-    return lambda root: list(found)
-
-
-_IGNORED = (255,)
-_OBJECTS = [names.BACKGROUND.replace(" bed,", ""), *names.COCO]  # A bed is one of COCO's objects.
-_THINGS_AND_STUFF = [*names.COCO, *names.STUFF]
-SETS: dict[str, Set] = {
-    "voc20": Set("PASCAL VOC without background", 20, 1449, range(1, 21), (0, 255), _voc, _named(names.VOC)),
-    "voc21": Set("PASCAL VOC", 21, 1449, range(21), _IGNORED, _voc, _named([names.BACKGROUND, *names.VOC])),
-    "context59": Set(
-        "PASCAL Context without background", 59, 5104, range(1, 60), (0, 255), _context, _named(names.CONTEXT)
-    ),
-    "context60": Set("PASCAL Context", 60, 5104, range(60), _IGNORED, _context, _named(["background", *names.CONTEXT])),
-    "ade20k": Set("ADE20K", 150, 2000, range(1, 151), (0, 255), _ade, _ade_names),
-    "coco_object": Set("COCO-Object", 81, 5000, range(81), _IGNORED, _coco("_instanceTrainIds.png"), _named(_OBJECTS)),
-    "coco_stuff": Set("COCO-Stuff", 171, 5000, names.STUFF_VALUES, _IGNORED, _coco(".png"), _named(_THINGS_AND_STUFF)),
-    "cityscapes": Set("Cityscapes", 19, 500, range(19), _IGNORED, _cityscapes, _named(names.CITYSCAPES)),
-}
-_UNKNOWN = -2
-HAS_BACKGROUND = ("voc21", "context60", "coco_object")  # Sets whose class 0 is what no other class is.
-
-
-def read_names(given: str, found: Set, root: Path) -> list[list[str]]:
+def read_names(given: str, subject: Set, root: Path) -> list[list[str]]:
     """The synonyms of each class.
 
     Args:
       given: a text file with a line per class, synonyms separated by commas; empty: the set's own.
-      found: the set.
+      subject: the set.
       root: its folder.
 
     Raises:
       UserError: the file cannot be read, or has another number of classes than the set.
     """
-    try:
-        lines = texts.read_text(Path(given).expanduser()).splitlines() if given else found.names(root)
-    except UserError as e:
-        raise UserError(f"config.eval.segmentation.classes={given}: {e}" if given else str(e)) from e
+    if given:
+        try:
+            lines = texts.read_text(Path(given).expanduser()).splitlines()
+        except UserError as e:
+            raise UserError(f"config.eval.segmentation.classes={given}: {e}") from e
+    else:
+        lines = _ade_names(root) if subject.names is None else subject.names
     synonyms = [[n.strip() for n in line.split(",") if n.strip()] for line in lines if line.strip()]
-    if len(synonyms) != found.classes or not all(synonyms):
+    if len(synonyms) != subject.classes or not all(synonyms):
         raise UserError(
-            f"{given or root}: {found.title} has {found.classes} classes, not {len(synonyms)}: correct the names"
+            f"{given or root}: {subject.title} has {subject.classes} classes, not {len(synonyms)}: correct the names"
         )
     return synonyms
 
@@ -160,32 +165,29 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path} cannot be read ({str(e)[:200]}): fetch it again") from e
 
 
-def read_pairs(found: Set, root: Path, allow_partial: bool) -> list[tuple[Path, Path]]:
+def read_pairs(subject: Set, root: Path, allow_partial: bool) -> list[tuple[Path, Path]]:
     """(image, label image) of each item, which exist and have one size and known labels.
 
     Raises:
       UserError: a file is missing or broken, sizes differ, a label is unknown, or the number of items is wrong; names
         the file.
     """
-    pairs = found.pairs(root)
-    if len(pairs) != found.count and not allow_partial:
-        raise UserError(
-            f"{root} has {len(pairs)} images, {found.title} has {found.count}: fetch the rest, or set "
-            "--config.eval.segmentation.allow_partial to score a part"
-        )
-    for pair in pairs:
-        sizes = []
-        for path in pair:
-            with _opened(path) as image:
-                sizes.append(image.size)
-        if sizes[0] != sizes[1]:
-            raise UserError(f"{pair[1]} has the size {sizes[1]}, its image {sizes[0]}: fetch both again")
-    with ThreadPoolExecutor() as pool:  # An unknown label is found before anything is loaded or scored.
-        list(pool.map(lambda pair: read_labels(pair[1], found).shape, pairs))
+    pairs = subject.pairs(root)
+    if not allow_partial:
+        require_count(root, len(pairs), subject.count, subject.title, "images", "segmentation.allow_partial")
+
+    def check(pair: tuple[Path, Path]) -> None:
+        with _opened(pair[0]) as image, _opened(pair[1]) as label_image:
+            if image.size != label_image.size:
+                raise UserError(f"{pair[1]} has the size {label_image.size}, its image {image.size}: fetch both again")
+        read_labels(pair[1], subject)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, pairs))
     return pairs
 
 
-def read_labels(path: Path, found: Set) -> np.ndarray:
+def read_labels(path: Path, subject: Set) -> np.ndarray:
     """The class of each pixel, int [H, W]; -1 where it is ignored.
 
     Raises:
@@ -199,11 +201,12 @@ def read_labels(path: Path, found: Set) -> np.ndarray:
             )
         values = np.asarray(image).astype(int)
     table = np.full(256, _UNKNOWN)
-    table[list(found.ignored)] = -1
-    table[list(found.values)] = np.arange(found.classes)
+    table[list(subject.ignored)] = -1
+    table[list(subject.values)] = np.arange(subject.classes)
     labels = table[values]
     if (strange := labels == _UNKNOWN).any():
         raise UserError(
-            f"{path} has the unknown label {values[strange][0]}: it is none of {found.title}'s {found.classes} classes"
+            f"{path} has the unknown label {values[strange][0]}: it is none of {subject.title}'s {subject.classes} "
+            "classes"
         )
     return labels

@@ -1,4 +1,4 @@
-"""Choices between texts for a picture, and between pictures for a text: SugarCrepe, Winoground, ARO and others.
+"""Choices between texts for an image, and between images for a text: SugarCrepe, Winoground, ARO and others.
 
 An answer is right only where its cosine is strictly higher than that of every wrong one: ties and scores that are not
 finite are wrong, and cosines that agree to seven decimals are a tie. The sets are in `diva_jax.evals.choice_sets`.
@@ -16,10 +16,13 @@ from PIL import Image
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError
 from diva_jax.data.images import open_image
-from diva_jax.evals import Outcome, Settings, Task, choice_sets, encode, stats
-from diva_jax.evals.choice_sets import Item, Metric, Picture
+from diva_jax.evals import Settings, choice_sets, encode
+from diva_jax.evals.choice_layouts import Item
+from diva_jax.evals.choice_sets import Metric
+from diva_jax.evals.items import ItemTask, Values
 
-DECIMALS = 7  # Of a cosine, so that the rounding of embeddings and sums does not turn a tie into an answer.
+# Decimals to which cosines are rounded, so that the rounding of embeddings and sums does not turn a tie into an answer.
+_COSINE_DECIMALS = 7
 RULES = (fields.one_of("layout", "", *choice_sets.LAYOUTS),)
 
 
@@ -38,10 +41,10 @@ def default() -> ConfigDict:
 
 
 def texts_right(scores: np.ndarray, right: np.ndarray) -> bool:
-    """Whether every picture's right texts score strictly higher than its wrong ones, and all scores are finite.
+    """Whether every image's right texts score strictly higher than its wrong ones, and all scores are finite.
 
     Args:
-      scores: [pictures, texts].
+      scores: [images, texts].
       right: bool, of the same shape.
     """
     if not np.isfinite(scores).all():
@@ -54,32 +57,31 @@ def answers(scores: Sequence[np.ndarray], items: Sequence[Item]) -> dict[str, np
     """Which items are right: bool [N] for "text", "image" and "group" (both).
 
     Args:
-      scores: of each item, [pictures, texts].
+      scores: of each item, [images, texts].
       items: the items.
     """
-    found = {"text": [], "image": []}
-    for table, item in zip(scores, items, strict=True):
+    out = {"text": np.zeros(len(items), bool), "image": np.zeros(len(items), bool)}
+    for i, (table, item) in enumerate(zip(scores, items, strict=True)):
         right = np.zeros(table.shape, bool)
         right[tuple(zip(*item.right, strict=True))] = True
-        found["text"].append(texts_right(table, right))
-        # A text without a picture is a wrong alternative; it asks for no picture.
+        out["text"][i] = texts_right(table, right)
+        # A text without an image is a wrong alternative; it asks for no image.
         asked = right.any(axis=0)
-        found["image"].append(texts_right(table.T[asked], right.T[asked]))
-    out = {kind: np.array(values, bool) for kind, values in found.items()}
+        out["image"][i] = texts_right(table.T[asked], right.T[asked])
     return out | {"group": out["text"] & out["image"]}
 
 
-def units(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray | None]:
-    """What a metric counts: (right or not, bool [U]; the stratum of each, [U], or None).
+def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
+    """What a metric counts: whether each item, or each group of items, is right.
 
     Raises:
       UserError: every class has fewer items than the metric asks for.
     """
     if metric.all_of:
         _, index = np.unique([item.groups[metric.all_of] for item in items], return_inverse=True)
-        return np.bincount(index, ~right) == 0, None
+        return Values(np.bincount(index, ~right) == 0)
     if not metric.mean_over:
-        return right, None
+        return Values(right)
     labels, index, counts = np.unique(
         [item.groups[metric.mean_over] for item in items], return_inverse=True, return_counts=True
     )
@@ -89,10 +91,10 @@ def units(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> tuple[np.
             f"{items[0].where.rpartition(',')[0]}: no class has {metric.at_least} items, so nothing can be averaged: "
             "give the whole file"
         )
-    return right[kept], labels[index][kept]
+    return Values(right[kept], strata=labels[index][kept], tested=False)
 
 
-class Choice(Task):
+class Choice(ItemTask):
     """The task; see `evals.Task`."""
 
     title, items = "Choices", "items"
@@ -104,85 +106,67 @@ class Choice(Task):
         self._metrics: dict[str, tuple[str, Metric]] = {}
         self.metrics = {}
         for file, row in choice_sets.published(where, options.layout):
-            found = choice_sets.read_set(file, row, options.images, options.allow_partial)
-            self.sets[row.name] = found
+            items = choice_sets.read_set(file, row, options.images, options.allow_partial)
+            self.sets[row.name] = items
             for metric in row.metrics:
-                units(metric, np.ones(len(found), bool), found)
+                counted(metric, np.ones(len(items), bool), items)
                 key = f"{row.name}_{metric.name}"
                 self._metrics[key] = (row.name, metric)
                 self.metrics[key] = {"title": f"{row.name}, {metric.title}", "unit": "%"}
-        everything = [item for found in self.sets.values() for item in found]
+        everything = [item for items in self.sets.values() for item in items]
         self.data, self.count = str(where.resolve()), len(everything)
         self.texts = list(dict.fromkeys(text for item in everything for text in item.texts))
-        self.pictures = list(dict.fromkeys(p for item in everything for p in item.pictures))
+        self.images = list(dict.fromkeys(image for item in everything for image in item.images))
 
     def _read(self, i: int) -> Image.Image:
-        picture: Picture = self.pictures[i]
-        image = open_image(picture.path.read_bytes(), str(picture.path), rgb=True)
-        return image.crop(picture.box) if picture.box else image
+        region = self.images[i]
+        image = open_image(region.path.read_bytes(), str(region.path), rgb=True)
+        return image.crop(region.box) if region.box else image
 
-    def evaluate(self, model) -> Outcome:
-        """Every metric of every set, and every single answer."""
-        images = encode.unit(model.images(self._read, len(self.pictures))["pooled"])
+    def answer(self, model):
+        """Which items of each set are right, and a row per image of each item."""
+        images = encode.unit(model.images(self._read, len(self.images))["pooled"])
         texts = encode.unit(model.texts(self.texts))
-        row_of = {picture: i for i, picture in enumerate(self.pictures)}
-        text_of = {text: i for i, text in enumerate(self.texts)}
+        image_row = {image: i for i, image in enumerate(self.images)}
+        text_row = {text: i for i, text in enumerate(self.texts)}
         held, rows = {}, []
         for name, items in self.sets.items():
-            tables = [
-                np.round(images[[row_of[p] for p in i.pictures]] @ texts[[text_of[t] for t in i.texts]].T, DECIMALS)
-                for i in items
+            cosines = [
+                images[[image_row[image] for image in item.images]] @ texts[[text_row[t] for t in item.texts]].T
+                for item in items
             ]
+            tables = [np.round(table, _COSINE_DECIMALS) for table in cosines]
             held[name] = answers(tables, items)
             for number, (item, table) in enumerate(zip(items, tables, strict=True)):
-                right = {kind: bool(values[number]) for kind, values in held[name].items()}
-                rows += self._rows(model.label, name, number, item, table, right)
-        scores = {}
-        for key in self.metrics:
-            values, how = self._of(key, held)
-            interval = stats.percent(stats.bootstrap(values, **how))
-            scores[key] = {"score": 100 * stats.mean(values, how["strata"]), "interval": interval}
-        return Outcome({"scores": scores}, rows, held)
+                right = {kind: int(values[number]) for kind, values in held[name].items()}
+                rows += self._rows(name, number, item, table, right)
+        return held, rows, {}
 
-    def _of(self, key: str, held: dict) -> tuple[np.ndarray, dict]:
-        """The values whose mean a metric is, and how to resample them."""
-        name, metric = self._metrics[key]
-        values, strata = units(metric, held[name][metric.answers], self.sets[name])
-        return values, dict(strata=strata, resamples=self.settings.bootstrap, seed=self.settings.seed)
+    def values(self, metric: str, held: dict) -> Values:
+        """Which of the items or groups that the metric counts are right."""
+        name, scored = self._metrics[metric]
+        return counted(scored, held[name][scored.answers], self.sets[name])
 
-    def _rows(self, label: str, name: str, number: int, item: Item, table: np.ndarray, right: dict) -> list[dict]:
-        """A row for each picture: the text that belongs to it and the one that scores highest."""
-        out = []
-        for i, picture in enumerate(item.pictures):
-            truth = [item.texts[t] for p, t in item.right if p == i]
-            out.append(
-                {
-                    "weights": label,
-                    "metric": name,
-                    "item": number,
-                    "file": os.path.relpath(picture.path, Path(self.data).parent),
-                    "text": " | ".join(item.texts),
-                    "truth": " | ".join(truth),
-                    "predicted": item.texts[int(np.argmax(table[i]))],
-                    "score": float(table[i].max()),
-                    "correct": int(right["group"]),
-                    "where": item.where,
-                    "class": item.groups.get("class", ""),
-                    "text_right": int(right["text"]),
-                    "image_right": int(right["image"]),
-                    "cosines": " ".join(f"{x:.6f}" for x in table[i]),
-                }
-            )
-        return out
-
-    def compare(self, before: Outcome, after: Outcome) -> dict:
-        """Paired differences; McNemar for the metrics that count each item or group once."""
-        scores = {}
-        for key in self.metrics:
-            (b, how), (a, _) = self._of(key, before.held), self._of(key, after.held)
-            test = None if how["strata"] is not None else stats.mcnemar(b, a)
-            scores[key] = stats.paired(b, a, **how) | {"mcnemar": test}
-        return {"scores": scores}
+    def _rows(self, name: str, number: int, item: Item, table: np.ndarray, right: dict[str, int]) -> list[dict]:
+        """A row for each image: the text that belongs to it and the one that scores highest."""
+        return [
+            {
+                "metric": name,
+                "item": number,
+                "file": os.path.relpath(image.path, Path(self.data).parent),
+                "text": " | ".join(item.texts),
+                "truth": " | ".join(item.texts[t] for i, t in item.right if i == row),
+                "predicted": item.texts[int(np.argmax(table[row]))],
+                "score": float(table[row].max()),
+                "correct": right["group"],
+                "where": item.where,
+                "class": item.groups.get("class", ""),
+                "text_right": right["text"],
+                "image_right": right["image"],
+                "cosines": " ".join(f"{x:.6f}" for x in table[row]),
+            }
+            for row, image in enumerate(item.images)
+        ]
 
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Choice:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from diva_jax.common.errors import UserError, brief
 from diva_jax.data import labelled, texts
-from diva_jax.evals import Outcome, Settings, Task, encode, stats
+from diva_jax.evals import Outcome, Settings, encode, items, stats
+from diva_jax.evals.items import ItemTask, Values
 from diva_jax.models.backbones import spec_of
 
 PATTERNS = (
@@ -179,7 +179,7 @@ def pairs_right(first: np.ndarray) -> np.ndarray:
     return (first[..., ::2] > 0.5) & (first[..., 1::2] <= 0.5)
 
 
-class Mmvp(Task):
+class Mmvp(ItemTask):
     """The task; see `evals.Task`."""
 
     title, items = "MMVP-VLM", "pairs"
@@ -205,42 +205,43 @@ class Mmvp(Task):
         """Names the published readout of the config's backbone."""
         self.metrics["published"]["title"] = f"published readout, {spec_of(config).readout}"
 
-    def _read(self, i: int) -> Image.Image:
-        return self.images.read(i)
-
     def _score(self, right: np.ndarray, strata: np.ndarray | None) -> dict:
         """Score and interval in percent, from [K, N] pairs that are right under each of K draws."""
-        share = right.mean(axis=0)
-        interval = stats.bootstrap(share, resamples=self.settings.bootstrap, seed=self.settings.seed, strata=strata)
-        out = {"score": 100 * stats.mean(share, strata), "interval": stats.percent(interval)}
+        out = items.score(Values(right.mean(axis=0), strata=strata), self.settings)
         if len(right) > 1:
             seeds = [100 * stats.mean(r, strata) for r in right.astype(float)]
             out |= {"seeds": seeds, "seeds_std": float(np.std(seeds, ddof=1))}
         return out
 
-    def evaluate(self, model) -> Outcome:
-        """Both readouts: per pattern, their mean, and every single probability."""
-        found = model.images(self._read, len(self.questions), seeds=self.options.seeds)
+    def values(self, metric: str, held: dict) -> Values:
+        """The share of the draws under which each pair is right."""
+        return Values(held[metric]["right"].mean(axis=0), strata=self.strata)
+
+    def answer(self, model):
+        """Both readouts: which pairs are right, per pattern too, and every single probability."""
+        images = model.images(self.images.read, len(self.questions), seeds=self.options.seeds)
         texts = model.texts(self.texts)
-        embeddings = {"pooled": encode.unit(found["pooled"])[:, None], "published": found["published"]}
-        scores, held, rows = {}, {}, []
+        embeddings = {"pooled": encode.unit(images["pooled"])[:, None], "published": images["published"]}
+        held, rows = {}, []
         patterns = [{"name": name, "count": self.per_pattern, "scores": {}} for name in self.patterns]
         for metric, e in embeddings.items():
             per_seed = [pair_scores(e[:, k], texts) for k in range(e.shape[1])]
             first = np.stack([p for _, p in per_seed])  # [K, 2N]
             right = pairs_right(first)
-            scores[metric] = self._score(right, self.strata)
             for i, pattern in enumerate(patterns):
                 pattern["scores"][metric] = self._score(right[:, self.strata == i], None)
             held[metric] = {"first": first.mean(axis=0), "right": right}
             for k, (logits, p) in enumerate(per_seed):
-                rows += self._rows(model.label, metric, k, logits, p)
-        return Outcome({"scores": scores, "patterns": patterns}, rows, held)
+                rows += self._rows(metric, k, logits, p)
+        return held, rows, {"patterns": patterns}
 
-    def _rows(self, label: str, metric: str, seed: int, logits: np.ndarray, first: np.ndarray) -> list[dict]:
+    def score(self, metric: str, held: dict) -> dict:
+        """As `ItemTask`; a readout with several draws has the score of each too."""
+        return self._score(held[metric]["right"], self.strata)
+
+    def _rows(self, metric: str, seed: int, logits: np.ndarray, first: np.ndarray) -> list[dict]:
         return [
             {
-                "weights": label,
                 "metric": metric,
                 "seed": seed,
                 "item": q.id,
@@ -259,22 +260,17 @@ class Mmvp(Task):
         ]
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
-        """Paired difference, interval, McNemar and the pairs that flipped.
+        """As `ItemTask`, and the pairs that flipped.
 
         With a readout that draws patches, a pair is right under a share of the draws. McNemar's test and the flips
         count it as right where more than half of the draws are.
         """
-        scores, flipped = {}, []
+        flipped = []
         for metric in self.metrics:
-            b, a = before.held[metric], after.held[metric]
-            shares = b["right"].mean(axis=0), a["right"].mean(axis=0)
-            difference = stats.paired(
-                *shares, resamples=self.settings.bootstrap, seed=self.settings.seed, strata=self.strata
-            )
-            was, now = (share > 0.5 for share in shares)
-            scores[metric] = difference | {"mcnemar": stats.mcnemar(was, now)}
-            flipped += [self._flip(metric, n, bool(now[n]), b["first"], a["first"]) for n in np.flatnonzero(was != now)]
-        return {"scores": scores, "flipped": flipped}
+            was, now = (self.values(metric, outcome.held).values > 0.5 for outcome in (before, after))
+            first = [outcome.held[metric]["first"] for outcome in (before, after)]
+            flipped += [self._flip(metric, n, bool(now[n]), *first) for n in np.flatnonzero(was != now)]
+        return super().compare(before, after) | {"flipped": flipped}
 
     def _flip(self, metric: str, n: int, won: bool, before: np.ndarray, after: np.ndarray) -> dict:
         pair = slice(2 * n, 2 * n + 2)

@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import labelled
-from diva_jax.evals import Outcome, Settings, Task, encode, linear, stats
+from diva_jax.evals import Settings, encode, linear
+from diva_jax.evals.classification import MIN_CLASSES_AT_5, ClassificationTask, Classified
+from diva_jax.evals.items import resolved
 from diva_jax.evals.tasks import zeroshot
 
-_TEST = ("test", "val")
+_TEST_FOLDERS = ("test", "val")
 RULES = (
     fields.at_least("neighbours", 1),
     ("temperature", lambda t: t > 0, "must be above 0"),
@@ -56,7 +58,7 @@ def splits(path: str) -> tuple[str, str]:
             raise UserError(f"--data=probe={path} must read train=PATH,test=PATH")
     else:
         root = Path(path).expanduser()
-        name = next((name for name in _TEST if (root / name).is_dir()), None)
+        name = next((name for name in _TEST_FOLDERS if (root / name).is_dir()), None)
         if name is None or not (root / "train").is_dir():
             raise UserError(f"{root} has no folders train and test: give one that has, or train=PATH,test=PATH")
         train, test = str(root / "train"), str(root / name)
@@ -78,31 +80,29 @@ def _check_labels(train: labelled.Images, test: labelled.Images) -> None:
         raise UserError("a probe needs at least two classes, with labels from 0: correct the training split")
 
 
-class Probe(Task):
+class Probe(ClassificationTask):
     """The task; see `evals.Task`."""
 
-    title, items = "Probes", "images"
+    title = "Probes"
 
     def __init__(self, path: str, options: Options, settings: Settings):
         self.options, self.settings = options, settings
-        train, test = splits(path)
-        self.train, self.test = (zeroshot.open_data(p, "probe") for p in (train, test))
+        paths = splits(path)
+        self.train, self.test = (zeroshot.open_data(p, "probe") for p in paths)
         _check_labels(self.train, self.test)
-        self.train_labels, self.labels = np.asarray(self.train.targets), np.asarray(self.test.targets)
-        self.classes = int(self.train_labels.max()) + 1
+        self.train_labels = np.asarray(self.train.targets)
         self.count = len(self.test)
         if options.neighbours > len(self.train):
             raise UserError(
                 f"config.eval.probe.neighbours={options.neighbours} is more than the {len(self.train)} training images"
             )
-        where = [p if p.startswith("tfds:") else str(Path(p).expanduser().resolve()) for p in (train, test)]
-        self.data = f"train={where[0]},test={where[1]}"
-        self.metrics = {}
-        for kind, name in (("linear", "linear probe"), ("knn", f"{options.neighbours} nearest neighbours")):
-            self.metrics[f"{kind}_acc1"] = {"title": f"{name}, accuracy @1", "unit": "%"}
-            if self.classes >= 5:
-                self.metrics[f"{kind}_acc5"] = {"title": f"{name}, accuracy @5", "unit": "%"}
-            self.metrics[f"{kind}_mean_per_class_recall"] = {"title": f"{name}, mean per-class recall", "unit": "%"}
+        self.data = "train={},test={}".format(*map(resolved, paths))
+        self._labels = int(self.train_labels.max()) + 1
+        names = self.test.classes or []
+        names = [*names, *map(str, range(len(names), self._labels))]
+        titles = {"linear_": "linear probe", "knn_": f"{options.neighbours} nearest neighbours"}
+        at5 = self._labels >= MIN_CLASSES_AT_5
+        self.set_classified({k: Classified(title, self.test, names, at5) for k, title in titles.items()})
 
     def _weight_decay(self, x: np.ndarray) -> float:
         """The option, or the decay with the best accuracy on the held-out part of the training split."""
@@ -120,62 +120,18 @@ class Probe(Task):
 
     def _linear(self, x: np.ndarray, y: np.ndarray, decay: float, queries: np.ndarray) -> np.ndarray:
         """Logits of the queries, [Q, C]."""
-        weights, biases = linear.fit(x, y, self.classes, decay, self.options.iterations)
+        weights, biases = linear.fit(x, y, self._labels, decay, self.options.iterations)
         return queries @ weights + biases
 
-    def _of(self, metric: str, held: dict) -> tuple[np.ndarray, dict]:
-        """The values whose mean the metric is, and how to resample them."""
-        kind, _, what = metric.partition("_")
-        hits = held[kind]
-        strata = self.labels if what == "mean_per_class_recall" else None
-        values = hits.any(axis=1) if what == "acc5" else hits[:, 0]
-        return values, dict(strata=strata, resamples=self.settings.bootstrap, seed=self.settings.seed)
-
-    def evaluate(self, model) -> Outcome:
-        """Both probes, and the predicted class of every test image."""
+    def answer(self, model):
+        """Both probes: the predicted class of every test image."""
         train, test = (encode.unit(model.images(s.read, len(s))["pooled"]) for s in (self.train, self.test))
-        decay = self._weight_decay(train)
-        o = self.options
+        decay, o = self._weight_decay(train), self.options
         outputs = {
-            "linear": self._linear(train, self.train_labels, decay, test),
-            "knn": linear.neighbours(test, train, self.train_labels, self.classes, o.neighbours, o.temperature),
+            "linear_": self._linear(train, self.train_labels, decay, test),
+            "knn_": linear.neighbours(test, train, self.train_labels, self._labels, o.neighbours, o.temperature),
         }
-        held, rows = {}, []
-        for kind, output in outputs.items():
-            order = np.argsort(-output, axis=1, kind="stable")[:, :5]
-            held[kind] = order == self.labels[:, None]
-            rows += [
-                {
-                    "weights": model.label,
-                    "metric": f"{kind}_acc1",
-                    "item": i,
-                    "file": self.test.names[i],
-                    "truth": self._name(label),
-                    "predicted": self._name(order[i, 0]),
-                    "score": float(output[i, order[i, 0]]),
-                    "correct": int(held[kind][i, 0]),
-                }
-                for i, label in enumerate(self.labels)
-            ]
-        scores = {}
-        for metric in self.metrics:
-            values, how = self._of(metric, held)
-            interval = stats.percent(stats.bootstrap(values, **how))
-            scores[metric] = {"score": 100 * stats.mean(values, how["strata"]), "interval": interval}
-        return Outcome({"scores": scores, "weight_decay": decay, "training_images": len(self.train)}, rows, held)
-
-    def _name(self, label: int) -> str:
-        names = self.test.classes or []
-        return names[label] if label < len(names) else str(label)
-
-    def compare(self, before: Outcome, after: Outcome) -> dict:
-        """Paired differences; McNemar for the metrics that count each image once."""
-        scores = {}
-        for metric in self.metrics:
-            (b, how), (a, _) = self._of(metric, before.held), self._of(metric, after.held)
-            test = None if how["strata"] is not None else stats.mcnemar(b, a)
-            scores[metric] = stats.paired(b, a, **how) | {"mcnemar": test}
-        return {"scores": scores}
+        return *self.classify(outputs.items()), {"weight_decay": decay, "training_images": len(self.train)}
 
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Probe:

@@ -11,10 +11,12 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import labelled
-from diva_jax.evals import Outcome, Settings, Task, encode, stats
+from diva_jax.evals import Settings, encode
+from diva_jax.evals.items import ItemTask, Values
 
-AT = (1, 5, 10)
-_QUERIES = 256  # Ranked at once; fixed, so that the rounding of a score depends on nothing else.
+_RECALL_AT = (1, 5, 10)
+# Queries that are ranked at once; fixed, so that the rounding of a score depends on nothing else.
+_QUERY_BATCH = 256
 
 
 def default() -> ConfigDict:
@@ -35,8 +37,8 @@ def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.nda
       int [Q].
     """
     out = []
-    for start in range(0, len(queries), _QUERIES):
-        scores, mine = queries[start : start + _QUERIES] @ answers.T, right[start : start + _QUERIES]
+    for start in range(0, len(queries), _QUERY_BATCH):
+        scores, mine = queries[start : start + _QUERY_BATCH] @ answers.T, right[start : start + _QUERY_BATCH]
         scores = np.where(np.isfinite(scores), scores, np.where(mine, -np.inf, np.inf))
         best = np.where(mine, scores, -np.inf).max(axis=1, keepdims=True)
         equal = scores == best
@@ -57,7 +59,7 @@ def open_data(path: str) -> labelled.Images:
     return labelled.tars(where, "txt", str.splitlines)
 
 
-class Retrieval(Task):
+class Retrieval(ItemTask):
     """The task; see `evals.Task`."""
 
     title, items = "Retrieval", "images"
@@ -75,32 +77,26 @@ class Retrieval(Task):
         self.metrics = {
             f"{what}_retrieval_recall@{k}": {"title": f"{what} retrieval, recall@{k}", "unit": "%"}
             for what in ("image", "text")
-            for k in AT
+            for k in _RECALL_AT
         }
 
-    def _of(self, metric: str, held: dict) -> tuple[np.ndarray, dict]:
-        """Whether each query succeeds, and how to resample: an image's captions stay together."""
+    def values(self, metric: str, held: dict) -> Values:
+        """Whether each query succeeds; an image's captions stay together, so for them there is no McNemar test."""
         what, k = metric.split("_")[0], int(metric.split("@")[1])
         clusters = self.owner if what == "image" else None
-        return held[what] < k, dict(clusters=clusters, resamples=self.settings.bootstrap, seed=self.settings.seed)
+        return Values(held[what] < k, clusters=clusters, tested=clusters is None)
 
-    def evaluate(self, model) -> Outcome:
-        """The recalls, and the rank of the right answer to every query."""
+    def answer(self, model):
+        """The rank of the right answer to every query."""
         texts = encode.unit(model.texts(self.texts))
         images = encode.unit(model.images(self.images.read, self.count)["pooled"])
         right = self.owner[:, None] == np.arange(self.count)  # [texts, images]
         held = {"image": ranks(texts, images, right), "text": ranks(images, texts, right.T)}
-        scores = {}
-        for metric in self.metrics:
-            values, how = self._of(metric, held)
-            interval = stats.percent(stats.bootstrap(values, **how))
-            scores[metric] = {"score": 100 * stats.mean(values), "interval": interval}
-        return Outcome({"scores": scores, "texts": len(self.texts)}, self._rows(model.label, held), held)
+        return held, self._rows(held), {"texts": len(self.texts)}
 
-    def _rows(self, label: str, held: dict) -> list[dict]:
+    def _rows(self, held: dict) -> list[dict]:
         def row(what: str, item: int, image: int, text: str, rank: int) -> dict:
             return {
-                "weights": label,
                 "metric": f"{what}_retrieval",
                 "item": item,
                 "file": self.images.names[image],
@@ -111,15 +107,6 @@ class Retrieval(Task):
 
         by_text = [row("image", i, self.owner[i], text, held["image"][i]) for i, text in enumerate(self.texts)]
         return by_text + [row("text", i, i, "", held["text"][i]) for i in range(self.count)]
-
-    def compare(self, before: Outcome, after: Outcome) -> dict:
-        """Paired differences; McNemar where queries are independent, so not for the captions of one image."""
-        scores = {}
-        for metric in self.metrics:
-            (b, how), (a, _) = self._of(metric, before.held), self._of(metric, after.held)
-            test = None if how["clusters"] is not None else stats.mcnemar(b, a)
-            scores[metric] = stats.paired(b, a, **how) | {"mcnemar": test}
-        return {"scores": scores}
 
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Retrieval:

@@ -6,7 +6,7 @@ of its prompts, as in `zeroshot`.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,14 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import labelled
-from diva_jax.evals import Outcome, Settings, Task, encode, stats
+from diva_jax.evals import Settings, encode
+from diva_jax.evals.classification import ClassificationTask, Classified
+from diva_jax.evals.items import require_count, set_and_folder
 from diva_jax.evals.tasks import zeroshot
 
 _WNIDS = Path(__file__).with_name("imagenet_wnids.json")
-_BORDER = 2  # Pixels around ObjectNet's images that are cut off; the outermost are red.
+# Pixels that are cut off around ObjectNet's images, of which the outermost are red.
+_BORDER = 2
 _MAPPING = "folder_to_objectnet_label.json"
 _OVERLAP = "objectnet_to_imagenet_1k.json"
 
@@ -42,31 +45,24 @@ def wnids() -> list[str]:
     return json.loads(_WNIDS.read_text("utf-8"))
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-
-
 def _images(root: Path, folders: Mapping[str, int], classes: list[str]) -> labelled.Images:
     """The images of these folders, folder name -> label."""
     paths, labels = [], []
     for folder, label in folders.items():
-        found = labelled.folder_images(root / folder)
-        if not found:
+        files = labelled.folder_images(root / folder)
+        if not files:
             raise UserError(f"{root / folder} has no image in it: fetch its images, or remove the folder")
-        paths += found
-        labels += [label] * len(found)
+        paths += files
+        labels += [label] * len(files)
     return labelled.image_files(paths, labels, root, classes=classes)
 
 
 def _subset(root: Path, by_folder: Mapping[str, int], what: str) -> labelled.Images:
-    """Images in folders that name classes of ImageNet; labels count the classes that are there, in ImageNet's order.
+    """Images in folders that name classes of ImageNet, folder name -> ImageNet's label; `what` is such a name.
 
-    Args:
-      root: the folder of the folders.
-      by_folder: name of a folder -> ImageNet's label.
-      what: such a name, for the error.
+    Labels count the classes that are there, in ImageNet's order.
     """
-    names = [f.name for f in _folders(root)]
+    names = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
     if strange := [n for n in names if n not in by_folder]:
         raise UserError(f"{root / strange[0]} is not named after {what}: remove it, or give the set's folder")
     order = sorted(names, key=by_folder.__getitem__)
@@ -105,13 +101,13 @@ def objectnet(root: Path) -> labelled.Images:
         raise UserError(
             f"{root}/images has none of the {len(overlap)} folders that are classes of ImageNet: fetch them"
         )
-    found = _images(root / "images", {f: i for i, f in enumerate(there)}, [title_of[f].lower() for f in there])
+    images = _images(root / "images", {f: i for i, f in enumerate(there)}, [title_of[f].lower() for f in there])
 
     def read(i: int) -> Image.Image:
-        image = found.read(i)
+        image = images.read(i)
         return image.crop((_BORDER, _BORDER, image.width - _BORDER, image.height - _BORDER))
 
-    return dataclasses.replace(found, read=read)
+    return dataclasses.replace(images, read=read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,16 +134,16 @@ def paths_of(path: str) -> dict[str, Path]:
     Raises:
       UserError: it does not read so, or a set is not known or no folder.
     """
-    pairs = [entry.partition("=") for entry in path.split(",")]
-    if not all(sep and name in SETS and where for name, sep, where in pairs):
+    entries = [set_and_folder(entry, SETS) for entry in path.split(",")]
+    if not all(entries):
         raise UserError(f"--data=robustness={path} must read SET=FOLDER,SET=FOLDER with sets of {listing(list(SETS))}")
-    found = {name: Path(where).expanduser() for name, _, where in pairs}
-    if len(found) < len(pairs):
+    folders = dict(entries)
+    if len(folders) < len(entries):
         raise UserError(f"--data=robustness={path} names a set twice: give each once")
-    for name, where in found.items():
-        if not where.is_dir():
-            raise UserError(f"--data=robustness={path}: {name}={where} is not a folder")
-    return found
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise UserError(f"--data=robustness={path}: {name}={folder} is not a folder")
+    return folders
 
 
 def read_set(name: str, root: Path, allow_partial: bool) -> labelled.Images:
@@ -157,80 +153,41 @@ def read_set(name: str, root: Path, allow_partial: bool) -> labelled.Images:
       UserError: a folder or an image is wrong, or classes are missing; names it.
     """
     shift = SETS[name]
-    found = shift.read(root)
-    if len(found.classes) != shift.classes and not allow_partial:
-        raise UserError(
-            f"{root} has {len(found.classes)} classes, {shift.title} has {shift.classes}: fetch the rest, or set "
-            "--config.eval.robustness.allow_partial to score a part"
-        )
-    return found
+    images = shift.read(root)
+    if not allow_partial:
+        require_count(root, len(images.classes), shift.classes, shift.title, "classes", "robustness.allow_partial")
+    return images
 
 
-class Robustness(Task):
+class Robustness(ClassificationTask):
     """The task; see `evals.Task`."""
 
-    title, items = "Robustness", "images"
+    title = "Robustness"
 
     def __init__(self, path: str, options: Options, settings: Settings):
         self.settings, roots = settings, paths_of(path)
         self.data = ",".join(f"{name}={root.resolve()}" for name, root in roots.items())
-        self.sets = {name: read_set(name, root, options.allow_partial) for name, root in roots.items()}
-        self._prompts, self.metrics = {}, {}
-        for name, images in self.sets.items():
-            self._prompts[name] = zeroshot.prompts(options.templates, images, images.classes)
-            self.metrics[f"{name}_acc1"] = {"title": f"{SETS[name].title}, accuracy @1", "unit": "%"}
-            self.metrics[f"{name}_mean_per_class_recall"] = {
-                "title": f"{SETS[name].title}, mean per-class recall",
-                "unit": "%",
-            }
+        sets = {name: read_set(name, root, options.allow_partial) for name, root in roots.items()}
+        self.set_classified({f"{n}_": Classified(SETS[n].title, s, s.classes, at5=False) for n, s in sets.items()})
+        self._prompts = {
+            prefix: zeroshot.prompts(options.templates, data.images, data.classes)
+            for prefix, data in self.classified.items()
+        }
         prompts = (t for by_class in self._prompts.values() for texts in by_class for t in texts)
         self.texts = list(dict.fromkeys(prompts))
-        self.count = sum(map(len, self.sets.values()))
+        self.count = sum(map(len, sets.values()))
 
-    def _of(self, metric: str, held: dict) -> tuple[np.ndarray, dict]:
-        """The values whose mean the metric is, and how to resample them."""
-        name, _, what = metric.partition("_")
-        strata = None if what == "acc1" else np.asarray(self.sets[name].targets)
-        return held[name], dict(strata=strata, resamples=self.settings.bootstrap, seed=self.settings.seed)
-
-    def evaluate(self, model) -> Outcome:
-        """The scores of each set, and the predicted class of every image."""
-        held, rows = {}, []
-        for name, images in self.sets.items():
-            prompts = self._prompts[name]
+    def _logits(self, model) -> Iterator[tuple[str, np.ndarray]]:
+        for prefix, prompts in self._prompts.items():
+            images = self.classified[prefix].images
             texts = model.texts([t for by_class in prompts for t in by_class])
             classes = zeroshot.classifier(texts, [len(by_class) for by_class in prompts])
-            logits = 100 * encode.unit(model.images(images.read, len(images))["pooled"]) @ classes.T
-            best = logits.argmax(axis=1)
-            held[name] = (best == np.asarray(images.targets)) & np.isfinite(logits).all(axis=1)
-            rows += [
-                {
-                    "weights": model.label,
-                    "metric": f"{name}_acc1",
-                    "item": i,
-                    "file": images.names[i],
-                    "truth": images.classes[label],
-                    "predicted": images.classes[best[i]],
-                    "score": float(logits[i, best[i]]),
-                    "correct": int(held[name][i]),
-                }
-                for i, label in enumerate(images.targets)
-            ]
-        scores = {}
-        for metric in self.metrics:
-            values, how = self._of(metric, held)
-            interval = stats.percent(stats.bootstrap(values, **how))
-            scores[metric] = {"score": 100 * stats.mean(values, how["strata"]), "interval": interval}
-        return Outcome({"scores": scores}, rows, held)
+            embeddings = encode.unit(model.images(images.read, len(images))["pooled"])
+            yield prefix, zeroshot.LOGIT_SCALE * embeddings @ classes.T
 
-    def compare(self, before: Outcome, after: Outcome) -> dict:
-        """Paired differences; McNemar for the metrics that count each image once."""
-        scores = {}
-        for metric in self.metrics:
-            (b, how), (a, _) = self._of(metric, before.held), self._of(metric, after.held)
-            test = None if how["strata"] is not None else stats.mcnemar(b, a)
-            scores[metric] = stats.paired(b, a, **how) | {"mcnemar": test}
-        return {"scores": scores}
+    def answer(self, model):
+        """The predicted class of every image among those of its own set."""
+        return *self.classify(self._logits(model)), {}
 
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Robustness:

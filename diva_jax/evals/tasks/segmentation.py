@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import io
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -19,6 +18,7 @@ from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data.images import open_image
 from diva_jax.evals import Outcome, Settings, Task, encode, segmentation_sets, stats
+from diva_jax.evals.items import set_and_folder
 from diva_jax.evals.segmentation_sets import SETS
 from diva_jax.evals.tasks import zeroshot
 from diva_jax.models import backbones
@@ -34,7 +34,8 @@ RULES = (
 )
 
 
-_PICTURES, _SIDE = 6, 240  # Images whose classes results.json has, evenly spaced; longer side of their maps [pixels].
+# How many images, evenly spaced, results.json has the maps of classes of, and the longer side of these [pixels].
+_MAPS, _MAP_SIDE = 6, 240
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +102,10 @@ def classify(cosines: np.ndarray, owner: np.ndarray, scale: float, background: f
 
 def _encoded(labels: np.ndarray) -> str:
     """A map of classes as a small PNG in base64; 255 where it is ignored."""
-    picture = Image.fromarray(np.where(labels < 0, 255, labels).astype(np.uint8))
-    ratio = min(1.0, _SIDE / max(picture.size))
-    size = [max(1, round(ratio * x)) for x in picture.size]
-    picture.resize(size, Image.Resampling.NEAREST).save(buffer := io.BytesIO(), "PNG", optimize=True)
+    image = Image.fromarray(np.where(labels < 0, 255, labels).astype(np.uint8))
+    ratio = min(1.0, _MAP_SIDE / max(image.size))
+    size = [max(1, round(ratio * x)) for x in image.size]
+    image.resize(size, Image.Resampling.NEAREST).save(buffer := io.BytesIO(), "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -123,10 +124,10 @@ class Segmentation(Task):
 
     def __init__(self, path: str, options: Options, settings: Settings):
         self.options, self.settings = options, settings
-        name, _, where = path.partition("=")
-        if name not in SETS or not where:
+        if (given := set_and_folder(path, SETS)) is None:
             raise UserError(f"--data=segmentation={path} must read SET=FOLDER with a set of {listing(list(SETS))}")
-        self.set, root = SETS[name], Path(where).expanduser()
+        name, root = given
+        self.set = SETS[name]
         if options.background and name not in segmentation_sets.HAS_BACKGROUND:
             raise UserError(f"config.eval.segmentation.background={options.background}: {name} has none, set it to 0")
         self.pairs = segmentation_sets.read_pairs(self.set, root, options.allow_partial)
@@ -136,7 +137,7 @@ class Segmentation(Task):
         self.texts = list(dict.fromkeys(t for texts in self._prompts for t in texts))
         self.root, self.data, self.count = root, str(root.resolve()), len(self.pairs)
         self.metrics = {"miou": {"title": f"{self.set.title}, mIoU", "unit": "%"}}
-        self._shown = set(np.linspace(0, self.count - 1, min(_PICTURES, self.count)).round().astype(int).tolist())
+        self._shown = set(np.linspace(0, self.count - 1, min(_MAPS, self.count)).round().astype(int).tolist())
 
     def bind(self, config: ConfigDict, mesh) -> None:
         """Lays out the windows for the backbone's image size."""
@@ -178,51 +179,42 @@ class Segmentation(Task):
         """Of each resized image, [h, w, T]: the mean over the windows that show a pixel."""
         tokens = model.dense(self._cut, len(self.windows), self.options.last)
         total, seen, current = None, None, -1
-        for (i, y, x), found in zip(self.windows, tokens, strict=True):
+        for (i, y, x), window in zip(self.windows, tokens, strict=True):
             if i != current:
                 if total is not None:
                     yield total / seen
                 total = np.zeros((*self.sizes[i], len(texts)), np.float32)
                 seen, current = np.zeros((*self.sizes[i], 1), np.float32), i
-            table = (encode.unit(found) @ texts.T).astype(np.float32).reshape(self.grid, self.grid, -1)
+            table = (encode.unit(window) @ texts.T).astype(np.float32).reshape(self.grid, self.grid, -1)
             shown = np.s_[y : y + self.window, x : x + self.window]
             total[shown] += resized(table, self.window, self.window)
             seen[shown] += 1
         yield total / seen
 
     def evaluate(self, model) -> Outcome:
-        """The mIoU over the whole set, each class's IoU, a few pictures, and the overlaps of every image."""
+        """The mIoU over the whole set, each class's IoU, the maps of a few images, and the overlaps of every image."""
         embeddings = model.texts([t for texts in self._prompts for t in texts])
         texts = zeroshot.classifier(embeddings, [len(t) for t in self._prompts])
-        o, counts, rows, pictures = self.options, [], [], []
-        for (path, label_path), cosines in zip(self.pairs, self._cosines(model, texts), strict=True):
+        o, maps, rows = self.options, [], []
+        both, union = np.zeros((2, self.count, len(self.names)))
+        for i, ((path, label_path), cosines) in enumerate(zip(self.pairs, self._cosines(model, texts), strict=True)):
             labels = segmentation_sets.read_labels(label_path, self.set)
             predicted = classify(resized(cosines, *labels.shape), self.owner, o.scale, o.background)
-            both, union = overlaps(predicted, labels, len(self.names))
-            if len(rows) in self._shown:
+            both[i], union[i] = overlaps(predicted, labels, len(self.names))
+            if i in self._shown:
                 shown = {"truth": _encoded(labels), "predicted": _encoded(predicted)}
-                pictures.append({"image": str(path.resolve()), **shown})
-            own = stats.mean_ratio(both, union)
-            rows.append(
-                {
-                    "weights": model.label,
-                    "metric": "miou",
-                    "item": len(rows),
-                    "file": str(path.relative_to(self.root)),
-                    "score": "" if np.isnan(own) else float(own),
-                }
-            )
-            counts.append((both, union))
-        both, union = (np.array(x, np.float64) for x in zip(*counts, strict=True))
-        interval = stats.bootstrap_ratios((both, union), resamples=self.settings.bootstrap, seed=self.settings.seed)
-        score = float(stats.mean_ratio(both.sum(axis=0), union.sum(axis=0)))
+                maps.append({"image": str(path.resolve()), **shown})
+            own = float(stats.mean_ratio(both[i], union[i]))
+            row = {"weights": model.label, "metric": "miou", "item": i, "file": str(path.relative_to(self.root))}
+            rows.append(row | {"score": "" if np.isnan(own) else own})
+        totals = both.sum(axis=0), union.sum(axis=0)
         per_class = [
-            {"name": n[0], "iou": 100 * b / u if u else None}
-            for n, b, u in zip(self.names, both.sum(axis=0), union.sum(axis=0), strict=True)
+            {"name": n[0], "iou": 100 * b / u if u else None} for n, b, u in zip(self.names, *totals, strict=True)
         ]
-        scores = {"miou": {"score": 100 * score, "interval": stats.percent(interval)}}
-        found = {"scores": scores, "classes": per_class, "pictures": pictures}
-        return Outcome(found, rows, {"both": both, "union": union})
+        interval = stats.bootstrap_ratios((both, union), resamples=self.settings.bootstrap, seed=self.settings.seed)
+        score = {"score": 100 * float(stats.mean_ratio(*totals)), "interval": stats.percent(interval)}
+        results = {"scores": {"miou": score}, "classes": per_class, "pictures": maps}
+        return Outcome(results, rows, {"both": both, "union": union})
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
         """The difference of the mIoU and its paired bootstrap interval over images."""

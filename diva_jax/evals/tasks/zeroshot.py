@@ -14,9 +14,13 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import labelled
-from diva_jax.evals import Outcome, Settings, Task, encode, stats
+from diva_jax.evals import Settings, encode
+from diva_jax.evals.classification import MIN_CLASSES_AT_5, ClassificationTask, Classified
+from diva_jax.evals.items import resolved
 
 _IMAGENET = Path(__file__).with_name("imagenet.json")
+# Factor of the cosines, as in every published evaluation; no answer depends on it.
+LOGIT_SCALE = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,69 +111,26 @@ def open_data(path: str, task: str = "zeroshot") -> labelled.Images:
     return labelled.tars(root, "cls", int) if labelled.has_tars(root) else labelled.class_folders(root)
 
 
-class ZeroShot(Task):
+class ZeroShot(ClassificationTask):
     """The task; see `evals.Task`."""
 
-    title, items = "Zero-shot classification", "images"
+    title, lists_top5 = "Zero-shot classification", True
 
     def __init__(self, path: str, options: Options, settings: Settings):
-        self.settings, self.images = settings, open_data(path)
+        self.settings, self.images, self.data = settings, open_data(path), resolved(path)
+        self.count = len(self.images)
         self.classes = class_names(options.classes, self.images)
         texts = prompts(options.templates, self.images, self.classes)
         self._sizes = [len(t) for t in texts]
         self.texts = [t for per_class in texts for t in per_class]
-        self.labels = np.asarray(self.images.targets)
-        self.data = path if path.startswith("tfds:") else str(Path(path).expanduser().resolve())
-        self.count = len(self.images)
-        self.metrics = {"acc1": {"title": "accuracy @1", "unit": "%"}}
-        if len(self.classes) >= 5:
-            self.metrics["acc5"] = {"title": "accuracy @5", "unit": "%"}
-        self.metrics["mean_per_class_recall"] = {"title": "mean per-class recall", "unit": "%"}
+        self.set_classified({"": Classified("", self.images, self.classes, len(self.classes) >= MIN_CLASSES_AT_5)})
 
-    def _of(self, metric: str, held: dict) -> tuple[np.ndarray, dict]:
-        """The values whose mean the metric is, and how to resample them."""
-        values = held["top5" if metric == "acc5" else "top1"]
-        strata = self.labels if metric == "mean_per_class_recall" else None
-        return values, dict(strata=strata, resamples=self.settings.bootstrap, seed=self.settings.seed)
-
-    def evaluate(self, model) -> Outcome:
-        """The scores, and the predicted class of every image."""
+    def answer(self, model):
+        """The predicted classes of every image."""
         classes = classifier(model.texts(self.texts), self._sizes)
         images = encode.unit(model.images(self.images.read, self.count)["pooled"])
-        logits = 100 * images @ classes.T  # [N, C]
-        order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-        # An image with a score that is not finite counts as wrong.
-        hits = (order == self.labels[:, None]) & np.isfinite(logits).all(axis=1, keepdims=True)
-        held = {"top1": hits[:, 0], "top5": hits.any(axis=1)}
-        scores = {}
-        for metric in self.metrics:
-            values, how = self._of(metric, held)
-            interval = stats.percent(stats.bootstrap(values, **how))
-            scores[metric] = {"score": 100 * stats.mean(values, how["strata"]), "interval": interval}
-        rows = [
-            {
-                "weights": model.label,
-                "metric": "acc1",
-                "item": i,
-                "file": self.images.names[i],
-                "truth": self.classes[label],
-                "predicted": self.classes[order[i, 0]],
-                "score": float(logits[i, order[i, 0]]),
-                "correct": int(held["top1"][i]),
-                "top5": "; ".join(self.classes[c] for c in order[i]),
-            }
-            for i, label in enumerate(self.labels)
-        ]
-        return Outcome({"scores": scores, "classes": len(self.classes)}, rows, held)
-
-    def compare(self, before: Outcome, after: Outcome) -> dict:
-        """Paired differences; McNemar for the metrics that count each image once."""
-        scores = {}
-        for metric in self.metrics:
-            (b, how), (a, _) = self._of(metric, before.held), self._of(metric, after.held)
-            test = None if how["strata"] is not None else stats.mcnemar(b, a)
-            scores[metric] = stats.paired(b, a, **how) | {"mcnemar": test}
-        return {"scores": scores}
+        held, rows = self.classify([("", LOGIT_SCALE * images @ classes.T)])
+        return held, rows, {"classes": len(self.classes)}
 
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> ZeroShot:

@@ -10,7 +10,7 @@ from eval_data import patch
 
 from diva_jax.common.errors import UserError
 from diva_jax.evals import Settings, choice_sets
-from diva_jax.evals.choice_sets import Item
+from diva_jax.evals.choice_layouts import Item
 from diva_jax.evals.tasks import choice
 
 
@@ -43,13 +43,13 @@ class Fake:
 
 def by_hand(task, model, name):
     """The cosine of each item's pictures and texts."""
-    number = {p: i for i, p in enumerate(task.pictures)}
+    number = {p: i for i, p in enumerate(task.images)}
 
     def cosine(p, t):
         a, b = model.pooled[number[p]].astype(float), model.words[model.row[t]].astype(float)
         return round(a @ b / np.sqrt(a @ a) / np.sqrt(b @ b), 7)
 
-    return [[[cosine(p, t) for t in item.texts] for p in item.pictures] for item in task.sets[name]]
+    return [[[cosine(p, t) for t in item.texts] for p in item.images] for item in task.sets[name]]
 
 
 def scored(path, **options):
@@ -101,8 +101,8 @@ def test_accuracy_by_class_of_the_boxes(tmp_path, kind, counts):
         f"{name}_accuracy": pytest.approx(np.mean(classes)),
         f"{name}_items": pytest.approx(np.mean(right)),
     }
-    assert model.sizes == [(21, b.box[3] - 3) for b in task.pictures]
-    first = task.pictures[0]
+    assert model.sizes == [(21, b.box[3] - 3) for b in task.images]
+    first = task.images[0]
     np.testing.assert_allclose(task._read(0), np.asarray(patch(0))[3 : first.box[3], 2:23], atol=60)
 
 

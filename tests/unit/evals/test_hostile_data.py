@@ -88,7 +88,7 @@ def test_choices(tmp_path, name, seed):
         found = outcome(lambda: choice_sets.read_set(file, row, "", True))
         for item in found or ():
             assert all(isinstance(text, str) and text for text in item.texts)
-            assert all(picture.path.is_file() for picture in item.pictures)
+            assert all(image.path.is_file() for image in item.images)
 
 
 @pytest.mark.parametrize("seed", range(3))

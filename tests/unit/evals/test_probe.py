@@ -60,7 +60,7 @@ def test_scores_of_both_probes(tmp_path, form):
     write = write_tars if form == "tars" else write_folders
     write(tmp_path / "train", TRAIN), write(tmp_path / name, TEST)
     task = prepare(f"train={tmp_path}/train,test={tmp_path}/test" if form == "two" else tmp_path)
-    assert list(task.labels) == TEST and list(task.train_labels) == sorted(TRAIN) or form == "tars"
+    assert list(task.classified["knn_"].labels) == TEST and list(task.train_labels) == sorted(TRAIN) or form == "tars"
     model = Fake()
     found = task.evaluate(model)
     x, queries = map(unit, model.found)
@@ -68,13 +68,13 @@ def test_scores_of_both_probes(tmp_path, form):
     for i, q in enumerate(queries):
         for j in np.argsort(-(x @ q))[:3]:
             votes[i, task.train_labels[j]] += np.exp(x[j] @ q / 0.07)
-    right = votes.argmax(axis=1) == task.labels
+    right = votes.argmax(axis=1) == task.classified["knn_"].labels
     scores = found.results["scores"]
     assert scores["knn_acc1"]["score"] == pytest.approx(100 * right.mean())
-    recall = np.mean([right[task.labels == c].mean() for c in range(3)])
+    recall = np.mean([right[task.classified["knn_"].labels == c].mean() for c in range(3)])
     assert scores["knn_mean_per_class_recall"]["score"] == pytest.approx(100 * recall)
     weights, biases = linear.fit(x, task.train_labels, 3, found.results["weight_decay"], 30)
-    right = (queries @ weights + biases).argmax(axis=1) == task.labels
+    right = (queries @ weights + biases).argmax(axis=1) == task.classified["knn_"].labels
     assert scores["linear_acc1"]["score"] == pytest.approx(100 * right.mean())
     assert [r["correct"] for r in found.rows[: len(TEST)]] == list(right)
     assert found.results["weight_decay"] in linear.DECAYS and "linear_acc5" not in scores

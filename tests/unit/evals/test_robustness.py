@@ -99,13 +99,13 @@ def test_scores_by_hand_among_the_sets_own_classes(tmp_path):
     def unit(x):
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
-    for (name, images), (pooled, _) in zip(task.sets.items(), model.found, strict=True):
-        texts = [[model.words[f"a {c}"], model.words[f"the {c}."]] for c in images.classes]
+    for (prefix, data), (pooled, _) in zip(task.classified.items(), model.found, strict=True):
+        texts = [[model.words[f"a {c}"], model.words[f"the {c}."]] for c in data.classes]
         table = unit(unit(np.array(texts)).mean(axis=1))
-        right = (unit(pooled) @ table.T).argmax(axis=1) == images.targets
-        assert found.results["scores"][f"{name}_acc1"]["score"] == pytest.approx(100 * right.mean())
-        recall = np.mean([right[np.equal(images.targets, c)].mean() for c in range(len(images.classes))])
-        assert found.results["scores"][f"{name}_mean_per_class_recall"]["score"] == pytest.approx(100 * recall)
+        right = (unit(pooled) @ table.T).argmax(axis=1) == data.labels
+        assert found.results["scores"][f"{prefix}acc1"]["score"] == pytest.approx(100 * right.mean())
+        recall = np.mean([right[np.equal(data.labels, c)].mean() for c in range(len(data.classes))])
+        assert found.results["scores"][f"{prefix}mean_per_class_recall"]["score"] == pytest.approx(100 * recall)
     after = task.evaluate(Fake(3))
     for metric, s in task.compare(found, after)["scores"].items():
         change = after.results["scores"][metric]["score"] - found.results["scores"][metric]["score"]

@@ -210,10 +210,10 @@ def test_class_lists():
     """The sizes of the published lists, and the ids of classes in COCO's annotations."""
     ids = {"person": 1, "stop sign": 13, "wine glass": 46, "toothbrush": 90, "banner": 92, "wood": 182}
     stuff = segmentation_sets.SETS["coco_stuff"]
-    texts = stuff.names(None)
+    texts = stuff.names
     assert {name: stuff.values[texts.index(name)] + 1 for name in ids} == ids
     assert len(set(texts)) == 171
-    context = segmentation_sets.SETS["context59"].names(None)
+    context = segmentation_sets.SETS["context59"].names
     assert context.index("potted plant") == 39
     assert len(set(context)) == 59
     for found in segmentation_sets.SETS.values():
@@ -293,10 +293,10 @@ def test_bad_data_is_refused(tmp_path):
     for path, options, says in (
         (root, {}, "must read SET=FOLDER"),
         (f"coco={root}", {}, "must read SET=FOLDER"),
-        (f"coco_stuff={root}", {}, "images/val2017 has no .jpg"),
+        (f"coco_stuff={root}", {}, "images/val2017 has no .jpg images"),
         (f"context60={root}", {}, "SegmentationContext/val.txt does not exist"),
-        (f"ade20k={root}", {}, "images/validation has no .jpg"),
-        (f"cityscapes={root}", {}, "leftImg8bit/val has no images"),
+        (f"ade20k={root}", {}, "images/validation has no .jpg images"),
+        (f"cityscapes={root}", {}, "leftImg8bit/val has no _leftImg8bit.png images"),
         (f"voc21={tmp_path}", {}, "val.txt does not exist"),
         (f"voc21={root}", {"allow_partial": False}, "has 3 images, PASCAL VOC has 1449"),
         (f"voc20={root}", {"background": 0.1}, "voc20 has none"),

@@ -1,0 +1,330 @@
+"""Layouts of image-and-text choices: how the files of published sets, and of one's own, are read.
+
+An item has some images and some texts, and says which of them belong together.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.data import tables, texts
+
+# VALSE's annotators who chose the caption and not the foil, of three.
+_MIN_VOTES = 2
+_CSV_COLUMNS = ("item", "image", "text", "right")
+# What'sUp's prepositions, by the axis of which each is one side.
+_AXES = {
+    "left": "sides",
+    "right": "sides",
+    "on": "heights",
+    "under": "heights",
+    "in-front": "depths",
+    "behind": "depths",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRegion:
+    """An image file, and the part of it that is shown: (left, top, right, bottom) in pixels, or None for all."""
+
+    path: Path
+    box: tuple[int, int, int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+      where: file and row, for errors and predictions.
+      images, texts: what is shown.
+      right: (image, text) numbers that belong together; every image has a text. A text without an image is a wrong
+        alternative.
+      groups: kind of group ("class", "pair", "set") -> label.
+    """
+
+    where: str
+    images: tuple[ImageRegion, ...]
+    texts: tuple[str, ...]
+    right: tuple[tuple[int, int], ...] = ((0, 0),)
+    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a file.
+
+    Attributes:
+      file: the file.
+      where: file and row, for errors.
+      value: the row as JSON has it.
+      folder: of the images.
+      exists: image path -> whether it exists, shared by all rows of a file.
+    """
+
+    file: Path
+    where: str
+    value: Any
+    folder: Path
+    exists: dict[Path, bool]
+
+    def field(self, name: str, kind: type | tuple[type, ...] = str) -> Any:
+        """Returns a field.
+
+        Raises:
+          UserError: the row is no object, or the field is missing, empty or of another type; names file and row.
+        """
+        value = self.value.get(name) if isinstance(self.value, Mapping) else None
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, str) and not value.strip()):
+            raise UserError(f"{self.where}: the field {name!r} is missing, empty or of another type: correct the row")
+        return value
+
+    def texts(self, *names: str) -> tuple[str, ...]:
+        """Returns fields that are texts."""
+        return tuple(self.field(name) for name in names)
+
+    def image(self, *names: str, box: tuple[int, int, int, int] | None = None) -> ImageRegion:
+        """Returns the first of these paths, relative to the folder of the images, that exists.
+
+        Raises:
+          UserError: none does; names file and row.
+        """
+        for path in (self.folder / name for name in names):
+            if path not in self.exists:
+                self.exists[path] = texts.is_file(path)
+            if self.exists[path]:
+                return ImageRegion(path, box)
+        raise UserError(
+            f"{self.where}: its image {str(self.folder / names[0])[:300]} does not exist: fetch it, or set "
+            "--config.eval.choice.images to the folder of the images"
+        )
+
+    def alternatives(self, image: ImageRegion, choices: Iterable[str], **groups: str) -> Item:
+        """Returns the item of one image with several texts, the first one right.
+
+        Raises:
+          UserError: there are fewer than two texts, or one is no text or empty.
+        """
+        choices = tuple(choices)
+        if len(choices) < 2 or not all(isinstance(t, str) and t.strip() for t in choices):
+            raise UserError(f"{self.where}: there must be at least two texts, none empty: correct the row")
+        return Item(self.where, (image,), choices, groups=groups)
+
+
+def _sugarcrepe(row: Row) -> Item:
+    """SugarCrepe (arXiv 2306.14610): an object of {filename, caption, negative_caption}, images of COCO val2017."""
+    name = row.field("filename")
+    image = row.image(name, f"val2017/{name}", f"images/{name}")
+    return row.alternatives(image, row.texts("caption", "negative_caption"))
+
+
+def _winoground(row: Row) -> Item:
+    """Winoground (arXiv 2204.03162): lines of {image_0, image_1, caption_0, caption_1, tag}, images/NAME.png."""
+    names = row.texts("image_0", "image_1")
+    images = tuple(row.image(f"images/{n}.png", f"{n}.png", f"images/{n}", n) for n in names)
+    groups = {"class": str(row.value.get("tag", ""))}
+    return Item(row.where, images, row.texts("caption_0", "caption_1"), ((0, 0), (1, 1)), groups)
+
+
+def _naturalbench(row: Row) -> Item:
+    """NaturalBench's retrieval form (arXiv 2410.14669): {index, image_0, image_1, caption_0, caption_1}."""
+    images = tuple(row.image(f"images/{n}", n) for n in row.texts("image_0", "image_1"))
+    return Item(row.where, images, row.texts("caption_0", "caption_1"), ((0, 0), (1, 1)))
+
+
+def _aro(row: Row) -> Item:
+    """ARO (arXiv 2210.01936): relations and attributes of Visual Genome, the image cropped to the box.
+
+    {image_path, bbox_x, bbox_y, bbox_w, bbox_h, true_caption, false_caption}; the class is `relation_name`, or the two
+    `attributes` joined.
+    """
+    name = row.field("image_path")
+    x, y, w, h = (row.field(f"bbox_{k}", (int, float)) for k in "xywh")
+    if w <= 0 or h <= 0:
+        raise UserError(f"{row.where}: the box has no area ({w} x {h}): correct bbox_w and bbox_h")
+    image = row.image(f"images/{name}", name, box=(x, y, x + w, y + h))
+    captions = row.texts("true_caption", "false_caption")
+    if "relation_name" in row.value:
+        label = row.field("relation_name")
+    elif len(attributes := row.field("attributes", list)) < 2:
+        raise UserError(f"{row.where}: the field 'attributes' must hold two texts: correct the row")
+    else:
+        label = f"{attributes[0]}_{attributes[1]}"
+    return Item(row.where, (image,), captions, groups={"class": label})
+
+
+def _whatsup(row: Row) -> Item:
+    """What'sUp's controlled images (arXiv 2310.19785): {image_path, caption_options}, the first one right.
+
+    A file is called OBJECT_PREPOSITION_[of_]OBJECT. The four images of two objects are a set; left and right are a pair
+    of it, and so are on and under, or in front and behind.
+    """
+    name = row.field("image_path")
+    path = PurePosixPath(name)
+    parts = path.stem.split("_")
+    if len(parts) < 3 or parts[1] not in _AXES:
+        raise UserError(f"{row.where}: {path.name!r} is not named OBJECT_PREPOSITION_OBJECT: correct image_path")
+    # The published paths begin with data/, which is the folder of the file itself.
+    image = row.image(name, name.removeprefix("data/"), f"{path.parent.name}/{path.name}", path.name)
+    objects = f"{parts[0]}_{parts[-1]}"
+    groups = {"set": objects, "pair": f"{objects}_{_AXES[parts[1]]}", "preposition": parts[1]}
+    return row.alternatives(image, row.field("caption_options", list), **groups)
+
+
+def _check_whatsup(items: Iterable[Item]) -> None:
+    """Raises a UserError where a set of controlled images is not two pairs; names file and row."""
+    sets: dict[str, dict[str, str]] = {}
+    for item in items:
+        objects, preposition = item.groups["set"], item.groups["preposition"]
+        if first := sets.setdefault(objects, {}).get(preposition):
+            raise UserError(f"{item.where}: {objects} has {preposition!r} twice, first in {first}: remove one")
+        sets[objects][preposition] = item.where
+    for objects, by in sets.items():
+        axes = [_AXES[p] for p in by]
+        if len(by) != 4 or any(axes.count(axis) != 2 for axis in axes):
+            where = next(iter(by.values()))
+            raise UserError(f"{where}: {objects} has only {', '.join(sorted(by))}, not two pairs: fetch the file again")
+
+
+def _whatsup_qa(row: Row) -> Item:
+    """What'sUp's COCO and GQA parts (arXiv 2310.19785): a list of [image id, right caption, wrong caption].
+
+    Images are `val2017/000000ID.jpg` of COCO, or `vg_images/ID.jpg` for a file whose name begins with vg.
+    """
+    value = row.value
+    if not isinstance(value, list) or len(value) != 3 or type(value[0]) not in (int, str):
+        raise UserError(f"{row.where}: a row is [image id, right caption, wrong caption]: correct the row")
+    number, *captions = value
+    if row.file.name.startswith("vg"):
+        image = row.image(f"vg_images/{number}.jpg", f"{number}.jpg")
+    else:
+        name = f"{str(number).zfill(12)}.jpg"
+        image = row.image(f"val2017/{name}", name)
+    return row.alternatives(image, captions)
+
+
+def _valse(row: Row) -> Item | None:
+    """VALSE (arXiv 2112.07566): an object of {image_file, caption, foil, mturk}; None where annotators reject it."""
+    votes = dataclasses.replace(row, where=f"{row.where}, mturk", value=row.field("mturk", dict))
+    if votes.field("caption", int) < _MIN_VOTES:
+        return None
+    name = row.field("image_file")
+    image = row.image(name, f"images/{name}", f"{row.value.get('dataset', 'images')}/{name}")
+    return row.alternatives(image, row.texts("caption", "foil"))
+
+
+def _own(row: Row) -> Item:
+    """A set of one's own: {"images": [...], "texts": [...], "pairs": [[image, text], ...], "class": "..."}.
+
+    `pairs` are the numbers of those that belong together, by default [[0, 0], [1, 1], ...] over the images; `class` is
+    optional.
+    """
+    names, words = row.field("images", list), row.field("texts", list)
+    if not names or not all(isinstance(n, str) and n.strip() for n in (*names, *words)):
+        raise UserError(f"{row.where}: 'images' and 'texts' must hold texts, none empty: correct the row")
+    pairs = row.value.get("pairs", [[i, i] for i in range(len(names))])
+    pairs = _check_pairs(row.where, pairs, len(names), len(words))
+    images = tuple(row.image(n) for n in names)
+    groups = {"class": str(row.value["class"])[:100]} if "class" in row.value else {}
+    return Item(row.where, images, tuple(words), pairs, groups)
+
+
+def _check_pairs(where: str, pairs, images: int, words: int) -> tuple[tuple[int, int], ...]:
+    """Returns the pairs of one's own item, sorted, each once."""
+    good = isinstance(pairs, list) and all(
+        isinstance(p, list) and len(p) == 2 and p[0] in range(images) and p[1] in range(words) for p in pairs
+    )
+    if not good:
+        raise UserError(
+            f"{where}: 'pairs' must be [image, text] numbers below {images} and {words}, not {brief(pairs)}: correct "
+            "the row"
+        )
+    unique = {(int(i), int(t)) for i, t in pairs}
+    if len({i for i, _ in unique}) < images or (images > 1 and len({t for _, t in unique}) < min(words, 2)):
+        raise UserError(f"{where}: an image has no text that belongs to it: complete 'pairs'")
+    if len(unique) == images * words:
+        raise UserError(
+            f"{where}: everything belongs together, so there is nothing to choose: add a wrong text or image"
+        )
+    return tuple(sorted(unique))
+
+
+LAYOUTS: dict[str, Callable[[Row], Item | None]] = {
+    "sugarcrepe": _sugarcrepe,
+    "winoground": _winoground,
+    "naturalbench": _naturalbench,
+    "aro": _aro,
+    "whatsup": _whatsup,
+    "whatsup_qa": _whatsup_qa,
+    "valse": _valse,
+    "own": _own,
+}
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of each element of a JSON list, or of each value of a JSON object."""
+    value = texts.parse_json(texts.read_text(file), str(file))
+    if not isinstance(value, list | dict):
+        raise UserError(f"{file} holds neither a list nor an object: fetch it again")
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return ((f"{file}, row {str(key)[:60]}", row) for key, row in pairs)
+
+
+def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of each line of a JSON-lines file that is not blank."""
+    for number, line in enumerate(texts.read_text(file).splitlines(), 1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            yield where, texts.parse_json(line, where)
+
+
+def _csv_items(file: Path) -> Iterable[tuple[str, Any]]:
+    """(where, row) of each item of a CSV file, as objects of the JSON form.
+
+    The file has the columns item, image, text and right (1: they belong together, 0: they do not); the rows of one item
+    have the same text in `item`.
+    """
+    lines = tables.csv_rows(str(file))
+    header = next(lines, (1, []))[1]
+    if missing := [c for c in _CSV_COLUMNS if c not in header]:
+        raise UserError(f"{file} has no column {listing(missing)}: its first row must be {','.join(_CSV_COLUMNS)}")
+    items: dict[str, tuple[str, dict]] = {}
+    for line, cells in lines:
+        where, row = f"{file}, line {line}", dict(zip(header, cells, strict=False))
+        if row.get("right") not in ("0", "1") or not all(row.get(c, "").strip() for c in _CSV_COLUMNS[:3]):
+            raise UserError(
+                f"{where}: item, image and text must not be empty, and right must be 0 or 1: correct the row"
+            )
+        _, item = items.setdefault(row["item"], (where, {"images": [], "texts": [], "pairs": []}))
+        for kind in ("image", "text"):
+            if row[kind] not in item[f"{kind}s"]:
+                item[f"{kind}s"].append(row[kind])
+        if row["right"] == "1":
+            item["pairs"].append([item["images"].index(row["image"]), item["texts"].index(row["text"])])
+    return items.values()
+
+
+def read_items(file: Path, layout: str, images: Path) -> list[Item]:
+    """Reads the items of a file.
+
+    Args:
+      file: the file.
+      layout: one of `LAYOUTS`.
+      images: the folder of the images.
+
+    Raises:
+      UserError: the file, a row or its image is wrong, or there are no items; names file and row.
+    """
+    if layout == "winoground" or (layout == "own" and file.suffix.lower() in (".jsonl", ".json")):
+        rows = _json_lines(file)
+    else:
+        rows = _csv_items(file) if layout == "own" else _json_rows(file)
+    exists: dict[Path, bool] = {}
+    items = [item for where, value in rows if (item := LAYOUTS[layout](Row(file, where, value, images, exists)))]
+    if layout == "whatsup":
+        _check_whatsup(items)
+    if not items:
+        raise UserError(f"{file} has no items: fetch it again")
+    return items

@@ -1,0 +1,132 @@
+"""Published sets of image-and-text choices: one row of `TABLE` per file, with the `Metric`s that are scored."""
+
+import dataclasses
+from pathlib import Path
+
+from diva_jax.common.errors import UserError, listing
+from diva_jax.evals.choice_layouts import LAYOUTS, Item, read_items
+from diva_jax.evals.items import require_count
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A score of a set.
+
+    Attributes:
+      name, title: the key and the reader's name.
+      answers: "text" (the right texts of each image), "image" (the right images of each text) or "group" (both).
+      all_of: a kind of group: a group counts where all of its items are right; empty: items count.
+      mean_over: a kind of group: the score is the mean of the groups' means; empty: the mean over what counts.
+      at_least: groups of `mean_over` with fewer items are left out.
+    """
+
+    name: str
+    title: str
+    answers: str = "text"
+    all_of: str = ""
+    mean_over: str = ""
+    at_least: int = 1
+
+
+ACCURACY = (Metric("accuracy", "accuracy"),)
+PAIRED = (
+    Metric("text", "text score", "text"),
+    Metric("image", "image score", "image"),
+    Metric("group", "group score", "group"),
+)
+BY_CLASS = (Metric("accuracy", "mean accuracy of the classes", mean_over="class"), Metric("items", "accuracy of items"))
+BY_ATTRIBUTES = (dataclasses.replace(BY_CLASS[0], at_least=25), BY_CLASS[1])
+CONTROLLED = (
+    Metric("single", "single accuracy"),
+    Metric("pair", "pair accuracy", all_of="pair"),
+    Metric("set", "set-of-four accuracy", all_of="set"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A file of a published set.
+
+    Attributes:
+      file: its published name.
+      name: of the set in metric names.
+      layout: one of `LAYOUTS`.
+      count: the number of items; None where no single number is published.
+      metrics: what is scored.
+    """
+
+    file: str
+    name: str
+    layout: str
+    count: int | None
+    metrics: tuple[Metric, ...] = ACCURACY
+
+
+_SUGARCREPE = dict(
+    add_att=692, add_obj=2062, replace_att=788, replace_obj=1652, replace_rel=1406, swap_att=666, swap_obj=245
+)
+_QA = {"coco_qa_one_obj": 2247, "coco_qa_two_obj": 440, "vg_qa_one_obj": 1160, "vg_qa_two_obj": 291}
+_VALSE = (
+    "existence plurals counting-hard counting-adversarial counting-small-quant relations action-replacement "
+    "actant-swap coreference-standard coreference-hard foil-it"
+).split()
+TABLE: tuple[Published, ...] = (
+    *(Published(f"{name}.json", name, "sugarcrepe", count) for name, count in _SUGARCREPE.items()),
+    Published("examples.jsonl", "winoground", "winoground", 400, PAIRED),
+    Published("metadata.json", "naturalbench", "naturalbench", None, PAIRED),
+    Published("visual_genome_relation.json", "vg_relation", "aro", 23937, BY_CLASS),
+    Published("visual_genome_attribution.json", "vg_attribution", "aro", 28748, BY_ATTRIBUTES),
+    Published("controlled_images_dataset.json", "controlled_images", "whatsup", 412, CONTROLLED),
+    Published("controlled_clevr_dataset.json", "controlled_clevr", "whatsup", 408, CONTROLLED),
+    *(Published(f"{name}.json", name, "whatsup_qa", count) for name, count in _QA.items()),
+    *(Published(f"{name}.json", name.replace("-", "_"), "valse", None) for name in _VALSE),
+)
+# What is scored in a file of another name than the published one.
+_METRICS = {row.layout: row.metrics for row in TABLE}
+
+
+def published(path: Path, layout: str) -> list[tuple[Path, Published]]:
+    """Returns the files to evaluate, each with its row of the table.
+
+    Args:
+      path: a file, or a folder with files of published names.
+      layout: `config.eval.choice.layout`, for files of other names; empty: by the published name.
+
+    Raises:
+      UserError: nothing is there, or a file's layout is not known.
+    """
+    known = {row.file: row for row in TABLE}
+    if path.is_dir():
+        here = [(path / row.file, row) for row in TABLE if (path / row.file).is_file()]
+        if not here:
+            raise UserError(
+                f"{path} has no file of a published set: give one of {listing(list(known), 4)}, or your own"
+            )
+        return here
+    if not path.is_file():
+        raise UserError(f"--data=choice={path} does not exist: give the file of a set, or a folder of published files")
+    if path.name in known and layout in ("", known[path.name].layout):
+        return [(path, known[path.name])]
+    own = path.suffix.lower() in (".csv", ".tsv", ".jsonl")
+    layout = layout or ("own" if own else "")
+    if not layout:
+        raise UserError(f"{path} has no published name: set --config.eval.choice.layout to {listing(LAYOUTS)}")
+    return [(path, Published(path.name, path.stem, layout, None, _METRICS.get(layout, PAIRED)))]
+
+
+def read_set(file: Path, row: Published, images: str, allow_partial: bool) -> list[Item]:
+    """Returns the items of a file, checked.
+
+    Args:
+      file: the file.
+      row: its row of the table.
+      images: the folder of the images; empty: that of the file.
+      allow_partial: whether another number of items than the published one is allowed.
+
+    Raises:
+      UserError: a row or its image is wrong, or the number of items is; names file and row.
+    """
+    items = read_items(file, row.layout, Path(images).expanduser() if images else file.parent)
+    if row.count is not None and not allow_partial:
+        require_count(file, len(items), row.count, "the published set", "items", "choice.allow_partial")
+    return items

@@ -1,0 +1,93 @@
+"""Tasks that classify labelled images: accuracy @1 and @5, mean per-class recall, and a row per image."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from diva_jax.data import labelled
+from diva_jax.evals.items import ItemTask, Values
+
+_AT = 5
+# The smallest number of classes of which the accuracy @5 says anything.
+MIN_CLASSES_AT_5 = 5
+_RECALL = "mean_per_class_recall"
+
+
+@dataclasses.dataclass(frozen=True)
+class Classified:
+    """Labelled images, and how they are classified.
+
+    Attributes:
+      title: of the set or of the classifier; empty where there is only one.
+      images: their targets are labels from 0.
+      classes: the name of each label.
+      at5: whether the accuracy @5 is scored.
+    """
+
+    title: str
+    images: labelled.Images
+    classes: Sequence[str]
+    at5: bool
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of each image, int [N]."""
+        return np.asarray(self.images.targets)
+
+
+class ClassificationTask(ItemTask):
+    """A task that classifies labelled images.
+
+    Attributes:
+      classified: prefix of metric names -> what is classified.
+      lists_top5: whether predictions.csv has the five most probable classes of each image.
+    """
+
+    items = "images"
+    classified: dict[str, Classified]
+    lists_top5 = False
+
+    def set_classified(self, classified: dict[str, Classified]) -> None:
+        """Sets `classified`, and the metrics that follow from it."""
+        self.classified, self.metrics = classified, {}
+        for prefix, data in classified.items():
+            titles = {"acc1": "accuracy @1"} | ({"acc5": "accuracy @5"} if data.at5 else {})
+            for name, title in (titles | {_RECALL: "mean per-class recall"}).items():
+                self.metrics[prefix + name] = {"title": f"{data.title}, {title}".removeprefix(", "), "unit": "%"}
+
+    def classify(self, logits: Iterable[tuple[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], list[dict]]:
+        """Ranks the classes of each image; an image with a score that is not finite counts as wrong.
+
+        Args:
+          logits: (prefix, a score of every class [N, C]) of everything in `classified`.
+
+        Returns:
+          (prefix -> whether each of the first five classes is the right one, bool [N, 5]; rows of predictions.csv).
+        """
+        held, rows = {}, []
+        for prefix, scores in logits:
+            data = self.classified[prefix]
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :_AT]
+            held[prefix] = (order == data.labels[:, None]) & np.isfinite(scores).all(axis=1, keepdims=True)
+            for i, (label, first) in enumerate(zip(data.labels, order, strict=True)):
+                row = {
+                    "metric": f"{prefix}acc1",
+                    "item": i,
+                    "file": data.images.names[i],
+                    "truth": data.classes[label],
+                    "predicted": data.classes[first[0]],
+                    "score": float(scores[i, first[0]]),
+                    "correct": int(held[prefix][i, 0]),
+                }
+                rows.append(row | ({"top5": "; ".join(data.classes[c] for c in first)} if self.lists_top5 else {}))
+        return held, rows
+
+    def values(self, metric: str, held: dict[str, np.ndarray]) -> Values:
+        """Whether each image is classified correctly; the recall, a mean over classes, has no McNemar test."""
+        if metric.endswith(_RECALL):
+            prefix = metric.removesuffix(_RECALL)
+            return Values(held[prefix][:, 0], strata=self.classified[prefix].labels, tested=False)
+        if metric.endswith("acc5"):
+            return Values(held[metric.removesuffix("acc5")].any(axis=1))
+        return Values(held[metric.removesuffix("acc1")][:, 0])

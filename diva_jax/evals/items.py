@@ -1,0 +1,123 @@
+"""Tasks whose scores are means over items, such as images, pairs or queries: what they share.
+
+A task gives the values of every item, from which follow the scores, their intervals and the comparison of two sets of
+weights on the same items.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diva_jax.common.errors import UserError
+from diva_jax.evals import Outcome, Settings, Task, stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """What a metric is the mean of.
+
+    Attributes:
+      values: [N], one per item.
+      strata, clusters: how items are resampled, see `stats.bootstrap`.
+      tested: whether two sets of weights are compared by McNemar's test, which takes items for independent; an item
+        whose value is above one half counts as right.
+      scale: of the score: 100 gives percent.
+    """
+
+    values: np.ndarray
+    strata: np.ndarray | None = None
+    clusters: np.ndarray | None = None
+    tested: bool = True
+    scale: float = 100.0
+
+
+def score(found: Values, settings: Settings) -> dict[str, Any]:
+    """Returns the mean as `score`, and its 95% bootstrap interval as `interval`."""
+    interval = stats.bootstrap(
+        found.values,
+        resamples=settings.bootstrap,
+        seed=settings.seed,
+        strata=found.strata,
+        clusters=found.clusters,
+    )
+    mean = stats.mean(found.values, found.strata)
+    return {"score": found.scale * mean, "interval": [found.scale * end for end in interval]}
+
+
+def difference(before: Values, after: Values, settings: Settings) -> dict[str, Any]:
+    """Returns the mean difference on the same items, its paired bootstrap interval, and McNemar's test."""
+    values = np.asarray(after.values, np.float64) - np.asarray(before.values, np.float64)
+    mean = score(dataclasses.replace(after, values=values), settings)
+    test = stats.mcnemar(before.values > 0.5, after.values > 0.5) if after.tested else None
+    return {"difference": mean["score"], "interval": mean["interval"], "mcnemar": test}
+
+
+def resolved(path: str) -> str:
+    """Returns where data is, for results.json: a `tfds:` spec as it is, else an absolute path."""
+    return path if path.startswith("tfds:") else str(Path(path).expanduser().resolve())
+
+
+def set_and_folder(entry: str, sets: Collection[str]) -> tuple[str, Path] | None:
+    """Parses `SET=FOLDER`; None where it has another form or the set is none of `sets`."""
+    name, _, folder = entry.partition("=")
+    return (name, Path(folder).expanduser()) if name in sets and folder else None
+
+
+def require_count(where: Path, count: int, published: int, title: str, what: str, option: str) -> None:
+    """Checks the size of a published set.
+
+    Args:
+      where: its file or folder.
+      count, published: how many there are, and how many there must be.
+      title: of the set.
+      what: the name of what is counted, such as "images".
+      option: the task's option that allows another number.
+
+    Raises:
+      UserError: the numbers differ.
+    """
+    if count != published:
+        raise UserError(
+            f"{where} has {count} {what}, {title} has {published}: fetch the rest, or set --config.eval.{option} to "
+            "score a part"
+        )
+
+
+class ItemTask(Task):
+    """A task whose metrics are means over items."""
+
+    settings: Settings
+
+    @abc.abstractmethod
+    def answer(self, model) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+        """Applies one set of weights, an `encode.Model`.
+
+        Returns:
+          (what `values` needs, rows of predictions.csv without the label of the weights, further results).
+        """
+
+    @abc.abstractmethod
+    def values(self, metric: str, held: dict[str, Any]) -> Values:
+        """Returns what a metric is the mean of; `held` is the first result of `answer`."""
+
+    def score(self, metric: str, held: dict[str, Any]) -> dict[str, Any]:
+        """Returns a metric's entry in `scores` of results.json."""
+        return score(self.values(metric, held), self.settings)
+
+    def evaluate(self, model) -> Outcome:
+        """Returns every metric's score with its interval, and the rows of every item."""
+        held, rows, further = self.answer(model)
+        scores = {metric: self.score(metric, held) for metric in self.metrics}
+        return Outcome({"scores": scores} | further, [{"weights": model.label, **row} for row in rows], held)
+
+    def compare(self, before: Outcome, after: Outcome) -> dict[str, Any]:
+        """Returns every metric's paired difference, interval and McNemar test."""
+        scores = {
+            metric: difference(self.values(metric, before.held), self.values(metric, after.held), self.settings)
+            for metric in self.metrics
+        }
+        return {"scores": scores}
