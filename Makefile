@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo check test attack lint clean
+.PHONY: help demo check test attack slow lint clean
 
 help:  ## prints this list
 	@grep -hE "^[a-z]+:.*## " $(MAKEFILE_LIST) | sed -E "s/^([a-z]+):.*## /make \1\t/"
@@ -23,6 +23,9 @@ test: $(VENV)/test.stamp lint  ## the whole test suite
 # Address space is limited, so that a file which asks for too much memory fails a test and not the machine.
 attack: $(VENV)/test.stamp  ## generated cases of damaged and hostile input: minutes, at most 24 GB of address space
 	ulimit -v 24000000; $(RUN) -m pytest -m attack
+
+slow: $(VENV)/test.stamp  ## full sweeps and full sizes: hours
+	$(RUN) -m pytest -m slow
 
 lint: $(VENV)/test.stamp  ## style and formatting
 	$(RUN) -m ruff check .

@@ -1,0 +1,128 @@
+"""What the journeys share: an empty folder, a tuned run, its evaluation on small data of every task, its exports."""
+
+import json
+import sys
+from pathlib import Path
+
+import choice_data
+import commands
+import eval_data
+import numpy as np
+import pytest
+from PIL import Image
+
+# Steps and images are few, because the journeys are about what is written and read, not about what is learned.
+SHORT = ("--config.steps=2", "--config.condition.warmup_steps=1", "--config.batch_size=8")
+FORMATS = ("open_clip", "hf", "pt")
+
+
+class Home:
+    """A folder in which a user works; commands run there, with relative paths, as in the README.
+
+    Attributes:
+      folder: the folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def start(self, module: str, *args):
+        return commands.start(module, *args, cwd=self.folder)
+
+    def run(self, module: str, *args) -> str:
+        """Returns the output of `python -m diva_jax.MODULE ARGS`, which must succeed."""
+        return commands.output(self.start(module, *args))
+
+    def python(self, code: str) -> dict:
+        """Runs lines of Python in a new process; returns the last line that it prints, which is JSON."""
+        return json.loads(
+            commands.output(commands.launch(sys.executable, "-c", code, cwd=self.folder)).splitlines()[-1]
+        )
+
+
+def _images(folder: Path, count: int, first: int = 0) -> None:
+    folder.mkdir(parents=True)
+    for i in range(first, first + count):
+        (folder / f"{i}.png").write_bytes(eval_data.encoded(eval_data.patch(i)))
+
+
+def write_task_data(root: Path) -> dict[str, str]:
+    """Writes small data of every task; returns the task's --data."""
+    eval_data.write_mmvp(root / "mmvp")
+    for i, name in enumerate(("cup", "logo", "rocket")):
+        _images(root / "classes" / name, 4, 10 * i)
+    rows = [f"classes/cup/{i}.png,image {j} of number {i}" for i in range(4) for j in range(1 + i % 2)]
+    (root / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    choice_data.sugarcrepe(root / "choice")
+    for i, (split, count) in enumerate({"train/a": 5, "train/b": 6, "test/a": 4, "test/b": 3}.items()):
+        _images(root / "probe" / split, count, 10 * i)
+    for i, wnid in enumerate(("n01440764", "n02123045", "n15075141")):
+        _images(root / "a" / wnid, 3, 10 * i)
+    voc = root / "voc"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (voc / folder).mkdir(parents=True)
+    for i in range(2):
+        image = eval_data.patch(i)
+        (voc / "JPEGImages" / f"{i}.jpg").write_bytes(eval_data.encoded(image, "JPEG"))
+        labels = np.random.default_rng(i).integers(0, 3, image.size[::-1]).astype(np.uint8)
+        Image.fromarray(labels).save(voc / "SegmentationClass" / f"{i}.png")
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("0\n1\n")
+    return {
+        "mmvp": f"{root}/mmvp",
+        "zeroshot": f"{root}/classes",
+        "retrieval": f"{root}/captions.csv",
+        "drift": f"{root}/classes",
+        "choice": f"{root}/choice",
+        "probe": f"{root}/probe",
+        "robustness": f"a={root}/a",
+        "segmentation": f"voc21={root}/voc",
+        "feedback": f"{root}/classes/cup",
+    }
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    return Home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="session")
+def tuned(home):
+    """Trains `runs/tuned` from the kept models of the world; returns what the command printed."""
+    return home.run("main", "--config=world", "--workdir=runs/tuned", *SHORT)
+
+
+@pytest.fixture(scope="session")
+def kept():
+    """The folder of the CLIP that the runs begin with."""
+    from diva_jax.world import models
+
+    return models.WEIGHTS / models.CLIP
+
+
+@pytest.fixture(scope="session")
+def evaluated(home, tuned, kept):
+    """Evaluates the kept CLIP and the tuned one on every task, into `results`; returns what the command printed."""
+    data = write_task_data(home / "data")
+    quick = {"bootstrap": 100, "batch_size": 32, "mmvp.seeds": 2, "drift.neighbours": 3, "probe.neighbours": 3}
+    quick |= {"probe.iterations": 20, "feedback.images": 4, "feedback.draws": 2}
+    quick |= {f"{task}.allow_partial": True for task in ("choice", "robustness", "segmentation")}
+    return home.run(
+        "evaluate",
+        "--config=world",
+        *(f"--weights={w}" for w in (kept, "runs/tuned")),
+        f"--task={','.join(data)}",
+        *(f"--data={task}={path}" for task, path in data.items()),
+        *(f"--config.eval.{field}={value}" for field, value in quick.items()),
+        "--out=results",
+    )
+
+
+@pytest.fixture(scope="session")
+def exported(home, evaluated):
+    """Exports the run in every format, into the folder of the format's name; returns what the commands printed."""
+    flags = ("--workdir=runs/tuned", "--results=results/results.json")
+    started = [home.start("export_torch", *flags, f"--out={fmt}", f"--format={fmt}") for fmt in FORMATS]
+    return {fmt: commands.output(process) for fmt, process in zip(FORMATS, started, strict=True)}
