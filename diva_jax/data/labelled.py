@@ -11,14 +11,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from diva_jax.common.errors import UserError, brief, listing
-from diva_jax.data import files, tables, texts
+from diva_jax.common.errors import UserError, brief
+from diva_jax.data import files, texts
 from diva_jax.data import tars as shards
 from diva_jax.data.images import open_image
 from diva_jax.data.tfds_source import TfdsSource
 
 _LAYOUT = "PATH/test/0.tar, 1.tar, ... as clip_benchmark_export_wds writes them"
-_IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
+_TEMPLATES = "zeroshot_classification_templates.txt"
+_IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +57,17 @@ def _natural(path: Path) -> list:
 def _shards(root: Path) -> tuple[Path, list[Path]]:
     """(the folder with classnames.txt, the shards) of a data set's folder, or of one of its splits."""
     split = root / "test" if (root / "test").is_dir() else root
-    found = sorted(split.glob("*.tar"), key=_natural)
+    paths = sorted(split.glob("*.tar"), key=_natural)
     count = split / "nshards.txt"
     if count.exists():
         number = texts.read_text(count).strip()
         if not re.fullmatch(r"[0-9]{1,6}", number):
             raise UserError(f"{count} holds {brief(number)}, which is not a number of shards: write it again")
-        wanted = [split / f"{i}.tar" for i in range(int(number))]
-        if missing := [p for p in wanted if not p.exists()]:
-            raise UserError(f"{count} counts {len(wanted)} shards, but {missing[0].name} is missing: fetch it")
-        found = wanted
+        paths = [split / f"{i}.tar" for i in range(int(number))]
+        if missing := [p for p in paths if not p.exists()]:
+            raise UserError(f"{count} counts {len(paths)} shards, but {missing[0].name} is missing: fetch it")
     here = any((split / f).exists() for f in ("classnames.txt", "dataset_type.txt"))
-    return (split if here else split.parent) if split == root else root, found
+    return (split if here else split.parent) if split == root else root, paths
 
 
 def has_tars(root: Path) -> bool:
@@ -83,12 +83,7 @@ def _samples(shard: str) -> list[dict[str, shards.Member]]:
         raise UserError(f"{shard} cannot be read as a tar archive ({e}): fetch it again") from e
     if complaint:
         raise UserError(f"{shard} cannot be read as a tar archive (it {complaint}): fetch it again")
-    samples: dict[str, dict[str, shards.Member]] = {}
-    for member in members:
-        key, extension = shards.sample_key(member.name)
-        if os.path.basename(key):  # Not a hidden file.
-            samples.setdefault(key, {})[extension] = member
-    return list(samples.values())
+    return list(shards.samples(members).values())
 
 
 def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
@@ -102,19 +97,18 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
     Raises:
       UserError: a shard is missing or broken, or a sample has no image or no target; names them.
     """
-    top, found = _shards(root)
-    if not found:
+    top, paths = _shards(root)
+    if not paths:
         raise UserError(f"{root} has no tar shards: give a folder with {_LAYOUT}")
-    reader = files.Reader()
     places, names, targets = [], [], []
-    for shard in map(str, found):
+    for shard in map(str, paths):
         for sample in _samples(shard):
-            image = next((sample[s] for s in _IMAGE_SUFFIXES if s in sample), None)
+            image = next((sample[e] for e in _IMAGE_EXTENSIONS if e in sample), None)
             if image is None or target not in sample:
                 lacks = "an image" if image is None else f"a .{target} member"
                 at = next(iter(sample.values())).offset
                 raise UserError(f"{shard}: the sample at byte {at} lacks {lacks}: write the shard again")
-            text = reader.read(shard, *sample[target][1:]).decode("utf-8", "replace")
+            text = files.read_range(shard, *sample[target][1:]).decode("utf-8", "replace")
             try:
                 targets.append(parse(text))
             except ValueError as e:
@@ -122,18 +116,12 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
             names.append(f"{Path(shard).name}[{len(names)}]")
             places.append((shard, image.offset, image.size))
     if not places:
-        raise UserError(f"the {len(found)} shards from {found[0]} on hold no samples: give a folder with {_LAYOUT}")
+        raise UserError(f"the {len(paths)} shards from {paths[0]} on hold no samples: give a folder with {_LAYOUT}")
 
     def read(i: int) -> Image.Image:
-        return open_image(reader.read(*places[i]), f"{places[i][0]}, byte {places[i][1]}", rgb=True)
+        return open_image(files.read_range(*places[i]), f"{places[i][0]}, byte {places[i][1]}", rgb=True)
 
-    return Images(
-        names,
-        read,
-        targets,
-        lines(top / "classnames.txt"),
-        lines(top / "zeroshot_classification_templates.txt"),
-    )
+    return Images(names, read, targets, lines(top / "classnames.txt"), lines(top / _TEMPLATES))
 
 
 def tfds(spec: str) -> Images:
@@ -155,7 +143,7 @@ def tfds(spec: str) -> Images:
 
 def folder_images(root: Path) -> list[Path]:
     """Every image file below a folder, sorted."""
-    return [Path(f) for f in files.walk(str(root)) if files.is_image(f)]
+    return [Path(f) for f in files.walk(str(root)) if files.kind_of(f) == "images"]
 
 
 def image_files(paths: Sequence[Path], targets: Sequence, root: Path, rgb: bool = True, **kw) -> Images:
@@ -191,15 +179,13 @@ def class_folders(root: Path) -> Images:
         raise UserError(f"{root} has neither tar shards nor a folder of images for each class: give one that has")
     paths, labels = [], []
     for label, folder in enumerate(folders):
-        found = folder_images(folder)
-        if not found:
+        images = folder_images(folder)
+        if not images:
             raise UserError(f"{folder} has no image in it: remove the folder or fetch its images")
-        paths.extend(found)
-        labels.extend([label] * len(found))
+        paths.extend(images)
+        labels.extend([label] * len(images))
     classes = lines(root / "classnames.txt") or [f.name for f in folders]
-    return image_files(
-        paths, labels, root, classes=classes, templates=lines(root / "zeroshot_classification_templates.txt")
-    )
+    return image_files(paths, labels, root, classes=classes, templates=lines(root / _TEMPLATES))
 
 
 def caption_csv(path: Path) -> Images:
@@ -208,13 +194,8 @@ def caption_csv(path: Path) -> Images:
     Raises:
       UserError: a column or a file is missing, or a caption is empty; names the line.
     """
-    rows = tables.csv_rows(str(path))
-    header = next(rows, (1, []))[1]
-    if missing := sorted({"image", "caption"} - set(header)):
-        raise UserError(f"{path} has no column {listing(missing)}: its first row must be image,caption")
     captions: dict[str, list[str]] = {}
-    for line, fields in rows:
-        row = dict(zip(header, fields, strict=False))
+    for line, row in texts.csv_records(str(path), ("image", "caption")):
         if not row.get("image") or not row.get("caption", "").strip():
             raise UserError(f"{path}, line {line}: image or caption is empty: complete the row")
         captions.setdefault(row["image"], []).append(row["caption"])

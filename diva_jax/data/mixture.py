@@ -7,11 +7,12 @@ from fractions import Fraction
 import numpy as np
 
 from diva_jax.common.errors import UserError
-from diva_jax.data.records import Record, Source
+from diva_jax.data.records import Record, Source, locate
 
 PREFIX = "mix:"
 _ENTRY = re.compile(r"(\d+(?:\.\d*)?|\.\d+)=(.+)", re.S)
-_MOST = 2**31  # Slots of a mixture's epoch; the shuffle of an epoch numbers them with 32 bits.
+# The shuffle of an epoch numbers its images with 32 bits.
+_MAX_EPOCH_IMAGES = 2**31
 
 
 def split(path: str) -> list[tuple[Fraction, str]]:
@@ -21,14 +22,14 @@ def split(path: str) -> list[tuple[Fraction, str]]:
       UserError: it does not have this form, or a weight is 0.
     """
     entries = [entry.strip() for entry in path.removeprefix(PREFIX).split(";") if entry.strip()]
-    found = [_ENTRY.fullmatch(entry) for entry in entries]
-    if not found or not all(found) or not all(Fraction(m[1]) > 0 for m in found):
+    matches = [_ENTRY.fullmatch(entry) for entry in entries]
+    if not matches or not all(matches) or not all(Fraction(m[1]) > 0 for m in matches):
         raise UserError(
             f"config.data.path={path!r} must read mix:WEIGHT=PATH;WEIGHT=PATH with weights above 0, e.g. "
             "'mix:0.7=cc3m/{00000..00331}.tar;0.3=mine.csv'"
         )
-    weights = [Fraction(m[1]) for m in found]
-    return [(w / sum(weights), m[2].strip()) for w, m in zip(weights, found, strict=True)]
+    weights = [Fraction(m[1]) for m in matches]
+    return [(w / sum(weights), m[2].strip()) for w, m in zip(weights, matches, strict=True)]
 
 
 class MixtureSource:
@@ -51,10 +52,10 @@ class MixtureSource:
         self.parts = list(parts)
         length = max(Fraction(len(part)) / w for part, w in zip(parts, weights, strict=True))
         counts = [max(1, round(w * length)) for w in weights]
-        if sum(counts) > _MOST:
+        if sum(counts) > _MAX_EPOCH_IMAGES:
             raise UserError(
-                f"config.data.path={path!r}: an epoch would have {sum(counts)} images, more than {_MOST}: give the "
-                "large sources more weight, or fewer files"
+                f"config.data.path={path!r}: an epoch would have {sum(counts)} images, more than {_MAX_EPOCH_IMAGES}: "
+                "give the large sources more weight, or fewer files"
             )
         self.counts = counts
         self._ends = np.cumsum(counts, dtype=np.int64)
@@ -68,8 +69,7 @@ class MixtureSource:
 
     def locate(self, i: int) -> tuple[int, int]:
         """(the number of the part, the record of the part) in slot i."""
-        number = int(np.searchsorted(self._ends, i, side="right"))
-        slot = i - (int(self._ends[number - 1]) if number else 0)
+        number, slot = locate(self._ends, i)
         return number, slot % len(self.parts[number])
 
     def name(self, i: int) -> str:

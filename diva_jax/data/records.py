@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 # Columns and features with captions, where the data's path has no `text=NAME`; the first that there is.
 TEXT_COLUMNS = ("caption", "text", "title", "captions")
 
@@ -54,3 +56,9 @@ def caption(value) -> str | None:
     if isinstance(value, Iterable) and not isinstance(value, Mapping):
         return "\n".join(filter(None, map(caption, value)))
     raise ValueError(f"its caption is no text but {value!r}")
+
+
+def locate(ends: np.ndarray, i: int) -> tuple[int, int]:
+    """(the part with item i, the item's number in it) of parts in a row, of which the k-th ends before `ends[k]`."""
+    part = int(np.searchsorted(ends, i, side="right"))
+    return part, i - (int(ends[part - 1]) if part else 0)

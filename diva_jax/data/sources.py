@@ -17,7 +17,8 @@ from diva_jax.data.tars import TarSource
 from diva_jax.data.tfds_source import TfdsSource
 
 _MODULE = "module:"
-_PROBED = 64  # Images of a folder beside which a caption is looked for.
+# Images of a folder beside which a caption is looked for.
+_PROBED = 64
 # A path with options; a `?` that is part of a glob pattern has no NAME=VALUE after it.
 _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?&=]*(?:&\w+=[^?&=]*)*)")
 
@@ -31,18 +32,18 @@ class FolderSource:
     """
 
     def __init__(self, paths: Sequence[str], root: str = ""):
-        self.paths = list(paths)
+        self._paths = list(paths)
         self._cut = len(root.rstrip("/")) + 1 if root and paths[0].startswith(root) else 0
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._paths)
 
     def name(self, i: int) -> str:
         """The file, relative to the root."""
-        return self.paths[i][self._cut :]
+        return self._paths[i][self._cut :]
 
     def _caption_file(self, i: int) -> str:
-        return posixpath.splitext(self.paths[i])[0] + ".txt"
+        return posixpath.splitext(self._paths[i])[0] + ".txt"
 
     @functools.cached_property
     def has_text(self) -> bool:
@@ -57,11 +58,7 @@ class FolderSource:
           OSError: a file cannot be read.
           ValueError: the caption is not UTF-8.
         """
-        with files.open_binary(self.paths[i]) as f:
-            image = f.read(files.MAX_IMAGE_BYTES + 1)
-        if len(image) > files.MAX_IMAGE_BYTES:
-            raise ValueError(f"it has more than {files.MAX_IMAGE_BYTES} bytes, more than any image")
-        return Record(self.name(i), image, self._text(i) if with_text else None)
+        return Record(self.name(i), files.read_image(self._paths[i]), self._text(i) if with_text else None)
 
     def _text(self, i: int) -> str | None:
         try:
@@ -93,19 +90,15 @@ def _mixture(path: str, cache_dir: str | None, quiet: bool) -> Source:
     weights, paths = zip(*mixture.split(path), strict=True)
     if nested := [p for p in paths if p.startswith(mixture.PREFIX)]:
         raise UserError(f"config.data.path={path!r}: {nested[0]!r} is a mixture in a mixture: write its parts instead")
-    found = mixture.MixtureSource([open_source(p, cache_dir, quiet) for p in paths], weights, path)
+    source = mixture.MixtureSource([open_source(p, cache_dir, quiet) for p in paths], weights, path)
     if not quiet:
-        for part, line in zip(paths, found.describe(), strict=True):
+        for part, line in zip(paths, source.describe(), strict=True):
             say(f"{part}: {line}")
-    return found
+    return source
 
 
 def _from_module(path: str) -> Source:
-    """The source that a module outside of this package makes.
-
-    Raises:
-      UserError: the module cannot be imported, or makes no sources.
-    """
+    """The source that a module outside of this package makes."""
     name, _, options = path.removeprefix(_MODULE).partition("?")
     try:
         make = importlib.import_module(name).open_source
@@ -135,20 +128,21 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
     Raises:
       UserError: nothing is there, or nothing that can be read; names `config.data.path`.
     """
-    if path and path.startswith(mixture.PREFIX):
+    path = path or ""
+    if path.startswith(mixture.PREFIX):
         return _mixture(path, cache_dir, quiet)
-    if path and path.startswith(_MODULE):
+    if path.startswith(_MODULE):
         return _from_module(path)
-    if path and path.startswith("tfds:"):
+    if path.startswith("tfds:"):
         return TfdsSource(path)
-    path, options = split_options(path) if path else (path, {})
-    path = path if not path or is_remote(path) else os.path.expanduser(path)
+    path, options = split_options(path)
+    path = path if is_remote(path) else os.path.expanduser(path)
     try:
-        kind, found = files.find(path)
+        kind, paths = files.find(path)
         if kind not in ("tars", "images"):
             from diva_jax.data.tables import open_tables  # Here, because pyarrow takes 50 ms to import.
 
-            return open_tables(kind, found, path, options, quiet)
+            return open_tables(kind, paths, path, options, quiet)
     except UserError:
         raise
     except Exception as e:
@@ -163,5 +157,5 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
             f"config.data.path={path!r} holds {kind}, which have no columns: leave ?{'&'.join(options)} out"
         )
     if kind == "tars":
-        return TarSource(found, cache_dir, quiet)
-    return FolderSource(found, path if files.is_folder(path) else "")
+        return TarSource(paths, cache_dir, quiet)
+    return FolderSource(paths, path if files.is_folder(path) else "")

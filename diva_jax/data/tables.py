@@ -1,14 +1,12 @@
 """Records from tables: CSV and TSV files, Parquet files, and the Arrow files of Hugging Face datasets."""
 
-import csv
 import functools
-import io
 import itertools
 import logging
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,31 +15,36 @@ import pyarrow.parquet as pq
 from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.paths import is_remote
 from diva_jax.data import files, texts
-from diva_jax.data.records import TEXT_COLUMNS, Record, caption
+from diva_jax.data.records import TEXT_COLUMNS, Record, caption, locate
 
 logger = logging.getLogger(__name__)
 
 # Names of columns that are used where `?image=` gives none; the first that a table has.
 IMAGE_COLUMNS = ("image", "file", "filepath", "path", "file_name", "filename", "image_path", "jpg", "png", "webp")
-_SEPARATORS = ",\t;|"
-_CHUNK = 2**16  # Rows of a CSV file that are converted to Arrow at once.
-_GROUPS = 4  # Decoded row groups that are kept.
-_LARGE_GROUP = 2**26  # Bytes of images in a row group above which random access is slow.
+# Rows of a CSV file that are converted to Arrow at once.
+_CHUNK_ROWS = 2**16
+# Decoded row groups that a source keeps.
+_KEPT_ROW_GROUPS = 4
+# Random access is slow in row groups with more bytes than these.
+_LARGE_ROW_GROUP_BYTES = 2**26
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
 
 
-class Part(Protocol):
-    """The rows of one file."""
+class _Part(NamedTuple):
+    """The rows of one file.
+
+    Attributes:
+      cells: (row, whether the text is wanted) -> (image, text) as Python objects; None where a cell is empty.
+      place: row -> where it is: "line 7" or "row 6".
+      row_group_bytes: the size of the largest row group, where each row is read with its row group.
+    """
 
     path: str
-
-    def __len__(self) -> int: ...
-
-    def place(self, row: int) -> str:
-        """Where a row is: "line 7" or "row 6"."""
-
-    def cells(self, row: int, with_text: bool) -> tuple:
-        """(image, text) of a row, as Python objects; None where a cell is empty."""
+    rows: int
+    has_text: bool
+    cells: Callable[[int, bool], tuple]
+    place: Callable[[int], str] = lambda row: f"row {row + 1}"
+    row_group_bytes: int = 0
 
 
 def _column(path: str, what: str, columns: Sequence[str], wanted: str | None, known: Sequence[str]) -> str | None:
@@ -70,71 +73,6 @@ def choose_columns(path: str, columns: Sequence[str], options: Mapping[str, str]
     return image, _column(path, "text", columns, options.get("text"), TEXT_COLUMNS)
 
 
-def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of each row of a CSV file that is not blank, the header first.
-
-    The separator is the one of comma, tab, semicolon and bar that occurs most often in the first line.
-
-    Raises:
-      UserError: the file cannot be read as CSV in UTF-8; names the line.
-    """
-    line = 0
-    try:
-        with files.open_binary(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as f:
-            first = f.readline()
-            reader = csv.reader(itertools.chain([first], f), delimiter=max(_SEPARATORS, key=first.count))
-            for fields in reader:
-                line = reader.line_num
-                if fields:
-                    yield line, fields
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path} cannot be read as a CSV file after line {line} ({e}): write it again") from e
-
-
-class _Columns:
-    """A part whose columns are in memory, or mapped into it."""
-
-    def __init__(self, path: str, image, text=None, lines: np.ndarray | None = None):
-        self.path, self._image, self._text, self._lines = path, image, text, lines
-
-    def __len__(self) -> int:
-        return len(self._image)
-
-    def place(self, row: int) -> str:
-        return f"row {row + 1}" if self._lines is None else f"line {self._lines[row]}"
-
-    def cells(self, row: int, with_text: bool) -> tuple:
-        return self._image[row].as_py(), self._text[row].as_py() if with_text and self._text is not None else None
-
-
-class _RowGroups:
-    """A Parquet file that holds the images themselves: a row is read with its row group.
-
-    Args:
-      path: the file.
-      columns: (image, text or None).
-      read_group: (path, row group) -> table with these columns.
-    """
-
-    def __init__(self, path: str, metadata: pq.FileMetaData, columns, read_group):
-        self.path, self._columns, self._read_group = path, columns, read_group
-        sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-        self._ends = np.cumsum(sizes, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def place(self, row: int) -> str:
-        return f"row {row + 1}"
-
-    def cells(self, row: int, with_text: bool) -> tuple:
-        group = int(np.searchsorted(self._ends, row, side="right"))
-        table = self._read_group(self.path, group)
-        local = row - int(self._ends[group - 1] if group else 0)
-        image, text = self._columns
-        return table[image][local].as_py(), table[text][local].as_py() if with_text and text else None
-
-
 class TableSource:
     """Records that are rows of tables.
 
@@ -143,29 +81,24 @@ class TableSource:
 
     Args:
       parts: the tables, in order.
-      has_text: whether they have a column with captions.
 
     Raises:
       UserError: there are no rows.
     """
 
-    def __init__(self, parts: Sequence[Part], has_text: bool):
-        self.parts, self.has_text = parts, has_text
-        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    def __init__(self, parts: Sequence[_Part]):
+        self._parts, self.has_text = parts, parts[0].has_text
+        self._ends = np.cumsum([part.rows for part in parts], dtype=np.int64)
         if not len(self):
             raise UserError(f"config.data.path: {parts[0].path} has no rows")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _locate(self, i: int) -> tuple[Part, int]:
-        number = int(np.searchsorted(self._ends, i, side="right"))
-        return self.parts[number], i - int(self._ends[number - 1] if number else 0)
-
     def name(self, i: int) -> str:
         """`table.csv, line 7` or `table.parquet, row 6`."""
-        part, row = self._locate(i)
-        return f"{posixpath.basename(part.path)}, {part.place(row)}"
+        number, row = locate(self._ends, i)
+        return f"{posixpath.basename(self._parts[number].path)}, {self._parts[number].place(row)}"
 
     def read(self, i: int, with_text: bool = True) -> Record:
         """See `Source.read`.
@@ -174,9 +107,9 @@ class TableSource:
           OSError: the table or the image's file cannot be read.
           ValueError: the cell has no image, or a caption that is no text.
         """
-        part, row = self._locate(i)
-        image, text = part.cells(row, with_text)
-        return Record(self.name(i), _image_bytes(image, part.path), caption(text))
+        number, row = locate(self._ends, i)
+        image, text = self._parts[number].cells(row, with_text)
+        return Record(self.name(i), _image_bytes(image, self._parts[number].path), caption(text))
 
 
 def _image_bytes(cell, table: str) -> bytes:
@@ -186,82 +119,85 @@ def _image_bytes(cell, table: str) -> bytes:
         return cell
     if not isinstance(cell, str) or not cell:
         raise ValueError("it has no image")
-    path = cell if is_remote(cell) else posixpath.join(posixpath.dirname(table), cell)
-    with files.open_binary(path) as f:
-        return f.read()
+    return files.read_image(cell if is_remote(cell) else posixpath.join(posixpath.dirname(table), cell))
 
 
-def _csv_part(path: str, options: Mapping[str, str]) -> tuple[Part, bool]:
-    rows = csv_rows(path)
+def _of_columns(path: str, image, text, **kw) -> _Part:
+    """A part whose columns are in memory, or mapped into it."""
+
+    def cells(row: int, with_text: bool) -> tuple:
+        return image[row].as_py(), text[row].as_py() if with_text and text is not None else None
+
+    return _Part(path, len(image), text is not None, cells, **kw)
+
+
+def _csv_part(path: str, options: Mapping[str, str]) -> _Part:
+    rows = texts.csv_rows(path)
     header = next(rows, (1, []))[1]
-    image, text = (None if column is None else header.index(column) for column in choose_columns(path, header, options))
-    wanted = [image] if text is None else [image, text]
-    lines, chunks = [], [[] for _ in wanted]
-    while batch := list(itertools.islice(rows, _CHUNK)):
+    wanted = [header.index(column) for column in choose_columns(path, header, options) if column is not None]
+    lines, chunks = [np.zeros(0, np.int64)], [[] for _ in wanted]
+    while batch := list(itertools.islice(rows, _CHUNK_ROWS)):
         lines.append(np.array([line for line, _ in batch], np.int64))
         for chunk, k in zip(chunks, wanted, strict=True):
             cells = [fields[k] if k < len(fields) else None for _, fields in batch]
             chunk.append(pa.array(cells, pa.large_string()))
-    columns = [pa.chunked_array(chunk, pa.large_string()) for chunk in chunks]
-    return _Columns(path, *columns, lines=np.concatenate(lines) if lines else np.zeros(0, np.int64)), text is not None
+    image, text, *_ = [pa.chunked_array(chunk, pa.large_string()) for chunk in chunks] + [None]
+    line = np.concatenate(lines)
+    return _of_columns(path, image, text, place=lambda row: f"line {line[row]}")
 
 
-def _check_type(path: str, column: str, kind: pa.DataType) -> None:
-    names = {field.name for field in kind} if pa.types.is_struct(kind) else set()
-    plain = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    if not (names & {"bytes", "path"} or any(test(kind) for test in plain)):
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _check_images(path: str, column: str, kind: pa.DataType) -> None:
+    """Raises a UserError where a column of this type can hold neither images nor paths."""
+    struct = pa.types.is_struct(kind) and {field.name for field in kind} & {"bytes", "path"}
+    if not (struct or _is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise UserError(
             f"config.data.path: the column {column!r} of {path} holds {kind}, neither encoded images nor paths: name "
             "another one with ?image=COLUMN"
         )
 
 
-def _parquet_part(path: str, options: Mapping[str, str], read_group) -> tuple[Part, bool]:
+def _read_row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+    with files.open_binary(path) as f:
+        return pq.ParquetFile(f).read_row_group(group, columns=list(columns), use_threads=False)
+
+
+def _parquet_part(path: str, options: Mapping[str, str], read_row_group) -> _Part:
     with files.open_binary(path) as f:
         parquet = pq.ParquetFile(f)
-        schema = parquet.schema_arrow
-        columns = image, text = choose_columns(path, schema.names, options)
-        _check_type(path, image, schema.field(image).type)
-        if pa.types.is_string(schema.field(image).type) or pa.types.is_large_string(schema.field(image).type):
-            table = parquet.read(list(filter(None, columns)))
-            return _Columns(path, table[image], table[text] if text else None), text is not None
-        return _RowGroups(path, parquet.metadata, columns, read_group(columns)), text is not None
+        schema, metadata = parquet.schema_arrow, parquet.metadata
+        image, text = choose_columns(path, schema.names, options)
+        columns = tuple(filter(None, (image, text)))
+        _check_images(path, image, schema.field(image).type)
+        if _is_text(schema.field(image).type):
+            table = parquet.read(list(columns))
+            return _of_columns(path, table[image], table[text] if text else None)
+    groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+    ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
+
+    def cells(row: int, with_text: bool) -> tuple:
+        group, local = locate(ends, row)
+        table = read_row_group(path, group, columns)
+        return table[image][local].as_py(), table[text][local].as_py() if with_text and text else None
+
+    largest = max((group.total_byte_size for group in groups), default=0)
+    return _Part(path, metadata.num_rows, text is not None, cells, row_group_bytes=largest)
 
 
-def _arrow_part(path: str, options: Mapping[str, str]) -> tuple[Part, bool]:
-    table = pa.ipc.open_stream(pa.memory_map(path)).read_all()  # No copy: the columns stay in the file.
+def _arrow_part(path: str, options: Mapping[str, str]) -> _Part:
+    # No copy: the columns stay in the file.
+    table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
     image, text = choose_columns(path, table.column_names, options)
-    _check_type(path, image, table.schema.field(image).type)
-    return _Columns(path, table[image], table[text] if text else None), text is not None
+    _check_images(path, image, table.schema.field(image).type)
+    return _of_columns(path, table[image], table[text] if text else None)
 
 
-def _group_reader():
-    """Columns -> (path, row group) -> table; the most recent row groups are kept, whatever their file."""
-
-    @functools.lru_cache(maxsize=_GROUPS)
-    def read(path: str, group: int, columns: tuple) -> pa.Table:
-        with files.open_binary(path) as f:
-            return pq.ParquetFile(f).read_row_group(group, columns=list(filter(None, columns)), use_threads=False)
-
-    return lambda columns: lambda path, group: read(path, group, columns)
-
-
-def _warn_of_large_groups(path: str) -> None:
-    with files.open_binary(path) as f:
-        metadata = pq.read_metadata(f)
-    size = max((metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups)), default=0)
-    if size > _LARGE_GROUP:
-        logger.warning(
-            "%s has row groups of up to %d MB, one of which is read for every image: write it with fewer rows per row "
-            "group, or as a folder of save_to_disk",
-            path,
-            size // 2**20,
-        )
-
-
-def _data_files(path: str, found: Sequence[str]) -> Sequence[str]:
+def _data_files(path: str, arrow_files: Sequence[str]) -> Sequence[str]:
     """The Arrow files of one dataset: those that its state.json lists, without the caches beside them."""
-    folders = sorted({posixpath.dirname(f) for f in found})
+    folders = sorted({posixpath.dirname(f) for f in arrow_files})
     if len(folders) > 1:
         names = listing([posixpath.basename(f) for f in folders], 5)
         raise UserError(f"config.data.path={path!r} holds several datasets ({names}): choose one, e.g. {folders[0]}")
@@ -271,22 +207,24 @@ def _data_files(path: str, found: Sequence[str]) -> Sequence[str]:
         )
     state = posixpath.join(folders[0], "state.json")
     if not files.is_folder(path) or not files.exists(state):
-        return found
+        return arrow_files
     try:
         listed = [entry["filename"] for entry in texts.parse_json(texts.read_text(state), state)["_data_files"]]
         if not all(isinstance(name, str) and name == posixpath.basename(name) and name.strip(".") for name in listed):
             raise ValueError("it lists what is no file of its own folder")
+        if not listed:
+            raise ValueError("it lists no file")
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{state} is no state.json of save_to_disk ({brief(e)}): write the dataset again") from e
     return [posixpath.join(folders[0], name) for name in listed]
 
 
-def open_tables(kind: str, found: Sequence[str], path: str, options: Mapping[str, str], quiet: bool) -> TableSource:
+def open_tables(kind: str, paths: Sequence[str], path: str, options: Mapping[str, str], quiet: bool) -> TableSource:
     """Opens tables of one kind.
 
     Args:
       kind: "csv", "parquet" or "arrow".
-      found: the files, as `files.find` gives them.
+      paths: the files, as `files.find` gives them.
       path: what the user gave, for errors.
       options: "image" and "text": names of columns.
       quiet: do not warn of files that are slow to read.
@@ -295,27 +233,36 @@ def open_tables(kind: str, found: Sequence[str], path: str, options: Mapping[str
       UserError: a file is broken, has no such columns, or the files are of several splits.
     """
     if kind == "arrow":
-        found = _data_files(path, found)
-    splits = {match[1] for f in found if (match := _SPLIT.search(f.removeprefix(path)))}
+        paths = _data_files(path, paths)
+    splits = {match[1] for f in paths if (match := _SPLIT.search(f.removeprefix(path)))}
     if len(splits) > 1 and files.is_folder(path):
         raise UserError(
             f"config.data.path={path!r} holds several splits ({listing(sorted(splits))}): choose the files of one "
             "with a pattern, e.g. 'data/train-*.parquet'"
         )
-    opens = {"csv": _csv_part, "arrow": _arrow_part}
-    opens["parquet"] = functools.partial(_parquet_part, read_group=_group_reader())
-    parts, with_text = [], []
-    for file in found:
+    read_row_group = functools.lru_cache(maxsize=_KEPT_ROW_GROUPS)(_read_row_group)
+    opens = {
+        "csv": _csv_part,
+        "arrow": _arrow_part,
+        "parquet": functools.partial(_parquet_part, read_row_group=read_row_group),
+    }
+    parts = []
+    for file in paths:
         try:
-            part, has_text = opens[kind](file, options)
+            parts.append(opens[kind](file, options))
         except (OSError, pa.ArrowException) as e:
             why = " ".join(str(e).split())[:300]
             raise UserError(f"config.data.path: {file} cannot be read as {kind} ({why}): write it again") from e
-        parts.append(part)
-        with_text.append(has_text)
-    if any(with_text) and not all(with_text):
-        file = parts[with_text.index(False)].path
-        raise UserError(f"config.data.path: {file} has no column with captions, but {len(with_text)} files must agree")
-    if not quiet and any(isinstance(part, _RowGroups) for part in parts):
-        _warn_of_large_groups(found[0])
-    return TableSource(parts, all(with_text))
+    without = [part.path for part in parts if not part.has_text]
+    if 0 < len(without) < len(parts):
+        raise UserError(
+            f"config.data.path: {without[0]} has no column with captions, but {len(parts)} files must agree"
+        )
+    if not quiet and parts and parts[0].row_group_bytes > _LARGE_ROW_GROUP_BYTES:
+        logger.warning(
+            "%s has row groups of up to %d MB, one of which is read for every image: write it with fewer rows per row "
+            "group, or as a folder of save_to_disk",
+            parts[0].path,
+            parts[0].row_group_bytes // 2**20,
+        )
+    return TableSource(parts)

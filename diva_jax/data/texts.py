@@ -1,13 +1,18 @@
-"""Files of text that come with data sets, such as questions, captions and names of classes."""
+"""Files of text that come with data sets, such as tables, questions, captions and names of classes."""
 
+import csv
+import io
+import itertools
 import json
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from diva_jax.common.errors import UserError
-from diva_jax.data.files import open_regular
+from diva_jax.common.errors import UserError, listing
+from diva_jax.data import files
 
-_MOST_BYTES = 2**28
+_MAX_FILE_BYTES = 2**28
+_SEPARATORS = ",\t;|"
 
 
 def is_file(path: str | os.PathLike) -> bool:
@@ -25,9 +30,9 @@ def read_text(path: str | os.PathLike) -> str:
       UserError: it is no regular file, has more than 256 MiB, or is not UTF-8.
     """
     try:
-        with open(path, "rb", opener=open_regular) as f:
-            data = f.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
+        with open(path, "rb", opener=files.open_regular) as f:
+            data = f.read(_MAX_FILE_BYTES + 1)
+        if len(data) > _MAX_FILE_BYTES:
             raise OSError("it has more than 256 MiB")
         return data.decode("utf-8-sig")
     except (OSError, ValueError) as e:
@@ -44,3 +49,38 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where} cannot be read as JSON ({str(e)[:200]}): correct it or fetch it again") from e
+
+
+def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) of each row of a CSV file that is not blank, the header first; local or remote.
+
+    The separator is the one of comma, tab, semicolon and bar that occurs most often in the first line.
+
+    Raises:
+      UserError: the file cannot be read as CSV in UTF-8; names the line.
+    """
+    line = 0
+    try:
+        with files.open_binary(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as f:
+            first = f.readline()
+            reader = csv.reader(itertools.chain([first], f), delimiter=max(_SEPARATORS, key=first.count))
+            for fields in reader:
+                line = reader.line_num
+                if fields:
+                    yield line, fields
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path} cannot be read as a CSV file after line {line} ({e}): write it again") from e
+
+
+def csv_records(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, {column: value}) of each row of a CSV file below its header; cells may be missing at the end.
+
+    Raises:
+      UserError: the file cannot be read, or lacks one of `columns`.
+    """
+    rows = csv_rows(path)
+    _, header = next(rows, (1, []))
+    if missing := [c for c in columns if c not in header]:
+        raise UserError(f"{path} has no column {listing(missing)}: its first row must be {','.join(columns)}")
+    for line, fields in rows:
+        yield line, dict(zip(header, fields, strict=False))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from diva_jax.common.errors import UserError, brief, listing
-from diva_jax.data import tables, texts
+from diva_jax.common.errors import UserError, brief
+from diva_jax.data import texts
 
 # VALSE's annotators who chose the caption and not the foil, of three.
 _MIN_VOTES = 2
@@ -286,13 +286,9 @@ def _csv_items(file: Path) -> Iterable[tuple[str, Any]]:
     The file has the columns item, image, text and right (1: they belong together, 0: they do not); the rows of one item
     have the same text in `item`.
     """
-    lines = tables.csv_rows(str(file))
-    header = next(lines, (1, []))[1]
-    if missing := [c for c in _CSV_COLUMNS if c not in header]:
-        raise UserError(f"{file} has no column {listing(missing)}: its first row must be {','.join(_CSV_COLUMNS)}")
     items: dict[str, tuple[str, dict]] = {}
-    for line, cells in lines:
-        where, row = f"{file}, line {line}", dict(zip(header, cells, strict=False))
+    for line, row in texts.csv_records(str(file), _CSV_COLUMNS):
+        where = f"{file}, line {line}"
         if row.get("right") not in ("0", "1") or not all(row.get(c, "").strip() for c in _CSV_COLUMNS[:3]):
             raise UserError(
                 f"{where}: item, image and text must not be empty, and right must be 0 or 1: correct the row"

@@ -69,7 +69,7 @@ def test_extended_headers(tmp_path, key, value):
     path = tmp_path / "a.tar"
     path.write_bytes(_pax(_record(key, value)))
     began = time.monotonic()
-    for member in tars.scan(str(path)).members:
+    for member in tars.scan(str(path))[0]:
         assert 0 <= member.offset and 0 <= member.size <= path.stat().st_size
     assert time.monotonic() - began < 5
 
@@ -84,7 +84,7 @@ def test_sparse_files_are_not_read_into_memory(tmp_path, size):
         path = tmp_path / f"{kind.decode()}.tar"
         path.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
         os.truncate(path, size + 4096)
-        assert not tars.scan(str(path)).members
+        assert not tars.scan(str(path))[0]
         path.unlink()
     (tmp_path / "a.jpg").touch()
     os.truncate(tmp_path / "a.jpg", size)
@@ -114,17 +114,17 @@ def test_reads_that_fail_for_a_while_are_tried_again(tmp_path, monkeypatch, numb
     """They are no broken images; one that goes on failing is."""
     monkeypatch.setattr(decoding, "_PAUSES", (0.0, 0.0))
     write_shards(tmp_path, 12, 12)
-    read = files.Reader.read
+    read = files.read_range
 
-    def failing(self, path, offset, size):
+    def failing(path, offset, size):
         if left := left_of.setdefault((path, offset), failures):
             left_of[path, offset] = left - 1
             raise OSError(number, "try later")
-        return read(self, path, offset, size)
+        return read(path, offset, size)
 
     left_of: dict = {}
     batches = open_batches(tmp_path, max_broken_share=1.0)
-    monkeypatch.setattr(files.Reader, "read", failing)
+    monkeypatch.setattr(files, "read_range", failing)
     if failures > 2:
         with pytest.raises(RunError, match="not one of the 12 images"):
             next(batches)
@@ -154,7 +154,9 @@ def test_patterns_as_shells_expand_them():
     assert files.expand("a{08..11}.tar") == ["a08.tar", "a09.tar", "a10.tar", "a11.tar"]
     assert files.expand("{2..0}") == ["2", "1", "0"]
     assert files.expand("{x,y}{1..2}") == ["x1", "x2", "y1", "y2"]
-    assert files.expand("{" + "9" * 5000 + "..1}") == ["9" * 5000 + "..1"]
+    for unbalanced in ("a{0..3.tar", "a{" + "9" * 5000 + "..1}"):
+        with pytest.raises(UserError, match="cannot be expanded .*: correct its braces"):
+            files.expand(unbalanced)
 
 
 def bomb(side: int) -> bytes:

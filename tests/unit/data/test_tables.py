@@ -12,7 +12,7 @@ import pytest
 from records import data_config, encoded, tags
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import inputs, pipeline, tables
+from diva_jax.data import inputs, pipeline, tables, texts
 from diva_jax.data.sources import open_source, split_options
 
 COUNT = 23
@@ -202,7 +202,7 @@ def test_separators_and_a_mark_of_byte_order(tmp_path):
     for separator in ",\t;|":
         path = tmp_path / "a.csv"
         path.write_bytes(f"\ufeffimage{separator}caption\n\nx.png{separator}y\n".encode())
-        assert list(tables.csv_rows(str(path))) == [(1, ["image", "caption"]), (3, ["x.png", "y"])]
+        assert list(texts.csv_rows(str(path))) == [(1, ["image", "caption"]), (3, ["x.png", "y"])]
 
 
 def test_patterns(folder):
@@ -228,7 +228,7 @@ def test_large_row_groups_are_told(folder, monkeypatch, caplog):
     path = make(folder, "parquet of bytes")
     open_source(str(path))
     assert not caplog.text
-    monkeypatch.setattr(tables, "_LARGE_GROUP", 10)
+    monkeypatch.setattr(tables, "_LARGE_ROW_GROUP_BYTES", 10)
     open_source(str(path), quiet=True)
     assert not caplog.text
     open_source(str(path))
