@@ -20,6 +20,7 @@ from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.training import compiler, optim, workdirs
 from diva_jax.training.workdirs import WHOLE
+from diva_jax.weights import places
 
 
 def _condition() -> ConfigDict:
@@ -308,10 +309,8 @@ def check_runs(sources: Iterable[str]) -> None:
       UserError: as `check_stored`.
     """
     for source in sources:
-        head, _, tail = source.rpartition(":")
-        workdir = head if tail.isdigit() and workdirs.is_run(head) else source
-        if workdirs.is_run(workdir):
-            check_stored(workdirs.read_config(workdir), workdir)
+        if run := places.as_run(source):
+            check_stored(workdirs.read_config(run[0]), run[0])
 
 
 def check_stored(config: ConfigDict, where: str) -> None:

@@ -2,7 +2,7 @@
 
     python -m diva_jax.export_torch --workdir=runs/vitl14 --out=exports/tuned                   # open_clip
     python -m diva_jax.export_torch --workdir=runs/vitl14 --out=exports/llava --format=hf       # transformers, LLaVA
-    python -m diva_jax.export_torch --source=ViT-L-14.pt --out=exports/openai --format=hf       # a converter
+    python -m diva_jax.export_torch --source=ID_OR_FILE --out=exports/clip --format=hf           # a converter
     python -m diva_jax.export_torch --source=tower.pth --config=configs/vitl14.py --out=… --format=pt
 
 The export is written to a temporary folder, read back and compared tensor by tensor. If the target library is

@@ -12,7 +12,8 @@ from diva_jax.api import configs
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 from diva_jax.evals import evaluator, results
-from diva_jax.training import loop, workdirs
+from diva_jax.training import loop
+from diva_jax.weights import places
 from diva_jax.weights.export import publish
 
 
@@ -110,9 +111,12 @@ def export(
     Raises:
       UserError, RunError: as `export.layouts.export`.
     """
-    source, out, run = os.fspath(source), os.fspath(out), workdirs.is_run(source)
-    if step is not None and not run:
+    source, out = os.fspath(source), os.fspath(out)
+    run = places.as_run(source)
+    if step is not None and run is None:
         raise UserError(f"step={step} is for the workdir of a run, which {source} is not: leave it out")
+    if run is not None:
+        source, step = run[0], run[1] if step is None else step
     checks.check_runs([source])
-    publish.export(source, out, format, dtype, publish.Options(**options), run=run, step=step)
+    publish.export(source, out, format, dtype, publish.Options(**options), run=run is not None, step=step)
     return out

@@ -16,7 +16,7 @@ from diva_jax.evals import Settings, encode, encoders
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.training import sharding, workdirs
-from diva_jax.weights import origins, parts
+from diva_jax.weights import origins, parts, places
 
 Picture = Image.Image | str | os.PathLike | np.ndarray
 
@@ -191,5 +191,5 @@ def load(
       UserError: the source is missing, invalid, or of another architecture than `spec`.
     """
     configs.check_runs([os.fspath(source)])
-    source, step = encoders.resolve(os.fspath(source))
+    source, step, _ = places.find(os.fspath(source), "source")
     return Encoder(source, step, _config(source, step, spec), batch_size, dtype)

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from jax.sharding import Mesh
 
-from diva_jax.common.errors import UserError, listing
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import abstract
 from diva_jax.training import load as loads
 from diva_jax.training import partition, sharding, workdirs
-from diva_jax.weights import loading, names, origins
+from diva_jax.weights import loading, names, origins, places
 
 _KINDS = {"vision": (backbones.build, loading.fill_vision), "text": (Text, loading.fill_text)}
 
@@ -37,20 +36,6 @@ class Encoder:
     params: Mapping[str, jax.Array]
     base: str
     borrowed: str = ""
-
-
-def resolve(source: str) -> tuple[str, int | None]:
-    """`"runs/a:400"` -> ("runs/a", 400), `"runs/a"` -> ("runs/a", its last step), others -> (source, None).
-
-    Raises:
-      UserError: a workdir without this checkpoint, or a source that does not exist.
-    """
-    head, _, tail = source.rpartition(":")
-    path, step = (head, int(tail)) if tail.isdigit() and workdirs.is_run(head) else (source, None)
-    if not workdirs.is_run(path):
-        origins.locate(source, "--weights")
-        return source, None
-    return path, workdirs.choose_step(path, step, f"--weights={source}")
 
 
 def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
@@ -88,8 +73,8 @@ def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
     """Returns the encoder of a run; parameters that the run does not train are those of its initial source."""
     run = workdirs.RunAt.open(source, step)
     spec, wanted = backbones.spec_of(run.config), backbones.spec_of(config)
-    if wrong := [f for f in (*origins.ARCHITECTURE, "image_size") if getattr(spec, f) != getattr(wanted, f)]:
-        raise UserError(f"{source} is a run of another backbone than --config ({listing(wrong)}): give its own config")
+    fields = (*origins.ARCHITECTURE, "image_size")
+    origins.check_same(vars(spec), wanted, fields, f"the run {source}", "config.backbone")
     min_shard, found = run.config.mesh.min_shard, {}
     for kind, arrays in run.towers().items():
         if kind in _KINDS:
@@ -102,7 +87,7 @@ def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
     """Loads the weights of a source onto the mesh.
 
     Args:
-      source, step: a result of `resolve`: a workdir and its step, or a source for `weights.load` and None.
+      source, step: as `places.find` has them: a workdir and its step, or a source for `weights.load` and None.
       config: its backbone must be that of the source; it also has the text tower if the source has none.
       mesh: the devices.
 
@@ -115,31 +100,29 @@ def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
     return Encoder(vision, None, source if _has_text(source) else config.backbone.source, {}, source)
 
 
-def each(
-    given: Sequence[tuple[str, int | None]], labels: Sequence[str], config, mesh: Mesh
-) -> Iterator[tuple[str, Encoder]]:
+def each(given: Sequence[places.Place], labels: Sequence[str], config, mesh: Mesh) -> Iterator[tuple[str, Encoder]]:
     """Yields (label, encoder) for several sources, loaded one at a time.
 
     Sources that are not runs borrow the parameters outside the towers (`visual_proj/...`) that the first run among the
     sources has trained, so that the scores before and after tuning use the same parameters.
 
     Args:
-      given: (source, step) as `resolve` returns them.
+      given: the sources.
       labels: of each.
       config, mesh: as for `load`.
 
     Raises:
       UserError: as `load`.
     """
-    lender = next((i for i, (_, step) in enumerate(given) if step is not None), None)
+    lender = next((i for i, place in enumerate(given) if place.step is not None), None)
     lent: dict[str, jax.Array] = {}
-    if lender is not None and any(step is None for _, step in given):
-        run = workdirs.RunAt.open(*given[lender])
+    if lender is not None and any(place.step is None for place in given):
+        run = workdirs.RunAt.open(given[lender].source, given[lender].step)
         own = set().union(*(run.program.towers.needs(t) for t in run.program.towers.shapes))
         lent = _put({n: a for n, a in run.params.items() if n not in own}, mesh, run.config.mesh.min_shard)
-    for (source, step), label in zip(given, labels, strict=True):
-        found = read(source, step, config, mesh)
-        if lent and step is None:
+    for place, label in zip(given, labels, strict=True):
+        found = read(place.source, place.step, config, mesh)
+        if lent and place.step is None:
             found = dataclasses.replace(found, params=lent, borrowed=labels[lender])
         yield label, found
         del found  # Its memory is free while the next is loaded.

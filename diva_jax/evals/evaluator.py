@@ -17,7 +17,7 @@ from diva_jax.evals.encode import Model, Towers
 from diva_jax.evals.encoders import Encoder
 from diva_jax.models.backbones import spec_of
 from diva_jax.training import sharding
-from diva_jax.weights import parts
+from diva_jax.weights import parts, places
 
 
 def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
@@ -211,13 +211,13 @@ def run(
     """
     mesh, began = sharding.make_mesh(config.mesh), time.perf_counter()
     runner = Evaluator(config, mesh, data)
-    given = [encoders.resolve(source) for source in weights]
-    labels, found = labels_of(*zip(*given, strict=True)), []
+    given = [places.find(source, "--weights") for source in weights]
+    labels, found = labels_of([place.source for place in given], [place.step for place in given]), []
     for label, loaded in encoders.each(given, labels, config, mesh):
         model = runner.model(label, loaded)
         found.append((label, runner.evaluate(model)))
         del loaded, model  # Only one set of weights is on the devices at a time.
     tasks, rows = runner.report(found, dict(zip(weights, labels, strict=True)).get(control, ""))
-    listed = [{"label": n, "source": s, "step": t} for n, (s, t) in zip(labels, given, strict=True)]
+    listed = [{"label": n, "source": s, "step": t} for n, (s, t, _) in zip(labels, given, strict=True)]
     took = {"seconds": round(time.perf_counter() - began, 1)}
     return results.about(config, runner.options) | took | {"weights": listed, "tasks": tasks}, rows

@@ -18,7 +18,7 @@ from diva_jax.models.diffusion.settings import Diffusion, latent_code
 from diva_jax.models.diffusion.text_encoder import TextEncoder
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.objectives import contract
-from diva_jax.weights import origins, parts
+from diva_jax.weights import parts, places
 
 Array = jax.Array
 
@@ -53,7 +53,7 @@ class Objective(contract.Objective):
         d = self.diffusion
 
         def tokenizer():
-            folder = origins.diffusers_folder(d.source) / "tokenizer"
+            folder = places.diffusers_folder(d.source) / "tokenizer"
             return tokenizers.ClipTokenizer(*tokenizers.clip_vocabulary(folder), d.text_tokens)
 
         return {"image": inputs.Image(self.image_size), "caption": inputs.Tokens(d.text_tokens, tokenizer)}

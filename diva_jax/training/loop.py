@@ -104,7 +104,7 @@ class Run:
         compiler.use_cache(config.compile_cache, self.workdir)
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
-        self.program.towers  # noqa: B018 - raises if the towers cannot be exported.
+        self.program.check_exportable()
         self.start = checkpoint.latest_step(self.workdir) or 0
         self.parent = workdirs.Parent.open(init_from) if init_from and not self.start else None
         self.taken = self.parent.matching(self.program.arrays) if self.parent else []

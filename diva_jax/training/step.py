@@ -139,14 +139,12 @@ class Program:
 
     @functools.cached_property
     def towers(self) -> towers.Towers:
-        """What evaluation and export see, as a function of the parameters.
+        """What evaluation and export see, as a function of the parameters."""
+        return towers.Towers(self.skeleton, self.arrays)
 
-        Raises:
-          UserError: the objective's towers are not those of `config.backbone`.
-        """
-        found = towers.Towers(self.skeleton, self.arrays)
-        found.check(backbones.spec_of(self.config))
-        return found
+    def check_exportable(self) -> None:
+        """Raises a UserError where the objective's towers are not those of `config.backbone`."""
+        self.towers.check(backbones.spec_of(self.config))
 
     def active(self, stage: int) -> dict[str, float]:
         """Name -> scale of what a stage trains."""

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 import time
 import zlib
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from diva_jax.common.fields import flatten
 from diva_jax.common.log import say
 from diva_jax.training import checkpoint, load, optim, towers
 from diva_jax.training.step import Program
+from diva_jax.weights import places
 
 # Fields that may differ when a run is resumed, because none of them affects what is learned.
 RESUMABLE = (
@@ -149,12 +149,6 @@ def check_sources(there: dict, here: dict) -> None:
         )
 
 
-def is_run(path: epath.PathLike) -> bool:
-    """Whether a folder is the workdir of a run that has saved a checkpoint."""
-    path = paths.folder(path, "--weights")
-    return (path / "config.json").exists() and (path / "checkpoints").is_dir()
-
-
 def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict:
     """The config that a run wrote into its workdir.
 
@@ -227,9 +221,9 @@ class Parent:
         Raises:
           UserError: no run, no checkpoint, or no such step.
         """
-        workdir, step = re.fullmatch(r"(.*?)(?::(\d+))?", text).groups()
+        workdir, step = places.split_step(text)
         where = paths.folder(workdir, field)
-        step = choose_step(where, int(step) if step else None, f"{field}={text}")
+        step = choose_step(where, step, f"{field}={text}")
         with checkpoint.Checkpoints(where, read_only=True) as checkpoints:
             shapes = {n: tuple(a.shape) for n, a in checkpoints.trained(step).items()}
         return cls(str(paths.absolute(where)), step, shapes, checkpoint.identity(where, step))
@@ -337,6 +331,7 @@ class RunAt:
         Raises:
           UserError: weights that the run began with are gone, or are not the same files.
         """
+        self.program.check_exportable()
         wanted = list(self.program.towers.shapes if wanted is None else wanted)
         needed = set().union(*(self.program.towers.needs(t) for t in wanted)) - set(self.params)
         record = self._restored[1].get("init_from", {})

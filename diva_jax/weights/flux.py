@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from diva_jax.common.errors import UserError, brief
+from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
-from diva_jax.weights import diffusers, names, origins, readers
+from diva_jax.weights import diffusers, names, origins, places, readers
 from diva_jax.weights.parts import Opened, Part
 from diva_jax.weights.tensors import Tensor, Tensors
 
@@ -55,8 +55,8 @@ def with_matrices(tensors: Tensors) -> Tensors:
 
 
 def _open(source: str, config: FluxVAEConfig, field: str) -> tuple[Tensors, names.Table]:
-    at = origins.locate(source, f"{field}.source")
-    at = at if isinstance(at, Path) else origins._hub(at, f"{field}.source", [FILE])
+    at = places.locate(source, f"{field}.source")
+    at = at if isinstance(at, Path) else places.download(at, f"{field}.source", [FILE])
     if at.is_dir() and (at / FILE).is_file():
         at = at / FILE
     if at.is_file():
@@ -64,14 +64,8 @@ def _open(source: str, config: FluxVAEConfig, field: str) -> tuple[Tensors, name
     folder = at / "vae" if (at / "vae").is_dir() else at
     if not (folder / "config.json").is_file():
         raise UserError(f"{field}.source={source!r} has neither {FILE} nor a diffusers folder vae: give one of them")
-    there = FluxVAEConfig.from_dict(readers.read_json(folder / "config.json"))
-    wrong = [
-        f"{k} is {brief(v)} there and {getattr(config, k)!r} here"
-        for k, v in vars(there).items()
-        if v != getattr(config, k)
-    ]
-    if wrong:
-        raise UserError(f"{folder} is of another architecture than {field}: {'; '.join(wrong)}")
+    there = vars(FluxVAEConfig.from_dict(readers.read_json(folder / "config.json")))
+    origins.check_same(there, config, there, str(folder), field)
     return readers.weights_in(folder, "diffusion_pytorch_model"), diffusers.VAE
 
 

@@ -1,13 +1,12 @@
 """Loads weights from any source into one model; `training.load` does so for a whole training program."""
 
-import dataclasses
 import functools
 from pathlib import Path
 
 import jax.numpy as jnp
 from flax import nnx
 
-from diva_jax.common.errors import UserError, brief
+from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
@@ -17,7 +16,7 @@ from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
-from diva_jax.weights import clip, diffusers, names, origins, readers, resample
+from diva_jax.weights import clip, diffusers, names, origins, places, readers, resample
 from diva_jax.weights.tensors import Tensors
 
 # Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).
@@ -52,17 +51,10 @@ def check_text(source: origins.ClipSource, spec: Spec) -> None:
     require_text(spec)
     if "token_embedding.weight" not in source.tensors and "text.token_embedding.weight" not in source.tensors:
         raise UserError(f"{source.where} contains only a vision tower: give the checkpoint of the whole model")
-    if source.spec is None:
-        return
-    there, here = source.spec.text, spec.text
-    free = {"kept_positions"} | ({"context_length"} if here.kept_positions >= 0 else set())
-    wrong = [
-        f"{f.name} is {getattr(there, f.name)!r} there and {getattr(here, f.name)!r} in the config"
-        for f in dataclasses.fields(here)
-        if getattr(there, f.name) != getattr(here, f.name) and f.name not in free
-    ]
-    if wrong:
-        raise UserError(f"{source.where} has another text tower than config.backbone.text: {'; '.join(wrong)}")
+    if source.spec is not None:
+        free = {"kept_positions"} | ({"context_length"} if spec.text.kept_positions >= 0 else set())
+        stated = vars(source.spec.text)
+        origins.check_same(stated, spec.text, stated.keys() - free, source.where, "config.backbone.text")
 
 
 def fill_text(source: origins.ClipSource, spec: Spec, state, put=None):
@@ -91,14 +83,8 @@ def open_diffusers(folder: Path, config, field: str = "") -> Tensors:
     """
     part, _, _, stems = _SD[type(config)]
     folder = folder / part if (folder / part).is_dir() else folder
-    there = type(config).from_dict(readers.read_json(folder / "config.json"))
-    wrong = [
-        f"{k} is {brief(v)} there and {getattr(config, k)!r} in the config"
-        for k, v in vars(there).items()
-        if getattr(config, k) != v
-    ]
-    if wrong:
-        raise UserError(f"{folder} is of another architecture than {field or part}: {'; '.join(wrong)}")
+    there = vars(type(config).from_dict(readers.read_json(folder / "config.json")))
+    origins.check_same(there, config, there, str(folder), field or part)
     return readers.weights_in(folder, *stems)
 
 
@@ -112,13 +98,7 @@ def check_schedule(folder: Path, config: ScheduleConfig) -> None:
     if not path.is_file():
         return
     there = vars(ScheduleConfig.from_dict(readers.read_json(path)))
-    if wrong := [
-        f"{k} is {v!r} there and {getattr(config, k)!r} here" for k, v in there.items() if getattr(config, k) != v
-    ]:
-        raise UserError(
-            f"{path} is of another noise schedule than config.diffusion.scheduler: {'; '.join(wrong)}; set the fields "
-            "to those of the source"
-        )
+    origins.check_same(there, config, there, str(path), "config.diffusion.scheduler")
 
 
 def fill_diffusers(tensors: Tensors, config, state, put=None):
@@ -143,8 +123,8 @@ def load(
     """Returns a model with the weights of a source, written by any of the supported libraries.
 
     Args:
-      source: for a Spec an open_clip file or folder, OpenAI's archive, a transformers CLIPModel or SiglipModel
-        folder, a vision tower's state dict, or a hub id; for the others a diffusers folder or hub id.
+      source: for a Spec an open_clip file or folder, a transformers CLIPModel or SiglipModel folder, a vision tower's
+        state dict, a hub id, or WORKDIR[:STEP] of a run; for the others a diffusers folder or hub id.
       spec: a `backbones.Spec`, or a UNetConfig, VAEConfig or TextEncoderConfig.
       tower: "vision" or "text", for a Spec.
       dtype, param_dtype: the dtypes of computations and of the weights.
@@ -169,6 +149,6 @@ def load(
     _, model, _, _ = _SD[type(spec)]
     if model is UNet:
         kw["remat"] = remat
-    folder = origins.diffusers_folder(source)
+    folder = places.diffusers_folder(source)
     graph, state = abstract(functools.partial(model, spec))
     return nnx.merge(graph, fill_diffusers(open_diffusers(folder, spec), spec, state, put))

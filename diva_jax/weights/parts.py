@@ -13,7 +13,7 @@ from diva_jax.data import tokenizers
 from diva_jax.models.backbones import Spec, TextSpec
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
-from diva_jax.weights import loading, origins, readers
+from diva_jax.weights import loading, origins, places, readers
 from diva_jax.weights.prompt import encode_prompt
 
 # (path, array in our layout and dtype, required shape and dtype) -> array on a device, or on the host.
@@ -101,7 +101,7 @@ def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None 
     """
 
     def opened():
-        folder = origins.diffusers_folder(source)
+        folder = places.diffusers_folder(source)
         tensors = loading.open_diffusers(folder, config, field)
         if scheduler is not None:
             loading.check_schedule(folder, scheduler)
@@ -122,7 +122,7 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
     """
 
     def opened():
-        folder = origins.diffusers_folder(source)
+        folder = places.diffusers_folder(source)
         tensors = loading.open_diffusers(folder, config, "config.diffusion.text_encoder")
 
         def fill(state, put):
@@ -148,7 +148,7 @@ def embedding_statistics(source: str) -> Part:
     """
 
     def opened():
-        folder = origins.diffusers_folder(source) / "image_normalizer"
+        folder = places.diffusers_folder(source) / "image_normalizer"
         tensors = readers.weights_in(folder, "diffusion_pytorch_model")
 
         def fill(state, put):

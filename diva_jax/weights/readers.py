@@ -63,14 +63,13 @@ def check_regular(path: Path) -> None:
 
 
 def open_file(path: Path) -> Tensors:
-    """Opens one file: safetensors, a torch pickle, or a TorchScript archive.
+    """Opens one file: safetensors, or a state dict that PyTorch has saved.
 
     Args:
       path: a local file.
 
     Returns:
-      Name -> lazy tensor. The file is read when a tensor's values are requested, except for torch pickles, whose
-      header is read with torch.
+      Name -> lazy tensor, whose values are read when they are requested.
 
     Raises:
       UserError: the file is missing, truncated or of another format, or it needs torch and torch is not installed.
@@ -83,10 +82,9 @@ def open_file(path: Path) -> Tensors:
         raise UserError(f"{path} cannot be read ({e.strerror}): give a file of weights") from e
     if start[8:9] == b"{":
         return Tensors(_safetensors(path), [path])
-    if start.startswith(b"PK\x03\x04"):
-        return Tensors(pickles.zip_archive(path), [path])
-    if start.startswith(b"\x80"):
-        return Tensors(pickles.state_dict(path), [path])
+    zipped = start.startswith(b"PK\x03\x04")
+    if zipped or start.startswith(b"\x80"):
+        return Tensors(pickles.state_dict(path, zipped), [path])
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a git-lfs pointer and not the file itself: run git lfs pull")
     raise UserError(
@@ -175,7 +173,7 @@ def fingerprint(files: list[Path]) -> str:
     """Returns the SHA-256 of the concatenated SHA-256 digests of `files`, in order, as 64 hex digits."""
 
     def digest(path: Path) -> bytes:
-        with open(path, "rb") as f:
+        with path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").digest()
 
     with ThreadPoolExecutor(4) as pool:

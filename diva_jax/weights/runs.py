@@ -1,13 +1,13 @@
 """A checkpoint of a run as a source of weights: the tuned towers, and the rest of the initial model."""
 
-import dataclasses
 import json
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
 from flax import nnx
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
@@ -17,7 +17,7 @@ from diva_jax.weights import clip, names, origins, readers
 from diva_jax.weights.tensors import Tensors
 
 
-def in_open_clip_names(towers: dict[str, dict], spec: Spec) -> dict[str, np.ndarray]:
+def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, np.ndarray]:
     """Converts towers of an objective to open_clip's names and layouts.
 
     Args:
@@ -39,35 +39,38 @@ def in_open_clip_names(towers: dict[str, dict], spec: Spec) -> dict[str, np.ndar
     return out
 
 
-def run_source(workdir: epath.PathLike, step: int | None = None) -> tuple[origins.ClipSource, dict]:
-    """Returns the tuned model of a run, with both towers.
+def open_run(workdir: epath.PathLike, step: int | None = None) -> origins.ClipSource:
+    """Opens the tuned model of a run, with both towers.
 
     Args:
       workdir: the workdir of the run.
       step: the step of a checkpoint; default the last one.
 
     Returns:
-      (source, provenance: {"workdir", "step", "config", "sources", "base", "tuned"}).
+      The source. Its `run` has the workdir, the step, the config, the files of each pretrained part ("sources"), the
+      source of the initial weights ("base") and the names of the tuned towers ("tuned"). Its files are those of the
+      initial weights, and the description of the checkpoint with the checksums of its arrays.
 
     Raises:
       UserError: there is no run, checkpoint or such step, or the initial weights are missing or have changed.
     """
-    from diva_jax.training import workdirs  # The layer above: what a run has trained is known there.
+    from diva_jax.training import workdirs  # The layer above, which only a run needs.
 
     run = workdirs.RunAt.open(workdir, step)
     spec = backbones.spec_of(run.config)
     base = origins.open_source(spec.source, "config.backbone.source")
-    found = readers.fingerprint(base.files)
+    sha256 = readers.fingerprint(base.files)
     for prefix, part in run.program.objective.pretrained().items():
         began = run.sources.get(prefix)
-        if part.source == spec.source and began and began["sha256"] != found:
+        if part.source == spec.source and began and began["sha256"] != sha256:
             raise UserError(
-                f"{base.where} is not the checkpoint that the run began with (sha256 {found[:12]}, "
+                f"{base.where} is not the checkpoint that the run began with (sha256 {sha256[:12]}, "
                 f"{began['sha256'][:12]} expected): put {listing(began['source'])} back"
             )
     towers = run.towers()
-    tensors = Tensors({**base.tensors, **in_open_clip_names(towers, spec)}, base.files)
-    provenance = dict(
+    described = paths.folder(workdir, "--workdir") / "checkpoints" / str(run.step) / "meta"
+    files = [*base.files, *sorted(described.iterdir())]
+    record = dict(
         workdir=str(workdir),
         step=run.step,
         config=json.loads(run.config.to_json()),
@@ -75,26 +78,11 @@ def run_source(workdir: epath.PathLike, step: int | None = None) -> tuple[origin
         base=base.where,
         tuned=sorted(towers),
     )
-    where = f"{workdir}, step {run.step}"
-    return origins.ClipSource(where, "checkpoint", tensors, spec, tokenizer=base.tokenizer), provenance
-
-
-def opened(source: str) -> origins.ClipSource | None:
-    """WORKDIR or WORKDIR:STEP as a source of weights; None for other sources.
-
-    Its files are those of the initial weights, and the description of the checkpoint with the checksums of its arrays.
-    """
-
-    def holds_run(path: str) -> bool:
-        where = Path(path).expanduser()
-        return (where / "config.json").is_file() and (where / "checkpoints").is_dir()
-
-    head, _, tail = source.rpartition(":")
-    path, step = (head, int(tail)) if tail.isdigit() and head and holds_run(head) else (source, None)
-    if not holds_run(path):
-        return None
-    found, provenance = run_source(path, step)
-    described = Path(path).expanduser() / "checkpoints" / str(provenance["step"]) / "meta"
-    files = [*found.tensors.files, *sorted(f for f in described.rglob("*") if f.is_file())]
-    spec = dataclasses.replace(found.spec, source=source)
-    return dataclasses.replace(found, tensors=Tensors(dict(found.tensors), files), spec=spec)
+    return origins.ClipSource(
+        f"{workdir}, step {run.step}",
+        "checkpoint",
+        Tensors({**base.tensors, **in_open_clip_names(towers, spec)}, files),
+        spec,
+        tokenizer=base.tokenizer,
+        run=record,
+    )

@@ -126,7 +126,7 @@ def _fill(name: str, out: Path, folder: Path) -> None:
 
     workdir = out / "runs" / name
     if STAGES[name].objective == "clip":
-        source, _ = runs.run_source(str(workdir))
+        source = runs.open_run(str(workdir))
         writers.write_open_clip(folder, models.rounded(source.tensors), to_open_clip(models.SPEC))
         vocabulary.write(folder, captions.WORDS, models.TOKENS)
         return

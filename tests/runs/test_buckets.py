@@ -21,8 +21,8 @@ from processes import STEPS, finish, start_all
 
 from diva_jax.common import paths
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.evals import encoders
 from diva_jax.training import checkpoint
+from diva_jax.weights import places
 
 
 class Handler(emulator.RequestHandler):
@@ -99,8 +99,8 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
         assert list((workdir / folder).iterdir()), folder
     assert list((workdir / "cache").glob("tar_index_*"))
 
-    assert encoders.resolve(f"{workdir}:{saved}") == (str(workdir), saved)
-    assert encoders.resolve(str(workdir)) == (str(workdir), STEPS)
+    for source, step in ((f"{workdir}:{saved}", saved), (str(workdir), STEPS)):
+        assert places.find(source, "--weights")[:2] == (str(workdir), step)
     commands.succeed("export_torch", f"--workdir={workdir}", f"--out={tmp_path / 'tuned'}")
     assert (tmp_path / "tuned" / "open_clip_model.safetensors").exists()
     commands.succeed("report", workdir)

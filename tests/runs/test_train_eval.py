@@ -19,6 +19,7 @@ from diva_jax.report import training
 from diva_jax.report.inputs import read
 from diva_jax.training import checkpoint, metrics, sharding
 from diva_jax.training.loop import Run
+from diva_jax.weights import places
 
 TOTAL = 5
 
@@ -131,7 +132,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     mesh = sharding.make_mesh(c.mesh)
     tasks = {"feedback": c.eval.data[0].removeprefix("feedback=")}
     run = evaluator.Evaluator(c, mesh, tasks)
-    given = [encoders.resolve(source) for source in (f"{files}/clip", str(ran))]
+    given = [places.find(source, "--weights") for source in (f"{files}/clip", str(ran))]
     found = []
     for label, loaded in encoders.each(given, ["clip", "tuned"], c, mesh):
         found.append((label, run.evaluate(run.model(label, loaded))))
@@ -149,7 +150,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     assert not any("projection" in note for note in by_label["tuned"]["notes"])
     (comparison,) = results["feedback"]["comparisons"]
     assert comparison["scores"]["gap_other"]["difference"] != 0
-    bare = run.tasks["feedback"].evaluate(run.model("clip", encoders.read(*given[0], c, mesh)))
+    bare = run.tasks["feedback"].evaluate(run.model("clip", encoders.read(*given[0][:2], c, mesh)))
     assert "these weights have no visual_proj: the random one of config.seed=0 is used" in bare.results["notes"]
 
 

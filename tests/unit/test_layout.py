@@ -14,8 +14,8 @@ ORDER = (
     "common", "models", "costs", "data", "weights", "objectives", "training", "evals", "config", "report",
     "training.loop", "api", "world",
 )  # fmt: skip
-# The exception: weights opens runs, which it imports where a source is one, inside a function.
-LATE = {"weights/runs.py": {"training"}}
+# The exception: a source of weights may be a run; what opens it is imported then, inside a function.
+LATE = {"weights/places.py": {"training"}, "weights/runs.py": {"training"}}
 COMMANDS = ("main", "evaluate", "export_torch", "cache_latents", "aot", "demo")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -53,7 +53,7 @@ def card(
       spec: the backbone.
       fmt: the format, "open_clip", "hf" or "pt".
       dtype: the dtype of the exported weights.
-      provenance: the provenance from `runs.run_source`, or None for a conversion.
+      provenance: the `run` of a source, or None for a conversion.
       notes: sentences about the export itself, such as what it lacks.
       path: the folder of the export, for the lines that load it.
       hub: the hub repository that it is pushed to, which then takes the place of `path`.

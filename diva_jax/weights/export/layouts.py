@@ -176,7 +176,7 @@ def export(
     """Writes `source` in one of `FORMATS` to the folder `out`, which appears when it is complete and verified.
 
     Args:
-      source: the weights, from `origins.open_source` or `runs.run_source`.
+      source: the weights, from `origins.open_source` or `runs.open_run`.
       spec: the exported backbone.
       out: a folder that does not exist or is empty.
       fmt: one of `FORMATS`.

@@ -11,7 +11,7 @@ from diva_jax.common import paths
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.log import say
 from diva_jax.models.backbones import Spec
-from diva_jax.weights import origins, runs, writers
+from diva_jax.weights import origins, places, runs, writers
 from diva_jax.weights.export import cards, layouts, vocabulary
 
 
@@ -32,15 +32,6 @@ class Options:
     results: str = ""
     push_to_hub: str = ""
     tokenizer: str = ""
-
-
-def _hub_id(source: str) -> str:
-    """Returns the hub id that a source of weights names; "" if it is a file or folder."""
-    try:
-        found = origins.locate(source, "source")
-    except UserError:
-        return ""
-    return found if isinstance(found, str) else ""
 
 
 def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:
@@ -160,13 +151,12 @@ def export(
     writers.refuse_taken(out)
     if options.push_to_hub:
         _check_hub(options.push_to_hub)
-    if run:
-        opened, provenance = runs.run_source(source, step)
-        spec, step = opened.spec, provenance["step"]
+    opened = runs.open_run(source, step) if run else origins.open_source(source)
+    spec = spec or opened.described(source)
+    provenance, began = opened.run, source
+    if provenance:
+        source, step = provenance["workdir"], provenance["step"]
         began = provenance["config"]["backbone"]["source"]
-    else:
-        opened, provenance, began = origins.open_source(source), None, source
-        spec = spec or opened.described(source)
     if options.tokenizer:
         opened = vocabulary.add(opened, spec, options.tokenizer)
     note = vocabulary.note(opened, spec, fmt)
@@ -180,7 +170,7 @@ def export(
         path=str(out),
         hub=options.push_to_hub,
         license=options.license,
-        base_model=options.base_model or _hub_id(began),
+        base_model=options.base_model or places.hub_id(began),
         scores=scores_of(options.results, source, step) if options.results else None,
     )
     layouts.export(opened, spec, out, fmt, dtype=dtype, card=card)

@@ -11,7 +11,8 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models.backbones import Spec
 from diva_jax.weights import writers
-from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
+from diva_jax.weights.origins import ClipSource
+from diva_jax.weights.places import TOKENIZER_FILES
 
 # Kind of tokenizer -> sets of files, each of which suffices for transformers.
 _SUFFICIENT = {

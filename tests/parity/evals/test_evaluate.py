@@ -21,7 +21,7 @@ from specs import EVAL_CLIP as CLIP
 from diva_jax.common.errors import UserError
 from diva_jax.evals import encoders, evaluator, results
 from diva_jax.training import checkpoint, sharding, workdirs
-from diva_jax.weights import origins, readers
+from diva_jax.weights import origins, places, readers
 from diva_jax.weights.writers import write_safetensors
 
 TASKS = ("mmvp", "zeroshot", "retrieval", "drift")
@@ -99,7 +99,7 @@ def run(config, data, sources, devices: int):
     runner = evaluator.Evaluator(config, mesh, data)
     found = []
     for source in sources:
-        path, step = encoders.resolve(str(source))
+        path, step, _ = places.find(str(source), "--weights")
         loaded = encoders.read(path, step, config, mesh)
         label = evaluator.labels_of([path], [step])[0]
         found.append((label, runner.evaluate(runner.model(label, loaded))))
@@ -214,8 +214,8 @@ def test_the_other_tasks_on_any_devices(other_data, base, workdir, tmp_path):
 def test_a_checkpoint_is_what_was_saved(config, workdir, base):
     """The trained block is that of the checkpoint, the rest that of the source."""
     mesh = sharding.make_mesh(config.mesh)
-    path, step = encoders.resolve(str(workdir))
-    assert step == 5 and encoders.resolve(f"{workdir}:2") == (str(workdir), 2)
+    path, step, _ = places.find(str(workdir), "--weights")
+    assert step == 5 and places.find(f"{workdir}:2", "--weights")[:2] == (str(workdir), 2)
     found = encoders.read(path, step, config, mesh)
     source = encoders.read(str(base), None, config, mesh)
     program = small.program(workdirs.read_config(workdir))
@@ -326,16 +326,16 @@ def test_data_and_labels():
 
 def test_wrong_steps_and_backbones_are_refused(workdir, config, tmp_path):
     with pytest.raises(UserError, match="--weights=.*:3 has no checkpoint in .*: use one of 2, 5"):
-        encoders.resolve(f"{workdir}:3")
+        places.find(f"{workdir}:3", "--weights")
     with pytest.raises(UserError, match="--weights='.*/none' does not exist"):
-        encoders.resolve(str(tmp_path / "none"))
+        places.find(str(tmp_path / "none"), "--weights")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        encoders.resolve(str(tmp_path))
+        places.find(str(tmp_path), "--weights")
     other = eval_config(CLIP, workdir)
     other.backbone.width = 60
-    with pytest.raises(UserError, match="is a run of another backbone than --config .width.: give its own"):
+    with pytest.raises(UserError, match="the run .* than config.backbone: width is 48 there and 60 in"):
         encoders.read(str(workdir), 5, other, sharding.make_mesh(other.mesh))
 
 

@@ -164,7 +164,7 @@ def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
     for name, array in at.params.items():
         np.testing.assert_array_equal(array, want["ema"][name], err_msg=name)
         assert not np.array_equal(array, want["params"][name]), name
-    source, _ = runs.run_source(whole)
+    source = runs.open_run(whole)
     name = "visual.proj"
     np.testing.assert_array_equal(source.tensors[name], np.asarray(want["ema"]["vision/proj/matrix"]))
     assert backbones.spec_of(at.config) == source.spec

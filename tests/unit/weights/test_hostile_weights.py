@@ -2,8 +2,6 @@
 
 import json
 import os
-import pickle
-import resource
 import zipfile
 
 import archives
@@ -42,56 +40,11 @@ def refused(path, match: str) -> None:
         _ = {n: np.array(t) for n, t in readers.open_file(path).items()}
 
 
-def test_what_is_right_is_read(tmp_path):
-    found = outcome(archives.write(tmp_path / "a.pt", *archives.dense(ARRAYS)))
-    assert found.keys() == ARRAYS.keys()
-    for name, array in ARRAYS.items():
-        np.testing.assert_array_equal(found[name], array)
-
-
-def _wild(rng, field: str, good):
-    """A wrong number in place of `good`."""
-    extreme = [-1, -(2**40), 2**31, 2**62, 2**70, 10**9, 0.5, float("nan"), "x"]
-    near = [] if isinstance(good, list) else [good + 1, good - 1, good + int(rng.integers(1, 1000))]
-    one = lambda: (near + extreme)[rng.integers(len(near + extreme))]  # noqa: E731
-    if not isinstance(good, list):
-        return one()
-    changed = list(good)
-    if rng.integers(4) == 0:
-        return changed + [3] * int(rng.integers(1, 40))
-    changed[rng.integers(len(changed))] = [*extreme, 6, 100][rng.integers(len(extreme) + 2)]
-    return changed
-
-
-@pytest.mark.parametrize("field", ["count", "offset", "shape", "strides", "key", "storage"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_no_value_comes_from_outside_the_file(tmp_path, field, seed):
-    """Whatever a TorchScript archive says of its tensors: it is refused, or all values are those of its storage."""
-    rng = np.random.default_rng((seed, len(field)))
-    for case in range(12):
-        said = {"key": "0", "kind": "FloatStorage", "count": 15, "offset": 0, "shape": [3, 5], "strides": [5, 1]}
-        data = ARRAYS["weight"].tobytes()
-        if field == "key":
-            said["key"] = ["1", "../0", "0/../../x", "", "0\x00"][rng.integers(5)]
-        elif field == "storage":
-            data = data[: rng.integers(0, 60)]
-        else:
-            said[field] = _wild(rng, field, said[field])
-        found = outcome(
-            archives.write(
-                tmp_path / f"{case}.pt", archives.pickled(archives.module({"w": archives.tensor(**said)})), {"0": data}
-            )
-        )
-        if found is not None:
-            assert set(found["w"].ravel().tolist()) <= set(range(15)), said
-
-
-@pytest.mark.parametrize("kind", ["archive", "safetensors"])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_changed_bytes(tmp_path, kind, seed):
+def test_changed_bytes(tmp_path, seed):
     """A few changes of bytes anywhere: refused, or read as arrays of the same size."""
     good = tmp_path / "good"
-    archives.write(good, *archives.dense(ARRAYS)) if kind == "archive" else save_file(ARRAYS, good)
+    save_file(ARRAYS, good)
     data, rng = good.read_bytes(), np.random.default_rng(seed)
     for case in range(25):
         changed = mutations.damaged(rng, data, most=3)
@@ -101,54 +54,21 @@ def test_changed_bytes(tmp_path, kind, seed):
         assert found is None or sum(a.nbytes for a in found.values()) <= len(changed)
 
 
-def test_pickles_that_need_much_memory_or_never_end(tmp_path):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cases = {
-        "memo": b"\x80\x02}r\xff\xff\xff\x7f.",
-        "object of number": b"\x80\x02}p2000000000\n.",
-    }
-    for i, data in enumerate(cases.values()):
-        assert outcome(archives.write(tmp_path / f"{i}.pt", data, {})) is None
-    # Each module has the next one twice: 2^60 paths, in a file of a few kilobytes.
-    inner = archives.module({})
-    for i in range(60):
-        inner = archives.module({"a": inner + b"q" + bytes([i]), "b": b"h" + bytes([i])})
-    refused(archives.write(tmp_path / "twice.pt", archives.pickled(inner), {}), "nested without end")
-    inner = archives.module({})
-    for _ in range(3000):
-        inner = archives.module({"a": inner})
-    refused(archives.write(tmp_path / "deep.pt", archives.pickled(inner), {}), "nested without end|corrupt")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # Less than 1 GiB more.
-
-
-def test_a_module_cannot_change_what_comes_after_it(tmp_path):
-    """Attributes set on the class of a module do not outlive the file."""
-    data = b"\x80\x02" + b"c__torch__\nM\n" + b"N}(" + archives._text("planted") + b"K\x01u\x86b."
-    outcome(archives.write(tmp_path / "a.pt", data, {}))
-    from diva_jax.weights import pickles
-
-    assert not hasattr(pickles._Module, "planted")
-
-
 def test_archives_that_unpack_to_much_more(tmp_path):
-    attributes = {"w": archives.tensor("0", "FloatStorage", 10, 0, [10], [1])}
-    content = archives.pickled(archives.module(attributes))
+    content = archives.state_dict({"w": archives.tensor("0", 10, 0, [10], [1])})
     refused(archives.write(tmp_path / "a.pt", content, {"0": bytes(2**29)}, zipfile.ZIP_DEFLATED), "declare")
-    refused(archives.write(tmp_path / "b.pt", content + bytes(2**27), {}, zipfile.ZIP_DEFLATED), "at most are allowed")
+    refused(archives.write(tmp_path / "b.pt", content + bytes(2**27), {}, zipfile.ZIP_DEFLATED), "in a pickle")
+    data = bytearray(archives.write(tmp_path / "c.pt", content, {"0": bytes(40)}).read_bytes())
+    data[data.rindex(b"a/data/0") - 22 : data.rindex(b"a/data/0") - 18] = (2**31).to_bytes(4, "little")
+    (tmp_path / "c.pt").write_bytes(data)
+    refused(tmp_path / "c.pt", "declare")
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_other_calls_than_those_of_tensors(tmp_path, seed):
-    """No global of any module is called, whatever its name."""
-    rng = np.random.default_rng(seed)
-    modules = ["os", "builtins", "posix", "subprocess", "numpy", "torch", "torch._utils", "collections", "diva_jax"]
-    targets = ["mkdir", "eval", "exec", "getattr", "system", "Popen", "load", "_rebuild_tensor", "deque", "__import__"]
-    for case in range(20):
-        module, name = modules[rng.integers(len(modules))], targets[rng.integers(len(targets))]
-        call = b"\x80\x02" + f"c{module}\n{name}\n".encode() + b"(" + archives._text(str(tmp_path / "ran")) + b"tR."
-        refused(archives.write(tmp_path / f"{case}.pt", call, {}), "which is not part of a CLIP archive")
-    assert not (tmp_path / "ran").exists()
-    (tmp_path / "p.pt").write_bytes(pickle.dumps(os.getcwd))
+def test_torchscript_is_refused_with_the_way_to_convert_it(tmp_path):
+    """Not opened, whatever is in it; torch is not needed to say so."""
+    with zipfile.ZipFile(archives.write(tmp_path / "ViT-L-14.pt", b"", {}), "a") as archive:
+        archive.writestr("a/code/__torch__.py", "")
+    refused(tmp_path / "ViT-L-14.pt", r"hf-hub:timm/vit_large_patch14_clip_224.openai.*torch.save\(torch.jit.load\(")
 
 
 INDEXES = [

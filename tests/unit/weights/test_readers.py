@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diva_jax.common.errors import UserError
 from diva_jax.training import load
-from diva_jax.weights import names, origins, readers, writers
+from diva_jax.weights import names, origins, places, readers, writers
 
 
 def read_all(path):
@@ -34,16 +34,16 @@ def test_missing_shard(tmp_path):
 @pytest.mark.parametrize("source", ["stabilityai/stable-diffusion-2-1-base", "hf-hub:stabilityai/stable-diffusion-2-1"])
 def test_the_removed_repository_is_named(source):
     with pytest.raises(UserError, match=r"removed in November 2025: set config.diffusion.source to a mirror"):
-        origins.diffusers_folder(source)
+        places.diffusers_folder(source)
 
 
 def test_a_local_folder_of_the_removed_name_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stabilityai/stable-diffusion-2-1-base").mkdir(parents=True)
-    assert origins.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
+    assert places.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
 
 
-@pytest.mark.parametrize("find", [origins.diffusers_folder, origins.open_source])
+@pytest.mark.parametrize("find", [places.diffusers_folder, origins.open_source])
 def test_places_that_are_not_there(find, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source, match in (
@@ -60,7 +60,7 @@ def test_places_that_are_not_there(find, monkeypatch):
 
 def test_a_mistyped_path_does_not_ask_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(origins, "_hub", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(places, "download", lambda *_: pytest.fail("the hub was asked"))
     (tmp_path / "weights" / "clip").mkdir(parents=True)
     with pytest.raises(UserError, match="config.x.source='weights/clpi' does not exist in the folder weights"):
         origins.open_source("weights/clpi", "config.x.source")

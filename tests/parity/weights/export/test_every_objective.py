@@ -107,7 +107,7 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
     trained = jax.jit(lambda a, x: p.skeleton.merge(a).vision.encode(x).pooled)({**rest, **params}, view)
     assert relative_error(want, trained) < 2e-5
 
-    found, _ = runs.run_source(tmp_path / "run")
+    found = runs.open_run(tmp_path / "run")
     for fmt in ("open_clip", "hf"):
         layouts.export(found, found.spec, tmp_path / fmt, fmt, run=False)
     model, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'open_clip'}")

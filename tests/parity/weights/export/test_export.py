@@ -54,7 +54,7 @@ def run(tmp_path_factory):
 def test_a_run_is_a_source_of_weights(run):
     """As `config.backbone.source=WORKDIR` or `WORKDIR:STEP`: what an export of the run has, with its own identity."""
     root, params = run
-    expected, _ = runs.run_source(root / "work")
+    expected = runs.open_run(root / "work")
     base = readers.fingerprint(origins.open_source(str(root / "clip")).files)
     for source in (f"{root}/work", f"{root}/work:7"):
         found = origins.open_source(source, "config.backbone.source")
@@ -72,8 +72,8 @@ def test_a_run_is_a_source_of_weights(run):
 
 def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     root, params = run
-    source, provenance = runs.run_source(root / "work")
-    assert provenance["step"] == 7 and source.spec == dataclasses.replace(TINY, source=str(root / "clip"))
+    source = runs.open_run(root / "work")
+    assert source.run["step"] == 7 and source.spec == dataclasses.replace(TINY, source=str(root / "clip"))
     layouts.export(source, source.spec, tmp_path / "out", "open_clip")
     assert "open_clip: largest difference" in capsys.readouterr().out
 
@@ -96,7 +96,7 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     ours = ours / np.linalg.norm(ours, axis=-1, keepdims=True)
     assert np.abs(ours - theirs).max() < 1e-5
 
-    again, _ = runs.run_source(root / "work", 7)
+    again = runs.open_run(root / "work", 7)
     equal(again.tensors, origins.open_source(str(tmp_path / "out")).tensors)
 
 
@@ -115,12 +115,12 @@ def test_command_writes_a_card_and_refuses_to_overwrite(run, tmp_path):
 def test_bad_workdirs(run, tmp_path):
     root, _ = run
     with pytest.raises(UserError, match="holds no run"):
-        runs.run_source(tmp_path)
+        runs.open_run(tmp_path)
     with pytest.raises(UserError, match=r"--step=3 has no checkpoint in .*: use one of 7"):
-        runs.run_source(root / "work", 3)
+        runs.open_run(root / "work", 3)
     (tmp_path / "config.json").write_text((root / "work/config.json").read_text())
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        runs.run_source(tmp_path)
+        runs.open_run(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -131,7 +131,7 @@ def test_a_source_that_changed_is_refused(run, tmp_path):
     demo.write_clip(root / "clip", TINY, seed=5)
     try:
         with pytest.raises(UserError, match="is not the checkpoint that the run began with"):
-            runs.run_source(root / "work")
+            runs.open_run(root / "work")
     finally:
         file.write_bytes(before)
 

@@ -9,7 +9,7 @@ from specs import EVAL_CLIP
 
 from diva_jax import demo
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.weights import origins
+from diva_jax.weights import origins, places
 from diva_jax.weights.export import cards, layouts, publish
 
 PROVENANCE = {
@@ -173,5 +173,5 @@ def test_the_hub_is_checked_before_anything_is_written(clip, tmp_path, hub, writ
 
 
 def test_the_base_model_is_the_source_where_it_is_a_hub_id(clip):
-    assert publish._hub_id("hf-hub:timm/base") == publish._hub_id("timm/base") == "timm/base"
-    assert publish._hub_id(clip.where) == publish._hub_id("nothing/there.pt") == publish._hub_id("") == ""
+    assert places.hub_id("hf-hub:timm/base") == places.hub_id("timm/base") == "timm/base"
+    assert places.hub_id(clip.where) == places.hub_id("nothing/there.pt") == places.hub_id("") == ""

@@ -12,7 +12,8 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import NO_TEXT
 from diva_jax.weights import hf, writers
 from diva_jax.weights.export import cards, vocabulary
-from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
+from diva_jax.weights.origins import ClipSource
+from diva_jax.weights.places import TOKENIZER_FILES
 from diva_jax.weights.tensors import Tensors
 
 SPEC = dataclasses.replace(CLIP_FOLDER, text=dataclasses.replace(CLIP_FOLDER.text, vocab_size=600))

