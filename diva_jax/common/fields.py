@@ -1,19 +1,75 @@
-"""Checks of config fields: each owner of a section keeps one table of rules for its values."""
+"""Sections of the config: each field is declared once, with its default, its documentation and its rule.
 
+A section is a frozen dataclass:
+
+    @dataclasses.dataclass(frozen=True)
+    class OptimOptions:
+        lr: float = field(1e-4, "The peak learning rate.", above(0))
+
+A field whose default is such a dataclass is a section inside of it. The ConfigDict, the help, docs/CONFIG.md, the
+checks before a run and the typed options of a run all follow from the declarations.
+"""
+
+import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Mapping
+from types import ModuleType
+from typing import Any, TypeVar
 
-from diva_jax.common.errors import UserError, brief
+from ml_collections import ConfigDict
 
-# Field, predicate of its value, and what the value must be as the end of a sentence: "must be at least 1".
-Rule = tuple[str, Callable[[Any], bool], str]
+from diva_jax.common.errors import UserError, brief, listing
+
+Section = TypeVar("Section")
 
 
-def at_least(field: str, least: float) -> Rule:
-    """A rule that allows numbers from `least` on."""
-    return field, lambda v: v >= least, f"must be at least {least}"
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a value must be, in addition to being of the type of the default.
+
+    Attributes:
+      holds: whether a value of this type is allowed.
+      sentence: what the value must be, as the end of a sentence: "must be at least 1".
+    """
+
+    holds: Callable[[Any], bool]
+    sentence: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """The declaration of a field: its default, its documentation (a sentence) and its rule."""
+
+    default: Any
+    doc: str = ""
+    rule: Rule | None = None
+
+    def problem(self, value: Any) -> str | None:
+        """What the value must be, where it is not: "must be a text"; None for an allowed value."""
+        is_kind, kind = _KINDS.get(type(self.default), (lambda _: True, ""))
+        if not is_kind(value):
+            return f"must be {kind}"
+        try:
+            allowed = self.rule is None or self.rule.holds(value)
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            allowed = False
+        return None if allowed else self.rule.sentence
+
+
+def field(default: Any, doc: str, rule: Rule | None = None) -> Any:
+    """Declares a field of a section.
+
+    Args:
+      default: its default, which also gives the type that values must have.
+      doc: what it does, as a sentence.
+      rule: what its values must be.
+    """
+    metadata = {"doc": doc, "rule": rule}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def finite(value: Any) -> bool:
@@ -21,63 +77,108 @@ def finite(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def between(field: str, least: float, most: float, below: bool = False) -> Rule:
-    """A rule that allows numbers from `least` to `most`; with `below`, less than `most`."""
-    sentence = f"must be {least:g} to {most:g}" + (", exclusive" if below else "")
-    return field, lambda v: finite(v) and least <= v and (v < most if below else v <= most), sentence
+def is_regex(text: str) -> bool:
+    """Whether a text is a regular expression."""
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
-def whole(field: str, least: int, most: int = 10**9) -> Rule:
-    """A rule that allows whole numbers from `least` to `most`."""
-    good = lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool) and least <= v <= most  # noqa: E731
-    return field, good, f"must be a whole number, {least} to {most}"
+# Type of a default -> whether a value is of this type, as set in Python or read from JSON; and the type's name.
+_KINDS = {
+    bool: (lambda v: isinstance(v, bool), "True or False"),
+    int: (lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool), "a whole number"),
+    float: (finite, "a finite number"),
+    str: (lambda v: isinstance(v, str), "a text"),
+    tuple: (lambda v: isinstance(v, list | tuple), "a list"),
+    dict: (lambda v: isinstance(v, Mapping), "a section"),
+}
 
 
-def pair(field: str, least: float, most: float) -> Rule:
-    """A rule that allows two numbers from `least` to `most`, the second not below the first."""
+def at_least(least: float) -> Rule:
+    """Numbers from `least` on."""
+    return Rule(lambda v: v >= least, f"must be at least {least}")
 
-    def good(v):
+
+def above(least: float) -> Rule:
+    """Numbers above `least`."""
+    return Rule(lambda v: v > least, f"must be above {least}")
+
+
+def between(least: float, most: float) -> Rule:
+    """Numbers from `least` to `most`."""
+    return Rule(lambda v: least <= v <= most, f"must be {_number(least)} to {_number(most)}")
+
+
+def below(least: float, most: float) -> Rule:
+    """Numbers from `least` on that are below `most`."""
+    return Rule(lambda v: least <= v < most, f"must be at least {_number(least)} and below {_number(most)}")
+
+
+def pair(least: float, most: float) -> Rule:
+    """Two numbers from `least` to `most`, the second not below the first."""
+
+    def holds(v):
         low, high = v
         return finite(low) and finite(high) and least <= low <= high <= most
 
-    return field, good, f"must be two numbers, {least:g} <= low <= high <= {most:g}"
+    return Rule(holds, f"must be two numbers, {least:g} <= low <= high <= {most:g}")
 
 
-def one_of(field: str, *values: Any) -> Rule:
-    """A rule that allows these values alone."""
-    return field, lambda v: v in values, f"must be {' or '.join(map(str, values))}"
+def one_of(*values: Any) -> Rule:
+    """These values alone."""
+    return Rule(lambda v: v in values, f"must be {' or '.join(repr(v) if v == '' else str(v) for v in values)}")
 
 
-def require(section: Mapping[str, Any], rules: Iterable[Rule], name: str = "config") -> None:
-    """Applies a table of rules to a section.
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def declared(section: Any, prefix: str = "") -> dict[str, Field]:
+    """The declarations of all fields of a section and of those inside of it, by dotted path.
 
     Args:
-      section: field (or dotted path, see `flatten`) -> value.
-      rules: see `Rule`; those of fields that the section does not have are passed over.
-      name: the section's path, such as `config.eval`, for the message.
-
-    Raises:
-      UserError: a value breaks its rule.
+      section: a dataclass, or an instance, whose values are the defaults; or a mapping, whose fields have no
+        documentation and no rules.
+      prefix: is put before each path.
     """
-    for field, holds, sentence in rules:
-        if field in section:
-            try:
-                good = holds(section[field])
-            except (
-                TypeError,
-                ValueError,
-                AttributeError,
-                OverflowError,
-            ):  # A value of another type, such as a number in place of a pair.
-                good = False
-            if not good:
-                raise UserError(f"{name}.{field}={brief(section[field])} {sentence}")
+    if isinstance(section, ConfigDict | Mapping):
+        return {prefix + path: Field(value) for path, value in flatten(section).items()}
+    out, defaults = {}, section() if isinstance(section, type) else section
+    for f in dataclasses.fields(defaults):
+        value = getattr(defaults, f.name)
+        if dataclasses.is_dataclass(value):
+            out |= declared(value, f"{prefix}{f.name}.")
+        else:
+            out[prefix + f.name] = Field(value, f.metadata.get("doc", ""), f.metadata.get("rule"))
+    return out
+
+
+def config_dict(section: Any) -> ConfigDict:
+    """The ConfigDict of a section: of a dataclass with its defaults, of an instance with its values."""
+    return ConfigDict(dataclasses.asdict(section() if isinstance(section, type) else section))
+
+
+def default_of(module: ModuleType) -> ConfigDict:
+    """The section of an objective's or a task's module: what its `default()` returns, or the defaults of `SECTION`."""
+    if hasattr(module, "default"):
+        return module.default()
+    return config_dict(module.SECTION) if hasattr(module, "SECTION") else ConfigDict()
+
+
+def declared_by(module: ModuleType) -> dict[str, Field]:
+    """The declarations of the section of such a module; one without a `SECTION` may have a table of `RULES`."""
+    own = declared(module.SECTION if hasattr(module, "SECTION") else default_of(module))
+    rules = {name: Rule(holds, sentence) for name, holds, sentence in getattr(module, "RULES", ())}
+    return {name: dataclasses.replace(f, rule=rules.get(name, f.rule)) for name, f in own.items()}
 
 
 def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
     """Nested sections -> {dotted path: value}; the sections named in `whole` are values themselves."""
     out = {}
-    for key, value in tree.items():
+    for key, value in (tree.to_dict() if isinstance(tree, ConfigDict) else tree).items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name not in whole:
             out.update(flatten(value, whole, name + "."))
@@ -86,7 +187,47 @@ def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = 
     return out
 
 
-def unknown(section: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted paths of all fields of a section, at any depth, that `known` does not have."""
-    there = flatten(known, (), prefix)
-    return [field for field in flatten(section, (), prefix) if field not in there]
+def check(values: Mapping[str, Any], declarations: Mapping[str, Field], path: str = "config") -> None:
+    """Checks the values of a section; fields that it lacks are passed over.
+
+    Args:
+      values: the section; its own sections are nested, or its keys are dotted paths.
+      declarations: see `declared`.
+      path: of the section, such as `config.eval`, for the message.
+
+    Raises:
+      UserError: a field is not declared, or a value is not of the type of the default or breaks the rule.
+    """
+    given = flatten(values, declarations)
+    if unknown := [f"{path}.{name}".removeprefix("config.") for name in given if name not in declarations]:
+        raise UserError(f"unknown config field {listing(unknown)}: --config=FILE --help lists all that exist")
+    for name, value in given.items():
+        if problem := declarations[name].problem(value):
+            raise UserError(f"{path}.{name}={brief(value)} {problem}")
+
+
+def parse(section: type[Section], values: Mapping[str, Any], path: str) -> Section:
+    """The typed object of a section, with the defaults of fields that are missing.
+
+    Args:
+      section: the dataclass.
+      values: its values, such as `config.optim`.
+      path: "config.optim", for the message.
+
+    Raises:
+      UserError: as `check`.
+    """
+    values = values.to_dict() if isinstance(values, ConfigDict) else values
+    check(values, declared(section), path)
+    return _with_values(section(), values)
+
+
+def _with_values(defaults: Section, values: Mapping[str, Any]) -> Section:
+    """A copy of an instance in which fields have the values of a (nested) mapping."""
+    changes = {}
+    for name, value in values.items():
+        default = getattr(defaults, name)
+        if dataclasses.is_dataclass(default):
+            value = _with_values(default, value)
+        changes[name] = tuple(value) if isinstance(default, tuple) else value
+    return dataclasses.replace(defaults, **changes)

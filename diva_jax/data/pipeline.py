@@ -8,8 +8,6 @@ every P-th of them from the p-th on, so that any number of processes together se
 
 import concurrent.futures
 import contextlib
-import functools
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -223,46 +221,6 @@ _NAMES = {
 }
 
 
-# Field of config.data, what must hold, what to do where it does not.
-FIELDS = (
-    ("image_size", lambda c: c.image_size > 0, "use 1 or more"),
-    ("threads", lambda c: c.threads >= 0, "use 0 (no threads) or more"),
-    ("prefetch", lambda c: c.prefetch > 0, "use 1 or more"),
-    ("stall_timeout", lambda c: 0 < c.stall_timeout < math.inf, "use a number of seconds above 0"),
-    ("decode_gib", lambda c: 0 < c.decode_gib < math.inf, "use a number above 0"),
-    ("max_broken_share", lambda c: 0 <= c.max_broken_share <= 1, "use 0 to 1"),
-    ("crop.scale", lambda c: 0 < c.crop.scale[0] <= c.crop.scale[1] <= 1, "use 0 < low <= high <= 1"),
-    ("crop.ratio", lambda c: 0 < c.crop.ratio[0] <= c.crop.ratio[1], "use 0 < narrow <= wide"),
-    (
-        "crop.interpolation",
-        lambda c: c.crop.interpolation in crop.INTERPOLATIONS,
-        f"use one of {', '.join(crop.INTERPOLATIONS)}",
-    ),
-)
-
-
-def _check(config, inputs: Mapping[str, Input], seed: int, global_batch: int, process_count: int) -> None:
-    """Raises a UserError for the first field that is out of range."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"config.seed={seed}: use 0 to 2**32 - 1")
-    if global_batch < 1:
-        raise UserError(f"config.batch_size={global_batch}: use 1 or more")
-    if global_batch % process_count:
-        raise UserError(
-            f"config.batch_size={global_batch} does not divide over {process_count} processes: use a multiple"
-        )
-    for field, holds, sentence in FIELDS:
-        try:
-            good = holds(config)
-        except (TypeError, ValueError, IndexError):  # Of another type, such as a number in place of a pair.
-            good = False
-        if not good:
-            value = functools.reduce(getattr, field.split("."), config)
-            raise UserError(f"config.data.{field}={value!r}: {sentence}")
-    if "row" in inputs:
-        raise UserError("an input cannot be called 'row', which is the examples' row in the batch: rename it")
-
-
 def open_batches(
     config,
     inputs: Mapping[str, Input],
@@ -288,10 +246,15 @@ def open_batches(
       cache: the moments of a VAE, where the inputs have them; made of the same data.
 
     Raises:
-      UserError: a field is out of range, there is no data at the path, an input needs captions and the data has
-        none, an input cannot be opened, or the cache is of other data.
+      UserError: the batch does not divide over the processes, there is no data at the path, an input needs captions
+        and the data has none, an input cannot be opened, or the cache is of other data.
     """
-    _check(config, inputs, seed, global_batch, process_count)
+    if global_batch % process_count:
+        raise UserError(
+            f"config.batch_size={global_batch} does not divide over {process_count} processes: use a multiple"
+        )
+    if "row" in inputs:
+        raise UserError("an input cannot be called 'row', which is the examples' row in the batch: rename it")
     source = sources.open_source(config.path, str(cache_dir) if cache_dir else None, quiet=process_index != 0)
     readers = [name for name, i in inputs.items() if i.needs_text]
     if readers and not source.has_text:

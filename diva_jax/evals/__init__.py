@@ -1,8 +1,9 @@
 """Evaluation tasks: modules of `diva_jax.evals.tasks`, or any importable modules, found by name.
 
 A task module defines
-  `default() -> ConfigDict`: its options, which become `config.eval.<name>`; empty where it has none,
-  `RULES` (optional): what their values must be, a table as for `common.fields.require`,
+  `SECTION` (optional): the dataclass of its options, see `common.fields`; they become `config.eval.<name>`,
+  `default() -> ConfigDict` (optional): its options, where it has no `SECTION`,
+  `RULES` (optional): what these must be, rows of (option, predicate of its value, "must be ..."),
   `prepare(path, section, settings) -> Task`: reads and checks the data at `path` before any weights are loaded, and
     raises a UserError that names the file and row where something is wrong. `section` is the task's own section of
     `config.eval`, which it parses into a dataclass of its own; `settings` is the part that all tasks share.
@@ -20,28 +21,38 @@ from ml_collections import ConfigDict
 
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import Rule, at_least, field, one_of
 from diva_jax.evals import tasks
-
-_RULES = (
-    ("every", lambda n: n >= 0, "must be at least 0"),
-    ("batch_size", lambda n: n >= 1, "must be at least 1"),
-    ("bootstrap", lambda n: n >= 1, "must be at least 1"),
-    ("seed", lambda n: n >= 0, "must be at least 0"),
-    ("dtype", lambda name: name in ("float32", "bfloat16"), "must be float32 or bfloat16"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The part of `config.eval` that all tasks share."""
 
-    every: int = 0  # Training steps between evaluations, with one before the first and after the last step; 0: none.
-    data: tuple[str, ...] = ()  # What to evaluate while training: "TASK=PATH" texts, such as "mmvp=data/MMVP_VLM".
-    batch_size: int = 64  # Images (or texts) per forward pass, over all devices; any number, no score depends on it.
-    bootstrap: int = 10_000  # Resamples per interval.
-    seed: int = 0  # Seed of the resamples and of all random draws of a task.
-    dtype: str = "float32"  # Compute type of the towers; float32 uses the chip's full precision.
-    tokenizer: str = ""  # Folder with the tokenizer's files; empty: that of the weights.
+    every: int = field(
+        0,
+        "A training run is evaluated each time after this many steps, and before the first and after the last one; "
+        "0: never.",
+        at_least(0),
+    )
+    data: tuple[str, ...] = field(
+        (),
+        "A training run is evaluated on these, texts TASK=PATH such as mmvp=data/MMVP_VLM.",
+        Rule(lambda entries: all(isinstance(e, str) for e in entries), "must be texts TASK=PATH"),
+    )
+    batch_size: int = field(
+        64,
+        "A forward pass has this many images or texts, over all devices; no score depends on it.",
+        at_least(1),
+    )
+    bootstrap: int = field(10_000, "Each interval is that of this many resamples.", at_least(1))
+    seed: int = field(0, "The seed of the resamples and of all random draws of a task.", at_least(0))
+    dtype: str = field(
+        "float32",
+        "The towers compute in this dtype; float32 uses the chip's full precision.",
+        one_of("float32", "bfloat16"),
+    )
+    tokenizer: str = field("", "The tokenizer's files are in this folder; if empty, they are those of the weights.")
 
 
 @dataclasses.dataclass
@@ -137,9 +148,21 @@ def find(name: str):
         module = importlib.import_module(name)
     except ImportError as e:
         raise UserError(f"the task {name} cannot be imported ({e}): give a module that is on PYTHONPATH") from e
-    if lacks := [f for f in ("default", "prepare") if not hasattr(module, f)]:
-        raise UserError(f"the module {name} is not a task, it lacks {listing(lacks)}: see diva_jax/evals/__init__.py")
+    if not hasattr(module, "prepare"):
+        raise UserError(f"the module {name} is not a task, it lacks prepare: see diva_jax/evals/__init__.py")
     return module
+
+
+def declared(tasks: Iterable[str]) -> dict[str, fields.Field]:
+    """Returns the declarations of the fields of `config.eval` and of these tasks' options, by dotted path.
+
+    Raises:
+      UserError: as `find`.
+    """
+    out = fields.declared(Settings)
+    for name in tasks:
+        out |= {f"{short(name)}.{option}": f for option, f in fields.declared_by(find(name)).items()}
+    return out
 
 
 def default(others: Iterable[str] = ()) -> ConfigDict:
@@ -151,9 +174,9 @@ def default(others: Iterable[str] = ()) -> ConfigDict:
     Raises:
       UserError: as `find`.
     """
-    out = ConfigDict(dataclasses.asdict(Settings()))
+    out = fields.config_dict(Settings)
     for name in (*names(), *others):
-        if options := find(name).default():
+        if options := fields.default_of(find(name)):
             out[short(name)] = options
     return out
 
@@ -192,17 +215,14 @@ def parse(section: ConfigDict, wanted: Iterable[str] = ()) -> tuple[Settings, di
             raise UserError(f"the task {name}: config.eval has another {short(name)!r}, rename the module")
         taken.add(short(name))
     known = default(others).to_dict()
-    if strange := fields.unknown(given, known, "eval."):
-        raise UserError(f"unknown config field {listing(strange)}: see diva_jax/evals for all that exist")
-    fields.require(given, _RULES, "config.eval")
+    fields.check(given, declared(modules), "config.eval")
     if bool(given["every"]) != bool(given["data"]):
         raise UserError(
             f"config.eval.every={given['every']} with config.eval.data={given['data']}: set both, every to at least 1 "
             "and data to texts TASK=PATH, or neither"
         )
     own = {}
-    for name, module in modules.items():
+    for name in modules:
         own[name] = ConfigDict(known.get(short(name), {}) | given.get(short(name), {}))
-        fields.require(own[name], getattr(module, "RULES", ()), f"config.eval.{short(name)}")
-    settings = Settings(**{field: given[field] for field in shared})
+    settings = fields.parse(Settings, {name: given[name] for name in shared}, "config.eval")
     return settings, {name: own[name] for name in wanted}

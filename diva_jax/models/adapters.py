@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import Rule, above, at_least, below, field, is_regex
 from diva_jax.models.layers import Keys, Matrix
 
 Array = jax.Array
@@ -33,47 +33,29 @@ _DROPOUT: contextvars.ContextVar[Array | None] = contextvars.ContextVar("dropout
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """How a model is adapted.
+    """How a model is adapted."""
 
-    Attributes:
-      rank: of the update of each layer.
-      alpha: the update is scaled by alpha / rank.
-      dropout: probability with which an element of an adapter's input is zero in training, see `dropout`.
-      targets: regex over the paths of layers in the model, e.g. `blocks/3/mlp/fc1`.
-      fused: which parts of a fused projection are adapted, letters of "qkv".
-      biases: whether the biases of adapted layers are trained too.
-    """
-
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: str = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])"
-    fused: str = "qkv"
-    biases: bool = False
-
-    def __post_init__(self):
-        for field, ok, use in (
-            ("rank", self.rank >= 1, "1 or more"),
-            ("alpha", self.alpha > 0, "a number above 0"),
-            ("dropout", 0 <= self.dropout < 1, "0 or more and below 1"),
-            ("fused", self.fused and set(self.fused) <= set("qkv"), "one or more of the letters q, k, v"),
-        ):
-            if not ok:
-                raise UserError(f"lora.{field}={getattr(self, field)!r}: use {use}")
-        try:
-            re.compile(self.targets)
-        except re.error as e:
-            raise UserError(f"lora.targets={self.targets!r} is not a regular expression ({e})") from e
+    rank: int = field(16, "The rank of each layer's update.", at_least(1))
+    alpha: float = field(16.0, "The update is scaled by alpha / rank.", above(0))
+    dropout: float = field(
+        0.0, "The probability with which an element of an adapter's input is zero in training.", below(0, 1)
+    )
+    targets: str = field(
+        r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])",
+        "The layers whose path in the model, e.g. blocks/3/mlp/fc1, matches this regular expression are adapted.",
+        Rule(is_regex, "must be a regular expression"),
+    )
+    fused: str = field(
+        "qkv",
+        "The parts of a fused projection that are adapted, as letters.",
+        Rule(lambda v: v and set(v) <= set("qkv"), "must be one or more of the letters q, k, v"),
+    )
+    biases: bool = field(False, "Whether the biases of adapted layers are trained too.")
 
     def trainable(self, prefix: str) -> tuple[tuple[str, float], ...]:
         """Rows of `config.trainable` for a model whose parameters are named `prefix/...`."""
         leaves = "(lora/[ab]|bias)" if self.biases else "lora/[ab]"
         return ((f"{prefix}/({self.targets})/{leaves}", 1.0),)
-
-
-def default() -> ConfigDict:
-    """A config section with the fields of `Lora`."""
-    return ConfigDict(dataclasses.asdict(Lora()))
 
 
 @contextlib.contextmanager

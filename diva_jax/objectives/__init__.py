@@ -2,8 +2,9 @@
 
 An objective module defines
   `Objective`: a subclass of `contract.Objective`;
-  `default() -> ConfigDict`: its own fields, each with a comment; becomes `config.<last component of the name>`;
-  `PARTS` (optional): section of its fields -> the dataclass or function that documents them, see `common.comments`;
+  `SECTION` (optional): the dataclass of its own fields, see `common.fields`; they become
+    `config.<last component of the name>`;
+  `default() -> ConfigDict` (optional): their values, where they differ from `SECTION` or it has none;
   `SECTIONS` (optional): names of shared sections that its configs have, see `config.SECTIONS`;
   `recipe(config) -> None` (optional): sets the general fields of a config to the published values;
   `stages(config) -> tuple[Stage, ...]` (optional): default one stage that trains `config.trainable`;
@@ -17,10 +18,13 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+from ml_collections import ConfigDict
+
+from diva_jax.common import fields
 from diva_jax.common.errors import UserError
 from diva_jax.objectives.contract import Objective, Pace, Stage, tune
 
-__all__ = ["Objective", "Pace", "Stage", "find", "names", "section", "stages", "tune"]
+__all__ = ["Objective", "Pace", "Stage", "default", "find", "names", "section", "stages", "tune"]
 
 _SHARED = ("condition", "contract", "contrast", "draws", "latents")
 
@@ -50,14 +54,23 @@ def find(name: str) -> ModuleType:
         if e.name and (path == e.name or path.startswith(e.name + ".")):
             raise UserError(f"config.objective={name!r} cannot be imported ({e}): check the path and PYTHONPATH") from e
         raise
-    if missing := [a for a in ("Objective", "default") if not hasattr(module, a)]:
-        raise UserError(f"config.objective={name!r} is not an objective: the module does not define {missing[0]}")
+    if not hasattr(module, "Objective"):
+        raise UserError(f"config.objective={name!r} is not an objective: the module does not define Objective")
     return module
 
 
 def section(name: str) -> str:
     """Returns the name of the config section of an objective: the last component of its path."""
     return name.rpartition(".")[2]
+
+
+def default(name: str) -> ConfigDict:
+    """Returns the section of an objective: its own fields with their defaults.
+
+    Raises:
+      UserError: as `find`.
+    """
+    return fields.default_of(find(name))
 
 
 def stages(config) -> tuple[Stage, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.fields import field, parse
 from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
@@ -29,15 +29,13 @@ _LARGEST = float(np.log(100))  # Of the logarithm of the scale.
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ClipOptions:
     """`config.clip`."""
 
-    tokenizer: str = ""  # Folder with the tokenizer's files; empty: that of backbone.source.
+    tokenizer: str = field("", "The tokenizer's files are in this folder; if empty, they are those of backbone.source.")
 
 
-def default() -> ConfigDict:
-    """The fields of `config.clip`: see `Options`."""
-    return ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
+SECTION = ClipOptions
 
 
 def recipe(config: ConfigDict) -> None:
@@ -52,13 +50,9 @@ class Objective(contract.Objective):
     compares_images = True
 
     def __init__(self, config, *, rngs):
-        self.spec, self.options = backbones.spec_of(config), Options(**config.clip)
+        self.spec, self.options = backbones.spec_of(config), parse(ClipOptions, config.clip, "config.clip")
         self.micro_batch = config.batch_size // config.accum
-        if not self.spec.has_text:
-            raise UserError(
-                f"config.objective=clip trains a text tower, but the {self.spec.arch} backbone has none: use a CLIP "
-                "backbone"
-            )
+        contract.check_both_towers(self.spec, "clip")
         kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), remat=config.remat in ("vision", "all"))
         self.vision = backbones.build(self.spec, param_dtype=jnp.float32, **kw)
         self.text = Text(self.spec, **kw)

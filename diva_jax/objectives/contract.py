@@ -1,14 +1,38 @@
 """The base class of objectives: the interface for the train loop, the step, evaluation and export."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
+from diva_jax.common import fields
+from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess
+from diva_jax.models.backbones import Spec
 from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights.parts import Part
+
+# Values of switches: what the models were trained on, and what the authors' code does.
+EXACT, FAITHFUL = "exact", "faithful"
+
+
+def switch(doc: str, default: str = EXACT) -> Any:
+    """Declares a field that is exact or faithful."""
+    return fields.field(default, doc, fields.one_of(EXACT, FAITHFUL))
+
+
+def check_both_towers(spec: Spec, objective: str) -> None:
+    """Checks that a backbone has a text tower, which the objective trains.
+
+    Raises:
+      UserError: it has none.
+    """
+    if not spec.has_text:
+        raise UserError(
+            f"config.objective={objective} trains a text tower, but the {spec.arch} backbone has none: use a CLIP "
+            "backbone"
+        )
 
 
 class Pace(NamedTuple):

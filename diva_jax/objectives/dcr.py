@@ -7,7 +7,7 @@ n(P+[i]) and n(target_i), the positives, and n(P[i, j]), j != i, the negatives, 
 is logsumexp(all logits) minus the mean of the two positives. The gradient reaches every condition.
 
 Stage 1 trains the projector; stage 2 trains low-rank adapters of the tower. What is said of the method here is what
-its authors' code (boyuh/DCR at c16d885) computes; each departure from it is a field of `Options`.
+its authors' code (boyuh/DCR at c16d885) computes; each departure from it is a field of `DcrOptions`.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import above, at_least, field, one_of, parse
 from diva_jax.costs import flops
 from diva_jax.data import inputs, jitter, preprocess
 from diva_jax.models import adapters, backbones
@@ -30,6 +31,7 @@ from diva_jax.models.diffusion.unet import UNet
 from diva_jax.models.layers import Layers
 from diva_jax.models.projector import Projector
 from diva_jax.objectives import contract, draws
+from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.contrast import contrast
 from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights import parts
@@ -37,7 +39,6 @@ from diva_jax.weights import parts
 Array = jax.Array
 
 SECTIONS = ("condition", "diffusion")
-FAITHFUL, EXACT = "faithful", "exact"
 TARGETS = {"epsilon": "epsilon", "velocity": "v_prediction", FAITHFUL: "v_prediction"}
 # Adapted layers, by architecture: all linear layers of the blocks, and the projection or the MLP of the pooling.
 _BLOCKS = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])"
@@ -47,56 +48,48 @@ _INERT = {"siglip": "attn_pool/proj"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class DcrOptions:
     """`config.dcr`. "faithful" is what the authors' code does, "exact" what the models were trained on."""
 
-    group: int = 16  # Images that are compared with each other: group^2 + group U-Net passes.
-    tile: int = 17  # U-Net passes whose activations a chip holds at the same time; group + 1 avoids recomputation.
-    temperature: float = 0.1  # Of the logits.
-    projector_only: bool = False  # Whether the run ends after stage 1 (condition.warmup_steps steps).
-    # exact: what the U-Net predicts. faithful: velocity, for every U-Net. Or the name: epsilon, velocity.
-    target: str = EXACT
-    plus_space: str = EXACT  # exact: jitter of the image in [0, 1]. faithful: of the normalised one, clipped to [0, 1].
-    tower_norm: str = EXACT  # exact: the backbone's own mean/std. faithful: OpenAI's for all.
-    text_mask: str = EXACT  # exact: the prompt's tokens attend to padding, as in SD's pipeline. faithful: they do not.
-    schedule_dtype: str = EXACT  # Of the products of 1 - beta. exact: float32. faithful: config.dtype.
-    loss_dtype: str = EXACT  # Of predictions, logits and loss. exact: float32. faithful: config.dtype.
-    # faithful: as stage 2. exact: mean((UNet(z, t, c) - eps)^2), as the paper is said to do; not verified.
-    stage1_loss: str = FAITHFUL
-
-    def __post_init__(self):
-        for field in ("group", "tile"):
-            if (value := getattr(self, field)) < 2 - (field == "tile"):
-                raise UserError(f"config.dcr.{field}={value} must be at least {2 - (field == 'tile')}")
-        if self.temperature <= 0:
-            raise UserError(f"config.dcr.temperature={self.temperature} must be above 0")
-        for switch in SWITCHES:
-            known = (EXACT, FAITHFUL, *(("epsilon", "velocity") if switch == "target" else ()))
-            if (value := getattr(self, switch)) not in known:
-                raise UserError(f"config.dcr.{switch}={value!r}: use one of {', '.join(known)}")
-        if self.stage1_loss == EXACT and not self.projector_only:
-            raise UserError(
-                "config.dcr.stage1_loss=exact is another loss than stage 2's: run stage 1 by itself with "
-                "config.dcr.projector_only=True, then stage 2 from its result with config.condition.warmup_steps=0"
-            )
-
-
-SWITCHES = tuple(f.name for f in dataclasses.fields(Options) if f.default in (EXACT, FAITHFUL))
-
-
-PARTS = {"lora": adapters.Lora}
+    group: int = field(
+        16, "This many images are compared with each other, in group^2 + group U-Net passes.", at_least(2)
+    )
+    tile: int = field(
+        17,
+        "A chip holds the activations of this many U-Net passes at the same time; group + 1 avoids recomputation.",
+        at_least(1),
+    )
+    temperature: float = field(0.1, "The logits are divided by this temperature.", above(0))
+    projector_only: bool = field(False, "Whether the run ends after stage 1 (condition.warmup_steps steps).")
+    target: str = field(
+        EXACT,
+        "The target is what the U-Net predicts (exact), velocity for every U-Net (faithful), or the one that is named.",
+        one_of(EXACT, FAITHFUL, "epsilon", "velocity"),
+    )
+    plus_space: str = switch(
+        "The positive view is a jitter of the image in [0, 1] (exact), or of the normalised one, clipped to [0, 1] "
+        "(faithful)."
+    )
+    tower_norm: str = switch("The tower's input has the backbone's own mean and std (exact), or OpenAI's (faithful).")
+    text_mask: str = switch(
+        "The prompt's tokens attend to padding, as in Stable Diffusion's pipeline (exact), or not (faithful)."
+    )
+    schedule_dtype: str = switch("The products of 1 - beta are in float32 (exact), or in config.dtype (faithful).")
+    loss_dtype: str = switch("Predictions, logits and loss are in float32 (exact), or in config.dtype (faithful).")
+    stage1_loss: str = switch(
+        "Stage 1 has the loss of stage 2 (faithful), or mean((UNet(z, t, c) - eps)^2), as the paper is said to do, "
+        "which could not be verified (exact).",
+        FAITHFUL,
+    )
+    lora: adapters.Lora = adapters.Lora(rank=16, alpha=16.0, dropout=0.1, biases=True)
 
 
-def default() -> ConfigDict:
-    """The fields of `config.dcr`: see `Options`; `lora`: see `adapters.Lora`."""
-    c = ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
-    c.lora = ConfigDict(dataclasses.asdict(adapters.Lora(rank=16, alpha=16.0, dropout=0.1, biases=True)))
-    return c
+SECTION = DcrOptions
 
 
-def options_of(config: ConfigDict) -> Options:
-    """`config.dcr` without `lora`."""
-    return Options(**{k: v for k, v in config.dcr.items() if k != "lora"})
+def options_of(config: ConfigDict) -> DcrOptions:
+    """`config.dcr`, parsed."""
+    return parse(DcrOptions, config.dcr, "config.dcr")
 
 
 def recipe(config: ConfigDict) -> None:
@@ -113,7 +106,7 @@ def recipe(config: ConfigDict) -> None:
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """The projector for condition.warmup_steps, then the adapters (and what `config.trainable` names) for steps."""
-    lora, arch, warm = adapters.Lora(**config.dcr.lora), config.backbone.arch, config.condition.warmup_steps
+    lora, arch, warm = options_of(config).lora, config.backbone.arch, config.condition.warmup_steps
     alone = (("projector/.*", 1.0), (".*", 0.0))
     first = contract.Stage("projector", 0, warm, config.condition.warmup_lr, alone)
     if config.dcr.projector_only:
@@ -129,7 +122,11 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
 def validate(config: ConfigDict) -> None:
     """Raises a UserError where the batch cannot be divided into groups, or sizes or stages do not fit together."""
     options = options_of(config)
-    adapters.Lora(**config.dcr.lora)
+    if options.stage1_loss == EXACT and not options.projector_only:
+        raise UserError(
+            "config.dcr.stage1_loss=exact is another loss than stage 2's: run stage 1 by itself with "
+            "config.dcr.projector_only=True, then stage 2 from its result with config.condition.warmup_steps=0"
+        )
     whole = options.group * config.accum
     if config.batch_size % whole:
         near = max(1, round(config.batch_size / whole)) * whole
@@ -185,8 +182,7 @@ class Objective(contract.Objective):
         self.dtype = dtype
         kw = dict(rngs=rngs, dtype=dtype)
         self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=config.remat in ("vision", "all"), **kw)
-        self.lora = adapters.Lora(**config.dcr.lora)
-        adapters.adapt(self.vision, self.lora, rngs)
+        adapters.adapt(self.vision, self.options.lora, rngs)
         self.projector = Projector(self.spec.embed_dim, cross, Layers(rngs, dtype, jnp.float32))
         self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
         self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, self.spec.image_size)

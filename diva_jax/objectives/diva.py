@@ -17,6 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import at_least, between, field, one_of, parse
 from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
@@ -24,45 +25,44 @@ from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.settings import Diffusion, latent_code
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.objectives import condition, contract, draws
+from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights import parts
 
 Array = jax.Array
 
 SECTIONS = ("condition", "diffusion")
-FAITHFUL, EXACT = "faithful", "exact"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class DivaOptions:
     """`config.diva`. "faithful" is what the authors' code does, "exact" what the models were trained on."""
 
-    draws: int = 2  # Timestep and noise draws per image.
-    first_timestep: int = 0  # Timesteps are drawn from this one on.
-    end_timestep: int = 0  # And below this one; 0: all of the schedule.
-    condition_of: str = "own"  # own; next: that of the next image in the batch, a control that can teach nothing.
-    vae_view: str = EXACT  # exact: 2x-1. faithful: through CLIP's and back by ImageNet's mean/std.
-    backbone_stats: str = EXACT  # exact: the backbone's own mean/std. faithful: OpenAI's for all.
-    backbone_resize: str = EXACT  # exact: antialiased bicubic, then normalised. faithful: bilinear after.
-    draw_weights: str = EXACT  # exact: equal, a mean. faithful: accum : 1, summed over micro-batches.
-    backbone_passes: str = EXACT  # exact: one pass shared by the draws. faithful: one per draw.
+    draws: int = field(2, "Each image has this many draws of a timestep and noise.", between(1, 1024))
+    first_timestep: int = field(0, "Timesteps are drawn from this one on.", at_least(0))
+    end_timestep: int = field(0, "Timesteps are drawn below this one; 0: from all of the schedule.", at_least(0))
+    condition_of: str = field(
+        "own",
+        "The condition is the image's own, or that of the next image in the batch, a control that can teach nothing.",
+        one_of("own", "next"),
+    )
+    vae_view: str = switch(
+        "The VAE's input is 2x - 1 of the image (exact), or goes through CLIP's and back by ImageNet's mean and std "
+        "(faithful)."
+    )
+    backbone_stats: str = switch("The backbone's input has its own mean and std (exact), or OpenAI's (faithful).")
+    backbone_resize: str = switch(
+        "The backbone's input is resized by antialiased bicubic interpolation and then normalised (exact), or "
+        "normalised and then resized bilinearly (faithful)."
+    )
+    draw_weights: str = switch(
+        "The draws' losses are averaged (exact), or summed over micro-batches with the last one weighted by 1 / accum "
+        "(faithful)."
+    )
+    backbone_passes: str = switch("The draws share one pass of the backbone (exact), or have one each (faithful).")
 
-    def __post_init__(self):
-        if not isinstance(self.draws, int) or not 1 <= self.draws <= 1024:
-            raise UserError(f"config.diva.draws={self.draws!r} must be a whole number, 1 to 1024")
-        if self.condition_of not in ("own", "next"):
-            raise UserError(f"config.diva.condition_of={self.condition_of!r}: use own or next")
-        for switch in SWITCHES:
-            if (value := getattr(self, switch)) not in (EXACT, FAITHFUL):
-                raise UserError(f"config.diva.{switch}={value!r}: use {EXACT} or {FAITHFUL}")
 
-
-SWITCHES = tuple(f.name for f in dataclasses.fields(Options) if f.default == EXACT)
-
-
-def default() -> ConfigDict:
-    """The fields of `config.diva`: see `Options`."""
-    return ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
+SECTION = DivaOptions
 
 
 def recipe(config: ConfigDict) -> None:
@@ -99,7 +99,7 @@ class Objective(contract.Objective):
 
     def __init__(self, config, *, rngs):
         self.spec = backbones.spec_of(config)
-        self.options = Options(**config.diva)
+        self.options = parse(DivaOptions, config.diva, "config.diva")
         self.diffusion = Diffusion.from_dict(config.diffusion.to_dict())
         self.image_size, self.accum = config.data.image_size, config.accum
         unet, cross = self.diffusion.unet, self.diffusion.unet.cross_attention_dim

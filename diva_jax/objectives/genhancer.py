@@ -16,6 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import Rule, at_least, below, between, field, is_regex, one_of, parse
 from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import adapters, backbones
@@ -26,12 +27,12 @@ from diva_jax.models.diffusion.patch_code import PatchCodeConfig
 from diva_jax.models.diffusion.settings import latent_code
 from diva_jax.models.layers import ACTIVATIONS, Layers
 from diva_jax.objectives import contract
+from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.latents import LatentSource
 from diva_jax.weights import flux, parts
 
 Array = jax.Array
 
-FAITHFUL, EXACT = "faithful", "exact"
 ONLY, ALL, NONE = "only", "all", "none"
 
 # Layers that are adapted, by architecture; the pooling head's output projection is subject to a switch.
@@ -42,50 +43,78 @@ _GENERATOR = (("project_clip/.*", 1.0), ("project_t5/.*", 1.0), ("denoiser/.*", 
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """`config.genhancer`, without its sections. "faithful" is what the authors' code does, "exact" what it meant."""
+class GenHancerVae(FluxVAEConfig):
+    """`config.genhancer.vae`."""
 
-    stage1_steps: int = 100_000  # Steps that train projectors and denoiser; 0: they come from --init_from.
-    stage1_lr: float = 1e-4  # Their peak learning rate; stage 2 has config.steps and config.optim.lr.
-    stage2: str = ONLY  # Trains the encoder's adapters (only), projectors and denoiser too (all); none: no stage 2.
-    latents: str = "sample"  # Of the VAE's posterior: sample, or mean.
-    scale_factor: float = 1.0  # s of t = sigmoid(s n).
-    guidance: float = 4.0  # The strength of guidance that the denoiser is told, for every image.
-    vae_dtype: str = "float32"  # What the VAE computes in and is held in.
-    time_precision: str = EXACT  # exact: t in float32. faithful: t, 1000 t and the codes rounded to bfloat16.
-    warmup: str = EXACT  # exact: as config.optim says (10 steps). faithful: none, as the authors' schedule ignores it.
-    siglip_head_out: str = EXACT  # exact: the pooling head's output is adapted. faithful: its bias alone is trained.
-    siglip_gelu: str = EXACT  # exact: config.backbone.activation. faithful: tanh's approximation.
-
-    def __post_init__(self):
-        allowed = {"stage2": (ONLY, ALL, NONE), "latents": ("sample", "mean"), "vae_dtype": ("float32", "bfloat16")}
-        allowed |= dict.fromkeys(SWITCHES, (EXACT, FAITHFUL))
-        for field, values in allowed.items():
-            if (value := getattr(self, field)) not in values:
-                raise UserError(f"config.genhancer.{field}={value!r}: use {' or '.join(values)}")
-        if self.stage1_steps < 0 or (not self.stage1_steps and self.stage2 == NONE):
-            raise UserError(
-                f"config.genhancer.stage1_steps={self.stage1_steps} with stage2={self.stage2} trains nothing: "
-                "give at least one step"
-            )
+    source: str = field(
+        "black-forest-labs/FLUX.1-schnell",
+        "The VAE's weights are in this file ae.safetensors, or a folder with it, or a diffusers folder or hub id.",
+    )
+    patch_size: int = field(
+        0,
+        "Above 0, a fixed code of patches of this side takes the place of the VAE (small worlds) [pixels].",
+        between(0, 2**14),
+    )
 
 
-SWITCHES = tuple(f.name for f in dataclasses.fields(Options) if f.default == EXACT)
-PARTS = {"denoiser": FlowConfig, "vae": FluxVAEConfig, "lora": adapters.Lora}
-_LORA = adapters.Lora(rank=16, alpha=16.0, dropout=0.1, targets="", biases=True)
+@dataclasses.dataclass(frozen=True)
+class GenHancerLora(adapters.Lora):
+    """`config.genhancer.lora`."""
+
+    rank: int = field(16, "The rank of each layer's update.", at_least(1))
+    dropout: float = field(
+        0.1, "The probability with which an element of an adapter's input is zero in training.", below(0, 1)
+    )
+    targets: str = field(
+        "",
+        "The encoder's layers whose path matches this regular expression are adapted; if empty, those of the authors.",
+        Rule(is_regex, "must be a regular expression"),
+    )
+    biases: bool = field(True, "Whether the biases of adapted layers are trained too.")
 
 
-def default() -> ConfigDict:
-    """The fields of `config.genhancer`: see `Options`, `FlowConfig`, `FluxVAEConfig` and `adapters.Lora`."""
-    c = ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
-    c.denoiser = ConfigDict(dataclasses.asdict(FlowConfig()))
-    c.vae = ConfigDict(dataclasses.asdict(FluxVAEConfig()))
-    # Holds ae.safetensors: that file, a folder, a diffusers folder or a hub id.
-    c.vae.source = "black-forest-labs/FLUX.1-schnell"
-    c.vae.patch_size = 0  # Above 0: a fixed code of patches of this side in place of the VAE (small worlds) [pixels].
-    c.lora = ConfigDict(dataclasses.asdict(_LORA))
-    c.lora.targets = ""  # Regex over the encoder's layers; empty: those that the authors adapt.
-    return c
+@dataclasses.dataclass(frozen=True)
+class GenHancerOptions:
+    """`config.genhancer`. "faithful" is what the authors' code does, "exact" what it meant."""
+
+    stage1_steps: int = field(
+        100_000, "Stage 1 trains projectors and denoiser for this many steps; 0: --init_from has them.", at_least(0)
+    )
+    stage1_lr: float = field(
+        1e-4, "The peak learning rate of stage 1; stage 2 has config.steps and config.optim.lr.", between(0, 1e38)
+    )
+    stage2: str = field(
+        ONLY,
+        "Stage 2 trains the encoder's adapters (only), or projectors and denoiser too (all); none: there is none.",
+        one_of(ONLY, ALL, NONE),
+    )
+    latents: str = field(
+        "sample", "The latents are a sample of the VAE's posterior, or its mean.", one_of("sample", "mean")
+    )
+    scale_factor: float = field(1.0, "This is s in t = sigmoid(s n), n being standard normal.")
+    guidance: float = field(4.0, "The denoiser is told this strength of guidance for every image.")
+    vae_dtype: str = field(
+        "float32", "The VAE computes in this dtype and is held in it.", one_of("float32", "bfloat16")
+    )
+    time_precision: str = switch(
+        "The time t is given in float32 (exact), or t, 1000 t and their codes are rounded to bfloat16 (faithful)."
+    )
+    warmup: str = switch(
+        "The warm-up is that of config.optim, 10 steps (exact), or there is none, as the authors' schedule ignores it "
+        "(faithful)."
+    )
+    siglip_head_out: str = switch(
+        "The output of SigLIP's pooling head is adapted (exact), or its bias alone is trained (faithful)."
+    )
+    siglip_gelu: str = switch(
+        "SigLIP's activation is config.backbone.activation (exact), or tanh's approximation of GELU (faithful)."
+    )
+    denoiser: FlowConfig = FlowConfig()
+    vae: GenHancerVae = GenHancerVae()
+    lora: GenHancerLora = GenHancerLora()
+
+
+SECTION = GenHancerOptions
 
 
 def recipe(config: ConfigDict) -> None:
@@ -98,26 +127,23 @@ def recipe(config: ConfigDict) -> None:
     config.checkpoint.every = 500
 
 
-def options(config: ConfigDict) -> Options:
-    """`config.genhancer` without its sections."""
-    section = config.genhancer
-    return Options(**{f.name: section[f.name] for f in dataclasses.fields(Options)})
+def options(config: ConfigDict) -> GenHancerOptions:
+    """`config.genhancer`, parsed."""
+    return parse(GenHancerOptions, config.genhancer, "config.genhancer")
 
 
 def lora(config: ConfigDict) -> adapters.Lora:
     """The adapters of the encoder."""
-    fields = config.genhancer.lora.to_dict()
-    if not fields["targets"]:
-        arch = config.backbone.arch
-        if arch not in _TARGETS:
-            raise UserError(
-                f"config.genhancer.lora.targets is empty, and the authors adapt no {arch} encoder: name the layers, "
-                f"e.g. {_BLOCKS!r}"
-            )
-        fields["targets"] = _TARGETS[arch]
-        if arch == "siglip" and config.genhancer.siglip_head_out == EXACT:
-            fields["targets"] += f"|{_HEAD_OUT}"
-    return adapters.Lora(**fields)
+    own, arch = options(config).lora, config.backbone.arch
+    if own.targets:
+        return own
+    if arch not in _TARGETS:
+        raise UserError(
+            f"config.genhancer.lora.targets is empty, and the authors adapt no {arch} encoder: name the layers, "
+            f"e.g. {_BLOCKS!r}"
+        )
+    head_out = arch == "siglip" and config.genhancer.siglip_head_out == EXACT
+    return dataclasses.replace(own, targets=_TARGETS[arch] + (f"|{_HEAD_OUT}" if head_out else ""))
 
 
 def _adapted_rows(config: ConfigDict) -> tuple[tuple[str, float], ...]:
@@ -143,8 +169,10 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
 
 def validate(config: ConfigDict) -> None:
     """Raises a UserError for fields that do not fit together."""
-    options(config)
-    size, unit = config.backbone.image_size, 2 * _vae(config).downscale
+    own = options(config)
+    if not own.stage1_steps and own.stage2 == NONE:
+        raise UserError("config.genhancer.stage1_steps=0 with stage2=none trains nothing: give at least one step")
+    size, unit = config.backbone.image_size, 2 * _vae(own.vae).downscale
     if size % unit:
         raise UserError(
             f"config.backbone.image_size={size} must be a multiple of {unit}, a token of the denoiser: "
@@ -152,20 +180,15 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-def _vae(config: ConfigDict) -> FluxVAEConfig | PatchCodeConfig:
-    if not config.genhancer.vae.patch_size:
-        return FluxVAEConfig(**_fields(config.genhancer.vae, without=("source", "patch_size")))
-    names = [f.name for f in dataclasses.fields(PatchCodeConfig)]
-    return PatchCodeConfig.from_dict({name: config.genhancer.vae[name] for name in names})
+def _vae(section: GenHancerVae) -> FluxVAEConfig | PatchCodeConfig:
+    kind = PatchCodeConfig if section.patch_size else FluxVAEConfig
+    values = {f.name: getattr(section, f.name) for f in dataclasses.fields(kind)}
+    return kind.from_dict(values) if section.patch_size else kind(**values)
 
 
 def _vae_part(source: str, vae: FluxVAEConfig | PatchCodeConfig) -> parts.Part:
     kind = parts.diffusers if isinstance(vae, PatchCodeConfig) else flux.vae
     return kind(source, vae, "config.genhancer.vae")
-
-
-def _fields(section: ConfigDict, without: tuple[str, ...] = ()) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.to_dict().items() if k not in without}
 
 
 class Draws(NamedTuple):
@@ -198,8 +221,7 @@ class Objective(contract.Objective):
 
     def __init__(self, config, *, rngs):
         self.spec, self.options = backbones.spec_of(config), options(config)
-        self.vae_config = _vae(config)
-        self.flow_config = FlowConfig(**_fields(config.genhancer.denoiser))
+        self.vae_config, self.flow_config = _vae(self.options.vae), self.options.denoiser
         if self.flow_config.in_channels != 4 * self.vae_config.latent_channels:
             raise UserError(
                 f"config.genhancer.denoiser.in_channels={self.flow_config.in_channels} must be four times "

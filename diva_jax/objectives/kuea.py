@@ -16,16 +16,16 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import above, at_least, field, one_of, parse
 from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.objectives import contract
+from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.weights import parts
 
 Array = jax.Array
 
-FAITHFUL, EXACT = "faithful", "exact"
-KERNELS = ("polynomial", "gaussian", "cosine")
 TEACHER = backbones.Spec(
     arch="dinov2",
     source="hf-hub:facebook/dinov2-with-registers-large",
@@ -40,56 +40,52 @@ TEACHER = backbones.Spec(
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """`config.kuea`, but for the teacher's Spec. "faithful" is what the authors' code does."""
+class KueaOptions:
+    """`config.kuea`. "faithful" is what the authors' code does."""
 
-    kernel: str = "polynomial"  # polynomial, gaussian or cosine.
-    gamma: float = 0.0032  # polynomial: (gamma a.b + c)^3, normalised to 1 on the diagonal; only gamma/c matters.
-    c: float = 0.191623  # polynomial: see gamma.
-    teacher_gamma: float = 0.0  # 0: 1 / the teacher's embed_dim.
-    teacher_c: float = 1.0  # The teacher's c.
-    width: float = 8.7  # gaussian: exp(-|a - b|^2 / (2 width^2)).
-    teacher_width: float = 15.8  # The teacher's width.
-    clean_weight: float = 1.0  # Of the distance to the initial encoder's embedding.
-    kernel_weight: float = 0.5  # Of the distance of the kernels.
-    kernel_params: str = EXACT  # exact: gamma and c are trained (polynomial). faithful: constant.
-    first_step_lr: str = EXACT  # exact: the warm-up holds from the first step. faithful: the first step has the peak.
-    teacher_norm: str = EXACT  # exact: the teacher's mean/std. faithful: the backbone's.
-    teacher_resize: str = (
-        EXACT  # exact: prepared for the teacher from the image. faithful: the backbone's view, resized.
+    kernel: str = field("polynomial", "The kernel of pairs of embeddings.", one_of("polynomial", "gaussian", "cosine"))
+    gamma: float = field(
+        0.0032,
+        "The polynomial kernel is (gamma a.b + c)^3, normalised to 1 on the diagonal; only gamma/c matters.",
+        above(0),
     )
-    teacher_crop_from: int = 256  # exact: the image is resized to this before the teacher's central crop [pixels].
-
-    def __post_init__(self):
-        if self.kernel not in KERNELS:
-            raise UserError(f"config.kuea.kernel={self.kernel!r}: use one of {', '.join(KERNELS)}")
-        for switch in SWITCHES:
-            if (value := getattr(self, switch)) not in (EXACT, FAITHFUL):
-                raise UserError(f"config.kuea.{switch}={value!r}: use {EXACT} or {FAITHFUL}")
-        for field in ("gamma", "c", "teacher_c", "width", "teacher_width"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"config.kuea.{field}={getattr(self, field)} must be above 0")
+    c: float = field(0.191623, "This is c in the polynomial kernel, see gamma.", above(0))
+    teacher_gamma: float = field(
+        0.0, "This is gamma in the teacher's kernel; 0 stands for 1 / the teacher's embed_dim.", at_least(0)
+    )
+    teacher_c: float = field(1.0, "This is c in the teacher's kernel.", above(0))
+    width: float = field(8.7, "The gaussian kernel is exp(-|a - b|^2 / (2 width^2)).", above(0))
+    teacher_width: float = field(15.8, "This is the width in the teacher's gaussian kernel.", above(0))
+    clean_weight: float = field(1.0, "The distance to the initial encoder's embedding is weighted with this.")
+    kernel_weight: float = field(0.5, "The distance of the kernels is weighted with this.")
+    kernel_params: str = switch("The polynomial kernel's gamma and c are trained (exact), or constant (faithful).")
+    first_step_lr: str = switch(
+        "The warm-up holds from the first step on (exact), or the first step has the peak learning rate (faithful)."
+    )
+    teacher_norm: str = switch(
+        "The teacher's input has the teacher's own mean and std (exact), or the backbone's (faithful)."
+    )
+    teacher_resize: str = switch(
+        "The teacher's input is prepared from the image (exact), or is the backbone's view, resized (faithful)."
+    )
+    teacher_crop_from: int = field(
+        256,
+        "With teacher_resize=exact, the image is resized to this before the teacher's central crop [pixels].",
+        at_least(0),
+    )
+    teacher: backbones.Spec = TEACHER
 
     @property
     def trains_kernel(self) -> bool:
+        """Whether gamma and c are trained."""
         return self.kernel == "polynomial" and self.kernel_params == EXACT
 
 
-SWITCHES = tuple(f.name for f in dataclasses.fields(Options) if f.default == EXACT)
+SECTION = KueaOptions
 
 
-def _options(config: ConfigDict) -> Options:
-    return Options(**{f.name: config.kuea[f.name] for f in dataclasses.fields(Options)})
-
-
-PARTS = {"teacher": backbones.Spec, "teacher.text": backbones.TextSpec}
-
-
-def default() -> ConfigDict:
-    """The fields of `config.kuea`: see `Options`; `teacher` is a `backbones.Spec`."""
-    c = ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
-    c.teacher = ConfigDict(dataclasses.asdict(TEACHER))
-    return c
+def _options(config: ConfigDict) -> KueaOptions:
+    return parse(KueaOptions, config.kuea, "config.kuea")
 
 
 def recipe(config: ConfigDict) -> None:
@@ -150,8 +146,8 @@ class Objective(contract.Objective):
     compares_images = True
 
     def __init__(self, config, *, rngs):
-        self.spec, self.taught_by = backbones.spec_of(config), backbones.parse_spec(config.kuea.teacher)
-        self.options, self.micro_batch = _options(config), config.batch_size // config.accum
+        self.spec, self.options = backbones.spec_of(config), _options(config)
+        self.taught_by, self.micro_batch = self.options.teacher, config.batch_size // config.accum
         if self.options.teacher_resize == EXACT and self.options.teacher_crop_from < self.taught_by.image_size:
             raise UserError(
                 f"config.kuea.teacher_crop_from={self.options.teacher_crop_from} must be at least the teacher's "

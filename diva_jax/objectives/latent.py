@@ -25,11 +25,6 @@ Array = jax.Array
 SECTIONS = ("diffusion",)
 
 
-def default() -> ConfigDict:
-    """`config.latent` has no fields."""
-    return ConfigDict()
-
-
 def recipe(config: ConfigDict) -> None:
     """AdamW, at a rate for small models."""
     config.trainable = (("(unet|text_encoder)/.*", 1.0), (".*", 0.0))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.fields import field, parse
 from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
@@ -43,18 +43,16 @@ _FLOOR = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class SmartClipOptions:
     """`config.smartclip`."""
 
-    align_weight: float = 10.0  # Of the sum of the two cross-entropies.
-    sparsity_weight: float = 2.0  # Of the share of dimensions that the masks select.
-    logit_scale: float = 100.0  # Constant: neither trained nor exported.
-    tokenizer: str = ""  # Folder with the tokenizer's files; empty: that of backbone.source.
+    align_weight: float = field(10.0, "The sum of the two cross-entropies is weighted with this.")
+    sparsity_weight: float = field(2.0, "The share of dimensions that the masks select is weighted with this.")
+    logit_scale: float = field(100.0, "Cosines are multiplied by this constant, which is neither trained nor exported.")
+    tokenizer: str = field("", "The tokenizer's files are in this folder; if empty, they are those of backbone.source.")
 
 
-def default() -> ConfigDict:
-    """The fields of `config.smartclip`: see `Options`."""
-    return ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
+SECTION = SmartClipOptions
 
 
 def recipe(config: ConfigDict) -> None:
@@ -130,13 +128,10 @@ class Objective(contract.Objective):
     compares_images = True
 
     def __init__(self, config, *, rngs):
-        self.spec, self.options = backbones.spec_of(config), Options(**config.smartclip)
+        self.spec = backbones.spec_of(config)
+        self.options = parse(SmartClipOptions, config.smartclip, "config.smartclip")
         self.micro_batch = config.batch_size // config.accum
-        if not self.spec.has_text:
-            raise UserError(
-                f"config.objective=smartclip trains a text tower, but the {self.spec.arch} backbone has none: "
-                "use a CLIP backbone"
-            )
+        contract.check_both_towers(self.spec, "smartclip")
         kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), remat=config.remat in ("vision", "all"))
         self.vision = backbones.build(self.spec, param_dtype=jnp.float32, **kw)
         self.text = Text(self.spec, **kw)

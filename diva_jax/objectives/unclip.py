@@ -2,7 +2,7 @@
 
 For an image x: latents z0 = VAE(x), a timestep t and noise eps, z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps; the
 embedding e = vision(x), pooled and projected, not normalised; the class label c = [e', code(level)], where e' is e with
-the noise augmentation of unCLIP (arXiv 2204.06125, section 2.1; `Options.embed_noise`); G = UNet(z_t, t, text, c), a
+the noise augmentation of unCLIP (arXiv 2204.06125, section 2.1; `embed_noise`); G = UNet(z_t, t, text, c), a
 v-prediction under the states of an empty prompt. loss = mean((G - v)^2) with v = sqrt(abar_t) eps - sqrt(1 - abar_t) z0
 (arXiv 2202.00512, section 4). The gradient runs through the U-Net into `vision`, all else is frozen.
 
@@ -21,6 +21,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import Rule, below, field, one_of, parse
 from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
@@ -37,33 +38,49 @@ SECTIONS = ("diffusion",)
 LEVELS = schedule.ScheduleConfig(beta_schedule="squaredcos_cap_v2")  # Of the noise that is added to embeddings.
 
 
+def _is_embed_noise(value: str) -> bool:
+    level = re.fullmatch(r"level(\d{1,9})", value)
+    return value in ("none", "mean0", "random") or level is not None and int(level[1]) < LEVELS.num_train_timesteps
+
+
 @dataclasses.dataclass(frozen=True)
-class Options:
+class UnclipOptions:
     """`config.unclip`."""
 
-    target: str = "v"  # v: the generator's own objective. eps: its noise, which weighs timestep t by abar_t.
-    embed_noise: str = "none"  # none; mean0: level 0 without its noise; level<L>: level L; random: any level.
-    embed_drop: float = 0.0  # Share of the images whose class label is zero.
-    stats: str = "on"  # on: noise by the generator's mean and std of embeddings. off: mean 0, std 1.
-    latents: str = "sample"  # sample: of the VAE's posterior. mean: its mean.
-    condition_of: str = "own"  # own; next: that of the next image in the batch, a control that can teach nothing.
-    clip_view: str = "processor"  # processor: the backbone's own preprocessing. ldm: as in the generator's training.
-
-    def __post_init__(self):
-        for field, values in _VALUES.items():
-            if (value := getattr(self, field)) not in values:
-                raise UserError(f"config.unclip.{field}={value!r}: use {' or '.join(values)}")
-        if self.embed_noise not in ("none", "mean0", "random") and not self._in_range():
-            raise UserError(
-                f"config.unclip.embed_noise={self.embed_noise!r}: use none, mean0, random or level<L>, e.g. level0, L "
-                f"below {LEVELS.num_train_timesteps}"
-            )
-        if not 0 <= self.embed_drop < 1:
-            raise UserError(f"config.unclip.embed_drop={self.embed_drop} must be at least 0 and below 1")
-
-    def _in_range(self) -> bool:
-        level = re.fullmatch(r"level(\d+)", self.embed_noise)
-        return level is not None and int(level[1]) < LEVELS.num_train_timesteps
+    target: str = field(
+        "v",
+        "The target is the generator's own objective (v), or its noise (eps), which weighs timestep t by abar_t.",
+        one_of("v", "eps"),
+    )
+    embed_noise: str = field(
+        "none",
+        "The noise of embeddings is none, that of level 0 without its noise (mean0), of level L (level<L>), or of any "
+        "level (random).",
+        Rule(
+            _is_embed_noise,
+            f"must be none, mean0, random or level<L>, e.g. level0, L below {LEVELS.num_train_timesteps}",
+        ),
+    )
+    embed_drop: float = field(0.0, "The class label is zero for this share of the images.", below(0, 1))
+    stats: str = field(
+        "on",
+        "The noise is scaled by the generator's mean and std of embeddings (on), or by mean 0 and std 1 (off).",
+        one_of("on", "off"),
+    )
+    latents: str = field(
+        "sample", "The latents are a sample of the VAE's posterior, or its mean.", one_of("sample", "mean")
+    )
+    condition_of: str = field(
+        "own",
+        "The condition is the image's own, or that of the next image in the batch, a control that can teach nothing.",
+        one_of("own", "next"),
+    )
+    clip_view: str = field(
+        "processor",
+        "The tower's input is prepared by the backbone's own preprocessing (processor), or as in the generator's "
+        "training (ldm).",
+        one_of("processor", "ldm"),
+    )
 
     @property
     def level(self) -> int | None:
@@ -78,18 +95,7 @@ class Options:
         return self.stats == "on" and self.embed_noise != "none"
 
 
-_VALUES = {
-    "target": ("v", "eps"),
-    "condition_of": ("own", "next"),
-    "stats": ("on", "off"),
-    "latents": ("sample", "mean"),
-    "clip_view": ("processor", "ldm"),
-}
-
-
-def default() -> ConfigDict:
-    """The fields of `config.unclip`: see `Options`."""
-    return ConfigDict({f.name: f.default for f in dataclasses.fields(Options)})
+SECTION = UnclipOptions
 
 
 def recipe(config: ConfigDict) -> None:
@@ -132,7 +138,7 @@ class Objective(contract.Objective):
 
     def __init__(self, config, *, rngs):
         self.spec = backbones.spec_of(config)
-        self.options = Options(**config.unclip)
+        self.options = parse(UnclipOptions, config.unclip, "config.unclip")
         self.diffusion = Diffusion.from_dict(config.diffusion.to_dict())
         self.image_size = config.data.image_size
         _check_fit(self.spec, self.diffusion)

@@ -1,5 +1,6 @@
 """Optimizer and learning-rate schedule of a stage, from the config."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -10,9 +11,50 @@ import numpy as np
 import optax
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import Rule, above, below, between, field, is_regex, one_of
 from diva_jax.objectives import Pace, Stage
 
-SCHEDULES = ("cosine", "constant")
+
+@dataclasses.dataclass(frozen=True)
+class OptimOptions:
+    """`config.optim`."""
+
+    name: str = field("sgd", "The optimizer.", one_of("sgd", "adamw"))
+    lr: float = field(1e-4, "The peak learning rate.", above(0))
+    warmup: float = field(
+        0.005,
+        "The learning rate rises from 0 to its peak in this share of a stage's steps, rounded up.",
+        below(0, 1),
+    )
+    warmup_steps: int = field(
+        -1, "The length of the warm-up as a number of steps; -1: as warmup says.", between(-1, 10**9)
+    )
+    schedule: str = field(
+        "cosine",
+        "After the warm-up, the learning rate falls to 0 at the stage's end (cosine) or is constant.",
+        one_of("cosine", "constant"),
+    )
+    clip: float = field(1.0, "The gradient's global norm is clipped to this; 0: it is not.", between(0, 1e38))
+    momentum: float = field(0.9, "The momentum of sgd.", below(0, 1))
+    b1: float = field(0.9, "The decay of adamw's average of gradients.", below(0, 1))
+    b2: float = field(0.999, "The decay of adamw's average of squared gradients.", below(0, 1))
+    eps: float = field(
+        1e-8,
+        "The epsilon of adamw's denominator.",
+        Rule(lambda v: 0 < v <= 1, "must be above 0, at most 1"),
+    )
+    weight_decay: float = field(
+        0.0, "The weight decay of adamw (decoupled) and sgd (added to the gradient).", between(0, 1e38)
+    )
+    decay_all: bool = field(
+        False,
+        "Whether biases, norms and all other vectors decay too, and not matrices and convolutions alone.",
+    )
+    no_decay: str = field(
+        "",
+        "Parameters whose whole name matches this regular expression do not decay.",
+        Rule(is_regex, "must be a regular expression"),
+    )
 
 
 def pace(stage: Stage, warmup: float) -> Pace:

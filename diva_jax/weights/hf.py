@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, architecture, architectures
-from diva_jax.models.backbones.shared import limits
 from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe
 from diva_jax.weights.tensors import Tensor, Tensors
 
@@ -127,7 +127,7 @@ def from_transformers(
             f"{where} is a {brief(kind)} model: give the folder of a whole {' or '.join(dict.fromkeys(known))}"
         )
     spec, silent = layouts[kind].from_config(config, preprocessor, where)
-    return limits.check(spec, where), silent
+    return backbones.check(spec, where), silent
 
 
 def to_transformers(spec: Spec, dtype: str) -> dict:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, architectures
-from diva_jax.models.backbones.shared import limits
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.models.backbones.shared.positions import depth, tensor_shape
 from diva_jax.weights import hf, places, readers
@@ -150,7 +150,7 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
     tensors = _open_clip_names(tensors, where)
     if described and (folder / OPEN_CLIP_CONFIG).is_file():
         path = folder / OPEN_CLIP_CONFIG
-        spec = limits.check(from_open_clip(readers.read_json(path), source=source), str(path))
+        spec = backbones.check(from_open_clip(readers.read_json(path), source=source), str(path))
         return ClipSource(where, "open_clip folder", tensors, spec, tokenizer=tokenizer)
     if {"input_resolution", "context_length", "vocab_size"} <= set(tensors):
         return ClipSource(where, "OpenAI state dict", tensors, _openai_spec(tensors), tokenizer=tokenizer)

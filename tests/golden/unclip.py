@@ -80,7 +80,7 @@ def objective(z, sd, meta) -> unclip.Objective:
     return module
 
 
-def _options(given: unclip.Options, key: str) -> unclip.Options:
+def _options(given: unclip.UnclipOptions, key: str) -> unclip.UnclipOptions:
     """The options of a case: `random_drop+stats` is random levels, labels dropped, with statistics."""
     noise, _, stats = key.partition("+")
     noise = noise.removesuffix("_drop")

@@ -34,7 +34,7 @@ SHOWN = {
     "fields": (
         ("--config", "tiny", "--config.steps=7", "--config.eval.data=drift=a,mmvp=b", "--help"),
         (
-            "--config.steps=7\n      Optimizer steps",
+            "--config.steps=7\n      The optimizer steps",
             "--config.eval.data=('drift=a', 'mmvp=b')",
             "--config.diva.draws=2",
         ),

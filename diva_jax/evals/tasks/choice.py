@@ -13,8 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diva_jax.common import fields
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import field, one_of
 from diva_jax.data.images import open_image
 from diva_jax.evals import Settings, choice_sets, encode
 from diva_jax.evals.choice_layouts import Item
@@ -23,21 +23,22 @@ from diva_jax.evals.items import ItemTask, Values
 
 # Decimals to which cosines are rounded, so that the rounding of embeddings and sums does not turn a tie into an answer.
 _COSINE_DECIMALS = 7
-RULES = (fields.one_of("layout", "", *choice_sets.LAYOUTS),)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ChoiceOptions:
     """The section `config.eval.choice`."""
 
-    layout: str = ""  # Of a file that has no published name; empty: by the name.
-    images: str = ""  # The folder with the pictures; empty: that of the file.
-    allow_partial: bool = False  # Whether a published file may have another number of items.
+    layout: str = field(
+        "",
+        "A file that has no published name has this layout; if empty, the name tells it.",
+        one_of("", *choice_sets.LAYOUTS),
+    )
+    images: str = field("", "The images are in this folder; if empty, in that of the file.")
+    allow_partial: bool = field(False, "Whether a published file may have another number of items.")
 
 
-def default() -> ConfigDict:
-    """The options and their defaults."""
-    return ConfigDict(dataclasses.asdict(Options()))
+SECTION = ChoiceOptions
 
 
 def texts_right(scores: np.ndarray, right: np.ndarray) -> bool:
@@ -99,7 +100,7 @@ class Choice(ItemTask):
 
     title, items = "Choices", "items"
 
-    def __init__(self, path: str, options: Options, settings: Settings):
+    def __init__(self, path: str, options: ChoiceOptions, settings: Settings):
         self.settings = settings
         where = Path(path).expanduser()
         self.sets: dict[str, list[Item]] = {}
@@ -171,4 +172,4 @@ class Choice(ItemTask):
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Choice:
     """The task on `path`: the file of a set, or a folder with files of published names."""
-    return Choice(path, Options(**section), settings)
+    return Choice(path, ChoiceOptions(**section), settings)

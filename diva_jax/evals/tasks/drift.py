@@ -13,23 +13,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import at_least, field
 from diva_jax.data import labelled
 from diva_jax.evals import Outcome, Settings, Task, encode, stats
 
 _QUERIES = 256
-RULES = (("neighbours", lambda k: k >= 1, "must be at least 1"),)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class DriftOptions:
     """The section `config.eval.drift`."""
 
-    neighbours: int = 10  # The k of the kNN overlap.
+    neighbours: int = field(10, "The overlap is that of this many nearest neighbours.", at_least(1))
 
 
-def default() -> ConfigDict:
-    """The options and their defaults."""
-    return ConfigDict(dataclasses.asdict(Options()))
+SECTION = DriftOptions
 
 
 def neighbours(x: np.ndarray, k: int) -> np.ndarray:
@@ -60,7 +58,7 @@ class Drift(Task):
 
     title, items = "Drift", "images"
 
-    def __init__(self, path: str, options: Options, settings: Settings):
+    def __init__(self, path: str, options: DriftOptions, settings: Settings):
         root = Path(path).expanduser()
         if not root.is_dir():
             raise UserError(f"--data=drift={path} is not a folder: give one with images in it")
@@ -108,4 +106,4 @@ class Drift(Task):
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Drift:
     """The task on `path`, a folder of images with any depth of subfolders."""
-    return Drift(path, Options(**section), settings)
+    return Drift(path, DriftOptions(**section), settings)

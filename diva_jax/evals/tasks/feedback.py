@@ -32,6 +32,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import at_least, field
 from diva_jax.data import images, sources
 from diva_jax.evals import Outcome, Settings, Task, stats
 from diva_jax.training import load, sharding
@@ -48,23 +49,19 @@ METRICS = {
     "gradient_snr": "signal-to-noise of the gradient",
 }
 _LOSSES = ("loss_own", "gap_other", "gap_text")
-RULES = (
-    ("images", lambda n: n >= 2, "must be at least 2"),
-    ("draws", lambda n: n >= 2, "must be at least 2"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class FeedbackOptions:
     """The section `config.eval.feedback`."""
 
-    images: int = 256  # The largest number of images, chosen by the seed; they are kept in memory.
-    draws: int = 4  # Gradients of independent draws on the same images.
+    images: int = field(
+        256, "At most this many images are used, chosen by the seed; they are kept in memory.", at_least(2)
+    )
+    draws: int = field(4, "Gradients are compared between this many draws on the same images.", at_least(2))
 
 
-def default() -> ConfigDict:
-    """The options and their defaults."""
-    return ConfigDict(dataclasses.asdict(Options()))
+SECTION = FeedbackOptions
 
 
 def partners(count: int, seed: int) -> np.ndarray:
@@ -108,7 +105,7 @@ class Feedback(Task):
 
     title, items, compared_in_training = "Diffusion feedback", "images", False
 
-    def __init__(self, path: str, options: Options, settings: Settings):
+    def __init__(self, path: str, options: FeedbackOptions, settings: Settings):
         try:
             source = sources.open_source(path, quiet=jax.process_index() > 0)
         except UserError as e:
@@ -340,4 +337,4 @@ def zero_lines(scores: dict[str, dict]) -> list[str]:
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Feedback:
     """The task on `path`, of any form that `config.data.path` may have."""
-    return Feedback(path, Options(**section), settings)
+    return Feedback(path, FeedbackOptions(**section), settings)

@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError, brief
+from diva_jax.common.fields import at_least, field
 from diva_jax.data import labelled, texts
 from diva_jax.evals import Outcome, Settings, encode, items, stats
 from diva_jax.evals.items import ItemTask, Values
@@ -39,19 +40,18 @@ NAMES = "Patterns.json"  # In a set of another kind: {"patterns": [names], "pair
 FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 HEADER = ["Question ID", "Type", "Statement"]
 SCALE = 100.0  # Of the logits, in every published evaluation; no answer depends on it.
-RULES = (("seeds", lambda n: n >= 1, "must be at least 1"),)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class MmvpOptions:
     """The section `config.eval.mmvp`."""
 
-    seeds: int = 10  # Draws of random patches for a published readout that averages some.
+    seeds: int = field(
+        10, "A published readout that averages random patches is averaged over this many draws of them.", at_least(1)
+    )
 
 
-def default() -> ConfigDict:
-    """The options and their defaults."""
-    return ConfigDict(dataclasses.asdict(Options()))
+SECTION = MmvpOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Mmvp(ItemTask):
 
     title, items = "MMVP-VLM", "pairs"
 
-    def __init__(self, path: str, options: Options, settings: Settings):
+    def __init__(self, path: str, options: MmvpOptions, settings: Settings):
         self.options, self.settings, self.questions = options, settings, read_questions(path)
         paths = [q.image for q in self.questions]
         self.images = labelled.image_files(paths, [None] * len(paths), paths[0].parent.parent, rgb=False)
@@ -288,4 +288,4 @@ class Mmvp(ItemTask):
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Mmvp:
     """The task on `path`, the folder with Questions.csv and the images; everything there is checked first."""
-    return Mmvp(path, Options(**section), settings)
+    return Mmvp(path, MmvpOptions(**section), settings)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import Rule, above, at_least, field
 from diva_jax.data import labelled
 from diva_jax.evals import Settings, encode, linear
 from diva_jax.evals.classification import MIN_CLASSES_AT_5, ClassificationTask, Classified
@@ -18,29 +18,28 @@ from diva_jax.evals.items import resolved
 from diva_jax.evals.tasks import zeroshot
 
 _TEST_FOLDERS = ("test", "val")
-RULES = (
-    fields.at_least("neighbours", 1),
-    ("temperature", lambda t: t > 0, "must be above 0"),
-    ("held_out", lambda share: 0 < share < 1, "must be between 0 and 1"),
-    fields.at_least("weight_decay", 0),
-    fields.at_least("iterations", 1),
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ProbeOptions:
     """The section `config.eval.probe`."""
 
-    neighbours: int = 20  # The k of the nearest neighbours.
-    temperature: float = 0.07  # Of their votes.
-    weight_decay: float = 0.0  # Of the linear probe; 0: searched on a part of the training split.
-    held_out: float = 0.2  # That part's share, chosen by the seed.
-    iterations: int = 1000  # Of L-BFGS, at most.
+    neighbours: int = field(20, "This many nearest neighbours vote.", at_least(1))
+    temperature: float = field(0.07, "The temperature of the neighbours' votes.", above(0))
+    weight_decay: float = field(
+        0.0,
+        "The weight decay of the linear probe; 0: it is searched on a part of the training split.",
+        at_least(0),
+    )
+    held_out: float = field(
+        0.2,
+        "The weight decay is searched on this share of the training split, chosen by the seed.",
+        Rule(lambda share: 0 < share < 1, "must be between 0 and 1"),
+    )
+    iterations: int = field(1000, "The linear probe is fitted with at most this many steps of L-BFGS.", at_least(1))
 
 
-def default() -> ConfigDict:
-    """The options and their defaults."""
-    return ConfigDict(dataclasses.asdict(Options()))
+SECTION = ProbeOptions
 
 
 def splits(path: str) -> tuple[str, str]:
@@ -85,7 +84,7 @@ class Probe(ClassificationTask):
 
     title = "Probes"
 
-    def __init__(self, path: str, options: Options, settings: Settings):
+    def __init__(self, path: str, options: ProbeOptions, settings: Settings):
         self.options, self.settings = options, settings
         paths = splits(path)
         self.train, self.test = (zeroshot.open_data(p, "probe") for p in paths)
@@ -136,4 +135,4 @@ class Probe(ClassificationTask):
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Probe:
     """The task on `path`, see `splits`; each split as for `zeroshot`: class folders, tars or tfds."""
-    return Probe(path, Options(**section), settings)
+    return Probe(path, ProbeOptions(**section), settings)

@@ -19,11 +19,6 @@ _RECALL_AT = (1, 5, 10)
 _QUERY_BATCH = 256
 
 
-def default() -> ConfigDict:
-    """This task has no options."""
-    return ConfigDict()
-
-
 def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The rank of the best right answer to each query, from 0; equal scores are ranked in the order of the answers.
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import field
 from diva_jax.data import labelled
 from diva_jax.evals import Settings, encode
 from diva_jax.evals.classification import ClassificationTask, Classified
@@ -28,16 +29,14 @@ _OVERLAP = "objectnet_to_imagenet_1k.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class RobustnessOptions:
     """The section `config.eval.robustness`."""
 
-    templates: str = ""  # A JSON file of prompt templates; empty: ImageNet's 80.
-    allow_partial: bool = False  # Whether a set may have fewer classes than the published one.
+    templates: str = field("", "A JSON file of prompt templates; if empty, ImageNet's 80 are used.")
+    allow_partial: bool = field(False, "Whether a set may have fewer classes than the published one.")
 
 
-def default() -> ConfigDict:
-    """The options and their defaults."""
-    return ConfigDict(dataclasses.asdict(Options()))
+SECTION = RobustnessOptions
 
 
 def wnids() -> list[str]:
@@ -164,7 +163,7 @@ class Robustness(ClassificationTask):
 
     title = "Robustness"
 
-    def __init__(self, path: str, options: Options, settings: Settings):
+    def __init__(self, path: str, options: RobustnessOptions, settings: Settings):
         self.settings, roots = settings, paths_of(path)
         self.data = ",".join(f"{name}={root.resolve()}" for name, root in roots.items())
         sets = {name: read_set(name, root, options.allow_partial) for name, root in roots.items()}
@@ -192,4 +191,4 @@ class Robustness(ClassificationTask):
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Robustness:
     """The task on `path`, `SET=FOLDER,SET=FOLDER` with sets of `SETS`."""
-    return Robustness(path, Options(**section), settings)
+    return Robustness(path, RobustnessOptions(**section), settings)

@@ -14,8 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import above, at_least, below, field, one_of
 from diva_jax.data.images import open_image
 from diva_jax.evals import Outcome, Settings, Task, encode, segmentation_sets, stats
 from diva_jax.evals.items import set_and_folder
@@ -25,35 +25,38 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import spec_of
 from diva_jax.models.backbones.shared.dense import VARIANTS
 
-RULES = (
-    fields.one_of("last", *VARIANTS),
-    fields.at_least("short_side", 0),
-    fields.at_least("stride", 0),
-    ("scale", lambda s: s > 0, "must be above 0"),
-    ("background", lambda p: 0 <= p < 1, "must be at least 0 and below 1"),
-)
-
-
 # How many images, evenly spaced, results.json has the maps of classes of, and the longer side of these [pixels].
 _MAPS, _MAP_SIDE = 6, 240
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class SegmentationOptions:
     """The section `config.eval.segmentation`."""
 
-    last: str = "sclip"  # How the last block is run: plain, maskclip, sclip or clearclip.
-    short_side: int = 0  # Pixels that the image's shorter side is resized to; 0: one and a half windows.
-    stride: int = 0  # Pixels between windows, which are of the backbone's image size; 0: half a window.
-    scale: float = 40.0  # Of the cosines, before the softmax.
-    background: float = 0.0  # Where no class is as probable, it is background; for sets that have one.
-    classes: str = ""  # Text file with a line per class, synonyms separated by commas; empty: the set's own.
-    allow_partial: bool = False  # Whether a set may have fewer images than the published one.
+    last: str = field("sclip", "The last block is run in this variant.", one_of(*VARIANTS))
+    short_side: int = field(
+        0,
+        "The image's shorter side is resized to this; 0: to one and a half windows [pixels].",
+        at_least(0),
+    )
+    stride: int = field(
+        0,
+        "Windows, which are of the backbone's image size, have this distance; 0: half a window [pixels].",
+        at_least(0),
+    )
+    scale: float = field(40.0, "Cosines are multiplied by this before the softmax.", above(0))
+    background: float = field(
+        0.0,
+        "Where no class is as probable as this, a set that has a background has it there.",
+        below(0, 1),
+    )
+    classes: str = field(
+        "", "A text file with a line per class, synonyms separated by commas; if empty, the set's own are used."
+    )
+    allow_partial: bool = field(False, "Whether a set may have fewer images than the published one.")
 
 
-def default() -> ConfigDict:
-    """The options and their defaults."""
-    return ConfigDict(dataclasses.asdict(Options()))
+SECTION = SegmentationOptions
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
@@ -122,7 +125,7 @@ class Segmentation(Task):
 
     title, items = "Open-vocabulary segmentation", "images"
 
-    def __init__(self, path: str, options: Options, settings: Settings):
+    def __init__(self, path: str, options: SegmentationOptions, settings: Settings):
         self.options, self.settings = options, settings
         if (given := set_and_folder(path, SETS)) is None:
             raise UserError(f"--data=segmentation={path} must read SET=FOLDER with a set of {listing(list(SETS))}")
@@ -227,4 +230,4 @@ class Segmentation(Task):
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Segmentation:
     """The task on `path`, `SET=FOLDER` with a set of `segmentation_sets.SETS`."""
-    return Segmentation(path, Options(**section), settings)
+    return Segmentation(path, SegmentationOptions(**section), settings)

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import field
 from diva_jax.data import labelled
 from diva_jax.evals import Settings, encode
 from diva_jax.evals.classification import MIN_CLASSES_AT_5, ClassificationTask, Classified
@@ -24,16 +25,16 @@ LOGIT_SCALE = 100
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ZeroShotOptions:
     """The section `config.eval.zeroshot`."""
 
-    classes: str = ""  # A JSON file of class names, or "imagenet"; empty: the data's own.
-    templates: str = ""  # A JSON file of prompt templates; empty: the data's own, or else ImageNet's.
+    classes: str = field("", 'A JSON file of class names, or "imagenet"; if empty, the data\'s own are used.')
+    templates: str = field(
+        "", "A JSON file of prompt templates; if empty, the data's own are used, or else ImageNet's."
+    )
 
 
-def default() -> ConfigDict:
-    """The options and their defaults."""
-    return ConfigDict(dataclasses.asdict(Options()))
+SECTION = ZeroShotOptions
 
 
 def imagenet(what: str) -> list[str]:
@@ -45,8 +46,8 @@ def class_names(given: str, found: labelled.Images) -> list[str]:
     """The class names by label.
 
     Args:
-      given: `Options.classes`; "imagenet", a JSON list by label, a JSON object folder name -> class name, or empty:
-        the data's own.
+      given: `ZeroShotOptions.classes`; "imagenet", a JSON list by label, a JSON object folder name -> class name, or
+        empty: the data's own.
       found: the data.
 
     Raises:
@@ -77,8 +78,8 @@ def prompts(given: str, found: labelled.Images, classes: list[str]) -> list[list
     """The texts of each class.
 
     Args:
-      given: `Options.templates`: a JSON list of templates with `{c}`, a JSON object class -> texts, or empty: the
-        data's own, or else ImageNet's 80.
+      given: `ZeroShotOptions.templates`: a JSON list of templates with `{c}`, a JSON object class -> texts, or empty:
+        the data's own, or else ImageNet's 80.
 
     Raises:
       UserError: a class has no texts, or a template no `{c}`.
@@ -116,7 +117,7 @@ class ZeroShot(ClassificationTask):
 
     title, lists_top5 = "Zero-shot classification", True
 
-    def __init__(self, path: str, options: Options, settings: Settings):
+    def __init__(self, path: str, options: ZeroShotOptions, settings: Settings):
         self.settings, self.images, self.data = settings, open_data(path), resolved(path)
         self.count = len(self.images)
         self.classes = class_names(options.classes, self.images)
@@ -135,4 +136,4 @@ class ZeroShot(ClassificationTask):
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> ZeroShot:
     """The task on `path`: tfds:name/split, tars in CLIP_benchmark's layout, or a folder of class folders."""
-    return ZeroShot(path, Options(**section), settings)
+    return ZeroShot(path, ZeroShotOptions(**section), settings)

@@ -34,7 +34,9 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import Rule, between, field, finite, one_of
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -56,40 +58,52 @@ class Features(NamedTuple):
     pooled: jax.Array
 
 
+_MAX_WIDTH = 2**20  # Of such a width, one matrix alone has a terabyte.
+_MAX_TOKENS = 2**16
+
+
+def _is_three_numbers(values) -> bool:
+    return len(values) == 3 and all(finite(v) and abs(v) <= 1000 for v in values)
+
+
+def _is_select(select: str) -> bool:
+    """Whether the number of tokens in `Spec.select`, where it has one, is one that fits into memory."""
+    count = select.partition(":")[2]
+    return not count or not count.isdecimal() or 1 <= int(count[:10]) <= _MAX_TOKENS
+
+
 @dataclasses.dataclass(frozen=True)
 class TextSpec:
-    """The text tower that belongs to a backbone; fields as in open_clip's `text_cfg`.
+    """The text tower that belongs to a backbone; fields as in open_clip's `text_cfg`."""
 
-    Attributes:
-      context_length: tokens per text.
-      vocab_size, width, heads, layers, mlp_dim: of the transformer; no layers: there is no text tower.
-      causal: whether a token attends to the tokens before it alone.
-      pool: the token whose state is projected: "argmax" (the highest id, CLIP's end-of-text token), "eos" (the first
-        one whose id is `eos_id`) or "last" (the last position).
-      proj_bias: SigLIP projects with a linear layer and a bias, CLIP with a bare matrix.
-      norm_eps: of the LayerNorms.
-      tokenizer: "clip" (BPE, lower-cased), "siglip" (SentencePiece on canonicalised text) or "xlm" (SentencePiece,
-        case and punctuation kept).
-      activation: of the MLPs; empty: the vision tower's.
-      eos_id: see `pool`.
-      kept_positions: where a checkpoint has another context_length: that many position embeddings are kept and the
-        others are stretched to fit, see `weights.resample.to_context`; -1: such a checkpoint is refused.
-    """
-
-    context_length: int = 77
-    vocab_size: int = 49408
-    width: int = 768
-    heads: int = 12
-    layers: int = 12
-    mlp_dim: int = 3072
-    causal: bool = True
-    pool: str = "argmax"
-    proj_bias: bool = False
-    norm_eps: float = 1e-5
-    tokenizer: str = "clip"
-    activation: str = ""
-    eos_id: int = 2
-    kept_positions: int = -1
+    context_length: int = field(77, "The number of tokens of a text.", between(0, _MAX_TOKENS))
+    vocab_size: int = field(49408, "The size of the vocabulary.", between(0, 2**24))
+    width: int = field(768, "The width of the transformer.", between(0, _MAX_WIDTH))
+    heads: int = field(12, "The heads of the transformer's attention.", between(0, 1024))
+    layers: int = field(12, "The blocks of the transformer; with 0 there is no text tower.", between(0, 1024))
+    mlp_dim: int = field(3072, "The hidden width of the transformer's MLPs.", between(0, _MAX_WIDTH))
+    causal: bool = field(True, "Whether a token attends to the tokens before it alone.")
+    pool: str = field(
+        "argmax",
+        "The token whose state is projected is that with the highest id, CLIP's end-of-text token (argmax), the first "
+        "one whose id is eos_id (eos), or the last one (last).",
+    )
+    proj_bias: bool = field(
+        False, "Whether the projection is a linear layer with a bias, as SigLIP's is, or a bare matrix, as CLIP's is."
+    )
+    norm_eps: float = field(1e-5, "The epsilon of the LayerNorms.", between(0, 1))
+    tokenizer: str = field(
+        "clip",
+        "The tokenizer is lower-cased BPE (clip), SentencePiece on canonicalised text (siglip), or SentencePiece that "
+        "keeps case and punctuation (xlm).",
+    )
+    activation: str = field("", "The activation of the MLPs; if empty, it is the vision tower's.")
+    eos_id: int = field(2, "The id of the end-of-text token, for pool=eos.", between(0, 2**24))
+    kept_positions: int = field(
+        -1,
+        "For a checkpoint with another context_length, this many position embeddings are kept and the others are "
+        "stretched to fit; with -1 such a checkpoint is refused.",
+    )
 
 
 # Of a backbone that has a vision tower alone.
@@ -98,48 +112,57 @@ NO_TEXT = TextSpec(context_length=0, vocab_size=0, width=0, heads=0, layers=0, m
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Everything about a backbone that is not code.
+    """Everything about a backbone that is not code."""
 
-    Attributes:
-      arch: the architecture, a module of `diva_jax.models.backbones`.
-      open_clip_name: the open_clip model this is, for users and exports.
-      source: where its weights are: a file, folder or hub id that `diva_jax.weights` reads, or the workdir of a run.
-      image_size, patch_size: pixels.
-      width, layers, heads, mlp_dim: of the transformer.
-      embed_dim: D of `Features`.
-      activation: of the MLPs, a name in `layers.ACTIVATIONS`; for dinov2 also "swiglu".
-      norm_eps: of the LayerNorms.
-      mean, std: per channel, of images in [0, 1].
-      resize_mode, interpolation: how open_clip prepares a test image ("shortest" and centre crop, or "squash").
-      select: which patch tokens join the pooled one as condition: "all", "none", "random:K" (K uniform draws with
-        replacement), or "runs:K" (means over runs of K along the raster order, remainder dropped).
-      add_text: "token" (text and features token by token) or "mean" (mean text token added to every one).
-      readout: the readout with which this row's MMVP-VLM score was published (authors' evaluation code).
-      text: the text tower's spec; `NO_TEXT` where there is none.
-      registers: register tokens (dinov2).
-    """
-
-    arch: str = "vit"
-    open_clip_name: str = ""
-    source: str = ""
-    image_size: int = 224
-    patch_size: int = 14
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
-    mlp_dim: int = 4096
-    embed_dim: int = 768
-    activation: str = "quick_gelu"
-    norm_eps: float = 1e-5
-    mean: tuple[float, ...] = OPENAI_MEAN
-    std: tuple[float, ...] = OPENAI_STD
-    resize_mode: str = "shortest"
-    interpolation: str = "bicubic"
-    select: str = "all"
-    add_text: str = "mean"
-    readout: str = "pooled"
+    arch: str = field("vit", "The architecture, a module of diva_jax.models.backbones.")
+    open_clip_name: str = field("", "The name of this model in open_clip, for users and exports.")
+    source: str = field(
+        "", "The weights are those of this file, folder or hub id that diva_jax.weights reads, or of a run's workdir."
+    )
+    image_size: int = field(224, "The side of the images that the tower sees [pixels].", between(1, 2**14))
+    patch_size: int = field(14, "The side of a patch [pixels].", between(1, 2**14))
+    width: int = field(1024, "The width of the transformer.", between(1, _MAX_WIDTH))
+    layers: int = field(24, "The blocks of the transformer.", between(1, 1024))
+    heads: int = field(16, "The heads of the transformer's attention.", between(1, 1024))
+    mlp_dim: int = field(4096, "The hidden width of the transformer's MLPs.", between(1, _MAX_WIDTH))
+    embed_dim: int = field(768, "The width of the image embedding.", between(1, _MAX_WIDTH))
+    activation: str = field(
+        "quick_gelu", 'The activation of the MLPs is a name in layers.ACTIVATIONS; dinov2 may also have "swiglu".'
+    )
+    norm_eps: float = field(1e-5, "The epsilon of the LayerNorms.", between(0, 1))
+    mean: tuple[float, ...] = field(
+        OPENAI_MEAN,
+        "The mean of each channel of images in [0, 1], which is subtracted.",
+        Rule(_is_three_numbers, "must be three numbers, none above 1000"),
+    )
+    std: tuple[float, ...] = field(
+        OPENAI_STD,
+        "The standard deviation of each channel of images in [0, 1], by which they are divided.",
+        Rule(lambda v: _is_three_numbers(v) and min(v) > 0, "must be three numbers above 0, none above 1000"),
+    )
+    resize_mode: str = field(
+        "shortest",
+        "Test images are resized by their shorter side and cropped (shortest), or squashed to a square (squash).",
+        one_of("shortest", "squash"),
+    )
+    interpolation: str = field(
+        "bicubic", "Test images are resized with this interpolation.", one_of("bilinear", "bicubic")
+    )
+    select: str = field(
+        "all",
+        "The patch tokens that join the pooled one as condition are all, none, K that are drawn uniformly with "
+        "replacement (random:K), or the means over runs of K along the raster order, without a remainder (runs:K).",
+        Rule(_is_select, f"must select 1 to {_MAX_TOKENS} tokens"),
+    )
+    add_text: str = field(
+        "mean",
+        "The text's tokens are added to the features token by token (token), or their mean to every one (mean).",
+    )
+    readout: str = field(
+        "pooled", "This backbone's MMVP-VLM score was published with this readout, in the authors' evaluation code."
+    )
     text: TextSpec = TextSpec()
-    registers: int = 0
+    registers: int = field(0, "The number of register tokens (dinov2).", between(0, 1024))
 
     @property
     def has_text(self) -> bool:
@@ -273,16 +296,41 @@ TINY = Spec(
 )
 
 
-def parse_spec(section: ConfigDict) -> Spec:
+def check(spec: Spec, where: str) -> Spec:
+    """Returns the Spec of a description that was read from files, if its values are possible.
+
+    Args:
+      spec: as read.
+      where: the file or folder, for the message.
+
+    Raises:
+      UserError: a value is not; names it.
+    """
+    fields.check(dataclasses.asdict(spec), fields.declared(Spec), f"{where}: backbone")
+    towers = {"backbone": spec} | ({"backbone.text": spec.text} if spec.has_text else {})
+    for name, tower in towers.items():
+        for size in ("width", "mlp_dim", "heads", "layers"):
+            if not getattr(tower, size):
+                raise UserError(f"{where}: {name}.{size}=0 must be at least 1")
+        if tower.width % tower.heads:
+            raise UserError(f"{where}: {name}.heads={tower.heads} must divide the width, {tower.width}")
+    for size in ("context_length", "vocab_size") if spec.has_text else ():
+        if not getattr(spec.text, size):
+            raise UserError(f"{where}: backbone.text.{size}=0 must be at least 1")
+    return spec
+
+
+def parse_spec(section: ConfigDict, path: str = "config.backbone") -> Spec:
     """The Spec that a config section describes, hashable.
 
     Args:
       section: with the fields of `Spec`, e.g. `config.backbone`.
+      path: of the section, for errors.
+
+    Raises:
+      UserError: an unknown field, or a value that no backbone can have.
     """
-    fields = section.to_dict()
-    text = TextSpec(**fields.pop("text"))
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return Spec(**fields, text=text)
+    return fields.parse(Spec, section, path)
 
 
 def spec_of(config: ConfigDict) -> Spec:

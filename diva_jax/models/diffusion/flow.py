@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import above, between, field
 from diva_jax.models.attention import attention
 from diva_jax.models.diffusion.blocks import call
 from diva_jax.models.layers import ACTIVATIONS, Array, Keys, Layers, split_qkv
@@ -26,38 +27,30 @@ _PERIOD = 10000
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
-    """Shape of the transformer; the defaults are GenHancer's (arXiv 2503.19480), 1,310,154,816 parameters.
+    """Shape of the transformer; the defaults are GenHancer's (arXiv 2503.19480), 1,310,154,816 parameters."""
 
-    Attributes:
-      in_channels: channels of a packed latent token.
-      vector_dim: width of the pooled condition, which modulates every block.
-      text_dim: width of the text tokens.
-      width: of the transformer.
-      heads: of the attention.
-      double_blocks, single_blocks: their numbers.
-      axes: how many of the channels of a head encode each component of a token's position (0, row, column); even.
-      theta: base of the rotary embedding.
-      mlp_ratio: hidden width of the MLPs over `width`.
-      zero_out: start with the last layers of modulations and the output layer at zero, as DiT does (arXiv 2212.09748,
-        section 3.2), and not as PyTorch initialises any linear layer.
-    """
-
-    in_channels: int = 64
-    vector_dim: int = 768
-    text_dim: int = 4096
-    width: int = 3072
-    heads: int = 24
-    double_blocks: int = 2
-    single_blocks: int = 4
-    axes: tuple[int, ...] = (16, 56, 56)
-    theta: float = 10000.0
-    mlp_ratio: float = 4.0
-    zero_out: bool = False
+    in_channels: int = field(64, "The channels of a packed latent token.", between(1, 2**20))
+    vector_dim: int = field(768, "The width of the pooled condition, which modulates every block.", between(1, 2**20))
+    text_dim: int = field(4096, "The width of the text tokens.", between(1, 2**20))
+    width: int = field(3072, "The width of the transformer.", between(1, 2**20))
+    heads: int = field(24, "The heads of the attention.", between(1, 1024))
+    double_blocks: int = field(2, "The number of blocks with separate weights for image and text.", between(0, 1024))
+    single_blocks: int = field(4, "The number of blocks with the same weights for image and text.", between(0, 1024))
+    axes: tuple[int, ...] = field(
+        (16, 56, 56), "The channels of a head that encode each component of a token's position (0, row, column)."
+    )
+    theta: float = field(10000.0, "The base of the rotary embedding.", above(0))
+    mlp_ratio: float = field(4.0, "The hidden width of the MLPs, over the width of the transformer.", above(0))
+    zero_out: bool = field(
+        False,
+        "Whether the last layers of modulations and the output layer start at zero, as in DiT (arXiv 2212.09748, "
+        "section 3.2), and not as PyTorch initialises any linear layer.",
+    )
 
     def __post_init__(self):
         if self.width % self.heads:
             raise UserError(f"the denoiser's width={self.width} must be a multiple of its heads={self.heads}")
-        if len(self.axes) != 3 or any(n % 2 for n in self.axes) or sum(self.axes) != self.width // self.heads:
+        if len(self.axes) != 3 or any(n < 0 or n % 2 for n in self.axes) or sum(self.axes) != self.width // self.heads:
             raise UserError(
                 f"the denoiser's axes={self.axes} must be three even numbers whose sum is the width of a head, "
                 f"{self.width // self.heads}"

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from diva_jax.common.fields import Rule, between, field
 from diva_jax.models.diffusion import options as opt
 from diva_jax.models.diffusion.vae import Encoder, VAEConfig
 from diva_jax.models.layers import Array, Keys, Layers
@@ -14,24 +15,19 @@ from diva_jax.models.layers import Array, Keys, Layers
 
 @dataclasses.dataclass(frozen=True)
 class FluxVAEConfig:
-    """Shape of the encoder; the defaults are FLUX.1's.
+    """Shape of the encoder; the defaults are FLUX.1's."""
 
-    Attributes:
-      in_channels: channels of the images.
-      latent_channels: channels of the latents.
-      block_out_channels: channels per resolution, finest first; each resolution is half of the one before.
-      layers_per_block: residual blocks per resolution.
-      norm_num_groups: groups of every GroupNorm.
-      scaling_factor, shift_factor: latents are scaling_factor * (sample - shift_factor).
-    """
-
-    in_channels: int = 3
-    latent_channels: int = 16
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.3611
-    shift_factor: float = 0.1159
+    in_channels: int = field(3, "The channels of the images.", between(1, 1024))
+    latent_channels: int = field(16, "The channels of the latents.", between(1, 2**20))
+    block_out_channels: tuple[int, ...] = field(
+        (128, 256, 512, 512),
+        "The channels at each resolution, finest first; each resolution is half of the one before.",
+        Rule(lambda v: v and all(isinstance(n, int) and n > 0 for n in v), "must be whole numbers above 0"),
+    )
+    layers_per_block: int = field(2, "The residual blocks at each resolution.", between(1, 64))
+    norm_num_groups: int = field(32, "The groups of every GroupNorm.", between(1, 2**20))
+    scaling_factor: float = field(0.3611, "Latents are scaling_factor * (sample - shift_factor).")
+    shift_factor: float = field(0.1159, "Latents are scaling_factor * (sample - shift_factor).")
 
     @property
     def downscale(self) -> int:

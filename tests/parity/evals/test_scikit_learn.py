@@ -7,6 +7,7 @@ import pytest
 from eval_data import encoded, patch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
+from diva_jax.common.fields import default_of
 from diva_jax.evals import Settings
 from diva_jax.evals.tasks import zeroshot
 
@@ -20,7 +21,7 @@ def test_scores_equal_scikit_learns(tmp_path, seed):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(patch(i)))
     (tmp_path / "templates.json").write_text('["a {c}"]')
-    section = zeroshot.default()
+    section = default_of(zeroshot)
     section.templates = str(tmp_path / "templates.json")
     task = zeroshot.prepare(str(tmp_path / "pictures"), section, Settings(bootstrap=50))
     rng = np.random.default_rng(seed)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from diva_jax import objectives
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import default_of
 from diva_jax.data import inputs
 from diva_jax.data.preprocess import to_float
 from diva_jax.evals import Settings, encoders, evaluator, results
@@ -260,10 +261,10 @@ def test_partners_are_never_oneself():
 
 def test_what_cannot_be_judged_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--data=feedback='.*none' does not exist"):
-        feedback.prepare(str(tmp_path / "none"), feedback.default(), Settings())
+        feedback.prepare(str(tmp_path / "none"), default_of(feedback), Settings())
     (tmp_path / "a.png").write_bytes(encoded(patch(0)))
     with pytest.raises(UserError, match="has 1 images: give at least 2"):
-        feedback.prepare(str(tmp_path), feedback.default(), Settings())
+        feedback.prepare(str(tmp_path), default_of(feedback), Settings())
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="the image b.png of .* cannot be read"):
         runner(tmp_path)

@@ -155,4 +155,4 @@ def test_a_teacher_that_is_no_dinov2_is_refused_before_anything_is_written(files
 def test_the_published_teacher():
     assert (kuea.TEACHER.registers, kuea.TEACHER.patches, kuea.TEACHER.layers) == (4, 256, 24)
     assert backbones.architecture(kuea.TEACHER.arch).positions(kuea.TEACHER).antialias
-    assert kuea.Options().teacher_crop_from == 256
+    assert kuea.KueaOptions().teacher_crop_from == 256

@@ -57,10 +57,10 @@ def test_a_generator_of_another_tower_is_refused():
 
 def test_levels():
     levels = {"none": 0, "mean0": 0, "level0": 0, "level250": 250, "random": None}
-    assert {n: unclip.Options(embed_noise=n).level for n in levels} == levels
-    uses = {n: unclip.Options(embed_noise=n).uses_statistics for n in levels}
+    assert {n: unclip.UnclipOptions(embed_noise=n).level for n in levels} == levels
+    uses = {n: unclip.UnclipOptions(embed_noise=n).uses_statistics for n in levels}
     assert [n for n, used in uses.items() if not used] == ["none"]
-    assert not unclip.Options(embed_noise="random", stats="off").uses_statistics
+    assert not unclip.UnclipOptions(embed_noise="random", stats="off").uses_statistics
 
 
 def test_class_labels():

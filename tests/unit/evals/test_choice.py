@@ -9,13 +9,14 @@ import pytest
 from eval_data import patch
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import default_of
 from diva_jax.evals import Settings, choice_sets
 from diva_jax.evals.choice_layouts import Item
 from diva_jax.evals.tasks import choice
 
 
 def prepare(path, **options):
-    section = choice.default()
+    section = default_of(choice)
     section.update({"allow_partial": True} | options)
     return choice.prepare(str(path), section, Settings(bootstrap=300))
 

@@ -6,6 +6,7 @@ from eval_data import encoded, patch
 from records import write_tar
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import default_of
 from diva_jax.evals import Settings, linear
 from diva_jax.evals.tasks import probe
 
@@ -13,7 +14,7 @@ TRAIN, TEST = [0, 0, 1, 1, 1, 2, 2, 0, 1], [0, 1, 1, 2, 2]
 
 
 def prepare(path, **options):
-    section = probe.default()
+    section = default_of(probe)
     section.update({"neighbours": 3, "iterations": 30} | options)
     return probe.prepare(str(path), section, Settings(bootstrap=200))
 

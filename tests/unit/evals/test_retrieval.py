@@ -6,6 +6,7 @@ from eval_data import encoded, patch
 from records import write_tar
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import default_of
 from diva_jax.evals import Settings
 from diva_jax.evals.tasks import retrieval
 
@@ -14,7 +15,7 @@ CAPTIONS = [[f"caption {j} of {i}" for j in range(1 + i % 5)] for i in range(COU
 
 
 def prepare(path):
-    return retrieval.prepare(str(path), retrieval.default(), Settings(bootstrap=1000))
+    return retrieval.prepare(str(path), default_of(retrieval), Settings(bootstrap=1000))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 from eval_data import encoded, patch
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import default_of
 from diva_jax.evals import Settings
 from diva_jax.evals.tasks import robustness, zeroshot
 
@@ -24,7 +25,7 @@ def write(root, folders):
 
 def prepare(tmp_path, path, **options):
     (tmp_path / "templates.json").write_text('["a {c}", "the {c}."]')
-    section = robustness.default()
+    section = default_of(robustness)
     section.update({"allow_partial": True, "templates": str(tmp_path / "templates.json")} | options)
     return robustness.prepare(path, section, Settings(bootstrap=100))
 

@@ -11,6 +11,7 @@ from PIL import Image
 from specs import EVAL_CLIP as CLIP
 
 from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.fields import default_of
 from diva_jax.evals import Settings, encode, segmentation_sets, stats
 from diva_jax.evals.encoders import Encoder
 from diva_jax.evals.tasks import segmentation
@@ -114,7 +115,7 @@ TRUTH["coco_stuff"] = lambda v: (
 
 
 def prepare(path, bind=True, **options):
-    section = segmentation.default()
+    section = default_of(segmentation)
     section.update({"allow_partial": True} | options)
     task = segmentation.prepare(str(path), section, Settings(bootstrap=200))
     if bind:

@@ -9,6 +9,7 @@ from eval_data import encoded, patch
 from records import write_tar
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import default_of
 from diva_jax.evals import Settings
 from diva_jax.evals.tasks import zeroshot
 
@@ -17,7 +18,7 @@ LABELS = [0, 0, 0, 1, 2, 2, 3, 4, 4, 4, 4, 5, 5]
 
 
 def prepare(path, **options):
-    section = zeroshot.default()
+    section = default_of(zeroshot)
     section.update(options)
     return zeroshot.prepare(str(path), section, Settings(bootstrap=1000))
 

@@ -10,6 +10,7 @@ import small
 from flax import nnx
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import parse
 from diva_jax.models import adapters, backbones
 from diva_jax.models.layers import Keys, abstract
 from diva_jax.training import partition
@@ -131,16 +132,16 @@ def test_what_is_trained_follows_from_the_rows():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"rank": 0}, "lora.rank=0: use 1 or more"),
+        ({"rank": 0}, "lora.rank=0 must be at least 1"),
         ({"alpha": -1.0}, "lora.alpha=-1.0"),
-        ({"dropout": 1.0}, "lora.dropout=1.0: use 0 or more and below 1"),
+        ({"dropout": 1.0}, "lora.dropout=1.0 must be at least 0 and below 1"),
         ({"fused": "qx"}, "lora.fused='qx'"),
-        ({"targets": "("}, "is not a regular expression"),
+        ({"targets": "("}, "must be a regular expression"),
     ],
 )
 def test_values_that_cannot_be(fields, says):
     with pytest.raises(UserError, match=says.replace("(", r"\(")):
-        adapters.Lora(**fields)
+        parse(adapters.Lora, fields, "lora")
 
 
 def test_targets_that_match_no_layer():

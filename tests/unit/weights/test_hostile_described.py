@@ -10,8 +10,8 @@ from mutations import changed, damaged
 from specs import DINOV2, DINOV2_REG, METACLIP2, QUICK, SIGLIP
 
 from diva_jax.common.errors import UserError
+from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE
-from diva_jax.models.backbones.shared import limits
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.models.diffusion import presets, schedule
 from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
@@ -42,7 +42,7 @@ def attacked(parse, content, seed: int, cases: int = CASES) -> list:
 
 def possible(spec) -> None:
     """Fields are of the types and sizes of a model that could be built, and finite."""
-    assert limits.check(spec, "") is spec
+    assert backbones.check(spec, "") is spec
     for tower in (spec, spec.text):
         for field, value in vars(tower).items():
             default = getattr(TABLE["vitl14"] if tower is spec else TABLE["vitl14"].text, field)
@@ -54,7 +54,7 @@ def possible(spec) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("spec", [QUICK, TABLE["siglip_so400m"], METACLIP2], ids=["vit", "siglip", "metaclip2"])
 def test_open_clip_configs(spec, seed):
-    for found in attacked(lambda c: limits.check(from_open_clip(c), "a"), to_open_clip(spec), seed):
+    for found in attacked(lambda c: backbones.check(from_open_clip(c), "a"), to_open_clip(spec), seed):
         possible(found)
 
 
@@ -119,7 +119,7 @@ def test_changed_bytes_of_json(tmp_path, seed):
         path = tmp_path / f"{case}.json"
         path.write_bytes(damaged(rng, data))
         try:
-            possible(limits.check(from_open_clip(readers.read_json(path)), str(path)))
+            possible(backbones.check(from_open_clip(readers.read_json(path)), str(path)))
         except UserError as e:
             assert "\n" not in str(e).strip() and len(str(e)) < 2000
 

@@ -1,0 +1,187 @@
+"""Every config field is declared once: documented, with possible and impossible values, which are refused by name."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import small
+from ml_collections import ConfigDict
+from mutations import changed
+from places import ROOT
+
+from diva_jax import config, objectives
+from diva_jax.common import fields
+from diva_jax.common.errors import UserError
+from diva_jax.common.fields import Rule, field
+from diva_jax.data import crop
+
+# One of them is of another type than any default.
+WILD = (-1, -(10**12), 10**15, 0.5, -0.5, math.nan, math.inf, "abc", "", "(", None, (), (1,), (math.nan, 1.0), True, {})
+
+
+@pytest.mark.parametrize("objective", objectives.names())
+def test_every_field_is_documented_and_has_impossible_values(objective):
+    """Some wild values of each field are refused by its name."""
+    c = config.default(objective=objective)
+    config.validate(c, 1)
+    declared = config.declared(objective)
+    assert declared.keys() == fields.flatten(c, declared).keys() and len(declared) > 100
+    for name, declaration in declared.items():
+        assert re.fullmatch(r"[A-Z].*\.( \[[^]]+\])?|[A-Z].*( \[[^]]+\])\.", declaration.doc), name
+        assert declaration.problem(declaration.default) is None, name
+        refused = [value for value in WILD if declaration.problem(value)]
+        assert len(refused) >= 2, name
+        for value in refused[:1] + refused[-1:]:
+            with pytest.raises(UserError) as e:
+                fields.check({name: value}, declared)
+            assert (
+                str(e.value).startswith(f"config.{name}=") and " must be " in str(e.value) and "\n" not in str(e.value)
+            )
+
+
+@pytest.mark.parametrize("objective", objectives.names())
+def test_validate_knows_every_field(objective):
+    """The last field of each section has another type: `validate` refuses it."""
+    declared = config.declared(objective)
+    for name in {name.rpartition(".")[0]: name for name in declared}.values():
+        c = config.default(objective=objective)
+        tree = c.to_dict()
+        *sections, leaf = name.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[leaf] = None
+        with pytest.raises(UserError, match=re.escape(f"config.{name}=None must be ")):
+            config.validate(ConfigDict(tree), 1)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+def test_every_interpolation_can_crop(interpolation):
+    config.validate(small.small_config(data__crop__interpolation=interpolation), 1)
+    assert interpolation in crop.INTERPOLATIONS
+    with pytest.raises(
+        UserError, match="config.data.crop.interpolation='nearest' must be bilinear or bicubic or lancz"
+    ):
+        config.validate(small.small_config(data__crop__interpolation="nearest"), 1)
+
+
+def test_the_page_is_current():
+    spec = importlib.util.spec_from_file_location("config_page", ROOT / "bench/config_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    current = (ROOT / "docs/CONFIG.md").read_text() == module.page()
+    assert current, "docs/CONFIG.md: run python bench/config_page.py --docs=docs/CONFIG.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    pair: tuple[int, ...] = field((1, 2), "Two numbers.")
+    text: str = field("a", "A text.", fields.one_of("", "a"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    number: int = field(1, "A number.", fields.between(0, 3))
+    part: dict = field({"a": {"b": 1}}, "A section of another library.")
+    inner: Inner = Inner(text="")
+
+
+def test_sections():
+    c = fields.config_dict(Outer)
+    assert c.to_dict() == {"number": 1, "part": {"a": {"b": 1}}, "inner": {"pair": (1, 2), "text": ""}}
+    assert list(fields.declared(Outer)) == ["number", "part", "inner.pair", "inner.text"]
+    assert fields.declared(Outer)["inner.text"].default == "" and fields.parse(Outer, c, "config.o") == Outer()
+    c.inner.pair = (3, 4)
+    assert fields.parse(Outer, c, "config.o") == Outer(inner=Inner((3, 4), ""))
+    stored = json.loads(c.to_json()) | {"number": 2}
+    del stored["inner"]["text"]
+    assert fields.parse(Outer, stored, "config.o") == Outer(2, inner=Inner((3, 4), ""))
+    for values, says in (
+        ({"number": 4}, "config.o.number=4 must be 0 to 3"),
+        ({"number": True}, "config.o.number=True must be a whole number"),
+        ({"inner": {"text": "b"}}, "config.o.inner.text='b' must be '' or a"),
+        ({"inner": {"other": 1, "one": 2}}, "unknown config field o.inner.other, o.inner.one: "),
+        ({"inner": 3}, "unknown config field o.inner: "),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(says)}"):
+            fields.parse(Outer, values, "config.o")
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("seed", range(10))
+def test_rules_of_numbers(seed):
+    def holds(rule: Rule, default, value) -> bool:
+        return fields.Field(default, "", rule).problem(value) is None
+
+    rng = np.random.default_rng(seed)
+    least, most = sorted(int(n) for n in rng.integers(-100, 100, 2))
+    for value in (*rng.integers(-150, 150, 20).tolist(), least, most):
+        good = least <= value <= most
+        assert holds(fields.between(least, most), 0, value) == good
+        assert holds(fields.between(least, most), 0.0, value + 0.0) == good
+        assert holds(fields.below(least, most), 0.0, value) == (good and value != most)
+        assert holds(fields.at_least(least), 0, value) == (least <= value)
+        assert holds(fields.above(least), 0.0, value) == (least < value)
+    for value in (math.nan, math.inf, "1", None, True, 1j):
+        assert not holds(fields.at_least(-1e300), 0.0, value) and not holds(fields.at_least(-(10**9)), 0, value)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("optim." + f, v) for f in ("lr", "clip", "weight_decay") for v in (-1e-9, math.nan, math.inf)),
+        *(("optim." + f, v) for f in ("b1", "b2", "momentum", "warmup") for v in (1.0, 1.5, -0.1, math.nan, 5)),
+        *(("data.crop.scale", v) for v in (0.5, (1e-9, 1e-9), (0.9, 0.5), (0.5, 1.5), (0, 1), (0.5,))),
+        *(("data.crop.ratio", v) for v in (0.5, "abc", (2, 1), (1e-9, 1), (1, math.inf))),
+        *(("trainable", v) for v in ("abc", (("a",),), (("a", "b"),), ((".*", -1.0),), ((".*", math.nan),), 3)),
+        *(("backbone." + f, v) for f in ("heads", "width", "patch_size", "layers") for v in (0, -1, 10**9, 2.5)),
+        *(("backbone.mean", v) for v in ((0.5,), (0.1, 0.2, 0.3, 0.4), (0.1, math.nan, 0.2), 0.5)),
+        *(("backbone.select", v) for v in ("random:99999999", "runs:0", "random:" + "9" * 5000)),
+        *(("steps", v) for v in (0, -5, 10**12, 1.5, True)),
+        ("seed", 2**32),
+        ("condition.warmup_steps", -5),
+        ("profile.steps", -5),
+        ("checkpoint.timeout", 0),
+        ("data.image_size", 10**9),
+        ("data.stall_timeout", 0.0),
+        ("data.prefetch", 0),
+        ("diva.draws", 0),
+        ("diva.condition_of", "other"),
+        ("diva.vae_view", "fast"),
+    ],
+)
+def test_named_values(name, value):
+    with pytest.raises(UserError, match=f"config.{name}="):
+        fields.check({name: value}, config.declared("diva"))
+
+
+def test_values_that_do_not_fit_together():
+    with pytest.raises(UserError, match=r"config.trainable=\(\) must have rows"):
+        config.validate(small.small_config(trainable=()), 1)
+    with pytest.raises(UserError, match="JAX_ENABLE_X64"):
+        config.validate(small.small_config(dtype="float64"), 1)
+    with pytest.raises(UserError, match="config.data.image_size=25 must be a multiple of 2"):
+        config.validate(small.small_config(data__image_size=25), 1)
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("objective", ["diva", "genhancer"])
+def test_configs_of_workdirs(objective, seed):
+    """One that was changed is refused, or has possible values of the types of the defaults."""
+    good, rng = json.loads(config.default(objective=objective).to_json()), np.random.default_rng(seed)
+    config.check_stored(ConfigDict(good), "w")
+    for _ in range(40):
+        tree, what = changed(rng, good, int(rng.integers(1, 3)))
+        try:
+            stored = ConfigDict(tree)
+        except (TypeError, ValueError, AttributeError):  # Names that no config can have.
+            continue
+        try:
+            config.check_stored(stored, "w")
+        except UserError as e:
+            assert "\n" not in str(e) and len(str(e)) < 1000, what
