@@ -8,7 +8,7 @@ and once more for that of its weights, where they are wanted; attention's two pr
 import dataclasses
 
 from diva_jax.models.backbones import Spec, architecture
-from diva_jax.models.diffusion.patch_code import PatchCodeConfig
+from diva_jax.models.diffusion.latent_code import LatentCode
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
 
@@ -106,10 +106,10 @@ def unet(config: UNetConfig, size: int, tokens: int, by_class: bool = False) -> 
     return t
 
 
-def vae(config: VAEConfig | PatchCodeConfig, size: int) -> float:
+def vae(config: LatentCode, size: int) -> float:
     """Encoding one size x size image."""
-    if isinstance(config, PatchCodeConfig):
-        return 2 * size**2 * config.in_channels * config.latent_channels
+    if not isinstance(config, VAEConfig):
+        return config.flops(size)
     t, n, side = Tally(), config.block_out_channels[0], size
     t.layer(side**2, config.in_channels, n, 9)
     for level, width in enumerate(config.block_out_channels):

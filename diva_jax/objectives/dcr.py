@@ -26,7 +26,7 @@ from diva_jax.costs import flops
 from diva_jax.data import inputs, jitter, preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion, latent_code
+from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.models.layers import Layers
 from diva_jax.models.projector import Projector
@@ -186,7 +186,7 @@ class Objective(contract.Objective):
         self.projector = Projector(self.spec.embed_dim, cross, Layers(rngs, dtype, jnp.float32))
         self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
         self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, self.spec.image_size)
-        self.vae = None if config.data.latents else latent_code(self.diffusion.vae, param_dtype=frozen, **kw)
+        self.vae = None if config.data.latents else self.diffusion.vae.build(param_dtype=frozen, **kw)
         self.text_context = nnx.Variable(jnp.zeros((1, self.diffusion.text_tokens, cross), jnp.float32))
 
     @property

@@ -22,7 +22,7 @@ from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion, latent_code
+from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.objectives import condition, contract, draws
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
@@ -134,7 +134,7 @@ class Objective(contract.Objective):
         view = self.options.vae_view
         self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, config.data.image_size, view)
         self.dtype = dtype
-        self.vae = None if config.data.latents else latent_code(self.diffusion.vae, param_dtype=frozen, **kw)
+        self.vae = None if config.data.latents else self.diffusion.vae.build(param_dtype=frozen, **kw)
         self.text_context = nnx.Variable(jnp.zeros((1, self.diffusion.text_tokens, cross), jnp.float32))
 
     @property

@@ -20,11 +20,10 @@ from diva_jax.common.fields import Rule, at_least, below, between, field, is_reg
 from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import adapters, backbones
-from diva_jax.models.diffusion import flow
+from diva_jax.models.diffusion import flow, latent_code
 from diva_jax.models.diffusion.flow import FlowConfig
 from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
-from diva_jax.models.diffusion.patch_code import PatchCodeConfig
-from diva_jax.models.diffusion.settings import latent_code
+from diva_jax.models.diffusion.latent_code import LatentCode
 from diva_jax.models.layers import ACTIVATIONS, Layers
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
@@ -50,10 +49,10 @@ class GenHancerVae(FluxVAEConfig):
         "black-forest-labs/FLUX.1-schnell",
         "The VAE's weights are in this file ae.safetensors, or a folder with it, or a diffusers folder or hub id.",
     )
-    patch_size: int = field(
-        0,
-        "Above 0, a fixed code of patches of this side takes the place of the VAE (small worlds) [pixels].",
-        between(0, 2**14),
+    code: str = field(
+        "",
+        "The LatentCode of this dotted path takes the place of the VAE, with in_channels, latent_channels and "
+        "scaling_factor.",
     )
 
 
@@ -180,14 +179,15 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-def _vae(section: GenHancerVae) -> FluxVAEConfig | PatchCodeConfig:
-    kind = PatchCodeConfig if section.patch_size else FluxVAEConfig
-    values = {f.name: getattr(section, f.name) for f in dataclasses.fields(kind)}
-    return kind.from_dict(values) if section.patch_size else kind(**values)
+def _vae(section: GenHancerVae) -> LatentCode:
+    if not section.code:
+        return FluxVAEConfig(**{f.name: getattr(section, f.name) for f in dataclasses.fields(FluxVAEConfig)})
+    kind = latent_code.find(section.code, "config.genhancer.vae.code")
+    return kind.from_dict({n: getattr(section, n) for n in ("in_channels", "latent_channels", "scaling_factor")})
 
 
-def _vae_part(source: str, vae: FluxVAEConfig | PatchCodeConfig) -> parts.Part:
-    kind = parts.diffusers if isinstance(vae, PatchCodeConfig) else flux.vae
+def _vae_part(source: str, vae: LatentCode) -> parts.Part:
+    kind = flux.vae if isinstance(vae, FluxVAEConfig) else parts.diffusers
     return kind(source, vae, "config.genhancer.vae")
 
 
@@ -249,7 +249,7 @@ class Objective(contract.Objective):
             cached=bool(config.data.latents),
         )
         precision = dict(dtype=jnp.dtype(self.options.vae_dtype), param_dtype=jnp.dtype(self.options.vae_dtype))
-        self.vae = None if config.data.latents else latent_code(self.vae_config, rngs=rngs, **precision)
+        self.vae = None if config.data.latents else self.vae_config.build(rngs=rngs, **precision)
 
     @property
     def inputs(self) -> Mapping[str, inputs.Input]:

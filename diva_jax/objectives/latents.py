@@ -7,9 +7,8 @@ from typing import Any
 from diva_jax.costs import flops
 from diva_jax.data import inputs
 from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
-from diva_jax.models.diffusion.patch_code import PatchCodeConfig
+from diva_jax.models.diffusion.latent_code import LatentCode
 from diva_jax.models.diffusion.settings import Diffusion
-from diva_jax.models.diffusion.vae import VAEConfig
 from diva_jax.weights import parts
 
 
@@ -26,7 +25,7 @@ class LatentSource:
       cached: whether moments come with the batch; the objective then has no VAE.
     """
 
-    vae: VAEConfig | FluxVAEConfig | PatchCodeConfig
+    vae: LatentCode
     part: parts.Part
     size: int
     dtype: str

@@ -26,7 +26,7 @@ from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion, latent_code
+from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.unet import UNet, timestep_embedding
 from diva_jax.objectives import contract
 from diva_jax.objectives.latents import LatentSource
@@ -149,7 +149,7 @@ class Objective(contract.Objective):
         self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
         self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, config.data.image_size)
         self.dtype = kw["dtype"]
-        self.vae = None if config.data.latents else latent_code(self.diffusion.vae, param_dtype=frozen, **kw)
+        self.vae = None if config.data.latents else self.diffusion.vae.build(param_dtype=frozen, **kw)
         context = (1, self.diffusion.text_tokens, unet.cross_attention_dim)
         self.text_context = nnx.Variable(jnp.zeros(context, jnp.float32))
         if self.options.uses_statistics:

@@ -6,7 +6,7 @@ The format of the input is documented in `diva_jax.evals`. Three optional inputs
   `[{"low": 0, "high": 100, "scores": {METRIC: {"score": 0.2, "interval": [0.1, 0.3]}}}, ...]`.
 - In rows of metrics.jsonl, the keys `eval/...` and `feedback/...`, with `KEY/low` and `KEY/high` as the interval of
   `KEY`.
-- The file estimates.json beside results.json, rows of pictures:
+- The file images.json beside results.json, rows of pictures:
   `{"title": ..., "note": ..., "rows": [[{"image": FILE, "caption": ...}, ...], ...]}`.
 """
 

@@ -69,7 +69,7 @@ class Inputs:
       folder: the folder that the report is written to.
       results: the content of results.json, or None if there is no evaluation.
       runs: the training runs; empty if there are none.
-      estimates: the content of estimates.json, or None if there is no such file.
+      estimates: the content of images.json, or None if there is no such file.
     """
 
     folder: epath.Path
@@ -101,7 +101,7 @@ def read(folder: epath.PathLike) -> Inputs:
             f"{folder} has neither results.json nor logged steps in metrics.jsonl: give an evaluation's output folder "
             f"(python -m diva_jax.evaluate --out={shlex.quote(str(folder))}) or a training workdir"
         )
-    return Inputs(folder, results, runs, _estimates(folder / "estimates.json"))
+    return Inputs(folder, results, runs, _estimates(folder / "images.json"))
 
 
 def _existing(source: str, remote: bool) -> epath.Path | None:

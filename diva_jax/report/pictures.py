@@ -118,7 +118,7 @@ def strips(task: dict[str, Any], labels: list[str]) -> list[str]:
 
 
 def estimates(found: dict[str, Any], folder: os.PathLike) -> list[str]:
-    """Returns one row per entry of `rows` in estimates.json: pictures beside each other with their captions.
+    """Returns one row per entry of `rows` in images.json: pictures beside each other with their captions.
 
     Args:
       found: the content of the file.

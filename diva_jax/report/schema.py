@@ -146,7 +146,7 @@ def check_sessions(sessions: Any) -> None:
 
 
 def check_estimates(estimates: Any) -> None:
-    """Checks the content of estimates.json, see `report`.
+    """Checks the content of images.json, see `report`.
 
     Raises:
       Wrong: it is not rows of pictures with captions.

@@ -20,8 +20,6 @@ VAE = Table(
     ),
 )
 
-PATCH_CODE = Table("patch code")
-
 TEXT_ENCODER = Table(
     "transformers CLIPTextModel",
     rename=(

@@ -11,7 +11,6 @@ from diva_jax.common.log import say
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text, require_text
-from diva_jax.models.diffusion.patch_code import PatchCode, PatchCodeConfig
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
@@ -23,9 +22,15 @@ from diva_jax.weights.tensors import Tensors
 _SD = {
     UNetConfig: ("unet", UNet, diffusers.UNET, ("diffusion_pytorch_model",)),
     VAEConfig: ("vae", VAE, diffusers.VAE, ("diffusion_pytorch_model",)),
-    PatchCodeConfig: ("vae", PatchCode, diffusers.PATCH_CODE, ("diffusion_pytorch_model",)),
     TextEncoderConfig: ("text_encoder", TextEncoder, diffusers.TEXT_ENCODER, ("model", "pytorch_model")),
 }
+
+
+def _part(config):
+    """The row of `_SD`; any other class is a `latent_code.LatentCode` in place of the VAE."""
+    if (row := _SD.get(type(config))) is not None:
+        return row
+    return "vae", type(config).build, names.Table("latent code"), ("diffusion_pytorch_model",)
 
 
 def fill_vision(source: origins.ClipSource, spec: Spec, state, put=None, field: str = "config.backbone"):
@@ -81,7 +86,7 @@ def open_diffusers(folder: Path, config, field: str = "") -> Tensors:
     Raises:
       UserError: the folder's config.json differs from `config`.
     """
-    part, _, _, stems = _SD[type(config)]
+    part, _, _, stems = _part(config)
     folder = folder / part if (folder / part).is_dir() else folder
     there = vars(type(config).from_dict(readers.read_json(folder / "config.json")))
     origins.check_same(there, config, there, str(folder), field or part)
@@ -107,7 +112,7 @@ def fill_diffusers(tensors: Tensors, config, state, put=None):
     Raises:
       UserError: names or shapes do not fit.
     """
-    return names.assign(state, tensors, _SD[type(config)][2], source=str(tensors.files[0].parent), put=put)
+    return names.assign(state, tensors, _part(config)[2], source=str(tensors.files[0].parent), put=put)
 
 
 def load(
@@ -146,7 +151,7 @@ def load(
             return nnx.merge(graph, fill_text(opened, spec, state, put))
         graph, state = abstract(functools.partial(backbones.build, spec, remat=remat))
         return nnx.merge(graph, fill_vision(opened, spec, state, put, field="the spec"))
-    _, model, _, _ = _SD[type(spec)]
+    _, model, _, _ = _part(spec)
     if model is UNet:
         kw["remat"] = remat
     folder = places.diffusers_folder(source)

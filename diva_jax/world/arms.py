@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from diva_jax.common.errors import UserError
 from diva_jax.objectives import diva
-from diva_jax.world import models, records
+from diva_jax.world import models, objectives, records
 
 # Of every DIVA arm: all timesteps, as `gaps` proposes, pooled token alone, one draw, AdamW.
 _TUNING = {
@@ -32,8 +32,6 @@ _DCR = {
 }
 _KUEA = {"kuea.kernel": "cosine", "optim.lr": 1e-4, "optim.warmup": 0.05}
 _STRONG_KUEA = _KUEA | {"kuea.kernel_weight": 50.0}
-_CLIP = {"optim.lr": 1e-4, "optim.warmup": 0.05}
-_FAST_CLIP = _CLIP | {"optim.lr": 1e-3}
 # Stage 1, which trains the denoiser from random weights, has steps of its own, and is made once.
 _GENHANCER = {"genhancer.stage1_steps": 1500, "genhancer.stage1_lr": 1e-3, "optim.lr": 1e-3, "optim.warmup": 0.05}
 KEPT, OWN, RANDOM = "kept", "own", "random"
@@ -46,7 +44,7 @@ class Arm:
 
     Attributes:
       what: for the reader.
-      objective: of the package; empty: not tuned.
+      objective: as in a config; empty: not tuned.
       fields: of the config, by dotted name.
       projection: what the condition starts from: "kept", the projection that `pretrain` trained; "own": a third of the
         steps trains it first, alone; "": random, or none.
@@ -70,6 +68,12 @@ class Arm:
 def _diva(what: str, projection: str = KEPT, **fields) -> Arm:
     """DIVA with some fields other than `_TUNING`; in names of `fields`, `__` stands for a dot."""
     return Arm(what, "diva", _TUNING | {k.replace("__", "."): v for k, v in fields.items()}, projection)
+
+
+def _clip(what: str, lr: float, control: str = "", captions: str = "biased") -> Arm:
+    """CLIP's own training, with no teacher but captions."""
+    fields = {"optim.lr": lr, "optim.warmup": 0.05}
+    return Arm(what, objectives.CLIP, fields, teacher="", control=control, captions=captions)
 
 
 def _random(arm: Arm) -> Arm:
@@ -126,15 +130,11 @@ ARMS = {
     "stages": _STAGES,
     "shuffled": _shuffled(_STAGES),
     "random_unet": _random(_STAGES),
-    "more_clip": Arm("control: more CLIP training on biased captions", "clip", _CLIP, teacher="", control=""),
-    "rich_clip": Arm("CLIP training on rich captions", "clip", _CLIP, teacher="", control="more_clip", captions="rich"),
+    "more_clip": _clip("control: more CLIP training on biased captions", 1e-4),
+    "rich_clip": _clip("CLIP training on rich captions", 1e-4, "more_clip", "rich"),
     # With the peak rate of pretraining: whether the tests can show a gain at this budget at all.
-    "more_clip_fast": Arm(
-        "control: more CLIP training, learning rate 1e-3", "clip", _FAST_CLIP, teacher="", control=""
-    ),
-    "rich_clip_fast": Arm(
-        "CLIP training on rich captions, learning rate 1e-3", "clip", _FAST_CLIP, "", "", "more_clip_fast", "rich"
-    ),
+    "more_clip_fast": _clip("control: more CLIP training, learning rate 1e-3", 1e-3),
+    "rich_clip_fast": _clip("CLIP training on rich captions, learning rate 1e-3", 1e-3, "more_clip_fast", "rich"),
     **{name: dataclasses.replace(arm, control=f"{name}_shuffled") for name, arm in _VARIANTS.items()},
     **{name: dataclasses.replace(arm, control=f"{name}_random") for name, arm in _TAUGHT.items()},
     **{f"{name}_shuffled": _shuffled(arm) for name, arm in _VARIANTS.items()},

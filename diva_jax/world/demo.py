@@ -34,7 +34,7 @@ def commands(out: Path, config: str, overrides: list[str], pairs: int) -> list[t
 
 
 def write_estimates(tuned: Path, control: Path, folder: Path) -> None:
-    """Writes pictures, the generator's estimates of them from noisy ones, and estimates.json, which the report shows.
+    """Writes pictures, the generator's estimates of them from noisy ones, and images.json, which the report shows.
 
     The condition of the estimates is that of the CLIP before tuning (with the projection of the tuned run), after it,
     and of the control.
@@ -71,7 +71,7 @@ def write_estimates(tuned: Path, control: Path, folder: Path) -> None:
         "noise in each row, under the condition of the encoder before tuning, after it, and of the control. What is "
         "right in an estimate comes from the noisy latents, the condition, or chance; the losses say which."
     )
-    writers.write_json(folder / "estimates.json", {"title": "What the generator sees", "note": note, "rows": rows})
+    writers.write_json(folder / "images.json", {"title": "What the generator sees", "note": note, "rows": rows})
 
 
 def _done(command: list[str], run: Callable[[list[str]], int]) -> None:

@@ -19,7 +19,7 @@ from diva_jax.common.log import say
 from diva_jax.evals import stats
 from diva_jax.training import load, sharding
 from diva_jax.training.step import Program
-from diva_jax.world import blindness, captions, drawing, models, scenes
+from diva_jax.world import blindness, captions, drawing, models, objectives, scenes
 
 SEED = 9101
 BINS = 10
@@ -37,7 +37,7 @@ class Generator:
     """
 
     def __init__(self, source: str = ""):
-        config = models.base_config("latent")
+        config = models.base_config(objectives.LATENT)
         config.diffusion.source = source or config.diffusion.source
         program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
         self._arrays, _ = load.initial_arrays(program)

@@ -14,13 +14,13 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import HALF, Spec, TextSpec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.models.backbones.shared.text import Text
-from diva_jax.models.diffusion import patch_code, presets
+from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.text_encoder import TextEncoder
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.models.layers import Keys
 from diva_jax.weights import clip, diffusers, names, readers, writers
-from diva_jax.world import captions, drawing, scenes, vocabulary
+from diva_jax.world import captions, drawing, patch_code, scenes, vocabulary
 
 WEIGHTS = Path(__file__).parent / "weights"  # What `pretrain` made, kept in the repository.
 # Folders there: two in open_clip's layout, two in diffusers', and one with a projection of DIVA. The teacher is a CLIP
@@ -66,7 +66,7 @@ _UNET = dict(
 _SCHEDULER = dict(presets.preset("sd21_base")["scheduler"], prediction_type="v_prediction")
 DIFFUSION = dict(
     unet=_UNET,
-    vae=dict(_class_name=patch_code.KIND, patch_size=_PATCH, latent_channels=_CHANNELS, scaling_factor=0.71),
+    vae=dict(_class_name=patch_code.PATH, patch_size=_PATCH, latent_channels=_CHANNELS, scaling_factor=0.71),
     text_encoder=dict(
         vocab_size=_VOCABULARY,
         hidden_size=96,
@@ -86,11 +86,11 @@ UNCLIP_DIFFUSION = DIFFUSION | dict(
 _FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _KINDS = {
     "unet": {"_class_name": "UNet2DConditionModel"},
-    "vae": {"_class_name": patch_code.KIND},
+    "vae": {},
     "text_encoder": {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]},
     "scheduler": {"_class_name": "DDIMScheduler", "clip_sample": False},
 }
-TABLES = {"unet": diffusers.UNET, "vae": diffusers.PATCH_CODE, "text_encoder": diffusers.TEXT_ENCODER}
+TABLES = {"unet": diffusers.UNET, "text_encoder": diffusers.TEXT_ENCODER}
 
 
 def base_config(objective: str, diffusion: Mapping | None = None):
@@ -105,9 +105,8 @@ def base_config(objective: str, diffusion: Mapping | None = None):
         c.genhancer.denoiser.update(
             in_channels=4 * _CHANNELS, vector_dim=96, text_dim=96, width=96, heads=3, axes=(8, 12, 12)
         )
-        code = DIFFUSION["vae"]
-        c.genhancer.vae.update(source=str(WEIGHTS / GENERATOR), patch_size=_PATCH, latent_channels=_CHANNELS)
-        c.genhancer.vae.scaling_factor = code["scaling_factor"]
+        c.genhancer.vae.update(source=str(WEIGHTS / GENERATOR), code=patch_code.PATH, latent_channels=_CHANNELS)
+        c.genhancer.vae.scaling_factor = DIFFUSION["vae"]["scaling_factor"]
     if "kuea" in c:
         c.kuea.teacher.update(dataclasses.asdict(dataclasses.replace(SPEC, source=str(WEIGHTS / TEACHER))))
         c.kuea.teacher_crop_from = drawing.SIDE
@@ -165,7 +164,7 @@ def write_new_diffusion(folder: Path, diffusion: Mapping, seed: int = 0) -> None
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diva_jax", patch_code.KIND],
+        "vae": [patch_code.__name__, "PatchCode"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 

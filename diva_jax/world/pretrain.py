@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diva_jax.common.errors import UserError
+from diva_jax.world import objectives
 
 
 class Stage(NamedTuple):
     """One model to train.
 
     Attributes:
-      objective: of the package.
+      objective: as in a config.
       captions: a key of `captions.KINDS`.
       seed: of the training data; no two stages and no test see the same scenes.
       fields: of the config, by dotted name.
@@ -33,9 +34,9 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "clip": Stage("clip", "biased", 1001, {"steps": 3000, "optim.lr": 1e-3, "optim.warmup": 0.05}),
-    "teacher": Stage("clip", "rich", 1005, {"steps": 3000, "optim.lr": 1e-3, "optim.warmup": 0.05}),
-    "generator": Stage("latent", "rich", 1002, {"steps": 4000, "optim.warmup": 0.05, "ema.decay": 0.99}),
+    "clip": Stage(objectives.CLIP, "biased", 1001, {"steps": 3000, "optim.lr": 1e-3, "optim.warmup": 0.05}),
+    "teacher": Stage(objectives.CLIP, "rich", 1005, {"steps": 3000, "optim.lr": 1e-3, "optim.warmup": 0.05}),
+    "generator": Stage(objectives.LATENT, "rich", 1002, {"steps": 4000, "optim.warmup": 0.05, "ema.decay": 0.99}),
     "unclip": Stage(
         "unclip",
         "biased",
@@ -80,7 +81,8 @@ def stage_config(name: str, out: Path, shorter: float = 1.0, batch_size: int = 6
         c.trainable = table
     c.checkpoint.every, c.checkpoint.keep = 200, 1
     c.data.path = records.path(stage.seed, stage.captions)
-    c.backbone.source = str(out / "start" / name if stage.objective == "clip" else out / "weights" / models.CLIP)
+    from_random = stage.objective == objectives.CLIP
+    c.backbone.source = str(out / "start" / name if from_random else out / "weights" / models.CLIP)
     if "diffusion" in c:
         c.diffusion.source = str(
             out / "weights" / models.GENERATOR if stage.objective == "diva" else out / "start" / name
@@ -125,7 +127,7 @@ def _fill(name: str, out: Path, folder: Path) -> None:
     from diva_jax.world import captions, models, vocabulary
 
     workdir = out / "runs" / name
-    if STAGES[name].objective == "clip":
+    if STAGES[name].objective == objectives.CLIP:
         source = runs.open_run(str(workdir))
         writers.write_open_clip(folder, models.rounded(source.tensors), to_open_clip(models.SPEC))
         vocabulary.write(folder, captions.WORDS, models.TOKENS)

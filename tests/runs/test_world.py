@@ -25,6 +25,7 @@ from diva_jax.world import (
     gaps,
     models,
     noise,
+    objectives,
     pictures,
     pretrain,
     scenes,
@@ -80,7 +81,7 @@ def test_pretraining_writes_folders_that_every_reader_opens_and_is_done_once(wor
 
 
 def test_gaps_of_a_generator_that_knows_nothing(world):
-    generator = gaps.Generator(models.base_config("latent").diffusion.source)
+    generator = gaps.Generator(models.base_config(objectives.LATENT).diffusion.source)
     rows, facts = gaps.by_timestep(generator, 8), gaps.by_fact(generator, 4)
     assert len(rows) == gaps.BINS and rows[-1]["high"] == 1000 and set(facts) == set(blindness.scenes.FACTS)
     assert "relation" in gaps.table(rows, facts)

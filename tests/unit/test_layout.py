@@ -1,6 +1,7 @@
 """The package's imports go in one direction, files stay short, and names of modules are documented."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def test_imports_go_down():
         allowed = {*ORDER[: ORDER.index(here) + 1], "__version__", *LATE.get(str(file.relative_to(PACKAGE)), ())}
         wrong += [f"{file.relative_to(ROOT)} imports {other}" for other in imported(file) if other not in allowed]
     assert not wrong
+
+
+def test_the_package_knows_nothing_of_the_world():
+    """It is the first outside user: it enters by the contracts that every user has."""
+    known = re.compile(r"\bworlds?\b|PatchCode|patch.code|estimates\.json", re.IGNORECASE)
+    outside = [f for f in FILES if f.relative_to(PACKAGE).parts[0] != "world"]
+    assert not [str(f) for f in outside if known.search(f.read_text())]
 
 
 def test_no_command_is_imported():

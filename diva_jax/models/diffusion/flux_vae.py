@@ -45,6 +45,10 @@ class FluxVAEConfig:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shift_factor"}
         return VAEConfig(**fields, use_quant_conv=False)
 
+    def build(self, **kw) -> "FluxVAE":
+        """The encoder of this shape; arguments as those of `FluxVAE`."""
+        return FluxVAE(self, **kw)
+
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """Returns scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor), float32 or wider.
 

@@ -4,21 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
-from diva_jax.models.diffusion.flux_vae import FluxVAE, FluxVAEConfig
-from diva_jax.models.diffusion.patch_code import KIND, PatchCode, PatchCodeConfig
+from diva_jax.models.diffusion import latent_code
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
-from diva_jax.models.diffusion.vae import VAE, VAEConfig
-
-_CODES = {VAEConfig: VAE, FluxVAEConfig: FluxVAE, PatchCodeConfig: PatchCode}
-
-
-def latent_code(config: VAEConfig | FluxVAEConfig | PatchCodeConfig, **kw) -> nnx.Module:
-    """The VAE of this shape, or the patch code in its place; arguments as those of all."""
-    return _CODES[type(config)](config, **kw)
+from diva_jax.models.diffusion.vae import VAEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +26,7 @@ class Diffusion:
     prompt: str
     text_tokens: int
     unet: UNetConfig
-    vae: VAEConfig | PatchCodeConfig
+    vae: latent_code.LatentCode
     text_encoder: TextEncoderConfig
     scheduler: ScheduleConfig
 
@@ -47,7 +37,8 @@ class Diffusion:
         Raises:
           UserError: a part has an option that is not implemented here.
         """
-        vae = PatchCodeConfig if options["vae"].get("_class_name") == KIND else VAEConfig
+        name = str(options["vae"].get("_class_name", ""))
+        vae = latent_code.find(name, "config.diffusion.vae._class_name") if "." in name else VAEConfig
         kinds = dict(unet=UNetConfig, vae=vae, text_encoder=TextEncoderConfig, scheduler=ScheduleConfig)
         return cls(
             source=options["source"],

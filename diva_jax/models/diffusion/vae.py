@@ -72,6 +72,10 @@ class VAEConfig:
         """Channels of the posterior's moments: mean and logarithm of the variance."""
         return 2 * self.latent_channels
 
+    def build(self, **kw) -> "VAE":
+        """The encoder of this shape; arguments as those of `VAE`."""
+        return VAE(self, **kw)
+
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """Returns the latents for the U-Net of an image's posterior.
 

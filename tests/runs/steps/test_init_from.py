@@ -23,7 +23,7 @@ def make(tmp_path_factory):
     root = tmp_path_factory.mktemp("files")
     pack_photos(root / "photos", count=8, per_shard=8)
     demo.write_clip(root / "clip", small_genhancer.SPEC)
-    vae = FluxVAE(genhancer._vae(small_genhancer.small_config()), rngs=Keys(3))
+    vae = FluxVAE(genhancer._vae(small_genhancer.small_config().genhancer.vae), rngs=Keys(3))
     writers.write_safetensors(root / "ae.safetensors", names.to_torch(nnx.state(vae), flux.VAE))
 
     def config(**fields):

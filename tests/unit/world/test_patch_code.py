@@ -6,9 +6,8 @@ import pytest
 
 from diva_jax.common.errors import UserError
 from diva_jax.costs import flops
-from diva_jax.models.diffusion import patch_code
-from diva_jax.models.diffusion.settings import Diffusion, latent_code
-from diva_jax.world import drawing, models, scenes
+from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.world import drawing, models, patch_code, scenes
 
 
 def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
@@ -16,7 +15,7 @@ def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
     np.testing.assert_allclose(basis.T @ basis, np.eye(12), atol=1e-9)
     pictures = drawing.draw(scenes.sample(np.random.default_rng(3), 60)).astype(np.float32) / 127.5 - 1
     d = Diffusion.from_dict(dict(source="", prompt="", text_tokens=4, **models.DIFFUSION))
-    code = latent_code(d.vae)
+    code = d.vae.build()
     code.basis[...] = jax.numpy.asarray(basis, np.float32)
     latents = code.encode(pictures)
     assert latents.shape == (60, 8, 8, 12) and abs(scale - d.vae.scaling_factor) < 0.02

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from diva_jax.data import inputs, preprocess, tokenizers
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion, latent_code
+from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.text_encoder import TextEncoder
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.objectives import contract
@@ -40,7 +40,7 @@ class Objective(contract.Objective):
         kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32)
         self.unet = UNet(self.diffusion.unet, remat=config.remat == "all", **kw)
         self.text_encoder = TextEncoder(self.diffusion.text_encoder, **kw)
-        self.vae = latent_code(self.diffusion.vae, **kw)
+        self.vae = self.diffusion.vae.build(**kw)
 
     @property
     def inputs(self) -> Mapping[str, inputs.Input]:

@@ -12,13 +12,13 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion import options as opt
 from diva_jax.models.layers import Array
 
-KIND = "PatchCode"  # `_class_name` in `vae/config.json`.
+PATH = f"{__name__}.PatchCodeConfig"  # For `config.diffusion.vae._class_name` and `config.genhancer.vae.code`.
 _WHAT = "patch code"
 
 
 @dataclasses.dataclass(frozen=True)
 class PatchCodeConfig:
-    """Shape of a patch code.
+    """Shape of a patch code, a `latent_code.LatentCode`.
 
     Attributes:
       patch_size: side of a patch [pixels].
@@ -42,6 +42,14 @@ class PatchCodeConfig:
         """Channels of what `PatchCode.moments` returns."""
         return self.latent_channels
 
+    def build(self, **kw) -> "PatchCode":
+        """The code of this shape; arguments as those of `PatchCode`."""
+        return PatchCode(self, **kw)
+
+    def flops(self, size: int) -> float:
+        """FLOPs of encoding an image of `size` x `size` pixels."""
+        return 2 * size**2 * self.in_channels * self.latent_channels
+
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """Returns scaling_factor * moments; the code has no variance, and `noise` is not used."""
         return self.scaling_factor * moments
@@ -54,7 +62,7 @@ class PatchCodeConfig:
           UserError: an option is unknown or impossible.
         """
         names = [f.name for f in dataclasses.fields(cls)]
-        opt.require_supported(options, _WHAT, used=names, fixed={}, kind=KIND)
+        opt.require_supported(options, _WHAT, used=names, fixed={})
         config = cls(
             **{n: opt.integer(options, n, getattr(cls, n), _WHAT) for n in names[:3]},
             scaling_factor=float(options.get("scaling_factor", 1.0)),

@@ -1,0 +1,68 @@
+"""What a model of latents offers: Stable Diffusion's VAE, FLUX's, or one of your own, which a dotted path names."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from flax import nnx
+
+from diva_jax.common.errors import UserError, brief
+from diva_jax.models.layers import Array
+
+
+class LatentCode(Protocol):
+    """The config of a frozen model that turns images into latents: a frozen dataclass with these members.
+
+    The class of one's own is named by `config.diffusion.vae._class_name` or `config.genhancer.vae.code`.
+
+    Attributes:
+      latent_channels: channels of the latents.
+      downscale: ratio of the image size to the size of the latents.
+      moment_channels: channels of what the model's `moments` returns.
+    """
+
+    latent_channels: int
+    downscale: int
+    moment_channels: int
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "LatentCode":
+        """Reads the section of the config and `vae/config.json` of the source, which must be equal.
+
+        Entries that begin with an underscore are metadata.
+
+        Raises:
+          UserError: an option is unknown or impossible.
+        """
+
+    def build(self, *, rngs, dtype, param_dtype) -> nnx.Module:
+        """The model: `encode(images)`, `moments(images)`, of [B, H, W, 3] in [-1, 1] -> [B, h, w, moment_channels].
+
+        Its parameters are read from `vae/diffusion_pytorch_model.safetensors` of the source, by PyTorch's names and
+        layouts of the same path: `kernel` is `weight`, transposed.
+        """
+
+    def latents(self, moments: Array, noise: Array | None = None) -> Array:
+        """The latents for the generator, [..., latent_channels]; `noise`: standard normal, of their shape, or None."""
+
+    def flops(self, size: int) -> float:
+        """FLOPs of encoding an image of `size` x `size` pixels; not needed of VAEs."""
+
+
+def find(path: str, field: str) -> type[LatentCode]:
+    """Imports a class by its dotted path.
+
+    Args:
+      path: `package.module.Class`.
+      field: of the config that has the path, for the message.
+
+    Raises:
+      UserError: it cannot be imported.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(
+            f"{field}={brief(path)} cannot be imported ({e}): give the dotted path of a class on PYTHONPATH"
+        ) from e
