@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo check test attack slow lint clean
+.PHONY: help demo check test attack slow margins lint clean
 
 help:  ## prints this list
 	@grep -hE "^[a-z]+:.*## " $(MAKEFILE_LIST) | sed -E "s/^([a-z]+):.*## /make \1\t/"
@@ -26,6 +26,9 @@ attack: $(VENV)/test.stamp  ## generated cases of damaged and hostile input: min
 
 slow: $(VENV)/test.stamp  ## full sweeps and full sizes: hours
 	$(RUN) -m pytest -m slow
+
+margins: $(VENV)/test.stamp  ## numerical tests under five instruction sets: error / bound of what is near its bound
+	$(RUN) tests/support/margins.py -n 2 --dist loadfile
 
 lint: $(VENV)/test.stamp  ## style and formatting
 	$(RUN) -m ruff check .

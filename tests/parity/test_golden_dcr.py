@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from helpers import randomise, relative_error, tensors
+from helpers import close, randomise, relative_error, tensors
 from places import TESTS
 from transformers import CLIPTextConfig, CLIPTextModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -84,7 +84,7 @@ def test_siglip_tower_with_adapters_and_merged():
         with torch.no_grad():
             return theirs(torch.from_numpy(view.transpose(0, 3, 1, 2))).pooler_output
 
-    assert relative_error(embed(arrays), want()) < 2e-6
+    close(embed(arrays), want(), 2e-6)
     adapted = r.adapted(arrays)
     changed = {}
     for key in (k for k in z if k.startswith("stage2/lora/") and ".lora_A." in k):
@@ -93,14 +93,14 @@ def test_siglip_tower_with_adapters_and_merged():
     for name, parameter in theirs.named_parameters():
         if (update := changed.get(f"vision_model.{name.removeprefix('vision_model.')}")) is not None:
             parameter.data += torch.from_numpy(update)
-    assert relative_error(embed(adapted), want()) < 2e-6
+    close(embed(adapted), want(), 2e-6)
     merged = skeleton.merge(adapted).towers()["vision"]
     for k, v in changed.items():
         z[f"stage2/merged/{k}"] = v
     want_merged = whole_names(theirs)
     for key, array in r.merged(partition.disassemble(merged)[1]).items():
         name = key.removeprefix("stage2/merged/")
-        assert relative_error(array, want_merged[name]) < 1e-6, name
+        close(array, want_merged[name], 1e-6, name)
 
 
 def test_padding_is_masked_as_in_transformers():
@@ -114,5 +114,5 @@ def test_padding_is_masked_as_in_transformers():
     mask = np.arange(9)[None] <= np.array([[1], [3]])
     with torch.no_grad():
         want = theirs(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64)))[0]
-    assert relative_error(ours(jnp.asarray(ids), jnp.asarray(mask)), want) < 2e-6
+    close(ours(jnp.asarray(ids), jnp.asarray(mask)), want, 2e-6)
     assert relative_error(ours(jnp.asarray(ids)), want) > 1e-2

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import relative_error
+from helpers import close
 from places import TESTS
 
 from diva_jax.models.layers import abstract
@@ -50,7 +50,7 @@ def test_a_larger_view_is_resized_for_the_teacher_as_torch_does_it(method, norm)
     assert small.min() < 0 and small.max() > 1
     like = objective.spec if norm == "faithful" else kuea.TEACHER
     want = (small.numpy().transpose(0, 2, 3, 1) - np.float32(like.mean)) / np.float32(like.std)
-    assert relative_error(objective.teacher_view(x), want) < 2e-6
+    close(objective.teacher_view(x), want, 2e-6)
 
 
 @pytest.mark.parametrize("kernel", kuea.KERNELS)
@@ -77,5 +77,5 @@ def test_kernels_and_their_gradients_equal_torch(kernel):
     want = torch.stack([torch.stack([pair(a, b) for b in t]) for a in t])
     (want * torch.from_numpy(probe)).sum().backward()
     ours = getattr(kuea, kernel)
-    assert relative_error(ours(x, *given), want.detach().numpy()) < 2e-6
-    assert relative_error(jax.grad(lambda x: (ours(x, *given) * probe).sum())(x), t.grad.numpy()) < 1e-5
+    close(ours(x, *given), want.detach().numpy(), 2e-6)
+    close(jax.grad(lambda x: (ours(x, *given) * probe).sum())(x), t.grad.numpy(), 1e-5)

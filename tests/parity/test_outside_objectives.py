@@ -15,6 +15,7 @@ import pytest
 import small
 import torch
 from flax import nnx
+from helpers import close
 from outside_config import get_config
 from places import SUPPORT
 from specs import TEACHER
@@ -145,7 +146,7 @@ def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
         theirs = model.eval().encode_image(torch.from_numpy(pictures)).numpy()
     tower = small.program(c).towers
     ours = names_to_tower(tower.shapes["vision"], found.vision, spec).encode(pictures.transpose(0, 2, 3, 1)).pooled
-    assert np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs) < 2e-5
+    close(ours, theirs, 2e-5)
 
 
 def names_to_tower(shapes, arrays, spec):

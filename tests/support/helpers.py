@@ -1,6 +1,7 @@
-"""Errors between arrays, abstract meshes, and random weights of PyTorch modules."""
+"""Errors between arrays and their bounds, abstract meshes, and random weights of PyTorch modules."""
 
 import jax
+import margins
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -10,6 +11,17 @@ def relative_error(ours, reference) -> float:
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape, (ours.shape, reference.shape)
     return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+
+
+def within(error: float, bound: float, what="") -> None:
+    """Asserts that an error is at most `bound`; `make margins` lists where it is more than a third of it."""
+    margins.record(error, bound, what)
+    assert error <= bound, f"{what}: error {error:.2e}, bound {bound:.1e}"
+
+
+def close(ours, reference, bound: float, what="") -> None:
+    """Asserts that the relative L2 error is at most `bound`, see `within`."""
+    within(relative_error(ours, reference), bound, what)
 
 
 def abstract_mesh(platform: str, sizes: tuple[int, int] = (2, 2), kind: str = "any") -> jax.sharding.AbstractMesh:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
+from helpers import close
 from torchvision.transforms import functional as TF
 
 from diva_jax.data import preprocess
@@ -41,7 +41,7 @@ def test_backbone_view_is_torch_interpolate(h, w, size, mode):
         expected = torch_normalise(torch_resize(x, size, "bicubic", True), mean, std)
     ours = jax.jit(lambda x: preprocess.backbone_view(x, size, mean, std, mode))(x)
     assert ours.dtype == jnp.float32
-    assert relative_error(ours, expected) <= 1e-6
+    close(ours, expected, 1e-6)
 
 
 @pytest.mark.parametrize("mode", ["faithful", "exact"])
@@ -51,14 +51,14 @@ def test_views_run_in_float64(mode):
         ours = preprocess.backbone_view(x, 28, HALF, HALF, mode)
         assert ours.dtype == preprocess.vae_view(x, mode).dtype == jnp.float64
         resized = torch_resize(x, 28, *(("bilinear", False) if mode == "faithful" else ("bicubic", True)))
-        assert relative_error(ours, (resized - 0.5) / 0.5) <= 1e-14
+        close(ours, (resized - 0.5) / 0.5, 1e-14)
 
 
 def test_backbone_view_of_the_same_size_only_normalises():
     x = images(28, 28)
     for mode in ("faithful", "exact"):
         ours = preprocess.backbone_view(x, 28, OPENAI_MEAN, OPENAI_STD, mode)
-        assert relative_error(ours, torch_normalise(x, OPENAI_MEAN, OPENAI_STD)) <= 2e-7
+        close(ours, torch_normalise(x, OPENAI_MEAN, OPENAI_STD), 2e-7)
 
 
 def test_vae_view():
@@ -68,7 +68,7 @@ def test_vae_view():
     # Denormalising is normalising with mean' = -mean/std, std' = 1/std.
     mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
     back = torch_normalise(seen, tuple(-mean / std), tuple(1 / std))
-    assert relative_error(preprocess.vae_view(x, "faithful"), 2 * back - 1) <= 1e-6
+    close(preprocess.vae_view(x, "faithful"), 2 * back - 1, 1e-6)
     contrast = std / np.array(OPENAI_STD)
     assert 0.81 < contrast.min() < contrast.max() < 0.87  # The range in the docstring.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers import relative_error
+from helpers import close
 from specs import DINOV2, EVA02, QUICK, SIGLIP, TOWERS
 from torch_towers import checkpoint, checkpoint_name, torch_features, torch_tower
 
@@ -65,9 +65,8 @@ def test_features_equal_the_original(spec):
     with torch.no_grad():
         want_tokens, want_pooled = torch_features(tower, channels_first(images))
     assert tokens.shape == (3, spec.patches, spec.embed_dim) and pooled.shape == (3, spec.embed_dim)
-    errors = relative_error(tokens, want_tokens), relative_error(pooled, want_pooled)
-    print(f"tokens {errors[0]:.1e} pooled {errors[1]:.1e}")
-    assert max(errors) <= 2e-5
+    close(tokens, want_tokens, 2e-5, "tokens")
+    close(pooled, want_pooled, 2e-5, "pooled")
 
 
 @pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
@@ -80,9 +79,8 @@ def test_gradients_equal_the_original(spec):
     ((tokens * a).sum() + (pooled * b).sum()).backward()
     want = {checkpoint_name(spec, k): p.grad.numpy() for k, p in tower.named_parameters()}
     assert set(ours) == set(want)
-    errors = {k: relative_error(ours[k], want[k]) for k in want}
-    print(f"worst {max(errors.values()):.1e} ({max(errors, key=errors.get)})")
-    assert max(errors.values()) <= 2e-5
+    for name in want:
+        close(ours[name], want[name], 2e-5, name)
 
 
 @pytest.mark.parametrize("spec", EACH.values(), ids=EACH)
@@ -96,9 +94,9 @@ def test_remat_changes_neither_values_nor_gradients(spec):
         assert (blocks >= spec.layers) if remat else not blocks
         results.append(jax.jit(step)(state, images))
     (value, grads), (value_remat, grads_remat) = results
-    assert relative_error(value_remat, value) < 1e-5
+    close(value_remat, value, 1e-5)
     for path, g in flat(grads).items():
-        assert relative_error(flat(grads_remat)[path][...], g[...]) < 1e-5, path
+        close(flat(grads_remat)[path][...], g[...], 1e-5, path)
 
 
 @pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
@@ -114,8 +112,8 @@ def test_float64_is_float64_throughout(spec):
         tokens, pooled = np.asarray(tokens), np.asarray(pooled)
     with torch.no_grad():
         want_tokens, want_pooled = torch_features(tower, channels_first(images, torch.float64))
-    assert relative_error(tokens, want_tokens) < 1e-13
-    assert relative_error(pooled, want_pooled) < 1e-13
+    close(tokens, want_tokens, 1e-13)
+    close(pooled, want_pooled, 1e-13)
 
 
 @pytest.mark.parametrize("spec", EACH.values(), ids=EACH)
@@ -128,7 +126,7 @@ def test_bfloat16_activations(spec, param_dtype):
     for got, want in zip(jax.jit(vision.encode)(images), exact, strict=True):
         assert got.dtype == jnp.bfloat16
         # bf16 keeps 8 bits: 2^-9 per rounding, some tens of them in a row.
-        assert relative_error(got.astype(jnp.float32), want) < 0.03
+        close(got.astype(jnp.float32), want, 0.03)
 
 
 @pytest.mark.parametrize("spec", EACH.values(), ids=EACH)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from clip_folders import CLIP
 from eval_data import patch
-from helpers import randomise, relative_error
+from helpers import close, randomise
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from diva_jax import weights
@@ -56,7 +56,7 @@ def test_patch_tokens_of_the_layer_that_llava_selects(exported):
     assert pixels.shape == (3, 3, CLIP.image_size, CLIP.image_size)
     theirs = selected(exported, pixels)
     assert theirs.shape == (3, CLIP.patches, CLIP.width)
-    assert relative_error(ours(exported, pixels.numpy().transpose(0, 2, 3, 1)), theirs.numpy()) < 2e-5
+    close(ours(exported, pixels.numpy().transpose(0, 2, 3, 1)), theirs.numpy(), 2e-5)
 
 
 def test_its_image_processor_is_the_evaluations_up_to_rounding(exported):
@@ -64,7 +64,7 @@ def test_its_image_processor_is_the_evaluations_up_to_rounding(exported):
     pixels = CLIPImageProcessor.from_pretrained(exported).preprocess(picture, return_tensors="np")["pixel_values"][0]
     mine = images.prepare(picture, CLIP.image_size, CLIP.resize_mode, CLIP.interpolation)
     mine = normalise(to_float(mine[None]), CLIP.mean, CLIP.std)[0].transpose(2, 0, 1)
-    assert relative_error(pixels, mine) < 0.02
+    close(pixels, mine, 0.02)
 
 
 def test_its_config_is_read_before_the_weights(exported):

@@ -11,7 +11,7 @@ import torch
 from clip_folders import clip_folder, dinov2_folder, metaclip2_folder, siglip_folder
 from eval_models import torch_model
 from flax import nnx
-from helpers import randomise, relative_error
+from helpers import close, randomise
 from safetensors.torch import save_file
 from specs import CLIP_FOLDER as CLIP
 from specs import DINOV2, DINOV2_REG, DINOV2_SWIGLU, EVA02, METACLIP2_FOLDER, OPENAI, SIGLIP2_FOLDER
@@ -161,8 +161,8 @@ def test_transformers_clip(tmp_path, shards):
     with torch.no_grad():
         theirs = model.get_image_features(pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
         their_text = model.get_text_features(input_ids=torch.from_numpy(ids))
-    assert relative_error(vision.encode(jnp.asarray(images)).pooled, theirs.pooler_output) < 2e-5
-    assert relative_error(text.encode(jnp.asarray(ids)), their_text.pooler_output) < 2e-5
+    close(vision.encode(jnp.asarray(images)).pooled, theirs.pooler_output, 2e-5)
+    close(text.encode(jnp.asarray(ids)), their_text.pooler_output, 2e-5)
 
 
 def test_transformers_clip_with_another_activation_is_refused(tmp_path):
@@ -181,9 +181,9 @@ def test_transformers_siglip(tmp_path, spec):
         theirs = model.vision_model(pixels)
         their_text = model.get_text_features(input_ids=torch.from_numpy(ids))
     ours = vision.encode(jnp.asarray(images))
-    assert relative_error(ours.pooled, theirs.pooler_output) < 2e-5
-    assert relative_error(ours.tokens, theirs.last_hidden_state) < 2e-5
-    assert relative_error(text.encode(jnp.asarray(ids)), their_text.pooler_output) < 2e-5
+    close(ours.pooled, theirs.pooler_output, 2e-5)
+    close(ours.tokens, theirs.last_hidden_state, 2e-5)
+    close(text.encode(jnp.asarray(ids)), their_text.pooler_output, 2e-5)
 
 
 def test_transformers_metaclip2(tmp_path):
@@ -195,9 +195,9 @@ def test_transformers_metaclip2(tmp_path):
     with torch.no_grad():
         theirs = model.get_image_features(pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
         their_text = model.get_text_features(input_ids=torch.from_numpy(ids))
-    assert relative_error(weights.load(str(tmp_path), spec).encode(images).pooled, theirs.pooler_output) < 2e-5
+    close(weights.load(str(tmp_path), spec).encode(images).pooled, theirs.pooler_output, 2e-5)
     text = weights.load(str(tmp_path), spec, tower="text")
-    assert relative_error(text.encode(jnp.asarray(ids)), their_text.pooler_output) < 2e-5
+    close(text.encode(jnp.asarray(ids)), their_text.pooler_output, 2e-5)
 
 
 @pytest.mark.parametrize("size", [42, 54, 30])
@@ -211,8 +211,8 @@ def test_transformers_dinov2(tmp_path, spec, size):
     with torch.no_grad():
         theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
     ours = weights.load(str(tmp_path), dataclasses.replace(spec, image_size=size)).encode(jnp.asarray(images))
-    assert relative_error(ours.pooled, theirs.pooler_output) < 2e-5
-    assert relative_error(ours.tokens, theirs.last_hidden_state[:, 1 + spec.registers :]) < 2e-5
+    close(ours.pooled, theirs.pooler_output, 2e-5)
+    close(ours.tokens, theirs.last_hidden_state[:, 1 + spec.registers :], 2e-5)
 
 
 def test_torch_hub_dinov2(tmp_path):
@@ -225,7 +225,7 @@ def test_torch_hub_dinov2(tmp_path):
         content = tower.state_dict() | {"mask_token": torch.zeros(1, DINOV2.width)}
         torch.save({prefix + k: v for k, v in content.items()}, tmp_path / "dinov2.pth")
         ours = weights.load(str(tmp_path / "dinov2.pth"), DINOV2).encode(jnp.asarray(images))
-        assert relative_error(ours.pooled, pooled) < 2e-5
+        close(ours.pooled, pooled, 2e-5)
     with pytest.raises(UserError, match="registers is 0 there and 4 in the config"):
         weights.load(str(tmp_path / "dinov2.pth"), dataclasses.replace(DINOV2, registers=4))
     with pytest.raises(UserError, match="a dinov2 backbone has no text tower"):
@@ -244,7 +244,7 @@ def test_open_clip_eva02(tmp_path):
     same(weights.load(str(tmp_path / "v.pt"), EVA02), clip.vision_table(EVA02), tensors)
     larger = weights.load(str(tmp_path / "w.pt"), dataclasses.replace(EVA02, image_size=54))
     want = resample_abs_pos_embed(tensors["visual.trunk.pos_embed"], [9, 9], num_prefix_tokens=1)
-    assert relative_error(larger.pos_embed[...], want) < 2e-6
+    close(larger.pos_embed[...], want, 2e-6)
 
 
 def test_of_bare_dinov2_files_only_those_with_a_row_are_described(tmp_path):
@@ -290,7 +290,7 @@ def test_position_embeddings_at_another_resolution(model, tmp_path, size, capsys
     ours = weights.load(str(tmp_path / "w.pt"), spec)
     resize_pos_embed(tensors, clip_model(spec))
     theirs = tensors["visual.positional_embedding"]
-    assert relative_error(ours.pos_embed[...], theirs) < 2e-6
+    close(ours.pos_embed[...], theirs, 2e-6)
     np.testing.assert_array_equal(ours.pos_embed[...][0], theirs[0].numpy())
     assert f"interpolated from 5 x 5 to {size // 6} x {size // 6}" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import abstract_mesh, relative_error
+from helpers import abstract_mesh, close
 
 from diva_jax.models.convolution import convolve
 from diva_jax.models.layers import Keys, Layers
@@ -44,7 +44,7 @@ def test_gradients_are_jaxs(size, window, strides, padding):
     with on("cpu"):
         got = jax.grad(lambda *a: loss(convolve, *a), (0, 1))(x, kernel)
     for ours, theirs in zip(got, want, strict=True):
-        assert relative_error(ours, theirs) < 2e-6
+        close(ours, theirs, 2e-6)
 
 
 def looped_gradient(layer: nnx.Conv, x: jax.Array) -> str:

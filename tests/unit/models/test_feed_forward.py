@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import abstract_mesh, relative_error
+from helpers import abstract_mesh, close, relative_error
 
 from diva_jax.models import feed_forward
 from diva_jax.models.diffusion.blocks import FeedForward
@@ -48,7 +48,7 @@ def test_the_kernel_equals_the_modules(batch, tokens, channels):
         np.testing.assert_array_equal(fused(x, state), ours[0])
     assert jax.tree.structure(goals) == jax.tree.structure(ours)
     for found, goal in zip(jax.tree.leaves(ours), jax.tree.leaves(goals), strict=True):
-        assert relative_error(found, goal) < 2e-5
+        close(found, goal, 2e-5)
 
 
 def test_in_bfloat16_it_is_no_worse_than_the_modules():

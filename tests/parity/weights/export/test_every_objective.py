@@ -15,7 +15,7 @@ import small_unclip
 import torch
 from eval_data import patch
 from exports import written_by_open_clip
-from helpers import relative_error
+from helpers import close
 from specs import CLIP_FOLDER, DINOV2
 from transformers import CLIPModel
 
@@ -99,13 +99,13 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
     towers = encode.Towers(spec, p.mesh, Settings(batch_size=PICTURES))
     merged, read = p.towers(params), encoders.read(str(tmp_path / "run"), STEP, c, p.mesh)
     want = towers.images(merged["vision"], patch, PICTURES)["pooled"]
-    assert relative_error(towers.images(read.vision, patch, PICTURES)["pooled"], want) < 1e-6
+    close(towers.images(read.vision, patch, PICTURES)["pooled"], want, 1e-6)
     # The tower as it is trained, its adapters beside their weights.
     pixels = np.stack([images.prepare(patch(i), spec.image_size, spec.resize_mode, "bicubic") for i in range(PICTURES)])
     view = normalise(to_float(pixels), spec.mean, spec.std)
     rest = {n: np.zeros(a.shape, a.dtype) for n, a in p.arrays.items() if n not in params}
     trained = jax.jit(lambda a, x: p.skeleton.merge(a).vision.encode(x).pooled)({**rest, **params}, view)
-    assert relative_error(want, trained) < 2e-5
+    close(want, trained, 2e-5)
 
     found = runs.open_run(tmp_path / "run")
     for fmt in ("open_clip", "hf"):
@@ -117,18 +117,18 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
     with torch.no_grad():
         theirs = model.encode_image(torch.stack([prepare(patch(i)) for i in range(PICTURES)])).numpy()
         hf_images = hf.visual_projection(hf.vision_model(nchw).pooler_output).numpy()
-    assert relative_error(theirs, want) < 2e-5
-    assert relative_error(hf_images, want) < 2e-5
+    close(theirs, want, 2e-5)
+    close(hf_images, want, 2e-5)
 
     assert ("text" in merged) == (objective == "smartclip")
     if "text" in merged:
         ids = token_ids(PICTURES)
         want = towers.texts(merged["text"], ids)
-        assert relative_error(towers.texts(read.text, ids), want) < 1e-6
+        close(towers.texts(read.text, ids), want, 1e-6)
         with torch.no_grad():
             theirs = model.encode_text(torch.from_numpy(ids).long()).numpy()
             states = hf.text_model(torch.from_numpy(ids).long()).last_hidden_state
             ends = states[torch.arange(PICTURES), torch.from_numpy(ids).argmax(-1).long()]
             hf_texts = hf.text_projection(ends).numpy()
-        assert relative_error(theirs, want) < 2e-5
-        assert relative_error(hf_texts, want) < 2e-5
+        close(theirs, want, 2e-5)
+        close(hf_texts, want, 2e-5)
