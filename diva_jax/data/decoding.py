@@ -14,15 +14,18 @@ from diva_jax.data.records import Record, Source
 
 logger = logging.getLogger(__name__)
 
-_PAUSES = (0.2, 1.0, 5.0)  # Seconds before a read that failed is tried again.
+# Before a read that failed is tried again.
+_RETRY_PAUSES_S = (0.2, 1.0, 5.0)
 # Numbers of errors that say nothing of the data: of networks, of disks, and of a lack of memory or descriptors.
 _TRANSIENT = frozenset(
     getattr(errno, name)
     for name in "EIO EAGAIN EINTR ESTALE ETIMEDOUT ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ECONNRESET ECONNABORTED "
     "ECONNREFUSED ENOTCONN EPIPE ENOMEM EMFILE ENFILE EREMOTEIO".split()
 )
-_NAMED = 20  # Broken images that the log names; further ones are only counted.
-_JUDGED_FROM = 10  # Broken reads up to which the share is not judged: the first image may be a broken one.
+# Broken images that the log names; further ones are only counted.
+_MAX_NAMED = 20
+# The share of broken images is judged where there are more than these, since the first image may be a broken one.
+_MAX_UNJUDGED = 10
 
 
 class Broken:
@@ -68,11 +71,11 @@ class Broken:
             new = record not in self._records
             self._records.add(record)
             count, failed, read = len(self._records), self._failed, self._read
-        if new and count <= _NAMED:
+        if new and count <= _MAX_NAMED:
             logger.warning("skipped a broken image: %s: %s", name, reason)
-            if count == _NAMED:
+            if count == _MAX_NAMED:
                 logger.warning("%d broken images: further ones are only counted", count)
-        if failed > _JUDGED_FROM and failed > self.max_share * read:
+        if failed > _MAX_UNJUDGED and failed > self.max_share * read:
             raise RunError(
                 f"{failed} of {read} images read were broken ({failed / read:.1%}, the last: {name}: {reason}), more "
                 f"than config.data.max_broken_share={self.max_share:g} allows: repair the data, or raise that field"
@@ -97,8 +100,8 @@ class Decoder:
 
     def slowest(self) -> tuple[str, float] | None:
         """(name of the record whose reading has begun first and has not ended, seconds since), or None."""
-        found = min(list(self._reading.values()), key=lambda r: r[1], default=None)
-        return None if found is None else (found[0], time.monotonic() - found[1])
+        first = min(list(self._reading.values()), key=lambda r: r[1], default=None)
+        return first and (first[0], time.monotonic() - first[1])
 
     def broken(self, i: int, reason: str) -> None:
         """Counts record i as broken; raises a RunError where too many are."""
@@ -106,7 +109,7 @@ class Decoder:
 
     def _record(self, i: int) -> Record:
         """Reads record i; what may be the fault of a network or a disk is tried again, a few times."""
-        for pause in _PAUSES:
+        for pause in _RETRY_PAUSES_S:
             try:
                 return self._source.read(i, with_text=self._with_text)
             except OSError as e:

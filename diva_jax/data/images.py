@@ -12,11 +12,12 @@ from diva_jax.common.errors import UserError
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 RESIZE_MODES = ("shortest", "squash")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would also pass PostScript to Ghostscript.
-MAX_PIXELS = 2**27  # 400 MB decoded; a larger image is taken for a decompression bomb.
-
-# Bytes of memory per pixel while an image is decoded and converted: Pillow keeps four, twice.
-_DECODED = 8
+# Pillow would also pass PostScript to Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# 400 MB decoded; a larger image is taken for a decompression bomb.
+MAX_PIXELS = 2**27
+# While an image is decoded and converted, Pillow keeps four bytes per pixel, twice.
+_BYTES_PER_PIXEL = 8
 
 
 class Memory:
@@ -39,7 +40,7 @@ class Memory:
         """
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                wanted = min(_DECODED * image.width * image.height, self._size)
+                wanted = min(_BYTES_PER_PIXEL * image.width * image.height, self._size)
         except Exception:  # See `decode`, which reports it.
             wanted = 0
         with self._changed:

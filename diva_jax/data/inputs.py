@@ -64,16 +64,15 @@ class Input(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Image:
-    """A square crop of the image: the position's box, resized with `config.data.crop.interpolation`.
-
-    All inputs of this kind in one batch see the same box, each at its own size.
+class _Pixels:
+    """A square image, uint8 [size, size, 3].
 
     Attributes:
-      size: side of the crop [pixels].
+      size: its side [pixels].
     """
 
     size: int
+    dtype = np.dtype(np.uint8)
     needs_text = False
 
     def __post_init__(self):
@@ -84,11 +83,16 @@ class Image:
     def shape(self) -> tuple[int, int, int]:
         return self.size, self.size, 3
 
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.uint8)
+
+@dataclasses.dataclass(frozen=True)
+class Image(_Pixels):
+    """A square crop of the image: the position's box, resized with `config.data.crop.interpolation`.
+
+    All inputs of this kind in one batch see the same box, each at its own size.
+    """
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
+        """See `Input.open`."""
         size, interpolation = self.size, config.crop.interpolation
         return lambda example: crop.resized_crop(example.image, example.box, size, interpolation)
 
@@ -102,36 +106,30 @@ class Moments:
     """
 
     shape: tuple[int, int, int]
+    dtype = latent_cache.DTYPE
     needs_text = False
 
-    @property
-    def dtype(self) -> np.dtype:
-        return latent_cache.DTYPE
-
     def open(self, config) -> Callable[[Example], np.ndarray]:
+        """See `Input.open`."""
         return lambda example: example.moments
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class Prepared(_Pixels):
     """The image as it is prepared for an evaluation, without random choices: `images.prepare`, bit for bit.
 
     Attributes:
-      size: side of the result [pixels].
       resize_mode, interpolation: see `images.prepare`.
       resize: where it is not 0, the image is prepared at this size and the central `size` pixels of each side are kept,
         as transforms do that resize to 256 and crop 224 [pixels].
     """
 
-    size: int
     resize_mode: str = "shortest"
     interpolation: str = "bicubic"
     resize: int = 0
-    needs_text = False
 
     def __post_init__(self):
-        if self.size < 1:
-            raise UserError(f"an image input of {self.size} pixels cannot be made: use 1 or more")
+        super().__post_init__()
         if self.resize and self.resize < self.size:
             raise UserError(
                 f"{self.size} pixels cannot be cropped from an image of {self.resize}: resize it to {self.size} or more"
@@ -141,15 +139,8 @@ class Prepared:
                 f"resize_mode={self.resize_mode!r} is not known: use one of {', '.join(images.RESIZE_MODES)}"
             )
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.size, self.size, 3
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.uint8)
-
     def open(self, config) -> Callable[[Example], np.ndarray]:
+        """See `Input.open`."""
         side = self.resize or self.size
         first = (side - self.size) // 2
         kept = slice(first, first + self.size)
@@ -179,15 +170,12 @@ class Tokens:
     length: int
     tokenizer: Callable[[], Tokenizer]
     choose: Callable[[str, np.random.Generator], str] | None = None
+    dtype = np.dtype(np.int32)
     needs_text = True
 
     @property
     def shape(self) -> tuple[int]:
         return (self.length,)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.int32)
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
         """See `Input.open`.

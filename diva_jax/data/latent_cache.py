@@ -9,6 +9,7 @@ Crop e of record r has the box that a run with the manifest's seed draws for r i
 such a run see the same crops with the cache and without it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -34,10 +35,13 @@ from diva_jax.data.records import Source
 DTYPE = np.dtype(ml_dtypes.bfloat16)
 FILE = "latents.json"
 _FORMAT = 1
-_HEADER = struct.Struct("<qiI4i")  # Record, crop, CRC-32 of the encoded image, box.
-_OVERHEAD, _PADDING = 160, 2**17  # Bytes of array_record per entry and per file, at most about.
-_OPEN = 256  # Shards that are open at the same time.
-_PROBED = 16  # Records that are compared with the data when a cache is opened.
+# Record, crop, CRC-32 of the encoded image, box.
+_HEADER = struct.Struct("<qiI4i")
+# What array_record adds, at most about.
+_ENTRY_OVERHEAD_BYTES, _SHARD_OVERHEAD_BYTES = 160, 2**17
+_MAX_OPEN_SHARDS = 256
+# Records that are compared with the data when a cache is opened.
+_PROBED = 16
 
 
 class Entry(NamedTuple):
@@ -57,12 +61,13 @@ class Entry(NamedTuple):
     moments: np.ndarray | None
 
     def pack(self) -> bytes:
+        """The entry as a shard holds it."""
         head = _HEADER.pack(self.record, self.crop, self.image_crc, *self.box)
         return head if self.moments is None else head + np.ascontiguousarray(self.moments, DTYPE).tobytes()
 
     @classmethod
     def unpack(cls, data: bytes, shape: tuple[int, ...]) -> "Entry":
-        """Raises ValueError where the data has another size."""
+        """The entry of packed data; a ValueError where the moments do not have this shape."""
         record, crop, crc, *box = _HEADER.unpack_from(data)
         moments = np.frombuffer(data, DTYPE, offset=_HEADER.size).reshape(shape) if len(data) > _HEADER.size else None
         return cls(record, crop, crc, tuple(box), moments)
@@ -94,8 +99,8 @@ class Manifest:
 
     def shard_bytes(self, shard: int) -> int:
         """The size of a shard's file, rounded up."""
-        entry = math.prod(self.shape) * DTYPE.itemsize + _OVERHEAD
-        return _PADDING + len(self.range(shard)) * self.crops * entry
+        entry = math.prod(self.shape) * DTYPE.itemsize + _ENTRY_OVERHEAD_BYTES
+        return _SHARD_OVERHEAD_BYTES + len(self.range(shard)) * self.crops * entry
 
     @property
     def fingerprint(self) -> str:
@@ -103,6 +108,7 @@ class Manifest:
         return hashlib.sha256(self.text().encode()).hexdigest()[:16]
 
     def text(self) -> str:
+        """The content of its file."""
         return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, sort_keys=True)
 
     def range(self, shard: int) -> range:
@@ -155,18 +161,21 @@ def write_shard(folder: Path, name: str, entries: Iterable[Entry]) -> None:
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         try:
             for entry in entries:
-                _as_oserror(writer.write, entry.pack())
+                with _as_oserror():
+                    writer.write(entry.pack())
         finally:
             if writer.is_open():
-                _as_oserror(writer.close)
+                with _as_oserror():
+                    writer.close()
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
 
 
-def _as_oserror(call, *args) -> None:
+@contextlib.contextmanager
+def _as_oserror():
     """array_record raises a RuntimeError whatever the reason."""
     try:
-        call(*args)
+        yield
     except RuntimeError as e:
         raise OSError(str(e).split(";")[0]) from e
 
@@ -200,25 +209,25 @@ class Cache:
     def __init__(self, folder: str, facts: Mapping[str, Any]):
         self._folder = paths.local(folder, "config.data.latents").expanduser()
         self._named = f"config.data.latents={folder}"
-        found = Manifest.read(self._folder, "config.data.latents")
-        if found is None:
+        manifest = Manifest.read(self._folder, "config.data.latents")
+        if manifest is None:
             raise UserError(
                 f"{self._named} holds no cache of latents ({FILE} is not there): make it with python -m "
                 "diva_jax.cache_latents, or give the folder that its --out named"
             )
-        self.manifest = found
-        if wrong := differences(found.facts, facts):
+        self.manifest = manifest
+        if wrong := differences(manifest.facts, facts):
             raise UserError(
                 f"{self._named} was made with other settings: {listing(wrong, 3)}; use the cache of this config, "
                 "which python -m diva_jax.cache_latents makes"
             )
         there = set(os.listdir(self._folder))
-        if missing := [name for name in map(found.file, range(found.shards)) if name not in there]:
+        if missing := [name for name in map(manifest.file, range(manifest.shards)) if name not in there]:
             raise UserError(
-                f"{self._named} lacks {len(missing)} of its {found.shards} shards ({listing(missing, 2)}): run the "
+                f"{self._named} lacks {len(missing)} of its {manifest.shards} shards ({listing(missing, 2)}): run the "
                 "command that makes it again, which goes on where it ended"
             )
-        self._reader = functools.lru_cache(maxsize=_OPEN)(_open)
+        self._reader = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(_open)
 
     def check(self, source: Source) -> None:
         """Compares some records, spread over all, with those that the cache was made of.
@@ -238,7 +247,7 @@ class Cache:
                 image = source.read(int(record), with_text=False).image
             except Exception:  # Reported where the record is used.
                 continue
-            if entry.moments is not None and not same_image(entry, image):
+            if entry.moments is not None and entry.image_crc != zlib.crc32(image):
                 raise UserError(self._other_image(source.name(int(record))))
 
     def read(self, record: int, epoch: int) -> Entry | None:
@@ -252,7 +261,7 @@ class Cache:
 
     def verify(self, entry: Entry, image: bytes, name: str) -> None:
         """Raises a RunError where an entry was made of another encoded image."""
-        if not same_image(entry, image):
+        if entry.image_crc != zlib.crc32(image):
             raise RunError(self._other_image(name))
 
     def _other_image(self, name: str) -> str:
@@ -275,8 +284,3 @@ class Cache:
                 f"({' '.join(str(e).split())[:200]}): delete that file and run the command that makes the cache again"
             ) from e
         return entry
-
-
-def same_image(entry: Entry, image: bytes) -> bool:
-    """Whether an entry was made of an encoded image."""
-    return entry.image_crc == zlib.crc32(image)

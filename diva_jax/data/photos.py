@@ -1,14 +1,10 @@
 """A small data set of real photographs that needs no network: regions of those in the scikit-image wheel.
 
-    python -m diva_jax.data.photos --out=data/photos
-
 All are public domain or CC0, except the motorcycle pair (Middlebury 2014 stereo data, see scikit-image).
 """
 
-import hashlib
 import importlib.util
 import io
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +35,9 @@ PHOTOGRAPHS = {
     "retina.jpg": "the retina of a human eye",
     "rocket.jpg": "a rocket on its launch pad at dusk",
 }
-_LONGEST = (160, 384)  # Longer side of an example [pixels], drawn from this range.
-_QUALITY = 90
+# The longer side of an example is drawn from this range [pixels].
+_MIN_SIDE, _MAX_SIDE = 160, 384
+_JPEG_QUALITY = 90
 
 
 class Example(NamedTuple):
@@ -48,8 +45,6 @@ class Example(NamedTuple):
 
     photograph: str
     caption: str
-    width: int
-    height: int
     jpeg: bytes
 
 
@@ -71,7 +66,7 @@ def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     height = min(image.height, round((area / aspect) ** 0.5))
     left = int(rng.integers(0, image.width - width + 1))
     top = int(rng.integers(0, image.height - height + 1))
-    shrink = min(1.0, int(rng.integers(_LONGEST[0], _LONGEST[1] + 1)) / max(width, height))
+    shrink = min(1.0, int(rng.integers(_MIN_SIDE, _MAX_SIDE + 1)) / max(width, height))
     size = (round(width * shrink), round(height * shrink))
     return image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.LANCZOS)
 
@@ -87,10 +82,9 @@ def examples(count: int = 96, seed: int = 0) -> Iterator[Example]:
     images = {name: Image.open(folder / name).convert("RGB") for name in names}
     for i in range(count):
         name = names[i % len(names)]
-        region = _region(images[name], np.random.default_rng((seed, i)))
         jpeg = io.BytesIO()
-        region.save(jpeg, "JPEG", quality=_QUALITY)
-        yield Example(name, PHOTOGRAPHS[name], *region.size, jpeg.getvalue())
+        _region(images[name], np.random.default_rng((seed, i))).save(jpeg, "JPEG", quality=_JPEG_QUALITY)
+        yield Example(name, PHOTOGRAPHS[name], jpeg.getvalue())
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -100,33 +94,8 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def _shard(shard: int, chunk: list[Example]) -> bytes:
-    """One tar in img2dataset's layout: 9-digit keys, each with .jpg, .json and .txt members, in this order."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, example in enumerate(chunk):
-            key = f"{shard:05d}{i:04d}"
-            meta = {
-                "caption": example.caption,
-                "url": f"skimage/data/{example.photograph}",
-                "key": key,
-                "status": "success",
-                "error_message": None,
-                "width": example.width,
-                "height": example.height,
-                "original_width": example.width,
-                "original_height": example.height,
-                "exif": "{}",
-                "sha256": hashlib.sha256(example.jpeg).hexdigest(),
-            }
-            add_member(tar, f"{key}.jpg", example.jpeg)
-            add_member(tar, f"{key}.json", json.dumps(meta, indent=4).encode())
-            add_member(tar, f"{key}.txt", example.caption.encode())
-    return data.getvalue()
-
-
 def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32, seed: int = 0) -> list[Path]:
-    """Writes webdataset tar shards in img2dataset's layout, each with its `_stats.json`.
+    """Writes tar shards with the names of img2dataset: 9-digit keys, each with a .jpg and a .txt member.
 
     The bytes depend only on the arguments and on Pillow's JPEG encoder.
 
@@ -142,22 +111,15 @@ def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32, seed:
     Raises:
       UserError: scikit-image is not installed.
     """
-    every = list(examples(count, seed))
-    shards = []
-    for shard, start in enumerate(range(0, count, per_shard)):
-        chunk = every[start : start + per_shard]
-        path = Path(out_dir) / f"{shard:05d}.tar"
-        paths.write_whole(path, _shard(shard, chunk))
-        stats = {
-            "count": len(chunk),
-            "successes": len(chunk),
-            "failed_to_download": 0,
-            "failed_to_resize": 0,
-            "duration": 0.0,
-            "status_dict": {"success": len(chunk)},
-        }
-        path.with_name(f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4))
-        shards.append(path)
+    every, shards = list(examples(count, seed)), []
+    for number, start in enumerate(range(0, count, per_shard)):
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for i, example in enumerate(every[start : start + per_shard]):
+                add_member(tar, f"{number:05d}{i:04d}.jpg", example.jpeg)
+                add_member(tar, f"{number:05d}{i:04d}.txt", example.caption.encode())
+        shards.append(Path(out_dir) / f"{number:05d}.tar")
+        paths.write_whole(shards[-1], data.getvalue())
     return shards
 
 
@@ -170,19 +132,3 @@ def write_folder(out_dir: str | Path, count: int = 96, seed: int = 0) -> list[Pa
         path.write_bytes(example.jpeg)
         written.append(path)
     return written
-
-
-def _main() -> None:
-    shards = pack_photos(flags.FLAGS.out, flags.FLAGS.count)
-    print(f"{flags.FLAGS.count} photographs in {len(shards)} shards in {flags.FLAGS.out}")
-
-
-if __name__ == "__main__":
-    from absl import flags
-
-    from diva_jax.common import cli
-
-    # Here and not above: other modules of this package define --out as well.
-    flags.DEFINE_string("out", "data/photos", "Folder for the shards.")
-    flags.DEFINE_integer("count", 96, "Examples to cut.", lower_bound=1)
-    cli.run(_main)

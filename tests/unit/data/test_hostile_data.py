@@ -112,7 +112,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
 @pytest.mark.parametrize("failures", [1, 2, 10**6])
 def test_reads_that_fail_for_a_while_are_tried_again(tmp_path, monkeypatch, number, failures):
     """They are no broken images; one that goes on failing is."""
-    monkeypatch.setattr(decoding, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(decoding, "_RETRY_PAUSES_S", (0.0, 0.0))
     write_shards(tmp_path, 12, 12)
     read = files.read_range
 
