@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
+from tqdm import tqdm
 
 from diva_jax.common.errors import RunError
 from diva_jax.data import images
@@ -28,8 +28,7 @@ from diva_jax.models.layers import abstract
 from diva_jax.training import partition, sharding
 
 Array = jax.Array
-_THREADS = 16
-_QUIET = 30.0  # Seconds between progress lines.
+_READER_THREADS = 16
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -39,7 +38,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def require_finite(embeddings: np.ndarray, label: str, what: str) -> np.ndarray:
-    """Returns the embeddings, [N, ..., D].
+    """Returns the embeddings, [N, ..., D], of what `what` names.
 
     Raises:
       RunError: some of the N are not finite; gives the label of the weights and how many.
@@ -53,9 +52,9 @@ def require_finite(embeddings: np.ndarray, label: str, what: str) -> np.ndarray:
     return embeddings
 
 
-def _ahead(read: Callable[[int], np.ndarray], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, np.ndarray]]:
+def _ahead(read: Callable[[int], Any], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Any]]:
     """Yields row -> value for each batch, read in threads while the previous batch is in use."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_READER_THREADS) as pool:
         waiting: dict = {}
         try:
             for i in range(len(batches) + 1):
@@ -104,11 +103,13 @@ class Towers:
         # By default TPUs multiply float32 matrices in bfloat16; an evaluation in float32 must not.
         return jax.default_matmul_precision("highest" if self.settings.dtype == "float32" else "default")
 
-    def _image_step(self, arrays, pixels: Array, weights: Array | None, *, readout: Readout | None):
+    def _normalised(self, pixels: Array) -> Array:
+        return normalise(to_float(pixels), self.spec.mean, self.spec.std)
+
+    def _image_step(self, arrays, pixels: Array, weights: Array | None = None, *, readout: Readout | None):
         """uint8 [B, S, S, 3] -> pooled [B, D] and, with a readout, its embeddings [B, K, D]."""
         with self._precision():
-            x = normalise(to_float(pixels), self.spec.mean, self.spec.std)
-            features = self._vision.merge(arrays).encode(x)
+            features = self._vision.merge(arrays).encode(self._normalised(pixels))
             out = {"pooled": features.pooled.astype(jnp.float32)}
             if readout is not None:
                 out["published"] = read_out(readout, features, weights)
@@ -121,23 +122,36 @@ class Towers:
     def _dense_step(self, arrays, pixels: Array, *, last: str) -> Array:
         """uint8 [B, S, S, 3] -> patch tokens [B, P, D]."""
         with self._precision():
-            x = normalise(to_float(pixels), self.spec.mean, self.spec.std)
-            return self._vision.merge(arrays).encode_dense(x, last).astype(jnp.float32)
+            return self._vision.merge(arrays).encode_dense(self._normalised(pixels), last).astype(jnp.float32)
 
-    def _put(self, rows: Mapping[int, np.ndarray], first: int, count: int, example: np.ndarray) -> Array:
+    def _put(self, rows: Mapping[int, np.ndarray], first: int, count: int, like: jax.ShapeDtypeStruct) -> Array:
         """Returns the batch from row `first` on as a global array, zeros past the end; processes provide their rows."""
 
         def piece(index):
             take = range(*index[0].indices(self.batch))
-            return np.stack([rows[first + i] if first + i < count else np.zeros_like(example) for i in take])
+            padding = np.zeros(like.shape, like.dtype)
+            return np.stack([rows[first + i] if first + i < count else padding for i in take])
 
-        return jax.make_array_from_callback((self.batch, *example.shape), self._rows, piece)
+        return jax.make_array_from_callback((self.batch, *like.shape), self._rows, piece)
 
-    def _batches(self, count: int) -> list[list[int]]:
-        """Returns the rows of this process, per batch."""
+    def _outputs(
+        self, step: Callable, read: Callable[[int], tuple], count: int, *like: jax.ShapeDtypeStruct
+    ) -> Iterator[Any]:
+        """Yields the outputs of a compiled step for items 0..count-1, batch by batch, without the padding.
+
+        `read` gives the arrays of one item, of the shapes `like`; it is called from threads.
+        """
         spans = self._rows.addressable_devices_indices_map((self.batch,)).values()
         mine = sorted({i for (span,) in spans for i in range(*span.indices(self.batch))})
-        return [[b + i for i in mine if b + i < count] for b in range(0, count, self.batch)]
+        starts = range(0, count, self.batch)
+        batches = [[first + i for i in mine if first + i < count] for first in starts]
+        for first, rows in zip(starts, _ahead(read, batches), strict=True):
+            columns = [{r: values[k] for r, values in rows.items()} for k in range(len(like))]
+            out = step(*(self._put(c, first, count, shape) for c, shape in zip(columns, like, strict=True)))
+            yield jax.tree.map(lambda x, first=first: np.asarray(x)[: count - first], out)
+
+    def _pixels(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.spec.image_size, self.spec.image_size, 3), np.uint8)
 
     def images(
         self, arrays: Mapping[str, Array], read: Callable[[int], Image.Image], count: int, seeds: int = 0
@@ -155,28 +169,23 @@ class Towers:
           draws patches, else 1.
         """
         spec, readout = self.spec, self.readout if seeds else None
-        example = np.zeros((spec.image_size, spec.image_size, 3), np.uint8)
-        out, began = [], time.monotonic()
-        told = began
+        like = [self._pixels()]
+        if readout and readout.patches is not None:
+            like.append(jax.ShapeDtypeStruct((seeds if readout.random else 1, spec.patches), np.float32))
 
-        def load(i: int) -> np.ndarray:
-            return images.prepare(read(i), spec.image_size, spec.resize_mode, spec.interpolation)
+        def load(i: int) -> tuple[np.ndarray, ...]:
+            pixels = images.prepare(read(i), spec.image_size, spec.resize_mode, spec.interpolation)
+            if len(like) == 1:
+                return (pixels,)
+            return pixels, patch_weights(readout, spec.patches, [i], seeds, self.settings.seed)[0]
 
-        for b, rows in enumerate(_ahead(load, self._batches(count))):
-            first = b * self.batch
-            weights = None
-            if readout and readout.patches is not None:
-                own = patch_weights(readout, spec.patches, list(rows), seeds, self.settings.seed)
-                per_row = dict(zip(rows, own, strict=True))
-                shape = (seeds if readout.random else 1, spec.patches)
-                weights = self._put(per_row, first, count, np.zeros(shape, np.float32))
-            result = self._encode_images(arrays, self._put(rows, first, count, example), weights, readout=readout)
-            out.append({k: np.asarray(v) for k, v in result.items()})
-            if time.monotonic() - told > _QUIET and jax.process_index() == 0:
-                told, done = time.monotonic(), first + self.batch
-                rate = done / (told - began)
-                print(f"  {done} of {count} images, {rate:.1f} images/s", file=sys.stderr, flush=True)
-        return {k: np.concatenate([o[k] for o in out])[:count] for k in out[0]}
+        out, step = [], partial(self._encode_images, arrays, readout=readout)
+        # A bar appears after half a minute.
+        with tqdm(total=count, unit=" images", delay=30, mininterval=30, disable=jax.process_index() > 0) as progress:
+            for embeddings in self._outputs(step, load, count, *like):
+                out.append(embeddings)
+                progress.update(len(embeddings["pooled"]))
+        return {k: np.concatenate([o[k] for o in out]) for k in out[0]}
 
     def dense(
         self, arrays: Mapping[str, Array], read: Callable[[int], np.ndarray], count: int, last: str
@@ -189,19 +198,16 @@ class Towers:
           count: the number of windows.
           last: how the last block is run, see `models.backbones.shared.dense`.
         """
-        size = self.spec.image_size
-        example = np.zeros((size, size, 3), np.uint8)
-        for b, rows in enumerate(_ahead(read, self._batches(count))):
-            batch = self._put(rows, b * self.batch, count, example)
-            yield from np.asarray(self._encode_dense(arrays, batch, last=last))[: count - b * self.batch]
+        step = partial(self._encode_dense, arrays, last=last)
+        for tokens in self._outputs(step, lambda i: (read(i),), count, self._pixels()):
+            yield from tokens
 
     def texts(self, arrays: Mapping[str, Array], ids: np.ndarray) -> np.ndarray:
         """Computes the embeddings of token ids int32 [N, context_length]: float32 [N, D], not normalised."""
-        out = []
-        for b, rows in enumerate(self._batches(len(ids))):
-            batch = self._put({r: ids[r] for r in rows}, b * self.batch, len(ids), ids[0])
-            out.append(np.asarray(self._encode_texts(arrays, batch)))
-        return np.concatenate(out)[: len(ids)]
+        like = jax.ShapeDtypeStruct(ids.shape[1:], ids.dtype)
+        return np.concatenate(
+            list(self._outputs(partial(self._encode_texts, arrays), lambda i: (ids[i],), len(ids), like))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,18 +228,14 @@ class Model:
     table: Mapping[str, int]
     embeddings: np.ndarray
 
-    @property
-    def spec(self) -> Spec:
-        return self.towers.spec
-
     def images(self, read: Callable[[int], Image.Image], count: int, seeds: int = 0) -> dict[str, np.ndarray]:
         """`Towers.images` with these weights.
 
         Raises:
           RunError: an embedding is not finite.
         """
-        found = self.towers.images(self.encoder.vision, read, count, seeds)
-        return {key: require_finite(value, self.label, "images") for key, value in found.items()}
+        out = self.towers.images(self.encoder.vision, read, count, seeds)
+        return {key: require_finite(value, self.label, "images") for key, value in out.items()}
 
     def dense(self, read: Callable[[int], np.ndarray], count: int, last: str) -> Iterator[np.ndarray]:
         """`Towers.dense` with these weights.
