@@ -4,7 +4,7 @@ An item has some images and some texts, and says which of them belong together.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -53,15 +53,10 @@ class Item:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A row of a file.
+class _Row:
+    """A row of a file: `where` it is, for errors, its `value` as JSON has it, and the `folder` of the images.
 
-    Attributes:
-      file: the file.
-      where: file and row, for errors.
-      value: the row as JSON has it.
-      folder: of the images.
-      exists: image path -> whether it exists, shared by all rows of a file.
+    `exists`, image path -> whether it is a file, is shared by all rows.
     """
 
     file: Path
@@ -71,26 +66,17 @@ class Row:
     exists: dict[Path, bool]
 
     def field(self, name: str, kind: type | tuple[type, ...] = str) -> Any:
-        """Returns a field.
-
-        Raises:
-          UserError: the row is no object, or the field is missing, empty or of another type; names file and row.
-        """
+        """Returns a field; a UserError where the row is no object, or it is missing, empty or of another type."""
         value = self.value.get(name) if isinstance(self.value, Mapping) else None
         if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, str) and not value.strip()):
             raise UserError(f"{self.where}: the field {name!r} is missing, empty or of another type: correct the row")
         return value
 
-    def texts(self, *names: str) -> tuple[str, ...]:
-        """Returns fields that are texts."""
-        return tuple(self.field(name) for name in names)
+    def texts(self, *names: str) -> list[str]:
+        return [self.field(name) for name in names]
 
     def image(self, *names: str, box: tuple[int, int, int, int] | None = None) -> ImageRegion:
-        """Returns the first of these paths, relative to the folder of the images, that exists.
-
-        Raises:
-          UserError: none does; names file and row.
-        """
+        """Returns the first of these paths, relative to the folder, that exists; a UserError where none does."""
         for path in (self.folder / name for name in names):
             if path not in self.exists:
                 self.exists[path] = texts.is_file(path)
@@ -101,40 +87,33 @@ class Row:
             "--config.eval.choice.images to the folder of the images"
         )
 
-    def alternatives(self, image: ImageRegion, choices: Iterable[str], **groups: str) -> Item:
-        """Returns the item of one image with several texts, the first one right.
-
-        Raises:
-          UserError: there are fewer than two texts, or one is no text or empty.
-        """
-        choices = tuple(choices)
-        if len(choices) < 2 or not all(isinstance(t, str) and t.strip() for t in choices):
+    def item(self, images: list[ImageRegion], words: Sequence[str], groups: Mapping[str, str] | None = None) -> Item:
+        """Returns an item whose image i belongs to text i; further texts are wrong alternatives."""
+        if len(words) < 2 or not all(isinstance(t, str) and t.strip() for t in words):
             raise UserError(f"{self.where}: there must be at least two texts, none empty: correct the row")
-        return Item(self.where, (image,), choices, groups=groups)
+        return Item(self.where, tuple(images), tuple(words), tuple((i, i) for i in range(len(images))), groups or {})
 
 
-def _sugarcrepe(row: Row) -> Item:
+def _sugarcrepe(row: _Row) -> Item:
     """SugarCrepe (arXiv 2306.14610): an object of {filename, caption, negative_caption}, images of COCO val2017."""
     name = row.field("filename")
-    image = row.image(name, f"val2017/{name}", f"images/{name}")
-    return row.alternatives(image, row.texts("caption", "negative_caption"))
+    return row.item([row.image(name, f"val2017/{name}", f"images/{name}")], row.texts("caption", "negative_caption"))
 
 
-def _winoground(row: Row) -> Item:
+def _winoground(row: _Row) -> Item:
     """Winoground (arXiv 2204.03162): lines of {image_0, image_1, caption_0, caption_1, tag}, images/NAME.png."""
     names = row.texts("image_0", "image_1")
-    images = tuple(row.image(f"images/{n}.png", f"{n}.png", f"images/{n}", n) for n in names)
-    groups = {"class": str(row.value.get("tag", ""))}
-    return Item(row.where, images, row.texts("caption_0", "caption_1"), ((0, 0), (1, 1)), groups)
+    images = [row.image(f"images/{n}.png", f"{n}.png", f"images/{n}", n) for n in names]
+    return row.item(images, row.texts("caption_0", "caption_1"), {"class": str(row.value.get("tag", ""))})
 
 
-def _naturalbench(row: Row) -> Item:
+def _naturalbench(row: _Row) -> Item:
     """NaturalBench's retrieval form (arXiv 2410.14669): {index, image_0, image_1, caption_0, caption_1}."""
-    images = tuple(row.image(f"images/{n}", n) for n in row.texts("image_0", "image_1"))
-    return Item(row.where, images, row.texts("caption_0", "caption_1"), ((0, 0), (1, 1)))
+    images = [row.image(f"images/{n}", n) for n in row.texts("image_0", "image_1")]
+    return row.item(images, row.texts("caption_0", "caption_1"))
 
 
-def _aro(row: Row) -> Item:
+def _aro(row: _Row) -> Item:
     """ARO (arXiv 2210.01936): relations and attributes of Visual Genome, the image cropped to the box.
 
     {image_path, bbox_x, bbox_y, bbox_w, bbox_h, true_caption, false_caption}; the class is `relation_name`, or the two
@@ -147,15 +126,13 @@ def _aro(row: Row) -> Item:
     image = row.image(f"images/{name}", name, box=(x, y, x + w, y + h))
     captions = row.texts("true_caption", "false_caption")
     if "relation_name" in row.value:
-        label = row.field("relation_name")
-    elif len(attributes := row.field("attributes", list)) < 2:
+        return row.item([image], captions, {"class": row.field("relation_name")})
+    if len(attributes := row.field("attributes", list)) < 2:
         raise UserError(f"{row.where}: the field 'attributes' must hold two texts: correct the row")
-    else:
-        label = f"{attributes[0]}_{attributes[1]}"
-    return Item(row.where, (image,), captions, groups={"class": label})
+    return row.item([image], captions, {"class": f"{attributes[0]}_{attributes[1]}"})
 
 
-def _whatsup(row: Row) -> Item:
+def _whatsup(row: _Row) -> Item:
     """What'sUp's controlled images (arXiv 2310.19785): {image_path, caption_options}, the first one right.
 
     A file is called OBJECT_PREPOSITION_[of_]OBJECT. The four images of two objects are a set; left and right are a pair
@@ -170,7 +147,7 @@ def _whatsup(row: Row) -> Item:
     image = row.image(name, name.removeprefix("data/"), f"{path.parent.name}/{path.name}", path.name)
     objects = f"{parts[0]}_{parts[-1]}"
     groups = {"set": objects, "pair": f"{objects}_{_AXES[parts[1]]}", "preposition": parts[1]}
-    return row.alternatives(image, row.field("caption_options", list), **groups)
+    return row.item([image], row.field("caption_options", list), groups)
 
 
 def _check_whatsup(items: Iterable[Item]) -> None:
@@ -188,7 +165,7 @@ def _check_whatsup(items: Iterable[Item]) -> None:
             raise UserError(f"{where}: {objects} has only {', '.join(sorted(by))}, not two pairs: fetch the file again")
 
 
-def _whatsup_qa(row: Row) -> Item:
+def _whatsup_qa(row: _Row) -> Item:
     """What'sUp's COCO and GQA parts (arXiv 2310.19785): a list of [image id, right caption, wrong caption].
 
     Images are `val2017/000000ID.jpg` of COCO, or `vg_images/ID.jpg` for a file whose name begins with vg.
@@ -197,25 +174,22 @@ def _whatsup_qa(row: Row) -> Item:
     if not isinstance(value, list) or len(value) != 3 or type(value[0]) not in (int, str):
         raise UserError(f"{row.where}: a row is [image id, right caption, wrong caption]: correct the row")
     number, *captions = value
-    if row.file.name.startswith("vg"):
-        image = row.image(f"vg_images/{number}.jpg", f"{number}.jpg")
-    else:
-        name = f"{str(number).zfill(12)}.jpg"
-        image = row.image(f"val2017/{name}", name)
-    return row.alternatives(image, captions)
+    name = f"{number}.jpg" if row.file.name.startswith("vg") else f"{str(number).zfill(12)}.jpg"
+    folder = "vg_images" if row.file.name.startswith("vg") else "val2017"
+    return row.item([row.image(f"{folder}/{name}", name)], captions)
 
 
-def _valse(row: Row) -> Item | None:
+def _valse(row: _Row) -> Item | None:
     """VALSE (arXiv 2112.07566): an object of {image_file, caption, foil, mturk}; None where annotators reject it."""
     votes = dataclasses.replace(row, where=f"{row.where}, mturk", value=row.field("mturk", dict))
     if votes.field("caption", int) < _MIN_VOTES:
         return None
     name = row.field("image_file")
     image = row.image(name, f"images/{name}", f"{row.value.get('dataset', 'images')}/{name}")
-    return row.alternatives(image, row.texts("caption", "foil"))
+    return row.item([image], row.texts("caption", "foil"))
 
 
-def _own(row: Row) -> Item:
+def _own(row: _Row) -> Item:
     """A set of one's own: {"images": [...], "texts": [...], "pairs": [[image, text], ...], "class": "..."}.
 
     `pairs` are the numbers of those that belong together, by default [[0, 0], [1, 1], ...] over the images; `class` is
@@ -226,9 +200,8 @@ def _own(row: Row) -> Item:
         raise UserError(f"{row.where}: 'images' and 'texts' must hold texts, none empty: correct the row")
     pairs = row.value.get("pairs", [[i, i] for i in range(len(names))])
     pairs = _check_pairs(row.where, pairs, len(names), len(words))
-    images = tuple(row.image(n) for n in names)
     groups = {"class": str(row.value["class"])[:100]} if "class" in row.value else {}
-    return Item(row.where, images, tuple(words), pairs, groups)
+    return Item(row.where, tuple(map(row.image, names)), tuple(words), pairs, groups)
 
 
 def _check_pairs(where: str, pairs, images: int, words: int) -> tuple[tuple[int, int], ...]:
@@ -251,7 +224,7 @@ def _check_pairs(where: str, pairs, images: int, words: int) -> tuple[tuple[int,
     return tuple(sorted(unique))
 
 
-LAYOUTS: dict[str, Callable[[Row], Item | None]] = {
+LAYOUTS: dict[str, Callable[[_Row], Item | None]] = {
     "sugarcrepe": _sugarcrepe,
     "winoground": _winoground,
     "naturalbench": _naturalbench,
@@ -318,7 +291,7 @@ def read_items(file: Path, layout: str, images: Path) -> list[Item]:
     else:
         rows = _csv_items(file) if layout == "own" else _json_rows(file)
     exists: dict[Path, bool] = {}
-    items = [item for where, value in rows if (item := LAYOUTS[layout](Row(file, where, value, images, exists)))]
+    items = [item for where, value in rows if (item := LAYOUTS[layout](_Row(file, where, value, images, exists)))]
     if layout == "whatsup":
         _check_whatsup(items)
     if not items:

@@ -5,9 +5,7 @@ the two images; above 0.5 is an answer for image 1 (exactly 0.5 is one for image
 text 2 to image 2, and a pair counts only when both texts are right. The score is the mean over the patterns.
 """
 
-import csv
 import dataclasses
-import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +15,7 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import at_least, field
-from diva_jax.data import labelled, texts
+from diva_jax.data import labelled, tables, texts
 from diva_jax.evals import Outcome, Settings, encode, items, stats
 from diva_jax.evals.items import ItemTask, Values
 from diva_jax.models.backbones import spec_of
@@ -35,11 +33,12 @@ PATTERNS = (
 )
 PER_PATTERN = 15
 ROWS = 2 * PER_PATTERN * len(PATTERNS)
-# As the hub, DIVA's authors and the benchmark's own README call it.
 NAMES = "Patterns.json"  # In a set of another kind: {"patterns": [names], "pairs": of each pattern}.
+# As the hub, DIVA's authors and the benchmark's own README call the folder of the images.
 FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 HEADER = ["Question ID", "Type", "Statement"]
-SCALE = 100.0  # Of the logits, in every published evaluation; no answer depends on it.
+# Factor of the cosines, as in every published evaluation; no answer depends on it.
+LOGIT_SCALE = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +79,7 @@ def _root(path: str) -> tuple[Path, Path]:
 
 def _rows(path: Path) -> list[tuple[int, list[str]]]:
     """(line, fields) of each row, the header checked."""
-    try:
-        reader = csv.reader(io.StringIO(texts.read_text(path), newline=""))
-        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if any(row)]
-    except csv.Error as e:
-        raise UserError(f"{path} cannot be read as CSV ({e}): fetch it again") from e
+    rows = [(line, [field.strip() for field in row]) for line, row in tables.csv_rows(str(path)) if any(row)]
     if not rows or rows[0][1] != HEADER:
         raise UserError(f"{path} begins with {brief(rows[0][1]) if rows else 'nothing'}, not {','.join(HEADER)}")
     return rows[1:]
@@ -168,7 +163,7 @@ def pair_scores(images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.n
     """
     pairs = np.asarray(images, np.float64).reshape(-1, 2, images.shape[-1])  # [N, image, D]
     words = encode.unit(texts).reshape(pairs.shape)  # [N, text, D]
-    logits = SCALE * np.einsum("ntd,nid->nti", words, pairs).reshape(-1, 2)
+    logits = LOGIT_SCALE * np.einsum("ntd,nid->nti", words, pairs).reshape(-1, 2)
     # A large negative difference overflows to the right answer, 0.
     with np.errstate(over="ignore"):
         return logits, (1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))).astype(np.float32)
