@@ -34,13 +34,14 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import images, sources
-from diva_jax.evals import Outcome, Settings, Task, stats
+from diva_jax.evals import Outcome, Settings, Task, items, stats
 from diva_jax.training import load, sharding
 from diva_jax.training.step import Program
 
-BINS = 10
-GROUP = 8  # Images of one gradient.
-_THREADS = 16
+TIMESTEP_BINS = 10
+# Images of one gradient.
+_GROUP_SIZE = 8
+_READER_THREADS = 16
 METRICS = {
     "loss_own": "diffusion loss, own condition",
     "gap_other": "condition gap to another image",
@@ -48,7 +49,6 @@ METRICS = {
     "gradient_cosine": "cosine of gradients of independent draws",
     "gradient_snr": "signal-to-noise of the gradient",
 }
-_LOSSES = ("loss_own", "gap_other", "gap_text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +73,14 @@ def partners(count: int, seed: int) -> np.ndarray:
 
 
 def mean_cosine(gradient: Callable, draws, like):
-    """The mean cosine of all pairs of R gradients, with the memory of two.
+    """The mean cosine of all pairs of R gradients, with the memory of two, and the R norms.
 
-    Of unit vectors u: |sum u|^2 = R + the cosines of all ordered pairs.
+    Of unit vectors u: |sum u|^2 = R + the cosines of all ordered pairs. The cosine is undefined where a norm is zero.
 
     Args:
       gradient: one draw -> pytree.
       draws: pytree with a leading axis [R, ...].
       like: a pytree of arrays as `gradient` returns.
-
-    Returns:
-      (the mean cosine, undefined where a norm is zero; the R norms).
     """
 
     def add(total, draw):
@@ -121,7 +118,7 @@ class Feedback(Task):
         self.partners = partners(self.count, settings.seed)
         self.metrics = {name: {"title": title, "unit": ""} for name, title in METRICS.items()}
         self.metrics["loss_own"]["better"] = "lower"
-        self.group = min(GROUP, self.count)
+        self._group = min(_GROUP_SIZE, self.count)
 
     def bind(self, config, mesh) -> None:
         """Reads the images, at the resolution of training; finds what the objective needs.
@@ -147,10 +144,9 @@ class Feedback(Task):
                 f"{next(what for what, true in lacks.items() if true)}: leave feedback out of the tasks, or give the "
                 "objective what it lacks (see diva_jax/objectives)"
             )
-        steps = objective.timesteps
-        self.edges = np.arange(BINS + 1) * steps // BINS
+        self.edges = np.arange(TIMESTEP_BINS + 1) * objective.timesteps // TIMESTEP_BINS
         self._frozen: dict[str, jax.Array] = {}
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(_READER_THREADS) as pool:
             self._pixels = list(pool.map(self._read, self._records))
         self._rows = NamedSharding(mesh, sharding.BATCH)
         jit = partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
@@ -158,13 +154,14 @@ class Feedback(Task):
 
     def _read(self, record: int) -> np.ndarray:
         """The centre square at the VAE's resolution, uint8 [S, S, 3]."""
-        name = self._source.name(int(record))
+        name = f"{self._source.name(int(record))} of {self.data}"
         try:
-            image = images.decode(self._source.read(int(record), with_text=False).image)
-        except Exception as e:  # Pillow's plugins raise many kinds on broken data.
-            raise UserError(f"the image {name} of {self.data} cannot be read ({e}): fetch it again") from e
-        c = self.config.data
-        return images.prepare(image, c.image_size, "shortest", "bicubic")
+            data = self._source.read(int(record), with_text=False).image
+        except (OSError, ValueError) as e:
+            raise UserError(f"the image {name} cannot be read ({e}): fetch it again") from e
+        return images.prepare(
+            images.open_image(data, name, rgb=True), self.config.data.image_size, "shortest", "bicubic"
+        )
 
     def _put(self, numbers: Sequence[int]) -> jax.Array:
         """These images as one global batch; each process provides only its own rows."""
@@ -221,7 +218,7 @@ class Feedback(Task):
         return arrays, notes
 
     def _loaded(self, missing: Sequence[str], base: str) -> dict[str, jax.Array]:
-        """Parameters that weights lack, from their sources; `base` stands for `config.backbone.source`.
+        """Parameters that weights lack, from their sources: `base` in place of `config.backbone.source`.
 
         Those of other sources are the same for all weights, and kept.
         """
@@ -234,90 +231,93 @@ class Feedback(Task):
         of_base = {n for n in missing if n in owners and parts[owners[n]].source == base}
         if others := [n for n in missing if n not in of_base and n not in self._frozen]:
             self._frozen |= load.initial_arrays(self.program, others, every_source=False)[0]
-        found = load.initial_arrays(program, of_base, every_source=False)[0] if of_base else {}
-        return {n: self._frozen[n] for n in missing if n not in of_base} | found
+        own = load.initial_arrays(program, of_base, every_source=False)[0] if of_base else {}
+        return {n: self._frozen[n] for n in missing if n not in of_base} | own
 
     def _condition_losses(self, arrays, batch: int) -> dict[str, np.ndarray]:
         """{"own", "other", "text"} -> float64 [N, BINS]; the last batch is padded with the first image."""
-        found = []
+        parts = []
         for first in range(0, self.count, batch):
             rows = [i if i < self.count else 0 for i in range(first, first + batch)]
             pixels = (self._put(rows), self._put(self.partners[rows]))
-            losses = self._losses(arrays, *pixels, self._keys(0, rows))
-            found.append({name: np.asarray(x, np.float64).T for name, x in losses.items()})
-        return {name: np.concatenate([f[name] for f in found])[: self.count] for name in found[0]}
+            parts.append(jax.device_get(self._losses(arrays, *pixels, self._keys(0, rows))))
+        return {
+            name: np.concatenate([part[name].T for part in parts]).astype(np.float64)[: self.count] for name in parts[0]
+        }
 
-    def _gradients(self, arrays) -> tuple[np.ndarray, np.ndarray]:
-        """(mean cosines [groups], norms [groups, R]); images that do not fill a group are omitted.
+    def _gradients(self, arrays) -> np.ndarray:
+        """Mean cosine of each group, [groups]; NaN where a gradient is zero.
 
-        A group is repeated until its size is a multiple of the number of devices; its mean gradient stays the same.
+        Images that do not fill a group are omitted. A group is repeated until its size is a multiple of the number of
+        devices; its mean gradient stays the same.
         """
-        copies = np.lcm(self.group, self.mesh.size) // self.group
-        found = []
-        for first in range(0, self.count - self.group + 1, self.group):
-            rows = list(range(first, first + self.group)) * copies
+        copies = np.lcm(self._group, self.mesh.size) // self._group
+        out = []
+        for first in range(0, self.count - self._group + 1, self._group):
+            rows = list(range(first, first + self._group)) * copies
             keys = np.stack([self._keys(1 + r, rows) for r in range(self.options.draws)])
-            found.append([np.asarray(x) for x in self._cosines(arrays, self._put(rows), keys)])
-        return np.array([c for c, _ in found], np.float64), np.stack([n for _, n in found])
+            cosine, norms = jax.device_get(self._cosines(arrays, self._put(rows), keys))
+            out.append(cosine if (norms > 0).all() else np.nan)
+        return np.array(out, np.float64)
 
-    def _interval(self, values: np.ndarray) -> dict[str, Any]:
-        how = dict(resamples=self.settings.bootstrap, seed=self.settings.seed)
-        return {"score": stats.mean(values), "interval": stats.bootstrap(values, **how) if len(values) > 1 else None}
+    def _score(self, values: np.ndarray) -> dict[str, Any]:
+        """The mean of the values that are known, and its interval, for which there must be two."""
+        values = values[~np.isnan(values)]
+        if len(values) == 1:
+            return {"score": stats.mean(values), "interval": None}
+        return items.score(items.Values(values, scale=1.0), self.settings)
 
     def evaluate(self, model) -> Outcome:
         """Losses, gaps and agreement of gradients, with intervals over images (groups of images for the latter)."""
         arrays, notes = self._arrays(model)
         losses = self._condition_losses(arrays, model.towers.batch)
         values = {"loss_own": losses["own"]} | {f"gap_{k}": losses[k] - losses["own"] for k in ("other", "text")}
-        scores = {name: self._interval(v.mean(axis=1)) for name, v in values.items()}
+        scores = {name: self._score(v.mean(axis=1)) for name, v in values.items()}
         bins = [
-            {"low": int(low), "high": int(high), "scores": {n: self._interval(v[:, k]) for n, v in values.items()}}
+            {"low": int(low), "high": int(high), "scores": {n: self._score(v[:, k]) for n, v in values.items()}}
             for k, (low, high) in enumerate(zip(self.edges, self.edges[1:], strict=False))
         ]
-        cosines, norms = self._gradients(arrays)
-        cosines = np.where((norms > 0).all(axis=1), cosines, np.nan)
-        if (known := cosines[~np.isnan(cosines)]).size:
-            scores["gradient_cosine"] = of = self._interval(known)
-            if max([of["score"], *(of["interval"] or [])]) < 1:
-                ends = of["interval"] and [c / (1 - c) for c in of["interval"]]
-                scores["gradient_snr"] = {"score": of["score"] / (1 - of["score"]), "interval": ends}
-        else:
+        held = {n: v.mean(axis=1) for n, v in values.items()} | {"gradient_cosine": self._gradients(arrays)}
+        if np.isnan(held["gradient_cosine"]).all():
             notes.append("the encoder's gradient is zero: the U-Net does not use its condition, nothing can be learned")
+        else:
+            scores["gradient_cosine"] = cosine = self._score(held["gradient_cosine"])
+            if max([cosine["score"], *(cosine["interval"] or [])]) < 1:
+                ends = cosine["interval"] and [c / (1 - c) for c in cosine["interval"]]
+                scores["gradient_snr"] = {"score": cosine["score"] / (1 - cosine["score"]), "interval": ends}
         notes += zero_lines(scores)
-        names = {"own": "loss_own", "other": "loss_other", "text": "loss_text"}
         rows = [
             {
                 "weights": model.label,
-                "metric": names[k],
+                "metric": f"loss_{condition}",
                 "item": i,
                 "file": file,
                 "score": float(x[i, b]),
                 "timesteps": f"{self.edges[b]}-{self.edges[b + 1] - 1}",
             }
-            for k, x in losses.items()
+            for condition, x in losses.items()
             for i, file in enumerate(self.names)
-            for b in range(BINS)
+            for b in range(TIMESTEP_BINS)
         ]
-        held = {n: v.mean(axis=1) for n, v in values.items()} | {"gradient_cosine": cosines}
         return Outcome({"scores": scores, "timesteps": bins, "notes": notes}, rows, held)
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
         """Differences on the same images, timesteps and noise."""
         scores = {}
-        for name in (*_LOSSES, "gradient_cosine"):
-            values = after.held[name] - before.held[name]
-            if (values := values[~np.isnan(values)]).size:
-                found = self._interval(values)
-                scores[name] = {"difference": found["score"], "interval": found["interval"], "mcnemar": None}
+        for name, values in after.held.items():
+            change = values - before.held[name]
+            if not np.isnan(change).all():
+                score = self._score(change)
+                scores[name] = {"difference": score["score"], "interval": score["interval"], "mcnemar": None}
         return {"scores": scores}
 
     def scalars(self, name: str, outcome: Outcome) -> dict[str, dict[str, Any]]:
         """`feedback/METRIC`, and for each bin `feedback_by_timestep/METRIC/LOW-HIGH`."""
-        found = {f"{name}/{m}": s for m, s in outcome.results["scores"].items()}
+        out = {f"{name}/{m}": s for m, s in outcome.results["scores"].items()}
         for b in outcome.results["timesteps"]:
             where = f"{b['low']:03}-{b['high'] - 1:03}"
-            found |= {f"{name}_by_timestep/{m}/{where}": s for m, s in b["scores"].items()}
-        return found
+            out |= {f"{name}_by_timestep/{m}/{where}": s for m, s in b["scores"].items()}
+        return out
 
 
 def zero_lines(scores: dict[str, dict]) -> list[str]:
