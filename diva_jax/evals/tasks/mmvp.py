@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import at_least, field
-from diva_jax.data import labelled, tables, texts
+from diva_jax.data import labelled, texts
 from diva_jax.evals import Outcome, Settings, encode, items, stats
 from diva_jax.evals.items import ItemTask, Values
 from diva_jax.models.backbones import spec_of
@@ -79,7 +79,7 @@ def _root(path: str) -> tuple[Path, Path]:
 
 def _rows(path: Path) -> list[tuple[int, list[str]]]:
     """(line, fields) of each row, the header checked."""
-    rows = [(line, [field.strip() for field in row]) for line, row in tables.csv_rows(str(path)) if any(row)]
+    rows = [(line, [field.strip() for field in row]) for line, row in texts.csv_rows(str(path)) if any(row)]
     if not rows or rows[0][1] != HEADER:
         raise UserError(f"{path} begins with {brief(rows[0][1]) if rows else 'nothing'}, not {','.join(HEADER)}")
     return rows[1:]
