@@ -1,14 +1,16 @@
-"""Small data sets for the tests of evaluation, made from scikit-image's photographs."""
+"""Small data sets and models for the tests of evaluation; the images are scikit-image's photographs."""
 
 import dataclasses
 import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 import skimage.data
+from ml_collections import ConfigDict
 from PIL import Image
 
-from diva_jax import config
+from diva_jax import config, evals
 from diva_jax.evals.tasks.mmvp import FOLDERS, HEADER, PATTERNS, PER_PATTERN
 from diva_jax.models.backbones import Spec
 
@@ -59,6 +61,75 @@ def encoded(image: Image.Image, form: str = "PNG") -> bytes:
     data = io.BytesIO()
     image.save(data, form)
     return data.getvalue()
+
+
+def write_image(path: Path, index: int) -> None:
+    """Writes `patch(index)` in the format of the file's name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    form = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix, "PNG")
+    path.write_bytes(encoded(patch(index), form))
+
+
+def write_class_folders(root: Path, labels: list[int], folders: list[str]) -> Path:
+    """Writes one image per label, `root/<folder of the label>/<number>.png`."""
+    for i, label in enumerate(labels):
+        write_image(root / folders[label] / f"{i:03d}.png", i)
+    return root
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class FakeModel:
+    """Random embeddings, by number of the image and by text; what was asked for stays in `pooled` and `words`."""
+
+    label = "fake"
+
+    def __init__(self, seed: int = 0, dim: int = 6):
+        self.dim, self.rng = dim, np.random.default_rng(seed)
+        self.pooled, self.sizes, self.words = [], [], {}
+
+    def draw(self, *shape: int) -> np.ndarray:
+        return self.rng.standard_normal((*shape, self.dim))
+
+    def images(self, read, count, seeds=0):
+        self.sizes.append([read(i).size for i in range(count)])
+        self.pooled.append(self.draw(count))
+        return {"pooled": self.pooled[-1]}
+
+    def texts(self, texts):
+        for text in dict.fromkeys(texts):
+            if text not in self.words:
+                self.words[text] = self.draw()
+        return np.stack([self.words[t] for t in texts])
+
+
+def prepared(name: str, path, bootstrap: int = 300, **options) -> evals.Task:
+    """Returns a task of the package on its data."""
+    section = evals.default().get(name, ConfigDict())
+    section.update(options)
+    return evals.find(name).prepare(str(path), section, evals.Settings(bootstrap=bootstrap))
+
+
+def evaluated(task: evals.Task, kind=FakeModel):
+    """Evaluates two models, and asserts what holds for every task: the scores' intervals, the differences, the rows.
+
+    Returns:
+      (the first model, its outcome, the comparison with the second).
+    """
+    models = kind(0), kind(1)
+    before, after = map(task.evaluate, models)
+    assert set(before.results["scores"]) == set(task.metrics)
+    for score in before.results["scores"].values():
+        assert score["interval"][0] <= score["score"] <= score["interval"][1]
+    assert before.rows and all(row["weights"] == "fake" for row in before.rows)
+    compared = task.compare(before, after)
+    for metric, change in compared["scores"].items():
+        want = after.results["scores"][metric]["score"] - before.results["scores"][metric]["score"]
+        assert change["difference"] == pytest.approx(want, rel=1e-6, abs=1e-9)
+        assert change["interval"][0] <= change["difference"] <= change["interval"][1]
+    return models[0], before, compared
 
 
 def write_mmvp(root: Path, folder: str = FOLDERS[0]) -> Path:

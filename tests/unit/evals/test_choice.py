@@ -2,109 +2,97 @@
 
 import itertools
 import json
+from functools import partial
 
 import choice_data as sets
 import numpy as np
 import pytest
-from eval_data import patch
+from eval_data import FakeModel, evaluated, patch, prepared, write_image
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import default_of
-from diva_jax.evals import Settings, choice_sets
+from diva_jax.evals import choice_sets
 from diva_jax.evals.choice_layouts import Item
 from diva_jax.evals.tasks import choice
 
-
-def prepare(path, **options):
-    section = default_of(choice)
-    section.update({"allow_partial": True} | options)
-    return choice.prepare(str(path), section, Settings(bootstrap=300))
+prepare = partial(prepared, "choice", allow_partial=True)
 
 
-class Fake:
+class Coarse(FakeModel):
     """Embeddings of few values, so that ties happen."""
 
-    label = "fake"
-
-    def __init__(self, seed=0):
-        self.seed = seed
-
-    def images(self, read, count):
-        self.sizes = [read(i).size for i in range(count)]
-        rng = np.random.default_rng(self.seed)
-        self.pooled = rng.integers(-1, 2, (count, 4)) + np.array([0, 0, 0, 2])
-        return {"pooled": self.pooled.astype(np.float32)}
-
-    def texts(self, texts):
-        rng = np.random.default_rng(self.seed + 1)
-        self.words = rng.integers(-1, 2, (len(texts), 4)) + np.array([0, 0, 2, 0])
-        self.row = {t: i for i, t in enumerate(texts)}
-        return self.words.astype(np.float32)
+    def draw(self, *shape):
+        return self.rng.integers(-1, 2, (*shape, 4)) + np.array([0, 0, 1, 2])
 
 
-def by_hand(task, model, name):
-    """The cosine of each item's pictures and texts."""
-    number = {p: i for i, p in enumerate(task.images)}
+def tables(task, model, name):
+    """The cosine of each item's images and texts."""
+    number = {image: i for i, image in enumerate(task.images)}
 
-    def cosine(p, t):
-        a, b = model.pooled[number[p]].astype(float), model.words[model.row[t]].astype(float)
+    def cosine(image, text):
+        a, b = model.pooled[0][number[image]].astype(float), model.words[text].astype(float)
         return round(a @ b / np.sqrt(a @ a) / np.sqrt(b @ b), 7)
 
     return [[[cosine(p, t) for t in item.texts] for p in item.images] for item in task.sets[name]]
 
 
-def scored(path, **options):
-    task, model = prepare(path, **options), Fake()
-    found = task.evaluate(model)
-    for s in found.results["scores"].values():
-        assert s["interval"][0] <= s["score"] <= s["interval"][1]
-    after = task.evaluate(Fake(5))
-    for key, s in task.compare(found, after)["scores"].items():
-        change = after.results["scores"][key]["score"] - found.results["scores"][key]["score"]
-        assert s["difference"] == pytest.approx(change)
-    assert set(found.results["scores"]) == set(task.metrics)
-    return task, model, {k: v["score"] / 100 for k, v in found.results["scores"].items()}, found
+def first_wins(items):
+    return np.array([all(table[0][0] > other for other in table[0][1:]) for table in items])
 
 
-def first_wins(table):
-    return all(table[0][0] > other for other in table[0][1:])
+def accuracy(items):
+    return {"accuracy": first_wins(items).mean()}
 
 
-@pytest.mark.parametrize("write, name, count", [(sets.sugarcrepe, "add_att", 7), (sets.valse, "existence", 4)])
-def test_one_picture_two_texts(tmp_path, write, name, count):
-    task, model, scores, found = scored(write(tmp_path))
-    right = [first_wins(t) for t in by_hand(task, model, name)]
-    assert task.count == count == len(right)
-    assert scores == {f"{name}_accuracy": pytest.approx(np.mean(right))}
-    assert [r["correct"] for r in found.rows] == right
+def paired(items):
+    text = np.array([s[0][0] > s[0][1] and s[1][1] > s[1][0] for s in items])
+    image = np.array([s[0][0] > s[1][0] and s[1][1] > s[0][1] for s in items])
+    return {"text": text.mean(), "image": image.mean(), "group": (text & image).mean()}
 
 
-@pytest.mark.parametrize("write, name", [(sets.winoground, "winoground"), (sets.naturalbench, "naturalbench")])
-def test_two_pictures_two_texts(tmp_path, write, name):
-    task, model, scores, _ = scored(write(tmp_path))
-    tables = by_hand(task, model, name)
-    text = [s[0][0] > s[0][1] and s[1][1] > s[1][0] for s in tables]
-    image = [s[0][0] > s[1][0] and s[1][1] > s[0][1] for s in tables]
-    assert scores[f"{name}_text"] == pytest.approx(np.mean(text))
-    assert scores[f"{name}_image"] == pytest.approx(np.mean(image))
-    assert scores[f"{name}_group"] == pytest.approx(np.mean(np.logical_and(text, image)))
+def by_class(counts, least, items):
+    right = first_wins(items)
+    parts = np.split(right, np.cumsum(list(counts.values()))[:-1])
+    return {"accuracy": np.mean([p.mean() for p in parts if len(p) >= least]), "items": right.mean()}
 
 
-@pytest.mark.parametrize("kind, counts", [("relation", {"on": 5, "behind": 3}), ("attribution", {"a_b": 26, "c_d": 9})])
-def test_accuracy_by_class_of_the_boxes(tmp_path, kind, counts):
-    task, model, scores, _ = scored(sets.aro(tmp_path, kind, counts))
-    name = "vg_" + kind
-    right = [first_wins(t) for t in by_hand(task, model, name)]
-    labels = list(itertools.chain.from_iterable([c] * n for c, n in counts.items()))
-    kept = {c for c, n in counts.items() if kind == "relation" or n >= 25}
-    classes = [np.mean([r for r, label in zip(right, labels, strict=True) if label == c]) for c in kept]
-    assert scores == {
-        f"{name}_accuracy": pytest.approx(np.mean(classes)),
-        f"{name}_items": pytest.approx(np.mean(right)),
-    }
-    assert model.sizes == [(21, b.box[3] - 3) for b in task.images]
-    first = task.images[0]
-    np.testing.assert_allclose(task._read(0), np.asarray(patch(0))[3 : first.box[3], 2:23], atol=60)
+def controlled(items):
+    right = first_wins(items).reshape(-1, 2)
+    return {"single": right.mean(), "pair": right.all(1).mean(), "set": right.reshape(-1, 4).all(1).mean()}
+
+
+RELATIONS, ATTRIBUTES = {"on": 5, "behind": 3}, {"a_b": 26, "c_d": 9}
+LAYOUTS = {
+    "add_att": (sets.sugarcrepe, accuracy, 7),
+    "existence": (sets.valse, accuracy, 4),
+    "winoground": (sets.winoground, paired, 5),
+    "naturalbench": (sets.naturalbench, paired, 6),
+    "vg_relation": (partial(sets.aro, kind="relation", counts=RELATIONS), partial(by_class, RELATIONS, 1), 8),
+    "vg_attribution": (partial(sets.aro, kind="attribution", counts=ATTRIBUTES), partial(by_class, ATTRIBUTES, 25), 35),
+    "controlled_images": (sets.whatsup, controlled, 12),
+    "controlled_clevr": (partial(sets.whatsup, kind="clevr"), controlled, 12),
+    "coco_qa_one_obj": (partial(sets.whatsup_qa, kind="coco_qa_one_obj"), accuracy, 5),
+    "vg_qa_two_obj": (partial(sets.whatsup_qa, kind="vg_qa_two_obj"), accuracy, 5),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_scores_by_hand(tmp_path, name):
+    write, by_hand, count = LAYOUTS[name]
+    task = prepare(write(tmp_path))
+    model, found, compared = evaluated(task, Coarse)
+    items = tables(task, model, name)
+    assert task.count == count == len(items)
+    want = {f"{name}_{metric}": pytest.approx(100 * value) for metric, value in by_hand(items).items()}
+    assert {k: v["score"] for k, v in found.results["scores"].items()} == want
+    strata = by_hand not in (accuracy, paired, controlled)
+    for metric, change in compared["scores"].items():
+        assert (change["mcnemar"] is None) == (strata and metric.endswith("accuracy"))
+    if by_hand is accuracy:
+        assert [r["correct"] for r in found.rows] == list(first_wins(items))
+    if name.startswith("vg_rel"):
+        assert model.sizes[0] == [(21, image.box[3] - 3) for image in task.images]
+        cropped = np.asarray(patch(0))[3 : task.images[0].box[3], 2:23]
+        np.testing.assert_allclose(task._read(0), cropped, atol=60)
 
 
 def test_attributes_need_a_class_of_25(tmp_path):
@@ -112,23 +100,7 @@ def test_attributes_need_a_class_of_25(tmp_path):
         prepare(sets.aro(tmp_path, "attribution", {"a_b": 3}))
 
 
-@pytest.mark.parametrize("kind", ["images", "clevr"])
-def test_controlled_pictures_single_pair_set(tmp_path, kind):
-    task, model, scores, _ = scored(sets.whatsup(tmp_path, kind))
-    name = f"controlled_{kind}"
-    right = np.array([first_wins(t) for t in by_hand(task, model, name)]).reshape(-1, 4)
-    assert scores[f"{name}_single"] == pytest.approx(right.mean())
-    assert scores[f"{name}_pair"] == pytest.approx(right.reshape(-1, 2).all(axis=1).mean())
-    assert scores[f"{name}_set"] == pytest.approx(right.all(axis=1).mean())
-
-
-@pytest.mark.parametrize("kind", ["coco_qa_one_obj", "vg_qa_two_obj"])
-def test_questions_on_coco_and_gqa(tmp_path, kind):
-    task, model, scores, _ = scored(sets.whatsup_qa(tmp_path, kind))
-    assert scores[f"{kind}_accuracy"] == pytest.approx(np.mean([first_wins(t) for t in by_hand(task, model, kind)]))
-
-
-def test_folder_with_several_sets_and_pictures_elsewhere(tmp_path):
+def test_folder_with_several_sets_and_images_elsewhere(tmp_path):
     sets.sugarcrepe(tmp_path / "a")
     sets.valse(tmp_path / "a")
     (tmp_path / "b").mkdir()
@@ -142,49 +114,45 @@ def test_folder_with_several_sets_and_pictures_elsewhere(tmp_path):
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_own_set(tmp_path, form):
-    for i in range(5):
-        sets.picture(tmp_path / f"{i}.jpg", i)
-    if form == "csv":
-        lines = ["item,image,text,right", "x,0.jpg,a cat,1", "x,0.jpg,a dog,0", "x,1.jpg,a dog,1"]
-        lines += ["y,2.jpg,red,1", "y,2.jpg,blue,0", "y,2.jpg,green,0"]
-        text = "\n".join(lines)
-    else:
+    for i in range(3):
+        write_image(tmp_path / f"{i}.jpg", i)
+    lines = ["item,image,text,right", "x,0.jpg,a cat,1", "x,0.jpg,a dog,0", "x,1.jpg,a dog,1"]
+    lines += ["y,2.jpg,red,1", "y,2.jpg,blue,0", "y,2.jpg,green,0"]
+    if form == "jsonl":
         rows = [{"images": ["0.jpg", "1.jpg"], "texts": ["a cat", "a dog"]}]
         rows.append({"images": ["2.jpg"], "texts": ["blue", "red", "green"], "pairs": [[0, 1]]})
-        text = "\n".join(map(json.dumps, rows))
+        lines = map(json.dumps, rows)
     path = tmp_path / f"mine.{form}"
-    path.write_text(text)
-    task, model, scores, _ = scored(path)
-    (two, one) = by_hand(task, model, "mine")
+    path.write_text("\n".join(lines))
+    task = prepare(path)
+    model, found, _ = evaluated(task, Coarse)
+    two, one = tables(task, model, "mine")
     truth = task.sets["mine"][1].texts.index("red")
-    own = [one[0][truth] > s for t, s in enumerate(one[0]) if t != truth]
-    text_right = [two[0][0] > two[0][1] and two[1][1] > two[1][0], all(own)]
-    image_right = [two[0][0] > two[1][0] and two[1][1] > two[0][1], True]
-    assert scores["mine_text"] == pytest.approx(np.mean(text_right))
-    assert scores["mine_image"] == pytest.approx(np.mean(image_right))
-    assert scores["mine_group"] == pytest.approx(np.mean(np.logical_and(text_right, image_right)))
+    own = all(one[0][truth] > s for t, s in enumerate(one[0]) if t != truth)
+    want = {k: (bool(v) + (own if k == "text" else 1)) / 2 for k, v in paired([two]).items() if k != "group"}
+    want["group"] = (bool(paired([two])["group"]) + own) / 2
+    assert found.results["scores"].keys() == {f"mine_{k}" for k in want}
+    for kind, value in want.items():
+        assert found.results["scores"][f"mine_{kind}"]["score"] == pytest.approx(100 * value)
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (2, 3), (3, 2)])
-@pytest.mark.parametrize("seed", range(60))
-def test_answers_against_every_comparison(seed, shape):
-    rng = np.random.default_rng(seed)
-    values = [-1.0, 0.0, 0.5, 0.5, 1.0] + ([np.nan, np.inf, -np.inf] if seed % 3 == 0 else [])
-    table = rng.choice(values, shape)
-    right = [(i, int(rng.integers(shape[1]))) for i in range(shape[0])]
-    item = Item("x", ("p",) * shape[0], ("t",) * shape[1], tuple(right))
-    got = {k: bool(v[0]) for k, v in choice.answers([table], [item]).items()}
-    cells = list(itertools.product(range(shape[0]), range(shape[1])))
-    finite = bool(np.isfinite(table).all())
-    text = finite and all(
-        table[i, t] > table[i, u] for i, t in right for j, u in cells if i == j and (i, u) not in right
-    )
-    asked = {t for _, t in right}
-    finite = bool(np.isfinite(table[:, sorted(asked)]).all())
-    image = finite and all(
-        table[i, t] > table[j, t] for i, t in right for j, u in cells if u == t and (j, t) not in right
-    )
-    assert got == {"text": text, "image": image, "group": text and image}
+def test_answers_against_every_comparison(shape):
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        values = [-1.0, 0.0, 0.5, 0.5, 1.0] + ([np.nan, np.inf, -np.inf] if seed % 3 == 0 else [])
+        table = rng.choice(values, shape)
+        right = [(i, int(rng.integers(shape[1]))) for i in range(shape[0])]
+        item = Item("x", ("p",) * shape[0], ("t",) * shape[1], tuple(right))
+        got = {k: bool(v[0]) for k, v in choice.answers([table], [item]).items()}
+        cells = list(itertools.product(range(shape[0]), range(shape[1])))
+        text = bool(np.isfinite(table).all()) and all(
+            table[i, t] > table[i, u] for i, t in right for j, u in cells if i == j and (i, u) not in right
+        )
+        image = bool(np.isfinite(table[:, sorted({t for _, t in right})]).all()) and all(
+            table[i, t] > table[j, t] for i, t in right for j, u in cells if u == t and (j, t) not in right
+        )
+        assert got == {"text": text, "image": image, "group": text and image}, seed
 
 
 def test_collapsed_encoder_scores_nothing():
@@ -198,9 +166,15 @@ def test_published_counts_are_asserted(tmp_path):
         prepare(sets.sugarcrepe(tmp_path), allow_partial=False)
     (tmp_path / "mine.json").write_text((tmp_path / "add_att.json").read_text())
     assert prepare(tmp_path / "mine.json", allow_partial=False, layout="sugarcrepe").count == 7
-    with pytest.raises(UserError, match="no published name"):
-        prepare(tmp_path / "mine.json")
     assert sum(row.count for row in choice_sets.TABLE if row.layout == "sugarcrepe") == 7511
+    for path, says in (
+        (tmp_path / "mine.json", "no published name"),
+        (tmp_path / "images", "has no file of a published set"),
+        (tmp_path / "x.json", "does not exist"),
+    ):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=says):
+            prepare(path)
 
 
 def broken(path, row, **change):
@@ -210,30 +184,27 @@ def broken(path, row, **change):
     return path
 
 
-@pytest.mark.parametrize(
-    "make, says",
-    [
-        (lambda r: broken(sets.sugarcrepe(r), "6", filename="none.jpg"), "add_att.json, row 6: its image .*none.jpg"),
-        (
-            lambda r: broken(sets.sugarcrepe(r), "6", caption=None),
-            "add_att.json, row 6: the field 'caption' is missing",
-        ),
-        (lambda r: broken(sets.sugarcrepe(r), "6", negative_caption=3), "row 6: the field 'negative_caption'"),
-        (lambda r: broken(sets.naturalbench(r), 2, image_1="no.jpg"), "metadata.json, row 2: its image .*no.jpg"),
-        (lambda r: broken(sets.aro(r, "relation", {"on": 3}), 1, bbox_w=0), "row 1: the box has no area"),
-        (lambda r: broken(sets.aro(r, "relation", {"on": 3}), 1, bbox_x="1"), "row 1: the field 'bbox_x'"),
-        (lambda r: broken(sets.aro(r, "attribution", {"a_b": 3}), 1, attributes=["a"]), "row 1: .*two texts"),
-        (lambda r: broken(sets.whatsup(r), 5, caption_options=["x"]), "row 5: there must be at least two texts"),
-        (lambda r: broken(sets.whatsup(r), 5, image_path="a.jpg"), "row 5: 'a.jpg' is not named"),
-        (lambda r: broken(sets.valse(r), "existence_3", mturk={}), "row existence_3, mturk: the field 'caption'"),
-    ],
-)
+BAD_ROWS = [
+    (lambda r: broken(sets.sugarcrepe(r), "6", filename="none.jpg"), "add_att.json, row 6: its image .*none.jpg"),
+    (lambda r: broken(sets.sugarcrepe(r), "6", caption=None), "add_att.json, row 6: the field 'caption' is missing"),
+    (lambda r: broken(sets.sugarcrepe(r), "6", negative_caption=3), "row 6: the field 'negative_caption'"),
+    (lambda r: broken(sets.naturalbench(r), 2, image_1="no.jpg"), "metadata.json, row 2: its image .*no.jpg"),
+    (lambda r: broken(sets.aro(r, "relation", {"on": 3}), 1, bbox_w=0), "row 1: the box has no area"),
+    (lambda r: broken(sets.aro(r, "relation", {"on": 3}), 1, bbox_x="1"), "row 1: the field 'bbox_x'"),
+    (lambda r: broken(sets.aro(r, "attribution", {"a_b": 3}), 1, attributes=["a"]), "row 1: .*two texts"),
+    (lambda r: broken(sets.whatsup(r), 5, caption_options=["x"]), "row 5: there must be at least two texts"),
+    (lambda r: broken(sets.whatsup(r), 5, image_path="a.jpg"), "row 5: 'a.jpg' is not named"),
+    (lambda r: broken(sets.valse(r), "existence_3", mturk={}), "row existence_3, mturk: the field 'caption'"),
+]
+
+
+@pytest.mark.parametrize("make, says", BAD_ROWS, ids=[says[:40] for _, says in BAD_ROWS])
 def test_bad_rows_are_refused(tmp_path, make, says):
     with pytest.raises(UserError, match=says):
         prepare(make(tmp_path))
 
 
-def test_incomplete_sets_of_controlled_pictures_are_refused(tmp_path):
+def test_incomplete_sets_of_controlled_images_are_refused(tmp_path):
     path = sets.whatsup(tmp_path)
     rows = json.loads(path.read_text())
     for changed, says in ((rows[:-1], "row 8: cup2_chair has only left, on, right"), (rows + rows[:1], "'left' twice")):
@@ -261,13 +232,7 @@ def test_incomplete_sets_of_controlled_pictures_are_refused(tmp_path):
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, text, says):
-    sets.picture(tmp_path / "0.jpg", 0)
+    write_image(tmp_path / "0.jpg", 0)
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=says):
         prepare(tmp_path / name)
-
-
-def test_paths_without_a_set_are_refused(tmp_path):
-    for path, says in ((tmp_path, "has no file of a published set"), (tmp_path / "x.json", "does not exist")):
-        with pytest.raises(UserError, match=says):
-            prepare(path)

@@ -1,38 +1,33 @@
 """Drift of an unchanged encoder, a changed one, and one that has collapsed."""
 
+from functools import partial
+
 import numpy as np
 import pytest
-from eval_data import encoded, patch
-from ml_collections import ConfigDict
+from eval_data import FakeModel, prepared, unit, write_image
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Settings
 from diva_jax.evals.tasks import drift
 
 COUNT, DIM = 40, 12
 
-
-def prepare(path):
-    return drift.prepare(str(path), ConfigDict({"neighbours": 5}), Settings(bootstrap=1000))
+prepare = partial(prepared, "drift", neighbours=5)
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     root = tmp_path_factory.mktemp("drift")
     for i in range(COUNT):
-        path = root / f"{i % 3}" / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(encoded(patch(i)))
+        write_image(root / f"{i % 3}" / f"{i}.png", i)
     return prepare(root)
 
 
-class Fake:
-    def __init__(self, embeddings, label="fake"):
-        self.pooled, self.label = embeddings, label
+class Given(FakeModel):
+    """A model with these embeddings."""
 
-    def images(self, read, count):
-        assert count == COUNT and read(0).size
-        return {"pooled": self.pooled}
+    def __init__(self, embeddings, label="fake"):
+        super().__init__()
+        self.draw, self.label = lambda count: embeddings, label
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +36,7 @@ def embeddings():
 
 
 def test_unmoved(task, embeddings):
-    before, after = task.evaluate(Fake(embeddings)), task.evaluate(Fake(7 * embeddings, "scaled"))
+    before, after = task.evaluate(Given(embeddings)), task.evaluate(Given(7 * embeddings, "scaled"))
     found = task.compare(before, after)
     assert found["scores"]["cosine"]["score"] == pytest.approx(1)
     assert found["scores"]["knn_overlap"] == {"score": 100, "interval": [100, 100]}
@@ -51,16 +46,13 @@ def test_unmoved(task, embeddings):
 
 def test_turned_as_a_whole_keeps_its_neighbours(task, embeddings):
     turn, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((DIM, DIM)))
-    found = task.compare(task.evaluate(Fake(embeddings)), task.evaluate(Fake(embeddings @ turn)))["scores"]
+    found = task.compare(task.evaluate(Given(embeddings)), task.evaluate(Given(embeddings @ turn)))["scores"]
     assert found["knn_overlap"]["score"] == 100 and found["cosine"]["score"] < 0.6
 
 
 def test_moved(task, embeddings):
     moved = np.random.default_rng(2).standard_normal((COUNT, DIM))
-    found = task.compare(task.evaluate(Fake(embeddings)), task.evaluate(Fake(moved)))["scores"]
-
-    def unit(x):
-        return x / np.linalg.norm(x, axis=1, keepdims=True)
+    found = task.compare(task.evaluate(Given(embeddings)), task.evaluate(Given(moved)))["scores"]
 
     def near(x):
         return [

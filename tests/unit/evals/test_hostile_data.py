@@ -7,7 +7,7 @@ import json
 import choice_data
 import numpy as np
 import pytest
-from eval_data import write_mmvp
+from eval_data import write_image, write_mmvp
 from mutations import WRONG, changed, damaged
 
 from diva_jax.common.errors import UserError
@@ -94,7 +94,7 @@ def test_choices(tmp_path, name, seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_captions_and_names(tmp_path, seed):
     rng = np.random.default_rng(seed)
-    choice_data.picture(tmp_path / "a.jpg", 1)
+    write_image(tmp_path / "a.jpg", 1)
     rows = [["image", "caption"], *([f"{'./' * i}a.jpg", f"caption {i}"] for i in range(5))]
     for case in range(30):
         data = cells(rng, rows)

@@ -2,23 +2,21 @@
 
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
-from eval_data import eval_config, write_mmvp
-from ml_collections import ConfigDict
+from eval_data import FakeModel, eval_config, prepared, unit, write_mmvp
 from specs import EVAL_CLIP as CLIP
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Settings
 from diva_jax.evals.tasks import mmvp
 from diva_jax.evals.tasks.mmvp import FOLDERS, PATTERNS
 
 ROWS = 270
 
 
-def prepare(path):
-    return mmvp.prepare(str(path), ConfigDict({"seeds": 3}), Settings(bootstrap=2000))
+prepare = partial(prepared, "mmvp", bootstrap=2000, seeds=3)
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +35,14 @@ def root(original, tmp_path):
     return copy
 
 
-class Fake:
-    """A model that returns these embeddings."""
+class Fake(FakeModel):
+    """Embeddings of few values, so that exact ties between the images of a pair occur."""
 
-    def __init__(self, seed: int, seeds: int = 3, dim: int = 6):
+    def __init__(self, seed: int = 0, dim: int = 6):
         rng = np.random.default_rng(seed)
-        # Few values, so that exact ties between the images of a pair occur.
         self.pooled = rng.integers(-1, 2, (ROWS, dim)).astype(np.float32) + [2, *[0] * (dim - 1)]
-        self.published = rng.integers(-1, 2, (ROWS, seeds, dim)).astype(np.float32)
+        self.published = rng.integers(-1, 2, (ROWS, 3, dim)).astype(np.float32)
         self.text = rng.integers(-1, 2, (ROWS, dim)).astype(np.float32) + [*[0] * (dim - 1), 2]
-        self.label = f"fake{seed}"
 
     def images(self, read, count, seeds):
         assert count == ROWS and seeds == 3
@@ -80,8 +76,7 @@ def test_scores_equal_brute_force_ties_included(original):
     for seed in range(5):
         model = Fake(seed)
         found = task.evaluate(model)
-        normed = model.pooled / np.linalg.norm(model.pooled.astype(np.float64), axis=1, keepdims=True)
-        right, _ = brute_force(normed, model.text)
+        right, _ = brute_force(unit(model.pooled.astype(np.float64)), model.text)
         by_seed = []
         for k in range(3):
             r, ties = brute_force(model.published[:, k], model.text)
@@ -152,11 +147,12 @@ def test_comparison_of_two_weights(original):
     assert same["flipped"] == [] and same["scores"]["pooled"]["mcnemar"]["p"] == 1
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_the_three_names_of_the_folder(root, folder):
-    os.rename(root / FOLDERS[0], root / folder)
-    for path in (root, root / folder, root / "Questions.csv"):
-        assert len(mmvp.read_questions(str(path))) == ROWS
+def test_the_three_names_of_the_folder(root):
+    for before, folder in zip(FOLDERS, FOLDERS[1:], strict=False):
+        for path in (root, root / before, root / "Questions.csv"):
+            assert len(mmvp.read_questions(str(path))) == ROWS
+        os.rename(root / before, root / folder)
+    assert len(mmvp.read_questions(str(root / FOLDERS[-1]))) == ROWS
 
 
 def test_a_table_from_windows_is_read(root):
@@ -165,50 +161,32 @@ def test_a_table_from_windows_is_read(root):
     assert mmvp.read_questions(str(root))[0].text == "a photo of thing number 0, seen from above"
 
 
-def edit(root, change):
-    lines = (root / "Questions.csv").read_text().splitlines()
-    change(lines)
-    (root / "Questions.csv").write_text("\n".join(lines) + "\n")
-
-
-def swap(i, j):
-    def change(lines):
-        lines[i], lines[j] = lines[j], lines[i]
-
-    return change
-
-
-def put(i, line):
-    def change(lines):
-        lines[i] = line
-
-    return change
-
-
+# Case -> (from which line, up to which, the lines in their place: indices of lines or texts; what the error says).
 BAD_TABLES = {
-    "swapped in a pair": (swap(3, 4), r"lines 4 and 5: a pair is an odd Question ID .* not 4 \(Orientation\) and 3"),
-    "swapped between pairs": (swap(2, 3), "lines 2 and 3: a pair is"),
-    "swapped first ones": (swap(1, 3), "lines 2 and 3: a pair is"),
-    "a row lost": (lambda lines: lines.pop(9), "has 269 questions, MMVP-VLM has 270"),
-    "a row twice": (lambda lines: lines.insert(9, lines[9]), "has 271 questions"),
-    "a pair twice": (lambda lines: lines.__setitem__(slice(3, 5), lines[1:3]), "line 4: question 1 appears twice"),
-    "wrong id, no image": (put(5, "999,Orientation,x"), r"line 6: its image .*Orientation.999.jpg does not exist"),
-    "wrong id, an image": (put(6, "8,Orientation,x"), "lines 6 and 7: a pair is"),
-    "id no number": (put(6, "six,Orientation,x"), "line 7: the Question ID 'six' is not a number"),
-    "wrong type": (put(6, "6,Presence,x"), "line 7: its image .* does not exist"),
-    "empty statement": (put(6, "6,Orientation,"), "line 7: a row has Question ID, Type, Statement, none empty"),
-    "a column more": (put(6, "6,Orientation,x,y"), "line 7: a row has"),
-    "no header": (lambda lines: lines.pop(0), "begins with .*, not Question ID,Type,Statement"),
-    "empty": (lambda lines: lines.clear(), "begins with nothing"),
+    "swapped in a pair": (3, 5, [4, 3], r"lines 4 and 5: a pair is an odd Question ID .* not 4 \(Orientation\) and 3"),
+    "swapped between pairs": (2, 4, [3, 2], "lines 2 and 3: a pair is"),
+    "swapped first ones": (1, 4, [3, 2, 1], "lines 2 and 3: a pair is"),
+    "a row lost": (9, 10, [], "has 269 questions, MMVP-VLM has 270"),
+    "a row twice": (9, 10, [9, 9], "has 271 questions"),
+    "a pair twice": (3, 5, [1, 2], "line 4: question 1 appears twice"),
+    "wrong id, no image": (5, 6, ["999,Orientation,x"], r"line 6: its image .*Orientation.999.jpg does not exist"),
+    "wrong id, an image": (6, 7, ["8,Orientation,x"], "lines 6 and 7: a pair is"),
+    "id no number": (6, 7, ["six,Orientation,x"], "line 7: the Question ID 'six' is not a number"),
+    "wrong type": (6, 7, ["6,Presence,x"], "line 7: its image .* does not exist"),
+    "empty statement": (6, 7, ["6,Orientation,"], "line 7: a row has Question ID, Type, Statement, none empty"),
+    "a column more": (6, 7, ["6,Orientation,x,y"], "line 7: a row has"),
+    "no header": (0, 1, [], "begins with .*, not Question ID,Type,Statement"),
+    "empty": (0, 271, [], "begins with nothing"),
 }
 
 
-@pytest.mark.parametrize("case", BAD_TABLES)
-def test_a_bad_table_is_refused(root, case):
-    change, says = BAD_TABLES[case]
-    edit(root, change)
-    with pytest.raises(UserError, match=says):
-        prepare(root)
+def test_bad_tables_are_refused(root):
+    lines = (root / "Questions.csv").read_text().splitlines()
+    for case, (first, last, new, says) in BAD_TABLES.items():
+        changed = [*lines[:first], *(lines[n] if isinstance(n, int) else n for n in new), *lines[last:]]
+        (root / "Questions.csv").write_text("\n".join(changed) + "\n")
+        with pytest.raises(UserError, match=says):
+            pytest.fail(f"{case}: {len(mmvp.read_questions(str(root)))} questions were read")
 
 
 def test_bad_images_are_refused(root):
