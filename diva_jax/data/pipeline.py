@@ -21,8 +21,10 @@ from diva_jax.data.decoding import Broken, Decoder
 from diva_jax.data.inputs import Example, Input
 from diva_jax.data.records import Source
 
-_FOREVER = 2**62  # Positions; more than any run has.
-_LOOK_EVERY = 0.5  # Seconds between two looks at whether a wait shall end.
+# More than any run has.
+_MAX_POSITION = 2**62
+# Between two looks at whether a wait shall end.
+_POLL_INTERVAL_S = 0.5
 
 
 def shuffled(records: int, seed: int) -> grain.MapDataset:
@@ -64,10 +66,6 @@ class Examples:
         self._order, self._cache = shuffled(len(source), seed), cache
         self.slowest = self._decoder.slowest
 
-    def record(self, position: int) -> int:
-        """The record at a position."""
-        return self._order[position]
-
     def __call__(self, position: int) -> dict[str, np.ndarray]:
         """{each input's name: its array, "row": int32 [], the row in the global batch}.
 
@@ -77,10 +75,11 @@ class Examples:
           RunError: too many records are broken, or all.
         """
         n = len(self._source)
-        first, k = position - position % n, position % n
+        epoch, k = divmod(position, n)
         for step in range(n):
+            record = self._order[epoch * n + (k + step) % n]
             with contextlib.ExitStack() as memory:
-                example = self._example(self.record(first + (k + step) % n), position, memory)
+                example = self._example(record, position, memory)
                 if example is not None:
                     arrays = {name: make(example) for name, make in self._make.items()}
                     return {**arrays, "row": np.int32(position % self._global_batch)}
@@ -92,9 +91,9 @@ class Examples:
         if self._cache is not None and (cached := self._cache.read(i, position // len(self._source))) is None:
             self._decoder.broken(i, "it could not be decoded when config.data.latents was made")
             return None
-        if (found := self._decoder.read(i, memory)) is None:
+        if (decoded := self._decoder.read(i, memory)) is None:
             return None
-        image, record = found
+        image, record = decoded
         rng = np.random.default_rng((self._seed, position))
         box = crop.sample_box(rng, *image.size, self._scale, self._ratio)
         if cached is None:
@@ -138,7 +137,7 @@ class Iterator:
 
     def _open(self):
         first = self._consumed * self._identity["global_batch"]
-        positions = grain.MapDataset.range(first, _FOREVER)[self._process]
+        positions = grain.MapDataset.range(first, _MAX_POSITION)[self._process]
         examples = positions.map(self._examples).to_iter_dataset(self._read_options)
         return iter(examples.batch(self._local_batch))
 
@@ -165,7 +164,7 @@ class Iterator:
             self._pending = concurrent.futures.Future()
             threading.Thread(target=self._fetch, args=(self._pending,), daemon=True).start()
         began = time.monotonic()
-        while not concurrent.futures.wait([self._pending], _LOOK_EVERY).done:
+        while not concurrent.futures.wait([self._pending], _POLL_INTERVAL_S).done:
             if leave():
                 return None
             if (waited := time.monotonic() - began) > self._stall_timeout:
@@ -209,7 +208,7 @@ class Iterator:
     def close(self) -> None:
         """Stops the threads; the next batch starts them again. Threads in a read that does not end are left there."""
         batches, pending, self._batches, self._pending = self._batches, self._pending, None, None
-        if batches is not None and (pending is None or concurrent.futures.wait([pending], _LOOK_EVERY).done):
+        if batches is not None and (pending is None or concurrent.futures.wait([pending], _POLL_INTERVAL_S).done):
             batches.close()
 
 

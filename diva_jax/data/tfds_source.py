@@ -7,15 +7,6 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.data.records import TEXT_COLUMNS, Record, caption
 
 
-def _sentences(message: str, most: int = 600) -> str:
-    """A message of several lines on one, cut after its last whole sentence before `most` letters."""
-    text = " ".join(message.split())
-    if len(text) > most:
-        end = text.rfind(". ", 0, most)
-        return text[:end] if end > 0 else f"{text[:most]}..."
-    return text.rstrip(".:")
-
-
 class TfdsSource:
     """The records of a prepared tfds dataset in array_record format.
 
@@ -34,9 +25,9 @@ class TfdsSource:
     def __init__(self, spec: str, flag: str = "config.data.path", defaults: Mapping[str, str] | None = None):
         self.spec, _, query = spec.partition("?")
         self.options = {**(defaults or {}), **dict(parse_qsl(query))}
-        known = ["data_dir", "image", "text", *(k for k in defaults or {} if k != "image")]
+        known = dict.fromkeys(("data_dir", "image", "text", *(defaults or ())))
         name, _, split = self.spec.removeprefix("tfds:").rpartition("/")
-        if not name or set(self.options) - set(known):
+        if not name or self.options.keys() - known.keys():
             form = "&".join(f"{option}=..." for option in known)
             raise UserError(f"{flag}={spec!r} must read tfds:name/split[?{form}]")
         import tensorflow_datasets as tfds  # Slow to import, and only this source needs it.
@@ -53,9 +44,10 @@ class TfdsSource:
         except UserError:
             raise
         except Exception as e:  # tfds raises a different type for each of missing name, split, folder, format.
+            why = " ".join(str(e).split())[:600].rstrip(".:") or type(e).__name__
             raise UserError(
-                f"{self._where} cannot be read ({_sentences(str(e)) or type(e).__name__}): prepare it "
-                "first with tfds.builder(name, file_format='array_record').download_and_prepare()"
+                f"{self._where} cannot be read ({why}): prepare it first with "
+                "tfds.builder(name, file_format='array_record').download_and_prepare()"
             ) from e
         if not len(self):
             raise UserError(f"{self._where} has no records")
@@ -64,10 +56,7 @@ class TfdsSource:
         images = [key for key, feature in self.features.items() if type(feature) is tfds.features.Image]
         wanted = self.options.get("image")
         if wanted and wanted not in images:
-            raise UserError(
-                f"{self._where} cannot be read: it has no image feature {wanted!r}, only {listing(images)}: choose "
-                "with ?image=..."
-            )
+            raise self._lacks(f"image feature {wanted!r}", images, "image")
         if not wanted and len(images) != 1:
             raise UserError(
                 f"{self._where} has {len(images)} image features ({listing(images)}): choose one with ?image=..."
@@ -77,11 +66,13 @@ class TfdsSource:
     def _text_feature(self) -> str | None:
         wanted = self.options.get("text")
         if wanted and wanted not in self.features:
-            raise UserError(
-                f"{self._where} cannot be read: it has no feature {wanted!r}, only {listing(list(self.features))}: "
-                "choose with ?text=..."
-            )
+            raise self._lacks(f"feature {wanted!r}", self.features, "text")
         return wanted or next((key for key in TEXT_COLUMNS if key in self.features), None)
+
+    def _lacks(self, what: str, there, option: str) -> UserError:
+        return UserError(
+            f"{self._where} cannot be read: it has no {what}, only {listing(list(there))}: choose with ?{option}=..."
+        )
 
     @property
     def has_text(self) -> bool:
@@ -108,8 +99,5 @@ class TfdsSource:
         """
         names = getattr(self.features[feature], "names", None) if feature in self.features else None
         if names is None:
-            raise UserError(
-                f"{self._where} cannot be read: it has no class label {feature!r}, only "
-                f"{listing(list(self.features))}: choose with ?label=..."
-            )
+            raise self._lacks(f"class label {feature!r}", self.features, "label")
         return [int(record[feature]) for record in self._records], list(names)

@@ -1,44 +1,14 @@
 """Generated damage: changes of fields of JSON content, and of bytes of files."""
 
 import copy
-import json
 
 import numpy as np
 
 # Values in place of any other; those of text are what files of configs may be misused for.
 WRONG = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    2**31,
-    2**63,
-    10**30,
-    0.5,
-    -0.0,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "0",
-    "../../etc/passwd",
-    "/",
-    "\x00\x1b[31m\n",
-    "9" * 5000,
-    "<script>alert(1)</script>",
-    "=1+1",
-    [],
-    {},
-    [[]],
-    [None],
-    [1, 2],
-    [float("nan"), 1],
-    ["x"] * 3,
-    {"": None},
-    {"x": {"y": []}},
+    *(None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf")),
+    *("", "x", "0", "../../etc/passwd", "/", "\x00\x1b[31m\n", "9" * 5000, "<script>alert(1)</script>", "=1+1"),
+    *([], {}, [[]], [None], [1, 2], [float("nan"), 1], ["x"] * 3, {"": None}, {"x": {"y": []}}),
 ]
 
 
@@ -87,11 +57,6 @@ def changed(rng: np.random.Generator, tree, count: int = 1):
             node[key] = value
         said.append((*path, key, what))
     return tree, said
-
-
-def text_of(tree) -> str:
-    """JSON content as text; numbers that JSON has no form for are written as Python writes them."""
-    return json.dumps(tree)
 
 
 def damaged(rng: np.random.Generator, data: bytes, most: int = 4) -> bytes:

@@ -1,4 +1,4 @@
-"""Small images and tar shards for the data tests."""
+"""Small images, tar shards and batches of them."""
 
 import io
 import tarfile
@@ -6,6 +6,8 @@ import tarfile
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
+
+from diva_jax.data import inputs, pipeline
 
 
 def encoded(tag: int, width: int = 40, height: int = 30, form: str = "PNG", mode: str = "RGB") -> bytes:
@@ -64,3 +66,28 @@ def data_config(path, **changes) -> ConfigDict:
     )
     config.update(changes)
     return config
+
+
+def batches(path, wanted=None, *, batch: int = 8, seed: int = 0, process=(0, 1), cache=None, cache_dir=None, **changes):
+    """The iterator over the data at a path; `changes` are fields of `data_config`."""
+    config = data_config(path, **changes)
+    return pipeline.open_batches(
+        config,
+        {"image": inputs.Image(config.image_size)} if wanted is None else wanted,
+        seed=seed,
+        global_batch=batch,
+        process_index=process[0],
+        process_count=process[1],
+        cache_dir=cache_dir,
+        cache=cache,
+    )
+
+
+def take(iterator, count: int) -> list[dict[str, np.ndarray]]:
+    """The next batches."""
+    return [next(iterator) for _ in range(count)]
+
+
+def tags_of(iterator, count: int) -> list[int]:
+    """The tags of all images of the next batches, in order."""
+    return [tag for batch in take(iterator, count) for tag in tags(batch["image"])]

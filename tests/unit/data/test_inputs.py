@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
-from records import data_config, encoded, noise, tags, write_tar
+from records import batches, encoded, noise, tags, take, write_tar
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import crop, images, inputs, pipeline
+from diva_jax.data import crop, images, inputs
 
 COUNT = 14
 
@@ -48,8 +48,15 @@ def noisy(tmp_path_factory):
     return folder
 
 
-def build(path, wanted, batch=6, **kw):
-    return pipeline.open_batches(data_config(path, max_broken_share=0.6), wanted, seed=0, global_batch=batch, **kw)
+@dataclasses.dataclass
+class Spy:
+    """An input that keeps its examples."""
+
+    seen: list
+    shape, dtype, needs_text = (), np.dtype(np.int32), False
+
+    def open(self, config):
+        return lambda example: self.seen.append(example) or np.int32(0)
 
 
 def tokens(length=12, choose=None):
@@ -58,7 +65,7 @@ def tokens(length=12, choose=None):
 
 def test_shape_and_dtype_are_those_of_the_batch(captioned):
     wanted = {"large": inputs.Image(23), "small": inputs.Image(9), "caption": tokens()}
-    batch = next(build(captioned, wanted))
+    batch = next(batches(captioned, wanted, batch=6))
     assert set(batch) == {*wanted, "row"}
     for name, i in wanted.items():
         assert batch[name].shape == (6, *i.shape) and batch[name].dtype == i.dtype
@@ -67,25 +74,18 @@ def test_shape_and_dtype_are_those_of_the_batch(captioned):
 
 def test_crops_of_two_sizes_are_of_one_box(noisy):
     """Each is the same without the others, and depends only on (seed, position)."""
-    both = build(noisy, {"a": inputs.Image(31), "b": inputs.Image(17)})
-    alone = build(noisy, {"b": inputs.Image(17)})
+    both = batches(noisy, {"a": inputs.Image(31), "b": inputs.Image(17)})
+    alone = batches(noisy, {"b": inputs.Image(17)})
     for _ in range(4):
         pair = next(both)
         np.testing.assert_array_equal(pair["b"], next(alone)["b"])
     seen = []
 
-    @dataclasses.dataclass
-    class Spy:
-        shape, dtype, needs_text = (), np.dtype(np.int32), False
-
-        def open(self, config):
-            return lambda example: seen.append(example) or np.int32(0)
-
-    config = data_config(noisy, threads=0)
-    batch = next(pipeline.open_batches(config, {"spy": Spy(), "a": inputs.Image(31)}, seed=5, global_batch=4))
+    batch = next(batches(noisy, {"spy": Spy(seen), "a": inputs.Image(31)}, seed=5, batch=4, threads=0))
+    scale, ratio = (0.9, 1.0), (3 / 4, 4 / 3)
     for position, (example, pixels) in enumerate(zip(seen, batch["a"], strict=True)):
         rng = np.random.default_rng((5, position))
-        assert example.box == crop.sample_box(rng, *example.image.size, config.crop.scale, config.crop.ratio)
+        assert example.box == crop.sample_box(rng, *example.image.size, scale, ratio)
         assert rng.random() == example.rng.random()  # The box is drawn first.
         np.testing.assert_array_equal(crop.resized_crop(example.image, example.box, 31, "bicubic"), pixels)
         assert example.image.mode == "RGB" and example.text is None
@@ -93,7 +93,7 @@ def test_crops_of_two_sizes_are_of_one_box(noisy):
 
 def test_a_caption_belongs_to_its_image(captioned):
     wanted = {"image": inputs.Image(8), "caption": tokens(20)}
-    for batch, _ in zip(build(captioned, wanted), range(5), strict=False):
+    for batch, _ in zip(batches(captioned, wanted), range(5), strict=False):
         numbers = [int(text_of(ids).split(".")[0]) for ids in batch["caption"]]
         assert numbers == tags(batch["image"])
 
@@ -103,8 +103,8 @@ def test_the_chosen_part_depends_on_seed_and_position_alone(captioned):
         return text[: rng.integers(1, len(text) + 1)]
 
     wanted = {"caption": tokens(20, prefix)}
-    whole = build(captioned, wanted)
-    parts = [build(captioned, wanted, process_index=p, process_count=3) for p in range(3)]
+    whole = batches(captioned, wanted, batch=6)
+    parts = [batches(captioned, wanted, batch=6, process=(p, 3)) for p in range(3)]
     lengths = set()
     for _ in range(6):
         batch = next(whole)
@@ -121,9 +121,9 @@ def test_no_caption_is_broken_only_where_text_is_needed(tmp_path, caplog):
         if i % 4:
             members[f"{i}.txt"] = b"\xff\xfe" if i == 1 else b" \n" if i == 2 else b"words"
     write_tar(tmp_path / "a.tar", members)
-    without = build(tmp_path, {"image": inputs.Image(8)}, batch=COUNT)
+    without = batches(tmp_path, {"image": inputs.Image(8)}, batch=COUNT, max_broken_share=0.6)
     assert sorted(tags(next(without)["image"])) == list(range(COUNT)) and not without.broken.count
-    both = build(tmp_path, {"image": inputs.Image(8), "caption": tokens()}, batch=COUNT)
+    both = batches(tmp_path, {"image": inputs.Image(8), "caption": tokens()}, batch=COUNT, max_broken_share=0.6)
     batch = next(both)
     broken = {0, 4, 8, 12, 1, 2}
     assert set(tags(batch["image"])) == set(range(COUNT)) - broken and both.broken.count == len(broken)
@@ -131,11 +131,8 @@ def test_no_caption_is_broken_only_where_text_is_needed(tmp_path, caplog):
     for i in broken:
         assert caplog.text.count(f"a.tar/{i}.png: ") == 1
     assert "it has no caption" in caplog.text and "cannot be read ('utf-8' codec" in caplog.text
-    config = data_config(tmp_path, max_broken_share=0.2)
     with pytest.raises(RunError, match="max_broken_share=0.2"):
-        batches = pipeline.open_batches(config, {"t": tokens()}, seed=0, global_batch=COUNT)
-        for _ in range(3):
-            next(batches)
+        take(batches(tmp_path, {"t": tokens()}, batch=COUNT, max_broken_share=0.2), 3)
 
 
 def test_prepared_images_are_those_of_an_evaluation(noisy):
@@ -147,16 +144,9 @@ def test_prepared_images_are_those_of_an_evaluation(noisy):
     }
     seen = []
 
-    @dataclasses.dataclass
-    class Spy:
-        shape, dtype, needs_text = (), np.dtype(np.int32), False
-
-        def open(self, config):
-            return lambda example: seen.append(example.image) or np.int32(0)
-
-    batch = next(pipeline.open_batches(data_config(noisy, threads=0), wanted | {"spy": Spy()}, seed=2, global_batch=9))
+    batch = next(batches(noisy, wanted | {"spy": Spy(seen)}, seed=2, batch=9, threads=0))
     assert [batch[n].shape[1:] for n in wanted] == [wanted[n].shape for n in wanted]
-    for i, image in enumerate(seen):
+    for i, image in enumerate(example.image for example in seen):
         np.testing.assert_array_equal(batch["a"][i], images.prepare(image, 23, "shortest", "bicubic"))
         np.testing.assert_array_equal(batch["b"][i], images.prepare(image, 17, "squash", "bilinear"))
         w, h = (32, int(32 * image.height / image.width)) if image.width <= image.height else (0, 32)
@@ -190,7 +180,7 @@ def test_first_sentences_are_every_beginning(text, sentences):
 
 def test_data_without_captions_is_refused_at_once(noisy):
     with pytest.raises(UserError, match="config.data.path=.* has no captions, which the input 'words' needs: give tar"):
-        build(noisy, {"image": inputs.Image(8), "words": tokens()})
+        batches(noisy, {"image": inputs.Image(8), "words": tokens()})
 
 
 def test_bad_inputs_are_one_sentence(captioned):
@@ -200,7 +190,7 @@ def test_bad_inputs_are_one_sentence(captioned):
         (lambda: {"t": inputs.Tokens(12, lambda: letters(11))}, "gives 11 ids per text, but the input has 12"),
     ):
         with pytest.raises(UserError, match=says) as e:
-            build(captioned, wanted())
+            batches(captioned, wanted())
         assert "\n" not in str(e.value)
 
 
@@ -209,7 +199,7 @@ def test_a_failing_input_is_no_broken_record(captioned):
         raise ZeroDivisionError("of the input")
 
     with pytest.raises(ZeroDivisionError):
-        next(build(captioned, {"t": tokens(choose=fails)}))
+        next(batches(captioned, {"t": tokens(choose=fails)}))
 
 
 def test_open_image_names_the_broken_one():

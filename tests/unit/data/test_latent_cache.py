@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from records import data_config, noise, write_tar
+from records import batches, noise, take, write_tar
 
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import crop, images, inputs, latent_cache, pipeline, sources
@@ -65,14 +65,13 @@ def test_every_entry_is_read_as_it_was_written(folder):
 
 def test_batches_have_the_boxes_and_moments_of_their_epoch(folder, data):
     """The slot of the record without moments is filled, and a resumed run goes on with the same crops."""
-    config = data_config(data, max_broken_share=1.0, crop={"scale": (0.9, 1.0), "ratio": (1, 1)})
     wanted = {"image": inputs.Image(12), "moments": inputs.Moments(SHAPE)}
 
     def opened():
-        return pipeline.open_batches(config, wanted, seed=4, global_batch=5, cache=Cache(str(folder), FACTS))
+        return batches(data, wanted, seed=4, batch=5, max_broken_share=1.0, cache=Cache(str(folder), FACTS))
 
-    batches, order = opened(), pipeline.shuffled(COUNT, 4)
-    seen = [next(batches) for _ in range(9)]
+    iterator, order = opened(), pipeline.shuffled(COUNT, 4)
+    seen = take(iterator, 9)
     for b, batch in enumerate(seen):
         for row in range(5):
             position = 5 * b + row
@@ -84,12 +83,12 @@ def test_batches_have_the_boxes_and_moments_of_their_epoch(folder, data):
             np.testing.assert_array_equal(batch["moments"][row], entry(i, k).moments)
             image = images.decode(picture(i))
             np.testing.assert_array_equal(batch["image"][row], crop.resized_crop(image, box(i, k), 12))
-    assert batches.broken.count == 1
+    assert iterator.broken.count == 1
     resumed = opened()
-    resumed.set_state({**batches.get_state(), "batches": 7})
+    resumed.set_state({**iterator.get_state(), "batches": 7})
     np.testing.assert_array_equal(next(resumed)["moments"], seen[7]["moments"])
     with pytest.raises(UserError, match="fingerprint"):
-        resumed.set_state({**batches.get_state(), "latents": "of another"})
+        resumed.set_state({**iterator.get_state(), "latents": "of another"})
 
 
 def test_a_damaged_entry_is_an_error(folder):

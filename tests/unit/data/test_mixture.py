@@ -6,10 +6,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from records import data_config, encoded, tags, write_shards
+from records import batches, encoded, tags, take, write_shards
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import inputs, mixture, pipeline
+from diva_jax.data import mixture
 from diva_jax.data.sources import open_source
 
 SIZES = {"tars": 12, "table": 5, "folder": 3}
@@ -55,36 +55,21 @@ def test_shares_of_an_epoch(folder, weights):
         assert source.read(i) == source.parts[part].read(record) and source.name(i) == source.parts[part].name(record)
 
 
-def test_resumed_and_split_as_tars_are(folder):
-    path = path_of(folder, 2, 1, 1)
-
-    def build(p=0, count=1):
-        kw = dict(seed=3, global_batch=6, process_index=p, process_count=count)
-        return pipeline.open_batches(data_config(path), {"image": inputs.Image(8)}, **kw)
-
-    whole = build()
-    records = whole.get_state()["records"]
-    batches = [next(whole) for _ in range(12)]
-    seen = sum((tags(b["image"]) for b in batches), [])[:records]
-    counts = collections.Counter(tag // 100 for tag in seen)
-    assert records == 24 and counts == {0: 12, 1: 6, 2: 6}
-    assert seen != sorted(seen) and set(range(12)) <= set(seen)
-    for p in range(3):
-        part = build(p, 3)
-        part.set_state({"batches": 5, "seed": 3, "records": records, "global_batch": 6})
-        for batch in batches[5:]:
-            np.testing.assert_array_equal(next(part)["image"], batch["image"][p::3])
-
-
-def test_a_broken_record_is_counted_once(folder, caplog):
+def test_order_resume_and_a_broken_record(folder, caplog):
     (folder / "folder" / "1.png").write_bytes(b"broken")
-    config = data_config(path_of(folder, 1, 1, 1), max_broken_share=1.0)
+    path, kw = path_of(folder, 2, 1, 1), dict(seed=3, batch=6, max_broken_share=1.0)
     with caplog.at_level(logging.WARNING):
-        batches = pipeline.open_batches(config, {"image": inputs.Image(8)}, seed=0, global_batch=36)
-        batch = next(batches)
-    assert batches.get_state()["records"] == 36 and batches.broken.count == 1
+        iterator = batches(path, **kw)
+        whole = take(iterator, 12)
+    # It is in two slots of each epoch, and counted once.
+    assert iterator.broken.count == 1
     assert sum("broken image: 1.png" in r.getMessage() for r in caplog.records) == 1
-    assert 201 not in tags(batch["image"])
+    seen = [tag for batch in whole[:4] for tag in tags(batch["image"])]
+    assert seen != sorted(seen) and set(range(12)) <= set(seen) and 201 not in seen
+    resumed = batches(path, process=(1, 3), **kw)
+    resumed.set_state({"batches": 5, "seed": 3, "records": 24, "global_batch": 6})
+    for batch in whole[5:]:
+        np.testing.assert_array_equal(next(resumed)["image"], batch["image"][1::3])
 
 
 def test_captions_must_be_in_all(folder):

@@ -9,7 +9,7 @@ import pytest
 from records import encoded, noise, write_tar
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import files, tfds_source
+from diva_jax.data import files
 from diva_jax.data.sources import FolderSource, TfdsSource, open_source
 from diva_jax.data.tars import TarSource
 
@@ -35,6 +35,7 @@ def names(source):
         ("{9..11}.tar", ["9.tar", "10.tar", "11.tar"]),
         ("{2..0}", ["2", "1", "0"]),
         ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
+        ("a{08..11}.tar", ["a08.tar", "a09.tar", "a10.tar", "a11.tar"]),
     ],
 )
 def test_braces(pattern, expected):
@@ -241,10 +242,3 @@ def test_a_store_with_exceptions_of_its_own(monkeypatch):
         open_source("hf://datasets/a/b")
     with pytest.raises(ConnectError):  # An error of this project, which is not to be hidden.
         open_source("a/b")
-
-
-def test_long_messages_of_tfds_are_cut_after_a_sentence():
-    long = "First line.\n\n" + "A sentence of seven words is here. " * 40 + "Cut"
-    said = tfds_source._sentences(long)
-    assert said.startswith("First line. A sentence") and said.endswith("words is here") and len(said) <= 600
-    assert tfds_source._sentences("Two\nlines:") == "Two lines" and tfds_source._sentences("x" * 700).endswith("x...")

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from records import data_config, encoded, tags
+from records import batches, encoded, tags
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import inputs, pipeline, tables, texts
+from diva_jax.data import inputs, tables, texts
 from diva_jax.data.sources import open_source, split_options
 
 COUNT = 23
@@ -103,31 +103,11 @@ def test_every_form_holds_the_same_records(folder, kind):
     assert [r.image for r in records] == [encoded(i) for i in range(COUNT)]
     assert [r.text for r in records] == CAPTIONS
     assert source.read(3, with_text=False).text is None
-    assert [r.name for r in records] == [source.name(i) for i in range(COUNT)] and len(
-        {r.name for r in records}
-    ) == COUNT
+    names = [r.name for r in records]
+    assert names == [source.name(i) for i in range(COUNT)] and len(set(names)) == COUNT
     order = list(np.random.default_rng(0).integers(0, COUNT, 200))
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(source.read, order)) == [records[i] for i in order]
-
-
-@pytest.mark.parametrize("kind", ("csv", "parquet folder", "save_to_disk"))
-def test_shuffled_resumed_and_split_as_tars_are(folder, kind):
-    path = make(folder, kind)
-
-    def build(p=0, count=1):
-        kw = dict(seed=0, global_batch=6, process_index=p, process_count=count)
-        return pipeline.open_batches(data_config(path), {"image": inputs.Image(8)}, **kw)
-
-    whole = build()
-    batches = [next(whole) for _ in range(8)]
-    seen = sum((tags(b["image"]) for b in batches), [])
-    assert sorted(seen[:COUNT]) == list(range(COUNT)) != seen[:COUNT]
-    for p in range(3):
-        part = build(p, 3)
-        part.set_state({"batches": 3, "seed": 0, "records": COUNT, "global_batch": 6})
-        for batch in batches[3:]:
-            np.testing.assert_array_equal(next(part)["image"], batch["image"][p::3])
 
 
 def test_rows_are_named_by_file_and_line(folder):
@@ -141,31 +121,26 @@ def test_rows_are_named_by_file_and_line(folder):
 
 @pytest.mark.parametrize("kind", ("csv", "parquet of bytes", "save_to_disk"))
 def test_broken_rows_are_skipped_and_named(folder, kind, caplog):
+    """Rows 3, 5 and 7: without an image, with a broken one, without a caption."""
     path = make(folder, kind)
+    names, says = [f"a.parquet, row {n}" for n in (4, 6, 8)], ("no image", "cannot identify", "no caption")
     if kind == "csv":
         lines = ["image,caption", *(f"{where(i)},c{i}" for i in range(COUNT))]
         lines[4], lines[6], lines[8] = "none.png,gone", ",without an image", where(7)
         path.write_text("\n".join(lines))
-        names, says = ("a.csv, line 5", "a.csv, line 7", "a.csv, line 9"), ("none.png", "no image", "no caption")
-        bad = {3, 5, 7}
+        names, says = [f"a.csv, line {n}" for n in (5, 7, 9)], ("none.png", "no image", "no caption")
     else:
         images = [None if i == 3 else b"broken" if i == 5 else encoded(i) for i in range(COUNT)]
         captions = [None if i == 7 else c for i, c in enumerate(CAPTIONS)]
-        bad, says = {3, 5, 7}, ("no image", "cannot identify", "no caption")
         if kind == "save_to_disk":
             save_to_disk(path, hf_table(images, captions))
             names = [f"data-00000-of-00002.arrow, row {n}" for n in (4, 6, 8)]
         else:
             pq.write_table(pa.table({"image": images, "text": captions}), path)
-            names = [f"a.parquet, row {n}" for n in (4, 6, 8)]
-    wanted = {
-        "image": inputs.Image(8),
-        "n": inputs.Tokens(1, lambda: lambda texts: np.zeros((len(texts), 1), np.int32)),
-    }
+    ids = inputs.Tokens(1, lambda: lambda texts: np.zeros((len(texts), 1), np.int32))
     with caplog.at_level(logging.WARNING):
-        config = data_config(path, max_broken_share=0.5)
-        batch = next(pipeline.open_batches(config, wanted, seed=0, global_batch=COUNT))
-    assert set(tags(batch["image"])) == set(range(COUNT)) - bad
+        batch = next(batches(path, {"image": inputs.Image(8), "ids": ids}, batch=COUNT, max_broken_share=0.5))
+    assert set(tags(batch["image"])) == set(range(COUNT)) - {3, 5, 7}
     lines = [r.getMessage() for r in caplog.records]
     for name, why in zip(names, says, strict=True):
         assert sum(f"broken image: {name}: " in line and why in line for line in lines) == 1, (name, lines)
