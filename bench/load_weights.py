@@ -30,15 +30,15 @@ def _peak() -> float:
 
 
 def _write(folder: Path) -> None:
+    import originals
     from diffusers import UNet2DConditionModel
 
     from diva_jax.models import backbones
     from diva_jax.models.diffusion.presets import preset
-    from diva_jax.weights.export import reference
 
     spec = backbones.TABLE["vitl14"]
     (folder / "clip").mkdir()
-    reference.save_open_clip(reference.new_open_clip(spec), spec, folder / "clip")
+    originals.save_open_clip(originals.new_open_clip(spec), spec, folder / "clip")
     UNet2DConditionModel.from_config(preset("sd21_base")["unet"]).save_pretrained(folder / "unet")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import originals
 from absl import flags
 from flax import nnx
 from ml_collections import config_flags
@@ -55,7 +56,7 @@ def features(spec, folder: Path) -> Iterator[tuple[str, float]]:
       (description, relative L2 error).
     """
     images = np.concatenate([reference.image(spec), reference.image(spec)[:, ::-1, ::-1] ** 2])
-    theirs = reference.write_open_clip(folder, spec, images)
+    theirs = originals.write_open_clip(folder, spec, images)
 
     def ours(dtype):
         tower = weights.load(str(folder), spec, dtype=dtype)
@@ -88,7 +89,7 @@ def unet(options: dict, folder: Path) -> Iterator[tuple[str, float]]:
     ]
     if config.class_embed_dim is not None:
         inputs.append(rng.standard_normal((1, config.class_embed_dim), np.float32))
-    theirs = reference.write_diffusers_unet(folder, options, *inputs)
+    theirs = originals.write_diffusers_unet(folder, options, *inputs)
 
     def ours(dtype):
         model = weights.load(str(folder), config, dtype=dtype, param_dtype=dtype)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import originals
 from absl import flags
 from flax import nnx
 from ml_collections import config_flags
@@ -72,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=_TMP.value) as tmp:
         original = Path(tmp) / "original"
         original.mkdir()
-        reference.save_open_clip(reference.new_open_clip(spec), spec, original)
+        originals.save_open_clip(originals.new_open_clip(spec), spec, original)
         gc.collect()
         began = time.perf_counter()
         ours = through_our_modules(original, spec)

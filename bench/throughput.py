@@ -65,6 +65,7 @@ def main(_) -> None:
     if not reference.available("open_clip"):
         raise SystemExit("this comparison needs torch and open_clip: pip install -e '.[test]'")
     import open_clip
+    import originals
 
     spec, photographs = backbones.TABLE[_MODEL.value], _photographs(_IMAGES.value)
     transform = open_clip.image_transform(
@@ -76,8 +77,8 @@ def main(_) -> None:
         interpolation=spec.interpolation,
     )
     with tempfile.TemporaryDirectory() as tmp:
-        model = reference.new_open_clip(spec).eval()
-        reference.save_open_clip(model, spec, Path(tmp))
+        model = originals.new_open_clip(spec).eval()
+        originals.save_open_clip(model, spec, Path(tmp))
         sides = {"open_clip": _theirs(model, transform, photographs), "diva_jax": _ours(tmp, spec, photographs)}
     # The first run of each side is not timed, because it includes compilation and initialisation.
     features = {name: run() for name, run in sides.items()}

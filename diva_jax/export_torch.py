@@ -52,7 +52,7 @@ def main() -> None:
         _OUT.value,
         _FORMAT.value,
         _DTYPE.value,
-        publish.Options(_LICENSE.value, _BASE.value, _RESULTS.value, _HUB.value, _TOKENIZER.value or ""),
+        publish.ExportOptions(_LICENSE.value, _BASE.value, _RESULTS.value, _HUB.value, _TOKENIZER.value or ""),
         run=bool(_WORKDIR.value),
         step=_STEP.value,
         spec=spec,

@@ -103,7 +103,7 @@ def export(
       format: "open_clip", "hf" (transformers, LLaVA) or "pt" (the vision tower's state dict).
       step: of the run's checkpoint; default the newest.
       dtype: of the exported weights, "float32", "float16" or "bfloat16".
-      **options: of `export.publish.Options`: the card's license and scores, the hub's repository.
+      **options: of `export.publish.ExportOptions`: the card's license and scores, the hub's repository.
 
     Returns:
       The folder.
@@ -118,5 +118,5 @@ def export(
     if run is not None:
         source, step = run[0], run[1] if step is None else step
     checks.check_runs([source])
-    publish.export(source, out, format, dtype, publish.Options(**options), run=run is not None, step=step)
+    publish.export(source, out, format, dtype, publish.ExportOptions(**options), run=run is not None, step=step)
     return out

@@ -134,9 +134,3 @@ def to_torch(state, table: Table) -> dict[str, np.ndarray]:
         table.torch_name(path): np.ascontiguousarray(to_torch_layout(path, np.asarray(var.get_value())))
         for path, var in flat(state).items()
     }
-
-
-def load_into(module: nnx.Module, tensors: Mapping[str, np.ndarray], table: Table, **kw) -> nnx.Module:
-    """`assign` and merge: the module with its weights."""
-    graph, state = nnx.split(module)
-    return nnx.merge(graph, assign(state, tensors, table, **kw))

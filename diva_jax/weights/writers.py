@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -47,28 +47,18 @@ def write_json(path: str | Path, content: Mapping) -> None:
     Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_open_clip(
-    folder: str | Path, tensors: Mapping[str, np.ndarray], config: Mapping, extra_files: Iterable[Path] = ()
-) -> None:
+def write_open_clip(folder: str | Path, tensors: Mapping[str, np.ndarray], config: Mapping) -> None:
     """Writes a folder that `open_clip.create_model_and_transforms("local-dir:...")` reads.
 
     Args:
       folder: the folder; it is created if it does not exist.
       tensors: open_clip's names -> arrays: both towers, logit_scale and, for SigLIP, logit_bias.
       config: the content of open_clip_config.json.
-      extra_files: files to copy into the folder, e.g. those of the tokenizer.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / OPEN_CLIP_WEIGHTS, tensors)
     write_json(folder / OPEN_CLIP_CONFIG, config)
-    copy_into(folder, extra_files)
-
-
-def copy_into(folder: Path, files: Iterable[Path]) -> None:
-    """Copies files into a folder under their own names."""
-    for file in files:
-        shutil.copyfile(file, folder / Path(file).name)
 
 
 def refuse_taken(out: str | Path) -> None:

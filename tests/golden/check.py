@@ -14,8 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SD = "sd_tiny_7.npz"
 
-if str(HERE) not in sys.path:
-    sys.path.insert(0, str(HERE))
+sys.path[:0] = [folder for folder in (str(HERE), str(HERE.parent / "support")) if folder not in sys.path]
 
 
 def method_of(path: Path):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from diva import diffusion_config
 from flax import nnx
+from helpers import filled
 
 from diva_jax import config
 from diva_jax.data import jitter
@@ -21,7 +22,7 @@ from diva_jax.models.names import Table
 from diva_jax.objectives import dcr
 from diva_jax.objectives.contrast import contrast
 from diva_jax.training import partition
-from diva_jax.weights import clip, diffusers, hf, names
+from diva_jax.weights import clip, diffusers, hf
 
 # Relative L2 error, by the last component of a quantity's name, or by a component that is in it.
 BOUNDS = {
@@ -123,7 +124,7 @@ class Reader:
 
     def prompt(self) -> dict[str, np.ndarray]:
         """The text condition, with and without the mask of padding."""
-        encoder = names.load_into(
+        encoder = filled(
             abstract(lambda rngs: TextEncoder(self.text, rngs=rngs)), _take(self.z, "w/text/"), diffusers.TEXT_ENCODER
         )
         ids = jnp.asarray(self.z["text_ids"])
@@ -140,14 +141,14 @@ class Reader:
             if all(n in given for n in recipe.hf):
                 tensors |= hf._convert(recipe, given, False)
         plain = abstract(lambda rngs: backbones.build(self.spec, rngs=rngs))
-        module.vision = names.load_into(plain, tensors, clip.vision_table(self.spec))
+        module.vision = filled(plain, tensors, clip.vision_table(self.spec))
         adapters.adapt(module.vision, module.lora, Keys())
         leaves = (("norm.", "0."), ("fc1.", "1."), ("fc2.", "3."))
         table = Table("projector", tuple((f"^{ours}", theirs) for ours, theirs in leaves))
-        module.projector = names.load_into(module.projector, _take(self.z, "w/project_clip."), table)
+        module.projector = filled(module.projector, _take(self.z, "w/project_clip."), table)
         self.projector = table
-        module.unet = names.load_into(module.unet, _take(self.sd, "unet/"), diffusers.UNET)
-        module.vae = names.load_into(module.vae, _take(self.sd, "vae/"), diffusers.VAE)
+        module.unet = filled(module.unet, _take(self.sd, "unet/"), diffusers.UNET)
+        module.vae = filled(module.vae, _take(self.sd, "vae/"), diffusers.VAE)
         module.text_context = nnx.Variable(jnp.asarray(text_context))
         return module
 

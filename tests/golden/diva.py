@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from helpers import filled
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -109,10 +110,10 @@ def objective(name: str, z, sd):
     projection = names.Table("visual_proj", ((r"^", "visual_proj."),), ignore=(r"visual\..*",))
     vision = dataclasses.replace(clip.vision_table(module.spec))
     vision = dataclasses.replace(vision, ignore=(*vision.ignore, r"visual_proj\..*"))
-    module.vision = names.load_into(module.vision, own, vision)
-    module.visual_proj = names.load_into(module.visual_proj, own, projection)
-    module.unet = names.load_into(module.unet, take(sd, "unet/"), diffusers.UNET)
-    module.vae = names.load_into(module.vae, take(sd, "vae/"), diffusers.VAE)
+    module.vision = filled(module.vision, own, vision)
+    module.visual_proj = filled(module.visual_proj, own, projection)
+    module.unet = filled(module.unet, take(sd, "unet/"), diffusers.UNET)
+    module.vae = filled(module.vae, take(sd, "vae/"), diffusers.VAE)
     module.text_context = nnx.Variable(jnp.asarray(z["text_context"]))
     return module, {"vision": vision, "visual_proj": projection}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import filled
 
 from diva_jax import config
 from diva_jax.data import preprocess
@@ -340,7 +341,7 @@ def encoders(path: Path) -> list[tuple[str, float, float]]:
     z, rows = np.load(path), []
     for case in sorted(k.removesuffix("/pixels") for k in z.files if k.endswith("/pixels")):
         tensors, sizes = encoder_of(z, case)
-        vae = names.load_into(abstract(lambda rngs, sizes=sizes: FluxVAE(sizes, rngs=rngs)), tensors, flux.VAE)
+        vae = filled(abstract(lambda rngs, sizes=sizes: FluxVAE(sizes, rngs=rngs)), tensors, flux.VAE)
         view = 2 * jnp.asarray(z[f"{case}/pixels"]) - 1
         ours = {"moments": vae.moments(view), "latents": vae.encode(view, jnp.asarray(z[f"{case}/posterior"]))}
         for key, array in ours.items():

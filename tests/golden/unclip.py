@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from helpers import filled
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -70,10 +71,10 @@ def objective(z, sd, meta) -> unclip.Objective:
         return {k[len(prefix) :]: source[k] for k in source.files if k.startswith(prefix)}
 
     vision = {k: v for k, v in take(z, "w/").items() if k.startswith("visual.")}
-    module.vision = names.load_into(module.vision, vision, clip.vision_table(spec))
+    module.vision = filled(module.vision, vision, clip.vision_table(spec))
     unet = {**take(sd, "unet/"), **take(z, "w/unet.")}
-    module.unet = names.load_into(module.unet, unet, diffusers.UNET)
-    module.vae = names.load_into(module.vae, take(sd, "vae/"), diffusers.VAE)
+    module.unet = filled(module.unet, unet, diffusers.UNET)
+    module.vae = filled(module.vae, take(sd, "vae/"), diffusers.VAE)
     module.text_context = nnx.Variable(jnp.asarray(z["text_context"]))
     module.image_normalizer.mean = nnx.Variable(jnp.asarray(z["stats_mean"]))
     module.image_normalizer.std = nnx.Variable(jnp.asarray(z["stats_std"]))

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from helpers import close, randomise, relative_error, tensors
+from helpers import close, filled, randomise, relative_error, tensors
 from places import TESTS
 from transformers import CLIPTextConfig, CLIPTextModel, SiglipVisionConfig, SiglipVisionModel
 
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.layers import abstract
 from diva_jax.training import partition
-from diva_jax.weights import diffusers, names
+from diva_jax.weights import diffusers
 
 HERE = TESTS / "golden"
 SD = HERE / "sd_tiny_7.npz"
@@ -109,7 +109,7 @@ def test_padding_is_masked_as_in_transformers():
     theirs = randomise(CLIPTextModel(CLIPTextConfig(**options)))
     config = TextEncoderConfig.from_dict(options)
     ours = abstract(lambda rngs: TextEncoder(config, rngs=rngs))
-    ours = names.load_into(ours, tensors(theirs), diffusers.TEXT_ENCODER)
+    ours = filled(ours, tensors(theirs), diffusers.TEXT_ENCODER)
     ids = np.array([[48, 49, 0, 0, 0, 0, 0, 0, 0], [48, 3, 7, 49, 0, 0, 0, 0, 0]])
     mask = np.arange(9)[None] <= np.array([[1], [3]])
     with torch.no_grad():

@@ -1,9 +1,12 @@
-"""Errors between arrays and their bounds, abstract meshes, and random weights of PyTorch modules."""
+"""Errors between arrays and their bounds, abstract meshes, filled modules, and random weights of PyTorch modules."""
 
 import jax
 import margins
 import numpy as np
+from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from diva_jax.weights import names
 
 
 def relative_error(ours, reference) -> float:
@@ -28,6 +31,12 @@ def abstract_mesh(platform: str, sizes: tuple[int, int] = (2, 2), kind: str = "a
     """Returns a mesh of "cpu", "gpu" or "tpu" devices of a kind to trace for."""
     device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
     return AbstractMesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+
+
+def filled(module, tensors, table, **kw):
+    """Returns a module with the values of tensors under the names of `table`; see `names.assign`."""
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, names.assign(state, tensors, table, **kw))
 
 
 def randomise(module, seed: int = 0):

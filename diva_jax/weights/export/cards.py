@@ -2,34 +2,108 @@
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from diva_jax.common import paths
+from diva_jax.common.errors import UserError, listing
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.weights import readers
 from diva_jax.weights.origins import ClipSource
 
-_USE = {
-    "open_clip": """import open_clip
-model, _, preprocess = open_clip.create_model_and_transforms("SCHEME:PATH")
-tokenizer = open_clip.get_tokenizer("SCHEME:PATH")""",
-    "hf": """from transformers import AutoImageProcessor, AutoModel
-model, processor = AutoModel.from_pretrained("PATH"), AutoImageProcessor.from_pretrained("PATH")
-# LLaVA: --vision_tower PATH""",
-    "pt": """import torch
-clip.visual.load_state_dict(torch.load("PATH/vision_tower.pth", weights_only=True))""",
-}
+_OPEN_CLIP = """\
+import open_clip
+import torch
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("{{ scheme }}:{{ path }}")
+model.eval()
+with torch.no_grad():
+    images = model.encode_image(preprocess(Image.open("image.jpg"))[None])
+{%- if texts %}
+tokenizer = open_clip.get_tokenizer("{{ scheme }}:{{ path }}")
+with torch.no_grad():
+    texts = model.encode_text(tokenizer(["a photo of a dog"]))
+{%- endif %}"""
+
+_TRANSFORMERS = """\
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel{{ ", AutoTokenizer" if texts }}
+
+# LLaVA: --vision_tower {{ path }}
+model, processor = AutoModel.from_pretrained("{{ path }}"), AutoImageProcessor.from_pretrained("{{ path }}")
+pixels = processor(images=Image.open("image.jpg"), return_tensors="pt").pixel_values
+{%- if texts %}
+tokenizer = AutoTokenizer.from_pretrained("{{ path }}")
+tokens = tokenizer(["a photo of a dog"], padding="max_length", max_length={{ length }}, truncation=True, \
+return_tensors="pt")
+with torch.no_grad():
+    outputs = model(pixel_values=pixels, input_ids=tokens.input_ids)
+images, texts = outputs.image_embeds, outputs.text_embeds  # Of length one.
+{%- elif has_text %}
+with torch.no_grad():
+    images = model.get_image_features(pixel_values=pixels)
+{%- else %}
+with torch.no_grad():
+    images = model(pixel_values=pixels).pooler_output
+{%- endif %}"""
+
+_OPEN_CLIP_TOWER = """\
+import torch
+clip.visual.load_state_dict(torch.load("{{ path }}/vision_tower.pth", weights_only=True))"""
+
 # For a state dict of an architecture that open_clip does not have.
-_USE_STATE_DICT = """import torch
-model.load_state_dict(torch.load("PATH/vision_tower.pth", weights_only=True))"""
+_OTHER_TOWER = """\
+import torch
+model.load_state_dict(torch.load("{{ path }}/vision_tower.pth", weights_only=True))"""
 
+_CARD = """\
+---
+{{ card_data }}
+---
+# {{ title }}
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+{{ properties }}
+
+```python
+{{ use }}
+```
+{% for note in notes %}
+**Note:** {{ note }}.
+{% endfor -%}
+{% if scores %}
+## Scores
+
+With 95% intervals, from `{{ scores.file }}` of {{ scores.created[:10] }}.
+
+{% for row in table -%}
+| {{ row | join(" | ") }} |
+{% if loop.first -%}
+|{% for _ in row %}---|{% endfor %}
+{% endif -%}
+{% endfor -%}
+{% endif %}
+## Caveats
+
+{% for line in caveats -%}
+- {{ line }}
+{% endfor %}
+## Origin
+
+{% for line in origin -%}
+- {{ line }}
+{% endfor -%}
+{% if config %}
+<details><summary>Config of the run</summary>
+
+```json
+{{ config }}
+```
+
+</details>
+{% endif %}"""
 
 
 def card(
@@ -37,9 +111,8 @@ def card(
     spec: Spec,
     fmt: str,
     dtype: str,
-    provenance: dict | None,
-    notes: Sequence[str] = (),
     *,
+    note: str = "",
     path: str = "PATH",
     hub: str = "",
     license: str = "",
@@ -53,57 +126,144 @@ def card(
       spec: the backbone.
       fmt: the format, "open_clip", "hf" or "pt".
       dtype: the dtype of the exported weights.
-      provenance: the `run` of a source, or None for a conversion.
-      notes: sentences about the export itself, such as what it lacks.
+      note: that the export has no tokenizer, see `vocabulary.note`; empty: it has one, or needs none.
       path: the folder of the export, for the lines that load it.
       hub: the hub repository that it is pushed to, which then takes the place of `path`.
       license: an identifier as the hub has them, such as "mit"; empty: the card says that of the base model applies.
       base_model: the hub id of the model that it comes from; empty: not known.
-      scores: what `publish.scores_of` found; None: no results were given.
+      scores: a result of `scores_of`; None: no results were given.
     """
-    name = spec.open_clip_name or f"{spec.arch} {spec.image_size}"
+    import jinja2
+    from huggingface_hub import ModelCard, ModelCardData
+
+    method = source.run["config"]["objective"] if source.run else ""
     library = "transformers" if fmt == "hf" else architecture(spec.arch).LIBRARY
-    method = provenance["config"]["objective"] if provenance else ""
+    has_text = spec.has_text and fmt != "pt"
+    tower = _OPEN_CLIP_TOWER if library == "open_clip" else _OTHER_TOWER
+    use = {"open_clip": _OPEN_CLIP, "hf": _TRANSFORMERS, "pt": tower}[fmt]
+    data = ModelCardData(
+        license=license or "other",
+        license_name=None if license else "that-of-the-base-model",
+        base_model=base_model or None,
+        base_model_relation="finetune" if base_model and method else None,
+        pipeline_tag="zero-shot-image-classification" if has_text else "image-feature-extraction",
+        library_name=library,
+        tags=(["clip"] if spec.has_text else []) + ([method] if method else []),
+    )
     squash = "squashed to a square" if spec.resize_mode == "squash" else "shortest side resized, centre cropped"
-    use = _USE[fmt] if library in ("open_clip", "transformers") else _USE_STATE_DICT
-    use = use.replace("SCHEME", "hf-hub" if hub else "local-dir").replace("PATH", hub or path)
-    lines = [
-        *_metadata(spec, fmt, library, method, license, base_model),
-        f"# {name}{f', tuned with {method}' if method else ''}",
-        "",
-        f"{spec.image_size} px, patch {spec.patch_size}, width {spec.width}, {spec.layers} layers, {spec.activation}, "
-        f"weights in {dtype}. Images: {squash}, {spec.interpolation}, mean {list(spec.mean)}, std {list(spec.std)}.",
-        "",
-        "```python",
-        use,
-        "```",
-        "",
-        *(line for note in notes for line in (f"**Note:** {note}.", "")),
-        *(_scores(scores) if scores else ()),
-        *_caveats(provenance, license, scores),
-        "## Origin",
-        "",
-        *_origin(source, provenance),
-    ]
-    versions = ", ".join(f"{p} {_version(p)}" for p in ("diva_jax", "jax", "flax", "numpy"))
-    lines += [f"- written by {versions}", ""]
-    if provenance is not None:
-        config = json.dumps(provenance["config"], indent=1)
-        lines += ["<details><summary>Config of the run</summary>", "", "```json", config, "```", "", "</details>", ""]
-    return paths.without_secrets("\n".join(lines))
+    content = ModelCard.from_template(
+        data,
+        template_str=_CARD,
+        title=(spec.open_clip_name or f"{spec.arch} {spec.image_size}") + (f", tuned with {method}" if method else ""),
+        properties=f"{spec.image_size} px, patch {spec.patch_size}, width {spec.width}, {spec.layers} layers, "
+        f"{spec.activation}, weights in {dtype}. Images: {squash}, {spec.interpolation}, mean {list(spec.mean)}, std "
+        f"{list(spec.std)}.",
+        use=jinja2.Template(use).render(
+            scheme="hf-hub" if hub else "local-dir",
+            path=hub or path,
+            has_text=has_text,
+            texts=has_text and not note,
+            length=spec.text.context_length,
+        ),
+        notes=[note] if note else [],
+        scores=scores,
+        table=_table(scores) if scores else [],
+        caveats=_caveats(source.run, license, scores),
+        origin=_origin(source),
+        config=json.dumps(source.run["config"], indent=1) if source.run else "",
+    )
+    return paths.without_secrets(str(content))
 
 
-def _metadata(spec: Spec, fmt: str, library: str, method: str, license: str, base_model: str) -> list[str]:
-    """Returns the lines that the hub reads."""
-    both = spec.has_text and fmt != "pt"
-    tags = ["clip", *([method] if method else [])] if spec.has_text else [method] if method else []
-    lines = ["---", f"license: {license or 'other'}"]
+def _caveats(run: Mapping[str, Any] | None, license: str, scores: Mapping[str, Any] | None) -> list[str]:
+    lines = []
+    if scores and scores["reference"]:
+        lines.append("A difference whose interval includes zero shows no difference.")
+    elif not scores:
+        lines.append("No scores were given with this export: measure it before it takes the place of another model.")
+    if run:
+        lines.append(
+            "Its embeddings are not those of the model that it was tuned from: indexes, probes and adapters made with "
+            "that model must be made again."
+        )
+    if run and "text" not in run["tuned"]:
+        lines.append("The text tower was not tuned, so zero-shot classification and retrieval can be worse.")
     if not license:
-        lines.append("license_name: that-of-the-base-model")
-    if base_model:
-        lines += [f"base_model: {base_model}", *(["base_model_relation: finetune"] if method else [])]
-    lines.append(f"pipeline_tag: {'zero-shot-image-classification' if both else 'image-feature-extraction'}")
-    return [*lines, f"library_name: {library}", f"tags: [{', '.join(tags)}]", "---"]
+        lines.append("No license was given: that of the base model, and of the data, applies.")
+    return lines
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _origin(source: ClipSource) -> list[str]:
+    versions = ", ".join(f"{p} {_version(p)}" for p in ("diva_jax", "jax", "flax", "numpy"))
+    if not (run := source.run):
+        sha256 = readers.fingerprint(source.files)
+        return [f"converted from `{source.where}` ({source.kind}), sha256 `{sha256}`", f"written by {versions}"]
+    config = run["config"]
+    return [
+        f"run `{run['workdir']}`, step {run['step']}, objective {config['objective']}",
+        f"data `{config['data']['path']}`, {config['batch_size']} images per step, seed {config['seed']}",
+        *(["the moving average of the trained weights"] if config.get("ema", {}).get("decay") else []),
+        f"tuned from `{run['base']}`: {', '.join(run['tuned'])}; the rest is unchanged",
+        *(f"{part}: {', '.join(s['source'])}, sha256 `{s['sha256']}`" for part, s in run["sources"].items()),
+        f"written by {versions}",
+    ]
+
+
+def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:
+    """Finds the scores of the exported weights in a results.json.
+
+    Args:
+      file: the file, or the folder that holds it.
+      source: the workdir of the run, or the source of weights, that is exported.
+      step: the step of the run's checkpoint; None for a source.
+
+    Returns:
+      {"file", "created", "reference": label of the weights that they are compared with or "", "rows": [{"task",
+      "title", "unit", "score", "before", "difference"}]}; of a row's last three each is an entry of results.json or
+      None.
+
+    Raises:
+      UserError: the file cannot be read, or has no scores of these weights.
+    """
+    path = Path(file).expanduser()
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        results = json.loads(path.read_text("utf-8"))
+        weights = results["weights"]
+        here = Path(source).expanduser().resolve()
+        mine = [
+            w["label"]
+            for w in weights
+            if w["step"] == step and (w["source"] == source or Path(w["source"]).expanduser().resolve() == here)
+        ]
+        if not mine:
+            known = [w["source"] + (f":{w['step']}" if w["step"] is not None else "") for w in weights]
+            what = source if step is None else f"{source}:{step}"
+            raise UserError(f"{path} has no scores of {what}, only of {listing(known, 5)}: evaluate these weights")
+        reference = weights[0]["label"] if weights[0]["label"] != mine[0] else ""
+        rows = [row for task in results["tasks"].values() for row in _rows(task, mine[0], reference)]
+        return {"file": path.name, "created": results["created"], "reference": reference, "rows": rows}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        raise UserError(f"{path} is not a results.json of diva_jax.evaluate ({e!r}): give that file") from e
+
+
+def _rows(task: Mapping[str, Any], label: str, reference: str) -> list[dict[str, Any]]:
+    pairs = {(c["before"], c["after"]): c["scores"] for c in task["comparisons"]}
+    differences, rows = pairs.get((reference, label), {}), []
+    for metric, info in task["metrics"].items():
+        score, difference = task["weights"][label]["scores"].get(metric), differences.get(metric)
+        before = task["weights"][reference]["scores"].get(metric) if reference else None
+        if score or difference:
+            row = {"task": task["title"], "title": info["title"], "unit": info["unit"]}
+            rows.append(row | {"score": score, "before": before, "difference": difference})
+    return rows
 
 
 def _figure(score: Mapping[str, Any] | None, key: str, unit: str) -> str:
@@ -114,51 +274,15 @@ def _figure(score: Mapping[str, Any] | None, key: str, unit: str) -> str:
     return text + (" ({:{f}} to {:{f}})".format(*score["interval"], f=form) if score.get("interval") else "")
 
 
-def _scores(scores: Mapping[str, Any]) -> list[str]:
-    """Returns the table of scores, with those of the weights that they are compared with."""
-    head = ["| task | score | " + (f"{scores['reference']} | " if scores["reference"] else "") + "this model | "]
-    head[0] += "difference |" if scores["reference"] else ""
-    columns = head[0].count("|") - 1
-    rows = []
+def _table(scores: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the cells of the table of scores, the head first."""
+    reference = scores["reference"]
+    table = [["task", "score", *([reference] if reference else []), "this model", *(["difference"] * bool(reference))]]
     for row in scores["rows"]:
-        unit = row["unit"]
-        cells = [row["task"], row["title"] + (f" [{unit}]" if unit else "")]
-        if scores["reference"]:
-            cells.append(_figure(row["before"], "score", unit))
-        cells.append(_figure(row["score"], "score", unit))
-        if scores["reference"]:
-            cells.append(_figure(row["difference"], "difference", unit) or _figure(row["difference"], "score", unit))
-        rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    about = f"With 95% intervals, from `{scores['file']}` of {scores['created'][:10]}."
-    return ["## Scores", "", about, "", head[0].strip(), "|" + "---|" * columns, *rows, ""]
-
-
-def _caveats(provenance: dict | None, license: str, scores: Mapping[str, Any] | None) -> list[str]:
-    lines = []
-    if scores and scores["reference"]:
-        lines.append("A difference whose interval includes zero shows no difference.")
-    elif not scores:
-        lines.append("No scores were given with this export: measure it before it takes the place of another model.")
-    if provenance is not None:
-        lines.append(
-            "Its embeddings are not those of the model that it was tuned from: indexes, probes and adapters made with "
-            "that model must be made again."
-        )
-        if "text" not in provenance["tuned"]:
-            lines.append("The text tower was not tuned, so zero-shot classification and retrieval can be worse.")
-    if not license:
-        lines.append("No license was given: that of the base model, and of the data, applies.")
-    return ["## Caveats", "", *(f"- {line}" for line in lines), ""]
-
-
-def _origin(source: ClipSource, provenance: dict | None) -> list[str]:
-    if provenance is None:
-        return [f"- converted from `{source.where}` ({source.kind}), sha256 `{readers.fingerprint(source.files)}`"]
-    config = provenance["config"]
-    return [
-        f"- run `{provenance['workdir']}`, step {provenance['step']}, objective {config['objective']}",
-        f"- data `{config['data']['path']}`, {config['batch_size']} images per step, seed {config['seed']}",
-        *(["- the moving average of the trained weights"] if config.get("ema", {}).get("decay") else []),
-        f"- tuned from `{provenance['base']}`: {', '.join(provenance['tuned'])}; the rest is unchanged",
-        *(f"- {part}: {', '.join(s['source'])}, sha256 `{s['sha256']}`" for part, s in provenance["sources"].items()),
-    ]
+        unit, difference = row["unit"], row["difference"]
+        cells = [row["task"], row["title"] + (f" [{unit}]" if unit else ""), _figure(row["score"], "score", unit)]
+        if reference:
+            cells.insert(2, _figure(row["before"], "score", unit))
+            cells.append(_figure(difference, "difference", unit) or _figure(difference, "score", unit))
+        table.append([cell.replace("|", "\\|") for cell in cells])
+    return table

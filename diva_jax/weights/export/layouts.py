@@ -99,17 +99,22 @@ def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(f"{folder / PT_FILE}: {e}") from e
 
 
-def _write(folder: Path, fmt: str, tensors: Tensors, spec: Spec, source: ClipSource, dtype: str) -> None:
+def _write(folder: Path, fmt: str, tensors: Tensors, spec: Spec, source: ClipSource, dtype: str, hub: str) -> None:
     if fmt == "pt":
         _write_pt(folder, tensors)
     elif fmt == "open_clip":
-        writers.write_open_clip(folder, tensors, to_open_clip(spec), source.tokenizer)
+        config = to_open_clip(spec)
+        text = config["model_cfg"]["text_cfg"]
+        if hub and spec.text.tokenizer == "clip" and "hf_tokenizer_name" in text:
+            text["hf_tokenizer_name"] = hub  # From the hub, open_clip loads the tokenizer of this name.
+        writers.write_open_clip(folder, tensors, config)
     else:
         config = hf.to_transformers(spec, dtype)
         writers.write_safetensors(folder / "model.safetensors", hf.to_transformers_names(tensors, spec))
         writers.write_json(folder / "config.json", config)
         writers.write_json(folder / "preprocessor_config.json", hf.image_processor(spec))
-        vocabulary.write(folder, source, spec)
+    if spec.has_text and fmt != "pt":
+        vocabulary.write(folder, source, spec, fmt)
 
 
 def _read_back(folder: Path, fmt: str) -> ClipSource:
@@ -150,7 +155,7 @@ def _run_original(folder: Path, fmt: str, spec: Spec) -> str:
     elif fmt == "open_clip":
         theirs = reference.open_clip_pooled(folder, images)
     else:
-        theirs = reference.TOWERS[library](folder / PT_FILE, spec, images)
+        theirs = reference.tower_pooled(library, folder / PT_FILE, spec, images)
     gc.collect()  # PyTorch's modules hold reference cycles; their memory is needed for our model.
     if keys:
         raise RunError(f"{library} finds keys missing or unexpected: {listing(keys, 5)}; nothing was exported")
@@ -171,6 +176,7 @@ def export(
     *,
     dtype: str = "float32",
     card: str = "",
+    hub: str = "",
     run: bool = True,
 ) -> None:
     """Writes `source` in one of `FORMATS` to the folder `out`, which appears when it is complete and verified.
@@ -182,6 +188,7 @@ def export(
       fmt: one of `FORMATS`.
       dtype: one of `DTYPES`.
       card: the content of README.md.
+      hub: the hub repository that it is pushed to; empty: none.
       run: whether to run one image through the library that the export is for, if it is installed.
 
     Raises:
@@ -200,7 +207,7 @@ def export(
     else:
         to_open_clip(spec)
     with writers.new_folder(out) as folder:
-        _write(folder, fmt, tensors, spec, source, dtype)
+        _write(folder, fmt, tensors, spec, source, dtype, hub)
         (folder / "README.md").write_text(card)
         back = _read_back(folder, fmt)
         _compare(tensors, back.tensors, str(out))

@@ -1,14 +1,11 @@
-"""An export with its card: what the card says of license, base model and scores, and the push to the hub."""
+"""An export with its card, and its push to the hub."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from diva_jax.common import paths
-from diva_jax.common.errors import RunError, UserError, listing
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
 from diva_jax.models.backbones import Spec
 from diva_jax.weights import origins, places, runs, writers
@@ -16,7 +13,7 @@ from diva_jax.weights.export import cards, layouts, vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """What the card says, and where the export is pushed.
 
     Attributes:
@@ -32,58 +29,6 @@ class Options:
     results: str = ""
     push_to_hub: str = ""
     tokenizer: str = ""
-
-
-def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:
-    """Finds the scores of the exported weights in a results.json.
-
-    Args:
-      file: the file, or the folder that holds it.
-      source: the workdir of the run, or the source of weights, that is exported.
-      step: the step of the run's checkpoint; None for a source.
-
-    Returns:
-      {"file", "created", "reference": label of the weights that they are compared with or "", "rows": [{"task",
-      "title", "unit", "score", "before", "difference"}]}; of a row's last three each is an entry of results.json or
-      None.
-
-    Raises:
-      UserError: the file cannot be read, or has no scores of these weights.
-    """
-    path = Path(file).expanduser()
-    path = path / "results.json" if path.is_dir() else path
-    try:
-        results = json.loads(path.read_text("utf-8"))
-        weights = results["weights"]
-        here = Path(source).expanduser().resolve()
-        mine = [
-            w["label"]
-            for w in weights
-            if w["step"] == step and (w["source"] == source or Path(w["source"]).expanduser().resolve() == here)
-        ]
-        if not mine:
-            known = [w["source"] + (f":{w['step']}" if w["step"] is not None else "") for w in weights]
-            what = source if step is None else f"{source}:{step}"
-            raise UserError(f"{path} has no scores of {what}, only of {listing(known, 5)}: evaluate these weights")
-        reference = weights[0]["label"] if weights[0]["label"] != mine[0] else ""
-        rows = [row for task in results["tasks"].values() for row in _rows(task, mine[0], reference)]
-        return {"file": path.name, "created": results["created"], "reference": reference, "rows": rows}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
-        raise UserError(f"{path} is not a results.json of diva_jax.evaluate ({e!r}): give that file") from e
-
-
-def _rows(task: Mapping[str, Any], label: str, reference: str) -> list[dict[str, Any]]:
-    between = next(
-        (c["scores"] for c in task["comparisons"] if (c["before"], c["after"]) == (reference, label)), {}
-    )  # fmt: skip
-    found = []
-    for metric, info in task["metrics"].items():
-        score, difference = task["weights"][label]["scores"].get(metric), between.get(metric)
-        before = task["weights"][reference]["scores"].get(metric) if reference else None
-        if score or difference:
-            row = {"task": task["title"], "title": info["title"], "unit": info["unit"]}
-            found.append(row | {"score": score, "before": before, "difference": difference})
-    return found
 
 
 def _check_hub(repo: str) -> None:
@@ -126,7 +71,7 @@ def export(
     out: str | os.PathLike,
     fmt: str,
     dtype: str,
-    options: Options,
+    options: ExportOptions,
     *,
     run: bool,
     step: int | None = None,
@@ -138,8 +83,8 @@ def export(
       source: the workdir of a run, or a source of weights.
       out: a folder of this machine that does not exist or is empty.
       fmt, dtype: as for `layouts.export`.
-      options: see `Options`.
-      run: whether the source is the workdir of a run.
+      options: see `ExportOptions`.
+      run: whether the source must be the workdir of a run.
       step: of the run's checkpoint; None: the newest.
       spec: for a source that does not say what it is.
 
@@ -153,26 +98,23 @@ def export(
         _check_hub(options.push_to_hub)
     opened = runs.open_run(source, step) if run else origins.open_source(source)
     spec = spec or opened.described(source)
-    provenance, began = opened.run, source
-    if provenance:
-        source, step = provenance["workdir"], provenance["step"]
-        began = provenance["config"]["backbone"]["source"]
+    began = source
+    if opened.run:
+        source, step, began = opened.run["workdir"], opened.run["step"], opened.run["config"]["backbone"]["source"]
     if options.tokenizer:
         opened = vocabulary.add(opened, spec, options.tokenizer)
-    note = vocabulary.note(opened, spec, fmt)
     card = cards.card(
         opened,
         spec,
         fmt,
         dtype,
-        provenance,
-        [note] if note else [],
+        note=vocabulary.note(opened, spec, fmt),
         path=str(out),
         hub=options.push_to_hub,
         license=options.license,
         base_model=options.base_model or places.hub_id(began),
-        scores=scores_of(options.results, source, step) if options.results else None,
+        scores=cards.scores_of(options.results, source, step) if options.results else None,
     )
-    layouts.export(opened, spec, out, fmt, dtype=dtype, card=card)
+    layouts.export(opened, spec, out, fmt, dtype=dtype, card=card, hub=options.push_to_hub)
     if options.push_to_hub:
         _push(out, options.push_to_hub)

@@ -1,15 +1,18 @@
 """The tokenizer of an export: all of its files, or none and a note that says so.
 
 Where a folder of a CLIP model has no vocabulary, transformers makes a tokenizer of two or three tokens, without a
-warning, which maps every word to its unknown token.
+warning, which maps every word to its unknown token. open_clip reads the tokenizer's files with transformers, except for
+OpenAI's vocabulary, which it has built in.
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.weights import writers
 from diva_jax.weights.origins import ClipSource
 from diva_jax.weights.places import TOKENIZER_FILES
@@ -22,6 +25,7 @@ _SUFFICIENT = {
 }
 # transformers raises an error for this class where there is no tokenizer.json.
 _NONE = {"tokenizer_class": "PreTrainedTokenizerFast"}
+_CLIP = {"tokenizer_class": "CLIPTokenizer"}
 
 
 def _lacks(spec: Spec, files: set[str]) -> str:
@@ -54,7 +58,8 @@ def add(source: ClipSource, spec: Spec, folder: str) -> ClipSource:
 
 def note(source: ClipSource, spec: Spec, fmt: str) -> str:
     """One sentence for the screen and the card where an export is without a tokenizer; otherwise empty."""
-    if fmt != "hf" or not spec.has_text or not (lacks := _lacks(spec, {f.name for f in source.tokenizer})):
+    built_in = fmt == "open_clip" and "hf_tokenizer_name" not in to_open_clip(spec)["model_cfg"]["text_cfg"]
+    if fmt == "pt" or built_in or not spec.has_text or not (lacks := _lacks(spec, {f.name for f in source.tokenizer})):
         return ""
     return (
         f"the export has no tokenizer, since {source.where} has none for transformers ({lacks}): encode texts with "
@@ -62,9 +67,13 @@ def note(source: ClipSource, spec: Spec, fmt: str) -> str:
     )
 
 
-def write(folder: Path, source: ClipSource, spec: Spec) -> None:
+def write(folder: Path, source: ClipSource, spec: Spec, fmt: str) -> None:
     """Copies the tokenizer's files, or writes a config with which transformers refuses to make a tokenizer."""
-    if note(source, spec, "hf"):
+    if note(source, spec, fmt):
         writers.write_json(folder / "tokenizer_config.json", _NONE)
-    else:
-        writers.copy_into(folder, source.tokenizer)
+        return
+    for file in source.tokenizer:
+        shutil.copyfile(file, folder / file.name)
+    about = folder / "tokenizer_config.json"
+    if fmt == "open_clip" and source.tokenizer and spec.text.tokenizer == "clip" and not about.exists():
+        writers.write_json(about, _CLIP)  # An open_clip folder has no config.json that names the class.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers import close
+from helpers import close, filled
 from specs import DINOV2, EVA02, QUICK, SIGLIP, TOWERS
 from torch_towers import checkpoint, checkpoint_name, torch_features, torch_tower
 
@@ -17,7 +17,7 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE, Spec, build, eva02
 from diva_jax.models.layers import Keys
 from diva_jax.weights.clip import vision_table
-from diva_jax.weights.names import assign, flat, load_into, to_torch
+from diva_jax.weights.names import assign, flat, to_torch
 
 # One spec for each architecture.
 EACH = {"clip": QUICK, "siglip": SIGLIP, "eva02": EVA02, "dinov2": DINOV2}
@@ -28,7 +28,7 @@ def abstract(spec: Spec, **kw):
 
 
 def load(spec: Spec, tower, **kw):
-    return load_into(abstract(spec, **kw), checkpoint(spec, tower), vision_table(spec))
+    return filled(abstract(spec, **kw), checkpoint(spec, tower), vision_table(spec))
 
 
 def images_for(spec: Spec, count: int = 3) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flax import nnx
-from helpers import close
+from helpers import close, filled
 from specs import QUICK, SIGLIP
 from torch_towers import checkpoint, torch_tower
 
@@ -15,7 +15,6 @@ from diva_jax.models.backbones import build
 from diva_jax.models.backbones.shared.dense import VARIANTS
 from diva_jax.models.layers import Keys
 from diva_jax.weights.clip import vision_table
-from diva_jax.weights.names import load_into
 
 SPECS = {"clip": QUICK, "siglip": SIGLIP}
 
@@ -73,7 +72,7 @@ def test_tokens_equal_torchs(name, last):
     spec = SPECS[name]
     tower = torch_tower(spec).eval()
     abstract = nnx.eval_shape(lambda: build(spec, rngs=Keys(0)))
-    ours = load_into(abstract, checkpoint(spec, tower), vision_table(spec))
+    ours = filled(abstract, checkpoint(spec, tower), vision_table(spec))
     images = np.random.default_rng(3).standard_normal((2, spec.image_size, spec.image_size, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = clip_tokens if name == "clip" else siglip_tokens

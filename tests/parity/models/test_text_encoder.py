@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers import close, randomise, tensors
+from helpers import close, filled, randomise, tensors
 from safetensors.numpy import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -55,7 +55,7 @@ def build(options) -> TextEncoder:
 
 
 def load(options, weights) -> TextEncoder:
-    return names.load_into(nnx.eval_shape(lambda: build(options)), weights, TEXT_ENCODER)
+    return filled(nnx.eval_shape(lambda: build(options)), weights, TEXT_ENCODER)
 
 
 @functools.cache

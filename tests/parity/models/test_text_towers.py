@@ -9,7 +9,7 @@ import pytest
 import torch
 from eval_models import torch_model
 from flax import nnx
-from helpers import close, tensors
+from helpers import close, filled, tensors
 from specs import DINOV2, EVA02, GELU, METACLIP2, QUICK, SIGLIP, SIGLIP2
 
 from diva_jax.common.errors import UserError
@@ -18,7 +18,7 @@ from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import Keys
 from diva_jax.weights.clip import text_table, vision_table
-from diva_jax.weights.names import assign, load_into, to_torch
+from diva_jax.weights.names import assign, to_torch
 
 SPECS = {
     "quick_gelu": QUICK,
@@ -35,7 +35,7 @@ def abstract(spec: Spec, **kw):
 
 
 def load(spec: Spec, model, **kw):
-    return load_into(abstract(spec, **kw), tensors(model), text_table(spec))
+    return filled(abstract(spec, **kw), tensors(model), text_table(spec))
 
 
 def sentences(spec: Spec) -> np.ndarray:

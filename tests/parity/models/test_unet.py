@@ -13,7 +13,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from flax import nnx
-from helpers import close, randomise, tensors
+from helpers import close, filled, randomise, tensors
 
 from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion import blocks, unet
@@ -92,7 +92,7 @@ def build(options, **kw) -> UNet:
 def pair(name):
     """Returns diffusers' U-Net with random weights, and ours with the same weights."""
     theirs = randomise(diffusers.UNet2DConditionModel.from_config(TINY[name]))
-    return theirs, names.load_into(nnx.eval_shape(lambda: build(TINY[name])), tensors(theirs), UNET)
+    return theirs, filled(nnx.eval_shape(lambda: build(TINY[name])), tensors(theirs), UNET)
 
 
 def batch(name, height, width, tokens, seed=1):
@@ -174,14 +174,14 @@ def test_float64_is_float64_throughout():
     expected, expected_grad = run_theirs(theirs, *args)
     with jax.enable_x64(True):
         ours = nnx.eval_shape(lambda: build(TINY["mini"], dtype=jnp.float64, param_dtype=jnp.float64))
-        out, grad = run_ours(names.load_into(ours, tensors(theirs), UNET), *args)
+        out, grad = run_ours(filled(ours, tensors(theirs), UNET), *args)
     close(out, expected, 1e-12)
     close(grad, expected_grad, 1e-12)
 
 
 def test_bfloat16_is_close_to_float32():
     theirs, precise = pair("mini")
-    half = names.load_into(
+    half = filled(
         nnx.eval_shape(lambda: build(TINY["mini"], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)),
         tensors(theirs),
         UNET,
@@ -210,7 +210,7 @@ def small_input(*shape):
 
 
 def load_block(make, module):
-    return names.load_into(nnx.eval_shape(lambda: make(Layers(Keys(0)))), tensors(module), UNET)
+    return filled(nnx.eval_shape(lambda: make(Layers(Keys(0)))), tensors(module), UNET)
 
 
 @pytest.mark.parametrize("n_out", [12, 20])

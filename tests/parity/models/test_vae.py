@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers import close, randomise, tensors
+from helpers import close, filled, randomise, tensors
 
 from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion import vae
@@ -40,7 +40,7 @@ def build(options) -> VAE:
 
 
 def load(options, weights) -> VAE:
-    return names.load_into(nnx.eval_shape(lambda: build(options)), weights, TABLE)
+    return filled(nnx.eval_shape(lambda: build(options)), weights, TABLE)
 
 
 @functools.cache

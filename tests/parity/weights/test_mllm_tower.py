@@ -1,19 +1,18 @@
 """An export as the vision tower of a multimodal model: the calls of LLaVA's `CLIPVisionTower`, through transformers."""
 
-import open_clip
 import pytest
 import torch
 from clip_folders import CLIP
 from eval_data import patch
-from helpers import close, randomise
+from exports import written_by_open_clip
+from helpers import close
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from diva_jax import weights
 from diva_jax.data import images
 from diva_jax.data.preprocess import normalise, to_float
-from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.weights import origins
-from diva_jax.weights.export import layouts, reference
+from diva_jax.weights.export import layouts
 
 LAYER = -2  # LLaVA's mm_vision_select_layer; its mm_vision_select_feature is "patch".
 
@@ -21,9 +20,7 @@ LAYER = -2  # LLaVA's mm_vision_select_layer; its mm_vision_select_feature is "p
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     root = tmp_path_factory.mktemp("mllm")
-    (root / "in").mkdir()
-    model = randomise(open_clip.CLIP(**to_open_clip(CLIP)["model_cfg"]))
-    reference.save_open_clip(model, CLIP, root / "in")
+    written_by_open_clip(CLIP, root / "in")
     layouts.export(origins.open_source(str(root / "in")), CLIP, root / "out", "hf")
     return root / "out"
 

@@ -46,6 +46,9 @@ _TEXT_FIXED = TOWER_FIXED | {
 _MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
 _MODEL_KEYS |= {"init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"}
 
+# Tokens of the vocabulary that open_clip has built in.
+OPENAI_VOCABULARY = 49408
+_CLIP_CLEAN = {"clean": "lower"}
 _SIGLIP_CLEAN = {"clean": "canonicalize"}
 # The tokenizer that each SigLIP vocabulary belongs to: English, multilingual, SigLIP 2's.
 _SIGLIP_TOKENIZERS = {
@@ -182,8 +185,8 @@ def _tokenizer(cfg: Mapping) -> str:
     name, kwargs = cfg.get("hf_tokenizer_name") or "", cfg.get("tokenizer_kwargs") or {}
     if not isinstance(name, str):
         refuse("text_cfg.hf_tokenizer_name", name, "it must be a text")
-    if name and kwargs == _SIGLIP_CLEAN:
-        return "siglip"
+    if name and kwargs in (_CLIP_CLEAN, _SIGLIP_CLEAN):
+        return "clip" if kwargs == _CLIP_CLEAN else "siglip"
     if kwargs:
         refuse("text_cfg.tokenizer_kwargs", kwargs, f"only {_SIGLIP_CLEAN}, with hf_tokenizer_name, is known")
     if "xlm-v" in name.lower():
@@ -318,6 +321,9 @@ def _text_cfg(spec: Spec) -> dict:
         cfg["tokenizer_kwargs"] = dict(_SIGLIP_CLEAN)
     elif text.tokenizer == "xlm":
         cfg["hf_tokenizer_name"] = _XLM_TOKENIZER
+    elif text.vocab_size != OPENAI_VOCABULARY:
+        cfg["hf_tokenizer_name"] = "clip"
+        cfg["tokenizer_kwargs"] = dict(_CLIP_CLEAN)
     return cfg
 
 

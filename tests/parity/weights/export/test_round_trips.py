@@ -63,7 +63,7 @@ def test_round_trip_of_a_small_dinov2(tmp_path, capsys, spec, fmt):
     """Run through transformers or timm, and bit-identical; the mask token, which is not used, is kept."""
     model = dinov2_folder(tmp_path / "in", spec)
     source = origins.open_source(str(tmp_path / "in"))
-    layouts.export(source, spec, tmp_path / "out", fmt, card=cards.card(source, spec, fmt, "float32", None))
+    layouts.export(source, spec, tmp_path / "out", fmt, card=cards.card(source, spec, fmt, "float32"))
     library = {"hf": "transformers", "pt": "timm"}[fmt]
     assert f"{library}: largest difference" in capsys.readouterr().out
     back = origins.open_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else "")))

@@ -1,5 +1,6 @@
 """Cards of exports: metadata that the hub reads, scores of the right weights, caveats; the push to the hub."""
 
+import dataclasses
 import json
 
 import huggingface_hub
@@ -32,6 +33,11 @@ def clip(tmp_path_factory):
     return origins.open_source(str(folder))
 
 
+@pytest.fixture(scope="module")
+def tuned(clip):
+    return dataclasses.replace(clip, run=PROVENANCE)
+
+
 def write_results(folder, source="runs/a", step=40):
     def score(value, spread):
         return {"score": value, "interval": [value - spread, value + spread]}
@@ -57,36 +63,35 @@ def write_results(folder, source="runs/a", step=40):
     return folder / "results.json"
 
 
-def test_metadata(clip):
-    text = cards.card(
-        clip, EVAL_CLIP, "hf", "float32", PROVENANCE, license="mit", base_model="timm/base", path="out/hf"
-    )
+def test_metadata(clip, tuned):
+    text = cards.card(tuned, EVAL_CLIP, "hf", "float32", license="mit", base_model="timm/base", path="out/hf")
     data = ModelCard(text).data
     assert (data.license, data.base_model, data.pipeline_tag) == ("mit", "timm/base", "zero-shot-image-classification")
     assert data.library_name == "transformers" and data.tags == ["clip", "diva"]
     assert data.to_dict()["base_model_relation"] == "finetune"
     for fmt, tag in (("open_clip", "zero-shot-image-classification"), ("pt", "image-feature-extraction")):
-        data = ModelCard(cards.card(clip, EVAL_CLIP, fmt, "float32", None)).data
+        data = ModelCard(cards.card(clip, EVAL_CLIP, fmt, "float32")).data
         assert (data.license, data.base_model, data.pipeline_tag) == ("other", None, tag)
 
 
-def test_the_path_is_filled_in_and_the_config_is_folded(clip):
-    text = cards.card(clip, EVAL_CLIP, "open_clip", "float32", PROVENANCE, ["it lacks x"], path="runs/tuned")
-    assert 'create_model_and_transforms("local-dir:runs/tuned")' in text and "PATH" not in text and "SCHEME" not in text
+def test_the_path_is_filled_in_and_the_config_is_folded(clip, tuned):
+    text = cards.card(tuned, EVAL_CLIP, "open_clip", "float32", note="it lacks x", path="runs/tuned")
+    assert 'create_model_and_transforms("local-dir:runs/tuned")' in text and "{{" not in text and "{%" not in text
     assert "**Note:** it lacks x." in text
     config = text.split("<details>")[1].split("</details>")[0]
     assert json.loads(config.split("```json")[1].split("```")[0]) == PROVENANCE["config"]
-    text = cards.card(clip, EVAL_CLIP, "open_clip", "float32", PROVENANCE, hub="me/tuned", path="runs/tuned")
+    text = cards.card(tuned, EVAL_CLIP, "open_clip", "float32", hub="me/tuned", path="runs/tuned")
     assert '"hf-hub:me/tuned"' in text and "runs/tuned" not in text
-    assert "<details>" not in cards.card(clip, EVAL_CLIP, "pt", "float32", None)
+    assert "<details>" not in cards.card(clip, EVAL_CLIP, "pt", "float32")
 
 
-def test_caveats_and_scores(clip, tmp_path):
-    plain = cards.card(clip, EVAL_CLIP, "hf", "float32", PROVENANCE)
+def test_caveats_and_scores(clip, tuned, tmp_path):
+    plain = cards.card(tuned, EVAL_CLIP, "hf", "float32")
     for line in ("No scores were given", "must be made again", "The text tower was not tuned", "No license was given"):
         assert line in plain, line
-    scores = publish.scores_of(str(write_results(tmp_path)), "runs/a", 40)
-    text = cards.card(clip, EVAL_CLIP, "hf", "float32", PROVENANCE | {"tuned": ["text", "vision"]}, scores=scores)
+    both = dataclasses.replace(clip, run=PROVENANCE | {"tuned": ["text", "vision"]})
+    scores = cards.scores_of(str(write_results(tmp_path)), "runs/a", 40)
+    text = cards.card(both, EVAL_CLIP, "hf", "float32", scores=scores)
     assert "No scores" not in text and "The text tower was not tuned" not in text
     table = text.split("## Scores")[1].split("##")[0].strip().splitlines()[2:]
     assert table[0] == "| task | score | base | this model | difference |" and table[1] == "|---|---|---|---|---|"
@@ -99,18 +104,18 @@ def test_caveats_and_scores(clip, tmp_path):
 
 def test_scores_are_those_of_the_exported_weights(tmp_path):
     file = write_results(tmp_path, str(tmp_path / "runs" / "a"))
-    assert publish.scores_of(str(tmp_path), str(tmp_path / "runs" / "." / "a"), 40)["reference"] == "base"
-    assert publish.scores_of(str(file), "w", None)["reference"] == ""
+    assert cards.scores_of(str(tmp_path), str(tmp_path / "runs" / "." / "a"), 40)["reference"] == "base"
+    assert cards.scores_of(str(file), "w", None)["reference"] == ""
     for source, step in (("runs/b", 40), (str(tmp_path / "runs" / "a"), 39)):
         with pytest.raises(UserError, match="has no scores of .*, only of w, .*a:40: evaluate these weights"):
-            publish.scores_of(str(file), source, step)
+            cards.scores_of(str(file), source, step)
     for content in ("{", '{"weights": []}', '{"weights": [{"label": "a"}]}', "[]"):
         file.write_text(content)
         with pytest.raises(UserError, match="results.json (is not a results.json|has no scores)") as e:
-            publish.scores_of(str(file), "w", None)
+            cards.scores_of(str(file), "w", None)
         assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="none.json is not a results.json"):
-        publish.scores_of(str(tmp_path / "none.json"), "w", None)
+        cards.scores_of(str(tmp_path / "none.json"), "w", None)
 
 
 class Hub:
@@ -139,7 +144,7 @@ def hub(monkeypatch):
 def written(monkeypatch):
     """Layouts write the card alone."""
 
-    def export(source, spec, out, fmt, *, dtype, card):
+    def export(source, spec, out, fmt, *, dtype, card, hub):
         out.mkdir()
         (out / "README.md").write_text(card)
 
@@ -147,7 +152,7 @@ def written(monkeypatch):
 
 
 def push(clip, out, repo="me/tuned"):
-    publish.export(clip.where, out, "hf", "float32", publish.Options("mit", push_to_hub=repo), run=False)
+    publish.export(clip.where, out, "hf", "float32", publish.ExportOptions("mit", push_to_hub=repo), run=False)
 
 
 def test_the_export_is_pushed(clip, tmp_path, hub, written, capsys):

@@ -63,8 +63,7 @@ def test_a_card_has_no_secrets():
         "batch_size": 1,
         "seed": 0,
     }
-    where = dict(workdir="w", step=1, config=config, sources={}, base="b", tuned=["vision"])
-    text = cards.card(
-        origins.ClipSource("w", "checkpoint", tensors.Tensors({}, []), spec), spec, "hf", "float32", where
-    )
+    run = dict(workdir="w", step=1, config=config, sources={}, base="b", tuned=["vision"])
+    source = origins.ClipSource("w", "checkpoint", tensors.Tensors({}, []), spec, run=run)
+    text = cards.card(source, spec, "hf", "float32")
     assert "https://host/{0..9}.tar?..." in text and "pw1" not in text and "pw2" not in text

@@ -33,7 +33,7 @@ def source_of(folder, *names) -> ClipSource:
 
 def exported(tmp_path, source):
     writers.write_json(tmp_path / "config.json", hf.to_transformers(SPEC, "float32"))
-    vocabulary.write(tmp_path, source, SPEC)
+    vocabulary.write(tmp_path, source, SPEC, "hf")
     return tmp_path
 
 
@@ -54,15 +54,19 @@ def test_what_is_not_whole_is_refused_and_named(tmp_path, whole, names):
         AutoTokenizer.from_pretrained(folder)
     note = vocabulary.note(source, SPEC, "hf")
     assert "vocab.json with merges.txt" in note and "--tokenizer=FOLDER" in note
-    assert note in cards.card(dataclasses.replace(source, kind="file"), SPEC, "hf", "float32", None, [note])
+    assert note in cards.card(source, SPEC, "hf", "float32", note=note)
     added = vocabulary.add(source, SPEC, str(whole))
     assert vocabulary.note(added, SPEC, "hf") == "" and {f.name for f in added.tokenizer} >= {"vocab.json"}
 
 
-def test_other_formats_and_models_without_text_need_none(whole):
+def test_who_needs_none(whole):
+    """A vision tower alone, a model without text, and open_clip with OpenAI's vocabulary, which it has."""
     source = source_of(whole, "none")
-    assert vocabulary.note(source, SPEC, "open_clip") == ""
+    assert vocabulary.note(source, SPEC, "pt") == ""
     assert vocabulary.note(source, dataclasses.replace(SPEC, text=NO_TEXT), "hf") == ""
+    assert "--tokenizer=FOLDER" in vocabulary.note(source, SPEC, "open_clip")
+    openai = dataclasses.replace(SPEC, text=dataclasses.replace(SPEC.text, vocab_size=49408))
+    assert vocabulary.note(source, openai, "open_clip") == "" != vocabulary.note(source, openai, "hf")
 
 
 def test_bad_folders_of_a_tokenizer(tmp_path, whole):
