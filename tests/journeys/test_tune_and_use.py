@@ -35,7 +35,8 @@ def snippet(home, fmt: str) -> str:
 @pytest.fixture(scope="module")
 def ours(home, exported, kept):
     """Embeddings by diva_jax itself of the run, the open_clip export and the CLIP before tuning."""
-    (home / "image.png").write_bytes(encoded(patch(3)))
+    for name in ("image.png", "image.jpg"):  # The second is that of the cards.
+        (home / name).write_bytes(encoded(patch(3)))
     return home.python(
         f"""
 import json, numpy as np, diva_jax
@@ -100,16 +101,17 @@ def agree(theirs: dict, ours: dict) -> None:
         np.testing.assert_allclose(theirs[key], ours[key], atol=1e-5, err_msg=key)
 
 
-@pytest.mark.xfail(strict=True, reason="hf_tokenizer_name is missing in open_clip_config.json")
 def test_open_clip_encodes_an_image_and_a_text(home, exported, ours):
     code = SETUP + snippet(home, "open_clip") + ENCODE.format(texts=TEXTS, lines=ENCODE_OPEN_CLIP)
     agree(home.python(code), ours["open_clip"])
 
 
-@pytest.mark.xfail(strict=True, reason="the card has no line for the tokenizer")
 def test_transformers_encodes_an_image_and_a_text(home, exported, ours):
     code = SETUP + snippet(home, "hf") + ENCODE.format(texts=TEXTS, lines=ENCODE_TRANSFORMERS)
-    agree(home.python(code), ours["open_clip"])
+    theirs = home.python(code)
+    # transformers rounds the resized pixels in another place, see docs/MLLM.md.
+    assert np.abs(np.subtract(theirs.pop("image"), ours["open_clip"]["image"])).max() < 5e-3
+    agree(theirs, ours["open_clip"])
 
 
 def test_a_state_dict_in_a_model_of_open_clip(home, exported, ours, kept):
