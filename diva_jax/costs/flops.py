@@ -10,7 +10,7 @@ import dataclasses
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.models.diffusion.latent_code import LatentCode
 from diva_jax.models.diffusion.unet import UNetConfig
-from diva_jax.models.diffusion.vae import VAEConfig
+from diva_jax.models.diffusion.vae import AutoencoderConfig
 
 
 @dataclasses.dataclass
@@ -108,7 +108,7 @@ def unet(config: UNetConfig, size: int, tokens: int, by_class: bool = False) -> 
 
 def vae(config: LatentCode, size: int) -> float:
     """Encoding one size x size image."""
-    if not isinstance(config, VAEConfig):
+    if not isinstance(config, AutoencoderConfig):
         return config.flops(size)
     t, n, side = Tally(), config.block_out_channels[0], size
     t.layer(side**2, config.in_channels, n, 9)

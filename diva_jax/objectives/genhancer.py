@@ -22,8 +22,8 @@ from diva_jax.data import inputs, preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow, latent_code
 from diva_jax.models.diffusion.flow import FlowConfig
-from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
 from diva_jax.models.diffusion.latent_code import LatentCode
+from diva_jax.models.diffusion.vae import FluxVAEConfig
 from diva_jax.models.layers import ACTIVATIONS, Layers
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch

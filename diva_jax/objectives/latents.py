@@ -6,7 +6,6 @@ from typing import Any
 
 from diva_jax.costs import flops
 from diva_jax.data import inputs
-from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
 from diva_jax.models.diffusion.latent_code import LatentCode
 from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.weights import parts
@@ -53,8 +52,7 @@ class LatentSource:
     @property
     def flops(self) -> float:
         """FLOPs of the VAE for one image."""
-        shape = self.vae.encoder if isinstance(self.vae, FluxVAEConfig) else self.vae
-        return 0.0 if self.cached else flops.vae(shape, self.size)
+        return 0.0 if self.cached else flops.vae(self.vae, self.size)
 
     @classmethod
     def stable_diffusion(cls, config, diffusion: Diffusion, size: int, view: str = "exact") -> "LatentSource":

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.diffusion.flux_vae import FluxVAEConfig
+from diva_jax.models.diffusion.vae import FluxVAEConfig
 from diva_jax.weights import diffusers, names, origins, places, readers
 from diva_jax.weights.parts import Opened, Part
 from diva_jax.weights.tensors import Tensor, Tensors

@@ -9,11 +9,10 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.diffusion import options as opt
+from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.layers import Array
 
 PATH = f"{__name__}.PatchCodeConfig"  # For `config.diffusion.vae._class_name` and `config.genhancer.vae.code`.
-_WHAT = "patch code"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +61,15 @@ class PatchCodeConfig:
           UserError: an option is unknown or impossible.
         """
         names = [f.name for f in dataclasses.fields(cls)]
-        opt.require_supported(options, _WHAT, used=names, fixed={})
+        file = ConfigFile(options, "the patch code's config")
+        file.check(names, {})
         config = cls(
-            **{n: opt.integer(options, n, getattr(cls, n), _WHAT) for n in names[:3]},
-            scaling_factor=float(options.get("scaling_factor", 1.0)),
+            **{name: file.integer(name, getattr(cls, name)) for name in names[:3]},
+            scaling_factor=file.number("scaling_factor", 1.0, 1e-6, 1e6),
         )
         if config.latent_channels > config.patch_size**2 * config.in_channels:
             raise UserError(
-                f"the {_WHAT} keeps {config.latent_channels} numbers of a patch that has only "
+                f"the patch code keeps {config.latent_channels} numbers of a patch that has only "
                 f"{config.patch_size**2 * config.in_channels}: lower latent_channels"
             )
         return config

@@ -18,7 +18,7 @@ from diva_jax import config
 from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow
-from diva_jax.models.diffusion.flux_vae import FluxVAE, FluxVAEConfig
+from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import genhancer
 from diva_jax.training import partition
@@ -341,7 +341,7 @@ def encoders(path: Path) -> list[tuple[str, float, float]]:
     z, rows = np.load(path), []
     for case in sorted(k.removesuffix("/pixels") for k in z.files if k.endswith("/pixels")):
         tensors, sizes = encoder_of(z, case)
-        vae = filled(abstract(lambda rngs, sizes=sizes: FluxVAE(sizes, rngs=rngs)), tensors, flux.VAE)
+        vae = filled(abstract(lambda rngs, sizes=sizes: VAE(sizes, rngs=rngs)), tensors, flux.VAE)
         view = 2 * jnp.asarray(z[f"{case}/pixels"]) - 1
         ours = {"moments": vae.moments(view), "latents": vae.encode(view, jnp.asarray(z[f"{case}/posterior"]))}
         for key, array in ours.items():

@@ -11,7 +11,7 @@ from helpers import close, relative_error
 from torch_genhancer import Model
 
 from diva_jax.models import backbones
-from diva_jax.models.diffusion.flux_vae import FluxVAE, FluxVAEConfig
+from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig
 from diva_jax.models.layers import Keys, abstract
 from diva_jax.training.step import image_keys
 from diva_jax.weights import flux, names, writers
@@ -101,10 +101,10 @@ def layouts(tmp_path_factory):
     return model, root
 
 
-def loaded(source, config) -> FluxVAE:
+def loaded(source, config) -> VAE:
     from flax import nnx
 
-    graph, state = nnx.split(abstract(lambda rngs: FluxVAE(config, rngs=rngs)))
+    graph, state = nnx.split(abstract(lambda rngs: VAE(config, rngs=rngs)))
     opened = flux.vae(str(source), config, "config.genhancer.vae").open()
     return nnx.merge(graph, opened.fill(state, lambda path, array, want: jnp.asarray(array)))
 
@@ -120,7 +120,7 @@ def test_encoder_from_every_layout(layouts, where):
 
 
 def test_the_posterior_is_sampled_with_the_noise():
-    vae = FluxVAE(FluxVAEConfig(**SIZES), rngs=Keys())
+    vae = VAE(FluxVAEConfig(**SIZES), rngs=Keys())
     images, rng = jnp.ones((2, 8, 12, 3)) * 0.3, np.random.default_rng(1)
     mean, logvar = jnp.split(vae.moments(images), 2, axis=-1)
     noise = jnp.asarray(rng.normal(size=mean.shape), jnp.float32)

@@ -19,7 +19,7 @@ def write_files(folder) -> None:
 
     from diva_jax import demo
     from diva_jax.data.photos import pack_photos
-    from diva_jax.models.diffusion.flux_vae import FluxVAE
+    from diva_jax.models.diffusion.vae import VAE
     from diva_jax.models.layers import Keys
     from diva_jax.objectives import genhancer
     from diva_jax.weights import flux, names, writers
@@ -27,7 +27,7 @@ def write_files(folder) -> None:
     pack_photos(folder / "photos", count=8, per_shard=8)
     demo.write_clip(folder / "clip", small_genhancer.SPEC)
     demo.write_stable_diffusion(folder / "stable-diffusion", small.diffusion())
-    vae = FluxVAE(genhancer._vae(small_genhancer.small_config().genhancer.vae), rngs=Keys(3))
+    vae = VAE(genhancer._vae(small_genhancer.small_config().genhancer.vae), rngs=Keys(3))
     writers.write_safetensors(folder / "ae.safetensors", names.to_torch(nnx.state(vae), flux.VAE))
 
 

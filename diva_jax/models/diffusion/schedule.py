@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.diffusion import options as opt
+from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.layers import Array
-
-_WHAT = "scheduler"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +39,16 @@ class ScheduleConfig:
         Raises:
           UserError: the schedule or the prediction type is not implemented.
         """
-        fixed = {
-            "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-            "prediction_type": ("epsilon", "v_prediction"),
-            "trained_betas": (None,),
-            "rescale_betas_zero_snr": (False, None),
-        }
-        opt.require_supported({k: v for k, v in options.items() if k in fixed}, _WHAT, used=(), fixed=fixed)
+        file = ConfigFile(options, "the scheduler's config")
+        for name, allowed in (("trained_betas", (None,)), ("rescale_betas_zero_snr", (None, False))):
+            if options.get(name) not in allowed:
+                file.refuse(name, "it is not supported: use the scheduler of a Stable Diffusion checkpoint")
         return cls(
-            num_train_timesteps=opt.integer(options, "num_train_timesteps", 1000, _WHAT),
-            beta_start=opt.number(options, "beta_start", 0.0001, _WHAT, 1e-9, 0.999),
-            beta_end=opt.number(options, "beta_end", 0.02, _WHAT, 1e-9, 0.999),
-            beta_schedule=options.get("beta_schedule", "linear"),
-            prediction_type=options.get("prediction_type", "epsilon"),
+            num_train_timesteps=file.integer("num_train_timesteps", 1000),
+            beta_start=file.number("beta_start", 0.0001, 1e-9, 0.999),
+            beta_end=file.number("beta_end", 0.02, 1e-9, 0.999),
+            beta_schedule=file.choice("beta_schedule", "linear", ("linear", "scaled_linear", "squaredcos_cap_v2")),
+            prediction_type=file.choice("prediction_type", "epsilon", ("epsilon", "v_prediction")),
         )
 
 

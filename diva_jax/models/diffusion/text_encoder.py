@@ -7,12 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from diva_jax.common.errors import UserError, brief
+from diva_jax.common.errors import UserError
 from diva_jax.models.attention import attention
-from diva_jax.models.diffusion import options as opt
+from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.layers import ACTIVATIONS, Array, Layers, heads
-
-_WHAT = "text encoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +45,19 @@ class TextEncoderConfig:
           UserError: the config is that of another model, the activation is unknown, or the width is not a multiple of
             the number of heads.
         """
-        kind = options.get("model_type", "clip_text_model")
-        if kind != "clip_text_model":
-            raise UserError(f"the {_WHAT}'s config is that of a {brief(kind)}, give the folder of a CLIPTextModel")
-        activation = options.get("hidden_act", "quick_gelu")
-        if activation not in ("gelu", "quick_gelu"):
-            raise UserError(
-                f"the {_WHAT}'s config has hidden_act={brief(activation)}, use a checkpoint with gelu or quick_gelu"
-            )
+        file = ConfigFile(options, "the text encoder's config")
+        file.require_class("clip_text_model", "model_type", "CLIPTextModel")
         config = cls(
-            vocab_size=opt.integer(options, "vocab_size", 49408, _WHAT),
-            context_length=opt.integer(options, "max_position_embeddings", 77, _WHAT),
-            width=opt.integer(options, "hidden_size", 512, _WHAT),
-            layers=opt.integer(options, "num_hidden_layers", 12, _WHAT),
-            heads=opt.integer(options, "num_attention_heads", 8, _WHAT),
-            mlp_dim=opt.integer(options, "intermediate_size", 2048, _WHAT),
-            activation=activation,
-            norm_eps=opt.number(options, "layer_norm_eps", 1e-5, _WHAT, 0, 1),
+            vocab_size=file.integer("vocab_size", 49408),
+            context_length=file.integer("max_position_embeddings", 77),
+            width=file.integer("hidden_size", 512),
+            layers=file.integer("num_hidden_layers", 12, most=64),
+            heads=file.integer("num_attention_heads", 8),
+            mlp_dim=file.integer("intermediate_size", 2048),
+            activation=file.choice("hidden_act", "quick_gelu", ("gelu", "quick_gelu")),
+            norm_eps=file.number("layer_norm_eps", 1e-5, 0, 1),
         )
-        opt.divisible([config.width], [config.heads], ("hidden_size", "num_attention_heads"), _WHAT)
+        file.require_multiple("hidden_size", [config.width], "num_attention_heads", [config.heads])
         return config
 
 
@@ -123,7 +115,9 @@ class TextEncoder(nnx.Module):
         """
         n = tokens.shape[1]
         if n > self.config.context_length:
-            raise UserError(f"the text has {n} tokens, shorten it to {self.config.context_length}, the {_WHAT}'s limit")
+            raise UserError(
+                f"the text has {n} tokens, shorten it to {self.config.context_length}, the text encoder's limit"
+            )
         x = self.token_embedding(tokens) + self.position_embedding(jnp.arange(n))
         keys = None if mask is None else mask[:, None, None]  # [B, 1, 1, N], for every head and query.
         for layer in self.layers:

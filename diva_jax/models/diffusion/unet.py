@@ -11,11 +11,10 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.diffusion import options as opt
+from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.diffusion.blocks import Downsample, ResnetBlock, Transformer, Upsample, call
 from diva_jax.models.layers import Array, Layers
 
-_WHAT = "U-Net"
 # Option -> its implemented values; diffusers' default is the first.
 _FIXED = {
     "act_fn": ("silu", "swish"),
@@ -115,42 +114,39 @@ class UNetConfig:
         Raises:
           UserError: an option is not implemented, or values are inconsistent.
         """
-        opt.require_supported(options, _WHAT, used=_USED, fixed=_FIXED, kind="UNet2DConditionModel")
-        channels = opt.integers(options, "block_out_channels", (320, 640, 1280, 1280), _WHAT)
+        file = ConfigFile(options, "the U-Net's config")
+        file.require_class("UNet2DConditionModel")
+        file.check(_USED, _FIXED, lists=True, hint="use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint")
+        channels = file.integers("block_out_channels", (320, 640, 1280, 1280))
         n = len(channels)
+        classes = options.get("class_embed_type")
         count = "num_attention_heads" if options.get("num_attention_heads") else "attention_head_dim"
         sample_size = options.get("sample_size")
         config = cls(
             sample_size=tuple(sample_size) if isinstance(sample_size, list) else sample_size,
-            in_channels=opt.integer(options, "in_channels", 4, _WHAT),
-            out_channels=opt.integer(options, "out_channels", 4, _WHAT),
+            in_channels=file.integer("in_channels", 4),
+            out_channels=file.integer("out_channels", 4),
             block_out_channels=channels,
-            layers_per_block=opt.per_block(options, "layers_per_block", 2, n, _WHAT),
-            heads=opt.per_block(options, count, 8, n, _WHAT),
-            cross_down=_cross(options, "down_block_types", (True, True, True, False), n),
-            cross_up=_cross(options, "up_block_types", (False, True, True, True), n),
-            cross_attention_dim=opt.integer(options, "cross_attention_dim", 1280, _WHAT),
-            use_linear_projection=opt.flag(options, "use_linear_projection", False, _WHAT),
-            norm_num_groups=opt.integer(options, "norm_num_groups", 32, _WHAT),
-            norm_eps=opt.number(options, "norm_eps", 1e-5, _WHAT, 0, 1),
-            class_embed_dim=_class_embed_dim(options),
+            layers_per_block=file.per_block("layers_per_block", 2, n),
+            heads=file.per_block(count, 8, n),
+            cross_down=_cross(file, "down_block_types", (True, True, True, False), n),
+            cross_up=_cross(file, "up_block_types", (False, True, True, True), n),
+            cross_attention_dim=file.integer("cross_attention_dim", 1280),
+            use_linear_projection=file.flag("use_linear_projection"),
+            norm_num_groups=file.integer("norm_num_groups", 32),
+            norm_eps=file.number("norm_eps", 1e-5, 0, 1),
+            class_embed_dim=file.integer("projection_class_embeddings_input_dim", None) if classes else None,
         )
-        opt.divisible(channels, [config.norm_num_groups] * n, ("block_out_channels", "norm_num_groups"), _WHAT)
-        opt.divisible(channels, config.heads, ("block_out_channels", count), _WHAT)
+        file.require_multiple("block_out_channels", channels, "norm_num_groups", [config.norm_num_groups] * n)
+        file.require_multiple("block_out_channels", channels, count, config.heads)
         return config
 
 
-def _cross(options, name: str, default: tuple[bool, ...], count: int) -> tuple[bool, ...]:
-    """Returns which blocks have transformers, according to their class names."""
-    if name not in options and len(default) == count:
+def _cross(file: ConfigFile, name: str, default: tuple[bool, ...], count: int) -> tuple[bool, ...]:
+    """Which blocks have transformers, according to their class names."""
+    if name not in file.options and len(default) == count:
         return default
-    return tuple(t.startswith("CrossAttn") for t in opt.names(options, name, (), count, _WHAT))
-
-
-def _class_embed_dim(options) -> int | None:
-    if options.get("class_embed_type") is None:
-        return None
-    return opt.integer(options, "projection_class_embeddings_input_dim", None, _WHAT)
+    return tuple(t.startswith("CrossAttn") for t in file.names(name, (), count))
 
 
 def timestep_embedding(timesteps: Array, n: int) -> Array:

@@ -1,18 +1,18 @@
-"""The encoder of Stable Diffusion's VAE, equivalent to that of diffusers' `AutoencoderKL`, with channels last."""
+"""The encoders of Stable Diffusion's VAE and of FLUX's, equivalent to diffusers' `AutoencoderKL`, channels last."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diva_jax.models.diffusion import options as opt
+from diva_jax.common.fields import Rule, between, field
+from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.diffusion.blocks import Attention, Downsample, ResnetBlock
 from diva_jax.models.layers import Array, Layers
 
-_WHAT = "VAE"
 _EPSILON = 1e-6
 # Option -> its implemented values; diffusers' default is the first.
 _FIXED = {
@@ -41,26 +41,19 @@ _USED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEConfig:
-    """Shape of a VAE; the defaults are Stable Diffusion's.
+class AutoencoderConfig:
+    """Shape of an encoder of images to latents."""
 
-    Attributes:
-      in_channels: channels of the images.
-      latent_channels: channels of the latents.
-      block_out_channels: channels per resolution, finest first; each resolution is half of the one before.
-      layers_per_block: residual blocks per resolution.
-      norm_num_groups: groups of every GroupNorm.
-      scaling_factor: factor by which the posterior's mean is multiplied.
-      use_quant_conv: whether there is a 1x1 convolution on the moments.
-    """
-
-    in_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.18215
-    use_quant_conv: bool = True
+    in_channels: int = field(3, "The channels of the images.", between(1, 1024))
+    latent_channels: int = field(4, "The channels of the latents.", between(1, 2**20))
+    block_out_channels: tuple[int, ...] = field(
+        (128, 256, 512, 512),
+        "The channels at each resolution, finest first; each resolution is half of the one before.",
+        Rule(lambda v: v and all(isinstance(n, int) and n > 0 for n in v), "must be whole numbers above 0"),
+    )
+    layers_per_block: int = field(2, "The residual blocks at each resolution.", between(1, 64))
+    norm_num_groups: int = field(32, "The groups of every GroupNorm.", between(1, 2**20))
+    scaling_factor: float = field(0.18215, "Latents are scaling_factor * sample.")
 
     @property
     def downscale(self) -> int:
@@ -75,6 +68,34 @@ class VAEConfig:
     def build(self, **kw) -> "VAE":
         """The encoder of this shape; arguments as those of `VAE`."""
         return VAE(self, **kw)
+
+    @staticmethod
+    def fields_of(file: ConfigFile) -> dict[str, Any]:
+        """The fields of this class in a diffusers folder's `vae/config.json`."""
+        file.require_class("AutoencoderKL")
+        file.check(_USED, _FIXED, lists=True, hint="use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint")
+        channels, groups = file.integers("block_out_channels", (64,)), file.integer("norm_num_groups", 32)
+        file.names("down_block_types", ("DownEncoderBlock2D",), len(channels))
+        file.require_multiple("block_out_channels", channels, "norm_num_groups", [groups] * len(channels))
+        return dict(
+            in_channels=file.integer("in_channels", 3),
+            latent_channels=file.integer("latent_channels", 4),
+            block_out_channels=channels,
+            layers_per_block=file.integer("layers_per_block", 1, most=64),
+            norm_num_groups=groups,
+            scaling_factor=file.number("scaling_factor", 0.18215, 1e-6, 1e6),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig(AutoencoderConfig):
+    """Shape of a VAE; the defaults are Stable Diffusion's.
+
+    Attributes:
+      use_quant_conv: whether there is a 1x1 convolution on the moments.
+    """
+
+    use_quant_conv: bool = True
 
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """Returns the latents for the U-Net of an image's posterior.
@@ -94,26 +115,50 @@ class VAEConfig:
         return self.scaling_factor * (mean + std * noise)
 
     @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> "VAEConfig":
+    def from_dict(cls, options: Mapping[str, Any]) -> Self:
         """Reads the content of a diffusers folder's `vae/config.json`; missing options have diffusers' defaults.
 
         Raises:
           UserError: an option is not implemented, or values are inconsistent.
         """
-        opt.require_supported(options, _WHAT, used=_USED, fixed=_FIXED, kind="AutoencoderKL")
-        channels = opt.integers(options, "block_out_channels", (64,), _WHAT)
-        opt.names(options, "down_block_types", ("DownEncoderBlock2D",), len(channels), _WHAT)
-        groups = opt.integer(options, "norm_num_groups", 32, _WHAT)
-        opt.divisible(channels, [groups] * len(channels), ("block_out_channels", "norm_num_groups"), _WHAT)
-        return cls(
-            in_channels=opt.integer(options, "in_channels", 3, _WHAT),
-            latent_channels=opt.integer(options, "latent_channels", 4, _WHAT),
-            block_out_channels=channels,
-            layers_per_block=opt.integer(options, "layers_per_block", 1, _WHAT),
-            norm_num_groups=groups,
-            scaling_factor=opt.number(options, "scaling_factor", 0.18215, _WHAT, 1e-6, 1e6),
-            use_quant_conv=opt.flag(options, "use_quant_conv", True, _WHAT),
-        )
+        file = ConfigFile(options, "the VAE's config")
+        return cls(**cls.fields_of(file), use_quant_conv=file.flag("use_quant_conv", True))
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxVAEConfig(AutoencoderConfig):
+    """Shape of FLUX's encoder: Stable Diffusion's without `quant_conv`; the defaults are FLUX.1's."""
+
+    use_quant_conv: ClassVar[bool] = False
+    latent_channels: int = field(16, "The channels of the latents.", between(1, 2**20))
+    scaling_factor: float = field(0.3611, "Latents are scaling_factor * (sample - shift_factor).")
+    shift_factor: float = field(0.1159, "Latents are scaling_factor * (sample - shift_factor).")
+
+    def latents(self, moments: Array, noise: Array | None = None) -> Array:
+        """Returns scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor), float32 or wider.
+
+        Args:
+          moments: [..., 2 * latent_channels], as `VAE.moments` returns them.
+          noise: standard normal, [..., latent_channels]; None: the mean of the posterior.
+
+        Returns:
+          [..., latent_channels].
+        """
+        moments = moments.astype(jnp.promote_types(moments.dtype, jnp.float32))
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        sample = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
+        return self.scaling_factor * (sample - self.shift_factor)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> Self:
+        """Reads the content of a diffusers folder's `vae/config.json`.
+
+        Raises:
+          UserError: an option is not implemented, or values are inconsistent.
+        """
+        shift = ConfigFile(options, "the autoencoder's config").number("shift_factor", 0.0, -1e6, 1e6)
+        file = ConfigFile({k: v for k, v in options.items() if k != "shift_factor"}, "the autoencoder's config")
+        return cls(**cls.fields_of(file), shift_factor=shift)
 
 
 class PixelAttention(Attention):
@@ -132,7 +177,7 @@ class PixelAttention(Attention):
 class DownBlock(nnx.Module):
     """Residual blocks at one resolution, then downsampling by two except at the coarsest resolution."""
 
-    def __init__(self, n_in: int, n: int, downsample: bool, config: VAEConfig, layers: Layers):
+    def __init__(self, n_in: int, n: int, downsample: bool, config: AutoencoderConfig, layers: Layers):
         self.resnets = nnx.List(
             ResnetBlock(n if i else n_in, n, config.norm_num_groups, _EPSILON, layers)
             for i in range(config.layers_per_block)
@@ -160,7 +205,7 @@ class MidBlock(nnx.Module):
 class Encoder(nnx.Module):
     """[B, H, W, in_channels] -> moments, [B, h, w, 2 * latent_channels]."""
 
-    def __init__(self, config: VAEConfig, layers: Layers):
+    def __init__(self, config: AutoencoderConfig, layers: Layers):
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = layers.conv(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nnx.List(
@@ -181,11 +226,13 @@ class VAE(nnx.Module):
     """Encodes images to latents.
 
     Args:
-      config: the shape.
+      config: the shape; its class says how latents follow from the posterior.
       rngs, dtype, param_dtype: see `Layers`.
     """
 
-    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+    def __init__(
+        self, config: VAEConfig | FluxVAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32
+    ):
         layers = Layers(rngs, dtype, param_dtype)
         self.config = config
         self.encoder = Encoder(config, layers)
@@ -205,22 +252,6 @@ class VAE(nnx.Module):
         moments = self.encoder(images)
         return self.quant_conv(moments) if self.config.use_quant_conv else moments
 
-    def encode(self, images: Array) -> Array:
-        """Returns the latents for the U-Net: scaling_factor times the mean of the posterior (not a sample).
-
-        Args:
-          images: [B, H, W, in_channels], RGB in [-1, 1].
-
-        Returns:
-          [B, H / downscale, W / downscale, latent_channels], sizes rounded down, in `dtype`.
-        """
-        return self.config.latents(self.moments(images))
-
-    def sample(self, images: Array, noise: Array) -> Array:
-        """Returns latents for the U-Net drawn from the posterior, see `VAEConfig.latents`.
-
-        Args:
-          images: [B, H, W, in_channels], RGB in [-1, 1].
-          noise: standard normal, of the latents' shape.
-        """
+    def encode(self, images: Array, noise: Array | None = None) -> Array:
+        """Returns the latents of images as for `moments`: see the config's `latents`, whose `noise` draws a sample."""
         return self.config.latents(self.moments(images), noise)

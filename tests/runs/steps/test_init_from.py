@@ -9,7 +9,7 @@ from flax import nnx
 from diva_jax import demo
 from diva_jax.common.errors import UserError
 from diva_jax.data.photos import pack_photos
-from diva_jax.models.diffusion.flux_vae import FluxVAE
+from diva_jax.models.diffusion.vae import VAE
 from diva_jax.models.layers import Keys
 from diva_jax.objectives import genhancer
 from diva_jax.training import workdirs
@@ -23,7 +23,7 @@ def make(tmp_path_factory):
     root = tmp_path_factory.mktemp("files")
     pack_photos(root / "photos", count=8, per_shard=8)
     demo.write_clip(root / "clip", small_genhancer.SPEC)
-    vae = FluxVAE(genhancer._vae(small_genhancer.small_config().genhancer.vae), rngs=Keys(3))
+    vae = VAE(genhancer._vae(small_genhancer.small_config().genhancer.vae), rngs=Keys(3))
     writers.write_safetensors(root / "ae.safetensors", names.to_torch(nnx.state(vae), flux.VAE))
 
     def config(**fields):

@@ -1,0 +1,141 @@
+"""Reads config files of diffusers, transformers and open_clip; what is not supported is an error that names it."""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from diva_jax.common.errors import UserError, brief
+from diva_jax.common.fields import finite
+
+# Beyond this width or vocabulary, one matrix alone has a terabyte.
+_MAX_SIZE = 2**20
+_MAX_LAYERS = 64
+_MAX_ENTRIES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFile:
+    """Options of a config file, or of a section of it.
+
+    Every method raises a UserError, one sentence that names the option and its value, where the option is not what the
+    method returns. A missing option has the default; null stands for the default of `number`, `flag` and `channels`.
+
+    Attributes:
+      options: as read from the file.
+      where: the file in messages, e.g. "the U-Net's config".
+      prefix: of the options' names in messages, e.g. "vision_cfg."; "" for the file itself.
+    """
+
+    options: Mapping[str, Any]
+    where: str
+    prefix: str = ""
+
+    def refuse(self, name: str, must: str) -> NoReturn:
+        """Raises the UserError for an option; `must` says what it must be."""
+        value = brief(self.options.get(name))
+        raise UserError(f"{self.where} has {self.prefix}{name}={value}: {must}")
+
+    def require_class(self, kind: str, key: str = "_class_name", name: str = "") -> None:
+        """Checks that `key`, where the file has it, is `kind`, the class `name` of its library."""
+        given = self.options.get(key, kind)
+        if given != kind:
+            raise UserError(f"{self.where} is that of a {brief(given)}, give the folder of a {name or kind}")
+
+    def check(
+        self, read: Collection[str], fixed: Mapping[str, Sequence], *, lists: bool = False, hint: str = ""
+    ) -> None:
+        """Checks that all options are known; names that begin with an underscore are metadata.
+
+        Args:
+          read: options that the caller reads, or that do not affect the result.
+          fixed: option -> the values that are implemented.
+          lists: whether such an option may be a list of them, with one entry per block.
+          hint: what to use instead, for the message.
+        """
+        for name, value in self.options.items():
+            if name.startswith("_") or name in read:
+                continue
+            if name not in fixed:
+                if value is not None:
+                    raise UserError(
+                        f"{self.where} has the unknown option {brief(f'{self.prefix}{name}')}={brief(value)}, remove it"
+                    )
+                continue
+            entries = value if lists and isinstance(value, list | tuple) else [value]
+            if not all(entry in fixed[name] for entry in entries):
+                allowed = " or ".join(map(repr, fixed[name]))
+                self.refuse(name, f"only {allowed} is supported" + (f", {hint}" if hint else ""))
+
+    def section(self, name: str) -> "ConfigFile":
+        """An option that is an object of options itself; empty where it is missing or null."""
+        value = self.options.get(name)
+        if not isinstance(value, Mapping | None):
+            self.refuse(name, "it must be an object of options")
+        return ConfigFile(value or {}, self.where, f"{self.prefix}{name}.")
+
+    def integers(self, name: str, default: Any) -> tuple[int, ...]:
+        """A list of positive integers; a single one is a list of one."""
+        value = self.options.get(name, default)
+        entries = tuple(value) if isinstance(value, list | tuple) else (value,)
+        most = _MAX_LAYERS if "layers" in name else _MAX_SIZE
+        if not 1 <= len(entries) <= _MAX_ENTRIES or not all(type(e) is int and 0 < e <= most for e in entries):
+            self.refuse(name, f"it must be a positive integer of at most {most}, or a list of up to {_MAX_ENTRIES}")
+        return entries
+
+    def integer(self, name: str, default: int | None, least: int = 1, most: int = _MAX_SIZE) -> int:
+        """An integer from `least` to `most`."""
+        value = self.options.get(name, default)
+        if type(value) is not int or not least <= value <= most:
+            self.refuse(name, f"it must be an integer, {least} to {most}")
+        return value
+
+    def number(self, name: str, default: float, least: float, most: float) -> float:
+        """A number from `least` to `most`."""
+        value = default if self.options.get(name) is None else self.options[name]
+        if not finite(value) or not least <= value <= most:
+            self.refuse(name, f"it must be a number, {least:g} to {most:g}")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false."""
+        value = default if self.options.get(name) is None else self.options[name]
+        if not isinstance(value, bool):
+            self.refuse(name, "it must be true or false")
+        return value
+
+    def choice(self, name: str, default: str, allowed: Collection[str]) -> str:
+        """One of several texts."""
+        value = self.options.get(name, default)
+        if not isinstance(value, str) or value not in allowed:
+            self.refuse(name, f"use {' or '.join(allowed)}")
+        return value
+
+    def channels(self, name: str, default: Sequence[float]) -> tuple[float, ...]:
+        """Three numbers, one per channel of an image; a single number stands for all three."""
+        value = self.options.get(name) or default
+        entries = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
+        if len(entries) != 3 or not all(finite(v) and abs(v) < 1e38 for v in entries):
+            self.refuse(name, "it must be three numbers")
+        return tuple(map(float, entries))
+
+    def names(self, name: str, default: tuple[str, ...], count: int) -> tuple[str, ...]:
+        """A list of `count` names, one per block."""
+        value = self.options.get(name, default)
+        if not isinstance(value, list | tuple) or not all(isinstance(n, str) for n in value) or len(value) != count:
+            self.refuse(name, f"it must be a list of {count} names, one per block")
+        return tuple(value)
+
+    def per_block(self, name: str, default: Any, count: int) -> tuple[int, ...]:
+        """`count` positive integers, from a list of them or from one for all blocks."""
+        entries = self.integers(name, default)
+        if not isinstance(self.options.get(name, default), list | tuple):
+            entries *= count
+        if len(entries) != count:
+            self.refuse(name, f"give one value per block, {count}")
+        return entries
+
+    def require_multiple(self, name: str, values: Iterable[int], divisor: str, divisors: Iterable[int]) -> None:
+        """Checks that each value of an option is a multiple of its divisor, that of the option `divisor`."""
+        for value, by in zip(values, divisors, strict=True):
+            if value % by:
+                raise UserError(f"{self.where} has {name} {value}, it must be a multiple of {divisor} {by}")
