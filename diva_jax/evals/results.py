@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diva_jax.common import machine, paths
-from diva_jax.common.errors import UserError
+import pydantic
+
+from diva_jax.common import machine, paths, results_schema
+from diva_jax.common.errors import RunError, UserError
 
 COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
 
-_FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # How a formula begins, for one spreadsheet program or another.
+# How a formula begins, for one spreadsheet program or another.
+_FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 
 
 def flat(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -44,7 +47,7 @@ def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
       options: the options of the scores, `Evaluator.options`.
     """
     return {
-        "schema": 1,
+        "schema": results_schema.SCHEMA,
         "created": machine.now(),
         **machine.describe(),
         "config": json.loads(paths.without_secrets(config.to_json())),
@@ -54,7 +57,7 @@ def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _harmless(value: Any) -> Any:
     """A cell that no spreadsheet takes for a formula: a text that begins as one gets an apostrophe before it."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_PREFIXES) else value
 
 
 def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
@@ -62,6 +65,7 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
 
     Raises:
       UserError: the folder cannot be written.
+      RunError: a task's scores have not the form of `results_schema.Results`; the files are written.
     """
     extra = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
     try:
@@ -78,6 +82,13 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
         paths.write_whole(folder / "results.json", content.encode("utf-8", "backslashreplace"))
     except OSError as e:
         raise UserError(f"--out={folder} cannot be written ({e}): use a folder with write access") from e
+    try:
+        results_schema.Results.model_validate(results)
+    except pydantic.ValidationError as e:
+        raise RunError(
+            f"{folder / 'results.json'} is written, but cannot be reported: {results_schema.first_error(e)}: see "
+            "diva_jax/common/results_schema.py for what a task returns"
+        ) from e
 
 
 def _figure(s: Mapping[str, Any], unit: str) -> str:
@@ -94,9 +105,9 @@ def table(tasks: dict) -> str:
     lines = []
     for task in tasks.values():
         lines.append(f"{task['title']}: {task['count']} {task['items']}")
-        found = [(label, w["scores"]) for label, w in task["weights"].items()]
-        found += [(f"{c['before']} -> {c['after']}", c["scores"]) for c in task["comparisons"]]
-        for label, scores in found:
+        labelled = [(label, w["scores"]) for label, w in task["weights"].items()]
+        labelled += [(f"{c['before']} -> {c['after']}", c["scores"]) for c in task["comparisons"]]
+        for label, scores in labelled:
             for metric, s in scores.items():
                 lines.append(f"  {label:<40}  {metric:<28}{_figure(s, task['metrics'][metric]['unit'])}")
         lines += [f"  {label}: {note}" for label, w in task["weights"].items() for note in w.get("notes", [])]

@@ -1,78 +1,69 @@
-"""The section of versions, sources and configs, and the line of the header that says when and where."""
+"""The section of versions, sources and configs, and the lines of the header that say when and where."""
 
-from html import escape
+import json
+from collections.abc import Iterator
 from typing import Any
 
+from diva_jax import config as configs
+from diva_jax.common.errors import UserError
+from diva_jax.models import backbones
 from diva_jax.report import wording
 from diva_jax.report.inputs import Inputs, flat
+from diva_jax.report.sections import Part, part
 
-_PACKAGES = ("diva_jax", "jax", "flax", "python")  # Whose versions the header names.
-
-
-def _versions(found: dict[str, str]) -> str:
-    return ", ".join(f"{p} {found[p]}" for p in _PACKAGES if p in found)
+# Packages whose versions the header names.
+_NAMED_PACKAGES = ("diva_jax", "jax", "flax", "python")
 
 
-def _when(iso: str) -> str:
-    """`2026-01-31T12:00:00+00:00` -> `2026-01-31 12:00 UTC`."""
-    return iso[:16].replace("T", " ") + (" UTC" if iso.endswith("+00:00") else "")
+def _line(name: str, when: str, took: str, devices: str, versions: dict[str, Any]) -> str:
+    """`NAME: 2026-01-31 12:00 UTC, 12 min long, ...`, of what is known; "" where nothing is."""
+    when = when[:16].replace("T", " ") + (" UTC" if when.endswith("+00:00") else "")
+    known = [f"{package} {versions[package]}" for package in _NAMED_PACKAGES if package in versions]
+    facts = [fact for fact in (when, took, devices, *known) if fact]
+    return f"{name}: {', '.join(facts)}" if facts else ""
 
 
-def facts(inputs: Inputs) -> list[str]:
+def facts(inputs: Inputs) -> Iterator[str]:
     """Returns one line for the evaluation and one per run: date, duration, devices and versions, as far as recorded."""
-    out = []
     if r := inputs.results:
-        took = f"{wording.duration(r['seconds'])} long" if r.get("seconds") else ""
-        parts = (_when(r.get("created", "")), took, r.get("devices", ""), _versions(r.get("versions", {})))
-        out.append("Evaluation: " + ", ".join(p for p in parts if p))
+        took = f"{wording.duration(r.seconds)} long" if r.seconds else ""
+        yield _line("Evaluation", r.created, took, r.devices, r.versions)
     for run in inputs.runs:
-        last, seconds = (run.sessions or [{}])[-1], run.seconds()
+        seconds = run.seconds()
         took = f"{wording.duration(seconds)} long" if seconds else ""
         took += f" in {len(run.sessions)} sessions" if len(run.sessions) > 1 else ""
-        began = _when(run.sessions[0].get("started", "")) if run.sessions else ""
-        parts = (began, took, last.get("devices", ""), _versions(last.get("versions", {})))
-        if any(parts):
-            out.append(f"Run {run.name}: " + ", ".join(p for p in parts if p))
-    return out
+        first, last = (run.sessions[0], run.sessions[-1]) if run.sessions else (None, None)
+        place = (last.devices, last.versions) if last else ("", {})
+        yield _line(f"Run {run.name}", first.started if first else "", took, *place)
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any] | None:
     """Returns the flat default config of a run's objective, with the nearest backbone of the table; None if unknown."""
-    import json
-
-    from diva_jax import config as configs  # Slow: it imports jax.
-    from diva_jax.common.errors import UserError
-    from diva_jax.models import backbones
-
-    mine = flat(config)
-
-    def of(backbone: str) -> dict[str, Any]:
-        return flat(json.loads(configs.default(backbone, objective=config["objective"]).to_json()))
-
     try:
         own = config["backbone"]
         name = min(
             backbones.TABLE,
             key=lambda row: sum(own.get(f) != v for f, v in vars(backbones.TABLE[row]).items() if f != "text"),
         )
-        found = of(name)
+        defaults = flat(json.loads(configs.default(name, objective=config["objective"]).to_json()))
     except (KeyError, TypeError, AttributeError, UserError):
         return None
-    return found if mine.keys() & found.keys() else None
+    return defaults if flat(config).keys() & defaults.keys() else None
 
 
-def section(inputs: Inputs) -> str:
+def section(inputs: Inputs) -> list[Part]:
     """Returns the content of the section, as lists that can be opened; of configs, what differs from the defaults."""
     lists: list[tuple[str, dict[str, Any], bool]] = []
     if r := inputs.results:
-        lists.append(("Versions", {**r.get("versions", {}), "devices": r.get("devices", "")}, False))
-        lists.append(("Weights", {w["label"]: _source(w) for w in r["weights"]}, False))
-        lists.append(("Data", {n: t["data"] for n, t in r["tasks"].items() if "data" in t}, False))
-        lists.append(("Evaluation options", flat(r.get("options") or {}), False))
-        lists += _config("Evaluation config", r.get("config") or {})
+        steps = {w.label: "" if w.step is None else f", step {w.step}" for w in r.weights}
+        lists.append(("Versions", {**r.versions, "devices": r.devices}, False))
+        lists.append(("Weights", {w.label: f"{w.source}{steps[w.label]}" for w in r.weights}, False))
+        lists.append(("Data", {name: task.data for name, task in r.tasks.items() if task.data}, False))
+        lists.append(("Evaluation options", flat(r.options or {}), False))
+        lists += _config("Evaluation config", r.config or {})
     for run in inputs.runs:
         lists += _config(f"Training config, {run.name}", run.config)
-    return "".join(_details(*entry) for entry in lists if entry[1])
+    return [part("fields", title=t, values=values, opened=opened) for t, values, opened in lists if values]
 
 
 def _config(title: str, config: dict[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:
@@ -84,18 +75,6 @@ def _config(title: str, config: dict[str, Any]) -> list[tuple[str, dict[str, Any
     shown = {k: f"{v} (default {defaults[k]})" if k in defaults else v for k, v in changed.items()}
     rest = {k: v for k, v in values.items() if k not in changed}
     return [(f"{title}: what differs from the defaults", shown, True), (f"{title}: the rest", rest, False)]
-
-
-def _source(w: dict[str, Any]) -> str:
-    return f"{w.get('source')}" + (f", step {w['step']}" if w.get("step") is not None else "")
-
-
-def _details(title: str, values: dict[str, Any], opened: bool) -> str:
-    rows = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in values.items())
-    return (
-        f"<details{' open' if opened else ''}><summary>{escape(title)} <small>{len(values)}</small></summary>"
-        f"<dl>{rows}</dl></details>"
-    )
 
 
 def sources(inputs: Inputs) -> str:

@@ -1,17 +1,19 @@
 """What is wrong or in doubt in an evaluation or a run: the strip at the top of the page."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from diva_jax.common.results_schema import Results, Task
 from diva_jax.report import wording
 from diva_jax.report.inputs import Inputs, Run
 
-# Conventions: the effective rank of ImageNet images under CLIP encoders is in the hundreds, and tuning moves it by a
-# few percent; half of it lost, or half of the embedding's length turned away, is no fine-tuning any more.
-COLLAPSED = 0.5  # Share of the effective rank that is left.
-TURNED = 0.5  # Mean cosine to the original embedding.
-_SIGNAL = ("gap_other", "gradient_cosine")  # Metrics of the feedback whose expectation is zero where it is noise.
-_NAMED = 4  # Metrics that an alarm names; others are counted.
+# These two bounds are conventions: the effective rank of ImageNet images under CLIP encoders is in the hundreds, and
+# tuning moves it by a few percent; half of it lost, or half of the embedding's length turned away, is no fine-tuning.
+MIN_SHARE_OF_EFFECTIVE_RANK = 0.5
+MIN_COSINE_TO_ORIGINAL = 0.5
+# Metrics of the feedback whose expectation is zero where it is noise.
+_NOISE_METRICS = ("gap_other", "gradient_cosine")
+_MAX_NAMED_METRICS = 4
 
 
 class Alarm(NamedTuple):
@@ -29,7 +31,7 @@ class Alarm(NamedTuple):
 
 
 def _collapse(before: float | None, after: float | None, cosine: float | None, who: str) -> Iterator[Alarm]:
-    if before and after is not None and after < COLLAPSED * before:
+    if before and after is not None and after < MIN_SHARE_OF_EFFECTIVE_RANK * before:
         figures = f"the effective rank fell from {wording.compact(before)} to {wording.compact(after)}"
         yield Alarm(
             "Representation collapsed",
@@ -37,7 +39,7 @@ def _collapse(before: float | None, after: float | None, cosine: float | None, w
             "must not be read as improvements.",
             "bad",
         )
-    if cosine is not None and cosine < TURNED:
+    if cosine is not None and cosine < MIN_COSINE_TO_ORIGINAL:
         yield Alarm(
             "Representation replaced",
             f"{who}: the mean cosine to the original embedding is {wording.compact(cosine)}. What was built on the "
@@ -46,26 +48,27 @@ def _collapse(before: float | None, after: float | None, cosine: float | None, w
         )
 
 
-def _drift(task: Mapping[str, Any]) -> Iterator[tuple[str, Alarm]]:
+def _drift(task: Task) -> Iterator[tuple[str, Alarm]]:
     """Returns (label of the weights, alarm) of each comparison."""
-    for c in task.get("comparisons", []):
-        ranks = [task["weights"][c[w]]["scores"].get("effective_rank", {}).get("score") for w in ("before", "after")]
-        cosine = c["scores"].get("cosine", {}).get("score")
-        yield from ((c["after"], alarm) for alarm in _collapse(*ranks, cosine, c["after"]))
+    for c in task.comparisons:
+        ranks = [task.weights[label].scores.get("effective_rank") for label in (c.before, c.after)]
+        before, after = (rank.score if rank else None for rank in ranks)
+        cosine = getattr(c.scores.get("cosine"), "score", None)
+        yield from ((c.after, alarm) for alarm in _collapse(before, after, cosine, c.after))
 
 
 def doubted(inputs: Inputs) -> set[str]:
     """Returns the labels of weights whose representation has collapsed or been replaced, here or in their run."""
-    tasks = inputs.results["tasks"].values() if inputs.results else ()
-    found = {label for task in tasks for label, _ in _drift(task)}
-    return found.union(*(run.labels for run in inputs.runs if any(_run_drift(run))))
+    tasks = inputs.results.tasks.values() if inputs.results else ()
+    labels = {label for task in tasks for label, _ in _drift(task)}
+    return labels.union(*(run.labels for run in inputs.runs if any(_run_drift(run))))
 
 
-def _noise(label: str, found: Mapping[str, list[float] | None], kind: str = "bad") -> Iterator[Alarm]:
-    """`found` is the interval of each of the feedback's metrics."""
+def _noise(label: str, intervals: Mapping[str, list[float] | None], kind: str = "bad") -> Iterator[Alarm]:
+    """The alarm for intervals of the feedback's metrics that are not above zero."""
     empty = [
-        f"{m} ({wording.interval(ends, '', wording.places(ends, ''))})"
-        for m, ends in found.items()
+        f"{metric} ({wording.interval(ends, '', wording.places(ends, ''))})"
+        for metric, ends in intervals.items()
         if ends and ends[0] <= 0
     ]
     if empty:
@@ -78,25 +81,26 @@ def _noise(label: str, found: Mapping[str, list[float] | None], kind: str = "bad
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    more = f" and {len(names) - _MAX_NAMED_METRICS} more" if len(names) > _MAX_NAMED_METRICS else ""
+    return ", ".join(names[:_MAX_NAMED_METRICS]) + more
 
 
-def _comparisons(results: Mapping[str, Any]) -> Iterator[Alarm]:
+def _comparisons(results: Results) -> Iterator[Alarm]:
     """Differences for the worse in any metric, and main metrics without a difference, per set of weights."""
     worse: dict[str, list[str]] = {}
     none: dict[str, list[str]] = {}
-    for task in results["tasks"].values():
-        for c in task.get("comparisons", []):
-            for i, (metric, info) in enumerate(task["metrics"].items()):
-                d = c["scores"].get(metric, {})
-                kind = wording.direction(d, wording.better(info)) if "difference" in d else ""
-                name = f"{task['title']}, {info['title']}"
+    for task in results.tasks.values():
+        for c in task.comparisons:
+            differences = c.differences()
+            for i, (metric, info) in enumerate(task.metrics.items()):
+                if not (d := differences.get(metric)):
+                    continue
+                kind, name = wording.direction(d, info.direction), f"{task.title}, {info.title}"
                 if kind.endswith("lost"):
-                    figure = wording.signed(d["difference"], info["unit"], wording.places(d["interval"], info["unit"]))
-                    worse.setdefault(c["after"], []).append(f"{name} ({figure})")
+                    figure = wording.signed(d.difference, info.unit, wording.places(d.known_interval, info.unit))
+                    worse.setdefault(c.after, []).append(f"{name} ({figure})")
                 elif kind == "zero" and i == 0:
-                    none.setdefault(c["after"], []).append(name)
+                    none.setdefault(c.after, []).append(name)
     for label, names in worse.items():
         yield Alarm("Worse than before", f"{label}: {_listed(names)}.", "bad")
     for label, names in none.items():
@@ -105,34 +109,31 @@ def _comparisons(results: Mapping[str, Any]) -> Iterator[Alarm]:
         )
 
 
-def _last(run: Run, key: str) -> float | None:
-    return run.curve(key)[-1][1] if run.curve(key) else None
-
-
 def _run_drift(run: Run) -> Iterator[Alarm]:
     """The drift at the last evaluation of a run in training."""
-    rank, change = _last(run, "eval/drift/effective_rank"), _last(run, "eval/drift/effective_rank_change")
+    rank, change = run.last("eval/drift/effective_rank"), run.last("eval/drift/effective_rank_change")
     before = rank - change if rank is not None and change is not None else None
-    yield from _collapse(before, rank, _last(run, "eval/drift/cosine"), f"run {run.name}, last evaluation")
+    yield from _collapse(before, rank, run.last("eval/drift/cosine"), f"run {run.name}, last evaluation")
 
 
 def _run_noise(run: Run) -> Iterator[Alarm]:
-    ends = {m: [_last(run, f"feedback/{m}/{end}") for end in ("low", "high")] for m in _SIGNAL}
+    ends = {m: [run.last(f"feedback/{m}/{end}") for end in ("low", "high")] for m in _NOISE_METRICS}
     known = {m: e for m, e in ends.items() if None not in e and e[0] < e[1]}
     yield from _noise(f"run {run.name}, last evaluation", known)
 
 
 def of(inputs: Inputs) -> list[Alarm]:
     """Returns everything that is wrong or in doubt, the worst first."""
-    found: list[Alarm] = []
-    if results := inputs.results:
-        for task in results["tasks"].values():
-            found += [alarm for _, alarm in _drift(task)]
-            for i, (label, weights) in enumerate(task["weights"].items()):
-                ends = {m: weights["scores"].get(m, {}).get("interval") for m in _SIGNAL}
+    alarms: list[Alarm] = []
+    if inputs.results:
+        for task in inputs.results.tasks.values():
+            alarms += [alarm for _, alarm in _drift(task)]
+            for i, (label, weights) in enumerate(task.weights.items()):
+                scores = {m: weights.scores[m] for m in _NOISE_METRICS if m in weights.scores}
                 # Weights from before the tuning can still be tuned well, as the projection is trained too.
-                found += _noise(label, ends, "doubt" if i == 0 and len(task["weights"]) > 1 else "bad")
-        found += _comparisons(results)
+                kind = "doubt" if i == 0 and len(task.weights) > 1 else "bad"
+                alarms += _noise(label, {m: s.known_interval for m, s in scores.items()}, kind)
+        alarms += _comparisons(inputs.results)
     for run in inputs.runs:
-        found += [*_run_drift(run), *_run_noise(run)]
-    return sorted(found, key=lambda a: a.kind != "bad")
+        alarms += [*_run_drift(run), *_run_noise(run)]
+    return sorted(alarms, key=lambda alarm: alarm.kind != "bad")

@@ -1,31 +1,69 @@
-"""The report's charts: functions that draw data on a `Canvas` of a given width."""
+"""The report's charts, drawn with matplotlib: as SVG in the colours of the page's stylesheet, and as PNG files.
 
+Importing matplotlib is slow, so that this module is imported where a report is written.
+"""
+
+import contextlib
 import dataclasses
+import functools
+import io
 import math
-from collections.abc import Callable, Sequence
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from xml.etree import ElementTree
 
-from diva_jax.report.canvas import Canvas, series, text_width
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
+
+from diva_jax.common.errors import printable
 from diva_jax.report.wording import compact
 
-_POINTS = 1000  # Approximate number of points that a curve is reduced to.
-_TIPS = 80  # Approximate number of tooltips along a curve.
-
-
-@dataclasses.dataclass(frozen=True)
-class Chart:
-    """A chart that can be drawn at any width.
-
-    Attributes:
-      name: the file name of its PNG without the suffix.
-      draw: a function: width [units] -> Canvas.
-      half: whether the chart takes half of the width of a wide page.
-      note: one sentence below the chart, or "".
-    """
-
-    name: str
-    draw: Callable[[float], Canvas]
-    half: bool = False
-    note: str = ""
+# Role -> (light, dark). Series colours have a contrast of at least 3:1 against the page in both schemes. They also
+# differ in lightness, so that readers with colour vision deficiency can distinguish them.
+COLOURS = {
+    "page": ("#fbfaf8", "#15171b"),
+    "panel": ("#ffffff", "#1c1f25"),
+    "ink": ("#1d2026", "#e8e6e1"),
+    "muted": ("#5d6470", "#a3a8b2"),
+    "grid": ("#e4e2dd", "#30343c"),
+    "axis": ("#9a9ea6", "#6b717c"),
+    "s0": ("#7d8798", "#97a1b1"),
+    "s1": ("#1559b7", "#6fb1ff"),
+    "s2": ("#b4540a", "#f2a65e"),
+    "s3": ("#0f766e", "#5fd0bf"),
+    "s4": ("#9333a8", "#d79bea"),
+    "s5": ("#8a6d00", "#dcc05a"),
+    "won": ("#15703f", "#6fd39b"),
+    "lost": ("#b3261e", "#ff9a8f"),
+}
+_LIGHT = {role: light for role, (light, _) in COLOURS.items()}
+_VARIABLES = {light: f"var(--{role})" for role, light in _LIGHT.items()}
+_SERIES = 6
+# Widths of charts [CSS pixels]: full and half of a wide page, and a phone. Charts are drawn once per width and not
+# scaled, so that their text has the same size as the page's.
+WIDE, HALF, NARROW = 918, 426, 328
+_MAX_LABELLED_WIDTH = 480
+_MAX_POINTS, _MAX_TOOLTIPS = 1000, 80
+# One unit of matplotlib, a point, is one CSS pixel of the page and two pixels of a PNG file.
+_DPI, _PNG_DPI, _PNG_MARGIN = 72, 144, 18
+_PLOT_HEIGHT, _AXIS_HEIGHT, _HALF_LABEL = 176, 42, 8
+_WHISKER = {"fmt": "none", "ecolor": _LIGHT["ink"], "alpha": 0.65, "elinewidth": 1.2, "capthick": 1.2, "clip_on": False}
+_STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 12, "text.parse_math": False, "text.color": _LIGHT["muted"],
+    "svg.fonttype": "none", "axes.axisbelow": True, "axes.spines.left": False, "axes.spines.right": False,
+    "axes.spines.top": False, "axes.spines.bottom": False, "axes.edgecolor": _LIGHT["axis"],
+    "xtick.major.size": 0, "ytick.major.size": 0, "xtick.major.pad": 7, "ytick.major.pad": 8,
+    "xtick.labelcolor": _LIGHT["muted"], "ytick.labelcolor": _LIGHT["muted"], "grid.color": _LIGHT["grid"],
+    "grid.linewidth": 1, "lines.solid_capstyle": "butt", "lines.solid_joinstyle": "round",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +72,7 @@ class Series:
 
     Attributes:
       name: the name in the legend.
-      index: the index of its colour, see `canvas.series`.
+      index: the index of its colour, see `colour_role`.
       points: [(x, y)].
       intervals: one (low, high) or None per point; empty if no point has an interval.
     """
@@ -42,7 +80,7 @@ class Series:
     name: str
     index: int
     points: Sequence[tuple[float, float]]
-    intervals: Sequence[tuple[float, float] | None] = ()
+    intervals: Sequence[Sequence[float] | None] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,261 +88,315 @@ class Row:
     """A labelled row of bars; `values` is [(series name, series index, value, interval or None, tooltip)]."""
 
     label: str
-    values: Sequence[tuple[str, int, float, tuple[float, float] | None, str]]
+    values: Sequence[tuple[str, int, float, Sequence[float] | None, str]]
 
 
-def paired(data: Sequence[Chart]) -> list[Chart]:
+@dataclasses.dataclass
+class Drawing:
+    """A figure, and its tooltips as [(x, y, width, height, text)] in pixels from the upper left corner."""
+
+    figure: Figure
+    tooltips: list[tuple[float, float, float, float, str]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart that can be drawn at any width; its title and legend are part of the PNG file, but not of the SVG.
+
+    Attributes:
+      name: the file name of its PNG without the suffix.
+      title: the title.
+      legend: {(name, index of the colour)} of the series.
+      draw: a function: width [pixels] -> Drawing.
+      half: whether the chart takes half of the width of a wide page.
+      note: one sentence below the chart, or "".
+    """
+
+    name: str
+    title: str
+    legend: Sequence[tuple[str, int]]
+    draw: Callable[[float], Drawing]
+    half: bool = False
+    note: str = ""
+
+    def svg(self, width: float) -> Markup:
+        """Returns an `<svg>` element whose colours are variables of the page's stylesheet."""
+        # The salt makes the names of its shapes the same in each run, and different from those of other charts.
+        with _style(f"{self.name} {width}"):
+            drawing, file = self.draw(width), io.StringIO()
+            drawing.figure.savefig(file, format="svg", metadata={"Date": None})
+        return _inline(file.getvalue(), _plain(self.title), drawing.tooltips)
+
+    def png(self) -> bytes:
+        """Returns a PNG file in light colours: 2 pixels per CSS pixel, with a margin of 18."""
+        width, file = HALF if self.half else WIDE, io.BytesIO()
+        with _style():
+            figure = self.draw(width).figure
+            above = 1 + 8 / (figure.get_figheight() * _DPI)
+            if len(self.legend) > 1:
+                handles = [Patch(color=_colour(i), label=_plain(name)) for name, i in self.legend]
+                room = 40 + max(_text_width(handle.get_label(), 12) for handle in handles)
+                legend = figure.legend(
+                    handles=handles, loc="lower left", bbox_to_anchor=(0, above), frameon=False, borderpad=0,
+                    ncols=max(1, int(width / room)), handlelength=1, handleheight=0.8, borderaxespad=0.3,
+                    labelcolor=_LIGHT["ink"],
+                )  # fmt: skip
+                above += (legend.get_window_extent().height + 8) / (figure.get_figheight() * _DPI)
+            title = textwrap.fill(_plain(self.title), int(width / 8))
+            figure.text(0, above, title, size=14, color=_LIGHT["ink"], va="bottom")
+            figure.set_facecolor(_LIGHT["panel"])
+            figure.savefig(file, format="png", dpi=_PNG_DPI, bbox_inches="tight", pad_inches=_PNG_MARGIN / _DPI)
+        return file.getvalue()
+
+
+@contextlib.contextmanager
+def _style(salt: str = "") -> Iterator[None]:
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}), warnings.catch_warnings():
+        # Browsers have fonts for the characters that matplotlib's font lacks.
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
+def in_pairs(charts: Sequence[Chart]) -> list[Chart]:
     """Lays out charts in pairs. If their number is odd, the first one takes the full width."""
-    odd = len(data) % 2
-    return [dataclasses.replace(chart, half=i >= odd) for i, chart in enumerate(data)]
+    odd = len(charts) % 2
+    return [dataclasses.replace(chart, half=i >= odd) for i, chart in enumerate(charts)]
 
 
-class _Scale:
-    """Maps data to units along one axis, with round ticks. The axis ends at ticks or, if `tight`, at the data."""
-
-    def __init__(self, low: float, high: float, start: float, end: float, log=False, tight=False, count: int = 5):
-        self._log = log
-        if not log:
-            high = high if high > low else low + (abs(low) or 1.0)
-            step = _round_step((high - low) / count)
-            first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-            ticks = [i * step for i in range(first, last + 1)]
-            self.ticks = [t for t in ticks if not tight or low <= t <= high]
-            low, high = (low, high) if tight else (ticks[0], ticks[-1])
-        else:
-            low, high = math.floor(math.log10(low)), math.ceil(math.log10(high))
-            high = max(high, low + 1)
-            every = math.ceil((high - low) / count)
-            self.ticks = [10.0**e for e in range(low, high + 1, every)]
-        self._low, self._high, self._start, self._end = low, high, start, end
-
-    def __call__(self, value: float) -> float:
-        value = math.log10(max(value, 10.0**self._low)) if self._log else value
-        return self._start + (value - self._low) / (self._high - self._low) * (self._end - self._start)
+def colour_role(index: int) -> str:
+    """Returns the key in `COLOURS` of a series. Series 0, the reference of comparisons, has a neutral grey."""
+    return f"s{index if index < _SERIES else 1 + (index - 1) % (_SERIES - 1)}"
 
 
-def _round_step(step: float) -> float:
-    power = 10.0 ** math.floor(math.log10(step))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= step * 0.999)
+def _colour(index: int) -> str:
+    return _LIGHT[colour_role(index)]
 
 
-def _fits_log(values: Sequence[float]) -> bool:
-    """Whether a log axis is used: all values are positive and their ratio exceeds 30 (about 1.5 decades)."""
-    return min(values) > 0 and max(values) / min(values) > 30
-
-
-def _head(width: float, title: str, names: Sequence[tuple[str, int]]) -> tuple[Callable[[Canvas], None], float]:
-    """Lays out the title and, for two or more series, a legend: (function that draws them, y of their end)."""
-    lines = _wrapped(title, width, 14)
-    places, x, y = [], 0.0, 22.0 + 18 * len(lines)
-    for name, index in names:
-        room = 22 + text_width(name)
-        if x and x + room > width:
-            x, y = 0.0, y + 18
-        places.append((x, y, name, index))
-        x += room + 14
-
-    def draw(canvas: Canvas):
-        for i, line in enumerate(lines):
-            canvas.text(0, 16 + 18 * i, line, "ink", 14)
-        if len(places) > 1:
-            for px, py, name, index in places:
-                canvas.rect(px, py - 9, 12, 10, series(index))
-                canvas.text(px + 18, py, name, "ink")
-
-    return draw, (y + 14 if len(places) > 1 else y - 10)
-
-
-def _wrapped(text: str, width: float, size: float) -> list[str]:
-    """Breaks a text between words into lines that are at most `width` wide."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and text_width(longer, size) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
-def rows(width: float, title: str, data: Sequence[Row], unit: str, high: float) -> Canvas:
+def bars(width: float, data: Sequence[Row], unit: str, high: float) -> Drawing:
     """Draws rows of horizontal bars from zero: one bar per series, with a whisker where an interval is known.
 
     Labels are placed left of the bars, or above them if the chart is narrow.
 
     Args:
-      width: the width of the chart [units].
-      title: the title of the chart.
+      width: the width of the chart [pixels].
       data: the rows, from top to bottom.
       unit: the unit, appended to the tick labels.
       high: the smallest upper end of the axis.
     """
-    narrow = width < 480
-    names = list(dict.fromkeys((v[0], v[1]) for row in data for v in row.values))
-    head, top = _head(width, title, names)
-    left = 0.0 if narrow else min(0.45 * width, 14 + max(text_width(r.label, 13) for r in data))
-    bar, gap, above = 10, 3, 18 if narrow else 0
-    heights = [above + len(r.values) * (bar + gap) + 12 for r in data]
-    reach = [e for r in data for v in r.values for e in (v[2], *(v[3] or ()))]
-    canvas = Canvas(width, top + sum(heights) + 24, title)
-    head(canvas)
-    scale = _Scale(min(0.0, *reach), max(high, *reach), left, width - 28, count=4 if narrow else 8)
-    bottom = canvas.height - 22
-    for tick in scale.ticks:
-        canvas.path([(scale(tick), top), (scale(tick), bottom)], "grid" if tick else "axis")
-        canvas.text(scale(tick), bottom + 16, compact(tick) + unit, anchor="middle" if scale(tick) > 12 else "start")
-    y = top
-    for row, height in zip(data, heights, strict=True):
+    narrow = width < _MAX_LABELLED_WIDTH
+    left = 1.0 if narrow else min(0.45 * width, 14 + max(_text_width(row.label, 13) for row in data))
+    bar, step, above = 10, 13, 18 if narrow else 0
+    tops = np.cumsum([0, *(above + len(row.values) * step + 12 for row in data)])
+    ends = [e for row in data for _, _, value, interval, _ in row.values for e in (value, *(interval or ()))]
+    drawing, axes = _axes(width, tops[-1], left, 28, 0, 24)
+    ticks, limits = _ticks(min(0.0, *ends), max(high, *ends), 4 if narrow else 8)
+    axes.set(xlim=limits, ylim=(tops[-1], 0))
+    axes.set_xticks(ticks, [compact(tick) + unit for tick in ticks])
+    axes.get_xticklabels()[0].set_ha("left" if narrow else "center")
+    labels = [_plain(row.label) for row in data]
+    axes.set_yticks([] if narrow else (tops[:-1] + tops[1:]) / 2 - 3, [] if narrow else labels, size=13)
+    axes.tick_params("y", pad=12, labelcolor=_LIGHT["ink"])
+    axes.grid(axis="x", clip_on=False)
+    axes.axvline(0, color=_LIGHT["axis"], linewidth=1, clip_on=False, zorder=0.9)
+    smallest = 1.5 * (limits[1] - limits[0]) / (width - left - 28)
+    for row, top, label in zip(data, tops, labels, strict=False):
         if narrow:
-            canvas.text(0, y + 14, row.label, "ink", 13)
-        else:
-            middle = y + (height - 12) / 2 + 8
-            canvas.text(left - 12, middle, row.label, "ink", 13, "end")
-        for i, (_, index, value, interval, tip) in enumerate(row.values):
-            at = y + above + 4 + i * (bar + gap)
-            ends = sorted((scale(0), scale(value)))
-            canvas.rect(ends[0], at, max(ends[1] - ends[0], 1.5), bar, series(index), title=tip)
+            axes.text(0, top + 14, label, size=13, color=_LIGHT["ink"], transform=axes.get_yaxis_transform())
+        for i, (_, index, value, interval, tooltip) in enumerate(row.values):
+            middle = top + above + 4 + i * step + bar / 2
+            length = math.copysign(max(abs(value), smallest), value)
+            axes.barh(middle, length, bar, color=_colour(index), clip_on=False)
             if interval:
-                _whisker(canvas, [(scale(e), at + bar / 2) for e in interval], 3)
-            canvas.rect(left, at - 1, width - left, bar + 2, "ink", 0, tip)
-        y += height
-    return canvas
-
-
-def _whisker(canvas: Canvas, ends, cap: float) -> None:
-    """Draws a horizontal or vertical interval with caps."""
-    (x0, y0), (x1, y1) = ends
-    canvas.path(ends, "ink", 1.2, 0.65)
-    for x, y in ends:
-        across = [(x, y - cap), (x, y + cap)] if y0 == y1 else [(x - cap, y), (x + cap, y)]
-        canvas.path(across, "ink", 1.2, 0.65)
-
-
-def _plot(width, title, curves, x_title, tight, linear=False) -> tuple[Canvas, _Scale, _Scale, tuple[float, float]]:
-    """Draws title, legend, axes, grid and ticks of a line chart: (canvas, x scale, y scale, (top, bottom))."""
-    head, top = _head(width, title, [(c.name, c.index) for c in curves])
-    xs = [x for c in curves for x, _ in c.points]
-    ys = [y for c in curves for _, y in c.points]
-    ys += [e for c in curves for i in c.intervals if i for e in i]
-    log = not linear and _fits_log(ys)
-    canvas = Canvas(width, top + 226, title)
-    head(canvas)
-    bottom = canvas.height - 42
-    y_scale = _Scale(min(0.0, *ys) if linear else min(ys), max(ys), bottom, top + 4, log)
-    labels = [compact(t) for t in y_scale.ticks]
-    left = 10 + max(text_width(t) for t in labels)
-    right = width - text_width("0" + compact(max(xs))) / 2 - 2
-    x_scale = _Scale(min(0, *xs), max(xs), left, right, tight=tight, count=4 if width < 480 else 6)
-    for tick, label in zip(y_scale.ticks, labels, strict=True):
-        canvas.path([(left, y_scale(tick)), (right, y_scale(tick))], "axis" if tick == 0 and not log else "grid")
-        canvas.text(left - 8, y_scale(tick) + 4, label, anchor="end")
-    canvas.path([(left, bottom), (right, bottom)], "axis")
-    for tick in x_scale.ticks:
-        canvas.text(x_scale(tick), bottom + 17, compact(tick), anchor="middle")
-    canvas.text(right, bottom + 35, x_title, anchor="end")
-    return canvas, x_scale, y_scale, (top + 4, bottom)
+                whisker = [[value - interval[0]], [interval[1] - value]]
+                axes.errorbar(value, middle, xerr=np.maximum(whisker, 0), capsize=3, **_WHISKER)
+            drawing.tooltips.append((left, middle - bar / 2 - 1, width - left, bar + 2, tooltip))
+    return drawing
 
 
 def curves(
-    width: float,
-    title: str,
-    data: Sequence[Series],
-    x_title: str,
-    marks: Sequence[tuple[float, str]] = (),
-    linear: bool = False,
-) -> Canvas:
+    width: float, data: Sequence[Series], x_title: str, marks: Sequence[tuple[float, str]] = (), linear: bool = False
+) -> Drawing:
     """Draws long noisy curves: the points in a light line, their moving mean in a bold line.
 
     The y axis is logarithmic if all values are positive and span more than about 1.5 decades, unless `linear` is set;
     a linear axis then begins at zero.
 
     Args:
-      width: the width of the chart [units].
-      title: the title of the chart.
+      width: the width of the chart [pixels].
       data: the curves.
       x_title: the title of the x axis.
       marks: [(x, text)], drawn as dashed vertical lines. The text is omitted if the chart is narrow.
       linear: see above.
     """
-    canvas, xs, ys, (top, bottom) = _plot(width, title, data, x_title, tight=True, linear=linear)
+    drawing, axes = _plot(width, data, x_title, tight=True, linear=linear)
     for x, label in marks:
-        canvas.path([(xs(x), top), (xs(x), bottom)], "axis", dash=True)
+        axes.axvline(x, color=_LIGHT["axis"], linewidth=1, dashes=(4, 4), clip_on=False)
         if width > 600:
-            end = xs(x) + 6 + text_width(label, 11) > width
-            canvas.text(xs(x) + (-6 if end else 6), top + 10, label, size=11, anchor="end" if end else "start")
+            at_end = axes.transData.transform((x, 0))[0] + 6 + _text_width(label, 11) > width
+            axes.annotate(
+                _plain(label), (x, 1), (-6 if at_end else 6, 0), size=11, ha="right" if at_end else "left", va="top",
+                xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+            )  # fmt: skip
     for s in data:
-        smooth = moving_mean(s.points, max(1, len(s.points) // 20))
+        smooth, how = moving_mean(s.points, max(1, len(s.points) // 20)), {"color": _colour(s.index), "clip_on": False}
         if len(smooth) > 20:
-            canvas.path([(xs(x), ys(y)) for x, y in thinned(s.points, _POINTS)], series(s.index), 1, 0.35)
-        canvas.path([(xs(x), ys(y)) for x, y in thinned(smooth, _POINTS)], series(s.index), 2)
-        if len(s.points) == 1:
-            canvas.dot(xs(s.points[0][0]), ys(s.points[0][1]), 3, series(s.index))
-    tips = {x: [] for x, _ in data[0].points[:: max(1, len(data[0].points) // _TIPS)]}
+            axes.plot(*zip(*thinned(s.points), strict=True), linewidth=1, alpha=0.35, **how)
+        marker = {"marker": "o", "markersize": 6} if len(smooth) == 1 else {}
+        axes.plot(*zip(*thinned(smooth), strict=True), linewidth=2, **marker, **how)
+    shown = data[0].points[:: max(1, len(data[0].points) // _MAX_TOOLTIPS)]
+    texts: dict[float, list[str]] = {x: [] for x, _ in shown}
     for s in data:
         for x, y in s.points:
-            if x in tips:
-                tips[x].append(f"{s.name}: {compact(y, 4)}" if len(data) > 1 else compact(y, 4))
-    _tooltips(canvas, {xs(x): f"{x_title} {compact(x)}, {', '.join(t)}" for x, t in tips.items()}, top, bottom)
-    return canvas
+            if x in texts:
+                texts[x].append(f"{s.name}: {compact(y, 4)}" if len(data) > 1 else compact(y, 4))
+    _add_tooltips(drawing, {x: f"{x_title} {compact(x)}, {', '.join(lines)}" for x, lines in texts.items()})
+    return drawing
 
 
-def points(width: float, title: str, data: Sequence[Series], x_title: str, unit: str = "") -> Canvas:
+def points(width: float, data: Sequence[Series], x_title: str, unit: str = "") -> Drawing:
     """Draws a few points per series with their intervals, joined by a line.
 
     Points of different series at the same x are shifted so that they do not overlap.
 
     Args:
-      width: the width of the chart [units].
-      title: the title of the chart.
+      width: the width of the chart [pixels].
       data: the series.
       x_title: the title of the x axis.
       unit: the unit, appended to the values in tooltips.
     """
-    canvas, xs, ys, (top, bottom) = _plot(width, title, data, x_title, tight=False)
-    tips: dict[float, list[str]] = {}
+    drawing, axes = _plot(width, data, x_title, tight=False)
+    texts: dict[float, list[str]] = {}
     for n, s in enumerate(data):
-        shift = 5 * (n - (len(data) - 1) / 2)
-        places = [(xs(x) + shift, ys(y)) for x, y in s.points]
-        canvas.path(places, series(s.index), 1.5, 0.6)
-        for i, ((x, y), place) in enumerate(zip(s.points, places, strict=True)):
-            interval = s.intervals[i] if s.intervals else None
-            text = f"{s.name}: {compact(y, 4)}{unit}"
-            if interval:
-                _whisker(canvas, [(place[0], ys(e)) for e in interval], 2.5)
-                text += f" ({compact(interval[0], 4)} to {compact(interval[1], 4)})"
-            canvas.dot(*place, 3.2, series(s.index))
-            tips.setdefault(x, []).append(text)
-    _tooltips(canvas, {xs(x): "\n".join([f"{x_title} {compact(x)}", *t]) for x, t in tips.items()}, top, bottom)
-    return canvas
+        shift = ScaledTranslation(5 * (n - (len(data) - 1) / 2) / _DPI, 0, drawing.figure.dpi_scale_trans)
+        how = {"transform": axes.transData + shift}
+        intervals = s.intervals or [None] * len(s.points)
+        known = [(x, y, y - i[0], i[1] - y) for (x, y), i in zip(s.points, intervals, strict=True) if i]
+        if known:
+            x, y, below, above = np.array(known).T
+            axes.errorbar(x, y, np.maximum([below, above], 0), capsize=2.5, **_WHISKER, **how)
+        x, y = zip(*s.points, strict=True)
+        axes.plot(x, y, color=_colour(s.index), linewidth=1.5, alpha=0.6, clip_on=False, **how)
+        axes.plot(x, y, "o", color=_colour(s.index), markersize=6.4, markeredgewidth=0, clip_on=False, **how)
+        for (at, value), ends in zip(s.points, intervals, strict=True):
+            between = f" ({compact(ends[0], 4)} to {compact(ends[1], 4)})" if ends else ""
+            texts.setdefault(at, []).append(f"{s.name}: {compact(value, 4)}{unit}{between}")
+    _add_tooltips(drawing, {x: "\n".join([f"{x_title} {compact(x)}", *lines]) for x, lines in texts.items()})
+    return drawing
 
 
-def _tooltips(canvas: Canvas, tips: dict[float, str], top: float, bottom: float) -> None:
-    """Adds the tooltips as invisible columns that end halfway between neighbouring x positions."""
-    at = sorted(tips)
-    edges = [at[0] - 10, *((a + b) / 2 for a, b in zip(at[:-1], at[1:], strict=True)), at[-1] + 10]
-    for x, left, right in zip(at, edges[:-1], edges[1:], strict=True):
-        canvas.rect(left, top, right - left, bottom - top, "ink", 0, tips[x])
+def _axes(width: float, height: float, left: float, right: float, top: float, bottom: float):
+    """A drawing of this width, with axes of this height and margins around them [pixels]."""
+    whole = top + height + bottom
+    figure = Figure(figsize=(width / _DPI, whole / _DPI), dpi=_DPI, facecolor="none")
+    axes = figure.add_axes((left / width, bottom / whole, (width - left - right) / width, height / whole))
+    axes.set_facecolor("none")
+    return Drawing(figure), axes
 
 
-def moving_mean(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+def _plot(width: float, data: Sequence[Series], x_title: str, tight: bool, linear: bool = False):
+    """Draws axes, grid and ticks of a line chart: (drawing, axes)."""
+    xs = [x for s in data for x, _ in s.points]
+    ys = [y for s in data for _, y in s.points] + [e for s in data for i in s.intervals if i for e in i]
+    log = not linear and min(ys) > 1e-100 and max(ys) / min(ys) > 30
+    y_ticks, y_limits = (
+        _log_ticks(min(ys), max(ys)) if log else _ticks(min(0.0, *ys) if linear else min(ys), max(ys), 5)
+    )
+    x_ticks, x_limits = _ticks(min(0, *xs), max(xs), 4 if width < _MAX_LABELLED_WIDTH else 6, tight)
+    y_labels, x_labels = ([compact(tick) for tick in ticks] for ticks in (y_ticks, x_ticks))
+    left = 10 + max(_text_width(label, 12) for label in y_labels)
+    right = 2 + _text_width(f"0{compact(max(xs))}", 12) / 2
+    drawing, axes = _axes(width, _PLOT_HEIGHT, left, right, _HALF_LABEL, _AXIS_HEIGHT)
+    axes.set_yscale("log" if log else "linear")
+    axes.set(xlim=x_limits, ylim=y_limits)
+    axes.set_xticks(x_ticks, x_labels)
+    axes.set_yticks(y_ticks, y_labels)
+    axes.minorticks_off()
+    axes.grid(axis="y", clip_on=False)
+    axes.spines.bottom.set_visible(True)
+    axes.set_xlabel(x_title, loc="right", color=_LIGHT["muted"], labelpad=4)
+    if not log and y_limits[0] < 0 < y_limits[1]:
+        axes.axhline(0, color=_LIGHT["axis"], linewidth=1, clip_on=False)
+    return drawing, axes
+
+
+def _ticks(low: float, high: float, count: int, tight: bool = False) -> tuple[list[float], tuple[float, float]]:
+    """Round ticks, and the limits of the axis: the outer ticks or, if `tight`, the data."""
+    high = high if high > low else low + (abs(low) or 1.0)
+    ticks = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    limits = (low, high) if tight else (ticks[0], ticks[-1])
+    return [float(tick) for tick in ticks if limits[0] <= tick <= limits[1]], limits
+
+
+def _log_ticks(low: float, high: float) -> tuple[list[float], tuple[float, float]]:
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return [10.0**e for e in range(first, last + 1, math.ceil((last - first) / 5))], (10.0**first, 10.0**last)
+
+
+def _add_tooltips(drawing: Drawing, texts: dict[float, str]) -> None:
+    """Adds tooltips by x value as columns that end halfway between neighbouring x values."""
+    (axes,) = drawing.figure.axes
+    box, top = axes.get_window_extent(), drawing.figure.get_figheight() * _DPI
+    at = {axes.transData.transform((x, 1))[0]: text for x, text in sorted(texts.items())}
+    middles = list(at)
+    edges = [middles[0] - 10, *((a + b) / 2 for a, b in zip(middles[:-1], middles[1:], strict=True)), middles[-1] + 10]
+    for left, right, text in zip(edges[:-1], edges[1:], at.values(), strict=True):
+        drawing.tooltips.append((left, top - box.y1, right - left, box.height, text))
+
+
+def moving_mean(data: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
     """Returns, for each point, the mean over about `window` points around it (fewer at the ends)."""
-    total = [0.0]
-    for _, y in points:
-        total.append(total[-1] + y)
-    out = []
-    for i, (x, _) in enumerate(points):
-        a, b = max(0, i - window // 2), min(len(points), i + window // 2 + 1)
-        out.append((x, (total[b] - total[a]) / (b - a)))
-    return out
+    total = np.concatenate([[0.0], np.cumsum([y for _, y in data])])
+    at = np.arange(len(data))
+    first, last = np.maximum(0, at - window // 2), np.minimum(len(data), at + window // 2 + 1)
+    means = (total[last] - total[first]) / (last - first)
+    return [(x, float(mean)) for (x, _), mean in zip(data, means, strict=True)]
 
 
-def thinned(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
+def thinned(data: Sequence[tuple[float, float]], limit: int = _MAX_POINTS) -> list[tuple[float, float]]:
     """Reduces a curve to at most about `limit` points: the lowest and highest of each run, which keeps spikes."""
-    if len(points) <= limit:
-        return list(points)
-    size = math.ceil(2 * len(points) / limit)
+    if len(data) <= limit:
+        return list(data)
+    size = math.ceil(2 * len(data) / limit)
     out = []
-    for i in range(0, len(points), size):
-        run = points[i : i + size]
+    for i in range(0, len(data), size):
+        run = data[i : i + size]
         out += sorted({min(run, key=lambda p: p[1]), max(run, key=lambda p: p[1])})
     return out
+
+
+@functools.cache
+def _text_width(text: str, size: float) -> float:
+    """An upper bound of a text's width [pixels]: most fonts of browsers are narrower than that of the PNG files."""
+    font = get_font(findfont("DejaVu Sans"))
+    font.set_size(size, _DPI)
+    font.set_text(_plain(text))
+    return 1.08 * font.get_width_height()[0] / 64
+
+
+def _plain(text: str) -> str:
+    """A text on one line, in which characters that cannot be drawn are written as escapes."""
+    return printable(" ".join(text.split()))
+
+
+def _inline(svg: str, label: str, tooltips) -> Markup:
+    """Turns matplotlib's SVG file into an element of the page."""
+    root = ElementTree.fromstring(svg)
+    root.attrib = {"viewBox": root.get("viewBox"), "role": "img", "aria-label": label}
+    hrefs = "{http://www.w3.org/1999/xlink}href"
+    used = {e.get(hrefs, "#")[1:] for e in root.iter()}
+    for e in root.iter():
+        e.tag, e.text, e.tail = e.tag.rpartition("}")[2], (e.text or "").strip(), None
+        e[:] = [child for child in e if child.tag.rpartition("}")[2] not in ("metadata", "style")]
+        if e.get("id") not in used or e.get("transform", "").startswith("rotate(-0 "):
+            e.attrib = {name: value for name, value in e.items() if name not in ("id", "transform")}
+        if hrefs in e.attrib:
+            e.set("href", e.attrib.pop(hrefs))
+        style = re.sub(r"font-family: [^;]*; ?", "", e.get("style", ""))
+        e.set("style", re.sub("#[0-9a-f]{6}", lambda colour: _VARIABLES.get(colour[0], colour[0]), style))
+        e.set("d", re.sub(r"(\.\d\d)\d+", r"\1", e.get("d", "")).replace("\n", ""))
+        e.attrib = {name: value for name, value in e.items() if value}
+    for x, y, width, height, text in tooltips:
+        place = {"x": x, "y": y, "width": width, "height": height}
+        area = ElementTree.SubElement(root, "rect", {k: f"{v:.5g}" for k, v in place.items()}, fill="transparent")
+        ElementTree.SubElement(area, "title").text = "\n".join(map(_plain, text.split("\n")))
+    return Markup(ElementTree.tostring(root, encoding="unicode", method="html"))

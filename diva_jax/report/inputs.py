@@ -1,18 +1,46 @@
-"""Reads and validates a report's input: results.json of an evaluation, metrics.jsonl and config.json of a run."""
+"""Reads what a report is made of: results.json of an evaluation, metrics.jsonl and config.json of a run.
+
+The files may come from elsewhere. This module is where they come in: they are regular files of a bounded size and
+depth, and every value that is shown has its declared type.
+"""
 
 import dataclasses
 import json
 import shlex
 from typing import Any
 
+import pydantic
 from etils import epath
 
-from diva_jax.common import paths
+from diva_jax.common import paths, results_schema
 from diva_jax.common.errors import UserError, brief
-from diva_jax.report import schema
+from diva_jax.common.fields import finite
+from diva_jax.common.results_schema import LARGEST_NUMBER, Record, Results, first_error
+from diva_jax.data.files import open_binary
 
-_MOST_BYTES = 2**28  # Of a file that is read.
-_DEEPEST = 20  # Levels of a config that are shown one by one.
+_MAX_FILE_BYTES = 2**28
+_MAX_JSON_DEPTH = 64
+
+
+class Session(Record):
+    """When and where a run was started or resumed, an entry of sessions.json."""
+
+    started: str = ""
+    devices: str = ""
+    versions: dict[str, Any] = {}
+
+
+class CaptionedImage(Record):
+    image: str
+    caption: str
+
+
+class ImageRows(Record):
+    """The content of images.json: a section of images beside each other, with their captions."""
+
+    title: str
+    note: str
+    rows: list[list[CaptionedImage]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,34 +59,37 @@ class Run:
     name: str
     index: int
     config: dict[str, Any]
-    rows: list[dict[str, float]]
-    sessions: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    sessions: list[Session]
     labels: tuple[str, ...]
 
     @property
     def total(self) -> int | None:
         """Number of steps of the whole run, or None if the config does not contain it."""
         steps = self.config.get("steps")
-        return int(steps) + self.warmup if schema.usable(steps) else None
+        return int(steps) + self.warmup if _usable(steps) else None
 
     @property
     def warmup(self) -> int:
         """Number of steps of the stage that trains only visual_proj."""
         condition = self.config.get("condition")
         steps = condition.get("warmup_steps") if isinstance(condition, dict) else 0
-        return int(steps) if schema.usable(steps) else 0
+        return int(steps) if _usable(steps) else 0
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """Returns [(step, value)] of one key, finite values only."""
-        return [(r["step"], float(r[key])) for r in self.rows if schema.usable(r.get(key))]
+        return [(row["step"], float(row[key])) for row in self.rows if _usable(row.get(key))]
+
+    def last(self, key: str) -> float | None:
+        """Returns the last finite value of one key."""
+        return self.curve(key)[-1][1] if self.curve(key) else None
 
     def seconds(self) -> float | None:
         """Returns the time of the run up to its last row, summed over its sessions [s]; None if it was not logged."""
         if not (clock := [v for _, v in self.curve("seconds")]):
             return None
         # Each session counts from zero.
-        ends = [a for a, b in zip(clock, [*clock[1:], -1.0], strict=True) if b < a]
-        return sum(ends)
+        return sum(a for a, b in zip(clock, [*clock[1:], -1.0], strict=True) if b < a)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +100,13 @@ class Inputs:
       folder: the folder that the report is written to.
       results: the content of results.json, or None if there is no evaluation.
       runs: the training runs; empty if there are none.
-      estimates: the content of images.json, or None if there is no such file.
+      image_rows: the content of images.json, or None if there is no such file.
     """
 
     folder: epath.Path
-    results: dict[str, Any] | None
+    results: Results | None
     runs: list[Run]
-    estimates: dict[str, Any] | None = None
+    image_rows: ImageRows | None = None
 
 
 def read(folder: epath.PathLike) -> Inputs:
@@ -90,67 +121,55 @@ def read(folder: epath.PathLike) -> Inputs:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give an evaluation's --out folder or a training --workdir")
     results = _results(folder / "results.json")
-    folders: dict[epath.Path, tuple[int, tuple[str, ...]]] = {paths.absolute(folder): (1, ())}
-    for i, w in enumerate((results or {}).get("weights", [])):
-        if w.get("step") is not None and (source := _existing(w.get("source") or "", paths.is_remote(folder))):
-            index, labels = folders.get(source, (i, ()))
-            folders[source] = index, (*labels, w["label"])
-    runs = [r for r in (_run(path, *place) for path, place in folders.items()) if r.rows]
+    workdirs: dict[epath.Path, tuple[int, tuple[str, ...]]] = {paths.absolute(folder): (1, ())}
+    for i, weights in enumerate(results.weights if results else ()):
+        source = _existing_folder(weights.source or "", paths.is_remote(folder)) if weights.step is not None else None
+        if source:
+            index, labels = workdirs.get(source, (i, ()))
+            workdirs[source] = index, (*labels, weights.label)
+    runs = [run for run in (_run(path, *place) for path, place in workdirs.items()) if run.rows]
     if results is None and not runs:
         raise UserError(
             f"{folder} has neither results.json nor logged steps in metrics.jsonl: give an evaluation's output folder "
             f"(python -m diva_jax.evaluate --out={shlex.quote(str(folder))}) or a training workdir"
         )
-    return Inputs(folder, results, runs, _estimates(folder / "images.json"))
+    return Inputs(
+        folder, results, runs, _parsed(folder / "images.json", ImageRows, None, "write it again, or remove it")
+    )
 
 
-def _existing(source: str, remote: bool) -> epath.Path | None:
+def _existing_folder(source: str, remote: bool) -> epath.Path | None:
     """The workdir that weights came from, or None where it cannot be found; one in a bucket only with `remote`."""
     if not source or (paths.is_remote(source) and not remote):
         return None
     try:
-        found = paths.absolute(paths.folder(source, "source"))
-        return found if found.is_dir() else None
-    except (UserError, ValueError, OSError, RuntimeError):  # No such bucket, user or path.
+        folder = paths.absolute(paths.folder(source, "source"))
+        return folder if folder.is_dir() else None
+    except (UserError, ValueError, OSError, RuntimeError):
+        # There is no such bucket, user or path.
         return None
 
 
 def _run(folder: epath.Path, index: int, labels: tuple[str, ...]) -> Run:
-    path = folder / "config.json"
-    config = _json(path, _bytes(path)) if path.is_file() else {}
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a config (a JSON object): restore or remove it")
-    path = folder / "sessions.json"
-    sessions = _json(path, _bytes(path)) if path.is_file() else []
-    try:
-        schema.check_sessions(sessions)
-    except schema.Wrong as e:
-        raise UserError(f"{path}: {e}: restore or remove it") from e
+    repair = "restore or remove it"
+    config = _parsed(folder / "config.json", dict[str, Any], {}, repair)
+    sessions = _parsed(folder / "sessions.json", list[Session], [], repair)
     return Run(folder.name, index, config, _metrics(folder / "metrics.jsonl"), sessions, labels)
 
 
-def _bytes(path: epath.Path) -> bytes:
-    try:
-        if (size := path.stat().length) > _MOST_BYTES:
-            raise UserError(f"{path} has {size} bytes, more than the {_MOST_BYTES} that a report reads: remove rows")
-        return path.read_bytes()
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}): check its permissions") from e
+def _results(path: epath.Path) -> Results | None:
+    again = "it was not written by this version of diva_jax.evaluate, run the evaluation again"
+    content = _parsed(path, Any, None, again)
+    if content is None:
+        return None
+    if not isinstance(content, dict) or content.get("schema") != results_schema.SCHEMA:
+        raise UserError(f"{path} is not of schema {results_schema.SCHEMA}: {again}")
+    return _checked(path, Results, content, again)
 
 
-def _json(path: epath.Path, text: bytes, line: int | None = None) -> Any:
-    try:
-        return json.loads(text.decode())
-    except (ValueError, RecursionError) as e:  # Not JSON, or not UTF-8.
-        where = f"line {line}" if line else f"line {getattr(e, 'lineno', 1)}"
-        raise UserError(f"{path}, {where} is not JSON ({brief(getattr(e, 'msg', e))}): repair or remove it") from e
-
-
-def _metrics(path: epath.Path) -> list[dict[str, float]]:
+def _metrics(path: epath.Path) -> list[dict[str, Any]]:
     """Reads rows, sorted by step. An incomplete last line (still being written, or the run was killed) is skipped."""
-    if not path.is_file():
-        return []
-    lines = _bytes(path).splitlines(keepends=True)
+    lines = _bytes(path).splitlines(keepends=True) if path.is_file() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     rows = []
@@ -159,55 +178,60 @@ def _metrics(path: epath.Path) -> list[dict[str, float]]:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not 0 <= row["step"] < 2**53:
             raise UserError(f"{path}, line {number} has no step, so it is not a row of a training log: remove it")
         rows.append(row)
-    return sorted(rows, key=lambda r: r["step"])
+    return sorted(rows, key=lambda row: row["step"])
 
 
-def _results(path: epath.Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    results = _json(path, _bytes(path))
-    again = "it was not written by this version of diva_jax.evaluate, run the evaluation again"
-    if not isinstance(results, dict) or results.get("schema") != 1:
-        raise UserError(f"{path} is not of schema 1: {again}")
+def _parsed(path: epath.Path, form: Any, otherwise: Any, repair: str) -> Any:
+    """The content of a JSON file as `form`, or `otherwise` where there is no file."""
+    return _checked(path, form, _json(path, _bytes(path)), repair) if path.is_file() else otherwise
+
+
+def _checked(path: epath.Path, form: Any, content: Any, repair: str) -> Any:
     try:
-        schema.check(results)
-    except schema.Wrong as e:
-        raise UserError(f"{path}: {e}: {again}") from e
-    return _without_empty_intervals(results)
+        return pydantic.TypeAdapter(form).validate_python(content)
+    except pydantic.ValidationError as e:
+        raise UserError(f"{path}: {first_error(e)}: {repair}") from e
 
 
-def _estimates(path: epath.Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    estimates = _json(path, _bytes(path))
+def _bytes(path: epath.Path) -> bytes:
     try:
-        schema.check_estimates(estimates)
-    except schema.Wrong as e:
-        raise UserError(f"{path}: {e}: write it again, or remove it") from e
-    return estimates
+        with open_binary(str(path)) as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}): check its permissions") from e
+    if len(content) > _MAX_FILE_BYTES:
+        raise UserError(f"{path} has more than the {_MAX_FILE_BYTES} bytes that a report reads: remove rows")
+    return content
 
 
-def _without_empty_intervals(tree: Any) -> Any:
-    """Replaces intervals of width zero by None, and marks their scores with `alike`.
+def _json(path: epath.Path, text: bytes, line: int | None = None) -> Any:
+    try:
+        content = json.loads(text.decode())
+        level, depth = [content], 0
+        while level := [v for part in level if isinstance(part, list | dict) for v in _children(part)]:
+            if (depth := depth + 1) > _MAX_JSON_DEPTH:
+                raise RecursionError("it is nested too deeply")
+        return content
+    except (ValueError, RecursionError) as e:
+        # Text that is not UTF-8 raises a ValueError too.
+        where = f"line {line or getattr(e, 'lineno', 1)}"
+        raise UserError(f"{path}, {where} is not JSON ({brief(getattr(e, 'msg', e))}): repair or remove it") from e
 
-    Where all items agree, every resample is the same. The interval is then a single point, which says nothing about
-    other items and must not be shown as certainty.
-    """
-    if isinstance(tree, list):
-        return [_without_empty_intervals(v) for v in tree]
-    if not isinstance(tree, dict):
-        return tree
-    ends = tree.get("interval")
-    if isinstance(ends, list) and len(ends) == 2 and ends[0] == ends[1]:
-        return tree | {"interval": None, "alike": True}
-    return {k: _without_empty_intervals(v) for k, v in tree.items()}
+
+def _children(part: list | dict) -> Any:
+    return part.values() if isinstance(part, dict) else part
+
+
+def _usable(value: Any) -> bool:
+    """Whether a value is a number that charts can show."""
+    return finite(value) and abs(value) < LARGEST_NUMBER
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens a nested config to {"a.b.c": value}."""
     out = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value and prefix.count(".") < _DEEPEST:
+        if isinstance(value, dict) and value:
             out.update(flat(value, f"{prefix}{key}."))
         else:
             out[f"{prefix}{key}"] = value

@@ -1,13 +1,12 @@
 """The report's sections on training runs: progress, curves, and evaluations during training."""
 
 from functools import partial
-from html import escape
 from statistics import fmean, median
 
 from diva_jax.report import wording
-from diva_jax.report.charts import Chart, Series, curves, paired, points
+from diva_jax.report.charts import Chart, Series, curves, in_pairs, points
 from diva_jax.report.inputs import Run
-from diva_jax.report.sections import Section, cell, paragraph, table
+from diva_jax.report.sections import Cell, Label, Part, Section, part, text
 from diva_jax.report.wording import Finding
 
 # Key of metrics.jsonl -> (title, whether the chart takes half of a wide page), in order of importance.
@@ -17,39 +16,43 @@ _CURVES = {
     "lr": ("Learning rate", True),
     "images_per_s": ("Images per second", True),
 }
-_EVALUATED = ("eval/", "feedback/")  # Prefixes of keys from evaluations during training.
+# Schedules and speeds are read against zero.
+_LINEAR = ("lr", "images_per_s")
+# Prefixes of keys from evaluations during training, and suffixes of the ends of their intervals.
+_EVALUATED = ("eval/", "feedback/")
+_ENDS = ("/low", "/high")
 
 
 def finding(run: Run) -> Finding:
     """Returns a run's progress and the change of its loss."""
     loss = [v for _, v in run.curve("loss")]
-    last = run.rows[-1]["step"]
-    far = f"{run.name}, step {last:,}" + (f" of {run.total:,}" if run.total else "")
+    progress = f"{run.name}, step {run.rows[-1]['step']:,}" + (f" of {run.total:,}" if run.total else "")
     if not loss:
-        return Finding(far, "no loss logged", "")
+        return Finding(progress, "no loss logged", "")
     some = max(1, len(loss) // 20)
-    first, now = fmean(loss[:some]), fmean(loss[-some:])
-    decimals = wording.places((first, now), "")
-    figures = "loss " + "\u00a0→\u00a0".join(wording.number(v, "", decimals) for v in (first, now))
-    return Finding(far, figures, f"Means over the first and the last {some} of {len(loss)} logged rows.")
+    means = fmean(loss[:some]), fmean(loss[-some:])
+    figures = "\u00a0→\u00a0".join(wording.number(v, "", wording.places(means, "")) for v in means)
+    return Finding(progress, f"loss {figures}", f"Means over the first and the last {some} of {len(loss)} logged rows.")
 
 
 def sections(runs: list[Run]) -> list[Section]:
     """Returns a section with the curves of all runs, and one with the evaluations during training."""
     if not runs:
         return []
-    body: list[str | Chart] = [_summary(runs)]
+    charts = []
     for key, (title, half) in _CURVES.items():
-        data = [Series(r.name, r.index, r.curve(key)) for r in runs if r.curve(key)]
-        if data:
-            linear = key in ("lr", "images_per_s")  # Schedules and speeds are read against zero.
-            draw = partial(curves, title=title, data=data, x_title="step", marks=_stages(runs), linear=linear)
-            smooth = max(len(s.points) for s in data) > 20 and key in ("loss", "grad_norm")
-            body.append(
-                Chart(f"training-{key}", draw, half, "The bold line is the moving mean over 5% of the rows." * smooth)
-            )
-    found = _evaluated(runs)
-    return [Section("Training", body)] + ([Section("During training", found)] if found else [])
+        if data := [Series(r.name, r.index, r.curve(key)) for r in runs if r.curve(key)]:
+            draw = partial(curves, data=data, x_title="step", marks=_stages(runs), linear=key in _LINEAR)
+            smooth = max(len(s.points) for s in data) > 20 and key not in _LINEAR
+            note = "The bold line is the moving mean over 5% of the rows." * smooth
+            charts.append(Chart(f"training-{key}", title, _legend(data), draw, half, note))
+    evaluated = _evaluated(runs)
+    out = [Section("Training", [_summary(runs), *([part("charts", charts=charts)] if charts else [])])]
+    return out + ([Section("During training", evaluated)] if evaluated else [])
+
+
+def _legend(data: list[Series]) -> list[tuple[str, int]]:
+    return [(s.name, s.index) for s in data]
 
 
 def _stages(runs: list[Run]) -> list[tuple[float, str]]:
@@ -59,46 +62,44 @@ def _stages(runs: list[Run]) -> list[tuple[float, str]]:
     return [(run.warmup, "end of the stage that trains only visual_proj")] if inside else []
 
 
-def _summary(runs: list[Run]) -> str:
-    lines = []
+def _summary(runs: list[Run]) -> Part:
+    rows = []
     for r in runs:
-        last = r.rows[-1]
+        step, loss, broken = r.rows[-1]["step"], r.last("loss"), r.last("broken_images")
         speed, wait = [v for _, v in r.curve("images_per_s")], [v for _, v in r.curve("data_wait")]
-        loss, broken = r.curve("loss"), r.curve("broken_images")
-        of = f"of {r.total:,}" if r.total else ""
-        lines.append(
-            [
-                escape(r.name),
-                cell(f"{last['step']:,}", [of], last["step"]),
-                cell(wording.number(loss[-1][1], "") if loss else "–", ["last row"], loss[-1][1] if loss else None),
-                cell(wording.compact(median(speed)) if speed else "–", ["median"]),
-                cell(f"{100 * median(wait):.0f}%" if wait else "–", ["median"]),
-                cell(f"{broken[-1][1]:,.0f}" if broken else "–"),
-            ]
-        )
-    return table(["Run", "Steps", "Loss", "Images/s", "Data wait", "Broken images"], lines, short=True)
+        cells = [
+            Cell(f"{step:,}", [f"of {r.total:,}" if r.total else ""], step),
+            Cell(wording.number(loss, ""), ["last row"], loss),
+            Cell(wording.compact(median(speed)) if speed else wording.DASH, ["median"]),
+            Cell(f"{100 * median(wait):.0f}%" if wait else wording.DASH, ["median"]),
+            Cell(wording.DASH if broken is None else f"{broken:,.0f}"),
+        ]
+        rows.append((Label(r.name), cells))
+    head = [Label(name) for name in ("Run", "Steps", "Loss", "Images/s", "Data wait", "Broken images")]
+    return part("table", head=head, rows=rows, short=True)
 
 
-def _evaluated(runs: list[Run]) -> list[str | Chart]:
+def _evaluated(runs: list[Run]) -> list[Part]:
     """Returns one small chart per key of the evaluations during training, with intervals where they were logged.
 
     `KEY/low` and `KEY/high` are the interval of `KEY`.
     """
-    keys = [k for r in runs for row in r.rows for k in row if k.startswith(_EVALUATED)]
-    ends = ("/low", "/high")
+    keys = dict.fromkeys(k for r in runs for row in r.rows for k in row if k.startswith(_EVALUATED))
     charts, lines = [], []
-    for key in dict.fromkeys(k for k in keys if not k.endswith(ends)):
+    for key in (k for k in keys if not k.endswith(_ENDS)):
         data = []
         for r in runs:
-            if found := r.curve(key):
-                low, high = (dict(r.curve(key + end)) for end in ends)
+            if curve := r.curve(key):
+                low, high = (dict(r.curve(key + end)) for end in _ENDS)
                 # An interval of width zero comes from items that all agree.
-                at = [(low[x], high[x]) if x in low and x in high and low[x] < high[x] else None for x, _ in found]
-                data.append(Series(r.name, r.index, found, at))
-                if "gap" in key and at[-1] and wording.excludes_zero(at[-1]) is False:
+                at = [(low[x], high[x]) if x in low and x in high and low[x] < high[x] else None for x, _ in curve]
+                data.append(Series(r.name, r.index, curve, at))
+                if "gap" in key and wording.excludes_zero(at[-1]) is False:
                     interval = wording.interval(at[-1], "", wording.places(at[-1], ""))
-                    lines.append(f"{r.name}, step {found[-1][0]:,}: {key} is not different from zero ({interval}).")
+                    lines.append(f"{r.name}, step {curve[-1][0]:,}: {key} is not different from zero ({interval}).")
         title = ", ".join(key.removeprefix("eval/").replace("_", " ").split("/"))
-        draw = partial(points, title=title, data=data, x_title="step")
-        charts.append(Chart("training-" + key.replace("/", "-"), draw))
-    return [paragraph(line, "plain") for line in lines] + paired(charts)
+        if data:
+            draw = partial(points, data=data, x_title="step")
+            charts.append(Chart("training-" + key.replace("/", "-"), title, _legend(data), draw))
+    parts = [text(line, "plain") for line in lines]
+    return parts + ([part("charts", charts=in_pairs(charts))] if charts else [])

@@ -1,13 +1,16 @@
 """Formats numbers, and states results as sentences."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-_DASH = "–"
-_MOST_PLACES = 6  # A row that needs more decimals has each of its numbers with its own power of ten.
-_GAP = "\u00a0"  # A blank at which lines do not break.
+from diva_jax.common.results_schema import Difference, McNemar, Score
+
+DASH = "–"
+# A row that needs more decimals has each of its numbers with its own power of ten.
+_MAX_DECIMALS = 6
+_NO_BREAK_SPACE = "\u00a0"
 
 
 class Finding(NamedTuple):
@@ -27,13 +30,14 @@ class Finding(NamedTuple):
 
 
 def compact(value: float, digits: int = 3, zeros: bool = False) -> str:
-    """Formats a number with `digits` significant digits: `4,600`, `0.25`, `1e-6`. `zeros` keeps trailing zeros."""
+    """Formats a number with `digits` significant digits: `4,600`, `0.25`, `1e−6`. `zeros` keeps trailing zeros."""
     if value == 0:
         return "0"
-    if abs(value) >= 10_000 or (abs(value) >= 1000 and value == round(value)):
+    size = abs(value)
+    if 10_000 <= size < 1e12 or (1000 <= size < 10_000 and value == round(value)):
         return f"{value:,.0f}".replace("-", "−")
     text = f"{value:{'#' if zeros else ''}.{digits}g}".removesuffix(".")
-    if abs(value) >= 1e-5:
+    if 1e-5 <= size < 1e12:
         text = f"{Decimal(text):f}"
     elif "e" in text:
         mantissa, power = text.split("e")
@@ -56,8 +60,8 @@ def places(values: Iterable[float | None], unit: str) -> int | None:
     sizes = [abs(v) for v in values if v is not None and math.isfinite(v) and v]
     if not sizes:
         return 0
-    found = max(0, 2 - math.floor(math.log10(max(sizes))))
-    return found if found <= _MOST_PLACES else None
+    decimals = max(0, 2 - math.floor(math.log10(max(sizes))))
+    return decimals if decimals <= _MAX_DECIMALS else None
 
 
 def number(value: float | None, unit: str, decimals: int | None = None) -> str:
@@ -69,7 +73,7 @@ def number(value: float | None, unit: str, decimals: int | None = None) -> str:
       decimals: the number of decimals, see `places`.
     """
     if value is None or not math.isfinite(value):
-        return _DASH
+        return DASH
     decimals = 1 if unit == "%" else decimals
     if decimals is None:
         return compact(value, zeros=True)
@@ -85,7 +89,7 @@ def signed(value: float | None, unit: str, decimals: int | None = None) -> str:
 
 def interval(ends: list[float] | None, unit: str, decimals: int | None = None) -> str:
     """Formats an interval: `1.5 to 11.9`, which does not break over lines, or "" for None."""
-    return f"{_GAP}to{_GAP}".join(number(e, unit, decimals) for e in ends) if ends else ""
+    return f"{_NO_BREAK_SPACE}to{_NO_BREAK_SPACE}".join(number(e, unit, decimals) for e in ends) if ends else ""
 
 
 def excludes_zero(ends: list[float] | None) -> bool | None:
@@ -93,61 +97,54 @@ def excludes_zero(ends: list[float] | None) -> bool | None:
     return None if ends is None else not ends[0] <= 0 <= ends[1]
 
 
-def better(info: Mapping[str, str]) -> str:
-    """Returns which values of a metric are better: "higher", "lower", or "" where neither is."""
-    return info.get("better", "higher" if info["unit"] == "%" else "")
-
-
-def direction(difference: Mapping[str, Any], which: str, doubted: bool = False) -> str:
+def direction(difference: Difference, better: str, doubted: bool = False) -> str:
     """Returns the CSS classes of a difference.
 
     Args:
       difference: an entry of a comparison's scores.
-      which: see `better`.
+      better: which values of the metric are better: "higher", "lower", or "" where neither is.
       doubted: whether something else says that the difference must not be read as an improvement.
 
     Returns:
       "zero" where zero is within the interval; else "up" or "down" by the sign and, where better and worse are
       defined, "won" or "lost"; "" without an interval.
     """
-    known = excludes_zero(difference.get("interval"))
+    known = excludes_zero(difference.known_interval)
     if known is None:
         return ""
     if not known:
         return "zero"
-    up = difference["difference"] > 0
-    colour = "" if not which else ("won" if up == (which == "higher") else "lost")
+    up = difference.difference > 0
+    colour = "" if not better else ("won" if up == (better == "higher") else "lost")
     if doubted and colour == "won":
         colour = "doubted"
     return f"{'up' if up else 'down'} {colour}".strip()
 
 
-def change(before: dict[str, Any], after: dict[str, Any], difference: dict[str, Any], unit: str) -> str:
+def change(before: Score, after: Score, difference: Difference, unit: str) -> str:
     """Formats a change: `19.3 → 25.9 (+6.7, 95% interval 1.5 to 11.9)`, without line breaks around the arrow."""
-    ends = difference.get("interval")
-    values = (before["score"], after["score"], difference["difference"], *(ends or ()))
-    decimals = places(values, unit)
-    by = signed(difference["difference"], unit, decimals)
+    ends = difference.known_interval
+    decimals = places((before.score, after.score, difference.difference, *(ends or ())), unit)
+    by = signed(difference.difference, unit, decimals)
     if ends:
         by += f", 95% interval {interval(ends, unit, decimals)}"
-    first, now = (number(s["score"], unit, decimals) for s in (before, after))
-    return f"{first}{_GAP}→{_GAP}{now} ({by})"
+    first, now = (number(s.score, unit, decimals) for s in (before, after))
+    return f"{first}{_NO_BREAK_SPACE}→{_NO_BREAK_SPACE}{now} ({by})"
 
 
-def verdict(difference: Mapping[str, Any], which: str) -> str:
-    """Returns the conclusion from a paired difference and its interval, as one sentence; `which` as for `direction`."""
-    test, doubt = difference.get("mcnemar"), ""
-    if test and test["p"] >= 0.05:
-        doubt = ", but the exact test does not exclude chance"
-    found = direction(difference, which)
-    if not found:
-        if difference.get("alike"):
-            return "All items differ by the same, so there is no interval."
+def verdict(difference: Difference, better: str) -> str:
+    """Returns the conclusion from a paired difference, as one sentence; `better` as for `direction`."""
+    if difference.all_agree:
+        return "All items differ by the same, so there is no interval."
+    kind = direction(difference, better)
+    if not kind:
         return "This difference has no interval, so chance cannot be excluded."
-    if found == "zero":
+    if kind == "zero":
         return "Zero is within the interval: these data show no difference."
+    test = difference.mcnemar
+    doubt = ", but the exact test does not exclude chance" if test and test.p >= 0.05 else ""
     names = {"up": "Higher", "down": "Lower", "won": "Better", "lost": "Worse"}
-    return f"{names[found.split()[-1]]}: zero is outside of the interval{doubt}."
+    return f"{names[kind.split()[-1]]}: zero is outside of the interval{doubt}."
 
 
 def p_value(p: float) -> str:
@@ -155,11 +152,11 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
-def mcnemar(test: dict[str, Any] | None, items: str) -> str:
+def mcnemar(test: McNemar | None, items: str) -> str:
     """Formats a test: `10 pairs won, 2 lost, exact McNemar p = 0.039`, or "" for None."""
     if not test:
         return ""
-    return f"{test['won']} {items} won, {test['lost']} lost, exact McNemar p {p_value(test['p'])}"
+    return f"{test.won} {items} won, {test.lost} lost, exact McNemar p {p_value(test.p)}"
 
 
 def duration(seconds: float) -> str:

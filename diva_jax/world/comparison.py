@@ -7,12 +7,12 @@ exclude zero.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import t as student
 
 from diva_jax.evals import stats
-from diva_jax.report.canvas import Canvas, series
 from diva_jax.world.arms import ARMS
 from diva_jax.world.scenes import FACTS
 
@@ -139,33 +139,20 @@ def markdown(compared: Mapping[str, Compared]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pareto(compared: Mapping[str, Compared]) -> Canvas:
-    """Pairs (what is seen) against names of objects (what is kept), one dot per arm."""
-    width, height, left, bottom = 720, 420, 56, 370
-    canvas = Canvas(width, height, "pairs against accuracy on names, per arm")
-    canvas.path([(left, 20), (left, bottom), (width - 150, bottom)], "axis")
-    canvas.text(left, 14, "pairs right, %", "ink")
-    canvas.text(width - 150, bottom + 36, "names right, %", "ink", anchor="end")
+def write_pareto(compared: Mapping[str, Compared], path: Path) -> None:
+    """Writes a figure of pairs (what is seen) against names of objects (what is kept), one dot per arm."""
+    # Imported here, because matplotlib is slow to import.
+    from matplotlib.figure import Figure
 
-    # Each axis from the multiple of five below its smallest value to the one above its largest.
-    spans = []
-    for metric in ("zeroshot", "pairs"):
-        values = [c.scores[metric] for c in compared.values()]
-        spans.append((5 * np.floor(min(values) / 5), 5 * np.floor(max(values) / 5) + 5))
-    (x0, x1), (y0, y1) = spans
+    from diva_jax.report.charts import COLOURS, colour_role
 
-    def place(names: float, pairs: float) -> tuple[float, float]:
-        return left + (width - 150 - left) * (names - x0) / (x1 - x0), bottom - (bottom - 20) * (pairs - y0) / (y1 - y0)
-
-    for tick in np.linspace(x0, x1, 6):
-        canvas.text(place(tick, y0)[0], bottom + 16, f"{tick:g}", anchor="middle")
-    for tick in np.linspace(y0, y1, 6):
-        y = place(x0, tick)[1]
-        canvas.text(left - 6, y + 4, f"{tick:g}", anchor="end")
-        canvas.path([(left, y), (width - 150, y)], "grid")
+    figure = Figure(figsize=(7.2, 4.2))
+    axes = figure.add_axes((0.08, 0.12, 0.7, 0.82))
     for number, (arm, c) in enumerate(compared.items()):
-        x, y = place(c.scores["zeroshot"], c.scores["pairs"])
-        canvas.dot(x, y, 4, series(number), title=arm)
-        canvas.dot(width - 140, 26 + 18 * number, 4, series(number))
-        canvas.text(width - 130, 30 + 18 * number, f"{arm}", "ink", 11)
-    return canvas
+        colour, _ = COLOURS[colour_role(number)]
+        axes.plot(c.scores["zeroshot"], c.scores["pairs"], "o", color=colour, label=arm, clip_on=False)
+    axes.set(xlabel="names right, %", ylabel="pairs right, %")
+    axes.grid(axis="y", color=COLOURS["grid"][0])
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="upper right", frameon=False)
+    figure.savefig(path, dpi=200, metadata={"Software": None})

@@ -115,7 +115,7 @@ def _main() -> None:
     compared = comparison.compare(rows)
     text = comparison.markdown(compared)
     (out / "table.md").write_text(text, "utf-8")
-    comparison.pareto(compared).png().save(out / "pareto.png")
+    comparison.write_pareto(compared, out / "pareto.png")
     say(text)
 
 

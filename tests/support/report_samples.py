@@ -179,7 +179,7 @@ def encoded_map(numbers):
 
 
 def segmentation_task(images):
-    """Two pictures: the truth has classes 0 and 1 and pixels without a label, the predictions all four."""
+    """Two images: the truth has classes 0 and 1 and pixels without a label, the predictions all four."""
     truth = np.array([[0, 0, 1, 1, 255], [0, 1, 1, 1, 255], [0, 0, 0, 1, 1]]).repeat(20, 0).repeat(24, 1)
     shift = {BEFORE: truth % 4, AFTER: np.where(truth == 255, 3, truth)}
     weights = {}

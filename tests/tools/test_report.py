@@ -16,13 +16,8 @@ from PIL import Image
 
 from diva_jax import report
 from diva_jax.common.errors import UserError
-from diva_jax.report import charts, inputs, wording
-from diva_jax.report.canvas import COLOURS
-
-
-@pytest.fixture
-def full(tmp_path):
-    return samples.write_full(tmp_path)
+from diva_jax.report import charts, images, inputs, page, wording
+from diva_jax.report.charts import COLOURS
 
 
 class Page(HTMLParser):
@@ -30,10 +25,10 @@ class Page(HTMLParser):
 
     VOID = {"meta", "link", "img"}
 
-    def __init__(self, path):
+    def __init__(self, source):
         super().__init__()
-        self.tags, self.open, self.texts = [], [], []
-        self.feed(path.read_text(encoding="utf-8"))
+        self.tags, self.open, self.texts, self.source = [], [], [], source
+        self.feed(source)
         self.close()
         assert not self.open, self.open
 
@@ -41,6 +36,9 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open and self.open.pop() == tag, tag
@@ -57,39 +55,51 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).replace("\u00a0", " ").split())
 
 
-def headings(page):
-    """Returns the titles of the sections."""
-    return re.findall(r"<h2>(.*?)</h2>", page.read_text(encoding="utf-8"))
+def sections_of(folder):
+    return page.sections(inputs.read(folder))
+
+
+def page_of(folder):
+    return Page(page.html(content := inputs.read(folder), page.sections(content)))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """(The folder of an evaluation with every section, its page, its PNG files); two images cannot be read."""
+    folder = samples.write_full(tmp_path_factory.mktemp("report"))
+    flipped = json.loads((folder / "results.json").read_text())["tasks"]["mmvp"]["comparisons"][0]["flipped"]
+    Path(flipped[0]["images"][0]).unlink()
+    Path(flipped[1]["images"][0]).write_bytes(b"no image")
+    path, *pngs = report.write(folder)
+    return folder, Page(path.read_text(encoding="utf-8")), pngs
 
 
 def test_the_page_loads_nothing_else(full):
-    path, *pngs = report.write(full)
-    page = Page(path)
-    source = path.read_text(encoding="utf-8")
+    folder, page, pngs = full
     assert not {"script", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
-    assert page.all("a") and all(attrs.pop("href").removeprefix("#") in ids for attrs in page.all("a"))
-    for _, attrs in page.tags:
+    assert page.all("a") and all(attrs["href"].removeprefix("#") in ids for attrs in page.all("a"))
+    for tag, attrs in page.tags:
         for name in ("src", "href", "srcset", "action", "poster", "xlink:href"):
-            assert attrs.get(name, "data:").startswith("data:"), attrs
+            inside = tag in ("a", "use") and attrs.get(name, "").removeprefix("#") in ids
+            assert inside or attrs.get(name, "data:").startswith("data:"), attrs
         assert not [name for name in attrs if name.startswith("on")]
-    assert not re.search(r"url\(|@import|https?://", source)
+    assert not re.search(r"url\(|@import|https?://", page.source)
     assert "default-src 'none'" in page.all("meta")[1]["content"]
     assert page.all("html")[0]["lang"] == "en"
     assert all(attrs["aria-label"] for attrs in page.all("svg"))
-    assert pngs and all(p.parent == full / "report" for p in pngs)
+    assert pngs and all(p.parent == folder / "report" for p in pngs)
     for png in pngs:
         with Image.open(png) as image:
             assert image.width > 600 and len(image.convert("L").getcolors()) > 10
+            assert image.convert("RGBA").getpixel((1, 1)) == (255, 255, 255, 255)
 
 
 def test_numbers_are_those_of_the_input(full):
-    results = json.loads((full / "results.json").read_text())
-    path, *_ = report.write(full)
-    page = Page(path)
+    folder, page, _ = full
     shown = [attrs["title"] for attrs in page.all("b") if "title" in attrs]
-    for task in results["tasks"].values():
+    for task in json.loads((folder / "results.json").read_text())["tasks"].values():
         for weights in task["weights"].values():
             for s in weights["scores"].values():
                 assert str(s["score"]) in shown
@@ -106,83 +116,94 @@ def test_numbers_are_those_of_the_input(full):
     # Numbers of a row have the same decimals.
     assert "0.00020 −0.00030 to 0.00070 0.00310 0.00260 to 0.00360" in page.text
     # The tooltips of the bars have their values: 2 of 15 pairs.
-    assert "Orientation and Direction\nopenai: 13.3% (0.0\u00a0to\u00a033.3)" in path.read_text(encoding="utf-8")
+    assert "Orientation and Direction\nopenai: 13.3% (0.0 to 33.3)" in page.source.replace("\u00a0", " ")
 
 
 def test_flipped_pairs_have_their_images(full):
-    results = json.loads((full / "results.json").read_text())
-    flipped = results["tasks"]["mmvp"]["comparisons"][0]["flipped"]
-    Path(flipped[0]["images"][0]).unlink()
-    Path(flipped[1]["images"][0]).write_bytes(b"no image")
-    page = Page(report.write(full)[0])
-    photographs = [attrs for attrs in page.all("img") if attrs["src"].startswith("data:image/jpeg")]
-    images = photographs[:-2]  # The last two are those of the segmentation.
-    assert len(images) == 2 * len(flipped) - 2
-    sizes = set()
-    for attrs in images:
-        data = base64.b64decode(attrs["src"].removeprefix("data:image/jpeg;base64,"))
-        sizes.add(Image.open(io.BytesIO(data)).size)
-    assert sizes <= {(320, 320), (320, 291), (320, 267)} and len(sizes) > 1  # the ratios of the three input sizes
-    assert page.text.count("cannot be read") == 2
-    assert (
-        page.text.count("Correct only after")
-        == headings(full / "report.html").count("MMVP-VLM: pairs that flipped")
-        == 2
-    )
-    assert (
-        samples.HOSTILE in page.text
-    )  # shown as text; `test_the_page_loads_nothing_else` checks that there is no script
+    folder, page, _ = full
+    flipped = json.loads((folder / "results.json").read_text())["tasks"]["mmvp"]["comparisons"][0]["flipped"]
+    photographs = [attrs["src"] for attrs in page.all("img") if attrs["src"].startswith("data:image/jpeg")]
+    shown = photographs[:-2]  # The last two are those of the segmentation.
+    assert len(shown) == 2 * len(flipped) - 2 and page.text.count("cannot be read") == 2
+    data = [base64.b64decode(source.removeprefix("data:image/jpeg;base64,")) for source in shown]
+    sizes = {Image.open(io.BytesIO(content)).size for content in data}
+    assert sizes <= {(320, 320), (320, 291), (320, 267)} and len(sizes) > 1  # The ratios of the three input sizes.
+    headings = re.findall(r"<h2>(.*?)</h2>", page.source)
+    assert page.text.count("Correct only after") == headings.count("MMVP-VLM: pairs that flipped") == 2
+    assert samples.HOSTILE in page.text
     # The probability of text 2 for image 2 is one minus that of text 1.
     assert "0.61 ✓ → 0.71 ✓" in page.text and "0.45 ✗ → 0.65 ✓" in page.text
 
 
+def test_dates_durations_devices_versions_and_contents(full):
+    source = full[1].source
+    for line in (
+        "Evaluation: 2026-01-31 12:00 UTC, 1 h 20 min long, 8 x cpu, diva_jax 0.1.0, jax 0.10.2, python 3.11.9",
+        "Run run: 2026-01-30 09:30 UTC, 2 h 0 min long in 2 sessions, 16 x TPU v5e, diva_jax 0.1.0, jax 0.10.2",
+    ):
+        assert line in source, line
+    links = dict(re.findall(r'<a href="#(s\d+)">(.*?)</a>', source))
+    assert list(links.values())[:2] == ["MMVP-VLM", "MMVP-VLM: pairs that flipped"]
+    assert list(links.values())[-2:] == ["During training", "Config and versions"]
+    for anchor, title in links.items():
+        assert f'<section id="{anchor}"><header><h2>{title}</h2>' in source
+
+
 def test_the_number_of_flips_shown_is_limited(tmp_path):
-    images = samples.write_images(tmp_path, 2)
-    task = samples.mmvp_task(images)
+    files = samples.write_images(tmp_path, 2)
+    task = samples.mmvp_task(files)
     task["comparisons"][0]["flipped"] *= 60
-    samples.write_evaluation(tmp_path, images, mmvp=task)
-    page = Page(report.write(tmp_path)[0])
-    assert len(page.all("img")) == 2 * 48 and "12 more are listed in predictions.csv." in page.text
+    samples.write_evaluation(tmp_path, files, mmvp=task)
+    (section,) = images.flipped(inputs.read(tmp_path).results.tasks["mmvp"])
+    _, cards, more = section.body
+    assert len(cards.arguments["cards"]) == 48
+    assert more.arguments["line"] == "12 more are listed in predictions.csv."
 
 
 def test_sections_without_data_are_omitted(tmp_path):
-    images = samples.write_images(tmp_path, 4)
-    samples.write_evaluation(tmp_path / "eval", images)
-    page = report.write(tmp_path / "eval")[0]
+    files = samples.write_images(tmp_path, 4)
+    samples.write_evaluation(tmp_path / "eval", files)
     # There are flipped pairs for two metrics, one section each. The source is not a folder, so there is no run.
-    assert headings(page) == ["MMVP-VLM", *2 * ["MMVP-VLM: pairs that flipped"], "Config and versions"]
+    titles = ["MMVP-VLM", *2 * ["MMVP-VLM: pairs that flipped"], "Config and versions"]
+    assert [s.title for s in sections_of(tmp_path / "eval")] == titles
     samples.write_run(tmp_path / "run", rows=3)
     (tmp_path / "run" / "config.json").unlink()
-    assert headings(report.write(tmp_path / "run")[0]) == ["Training", "During training"]
+    assert [s.title for s in sections_of(tmp_path / "run")] == ["Training", "During training"]
     task = samples.retrieval_task()
     task["comparisons"], task["weights"] = [], {samples.BEFORE: task["weights"][samples.BEFORE]}
-    samples.write_evaluation(tmp_path / "one", images, retrieval=task)
-    text = Page(report.write(tmp_path / "one")[0]).text
+    samples.write_evaluation(tmp_path / "one", files, retrieval=task)
+    text = page_of(tmp_path / "one").text
     assert "Retrieval, image retrieval recall@1: 36.5 (95% interval 36.1 to 36.9)" in text
     assert "Difference" not in text
 
 
 def test_a_workdir(tmp_path):
     samples.write_run(tmp_path / "run")
-    page, *pngs = report.write(tmp_path / "run")
-    text = Page(page).text
+    page = page_of(tmp_path / "run")
     loss = [json.loads(line).get("loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     loss = [v for v in loss if v is not None]
-    assert f"loss {np.mean(loss[:23]):.3f} → {np.mean(loss[-23:]):.3f}" in text and "step 4,600 of 4,600" in text
-    assert str(loss[-1]) in [attrs.get("title") for attrs in Page(page).all("b")]
-    assert {p.stem for p in pngs} >= {"training-loss", "training-grad_norm", "training-feedback-gap_other"}
-    assert "feedback/gap_other is not different from zero" in text
-    assert "optim.lr 0.0001" in text
+    assert f"loss {np.mean(loss[:23]):.3f} → {np.mean(loss[-23:]):.3f}" in page.text
+    assert "step 4,600 of 4,600" in page.text and "optim.lr 0.0001" in page.text
+    assert str(loss[-1]) in [attrs.get("title") for attrs in page.all("b")]
+    assert [attrs["aria-label"] for attrs in page.all("svg")][::2] == [
+        "Loss", "Gradient norm before clipping", "Learning rate", "Images per second", "mmvp, pooled",
+        "feedback, gap other", "drift, effective rank", "drift, effective rank change",
+    ]  # fmt: skip
+    assert "feedback/gap_other is not different from zero" in page.text
 
 
 def test_several_steps_of_one_run(tmp_path):
     """Each is compared with the first, in a table of many columns; the run that they share is shown once."""
-    page = Page(report.write(samples.write_steps(tmp_path))[0])
+    page = page_of(samples.write_steps(tmp_path))
     assert "MMVP-VLM, pooled embedding, runs/vitl14:2000: 19.3 → 25.9" in page.text
     assert page.text.count("run, step 4,600 of 4,600") == 1
-    assert [attrs["class"] for attrs in page.all("div") if attrs.get("class") in ("lines", "stacks")] == [
-        "lines", "stacks",
-    ]  # fmt: skip
+    tables = [attrs["class"] for attrs in page.all("div") if attrs.get("class") in ("lines", "stacks")]
+    assert tables == ["lines", "stacks"]
+
+
+def chart(draw, *names, **arguments):
+    legend = [(name, i) for i, name in enumerate(names)]
+    return charts.Chart("name", "Title", legend, lambda width: draw(width, **arguments))
 
 
 def test_curves():
@@ -193,25 +214,41 @@ def test_curves():
     assert flat == [(i, 5.0) for i in range(10)]
     assert charts.moving_mean([(0, 0.0), (1, 3.0), (2, 6.0), (3, 0.0)], 2)[1] == (1, 3.0)
     # A single row, equal values and very large ranges also give a valid axis.
-    for data in ([(5, 0.3)], [(1, 0.0), (2, 0.0)], [(1, 1e-7), (2, 1e9)], [(1, -2.0), (2, 1e-9)]):
-        for width in (328, 918):
-            canvas = charts.curves(width, "Loss", [charts.Series("a", 1, data)], "step")
-            assert "nan" not in canvas.svg() and canvas.png().width == 2 * (width + 36)
+    for data in ([(5, 0.3)], [(0, 1.0), (2, 1.0)], [(1, 1e-7), (2, 1e99)], [(1, -2.0), (2, 1e-9)]):
+        svg = chart(charts.curves, data=[charts.Series("a", 1, data)], x_title="step").svg(328)
+        assert "nan" not in svg and "inf" not in svg and svg.count("<text") > 4
+
+
+def test_charts_are_the_same_each_time_and_hold_any_text():
+    """Nothing in a label is markup, mathematics, or a character that SVG does not have."""
+    name = '$\\frac{1}$ <script>alert("1")</script> \x00\ud800 & 猫'
+    rows = [charts.Row(name, [(name, 0, 25.0, None, name)])]
+    drawn = chart(charts.bars, name, name, data=rows, unit="%", high=60.0)
+    assert drawn.svg(918) == drawn.svg(918) and drawn.png() == drawn.png()
+    page = Page(str(drawn.svg(918)))
+    assert page.texts.count('$\\frac{1}$ <script>alert("1")</script> \\x00\\ud800 & 猫') == 1
+    assert not page.all("script")
 
 
 def test_bars_are_as_long_as_their_values():
     data = [charts.Row("a", [("x", 0, 25.0, None, ""), ("y", 1, 50.0, (40.0, 60.0), "")])]
-    canvas = charts.rows(918, "Bars", data, "%", 60.0)
-    bars = re.findall(r'<polygon points="([^"]*)" fill="var\(--s([01])\)">', canvas.svg())
+    drawn = chart(charts.bars, "x", "y", data=data, unit="%", high=60.0)
     length = {}
-    for corners, index in bars:
-        xs = [float(p.split(",")[0]) for p in corners.split()]
+    for path, index in re.findall(r'<path d="([^"]*)" style="fill: var\(--s([01])\)"', drawn.svg(918)):
+        xs = [float(x) for x in re.findall(r"[ML] ?([\d.]+)", path)]
         length[index] = max(xs) - min(xs)
     assert length["1"] / length["0"] == pytest.approx(2, rel=1e-3)
-    # The PNG shows the same: the areas of the bars have the same ratio, except for the whiskers.
-    pixels = np.asarray(canvas.png())
-    areas = [(pixels == tuple(bytes.fromhex(COLOURS[r][0][1:]))).all(-1)[80:].sum() for r in ("s0", "s1")]
+    # The PNG shows the same: the areas of the bars have the same ratio, except for the whiskers and the legend.
+    pixels = np.asarray(Image.open(io.BytesIO(drawn.png())).convert("RGB"))[120:]
+    areas = [(pixels == tuple(bytes.fromhex(COLOURS[r][0][1:]))).all(-1).sum() for r in ("s0", "s1")]
     assert 1.6 < areas[1] / areas[0] < 2.1
+
+
+def test_the_learning_rate_is_on_a_linear_axis():
+    data = [charts.Series("a", 1, [(i, 1e-4 * (1 - i / 100)) for i in range(100)])]
+    for linear, labels in ((True, {"0", "0.00002", "0.0001"}), (False, {"1e−6"})):
+        svg = chart(charts.curves, data=data, x_title="step", linear=linear).svg(918)
+        assert labels <= set(re.findall(r"<text[^>]*>([^<]*)</text>", svg))
 
 
 def test_colours_have_enough_contrast():
@@ -224,52 +261,38 @@ def test_colours_have_enough_contrast():
         for under in ("page", "panel"):
             for role in set(COLOURS) - {"page", "panel", "grid", "axis"}:
                 a, b = sorted(luminance(COLOURS[r][scheme]) for r in (role, under))
-                bound = 4.5 if role in ("ink", "muted", "won", "lost") else 3.0  # WCAG 2: text, graphics
+                # The bounds are those of WCAG 2 for text and for graphics.
+                bound = 4.5 if role in ("ink", "muted", "won", "lost") else 3.0
                 assert (b + 0.05) / (a + 0.05) >= bound, (role, under, scheme)
 
 
-def test_wording():
-    assert [wording.compact(v) for v in (0, 4600, 0.25, 1e-4, -2.5e-7, 12345.6, 999.96)] == [
-        "0", "4,600", "0.25", "0.0001", "−2.5e−7", "12,346", "1000",
-    ]  # fmt: skip
-    assert wording.number(25.926, "%") == "25.9" and wording.number(0.2, "") == "0.200"
-    assert wording.number(None, "%") == "–" and wording.number(float("nan"), "") == "–"
-    doubtful = {"difference": 5, "interval": [1, 9], "mcnemar": {"won": 5, "lost": 0, "p": 0.0625}}
-    doubt = "zero is outside of the interval, but the exact test does not exclude chance."
-    for which, word in (("higher", "Better"), ("lower", "Worse"), ("", "Higher")):
-        assert wording.verdict(doubtful, which) == f"{word}: {doubt}"
-    assert wording.signed(-0.31, "%") == "−0.3" and wording.signed(6.667, "%") == "+6.7"
-    assert [wording.excludes_zero(e) for e in ([-1, 1], [0.0, 2.0], [0.1, 2], [-2, -1], None)] == [
-        False, False, True, True, None,
-    ]  # fmt: skip
-
-
 BROKEN = {
-    "missing": (lambda d: d.rmdir(), "is not a folder"),
-    "empty": (lambda d: None, "neither results.json"),
-    "no rows": (lambda d: (d / "metrics.jsonl").write_text(""), "neither results.json"),
+    "missing": (None, "", "is not a folder"),
+    "empty": ("predictions.csv", "", "neither results.json"),
+    "no rows": ("metrics.jsonl", "", "neither results.json"),
     "broken line": (
-        lambda d: (d / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "lo\n{"step": 3}\n'),
+        "metrics.jsonl",
+        '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n',
         "metrics.jsonl, line 2 is not JSON",
     ),
-    "no step": (lambda d: (d / "metrics.jsonl").write_text('{"loss": 1}\n'), "line 1 has no step"),
-    "broken results": (lambda d: (d / "results.json").write_text('{"schema": 1,\n "tasks"'), "line 2 is not JSON"),
-    "other schema": (lambda d: (d / "results.json").write_text('{"schema": 2}'), "is not of schema 1"),
-    "no tasks": (lambda d: (d / "results.json").write_text('{"schema": 1, "weights": []}'), "has no 'tasks'"),
-    "half a task": (
-        lambda d: (d / "results.json").write_text('{"schema": 1, "tasks": {"mmvp": {"title": "MMVP"}}}'),
-        "mmvp has no 'metrics'",
-    ),
-    "not text": (lambda d: (d / "results.json").write_bytes(b"\xff\xfe\x00"), "is not JSON"),
+    "no step": ("metrics.jsonl", '{"loss": 1}\n', "line 1 has no step"),
+    "broken results": ("results.json", '{"schema": 1,\n "tasks"', "line 2 is not JSON"),
+    "other schema": ("results.json", '{"schema": 2}', "is not of schema 1"),
+    "no tasks": ("results.json", '{"schema": 1, "weights": []}', "it has no 'tasks'"),
+    "half a task": ("results.json", '{"schema": 1, "tasks": {"mmvp": {"title": "M"}}}', "tasks.mmvp has no 'metrics'"),
+    "not text": ("results.json", "\ud8ff", "is not JSON"),
+    "nested": ("results.json", "[" * 500 + "]" * 500, "nested too deeply"),
+    "a list": ("config.json", "[]", "config.json: it is []"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_bad_input(tmp_path, case):
+    name, content, message = BROKEN[case]
     folder = tmp_path / "given"
-    folder.mkdir()
-    breaks, message = BROKEN[case]
-    breaks(folder)
+    if name:
+        folder.mkdir()
+        (folder / name).write_text(content, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(UserError, match=re.escape(message)) as e:
         report.write(folder)
     assert "\n" not in str(e.value) and not (folder / "report.html").exists()
@@ -286,3 +309,46 @@ def test_command(tmp_path):
     for args in ((str(tmp_path / "gone"),), (), (str(tmp_path / "run"), "more")):
         code, out, err = commands.run("report", *args)
         assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: "), err
+
+
+def test_strips_of_a_segmentation(tmp_path):
+    samples.write_evaluation(tmp_path, [], segmentation=samples.segmentation_task(samples.write_images(tmp_path, 2)))
+    task = inputs.read(tmp_path).results.tasks["segmentation"]
+    labels = [samples.BEFORE, samples.AFTER]
+    head, *strips = images.segmented(task, labels)
+    assert "not chosen by their scores" in head.arguments["note"] and len(strips) == 2
+    for strip in strips:
+        assert [label.text for _, label in strip.arguments["images"]] == ["image", "truth", *labels]
+        names = [label.text for label in strip.arguments["legend"]]
+        assert names == ["cat", "background", "potted plant", "not labelled"]
+    truth = strips[0].arguments["images"][1][0].uri.removeprefix("data:image/png;base64,")
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(truth))).convert("RGB"))
+    cat = images.class_colour(1, "cat")
+    assert pixels.shape == (60, 120, 3) and tuple(pixels[0, 60]) == cat and tuple(pixels[0, -1]) == (225, 225, 225)
+    assert len({images.class_colour(i, "") for i in range(171)}) == 171
+    for damaged in ("", "no base64!", base64.b64encode(b"no image").decode()):
+        shown = task.weights[samples.AFTER].pictures
+        shown[0] = shown[0].model_copy(update={"predicted": damaged})
+        assert images.segmented(task, labels)[1].arguments["line"] == "Image 1 of results.json cannot be read."
+
+
+def test_wording():
+    assert [wording.compact(v) for v in (0, 4600, 0.25, 1e-4, -2.5e-7, 12345.6, 999.96)] == [
+        "0", "4,600", "0.25", "0.0001", "−2.5e−7", "12,346", "1000",
+    ]  # fmt: skip
+    assert wording.number(25.926, "%") == "25.9" and wording.number(0.2, "") == "0.200"
+    assert wording.number(None, "%") == "–" and wording.number(float("nan"), "") == "–"
+    assert wording.signed(-0.31, "%") == "−0.3" and wording.signed(6.667, "%") == "+6.7"
+    assert [wording.excludes_zero(e) for e in ([-1, 1], [0.0, 2.0], [0.1, 2], [-2, -1], None)] == [
+        False, False, True, True, None,
+    ]  # fmt: skip
+    assert [wording.duration(s) for s in (0.44, 81.2, 725, 12_000)] == ["0.4 s", "81 s", "12 min", "3 h 20 min"]
+
+
+def test_numbers_of_a_row_have_the_same_decimals():
+    assert wording.places([0.2043, 0.1941, None], "") == 3 and wording.places([231.4, 4.1], "") == 0
+    assert wording.places([19.26, 25.9], "%") == 1 and wording.places([1e-7], "") is None
+    assert wording.places([], "") == wording.places([0.0], "") == 0
+    assert [wording.number(v, "", 4) for v in (0.0031, 0.2, -0.00001)] == ["0.0031", "0.2000", "0.0000"]
+    assert wording.signed(0.00001, "", 3) == "0.000" and wording.signed(-0.5, "", 2) == "−0.50"
+    assert wording.interval([1.04, 12.0], "%") == "1.0\u00a0to\u00a012.0"

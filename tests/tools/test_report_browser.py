@@ -7,7 +7,7 @@ import pytest
 import report_samples as samples
 
 from diva_jax import report
-from diva_jax.report.canvas import COLOURS
+from diva_jax.report.charts import COLOURS
 
 
 def browser():
@@ -46,7 +46,7 @@ def test_in_a_browser(tmp_path):
     (steps := tmp_path / "steps").mkdir()
     pages = {"evaluation": report.write(samples.write_full(tmp_path))[0], "run": report.write(tmp_path / "run")[0]}
     pages["steps"] = report.write(samples.write_steps(steps))[0]
-    pictures = {"evaluation": 28 + 8, "run": 0, "steps": 4}  # Of flipped pairs, and of two strips of four.
+    images = {"evaluation": 28 + 8, "run": 0, "steps": 4}  # Of flipped pairs, and of two strips of four.
     driver = browser()
     try:
         for name, page in pages.items():
@@ -60,7 +60,7 @@ def test_in_a_browser(tmp_path):
                     where = (name, width, scheme, found)
                     assert found["scroll"] <= found["window"] <= width, where
                     assert not found["outside"] and not found["clipped"], where
-                    assert found["images"] == found["loaded"] == pictures[name], where
+                    assert found["images"] == found["loaded"] == images[name], where
                     assert found["charts"] > 1, where
                     assert found["broken"] == [], where
                     assert not found["small"], where

@@ -10,7 +10,7 @@ from mutations import changed, damaged
 
 from diva_jax import report
 from diva_jax.common.errors import UserError
-from diva_jax.report import inputs, page, pictures
+from diva_jax.report import images, inputs, page
 
 pytestmark = pytest.mark.attack
 
@@ -19,21 +19,21 @@ pytestmark = pytest.mark.attack
 def folder(tmp_path_factory):
     """`out` with a small evaluation and `run` with a short run, as (root, content of results.json)."""
     root = tmp_path_factory.mktemp("report")
-    images = samples.write_images(root, 2)
-    tasks = {"mmvp": samples.mmvp_task(images), "feedback": samples.feedback_task(), "drift": samples.drift_task()}
+    files = samples.write_images(root, 2)
+    tasks = {"mmvp": samples.mmvp_task(files), "feedback": samples.feedback_task(), "drift": samples.drift_task()}
     for found in tasks["mmvp"]["weights"].values():
         found["patterns"] = found["patterns"][:2]
     for found in tasks["feedback"]["weights"].values():
         found["timesteps"] = found["timesteps"][:2]
     samples.write_run(root / "run", rows=6)
-    return root, samples.write_evaluation(root / "out", images, root / "run", **tasks)
+    return root, samples.write_evaluation(root / "out", files, root / "run", **tasks)
 
 
 def outcome(place) -> str | None:
     """The page, or None where the files are refused; any other exception fails the test."""
     try:
-        found = inputs.read(place)
-        return page.html(found, page.sections(found))
+        content = inputs.read(place)
+        return page.html(content, page.sections(content))
     except UserError as e:
         assert "\n" not in str(e) and len(str(e)) < 1500
         return None
@@ -73,7 +73,7 @@ NAMES = ["../../up", "/abs", "a/b", "..", "", ".", "x\0y", "con:aux", "é" * 200
 
 
 def test_names_are_never_paths(folder, tmp_path):
-    """Names of tasks and metrics are part of the names of pictures."""
+    """Names of tasks and metrics are part of the names of images."""
     task = samples.feedback_task()
     results = {"schema": 1, "weights": [{"label": n} for n in task["weights"]], "tasks": {n: task for n in NAMES}}
     (tmp_path / "in").mkdir()
@@ -85,12 +85,12 @@ def test_names_are_never_paths(folder, tmp_path):
         assert made == tmp_path / "in/report" or made.parent == tmp_path / "in/report" or made.name == "report.html"
 
 
-def test_what_is_no_picture_is_not_read(tmp_path):
+def test_what_is_no_image_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
     (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     for name in ("pipe.jpg", "zero.jpg", "a.eps", "", "\0", "gone.png", "a" * 5000):
-        assert pictures._thumbnail(str(tmp_path / name)) == ""
+        assert images._thumbnail(str(tmp_path / name)) == ""
 
 
 @pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "gs://no-such-bucket-at-all", "s3://x/y", "\0", "", "."])

@@ -1,0 +1,231 @@
+"""The form of results.json: `diva_jax.evals` writes it, the report and the model card read it.
+
+Fields that are not declared here may have any value and are ignored. docs/EVALUATION.md has an example.
+"""
+
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from diva_jax.common.errors import brief, printable
+
+LARGEST_NUMBER = 1e100
+"""Bound of all numbers, so that multiples of them, such as the limits of a chart's axis, are finite."""
+SCHEMA = 1
+
+Number = Annotated[float, Field(gt=-LARGEST_NUMBER, lt=LARGEST_NUMBER, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
+
+
+class Record(pydantic.BaseModel):
+    """An object of a JSON file whose values have exactly the declared types: no text is read as a number."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+
+class _WithInterval(Record):
+    interval: Interval | None = None
+
+    @property
+    def all_agree(self) -> bool:
+        """Whether the interval is a single point: where all items agree, every resample is the same."""
+        return self.interval is not None and self.interval[0] == self.interval[1]
+
+    @property
+    def known_interval(self) -> Interval | None:
+        """The interval, or None where it is a single point, which says nothing about other items."""
+        return None if self.all_agree else self.interval
+
+
+class Score(_WithInterval):
+    """A score of one set of weights, or one that is defined between two, with its 95% interval.
+
+    Attributes:
+      seeds, seeds_std: the score of each random draw and their standard deviation, for scores that are a mean of draws.
+    """
+
+    score: Number
+    seeds: list[Number] = []
+    seeds_std: Number | None = None
+
+
+class McNemar(Record):
+    """The exact two-sided test on the items that one set of weights has right and the other has not."""
+
+    won: Count
+    lost: Count
+    p: Number
+
+
+class Difference(_WithInterval):
+    """The paired difference of a score between two sets of weights, with its 95% interval."""
+
+    difference: Number
+    mcnemar: McNemar | None = None
+
+
+def _kind(value: Any) -> str:
+    is_difference = "difference" in value if isinstance(value, dict) else isinstance(value, Difference)
+    return "difference" if is_difference else "score"
+
+
+Compared = Annotated[Annotated[Difference, Tag("difference")] | Annotated[Score, Tag("score")], Discriminator(_kind)]
+
+
+class Metric(Record):
+    """What a score is: `better` is "higher", "lower", or "" where neither is; files of old versions may lack it."""
+
+    title: str
+    unit: str
+    better: str | None = None
+
+    @property
+    def direction(self) -> str:
+        """`better`, or what it was before it was written: percentages are better where they are higher."""
+        return self.better if self.better is not None else "higher" if self.unit == "%" else ""
+
+
+class Pattern(Record):
+    name: str
+    scores: dict[str, Score]
+
+
+class TimestepBin(Record):
+    low: Number
+    high: Number
+    scores: dict[str, Score]
+
+
+class SegmentationClass(Record):
+    name: str
+    iou: Number | None = None
+
+
+class SegmentedImage(Record):
+    """An image file, and maps of its true and predicted classes as PNG files in base64."""
+
+    image: str
+    truth: str
+    predicted: str
+
+
+class Weights(Record):
+    """What a task reports on one set of weights.
+
+    Attributes:
+      scores: by metric.
+      patterns, timesteps: the scores of parts of the data.
+      classes: the number of classes, or a record for each.
+      pictures: images of which a segmentation shows the classes.
+      notes: sentences for the reader.
+    """
+
+    scores: dict[str, Score]
+    patterns: list[Pattern] = []
+    timesteps: list[TimestepBin] = []
+    classes: Count | list[SegmentationClass] | None = None
+    pictures: list[SegmentedImage] = []
+    notes: list[str] = []
+
+
+class Flip(Record):
+    """An item that is right under one of two sets of weights only.
+
+    Attributes:
+      won: whether it is right after, and not before.
+      before, after: the probability of image 1 under each text; empty for items that are no pairs.
+    """
+
+    metric: str
+    won: bool
+    item: Any = ""
+    group: str | None = None
+    images: list[str] = []
+    texts: list[str] = []
+    before: list[Number] = []
+    after: list[Number] = []
+
+
+class Comparison(Record):
+    before: str
+    after: str
+    scores: dict[str, Compared]
+    flipped: list[Flip] = []
+
+    def differences(self) -> dict[str, Difference]:
+        """The scores that are differences, by metric."""
+        return {m: s for m, s in self.scores.items() if isinstance(s, Difference)}
+
+
+class Task(Record):
+    """A task's scores for each set of weights, by label, and their comparisons."""
+
+    title: str
+    metrics: dict[str, Metric]
+    weights: dict[str, Weights]
+    data: str | None = None
+    count: Count | None = None
+    items: str = "items"
+    comparisons: list[Comparison] = []
+
+    @model_validator(mode="after")
+    def _names_are_known(self):
+        used = [(metric, "metrics") for w in self.weights.values() for metric in w.scores]
+        for c in self.comparisons:
+            used += [(c.before, "weights"), (c.after, "weights"), *((metric, "metrics") for metric in c.scores)]
+        for name, where in used:
+            if name not in getattr(self, where):
+                raise ValueError(f"{brief(name)} is used, which is not one of its {where}")
+        for c in self.comparisons:
+            for metric in c.differences():
+                if not all(metric in self.weights[side].scores for side in (c.before, c.after)):
+                    raise ValueError(f"{brief(metric)} is compared, which has no scores")
+        return self
+
+
+class Source(Record):
+    """A set of weights: its label, where it came from, and the step of a run's checkpoint."""
+
+    label: str
+    source: str | None = None
+    step: Count | None = None
+
+
+class Results(Record):
+    """The content of results.json; the first of `weights` is the reference of comparisons."""
+
+    tasks: Annotated[dict[str, Task], Field(min_length=1)]
+    weights: Annotated[list[Source], Field(min_length=1)]
+    created: str = ""
+    seconds: Number | None = None
+    devices: str = ""
+    versions: dict[str, Any] = {}
+    config: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        return [w.label for w in self.weights]
+
+    @model_validator(mode="after")
+    def _labels_are_known(self):
+        for name, task in self.tasks.items():
+            if strange := [label for label in task.weights if label not in self.labels]:
+                raise ValueError(
+                    f"{brief(name, 60)} has scores of {brief(strange[0])}, which is not one of the weights"
+                )
+        return self
+
+
+def first_error(e: pydantic.ValidationError) -> str:
+    """Where a value has not the declared form, and what is wrong with it: `tasks.mmvp.title is 3: ...`."""
+    error = e.errors(include_url=False)[0]
+    where = ".".join(brief(part, 60) if isinstance(part, int) else printable(part)[:60] for part in error["loc"][:12])
+    if error["type"] == "missing":
+        parent, _, field = where.rpartition(".")
+        return f"{parent or 'it'} has no {field!r}".replace("\n", " ")
+    reason = error["msg"].removeprefix("Value error, ")[:300]
+    value = "" if error["type"] == "value_error" else f" is {brief(error['input'], 40)}"
+    return f"{where or 'it'}{value}: {reason}".replace("\n", " ")

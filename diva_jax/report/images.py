@@ -1,0 +1,163 @@
+"""Images embedded in the page: thumbnails of image files, the classes of a segmentation, and flipped items."""
+
+import base64
+import colorsys
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from diva_jax.common.results_schema import Flip, Task
+from diva_jax.data.files import open_regular
+from diva_jax.data.images import FORMATS, MAX_PIXELS
+from diva_jax.report.charts import colour_role
+from diva_jax.report.inputs import ImageRows
+from diva_jax.report.sections import Label, Part, Section, part, text
+
+_THUMBNAIL_SIDE = 320
+_UNLABELLED = 255
+_UNLABELLED_COLOUR = (225, 225, 225)
+_MAX_MAP_PIXELS = 2**20
+_MAX_NAMED_CLASSES = 16
+# Largest number of flipped items per comparison, metric and direction; predictions.csv has all of them.
+_MAX_CARDS = 48
+
+
+class EmbeddedImage(NamedTuple):
+    """An image as a data: URI, which is empty where the file cannot be read."""
+
+    uri: str
+    name: str
+
+
+class Thumbnails(dict[str, EmbeddedImage]):
+    """Path of a file -> its thumbnail; each file is read once."""
+
+    def __missing__(self, path: str) -> EmbeddedImage:
+        self[path] = EmbeddedImage(_thumbnail(path), Path(path).name)
+        return self[path]
+
+
+def _thumbnail(path: str) -> str:
+    """Returns a JPEG thumbnail as a data: URI, or "" if the file is missing or is not an image."""
+    try:
+        with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return ""
+            image.draft("RGB", (2 * _THUMBNAIL_SIDE, 2 * _THUMBNAIL_SIDE))
+            small = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception:
+        # Pillow's plugins raise many types.
+        return ""
+    small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    return _uri(small, "jpeg", quality=80)
+
+
+def _uri(image: Image.Image, form: str, **options) -> str:
+    image.save(buffer := io.BytesIO(), form.upper(), **options)
+    return f"data:image/{form};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def rows(content: ImageRows, folder: Path) -> list[Part]:
+    """Returns the rows of images.json; names of files are relative to its folder."""
+    thumbnails = Thumbnails()
+    return [
+        part("strip", images=[(thumbnails[str(folder / entry.image)], Label(entry.caption)) for entry in row])
+        for row in content.rows
+    ]
+
+
+def class_colour(number: int, name: str) -> tuple[int, int, int]:
+    """Returns the colour of a class: hues a golden angle apart, three lightnesses in turn, grey for the background."""
+    if name == "background":
+        return 110, 110, 110
+    red, green, blue = colorsys.hls_to_rgb(number * 0.618034 % 1, (0.45, 0.62, 0.32)[number % 3], 0.65)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _decoded(encoded: str) -> np.ndarray:
+    """Returns a map of class numbers, uint8 [H, W], from a PNG in base64; Pillow raises many types."""
+    with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)), formats=("PNG",)) as file:
+        if file.width * file.height > _MAX_MAP_PIXELS:
+            raise ValueError(f"{file.width}x{file.height} pixels are too many")
+        return np.asarray(file.convert("L"))
+
+
+def _class_map(numbers: np.ndarray, names: list[str], what: str) -> EmbeddedImage:
+    palette = [v for i, name in enumerate(names) for v in class_colour(i, name)]
+    image = Image.fromarray(numbers, "L")
+    image.putpalette((palette + [0] * 768)[: 3 * _UNLABELLED] + list(_UNLABELLED_COLOUR))
+    return EmbeddedImage(_uri(image, "png", optimize=True), what)
+
+
+def segmented(task: Task, labels: list[str]) -> list[Part]:
+    """Returns one row per image of a segmentation: the image, the truth, and the classes under each set of weights.
+
+    Args:
+      task: the task; nothing is returned where its weights have no `pictures`.
+      labels: the labels of the weights, in order.
+    """
+    used = [w for w in labels if w in task.weights and task.weights[w].pictures]
+    used = [w for w in used if isinstance(task.weights[w].classes, list)]
+    if not used:
+        return []
+    names, thumbnails = [c.name for c in task.weights[used[0]].classes], Thumbnails()
+    parts = [part("heading", line="Images", note="evenly spaced over the set, not chosen by their scores")]
+    for i, shown in enumerate(zip(*(task.weights[w].pictures for w in used), strict=False)):
+        try:
+            maps = {"truth": _decoded(shown[0].truth)} | {
+                w: _decoded(p.predicted) for w, p in zip(used, shown, strict=True)
+            }
+        except Exception:
+            parts.append(text(f"Image {i + 1} of results.json cannot be read.", "fine"))
+            continue
+        roles = {w: colour_role(labels.index(w)) for w in used} if len(used) > 1 else {}
+        images = [(_class_map(m, names, what), Label(what, role=roles.get(what, ""))) for what, m in maps.items()]
+        images.insert(0, (thumbnails[shown[0].image], Label("image")))
+        parts.append(part("strip", images=images, **_legend(list(maps.values()), names)))
+    return parts
+
+
+def _legend(maps: list[np.ndarray], names: list[str]) -> dict[str, Any]:
+    """Returns the names of the classes in some maps, the most frequent ones first, and how many more there are."""
+    counts = np.bincount(np.concatenate([m.ravel() for m in maps]), minlength=_UNLABELLED + 1)[: len(names)]
+    order = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+    labels = [Label(names[i], colour=f"rgb{class_colour(i, names[i])}") for i in order[:_MAX_NAMED_CLASSES]]
+    if (maps[0] == _UNLABELLED).any():
+        labels.append(Label("not labelled", colour=f"rgb{_UNLABELLED_COLOUR}"))
+    return {"legend": labels or [Label("No labelled pixel.")], "more": max(0, len(order) - _MAX_NAMED_CLASSES)}
+
+
+def flipped(task: Task) -> list[Section]:
+    """Returns one section per comparison and metric with items that are right with only one of two sets of weights."""
+    out, thumbnails = [], Thumbnails()
+    for c in task.comparisons:
+        for metric, info in task.metrics.items():
+            note = f"{info.title}, {c.before} → {c.after}"
+            if any(w.scores[metric].seeds for w in task.weights.values() if metric in w.scores):
+                note += "; shares are means over the draws"
+            parts: list[Part] = []
+            for won, line in ((True, "Correct only after"), (False, "Correct only before")):
+                if flips := [f for f in c.flipped if f.metric == metric and f.won is won]:
+                    parts.append(part("heading", line=line, note=len(flips), kind="won" if won else "lost"))
+                    parts.append(part("cards", cards=[_card(f, task.items, thumbnails) for f in flips[:_MAX_CARDS]]))
+                if (more := len(flips) - _MAX_CARDS) > 0:
+                    parts.append(text(f"{more} more are listed in predictions.csv.", "fine"))
+            if parts:
+                out.append(Section(f"{task.title}: {task.items} that flipped", parts, note))
+    return out
+
+
+def _card(f: Flip, items: str, thumbnails: Thumbnails) -> dict[str, Any]:
+    """The card of an item; for a pair, each image with its text and the probability that each encoder gives to it."""
+    card = {"title": f"{items.removesuffix('s').capitalize()} {f.item}", "group": f.group or ""}
+    if not len(f.texts) == len(f.images) == len(f.before) == len(f.after) == 2:
+        return card | {"sides": [{"image": thumbnails[file], "shares": None} for file in f.images], "texts": f.texts}
+    sides = []
+    for i, (file, line) in enumerate(zip(f.images, f.texts, strict=True)):
+        shares = [p[i] if i == 0 else 1 - p[i] for p in (f.before, f.after)]
+        words = [f"{s:.2f} {'✓' if (s > 0.5 if i == 0 else s >= 0.5) else '✗'}" for s in shares]
+        sides.append({"image": thumbnails[file], "text": line, "shares": shares, "words": " → ".join(words)})
+    return card | {"sides": sides, "texts": []}
