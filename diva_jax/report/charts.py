@@ -1,69 +1,21 @@
-"""The report's charts, drawn with matplotlib: as SVG in the colours of the page's stylesheet, and as PNG files.
+"""The report's charts: functions that draw data in a figure of a given width."""
 
-Importing matplotlib is slow, so that this module is imported where a report is written.
-"""
-
-import contextlib
 import dataclasses
-import functools
-import io
 import math
-import re
-import textwrap
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from xml.etree import ElementTree
+from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from diva_jax.common.errors import printable
+from diva_jax.report.figures import DPI, LIGHT, Drawing, light_colour, plain, text_width
 from diva_jax.report.wording import compact
 
-# Role -> (light, dark). Series colours have a contrast of at least 3:1 against the page in both schemes. They also
-# differ in lightness, so that readers with colour vision deficiency can distinguish them.
-COLOURS = {
-    "page": ("#fbfaf8", "#15171b"),
-    "panel": ("#ffffff", "#1c1f25"),
-    "ink": ("#1d2026", "#e8e6e1"),
-    "muted": ("#5d6470", "#a3a8b2"),
-    "grid": ("#e4e2dd", "#30343c"),
-    "axis": ("#9a9ea6", "#6b717c"),
-    "s0": ("#7d8798", "#97a1b1"),
-    "s1": ("#1559b7", "#6fb1ff"),
-    "s2": ("#b4540a", "#f2a65e"),
-    "s3": ("#0f766e", "#5fd0bf"),
-    "s4": ("#9333a8", "#d79bea"),
-    "s5": ("#8a6d00", "#dcc05a"),
-    "won": ("#15703f", "#6fd39b"),
-    "lost": ("#b3261e", "#ff9a8f"),
-}
-_LIGHT = {role: light for role, (light, _) in COLOURS.items()}
-_VARIABLES = {light: f"var(--{role})" for role, light in _LIGHT.items()}
-_SERIES = 6
-# Widths of charts [CSS pixels]: full and half of a wide page, and a phone. Charts are drawn once per width and not
-# scaled, so that their text has the same size as the page's.
-WIDE, HALF, NARROW = 918, 426, 328
 _MAX_LABELLED_WIDTH = 480
 _MAX_POINTS, _MAX_TOOLTIPS = 1000, 80
-# One unit of matplotlib, a point, is one CSS pixel of the page and two pixels of a PNG file.
-_DPI, _PNG_DPI, _PNG_MARGIN = 72, 144, 18
 _PLOT_HEIGHT, _AXIS_HEIGHT, _HALF_LABEL = 176, 42, 8
-_WHISKER = {"fmt": "none", "ecolor": _LIGHT["ink"], "alpha": 0.65, "elinewidth": 1.2, "capthick": 1.2, "clip_on": False}
-_STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 12, "text.parse_math": False, "text.color": _LIGHT["muted"],
-    "svg.fonttype": "none", "axes.axisbelow": True, "axes.spines.left": False, "axes.spines.right": False,
-    "axes.spines.top": False, "axes.spines.bottom": False, "axes.edgecolor": _LIGHT["axis"],
-    "xtick.major.size": 0, "ytick.major.size": 0, "xtick.major.pad": 7, "ytick.major.pad": 8,
-    "xtick.labelcolor": _LIGHT["muted"], "ytick.labelcolor": _LIGHT["muted"], "grid.color": _LIGHT["grid"],
-    "grid.linewidth": 1, "lines.solid_capstyle": "butt", "lines.solid_joinstyle": "round",
-}  # fmt: skip
+_WHISKER = {"fmt": "none", "ecolor": LIGHT["ink"], "alpha": 0.65, "elinewidth": 1.2, "capthick": 1.2, "clip_on": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,87 +43,6 @@ class Row:
     values: Sequence[tuple[str, int, float, Sequence[float] | None, str]]
 
 
-@dataclasses.dataclass
-class Drawing:
-    """A figure, and its tooltips as [(x, y, width, height, text)] in pixels from the upper left corner."""
-
-    figure: Figure
-    tooltips: list[tuple[float, float, float, float, str]] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chart:
-    """A chart that can be drawn at any width; its title and legend are part of the PNG file, but not of the SVG.
-
-    Attributes:
-      name: the file name of its PNG without the suffix.
-      title: the title.
-      legend: {(name, index of the colour)} of the series.
-      draw: a function: width [pixels] -> Drawing.
-      half: whether the chart takes half of the width of a wide page.
-      note: one sentence below the chart, or "".
-    """
-
-    name: str
-    title: str
-    legend: Sequence[tuple[str, int]]
-    draw: Callable[[float], Drawing]
-    half: bool = False
-    note: str = ""
-
-    def svg(self, width: float) -> Markup:
-        """Returns an `<svg>` element whose colours are variables of the page's stylesheet."""
-        # The salt makes the names of its shapes the same in each run, and different from those of other charts.
-        with _style(f"{self.name} {width}"):
-            drawing, file = self.draw(width), io.StringIO()
-            drawing.figure.savefig(file, format="svg", metadata={"Date": None})
-        return _inline(file.getvalue(), _plain(self.title), drawing.tooltips)
-
-    def png(self) -> bytes:
-        """Returns a PNG file in light colours: 2 pixels per CSS pixel, with a margin of 18."""
-        width, file = HALF if self.half else WIDE, io.BytesIO()
-        with _style():
-            figure = self.draw(width).figure
-            above = 1 + 8 / (figure.get_figheight() * _DPI)
-            if len(self.legend) > 1:
-                handles = [Patch(color=_colour(i), label=_plain(name)) for name, i in self.legend]
-                room = 40 + max(_text_width(handle.get_label(), 12) for handle in handles)
-                legend = figure.legend(
-                    handles=handles, loc="lower left", bbox_to_anchor=(0, above), frameon=False, borderpad=0,
-                    ncols=max(1, int(width / room)), handlelength=1, handleheight=0.8, borderaxespad=0.3,
-                    labelcolor=_LIGHT["ink"],
-                )  # fmt: skip
-                above += (legend.get_window_extent().height + 8) / (figure.get_figheight() * _DPI)
-            title = textwrap.fill(_plain(self.title), int(width / 8))
-            figure.text(0, above, title, size=14, color=_LIGHT["ink"], va="bottom")
-            figure.set_facecolor(_LIGHT["panel"])
-            figure.savefig(file, format="png", dpi=_PNG_DPI, bbox_inches="tight", pad_inches=_PNG_MARGIN / _DPI)
-        return file.getvalue()
-
-
-@contextlib.contextmanager
-def _style(salt: str = "") -> Iterator[None]:
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}), warnings.catch_warnings():
-        # Browsers have fonts for the characters that matplotlib's font lacks.
-        warnings.filterwarnings("ignore", message="Glyph")
-        yield
-
-
-def in_pairs(charts: Sequence[Chart]) -> list[Chart]:
-    """Lays out charts in pairs. If their number is odd, the first one takes the full width."""
-    odd = len(charts) % 2
-    return [dataclasses.replace(chart, half=i >= odd) for i, chart in enumerate(charts)]
-
-
-def colour_role(index: int) -> str:
-    """Returns the key in `COLOURS` of a series. Series 0, the reference of comparisons, has a neutral grey."""
-    return f"s{index if index < _SERIES else 1 + (index - 1) % (_SERIES - 1)}"
-
-
-def _colour(index: int) -> str:
-    return _LIGHT[colour_role(index)]
-
-
 def bars(width: float, data: Sequence[Row], unit: str, high: float) -> Drawing:
     """Draws rows of horizontal bars from zero: one bar per series, with a whisker where an interval is known.
 
@@ -184,7 +55,7 @@ def bars(width: float, data: Sequence[Row], unit: str, high: float) -> Drawing:
       high: the smallest upper end of the axis.
     """
     narrow = width < _MAX_LABELLED_WIDTH
-    left = 1.0 if narrow else min(0.45 * width, 14 + max(_text_width(row.label, 13) for row in data))
+    left = 1.0 if narrow else min(0.45 * width, 14 + max(text_width(row.label, 13) for row in data))
     bar, step, above = 10, 13, 18 if narrow else 0
     tops = np.cumsum([0, *(above + len(row.values) * step + 12 for row in data)])
     ends = [e for row in data for _, _, value, interval, _ in row.values for e in (value, *(interval or ()))]
@@ -193,19 +64,19 @@ def bars(width: float, data: Sequence[Row], unit: str, high: float) -> Drawing:
     axes.set(xlim=limits, ylim=(tops[-1], 0))
     axes.set_xticks(ticks, [compact(tick) + unit for tick in ticks])
     axes.get_xticklabels()[0].set_ha("left" if narrow else "center")
-    labels = [_plain(row.label) for row in data]
+    labels = [plain(row.label) for row in data]
     axes.set_yticks([] if narrow else (tops[:-1] + tops[1:]) / 2 - 3, [] if narrow else labels, size=13)
-    axes.tick_params("y", pad=12, labelcolor=_LIGHT["ink"])
+    axes.tick_params("y", pad=12, labelcolor=LIGHT["ink"])
     axes.grid(axis="x", clip_on=False)
-    axes.axvline(0, color=_LIGHT["axis"], linewidth=1, clip_on=False, zorder=0.9)
+    axes.axvline(0, color=LIGHT["axis"], linewidth=1, clip_on=False, zorder=0.9)
     smallest = 1.5 * (limits[1] - limits[0]) / (width - left - 28)
     for row, top, label in zip(data, tops, labels, strict=False):
         if narrow:
-            axes.text(0, top + 14, label, size=13, color=_LIGHT["ink"], transform=axes.get_yaxis_transform())
+            axes.text(0, top + 14, label, size=13, color=LIGHT["ink"], transform=axes.get_yaxis_transform())
         for i, (_, index, value, interval, tooltip) in enumerate(row.values):
             middle = top + above + 4 + i * step + bar / 2
             length = math.copysign(max(abs(value), smallest), value)
-            axes.barh(middle, length, bar, color=_colour(index), clip_on=False)
+            axes.barh(middle, length, bar, color=light_colour(index), clip_on=False)
             if interval:
                 whisker = [[value - interval[0]], [interval[1] - value]]
                 axes.errorbar(value, middle, xerr=np.maximum(whisker, 0), capsize=3, **_WHISKER)
@@ -230,15 +101,18 @@ def curves(
     """
     drawing, axes = _plot(width, data, x_title, tight=True, linear=linear)
     for x, label in marks:
-        axes.axvline(x, color=_LIGHT["axis"], linewidth=1, dashes=(4, 4), clip_on=False)
+        axes.axvline(x, color=LIGHT["axis"], linewidth=1, dashes=(4, 4), clip_on=False)
         if width > 600:
-            at_end = axes.transData.transform((x, 0))[0] + 6 + _text_width(label, 11) > width
+            at_end = axes.transData.transform((x, 0))[0] + 6 + text_width(label, 11) > width
             axes.annotate(
-                _plain(label), (x, 1), (-6 if at_end else 6, 0), size=11, ha="right" if at_end else "left", va="top",
+                plain(label), (x, 1), (-6 if at_end else 6, 0), size=11, ha="right" if at_end else "left", va="top",
                 xycoords=axes.get_xaxis_transform(), textcoords="offset points",
             )  # fmt: skip
     for s in data:
-        smooth, how = moving_mean(s.points, max(1, len(s.points) // 20)), {"color": _colour(s.index), "clip_on": False}
+        smooth, how = (
+            moving_mean(s.points, max(1, len(s.points) // 20)),
+            {"color": light_colour(s.index), "clip_on": False},
+        )
         if len(smooth) > 20:
             axes.plot(*zip(*thinned(s.points), strict=True), linewidth=1, alpha=0.35, **how)
         marker = {"marker": "o", "markersize": 6} if len(smooth) == 1 else {}
@@ -267,7 +141,7 @@ def points(width: float, data: Sequence[Series], x_title: str, unit: str = "") -
     drawing, axes = _plot(width, data, x_title, tight=False)
     texts: dict[float, list[str]] = {}
     for n, s in enumerate(data):
-        shift = ScaledTranslation(5 * (n - (len(data) - 1) / 2) / _DPI, 0, drawing.figure.dpi_scale_trans)
+        shift = ScaledTranslation(5 * (n - (len(data) - 1) / 2) / DPI, 0, drawing.figure.dpi_scale_trans)
         how = {"transform": axes.transData + shift}
         intervals = s.intervals or [None] * len(s.points)
         known = [(x, y, y - i[0], i[1] - y) for (x, y), i in zip(s.points, intervals, strict=True) if i]
@@ -275,8 +149,8 @@ def points(width: float, data: Sequence[Series], x_title: str, unit: str = "") -
             x, y, below, above = np.array(known).T
             axes.errorbar(x, y, np.maximum([below, above], 0), capsize=2.5, **_WHISKER, **how)
         x, y = zip(*s.points, strict=True)
-        axes.plot(x, y, color=_colour(s.index), linewidth=1.5, alpha=0.6, clip_on=False, **how)
-        axes.plot(x, y, "o", color=_colour(s.index), markersize=6.4, markeredgewidth=0, clip_on=False, **how)
+        axes.plot(x, y, color=light_colour(s.index), linewidth=1.5, alpha=0.6, clip_on=False, **how)
+        axes.plot(x, y, "o", color=light_colour(s.index), markersize=6.4, markeredgewidth=0, clip_on=False, **how)
         for (at, value), ends in zip(s.points, intervals, strict=True):
             between = f" ({compact(ends[0], 4)} to {compact(ends[1], 4)})" if ends else ""
             texts.setdefault(at, []).append(f"{s.name}: {compact(value, 4)}{unit}{between}")
@@ -287,7 +161,7 @@ def points(width: float, data: Sequence[Series], x_title: str, unit: str = "") -
 def _axes(width: float, height: float, left: float, right: float, top: float, bottom: float):
     """A drawing of this width, with axes of this height and margins around them [pixels]."""
     whole = top + height + bottom
-    figure = Figure(figsize=(width / _DPI, whole / _DPI), dpi=_DPI, facecolor="none")
+    figure = Figure(figsize=(width / DPI, whole / DPI), dpi=DPI, facecolor="none")
     axes = figure.add_axes((left / width, bottom / whole, (width - left - right) / width, height / whole))
     axes.set_facecolor("none")
     return Drawing(figure), axes
@@ -298,13 +172,12 @@ def _plot(width: float, data: Sequence[Series], x_title: str, tight: bool, linea
     xs = [x for s in data for x, _ in s.points]
     ys = [y for s in data for _, y in s.points] + [e for s in data for i in s.intervals if i for e in i]
     log = not linear and min(ys) > 1e-100 and max(ys) / min(ys) > 30
-    y_ticks, y_limits = (
-        _log_ticks(min(ys), max(ys)) if log else _ticks(min(0.0, *ys) if linear else min(ys), max(ys), 5)
-    )
+    low, high = min(0.0, *ys) if linear else min(ys), max(ys)
+    y_ticks, y_limits = _log_ticks(low, high) if log else _ticks(low, high, 5)
     x_ticks, x_limits = _ticks(min(0, *xs), max(xs), 4 if width < _MAX_LABELLED_WIDTH else 6, tight)
     y_labels, x_labels = ([compact(tick) for tick in ticks] for ticks in (y_ticks, x_ticks))
-    left = 10 + max(_text_width(label, 12) for label in y_labels)
-    right = 2 + _text_width(f"0{compact(max(xs))}", 12) / 2
+    left = 10 + max(text_width(label, 12) for label in y_labels)
+    right = 2 + text_width(f"0{compact(max(xs))}", 12) / 2
     drawing, axes = _axes(width, _PLOT_HEIGHT, left, right, _HALF_LABEL, _AXIS_HEIGHT)
     axes.set_yscale("log" if log else "linear")
     axes.set(xlim=x_limits, ylim=y_limits)
@@ -313,9 +186,9 @@ def _plot(width: float, data: Sequence[Series], x_title: str, tight: bool, linea
     axes.minorticks_off()
     axes.grid(axis="y", clip_on=False)
     axes.spines.bottom.set_visible(True)
-    axes.set_xlabel(x_title, loc="right", color=_LIGHT["muted"], labelpad=4)
+    axes.set_xlabel(x_title, loc="right", color=LIGHT["muted"], labelpad=4)
     if not log and y_limits[0] < 0 < y_limits[1]:
-        axes.axhline(0, color=_LIGHT["axis"], linewidth=1, clip_on=False)
+        axes.axhline(0, color=LIGHT["axis"], linewidth=1, clip_on=False)
     return drawing, axes
 
 
@@ -335,7 +208,7 @@ def _log_ticks(low: float, high: float) -> tuple[list[float], tuple[float, float
 def _add_tooltips(drawing: Drawing, texts: dict[float, str]) -> None:
     """Adds tooltips by x value as columns that end halfway between neighbouring x values."""
     (axes,) = drawing.figure.axes
-    box, top = axes.get_window_extent(), drawing.figure.get_figheight() * _DPI
+    box, top = axes.get_window_extent(), drawing.figure.get_figheight() * DPI
     at = {axes.transData.transform((x, 1))[0]: text for x, text in sorted(texts.items())}
     middles = list(at)
     edges = [middles[0] - 10, *((a + b) / 2 for a, b in zip(middles[:-1], middles[1:], strict=True)), middles[-1] + 10]
@@ -362,41 +235,3 @@ def thinned(data: Sequence[tuple[float, float]], limit: int = _MAX_POINTS) -> li
         run = data[i : i + size]
         out += sorted({min(run, key=lambda p: p[1]), max(run, key=lambda p: p[1])})
     return out
-
-
-@functools.cache
-def _text_width(text: str, size: float) -> float:
-    """An upper bound of a text's width [pixels]: most fonts of browsers are narrower than that of the PNG files."""
-    font = get_font(findfont("DejaVu Sans"))
-    font.set_size(size, _DPI)
-    font.set_text(_plain(text))
-    return 1.08 * font.get_width_height()[0] / 64
-
-
-def _plain(text: str) -> str:
-    """A text on one line, in which characters that cannot be drawn are written as escapes."""
-    return printable(" ".join(text.split()))
-
-
-def _inline(svg: str, label: str, tooltips) -> Markup:
-    """Turns matplotlib's SVG file into an element of the page."""
-    root = ElementTree.fromstring(svg)
-    root.attrib = {"viewBox": root.get("viewBox"), "role": "img", "aria-label": label}
-    hrefs = "{http://www.w3.org/1999/xlink}href"
-    used = {e.get(hrefs, "#")[1:] for e in root.iter()}
-    for e in root.iter():
-        e.tag, e.text, e.tail = e.tag.rpartition("}")[2], (e.text or "").strip(), None
-        e[:] = [child for child in e if child.tag.rpartition("}")[2] not in ("metadata", "style")]
-        if e.get("id") not in used or e.get("transform", "").startswith("rotate(-0 "):
-            e.attrib = {name: value for name, value in e.items() if name not in ("id", "transform")}
-        if hrefs in e.attrib:
-            e.set("href", e.attrib.pop(hrefs))
-        style = re.sub(r"font-family: [^;]*; ?", "", e.get("style", ""))
-        e.set("style", re.sub("#[0-9a-f]{6}", lambda colour: _VARIABLES.get(colour[0], colour[0]), style))
-        e.set("d", re.sub(r"(\.\d\d)\d+", r"\1", e.get("d", "")).replace("\n", ""))
-        e.attrib = {name: value for name, value in e.items() if value}
-    for x, y, width, height, text in tooltips:
-        place = {"x": x, "y": y, "width": width, "height": height}
-        area = ElementTree.SubElement(root, "rect", {k: f"{v:.5g}" for k, v in place.items()}, fill="transparent")
-        ElementTree.SubElement(area, "title").text = "\n".join(map(_plain, text.split("\n")))
-    return Markup(ElementTree.tostring(root, encoding="unicode", method="html"))

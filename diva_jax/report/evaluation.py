@@ -6,7 +6,8 @@ from functools import partial
 
 from diva_jax.common.results_schema import Comparison, Difference, Metric, Results, Score, Task
 from diva_jax.report import alarms, images, wording
-from diva_jax.report.charts import Chart, Row, Series, bars, colour_role, in_pairs, points
+from diva_jax.report.charts import Row, Series, bars, points
+from diva_jax.report.figures import Chart, colour_role, in_pairs
 from diva_jax.report.inputs import Inputs
 from diva_jax.report.sections import Cell, Label, Part, Section, part, text
 from diva_jax.report.wording import Finding

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from diva_jax.common.results_schema import Flip, Task
 from diva_jax.data.files import open_regular
 from diva_jax.data.images import FORMATS, MAX_PIXELS
-from diva_jax.report.charts import colour_role
+from diva_jax.report.figures import colour_role
 from diva_jax.report.inputs import ImageRows
 from diva_jax.report.sections import Label, Part, Section, part, text
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jinja2
 
 from diva_jax.report import about, alarms, evaluation, images, training
-from diva_jax.report.charts import COLOURS, HALF, NARROW, WIDE, Chart, colour_role
+from diva_jax.report.figures import COLOURS, HALF, NARROW, WIDE, Chart, colour_role
 from diva_jax.report.inputs import Inputs
 from diva_jax.report.sections import Part, Section
 

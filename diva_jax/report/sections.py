@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """A name, with its unit, and a colour of the stylesheet (`role`, a key of `charts.COLOURS`) or a CSS colour."""
+    """A name, with its unit, and a colour of the stylesheet (`role`, a key of `figures.COLOURS`) or a CSS colour."""
 
     text: str
     unit: str = ""

@@ -4,7 +4,8 @@ from functools import partial
 from statistics import fmean, median
 
 from diva_jax.report import wording
-from diva_jax.report.charts import Chart, Series, curves, in_pairs, points
+from diva_jax.report.charts import Series, curves, points
+from diva_jax.report.figures import Chart, in_pairs
 from diva_jax.report.inputs import Run
 from diva_jax.report.sections import Cell, Label, Part, Section, part, text
 from diva_jax.report.wording import Finding

@@ -144,7 +144,7 @@ def write_pareto(compared: Mapping[str, Compared], path: Path) -> None:
     # Imported here, because matplotlib is slow to import.
     from matplotlib.figure import Figure
 
-    from diva_jax.report.charts import COLOURS, colour_role
+    from diva_jax.report.figures import COLOURS, colour_role
 
     figure = Figure(figsize=(7.2, 4.2))
     axes = figure.add_axes((0.08, 0.12, 0.7, 0.82))

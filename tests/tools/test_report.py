@@ -16,8 +16,8 @@ from PIL import Image
 
 from diva_jax import report
 from diva_jax.common.errors import UserError
-from diva_jax.report import charts, images, inputs, page, wording
-from diva_jax.report.charts import COLOURS
+from diva_jax.report import charts, figures, images, inputs, page, wording
+from diva_jax.report.figures import COLOURS
 
 
 class Page(HTMLParser):
@@ -203,7 +203,7 @@ def test_several_steps_of_one_run(tmp_path):
 
 def chart(draw, *names, **arguments):
     legend = [(name, i) for i, name in enumerate(names)]
-    return charts.Chart("name", "Title", legend, lambda width: draw(width, **arguments))
+    return figures.Chart("name", "Title", legend, lambda width: draw(width, **arguments))
 
 
 def test_curves():

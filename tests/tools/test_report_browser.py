@@ -7,7 +7,7 @@ import pytest
 import report_samples as samples
 
 from diva_jax import report
-from diva_jax.report.charts import COLOURS
+from diva_jax.report.figures import COLOURS
 
 
 def browser():
