@@ -5,24 +5,18 @@ Fields that are not declared here may have any value and are ignored. docs/EVALU
 
 from typing import Annotated, Any
 
-import pydantic
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from diva_jax.common.errors import brief, printable
+from diva_jax.common.errors import brief
+from diva_jax.common.json_files import Record
 
-LARGEST_NUMBER = 1e100
-"""Bound of all numbers, so that multiples of them, such as the limits of a chart's axis, are finite."""
 SCHEMA = 1
+# Multiples of a number, such as the limits of a chart's axis, must be finite too.
+LARGEST_NUMBER = 1e100
 
 Number = Annotated[float, Field(gt=-LARGEST_NUMBER, lt=LARGEST_NUMBER, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
-
-
-class Record(pydantic.BaseModel):
-    """An object of a JSON file whose values have exactly the declared types: no text is read as a number."""
-
-    model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
 
 class _WithInterval(Record):
@@ -217,15 +211,3 @@ class Results(Record):
                     f"{brief(name, 60)} has scores of {brief(strange[0])}, which is not one of the weights"
                 )
         return self
-
-
-def first_error(e: pydantic.ValidationError) -> str:
-    """Where a value has not the declared form, and what is wrong with it: `tasks.mmvp.title is 3: ...`."""
-    error = e.errors(include_url=False)[0]
-    where = ".".join(brief(part, 60) if isinstance(part, int) else printable(part)[:60] for part in error["loc"][:12])
-    if error["type"] == "missing":
-        parent, _, field = where.rpartition(".")
-        return f"{parent or 'it'} has no {field!r}".replace("\n", " ")
-    reason = error["msg"].removeprefix("Value error, ")[:300]
-    value = "" if error["type"] == "value_error" else f" is {brief(error['input'], 40)}"
-    return f"{where or 'it'}{value}: {reason}".replace("\n", " ")

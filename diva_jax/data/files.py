@@ -8,12 +8,12 @@ import math
 import os
 import posixpath
 import re
-import stat as statlib
 
 import braceexpand
 import fsspec
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.json_files import open_regular
 from diva_jax.common.paths import demo_hint, is_remote
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -77,20 +77,6 @@ def _file_system(path: str):
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as e:
         raise UserError(f"{path!r} cannot be reached ({e}): install the package for this scheme") from e
-
-
-def open_regular(path: str, flags: int = 0) -> int:
-    """The descriptor of a local file, opened to be read.
-
-    Raises:
-      OSError: it is a pipe, a device, a socket or a folder, whose reading may never end.
-    """
-    # Without O_NONBLOCK, opening a pipe would wait for its writer.
-    fd = os.open(path, flags | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not statlib.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(f"{path} is not a regular file")
-    return fd
 
 
 def open_binary(path: str):

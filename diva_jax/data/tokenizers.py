@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from diva_jax.common.errors import UserError, brief
-from diva_jax.data.files import open_regular
+from diva_jax.common.json_files import open_regular
 from diva_jax.models.backbones import TextSpec
 
 Tokenizer = Callable[[Sequence[str]], np.ndarray]

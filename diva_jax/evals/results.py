@@ -8,7 +8,7 @@ from typing import Any
 
 import pydantic
 
-from diva_jax.common import machine, paths, results_schema
+from diva_jax.common import json_files, machine, paths, results_schema
 from diva_jax.common.errors import RunError, UserError
 
 COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
@@ -86,7 +86,7 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
         results_schema.Results.model_validate(results)
     except pydantic.ValidationError as e:
         raise RunError(
-            f"{folder / 'results.json'} is written, but cannot be reported: {results_schema.first_error(e)}: see "
+            f"{folder / 'results.json'} is written, but cannot be reported: {json_files.first_error(e)}: see "
             "diva_jax/common/results_schema.py for what a task returns"
         ) from e
 

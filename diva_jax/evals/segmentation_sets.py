@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from diva_jax.common.errors import UserError, brief
+from diva_jax.common.json_files import open_regular
 from diva_jax.data import texts
-from diva_jax.data.files import open_regular
 from diva_jax.data.images import FORMATS, MAX_PIXELS
 from diva_jax.evals import segmentation_names as names
 from diva_jax.evals.items import require_count

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from diva_jax.common.json_files import open_regular
 from diva_jax.common.results_schema import Flip, Task
-from diva_jax.data.files import open_regular
 from diva_jax.data.images import FORMATS, MAX_PIXELS
 from diva_jax.report.figures import colour_role
 from diva_jax.report.inputs import ImageRows

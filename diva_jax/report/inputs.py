@@ -1,25 +1,20 @@
 """Reads what a report is made of: results.json of an evaluation, metrics.jsonl and config.json of a run.
 
-The files may come from elsewhere. This module is where they come in: they are regular files of a bounded size and
-depth, and every value that is shown has its declared type.
+The files may come from elsewhere. They come in here, through `common.json_files`: every value that is shown has its
+declared type.
 """
 
 import dataclasses
-import json
 import shlex
 from typing import Any
 
-import pydantic
 from etils import epath
 
-from diva_jax.common import paths, results_schema
-from diva_jax.common.errors import UserError, brief
+from diva_jax.common import json_files, paths, results_schema
+from diva_jax.common.errors import UserError
 from diva_jax.common.fields import finite
-from diva_jax.common.results_schema import LARGEST_NUMBER, Record, Results, first_error
-from diva_jax.data.files import open_binary
-
-_MAX_FILE_BYTES = 2**28
-_MAX_JSON_DEPTH = 64
+from diva_jax.common.json_files import Record
+from diva_jax.common.results_schema import LARGEST_NUMBER, Results
 
 
 class Session(Record):
@@ -133,9 +128,7 @@ def read(folder: epath.PathLike) -> Inputs:
             f"{folder} has neither results.json nor logged steps in metrics.jsonl: give an evaluation's output folder "
             f"(python -m diva_jax.evaluate --out={shlex.quote(str(folder))}) or a training workdir"
         )
-    return Inputs(
-        folder, results, runs, _parsed(folder / "images.json", ImageRows, None, "write it again, or remove it")
-    )
+    return Inputs(folder, results, runs, _read(folder / "images.json", ImageRows, None, "write it again, or remove it"))
 
 
 def _existing_folder(source: str, remote: bool) -> epath.Path | None:
@@ -152,74 +145,38 @@ def _existing_folder(source: str, remote: bool) -> epath.Path | None:
 
 def _run(folder: epath.Path, index: int, labels: tuple[str, ...]) -> Run:
     repair = "restore or remove it"
-    config = _parsed(folder / "config.json", dict[str, Any], {}, repair)
-    sessions = _parsed(folder / "sessions.json", list[Session], [], repair)
+    config = _read(folder / "config.json", dict[str, Any], {}, repair)
+    sessions = _read(folder / "sessions.json", list[Session], [], repair)
     return Run(folder.name, index, config, _metrics(folder / "metrics.jsonl"), sessions, labels)
 
 
 def _results(path: epath.Path) -> Results | None:
     again = "it was not written by this version of diva_jax.evaluate, run the evaluation again"
-    content = _parsed(path, Any, None, again)
+    content = _read(path, Any, None, again)
     if content is None:
         return None
     if not isinstance(content, dict) or content.get("schema") != results_schema.SCHEMA:
         raise UserError(f"{path} is not of schema {results_schema.SCHEMA}: {again}")
-    return _checked(path, Results, content, again)
+    return json_files.checked(path, content, Results, again)
 
 
 def _metrics(path: epath.Path) -> list[dict[str, Any]]:
     """Reads rows, sorted by step. An incomplete last line (still being written, or the run was killed) is skipped."""
-    lines = _bytes(path).splitlines(keepends=True) if path.is_file() else []
+    lines = json_files.read_bytes(path).splitlines(keepends=True) if path.is_file() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     rows = []
     for number, line in enumerate(lines, 1):
-        row = _json(path, line, number)
+        row = json_files.parse(path, line, number)
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not 0 <= row["step"] < 2**53:
             raise UserError(f"{path}, line {number} has no step, so it is not a row of a training log: remove it")
         rows.append(row)
     return sorted(rows, key=lambda row: row["step"])
 
 
-def _parsed(path: epath.Path, form: Any, otherwise: Any, repair: str) -> Any:
+def _read(path: epath.Path, form: Any, otherwise: Any, repair: str) -> Any:
     """The content of a JSON file as `form`, or `otherwise` where there is no file."""
-    return _checked(path, form, _json(path, _bytes(path)), repair) if path.is_file() else otherwise
-
-
-def _checked(path: epath.Path, form: Any, content: Any, repair: str) -> Any:
-    try:
-        return pydantic.TypeAdapter(form).validate_python(content)
-    except pydantic.ValidationError as e:
-        raise UserError(f"{path}: {first_error(e)}: {repair}") from e
-
-
-def _bytes(path: epath.Path) -> bytes:
-    try:
-        with open_binary(str(path)) as file:
-            content = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror or e}): check its permissions") from e
-    if len(content) > _MAX_FILE_BYTES:
-        raise UserError(f"{path} has more than the {_MAX_FILE_BYTES} bytes that a report reads: remove rows")
-    return content
-
-
-def _json(path: epath.Path, text: bytes, line: int | None = None) -> Any:
-    try:
-        content = json.loads(text.decode())
-        level, depth = [content], 0
-        while level := [v for part in level if isinstance(part, list | dict) for v in _children(part)]:
-            if (depth := depth + 1) > _MAX_JSON_DEPTH:
-                raise RecursionError("it is nested too deeply")
-        return content
-    except (ValueError, RecursionError) as e:
-        # Text that is not UTF-8 raises a ValueError too.
-        where = f"line {line or getattr(e, 'lineno', 1)}"
-        raise UserError(f"{path}, {where} is not JSON ({brief(getattr(e, 'msg', e))}): repair or remove it") from e
-
-
-def _children(part: list | dict) -> Any:
-    return part.values() if isinstance(part, dict) else part
+    return json_files.read(path, form, repair) if path.is_file() else otherwise
 
 
 def _usable(value: Any) -> bool:

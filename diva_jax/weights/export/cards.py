@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diva_jax.common import paths
+from diva_jax.common import json_files, paths
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.results_schema import Difference, Results, Score, Task
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.weights import readers
 from diva_jax.weights.origins import ClipSource
@@ -235,43 +236,42 @@ def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:
     path = Path(file).expanduser()
     path = path / "results.json" if path.is_dir() else path
     try:
-        results = json.loads(path.read_text("utf-8"))
-        weights = results["weights"]
-        here = Path(source).expanduser().resolve()
-        mine = [
-            w["label"]
-            for w in weights
-            if w["step"] == step and (w["source"] == source or Path(w["source"]).expanduser().resolve() == here)
-        ]
-        if not mine:
-            known = [w["source"] + (f":{w['step']}" if w["step"] is not None else "") for w in weights]
-            what = source if step is None else f"{source}:{step}"
-            raise UserError(f"{path} has no scores of {what}, only of {listing(known, 5)}: evaluate these weights")
-        reference = weights[0]["label"] if weights[0]["label"] != mine[0] else ""
-        rows = [row for task in results["tasks"].values() for row in _rows(task, mine[0], reference)]
-        return {"file": path.name, "created": results["created"], "reference": reference, "rows": rows}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
-        raise UserError(f"{path} is not a results.json of diva_jax.evaluate ({e!r}): give that file") from e
+        results = json_files.read(path, Results, "run the evaluation again")
+    except UserError as e:
+        raise UserError(f"{path} is not a results.json of diva_jax.evaluate ({e}): give that file") from e
+    here, weights = Path(source).expanduser().resolve(), [w for w in results.weights if w.source]
+    mine = [
+        w.label
+        for w in weights
+        if w.step == step and (w.source == source or Path(w.source).expanduser().resolve() == here)
+    ]
+    if not mine:
+        known = [w.source + (f":{w.step}" if w.step is not None else "") for w in weights]
+        what = source if step is None else f"{source}:{step}"
+        raise UserError(f"{path} has no scores of {what}, only of {listing(known, 5)}: evaluate these weights")
+    reference = results.labels[0] if results.labels[0] != mine[0] else ""
+    rows = [row for task in results.tasks.values() for row in _rows(task, mine[0], reference)]
+    return {"file": path.name, "created": results.created, "reference": reference, "rows": rows}
 
 
-def _rows(task: Mapping[str, Any], label: str, reference: str) -> list[dict[str, Any]]:
-    pairs = {(c["before"], c["after"]): c["scores"] for c in task["comparisons"]}
+def _rows(task: Task, label: str, reference: str) -> list[dict[str, Any]]:
+    pairs = {(c.before, c.after): c.scores for c in task.comparisons}
+    scores = {name: weights.scores for name, weights in task.weights.items()}
     differences, rows = pairs.get((reference, label), {}), []
-    for metric, info in task["metrics"].items():
-        score, difference = task["weights"][label]["scores"].get(metric), differences.get(metric)
-        before = task["weights"][reference]["scores"].get(metric) if reference else None
+    for metric, info in task.metrics.items():
+        score, difference = scores.get(label, {}).get(metric), differences.get(metric)
         if score or difference:
-            row = {"task": task["title"], "title": info["title"], "unit": info["unit"]}
-            rows.append(row | {"score": score, "before": before, "difference": difference})
+            row = {"task": task.title, "title": info.title, "unit": info.unit, "score": score, "difference": difference}
+            rows.append(row | {"before": scores.get(reference, {}).get(metric)})
     return rows
 
 
-def _figure(score: Mapping[str, Any] | None, key: str, unit: str) -> str:
-    if not score or key not in score:
+def _figure(score: Score | Difference | None, key: str, unit: str) -> str:
+    if (value := getattr(score, key, None)) is None:
         return ""
     form = ".2f" if unit == "%" else ".4g"
-    text = f"{score[key]:{'+' * (key == 'difference')}{form}}"
-    return text + (" ({:{f}} to {:{f}})".format(*score["interval"], f=form) if score.get("interval") else "")
+    text = f"{value:{'+' * (key == 'difference')}{form}}"
+    return text + (" ({:{f}} to {:{f}})".format(*score.interval, f=form) if score.interval else "")
 
 
 def _table(scores: Mapping[str, Any]) -> list[list[str]]:

@@ -1,0 +1,111 @@
+"""Reads JSON files that may come from elsewhere: regular files, bounded in size and depth, values of declared types."""
+
+import json
+import os
+import stat
+from typing import Any
+
+import pydantic
+from etils import epath
+
+from diva_jax.common import paths
+from diva_jax.common.errors import UserError, brief, printable
+
+_MAX_BYTES = 2**28
+_MAX_DEPTH = 64
+
+
+class Record(pydantic.BaseModel):
+    """An object of a JSON file whose values have exactly the declared types: no text is read as a number.
+
+    Fields that are not declared may have any value and are ignored.
+    """
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+
+def open_regular(path: str, flags: int = 0) -> int:
+    """The descriptor of a local file, opened to be read; the `opener` of `open`.
+
+    Raises:
+      OSError: it is a pipe, a device, a socket or a folder, whose reading may never end.
+    """
+    # Without O_NONBLOCK, a pipe would wait for its writer.
+    fd = os.open(path, flags | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(f"{path} is not a regular file")
+    return fd
+
+
+def read(path: epath.Path, form: Any, repair: str) -> Any:
+    """Reads a file.
+
+    Args:
+      path: the file, on this machine or in a bucket.
+      form: the type of its content: a `Record`, or any other type that pydantic can validate.
+      repair: what to do about a wrong file, as the end of a sentence.
+
+    Raises:
+      UserError: it cannot be read, is not JSON, or has not this form.
+    """
+    return checked(path, parse(path, read_bytes(path)), form, repair)
+
+
+def read_bytes(path: epath.Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+      UserError: it cannot be read, or is too large.
+    """
+    try:
+        with path.open("rb") if paths.is_remote(path) else open(path, "rb", opener=open_regular) as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}): check its permissions") from e
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path} has more than the {_MAX_BYTES} bytes that are read: give a smaller file")
+    return content
+
+
+def parse(path: epath.Path, text: bytes, line: int | None = None) -> Any:
+    """The content of a file, or of one line of it.
+
+    Raises:
+      UserError: it is not JSON, or nested too deeply; the message gives the file and line.
+    """
+    try:
+        content = json.loads(text.decode())
+        level, depth = [content], 0
+        while level := [value for part in level if isinstance(part, list | dict) for value in _values(part)]:
+            if (depth := depth + 1) > _MAX_DEPTH:
+                raise RecursionError("it is nested too deeply")
+        return content
+    except (ValueError, RecursionError) as e:
+        # Text that is not UTF-8 raises a ValueError too.
+        where = f"line {line or getattr(e, 'lineno', 1)}"
+        raise UserError(f"{path}, {where} is not JSON ({brief(getattr(e, 'msg', e))}): repair or remove it") from e
+
+
+def _values(part: list | dict) -> Any:
+    return part.values() if isinstance(part, dict) else part
+
+
+def checked(path: epath.Path, content: Any, form: Any, repair: str) -> Any:
+    """Content of a file as `form`; see `read`."""
+    try:
+        return pydantic.TypeAdapter(form).validate_python(content)
+    except pydantic.ValidationError as e:
+        raise UserError(f"{path}: {first_error(e)}: {repair}") from e
+
+
+def first_error(e: pydantic.ValidationError) -> str:
+    """Where a value has not the declared form, and what is wrong with it: `tasks.mmvp.title is 3: ...`."""
+    error = e.errors(include_url=False)[0]
+    where = ".".join(printable(str(part))[:60] for part in error["loc"][:12])
+    if error["type"] == "missing":
+        parent, _, field = where.rpartition(".")
+        return f"{parent or 'it'} has no {field!r}".replace("\n", " ")
+    reason = error["msg"].removeprefix("Value error, ")[:300]
+    value = "" if error["type"] == "value_error" else f" is {brief(error['input'], 40)}"
+    return f"{where or 'it'}{value}: {reason}".replace("\n", " ")
