@@ -18,7 +18,6 @@ import numpy as np
 import originals
 from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
 from diva_jax import weights
 from diva_jax.common import cli
@@ -27,7 +26,7 @@ from diva_jax.models.backbones import spec_of
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.weights.export import reference
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone and U-Net are compared.")
+_CONFIG = cli.define_config("The config whose backbone and U-Net are compared.")
 _UNET = flags.DEFINE_bool("unet", True, "Whether to compare the U-Net too; it is the same for most configs.")
 _TMP = flags.DEFINE_string("tmp", None, "Folder for temporary weight files; the default is the system's.")
 

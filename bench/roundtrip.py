@@ -17,7 +17,6 @@ import numpy as np
 import originals
 from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
 from diva_jax import weights
 from diva_jax.common import cli
@@ -27,7 +26,7 @@ from diva_jax.weights import clip, names, origins, readers
 from diva_jax.weights.export import layouts, reference
 from diva_jax.weights.tensors import Tensors
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose backbone is exported.")
+_CONFIG = cli.define_config("The config whose backbone is exported.")
 _TMP = flags.DEFINE_string("tmp", None, "Folder for temporary files; the default is the system's.")
 _RUN = flags.DEFINE_bool(
     "run", True, "Whether to also run the exports with open_clip and transformers, which needs more memory."

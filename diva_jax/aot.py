@@ -18,7 +18,6 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from diva_jax import config as configs
 from diva_jax.common import cli, log
@@ -27,7 +26,7 @@ from diva_jax.costs import analysis, chips
 from diva_jax.training import compiler, sharding
 from diva_jax.training.step import Program
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
+_CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, e.g. v5e:4x4, v4:2x2x4.")
 _BATCH = flags.DEFINE_integer("per-device-batch", None, "Images per chip and micro-batch; the default is the config's.")
 _SEARCH = flags.DEFINE_bool("search", False, "Find the largest per-device batch that fits (several compilations).")

@@ -9,13 +9,12 @@ the work.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from diva_jax.common import cli
 from diva_jax.common.errors import UserError
 from diva_jax.training import distributed
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
+_CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", None, "Folder of the cache, one for all processes.")
 _CROPS = flags.DEFINE_integer("crops", 1, "Crops per image; epoch e of a run uses crop e modulo this number.", 1)
 _PER_SHARD = flags.DEFINE_integer("per_shard", 1024, "Images per shard; what is lost at most when the command ends.", 1)

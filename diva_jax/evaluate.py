@@ -8,15 +8,12 @@ and the files that are written to DIR.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from diva_jax import config as configs
 from diva_jax.common import cli, paths
 from diva_jax.common.errors import UserError, printable
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The config file of the backbone; --config.eval.FIELD=VALUE sets an option."
-)
+_CONFIG = cli.define_config("The config file of the backbone; --config.eval.FIELD=VALUE sets an option.")
 _WEIGHTS = flags.DEFINE_multi_string("weights", [], "A source of weights or a workdir[:STEP]; may be repeated.")
 _CONTROL = flags.DEFINE_string(
     "control",

@@ -10,7 +10,6 @@ installed, one image is encoded with it. The folder is renamed to --out only if 
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from diva_jax import config as configs
 from diva_jax.common import cli
@@ -18,7 +17,7 @@ from diva_jax.common.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of the run to export.")
 _SOURCE = flags.DEFINE_string("source", None, "Instead of --workdir: a file, folder or hub id of CLIP weights.")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config of a --source without a config file.")
+_CONFIG = cli.define_config("The config of a --source without a config file.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist or be empty.")
 _FORMAT = flags.DEFINE_enum("format", "open_clip", ("open_clip", "hf", "pt"), "The format to write.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A folder with the tokenizer's files, in place of the source's.")

@@ -9,14 +9,13 @@ import shlex
 import signal
 
 from absl import flags
-from ml_collections import config_flags
 
 from diva_jax import config as configs
 from diva_jax.common import cli
 from diva_jax.common.errors import Terminated, UserError
 from diva_jax.training import distributed
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.a.b=VALUE changes one field.")
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the config of this run.")
 _INIT_FROM = flags.DEFINE_string(
     "init_from",

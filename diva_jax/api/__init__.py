@@ -1,7 +1,192 @@
-"""What `import diva_jax` offers to people who write Python: commands as functions, encoders and losses as objects."""
+"""What `import diva_jax` offers to people who write Python: encoders, losses, and the commands as functions."""
 
-from diva_jax.api.actions import evaluate, export, train
-from diva_jax.api.encoder import Encoder, load
-from diva_jax.api.losses import Loss, objective
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from diva_jax import config as configs
+from diva_jax.api.encoder import Encoder
+from diva_jax.api.loss import Loss
+from diva_jax.common import config_files, paths
+from diva_jax.common.errors import UserError
+from diva_jax.evals import evaluator, results
+from diva_jax.models import backbones
+from diva_jax.models.backbones import Spec
+from diva_jax.training import loop, workdirs
+from diva_jax.weights import origins, places
+from diva_jax.weights.export import publish
 
 __all__ = ["Encoder", "Loss", "evaluate", "export", "load", "objective", "train"]
+
+Config = ConfigDict | str | os.PathLike
+
+
+def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Returns a config with some fields changed; a ConfigDict that is given is not changed.
+
+    Args:
+      config: a result of `config.default`, a config file or its name: "configs/vitl14.py", "vitl14:faithful".
+      fields: dotted path of a field -> value, as the flags of the commands have them: {"optim.lr": 3e-4}.
+
+    Raises:
+      UserError: there is no such file, it has no config, or there is no such field.
+    """
+    copied = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else config_files.read(config)
+    try:
+        copied.update_from_flattened_dict(dict(fields or {}))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"fields={dict(fields)!r} do not fit the config ({e}): see diva_jax/config.py") from e
+    return copied.lock()
+
+
+def load(
+    source: str | os.PathLike, *, spec: Spec | str | None = None, batch_size: int = 64, dtype: str = "float32"
+) -> Encoder:
+    """Loads an encoder onto the devices of this process.
+
+    Args:
+      source: the workdir of a run, `WORKDIR:STEP` for another checkpoint than the last, or any source of weights: an
+        open_clip, OpenAI or transformers file or folder, a hub id.
+      spec: for a bare file that does not say what it is: a row of `backbones.TABLE` such as "vitl14", or a Spec.
+      batch_size: the largest number of images or texts that are computed at once.
+      dtype: compute type, "float32" or "bfloat16".
+
+    Raises:
+      UserError: the source is missing, invalid, or of another architecture than `spec`.
+    """
+    configs.check_runs([os.fspath(source)])
+    source, step, _ = places.find(os.fspath(source), "source")
+    if step is not None:
+        config = workdirs.read_config(source)
+        if spec is not None:
+            raise UserError("spec is for weights without a description: leave it out for a run, which has a config")
+    else:
+        if isinstance(spec, str) and spec not in backbones.TABLE:
+            raise UserError(f"spec={spec!r} is none of {', '.join(backbones.TABLE)}: give one of these, or a Spec")
+        row = backbones.TABLE[spec] if isinstance(spec, str) else spec
+        config = configs.default(row or origins.open_source(source, "source").described(source))
+    with config.unlocked():
+        # All devices of this machine, not those of the run.
+        config.mesh.data, config.mesh.fsdp = -1, 1
+    return Encoder(source, step, config, batch_size, dtype)
+
+
+def objective(config: Config, fields: Mapping[str, Any] | None = None) -> Loss:
+    """Loads an objective with its weights: the loss that `train` minimises, and its gradients.
+
+    Args:
+      config: a result of `config.default`, or a config file.
+      fields: dotted path of a field -> value, see `read_config`.
+
+    Raises:
+      UserError: the config is not valid, or weights are missing.
+    """
+    return Loss(read_config(config, fields))
+
+
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    fields: Mapping[str, Any] | None = None,
+    init_from: str | None = None,
+) -> str:
+    """Trains, or resumes from the last checkpoint in the workdir.
+
+    Args:
+      config: a result of `config.default`, or a config file.
+      workdir: the folder for checkpoints, metrics and the config.
+      fields: dotted path of a field -> value, see `read_config`.
+      init_from: WORKDIR or WORKDIR:STEP of another run, see `loop.Run`.
+
+    Returns:
+      The workdir, for `load`, `evaluate` and `export`.
+
+    Raises:
+      UserError: the config, the data, the weights or the workdir is invalid.
+      RunError: the run failed, see `loop.Run.run`.
+      KeyboardInterrupt: SIGTERM or the first SIGINT came; the run is saved, and the same call resumes it.
+    """
+    workdir = os.fspath(workdir)
+    run = loop.Run(read_config(config, fields), workdir, init_from)
+    if not run.run():
+        raise KeyboardInterrupt(f"saved; the same call resumes {workdir}")
+    return workdir
+
+
+def evaluate(
+    config: Config,
+    weights: str | Sequence[str],
+    data: Mapping[str, str],
+    *,
+    out: str | os.PathLike | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluates sets of weights; the first is what every other is compared with.
+
+    Args:
+      config: the config of the backbone: a result of `config.default`, or a config file.
+      weights: sources of weights or workdirs[:STEP].
+      data: task -> where its data is, see docs/EVALUATION.md.
+      out: a folder for results.json and predictions.csv, from which `report.write` makes a page; None: nothing is
+        written.
+      fields: dotted path of a field -> value, such as {"eval.batch_size": 32}.
+
+    Returns:
+      The content of results.json.
+
+    Raises:
+      UserError: the config, weights or data are invalid.
+      RunError: embeddings are not finite.
+    """
+    weights = [weights] if isinstance(weights, str | os.PathLike) else weights
+    weights = [os.fspath(w) for w in weights]
+    if not weights or len(set(weights)) < len(weights):
+        raise UserError("weights must name one source or more, each once")
+    if not data:
+        raise UserError("data is empty: give {task: path}, e.g. {'mmvp': 'data/MMVP_VLM'}")
+    out = None if out is None else paths.local(os.fspath(out), "out")
+    configs.check_runs(weights)
+    summary, rows = evaluator.run(read_config(config, fields), weights, {t: os.fspath(p) for t, p in data.items()})
+    if out is not None and jax.process_index() == 0:
+        results.write(out, summary, rows)
+    return summary
+
+
+def export(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    format: str = "open_clip",
+    step: int | None = None,
+    dtype: str = "float32",
+    **options: Any,
+) -> str:
+    """Exports a run, or converts weights of any supported format.
+
+    Args:
+      source: the workdir of a run, or a source of weights that describes itself.
+      out: the folder to write; it must not exist or be empty.
+      format: "open_clip", "hf" (transformers, LLaVA) or "pt" (the vision tower's state dict).
+      step: of the run's checkpoint; default the newest.
+      dtype: of the exported weights, "float32", "float16" or "bfloat16".
+      **options: of `export.publish.ExportOptions`: the card's license and scores, the hub's repository.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError, RunError: as `export.layouts.export`.
+    """
+    source, out = os.fspath(source), os.fspath(out)
+    run = places.as_run(source)
+    if step is not None and run is None:
+        raise UserError(f"step={step} is for the workdir of a run, which {source} is not: leave it out")
+    if run is not None:
+        source, step = run[0], run[1] if step is None else step
+    configs.check_runs([source])
+    publish.export(source, out, format, dtype, publish.ExportOptions(**options), run=run is not None, step=step)
+    return out

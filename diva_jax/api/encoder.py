@@ -1,4 +1,4 @@
-"""Encoders of images and texts, from any source of weights or from a run."""
+"""Encoders of images and texts, with weights of any source or of a run."""
 
 import functools
 import os
@@ -9,16 +9,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diva_jax import config as configs
 from diva_jax.common.errors import UserError
-from diva_jax.data import images, tokenizers
+from diva_jax.data import tokenizers
+from diva_jax.data.images import open_image, prepare
 from diva_jax.evals import Settings, encode, encoders
 from diva_jax.models import backbones
-from diva_jax.models.backbones import Spec
-from diva_jax.training import sharding, workdirs
-from diva_jax.weights import origins, parts, places
+from diva_jax.training import sharding
+from diva_jax.weights import parts
 
-Picture = Image.Image | str | os.PathLike | np.ndarray
+ImageLike = Image.Image | str | os.PathLike | np.ndarray
 
 
 class Encoder:
@@ -46,11 +45,11 @@ class Encoder:
             self._towers[batch] = encode.Towers(self.spec, self._mesh, Settings(batch_size=batch, dtype=self._dtype))
         return self._towers[batch]
 
-    def preprocess(self, picture: Picture) -> np.ndarray:
-        """Resizes and crops a picture for this encoder.
+    def preprocess(self, image: ImageLike) -> np.ndarray:
+        """Resizes and crops an image for this encoder.
 
         Args:
-          picture: a PIL image of any mode, a file, or uint8 [H, W, 3].
+          image: a PIL image of any mode, a file, or uint8 [H, W, 3].
 
         Returns:
           uint8 [S, S, 3], S = `spec.image_size`. Normalisation with `spec.mean` and `spec.std` is left to
@@ -60,28 +59,29 @@ class Encoder:
           UserError: it is none of these, or the file cannot be read.
         """
         s = self.spec
-        return images.prepare(as_picture(picture), s.image_size, s.resize_mode, s.interpolation)
+        return prepare(as_image(image), s.image_size, s.resize_mode, s.interpolation)
 
-    def encode_image(self, pictures: Picture | Sequence[Picture], normalise: bool = False) -> np.ndarray:
-        """Computes the pooled embeddings of pictures.
+    def encode_image(self, images: ImageLike | Sequence[ImageLike], normalise: bool = False) -> np.ndarray:
+        """Computes the pooled embeddings of images.
 
         Args:
-          pictures: a sequence of what `preprocess` takes, one of them, or an array uint8 [N, H, W, 3]. Results of
+          images: a sequence of what `preprocess` takes, one of them, or an array uint8 [N, H, W, 3]. Results of
             `preprocess` pass unchanged.
           normalise: whether embeddings are scaled to length one, in float32.
 
         Returns:
-          float32 [N, D]; N is 1 for one picture.
+          float32 [N, D]; N is 1 for one image.
 
         Raises:
           UserError: as `preprocess`.
           RunError: an embedding is not finite.
         """
-        given = _sequence(pictures)
+        given = _as_sequence(images)
         if len(given) == 0:
             return np.zeros((0, self.spec.embed_dim), np.float32)
-        found = self._for(len(given)).images(self._weights.vision, lambda i: as_picture(given[i]), len(given))["pooled"]
-        return _finished(found, self.source, "pictures", normalise)
+        towers = self._for(len(given))
+        embeddings = towers.images(self._weights.vision, lambda i: as_image(given[i]), len(given))["pooled"]
+        return self._finished(embeddings, "images", normalise)
 
     @functools.cached_property
     def _text(self):
@@ -90,10 +90,9 @@ class Encoder:
         if not spec.has_text:
             raise UserError(f"{self.source} is a vision encoder without a text tower: use encode_image")
         tokenizer = tokenizers.open_tokenizer(spec.text, parts.tokenizer_folder(weights.source, "source"))
-        arrays = weights.text
-        if arrays is None:
-            arrays = encoders.tower("text", weights.source, spec, self._mesh, self._config.mesh.min_shard)
-        return tokenizer, arrays
+        if weights.text is not None:
+            return tokenizer, weights.text
+        return tokenizer, encoders.tower("text", weights.source, spec, self._mesh, self._config.mesh.min_shard)
 
     def encode_text(self, texts: str | Sequence[str], normalise: bool = False) -> np.ndarray:
         """Computes the embeddings of texts.
@@ -115,7 +114,11 @@ class Encoder:
         if wrong := [t for t in texts if not isinstance(t, str)]:
             raise UserError(f"encode_text takes texts, not {type(wrong[0]).__name__}: give strings")
         tokenizer, arrays = self._text
-        return _finished(self._for(len(texts)).texts(arrays, tokenizer(texts)), self.source, "texts", normalise)
+        return self._finished(self._for(len(texts)).texts(arrays, tokenizer(texts)), "texts", normalise)
+
+    def _finished(self, embeddings: np.ndarray, what: str, normalise: bool) -> np.ndarray:
+        embeddings = encode.require_finite(embeddings, self.source, what)
+        return encode.unit(embeddings).astype(np.float32) if normalise else embeddings
 
     @property
     def arrays(self) -> dict[str, jax.Array]:
@@ -123,23 +126,18 @@ class Encoder:
         return dict(self._weights.vision)
 
 
-def _finished(found: np.ndarray, label: str, what: str, normalise: bool) -> np.ndarray:
-    found = encode.require_finite(found, label, what)
-    return encode.unit(found).astype(np.float32) if normalise else found
+def _as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
+    if isinstance(images, Image.Image | str | os.PathLike):
+        return [images]
+    if isinstance(images, np.ndarray | jax.Array):
+        if images.ndim not in (3, 4):
+            raise UserError(f"an array of images has the shape [N, H, W, 3], not {list(images.shape)}")
+        return np.asarray(images).reshape(-1, *images.shape[-3:])
+    return images if hasattr(images, "__getitem__") else list(images)
 
 
-def _sequence(pictures: Picture | Sequence[Picture]) -> Sequence[Picture]:
-    if isinstance(pictures, Image.Image | str | os.PathLike):
-        return [pictures]
-    if isinstance(pictures, np.ndarray | jax.Array):
-        if pictures.ndim not in (3, 4):
-            raise UserError(f"an array of pictures has the shape [N, H, W, 3], not {list(pictures.shape)}")
-        return np.asarray(pictures).reshape(-1, *pictures.shape[-3:])
-    return pictures if hasattr(pictures, "__getitem__") else list(pictures)
-
-
-def as_picture(given: Picture) -> Image.Image:
-    """Returns a picture as a PIL image; see `Encoder.preprocess`."""
+def as_image(given: ImageLike) -> Image.Image:
+    """Returns an image as a PIL image; see `Encoder.preprocess`."""
     if isinstance(given, Image.Image):
         return given
     if isinstance(given, str | os.PathLike):
@@ -147,49 +145,12 @@ def as_picture(given: Picture) -> Image.Image:
             with open(given, "rb") as f:
                 data = f.read()
         except OSError as e:
-            raise UserError(f"the picture {os.fspath(given)} cannot be read ({e.strerror}): check the path") from e
-        return images.open_image(data, os.fspath(given))
+            raise UserError(f"the image {os.fspath(given)} cannot be read ({e.strerror}): check the path") from e
+        return open_image(data, os.fspath(given))
     array = np.asarray(given)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise UserError(
-            f"a picture is a PIL image, a file or an array uint8 [H, W, 3], not {array.dtype} {list(array.shape)}: "
+            f"an image is a PIL image, a file or an array uint8 [H, W, 3], not {array.dtype} {list(array.shape)}: "
             "convert it, e.g. (255 * x).round().astype('uint8')"
         )
     return Image.fromarray(array)
-
-
-def _config(source: str, step: int | None, spec: Spec | str | None) -> ConfigDict:
-    if step is not None:
-        config = workdirs.read_config(source)
-        if spec is not None:
-            raise UserError("spec is for weights without a description: leave it out for a run, which has a config")
-    else:
-        if isinstance(spec, str) and spec not in backbones.TABLE:
-            raise UserError(f"spec={spec!r} is none of {', '.join(backbones.TABLE)}: give one of these, or a Spec")
-        row = backbones.TABLE[spec] if isinstance(spec, str) else spec
-        config = configs.default(row or origins.open_source(source, "source").described(source))
-    with config.unlocked():
-        config.mesh.data, config.mesh.fsdp = -1, 1  # All devices of this machine, not those of the run.
-        if step is None:
-            config.backbone.source = source
-    return config
-
-
-def load(
-    source: str | os.PathLike, *, spec: Spec | str | None = None, batch_size: int = 64, dtype: str = "float32"
-) -> Encoder:
-    """Loads an encoder onto the devices of this process.
-
-    Args:
-      source: the workdir of a run, `WORKDIR:STEP` for another checkpoint than the last, or any source of weights: an
-        open_clip, OpenAI or transformers file or folder, a hub id.
-      spec: for a bare file that does not say what it is: a row of `backbones.TABLE` such as "vitl14", or a Spec.
-      batch_size: the largest number of images or texts that are computed at once.
-      dtype: compute type, "float32" or "bfloat16".
-
-    Raises:
-      UserError: the source is missing, invalid, or of another architecture than `spec`.
-    """
-    configs.check_runs([os.fspath(source)])
-    source, step, _ = places.find(os.fspath(source), "source")
-    return Encoder(source, step, _config(source, step, spec), batch_size, dtype)

@@ -1,35 +1,46 @@
-"""What every command shares: flags, `--config`, and how errors are reported."""
+"""What every command shares: flags, `--config`, help, and how errors and signals end it."""
 
+import faulthandler
 import logging as std_logging
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+import jax
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
-from diva_jax.common import platforms, usage
-from diva_jax.common.errors import RunError, Terminated, UserError, listing, printable
+from diva_jax import __version__
+from diva_jax.common import config_files
+from diva_jax.common.errors import RunError, Terminated, UserError, printable
 
-_LINGER = 10.0  # Seconds for threads to end after a command has; one of them may wait for a disk that is gone.
-_LONGEST = 10_000  # Characters of a message; values that it quotes may be of any length.
-_INTERRUPTED = 130  # Exit code after SIGINT, as shells have it.
-_TERMINATED = 143  # Exit code after SIGTERM, unless a training run has saved.
-_CONFIGS = Path(__file__).parents[1] / "configs"
+# Time for threads to end after a command has, since one of them may wait for a disk that is gone [s].
+_LINGER_S = 10.0
+# Values that a message quotes may be of any length.
+_MAX_MESSAGE_CHARS = 10_000
+# Exit codes after signals, as shells have them; a training run that has saved ends with 0 after SIGTERM.
+_SIGINT_CODE, _SIGTERM_CODE = 130, 143
 _UNKNOWN_FIELD = re.compile(r'Did you mean "(\w+)" instead of "(\w+)"')
-_FIELD = re.compile(r"--?(?:no)?config\.([\w.]+)")
-_handled = 0  # Signals for which an exception was raised.
+_FIELD_FLAG = re.compile(r"--?(?:no)?config\.([\w.]+)")
+# How many signals have raised an exception.
+_handled = 0
+
+# Makes config -> [(dotted path, value, documentation)] of its fields.
+Describe = Callable[[ConfigDict], Sequence[tuple[str, str, str]]]
+
+flags.disclaim_key_flags()
 
 
-class _Tuples(tuple_parser.TupleParser):
+class _TupleParser(tuple_parser.TupleParser):
     """ml_collections' parser of tuples, and texts with commas between them: `mmvp=data/MMVP_VLM,drift=data/photos`."""
 
     def parse(self, argument):
@@ -41,98 +52,82 @@ class _Tuples(tuple_parser.TupleParser):
             return tuple(part.strip() for part in argument.split(",") if part.strip())
 
 
-config_flags.register_flag_parser_for_type(tuple, _Tuples())
+class _ConfigParser(flags.ArgumentParser):
+    """Finds configs by name too; errors are those of `config_files.read`."""
+
+    def parse(self, path):
+        return config_files.read(path)
 
 
-def _with_config_found(argument: str) -> str:
-    """`--config=vitl14:faithful` -> `--config=.../configs/vitl14.py:faithful`, of the configs of this package.
-
-    Raises:
-      UserError: there is neither such a file nor such a config.
-    """
-    flag, given, value = argument.partition("=")
-    name, colon, variant = value.partition(":")
-    if flag not in ("--config", "-config") or not given or os.path.isfile(name):
-        return argument
-    found = _CONFIGS / (Path(name).name.removesuffix(".py") + ".py")
-    if Path(name).parent.name not in ("", "configs") or not name or not found.is_file():
-        known = sorted(f.stem for f in _CONFIGS.glob("*.py"))
-        raise UserError(
-            f"--config={value}: there is no such file: give one, or the name of a config: {listing(known, 50)}"
-        )
-    return f"{flag}={found}{colon}{variant}"
+config_flags.register_flag_parser_for_type(tuple, _TupleParser())
 
 
-def _joined(argv: Sequence[str]) -> list[str]:
-    """`--config FILE` -> `--config=FILE`; other arguments as they are."""
-    out = []
-    for argument in argv:
-        if out and out[-1] in ("--config", "-config"):
-            out[-1] += f"={argument}"
-        else:
-            out.append(argument)
-    return out
+def define_config(help: str = "The config file; --config.a.b=VALUE changes one field.") -> flags.FlagHolder:
+    """Defines the flag `--config`."""
+    holder = config_flags.DEFINE_config_file("config", None, help)
+    flags.FLAGS["config"].parser = _ConfigParser()
+    return holder
 
 
-def config_of(flag):
-    """The config that a `--config` flag (of `config_flags.DEFINE_config_file`) names.
+def config_of(flag: flags.FlagHolder) -> ConfigDict:
+    """The config that a flag of `define_config` names.
 
     Raises:
-      UserError: the flag is missing, or its file cannot be loaded.
+      UserError: the flag is missing.
     """
     if flag.value is None:
         raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
-    try:
-        flag.value.to_dict()
-    except OSError as e:  # ml_collections keeps a failure to load until the config is looked at.
-        raise UserError(f"--config cannot be loaded: {str(e).split('earlier failure to load: ')[-1]}") from e
     return flag.value
 
 
 def _reason(e: Exception) -> str:
     """What absl or ml_collections complain of; a KeyError's text is the repr of its argument, and may be nested."""
-    while isinstance(e, KeyError) and e.args:
-        if not isinstance(e.args[0], Exception):
-            break
+    while isinstance(e, KeyError) and e.args and isinstance(e.args[0], Exception):
         e = e.args[0]
     message = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-    if (match := _UNKNOWN_FIELD.search(message)) or isinstance(e, KeyError):
-        hint, field = match.groups() if match else ("", message.strip("'"))
-        named = next((a for a in sys.argv[1:] if _FIELD.match(a) and field in _FIELD.match(a)[1].split(".")), field)
-        return f"{named}: the config has no field {field}" + (f"; did you mean {hint}?" if hint else "")
-    head, broken, trace = message.partition("Error whilst parsing config file:")  # Followed by Python's traceback.
-    return head + trace.strip().splitlines()[-1] if broken else message
+    match = _UNKNOWN_FIELD.search(message)
+    if not match and not isinstance(e, KeyError):
+        return message
+    hint, field = match.groups() if match else ("", message.strip("'"))
+    given = (a for a in sys.argv[1:] if (flag := _FIELD_FLAG.match(a)) and field in flag[1].split("."))
+    return f"{next(given, field)}: the config has no field {field}" + (f"; did you mean {hint}?" if hint else "")
 
 
-def _parse(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """Parses flags; any complaint of absl or ml_collections becomes a UserError, as do missing `arguments`."""
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses flags and returns the other arguments; any complaint of absl or ml_collections becomes a UserError."""
     try:
-        rest = flags.FLAGS(argv)
+        return flags.FLAGS(argv)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
         raise UserError(f"{_reason(e)} (see --help)") from e
-    known = len(arguments) + 1
-    if len(rest) > known:
-        raise UserError(f"unexpected argument {rest[known]!r}: every other option is a flag, see --help")
-    if len(rest) < known:
-        raise UserError(f"{arguments[len(rest) - 1]} is missing: give it as an argument, see --help")
-    return rest
 
 
-def _inform(main: Callable[..., None], arguments: Sequence[str], described: Callable | None) -> None:
-    """Prints the help or the version where that is asked for, and ends the process."""
-    asked = [a for a in sys.argv[1:] if a in (*usage.HELP, *usage.VERSION)]
-    if not asked:
-        return
-    if asked[0] in usage.VERSION:
-        print(usage.version())
-        sys.exit(0)
-    fields = ()
-    if described and any(a.startswith("--config=") for a in sys.argv):
-        sys.argv[:] = [a for a in sys.argv if a not in asked and (a.startswith("--config") or a == sys.argv[0])]
-        _parse(sys.argv, ())
-        fields = described(config_of(flags.FLAGS["config"]))
-    print(usage.text(main, arguments, fields))
-    sys.exit(0)
+def _check_arguments(given: Sequence[str], wanted: Sequence[str]) -> None:
+    if len(given) > len(wanted):
+        raise UserError(f"unexpected argument {given[len(wanted)]!r}: every other option is a flag, see --help")
+    if len(given) < len(wanted):
+        raise UserError(f"{wanted[len(given)]} is missing: give it as an argument, see --help")
+
+
+def _help(main: Callable, arguments: Sequence[str], describe: Describe | None) -> str:
+    """The module's docstring, its flags and, with `--config`, all fields of the config with their values."""
+    module, width = sys.modules[main.__module__], min(shutil.get_terminal_size().columns, 100)
+    started = module.__name__ == "__main__"
+    name = f"python -m {module.__spec__.name.removesuffix('.__main__')}" if started else os.path.basename(sys.argv[0])
+    own = flags.FLAGS.flags_by_module_dict().get(sys.argv[0] if started else module.__name__, ())
+
+    def entry(head: str, body: str) -> str:
+        return f"  {head}\n{textwrap.fill(body, width, initial_indent=' ' * 6, subsequent_indent=' ' * 6)}"
+
+    lines = [f"usage: {' '.join([name, *arguments, '[--FLAG=VALUE ...]'])}", "", module.__doc__.strip(), "", "flags:"]
+    for flag in own:
+        if not flag.name.startswith("config."):
+            unset = flag.default in (None, "", [], False) or flag.name == "config"
+            lines.append(entry(f"--{flag.name}", flag.help if unset else f"{flag.help} Default: {flag.default}."))
+    lines += [entry("--help", flags.FLAGS["help"].help), "  --version"]
+    if describe and flags.FLAGS["config"].value is not None:
+        lines += ["", "fields of the config, with the values that it has:"]
+        lines += [entry(f"--config.{path}={value}", doc) for path, value, doc in describe(flags.FLAGS["config"].value)]
+    return "\n".join(lines)
 
 
 def _end_within(seconds: float, code: int, message: str = "") -> None:
@@ -150,27 +145,23 @@ def _end_within(seconds: float, code: int, message: str = "") -> None:
     timer.start()
 
 
-class _Plain(std_logging.Formatter):
+class _PlainFormatter(std_logging.Formatter):
     """`warning: the message`, on one line and without a time and a place in the source."""
 
     def format(self, record) -> str:
         return printable(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}")
 
 
-def _on_sigint(*_) -> None:
-    """Raises KeyboardInterrupt; ends the process a little later where that was lost, as in a callback of jax."""
-    global _handled
-    _handled += 1
-    _end_within(_LINGER, _INTERRUPTED, "interrupted")
-    raise KeyboardInterrupt
+def _raises(error: type[BaseException], code: int, message: str) -> Callable:
+    """A signal handler that raises; the process ends later where that was lost, as in a callback of jax."""
 
+    def handle(*_):
+        global _handled
+        _handled += 1
+        _end_within(_LINGER_S, code, message)
+        raise error
 
-def _on_sigterm(*_) -> None:
-    """As `_on_sigint`, for SIGTERM; what the command has begun to write is removed on the way out."""
-    global _handled
-    _handled += 1
-    _end_within(_LINGER, _TERMINATED, "terminated")
-    raise Terminated
+    return handle
 
 
 def _send(number: signal.Signals, handled: int) -> None:
@@ -180,17 +171,17 @@ def _send(number: signal.Signals, handled: int) -> None:
         signal.pthread_kill(threading.main_thread().ident, number)
 
 
-def _on_unraisable(found) -> None:
+def _on_unraisable(lost) -> None:
     """Handles an exception where nothing could catch it, such as in a callback of the garbage collector.
 
     A signal's is raised again a moment later. Threads of a save that failed leave errors of their closed event loop;
     the failure itself is reported where it is waited for.
     """
-    again = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(found.exc_type)
+    again = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(lost.exc_type)
     if again is not None:
         threading.Thread(target=_send, args=(again, _handled), daemon=True).start()
-    elif "Event loop is closed" not in str(found.exc_value):
-        sys.__unraisablehook__(found)
+    elif "Event loop is closed" not in str(lost.exc_value):
+        sys.__unraisablehook__(lost)
 
 
 def _write_trace() -> str:
@@ -203,7 +194,37 @@ def _write_trace() -> str:
         return f"the full trace could not be written ({e})"
 
 
-def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Callable | None = None) -> None:
+def _prepare() -> None:
+    """Installs the handlers of signals, and how warnings are printed; defines the flags that all commands have."""
+    faulthandler.enable()
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(_PlainFormatter())
+    # transformers otherwise says that PyTorch is missing, which no command needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _raises(KeyboardInterrupt, _SIGINT_CODE, "interrupted"))
+        signal.signal(signal.SIGTERM, _raises(Terminated, _SIGTERM_CODE, "terminated"))
+        sys.unraisablehook = _on_unraisable
+    flags.DEFINE_bool("help", False, "Print this; with --config=FILE also every field with its value.", short_name="h")
+    flags.DEFINE_bool("version", False, "Print the version.")
+
+
+def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe | None) -> None:
+    given = _parse(sys.argv)
+    if flags.FLAGS["version"].value:
+        print(f"diva_jax {__version__}, jax {jax.__version__}, Python {sys.version.split()[0]}")
+    elif flags.FLAGS["help"].value:
+        print(_help(main, arguments, describe))
+    else:
+        _check_arguments(given, arguments)
+        if not flags.FLAGS["verbosity"].present:
+            # orbax and grain log many lines for every save.
+            logging.set_verbosity(logging.WARNING)
+        main(*given)
+        _end_within(_LINGER_S, 0)
+
+
+def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Describe | None = None) -> None:
     """Runs a command: flags parsed, every error reported as one line.
 
     Exit codes: 2 for `UserError`; 1 for `RunError` and for unexpected exceptions, whose trace is written to
@@ -212,40 +233,23 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Cal
     Args:
       main: called with the values of `arguments`.
       arguments: names of what the command takes besides flags, in order; all are required.
-      described: config -> its fields, for `--help` with a config, see `usage.text`.
+      described: makes config -> its fields, for `--help` with a config.
     """
-
-    def report(message: str, code: int):
-        print(printable(" ".join(message.split()))[:_LONGEST], file=sys.stderr, flush=True)
-        _end_within(_LINGER, code)
-        sys.exit(code)
-
-    def guarded(argv):
-        platforms.without_tpu()
-        # transformers otherwise says that PyTorch is missing, which no command needs.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax and grain log many lines for every save.
-        logging.get_absl_handler().setFormatter(_Plain())
-        main(*argv[1:])
-        _end_within(_LINGER, 0)
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _on_sigint)
-        signal.signal(signal.SIGTERM, _on_sigterm)
-        sys.unraisablehook = _on_unraisable
+    _prepare()
     try:
-        sys.argv[1:] = [_with_config_found(a) for a in _joined(sys.argv[1:])]
-        _inform(main, arguments, described)
-        app.run(guarded, flags_parser=lambda argv: _parse(argv, arguments))
+        _run(main, arguments, described)
+        sys.exit(0)
     except UserError as e:
-        report(f"error: {e}", 2)
+        message, code = f"error: {e}", 2
     except RunError as e:
-        report(f"error: {e}", 1)
+        message, code = f"error: {e}", 1
     except KeyboardInterrupt:
-        report("interrupted", _INTERRUPTED)
+        message, code = "interrupted", _SIGINT_CODE
     except Terminated:
-        report("terminated", _TERMINATED)
+        message, code = "terminated", _SIGTERM_CODE
     except Exception as e:
         said = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        report(f"error: unexpected ({said}): {_write_trace()}, please report it", 1)
+        message, code = f"error: unexpected ({said}): {_write_trace()}, please report it", 1
+    print(printable(" ".join(message.split()))[:_MAX_MESSAGE_CHARS], file=sys.stderr, flush=True)
+    _end_within(_LINGER_S, code)
+    sys.exit(code)

@@ -11,6 +11,7 @@ checks before a run and the typed options of a run all follow from the declarati
 """
 
 import dataclasses
+import json
 import math
 import numbers
 import re
@@ -185,6 +186,27 @@ def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = 
         else:
             out[name] = value
     return out
+
+
+def differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], whole: Collection[str] = (), ignored: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs or other facts differ: dotted path -> (value there, value here).
+
+    Args:
+      there, here: nested sections as read from JSON, or as they would be written.
+      whole: sections that are compared as a whole.
+      ignored: fields and sections that may differ.
+    """
+    a, b = (flatten(json.loads(json.dumps(x)), whole) for x in (there, here))
+    names = [name for name in a | b if a.get(name) != b.get(name)]
+    ignored = [f"{name}." for name in ignored]
+    return {name: (a.get(name), b.get(name)) for name in names if not f"{name}.".startswith(tuple(ignored))}
+
+
+def differences(*args, **kw) -> list[str]:
+    """The result of `differing` as sorted texts, "a.b (1 there, 2 here)"; arguments are the same."""
+    return [f"{name} ({a!r} there, {b!r} here)" for name, (a, b) in sorted(differing(*args, **kw).items())]
 
 
 def check(values: Mapping[str, Any], declarations: Mapping[str, Field], path: str = "config") -> None:

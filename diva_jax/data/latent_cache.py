@@ -28,7 +28,7 @@ from array_record.python import array_record_module
 
 from diva_jax.common import paths
 from diva_jax.common.errors import RunError, UserError, listing
-from diva_jax.common.fields import flatten
+from diva_jax.common.fields import differences
 from diva_jax.data.crop import Box
 from diva_jax.data.records import Source
 
@@ -142,12 +142,6 @@ class Manifest:
                 f"{field}={folder}: {FILE} cannot be read ({e}): make the cache again with "
                 "python -m diva_jax.cache_latents"
             ) from e
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The fields in which the facts of two caches differ, with both values."""
-    a, b = (flatten(json.loads(json.dumps(x))) for x in (there, here))
-    return [f"{k} ({a.get(k)!r} there, {b.get(k)!r} here)" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
 def write_shard(folder: Path, name: str, entries: Iterable[Entry]) -> None:

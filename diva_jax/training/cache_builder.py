@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 
 from diva_jax.common import paths
 from diva_jax.common.errors import RunError, UserError, listing
+from diva_jax.common.fields import differences
 from diva_jax.common.log import say
 from diva_jax.data import crop, pipeline, preprocess, sources
 from diva_jax.data.decoding import Broken, Decoder
-from diva_jax.data.latent_cache import DTYPE, FILE, Cache, Entry, Manifest, differences, is_complete, write_shard
+from diva_jax.data.latent_cache import DTYPE, FILE, Cache, Entry, Manifest, is_complete, write_shard
 from diva_jax.training import distributed, load, metrics, workdirs
 from diva_jax.training.step import Program
 from diva_jax.weights import readers

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from diva_jax import objectives
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.fields import flatten
+from diva_jax.common.fields import differences
 from diva_jax.common.log import say
 from diva_jax.training import checkpoint, load, optim, towers
 from diva_jax.training.step import Program
@@ -31,16 +31,6 @@ RESUMABLE = (
 _SEEN_WITHIN = 60.0  # Seconds after which network file systems show a new file to every machine.
 # Sections that are compared as a whole: their fields are those of another library.
 WHOLE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion.scheduler")
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Fields that differ between two configs (as read from JSON) and that matter to what is learned."""
-    a, b = flatten(there, WHOLE), flatten(here, WHOLE)
-    return [
-        f"{k} ({a.get(k)!r} there, {b.get(k)!r} here)"
-        for k in sorted(a.keys() | b.keys())
-        if a.get(k) != b.get(k) and not any(k == r or k.startswith(r + ".") for r in RESUMABLE)
-    ]
 
 
 def _run_config(workdir: epath.PathLike) -> dict | None:
@@ -78,7 +68,7 @@ def check_config(workdir: epath.PathLike, config) -> int | None:
     before, longer = there.get("steps"), False
     if isinstance(before, int) and (longer := before < config.steps):
         there = there | {"steps": config.steps}
-    if changed := differences(there, json.loads(config.to_json())):
+    if changed := differences(there, json.loads(config.to_json()), WHOLE, RESUMABLE):
         raise UserError(
             f"--workdir={workdir} holds a run of another config: {listing(changed, 5)}; "
             "use another workdir, or the config of that run"

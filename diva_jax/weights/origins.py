@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.common.fields import differing
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, architectures
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
@@ -175,12 +176,9 @@ def check_same(there: Mapping[str, Any], here: object, fields: Iterable[str], wh
     Raises:
       UserError: fields differ; lists each with both values.
     """
-    wrong = [
-        f"{name} is {brief(there[name])} there and {brief(getattr(here, name))} in the config"
-        for name in fields
-        if name in there and there[name] != getattr(here, name)
-    ]
-    if wrong:
+    stated = {name: there[name] for name in fields if name in there}
+    pairs = differing(stated, {name: getattr(here, name) for name in stated}, whole=stated)
+    if wrong := [f"{name} is {brief(a)} there and {brief(b)} in the config" for name, (a, b) in pairs.items()]:
         raise UserError(
             f"{where} is of another architecture than {field}: {'; '.join(wrong)}; use the config of these weights or "
             "the weights of this config"

@@ -24,7 +24,7 @@ REFUSED = {
     "an unknown model": (("--config=custom:ViT-B-17", "--workdir=run"), "names are ViT-B-32, "),
     "a name with a typing error in Python": (
         ("--config=broken.py", "--workdir=run"),
-        "error: flag --config=broken.py: TypeError",
+        "error: broken.py is not a config file (TypeError: ",
     ),
     "wandb is not installed": ((*TINY, "--config.log.wandb=p"), "pip install 'diva_jax[wandb]'"),
     "no task": ((*TINY, "--config.eval.data=drift=a,nothing=b", "--config.eval.every=1"), "the task nothing"),

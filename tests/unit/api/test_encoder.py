@@ -1,4 +1,4 @@
-"""`diva_jax.load`: any form of picture, the evaluation's numbers, errors of one sentence."""
+"""`diva_jax.load`: any form of image, the evaluation's numbers, errors of one sentence."""
 
 import io
 from pathlib import Path
@@ -33,7 +33,7 @@ def encoder(clip):
 
 @pytest.fixture(scope="module")
 def expected(clip):
-    """Of each picture, by the model itself."""
+    """Of each image, by the model itself."""
     model = loading.load(str(clip), EVAL_CLIP)
     spec = EVAL_CLIP
     pixels = np.stack([encode.images.prepare(patch(i), spec.image_size, spec.resize_mode, spec.interpolation)
@@ -42,14 +42,14 @@ def expected(clip):
     return pixels, np.asarray(model.encode(x.astype(np.float32)).pooled)
 
 
-def test_every_form_of_pictures(encoder, expected, tmp_path):
+def test_every_form_of_images(encoder, expected, tmp_path):
     pixels, want = expected
     files = [tmp_path / f"{i}.png" for i in range(COUNT)]
     for i, file in enumerate(files):
         file.write_bytes(encoded(patch(i)))
     given = [patch(i) for i in range(COUNT)]
-    for pictures in (given, files, [str(f) for f in files], [np.asarray(p.convert("RGB")) for p in given], pixels):
-        found = encoder.encode_image(pictures)
+    for given_as in (given, files, [str(f) for f in files], [np.asarray(p.convert("RGB")) for p in given], pixels):
+        found = encoder.encode_image(given_as)
         assert found.shape == (COUNT, encoder.spec.embed_dim) and found.dtype == np.float32
         np.testing.assert_allclose(found, want, atol=2e-5)
     np.testing.assert_array_equal(np.stack([encoder.preprocess(p) for p in given]), pixels)
@@ -97,7 +97,7 @@ def test_a_bare_file_needs_a_spec(clip, tmp_path):
         diva_jax.load(bare, spec="vit")
 
 
-def test_bad_pictures_are_one_sentence(encoder, tmp_path):
+def test_bad_images_are_one_sentence(encoder, tmp_path):
     broken = tmp_path / "broken.png"
     Image.new("RGB", (30, 20)).save(buffer := io.BytesIO(), "PNG")
     broken.write_bytes(buffer.getvalue()[:40])

@@ -8,7 +8,7 @@ from eval_data import patch
 
 import diva_jax
 from diva_jax import config
-from diva_jax.api import configs
+from diva_jax.api import read_config
 from diva_jax.common.errors import UserError
 from diva_jax.data import crop
 from diva_jax.training.step import train_step
@@ -51,12 +51,12 @@ def test_it_is_the_loss_and_the_gradient_of_training(loss):
 
 
 def test_batches_are_cropped_as_in_training(loss):
-    c, picture = loss.config.data.crop, patch(1)
-    batch = loss.batch([picture, picture], seed=5)
+    c, image = loss.config.data.crop, patch(1)
+    batch = loss.batch([image, image], seed=5)
     for i in range(2):
         rng = np.random.default_rng((5, i))
-        box = crop.sample_box(rng, *picture.size, tuple(c.scale), tuple(c.ratio))
-        np.testing.assert_array_equal(batch["image"][i], crop.resized_crop(picture, box, 12, c.interpolation))
+        box = crop.sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
+        np.testing.assert_array_equal(batch["image"][i], crop.resized_crop(image, box, 12, c.interpolation))
     assert loss.inputs == {"image": ((12, 12, 3), np.dtype(np.uint8))}
 
 
@@ -74,23 +74,23 @@ def test_bad_batches_are_one_sentence(loss):
         with pytest.raises(UserError, match=says) as e:
             loss(batch)
         assert "\n" not in str(e.value)
-    with pytest.raises(UserError, match="2 pictures need as many texts"):
+    with pytest.raises(UserError, match="2 images need as many texts"):
         loss.batch([patch(0), patch(1)], ["one"])
 
 
 def test_configs_as_arguments(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("from diva_jax import config\ndef get_config(arg=None):\n    return config.default('vitl14')\n")
-    found = configs.read(path, {"optim.lr": 3e-4, "steps": 7})
+    found = read_config(path, {"optim.lr": 3e-4, "steps": 7})
     assert (found.optim.lr, found.steps, found.is_locked) == (3e-4, 7, True)
-    assert configs.read(found, {"steps": 8}).steps == 8 and found.steps == 7
+    assert read_config(found, {"steps": 8}).steps == 8 and found.steps == 7
     for given, fields, says in (
-        (tmp_path / "none.py", {}, "none.py' does not exist: give a ConfigDict"),
+        (tmp_path / "none.py", {}, "none.py' does not exist: give a file, or the name of a config: custom"),
         (path, {"optim.lrr": 1}, "do not fit the config"),
         (path, {"steps": "many"}, "do not fit the config"),
     ):
         with pytest.raises(UserError, match=says):
-            configs.read(given, fields)
+            read_config(given, fields)
     path.write_text("def get_config():\n    raise RuntimeError('no')\n")
     with pytest.raises(UserError, match="mine.py is not a config file .RuntimeError: no"):
-        configs.read(path)
+        read_config(path)

@@ -7,6 +7,7 @@ from flax import nnx
 
 from diva_jax import config
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import differences
 from diva_jax.training import partition, workdirs
 
 NAMES = ("vision/blocks/0/attn/qkv/kernel", "vision/blocks/10/norm1/scale", "visual_proj/bias", "unet/conv_in/bias")
@@ -53,6 +54,9 @@ def test_disassemble_and_merge_are_inverse():
 def test_differences_ignore_what_does_not_change_the_result():
     a, b = config.default().to_dict(), config.default().to_dict()
     b["log"]["every"], b["data"]["threads"], b["checkpoint"]["keep"] = 1, 2, 9
-    assert workdirs.differences(a, b) == []
+    assert differences(a, b, workdirs.WHOLE, workdirs.RESUMABLE) == []
     b["optim"]["lr"], b["diva"]["draws"] = 1.0, 3
-    assert [d.split(" ")[0] for d in workdirs.differences(a, b)] == ["diva.draws", "optim.lr"]
+    assert [d.split(" ")[0] for d in differences(a, b, workdirs.WHOLE, workdirs.RESUMABLE)] == [
+        "diva.draws",
+        "optim.lr",
+    ]

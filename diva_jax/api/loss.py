@@ -1,6 +1,5 @@
 """The loss of an objective and its gradients, on a user's batch, for loops and studies of one's own."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax import config as configs
-from diva_jax.api import configs as files
-from diva_jax.api.encoder import Picture, as_picture
+from diva_jax.api.encoder import ImageLike, as_image
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import crop
 from diva_jax.data.inputs import Example
@@ -59,12 +57,12 @@ class Loss:
         self._compute = jax.jit(self._trace)
 
     def batch(
-        self, pictures: Sequence[Picture], texts: Sequence[str] | None = None, seed: int = 0
+        self, images: Sequence[ImageLike], texts: Sequence[str] | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
-        """Makes a batch as the data pipeline does: one random crop of each picture, at the size that each input has.
+        """Makes a batch as the data pipeline does: one random crop of each image, at the size that each input has.
 
         Args:
-          pictures: what `Encoder.preprocess` takes, each.
+          images: what `Encoder.preprocess` takes, each.
           texts: as many captions, for objectives that read them.
           seed: of the crops and of whatever the inputs draw.
 
@@ -72,17 +70,17 @@ class Loss:
           name -> array [B, *shape].
 
         Raises:
-          UserError: a picture cannot be read, or texts are missing.
+          UserError: an image cannot be read, or texts are missing.
         """
-        texts = [None] * len(pictures) if texts is None else list(texts)
+        texts = [None] * len(images) if texts is None else list(texts)
         needing = [name for name, i in self._inputs.items() if i.needs_text]
-        if len(texts) != len(pictures) or (needing and not all(texts)):
+        if len(texts) != len(images) or (needing and not all(texts)):
             raise UserError(
-                f"{len(pictures)} pictures need as many texts, none of them empty, for {listing(needing) or 'a batch'}"
+                f"{len(images)} images need as many texts, none of them empty, for {listing(needing) or 'a batch'}"
             )
         c, rows = self.config.data.crop, []
-        for i, (given, text) in enumerate(zip(pictures, texts, strict=True)):
-            image, rng = as_picture(given).convert("RGB"), np.random.default_rng((seed, i))
+        for i, (given, text) in enumerate(zip(images, texts, strict=True)):
+            image, rng = as_image(given).convert("RGB"), np.random.default_rng((seed, i))
             box = crop.sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
             rows.append({name: make(Example(image, text, box, rng)) for name, make in self._make.items()})
         return {name: np.stack([row[name] for row in rows]) for name in self._inputs} if rows else {}
@@ -130,7 +128,7 @@ class Loss:
             if found[name].shape != (size, *shape) or found[name].dtype != dtype:
                 raise UserError(
                     f"the input {name} is {found[name].dtype} {list(found[name].shape)}: give {dtype} "
-                    f"{[size, *shape]}, as Loss.batch makes it from pictures"
+                    f"{[size, *shape]}, as Loss.batch makes it from images"
                 )
         devices = self._mesh.size
         if not size or size % devices:
@@ -139,16 +137,3 @@ class Loss:
 
     def _described(self) -> str:
         return ", ".join(f"{name} ({dtype} [B, {', '.join(map(str, s))}])" for name, (s, dtype) in self.inputs.items())
-
-
-def objective(config: ConfigDict | str | os.PathLike, fields: Mapping[str, Any] | None = None) -> Loss:
-    """Loads an objective with its weights: the loss that `train` minimises, and its gradients.
-
-    Args:
-      config: a result of `config.default`, or a config file.
-      fields: dotted path of a field -> value, see `configs.read`.
-
-    Raises:
-      UserError: the config is not valid, or weights are missing.
-    """
-    return Loss(files.read(config, fields))

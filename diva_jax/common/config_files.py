@@ -1,0 +1,53 @@
+"""Config files, `configs/*.py`: found by path or by name, and loaded."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from diva_jax.common.errors import UserError, listing
+
+_OWN = Path(__file__).parents[1] / "configs"
+
+
+def find(name: str) -> Path:
+    """Returns a config file.
+
+    Args:
+      name: the path of a file, or the name of a config of this package: "vitl14", "vitl14.py", "configs/vitl14.py".
+
+    Raises:
+      UserError: there is neither such a file nor such a config.
+    """
+    path = Path(name).expanduser()
+    own = _OWN / f"{path.name.removesuffix('.py')}.py"
+    if path.is_file():
+        return path
+    if path.parent.name in ("", "configs") and own.is_file():
+        return own
+    known = sorted(f.stem for f in _OWN.glob("*.py"))
+    raise UserError(f"the config {name!r} does not exist: give a file, or the name of a config: {listing(known, 50)}")
+
+
+def read(config: str | os.PathLike) -> ConfigDict:
+    """Returns the config of a file, locked.
+
+    Args:
+      config: see `find`; what follows a colon is the argument of the file's `get_config`: "vitl14:faithful".
+
+    Raises:
+      UserError: there is no such file, or it fails.
+    """
+    name, _, argument = os.fspath(config).partition(":")
+    path = find(name)
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return (module.get_config(argument) if argument else module.get_config()).lock()
+    except UserError:
+        raise
+    except Exception as e:
+        # A config file is a program, which can raise anything.
+        raise UserError(f"{path} is not a config file ({type(e).__name__}: {e}): see diva_jax/config.py") from e
