@@ -26,12 +26,10 @@ from diva_jax.objectives.contract import Objective, Pace, Stage, tune
 
 __all__ = ["Objective", "Pace", "Stage", "default", "find", "names", "section", "stages", "tune"]
 
-_SHARED = ("condition", "contract", "contrast", "draws", "latents")
-
 
 def names() -> list[str]:
     """Returns the names of the objectives of this package."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and m.name != "contract")
 
 
 def find(name: str) -> ModuleType:

@@ -10,7 +10,7 @@ from diva_jax.common import fields
 from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess
 from diva_jax.models.backbones import Spec
-from diva_jax.objectives.latents import LatentSource
+from diva_jax.objectives.shared.latents import LatentSource
 from diva_jax.weights.parts import Part
 
 # Values of switches: what the models were trained on, and what the authors' code does.

@@ -30,10 +30,11 @@ from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.models.layers import Layers
 from diva_jax.models.projector import Projector
-from diva_jax.objectives import contract, draws
+from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
-from diva_jax.objectives.contrast import contrast
-from diva_jax.objectives.latents import LatentSource
+from diva_jax.objectives.shared import draws
+from diva_jax.objectives.shared.contrast import contrast
+from diva_jax.objectives.shared.latents import LatentSource
 from diva_jax.weights import parts
 
 Array = jax.Array

@@ -24,9 +24,10 @@ from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.unet import UNet
-from diva_jax.objectives import condition, contract, draws
+from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
-from diva_jax.objectives.latents import LatentSource
+from diva_jax.objectives.shared import condition, draws
+from diva_jax.objectives.shared.latents import LatentSource
 from diva_jax.weights import parts
 
 Array = jax.Array

@@ -27,7 +27,7 @@ from diva_jax.models.diffusion.vae import FluxVAEConfig
 from diva_jax.models.layers import ACTIVATIONS, Layers
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
-from diva_jax.objectives.latents import LatentSource
+from diva_jax.objectives.shared.latents import LatentSource
 from diva_jax.weights import flux, parts
 
 Array = jax.Array

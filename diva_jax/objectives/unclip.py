@@ -29,7 +29,7 @@ from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.unet import UNet, timestep_embedding
 from diva_jax.objectives import contract
-from diva_jax.objectives.latents import LatentSource
+from diva_jax.objectives.shared.latents import LatentSource
 from diva_jax.weights import parts
 
 Array = jax.Array

@@ -16,7 +16,8 @@ from helpers import filled
 from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.models.layers import abstract
-from diva_jax.objectives import condition, diva
+from diva_jax.objectives import diva
+from diva_jax.objectives.shared import condition
 from diva_jax.training import partition
 from diva_jax.weights import clip, diffusers, names
 

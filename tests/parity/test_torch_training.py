@@ -13,7 +13,7 @@ from helpers import close, relative_error
 
 from diva_jax import config
 from diva_jax.models import backbones
-from diva_jax.objectives import condition
+from diva_jax.objectives.shared import condition
 from diva_jax.training.step import image_keys
 from diva_jax.weights import clip, diffusers, names
 

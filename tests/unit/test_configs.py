@@ -11,7 +11,8 @@ from diva_jax import config
 from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
 from diva_jax.models.layers import abstract
-from diva_jax.objectives import condition, unclip
+from diva_jax.objectives import unclip
+from diva_jax.objectives.shared import condition
 from diva_jax.training import partition, sharding
 from diva_jax.training.step import Program
 

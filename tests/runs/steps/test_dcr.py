@@ -13,7 +13,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import jitter
 from diva_jax.models import backbones
 from diva_jax.models.backbones import HALF
-from diva_jax.objectives.contrast import contrast
+from diva_jax.objectives.shared.contrast import contrast
 from diva_jax.training import partition
 
 SPEC = dataclasses.replace(small.SPEC, image_size=28)  # Latents of side 14, then 7.

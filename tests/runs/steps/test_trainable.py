@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import small
 
-from diva_jax.objectives import draws
+from diva_jax.objectives.shared import draws
 
 TABLES = {
     "all": ((".*", 1.0),),

@@ -7,7 +7,7 @@ import pytest
 
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Features
-from diva_jax.objectives import condition
+from diva_jax.objectives.shared import condition
 
 RNG = np.random.default_rng(0)
 FEATURES = Features(jnp.asarray(RNG.normal(size=(3, 15, 4))), jnp.asarray(RNG.normal(size=(3, 4))))

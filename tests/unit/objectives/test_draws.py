@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diva_jax.objectives import draws
+from diva_jax.objectives.shared import draws
 
 
 def loss(inputs, draw):
