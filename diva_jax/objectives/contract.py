@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess
+from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.objectives.shared.latents import LatentSource
 from diva_jax.weights.parts import Part
@@ -85,6 +87,12 @@ def tune(config, start: int = 0) -> Stage:
     return Stage("tune", start, start + config.steps, config.optim.lr, table)
 
 
+def vision_tower(config, spec: Spec, rngs: nnx.Rngs) -> nnx.Module:
+    """Returns the vision tower of an objective, held in float32, with random weights."""
+    remat = config.remat in ("vision", "all")
+    return backbones.build(spec, rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32, remat=remat)
+
+
 class Objective(nnx.Module):
     """A loss and the models that it needs. Constructed as `Objective(config, rngs=rngs)` with random weights.
 
@@ -152,6 +160,10 @@ class Objective(nnx.Module):
         """
         return {"vision": self.vision}
 
+    def flops_by_part(self) -> dict[str, float]:
+        """Returns the FLOPs per image and step of the last stage, from shapes, by part; empty if not counted."""
+        return {}
+
     def flops(self) -> float | None:
-        """Returns the FLOPs per image and step of the last stage, from shapes, for MFU; None if not counted."""
-        return None
+        """Returns the FLOPs per image and step of the last stage, for MFU; None if not counted."""
+        return sum(self.flops_by_part().values()) or None

@@ -10,6 +10,7 @@ Stage 1 trains the projector; stage 2 trains low-rank adapters of the tower. Wha
 its authors' code (boyuh/DCR at c16d885) computes; each departure from it is a field of `DcrOptions`.
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -23,18 +24,15 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import above, at_least, field, one_of, parse
 from diva_jax.costs import flops
-from diva_jax.data import inputs, jitter, preprocess
-from diva_jax.models import adapters, backbones
-from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion
-from diva_jax.models.diffusion.unet import UNet
+from diva_jax.data import jitter, preprocess
+from diva_jax.models import adapters
 from diva_jax.models.layers import Layers
 from diva_jax.models.projector import Projector
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.shared import draws
 from diva_jax.objectives.shared.contrast import contrast
-from diva_jax.objectives.shared.latents import LatentSource
+from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats
 from diva_jax.weights import parts
 
 Array = jax.Array
@@ -144,7 +142,7 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-class Draws(NamedTuple):
+class DcrDraws(NamedTuple):
     """The random numbers of B images.
 
     Attributes:
@@ -165,45 +163,24 @@ def _largest_divisor(n: int, most: int) -> int:
     return max(k for k in range(1, n + 1) if n % k == 0 and k <= max(1, most))
 
 
-class Objective(contract.Objective):
+class Objective(StableDiffusionObjective):
     """`projector` is trained in stage 1, the adapters in `vision` in stage 2."""
 
     compares_images = True
 
     def __init__(self, config, *, rngs):
-        self.spec, self.options = backbones.spec_of(config), options_of(config)
-        self.diffusion = Diffusion.from_dict(config.diffusion.to_dict())
-        unet, cross = self.diffusion.unet, self.diffusion.unet.cross_attention_dim
-        if unet.class_embed_dim is not None:
-            raise UserError(
-                "the dcr objective has no class embedding to give to this U-Net "
-                "(class_embed_type is set): use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion"
-            )
-        dtype, frozen = jnp.dtype(config.dtype), jnp.dtype(config.frozen_dtype)
-        self.dtype = dtype
-        kw = dict(rngs=rngs, dtype=dtype)
-        self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=config.remat in ("vision", "all"), **kw)
+        self.options = options_of(config)
+        super().__init__(config, config.backbone.image_size)
+        self.check_without_class("dcr")
+        self.vision = contract.vision_tower(config, self.spec, rngs)
         adapters.adapt(self.vision, self.options.lora, rngs)
-        self.projector = Projector(self.spec.embed_dim, cross, Layers(rngs, dtype, jnp.float32))
-        self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
-        self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, self.spec.image_size)
-        self.vae = None if config.data.latents else self.diffusion.vae.build(param_dtype=frozen, **kw)
-        self.text_context = nnx.Variable(jnp.zeros((1, self.diffusion.text_tokens, cross), jnp.float32))
-
-    @property
-    def inputs(self) -> Mapping[str, inputs.Input]:
-        """{"image": uint8 [S, S, 3] at the vision tower's resolution}, for the VAE too; "moments" if cached."""
-        return self.latent_source.inputs
+        layers = Layers(rngs, self.dtype, jnp.float32)
+        self.projector = Projector(self.spec.embed_dim, self.diffusion.unet.cross_attention_dim, layers)
+        self.build_generator(config, rngs)
 
     def pretrained(self) -> Mapping[str, parts.Part]:
         """All but the projector and the adapters."""
-        d, masked = self.diffusion, self.options.text_mask == FAITHFUL
-        return {
-            "vision": parts.vision(self.spec.source, self.spec, fresh=(adapters.FRESH,)),
-            "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet", d.scheduler),
-            **self.latent_source.pretrained,
-            "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder, masked),
-        }
+        return super().pretrained((adapters.FRESH,), self.options.text_mask == FAITHFUL)
 
     def towers(self) -> Mapping[str, nnx.Module]:
         return {"vision": adapters.merge(self.vision)}
@@ -235,25 +212,20 @@ class Objective(contract.Objective):
             "unet": self.conditions * (unet.forward + unet.backward),
         }
 
-    def flops(self) -> float:
-        return sum(self.flops_by_part().values())
-
-    def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> Draws:
+    def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> DcrDraws:
         """From one key per image, [B]; each image's draw depends on its key alone."""
 
         def one(key):
             t, noise, posterior, plus, first, second = jax.random.split(key, 6)
-            steps = self.diffusion.scheduler.num_train_timesteps
             normal = [jax.random.normal(k, latents_shape, jnp.float32) for k in (noise, posterior)]
-            return jax.random.randint(t, (), 0, steps), *normal, plus, (first, second)
+            return jax.random.randint(t, (), 0, self.timesteps), *normal, plus, (first, second)
 
         timesteps, noise, posterior, plus, dropout = jax.vmap(one)(keys)
-        return Draws(timesteps, noise, posterior, jitter.draw(plus, self.spec.image_size), dropout)
+        return DcrDraws(timesteps, noise, posterior, jitter.draw(plus, self.spec.image_size), dropout)
 
     def views(self, pixels: Array, drawn: jitter.Draw) -> tuple[Array, Array]:
         """Pixels [B, S, S, 3] in [0, 1] -> (the tower's view, the jittered one)."""
-        own = self.options.tower_norm == EXACT
-        stats = (self.spec.mean, self.spec.std) if own else (backbones.OPENAI_MEAN, backbones.OPENAI_STD)
+        stats = view_stats(self.spec, self.options.tower_norm)
         view = preprocess.normalise(pixels, *stats)
         if self.options.plus_space == FAITHFUL:
             return view, jitter.apply(view, drawn)
@@ -261,21 +233,13 @@ class Objective(contract.Objective):
 
     def embed(self, view: Array, dropout: Array | None) -> Array:
         """The tower's pooled embedding, [B, d], not normalised."""
-        with jax.named_scope("vision"):
-            if dropout is None:
-                return self.vision.encode(view).pooled
-            with adapters.dropout(dropout):
-                return self.vision.encode(view).pooled
+        with adapters.dropout(dropout) if dropout is not None else contextlib.nullcontext():
+            return self.run_vision(view)
 
     def alphas_cumprod(self) -> Array:
         """[T] float32, rounded as `schedule_dtype` says."""
-        abar = jnp.asarray(schedule.alphas_cumprod(self.diffusion.scheduler))
+        abar = jnp.asarray(super().alphas_cumprod())
         return abar.astype(self.dtype).astype(abar.dtype) if self.options.schedule_dtype == FAITHFUL else abar
-
-    def goal(self, latents: Array, drawn: Draws, abar: Array) -> Array:
-        """What predictions are compared with, [B, h, w, c]."""
-        kind = TARGETS.get(self.options.target, self.diffusion.scheduler.prediction_type)
-        return schedule.target(latents, drawn.noise, abar, drawn.timesteps, kind)
 
     def tiles(self, images: int) -> tuple[int, int]:
         """(chunks of the micro-batch, conditions of the group + 1) that run at the same time.
@@ -312,8 +276,7 @@ class Objective(contract.Objective):
                 return jnp.repeat(x, p.shape[1], axis=0)
 
             text = self.text_context[...].astype(p.dtype)
-            with jax.named_scope("unet"):
-                out = self.unet(each(noisy), each(timesteps), p.reshape(-1, 1, p.shape[-1]) + text)
+            out = self.run_unet(each(noisy), each(timesteps), p.reshape(-1, 1, p.shape[-1]) + text)
             return out.reshape(b, p.shape[1], *out.shape[1:])
 
         if together == n:
@@ -328,7 +291,7 @@ class Objective(contract.Objective):
     def _loss_dtype(self):
         return self.dtype if self.options.loss_dtype == FAITHFUL else jnp.promote_types(self.dtype, jnp.float32)
 
-    def forward(self, pixels: Array, drawn: Draws, moments: Array | None = None) -> tuple[Array, dict]:
+    def forward(self, pixels: Array, drawn: DcrDraws, moments: Array | None = None) -> tuple[Array, dict]:
         """The loss and everything on the way to it.
 
         Args:
@@ -342,17 +305,17 @@ class Objective(contract.Objective):
           but the own condition's are missing.
         """
         g, b = self.options.group, pixels.shape[0]
-        moments = self.moments(pixels) if moments is None else moments.astype(self.dtype)
-        latents = self.diffusion.vae.latents(moments, drawn.posterior)
-        abar = self.alphas_cumprod()
-        noisy = schedule.add_noise(latents, drawn.noise, abar, drawn.timesteps)
+        latents = self.latents(pixels, moments, drawn.posterior)
+        noisy = self.noisy(latents, drawn.noise, drawn.timesteps)
         keys = drawn.dropout or (None, None)
         embeddings = [self.embed(v, key) for v, key in zip(self.views(pixels, drawn.jitter), keys, strict=True)]
         p, plus = (self.projector(e) for e in embeddings)
         seen = dict(latents=latents, noisy=noisy, embedding=embeddings[0], plus_embedding=embeddings[1])
         seen |= dict(context=p, context_plus=plus)
         reconstruct = self.options.stage1_loss == EXACT
-        goal = drawn.noise if reconstruct else self.goal(latents, drawn, abar)
+        goal = drawn.noise
+        if not reconstruct:
+            goal = self.target(latents, drawn.noise, drawn.timesteps, TARGETS.get(self.options.target, ""))
         chunks, together = self.tiles(b)
 
         def one_chunk(given, chunk):
@@ -385,8 +348,5 @@ class Objective(contract.Objective):
         Returns:
           (loss, {"loss": the same}).
         """
-        pixels = preprocess.to_float(batch["image"])
-        vae = self.diffusion.vae
-        h, w = (s // vae.downscale for s in pixels.shape[1:3])
-        value, _ = self.forward(pixels, self.draw(keys, (h, w, vae.latent_channels)), batch.get("moments"))
+        value, _ = self.forward(*self.draw_for(batch, keys), batch.get("moments"))
         return value, {"loss": value}

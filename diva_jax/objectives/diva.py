@@ -7,7 +7,6 @@ through the U-Net into `visual_proj` and `vision`.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -19,16 +18,12 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, between, field, one_of, parse
 from diva_jax.costs import flops
-from diva_jax.data import inputs, preprocess
+from diva_jax.data import preprocess
 from diva_jax.models import backbones
-from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion
-from diva_jax.models.diffusion.unet import UNet
 from diva_jax.objectives import contract
-from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
+from diva_jax.objectives.contract import EXACT, switch
 from diva_jax.objectives.shared import condition, draws
-from diva_jax.objectives.shared.latents import LatentSource
-from diva_jax.weights import parts
+from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats, widened
 
 Array = jax.Array
 
@@ -81,7 +76,7 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     return (contract.Stage("visual_proj", 0, warm, config.condition.warmup_lr, alone), main) if warm else (main,)
 
 
-class Draws(NamedTuple):
+class DivaDraws(NamedTuple):
     """The random numbers of one draw for B images (stacked: a leading axis N).
 
     Attributes:
@@ -95,20 +90,14 @@ class Draws(NamedTuple):
     token_indices: Array | None
 
 
-class Objective(contract.Objective):
+class Objective(StableDiffusionObjective):
     """`vision` and `visual_proj` are what is usually trained."""
 
     def __init__(self, config, *, rngs):
-        self.spec = backbones.spec_of(config)
         self.options = parse(DivaOptions, config.diva, "config.diva")
-        self.diffusion = Diffusion.from_dict(config.diffusion.to_dict())
-        self.image_size, self.accum = config.data.image_size, config.accum
-        unet, cross = self.diffusion.unet, self.diffusion.unet.cross_attention_dim
-        if unet.class_embed_dim is not None:
-            raise UserError(
-                "the diva objective has no class embedding to give to this U-Net "
-                "(class_embed_type is set): use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion"
-            )
+        super().__init__(config, config.data.image_size, self.options.vae_view)
+        self.check_without_class("diva")
+        self.accum = config.accum
         low, high = self.timestep_range
         if not 0 <= low < high <= self.timesteps:
             raise UserError(
@@ -116,55 +105,24 @@ class Objective(contract.Objective):
                 "timesteps of config.diffusion.scheduler"
             )
         condition.check_fit(self.spec.select, self.spec.add_text, self.spec.patches, self.diffusion.text_tokens)
-        dtype, frozen = jnp.dtype(config.dtype), jnp.dtype(config.frozen_dtype)
-        kw = dict(rngs=rngs, dtype=dtype)
-        again = config.remat in ("vision", "all")
-        self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=again, **kw)
+        self.vision = contract.vision_tower(config, self.spec, rngs)
         width = self.spec.embed_dim
         # As PyTorch's nn.Linear, which the authors use: uniform in +-1/sqrt(fan in), the bias too.
         uniform = nnx.initializers.uniform(2 * width**-0.5)
         self.visual_proj = nnx.Linear(
             width,
-            cross,
-            dtype=dtype,
+            self.diffusion.unet.cross_attention_dim,
+            dtype=self.dtype,
             rngs=rngs,
             kernel_init=lambda *a: uniform(*a) - width**-0.5,
             bias_init=lambda *a: uniform(*a) - width**-0.5,
         )
-        self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
-        view = self.options.vae_view
-        self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, config.data.image_size, view)
-        self.dtype = dtype
-        self.vae = None if config.data.latents else self.diffusion.vae.build(param_dtype=frozen, **kw)
-        self.text_context = nnx.Variable(jnp.zeros((1, self.diffusion.text_tokens, cross), jnp.float32))
-
-    @property
-    def inputs(self) -> Mapping[str, inputs.Input]:
-        """{"image": uint8 [S, S, 3] at the VAE's resolution}, and "moments" where they are cached."""
-        return self.latent_source.inputs
-
-    @property
-    def timesteps(self) -> int:
-        """Of the noise schedule: timesteps are 0 to this, exclusive."""
-        return self.diffusion.scheduler.num_train_timesteps
+        self.build_generator(config, rngs)
 
     @property
     def timestep_range(self) -> tuple[int, int]:
         """The first timestep that is drawn, and the one after the last."""
         return self.options.first_timestep, self.options.end_timestep or self.timesteps
-
-    def pretrained(self) -> Mapping[str, parts.Part]:
-        """All but `visual_proj`."""
-        d = self.diffusion
-        return {
-            "vision": parts.vision(self.spec.source, self.spec),
-            "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet", d.scheduler),
-            **self.latent_source.pretrained,
-            "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder),
-        }
-
-    def towers(self) -> Mapping[str, nnx.Module]:
-        return {"vision": self.vision}
 
     def flops_by_part(self) -> dict[str, float]:
         """FLOPs of one image in one step, the vision encoder trained: "vae", "vision", "unet", "visual_proj"."""
@@ -179,10 +137,7 @@ class Objective(contract.Objective):
             "visual_proj": n * 3 * 2 * tokens * self.spec.embed_dim * d.unet.cross_attention_dim,
         }
 
-    def flops(self) -> float:
-        return sum(self.flops_by_part().values())
-
-    def draw(self, keys: Array, latents_shape: tuple[int, int, int], count: int | None = None) -> Draws:
+    def draw(self, keys: Array, latents_shape: tuple[int, int, int], count: int | None = None) -> DivaDraws:
         """N draws (`count`, or config.diva.draws) from one key per image, [B]; each depends on that key alone."""
 
         def one(key):
@@ -197,16 +152,12 @@ class Objective(contract.Objective):
         per_draw = jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys)  # [N, B]
         timesteps, noise, token_keys = jax.vmap(jax.vmap(one))(per_draw)
         indices = jax.vmap(lambda k: condition.draw_token_indices(k, self.spec.select, self.spec.patches))(token_keys)
-        return Draws(timesteps, noise, indices)
+        return DivaDraws(timesteps, noise, indices)
 
     def views(self, pixels: Array) -> tuple[Array, Array]:
         """Pixels [B, S, S, 3] in [0, 1] -> (VAE view, backbone view), each normalised for its model."""
         c = self.options
-        stats = (
-            (backbones.OPENAI_MEAN, backbones.OPENAI_STD)
-            if c.backbone_stats == FAITHFUL
-            else (self.spec.mean, self.spec.std)
-        )
+        stats = view_stats(self.spec, c.backbone_stats)
         return (
             preprocess.vae_view(pixels, c.vae_view),
             preprocess.backbone_view(pixels, self.spec.image_size, *stats, c.backbone_resize),
@@ -223,21 +174,18 @@ class Objective(contract.Objective):
             return jnp.full((n,), 1 / n, jnp.float32)
         return jnp.asarray([self.accum] * (n - 1) + [1], jnp.float32)
 
-    def context(self, visual_proj: nnx.Module, seen: backbones.Features, draw: Draws) -> tuple[Array, Array]:
+    def context(self, visual_proj: nnx.Module, seen: backbones.Features, draw: DivaDraws) -> tuple[Array, Array]:
         """What the encoder sees -> (its tokens that condition the U-Net [B, n, D], the condition [B, n, C])."""
         f = condition.select_tokens(seen, self.spec.select, draw.token_indices)
         return f, condition.add_text(visual_proj(f), self.text_context[...], self.spec.add_text)
 
-    def denoise(self, latents: Array, draw: Draws, context: Array) -> tuple[Array, Array]:
+    def denoise(self, latents: Array, draw: DivaDraws, context: Array) -> tuple[Array, Array]:
         """(what the U-Net predicts from a draw's noisy latents, what it should), [B, h, w, c], float32 or wider."""
-        abar = schedule.alphas_cumprod(self.diffusion.scheduler)
-        noisy = schedule.add_noise(latents, draw.noise, abar, draw.timesteps)
-        with jax.named_scope("unet"):
-            pred = self.unet(noisy, draw.timesteps, context)
-        goal = schedule.target(latents, draw.noise, abar, draw.timesteps, self.diffusion.scheduler.prediction_type)
-        return pred.astype(jnp.promote_types(pred.dtype, jnp.float32)), goal
+        noisy = self.noisy(latents, draw.noise, draw.timesteps)
+        pred = self.run_unet(noisy, draw.timesteps, context)
+        return widened(pred), self.target(latents, draw.noise, draw.timesteps)
 
-    def forward(self, pixels: Array, drawn: Draws, moments: Array | None = None) -> tuple[Array, dict]:
+    def forward(self, pixels: Array, drawn: DivaDraws, moments: Array | None = None) -> tuple[Array, dict]:
         """The loss and everything on the way to it.
 
         Args:
@@ -250,8 +198,7 @@ class Objective(contract.Objective):
           context [N, B, n, C], pred_noise [N, B, h, w, c], losses [N]}).
         """
         _, backbone_view = self.views(pixels)
-        moments = self.moments(pixels) if moments is None else moments.astype(self.dtype)
-        latents = self.diffusion.vae.latents(moments)
+        latents = self.latents(pixels, moments)
         shared = self.options.backbone_passes == EXACT
 
         def encode(vision):
@@ -261,13 +208,15 @@ class Objective(contract.Objective):
                 seen = jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), seen)
             return seen
 
-        if shared:  # What a draw is differentiated with respect to: the projection and the features.
+        # A draw is differentiated with respect to the projection and the features, or to the projection and the
+        # encoder, which each draw then runs itself.
+        if shared:
             graph, params = nnx.split(self.visual_proj)
             given = (params, encode(self.vision))
-        else:  # The projection and the encoder, which each draw runs itself.
+        else:
             graph, given = nnx.split((self.visual_proj, self.vision))
 
-        def one_draw(given, draw: Draws):
+        def one_draw(given, draw: DivaDraws):
             if shared:
                 params, features = given
                 visual_proj = nnx.merge(graph, params)
@@ -292,10 +241,7 @@ class Objective(contract.Objective):
         Returns:
           (what is differentiated, {"loss": the plain mean over images and draws}).
         """
-        pixels = preprocess.to_float(batch["image"])
-        vae = self.diffusion.vae
-        h, w = (s // vae.downscale for s in pixels.shape[1:3])
-        value, seen = self.forward(pixels, self.draw(keys, (h, w, vae.latent_channels)), batch.get("moments"))
+        value, seen = self.forward(*self.draw_for(batch, keys), batch.get("moments"))
         return value, {"loss": jnp.mean(seen["losses"])}
 
     def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
@@ -314,7 +260,7 @@ class Objective(contract.Objective):
           {"own", "other", "text": [K, B]}.
         """
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
-        latents = self.diffusion.vae.latents(self.moments(pixels[0]))
+        latents = self.latents(pixels[0])
         both = jax.lax.map(self.vision.encode, jnp.stack([self.views(p)[1] for p in pixels]))
         seen = [backbones.Features(*(x[i] for x in both)) for i in (0, 1)]  # By itself, by the other.
         drawn = self.draw(keys, latents.shape[1:], len(edges) - 1)
@@ -322,11 +268,11 @@ class Objective(contract.Objective):
         within = (drawn.timesteps - low) * np.diff(edges)[:, None] // (high - low)
         drawn = drawn._replace(timesteps=(edges[:-1, None] + within).astype(jnp.int32))
 
-        def loss(draw: Draws, context: Array) -> Array:
+        def loss(draw: DivaDraws, context: Array) -> Array:
             pred, goal = self.denoise(latents, draw, context)
             return jnp.mean(jnp.square(pred - goal), axis=(1, 2, 3))
 
-        def one_draw(draw: Draws) -> Array:
+        def one_draw(draw: DivaDraws) -> Array:
             own, other = (self.context(self.visual_proj, f, draw)[1] for f in seen)
             text = condition.add_text(jnp.zeros_like(own), self.text_context[...], self.spec.add_text)
             return jax.lax.map(lambda context: loss(draw, context), jnp.stack([own, other, text]))  # [3, B]

@@ -191,7 +191,7 @@ def _vae_part(source: str, vae: LatentCode) -> parts.Part:
     return kind(source, vae, "config.genhancer.vae")
 
 
-class Draws(NamedTuple):
+class GenHancerDraws(NamedTuple):
     """The random numbers of B images.
 
     Attributes:
@@ -231,7 +231,7 @@ class Objective(contract.Objective):
         tower = self.spec
         if tower.arch == "siglip" and self.options.siglip_gelu == FAITHFUL:
             tower = dataclasses.replace(tower, activation="gelu_tanh")
-        self.vision = backbones.build(tower, rngs=rngs, dtype=dtype, remat=config.remat in ("vision", "all"))
+        self.vision = contract.vision_tower(config, tower, rngs)
         if self.options.stage2 != NONE:
             adapters.adapt(self.vision, lora(config), rngs)
         trains_generator = self.options.stage1_steps or self.options.stage2 == ALL
@@ -282,10 +282,7 @@ class Objective(contract.Objective):
             "denoiser": work.forward + (work.backward if tuned == ONLY else work.forward * 2),
         }
 
-    def flops(self) -> float:
-        return sum(self.flops_by_part().values())
-
-    def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> tuple[Draws, Array]:
+    def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> tuple[GenHancerDraws, Array]:
         """(random numbers, keys of the adapters' dropout), from one key per image, [B]."""
         h, w, z = latents_shape
 
@@ -293,7 +290,7 @@ class Objective(contract.Objective):
             posterior, t, noise, drop = jax.random.split(key, 4)
             tokens = ((h // 2) * (w // 2), 4 * z)
             normal = jax.random.normal
-            return Draws(normal(posterior, latents_shape), normal(t, ()), normal(noise, tokens)), drop
+            return GenHancerDraws(normal(posterior, latents_shape), normal(t, ()), normal(noise, tokens)), drop
 
         return jax.vmap(one)(keys)
 
@@ -306,7 +303,7 @@ class Objective(contract.Objective):
         noise = posterior if self.options.latents == "sample" else None
         return jax.lax.stop_gradient(self.vae_config.latents(moments, noise))
 
-    def forward(self, pixels: Array, latents: Array, drawn: Draws, freqs: np.ndarray | None = None):
+    def forward(self, pixels: Array, latents: Array, drawn: GenHancerDraws, freqs: np.ndarray | None = None):
         """The loss and everything on the way to it.
 
         Args:
@@ -349,8 +346,7 @@ class Objective(contract.Objective):
           (the loss, {"loss": the same}).
         """
         pixels = preprocess.to_float(batch["image"])
-        h, w = (s // self.vae_config.downscale for s in pixels.shape[1:3])
-        drawn, drop = self.draw(keys, (h, w, self.vae_config.latent_channels))
+        drawn, drop = self.draw(keys, self.latent_source.latents_shape)
         latents = self.latents(pixels, drawn.posterior, batch.get("moments"))
         with adapters.dropout(drop):
             value, _ = self.forward(pixels, latents, drawn)

@@ -154,11 +154,9 @@ class Objective(contract.Objective):
                 f"config.kuea.teacher_crop_from={self.options.teacher_crop_from} must be at least the teacher's "
                 f"image_size, {self.taught_by.image_size}"
             )
-        kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype))
-        again, frozen = config.remat in ("vision", "all"), jnp.dtype(config.frozen_dtype)
-        self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=again, **kw)
-        self.original = backbones.build(self.spec, param_dtype=frozen, **kw)
-        self.teacher = backbones.build(self.taught_by, param_dtype=frozen, **kw)
+        self.vision = contract.vision_tower(config, self.spec, rngs)
+        kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.frozen_dtype))
+        self.original, self.teacher = backbones.build(self.spec, **kw), backbones.build(self.taught_by, **kw)
         if self.options.trains_kernel:
             self.kernel_params = nnx.Param(jnp.asarray([self.options.gamma, self.options.c], jnp.float32))
 
@@ -180,9 +178,6 @@ class Objective(contract.Objective):
             "teacher": parts.vision(self.taught_by.source, self.taught_by, "config.kuea.teacher"),
         }
 
-    def towers(self) -> Mapping[str, nnx.Module]:
-        return {"vision": self.vision}
-
     def flops_by_part(self) -> dict[str, float]:
         """FLOPs of one image in one step: "vision", "original", "teacher", "kernels" (over the micro-batch)."""
         once, pairs = flops.vision(self.spec), 2 * self.micro_batch
@@ -192,9 +187,6 @@ class Objective(contract.Objective):
             "teacher": flops.vision(self.taught_by),
             "kernels": pairs * (3 * self.spec.embed_dim + self.taught_by.embed_dim),
         }
-
-    def flops(self) -> float:
-        return sum(self.flops_by_part().values())
 
     def teacher_view(self, pixels: Array) -> Array:
         """Pixels [B, S, S, 3] in [0, 1] -> the teacher's input [B, T, T, 3]: resized where S is not T, normalised."""

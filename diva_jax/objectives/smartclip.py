@@ -133,7 +133,7 @@ class Objective(contract.Objective):
         self.micro_batch = config.batch_size // config.accum
         contract.check_both_towers(self.spec, "smartclip")
         kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), remat=config.remat in ("vision", "all"))
-        self.vision = backbones.build(self.spec, param_dtype=jnp.float32, **kw)
+        self.vision = contract.vision_tower(config, self.spec, rngs)
         self.text = Text(self.spec, **kw)
         self.mask_net = MaskNet(self.spec, **kw)
 
@@ -163,9 +163,6 @@ class Objective(contract.Objective):
             "mask_net": 3 * mask_net_flops(self.spec),
             "logits": 3 * 2 * 2 * self.micro_batch * self.spec.embed_dim,
         }
-
-    def flops(self) -> float:
-        return sum(self.flops_by_part().values())
 
     def forward(self, view: Array, ids: Array) -> tuple[Array, dict[str, Array]]:
         """The loss and everything on the way to it.

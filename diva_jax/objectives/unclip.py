@@ -23,13 +23,13 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import Rule, below, field, one_of, parse
 from diva_jax.costs import flops
-from diva_jax.data import inputs, preprocess
+from diva_jax.data import preprocess
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.settings import Diffusion
-from diva_jax.models.diffusion.unet import UNet, timestep_embedding
+from diva_jax.models.diffusion.unet import timestep_embedding
 from diva_jax.objectives import contract
-from diva_jax.objectives.shared.latents import LatentSource
+from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, widened
 from diva_jax.weights import parts
 
 Array = jax.Array
@@ -107,7 +107,7 @@ def recipe(config: ConfigDict) -> None:
     config.diffusion.source = "sd2-community/stable-diffusion-2-1-unclip-small"
 
 
-class Draws(NamedTuple):
+class UnclipDraws(NamedTuple):
     """The random numbers of B images.
 
     Attributes:
@@ -133,50 +133,23 @@ class Statistics(nnx.Module):
         self.mean, self.std = nnx.Variable(jnp.zeros((1, d))), nnx.Variable(jnp.ones((1, d)))
 
 
-class Objective(contract.Objective):
+class Objective(StableDiffusionObjective):
     """`vision` is what is usually trained."""
 
     def __init__(self, config, *, rngs):
-        self.spec = backbones.spec_of(config)
         self.options = parse(UnclipOptions, config.unclip, "config.unclip")
-        self.diffusion = Diffusion.from_dict(config.diffusion.to_dict())
-        self.image_size = config.data.image_size
+        super().__init__(config, config.data.image_size)
         _check_fit(self.spec, self.diffusion)
-        unet, frozen = self.diffusion.unet, jnp.dtype(config.frozen_dtype)
-        kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype))
-        again = config.remat in ("vision", "all")
-        self.vision = backbones.build(self.spec, param_dtype=jnp.float32, remat=again, **kw)
-        self.unet = UNet(unet, param_dtype=frozen, remat=config.remat == "all", **kw)
-        self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, config.data.image_size)
-        self.dtype = kw["dtype"]
-        self.vae = None if config.data.latents else self.diffusion.vae.build(param_dtype=frozen, **kw)
-        context = (1, self.diffusion.text_tokens, unet.cross_attention_dim)
-        self.text_context = nnx.Variable(jnp.zeros(context, jnp.float32))
+        self.vision = contract.vision_tower(config, self.spec, rngs)
+        self.build_generator(config, rngs)
         if self.options.uses_statistics:
             self.image_normalizer = Statistics(self.spec.embed_dim)
 
-    @property
-    def inputs(self) -> Mapping[str, inputs.Input]:
-        """{"image": uint8 [S, S, 3] at the VAE's resolution}, and "moments" where they are cached."""
-        return self.latent_source.inputs
-
-    @property
-    def timesteps(self) -> int:
-        """Of the noise schedule: timesteps are 0 to this, exclusive."""
-        return self.diffusion.scheduler.num_train_timesteps
-
     def pretrained(self) -> Mapping[str, parts.Part]:
         """All; the statistics where they are used."""
-        d = self.diffusion
-        found = {
-            "vision": parts.vision(self.spec.source, self.spec),
-            "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet", d.scheduler),
-            **self.latent_source.pretrained,
-            "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder),
-        }
-        if self.options.uses_statistics:
-            found["image_normalizer"] = parts.embedding_statistics(d.source)
-        return found
+        used = self.options.uses_statistics
+        statistics = {"image_normalizer": parts.embedding_statistics(self.diffusion.source)} if used else {}
+        return {**super().pretrained(), **statistics}
 
     def flops_by_part(self) -> dict[str, float]:
         """FLOPs of one image in one step, the vision encoder trained: "vae", "vision", "unet"."""
@@ -188,15 +161,12 @@ class Objective(contract.Objective):
             "unet": unet.forward + unet.backward,
         }
 
-    def flops(self) -> float:
-        return sum(self.flops_by_part().values())
-
-    def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> Draws:
+    def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> UnclipDraws:
         """The random numbers of B images from one key each, [B]."""
 
         def one(key):
             t, eps, posterior, embed, level, keep = jax.random.split(key, 6)
-            return Draws(
+            return UnclipDraws(
                 timesteps=jax.random.randint(t, (), 0, self.timesteps),
                 noise=jax.random.normal(eps, latents_shape, jnp.float32),
                 posterior=jax.random.normal(posterior, latents_shape, jnp.float32),
@@ -213,18 +183,15 @@ class Objective(contract.Objective):
         mode = "aligned" if self.options.clip_view == "ldm" else "exact"
         return preprocess.vae_view(pixels), preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, mode)
 
-    def encode_latents(self, moments: Array, drawn: Draws) -> Array:
-        """z0, [B, h, w, c], of moments [B, h, w, 2 c]."""
-        noise = None if self.options.latents == "mean" else drawn.posterior
-        return self.diffusion.vae.latents(moments.astype(self.dtype), noise)
+    def encode_latents(self, pixels: Array, drawn: UnclipDraws, moments: Array | None = None) -> Array:
+        """z0, [B, h, w, c]; see `latents`."""
+        return self.latents(pixels, moments, None if self.options.latents == "mean" else drawn.posterior)
 
     def embed(self, view: Array) -> Array:
         """Backbone view -> the image embedding e, [B, d], float32 or wider."""
-        with jax.named_scope("vision"):
-            pooled = self.vision.encode(view).pooled
-        return pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32))
+        return widened(self.run_vision(view))
 
-    def class_labels(self, embed: Array, drawn: Draws) -> Array:
+    def class_labels(self, embed: Array, drawn: UnclipDraws) -> Array:
         """c = [e', code(level)], [B, 2 d], of embeddings e, [B, d].
 
         With mean m and standard deviation s of embeddings, and noise n, e' = sqrt(abar_L) (e - m) / s +
@@ -242,39 +209,35 @@ class Objective(contract.Objective):
             embed = schedule.add_noise((embed - mean) / std, noise, abar, levels) * std + mean
         return jnp.concatenate([embed, code], axis=-1) * drawn.keep[:, None].astype(embed.dtype)
 
-    def denoise(self, latents: Array, drawn: Draws, labels: Array) -> Array:
+    def denoise(self, latents: Array, drawn: UnclipDraws, labels: Array) -> Array:
         """G, what the U-Net predicts from z_t under class labels [B, 2 d]: [B, h, w, c], float32 or wider."""
-        abar = schedule.alphas_cumprod(self.diffusion.scheduler)
-        noisy = schedule.add_noise(latents, drawn.noise, abar, drawn.timesteps)
+        noisy = self.noisy(latents, drawn.noise, drawn.timesteps)
         context = jnp.broadcast_to(self.text_context[...], (len(labels), *self.text_context.shape[1:]))
-        with jax.named_scope("unet"):
-            pred = self.unet(noisy, drawn.timesteps, context, labels)
-        return pred.astype(jnp.promote_types(pred.dtype, jnp.float32))
+        return widened(self.run_unet(noisy, drawn.timesteps, context, labels))
 
-    def errors(self, pred: Array, latents: Array, drawn: Draws) -> Array:
+    def errors(self, pred: Array, latents: Array, drawn: UnclipDraws) -> Array:
         """The loss of each image, [B]: the mean squared error of G, or of the noise that G implies."""
-        abar, t = schedule.alphas_cumprod(self.diffusion.scheduler), drawn.timesteps
         if self.options.target == "v":
-            wrong = pred - schedule.target(latents, drawn.noise, abar, t, "v_prediction")
-        else:  # eps = sqrt(abar) v + sqrt(1 - abar) z_t
-            noisy = schedule.add_noise(latents, drawn.noise, abar, t)
-            wrong = schedule.add_noise(pred, noisy, abar, t) - drawn.noise
+            wrong = pred - self.target(latents, drawn.noise, drawn.timesteps, "v_prediction")
+        else:
+            # eps = sqrt(abar) v + sqrt(1 - abar) z_t
+            noisy = self.noisy(latents, drawn.noise, drawn.timesteps)
+            wrong = self.noisy(pred, noisy, drawn.timesteps) - drawn.noise
         return jnp.mean(jnp.square(wrong), axis=(1, 2, 3))
 
-    def forward(self, pixels: Array, drawn: Draws, moments: Array | None = None) -> tuple[Array, dict]:
+    def forward(self, pixels: Array, drawn: UnclipDraws, moments: Array | None = None) -> tuple[Array, dict]:
         """The loss and everything on the way to it.
 
         Args:
           pixels: [B, S, S, 3] in [0, 1].
-          drawn: see `Draws`.
+          drawn: see `UnclipDraws`.
           moments: of the VAE's posterior, [B, h, w, 2 c]; None: they are computed.
 
         Returns:
           (scalar, {latents, pred [B, h, w, c], embed [B, d], class_labels [B, 2 d], errors [B]}).
         """
         _, view = self.views(pixels)
-        moments = self.moments(pixels) if moments is None else moments
-        latents, embed = self.encode_latents(moments, drawn), self.embed(view)
+        latents, embed = self.encode_latents(pixels, drawn, moments), self.embed(view)
         if self.options.condition_of == "next":
             embed = jnp.roll(embed, -1, axis=0)
         labels = self.class_labels(embed, drawn)
@@ -282,11 +245,6 @@ class Objective(contract.Objective):
         errors = self.errors(pred, latents, drawn)
         seen = dict(latents=latents, embed=embed, class_labels=labels, pred=pred, errors=errors)
         return jnp.mean(errors), seen
-
-    def _draw_for(self, pixels: Array, keys: Array) -> Draws:
-        vae = self.diffusion.vae
-        h, w = (s // vae.downscale for s in pixels.shape[1:3])
-        return self.draw(keys, (h, w, vae.latent_channels))
 
     def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:
         """One micro-batch.
@@ -298,8 +256,7 @@ class Objective(contract.Objective):
         Returns:
           (loss, {"loss": the same}).
         """
-        pixels = preprocess.to_float(batch["image"])
-        value, _ = self.forward(pixels, self._draw_for(pixels, keys), batch.get("moments"))
+        value, _ = self.forward(*self.draw_for(batch, keys), batch.get("moments"))
         return value, {"loss": value}
 
     def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
@@ -319,11 +276,11 @@ class Objective(contract.Objective):
         """
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
         embeds = jax.lax.map(self.embed, jnp.stack([self.views(p)[1] for p in pixels]))
-        latents = self.encode_latents(self.moments(pixels[0]), self._draw_for(pixels[0], keys))
+        latents = self.encode_latents(*self.draw_for(batch, keys))
 
         def one_bin(x):
             number, low, high = x
-            drawn = self._draw_for(pixels[0], jax.vmap(jax.random.fold_in, (0, None))(keys, number))
+            _, drawn = self.draw_for(batch, jax.vmap(jax.random.fold_in, (0, None))(keys, number))
             within = drawn.timesteps * (high - low) // self.timesteps
             drawn = drawn._replace(timesteps=low + within, keep=jnp.ones_like(drawn.keep))
             own, other = (self.class_labels(e, drawn) for e in embeds)

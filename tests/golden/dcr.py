@@ -142,7 +142,7 @@ class Reader:
                 tensors |= hf._convert(recipe, given, False)
         plain = abstract(lambda rngs: backbones.build(self.spec, rngs=rngs))
         module.vision = filled(plain, tensors, clip.vision_table(self.spec))
-        adapters.adapt(module.vision, module.lora, Keys())
+        adapters.adapt(module.vision, module.options.lora, Keys())
         leaves = (("norm.", "0."), ("fc1.", "1."), ("fc2.", "3."))
         table = Table("projector", tuple((f"^{ours}", theirs) for ours, theirs in leaves))
         module.projector = filled(module.projector, _take(self.z, "w/project_clip."), table)
@@ -152,11 +152,11 @@ class Reader:
         module.text_context = nnx.Variable(jnp.asarray(text_context))
         return module
 
-    def drawn(self) -> dcr.Draws:
+    def drawn(self) -> dcr.DcrDraws:
         z = self.z
         plus = jitter.Draw(*(jnp.asarray(z[f"plus/{k}"]) for k in ("order", "jitter", "crop", "hflip", "vflip")))
         t, noise, posterior = (jnp.asarray(z[k]) for k in ("timesteps", "noise", "vae_noise"))
-        return dcr.Draws(t, noise, posterior, plus, None)
+        return dcr.DcrDraws(t, noise, posterior, plus, None)
 
     def adapted(self, arrays: dict) -> dict:
         """The parameters with stage 2's adapters."""

@@ -128,7 +128,7 @@ def compute(name: str, z, sd) -> dict[str, np.ndarray]:
         return jnp.stack([jnp.asarray(z[f"{key}/{k}"]) for k in range(n)])
 
     indices = stack("token_indices") if "token_indices/0" in z.files else None
-    drawn = diva.Draws(stack("timesteps"), stack("noise"), indices)
+    drawn = diva.DivaDraws(stack("timesteps"), stack("noise"), indices)
     skeleton, arrays = partition.disassemble(module)
     trained = {k: v for k, v in arrays.items() if k.startswith(("vision/", "visual_proj/"))}
     frozen = {k: v for k, v in arrays.items() if k not in trained}

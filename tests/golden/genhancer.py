@@ -197,7 +197,7 @@ class Case:
         a = self.arrays
         pixels, freqs = jnp.asarray(a["pixels"]), a["f/freqs"]
         posterior = jnp.asarray(a["draw/posterior"]) if self.encoder else None
-        drawn = genhancer.Draws(posterior, jnp.asarray(a["draw/t_normal"]), jnp.asarray(a["draw/noise"]))
+        drawn = genhancer.GenHancerDraws(posterior, jnp.asarray(a["draw/t_normal"]), jnp.asarray(a["draw/noise"]))
         skeleton, weights = self.module(adapted=False)
         plain = skeleton.merge(weights)
         latents = jax.jit(lambda w: skeleton.merge(w).latents(pixels, posterior))(weights) if self.encoder else None

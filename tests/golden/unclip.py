@@ -95,7 +95,7 @@ def compute(z, sd) -> dict[str, np.ndarray]:
     given = module.options
     cases = sorted({k.split("/")[0] for k in z.files if k.endswith("/class_labels")})
     whole = sorted({k.split("/grad/")[0] for k in z.files if "/grad/" in k})
-    drawn = unclip.Draws(**{f: jnp.asarray(z[f]) for f in unclip.Draws._fields})
+    drawn = unclip.UnclipDraws(**{f: jnp.asarray(z[f]) for f in unclip.UnclipDraws._fields})
     everything = drawn._replace(keep=jnp.ones_like(drawn.keep))
     skeleton, arrays = partition.disassemble(module)
     trained = {k: v for k, v in arrays.items() if k.startswith("vision/")}
@@ -114,7 +114,7 @@ def compute(z, sd) -> dict[str, np.ndarray]:
         view = 2 * jnp.asarray(z["pixels"]) - 1
         moments = as_if().vae.moments(view)
         mean, logvar = jnp.split(moments, 2, axis=-1)
-        latents = as_if().encode_latents(moments, drawn)
+        latents = as_if().encode_latents(None, drawn, moments)
         clip_view = jnp.asarray(z["clip_pixels"])
         embed, to_trained = jax.vjp(lambda p: as_if(trained=p).embed(clip_view), trained)
         labels, to_embed = jax.vjp(labels_of, embed)

@@ -39,6 +39,11 @@ class LatentSource:
         return side, side, self.vae.moment_channels
 
     @property
+    def latents_shape(self) -> tuple[int, int, int]:
+        """The shape of one image's latents."""
+        return *self.shape[:2], self.vae.latent_channels
+
+    @property
     def inputs(self) -> Mapping[str, inputs.Input]:
         """What the batch holds: "image", and "moments" where they are cached."""
         image = {"image": inputs.Image(self.size)}

@@ -1,0 +1,141 @@
+"""The base of objectives with a frozen Stable Diffusion model."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diva_jax.common.errors import UserError
+from diva_jax.data import inputs, preprocess
+from diva_jax.models import backbones
+from diva_jax.models.diffusion import schedule
+from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.unet import UNet
+from diva_jax.objectives import contract
+from diva_jax.objectives.shared.latents import LatentSource
+from diva_jax.weights import parts
+
+Array = jax.Array
+
+
+def widened(x: Array) -> Array:
+    """The array in float32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def view_stats(spec: backbones.Spec, switch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the tower's input: the backbone's own where a switch is exact, OpenAI's where it is faithful."""
+    return (spec.mean, spec.std) if switch == contract.EXACT else (backbones.OPENAI_MEAN, backbones.OPENAI_STD)
+
+
+class StableDiffusionObjective(contract.Objective):
+    """A vision tower that is tuned through a frozen U-Net, with a frozen VAE and the states of a prompt.
+
+    Attributes:
+      spec: the backbone.
+      diffusion: `config.diffusion`, parsed.
+      image_size: side of the images that the VAE sees [pixels].
+      dtype: what models compute in.
+      unet, vae: the frozen models; no VAE where latents are cached.
+      text_context: the last hidden state of the prompt, [1, T, C].
+    """
+
+    def __init__(self, config, image_size: int, view: str = contract.EXACT):
+        """Parses the config.
+
+        The towers follow in the order in which initial values are drawn: `contract.vision_tower`, what the objective
+        has besides, `build_generator`.
+        """
+        self.spec, self.diffusion = backbones.spec_of(config), Diffusion.from_dict(config.diffusion.to_dict())
+        self.image_size, self.dtype = image_size, jnp.dtype(config.dtype)
+        self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, image_size, view)
+
+    def check_without_class(self, name: str) -> None:
+        """Raises a UserError for a U-Net with a class embedding, which this objective has none for."""
+        if self.diffusion.unet.class_embed_dim is not None:
+            raise UserError(
+                f"the {name} objective has no class embedding to give to this U-Net "
+                "(class_embed_type is set): use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion"
+            )
+
+    def build_generator(self, config, rngs: nnx.Rngs) -> None:
+        """Makes the U-Net, the VAE (unless latents are cached) and an empty `text_context`."""
+        unet, kw = self.diffusion.unet, dict(rngs=rngs, dtype=self.dtype, param_dtype=jnp.dtype(config.frozen_dtype))
+        self.unet = UNet(unet, remat=config.remat == "all", **kw)
+        self.vae = None if config.data.latents else self.diffusion.vae.build(**kw)
+        context = (1, self.diffusion.text_tokens, unet.cross_attention_dim)
+        self.text_context = nnx.Variable(jnp.zeros(context, jnp.float32))
+
+    @property
+    def inputs(self) -> Mapping[str, inputs.Input]:
+        """{"image": uint8 [S, S, 3] at the VAE's resolution}, and "moments" where they are cached."""
+        return self.latent_source.inputs
+
+    @property
+    def timesteps(self) -> int:
+        """Of the noise schedule: timesteps are 0 to this, exclusive."""
+        return self.diffusion.scheduler.num_train_timesteps
+
+    def pretrained(self, fresh: tuple[str, ...] = (), mask_padding: bool = False) -> Mapping[str, parts.Part]:
+        """The vision tower, U-Net, VAE and text; everything else keeps its initial values.
+
+        Args:
+          fresh: parameters of the tower that its source does not have, see `parts.Part`.
+          mask_padding: whether the prompt's tokens do not attend to padding.
+        """
+        d = self.diffusion
+        return {
+            "vision": parts.vision(self.spec.source, self.spec, fresh=fresh),
+            "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet", d.scheduler),
+            **self.latent_source.pretrained,
+            "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder, mask_padding),
+        }
+
+    def latents(self, pixels: Array, moments: Array | None = None, noise: Array | None = None) -> Array:
+        """The latents of images.
+
+        Args:
+          pixels: [B, S, S, 3] in [0, 1].
+          moments: of the VAE's posterior, [B, h, w, 2 c]; None: they are computed.
+          noise: standard normal, [B, h, w, c], for a sample of the posterior; None: its mean.
+
+        Returns:
+          [B, h, w, c].
+        """
+        moments = self.moments(pixels) if moments is None else moments
+        return self.diffusion.vae.latents(moments.astype(self.dtype), noise)
+
+    def alphas_cumprod(self) -> Array | np.ndarray:
+        """The products of 1 - beta, [T], float32."""
+        return schedule.alphas_cumprod(self.diffusion.scheduler)
+
+    def noisy(self, latents: Array, noise: Array, timesteps: Array) -> Array:
+        """z_t of latents [B, h, w, c] at timesteps [B]."""
+        return schedule.add_noise(latents, noise, self.alphas_cumprod(), timesteps)
+
+    def target(self, latents: Array, noise: Array, timesteps: Array, kind: str = "") -> Array:
+        """What the U-Net should predict, [B, h, w, c].
+
+        Args:
+          latents, noise: [B, h, w, c].
+          timesteps: [B].
+          kind: "epsilon" or "v_prediction"; empty: as the U-Net was trained.
+        """
+        kind = kind or self.diffusion.scheduler.prediction_type
+        return schedule.target(latents, noise, self.alphas_cumprod(), timesteps, kind)
+
+    def run_unet(self, noisy: Array, timesteps: Array, context: Array, *labels: Array) -> Array:
+        """What the U-Net predicts under a condition [B, n, C] and class labels, [B, h, w, c]."""
+        with jax.named_scope("unet"):
+            return self.unet(noisy, timesteps, context, *labels)
+
+    def run_vision(self, view: Array) -> Array:
+        """The tower's pooled embedding of normalised images, [B, D]."""
+        with jax.named_scope("vision"):
+            return self.vision.encode(view).pooled
+
+    def draw_for(self, batch: Mapping[str, Array], keys: Array):
+        """(pixels [B, S, S, 3] in [0, 1], random numbers of the images) of a batch, from one key per image, [B]."""
+        return preprocess.to_float(batch["image"]), self.draw(keys, self.latent_source.latents_shape)
