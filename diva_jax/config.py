@@ -111,14 +111,10 @@ class DataOptions:
     threads: int = field(16, "The threads that decode, per process.", between(0, 1024))
     prefetch: int = field(2, "The batches that are made ahead.", between(1, 1024))
     decode_gib: float = field(
-        4.0,
-        "The memory of the images that are decoded at the same time, per process [GiB].",
-        between(2**-6, 2**14),
+        4.0, "The memory of the images that are decoded at the same time, per process [GiB].", between(2**-6, 2**14)
     )
     stall_timeout: float = field(
-        600.0,
-        "After this many seconds without a batch, the run stops and names what it reads.",
-        between(1, 10**7),
+        600.0, "After this many seconds without a batch, the run stops and names what it reads.", between(1, 10**7)
     )
     max_broken_share: float = field(
         0.05, "The run stops where more than this share of the images seen is broken.", between(0, 1)
@@ -171,9 +167,7 @@ class ProfileOptions:
 
     start: int = field(10, "The first step of the trace.", between(0, _MAX_INT))
     steps: int = field(
-        0,
-        "This many steps are traced into WORKDIR/profile, for xprof or TensorBoard; 0: none.",
-        between(0, _MAX_INT),
+        0, "This many steps are traced into WORKDIR/profile, for xprof or TensorBoard; 0: none.", between(0, _MAX_INT)
     )
 
 

@@ -10,7 +10,7 @@ and the files that are written to DIR.
 from absl import flags
 
 from diva_jax import config as configs
-from diva_jax.common import cli, paths
+from diva_jax.common import cli
 from diva_jax.common.errors import UserError, printable
 
 _CONFIG = cli.define_config("The config file of the backbone; --config.eval.FIELD=VALUE sets an option.")
@@ -32,23 +32,17 @@ def main() -> None:
         raise UserError("--weights is missing: give a source of weights or a workdir, once for each to evaluate")
     if not _OUT.value:
         raise UserError("--out is missing: give a folder for results.json and predictions.csv")
-    out = paths.local(_OUT.value, "--out")
-    if len(set(_WEIGHTS.value)) < len(_WEIGHTS.value):
-        raise UserError("--weights names the same source twice: give each once")
-    if _CONTROL.value and _CONTROL.value not in _WEIGHTS.value[1:]:
-        raise UserError(f"--control={_CONTROL.value} must be one of --weights, and not the first")
     # Slow imports come after the flags have been checked.
     import jax
 
+    from diva_jax import api
     from diva_jax.evals import evaluator, results
 
-    configs.check_runs(_WEIGHTS.value)
     data = evaluator.data_of(_TASK.value, _DATA.value)
-    found, rows = evaluator.run(config, _WEIGHTS.value, data, _CONTROL.value)
+    summary = api.evaluate(config, _WEIGHTS.value, data, out=_OUT.value, control=_CONTROL.value)
     if jax.process_index() == 0:
-        results.write(out, found, rows)
-        print(printable(results.table(found["tasks"])), flush=True)
-        print(f"wrote {_OUT.value}/results.json and predictions.csv in {found['seconds']} s", flush=True)
+        print(printable(results.table(summary["tasks"])), flush=True)
+        print(f"wrote {_OUT.value}/results.json and predictions.csv in {summary['seconds']} s", flush=True)
 
 
 def entry() -> None:

@@ -45,7 +45,8 @@ def main() -> None:
 
     try:
         _train(config)
-    except Terminated:  # Once training has begun, the run handles the signal itself, and saves.
+    except Terminated:
+        # Once training has begun, the run handles the signal itself, and saves.
         say("SIGTERM: nothing was trained that is not saved; the same command starts again from here")
 
 
@@ -59,7 +60,8 @@ def _train(config) -> None:
             say(f"{_WORKDIR.value}: all {run.total} steps are done; {_next()}")
         elif not run.run():
             if run.stopped_by == signal.SIGINT:
-                raise KeyboardInterrupt  # Saved; the exit code is 130.
+                # The run is saved; the exit code is 130.
+                raise KeyboardInterrupt
         else:
             say(f"done: {run.total} steps; {_next()}")
 

@@ -88,11 +88,7 @@ def objective(config: Config, fields: Mapping[str, Any] | None = None) -> Loss:
 
 
 def train(
-    config: Config,
-    workdir: str | os.PathLike,
-    *,
-    fields: Mapping[str, Any] | None = None,
-    init_from: str | None = None,
+    config: Config, workdir: str | os.PathLike, *, fields: Mapping[str, Any] | None = None, init_from: str | None = None
 ) -> str:
     """Trains, or resumes from the last checkpoint in the workdir.
 
@@ -124,6 +120,7 @@ def evaluate(
     *,
     out: str | os.PathLike | None = None,
     fields: Mapping[str, Any] | None = None,
+    control: str = "",
 ) -> dict[str, Any]:
     """Evaluates sets of weights; the first is what every other is compared with.
 
@@ -134,6 +131,8 @@ def evaluate(
       out: a folder for results.json and predictions.csv, from which `report.write` makes a page; None: nothing is
         written.
       fields: dotted path of a field -> value, such as {"eval.batch_size": 32}.
+      control: one of the weights, not the first, tuned with a signal that can teach nothing: the others are compared
+        with it too.
 
     Returns:
       The content of results.json.
@@ -146,11 +145,14 @@ def evaluate(
     weights = [os.fspath(w) for w in weights]
     if not weights or len(set(weights)) < len(weights):
         raise UserError("weights must name one source or more, each once")
+    if control and control not in weights[1:]:
+        raise UserError(f"control={control} must be one of the weights, and not the first")
     if not data:
         raise UserError("data is empty: give {task: path}, e.g. {'mmvp': 'data/MMVP_VLM'}")
     out = None if out is None else paths.local(os.fspath(out), "out")
     configs.check_runs(weights)
-    summary, rows = evaluator.run(read_config(config, fields), weights, {t: os.fspath(p) for t, p in data.items()})
+    data = {task: os.fspath(path) for task, path in data.items()}
+    summary, rows = evaluator.run(read_config(config, fields), weights, data, control)
     if out is not None and jax.process_index() == 0:
         results.write(out, summary, rows)
     return summary

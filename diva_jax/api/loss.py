@@ -123,17 +123,17 @@ class Loss:
         if strange := [name for name in batch if name not in (*self.inputs, "row")]:
             raise UserError(f"the batch has {listing(strange)}, which is no input: it must have {self._described()}")
         size = len(batch[next(iter(self.inputs))])
-        found = {"row": np.arange(size, dtype=np.int32)} | {name: np.asarray(a) for name, a in batch.items()}
+        arrays = {"row": np.arange(size, dtype=np.int32)} | {name: np.asarray(a) for name, a in batch.items()}
         for name, (shape, dtype) in {**self.inputs, "row": ((), np.dtype(np.int32))}.items():
-            if found[name].shape != (size, *shape) or found[name].dtype != dtype:
+            if arrays[name].shape != (size, *shape) or arrays[name].dtype != dtype:
                 raise UserError(
-                    f"the input {name} is {found[name].dtype} {list(found[name].shape)}: give {dtype} "
+                    f"the input {name} is {arrays[name].dtype} {list(arrays[name].shape)}: give {dtype} "
                     f"{[size, *shape]}, as Loss.batch makes it from images"
                 )
         devices = self._mesh.size
         if not size or size % devices:
             raise UserError(f"a batch of {size} cannot be split over {devices} devices: give a multiple of {devices}")
-        return found
+        return arrays
 
     def _described(self) -> str:
         return ", ".join(f"{name} ({dtype} [B, {', '.join(map(str, s))}])" for name, (s, dtype) in self.inputs.items())

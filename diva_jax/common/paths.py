@@ -40,17 +40,18 @@ def folder(path, flag: str) -> epath.Path:
     if not is_remote(path):
         return epath.Path(path).expanduser()
     try:
-        found = epath.Path(path)
-        found.exists()
+        remote = epath.Path(path)
+        remote.exists()
     except (ImportError, KeyError) as e:
         if str(path).startswith("gs://"):
             raise UserError(f"{flag}={path}: buckets need gcsfs: pip install 'diva_jax[gcs]'") from e
         raise UserError(f"{flag}={path} has a scheme that is not supported: use gs://BUCKET/... or a folder") from e
-    except Exception as e:  # The store's own, from DNS to a right that is missing.
+    except Exception as e:
+        # The store has errors of its own, from DNS to a right that is missing.
         raise UserError(
             f"{flag}={path} cannot be reached ({reason(e)}): check the name and this account's rights"
         ) from e
-    return found
+    return remote
 
 
 def check_writable(folder: epath.Path, flag: str) -> None:
@@ -150,7 +151,8 @@ def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
         if is_remote(path):
             fs, inside = fsspec.core.url_to_fs(str(path))
             fs.makedirs(posixpath.dirname(inside), exist_ok=True)
-            fs.pipe_file(inside, data)  # Object stores show a file only when it is complete.
+            # Object stores show a file only when it is complete.
+            fs.pipe_file(inside, data)
             return
         with whole_file(path) as temporary:
             temporary.write_bytes(data)
@@ -171,7 +173,8 @@ class Mirror:
         self.folder, self._every, self._pushed = folder, every, time.monotonic()
         self._tmp = tempfile.TemporaryDirectory(prefix="diva_jax_") if is_remote(folder) else None
         self.local = Path(self._tmp.name if self._tmp else folder)
-        self._seen: dict[Path, tuple[int, int]] = {}  # Size and time of each file when it was copied.
+        # Size and time of each file when it was copied.
+        self._copied: dict[Path, tuple[int, int]] = {}
 
     def push(self, force: bool = False) -> None:
         """Copies the files that have changed, unless the last push was less than `every` seconds ago.
@@ -183,11 +186,11 @@ class Mirror:
             return
         for file in sorted(p for p in self.local.rglob("*") if p.is_file()):
             state = (file.stat().st_size, file.stat().st_mtime_ns)
-            if self._seen.get(file) == state:
+            if self._copied.get(file) == state:
                 continue
             with _as_oserror(self.folder):
                 (self.folder / str(file.relative_to(self.local))).write_bytes(file.read_bytes())
-            self._seen[file] = state
+            self._copied[file] = state
         self._pushed = time.monotonic()
 
     def close(self) -> None:

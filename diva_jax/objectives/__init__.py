@@ -78,17 +78,17 @@ def stages(config) -> tuple[Stage, ...]:
       UserError: there are gaps between stages, or a stage has no steps.
     """
     module = find(config.objective)
-    found = tuple(module.stages(config)) if hasattr(module, "stages") else (tune(config),)
+    given = module.stages(config) if hasattr(module, "stages") else (tune(config),)
     optim = config.optim
-    found = tuple(
+    stages = tuple(
         s._replace(
             schedule=optim.schedule if s.schedule is None else s.schedule,
             warmup_steps=optim.warmup_steps if s.warmup_steps is None else s.warmup_steps,
         )
-        for s in found
+        for s in given
     )
-    starts = [0, *(s.end for s in found)]
-    if not found or any(s.start != start or s.steps < 1 for s, start in zip(found, starts, strict=False)):
-        spans = ", ".join(f"{s.name} {s.start} to {s.end}" for s in found)
+    starts = [0, *(s.end for s in stages)]
+    if not stages or any(s.start != start or s.steps < 1 for s, start in zip(stages, starts, strict=False)):
+        spans = ", ".join(f"{s.name} {s.start} to {s.end}" for s in stages)
         raise UserError(f"the stages of config.objective={config.objective} must follow one another, but are {spans}")
-    return found
+    return stages

@@ -100,7 +100,8 @@ def recipe(config: ConfigDict) -> None:
     config.diffusion.prompt = ""
     config.data.image_size = config.backbone.image_size
     config.dcr.lora.targets = LORA_TARGETS.get(config.backbone.arch, _BLOCKS)
-    config.trainable = ((".*", 0.0),)  # Beside the adapters, see `stages`.
+    # Beside the adapters, see `stages`.
+    config.trainable = ((".*", 0.0),)
 
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
@@ -326,16 +327,17 @@ class Objective(StableDiffusionObjective):
                 return loss.astype(jnp.float32), {"predicted": predicted}
             conditions = p.reshape(b // g, g, -1)[rows // g]  # [rows, g, C]
             predicted = self.predict(noisy, t, jnp.concatenate([conditions, plus[rows][:, None]], axis=1), together)
-            found = contrast(predicted, goal.astype(predicted.dtype), rows % g, self.options.temperature)
-            return jnp.mean(found.losses).astype(jnp.float32), {"predicted": predicted, "contrast": found}
+            compared = contrast(predicted, goal.astype(predicted.dtype), rows % g, self.options.temperature)
+            return jnp.mean(compared.losses).astype(jnp.float32), {"predicted": predicted, "contrast": compared}
 
         def apart(x):
             """[B, ...] -> [chunks, B / chunks, ...]; chunk a has images a, a + chunks, ...: none changes its chip."""
             return jnp.swapaxes(x.reshape(b // chunks, chunks, *x.shape[1:]), 0, 1)
 
         parts_of = jax.tree.map(apart, (jnp.arange(b), noisy, drawn.timesteps, goal))
-        value, found = draws.weighted_sum(one_chunk, (p, plus), parts_of, jnp.full((chunks,), 1 / chunks, jnp.float32))
-        joined = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(b, *x.shape[2:]), found)
+        weights = jnp.full((chunks,), 1 / chunks, jnp.float32)
+        value, by_chunk = draws.weighted_sum(one_chunk, (p, plus), parts_of, weights)
+        joined = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(b, *x.shape[2:]), by_chunk)
         return value, {**seen, "goal": goal, **joined}
 
     def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:

@@ -262,7 +262,8 @@ class Objective(StableDiffusionObjective):
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
         latents = self.latents(pixels[0])
         both = jax.lax.map(self.vision.encode, jnp.stack([self.views(p)[1] for p in pixels]))
-        seen = [backbones.Features(*(x[i] for x in both)) for i in (0, 1)]  # By itself, by the other.
+        # Features of the images themselves, and of the others.
+        seen = [backbones.Features(*(x[i] for x in both)) for i in (0, 1)]
         drawn = self.draw(keys, latents.shape[1:], len(edges) - 1)
         low, high = self.timestep_range
         within = (drawn.timesteps - low) * np.diff(edges)[:, None] // (high - low)

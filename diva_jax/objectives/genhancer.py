@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import Rule, at_least, below, between, field, is_regex, one_of, parse
+from diva_jax.common.fields import Rule, at_least, between, field, is_regex, one_of, parse
 from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import adapters, backbones
@@ -60,16 +60,11 @@ class GenHancerVae(FluxVAEConfig):
 class GenHancerLora(adapters.Lora):
     """`config.genhancer.lora`."""
 
-    rank: int = field(16, "The rank of each layer's update.", at_least(1))
-    dropout: float = field(
-        0.1, "The probability with which an element of an adapter's input is zero in training.", below(0, 1)
-    )
     targets: str = field(
         "",
         "The encoder's layers whose path matches this regular expression are adapted; if empty, those of the authors.",
         Rule(is_regex, "must be a regular expression"),
     )
-    biases: bool = field(True, "Whether the biases of adapted layers are trained too.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +105,7 @@ class GenHancerOptions:
     )
     denoiser: FlowConfig = FlowConfig()
     vae: GenHancerVae = GenHancerVae()
-    lora: GenHancerLora = GenHancerLora()
+    lora: GenHancerLora = GenHancerLora(dropout=0.1, biases=True)
 
 
 SECTION = GenHancerOptions
@@ -119,7 +114,8 @@ SECTION = GenHancerOptions
 def recipe(config: ConfigDict) -> None:
     """The published recipe (the authors' configuration files)."""
     config.steps, config.batch_size, config.accum = 10_000, 256, 2
-    config.trainable = ()  # Follows from stage2.
+    # The rows follow from stage2.
+    config.trainable = ()
     config.optim.update(name="adamw", lr=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip=1.0)
     config.optim.update(schedule="constant", warmup_steps=10, decay_all=True)
     config.data.image_size = config.backbone.image_size
@@ -156,14 +152,14 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """Stage 1 for stage1_steps, then stage 2 for config.steps; `config.trainable` replaces stage 2's table if given."""
     o, end, rest = options(config), config.genhancer.stage1_steps, ((".*", 0.0),)
     warm = 0 if o.warmup == FAITHFUL else None
-    found = []
+    out = []
     if end:
-        found.append(contract.Stage("stage1", 0, end, o.stage1_lr, (*_GENERATOR, *rest), warmup_steps=warm))
+        out.append(contract.Stage("stage1", 0, end, o.stage1_lr, (*_GENERATOR, *rest), warmup_steps=warm))
     if o.stage2 != NONE:
         table = tuple((str(p), float(s)) for p, s in config.trainable)
         table = table or (*_adapted_rows(config), *(_GENERATOR if o.stage2 == ALL else ()), *rest)
-        found.append(contract.Stage("stage2", end, end + config.steps, config.optim.lr, table, warmup_steps=warm))
-    return tuple(found)
+        out.append(contract.Stage("stage2", end, end + config.steps, config.optim.lr, table, warmup_steps=warm))
+    return tuple(out)
 
 
 def validate(config: ConfigDict) -> None:
@@ -259,10 +255,7 @@ class Objective(contract.Objective):
     def pretrained(self) -> Mapping[str, parts.Part]:
         """The encoder without its adapters, and the VAE."""
         fresh = (adapters.FRESH,) if self.options.stage2 != NONE else ()
-        return {
-            "vision": parts.vision(self.spec.source, self.spec, fresh=fresh),
-            **self.latent_source.pretrained,
-        }
+        return {"vision": parts.vision(self.spec.source, self.spec, fresh=fresh), **self.latent_source.pretrained}
 
     def towers(self) -> Mapping[str, nnx.Module]:
         return {"vision": adapters.merge(self.vision)}
@@ -357,7 +350,8 @@ def denoiser_flops(config: FlowConfig, tokens: int, text: int = 1) -> flops.Tall
     """One pass over `tokens` image tokens; backward to the pooled condition and the text tokens alone."""
     tally, width, hidden = flops.Tally(), config.width, config.hidden
     tally.layer(tokens, config.in_channels, width)
-    for _ in range(2):  # Time and guidance.
+    # Time and guidance.
+    for _ in range(2):
         tally.layer(1, 256, width)
         tally.layer(1, width, width)
     tally.reached = True

@@ -164,11 +164,11 @@ class Objective(contract.Objective):
     def inputs(self) -> Mapping[str, inputs.Prepared]:
         """{"image": uint8 [S, S, 3]}; with `teacher_resize` exact also "teacher", at the teacher's resolution."""
         s, t = self.spec, self.taught_by
-        found = {"image": inputs.Prepared(s.image_size, s.resize_mode, s.interpolation)}
+        batch = {"image": inputs.Prepared(s.image_size, s.resize_mode, s.interpolation)}
         if self.options.teacher_resize == EXACT:
             crop_from = self.options.teacher_crop_from if t.resize_mode == "shortest" else 0
-            found["teacher"] = inputs.Prepared(t.image_size, t.resize_mode, t.interpolation, crop_from)
-        return found
+            batch["teacher"] = inputs.Prepared(t.image_size, t.resize_mode, t.interpolation, crop_from)
+        return batch
 
     def pretrained(self) -> Mapping[str, parts.Part]:
         """All but `kernel_params`; `original` is what `vision` was."""

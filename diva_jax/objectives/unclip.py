@@ -35,7 +35,8 @@ from diva_jax.weights import parts
 Array = jax.Array
 
 SECTIONS = ("diffusion",)
-LEVELS = schedule.ScheduleConfig(beta_schedule="squaredcos_cap_v2")  # Of the noise that is added to embeddings.
+# The schedule of the noise that is added to embeddings.
+LEVELS = schedule.ScheduleConfig(beta_schedule="squaredcos_cap_v2")
 
 
 def _is_embed_noise(value: str) -> bool:

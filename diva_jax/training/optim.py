@@ -22,9 +22,7 @@ class OptimOptions:
     name: str = field("sgd", "The optimizer.", one_of("sgd", "adamw"))
     lr: float = field(1e-4, "The peak learning rate.", above(0))
     warmup: float = field(
-        0.005,
-        "The learning rate rises from 0 to its peak in this share of a stage's steps, rounded up.",
-        below(0, 1),
+        0.005, "The learning rate rises from 0 to its peak in this share of a stage's steps, rounded up.", below(0, 1)
     )
     warmup_steps: int = field(
         -1, "The length of the warm-up as a number of steps; -1: as warmup says.", between(-1, 10**9)
@@ -39,16 +37,13 @@ class OptimOptions:
     b1: float = field(0.9, "The decay of adamw's average of gradients.", below(0, 1))
     b2: float = field(0.999, "The decay of adamw's average of squared gradients.", below(0, 1))
     eps: float = field(
-        1e-8,
-        "The epsilon of adamw's denominator.",
-        Rule(lambda v: 0 < v <= 1, "must be above 0, at most 1"),
+        1e-8, "The epsilon of adamw's denominator.", Rule(lambda v: 0 < v <= 1, "must be above 0, at most 1")
     )
     weight_decay: float = field(
         0.0, "The weight decay of adamw (decoupled) and sgd (added to the gradient).", between(0, 1e38)
     )
     decay_all: bool = field(
-        False,
-        "Whether biases, norms and all other vectors decay too, and not matrices and convolutions alone.",
+        False, "Whether biases, norms and all other vectors decay too, and not matrices and convolutions alone."
     )
     no_decay: str = field(
         "",

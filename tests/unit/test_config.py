@@ -11,6 +11,7 @@ import pytest
 import small
 from ml_collections import ConfigDict
 from mutations import changed
+from PIL import Image
 from places import ROOT
 
 from diva_jax import config, objectives
@@ -59,10 +60,11 @@ def test_validate_knows_every_field(objective):
             config.validate(ConfigDict(tree), 1)
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
-def test_every_interpolation_can_crop(interpolation):
-    config.validate(small.small_config(data__crop__interpolation=interpolation), 1)
-    assert interpolation in crop.INTERPOLATIONS
+def test_every_interpolation_that_is_allowed_can_crop():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8))
+    for interpolation in ("bilinear", "bicubic", "lanczos"):
+        config.validate(small.small_config(data__crop__interpolation=interpolation), 1)
+        assert crop.resized_crop(image, (1, 1, 7, 7), 4, interpolation).shape == (4, 4, 3)
     with pytest.raises(
         UserError, match="config.data.crop.interpolation='nearest' must be bilinear or bicubic or lancz"
     ):
@@ -140,7 +142,12 @@ def test_rules_of_numbers(seed):
         *(("trainable", v) for v in ("abc", (("a",),), (("a", "b"),), ((".*", -1.0),), ((".*", math.nan),), 3)),
         *(("backbone." + f, v) for f in ("heads", "width", "patch_size", "layers") for v in (0, -1, 10**9, 2.5)),
         *(("backbone.mean", v) for v in ((0.5,), (0.1, 0.2, 0.3, 0.4), (0.1, math.nan, 0.2), 0.5)),
-        *(("backbone.select", v) for v in ("random:99999999", "runs:0", "random:" + "9" * 5000)),
+        *(
+            ("backbone.select", v)
+            for v in ("random:99999999", "runs:0", "random:" + "9" * 5000, "random", "random:", "")
+        ),
+        *(("backbone.select", v) for v in ("random:0", "all:3", "runs:-1", "first:4")),
+        ("backbone.add_text", "sum"),
         *(("steps", v) for v in (0, -5, 10**12, 1.5, True)),
         ("seed", 2**32),
         ("condition.warmup_steps", -5),

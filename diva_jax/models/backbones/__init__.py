@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+import re
 from types import ModuleType
 from typing import NamedTuple
 
@@ -67,9 +68,8 @@ def _is_three_numbers(values) -> bool:
 
 
 def _is_select(select: str) -> bool:
-    """Whether the number of tokens in `Spec.select`, where it has one, is one that fits into memory."""
-    count = select.partition(":")[2]
-    return not count or not count.isdecimal() or 1 <= int(count[:10]) <= _MAX_TOKENS
+    match = re.fullmatch(r"all|none|(?:random|runs):(\d{1,9})", select)
+    return match is not None and (match[1] is None or 1 <= int(match[1]) <= _MAX_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +152,12 @@ class Spec:
         "all",
         "The patch tokens that join the pooled one as condition are all, none, K that are drawn uniformly with "
         "replacement (random:K), or the means over runs of K along the raster order, without a remainder (runs:K).",
-        Rule(_is_select, f"must select 1 to {_MAX_TOKENS} tokens"),
+        Rule(_is_select, f"must be all, none, random:K or runs:K, where K is a number of patches, 1 to {_MAX_TOKENS}"),
     )
     add_text: str = field(
         "mean",
         "The text's tokens are added to the features token by token (token), or their mean to every one (mean).",
+        one_of("token", "mean"),
     )
     readout: str = field(
         "pooled", "This backbone's MMVP-VLM score was published with this readout, in the authors' evaluation code."

@@ -47,7 +47,8 @@ def weighted_sum(fn: Callable, inputs, draws, weights: jax.Array):
             return jax.tree.map(lambda a, b: a + (weight * b).astype(a.dtype), grads, g), (value, aux)
 
         zeros = jax.tree.map(jnp.zeros_like, trained)
-        if len(weights) == 1:  # Without a loop of one pass.
+        if len(weights) == 1:
+            # One pass needs no loop.
             grads, seen = body(zeros, jax.tree.map(lambda x: x[0], (draws, weights)))
             values, aux = jax.tree.map(lambda x: x[None], seen)
         else:

@@ -48,15 +48,7 @@ def test_text_is_added_token_by_token_or_as_its_mean():
     np.testing.assert_allclose(condition.add_text(projected, wide, "mean"), projected + wide.mean(1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("select", ["random", "random:", "random:0", "all:3", "runs:-1", "first:4", ""])
-def test_unknown_selection(select):
-    with pytest.raises(UserError, match="backbone.select"):
-        condition.token_count(select, 15)
-
-
 def test_token_wise_text_needs_as_many_tokens():
     condition.check_fit("random:76", "token", 256, 77)
     with pytest.raises(UserError, match="select=random:76"):
         condition.check_fit("all", "token", 256, 77)
-    with pytest.raises(UserError, match="backbone.add_text"):
-        condition.check_fit("all", "sum", 256, 77)
