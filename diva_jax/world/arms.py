@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from diva_jax.common.errors import UserError
 from diva_jax.objectives import diva
+from diva_jax.objectives.contract import EXACT, FAITHFUL
 from diva_jax.world import models, objectives, records
 
 # Of every DIVA arm: all timesteps, as `gaps` proposes, pooled token alone, one draw, AdamW.
@@ -92,7 +93,7 @@ def _shuffled(arm: Arm) -> Arm:
 
 
 _STAGES = _diva("DIVA in two stages")
-_SWITCHES = [f.name for f in dataclasses.fields(diva.DivaOptions) if f.default == diva.EXACT]
+_SWITCHES = [f.name for f in dataclasses.fields(diva.DivaOptions) if f.default == EXACT]
 # Each has a control of its own, `NAME_shuffled`, which differs in whose features are given.
 _VARIANTS = {
     "diva": _diva("DIVA end to end from a random projection", ""),
@@ -103,7 +104,7 @@ _VARIANTS = {
     "ema": _diva("two stages, moving average", ema__decay=0.98),
     "late_timesteps": _diva("two stages, timesteps from 500", diva__first_timestep=500),
     "four_draws": _diva("two stages, four draws", diva__draws=4),
-    "faithful": _diva("two stages, faithful switches", **{f"diva__{s}": diva.FAITHFUL for s in _SWITCHES}),
+    "faithful": _diva("two stages, faithful switches", **{f"diva__{s}": FAITHFUL for s in _SWITCHES}),
     "last_block": _diva(
         "two stages, last block of the encoder alone",
         trainable=(("vision/blocks/2/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0)),

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from diva_jax.models.diffusion import schedule
-from diva_jax.objectives.diva import Draws
+from diva_jax.objectives.diva import DivaDraws
 
 _ENLARGED = 5  # Pixels of the result per pixel of a picture, along each side.
 
@@ -34,7 +34,7 @@ def estimates(
         vae_view, backbone_view = m.views(images.astype(jnp.float32) / 255)
         latents = m.vae.encode(vae_view)
         noise = jax.random.normal(jax.random.key(seed), latents.shape)
-        drawn = Draws(jnp.full(len(images), timestep), noise, None)
+        drawn = DivaDraws(jnp.full(len(images), timestep), noise, None)
         _, context = m.context(m.visual_proj, m.vision.encode(backbone_view), drawn)
         pred, _ = m.denoise(latents, drawn, context)
         scheduler = m.diffusion.scheduler
