@@ -13,7 +13,7 @@ from diva_jax.report.figures import DPI, LIGHT, Drawing, light_colour, plain, te
 from diva_jax.report.wording import compact
 
 _MAX_LABELLED_WIDTH = 480
-_MAX_POINTS, _MAX_TOOLTIPS = 1000, 80
+_MAX_TOOLTIPS = 80
 _PLOT_HEIGHT, _AXIS_HEIGHT, _HALF_LABEL = 176, 42, 8
 _WHISKER = {"fmt": "none", "ecolor": LIGHT["ink"], "alpha": 0.65, "elinewidth": 1.2, "capthick": 1.2, "clip_on": False}
 
@@ -114,9 +114,9 @@ def curves(
             {"color": light_colour(s.index), "clip_on": False},
         )
         if len(smooth) > 20:
-            axes.plot(*zip(*thinned(s.points), strict=True), linewidth=1, alpha=0.35, **how)
+            axes.plot(*zip(*s.points, strict=True), linewidth=1, alpha=0.35, **how)
         marker = {"marker": "o", "markersize": 6} if len(smooth) == 1 else {}
-        axes.plot(*zip(*thinned(smooth), strict=True), linewidth=2, **marker, **how)
+        axes.plot(*zip(*smooth, strict=True), linewidth=2, **marker, **how)
     shown = data[0].points[:: max(1, len(data[0].points) // _MAX_TOOLTIPS)]
     texts: dict[float, list[str]] = {x: [] for x, _ in shown}
     for s in data:
@@ -223,15 +223,3 @@ def moving_mean(data: Sequence[tuple[float, float]], window: int) -> list[tuple[
     first, last = np.maximum(0, at - window // 2), np.minimum(len(data), at + window // 2 + 1)
     means = (total[last] - total[first]) / (last - first)
     return [(x, float(mean)) for (x, _), mean in zip(data, means, strict=True)]
-
-
-def thinned(data: Sequence[tuple[float, float]], limit: int = _MAX_POINTS) -> list[tuple[float, float]]:
-    """Reduces a curve to at most about `limit` points: the lowest and highest of each run, which keeps spikes."""
-    if len(data) <= limit:
-        return list(data)
-    size = math.ceil(2 * len(data) / limit)
-    out = []
-    for i in range(0, len(data), size):
-        run = data[i : i + size]
-        out += sorted({min(run, key=lambda p: p[1]), max(run, key=lambda p: p[1])})
-    return out

@@ -53,7 +53,8 @@ _STYLE = {
     "axes.spines.top": False, "axes.spines.bottom": False, "axes.edgecolor": LIGHT["axis"],
     "xtick.major.size": 0, "ytick.major.size": 0, "xtick.major.pad": 7, "ytick.major.pad": 8,
     "xtick.labelcolor": LIGHT["muted"], "ytick.labelcolor": LIGHT["muted"], "grid.color": LIGHT["grid"],
-    "grid.linewidth": 1, "lines.solid_capstyle": "butt", "lines.solid_joinstyle": "round",
+    "grid.linewidth": 1, "path.simplify_threshold": 0.5,
+    "lines.solid_capstyle": "butt", "lines.solid_joinstyle": "round",
 }  # fmt: skip
 
 

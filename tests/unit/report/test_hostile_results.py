@@ -39,11 +39,11 @@ def outcome(place) -> str | None:
         return None
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_results(folder, seed):
     root, good = folder
     rng = np.random.default_rng(seed)
-    for case in range(18):
+    for case in range(12):
         content = changed(rng, good, 2)[0] if case % 3 else None
         data = json.dumps(content).encode() if content else damaged(rng, json.dumps(good).encode())
         (root / "out/results.json").write_bytes(data)
@@ -53,13 +53,13 @@ def test_results(folder, seed):
     assert outcome(root / "out")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_logs_of_a_run(folder, seed, tmp_path):
     root, _ = folder
     rng = np.random.default_rng(seed)
     lines = (root / "run/metrics.jsonl").read_text().splitlines()
     config = json.loads((root / "run/config.json").read_text())
-    for case in range(15):
+    for case in range(10):
         rows = list(lines)
         i = int(rng.integers(len(rows)))
         rows[i] = json.dumps(changed(rng, json.loads(rows[i]), 2)[0])
@@ -75,12 +75,16 @@ NAMES = ["../../up", "/abs", "a/b", "..", "", ".", "x\0y", "con:aux", "é" * 200
 def test_names_are_never_paths(folder, tmp_path):
     """Names of tasks and metrics are part of the names of images."""
     task = samples.feedback_task()
+    for weights in task["weights"].values():
+        weights["timesteps"] = [
+            b | {"scores": {"gap_other": b["scores"]["gap_other"]}} for b in weights["timesteps"][:2]
+        ]
     results = {"schema": 1, "weights": [{"label": n} for n in task["weights"]], "tasks": {n: task for n in NAMES}}
     (tmp_path / "in").mkdir()
     (tmp_path / "in/results.json").write_text(json.dumps(results))
     before = {p for p in tmp_path.rglob("*")}
     written = report.write(tmp_path / "in")
-    assert len(set(written)) == len(written) == 1 + 3 * len(NAMES)
+    assert len(set(written)) == len(written) == 1 + len(NAMES)
     for made in {p for p in tmp_path.rglob("*")} - before:
         assert made == tmp_path / "in/report" or made.parent == tmp_path / "in/report" or made.name == "report.html"
 
