@@ -136,31 +136,39 @@ class Update(nnx.Module):
         return weight.astype(jnp.float32) + self.scale * self._joined(product)
 
 
-class LoraLinear(nnx.Linear):
+class _Adapted:
+    """A layer plus its update, `lora`."""
+
+    def __call__(self, x: Array) -> Array:
+        y = super().__call__(x)
+        return y + self.lora(x.astype(y.dtype))
+
+
+class LoraLinear(_Adapted, nnx.Linear):
     """An adapted `nnx.Linear`; its kernel and bias are those of `layer`."""
 
     def __init__(self, layer: nnx.Linear, update: Update, rngs):
-        sizes = (layer.in_features, layer.out_features)
-        dtypes = dict(dtype=layer.dtype, param_dtype=layer.param_dtype)
-        super().__init__(*sizes, use_bias=layer.use_bias, rngs=rngs, **dtypes)
-        self.kernel, self.bias = layer.kernel, layer.bias
-        self.lora = update
-
-    def __call__(self, x: Array) -> Array:
-        y = super().__call__(x)
-        return y + self.lora(x.astype(y.dtype))
+        super().__init__(**_options(layer), rngs=rngs)
+        self.kernel, self.bias, self.lora = layer.kernel, layer.bias, update
 
 
-class LoraMatrix(Matrix):
+class LoraMatrix(_Adapted, Matrix):
     """An adapted `layers.Matrix`; its weight is that of `layer`."""
 
     def __init__(self, layer: Matrix, update: Update, rngs):
-        self.matrix, self.dtype = layer.matrix, layer.dtype
+        super().__init__(layer.matrix, layer.dtype)
         self.lora = update
 
-    def __call__(self, x: Array) -> Array:
-        y = super().__call__(x)
-        return y + self.lora(x.astype(y.dtype))
+
+def _options(layer: nnx.Linear) -> dict:
+    """The arguments of `nnx.Linear` that make a layer like this one."""
+    return dict(
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        use_bias=layer.use_bias,
+        dtype=layer.dtype,
+        param_dtype=layer.param_dtype,
+    )
 
 
 # Layer that can be adapted -> (its adapted form, the attribute of its weight [n_in, n_out]).
@@ -212,14 +220,7 @@ def merge(model: nnx.Module) -> nnx.Module:
     adapted = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, LoraLinear | LoraMatrix)]
     for path, layer in adapted:
         if isinstance(layer, LoraLinear):
-            plain = nnx.Linear(
-                layer.in_features,
-                layer.out_features,
-                use_bias=layer.use_bias,
-                dtype=layer.dtype,
-                param_dtype=layer.param_dtype,
-                rngs=Keys(),
-            )
+            plain = nnx.Linear(**_options(layer), rngs=Keys())
             plain.kernel, plain.bias = nnx.Param(layer.lora.merged(layer.kernel[...])), layer.bias
         else:
             plain = Matrix(nnx.Param(layer.lora.merged(layer.matrix[...])), layer.dtype)

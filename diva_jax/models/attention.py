@@ -87,16 +87,6 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     return out[:, :, :n].swapaxes(1, 2).reshape(q.shape)
 
 
-def _float64(q: Array, k: Array, v: Array, causal: bool, mask: Array | None) -> Array:
-    """Attention in float64, for finite-difference tests: `jax.nn.dot_product_attention` computes softmax in float32."""
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
-    if causal:
-        scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, -jnp.inf)
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
-    return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores), v)
-
-
 @jax.named_scope("attention")
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array | None = None) -> Array:
     """Softmax attention with scores scaled by 1 / sqrt(D) (arXiv 1706.03762, equation 1).
@@ -112,9 +102,7 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array
     """
     mesh = jax.sharding.get_abstract_mesh()
     full = not causal and mask is None
-    if q.dtype == jnp.float64:
-        out = _float64(q, k, v, causal, mask)
-    elif full and q.dtype == jnp.float32 and traced_for(mesh) == "cpu":
+    if full and q.dtype.itemsize >= 4 and traced_for(mesh) == "cpu":
         out = recomputed.attend(q, k, v)
     elif full and use_kernel(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh):
         out = by_device(flash, q, k, v)

@@ -47,11 +47,11 @@ def attend(q: Array, k: Array, v: Array) -> Array:
     """Softmax attention without a mask.
 
     Args:
-      q: queries, [B, N, H, D], float32.
-      k, v: keys and values, [B, M, H, D], float32.
+      q: queries, [B, N, H, D], float32 or float64.
+      k, v: keys and values, [B, M, H, D].
 
     Returns:
-      [B, N, H, D], float32.
+      [B, N, H, D], in the dtype of q.
     """
     return _forward(q, k, v)[0]
 

@@ -14,7 +14,7 @@ from flax import nnx
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Features, Spec
 from diva_jax.models.backbones.shared import transformers_layout as hf
-from diva_jax.models.backbones.shared.positions import Positions, depth, tensor_shape
+from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
 from diva_jax.models.backbones.shared.transformer import Attention, Mlp, block_flops, patch_flops, run
 from diva_jax.models.layers import Layers
 from diva_jax.models.names import Table
@@ -132,20 +132,17 @@ def flops(spec: Spec) -> float:
 
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the MLP's activation, if not SwiGLU."""
-    width, _, _, patch = tensor_shape(tensors, "visual.patch_embed.proj.weight", 4)
-    found = dict(
-        arch="dinov2",
-        image_size=Positions("visual.pos_embed", extra=1).grid(tensors) * patch,
-        patch_size=patch,
-        width=width,
-        layers=depth(tensors, "visual.blocks"),
-        embed_dim=width,
-        registers=tensor_shape(tensors, "visual.register_tokens", 3)[1] if "visual.register_tokens" in tensors else 0,
+    register_tokens, w3 = "visual.register_tokens", "visual.blocks.0.mlp.w3.weight"
+    layer = "mlp.w3.weight" if w3 in tensors else "mlp.fc1.weight"
+    found = sizes(
+        tensors, Positions("visual.pos_embed", extra=1), "visual.patch_embed.proj.weight", "visual.blocks", layer
     )
-    if "visual.blocks.0.mlp.w3.weight" in tensors:
-        hidden = tensor_shape(tensors, "visual.blocks.0.mlp.w3.weight")[1]
-        return found | dict(activation="swiglu", mlp_dim=hidden)
-    return found | dict(mlp_dim=tensor_shape(tensors, "visual.blocks.0.mlp.fc1.weight")[0])
+    found |= dict(
+        arch="dinov2",
+        embed_dim=found["width"],
+        registers=tensor_shape(tensors, register_tokens, 3)[1] if register_tokens in tensors else 0,
+    )
+    return found | (dict(activation="swiglu", mlp_dim=tensor_shape(tensors, w3)[1]) if w3 in tensors else {})
 
 
 def reads_open_clip(vision_cfg: Mapping) -> bool:
@@ -214,8 +211,7 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
         **hf.vision_fields(c | dict(intermediate_size=_hidden(width, c["mlp_ratio"], swiglu))),
         embed_dim=width,
         activation="swiglu" if swiglu else hf.our_activation(c, where),
-        mean=hf.channels(preprocessor, "image_mean", IMAGENET_MEAN, where),
-        std=hf.channels(preprocessor, "image_std", IMAGENET_STD, where),
+        **hf.normalisation(preprocessor, IMAGENET_MEAN, IMAGENET_STD, where),
         resize_mode="squash" if hf.squashes(preprocessor) else "shortest",
         text=NO_TEXT,
         registers=c["num_register_tokens"] if registers else 0,

@@ -13,9 +13,10 @@ from flax import nnx
 
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
-from diva_jax.models.backbones.shared.positions import Positions, depth, tensor_shape
+from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
 from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
 from diva_jax.models.backbones.shared.transformer import block_flops, blocks, patch_flops, run
+from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.layers import Layers, attention, heads
 from diva_jax.models.names import Table
 
@@ -162,16 +163,9 @@ def flops(spec: Spec) -> float:
 
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
-    width, _, _, patch = tensor_shape(tensors, "visual.trunk.patch_embed.proj.weight", 4)
-    return dict(
-        arch="eva02",
-        image_size=_POSITIONS.grid(tensors) * patch,
-        patch_size=patch,
-        width=width,
-        layers=depth(tensors, "visual.trunk.blocks"),
-        mlp_dim=tensor_shape(tensors, "visual.trunk.blocks.0.mlp.fc1_g.weight")[0],
-        embed_dim=tensor_shape(tensors, "visual.trunk.head.weight")[0],
-    )
+    trunk = "visual.trunk"
+    found = sizes(tensors, _POSITIONS, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1_g.weight")
+    return found | dict(arch="eva02", embed_dim=tensor_shape(tensors, f"{trunk}.head.weight")[0])
 
 
 def reads_open_clip(vision_cfg: Mapping) -> bool:
@@ -179,14 +173,14 @@ def reads_open_clip(vision_cfg: Mapping) -> bool:
     return vision_cfg.get("timm_model_name") in TIMM
 
 
-def from_open_clip(model_cfg: Mapping) -> dict:
+def from_open_clip(model: ConfigFile) -> dict:
     """The fields of Spec that open_clip's model config gives the vision tower.
 
     Raises:
       UserError: an option that is not implemented, named.
     """
-    fields = TIMM[model_cfg["vision_cfg"]["timm_model_name"]]
-    occ.check_timm(model_cfg, fields, timm_pool=("token",), timm_proj=(None, ""), timm_proj_bias=(False, True))
+    fields = TIMM[model.options["vision_cfg"]["timm_model_name"]]
+    occ.check_timm(model, fields, timm_pool=("token",), timm_proj=(None, ""), timm_proj_bias=(False, True))
     return dict(fields)
 
 

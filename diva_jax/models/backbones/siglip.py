@@ -17,9 +17,10 @@ from diva_jax.models.backbones import HALF, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.dense import run_dense
-from diva_jax.models.backbones.shared.positions import Positions, depth, tensor_shape
+from diva_jax.models.backbones.shared.positions import Positions, sizes
 from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
 from diva_jax.models.backbones.shared.transformer import Mlp, block_flops, blocks, patch_flops, run
+from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.layers import Layers, attention, heads
 from diva_jax.models.names import Table
 
@@ -145,16 +146,9 @@ def flops(spec: Spec) -> float:
 
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
-    width, _, _, patch = tensor_shape(tensors, "visual.trunk.patch_embed.proj.weight", 4)
-    return dict(
-        arch="siglip",
-        image_size=_POSITIONS.grid(tensors) * patch,
-        patch_size=patch,
-        width=width,
-        layers=depth(tensors, "visual.trunk.blocks"),
-        mlp_dim=tensor_shape(tensors, "visual.trunk.blocks.0.mlp.fc1.weight")[0],
-        embed_dim=width,
-    )
+    trunk = "visual.trunk"
+    found = sizes(tensors, _POSITIONS, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1.weight")
+    return found | dict(arch="siglip", embed_dim=found["width"])
 
 
 def timm_fields(name: str) -> dict:
@@ -179,14 +173,14 @@ def reads_open_clip(vision_cfg: Mapping) -> bool:
     return vision_cfg.get("timm_model_name") in TIMM
 
 
-def from_open_clip(model_cfg: Mapping) -> dict:
+def from_open_clip(model: ConfigFile) -> dict:
     """The fields of Spec that open_clip's model config gives the vision tower.
 
     Raises:
       UserError: an option that is not implemented, named.
     """
-    fields = timm_fields(model_cfg["vision_cfg"]["timm_model_name"])
-    occ.check_timm(model_cfg, fields, timm_pool=("map",), timm_proj=("none",), timm_proj_bias=(False, True))
+    fields = timm_fields(model.options["vision_cfg"]["timm_model_name"])
+    occ.check_timm(model, fields, timm_pool=("map",), timm_proj=("none",), timm_proj_bias=(False, True))
     return fields
 
 
@@ -279,8 +273,7 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
         **fields,
         embed_dim=vision["hidden_size"],
         activation=activation,
-        mean=hf.channels(preprocessor, "image_mean", HALF, where),
-        std=hf.channels(preprocessor, "image_std", HALF, where),
+        **hf.normalisation(preprocessor, HALF, HALF, where),
         resize_mode="squash",
         text=hf.text_spec(
             text,

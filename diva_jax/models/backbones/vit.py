@@ -12,9 +12,10 @@ from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.dense import run_dense
-from diva_jax.models.backbones.shared.positions import Positions, depth, tensor_shape
+from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
 from diva_jax.models.backbones.shared.text import BLOCKS, NEITHER, TEXT_NAMES, text_table
 from diva_jax.models.backbones.shared.transformer import block_flops, blocks, patch_flops, run
+from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.layers import Layers
 from diva_jax.models.names import Table
 
@@ -95,17 +96,8 @@ def flops(spec: Spec) -> float:
 
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
-    width, _, _, patch = tensor_shape(tensors, "visual.conv1.weight", 4)
-    stack = "visual.transformer.resblocks"
-    return dict(
-        arch="vit",
-        image_size=_POSITIONS.grid(tensors) * patch,
-        patch_size=patch,
-        width=width,
-        layers=depth(tensors, stack),
-        mlp_dim=tensor_shape(tensors, f"{stack}.0.mlp.c_fc.weight")[0],
-        embed_dim=tensor_shape(tensors, "visual.proj")[1],
-    )
+    found = sizes(tensors, _POSITIONS, "visual.conv1.weight", "visual.transformer.resblocks", "mlp.c_fc.weight")
+    return found | dict(arch="vit", embed_dim=tensor_shape(tensors, "visual.proj")[1])
 
 
 _READ = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "act_kwargs", "norm_kwargs"}
@@ -124,31 +116,30 @@ def reads_open_clip(vision_cfg: Mapping) -> bool:
     return not vision_cfg.get("timm_model_name")
 
 
-def from_open_clip(model_cfg: Mapping) -> dict:
+def from_open_clip(model: ConfigFile) -> dict:
     """The fields of Spec that open_clip's model config gives the vision tower.
 
     Raises:
       UserError: an option that is not implemented, named.
     """
-    cfg, where = model_cfg["vision_cfg"], "vision_cfg"
-    occ.check_options(cfg, where, _READ, occ.VISION_FREE | set(occ.TIMM_OPTIONS), _FIXED)
-    if isinstance(cfg.get("layers"), (list, tuple)):
-        occ.refuse("vision_cfg.layers", cfg["layers"], "a list of layers means a ResNet, use a ViT")
-    width = occ.number(cfg, where, "width", 768)
-    head_width = occ.number(cfg, where, "head_width", 64)
+    vision = model.section("vision_cfg")
+    vision.check(_READ | occ.VISION_FREE | set(occ.TIMM_OPTIONS), _FIXED)
+    if isinstance(vision.options.get("layers"), list | tuple):
+        vision.refuse("layers", "a list of layers means a ResNet, use a ViT")
+    width, head_width = vision.integer("width", 768), vision.integer("head_width", 64)
     if width % head_width:
-        occ.refuse("vision_cfg.head_width", head_width, f"it must divide the width, {width}")
-    if model_cfg.get("init_logit_bias") is not None:
-        occ.refuse("init_logit_bias", model_cfg["init_logit_bias"], "only SigLIP models have a bias on their logits")
+        vision.refuse("head_width", f"it must divide the width, {width}")
+    if model.options.get("init_logit_bias") is not None:
+        model.refuse("init_logit_bias", "only SigLIP models have a bias on their logits")
     return dict(
-        image_size=occ.number(cfg, where, "image_size", 224),
-        patch_size=occ.number(cfg, where, "patch_size", 16),
+        image_size=occ.side(vision, "image_size", 224),
+        patch_size=occ.side(vision, "patch_size", 16),
         width=width,
-        layers=occ.number(cfg, where, "layers", 12),
+        layers=vision.integer("layers", 12),
         heads=width // head_width,
-        mlp_dim=int(width * occ.number(cfg, where, "mlp_ratio", 4.0, float)),
-        activation=occ.activation(cfg, where, occ.flag(model_cfg, "model_cfg", "quick_gelu")),
-        norm_eps=occ.norm_eps(cfg, where),
+        mlp_dim=int(width * vision.number("mlp_ratio", 4.0, 1e-6, 1e6)),
+        activation=occ.activation(vision, model.flag("quick_gelu")),
+        norm_eps=occ.norm_eps(vision),
     )
 
 
@@ -218,8 +209,7 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
         **hf.vision_fields(vision),
         embed_dim=hf.options(config, {"projection_dim": 512}, where)["projection_dim"],
         activation=activation,
-        mean=hf.channels(preprocessor, "image_mean", OPENAI_MEAN, where),
-        std=hf.channels(preprocessor, "image_std", OPENAI_STD, where),
+        **hf.normalisation(preprocessor, OPENAI_MEAN, OPENAI_STD, where),
         resize_mode="squash" if hf.squashes(preprocessor) else "shortest",
         text=hf.text_spec(
             text,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers import close, filled
+from helpers import abstract_mesh, close, filled
 from specs import DINOV2, EVA02, QUICK, SIGLIP, TOWERS
 from torch_towers import checkpoint, checkpoint_name, torch_features, torch_tower
 
@@ -105,7 +105,7 @@ def test_float64_is_float64_throughout(spec):
     tower, images = torch_tower(spec).double(), images_for(spec)
     if rope := getattr(tower, "rope", None):  # timm computes its angles in float32.
         rope.pos_embed = torch.from_numpy(np.hstack([t[1:] for t in eva02.rotary_table(spec.grid, rope.dim)]))
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.sharding.use_abstract_mesh(abstract_mesh("cpu")):
         vision = load(spec, tower, dtype=jnp.float64, param_dtype=jnp.float64)
         tokens, pooled = jax.jit(vision.encode)(jnp.asarray(images, jnp.float64))
         assert tokens.dtype == pooled.dtype == jnp.float64

@@ -13,7 +13,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from flax import nnx
-from helpers import close, filled, randomise, tensors
+from helpers import abstract_mesh, close, filled, randomise, tensors
 
 from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion import blocks, unet
@@ -172,7 +172,7 @@ def test_float64_is_float64_throughout():
     args = [a if a is None else a.astype(np.float64) for a in (sample, timesteps * 0, context, labels, cotangent)]
     args[1] = args[1].astype(np.int64)
     expected, expected_grad = run_theirs(theirs, *args)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.sharding.use_abstract_mesh(abstract_mesh("cpu")):
         ours = nnx.eval_shape(lambda: build(TINY["mini"], dtype=jnp.float64, param_dtype=jnp.float64))
         out, grad = run_ours(filled(ours, tensors(theirs), UNET), *args)
     close(out, expected, 1e-12)

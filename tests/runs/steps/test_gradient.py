@@ -3,12 +3,13 @@
 import jax
 import numpy as np
 import small
+from helpers import abstract_mesh
 
 from diva_jax.objectives.diva import Objective
 
 
 def test_finite_differences():
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.sharding.use_abstract_mesh(abstract_mesh("cpu")):
         c = small.small_config(dtype="float64", frozen_dtype="float64", batch_size=2)
         p = small.program(c)
         arrays = {n: np.asarray(a, np.float64) for n, a in small.random_arrays(p).items()}

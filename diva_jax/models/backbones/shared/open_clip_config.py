@@ -5,12 +5,14 @@ our modules do not implement is an error that names it; it never gives another m
 options are read and written by its architecture's module, with the functions here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from diva_jax.common.errors import UserError, brief, listing
-from diva_jax.common.fields import finite
+from diva_jax.common.errors import UserError, listing
 from diva_jax.models import backbones
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Spec, TextSpec
+from diva_jax.models.config_file import ConfigFile
+
+_WHERE = "open_clip's config"
 
 # Options of either tower that must be as given (None: or absent).
 TOWER_FIXED = {
@@ -59,105 +61,57 @@ _SIGLIP_TOKENIZERS = {
 _XLM_TOKENIZER = "facebook/xlm-v-base"
 
 
-def refuse(option: str, value, want: str):
-    """Raises a UserError that names an option, its value, and what is implemented."""
-    raise UserError(f"open_clip option {option}={brief(value)} is not implemented here: {want}")
+def side(file: ConfigFile, name: str, default: int) -> int:
+    """The side of a square, which may come as a pair."""
+    value = file.options.get(name, default)
+    if isinstance(value, list | tuple) and value and value == value[:1] * len(value):
+        return ConfigFile({name: value[0]}, file.where, file.prefix).integer(name, default)
+    return file.integer(name, default)
 
 
-def check_options(cfg: Mapping, where: str, read: set[str], free: set[str], fixed: Mapping[str, tuple]) -> None:
-    """Raises a UserError where an option is unknown or has a value that our modules do not implement.
-
-    Args:
-      cfg: the options.
-      where: the config's name in messages.
-      read: options that the caller reads.
-      free: options of any value.
-      fixed: option -> the values that are implemented.
-    """
-    unknown = sorted(set(cfg) - read - free - set(fixed))
-    if unknown:
-        raise UserError(f"open_clip config has unknown options in {where}: {listing(unknown)}")
-    for key, allowed in fixed.items():
-        if key in cfg and cfg[key] not in allowed:
-            refuse(f"{where}.{key}", cfg[key], f"it must be {' or '.join(map(repr, allowed))}")
-
-
-def number(cfg: Mapping, where: str, key: str, default, kind: Callable = int):
-    """A positive number; a square image size may come as a pair."""
-    value = cfg.get(key, default)
-    if (
-        key in ("image_size", "patch_size")
-        and isinstance(value, list | tuple)
-        and value
-        and value == value[:1] * len(value)
-    ):
-        value = value[0]
-    if not finite(value) or not 0 < value < 2**31 or kind(value) != value:
-        refuse(f"{where}.{key}", value, f"it must be one positive {kind.__name__}")
-    return kind(value)
-
-
-def flag(cfg: Mapping, where: str, key: str) -> bool:
-    """An option that is true or false; default false."""
-    value = cfg.get(key) or False
-    if not isinstance(value, bool):
-        refuse(f"{where}.{key}", value, "it must be true or false")
-    return value
-
-
-def _section(cfg: Mapping, where: str, key: str) -> Mapping:
-    """An option that holds options; none where it is missing or null."""
-    value = cfg.get(key) or {}
-    if not isinstance(value, Mapping):
-        refuse(f"{where}.{key}", value, "it must be an object of options")
-    return value
-
-
-def activation(cfg: Mapping, where: str, quick_gelu: bool) -> str:
+def activation(tower: ConfigFile, quick_gelu: bool) -> str:
     """Our name of a tower's activation, a key of `layers.ACTIVATIONS`."""
-    kwargs = _section(cfg, where, "act_kwargs")
-    if quick_gelu and not kwargs:
+    options = tower.section("act_kwargs").options
+    if quick_gelu and not options:
         return "quick_gelu"
     names = {"none": "gelu", "tanh": "gelu_tanh"}
-    if quick_gelu or set(kwargs) - {"approximate"} or kwargs.get("approximate", "none") not in [*names]:
-        refuse(f"{where}.act_kwargs", kwargs, 'use {"approximate": "tanh"} without quick_gelu')
-    return names[kwargs.get("approximate", "none")]
+    if quick_gelu or set(options) - {"approximate"} or options.get("approximate", "none") not in [*names]:
+        tower.refuse("act_kwargs", 'use {"approximate": "tanh"} without quick_gelu')
+    return names[options.get("approximate", "none")]
 
 
-def norm_eps(cfg: Mapping, where: str) -> float:
+def norm_eps(tower: ConfigFile) -> float:
     """The epsilon of a tower's norms."""
-    kwargs = _section(cfg, where, "norm_kwargs")
-    if set(kwargs) - {"eps"} or not finite(kwargs.get("eps", 0)):
-        refuse(f"{where}.norm_kwargs", kwargs, "eps, a number, is the one option known")
-    return float(kwargs.get("eps", 1e-5))
+    options = tower.section("norm_kwargs")
+    options.check(("eps",), {})
+    return options.number("eps", 1e-5, 0, 1)
 
 
-def check_timm(model_cfg: Mapping, fields: Mapping, **implemented: tuple) -> None:
+def check_timm(model: ConfigFile, fields: Mapping, **implemented: tuple) -> None:
     """Checks the config of a tower that open_clip makes of a timm model.
 
     Args:
-      model_cfg: open_clip's model config.
+      model: open_clip's model config.
       fields: of Spec, as the timm model fixes them.
       **implemented: option of `TIMM_OPTIONS` -> the values that are implemented; default the option's default.
 
     Raises:
       UserError: an option is unknown or makes another model.
     """
-    cfg = model_cfg["vision_cfg"]
-    name = cfg["timm_model_name"]
-    fixed = {k: (default,) for k, default in TIMM_OPTIONS.items()} | {"timm_drop_path": (None, 0)} | implemented
-    free = VISION_FREE | _NOT_TIMM | set(TOWER_FIXED)
-    read = {"timm_model_name", "image_size"}
+    vision = model.section("vision_cfg")
+    name = vision.options["timm_model_name"]
     # An option that is left out has open_clip's default, which may not be implemented.
-    check_options(TIMM_OPTIONS | dict(cfg), "vision_cfg", read, free, fixed | {"patch_dropout": (0,)})
-    embed_dim = model_cfg.get("embed_dim")
+    given = ConfigFile(TIMM_OPTIONS | dict(vision.options), vision.where, vision.prefix)
+    fixed = {k: (default,) for k, default in TIMM_OPTIONS.items()} | {"timm_drop_path": (None, 0)} | implemented
+    read = {"timm_model_name", "image_size"} | VISION_FREE | _NOT_TIMM | set(TOWER_FIXED)
+    given.check(read, fixed | {"patch_dropout": (0,)})
+    embed_dim = model.options.get("embed_dim")
     if embed_dim != fields.get("embed_dim", embed_dim):
-        refuse("embed_dim", embed_dim, f"{name} has no projection, so it must be {fields['embed_dim']}")
-    size = number(cfg, "vision_cfg", "image_size", 224)
-    if size != fields["image_size"]:
-        refuse("vision_cfg.image_size", size, f"open_clip builds {name} at {fields['image_size']}")
-    if not flag(model_cfg, "model_cfg", "custom_text"):
-        refuse("custom_text", False, f"a model of {name} keeps its text tower under `text.`, so it must be true")
+        model.refuse("embed_dim", f"{name} has no projection, so it must be {fields['embed_dim']}")
+    if side(vision, "image_size", 224) != fields["image_size"]:
+        vision.refuse("image_size", f"open_clip builds {name} at {fields['image_size']}")
+    if not model.flag("custom_text"):
+        model.refuse("custom_text", f"a model of {name} keeps its text tower under `text.`, so it must be true")
 
 
 def timm_vision(spec: Spec, table: Mapping[str, Mapping], **options) -> dict:
@@ -181,81 +135,66 @@ def timm_vision(spec: Spec, table: Mapping[str, Mapping], **options) -> dict:
     return dict(image_size=spec.image_size, timm_model_name=name, timm_model_pretrained=False, **options)
 
 
-def _tokenizer(cfg: Mapping) -> str:
-    name, kwargs = cfg.get("hf_tokenizer_name") or "", cfg.get("tokenizer_kwargs") or {}
+def _tokenizer(text: ConfigFile) -> str:
+    name, kwargs = text.options.get("hf_tokenizer_name") or "", text.options.get("tokenizer_kwargs") or {}
     if not isinstance(name, str):
-        refuse("text_cfg.hf_tokenizer_name", name, "it must be a text")
+        text.refuse("hf_tokenizer_name", "it must be a text")
     if name and kwargs in (_CLIP_CLEAN, _SIGLIP_CLEAN):
         return "clip" if kwargs == _CLIP_CLEAN else "siglip"
     if kwargs:
-        refuse("text_cfg.tokenizer_kwargs", kwargs, f"only {_SIGLIP_CLEAN}, with hf_tokenizer_name, is known")
+        text.refuse("tokenizer_kwargs", f"only {_SIGLIP_CLEAN}, with hf_tokenizer_name, is known")
     if "xlm-v" in name.lower():
         return "xlm"
     if name and "clip" not in name.lower():
-        refuse("text_cfg.hf_tokenizer_name", name, "the tokenizers known are CLIP's, SigLIP's and XLM-V's")
+        text.refuse("hf_tokenizer_name", "the tokenizers known are CLIP's, SigLIP's and XLM-V's")
     return "clip"
 
 
-def _text(cfg: Mapping, vision_activation: str, quick_gelu: bool) -> TextSpec:
-    check_options(cfg, "text_cfg", _TEXT_READ, _TEXT_FREE, _TEXT_FIXED)
-    act = activation(cfg, "text_cfg", quick_gelu)
-    pool = cfg.get("pool_type", "argmax")
-    if pool not in ("argmax", "eos", "last"):
-        refuse("text_cfg.pool_type", pool, "it must be 'argmax', 'eos' or 'last'")
-    width, heads = number(cfg, "text_cfg", "width", 512), number(cfg, "text_cfg", "heads", 8)
+def _text(text: ConfigFile, vision_activation: str, quick_gelu: bool) -> TextSpec:
+    text.check(_TEXT_READ | _TEXT_FREE, _TEXT_FIXED)
+    text_activation = activation(text, quick_gelu)
+    pool = text.choice("pool_type", "argmax", ("argmax", "eos", "last"))
+    width, heads = text.integer("width", 512), text.integer("heads", 8)
     if width % heads:
-        refuse("text_cfg.heads", heads, f"it must divide the width, {width}")
+        text.refuse("heads", f"it must divide the width, {width}")
     return TextSpec(
-        context_length=number(cfg, "text_cfg", "context_length", 77),
-        vocab_size=number(cfg, "text_cfg", "vocab_size", 49408),
+        context_length=text.integer("context_length", 77),
+        vocab_size=text.integer("vocab_size", 49408),
         width=width,
         heads=heads,
-        layers=number(cfg, "text_cfg", "layers", 12),
-        mlp_dim=int(width * number(cfg, "text_cfg", "mlp_ratio", 4.0, float)),
-        causal=not flag(cfg, "text_cfg", "no_causal_mask"),
+        layers=text.integer("layers", 12),
+        mlp_dim=int(width * text.number("mlp_ratio", 4.0, 1e-6, 1e6)),
+        causal=not text.flag("no_causal_mask"),
         pool=pool,
-        proj_bias=flag(cfg, "text_cfg", "proj_bias"),
-        norm_eps=norm_eps(cfg, "text_cfg"),
-        tokenizer=_tokenizer(cfg),
-        activation="" if act == vision_activation else act,
-        eos_id=number(cfg, "text_cfg", "eos_id", 2) if pool == "eos" else 2,
+        proj_bias=text.flag("proj_bias"),
+        norm_eps=norm_eps(text),
+        tokenizer=_tokenizer(text),
+        activation="" if text_activation == vision_activation else text_activation,
+        eos_id=text.integer("eos_id", 2, least=0) if pool == "eos" else 2,
     )
 
 
-def _channels(cfg: Mapping, key: str, default: tuple) -> tuple[float, ...]:
-    """Mean or std, one number per channel; a single number stands for all three."""
-    value = cfg.get(key) or default
-    value = tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3
-    if len(value) != 3 or not all(finite(v) and abs(v) < 1e38 for v in value):
-        refuse(f"preprocess_cfg.{key}", cfg[key], "it must be three numbers")
-    return tuple(map(float, value))
-
-
-def _preprocess(config: Mapping, default: dict) -> dict:
+def _preprocess(file: ConfigFile, default: dict) -> dict:
     """Mean, std, resize; without a `preprocess_cfg` what all published models of the architecture use."""
-    if "preprocess_cfg" not in config:
+    if "preprocess_cfg" not in file.options:
         return default
-    cfg = _section(config, "config", "preprocess_cfg")
-    fields = dict(
-        mean=_channels(cfg, "mean", OPENAI_MEAN),
-        std=_channels(cfg, "std", OPENAI_STD),
-        resize_mode=cfg.get("resize_mode") or "shortest",
-        interpolation=cfg.get("interpolation") or "bicubic",
+    given = file.section("preprocess_cfg")
+    given = ConfigFile({k: v for k, v in given.options.items() if v}, given.where, given.prefix)
+    return dict(
+        mean=given.channels("mean", OPENAI_MEAN),
+        std=given.channels("std", OPENAI_STD),
+        resize_mode=given.choice("resize_mode", "shortest", ("shortest", "squash")),
+        interpolation=given.choice("interpolation", "bicubic", ("bicubic", "bilinear")),
     )
-    for key, allowed in dict(resize_mode=("shortest", "squash"), interpolation=("bicubic", "bilinear")).items():
-        if fields[key] not in allowed:
-            refuse(f"preprocess_cfg.{key}", fields[key], f"use {' or '.join(allowed)}")
-    return fields
 
 
-def _architecture(vision_cfg: Mapping) -> str:
+def _architecture(vision: ConfigFile) -> str:
     """The architecture whose tower open_clip builds from this config."""
-    name = vision_cfg.get("timm_model_name")
     for arch, module in backbones.architectures().items():
-        if isinstance(name, str | None) and module.reads_open_clip(vision_cfg):
+        if isinstance(vision.options.get("timm_model_name"), str | None) and module.reads_open_clip(vision.options):
             return arch
-    known = "of timm's models only vit_*_siglip_* and eva02_{base,large}_*_clip_* are"
-    return refuse("vision_cfg.timm_model_name", name, known)
+    known = "of timm's models only vit_*_siglip_* and eva02_{base,large}_*_clip_* are implemented"
+    return vision.refuse("timm_model_name", known)
 
 
 def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec:
@@ -274,17 +213,17 @@ def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec
     parts = ("vision_cfg", "text_cfg")
     if not isinstance(model, Mapping) or not all(isinstance(model.get(k), Mapping) for k in parts):
         raise UserError("not an open_clip config: it needs a model_cfg with embed_dim, vision_cfg and text_cfg")
-    check_options(model, "model_cfg", _MODEL_KEYS | {"preprocess_cfg"} if model is config else _MODEL_KEYS, set(), {})
-    embed_dim = number(model, "model_cfg", "embed_dim", None)
-    arch = _architecture(model["vision_cfg"])
+    file, model = ConfigFile(config, _WHERE), ConfigFile(model, _WHERE)
+    model.check(_MODEL_KEYS | {"preprocess_cfg"} if model.options is config else _MODEL_KEYS, {})
+    arch = _architecture(model.section("vision_cfg"))
     module = backbones.architecture(arch)
-    fields = module.from_open_clip(model) | dict(arch=arch, embed_dim=embed_dim)
+    fields = module.from_open_clip(model) | dict(arch=arch, embed_dim=model.integer("embed_dim", None))
     return Spec(
         open_clip_name=name,
         source=source,
-        text=_text(model["text_cfg"], fields["activation"], flag(model, "model_cfg", "quick_gelu")),
+        text=_text(model.section("text_cfg"), fields["activation"], model.flag("quick_gelu")),
         **fields,
-        **_preprocess(config, module.PREPROCESS),
+        **_preprocess(file, module.PREPROCESS),
     )
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diva_jax.common.errors import UserError, brief, listing
-from diva_jax.common.fields import finite
 from diva_jax.models.backbones import Spec, TextSpec
+from diva_jax.models.config_file import ConfigFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,30 +120,30 @@ def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, A
       where: the folder, and the section, for messages.
 
     Raises:
-      UserError: it is no JSON object, or an option has not the type of its default.
+      UserError: it is no JSON object, or an option has not the type of its default, or is far out of range.
     """
     if not isinstance(config, Mapping | None):
         raise UserError(f"{where} is {brief(config)}, which must be an object of options: fetch the folder again")
-    found = {**defaults, **(config or {})}
-    for name, default in defaults.items():
-        kinds = (int, float) if isinstance(default, float) else type(default)
-        good = isinstance(found[name], kinds) and isinstance(found[name], bool) == isinstance(default, bool)
-        if not good or (isinstance(found[name], int | float) and not abs(found[name]) < 2**53):
-            kind = "number" if isinstance(default, float) else type(default).__name__
-            raise UserError(f"{where} has {name}={brief(found[name])}, which must be a {kind}: fetch the folder again")
-    return found
+    file = ConfigFile(config or {}, where)
+    read = {
+        bool: file.flag,
+        int: lambda name, default: file.integer(name, default, least=0),
+        float: lambda name, default: file.number(name, default, 0, 2**20),
+        str: lambda name, default: file.options.get(name, default),
+    }
+    return dict(file.options) | {name: read[type(default)](name, default) for name, default in defaults.items()}
 
 
-def channels(preprocessor: Mapping[str, Any], name: str, default: Sequence[float], where: str) -> tuple[float, ...]:
-    """`image_mean` or `image_std` of preprocessor_config.json.
+def normalisation(
+    preprocessor: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], where: str
+) -> dict[str, tuple[float, ...]]:
+    """`mean` and `std` of preprocessor_config.json, with these defaults, as fields of Spec.
 
     Raises:
-      UserError: it is no list of three numbers.
+      UserError: one is not three numbers.
     """
-    value = preprocessor.get(name) or default
-    if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(finite, value)):
-        raise UserError(f"{where}/preprocessor_config.json has {name}={brief(value)}, which must be three numbers")
-    return tuple(value)
+    file = ConfigFile(preprocessor, f"{where}/preprocessor_config.json")
+    return dict(mean=file.channels("image_mean", mean), std=file.channels("image_std", std))
 
 
 def our_activation(config: Mapping[str, Any], where: str) -> str:
@@ -153,9 +153,7 @@ def our_activation(config: Mapping[str, Any], where: str) -> str:
       UserError: it is not implemented.
     """
     ours = {theirs: name for name, theirs in ACTIVATIONS.items()}
-    if config["hidden_act"] not in ours:
-        raise UserError(f"{where} has hidden_act={brief(config['hidden_act'])}: use one of {listing(list(ours))}")
-    return ours[config["hidden_act"]]
+    return ours[ConfigFile(config, where).choice("hidden_act", "", list(ours))]
 
 
 def their_activation(name: str) -> str:
@@ -169,56 +167,39 @@ def their_activation(name: str) -> str:
     return ACTIVATIONS[name]
 
 
+# Field of a Spec or TextSpec -> transformers' option of a tower.
+_TOWER = dict(
+    width="hidden_size",
+    mlp_dim="intermediate_size",
+    layers="num_hidden_layers",
+    heads="num_attention_heads",
+    activation="hidden_act",
+    norm_eps="layer_norm_eps",
+)
+_VISION = _TOWER | dict(image_size="image_size", patch_size="patch_size")
+_TEXT = _TOWER | dict(vocab_size="vocab_size", context_length="max_position_embeddings")
+
+
 def text_spec(config: Mapping[str, Any], **others) -> TextSpec:
     """The TextSpec of a `text_config` with all of its options."""
-    return TextSpec(
-        context_length=config["max_position_embeddings"],
-        vocab_size=config["vocab_size"],
-        width=config["hidden_size"],
-        heads=config["num_attention_heads"],
-        layers=config["num_hidden_layers"],
-        mlp_dim=config["intermediate_size"],
-        norm_eps=config["layer_norm_eps"],
-        **others,
-    )
+    return TextSpec(**{field: config[option] for field, option in _TEXT.items() if field != "activation"}, **others)
 
 
 def vision_fields(config: Mapping[str, Any]) -> dict:
-    """The sizes of a `vision_config` with all of its options, as fields of Spec."""
-    return dict(
-        image_size=config["image_size"],
-        patch_size=config["patch_size"],
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        mlp_dim=config["intermediate_size"],
-        norm_eps=config["layer_norm_eps"],
-    )
-
-
-def tower_config(tower: Spec | TextSpec, activation: str) -> dict:
-    """The sizes of a tower as its config in transformers."""
-    return dict(
-        hidden_size=tower.width,
-        intermediate_size=tower.mlp_dim,
-        num_hidden_layers=tower.layers,
-        num_attention_heads=tower.heads,
-        hidden_act=their_activation(activation),
-        layer_norm_eps=tower.norm_eps,
-    )
+    """A `vision_config` with all of its options, but for the activation, as fields of Spec."""
+    return {field: config[option] for field, option in _VISION.items() if field != "activation"}
 
 
 def vision_config(spec: Spec) -> dict:
     """The `vision_config` of a tower, without its `model_type`."""
-    sizes = dict(image_size=spec.image_size, patch_size=spec.patch_size, num_channels=3)
-    return tower_config(spec, spec.activation) | sizes
+    sizes = {option: getattr(spec, field) for field, option in _VISION.items()}
+    return sizes | dict(hidden_act=their_activation(spec.activation), num_channels=3)
 
 
 def text_config(spec: Spec) -> dict:
     """The `text_config` of a tower, without its `model_type` and special tokens."""
-    text = spec.text
-    sizes = dict(vocab_size=text.vocab_size, max_position_embeddings=text.context_length)
-    return tower_config(text, text.activation or spec.activation) | sizes
+    sizes = {option: getattr(spec.text, field) for field, option in _TEXT.items()}
+    return sizes | dict(hidden_act=their_activation(spec.text.activation or spec.activation))
 
 
 def image_processor(spec: Spec, kind: str, **options) -> dict:
