@@ -201,31 +201,40 @@ def test_an_option_that_the_compiler_does_not_know(toy):
         aot.report(toy, "v5e:2x2")
 
 
+def test_errors_are_one_line():
+    said = commands.refused("aot", "--config=configs/vitl14.py", "--topology=v9:4x4")
+    assert "use one of v4, v5e, v5p, v6e" in said
+
+
+SLOW = pytest.mark.slow  # Each case compiles a program of its own for a TPU.
+
+
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("n", "m", "heads", "width"),
     [
-        ([], "--config is missing"),
-        (["--config=configs/vitl14.py", "--topology=v9:4x4"], "use one of v4, v5e, v5p, v6e"),
-        (["--config=configs/vitl14.py", "--per-device-batch=0"], "must be at least 1"),
+        (729, 729, 2, 72),
+        pytest.param(4096, 77, 5, 64, marks=SLOW),
+        pytest.param(1024, 1024, 10, 64, marks=SLOW),
     ],
 )
-def test_errors_are_one_line(arguments, said):
-    assert said in commands.refused("aot", *arguments)
-
-
-@pytest.mark.parametrize(("n", "m", "heads", "width"), [(4096, 77, 5, 64), (1024, 1024, 10, 64), (729, 729, 2, 72)])
 def test_attention_kernels_compile_for_the_tpu(n, m, heads, width):
     """Forward and backward, with sizes of the U-Net and of a tower whose length is not a multiple of the tile."""
     assert compiled_kernels(n, m, heads, width, True) == 2
 
 
+@SLOW
 def test_the_wide_head_of_the_vae_fits_into_vmem():
     assert compiled_kernels(4096, 4096, 1, 512, False) == 1
 
 
 @pytest.mark.parametrize(
     ("topology", "tokens", "channels"),
-    [("v5e:2x2", 384, 320), ("v6e:2x2", 256, 640), ("v5p:2x2x1", 512, 320), ("v5p:2x2x1", 1024, 640)],
+    [
+        ("v5e:2x2", 384, 320),
+        pytest.param("v6e:2x2", 256, 640, marks=SLOW),
+        pytest.param("v5p:2x2x1", 512, 320, marks=SLOW),
+        pytest.param("v5p:2x2x1", 1024, 640, marks=SLOW),
+    ],
 )
 def test_feed_forward_kernels_compile_for_the_tpu(monkeypatch, topology, tokens, channels):
     """Forward and backward with the largest tiles of both numbers of channels; weights have no gradient."""

@@ -5,6 +5,7 @@ import re
 import sys
 
 import commands
+import pytest
 from places import ROOT, SUPPORT
 
 SCRIPT = ROOT / "bench" / "startup.py"
@@ -14,6 +15,7 @@ def printed(*flags) -> str:
     return commands.output(commands.launch(sys.executable, SCRIPT, *flags))
 
 
+@pytest.mark.slow
 def test_a_pair_of_cold_and_warm(files):
     """The warm run reads the compiled step of the cold one."""
     out = printed(f"--config={SUPPORT}/e2e_config.py:{files}", "--pairs=1", "--set=diva.draws=1", "--set=accum=1")

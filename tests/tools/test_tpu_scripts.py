@@ -79,9 +79,13 @@ def test_create_passes_options_on():
         assert f" {option}" in request
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    "setting, line", [("PROJECT", "my-project"), ("BUCKET", "my-bucket"), ("WORKDIR", "gs://my-bucket/runs/vitl14")]
+    ("script", "setting", "line"),
+    [
+        *((script, "PROJECT", "my-project") for script in SCRIPTS),
+        ("create.sh", "BUCKET", "my-bucket"),
+        ("create.sh", "WORKDIR", "gs://my-bucket/runs/vitl14"),
+    ],
 )
 def test_placeholders_are_refused_in_a_dry_run_too(script, setting, line):
     text = re.sub(rf"^{setting}=\S+", f"{setting}={line}", OWN, flags=re.M)
@@ -190,13 +194,12 @@ def test_the_manifest_uses_only_variables_of_the_env_file():
     assert pod["parallelism"] * chips == 16
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    "old, new, said",
+    ("script", "old", "new", "said"),
     [
-        ("SPOT=1", "SPOT=yes", "sets SPOT=yes: use 1"),
-        ("\n", "\r\n", "line ends of Windows"),
-        ("ZONE=", "Z=", "set ZONE"),
+        *((script, "SPOT=1", "SPOT=yes", "sets SPOT=yes: use 1") for script in SCRIPTS),
+        ("create.sh", "\n", "\r\n", "line ends of Windows"),
+        ("create.sh", "ZONE=", "Z=", "set ZONE"),
     ],
 )
 def test_a_wrong_env_file_is_refused_before_anything_is_uploaded(tmp_path, script, old, new, said):

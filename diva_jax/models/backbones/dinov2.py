@@ -54,7 +54,7 @@ class SwiGLU(nnx.Module):
         return self.w3(jax.nn.silu(a) * b)
 
 
-class Block(nnx.Module):
+class ScaledBlock(nnx.Module):
     """x + ls1 * attention(norm1(x)), then x + ls2 * mlp(norm2(x))."""
 
     def __init__(self, make: Layers, spec: Spec):
@@ -96,7 +96,7 @@ class Vision(nnx.Module):
         if spec.registers:
             self.register_tokens = make.param(near_zero, 1, spec.registers, width)
         self.patch_embed = make.conv(3, width, spec.patch_size, spec.patch_size)
-        self.blocks = nnx.List([Block(make, spec) for _ in range(spec.layers)])
+        self.blocks = nnx.List([ScaledBlock(make, spec) for _ in range(spec.layers)])
         self.norm = make.layer_norm(width, spec.norm_eps)
 
     def encode(self, images: jax.Array) -> Features:

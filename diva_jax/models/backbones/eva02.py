@@ -73,7 +73,7 @@ def _rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     return (x * cos[:, None] + turned * sin[:, None]).astype(x.dtype)
 
 
-class Attention(nnx.Module):
+class RotaryAttention(nnx.Module):
     """Self-attention with rotary embeddings and a norm before the output's projection."""
 
     def __init__(self, make: Layers, spec: Spec):
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         return self.proj(self.norm(attention(_rotate(q, sin, cos), _rotate(k, sin, cos), v)))
 
 
-class Mlp(nnx.Module):
+class SwiGLUMlp(nnx.Module):
     """SwiGLU (arXiv 2002.05202) with a norm before the last layer."""
 
     def __init__(self, make: Layers, spec: Spec):
@@ -103,14 +103,14 @@ class Mlp(nnx.Module):
         return self.fc2(self.norm(jax.nn.silu(self.fc1_g(x)) * self.fc1_x(x)))
 
 
-class Block(nnx.Module):
+class RotaryBlock(nnx.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x))."""
 
     def __init__(self, make: Layers, spec: Spec):
         self.norm1 = make.layer_norm(spec.width, spec.norm_eps)
-        self.attn = Attention(make, spec)
+        self.attn = RotaryAttention(make, spec)
         self.norm2 = make.layer_norm(spec.width, spec.norm_eps)
-        self.mlp = Mlp(make, spec)
+        self.mlp = SwiGLUMlp(make, spec)
 
     def __call__(self, x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:  # [B, N, D] -> [B, N, D]
         x = x + self.attn(self.norm1(x), sin, cos)
@@ -129,7 +129,7 @@ class Vision(nnx.Module):
         self.cls_token = make.param(near_zero, 1, 1, width)
         self.pos_embed = make.param(near_zero, 1, 1 + spec.patches, width)
         self.patch_embed = make.conv(3, width, spec.patch_size, spec.patch_size)
-        self.blocks = blocks(make, spec.layers, spec, block=Block)
+        self.blocks = blocks(make, spec.layers, spec, block=RotaryBlock)
         self.norm = make.layer_norm(width, spec.norm_eps)
         self.head = make.linear(width, spec.embed_dim)
 

@@ -81,7 +81,7 @@ class Upsample(nnx.Module):
         return self.conv(x[:, : size[0], : size[1]])
 
 
-class Attention(nnx.Module):
+class ContextAttention(nnx.Module):
     """Multi-head attention of tokens to a context.
 
     Args:
@@ -121,9 +121,9 @@ class TransformerBlock(nnx.Module):
 
     def __init__(self, n: int, n_context: int, count: int, layers: Layers):
         self.norm1 = layers.layer_norm(n, 1e-5)
-        self.attn1 = Attention(n, n, count, layers)
+        self.attn1 = ContextAttention(n, n, count, layers)
         self.norm2 = layers.layer_norm(n, 1e-5)
-        self.attn2 = Attention(n, n_context, count, layers)
+        self.attn2 = ContextAttention(n, n_context, count, layers)
         self.norm3 = layers.layer_norm(n, 1e-5)
         self.ff = FeedForward(n, layers)
 

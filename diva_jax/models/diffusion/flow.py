@@ -190,7 +190,7 @@ class SelfAttention(nnx.Module):
         return *self.norm(q, k), v
 
 
-class Mlp(nnx.Module):
+class FlowMlp(nnx.Module):
     """Linear, tanh's approximation of GELU, linear."""
 
     def __init__(self, config: FlowConfig, layers: Layers):
@@ -206,9 +206,9 @@ class DoubleBlock(nnx.Module):
 
     def __init__(self, config: FlowConfig, layers: Layers):
         self.img_mod, self.img_attn = Modulation(6, config, layers), SelfAttention(config, layers)
-        self.img_mlp = Mlp(config, layers)
+        self.img_mlp = FlowMlp(config, layers)
         self.txt_mod, self.txt_attn = Modulation(6, config, layers), SelfAttention(config, layers)
-        self.txt_mlp = Mlp(config, layers)
+        self.txt_mlp = FlowMlp(config, layers)
 
     def __call__(self, img: Array, txt: Array, v: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
         """[B, N, width], [B, T, width], [B, width] -> both streams."""

@@ -61,7 +61,7 @@ class TextEncoderConfig:
         return config
 
 
-class Layer(nnx.Module):
+class TextEncoderLayer(nnx.Module):
     """Causal self-attention and MLP, each after a LayerNorm and with a residual: [B, N, W] -> [B, N, W]."""
 
     def __init__(self, config: TextEncoderConfig, layers: Layers):
@@ -96,7 +96,7 @@ class TextEncoder(nnx.Module):
         self.config = config
         self.token_embedding = layers.embed(config.vocab_size, config.width)
         self.position_embedding = layers.embed(config.context_length, config.width)
-        self.layers = nnx.List(Layer(config, layers) for _ in range(config.layers))
+        self.layers = nnx.List(TextEncoderLayer(config, layers) for _ in range(config.layers))
         self.final_layer_norm = layers.layer_norm(config.width, config.norm_eps)
 
     def __call__(self, tokens: Array, mask: Array | None = None) -> Array:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from diva_jax.common.fields import Rule, between, field
 from diva_jax.models.config_file import ConfigFile
-from diva_jax.models.diffusion.blocks import Attention, Downsample, ResnetBlock
+from diva_jax.models.diffusion.blocks import ContextAttention, Downsample, ResnetBlock
 from diva_jax.models.layers import Array, Layers
 
 _EPSILON = 1e-6
@@ -161,7 +161,7 @@ class FluxVAEConfig(AutoencoderConfig):
         return cls(**cls.fields_of(file), shift_factor=shift)
 
 
-class PixelAttention(Attention):
+class PixelAttention(ContextAttention):
     """Single-head self-attention over the pixels of a feature map, with a GroupNorm and a residual."""
 
     def __init__(self, n: int, groups: int, layers: Layers):
@@ -174,7 +174,7 @@ class PixelAttention(Attention):
         return x + super().__call__(y, y).reshape(x.shape)
 
 
-class DownBlock(nnx.Module):
+class EncoderDownBlock(nnx.Module):
     """Residual blocks at one resolution, then downsampling by two except at the coarsest resolution."""
 
     def __init__(self, n_in: int, n: int, downsample: bool, config: AutoencoderConfig, layers: Layers):
@@ -191,7 +191,7 @@ class DownBlock(nnx.Module):
         return x
 
 
-class MidBlock(nnx.Module):
+class EncoderMidBlock(nnx.Module):
     """Residual block, attention, residual block at the coarsest resolution."""
 
     def __init__(self, n: int, groups: int, layers: Layers):
@@ -202,16 +202,17 @@ class MidBlock(nnx.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Encoder(nnx.Module):
+class VAEEncoder(nnx.Module):
     """[B, H, W, in_channels] -> moments, [B, h, w, 2 * latent_channels]."""
 
     def __init__(self, config: AutoencoderConfig, layers: Layers):
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = layers.conv(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nnx.List(
-            DownBlock(channels[max(i - 1, 0)], n, i < len(channels) - 1, config, layers) for i, n in enumerate(channels)
+            EncoderDownBlock(channels[max(i - 1, 0)], n, i < len(channels) - 1, config, layers)
+            for i, n in enumerate(channels)
         )
-        self.mid_block = MidBlock(channels[-1], groups, layers)
+        self.mid_block = EncoderMidBlock(channels[-1], groups, layers)
         self.conv_norm_out = layers.group_norm(channels[-1], groups, _EPSILON)
         self.conv_out = layers.conv(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -235,7 +236,7 @@ class VAE(nnx.Module):
     ):
         layers = Layers(rngs, dtype, param_dtype)
         self.config = config
-        self.encoder = Encoder(config, layers)
+        self.encoder = VAEEncoder(config, layers)
         if config.use_quant_conv:
             self.quant_conv = layers.conv(2 * config.latent_channels, 2 * config.latent_channels, 1)
 

@@ -68,9 +68,10 @@ TINY = {
     | _TINY
     | dict(block_out_channels=[16, 24, 48, 48], attention_head_dim=[2, 2, 4, 8], cross_attention_dim=20)
     | dict(layers_per_block=[1, 2, 1, 1]),
-    "1.5": SD15 | _TWO_LEVELS | dict(block_out_channels=[16, 32], attention_head_dim=4, cross_attention_dim=12),
-    "2.1-unclip": SD21_UNCLIP
+    # With the projections of 1.5, which are convolutions.
+    "unclip": SD21_UNCLIP
     | _TWO_LEVELS
+    | dict(use_linear_projection=False)
     | dict(block_out_channels=[24, 32], attention_head_dim=[3, 2], cross_attention_dim=24, layers_per_block=1)
     | dict(projection_class_embeddings_input_dim=10),
     "mini": SD21_BASE
@@ -130,7 +131,7 @@ def run_ours(unet, sample, timesteps, context, labels, cotangent):
 
 @pytest.mark.parametrize(
     ("name", "height", "width", "tokens"),
-    [("2.1", 12, 20, 77), ("1.5", 9, 15, 7), ("2.1-unclip", 13, 10, 30)],
+    [("2.1", 12, 20, 77), ("unclip", 13, 10, 30)],
 )
 def test_parity(name, height, width, tokens):
     theirs, ours = pair(name)
@@ -341,8 +342,8 @@ def test_head_counts():
 
 
 def test_class_labels_are_asked_for_and_refused():
-    sample, timesteps, context, labels, _ = batch("2.1-unclip", 8, 8, 3)
+    sample, timesteps, context, labels, _ = batch("unclip", 8, 8, 3)
     with pytest.raises(UserError, match="needs class_labels of width 10"):
-        pair("2.1-unclip")[1](sample, timesteps, context)
+        pair("unclip")[1](sample, timesteps, context)
     with pytest.raises(UserError, match="takes no class_labels"):
         pair("mini")[1](sample, timesteps, context, labels)

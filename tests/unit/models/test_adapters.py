@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small
 from flax import nnx
+from specs import TEACHER
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import parse
@@ -16,16 +17,6 @@ from diva_jax.models.layers import Keys, abstract
 from diva_jax.training import partition
 
 ALL = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])|proj"
-SIGLIP = dataclasses.replace(
-    backbones.TABLE["siglip_so400m"],
-    image_size=30,
-    patch_size=10,
-    width=36,
-    layers=2,
-    heads=3,
-    mlp_dim=50,
-    embed_dim=36,
-)
 
 
 def adapted(spec, lora, seed=0, scale=0.3):
@@ -42,7 +33,7 @@ def images(spec, count=3):
     return jax.random.normal(jax.random.key(9), (count, spec.image_size, spec.image_size, 3))
 
 
-@pytest.mark.parametrize("spec", [small.SPEC, SIGLIP], ids=["vit", "siglip"])
+@pytest.mark.parametrize("spec", [small.SPEC, TEACHER], ids=["vit", "siglip"])
 def test_new_adapters_change_nothing_and_merged_ones_compute_the_same(spec):
     lora = adapters.Lora(rank=3, alpha=7.0, targets=ALL + r"|attn_pool/(q|kv|mlp/fc[12])")
     plain, fresh = backbones.build(spec, rngs=Keys(0)), backbones.build(spec, rngs=Keys(0))

@@ -18,7 +18,7 @@ def qkv(n, m, heads, width, batch=2, seed=0):
 
 @pytest.mark.parametrize(
     ("n", "m", "heads", "width"),
-    [(256, 256, 2, 64), (384, 384, 1, 40), (130, 130, 2, 72), (256, 77, 1, 80), (200, 365, 1, 160)],
+    [(256, 256, 2, 64), (130, 77, 2, 72), (200, 365, 1, 160)],
 )
 def test_the_kernel_equals_plain_attention(n, m, heads, width):
     """Forward and all three gradients, heads of every width in use, lengths that need padding."""

@@ -27,7 +27,7 @@ def value_and_grads(fn, x, state, weight):
     return out, *pull(weight.astype(out.dtype))
 
 
-@pytest.mark.parametrize(("batch", "tokens", "channels"), [(2, 384, 32), (1, 128, 96), (3, 640, 64)])
+@pytest.mark.parametrize(("batch", "tokens", "channels"), [(2, 384, 32), (1, 128, 192)])
 def test_the_kernel_equals_the_modules(batch, tokens, channels):
     """Result and gradients with respect to tokens and weights, in float32; hidden units in one part and in several."""
     graph, state = layer(channels, jnp.float32)
