@@ -12,7 +12,7 @@ from diva_jax.world import arms, models
 
 
 def get_config(arg: str | None = None):
-    c = arms.arm_config(arms.ARMS["short_stages"], seed=0, steps=120, batch_size=32, random="")
+    c = arms.arm_config(arms.ARMS["stages"], seed=0, steps=200, batch_size=40, random="")
     c.backbone.source, c.diffusion.source = str(models.WEIGHTS / models.CLIP), str(models.WEIGHTS / models.GENERATOR)
     c.checkpoint.every, c.log.every = 50, 10
     return config.variant(c, arg)

@@ -1,8 +1,7 @@
-"""Messages for the user: printed, and kept in a file with the time."""
+"""Messages for the user: printed, and kept in a file with the time; and progress."""
 
 import contextlib
 import datetime
-import shutil
 import sys
 import threading
 import time
@@ -10,52 +9,60 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 import jax
+from tqdm import tqdm
 
 from diva_jax.common.errors import printable
 
-_MOST = 1000  # Lines kept until there is a file.
-_early: list[str] = []
+tqdm.monitor_interval = 0  # Without its thread.
+_MAX_EARLY_LINES = 1000
+_early: list[str] = []  # What was said before there was a file.
 _file: TextIO | None = None
-_bar = False  # Whether there is a progress bar on the terminal's last line.
 
 
 def say(*parts) -> None:
-    """Prints on process 0, and writes the same to the log file, with the time before each line."""
+    """Prints on process 0, above a progress bar, and writes the same to the log file, each line with the time."""
     if jax.process_index() > 0:
         return
     text = printable(" ".join(map(str, parts)))
-    print(_cleared() + text, flush=True)
+    tqdm.write(text, sys.stdout)
+    sys.stdout.flush()
     now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
     lines = [f"{now}  {line}\n" for line in text.splitlines()]
     if _file is not None:
         _file.writelines(lines)
-    elif len(_early) < _MOST:
+    elif len(_early) < _MAX_EARLY_LINES:
         _early.extend(lines)
 
 
-def _cleared() -> str:
-    """What removes the progress bar from the terminal; "" where there is none."""
-    global _bar
-    shown, _bar = _bar, False
-    return "\r\x1b[2K" if shown else ""
+class _Lines:
+    """Where stdout is no terminal, tqdm writes here, and each state of a bar is a line."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            say(line)
+
+    def flush(self) -> None:
+        pass
 
 
-def bar(share: float | None = None, before: str = "", after: str = "") -> None:
-    """Shows or updates a progress bar on the last line, if stdout is a terminal; messages are printed above it.
+def progress(what: str, total: int, unit: str = "steps", every: float = 20.0, initial: int = 0) -> tqdm:
+    """Progress with the time that is left: a bar on a terminal, otherwise lines; nothing except on process 0.
 
     Args:
-      share: of what is done, 0 to 1; None removes the bar.
-      before, after: texts on both sides of it.
+      what: said before the numbers.
+      total: number of items.
+      unit: of the items.
+      every: time between two lines where stdout is no terminal [s].
+      initial: number of items that are done already.
+
+    Returns:
+      A tqdm; `update(n)` counts items, `close()` removes the bar, and iterating is not possible.
     """
-    global _bar
-    if jax.process_index() > 0 or not sys.stdout.isatty():
-        return
-    line = _cleared()
-    if share is not None:
-        room = max(shutil.get_terminal_size().columns - len(before) - len(after) - 6, 10)
-        filled = int(share * room)
-        line, _bar = f"{line}{before} [{'#' * filled}{'.' * (room - filled)}] {after}", True
-    print(line, end="", flush=True)
+    shown = dict(desc=what, total=total, initial=initial, unit=unit, leave=False, disable=jax.process_index() > 0)
+    if sys.stdout.isatty():
+        return tqdm(file=sys.stdout, **shown)
+    line = "{desc}: {n_fmt}/{total_fmt} {unit}, {remaining} left"
+    return tqdm(file=_Lines(), bar_format=line, mininterval=every, miniters=1, delay=every, **shown)
 
 
 @contextlib.contextmanager

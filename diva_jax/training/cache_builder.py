@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import shutil
-import time
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,26 +12,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diva_jax.common import paths
+from diva_jax.common import log, paths
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.log import say
 from diva_jax.data import crop, pipeline, preprocess, sources
 from diva_jax.data.decoding import Broken, Decoder
 from diva_jax.data.latent_cache import DTYPE, FILE, Cache, Entry, Manifest, is_complete, write_shard
-from diva_jax.training import distributed, load, metrics, workdirs
+from diva_jax.training import distributed, load, workdirs
 from diva_jax.training.step import Program
 from diva_jax.weights import readers
 
-_SAY_EVERY = 10.0  # Seconds between two lines of progress.
-
 
 def facts(program: Program) -> dict:
-    """What the moments of a program's images depend on beside the images and the boxes of the crops, for JSON.
-
-    Raises:
-      UserError: the VAE's weights are not found, or are of another architecture.
-    """
+    """What the moments of a program's images depend on beside the images and the boxes of the crops, for JSON."""
     source, settings = program.objective.latent_source, program.config.data.crop
     weights = readers.fingerprint(source.part.open().files)
     return {**source.facts(), "weights": weights, "crop": settings.to_dict()}
@@ -119,11 +112,7 @@ class Builder:
         return found
 
     def _prepare(self) -> list[int]:
-        """Creates the folder and its manifest; the shards that this process has to write.
-
-        Raises:
-          UserError: the folder cannot be written, is too small, or is not the same one for all processes.
-        """
+        """Creates the folder and its manifest; returns the shards that this process has to write."""
         m = self.manifest
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -215,21 +204,13 @@ class Builder:
     def _finish(self, rows, moments) -> Iterator[Entry]:
         for (entry, image), found in zip(rows, np.asarray(moments), strict=False):
             yield entry if image is None else entry._replace(moments=found)
-        self._done += len(rows)
-        now = time.monotonic()
-        if now > self._said + _SAY_EVERY:
-            rate = self._done / (now - self._began)
-            say(
-                f"{self._done:,} of this process's {self._wanted:,} crops ({rate:.1f}/s), "
-                f"{metrics.duration((self._wanted - self._done) / rate)} left"
-            )
-            self._said = now
+        self._progress.update(len(rows))
 
     def run(self) -> None:
         """Writes all shards that are missing.
 
         Raises:
-          UserError: see `_prepare`.
+          UserError: the folder cannot be written, is too small, or is not the same one for all processes.
           RunError: too many images are broken, or a shard cannot be written.
         """
         m, missing = self.manifest, self._prepare()
@@ -240,8 +221,7 @@ class Builder:
         )
         if missing:
             self._where, self._encode = self._positions(), self._encoder()
-        self._wanted, self._done = sum(len(m.range(s)) for s in missing) * m.crops, 0
-        self._began = self._said = time.monotonic()
+        self._progress = log.progress("encoding", sum(len(m.range(s)) for s in missing) * m.crops, "crops")
         for shard in missing:
             try:
                 write_shard(self.folder, m.file(shard), self._entries(shard))
@@ -250,6 +230,7 @@ class Builder:
                     f"{self._named}: {m.file(shard)} cannot be written ({e}): see that the folder can be written and "
                     "has space, then run the same command, which goes on after the last complete shard"
                 ) from e
+        self._progress.close()
         distributed.check_same({"the cache": m.fingerprint})  # All are done.
         broken = f"; {self._broken.count} broken images have none" if self._broken.count else ""
         say(f"done{broken}; train with --config.data.latents={self.folder}")

@@ -23,9 +23,8 @@ from diva_jax.common.log import say
 from diva_jax.training import distributed, integrity
 from diva_jax.training.integrity import Damaged
 
-logger = logging.getLogger(__name__)
-
 _UNFINISHED = ".orbax-checkpoint-tmp"  # In the names of folders of saves that have not ended.
+_PAUSES = (2.0, 8.0, 30.0)  # Seconds before a save that failed is tried again.
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
@@ -34,42 +33,33 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 absl_logging.get_absl_logger().addFilter(_not_of_orbax)
-_PAUSES = (2.0, 8.0, 30.0)  # Seconds before a save that failed is tried again.
 
 
 def _folder(workdir: epath.PathLike) -> epath.Path:
     return paths.absolute(epath.Path(workdir) / "checkpoints")
 
 
-def _saved(workdir: epath.PathLike) -> list[epath.Path]:
-    """The folders of the checkpoints that were saved to the end, by step; they may have been damaged since."""
+def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
+    """Step -> what is wrong, or None; of the checkpoints that were saved to the end, newest first."""
     folder = _folder(workdir)
     found = ocp.utils.checkpoint_steps_paths(folder) if folder.is_dir() else []
-    return sorted((f for f in found if f.name.isdecimal()), key=lambda f: int(f.name))
-
-
-def _damage(folder: epath.Path) -> str | None:
-    """What is wrong with a checkpoint, as far as `integrity.check_files` sees it; None: nothing."""
-    try:
-        integrity.check_files(folder)
-    except Damaged as e:
-        return str(e)
-    return None
+    steps = sorted((int(f.name) for f in found if f.name.isdecimal()), reverse=True)
+    return {step: integrity.damage(folder / str(step)) for step in steps}
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
     """The steps whose checkpoints are whole, in order; nothing is written."""
-    return [int(f.name) for f in _saved(workdir) if _damage(f) is None]
+    return sorted(step for step, why in _damages(workdir).items() if why is None)
 
 
 def damaged(workdir: epath.PathLike) -> dict[int, str]:
     """Step -> what is wrong, of the checkpoints of which a part is missing, empty or not readable."""
-    return {int(f.name): why for f in _saved(workdir) if (why := _damage(f)) is not None}
+    return {step: why for step, why in _damages(workdir).items() if why is not None}
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
     """The newest whole checkpoint's step, or None."""
-    return next((int(f.name) for f in reversed(_saved(workdir)) if _damage(f) is None), None)
+    return max(steps(workdir), default=None)
 
 
 def stored_config(workdir: epath.PathLike) -> dict | None:
@@ -82,13 +72,15 @@ def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
     """Moves a checkpoint to `workdir/damaged`, where no run looks for it; returns its new folder."""
     aside = _folder(workdir).parent / "damaged"
     aside.mkdir(parents=True, exist_ok=True)
-    taken = {f.name for f in aside.iterdir()}
-    name = next(n for n in (f"{step}", *(f"{step}-{i}" for i in range(1, 10_000))) if n not in taken)
+    name, number = str(step), 0
+    while (aside / name).exists():
+        number += 1
+        name = f"{step}-{number}"
     return (_folder(workdir) / str(step)).rename(aside / name)
 
 
 @contextlib.contextmanager
-def _quiet(read_only: bool):
+def _quiet(read_only: bool = True):
     """Without orbax's warnings about what is as it should be, such as that a read-only folder is read-only."""
     before = absl_logging.get_verbosity()
     if read_only:
@@ -131,13 +123,13 @@ def restore_newest(workdir: epath.PathLike, abstract_state: Callable[[int], dict
       UserError: there are checkpoints, and every one is damaged.
       RunError: a bucket cannot be reached; its checkpoints may be good.
     """
-    unusable = damaged(workdir)
-    candidates = [s for s in reversed(steps(workdir)) if s not in unusable]
-    for step in candidates:
+    found = _damages(workdir)
+    unusable = {step: why for step, why in found.items() if why is not None}
+    for step in (step for step, why in found.items() if why is None):
         with Checkpoints(workdir, read_only=True) as checkpoints:
             reason = None
             try:
-                found = checkpoints.restore(step, abstract_state(step))
+                restored = checkpoints.restore(step, abstract_state(step))
             except Damaged as e:
                 reason = str(e)
             except Exception as e:  # tensorstore and orbax raise many types for files that are damaged.
@@ -145,7 +137,7 @@ def restore_newest(workdir: epath.PathLike, abstract_state: Callable[[int], dict
                     raise RunError(f"the checkpoint of step {step} cannot be read: {paths.reason(e)}") from e
                 reason = paths.reason(e)
         if not distributed.any_failed(reason is not None):
-            return Restored(step, *found, {s: why for s, why in unusable.items() if s > step})
+            return Restored(step, *restored, {s: why for s, why in unusable.items() if s > step})
         unusable[step] = reason or "another process cannot read it"
     if unusable:
         newest = max(unusable)
@@ -175,7 +167,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep: int = 3, timeout: int = 300, read_only: bool = False):
         self._workdir, self._keep, self._timeout, self._read_only = workdir, keep, timeout, read_only
-        self._manager = self._open()
+        self._manager = self._open(item_names=integrity.ITEMS)
 
     def __enter__(self):
         return self
@@ -191,9 +183,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(timeout_secs=self._timeout, create_directories_asynchronously=False),
         )
         with _quiet(self._read_only):
-            return ocp.CheckpointManager(
-                _folder(self._workdir), options=options, **(kw or {"item_names": integrity.ITEMS})
-            )
+            return ocp.CheckpointManager(_folder(self._workdir), options=options, **kw)
 
     def save(self, step: int, state: dict, data: dict, meta: dict, wait: bool = False) -> None:
         """Starts to write a checkpoint; returns when `state` may be overwritten. No-op where it exists.
@@ -218,12 +208,11 @@ class Checkpoints:
             reason = self._try_to_save(step, items, wait)
             if not distributed.any_failed(reason is not None):
                 return
-            reason, self._manager = reason or "another process could not write its part", None
+            reason, self._manager, wait = reason or "another process could not write its part", None, True
             reasons[reason] = None
             if pause is not None:
                 say(f"step {step}: saving failed, tried again in {pause:g} s: {reason}")
                 time.sleep(pause)
-            wait = True
         self._discard_unfinished()
         raise RunError(
             f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({', then '.join(reasons)}), tried "
@@ -231,24 +220,10 @@ class Checkpoints:
             "the access rights, then start the same command again, which resumes from there"
         )
 
-    def _discard_unfinished(self) -> None:
-        """Removes what failed saves have written so far, on the first process; the disk may be full of it."""
-        if jax.process_index() != 0:
-            return
-        for pause in (1.0, 1.0, 0.0):  # Threads of the failed save may still be writing there.
-            try:
-                for folder in _folder(self._workdir).glob(f"*{_UNFINISHED}*"):
-                    folder.rmtree()
-                return
-            except Exception as e:  # Those of object stores have no common type, and a bucket may be gone.
-                reason = paths.reason(e)
-            time.sleep(pause)
-        logger.warning("what the failed save wrote cannot be removed from %s: %s", _folder(self._workdir), reason)
-
     def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:
         """None, or why it failed. orbax reports a failed save only when waited for, and does not recover from it."""
         try:
-            self._manager = self._manager or self._open()
+            self._manager = self._manager or self._open(item_names=integrity.ITEMS)
             self._manager.wait_until_finished()
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=items)
@@ -257,6 +232,16 @@ class Checkpoints:
         except Exception as e:
             return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
         return None
+
+    def _discard_unfinished(self) -> None:
+        """Removes what failed saves have written so far, on the first process; the disk may be full of it."""
+        for pause in (1.0, 1.0, 0.0) if jax.process_index() == 0 else ():
+            # Threads of the failed save may still be writing there, and a bucket may be gone.
+            with contextlib.suppress(Exception):
+                for folder in _folder(self._workdir).glob(f"*{_UNFINISHED}*"):
+                    folder.rmtree()
+                return
+            time.sleep(pause)
 
     def restore(self, step: int, abstract_state: dict) -> tuple[dict, dict, dict]:
         """(state laid out as `abstract_state` says, data position, meta).
@@ -271,25 +256,26 @@ class Checkpoints:
         found = self._manager.restore(step, args=items)
         return found["state"], found["data"], _verified(step, found["state"], found["meta"])
 
-    def meta(self, step: int) -> dict:
-        """What `save` was given as `meta`, with the checksums that were added to it."""
-        return integrity.read_text(_folder(self._workdir) / str(step), "meta")
-
     def _tree(self, step: int) -> dict:
         """The train state of a checkpoint, with shapes and dtypes as leaves."""
-        with _quiet(True):  # orbax looks for a file of whole checkpoints in this item's folder.
+        with _quiet():  # orbax looks for a file of whole checkpoints in this item's folder.
             return ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state").item_metadata.tree
 
     def trained(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Name -> shape and dtype of the trained parameters in a checkpoint."""
         return {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in self._tree(step)["params"].items()}
 
-    def _unreadable(self, step: int, e: Exception) -> UserError:
-        reason = str(e) if isinstance(e, Damaged) else paths.reason(e)
-        return UserError(
-            f"the checkpoint of step {step} in {self._workdir} cannot be read ({reason}): use another one of "
-            f"{steps(self._workdir)}"
-        )
+    @contextlib.contextmanager
+    def _reading(self, step: int):
+        """Turns the many types that tensorstore and orbax raise for damaged files into a `UserError`."""
+        try:
+            yield
+        except Exception as e:
+            reason = str(e) if isinstance(e, Damaged) else paths.reason(e)
+            raise UserError(
+                f"the checkpoint of step {step} in {self._workdir} cannot be read ({reason}): use another one of "
+                f"{steps(self._workdir)}"
+            ) from e
 
     def restore_arrays(
         self, step: int, arrays: dict[str, jax.ShapeDtypeStruct], kind: str = "params"
@@ -307,8 +293,9 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged.
         """
-        try:
-            integrity.check_files(_folder(self._workdir) / str(step))
+        folder = _folder(self._workdir) / str(step)
+        with self._reading(step):
+            integrity.check_files(folder)
             saved = self._tree(step)[kind]
             wanted = {n: jax.ShapeDtypeStruct(a.shape, saved[n].dtype, sharding=a.sharding) for n, a in arrays.items()}
             restore = ocp.args.PyTreeRestore(
@@ -318,46 +305,36 @@ class Checkpoints:
             )
             with self._open(item_handlers={"state": ocp.PyTreeCheckpointHandler()}) as manager:
                 found = manager.restore(step, args=ocp.args.Composite(state=restore))["state"][kind]
-            meta = _verified(step, {kind: found}, self.meta(step))
-        except Exception as e:  # Damaged, and the many types that tensorstore and orbax raise.
-            raise self._unreadable(step, e) from e
+            meta = _verified(step, {kind: found}, integrity.read_text(folder, "meta"))
         return {n: a.astype(arrays[n].dtype) for n, a in found.items()}, meta
 
     def restore_params(self, step: int, device: jax.Device) -> tuple[dict[str, jax.Array], dict]:
-        """What evaluation and export need.
+        """What evaluation and export need: the trained parameters, or their moving average if the run keeps one.
 
         Args:
           step: of a checkpoint.
           device: where the arrays go.
 
         Returns:
-          ({name: array} of the trained parameters, or of their moving average if the run keeps one; meta).
+          ({name: array}, meta).
 
         Raises:
           UserError: the checkpoint is damaged.
         """
-        try:
+        with self._reading(step):
             tree = self._tree(step)
             kind = "ema" if "ema" in tree else "params"
-            shapes = tree[kind]
-        except Exception as e:  # The many types that orbax raises for damaged descriptions.
-            raise self._unreadable(step, e) from e
-        here = jax.sharding.SingleDeviceSharding(device)
-        arrays = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in shapes.items()}
+            here = jax.sharding.SingleDeviceSharding(device)
+            arrays = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in tree[kind].items()}
         return self.restore_arrays(step, arrays, kind)
 
-    def wait(self) -> None:
-        """Returns when every save is on disk."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Waits for a save in progress. If that save fails, it is logged, not raised."""
-        if self._manager is None:
-            return
-        try:
-            self._manager.close()
-        except Exception as e:
-            logger.warning("the last save failed: %s", e)
+        """Waits for a save in progress. If that save fails, it is said, not raised."""
+        if self._manager is not None:
+            try:
+                self._manager.close()
+            except Exception as e:
+                say(f"the last save failed: {paths.reason(e)}")
         self._manager = None
 
     def abandon(self) -> None:
@@ -367,8 +344,7 @@ class Checkpoints:
 
 def _verified(step: int, state: dict, meta: dict) -> dict:
     """`meta` as `save` was given it, if the arrays have the checksums in it; else raises `Damaged`."""
-    meta = dict(meta)
-    meta.pop("text_checksum", None)
+    meta = {k: v for k, v in meta.items() if k != "text_checksum"}
     if (written := meta.pop("checksums", None)) is None:
         say(f"the checkpoint of step {step} was saved without checksums: its arrays cannot be verified")
     else:

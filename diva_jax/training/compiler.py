@@ -11,7 +11,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.costs import chips
 
 AUTO = "auto"
-_MOST_BYTES = 10 * 2**30  # Of the compiled programs of all runs of a user.
+_MAX_CACHE_BYTES = 10 * 2**30  # The compiled programs of all runs of a user have at most this size.
 _REFUSED = re.compile(r"No such compile option: '([^']*)'|Failed to parse '[^']*' into flag (\w+)")
 
 
@@ -87,7 +87,7 @@ def use_cache(setting: str, workdir: epath.Path) -> None:
         folder = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diva_jax" / "compiled"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+            jax.config.update("jax_compilation_cache_max_size", _MAX_CACHE_BYTES)
         except OSError:  # A home that cannot be written.
             folder = workdir / "cache" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(paths.absolute(folder)))

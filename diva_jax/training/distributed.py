@@ -16,8 +16,8 @@ from jax.experimental import multihost_utils
 
 from diva_jax.common.errors import RunError, UserError
 
-_GRACE = 5.0  # Seconds that a failed process waits before it exits, in which the others can fail by themselves.
-_FACTS = 4096  # Maximum size of `check_same`'s facts in bytes.
+_GRACE_S = 5.0  # A failed process waits this long before it exits, so that the others can fail by themselves.
+_MAX_FACTS_BYTES = 4096
 _STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
 _LOST = re.compile("gloo|connection|socket|heartbeat|barrier|coordination|unavailable|deadline", re.IGNORECASE)
 
@@ -27,14 +27,7 @@ class Lost(RunError):
 
 
 def _explicit() -> dict | None:
-    """Reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-
-    Returns:
-      Arguments for `jax.distributed.initialize`, or None if none of the variables is set.
-
-    Raises:
-      UserError: only some are set, or a value is invalid.
-    """
+    """What JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say, or None if none of them is set."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = {n: os.environ[n] for n in names if os.environ.get(n)}
     if not given:
@@ -50,7 +43,7 @@ def _explicit() -> dict | None:
 
 
 def _in_cluster() -> bool:
-    """Returns whether this is one of several Slurm tasks, or a machine with TPUs, which may be part of a slice."""
+    """Whether this is one of several Slurm tasks, or a machine with TPUs, which may be part of a slice."""
     if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= set(os.environ):
         return int(os.environ.get("SLURM_NTASKS", "1")) > 1
     if (jax.config.jax_platforms or "tpu").split(",")[0] != "tpu" or not importlib.util.find_spec("libtpu"):
@@ -61,21 +54,17 @@ def _in_cluster() -> bool:
     return bool(gke) or "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
-def _reachable(address: str) -> bool:
-    host, port = address.rsplit(":", 1)
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except OSError:
-        return False
-    return True
-
-
 def _not_met(seconds: float) -> str:
-    """Returns the error message for processes that did not connect within `seconds`."""
+    """The error message for processes that did not connect within `seconds`."""
     from jax._src.distributed import global_state as met  # There is no public access to the detected values.
 
     everywhere = "start the same command on every machine (gcloud's --worker=all, tpu/launch.sh)"
-    if met.process_id == 0 or _reachable(met.coordinator_address):
+    host, port = met.coordinator_address.rsplit(":", 1)
+    reachable = met.process_id == 0
+    with contextlib.suppress(OSError):
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        reachable = True
+    if reachable:
         return (
             f"not all {met.num_processes} processes of this run connected to the coordinator at "
             f"{met.coordinator_address} within {seconds:g} s; only process {met.process_id} is known to have started: "
@@ -139,7 +128,7 @@ def initialise(join_timeout: float, lost_timeout: float) -> bool:
 def session(join_timeout: float = 300, lost_timeout: float = 100):
     """Context manager: `initialise`, and an exit for which no other process has to wait.
 
-    After an exception the other processes have `_GRACE` seconds to fail for the same reason. Then this process exits,
+    After an exception the other processes have `_GRACE_S` seconds to fail for the same reason. Then this process exits,
     even if another thread of it, or the shutdown barrier between the processes, is still waiting.
     """
     shared = initialise(join_timeout, lost_timeout)
@@ -148,7 +137,7 @@ def session(join_timeout: float = 300, lost_timeout: float = 100):
     except BaseException as e:
         if shared:
             code = 2 if isinstance(e, UserError) else 1
-            timer = threading.Timer(_GRACE, os._exit, (code,))
+            timer = threading.Timer(_GRACE_S, os._exit, (code,))
             timer.daemon = True
             timer.start()
         raise
@@ -165,14 +154,7 @@ def is_lost(e: Exception) -> bool:
 
 @contextlib.contextmanager
 def explained(step):
-    """Context manager that replaces the errors that jax raises for a lost process by one sentence.
-
-    Args:
-      step: returns the number of completed steps.
-
-    Raises:
-      Lost: in a run of several processes, communication failed.
-    """
+    """Context manager that raises `Lost` for what jax raises where a process is lost; `step()` is that of the run."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as e:
@@ -186,8 +168,8 @@ def explained(step):
 
 
 def _gather(data: bytes) -> list[bytes]:
-    """Returns the data of each process, up to `_FACTS` bytes, in the order of the processes."""
-    padded = np.frombuffer(data.ljust(_FACTS), np.uint8)
+    """The data of each process, up to `_MAX_FACTS_BYTES` of it, in the order of the processes."""
+    padded = np.frombuffer(data.ljust(_MAX_FACTS_BYTES), np.uint8)
     return [bytes(row).rstrip() for row in multihost_utils.process_allgather(padded)]
 
 

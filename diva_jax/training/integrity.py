@@ -22,13 +22,6 @@ class Damaged(Exception):
     """A checkpoint is not what was saved; the message says in what."""
 
 
-def _narrow(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Values of 64 bits on the host as two of 32, which jax would round otherwise."""
-    if isinstance(x, np.ndarray) and x.itemsize == 8 and x.ndim:
-        return np.ascontiguousarray(x)[..., None].view(np.uint32)
-    return x
-
-
 def _words(x: jax.Array) -> jax.Array:
     """The bits of an array as uint32; values of 64 bits become two of them, in a new last axis."""
     if x.dtype == jnp.bool_:
@@ -50,10 +43,14 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 def checksums(tree) -> dict[str, int]:
     """Path of each array in a tree, as `jax.tree_util.keystr` writes it -> its checksum, 0 to 2**32 - 1."""
+
+    def narrow(x):  # jax would round values of 64 bits on the host.
+        wide = isinstance(x, np.ndarray) and x.itemsize == 8 and x.ndim
+        return np.ascontiguousarray(x)[..., None].view(np.uint32) if wide else x
+
     # One after another: programs that wait for each other's devices can block when many run at once on CPU devices.
-    return {
-        jax.tree_util.keystr(path): int(_checksum(_narrow(a))) for path, a in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): int(_checksum(narrow(a))) for path, a in leaves}
 
 
 def text_checksum(*content) -> int:
@@ -62,26 +59,14 @@ def text_checksum(*content) -> int:
 
 
 def verify(tree, written: dict[str, int]) -> None:
-    """Compares arrays that were read with the checksums that were written with them.
-
-    Args:
-      tree: of the arrays, or a part of it under the same paths.
-      written: of `checksums`.
-
-    Raises:
-      Damaged: an array differs; names it.
-    """
+    """Raises `Damaged` where an array of the tree, or of a part of it, has another checksum than was written."""
     wrong = [path for path, value in checksums(tree).items() if written.get(path) != value]
     if wrong:
         raise Damaged(f"{len(wrong)} arrays are not those that were saved, the first of them {wrong[0]}")
 
 
 def read_text(folder: epath.Path, item: str) -> dict:
-    """The JSON of an item of a checkpoint.
-
-    Raises:
-      Damaged: it is missing, or no JSON object.
-    """
+    """The JSON of an item of a checkpoint; raises `Damaged` where it is missing, or no JSON object."""
     try:
         content = json.loads((folder / item / "metadata").read_text())
     except FileNotFoundError as e:
@@ -93,11 +78,17 @@ def read_text(folder: epath.Path, item: str) -> dict:
     return content
 
 
-def check_files(folder: epath.Path) -> None:
-    """Checks what a few small reads can tell of a checkpoint; the arrays are not read.
+def damage(folder: epath.Path) -> str | None:
+    """What is wrong with a checkpoint, as far as `check_files` sees it; None: nothing."""
+    try:
+        check_files(folder)
+    except Damaged as e:
+        return str(e)
+    return None
 
-    Args:
-      folder: of one checkpoint, named by its step.
+
+def check_files(folder: epath.Path) -> None:
+    """Checks what a few small reads can tell of a checkpoint, in a folder named by its step; arrays are not read.
 
     Raises:
       Damaged: a part is missing, empty or not readable, or the folder is a copy of another step's.

@@ -30,11 +30,7 @@ def below(prefix: str, names: Iterable[str]) -> list[str]:
 
 
 def owners(program: Program) -> dict[str, str]:
-    """Returns parameter name -> prefix of its pretrained part; other parameters keep their initial values.
-
-    Raises:
-      UserError: a part has no parameters.
-    """
+    """Parameter name -> prefix of its pretrained part; other parameters keep their initial values."""
     found = {}
     parts = program.objective.pretrained()
     for prefix in sorted(parts, key=len):  # The longest prefix is applied last and takes precedence.
@@ -52,7 +48,7 @@ def owners(program: Program) -> dict[str, str]:
 
 
 def _fill(program: Program, prefix: str, opened: Opened, mine: list[str], wanted: set[str]) -> dict:
-    """Returns {name: array} for the wanted parameters of one part."""
+    """{name: array} of the wanted parameters of one part."""
     depth = prefix.count("/") + 1
     paths = {n: program.skeleton.variables[n][0] for n in mine}
     names = {path[depth:] or path: n for n, path in paths.items()}
@@ -103,7 +99,7 @@ def initial_arrays(
 
 
 def _initialise(program: Program, fresh: list[str]) -> dict:
-    """Returns the initial values of these parameters; the compiler removes the computation of all others."""
+    """The initial values of these parameters; the compiler removes the computation of all others."""
     if not fresh:
         return {}
 

@@ -10,23 +10,18 @@ from etils import epath
 
 from diva_jax.common import log, paths
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import finite
 
 RENEWED = 10.0  # Seconds between two renewals.
 WATCHED = 25.0  # Seconds in which a run that lives must renew its lock.
-_FILE = "lock.json"
 
 
 def _read(path: epath.Path) -> dict | None:
+    """The content of a lock; None where there is none, or where it was cut short by a kill."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):  # There is none, it has just been removed, or it was cut short by a kill.
+    except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _number(value, default: float) -> float:
-    return float(value) if finite(value) else default
 
 
 def _ended(owner: dict) -> bool:
@@ -34,13 +29,12 @@ def _ended(owner: dict) -> bool:
     if owner.get("host") != socket.gethostname():
         return False
     try:
-        pid = int(owner["pid"])
-        os.kill(pid, 0)
-    except (KeyError, TypeError, ValueError, ProcessLookupError):
-        return True
+        os.kill(int(owner["pid"]), 0)
     except PermissionError:  # It exists, and belongs to another user.
         return False
-    return pid == os.getpid()
+    except (KeyError, TypeError, ValueError, OSError):
+        return True
+    return int(owner["pid"]) == os.getpid()
 
 
 def _lives(path: epath.Path, owner: dict) -> bool:
@@ -67,33 +61,29 @@ class Lock:
     """
 
     def __init__(self, workdir: epath.Path):
-        self._path = workdir / _FILE
+        self._path = workdir / "lock.json"
         owner = _read(self._path)
         if owner is not None and not _ended(owner):
             log.say(f"{self._path} exists: waiting up to {WATCHED:.0f} s to see whether that run still lives")
             if _lives(self._path, owner):
-                minutes = (time.time() - _number(owner.get("since"), time.time())) / 60
                 raise UserError(
-                    f"--workdir={workdir} is in use by process {owner.get('pid')} on {owner.get('host')}, for "
-                    f"{minutes:.0f} min: use another workdir, or end that run first"
+                    f"--workdir={workdir} is in use by process {owner.get('pid')} on {owner.get('host')}: use another "
+                    "workdir, or end that run first"
                 )
-        self._mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "beat": 0}
+        self._mine = {"host": socket.gethostname(), "pid": os.getpid(), "beat": 0}
         try:
-            self._write()
+            paths.write_whole(self._path, json.dumps(self._mine))
         except OSError as e:
             raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
 
-    def _write(self) -> None:
-        paths.write_whole(self._path, json.dumps(self._mine))
-
     def _renew(self) -> None:
         while not self._over.wait(RENEWED):
             self._mine["beat"] += 1
             try:
-                self._write()
+                paths.write_whole(self._path, json.dumps(self._mine))
             except OSError:  # A full disk is reported by the checkpoint that meets it.
                 continue
 

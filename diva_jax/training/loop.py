@@ -1,18 +1,18 @@
-"""The only train loop: build, restore, step, log, evaluate, save."""
+"""A training run in a workdir: build, restore, step, log, evaluate, save."""
 
 import contextlib
-import dataclasses
 import json
 import signal
 import time
 import zlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
 from diva_jax import config as configs
-from diva_jax.common import log, paths
+from diva_jax.common import paths
 from diva_jax.common.errors import RunError
 from diva_jax.common.log import say
 from diva_jax.costs import chips
@@ -26,19 +26,14 @@ from diva_jax.training import (
     load,
     lock,
     metrics,
-    partition,
     sharding,
     workdirs,
 )
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program, averaged
+from diva_jax.training.steps import Steps, train_steps
 
 _MANY_EPOCHS = 5.0  # The published runs see each image about once.
-
-
-def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """Returns a batch as global arrays; each process provides its own rows."""
-    return {k: jax.make_array_from_process_local_data(shardings, v) for k, v in batch.items()}
 
 
 class Profile:
@@ -64,8 +59,7 @@ class Profile:
             say(f"profile of the steps from {self._start} on: {self._folder}")
 
 
-@dataclasses.dataclass
-class Loaded:
+class Loaded(NamedTuple):
     """The arrays of a run as it starts or resumes.
 
     Attributes:
@@ -196,7 +190,10 @@ class Run:
                 say(f"the checkpoint of step {step} is damaged ({why}): kept as {aside}, step {self.start} is used")
         distributed.check_same({f"the checksum of the {part} weights": o["sha256"] for part, o in origins.items()})
         distributed.check_same(
-            {"config.json in --workdir": workdirs.seen_config(self.workdir), "the checkpoint restored": self.start}
+            {
+                "config.json in --workdir": workdirs.seen(self.workdir / "config.json"),
+                "the checkpoint restored": self.start,
+            }
         )
         checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
         state = restored.state if resumes else program.init_state(arrays)
@@ -248,7 +245,7 @@ class _Loop:
         c, first = run.config, jax.process_index() == 0
         with distributed.explained(lambda: self.step):
             self.loaded = run.load()
-        self.state, self.checkpoints = self.loaded.state, self.loaded.checkpoints
+        self.state, self.step, self.checkpoints = self.loaded.state, run.start, self.loaded.checkpoints
         self.writer = (
             metrics.Writer(run.workdir, self.step, c.log.tensorboard, c.log.wandb, c.to_dict()) if first else None
         )
@@ -262,10 +259,7 @@ class _Loop:
         run, finished = self.run_, False
         try:
             with distributed.explained(lambda: self.step):
-                if self.step == 0:
-                    self._evaluate()
-                while self.step < run.total and not self.preempted:
-                    self._run_stage(self.program.stage_at(self.step))
+                self._train()
                 self.progress.flush()
                 self._save(wait=True)
                 finished = self.step >= run.total
@@ -281,6 +275,7 @@ class _Loop:
             self.preempted.close()
             self.profile.close()
             self.checkpoints.close()
+            self.progress.close()
             if self.writer:
                 self.writer.close()
         if finished and jax.process_index() == 0:
@@ -289,6 +284,32 @@ class _Loop:
             run.stopped_by = self.preempted.signal or signal.SIGTERM
             say(f"{run.stopped_by.name}: saved step {self.step}; the same command resumes from here")
         return finished
+
+    def _train(self) -> None:
+        """Trains to the end, or until a signal."""
+        run, steps = self.run_, Steps(self.program, self.progress.paused)
+        if self.step == 0:
+            self._evaluate()
+        if self.preempted:
+            return
+        begun = self.state, self.loaded.frozen, self._next_batch, self.step, run.total
+        for self.step, self.state, values in train_steps(steps, *begun):
+            self.preempted.after(self.step)
+            self.progress.add(self.step, values)
+            if not self.preempted:
+                self._evaluate()
+            if self.step % run.config.checkpoint.every == 0:
+                self.progress.flush()
+                self._save()
+            if self.preempted:
+                return
+
+    def _next_batch(self) -> dict[str, np.ndarray] | None:
+        self.profile.before(self.step)
+        began, batches = time.perf_counter(), self.run_.batches
+        batch = batches.wait(self.preempted.__bool__)
+        self.progress.waited(time.perf_counter() - began, batches.broken.count)
+        return batch
 
     def _evaluate(self) -> None:
         """Evaluates the current weights, or their moving average, if `config.eval` is set for this step.
@@ -322,41 +343,3 @@ class _Loop:
         if self.loaded.parent:
             meta["init_from"] = self.loaded.parent
         self.checkpoints.save(self.step, self.state, self.run_.batches.get_state(), meta, wait)
-
-    def _run_stage(self, index: int) -> None:
-        """Trains to the end of a stage or until SIGTERM; initialises the optimizer state of the next stage."""
-        run, stage = self.run_, self.program.stages[index]
-        step_fn, program = self.program.step(index), None
-        active = self.program.active(index)
-        count = sum(self.program.arrays[n].size for n in active)
-        where = ", ".join(dict.fromkeys(n.split("/")[0] for n in active))
-        say(partition.summary(self.program.arrays, active))
-        say(
-            f"stage {stage.name}: steps {stage.start} to {stage.end}, peak learning rate {stage.lr:g}, trains "
-            f"{count:,} parameters of {where}; compiling"
-        )
-        while self.step < stage.end and not self.preempted:
-            self.profile.before(self.step)
-            began = time.perf_counter()
-            if (batch := run.batches.wait(self.preempted.__bool__)) is None:
-                return
-            self.progress.waited(time.perf_counter() - began, run.batches.broken.count)
-            batch = to_device(batch, self.program.batch_sharding)
-            if program is None:
-                began = time.perf_counter()
-                with log.waiting("compiling"):
-                    program = compiler.compiled(step_fn.lower(self.state, self.loaded.frozen, batch))
-                took = time.perf_counter() - began
-                say(f"compiled in {took:.0f} s")
-                self.progress.paused(took)
-            self.state, values = program(self.state, self.loaded.frozen, batch, step_fn.pace)
-            self.step += 1
-            self.preempted.after(self.step)
-            self.progress.add(self.step, values)
-            if self.step == stage.end and index + 1 < len(self.program.stages):
-                self.state["opt"] = self.program.init_opt(index + 1, self.state["params"])
-            if not self.preempted:
-                self._evaluate()
-            if self.step % run.config.checkpoint.every == 0:
-                self.progress.flush()
-                self._save()

@@ -15,12 +15,6 @@ from diva_jax.common import log, machine, paths
 from diva_jax.common.errors import RunError, UserError
 
 
-def duration(seconds: float) -> str:
-    """Formats seconds as `1:02:03`, or as `2:03` below one hour."""
-    s = int(seconds + 0.5)
-    return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
-
-
 def check_wandb(project: str) -> None:
     """Raises a UserError where Weights & Biases is asked for and not installed."""
     if project and importlib.util.find_spec("wandb") is None:
@@ -127,7 +121,6 @@ class Writer:
         self._mirror.push(force=True)
 
     def close(self) -> None:
-        log.bar()
         log.keep_in(None)
         self._log.close()
         self._file.close()
@@ -168,6 +161,12 @@ class Progress:
         self._began: tuple[float, int] | None = None  # End time of the first step, and its number.
         self._window_start = time.perf_counter()
         self._broken = 0
+        # Where stdout is no terminal, there are the lines of `_report` alone.
+        self._bar = log.progress("training", total, every=math.inf, initial=start)
+
+    def close(self) -> None:
+        """Removes the bar."""
+        self._bar.close()
 
     def waited(self, seconds: float, broken: int) -> None:
         """Adds time spent waiting for a batch; `broken` is the number of images that could not be read so far."""
@@ -206,11 +205,7 @@ class Progress:
             self._began = (time.perf_counter(), step)
         if step % self._every == 0 or step == self._total:
             self._report(step)
-        if self._writer:
-            done = step < self._total
-            log.bar(
-                step / self._total, f"{step}/{self._total}", f"ETA {duration(self._eta(step))}"
-            ) if done else log.bar()
+        self._bar.update()
 
     def _eta(self, step: int) -> float:
         """Seconds to the end, from the mean time of a step since the first one."""
@@ -229,13 +224,12 @@ class Progress:
             row["mfu"] = row["images_per_s"] * self._utilisation
         row["data_wait"] = min(1.0, self._waited / elapsed)
         row["broken_images"] = self._broken
-        eta = self._eta(step)
         if self._writer:
             self._writer.write(step, row)
             mfu = f"  MFU {100 * row['mfu']:.1f}%" if "mfu" in row else ""
             log.say(
                 f"step {step}/{self._total}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3g}  lr {row['lr']:.3g}  "
                 f"{row['images_per_s']:.1f} images/s{mfu}  data wait {100 * row['data_wait']:.0f}%  "
-                f"ETA {duration(eta)}"
+                f"ETA {log.tqdm.format_interval(self._eta(step))}"
             )
         self._window, self._waited, self._window_start = [], 0.0, now

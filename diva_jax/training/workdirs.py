@@ -28,17 +28,13 @@ RESUMABLE = (
     *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "compiler_options", "profile"),
     *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib"),
 )
-_SEEN_WITHIN = 60.0  # Seconds after which network file systems show a new file to every machine.
+_VISIBLE_WITHIN_S = 60.0  # After which network file systems show a new file to every machine.
 # Sections that are compared as a whole: their fields are those of another library.
 WHOLE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion.scheduler")
 
 
 def _run_config(workdir: epath.PathLike) -> dict | None:
-    """The config of a run: `workdir/config.json`, or that of its newest checkpoint where the file is damaged.
-
-    Raises:
-      UserError: the file cannot be read, and no checkpoint has the config.
-    """
+    """The config of a run: `workdir/config.json`, or that of its newest checkpoint where the file is damaged."""
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         return None
@@ -77,13 +73,7 @@ def check_config(workdir: epath.PathLike, config) -> int | None:
 
 
 def extension(program: Program, start: int, before: int) -> str:
-    """What it means for the learning rate that a run has more steps than it began with; "" where it has not.
-
-    Args:
-      program: of the longer run.
-      start: completed steps.
-      before: `config.steps` until now.
-    """
+    """What it means for the learning rate that a run has more steps than `before` after `start` ones; "": nothing."""
     config = program.config.copy_and_resolve_references()
     config.steps = before
     old, new = objectives.stages(config)[-1], program.stages[-1]
@@ -111,17 +101,12 @@ def write_config(workdir: epath.PathLike, config) -> None:
         raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
 
 
-def seen_config(workdir: epath.PathLike) -> int | None:
-    """`seen` for `workdir/config.json`."""
-    return seen(epath.Path(workdir) / "config.json")
-
-
 def seen(path: epath.Path) -> int | None:
     """The checksum of a file, as soon as it is seen here; None where it never is.
 
     Every process reads what process 0 has just written, so that a folder that is not shared is detected.
     """
-    until = time.monotonic() + _SEEN_WITHIN
+    until = time.monotonic() + _VISIBLE_WITHIN_S
     while not path.exists():
         if time.monotonic() > until:
             return None
@@ -140,11 +125,7 @@ def check_sources(there: dict, here: dict) -> None:
 
 
 def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict:
-    """The config that a run wrote into its workdir.
-
-    Raises:
-      UserError: there is no run in the workdir.
-    """
+    """The config that a run wrote into its workdir, or a UserError where there is no run."""
     found = _run_config(paths.folder(workdir, field))
     if found is None:
         raise UserError(f"{field}={workdir} holds no run: give the --workdir of python -m diva_jax.main")

@@ -145,7 +145,9 @@ ARMS = {
 
 def passes(config) -> int:
     """Passes through the U-Net per picture of one step; 1 where there is no U-Net."""
-    return {"diva": lambda: config.diva.draws, "dcr": lambda: config.dcr.group + 1}.get(config.objective, lambda: 1)()
+    if "diva" in config:
+        return config.diva.draws
+    return config.dcr.group + 1 if "dcr" in config else 1
 
 
 def arm_config(arm: Arm, seed: int, steps: int, batch_size: int, random: str | os.PathLike):
@@ -163,7 +165,8 @@ def arm_config(arm: Arm, seed: int, steps: int, batch_size: int, random: str | o
     Raises:
       UserError: `batch_size` cannot be divided into pictures.
     """
-    c = models.base_config(arm.objective, models.UNCLIP_DIFFUSION if arm.teacher == models.UNCLIP else None)
+    objective = objectives.DIVA if arm.projection == KEPT else arm.objective
+    c = models.base_config(objective, models.UNCLIP_DIFFUSION if arm.teacher == models.UNCLIP else None)
     fields = dict(arm.fields)
     table = fields.pop("trainable", None)
     c.update_from_flattened_dict(fields)

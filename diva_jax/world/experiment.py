@@ -6,20 +6,19 @@ runs that are not there yet. docs/DOES_IT_WORK.md has the results.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from diva_jax.common import paths
+from diva_jax.common import log, paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
 from diva_jax.training import compiler
 from diva_jax.world import comparison, models
 from diva_jax.world.arms import ARMS, KEPT, RANDOM, Arm, arm_config
 from diva_jax.world.blindness import PAIRS, Tests, summary
-from diva_jax.world.tuning import Judge, Tuner, countdown
+from diva_jax.world.tuning import Judge, Tuner
 
 RESULTS = "results.jsonl"
 
@@ -84,22 +83,23 @@ def experiment(out: Path, names: Sequence[str], seeds: int, budget: dict[str, in
     wanted = [(n, s) for n in names for s in range(seeds if n != "untuned" else 1) if (n, s) not in there]
     if not wanted:
         return rows
-    tests, began = Tests.make(count=budget["pairs"]), time.monotonic()
+    tests, bar = Tests.make(count=budget["pairs"]), log.progress("experiment", len(wanted), "runs", every=0)
     judge, name, tuner = Judge(tests), "", None
-    for number, (arm, seed) in enumerate(wanted):
-        eta = f", about {(time.monotonic() - began) / number * (len(wanted) - number):.0f} s left" if number else ""
-        say(f"run {number + 1} of {len(wanted)}: {arm}, seed {seed}{eta}")
+    for arm, seed in wanted:
+        say(f"{arm}, seed {seed}")
         if arm == "untuned":
             row = _row(arm, seed, budget, tests, judge({}), drift=0.0)
         else:
             if arm != name:
                 name, tuner = arm, Tuner(ARMS[arm], budget["steps"], budget["batch_size"], out)
-            towers, loss = tuner.run(seed, countdown(say))
+            towers, loss = tuner.run(seed)
             row = _row(arm, seed, budget, tests, judge(towers), loss=loss, drift=judge.drift(towers))
         rows.append(row)
         with open(out / RESULTS, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         say("  " + ", ".join(f"{m} {row['scores'][m]:.1f}" for m in comparison.METRICS))
+        bar.update()
+    bar.close()
     return rows
 
 

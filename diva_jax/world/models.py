@@ -19,7 +19,7 @@ from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.text_encoder import TextEncoder
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.models.layers import Keys
-from diva_jax.weights import clip, diffusers, names, readers, writers
+from diva_jax.weights import clip, diffusers, names, writers
 from diva_jax.world import captions, drawing, patch_code, scenes, vocabulary
 
 WEIGHTS = Path(__file__).parent / "weights"  # What `pretrain` made, kept in the repository.
@@ -172,9 +172,3 @@ def write_new_diffusion(folder: Path, diffusion: Mapping, seed: int = 0) -> None
 def rounded(tensors: Mapping[str, np.ndarray], dtype=jnp.float16) -> dict[str, np.ndarray]:
     """The same tensors in the type in which they are kept."""
     return {name: np.asarray(a).astype(dtype) for name, a in tensors.items()}
-
-
-def projection() -> dict[str, np.ndarray]:
-    """The kept projection, by the names of DIVA's parameters, float32."""
-    found = readers.open_file(WEIGHTS / PROJECTION / PROJECTION_FILE)
-    return {name: np.asarray(a).astype(np.float32) for name, a in found.items()}

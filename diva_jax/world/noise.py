@@ -16,20 +16,20 @@ the loss most is 1 / (1 + noise scale / B) of that of a very large batch (equati
 gradient descent at the first step, and for the training loss alone: it says what is wasted, not what helps.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from diva_jax.common import paths
+from diva_jax.common import log, paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
 from diva_jax.world import arms, drawing, scenes
-from diva_jax.world.tuning import Tuner, countdown
+from diva_jax.world.tuning import Tuner
 
 SEED = 9301
 GROUPS, PICTURES, DRAWS = 16, 16, 3
@@ -92,7 +92,7 @@ def interval(products: np.ndarray, pictures: int, seed: int = 0) -> list[float]:
     return [float(low), float(high)]
 
 
-def gradients(tuner: Tuner, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
+def gradients(tuner: Tuner) -> np.ndarray:
     """Gradients of the loss of an arm's last stage to its vision tower, before the first step: [G, R, P], float32."""
     p = tuner.program
     if set(p.objective.inputs) != {"image"}:
@@ -111,11 +111,12 @@ def gradients(tuner: Tuner, progress: Callable[[int, int], None] = lambda done, 
 
     images = drawing.draw(scenes.sample(np.random.default_rng(SEED), GROUPS * PICTURES))
     out = []
-    for i, some in enumerate(np.split(images, GROUPS)):
-        for r in range(DRAWS):
-            keys = jax.random.split(jax.random.key(SEED + i * DRAWS + r), PICTURES)
-            out.append(np.asarray(gradient(arrays, some, keys)))
-            progress(len(out), GROUPS * DRAWS)
+    with contextlib.closing(log.progress("  gradients", GROUPS * DRAWS, "groups")) as bar:
+        for i, some in enumerate(np.split(images, GROUPS)):
+            for r in range(DRAWS):
+                keys = jax.random.split(jax.random.key(SEED + i * DRAWS + r), PICTURES)
+                out.append(np.asarray(gradient(arrays, some, keys)))
+                bar.update()
     return np.stack(out).reshape(GROUPS, DRAWS, -1)
 
 
@@ -127,7 +128,7 @@ def measure(arm: arms.Arm, batch: int, folder: Path) -> dict:
       batch: see `advice`.
       folder: where a teacher with random weights is written, if the arm needs it.
     """
-    products = inner_products(gradients(Tuner(arm, 3, batch, folder), countdown(say)))
+    products = inner_products(gradients(Tuner(arm, 3, batch, folder)))
     found = powers(products, PICTURES)
     own = found["signal"] + (found["picture"] + found["draw"]) / PICTURES
     return (

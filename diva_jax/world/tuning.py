@@ -1,7 +1,7 @@
 """Tunes the world's CLIP in one process: one compiled program per arm, run with several seeds."""
 
-import time
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diva_jax.common import log
 from diva_jax.common.errors import RunError
 from diva_jax.data import pipeline
 from diva_jax.training import load, sharding
-from diva_jax.training.loop import to_device
 from diva_jax.training.step import Program, averaged
+from diva_jax.training.steps import Steps, train_steps
 from diva_jax.world import arms, blindness, models
 from diva_jax.world.arms import Arm
 
@@ -41,10 +42,10 @@ class Tuner:
         self._arm = arm
         config = self._config(0)
         self.program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-        self._steps: dict[int, Callable] = {}  # Of each stage; compiled at its first call.
+        self.steps = Steps(self.program)
         self._first: dict[str, jax.Array] | None = None  # What the shared first stage trained.
 
-    def run(self, seed: int, progress: Callable[[int, int], None] = lambda done, steps: None) -> tuple[Towers, float]:
+    def run(self, seed: int) -> tuple[Towers, float]:
         """Trains with one seed; returns (the tuned towers, the mean loss of the last tenth of the steps).
 
         Raises:
@@ -54,9 +55,9 @@ class Tuner:
         if self._arm.shared_first_stage:
             begin = p.stages[0].end
             if self._first is None:
-                state, _, _ = self._train(0, 0, begin, progress)
+                state, _, _ = self._train(0, 0, begin)
                 self._first = state["params"]
-        state, frozen, losses = self._train(seed, begin, p.stages[-1].end, progress)
+        state, frozen, losses = self._train(seed, begin, p.stages[-1].end)
         last = float(np.mean([float(x) for x in losses[-max(1, len(losses) // 10) :]]))
         if not np.isfinite(last):
             raise RunError(f"the loss is {last}: the learning rate is too high")
@@ -66,12 +67,9 @@ class Tuner:
         """All weights at step 0; the config of the program is that of the seed afterwards."""
         p = self.program
         p.config = self._config(seed)  # Programs of two seeds differ in nothing else.
-        arrays, _ = load.initial_arrays(p, every_source=False)
-        if self._arm.projection == arms.KEPT:
-            arrays |= {n: jax.device_put(a, arrays[n].sharding) for n, a in models.projection().items()}
-        return arrays
+        return load.initial_arrays(p, every_source=False)[0]
 
-    def _train(self, seed: int, begin: int, end: int, progress: Callable[[int, int], None]):
+    def _train(self, seed: int, begin: int, end: int):
         """Makes the steps from `begin`, the start of a stage, to `end`; returns (state, frozen weights, losses)."""
         p, arrays = self.program, self.initial(seed)
         if begin:
@@ -82,19 +80,11 @@ class Tuner:
             state["opt"] = p.init_opt(p.stage_at(begin), state["params"])
         batches = pipeline.open_batches(p.config.data, p.objective.inputs, seed=seed, global_batch=p.config.batch_size)
         losses = []
-        try:
-            for step in range(begin, end):
-                index = p.stage_at(step)
-                batch = to_device(next(batches), p.batch_sharding)
-                if index not in self._steps:
-                    self._steps[index] = p.step(index)
-                state, values = self._steps[index](state, frozen, batch)
+        with contextlib.closing(batches), contextlib.closing(log.progress("  tuning", end - begin)) as bar:
+            for _, after, values in train_steps(self.steps, state, frozen, batches.__next__, begin, end):
+                state = after
                 losses.append(values["loss"])
-                if step + 1 == p.stages[index].end < end:
-                    state["opt"] = p.init_opt(index + 1, state["params"])
-                progress(step + 1 - begin, end - begin)
-        finally:
-            batches.close()
+                bar.update()
         return state, frozen, losses
 
 
@@ -118,16 +108,3 @@ class Judge:
         x = self.tests.test_images
         cosines = (self._encoder.images(x) * self._encoder.images(x, towers.get("vision"))).sum(axis=1)
         return float(1 - cosines.mean())
-
-
-def countdown(say: Callable[[str], None], every: float = 20.0) -> Callable[[int, int], None]:
-    """A `progress` that says the step and an ETA at most every `every` seconds."""
-    began, last = time.monotonic(), [time.monotonic()]
-
-    def progress(done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - last[0] >= every or done == total:
-            last[0] = now
-            say(f"  step {done}/{total}, {(now - began) / done * (total - done):.0f} s left")
-
-    return progress

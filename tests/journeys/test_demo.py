@@ -16,7 +16,6 @@ def scores(folder) -> dict[str, float]:
     return {name: w["scores"]["pooled"]["score"] for name, w in task["weights"].items()}
 
 
-@pytest.mark.xfail(strict=True, reason="the demo tunes the arm short_stages, which was not run")
 def test_the_demo_tunes_the_documented_arm(home):
     """`stages`, and as its control `shuffled`, with the fields of the experiment."""
     quick = [f"--override=--config.{field}" for field in ("steps=2", *QUICK)]

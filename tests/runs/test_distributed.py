@@ -312,10 +312,10 @@ def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, cache_settings)
 
 def test_a_workdir_that_the_machines_do_not_share(tmp_path, monkeypatch):
     """Process 0 has written config.json to its own folder; this process does not see it."""
-    monkeypatch.setattr(workdirs, "_SEEN_WITHIN", 0.0)
+    monkeypatch.setattr(workdirs, "_VISIBLE_WITHIN_S", 0.0)
     config = small.small_config()
     workdirs.write_config(tmp_path / "first", config)
-    facts = [{"config.json": workdirs.seen_config(tmp_path / folder)} for folder in ("first", "second")]
+    facts = [{"config.json": workdirs.seen(tmp_path / folder / "config.json")} for folder in ("first", "second")]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "_gather", lambda _: [json.dumps(f).encode() for f in facts])
     with pytest.raises(UserError, match=r"config.json is \d+ for process 0 and None for process 1"):

@@ -90,7 +90,6 @@ def workdir(tmp_path_factory, base):
         began = {"source": ["x"], "sha256": readers.fingerprint(origins.open_source(str(base)).files)}
         meta = {"sources": {"vision": began}, "config": json.loads(c.to_json())}
         checkpoints.save(step, program.init_state(arrays), {}, meta)
-    checkpoints.wait()
     checkpoints.close()
     return folder
 

@@ -20,7 +20,7 @@ from places import SUPPORT
 from diva_jax import config
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import latent_cache, pipeline, preprocess
-from diva_jax.training import cache_builder, loop, step
+from diva_jax.training import cache_builder, loop, step, steps
 
 CROPS = 2
 ROUNDING = 2.0**-8  # Relative, of bfloat16.
@@ -88,7 +88,7 @@ def test_losses_and_weights_equal_those_of_a_run_without(files, cache, tmp_path)
         state, frozen = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}
         fn, seen = p.step(0), []
         for _ in range(3):
-            state, metrics = fn(state, frozen, loop.to_device(next(run.batches), p.batch_sharding))
+            state, metrics = fn(state, frozen, steps.to_device(next(run.batches), p.batch_sharding))
             seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         rows.append(seen)
         states.append(state["params"])

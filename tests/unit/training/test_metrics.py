@@ -1,5 +1,6 @@
 """Rows, the progress line, and the error for numbers that are not finite."""
 
+import contextlib
 import io
 import json
 import sys
@@ -72,42 +73,39 @@ def test_sessions_are_listed_and_rows_have_their_time(tmp_path, monkeypatch):
         assert len(json.loads((tmp_path / "sessions.json").read_text())) == 1
 
 
-@pytest.mark.parametrize("seconds, text", [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600 * 26 + 62, "26:01:02")])
-def test_duration(seconds, text):
-    assert metrics.duration(seconds) == text
-
-
 class Terminal(io.StringIO):
+    encoding = "utf-8"
+
     def isatty(self):
         return True
 
 
-def test_a_bar_on_a_terminal_alone(monkeypatch, capsys):
-    log.bar(0.5, "1/2")
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
+    with contextlib.closing(log.progress("counting", 4, "items", every=0.0)) as bar:
+        bar.update(3)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("counting: 3/4 items, ")
+    with contextlib.closing(log.progress("counting", 4, "items", every=3600.0)) as bar:
+        bar.update(3)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
-    monkeypatch.setenv("COLUMNS", "36")
-    log.bar(0.5, "1/2", "ETA 0:01")
-    log.say("a message")
-    log.say("another")
-    log.bar(0.75, "3/4", "ETA 0:00")
-    log.bar()
-    clear = "\r\x1b[2K"
-    half, more = f"1/2 [{'#' * 9}{'.' * 10}] ETA 0:01", f"3/4 [{'#' * 14}{'.' * 5}] ETA 0:00"
-    assert terminal.getvalue() == f"{half}{clear}a message\nanother\n{more}{clear}"
+    with contextlib.closing(log.progress("counting", 4, "items")) as bar:
+        log.say("a message")
+        bar.update(3)
+    assert "counting:   0%" in terminal.getvalue() and "a message\n" in terminal.getvalue()
 
 
-def test_every_step_moves_the_bar_and_the_last_one_removes_it(tmp_path, monkeypatch):
+def test_every_step_moves_the_bar_and_the_log_has_none(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     writer = metrics.Writer(tmp_path, 0, tensorboard=False)
     progress = metrics.Progress(writer, 0, 3, every=2, images=4)
+    progress._bar.mininterval = 0
     for step in (1, 2, 3):
         progress.add(step, values(1.0))
     progress.flush()
+    progress.close()
     writer.close()
     shown = terminal.getvalue()
-    assert "1/3 [" in shown and "2/3 [" in shown and "3/3 [" not in shown
-    assert "step 3/3" in shown.splitlines()[-1]
+    assert "1/3 [" in shown and "2/3 [" in shown and "step 3/3" in shown
     assert "[" not in (tmp_path / "log.txt").read_text()
 
 
