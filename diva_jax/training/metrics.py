@@ -22,7 +22,7 @@ def check_wandb(project: str) -> None:
 
 
 def _wandb_run(workdir: epath.Path, local: Path, project: str, config: dict):
-    """A run of Weights & Biases: the same one whenever this workdir's run is resumed; its id is in `wandb_id.txt`."""
+    """The run of Weights & Biases that belongs to this workdir, whose id is in `wandb_id.txt`."""
     import wandb
 
     file = workdir / "wandb_id.txt"
@@ -158,7 +158,6 @@ class Progress:
         self._pending: tuple[int, dict] | None = None
         self._window: list[dict[str, float]] = []
         self._waited = 0.0
-        self._began: tuple[float, int] | None = None  # End time of the first step, and its number.
         self._window_start = time.perf_counter()
         self._broken = 0
         # Where stdout is no terminal, there are the lines of `_report` alone.
@@ -176,8 +175,6 @@ class Progress:
     def paused(self, seconds: float) -> None:
         """Excludes time without training steps from images per second and from the remaining time."""
         self._window_start += seconds
-        if self._began:
-            self._began = (self._began[0] + seconds, self._began[1])
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step that has been started, and reports the step before it."""
@@ -201,18 +198,9 @@ class Progress:
                 "config.optim.lr or set config.dtype=float32, then start again"
             )
         self._window.append(values)
-        if self._began is None:
-            self._began = (time.perf_counter(), step)
         if step % self._every == 0 or step == self._total:
             self._report(step)
         self._bar.update()
-
-    def _eta(self, step: int) -> float:
-        """Seconds to the end, from the mean time of a step since the first one."""
-        (since, first), now = self._began, time.perf_counter()
-        steps = len(self._window) or 1
-        rate = (now - since) / (step - first) if step > first else (now - self._window_start) / steps
-        return rate * (self._total - step)
 
     def _report(self, step: int) -> None:
         now = time.perf_counter()
@@ -230,6 +218,6 @@ class Progress:
             log.say(
                 f"step {step}/{self._total}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3g}  lr {row['lr']:.3g}  "
                 f"{row['images_per_s']:.1f} images/s{mfu}  data wait {100 * row['data_wait']:.0f}%  "
-                f"ETA {log.tqdm.format_interval(self._eta(step))}"
+                f"ETA {log.tqdm.format_interval(elapsed / len(self._window) * (self._total - step))}"
             )
         self._window, self._waited, self._window_start = [], 0.0, now

@@ -8,7 +8,6 @@ command, which is printed; a step that is done is not repeated.
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from diva_jax.common.errors import RunError, UserError
@@ -74,31 +73,30 @@ def write_estimates(tuned: Path, control: Path, folder: Path) -> None:
     writers.write_json(folder / "images.json", {"title": "What the generator sees", "note": note, "rows": rows})
 
 
-def _done(command: list[str], run: Callable[[list[str]], int]) -> None:
+def _run(command: list[str]) -> None:
     say(f"$ python -m {' '.join(command)}")
-    if run([sys.executable, "-m", *command]):
+    if subprocess.run([sys.executable, "-m", *command]).returncode:
         raise RunError(f"this command failed: python -m {' '.join(command)}")
 
 
-def demo(out: Path, config: str, overrides: list[str], pairs: int, run: Callable[[list[str]], int]) -> None:
+def demo(out: Path, config: str, overrides: list[str], pairs: int) -> None:
     """Runs what is not done yet.
 
     Args:
       out: the folder.
       config, overrides: the config file and flags that change it.
       pairs: per fact.
-      run: runs the arguments of a command and returns its exit code.
 
     Raises:
       RunError: a command failed.
     """
     for done, command in commands(out, config, overrides, pairs):
         if not done.exists():
-            _done(command, run)
+            _run(command)
     found = out / "eval"
     if not (found / "report.html").exists():
         write_estimates(out / "tuned", out / "control", found)
-        _done(["diva_jax.report", str(found)], run)
+        _run(["diva_jax.report", str(found)])
     say(f"the report: {found / 'report.html'}. One seed says little: see docs/DOES_IT_WORK.md")
 
 
@@ -106,7 +104,7 @@ def _main() -> None:
     given = flags.FLAGS
     if not given.out:
         raise UserError("--out is missing: give a folder, e.g. --out=runs/world")
-    demo(Path(given.out), given.config, given.override, given.pairs, lambda command: subprocess.run(command).returncode)
+    demo(Path(given.out), given.config, given.override, given.pairs)
 
 
 if __name__ == "__main__":

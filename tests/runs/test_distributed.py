@@ -22,7 +22,7 @@ from processes import FIELDS, STEPS, finish, free_address, start, start_all
 
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import pipeline
-from diva_jax.training import checkpoint, compiler, distributed, loop, metrics, sharding, workdirs
+from diva_jax.training import checkpoint, compiler, distributed, loop, metrics, workdirs
 
 BATCH, IMAGES = 8, 24
 
@@ -157,15 +157,6 @@ def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
     assert distributed.initialise(1, 10) is False
 
 
-def test_mesh_that_does_not_divide():
-    c = small.small_config(mesh__fsdp=3)
-    with pytest.raises(UserError, match="fsdp=3 does not divide the 8 devices"):
-        sharding.make_mesh(c.mesh)
-    c.mesh.update(fsdp=2, data=3)
-    with pytest.raises(UserError, match="use data=-1 or 4"):
-        sharding.make_mesh(c.mesh)
-
-
 STATE = {"x": np.arange(3.0)}
 
 
@@ -207,14 +198,6 @@ def test_a_disk_that_stays_full_keeps_the_last_checkpoint(checkpoints, tmp_path,
     checkpoints.close()
     assert checkpoint.steps(tmp_path) == [1]
     np.testing.assert_array_equal(checkpoint.Checkpoints(tmp_path).restore(1, STATE)[0]["x"], STATE["x"])
-
-
-def test_what_failed_first_is_said(checkpoints, monkeypatch):
-    """Threads of a failed save may still write while the next one cleans up."""
-    reasons = iter(["No space left on device", "Directory not empty", "Directory not empty"])
-    monkeypatch.setattr(checkpoint.Checkpoints, "_try_to_save", lambda *_: next(reasons))
-    with pytest.raises(RunError, match=r"\(No space left on device, then Directory not empty\), tried 3 times"):
-        checkpoints.save(2, STATE, {}, {}, wait=True)
 
 
 def test_a_bucket_that_is_gone(checkpoints, tmp_path):

@@ -88,12 +88,12 @@ def test_optimizer_state_has_only_trained_parameters():
 
 @pytest.mark.parametrize(
     "devices, accum, fsdp, shard_frozen",
-    [(1, 4, 1, True), (2, 1, 1, True), (8, 1, 1, True), (2, 4, 1, True), (8, 1, 4, True), (8, 1, 4, False)],
+    [(2, 4, 1, True), (8, 1, 4, True), (8, 1, 4, False)],
 )
 def test_losses_do_not_depend_on_devices_or_accumulation(reference, devices, accum, fsdp, shard_frozen):
     mesh = dict(mesh__fsdp=fsdp, mesh__shard_frozen=shard_frozen, mesh__min_shard=64)
-    found = run(small.small_config(steps=20, accum=accum, **mesh), 8, devices)
-    np.testing.assert_allclose(found.losses, reference.losses[:8], rtol=1e-5)
+    found = run(small.small_config(steps=20, accum=accum, **mesh), 4, devices)
+    np.testing.assert_allclose(found.losses, reference.losses[:4], rtol=1e-5)
     assert any("fsdp" in a.sharding.spec for a in found.state["params"].values()) == (fsdp > 1)
     specs = [found.program.arrays[n].sharding.spec for n in found.frozen]
     assert any("fsdp" in spec for spec in specs) == (fsdp > 1 and shard_frozen)

@@ -9,8 +9,6 @@ from diva_jax.objectives.shared import draws
 
 TABLES = {
     "all": ((".*", 1.0),),
-    "unet": (("unet/.*", 1.0), (".*", 0.0)),
-    "vae": (("vae/.*", 1.0), (".*", 0.0)),
     "text_context": (("text_context", 1.0), (".*", 0.0)),
 }
 
