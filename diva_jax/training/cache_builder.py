@@ -5,7 +5,6 @@ import itertools
 import shutil
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import grain
 import jax
@@ -39,22 +38,6 @@ def open_cache(program: Program) -> Cache | None:
     """
     path = program.config.data.latents
     return Cache(path, facts(program)) if path else None
-
-
-class Crops(NamedTuple):
-    """The crops of one record.
-
-    Attributes:
-      record: its number.
-      image_crc: CRC-32 of the encoded image.
-      boxes: of the crops; empty where the image is broken.
-      images: uint8 [crops, S, S, 3].
-    """
-
-    record: int
-    image_crc: int
-    boxes: tuple
-    images: np.ndarray
 
 
 class Builder:
@@ -143,33 +126,29 @@ class Builder:
                 row[order[position]] = position
         return found
 
-    def _crops(self, record: int) -> Crops:
-        size, settings = self._latents.size, self.config.data.crop
+    def _crops(self, record: int) -> list[tuple[Entry, np.ndarray | None]]:
+        """(entry without moments, image) of each crop of a record; the image is None where the record is broken."""
+        m, settings = self.manifest, self.config.data.crop
         with contextlib.ExitStack() as memory:
             found = self._decoder.read(record, memory)
             if found is None:
-                return Crops(record, 0, (), np.zeros((0, size, size, 3), np.uint8))
-            image, encoded = found
-            boxes = tuple(
-                crop.sample_box(
-                    np.random.default_rng((self.manifest.seed, int(position))),
-                    *image.size,
-                    tuple(settings.scale),
-                    tuple(settings.ratio),
-                )
-                for position in self._where[:, record]
-            )
-            pixels = [crop.resized_crop(image, box, size, settings.interpolation) for box in boxes]
-            return Crops(record, zlib.crc32(encoded.image), boxes, np.stack(pixels))
+                return [(Entry(record, k, 0, (0, 0, 0, 0), None), None) for k in range(m.crops)]
+            (image, encoded), rows = found, []
+            for k, position in enumerate(self._where[:, record]):
+                rng = np.random.default_rng((m.seed, int(position)))
+                box = crop.sample_box(rng, *image.size, tuple(settings.scale), tuple(settings.ratio))
+                pixels = crop.resized_crop(image, box, self._latents.size, settings.interpolation)
+                rows.append((Entry(record, k, zlib.crc32(encoded.image), box, None), pixels))
+            return rows
 
-    def _read(self, shard: int) -> Iterator[Crops]:
-        """The records of a shard, decoded in threads."""
+    def _read(self, shard: int) -> Iterator[tuple[Entry, np.ndarray | None]]:
+        """The crops of a shard, see `_crops`; records are decoded in threads."""
         data, records = self.config.data, self.manifest.range(shard)
         ahead = max(data.threads, 2 * self._batch // self.manifest.crops) if data.threads else 0
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead)
         wanted = grain.MapDataset.range(records.start, records.stop).map(lambda i: self._crops(int(i)))
         with contextlib.closing(iter(wanted.to_iter_dataset(options))) as found:
-            yield from found
+            yield from itertools.chain.from_iterable(found)
 
     def _encoder(self):
         """A function: uint8 [B, S, S, 3] on the host -> moments on the devices, while the host goes on."""
@@ -188,10 +167,10 @@ class Builder:
 
     def _entries(self, shard: int) -> Iterator[Entry]:
         """The entries of a shard. Batches do not cross shards, so that a shard is the same whenever it is made."""
-        crops, shape = self.manifest.crops, (self._batch, self._latents.size, self._latents.size, 3)
+        size, crops = self._latents.size, self._read(shard)
         pending: list[tuple] = []  # (rows, moments on the devices): one batch is encoded while the next is decoded.
-        for rows in _batches(_flat(self._read(shard), crops), self._batch):
-            images = np.zeros(shape, np.uint8)
+        while rows := list(itertools.islice(crops, self._batch)):
+            images = np.zeros((self._batch, size, size, 3), np.uint8)
             for i, (_, image) in enumerate(rows):
                 if image is not None:
                     images[i] = image
@@ -234,19 +213,3 @@ class Builder:
         distributed.check_same({"the cache": m.fingerprint})  # All are done.
         broken = f"; {self._broken.count} broken images have none" if self._broken.count else ""
         say(f"done{broken}; train with --config.data.latents={self.folder}")
-
-
-def _flat(records: Iterator[Crops], crops: int) -> Iterator[tuple[Entry, np.ndarray | None]]:
-    """(entry without moments, its image) of each crop; the image is None where the record is broken."""
-    for r in records:
-        for k in range(crops):
-            if r.boxes:
-                yield Entry(r.record, k, r.image_crc, r.boxes[k], None), r.images[k]
-            else:
-                yield Entry(r.record, k, 0, (0, 0, 0, 0), None), None
-
-
-def _batches(items: Iterator, size: int) -> Iterator[list]:
-    """Lists of `size` items; the last one may be shorter."""
-    while batch := list(itertools.islice(items, size)):
-        yield batch
