@@ -3,14 +3,12 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diva_jax.common.errors import UserError
 from diva_jax.common.fields import Rule, above, below, between, field, is_regex, one_of
 from diva_jax.objectives import Pace, Stage
 
@@ -86,47 +84,28 @@ def learning_rate(stage: Stage, numbers: Pace) -> optax.Schedule:
     return rate
 
 
-def _scale_by_name(scales: Mapping[str, float]) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, _: {n: u * scales[n] for n, u in updates.items()})
-
-
-def _decay_mask(config) -> Callable[[Mapping[str, jax.Array]], dict[str, bool]]:
-    """Weight decay reaches matrices and convolutions, and with `decay_all` biases, norms and embeddings of one axis.
-
-    It reaches no parameter whose whole name matches `no_decay`.
-    """
-    try:
-        spared = re.compile(config.no_decay)
-    except re.error as e:
-        raise UserError(f"config.optim.no_decay={config.no_decay!r} is no regular expression ({e})") from e
-
-    def mask(params):
-        return {n: (config.decay_all or p.ndim > 1) and not spared.fullmatch(n) for n, p in params.items()}
-
-    return mask
-
-
 def optimizer(config, lr: optax.Schedule, scales: Mapping[str, float]) -> optax.GradientTransformation:
     """The optax chain: clip by global norm, SGD with momentum or AdamW, per-parameter scale.
+
+    Weight decay reaches matrices and convolutions, and with `decay_all` biases, norms and embeddings of one axis, but
+    no parameter whose whole name matches `no_decay`.
 
     Args:
       config: `config.optim`.
       lr: learning rate by step of the stage; the optimizer's state does not depend on it.
       scales: name -> learning-rate scale, for the trained parameters.
-
-    Raises:
-      UserError: an unknown optimizer, or a `no_decay` that is no regular expression.
     """
-    decay, mask = config.weight_decay, _decay_mask(config)
-    if config.name == "sgd":
-        chain = [optax.add_decayed_weights(decay, mask)] if decay else []
-        chain.append(optax.sgd(lr, config.momentum or None))
-    elif config.name == "adamw":
-        chain = [optax.adamw(lr, config.b1, config.b2, config.eps, weight_decay=decay, mask=mask)]
+    decay, spared = config.weight_decay, re.compile(config.no_decay)
+
+    def mask(params):
+        return {n: (config.decay_all or p.ndim > 1) and not spared.fullmatch(n) for n, p in params.items()}
+
+    chain = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    if config.name == "adamw":
+        chain.append(optax.adamw(lr, config.b1, config.b2, config.eps, weight_decay=decay, mask=mask))
     else:
-        raise UserError(f"config.optim.name={config.name!r}: use sgd or adamw")
-    if config.clip:
-        chain.insert(0, optax.clip_by_global_norm(config.clip))
+        chain += [optax.add_decayed_weights(decay, mask)] if decay else []
+        chain.append(optax.sgd(lr, config.momentum or None))
     if any(s != 1 for s in scales.values()):
-        chain.append(_scale_by_name(scales))
+        chain.append(optax.stateless(lambda updates, _: {n: u * scales[n] for n, u in updates.items()}))
     return optax.chain(*chain)

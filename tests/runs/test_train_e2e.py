@@ -14,7 +14,7 @@ import small
 from e2e_config import get_config
 from places import SUPPORT
 
-from diva_jax.common.errors import RunError
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.training import checkpoint
 from diva_jax.training.loop import Run
 
@@ -118,28 +118,36 @@ def test_not_finite_stops_with_the_step_and_keeps_the_last_checkpoint(files, tmp
 
 
 BAD = {
-    "unknown field": (["--config.optim.lrr=1"], "lrr"),
-    "wrong type": (["--config.optim.lr=fast"], "config.optim.lr"),
-    "missing data": (["--config.data.path=nowhere"], "config.data.path"),
-    "empty data": (["--config.data.path={empty}"], "config.data.path"),
-    "another run's workdir": (["--workdir={whole}", "--config.optim.lr=1.0"], "optim.lr"),
-    "batch and devices": (["--config.batch_size=9"], "config.batch_size=9"),
-    "another architecture": (["--config.backbone.layers=3"], "layers is 2 there and 3 in the config"),
-    "another U-Net": (["--config.diffusion.unet.cross_attention_dim=32"], "diffusion.unet"),
-    "idle pattern": (["--config.trainable=(('vision/.*',1.0),('typo/.*',1.0),('.*',0.0))"], "'typo/.*'"),
-    "no config": (["--config=nothing.py"], "nothing.py"),
-    "missing weights": (["--config.backbone.source=nowhere"], "config.backbone.source"),
-    "unknown objective": (["--config.objective=dvia"], "diva"),
+    "missing data": ({"data.path": "nowhere"}, "config.data.path"),
+    "empty data": ({"data.path": "{empty}"}, "config.data.path"),
+    "batch and devices": ({"batch_size": 9}, "config.batch_size=9"),
+    "another architecture": ({"backbone.layers": 3}, "layers is 2 there and 3 in the config"),
+    "another U-Net": ({"diffusion.unet.cross_attention_dim": 32}, "diffusion.unet"),
+    "idle pattern": ({"trainable": (("vision/.*", 1.0), ("typo/.*", 1.0), (".*", 0.0))}, "'typo/.*'"),
+    "missing weights": ({"backbone.source": "nowhere"}, "config.backbone.source"),
+    "another run's workdir": ({"optim.lr": 1.0}, "optim.lr"),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(files, uninterrupted, tmp_path, what):
-    arguments, named = BAD[what]
+def test_bad_input_is_refused_before_anything_is_written(files, uninterrupted, tmp_path, what):
+    fields, named = BAD[what]
     (tmp_path / "empty").mkdir()
-    fields = {"empty": tmp_path / "empty", "whole": uninterrupted[0]}
+    c = get_config(str(files))
+    c.accum = 1 if what != "another run's workdir" else c.accum  # This process has eight devices.
+    for name, value in fields.items():
+        value = value.format(empty=tmp_path / "empty") if isinstance(value, str) else value
+        c.update_from_flattened_dict({name: value})
+    workdir = uninterrupted[0] if what == "another run's workdir" else tmp_path / "new"
     before = sorted(uninterrupted[0].rglob("*"))
-    error = commands.refusal(start(files, tmp_path / "new", *(a.format(**fields) for a in arguments)))
-    assert named in error
+    with pytest.raises(UserError, match=re.escape(named)):
+        Run(c, workdir).run()
     assert not (tmp_path / "new" / "checkpoints").exists()
     assert sorted(uninterrupted[0].rglob("*")) == before
+
+
+@pytest.mark.parametrize("flag", ["--config.optim.lrr=1", "--config.optim.lr=fast", "--config=nothing.py"])
+def test_wrong_flags_are_one_line_and_exit_code_2(files, tmp_path, flag):
+    name = flag.removeprefix("--").partition("=")[0].removeprefix("config.")
+    assert (name if name != "config" else "nothing.py") in commands.refusal(start(files, tmp_path / "new", flag))
+    assert not (tmp_path / "new").exists()

@@ -96,9 +96,16 @@ def test_anchor_is_zero_at_the_start():
 
 
 def test_average_is_the_recursion_across_stages():
-    """In numpy, from the first values on; what the first stage does not train stays bit-identical in it."""
+    """In numpy, from the first values on; what the first stage does not train stays bit-identical."""
     c = small.small_config(steps=3, condition__warmup_steps=2, ema__decay=0.75, optim__warmup=0.0)
-    _, states, _ = run(c, 4)
+    _, states, p = run(c, 4)
+    assert [s.name for s in p.stages] == ["visual_proj", "tune"] and int(states[4]["step"]) == 4
+    params = [state["params"] for state in states]
+    assert {n for n, a in params[2].items() if not np.array_equal(a, params[0][n])} == {
+        "visual_proj/kernel",
+        "visual_proj/bias",
+    }
+    assert all(not np.array_equal(a, params[0][n]) for n, a in params[4].items())
     want = {n: a.astype(np.float64) for n, a in states[0]["params"].items()}
     for i, state in enumerate(states):
         if i:
