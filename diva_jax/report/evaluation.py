@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from diva_jax.common.results_schema import Comparison, Difference, Metric, Results, Score, Task
+from diva_jax.common.results_schema import Comparison, Difference, Metric, Score, Task
 from diva_jax.report import alarms, images, wording
 from diva_jax.report.charts import Row, Series, bars, points
 from diva_jax.report.figures import Chart, colour_role, in_pairs
@@ -59,7 +59,7 @@ def _without_equal_readouts(task: Task) -> Task:
     return task.model_copy(update={"metrics": metrics})
 
 
-def findings(results: Results | Evaluation) -> list[Finding]:
+def findings(results: Evaluation) -> list[Finding]:
     """Returns the main results as sentences, in order of importance.
 
     These are the differences with an interval in each task's first metric, the last weights first. If there are two

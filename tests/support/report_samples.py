@@ -65,6 +65,19 @@ def flips(images):
     return out
 
 
+def task(title, titles, weights, compared=None, count=256, items="images", unit="%", **metric):
+    """A task with a score per title; `compared` are the scores of the comparison, if there is one."""
+    return {
+        "title": title,
+        "data": f"/data/{title}",
+        "count": count,
+        "items": items,
+        "metrics": {m: {"title": t, "unit": unit, **metric} for m, t in titles.items()},
+        "weights": weights,
+        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": compared}] if compared else [],
+    }
+
+
 def mmvp_task(images):
     """Both readouts, nine patterns, pairs that flipped both ways; the pooled gain is beyond its interval."""
     weights = {}
@@ -76,30 +89,16 @@ def mmvp_task(images):
     published = {"difference": 1.4, "interval": [-2.2, 5.0], "mcnemar": {"won": 7, "lost": 5, "p": 0.774}}
     scores = {"pooled": pooled, "published": published}
     titles = {"pooled": "pooled embedding", "published": "published readout, cls + mean(random 76), l2"}
-    return {
-        "title": "MMVP-VLM",
-        "data": "/data/MMVP_VLM",
-        "count": 135,
-        "items": "pairs",
-        "metrics": {m: {"title": t, "unit": "%"} for m, t in titles.items()},
-        "weights": weights,
-        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": scores, "flipped": flips(images)}],
-    }
+    out = task("MMVP-VLM", titles, weights, scores, 135, "pairs")
+    out["comparisons"][0]["flipped"] = flips(images)
+    return out
 
 
 def zeroshot_task():
     """The task writes the number of classes beside the scores."""
     weights = {w: {"scores": {"acc1": score(s, 0.4)}, "classes": 3} for w, s in ((BEFORE, 75.5), (AFTER, 75.4))}
     difference = {"difference": -0.1, "interval": [-0.2, 0.0], "mcnemar": {"won": 900, "lost": 950, "p": 0.25}}
-    return {
-        "title": "Zero-shot classification",
-        "data": "/data/imagenet",
-        "count": 50000,
-        "items": "images",
-        "metrics": {"acc1": {"title": "accuracy @1", "unit": "%", "better": "higher"}},
-        "weights": weights,
-        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": {"acc1": difference}}],
-    }
+    return task("Zero-shot classification", {"acc1": "accuracy @1"}, weights, {"acc1": difference}, 50000)
 
 
 def retrieval_task():
@@ -109,15 +108,7 @@ def retrieval_task():
         for w, shift in ((BEFORE, 0.0), (AFTER, -0.31))
     }
     differences = {m: {"difference": -0.31, "interval": [-0.55, -0.07], "mcnemar": None} for m in names}
-    return {
-        "title": "Retrieval",
-        "data": "/data/coco",
-        "count": 5000,
-        "items": "images",
-        "metrics": {m: {"title": m.replace("_", " "), "unit": "%"} for m in names},
-        "weights": weights,
-        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": differences}],
-    }
+    return task("Retrieval", {m: m.replace("_", " ") for m in names}, weights, differences, 5000)
 
 
 def feedback_task():
@@ -141,35 +132,20 @@ def feedback_task():
             bins.append({"low": low, "high": low + 100, "scores": scores})
         scores = {"loss_own": score(0.2043, 0.004), "gap_other": score(gap, 0.0005), "gap_text": score(2 * gap, 0.0002)}
         weights[w] = {"scores": scores, "timesteps": bins}
-    return {
-        "title": "Diffusion feedback",
-        "data": "/data/images",
-        "count": 256,
-        "items": "images",
-        "metrics": {
-            m: {"title": t, "unit": "", "better": "lower" if m == "loss_own" else "higher"} for m, t in titles.items()
-        },
-        "weights": weights,
-        "comparisons": [],
-    }
+    out = task("Diffusion feedback", titles, weights, unit="", better="higher")
+    out["metrics"]["loss_own"]["better"] = "lower"
+    return out
 
 
 def drift_task(ranks=(231.4, 198.2), cosine=0.9731):
-    return {
-        "title": "Drift",
-        "data": "/data/images",
-        "count": 256,
-        "items": "images",
-        "metrics": {
-            "effective_rank": {"title": "effective rank", "unit": "", "better": "higher"},
-            "cosine": {"title": "cosine similarity of tuned and original", "unit": "", "better": ""},
-        },
-        "weights": {
-            w: {"scores": {"effective_rank": {"score": r, "interval": None}}}
-            for w, r in zip((BEFORE, AFTER), ranks, strict=True)
-        },
-        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": {"cosine": score(cosine, 0.002)}}],
+    weights = {
+        w: {"scores": {"effective_rank": {"score": r, "interval": None}}}
+        for w, r in zip((BEFORE, AFTER), ranks, strict=True)
     }
+    titles = {"effective_rank": "effective rank", "cosine": "cosine similarity of tuned and original"}
+    out = task("Drift", titles, weights, {"cosine": score(cosine, 0.002)}, unit="", better="higher")
+    out["metrics"]["cosine"]["better"] = ""
+    return out
 
 
 def encoded_map(numbers):
@@ -192,15 +168,8 @@ def segmentation_task(images):
         classes = [{"name": n, "iou": 20.0} for n in names]
         weights[w] = {"scores": {"miou": score(spread, 2.0)}, "classes": classes, "pictures": pictures}
     difference = {"difference": 1.9, "interval": [1.1, 2.7], "mcnemar": None}
-    return {
-        "title": "Open-vocabulary segmentation",
-        "data": "/data/VOC2012",
-        "count": 1449,
-        "items": "images",
-        "metrics": {"miou": {"title": "PASCAL VOC, mIoU", "unit": "%", "better": "higher"}},
-        "weights": weights,
-        "comparisons": [{"before": BEFORE, "after": AFTER, "scores": {"miou": difference}}],
-    }
+    titles = {"miou": "PASCAL VOC, mIoU"}
+    return task("Open-vocabulary segmentation", titles, weights, {"miou": difference}, 1449, better="higher")
 
 
 def write_evaluation(folder, images, source="runs/vitl14", **tasks):
