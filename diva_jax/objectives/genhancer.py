@@ -201,7 +201,7 @@ class GenHancerDraws(NamedTuple):
     noise: Array
 
 
-class Projector(nnx.Module):
+class EmbeddingProjector(nnx.Module):
     """LayerNorm, linear, exact GELU, linear: [B, d] -> [B, n]."""
 
     def __init__(self, d: int, n: int, layers: Layers):
@@ -233,8 +233,8 @@ class Objective(contract.Objective):
         trains_generator = self.options.stage1_steps or self.options.stage2 == ALL
         held = jnp.float32 if trains_generator else jnp.dtype(config.frozen_dtype)
         layers, f = Layers(rngs, dtype, held), self.flow_config
-        self.project_clip = Projector(self.spec.embed_dim, f.vector_dim, layers)
-        self.project_t5 = Projector(self.spec.embed_dim, f.text_dim, layers)
+        self.project_clip = EmbeddingProjector(self.spec.embed_dim, f.vector_dim, layers)
+        self.project_t5 = EmbeddingProjector(self.spec.embed_dim, f.text_dim, layers)
         self.denoiser = flow.Flow(f, rngs=rngs, dtype=dtype, param_dtype=held, remat=config.remat == "all")
         self.latent_source = LatentSource(
             self.vae_config,

@@ -127,7 +127,7 @@ class UnclipDraws(NamedTuple):
     keep: Array
 
 
-class Statistics(nnx.Module):
+class EmbeddingStatistics(nnx.Module):
     """Mean and standard deviation of image embeddings, [1, d] each; 0 and 1 until they are loaded."""
 
     def __init__(self, d: int):
@@ -144,7 +144,7 @@ class Objective(StableDiffusionObjective):
         self.vision = contract.vision_tower(config, self.spec, rngs)
         self.build_generator(config, rngs)
         if self.options.uses_statistics:
-            self.image_normalizer = Statistics(self.spec.embed_dim)
+            self.image_normalizer = EmbeddingStatistics(self.spec.embed_dim)
 
     def pretrained(self) -> Mapping[str, parts.Part]:
         """All; the statistics where they are used."""

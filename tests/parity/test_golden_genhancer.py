@@ -51,8 +51,8 @@ def generator(rng):
     """(tensors under our names, arrays under the files' names) of projectors and denoiser."""
     layers = Layers(Keys(4))
     parts = {
-        "project_clip": (objective.Projector(48, 28, layers), flux.PROJECTOR),
-        "project_t5": (objective.Projector(48, 36, layers), flux.PROJECTOR),
+        "project_clip": (objective.EmbeddingProjector(48, 28, layers), flux.PROJECTOR),
+        "project_t5": (objective.EmbeddingProjector(48, 36, layers), flux.PROJECTOR),
         "denoiser": (flow.Flow(FLOW, rngs=Keys(5)), flux.DENOISER),
     }
     ours, theirs = {}, {}

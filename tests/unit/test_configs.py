@@ -1,13 +1,11 @@
 """Every config file builds under eval_shape and has the published values."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import pytest
 from places import ROOT
 
 from diva_jax import config
+from diva_jax.common import config_files
 from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
 from diva_jax.models.layers import abstract
@@ -17,54 +15,41 @@ from diva_jax.training import partition, sharding
 from diva_jax.training.step import Program
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
-# Objective of the other configs, by the beginning of their names -> what it trains.
+NAMES = [f.stem for f in FILES if not f.stem.startswith("genhancer")] + ["kuea_vitl14:faithful"]
+# What the objectives without a U-Net train.
 OTHERS = {"kuea": {"vision", "kernel_params"}, "smartclip": {"vision", "text", "mask_net"}}
-DIVA = [f for f in FILES if not f.stem.startswith((*OTHERS, "genhancer"))]
 
 
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(name: str):
+    return config_files.read(ROOT / "configs" / name)
 
 
 def test_all_eight_rows_have_a_config():
     assert set(backbones.TABLE) <= {f.stem for f in FILES}
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.stem.startswith(tuple(OTHERS))], ids=lambda p: p.stem)
-def test_config_of_another_objective_builds_as_shapes(path):
-    module = load(path)
-    assert f"python -m diva_jax.main --config=configs/{path.name}" in module.__doc__
-    for arg in (None, "faithful") if path.stem.startswith("kuea") else (None,):
-        c = module.get_config(arg)
-        config.validate(c, 16)  # a v5e:4x4
-        p = Program(c, sharding.make_mesh(c.mesh, jax.devices()[:1]))
-        objective = path.stem.split("_")[0]
-        gone = {"kernel_params"} if arg else set()
-        assert c.objective == objective and {n.split("/")[0] for n in p.trained} == OTHERS[objective] - gone
-        p.towers  # noqa: B018 - those of config.backbone.
-        assert p.objective.flops() > 0
-
-
-@pytest.mark.parametrize("path", DIVA, ids=lambda p: p.stem)
-def test_config_builds_as_shapes(path):
-    module = load(path)
-    assert "python -m diva_jax.main --config=configs/" in module.__doc__
-    c = module.get_config()
-    config.validate(c, 1 if path.stem == "tiny" else 16)  # a v5e:4x4
+@pytest.mark.parametrize("name", NAMES)
+def test_config_builds_as_shapes(name):
+    stem, _, variant = name.partition(":")
+    text = (ROOT / "configs" / f"{stem}.py").read_text()
+    assert "python -m diva_jax.main --config=configs/" in text.split('"""')[1]
+    c = load(f"{stem}.py:{variant}")
+    config.validate(c, 1 if stem == "tiny" else 16)  # a v5e:4x4
     c.mesh.fsdp = 1
     p = Program(c, sharding.make_mesh(c.mesh, jax.devices()[:1]))
     spec = backbones.spec_of(c)
-    if path.stem in backbones.TABLE:
-        assert spec == backbones.TABLE[path.stem]
+    if stem in backbones.TABLE:
+        assert spec == backbones.TABLE[stem]
     assert "total" in partition.summary(p.arrays, p.trained)
     # 865.9 M: the U-Net of Stable Diffusion 2.1-base; the others are the encoder of the VAE.
     unet = sum(a.size for n, a in p.arrays.items() if n.startswith("unet/"))
     trained = {n.split("/")[0] for n in p.trained}
+    if c.objective in OTHERS:
+        assert stem.startswith(c.objective) and trained == OTHERS[c.objective] - (
+            {"kernel_params"} if variant else set()
+        )
     if c.objective in ("diva", "dcr"):
-        assert path.stem in ("tiny", "world") or unet == 865_910_724
+        assert stem in ("tiny", "world") or unet == 865_910_724
         projection, weight = {"diva": ("visual_proj", "kernel"), "dcr": ("projector", "fc1/kernel")}[c.objective]
         assert trained == {"vision", projection}
         shape = p.arrays[f"{projection}/{weight}"].shape
@@ -92,7 +77,7 @@ def test_tokens_of_the_eight_conditions():
 
 def test_what_is_known_of_un2clip():
     for name, tera in (("unclip_vitl14", 7.99), ("unclip_h14", 8.51)):
-        c = load(FILES[0].with_name(f"{name}.py")).get_config()
+        c = load(f"{name}.py")
         assert (c.optim.name, c.optim.lr, c.batch_size, c.diffusion.prompt) == ("adamw", 3e-7, 32, "")
         assert c.data.image_size == 8 * c.diffusion.unet.sample_size == 768
         counted = abstract(lambda rngs, c=c: unclip.Objective(c, rngs=rngs)).flops()
@@ -100,19 +85,19 @@ def test_what_is_known_of_un2clip():
 
 
 def test_published_recipe():
-    c = load(DIVA[0].with_name("vitl14.py")).get_config()
+    c = load("vitl14.py")
     o = c.optim
     assert (o.name, o.lr, o.momentum, o.weight_decay, o.clip) == ("sgd", 1e-4, 0.9, 0.0, 1.0)
     assert (c.batch_size, c.steps, c.diva.draws, c.data.image_size, c.dtype) == (640, 4600, 2, 512, "bfloat16")
     free = {"draws": 2, "first_timestep": 0, "end_timestep": 0, "condition_of": "own"}
     assert {k: v for k, v in c.diva.items() if v != "exact"} == free
-    faithful = load(DIVA[0].with_name("vitl14.py")).get_config("faithful")
+    faithful = load("vitl14.py:faithful")
     assert {k: v for k, v in faithful.diva.items() if v != "faithful"} == free
 
 
 def test_unknown_variants_are_refused():
     for name in ("vitl14", "kuea_vitl14", "unclip_h14"):
         with pytest.raises(UserError, match="no variant 'faithfull': write exact or faithful"):
-            load(ROOT / "configs" / f"{name}.py").get_config("faithfull")
+            load(f"{name}.py:faithfull")
     with pytest.raises(UserError, match="config.objective=unclip has no faithful variant"):
-        load(ROOT / "configs" / "unclip_h14.py").get_config("faithful")
+        load("unclip_h14.py:faithful")
