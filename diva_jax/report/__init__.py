@@ -15,6 +15,7 @@ from etils import epath
 
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError
+from diva_jax.report import inputs
 
 
 def _file_names(names: Iterable[str]) -> list[str]:
@@ -41,10 +42,10 @@ def write(folder: epath.PathLike) -> list[epath.Path]:
     Raises:
       UserError: there is nothing to report on, a file is invalid, or the folder is not writable.
     """
-    # Imported here, because matplotlib is slow to import.
-    from diva_jax.report import inputs, page
-
     content = inputs.read(folder)
+    # Imported here, because matplotlib and jax are slow to import.
+    from diva_jax.report import page
+
     body = page.sections(content)
     charts = page.charts(body)
     target, images = content.folder / "report.html", content.folder / "report"

@@ -49,7 +49,7 @@ def places(values: Iterable[float | None], unit: str) -> int | None:
     """Returns the decimals with which all numbers of a row are written, so that they can be compared digit by digit.
 
     Args:
-      values: the scores, differences and ends of intervals of the row; None and values that are not finite are ignored.
+      values: the scores, differences and ends of intervals of the row; None is ignored.
       unit: "%" has one decimal; other units as many as give the largest value three significant digits.
 
     Returns:
@@ -57,22 +57,22 @@ def places(values: Iterable[float | None], unit: str) -> int | None:
     """
     if unit == "%":
         return 1
-    sizes = [abs(v) for v in values if v is not None and math.isfinite(v) and v]
-    if not sizes:
+    largest = max((abs(v) for v in values if v is not None), default=0)
+    if not largest:
         return 0
-    decimals = max(0, 2 - math.floor(math.log10(max(sizes))))
+    decimals = max(0, 2 - math.floor(math.log10(largest)))
     return decimals if decimals <= _MAX_DECIMALS else None
 
 
 def number(value: float | None, unit: str, decimals: int | None = None) -> str:
-    """Formats a score; a dash for None or a value not finite.
+    """Formats a score; a dash for None.
 
     Args:
       value: the score.
       unit: "%" has one decimal, others have three significant digits, where `decimals` is None.
       decimals: the number of decimals, see `places`.
     """
-    if value is None or not math.isfinite(value):
+    if value is None:
         return DASH
     decimals = 1 if unit == "%" else decimals
     if decimals is None:

@@ -340,7 +340,7 @@ def test_wording():
         "0", "4,600", "0.25", "0.0001", "−2.5e−7", "12,346", "1000",
     ]  # fmt: skip
     assert wording.number(25.926, "%") == "25.9" and wording.number(0.2, "") == "0.200"
-    assert wording.number(None, "%") == "–" and wording.number(float("nan"), "") == "–"
+    assert wording.number(None, "%") == "–"
     assert wording.signed(-0.31, "%") == "−0.3" and wording.signed(6.667, "%") == "+6.7"
     assert [wording.excludes_zero(e) for e in ([-1, 1], [0.0, 2.0], [0.1, 2], [-2, -1], None)] == [
         False, False, True, True, None,
