@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo check test attack slow margins lint clean
+.PHONY: help demo check test attack slow margins size lint clean
 
 help:  ## prints this list
 	@grep -hE "^[a-z]+:.*## " $(MAKEFILE_LIST) | sed -E "s/^([a-z]+):.*## /make \1\t/"
@@ -29,6 +29,9 @@ slow: $(VENV)/test.stamp  ## full sweeps and full sizes: hours
 
 margins: $(VENV)/test.stamp  ## numerical tests under five instruction sets: error / bound of what is near its bound
 	$(RUN) tests/support/margins.py -n 2 --dist loadfile
+
+size:  ## lines of code and what shall exist once, beside their marks
+	@$(PYTHON) bench/size.py
 
 lint: $(VENV)/test.stamp  ## style and formatting
 	$(RUN) -m ruff check .
