@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import threading
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from diva_jax.common.errors import UserError
+from diva_jax.data import files
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 RESIZE_MODES = ("shortest", "squash")
@@ -95,6 +97,19 @@ def open_image(data: bytes, name: str, rgb: bool = False) -> Image.Image:
         return decode(data, rgb)
     except Exception as e:  # See `decode`.
         raise UserError(f"the image {name} cannot be read ({e}): fetch it again") from e
+
+
+def read_file(path: str | os.PathLike, rgb: bool = False) -> Image.Image:
+    """`open_image` of a file on this machine or behind a scheme.
+
+    Raises:
+      UserError: it is no regular file, cannot be read or is larger than any image, or cannot be decoded.
+    """
+    try:
+        data = files.read_image(os.fspath(path))
+    except (OSError, ValueError) as e:
+        raise UserError(f"the image {path} cannot be read ({getattr(e, 'strerror', None) or e}): fetch it again") from e
+    return open_image(data, os.fspath(path), rgb)
 
 
 def _shortest(image: Image.Image, size: int, filter: Image.Resampling) -> Image.Image:

@@ -6,7 +6,7 @@ A broken image or row is an error here, since every image counts in a score; the
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -14,7 +14,7 @@ from PIL import Image
 from diva_jax.common.errors import UserError, brief
 from diva_jax.data import files, texts
 from diva_jax.data import tars as shards
-from diva_jax.data.images import open_image
+from diva_jax.data.images import open_image, read_file
 from diva_jax.data.tfds_source import TfdsSource
 
 _LAYOUT = "PATH/test/0.tar, 1.tar, ... as clip_benchmark_export_wds writes them"
@@ -157,13 +157,29 @@ def image_files(paths: Sequence[Path], targets: Sequence, root: Path, rgb: bool 
       **kw: further fields of `Images`.
     """
 
-    def read(i: int) -> Image.Image:
-        try:
-            return open_image(paths[i].read_bytes(), str(paths[i]), rgb=rgb)
-        except OSError as e:
-            raise UserError(f"the image {paths[i]} cannot be read ({e.strerror}): fetch it again") from e
+    names = [os.path.relpath(p, root) for p in paths]
+    return Images(names, lambda i: read_file(paths[i], rgb), targets, **kw)
 
-    return Images([os.path.relpath(p, root) for p in paths], read, targets, **kw)
+
+def in_folders(root: Path, labels: Mapping[str, int], **kw) -> Images:
+    """All images below some folders of a root.
+
+    Args:
+      root: the folder of the folders.
+      labels: name of a folder -> label of its images.
+      **kw: further fields of `Images`.
+
+    Raises:
+      UserError: a folder has no image.
+    """
+    paths, targets = [], []
+    for name, label in labels.items():
+        images = folder_images(root / name)
+        if not images:
+            raise UserError(f"{root / name} has no image in it: fetch its images, or remove the folder")
+        paths += images
+        targets += [label] * len(images)
+    return image_files(paths, targets, root, **kw)
 
 
 def class_folders(root: Path) -> Images:
@@ -174,18 +190,11 @@ def class_folders(root: Path) -> Images:
     Raises:
       UserError: no folders, or a folder without an image.
     """
-    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if not folders:
+    names = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if not names:
         raise UserError(f"{root} has neither tar shards nor a folder of images for each class: give one that has")
-    paths, labels = [], []
-    for label, folder in enumerate(folders):
-        images = folder_images(folder)
-        if not images:
-            raise UserError(f"{folder} has no image in it: remove the folder or fetch its images")
-        paths.extend(images)
-        labels.extend([label] * len(images))
-    classes = lines(root / "classnames.txt") or [f.name for f in folders]
-    return image_files(paths, labels, root, classes=classes, templates=lines(root / _TEMPLATES))
+    labels = {name: label for label, name in enumerate(names)}
+    return in_folders(root, labels, classes=lines(root / "classnames.txt") or names, templates=lines(root / _TEMPLATES))
 
 
 def caption_csv(path: Path) -> Images:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import field, one_of
-from diva_jax.data.images import open_image
+from diva_jax.data.images import read_file
 from diva_jax.evals import Settings, choice_sets, encode
 from diva_jax.evals.choice_layouts import Item
 from diva_jax.evals.choice_sets import Metric
@@ -121,7 +121,7 @@ class Choice(ItemTask):
 
     def _read(self, i: int) -> Image.Image:
         region = self.images[i]
-        image = open_image(region.path.read_bytes(), str(region.path), rgb=True)
+        image = read_file(region.path, rgb=True)
         return image.crop(region.box) if region.box else image
 
     def answer(self, model):

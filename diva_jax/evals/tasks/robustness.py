@@ -44,18 +44,6 @@ def wnids() -> list[str]:
     return json.loads(_WNIDS.read_text("utf-8"))
 
 
-def _images(root: Path, folders: Mapping[str, int], classes: list[str]) -> labelled.Images:
-    """The images of these folders, folder name -> label."""
-    paths, labels = [], []
-    for folder, label in folders.items():
-        files = labelled.folder_images(root / folder)
-        if not files:
-            raise UserError(f"{root / folder} has no image in it: fetch its images, or remove the folder")
-        paths += files
-        labels += [label] * len(files)
-    return labelled.image_files(paths, labels, root, classes=classes)
-
-
 def _subset(root: Path, by_folder: Mapping[str, int], what: str) -> labelled.Images:
     """Images in folders that name classes of ImageNet, folder name -> ImageNet's label; `what` is such a name.
 
@@ -66,7 +54,8 @@ def _subset(root: Path, by_folder: Mapping[str, int], what: str) -> labelled.Ima
         raise UserError(f"{root / strange[0]} is not named after {what}: remove it, or give the set's folder")
     order = sorted(names, key=by_folder.__getitem__)
     every = zeroshot.imagenet("classes")
-    return _images(root, {name: i for i, name in enumerate(order)}, [every[by_folder[n]] for n in order])
+    labels = {name: i for i, name in enumerate(order)}
+    return labelled.in_folders(root, labels, classes=[every[by_folder[n]] for n in order])
 
 
 def by_wnid(root: Path) -> labelled.Images:
@@ -100,7 +89,8 @@ def objectnet(root: Path) -> labelled.Images:
         raise UserError(
             f"{root}/images has none of the {len(overlap)} folders that are classes of ImageNet: fetch them"
         )
-    images = _images(root / "images", {f: i for i, f in enumerate(there)}, [title_of[f].lower() for f in there])
+    labels = {folder: i for i, folder in enumerate(there)}
+    images = labelled.in_folders(root / "images", labels, classes=[title_of[f].lower() for f in there])
 
     def read(i: int) -> Image.Image:
         image = images.read(i)

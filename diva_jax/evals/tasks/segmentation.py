@@ -16,7 +16,7 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import above, at_least, below, field, one_of
-from diva_jax.data.images import open_image
+from diva_jax.data.images import read_file
 from diva_jax.evals import Outcome, Settings, Task, encode, segmentation_sets, stats
 from diva_jax.evals.items import set_and_folder
 from diva_jax.evals.segmentation_sets import SETS
@@ -171,7 +171,7 @@ class Segmentation(Task):
         path = self.pairs[i][0]
         h, w = self.sizes[i]
         filter = Image.Resampling[self.interpolation.upper()]
-        return np.asarray(open_image(path.read_bytes(), str(path), rgb=True).resize((w, h), filter))
+        return np.asarray(read_file(path, rgb=True).resize((w, h), filter))
 
     def _cut(self, n: int) -> np.ndarray:
         """Window n, uint8 [S, S, 3]."""

@@ -95,18 +95,9 @@ def test_thin_images_still_give_a_box():
 @pytest.mark.parametrize(
     "form, mode",
     [
-        ("JPEG", "RGB"),
-        ("JPEG", "L"),
-        ("JPEG", "CMYK"),
-        ("PNG", "RGB"),
-        ("PNG", "RGBA"),
-        ("PNG", "LA"),
-        ("PNG", "L"),
-        ("PNG", "P"),
-        ("PNG", "1"),
-        ("PNG", "I;16"),
-        ("WEBP", "RGB"),
-        ("WEBP", "RGBA"),
+        *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
+        *(("PNG", mode) for mode in ("RGB", "RGBA", "LA", "L", "P", "1", "I;16")),
+        *(("WEBP", mode) for mode in ("RGB", "RGBA")),
     ],
 )
 def test_decode_is_pillows_convert(photographs, form, mode):

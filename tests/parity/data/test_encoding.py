@@ -42,43 +42,42 @@ def transform(spec):
     )
 
 
-def pictures() -> dict[str, Image.Image]:
+def example_images() -> dict[str, Image.Image]:
     """Photographs, every mode that is not RGB, sizes that round to either side, small and thin ones."""
-    found = {name: photograph(name) for name in PHOTOGRAPHS}
-    rgb = found["chelsea"]
-    found |= {mode: rgb.convert(mode) for mode in ("P", "LA", "RGBA", "1", "CMYK")}
-    found["alpha"] = rgb.convert("RGBA")
-    found["alpha"].putalpha(Image.linear_gradient("L").resize(rgb.size))
+    by_name = {name: photograph(name) for name in PHOTOGRAPHS}
+    rgb = by_name["chelsea"]
+    by_name |= {mode: rgb.convert(mode) for mode in ("P", "LA", "RGBA", "1", "CMYK")}
+    by_name["alpha"] = rgb.convert("RGBA")
+    by_name["alpha"].putalpha(Image.linear_gradient("L").resize(rgb.size))
     sizes = ((5, 9), (301, 37), (37, 512), (224, 224), (225, 224), (224, 227), (333, 334), (450, 449))
-    return found | {f"{w}x{h}": rgb.resize((w, h)) for w, h in sizes}
+    return by_name | {f"{w}x{h}": rgb.resize((w, h)) for w, h in sizes}
+
+
+def prepared_as(spec):
+    return spec.image_size, spec.resize_mode, spec.interpolation
 
 
 @pytest.mark.parametrize("tag", TABLE)
-def test_uint8_stage_is_bit_for_bit_open_clips(tag):
+def test_preparation_is_the_published_one(tag):
     spec = TABLE[tag]
     published = get_pretrained_cfg(spec.open_clip_name, PUBLISHED[tag])
     mode = {"bicubic": spec.interpolation, "shortest": "shortest", "squash": "squash"}
     assert spec.mean == tuple(published["mean"]) and spec.std == tuple(published["std"])
     assert spec.resize_mode == mode[published.get("resize_mode", "shortest")]
     assert spec.interpolation == published.get("interpolation", "bicubic")
-    *resize, to_tensor, normalize = transform(spec).transforms
-    for name, image in pictures().items():
+
+
+@pytest.mark.parametrize("setting", sorted({*map(prepared_as, TABLE.values()), (65, "shortest", "bilinear")}))
+def test_uint8_stage_is_bit_for_bit_open_clips(setting):
+    size, mode, interpolation = setting
+    theirs = open_clip.image_transform(size, is_train=False, resize_mode=mode, interpolation=interpolation)
+    for name, image in example_images().items():
         want = image
-        for step in resize:
+        for step in theirs.transforms[:-2]:  # Without ToTensor and Normalize.
             want = step(want)
-        got = images.prepare(image, spec.image_size, spec.resize_mode, spec.interpolation)
+        got = images.prepare(image, *setting)
         assert got.dtype == np.uint8
         np.testing.assert_array_equal(got, np.asarray(want), err_msg=name)
-
-
-def test_bilinear_too():
-    spec = {"image_size": 65, "resize_mode": "shortest", "interpolation": "bilinear"}
-    theirs = open_clip.image_transform(65, is_train=False, interpolation="bilinear", resize_mode="shortest")
-    for image in pictures().values():
-        want = image
-        for step in theirs.transforms[:-2]:
-            want = step(want)
-        np.testing.assert_array_equal(images.prepare(image, *spec.values()), np.asarray(want))
 
 
 def test_an_unknown_resize_mode_is_refused():

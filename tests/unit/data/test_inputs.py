@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
-from records import batches, encoded, noise, tags, take, write_tar
+from records import batches, encoded, tags, take, write_tar
 
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import crop, images, inputs
@@ -38,13 +38,6 @@ def captioned(tmp_path_factory):
         for i in range(7 * shard, 7 * shard + 7):
             members |= {f"{i}.png": encoded(i), f"{i}.txt": f"{i}. of {COUNT}. end".encode()}
         write_tar(folder / f"{shard}.tar", members)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def noisy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("noisy")
-    write_tar(folder / "0.tar", {f"{i}.jpg": noise(i, 64 + i, 48 + 3 * i) for i in range(9)})
     return folder
 
 

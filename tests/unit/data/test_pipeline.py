@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from records import batches, encoded, noise, tags, tags_of, take, write_shards, write_tar
+from records import batches, encoded, tags, tags_of, take, write_shards
 
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import pipeline
@@ -17,14 +17,6 @@ def tagged(tmp_path_factory):
     """24 images that encode their numbers, in three shards."""
     folder = tmp_path_factory.mktemp("tagged")
     write_shards(folder, 24, 10)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def noisy(tmp_path_factory):
-    """11 images for which every crop gives another result."""
-    folder = tmp_path_factory.mktemp("noisy")
-    write_tar(folder / "0.tar", {f"{i}.jpg": noise(i, 64 + i, 48 + 3 * i) for i in range(11)})
     return folder
 
 
