@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diva_jax.common.errors import UserError
 from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.layers import Array
 
@@ -53,23 +52,15 @@ class ScheduleConfig:
 
 
 def betas(config: ScheduleConfig) -> np.ndarray:
-    """Returns the variance of the noise added at each timestep, [T] float64.
-
-    Raises:
-      UserError: beta_schedule is unknown.
-    """
+    """Returns the variance of the noise added at each timestep, [T] float64."""
     start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.beta_schedule == "linear":
         return np.linspace(start, end, n)
     if config.beta_schedule == "scaled_linear":
         return np.linspace(start**0.5, end**0.5, n) ** 2
-    if config.beta_schedule == "squaredcos_cap_v2":
-        time = np.linspace(0, 1, n + 1)
-        remaining = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - remaining[1:] / remaining[:-1], 0.999)
-    raise UserError(
-        f"beta_schedule={config.beta_schedule!r} is unknown: use linear, scaled_linear or squaredcos_cap_v2"
-    )
+    time = np.linspace(0, 1, n + 1)
+    remaining = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - remaining[1:] / remaining[:-1], 0.999)
 
 
 def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
@@ -115,16 +106,11 @@ def target(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array
 
     Returns:
       The target, in the shape and dtype of `noise`.
-
-    Raises:
-      UserError: prediction_type is unknown.
     """
     if prediction_type == "epsilon":
         return noise
-    if prediction_type == "v_prediction":
-        signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
-        return (signal * noise - sigma * latents).astype(noise.dtype)
-    raise UserError(f"prediction_type={prediction_type!r} is unknown: use epsilon or v_prediction")
+    signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
+    return (signal * noise - sigma * latents).astype(noise.dtype)
 
 
 def denoised(noisy: Array, predicted: Array, alphas_cumprod: Array, timesteps: Array, prediction_type: str) -> Array:
@@ -138,13 +124,8 @@ def denoised(noisy: Array, predicted: Array, alphas_cumprod: Array, timesteps: A
 
     Returns:
       (zt - sqrt(1 - abar_t) eps') / sqrt(abar_t), or sqrt(abar_t) zt - sqrt(1 - abar_t) v', in the dtype of `noisy`.
-
-    Raises:
-      UserError: prediction_type is unknown.
     """
     signal, sigma = _coefficients(noisy, alphas_cumprod, timesteps)
     if prediction_type == "epsilon":
         return ((noisy - sigma * predicted) / signal).astype(noisy.dtype)
-    if prediction_type == "v_prediction":
-        return (signal * noisy - sigma * predicted).astype(noisy.dtype)
-    raise UserError(f"prediction_type={prediction_type!r} is unknown: use epsilon or v_prediction")
+    return (signal * noisy - sigma * predicted).astype(noisy.dtype)

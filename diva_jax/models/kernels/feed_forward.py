@@ -78,13 +78,7 @@ def _backward_kernel(x_ref, h_ref, dy_ref, scale_ref, w_in_ref, w_out_ref, dx_re
 
 
 def _call(kernel, name: str, tiled: list[Array], whole: list[Array], rows: list[int], epsilon: float, interpret: bool):
-    """Runs a kernel for each tile of tokens.
-
-    Args:
-      tiled: arrays of tokens, [B, channels, N].
-      whole: weights.
-      rows: channels of each result, [B, channels, N].
-    """
+    """Runs a kernel for each tile of tokens, [B, channels, N]; `rows` has the channels of each result."""
     batch, channels, n = tiled[0].shape
     most, vmem = next(TILES[limit] for limit in TILES if channels <= limit)
     size = tile(n, most)

@@ -125,12 +125,7 @@ def attend(
 
 
 def _specs(width: int, blocks: tuple[int, int], place: Callable) -> tuple[pl.BlockSpec, ...]:
-    """Tiles of queries, of keys, and of one number per query.
-
-    Args:
-      width, blocks: as in `attend`.
-      place: the last two indices of the grid -> (tile of queries, tile of keys).
-    """
+    """Tiles of queries, of keys, and of one number per query; `place` maps the last two indices of the grid to them."""
     bq, bk = blocks
     return (
         pl.BlockSpec((None, width, bq), lambda b, h, x, y: (b, h, place(x, y)[0])),

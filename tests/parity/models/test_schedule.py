@@ -104,11 +104,3 @@ def test_coefficients_are_not_rounded_to_half_precision():
 def test_refused_options_are_named(option, value):
     with pytest.raises(UserError, match=option):
         ScheduleConfig.from_dict(SD21_BASE | {option: value})
-
-
-def test_unknown_names_in_our_config():
-    latents, noise, timesteps = draws()
-    with pytest.raises(UserError, match="prediction_type='sample'"):
-        schedule.target(latents, noise, np.ones(1000, np.float32), timesteps, "sample")
-    with pytest.raises(UserError, match="beta_schedule='sigmoid'"):
-        schedule.alphas_cumprod(ScheduleConfig(beta_schedule="sigmoid"))
