@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.layers import Array
+from diva_jax.models.library_config import LibraryConfig
 
 PATH = f"{__name__}.PatchCodeConfig"  # For `config.diffusion.vae._class_name` and `config.genhancer.vae.code`.
 
@@ -61,7 +61,7 @@ class PatchCodeConfig:
           UserError: an option is unknown or impossible.
         """
         names = [f.name for f in dataclasses.fields(cls)]
-        file = ConfigFile(options, "the patch code's config")
+        file = LibraryConfig(options, "the patch code's config")
         file.check(names, {})
         config = cls(
             **{name: file.integer(name, getattr(cls, name)) for name in names[:3]},

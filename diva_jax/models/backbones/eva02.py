@@ -16,8 +16,8 @@ from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
 from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
 from diva_jax.models.backbones.shared.transformer import block_flops, blocks, patch_flops, run
-from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.layers import Layers, attention, heads
+from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Table
 
 MARK = "trunk.blocks.0.attn.q_proj.weight"
@@ -173,7 +173,7 @@ def reads_open_clip(vision_cfg: Mapping) -> bool:
     return vision_cfg.get("timm_model_name") in TIMM
 
 
-def from_open_clip(model: ConfigFile) -> dict:
+def from_open_clip(model: LibraryConfig) -> dict:
     """The fields of Spec that open_clip's model config gives the vision tower.
 
     Raises:

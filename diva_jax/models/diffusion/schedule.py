@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.layers import Array
+from diva_jax.models.library_config import LibraryConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ScheduleConfig:
         Raises:
           UserError: the schedule or the prediction type is not implemented.
         """
-        file = ConfigFile(options, "the scheduler's config")
+        file = LibraryConfig(options, "the scheduler's config")
         for name, allowed in (("trained_betas", (None,)), ("rescale_betas_zero_snr", (None, False))):
             if options.get(name) not in allowed:
                 file.refuse(name, "it is not supported: use the scheduler of a Stable Diffusion checkpoint")

@@ -9,8 +9,8 @@ from flax import nnx
 
 from diva_jax.common.errors import UserError
 from diva_jax.models.attention import attention
-from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.layers import ACTIVATIONS, Array, Layers, heads
+from diva_jax.models.library_config import LibraryConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TextEncoderConfig:
           UserError: the config is that of another model, the activation is unknown, or the width is not a multiple of
             the number of heads.
         """
-        file = ConfigFile(options, "the text encoder's config")
+        file = LibraryConfig(options, "the text encoder's config")
         file.require_class("clip_text_model", "model_type", "CLIPTextModel")
         config = cls(
             vocab_size=file.integer("vocab_size", 49408),

@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.diffusion.blocks import Downsample, ResnetBlock, Transformer, Upsample, call
 from diva_jax.models.layers import Array, Layers
+from diva_jax.models.library_config import LibraryConfig
 
 # Option -> its implemented values; diffusers' default is the first.
 _FIXED = {
@@ -114,7 +114,7 @@ class UNetConfig:
         Raises:
           UserError: an option is not implemented, or values are inconsistent.
         """
-        file = ConfigFile(options, "the U-Net's config")
+        file = LibraryConfig(options, "the U-Net's config")
         file.require_class("UNet2DConditionModel")
         file.check(_USED, _FIXED, lists=True, hint="use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint")
         channels = file.integers("block_out_channels", (320, 640, 1280, 1280))
@@ -142,7 +142,7 @@ class UNetConfig:
         return config
 
 
-def _cross(file: ConfigFile, name: str, default: tuple[bool, ...], count: int) -> tuple[bool, ...]:
+def _cross(file: LibraryConfig, name: str, default: tuple[bool, ...], count: int) -> tuple[bool, ...]:
     """Which blocks have transformers, according to their class names."""
     if name not in file.options and len(default) == count:
         return default

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.fields import Rule, between, field
-from diva_jax.models.config_file import ConfigFile
 from diva_jax.models.diffusion.blocks import ContextAttention, Downsample, ResnetBlock
 from diva_jax.models.layers import Array, Layers
+from diva_jax.models.library_config import LibraryConfig
 
 _EPSILON = 1e-6
 # Option -> its implemented values; diffusers' default is the first.
@@ -70,7 +70,7 @@ class AutoencoderConfig:
         return VAE(self, **kw)
 
     @staticmethod
-    def fields_of(file: ConfigFile) -> dict[str, Any]:
+    def fields_of(file: LibraryConfig) -> dict[str, Any]:
         """The fields of this class in a diffusers folder's `vae/config.json`."""
         file.require_class("AutoencoderKL")
         file.check(_USED, _FIXED, lists=True, hint="use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint")
@@ -121,7 +121,7 @@ class VAEConfig(AutoencoderConfig):
         Raises:
           UserError: an option is not implemented, or values are inconsistent.
         """
-        file = ConfigFile(options, "the VAE's config")
+        file = LibraryConfig(options, "the VAE's config")
         return cls(**cls.fields_of(file), use_quant_conv=file.flag("use_quant_conv", True))
 
 
@@ -156,8 +156,8 @@ class FluxVAEConfig(AutoencoderConfig):
         Raises:
           UserError: an option is not implemented, or values are inconsistent.
         """
-        shift = ConfigFile(options, "the autoencoder's config").number("shift_factor", 0.0, -1e6, 1e6)
-        file = ConfigFile({k: v for k, v in options.items() if k != "shift_factor"}, "the autoencoder's config")
+        shift = LibraryConfig(options, "the autoencoder's config").number("shift_factor", 0.0, -1e6, 1e6)
+        file = LibraryConfig({k: v for k, v in options.items() if k != "shift_factor"}, "the autoencoder's config")
         return cls(**cls.fields_of(file), shift_factor=shift)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models import backbones
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Spec, TextSpec
-from diva_jax.models.config_file import ConfigFile
+from diva_jax.models.library_config import LibraryConfig
 
 _WHERE = "open_clip's config"
 
@@ -61,15 +61,15 @@ _SIGLIP_TOKENIZERS = {
 _XLM_TOKENIZER = "facebook/xlm-v-base"
 
 
-def side(file: ConfigFile, name: str, default: int) -> int:
+def side(file: LibraryConfig, name: str, default: int) -> int:
     """The side of a square, which may come as a pair."""
     value = file.options.get(name, default)
     if isinstance(value, list | tuple) and value and value == value[:1] * len(value):
-        return ConfigFile({name: value[0]}, file.where, file.prefix).integer(name, default)
+        return LibraryConfig({name: value[0]}, file.where, file.prefix).integer(name, default)
     return file.integer(name, default)
 
 
-def activation(tower: ConfigFile, quick_gelu: bool) -> str:
+def activation(tower: LibraryConfig, quick_gelu: bool) -> str:
     """Our name of a tower's activation, a key of `layers.ACTIVATIONS`."""
     options = tower.section("act_kwargs").options
     if quick_gelu and not options:
@@ -80,14 +80,14 @@ def activation(tower: ConfigFile, quick_gelu: bool) -> str:
     return names[options.get("approximate", "none")]
 
 
-def norm_eps(tower: ConfigFile) -> float:
+def norm_eps(tower: LibraryConfig) -> float:
     """The epsilon of a tower's norms."""
     options = tower.section("norm_kwargs")
     options.check(("eps",), {})
     return options.number("eps", 1e-5, 0, 1)
 
 
-def check_timm(model: ConfigFile, fields: Mapping, **implemented: tuple) -> None:
+def check_timm(model: LibraryConfig, fields: Mapping, **implemented: tuple) -> None:
     """Checks the config of a tower that open_clip makes of a timm model.
 
     Args:
@@ -101,7 +101,7 @@ def check_timm(model: ConfigFile, fields: Mapping, **implemented: tuple) -> None
     vision = model.section("vision_cfg")
     name = vision.options["timm_model_name"]
     # An option that is left out has open_clip's default, which may not be implemented.
-    given = ConfigFile(TIMM_OPTIONS | dict(vision.options), vision.where, vision.prefix)
+    given = LibraryConfig(TIMM_OPTIONS | dict(vision.options), vision.where, vision.prefix)
     fixed = {k: (default,) for k, default in TIMM_OPTIONS.items()} | {"timm_drop_path": (None, 0)} | implemented
     read = {"timm_model_name", "image_size"} | VISION_FREE | _NOT_TIMM | set(TOWER_FIXED)
     given.check(read, fixed | {"patch_dropout": (0,)})
@@ -135,7 +135,7 @@ def timm_vision(spec: Spec, table: Mapping[str, Mapping], **options) -> dict:
     return dict(image_size=spec.image_size, timm_model_name=name, timm_model_pretrained=False, **options)
 
 
-def _tokenizer(text: ConfigFile) -> str:
+def _tokenizer(text: LibraryConfig) -> str:
     name, kwargs = text.options.get("hf_tokenizer_name") or "", text.options.get("tokenizer_kwargs") or {}
     if not isinstance(name, str):
         text.refuse("hf_tokenizer_name", "it must be a text")
@@ -150,7 +150,7 @@ def _tokenizer(text: ConfigFile) -> str:
     return "clip"
 
 
-def _text(text: ConfigFile, vision_activation: str, quick_gelu: bool) -> TextSpec:
+def _text(text: LibraryConfig, vision_activation: str, quick_gelu: bool) -> TextSpec:
     text.check(_TEXT_READ | _TEXT_FREE, _TEXT_FIXED)
     text_activation = activation(text, quick_gelu)
     pool = text.choice("pool_type", "argmax", ("argmax", "eos", "last"))
@@ -174,12 +174,12 @@ def _text(text: ConfigFile, vision_activation: str, quick_gelu: bool) -> TextSpe
     )
 
 
-def _preprocess(file: ConfigFile, default: dict) -> dict:
+def _preprocess(file: LibraryConfig, default: dict) -> dict:
     """Mean, std, resize; without a `preprocess_cfg` what all published models of the architecture use."""
     if "preprocess_cfg" not in file.options:
         return default
     given = file.section("preprocess_cfg")
-    given = ConfigFile({k: v for k, v in given.options.items() if v}, given.where, given.prefix)
+    given = LibraryConfig({k: v for k, v in given.options.items() if v}, given.where, given.prefix)
     return dict(
         mean=given.channels("mean", OPENAI_MEAN),
         std=given.channels("std", OPENAI_STD),
@@ -188,7 +188,7 @@ def _preprocess(file: ConfigFile, default: dict) -> dict:
     )
 
 
-def _architecture(vision: ConfigFile) -> str:
+def _architecture(vision: LibraryConfig) -> str:
     """The architecture whose tower open_clip builds from this config."""
     for arch, module in backbones.architectures().items():
         if isinstance(vision.options.get("timm_model_name"), str | None) and module.reads_open_clip(vision.options):
@@ -213,7 +213,7 @@ def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec
     parts = ("vision_cfg", "text_cfg")
     if not isinstance(model, Mapping) or not all(isinstance(model.get(k), Mapping) for k in parts):
         raise UserError("not an open_clip config: it needs a model_cfg with embed_dim, vision_cfg and text_cfg")
-    file, model = ConfigFile(config, _WHERE), ConfigFile(model, _WHERE)
+    file, model = LibraryConfig(config, _WHERE), LibraryConfig(model, _WHERE)
     model.check(_MODEL_KEYS | {"preprocess_cfg"} if model.options is config else _MODEL_KEYS, {})
     arch = _architecture(model.section("vision_cfg"))
     module = backbones.architecture(arch)

@@ -10,7 +10,7 @@ from typing import Any
 
 from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.models.backbones import Spec, TextSpec
-from diva_jax.models.config_file import ConfigFile
+from diva_jax.models.library_config import LibraryConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, A
     """
     if not isinstance(config, Mapping | None):
         raise UserError(f"{where} is {brief(config)}, which must be an object of options: fetch the folder again")
-    file = ConfigFile(config or {}, where)
+    file = LibraryConfig(config or {}, where)
     read = {
         bool: file.flag,
         int: lambda name, default: file.integer(name, default, least=0),
@@ -142,7 +142,7 @@ def normalisation(
     Raises:
       UserError: one is not three numbers.
     """
-    file = ConfigFile(preprocessor, f"{where}/preprocessor_config.json")
+    file = LibraryConfig(preprocessor, f"{where}/preprocessor_config.json")
     return dict(mean=file.channels("image_mean", mean), std=file.channels("image_std", std))
 
 
@@ -153,7 +153,7 @@ def our_activation(config: Mapping[str, Any], where: str) -> str:
       UserError: it is not implemented.
     """
     ours = {theirs: name for name, theirs in ACTIVATIONS.items()}
-    return ours[ConfigFile(config, where).choice("hidden_act", "", list(ours))]
+    return ours[LibraryConfig(config, where).choice("hidden_act", "", list(ours))]
 
 
 def their_activation(name: str) -> str:

@@ -14,7 +14,7 @@ _MAX_ENTRIES = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class ConfigFile:
+class LibraryConfig:
     """Options of a config file, or of a section of it.
 
     Every method raises a UserError, one sentence that names the option and its value, where the option is not what the
@@ -66,12 +66,12 @@ class ConfigFile:
                 allowed = " or ".join(map(repr, fixed[name]))
                 self.refuse(name, f"only {allowed} is supported" + (f", {hint}" if hint else ""))
 
-    def section(self, name: str) -> "ConfigFile":
+    def section(self, name: str) -> "LibraryConfig":
         """An option that is an object of options itself; empty where it is missing or null."""
         value = self.options.get(name)
         if not isinstance(value, Mapping | None):
             self.refuse(name, "it must be an object of options")
-        return ConfigFile(value or {}, self.where, f"{self.prefix}{name}.")
+        return LibraryConfig(value or {}, self.where, f"{self.prefix}{name}.")
 
     def integers(self, name: str, default: Any) -> tuple[int, ...]:
         """A list of positive integers; a single one is a list of one."""
