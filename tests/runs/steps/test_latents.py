@@ -206,7 +206,9 @@ def test_what_is_refused(files, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_builder, "write_shard", full)
     with pytest.raises(RunError, match=r"00000-of-00005.* cannot be written .*No space left.* the same command"):
         builder.run()
-    assert f"latents from {cache}" in loop.Run(run_config(files, cache), tmp_path / "run").describe()
+    run = loop.Run(run_config(files, cache), tmp_path / "good")
+    assert f"latents from {cache}" in run.describe()
+    run.batches.close()
     with pytest.raises(UserError, match=r"made with other settings: dtype \('float32' there, 'bfloat16' here\)"):
         loop.Run(run_config(files, cache, dtype="bfloat16"), tmp_path / "run")
     kuea = config.default(small.SPEC, objective="kuea")
