@@ -24,7 +24,7 @@ from diva_jax.training import distributed, integrity
 from diva_jax.training.integrity import Damaged
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # In the names of folders of saves that have not ended.
-_PAUSES = (2.0, 8.0, 30.0)  # Seconds before a save that failed is tried again.
+_RETRY_AFTER_S = (2.0, 8.0, 30.0)  # A save that failed is tried again after each of these.
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
@@ -204,7 +204,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
         )
         reasons = {}  # In order, each once: what a failed save leaves behind may be why the next one fails.
-        for pause in (*_PAUSES, None):
+        for pause in (*_RETRY_AFTER_S, None):
             reason = self._try_to_save(step, items, wait)
             if not distributed.any_failed(reason is not None):
                 return
@@ -216,8 +216,8 @@ class Checkpoints:
         self._discard_unfinished()
         raise RunError(
             f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({', then '.join(reasons)}), tried "
-            f"{len(_PAUSES) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room or fix "
-            "the access rights, then start the same command again, which resumes from there"
+            f"{len(_RETRY_AFTER_S) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room "
+            "or fix the access rights, then start the same command again, which resumes from there"
         )
 
     def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:

@@ -11,8 +11,8 @@ from etils import epath
 from diva_jax.common import log, paths
 from diva_jax.common.errors import UserError
 
-RENEWED = 10.0  # Seconds between two renewals.
-WATCHED = 25.0  # Seconds in which a run that lives must renew its lock.
+RENEWAL_INTERVAL_S = 10.0
+STALE_AFTER_S = 25.0  # A run that lives renews its lock within this time.
 
 
 def _read(path: epath.Path) -> dict | None:
@@ -39,9 +39,9 @@ def _ended(owner: dict) -> bool:
 
 def _lives(path: epath.Path, owner: dict) -> bool:
     """Whether the lock is renewed or replaced while it is watched; clocks of other machines are not used."""
-    until = time.monotonic() + WATCHED
+    until = time.monotonic() + STALE_AFTER_S
     while time.monotonic() < until:
-        time.sleep(min(1.0, WATCHED / 5))
+        time.sleep(min(1.0, STALE_AFTER_S / 5))
         if (now := _read(path)) != owner:
             return now is not None
     return False
@@ -51,7 +51,7 @@ class Lock:
     """The lock of a workdir, held until `close`.
 
     A lock that a killed run has left is taken over: at once if that process was on this machine, else after the lock
-    has not been renewed for `WATCHED` seconds.
+    has not been renewed for `STALE_AFTER_S` seconds.
 
     Args:
       workdir: of the run; a folder or in a bucket.
@@ -64,7 +64,7 @@ class Lock:
         self._path = workdir / "lock.json"
         owner = _read(self._path)
         if owner is not None and not _ended(owner):
-            log.say(f"{self._path} exists: waiting up to {WATCHED:.0f} s to see whether that run still lives")
+            log.say(f"{self._path} exists: waiting up to {STALE_AFTER_S:.0f} s to see whether that run still lives")
             if _lives(self._path, owner):
                 raise UserError(
                     f"--workdir={workdir} is in use by process {owner.get('pid')} on {owner.get('host')}: use another "
@@ -80,7 +80,7 @@ class Lock:
         self._thread.start()
 
     def _renew(self) -> None:
-        while not self._over.wait(RENEWED):
+        while not self._over.wait(RENEWAL_INTERVAL_S):
             self._mine["beat"] += 1
             try:
                 paths.write_whole(self._path, json.dumps(self._mine))

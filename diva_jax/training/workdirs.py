@@ -141,20 +141,22 @@ def choose_step(workdir: epath.PathLike, step: int | None = None, given: str = "
     Raises:
       UserError: there is no such checkpoint; lists those that exist.
     """
-    given = given or f"--step={step}"
-    workdir = epath.Path(workdir).expanduser()
+    given, workdir = given or f"--step={step}", epath.Path(workdir).expanduser()
     there, damaged = checkpoint.steps(workdir), checkpoint.damaged(workdir)
+    newest = max(damaged, default=-1)
     if not there:
-        broken = f" that can be read (that of step {max(damaged)}: {damaged[max(damaged)]})" if damaged else " yet"
+        broken = f" that can be read (that of step {newest}: {damaged[newest]})" if damaged else " yet"
         raise UserError(f"{workdir} has no checkpoint{broken}: let the run save one")
+    if step is None:
+        if newest > there[-1]:
+            why = f"the checkpoint of step {newest} is damaged ({damaged[newest]})"
+            say(f"{workdir}: {why}: that of step {there[-1]} is used")
+        return there[-1]
     if step in damaged:
         raise UserError(f"{given}: that checkpoint is damaged ({damaged[step]}): use one of {listing(there)}")
-    if step is None and damaged and max(damaged) > there[-1]:
-        why = f"the checkpoint of step {max(damaged)} is damaged ({damaged[max(damaged)]})"
-        say(f"{workdir}: {why}: that of step {there[-1]} is used")
-    if step is not None and step not in there:
+    if step not in there:
         raise UserError(f"{given} has no checkpoint in {workdir}: use one of {listing(there)}")
-    return there[-1] if step is None else step
+    return step
 
 
 def _host() -> jax.Device:

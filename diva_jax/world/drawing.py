@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from diva_jax.world.scenes import MOST, Scenes
+from diva_jax.world.scenes import MAX_OBJECTS, Scenes
 
 SIDE = 32
 # RGB of `scenes.COLOURS`, and of the backgrounds of `scenes.TIMES`.
@@ -17,15 +17,15 @@ _CELLS = np.float32([[8, 8], [24, 24], [24, 8], [8, 24]])  # Centres (x, y) of a
 
 def _centres(s: Scenes) -> np.ndarray:
     """[N, 4, 2], (x, y) of each object [pixels]."""
-    jitter = 3 * (s.nuisance[:, :8].reshape(-1, MOST, 2) - 0.5)
-    groups = _CELLS[(np.arange(MOST) + (4 * s.nuisance[:, 8:9]).astype(int)) % MOST] + jitter
+    jitter = 3 * (s.nuisance[:, :8].reshape(-1, MAX_OBJECTS, 2) - 0.5)
+    groups = _CELLS[(np.arange(MAX_OBJECTS) + (4 * s.nuisance[:, 8:9]).astype(int)) % MAX_OBJECTS] + jitter
     # Pairs: along the axis of the relation 8 and 24; across it both near the middle.
     along = np.float32([[8, 24], [24, 8]])[s.relation & 1]
     across = 16 + 8 * (s.nuisance[:, 8:9] - 0.5) + jitter[:, :2, 0]
     along = along + jitter[:, :2, 1] / 3
     upright = (s.relation >= 2)[:, None]
     pairs = np.stack([np.where(upright, across, along), np.where(upright, along, across)], axis=2)
-    pairs = np.pad(pairs, ((0, 0), (0, MOST - 2), (0, 0)))
+    pairs = np.pad(pairs, ((0, 0), (0, MAX_OBJECTS - 2), (0, 0)))
     return np.where(s.group[:, None, None] == 1, groups, pairs).astype(np.float32)
 
 
@@ -72,7 +72,7 @@ def draw(scenes: Scenes) -> np.ndarray:
 
 
 def _draw(s: Scenes) -> np.ndarray:
-    scene, slot = np.nonzero(np.arange(MOST) < s.count[:, None])  # [K], of each object.
+    scene, slot = np.nonzero(np.arange(MAX_OBJECTS) < s.count[:, None])  # [K], of each object.
     fact = np.where(s.group[scene] == 1, 0, np.minimum(slot, 1))
     pick = (scene, fact)
     centre = _centres(s)[scene, slot]
@@ -93,7 +93,7 @@ def _draw(s: Scenes) -> np.ndarray:
     colour = _COLOURS[s.colour[pick]] * (0.85 + 0.2 * s.nuisance[scene, 14 + fact][:, None])
     background = _BACKGROUNDS[s.time] + 24 * (s.nuisance[:, 16:19] - 0.5)
     out = np.broadcast_to(background[:, None, None], (len(s), SIDE, SIDE, 3)).copy()
-    for k in range(MOST):  # In the order of the slots, where windows overlap.
+    for k in range(MAX_OBJECTS):  # In the order of the slots, where windows overlap.
         here = slot == k
         at = scene[here][:, None, None], pixels[here, 1, :, None], pixels[here, 0, None, :]
         below = out[at]

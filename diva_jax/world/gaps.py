@@ -25,7 +25,7 @@ SEED = 9101
 BINS = 10
 FROM = 300  # The gap of a fact is measured at timesteps from here on; below, the picture itself shows the facts.
 _BATCH = 64
-_LEAST = 0.05  # Of the loss: the gap of the first bin that is used.
+_MIN_GAP = 0.05  # The first bin that is used has at least this gap, as a share of the loss.
 _RESAMPLES = 2000
 
 
@@ -113,7 +113,7 @@ def by_fact(generator: Generator, count: int = 256) -> dict[str, dict]:
 
 def proposed(rows: Sequence[Mapping]) -> tuple[int, int] | None:
     """The range of timesteps for tuning, see the module; None where no bin has a gap."""
-    used = [r["low"] for r in rows if r["gap"] >= 100 * _LEAST and r["interval"][0] > 0]
+    used = [r["low"] for r in rows if r["gap"] >= 100 * _MIN_GAP and r["interval"][0] > 0]
     return (min(used), rows[-1]["high"]) if used else None
 
 

@@ -17,7 +17,7 @@ HOLES = ("without a hole", "with a hole")
 DIRECTIONS = ("up", "down", "left", "right")
 RELATIONS = ("left of", "right of", "above", "below")  # Of the first object to the second; neighbours are opposite.
 TIMES = ("by day", "at night")
-MOST = 4  # Objects of a group.
+MAX_OBJECTS = 4  # A group has at most this many.
 _GROUPS = 0.4  # Share of scenes that are groups.
 
 # What a pair of pictures of the blindness test differs in.
@@ -74,7 +74,7 @@ def sample(rng: np.random.Generator, count: int) -> Scenes:
     direction = np.where(np.isin(shape, ORIENTED), below(len(DIRECTIONS), 2), 0).astype(np.int8)
     return Scenes(
         group=group,
-        count=np.where(group, 1 + below(MOST), 2).astype(np.int8),
+        count=np.where(group, 1 + below(MAX_OBJECTS), 2).astype(np.int8),
         shape=shape,
         colour=colour,
         size=below(2, 2),
@@ -119,7 +119,7 @@ def change(scenes: Scenes, fact: str, rng: np.random.Generator) -> Scenes:
     if fact == "state":
         return dataclasses.replace(s, time=1 - s.time)
     if fact == "count":
-        return dataclasses.replace(s, count=other(s.count, MOST - 1, 2))
+        return dataclasses.replace(s, count=other(s.count, MAX_OBJECTS - 1, 2))
     if fact == "relation":
         return dataclasses.replace(s, relation=s.relation ^ 1)
     if fact == "colour":

@@ -123,7 +123,7 @@ def test_what_is_not_there_is_refused_in_one_sentence(files, bucket):
 
 
 def test_a_bucket_that_vanishes_while_saving(bucket, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_PAUSES", (0.01,))
+    monkeypatch.setattr(checkpoint, "_RETRY_AFTER_S", (0.01,))
     store, state = fsspec.filesystem("gs"), {"x": np.arange(3.0)}
     store.mkdir("doomed")
     checkpoints = checkpoint.Checkpoints("gs://doomed/run")

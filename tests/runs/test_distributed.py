@@ -150,7 +150,7 @@ STATE = {"x": np.arange(3.0)}
 
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(checkpoint, "_RETRY_AFTER_S", (0.01, 0.01))
     c = checkpoint.Checkpoints(tmp_path, keep=1)
     c.save(1, STATE, {}, {}, wait=True)
     return c

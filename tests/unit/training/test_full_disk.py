@@ -29,7 +29,7 @@ def state(step: int) -> dict:
 
 
 def test_a_checkpoint(tmp_path, monkeypatch, limited, capfd):
-    monkeypatch.setattr(checkpoint, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(checkpoint, "_RETRY_AFTER_S", (0.0, 0.0))
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state(3), {"batches": 3}, {}, wait=True)
         limited()

@@ -17,8 +17,8 @@ from diva_jax.training.lock import Lock
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(lock, "RENEWED", 0.05)
-    monkeypatch.setattr(lock, "WATCHED", 0.6)
+    monkeypatch.setattr(lock, "RENEWAL_INTERVAL_S", 0.05)
+    monkeypatch.setattr(lock, "STALE_AFTER_S", 0.6)
 
 
 def write(folder, **owner):
@@ -58,7 +58,7 @@ def test_another_machine_that_lives_is_named(tmp_path):
 
 
 def test_a_process_of_this_machine_that_lives_is_named(tmp_path):
-    code = "import sys, time, diva_jax.training.lock as l; l.RENEWED = .05; from etils import epath; "
+    code = "import sys, time, diva_jax.training.lock as l; l.RENEWAL_INTERVAL_S = .05; from etils import epath; "
     code += "l.Lock(epath.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     try:
