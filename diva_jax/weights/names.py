@@ -6,7 +6,7 @@ them back. Layouts: `kernel` [in, out] is PyTorch's `weight` [out, in], and a
 convolution's `kernel` [H, W, in, out] its `weight` [out, in, H, W]; everything else is carried as it is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -15,21 +15,12 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.models.names import Table as Table
-from diva_jax.models.names import flat as flat
-from diva_jax.models.names import from_torch_layout, to_torch_layout
-from diva_jax.models.names import torch_shape as torch_shape
+from diva_jax.models.names import Table, flat, from_torch_layout, to_torch_layout, torch_shape
 
-# Tensors read at the same time; each needs its own memory a second time meanwhile.
+# Tensors that are read at the same time. Each needs its own memory a second time meanwhile.
 _READERS = 2
-_CHUNK = 2**20  # Elements of a tensor whose values are checked at a time.
-
-
-def _report(what: str, source: str, problems: Iterable[tuple[str, list[str]]]):
-    """Raises one UserError that lists every problem."""
-    found = [f"{title}: {listing(names, 40)}" for title, names in problems if names]
-    if found:
-        raise UserError(f"{source} does not fit the {what} of the config: {'; '.join(found)}")
+# Elements of a tensor whose values are checked at a time.
+_CHUNK = 2**20
 
 
 def check_type(name: str, dtype: np.dtype, source: str) -> None:
@@ -71,16 +62,15 @@ def check_names(state, tensors: Mapping, table: Table, *, source: str = "the che
     """
     names = {table.canonical(n): n for n in tensors}
     shapes = {table.torch_name(path): torch_shape(path, var.shape) for path, var in flat(state).items()}
-    found = {n: tuple(tensors[names[n]].shape) for n in shapes if n in names}
-    _report(
-        table.what,
-        source,
-        [
-            ("missing", [n for n in shapes if n not in names]),
-            ("unknown", [n for c, n in names.items() if c not in shapes and not table.ignored(c)]),
-            ("wrong shape", [f"{n} (is {found[n]}, should be {shapes[n]})" for n in found if found[n] != shapes[n]]),
-        ],
-    )
+    there = {n: tuple(tensors[names[n]].shape) for n in shapes if n in names}
+    problems = {
+        "missing": [n for n in shapes if n not in names],
+        "unknown": [n for c, n in names.items() if c not in shapes and not table.ignored(c)],
+        "wrong shape": [f"{n} (is {there[n]}, should be {shapes[n]})" for n in there if there[n] != shapes[n]],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{title}: {listing(wrong, 40)}" for title, wrong in problems.items() if wrong)
+        raise UserError(f"{source} does not fit the {table.what} of the config: {listed}")
 
 
 def assign(

@@ -27,7 +27,7 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 
-_MAX_JSON = 2**26  # Bytes.
+_MAX_JSON_BYTES = 2**26
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def read_json(path: Path) -> dict:
     """
     check_regular(path)
     try:
-        if (size := path.stat().st_size) > _MAX_JSON:
+        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
             raise UserError(f"{path} has {size} bytes, which is too many for a JSON file: fetch it again")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
@@ -113,11 +113,7 @@ def read_json(path: Path) -> dict:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index lists, all of which must lie beside it.
-
-    Raises:
-      UserError: the index has no map of names, or one is not the name of a file in its folder, or a file is missing.
-    """
+    """The files that an index lists, all of which must lie beside it."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map from tensors to files: fetch the folder again")

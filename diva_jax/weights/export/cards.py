@@ -13,98 +13,7 @@ from diva_jax.models.backbones import Spec, architecture
 from diva_jax.weights import readers
 from diva_jax.weights.origins import ClipSource
 
-_OPEN_CLIP = """\
-import open_clip
-import torch
-from PIL import Image
-
-model, _, preprocess = open_clip.create_model_and_transforms("{{ scheme }}:{{ path }}")
-model.eval()
-with torch.no_grad():
-    images = model.encode_image(preprocess(Image.open("image.jpg"))[None])
-{%- if texts %}
-tokenizer = open_clip.get_tokenizer("{{ scheme }}:{{ path }}")
-with torch.no_grad():
-    texts = model.encode_text(tokenizer(["a photo of a dog"]))
-{%- endif %}"""
-
-_TRANSFORMERS = """\
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel{{ ", AutoTokenizer" if texts }}
-
-# LLaVA: --vision_tower {{ path }}
-model, processor = AutoModel.from_pretrained("{{ path }}"), AutoImageProcessor.from_pretrained("{{ path }}")
-pixels = processor(images=Image.open("image.jpg"), return_tensors="pt").pixel_values
-{%- if texts %}
-tokenizer = AutoTokenizer.from_pretrained("{{ path }}")
-tokens = tokenizer(["a photo of a dog"], padding="max_length", max_length={{ length }}, truncation=True, \
-return_tensors="pt")
-with torch.no_grad():
-    outputs = model(pixel_values=pixels, input_ids=tokens.input_ids)
-images, texts = outputs.image_embeds, outputs.text_embeds  # Of length one.
-{%- elif has_text %}
-with torch.no_grad():
-    images = model.get_image_features(pixel_values=pixels)
-{%- else %}
-with torch.no_grad():
-    images = model(pixel_values=pixels).pooler_output
-{%- endif %}"""
-
-_OPEN_CLIP_TOWER = """\
-import torch
-clip.visual.load_state_dict(torch.load("{{ path }}/vision_tower.pth", weights_only=True))"""
-
-# For a state dict of an architecture that open_clip does not have.
-_OTHER_TOWER = """\
-import torch
-model.load_state_dict(torch.load("{{ path }}/vision_tower.pth", weights_only=True))"""
-
-_CARD = """\
----
-{{ card_data }}
----
-# {{ title }}
-
-{{ properties }}
-
-```python
-{{ use }}
-```
-{% for note in notes %}
-**Note:** {{ note }}.
-{% endfor -%}
-{% if scores %}
-## Scores
-
-With 95% intervals, from `{{ scores.file }}` of {{ scores.created[:10] }}.
-
-{% for row in table -%}
-| {{ row | join(" | ") }} |
-{% if loop.first -%}
-|{% for _ in row %}---|{% endfor %}
-{% endif -%}
-{% endfor -%}
-{% endif %}
-## Caveats
-
-{% for line in caveats -%}
-- {{ line }}
-{% endfor %}
-## Origin
-
-{% for line in origin -%}
-- {{ line }}
-{% endfor -%}
-{% if config %}
-<details><summary>Config of the run</summary>
-
-```json
-{{ config }}
-```
-
-</details>
-{% endif %}"""
+_TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
 def card(
@@ -134,64 +43,44 @@ def card(
       base_model: the hub id of the model that it comes from; empty: not known.
       scores: a result of `scores_of`; None: no results were given.
     """
-    import jinja2
     from huggingface_hub import ModelCard, ModelCardData
 
-    method = source.run["config"]["objective"] if source.run else ""
-    library = "transformers" if fmt == "hf" else architecture(spec.arch).LIBRARY
+    run = source.run
+    method = run["config"]["objective"] if run else ""
     has_text = spec.has_text and fmt != "pt"
-    tower = _OPEN_CLIP_TOWER if library == "open_clip" else _OTHER_TOWER
-    use = {"open_clip": _OPEN_CLIP, "hf": _TRANSFORMERS, "pt": tower}[fmt]
-    data = ModelCardData(
-        license=license or "other",
-        license_name=None if license else "that-of-the-base-model",
-        base_model=base_model or None,
-        base_model_relation="finetune" if base_model and method else None,
-        pipeline_tag="zero-shot-image-classification" if has_text else "image-feature-extraction",
-        library_name=library,
-        tags=(["clip"] if spec.has_text else []) + ([method] if method else []),
-    )
     squash = "squashed to a square" if spec.resize_mode == "squash" else "shortest side resized, centre cropped"
     content = ModelCard.from_template(
-        data,
-        template_str=_CARD,
+        ModelCardData(
+            license=license or "other",
+            license_name=None if license else "that-of-the-base-model",
+            base_model=base_model or None,
+            base_model_relation="finetune" if base_model and method else None,
+            pipeline_tag="zero-shot-image-classification" if has_text else "image-feature-extraction",
+            library_name="transformers" if fmt == "hf" else architecture(spec.arch).LIBRARY,
+            tags=(["clip"] if spec.has_text else []) + ([method] if method else []),
+        ),
+        template_path=_TEMPLATE,
         title=(spec.open_clip_name or f"{spec.arch} {spec.image_size}") + (f", tuned with {method}" if method else ""),
         properties=f"{spec.image_size} px, patch {spec.patch_size}, width {spec.width}, {spec.layers} layers, "
         f"{spec.activation}, weights in {dtype}. Images: {squash}, {spec.interpolation}, mean {list(spec.mean)}, std "
         f"{list(spec.std)}.",
-        use=jinja2.Template(use).render(
-            scheme="hf-hub" if hub else "local-dir",
-            path=hub or path,
-            has_text=has_text,
-            texts=has_text and not note,
-            length=spec.text.context_length,
-        ),
-        notes=[note] if note else [],
+        fmt=fmt,
+        scheme="hf-hub" if hub else "local-dir",
+        path=hub or path,
+        has_text=has_text,
+        encodes_text=has_text and not note,
+        context_length=spec.text.context_length,
+        note=note,
         scores=scores,
+        reference=scores and scores["reference"],
         table=_table(scores) if scores else [],
-        caveats=_caveats(source.run, license, scores),
-        origin=_origin(source),
-        config=json.dumps(source.run["config"], indent=1) if source.run else "",
+        source=source,
+        run=run,
+        sha256="" if run else readers.fingerprint(source.files),
+        config=json.dumps(run["config"], indent=1) if run else "",
+        versions=", ".join(f"{package} {_version(package)}" for package in ("diva_jax", "jax", "flax", "numpy")),
     )
     return paths.without_secrets(str(content))
-
-
-def _caveats(run: Mapping[str, Any] | None, license: str, scores: Mapping[str, Any] | None) -> list[str]:
-    lines = []
-    if scores and scores["reference"]:
-        lines.append("A difference whose interval includes zero shows no difference.")
-    elif not scores:
-        lines.append("No scores were given with this export: measure it before it takes the place of another model.")
-    if run:
-        lines.append(
-            "Its embeddings are not those of the model that it was tuned from: indexes, probes and adapters made with "
-            "that model must be made again."
-        )
-    if run and "text" not in run["tuned"]:
-        lines.append("The text tower was not tuned, so zero-shot classification and retrieval can be worse.")
-    if not license:
-        lines.append("No license was given: that of the base model, and of the data, applies.")
-    return lines
 
 
 def _version(package: str) -> str:
@@ -199,22 +88,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _origin(source: ClipSource) -> list[str]:
-    versions = ", ".join(f"{p} {_version(p)}" for p in ("diva_jax", "jax", "flax", "numpy"))
-    if not (run := source.run):
-        sha256 = readers.fingerprint(source.files)
-        return [f"converted from `{source.where}` ({source.kind}), sha256 `{sha256}`", f"written by {versions}"]
-    config = run["config"]
-    return [
-        f"run `{run['workdir']}`, step {run['step']}, objective {config['objective']}",
-        f"data `{config['data']['path']}`, {config['batch_size']} images per step, seed {config['seed']}",
-        *(["the moving average of the trained weights"] if config.get("ema", {}).get("decay") else []),
-        f"tuned from `{run['base']}`: {', '.join(run['tuned'])}; the rest is unchanged",
-        *(f"{part}: {', '.join(s['source'])}, sha256 `{s['sha256']}`" for part, s in run["sources"].items()),
-        f"written by {versions}",
-    ]
 
 
 def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:

@@ -99,17 +99,25 @@ def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(f"{folder / PT_FILE}: {e}") from e
 
 
-def _write(folder: Path, fmt: str, tensors: Tensors, spec: Spec, source: ClipSource, dtype: str, hub: str) -> None:
+def _config(fmt: str, spec: Spec, dtype: str, hub: str) -> dict:
+    """The model's config file; a UserError where the format cannot hold this model."""
+    if fmt == "hf":
+        return hf.to_transformers(spec, dtype)
+    if fmt == "pt":
+        return {}
+    config = to_open_clip(spec)
+    text = config["model_cfg"]["text_cfg"]
+    if hub and spec.text.tokenizer == "clip" and "hf_tokenizer_name" in text:
+        text["hf_tokenizer_name"] = hub  # From the hub, open_clip loads the tokenizer of this name.
+    return config
+
+
+def _write(folder: Path, fmt: str, tensors: Tensors, config: dict, spec: Spec, source: ClipSource) -> None:
     if fmt == "pt":
         _write_pt(folder, tensors)
     elif fmt == "open_clip":
-        config = to_open_clip(spec)
-        text = config["model_cfg"]["text_cfg"]
-        if hub and spec.text.tokenizer == "clip" and "hf_tokenizer_name" in text:
-            text["hf_tokenizer_name"] = hub  # From the hub, open_clip loads the tokenizer of this name.
         writers.write_open_clip(folder, tensors, config)
     else:
-        config = hf.to_transformers(spec, dtype)
         writers.write_safetensors(folder / "model.safetensors", hf.to_transformers_names(tensors, spec))
         writers.write_json(folder / "config.json", config)
         writers.write_json(folder / "preprocessor_config.json", hf.image_processor(spec))
@@ -117,16 +125,8 @@ def _write(folder: Path, fmt: str, tensors: Tensors, spec: Spec, source: ClipSou
         vocabulary.write(folder, source, spec, fmt)
 
 
-def _read_back(folder: Path, fmt: str) -> ClipSource:
-    return origins.open_source(str(folder / PT_FILE if fmt == "pt" else folder))
-
-
 def _compare(written: Tensors, there: Tensors, where: str) -> None:
-    """Checks that the tensors that were read back are bit-identical to those to write.
-
-    Raises:
-      RunError: they differ.
-    """
+    """Raises a RunError where the tensors that were read back are not bit-identical to those to write."""
     wrong = [n for n in written if n not in there] + [n for n in there if n not in written]
     for name in written.keys() & there.keys():
         ours, theirs = np.asarray(written[name]), np.asarray(there[name])
@@ -136,32 +136,24 @@ def _compare(written: Tensors, there: Tensors, where: str) -> None:
         raise RunError(f"{where} read back differs in {listing(sorted(wrong), 5)}: nothing was exported")
 
 
-def _run_original(folder: Path, fmt: str, spec: Spec) -> str:
-    """Runs one image through the library that the export is for.
-
-    Returns:
-      The message to print.
-
-    Raises:
-      RunError: keys are missing or unexpected, or the embeddings differ by more than `BOUND`.
-    """
+def _run_original(path: Path, fmt: str, spec: Spec) -> str:
+    """Encodes one image with the library that the export is for, and with ours; returns the message to print."""
     tower_library = backbones.architecture(spec.arch).LIBRARY
     library = {"hf": "transformers", "open_clip": "open_clip", "pt": tower_library}[fmt]
     if not reference.available(library):
         return f"not run through {library}, which cannot be imported"
     images, keys = reference.image(spec), []
     if fmt == "hf":
-        theirs, keys = reference.transformers_pooled(folder, images)
+        theirs, keys = reference.transformers_pooled(path, images)
     elif fmt == "open_clip":
-        theirs = reference.open_clip_pooled(folder, images)
+        theirs = reference.open_clip_pooled(path, images)
     else:
-        theirs = reference.tower_pooled(library, folder / PT_FILE, spec, images)
+        theirs = reference.tower_pooled(library, path, spec, images)
     gc.collect()  # PyTorch's modules hold reference cycles; their memory is needed for our model.
     if keys:
         raise RunError(f"{library} finds keys missing or unexpected: {listing(keys, 5)}; nothing was exported")
-    source = str(folder / PT_FILE) if fmt == "pt" else str(folder)
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(nnx.jit(lambda m, x: m.encode(x).pooled)(loading.load(source, spec), images))
+        ours = np.asarray(nnx.jit(lambda m, x: m.encode(x).pooled)(loading.load(str(path), spec), images))
     error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     if not error <= BOUND:
         raise RunError(f"{library} computes other embeddings (relative error {error:.1e}): nothing was exported")
@@ -202,23 +194,17 @@ def export(
     tensors = whole_model(source, spec, dtype, text=fmt != "pt")
     if fmt == "pt":
         pickles.import_torch("--format=pt")
-    elif fmt == "hf":
-        hf.to_transformers(spec, dtype)
-    else:
-        to_open_clip(spec)
+    config = _config(fmt, spec, dtype, hub)
     with writers.new_folder(out) as folder:
-        _write(folder, fmt, tensors, spec, source, dtype, hub)
+        _write(folder, fmt, tensors, config, spec, source)
         (folder / "README.md").write_text(card)
-        back = _read_back(folder, fmt)
-        _compare(tensors, back.tensors, str(out))
-        say(f"{len(tensors)} tensors read back, bit-identical to {source.where}" + _cast_note(source, dtype))
+        path = folder / PT_FILE if fmt == "pt" else folder
+        _compare(tensors, origins.open_source(str(path)).tensors, str(out))
+        narrowed = any(np.dtype(t.dtype).itemsize > jnp.dtype(dtype).itemsize for t in source.tensors.values())
+        rounded = f" rounded to {dtype}" if narrowed else ""
+        say(f"{len(tensors)} tensors read back, bit-identical to {source.where}{rounded}")
         if run:
-            say(_run_original(folder, fmt, spec))
+            say(_run_original(path, fmt, spec))
     if missing := vocabulary.note(source, spec, fmt):
         say(f"note: {missing}")
     say(f"done: {out} ({fmt}, {dtype})")
-
-
-def _cast_note(source: ClipSource, dtype: str) -> str:
-    narrowed = any(np.dtype(t.dtype).itemsize > jnp.dtype(dtype).itemsize for t in source.tensors.values())
-    return f" rounded to {dtype}" if narrowed else ""
