@@ -75,12 +75,12 @@ def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
     spec, wanted = backbones.spec_of(run.config), backbones.spec_of(config)
     fields = (*origins.ARCHITECTURE, "image_size")
     origins.check_same(vars(spec), wanted, fields, f"the run {source}", "config.backbone")
-    min_shard, found = run.config.mesh.min_shard, {}
+    min_shard, towers = run.config.mesh.min_shard, {}
     for kind, arrays in run.towers().items():
         if kind in _KINDS:
-            found[kind] = _put(arrays, mesh, min_shard)
+            towers[kind] = _put(arrays, mesh, min_shard)
     params = _put(run.params, mesh, min_shard)
-    return Encoder(found["vision"], found.get("text"), spec.source, params, spec.source)
+    return Encoder(towers["vision"], towers.get("text"), spec.source, params, spec.source)
 
 
 def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
@@ -121,8 +121,8 @@ def each(given: Sequence[places.Place], labels: Sequence[str], config, mesh: Mes
         own = set().union(*(run.program.towers.needs(t) for t in run.program.towers.shapes))
         lent = _put({n: a for n, a in run.params.items() if n not in own}, mesh, run.config.mesh.min_shard)
     for place, label in zip(given, labels, strict=True):
-        found = read(place.source, place.step, config, mesh)
+        encoder = read(place.source, place.step, config, mesh)
         if lent and place.step is None:
-            found = dataclasses.replace(found, params=lent, borrowed=labels[lender])
-        yield label, found
-        del found  # Its memory is free while the next is loaded.
+            encoder = dataclasses.replace(encoder, params=lent, borrowed=labels[lender])
+        yield label, encoder
+        del encoder  # Its memory is free while the next is loaded.

@@ -50,8 +50,8 @@ def with_matrices(tensors: Tensors) -> Tensors:
         return Tensor(tensor.shape[:2], tensor.dtype, lambda: np.asarray(tensor).reshape(tensor.shape[:2]))
 
     attn = ".mid.attn_1."
-    found = {n: squeezed(t) if attn in n and tuple(t.shape[2:]) == (1, 1) else t for n, t in tensors.items()}
-    return Tensors(found, getattr(tensors, "files", []))
+    matrices = {n: squeezed(t) if attn in n and tuple(t.shape[2:]) == (1, 1) else t for n, t in tensors.items()}
+    return Tensors(matrices, getattr(tensors, "files", []))
 
 
 def _open(source: str, config: FluxVAEConfig, field: str) -> tuple[Tensors, names.Table]:

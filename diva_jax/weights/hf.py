@@ -67,13 +67,13 @@ def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[st
     shares = (1,) * len(out) if to_hf else recipe.shares
     if not joint_shape or joint_shape[0] % sum(shares):
         raise UserError(f"{names[0]} has the shape {joint_shape}, whose rows do not divide into {listing(out)}")
-    unit, found, start = joint_shape[0] // sum(shares), {}, 0
+    unit, split, start = joint_shape[0] // sum(shares), {}, 0
     for name, share in zip(out, shares, strict=True):
         rows = slice(start * unit, (start + share) * unit)
         shape = (share * unit, *joint_shape[1:])
-        found[name] = Tensor(shape, parts[0].dtype, lambda rows=rows: joint()[rows])
+        split[name] = Tensor(shape, parts[0].dtype, lambda rows=rows: joint()[rows])
         start += share
-    return found
+    return split
 
 
 def to_open_clip_names(tensors: Tensors, spec: Spec, source: str) -> Tensors:

@@ -81,13 +81,13 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
         tensors = tensors.renamed(lambda n: n.removeprefix(prefix) if n.startswith(prefix) else None)
     if _recognise(tensors, ""):
         tensors = tensors.renamed(lambda n: f"visual.{n}")
-    if (found := _recognise(tensors)) is None:
+    if (architecture := _recognise(tensors)) is None:
         raise UserError(
             f"{where} has no vision tower of a known architecture ({listing(list(architectures()))}); its names "
             f"begin with {listing(sorted(tensors)[:3])}: give an open_clip, OpenAI or transformers checkpoint"
         )
-    if found.TEXT is not None:
-        tensors = tensors.renamed(found.TEXT.canonical)
+    if architecture.TEXT is not None:
+        tensors = tensors.renamed(architecture.TEXT.canonical)
     scaled = {n: _scalar(t) if n in ("logit_scale", "logit_bias") else t for n, t in tensors.items()}
     return Tensors(scaled, tensors.files)
 

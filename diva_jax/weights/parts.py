@@ -60,9 +60,9 @@ def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple
     """
 
     def opened():
-        found = origins.open_source(source, f"{field}.source")
-        origins.check_architecture(found, spec, field)
-        return Opened(found.files, lambda state, put: loading.fill_vision(found, spec, state, put, field))
+        weights = origins.open_source(source, f"{field}.source")
+        origins.check_architecture(weights, spec, field)
+        return Opened(weights.files, lambda state, put: loading.fill_vision(weights, spec, state, put, field))
 
     return Part(source, opened, fresh)
 
@@ -71,9 +71,9 @@ def text(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[s
     """Returns the part for the text tower of a backbone; arguments as for `vision`."""
 
     def opened():
-        found = origins.open_source(source, f"{field}.source")
-        loading.check_text(found, spec)
-        return Opened(found.files, lambda state, put: loading.fill_text(found, spec, state, put))
+        weights = origins.open_source(source, f"{field}.source")
+        loading.check_text(weights, spec)
+        return Opened(weights.files, lambda state, put: loading.fill_text(weights, spec, state, put))
 
     return Part(source, opened, fresh)
 
@@ -82,10 +82,10 @@ def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
     """Returns the part for `logit_scale` or `logit_bias`: one parameter of shape [], with the stored value."""
 
     def opened():
-        found = origins.open_source(source, f"{field}.source")
-        if name not in found.tensors:
-            raise UserError(f"{found.where} has no {name}: give the checkpoint of the whole model as {field}.source")
-        return Opened(found.files, lambda state, put: _one(state, np.asarray(found.tensors[name]), put))
+        weights = origins.open_source(source, f"{field}.source")
+        if name not in weights.tensors:
+            raise UserError(f"{weights.where} has no {name}: give the checkpoint of the whole model as {field}.source")
+        return Opened(weights.files, lambda state, put: _one(state, np.asarray(weights.tensors[name]), put))
 
     return Part(source, opened)
 
@@ -171,10 +171,10 @@ def embedding_statistics(source: str) -> Part:
 
 def tokenizer_folder(source: str, field: str = "config.backbone.source") -> Path:
     """Returns the folder with the tokenizer's files of a source of weights."""
-    found = origins.open_source(source, field)
-    if found.tokenizer:
-        return found.tokenizer[0].parent
-    where = Path(found.where)
+    checkpoint = origins.open_source(source, field)
+    if checkpoint.tokenizer:
+        return checkpoint.tokenizer[0].parent
+    where = Path(checkpoint.where)
     return where if where.is_dir() else where.parent
 
 

@@ -25,10 +25,10 @@ def tokenize(folder: Path, prompt: str, length: int) -> tuple[np.ndarray, np.nda
         raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        found = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)
+        encoded = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)
     except Exception as e:  # transformers raises a different kind for each file that is missing or broken.
         raise UserError(f"the tokenizer files in {folder} cannot be read ({brief(e)}): fetch the folder again") from e
-    return np.asarray([found["input_ids"]], np.int32), np.asarray([found["attention_mask"]], bool)
+    return np.asarray([encoded["input_ids"]], np.int32), np.asarray([encoded["attention_mask"]], bool)
 
 
 def encode_prompt(

@@ -34,7 +34,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         # With mmap, the mapped pages would count as memory of this process, in addition to the arrays.
         file = safe_open(path, framework="numpy", backend="pread")
-        found = {}
+        tensors = {}
         for name in file.keys():  # noqa: SIM118 - file is not a dict
             piece = file.get_slice(name)
             dtype = _DTYPES.get(piece.get_dtype())
@@ -43,8 +43,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
                     f"{path}: the tensor {name} is of type {piece.get_dtype()}, give a file of float weights"
                 )
             read = lambda name=name: _read(path, file, name)  # noqa: E731
-            found[name] = Tensor(tuple(piece.get_shape()), np.dtype(dtype), read)
-        return found
+            tensors[name] = Tensor(tuple(piece.get_shape()), np.dtype(dtype), read)
+        return tensors
     except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
         raise UserError(f"{path} cannot be read as safetensors ({e}): fetch the file again") from e
 
@@ -120,10 +120,10 @@ def _shards(index: Path) -> list[Path]:
     for name in names.values():
         if not isinstance(name, str) or name in ("", ".", "..") or len(name) > 255 or any(c in name for c in "/\\\0"):
             raise UserError(f"{index} lists {str(name)[:100]!r}, which is not a file of its own folder: fetch it again")
-    found = sorted({index.parent / name for name in names.values()})
-    if missing := [s.name for s in found if not s.is_file()]:
+    shards = sorted({index.parent / name for name in names.values()})
+    if missing := [s.name for s in shards if not s.is_file()]:
         raise UserError(f"{index} lists {missing[0]}, which is missing: fetch the folder again")
-    return found
+    return shards
 
 
 def _spellings(stem: str) -> Iterator[str]:

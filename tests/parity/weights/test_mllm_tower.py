@@ -48,8 +48,8 @@ def ours(folder, pixels):
 
 def test_patch_tokens_of_the_layer_that_llava_selects(exported):
     processor = CLIPImageProcessor.from_pretrained(exported)
-    pictures = [patch(i) for i in range(3)]
-    pixels = processor.preprocess(pictures, return_tensors="pt")["pixel_values"]
+    photographs = [patch(i) for i in range(3)]
+    pixels = processor.preprocess(photographs, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (3, 3, CLIP.image_size, CLIP.image_size)
     theirs = selected(exported, pixels)
     assert theirs.shape == (3, CLIP.patches, CLIP.width)
@@ -57,9 +57,9 @@ def test_patch_tokens_of_the_layer_that_llava_selects(exported):
 
 
 def test_its_image_processor_is_the_evaluations_up_to_rounding(exported):
-    picture = patch(1).resize((80, 60))  # An odd rest is cropped one pixel elsewhere.
-    pixels = CLIPImageProcessor.from_pretrained(exported).preprocess(picture, return_tensors="np")["pixel_values"][0]
-    mine = images.prepare(picture, CLIP.image_size, CLIP.resize_mode, CLIP.interpolation)
+    photograph = patch(1).resize((80, 60))  # An odd rest is cropped one pixel elsewhere.
+    pixels = CLIPImageProcessor.from_pretrained(exported).preprocess(photograph, return_tensors="np")["pixel_values"][0]
+    mine = images.prepare(photograph, CLIP.image_size, CLIP.resize_mode, CLIP.interpolation)
     mine = normalise(to_float(mine[None]), CLIP.mean, CLIP.std)[0].transpose(2, 0, 1)
     close(pixels, mine, 0.02)
 

@@ -31,7 +31,7 @@ from diva_jax.weights.export import layouts
 
 # Both libraries can hold it, and the objectives' autoencoders halve its sides.
 SPEC = dataclasses.replace(CLIP_FOLDER, image_size=28, patch_size=7, select="random:5")
-PICTURES, STEP, TOKENS = 3, 5, 17
+COUNT, STEP, TOKENS = 3, 5, 17
 # Objective -> whether its run keeps a moving average.
 RUNS = {"diva": True, "unclip": False, "genhancer": True, "dcr": False, "kuea": True, "smartclip": True}
 LORA = ("genhancer", "dcr")
@@ -96,12 +96,12 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
     assert any("/lora/" in n for n in p.trained) == (objective in LORA)
 
     # As the train loop evaluates it, and as the command does.
-    towers = encode.Towers(spec, p.mesh, Settings(batch_size=PICTURES))
+    towers = encode.Towers(spec, p.mesh, Settings(batch_size=COUNT))
     merged, read = p.towers(params), encoders.read(str(tmp_path / "run"), STEP, c, p.mesh)
-    want = towers.images(merged["vision"], patch, PICTURES)["pooled"]
-    close(towers.images(read.vision, patch, PICTURES)["pooled"], want, 1e-6)
+    want = towers.images(merged["vision"], patch, COUNT)["pooled"]
+    close(towers.images(read.vision, patch, COUNT)["pooled"], want, 1e-6)
     # The tower as it is trained, its adapters beside their weights.
-    pixels = np.stack([images.prepare(patch(i), spec.image_size, spec.resize_mode, "bicubic") for i in range(PICTURES)])
+    pixels = np.stack([images.prepare(patch(i), spec.image_size, spec.resize_mode, "bicubic") for i in range(COUNT)])
     view = normalise(to_float(pixels), spec.mean, spec.std)
     rest = {n: np.zeros(a.shape, a.dtype) for n, a in p.arrays.items() if n not in params}
     trained = jax.jit(lambda a, x: p.skeleton.merge(a).vision.encode(x).pooled)({**rest, **params}, view)
@@ -115,20 +115,20 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
     hf = CLIPModel.from_pretrained(tmp_path / "hf").eval()
     nchw = torch.from_numpy(np.array(view).transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
-        theirs = model.encode_image(torch.stack([prepare(patch(i)) for i in range(PICTURES)])).numpy()
+        theirs = model.encode_image(torch.stack([prepare(patch(i)) for i in range(COUNT)])).numpy()
         hf_images = hf.visual_projection(hf.vision_model(nchw).pooler_output).numpy()
     close(theirs, want, 2e-5)
     close(hf_images, want, 2e-5)
 
     assert ("text" in merged) == (objective == "smartclip")
     if "text" in merged:
-        ids = token_ids(PICTURES)
+        ids = token_ids(COUNT)
         want = towers.texts(merged["text"], ids)
         close(towers.texts(read.text, ids), want, 1e-6)
         with torch.no_grad():
             theirs = model.encode_text(torch.from_numpy(ids).long()).numpy()
             states = hf.text_model(torch.from_numpy(ids).long()).last_hidden_state
-            ends = states[torch.arange(PICTURES), torch.from_numpy(ids).argmax(-1).long()]
+            ends = states[torch.arange(COUNT), torch.from_numpy(ids).argmax(-1).long()]
             hf_texts = hf.text_projection(ends).numpy()
         close(theirs, want, 2e-5)
         close(hf_texts, want, 2e-5)
