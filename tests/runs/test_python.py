@@ -34,7 +34,10 @@ def notebook(folder):
         source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
         with pytest.MonkeyPatch.context() as patch:
             if "IPython" in source:  # Not for all cells: flax looks for IPython too.
-                patch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+                # matplotlib asks a loaded IPython for its version.
+                ipython = types.ModuleType("IPython")
+                ipython.version_info = (9, 0, 0)
+                patch.setitem(sys.modules, "IPython", ipython)
                 patch.setitem(sys.modules, "IPython.display", display)
             exec(source, scope)  # noqa: S102
     return scope, shown
