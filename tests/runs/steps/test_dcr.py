@@ -167,7 +167,7 @@ def test_schedule_rounded_to_bfloat16():
         (dict(data__image_size=64), "see one view"),
         (dict(dcr__projector_only=True, condition__warmup_steps=0), "trains nothing"),
         (dict(dcr__stage1_loss="exact"), "run stage 1 by itself"),
-        (dict(dcr__target="noise"), "use one of exact, faithful, epsilon, velocity"),
+        (dict(dcr__target="noise"), "must be exact or faithful or epsilon or velocity"),
         (dict(dcr__group=1), "group=1 must be at least 2"),
         (dict(dcr__tile=0), "tile=0 must be at least 1"),
         (dict(dcr__temperature=0.0), "must be above 0"),

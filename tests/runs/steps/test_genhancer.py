@@ -245,10 +245,10 @@ def test_the_tower_that_is_exported_computes_what_was_trained(spec):
 @pytest.mark.parametrize(
     "fields, says",
     [
-        (dict(genhancer__stage2="some"), "genhancer.stage2='some': use only or all or none"),
+        (dict(genhancer__stage2="some"), "genhancer.stage2='some' must be only or all or none"),
         (dict(genhancer__stage2="none", genhancer__stage1_steps=0), "trains nothing"),
-        (dict(genhancer__latents="mode"), "genhancer.latents='mode': use sample or mean"),
-        (dict(genhancer__warmup="none"), "genhancer.warmup='none': use exact or faithful"),
+        (dict(genhancer__latents="mode"), "genhancer.latents='mode' must be sample or mean"),
+        (dict(genhancer__warmup="none"), "genhancer.warmup='none' must be exact or faithful"),
         (dict(backbone__image_size=30), "image_size=30 must be a multiple of 4, .*: use 32"),
     ],
 )

@@ -128,8 +128,8 @@ def test_flops_are_those_of_the_traced_program():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (dict(kernel="linear"), "config.kuea.kernel='linear': use one of polynomial, gaussian, cosine"),
-        (dict(teacher_norm="both"), "config.kuea.teacher_norm='both': use exact or faithful"),
+        (dict(kernel="linear"), "config.kuea.kernel='linear' must be polynomial or gaussian or cosine"),
+        (dict(teacher_norm="both"), "config.kuea.teacher_norm='both' must be exact or faithful"),
         (dict(gamma=0.0), "config.kuea.gamma=0.0 must be above 0"),
         (dict(teacher_crop_from=17), "config.kuea.teacher_crop_from=17 must be at least"),
     ],

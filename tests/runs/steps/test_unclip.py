@@ -28,9 +28,9 @@ def made(**options):
 @pytest.mark.parametrize(
     "field, value, says",
     [
-        ("unclip.target", "x0", "unclip.target='x0': use v or eps"),
-        ("unclip.embed_noise", "level1000", "use none, mean0, random or level<L>"),
-        ("unclip.embed_noise", "level", "use none, mean0, random or level<L>"),
+        ("unclip.target", "x0", "unclip.target='x0' must be v or eps"),
+        ("unclip.embed_noise", "level1000", "must be none, mean0, random or level<L>"),
+        ("unclip.embed_noise", "level", "must be none, mean0, random or level<L>"),
         ("unclip.embed_drop", 1.0, "unclip.embed_drop=1.0 must be"),
         ("backbone.embed_dim", 24, "width 20, but those of config.backbone have 24: use unclip_l with OpenAI's"),
         ("diffusion.unet.class_embed_type", None, "make the config with diffusion='unclip_l' or 'unclip_h'"),
