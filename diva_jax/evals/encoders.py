@@ -75,10 +75,8 @@ def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
     spec, wanted = backbones.spec_of(run.config), backbones.spec_of(config)
     fields = (*origins.ARCHITECTURE, "image_size")
     origins.check_same(vars(spec), wanted, fields, f"the run {source}", "config.backbone")
-    min_shard, towers = run.config.mesh.min_shard, {}
-    for kind, arrays in run.towers().items():
-        if kind in _KINDS:
-            towers[kind] = _put(arrays, mesh, min_shard)
+    min_shard = run.config.mesh.min_shard
+    towers = {kind: _put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in _KINDS}
     params = _put(run.params, mesh, min_shard)
     return Encoder(towers["vision"], towers.get("text"), spec.source, params, spec.source)
 

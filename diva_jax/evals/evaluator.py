@@ -30,12 +30,12 @@ def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
         raise UserError("--task is missing: give one or more, e.g. --task=mmvp,zeroshot")
     if len(tasks) == 1 and len(given) == 1 and not given[0].startswith(f"{tasks[0]}="):
         return {tasks[0]: given[0]}
-    found = dict(item.split("=", 1) for item in given if "=" in item)
+    paths = dict(item.split("=", 1) for item in given if "=" in item)
     if strange := [item for item in given if item.split("=", 1)[0] not in tasks]:
         raise UserError(f"--data={strange[0]} belongs to no task: write --data=TASK=PATH, TASK one of {listing(tasks)}")
-    if missing := [t for t in tasks if not found.get(t)]:
+    if missing := [t for t in tasks if not paths.get(t)]:
         raise UserError(f"the task {missing[0]} has no data: give --data={missing[0]}=PATH")
-    return {t: found[t] for t in tasks}
+    return {t: paths[t] for t in tasks}
 
 
 def in_training(config, mesh) -> "Evaluator | None":
@@ -151,40 +151,39 @@ class Evaluator:
 
         A comparison that is itself the score, such as drift's cosine, keeps the metric's name.
         """
-        found = {}
+        out = {}
         for metric, score in self.tasks[name].compare(self._before[name], after)["scores"].items():
             key = f"eval/{name}/{metric}"
-            found[f"{key}_change" if "difference" in score else key] = score
-        return found
+            out[f"{key}_change" if "difference" in score else key] = score
+        return out
 
     def report(
-        self, found: Sequence[tuple[str, dict[str, Outcome]]], control: str = ""
+        self, outcomes: Sequence[tuple[str, dict[str, Outcome]]], control: str = ""
     ) -> tuple[dict[str, Any], list[dict]]:
         """Returns (`tasks` of results.json, rows of predictions.csv).
 
         Each label is compared with the first one, and with `control`, where that is one of the others.
         """
-        labels = [label for label, _ in found]
+        labels = [label for label, _ in outcomes]
         pairs = [(labels[0], label) for label in labels[1:]]
         if control in labels[1:]:
             pairs += [(control, label) for label in labels[1:] if label != control]
         tasks, rows = {}, []
         for name, task in self.tasks.items():
-            outcomes = [(label, by_task[name]) for label, by_task in found]
-            mine = [row for _, o in outcomes for row in o.rows]
+            by_label = {label: by_task[name] for label, by_task in outcomes}
+            mine = [row for outcome in by_label.values() for row in outcome.rows]
             comparisons = []
-            by_label = dict(outcomes)
-            for before, label in pairs:
-                compared = task.compare(by_label[before], by_label[label])
+            for before, after in pairs:
+                compared = task.compare(by_label[before], by_label[after])
                 mine += compared.pop("rows", [])
-                comparisons.append({"before": before, "after": label, **compared})
+                comparisons.append({"before": before, "after": after, **compared})
             tasks[name] = {
                 "title": task.title,
                 "data": task.data,
                 "count": task.count,
                 "items": task.items,
                 "metrics": {m: {"better": "higher", **info} for m, info in task.metrics.items()},
-                "weights": {label: o.results for label, o in outcomes},
+                "weights": {label: outcome.results for label, outcome in by_label.items()},
                 "comparisons": comparisons,
             }
             rows += [{"task": name, **row} for row in mine]
@@ -212,12 +211,12 @@ def run(
     mesh, began = sharding.make_mesh(config.mesh), time.perf_counter()
     runner = Evaluator(config, mesh, data)
     given = [places.find(source, "--weights") for source in weights]
-    labels, found = labels_of([place.source for place in given], [place.step for place in given]), []
+    labels, outcomes = labels_of([place.source for place in given], [place.step for place in given]), []
     for label, loaded in encoders.each(given, labels, config, mesh):
         model = runner.model(label, loaded)
-        found.append((label, runner.evaluate(model)))
+        outcomes.append((label, runner.evaluate(model)))
         del loaded, model  # Only one set of weights is on the devices at a time.
-    tasks, rows = runner.report(found, dict(zip(weights, labels, strict=True)).get(control, ""))
+    tasks, rows = runner.report(outcomes, dict(zip(weights, labels, strict=True)).get(control, ""))
     listed = [{"label": n, "source": s, "step": t} for n, (s, t, _) in zip(labels, given, strict=True)]
     took = {"seconds": round(time.perf_counter() - began, 1)}
     return results.about(config, runner.options) | took | {"weights": listed, "tasks": tasks}, rows

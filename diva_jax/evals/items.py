@@ -21,39 +21,21 @@ class Values:
     """What a metric is the mean of.
 
     Attributes:
-      values: [N], one per item.
+      values: [N], one per item, 0 to 1.
       strata, clusters: how items are resampled, see `stats.bootstrap`.
       tested: whether two sets of weights are compared by McNemar's test, which takes items for independent; an item
         whose value is above one half counts as right.
-      scale: of the score: 100 gives percent.
     """
 
     values: np.ndarray
     strata: np.ndarray | None = None
     clusters: np.ndarray | None = None
     tested: bool = True
-    scale: float = 100.0
 
-
-def score(found: Values, settings: Settings) -> dict[str, Any]:
-    """Returns the mean as `score`, and its 95% bootstrap interval as `interval`."""
-    interval = stats.bootstrap(
-        found.values,
-        resamples=settings.bootstrap,
-        seed=settings.seed,
-        strata=found.strata,
-        clusters=found.clusters,
-    )
-    mean = stats.mean(found.values, found.strata)
-    return {"score": found.scale * mean, "interval": [found.scale * end for end in interval]}
-
-
-def difference(before: Values, after: Values, settings: Settings) -> dict[str, Any]:
-    """Returns the mean difference on the same items, its paired bootstrap interval, and McNemar's test."""
-    values = np.asarray(after.values, np.float64) - np.asarray(before.values, np.float64)
-    mean = score(dataclasses.replace(after, values=values), settings)
-    test = stats.mcnemar(before.values > 0.5, after.values > 0.5) if after.tested else None
-    return {"difference": mean["score"], "interval": mean["interval"], "mcnemar": test}
+    def resampling(self, settings: Settings) -> dict[str, Any]:
+        """Returns the arguments of `stats.bootstrap`."""
+        groups = {"strata": self.strata, "clusters": self.clusters}
+        return {"resamples": settings.bootstrap, "seed": settings.seed} | groups
 
 
 def resolved(path: str) -> str:
@@ -106,7 +88,8 @@ class ItemTask(Task):
 
     def score(self, metric: str, held: dict[str, Any]) -> dict[str, Any]:
         """Returns a metric's entry in `scores` of results.json."""
-        return score(self.values(metric, held), self.settings)
+        counted = self.values(metric, held)
+        return stats.estimate(counted.values, **counted.resampling(self.settings))
 
     def evaluate(self, model) -> Outcome:
         """Returns every metric's score with its interval, and the rows of every item."""
@@ -116,8 +99,9 @@ class ItemTask(Task):
 
     def compare(self, before: Outcome, after: Outcome) -> dict[str, Any]:
         """Returns every metric's paired difference, interval and McNemar test."""
-        scores = {
-            metric: difference(self.values(metric, before.held), self.values(metric, after.held), self.settings)
-            for metric in self.metrics
-        }
+        scores = {}
+        for metric in self.metrics:
+            b, a = (self.values(metric, outcome.held) for outcome in (before, after))
+            test = stats.mcnemar(b.values > 0.5, a.values > 0.5) if a.tested else None
+            scores[metric] = stats.paired(b.values, a.values, **a.resampling(self.settings)) | {"mcnemar": test}
         return {"scores": scores}

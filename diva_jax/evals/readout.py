@@ -46,16 +46,16 @@ def parse_readout(text: str) -> Readout:
     Raises:
       UserError: it cannot be parsed.
     """
-    found = _READOUT.fullmatch(text)
-    if not found:
+    match = _READOUT.fullmatch(text)
+    if not match:
         raise UserError(
             f"backbone.readout={text!r} cannot be read: write cls or l2(cls), then optionally + mean(TOKENS) with all, "
             "random K, l2(all) or l2(random K) as tokens, then optionally ', l2'"
         )
-    which = found["plain"] or found["normed"]
+    which = match["plain"] or match["normed"]
     count = None if which is None else int(which.removeprefix("random ").replace("all", "0"))
-    after = bool(found["after"]) or found["cls"] == "pooled"
-    return Readout(found["cls"] == "l2(cls)", count, bool(found["normed"]), after)
+    after = bool(match["after"]) or match["cls"] == "pooled"
+    return Readout(match["cls"] == "l2(cls)", count, bool(match["normed"]), after)
 
 
 def l2(x: Array) -> Array:

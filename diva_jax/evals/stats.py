@@ -1,10 +1,12 @@
 """Intervals and tests for scores that are means over items: bootstrap and McNemar."""
 
 import math
+from typing import Any
 
 import numpy as np
 
-_CHUNK = 2**22  # Maximum number of resampled counts in memory: 32 MB.
+# Largest number of resampled counts in memory, 32 MB.
+_MAX_COUNTS = 2**22
 
 
 def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -15,7 +17,7 @@ def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, rng: 
     """
     levels, weights = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
     n = len(sums)
-    chunk = max(1, _CHUNK // len(levels))
+    chunk = max(1, _MAX_COUNTS // len(levels))
     means = []
     for start in range(0, resamples, chunk):
         drawn = rng.multinomial(n, weights / n, size=min(chunk, resamples - start))  # [R, levels]
@@ -81,12 +83,12 @@ def bootstrap_ratios(*pairs: tuple[np.ndarray, np.ndarray], resamples: int, seed
     """
     rng = np.random.default_rng(seed)
     n = len(pairs[0][0])
-    chunk = max(1, _CHUNK // n)
+    chunk = max(1, _MAX_COUNTS // n)
     values = []
     for start in range(0, resamples, chunk):
         drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(chunk, resamples - start)).astype(np.float64)
-        found = [mean_ratio(drawn @ a, drawn @ b) for a, b in pairs]
-        values.append(found[-1] - found[0] if len(pairs) > 1 else found[0])
+        ratios = [mean_ratio(drawn @ a, drawn @ b) for a, b in pairs]
+        values.append(ratios[-1] - ratios[0] if len(pairs) > 1 else ratios[0])
     return [float(q) for q in np.nanquantile(np.concatenate(values), (0.025, 0.975))]
 
 
@@ -113,15 +115,27 @@ def percent(interval: list[float]) -> list[float]:
     return [100 * x for x in interval]
 
 
-def paired(before: np.ndarray, after: np.ndarray, **kw) -> dict[str, float | list[float]]:
-    """Computes the mean difference of two models on the same items and its bootstrap interval, in percent.
+def estimate(values: np.ndarray, *, scale: float = 100.0, **how) -> dict[str, Any]:
+    """Returns the mean as `score`, and its bootstrap interval as `interval`.
+
+    Args:
+      values: [N], one per item.
+      scale: of both; 100 gives percent.
+      **how: for `bootstrap`; with `strata` the mean is that of the strata's means.
+    """
+    interval = bootstrap(values, **how)
+    return {"score": scale * mean(values, how.get("strata")), "interval": [scale * end for end in interval]}
+
+
+def paired(before: np.ndarray, after: np.ndarray, **how) -> dict[str, Any]:
+    """Returns the mean `difference` of two models on the same items, in percent, and its bootstrap `interval`.
 
     Args:
       before, after: [N], 0 to 1.
-      **kw: for `bootstrap`; with `strata` the mean is that of the strata's means.
+      **how: for `bootstrap`.
     """
-    difference = np.asarray(after, np.float64) - np.asarray(before, np.float64)
-    return {"difference": 100 * mean(difference, kw.get("strata")), "interval": percent(bootstrap(difference, **kw))}
+    change = estimate(np.asarray(after, np.float64) - np.asarray(before, np.float64), **how)
+    return {"difference": change["score"], "interval": change["interval"]}
 
 
 def mean(values: np.ndarray, strata: np.ndarray | None = None) -> float:

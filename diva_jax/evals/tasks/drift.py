@@ -17,7 +17,8 @@ from diva_jax.common.fields import at_least, field
 from diva_jax.data import labelled
 from diva_jax.evals import Outcome, Settings, Task, encode, stats
 
-_QUERIES = 256
+# Images whose neighbours are found at once.
+_QUERY_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,8 @@ SECTION = DriftOptions
 def neighbours(x: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k nearest rows of each unit row, [N, k], int; among equals the first."""
     out = []
-    for start in range(0, len(x), _QUERIES):
-        scores = x[start : start + _QUERIES] @ x.T
+    for start in range(0, len(x), _QUERY_BATCH):
+        scores = x[start : start + _QUERY_BATCH] @ x.T
         scores[np.arange(len(scores)), start + np.arange(len(scores))] = -np.inf
         out.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
     return np.concatenate(out)
@@ -92,8 +93,8 @@ class Drift(Task):
         how = dict(resamples=self.settings.bootstrap, seed=self.settings.seed)
         rank = [o.results["scores"]["effective_rank"]["score"] for o in (before, after)]
         scores = {
-            "cosine": {"score": stats.mean(cosine), "interval": stats.bootstrap(cosine, **how)},
-            "knn_overlap": {"score": 100 * stats.mean(kept), "interval": stats.percent(stats.bootstrap(kept, **how))},
+            "cosine": stats.estimate(cosine, scale=1.0, **how),
+            "knn_overlap": stats.estimate(kept, **how),
             "effective_rank": {"difference": rank[1] - rank[0], "interval": None, "mcnemar": None},
         }
         rows = [

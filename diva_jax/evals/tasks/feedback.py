@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import images, sources
-from diva_jax.evals import Outcome, Settings, Task, items, stats
+from diva_jax.evals import Outcome, Settings, Task, stats
 from diva_jax.training import load, sharding
 from diva_jax.training.step import Program
 
@@ -265,7 +265,7 @@ class Feedback(Task):
         values = values[~np.isnan(values)]
         if len(values) == 1:
             return {"score": stats.mean(values), "interval": None}
-        return items.score(items.Values(values, scale=1.0), self.settings)
+        return stats.estimate(values, scale=1.0, resamples=self.settings.bootstrap, seed=self.settings.seed)
 
     def evaluate(self, model) -> Outcome:
         """Losses, gaps and agreement of gradients, with intervals over images (groups of images for the latter)."""

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import labelled, texts
-from diva_jax.evals import Outcome, Settings, encode, items, stats
+from diva_jax.evals import Outcome, Settings, encode, stats
 from diva_jax.evals.items import ItemTask, Values
 from diva_jax.models.backbones import spec_of
 
@@ -202,7 +202,8 @@ class Mmvp(ItemTask):
 
     def _score(self, right: np.ndarray, strata: np.ndarray | None) -> dict:
         """Score and interval in percent, from [K, N] pairs that are right under each of K draws."""
-        out = items.score(Values(right.mean(axis=0), strata=strata), self.settings)
+        values = Values(right.mean(axis=0), strata=strata)
+        out = stats.estimate(values.values, **values.resampling(self.settings))
         if len(right) > 1:
             seeds = [100 * stats.mean(r, strata) for r in right.astype(float)]
             out |= {"seeds": seeds, "seeds_std": float(np.std(seeds, ddof=1))}

@@ -52,8 +52,8 @@ def splits(path: str) -> tuple[str, str]:
       UserError: it is neither, or both splits are the same.
     """
     if path.startswith("train="):
-        train, found, test = path.removeprefix("train=").partition(",test=")
-        if not (train and found and test):
+        train, _, test = path.removeprefix("train=").partition(",test=")
+        if not (train and test):
             raise UserError(f"--data=probe={path} must read train=PATH,test=PATH")
     else:
         root = Path(path).expanduser()

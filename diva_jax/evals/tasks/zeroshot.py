@@ -42,13 +42,13 @@ def imagenet(what: str) -> list[str]:
     return json.loads(_IMAGENET.read_text("utf-8"))[what]
 
 
-def class_names(given: str, found: labelled.Images) -> list[str]:
+def class_names(given: str, images: labelled.Images) -> list[str]:
     """The class names by label.
 
     Args:
       given: `ZeroShotOptions.classes`; "imagenet", a JSON list by label, a JSON object folder name -> class name, or
         empty: the data's own.
-      found: the data.
+      images: the data.
 
     Raises:
       UserError: names are missing, or do not fit the labels.
@@ -56,16 +56,16 @@ def class_names(given: str, found: labelled.Images) -> list[str]:
     if given == "imagenet":
         names = imagenet("classes")
     else:
-        names = labelled.read_names(given) if given else found.classes
+        names = labelled.read_names(given) if given else images.classes
     if names is None:
         raise UserError(
             "the data names no classes (no classnames.txt): set --config.eval.zeroshot.classes=FILE.json with a list"
         )
     if isinstance(names, dict):
-        if missing := [c for c in found.classes or () if c not in names]:
+        if missing := [c for c in images.classes or () if c not in names]:
             raise UserError(f"{given} has no name for {listing(missing, 5)}: add it")
-        names = [names[c] for c in found.classes or ()]
-    labels = np.asarray(found.targets)
+        names = [names[c] for c in images.classes or ()]
+    labels = np.asarray(images.targets)
     if not len(names) > labels.max() or labels.min() < 0:
         raise UserError(
             f"there are {len(names)} class names, but labels from {labels.min()} to {labels.max()}: "
@@ -74,7 +74,7 @@ def class_names(given: str, found: labelled.Images) -> list[str]:
     return list(names)
 
 
-def prompts(given: str, found: labelled.Images, classes: list[str]) -> list[list[str]]:
+def prompts(given: str, images: labelled.Images, classes: list[str]) -> list[list[str]]:
     """The texts of each class.
 
     Args:
@@ -84,7 +84,7 @@ def prompts(given: str, found: labelled.Images, classes: list[str]) -> list[list
     Raises:
       UserError: a class has no texts, or a template no `{c}`.
     """
-    templates = labelled.read_names(given) if given else found.templates or imagenet("templates")
+    templates = labelled.read_names(given) if given else images.templates or imagenet("templates")
     where = given or "zeroshot_classification_templates.txt"
     if isinstance(templates, Mapping):
         if missing := [c for c in classes if not templates.get(c)]:
