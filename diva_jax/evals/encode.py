@@ -73,18 +73,14 @@ class Towers:
       spec: the backbone.
       mesh: batches are split over all of its devices.
       settings: batch size, seed and dtype.
-
-    Attributes:
-      vision: name -> ShapeDtypeStruct of the parameters of the vision tower.
     """
 
     def __init__(self, spec: Spec, mesh: Mesh, settings: Settings):
         self.spec, self.mesh, self.settings = spec, mesh, settings
         self.readout = parse_readout(spec.readout)
         dtype = jnp.dtype(settings.dtype)
-        self._vision, self.vision = partition.disassemble(
-            abstract(lambda rngs: backbones.build(spec, rngs=rngs, dtype=dtype))
-        )
+        vision = abstract(lambda rngs: backbones.build(spec, rngs=rngs, dtype=dtype))
+        self._vision = partition.disassemble(vision)[0]
         devices = mesh.devices.size
         self.batch = -(-settings.batch_size // devices) * devices
         self._rows = NamedSharding(mesh, sharding.BATCH)

@@ -110,11 +110,6 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> dict[str, int | float]:
     return {"won": won, "lost": lost, "p": p}
 
 
-def percent(interval: list[float]) -> list[float]:
-    """Converts an interval of shares to percent."""
-    return [100 * x for x in interval]
-
-
 def estimate(values: np.ndarray, *, scale: float = 100.0, **how) -> dict[str, Any]:
     """Returns the mean as `score`, and its bootstrap interval as `interval`.
 

@@ -214,18 +214,20 @@ class Segmentation(Task):
         per_class = [
             {"name": n[0], "iou": 100 * b / u if u else None} for n, b, u in zip(self.names, *totals, strict=True)
         ]
-        interval = stats.bootstrap_ratios((both, union), resamples=self.settings.bootstrap, seed=self.settings.seed)
-        score = {"score": 100 * float(stats.mean_ratio(*totals)), "interval": stats.percent(interval)}
+        score = {"score": 100 * float(stats.mean_ratio(*totals)), "interval": self._interval((both, union))}
         results = {"scores": {"miou": score}, "classes": per_class, "pictures": maps}
-        return Outcome(results, rows, {"both": both, "union": union})
+        return Outcome(results, rows, {"overlaps": (both, union)})
+
+    def _interval(self, *overlaps: tuple[np.ndarray, np.ndarray]) -> list[float]:
+        """The interval of the mIoU, or of the difference of two, in percent."""
+        ends = stats.bootstrap_ratios(*overlaps, resamples=self.settings.bootstrap, seed=self.settings.seed)
+        return [100 * end for end in ends]
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
         """The difference of the mIoU and its paired bootstrap interval over images."""
-        pairs = [(o.held["both"], o.held["union"]) for o in (before, after)]
-        interval = stats.bootstrap_ratios(*pairs, resamples=self.settings.bootstrap, seed=self.settings.seed)
-        difference = after.results["scores"]["miou"]["score"] - before.results["scores"]["miou"]["score"]
-        score = {"difference": difference, "interval": stats.percent(interval), "mcnemar": None}
-        return {"scores": {"miou": score}}
+        b, a = (outcome.results["scores"]["miou"]["score"] for outcome in (before, after))
+        interval = self._interval(before.held["overlaps"], after.held["overlaps"])
+        return {"scores": {"miou": {"difference": a - b, "interval": interval, "mcnemar": None}}}
 
 
 def prepare(path: str, section: ConfigDict, settings: Settings) -> Segmentation:
