@@ -7,6 +7,8 @@ import numpy as np
 
 # Columns and features with captions, where the data's path has no `text=NAME`; the first that there is.
 TEXT_COLUMNS = ("caption", "text", "title", "captions")
+# A larger file of text beside an image, or in its tar, is no caption.
+MAX_CAPTION_BYTES = 2**20
 
 
 class Record(NamedTuple):

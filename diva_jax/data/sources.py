@@ -12,7 +12,7 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
 from diva_jax.common.paths import is_remote, reason
 from diva_jax.data import files, mixture
-from diva_jax.data.records import Record, Source
+from diva_jax.data.records import MAX_CAPTION_BYTES, Record, Source
 from diva_jax.data.tars import TarSource
 from diva_jax.data.tfds_source import TfdsSource
 
@@ -63,7 +63,8 @@ class FolderSource:
     def _text(self, i: int) -> str | None:
         try:
             with files.open_binary(self._caption_file(i)) as f:
-                return f.read().decode("utf-8")
+                text = f.read(MAX_CAPTION_BYTES + 1)
+            return text.decode("utf-8") if len(text) <= MAX_CAPTION_BYTES else None
         except FileNotFoundError:
             return None
 

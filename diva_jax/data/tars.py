@@ -20,7 +20,7 @@ from tqdm import tqdm
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import files
-from diva_jax.data.records import Record, caption
+from diva_jax.data.records import MAX_CAPTION_BYTES, Record, caption
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,6 @@ _MAX_NAMED = 20
 _MAX_HEADER_BYTES = 2**13
 # What tarfile raises for damaged headers; all but the first for the numbers and names in extended ones.
 _BROKEN_HEADER = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError)
-# A larger .txt or .json member is no caption.
-_MAX_CAPTION_BYTES = 2**20
 # Extensions of members with captions, by their code in the index.
 _CAPTIONS = ("", "txt", "json")
 
@@ -144,7 +142,7 @@ def _caption_member(grouped: Mapping[str, Mapping[str, Member]], image: str) -> 
     for stem in (extension.rpartition(".")[0], ""):
         for code, kind in enumerate(_CAPTIONS[1:], start=1):
             member = grouped[key].get(f"{stem}.{kind}".lstrip("."))
-            if member and member.size <= _MAX_CAPTION_BYTES:
+            if member and member.size <= MAX_CAPTION_BYTES:
                 return code, member.offset, member.size
     return 0, 0, 0
 

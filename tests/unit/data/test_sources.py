@@ -82,6 +82,8 @@ def test_captions_beside_images(tmp_path):
     assert not open_source(str(tmp_path)).has_text
     (tmp_path / "a" / "1.txt").write_text("café")
     (tmp_path / "a" / "2.v1.txt").write_text("two")
+    (tmp_path / "3.txt").touch()
+    os.truncate(tmp_path / "3.txt", 2**33)  # More than any caption.
     source = open_source(str(tmp_path))
     captions = {source.name(i): source.read(i).text for i in range(3)}
     assert source.has_text and captions == {"3.jpg": None, "a/1.jpg": "café", "a/2.v1.png": "two"}

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import tars
+from diva_jax.data.records import MAX_CAPTION_BYTES
 from diva_jax.data.tars import TarSource
 
 LONG = "a/" * 120 + "é" + "x" * 150 + ".jpg"  # More than the 100 + 155 bytes of a plain header.
@@ -76,7 +77,7 @@ def test_captions_of_samples(tmp_path):
         "6.jpg": noise(7),
         "6.json": b"{broken",
         "7.jpg": noise(8),
-        "7.txt": b"x" * (tars._MAX_CAPTION_BYTES + 1),
+        "7.txt": b"x" * (MAX_CAPTION_BYTES + 1),
     }
     write_tar(tmp_path / "a.tar", every)
     for _ in range(2):  # The second time from the cache.
