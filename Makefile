@@ -14,17 +14,17 @@ demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/demo.stamp  ## tunes a small CLIP in a drawn world, with a control, and reports: minutes on two cores
 	$(RUN) -m diva_jax.world.demo --out=runs/world
 
-check: $(VENV)/test.stamp lint  ## lint and the unit tests, with PyTorch blocked: about two minutes on two cores
+check: $(VENV)/test.stamp lint  ## lint and the unit tests, with PyTorch blocked: at most 90 s on two cores
 	PYTHONPATH=tests/support $(RUN) -m pytest -n 2 --dist loadfile --max-worker-restart=0 -p without_torch tests/unit
 
-test: $(VENV)/test.stamp lint  ## the whole test suite
-	$(RUN) -m pytest -n 2 --dist loadfile --max-worker-restart=0
+test: $(VENV)/test.stamp lint  ## the whole test suite, with a fixed sample of attack: at most 15 minutes on two cores
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 # Address space is limited, so that a file which asks for too much memory fails a test and not the machine.
-attack: $(VENV)/test.stamp  ## generated cases of damaged and hostile input: minutes, at most 24 GB of address space
+attack: $(VENV)/test.stamp  ## every generated case of damaged and hostile input: minutes
 	ulimit -v 24000000; $(RUN) -m pytest -m attack
 
-slow: $(VENV)/test.stamp  ## full sweeps and full sizes: hours
+slow: $(VENV)/test.stamp  ## full sweeps and full sizes: an hour
 	$(RUN) -m pytest -m slow
 
 margins: $(VENV)/test.stamp  ## numerical tests under five instruction sets: error / bound of what is near its bound

@@ -1,16 +1,20 @@
 """Settings of all tests: eight simulated CPU devices, and fast compilation."""
 
+import collections
 import os
 import resource
 import tempfile
 
 from places import FAST_COMPILATION
 
-# Set before jax starts, and inherited by the commands that tests run. Most of the time is compilation, so code is not
-# optimised, and a program that several tests use is compiled once.
+# Set before jax starts, and inherited by the workers and by the commands that tests run. Most of the time is
+# compilation, so code is not optimised, and a program that several tests use, however small, is compiled once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="diva_jax_compiled_"))
+
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import chex  # noqa: E402
 import commands  # noqa: E402
@@ -19,6 +23,19 @@ import pytest  # noqa: E402
 
 chex.set_n_cpu_devices(8)
 _MEMORY = 3_000_000  # [kB]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Runs a fixed sample of the generated cases of damaged input, every third of a test; `make attack` runs all."""
+    if "attack" in config.option.markexpr:
+        return
+    seen, kept, left_out = collections.Counter(), [], []
+    for item in items:
+        sampled = item.get_closest_marker("attack") and hasattr(item, "callspec")
+        (left_out if sampled and seen[item.function] % 3 else kept).append(item)
+        seen[item.function] += 1
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

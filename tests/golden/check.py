@@ -19,7 +19,7 @@ sys.path[:0] = [folder for folder in (str(HERE), str(HERE.parent / "support")) i
 
 def method_of(path: Path):
     """The module that reads a file, or None."""
-    names = [m.name for m in pkgutil.iter_modules([str(HERE)]) if m.name != Path(__file__).stem]
+    names = [m.name for m in pkgutil.iter_modules([str(HERE)]) if m.name not in (Path(__file__).stem, "reading")]
     return next((m for m in map(importlib.import_module, names) if m.reads(path.stem)), None)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from diva import diffusion_config
 from flax import nnx
 from helpers import filled
+from reading import rows, take
 
 from diva_jax import config
 from diva_jax.data import jitter
@@ -74,10 +75,6 @@ def vision_spec(z) -> backbones.Spec:
     )
 
 
-def _take(source, prefix: str) -> dict[str, np.ndarray]:
-    return {k[len(prefix) :]: source[k] for k in source.files if k.startswith(prefix)}
-
-
 def _layer(spec: backbones.Spec, module: str) -> tuple[str, int | None]:
     """(our path of a layer of transformers' tower, the part of a fused projection that it is)."""
     fixed = {
@@ -105,7 +102,7 @@ class Reader:
     def __init__(self, z, sd, exact: bool = False):
         self.z, self.sd, self.spec = z, sd, vision_spec(z)
         d = diffusion_config(sd)
-        text = _take(z, "w/text/")
+        text = take(z, "w/text/")
         width = text["final_layer_norm.weight"].shape[0]
         self.text = TextEncoderConfig(
             vocab_size=text["embeddings.token_embedding.weight"].shape[0],
@@ -125,7 +122,7 @@ class Reader:
     def prompt(self) -> dict[str, np.ndarray]:
         """The text condition, with and without the mask of padding."""
         encoder = filled(
-            abstract(lambda rngs: TextEncoder(self.text, rngs=rngs)), _take(self.z, "w/text/"), diffusers.TEXT_ENCODER
+            abstract(lambda rngs: TextEncoder(self.text, rngs=rngs)), take(self.z, "w/text/"), diffusers.TEXT_ENCODER
         )
         ids = jnp.asarray(self.z["text_ids"])
         mask = jnp.arange(ids.shape[1])[None] <= jnp.argmax(ids, axis=1, keepdims=True)  # The end has the largest id.
@@ -134,7 +131,7 @@ class Reader:
     def objective(self, text_context) -> dcr.Objective:
         """With the file's weights; adapters as they are initialised."""
         module = dcr.Objective(self.config, rngs=Keys())
-        given = _take(self.z, "w/")
+        given = take(self.z, "w/")
         recipes = backbones.architecture(self.spec.arch).TRANSFORMERS.recipes(self.spec)
         tensors = {}
         for recipe in recipes:
@@ -145,10 +142,10 @@ class Reader:
         adapters.adapt(module.vision, module.options.lora, Keys())
         leaves = (("norm.", "0."), ("fc1.", "1."), ("fc2.", "3."))
         table = Table("projector", tuple((f"^{ours}", theirs) for ours, theirs in leaves))
-        module.projector = filled(module.projector, _take(self.z, "w/project_clip."), table)
+        module.projector = filled(module.projector, take(self.z, "w/project_clip."), table)
         self.projector = table
-        module.unet = filled(module.unet, _take(self.sd, "unet/"), diffusers.UNET)
-        module.vae = filled(module.vae, _take(self.sd, "vae/"), diffusers.VAE)
+        module.unet = filled(module.unet, take(self.sd, "unet/"), diffusers.UNET)
+        module.vae = filled(module.vae, take(self.sd, "vae/"), diffusers.VAE)
         module.text_context = nnx.Variable(jnp.asarray(text_context))
         return module
 
@@ -161,7 +158,7 @@ class Reader:
     def adapted(self, arrays: dict) -> dict:
         """The parameters with stage 2's adapters."""
         out = {}
-        for name, value in _take(self.z, "stage2/lora/").items():
+        for name, value in take(self.z, "stage2/lora/").items():
             module, matrix, _ = name.rsplit(".", 2)
             path, part = _layer(self.spec, module)
             key = f"vision/{path}/lora/{matrix[-1].lower()}"
@@ -176,7 +173,7 @@ class Reader:
     def gradients(self, stage: str, grads: dict) -> np.ndarray:
         """Those that the file has, concatenated in its order."""
         out = []
-        for name in _take(self.z, f"{stage}/grad/"):
+        for name in take(self.z, f"{stage}/grad/"):
             if name.startswith("project_clip."):
                 ours = {self.projector.torch_name(tuple(n.split("/")[1:])): n for n in grads if n[0] == "p"}
                 value = grads[ours[name.removeprefix("project_clip.")]]
@@ -212,8 +209,8 @@ def compute(z, sd) -> dict[str, np.ndarray]:
     out["vae_moments"] = jax.jit(module.vae.moments)(2 * pixels - 1)
     skeleton, arrays = partition.disassemble(module)
     stages = dcr.stages(reader.config)
-    rows = [partition.scales(s.trainable, arrays) for s in stages]
-    trains = {n for scales in rows for n, scale in scales.items() if scale}
+    scales_of = [partition.scales(s.trainable, arrays) for s in stages]
+    trains = {n for scales in scales_of for n, scale in scales.items() if scale}
 
     @jax.jit
     def passes(trained, frozen):
@@ -221,7 +218,7 @@ def compute(z, sd) -> dict[str, np.ndarray]:
             trained
         )
 
-    for stage, given, scales in zip(("stage1", "stage2"), (arrays, reader.adapted(arrays)), rows, strict=True):
+    for stage, given, scales in zip(("stage1", "stage2"), (arrays, reader.adapted(arrays)), scales_of, strict=True):
         trained = {n: a for n, a in given.items() if n in trains}
         (value, seen), grads = passes(trained, {n: a for n, a in given.items() if n not in trains})
         found = seen["contrast"]
@@ -268,12 +265,5 @@ def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
         ours = compute(z, states)
     recorded = {k: z[k] for k in z.files if not k.startswith(_GIVEN) and "/grad/" not in k}
     for stage in ("stage1", "stage2"):
-        recorded[f"{stage}/grad"] = np.concatenate([v.ravel() for v in _take(z, f"{stage}/grad/").values()])
-    if set(recorded) != set(ours):
-        raise ValueError(f"quantities differ: {sorted(set(recorded) ^ set(ours))}")
-    rows = []
-    for key, want in recorded.items():
-        want = want.astype(np.float64)
-        error = np.linalg.norm(ours[key] - want) / np.linalg.norm(want)
-        rows.append((key, float(error), _bound(key)))
-    return rows
+        recorded[f"{stage}/grad"] = np.concatenate([v.ravel() for v in take(z, f"{stage}/grad/").values()])
+    return rows(recorded, ours, _bound)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from helpers import filled
+from reading import rows, take
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -103,13 +104,9 @@ def objective(name: str, z, sd):
     c.diva.draws = len(z["losses"])
     c.diffusion.text_tokens = z["text_context"].shape[1]
     module = abstract(lambda rngs: diva.Objective(config.faithful(c), rngs=rngs))
-
-    def take(source, prefix):
-        return {k[len(prefix) :]: source[k] for k in source.files if k.startswith(prefix)}
-
     own = take(z, "w/")
     projection = names.Table("visual_proj", ((r"^", "visual_proj."),), ignore=(r"visual\..*",))
-    vision = dataclasses.replace(clip.vision_table(module.spec))
+    vision = clip.vision_table(module.spec)
     vision = dataclasses.replace(vision, ignore=(*vision.ignore, r"visual_proj\..*"))
     module.vision = filled(module.vision, own, vision)
     module.visual_proj = filled(module.visual_proj, own, projection)
@@ -170,12 +167,5 @@ def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
     """
     z, states = np.load(golden), np.load(sd)
     ours = compute(golden.stem, z, states)
-    recorded = [k for k in z.files if k.split("/")[0] in BOUNDS]
-    if set(recorded) != set(ours):
-        raise ValueError(f"quantities differ: {sorted(set(recorded) ^ set(ours))}")
-    rows = []
-    for key in recorded:
-        want = z[key].astype(np.float64)
-        error = np.linalg.norm(ours[key] - want) / np.linalg.norm(want)
-        rows.append((key, float(error), BOUNDS[key.split("/")[0]]))
-    return rows
+    recorded = {k: z[k] for k in z.files if k.split("/")[0] in BOUNDS}
+    return rows(recorded, ours, lambda key: BOUNDS[key.split("/")[0]])

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import filled
+from reading import relative, take
 
 from diva_jax import config
 from diva_jax.data import preprocess
@@ -59,10 +60,6 @@ def beside(path: Path, name: str) -> Path | None:
     return next((p for p in (path.with_name(name), FAMILY / name) if p.is_file()), None)
 
 
-def under(prefix: str, arrays) -> dict[str, np.ndarray]:
-    return {k[len(prefix) :]: np.asarray(arrays[k]) for k in arrays if k.startswith(prefix)}
-
-
 class Case:
     """All arrays of a case, whichever of its files was given.
 
@@ -97,7 +94,7 @@ class Case:
 
     @property
     def hf_tensors(self) -> dict[str, np.ndarray]:
-        return under("w/model.", self.arrays)
+        return take(self.arrays, "w/model.")
 
     def recipes(self, spec: backbones.Spec, tensors) -> list:
         """How these of transformers' tensors become open_clip's."""
@@ -162,9 +159,9 @@ class Case:
         """Name -> array of every parameter of the objective."""
         sources = {
             "vision": (Tensors(self.open_clip(spec), []), clip.vision_table(spec)),
-            "project_clip": (under("w/project_clip.", self.arrays), flux.PROJECTOR),
-            "project_t5": (under("w/project_t5.", self.arrays), flux.PROJECTOR),
-            "denoiser": (under("w/dit.", self.arrays), flux.DENOISER),
+            "project_clip": (take(self.arrays, "w/project_clip."), flux.PROJECTOR),
+            "project_t5": (take(self.arrays, "w/project_t5."), flux.PROJECTOR),
+            "denoiser": (take(self.arrays, "w/dit."), flux.DENOISER),
         }
         if self.encoder:
             sources["vae"] = (self.encoder[0], flux.VAE)
@@ -311,14 +308,7 @@ class Case:
         """Relative L2 error; that of a key's bias, whose true gradient is zero, relative to the query's bias."""
         if re.fullmatch(r"grad2/.*\.k_proj\.bias", key):
             return relative(ours, 0 * want, self.arrays[key.replace("k_proj", "q_proj")])
-        return relative(ours, want, want)
-
-
-def relative(ours, want, scale) -> float:
-    ours, want, scale = (np.asarray(x, np.float64) for x in (ours, want, scale))
-    if ours.shape != want.shape:
-        raise ValueError(f"shapes differ: {ours.shape} here, {want.shape} recorded")
-    return float(np.linalg.norm(ours - want) / max(np.linalg.norm(scale), np.finfo(np.float64).tiny))
+        return relative(ours, want)
 
 
 def encoder_of(z, case: str) -> tuple[Tensors, FluxVAEConfig]:
@@ -332,8 +322,7 @@ def encoder_of(z, case: str) -> tuple[Tensors, FluxVAEConfig]:
         scaling_factor=meta["scale_factor"],
         shift_factor=meta["shift_factor"],
     )
-    arrays = under(f"{case}/w/", {k: z[k] for k in z.files if k.startswith(f"{case}/w/")})
-    return flux.with_matrices(Tensors(arrays, [])), sizes
+    return flux.with_matrices(Tensors(take(z, f"{case}/w/"), [])), sizes
 
 
 def encoders(path: Path) -> list[tuple[str, float, float]]:
@@ -346,7 +335,7 @@ def encoders(path: Path) -> list[tuple[str, float, float]]:
         ours = {"moments": vae.moments(view), "latents": vae.encode(view, jnp.asarray(z[f"{case}/posterior"]))}
         for key, array in ours.items():
             want = z[f"{case}/{key}"]
-            rows.append((f"{case}/{key}", relative(array, want, want), BOUNDS[""]))
+            rows.append((f"{case}/{key}", relative(array, want), BOUNDS[""]))
     return rows
 
 

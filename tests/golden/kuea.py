@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from reading import relative, same_names, take
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -43,10 +44,6 @@ OPTIM = dict(name="adamw", lr=3e-5, weight_decay=1e-4, decay_all=True, warmup=0.
 INPUTS = ("pixels", "gamma_coef0")
 
 
-def _take(z, prefix: str) -> dict[str, np.ndarray]:
-    return {f"visual.{k[len(prefix) :]}": z[k] for k in z.files if k.startswith(prefix)}
-
-
 def spec_of(tensors: dict[str, np.ndarray], arch: str, size: int, like: backbones.Spec) -> backbones.Spec:
     """The Spec of a tower at a resolution, from its tensors."""
     found = backbones.architecture(arch).shapes(tensors)
@@ -55,8 +52,8 @@ def spec_of(tensors: dict[str, np.ndarray], arch: str, size: int, like: backbone
 
 def settings(z, **switches: str):
     """The config of a recorded run; `switches` are exact where they say so, all others faithful."""
-    teacher = spec_of(_take(z, "teacher/"), "dinov2", z["teacher_input"].shape[1], kuea.TEACHER)
-    student = spec_of(_take(z, "w/"), "vit", z["pixels"].shape[1], backbones.Spec())
+    teacher = spec_of(take(z, "teacher/", "visual."), "dinov2", z["teacher_input"].shape[1], kuea.TEACHER)
+    student = spec_of(take(z, "w/", "visual."), "vit", z["pixels"].shape[1], backbones.Spec())
     c = config.faithful(config.default(student, objective="kuea"))
     c.batch_size, c.steps = len(z["pixels"]), len(z["trajectory/lr"])
     c.optim.update(OPTIM)
@@ -72,7 +69,7 @@ def program(z, **switches: str) -> tuple[Program, dict[str, jax.Array]]:
     arrays = {}
     for part, prefix in (("vision", "w/"), ("original", "w0/"), ("teacher", "teacher/")):
         spec = p.objective.taught_by if part == "teacher" else p.objective.spec
-        tensors = resample.to_resolution(Tensors(_take(z, prefix), []), spec)
+        tensors = resample.to_resolution(Tensors(take(z, prefix, "visual."), []), spec)
         state = names.assign(getattr(p.objective, part), tensors, clip.vision_table(spec), source=prefix)
         arrays |= {f"{part}/{partition.name_of(k)}": v.get_value() for k, v in names.flat(state).items()}
     if "kernel_params" in p.arrays:
@@ -177,16 +174,14 @@ def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
         ours = compute(z)
     weights = ("w", "w0", "teacher", *INPUTS)
     recorded = [k for k in z.files if k.split("/")[0] not in weights]
-    if set(recorded) != set(ours):
-        raise ValueError(f"quantities differ: {sorted(set(recorded) ^ set(ours))}")
+    same_names(recorded, ours)
     groups: dict[str, list[str]] = {}
     for key in recorded:
         whole = key.startswith(("grad/", "grad_kernel/")) and not key.endswith("gamma_coef0")
         groups.setdefault(key.split("/")[0] if whole else key, []).append(key)
-    rows = []
-    for key, members in groups.items():
-        want = np.concatenate([z[m].astype(np.float64).ravel() for m in members])
-        got = np.concatenate([ours[m].astype(np.float64).ravel() for m in members])
-        error = np.linalg.norm(got - want) / np.linalg.norm(want)
-        rows.append((key, float(error), BOUNDS[key.split("/")[0]]))
-    return rows
+
+    def joined(arrays, members) -> np.ndarray:
+        return np.concatenate([arrays[m].ravel() for m in members])
+
+    found = {key: relative(joined(ours, members), joined(z, members)) for key, members in groups.items()}
+    return [(key, error, BOUNDS[key.split("/")[0]]) for key, error in found.items()]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from helpers import filled
+from reading import rows, take
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -66,11 +67,7 @@ def objective(z, sd, meta) -> unclip.Objective:
     c.update(dtype="float32", frozen_dtype="float32")
     c.unclip.update(latents=meta["latents"], embed_noise="random")  # So that it has statistics.
     module = abstract(lambda rngs: unclip.Objective(c, rngs=rngs))
-
-    def take(source, prefix):
-        return {k[len(prefix) :]: source[k] for k in source.files if k.startswith(prefix)}
-
-    vision = {k: v for k, v in take(z, "w/").items() if k.startswith("visual.")}
+    vision = take(z, "w/visual.", "visual.")
     module.vision = filled(module.vision, vision, clip.vision_table(spec))
     unet = {**take(sd, "unet/"), **take(z, "w/unet.")}
     module.unet = filled(module.unet, unet, diffusers.UNET)
@@ -169,12 +166,5 @@ def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
     """
     z, states = np.load(golden), np.load(sd)
     ours = compute(z, states)
-    recorded = [k for k in z.files if k not in GIVEN and not k.startswith("w/")]
-    if set(recorded) != set(ours):
-        raise ValueError(f"quantities differ: {sorted(set(recorded) ^ set(ours))}")
-    rows = []
-    for key in recorded:
-        want = z[key].astype(np.float64)
-        error = np.linalg.norm(ours[key] - want) / np.linalg.norm(want)
-        rows.append((key, float(error), BOUNDS[quantity(key)]))
-    return rows
+    recorded = {k: z[k] for k in z.files if k not in GIVEN and not k.startswith("w/")}
+    return rows(recorded, ours, lambda key: BOUNDS[quantity(key)])

@@ -124,5 +124,6 @@ def evaluated(home, tuned, kept):
 def exported(home, evaluated):
     """Exports the run in every format, into the folder of the format's name; returns what the commands printed."""
     flags = ("--workdir=runs/tuned", "--results=results/results.json")
-    started = [home.start("export_torch", *flags, f"--out={fmt}", f"--format={fmt}") for fmt in FORMATS]
-    return {fmt: commands.output(process) for fmt, process in zip(FORMATS, started, strict=True)}
+    ends = commands.run_each("export_torch", [[*flags, f"--out={f}", f"--format={f}"] for f in FORMATS], home.folder)
+    assert [code for code, _, _ in ends] == [0] * len(FORMATS), ends
+    return {fmt: printed for fmt, (_, printed, _) in zip(FORMATS, ends, strict=True)}

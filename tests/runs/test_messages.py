@@ -1,12 +1,8 @@
 """What the training command prints for help, and for input that is not good: one line that says what to do."""
 
-import json
-import subprocess
-import sys
-
 import commands
 import pytest
-from places import ROOT, SUPPORT
+from places import ROOT
 
 TINY = ("--config=tiny", "--workdir=run")
 # Arguments -> what the line must contain.
@@ -52,11 +48,9 @@ def ended(tmp_path_factory):
     (folder / "t.csv").write_text("a,b\n1,2\n")
     (folder / "broken.py").write_text("def get_config():\n    return 1 + 'a'\n")
     cases = {name: arguments for name, (arguments, _) in (REFUSED | SHOWN).items()}
-    process = commands.launch(sys.executable, f"{SUPPORT}/forked.py", "main", cwd=folder, stdin=subprocess.PIPE)
-    out, err = process.communicate(json.dumps(list(cases.values())), timeout=400)
-    assert process.returncode == 0, err
+    found = commands.run_each("main", list(cases.values()), folder)
     assert sorted(p.name for p in folder.iterdir()) == ["a.tar.gz", "a.zip", "broken.py", "photo.jpg", "t.csv"]
-    return dict(zip(cases, json.loads(out.splitlines()[-1]), strict=True))
+    return dict(zip(cases, found, strict=True))
 
 
 @pytest.mark.parametrize("case", REFUSED)

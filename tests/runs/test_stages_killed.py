@@ -7,7 +7,7 @@ import commands
 import jax
 import numpy as np
 import pytest
-import small_genhancer
+import small
 import stages_config
 from places import SUPPORT
 from small import program
@@ -33,7 +33,7 @@ def final_state(files, workdir) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def folder(files, tmp_path):
-    demo.write_clip(tmp_path / "clip", small_genhancer.SPEC)
+    demo.write_clip(tmp_path / "clip", small.SPEC_28)
     for name in ("photos", "stable-diffusion"):
         (tmp_path / name).symlink_to(files / name)
     return tmp_path

@@ -1,7 +1,6 @@
 """Evaluation during training: the logged scores, and no effect on training."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -36,7 +35,6 @@ def config(files, **fields):
     c = small.small_config(steps=TOTAL, batch_size=8, checkpoint__every=2, log__every=1, **fields)
     c.backbone.source, c.diffusion.source = f"{files}/clip", f"{files}/stable-diffusion"
     c.data.path, c.data.threads = f"{files}/photos", 2
-    c.compile_cache = os.environ["JAX_COMPILATION_CACHE_DIR"]  # The same for all these runs.
     return c
 
 

@@ -1,5 +1,6 @@
 """Starts the commands of this project, each in a process of its own."""
 
+import json
 import os
 import signal
 import subprocess
@@ -57,6 +58,18 @@ def finish(process: subprocess.Popen, seconds: float = 400) -> tuple[int, str, s
 def run(module: str, *args, **kw) -> tuple[int, str, str]:
     """`start` and `finish`."""
     return finish(start(module, *args, **kw))
+
+
+def run_each(module: str, lines: list, cwd=ROOT, seconds: float = 400) -> list[tuple[int, str, str]]:
+    """Runs a command once for each list of arguments, in forks of one process, so that it is imported once.
+
+    Returns:
+      (exit code, stdout, stderr) of each.
+    """
+    process = launch(sys.executable, SUPPORT / "forked.py", module, cwd=cwd, stdin=subprocess.PIPE)
+    out, err = process.communicate(json.dumps([[str(word) for word in line] for line in lines]), timeout=seconds)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
 
 
 def output(process: subprocess.Popen) -> str:

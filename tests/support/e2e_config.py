@@ -1,7 +1,5 @@
 """The config of the commands in test_train_e2e.py: `small.small_config` with files in the folder of the argument."""
 
-import os
-
 from small import small_config
 
 
@@ -12,5 +10,4 @@ def get_config(folder: str):
     c.condition.warmup_steps = 2
     c.checkpoint.every, c.log.every = 3, 1
     c.log.tensorboard = False  # Its writer takes seconds to import.
-    c.compile_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "auto")  # One for all runs of a test session.
     return c

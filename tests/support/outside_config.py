@@ -1,7 +1,6 @@
 """Configs of the objectives in tests/support/outside; the argument is OBJECTIVE:FOLDER, the folder of their files."""
 
 import dataclasses
-import os
 
 from specs import TEACHER, TRAINED
 
@@ -16,7 +15,6 @@ def get_config(arg: str):
     c.data.path, c.data.threads = f"{folder}/photos", 2
     c.optim.update(name="adamw", lr=1e-3, warmup=0.1)
     c.checkpoint.every, c.log.every, c.log.tensorboard = 2, 1, False
-    c.compile_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "auto")
     if name == "distillation":
         teacher = dataclasses.replace(TEACHER, source=f"{folder}/teacher.safetensors")
         c.distillation.teacher.update(dataclasses.asdict(teacher))

@@ -1,13 +1,26 @@
-"""A whole objective, small enough to compile in seconds: two levels of U-Net and VAE, two backbone blocks."""
+"""Whole objectives, small enough to compile in seconds: two levels of U-Net and VAE, two backbone blocks."""
+
+import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
 from specs import TRAINED as SPEC
 
-from diva_jax import config
+from diva_jax import config, demo
+from diva_jax.models.backbones import HALF
 from diva_jax.models.diffusion import presets
 from diva_jax.training import sharding
 from diva_jax.training.step import Program
+from diva_jax.weights import writers
+
+# With images whose latents have side 14, then 7.
+SPEC_28 = dataclasses.replace(SPEC, image_size=28)
+SIGLIP_28 = dataclasses.replace(
+    SPEC_28, arch="siglip", embed_dim=24, activation="gelu", norm_eps=1e-6, mean=HALF, std=HALF, resize_mode="squash"
+)
+_DENOISER = dict(in_channels=12, vector_dim=20, text_dim=28, width=36, heads=3, axes=(4, 2, 6), mlp_ratio=2.0)
+_FLUX_VAE = dict(latent_channels=3, block_out_channels=(8, 12), layers_per_block=1, norm_num_groups=4)
 
 
 def diffusion() -> dict:
@@ -25,13 +38,16 @@ def diffusion() -> dict:
     return sd
 
 
-def small_config(**fields):
-    """Returns a config: float32, AdamW, 24-pixel crops, batches of 8; in names of `fields`, `__` stands for a dot."""
-    c = config.default(SPEC, diffusion())
-    c.update(dtype="float32", frozen_dtype="float32", steps=10, batch_size=8, accum=1)
-    c.diffusion.text_tokens = 6
-    c.data.image_size = 24
-    c.optim.update(name="adamw", lr=1e-2, warmup=0.2)
+def unclip_diffusion() -> dict:
+    """`diffusion` with a class embedding, as un²CLIP's."""
+    sd = diffusion()
+    sd["unet"] |= dict(class_embed_type="projection", projection_class_embeddings_input_dim=2 * SPEC.embed_dim)
+    sd["scheduler"] = sd["scheduler"] | dict(prediction_type="v_prediction")
+    return sd
+
+
+def with_fields(c, fields):
+    """Sets fields of a config by dotted name, `__` standing for a dot."""
     for name, value in fields.items():
         *path, leaf = name.split("__")
         node = c
@@ -39,6 +55,51 @@ def small_config(**fields):
             node = node[part]
         node[leaf] = value
     return c
+
+
+def _config(spec, sd, objective: str, **first):
+    c = config.default(spec, sd, objective)
+    return with_fields(c, dict(dtype="float32", frozen_dtype="float32", accum=1) | first)
+
+
+def small_config(**fields):
+    """DIVA: float32, AdamW, 24-pixel crops, batches of 8; `fields` as in `with_fields`."""
+    first = dict(steps=10, batch_size=8, diffusion__text_tokens=6, data__image_size=24)
+    first |= dict(optim__name="adamw", optim__lr=1e-2, optim__warmup=0.2)
+    return with_fields(_config(SPEC, diffusion(), "diva", **first), fields)
+
+
+def unclip_config(**fields):
+    """un²CLIP with the sizes of `small_config`."""
+    first = dict(steps=10, batch_size=8, diffusion__text_tokens=6, data__image_size=24)
+    first |= dict(optim__name="adamw", optim__lr=1e-2, optim__warmup=0.2)
+    return with_fields(_config(SPEC, unclip_diffusion(), "unclip", **first), fields)
+
+
+def dcr_config(spec=SPEC_28, **fields):
+    """DCR: two steps of the projector, three of adapters of rank 3; four groups of four images."""
+    first = dict(steps=3, batch_size=16, diffusion__text_tokens=6, condition__warmup_steps=2, optim__lr=1e-3)
+    return with_fields(_config(spec, diffusion(), "dcr", **first, dcr__group=4, dcr__lora__rank=3), fields)
+
+
+def genhancer_config(spec=SPEC_28, **fields):
+    """GenHancer: two stages of five steps, batches of 8, one double and one single block."""
+    c = _config(spec, "sd21_base", "genhancer", steps=5, batch_size=8)
+    c.genhancer.denoiser.update(_DENOISER | dict(double_blocks=1, single_blocks=1))
+    c.genhancer.vae.update(_FLUX_VAE)
+    c.genhancer.lora.update(rank=3, alpha=6.0)
+    c.genhancer.stage1_steps = 5
+    return with_fields(c, fields)
+
+
+def write_unclip(folder: Path) -> None:
+    """Writes a diffusers folder of Stable unCLIP with random weights."""
+    demo.write_stable_diffusion(folder, unclip_diffusion())
+    rng, d = np.random.default_rng(5), SPEC.embed_dim
+    statistics = {"mean": rng.normal(size=(1, d)), "std": rng.uniform(0.5, 1.5, (1, d))}
+    (folder / "image_normalizer").mkdir()
+    file = folder / "image_normalizer" / "diffusion_pytorch_model.safetensors"
+    writers.write_safetensors(file, {n: a.astype(np.float32) for n, a in statistics.items()})
 
 
 def program(c, devices: int = 1) -> Program:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-import small_unclip
 
 from diva_jax import config
 from diva_jax.common.errors import UserError
@@ -123,8 +122,8 @@ def test_devices_do_not_matter():
     fields = dict(anchor__weight=0.1, ema__decay=0.5, unclip__embed_noise="random", unclip__embed_drop=0.3)
     # AdamW divides the key biases' gradient, which is rounding alone, by its own size: 1e-8 would show it.
     fields |= dict(optim__eps=1e-4)
-    one, alone, _ = run(small_unclip.small_config(**fields), 3)
-    eight, shared, p = run(small_unclip.small_config(mesh__fsdp=4, mesh__min_shard=64, **fields), 3, 8)
+    one, alone, _ = run(small.unclip_config(**fields), 3)
+    eight, shared, p = run(small.unclip_config(mesh__fsdp=4, mesh__min_shard=64, **fields), 3, 8)
     np.testing.assert_allclose(one, eight, rtol=1e-5)
     for kind in ("params", "ema"):
         moved = [np.linalg.norm(shared[-1][kind][n] - a) / np.linalg.norm(a) for n, a in alone[-1][kind].items()]
@@ -144,8 +143,8 @@ def test_what_cannot_work_is_refused():
 
 def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
     """un²CLIP with both, on files: the second half again from a checkpoint; evaluation and export see the average."""
-    small_unclip.write_generator(tmp_path / "generator")
-    c = small_unclip.small_config(steps=4, anchor__weight=0.2, ema__decay=0.6, unclip__embed_noise="random")
+    small.write_unclip(tmp_path / "generator")
+    c = small.unclip_config(steps=4, anchor__weight=0.2, ema__decay=0.6, unclip__embed_noise="random")
     c.backbone.source, c.diffusion.source = str(files / "clip"), str(tmp_path / "generator")
     c.data.path, c.data.threads, c.compile_cache = str(files / "photos"), 2, ""
     c.checkpoint.every, c.log.tensorboard = 2, False

@@ -1,7 +1,5 @@
 """DCR: groups and tiles do not change the result, what each stage trains, and what is refused."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,30 +10,13 @@ from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
 from diva_jax.data import jitter
 from diva_jax.models import backbones
-from diva_jax.models.backbones import HALF
 from diva_jax.objectives.shared.contrast import contrast
 from diva_jax.training import partition
-
-SPEC = dataclasses.replace(small.SPEC, image_size=28)  # Latents of side 14, then 7.
-SIGLIP = dataclasses.replace(SPEC, arch="siglip", embed_dim=24, activation="gelu_tanh", mean=HALF, std=HALF)
-
-
-def dcr_config(spec=SPEC, **fields):
-    """Float32, groups of 4, batches of 16; `fields` of config.dcr."""
-    c = config.default(spec, small.diffusion(), "dcr")
-    c.update(dtype="float32", frozen_dtype="float32", steps=3, batch_size=16)
-    c.diffusion.text_tokens = 6
-    c.condition.warmup_steps = 2
-    c.optim.lr = 1e-3
-    c.dcr.group = 4
-    c.dcr.lora.rank = 3
-    c.dcr.update(fields)
-    return c
 
 
 def two_steps(devices: int, tile: int) -> tuple[list, dict]:
     """(loss and gradient norm of two steps of stage 2, the parameters after them)."""
-    p = small.program(dcr_config(tile=tile), devices)
+    p = small.program(small.dcr_config(dcr__tile=tile), devices)
     # Small adapters, so that rounding is not amplified.
     arrays = {n: 0.05 * a if n.endswith("lora/b") else a for n, a in small.random_arrays(p).items()}
     frozen = {n: arrays[n] for n in p.abstract_frozen()}
@@ -64,9 +45,7 @@ def test_neither_devices_nor_tiles_change_the_step():
     [(16, 16, 17, 16, 17), (16, 16, 40, 8, 17), (16, 16, 8, 2, 1), (6, 3, 100, 1, 4), (6, 3, 3, 2, 1), (2, 2, 1, 2, 1)],
 )
 def test_a_tile_holds_at_most_its_passes(images, group, tile, chunks, together):
-    c = dcr_config(group=group, tile=tile)
-    c.batch_size = images
-    objective = small.program(c).objective
+    objective = small.program(small.dcr_config(dcr__group=group, dcr__tile=tile, batch_size=images)).objective
     assert objective.tiles(images) == (chunks, together)
     assert images // chunks * together <= tile
 
@@ -89,18 +68,18 @@ def test_contrast_is_the_formula():
     assert np.isfinite(zero).all()
 
 
-@pytest.mark.parametrize("spec", [SPEC, SIGLIP], ids=["vit", "siglip"])
+@pytest.mark.parametrize("spec", [small.SPEC_28, small.SIGLIP_28], ids=["vit", "siglip"])
 def test_each_stage_trains_its_own(spec):
-    p = small.program(dcr_config(spec))
+    p = small.program(small.dcr_config(spec))
     assert [(s.name, s.start, s.end, s.lr) for s in p.stages] == [("projector", 0, 2, 1e-4), ("tower", 2, 5, 1e-3)]
     first, second = (set(p.active(i)) for i in (0, 1))
     assert {n.split("/")[0] for n in first} == {"projector"} and len(first) == 6
     adapted = {n.rpartition("/lora/")[0] for n in second if "/lora/" in n}
     block = {f"vision/blocks/{i}/{layer}" for i in (0, 1) for layer in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")}
     pool = {"vision/attn_pool/mlp/fc1", "vision/attn_pool/mlp/fc2"}
-    assert adapted == block | ({"vision/proj"} if spec is SPEC else pool)
+    assert adapted == block | ({"vision/proj"} if spec is small.SPEC_28 else pool)
     biases = {n for n in second if n.endswith("/bias")}
-    inert = {"vision/attn_pool/proj/bias"} if spec is SIGLIP else set()
+    inert = {"vision/attn_pool/proj/bias"} if spec is small.SIGLIP_28 else set()
     assert biases == {f"{n}/bias" for n in adapted if n != "vision/proj"} | inert
     assert second == biases | {f"{n}/lora/{x}" for n in adapted for x in "ab"}
     qkv = p.arrays["vision/blocks/0/attn/qkv/lora/a"]
@@ -141,10 +120,10 @@ def test_normalisation_and_the_space_of_the_jitter():
     pixels = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 28, 28, 3)), jnp.float32)
     nothing = (jnp.arange(4), jnp.array([1.0, 1, 1, 0]), jnp.array([0, 0, 28, 28]), jnp.array(False), jnp.array(False))
     nothing = jitter.Draw(*(jnp.stack([x, x]) for x in nothing))
-    view, plus = small.program(dcr_config(SIGLIP)).objective.views(pixels, nothing)
+    view, plus = small.program(small.dcr_config(small.SIGLIP_28)).objective.views(pixels, nothing)
     np.testing.assert_allclose(view, 2 * pixels - 1, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(plus, view, rtol=1e-4, atol=1e-5)
-    faithful = dcr_config(SIGLIP, tower_norm="faithful", plus_space="faithful")
+    faithful = small.dcr_config(small.SIGLIP_28, dcr__tower_norm="faithful", dcr__plus_space="faithful")
     view, plus = small.program(faithful).objective.views(pixels, nothing)
     mean, std = np.array(backbones.OPENAI_MEAN), np.array(backbones.OPENAI_STD)
     np.testing.assert_allclose(view, (pixels - mean) / std, rtol=1e-5, atol=1e-5)
@@ -152,11 +131,10 @@ def test_normalisation_and_the_space_of_the_jitter():
 
 
 def test_schedule_rounded_to_bfloat16():
-    c = dcr_config(schedule_dtype="faithful")
-    c.dtype = "bfloat16"
+    c = small.dcr_config(dcr__schedule_dtype="faithful", dtype="bfloat16")
     abar = np.asarray(small.program(c).objective.alphas_cumprod())
     assert abar.dtype == np.float32 and (abar[:2] == 1).all() and len(set(abar[:100])) == 28
-    exact = np.asarray(small.program(dcr_config()).objective.alphas_cumprod())
+    exact = np.asarray(small.program(small.dcr_config()).objective.alphas_cumprod())
     np.testing.assert_allclose(np.sqrt(1 - exact[:2]), [0.029, 0.041], atol=5e-4)
 
 
@@ -175,23 +153,17 @@ def test_schedule_rounded_to_bfloat16():
     ],
 )
 def test_what_does_not_fit_is_refused(fields, says):
-    c = dcr_config()
-    for name, value in fields.items():
-        *path, leaf = name.split("__")
-        node = c
-        for part in path:
-            node = node[part]
-        node[leaf] = value
+    c = small.dcr_config(**fields)
     with pytest.raises(UserError, match=says):
         config.validate(c, 1)
 
 
 def test_targets_that_match_nothing_are_refused_before_anything_loads():
-    c = dcr_config()
+    c = small.dcr_config()
     c.dcr.lora.targets = "blocks/7/.*"
     with pytest.raises(UserError, match="lora.targets='blocks/7/.*' matches no layer"):
         small.program(c)
-    c = dcr_config()
+    c = small.dcr_config()
     with c.unlocked():
         c.diffusion.unet.update(class_embed_type="projection", projection_class_embeddings_input_dim=8)
     with pytest.raises(UserError, match="no class embedding"):
@@ -200,7 +172,7 @@ def test_targets_that_match_nothing_are_refused_before_anything_loads():
 
 def test_projector_alone_reconstructs():
     """The mean squared error of one pass per image."""
-    c = dcr_config(projector_only=True, stage1_loss="exact", tile=3)
+    c = small.dcr_config(dcr__projector_only=True, dcr__stage1_loss="exact", dcr__tile=3)
     config.validate(c, 1)
     p = small.program(c)
     assert [s.name for s in p.stages] == ["projector"] and p.objective.conditions == 1

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-import small_genhancer
 from flax import nnx
 from places import ROOT
 
@@ -32,6 +31,7 @@ CONFIGS = {
     "siglip_so400m": (8.91, 0.28, 1.195),
     "siglip_so400m_384": (8.91, 0.28, 3.605),
 }
+SAMPLE = ("vitl14", "siglip_so400m_384")
 
 
 def config_file(name):
@@ -49,7 +49,7 @@ def per_chip(tree) -> int:
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * jnp.dtype(a.dtype).itemsize for a in shapes)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
 def test_full_size(name):
     """Parameters, adapters, FLOPs, and what a chip holds when weights are split over fsdp=16."""
     c = config_file(name).get_config()
@@ -156,7 +156,7 @@ def test_time_in_bfloat16():
 
 
 def tiny(**fields):
-    return small.program(small_genhancer.small_config(**fields))
+    return small.program(small.genhancer_config(**fields))
 
 
 def test_an_image_has_its_own_draws_and_the_adapters_drop():
@@ -188,7 +188,7 @@ def test_switches_of_siglip():
     """faithful: tanh's GELU in the tower; the head's output projection has a trained bias and no adapter."""
     rows = {}
     for value in ("exact", "faithful"):
-        p = tiny(spec=small_genhancer.SIGLIP, genhancer__siglip_head_out=value, genhancer__siglip_gelu=value)
+        p = tiny(spec=small.SIGLIP_28, genhancer__siglip_head_out=value, genhancer__siglip_gelu=value)
         rows[value] = {n for n in p.active(1) if n.startswith("vision/attn_pool/proj/")}
         assert p.objective.vision.blocks[0].mlp.activation == {"exact": "gelu", "faithful": "gelu_tanh"}[value]
         pooled = {n for n in p.active(1) if n.startswith("vision/attn_pool/")} - rows[value]
@@ -216,7 +216,7 @@ def test_losses_do_not_depend_on_devices():
     """Both stages, adapters' dropout included, with weights split over the devices."""
     losses = []
     for devices in (1, 8):
-        c = small_genhancer.small_config(genhancer__stage1_steps=1, steps=2, mesh__fsdp=devices, mesh__min_shard=64)
+        c = small.genhancer_config(genhancer__stage1_steps=1, steps=2, mesh__fsdp=devices, mesh__min_shard=64)
         c.optim.update(lr=1e-3, warmup_steps=0)
         p = small.program(c, devices)
         arrays = small.random_arrays(p)
@@ -230,7 +230,7 @@ def test_losses_do_not_depend_on_devices():
     np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-5)
 
 
-@pytest.mark.parametrize("spec", [small_genhancer.SPEC, small_genhancer.SIGLIP], ids=["vit", "siglip"])
+@pytest.mark.parametrize("spec", [small.SPEC_28, small.SIGLIP_28], ids=["vit", "siglip"])
 def test_the_tower_that_is_exported_computes_what_was_trained(spec):
     p = tiny(spec=spec)
     arrays = small.random_arrays(p)
@@ -254,7 +254,7 @@ def test_the_tower_that_is_exported_computes_what_was_trained(spec):
 )
 def test_what_is_refused_before_anything_loads(fields, says):
     with pytest.raises(UserError, match=says):
-        config.validate(small_genhancer.small_config(**fields), 1)
+        config.validate(small.genhancer_config(**fields), 1)
 
 
 @pytest.mark.parametrize(

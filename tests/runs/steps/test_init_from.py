@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-import small_genhancer
+import small
 from flax import nnx
 
 from diva_jax import demo
@@ -22,12 +22,12 @@ def make(tmp_path_factory):
     """fields -> config, whose files exist."""
     root = tmp_path_factory.mktemp("files")
     pack_photos(root / "photos", count=8, per_shard=8)
-    demo.write_clip(root / "clip", small_genhancer.SPEC)
-    vae = VAE(genhancer._vae(small_genhancer.small_config().genhancer.vae), rngs=Keys(3))
+    demo.write_clip(root / "clip", small.SPEC_28)
+    vae = VAE(genhancer._vae(small.genhancer_config().genhancer.vae), rngs=Keys(3))
     writers.write_safetensors(root / "ae.safetensors", names.to_torch(nnx.state(vae), flux.VAE))
 
     def config(**fields):
-        c = small_genhancer.small_config(**fields)
+        c = small.genhancer_config(**fields)
         c.backbone.source, c.genhancer.vae.source = str(root / "clip"), str(root / "ae.safetensors")
         c.data.path, c.data.threads, c.log.tensorboard = str(root / "photos"), 1, False
         return c

@@ -41,9 +41,8 @@ def arrays_of(p):
     return arrays | {n: jnp.asarray([0.03, 0.19]) for n in arrays if n == "kernel_params"}
 
 
-@pytest.mark.parametrize("mode", SWITCHES)
-def test_losses_do_not_depend_on_devices(mode):
-    c, losses = settings_of(mode), []
+def test_losses_do_not_depend_on_devices():
+    c, losses = settings_of(), []
     for devices in (1, 8):
         p = small.program(c, devices)
         arrays = arrays_of(p)
@@ -56,9 +55,8 @@ def test_losses_do_not_depend_on_devices(mode):
     assert losses[0][2] == pytest.approx(1e-3)  # One step of warm-up, whichever way it is counted.
 
 
-@pytest.mark.parametrize("kernel", kuea.KERNELS)
-def test_at_the_start_the_distance_to_the_original_is_zero(kernel):
-    c = settings_of(kernel=kernel, kernel_params="faithful")
+def test_at_the_start_the_distance_to_the_original_is_zero():
+    c = settings_of(kernel="cosine", kernel_params="faithful")
     p = small.program(c)
     arrays = arrays_of(p)
     arrays |= {n: arrays[n.replace("original/", "vision/")] for n in arrays if n.startswith("original/")}

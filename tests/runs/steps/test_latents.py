@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-import small_genhancer
-import small_unclip
 from e2e_config import get_config
 from places import SUPPORT
 
@@ -100,7 +98,7 @@ def test_dcr_has_no_vae_where_moments_are_cached():
         assert (traced.jaxpr.pretty_print(name_stack=True).count("vae") > 0) == (program is p)
 
 
-@pytest.mark.parametrize("make", [small.small_config, small_unclip.small_config, small_genhancer.small_config])
+@pytest.mark.parametrize("make", [small.small_config, small.unclip_config, small.genhancer_config])
 def test_the_loss_of_an_objective_is_that_of_its_own_moments(make):
     """In float32, with moments that the cache's format holds exactly, the two losses are equal."""
     plain, cached = make(), make()

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-import small_unclip
 
 from diva_jax import config
 from diva_jax.common.errors import UserError
@@ -18,7 +17,7 @@ from diva_jax.training import load
 
 def made(**options):
     """(module with random arrays, its program)."""
-    c = small_unclip.small_config()
+    c = small.unclip_config()
     c.unclip.update(options)
     p = small.program(c)
     arrays = small.random_arrays(p)
@@ -38,7 +37,7 @@ def made(**options):
     ],
 )
 def test_what_cannot_work_is_one_sentence(field, value, says):
-    c = small_unclip.small_config().unlock()
+    c = small.unclip_config().unlock()
     *path, leaf = field.split(".")
     section = c
     for part in path:
@@ -113,8 +112,8 @@ def test_losses_of_the_conditions():
 
 
 def test_statistics_come_from_the_generator(files, tmp_path):
-    small_unclip.write_generator(tmp_path / "generator")
-    c = small_unclip.small_config(unclip__embed_noise="level3")
+    small.write_unclip(tmp_path / "generator")
+    c = small.unclip_config(unclip__embed_noise="level3")
     c.backbone.source, c.diffusion.source = str(files / "clip"), str(tmp_path / "generator")
     p = small.program(c)
     names = ["image_normalizer/mean", "image_normalizer/std"]

@@ -10,8 +10,6 @@ import numpy as np
 import open_clip
 import pytest
 import small
-import small_genhancer
-import small_unclip
 import torch
 from eval_data import patch
 from exports import written_by_open_clip
@@ -39,11 +37,11 @@ LORA = ("genhancer", "dcr")
 
 def config_of(objective: str, source: str):
     if objective == "genhancer":
-        c = small_genhancer.small_config(SPEC)
+        c = small.genhancer_config(SPEC)
     elif objective in ("kuea", "smartclip"):
         c = configs.default(SPEC, objective=objective)
     else:
-        c = configs.default(SPEC, small_unclip.diffusion() if objective == "unclip" else small.diffusion(), objective)
+        c = configs.default(SPEC, small.unclip_diffusion() if objective == "unclip" else small.diffusion(), objective)
     c.update(dtype="float32", frozen_dtype="float32", steps=STEP, batch_size=16, accum=1)
     c.backbone.source = source
     if objective == "kuea":

@@ -1,0 +1,119 @@
+"""What the objectives in plain PyTorch share: the original libraries' modules with our arrays, and optimizers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import small
+import torch
+from flax import nnx
+from helpers import relative_error, within
+
+from diva_jax.weights import clip, diffusers, names
+
+UPDATE_BOUND = 1e-3
+
+
+def begin(p, arrays) -> tuple[dict, dict, np.ndarray]:
+    """Returns a program's state, its frozen arrays, and the key of its draws; `arrays` stay as they are."""
+    state = p.init_state({n: jnp.copy(arrays[n]) for n in p.trained})
+    return state, {n: arrays[n] for n in p.abstract_frozen()}, np.asarray(state["key"])
+
+
+def part_tensors(p, arrays, part: str, table) -> dict[str, torch.Tensor]:
+    """Returns the arrays of one part, without adapters, under the names of its original library."""
+    state = {
+        path[1:]: var.replace(np.asarray(arrays[name]))
+        for name, (path, var) in p.skeleton.variables.items()
+        if name.startswith(f"{part}/") and "/lora/" not in name
+    }
+    return {k: torch.from_numpy(v.copy()) for k, v in names.to_torch(nnx.from_flat_state(state), table).items()}
+
+
+def vision_tower(p, arrays, spec) -> torch.nn.Module:
+    """Returns open_clip's tower of the part `vision`."""
+    from open_clip.transformer import QuickGELU, VisionTransformer
+
+    sizes = (spec.image_size, spec.patch_size, spec.width, spec.layers, spec.heads, spec.mlp_dim / spec.width)
+    tower = VisionTransformer(*sizes, output_dim=spec.embed_dim, act_layer=QuickGELU)
+    tensors = part_tensors(p, arrays, "vision", clip.vision_table(spec))
+    tower.load_state_dict({k.removeprefix("visual."): v for k, v in tensors.items()})
+    return tower
+
+
+class Generator:
+    """diffusers' frozen U-Net and VAE encoder, the text condition, and the cumulative products of the schedule."""
+
+    def __init__(self, p, arrays):
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        d = p.config.diffusion
+        self.unet = UNet2DConditionModel(**d.unet.to_dict()).requires_grad_(False)
+        self.unet.load_state_dict(part_tensors(p, arrays, "unet", diffusers.UNET))
+        vae = d.vae.to_dict() | {"up_block_types": ("UpDecoderBlock2D",) * len(d.vae.block_out_channels)}
+        self.vae = AutoencoderKL(**vae).requires_grad_(False)
+        missing = self.vae.load_state_dict(part_tensors(p, arrays, "vae", diffusers.VAE), strict=False)
+        assert all(k.startswith(("decoder.", "post_quant")) for k in missing.missing_keys)
+        self.text = torch.from_numpy(np.array(arrays["text_context"]))
+        betas = torch.linspace(d.scheduler.beta_start**0.5, d.scheduler.beta_end**0.5, 1000, dtype=torch.float64) ** 2
+        self.abar = torch.cumprod(1 - betas, 0).float()
+
+    def latents(self, view: torch.Tensor, noise: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """Returns scaled latents: the posterior's mean, and `noise` times its deviation."""
+        posterior = self.vae.encode(view).latent_dist
+        return self.vae.config.scaling_factor * (posterior.mean + posterior.std * noise)
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = self.abar[t].view(-1, 1, 1, 1)
+        return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def to_torch(tree):
+    """Returns arrays as tensors: images channels first, whole numbers as int64."""
+
+    def tensor(x):
+        x = torch.from_numpy(np.array(x))
+        x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+        return x if x.is_floating_point() or x.dtype == torch.bool else x.long()
+
+    return jax.tree.map(tensor, tree)
+
+
+def column(values) -> torch.Tensor:
+    """Returns values of the channels in a shape to compute with images [B, C, H, W]."""
+    return torch.tensor(values).view(1, -1, 1, 1)
+
+
+def cosine_schedule(optimizer, c):
+    """Returns the schedule of a config: linear warm-up from 0, then half a cosine."""
+    warm = math.ceil(c.optim.warmup * c.steps)
+
+    def factor(step):
+        if step < warm:
+            return step / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / (c.steps - warm)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def random_program(c):
+    """Returns (program, random arrays)."""
+    p = small.program(c)
+    return p, small.random_arrays(p)
+
+
+def check_trained(start: dict, ours: dict, theirs: dict, bound: float = UPDATE_BOUND) -> None:
+    """Asserts that both trained each tensor, by the same update.
+
+    The error is relative to the update, and not to the tensor, most of which training leaves as it was.
+
+    Args:
+      start, ours, theirs: name -> tensor before training, and after it on each side.
+      bound: of the relative L2 error of the update.
+    """
+    assert set(ours) == set(theirs)
+    for name, want in theirs.items():
+        before, got, want = (np.asarray(x, np.float64) for x in (start[name], ours[name], want.detach()))
+        assert relative_error(before, want) > 5e-4, f"{name} was not trained"
+        within(relative_error(got - before, want - before), bound, name)
