@@ -26,10 +26,9 @@ FILES = {
     "family/genhancer_a_stage2": 59,
     "family/genhancer_vae": 2,
 }
-# check.py allows less, which other processors may not reach: AdamW's eps of 1e-8 makes updates of the rounding of
-# gradients, and the jitter of colours has tens of operations in float32.
-WIDER = dict.fromkeys(("trajectory/loss_clean", "trajectory/loss_total", "trajectory/loss_kernel"), 1e-4)
-WIDER |= {"exact/plus_view": 5e-6, "plus_view": 5e-6}
+# check.py allows some quantities less than the 2e-5 that are promised, and other processors may not reach it. Six steps
+# of AdamW with its eps of 1e-8 make updates of the rounding of gradients that are zero.
+PROMISED, TRAJECTORY = 2e-5, 1e-4
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -37,7 +36,7 @@ def test_golden_file(name):
     rows = check.errors(HERE / f"{name}.npz", SD)
     assert len(rows) == FILES[name]
     for quantity, error, bound in rows:
-        within(error, WIDER.get(quantity, bound), quantity)
+        within(error, TRAJECTORY if quantity.startswith("trajectory/loss") else max(bound, PROMISED), quantity)
 
 
 def test_command_fails_past_the_bound(tmp_path):

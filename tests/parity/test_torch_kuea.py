@@ -120,9 +120,9 @@ def test_ten_steps(mode):
         want = model.step(i, batch)
         state, metrics = step(state, frozen, jax.device_put(batch, p.batch_sharding))
         got = [float(metrics[k]) for k in ("loss", "loss_clean", "loss_kernel")]
-        # Both terms, relative to their sum.
+        # Both terms, relative to their sum; the kernel's has a weight of 40.
         scale = np.array([1, CLEAN, KERNEL])
-        np.testing.assert_allclose(scale * got, scale * want, rtol=0, atol=2e-5 * want[0], err_msg=f"step {i}")
+        np.testing.assert_allclose(scale * got, scale * want, rtol=0, atol=6e-5 * want[0], err_msg=f"step {i}")
         np.testing.assert_allclose(metrics["lr"], model.rate(i), rtol=1e-5)
         assert min(CLEAN * want[1], KERNEL * want[2]) > 0.05 * want[0], "one term alone would be tested"
     ours, start = (tower_tensors(p, a, "vision", small.SPEC) for a in (state["params"], arrays))
