@@ -33,7 +33,7 @@ def test_a_pair_of_cold_and_warm(files):
 def test_a_run_that_is_refused_is_reported(tmp_path):
     process = commands.launch(sys.executable, SCRIPT, f"--config={tmp_path}/none.py", "--pairs=1")
     code, _, err = commands.finish(process)
-    assert code != 0 and "the run ended before 'writes to '" in err and "there is no such file" in err, err
+    assert code != 0 and "the run ended before 'writes to '" in err and "does not exist" in err, err
 
 
 def test_seconds_of_aot():
