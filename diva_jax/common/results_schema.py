@@ -164,6 +164,11 @@ class Task(Record):
     items: str = "items"
     comparisons: list[Comparison] = []
 
+    @property
+    def controls(self) -> set[str]:
+        """The labels of controls: weights, not the first, that others are compared with."""
+        return {c.before for c in self.comparisons} - {next(iter(self.weights), "")}
+
     @model_validator(mode="after")
     def _names_are_known(self):
         used = [(metric, "metrics") for w in self.weights.values() for metric in w.scores]

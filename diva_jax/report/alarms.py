@@ -86,27 +86,27 @@ def _listed(names: list[str]) -> str:
 
 
 def _comparisons(results: Results) -> Iterator[Alarm]:
-    """Differences for the worse in any metric, and main metrics without a difference, per set of weights."""
-    worse: dict[str, list[str]] = {}
-    none: dict[str, list[str]] = {}
+    """Differences for the worse in any metric, and main metrics without a difference, per comparison."""
+    worse: dict[tuple[str, bool], list[str]] = {}
+    none: dict[tuple[str, bool], list[str]] = {}
     for task in results.tasks.values():
         for c in task.comparisons:
-            differences = c.differences()
+            differences, of = c.differences(), (c.after, c.before in task.controls)
             for i, (metric, info) in enumerate(task.metrics.items()):
                 if not (d := differences.get(metric)):
                     continue
                 kind, name = wording.direction(d, info.direction), f"{task.title}, {info.title}"
                 if kind.endswith("lost"):
                     figure = wording.signed(d.difference, info.unit, wording.places(d.known_interval, info.unit))
-                    worse.setdefault(c.after, []).append(f"{name} ({figure})")
+                    worse.setdefault(of, []).append(f"{name} ({figure})")
                 elif kind == "zero" and i == 0:
-                    none.setdefault(c.after, []).append(name)
-    for label, names in worse.items():
-        yield Alarm("Worse than before", f"{label}: {_listed(names)}.", "bad")
-    for label, names in none.items():
-        yield Alarm(
-            "No difference shown", f"{label}: {_listed(names)}: zero is within the interval of the difference.", "doubt"
-        )
+                    none.setdefault(of, []).append(name)
+    for (label, control), names in worse.items():
+        yield Alarm(f"Worse than {'the control' if control else 'before'}", f"{label}: {_listed(names)}.", "bad")
+    for (label, control), names in none.items():
+        which = f"{label}{' against the control' if control else ''}"
+        says = f"{which}: {_listed(names)}: zero is within the interval of the difference."
+        yield Alarm("No difference shown", says, "doubt")
 
 
 def _run_drift(run: Run) -> Iterator[Alarm]:

@@ -19,7 +19,7 @@ class Evaluation:
 
     Attributes:
       labels: of the weights; the first one is the reference of comparisons.
-      tasks: by name; readouts of a task that are the same are one metric.
+      tasks: by name.
       doubted: the labels of weights whose scores are not read as improvements, see `alarms.doubted`.
     """
 
@@ -30,33 +30,7 @@ class Evaluation:
 
 def prepared(inputs: Inputs) -> Evaluation:
     """Returns the results of an evaluation as the functions below take them."""
-    tasks = {name: _without_equal_readouts(task) for name, task in inputs.results.tasks.items()}
-    return Evaluation(inputs.results.labels, tasks, alarms.doubted(inputs))
-
-
-def _without_equal_readouts(task: Task) -> Task:
-    """Merges readouts that are the same, as a backbone's published readout and its pooled embedding can be.
-
-    Metrics with patterns are readouts of the same items; those with equal values everywhere become the first of them,
-    whose title names all.
-    """
-    if not any(weights.patterns for weights in task.weights.values()):
-        return task
-
-    def values(metric: str) -> list:
-        scores = [part.scores.get(metric) for w in task.weights.values() for part in (w, *w.patterns)]
-        flips = [
-            [f.model_copy(update={"metric": ""}) for f in c.flipped if f.metric == metric] for c in task.comparisons
-        ]
-        return [scores, [c.scores.get(metric) for c in task.comparisons], flips]
-
-    equal: dict[str, list[str]] = {}
-    for metric in task.metrics:
-        first = next((m for m in equal if values(m) == values(metric)), metric)
-        equal.setdefault(first, []).append(task.metrics[metric].title)
-    titles = {m: " and ".join(same) + ", which are the same" * (len(same) > 1) for m, same in equal.items()}
-    metrics = {m: task.metrics[m].model_copy(update={"title": title}) for m, title in titles.items()}
-    return task.model_copy(update={"metrics": metrics})
+    return Evaluation(inputs.results.labels, inputs.results.tasks, alarms.doubted(inputs))
 
 
 def findings(results: Evaluation) -> list[Finding]:
@@ -78,21 +52,16 @@ def findings(results: Evaluation) -> list[Finding]:
     return known or others or list(_scores_alone(results))
 
 
-def _against_control(task: Task, c: Comparison) -> bool:
-    """Whether a comparison is not with the first weights, which are the reference."""
-    return c.before != next(iter(task.weights))
-
-
 def _finding(task: Task, c: Comparison, metric: str, several: bool, doubted: bool) -> Finding:
     info, difference = task.metrics[metric], c.differences()[metric]
-    control = _against_control(task, c)
+    control = c.before in task.controls
     what = f"{task.title}, {info.title}" + (f", {c.after}" if several else "")
     what += f" against the control {c.before}" if control else ""
     before, after = (task.weights[label].scores[metric] for label in (c.before, c.after))
     test = wording.mcnemar(difference.mcnemar, task.items)
     meaning = wording.verdict(difference, info.direction) + (f" {test}." if test else "")
     kind = wording.direction(difference, info.direction, doubted)
-    if control and kind != "up":
+    if control and info.direction and not kind.endswith(("won", "doubted")):
         meaning = f"{c.after} does not beat the control, so nothing can be claimed. {meaning}"
     if doubted:
         meaning = f"Not an improvement: see the first lines of this page. {meaning}"
@@ -132,7 +101,7 @@ def _score_table(results: Evaluation, task: Task) -> Part:
     used = [w for w in results.labels if w in task.weights]
     compared = [c for c in task.comparisons if c.differences()]
     head = [Label("Score")] + [Label(w, role=colour_role(results.labels.index(w))) for w in used]
-    against = [f"{c.after} against {c.before}" if _against_control(task, c) else c.after for c in compared]
+    against = [f"{c.after} against {c.before}" if c.before in task.controls else c.after for c in compared]
     head += [Label("Difference" if len(compared) == 1 else f"Difference, {what}") for what in against]
     rows, scores = [], [s for w in used for s in task.weights[w].scores.values()]
     for metric, info in task.metrics.items():

@@ -131,17 +131,23 @@ def _legend(maps: list[np.ndarray], names: list[str]) -> dict[str, Any]:
 
 
 def flipped(task: Task) -> list[Section]:
-    """Returns one section per comparison and metric with items that are right with only one of two sets of weights."""
-    out, thumbnails = [], Thumbnails()
-    for c in task.comparisons:
+    """Returns one section per comparison and metric with items that are right with only one of two sets of weights.
+
+    Those of the control come last, since a link to sections of the same title opens the first of them.
+    """
+    out, thumbnails, controls = [], Thumbnails(), task.controls
+    for c in sorted(task.comparisons, key=lambda c: (c.after in controls, c.before in controls)):
         for metric, info in task.metrics.items():
-            note = f"{info.title}, {c.before} → {c.after}"
+            note = f"{info.title}, {c.after} against {'the control ' * (c.before in controls)}{c.before}"
             if any(w.scores[metric].seeds for w in task.weights.values() if metric in w.scores):
                 note += "; shares are means over the draws"
             parts: list[Part] = []
-            for won, line in ((True, "Correct only after"), (False, "Correct only before")):
+            sides = ("with the weights", "with the control") if c.before in controls else ("after", "before")
+            for won, side in zip((True, False), sides, strict=True):
                 if flips := [f for f in c.flipped if f.metric == metric and f.won is won]:
-                    parts.append(part("heading", line=line, note=len(flips), kind="won" if won else "lost"))
+                    parts.append(
+                        part("heading", line=f"Correct only {side}", note=len(flips), kind="won" if won else "lost")
+                    )
                     parts.append(part("cards", cards=[_card(f, task.items, thumbnails) for f in flips[:_MAX_CARDS]]))
                 if (more := len(flips) - _MAX_CARDS) > 0:
                     parts.append(text(f"{more} more are listed in predictions.csv.", "fine"))

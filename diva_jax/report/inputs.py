@@ -14,7 +14,7 @@ from diva_jax.common import json_files, paths, results_schema
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import finite
 from diva_jax.common.json_files import Record
-from diva_jax.common.results_schema import LARGEST_NUMBER, Results
+from diva_jax.common.results_schema import LARGEST_NUMBER, Results, Task
 
 
 class Session(Record):
@@ -93,7 +93,8 @@ class Inputs:
 
     Attributes:
       folder: the folder that the report is written to.
-      results: the content of results.json, or None if there is no evaluation.
+      results: the content of results.json, or None if there is no evaluation; readouts of a task that are the same are
+        one metric.
       runs: the training runs; empty if there are none.
       image_rows: the content of images.json, or None if there is no such file.
     """
@@ -157,7 +158,34 @@ def _results(path: epath.Path) -> Results | None:
         return None
     if not isinstance(content, dict) or content.get("schema") != results_schema.SCHEMA:
         raise UserError(f"{path} is not of schema {results_schema.SCHEMA}: {again}")
-    return json_files.checked(path, content, Results, again)
+    results = json_files.checked(path, content, Results, again)
+    tasks = {name: _without_equal_readouts(task) for name, task in results.tasks.items()}
+    return results.model_copy(update={"tasks": tasks})
+
+
+def _without_equal_readouts(task: Task) -> Task:
+    """Merges readouts that are the same, as a backbone's published readout and its pooled embedding can be.
+
+    Metrics with patterns are readouts of the same items; those with equal values everywhere become the first of them,
+    whose title names all.
+    """
+    if not any(weights.patterns for weights in task.weights.values()):
+        return task
+
+    def values(metric: str) -> list:
+        scores = [part.scores.get(metric) for w in task.weights.values() for part in (w, *w.patterns)]
+        flips = [
+            [f.model_copy(update={"metric": ""}) for f in c.flipped if f.metric == metric] for c in task.comparisons
+        ]
+        return [scores, [c.scores.get(metric) for c in task.comparisons], flips]
+
+    equal: dict[str, list[str]] = {}
+    for metric in task.metrics:
+        first = next((m for m in equal if values(m) == values(metric)), metric)
+        equal.setdefault(first, []).append(task.metrics[metric].title)
+    titles = {m: " and ".join(same) + ", which are the same" * (len(same) > 1) for m, same in equal.items()}
+    metrics = {m: task.metrics[m].model_copy(update={"title": title}) for m, title in titles.items()}
+    return task.model_copy(update={"metrics": metrics})
 
 
 def _metrics(path: epath.Path) -> list[dict[str, Any]]:

@@ -89,17 +89,33 @@ def test_a_run_that_collapses_says_so(tmp_path):
     assert evaluation.findings(evaluation.prepared(inputs.read(tmp_path / "out")))[0].kind == "up doubted"
 
 
-def test_a_control_that_is_not_beaten_is_named(tmp_path):
-    task = samples.mmvp_task([])
-    task["weights"]["control"] = task["weights"][samples.AFTER]
-    scores = {"pooled": {"difference": 0.2, "interval": [-1.0, 1.4], "mcnemar": None}}
-    task["comparisons"].append({"before": "control", "after": samples.AFTER, "scores": scores})
+@pytest.mark.parametrize("difference", [-3.0, -0.5, 0.5, 3.0])
+@pytest.mark.parametrize("better", ["higher", "lower", ""])
+def test_sentences_on_a_control_do_not_contradict_themselves(tmp_path, better, difference):
+    task, images = samples.mmvp_task([]), samples.write_images(tmp_path, 4)
+    task["weights"]["control"] = task["weights"][samples.BEFORE]
+    for metric in task["metrics"].values():
+        metric["better"] = better
+    ends = {"difference": difference, "interval": [difference - 1, difference + 1]}
+    first = task["comparisons"][0] | {"flipped": samples.flips(images)}
+    against = {"before": "control", "after": samples.AFTER, "scores": {"pooled": ends, "published": ends}}
+    task["comparisons"] = [first | {"after": "control"}, first, against | {"flipped": first["flipped"]}]
     results = samples.write_evaluation(tmp_path, [], mmvp=task)
     results["weights"].append({"label": "control", "source": "runs/control", "step": 4600})
     (tmp_path / "results.json").write_text(json.dumps(results))
-    first = evaluation.findings(evaluation.prepared(inputs.read(tmp_path)))[0]
-    assert first.what == f"MMVP-VLM, pooled embedding, {samples.AFTER} against the control control"
-    assert first.meaning.startswith(f"{samples.AFTER} does not beat the control, so nothing can be claimed.")
+    content = inputs.read(tmp_path)
+    finding = evaluation.findings(evaluation.prepared(content))[0]
+    assert finding.what == f"MMVP-VLM, pooled embedding, {samples.AFTER} against the control control"
+    beaten = better and abs(difference) > 1 and (difference > 0) == (better == "higher")
+    refused = f"{samples.AFTER} does not beat the control, so nothing can be claimed."
+    assert finding.meaning.startswith(refused) == (better != "" and not beaten)
+    assert ("Better" in finding.meaning) == bool(beaten)
+    named = [alarm for alarm in alarms.of(content) if "the control" in alarm.title + alarm.text]
+    assert len(named) == (0 if beaten or (abs(difference) > 1 and not better) else 1)
+    flipped = [s for s in page.sections(content) if s.title.endswith("that flipped")]
+    order = [s.note.partition(",")[2].split(" against ") for s in flipped if s.note.startswith("pooled")]
+    after = f" {samples.AFTER}"
+    assert order == [[after, samples.BEFORE], [after, "the control control"], [" control", samples.BEFORE]]
 
 
 def test_colours_say_better_or_worse_and_not_the_sign():
@@ -130,6 +146,7 @@ def test_a_lower_loss_is_better(tmp_path):
 def test_readouts_that_are_the_same_are_one(tmp_path):
     images = samples.write_images(tmp_path, 6)
     task = samples.mmvp_task(images)
+    task["comparisons"][0]["scores"]["pooled"] = {"difference": -2.0, "interval": [-3.0, -1.0]}
     parts = [*task["weights"].values(), *task["comparisons"]]
     for part in parts + [p for weights in task["weights"].values() for p in weights["patterns"]]:
         part["scores"]["published"] = part["scores"]["pooled"]
@@ -139,6 +156,8 @@ def test_readouts_that_are_the_same_are_one(tmp_path):
     source = page_of(tmp_path / "out", mmvp=task)
     assert source.count("MMVP-VLM: pairs that flipped</h2>") == 1
     assert "pooled embedding and published readout, cls + mean(random 76), l2, which are the same" in source
+    ((_, title, text),) = strip(source)
+    assert title == "Worse than before" and text.count("(−2.0)") == 1
     # One value that differs makes them two.
     task["weights"][samples.AFTER]["patterns"][3]["scores"]["published"] = samples.score(1.0, 0.5)
     assert len(merged(tmp_path, task).metrics) == 2
