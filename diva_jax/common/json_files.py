@@ -11,7 +11,8 @@ from etils import epath
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, brief, printable
 
-_MAX_BYTES = 2**28
+# Content of JSON needs up to thirty times the memory of its text.
+MAX_BYTES = 2**26
 _MAX_DEPTH = 64
 
 
@@ -52,37 +53,52 @@ def read(path: epath.Path, form: Any, repair: str) -> Any:
     return checked(path, parse(path, read_bytes(path)), form, repair)
 
 
-def read_bytes(path: epath.Path) -> bytes:
-    """The content of a file.
+def read_bytes(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
+    """The content of a file, on this machine or in a bucket, of at most `most` bytes.
 
     Raises:
-      UserError: it cannot be read, or is too large.
+      UserError: it is missing, cannot be read, is no regular file, or is larger.
     """
+    remote = paths.is_remote(path)
     try:
-        with path.open("rb") if paths.is_remote(path) else open(path, "rb", opener=open_regular) as file:
-            content = file.read(_MAX_BYTES + 1)
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror or e}): check its permissions") from e
-    if len(content) > _MAX_BYTES:
-        raise UserError(f"{path} has more than the {_MAX_BYTES} bytes that are read: give a smaller file")
+        with epath.Path(path).open("rb") if remote else open(path, "rb", opener=open_regular) as file:
+            content = file.read(most + 1)
+    except Exception as e:
+        if not remote and not isinstance(e, OSError | ValueError):  # Stores have errors of their own.
+            raise
+        why = getattr(e, "strerror", None) or (paths.reason(e) if remote else e)
+        raise UserError(f"{path} cannot be read ({why}): check the file and its permissions") from e
+    if len(content) > most:
+        raise UserError(f"{path} has more than the {most} bytes that are read: give a smaller file")
     return content
 
 
-def parse(path: epath.Path, text: bytes, line: int | None = None) -> Any:
+def decoded(text: bytes | str) -> Any:
+    """The content of a JSON text.
+
+    Raises:
+      ValueError: it is not UTF-8, not JSON, or nested more than `_MAX_DEPTH` deep.
+    """
+    try:
+        content = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+    level, depth = [content], 0
+    while level := [value for part in level if isinstance(part, list | dict) for value in _values(part)]:
+        if (depth := depth + 1) > _MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+    return content
+
+
+def parse(path: str | os.PathLike, text: bytes | str, line: int | None = None) -> Any:
     """The content of a file, or of one line of it.
 
     Raises:
       UserError: it is not JSON, or nested too deeply; the message gives the file and line.
     """
     try:
-        content = json.loads(text.decode())
-        level, depth = [content], 0
-        while level := [value for part in level if isinstance(part, list | dict) for value in _values(part)]:
-            if (depth := depth + 1) > _MAX_DEPTH:
-                raise RecursionError("it is nested too deeply")
-        return content
-    except (ValueError, RecursionError) as e:
-        # Text that is not UTF-8 raises a ValueError too.
+        return decoded(text)
+    except ValueError as e:
         where = f"line {line or getattr(e, 'lineno', 1)}"
         raise UserError(f"{path}, {where} is not JSON ({brief(getattr(e, 'msg', e))}): repair or remove it") from e
 

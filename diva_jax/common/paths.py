@@ -158,6 +158,23 @@ def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
             temporary.write_bytes(data)
 
 
+def write_new(path: str | os.PathLike, data: str) -> None:
+    """Writes a text file that is not there, on this machine or in a bucket, and creates its folder.
+
+    Raises:
+      FileExistsError: it is there, as it is for all but one of several processes that write it at the same time.
+      OSError: it cannot be written.
+    """
+    with _as_oserror(path):
+        if is_remote(path):
+            fs, inside = fsspec.core.url_to_fs(str(path))
+            fs.pipe_file(inside, data.encode(), mode="create")
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(data)
+
+
 class Mirror:
     """A folder for libraries that append to files, or that write local files only.
 

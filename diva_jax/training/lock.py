@@ -1,32 +1,52 @@
 """One trainer per workdir: a file that says who trains there, renewed while the run lives."""
 
+import contextlib
 import json
 import os
 import socket
 import threading
 import time
+import uuid
+from pathlib import Path
 
 from etils import epath
 
-from diva_jax.common import log, paths
-from diva_jax.common.errors import UserError
+from diva_jax.common import json_files, log, paths
+from diva_jax.common.errors import RunError, UserError
 
 RENEWAL_INTERVAL_S = 10.0
 STALE_AFTER_S = 25.0  # A run that lives renews its lock within this time.
+SETTLED_AFTER_S = 1.0  # Of two processes that take over at the same time, both have written after this.
+_MAX_BYTES = 2**16
+
+
+def _kernel() -> str | None:
+    """What a process id belongs to: this start of this machine's kernel, and the namespace of process ids."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return None
 
 
 def _read(path: epath.Path) -> dict | None:
-    """The content of a lock; None where there is none, or where it was cut short by a kill."""
+    """The content of a lock; None where there is none, and {} where it was cut short by a kill.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+        content = json_files.decoded(json_files.read_bytes(path, _MAX_BYTES))
+    except UserError as e:
+        if isinstance(e.__cause__, FileNotFoundError):
+            return None
+        raise
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _ended(owner: dict) -> bool:
-    """Whether the owner is a process of this machine that does not exist any more, or this very process."""
-    if owner.get("host") != socket.gethostname():
+    """Whether the owner is known to have ended: a process of this kernel and namespace that does not exist."""
+    if owner.get("kernel") is None or owner["kernel"] != _kernel():
         return False
     try:
         os.kill(int(owner["pid"]), 0)
@@ -34,7 +54,7 @@ def _ended(owner: dict) -> bool:
         return False
     except (KeyError, TypeError, ValueError, OSError):
         return True
-    return int(owner["pid"]) == os.getpid()
+    return False
 
 
 def _lives(path: epath.Path, owner: dict) -> bool:
@@ -50,8 +70,9 @@ def _lives(path: epath.Path, owner: dict) -> bool:
 class Lock:
     """The lock of a workdir, held until `close`.
 
-    A lock that a killed run has left is taken over: at once if that process was on this machine, else after the lock
-    has not been renewed for `STALE_AFTER_S` seconds.
+    It is created exclusively. One that a killed run has left is taken over: at once if that process was one of this
+    machine, else after the lock has not been renewed for `STALE_AFTER_S` seconds. A run that was stopped for longer
+    finds the token of another run in it, and must end.
 
     Args:
       workdir: of the run; a folder or in a bucket.
@@ -61,37 +82,75 @@ class Lock:
     """
 
     def __init__(self, workdir: epath.Path):
-        self._path = workdir / "lock.json"
-        owner = _read(self._path)
-        if owner is not None and not _ended(owner):
-            log.say(f"{self._path} exists: waiting up to {STALE_AFTER_S:.0f} s to see whether that run still lives")
-            if _lives(self._path, owner):
-                raise UserError(
-                    f"--workdir={workdir} is in use by process {owner.get('pid')} on {owner.get('host')}: use another "
-                    "workdir, or end that run first"
-                )
-        self._mine = {"host": socket.gethostname(), "pid": os.getpid(), "beat": 0}
+        self._workdir, self._path = workdir, workdir / "lock.json"
+        self._mine = {
+            "host": socket.gethostname(), "pid": os.getpid(), "kernel": _kernel(), "token": uuid.uuid4().hex, "beat": 0,
+        }  # fmt: skip
+        self._over, self._lost = threading.Event(), threading.Event()
         try:
-            paths.write_whole(self._path, json.dumps(self._mine))
+            self._take()
         except OSError as e:
             raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
-        self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
 
+    def _take(self) -> None:
+        try:
+            paths.write_new(self._path, json.dumps(self._mine))
+            return
+        except FileExistsError:
+            owner = _read(self._path) or {}
+        if not _ended(owner):
+            log.say(f"{self._path} exists: waiting up to {STALE_AFTER_S:.0f} s to see whether that run still lives")
+            if _lives(self._path, owner):
+                self._refuse(owner)
+        elif _read(self._path) != owner:
+            self._refuse(owner)
+        paths.write_whole(self._path, json.dumps(self._mine))
+        time.sleep(SETTLED_AFTER_S)
+        if (now := _read(self._path)) != self._mine:
+            self._refuse(now or {})
+
+    def _refuse(self, owner: dict) -> None:
+        who = f"process {owner['pid']} on {owner.get('host')}" if "pid" in owner else "another process"
+        raise UserError(f"--workdir={self._workdir} is in use by {who}: use another workdir, or end that run first")
+
     def _renew(self) -> None:
         while not self._over.wait(RENEWAL_INTERVAL_S):
+            if not self._is_mine():
+                return
             self._mine["beat"] += 1
-            try:
+            with contextlib.suppress(OSError):  # A full disk is reported by the checkpoint that meets it.
                 paths.write_whole(self._path, json.dumps(self._mine))
-            except OSError:  # A full disk is reported by the checkpoint that meets it.
-                continue
+
+    def _is_mine(self) -> bool:
+        """Whether no other run has put its token there; a file that cannot be read now says nothing."""
+        try:
+            owner = _read(self._path)
+        except UserError:
+            owner = None
+        if owner and owner.get("token") != self._mine["token"]:
+            self._lost.set()
+        return not self._lost.is_set()
+
+    def check(self, now: bool = False) -> None:
+        """Raises a RunError where another run has taken the workdir over.
+
+        Args:
+          now: read the file; otherwise the result of the last renewal is used.
+        """
+        if self._lost.is_set() or (now and not self._is_mine()):
+            raise RunError(
+                f"another run has taken --workdir={self._workdir} over, because this one did not renew its lock for "
+                f"{STALE_AFTER_S:.0f} s (was it stopped?): this run ends, and writes nothing more there"
+            )
 
     def close(self) -> None:
         """Gives the workdir back."""
         self._over.set()
         self._thread.join()
         try:
-            self._path.unlink()
+            if self._is_mine():
+                self._path.unlink(missing_ok=True)
         except Exception as e:  # A store's own errors. The lock then ends because it is not renewed.
             log.say(f"{self._path} could not be removed ({paths.reason(e)}); the next run takes it over")

@@ -294,6 +294,8 @@ class _Loop:
             return
         begun = self.state, self.loaded.frozen, self._next_batch, self.step, run.total
         for self.step, self.state, values in train_steps(steps, *begun):
+            if run.lock:
+                run.lock.check()
             self.preempted.after(self.step)
             self.progress.add(self.step, values)
             if not self.preempted:
@@ -337,6 +339,8 @@ class _Loop:
         self.progress.paused(took)
 
     def _save(self, wait: bool = False) -> None:
+        if self.run_.lock:
+            self.run_.lock.check(now=True)
         if self.writer:
             self.writer.flush()
         meta = {"sources": self.loaded.origins, "config": json.loads(self.run_.config.to_json())}

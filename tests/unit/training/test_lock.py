@@ -1,16 +1,19 @@
 """Tests of the lock of a workdir: one trainer, and no lock that a killed run leaves behind for ever."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from etils import epath
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.training import lock
 from diva_jax.training.lock import Lock
 
@@ -19,6 +22,7 @@ from diva_jax.training.lock import Lock
 def quick(monkeypatch):
     monkeypatch.setattr(lock, "RENEWAL_INTERVAL_S", 0.05)
     monkeypatch.setattr(lock, "STALE_AFTER_S", 0.6)
+    monkeypatch.setattr(lock, "SETTLED_AFTER_S", 0.1)
 
 
 def write(folder, **owner):
@@ -37,24 +41,54 @@ def test_a_lock_is_renewed_and_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_machine_that_lives_is_named(tmp_path):
-    write(tmp_path, host="elsewhere", pid=12)
+@pytest.mark.parametrize("owner", [{"host": "elsewhere", "pid": 12}, {"host": socket.gethostname(), "pid": 2**22}])
+def test_an_owner_that_renews_is_named_whatever_its_pid(tmp_path, owner):
+    """A process in another namespace of this machine has a pid that means nothing here."""
+    write(tmp_path, **owner, kernel="of another namespace")
     stop = threading.Event()
 
     def renew():
         beat = 0
         while not stop.wait(0.05):
             beat += 1
-            write(tmp_path, host="elsewhere", pid=12, beat=beat)
+            write(tmp_path, **owner, kernel="of another namespace", beat=beat)
 
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        with pytest.raises(UserError, match="is in use by process 12 on elsewhere: use another workdir"):
+        with pytest.raises(UserError, match=f"in use by process {owner['pid']} on {owner['host']}: use another"):
             Lock(epath.Path(tmp_path))
     finally:
         stop.set()
         thread.join()
+
+
+@pytest.mark.parametrize("left", [None, '{"host": "elsewhere", "pid": 1}', ""])
+def test_one_of_several_that_begin_together_has_it(tmp_path, left):
+    if left is not None:
+        (tmp_path / "lock.json").write_text(left)
+    barrier = threading.Barrier(3)
+
+    def take(_):
+        barrier.wait()
+        with contextlib.suppress(UserError):
+            return Lock(epath.Path(tmp_path))
+
+    with ThreadPoolExecutor(3) as pool:
+        held = [found for found in pool.map(take, range(3)) if found]
+    assert len(held) == 1
+    held[0].close()
+
+
+def test_a_run_that_lost_its_lock_ends_and_leaves_that_of_the_other(tmp_path):
+    """As after SIGSTOP for longer than `STALE_AFTER_S`: the other's token is there."""
+    held = Lock(epath.Path(tmp_path))
+    held.check(now=True)
+    write(tmp_path, host="elsewhere", pid=12, token="other")
+    with pytest.raises(RunError, match="another run has taken"):
+        held.check(now=True)
+    held.close()
+    assert json.loads((tmp_path / "lock.json").read_text())["token"] == "other"
 
 
 def test_a_process_of_this_machine_that_lives_is_named(tmp_path):
