@@ -3,7 +3,7 @@
     python -m diva_jax.main --config=configs/world.py --workdir=runs/world/tuned
     python -m diva_jax.main --config=configs/world.py --workdir=runs/world/control --config.diva.condition_of=next
 
-The control conditions the U-Net on another picture's features, so that it can teach nothing. docs/DOES_IT_WORK.md says
+The control conditions the U-Net on another image's features, so that it can teach nothing. docs/DOES_IT_WORK.md says
 how the fields were chosen, and what comes out over several seeds.
 """
 

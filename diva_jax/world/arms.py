@@ -144,7 +144,7 @@ ARMS = {
 
 
 def passes(config) -> int:
-    """Passes through the U-Net per picture of one step; 1 where there is no U-Net."""
+    """Passes through the U-Net per image of one step; 1 where there is no U-Net."""
     if "diva" in config:
         return config.diva.draws
     return config.dcr.group + 1 if "dcr" in config else 1
@@ -154,7 +154,7 @@ def arm_config(arm: Arm, seed: int, steps: int, batch_size: int, random: str | o
     """The config of one run of an arm.
 
     All arms have the same budget: `steps` steps, of all stages together, with `batch_size` passes through the U-Net
-    (pictures, where there is none). An arm with several passes per picture has fewer pictures.
+    (images, where there is none). An arm with several passes per image has fewer images.
 
     Args:
       arm: not the untuned one.
@@ -163,7 +163,7 @@ def arm_config(arm: Arm, seed: int, steps: int, batch_size: int, random: str | o
       random: folder of a teacher with random weights.
 
     Raises:
-      UserError: `batch_size` cannot be divided into pictures.
+      UserError: `batch_size` cannot be divided into images.
     """
     objective = objectives.DIVA if arm.projection == KEPT else arm.objective
     c = models.base_config(objective, models.UNCLIP_DIFFUSION if arm.teacher == models.UNCLIP else None)
@@ -174,7 +174,7 @@ def arm_config(arm: Arm, seed: int, steps: int, batch_size: int, random: str | o
         c.trainable = table
     if batch_size % passes(c):
         raise UserError(
-            f"--batch_size={batch_size} cannot be divided by the {passes(c)} passes per picture of an arm: give a "
+            f"--batch_size={batch_size} cannot be divided by the {passes(c)} passes per image of an arm: give a "
             f"multiple of {passes(c)}"
         )
     c.update(seed=seed, accum=1, steps=steps, batch_size=batch_size // passes(c))

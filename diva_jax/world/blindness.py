@@ -4,7 +4,7 @@
     python -m diva_jax.evaluate --config=configs/world.py --task=mmvp --data=data/world_pairs ...
 
 All scenes are of seeds that no training data has. A pair is right where both of its texts choose the right one of its
-two pictures, as in MMVP-VLM; both texts name the objects, their colours, and the fact in which the pictures differ.
+two images, as in MMVP-VLM; both texts name the objects, their colours, and the fact in which the images differ.
 """
 
 import csv
@@ -35,7 +35,7 @@ _BATCH = 128
 _PROBE_TRAIN, _PROBE_TEST = 1600, 800  # Scenes.
 _DECAY, _ITERATIONS = 1e-4, 100  # Of the linear probes.
 _NEIGHBOURS, _TEMPERATURE = 20, 0.07
-_NAMED = 350  # Pictures of one object whose shape is named.
+_NAMED = 350  # Images of one object whose shape is named.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def pairs(seed: int = SEED, count: int = PAIRS) -> Pairs:
 
 
 def write_pairs(folder: Path, seed: int = SEED, count: int = PAIRS) -> None:
-    """Writes pairs as MMVP-VLM is: Questions.csv and pictures, with Patterns.json, which names the patterns."""
+    """Writes pairs as MMVP-VLM is: Questions.csv and images, with Patterns.json, which names the patterns."""
     found = pairs(seed, count)
     root = folder / mmvp.FOLDERS[1]
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,8 +85,8 @@ def write_pairs(folder: Path, seed: int = SEED, count: int = PAIRS) -> None:
             fact = scenes.FACTS[found.pattern[i // 2]]
             rows.writerow([i + 1, fact, text])
             (root / fact).mkdir(parents=True, exist_ok=True)
-            picture = Image.fromarray(found.images[i // 2, i % 2])
-            picture.save(root / fact / f"{i + 1}.jpg", quality=98, subsampling=0)
+            image = Image.fromarray(found.images[i // 2, i % 2])
+            image.save(root / fact / f"{i + 1}.jpg", quality=98, subsampling=0)
     (folder / mmvp.NAMES).write_text(json.dumps({"patterns": list(scenes.FACTS), "pairs": count}, indent=1) + "\n")
 
 
@@ -171,7 +171,7 @@ class Encoder:
         return encode.unit(np.concatenate([np.asarray(o) for o in out])[: len(x)])
 
     def images(self, images: np.ndarray, vision: Mapping | None = None) -> np.ndarray:
-        """Pictures uint8 [N, 32, 32, 3] -> embeddings of length one [N, D]; `vision`: in place of the source's."""
+        """Images uint8 [N, 32, 32, 3] -> embeddings of length one [N, D]; `vision`: in place of the source's."""
         return self._batches("vision", self.vision if vision is None else vision, images)
 
     def texts(self, texts: list[str], text: Mapping | None = None) -> np.ndarray:
@@ -186,7 +186,7 @@ def measure(
 
     Args:
       tests: the data.
-      images, texts: pictures, texts -> embeddings of length one, see `Encoder`.
+      images, texts: images, texts -> embeddings of length one, see `Encoder`.
 
     Returns:
       test -> 0 or 1 per item: "pairs" [P], "zeroshot", and for each fact of `labels` "linear/FACT" and "knn/FACT".

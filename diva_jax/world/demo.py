@@ -1,8 +1,8 @@
 """The method at small size: python -m diva_jax.world.demo --out=runs/world, minutes on two CPU cores.
 
-Tunes the kept CLIP with DIVA and, as a control, with the features of other pictures; scores the CLIP before and after
-on pairs of pictures that differ in one fact; writes OUT/eval/report.html with the curves, the flipped pairs, and what
-the generator makes of noisy pictures under the condition of the encoder before and after. Each step is an ordinary
+Tunes the kept CLIP with DIVA and, as a control, with the features of other images; scores the CLIP before and after
+on pairs of images that differ in one fact; writes OUT/eval/report.html with the curves, the flipped pairs, and what
+the generator makes of noisy images under the condition of the encoder before and after. Each step is an ordinary
 command, which is printed; a step that is done is not repeated.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
 
-_PICTURES, _TIMESTEP, _SEED = 6, 700, 9201  # Of the estimates.
+_IMAGES, _TIMESTEP, _SEED = 6, 700, 9201  # Of the estimates.
 
 
 def commands(out: Path, config: str, overrides: list[str], pairs: int) -> list[tuple[Path, list[str]]]:
@@ -33,7 +33,7 @@ def commands(out: Path, config: str, overrides: list[str], pairs: int) -> list[t
 
 
 def write_estimates(tuned: Path, control: Path, folder: Path) -> None:
-    """Writes pictures, the generator's estimates of them from noisy ones, and images.json, which the report shows.
+    """Writes images, the generator's estimates of them from noisy ones, and images.json, which the report shows.
 
     The condition of the estimates is that of the CLIP before tuning (with the projection of the tuned run), after it,
     and of the control.
@@ -46,27 +46,27 @@ def write_estimates(tuned: Path, control: Path, folder: Path) -> None:
 
     from diva_jax.training import load, workdirs
     from diva_jax.weights import writers
-    from diva_jax.world import drawing, pictures, scenes
+    from diva_jax.world import denoised, drawing, scenes
 
     run = workdirs.RunAt.open(str(tuned))
-    images = drawing.draw(scenes.sample(np.random.default_rng(_SEED), _PICTURES))
+    images = drawing.draw(scenes.sample(np.random.default_rng(_SEED), _IMAGES))
     start, _ = load.initial_arrays(run.program, every_source=False)
     projection = {n: a for n, a in run.params.items() if n.startswith("visual_proj/")}
     weights = (start | projection, start | run.params, start | workdirs.RunAt.open(str(control)).params)
     columns = zip(
-        ("picture", "before", "tuned", "control"),
-        (images, *pictures.estimates(run.program, weights, images, _TIMESTEP)),
+        ("image", "before", "tuned", "control"),
+        (images, *denoised.estimates(run.program, weights, images, _TIMESTEP)),
         strict=True,
     )
     (folder / "estimates").mkdir(parents=True, exist_ok=True)
     rows: list[list[dict]] = [[] for _ in images]
     for caption, column in columns:
-        for i, picture in enumerate(column):
+        for i, image in enumerate(column):
             file = f"estimates/{caption}_{i}.png"
-            pictures.enlarged(picture).save(folder / file)
+            denoised.enlarged(image).save(folder / file)
             rows[i].append({"image": file, "caption": caption})
     note = (
-        f"The generator's estimate of each picture from its latents with the noise of timestep {_TIMESTEP}, the same "
+        f"The generator's estimate of each image from its latents with the noise of timestep {_TIMESTEP}, the same "
         "noise in each row, under the condition of the encoder before tuning, after it, and of the control. What is "
         "right in an estimate comes from the noisy latents, the condition, or chance; the losses say which."
     )

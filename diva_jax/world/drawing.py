@@ -1,4 +1,4 @@
-"""Scenes as pictures of 32 x 32 pixels; all objects of all scenes are drawn at once with numpy."""
+"""Scenes as images of 32 x 32 pixels; all objects of all scenes are drawn at once with numpy."""
 
 import numpy as np
 
@@ -66,7 +66,7 @@ _CHUNK = 64  # Scenes drawn at once, whose arrays fit into the processor's cache
 
 
 def draw(scenes: Scenes) -> np.ndarray:
-    """Pictures of N scenes: uint8 [N, 32, 32, 3]. A picture depends on its own scene alone."""
+    """Images of N scenes: uint8 [N, 32, 32, 3]. A image depends on its own scene alone."""
     chunks = [scenes.take(slice(i, i + _CHUNK)) for i in range(0, len(scenes), _CHUNK)]
     return np.concatenate([_draw(s) for s in chunks]) if chunks else np.zeros((0, SIDE, SIDE, 3), np.uint8)
 

@@ -1,9 +1,9 @@
-"""Which facts a generator can teach: its loss under a picture's own caption, another's, and one with a fact changed.
+"""Which facts a generator can teach: its loss under an image's own caption, another's, and one with a fact changed.
 
     python -m diva_jax.world.gaps --out=runs/world_gaps
 
 A fact whose change does not raise the loss is not in the gradient, whatever is tuned. The command also proposes the
-range of timesteps for tuning: from the first bin in which the loss under another picture's caption is at least 5%
+range of timesteps for tuning: from the first bin in which the loss under another image's caption is at least 5%
 higher, with an interval above zero, to the end of the schedule.
 """
 
@@ -23,7 +23,7 @@ from diva_jax.world import blindness, captions, drawing, models, objectives, sce
 
 SEED = 9101
 BINS = 10
-FROM = 300  # The gap of a fact is measured at timesteps from here on; below, the picture itself shows the facts.
+FROM = 300  # The gap of a fact is measured at timesteps from here on; below, the image itself shows the facts.
 _BATCH = 64
 _MIN_GAP = 0.05  # The first bin that is used has at least this gap, as a share of the loss.
 _RESAMPLES = 2000
@@ -54,9 +54,9 @@ class Generator:
         ).shape[1:]
 
     def losses(self, images: np.ndarray, texts: Sequence[str], low: int, high: int, seed: int) -> np.ndarray:
-        """The loss of each picture under its text, [N], at a timestep in low .. high - 1.
+        """The loss of each image under its text, [N], at a timestep in low .. high - 1.
 
-        Timesteps and noise depend on `seed` and the number of the picture alone, so that texts can be compared.
+        Timesteps and noise depend on `seed` and the number of the image alone, so that texts can be compared.
         """
         rng, n = np.random.default_rng((SEED, seed)), len(images)
         pad = -n % _BATCH
@@ -83,7 +83,7 @@ def _relative(own: np.ndarray, other: np.ndarray) -> dict[str, float | list[floa
 
 
 def by_timestep(generator: Generator, count: int = 256) -> list[dict]:
-    """One row per bin of timesteps: {"low", "high", "loss", "gap" [%], "interval" [%]} to another picture's caption."""
+    """One row per bin of timesteps: {"low", "high", "loss", "gap" [%], "interval" [%]} to another image's caption."""
     rng = np.random.default_rng((SEED, 1))
     drawn = scenes.sample(rng, count)
     texts = captions.captions(drawn, captions.choose(rng, count, captions.RICH))
@@ -119,7 +119,7 @@ def proposed(rows: Sequence[Mapping]) -> tuple[int, int] | None:
 
 def table(rows: Sequence[Mapping], facts: Mapping[str, Mapping]) -> str:
     """Both measurements as text."""
-    lines = ["timesteps    loss   gap to another picture's caption [% of the loss], 95% interval"]
+    lines = ["timesteps    loss   gap to another image's caption [% of the loss], 95% interval"]
     for r in rows:
         low, high = r["interval"]
         lines.append(f"{r['low']:>4}-{r['high'] - 1:<5} {r['loss']:.4f} {r['gap']:7.2f}  {low:.2f} to {high:.2f}")

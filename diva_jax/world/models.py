@@ -94,7 +94,7 @@ TABLES = {"unet": diffusers.UNET, "text_encoder": diffusers.TEXT_ENCODER}
 
 
 def base_config(objective: str, diffusion: Mapping | None = None):
-    """The config of any objective in the world: float32, the world's models, pictures without crops."""
+    """The config of any objective in the world: float32, the world's models, images without crops."""
     c = config.default(SPEC, dict(diffusion or DIFFUSION), objective)
     c.dtype = c.frozen_dtype = "float32"
     c.data.image_size = drawing.SIDE
@@ -128,10 +128,10 @@ def write_new_clip(folder: Path, seed: int = 0) -> None:
 
 def basis(seed: int = 0) -> tuple[np.ndarray, float]:
     """(patterns of the patch code [48, 12], the scaling factor that gives the latents a variance of one)."""
-    pictures = drawing.draw(scenes.sample(np.random.default_rng(seed), _BASIS_SCENES)).astype(np.float32)
-    pictures = pictures / 127.5 - 1
-    patterns = patch_code.principal(pictures, _PATCH, _CHANNELS)
-    rows = pictures.reshape(len(pictures), drawing.SIDE // _PATCH, _PATCH, drawing.SIDE // _PATCH, _PATCH, 3)
+    images = drawing.draw(scenes.sample(np.random.default_rng(seed), _BASIS_SCENES)).astype(np.float32)
+    images = images / 127.5 - 1
+    patterns = patch_code.principal(images, _PATCH, _CHANNELS)
+    rows = images.reshape(len(images), drawing.SIDE // _PATCH, _PATCH, drawing.SIDE // _PATCH, _PATCH, 3)
     codes = rows.swapaxes(2, 3).reshape(-1, _PATCH * _PATCH * 3) @ patterns
     return patterns, float(np.round(1 / np.sqrt(np.mean(codes**2)), 3))
 

@@ -1,4 +1,4 @@
-"""A fixed orthonormal code of image patches, in place of a VAE where pictures are small."""
+"""A fixed orthonormal code of image patches, in place of a VAE where images are small."""
 
 import dataclasses
 from collections.abc import Mapping

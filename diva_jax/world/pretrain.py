@@ -191,5 +191,5 @@ if __name__ == "__main__":
     # Here and not above: other modules of this package define --out as well.
     flags.DEFINE_string("out", None, "Folder for the runs and the weights.")
     flags.DEFINE_float("shorter", 1.0, "Factor for the number of steps, to try the command.", 0.0, 1.0)
-    flags.DEFINE_integer("batch_size", 64, "Pictures per step.", 2)
+    flags.DEFINE_integer("batch_size", 64, "Images per step.", 2)
     cli.run(_main)

@@ -1,8 +1,8 @@
-"""The world as training data: record i is a picture and its caption, a function of (seed, i) alone.
+"""The world as training data: record i is an image and its caption, a function of (seed, i) alone.
 
     config.data.path = "module:diva_jax.world.records?seed=3&count=100000&captions=rich"
 
-Pictures are encoded as BMP, which costs nothing and loses nothing.
+Images are encoded as BMP, which costs nothing and loses nothing.
 """
 
 import dataclasses

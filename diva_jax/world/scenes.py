@@ -1,4 +1,4 @@
-"""The facts of a scene, drawn at random: what is in the picture, how many, of which colour, where, and so on.
+"""The facts of a scene, drawn at random: what is in the image, how many, of which colour, where, and so on.
 
 A scene is of one of two kinds. In a *pair*, two objects that differ in shape and colour stand side by side or one
 above the other. In a *group*, one to four objects are equal.
@@ -20,7 +20,7 @@ TIMES = ("by day", "at night")
 MAX_OBJECTS = 4  # A group has at most this many.
 _GROUPS = 0.4  # Share of scenes that are groups.
 
-# What a pair of pictures of the blindness test differs in.
+# What a pair of images of the blindness test differs in.
 FACTS = ("orientation", "feature", "state", "count", "relation", "colour", "texture", "binding", "size")
 
 

@@ -104,7 +104,7 @@ class Judge:
         )
 
     def drift(self, towers: Towers) -> float:
-        """1 minus the mean cosine of the embeddings of test pictures to those of the kept CLIP."""
+        """1 minus the mean cosine of the embeddings of test images to those of the kept CLIP."""
         x = self.tests.test_images
         cosines = (self._encoder.images(x) * self._encoder.images(x, towers.get("vision"))).sum(axis=1)
         return float(1 - cosines.mean())

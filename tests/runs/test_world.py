@@ -1,4 +1,4 @@
-"""The world at tiny size: pretraining that resumes, gaps, an experiment that goes on where it stopped, pictures."""
+"""The world at tiny size: pretraining that resumes, gaps, an experiment that goes on where it stopped, images."""
 
 import dataclasses
 import json
@@ -15,13 +15,13 @@ from diva_jax.world import (
     arms,
     blindness,
     comparison,
+    denoised,
     drawing,
     experiment,
     gaps,
     models,
     noise,
     objectives,
-    pictures,
     pretrain,
     scenes,
     tuning,
@@ -96,13 +96,13 @@ def test_an_experiment_goes_on_where_it_stopped(world, tmp_path):
     assert "nothing can be claimed" in comparison.markdown(comparison.compare(both))
 
 
-def test_estimates_are_the_pictures_themselves_where_there_is_no_noise(world):
-    """At timestep 0 almost nothing is noise, so that the estimate is what the patch code keeps of the picture."""
+def test_estimates_are_the_images_themselves_where_there_is_no_noise(world):
+    """At timestep 0 almost nothing is noise, so that the estimate is what the patch code keeps of the image."""
     c = arms.arm_config(arms.ARMS["diva"], seed=0, steps=3, batch_size=4, random="")
     p = Program(c, sharding.make_mesh(c.mesh, jax.devices()[:1]))
     params, _ = load.initial_arrays(p, every_source=False)
     images = drawing.draw(scenes.sample(np.random.default_rng(1), 3))
-    early, late = (pictures.estimates(p, [params], images, t)[0].astype(float) for t in (0, 900))
+    early, late = (denoised.estimates(p, [params], images, t)[0].astype(float) for t in (0, 900))
     assert np.abs(early - images).mean() < 20 < np.abs(late - images).mean()
 
 
@@ -114,7 +114,7 @@ def test_arms_of_other_objectives_move_the_encoder(world, tmp_path, monkeypatch,
     assert np.isfinite(loss)
     assert any(not np.array_equal(a, before["vision"][n]) for n, a in towers["vision"].items())
     if name == "unclip":
-        for size in ("GROUPS", "PICTURES", "DRAWS"):
+        for size in ("GROUPS", "IMAGES", "DRAWS"):
             monkeypatch.setattr(noise, size, 2)
         found = noise.gradients(tuner)
         assert found.shape[:2] == (2, 2) and np.isfinite(found).all()

@@ -8,8 +8,8 @@ import pytest
 from diva_jax.world import noise
 
 
-def vectors(signal, picture, draw, groups, draws, pictures, width=2000, seed=0):
-    """Gradients [groups, draws, width] of groups of pictures, with these powers."""
+def vectors(signal, image, draw, groups, draws, images, width=2000, seed=0):
+    """Gradients [groups, draws, width] of groups of images, with these powers."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape, power):
@@ -17,39 +17,37 @@ def vectors(signal, picture, draw, groups, draws, pictures, width=2000, seed=0):
 
     mean = normal(power=1.0)
     mean *= math.sqrt(signal) / np.linalg.norm(mean)
-    return (
-        mean + normal(groups, 1, pictures, power=picture).mean(2) + normal(groups, draws, pictures, power=draw).mean(2)
-    )
+    return mean + normal(groups, 1, images, power=image).mean(2) + normal(groups, draws, images, power=draw).mean(2)
 
 
-@pytest.mark.parametrize("signal, picture, draw", [(2.0, 30.0, 90.0), (5.0, 40.0, 10.0), (1.0, 0.0, 20.0)])
-def test_powers_are_found(signal, picture, draw):
-    products = noise.inner_products(vectors(signal, picture, draw, groups=30, draws=3, pictures=5))
+@pytest.mark.parametrize("signal, image, draw", [(2.0, 30.0, 90.0), (5.0, 40.0, 10.0), (1.0, 0.0, 20.0)])
+def test_powers_are_found(signal, image, draw):
+    products = noise.inner_products(vectors(signal, image, draw, groups=30, draws=3, images=5))
     found = noise.powers(products, 5)
     # The standard error of each is below a tenth of the largest power that it is a difference of.
-    assert abs(found["signal"] - signal) < 0.1 * (signal + picture / 5)
-    assert abs(found["picture"] - picture) < 0.15 * (picture + draw + signal)
-    assert abs(found["draw"] - draw) < 0.15 * (picture + draw + signal)
+    assert abs(found["signal"] - signal) < 0.1 * (signal + image / 5)
+    assert abs(found["image"] - image) < 0.15 * (image + draw + signal)
+    assert abs(found["draw"] - draw) < 0.15 * (image + draw + signal)
     low, high = noise.interval(products, 5)
     scale = noise.advice(found, 1)["noise_scale"]
-    assert low < scale < high and scale == pytest.approx((picture + draw) / signal, rel=0.15)
+    assert low < scale < high and scale == pytest.approx((image + draw) / signal, rel=0.15)
 
 
 def test_advice():
-    found = {"signal": 0.5, "picture": 25.0, "draw": 100.0}
+    found = {"signal": 0.5, "image": 25.0, "draw": 100.0}
     told = noise.advice(found, batch=50, cost=1.0)
     assert told == {"noise_scale": 250.0, "best_draws": 2.0, "rate": pytest.approx(1 / 6)}
     # No other number of draws makes a batch of the same cost less noisy.
     cost = {k: (1 + k) * (25 + 100 / k) for k in range(1, 9)}
     assert min(cost, key=cost.get) == 2
     assert noise.advice(found | {"draw": 1.0}, 50)["best_draws"] == 1
-    assert noise.advice(found | {"picture": -1.0}, 50)["best_draws"] == math.inf
+    assert noise.advice(found | {"image": -1.0}, 50)["best_draws"] == math.inf
     nothing = noise.advice(found | {"signal": -0.1}, 50)
     assert nothing["noise_scale"] == math.inf and nothing["rate"] == 0
 
 
 def test_pure_noise_has_an_interval_without_end():
-    products = noise.inner_products(vectors(0.0, 10.0, 10.0, groups=12, draws=2, pictures=4))
+    products = noise.inner_products(vectors(0.0, 10.0, 10.0, groups=12, draws=2, images=4))
     assert noise.interval(products, 4)[1] == math.inf
 
 

@@ -19,12 +19,12 @@ def test_a_record_is_a_function_of_seed_and_number():
     for i in (0, 7, 999):
         assert source.read(i) == again.read(i) != other.read(i)
     record = source.read(7)
-    picture = np.asarray(Image.open(io.BytesIO(record.image)))
-    np.testing.assert_array_equal(picture, drawing.draw(source.scene(7)[0])[0])
+    image = np.asarray(Image.open(io.BytesIO(record.image)))
+    np.testing.assert_array_equal(image, drawing.draw(source.scene(7)[0])[0])
     assert record.text and source.read(7, with_text=False).text is None
 
 
-def test_the_kind_of_captions_does_not_change_the_pictures():
+def test_the_kind_of_captions_does_not_change_the_images():
     rich, biased = (sources.open_source(records.path(5, kind)) for kind in ("rich", "biased"))
     assert rich.read(3).image == biased.read(3).image
     assert sum(len(rich.read(i).text) - len(biased.read(i).text) for i in range(30)) > 200
@@ -50,5 +50,5 @@ def test_written_shards_have_the_same_records(tmp_path):
     for i in range(7):
         ours, theirs = source.read(i), there.read(i)
         assert ours.text == theirs.text
-        pictures = [np.asarray(Image.open(io.BytesIO(r.image)).convert("RGB")) for r in (ours, theirs)]
-        np.testing.assert_array_equal(*pictures)
+        images = [np.asarray(Image.open(io.BytesIO(r.image)).convert("RGB")) for r in (ours, theirs)]
+        np.testing.assert_array_equal(*images)

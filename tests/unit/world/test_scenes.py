@@ -1,4 +1,4 @@
-"""Scenes, pictures and captions of the world: each follows from its seed, and one fact can be changed alone."""
+"""Scenes, images and captions of the world: each follows from its seed, and one fact can be changed alone."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def test_scenes_follow_from_their_seed_and_have_two_different_objects():
 
 
 @pytest.mark.parametrize("fact", scenes.FACTS)
-def test_change_changes_one_fact_of_scene_picture_and_caption(fact):
+def test_change_changes_one_fact_of_scene_image_and_caption(fact):
     one, rng = having(fact), np.random.default_rng(1)
     two = scenes.change(one, fact, rng)
     for field in dataclasses.fields(scenes.Scenes):
@@ -36,7 +36,7 @@ def test_change_changes_one_fact_of_scene_picture_and_caption(fact):
             assert not same.reshape(len(one), -1).all(axis=1).any()
         else:
             assert same.all(), field.name
-    # The picture shows it: no pair of pictures is equal.
+    # The image shows it: no pair of images is equal.
     assert np.abs(drawing.draw(one).astype(int) - drawing.draw(two)).reshape(len(one), -1).max(axis=1).min() > 20
     says = captions.choose(rng, len(one), dict.fromkeys(captions.RICH, 1.0))
     for a, b in zip(captions.captions(one, says), captions.captions(two, says), strict=True):
@@ -44,7 +44,7 @@ def test_change_changes_one_fact_of_scene_picture_and_caption(fact):
         assert a != b and (len(a.split()) != len(b.split()) or len(differ) <= 2), (a, b)
 
 
-def test_a_picture_depends_on_its_own_scene_alone():
+def test_a_image_depends_on_its_own_scene_alone():
     s = scenes.sample(np.random.default_rng(2), 70)  # More than one chunk.
     together = drawing.draw(s)
     assert together.shape == (70, 32, 32, 3) and together.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""Pictures of what the encoder makes the generator see: its denoised estimate under the encoder's condition."""
+"""Images of what the encoder makes the generator see: its denoised estimate under the encoder's condition."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,13 +10,13 @@ from PIL import Image
 from diva_jax.models.diffusion import schedule
 from diva_jax.objectives.diva import DivaDraws
 
-_ENLARGED = 5  # Pixels of the result per pixel of a picture, along each side.
+_ENLARGED = 5  # Pixels of the result per pixel of an image, along each side.
 
 
 def estimates(
     program, weights: Sequence[Mapping[str, jax.Array]], images: np.ndarray, timestep: int, seed: int = 0
 ) -> list[np.ndarray]:
-    """The U-Net's estimate of the pictures from latents with noise, under the condition of the vision encoder.
+    """The U-Net's estimate of the images from latents with noise, under the condition of the vision encoder.
 
     Args:
       program: a `training.step.Program` of the objective `diva` with a patch code.
@@ -47,6 +47,6 @@ def estimates(
     return [np.clip(127.5 * (x + 1) + 0.5, 0, 255).astype(np.uint8) for x in found]
 
 
-def enlarged(picture: np.ndarray) -> Image.Image:
-    """A picture, uint8 [S, S, 3], with `_ENLARGED` x `_ENLARGED` pixels for each of its own."""
-    return Image.fromarray(picture.repeat(_ENLARGED, axis=0).repeat(_ENLARGED, axis=1))
+def enlarged(image: np.ndarray) -> Image.Image:
+    """A image, uint8 [S, S, 3], with `_ENLARGED` x `_ENLARGED` pixels for each of its own."""
+    return Image.fromarray(image.repeat(_ENLARGED, axis=0).repeat(_ENLARGED, axis=1))
