@@ -27,8 +27,8 @@ attack: $(VENV)/test.stamp  ## every generated case of damaged and hostile input
 slow: $(VENV)/test.stamp  ## full sweeps and full sizes: an hour
 	$(RUN) -m pytest -m slow
 
-margins: $(VENV)/test.stamp  ## numerical tests under five instruction sets: error / bound of what is near its bound
-	$(RUN) tests/support/margins.py -n 2 --dist loadfile
+margins: $(VENV)/test.stamp  ## every comparison of floats under three instruction sets: error / bound
+	$(RUN) tests/support/margins.py -n 2 --dist loadfile $(TESTS)
 
 size:  ## lines of code and what shall exist once, beside their marks
 	@$(PYTHON) bench/size.py

@@ -1,12 +1,13 @@
 """How far is every comparison of floats from its bound?  python tests/support/margins.py [PYTEST ARGUMENTS]
 
-Runs the numerical tests under several instruction sets of XLA, PyTorch and oneDNN, as a plugin of pytest that records
-error / bound of every `helpers.close`, `np.testing.assert_allclose` and `pytest.approx`. Prints the worst ratio of each
-test that is above a third, in any of them; the exit code is then 1.
+Runs the tests that compare floats under several instruction sets of XLA, PyTorch, oneDNN and OpenBLAS, as a plugin of
+pytest that records error / bound of every `helpers.within`, `helpers.close`, `np.testing.assert_allclose` and
+`pytest.approx`. Prints the worst ratio of each file, and each test that is above a third; the exit code is then 1.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,14 +15,22 @@ from pathlib import Path
 
 import numpy as np
 
-TESTS = ("tests/parity", "tests/runs/steps", "tests/unit/models", "tests/unit/objectives")
 SETTINGS = {
     "default": {},
-    "XLA with AVX2": {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2"},
-    "XLA with SSE4.2": {"XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2"},
-    "PyTorch without AVX": {"ATEN_CPU_CAPABILITY": "default"},
-    "oneDNN with SSE4.1": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "AVX2": {
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+    },
+    "SSE4.2": {
+        "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2",
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "OPENBLAS_CORETYPE": "Nehalem",
+    },
 }
+_COMPARISONS = re.compile(r"\b(assert_allclose|approx|(?<!\.)close|within|check_trained)\(")
 LARGEST_RATIO = 1 / 3
 _FILE = os.environ.get("MARGINS", "")
 
@@ -58,15 +67,21 @@ def pytest_configure(config) -> None:
 
     def approx(self, actual) -> bool:
         found = equal(self, actual)
-        if found and isinstance(self.expected, float) and np.isfinite(self.expected):
+        if found and isinstance(self.expected, float | np.floating) and np.isfinite(self.expected):
             _worst(abs(actual - self.expected), self.tolerance, "approx")
         return found
 
     np.testing.assert_allclose, scalar.__eq__ = assert_allclose, approx
 
 
+def numerical_tests() -> list[str]:
+    """Returns the test files that compare floats in a way that is recorded."""
+    root = Path(__file__).parents[1]
+    return [str(p) for p in sorted(root.rglob("test_*.py")) if _COMPARISONS.search(p.read_text())]
+
+
 def main(arguments: list[str]) -> int:
-    paths = () if any(a.startswith("tests") for a in arguments) else TESTS
+    paths = () if any(a.startswith("tests") for a in arguments) else numerical_tests()
     worst: dict[str, tuple] = {}
     failed = []
     for setting, env in SETTINGS.items():
@@ -79,6 +94,13 @@ def main(arguments: list[str]) -> int:
             for line in Path(file.name).read_text().splitlines():
                 test, *rest = json.loads(line)
                 worst[test] = max(worst.get(test, (-1.0,)), (*rest, setting))
+    files: dict[str, float] = {}
+    for test, (ratio, *_) in worst.items():
+        file = test.partition("::")[0]
+        files[file] = max(files.get(file, 0.0), ratio)
+    print()
+    for file, ratio in sorted(files.items()):
+        print(f"{ratio:5.2f} of the bound at most  {file}")
     near = sorted(((*w, t) for t, w in worst.items() if not w[0] <= LARGEST_RATIO), reverse=True)
     print(f"\n{len(worst)} tests compare floats; {len(near)} have a comparison above a third of its bound")
     for ratio, error, bound, what, setting, test in near:

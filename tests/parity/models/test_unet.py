@@ -155,16 +155,20 @@ def test_bfloat16_is_close_to_float32():
     args = batch("mini", 5, 7, 3)[:3]
     out = jax.jit(half.__call__)(*args)
     assert out.dtype == jnp.bfloat16
-    close(out.astype(jnp.float32), jax.jit(precise.__call__)(*args), 3e-2)
+    # A rounding is at most 2^-9, and about 150 are in a row: 2.4% where they are independent.
+    close(out.astype(jnp.float32), jax.jit(precise.__call__)(*args), 5e-2)
 
 
 def test_timestep_embedding():
+    t = np.arange(1000)
     reference = diffusers.models.embeddings.get_timestep_embedding(
-        torch.arange(1000), 320, flip_sin_to_cos=True, downscale_freq_shift=0
-    )
-    ours = timestep_embedding(jnp.arange(1000), 320)
-    # One unit in the last place of a frequency is 6e-5 at step 999; the exponentials differ in 3 of 160 values.
-    np.testing.assert_allclose(ours, reference, rtol=0, atol=7e-5)
+        torch.from_numpy(t), 320, flip_sin_to_cos=True, downscale_freq_shift=0
+    ).numpy()
+    ours = timestep_embedding(jnp.asarray(t), 320)
+    # Frequencies differ by at most one unit in the last place, 2^-23 of them, and each side rounds its product with t
+    # by 2^-24: together 2^-22 t, and as much again for the cosine or sine, which is at most 1.
+    scale = 1 + t[:, None]
+    np.testing.assert_allclose(ours / scale, reference / scale, rtol=0, atol=2**-22)
     close(ours, reference, 5e-6)
     # In bfloat16, the embeddings of 996 to 999 would be equal.
     assert np.unique(np.asarray(ours)[-4:], axis=0).shape[0] == 4

@@ -94,7 +94,7 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
         theirs = model.encode_image(image, normalize=True).numpy()
     ours = weights.load(str(tmp_path / "out"), source.spec).encode(image.numpy().transpose(0, 2, 3, 1)).pooled
     ours = ours / np.linalg.norm(ours, axis=-1, keepdims=True)
-    assert np.abs(ours - theirs).max() < 1e-5
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
     again = runs.open_run(root / "work", 7)
     equal(again.tensors, origins.open_source(str(tmp_path / "out")).tensors)
