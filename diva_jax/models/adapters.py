@@ -27,6 +27,11 @@ Array = jax.Array
 # Layers whose outputs are several projections, one after the other, by the last component of their path.
 FUSED = ("qkv", "kv")
 FRESH = r"(.*/)?lora/[ab]"  # Names of the adapters' own parameters: no checkpoint of the model has them.
+# All linear layers of a transformer's blocks; with them what published methods adapt, by architecture: the projection
+# of the pooled token, or the MLP of the pooling head, whose output layer is treated apart.
+BLOCKS = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])"
+TARGETS = {"vit": rf"{BLOCKS}|proj", "siglip": rf"{BLOCKS}|attn_pool/mlp/fc[12]"}
+SIGLIP_HEAD = "attn_pool/proj"
 
 _DROPOUT: contextvars.ContextVar[Array | None] = contextvars.ContextVar("dropout", default=None)
 
@@ -41,7 +46,7 @@ class Lora:
         0.0, "The probability with which an element of an adapter's input is zero in training.", below(0, 1)
     )
     targets: str = field(
-        r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])",
+        BLOCKS,
         "The layers whose path in the model, e.g. blocks/3/mlp/fc1, matches this regular expression are adapted.",
         Rule(is_regex, "must be a regular expression"),
     )

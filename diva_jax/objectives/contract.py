@@ -25,11 +25,7 @@ def switch(doc: str, default: str = EXACT) -> Any:
 
 
 def check_both_towers(spec: Spec, objective: str) -> None:
-    """Checks that a backbone has a text tower, which the objective trains.
-
-    Raises:
-      UserError: it has none.
-    """
+    """Raises a UserError where a backbone has no text tower, which the objective trains."""
     if not spec.has_text:
         raise UserError(
             f"config.objective={objective} trains a text tower, but the {spec.arch} backbone has none: use a CLIP "
@@ -42,8 +38,7 @@ class Pace(NamedTuple):
 
     Attributes:
       peak: the peak learning rate, float32 [].
-      start: the stage's first step, int32 [].
-      steps: of the stage, int32 [].
+      start, steps: the stage's first step, and its number of steps, int32 [].
       warm: steps of the warm-up, fewer than `steps`, int32 [].
     """
 

@@ -26,12 +26,10 @@ from diva_jax.common.fields import above, at_least, field, one_of, parse
 from diva_jax.costs import flops
 from diva_jax.data import jitter, preprocess
 from diva_jax.models import adapters
-from diva_jax.models.layers import Layers
-from diva_jax.models.projector import Projector
+from diva_jax.models.layers import ACTIVATIONS, Layers
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.shared import draws
-from diva_jax.objectives.shared.contrast import contrast
 from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats
 from diva_jax.weights import parts
 
@@ -39,11 +37,8 @@ Array = jax.Array
 
 SECTIONS = ("condition", "diffusion")
 TARGETS = {"epsilon": "epsilon", "velocity": "v_prediction", FAITHFUL: "v_prediction"}
-# Adapted layers, by architecture: all linear layers of the blocks, and the projection or the MLP of the pooling.
-_BLOCKS = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])"
-LORA_TARGETS = {"vit": rf"{_BLOCKS}|proj", "siglip": rf"{_BLOCKS}|attn_pool/mlp/fc[12]"}
 # PyTorch never calls this layer's own forward, so its adapter has no effect, but its bias is trained.
-_INERT = {"siglip": "attn_pool/proj"}
+_INERT = {"siglip": adapters.SIGLIP_HEAD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +94,7 @@ def recipe(config: ConfigDict) -> None:
     config.optim.update(schedule="constant", warmup=0.0)
     config.diffusion.prompt = ""
     config.data.image_size = config.backbone.image_size
-    config.dcr.lora.targets = LORA_TARGETS.get(config.backbone.arch, _BLOCKS)
+    config.dcr.lora.targets = adapters.TARGETS.get(config.backbone.arch, adapters.BLOCKS)
     # Beside the adapters, see `stages`.
     config.trainable = ((".*", 0.0),)
 
@@ -164,6 +159,65 @@ def _largest_divisor(n: int, most: int) -> int:
     return max(k for k in range(1, n + 1) if n % k == 0 and k <= max(1, most))
 
 
+class Contrast(NamedTuple):
+    """The contrastive loss of each image and its logits.
+
+    Attributes:
+      losses: [B, 2], minus the logarithm of each positive's share, plus and target; the loss is the mean of all.
+      others: [B, g], the logits of all conditions of the group.
+      plus, target: [B], the logits of the positives.
+    """
+
+    losses: Array
+    others: Array
+    plus: Array
+    target: Array
+
+
+def contrast(predicted: Array, goal: Array, anchors: Array, temperature: float) -> Contrast:
+    """The contrastive loss of B images.
+
+    Args:
+      predicted: [B, g + 1, h, w, c], under the conditions of the group in order, then under the plus condition.
+      goal: [B, h, w, c].
+      anchors: [B], the index of each image in its group.
+      temperature: tau.
+    """
+
+    def unit(x):
+        flat = x.reshape(*x.shape[:-3], -1)
+        # The square root has no derivative at zero.
+        square = jnp.sum(flat * flat, axis=-1, keepdims=True)
+        return flat / jnp.maximum(jnp.sqrt(jnp.maximum(square, jnp.finfo(flat.dtype).tiny)), 1e-12)
+
+    shares = unit(predicted)
+    anchor = jnp.take_along_axis(shares, anchors[:, None, None], axis=1)  # [B, 1, n]
+    logits = jnp.sum(anchor * shares, axis=-1) / temperature  # [B, g + 1]
+    target = jnp.sum(anchor[:, 0] * unit(goal), axis=-1) / temperature
+    others, plus = logits[:, :-1], logits[:, -1]
+    every = jnp.concatenate([logits, target[:, None]], axis=1)
+    z = jax.nn.logsumexp(every, axis=1, where=jnp.arange(every.shape[1]) != anchors[:, None])
+    return Contrast(jnp.stack([z - plus, z - target], axis=1), others, plus, target)
+
+
+class Projector(nnx.Module):
+    """LayerNorm, linear, GELU, linear: an embedding [B, d] -> the condition's width [B, C]."""
+
+    def __init__(self, n_in: int, n_out: int, layers: Layers):
+        self.norm = layers.layer_norm(n_in, 1e-5)
+        self.fc1 = layers.linear(n_in, n_out)
+        self.fc2 = layers.linear(n_out, n_out)
+
+        # As PyTorch's nn.Linear, which the authors use: uniform in +-1/sqrt(fan in), the bias too.
+        for layer in (self.fc1, self.fc2):
+            bound = layer.in_features**-0.5
+            for var in (layer.kernel, layer.bias):
+                var[...] = jax.random.uniform(layers.rngs.params(), var.shape, var.dtype, -bound, bound)
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(ACTIVATIONS["gelu"](self.fc1(self.norm(x))))
+
+
 class Objective(StableDiffusionObjective):
     """`projector` is trained in stage 1, the adapters in `vision` in stage 2."""
 
@@ -172,7 +226,6 @@ class Objective(StableDiffusionObjective):
     def __init__(self, config, *, rngs):
         self.options = options_of(config)
         super().__init__(config, config.backbone.image_size)
-        self.check_without_class("dcr")
         self.vision = contract.vision_tower(config, self.spec, rngs)
         adapters.adapt(self.vision, self.options.lora, rngs)
         layers = Layers(rngs, self.dtype, jnp.float32)
@@ -238,7 +291,7 @@ class Objective(StableDiffusionObjective):
             return self.run_vision(view)
 
     def alphas_cumprod(self) -> Array:
-        """[T] float32, rounded as `schedule_dtype` says."""
+        """As the base class's, rounded as `schedule_dtype` says."""
         abar = jnp.asarray(super().alphas_cumprod())
         return abar.astype(self.dtype).astype(abar.dtype) if self.options.schedule_dtype == FAITHFUL else abar
 
@@ -339,16 +392,3 @@ class Objective(StableDiffusionObjective):
         value, by_chunk = draws.weighted_sum(one_chunk, (p, plus), parts_of, weights)
         joined = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(b, *x.shape[2:]), by_chunk)
         return value, {**seen, "goal": goal, **joined}
-
-    def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:
-        """One micro-batch.
-
-        Args:
-          batch: {"image": uint8 [B, S, S, 3]}, B a multiple of the group; and "moments" where they are cached.
-          keys: PRNG keys, one per image, [B].
-
-        Returns:
-          (loss, {"loss": the same}).
-        """
-        value, _ = self.forward(*self.draw_for(batch, keys), batch.get("moments"))
-        return value, {"loss": value}

@@ -96,7 +96,6 @@ class Objective(StableDiffusionObjective):
     def __init__(self, config, *, rngs):
         self.options = parse(DivaOptions, config.diva, "config.diva")
         super().__init__(config, config.data.image_size, self.options.vae_view)
-        self.check_without_class("diva")
         self.accum = config.accum
         low, high = self.timestep_range
         if not 0 <= low < high <= self.timesteps:
@@ -156,12 +155,9 @@ class Objective(StableDiffusionObjective):
 
     def views(self, pixels: Array) -> tuple[Array, Array]:
         """Pixels [B, S, S, 3] in [0, 1] -> (VAE view, backbone view), each normalised for its model."""
-        c = self.options
-        stats = view_stats(self.spec, c.backbone_stats)
-        return (
-            preprocess.vae_view(pixels, c.vae_view),
-            preprocess.backbone_view(pixels, self.spec.image_size, *stats, c.backbone_resize),
-        )
+        o, stats = self.options, view_stats(self.spec, self.options.backbone_stats)
+        backbone_view = preprocess.backbone_view(pixels, self.spec.image_size, *stats, o.backbone_resize)
+        return preprocess.vae_view(pixels, o.vae_view), backbone_view
 
     def weights(self) -> Array:
         """The weight of each draw's loss in the gradient, [N].
@@ -232,15 +228,7 @@ class Objective(StableDiffusionObjective):
         return value, {"latents": latents, **seen}
 
     def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:
-        """One micro-batch.
-
-        Args:
-          batch: {"image": uint8 [B, S, S, 3]}, and "moments" where they are cached.
-          keys: PRNG keys, one per image, [B].
-
-        Returns:
-          (what is differentiated, {"loss": the plain mean over images and draws}).
-        """
+        """See `contract.Objective`; the metric "loss" is the plain mean over images and draws, without weights."""
         value, seen = self.forward(*self.draw_for(batch, keys), batch.get("moments"))
         return value, {"loss": jnp.mean(seen["losses"])}
 

@@ -34,10 +34,6 @@ Array = jax.Array
 
 ONLY, ALL, NONE = "only", "all", "none"
 
-# Layers that are adapted, by architecture; the pooling head's output projection is subject to a switch.
-_BLOCKS = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])"
-_TARGETS = {"vit": rf"{_BLOCKS}|proj", "siglip": rf"{_BLOCKS}|attn_pool/mlp/fc[12]"}
-_HEAD_OUT = "attn_pool/proj"
 _GENERATOR = (("project_clip/.*", 1.0), ("project_t5/.*", 1.0), ("denoiser/.*", 1.0))
 
 
@@ -132,20 +128,20 @@ def lora(config: ConfigDict) -> adapters.Lora:
     own, arch = options(config).lora, config.backbone.arch
     if own.targets:
         return own
-    if arch not in _TARGETS:
+    if arch not in adapters.TARGETS:
         raise UserError(
             f"config.genhancer.lora.targets is empty, and the authors adapt no {arch} encoder: name the layers, "
-            f"e.g. {_BLOCKS!r}"
+            f"e.g. {adapters.BLOCKS!r}"
         )
     head_out = arch == "siglip" and config.genhancer.siglip_head_out == EXACT
-    return dataclasses.replace(own, targets=_TARGETS[arch] + (f"|{_HEAD_OUT}" if head_out else ""))
+    return dataclasses.replace(own, targets=adapters.TARGETS[arch] + f"|{adapters.SIGLIP_HEAD}" * head_out)
 
 
 def _adapted_rows(config: ConfigDict) -> tuple[tuple[str, float], ...]:
     """Rows of the trainable table for adapters and biases of the encoder."""
     rows = lora(config).trainable("vision")
     dead = config.backbone.arch == "siglip" and config.genhancer.siglip_head_out == FAITHFUL
-    return (*rows, (f"vision/{_HEAD_OUT}/bias", 1.0)) if dead else rows
+    return (*rows, (f"vision/{adapters.SIGLIP_HEAD}/bias", 1.0)) if dead else rows
 
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
@@ -244,8 +240,9 @@ class Objective(contract.Objective):
             self.options.vae_dtype,
             cached=bool(config.data.latents),
         )
-        precision = dict(dtype=jnp.dtype(self.options.vae_dtype), param_dtype=jnp.dtype(self.options.vae_dtype))
-        self.vae = None if config.data.latents else self.vae_config.build(rngs=rngs, **precision)
+        precision = jnp.dtype(self.options.vae_dtype)
+        kw = dict(rngs=rngs, dtype=precision, param_dtype=precision)
+        self.vae = None if config.data.latents else self.vae_config.build(**kw)
 
     @property
     def inputs(self) -> Mapping[str, inputs.Input]:
@@ -329,15 +326,7 @@ class Objective(contract.Objective):
         return jnp.mean(jnp.square(pred - seen["target"])), seen
 
     def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:
-        """One micro-batch.
-
-        Args:
-          batch: {"image": uint8 [B, R, R, 3]}, and "moments" where they are cached.
-          keys: PRNG keys, one per image, [B].
-
-        Returns:
-          (the loss, {"loss": the same}).
-        """
+        """See `contract.Objective`; the loss is the only metric."""
         pixels = preprocess.to_float(batch["image"])
         drawn, drop = self.draw(keys, self.latent_source.latents_shape)
         latents = self.latents(pixels, drawn.posterior, batch.get("moments"))

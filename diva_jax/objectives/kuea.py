@@ -234,15 +234,7 @@ class Objective(contract.Objective):
         return self.options.clean_weight * clean + self.options.kernel_weight * kernel, seen
 
     def loss(self, batch: Mapping[str, Array], keys: Array) -> tuple[Array, dict[str, Array]]:
-        """One micro-batch; the keys are not used.
-
-        Args:
-          batch: {"image": uint8 [B, S, S, 3]}, and "teacher", uint8 [B, T, T, 3], where `inputs` has it.
-          keys: one per image, [B].
-
-        Returns:
-          (loss, {"loss", "loss_clean", "loss_kernel"}).
-        """
+        """See `contract.Objective`; the keys are not used; the metrics are "loss", "loss_clean" and "loss_kernel"."""
         pixels = preprocess.to_float(batch["image"])
         value, seen = self.forward(pixels, preprocess.to_float(batch["teacher"]) if "teacher" in batch else pixels)
         return value, {"loss": value, "loss_clean": seen["loss_clean"], "loss_kernel": seen["loss_kernel"]}

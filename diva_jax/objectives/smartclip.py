@@ -191,14 +191,9 @@ class Objective(contract.Objective):
         return value, seen | dict(same_image=same_image, same_mask=same_mask, selected=selected)
 
     def loss(self, batch: Mapping[str, Array], keys: Array) -> tuple[Array, dict[str, Array]]:
-        """One micro-batch, whose other images and captions are the negatives; the keys are not used.
+        """See `contract.Objective`; other images and captions of the micro-batch are the negatives, keys are not used.
 
-        Args:
-          batch: {"image": uint8 [B, S, S, 3], "caption": int32 [B, N]}.
-          keys: one per image, [B].
-
-        Returns:
-          (loss, {"loss", "loss_same_image", "loss_same_mask", "selected": the share of dimensions selected}).
+        The metrics are "loss", "loss_same_image", "loss_same_mask", "selected" (the share of dimensions selected).
         """
         view = preprocess.normalise(preprocess.to_float(batch["image"]), self.spec.mean, self.spec.std)
         value, seen = self.forward(view, batch["caption"])

@@ -137,6 +137,8 @@ class EmbeddingStatistics(nnx.Module):
 class Objective(StableDiffusionObjective):
     """`vision` is what is usually trained."""
 
+    takes_class = True
+
     def __init__(self, config, *, rngs):
         self.options = parse(UnclipOptions, config.unclip, "config.unclip")
         super().__init__(config, config.data.image_size)
@@ -247,33 +249,11 @@ class Objective(StableDiffusionObjective):
         seen = dict(latents=latents, embed=embed, class_labels=labels, pred=pred, errors=errors)
         return jnp.mean(errors), seen
 
-    def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:
-        """One micro-batch.
-
-        Args:
-          batch: {"image": uint8 [B, S, S, 3]}, and "moments" where they are cached.
-          keys: PRNG keys, one per image, [B].
-
-        Returns:
-          (loss, {"loss": the same}).
-        """
-        value, _ = self.forward(*self.draw_for(batch, keys), batch.get("moments"))
-        return value, {"loss": value}
-
     def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
-        """The loss of each image under its own embedding, under another image's, and under the text alone.
+        """As `diva.Objective.condition_losses`, under the image's own embedding, another image's, and the text alone.
 
         For the text alone the class label is zero, as for the images that lost theirs in the generator's training.
-        Timesteps and noise are the same under all three conditions, and the latents in all bins; no class label is
-        dropped.
-
-        Args:
-          batch: {"image", "other": uint8 [B, S, S, 3]}, `other` being whose embedding is borrowed.
-          keys: PRNG keys, one per image, [B].
-          edges: [K + 1] ints; the timestep of draw k is uniform in edges[k] .. edges[k + 1] - 1.
-
-        Returns:
-          {"own", "other", "text": [K, B]}.
+        The latents are the same in all bins; no class label is dropped.
         """
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
         embeds = jax.lax.map(self.embed, jnp.stack([self.views(p)[1] for p in pixels]))

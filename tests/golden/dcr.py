@@ -21,7 +21,7 @@ from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfi
 from diva_jax.models.layers import Keys, abstract
 from diva_jax.models.names import Table
 from diva_jax.objectives import dcr
-from diva_jax.objectives.shared.contrast import contrast
+from diva_jax.objectives.dcr import contrast
 from diva_jax.training import partition
 from diva_jax.weights import clip, diffusers, hf
 

@@ -298,15 +298,7 @@ TINY = Spec(
 
 
 def check(spec: Spec, where: str) -> Spec:
-    """Returns the Spec of a description that was read from files, if its values are possible.
-
-    Args:
-      spec: as read.
-      where: the file or folder, for the message.
-
-    Raises:
-      UserError: a value is not; names it.
-    """
+    """Returns the Spec that was read from the file or folder `where`; a UserError names a value that is impossible."""
     fields.check(dataclasses.asdict(spec), fields.declared(Spec), f"{where}: backbone")
     towers = {"backbone": spec} | ({"backbone.text": spec.text} if spec.has_text else {})
     for name, tower in towers.items():
@@ -321,22 +313,13 @@ def check(spec: Spec, where: str) -> Spec:
     return spec
 
 
-def parse_spec(section: ConfigDict, path: str = "config.backbone") -> Spec:
-    """The Spec that a config section describes, hashable.
-
-    Args:
-      section: with the fields of `Spec`, e.g. `config.backbone`.
-      path: of the section, for errors.
+def spec_of(config: ConfigDict) -> Spec:
+    """The Spec of the backbone that a run tunes, `config.backbone`; hashable.
 
     Raises:
       UserError: an unknown field, or a value that no backbone can have.
     """
-    return fields.parse(Spec, section, path)
-
-
-def spec_of(config: ConfigDict) -> Spec:
-    """The Spec of the backbone that a run tunes, `config.backbone`."""
-    return parse_spec(config.backbone)
+    return fields.parse(Spec, config.backbone, "config.backbone")
 
 
 @functools.cache
@@ -347,11 +330,7 @@ def architectures() -> dict[str, ModuleType]:
 
 
 def architecture(name: str) -> ModuleType:
-    """The module of an architecture.
-
-    Raises:
-      UserError: there is no architecture of this name; lists those that exist.
-    """
+    """The module of an architecture; a UserError lists those that exist where there is none of this name."""
     if name not in architectures():
         raise UserError(f"backbone.arch={name!r} is no known architecture: use one of {listing(list(architectures()))}")
     return architectures()[name]

@@ -155,11 +155,7 @@ def to_open_clip(spec: Spec) -> dict:
     raise UserError("open_clip has no dinov2 model: use --format=hf or --format=pt")
 
 
-_LAYER = {
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "attn.proj": "attention.output.dense",
-}
+_LAYER = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.output.dense"}
 _MLP = {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 _SWIGLU = {"mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out"}
 _QUERIES = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
@@ -211,8 +207,7 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
         **hf.vision_fields(c | dict(intermediate_size=_hidden(width, c["mlp_ratio"], swiglu))),
         embed_dim=width,
         activation="swiglu" if swiglu else hf.our_activation(c, where),
-        **hf.normalisation(preprocessor, IMAGENET_MEAN, IMAGENET_STD, where),
-        resize_mode="squash" if hf.squashes(preprocessor) else "shortest",
+        **hf.preprocess_fields(preprocessor, IMAGENET_MEAN, IMAGENET_STD, where),
         text=NO_TEXT,
         registers=c["num_register_tokens"] if registers else 0,
     )

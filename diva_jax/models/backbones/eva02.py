@@ -48,15 +48,9 @@ _ROTARY_BASE = 10000.0
 
 
 def rotary_table(grid: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sines and cosines of the rotary embeddings (arXiv 2104.09864) along both axes.
+    """Sines and cosines of the rotary embeddings (arXiv 2104.09864): float64 [1 + grid * grid, width of a head].
 
-    Args:
-      grid: patches along one side.
-      width: of a head; half of it encodes the row and half the column.
-
-    Returns:
-      (sin, cos), float64 [1 + grid * grid, width], two neighbours alike; the first row, the class token's, rotates
-      by nothing.
+    Half of a head encodes the row and half the column, two neighbours alike; the class token, first, is not rotated.
     """
     bands = _ROTARY_BASE ** -(np.arange(width // 4) / (width // 4))
     at = np.arange(grid) * _ROTARY_GRID / grid
@@ -174,20 +168,10 @@ def reads_open_clip(vision_cfg: Mapping) -> bool:
 
 
 def from_open_clip(model: LibraryConfig) -> dict:
-    """The fields of Spec that open_clip's model config gives the vision tower.
-
-    Raises:
-      UserError: an option that is not implemented, named.
-    """
-    fields = TIMM[model.options["vision_cfg"]["timm_model_name"]]
-    occ.check_timm(model, fields, timm_pool=("token",), timm_proj=(None, ""), timm_proj_bias=(False, True))
-    return dict(fields)
+    """The fields of Spec that open_clip's model config gives the vision tower."""
+    return occ.from_timm(model, TIMM, timm_pool=("token",), timm_proj=(None, ""))
 
 
 def to_open_clip(spec: Spec) -> dict:
-    """open_clip's model config of the vision tower: all but embed_dim and text_cfg.
-
-    Raises:
-      UserError: timm has no such tower.
-    """
+    """open_clip's model config of the vision tower: all but embed_dim and text_cfg."""
     return dict(custom_text=True, vision_cfg=occ.timm_vision(spec, TIMM, timm_pool="token", timm_proj=None))

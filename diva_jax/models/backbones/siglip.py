@@ -36,8 +36,7 @@ OTHERS = ("logit_scale", "logit_bias")
 PREPROCESS = dict(mean=HALF, std=HALF, resize_mode="squash", interpolation="bicubic")
 LIBRARY = "open_clip"
 
-# The towers that timm has, and their activation; sizes follow from the name.
-TIMM = {
+_ACTIVATIONS = {
     "vit_base_patch32_siglip_256": "gelu_tanh",
     "vit_base_patch16_siglip_224": "gelu",
     "vit_base_patch16_siglip_256": "gelu",
@@ -61,6 +60,17 @@ _SIZES = {  # width, layers, heads, mlp_dim
     "so400m": (1152, 27, 16, 4304),
     "giantopt": (1536, 40, 16, 6144),
 }
+
+
+def _timm_fields(name: str) -> dict:
+    family, patch, size = re.fullmatch(r"vit_(\w+)_patch(\d+)_siglip_(\d+)", name).groups()
+    width, layers, count, mlp_dim = _SIZES[family]
+    sizes = dict(width=width, layers=layers, heads=count, mlp_dim=mlp_dim, embed_dim=width)
+    return dict(image_size=int(size), patch_size=int(patch), **sizes, activation=_ACTIVATIONS[name], norm_eps=1e-6)
+
+
+# timm's models, and the fields of Spec that each fixes.
+TIMM = {name: _timm_fields(name) for name in _ACTIVATIONS}
 _LOGIT_BIAS = -10
 _SIGLIP2_VOCABULARY = 256000
 
@@ -151,75 +161,39 @@ def shapes(tensors: Mapping) -> dict:
     return found | dict(arch="siglip", embed_dim=found["width"])
 
 
-def timm_fields(name: str) -> dict:
-    """The fields of Spec that one of timm's models fixes."""
-    family, patch, size = re.fullmatch(r"vit_(\w+)_patch(\d+)_siglip_(\d+)", name).groups()
-    width, layers, count, mlp_dim = _SIZES[family]
-    return dict(
-        image_size=int(size),
-        patch_size=int(patch),
-        width=width,
-        layers=layers,
-        heads=count,
-        mlp_dim=mlp_dim,
-        embed_dim=width,
-        activation=TIMM[name],
-        norm_eps=1e-6,
-    )
-
-
 def reads_open_clip(vision_cfg: Mapping) -> bool:
     """Whether the config names one of timm's SigLIP models."""
     return vision_cfg.get("timm_model_name") in TIMM
 
 
 def from_open_clip(model: LibraryConfig) -> dict:
-    """The fields of Spec that open_clip's model config gives the vision tower.
-
-    Raises:
-      UserError: an option that is not implemented, named.
-    """
-    fields = timm_fields(model.options["vision_cfg"]["timm_model_name"])
-    occ.check_timm(model, fields, timm_pool=("map",), timm_proj=("none",), timm_proj_bias=(False, True))
-    return fields
+    """The fields of Spec that open_clip's model config gives the vision tower."""
+    return occ.from_timm(model, TIMM, timm_pool=("map",), timm_proj=("none",))
 
 
 def to_open_clip(spec: Spec) -> dict:
-    """open_clip's model config of the vision tower: all but embed_dim and text_cfg.
-
-    Raises:
-      UserError: timm has no such tower, or open_clip runs it with another activation, for which it has no option.
-    """
-    table = {name: timm_fields(name) for name in TIMM}
-    for name, fields in table.items():
+    """open_clip's model config of the vision tower: all but embed_dim and text_cfg."""
+    for name, fields in TIMM.items():
         other = {k for k, v in fields.items() if getattr(spec, k) != v}
         if other == {"activation"}:
             raise UserError(
                 f"open_clip runs {name} with activation={fields['activation']} and has no option for "
                 f"{spec.activation}: use --format=hf, since transformers computes what was tuned"
             )
-    vision = occ.timm_vision(spec, table, timm_pool="map", timm_proj="none")
+    vision = occ.timm_vision(spec, TIMM, timm_pool="map", timm_proj="none")
     return dict(init_logit_bias=_LOGIT_BIAS, custom_text=True, vision_cfg=vision)
 
 
-_LAYER = {
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "attn.proj": "self_attn.out_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
+_LAYER = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}
+_LAYER |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 
 
 def _recipes(spec: Spec) -> list[hf.Recipe]:
     v, ours, head = "vision_model", "visual.trunk", "vision_model.head"
     # Attention is fused in open_clip and not in transformers; in the pooling head it is the other way round.
+    q, kv = f"{ours}.attn_pool.q", f"{ours}.attn_pool.kv"
     pool = [
-        hf.Recipe(
-            (f"{ours}.attn_pool.q.{leaf}", f"{ours}.attn_pool.kv.{leaf}"),
-            (f"{head}.attention.in_proj_{leaf}",),
-            shares=(1, 2),
-        )
+        hf.Recipe((f"{q}.{leaf}", f"{kv}.{leaf}"), (f"{head}.attention.in_proj_{leaf}",), shares=(1, 2))
         for leaf in hf.LEAVES
     ]
     return [
@@ -245,13 +219,13 @@ _DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, 
 _DEFAULTS |= dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
 _VISION_DEFAULTS = _DEFAULTS | dict(image_size=224, patch_size=16)
 _TEXT_DEFAULTS = _DEFAULTS | dict(vocab_size=32000, max_position_embeddings=64)
+_TEXT_RULES = dict(causal=False, pool="last", proj_bias=True, tokenizer="siglip")
 _TANH = hf.ACTIVATIONS["gelu_tanh"]
 
 
 def _published_activation(fields: Mapping[str, Any]) -> str:
     """The vision tower's activation in open_clip, by its sizes; the exact GELU where timm has no such tower."""
-    rows = (timm_fields(name) for name in TIMM)
-    return next((r["activation"] for r in rows if all(r[k] == v for k, v in fields.items())), "gelu")
+    return next((r["activation"] for r in TIMM.values() if all(r[k] == v for k, v in fields.items())), "gelu")
 
 
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
@@ -273,23 +247,15 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
         **fields,
         embed_dim=vision["hidden_size"],
         activation=activation,
-        **hf.normalisation(preprocessor, HALF, HALF, where),
-        resize_mode="squash",
-        text=hf.text_spec(
-            text,
-            causal=False,
-            pool="last",
-            proj_bias=True,
-            tokenizer="siglip",
-            activation="" if text_activation == activation else text_activation,
-        ),
+        **hf.preprocess_fields(preprocessor, HALF, HALF, where) | dict(resize_mode="squash"),
+        text=hf.text_spec(text, activation, text_activation, **_TEXT_RULES),
     )
     return spec, frozenset({"activation"} if published else ())
 
 
 def _to_config(spec: Spec, dtype: str) -> dict:
     text = spec.text
-    if (text.causal, text.pool, text.proj_bias) != (False, "last", True):
+    if any(getattr(text, field) != value for field, value in _TEXT_RULES.items() if field != "tokenizer"):
         raise UserError(
             f"transformers has no siglip text tower with causal={text.causal}, pool={text.pool!r}, "
             f"proj_bias={text.proj_bias}: use --format=open_clip"

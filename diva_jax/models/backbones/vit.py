@@ -117,11 +117,7 @@ def reads_open_clip(vision_cfg: Mapping) -> bool:
 
 
 def from_open_clip(model: LibraryConfig) -> dict:
-    """The fields of Spec that open_clip's model config gives the vision tower.
-
-    Raises:
-      UserError: an option that is not implemented, named.
-    """
+    """The fields of Spec that open_clip's model config gives the vision tower."""
     vision = model.section("vision_cfg")
     vision.check(_READ | occ.VISION_FREE | set(occ.TIMM_OPTIONS), _FIXED)
     if isinstance(vision.options.get("layers"), list | tuple):
@@ -144,11 +140,7 @@ def from_open_clip(model: LibraryConfig) -> dict:
 
 
 def to_open_clip(spec: Spec) -> dict:
-    """open_clip's model config of the vision tower: all but embed_dim and text_cfg.
-
-    Raises:
-      UserError: open_clip cannot build this tower.
-    """
+    """open_clip's model config of the vision tower: all but embed_dim and text_cfg."""
     if spec.width % spec.heads:
         raise UserError(f"heads={spec.heads} must divide width={spec.width}")
     vision = dict(
@@ -209,13 +201,8 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
         **hf.vision_fields(vision),
         embed_dim=hf.options(config, {"projection_dim": 512}, where)["projection_dim"],
         activation=activation,
-        **hf.normalisation(preprocessor, OPENAI_MEAN, OPENAI_STD, where),
-        resize_mode="squash" if hf.squashes(preprocessor) else "shortest",
-        text=hf.text_spec(
-            text,
-            activation="" if text_activation == activation else text_activation,
-            **_text_rules(config["model_type"], text, where),
-        ),
+        **hf.preprocess_fields(preprocessor, OPENAI_MEAN, OPENAI_STD, where),
+        text=hf.text_spec(text, activation, text_activation, **_text_rules(config["model_type"], text, where)),
     )
     return spec, frozenset()
 

@@ -33,16 +33,7 @@ def draw_token_indices(keys: Array, select: str, patches: int) -> Array | None:
 
 
 def select_tokens(features: Features, select: str, indices: Array | None = None) -> Array:
-    """Selects the features that condition the U-Net, with the pooled token first.
-
-    Args:
-      features: tokens [B, P, D], pooled [B, D].
-      select: as in `Spec.select`.
-      indices: [B, K] if `select` is random.
-
-    Returns:
-      [B, n, D], where n is `token_count`.
-    """
+    """Features that condition the U-Net, pooled token first, [B, `token_count`, D]; `indices` [B, K] if drawn."""
     kind, k = parse_select(select)
     tokens = features.tokens
     if kind == "random":
@@ -56,15 +47,9 @@ def select_tokens(features: Features, select: str, indices: Array | None = None)
 
 
 def add_text(projected: Array, text: Array, how: str) -> Array:
-    """Computes the condition of the U-Net.
+    """The condition of the U-Net, [B, n, C], from features after `visual_proj` and the prompt's states, [1, T, C].
 
-    Args:
-      projected: [B, n, C], the features after `visual_proj`.
-      text: [1, T, C], the prompt's last hidden state.
-      how: "token" (n == T) or "mean" (the mean over T, added to each token).
-
-    Returns:
-      [B, n, C].
+    With `how` "token" (n == T) they are added token by token, with "mean" the states' mean to each token.
     """
     if how == "mean":
         text = text.mean(axis=1, keepdims=True)
@@ -72,11 +57,7 @@ def add_text(projected: Array, text: Array, how: str) -> Array:
 
 
 def check_fit(select: str, how: str, patches: int, text_tokens: int) -> None:
-    """Checks that features and text can be added.
-
-    Raises:
-      UserError: the numbers of tokens differ.
-    """
+    """Raises a UserError where features and text are added token by token and their numbers differ."""
     n = token_count(select, patches)
     if how == "token" and n != text_tokens:
         raise UserError(

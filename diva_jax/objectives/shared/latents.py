@@ -7,7 +7,6 @@ from typing import Any
 from diva_jax.costs import flops
 from diva_jax.data import inputs
 from diva_jax.models.diffusion.latent_code import LatentCode
-from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.weights import parts
 
 
@@ -58,13 +57,6 @@ class LatentSource:
     def flops(self) -> float:
         """FLOPs of the VAE for one image."""
         return 0.0 if self.cached else flops.vae(self.vae, self.size)
-
-    @classmethod
-    def stable_diffusion(cls, config, diffusion: Diffusion, size: int, view: str = "exact") -> "LatentSource":
-        """Returns that of an objective with Stable Diffusion's VAE, for images of `size` pixels."""
-        part = parts.diffusers(diffusion.source, diffusion.vae, "config.diffusion.vae")
-        cached = bool(config.data.latents)
-        return cls(diffusion.vae, part, size, config.dtype, config.frozen_dtype, view, cached)
 
     def facts(self) -> dict[str, Any]:
         """What moments depend on beside the image, its crop and the VAE's weights, for JSON."""

@@ -40,7 +40,10 @@ class StableDiffusionObjective(contract.Objective):
       dtype: what models compute in.
       unet, vae: the frozen models; no VAE where latents are cached.
       text_context: the last hidden state of the prompt, [1, T, C].
+      takes_class: whether the U-Net is given a class embedding beside the context.
     """
+
+    takes_class: bool = False
 
     def __init__(self, config, image_size: int, view: str = contract.EXACT):
         """Parses the config.
@@ -50,13 +53,12 @@ class StableDiffusionObjective(contract.Objective):
         """
         self.spec, self.diffusion = backbones.spec_of(config), Diffusion.from_dict(config.diffusion.to_dict())
         self.image_size, self.dtype = image_size, jnp.dtype(config.dtype)
-        self.latent_source = LatentSource.stable_diffusion(config, self.diffusion, image_size, view)
-
-    def check_without_class(self, name: str) -> None:
-        """Raises a UserError for a U-Net with a class embedding, which this objective has none for."""
-        if self.diffusion.unet.class_embed_dim is not None:
+        d, cached = self.diffusion, bool(config.data.latents)
+        part = parts.diffusers(d.source, d.vae, "config.diffusion.vae")
+        self.latent_source = LatentSource(d.vae, part, image_size, config.dtype, config.frozen_dtype, view, cached)
+        if d.unet.class_embed_dim is not None and not self.takes_class:
             raise UserError(
-                f"the {name} objective has no class embedding to give to this U-Net "
+                f"the {config.objective} objective has no class embedding to give to this U-Net "
                 "(class_embed_type is set): use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion"
             )
 
@@ -94,15 +96,12 @@ class StableDiffusionObjective(contract.Objective):
         }
 
     def latents(self, pixels: Array, moments: Array | None = None, noise: Array | None = None) -> Array:
-        """The latents of images.
+        """The latents of images, [B, h, w, c].
 
         Args:
           pixels: [B, S, S, 3] in [0, 1].
           moments: of the VAE's posterior, [B, h, w, 2 c]; None: they are computed.
           noise: standard normal, [B, h, w, c], for a sample of the posterior; None: its mean.
-
-        Returns:
-          [B, h, w, c].
         """
         moments = self.moments(pixels) if moments is None else moments
         return self.diffusion.vae.latents(moments.astype(self.dtype), noise)
@@ -116,13 +115,7 @@ class StableDiffusionObjective(contract.Objective):
         return schedule.add_noise(latents, noise, self.alphas_cumprod(), timesteps)
 
     def target(self, latents: Array, noise: Array, timesteps: Array, kind: str = "") -> Array:
-        """What the U-Net should predict, [B, h, w, c].
-
-        Args:
-          latents, noise: [B, h, w, c].
-          timesteps: [B].
-          kind: "epsilon" or "v_prediction"; empty: as the U-Net was trained.
-        """
+        """What the U-Net should predict, [B, h, w, c], as it was trained, or `kind`: "epsilon" or "v_prediction"."""
         kind = kind or self.diffusion.scheduler.prediction_type
         return schedule.target(latents, noise, self.alphas_cumprod(), timesteps, kind)
 
@@ -139,3 +132,8 @@ class StableDiffusionObjective(contract.Objective):
     def draw_for(self, batch: Mapping[str, Array], keys: Array):
         """(pixels [B, S, S, 3] in [0, 1], random numbers of the images) of a batch, from one key per image, [B]."""
         return preprocess.to_float(batch["image"]), self.draw(keys, self.latent_source.latents_shape)
+
+    def loss(self, batch: Mapping[str, Array], keys: Array) -> tuple[Array, dict[str, Array]]:
+        """See `contract.Objective`; the loss is the only metric."""
+        value, _ = self.forward(*self.draw_for(batch, keys), batch.get("moments"))
+        return value, {"loss": value}

@@ -150,7 +150,7 @@ def test_timm_table(name):
         assert eva02.TIMM[name] == theirs | dict(mlp_dim=block.mlp.fc1_g.out_features)
         assert (trunk.rope.ref_feat_shape, trunk.rope.temperature) == ((16, 16), 10000)
         return
-    fields, pool = siglip.timm_fields(name), trunk.attn_pool
+    fields, pool = siglip.TIMM[name], trunk.attn_pool
     assert fields == theirs | dict(mlp_dim=block.mlp.fc1.out_features, embed_dim=trunk.num_features)
     pooled = (pool.num_heads, pool.norm.eps, pool.mlp.fc1.out_features)
     assert pooled == (fields["heads"], fields["norm_eps"], fields["mlp_dim"])

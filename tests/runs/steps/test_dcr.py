@@ -10,7 +10,7 @@ from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
 from diva_jax.data import jitter
 from diva_jax.models import backbones
-from diva_jax.objectives.shared.contrast import contrast
+from diva_jax.objectives.dcr import contrast
 from diva_jax.training import partition
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax import objectives
+from diva_jax.common import fields
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.weights import parts
@@ -36,7 +37,7 @@ def stages(config: ConfigDict) -> tuple[objectives.Stage, ...]:
 class Objective(objectives.Objective):
     def __init__(self, config, *, rngs):
         self.spec = backbones.spec_of(config)
-        self.taught_by = backbones.parse_spec(config.distillation.teacher)
+        self.taught_by = fields.parse(backbones.Spec, config.distillation.teacher, "config.distillation.teacher")
         kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype))
         self.vision = backbones.build(self.spec, **kw)
         adapters.adapt(self.vision, adapters.Lora(**config.distillation.lora), rngs)

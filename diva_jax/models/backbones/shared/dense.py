@@ -34,13 +34,7 @@ VARIANTS: dict[str, Last] = {
 
 
 def run_dense(stack: nnx.List, x: Array, last: str) -> Array:
-    """[B, N, D] through all blocks, the last one as a variant of `VARIANTS`.
-
-    Args:
-      stack: `shared.transformer.Block`s.
-      x: tokens.
-      last: the variant's name.
-    """
+    """[B, N, D] through all `shared.transformer.Block`s, the last one as the variant `last` of `VARIANTS`."""
     *before, block = stack
     for one in before:
         x = one(x)

@@ -26,25 +26,16 @@ TOWER_FIXED = {
 # Options of the vision tower that change no value of ours.
 VISION_FREE = {"attn_pooler_queries", "attn_pooler_heads", "output_tokens", "timm_model_pretrained"}
 # Options that open_clip reads only where the tower is timm's, and their defaults.
-TIMM_OPTIONS = {
-    "timm_pool": "avg",
-    "timm_proj": "linear",
-    "timm_proj_bias": False,
-    "timm_drop": 0.0,
-    "timm_drop_path": None,
-}
+TIMM_OPTIONS = {"timm_pool": "avg", "timm_proj": "linear", "timm_proj_bias": False}
+TIMM_OPTIONS |= {"timm_drop": 0.0, "timm_drop_path": None}
 # Options of open_clip's own vision tower, which it does not read where the tower is timm's.
 _NOT_TIMM = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "act_kwargs", "norm_kwargs"}
 _NOT_TIMM |= {"attentional_pool", "no_ln_pre", "pos_embed_type", "pool_type"}
 _TEXT_READ = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "no_causal_mask"}
 _TEXT_READ |= {"pool_type", "eos_id", "proj_bias", "act_kwargs", "norm_kwargs", "hf_tokenizer_name", "tokenizer_kwargs"}
 _TEXT_FREE = {"pad_id", "output_tokens", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
-_TEXT_FIXED = TOWER_FIXED | {
-    "embed_cls": (False,),
-    "proj_type": ("linear",),
-    "tokenizer_mode": (None,),
-    "hf_model_name": (None,),
-}
+_TEXT_FIXED = TOWER_FIXED | {"embed_cls": (False,), "proj_type": ("linear",)}
+_TEXT_FIXED |= {"tokenizer_mode": (None,), "hf_model_name": (None,)}
 _MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
 _MODEL_KEYS |= {"init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"}
 
@@ -87,22 +78,21 @@ def norm_eps(tower: LibraryConfig) -> float:
     return options.number("eps", 1e-5, 0, 1)
 
 
-def check_timm(model: LibraryConfig, fields: Mapping, **implemented: tuple) -> None:
-    """Checks the config of a tower that open_clip makes of a timm model.
+def from_timm(model: LibraryConfig, table: Mapping[str, Mapping], **implemented: tuple) -> dict:
+    """The fields of Spec of a tower that open_clip makes of a timm model, whose config is checked.
 
     Args:
       model: open_clip's model config.
-      fields: of Spec, as the timm model fixes them.
+      table: timm's models, name -> the fields of Spec that each fixes.
       **implemented: option of `TIMM_OPTIONS` -> the values that are implemented; default the option's default.
-
-    Raises:
-      UserError: an option is unknown or makes another model.
     """
     vision = model.section("vision_cfg")
     name = vision.options["timm_model_name"]
+    fields = table[name]
     # An option that is left out has open_clip's default, which may not be implemented.
     given = LibraryConfig(TIMM_OPTIONS | dict(vision.options), vision.where, vision.prefix)
-    fixed = {k: (default,) for k, default in TIMM_OPTIONS.items()} | {"timm_drop_path": (None, 0)} | implemented
+    fixed = {k: (default,) for k, default in TIMM_OPTIONS.items()} | implemented
+    fixed |= {"timm_drop_path": (None, 0), "timm_proj_bias": (False, True)}
     read = {"timm_model_name", "image_size"} | VISION_FREE | _NOT_TIMM | set(TOWER_FIXED)
     given.check(read, fixed | {"patch_dropout": (0,)})
     embed_dim = model.options.get("embed_dim")
@@ -112,19 +102,11 @@ def check_timm(model: LibraryConfig, fields: Mapping, **implemented: tuple) -> N
         vision.refuse("image_size", f"open_clip builds {name} at {fields['image_size']}")
     if not model.flag("custom_text"):
         model.refuse("custom_text", f"a model of {name} keeps its text tower under `text.`, so it must be true")
+    return dict(fields)
 
 
 def timm_vision(spec: Spec, table: Mapping[str, Mapping], **options) -> dict:
-    """The `vision_cfg` of the timm model that is this tower.
-
-    Args:
-      spec: of the tower.
-      table: timm's models, name -> the fields of Spec that each fixes.
-      **options: of the config.
-
-    Raises:
-      UserError: none of the models is this tower; says which there are.
-    """
+    """The `vision_cfg`, with these options, of the model of `table` (see `from_timm`) that is this tower."""
     fits = (name for name, fields in table.items() if all(getattr(spec, k) == v for k, v in fields.items()))
     if (name := next(fits, None)) is None:
         raise UserError(
@@ -203,8 +185,7 @@ def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec
     Args:
       config: parsed `open_clip_config.json` (`model_cfg`, `preprocess_cfg`), or a bare model config as
         open_clip's `model_configs/*.json` are.
-      name: open_clip's name of the model, as `Spec.open_clip_name`.
-      source: where the weights are, as `Spec.source`.
+      name, source: `open_clip_name` and `source` of the Spec.
 
     Raises:
       UserError: not an open_clip config, or an option that our modules do not implement, named.

@@ -28,12 +28,7 @@ class Positions:
 
 
 def tensor_shape(tensors: Mapping, name: str, *axes: int) -> tuple[int, ...]:
-    """The shape of a tensor.
-
-    Args:
-      tensors: of a checkpoint.
-      name: of the tensor.
-      *axes: how many axes it may have; default two.
+    """The shape of a checkpoint's tensor, which may have as many axes as `axes` lists, by default two.
 
     Raises:
       UserError: the checkpoint does not have it, or it has another number of axes, or an empty one.
@@ -54,12 +49,8 @@ def depth(names: Iterable[str], prefix: str) -> int:
 def sizes(tensors: Mapping, positions: Positions, patch_embed: str, blocks: str, fc1: str) -> dict:
     """The fields of Spec that the shapes of any Vision Transformer's checkpoint tell.
 
-    Args:
-      tensors: of the checkpoint.
-      positions: its position embeddings.
-      patch_embed: the weight of the patch embedding.
-      blocks: what the numbers of the blocks follow in names.
-      fc1: the weight of the first layer of an MLP, in its block.
+    The names are those of the patch embedding's weight, of the blocks, without their numbers, and of the weight of the
+    first layer of an MLP, in its block.
     """
     width, _, _, patch = tensor_shape(tensors, patch_embed, 4)
     return dict(

@@ -63,12 +63,7 @@ def require_text(spec: Spec) -> None:
 class Text(nnx.Module):
     """The text tower that belongs to `spec` (its `text` and `embed_dim`), with random weights.
 
-    Args:
-      spec: sizes, activation, epsilon, mask and pooling.
-      rngs: source of the initial values.
-      dtype: what activations are computed in.
-      param_dtype: what weights are held in.
-      remat: recompute each block in the backward pass.
+    The arguments are as `backbones.build`'s.
 
     Raises:
       UserError: `spec` has no text tower, or its pooling is not known.

@@ -39,20 +39,10 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x))."""
 
-    def __init__(
-        self,
-        make: Layers,
-        width: int,
-        heads: int,
-        mlp_dim: int,
-        activation: str,
-        norm_eps: float,
-        *,
-        causal: bool = False,
-    ):
-        self.norm1 = make.layer_norm(width, norm_eps)
+    def __init__(self, make: Layers, width: int, heads: int, mlp_dim: int, activation: str, eps: float, causal=False):
+        self.norm1 = make.layer_norm(width, eps)
         self.attn = Attention(make, width, heads, causal)
-        self.norm2 = make.layer_norm(width, norm_eps)
+        self.norm2 = make.layer_norm(width, eps)
         self.mlp = Mlp(make, width, mlp_dim, activation)
 
     def __call__(self, x: Array) -> Array:  # [B, N, D] -> [B, N, D]

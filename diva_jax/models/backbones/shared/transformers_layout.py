@@ -74,14 +74,9 @@ def both(open_clip: str, hf: str) -> list[Recipe]:
 def layers(
     count: int, open_clip: str, hf: str, names: Mapping[str, str], fused: str, parts: Sequence[str]
 ) -> list[Recipe]:
-    """`count` transformer blocks.
+    """`count` transformer blocks, whose names begin with `open_clip` and `hf`, then the number of the block.
 
-    Args:
-      count: blocks.
-      open_clip, hf: the names before the number of the block.
-      names: layers of one block, open_clip's name -> transformers'.
-      fused: open_clip's joint projection to queries, keys and values, without its leaf.
-      parts: transformers' projections to queries, keys and values, without their leaf.
+    `names`: layers, open_clip's -> transformers'; `fused` and `parts`: the projections to queries, keys and values.
     """
     out = []
     for i in range(count):
@@ -112,12 +107,7 @@ def text_recipes(text: TextSpec, prefix: str) -> list[Recipe]:
 
 
 def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The options of a config file, or of a section of it, over transformers' defaults.
-
-    Args:
-      config: as read; None for a section that is not there.
-      defaults: option -> default.
-      where: the folder, and the section, for messages.
+    """The options of a config file, or of a section of it (None: it is not there), over transformers' defaults.
 
     Raises:
       UserError: it is no JSON object, or an option has not the type of its default, or is far out of range.
@@ -134,34 +124,24 @@ def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, A
     return dict(file.options) | {name: read[type(default)](name, default) for name, default in defaults.items()}
 
 
-def normalisation(
+def preprocess_fields(
     preprocessor: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], where: str
-) -> dict[str, tuple[float, ...]]:
-    """`mean` and `std` of preprocessor_config.json, with these defaults, as fields of Spec.
-
-    Raises:
-      UserError: one is not three numbers.
-    """
+) -> dict[str, Any]:
+    """`mean`, `std` and `resize_mode` of preprocessor_config.json, with these defaults, as fields of Spec."""
     file = LibraryConfig(preprocessor, f"{where}/preprocessor_config.json")
-    return dict(mean=file.channels("image_mean", mean), std=file.channels("image_std", std))
+    squash = "size" in preprocessor and not preprocessor.get("do_center_crop", True)
+    channels = dict(mean=file.channels("image_mean", mean), std=file.channels("image_std", std))
+    return channels | dict(resize_mode="squash" if squash else "shortest")
 
 
 def our_activation(config: Mapping[str, Any], where: str) -> str:
-    """Our name of `hidden_act`.
-
-    Raises:
-      UserError: it is not implemented.
-    """
+    """Our name of `hidden_act`; a UserError where it is not implemented."""
     ours = {theirs: name for name, theirs in ACTIVATIONS.items()}
     return ours[LibraryConfig(config, where).choice("hidden_act", "", list(ours))]
 
 
 def their_activation(name: str) -> str:
-    """transformers' name of our activation.
-
-    Raises:
-      UserError: transformers has none.
-    """
+    """transformers' name of our activation; a UserError where it has none."""
     if name not in ACTIVATIONS:
         raise UserError(f"transformers has no activation={name!r}: use one of {listing(list(ACTIVATIONS))}")
     return ACTIVATIONS[name]
@@ -180,9 +160,10 @@ _VISION = _TOWER | dict(image_size="image_size", patch_size="patch_size")
 _TEXT = _TOWER | dict(vocab_size="vocab_size", context_length="max_position_embeddings")
 
 
-def text_spec(config: Mapping[str, Any], **others) -> TextSpec:
-    """The TextSpec of a `text_config` with all of its options."""
-    return TextSpec(**{field: config[option] for field, option in _TEXT.items() if field != "activation"}, **others)
+def text_spec(config: Mapping[str, Any], vision_activation: str, activation: str, **others) -> TextSpec:
+    """The TextSpec of a `text_config` with all of its options, and both towers' activations by our names."""
+    own = {field: config[option] for field, option in _TEXT.items() if field != "activation"}
+    return TextSpec(**own, activation="" if activation == vision_activation else activation, **others)
 
 
 def vision_fields(config: Mapping[str, Any]) -> dict:
@@ -224,8 +205,3 @@ def clip_image_processor(spec: Spec) -> dict:
     """preprocessor_config.json for CLIPImageProcessor."""
     crop = dict(height=spec.image_size, width=spec.image_size)
     return image_processor(spec, "CLIPImageProcessor", do_center_crop=spec.resize_mode != "squash", crop_size=crop)
-
-
-def squashes(preprocessor: Mapping[str, Any]) -> bool:
-    """Whether a CLIPImageProcessor's config resizes without a crop."""
-    return "size" in preprocessor and not preprocessor.get("do_center_crop", True)
