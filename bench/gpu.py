@@ -64,7 +64,7 @@ def measure(side: str) -> dict:
         peak, device = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
     elif gpu:
         peak, device = jax.devices()[0].memory_stats()["peak_bytes_in_use"], jax.devices()[0].device_kind
-    chip = chips.named(device)
+    chip = chips.of(device)
     program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     mfu = rate * program.objective.flops() / chip.flops if chip else None
     return dict(images_per_s=rate, peak_gib=peak / 2**30, ready_s=ready, mfu=mfu, loss=loss, device=device)

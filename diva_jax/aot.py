@@ -53,10 +53,7 @@ class OutOfMemory(Exception):
 
 
 def devices(topology: str) -> tuple[chips.Chip, tuple[int, ...], list]:
-    """Returns a slice's chip, its shape, and the devices to compile for.
-
-    Args:
-      topology: e.g. "v5e:4x4".
+    """The chip of a slice such as "v5e:4x4", its shape, and the devices to compile for.
 
     Raises:
       UserError: libtpu is not installed or is locked by another process, or there is no such slice.
@@ -92,11 +89,7 @@ def explain(message: str, topology: str) -> str:
 
 
 def with_batch(config, chip_count: int, per_device: int | None):
-    """Returns the config with `per_device` images per chip and micro-batch; None keeps the config's batch size.
-
-    Raises:
-      UserError: `per_device` is less than 1, or the config is invalid (`config.validate`).
-    """
+    """The config, checked, with `per_device` images per chip and micro-batch; None keeps the config's batch size."""
     if per_device is not None:
         if per_device < 1:
             raise UserError(f"--per-device-batch={per_device} must be at least 1")
@@ -107,10 +100,7 @@ def with_batch(config, chip_count: int, per_device: int | None):
 
 
 def compile_step(config, mesh_devices: list):
-    """Compiles the step of the last stage, from shapes, for the devices of a topology.
-
-    Returns:
-      (compiled, Program, {"trace": seconds, "compile": seconds}).
+    """The step of the last stage, compiled from shapes, its Program, and the seconds to trace and to compile it.
 
     Raises:
       OutOfMemory: the compiler reported that the program does not fit.
@@ -136,12 +126,7 @@ def compile_step(config, mesh_devices: list):
 
 
 def report(config, topology: str, save: str | None = None) -> dict:
-    """Compiles the step of a config for a slice and returns its costs.
-
-    Args:
-      config: the config, with the batch size to compile for.
-      topology: e.g. "v5e:4x4".
-      save: a file for the optimised HLO text, or None.
+    """Compiles the step of a config for a slice, saves its optimised HLO if asked to, and returns its costs.
 
     Returns:
       A dict of JSON values, per device unless the name implies otherwise:
@@ -154,9 +139,6 @@ def report(config, topology: str, save: str | None = None) -> dict:
         All keys of `analysis.analyse`.
         "step_ms": "model_ms" plus "kernel_bound_ms"; "images_per_s": images per second and chip; "mfu": model FLOPs
         utilisation, between 0 and 1; "all_reduce_ms": lower bound of communication time, not part of "step_ms".
-
-    Raises:
-      UserError: see `devices` and `compile_step`.
     """
     chip, shape, mesh_devices = devices(topology)
     n = len(mesh_devices)
@@ -230,7 +212,7 @@ def search(config, topology: str, limit: int = 256) -> dict:
 
 
 def verdict(row: dict) -> str:
-    """Formats whether a program fits: `fits, 2.31 GiB to spare (13.44 of 15.75 GiB)`."""
+    """E.g. `fits, 2.31 GiB to spare (13.44 of 15.75 GiB)`."""
     spare = (row["available"] - row["needed"]) / _GIB
     word = f"fits, {spare:.2f} GiB to spare" if row["fits"] else f"does not fit, {-spare:.2f} GiB too much"
     return f"{word} ({row['needed'] / _GIB:.2f} of {row['available'] / _GIB:.2f} GiB)"

@@ -256,11 +256,7 @@ def default(
 
 
 def declared(objective: str) -> dict[str, fields.Field]:
-    """The declarations of all fields of an objective's configs, by dotted path.
-
-    Raises:
-      UserError: there is no such objective.
-    """
+    """The declarations of all fields of an objective's configs, by dotted path."""
     method = objectives.find(objective)
     sections = {"backbone": backbones.Spec} | {name: SECTIONS[name] for name in getattr(method, "SECTIONS", ())}
     out = fields.declared(RunOptions)
@@ -276,19 +272,16 @@ def described(config: ConfigDict) -> list[tuple[str, str, str]]:
     A section of another library, such as `config.diffusion.unet`, is one row.
     """
     known = declared(config.objective)
-    rows = sorted(fields.flatten(config, known).items())
-    return [
-        (name, "{...}" if hasattr(value, "items") else str(value), known[name].doc if name in known else "")
-        for name, value in rows
-    ]
+    shown = {name: "{...}" if hasattr(v, "items") else str(v) for name, v in fields.flatten(config, known).items()}
+    return [(name, value, known[name].doc if name in known else "") for name, value in sorted(shown.items())]
 
 
 def variant(config: ConfigDict, arg: str | None) -> ConfigDict:
-    """The variant of a config that the argument after its file name asks for: `configs/vitl14.py:faithful`.
+    """The variant of a config, which is changed, that the argument after its file name asks for.
 
     Args:
-      config: the config; it is changed.
-      arg: the argument; None, "" or "exact" for the config as it is, "faithful" for `faithful`.
+      config: the config of a file such as `configs/vitl14.py`.
+      arg: None, "" or "exact" for the config as it is, "faithful" (`configs/vitl14.py:faithful`) for `faithful`.
 
     Raises:
       UserError: another argument.
@@ -331,11 +324,7 @@ def _check_together(config: ConfigDict) -> None:
 
 
 def validate(config: ConfigDict, devices: int) -> None:
-    """Checks what can be checked before anything is loaded.
-
-    Args:
-      config: of `default`'s form.
-      devices: in the whole run.
+    """Checks what can be checked before anything is loaded, for this number of devices in the whole run.
 
     Raises:
       UserError: an unknown field, or values that do not fit together.
@@ -363,25 +352,17 @@ def validate(config: ConfigDict, devices: int) -> None:
 
 
 def check_runs(sources: Iterable[str]) -> None:
-    """`check_stored` of every run among sources of weights, WORKDIR or WORKDIR:STEP; others are passed over.
-
-    Raises:
-      UserError: as `check_stored`.
-    """
+    """`check_stored` of every run among sources of weights, WORKDIR or WORKDIR:STEP; others are passed over."""
     for source in sources:
         if run := places.as_run(source):
             check_stored(workdirs.read_config(run[0]), run[0])
 
 
 def check_stored(config: ConfigDict, where: str) -> None:
-    """Checks a config that was read from a workdir, which may be damaged or come from elsewhere.
+    """Checks a config that was read from the workdir `where`, which may be damaged or come from elsewhere.
 
     Fields that are missing are not asked for, and others are passed over: a run of another version can be exported
     where its config suffices.
-
-    Args:
-      config: as read.
-      where: the workdir, for the message.
 
     Raises:
       UserError: a value has another type than its default, or one that no run can have.

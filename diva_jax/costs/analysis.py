@@ -19,11 +19,9 @@ OTHER = "other"
 
 
 def part_of(path: str) -> tuple[str, str]:
-    """Returns part and kind of an operation, e.g. ("unet backward", "norm").
+    """Part and kind of an operation, e.g. ("unet backward", "norm"), from its path in the traced program.
 
-    Args:
-      path: the path in the traced program, e.g. "jit(step)/.../transpose(jvp(unet))/norm/mul". A fusion has the path
-        of its last operation.
+    A path is "jit(step)/.../transpose(jvp(unet))/norm/mul"; a fusion has that of its last operation.
     """
     part, kind = (next((name for name, p in table if re.search(p, path)), OTHER) for table in (PARTS, KINDS))
     if part in ("unet", "vision"):

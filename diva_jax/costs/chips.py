@@ -44,21 +44,11 @@ class Chip:
 
 
 _G = 2**30
+_MEGACORE = (("chip_config_name", "megacore"),)
 # Key: the part of a topology's name before the colon, e.g. "v5e" of "v5e:4x4".
 CHIPS: dict[str, Chip] = {
     # Without megacore, the compiler's topology has two devices per chip. On the real machines, a chip is one device.
-    "v4": Chip(
-        "TPU v4",
-        275e12,
-        1228e9,
-        32 * _G,
-        int(30.75 * _G),
-        1.05e9,
-        6 * 50e9,
-        4,
-        128,
-        (("chip_config_name", "megacore"),),
-    ),
+    "v4": Chip("TPU v4", 275e12, 1228e9, 32 * _G, int(30.75 * _G), 1.05e9, 6 * 50e9, 4, 128, _MEGACORE),
     "v5e": Chip("TPU v5 lite", 197e12, 819e9, 16 * _G, int(15.75 * _G), 1.5e9, 4 * 50e9, 16, 128),
     "v5p": Chip("TPU v5", 459e12, 2765e9, 95 * _G, int(95.73 * _G), 1.75e9, 6 * 100e9, 4, 128),
     "v6e": Chip("TPU v6 lite", 918e12, 1640e9, 32 * _G, int(31.24 * _G), 1.75e9, 4 * 100e9, 16, 256),
@@ -72,28 +62,14 @@ _ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 li
 
 
 def of(device) -> Chip | None:
-    """Returns the chip of a `jax.Device`; None for a kind without a table entry, such as a CPU."""
-    return named(device.device_kind)
-
-
-def named(kind: str) -> Chip | None:
-    """Returns the chip with this name in JAX or PyTorch; None for one without a table entry."""
+    """Returns the chip of a `jax.Device`, or with this name in JAX or PyTorch; None for one without a table entry."""
+    kind = device if isinstance(device, str) else device.device_kind
     kind = _ALIASES.get(kind, kind)
     return next((c for c in (*CHIPS.values(), *_OTHERS) if c.kind == kind), None)
 
 
-def peak(device) -> float | None:
-    """Returns the peak bf16 rate of a `jax.Device` [FLOP/s]; None for a kind without a table entry, such as a CPU."""
-    chip = of(device)
-    return chip and chip.flops
-
-
 def parse_topology(topology: str) -> tuple[str, Chip, tuple[int, ...]]:
-    """Parses the name of a topology: `"v5e:4x4"` -> ("v5e", its Chip, (4, 4)).
-
-    Raises:
-      UserError: the chip is not in the table, or the number of axes is not that of the chip.
-    """
+    """`"v5e:4x4"` -> ("v5e", its Chip, (4, 4)); a UserError for an unknown chip, or a wrong number of axes."""
     name, _, sides = topology.partition(":")
     if name not in CHIPS:
         raise UserError(f"--topology={topology}: the chip {name!r} is unknown, use one of {', '.join(CHIPS)}")
@@ -109,16 +85,11 @@ def parse_topology(topology: str) -> tuple[str, Chip, tuple[int, ...]]:
 
 
 def all_reduce_seconds(size: float, chip: Chip, shape: tuple[int, ...]) -> float:
-    """Returns a lower bound for the time of an all-reduce over all chips of a slice [s].
+    """Returns a lower bound for the time of an all-reduce of `size` bytes per chip over a slice of this shape [s].
 
     Each chip sends 2 (n - 1) / n of the bytes (reduce-scatter, then all-gather). All links of a chip are assumed busy.
     Along an axis without wrap-around links, a ring uses each link in both directions, so its bandwidth is halved. An
     axis of length 1 has no links.
-
-    Args:
-      size: the bytes to sum, per chip.
-      chip: the kind of chip.
-      shape: chips along each axis of the slice.
     """
     n = math.prod(shape)
     rings = sum((1.0 if side % chip.wrap == 0 else 0.5) for side in shape if side > 1) / len(shape)

@@ -118,12 +118,7 @@ class Computation(dict[str, Op]):
 
 @dataclasses.dataclass
 class HloModule:
-    """A parsed HLO module.
-
-    Attributes:
-      computations: name -> computation.
-      entry: the name of the entry computation.
-    """
+    """A parsed HLO module: its computations by name, and the name of the entry computation."""
 
     computations: dict[str, Computation]
     entry: str
@@ -150,10 +145,7 @@ class HloModule:
         return 1
 
     def flops(self, op: Op, computation: Computation) -> int:
-        """Returns the FLOPs of an operation, a multiply-add counted as two.
-
-        Matrix products and convolutions are counted, also those inside fusions; for kernels see `kernel_flops`.
-        """
+        """The FLOPs of matrix products and convolutions, also inside fusions, and of kernels, see `kernel_flops`."""
         if op.kind in ("dot", "convolution"):
             return _product_flops(op, computation)
         if op.kind == "custom-call":
@@ -186,12 +178,10 @@ def hbm_traffic(op: Op, computation: Computation) -> int:
 
 
 def collectives(module: HloModule, op: Op, computation: Computation) -> dict[str, tuple[str, int]]:
-    """Returns the collectives of an operation and of the computations it calls.
+    """The collectives of an operation and of the computations it calls, by channel id, or by name without one.
 
-    An asynchronous collective is split over several fusions that share one channel.
-
-    Returns:
-      {channel id, or the name without one: (kind, the larger of the sizes of operands and results [bytes])}.
+    Each is (kind, the larger of the sizes of operands and results [bytes]). An asynchronous collective is split over
+    several fusions that share one channel.
     """
     found = {}
     kind = op.kind.removesuffix("-start")
@@ -234,11 +224,7 @@ def _parse_op(text: str) -> Op:
 
 
 def parse(text: str) -> HloModule:
-    """Parses `compiled.as_text()`.
-
-    Raises:
-      ValueError: the text has no entry computation.
-    """
+    """Parses `compiled.as_text()`; a ValueError if it has no entry computation."""
     computations, entry, current, pending = {}, None, None, []
 
     def finish():
@@ -311,12 +297,9 @@ _KERNEL = re.compile(rf"\b({'|'.join([*_FLASH, *_FEED_FORWARD])})(\d+)")
 def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
     """Returns the FLOPs of a kernel of models/ from its name and the shapes of its operands; 0 for other kernels.
 
-    Args:
-      op, computation: the operation and its computation.
-      side: the side of the chip's matrix unit. The length of the sums is rounded up to a multiple of it, because the
-        unit adds up that many products per element of the result, zeros included. Rows stream through the unit, and
-        their number is not rounded. The result is the FLOPs that the unit could do in the time that the kernel
-        occupies it.
+    The length of the sums is rounded up to a multiple of the side of the chip's matrix unit, because the unit adds up
+    that many products per element of the result, zeros included. Rows stream through the unit, and their number is not
+    rounded. The result is the FLOPs that the unit could do in the time that the kernel occupies it.
     """
     found = _KERNEL.search(op.path)
     if op.target != "tpu_custom_call" or not found:

@@ -82,12 +82,10 @@ class Update(nnx.Module):
     """The low-rank update of one layer: `a` [parts, n_in, rank] and `b` [parts, rank, n_out / width].
 
     Args:
-      n_in, n_out: of the layer.
-      lora: rank, scale and dropout.
+      n_in, n_out, lora, rngs: sizes of the layer, and how it is adapted.
       width: how many projections the layer's outputs consist of.
       parts: which of them are adapted, as indices.
       index: of the layer in its model; decides its dropout masks.
-      rngs: source of the initial values.
     """
 
     def __init__(self, n_in: int, n_out: int, lora: Lora, width: int, parts: tuple[int, ...], index: int, rngs):
@@ -167,13 +165,7 @@ class LoraMatrix(_Adapted, Matrix):
 
 def _options(layer: nnx.Linear) -> dict:
     """The arguments of `nnx.Linear` that make a layer like this one."""
-    return dict(
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        use_bias=layer.use_bias,
-        dtype=layer.dtype,
-        param_dtype=layer.param_dtype,
-    )
+    return {name: getattr(layer, name) for name in ("in_features", "out_features", "use_bias", "dtype", "param_dtype")}
 
 
 # Layer that can be adapted -> (its adapted form, the attribute of its weight [n_in, n_out]).
@@ -190,10 +182,10 @@ def _replace(model: nnx.Module, path: tuple, layer: nnx.Module) -> None:
 
 
 def adapt(model: nnx.Module, lora: Lora, rngs) -> None:
-    """Puts adapters at the layers of `model` that `lora.targets` names.
+    """Puts adapters at the layers of `model`, in place, whose path `lora.targets` matches.
 
     Args:
-      model: any module with linear layers (`nnx.Linear`, `layers.Matrix`); it is changed in place.
+      model: any module with linear layers (`nnx.Linear`, `layers.Matrix`).
       lora: the adapters.
       rngs: source of the initial values.
 

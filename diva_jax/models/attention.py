@@ -23,41 +23,22 @@ CUDNN_WIDTH = 128  # Largest head dim of cuDNN's kernel on all GPUs that have it
 
 
 def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
-    """Returns whether attention of these sizes, traced for `mesh`, uses the kernel.
-
-    Args:
-      queries, keys: sequence lengths.
-      width: the head dim.
-      batch: the global batch size.
-      mesh: an abstract mesh; empty if none was set.
-    """
+    """Returns whether attention with the head dim `width`, traced for the abstract mesh `mesh`, uses the kernel."""
     if traced_for(mesh) != "tpu" or batch % mesh.size or width > max(MAX_BLOCK):
         return False
     return queries >= KERNEL_FROM["self" if queries == keys else "cross"]
 
 
 def implementation(width: int, dtype, mesh) -> str | None:
-    """Returns the `implementation` of `jax.nn.dot_product_attention`: cuDNN's fused kernel on GPUs, else None (XLA).
-
-    Args:
-      width: the head dim.
-      dtype: of queries, keys and values; the kernel takes 16 bits alone.
-      mesh: an abstract mesh; empty if none was set.
-    """
+    """Returns that of `jax.nn.dot_product_attention`: cuDNN's kernel, for 16 bits on GPUs, else None (XLA)."""
     narrow = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     fits = narrow and width <= CUDNN_WIDTH and width % 8 == 0
     return "cudnn" if fits and traced_for(mesh) == "gpu" else None
 
 
 def block(n: int, width: int) -> int:
-    """Returns the tile size for a sequence: the largest divisor of n that is a multiple of LANES and within MAX_BLOCK.
-
-    Args:
-      n: the sequence length, a multiple of LANES.
-      width: the head dim.
-    """
-    most = next(most for limit, most in MAX_BLOCK.items() if width <= limit)
-    return tile(n, most)
+    """Returns the tile size for a sequence of length n, a multiple of LANES, and the head dim `width`."""
+    return tile(n, next(most for limit, most in MAX_BLOCK.items() if width <= limit))
 
 
 def _sequence_minor(x: Array) -> Array:
@@ -67,15 +48,9 @@ def _sequence_minor(x: Array) -> Array:
 
 
 def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
-    """Attention with the kernel of `models/kernels/flash.py`. Sequences are padded to multiples of LANES.
+    """Attention on one device with the kernel of `models/kernels/flash.py`; shapes as in `attention`, [B, N, H, D].
 
-    Args:
-      q: queries, [B, N, H, D], on one device; D is at most the largest key of MAX_BLOCK.
-      k, v: keys and values, [B, M, H, D].
-      interpret: whether to interpret the kernel on a CPU, for tests.
-
-    Returns:
-      [B, N, H, D], in the dtype of q.
+    Sequences are padded to multiples of LANES; `interpret` interprets the kernel on a CPU, for tests.
     """
     from diva_jax.models.kernels import flash as kernel
 

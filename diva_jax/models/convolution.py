@@ -55,25 +55,9 @@ _fast.defvjp(_forward, _backward)
 
 
 def convolve(
-    x: Array,
-    kernel: Array,
-    strides: Sequence[int],
-    padding: Padding,
-    *,
-    dimension_numbers,
-    precision=None,
-    **others,
+    x: Array, kernel: Array, strides: Sequence[int], padding: Padding, *, dimension_numbers, precision=None, **others
 ) -> Array:
-    """`jax.lax.conv_general_dilated` for `nnx.Conv`, with the gradients of this module on CPUs.
-
-    Args:
-      x: [B, H, W, in].
-      kernel: [h, w, in, out].
-      strides, padding: of both sides.
-      dimension_numbers: those of channels last.
-      precision: of the products.
-      **others: of `jax.lax.conv_general_dilated`.
-    """
+    """`jax.lax.conv_general_dilated` for `nnx.Conv`, channels last, with the gradients of this module on CPUs."""
     plain = jax.lax.conv_general_dilated
     ones = all(d == 1 for name in ("lhs_dilation", "rhs_dilation") for d in others.get(name, (1,)))
     if traced_for() != "cpu" or not ones or others.get("feature_group_count", 1) != 1 or isinstance(padding, str):

@@ -27,13 +27,7 @@ def _kernel():
 
 
 def use_kernel(shape: tuple[int, int, int], hidden: int, dtype) -> bool:
-    """Returns whether a layer of these sizes uses the kernel, on the devices of the abstract mesh that is set.
-
-    Args:
-      shape: that of the tokens, (B, N, C).
-      hidden: number of hidden units.
-      dtype: that of the tokens; the kernel takes 16 bits alone.
-    """
+    """Returns whether tokens of this shape, (B, N, C), and dtype use the kernel, traced for the mesh that is set."""
     mesh, (batch, tokens, channels) = jax.sharding.get_abstract_mesh(), shape
     if traced_for(mesh) != "tpu" or jnp.dtype(dtype).itemsize != 2 or batch % mesh.size or tokens < MIN_TOKENS:
         return False
@@ -65,15 +59,9 @@ def _run(kernel, arrays: list[Array], weights: tuple[Array, ...], interpret: boo
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def fused(x: Array, state: nnx.State, graph: nnx.GraphDef, interpret: bool) -> Array:
-    """The layer with the kernel.
+    """`feed_forward` with the kernel, of `nnx.split((norm, layer))`; `interpret` interprets it on a CPU, for tests.
 
-    Args:
-      x: tokens, [B, N, C]; N and the number of hidden units are multiples of LANES.
-      state, graph: `nnx.split((norm, layer))`, see `feed_forward`.
-      interpret: whether to interpret the kernel on a CPU and on one device, for tests.
-
-    Returns:
-      [B, N, C], in the dtype of x.
+    N and the number of hidden units are multiples of LANES.
     """
     return _forward(x, state, graph, interpret, save=False)[0]
 

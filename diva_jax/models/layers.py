@@ -16,29 +16,24 @@ from diva_jax.models.convolution import convolve
 Array = jax.Array
 
 
-class LayerNorm(nnx.LayerNorm):
-    """Flax's LayerNorm, with the name "norm" in profiles and compiled programs."""
+class _Named:
+    """A norm with the name "norm" in profiles and compiled programs."""
 
     @jax.named_scope("norm")
     def __call__(self, x: Array) -> Array:
         return super().__call__(x)
 
 
-class GroupNorm(nnx.GroupNorm):
-    """Flax's GroupNorm, with the name "norm" in profiles and compiled programs."""
+class LayerNorm(_Named, nnx.LayerNorm):
+    """Flax's LayerNorm, named."""
 
-    @jax.named_scope("norm")
-    def __call__(self, x: Array) -> Array:
-        return super().__call__(x)
+
+class GroupNorm(_Named, nnx.GroupNorm):
+    """Flax's GroupNorm, named."""
 
 
 class Matrix(nnx.Module):
-    """x @ W, [..., n_in] -> [..., n_out]: a projection whose weight PyTorch holds as [n_in, n_out] too.
-
-    Args:
-      matrix: W.
-      dtype: what activations are computed in.
-    """
+    """x @ W in `dtype`, [..., n_in] -> [..., n_out]: a projection whose weight PyTorch holds as [n_in, n_out] too."""
 
     def __init__(self, matrix: nnx.Param, dtype):
         self.matrix, self.dtype = matrix, dtype
@@ -70,13 +65,9 @@ def abstract(make: Callable[[Keys], nnx.Module]) -> nnx.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Makes layers that share dtypes.
+    """Makes layers that share dtypes: `dtype` of activations, `param_dtype` of weights; `rngs` makes initial values.
 
-    Attributes:
-      rngs: the source of keys for initial values.
-      dtype: the dtype of activations. The statistics of norms and the softmax of attention are computed in at least
-        float32.
-      param_dtype: the dtype of weights.
+    The statistics of norms and the softmax of attention are computed in at least float32.
     """
 
     rngs: nnx.Rngs
@@ -138,7 +129,7 @@ _FITTED = 5.5
 
 
 def normal_cdf(x: Array) -> Array:
-    """Distribution function of the standard normal distribution; the error of x * normal_cdf(x) is at most 4e-6."""
+    """Distribution function of the standard normal distribution; the error of x times it is at most 4e-6."""
     square = jnp.minimum(x * x, _FITTED**2)
     polynomial = functools.reduce(lambda p, c: p * square + c, _NORMAL[::-1])
     return 0.5 + 0.5 * jnp.tanh(x * polynomial)
@@ -168,16 +159,10 @@ _gelu.defvjp(lambda x: (_gelu(x), x), _gelu_backward)
 
 
 def geglu(x: Array) -> Array:
-    """GEGLU (arXiv 2002.05202): the first half of the last axis times the GELU of the second half.
+    """GEGLU (arXiv 2002.05202): the first half of the last axis times the GELU of the second, [..., 2n] -> [..., n].
 
     In 16 bits, the distribution function in GELU has an error of at most 4e-6, less than the result is rounded by, and
     takes a fraction of the operations of `erfc`. The backward pass computes it anew, once for both halves.
-
-    Args:
-      x: [..., 2n], floats.
-
-    Returns:
-      [..., n], in the dtype of x.
     """
     if x.dtype.itemsize == 2:
         return _geglu(x)

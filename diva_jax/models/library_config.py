@@ -53,14 +53,11 @@ class LibraryConfig:
           hint: what to use instead, for the message.
         """
         for name, value in self.options.items():
-            if name.startswith("_") or name in read:
+            if name.startswith("_") or name in read or (name not in fixed and value is None):
                 continue
             if name not in fixed:
-                if value is not None:
-                    raise UserError(
-                        f"{self.where} has the unknown option {brief(f'{self.prefix}{name}')}={brief(value)}, remove it"
-                    )
-                continue
+                option = brief(f"{self.prefix}{name}")
+                raise UserError(f"{self.where} has the unknown option {option}={brief(value)}, remove it")
             entries = value if lists and isinstance(value, list | tuple) else [value]
             if not all(entry in fixed[name] for entry in entries):
                 allowed = " or ".join(map(repr, fixed[name]))

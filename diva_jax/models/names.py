@@ -66,15 +66,13 @@ def torch_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[1], shape[0]) if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
 
 
-def from_torch_layout(path: tuple, array):
+def from_torch_layout(path: tuple, array, axes: tuple[int, ...] = (2, 3, 1, 0)):
     """A PyTorch tensor's values in the layout of our parameter: a transposed view, no copy."""
     if path[-1] != "kernel":
         return array
-    return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
+    return array.T if array.ndim == 2 else array.transpose(axes)
 
 
 def to_torch_layout(path: tuple, array):
     """The inverse of `from_torch_layout`."""
-    if path[-1] != "kernel":
-        return array
-    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
+    return from_torch_layout(path, array, (3, 2, 0, 1))

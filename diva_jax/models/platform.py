@@ -8,11 +8,7 @@ import jax
 
 
 def traced_for(mesh=None) -> str:
-    """Returns "cpu", "gpu" or "tpu"; "" where no mesh was set.
-
-    Args:
-      mesh: an abstract mesh; default the one that is set while a function is traced.
-    """
+    """Returns "cpu", "gpu" or "tpu" for an abstract mesh, by default the one that is set; "" where none was set."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     device = None if mesh.empty else mesh.abstract_device
     return "" if device is None else device.platform

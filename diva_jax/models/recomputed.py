@@ -44,15 +44,7 @@ def _backward(kept, g: Array):
 
 @jax.custom_vjp
 def attend(q: Array, k: Array, v: Array) -> Array:
-    """Softmax attention without a mask.
-
-    Args:
-      q: queries, [B, N, H, D], float32 or float64.
-      k, v: keys and values, [B, M, H, D].
-
-    Returns:
-      [B, N, H, D], in the dtype of q.
-    """
+    """Softmax attention without a mask, as in `attention.attention`: [B, N, H, D], float32 or float64."""
     return _forward(q, k, v)[0]
 
 

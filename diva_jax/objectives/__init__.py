@@ -33,10 +33,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> ModuleType:
-    """Imports the module of an objective.
-
-    Args:
-      name: the name of a module of this package, or a dotted path.
+    """Imports the module of an objective: one of this package, or that of a dotted path.
 
     Raises:
       UserError: there is no such module, or it is not an objective.
@@ -63,30 +60,16 @@ def section(name: str) -> str:
 
 
 def default(name: str) -> ConfigDict:
-    """Returns the section of an objective: its own fields with their defaults.
-
-    Raises:
-      UserError: as `find`.
-    """
+    """Returns the section of an objective: its own fields with their defaults."""
     return fields.default_of(find(name))
 
 
 def stages(config) -> tuple[Stage, ...]:
-    """Returns the stages of a run, in order and without gaps.
-
-    Raises:
-      UserError: there are gaps between stages, or a stage has no steps.
-    """
+    """Returns the stages of a run; a UserError where there are gaps between them, or one has no steps."""
     module = find(config.objective)
     given = module.stages(config) if hasattr(module, "stages") else (tune(config),)
-    optim = config.optim
-    stages = tuple(
-        s._replace(
-            schedule=optim.schedule if s.schedule is None else s.schedule,
-            warmup_steps=optim.warmup_steps if s.warmup_steps is None else s.warmup_steps,
-        )
-        for s in given
-    )
+    usual = {name: config.optim[name] for name in ("schedule", "warmup_steps")}
+    stages = tuple(s._replace(**{k: v for k, v in usual.items() if getattr(s, k) is None}) for s in given)
     starts = [0, *(s.end for s in stages)]
     if not stages or any(s.start != start or s.steps < 1 for s, start in zip(stages, starts, strict=False)):
         spans = ", ".join(f"{s.name} {s.start} to {s.end}" for s in stages)

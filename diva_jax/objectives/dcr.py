@@ -81,8 +81,7 @@ class DcrOptions:
 SECTION = DcrOptions
 
 
-def options_of(config: ConfigDict) -> DcrOptions:
-    """`config.dcr`, parsed."""
+def _options(config: ConfigDict) -> DcrOptions:
     return parse(DcrOptions, config.dcr, "config.dcr")
 
 
@@ -101,7 +100,7 @@ def recipe(config: ConfigDict) -> None:
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """The projector for condition.warmup_steps, then the adapters (and what `config.trainable` names) for steps."""
-    lora, arch, warm = options_of(config).lora, config.backbone.arch, config.condition.warmup_steps
+    lora, arch, warm = _options(config).lora, config.backbone.arch, config.condition.warmup_steps
     alone = (("projector/.*", 1.0), (".*", 0.0))
     first = contract.Stage("projector", 0, warm, config.condition.warmup_lr, alone)
     if config.dcr.projector_only:
@@ -116,7 +115,7 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
 
 def validate(config: ConfigDict) -> None:
     """Raises a UserError where the batch cannot be divided into groups, or sizes or stages do not fit together."""
-    options = options_of(config)
+    options = _options(config)
     if options.stage1_loss == EXACT and not options.projector_only:
         raise UserError(
             "config.dcr.stage1_loss=exact is another loss than stage 2's: run stage 1 by itself with "
@@ -181,7 +180,7 @@ def contrast(predicted: Array, goal: Array, anchors: Array, temperature: float) 
       predicted: [B, g + 1, h, w, c], under the conditions of the group in order, then under the plus condition.
       goal: [B, h, w, c].
       anchors: [B], the index of each image in its group.
-      temperature: tau.
+      temperature: by which products are divided.
     """
 
     def unit(x):
@@ -224,7 +223,7 @@ class Objective(StableDiffusionObjective):
     compares_images = True
 
     def __init__(self, config, *, rngs):
-        self.options = options_of(config)
+        self.options = _options(config)
         super().__init__(config, config.backbone.image_size)
         self.vision = contract.vision_tower(config, self.spec, rngs)
         adapters.adapt(self.vision, self.options.lora, rngs)
@@ -310,27 +309,18 @@ class Objective(StableDiffusionObjective):
         return local // together, _largest_divisor(conditions, self.options.tile // together)
 
     def predict(self, noisy: Array, timesteps: Array, conditions: Array, together: int) -> Array:
-        """Predictions of B images under n conditions each, `together` of them at the same time.
+        """Predictions, [B, n, h, w, c], of `noisy`, [B, h, w, c], under conditions [B, n, C] added to the text's rows.
 
-        Args:
-          noisy: [B, h, w, c].
-          timesteps: [B].
-          conditions: [B, n, C], added to every row of the text.
-          together: a divisor of n. Below n, the passes are computed again in the backward pass.
-
-        Returns:
-          [B, n, h, w, c], in the dtype of `loss_dtype`.
+        `together` of the n, a divisor, run at the same time; fewer than n are computed again in the backward pass.
         """
         b, n, _ = conditions.shape
 
         def some(p):
             """[B, k, C] -> [B, k, h, w, c]."""
 
-            def each(x):
-                return jnp.repeat(x, p.shape[1], axis=0)
-
+            each = [jnp.repeat(x, p.shape[1], axis=0) for x in (noisy, timesteps)]
             text = self.text_context[...].astype(p.dtype)
-            out = self.run_unet(each(noisy), each(timesteps), p.reshape(-1, 1, p.shape[-1]) + text)
+            out = self.run_unet(*each, p.reshape(-1, 1, p.shape[-1]) + text)
             return out.reshape(b, p.shape[1], *out.shape[1:])
 
         if together == n:

@@ -118,14 +118,12 @@ def recipe(config: ConfigDict) -> None:
     config.checkpoint.every = 500
 
 
-def options(config: ConfigDict) -> GenHancerOptions:
-    """`config.genhancer`, parsed."""
+def _options(config: ConfigDict) -> GenHancerOptions:
     return parse(GenHancerOptions, config.genhancer, "config.genhancer")
 
 
-def lora(config: ConfigDict) -> adapters.Lora:
-    """The adapters of the encoder."""
-    own, arch = options(config).lora, config.backbone.arch
+def _lora(config: ConfigDict) -> adapters.Lora:
+    own, arch = _options(config).lora, config.backbone.arch
     if own.targets:
         return own
     if arch not in adapters.TARGETS:
@@ -139,14 +137,14 @@ def lora(config: ConfigDict) -> adapters.Lora:
 
 def _adapted_rows(config: ConfigDict) -> tuple[tuple[str, float], ...]:
     """Rows of the trainable table for adapters and biases of the encoder."""
-    rows = lora(config).trainable("vision")
+    rows = _lora(config).trainable("vision")
     dead = config.backbone.arch == "siglip" and config.genhancer.siglip_head_out == FAITHFUL
     return (*rows, (f"vision/{adapters.SIGLIP_HEAD}/bias", 1.0)) if dead else rows
 
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """Stage 1 for stage1_steps, then stage 2 for config.steps; `config.trainable` replaces stage 2's table if given."""
-    o, end, rest = options(config), config.genhancer.stage1_steps, ((".*", 0.0),)
+    o, end, rest = _options(config), config.genhancer.stage1_steps, ((".*", 0.0),)
     warm = 0 if o.warmup == FAITHFUL else None
     out = []
     if end:
@@ -160,7 +158,7 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
 
 def validate(config: ConfigDict) -> None:
     """Raises a UserError for fields that do not fit together."""
-    own = options(config)
+    own = _options(config)
     if not own.stage1_steps and own.stage2 == NONE:
         raise UserError("config.genhancer.stage1_steps=0 with stage2=none trains nothing: give at least one step")
     size, unit = config.backbone.image_size, 2 * _vae(own.vae).downscale
@@ -176,11 +174,6 @@ def _vae(section: GenHancerVae) -> LatentCode:
         return FluxVAEConfig(**{f.name: getattr(section, f.name) for f in dataclasses.fields(FluxVAEConfig)})
     kind = latent_code.find(section.code, "config.genhancer.vae.code")
     return kind.from_dict({n: getattr(section, n) for n in ("in_channels", "latent_channels", "scaling_factor")})
-
-
-def _vae_part(source: str, vae: LatentCode) -> parts.Part:
-    kind = flux.vae if isinstance(vae, FluxVAEConfig) else parts.diffusers
-    return kind(source, vae, "config.genhancer.vae")
 
 
 class GenHancerDraws(NamedTuple):
@@ -212,7 +205,7 @@ class Objective(contract.Objective):
     """`vision` has adapters where a stage trains them; `project_clip`, `project_t5` and `denoiser` start at random."""
 
     def __init__(self, config, *, rngs):
-        self.spec, self.options = backbones.spec_of(config), options(config)
+        self.spec, self.options = backbones.spec_of(config), _options(config)
         self.vae_config, self.flow_config = _vae(self.options.vae), self.options.denoiser
         if self.flow_config.in_channels != 4 * self.vae_config.latent_channels:
             raise UserError(
@@ -225,24 +218,19 @@ class Objective(contract.Objective):
             tower = dataclasses.replace(tower, activation="gelu_tanh")
         self.vision = contract.vision_tower(config, tower, rngs)
         if self.options.stage2 != NONE:
-            adapters.adapt(self.vision, lora(config), rngs)
+            adapters.adapt(self.vision, _lora(config), rngs)
         trains_generator = self.options.stage1_steps or self.options.stage2 == ALL
         held = jnp.float32 if trains_generator else jnp.dtype(config.frozen_dtype)
         layers, f = Layers(rngs, dtype, held), self.flow_config
         self.project_clip = EmbeddingProjector(self.spec.embed_dim, f.vector_dim, layers)
         self.project_t5 = EmbeddingProjector(self.spec.embed_dim, f.text_dim, layers)
         self.denoiser = flow.Flow(f, rngs=rngs, dtype=dtype, param_dtype=held, remat=config.remat == "all")
-        self.latent_source = LatentSource(
-            self.vae_config,
-            _vae_part(config.genhancer.vae.source, self.vae_config),
-            self.spec.image_size,
-            self.options.vae_dtype,
-            self.options.vae_dtype,
-            cached=bool(config.data.latents),
-        )
-        precision = jnp.dtype(self.options.vae_dtype)
-        kw = dict(rngs=rngs, dtype=precision, param_dtype=precision)
-        self.vae = None if config.data.latents else self.vae_config.build(**kw)
+        kind, cached = flux.vae if isinstance(self.vae_config, FluxVAEConfig) else parts.diffusers, config.data.latents
+        part, held = kind(self.options.vae.source, self.vae_config, "config.genhancer.vae"), self.options.vae_dtype
+        size = self.spec.image_size
+        self.latent_source = LatentSource(self.vae_config, part, size, held, held, cached=bool(cached))
+        kw = dict(rngs=rngs, dtype=jnp.dtype(held), param_dtype=jnp.dtype(held))
+        self.vae = None if cached else self.vae_config.build(**kw)
 
     @property
     def inputs(self) -> Mapping[str, inputs.Input]:

@@ -24,9 +24,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.fields import Rule, below, field, one_of, parse
 from diva_jax.costs import flops
 from diva_jax.data import preprocess
-from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion
 from diva_jax.models.diffusion.unet import timestep_embedding
 from diva_jax.objectives import contract
 from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, widened
@@ -142,7 +140,7 @@ class Objective(StableDiffusionObjective):
     def __init__(self, config, *, rngs):
         self.options = parse(UnclipOptions, config.unclip, "config.unclip")
         super().__init__(config, config.data.image_size)
-        _check_fit(self.spec, self.diffusion)
+        self._check_fit()
         self.vision = contract.vision_tower(config, self.spec, rngs)
         self.build_generator(config, rngs)
         if self.options.uses_statistics:
@@ -272,23 +270,22 @@ class Objective(StableDiffusionObjective):
         losses = jax.lax.map(one_bin, (jnp.arange(len(edges) - 1), edges[:-1], edges[1:]))  # [K, 3, B]
         return {name: losses[:, i] for i, name in enumerate(("own", "other", "text"))}
 
-
-def _check_fit(spec: backbones.Spec, diffusion: Diffusion) -> None:
-    """Raises a UserError where this generator cannot be conditioned on this tower's embedding."""
-    width, kind = diffusion.unet.class_embed_dim, diffusion.scheduler.prediction_type
-    if width is None:
-        raise UserError(
-            "config.objective=unclip needs a U-Net that is conditioned on an image embedding, and config.diffusion has "
-            "none (class_embed_type is not set): make the config with diffusion='unclip_l' or 'unclip_h'"
-        )
-    if width != 2 * spec.embed_dim:
-        raise UserError(
-            f"the generator of config.diffusion takes image embeddings of width {width // 2}, but those of "
-            f"config.backbone have {spec.embed_dim}: use unclip_l with OpenAI's ViT-L/14 and unclip_h with OpenCLIP's "
-            "ViT-H/14"
-        )
-    if kind != "v_prediction":
-        raise UserError(
-            f"config.objective=unclip expects a generator of v-predictions, but config.diffusion.scheduler has "
-            f"prediction_type={kind!r}: set it to v_prediction if the generator's own scheduler does"
-        )
+    def _check_fit(self) -> None:
+        """Raises a UserError where this generator cannot be conditioned on this tower's embedding."""
+        width, kind = self.diffusion.unet.class_embed_dim, self.diffusion.scheduler.prediction_type
+        if width is None:
+            raise UserError(
+                "config.objective=unclip needs a U-Net that is conditioned on an image embedding, and config.diffusion "
+                "has none (class_embed_type is not set): make the config with diffusion='unclip_l' or 'unclip_h'"
+            )
+        if width != 2 * self.spec.embed_dim:
+            raise UserError(
+                f"the generator of config.diffusion takes image embeddings of width {width // 2}, but those of "
+                f"config.backbone have {self.spec.embed_dim}: use unclip_l with OpenAI's ViT-L/14 and unclip_h with "
+                "OpenCLIP's ViT-H/14"
+            )
+        if kind != "v_prediction":
+            raise UserError(
+                f"config.objective=unclip expects a generator of v-predictions, but config.diffusion.scheduler has "
+                f"prediction_type={kind!r}: set it to v_prediction if the generator's own scheduler does"
+            )

@@ -249,8 +249,8 @@ class _Loop:
         self.writer = (
             metrics.Writer(run.workdir, self.step, c.log.tensorboard, c.log.wandb, c.to_dict()) if first else None
         )
-        peak, flops = chips.peak(run.mesh.devices.flat[0]), run.program.objective.flops()
-        utilisation = flops / (peak * run.mesh.size) if peak and flops else None
+        chip, flops = chips.of(run.mesh.devices.flat[0]), run.program.objective.flops()
+        utilisation = flops / (chip.flops * run.mesh.size) if chip and flops else None
         self.progress = metrics.Progress(self.writer, self.step, run.total, c.log.every, c.batch_size, utilisation)
         self.profile, self.preempted = Profile(c.profile, run.workdir), Preemption()
 

@@ -40,7 +40,12 @@ def estimates(
         scheduler = m.diffusion.scheduler
         abar = schedule.alphas_cumprod(scheduler)
         noisy = schedule.add_noise(latents, noise, abar, drawn.timesteps)
-        return m.vae.decode(schedule.denoised(noisy, pred, abar, drawn.timesteps, scheduler.prediction_type))
+        left = jnp.asarray(abar)[drawn.timesteps][:, None, None, None]
+        signal, sigma = jnp.sqrt(left), jnp.sqrt(1 - left)
+        # The latents that the prediction implies: the inverse of `schedule.add_noise` and `schedule.target`.
+        if scheduler.prediction_type == "epsilon":
+            return m.vae.decode(((noisy - sigma * pred) / signal).astype(noisy.dtype))
+        return m.vae.decode((signal * noisy - sigma * pred).astype(noisy.dtype))
 
     compiled = jax.jit(run)
     found = [np.asarray(compiled(params, images)) for params in weights]

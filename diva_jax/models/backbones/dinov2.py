@@ -15,7 +15,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Features, Spec
 from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
-from diva_jax.models.backbones.shared.transformer import Attention, Mlp, block_flops, patch_flops, run
+from diva_jax.models.backbones.shared.transformer import Attention, Mlp, embedded, run, stack_flops
 from diva_jax.models.layers import Layers
 from diva_jax.models.names import Table
 
@@ -105,15 +105,12 @@ class Vision(nnx.Module):
         Both are taken after the final norm; pooled is the class token. Registers have no position embedding and are
         left out of the tokens.
         """
-        x = self.patch_embed(images.astype(self.dtype))  # [B, grid, grid, width]
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-
-        def repeated(tokens):
-            return jnp.broadcast_to(tokens[...].astype(self.dtype), (x.shape[0], *tokens.shape[1:]))
-
-        x = jnp.concatenate([repeated(self.cls_token), x], axis=1) + self.pos_embed[...].astype(self.dtype)
+        x = embedded(self, images, self.cls_token)
         if self.registers:
-            x = jnp.concatenate([x[:, :1], repeated(self.register_tokens), x[:, 1:]], axis=1)
+            shape = (len(x), *self.register_tokens.shape[1:])
+            x = jnp.concatenate(
+                [x[:, :1], jnp.broadcast_to(self.register_tokens[...].astype(self.dtype), shape), x[:, 1:]], axis=1
+            )
         x = self.norm(run(self.blocks, x, remat=self.remat))  # [B, 1 + R + P, D]
         return Features(tokens=x[:, 1 + self.registers :], pooled=x[:, 0])
 
@@ -126,8 +123,7 @@ def positions(spec: Spec) -> Positions:
 def flops(spec: Spec) -> float:
     """FLOPs of the forward pass over one image."""
     tokens = 1 + spec.registers + spec.patches
-    mlp_layers = 3 if spec.activation == "swiglu" else 2
-    return patch_flops(spec) + spec.layers * block_flops(tokens, spec.width, spec.mlp_dim, mlp_layers)
+    return stack_flops(spec, tokens, 3 if spec.activation == "swiglu" else 2)
 
 
 def shapes(tensors: Mapping) -> dict:

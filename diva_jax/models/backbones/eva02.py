@@ -15,7 +15,7 @@ from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
 from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
-from diva_jax.models.backbones.shared.transformer import block_flops, blocks, patch_flops, run
+from diva_jax.models.backbones.shared.transformer import blocks, embedded, run, stack_flops
 from diva_jax.models.layers import Layers, attention, heads
 from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Table
@@ -133,10 +133,7 @@ class Vision(nnx.Module):
         EVA02-CLIP itself projects the class token alone; as for CLIP, every token is taken through the final norm
         and the projection here.
         """
-        x = self.patch_embed(images.astype(self.dtype))  # [B, grid, grid, width]
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        first = jnp.broadcast_to(self.cls_token[...].astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = jnp.concatenate([first, x], axis=1) + self.pos_embed[...].astype(self.dtype)  # [B, 1 + P, width]
+        x = embedded(self, images, self.cls_token)  # [B, 1 + P, width]
         angles_dtype = jnp.promote_types(self.dtype, jnp.float32)
         sin, cos = (jnp.asarray(table, angles_dtype) for table in rotary_table(self.grid, self.head_width))
         x = self.head(self.norm(run(self.blocks, x, sin, cos, remat=self.remat)))  # [B, 1 + P, D]
@@ -151,8 +148,7 @@ def positions(spec: Spec) -> Positions:
 def flops(spec: Spec) -> float:
     """FLOPs of the forward pass over one image."""
     tokens = 1 + spec.patches
-    stack = spec.layers * block_flops(tokens, spec.width, spec.mlp_dim, mlp_layers=3)
-    return patch_flops(spec) + stack + 2 * tokens * spec.width * spec.embed_dim
+    return stack_flops(spec, tokens, mlp_layers=3) + 2 * tokens * spec.width * spec.embed_dim
 
 
 def shapes(tensors: Mapping) -> dict:

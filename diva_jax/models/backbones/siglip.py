@@ -19,7 +19,7 @@ from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.dense import run_dense
 from diva_jax.models.backbones.shared.positions import Positions, sizes
 from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
-from diva_jax.models.backbones.shared.transformer import Mlp, block_flops, blocks, patch_flops, run
+from diva_jax.models.backbones.shared.transformer import Mlp, blocks, embedded, run, stack_flops
 from diva_jax.models.layers import Layers, attention, heads
 from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Table
@@ -128,18 +128,13 @@ class Vision(nnx.Module):
 
         Where the side is no multiple of the patch (384 by 14), the rest at the right and the bottom is not used.
         """
-        tokens = self.norm(run(self.blocks, self._embedded(images), remat=self.remat))  # [B, P, D]
+        tokens = self.norm(run(self.blocks, embedded(self, images), remat=self.remat))  # [B, P, D]
         return Features(tokens=tokens, pooled=self.attn_pool(tokens))
 
     def encode_dense(self, images: jax.Array, last: str = "plain") -> jax.Array:
         """Images as for `encode` -> patch tokens [B, P, D] in the text's space, the last block as `last` of
         `shared.dense.VARIANTS`, each token pooled by itself."""
-        return self.attn_pool.each(self.norm(run_dense(self.blocks, self._embedded(images), last)))
-
-    def _embedded(self, images: jax.Array) -> jax.Array:
-        """Images [B, H, W, 3] -> the first block's input, [B, P, D]."""
-        x = self.patch_embed(images.astype(self.dtype))  # [B, grid, grid, D]
-        return x.reshape(x.shape[0], -1, x.shape[-1]) + self.pos_embed[...].astype(self.dtype)
+        return self.attn_pool.each(self.norm(run_dense(self.blocks, embedded(self, images), last)))
 
 
 def positions(spec: Spec) -> Positions:
@@ -149,9 +144,8 @@ def positions(spec: Spec) -> Positions:
 
 def flops(spec: Spec) -> float:
     """FLOPs of the forward pass over one image; the pooling has one query."""
-    w, patches = spec.width, spec.patches
-    stack = spec.layers * block_flops(patches, w, spec.mlp_dim)
-    return patch_flops(spec) + stack + 2 * (2 * w * w + 2 * patches * w * w + 2 * patches * w + 2 * w * spec.mlp_dim)
+    w, n = spec.width, spec.patches
+    return stack_flops(spec, n) + 2 * (2 * w * w + 2 * n * w * w + 2 * n * w + 2 * w * spec.mlp_dim)
 
 
 def shapes(tensors: Mapping) -> dict:

@@ -14,7 +14,7 @@ from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.dense import run_dense
 from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
 from diva_jax.models.backbones.shared.text import BLOCKS, NEITHER, TEXT_NAMES, text_table
-from diva_jax.models.backbones.shared.transformer import block_flops, blocks, patch_flops, run
+from diva_jax.models.backbones.shared.transformer import blocks, embedded, run, stack_flops
 from diva_jax.models.layers import Layers
 from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Table
@@ -75,11 +75,7 @@ class Vision(nnx.Module):
 
     def _embedded(self, images: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] -> the first block's input, [B, 1 + P, width]."""
-        x = self.patch_embed(images.astype(self.dtype))  # [B, grid, grid, width]
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        first = jnp.broadcast_to(self.class_embed[...].astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = jnp.concatenate([first, x], axis=1) + self.pos_embed[...].astype(self.dtype)
-        return self.norm_pre(x)
+        return self.norm_pre(embedded(self, images, self.class_embed))
 
 
 def positions(spec: Spec) -> Positions:
@@ -90,8 +86,7 @@ def positions(spec: Spec) -> Positions:
 def flops(spec: Spec) -> float:
     """FLOPs of the forward pass over one image."""
     tokens = 1 + spec.patches
-    stack = spec.layers * block_flops(tokens, spec.width, spec.mlp_dim)
-    return patch_flops(spec) + stack + 2 * tokens * spec.width * spec.embed_dim
+    return stack_flops(spec, tokens) + 2 * tokens * spec.width * spec.embed_dim
 
 
 def shapes(tensors: Mapping) -> dict:

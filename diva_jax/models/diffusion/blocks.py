@@ -21,13 +21,7 @@ def call(block: nnx.Module, *args: Array, remat: bool = False) -> Array:
 
 
 class ResnetBlock(nnx.Module):
-    """Two 3x3 convolutions with a residual; the time embedding is added between them.
-
-    Args:
-      n_in, n_out: channels.
-      groups, epsilon: number of groups and epsilon of both GroupNorms.
-      time_dim: width of the time embedding; None for a block without one.
-    """
+    """Two 3x3 convolutions with a residual; a time embedding of width `time_dim`, if any, is added between them."""
 
     def __init__(self, n_in: int, n_out: int, groups: int, epsilon: float, layers: Layers, time_dim: int | None = None):
         self.norm1 = layers.group_norm(n_in, groups, epsilon)
@@ -50,12 +44,7 @@ class ResnetBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """3x3 convolution with stride 2.
-
-    Args:
-      n: channels.
-      padding: (before, after) on both axes: (1, 1) in the U-Net, (0, 1) in the VAE.
-    """
+    """3x3 convolution with stride 2; padding (before, after) on both axes is (1, 1) in the U-Net, (0, 1) in the VAE."""
 
     def __init__(self, n: int, padding: tuple[int, int], layers: Layers):
         self.conv = layers.conv(n, n, 3, stride=2, padding=(padding, padding))
@@ -66,11 +55,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour upsampling by two, cropped to `size`, then a 3x3 convolution.
-
-    The crop is needed for sizes that were odd before they were halved. The result equals nearest-neighbour resizing to
-    `size`.
-    """
+    """Nearest-neighbour upsampling by two, cropped to a size that may be odd, then a 3x3 convolution."""
 
     def __init__(self, n: int, layers: Layers):
         self.conv = layers.conv(n, n, 3, padding=1)
@@ -82,20 +67,12 @@ class Upsample(nnx.Module):
 
 
 class ContextAttention(nnx.Module):
-    """Multi-head attention of tokens to a context.
-
-    Args:
-      n: channels of the tokens.
-      n_context: channels of the context.
-      count: number of heads.
-      bias: whether the query, key and value projections have a bias; the output projection always has one.
-    """
+    """Attention of tokens to a context, with `count` heads; the output's projection has a bias whatever `bias` is."""
 
     def __init__(self, n: int, n_context: int, count: int, layers: Layers, bias: bool = False):
         self.count = count
         self.to_q = layers.linear(n, n, bias)
-        self.to_k = layers.linear(n_context, n, bias)
-        self.to_v = layers.linear(n_context, n, bias)
+        self.to_k, self.to_v = layers.linear(n_context, n, bias), layers.linear(n_context, n, bias)
         self.to_out = nnx.List([layers.linear(n, n)])
 
     def __call__(self, x: Array, context: Array) -> Array:
@@ -117,7 +94,7 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention, cross-attention and feed-forward, each after a LayerNorm and with a residual."""
+    """Self-attention, attention to a context and feed-forward, each after a LayerNorm and with a residual."""
 
     def __init__(self, n: int, n_context: int, count: int, layers: Layers):
         self.norm1 = layers.layer_norm(n, 1e-5)
@@ -138,12 +115,7 @@ class TransformerBlock(nnx.Module):
 class Transformer(nnx.Module):
     """One transformer block over the pixels of a feature map, with projections in and out and a residual.
 
-    Args:
-      n: channels.
-      n_context: channels of the context.
-      count: number of heads.
-      groups: number of groups of the GroupNorm.
-      linear: whether the projections are linear layers (Stable Diffusion 2) or 1x1 convolutions (1.x).
+    The projections are linear layers (Stable Diffusion 2) or, where `linear` is false, 1x1 convolutions (1.x).
     """
 
     def __init__(self, n: int, n_context: int, count: int, groups: int, linear: bool, layers: Layers):

@@ -82,9 +82,8 @@ def frequencies() -> np.ndarray:
 def timestep_code(t: Array, freqs: np.ndarray | None = None) -> Array:
     """[cos(1000 t f), sin(1000 t f)], [B] -> [B, 256], computed in float32 and returned in the dtype of t.
 
-    Args:
-      t: times in [0, 1] (or a guidance strength). In bfloat16, 1000 t is rounded to bfloat16 as well.
-      freqs: f, [128]; default `frequencies()`. At t = 4, one unit in its last place changes the code by 4e-5.
+    In bfloat16, 1000 t is rounded to bfloat16 as well. `freqs`, f, is by default `frequencies()`, [128]; at t = 4, a
+    guidance's strength, one unit in its last place changes the code by 4e-5.
     """
     angles = (1000 * t)[:, None].astype(jnp.float32) * (frequencies() if freqs is None else freqs)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(t.dtype)
@@ -98,15 +97,9 @@ def token_positions(grid: tuple[int, int], text: int = 1) -> np.ndarray:
 
 
 def rotations(config: FlowConfig, grid: tuple[int, int], text: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of the rotary embedding's angles (arXiv 2104.09864, section 3.4.2), computed in float64.
+    """Cosine and sine of the rotary embedding's angles (arXiv 2104.09864, section 3.4.2), of `token_positions`.
 
-    Args:
-      config: of the transformer.
-      grid: (h, w), image tokens in raster order.
-      text: number of text tokens.
-
-    Returns:
-      Two arrays [text + h * w, head width / 2], float32.
+    They are two arrays [text + h * w, head width / 2], computed in float64 and returned in float32.
     """
     ids = token_positions(grid, text)
     angles = [ids[:, i : i + 1] * config.theta ** (-np.arange(0, d, 2) / d) for i, d in enumerate(config.axes)]
@@ -205,10 +198,11 @@ class DoubleBlock(nnx.Module):
     """Joint attention of both streams, then an MLP on each; all modulated by v."""
 
     def __init__(self, config: FlowConfig, layers: Layers):
-        self.img_mod, self.img_attn = Modulation(6, config, layers), SelfAttention(config, layers)
-        self.img_mlp = FlowMlp(config, layers)
-        self.txt_mod, self.txt_attn = Modulation(6, config, layers), SelfAttention(config, layers)
-        self.txt_mlp = FlowMlp(config, layers)
+        def stream():
+            return Modulation(6, config, layers), SelfAttention(config, layers), FlowMlp(config, layers)
+
+        self.img_mod, self.img_attn, self.img_mlp = stream()
+        self.txt_mod, self.txt_attn, self.txt_mlp = stream()
 
     def __call__(self, img: Array, txt: Array, v: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
         """[B, N, width], [B, T, width], [B, width] -> both streams."""
@@ -263,13 +257,7 @@ class LastLayer(nnx.Module):
 
 
 class Flow(nnx.Module):
-    """The transformer with random weights.
-
-    Args:
-      config: sizes.
-      rngs, dtype, param_dtype: see `Layers`.
-      remat: whether to recompute each block in the backward pass.
-    """
+    """The transformer with random weights; `remat` recomputes each block in the backward pass, others as `Layers`."""
 
     def __init__(self, config: FlowConfig, *, rngs: Keys, dtype=jnp.float32, param_dtype=jnp.float32, remat=False):
         layers, width = Layers(rngs, dtype, param_dtype), config.width
@@ -294,7 +282,7 @@ class Flow(nnx.Module):
         freqs: np.ndarray | None = None,
         seen: Callable[[str, Array], None] = lambda name, value: None,
     ) -> Array:
-        """The velocity at noisy latents.
+        """The velocity at noisy latents, [B, h * w, in_channels], in `dtype`.
 
         Args:
           x: packed latents, [B, h * w, in_channels], tokens in raster order.
@@ -305,9 +293,6 @@ class Flow(nnx.Module):
           grid: (h, w).
           freqs: of `timestep_code`.
           seen: called with the name and value of each intermediate result, while this is traced.
-
-        Returns:
-          [B, h * w, in_channels], in `dtype`.
         """
         parts = {
             "time_in": self.time_in(timestep_code(t, freqs).astype(self.dtype)),

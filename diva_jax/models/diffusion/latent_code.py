@@ -50,15 +50,7 @@ class LatentCode(Protocol):
 
 
 def find(path: str, field: str) -> type[LatentCode]:
-    """Imports a class by its dotted path.
-
-    Args:
-      path: `package.module.Class`.
-      field: of the config that has the path, for the message.
-
-    Raises:
-      UserError: it cannot be imported.
-    """
+    """Imports a class by its dotted path, the value of this field of the config, which a UserError names."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)

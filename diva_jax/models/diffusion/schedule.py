@@ -31,13 +31,7 @@ class ScheduleConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "ScheduleConfig":
-        """Reads the content of a diffusers folder's `scheduler_config.json`; missing options have diffusers' defaults.
-
-        Options that only affect sampling are ignored.
-
-        Raises:
-          UserError: the schedule or the prediction type is not implemented.
-        """
+        """Reads a diffusers folder's `scheduler_config.json`, with its defaults; options of sampling are ignored."""
         file = LibraryConfig(options, "the scheduler's config")
         for name, allowed in (("trained_betas", (None,)), ("rescale_betas_zero_snr", (None, False))):
             if options.get(name) not in allowed:
@@ -51,8 +45,8 @@ class ScheduleConfig:
         )
 
 
-def betas(config: ScheduleConfig) -> np.ndarray:
-    """Returns the variance of the noise added at each timestep, [T] float64."""
+def _betas(config: ScheduleConfig) -> np.ndarray:
+    """The variance of the noise added at each timestep, [T] float64."""
     start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.beta_schedule == "linear":
         return np.linspace(start, end, n)
@@ -64,12 +58,11 @@ def betas(config: ScheduleConfig) -> np.ndarray:
 
 
 def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
-    """Returns the cumulative product of 1 - beta, the remaining share of the latents' variance at each timestep.
+    """Returns abar, the remaining share of the latents' variance at each timestep, [T] float32.
 
-    Returns:
-      [T] float32. `1 - beta` is rounded to float32 before the product, as in diffusers.
+    It is the cumulative product of 1 - beta, which is rounded to float32 before, as in diffusers.
     """
-    alphas = np.float32(1) - betas(config).astype(np.float32)
+    alphas = np.float32(1) - _betas(config).astype(np.float32)
     return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
 
 
@@ -81,51 +74,25 @@ def _coefficients(like: Array, alphas_cumprod: Array, timesteps: Array) -> tuple
 
 
 def add_noise(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array) -> Array:
-    """Returns noisy latents zt = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (DIVA, section 3.1).
+    """Returns zt = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (DIVA, section 3.1), in the shape and dtype of `noise`.
 
     Args:
       latents: z0, [B, H, W, C], or any shape that broadcasts against `noise`.
       noise: eps, standard normal, [..., B, H, W, C].
       alphas_cumprod: abar, [T], see `alphas_cumprod`.
       timesteps: [..., B] integers.
-
-    Returns:
-      Noisy latents, in the shape and dtype of `noise`.
     """
     signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
     return (signal * latents + sigma * noise).astype(noise.dtype)
 
 
 def target(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array, prediction_type: str) -> Array:
-    """Returns the target of the U-Net's prediction.
+    """Returns the target of the U-Net's prediction, in the shape and dtype of `noise`; arguments as `add_noise`'s.
 
-    Args:
-      latents, noise, alphas_cumprod, timesteps: see `add_noise`.
-      prediction_type: "epsilon" for the noise, "v_prediction" for sqrt(abar_t) eps - sqrt(1 - abar_t) z0 (the velocity,
-        arXiv 2202.00512, section 4).
-
-    Returns:
-      The target, in the shape and dtype of `noise`.
+    It is the noise for the type "epsilon", and sqrt(abar_t) eps - sqrt(1 - abar_t) z0 (the velocity, arXiv 2202.00512,
+    section 4) for "v_prediction".
     """
     if prediction_type == "epsilon":
         return noise
     signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
     return (signal * noise - sigma * latents).astype(noise.dtype)
-
-
-def denoised(noisy: Array, predicted: Array, alphas_cumprod: Array, timesteps: Array, prediction_type: str) -> Array:
-    """Returns the latents z0 that a prediction of the U-Net implies: the inverse of `add_noise` and `target`.
-
-    Args:
-      noisy: zt, [B, H, W, C].
-      predicted: what the U-Net predicts, in the shape of `noisy`.
-      alphas_cumprod, timesteps: see `add_noise`.
-      prediction_type: see `target`.
-
-    Returns:
-      (zt - sqrt(1 - abar_t) eps') / sqrt(abar_t), or sqrt(abar_t) zt - sqrt(1 - abar_t) v', in the dtype of `noisy`.
-    """
-    signal, sigma = _coefficients(noisy, alphas_cumprod, timesteps)
-    if prediction_type == "epsilon":
-        return ((noisy - sigma * predicted) / signal).astype(noisy.dtype)
-    return (signal * noisy - sigma * predicted).astype(noisy.dtype)

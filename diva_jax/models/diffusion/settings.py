@@ -13,14 +13,7 @@ from diva_jax.models.diffusion.vae import VAEConfig
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
-    """A Stable Diffusion model.
-
-    Attributes:
-      source: diffusers folder or hub id.
-      prompt: the text whose states are part of every condition.
-      text_tokens: the prompt is padded to this many.
-      unet, vae, text_encoder, scheduler: the parts' configs.
-    """
+    """A Stable Diffusion model, see `config.DiffusionOptions`."""
 
     source: str
     prompt: str
@@ -32,11 +25,7 @@ class Diffusion:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "Diffusion":
-        """Parses the content of `config.diffusion`.
-
-        Raises:
-          UserError: a part has an option that is not implemented here.
-        """
+        """Parses the content of `config.diffusion`; a UserError for an option that is not implemented here."""
         name = str(options["vae"].get("_class_name", ""))
         vae = latent_code.find(name, "config.diffusion.vae._class_name") if "." in name else VAEConfig
         kinds = dict(unet=UNetConfig, vae=vae, text_encoder=TextEncoderConfig, scheduler=ScheduleConfig)

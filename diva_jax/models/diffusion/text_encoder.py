@@ -15,18 +15,7 @@ from diva_jax.models.library_config import LibraryConfig
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
-    """Shape of a text encoder; the defaults are Stable Diffusion 2.1-base's.
-
-    Attributes:
-      vocab_size: number of tokens in the vocabulary.
-      context_length: largest number of tokens in a text.
-      width: channels of the transformer.
-      layers: number of transformer layers.
-      heads: number of attention heads.
-      mlp_dim: hidden width of the MLPs.
-      activation: activation of the MLPs, "gelu" (Stable Diffusion 2.x) or "quick_gelu" (1.x).
-      norm_eps: epsilon of the LayerNorms.
-    """
+    """Shape of a text encoder, see `backbones.TextSpec`; the defaults are Stable Diffusion 2.1-base's."""
 
     vocab_size: int = 49408
     context_length: int = 77
@@ -39,12 +28,7 @@ class TextEncoderConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "TextEncoderConfig":
-        """Reads the content of `text_encoder/config.json`; missing options have the defaults of transformers.
-
-        Raises:
-          UserError: the config is that of another model, the activation is unknown, or the width is not a multiple of
-            the number of heads.
-        """
+        """Reads `text_encoder/config.json`, with the defaults of transformers; a UserError for other models."""
         file = LibraryConfig(options, "the text encoder's config")
         file.require_class("clip_text_model", "model_type", "CLIPTextModel")
         config = cls(
@@ -68,10 +52,8 @@ class TextEncoderLayer(nnx.Module):
         n = config.width
         self.config = config
         self.layer_norm1 = layers.layer_norm(n, config.norm_eps)
-        self.q_proj = layers.linear(n, n)
-        self.k_proj = layers.linear(n, n)
-        self.v_proj = layers.linear(n, n)
-        self.out_proj = layers.linear(n, n)
+        self.q_proj, self.k_proj = layers.linear(n, n), layers.linear(n, n)
+        self.v_proj, self.out_proj = layers.linear(n, n), layers.linear(n, n)
         self.layer_norm2 = layers.layer_norm(n, config.norm_eps)
         self.fc1 = layers.linear(n, config.mlp_dim)
         self.fc2 = layers.linear(config.mlp_dim, n)
@@ -84,12 +66,7 @@ class TextEncoderLayer(nnx.Module):
 
 
 class TextEncoder(nnx.Module):
-    """Encodes tokens to the context of the U-Net.
-
-    Args:
-      config: the shape.
-      rngs, dtype, param_dtype: see `Layers`.
-    """
+    """Encodes tokens to the context of the U-Net; `rngs`, `dtype` and `param_dtype` as in `Layers`."""
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
         layers = Layers(rngs, dtype, param_dtype)
@@ -100,15 +77,12 @@ class TextEncoder(nnx.Module):
         self.final_layer_norm = layers.layer_norm(config.width, config.norm_eps)
 
     def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
-        """Returns the last hidden state after the final LayerNorm.
+        """Returns the last hidden state after the final LayerNorm, [B, N, width], in `dtype`.
 
         Args:
           tokens: [B, N] integers, N at most `context_length`.
           mask: [B, N] bool, the tokens that are attended to (those before a query alone, as always); None: all, padding
             included.
-
-        Returns:
-          [B, N, width], in `dtype`.
 
         Raises:
           UserError: there are more than `context_length` tokens.

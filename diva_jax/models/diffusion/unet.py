@@ -15,61 +15,36 @@ from diva_jax.models.diffusion.blocks import Downsample, ResnetBlock, Transforme
 from diva_jax.models.layers import Array, Layers
 from diva_jax.models.library_config import LibraryConfig
 
+# Options of which only null, false and one are implemented, as their defaults are.
+_NONE = "addition_embed_type cross_attention_norm encoder_hid_dim encoder_hid_dim_type num_class_embeds"
+_NONE += " time_cond_proj_dim time_embedding_act_fn time_embedding_dim timestep_post_act"
+_FALSE = "center_input_sample class_embeddings_concat dual_cross_attention only_cross_attention resnet_skip_time_act"
+_ONE = "downsample_padding mid_block_scale_factor resnet_out_scale_factor transformer_layers_per_block"
 # Option -> its implemented values; diffusers' default is the first.
 _FIXED = {
     "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None,),
     "attention_type": ("default",),
-    "center_input_sample": (False,),
     "class_embed_type": (None, "projection"),
-    "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "downsample_padding": (1,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
     "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1,),
-    "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None, 1),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-    "transformer_layers_per_block": (1,),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    **dict.fromkeys(_NONE.split(), (None,)),
+    **dict.fromkeys(_FALSE.split(), (False,)),
+    **dict.fromkeys(_ONE.split(), (1,)),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
 }
-_USED = (
-    "attention_head_dim",
-    "block_out_channels",
-    "cross_attention_dim",
-    "in_channels",
-    "layers_per_block",
-    "norm_eps",
-    "norm_num_groups",
-    "num_attention_heads",
-    "out_channels",
-    "projection_class_embeddings_input_dim",
-    "sample_size",
-    "use_linear_projection",
-    # Options that do not affect the result: the first two belong to options that are not implemented, softmax is always
-    # computed in float32, and a frozen network has no dropout.
-    "addition_embed_type_num_heads",
-    "addition_time_embed_dim",
-    "upcast_attention",
-    "dropout",
-)
+_USED = {"attention_head_dim", "block_out_channels", "cross_attention_dim", "in_channels", "layers_per_block"}
+_USED |= {"norm_eps", "norm_num_groups", "num_attention_heads", "out_channels", "projection_class_embeddings_input_dim"}
+_USED |= {"sample_size", "use_linear_projection"}
+# Options that do not affect the result: the first two belong to options that are not implemented, softmax is always
+# computed in float32, and a frozen network has no dropout.
+_USED |= {"addition_embed_type_num_heads", "addition_time_embed_dim", "upcast_attention", "dropout"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +53,11 @@ class UNetConfig:
 
     Attributes:
       sample_size: side of the latents in training [latent pixels]; any size is accepted.
-      in_channels, out_channels: channels of the noisy latents and of the prediction.
-      block_out_channels: channels per resolution, finest first.
+      block_out_channels, heads: per resolution, finest first.
       layers_per_block: residual blocks per resolution in the down blocks; the up blocks have one more.
-      heads: attention heads per resolution.
       cross_down, cross_up: whether each down block and each up block has transformers, in order of execution.
       cross_attention_dim: channels of the context.
       use_linear_projection: see `blocks.Transformer`.
-      norm_num_groups: groups of every GroupNorm.
       norm_eps: epsilon of the GroupNorms outside the transformers.
       class_embed_dim: channels of `class_labels`, a vector that is added to the time embedding (2.1-unclip's
         image embedding and noise level); None for a U-Net without one.
@@ -107,7 +79,7 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "UNetConfig":
-        """Reads the content of a diffusers folder's `unet/config.json`; missing options have diffusers' defaults.
+        """Reads the content of a diffusers folder's `unet/config.json`, with diffusers' defaults.
 
         Despite its name, `attention_head_dim` is the *number* of heads; `num_attention_heads` overrides it if present.
 
@@ -150,16 +122,10 @@ def _cross(file: LibraryConfig, name: str, default: tuple[bool, ...], count: int
 
 
 def timestep_embedding(timesteps: Array, n: int) -> Array:
-    """Returns cosines, then sines, of the timesteps at n/2 frequencies from 1 to about 1/10000.
+    """Returns cosines, then sines, of the timesteps [B] at n/2 frequencies from 1 to about 1/10000, [B, n] float32.
 
-    These are the position embeddings of arXiv 1706.03762, section 3.5, in another order.
-
-    Args:
-      timesteps: [B], integers.
-      n: the width, an even number.
-
-    Returns:
-      [B, n] float32 for every dtype of the model: in bfloat16, neighbouring timesteps near 999 have the same value.
+    These are the position embeddings of arXiv 1706.03762, section 3.5, in another order. They are in float32 for every
+    dtype of the model: in bfloat16, neighbouring timesteps near 999 have the same value.
     """
     half = n // 2
     # Values are rounded to float32 at the same places as in diffusers. Since timesteps reach 999, an error of one unit
@@ -190,32 +156,16 @@ class _Maker:
 
     def resnet(self, n_in: int) -> ResnetBlock:
         c = self.config
-        time_dim = 4 * c.block_out_channels[0]
-        return ResnetBlock(n_in, self.n, c.norm_num_groups, c.norm_eps, self.layers, time_dim)
+        return ResnetBlock(n_in, self.n, c.norm_num_groups, c.norm_eps, self.layers, 4 * c.block_out_channels[0])
 
     def transformer(self) -> Transformer:
-        c = self.config
-        return Transformer(
-            self.n,
-            c.cross_attention_dim,
-            c.heads[self.level],
-            c.norm_num_groups,
-            c.use_linear_projection,
-            self.layers,
-        )
+        c, heads = self.config, self.config.heads[self.level]
+        sizes = (self.n, c.cross_attention_dim, heads, c.norm_num_groups)
+        return Transformer(*sizes, c.use_linear_projection, self.layers)
 
 
 class DownBlock(nnx.Module):
-    """Residual blocks (and transformers) at one resolution, then downsampling by two.
-
-    Args:
-      n_in: channels of the input.
-      depth: number of residual blocks.
-      cross: whether each residual block is followed by a transformer.
-      downsample: whether to downsample; false for the coarsest resolution.
-      make: makes the layers.
-      remat: see `UNet`.
-    """
+    """`depth` residual blocks, each followed by a transformer if `cross`, then downsampling by two if `downsample`."""
 
     def __init__(self, n_in: int, depth: int, cross: bool, downsample: bool, make: _Maker, remat: bool):
         self.remat = remat
@@ -251,16 +201,7 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Residual blocks (and transformers) at one resolution, each with a skip connection, then upsampling by two.
-
-    Args:
-      n_in: channels of the input.
-      n_skips: channels of the skip connections, in the order of use.
-      cross: whether each residual block is followed by a transformer.
-      upsample: whether to upsample; false for the finest resolution.
-      make: makes the layers.
-      remat: see `UNet`.
-    """
+    """Residual blocks, one for each skip connection of `n_skips` channels; then as `DownBlock`, but upsampling."""
 
     def __init__(self, n_in: int, n_skips: list[int], cross: bool, upsample: bool, make: _Maker, remat: bool):
         self.remat = remat
@@ -280,24 +221,13 @@ class UpBlock(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Predicts the noise (or the velocity) of noisy latents.
+    """Predicts the noise (or the velocity) of noisy latents; arguments as `backbones.build`'s.
 
-    Args:
-      config: the shape.
-      rngs, dtype, param_dtype: see `Layers`. The time and class embeddings are computed in at least float32.
-      remat: whether to recompute the activations of residual blocks and transformers in the backward pass instead of
-        storing them. It does not change the result.
+    The time and class embeddings are computed in at least float32. With `remat`, the backward pass recomputes the
+    activations of residual blocks and transformers instead of storing them, with the same result.
     """
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
-    ):
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat=False):
         layers = Layers(rngs, dtype, param_dtype)
         precise = Layers(rngs, jnp.promote_types(dtype, jnp.float32), param_dtype)
         channels, last = config.block_out_channels, len(config.block_out_channels) - 1
@@ -326,16 +256,13 @@ class UNet(nnx.Module):
         self.conv_out = layers.conv(n, config.out_channels, 3, padding=1)
 
     def __call__(self, sample: Array, timesteps: Array, context: Array, class_labels: Array | None = None) -> Array:
-        """Returns the prediction for one denoising step.
+        """Returns the prediction for one denoising step, [B, H, W, out_channels], in `dtype`.
 
         Args:
           sample: noisy latents, [B, H, W, in_channels]; any H and W.
           timesteps: [B], integers.
           context: the condition, [B, N, cross_attention_dim]; any N.
           class_labels: [B, class_embed_dim]; required if the U-Net has a class embedding, and None otherwise.
-
-        Returns:
-          [B, H, W, out_channels], in `dtype`.
 
         Raises:
           UserError: class_labels is missing, or is given to a U-Net without a class embedding.

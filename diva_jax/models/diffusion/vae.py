@@ -23,21 +23,10 @@ _FIXED = {
     "mid_block_add_attention": (True,),
     "shift_factor": (None,),
 }
-_USED = (
-    "block_out_channels",
-    "in_channels",
-    "latent_channels",
-    "layers_per_block",
-    "norm_num_groups",
-    "scaling_factor",
-    "use_quant_conv",
-    # Options that do not affect the encoder here: the decoder's, half precision in diffusers, and tiling.
-    "up_block_types",
-    "out_channels",
-    "use_post_quant_conv",
-    "force_upcast",
-    "sample_size",
-)
+_USED = {"block_out_channels", "in_channels", "latent_channels", "layers_per_block", "norm_num_groups"}
+_USED |= {"scaling_factor", "use_quant_conv"}
+# Options that do not affect the encoder here: the decoder's, half precision in diffusers, and tiling.
+_USED |= {"up_block_types", "out_channels", "use_post_quant_conv", "force_upcast", "sample_size"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,24 +78,15 @@ class AutoencoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(AutoencoderConfig):
-    """Shape of a VAE; the defaults are Stable Diffusion's.
+    """Shape of a VAE; the defaults are Stable Diffusion's."""
 
-    Attributes:
-      use_quant_conv: whether there is a 1x1 convolution on the moments.
-    """
-
-    use_quant_conv: bool = True
+    use_quant_conv: bool = field(True, "Whether there is a 1x1 convolution on the moments.")
 
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
-        """Returns the latents for the U-Net of an image's posterior.
+        """See `LatentCode`: scaling_factor * mean, in `moments`' dtype, or scaling_factor * (mean + std * noise).
 
-        Args:
-          moments: [..., 2 * latent_channels], mean and logarithm of the variance, as `VAE.moments` returns them.
-          noise: standard normal, [..., latent_channels]; None: scaling_factor times the mean, in `moments`' dtype.
-
-        Returns:
-          [..., latent_channels]; with noise scaling_factor * (mean + std * noise), in the wider of the dtypes of
-          `moments` and `noise`. As in diffusers, the logarithm of the variance is clamped to [-30, 20].
+        The latter is in the wider of the dtypes of `moments` and `noise`. As in diffusers, the logarithm of the
+        variance is clamped to [-30, 20].
         """
         mean, logvar = jnp.split(moments, 2, axis=-1)
         if noise is None:
@@ -135,15 +115,7 @@ class FluxVAEConfig(AutoencoderConfig):
     shift_factor: float = field(0.1159, "Latents are scaling_factor * (sample - shift_factor).")
 
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
-        """Returns scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor), float32 or wider.
-
-        Args:
-          moments: [..., 2 * latent_channels], as `VAE.moments` returns them.
-          noise: standard normal, [..., latent_channels]; None: the mean of the posterior.
-
-        Returns:
-          [..., latent_channels].
-        """
+        """See `LatentCode`: scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor), float32 or wider."""
         moments = moments.astype(jnp.promote_types(moments.dtype, jnp.float32))
         mean, logvar = jnp.split(moments, 2, axis=-1)
         sample = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
@@ -151,11 +123,7 @@ class FluxVAEConfig(AutoencoderConfig):
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:
-        """Reads the content of a diffusers folder's `vae/config.json`.
-
-        Raises:
-          UserError: an option is not implemented, or values are inconsistent.
-        """
+        """Reads the content of a diffusers folder's `vae/config.json`, as `VAEConfig.from_dict`."""
         shift = LibraryConfig(options, "the autoencoder's config").number("shift_factor", 0.0, -1e6, 1e6)
         file = LibraryConfig({k: v for k, v in options.items() if k != "shift_factor"}, "the autoencoder's config")
         return cls(**cls.fields_of(file), shift_factor=shift)
@@ -231,9 +199,7 @@ class VAE(nnx.Module):
       rngs, dtype, param_dtype: see `Layers`.
     """
 
-    def __init__(
-        self, config: VAEConfig | FluxVAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32
-    ):
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
         layers = Layers(rngs, dtype, param_dtype)
         self.config = config
         self.encoder = VAEEncoder(config, layers)
@@ -241,7 +207,7 @@ class VAE(nnx.Module):
             self.quant_conv = layers.conv(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
     def moments(self, images: Array) -> Array:
-        """Returns the posterior of the latents, before the scaling factor: mean and logarithm of the variance.
+        """Returns mean and logarithm of the variance of the latents' posterior, before the scaling factor.
 
         Args:
           images: [B, H, W, in_channels], RGB in [-1, 1].

@@ -126,13 +126,7 @@ def forward(x: Array, weights: tuple[Array, ...], epsilon: float, save: bool, in
 def backward(
     x: Array, projection: Array, dy: Array, weights: tuple[Array, ...], epsilon: float, interpret: bool = False
 ) -> Array:
-    """Returns the gradient of the layer with respect to x, [B, C, N] in the dtype of x.
-
-    Args:
-      x, weights, epsilon, interpret: as in `forward`.
-      projection: that of `forward`.
-      dy: the gradient with respect to the output, [B, C, N].
-    """
+    """Returns the gradient with respect to x, [B, C, N], for `dy` of the output and the projection of `forward`."""
     scale, _, w_in, _, w_out, _ = weights
     whole = [_column(scale), w_in, w_out]
     name = f"{BACKWARD}{len(w_out)}"

@@ -26,10 +26,7 @@ def dot(x: Array, y: Array, dims=NN) -> Array:
 def by_device(fn: Callable, *arrays: Array, whole: tuple[Array, ...] = ()):
     """Returns fn(*arrays, *whole), each device of the mesh on its own part of the batch: XLA cannot partition a kernel.
 
-    Args:
-      fn: maps arrays [B, ...], and weights, to arrays [B, ...].
-      arrays: [B, ...]; the size of the abstract mesh divides B.
-      whole: weights, which every device has.
+    The arrays, and the results, are [B, ...]; the size of the mesh divides B; `whole` are weights, on every device.
     """
     batch = P(jax.sharding.get_abstract_mesh().axis_names)
     specs = (batch,) * len(arrays) + (P(),) * len(whole)

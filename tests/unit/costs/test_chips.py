@@ -26,11 +26,11 @@ def test_clock_and_peak_agree(name):
 
 
 def test_the_peak_is_found_by_device_kind():
-    assert chips.peak(SimpleNamespace(device_kind="TPU v5 lite")) == 197e12
-    assert chips.peak(SimpleNamespace(device_kind="TPU v5e")) == 197e12
-    assert chips.peak(SimpleNamespace(device_kind="TPU v5")) == 459e12
-    assert chips.peak(SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")) == 989e12
-    assert chips.peak(SimpleNamespace(device_kind="cpu")) is None
+    assert chips.of(SimpleNamespace(device_kind="TPU v5 lite")).flops == 197e12
+    assert chips.of(SimpleNamespace(device_kind="TPU v5e")).flops == 197e12
+    assert chips.of(SimpleNamespace(device_kind="TPU v5")).flops == 459e12
+    assert chips.of(SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")).flops == 989e12
+    assert chips.of(SimpleNamespace(device_kind="cpu")) is None
 
 
 def test_most_of_the_memory_is_usable():

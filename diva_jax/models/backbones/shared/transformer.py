@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.models.backbones import Spec
@@ -73,9 +74,24 @@ def run(stack: nnx.List, x: Array, *args: Array, remat: bool = False) -> Array:
     return x
 
 
+def embedded(tower: nnx.Module, images: Array, first: nnx.Param | None = None) -> Array:
+    """Images [B, H, W, 3] -> the class token `first`, if any, and patches, with their positions, [B, N, width]."""
+    x = tower.patch_embed(images.astype(tower.dtype))  # [B, grid, grid, width]
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    if first is not None:
+        first = jnp.broadcast_to(first[...].astype(tower.dtype), (x.shape[0], 1, x.shape[-1]))
+        x = jnp.concatenate([first, x], axis=1)
+    return x + tower.pos_embed[...].astype(tower.dtype)
+
+
 def patch_flops(spec: Spec) -> float:
     """FLOPs of the patch embedding of one image."""
     return 2 * spec.patches * 3 * spec.patch_size**2 * spec.width
+
+
+def stack_flops(spec: Spec, tokens: int, mlp_layers: int = 2) -> float:
+    """FLOPs of the patch embedding and all blocks of a vision tower for one image, see `block_flops`."""
+    return patch_flops(spec) + spec.layers * block_flops(tokens, spec.width, spec.mlp_dim, mlp_layers)
 
 
 def block_flops(tokens: int, width: int, mlp_dim: int, mlp_layers: int = 2) -> float:
