@@ -30,7 +30,7 @@ from diva_jax.models.layers import ACTIVATIONS, Layers
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.shared import draws
-from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats
+from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats, widened
 from diva_jax.weights import parts
 
 Array = jax.Array
@@ -329,11 +329,7 @@ class Objective(StableDiffusionObjective):
             tiles = jnp.moveaxis(conditions.reshape(b, n // together, together, -1), 1, 0)
             out = jax.lax.map(jax.checkpoint(some), tiles)  # [n / together, B, together, h, w, c]
             out = jnp.moveaxis(out, 0, 1).reshape(b, n, *out.shape[3:])
-        return out.astype(self._loss_dtype)
-
-    @property
-    def _loss_dtype(self):
-        return self.dtype if self.options.loss_dtype == FAITHFUL else jnp.promote_types(self.dtype, jnp.float32)
+        return out.astype(self.dtype) if self.options.loss_dtype == FAITHFUL else widened(out)
 
     def forward(self, pixels: Array, drawn: DcrDraws, moments: Array | None = None) -> tuple[Array, dict]:
         """The loss and everything on the way to it.

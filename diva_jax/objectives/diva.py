@@ -19,10 +19,10 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, between, field, one_of, parse
 from diva_jax.costs import flops
 from diva_jax.data import preprocess
-from diva_jax.models import backbones
+from diva_jax.models.backbones import Features
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, switch
-from diva_jax.objectives.shared import condition, draws
+from diva_jax.objectives.shared import draws
 from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats, widened
 
 Array = jax.Array
@@ -90,6 +90,61 @@ class DivaDraws(NamedTuple):
     token_indices: Array | None
 
 
+def parse_select(select: str) -> tuple[str, int]:
+    """Parses `Spec.select`: "all" -> ("all", 0), "none" -> ("none", 0), "random:76" -> ("random", 76)."""
+    kind, _, count = select.partition(":")
+    return kind, int(count or 0)
+
+
+def token_count(select: str, patches: int) -> int:
+    """Returns the number of tokens in the condition, including the pooled token."""
+    kind, k = parse_select(select)
+    return 1 + {"all": patches, "none": 0, "random": k, "runs": patches // max(k, 1)}[kind]
+
+
+def draw_token_indices(keys: Array, select: str, patches: int) -> Array | None:
+    """Draws patch indices [B, K], int32, uniform with replacement, from one key per image [B]; None unless random."""
+    kind, k = parse_select(select)
+    if kind != "random":
+        return None
+    return jax.vmap(lambda key: jax.random.randint(key, (k,), 0, patches))(keys)
+
+
+def select_tokens(features: Features, select: str, indices: Array | None = None) -> Array:
+    """Features that condition the U-Net, pooled token first, [B, `token_count`, D]; `indices` [B, K] if drawn."""
+    kind, k = parse_select(select)
+    tokens = features.tokens
+    if kind == "random":
+        tokens = jnp.take_along_axis(tokens, indices[:, :, None], axis=1)
+    elif kind == "none":
+        tokens = tokens[:, :0]
+    elif kind == "runs":
+        b, p, d = tokens.shape
+        tokens = tokens[:, : p // k * k].reshape(b, p // k, k, d).mean(axis=2)
+    return jnp.concatenate([features.pooled[:, None], tokens], axis=1)
+
+
+def add_text(projected: Array, text: Array, how: str) -> Array:
+    """The condition of the U-Net, [B, n, C], from features after `visual_proj` and the prompt's states, [1, T, C].
+
+    With `how` "token" (n == T) they are added token by token, with "mean" the states' mean to each token.
+    """
+    if how == "mean":
+        text = text.mean(axis=1, keepdims=True)
+    return projected + text.astype(projected.dtype)
+
+
+def check_fit(select: str, how: str, patches: int, text_tokens: int) -> None:
+    """Raises a UserError where features and text are added token by token and their numbers differ."""
+    n = token_count(select, patches)
+    if how == "token" and n != text_tokens:
+        raise UserError(
+            f"backbone.add_text=token needs as many feature tokens as text tokens, but "
+            f"backbone.select={select} gives {n} and the prompt {text_tokens}: use add_text=mean or "
+            f"select=random:{text_tokens - 1}"
+        )
+
+
 class Objective(StableDiffusionObjective):
     """`vision` and `visual_proj` are what is usually trained."""
 
@@ -103,7 +158,7 @@ class Objective(StableDiffusionObjective):
                 f"config.diva.first_timestep={low} and end_timestep={high} must be a range within the {self.timesteps} "
                 "timesteps of config.diffusion.scheduler"
             )
-        condition.check_fit(self.spec.select, self.spec.add_text, self.spec.patches, self.diffusion.text_tokens)
+        check_fit(self.spec.select, self.spec.add_text, self.spec.patches, self.diffusion.text_tokens)
         self.vision = contract.vision_tower(config, self.spec, rngs)
         width = self.spec.embed_dim
         # As PyTorch's nn.Linear, which the authors use: uniform in +-1/sqrt(fan in), the bias too.
@@ -126,7 +181,7 @@ class Objective(StableDiffusionObjective):
     def flops_by_part(self) -> dict[str, float]:
         """FLOPs of one image in one step, the vision encoder trained: "vae", "vision", "unet", "visual_proj"."""
         d, n = self.diffusion, self.options.draws
-        tokens = condition.token_count(self.spec.select, self.spec.patches)
+        tokens = token_count(self.spec.select, self.spec.patches)
         unet = flops.unet(d.unet, self.image_size // d.vae.downscale, tokens)
         passes = 1 if self.options.backbone_passes == EXACT else n
         return {
@@ -150,7 +205,7 @@ class Objective(StableDiffusionObjective):
         n = count or self.options.draws
         per_draw = jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys)  # [N, B]
         timesteps, noise, token_keys = jax.vmap(jax.vmap(one))(per_draw)
-        indices = jax.vmap(lambda k: condition.draw_token_indices(k, self.spec.select, self.spec.patches))(token_keys)
+        indices = jax.vmap(lambda k: draw_token_indices(k, self.spec.select, self.spec.patches))(token_keys)
         return DivaDraws(timesteps, noise, indices)
 
     def views(self, pixels: Array) -> tuple[Array, Array]:
@@ -170,10 +225,10 @@ class Objective(StableDiffusionObjective):
             return jnp.full((n,), 1 / n, jnp.float32)
         return jnp.asarray([self.accum] * (n - 1) + [1], jnp.float32)
 
-    def context(self, visual_proj: nnx.Module, seen: backbones.Features, draw: DivaDraws) -> tuple[Array, Array]:
+    def context(self, visual_proj: nnx.Module, seen: Features, draw: DivaDraws) -> tuple[Array, Array]:
         """What the encoder sees -> (its tokens that condition the U-Net [B, n, D], the condition [B, n, C])."""
-        f = condition.select_tokens(seen, self.spec.select, draw.token_indices)
-        return f, condition.add_text(visual_proj(f), self.text_context[...], self.spec.add_text)
+        f = select_tokens(seen, self.spec.select, draw.token_indices)
+        return f, add_text(visual_proj(f), self.text_context[...], self.spec.add_text)
 
     def denoise(self, latents: Array, draw: DivaDraws, context: Array) -> tuple[Array, Array]:
         """(what the U-Net predicts from a draw's noisy latents, what it should), [B, h, w, c], float32 or wider."""
@@ -251,7 +306,7 @@ class Objective(StableDiffusionObjective):
         latents = self.latents(pixels[0])
         both = jax.lax.map(self.vision.encode, jnp.stack([self.views(p)[1] for p in pixels]))
         # Features of the images themselves, and of the others.
-        seen = [backbones.Features(*(x[i] for x in both)) for i in (0, 1)]
+        seen = [Features(*(x[i] for x in both)) for i in (0, 1)]
         drawn = self.draw(keys, latents.shape[1:], len(edges) - 1)
         low, high = self.timestep_range
         within = (drawn.timesteps - low) * np.diff(edges)[:, None] // (high - low)
@@ -263,7 +318,7 @@ class Objective(StableDiffusionObjective):
 
         def one_draw(draw: DivaDraws) -> Array:
             own, other = (self.context(self.visual_proj, f, draw)[1] for f in seen)
-            text = condition.add_text(jnp.zeros_like(own), self.text_context[...], self.spec.add_text)
+            text = add_text(jnp.zeros_like(own), self.text_context[...], self.spec.add_text)
             return jax.lax.map(lambda context: loss(draw, context), jnp.stack([own, other, text]))  # [3, B]
 
         losses = jax.lax.map(one_draw, drawn)

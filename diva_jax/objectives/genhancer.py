@@ -135,13 +135,6 @@ def _lora(config: ConfigDict) -> adapters.Lora:
     return dataclasses.replace(own, targets=adapters.TARGETS[arch] + f"|{adapters.SIGLIP_HEAD}" * head_out)
 
 
-def _adapted_rows(config: ConfigDict) -> tuple[tuple[str, float], ...]:
-    """Rows of the trainable table for adapters and biases of the encoder."""
-    rows = _lora(config).trainable("vision")
-    dead = config.backbone.arch == "siglip" and config.genhancer.siglip_head_out == FAITHFUL
-    return (*rows, (f"vision/{adapters.SIGLIP_HEAD}/bias", 1.0)) if dead else rows
-
-
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """Stage 1 for stage1_steps, then stage 2 for config.steps; `config.trainable` replaces stage 2's table if given."""
     o, end, rest = _options(config), config.genhancer.stage1_steps, ((".*", 0.0),)
@@ -150,9 +143,12 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     if end:
         out.append(contract.Stage("stage1", 0, end, o.stage1_lr, (*_GENERATOR, *rest), warmup_steps=warm))
     if o.stage2 != NONE:
-        table = tuple((str(p), float(s)) for p, s in config.trainable)
-        table = table or (*_adapted_rows(config), *(_GENERATOR if o.stage2 == ALL else ()), *rest)
-        out.append(contract.Stage("stage2", end, end + config.steps, config.optim.lr, table, warmup_steps=warm))
+        second = contract.tune(config, end)._replace(name="stage2", warmup_steps=warm)
+        adapted = _lora(config).trainable("vision")
+        if config.backbone.arch == "siglip" and o.siglip_head_out == FAITHFUL:
+            adapted += ((f"vision/{adapters.SIGLIP_HEAD}/bias", 1.0),)
+        table = (*adapted, *(_GENERATOR if o.stage2 == ALL else ()), *rest)
+        out.append(second if second.trainable else second._replace(trainable=table))
     return tuple(out)
 
 

@@ -26,7 +26,6 @@ from diva_jax.weights import parts
 
 Array = jax.Array
 
-KERNELS = ("polynomial", "gaussian", "cosine")
 TEACHER = backbones.Spec(
     arch="dinov2",
     source="hf-hub:facebook/dinov2-with-registers-large",
@@ -44,7 +43,7 @@ TEACHER = backbones.Spec(
 class KueaOptions:
     """`config.kuea`. "faithful" is what the authors' code does."""
 
-    kernel: str = field("polynomial", "The kernel of pairs of embeddings.", one_of(*KERNELS))
+    kernel: str = field("polynomial", "The kernel of pairs of embeddings.", one_of("polynomial", "gaussian", "cosine"))
     gamma: float = field(
         0.0032,
         "The polynomial kernel is (gamma a.b + c)^3, normalised to 1 on the diagonal; only gamma/c matters.",

@@ -93,20 +93,6 @@ class MaskNet(nnx.Module):
         return self.proj(attention(*split)[:, 0])
 
 
-def mask_net_flops(spec: Spec) -> float:
-    """FLOPs of the forward pass of `MaskNet` for one caption."""
-    n, width = spec.text.context_length, spec.text.width
-    pooling = 2 * n * 2 * width * width + 4 * n * width
-    return block_flops(n, width, spec.text.mlp_dim) + pooling + 2 * width * spec.embed_dim
-
-
-def text_flops(spec: Spec) -> float:
-    """FLOPs of the forward pass of the text tower for one caption."""
-    text = spec.text
-    blocks = text.layers * block_flops(text.context_length, text.width, text.mlp_dim)
-    return blocks + 2 * text.width * spec.embed_dim
-
-
 def binary(logits: Array) -> Array:
     """Logits -> 1.0 where their sigmoid is above 1/2, else 0.0, with the sigmoid's gradient."""
     soft = jax.nn.sigmoid(logits)
@@ -157,10 +143,13 @@ class Objective(contract.Objective):
 
     def flops_by_part(self) -> dict[str, float]:
         """FLOPs of one image and its caption in one step: "vision", "text", "mask_net", "logits"."""
+        text, n, width = self.spec.text, self.spec.text.context_length, self.spec.text.width
+        block, projection = block_flops(n, width, text.mlp_dim), 2 * width * self.spec.embed_dim
+        pooling = 2 * n * 2 * width * width + 4 * n * width
         return {
             "vision": 3 * flops.vision(self.spec),
-            "text": 3 * text_flops(self.spec),
-            "mask_net": 3 * mask_net_flops(self.spec),
+            "text": 3 * (text.layers * block + projection),
+            "mask_net": 3 * (block + pooling + projection),
             "logits": 3 * 2 * 2 * self.micro_batch * self.spec.embed_dim,
         }
 

@@ -18,7 +18,6 @@ from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import diva
-from diva_jax.objectives.shared import condition
 from diva_jax.training import partition
 from diva_jax.weights import clip, diffusers, names
 
@@ -45,7 +44,7 @@ def vision_spec(name: str, z) -> backbones.Spec:
     if "token_indices/0" in z.files:
         select = f"random:{z['token_indices/0'].shape[1]}"
     elif siglip:
-        select = next(f"runs:{w}" for w in WINDOWS if condition.token_count(f"runs:{w}", patches) == tokens)
+        select = next(f"runs:{w}" for w in WINDOWS if diva.token_count(f"runs:{w}", patches) == tokens)
     else:
         select = "all"
     return backbones.Spec(

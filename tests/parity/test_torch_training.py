@@ -20,7 +20,7 @@ from torch_objectives import (
 
 from diva_jax import config
 from diva_jax.models import backbones
-from diva_jax.objectives.shared import condition
+from diva_jax.objectives import diva
 from diva_jax.training.step import image_keys
 from diva_jax.weights import clip, names
 
@@ -149,4 +149,4 @@ def test_ten_steps(optimizer, mode):
 
 def test_selected_tokens_count():
     """The torch side assumes `random`; another selection in small.SPEC would make it compare something else."""
-    assert condition.parse_select(small.SPEC.select)[0] == "random"
+    assert diva.parse_select(small.SPEC.select)[0] == "random"

@@ -9,8 +9,7 @@ from diva_jax.common import config_files
 from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
 from diva_jax.models.layers import abstract
-from diva_jax.objectives import unclip
-from diva_jax.objectives.shared import condition
+from diva_jax.objectives import diva, unclip
 from diva_jax.training import partition, sharding
 from diva_jax.training.step import Program
 
@@ -62,7 +61,7 @@ def test_config_builds_as_shapes(name):
 
 def test_tokens_of_the_eight_conditions():
     """Values in the code of DIVA's authors, by backbone."""
-    counts = {n: condition.token_count(s.select, s.patches) for n, s in backbones.TABLE.items()}
+    counts = {n: diva.token_count(s.select, s.patches) for n, s in backbones.TABLE.items()}
     assert counts == {
         "vitl14": 77,
         "vitl14_336": 77,
