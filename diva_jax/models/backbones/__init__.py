@@ -188,59 +188,39 @@ _L14 = Spec(
     add_text="token",
     readout="cls + mean(random 76), l2",
 )
+_B_SIZES = dict(width=768, layers=12, heads=12, mlp_dim=3072, embed_dim=512)
+_H_SIZES = dict(width=1280, layers=32, heads=16, mlp_dim=5120, embed_dim=1024)
+_SO400M_SIZES = dict(width=1152, layers=27, heads=16, mlp_dim=4304, norm_eps=1e-6)  # Of both towers.
+_SIGLIP_TEXT = dict(vocab_size=32000, causal=False, pool="last", proj_bias=True, tokenizer="siglip")
+
 # OpenAI's ViT-B/16, which DIVA's authors did not tune.
 VIT_B16 = Spec(
     open_clip_name="ViT-B-16-quickgelu",
     source="hf-hub:timm/vit_base_patch16_clip_224.openai",
     patch_size=16,
-    width=768,
-    layers=12,
-    heads=12,
-    mlp_dim=3072,
-    embed_dim=512,
+    **_B_SIZES,
     text=TextSpec(width=512, heads=8, layers=12, mlp_dim=2048),
 )
-_H14_TEXT = TextSpec(width=1024, heads=16, layers=24, mlp_dim=4096)
 _H14 = Spec(
     open_clip_name="ViT-H-14-quickgelu",
     source="hf-hub:timm/vit_huge_patch14_clip_224.metaclip_2pt5b",
-    width=1280,
-    layers=32,
-    heads=16,
-    mlp_dim=5120,
-    embed_dim=1024,
+    **_H_SIZES,
     readout="l2(cls) + mean(l2(all)), l2",
-    text=_H14_TEXT,
+    text=TextSpec(width=1024, heads=16, layers=24, mlp_dim=4096),
 )
 _SIGLIP = Spec(
     arch="siglip",
     open_clip_name="ViT-SO400M-14-SigLIP",
     source="hf-hub:timm/ViT-SO400M-14-SigLIP",
-    width=1152,
-    layers=27,
-    heads=16,
-    mlp_dim=4304,
+    **_SO400M_SIZES,
     embed_dim=1152,
     activation="gelu",
-    norm_eps=1e-6,
     mean=HALF,
     std=HALF,
     resize_mode="squash",
     select="runs:6",
     readout="l2(cls)",
-    text=TextSpec(
-        context_length=16,
-        vocab_size=32000,
-        width=1152,
-        heads=16,
-        layers=27,
-        mlp_dim=4304,
-        causal=False,
-        pool="last",
-        proj_bias=True,
-        norm_eps=1e-6,
-        tokenizer="siglip",
-    ),
+    text=TextSpec(context_length=16, **_SO400M_SIZES, **_SIGLIP_TEXT),
 )
 _r = dataclasses.replace
 
@@ -300,16 +280,15 @@ TINY = Spec(
 def check(spec: Spec, where: str) -> Spec:
     """Returns the Spec that was read from the file or folder `where`; a UserError names a value that is impossible."""
     fields.check(dataclasses.asdict(spec), fields.declared(Spec), f"{where}: backbone")
-    towers = {"backbone": spec} | ({"backbone.text": spec.text} if spec.has_text else {})
-    for name, tower in towers.items():
-        for size in ("width", "mlp_dim", "heads", "layers"):
-            if not getattr(tower, size):
-                raise UserError(f"{where}: {name}.{size}=0 must be at least 1")
+    sizes = ("width", "mlp_dim", "heads", "layers")
+    towers = [("backbone", spec, sizes)]
+    if spec.has_text:
+        towers.append(("backbone.text", spec.text, (*sizes, "context_length", "vocab_size")))
+    for name, tower, sizes in towers:
+        if empty := [size for size in sizes if not getattr(tower, size)]:
+            raise UserError(f"{where}: {name}.{empty[0]}=0 must be at least 1")
         if tower.width % tower.heads:
             raise UserError(f"{where}: {name}.heads={tower.heads} must divide the width, {tower.width}")
-    for size in ("context_length", "vocab_size") if spec.has_text else ():
-        if not getattr(spec.text, size):
-            raise UserError(f"{where}: backbone.text.{size}=0 must be at least 1")
     return spec
 
 
