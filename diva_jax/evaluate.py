@@ -41,7 +41,7 @@ def main() -> None:
     data = evaluator.data_of(_TASK.value, _DATA.value)
     summary = api.evaluate(config, _WEIGHTS.value, data, out=_OUT.value, control=_CONTROL.value)
     if jax.process_index() == 0:
-        print(printable(results.table(summary["tasks"])), flush=True)
+        print(printable(results.table(summary)), flush=True)
         print(f"wrote {_OUT.value}/results.json and predictions.csv in {summary['seconds']} s", flush=True)
 
 

@@ -69,11 +69,20 @@ Compared = Annotated[Annotated[Difference, Tag("difference")] | Annotated[Score,
 
 
 class Metric(Record):
-    """What a score is: `better` is "higher", "lower", or "" where neither is; files of old versions may lack it."""
+    """What a score is.
+
+    Attributes:
+      better: "higher", "lower", or "" where neither is; files of old versions may lack it.
+      answers: "image", "text", "group" or "match" where images and texts meet, else "".
+      readout, dataset: what the scores of each of `answers` belong to, one of both.
+    """
 
     title: str
     unit: str
     better: str | None = None
+    answers: str = ""
+    readout: str = ""
+    dataset: str = ""
 
     @property
     def direction(self) -> str:
@@ -192,11 +201,44 @@ class Source(Record):
     step: Count | None = None
 
 
+class Verdict(Record):
+    """The verdict on the metrics `pairs` and `matches` of a task."""
+
+    task: str
+    pairs: str
+    matches: str
+    says: str
+
+
+class Summary(Record):
+    """A comparison in words.
+
+    Attributes:
+      before, after: labels of weights.
+      control: whether `before` is a control.
+      says: the first verdict.
+      detail: the figures, what it cost, and what was not measured.
+    """
+
+    before: str
+    after: str
+    says: str
+    detail: str
+    control: bool = False
+    verdicts: list[Verdict] = []
+    not_measured: list[str] = []
+
+    @property
+    def what(self) -> str:
+        return f"{self.after} against {'the control ' * self.control}{self.before}"
+
+
 class Results(Record):
     """The content of results.json; the first of `weights` is the reference of comparisons."""
 
     tasks: Annotated[dict[str, Task], Field(min_length=1)]
     weights: Annotated[list[Source], Field(min_length=1)]
+    summary: list[Summary] = []
     created: str = ""
     seconds: Number | None = None
     devices: str = ""

@@ -42,7 +42,7 @@ class Item:
       images, texts: what is shown.
       right: (image, text) numbers that belong together; every image has a text. A text without an image is a wrong
         alternative.
-      groups: kind of group ("class", "pair", "set") -> label.
+      groups: kind of group ("class", "pair", "set", "pattern") -> label; scores are reported by pattern.
     """
 
     where: str
@@ -101,10 +101,12 @@ def _sugarcrepe(row: _Row) -> Item:
 
 
 def _winoground(row: _Row) -> Item:
-    """Winoground (arXiv 2204.03162): lines of {image_0, image_1, caption_0, caption_1, tag}, images/NAME.png."""
+    """Winoground (arXiv 2204.03162): lines of {image_0, image_1, caption_0, caption_1, tag, collapsed_tag}."""
     names = row.texts("image_0", "image_1")
     images = [row.image(f"images/{n}.png", f"{n}.png", f"images/{n}", n) for n in names]
-    return row.item(images, row.texts("caption_0", "caption_1"), {"class": str(row.value.get("tag", ""))})
+    tag = str(row.value.get("tag", ""))
+    groups = {"class": tag, "pattern": str(row.value.get("collapsed_tag", tag))}
+    return row.item(images, row.texts("caption_0", "caption_1"), groups)
 
 
 def _naturalbench(row: _Row) -> Item:
@@ -145,9 +147,26 @@ def _whatsup(row: _Row) -> Item:
         raise UserError(f"{row.where}: {path.name!r} is not named OBJECT_PREPOSITION_OBJECT: correct image_path")
     # The published paths begin with data/, which is the folder of the file itself.
     image = row.image(name, name.removeprefix("data/"), f"{path.parent.name}/{path.name}", path.name)
-    objects = f"{parts[0]}_{parts[-1]}"
-    groups = {"set": objects, "pair": f"{objects}_{_AXES[parts[1]]}", "preposition": parts[1]}
+    objects, axis = f"{parts[0]}_{parts[-1]}", _AXES[parts[1]]
+    groups = {"set": objects, "pair": f"{objects}_{axis}", "preposition": parts[1], "pattern": axis}
     return row.item([image], row.field("caption_options", list), groups)
+
+
+def joined(items: Iterable[Item], kind: str) -> list[Item]:
+    """An item for each group of a kind, with the images of its items and the first text of each, which is right."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.groups[kind], []).append(item)
+    return [
+        Item(
+            group[0].where,
+            tuple(item.images[0] for item in group),
+            tuple(item.texts[0] for item in group),
+            tuple((i, i) for i in range(len(group))),
+            {"pattern": group[0].groups["pattern"]} if kind == "pair" else {},
+        )
+        for group in groups.values()
+    ]
 
 
 def _check_whatsup(items: Iterable[Item]) -> None:
@@ -200,7 +219,7 @@ def _own(row: _Row) -> Item:
         raise UserError(f"{row.where}: 'images' and 'texts' must hold texts, none empty: correct the row")
     pairs = row.value.get("pairs", [[i, i] for i in range(len(names))])
     pairs = _check_pairs(row.where, pairs, len(names), len(words))
-    groups = {"class": str(row.value["class"])[:100]} if "class" in row.value else {}
+    groups = dict.fromkeys(("class", "pattern"), str(row.value["class"])[:100]) if "class" in row.value else {}
     return Item(row.where, tuple(map(row.image, names)), tuple(words), pairs, groups)
 
 

@@ -1,10 +1,12 @@
 """Published sets of image-and-text choices: one row of `TABLE` per file, with the `Metric`s that are scored."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.evals.choice_layouts import LAYOUTS, Item, read_items
+from diva_jax.evals import matching
+from diva_jax.evals.choice_layouts import LAYOUTS, Item, joined, read_items
 from diva_jax.evals.items import require_count
 
 
@@ -14,7 +16,7 @@ class Metric:
 
     Attributes:
       name, title: the key and the reader's name.
-      answers: "text" (the right texts of each image), "image" (the right images of each text) or "group" (both).
+      answers: a key of `matching.ANSWERS`.
       all_of: a kind of group: a group counts where all of its items are right; empty: items count.
       mean_over: a kind of group: the score is the mean of the groups' means; empty: the mean over what counts.
       at_least: groups of `mean_over` with fewer items are left out.
@@ -29,11 +31,8 @@ class Metric:
 
 
 ACCURACY = (Metric("accuracy", "accuracy"),)
-PAIRED = (
-    Metric("text", "text score", "text"),
-    Metric("image", "image score", "image"),
-    Metric("group", "group score", "group"),
-)
+MATCH = Metric("match", "matches", "match")
+PAIRED = (*(Metric(kind, f"{kind} score", kind) for kind in ("text", "image", "group")), MATCH)
 BY_CLASS = (Metric("accuracy", "mean accuracy of the classes", mean_over="class"), Metric("items", "accuracy of items"))
 BY_ATTRIBUTES = (dataclasses.replace(BY_CLASS[0], at_least=25), BY_CLASS[1])
 CONTROLLED = (
@@ -112,6 +111,21 @@ def published(path: Path, layout: str) -> list[tuple[Path, Published]]:
     if not layout:
         raise UserError(f"{path} has no published name: set --config.eval.choice.layout to {listing(LAYOUTS)}")
     return [(path, Published(path.name, path.stem, layout, None, _METRICS.get(layout, PAIRED)))]
+
+
+def scored(row: Published, items: list[Item]) -> Iterator[tuple[str, list[Item], tuple[Metric, ...]]]:
+    """Yields (name, items, what is scored) of a set and, for controlled images, of its pairs and sets of four.
+
+    A pair has the images and right captions of two items, a set of four those of four. Matches are not scored in a set
+    where no item has them.
+    """
+    if row.metrics != PAIRED or any(matching.one_to_one(item.right) for item in items):
+        yield row.name, items, row.metrics
+    else:
+        yield row.name, items, PAIRED[:-1]
+    if row.layout == "whatsup":
+        yield f"{row.name}_pair", joined(items, "pair"), PAIRED
+        yield f"{row.name}_set", joined(items, "set"), (MATCH,)
 
 
 def read_set(file: Path, row: Published, images: str, allow_partial: bool) -> list[Item]:

@@ -12,7 +12,7 @@ import numpy as np
 from diva_jax import evals
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import tokenizers
-from diva_jax.evals import Outcome, encoders, results
+from diva_jax.evals import Outcome, encoders, results, verdicts
 from diva_jax.evals.encode import Model, Towers
 from diva_jax.evals.encoders import Encoder
 from diva_jax.models.backbones import spec_of
@@ -217,6 +217,7 @@ def run(
         outcomes.append((label, runner.evaluate(model)))
         del loaded, model  # Only one set of weights is on the devices at a time.
     tasks, rows = runner.report(outcomes, dict(zip(weights, labels, strict=True)).get(control, ""))
+    summary = verdicts.summaries(tasks)
     listed = [{"label": n, "source": s, "step": t} for n, (s, t, _) in zip(labels, given, strict=True)]
     took = {"seconds": round(time.perf_counter() - began, 1)}
-    return results.about(config, runner.options) | took | {"weights": listed, "tasks": tasks}, rows
+    return results.about(config, runner.options) | took | {"weights": listed, "summary": summary, "tasks": tasks}, rows

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pydantic
 
 from diva_jax.common import json_files, machine, paths, results_schema
 from diva_jax.common.errors import RunError, UserError
+from diva_jax.evals import matching
 
 COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
 
@@ -100,15 +101,26 @@ def _figure(s: Mapping[str, Any], unit: str) -> str:
     return f"{text:>8}{ends}{test}"
 
 
-def table(tasks: dict) -> str:
-    """Formats the scores with intervals, the differences, and the notes on each set of weights."""
-    lines = []
-    for task in tasks.values():
+def _rows(metrics: Mapping[str, Mapping], scores: Mapping[str, Mapping]) -> Iterator[tuple[str, str]]:
+    """Yields (name, figures) of each score; those of texts and groups are short and beside the matches."""
+    beside: list[str] = []
+    for metric, s in scores.items():
+        kind = metrics[metric].get("answers")
+        if kind in ("text", "group"):
+            beside.append(f"{matching.ANSWERS[kind]} {_figure(s, '%').split()[0]}")
+        else:
+            more = [beside.pop(0) for _ in range(len(beside))] if kind == "match" else []
+            yield metric, "  ".join([_figure(s, metrics[metric]["unit"]), *more])
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Formats the content of results.json: what it says in words, scores with intervals, differences and notes."""
+    lines = [f"{s.what}: {s.says}; {s.detail}" for s in map(results_schema.Summary.model_validate, results["summary"])]
+    for task in results["tasks"].values():
         lines.append(f"{task['title']}: {task['count']} {task['items']}")
         labelled = [(label, w["scores"]) for label, w in task["weights"].items()]
         labelled += [(f"{c['before']} -> {c['after']}", c["scores"]) for c in task["comparisons"]]
         for label, scores in labelled:
-            for metric, s in scores.items():
-                lines.append(f"  {label:<40}  {metric:<28}{_figure(s, task['metrics'][metric]['unit'])}")
+            lines += [f"  {label:<40}  {name:<28}{figures}" for name, figures in _rows(task["metrics"], scores)]
         lines += [f"  {label}: {note}" for label, w in task["weights"].items() for note in w.get("notes", [])]
     return "\n".join(lines)

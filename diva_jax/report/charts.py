@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from diva_jax.common.results_schema import Score
 from diva_jax.report.figures import DPI, LIGHT, Drawing, light_colour, plain, text_width
 from diva_jax.report.wording import compact
 
@@ -158,6 +159,27 @@ def points(width: float, data: Sequence[Series], x_title: str, unit: str = "") -
     return drawing
 
 
+def arrows(width: float, data: Sequence[tuple[int, Score, Score]], x_title: str) -> Drawing:
+    """Draws points with intervals in both directions, and an arrow from the first to each of the others.
+
+    Args:
+      width: the width of the chart [pixels].
+      data: (index of the colour, score on the x axis, score on the y axis) of each point.
+      x_title: the title of the x axis.
+    """
+    ends = [[(s.score, s.score) if s.known_interval is None else s.known_interval for s in pair] for _, *pair in data]
+    corners = [Series("", 0, list(zip(*pair, strict=True))) for pair in ends]
+    drawing, axes = _plot(width, corners, x_title, tight=False, near=True)
+    for (index, x, y), (across, along) in zip(data, ends, strict=True):
+        whiskers = [[[s.score - low], [high - s.score]] for s, (low, high) in ((x, across), (y, along))]
+        axes.errorbar(x.score, y.score, xerr=np.maximum(whiskers[0], 0), yerr=np.maximum(whiskers[1], 0), **_WHISKER)
+        axes.plot(x.score, y.score, "o", color=light_colour(index), markersize=8, clip_on=False)
+        if index != data[0][0]:
+            start, arrow = (data[0][1].score, data[0][2].score), {"arrowstyle": "->", "color": light_colour(index)}
+            axes.annotate("", (x.score, y.score), start, arrowprops=arrow | {"shrinkA": 6, "shrinkB": 6})
+    return drawing
+
+
 def _axes(width: float, height: float, left: float, right: float, top: float, bottom: float):
     """A drawing of this width, with axes of this height and margins around them [pixels]."""
     whole = top + height + bottom
@@ -167,14 +189,16 @@ def _axes(width: float, height: float, left: float, right: float, top: float, bo
     return Drawing(figure), axes
 
 
-def _plot(width: float, data: Sequence[Series], x_title: str, tight: bool, linear: bool = False):
-    """Draws axes, grid and ticks of a line chart: (drawing, axes)."""
+def _plot(width: float, data: Sequence[Series], x_title: str, tight: bool, linear: bool = False, near: bool = False):
+    """Draws axes, grid and ticks of a line chart: (drawing, axes); the x axis begins at zero unless `near` is set."""
     xs = [x for s in data for x, _ in s.points]
     ys = [y for s in data for _, y in s.points] + [e for s in data for i in s.intervals if i for e in i]
     log = not linear and min(ys) > 1e-100 and max(ys) / min(ys) > 30
     low, high = min(0.0, *ys) if linear else min(ys), max(ys)
     y_ticks, y_limits = _log_ticks(low, high) if log else _ticks(low, high, 5)
-    x_ticks, x_limits = _ticks(min(0, *xs), max(xs), 4 if width < _MAX_LABELLED_WIDTH else 6, tight)
+    x_ticks, x_limits = _ticks(
+        min(xs) if near else min(0, *xs), max(xs), 4 if width < _MAX_LABELLED_WIDTH else 6, tight
+    )
     y_labels, x_labels = ([compact(tick) for tick in ticks] for ticks in (y_ticks, x_ticks))
     left = 10 + max(text_width(label, 12) for label in y_labels)
     right = 2 + text_width(f"0{compact(max(xs))}", 12) / 2

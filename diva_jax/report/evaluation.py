@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from diva_jax.common.results_schema import Comparison, Difference, Metric, Score, Task
+from diva_jax.common.results_schema import Comparison, Difference, Metric, Score, Summary, Task
+from diva_jax.evals import verdicts
 from diva_jax.report import alarms, images, wording
-from diva_jax.report.charts import Row, Series, bars, points
+from diva_jax.report.charts import Row, Series, arrows, bars, points
 from diva_jax.report.figures import Chart, colour_role, in_pairs
 from diva_jax.report.inputs import Inputs
 from diva_jax.report.sections import Cell, Label, Part, Section, part, text
@@ -21,22 +22,24 @@ class Evaluation:
       labels: of the weights; the first one is the reference of comparisons.
       tasks: by name.
       doubted: the labels of weights whose scores are not read as improvements, see `alarms.doubted`.
+      summary: what each comparison says in words.
     """
 
     labels: list[str]
     tasks: dict[str, Task]
     doubted: set[str]
+    summary: list[Summary] = dataclasses.field(default_factory=list)
 
 
 def prepared(inputs: Inputs) -> Evaluation:
     """Returns the results of an evaluation as the functions below take them."""
-    return Evaluation(inputs.results.labels, inputs.results.tasks, alarms.doubted(inputs))
+    return Evaluation(inputs.results.labels, inputs.results.tasks, alarms.doubted(inputs), inputs.results.summary)
 
 
 def findings(results: Evaluation) -> list[Finding]:
-    """Returns the main results as sentences, in order of importance.
+    """Returns the main results as sentences, in order of importance: first what comparisons say in words.
 
-    These are the differences with an interval in each task's first metric, the last weights first. If there are two
+    Then follow the differences with an interval in each task's first metric, the last weights first. If there are two
     sets of weights, all metrics of tasks with at most three metrics are included. If there are no such differences,
     those without an interval are returned, and if there are none at all, the scores themselves.
     """
@@ -49,7 +52,16 @@ def findings(results: Evaluation) -> list[Finding]:
                 if difference := c.differences().get(metric):
                     finding = _finding(task, c, metric, len(results.labels) > 2, c.after in results.doubted)
                     (known if difference.known_interval else others).append(finding)
-    return known or others or list(_scores_alone(results))
+    return [_in_words(s, results.doubted) for s in results.summary] + (known or others or list(_scores_alone(results)))
+
+
+def _in_words(s: Summary, doubted: set[str]) -> Finding:
+    kind = {verdicts.MORE: "up won", verdicts.LESS: "down lost"}.get(s.says, "zero")
+    if s.after in doubted and s.says == verdicts.MORE:
+        return Finding(
+            s.what, s.says, f"Not an improvement: see the first lines of this page. {s.detail}.", "up doubted"
+        )
+    return Finding(s.what, s.says, f"{s.detail}.", kind)
 
 
 def _finding(task: Task, c: Comparison, metric: str, several: bool, doubted: bool) -> Finding:
@@ -84,7 +96,7 @@ def _scores_alone(results: Evaluation) -> Iterator[Finding]:
 
 def sections(results: Evaluation) -> list[Section]:
     """Returns one section per task, each followed by the sections of its flipped items."""
-    out = []
+    out = [Section("Matches and zero-shot", [part("charts", charts=kept)])] if (kept := _kept(results)) else []
     for name, task in results.tasks.items():
         parts = [_score_table(results, task), *_between(task), *_zero_lines(task)]
         charts = _patterns(name, task, results.labels) + _timesteps(name, task, results.labels)
@@ -94,6 +106,28 @@ def sections(results: Evaluation) -> list[Section]:
         count = f"{task.count:,} {task.items}" if task.count else ""
         out += [Section(task.title, parts, count), *images.flipped(task)]
     return out
+
+
+def _kept(results: Evaluation) -> list[Chart]:
+    """Returns one chart of matches against zero-shot accuracy, with an arrow for each comparison with the reference."""
+    found = [(v, results.tasks[v.task]) for s in results.summary for v in s.verdicts]
+    cost = results.tasks.get("zeroshot")
+    if not (found and cost and "acc1" in cost.metrics):
+        return []
+    verdict, task = found[0]
+    data = {}
+    for i, label in enumerate(results.labels):
+        scores = [
+            t.weights[label].scores.get(m) for t, m in ((cost, "acc1"), (task, verdict.matches)) if label in t.weights
+        ]
+        if len(scores) == 2 and all(scores):
+            data[label] = (i, *scores)
+    if results.labels[0] not in data or len(data) < 2:
+        return []
+    draw = partial(arrows, data=list(data.values()), x_title="zero-shot accuracy, %")
+    title = f"{task.title}, {task.metrics[verdict.matches].title} [%], against zero-shot accuracy [%]"
+    note = "Arrows lead from the reference; whiskers are 95% intervals. To the right and up is better."
+    return [Chart("matches-zeroshot", title, [(label, i) for label, (i, *_) in data.items()], draw, note=note)]
 
 
 def _score_table(results: Evaluation, task: Task) -> Part:
@@ -175,6 +209,8 @@ def _patterns(name: str, task: Task, labels: list[str]) -> list[Chart]:
     """Returns one bar chart per metric with one row per pattern; all charts have the same axis."""
     charts = []
     for metric, info in task.metrics.items():
+        if info.answers in ("text", "group"):
+            continue
         groups: dict[str, list] = {}
         for i, label in enumerate(labels):
             for p in task.weights[label].patterns if label in task.weights else ():

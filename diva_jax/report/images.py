@@ -164,6 +164,6 @@ def _card(f: Flip, items: str, thumbnails: Thumbnails) -> dict[str, Any]:
     sides = []
     for i, (file, line) in enumerate(zip(f.images, f.texts, strict=True)):
         shares = [p[i] if i == 0 else 1 - p[i] for p in (f.before, f.after)]
-        words = [f"{s:.2f} {'✓' if (s > 0.5 if i == 0 else s >= 0.5) else '✗'}" for s in shares]
+        words = [f"{s:.2f} {'✓' if s > 0.5 else '✗'}" for s in shares]
         sides.append({"image": thumbnails[file], "text": line, "shares": shares, "words": " → ".join(words)})
     return card | {"sides": sides, "texts": []}

@@ -14,7 +14,7 @@ from diva_jax.common import json_files, paths, results_schema
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import finite
 from diva_jax.common.json_files import Record
-from diva_jax.common.results_schema import LARGEST_NUMBER, Results, Task
+from diva_jax.common.results_schema import LARGEST_NUMBER, Metric, Results, Task
 
 
 class Session(Record):
@@ -166,25 +166,21 @@ def _results(path: epath.Path) -> Results | None:
 def _without_equal_readouts(task: Task) -> Task:
     """Merges readouts that are the same, as a backbone's published readout and its pooled embedding can be.
 
-    Metrics with patterns are readouts of the same items; those with equal values everywhere become the first of them,
-    whose title names all.
+    Metrics of readouts with equal values everywhere become the first of them, whose title names all readouts.
     """
-    if not any(weights.patterns for weights in task.weights.values()):
-        return task
 
     def values(metric: str) -> list:
         scores = [part.scores.get(metric) for w in task.weights.values() for part in (w, *w.patterns)]
         flips = [
             [f.model_copy(update={"metric": ""}) for f in c.flipped if f.metric == metric] for c in task.comparisons
         ]
-        return [scores, [c.scores.get(metric) for c in task.comparisons], flips]
+        return [task.metrics[metric].answers, scores, [c.scores.get(metric) for c in task.comparisons], flips]
 
-    equal: dict[str, list[str]] = {}
-    for metric in task.metrics:
-        first = next((m for m in equal if values(m) == values(metric)), metric)
-        equal.setdefault(first, []).append(task.metrics[metric].title)
-    titles = {m: " and ".join(same) + ", which are the same" * (len(same) > 1) for m, same in equal.items()}
-    metrics = {m: task.metrics[m].model_copy(update={"title": title}) for m, title in titles.items()}
+    metrics: dict[str, Metric] = {}
+    for metric, info in task.metrics.items():
+        first = next((m for m in metrics if info.readout and values(m) == values(metric)), metric)
+        same = f"{metrics[first].title} and {info.readout}, which are the same" if first != metric else info.title
+        metrics[first] = task.metrics[first].model_copy(update={"title": same})
     return task.model_copy(update={"metrics": metrics})
 
 

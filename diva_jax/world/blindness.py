@@ -20,7 +20,7 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess, tokenizers
-from diva_jax.evals import encode, linear
+from diva_jax.evals import encode, linear, matching
 from diva_jax.evals.tasks import mmvp
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones.shared.text import Text
@@ -189,12 +189,13 @@ def measure(
       images, texts: images, texts -> embeddings of length one, see `Encoder`.
 
     Returns:
-      test -> 0 or 1 per item: "pairs" [P], "zeroshot", and for each fact of `labels` "linear/FACT" and "knn/FACT".
+      test -> 0 or 1 per item: "pairs", "texts", "groups" and "matches" [P], "zeroshot", and for each fact of `labels`
+      "linear/FACT" and "knn/FACT".
     """
     p = tests.pairs
     found = images(p.images.reshape(-1, *p.images.shape[2:]))
-    _, first = mmvp.pair_scores(found, texts([f"a photo of {t}" for t in p.texts]))
-    out = {"pairs": mmvp.pairs_right(first)}
+    right = matching.answers(mmvp.pair_scores(found, texts([f"a photo of {t}" for t in p.texts])), mmvp.OWN)
+    out = {matching.ANSWERS[kind]: values for kind, values in right.items()}
     names = texts([f"a photo of a {name}" for name in scenes.SHAPES])
     out["zeroshot"] = (images(tests.named) @ names.T).argmax(axis=1) == tests.names
     x, y = images(tests.train_images), images(tests.test_images)
@@ -210,12 +211,12 @@ def measure(
 
 
 def summary(found: Mapping[str, np.ndarray], pattern: np.ndarray) -> dict[str, float]:
-    """Percent: "pairs", "pairs/FACT", "zeroshot", "linear" and "knn" (means over facts), "linear/FACT", "knn/FACT"."""
-    out = {"pairs": found["pairs"].mean(), "zeroshot": found["zeroshot"].mean()}
+    """Percent: each test, "linear" and "knn" (means over facts), and "pairs/FACT", "matches/FACT" and so on."""
+    out = {name: a.mean() for name, a in found.items()}
     for kind in ("linear", "knn"):
         out[kind] = np.mean([a.mean() for name, a in found.items() if name.startswith(f"{kind}/")])
-    out |= {f"pairs/{fact}": found["pairs"][pattern == i].mean() for i, fact in enumerate(scenes.FACTS)}
-    out |= {name: a.mean() for name, a in found.items() if "/" in name}
+    for kind in matching.ANSWERS.values():
+        out |= {f"{kind}/{fact}": found[kind][pattern == i].mean() for i, fact in enumerate(scenes.FACTS)}
     return {name: round(100 * float(value), 2) for name, value in out.items()}
 
 

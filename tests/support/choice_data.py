@@ -26,7 +26,7 @@ def winoground(root: Path, count: int = 5) -> Path:
         for j in (0, 1):
             write_image(root / "images" / f"ex_{i}_img_{j}.png", 2 * i + j)
         row = {f"image_{j}": f"ex_{i}_img_{j}" for j in (0, 1)} | {f"caption_{j}": f"cap {i} {j}" for j in (0, 1)}
-        lines.append(json.dumps(row | {"id": i, "tag": "Object"}))
+        lines.append(json.dumps(row | {"id": i, "tag": f"tag {i}", "collapsed_tag": ("Object", "Relation")[i % 2]}))
     (root / "examples.jsonl").write_text("\n".join(lines) + "\n")
     return root / "examples.jsonl"
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from diva_jax import config as configs
+from diva_jax.evals import matching, verdicts
 from diva_jax.evals.tasks import mmvp
 
 BEFORE, AFTER = "openai", "runs/vitl14:4600"
@@ -78,6 +79,17 @@ def task(title, titles, weights, compared=None, count=256, items="images", unit=
     }
 
 
+def pairs_task(pairs, matches):
+    """Four numbers of a readout, whose differences are those of pairs and matches, with these intervals."""
+    metrics = matching.metrics("pooled", readout="pooled embedding")
+    weights = {w: {"scores": {m: score(40.0, 5.0) for m in metrics}} for w in (BEFORE, AFTER)}
+    compared = {}
+    for metric in metrics:
+        ends = matches if metric == "pooled_match" else pairs
+        compared[metric] = {"difference": sum(ends) / 2, "interval": ends, "mcnemar": {"won": 6, "lost": 4, "p": 0.7}}
+    return task("MMVP-VLM", {}, weights, compared, 135, "pairs") | {"metrics": metrics}
+
+
 def mmvp_task(images):
     """Both readouts, nine patterns, pairs that flipped both ways; the pooled gain is beyond its interval."""
     weights = {}
@@ -90,6 +102,8 @@ def mmvp_task(images):
     scores = {"pooled": pooled, "published": published}
     titles = {"pooled": "pooled embedding", "published": "published readout, cls + mean(random 76), l2"}
     out = task("MMVP-VLM", titles, weights, scores, 135, "pairs")
+    for metric, title in titles.items():
+        out["metrics"][metric]["readout"] = title
     out["comparisons"][0]["flipped"] = flips(images)
     return out
 
@@ -188,6 +202,7 @@ def write_evaluation(folder, images, source="runs/vitl14", **tasks):
         ],
         "tasks": tasks or {"mmvp": mmvp_task(images)},
     }
+    results["summary"] = verdicts.summaries(results["tasks"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "predictions.csv").write_text("task,weights,metric,seed,item,file,text,truth,predicted,score,correct\n")

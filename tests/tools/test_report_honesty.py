@@ -55,6 +55,31 @@ def test_a_collapsed_encoder_has_no_green_headline(tmp_path):
     assert bad.index("Representation collapsed") < bad.index("<h1>")
 
 
+def test_the_headline_is_the_verdict(tmp_path):
+    """With one chart of matches against zero-shot accuracy, where both were measured."""
+    for matches, drift, says, kind in (
+        ([-1.0, 2.0], {}, "differently calibrated", "zero"),
+        ([0.5, 2.0], {}, "sees more", "up won"),
+        ([0.5, 2.0], {"drift": samples.drift_task(cosine=0.21)}, "sees more", "up doubted"),
+        ([-3.0, -1.0], {}, "sees less", "down lost"),
+    ):
+        task = samples.pairs_task([1.0, 3.0], matches)
+        content = read(tmp_path, mmvp=task, zeroshot=samples.zeroshot_task(), **drift)
+        first = evaluation.findings(evaluation.prepared(content))[0]
+        assert (first.what, first.figures, first.kind) == (f"{samples.AFTER} against {samples.BEFORE}", says, kind)
+        assert "zero-shot -0.1 [-0.2, +0.0]" in first.meaning and ("Not an improvement" in first.meaning) == bool(drift)
+    source = html(content)
+    assert f"<h1><span>{first.what}:</span> sees less</h1>" in source
+    (chart,) = (chart for chart in page.charts(page.sections(content)) if chart.name == "matches-zeroshot")
+    figure = chart.draw(918).figure
+    arrow = figure.axes[0].texts[-1]
+    assert [label for label, _ in chart.legend] == [samples.BEFORE, samples.AFTER]
+    assert arrow.xyann == (75.5, 40.0) and arrow.xy == (75.4, 40.0)
+    alone = read(tmp_path / "alone", mmvp=task)
+    assert not [c for c in page.charts(page.sections(alone)) if c.name == "matches-zeroshot"]
+    assert "a gain in pairs alone is not a result" in html(alone)
+
+
 @pytest.mark.parametrize("ranks, cosine, titles", [
     ((100.0, 50.0), 0.5, []),
     ((100.0, 49.9), 0.5, ["Representation collapsed"]),

@@ -1,7 +1,6 @@
 """Choices between texts for an image, and between images for a text: SugarCrepe, Winoground, ARO and others.
 
-An answer is right only where its cosine is strictly higher than that of every wrong one: ties and scores that are not
-finite are wrong, and cosines that agree to seven decimals are a tie. The sets are in `diva_jax.evals.choice_sets`.
+What is right is in `diva_jax.evals.matching`, the sets are in `diva_jax.evals.choice_sets`.
 """
 
 import dataclasses
@@ -16,13 +15,13 @@ from PIL import Image
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import field, one_of
 from diva_jax.data.images import read_file
-from diva_jax.evals import Settings, choice_sets, encode
+from diva_jax.evals import Settings, choice_sets, encode, matching, stats
 from diva_jax.evals.choice_layouts import Item
 from diva_jax.evals.choice_sets import Metric
 from diva_jax.evals.items import ItemTask, Values
 
-# Decimals to which cosines are rounded, so that the rounding of embeddings and sums does not turn a tie into an answer.
-_COSINE_DECIMALS = 7
+# Sets with more patterns than this have no score for each.
+_MAX_PATTERNS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,39 +40,27 @@ class ChoiceOptions:
 SECTION = ChoiceOptions
 
 
-def texts_right(scores: np.ndarray, right: np.ndarray) -> bool:
-    """Whether every image's right texts score strictly higher than its wrong ones, and all scores are finite.
-
-    Args:
-      scores: [images, texts].
-      right: bool, of the same shape.
-    """
-    if not np.isfinite(scores).all():
-        return False
-    lowest = np.where(right, scores, np.inf).min(axis=1)
-    return bool((lowest > np.where(right, -np.inf, scores).max(axis=1)).all())
-
-
 def answers(scores: Sequence[np.ndarray], items: Sequence[Item]) -> dict[str, np.ndarray]:
-    """Which items are right: bool [N] for "text", "image" and "group" (both).
+    """Which items are right, see `matching.answers`: bool [N]; "match" is False where it is not defined.
 
     Args:
       scores: of each item, [images, texts].
       items: the items.
     """
-    out = {"text": np.zeros(len(items), bool), "image": np.zeros(len(items), bool)}
-    for i, (table, item) in enumerate(zip(scores, items, strict=True)):
-        right = np.zeros(table.shape, bool)
-        right[tuple(zip(*item.right, strict=True))] = True
-        out["text"][i] = texts_right(table, right)
-        # A text without an image is a wrong alternative; it asks for no image.
-        asked = right.any(axis=0)
-        out["image"][i] = texts_right(table.T[asked], right.T[asked])
-    return out | {"group": out["text"] & out["image"]}
+    alike: dict[tuple, list[int]] = {}
+    for number, (table, item) in enumerate(zip(scores, items, strict=True)):
+        alike.setdefault((table.shape, item.right), []).append(number)
+    out = {kind: np.zeros(len(items), bool) for kind in matching.ANSWERS}
+    for (_, right), numbers in alike.items():
+        for kind, found in matching.answers(np.stack([scores[n] for n in numbers]), right).items():
+            out[kind][numbers] = found
+    return out
 
 
 def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
     """What a metric counts: whether each item, or each group of items, is right.
+
+    Matches are counted where every image has one text of its own.
 
     Raises:
       UserError: every class has fewer items than the metric asks for.
@@ -81,6 +68,8 @@ def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
     if metric.all_of:
         _, index = np.unique([item.groups[metric.all_of] for item in items], return_inverse=True)
         return Values(np.bincount(index, ~right) == 0)
+    if metric.answers == "match":
+        return Values(right[[matching.one_to_one(item.right) for item in items]])
     if not metric.mean_over:
         return Values(right)
     labels, index, counts = np.unique(
@@ -106,16 +95,21 @@ class Choice(ItemTask):
         self.sets: dict[str, list[Item]] = {}
         self._metrics: dict[str, tuple[str, Metric]] = {}
         self.metrics = {}
+        self.count = 0
         for file, row in choice_sets.published(where, options.layout):
             items = choice_sets.read_set(file, row, options.images, options.allow_partial)
-            self.sets[row.name] = items
-            for metric in row.metrics:
-                counted(metric, np.ones(len(items), bool), items)
-                key = f"{row.name}_{metric.name}"
-                self._metrics[key] = (row.name, metric)
-                self.metrics[key] = {"title": f"{row.name}, {metric.title}", "unit": "%"}
+            self.count += len(items)
+            for name, part, metrics in choice_sets.scored(row, items):
+                self.sets[name] = part
+                for metric in metrics:
+                    counted(metric, np.ones(len(part), bool), part)
+                    key = f"{name}_{metric.name}"
+                    self._metrics[key] = (name, metric)
+                    self.metrics[key] = {"title": f"{name}, {metric.title}", "unit": "%"}
+                    if metrics == choice_sets.PAIRED:
+                        self.metrics[key] |= {"answers": metric.answers, "dataset": name}
         everything = [item for items in self.sets.values() for item in items]
-        self.data, self.count = str(where.resolve()), len(everything)
+        self.data = str(where.resolve())
         self.texts = list(dict.fromkeys(text for item in everything for text in item.texts))
         self.images = list(dict.fromkeys(image for item in everything for image in item.images))
 
@@ -132,16 +126,34 @@ class Choice(ItemTask):
         text_row = {text: i for i, text in enumerate(self.texts)}
         held, rows = {}, []
         for name, items in self.sets.items():
-            cosines = [
+            tables = [
                 images[[image_row[image] for image in item.images]] @ texts[[text_row[t] for t in item.texts]].T
                 for item in items
             ]
-            tables = [np.round(table, _COSINE_DECIMALS) for table in cosines]
             held[name] = answers(tables, items)
             for number, (item, table) in enumerate(zip(items, tables, strict=True)):
-                right = {kind: int(values[number]) for kind, values in held[name].items()}
+                right = {f"{kind}_right": int(values[number]) for kind, values in held[name].items()}
                 rows += self._rows(name, number, item, table, right)
-        return held, rows, {}
+        return held, rows, {"patterns": self._patterns(held)}
+
+    def _patterns(self, held: dict) -> list[dict]:
+        """The scores of the parts of each set, by the items' "pattern"."""
+        out = []
+        for name, items in self.sets.items():
+            labels = np.array([item.groups.get("pattern", "") for item in items])
+            if not 1 < len(parts := np.unique(labels)) <= _MAX_PATTERNS:
+                continue
+            for part in parts:
+                here = np.flatnonzero(labels == part)
+                scores = {}
+                for key, (of, metric) in self._metrics.items():
+                    if of == name and metric in choice_sets.PAIRED:
+                        found = counted(metric, held[name][metric.answers][here], [items[i] for i in here])
+                        if len(found.values):
+                            scores[key] = stats.estimate(found.values, **found.resampling(self.settings))
+                if scores:
+                    out.append({"name": f"{name}, {part or 'others'}", "count": len(here), "scores": scores})
+        return out
 
     def values(self, metric: str, held: dict) -> Values:
         """Which of the items or groups that the metric counts are right."""
@@ -159,13 +171,12 @@ class Choice(ItemTask):
                 "truth": " | ".join(item.texts[t] for i, t in item.right if i == row),
                 "predicted": item.texts[int(np.argmax(table[row]))],
                 "score": float(table[row].max()),
-                "correct": right["group"],
+                "correct": right["group_right"],
                 "where": item.where,
                 "class": item.groups.get("class", ""),
-                "text_right": right["text"],
-                "image_right": right["image"],
                 "cosines": " ".join(f"{x:.6f}" for x in table[row]),
             }
+            | right
             for row, image in enumerate(item.images)
         ]
 

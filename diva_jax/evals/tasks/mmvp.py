@@ -1,8 +1,7 @@
 """MMVP-VLM (arXiv 2401.06209): 135 pairs of images that CLIP confuses, in nine visual patterns.
 
-For each pair, both images and both texts ("a photo of " + statement): for each text the softmax of the logits over
-the two images; above 0.5 is an answer for image 1 (exactly 0.5 is one for image 2). Text 1 belongs to image 1,
-text 2 to image 2, and a pair counts only when both texts are right. The score is the mean over the patterns.
+For each pair, both images and both texts ("a photo of " + statement): a pair counts when each text prefers its own
+image, as published; texts, groups and matches count too (`evals.matching`). A score is the mean over the patterns.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import labelled, texts
-from diva_jax.evals import Outcome, Settings, encode, stats
+from diva_jax.evals import Outcome, Settings, encode, matching, stats
 from diva_jax.evals.items import ItemTask, Values
 from diva_jax.models.backbones import spec_of
 
@@ -39,6 +38,7 @@ FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 HEADER = ["Question ID", "Type", "Statement"]
 # Factor of the cosines, as in every published evaluation; no answer depends on it.
 LOGIT_SCALE = 100.0
+OWN = ((0, 0), (1, 1))  # Text 1 belongs to image 1, text 2 to image 2.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,28 +150,21 @@ def read_questions(path: str) -> list[Question]:
     return questions
 
 
-def pair_scores(images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits, and the probability that the softmax over a pair's images gives to image 1.
+def pair_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Returns the product of each image with each text of its pair, [N, image, text], float64.
 
     Args:
       images: [2N, D] embeddings as the readout leaves them, rows 2n and 2n+1 a pair.
       texts: [2N, D], any length.
-
-    Returns:
-      logits [2N, 2] of each text with its pair's two images, float64, and the probability of image 1, [2N],
-      float32: coarse enough that the rounding of the sums does not turn a tie into an answer.
     """
-    pairs = np.asarray(images, np.float64).reshape(-1, 2, images.shape[-1])  # [N, image, D]
-    words = encode.unit(texts).reshape(pairs.shape)  # [N, text, D]
-    logits = LOGIT_SCALE * np.einsum("ntd,nid->nti", words, pairs).reshape(-1, 2)
-    # A large negative difference overflows to the right answer, 0.
-    with np.errstate(over="ignore"):
-        return logits, (1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))).astype(np.float32)
+    pairs = np.asarray(images, np.float64).reshape(-1, 2, images.shape[-1])
+    return np.einsum("nid,ntd->nit", pairs, encode.unit(texts).reshape(pairs.shape))
 
 
-def pairs_right(first: np.ndarray) -> np.ndarray:
-    """Probabilities of image 1, [..., 2N] -> whether both texts of each pair are right, [..., N]; NaN is wrong."""
-    return (first[..., ::2] > 0.5) & (first[..., 1::2] <= 0.5)
+def first_share(scores: np.ndarray) -> np.ndarray:
+    """What the softmax of the logits over a pair's images gives to image 1, for each text: [N, 2, 2] -> [2N]."""
+    with np.errstate(over="ignore"):  # A large difference overflows to the right answer, 0.
+        return 1 / (1 + np.exp(LOGIT_SCALE * np.diff(scores, axis=-2).ravel()))
 
 
 class Mmvp(ItemTask):
@@ -191,14 +184,16 @@ class Mmvp(ItemTask):
         self.count = len(self.questions) // 2
         self.texts = [q.text for q in self.questions]
         self.strata = np.arange(self.count) // self.per_pattern
-        self.metrics = {
-            "pooled": {"title": "pooled embedding", "unit": "%"},
-            "published": {"title": "published readout", "unit": "%"},
-        }
+        self._name("published readout")
+
+    def _name(self, published: str) -> None:
+        """Sets `metrics`, with this name of the published readout."""
+        self.metrics = matching.metrics("pooled", readout="pooled embedding")
+        self.metrics |= matching.metrics("published", readout=published)
 
     def bind(self, config: ConfigDict, mesh) -> None:
         """Names the published readout of the config's backbone."""
-        self.metrics["published"]["title"] = f"published readout, {spec_of(config).readout}"
+        self._name(f"published readout, {spec_of(config).readout}")
 
     def _score(self, right: np.ndarray, strata: np.ndarray | None) -> dict:
         """Score and interval in percent, from [K, N] pairs that are right under each of K draws."""
@@ -209,9 +204,13 @@ class Mmvp(ItemTask):
             out |= {"seeds": seeds, "seeds_std": float(np.std(seeds, ddof=1))}
         return out
 
+    def _right(self, metric: str, held: dict) -> np.ndarray:
+        """Which pairs a metric has right under each draw, [K, N]."""
+        return held[metric.partition("_")[0]][self.metrics[metric]["answers"]]
+
     def values(self, metric: str, held: dict) -> Values:
         """The share of the draws under which each pair is right."""
-        return Values(held[metric]["right"].mean(axis=0), strata=self.strata)
+        return Values(self._right(metric, held).mean(axis=0), strata=self.strata)
 
     def answer(self, model):
         """Both readouts: which pairs are right, per pattern too, and every single probability."""
@@ -219,52 +218,58 @@ class Mmvp(ItemTask):
         texts = model.texts(self.texts)
         embeddings = {"pooled": encode.unit(images["pooled"])[:, None], "published": images["published"]}
         held, rows = {}, []
-        patterns = [{"name": name, "count": self.per_pattern, "scores": {}} for name in self.patterns]
-        for metric, e in embeddings.items():
-            per_seed = [pair_scores(e[:, k], texts) for k in range(e.shape[1])]
-            first = np.stack([p for _, p in per_seed])  # [K, 2N]
-            right = pairs_right(first)
-            for i, pattern in enumerate(patterns):
-                pattern["scores"][metric] = self._score(right[:, self.strata == i], None)
-            held[metric] = {"first": first.mean(axis=0), "right": right}
-            for k, (logits, p) in enumerate(per_seed):
-                rows += self._rows(metric, k, logits, p)
+        for readout, e in embeddings.items():
+            scores = np.stack([pair_scores(e[:, k], texts) for k in range(e.shape[1])])  # [K, N, image, text]
+            right = matching.answers(scores, OWN)
+            first = np.stack([first_share(s) for s in scores])
+            held[readout] = right | {"first": first.mean(axis=0)}
+            for k, table in enumerate(scores):
+                rows += self._rows(readout, k, table, first[k], {kind: found[k] for kind, found in right.items()})
+        patterns = []
+        for i, name in enumerate(self.patterns):
+            here = self.strata == i
+            scores = {metric: self._score(self._right(metric, held)[:, here], None) for metric in self.metrics}
+            patterns.append({"name": name, "count": self.per_pattern, "scores": scores})
         return held, rows, {"patterns": patterns}
 
     def score(self, metric: str, held: dict) -> dict:
         """As `ItemTask`; a readout with several draws has the score of each too."""
-        return self._score(held[metric]["right"], self.strata)
+        return self._score(self._right(metric, held), self.strata)
 
-    def _rows(self, metric: str, seed: int, logits: np.ndarray, first: np.ndarray) -> list[dict]:
+    def _rows(self, readout: str, seed: int, scores: np.ndarray, first: np.ndarray, right: dict) -> list[dict]:
+        """A row for each text; `predicted` is the number of the image it prefers, 0 where it prefers none."""
+        first_less_second = -np.diff(matching.rounded(scores), axis=-2).ravel()
+        predicted = np.where(first_less_second > 0, 1, np.where(first_less_second < 0, 2, 0))
         return [
             {
-                "metric": metric,
+                "metric": readout,
                 "seed": seed,
                 "item": q.id,
                 "file": self.images.names[i],
                 "text": q.text,
                 "truth": 2 - q.id % 2,
-                "predicted": 1 if first[i] > 0.5 else 2,
+                "predicted": int(predicted[i]),
                 "score": float(first[i]),
-                "correct": int((first[i] > 0.5) == (q.id % 2 == 1)),
+                "correct": int(predicted[i] == 2 - q.id % 2),
                 "pair": i // 2,
                 "pattern": self.patterns[i // 2 // self.per_pattern],
-                "logit_image_1": float(logits[i, 0]),
-                "logit_image_2": float(logits[i, 1]),
+                "logit_image_1": float(LOGIT_SCALE * scores[i // 2, 0, i % 2]),
+                "logit_image_2": float(LOGIT_SCALE * scores[i // 2, 1, i % 2]),
             }
+            | {f"{kind}_right": int(found[i // 2]) for kind, found in right.items()}
             for i, q in enumerate(self.questions)
         ]
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
-        """As `ItemTask`, and the pairs that flipped.
+        """As `ItemTask`, and what flipped among pairs and matches.
 
         With a readout that draws patches, a pair is right under a share of the draws. McNemar's test and the flips
         count it as right where more than half of the draws are.
         """
         flipped = []
-        for metric in self.metrics:
+        for metric in (m for m, info in self.metrics.items() if info["answers"] in ("image", "match")):
             was, now = (self.values(metric, outcome.held).values > 0.5 for outcome in (before, after))
-            first = [outcome.held[metric]["first"] for outcome in (before, after)]
+            first = [outcome.held[metric.partition("_")[0]]["first"] for outcome in (before, after)]
             flipped += [self._flip(metric, n, bool(now[n]), *first) for n in np.flatnonzero(was != now)]
         return super().compare(before, after) | {"flipped": flipped}
 

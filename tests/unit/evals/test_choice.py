@@ -7,12 +7,10 @@ from functools import partial
 import choice_data as sets
 import numpy as np
 import pytest
-from eval_data import FakeModel, evaluated, patch, prepared, write_image
+from eval_data import FakeModel, evaluated, patch, prepared, unit, write_image
 
 from diva_jax.common.errors import UserError
 from diva_jax.evals import choice_sets
-from diva_jax.evals.choice_layouts import Item
-from diva_jax.evals.tasks import choice
 
 prepare = partial(prepared, "choice", allow_partial=True)
 
@@ -26,13 +24,14 @@ class Coarse(FakeModel):
 
 def tables(task, model, name):
     """The cosine of each item's images and texts."""
+    return [cosines(task, model, item.images, item.texts) for item in task.sets[name]]
+
+
+def cosines(task, model, images, words):
+    """Rounded to seven decimals."""
     number = {image: i for i, image in enumerate(task.images)}
-
-    def cosine(image, text):
-        a, b = model.pooled[0][number[image]].astype(float), model.words[text].astype(float)
-        return round(a @ b / np.sqrt(a @ a) / np.sqrt(b @ b), 7)
-
-    return [[[cosine(p, t) for t in item.texts] for p in item.images] for item in task.sets[name]]
+    a = unit(np.stack([model.pooled[0][number[image]] for image in images]).astype(float))
+    return np.round(a @ unit(np.stack([model.words[t] for t in words]).astype(float)).T, 7)
 
 
 def first_wins(items):
@@ -46,7 +45,14 @@ def accuracy(items):
 def paired(items):
     text = np.array([s[0][0] > s[0][1] and s[1][1] > s[1][0] for s in items])
     image = np.array([s[0][0] > s[1][0] and s[1][1] > s[0][1] for s in items])
-    return {"text": text.mean(), "image": image.mean(), "group": (text & image).mean()}
+    match = np.array([round(s[0][0] + s[1][1] - s[0][1] - s[1][0], 7) > 0 for s in items])
+    return {"text": text.mean(), "image": image.mean(), "group": (text & image).mean(), "match": match.mean()}
+
+
+def best(table):
+    """Whether the first assignment of four has the highest sum."""
+    sums = [sum(table[i][t] for i, t in enumerate(given)) for given in itertools.permutations(range(4))]
+    return sums[0] > max(sums[1:]) + 1e-8
 
 
 def by_class(counts, least, items):
@@ -82,11 +88,26 @@ def test_scores_by_hand(tmp_path, name):
     model, found, compared = evaluated(task, Coarse)
     items = tables(task, model, name)
     assert task.count == count == len(items)
-    want = {f"{name}_{metric}": pytest.approx(100 * value) for metric, value in by_hand(items).items()}
+    scores = by_hand(items)
+    if by_hand is controlled:
+        singles = task.sets[name]
+        groups = [singles[i : i + size] for size in (2, 4) for i in range(0, count, size)]
+        joint = [cosines(task, model, [i.images[0] for i in g], [i.texts[0] for i in g]) for g in groups]
+        scores |= {f"pair_{metric}": value for metric, value in paired(joint[: count // 2]).items()}
+        scores["set_match"] = np.mean([best(table) for table in joint[count // 2 :]])
+    want = {f"{name}_{metric}": pytest.approx(100 * value) for metric, value in scores.items()}
     assert {k: v["score"] for k, v in found.results["scores"].items()} == want
     strata = by_hand not in (accuracy, paired, controlled)
     for metric, change in compared["scores"].items():
         assert (change["mcnemar"] is None) == (strata and metric.endswith("accuracy"))
+    names = [p["name"] for p in found.results["patterns"]]
+    kinds = {"winoground": "Object Relation", "controlled_images": "heights sides", "controlled_clevr": "depths sides"}
+    parts = kinds.get(name, "").split()
+    assert names == [f"{name}{'_pair' * (by_hand is controlled)}, {part}" for part in parts]
+    if parts:
+        pairs = f"{name}_{'pair_' * (by_hand is controlled)}match"
+        counts = [p["count"] * p["scores"][pairs]["score"] for p in found.results["patterns"]]
+        assert sum(counts) / sum(p["count"] for p in found.results["patterns"]) == want[pairs]
     if by_hand is accuracy:
         assert [r["correct"] for r in found.rows] == list(first_wins(items))
     if name.startswith("vg_rel"):
@@ -129,36 +150,10 @@ def test_own_set(tmp_path, form):
     two, one = tables(task, model, "mine")
     truth = task.sets["mine"][1].texts.index("red")
     own = all(one[0][truth] > s for t, s in enumerate(one[0]) if t != truth)
-    want = {k: (bool(v) + (own if k == "text" else 1)) / 2 for k, v in paired([two]).items() if k != "group"}
-    want["group"] = (bool(paired([two])["group"]) + own) / 2
+    want = {k: (bool(v) + (1 if k == "image" else own)) / 2 for k, v in paired([two]).items()}
     assert found.results["scores"].keys() == {f"mine_{k}" for k in want}
     for kind, value in want.items():
         assert found.results["scores"][f"mine_{kind}"]["score"] == pytest.approx(100 * value)
-
-
-@pytest.mark.parametrize("shape", [(1, 6), (2, 3), (3, 2)])
-def test_answers_against_every_comparison(shape):
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        values = [-1.0, 0.0, 0.5, 0.5, 1.0] + ([np.nan, np.inf, -np.inf] if seed % 3 == 0 else [])
-        table = rng.choice(values, shape)
-        right = [(i, int(rng.integers(shape[1]))) for i in range(shape[0])]
-        item = Item("x", ("p",) * shape[0], ("t",) * shape[1], tuple(right))
-        got = {k: bool(v[0]) for k, v in choice.answers([table], [item]).items()}
-        cells = list(itertools.product(range(shape[0]), range(shape[1])))
-        text = bool(np.isfinite(table).all()) and all(
-            table[i, t] > table[i, u] for i, t in right for j, u in cells if i == j and (i, u) not in right
-        )
-        image = bool(np.isfinite(table[:, sorted({t for _, t in right})]).all()) and all(
-            table[i, t] > table[j, t] for i, t in right for j, u in cells if u == t and (j, t) not in right
-        )
-        assert got == {"text": text, "image": image, "group": text and image}, seed
-
-
-def test_collapsed_encoder_scores_nothing():
-    item = Item("x", ("p", "q"), ("s", "t"), ((0, 0), (1, 1)))
-    for value in (0.3, np.nan, np.inf):
-        assert not any(v[0] for v in choice.answers([np.full((2, 2), value)], [item]).values())
 
 
 def test_published_counts_are_asserted(tmp_path):

@@ -1,4 +1,4 @@
-"""MMVP-VLM: checks of the files, and the score against the written definition."""
+"""MMVP-VLM: checks of the files, and the scores against the written definitions."""
 
 import os
 import shutil
@@ -10,6 +10,7 @@ from eval_data import FakeModel, eval_config, prepared, unit, write_mmvp
 from specs import EVAL_CLIP as CLIP
 
 from diva_jax.common.errors import UserError
+from diva_jax.evals.matching import ANSWERS as KINDS
 from diva_jax.evals.tasks import mmvp
 from diva_jax.evals.tasks.mmvp import FOLDERS, PATTERNS
 
@@ -54,61 +55,50 @@ class Fake(FakeModel):
 
 
 def brute_force(images, texts):
-    """Scores pair by pair, as the benchmark describes. Returns correct [135] and the number of ties."""
-    right, ties = [], 0
-    for n in range(ROWS // 2):
-        answers = []
-        for t in (2 * n, 2 * n + 1):
-            word = texts[t] / np.sqrt(np.sum(np.square(texts[t], dtype=np.float64)))
-            logits = [100 * float(np.dot(images[i].astype(np.float64), word)) for i in (2 * n, 2 * n + 1)]
-            top = max(logits)
-            e = [np.exp(x - top) for x in logits]
-            first = np.float32(e[0] / (e[0] + e[1]))
-            ties += first == 0.5
-            answers.append(1 if first > 0.5 else 2)
-        # Question ids count from 1: the first of a pair is odd, and asks for image 1.
-        right.append(answers == [1, 2])
-    return np.array(right), ties
+    """Scores pair by pair. Returns kind -> which of the 135 are right, and the number of ties."""
+    right, ties = {kind: [] for kind in KINDS}, 0
+    for n in range(0, ROWS, 2):
+        c = [[round(float(images[n + i] @ unit(texts[n + t].astype(float))), 7) for t in (0, 1)] for i in (0, 1)]
+        ties += (c[0][0] == c[1][0]) + (c[0][1] == c[1][1])
+        right["image"].append(c[0][0] > c[1][0] and c[1][1] > c[0][1])
+        right["text"].append(c[0][0] > c[0][1] and c[1][1] > c[1][0])
+        right["group"].append(right["image"][-1] and right["text"][-1])
+        right["match"].append(round(c[0][0] + c[1][1] - c[0][1] - c[1][0], 7) > 0)
+    return {kind: np.array(values) for kind, values in right.items()}, ties
+
+
+def key(readout: str, kind: str) -> str:
+    return readout if kind == "image" else f"{readout}_{kind}"
 
 
 def test_scores_equal_brute_force_ties_included(original):
     task, total_ties = prepare(original), 0
     for seed in range(5):
         model = Fake(seed)
-        found = task.evaluate(model)
-        right, _ = brute_force(unit(model.pooled.astype(np.float64)), model.text)
-        by_seed = []
-        for k in range(3):
-            r, ties = brute_force(model.published[:, k], model.text)
-            by_seed.append(r)
-            total_ties += ties
-        pooled, published = found.results["scores"]["pooled"], found.results["scores"]["published"]
-        assert pooled["score"] == pytest.approx(100 * right.mean(), abs=1e-9)
-        assert published["score"] == pytest.approx(100 * np.mean(by_seed), abs=1e-9)
-        np.testing.assert_allclose(published["seeds"], [100 * r.mean() for r in by_seed])
-        for i, pattern in enumerate(found.results["patterns"]):
-            assert pattern["name"] == PATTERNS[i]
-            want = 100 * right[15 * i : 15 * i + 15].mean()
-            assert pattern["scores"]["pooled"]["score"] == pytest.approx(want, abs=1e-9)
-        for s in (pooled, published):
-            low, high = s["interval"]
-            assert low < s["score"] < high and 4 < high - low < 25
+        found = task.evaluate(model).results
+        pooled, _ = brute_force(unit(model.pooled.astype(np.float64)), model.text)
+        by_seed = [brute_force(model.published[:, k].astype(np.float64), model.text) for k in range(3)]
+        total_ties += sum(ties for _, ties in by_seed)
+        for kind in KINDS:
+            right, draws = pooled[kind], [r[kind] for r, _ in by_seed]
+            one, many = (found["scores"][key(readout, kind)] for readout in ("pooled", "published"))
+            assert one["score"] == pytest.approx(100 * right.mean(), abs=1e-9)
+            assert many["score"] == pytest.approx(100 * np.mean(draws), abs=1e-9)
+            np.testing.assert_allclose(many["seeds"], [100 * r.mean() for r in draws])
+            for i, pattern in enumerate(found["patterns"]):
+                assert pattern["name"] == PATTERNS[i]
+                want = 100 * right[15 * i : 15 * i + 15].mean()
+                assert pattern["scores"][key("pooled", kind)]["score"] == pytest.approx(want, abs=1e-9)
+            for s in (one, many):
+                low, high = s["interval"]
+                assert low < s["score"] < high and 4 < high - low < 25
     assert total_ties > 20
-
-
-def test_a_tie_is_an_answer_for_image_2():
-    images, texts = np.ones((4, 3)), np.random.default_rng(0).standard_normal((4, 3))
-    _, first = mmvp.pair_scores(images, texts)
-    assert (first == 0.5).all() and not mmvp.pairs_right(first).any()
-    # Far apart: no overflow, no warning.
-    _, first = mmvp.pair_scores(np.array([[1e3], [-1e3], [-1e3], [1e3]]), np.ones((4, 1)))
-    np.testing.assert_array_equal(first, [1, 1, 0, 0])
 
 
 def test_bind_names_the_published_readout(original):
     task = prepare(original)
     task.bind(eval_config(CLIP, original), None)
-    assert task.metrics["published"]["title"] == f"published readout, {CLIP.readout}"
+    assert task.metrics["published"]["title"] == f"pairs, published readout, {CLIP.readout}"
     titles = str(task.metrics)
     assert set(task.evaluate(Fake(0)).results["scores"]) == set(task.metrics) and str(task.metrics) == titles
 
@@ -119,10 +109,14 @@ def test_every_score_is_in_the_rows(original):
     assert len(found.rows) == ROWS * (1 + 3)
     for row in found.rows:
         assert row["correct"] == (row["truth"] == row["predicted"]) and row["truth"] == (1 if row["item"] % 2 else 2)
+        assert row["predicted"] == (0 if abs(row["score"] - 0.5) < 1e-9 else 1 if row["score"] > 0.5 else 2)
         assert row["score"] == pytest.approx(1 / (1 + np.exp(row["logit_image_2"] - row["logit_image_1"])))
     pooled = [r for r in found.rows if r["metric"] == "pooled"]
-    pairs = [a["correct"] and b["correct"] for a, b in zip(pooled[::2], pooled[1::2], strict=True)]
-    assert 100 * np.mean(pairs) == pytest.approx(found.results["scores"]["pooled"]["score"])
+    for a, b in zip(pooled[::2], pooled[1::2], strict=True):
+        assert a["image_right"] == b["image_right"] == (a["correct"] and b["correct"])
+    for kind in KINDS:
+        score = found.results["scores"][key("pooled", kind)]["score"]
+        assert 100 * np.mean([r[f"{kind}_right"] for r in pooled]) == pytest.approx(score)
     assert pooled[31]["file"] == "Presence/32.jpg" and pooled[31]["pair"] == 15 and pooled[31]["pattern"] == PATTERNS[1]
 
 
@@ -130,19 +124,20 @@ def test_comparison_of_two_weights(original):
     task = prepare(original)
     before, after = task.evaluate(Fake(1)), task.evaluate(Fake(2))
     found = task.compare(before, after)
-    b, a = before.held["pooled"]["right"][0], after.held["pooled"]["right"][0]
-    s = found["scores"]["pooled"]
-    assert s["difference"] == pytest.approx(100 * (a.mean() - b.mean()))
-    assert s["mcnemar"]["won"] == (a & ~b).sum() and s["mcnemar"]["lost"] == (b & ~a).sum()
-    assert s["interval"][0] < s["difference"] < s["interval"][1]
-    flips = [f for f in found["flipped"] if f["metric"] == "pooled"]
-    assert [f["item"] for f in flips] == list(np.flatnonzero(a != b))
+    assert {f["metric"] for f in found["flipped"]} == {"pooled", "pooled_match", "published", "published_match"}
+    for kind in ("match", "image"):
+        b, a = before.held["pooled"][kind][0], after.held["pooled"][kind][0]
+        s = found["scores"][key("pooled", kind)]
+        assert s["difference"] == pytest.approx(100 * (a.mean() - b.mean()))
+        assert s["mcnemar"]["won"] == (a & ~b).sum() and s["mcnemar"]["lost"] == (b & ~a).sum()
+        assert s["interval"][0] < s["difference"] < s["interval"][1]
+        flips = [f for f in found["flipped"] if f["metric"] == key("pooled", kind)]
+        assert [f["item"] for f in flips] == list(np.flatnonzero(a != b))
     for f in flips:
         assert f["won"] == a[f["item"]] and f["group"] == PATTERNS[f["item"] // 15]
         assert [p.rsplit("/", 1)[1] for p in f["images"]] == [f"{2 * f['item'] + 1}.jpg", f"{2 * f['item'] + 2}.jpg"]
         assert all(os.path.isabs(p) and os.path.exists(p) for p in f["images"])
-        now = (f["after"][0] > 0.5) and not f["after"][1] > 0.5
-        assert now == f["won"]
+        assert (f["after"][0] > 0.5 + 1e-9 and f["after"][1] < 0.5 - 1e-9) == f["won"]
     same = task.compare(before, before)
     assert same["flipped"] == [] and same["scores"]["pooled"]["mcnemar"]["p"] == 1
 
@@ -207,7 +202,3 @@ def test_missing_folders_are_named(tmp_path):
     (tmp_path / "Questions.csv").write_text("")
     with pytest.raises(UserError, match="has none of the folders 'MLLM_VLM Images'"):
         prepare(tmp_path)
-
-
-def test_probabilities_that_are_not_finite_are_wrong():
-    assert mmvp.pairs_right(np.array([0.9, 0.1, 0.9, np.nan, np.nan, 0.1])).tolist() == [True, False, False]
