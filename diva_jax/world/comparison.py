@@ -16,7 +16,13 @@ from diva_jax.evals import stats
 from diva_jax.world.arms import ARMS
 from diva_jax.world.scenes import FACTS
 
-METRICS = {"pairs": "pairs", "zeroshot": "names", "linear": "linear probes", "knn": "nearest neighbours"}
+METRICS = {
+    "pairs": "pairs",
+    "matches": "matches",
+    "zeroshot": "names",
+    "linear": "linear probes",
+    "knn": "nearest neighbours",
+}
 _RESAMPLES = 4000
 
 
@@ -58,8 +64,8 @@ class Compared:
 
 def _items(row: Mapping, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """(0 or 1 per item, the stratum of each) of a metric of one run."""
-    if metric == "pairs":
-        hits = row["items"]["pairs"]
+    if metric in ("pairs", "matches"):
+        hits = row["items"][metric]
         return _digits(hits), np.arange(len(hits)) * len(FACTS) // len(hits)
     if metric == "zeroshot":
         return _digits(row["items"]["zeroshot"]), np.zeros(len(row["items"]["zeroshot"]), int)
@@ -87,7 +93,8 @@ def difference(before: Sequence[Mapping], after: Sequence[Mapping], metric: str)
 
 
 def compare(rows: Sequence[Mapping]) -> dict[str, Compared]:
-    """Arm -> its comparison, in the order of `ARMS`."""
+    """Arm -> its comparison, in the order of `ARMS`, in the metrics that all runs have: older ones lack matches."""
+    metrics = [m for m in METRICS if all(m in row["scores"] for row in rows)]
     by_arm = {arm: sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["seed"]) for arm in ARMS}
     untuned, out = by_arm["untuned"], {}
     for arm, runs in by_arm.items():
@@ -97,8 +104,8 @@ def compare(rows: Sequence[Mapping]) -> dict[str, Compared]:
         out[arm] = Compared(
             len(runs),
             {m: float(np.mean([r["scores"][m] for r in runs])) for m in runs[0]["scores"]},
-            {m: difference(untuned, runs, m) for m in METRICS} if untuned and arm != "untuned" else {},
-            {m: difference(control, runs, m) for m in METRICS} if control else {},
+            {m: difference(untuned, runs, m) for m in metrics} if untuned and arm != "untuned" else {},
+            {m: difference(control, runs, m) for m in metrics} if control else {},
         )
     return out
 
@@ -109,7 +116,9 @@ def verdict(arm: str, found: Compared) -> str:
         return "the reference"
     to_untuned, kept = found.untuned["pairs"].sign, found.untuned["zeroshot"].sign
     words = {1: "more pairs than untuned", 0: "no clear difference in pairs to untuned", -1: "fewer pairs than untuned"}
-    text = words[to_untuned] + {1: ", names better", 0: "", -1: ", names worse"}[kept]
+    matches = found.untuned["matches"].sign if "matches" in found.untuned else 0
+    text = words[to_untuned] + {1: ", more matches", 0: "", -1: ", fewer matches"}[matches]
+    text += {1: ", names better", 0: "", -1: ", names worse"}[kept]
     if ARMS[arm].control and found.control:
         beats = found.control["pairs"].sign
         text += {1: "; above its control", 0: "; not above its control", -1: "; below its control"}[beats]
@@ -120,19 +129,20 @@ def verdict(arm: str, found: Compared) -> str:
 
 def markdown(compared: Mapping[str, Compared]) -> str:
     """Tables: scores, differences to the untuned encoder and to the control, and pairs by fact."""
+    shown = {m: title for m, title in METRICS.items() if all(m in c.scores for c in compared.values())}
     lines = [
-        "| arm | seeds | " + " | ".join(METRICS.values()) + " | verdict |",
-        "|---|---|" + "---|" * (len(METRICS) + 1),
+        "| arm | seeds | " + " | ".join(shown.values()) + " | verdict |",
+        "|---|---|" + "---|" * (len(shown) + 1),
     ]
     for arm, c in compared.items():
-        scores = " | ".join(f"{c.scores[m]:.1f}" for m in METRICS)
+        scores = " | ".join(f"{c.scores[m]:.1f}" for m in shown)
         lines.append(f"| `{arm}`: {ARMS[arm].what} | {c.seeds} | {scores} | {verdict(arm, c)} |")
     for title, which in (("the untuned encoder", "untuned"), ("the control", "control")):
         lines += ["", f"Difference to {title}, points [95% interval over items] seeds [over seeds]:", ""]
-        lines += ["| arm | " + " | ".join(METRICS.values()) + " |", "|---|" + "---|" * len(METRICS)]
+        lines += ["| arm | " + " | ".join(shown.values()) + " |", "|---|" + "---|" * len(shown)]
         for arm, c in compared.items():
             if found := getattr(c, which):
-                lines.append(f"| `{arm}` | " + " | ".join(str(found[m]) for m in METRICS) + " |")
+                lines.append(f"| `{arm}` | " + " | ".join(str(found[m]) for m in shown) + " |")
     lines += ["", "Pairs by fact, percent:", "", "| arm | " + " | ".join(FACTS) + " |", "|---|" + "---|" * len(FACTS)]
     for arm, c in compared.items():
         lines.append(f"| `{arm}` | " + " | ".join(f"{c.scores[f'pairs/{f}']:.0f}" for f in FACTS) + " |")

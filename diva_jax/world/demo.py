@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from diva_jax.common import json_files
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
+from diva_jax.common.results_schema import Results
 
 _IMAGES, _TIMESTEP, _SEED = 6, 700, 9201  # Of the estimates.
 
@@ -97,6 +99,12 @@ def demo(out: Path, config: str, overrides: list[str], pairs: int) -> None:
     if not (found / "report.html").exists():
         write_estimates(out / "tuned", out / "control", found)
         _run(["diva_jax.report", str(found)])
+    results = json_files.read(found / "results.json", Results, "remove the folder and run the demo again")
+    for label, weights in results.tasks["mmvp"].weights.items():
+        pairs, matches = (weights.scores[metric].score for metric in ("pooled", "pooled_match"))
+        say(f"{label}: {pairs:.1f}% of pairs, {matches:.1f}% of matches")
+    for entry in results.summary:
+        say(f"{entry.what}: {entry.says}")
     say(f"the report: {found / 'report.html'}. One seed says little: see docs/DOES_IT_WORK.md")
 
 

@@ -20,7 +20,9 @@ def test_the_demo_tunes_the_documented_arm(home):
     """`stages`, and as its control `shuffled`, with the fields of the experiment."""
     quick = [f"--override=--config.{field}" for field in ("steps=2", *QUICK)]
     printed = home.run("world.demo", "--out=demo", "--pairs=1", *quick)
-    assert "demo/eval/report.html" in printed and set(scores(home / "demo")) == {"clip", "control:2", "tuned:2"}
+    assert "demo/eval/report.html" in printed and printed.count("% of matches") == 3
+    assert "tuned:2 against the control control:2: " in printed
+    assert set(scores(home / "demo")) == {"clip", "control:2", "tuned:2"}
     page = (home / "demo/eval/report.html").read_text()
     assert "What the generator sees" in page and "cannot be read" not in page
     for name, arm in (("tuned", "stages"), ("control", "shuffled")):

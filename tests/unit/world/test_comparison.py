@@ -13,7 +13,8 @@ FACTS = len(scenes.FACTS)
 
 def row(arm: str, seed: int, share: float, rng) -> dict:
     """A run of which a share of the items is right."""
-    hits = {"pairs": 40 * FACTS, "zeroshot": 200, "linear/a": 100, "linear/b": 60, "knn/a": 100, "knn/b": 60}
+    hits = {"pairs": 40 * FACTS, "matches": 40 * FACTS, "zeroshot": 200}
+    hits |= {"linear/a": 100, "linear/b": 60, "knn/a": 100, "knn/b": 60}
     found = {name: (rng.random(n) < share).astype(float) for name, n in hits.items()}
     scores = {m: 100 * share for m in (*comparison.METRICS, *(f"pairs/{f}" for f in scenes.FACTS))}
     items = {name: "".join(str(int(x)) for x in a) for name, a in found.items()}
@@ -42,10 +43,16 @@ def test_an_arm_above_both_and_one_below(tmp_path):
     found = comparison.compare(
         rows({"untuned": 0.4, "stages": 0.6, "shuffled": 0.42, "diva": 0.2, "diva_shuffled": 0.42})
     )
-    assert comparison.verdict("stages", found["stages"]) == "more pairs than untuned, names better; above its control"
-    assert comparison.verdict("diva", found["diva"]).startswith("fewer pairs than untuned, names worse; below")
+    assert comparison.verdict("stages", found["stages"]) == (
+        "more pairs than untuned, more matches, names better; above its control"
+    )
+    assert comparison.verdict("diva", found["diva"]).startswith("fewer pairs than untuned, fewer matches, names worse")
     text = comparison.markdown(found)
-    assert "| `stages`: DIVA in two stages | 5 | 60.0 |" in text and "seeds [" in text
+    assert "| `stages`: DIVA in two stages | 5 | 60.0 | 60.0 |" in text and "seeds [" in text
+    older = rows({"untuned": 0.4, "stages": 0.6})
+    for r in older:
+        del r["scores"]["matches"], r["items"]["matches"]
+    assert "matches" not in comparison.markdown(comparison.compare(older))
     comparison.write_pareto(found, tmp_path / "pareto.png")
     assert Image.open(tmp_path / "pareto.png").width == 1440
 
