@@ -11,7 +11,8 @@ An objective module defines
   `validate(config) -> None` (optional): raises a `UserError` for fields that do not fit together.
 
 A diffusion objective whose only input is an image may have two more members for the evaluation task `feedback`, see
-`diva.Objective`: `condition_losses(batch, keys, edges)`, and `timesteps`, the number of timesteps.
+`diva.Objective`: `condition_losses(batch, keys, edges)`, and `timesteps`, the number of timesteps. Without
+`nats_per_loss` among its losses, there is no estimate in nats.
 """
 
 import importlib

@@ -300,7 +300,7 @@ class Objective(StableDiffusionObjective):
           edges: [K + 1] ints; the timestep of draw k is uniform in edges[k] .. edges[k + 1] - 1.
 
         Returns:
-          {"own", "other", "text": [K, B]}.
+          {"own", "other", "text", "nats_per_loss" (see the method of this name): [K, B]}.
         """
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
         latents = self.latents(pixels[0])
@@ -322,4 +322,5 @@ class Objective(StableDiffusionObjective):
             return jax.lax.map(lambda context: loss(draw, context), jnp.stack([own, other, text]))  # [3, B]
 
         losses = jax.lax.map(one_draw, drawn)
-        return {name: losses[:, i] for i, name in enumerate(("own", "other", "text"))}
+        by_condition = {name: losses[:, i] for i, name in enumerate(("own", "other", "text"))}
+        return by_condition | {"nats_per_loss": self.nats_per_loss(drawn.timesteps, edges, latents)}

@@ -264,11 +264,14 @@ class Objective(StableDiffusionObjective):
             drawn = drawn._replace(timesteps=low + within, keep=jnp.ones_like(drawn.keep))
             own, other = (self.class_labels(e, drawn) for e in embeds)
             labels = jnp.stack([own, other, jnp.zeros_like(own)])
-            return jax.lax.map(lambda c: self.errors(self.denoise(latents, drawn, c), latents, drawn), labels)
+            errors = jax.lax.map(lambda c: self.errors(self.denoise(latents, drawn, c), latents, drawn), labels)
+            return errors, drawn.timesteps
 
         edges = jnp.asarray(edges, jnp.int32)
-        losses = jax.lax.map(one_bin, (jnp.arange(len(edges) - 1), edges[:-1], edges[1:]))  # [K, 3, B]
-        return {name: losses[:, i] for i, name in enumerate(("own", "other", "text"))}
+        losses, timesteps = jax.lax.map(one_bin, (jnp.arange(len(edges) - 1), edges[:-1], edges[1:]))  # [K, 3, B]
+        by_condition = {name: losses[:, i] for i, name in enumerate(("own", "other", "text"))}
+        kind = "epsilon" if self.options.target == "eps" else ""
+        return by_condition | {"nats_per_loss": self.nats_per_loss(timesteps, edges, latents, kind)}
 
     def _check_fit(self) -> None:
         """Raises a UserError where this generator cannot be conditioned on this tower's embedding."""

@@ -1,5 +1,9 @@
 """Which facts a generator can teach: its loss under an image's own caption, another's, and one with a fact changed.
 
+The nats of a fact are what the generator knows of it, an upper bound of what feedback through the generator can teach:
+the log-likelihood ratio of the image under its caption and under the same with the fact changed, see
+`schedule.nats_per_error`; no range of timesteps is left out.
+
     python -m diva_jax.world.gaps --out=runs/world_gaps
 
 A fact whose change does not raise the loss is not in the gradient, whatever is tuned. The command also proposes the
@@ -17,6 +21,7 @@ import numpy as np
 from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
 from diva_jax.evals import stats
+from diva_jax.models.diffusion import schedule
 from diva_jax.training import load, sharding
 from diva_jax.training.step import Program
 from diva_jax.world import blindness, captions, drawing, models, objectives, scenes
@@ -42,7 +47,8 @@ class Generator:
         program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
         self._arrays, _ = load.initial_arrays(program)
         self._tokenize = program.objective.inputs["caption"].tokenizer()
-        self.steps = program.objective.diffusion.scheduler.num_train_timesteps
+        self._schedule = program.objective.diffusion.scheduler
+        self.steps = self._schedule.num_train_timesteps
 
         def errors(arrays, images, ids, timesteps, noise):
             m = program.skeleton.merge(arrays)
@@ -52,9 +58,12 @@ class Generator:
         self._latents = jax.eval_shape(
             lambda a, x: program.skeleton.merge(a).latents(x), self._arrays, np.zeros((1, 32, 32, 3), np.uint8)
         ).shape[1:]
+        self.nats_per_error = schedule.nats_per_error(self._schedule, int(np.prod(self._latents)))
 
-    def losses(self, images: np.ndarray, texts: Sequence[str], low: int, high: int, seed: int) -> np.ndarray:
-        """The loss of each image under its text, [N], at a timestep in low .. high - 1.
+    def losses(
+        self, images: np.ndarray, texts: Sequence[str], low: int, high: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The loss of each image under its text at a timestep in low .. high - 1, and these timesteps, [N] both.
 
         Timesteps and noise depend on `seed` and the number of the image alone, so that texts can be compared.
         """
@@ -68,7 +77,7 @@ class Generator:
             np.asarray(self._errors(self._arrays, images[i:j], ids[i:j], timesteps[i:j], noise[i:j]), np.float64)
             for i, j in ((i, i + _BATCH) for i in range(0, n + pad, _BATCH))
         ]
-        return np.concatenate(parts)[:n]
+        return np.concatenate(parts)[:n], timesteps[:n]
 
 
 def _relative(own: np.ndarray, other: np.ndarray) -> dict[str, float | list[float]]:
@@ -82,6 +91,15 @@ def _relative(own: np.ndarray, other: np.ndarray) -> dict[str, float | list[floa
     }
 
 
+def _nats(generator: Generator, images: np.ndarray, texts: Sequence[Sequence[str]], seed: int) -> np.ndarray:
+    """The log-likelihood ratio of each image under the first of two texts and under the second, [N], in nats."""
+    total, edges = np.zeros(len(images)), np.arange(BINS + 1) * generator.steps // BINS
+    for k, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        (own, timesteps), (other, _) = (generator.losses(images, t, low, high, seed + k) for t in texts)
+        total += (high - low) * generator.nats_per_error[timesteps] * (other - own)
+    return total
+
+
 def by_timestep(generator: Generator, count: int = 256) -> list[dict]:
     """One row per bin of timesteps: {"low", "high", "loss", "gap" [%], "interval" [%]} to another image's caption."""
     rng = np.random.default_rng((SEED, 1))
@@ -90,25 +108,29 @@ def by_timestep(generator: Generator, count: int = 256) -> list[dict]:
     images, others = drawing.draw(drawn), [*texts[1:], texts[0]]
     rows, edges = [], np.arange(BINS + 1) * generator.steps // BINS
     for k, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
-        own, other = (generator.losses(images, t, low, high, 10 + k) for t in (texts, others))
+        own, other = (generator.losses(images, t, low, high, 10 + k)[0] for t in (texts, others))
         rows.append({"low": int(low), "high": int(high)} | _relative(own, other))
     return rows
 
 
 def by_fact(generator: Generator, count: int = 256) -> dict[str, dict]:
-    """Fact -> {"loss", "gap" [%], "interval" [%]} to the same caption with that fact changed; all facts are named."""
-    found = {}
+    """Fact -> {"loss", "gap" [%], "interval" [%], "nats", "nats_interval"} to the same caption with that fact changed.
+
+    All facts are named. The gap is that of timesteps from `FROM` on, the nats those of all timesteps.
+    """
+    by_name = {}
     for k, fact in enumerate(scenes.FACTS):
         rng = np.random.default_rng((SEED, 2, k))
         one = blindness.having(rng, fact, count)
         two = scenes.change(one, fact, rng)
         says = captions.choose(rng, count, dict.fromkeys(captions.RICH, 1.0))
         images = drawing.draw(one)
-        own, other = (
-            generator.losses(images, captions.captions(s, says), FROM, generator.steps, 100 + k) for s in (one, two)
-        )
-        found[fact] = _relative(own, other)
-    return found
+        texts = [captions.captions(s, says) for s in (one, two)]
+        own, other = (generator.losses(images, t, FROM, generator.steps, 100 + k)[0] for t in texts)
+        nats = _nats(generator, images, texts, 1000 * (k + 1))
+        ends = stats.bootstrap(nats, resamples=_RESAMPLES, seed=0)
+        by_name[fact] = _relative(own, other) | {"nats": float(nats.mean()), "nats_interval": [float(e) for e in ends]}
+    return by_name
 
 
 def proposed(rows: Sequence[Mapping]) -> tuple[int, int] | None:
@@ -123,10 +145,13 @@ def table(rows: Sequence[Mapping], facts: Mapping[str, Mapping]) -> str:
     for r in rows:
         low, high = r["interval"]
         lines.append(f"{r['low']:>4}-{r['high'] - 1:<5} {r['loss']:.4f} {r['gap']:7.2f}  {low:.2f} to {high:.2f}")
-    lines.append(f"fact         loss   gap to the caption with that fact changed, timesteps from {FROM} [%]")
+    lines.append(
+        f"fact         loss   gap to the caption with that fact changed, timesteps from {FROM} [%]; nats per image"
+    )
     for fact, r in facts.items():
-        low, high = r["interval"]
-        lines.append(f"{fact:<12} {r['loss']:.4f} {r['gap']:6.2f}  {low:.2f} to {high:.2f}")
+        (low, high), (least, most) = r["interval"], r["nats_interval"]
+        gap, nats = f"{r['gap']:6.2f}  {low:.2f} to {high:.2f}", f"{r['nats']:.2f}  {least:.2f} to {most:.2f}"
+        lines.append(f"{fact:<12} {r['loss']:.4f} {gap}; {nats}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,10 @@ the same timesteps, noise and token draw for all three. `gap_other` and `gap_tex
 without the image's own condition: above zero where the U-Net uses it. Each image has one timestep in each of ten bins.
 The other image is the next one in a fixed random cyclic order of all images.
 
+Information: the same gaps, weighted and summed over all timesteps, in nats per image. By the I-MMSE relation (arXiv
+2302.03792) `nats_other` and `nats_text` estimate how much more likely the image is to the generator under its own
+condition than under the other two (`schedule.nats_per_error`).
+
 Agreement of gradients: images are taken in groups of eight; a group's gradient with respect to the trained
 parameters of the vision tower, as in training, is computed for R independent draws of timesteps, noise and
 tokens. `gradient_cosine` is the mean cosine c of two of them: for gradients that are a signal s, the same for each
@@ -46,6 +50,8 @@ METRICS = {
     "loss_own": "diffusion loss, own condition",
     "gap_other": "condition gap to another image",
     "gap_text": "condition gap to the text alone",
+    "nats_other": "information of the condition, against another image's",
+    "nats_text": "information of the condition, against the text alone",
     "gradient_cosine": "cosine of gradients of independent draws",
     "gradient_snr": "signal-to-noise of the gradient",
 }
@@ -116,7 +122,10 @@ class Feedback(Task):
         self.count = len(self._records)
         self.names = [source.name(int(i)) for i in self._records]
         self.partners = partners(self.count, settings.seed)
-        self.metrics = {name: {"title": title, "unit": ""} for name, title in METRICS.items()}
+        self.metrics = {
+            name: {"title": title, "unit": "nats" if name.startswith("nats_") else ""}
+            for name, title in METRICS.items()
+        }
         self.metrics["loss_own"]["better"] = "lower"
         self._group = min(_GROUP_SIZE, self.count)
 
@@ -235,7 +244,7 @@ class Feedback(Task):
         return {n: self._frozen[n] for n in missing if n not in of_base} | own
 
     def _condition_losses(self, arrays, batch: int) -> dict[str, np.ndarray]:
-        """{"own", "other", "text"} -> float64 [N, BINS]; the last batch is padded with the first image."""
+        """The objective's `condition_losses`, float64 [N, BINS] each; the last batch is padded with the first image."""
         parts = []
         for first in range(0, self.count, batch):
             rows = [i if i < self.count else 0 for i in range(first, first + batch)]
@@ -271,13 +280,18 @@ class Feedback(Task):
         """Losses, gaps and agreement of gradients, with intervals over images (groups of images for the latter)."""
         arrays, notes = self._arrays(model)
         losses = self._condition_losses(arrays, model.towers.batch)
+        weights = losses.pop("nats_per_loss", None)
         values = {"loss_own": losses["own"]} | {f"gap_{k}": losses[k] - losses["own"] for k in ("other", "text")}
-        scores = {name: self._score(v.mean(axis=1)) for name, v in values.items()}
+        if weights is not None:
+            values |= {f"nats_{k}": weights * values[f"gap_{k}"] for k in ("other", "text")}
+        # Nats add up over the timesteps; losses are averaged.
+        by_image = {n: v.sum(axis=1) if n.startswith("nats_") else v.mean(axis=1) for n, v in values.items()}
+        scores = {name: self._score(v) for name, v in by_image.items()}
         bins = [
             {"low": int(low), "high": int(high), "scores": {n: self._score(v[:, k]) for n, v in values.items()}}
             for k, (low, high) in enumerate(zip(self.edges, self.edges[1:], strict=False))
         ]
-        held = {n: v.mean(axis=1) for n, v in values.items()} | {"gradient_cosine": self._gradients(arrays)}
+        held = by_image | {"gradient_cosine": self._gradients(arrays)}
         if np.isnan(held["gradient_cosine"]).all():
             notes.append("the encoder's gradient is zero: the U-Net does not use its condition, nothing can be learned")
         else:

@@ -66,6 +66,28 @@ def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
     return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
 
 
+def nats_per_error(config: ScheduleConfig, values: int, kind: str = "") -> np.ndarray:
+    """Returns what a timestep's gap between two mean squared errors says about likelihoods, by the I-MMSE relation.
+
+    For the errors of the predicted noise, summed over the latents' values, log p(x | c) - log p(x | c') is half of the
+    integral of error(c') - error(c) over the logarithm of the signal-to-noise ratio abar / (1 - abar) (arXiv
+    2302.03792). It is exact for a model that predicts the conditional mean, and here an estimate, without the noise
+    levels outside of the schedule. An error of the velocity is 1 / abar times that of the noise.
+
+    Args:
+      config: the schedule.
+      values: the number of values of the latents, over which the errors are means.
+      kind: what the errors are of, "epsilon" or "v_prediction"; empty: what the U-Net predicts.
+
+    Returns:
+      [T] float64: nats per unit of the gap, for each timestep; the sum of gap times weight over all timesteps is the
+      estimate.
+    """
+    left = alphas_cumprod(config).astype(np.float64)
+    weight = 0.5 * values * np.abs(np.gradient(np.log(left / (1 - left))))
+    return weight * left if (kind or config.prediction_type) == "v_prediction" else weight
+
+
 def _coefficients(like: Array, alphas_cumprod: Array, timesteps: Array) -> tuple[Array, Array]:
     """Returns sqrt(abar_t) and sqrt(1 - abar_t) in at least float32, in shapes that broadcast against `like`."""
     left = jnp.asarray(alphas_cumprod)[timesteps].astype(jnp.promote_types(like.dtype, jnp.float32))

@@ -119,6 +119,21 @@ class StableDiffusionObjective(contract.Objective):
         kind = kind or self.diffusion.scheduler.prediction_type
         return schedule.target(latents, noise, self.alphas_cumprod(), timesteps, kind)
 
+    def nats_per_loss(self, timesteps: Array, edges: np.ndarray, latents: Array, kind: str = "") -> Array:
+        """The weight of a draw's gap between losses in the information that a condition gives, in nats.
+
+        Args:
+          timesteps: [K, B], one draw per bin.
+          edges: [K + 1], the bins' first timesteps and the end.
+          latents: [B, h, w, c].
+          kind: see `target`.
+
+        Returns:
+          [K, B]; see `schedule.nats_per_error`.
+        """
+        weights = schedule.nats_per_error(self.diffusion.scheduler, latents[0].size, kind)
+        return jnp.asarray(weights, jnp.float32)[timesteps] * jnp.diff(jnp.asarray(edges))[:, None]
+
     def run_unet(self, noisy: Array, timesteps: Array, context: Array, *labels: Array) -> Array:
         """What the U-Net predicts under a condition [B, n, C] and class labels, [B, h, w, c]."""
         with jax.named_scope("unet"):

@@ -82,13 +82,15 @@ def by_hand(run, arrays) -> dict[str, np.ndarray]:
     seen = [look(jnp.asarray(p, jnp.float32)[None] / 255) for p in task._pixels]
     assert module.spec.add_text == "mean"
     text = jnp.repeat(module.text_context[...].mean(axis=1, keepdims=True), 6, axis=1)
-    out = {k: np.zeros((COUNT, 10)) for k in ("own", "other", "text")}
+    out = {k: np.zeros((COUNT, 10)) for k in ("own", "other", "text", "nats")}
+    nats = schedule.nats_per_error(module.diffusion.scheduler, seen[0][0].size)
     for i in range(COUNT):
         latents = seen[i][0]
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 0), i)
         drawn = module.draw(key[None], latents.shape[1:], 10)
         for k in range(10):
             t = 100 * k + int(drawn.timesteps[k, 0]) // 10
+            out["nats"][i, k] = 100 * nats[t]
             noisy = abar[t] ** 0.5 * latents + (1 - abar[t]) ** 0.5 * drawn.noise[k]
             for name, whose in (("own", i), ("other", task.partners[i]), ("text", None)):
                 c = text
@@ -120,6 +122,11 @@ def test_losses_and_gaps_by_hand(one, found):
         assert scores[name]["interval"][0] < scores[name]["score"] < scores[name]["interval"][1]
         for k, b in enumerate(bins):
             assert b["scores"][name]["score"] == pytest.approx(want[:, k].mean(), abs=2e-5)
+    for name in ("other", "text"):
+        want = (hand["nats"] * (hand[name] - hand["own"])).sum(axis=1).mean()
+        assert scores[f"nats_{name}"]["score"] == pytest.approx(
+            want, abs=2e-5 * np.abs(hand["nats"]).sum(axis=1).mean()
+        )
     assert len({round(x, 6) for x in hand["own"].ravel()}) == hand["own"].size  # All values differ.
     cosine = scores["gradient_cosine"]
     assert -1 < cosine["score"] < 0.999 and cosine["interval"] is None  # There is one group.
