@@ -164,7 +164,7 @@ def test_a_unet_that_ignores_its_condition(one, found):
     assert any("gradient is zero" in n for n in notes)
     assert all(np.isfinite(r["score"]) for r in silent.rows)
     changed = one.tasks["feedback"].compare(found, silent)["scores"]
-    assert set(changed) == {"loss_own", "gap_other", "gap_text"}
+    assert set(changed) == {"loss_own", "gap_other", "gap_text", "nats_other", "nats_text"}
     tasks, _ = one.report([("x", {"feedback": found}), ("deaf", {"feedback": silent})])
     text = results.table({"summary": [], "tasks": tasks})
     lines = [line for line in text.splitlines() if "zero within its interval" in line and "deaf: " in line]
