@@ -58,9 +58,7 @@ def table(price: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--price", type=float, help="of a chip-hour, in any currency")
-    parser.add_argument(
-        "--docs", type=Path, metavar="FILE", help="write the table between the two markers of this file"
-    )
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the table between the markers of this file")
     args = parser.parse_args()
     text = table(args.price)
     print(text)
