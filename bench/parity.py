@@ -4,7 +4,7 @@
 
 open_clip and diffusers create the models with random weights, save them, and compute a reference. The files are then
 loaded with this project's readers, and its models compute the same outputs. The exit code is 1 if a relative L2 error
-is above 1e-4. The command needs torch, open_clip and diffusers (`pip install 'diva_jax[test]'`), about 12 GiB of memory
+is above 1e-4. The command needs torch, open_clip and diffusers (`pip install -e '.[test]'`), about 12 GiB of memory
 and 8 GB of disk in --tmp, and takes minutes.
 """
 
@@ -104,7 +104,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     for library in ("open_clip", "diffusers"):
         if not reference.available(library):
-            raise UserError(f"{library} cannot be imported: pip install 'diva_jax[test]'")
+            raise UserError(f"{library} cannot be imported: pip install -e '.[test]'")
     spec, wrong = spec_of(config), []
 
     def show(rows):

@@ -67,7 +67,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     for library in ("open_clip", "transformers"):
         if not reference.available(library):
-            raise UserError(f"{library} cannot be imported: pip install 'diva_jax[test]'")
+            raise UserError(f"{library} cannot be imported: pip install -e '.[test]'")
     spec = spec_of(config)
     with tempfile.TemporaryDirectory(dir=_TMP.value) as tmp:
         original = Path(tmp) / "original"

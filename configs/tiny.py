@@ -1,6 +1,6 @@
 """DIVA at toy size, on a laptop CPU: real photographs, tiny towers with random weights. About two minutes.
 
-    python -m diva_jax.demo --out=data/tiny          # writes the photographs and the towers (make demo does)
+    python -m diva_jax.demo --out=data/tiny          # writes the photographs and the towers
     python -m diva_jax.main --config=configs/tiny.py --workdir=runs/tiny
     python -m diva_jax.export_torch --workdir=runs/tiny --out=runs/tuned
 

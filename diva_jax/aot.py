@@ -3,7 +3,7 @@
     python -m diva_jax.aot --config=configs/vitl14.py --topology=v5e:4x4 [--per-device-batch=8] [--search]
 
 The compiled step is the one that training runs (`step.Program`). It is lowered from shapes, so no weights are loaded.
-The only requirement is libtpu, the TPU compiler, which runs on CPUs: `pip install 'diva_jax[tpu]'`. Compiling the step
+The only requirement is libtpu, the TPU compiler, which runs on CPUs: `pip install -e '.[tpu]'`. Compiling the step
 of a full-size config took 10 to 35 minutes on two cores (the last column of the table in docs/TPU.md) and 5 to 7 GB of
 memory; a line per minute says that it goes on. --search compiles several times.
 """
@@ -60,7 +60,7 @@ def devices(topology: str) -> tuple[chips.Chip, tuple[int, ...], list]:
     """
     name, chip, shape = chips.parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu, the TPU's compiler, is not installed: pip install 'diva_jax[tpu]' (it runs on a CPU)")
+        raise UserError("libtpu, the TPU's compiler, is not installed: pip install -e '.[tpu]' (it runs on a CPU)")
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     # libtpu ends the process, without an exception, if XLA_FLAGS has flags of the CPU's compiler.

@@ -157,7 +157,7 @@ class LogOptions:
     )
     tensorboard: bool = field(True, "Whether WORKDIR/tensorboard is written.")
     wandb: str = field(
-        "", "This project of Weights & Biases gets the same values, with diva_jax[wandb]; if empty, none does."
+        "", "This project of Weights & Biases gets the same values, with the extra wandb; if empty, none does."
     )
 
 

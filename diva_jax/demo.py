@@ -1,7 +1,8 @@
 """Writes the data and weights for configs/tiny.py: python -m diva_jax.demo --out=data/tiny.
 
-These are photographs in tar shards (the format of img2dataset), an open_clip folder with both towers, and a diffusers
-folder. The models are tiny and have random weights; file formats and readers are those of full-size models.
+These are photographs in tar shards (the format of img2dataset), some of them as files, an open_clip folder with both
+towers, and a diffusers folder. The models are tiny and have random weights; file formats and readers are those of
+full-size models.
 """
 
 import json
@@ -107,10 +108,11 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
 
 def write_all(out: Path) -> None:
     """Writes photographs, towers and diffusion model into a folder; existing files are overwritten."""
-    from diva_jax.data.photos import pack_photos
+    from diva_jax.data import photos
 
-    print(f"writing photographs to {out / 'photos'}", flush=True)
-    pack_photos(out / "photos")
+    print(f"writing photographs to {out / 'photos'} and {out / 'images'}", flush=True)
+    photos.pack_photos(out / "photos")
+    photos.write_folder(out / "images", count=24)
     print(f"writing a tiny CLIP to {out / 'clip'}", flush=True)
     write_clip(out / "clip", TINY)
     write_byte_tokenizer(out / "clip")
@@ -124,7 +126,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     write_all(Path(_OUT.value))
     print(
-        f"Wrote photos (tar shards), clip (open_clip folder) and stable-diffusion (diffusers folder) to {_OUT.value}."
+        "Wrote photos (tar shards), images (files), clip (open_clip folder) and stable-diffusion (diffusers folder) to "
+        f"{_OUT.value}."
     )
 
 

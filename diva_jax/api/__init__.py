@@ -1,5 +1,6 @@
 """What `import diva_jax` offers to people who write Python: encoders, losses, and the commands as functions."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,16 +9,18 @@ import jax
 from ml_collections import ConfigDict
 
 from diva_jax import config as configs
+from diva_jax.api import arguments
 from diva_jax.api.encoder import Encoder
 from diva_jax.api.loss import Loss
 from diva_jax.common import config_files, paths
-from diva_jax.common.errors import UserError
-from diva_jax.evals import evaluator, results
+from diva_jax.common import fields as declarations
+from diva_jax.common.errors import UserError, brief
+from diva_jax.evals import Settings, evaluator, results
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.training import loop, workdirs
 from diva_jax.weights import origins, places
-from diva_jax.weights.export import publish
+from diva_jax.weights.export import layouts, publish
 
 __all__ = ["Encoder", "Loss", "evaluate", "export", "load", "objective", "train"]
 
@@ -34,14 +37,19 @@ def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> Conf
     Raises:
       UserError: there is no such file, it has no config, or there is no such field.
     """
+    if not isinstance(config, ConfigDict | str | os.PathLike):
+        raise UserError(f"config={brief(config)} is no config: give a result of config.default, a file or a name")
     copied = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else config_files.read(config)
+    fields = arguments.mapping("fields", fields, '{"optim.lr": 3e-4}')
+    declarations.require(copied, fields)
     try:
-        copied.update_from_flattened_dict(dict(fields or {}))
+        copied.update_from_flattened_dict(fields)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"fields={dict(fields)!r} do not fit the config ({e}): see diva_jax/config.py") from e
+        raise UserError(f"fields={fields!r} do not fit the config ({e}): give values of the fields' types") from e
     return copied.lock()
 
 
+@arguments.named()
 def load(
     source: str | os.PathLike, *, spec: Spec | str | None = None, batch_size: int = 64, dtype: str = "float32"
 ) -> Encoder:
@@ -57,6 +65,9 @@ def load(
     Raises:
       UserError: the source is missing, invalid, or of another architecture than `spec`.
     """
+    for name, value in {"batch_size": batch_size, "dtype": dtype}.items():
+        if problem := declarations.declared(Settings)[name].problem(value):
+            raise UserError(f"{name}={brief(value)} {problem}")
     configs.check_runs([os.fspath(source)])
     source, step, _ = places.find(os.fspath(source), "source")
     if step is not None:
@@ -64,8 +75,8 @@ def load(
         if spec is not None:
             raise UserError("spec is for weights without a description: leave it out for a run, which has a config")
     else:
-        if isinstance(spec, str) and spec not in backbones.TABLE:
-            raise UserError(f"spec={spec!r} is none of {', '.join(backbones.TABLE)}: give one of these, or a Spec")
+        if isinstance(spec, str):
+            arguments.chosen("spec", spec, backbones.TABLE)
         row = backbones.TABLE[spec] if isinstance(spec, str) else spec
         config = configs.default(row or origins.open_source(source, "source").described(source))
     with config.unlocked():
@@ -74,6 +85,7 @@ def load(
     return Encoder(source, step, config, batch_size, dtype)
 
 
+@arguments.named()
 def objective(config: Config, fields: Mapping[str, Any] | None = None) -> Loss:
     """Loads an objective with its weights: the loss that `train` minimises, and its gradients.
 
@@ -87,6 +99,7 @@ def objective(config: Config, fields: Mapping[str, Any] | None = None) -> Loss:
     return Loss(read_config(config, fields))
 
 
+@arguments.named()
 def train(
     config: Config, workdir: str | os.PathLike, *, fields: Mapping[str, Any] | None = None, init_from: str | None = None
 ) -> str:
@@ -113,6 +126,7 @@ def train(
     return workdir
 
 
+@arguments.named()
 def evaluate(
     config: Config,
     weights: str | Sequence[str],
@@ -147,6 +161,7 @@ def evaluate(
         raise UserError("weights must name one source or more, each once")
     if control and control not in weights[1:]:
         raise UserError(f"control={control} must be one of the weights, and not the first")
+    data = arguments.mapping("data", data, "{'mmvp': 'data/MMVP_VLM'}")
     if not data:
         raise UserError("data is empty: give {task: path}, e.g. {'mmvp': 'data/MMVP_VLM'}")
     out = None if out is None else paths.local(os.fspath(out), "out")
@@ -158,6 +173,7 @@ def evaluate(
     return summary
 
 
+@arguments.named(*(f.name for f in dataclasses.fields(publish.ExportOptions)))
 def export(
     source: str | os.PathLike,
     out: str | os.PathLike,
@@ -165,6 +181,7 @@ def export(
     format: str = "open_clip",
     step: int | None = None,
     dtype: str = "float32",
+    params: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> str:
     """Exports a run, or converts weights of any supported format.
@@ -175,6 +192,7 @@ def export(
       format: "open_clip", "hf" (transformers, LLaVA) or "pt" (the vision tower's state dict).
       step: of the run's checkpoint; default the newest.
       dtype: of the exported weights, "float32", "float16" or "bfloat16".
+      params: other values of the source's towers, those of a loop of one's own: what `Loss.towers` returns.
       **options: of `export.publish.ExportOptions`: the card's license and scores, the hub's repository.
 
     Returns:
@@ -184,11 +202,21 @@ def export(
       UserError, RunError: as `export.layouts.export`.
     """
     source, out = os.fspath(source), os.fspath(out)
+    arguments.chosen("format", format, layouts.FORMATS)
+    arguments.chosen("dtype", dtype, layouts.DTYPES)
     run = places.as_run(source)
     if step is not None and run is None:
         raise UserError(f"step={step} is for the workdir of a run, which {source} is not: leave it out")
     if run is not None:
         source, step = run[0], run[1] if step is None else step
+    if params is not None:
+        params = arguments.mapping("params", params, "Loss.towers()")
+        if run is not None or options.get("results"):
+            raise UserError(
+                "params are for a source that is no run, and have no results: give the weights that the loop began "
+                "with, Loss.config.backbone.source, and leave out results"
+            )
     configs.check_runs([source])
-    publish.export(source, out, format, dtype, publish.ExportOptions(**options), run=run is not None, step=step)
+    options = publish.ExportOptions(**options)
+    publish.export(source, out, format, dtype, options, run=run is not None, step=step, params=params)
     return out

@@ -1,21 +1,24 @@
 """Encoders of images and texts, with weights of any source or of a run."""
 
+import copy
+import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from diva_jax.api import arguments
 from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.data.images import open_image, prepare
 from diva_jax.evals import Settings, encode, encoders
 from diva_jax.models import backbones
 from diva_jax.training import sharding
-from diva_jax.weights import parts
+from diva_jax.weights import parts, runs
 
 ImageLike = Image.Image | str | os.PathLike | np.ndarray
 
@@ -61,6 +64,7 @@ class Encoder:
         s = self.spec
         return prepare(as_image(image), s.image_size, s.resize_mode, s.interpolation)
 
+    @arguments.named()
     def encode_image(self, images: ImageLike | Sequence[ImageLike], normalise: bool = False) -> np.ndarray:
         """Computes the pooled embeddings of images.
 
@@ -94,6 +98,7 @@ class Encoder:
             return tokenizer, weights.text
         return tokenizer, encoders.tower("text", weights.source, spec, self._mesh, self._config.mesh.min_shard)
 
+    @arguments.named()
     def encode_text(self, texts: str | Sequence[str], normalise: bool = False) -> np.ndarray:
         """Computes the embeddings of texts.
 
@@ -125,13 +130,34 @@ class Encoder:
         """The parameters of the vision tower by name, as `backbones.build(spec)` has them."""
         return dict(self._weights.vision)
 
+    def with_params(self, params: Mapping[str, jax.Array]) -> "Encoder":
+        """Returns an encoder with other values of whole towers, such as those that a loop of one's own has tuned.
+
+        Args:
+          params: what `Loss.towers` returns: "vision/NAME" or "text/NAME" -> array, with NAME as in `arrays`. A tower
+            that is not in it stays, and scales have no part in embeddings.
+
+        Raises:
+          UserError: a parameter is missing or unknown, or has another shape.
+        """
+        towers = runs.whole_towers(arguments.mapping("params", params, "Loss.towers()"), self.spec)
+        new, min_shard = copy.copy(self), self._config.mesh.min_shard
+        placed = {t: encoders.put(towers[t], self._mesh, min_shard) for t in ("vision", "text") if t in towers}
+        new._weights = dataclasses.replace(self._weights, **placed)
+        if "text" in placed:
+            new.__dict__["_text"] = self._text[0], placed["text"]
+        return new
+
 
 def _as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
     if isinstance(images, Image.Image | str | os.PathLike):
         return [images]
     if isinstance(images, np.ndarray | jax.Array):
         if images.ndim not in (3, 4):
-            raise UserError(f"an array of images has the shape [N, H, W, 3], not {list(images.shape)}")
+            raise UserError(
+                f"an array of images has the shape [N, H, W, 3], not {list(images.shape)}: give PIL images of other "
+                "modes, Image.fromarray(x)"
+            )
         return np.asarray(images).reshape(-1, *images.shape[-3:])
     return images if hasattr(images, "__getitem__") else list(images)
 
@@ -151,6 +177,21 @@ def as_image(given: ImageLike) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise UserError(
             f"an image is a PIL image, a file or an array uint8 [H, W, 3], not {array.dtype} {list(array.shape)}: "
-            "convert it, e.g. (255 * x).round().astype('uint8')"
+            f"give {_converted(array)}"
         )
     return Image.fromarray(array)
+
+
+def _converted(array: np.ndarray) -> str:
+    """How an array `x` becomes uint8 [H, W, 3], as Python."""
+    kinds, text = "biuf", "x"
+    if array.ndim != 3 or array.dtype.kind not in kinds or not array.size or 3 not in (array.shape[0], array.shape[-1]):
+        return "one of these"
+    if array.shape[-1] != 3:
+        text = "np.moveaxis(x, -3, -1)"
+    low, high = array.min(), array.max()
+    if array.dtype.kind == "f" and 0 <= low and high <= 1:
+        return f"(255 * {text}).round().astype('uint8')"
+    if not (0 <= low and high <= 255):
+        return "the image as it is before normalisation, in 0 to 255"
+    return text if array.dtype == np.uint8 else f"{text}.round().astype('uint8')"

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax import config as configs
+from diva_jax.api import arguments
 from diva_jax.api.encoder import ImageLike, as_image
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import crop
@@ -56,6 +57,7 @@ class Loss:
         self._key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
         self._compute = jax.jit(self._trace)
 
+    @arguments.named()
     def batch(
         self, images: Sequence[ImageLike], texts: Sequence[str] | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
@@ -95,6 +97,7 @@ class Loss:
             (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
             return value, metrics, gradients
 
+    @arguments.named()
     def __call__(
         self, batch: Mapping[str, Any], params: Mapping[str, jax.Array] | None = None, step: int = 0
     ) -> Result:
@@ -105,17 +108,40 @@ class Loss:
         Args:
           batch: each input as [B, *shape], B a multiple of the number of devices; optionally "row", int32 [B], the
             rows of the images in the global batch (default 0 to B - 1), from which their random draws follow.
-          params: other values than `self.params`.
+          params: other values than `self.params`, of all its names.
           step: another step has other random draws.
 
         Raises:
-          UserError: an input is missing, or has another shape or dtype.
+          UserError: an input or a parameter is missing, or has another shape or dtype.
         """
-        batch = self._checked(batch)
+        batch, params = self._checked(batch), self._complete(params)
         batch = jax.device_put(batch, jax.sharding.NamedSharding(self._mesh, sharding.BATCH))
-        params = self.params if params is None else dict(params)
         value, metrics, gradients = self._compute(params, self.frozen, batch, self._key, jnp.int32(step))
         return Result(float(value), {name: float(v) for name, v in metrics.items()}, gradients)
+
+    def _complete(self, params: Mapping[str, jax.Array] | None) -> dict[str, jax.Array]:
+        return self.params if params is None else arguments.parameters(params, self.params, "Loss.params")
+
+    @arguments.named()
+    def towers(self, params: Mapping[str, jax.Array] | None = None) -> dict[str, jax.Array]:
+        """Computes the tuned model, with adapters merged: for `Encoder.with_params` and `export`.
+
+        Args:
+          params: other values than `self.params`, of all its names.
+
+        Returns:
+          name -> array, of whole towers: "vision/NAME", and where the objective tunes them "text/NAME", "logit_scale"
+          and "logit_bias".
+
+        Raises:
+          UserError: a parameter is missing, or has another shape or dtype.
+        """
+        found = self._program.towers({**self.frozen, **self._complete(params)})
+        return {
+            name if name == tower else f"{tower}/{name}": array
+            for tower, arrays in found.items()
+            for name, array in arrays.items()
+        }
 
     def _checked(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if missing := [name for name in self.inputs if name not in batch]:

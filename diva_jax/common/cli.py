@@ -20,8 +20,8 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
 from diva_jax import __version__
-from diva_jax.common import config_files
-from diva_jax.common.errors import RunError, Terminated, UserError, printable
+from diva_jax.common import config_files, fields, near
+from diva_jax.common.errors import RunError, Terminated, UserError, place, printable
 
 # Time for threads to end after a command has, since one of them may wait for a disk that is gone [s].
 _LINGER_S = 10.0
@@ -29,7 +29,6 @@ _LINGER_S = 10.0
 _MAX_MESSAGE_CHARS = 10_000
 # Exit codes after signals, as shells have them; a training run that has saved ends with 0 after SIGTERM.
 _SIGINT_CODE, _SIGTERM_CODE = 130, 143
-_UNKNOWN_FIELD = re.compile(r'Did you mean "(\w+)" instead of "(\w+)"')
 _FIELD_FLAG = re.compile(r"--?(?:no)?config\.([\w.]+)")
 # How many signals have raised an exception.
 _handled = 0
@@ -53,10 +52,12 @@ class _TupleParser(tuple_parser.TupleParser):
 
 
 class _ConfigParser(flags.ArgumentParser):
-    """Finds configs by name too; errors are those of `config_files.read`."""
+    """Finds configs by name too, and checks that they have the fields which flags change."""
 
     def parse(self, path):
-        return config_files.read(path)
+        config = config_files.read(path)
+        fields.require(config, [m[1] for argument in sys.argv[1:] if (m := _FIELD_FLAG.match(argument))])
+        return config
 
 
 config_flags.register_flag_parser_for_type(tuple, _TupleParser())
@@ -84,13 +85,16 @@ def _reason(e: Exception) -> str:
     """What absl or ml_collections complain of; a KeyError's text is the repr of its argument, and may be nested."""
     while isinstance(e, KeyError) and e.args and isinstance(e.args[0], Exception):
         e = e.args[0]
-    message = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-    match = _UNKNOWN_FIELD.search(message)
-    if not match and not isinstance(e, KeyError):
-        return message
-    hint, field = match.groups() if match else ("", message.strip("'"))
-    given = (a for a in sys.argv[1:] if (flag := _FIELD_FLAG.match(a)) and field in flag[1].split("."))
-    return f"{next(given, field)}: the config has no field {field}" + (f"; did you mean {hint}?" if hint else "")
+    if isinstance(e, flags.UnrecognizedFlagError):
+        config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+        if e.flagname.startswith("config."):
+            return f"--{e.flagname} changes a field of --config, which is missing: add --config=FILE"
+        names = [name for name in flags.FLAGS if not name.startswith("config.")]
+        found = near.nearest(e.flagname, names) or [
+            f"config.{n}" for n in near.nearest(e.flagname, fields.flatten(config or {}))
+        ]
+        return f"there is no flag --{e.flagname}" + (f"; did you mean --{' or --'.join(found)}?" if found else "")
+    return str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -228,7 +232,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
     """Runs a command: flags parsed, every error reported as one line.
 
     Exit codes: 2 for `UserError`; 1 for `RunError` and for unexpected exceptions, whose trace is written to
-    a file; 130 after SIGINT; 143 after SIGTERM.
+    a file and which are named by their line where that is in a module of the user; 130 after SIGINT; 143 after
+    SIGTERM.
 
     Args:
       main: called with the values of `arguments`.
@@ -249,7 +254,10 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
         message, code = "terminated", _SIGTERM_CODE
     except Exception as e:
         said = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        message, code = f"error: unexpected ({said}): {_write_trace()}, please report it", 1
+        if where := place(e):
+            message, code = f"error: {where}: {said}; {_write_trace()}", 1
+        else:
+            message, code = f"error: unexpected ({said}): {_write_trace()}, please report it", 1
     print(printable(" ".join(message.split()))[:_MAX_MESSAGE_CHARS], file=sys.stderr, flush=True)
     _end_within(_LINGER_S, code)
     sys.exit(code)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, listing, place
 
 _OWN = Path(__file__).parents[1] / "configs"
 
@@ -50,4 +50,5 @@ def read(config: str | os.PathLike) -> ConfigDict:
         raise
     except Exception as e:
         # A config file is a program, which can raise anything.
-        raise UserError(f"{path} is not a config file ({type(e).__name__}: {e}): see diva_jax/config.py") from e
+        where = place(e) or path
+        raise UserError(f"{path} does not make a config ({type(e).__name__}: {e}; {where}): correct this line") from e

@@ -1,6 +1,9 @@
 """Errors with a message for the user; `common.cli` prints them."""
 
+import sysconfig
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -13,6 +16,17 @@ class RunError(Exception):
 
 class Terminated(BaseException):
     """SIGTERM came where there is nothing to save."""
+
+
+def place(error: BaseException) -> str:
+    """`FILE:LINE` where an error comes from in somebody's own code; "" where all of it is a library's or ours."""
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    libraries += [str(Path(__file__).parents[1]), "<"]
+    lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        lines.append((error.filename or "<", error.lineno))
+    own = [f"{file}:{line}" for file, line in lines if not file.startswith(tuple(libraries))]
+    return own[-1] if own else ""
 
 
 def listing(names: Sequence[str], limit: int = 20) -> str:

@@ -15,15 +15,17 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import ModuleType
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.common import near
+from diva_jax.common.errors import UserError, brief
 
 Section = TypeVar("Section")
+_NO_FIELD, _ALL_FIELDS = "the config has no field", "--config=FILE --help lists all that exist"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,11 +223,24 @@ def check(values: Mapping[str, Any], declarations: Mapping[str, Field], path: st
       UserError: a field is not declared, or a value is not of the type of the default or breaks the rule.
     """
     given = flatten(values, declarations)
-    if unknown := [f"{path}.{name}".removeprefix("config.") for name in given if name not in declarations]:
-        raise UserError(f"unknown config field {listing(unknown)}: --config=FILE --help lists all that exist")
+    if unknown := [name for name in given if name not in declarations]:
+        names, known = ([f"{path}.{n}".removeprefix("config.") for n in found] for found in (unknown, declarations))
+        raise UserError(near.unknown(_NO_FIELD, names, known, _ALL_FIELDS))
     for name, value in given.items():
         if problem := declarations[name].problem(value):
             raise UserError(f"{path}.{name}={brief(value)} {problem}")
+
+
+def require(config: ConfigDict, paths: Iterable[str]) -> None:
+    """Checks that a config has some fields or sections, which are to be changed.
+
+    Raises:
+      UserError: it lacks one; the sentence has the names that it may mean.
+    """
+    known = flatten(config)
+    sections = {name[: m.start()] for name in known for m in re.finditer(r"\.", name)}
+    if missing := [p for p in paths if p not in known and p not in sections and p not in config]:
+        raise UserError(near.unknown(_NO_FIELD, missing, known, _ALL_FIELDS))
 
 
 def parse(section: type[Section], values: Mapping[str, Any], path: str) -> Section:

@@ -44,7 +44,7 @@ def folder(path, flag: str) -> epath.Path:
         remote.exists()
     except (ImportError, KeyError) as e:
         if str(path).startswith("gs://"):
-            raise UserError(f"{flag}={path}: buckets need gcsfs: pip install 'diva_jax[gcs]'") from e
+            raise UserError(f"{flag}={path}: buckets need gcsfs: pip install -e '.[gcs]'") from e
         raise UserError(f"{flag}={path} has a scheme that is not supported: use gs://BUCKET/... or a folder") from e
     except Exception as e:
         # The store has errors of its own, from DNS to a right that is missing.

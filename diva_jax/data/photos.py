@@ -53,7 +53,7 @@ def _folder() -> Path:
     folder = Path(spec.origin).parent / "data" if spec else None
     if not folder or not all((folder / name).exists() for name in PHOTOGRAPHS):
         raise UserError(
-            "the demo's photographs come with scikit-image, which is not installed: pip install 'diva_jax[demo]'"
+            "the demo's photographs come with scikit-image, which is not installed: pip install -e '.[demo]'"
         )
     return folder
 

@@ -64,7 +64,8 @@ def _has_text(source: str) -> bool:
     return any(n.endswith("token_embedding.weight") for n in origins.open_source(source, "--weights").tensors)
 
 
-def _put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
+def put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
+    """Places the parameters of a tower on the mesh; arrays with fewer than `min_shard` elements are replicated."""
     shardings = sharding.parameter_shardings(arrays, mesh, min_shard)
     return {n: jax.device_put(a, shardings[n]) for n, a in arrays.items()}
 
@@ -76,8 +77,8 @@ def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
     fields = (*origins.ARCHITECTURE, "image_size")
     origins.check_same(vars(spec), wanted, fields, f"the run {source}", "config.backbone")
     min_shard = run.config.mesh.min_shard
-    towers = {kind: _put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in _KINDS}
-    params = _put(run.params, mesh, min_shard)
+    towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in _KINDS}
+    params = put(run.params, mesh, min_shard)
     return Encoder(towers["vision"], towers.get("text"), spec.source, params, spec.source)
 
 
@@ -117,7 +118,7 @@ def each(given: Sequence[places.Place], labels: Sequence[str], config, mesh: Mes
     if lender is not None and any(place.step is None for place in given):
         run = workdirs.RunAt.open(given[lender].source, given[lender].step)
         own = set().union(*(run.program.towers.needs(t) for t in run.program.towers.shapes))
-        lent = _put({n: a for n, a in run.params.items() if n not in own}, mesh, run.config.mesh.min_shard)
+        lent = put({n: a for n, a in run.params.items() if n not in own}, mesh, run.config.mesh.min_shard)
     for place, label in zip(given, labels, strict=True):
         encoder = read(place.source, place.step, config, mesh)
         if lent and place.step is None:

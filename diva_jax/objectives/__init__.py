@@ -16,6 +16,7 @@ A diffusion objective whose only input is an image may have two more members for
 """
 
 import importlib
+import inspect
 import pkgutil
 from types import ModuleType
 
@@ -52,6 +53,15 @@ def find(name: str) -> ModuleType:
         raise
     if not hasattr(module, "Objective"):
         raise UserError(f"config.objective={name!r} is not an objective: the module does not define Objective")
+    kind = module.Objective
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise UserError(f"config.objective={name!r}: its Objective must be a subclass of diva_jax.objectives.Objective")
+    try:
+        inspect.signature(kind.__init__).bind(None, None, rngs=None)
+    except TypeError as e:
+        raise UserError(
+            f"config.objective={name!r}: its Objective must be made as Objective(config, rngs=rngs): {e}"
+        ) from e
     return module
 
 

@@ -1,5 +1,6 @@
 """The base class of objectives: the interface for the train loop, the step, evaluation and export."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,13 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common import fields
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, listing
 from diva_jax.data import preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.objectives.shared.latents import LatentSource
 from diva_jax.weights.parts import Part
 
+_PAGE = "see docs/WRITE_AN_OBJECTIVE.md"
+# Metrics of every run.
+_OWN_METRICS = {"grad_norm", "lr"}
 # Values of switches: what the models were trained on, and what the authors' code does.
 EXACT, FAITHFUL = "exact", "faithful"
 
@@ -88,6 +92,49 @@ def vision_tower(config, spec: Spec, rngs: nnx.Rngs) -> nnx.Module:
     return backbones.build(spec, rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32, remat=remat)
 
 
+def _checked(loss: Callable) -> Callable:
+    """A method `loss` whose result is checked while it is traced."""
+
+    @functools.wraps(loss)
+    def checked(self, batch, keys):
+        found = loss(self, batch, keys)
+        if problem := _problem(found):
+            code = loss.__code__
+            raise UserError(
+                f"{code.co_filename}:{code.co_firstlineno}: {problem}: return a scalar and a dict of scalars with "
+                f'"loss", such as (loss, {{"loss": loss}})'
+            )
+        return found
+
+    return checked
+
+
+def _problem(found: Any) -> str:
+    """What is wrong with the result of a loss; "" where nothing is."""
+    if not isinstance(found, tuple) or len(found) != 2:
+        what = f"a tuple of {len(found)}" if isinstance(found, tuple) else f"a {type(found).__name__}"
+        return f"loss returns {what}, and not the pair (loss, metrics)"
+    value, metrics = found
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+        return f"the metrics that loss returns are a {type(metrics).__name__}, and not a dict with texts as keys"
+    if "loss" not in metrics:
+        return f'the metrics that loss returns ({listing(list(metrics)) or "none"}) lack "loss"'
+    if taken := _OWN_METRICS & metrics.keys():
+        return f"the metrics that loss returns have {listing(sorted(taken))}, which the train step adds itself"
+    for name, number in {"loss": value, **{f"metrics[{n!r}]": m for n, m in metrics.items()}}.items():
+        shape, dtype = getattr(number, "shape", ()), getattr(number, "dtype", type(number))
+        if shape != () or not (isinstance(number, float | int) or jnp.issubdtype(dtype, jnp.number)):
+            return f"{name} is {_name(dtype)} {list(shape)}, and not a scalar"
+    if not jnp.issubdtype(kind := getattr(value, "dtype", type(value)), jnp.floating):
+        return f"loss is {_name(kind)}, which has no gradient"
+    return ""
+
+
+def _name(kind: Any) -> str:
+    """The name of a dtype or of a type."""
+    return getattr(kind, "name", None) or kind.__name__
+
+
 class Objective(nnx.Module):
     """A loss and the models that it needs. Constructed as `Objective(config, rngs=rngs)` with random weights.
 
@@ -103,6 +150,11 @@ class Objective(nnx.Module):
     compares_images: bool = False
     latent_source: LatentSource | None = None
 
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        if "loss" in cls.__dict__:
+            cls.loss = _checked(cls.loss)
+
     def __init__(self, config, *, rngs):
         raise NotImplementedError
 
@@ -113,7 +165,7 @@ class Objective(nnx.Module):
         They determine the data pipeline, the abstract batch of a compilation, and the step. Each batch also has "row":
         int32 [B], the row of the image in the global batch.
         """
-        raise NotImplementedError
+        raise UserError(f"{type(self).__module__}: its Objective does not define inputs, what a batch holds: {_PAGE}")
 
     def loss(self, batch: Mapping[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the loss of one micro-batch.
@@ -124,8 +176,11 @@ class Objective(nnx.Module):
 
         Returns:
           (scalar to differentiate, scalar metrics, which include "loss"). Both are averaged over micro-batches.
+
+        Raises:
+          UserError: when it is traced, what it returns is not of this form.
         """
-        raise NotImplementedError
+        raise UserError(f"{type(self).__module__}: its Objective does not define loss: {_PAGE}")
 
     def moments(self, pixels: jax.Array) -> jax.Array:
         """Computes what a cache of latents holds; for an objective with a `latent_source` and its VAE, `vae`.

@@ -18,7 +18,7 @@ from diva_jax.common.errors import RunError, UserError
 def check_wandb(project: str) -> None:
     """Raises a UserError where Weights & Biases is asked for and not installed."""
     if project and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"config.log.wandb={project!r} needs the package wandb: pip install 'diva_jax[wandb]'")
+        raise UserError(f"config.log.wandb={project!r} needs the package wandb: pip install -e '.[wandb]'")
 
 
 def _wandb_run(workdir: epath.Path, local: Path, project: str, config: dict):

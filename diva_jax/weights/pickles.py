@@ -31,7 +31,7 @@ def import_torch(why: str):
     try:
         import torch
     except ImportError as e:
-        raise UserError(f"{why} needs torch: pip install 'diva_jax[torch]', or use safetensors") from e
+        raise UserError(f"{why} needs torch: pip install -e '.[torch]', or use safetensors") from e
     return torch
 
 

@@ -39,6 +39,40 @@ def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, n
     return out
 
 
+def whole_towers(params: Mapping[str, np.ndarray], spec: Spec) -> dict[str, dict[str, np.ndarray]]:
+    """Groups the parameters of a tuned model by tower.
+
+    Args:
+      params: "vision/NAME", "text/NAME", "logit_scale" or "logit_bias" -> array, as `api.Loss.towers` returns them.
+      spec: the backbone.
+
+    Returns:
+      tower -> NAME -> array, as for `in_open_clip_names`.
+
+    Raises:
+      UserError: there are none, a tower is not whole, or they are not of this backbone.
+    """
+    towers: dict[str, dict] = {}
+    for name, array in params.items():
+        tower, _, own = name.partition("/")
+        towers.setdefault(tower, {})[own or tower] = array
+    kinds = {"vision": backbones.build, "text": Text}
+    wrong = [] if towers else ["vision"]
+    for tower, arrays in towers.items():
+        want = {tower: ()} if tower in ("logit_scale", "logit_bias") else {}
+        if make := kinds.get(tower):
+            variables = names.flat(abstract(lambda rngs, make=make: make(spec, rngs=rngs)))
+            want = {"/".join(map(str, path)): var.shape for path, var in variables.items()}
+        names_of = want.keys() | arrays.keys()
+        wrong += [f"{tower}/{n}" for n in names_of if n not in arrays or np.shape(arrays[n]) != want.get(n)]
+    if wrong:
+        raise UserError(
+            f"params are not those of whole towers of this backbone, they differ in {listing(sorted(wrong), 5)}: give "
+            "what Loss.towers() returns"
+        )
+    return towers
+
+
 def open_run(workdir: epath.PathLike, step: int | None = None) -> origins.ClipSource:
     """Opens the tuned model of a run, with both towers.
 

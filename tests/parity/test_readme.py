@@ -1,12 +1,9 @@
 """The examples of README.md run as written, in order, and have the documented results."""
 
-import os
 import re
-import sys
-from pathlib import Path
 
-import commands
 import numpy as np
+import pages
 import pytest
 from places import ROOT
 
@@ -28,11 +25,6 @@ def clone(tmp_path_factory):
     return folder
 
 
-def run(command: str, folder: Path) -> str:
-    first = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return commands.output(commands.launch("bash", "-c", command, cwd=folder, PATH=first))
-
-
 def test_the_examples_run_as_written_and_in_their_order(clone, monkeypatch):
     monkeypatch.chdir(clone)
     scope = {}
@@ -43,9 +35,9 @@ def test_the_examples_run_as_written_and_in_their_order(clone, monkeypatch):
     assert [line.split()[2] for line in full_size[1].splitlines()] == ["diva_jax.main", "diva_jax.export_torch"]
     # The test is about the commands, so the run has few and small steps.
     few = " --config.steps=1 --config.condition.warmup_steps=1 --config.batch_size=8"
-    outputs = [run(line + few * (".main " in line), clone) for line in small[1].strip().splitlines()]
+    outputs = [pages.shell(line + few * (".main " in line), clone) for line in small[1].strip().splitlines()]
     assert len(outputs) == 5 and (clone / "runs/small_eval/report.html").exists()
-    assert "done" in run(small[1].splitlines()[1] + few, clone)
+    assert "done" in pages.shell(small[1].splitlines()[1] + few, clone)
     exec(in_open_clip, scope)  # noqa: S102
     import torch
     from PIL import Image

@@ -156,5 +156,5 @@ def test_without_gcsfs(monkeypatch):
         raise ImportError("no gcsfs")
 
     monkeypatch.setattr(epath.gpath.PosixGPath, "exists", missing)
-    with pytest.raises(UserError, match=r"pip install 'diva_jax\[gcs\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[gcs\]'"):
         paths.folder("gs://bucket/run", "--workdir")

@@ -7,8 +7,11 @@ from places import ROOT
 TINY = ("--config=tiny", "--workdir=run")
 # Arguments -> what the line must contain.
 REFUSED = {
-    "a misspelt field": ((*TINY, "--config.optim.lrr=3"), "no field lrr; did you mean lr?"),
-    "an unknown section": ((*TINY, "--config.nonsense.a=3"), "--config.nonsense.a=3: the config has no field nonsense"),
+    "a misspelt field": ((*TINY, "--config.optim.lrr=3"), "no field optim.lrr; did you mean optim.lr?"),
+    "an unknown section": (
+        (*TINY, "--config.nonsense.a=3"),
+        "the config has no field nonsense.a: --config=FILE --help lists",
+    ),
     "one number for a pair": ((*TINY, "--config.data.crop.scale=0.5"), "config.data.crop.scale=(0.5,) must be two"),
     "no demo data": (TINY, "config.data.path='data/tiny/photos' does not exist: python -m diva_jax.demo"),
     "no demo weights": ((*TINY, "--config.data.path=photo.jpg"), "clip' does not exist: python -m diva_jax.demo"),
@@ -20,9 +23,9 @@ REFUSED = {
     "an unknown model": (("--config=custom:ViT-B-17", "--workdir=run"), "names are ViT-B-32, "),
     "a name with a typing error in Python": (
         ("--config=broken.py", "--workdir=run"),
-        "error: broken.py is not a config file (TypeError: ",
+        "error: broken.py does not make a config (TypeError: ",
     ),
-    "wandb is not installed": ((*TINY, "--config.log.wandb=p"), "pip install 'diva_jax[wandb]'"),
+    "wandb is not installed": ((*TINY, "--config.log.wandb=p"), "pip install -e '.[wandb]'"),
     "no task": ((*TINY, "--config.eval.data=drift=a,nothing=b", "--config.eval.every=1"), "the task nothing"),
 }
 SHOWN = {

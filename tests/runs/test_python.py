@@ -1,12 +1,12 @@
-"""The notebook and the examples of docs/PYTHON.md run as written, in this order, on the demo's files."""
+"""The notebook and the examples of docs/PYTHON.md run as written, each in an empty folder."""
 
 import json
 import os
-import re
 import sys
 import types
 
 import numpy as np
+import pages
 import pytest
 from places import ROOT
 
@@ -59,24 +59,28 @@ def test_the_notebook_loads_encodes_trains_and_shows_the_report(notebook, folder
     assert "Run tiny: " in html and "Evaluation: " in html and "<h2>Drift</h2>" in html and "<h2>Training</h2>" in html
 
 
-def test_the_examples_of_the_page_run(notebook, folder):
-    page = (ROOT / "docs" / "PYTHON.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(blocks) == 4
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (language, command), *python = pages.blocks("docs/PYTHON.md")
+    assert language == "" and [kind for kind, _ in python] == ["python"] * 5
+    pages.shell(command, tmp_path)
     scope = {}
-    for block in blocks:
-        exec(block, scope)  # noqa: S102
+    for _, code in python:
+        exec(code, scope)  # noqa: S102
+    log.keep_in(None)
     assert scope["cosines"].shape == (1, 2) and scope["batch"]["image"].shape == (8, 64, 64, 3)
     assert np.isfinite(scope["found"].loss) and set(scope["found"].gradients) == set(scope["loss"].params)
-    card = (folder / "runs/tuned/README.md").read_text()
+    card = (tmp_path / "runs/tuned/README.md").read_text()
     assert "## Scores" in card and "license: mit" in card and "local-dir:runs/tuned" in card
     # A run is loaded with what it has trained.
     import diva_jax
 
-    tuned, before = diva_jax.load("runs/tiny"), diva_jax.load("data/tiny/clip")
-    picture = "data/tiny/pictures/astronaut/0000.jpg"
-    a, b = (e.encode_image(picture, normalise=True)[0] for e in (tuned, before))
-    assert tuned.step == 6 and before.step is None and 0.1 < a @ b < 0.9999
-    exported = diva_jax.load("runs/tuned").encode_image(picture, normalise=True)[0]
-    np.testing.assert_allclose(exported, a, atol=1e-5)
-    np.testing.assert_allclose(tuned.encode_text("a cup"), before.encode_text("a cup"), atol=1e-6)
+    image = "data/tiny/images/astronaut/0000.jpg"
+    names = ("runs/tiny", "runs/tuned", "exports/mine", "data/tiny/clip")
+    run, exported, own, before = (diva_jax.load(name) for name in names)
+    assert run.step == 6 and before.step is None
+    of_run, of_export, of_own, first = (e.encode_image(image, normalise=True)[0] for e in (run, exported, own, before))
+    np.testing.assert_allclose(of_export, of_run, atol=1e-5)
+    np.testing.assert_array_equal(of_own, scope["tuned"].encode_image(image, normalise=True)[0])
+    assert 0.1 < of_run @ first < 0.9999 and 0.1 < of_own @ first < 0.9999999
+    np.testing.assert_allclose(run.encode_text("a cup"), before.encode_text("a cup"), atol=1e-6)

@@ -60,13 +60,13 @@ def run(module: str, *args, **kw) -> tuple[int, str, str]:
     return finish(start(module, *args, **kw))
 
 
-def run_each(module: str, lines: list, cwd=ROOT, seconds: float = 400) -> list[tuple[int, str, str]]:
+def run_each(module: str, lines: list, cwd=ROOT, seconds: float = 400, path=()) -> list[tuple[int, str, str]]:
     """Runs a command once for each list of arguments, in forks of one process, so that it is imported once.
 
     Returns:
       (exit code, stdout, stderr) of each.
     """
-    process = launch(sys.executable, SUPPORT / "forked.py", module, cwd=cwd, stdin=subprocess.PIPE)
+    process = launch(sys.executable, SUPPORT / "forked.py", module, path=path, cwd=cwd, stdin=subprocess.PIPE)
     out, err = process.communicate(json.dumps([[str(word) for word in line] for line in lines]), timeout=seconds)
     assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])

@@ -187,10 +187,6 @@ def export(
       UserError: as `whole_model`; `out` exists and is not empty; the format does not support this model.
       RunError: the written files differ from the weights, or the library computes other embeddings.
     """
-    if fmt not in FORMATS:
-        raise UserError(f"--format={fmt} is none of {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
     tensors = whole_model(source, spec, dtype, text=fmt != "pt")
     if fmt == "pt":
         pickles.import_torch("--format=pt")

@@ -2,14 +2,18 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from diva_jax.common import paths
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.log import say
 from diva_jax.models.backbones import Spec
 from diva_jax.weights import origins, places, runs, writers
 from diva_jax.weights.export import cards, layouts, vocabulary
+from diva_jax.weights.tensors import Tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,7 @@ def export(
     run: bool,
     step: int | None = None,
     spec: Spec | None = None,
+    params: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Exports a run or a source of weights with its card.
 
@@ -87,6 +92,7 @@ def export(
       run: whether the source must be the workdir of a run.
       step: of the run's checkpoint; None: the newest.
       spec: for a source that does not say what it is.
+      params: other values of whole towers of a source, see `runs.whole_towers`.
 
     Raises:
       UserError: as `layouts.export`; the results have no scores of these weights; the hub refuses.
@@ -98,6 +104,11 @@ def export(
         _check_hub(options.push_to_hub)
     opened = runs.open_run(source, step) if run else origins.open_source(source)
     spec = spec or opened.described(source)
+    if params is not None:
+        towers = runs.whole_towers(params, spec)
+        tensors = Tensors({**opened.tensors, **runs.in_open_clip_names(towers, spec)}, opened.files)
+        where = f"{opened.where}, with other values of {listing(sorted(towers))}"
+        opened = dataclasses.replace(opened, where=where, tensors=tensors)
     began = source
     if opened.run:
         source, step, began = opened.run["workdir"], opened.run["step"], opened.run["config"]["backbone"]["source"]

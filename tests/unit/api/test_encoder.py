@@ -93,8 +93,8 @@ def test_a_bare_file_needs_a_spec(clip, tmp_path):
     assert found.spec.width == EVAL_CLIP.width and found.arrays
     with pytest.raises(UserError, match="has no tokenizer"):
         found.encode_text("x")
-    with pytest.raises(UserError, match="spec='vit' is none of vitl14, "):
-        diva_jax.load(bare, spec="vit")
+    with pytest.raises(UserError, match="spec='vitl41' is none of vitl14, .*did you mean vitl14"):
+        diva_jax.load(bare, spec="vitl41")
 
 
 def test_bad_images_are_one_sentence(encoder, tmp_path):
@@ -102,7 +102,6 @@ def test_bad_images_are_one_sentence(encoder, tmp_path):
     Image.new("RGB", (30, 20)).save(buffer := io.BytesIO(), "PNG")
     broken.write_bytes(buffer.getvalue()[:40])
     for given, says in (
-        (np.zeros((4, 8, 8), np.float32), "uint8 .H, W, 3., not float32"),
         (np.zeros((8, 8), np.uint8), r"has the shape .N, H, W, 3., not .8, 8."),
         (np.zeros((2, 8, 8, 4), np.uint8), r"not uint8 .8, 8, 4."),
         (tmp_path / "none.png", "none.png cannot be read .No such file"),
@@ -112,7 +111,65 @@ def test_bad_images_are_one_sentence(encoder, tmp_path):
         with pytest.raises(UserError, match=says) as e:
             encoder.encode_image(given)
         assert "\n" not in str(e.value)
+    # What the message gives works, in place of arrays of other types, ranges and orders of axes.
+    rng = np.random.default_rng(0)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        image = rng.integers(0, 256, (9, 7, 3), np.uint8)
+        for x in (image, image.astype(np.float32), image / 255, image.astype(np.int64)):
+            x = x.transpose(order)
+            if x.dtype != np.uint8 or order[0]:
+                with pytest.raises(UserError, match="an array uint8 .H, W, 3., not") as e:
+                    encoder.encode_image([x])
+                fixed = eval(str(e.value).rpartition(": give ")[2], {"x": x, "np": np})  # noqa: S307
+                np.testing.assert_array_equal(fixed, image)
+    with pytest.raises(UserError, match="give the image as it is before normalisation"):
+        encoder.encode_image(rng.normal(size=(2, 3, 8, 9)))
+    with pytest.raises(UserError, match="encode_image has no argument normalize; did you mean normalise"):
+        encoder.encode_image(patch(0), normalize=True)
     with pytest.raises(UserError, match="encode_text takes texts, not int"):
         encoder.encode_text(["a", 3])
     with pytest.raises(UserError, match="does not exist"):
         diva_jax.load(Path(tmp_path / "nothing"))
+
+
+def test_arguments_of_functions_are_refused_with_what_is_meant(clip, tmp_path):
+    out = tmp_path / "out"
+    for call, says in (
+        (lambda: diva_jax.export(clip, out, format="pytorch"), "format='pytorch' is none of .*: did you mean pt"),
+        (lambda: diva_jax.export(clip, out, format=["hf"]), "is none of open_clip, hf, pt: give one"),
+        (lambda: diva_jax.export(clip, out, dtype="fp16"), "did you mean float16"),
+        (lambda: diva_jax.export(clip, out, licence="mit"), "export has no argument licence; did you mean license"),
+        (lambda: diva_jax.load(clip, dtype="fp16"), "dtype='fp16' must be float32 or bfloat16"),
+        (lambda: diva_jax.load(clip, batch_size=0), "batch_size=0 must be at least 1"),
+        (lambda: diva_jax.train("tiny", "run", lr=3e-4), "train has no argument lr: give fields=.'optim.lr': VALUE"),
+        (lambda: diva_jax.train("tiny", output_dir="run"), "output_dir; did you mean workdir"),
+        (lambda: diva_jax.evaluate("tiny", clip, "data"), "data='data' is no mapping of names: give data=."),
+    ):
+        with pytest.raises(UserError, match=says) as e:
+            call()
+        assert "\n" not in str(e.value) and not out.exists()
+
+
+def test_other_parameters(encoder, clip, tmp_path):
+    """Those of a loop of one's own: in the encoder, and exported."""
+    given, texts = {f"vision/{n}": a for n, a in encoder.arrays.items()}, ["a cup"]
+    images, words = encoder.encode_image(patch(0)), encoder.encode_text(texts)
+    np.testing.assert_array_equal(encoder.with_params(given).encode_image(patch(0)), images)
+    tuned = {n: 1.1 * a for n, a in given.items()} | {"logit_scale": np.float32(3)}
+    changed = encoder.with_params(tuned)
+    found = changed.encode_image(patch(0))
+    assert np.abs(found - images).max() > 1e-2
+    np.testing.assert_array_equal(changed.encode_text(texts), words)
+    np.testing.assert_array_equal(encoder.encode_image(patch(0)), images)
+    text = {f"text/{n}": 1.1 * a for n, a in encoder._text[1].items()}
+    both = encoder.with_params(tuned | text)
+    assert np.abs(both.encode_text(texts) - words).max() > 1e-2
+    loaded = diva_jax.load(diva_jax.export(clip, tmp_path / "out", params=tuned | text), batch_size=8)
+    np.testing.assert_array_equal(loaded.encode_image(patch(0)), found)
+    np.testing.assert_array_equal(loaded.encode_text(texts), both.encode_text(texts))
+    assert "with other values of logit_scale, text, vision" in (tmp_path / "out/README.md").read_text()
+    name = next(iter(given))
+    for wrong in ({}, {n: a for n, a in given.items() if n != name}, given | {name: 1.0}, given | {"head/bias": 1.0}):
+        for use in (encoder.with_params, lambda params: diva_jax.export(clip, tmp_path / "no", params=params)):
+            with pytest.raises(UserError, match="params are not those of whole towers.*give what Loss.towers"):
+                use(wrong)

@@ -74,6 +74,17 @@ def test_bad_batches_are_one_sentence(loss):
         with pytest.raises(UserError, match=says) as e:
             loss(batch)
         assert "\n" not in str(e.value)
+    for params, says in (
+        ({n: a for n, a in loss.params.items() if n != "map/bias"}, "params lacks map/bias: give all of Loss.params"),
+        (loss.params | {"map/scale": 1.0}, "params has map/scale"),
+        (loss.params | {"map/bias": np.zeros(3)}, r"map/bias as float64 .3. and not as floats .5."),
+        (loss.params | {"map/bias": np.zeros(5, int)}, "map/bias as int64"),
+        ([1], "params=.1. is no mapping of names: give params=Loss.params"),
+    ):
+        with pytest.raises(UserError, match=says):
+            loss(good, params)
+    with pytest.raises(UserError, match="__call__ has no argument paramss; did you mean params"):
+        loss(good, paramss=1)
     with pytest.raises(UserError, match="2 images need as many texts"):
         loss.batch([patch(0), patch(1)], ["one"])
 
@@ -86,11 +97,13 @@ def test_configs_as_arguments(tmp_path):
     assert read_config(found, {"steps": 8}).steps == 8 and found.steps == 7
     for given, fields, says in (
         (tmp_path / "none.py", {}, "none.py' does not exist: give a file, or the name of a config: custom"),
-        (path, {"optim.lrr": 1}, "do not fit the config"),
+        (path, {"optim.learning_rate": 1}, "no field optim.learning_rate; did you mean optim.lr"),
         (path, {"steps": "many"}, "do not fit the config"),
+        (path, [("steps", 3)], "no mapping of names: give fields=."),
+        (3, {}, "config=3 is no config: give"),
     ):
         with pytest.raises(UserError, match=says):
             read_config(given, fields)
     path.write_text("def get_config():\n    raise RuntimeError('no')\n")
-    with pytest.raises(UserError, match="mine.py is not a config file .RuntimeError: no"):
+    with pytest.raises(UserError, match="mine.py does not make a config .RuntimeError: no"):
         read_config(path)

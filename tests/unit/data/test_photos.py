@@ -42,6 +42,6 @@ def test_the_same_bytes_again_and_the_same_images_in_a_folder(shards, tmp_path):
 def test_without_scikit_image(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "skimage" else find(name))
-    with pytest.raises(UserError, match=r"pip install 'diva_jax\[demo\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[demo\]'"):
         photos.pack_photos(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,10 @@
 """Tests of the interface of objectives: names, config sections, stages and sources."""
 
+import sys
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 import small
 
@@ -63,3 +66,75 @@ def test_an_objective_without_its_section_is_refused():
         del c.diva
     with pytest.raises(UserError, match="config.objective=diva has no section config.diva"):
         config.validate(c, 1)
+
+
+ONE, GOOD = jnp.float32(1), {"loss": jnp.float32(1), "share": 0.5}
+# What a loss returns -> what is said of it.
+RETURNED = [
+    (ONE, "loss returns a .*Tracer.*, and not the pair"),
+    ({"loss": ONE}, "loss returns a dict, and not the pair"),
+    ([ONE, GOOD], "loss returns a list"),
+    ((ONE,), "a tuple of 1"),
+    ((ONE, GOOD, ONE), "a tuple of 3"),
+    (None, "a NoneType"),
+    ((ONE, ONE), "metrics that loss returns are a .*Tracer"),
+    ((ONE, {1: ONE}), "not a dict with texts as keys"),
+    ((ONE, {}), r'metrics that loss returns .none. lack "loss"'),
+    ((ONE, {"mse": ONE}), r'.mse. lack "loss"'),
+    ((ONE, GOOD | {"lr": ONE}), "have lr, which the train step adds itself"),
+    ((jnp.ones(3), GOOD), "loss is float32 .3., and not a scalar"),
+    ((ONE, GOOD | {"each": jnp.ones((2, 1))}), r"metrics\['each'\] is float32 .2, 1., and not a scalar"),
+    ((ONE, GOOD | {"text": "a"}), "and not a scalar"),
+    ((jnp.int32(1), GOOD), "loss is int32, which has no gradient"),
+]
+
+
+@pytest.mark.parametrize("found, says", RETURNED)
+def test_what_a_loss_returns_is_checked_when_it_is_traced(found, says):
+    class Objective(objectives.Objective):
+        def __init__(self, config=None, *, rngs=None):
+            pass
+
+        def loss(self, batch, keys):
+            return jax.tree.map(lambda x: x + (0 * batch).astype(x.dtype) if isinstance(x, jax.Array) else x, found)
+
+    with pytest.raises(UserError, match=says) as e:
+        jax.eval_shape(lambda x: Objective().loss(x, None), ONE)
+    assert (
+        str(e.value).startswith(f"{__file__}:")
+        and "\n" not in str(e.value)
+        and "return a scalar and a dict" in str(e.value)
+    )
+    with pytest.raises(UserError, match="does not define inputs, what a batch holds: see docs/WRITE_AN_OBJECTIVE.md"):
+        Objective().inputs  # noqa: B018
+
+
+@pytest.mark.parametrize("returned", [(jnp.float32(1), GOOD), (jnp.bfloat16(1), {"loss": 1.0, "count": jnp.int32(3)})])
+def test_every_loss_of_the_contract_passes(returned):
+    class Base(objectives.Objective):
+        def loss(self, batch, keys):
+            return returned
+
+    class Derived(Base):
+        def __init__(self):
+            pass
+
+    assert Derived().loss(None, None) is returned
+
+
+@pytest.mark.parametrize("source, says", {
+    "x = 1": "is not an objective: the module does not define Objective",
+    "Objective = 3": "must be a subclass of diva_jax.objectives.Objective",
+    "class Objective: pass": "must be a subclass of diva_jax.objectives.Objective",
+    "from diva_jax import objectives as o\nclass Objective(o.Objective):\n def __init__(self): 0": "must be made as",
+}.items())  # fmt: skip
+def test_modules_that_are_no_objectives(source, says, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/wrong.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with pytest.raises(UserError, match=f"config.objective='mine.wrong'.*{says}"):
+            objectives.find("mine.wrong")
+    finally:
+        for name in ("mine.wrong", "mine"):
+            sys.modules.pop(name, None)

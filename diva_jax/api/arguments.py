@@ -1,0 +1,76 @@
+"""What the functions of the API check of their arguments: names as Python checks them, in words that help; choices."""
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from diva_jax import config as configs
+from diva_jax.common import near
+from diva_jax.common.errors import UserError, brief, listing
+
+
+def named(*others: str) -> Callable[[Callable], Callable]:
+    """Makes a function refuse keywords that it does not have with a `UserError` that names those which are meant.
+
+    Args:
+      *others: the keywords that the function takes as `**options`.
+    """
+
+    def of(function: Callable) -> Callable:
+        parameters = inspect.signature(function).parameters.values()
+        known = [p.name for p in parameters if p.kind != p.VAR_KEYWORD and p.name != "self"] + list(others)
+
+        @functools.wraps(function)
+        def checked(*args, **keywords):
+            if wrong := [name for name in keywords if name not in known]:
+                otherwise = f"it has {', '.join(known)}"
+                if "fields" in known and not near.nearest(wrong[0], known):
+                    if fields := near.nearest(wrong[0], configs.declared("diva")):
+                        otherwise = f"give fields={{{fields[0]!r}: VALUE}}"
+                raise UserError(near.unknown(f"{function.__name__} has no argument", wrong, known, otherwise))
+            return function(*args, **keywords)
+
+        return checked
+
+    return of
+
+
+def chosen(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises a UserError where a value is none of some choices."""
+    if value not in choices:
+        meant = near.nearest(value, choices) if isinstance(value, str) else []
+        advice = f"did you mean {' or '.join(meant)}?" if meant else "give one of these"
+        raise UserError(f"{name}={brief(value)} is none of {', '.join(choices)}: {advice}")
+
+
+def parameters(given: Mapping[str, Any], wanted: Mapping[str, Any], hint: str) -> dict[str, Any]:
+    """Returns arrays by name as a dict.
+
+    Args:
+      given: name -> array.
+      wanted: name -> anything with the shape that the array must have; all must be given.
+      hint: what to give instead, for the message.
+
+    Raises:
+      UserError: a name is missing or unknown, or an array has another shape or is not of floats.
+    """
+    given = mapping("params", given, hint)
+    wrong = [f"lacks {n}" for n in wanted if n not in given] + [f"has {n}" for n in given if n not in wanted]
+    for name in wanted.keys() & given.keys():
+        shape, dtype = np.shape(given[name]), np.dtype(getattr(given[name], "dtype", object))
+        if shape != tuple(wanted[name].shape) or not jnp.issubdtype(dtype, np.floating):
+            wrong.append(f"has {name} as {dtype} {list(shape)} and not as floats {list(wanted[name].shape)}")
+    if wrong:
+        raise UserError(f"params {listing(sorted(wrong), 5)}: give all of {hint}, with values of your own")
+    return given
+
+
+def mapping(name: str, value: Any, example: str) -> dict[str, Any]:
+    """Returns a mapping with texts as keys as a dict; {} for None. Raises a UserError for anything else."""
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise UserError(f"{name}={brief(value)} is no mapping of names: give {name}={example}")
+    return dict(value or {})

@@ -1,0 +1,79 @@
+"""docs/WRITE_AN_OBJECTIVE.md, walked from the module to a loop of one's own; what its module may do wrong."""
+
+import json
+import re
+import sys
+
+import commands
+import numpy as np
+import pages
+import pytest
+
+PAGE = "docs/WRITE_AN_OBJECTIVE.md"
+FEW = " --config.steps=2 --config.batch_size=8"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the page's module and config."""
+    folder = tmp_path_factory.mktemp("mine")
+    module, config = (code for language, code in pages.blocks(PAGE)[:2])
+    (folder / "mine").mkdir()
+    (folder / "mine/rotations.py").write_text(module)
+    (folder / "rotations.py").write_text(config)
+    return folder
+
+
+def test_the_page_runs_as_it_stands(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    (_, lines), (_, compared), (_, test), (_, loop) = pages.blocks(PAGE)[2:]
+    for line in lines.strip().splitlines():
+        pages.shell(line + FEW * (".main " in line), folder)
+    for name in [n for n in sys.modules if n == "mine" or n.startswith("mine.")]:
+        sys.modules.pop(name)
+    scope = {}
+    exec(compared, scope)  # noqa: S102
+    (task,) = json.loads((folder / "runs/compared/results.json").read_text())["tasks"].values()
+    assert [(c["before"], c["after"]) for c in task["comparisons"]][-1] == ("control:2", "tuned:2")
+    exec(test, scope)  # noqa: S102
+    scope["test_the_tower_gets_a_gradient_and_rows_are_independent"]()
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    scope |= {"images": images, "batch": {"image": images, "row": np.arange(8, dtype=np.int32)}}
+    exec(loop, scope)  # noqa: S102
+    assert scope["cosine"].shape == (8,) and 0.1 < scope["cosine"].min() < 0.9999999
+    import diva_jax
+
+    exported = diva_jax.load("exports/mine").encode_image(images)
+    np.testing.assert_array_equal(exported, scope["after"].encode_image(images))
+
+
+# A change of the module's text -> what the command says, with the line of the module, and its exit code.
+BROKEN = {
+    "an error inside": ("jax.random.randint", "jax.random.rand_int", 1, "AttributeError: module 'jax.random' has no"),
+    "a shape": ("self.head = nnx.Linear(self.spec.embed_dim", "self.head = nnx.Linear(7", 1, "TypeError: dot_general"),
+    "a scalar alone": ("return loss, {", "return loss  # {", 2, "and not the pair (loss, metrics)"),
+    "an import": ("import optax\n", "import optaxx\n", 2, "ModuleNotFoundError: No module named 'optaxx'"),
+    "no Python": ("def loss(self", "def loss self", 2, "SyntaxError"),
+    "a loss of each image": (".mean()\n", "\n", 2, "loss is float32 [8], and not a scalar"),
+    "no loss among the metrics": ('{"loss": loss, ', "{", 2, 'lack "loss"'),
+}
+
+
+def test_an_error_inside_names_its_line(folder):
+    text = (folder / "mine/rotations.py").read_text()
+    for i, (old, new, _, _) in enumerate(BROKEN.values()):
+        assert text.count(old) == 1
+        (folder / f"broken{i}").mkdir()
+        (folder / f"broken{i}/rotations.py").write_text(text.replace(old, new))
+        config = (folder / "rotations.py").read_text().replace("mine.rotations", f"broken{i}.rotations")
+        (folder / f"config{i}.py").write_text(config)
+    lines = [
+        [f"--config=config{i}.py", f"--workdir=broken{i}/run", *FEW.split(), "--config.compile_cache="]
+        for i in range(len(BROKEN))
+    ]
+    for i, (code, out, err) in enumerate(commands.run_each("main", lines, folder, path=(folder,))):
+        _, _, want, says = list(BROKEN.values())[i]
+        last = err.splitlines()[-1]
+        assert code == want and says in last, (list(BROKEN)[i], code, out, err)
+        assert re.search(rf"broken{i}/rotations.py:\d+\b", last) and "please report" not in last, last

@@ -1,0 +1,43 @@
+"""What a wrong name may mean: a typing error in any field, another section, another program's word."""
+
+import numpy as np
+import pytest
+
+from diva_jax import config, objectives
+from diva_jax.common import fields, near
+from diva_jax.common.errors import UserError
+
+
+@pytest.mark.parametrize("objective", objectives.names())
+def test_a_typing_error_in_any_field_finds_it(objective):
+    known, rng = list(fields.flatten(config.default(objective=objective))), np.random.default_rng(0)
+    for path in known:
+        section, _, name = path.rpartition(".")
+        i = int(rng.integers(len(name)))
+        for wrong in (name[:i] + "x" + name[i:], name.upper(), name.replace("_", "-")):
+            if len(name) > 3:
+                assert path in near.nearest(f"{section}.{wrong}".lstrip("."), known), (path, wrong)
+        # The section is forgotten, or written otherwise.
+        if len([p for p in known if p.rpartition(".")[2] == name]) <= 3:
+            assert path in near.nearest(name, known) or name in known
+            assert path in near.nearest(f"other.{name}", known)
+
+
+@pytest.mark.parametrize("wrong, meant", {
+    "lr": "optim.lr", "optim.learning_rate": "optim.lr", "epochs": "steps", "bs": "batch_size",
+    "gradient_accumulation_steps": "accum", "num_workers": "data.threads", "resolution": "data.image_size",
+    "save_every": "checkpoint.every", "max_grad_norm": "optim.clip", "pretrained": "backbone.source",
+    "optimizer": "optim.name", "loss": "objective",
+       "gradient_checkpointing": "remat", "wandb.project": "log.wandb", "optim.lr.value": "optim.lr",
+}.items())  # fmt: skip
+def test_words_of_other_programs(wrong, meant):
+    with pytest.raises(UserError, match=f"^the config has no field {wrong}; did you mean .*{meant}.*[?]$"):
+        fields.require(config.default(), [wrong])
+
+
+def test_sections_are_fields_and_nonsense_has_no_neighbour():
+    fields.require(config.default(), ["optim", "diffusion.unet", "steps"])
+    with pytest.raises(UserError, match="no field q.zzz: --config=FILE --help lists all that exist"):
+        fields.require(config.default(), ["q.zzz"])
+    with pytest.raises(UserError, match="no field stepps, lr; did you mean steps or optim.lr?"):
+        fields.require(config.default(), ["stepps", "lr"])
