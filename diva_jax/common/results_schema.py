@@ -257,4 +257,8 @@ class Results(Record):
                 raise ValueError(
                     f"{brief(name, 60)} has scores of {brief(strange[0])}, which is not one of the weights"
                 )
+        for verdict in (v for s in self.summary for v in s.verdicts):
+            task = self.tasks.get(verdict.task)
+            if not task or not {verdict.pairs, verdict.matches} <= task.metrics.keys():
+                raise ValueError(f"summary has a verdict on {brief(verdict.matches)}, which is not among the tasks")
         return self

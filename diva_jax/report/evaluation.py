@@ -111,6 +111,7 @@ def sections(results: Evaluation) -> list[Section]:
 def _kept(results: Evaluation) -> list[Chart]:
     """Returns one chart of matches against zero-shot accuracy, with an arrow for each comparison with the reference."""
     found = [(v, results.tasks[v.task]) for s in results.summary for v in s.verdicts]
+    found = [(v, task) for v, task in found if v.matches in task.metrics]
     cost = results.tasks.get("zeroshot")
     if not (found and cost and "acc1" in cost.metrics):
         return []

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import report_samples as samples
 
+from diva_jax.common import results_schema
 from diva_jax.evals import results, verdicts
 
 ENDS = {1: [0.5, 3.0], 0: [-1.0, 2.0], -1: [-4.0, -0.2]}
@@ -62,6 +63,15 @@ def test_nothing_is_said_without_pairs_and_matches():
     wrong = samples.drift_task()
     wrong["comparisons"][0]["scores"]["cosine"]["score"] = "0.9"
     assert summaries(1, 1, drift=wrong) == []
+
+
+def test_a_verdict_on_something_unknown_is_refused(tmp_path):
+    content = samples.write_evaluation(tmp_path, [], mmvp=samples.pairs_task(ENDS[1], ENDS[0]))
+    results_schema.Results.model_validate(content)
+    for change in ({"task": "x"}, {"pairs": "x"}, {"matches": "x"}):
+        wrong = content["summary"][0] | {"verdicts": [content["summary"][0]["verdicts"][0] | change]}
+        with pytest.raises(ValueError, match="a verdict on"):
+            results_schema.Results.model_validate(content | {"summary": [wrong]})
 
 
 def test_the_words_are_first_on_the_screen():

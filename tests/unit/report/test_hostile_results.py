@@ -21,6 +21,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     files = samples.write_images(root, 2)
     tasks = {"mmvp": samples.mmvp_task(files), "feedback": samples.feedback_task(), "drift": samples.drift_task()}
+    tasks |= {"pairs": samples.pairs_task([0.5, 2.0], [-1.0, 1.0]), "zeroshot": samples.zeroshot_task()}
     for found in tasks["mmvp"]["weights"].values():
         found["patterns"] = found["patterns"][:2]
     for found in tasks["feedback"]["weights"].values():
