@@ -24,6 +24,7 @@ _CONTROL = flags.DEFINE_string(
 _TASK = flags.DEFINE_list("task", [], "Modules of diva_jax.evals.tasks, such as mmvp,choice, or dotted paths.")
 _DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH for each task; PATH suffices if there is one task.")
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json and predictions.csv.")
+cli.define_trust()
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ _LICENSE = flags.DEFINE_string("license", "", "The card's license, as the hub ha
 _BASE = flags.DEFINE_string("base_model", "", "The card's base model; the default is the source, if it is a hub id.")
 _RESULTS = flags.DEFINE_string("results", "", "A results.json of diva_jax.evaluate, whose scores the card then has.")
 _HUB = flags.DEFINE_string("push_to_hub", "", "USER/NAME of a hub repository, to which the export is then pushed.")
+cli.define_trust()
 
 
 def main() -> None:
@@ -43,9 +44,10 @@ def main() -> None:
     from diva_jax.models.backbones import spec_of
     from diva_jax.weights.export import publish
 
+    config = None if _CONFIG.value is None else cli.config_of(_CONFIG)
     if _WORKDIR.value:
         configs.check_runs([_WORKDIR.value])
-    spec = spec_of(cli.config_of(_CONFIG)) if _SOURCE.value and _CONFIG.value is not None else None
+    spec = spec_of(config) if _SOURCE.value and config else None
     publish.export(
         _WORKDIR.value or _SOURCE.value,
         _OUT.value,

@@ -27,6 +27,7 @@ _JOIN = flags.DEFINE_integer("join_timeout", 300, "Seconds within which all proc
 _LOST = flags.DEFINE_integer(
     "lost_timeout", 100, "Seconds without a heartbeat after which a process is lost and all others end.", 2
 )
+cli.define_trust()
 
 
 def _next() -> str:
@@ -58,12 +59,11 @@ def _train(config) -> None:
         run = Run(config, _WORKDIR.value, _INIT_FROM.value)
         if run.finished:
             say(f"{_WORKDIR.value}: all {run.total} steps are done; {_next()}")
-        elif not run.run():
-            if run.stopped_by == signal.SIGINT:
-                # The run is saved; the exit code is 130.
-                raise KeyboardInterrupt
-        else:
+        elif run.run():
             say(f"done: {run.total} steps; {_next()}")
+    if run.stopped_by == signal.SIGINT:
+        # The run is saved; the exit code is 130.
+        raise KeyboardInterrupt
 
 
 def entry() -> None:

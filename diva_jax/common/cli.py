@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
 from diva_jax import __version__
-from diva_jax.common import config_files, fields, near
+from diva_jax.common import config_files, fields, imports, near
 from diva_jax.common.errors import RunError, Terminated, UserError, place, printable
 
 # Time for threads to end after a command has, since one of them may wait for a disk that is gone [s].
@@ -70,6 +70,13 @@ def define_config(help: str = "The config file; --config.a.b=VALUE changes one f
     return holder
 
 
+def define_trust() -> flags.FlagHolder:
+    """Defines the flag `--trust_objective`."""
+    return flags.DEFINE_bool(
+        "trust_objective", False, "Import the modules that config.json of a workdir names; read them before."
+    )
+
+
 def config_of(flag: flags.FlagHolder) -> ConfigDict:
     """The config that a flag of `define_config` names.
 
@@ -78,6 +85,7 @@ def config_of(flag: flags.FlagHolder) -> ConfigDict:
     """
     if flag.value is None:
         raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
+    imports.trust(flag.value)
     return flag.value
 
 
@@ -224,6 +232,8 @@ def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe
         if not flags.FLAGS["verbosity"].present:
             # orbax and grain log many lines for every save.
             logging.set_verbosity(logging.WARNING)
+        if "trust_objective" in flags.FLAGS and flags.FLAGS["trust_objective"].value:
+            imports.trust()
         main(*given)
         _end_within(_LINGER_S, 0)
 

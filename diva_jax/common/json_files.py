@@ -13,6 +13,8 @@ from diva_jax.common.errors import UserError, brief, printable
 
 # Content of JSON needs up to thirty times the memory of its text.
 MAX_BYTES = 2**26
+# Of files of lines, which are parsed one by one.
+MAX_LINES_BYTES = 2**28
 _MAX_DEPTH = 64
 
 
@@ -39,18 +41,25 @@ def open_regular(path: str, flags: int = 0) -> int:
     return fd
 
 
-def read(path: epath.Path, form: Any, repair: str) -> Any:
+def read(path: str | os.PathLike, form: Any, repair: str, missing: Any = ...) -> Any:
     """Reads a file.
 
     Args:
       path: the file, on this machine or in a bucket.
       form: the type of its content: a `Record`, or any other type that pydantic can validate.
       repair: what to do about a wrong file, as the end of a sentence.
+      missing: the result where there is no such file; by default that is an error too.
 
     Raises:
       UserError: it cannot be read, is not JSON, or has not this form.
     """
-    return checked(path, parse(path, read_bytes(path)), form, repair)
+    try:
+        content = read_bytes(path)
+    except UserError as e:
+        if missing is ... or not isinstance(e.__cause__, FileNotFoundError | NotADirectoryError):
+            raise
+        return missing
+    return checked(path, parse(path, content), form, repair)
 
 
 def read_bytes(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
@@ -107,7 +116,7 @@ def _values(part: list | dict) -> Any:
     return part.values() if isinstance(part, dict) else part
 
 
-def checked(path: epath.Path, content: Any, form: Any, repair: str) -> Any:
+def checked(path: str | os.PathLike, content: Any, form: Any, repair: str) -> Any:
     """Content of a file as `form`; see `read`."""
     try:
         return pydantic.TypeAdapter(form).validate_python(content)

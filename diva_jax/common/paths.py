@@ -7,9 +7,11 @@ import posixpath
 import re
 import tempfile
 import time
+import urllib.parse
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from etils import epath
@@ -20,6 +22,11 @@ from diva_jax.common.errors import UserError
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 # gcsfs warns at every call where the account lacks a right that nothing here needs.
 logging.getLogger("gcsfs").setLevel(logging.ERROR)
+
+
+# A value that is a URL, whose query may hold anything; or the URLs within a text.
+_A_URL = re.compile(r"(?s)[A-Za-z][\w+.-]*://.*")
+_URLS = re.compile(r"[A-Za-z][\w+.-]*://\S+")
 
 
 def is_remote(path) -> bool:
@@ -70,9 +77,32 @@ def check_writable(folder: epath.Path, flag: str) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """A text without the passwords and the queries (signatures, tokens) of the URLs in it."""
-    text = re.sub(r"(\w+://)[^\s/@\"'`]+@", r"\1", text)
-    return re.sub(r"(\w+://[^\s?#\"'`]*)\?[^\s\"'`]*", r"\1?...", text)
+    """A text without the passwords, queries and fragments (signatures, tokens) of the URLs in it."""
+    return (_A_URL if _A_URL.match(text) else _URLS).sub(lambda found: _without_secret(found[0]), text)
+
+
+def _without_secret(url: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, path = parts.netloc.rpartition("@")[2], parts.path
+    except ValueError:
+        return f"{url.partition('://')[0]}://..."
+    port = host.rpartition("]")[2].partition(":")[2]
+    if port and not port.isdecimal() and "@" in path:  # What stands for the host is a name and a password with a slash.
+        host, _, path = path.rpartition("@")[2].partition("/")
+        path = f"/{path}"
+    if (host, path) == (parts.netloc, parts.path) and not parts.query and not parts.fragment:
+        return url
+    return f"{parts.scheme}://{host}{path}" + ("?..." if parts.query else "") + ("#..." if parts.fragment else "")
+
+
+def values_without_secrets(tree: Any) -> Any:
+    """JSON content in which every text is `without_secrets`."""
+    if isinstance(tree, dict):
+        return {key: values_without_secrets(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [values_without_secrets(value) for value in tree]
+    return without_secrets(tree) if isinstance(tree, str) else tree
 
 
 def absolute(path: epath.Path) -> epath.Path:

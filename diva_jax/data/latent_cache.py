@@ -20,15 +20,17 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from array_record.python import array_record_module
+from pydantic import Field, model_validator
 
-from diva_jax.common import paths
+from diva_jax.common import json_files, paths
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.fields import differences
+from diva_jax.common.json_files import Record
 from diva_jax.data.crop import Box
 from diva_jax.data.records import Source
 
@@ -40,8 +42,27 @@ _HEADER = struct.Struct("<qiI4i")
 # What array_record adds, at most about.
 _ENTRY_OVERHEAD_BYTES, _SHARD_OVERHEAD_BYTES = 160, 2**17
 _MAX_OPEN_SHARDS = 256
+_MAX_SHARDS = 10**6
 # Records that are compared with the data when a cache is opened.
 _PROBED = 16
+
+
+class _Stored(Record):
+    """The content of latents.json, see `Manifest`."""
+
+    format: Literal[_FORMAT]
+    facts: dict[str, Any]
+    records: Annotated[int, Field(ge=1, le=2**40)]
+    crops: Annotated[int, Field(ge=1, le=2**20)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    per_shard: Annotated[int, Field(ge=1, le=2**40)]
+    shape: Annotated[list[Annotated[int, Field(ge=1, le=2**14)]], Field(min_length=3, max_length=3)]
+
+    @model_validator(mode="after")
+    def _shards_can_be_listed(self):
+        if self.records > self.per_shard * _MAX_SHARDS:
+            raise ValueError(f"it has more than {_MAX_SHARDS} shards")
+        return self
 
 
 class Entry(NamedTuple):
@@ -130,18 +151,12 @@ class Manifest:
         Raises:
           UserError: it cannot be read, or was written by another version.
         """
+        again = "make the cache again with python -m diva_jax.cache_latents"
         try:
-            content = json.loads((folder / FILE).read_text())
-            if content.pop("format") != _FORMAT:
-                raise ValueError("it is of another version")
-            return cls(**{**content, "shape": tuple(content["shape"])})
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(
-                f"{field}={folder}: {FILE} cannot be read ({e}): make the cache again with "
-                "python -m diva_jax.cache_latents"
-            ) from e
+            stored = json_files.read(folder / FILE, _Stored, again, None)
+        except UserError as e:
+            raise UserError(f"{field}={folder} holds no cache of this version: {e}") from e
+        return stored and cls(**{**stored.model_dump(exclude={"format"}), "shape": tuple(stored.shape)})
 
 
 def write_shard(folder: Path, name: str, entries: Iterable[Entry]) -> None:

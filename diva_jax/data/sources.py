@@ -1,13 +1,13 @@
 """Opens the data at a path; the format follows from the names of the files there."""
 
 import functools
-import importlib
 import os
 import posixpath
 import re
 from collections.abc import Sequence
 from urllib.parse import parse_qsl
 
+from diva_jax.common import imports
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
 from diva_jax.common.paths import is_remote, reason
@@ -101,14 +101,11 @@ def _mixture(path: str, cache_dir: str | None, quiet: bool) -> Source:
 def _from_module(path: str) -> Source:
     """The source that a module outside of this package makes."""
     name, _, options = path.removeprefix(_MODULE).partition("?")
-    try:
-        make = importlib.import_module(name).open_source
-    except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(
-            f"config.data.path={path!r}: the module {name} cannot be used ({e}): give one on PYTHONPATH that defines "
-            "open_source(options)"
-        ) from e
-    return make(options)
+    wanted = "give module:NAME of one on PYTHONPATH that defines open_source(options)"
+    module = imports.module(name, "config.data.path", wanted)
+    if not hasattr(module, "open_source"):
+        raise UserError(f"config.data.path={path!r}: the module {name} cannot be used: {wanted}")
+    return module.open_source(options)
 
 
 def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) -> Source:

@@ -9,15 +9,18 @@ import json
 import logging
 import os
 import posixpath
+import struct
 import tarfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+import pydantic
+from pydantic import Field
 from tqdm import tqdm
 
-from diva_jax.common import paths
+from diva_jax.common import json_files, paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import files
 from diva_jax.data.records import MAX_CAPTION_BYTES, Record, caption
@@ -30,6 +33,8 @@ _INDEX_VERSION = 4
 _SCANNERS = 16
 # Damaged shards that the log names; further ones are only counted.
 _MAX_NAMED = 20
+# A larger index, of more than thirty million images, is made at every start.
+_MAX_INDEX_BYTES = 2**31
 # tarfile needs time that grows with the square of an extended header's size.
 _MAX_HEADER_BYTES = 2**13
 # What tarfile raises for damaged headers; all but the first for the numbers and names in extended ones.
@@ -135,6 +140,23 @@ class _Index(NamedTuple):
     names: np.ndarray
     complaints: np.ndarray
 
+    def checked(self, shards: int) -> "_Index":
+        """Itself, where it can be that of this many shards; a ValueError otherwise."""
+        rows, names = self.rows, self.names
+        if (rows.dtype, rows.ndim, names.dtype, names.ndim) != (_ROW, 1, np.uint8, 1):
+            raise ValueError("it holds other arrays")
+        ends = rows["name_end"]
+        possible = [rows[f].min(initial=0) >= 0 for f in ("shard", "offset", "size", "text_offset", "text_size")]
+        possible += [rows["shard"].max(initial=0) < shards, rows["caption"].max(initial=0) < len(_CAPTIONS)]
+        possible += [rows["text_size"].max(initial=0) <= MAX_CAPTION_BYTES]
+        possible += [(np.diff(ends, prepend=0) >= 0).all(), ends.max(initial=0) <= len(names)]
+        if not all(possible):
+            raise ValueError("its numbers are not those of these shards")
+        pydantic.TypeAdapter(list[tuple[Annotated[int, Field(ge=0, lt=shards)], str]]).validate_json(
+            str(self.complaints)
+        )
+        return self
+
 
 def _caption_member(grouped: Mapping[str, Mapping[str, Member]], image: str) -> tuple[int, int, int]:
     """(code, offset, size) of an image's caption: of its name without the suffix, or else of its sample."""
@@ -190,13 +212,20 @@ def _cache_file(shards: Sequence[str], cache_dir: str) -> str:
     return os.path.join(cache_dir, f"tar_index_{digest[:20]}.npz")
 
 
-def _load(path: str) -> _Index | None:
+def _load(path: str, shards: int) -> _Index | None:
     try:
-        with files.open_binary(path) as f, np.load(io.BytesIO(f.read()), allow_pickle=False) as stored:
-            return _Index(**{field: stored[field] for field in _Index._fields})
+        with files.open_binary(path) as f:
+            data = f.read(_MAX_INDEX_BYTES + 1)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            # `np.savez` compresses nothing; what is compressed can be of any size.
+            if len(data) > _MAX_INDEX_BYTES or sum(member.file_size for member in archive.infolist()) > len(data):
+                raise ValueError("it is too large")
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            return _Index(**{field: stored[field] for field in _Index._fields}).checked(shards)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    # What zipfile raises for damaged archives includes NotImplementedError and errors of struct.
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, struct.error) as e:
         logger.warning("the cached index %s cannot be read (%s): building it again", path, e)
         return None
 
@@ -215,7 +244,7 @@ def _store(path: str, index: _Index) -> None:
 def _index(shards: Sequence[str], cache_dir: str | None, quiet: bool) -> _Index:
     """The index of all shards, from the cache if no shard has changed since it was written."""
     cached = cache_dir and _cache_file(shards, cache_dir)
-    if cached and (index := _load(cached)):
+    if cached and (index := _load(cached, len(shards))):
         return index
     with concurrent.futures.ThreadPoolExecutor(_SCANNERS) as pool:
         scanned = pool.map(_index_shard, range(len(shards)), shards)
@@ -281,10 +310,9 @@ class TarSource:
             return None
         data = files.read_range(self._shards[row["shard"]], int(row["text_offset"]), int(row["text_size"]))
         try:
-            text = data.decode("utf-8")
             if kind == "txt":
-                return text
-            meta = json.loads(text)
+                return data.decode("utf-8")
+            meta = json_files.decoded(data)
         except ValueError as e:
             raise ValueError(f"the caption in its .{kind} member cannot be read ({e})") from e
         return caption(meta.get("caption")) if isinstance(meta, dict) else None

@@ -3,15 +3,14 @@
 import csv
 import io
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import files
 
-_MAX_FILE_BYTES = 2**28
 _SEPARATORS = ",\t;|"
 
 
@@ -30,12 +29,8 @@ def read_text(path: str | os.PathLike) -> str:
       UserError: it is no regular file, has more than 256 MiB, or is not UTF-8.
     """
     try:
-        with open(path, "rb", opener=files.open_regular) as f:
-            data = f.read(_MAX_FILE_BYTES + 1)
-        if len(data) > _MAX_FILE_BYTES:
-            raise OSError("it has more than 256 MiB")
-        return data.decode("utf-8-sig")
-    except (OSError, ValueError) as e:
+        return json_files.read_bytes(path, json_files.MAX_LINES_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
         raise UserError(f"{path} cannot be read as text ({str(e)[:200]}): fetch it again") from e
 
 
@@ -46,8 +41,8 @@ def parse_json(text: str, where: str) -> Any:
       UserError: it is not valid; gives `where`.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
+        return json_files.decoded(text)
+    except ValueError as e:
         raise UserError(f"{where} cannot be read as JSON ({str(e)[:200]}): correct it or fetch it again") from e
 
 

@@ -37,19 +37,18 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def require_finite(embeddings: np.ndarray, label: str, what: str) -> np.ndarray:
-    """Returns the embeddings, [N, ..., D], of what `what` names.
+def require_finite(values: np.ndarray, label: str, what: str, kind: str = "embeddings") -> np.ndarray:
+    """Returns values, [N, ...], such as the embeddings of what `what` names.
 
     Raises:
       RunError: some of the N are not finite; gives the label of the weights and how many.
     """
-    bad = int((~np.isfinite(embeddings).reshape(len(embeddings), -1).all(axis=1)).sum())
+    bad = int((~np.isfinite(values).reshape(len(values), -1).all(axis=1)).sum())
     if bad:
         raise RunError(
-            f"{label}: the embeddings of {bad} of {len(embeddings)} {what} are not finite: these weights cannot be "
-            "evaluated"
+            f"{label}: the {kind} of {bad} of {len(values)} {what} are not finite: these weights cannot be evaluated"
         )
-    return embeddings
+    return values
 
 
 def _ahead(read: Callable[[int], Any], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Any]]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from diva_jax import evals
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import tokenizers
 from diva_jax.evals import Outcome, encoders, results, verdicts
@@ -179,7 +180,7 @@ class Evaluator:
                 comparisons.append({"before": before, "after": after, **compared})
             tasks[name] = {
                 "title": task.title,
-                "data": task.data,
+                "data": paths.without_secrets(task.data),
                 "count": task.count,
                 "items": task.items,
                 "metrics": {m: {"better": "higher", **info} for m, info in task.metrics.items()},

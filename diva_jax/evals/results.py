@@ -51,7 +51,7 @@ def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
         "schema": results_schema.SCHEMA,
         "created": machine.now(),
         **machine.describe(),
-        "config": json.loads(paths.without_secrets(config.to_json())),
+        "config": paths.values_without_secrets(json.loads(config.to_json())),
         "options": options,
     }
 

@@ -15,14 +15,13 @@ A diffusion objective whose only input is an image may have two more members for
 `nats_per_loss` among its losses, there is no estimate in nats.
 """
 
-import importlib
 import inspect
 import pkgutil
 from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from diva_jax.common import fields
+from diva_jax.common import fields, imports
 from diva_jax.common.errors import UserError
 from diva_jax.objectives.contract import Objective, Pace, Stage, tune
 
@@ -45,12 +44,7 @@ def find(name: str) -> ModuleType:
             f"config.objective={name!r} is not known: use one of {', '.join(names())}, or the dotted path of a module"
         )
     path = name if "." in name else f"{__name__}.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as e:
-        if e.name and (path == e.name or path.startswith(e.name + ".")):
-            raise UserError(f"config.objective={name!r} cannot be imported ({e}): check the path and PYTHONPATH") from e
-        raise
+    module = imports.module(path, "config.objective", "check the path and PYTHONPATH")
     if not hasattr(module, "Objective"):
         raise UserError(f"config.objective={name!r} is not an objective: the module does not define Objective")
     kind = module.Objective

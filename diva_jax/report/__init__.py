@@ -8,6 +8,7 @@ The form of results.json is `diva_jax.common.results_schema`. Two optional input
   `{"title": ..., "note": ..., "rows": [[{"image": FILE, "caption": ...}, ...], ...]}`.
 """
 
+import os
 import re
 from collections.abc import Iterable
 
@@ -50,11 +51,12 @@ def write(folder: epath.PathLike) -> list[epath.Path]:
     charts = page.charts(body)
     target, images = content.folder / "report.html", content.folder / "report"
     try:
-        images.mkdir(exist_ok=True)
+        if not paths.is_remote(images) and os.path.islink(images):
+            raise UserError(f"{images} is a link, through which nothing is written: remove it")
         written = [target]
         for name, chart in zip(_file_names(c.name for c in charts), charts, strict=True):
             written.append(images / f"{name}.png")
-            written[-1].write_bytes(chart.png())
+            paths.write_whole(written[-1], chart.png())
         paths.write_whole(target, page.html(content, body).encode("utf-8", "backslashreplace"))
     except OSError as e:
         raise UserError(f"{folder}: the report cannot be written ({e}): check the permissions of the folder") from e

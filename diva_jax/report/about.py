@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from diva_jax import config as configs
+from diva_jax.common import imports
 from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
 from diva_jax.report import wording
@@ -39,6 +40,9 @@ def facts(inputs: Inputs) -> Iterator[str]:
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any] | None:
     """Returns the flat default config of a run's objective, with the nearest backbone of the table; None if unknown."""
+    name = str(config.get("objective"))
+    if "." in name and not imports.is_own(name):
+        return None
     try:
         own = config["backbone"]
         name = min(

@@ -129,7 +129,9 @@ def read(folder: epath.PathLike) -> Inputs:
             f"{folder} has neither results.json nor logged steps in metrics.jsonl: give an evaluation's output folder "
             f"(python -m diva_jax.evaluate --out={shlex.quote(str(folder))}) or a training workdir"
         )
-    return Inputs(folder, results, runs, _read(folder / "images.json", ImageRows, None, "write it again, or remove it"))
+    return Inputs(
+        folder, results, runs, json_files.read(folder / "images.json", ImageRows, "write it again, or remove it", None)
+    )
 
 
 def _existing_folder(source: str, remote: bool) -> epath.Path | None:
@@ -146,14 +148,14 @@ def _existing_folder(source: str, remote: bool) -> epath.Path | None:
 
 def _run(folder: epath.Path, index: int, labels: tuple[str, ...]) -> Run:
     repair = "restore or remove it"
-    config = _read(folder / "config.json", dict[str, Any], {}, repair)
-    sessions = _read(folder / "sessions.json", list[Session], [], repair)
+    config = json_files.read(folder / "config.json", dict[str, Any], repair, {})
+    sessions = json_files.read(folder / "sessions.json", list[Session], repair, [])
     return Run(folder.name, index, config, _metrics(folder / "metrics.jsonl"), sessions, labels)
 
 
 def _results(path: epath.Path) -> Results | None:
     again = "it was not written by this version of diva_jax.evaluate, run the evaluation again"
-    content = _read(path, Any, None, again)
+    content = json_files.read(path, Any, again, None)
     if content is None:
         return None
     if not isinstance(content, dict) or content.get("schema") != results_schema.SCHEMA:
@@ -186,7 +188,7 @@ def _without_equal_readouts(task: Task) -> Task:
 
 def _metrics(path: epath.Path) -> list[dict[str, Any]]:
     """Reads rows, sorted by step. An incomplete last line (still being written, or the run was killed) is skipped."""
-    lines = json_files.read_bytes(path).splitlines(keepends=True) if path.is_file() else []
+    lines = json_files.read_bytes(path).splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     rows = []
@@ -196,11 +198,6 @@ def _metrics(path: epath.Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number} has no step, so it is not a row of a training log: remove it")
         rows.append(row)
     return sorted(rows, key=lambda row: row["step"])
-
-
-def _read(path: epath.Path, form: Any, otherwise: Any, repair: str) -> Any:
-    """The content of a JSON file as `form`, or `otherwise` where there is no file."""
-    return json_files.read(path, form, repair) if path.is_file() else otherwise
 
 
 def _usable(value: Any) -> bool:

@@ -8,6 +8,7 @@ checkpoint intact. Checksums are saved with each checkpoint and verified when it
 import contextlib
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,13 +18,14 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
-from diva_jax.common import paths
+from diva_jax.common import json_files, paths
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
 from diva_jax.training import distributed, integrity
 from diva_jax.training.integrity import Damaged
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # In the names of folders of saves that have not ended.
+_LISTINGS = 20  # A reader lists again where a trainer has deleted a checkpoint meanwhile.
 _RETRY_AFTER_S = (2.0, 8.0, 30.0)  # A save that failed is tried again after each of these.
 
 
@@ -40,11 +42,31 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
-    """Step -> what is wrong, or None; of the checkpoints that were saved to the end, newest first."""
+    """Step -> what is wrong, or None; of the checkpoints that were saved to the end, newest first.
+
+    Raises:
+      UserError: they cannot be listed.
+    """
     folder = _folder(workdir)
-    found = ocp.utils.checkpoint_steps_paths(folder) if folder.is_dir() else []
-    steps = sorted((int(f.name) for f in found if f.name.isdecimal()), reverse=True)
-    return {step: integrity.damage(folder / str(step)) for step in steps}
+    try:
+        for _ in range(_LISTINGS):
+            with contextlib.suppress(FileNotFoundError):
+                found = ocp.utils.checkpoint_steps_paths(folder) if folder.is_dir() else []
+                found += [] if paths.is_remote(folder) else [f for f in (folder, *folder.glob("*")) if _dangles(f)]
+                if folder in found:
+                    raise UserError(f"{folder} is a link to a folder that is not there: put it back, or remove it")
+                steps = sorted({int(f.name) for f in found if f.name.isdecimal()}, reverse=True)
+                return {step: integrity.damage(folder / str(step)) for step in steps}
+    except Exception as e:
+        if isinstance(e, UserError) or not paths.is_remote(folder):
+            raise
+        raise UserError(f"{folder} cannot be read ({paths.reason(e)}): check this account's rights, try again") from e
+    raise UserError(f"{folder} changes too fast to be read: try again, with a larger config.checkpoint.keep")
+
+
+def _dangles(path: epath.Path) -> bool:
+    """Whether a local path is a link to nothing."""
+    return os.path.islink(path) and not path.exists()
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
@@ -65,7 +87,8 @@ def latest_step(workdir: epath.PathLike) -> int | None:
 def stored_config(workdir: epath.PathLike) -> dict | None:
     """The config that the newest whole checkpoint was saved with, or None."""
     step = latest_step(workdir)
-    return None if step is None else integrity.read_text(_folder(workdir) / str(step), "meta").get("config")
+    content = None if step is None else integrity.read_text(_folder(workdir) / str(step), "meta").get("config")
+    return content if isinstance(content, dict) else None
 
 
 def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
@@ -152,7 +175,7 @@ def identity(workdir: epath.PathLike, step: int) -> str:
     """SHA-256 of a checkpoint's own description, which has the time at which it was written, as hex digits."""
     folder = _folder(workdir) / str(step)
     files = [f for f in (folder / "_CHECKPOINT_METADATA", folder / "state" / "_METADATA") if f.exists()]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    return hashlib.sha256(b"".join(map(json_files.read_bytes, files))).hexdigest()
 
 
 class Checkpoints:
@@ -182,8 +205,18 @@ class Checkpoints:
             # Where a folder cannot be made, the threads that would fill it wait for it for five minutes.
             async_options=ocp.AsyncOptions(timeout_secs=self._timeout, create_directories_asynchronously=False),
         )
-        with _quiet(self._read_only):
-            return ocp.CheckpointManager(_folder(self._workdir), options=options, **kw)
+        for last in [False] * _LISTINGS + [True]:
+            try:
+                with _quiet(self._read_only):
+                    return ocp.CheckpointManager(_folder(self._workdir), options=options, **kw)
+            except FileNotFoundError:  # A trainer has just deleted a checkpoint that orbax had listed.
+                if last or not self._read_only:
+                    raise
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
+                raise UserError(
+                    f"{_folder(self._workdir)}: the file _CHECKPOINT_METADATA of a checkpoint is damaged "
+                    f"({paths.reason(e)}): move that checkpoint away"
+                ) from e
 
     def save(self, step: int, state: dict, data: dict, meta: dict, wait: bool = False) -> None:
         """Starts to write a checkpoint; returns when `state` may be overwritten. No-op where it exists.
@@ -263,7 +296,8 @@ class Checkpoints:
 
     def trained(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Name -> shape and dtype of the trained parameters in a checkpoint."""
-        return {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in self._tree(step)["params"].items()}
+        with self._reading(step):
+            return {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in self._tree(step)["params"].items()}
 
     @contextlib.contextmanager
     def _reading(self, step: int):

@@ -216,15 +216,18 @@ class Preemption:
         self._asked = threading.Event()
         self._at_once = False
         self._shared = jax.distributed.is_initialized()
-        # One process of several cannot end alone: there, jax's handler of SIGTERM is the only one.
-        wanted = () if self._shared else (signal.SIGTERM, signal.SIGINT)
+        # One process of several cannot end alone: there, SIGTERM is jax's, and SIGINT becomes one.
+        wanted = (signal.SIGINT,) if self._shared else (signal.SIGTERM, signal.SIGINT)
         self._before = {s: signal.signal(s, self._ask) for s in wanted}
 
     def _ask(self, number: int, _) -> None:
         self.signal = signal.Signals(number)
-        self._asked.set()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        if self._shared:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        self._asked.set()
         if self._at_once:
             raise Interrupted
 

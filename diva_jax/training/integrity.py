@@ -6,12 +6,18 @@ and a change of a single element always changes it: an odd number has an inverse
 """
 
 import json
+import os
 import zlib
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+
+from diva_jax.common import json_files, paths
+from diva_jax.common.errors import UserError
 
 ITEMS = ("state", "data", "meta")
 # Odd numbers, by axis, that positions are multiplied by; those of Weyl sequences in several dimensions.
@@ -66,15 +72,20 @@ def verify(tree, written: dict[str, int]) -> None:
 
 
 def read_text(folder: epath.Path, item: str) -> dict:
-    """The JSON of an item of a checkpoint; raises `Damaged` where it is missing, or no JSON object."""
+    """The JSON of an item of a checkpoint.
+
+    Raises:
+      Damaged: it is missing, or no JSON object.
+      UserError: the bucket does not give it.
+    """
     try:
-        content = json.loads((folder / item / "metadata").read_text())
-    except FileNotFoundError as e:
-        raise Damaged(f"its part {item} is missing") from e
-    except (ValueError, RecursionError) as e:
-        raise Damaged(f"its part {item} is not valid JSON") from e
-    if not isinstance(content, dict):
-        raise Damaged(f"its part {item} is not a JSON object")
+        content = json_files.read(folder / item / "metadata", dict[str, Any], "restore it", None)
+    except UserError as e:
+        if paths.is_remote(folder) and not isinstance(e.__cause__, ValueError | None):
+            raise  # A bucket that cannot be reached, whose checkpoints may be good.
+        raise Damaged(f"its part {item}: {e}") from e
+    if content is None:
+        raise Damaged(f"its part {item} is missing")
     return content
 
 
@@ -93,6 +104,13 @@ def check_files(folder: epath.Path) -> None:
     Raises:
       Damaged: a part is missing, empty or not readable, or the folder is a copy of another step's.
     """
+    for file in () if paths.is_remote(folder) else Path(folder).rglob("*"):
+        if not file.is_dir() and not file.is_file():
+            if not os.path.lexists(file):
+                raise Damaged("it was deleted meanwhile")
+            raise Damaged(f"{file.name} is not a regular file")
+        if file.parent.name != "d" and file.stat().st_size > json_files.MAX_BYTES:
+            raise Damaged(f"{file.name} has more than {json_files.MAX_BYTES} bytes")
     data, meta = read_text(folder, "data"), read_text(folder, "meta")
     if not (folder / "state").is_dir():
         raise Damaged("its part state is missing")

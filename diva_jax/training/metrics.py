@@ -6,12 +6,13 @@ import math
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from diva_jax.common import log, machine, paths
+from diva_jax.common import json_files, log, machine, paths
 from diva_jax.common.errors import RunError, UserError
 
 
@@ -28,10 +29,9 @@ def _wandb_run(workdir: epath.Path, local: Path, project: str, config: dict):
     file = workdir / "wandb_id.txt"
     if not file.exists():
         paths.write_whole(file, uuid.uuid4().hex)
+    known = json_files.read_bytes(file, 2**10).decode()
     try:
-        return wandb.init(
-            project=project, id=file.read_text(), name=workdir.name, dir=str(local), config=config, resume="allow"
-        )
+        return wandb.init(project=project, id=known, name=workdir.name, dir=str(local), config=config, resume="allow")
     except Exception as e:  # The library's own, from a missing login to the network.
         raise UserError(
             f"config.log.wandb={project!r}: no run could be started ({paths.reason(e)}): log in with `wandb login`, "
@@ -42,8 +42,8 @@ def _wandb_run(workdir: epath.Path, local: Path, project: str, config: dict):
 def _step_of(line: bytes) -> int | None:
     """The step of a row of metrics.jsonl, or None where the line is no row."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = json_files.decoded(line)
+    except ValueError:
         return None
     step = row.get("step") if isinstance(row, dict) else None
     return step if isinstance(step, int) and not isinstance(step, bool) else None
@@ -72,7 +72,7 @@ class Writer:
         self, workdir: epath.PathLike, step: int, tensorboard: bool, wandb: str = "", config: dict | None = None
     ):
         path = epath.Path(workdir) / "metrics.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        lines = json_files.read_bytes(path, json_files.MAX_LINES_BYTES).splitlines() if path.exists() else []
         found = [_step_of(line) for line in lines]
         # The last row may have been truncated when the process was killed.
         if odd := sum(at is None for at in found[:-1]):
@@ -98,10 +98,11 @@ class Writer:
     @staticmethod
     def _list_session(path: epath.Path, step: int) -> None:
         try:
-            found = json.loads(path.read_text()) if path.exists() else []
-        except ValueError:  # Only for the reader: a damaged file does not stop a run.
+            found = json_files.read(path, list[Any], "", [])
+        except UserError:  # Only for the reader: a damaged file does not stop a run.
+            if path.is_dir():
+                raise
             found = []
-        found = found if isinstance(found, list) else []
         found.append({"step": step, "started": machine.now(), **machine.describe()})
         paths.write_whole(path, json.dumps(found, indent=1))
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diva_jax import objectives
-from diva_jax.common import paths
+from diva_jax.common import imports, json_files, paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.log import say
@@ -36,17 +36,12 @@ WHOLE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion
 def _run_config(workdir: epath.PathLike) -> dict | None:
     """The config of a run: `workdir/config.json`, or that of its newest checkpoint where the file is damaged."""
     path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        return None
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-        return content
-    except (OSError, ValueError, RecursionError) as e:
+        return json_files.read(path, dict[str, Any], "restore it, it is the config of the run", None)
+    except UserError as e:
         if (content := checkpoint.stored_config(workdir)) is None:
-            raise UserError(f"{path} cannot be read ({e}): restore it, it is the config of the run") from e
-        say(f"{path} cannot be read ({e}): the config in the newest checkpoint is used")
+            raise
+        say(f"{e}; the config in the newest checkpoint is used")
         return content
 
 
@@ -111,7 +106,7 @@ def seen(path: epath.Path) -> int | None:
         if time.monotonic() > until:
             return None
         time.sleep(1.0)
-    return zlib.crc32(path.read_bytes())
+    return zlib.crc32(json_files.read_bytes(path))
 
 
 def check_sources(there: dict, here: dict) -> None:
@@ -125,10 +120,15 @@ def check_sources(there: dict, here: dict) -> None:
 
 
 def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict:
-    """The config that a run wrote into its workdir, or a UserError where there is no run."""
+    """The config that a run wrote into its workdir.
+
+    Raises:
+      UserError: there is no run, or its config names code that is not trusted, see `imports`.
+    """
     found = _run_config(paths.folder(workdir, field))
     if found is None:
         raise UserError(f"{field}={workdir} holds no run: give the --workdir of python -m diva_jax.main")
+    imports.check_stored(found, f"{field}={workdir}: config.json")
     try:
         return ConfigDict(found)
     except (TypeError, ValueError, AttributeError, KeyError) as e:  # Of names that no field can have.
@@ -261,13 +261,21 @@ class RunAt:
 
     @classmethod
     def open(cls, workdir: epath.PathLike, step: int | None = None) -> "RunAt":
-        """Finds a run and a step of it, default the newest.
+        """Reads a run at a step, default the newest.
 
         Raises:
-          UserError: no run, no checkpoint, or no such step.
+          UserError: no run, no checkpoint, no such step, or it is damaged.
         """
         config = read_config(workdir)
-        return cls(workdir, choose_step(workdir, step), config)
+        while True:
+            run = cls(workdir, choose_step(workdir, step), config)
+            try:
+                _ = run.params
+                return run
+            except UserError:
+                # The newest may have been deleted since by a run that trains there and has newer ones.
+                if step is not None or (epath.Path(workdir) / "checkpoints" / str(run.step)).exists():
+                    raise
 
     @functools.cached_property
     def program(self) -> Program:

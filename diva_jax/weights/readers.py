@@ -1,15 +1,16 @@
 """Reads files of weights lazily, one tensor at a time. The format is detected from the first bytes of a file."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from diva_jax.common import json_files
 from diva_jax.common.errors import UserError
 from diva_jax.weights import pickles
 from diva_jax.weights.tensors import Tensor, Tensors
@@ -26,8 +27,6 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-
-_MAX_JSON_BYTES = 2**26
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -98,17 +97,9 @@ def read_json(path: Path) -> dict:
     Raises:
       UserError: the file is missing, is not valid JSON, holds anything but an object, or is larger than 64 MiB.
     """
-    check_regular(path)
-    try:
-        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-            raise UserError(f"{path} has {size} bytes, which is too many for a JSON file: fetch it again")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"{path} is missing: the folder is not complete, fetch it again") from e
-    except (ValueError, RecursionError, OSError) as e:
-        raise UserError(f"{path} is not valid JSON ({e}): fetch it again") from e
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__} and not a JSON object: fetch it again")
+    content = json_files.read(path, dict[str, Any], "fetch it again", None)
+    if content is None:
+        raise UserError(f"{path} is missing: the folder is not complete, fetch it again")
     return content
 
 

@@ -111,7 +111,9 @@ def predictions(out) -> list[dict]:
 def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
     name, workdir, _ = ran
     out, tuned = tmp_path / "scores", tmp_path / "tuned"
-    commands.succeed("export_torch", f"--workdir={workdir}", f"--out={tuned}", path=(world,))
+    export = ("export_torch", f"--workdir={workdir}", f"--out={tuned}")
+    assert "--trust_objective" in commands.refused(*export, path=(world,))
+    commands.succeed(*export, "--trust_objective", path=(world,))
     configuration = f"--config={SUPPORT}/outside_config.py:{name}:{world}"
     weights = [f"--weights={w}" for w in (world / "clip", workdir, tuned)]
     data = ("--task=zeroshot", f"--data={world}/classes", "--config.eval.bootstrap=50", f"--out={out}")

@@ -52,13 +52,13 @@ def losses(workdir) -> list[float]:
 
 
 def test_one_run_over_two_four_and_one_processes(files, tmp_path):
-    """Two processes, one of which is sent SIGTERM; then four, one of which is killed; then one to the last step."""
+    """Two processes, one of which is sent SIGINT; then four, one of which is killed; then one to the last step."""
     workdir, alone = tmp_path / "run", tmp_path / "alone"
     two = start_all(files, workdir, 2, "--config.mesh.fsdp=2", "--config.mesh.min_shard=64")
     wait_for_step(two[0], 2)
-    two[1].terminate()
+    two[1].send_signal(signal.SIGINT)  # Which becomes SIGTERM.
     ends = finish(two)
-    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert [code for code, _, _ in ends] == [0, 130] and ends[1][2].strip().endswith("interrupted"), ends
     saved = checkpoint.latest_step(workdir)
     assert 2 <= saved < STEPS and f"SIGTERM: saved step {saved}" in ends[0][1]
     assert not re.search("^(step|stage|total) ", ends[1][1], re.M), "only process 0 prints"

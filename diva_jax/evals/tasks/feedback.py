@@ -38,7 +38,7 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import images, sources
-from diva_jax.evals import Outcome, Settings, Task, stats
+from diva_jax.evals import Outcome, Settings, Task, encode, stats
 from diva_jax.training import load, sharding
 from diva_jax.training.step import Program
 
@@ -254,7 +254,7 @@ class Feedback(Task):
             name: np.concatenate([part[name].T for part in parts]).astype(np.float64)[: self.count] for name in parts[0]
         }
 
-    def _gradients(self, arrays) -> np.ndarray:
+    def _gradients(self, arrays, label: str) -> np.ndarray:
         """Mean cosine of each group, [groups]; NaN where a gradient is zero.
 
         Images that do not fill a group are omitted. A group is repeated until its size is a multiple of the number of
@@ -266,6 +266,7 @@ class Feedback(Task):
             rows = list(range(first, first + self._group)) * copies
             keys = np.stack([self._keys(1 + r, rows) for r in range(self.options.draws)])
             cosine, norms = jax.device_get(self._cosines(arrays, self._put(rows), keys))
+            encode.require_finite(norms, label, "draws", "gradients")
             out.append(cosine if (norms > 0).all() else np.nan)
         return np.array(out, np.float64)
 
@@ -281,6 +282,8 @@ class Feedback(Task):
         arrays, notes = self._arrays(model)
         losses = self._condition_losses(arrays, model.towers.batch)
         weights = losses.pop("nats_per_loss", None)
+        for values in losses.values():
+            encode.require_finite(values, model.label, "images", "diffusion losses")
         values = {"loss_own": losses["own"]} | {f"gap_{k}": losses[k] - losses["own"] for k in ("other", "text")}
         if weights is not None:
             values |= {f"nats_{k}": weights * values[f"gap_{k}"] for k in ("other", "text")}
@@ -291,7 +294,7 @@ class Feedback(Task):
             {"low": int(low), "high": int(high), "scores": {n: self._score(v[:, k]) for n, v in values.items()}}
             for k, (low, high) in enumerate(zip(self.edges, self.edges[1:], strict=False))
         ]
-        held = by_image | {"gradient_cosine": self._gradients(arrays)}
+        held = by_image | {"gradient_cosine": self._gradients(arrays, model.label)}
         if np.isnan(held["gradient_cosine"]).all():
             notes.append("the encoder's gradient is zero: the U-Net does not use its condition, nothing can be learned")
         else:

@@ -5,13 +5,15 @@ image, as published; texts, groups and matches count too (`evals.matching`). A s
 """
 
 import dataclasses
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from ml_collections import ConfigDict
+from pydantic import Field
 
+from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import labelled, texts
@@ -85,6 +87,13 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     return rows[1:]
 
 
+class _Patterns(json_files.Record):
+    """The content of Patterns.json."""
+
+    patterns: Annotated[list[str], Field(min_length=1)]
+    pairs: Annotated[int, Field(ge=1)]
+
+
 def read_patterns(path: str) -> tuple[tuple[str, ...], int]:
     """(names of the patterns, pairs of each): MMVP-VLM's, or what `Patterns.json` beside Questions.csv says.
 
@@ -92,19 +101,9 @@ def read_patterns(path: str) -> tuple[tuple[str, ...], int]:
       UserError: that file is broken.
     """
     file = _root(path)[0].with_name(NAMES)
-    if not file.exists():
-        return PATTERNS, PER_PATTERN
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        names, pairs = tuple(content["patterns"]), content["pairs"]
-        if not names or not all(isinstance(n, str) for n in names) or type(pairs) is not int or pairs < 1:
-            raise ValueError("it needs names and a number")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(
-            f'{file} is wrong ({e!r}): it must read {{"patterns": [names], "pairs": pairs of each pattern}}; remove it '
-            "if this is MMVP-VLM"
-        ) from e
-    return names, pairs
+    repair = 'it must read {"patterns": [names], "pairs": pairs of each pattern}; remove it if this is MMVP-VLM'
+    found = json_files.read(file, _Patterns, repair, None)
+    return (tuple(found.patterns), found.pairs) if found else (PATTERNS, PER_PATTERN)
 
 
 def _question(path: Path, folder: Path, line: int, fields: list[str]) -> Question:

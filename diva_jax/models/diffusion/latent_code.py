@@ -1,11 +1,11 @@
 """What a model of latents offers: Stable Diffusion's VAE, FLUX's, or one of your own, which a dotted path names."""
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from flax import nnx
 
+from diva_jax.common import imports
 from diva_jax.common.errors import UserError, brief
 from diva_jax.models.layers import Array
 
@@ -52,9 +52,8 @@ class LatentCode(Protocol):
 def find(path: str, field: str) -> type[LatentCode]:
     """Imports a class by its dotted path, the value of this field of the config, which a UserError names."""
     module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(
-            f"{field}={brief(path)} cannot be imported ({e}): give the dotted path of a class on PYTHONPATH"
-        ) from e
+    wanted = "give the dotted path of a class on PYTHONPATH"
+    found = getattr(imports.module(module, field, wanted), name, None)
+    if found is None:
+        raise UserError(f"{field}={brief(path)} cannot be imported (there is no {name}): {wanted}")
+    return found

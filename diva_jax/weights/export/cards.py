@@ -45,7 +45,7 @@ def card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    run = source.run
+    run = paths.values_without_secrets(source.run)
     method = run["config"]["objective"] if run else ""
     has_text = spec.has_text and fmt != "pt"
     squash = "squashed to a square" if spec.resize_mode == "squash" else "shortest side resized, centre cropped"
@@ -80,7 +80,7 @@ def card(
         config=json.dumps(run["config"], indent=1) if run else "",
         versions=", ".join(f"{package} {_version(package)}" for package in ("diva_jax", "jax", "flax", "numpy")),
     )
-    return paths.without_secrets(str(content))
+    return str(content)
 
 
 def _version(package: str) -> str:

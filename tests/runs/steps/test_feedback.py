@@ -13,7 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax import objectives
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.fields import default_of
 from diva_jax.data import inputs
 from diva_jax.data.preprocess import to_float
@@ -131,6 +131,13 @@ def test_losses_and_gaps_by_hand(one, found):
     cosine = scores["gradient_cosine"]
     assert -1 < cosine["score"] < 0.999 and cosine["interval"] is None  # There is one group.
     assert scores["gradient_snr"]["score"] == pytest.approx(cosine["score"] / (1 - cosine["score"]))
+
+
+def test_weights_that_are_not_finite_are_refused(one):
+    arrays = arrays_of(one)
+    name = next(n for n in arrays if n.startswith("vision/blocks/0"))
+    with pytest.raises(RunError, match=f"x: the diffusion losses of {COUNT} of {COUNT} images are not finite"):
+        outcome(one, arrays | {name: arrays[name] * np.nan})
 
 
 def test_mean_cosine_of_a_planted_signal():

@@ -1,5 +1,6 @@
 """Signals to a command that is not training: they end it, wherever the program is, and what it has begun is removed."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -48,3 +49,14 @@ def test_a_signal_ends_a_command(sig, code, said, where):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (code, "removed\n", said + "\n")
     assert time.monotonic() - began < 9  # Less than the time after which it would have been ended from outside.
+
+
+def test_sigint_while_a_command_imports(tmp_path):
+    """A module in place of jax says when it is imported."""
+    (tmp_path / "jax.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+    command = [sys.executable, "-m", "diva_jax.report", "x"]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert (*process.communicate(timeout=60), process.returncode) == ("", "interrupted\n", 130)

@@ -129,7 +129,7 @@ def test_what_is_refused_when_a_cache_is_opened(folder, data, tmp_path_factory):
     (folder / MANIFEST.file(2)).unlink()
     refused("lacks 1 of its 3 shards")
     (folder / "latents.json").write_text("{}")
-    refused(r"latents\.json cannot be read")
+    refused(r"latents\.json: it has no 'format'")
 
 
 def test_a_changed_image_is_found_where_it_is_used(folder, data):

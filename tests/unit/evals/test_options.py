@@ -176,7 +176,7 @@ def test_what_the_train_loop_logs(outside, tmp_path):
 
 def test_modules_that_cannot_be_tasks_are_refused(outside):
     for name, says in (
-        ("outside_tasks.none", "the task outside_tasks.none cannot be imported .*PYTHONPATH"),
+        ("outside_tasks.none", "--task=.outside_tasks.none. cannot be imported .*PYTHONPATH"),
         ("outside_tasks.empty", "the module outside_tasks.empty is not a task, it lacks prepare"),
         ("outside_tasks.data", "config.eval has another 'data', rename the module"),
         ("outside_tasks.mmvp", "config.eval has another 'mmvp', rename the module"),

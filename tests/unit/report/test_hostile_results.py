@@ -90,6 +90,21 @@ def test_names_are_never_paths(folder, tmp_path):
         assert made == tmp_path / "in/report" or made.parent == tmp_path / "in/report" or made.name == "report.html"
 
 
+def test_nothing_is_written_through_links(tmp_path):
+    samples.write_run(tmp_path / "run", rows=6)
+    names = [path.name for path in report.write(tmp_path / "run")[1:]]
+    (tmp_path / "precious").write_text("precious")
+    for place in ("report.html", *(f"report/{name}" for name in names)):
+        (tmp_path / "run" / place).unlink()
+        (tmp_path / "run" / place).symlink_to(tmp_path / "precious")
+    report.write(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "precious"
+    (tmp_path / "run/report").rename(tmp_path / "elsewhere")
+    (tmp_path / "run/report").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="report is a link, through which nothing is written: remove it"):
+        report.write(tmp_path / "run")
+
+
 def test_what_is_no_image_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")

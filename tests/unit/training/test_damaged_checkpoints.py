@@ -155,11 +155,27 @@ def test_an_empty_folder_or_a_copy_is_no_checkpoint(workdir):
     (workdir / "checkpoints" / "99").mkdir()
     shutil.copytree(workdir / "checkpoints" / "6", workdir / "checkpoints" / "19")
     (workdir / "checkpoints" / "notes").mkdir()
+    (workdir / "checkpoints" / "29").symlink_to("gone")
     assert checkpoint.latest_step(workdir) == 9 and checkpoint.steps(workdir) == [3, 6, 9]
-    assert checkpoint.damaged(workdir).keys() == {19, 99}
+    assert checkpoint.damaged(workdir).keys() == {19, 29, 99}
     found = checkpoint.restore_newest(workdir, abstract)
     whole(found)
     assert found.step == 9 and "copy of the checkpoint of step 6" in found.damaged[19]
+
+
+def test_a_link_to_checkpoints_that_are_gone_is_said(tmp_path):
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="checkpoints is a link to a folder that is not there"):
+        checkpoint.latest_step(tmp_path)
+
+
+def test_a_reader_takes_another_one_where_a_trainer_deletes_its_checkpoint(workdir, monkeypatch):
+    (workdir / "config.json").write_text('{"steps": 9}')
+    chosen, choose = iter([12, 15]), workdirs.choose_step
+    monkeypatch.setattr(workdirs, "choose_step", lambda *given: next(chosen, None) or choose(*given))
+    run = workdirs.RunAt.open(workdir)
+    assert run.step == 9
+    jax.tree.map(np.testing.assert_array_equal, dict(run.params), state(9)["params"])
 
 
 def test_names_of_what_is_set_aside_do_not_meet(workdir):
@@ -207,7 +223,7 @@ def test_a_broken_config_is_taken_from_the_newest_checkpoint(workdir, capsys, te
     assert workdirs.read_config(workdir).to_dict() == META["config"]
     assert "the config in the newest checkpoint is used" in capsys.readouterr().out
     shutil.rmtree(workdir / "checkpoints")
-    with pytest.raises(UserError, match="config.json cannot be read"):
+    with pytest.raises(UserError, match="config.json, line 1 is not JSON|config.json: it is"):
         workdirs.read_config(workdir)
 
 

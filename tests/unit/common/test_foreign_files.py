@@ -1,0 +1,220 @@
+"""Every file of a folder that may come from elsewhere, made to do harm: read as its declared form, or one sentence."""
+
+import io
+import json
+import os
+import resource
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+import report_samples as samples
+from etils import epath
+from mutations import changed, damaged
+from records import encoded, write_shards
+
+from diva_jax.common.errors import UserError
+from diva_jax.data import latent_cache, sources
+from diva_jax.evals.tasks import mmvp
+from diva_jax.report import inputs
+from diva_jax.training import checkpoint, lock, metrics, workdirs
+from diva_jax.weights.export import cards
+
+pytestmark = pytest.mark.attack
+MANIFEST = {"facts": {"vae": {"a": 1}}, "records": 7, "crops": 2, "seed": 3, "per_shard": 4, "shape": [4, 6, 8]}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder that has all of the files."""
+    folder = tmp_path_factory.mktemp("good")
+    tasks = {"mmvp": samples.mmvp_task(samples.write_images(folder, 2)), "drift": samples.drift_task()}
+    samples.write_run(folder, rows=6)
+    samples.write_evaluation(folder, [], "w", **tasks)
+    rows = [[{"image": "a.png", "caption": "x"}]]
+    (folder / "images.json").write_text(json.dumps({"title": "t", "note": "n", "rows": rows}))
+    (folder / "lock.json").write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": 7, "token": "x"}))
+    (folder / "latents.json").write_text(json.dumps({"format": 1, **MANIFEST}))
+    (folder / "Patterns.json").write_text(json.dumps({"patterns": ["a", "b"], "pairs": 3}))
+    state = {"params": {"a": np.ones(3, np.float32)}, "step": np.int32(3)}
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, jax.tree.map(jax.numpy.asarray, state), {"batches": 3}, {"config": {"steps": 9}}, wait=True)
+    (folder / "shards").mkdir()
+    write_shards(folder / "shards", 3, 3)
+    sources.open_source(str(folder / "shards"), str(folder / "shards"))
+    (folder / "captions").mkdir()
+    (folder / "captions/a.png").write_bytes(encoded(1))
+    (folder / "captions/a.txt").write_text("a caption")
+    return folder
+
+
+def show(folder):
+    inputs.read(folder)
+
+
+def lock_it(folder):
+    lock.Lock(epath.Path(folder)).close()
+
+
+def resume(folder):
+    metrics.Writer(folder, 9, tensorboard=False).close()
+
+
+def restore(folder):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {"params": {"a": jax.ShapeDtypeStruct((3,), np.float32, sharding=here)}}
+    abstract["step"] = jax.ShapeDtypeStruct((), np.int32, sharding=here)
+    checkpoint.restore_newest(folder, lambda step: abstract)
+    workdirs.check_sources({}, {})
+
+
+def read_captions(folder):
+    source = sources.open_source(str(folder / "captions"))
+    try:
+        assert isinstance(source.read(0).text, str | None)
+    except (OSError, ValueError):  # One record, which the pipeline counts as broken.
+        pass
+
+
+def read_shards(folder):
+    source = sources.open_source(str(folder / "shards"), str(folder / "shards"))
+    for i in range(len(source)):
+        try:
+            source.read(i)
+        except (OSError, ValueError):
+            pass
+
+
+READERS = {
+    "config.json": (workdirs.read_config, show),
+    "results.json": (show, lambda folder: cards.scores_of(str(folder), "w", None)),
+    "metrics.jsonl": (show, resume),
+    "sessions.json": (show, resume),
+    "images.json": (show,),
+    "lock.json": (lock_it,),
+    "latents.json": (lambda folder: latent_cache.Manifest.read(folder, "field"),),
+    "Patterns.json": (lambda folder: mmvp.read_patterns(str(folder / "Questions.csv")),),
+    "checkpoints/3/meta/metadata": (restore, checkpoint.stored_config),
+    "checkpoints/3/data/metadata": (restore,),
+    "checkpoints/3/_CHECKPOINT_METADATA": (restore, lambda folder: checkpoint.identity(folder, 3)),
+    "captions/a.txt": (read_captions,),
+    "shards/tar_index": (read_shards,),
+}
+
+
+def sparse(path):
+    path.touch()
+    os.truncate(path, 40 << 30)
+
+
+def bomb(path):
+    with open(path, "wb") as file:
+        np.savez_compressed(file, rows=np.zeros(3 << 20), names=np.zeros(3 << 20, np.uint8))
+
+
+def large_shape(path):
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": (1 << 50,)})
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("rows", "names", "complaints"):
+            archive.writestr(f"{name}.npy", head.getvalue())
+
+
+SPECIAL = [
+    os.mkfifo,
+    lambda path: path.symlink_to("/dev/zero"),
+    lambda path: path.symlink_to("gone"),
+    lambda path: path.mkdir(),
+    sparse,
+    bomb,
+    large_shape,
+    *(
+        lambda path, text=text: path.write_bytes(text)
+        for text in (
+            b"",
+            b"null",
+            b"[]",
+            b"{",
+            b"\xff\xfe",
+            b'{"a":' * 50_000,
+            b"[" * 10**6,
+            b"9" * 10**5,
+            b"\xef\xbb\xbf[1]",
+        )
+    ),
+]
+
+
+def attack(folder, name, write):
+    path = folder / name if name != "shards/tar_index" else next(folder.glob("shards/tar_index*"))
+    content = path.read_bytes()
+    path.unlink()
+    write(path, content)
+    for read in READERS[name]:
+        began = time.monotonic()
+        try:
+            read(folder)
+        except UserError as e:
+            assert "\n" not in str(e) and len(str(e)) < 2000
+        assert time.monotonic() - began < 20
+
+
+@pytest.fixture
+def folder(good, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_AFTER_S", 0.05)
+    monkeypatch.setattr(lock, "SETTLED_AFTER_S", 0.0)
+    shutil.copytree(good, tmp_path / "a")
+    return tmp_path / "a"
+
+
+def copied(good, place, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_AFTER_S", 0.01)
+    monkeypatch.setattr(lock, "SETTLED_AFTER_S", 0.0)
+    return shutil.copytree(good, place)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_such_file(good, tmp_path, monkeypatch, name):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number, special in enumerate(SPECIAL):
+        attack(copied(good, tmp_path / str(number), monkeypatch), name, lambda path, _, make=special: make(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 << 20  # KiB
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", READERS)
+def test_changed_fields_and_bytes(good, tmp_path, monkeypatch, name, seed):
+    rng = np.random.default_rng(seed)
+    for case in range(8):
+
+        def write(path, content, case=case):
+            if case % 3 == 0 or not name.lower().endswith(("json", "metadata")):
+                path.write_bytes(damaged(rng, content))
+            else:
+                path.write_text(json.dumps(changed(rng, json.loads(content), 2)[0]))
+
+        attack(copied(good, tmp_path / str(case), monkeypatch), name, write)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_index_of_shards_with_other_numbers(good, tmp_path, monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+
+    def write(path, content):
+        with np.load(io.BytesIO(content)) as stored:
+            arrays = {name: np.array(stored[name]) for name in stored}
+        rows = arrays["rows"]
+        field = rows.dtype.names[rng.integers(len(rows.dtype))]
+        kind = np.iinfo(rows.dtype[field])
+        rows[field][rng.integers(len(rows))] = rng.choice([kind.min, kind.max, 0, 1, 99])
+        if rng.integers(4) == 0:
+            other = [rows["size"], rows[:0], np.zeros((2, 2)), np.array("[[9, 1]]"), rows[..., None]]
+            arrays[list(arrays)[rng.integers(3)]] = other[rng.integers(len(other))]
+        np.savez(path, **arrays)
+
+    for case in range(15):
+        attack(copied(good, tmp_path / str(case), monkeypatch), "shards/tar_index", write)
