@@ -16,8 +16,10 @@ that differs by architecture; what several of them use is in the subpackage `sha
 - `OTHERS`: tensors of a whole checkpoint that belong to neither tower and are kept in exports.
 - `shapes(tensors) -> dict`: the fields of `Spec` that the shapes of a checkpoint's vision tower tell.
 - `PREPROCESS`: mean, std, resize_mode and interpolation where a config does not state them.
-- `reads_open_clip(vision_cfg) -> bool`, `from_open_clip(model: LibraryConfig) -> dict`, `to_open_clip(spec) -> dict`:
-  between `Spec` and open_clip's config, see `shared.open_clip_config`; the second only where the first may be true.
+- `TIMM`: the timm models of which open_clip builds this tower -> the fields of `Spec` that each fixes; "" stands for
+  open_clip's own tower; empty where it has none.
+- `from_open_clip(model: LibraryConfig) -> dict`, `to_open_clip(spec) -> dict`: between `Spec` and open_clip's config,
+  see `shared.open_clip_config`; not where `TIMM` is empty.
 - `TRANSFORMERS`: a `shared.transformers_layout.Layout`, or None where transformers has no such model.
 - `LIBRARY`: the library that reads the vision tower's state dict: "open_clip" or "timm".
 """

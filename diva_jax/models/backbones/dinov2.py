@@ -30,6 +30,7 @@ VISION = Table(
 TEXT = None
 PREPROCESS = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD, resize_mode="shortest", interpolation="bicubic")
 LIBRARY = "timm"
+TIMM = {}  # open_clip has no DINOv2.
 
 
 class LayerScale(nnx.Module):
@@ -139,16 +140,6 @@ def shapes(tensors: Mapping) -> dict:
         registers=tensor_shape(tensors, register_tokens, 3)[1] if register_tokens in tensors else 0,
     )
     return found | (dict(activation="swiglu", mlp_dim=tensor_shape(tensors, w3)[1]) if w3 in tensors else {})
-
-
-def reads_open_clip(vision_cfg: Mapping) -> bool:
-    """Never: open_clip has no DINOv2."""
-    return False
-
-
-def to_open_clip(spec: Spec) -> dict:
-    """Raises a UserError: open_clip has no DINOv2."""
-    raise UserError("open_clip has no dinov2 model: use --format=hf or --format=pt")
 
 
 _LAYER = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.output.dense"}

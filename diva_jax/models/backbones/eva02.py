@@ -158,11 +158,6 @@ def shapes(tensors: Mapping) -> dict:
     return found | dict(arch="eva02", embed_dim=tensor_shape(tensors, f"{trunk}.head.weight")[0])
 
 
-def reads_open_clip(vision_cfg: Mapping) -> bool:
-    """Whether the config names one of timm's EVA02-CLIP models."""
-    return vision_cfg.get("timm_model_name") in TIMM
-
-
 def from_open_clip(model: LibraryConfig) -> dict:
     """The fields of Spec that open_clip's model config gives the vision tower."""
     return occ.from_timm(model, TIMM, timm_pool=("token",), timm_proj=(None, ""))

@@ -155,11 +155,6 @@ def shapes(tensors: Mapping) -> dict:
     return found | dict(arch="siglip", embed_dim=found["width"])
 
 
-def reads_open_clip(vision_cfg: Mapping) -> bool:
-    """Whether the config names one of timm's SigLIP models."""
-    return vision_cfg.get("timm_model_name") in TIMM
-
-
 def from_open_clip(model: LibraryConfig) -> dict:
     """The fields of Spec that open_clip's model config gives the vision tower."""
     return occ.from_timm(model, TIMM, timm_pool=("map",), timm_proj=("none",))

@@ -39,6 +39,7 @@ _POSITIONS = Positions("visual.positional_embedding", extra=1)
 OTHERS = ("logit_scale",)
 PREPROCESS = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize_mode="shortest", interpolation="bicubic")
 LIBRARY = "open_clip"
+TIMM = {"": {}}  # It is open_clip's own tower.
 
 
 class Vision(nnx.Module):
@@ -104,11 +105,6 @@ _FIXED = occ.TOWER_FIXED | {
     "pos_embed_type": ("learnable",),
     "pool_type": ("tok",),
 }
-
-
-def reads_open_clip(vision_cfg: Mapping) -> bool:
-    """Whether open_clip builds its own tower of this config, and not timm's."""
-    return not vision_cfg.get("timm_model_name")
 
 
 def from_open_clip(model: LibraryConfig) -> dict:

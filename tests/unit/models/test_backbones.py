@@ -15,7 +15,7 @@ from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import Keys
 from diva_jax.models.names import Table
 
-CONTRACT = "Vision flops MARK VISION TEXT positions OTHERS shapes PREPROCESS reads_open_clip to_open_clip TRANSFORMERS"
+CONTRACT = "Vision flops MARK VISION TEXT positions OTHERS shapes PREPROCESS TIMM TRANSFORMERS"
 
 
 def test_every_module_of_the_package_is_a_whole_architecture():

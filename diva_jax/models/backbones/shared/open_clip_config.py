@@ -172,8 +172,9 @@ def _preprocess(file: LibraryConfig, default: dict) -> dict:
 
 def _architecture(vision: LibraryConfig) -> str:
     """The architecture whose tower open_clip builds from this config."""
+    name = vision.options.get("timm_model_name")
     for arch, module in backbones.architectures().items():
-        if isinstance(vision.options.get("timm_model_name"), str | None) and module.reads_open_clip(vision.options):
+        if isinstance(name, str | None) and (name or "") in module.TIMM:
             return arch
     known = "of timm's models only vit_*_siglip_* and eva02_{base,large}_*_clip_* are implemented"
     return vision.refuse("timm_model_name", known)
@@ -267,7 +268,10 @@ def to_open_clip(spec: Spec) -> dict:
     Raises:
       UserError: open_clip cannot build this model: timm has no such tower, or open_clip no such activation.
     """
-    tower = backbones.architecture(spec.arch).to_open_clip(spec)
+    module = backbones.architecture(spec.arch)
+    if not module.TIMM:
+        raise UserError(f"open_clip has no {spec.arch} model: use --format=hf or --format=pt")
+    tower = module.to_open_clip(spec)
     return dict(
         model_cfg=dict(embed_dim=spec.embed_dim, **tower | _text_activation(spec, tower), text_cfg=_text_cfg(spec)),
         preprocess_cfg=dict(
