@@ -95,7 +95,9 @@ def test_remat_changes_neither_values_nor_gradients(spec):
     (value_remat, _), grads_remat = jax.jit(step)(state, images)
     close(value_remat, value, 1e-5)
     for path, g in flat(grads).items():
-        close(flat(grads_remat)[path][...], g[...], 1e-5, path)
+        # Both may be 2e-5 from the original. The gradient of a pooling's latent is rounded most: a common offset of
+        # all keys cancels in it.
+        close(flat(grads_remat)[path][...], g[...], 4e-5, path)
 
 
 @pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
