@@ -27,6 +27,12 @@ def close(ours, reference, bound: float, what="") -> None:
     within(relative_error(ours, reference), bound, what)
 
 
+def rounded(ours, reference, rounding: float, bound: float, scale=1.0) -> None:
+    """Asserts that `ours` is the reference, each entry rounded by at most a share, but for errors of bound * scale."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    within(np.max((np.abs(ours - reference) - rounding * np.abs(reference)) / scale), bound)
+
+
 def abstract_mesh(platform: str, sizes: tuple[int, int] = (2, 2), kind: str = "any") -> jax.sharding.AbstractMesh:
     """Returns a mesh of "cpu", "gpu" or "tpu" devices of a kind to trace for."""
     device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)

@@ -143,8 +143,8 @@ def test_weights_that_are_not_finite_are_refused(one):
 def test_mean_cosine_of_a_planted_signal():
     """Signal s and noise n in every draw: s^2 / (s^2 + n^2)."""
     rng = np.random.default_rng(0)
-    signal = np.full(4000, 0.7, np.float32)
-    draws = jnp.asarray(signal + rng.normal(0, 1.4, (6, 4000)), jnp.float32)
+    signal = np.full(40_000, 0.7, np.float32)
+    draws = jnp.asarray(signal + rng.normal(0, 1.4, (6, 40_000)), jnp.float32)
     cosine, norms = feedback.mean_cosine(lambda g: {"g": g}, draws, {"g": draws[0]})
     assert float(cosine) == pytest.approx(0.2, abs=0.02)
     np.testing.assert_allclose(norms, np.linalg.norm(draws, axis=1), rtol=1e-5)
@@ -242,8 +242,9 @@ def test_gradients_by_hand(attentive):
 def test_same_numbers_on_any_devices_and_batch(attentive):
     """test_train_eval.py has DIVA on two processes."""
     alone, spread = (outcome(attentive(devices), LINEAR) for devices in (1, 8))
-    scores = [[r["score"] for r in o.rows] for o in (alone, spread)]
-    np.testing.assert_allclose(scores[1], scores[0], rtol=2e-5)
+    # Losses are squared distances of two colours, of which most cancels: colours are within 2e-6, weights up to 1000.
+    distances = [np.sqrt([r["score"] for r in o.rows]) for o in (alone, spread)]
+    np.testing.assert_allclose(*distances, rtol=0, atol=2e-6 * 1000**0.5)
     for name, s in alone.results["scores"].items():
         want = pytest.approx(s["score"], rel=1e-3, abs=2e-6)
         assert spread.results["scores"][name]["score"] == want, name

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import small
 from e2e_config import get_config
+from helpers import rounded
 from places import SUPPORT
 
 from diva_jax import config
@@ -65,9 +66,7 @@ def test_crops_and_moments_are_those_of_a_run_without(files, cache):
         a, b = next(ours), next(theirs)
         if number < 6:
             np.testing.assert_array_equal(a["image"], b["image"])
-        want = np.asarray(moments(a["image"]))
-        got = a["moments"].astype(np.float32)
-        np.testing.assert_allclose(got, want, rtol=ROUNDING, atol=1e-5)
+        rounded(a["moments"], moments(a["image"]), ROUNDING, 1e-5)
         if number < 3:
             first |= {image.tobytes(): m for image, m in zip(a["image"], a["moments"], strict=True)}
         if number >= 6:
@@ -174,7 +173,7 @@ def test_a_killed_command_loses_at_most_a_shard(files, cache, tmp_path):
     for record in range(24):
         a, b = (e.read(record, 1) for e in entries)
         assert a.box == b.box and a.image_crc == b.image_crc
-        np.testing.assert_allclose(a.moments.astype(np.float32), b.moments.astype(np.float32), rtol=2 * ROUNDING)
+        rounded(a.moments, b.moments, 2 * ROUNDING, 1e-5)
 
 
 def test_what_is_refused(files, cache, tmp_path, monkeypatch):

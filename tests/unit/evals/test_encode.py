@@ -68,7 +68,8 @@ def test_weights_split_over_devices():
     arrays = arrays_of(backbones.build, CLIP)
     towers = encode.Towers(CLIP, mesh, Settings(batch_size=5))
     found = towers.images(jax.device_put(arrays, sharding.parameter_shardings(arrays, mesh, 64)), patch, COUNT)
-    np.testing.assert_allclose(found["pooled"], images(CLIP, 1, 7)["pooled"], atol=2e-6)
+    # Two programs in float32, which each may be 2e-5 from the original (tests/parity).
+    np.testing.assert_allclose(found["pooled"], images(CLIP, 1, 7)["pooled"], rtol=0, atol=2e-5)
 
 
 def test_each_image_has_draws_of_its_own():
@@ -116,7 +117,8 @@ def test_published_readouts(tag):
 
 def test_the_pooled_readout_is_the_normalised_embedding():
     features = Features(tokens=np.ones((1, 3, 2)), pooled=np.array([[3.0, 4.0]]))
-    np.testing.assert_allclose(readout.read_out(readout.parse_readout("pooled"), features, None), [[[0.6, 0.8]]])
+    found = readout.read_out(readout.parse_readout("pooled"), features, None)
+    np.testing.assert_allclose(found, [[[0.6, 0.8]]], rtol=4 * 2**-23)  # Of float32, rounded four times.
 
 
 def test_unknown_readouts_are_refused():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import within
+from helpers import rounded
 
 from diva_jax.models.layers import geglu, gelu
 
@@ -36,8 +36,7 @@ def test_bfloat16(seed):
         (got[0], d * gate * cdf, d),
         (got[1], d * value * (cdf + gate * density), d * value),
     ):
-        beyond_rounding = np.abs(found - want) - 2**-8 * np.abs(want)
-        within(np.max(beyond_rounding / (np.abs(size) * fit)), 1e-5)
+        rounded(found, want, 2**-8, 1e-5, scale=np.abs(size) * fit)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -53,8 +52,7 @@ def test_gelu_in_bfloat16(seed):
         results.append([np.asarray(a, np.float64) for a in (y, pull(dy)[0])])
     wanted = wide * cdf, d * (cdf + wide * density)
     for found, theirs, want in zip(*results, wanted, strict=True):
-        beyond_rounding = np.abs(found - want) - 2**-8 * np.abs(want)
-        within(np.max(beyond_rounding / np.maximum(np.abs(d), 1)), 6e-5)
+        rounded(found, want, 2**-8, 6e-5, scale=np.maximum(np.abs(d), 1))
         assert np.linalg.norm(found - want) <= np.linalg.norm(theirs - want)
 
 
