@@ -101,6 +101,9 @@ class DataOptions:
         "The images are tar shards (a folder, a glob, {00000..00331}.tar), images in a folder, a table, "
         "tfds:name/split, or mix:...; see docs/DATA.md.",
     )
+    allow_urls: bool = field(
+        False, "Whether images that a table names by URL (https://, gs://, file:// and so on) are fetched."
+    )
     image_size: int = field(512, "The crop's side, which is the VAE's resolution [pixels].", between(1, 2**14))
     crop: CropOptions = CropOptions()
     latents: str = field(

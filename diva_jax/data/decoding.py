@@ -24,6 +24,7 @@ _TRANSIENT = frozenset(
 )
 # Broken images that the log names; further ones are only counted.
 _MAX_NAMED = 20
+_MAX_REASON = 300  # Characters.
 # The share of broken images is judged where there are more than these, since the first image may be a broken one.
 _MAX_UNJUDGED = 10
 
@@ -64,7 +65,7 @@ class Broken:
         Raises:
           RunError: there are too many.
         """
-        name, reason = printable(name), printable(" ".join(reason.split()))
+        name, reason = printable(name), printable(" ".join(reason.split())[:_MAX_REASON])
         with self._lock:
             self._read += 1
             self._failed += 1

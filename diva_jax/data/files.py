@@ -17,6 +17,12 @@ from diva_jax.common.json_files import open_regular
 from diva_jax.common.paths import demo_hint, is_remote
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Formats of images that are not read; what is left out is said.
+UNREAD_SUFFIXES = tuple(
+    f".{suffix}"
+    for suffix in "heic heif avif jxl jp2 j2k jpx svg psd xcf tga ppm pgm pbm pnm ico icns eps pdf exr hdr dds pcx qoi "
+    "dng raw cr2 cr3 crw nef nrw arw srf orf rw2 raf pef srw".split()
+)
 # Encoded images are smaller; a larger file is a sparse one, for example.
 MAX_IMAGE_BYTES = 2**28
 _MAX_EXPANDED = 1_000_000
@@ -47,6 +53,11 @@ def kind_of(name: str) -> str | None:
     """
     base = posixpath.basename(name).lower()
     return None if base.startswith(".") else next((k for k, suffixes in KINDS.items() if base.endswith(suffixes)), None)
+
+
+def is_unread(name: str) -> bool:
+    """Whether a file is an image of a format that is not read."""
+    return name.lower().endswith(UNREAD_SUFFIXES) and not posixpath.basename(name).startswith(".")
 
 
 def expand(pattern: str) -> list[str]:
@@ -84,7 +95,16 @@ def open_binary(path: str):
     if not is_remote(path):
         return open(path, "rb", opener=open_regular)
     fs, inside = _file_system(path)
+    if "file" in fs.protocol:  # A URL of this machine, which may name a pipe as well.
+        return open(inside, "rb", opener=open_regular)
     return fs.open(inside, "rb")
+
+
+def read_at_most(path: str, size: int) -> bytes | None:
+    """The content of a file; None where it has more bytes than `size`."""
+    with open_binary(path) as f:
+        data = f.read(size + 1)
+    return data if len(data) <= size else None
 
 
 def read_image(path: str) -> bytes:
@@ -94,9 +114,8 @@ def read_image(path: str) -> bytes:
       OSError: the file cannot be read.
       ValueError: it is larger than any image.
     """
-    with open_binary(path) as f:
-        data = f.read(MAX_IMAGE_BYTES + 1)
-    if len(data) > MAX_IMAGE_BYTES:
+    data = read_at_most(path, MAX_IMAGE_BYTES)
+    if data is None:
         raise ValueError(f"it has more than {MAX_IMAGE_BYTES} bytes, more than any image")
     return data
 
@@ -142,6 +161,14 @@ def is_folder(path: str) -> bool:
 def exists(path: str) -> bool:
     fs, inside = _file_system(path)
     return fs.exists(inside)
+
+
+def names_in(folder: str) -> list[str]:
+    """The paths of what a folder holds."""
+    if not is_remote(folder):
+        return [os.path.join(folder, name) for name in os.listdir(folder or ".")]
+    fs, inside = _file_system(folder)
+    return [fs.unstrip_protocol(p) for p in fs.ls(inside, detail=False)]
 
 
 def match(pattern: str) -> list[str]:
@@ -204,7 +231,8 @@ def find(path: str) -> tuple[str, list[str]]:
       path: a file, a folder, or a brace or glob pattern; local or with a scheme.
 
     Returns:
-      (a key of `KINDS`, the files of this kind, sorted; with braces, in the order of the expansion).
+      (a key of `KINDS`, the files of this kind, sorted; with braces, in the order of the expansion). Those of "images"
+      include the ones whose formats are not read.
 
     Raises:
       UserError: nothing is there, or nothing that can be read.
@@ -222,17 +250,21 @@ def find(path: str) -> tuple[str, list[str]]:
     for file in paths:
         by_kind.setdefault(kind_of(file), []).append(file)
     kind = next((kind for kind in KINDS if kind in by_kind), None)
-    if kind == "tars":
-        for what, left in (("images", by_kind.get("images")), ("compressed shards", packed)):
-            if left:
-                logger.warning(
-                    "%s: %d %s beside the .tar shards are not read (%s)", path, len(left), what, listing(left, 2)
-                )
+    # Beside shards and images, img2dataset writes a Parquet file of their metadata, which nobody misses.
+    others = {k: v for k, v in by_kind.items() if k in ("images", "csv") and k != kind and kind in ("tars", "images")}
+    for what, left in {**others, "compressed shards": packed}.items():
+        if kind and left:
+            logger.warning("%s: %d %s beside the %s are not read (%s)", path, len(left), what, kind, listing(left, 2))
     if kind:
-        return kind, by_kind[kind]
+        return kind, [f for f in paths if kind_of(f) == kind or (kind == "images" and is_unread(f))]
     if packed:
         raise UserError(
             f"{packed[0]} of config.data.path is compressed: unpack the shards to .tar, which are read in place"
+        )
+    if unread := [f for f in paths if is_unread(f)]:
+        raise UserError(
+            f"config.data.path={path!r} has images of formats alone that are not read ({listing(unread, 2)}): convert "
+            "them to JPEG or PNG"
         )
     raise UserError(
         f"config.data.path={path!r} has neither .tar shards nor images ({', '.join(IMAGE_SUFFIXES)}) nor tables "

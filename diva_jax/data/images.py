@@ -16,8 +16,10 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 RESIZE_MODES = ("shortest", "squash")
 # Pillow would also pass PostScript to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_PNG = b"\x89PNG\r\n\x1a\n"
 # 400 MB decoded; a larger image is taken for a decompression bomb.
 MAX_PIXELS = 2**27
+_REPAIR = "fetch it again, convert it to an RGB image of JPEG or PNG, or leave it out of the data"
 # While an image is decoded and converted, Pillow keeps four bytes per pixel, twice.
 _BYTES_PER_PIXEL = 8
 
@@ -41,7 +43,7 @@ class Memory:
           data: the encoded image; one that cannot be opened needs no room.
         """
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS) as image:
                 wanted = min(_BYTES_PER_PIXEL * image.width * image.height, self._size)
         except Exception:  # See `decode`, which reports it.
             wanted = 0
@@ -65,6 +67,19 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without colour profiles and texts, which change no pixel and of which Pillow refuses large ones."""
+    if not data.startswith(_PNG):
+        return data
+    kept, at = [_PNG], len(_PNG)
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])  # Length, kind, content and checksum.
+        if data[at + 4 : at + 8] not in (b"iCCP", b"iTXt", b"tEXt", b"zTXt"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
 def decode(data: bytes, rgb: bool = True) -> Image.Image:
     """Decodes an image at its full size.
 
@@ -79,7 +94,7 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
     Raises:
       Exception: the image is broken. Pillow's plugins raise many types.
     """
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are too many")
     image.load()
@@ -96,7 +111,7 @@ def open_image(data: bytes, name: str, rgb: bool = False) -> Image.Image:
     try:
         return decode(data, rgb)
     except Exception as e:  # See `decode`.
-        raise UserError(f"the image {name} cannot be read ({e}): fetch it again") from e
+        raise UserError(f"the image {name} cannot be read ({e}): {_REPAIR}") from e
 
 
 def read_file(path: str | os.PathLike, rgb: bool = False) -> Image.Image:
@@ -108,7 +123,7 @@ def read_file(path: str | os.PathLike, rgb: bool = False) -> Image.Image:
     try:
         data = files.read_image(os.fspath(path))
     except (OSError, ValueError) as e:
-        raise UserError(f"the image {path} cannot be read ({getattr(e, 'strerror', None) or e}): fetch it again") from e
+        raise UserError(f"the image {path} cannot be read ({getattr(e, 'strerror', None) or e}): {_REPAIR}") from e
     return open_image(data, os.fspath(path), rgb)
 
 

@@ -11,15 +11,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from diva_jax.common.errors import UserError, brief
-from diva_jax.data import files, texts
+from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.data import files, samples, texts
 from diva_jax.data import tars as shards
 from diva_jax.data.images import open_image, read_file
+from diva_jax.data.records import MAX_CAPTION_BYTES
 from diva_jax.data.tfds_source import TfdsSource
 
 _LAYOUT = "PATH/test/0.tar, 1.tar, ... as clip_benchmark_export_wds writes them"
 _TEMPLATES = "zeroshot_classification_templates.txt"
-_IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+_SPLITS = frozenset("train training test testing val valid validation dev".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Images:
       read: i -> image i, decoded; may be called from any thread, and raises a UserError that names a broken image.
       targets: the label (int) or the captions (list of texts) of each image.
       classes: class names by label; None where there are no labels, or the data does not name them.
+      folders: the folders of the classes by label; None where the images are not in folders.
       templates: the data's own prompts with `{c}` for the class; None where it has none.
     """
 
@@ -39,25 +41,26 @@ class Images:
     targets: Sequence
     classes: list[str] | None = None
     templates: list[str] | None = None
+    folders: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
 
 def lines(path: Path) -> list[str] | None:
-    """The stripped lines of a text file; None where it does not exist."""
-    return [line.strip() for line in texts.read_text(path).splitlines()] if path.exists() else None
+    """The stripped lines of a text file, without empty ones at its end; None where it does not exist."""
+    return [line.strip() for line in texts.read_text(path).rstrip().split("\n")] if path.exists() else None
 
 
-def _natural(path: Path) -> list:
+def _natural(name: str) -> list:
     """A sort key for which numbers in names count as numbers: 0.tar, 2.tar, 10.tar."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def _shards(root: Path) -> tuple[Path, list[Path]]:
     """(the folder with classnames.txt, the shards) of a data set's folder, or of one of its splits."""
     split = root / "test" if (root / "test").is_dir() else root
-    paths = sorted(split.glob("*.tar"), key=_natural)
+    paths = sorted(split.glob("*.tar"), key=lambda path: _natural(path.name))
     count = split / "nshards.txt"
     if count.exists():
         number = texts.read_text(count).strip()
@@ -83,7 +86,7 @@ def _samples(shard: str) -> list[dict[str, shards.Member]]:
         raise UserError(f"{shard} cannot be read as a tar archive ({e}): fetch it again") from e
     if complaint:
         raise UserError(f"{shard} cannot be read as a tar archive (it {complaint}): fetch it again")
-    return list(shards.samples(members).values())
+    return list(samples.group(((m.name, m) for m in members), shard).values())
 
 
 def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
@@ -100,23 +103,30 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
     top, paths = _shards(root)
     if not paths:
         raise UserError(f"{root} has no tar shards: give a folder with {_LAYOUT}")
-    places, names, targets = [], [], []
+    places, names, targets, others, unread = [], [], [], [], []
     for shard in map(str, paths):
         for sample in _samples(shard):
-            image = next((sample[e] for e in _IMAGE_EXTENSIONS if e in sample), None)
-            if image is None or target not in sample:
-                lacks = "an image" if image is None else f"a .{target} member"
+            images = samples.images_of(sample)
+            member = samples.beside(sample, images[0], target) if images else None
+            if member is None:
+                lacks = f"a .{target} member" if images else "an image"
                 at = next(iter(sample.values())).offset
                 raise UserError(f"{shard}: the sample at byte {at} lacks {lacks}: write the shard again")
-            text = files.read_range(shard, *sample[target][1:]).decode("utf-8", "replace")
             try:
-                targets.append(parse(text))
+                if max(member.size - MAX_CAPTION_BYTES, sample[images[0]].size - files.MAX_IMAGE_BYTES) > 0:
+                    raise ValueError("the sample is larger than any")
+                data = files.read_range(shard, member.offset, member.size)
+                targets.append(parse(data.decode("utf-8")))
             except ValueError as e:
-                raise UserError(f"{shard}: .{target} holds {text[:40]!r} ({e}): write the shard again") from e
+                raise UserError(f"{shard}: {brief(member.name)} cannot be used ({e}): write the shard again") from e
             names.append(f"{Path(shard).name}[{len(names)}]")
-            places.append((shard, image.offset, image.size))
+            places.append((shard, *sample[images[0]][1:]))
+            others += [sample[e].name for e in images[1:]]
+            unread += [m.name for m in sample.values() if files.is_unread(m.name)]
     if not places:
         raise UserError(f"the {len(paths)} shards from {paths[0]} on hold no samples: give a folder with {_LAYOUT}")
+
+    samples.say_left_out(str(root), samples.left_out(others), samples.left_out(unread))
 
     def read(i: int) -> Image.Image:
         return open_image(files.read_range(*places[i]), f"{places[i][0]}, byte {places[i][1]}", rgb=True)
@@ -142,8 +152,8 @@ def tfds(spec: str) -> Images:
 
 
 def folder_images(root: Path) -> list[Path]:
-    """Every image file below a folder, sorted."""
-    return [Path(f) for f in files.walk(str(root)) if files.kind_of(f) == "images"]
+    """The image of each sample below a folder, sorted."""
+    return [Path(f) for f in samples.one_image_each(files.walk(str(root)), str(root))]
 
 
 def image_files(paths: Sequence[Path], targets: Sequence, root: Path, rgb: bool = True, **kw) -> Images:
@@ -179,22 +189,36 @@ def in_folders(root: Path, labels: Mapping[str, int], **kw) -> Images:
             raise UserError(f"{root / name} has no image in it: fetch its images, or remove the folder")
         paths += images
         targets += [label] * len(images)
-    return image_files(paths, targets, root, **kw)
+    return image_files(paths, targets, root, folders=list(labels), **kw)
 
 
 def class_folders(root: Path) -> Images:
     """`root/<class>/.../<image>`: labels by the sorted order of the folders, as in torchvision's ImageFolder.
 
-    `classes` are the lines of `root/classnames.txt`, or else the folders' names; prompts are read as in the tar layout.
+    Folders that are all numbers are sorted as numbers. `classes` are the lines of `root/classnames.txt`, or else the
+    folders' names; prompts are read as in the tar layout.
 
     Raises:
-      UserError: no folders, or a folder without an image.
+      UserError: no folders, a folder without an image, folders of splits, or another number of names than folders.
     """
     names = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if all(re.fullmatch("[0-9]{1,18}", name) for name in names):
+        names.sort(key=_natural)
+    splits = [name for name in names if name.lower() in _SPLITS]
+    if splits and len(splits) in (len(names), 2, 3):
+        raise UserError(
+            f"{root} has the folders {listing(splits)}, which are splits of a data set and no classes: give one of them"
+        )
     if not names:
         raise UserError(f"{root} has neither tar shards nor a folder of images for each class: give one that has")
     labels = {name: label for label, name in enumerate(names)}
-    return in_folders(root, labels, classes=lines(root / "classnames.txt") or names, templates=lines(root / _TEMPLATES))
+    classes = lines(root / "classnames.txt") or names
+    if len(classes) != len(names):
+        raise UserError(
+            f"{root}/classnames.txt has {len(classes)} names, but there are {len(names)} folders of classes: give each "
+            "folder a name, in the order of the folders"
+        )
+    return in_folders(root, labels, classes=classes, templates=lines(root / _TEMPLATES))
 
 
 def caption_csv(path: Path) -> Images:
@@ -207,7 +231,7 @@ def caption_csv(path: Path) -> Images:
     for line, row in texts.csv_records(str(path), ("image", "caption")):
         if not row.get("image") or not row.get("caption", "").strip():
             raise UserError(f"{path}, line {line}: image or caption is empty: complete the row")
-        captions.setdefault(row["image"], []).append(row["caption"])
+        captions.setdefault(os.path.normpath(row["image"]), []).append(row["caption"])
     paths = [path.parent / name for name in captions]
     if gone := next((p for p in paths if not texts.is_file(p)), None):
         raise UserError(f"{path} names {str(gone)[:300]}, which does not exist: fetch the image or remove its rows")
@@ -216,15 +240,26 @@ def caption_csv(path: Path) -> Images:
     return image_files(paths, list(captions.values()), path.parent)
 
 
-def read_names(path: str) -> list[str] | dict:
-    """A JSON file with class names or prompt templates.
+def read_names(path: str) -> list[list[str]] | dict[str, list[str]]:
+    """A JSON file with class names or prompt templates: texts, or lists of texts, by label or by class.
+
+    Returns:
+      A list by label, or an object by class, of lists; a text stands for a list of one.
 
     Raises:
-      UserError: it is missing, broken, or neither a list of texts nor an object.
+      UserError: it is missing, broken, or has something else in it, such as a number or an empty text.
     """
     value = texts.parse_json(texts.read_text(path), path)
-    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        return value
-    if isinstance(value, dict) and value:
-        return value
-    raise UserError(f"{path} must hold a list of texts, or an object with one entry per class")
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list | dict) or not value:
+        raise UserError(f"{path} must hold a list of texts, or an object with one entry per class")
+    by_key = {
+        k: [v] if isinstance(v, str) else v for k, v in (value.items() if isinstance(value, dict) else enumerate(value))
+    }
+    for key, entry in by_key.items():
+        if not isinstance(entry, list) or not entry or not all(isinstance(t, str) and t.strip() for t in entry):
+            raise UserError(
+                f"{path} has {brief(entry)} at {brief(key)}, where it must hold a text or a list of texts, none empty: "
+                "write texts in quotes"
+            )
+    return by_key if isinstance(value, dict) else list(by_key.values())

@@ -236,7 +236,8 @@ def open_batches(
     Args:
       config: `config.data`: `path` (see `sources.open_source`), `crop` (`scale`, `ratio`, `interpolation`), `threads`
         (that decode; 0: decode when asked), `prefetch` (batches), `max_broken_share` (of the records read),
-        `decode_gib` (memory of the images decoded at the same time), `stall_timeout` (seconds without a batch).
+        `decode_gib` (memory of the images decoded at the same time), `stall_timeout` (seconds without a batch),
+        `allow_urls` (that tables name).
       inputs: the arrays of a batch by name, see `diva_jax.data.inputs`.
       seed: of order, crops and whatever the inputs draw, 0 to 2**32 - 1.
       global_batch: examples in a batch over all processes.
@@ -254,7 +255,8 @@ def open_batches(
         )
     if "row" in inputs:
         raise UserError("an input cannot be called 'row', which is the examples' row in the batch: rename it")
-    source = sources.open_source(config.path, str(cache_dir) if cache_dir else None, quiet=process_index != 0)
+    index = str(cache_dir) if cache_dir else None
+    source = sources.open_source(config.path, index, quiet=process_index != 0, allow_urls=config.allow_urls)
     readers = [name for name, i in inputs.items() if i.needs_text]
     if readers and not source.has_text:
         raise UserError(

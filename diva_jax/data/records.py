@@ -1,12 +1,18 @@
 """What a data set is made of: records with an image and, where the data has captions, a text."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from diva_jax.common import json_files
+
 # Columns and features with captions, where the data's path has no `text=NAME`; the first that there is.
 TEXT_COLUMNS = ("caption", "text", "title", "captions")
+# Files with captions beside an image, or in its tar: the first that is not blank.
+CAPTION_KINDS = ("txt", "json")
+# Records of which it is asked whether they have captions.
+_PROBED = 64
 # A larger file of text beside an image, or in its tar, is no caption.
 MAX_CAPTION_BYTES = 2**20
 
@@ -58,6 +64,40 @@ def caption(value) -> str | None:
     if isinstance(value, Iterable) and not isinstance(value, Mapping):
         return "\n".join(filter(None, map(caption, value)))
     raise ValueError(f"its caption is no text but {value!r}")
+
+
+def first_caption(found: Iterable[tuple[str, bytes | None]]) -> str | None:
+    """The first caption that is not blank.
+
+    Args:
+      found: (one of `CAPTION_KINDS`, content) of files: a text, or a JSON object with the field "caption".
+
+    Raises:
+      ValueError: a file is not UTF-8 or not JSON.
+    """
+    for kind, data in found:
+        try:
+            if kind == "json" and data:
+                meta = json_files.decoded(data)
+                text = caption(meta.get("caption")) if isinstance(meta, dict) else None
+            else:
+                text = (data or b"").decode("utf-8")
+        except ValueError as e:
+            raise ValueError(f"the caption in its .{kind} file cannot be read ({e})") from e
+        if text and text.strip():
+            return text
+    return None
+
+
+def has_captions(text: Callable[[int], str | None], records: Sequence[int]) -> bool:
+    """Whether one of 64 of these records, spread evenly, has a caption that can be read."""
+    for i in records[:: -(-len(records) // _PROBED) or 1]:
+        try:
+            if text(i):
+                return True
+        except (OSError, ValueError):
+            continue
+    return False
 
 
 def locate(ends: np.ndarray, i: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Opens the data at a path; the format follows from the names of the files there."""
 
+import concurrent.futures
 import functools
 import os
 import posixpath
@@ -11,28 +12,32 @@ from diva_jax.common import imports
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
 from diva_jax.common.paths import is_remote, reason
-from diva_jax.data import files, mixture
-from diva_jax.data.records import MAX_CAPTION_BYTES, Record, Source
+from diva_jax.data import files, mixture, samples
+from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, Record, Source, first_caption, has_captions
 from diva_jax.data.tars import TarSource
 from diva_jax.data.tfds_source import TfdsSource
 
 _MODULE = "module:"
-# Images of a folder beside which a caption is looked for.
-_PROBED = 64
+# Threads that list folders.
+_LISTERS = 16
 # A path with options; a `?` that is part of a glob pattern has no NAME=VALUE after it.
 _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?&=]*(?:&\w+=[^?&=]*)*)")
 
 
 class FolderSource:
-    """Image files, each one record; its caption is the `.txt` file of the same stem beside it.
+    """Image files, each one record; its caption is the `.txt` file of its sample, or else in the `.json` file.
 
     Args:
-      paths: the files, local or remote.
+      paths: the files, local or remote; of each sample, one image is used (see `samples.images_of`).
       root: what names are relative to.
+      quiet: do not say what is left out.
+
+    Raises:
+      UserError: two files are of one sample and format, as `0.jpg` and `0.JPG`.
     """
 
-    def __init__(self, paths: Sequence[str], root: str = ""):
-        self._paths = list(paths)
+    def __init__(self, paths: Sequence[str], root: str = "", quiet: bool = False):
+        self._paths = samples.one_image_each(paths, "config.data.path", quiet)
         self._cut = len(root.rstrip("/")) + 1 if root and paths[0].startswith(root) else 0
 
     def __len__(self) -> int:
@@ -42,31 +47,33 @@ class FolderSource:
         """The file, relative to the root."""
         return self._paths[i][self._cut :]
 
-    def _caption_file(self, i: int) -> str:
-        return posixpath.splitext(self._paths[i])[0] + ".txt"
+    @functools.cached_property
+    def _texts(self) -> dict[str, dict[str, str]]:
+        """The samples' files with captions."""
+        folders = {posixpath.dirname(p) for p in self._paths}
+        with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
+            there = [p for names in pool.map(files.names_in, folders) for p in names]
+        texts = [p for p in there if p.lower().endswith(CAPTION_KINDS)]
+        return samples.group(zip(texts, texts, strict=True), "config.data.path")
 
     @functools.cached_property
     def has_text(self) -> bool:
-        """Whether one of 64 images, spread over all, has a caption beside it."""
-        step = -(-len(self) // _PROBED)
-        return any(files.exists(self._caption_file(i)) for i in range(0, len(self), step))
+        """Whether one of 64 images with files for captions, spread over all, has a caption."""
+        return has_captions(self._text, [i for i, p in enumerate(self._paths) if samples.split(p)[0] in self._texts])
 
     def read(self, i: int, with_text: bool = True) -> Record:
         """See `Source.read`.
 
         Raises:
           OSError: a file cannot be read.
-          ValueError: the caption is not UTF-8.
+          ValueError: the caption is not UTF-8, or its .json file is broken.
         """
         return Record(self.name(i), files.read_image(self._paths[i]), self._text(i) if with_text else None)
 
     def _text(self, i: int) -> str | None:
-        try:
-            with files.open_binary(self._caption_file(i)) as f:
-                text = f.read(MAX_CAPTION_BYTES + 1)
-            return text.decode("utf-8") if len(text) <= MAX_CAPTION_BYTES else None
-        except FileNotFoundError:
-            return None
+        key, image = samples.split(self._paths[i])
+        found = ((kind, samples.beside(self._texts.get(key, {}), image, kind)) for kind in CAPTION_KINDS)
+        return first_caption((kind, files.read_at_most(p, MAX_CAPTION_BYTES)) for kind, p in found if p)
 
 
 def split_options(path: str) -> tuple[str, dict[str, str]]:
@@ -87,11 +94,11 @@ def split_options(path: str) -> tuple[str, dict[str, str]]:
     return match[1], options
 
 
-def _mixture(path: str, cache_dir: str | None, quiet: bool) -> Source:
+def _mixture(path: str, cache_dir: str | None, quiet: bool, allow_urls: bool) -> Source:
     weights, paths = zip(*mixture.split(path), strict=True)
     if nested := [p for p in paths if p.startswith(mixture.PREFIX)]:
         raise UserError(f"config.data.path={path!r}: {nested[0]!r} is a mixture in a mixture: write its parts instead")
-    source = mixture.MixtureSource([open_source(p, cache_dir, quiet) for p in paths], weights, path)
+    source = mixture.MixtureSource([open_source(p, cache_dir, quiet, allow_urls) for p in paths], weights, path)
     if not quiet:
         for part, line in zip(paths, source.describe(), strict=True):
             say(f"{part}: {line}")
@@ -108,7 +115,7 @@ def _from_module(path: str) -> Source:
     return module.open_source(options)
 
 
-def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) -> Source:
+def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, allow_urls: bool = False) -> Source:
     """Opens a data path.
 
     Args:
@@ -121,14 +128,15 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
         - `tfds:name/split`, see `TfdsSource`.
         - `mix:WEIGHT=PATH;WEIGHT=PATH` of any of these, see `MixtureSource`.
       cache_dir: folder for the index of tar shards; None: no cache.
-      quiet: report neither progress nor damaged shards, as for all processes of a run but the first.
+      quiet: report neither progress nor what is left out, as for all processes of a run but the first.
+      allow_urls: whether images that a table names by URL are fetched; `config.data.allow_urls`.
 
     Raises:
       UserError: nothing is there, or nothing that can be read; names `config.data.path`.
     """
     path = path or ""
     if path.startswith(mixture.PREFIX):
-        return _mixture(path, cache_dir, quiet)
+        return _mixture(path, cache_dir, quiet, allow_urls)
     if path.startswith(_MODULE):
         return _from_module(path)
     if path.startswith("tfds:"):
@@ -140,7 +148,7 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
         if kind not in ("tars", "images"):
             from diva_jax.data.tables import open_tables  # Here, because pyarrow takes 50 ms to import.
 
-            return open_tables(kind, paths, path, options, quiet)
+            return open_tables(kind, paths, path, options, quiet, allow_urls)
     except UserError:
         raise
     except Exception as e:
@@ -156,4 +164,4 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False) ->
         )
     if kind == "tars":
         return TarSource(paths, cache_dir, quiet)
-    return FolderSource(paths, path if files.is_folder(path) else "")
+    return FolderSource(paths, path if files.is_folder(path) else "", quiet)

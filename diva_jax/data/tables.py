@@ -27,6 +27,11 @@ _CHUNK_ROWS = 2**16
 _KEPT_ROW_GROUPS = 4
 # Random access is slow in row groups with more bytes than these.
 _LARGE_ROW_GROUP_BYTES = 2**26
+# A longer text is no path on any machine.
+_MAX_PATH = 4096
+# Rows of which it is asked whether they hold paths.
+_PROBED = 16
+_CACHE = re.compile(r"(cache-|tmp).*\.arrow")
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
 
 
@@ -70,7 +75,10 @@ def choose_columns(path: str, columns: Sequence[str], options: Mapping[str, str]
             f"config.data.path: {path} has no column {', '.join(IMAGE_COLUMNS[:-1])} or {IMAGE_COLUMNS[-1]}, only "
             f"{listing(columns, 10)}: name the one with the images, as {path}?image=COLUMN"
         )
-    return image, _column(path, "text", columns, options.get("text"), TEXT_COLUMNS)
+    text = _column(path, "text", columns, options.get("text"), TEXT_COLUMNS)
+    if twice := [c for c in (image, text) if list(columns).count(c) > 1]:
+        raise UserError(f"config.data.path: {path} has the column {listing(twice)} twice: rename one")
+    return image, text
 
 
 class TableSource:
@@ -81,16 +89,22 @@ class TableSource:
 
     Args:
       parts: the tables, in order.
+      allow_urls: whether images are fetched from URLs.
 
     Raises:
-      UserError: there are no rows.
+      UserError: there are no rows, or the first ones have texts that cannot be used as paths.
     """
 
-    def __init__(self, parts: Sequence[_Part]):
-        self._parts, self.has_text = parts, parts[0].has_text
+    def __init__(self, parts: Sequence[_Part], allow_urls: bool = False):
+        self._parts, self.has_text, self._allow_urls = parts, parts[0].has_text, allow_urls
         self._ends = np.cumsum([part.rows for part in parts], dtype=np.int64)
         if not len(self):
             raise UserError(f"config.data.path: {parts[0].path} has no rows")
+        if not parts[0].row_group_bytes:
+            first = [self._parts[0].cells(i, False)[0] for i in range(min(parts[0].rows, _PROBED))]
+            reasons = [_not_a_path(cell, allow_urls) for cell in first if isinstance(cell, str) and cell]
+            if reasons and all(reasons):
+                raise UserError(f"config.data.path: {self.name(0)}: {reasons[0]}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -109,24 +123,48 @@ class TableSource:
         """
         number, row = locate(self._ends, i)
         image, text = self._parts[number].cells(row, with_text)
-        return Record(self.name(i), _image_bytes(image, self._parts[number].path), caption(text))
+        return Record(self.name(i), _image_bytes(image, self._parts[number].path, self._allow_urls), caption(text))
 
 
-def _image_bytes(cell, table: str) -> bytes:
-    if isinstance(cell, dict):
-        cell = cell.get("bytes") or cell.get("path")
+def _not_a_path(cell: str, allow_urls: bool) -> str:
+    """Why the text of a cell is not taken for the path of an image; empty where it is."""
+    if len(cell) > _MAX_PATH:
+        return f"a text of {len(cell)} characters is no path: write images as files, or as bytes in Parquet"
+    if is_remote(cell) and not allow_urls:
+        return f"{brief(cell)} is a URL: set config.data.allow_urls=True to fetch such images, or fetch them before"
+    return ""
+
+
+def _image_bytes(cell, table: str, allow_urls: bool) -> bytes:
     if isinstance(cell, bytes) and cell:
         return cell
     if not isinstance(cell, str) or not cell:
         raise ValueError("it has no image")
+    if reason := _not_a_path(cell, allow_urls):
+        raise ValueError(reason)
     return files.read_image(cell if is_remote(cell) else posixpath.join(posixpath.dirname(table), cell))
+
+
+def _value(scalar: pa.Scalar):
+    """A cell as a Python object; of a struct, its `bytes` or else its `path`.
+
+    Raises:
+      ValueError: it has more bytes than any image.
+    """
+    if not scalar.is_valid:
+        return None
+    if isinstance(scalar, pa.StructScalar):
+        return next(filter(None, (_value(scalar[name]) for name in ("bytes", "path") if name in scalar)), None)
+    if hasattr(scalar, "as_buffer") and scalar.as_buffer().size > files.MAX_IMAGE_BYTES:
+        raise ValueError(f"it has more than {files.MAX_IMAGE_BYTES} bytes, more than any image")
+    return scalar.as_py()
 
 
 def _of_columns(path: str, image, text, **kw) -> _Part:
     """A part whose columns are in memory, or mapped into it."""
 
     def cells(row: int, with_text: bool) -> tuple:
-        return image[row].as_py(), text[row].as_py() if with_text and text is not None else None
+        return _value(image[row]), _value(text[row]) if with_text and text is not None else None
 
     return _Part(path, len(image), text is not None, cells, **kw)
 
@@ -139,8 +177,7 @@ def _csv_part(path: str, options: Mapping[str, str]) -> _Part:
     while batch := list(itertools.islice(rows, _CHUNK_ROWS)):
         lines.append(np.array([line for line, _ in batch], np.int64))
         for chunk, k in zip(chunks, wanted, strict=True):
-            cells = [fields[k] if k < len(fields) else None for _, fields in batch]
-            chunk.append(pa.array(cells, pa.large_string()))
+            chunk.append(pa.array([fields[k] for _, fields in batch], pa.large_string()))
     image, text, *_ = [pa.chunked_array(chunk, pa.large_string()) for chunk in chunks] + [None]
     line = np.concatenate(lines)
     return _of_columns(path, image, text, place=lambda row: f"line {line[row]}")
@@ -181,7 +218,7 @@ def _parquet_part(path: str, options: Mapping[str, str], read_row_group) -> _Par
     def cells(row: int, with_text: bool) -> tuple:
         group, local = locate(ends, row)
         table = read_row_group(path, group, columns)
-        return table[image][local].as_py(), table[text][local].as_py() if with_text and text else None
+        return _value(table[image][local]), _value(table[text][local]) if with_text and text else None
 
     largest = max((group.total_byte_size for group in groups), default=0)
     return _Part(path, metadata.num_rows, text is not None, cells, row_group_bytes=largest)
@@ -192,11 +229,18 @@ def _arrow_part(path: str, options: Mapping[str, str]) -> _Part:
     table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
     image, text = choose_columns(path, table.column_names, options)
     _check_images(path, image, table.schema.field(image).type)
+    # Offsets that damage has changed would be read outside of the file.
+    table.select([c for c in (image, text) if c]).validate(full=True)
     return _of_columns(path, table[image], table[text] if text else None)
 
 
 def _data_files(path: str, arrow_files: Sequence[str]) -> Sequence[str]:
-    """The Arrow files of one dataset: those that its state.json lists, without the caches beside them."""
+    """The Arrow files of one dataset: those that its state.json lists, or all but the caches of `datasets.map`."""
+    if list(arrow_files) != [path]:
+        kept = [f for f in arrow_files if not _CACHE.fullmatch(posixpath.basename(f))]
+        if not kept:
+            raise UserError(f"config.data.path={path!r} has caches of datasets.map alone: name one file to read it")
+        arrow_files = kept
     folders = sorted({posixpath.dirname(f) for f in arrow_files})
     if len(folders) > 1:
         names = listing([posixpath.basename(f) for f in folders], 5)
@@ -219,7 +263,9 @@ def _data_files(path: str, arrow_files: Sequence[str]) -> Sequence[str]:
     return [posixpath.join(folders[0], name) for name in listed]
 
 
-def open_tables(kind: str, paths: Sequence[str], path: str, options: Mapping[str, str], quiet: bool) -> TableSource:
+def open_tables(
+    kind: str, paths: Sequence[str], path: str, options: Mapping[str, str], quiet: bool, allow_urls: bool = False
+) -> TableSource:
     """Opens tables of one kind.
 
     Args:
@@ -228,6 +274,7 @@ def open_tables(kind: str, paths: Sequence[str], path: str, options: Mapping[str
       path: what the user gave, for errors.
       options: "image" and "text": names of columns.
       quiet: do not warn of files that are slow to read.
+      allow_urls: see `TableSource`.
 
     Raises:
       UserError: a file is broken, has no such columns, or the files are of several splits.
@@ -265,4 +312,4 @@ def open_tables(kind: str, paths: Sequence[str], path: str, options: Mapping[str
             parts[0].path,
             parts[0].row_group_bytes // 2**20,
         )
-    return TableSource(parts)
+    return TableSource(parts, allow_urls)

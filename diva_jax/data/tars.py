@@ -4,15 +4,13 @@ import concurrent.futures
 import functools
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
-import posixpath
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -20,15 +18,15 @@ import pydantic
 from pydantic import Field
 from tqdm import tqdm
 
-from diva_jax.common import json_files, paths
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
-from diva_jax.data import files
-from diva_jax.data.records import MAX_CAPTION_BYTES, Record, caption
+from diva_jax.data import files, samples
+from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, Record, first_caption, has_captions
 
 logger = logging.getLogger(__name__)
 
 # Part of the cached index's name; increased whenever the content of an index changes.
-_INDEX_VERSION = 4
+_INDEX_VERSION = 5
 # Threads that read headers, which is mostly waiting for the disk.
 _SCANNERS = 16
 # Damaged shards that the log names; further ones are only counted.
@@ -39,8 +37,6 @@ _MAX_INDEX_BYTES = 2**31
 _MAX_HEADER_BYTES = 2**13
 # What tarfile raises for damaged headers; all but the first for the numbers and names in extended ones.
 _BROKEN_HEADER = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError)
-# Extensions of members with captions, by their code in the index.
-_CAPTIONS = ("", "txt", "json")
 
 
 class Member(NamedTuple):
@@ -97,48 +93,32 @@ def scan(path: str) -> tuple[list[Member], str]:
     return members, "" if complete else f"is cut short or damaged at byte {end} of {length}"
 
 
-def _split(name: str) -> tuple[str, str]:
-    """(the sample that a member belongs to, its extension in lower case), split at the first dot of its name."""
-    folder, base = posixpath.split(name)
-    stem, _, extension = base.partition(".")
-    return posixpath.join(folder, stem), extension.lower()
-
-
-def samples(members: Iterable[Member]) -> dict[str, dict[str, Member]]:
-    """Groups members as webdataset does: those whose names are the same up to the first dot are one sample.
-
-    Returns:
-      {name up to the dot: {extension in lower case: member}}, in the order of the archive, without hidden files.
-    """
-    grouped: dict[str, dict[str, Member]] = {}
-    for member in members:
-        key, extension = _split(member.name)
-        if posixpath.basename(key):
-            grouped.setdefault(key, {})[extension] = member
-    return grouped
-
-
-# One image: its shard, the bytes of its file, the code in `_CAPTIONS` and the bytes of the member with its caption (0,
-# 0, 0: none), and where its name ends in the names of all images.
+# One image: its shard, the bytes of its file and of the members with its caption (0, 0: none), and where its name ends
+# in the names of all images.
 _ROW = np.dtype(
     [
         ("shard", np.int32),
         ("offset", np.int64),
         ("size", np.int64),
-        ("caption", np.uint8),
-        ("text_offset", np.int64),
-        ("text_size", np.int32),
+        *((f"{kind}_{what}", np.int64) for kind in CAPTION_KINDS for what in ("offset", "size")),
         ("name_end", np.int64),
     ]
 )
 
 
 class _Index(NamedTuple):
-    """The images of one shard or of all shards: `_ROW` [N], UTF-8 of their names, [[shard, what is wrong]] as JSON."""
+    """The images of one shard or of all shards.
+
+    Attributes:
+      rows: `_ROW` [N].
+      names: UTF-8 of the images' names, one after the other.
+      notes: as JSON, [shard, what is wrong or empty, [further images, some names], [unread images, some names]] of
+        those shards that have any.
+    """
 
     rows: np.ndarray
     names: np.ndarray
-    complaints: np.ndarray
+    notes: np.ndarray
 
     def checked(self, shards: int) -> "_Index":
         """Itself, where it can be that of this many shards; a ValueError otherwise."""
@@ -146,27 +126,16 @@ class _Index(NamedTuple):
         if (rows.dtype, rows.ndim, names.dtype, names.ndim) != (_ROW, 1, np.uint8, 1):
             raise ValueError("it holds other arrays")
         ends = rows["name_end"]
-        possible = [rows[f].min(initial=0) >= 0 for f in ("shard", "offset", "size", "text_offset", "text_size")]
-        possible += [rows["shard"].max(initial=0) < shards, rows["caption"].max(initial=0) < len(_CAPTIONS)]
-        possible += [rows["text_size"].max(initial=0) <= MAX_CAPTION_BYTES]
+        possible = [rows[field].min(initial=0) >= 0 for field in _ROW.names]
+        possible += [rows["shard"].max(initial=0) < shards]
+        possible += [rows[f"{kind}_size"].max(initial=0) <= MAX_CAPTION_BYTES for kind in CAPTION_KINDS]
         possible += [(np.diff(ends, prepend=0) >= 0).all(), ends.max(initial=0) <= len(names)]
         if not all(possible):
             raise ValueError("its numbers are not those of these shards")
-        pydantic.TypeAdapter(list[tuple[Annotated[int, Field(ge=0, lt=shards)], str]]).validate_json(
-            str(self.complaints)
-        )
+        left = tuple[Annotated[int, Field(ge=0)], list[str]]
+        note = tuple[Annotated[int, Field(ge=0, lt=shards)], str, left, left]
+        pydantic.TypeAdapter(list[note]).validate_json(str(self.notes))
         return self
-
-
-def _caption_member(grouped: Mapping[str, Mapping[str, Member]], image: str) -> tuple[int, int, int]:
-    """(code, offset, size) of an image's caption: of its name without the suffix, or else of its sample."""
-    key, extension = _split(image)
-    for stem in (extension.rpartition(".")[0], ""):
-        for code, kind in enumerate(_CAPTIONS[1:], start=1):
-            member = grouped[key].get(f"{stem}.{kind}".lstrip("."))
-            if member and member.size <= MAX_CAPTION_BYTES:
-                return code, member.offset, member.size
-    return 0, 0, 0
 
 
 def _index_shard(shard: int, path: str) -> _Index:
@@ -175,17 +144,24 @@ def _index_shard(shard: int, path: str) -> _Index:
     except OSError as e:
         # Not skipped as damage is: a temporary failure would change the data, and the cache would keep the change.
         raise UserError(f"tar shard {path} of config.data.path cannot be read ({e}): repair it or leave it out") from e
-    grouped = samples(members)
-    images = [m for m in members if files.kind_of(m.name) == "images"]
-    names = [m.name.encode("utf-8", "surrogateescape") for m in images]
-    ends = itertools.accumulate(map(len, names))
-    rows = [
-        (shard, m.offset, m.size, *_caption_member(grouped, m.name), end) for m, end in zip(images, ends, strict=True)
-    ]
+    rows, names, others, end = [], [], [], 0
+    for sample in samples.group(((m.name, m) for m in members), f"tar shard {path}").values():
+        if not (images := samples.images_of(sample)):
+            continue
+        image, texts = sample[images[0]], []
+        for kind in CAPTION_KINDS:
+            member = samples.beside(sample, images[0], kind)
+            texts += member[1:] if member and member.size <= MAX_CAPTION_BYTES else (0, 0)
+        names.append(image.name.encode("utf-8", "surrogateescape"))
+        end += len(names[-1])
+        rows.append((shard, image.offset, image.size, *texts, end))
+        others += [sample[e].name for e in images[1:]]
     if complaint and members:
         complaint += f": {len(rows)} images kept, the rest skipped"
-    complaints = [(shard, complaint)] if complaint else []
-    return _Index(np.array(rows, _ROW), np.frombuffer(b"".join(names), np.uint8), np.array(json.dumps(complaints)))
+    unread = [m.name for m in members if files.is_unread(m.name)]
+    note = (shard, complaint, samples.left_out(others), samples.left_out(unread))
+    notes = json.dumps([note] if complaint or others or unread else [])
+    return _Index(np.array(rows, _ROW), np.frombuffer(b"".join(names), np.uint8), np.array(notes))
 
 
 def _join(parts: Sequence[_Index]) -> _Index:
@@ -193,8 +169,8 @@ def _join(parts: Sequence[_Index]) -> _Index:
     rows["name_end"] += np.repeat(
         np.cumsum([0, *(len(part.names) for part in parts[:-1])]), [len(part.rows) for part in parts]
     )
-    complaints = [entry for part in parts for entry in json.loads(str(part.complaints))]
-    return _Index(rows, np.concatenate([part.names for part in parts]), np.array(json.dumps(complaints)))
+    notes = [entry for part in parts for entry in json.loads(str(part.notes))]
+    return _Index(rows, np.concatenate([part.names for part in parts]), np.array(json.dumps(notes)))
 
 
 def _cache_file(shards: Sequence[str], cache_dir: str) -> str:
@@ -259,8 +235,8 @@ def _index(shards: Sequence[str], cache_dir: str | None, quiet: bool) -> _Index:
 class TarSource:
     """The images of tar shards as webdataset and img2dataset write them, in archive order.
 
-    An image's caption is the `.txt` member of the same stem, or else the "caption" of its `.json` member. It is read
-    from the tar when it is asked for. Nothing is ever written beside the shards.
+    A sample, the members of one key, has one image (see `samples.images_of`). Its caption is its `.txt` member, or else
+    the "caption" of its `.json` member, read when it is asked for. Nothing is ever written beside the shards.
 
     Args:
       shards: tar files, local or remote.
@@ -268,17 +244,21 @@ class TarSource:
       quiet: report neither progress nor damaged shards.
 
     Raises:
-      UserError: a shard cannot be read, or there is not one image in all the shards.
+      UserError: a shard cannot be read or has a key twice, or there is not one image in all the shards.
     """
 
     def __init__(self, shards: Sequence[str], cache_dir: str | None = None, quiet: bool = False):
         self._shards = list(shards)
-        self._rows, self._names, complaints = _index(self._shards, cache_dir, quiet)
-        damaged = [f"{self._shards[i]} {why}" for i, why in json.loads(str(complaints))]
+        self._rows, self._names, notes = _index(self._shards, cache_dir, quiet)
+        notes = json.loads(str(notes))
+        damaged = [f"{self._shards[i]} {why}" for i, why, *_ in notes if why]
         if damaged and not quiet:
             for shard in damaged[:_MAX_NAMED]:
                 logger.warning("tar shard %s", shard)
             logger.warning("%d of %d tar shards are damaged", len(damaged), len(self._shards))
+        if not quiet:
+            left = [(sum(n[k][0] for n in notes), sum((n[k][1] for n in notes), [])[:2]) for k in (2, 3)]
+            samples.say_left_out("config.data.path", *left)
         if not len(self):
             which = f" ({listing(damaged, 3)})" if damaged else ""
             raise UserError(f"config.data.path: not one image in {len(self._shards)} tar files{which}")
@@ -295,27 +275,14 @@ class TarSource:
 
     @functools.cached_property
     def has_text(self) -> bool:
-        """Whether there are captions: a .txt member, or a "caption" in the first .json member."""
-        if (self._rows["caption"] == _CAPTIONS.index("txt")).any():
-            return True
-        captioned = np.flatnonzero(self._rows["caption"])
-        try:
-            return bool(len(captioned)) and self._text(captioned[0]) is not None
-        except (OSError, ValueError):
-            return False
+        """Whether one of 64 images with members for captions, spread over all, has a caption."""
+        return has_captions(self._text, np.flatnonzero(self._rows["txt_size"] + self._rows["json_size"]))
 
     def _text(self, i: int) -> str | None:
         row = self._rows[i]
-        if not (kind := _CAPTIONS[row["caption"]]):
-            return None
-        data = files.read_range(self._shards[row["shard"]], int(row["text_offset"]), int(row["text_size"]))
-        try:
-            if kind == "txt":
-                return data.decode("utf-8")
-            meta = json_files.decoded(data)
-        except ValueError as e:
-            raise ValueError(f"the caption in its .{kind} member cannot be read ({e})") from e
-        return caption(meta.get("caption")) if isinstance(meta, dict) else None
+        places = ((kind, int(row[f"{kind}_offset"]), int(row[f"{kind}_size"])) for kind in CAPTION_KINDS)
+        shard = self._shards[row["shard"]]
+        return first_caption((kind, files.read_range(shard, offset, size)) for kind, offset, size in places if size)
 
     def read(self, i: int, with_text: bool = True) -> Record:
         """See `Source.read`.

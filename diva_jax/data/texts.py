@@ -2,16 +2,16 @@
 
 import csv
 import io
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diva_jax.common import json_files
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.data import files
 
 _SEPARATORS = ",\t;|"
+_MAX_LINE = 2**24
 
 
 def is_file(path: str | os.PathLike) -> bool:
@@ -46,36 +46,67 @@ def parse_json(text: str, where: str) -> Any:
         raise UserError(f"{where} cannot be read as JSON ({str(e)[:200]}): correct it or fetch it again") from e
 
 
+def _lines(file, first: str) -> Iterator[str]:
+    """The lines of an open file of which the first one was read."""
+    line = first
+    while line:
+        if len(line) > _MAX_LINE:
+            raise csv.Error(f"a line has more than {_MAX_LINE} characters")
+        yield line
+        line = file.readline(_MAX_LINE + 1)
+
+
+def _check_row(header: list[str], fields: list[str], separator: str) -> None:
+    """Raises a csv.Error where a row is not what its writer meant."""
+    if len(fields) != len(header):
+        raise csv.Error(f"it has {len(fields)} fields, the header {len(header)}")
+    for line in (line for field in fields if "\n" in field for line in field.split("\n")):
+        cells = [cell.strip() for cell in line.split(separator)]
+        if len(cells) == len(header) and any(files.kind_of(cell) == "images" for cell in cells):
+            raise csv.Error(f"a quote swallows the row {brief(line)}")
+
+
 def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of each row of a CSV file that is not blank, the header first; local or remote.
 
-    The separator is the one of comma, tab, semicolon and bar that occurs most often in the first line.
+    The separator is the one of comma, tab, semicolon and bar that occurs most often in the first line. All rows have as
+    many fields as the header.
 
     Raises:
-      UserError: the file cannot be read as CSV in UTF-8; names the line.
+      UserError: the file is not CSV in UTF-8, a row has another number of fields, or a quote is not closed or swallows
+        other rows; names the line.
     """
-    line = 0
+    line, separator, header = 0, ",", []
     try:
         with files.open_binary(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as f:
-            first = f.readline()
-            reader = csv.reader(itertools.chain([first], f), delimiter=max(_SEPARATORS, key=first.count))
+            first = f.readline(_MAX_LINE + 1)
+            separator = max(_SEPARATORS, key=first.count)
+            reader = csv.reader(_lines(f, first), delimiter=separator, strict=True)
             for fields in reader:
-                line = reader.line_num
+                header = header or fields
                 if fields:
-                    yield line, fields
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+                    _check_row(header, fields, separator)
+                    yield reader.line_num, fields
+                line = reader.line_num
+    except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read as a CSV file after line {line} ({e}): write it again") from e
+    except csv.Error as e:
+        raise UserError(
+            f"{path}, line {line + 1}: the row is not CSV ({e}): put quotes around texts with {separator!r}, "
+            "quotes or ends of lines in them, double the quotes inside, and give images as paths"
+        ) from e
 
 
 def csv_records(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, {column: value}) of each row of a CSV file below its header; cells may be missing at the end.
+    """(line number, {column: value}) of each row of a CSV file below its header.
 
     Raises:
-      UserError: the file cannot be read, or lacks one of `columns`.
+      UserError: as `csv_rows`, or the file lacks one of `columns`.
     """
     rows = csv_rows(path)
     _, header = next(rows, (1, []))
-    if missing := [c for c in columns if c not in header]:
-        raise UserError(f"{path} has no column {listing(missing)}: its first row must be {','.join(columns)}")
+    if wrong := [c for c in columns if header.count(c) != 1]:
+        said = "no" if wrong[0] not in header else "more than one"
+        raise UserError(f"{path} has {said} column {listing(wrong)}: its first row must be {','.join(columns)}")
     for line, fields in rows:
-        yield line, dict(zip(header, fields, strict=False))
+        yield line, dict(zip(header, fields, strict=True))

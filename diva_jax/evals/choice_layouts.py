@@ -266,7 +266,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
     """(where, row) of each line of a JSON-lines file that is not blank."""
-    for number, line in enumerate(texts.read_text(file).splitlines(), 1):
+    for number, line in enumerate(texts.read_text(file).split("\n"), 1):
         if line.strip():
             where = f"{file}, line {number}"
             yield where, texts.parse_json(line, where)

@@ -66,7 +66,8 @@ class Builder:
         if self._latents is None:
             raise UserError(f"config.objective={config.objective} has no VAE whose latents could be cached")
         self._process, self._processes = jax.process_index(), jax.process_count()
-        self._source = sources.open_source(config.data.path, quiet=self._process != 0)
+        data = config.data
+        self._source = sources.open_source(data.path, quiet=self._process != 0, allow_urls=data.allow_urls)
         self._batch = batch * len(devices)
         made = facts(self.program)
         self.manifest = Manifest(made, len(self._source), crops, config.seed, per_shard, self._latents.shape)

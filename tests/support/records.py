@@ -62,6 +62,7 @@ def data_config(path, **changes) -> ConfigDict:
             "max_broken_share": 0.05,
             "stall_timeout": 60.0,
             "decode_gib": 1.0,
+            "allow_urls": False,
         }
     )
     config.update(changes)

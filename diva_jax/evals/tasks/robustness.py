@@ -5,7 +5,6 @@ of its prompts, as in `zeroshot`.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from diva_jax.evals.classification import ClassificationTask, Classified
 from diva_jax.evals.items import require_count, set_and_folder
 from diva_jax.evals.tasks import zeroshot
 
-_WNIDS = Path(__file__).with_name("imagenet_wnids.json")
 # Pixels that are cut off around ObjectNet's images, of which the outermost are red.
 _BORDER = 2
 _MAPPING = "folder_to_objectnet_label.json"
@@ -37,11 +35,6 @@ class RobustnessOptions:
 
 
 SECTION = RobustnessOptions
-
-
-def wnids() -> list[str]:
-    """WordNet ids of ImageNet's 1000 classes by label."""
-    return json.loads(_WNIDS.read_text("utf-8"))
 
 
 def _subset(root: Path, by_folder: Mapping[str, int], what: str) -> labelled.Images:
@@ -60,7 +53,7 @@ def _subset(root: Path, by_folder: Mapping[str, int], what: str) -> labelled.Ima
 
 def by_wnid(root: Path) -> labelled.Images:
     """Folders named by WordNet id, as ImageNet-A, -R and -Sketch are."""
-    return _subset(root, {wnid: i for i, wnid in enumerate(wnids())}, "a WordNet id of ImageNet")
+    return _subset(root, {wnid: i for i, wnid in enumerate(zeroshot.wnids())}, "a WordNet id of ImageNet")
 
 
 def by_number(root: Path) -> labelled.Images:
@@ -72,7 +65,10 @@ def _mapping(root: Path, name: str) -> dict[str, str]:
     path = next((p for p in (root / "mappings" / name, root / name) if p.is_file()), None)
     if path is None:
         raise UserError(f"{root} has no mappings/{name}: give ObjectNet's folder as it was unpacked")
-    return labelled.read_names(str(path))
+    names = labelled.read_names(str(path))
+    if not isinstance(names, dict):
+        raise UserError(f"{path} is no object from one name to another: fetch it again")
+    return {name: given[0] for name, given in names.items()}
 
 
 def objectnet(root: Path) -> labelled.Images:
@@ -159,7 +155,7 @@ class Robustness(ClassificationTask):
         sets = {name: read_set(name, root, options.allow_partial) for name, root in roots.items()}
         self.set_classified({f"{n}_": Classified(SETS[n].title, s, s.classes, at5=False) for n, s in sets.items()})
         self._prompts = {
-            prefix: zeroshot.prompts(options.templates, data.images, data.classes)
+            prefix: zeroshot.prompts(options.templates, data.images, [[name] for name in data.classes])
             for prefix, data in self.classified.items()
         }
         prompts = (t for by_class in self._prompts.values() for texts in by_class for t in texts)

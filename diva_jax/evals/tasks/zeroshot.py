@@ -6,7 +6,9 @@ highest cosine.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,14 @@ from diva_jax.evals import Settings, encode
 from diva_jax.evals.classification import MIN_CLASSES_AT_5, ClassificationTask, Classified
 from diva_jax.evals.items import resolved
 
+logger = logging.getLogger(__name__)
+
 _IMAGENET = Path(__file__).with_name("imagenet.json")
+_WNIDS = Path(__file__).with_name("imagenet_wnids.json")
+# Where a template has the class: CLIP_benchmark's form, or OpenAI's.
+_PLACE = re.compile(r"\{c?\}")
+# A class name that is rather a number or an identifier.
+_CODE = re.compile(r"(class|label|[a-z]?)[-_ ]?[0-9]+", re.I)
 # Factor of the cosines, as in every published evaluation; no answer depends on it.
 LOGIT_SCALE = 100
 
@@ -42,57 +51,93 @@ def imagenet(what: str) -> list[str]:
     return json.loads(_IMAGENET.read_text("utf-8"))[what]
 
 
-def class_names(given: str, images: labelled.Images) -> list[str]:
-    """The class names by label.
+def wnids() -> list[str]:
+    """WordNet ids of ImageNet's 1000 classes by label."""
+    return json.loads(_WNIDS.read_text("utf-8"))
+
+
+def class_names(given: str, images: labelled.Images) -> list[list[str]]:
+    """The names of each class by label: one, or several synonyms.
 
     Args:
-      given: `ZeroShotOptions.classes`; "imagenet", a JSON list by label, a JSON object folder name -> class name, or
-        empty: the data's own.
+      given: `ZeroShotOptions.classes`; "imagenet", a JSON list by label, a JSON object from folder (where there are
+        none, from label) to name, or empty: the data's own.
       images: the data.
 
     Raises:
       UserError: names are missing, or do not fit the labels.
     """
+    folders = images.folders
     if given == "imagenet":
-        names = imagenet("classes")
+        names = [[name] for name in imagenet("classes")]
+        by_wnid = dict(zip(wnids(), names, strict=True))
+        names = by_wnid if folders and set(folders) <= by_wnid.keys() else names
+    elif given:
+        names = labelled.read_names(given)
+    elif images.classes:
+        names = [[name] for name in images.classes]
     else:
-        names = labelled.read_names(given) if given else images.classes
-    if names is None:
         raise UserError(
             "the data names no classes (no classnames.txt): set --config.eval.zeroshot.classes=FILE.json with a list"
         )
     if isinstance(names, dict):
-        if missing := [c for c in images.classes or () if c not in names]:
+        keys = folders or list(map(str, range(len(names))))
+        if missing := [key for key in keys if key not in names]:
             raise UserError(f"{given} has no name for {listing(missing, 5)}: add it")
-        names = [names[c] for c in images.classes or ()]
+        names = [names[key] for key in keys]
     labels = np.asarray(images.targets)
-    if not len(names) > labels.max() or labels.min() < 0:
+    if labels.min() < 0 or (len(names) != len(folders) if folders else len(names) <= labels.max()):
+        last = len(folders) - 1 if folders else labels.max()
         raise UserError(
-            f"there are {len(names)} class names, but labels from {labels.min()} to {labels.max()}: "
+            f"there are {len(names)} class names, but labels from {labels.min()} to {last}: "
             "set --config.eval.zeroshot.classes=FILE.json with a name for every label"
         )
-    return list(names)
+    if empty := [label for label, synonyms in enumerate(names) if not all(synonyms)]:
+        raise UserError(f"the class name of label {empty[0]} is empty: write it into the list of names")
+    codes = [name for synonyms in names for name in synonyms if _CODE.fullmatch(name)]
+    if 2 * len(codes) > len(names):
+        logger.warning(
+            "%d class names look like codes (%s), of which prompts say nothing: give names in classnames.txt or with "
+            "--config.eval.zeroshot.classes",
+            len(codes),
+            listing(codes, 3),
+        )
+    return names
 
 
-def prompts(given: str, images: labelled.Images, classes: list[str]) -> list[list[str]]:
+def prompts(given: str, images: labelled.Images, names: Sequence[Sequence[str]]) -> list[list[str]]:
     """The texts of each class.
 
     Args:
-      given: `ZeroShotOptions.templates`: a JSON list of templates with `{c}`, a JSON object class -> texts, or empty:
-        the data's own, or else ImageNet's 80.
+      given: `ZeroShotOptions.templates`: a JSON list of templates with `{c}` (or `{}`), a JSON object class -> texts,
+        or empty: the data's own, or else ImageNet's 80.
+      images: the data.
+      names: of each class, see `class_names`; a template gives a text for each of them.
 
     Raises:
       UserError: a class has no texts, or a template no `{c}`.
     """
-    templates = labelled.read_names(given) if given else images.templates or imagenet("templates")
     where = given or "zeroshot_classification_templates.txt"
+    if given:
+        templates = labelled.read_names(given)
+    else:
+        templates = [[template] for template in images.templates or imagenet("templates")]
     if isinstance(templates, Mapping):
-        if missing := [c for c in classes if not templates.get(c)]:
+        keys = [[*synonyms, *(images.folders or [])[i : i + 1]] for i, synonyms in enumerate(names)]
+        by_class = [next((templates[key] for key in known if key in templates), None) for known in keys]
+        if missing := [known[0] for known, found in zip(keys, by_class, strict=True) if not found]:
             raise UserError(f"{where} has no prompts for {listing(missing, 5)}: add them")
-        return [[t.replace("{c}", c) for t in templates[c]] for c in classes]
-    if bad := [t for t in templates if "{c}" not in t]:
-        raise UserError(f"{where}: the template {bad[0]!r} has no {{c}} where the class goes: add it")
-    return [[t.replace("{c}", c) for t in templates] for c in classes]
+    else:
+        if bad := [t for t in templates if len(t) > 1 or not _PLACE.search(t[0])]:
+            what = f"the template {bad[0][0]!r} has no {{c}} where the class goes: add it"
+            if len(bad[0]) > 1:
+                what = "lists in a list say no class: give a list of texts, or an object from class to its texts"
+            raise UserError(f"{where}: {what}")
+        by_class = [[template for (template,) in templates]] * len(names)
+    return [
+        [_PLACE.sub(lambda _, name=name: name, t) for name in synonyms for t in found]
+        for synonyms, found in zip(names, by_class, strict=True)
+    ]
 
 
 def classifier(embeddings: np.ndarray, sizes: list[int]) -> np.ndarray:
@@ -120,8 +165,9 @@ class ZeroShot(ClassificationTask):
     def __init__(self, path: str, options: ZeroShotOptions, settings: Settings):
         self.settings, self.images, self.data = settings, open_data(path), resolved(path)
         self.count = len(self.images)
-        self.classes = class_names(options.classes, self.images)
-        texts = prompts(options.templates, self.images, self.classes)
+        names = class_names(options.classes, self.images)
+        self.classes = [synonyms[0] for synonyms in names]
+        texts = prompts(options.templates, self.images, names)
         self._sizes = [len(t) for t in texts]
         self.texts = [t for per_class in texts for t in per_class]
         self.set_classified({"": Classified("", self.images, self.classes, len(self.classes) >= MIN_CLASSES_AT_5)})

@@ -152,7 +152,7 @@ def test_patterns_that_stand_for_too_many(pattern, says):
     began = time.monotonic()
     with pytest.raises(UserError, match=says):
         files.find(f"/nowhere/{pattern}")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 6
 
 
 def bomb(side: int) -> bytes:
@@ -224,7 +224,7 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     (tmp_path / "x.jpg").write_bytes(encoded(1, form="JPEG"))
     (tmp_path / "y.tar.gz").write_bytes(b"")
     batches(tmp_path, batch=4)
-    assert "1 images beside the .tar shards are not read" in caplog.text and "1 compressed shards" in caplog.text
+    assert "1 images beside the tars are not read" in caplog.text and "1 compressed shards" in caplog.text
     (tmp_path / "z").mkdir()
     (tmp_path / "z" / "a.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match="a.tar.gz of config.data.path is compressed: unpack"):

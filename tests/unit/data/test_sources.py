@@ -60,7 +60,7 @@ def test_image_folder_is_recursive_and_sorted(tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(name.encode())
     for name in ("a/._x.jpg", "b/notes.txt", "b/1.json"):
-        (root / name).write_bytes(b"no image")
+        (root / name).write_bytes(b"{}")
     os.symlink(root, root / "a" / "loop")
     os.symlink(tmp_path / "linked", root / "link")
     source = open_source(str(root))
@@ -73,21 +73,6 @@ def test_image_folder_is_recursive_and_sorted(tmp_path):
     assert names(open_source(f"{root}/")) == names(source)
     os.rename(root, tmp_path / "plain")
     assert names(open_source(f"{tmp_path}/plain/b/*")) == [f"{tmp_path}/plain/b/{n}" for n in ("1.JPG", "2.png")]
-
-
-def test_captions_beside_images(tmp_path):
-    (tmp_path / "a").mkdir()
-    for name in ("a/1.jpg", "a/2.v1.png", "3.jpg"):
-        (tmp_path / name).write_bytes(noise(0))
-    assert not open_source(str(tmp_path)).has_text
-    (tmp_path / "a" / "1.txt").write_text("café")
-    (tmp_path / "a" / "2.v1.txt").write_text("two")
-    (tmp_path / "3.txt").touch()
-    os.truncate(tmp_path / "3.txt", 2**33)  # More than any caption.
-    source = open_source(str(tmp_path))
-    captions = {source.name(i): source.read(i).text for i in range(3)}
-    assert source.has_text and captions == {"3.jpg": None, "a/1.jpg": "café", "a/2.v1.png": "two"}
-    assert all(source.read(i, with_text=False).text is None for i in range(3))
 
 
 @pytest.mark.parametrize(

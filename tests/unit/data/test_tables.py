@@ -126,7 +126,7 @@ def test_broken_rows_are_skipped_and_named(folder, kind, caplog):
     names, says = [f"a.parquet, row {n}" for n in (4, 6, 8)], ("no image", "cannot identify", "no caption")
     if kind == "csv":
         lines = ["image,caption", *(f"{where(i)},c{i}" for i in range(COUNT))]
-        lines[4], lines[6], lines[8] = "none.png,gone", ",without an image", where(7)
+        lines[4], lines[6], lines[8] = "none.png,gone", ",without an image", f"{where(7)},"
         path.write_text("\n".join(lines))
         names, says = [f"a.csv, line {n}" for n in (5, 7, 9)], ("none.png", "no image", "no caption")
     else:
@@ -230,7 +230,7 @@ def two_splits(folder):
         ("a.csv", lambda p: p.write_text("image,caption\n"), "a.csv has no rows"),
         ("a.csv", lambda p: p.write_text(""), "has no column image"),
         ("a.csv", lambda p: p.write_bytes(b"image,caption\nx,\xff\xfe\n"), "cannot be read as a CSV file after line"),
-        ("a.tsv", lambda p: p.write_text("image\n" + 'x\n"' + "y" * 200_000), "a CSV file after line 2 .field larger"),
+        ("a.tsv", lambda p: p.write_text("image\n" + 'x\n"' + "y" * 200_000), "line 3: the row is not CSV .field larg"),
         ("a.parquet", lambda p: p.write_bytes(b"no table"), "a.parquet cannot be read as parquet"),
         ("a.parquet", lambda p: pq.write_table(pa.table({"image": [1]}), p), "'image' of .*a.parquet holds int64"),
         ("a.arrow", lambda p: p.write_bytes(b"no table"), "a.arrow cannot be read as arrow"),

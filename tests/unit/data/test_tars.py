@@ -5,13 +5,15 @@ import logging
 import os
 import tarfile
 
+import numpy as np
 import pytest
 from records import encoded, noise, write_tar
 from tqdm import tqdm
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import tars
+from diva_jax.data import photos, tars
 from diva_jax.data.records import MAX_CAPTION_BYTES
+from diva_jax.data.sources import open_source
 from diva_jax.data.tars import TarSource
 
 LONG = "a/" * 120 + "é" + "x" * 150 + ".jpg"  # More than the 100 + 155 bytes of a plain header.
@@ -57,42 +59,87 @@ def test_long_names(tmp_path, form):
     assert [source.read(i)[:2] for i in range(2)] == [(f"a.tar/{LONG}", noise(0)), ("a.tar/b.jpg", noise(1))]
 
 
-def test_captions_of_samples(tmp_path):
-    """`.txt` before `.json`, in any order of the members, of the same stem or else of the webdataset sample."""
-    every = {
-        "a/0.txt": "café".encode(),
-        "a/0.jpg": noise(0),
-        "a/0.json": b'{"caption": "not this one"}',
-        "1.jpg": noise(1),
-        "1.json": b'{"caption": "of the json"}',
-        "2.v1.jpg": noise(2),
-        "2.v2.jpg": noise(3),
-        "2.v1.txt": b"version one",
-        "2.txt": b"the sample's",
-        "3.jpg": noise(4),
-        "4.jpg": noise(5),
-        "4.json": b'{"caption": null, "key": "4"}',
-        "5.jpg": noise(6),
-        "5.json": b'{"caption": ["one", "two"]}',
-        "6.jpg": noise(7),
-        "6.json": b"{broken",
-        "7.jpg": noise(8),
-        "7.txt": b"x" * (MAX_CAPTION_BYTES + 1),
-    }
-    write_tar(tmp_path / "a.tar", every)
-    for _ in range(2):  # The second time from the cache.
-        source = TarSource([str(tmp_path / "a.tar")], str(tmp_path / "cache"))
+# Name of a member -> content, and the captions of the samples' images: None, or the error, for a sample without one.
+SAMPLES = {
+    "a/0.txt": "café".encode(),
+    "a/0.jpg": noise(0),
+    "a/0.json": b'{"caption": "not this one"}',
+    "1.JPG": noise(1),
+    "1.Json": b'{"caption": "of the json"}',
+    "2.input.jpg": noise(2),
+    "2.seg.png": noise(3),
+    "2.INPUT.txt": b"of the image",
+    "2.txt": b"of the sample",
+    "3.jpg": noise(4),
+    "4.jpg": noise(5),
+    "4.json": b'{"caption": null, "key": "4"}',
+    "5.jpg": noise(6),
+    "5.txt": b" \n",
+    "5.json": b'{"caption": ["one", "two"]}',
+    "6.jpg": noise(7),
+    "6.json": b"{broken",
+    "7.jpg": noise(8),
+    "7.txt": b"x" * (MAX_CAPTION_BYTES + 1),
+    "frame.0001.jpg": noise(9),
+    "frame.0001.txt": b"first",
+    "frame.0002.png": noise(10),
+    "frame.0002.mask.jpg": noise(10),
+}
+CAPTIONS = {
+    "a/0.jpg": "café", "1.JPG": "of the json", "2.input.jpg": "of the image", "3.jpg": None, "4.jpg": None,
+    "5.jpg": "one\ntwo", "6.jpg": ValueError, "7.jpg": None, "frame.0001.jpg": "first", "frame.0002.png": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["tar", "cached tar", "folder"])
+def test_samples_and_their_captions(tmp_path, form, caplog):
+    """Grouped alike in tars and folders, in any order of the members."""
+    root = tmp_path / "data"
+    for name, data in SAMPLES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    if form != "folder":
+        names = list(np.random.default_rng(1).permutation(list(SAMPLES)))
+        root = tmp_path / "a.tar"
+        write_tar(root, {name: SAMPLES[name] for name in names})
+    cache = str(tmp_path / "cache") if form == "cached tar" else None
+    for _ in range(2 if cache else 1):
+        caplog.clear()
+        source = open_source(str(root), cache)
         assert source.has_text
-        texts = [source.read(i).text for i in (0, 1, 2, 3, 4, 5, 6, 8)]
-        assert texts == ["café", "of the json", "version one", "the sample's", None, None, "one\ntwo", None]
-        with pytest.raises(ValueError, match="the caption in its .json member cannot be read"):
-            source.read(7)
-        assert source.read(7, with_text=False)[:2] == ("a.tar/6.jpg", noise(7))
+        assert "2 further images of samples are not read" in caplog.text and "2.seg.png" in caplog.text
+        found = {}
+        for i in range(len(source)):
+            name = source.name(i).removeprefix("a.tar/")
+            assert source.read(i, with_text=False)[1:] == (SAMPLES[name], None)
+            try:
+                found[name] = source.read(i).text
+            except ValueError as e:
+                assert "the caption in its .json file cannot be read" in str(e)
+                found[name] = ValueError
+        assert found == CAPTIONS
+
+
+@pytest.mark.parametrize("twice", ["0.jpg", "0.txt", "0.JPG", "0.Txt"])
+def test_a_name_twice_is_refused(tmp_path, twice):
+    """It would merge two samples."""
+    members = [("0.jpg", noise(0)), ("0.txt", b"a"), ("1.jpg", noise(1)), (twice, noise(2))]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in members:
+            photos.add_member(tar, name, data)
+    with pytest.raises(UserError, match=r"a.tar has 0.\w+ twice, which would merge two samples"):
+        TarSource([str(tmp_path / "a.tar")])
 
 
 @pytest.mark.parametrize(
     "extra, has",
-    [({}, False), ({"0.json": b"{}"}, False), ({"0.json": b'{"caption": ""}'}, True), ({"0.txt": b""}, True)],
+    [
+        ({}, False),
+        ({"0.json": b"{}"}, False),
+        ({"0.json": b'{"caption": ""}', "1.txt": b""}, False),
+        ({"0.json": b"{}", "1.json": b'{"caption": "x"}'}, True),
+        ({"0.txt": b"x"}, True),
+    ],
 )
 def test_whether_there_are_captions(tmp_path, extra, has):
     write_tar(tmp_path / "a.tar", {"0.jpg": noise(0), "1.jpg": noise(1), "x.txt": b"of no image", **extra})

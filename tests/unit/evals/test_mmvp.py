@@ -169,7 +169,12 @@ BAD_TABLES = {
     "id no number": (6, 7, ["six,Orientation,x"], "line 7: the Question ID 'six' is not a number"),
     "wrong type": (6, 7, ["6,Presence,x"], "line 7: its image .* does not exist"),
     "empty statement": (6, 7, ["6,Orientation,"], "line 7: a row has Question ID, Type, Statement, none empty"),
-    "a column more": (6, 7, ["6,Orientation,x,y"], "line 7: a row has"),
+    "a column more": (
+        6,
+        7,
+        ["6,Orientation,x,y"],
+        "line 7: the row is not CSV .it has 4 fields, the header 3",
+    ),
     "no header": (0, 1, [], "begins with .*, not Question ID,Type,Statement"),
     "empty": (0, 271, [], "begins with nothing"),
 }

@@ -82,9 +82,10 @@ def test_tars_with_several_captions(tmp_path):
 def test_bad_data_is_refused(table, tmp_path):
     lines = table.read_text().splitlines()
     for line, says in (
-        ("none.png,a thing", "names .*none.png, which does not exist"),
-        ("1.png,", "line 3: image or caption is empty"),
-        (",a thing", "line 3: image or caption is empty"),
+        ("none.png,a thing,x", "names .*none.png, which does not exist"),
+        ("1.png,,", "line 3: image or caption is empty"),
+        (",a thing,x", "line 3: image or caption is empty"),
+        ("1.png,a thing", "line 3: the row is not CSV .it has 2 fields, the header 3"),
     ):
         table.write_text("\n".join([*lines[:2], line, *lines[3:]]))
         with pytest.raises(UserError, match=says):
