@@ -1,0 +1,199 @@
+"""Data that means something else than it says, by kind: refused with its place, or skipped and counted."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image, PngImagePlugin
+from records import batches, encoded, tags
+
+from diva_jax.common.errors import UserError
+from diva_jax.data import images, labelled, samples, tables, texts
+from diva_jax.data.sources import open_source
+from diva_jax.evals import choice_layouts
+
+TEXTS = [
+    "a dog",
+    "a dog, running",
+    'a "big" dog',
+    '"',
+    "on\ntwo lines",
+    "two,\nlines, three",
+    "1.jpg",
+    "",
+    "a;b|c\td",
+    "x" * 999,
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tables_are_what_was_written_or_refused(tmp_path, seed):
+    """Rows that a CSV writer quoted come back; without the quotes, or with one more, none comes back otherwise."""
+    rng = np.random.default_rng(seed)
+    for case in range(20):
+        order = list(rng.permutation(2))
+        rows = [[f"{i}.jpg", TEXTS[rng.integers(len(TEXTS))]] for i in range(int(rng.integers(2, 6)))]
+        rows = [[row[k] for k in order] for row in [["image", "caption"], *rows]]
+        text = io.StringIO()
+        csv.writer(text, delimiter=",;\t|"[case % 4], lineterminator="\n").writerows(rows)
+        (tmp_path / "a.csv").write_text(text.getvalue())
+        assert [fields for _, fields in texts.csv_rows(str(tmp_path / "a.csv"))] == rows
+        bare = "\n".join(",".join(row) for row in rows)
+        at = int(rng.integers(bare.index("\n"), len(bare)))
+        for damaged in (bare, bare[:at] + '"' + bare[at:]):
+            (tmp_path / "a.csv").write_text(damaged)
+            try:
+                found = [fields for _, fields in texts.csv_rows(str(tmp_path / "a.csv"))]
+            except UserError as e:
+                assert "a.csv, line " in str(e) and "\n" not in str(e)
+            else:
+                assert len(found) == len(rows), damaged
+
+
+@pytest.mark.parametrize(
+    "rows, line",
+    [
+        (["0.jpg,a dog, running"], 2),
+        (["0.jpg,a", "1.jpg"], 3),
+        (["0.jpg,a", '1.jpg,"a dog', "2.jpg,b", "3.jpg,c"], 3),
+        (["0.jpg,a", '1.jpg,"a dog', "2.jpg,b", '3.jpg,c"', "4.jpg,d"], 3),
+        (['0.jpg,"a" dog'], 2),
+        (["0.jpg," + "x" * 200_000], 2),
+    ],
+)
+def test_wrong_rows_are_refused_by_line(tmp_path, rows, line):
+    (tmp_path / "a.csv").write_text("\n".join(["image,caption", *rows]))
+    with pytest.raises(UserError, match=f"a.csv, line {line}: the row is not CSV"):
+        open_source(f"{tmp_path}/a.csv")
+
+
+def test_cells_are_paths_unless_urls_are_allowed(tmp_path, caplog):
+    (tmp_path / "big.jpg").touch()
+    os.truncate(tmp_path / "big.jpg", 2**33)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "0.png").write_bytes(encoded(3))
+    url = f"file://{tmp_path}"
+    cells = ["0.png", "big.jpg", "pipe.jpg", f"{url}/0.png", f"{url}/pipe.jpg", "x" * 5000, "", "\0"]
+    table = pa.table({"image": cells})
+    for allow, good in ((False, {0}), (True, {0, 3})):
+        source = tables.TableSource([tables._of_columns(f"{tmp_path}/a.csv", table["image"], None)], allow)
+        for i in range(len(cells)):
+            if i in good:
+                assert source.read(i).image == encoded(3)
+            else:
+                with pytest.raises((OSError, ValueError)):
+                    source.read(i)
+    (tmp_path / "a.csv").write_text("image\n" + "\n".join(cells[:4]))
+    iterator = batches(tmp_path / "a.csv", batch=4, max_broken_share=1.0)
+    assert set(tags(next(iterator)["image"])) == {3} and iterator.broken.count == 3
+    assert "set config.data.allow_urls=True" in caplog.text and max(map(len, caplog.text.splitlines())) < 700
+    for cell, says in (
+        (f"{url}/0.png", "is a URL: set config.data.allow_urls"),
+        ("x" * 9999, "of 9999 characters is no path"),
+    ):
+        (tmp_path / "a.csv").write_text(f"image\n{cell}\n")
+        with pytest.raises(UserError, match=says):
+            open_source(f"{tmp_path}/a.csv")
+
+
+ARROW = """
+import random, sys
+import pyarrow as pa
+from diva_jax.common.errors import UserError
+from diva_jax.data import sources
+hf = pa.array([{"bytes": b"x" * 200, "path": "a"}] * 7, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+for columns in ({"image": hf, "text": ["words"] * 7}, {"image": [b"y" * 99] * 7, "text": [["a", "b"]] * 7}):
+    table = pa.table(columns)
+    with pa.BufferOutputStream() as out, pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    whole, rng = out.getvalue().to_pybytes(), random.Random(5)
+    for _ in range(400):
+        data, bit = bytearray(whole), rng.randrange(8 * len(whole))
+        data[bit // 8] ^= 1 << bit % 8
+        open(sys.argv[1], "wb").write(data)
+        try:
+            source = sources.open_source(sys.argv[1])
+        except UserError as e:
+            assert "\\n" not in str(e)
+            continue
+        for i in range(len(source)):
+            try:
+                source.read(i)
+            except (OSError, ValueError):
+                pass
+"""
+
+
+def test_flipped_bits_of_arrow_files_end_no_process(tmp_path):
+    """In a process of its own, since a signal would end that of the tests."""
+    subprocess.run([sys.executable, "-c", ARROW, str(tmp_path / "a.arrow")], check=True, timeout=120)
+
+
+def test_caches_of_datasets_are_no_rows(tmp_path):
+    for name in ("x-train.arrow", "cache-12ab.arrow", "cache-12ab_00000_of_00002.arrow"):
+        table = pa.table({"image": [encoded(1)]})
+        with pa.OSFile(str(tmp_path / name), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+            writer.write_table(table)
+    assert len(open_source(str(tmp_path))) == 1 and len(open_source(f"{tmp_path}/*.arrow")) == 1
+    assert len(open_source(f"{tmp_path}/cache-12ab.arrow")) == 1  # Named alone, it is meant.
+    (tmp_path / "x-train.arrow").unlink()
+    with pytest.raises(UserError, match="has caches of datasets.map alone"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, key, extension",
+    [
+        ("a/0.JPG", "a/0", "jpg"),
+        ("0.input.Jpg", "0", "input.jpg"),
+        ("frame.0001.jpg", "frame.0001", "jpg"),
+        ("U.S. flag.png", "U.S. flag", "png"),
+        ("v1.b/2024.05.mask-2.png", "v1.b/2024.05", "mask-2.png"),
+        ("._x.jpg", "", ""),
+        ("README", "", ""),
+    ],
+)
+def test_keys_and_extensions(name, key, extension):
+    assert samples.split(name) == (key, extension)
+
+
+def test_images_of_other_formats_are_said(tmp_path, caplog):
+    for name in ("a/0.png", "a/1.HEIC", "a/2.svg", "b/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(1))
+    assert len(open_source(str(tmp_path))) == 2 and "2 images of other formats are not read" in caplog.text
+    caplog.clear()
+    assert len(labelled.class_folders(tmp_path)) == 2 and "1.HEIC" in caplog.text
+    (tmp_path / "a" / "0.png").unlink()
+    with pytest.raises(UserError, match="images of formats alone that are not read"):
+        open_source(f"{tmp_path}/a")
+
+
+@pytest.mark.parametrize("what", ["profile", "text", "compressed text", "all"])
+def test_pngs_with_large_profiles_and_texts(what):
+    """Healthy images, whose pixels are those without them."""
+    info, kw = PngImagePlugin.PngInfo(), {}
+    if what in ("profile", "all"):
+        kw["icc_profile"] = bytes(3_000_000)
+    for zipped in {"text": (False,), "compressed text": (True,), "all": (True, False)}.get(what, ()):
+        info.add_text("workflow", "x" * 80_000_000, zip=zipped)
+    data = io.BytesIO()
+    Image.open(io.BytesIO(encoded(300))).save(data, "PNG", pnginfo=info, **kw)
+    assert images.decode(data.getvalue()).tobytes() == images.decode(encoded(300)).tobytes()
+
+
+def test_lines_of_json_end_at_newlines_alone(tmp_path):
+    """Not at the other characters at which `str.splitlines` ends one, and JSON Lines does not."""
+    (tmp_path / "0.jpg").write_bytes(encoded(1))
+    words = [f"a{c}b" for c in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"]
+    row = json.dumps({"images": ["0.jpg"], "texts": words}, ensure_ascii=False).encode()
+    for end in (b"\n", b"\r\n"):
+        (tmp_path / "own.jsonl").write_bytes(end.join([row, row, b""]))
+        found = choice_layouts.read_items(tmp_path / "own.jsonl", "own", tmp_path)
+        assert [item.texts for item in found] == [tuple(words)] * 2
