@@ -120,7 +120,7 @@ def large_shape(path):
     import zipfile
 
     with zipfile.ZipFile(path, "w") as archive:
-        for name in ("rows", "names", "complaints"):
+        for name in ("rows", "names", "notes"):
             archive.writestr(f"{name}.npy", head.getvalue())
 
 
