@@ -6,7 +6,6 @@ when it is used first, so that `import diva_jax` takes no time.
 
 import importlib
 import os
-import signal
 import sys
 
 __version__ = "0.1.0"
@@ -15,6 +14,8 @@ __all__ = ["evaluate", "export", "load", "objective", "train"]
 _after_m = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
 if any(f"{name}.".startswith("diva_jax.") for name in _after_m) or os.path.basename(sys.argv[0]).startswith("diva-"):
     # A command that is interrupted while it imports ends with one line; `common.cli` has its own handler.
+    import signal
+
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 
