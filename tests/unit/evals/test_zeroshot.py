@@ -135,31 +135,78 @@ def test_tfds(tfds_dir):
             prepare(spec.format(tfds_dir))
 
 
-def test_names_and_prompts_from_json(folders, tmp_path):
-    def written(value):
-        path = tmp_path / "names.json"
-        path.write_text(json.dumps(value))
-        return str(path)
+def written(folder, value) -> str:
+    path = folder / "given.json"
+    path.write_text(json.dumps(value))
+    return str(path)
 
+
+FOLDERS = [f"n{i:02d}" for i in range(6)]
+# Option, its JSON, and the texts of the second class, or what the refusal says.
+GIVEN = [
+    ("classes", NAMES, ["one small dog"]),
+    ("classes", dict(zip(FOLDERS, NAMES, strict=True)), ["one small dog"]),
+    ("classes", {"n99": "x", **{f: [f, f"{f} x"] for f in FOLDERS}}, ["one n01", "one n01 x"]),
+    ("classes", [[n, f"{n} x"] for n in NAMES], ["one small dog", "one small dog x"]),
+    ("classes", NAMES[:3], "3 class names, but labels from 0 to 5"),
+    ("classes", [*NAMES, "more"], "7 class names, but labels from 0 to 5"),
+    ("classes", {"n00": "cat"}, "no name for n01, n02"),
+    ("classes", dict.fromkeys(FOLDERS, 3), "has 3 at 'n00', where it must hold a text or a list of texts"),
+    ("classes", [*NAMES[:5], ""], "has .''. at 5, where it must hold"),
+    ("classes", 3, "must hold a list"),
+    ("templates", ["has {c}"], ["has n01"]),
+    ("templates", ["has {}", "{c}!"], ["has n01", "n01!"]),
+    ("templates", "a {c}", ["a n01"]),
+    ("templates", {f: ["has fur"] * (i + 1) for i, f in enumerate(FOLDERS)}, ["has fur"] * 2),
+    ("templates", {f: f"{f} has fur" for f in FOLDERS}, ["n01 has fur"]),
+    ("templates", ["a photo"], "has no {c}"),
+    ("templates", [["a {c}", "b {c}"]], "lists in a list say no class"),
+    ("templates", {"n00": ["x"]}, "has no prompts for n01"),
+    ("templates", {f: [1] for f in FOLDERS}, "has .1. at 'n00', where it must hold"),
+    ("templates", [], "must hold a list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option, value, expected", GIVEN)
+def test_names_and_prompts_from_json(folders, tmp_path, option, value, expected):
     (folders / "classnames.txt").unlink()
-    assert prepare(folders).classes == [f"n{i:02d}" for i in range(6)]
-    by_folder = {f"n{i:02d}": name for i, name in enumerate(NAMES)}
-    for given in (NAMES, by_folder):
-        assert prepare(folders, classes=written(given)).classes == NAMES
-    assert prepare(folders, templates=written(["one {c}"])).texts[1] == "one n01"
-    task = prepare(folders, templates=written({f"n{i:02d}": ["has fur"] * (i + 1) for i in range(6)}))
-    assert task._sizes == [1, 2, 3, 4, 5, 6]
-    for option, value, says in (
-        ("classes", NAMES[:3], "3 class names, but labels from 0 to 5"),
-        ("classes", {"n00": "cat"}, "no name for n01, n02"),
-        ("templates", ["a photo"], "has no {c}"),
-        ("templates", {"n00": ["x"]}, "has no prompts for n01"),
-        ("templates", [], "must hold a list"),
-        ("templates", [1], "has 1 at 0, where it must hold a text"),
-    ):
-        with pytest.raises(UserError, match=says):
-            prepare(folders, **{option: written(value)})
-    with pytest.raises(UserError, match="cannot be read as"):
+    (folders / "zeroshot_classification_templates.txt").write_text("one {c}\n")
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected) as e:
+            prepare(folders, **{option: written(tmp_path, value)})
+        assert "\n" not in str(e.value)
+    else:
+        task = prepare(folders, **{option: written(tmp_path, value)})
+        first = task._sizes[0]
+        assert task.texts[first : first + task._sizes[1]] == expected
+
+
+def test_labels_of_folders(tmp_path, caplog):
+    """Numbers in their order, ImageNet's names by WordNet id; splits, and another number of names, are refused."""
+    names = [f"word {i}" for i in range(12)]
+    root = write_class_folders(tmp_path / "numbers", list(range(12)), list(map(str, range(12))))
+    assert prepare(root).classes == list(map(str, range(12)))
+    assert "12 class names look like codes (0, 1, 2 and 9 more)" in caplog.text
+    caplog.clear()
+    (root / "classnames.txt").write_text("\n".join(names) + "\n\n")
+    task = prepare(root)
+    assert [names[int(n.split("/")[0])] for n in task.images.names] == [names[t] for t in task.images.targets]
+    assert task.classes == names and not caplog.text
+    (root / "classnames.txt").write_text("\n".join(names[:-1]))
+    with pytest.raises(UserError, match="has 11 names, but there are 12 folders"):
+        prepare(root)
+    root = write_class_folders(tmp_path / "ids", [0, 1], ["n01443537", "n02123045"])
+    assert prepare(root, classes="imagenet").classes == ["goldfish", "tabby cat"]
+    assert "look like codes" in (prepare(root) and caplog.text)
+    for split in (["train", "test"], ["Train", "val", "extra"], ["test"]):
+        root = write_class_folders(tmp_path / "-".join(split), list(range(len(split))), split)
+        with pytest.raises(UserError, match="which are splits of a data set and no classes"):
+            prepare(root)
+    assert prepare(write_class_folders(tmp_path / "vehicles", [0, 1], ["bus", "train"])).classes == ["bus", "train"]
+
+
+def test_a_file_of_names_that_is_missing(folders, tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
         prepare(folders, classes=str(tmp_path / "none.json"))
 
 
