@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MARKS = {"package without world/": 22_000, "tests": 15_000}
 ONCE = {
-    "validator of config fields": r"^def check\(values|^_?[A-Z_]*RULES\b.* = ",
+    "validator of config fields": r"^def check\(values|^_?[A-Z_]*RULES\b.* = \($",
     "train loop": r"\.step\(index\)",
     "resolver of a source of weights": r"snapshot_download\(|def is_run\(",
     "CLIP tokenizer": r"\bBPE\(|CLIPTokenizer\.from_pretrained",
