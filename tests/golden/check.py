@@ -24,7 +24,15 @@ def method_of(path: Path):
 
 
 def errors(path: str | Path, sd: str | Path = HERE / SD) -> list[tuple[str, float, float]]:
-    """(quantity, relative L2 error, bound), for every result that a file records."""
+    """Returns (quantity, relative L2 error, bound), for every result that a file records.
+
+    The module of its method has `reads(stem of the file's name)` and `errors(path, sd)`; `sd` are the state dicts of
+    U-Net and VAE.
+
+    Raises:
+      ValueError: no method has files of this name, one that belongs to it is missing, or it records other quantities
+        than we compute.
+    """
     path = Path(path)
     method = method_of(path)
     if method is None:

@@ -12,7 +12,7 @@ import numpy as np
 from diva import diffusion_config
 from flax import nnx
 from helpers import filled
-from reading import rows, take
+from reading import from_hf, hf_spec, rows, take
 
 from diva_jax import config
 from diva_jax.data import jitter
@@ -23,7 +23,7 @@ from diva_jax.models.names import Table
 from diva_jax.objectives import dcr
 from diva_jax.objectives.dcr import contrast
 from diva_jax.training import partition
-from diva_jax.weights import clip, diffusers, hf
+from diva_jax.weights import clip, diffusers
 
 # Relative L2 error, by the last component of a quantity's name, or by a component that is in it.
 BOUNDS = {
@@ -56,23 +56,8 @@ _GIVEN = ("pixels", "plus/", "text_ids", "vae_noise", "timesteps", "noise", "w/"
 
 def vision_spec(z) -> backbones.Spec:
     """The backbone of a golden file."""
-    siglip = "w/vision_model.head.probe" in z.files
-    width, _, _, patch = z["w/vision_model.embeddings.patch_embedding.weight"].shape
-    layers = {k.split("vision_model.encoder.layers.")[1].split(".")[0] for k in z.files if "w/vision_model.enc" in k}
-    return backbones.Spec(
-        arch="siglip" if siglip else "vit",
-        image_size=z["pixels"].shape[1],
-        patch_size=patch,
-        width=width,
-        layers=len(layers),
-        heads=HEADS,
-        mlp_dim=z["w/vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        embed_dim=z["stage1/embedding"].shape[1],
-        activation="gelu_tanh" if siglip else "quick_gelu",
-        norm_eps=1e-6 if siglip else 1e-5,
-        mean=backbones.HALF if siglip else backbones.OPENAI_MEAN,
-        std=backbones.HALF if siglip else backbones.OPENAI_STD,
-    )
+    activation = "gelu_tanh" if "w/vision_model.head.probe" in z.files else "quick_gelu"
+    return hf_spec(take(z, "w/"), image_size=z["pixels"].shape[1], heads=HEADS, activation=activation)
 
 
 def _layer(spec: backbones.Spec, module: str) -> tuple[str, int | None]:
@@ -131,13 +116,8 @@ class Reader:
     def objective(self, text_context) -> dcr.Objective:
         """With the file's weights; adapters as they are initialised."""
         module = dcr.Objective(self.config, rngs=Keys())
-        given = take(self.z, "w/")
-        recipes = backbones.architecture(self.spec.arch).TRANSFORMERS.recipes(self.spec)
-        tensors = {}
-        for recipe in recipes:
-            if all(n in given for n in recipe.hf):
-                tensors |= hf._convert(recipe, given, False)
         plain = abstract(lambda rngs: backbones.build(self.spec, rngs=rngs))
+        tensors = from_hf(take(self.z, "w/"), self.spec)
         module.vision = filled(plain, tensors, clip.vision_table(self.spec))
         adapters.adapt(module.vision, module.options.lora, Keys())
         leaves = (("norm.", "0."), ("fc1.", "1."), ("fc2.", "3."))
@@ -242,7 +222,6 @@ def compute(z, sd) -> dict[str, np.ndarray]:
 
 
 def reads(name: str) -> bool:
-    """Whether a file of this name is one of DCR's."""
     return name.startswith("dcr_")
 
 
@@ -251,15 +230,6 @@ def _bound(key: str) -> float:
 
 
 def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
-    """(quantity, relative L2 error, bound), for every result that the file records.
-
-    Args:
-      golden: the file.
-      sd: the state dicts of U-Net and VAE.
-
-    Raises:
-      ValueError: the file records other quantities than we compute.
-    """
     z, states = np.load(golden), np.load(sd)
     with jax.default_matmul_precision("highest"):
         ours = compute(z, states)

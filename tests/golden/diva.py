@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from helpers import filled
-from reading import rows, take
+from reading import gradients, rows, take, tower_spec
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -32,37 +32,18 @@ SD = dict(unet_heads=(2, 2, 4, 4), unet_groups=8, vae_groups=4)
 def vision_spec(name: str, z) -> backbones.Spec:
     """Returns the backbone of a golden file."""
     siglip = any(k.startswith("w/visual.trunk.") for k in z.files)
-    trunk = "w/visual.trunk." if siglip else "w/visual."
-    patch = z[trunk + ("patch_embed.proj.weight" if siglip else "conv1.weight")]
-    positions = z[trunk + ("pos_embed" if siglip else "positional_embedding")]
-    patches = positions.shape[-2] - (not siglip)
-    width, size = patch.shape[0], patch.shape[-1]
-    block = "blocks.0.mlp.fc1.weight" if siglip else "transformer.resblocks.0.mlp.c_fc.weight"
-    layers = len({k.split("blocks.")[1].split(".")[0] for k in z.files if k.startswith("w/") and "blocks." in k})
     kind, n = next(v for prefix, v in HEADS.items() if name.startswith(prefix))
+    spec = tower_spec(take(z, "w/"), "siglip" if siglip else "vit")
     tokens, text = z["features/0"].shape[1], z["text_context"].shape[1]
     if "token_indices/0" in z.files:
         select = f"random:{z['token_indices/0'].shape[1]}"
     elif siglip:
-        select = next(f"runs:{w}" for w in WINDOWS if diva.token_count(f"runs:{w}", patches) == tokens)
+        select = next(f"runs:{w}" for w in WINDOWS if diva.token_count(f"runs:{w}", spec.patches) == tokens)
     else:
         select = "all"
-    return backbones.Spec(
-        arch="siglip" if siglip else "vit",
-        image_size=round(patches**0.5) * size,
-        patch_size=size,
-        width=width,
-        layers=layers,
-        heads=n if kind == "heads" else width // n,
-        mlp_dim=z[trunk + block].shape[0],
-        embed_dim=z["features/0"].shape[-1],
-        activation="gelu" if siglip else "quick_gelu",
-        norm_eps=1e-6 if siglip else 1e-5,
-        mean=backbones.HALF if siglip else backbones.OPENAI_MEAN,
-        std=backbones.HALF if siglip else backbones.OPENAI_STD,
-        select=select,
-        add_text="token" if select.startswith("random") and tokens == text else "mean",
-    )
+    add_text = "token" if select.startswith("random") and tokens == text else "mean"
+    heads = n if kind == "heads" else spec.width // n
+    return dataclasses.replace(spec, heads=heads, select=select, add_text=add_text)
 
 
 def diffusion_config(sd) -> dict:
@@ -138,32 +119,15 @@ def compute(name: str, z, sd) -> dict[str, np.ndarray]:
     for key in ("features", "context", "pred_noise"):
         out |= {f"{key}/{k}": seen[key][k] for k in range(n)}
     for part, table in tables.items():
-        state = nnx.from_flat_state(
-            {
-                path[1:]: var.replace(grads[name])
-                for name, (path, var) in skeleton.variables.items()
-                if name.startswith(part + "/")
-            }
-        )
-        out |= {f"grad/{k}": v for k, v in names.to_torch(state, table).items()}
+        out |= {f"grad/{k}": v for k, v in gradients(skeleton, grads, part, table).items()}
     return {k: np.asarray(v) for k, v in out.items()}
 
 
 def reads(name: str) -> bool:
-    """Returns whether a file of this name is one of DIVA."""
     return name.startswith(tuple(HEADS))
 
 
 def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
-    """Returns (quantity, relative L2 error, bound) for every result in the file.
-
-    Args:
-      golden: the file.
-      sd: the state dicts of U-Net and VAE.
-
-    Raises:
-      ValueError: the file records other quantities than we compute.
-    """
     z, states = np.load(golden), np.load(sd)
     ours = compute(golden.stem, z, states)
     recorded = {k: z[k] for k in z.files if k.split("/")[0] in BOUNDS}

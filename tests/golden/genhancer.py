@@ -5,6 +5,7 @@ beside the given file, then in `family`. A case with draws of the posterior take
 """
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import filled
-from reading import relative, take
+from reading import from_hf, hf_spec, relative, take
 
 from diva_jax import config
 from diva_jax.data import preprocess
@@ -23,7 +24,7 @@ from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import genhancer
 from diva_jax.training import partition
-from diva_jax.weights import clip, flux, hf, names
+from diva_jax.weights import clip, flux, names
 from diva_jax.weights.tensors import Tensors
 
 FAMILY = Path(__file__).parent / "family"
@@ -46,7 +47,6 @@ _LAYERS = {"attn/proj": "self_attn.out_proj", "mlp/fc1": "mlp.fc1", "mlp/fc2": "
 
 
 def reads(name: str) -> bool:
-    """Whether a file of this name is one of GenHancer's."""
     return name.startswith("genhancer")
 
 
@@ -60,6 +60,10 @@ def beside(path: Path, name: str) -> Path | None:
     return next((p for p in (path.with_name(name), FAMILY / name) if p.is_file()), None)
 
 
+def case_name(path: Path) -> str:
+    return re.sub(f"({'|'.join(PARTS)})$", "", path.stem)
+
+
 class Case:
     """All arrays of a case, whichever of its files was given.
 
@@ -70,9 +74,7 @@ class Case:
     """
 
     def __init__(self, path: Path):
-        self.name = path.stem
-        for part in PARTS:
-            self.name = self.name.removesuffix(part)
+        self.name = case_name(path)
         found = [p for end in ("", *PARTS) if (p := beside(path, f"{self.name}{end}.npz"))]
         self.arrays, self.meta = {}, {}
         for file in found:
@@ -96,27 +98,9 @@ class Case:
     def hf_tensors(self) -> dict[str, np.ndarray]:
         return take(self.arrays, "w/model.")
 
-    def recipes(self, spec: backbones.Spec, tensors) -> list:
-        """How these of transformers' tensors become open_clip's."""
-        layout = backbones.architecture(spec.arch).TRANSFORMERS
-        return [r for r in layout.recipes(spec) if all(n in tensors for n in r.hf)]
-
-    def open_clip(self, spec: backbones.Spec) -> dict[str, np.ndarray]:
-        """The tower's tensors under open_clip's names."""
-        tensors = self.hf_tensors
-        return {
-            n: np.asarray(t) for r in self.recipes(spec, tensors) for n, t in hf._convert(r, tensors, False).items()
-        }
-
     def spec(self) -> backbones.Spec:
         """The vision tower, from the arrays' shapes."""
-        layers = {int(m[1]) for k in self.hf_tensors if (m := re.search(r"vision_model\.encoder\.layers\.(\d+)\.", k))}
-        arch = "siglip" if self.siglip else "vit"
-        half = backbones.HALF
-        about = dict(mean=half, std=half, norm_eps=1e-6) if self.siglip else dict(norm_eps=1e-5)
-        about["activation"] = "gelu" if self.siglip else "quick_gelu"
-        spec = backbones.Spec(arch=arch, layers=len(layers), heads=HEADS, **about)
-        return dataclasses.replace(spec, **backbones.architecture(arch).shapes(self.open_clip(spec)))
+        return hf_spec(self.hf_tensors, heads=HEADS)
 
     def config(self, *, adapted: bool, head_out: str = "faithful"):
         """The config of the objective that trains."""
@@ -158,7 +142,7 @@ class Case:
     def weights(self, skeleton: partition.Skeleton, spec: backbones.Spec) -> dict[str, jax.Array]:
         """Name -> array of every parameter of the objective."""
         sources = {
-            "vision": (Tensors(self.open_clip(spec), []), clip.vision_table(spec)),
+            "vision": (Tensors(from_hf(self.hf_tensors, spec), []), clip.vision_table(spec)),
             "project_clip": (take(self.arrays, "w/project_clip."), flux.PROJECTOR),
             "project_t5": (take(self.arrays, "w/project_t5."), flux.PROJECTOR),
             "denoiser": (take(self.arrays, "w/dit."), flux.DENOISER),
@@ -339,21 +323,18 @@ def encoders(path: Path) -> list[tuple[str, float, float]]:
     return rows
 
 
+@functools.cache
+def computed(folder: Path, name: str) -> tuple[Case, dict[str, np.ndarray]]:
+    """Returns a case of a folder and what we compute of it, once for all its files."""
+    case = Case(folder / f"{name}.npz")
+    return case, case.compute()
+
+
 def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
-    """(quantity, relative L2 error, bound), for every result that the file records.
-
-    Args:
-      golden: the file.
-      sd: not used.
-
-    Raises:
-      ValueError: another file of the case is missing, or we do not compute a quantity that the file records.
-    """
     with jax.default_matmul_precision("highest"):
         if golden.stem == "genhancer_vae":
             return encoders(golden)
-        case = Case(golden)
-        ours = case.compute()
+        case, ours = computed(golden.parent, case_name(golden))
     recorded = [k for k in np.load(golden).files if not k.startswith(GIVEN)]
     if case.encoder is None:
         recorded = [k for k in recorded if k != "latents"]

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
-from reading import relative, same_names, take
+from reading import gradients, relative, same_names, take
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -145,30 +144,17 @@ def compute(z) -> dict[str, np.ndarray]:
     (_, seen), grads = jax.jit(jax.value_and_grad(forward, has_aux=True))(tuned)
     out = dict(seen, teacher_input=p.skeleton.merge(arrays).teacher_view(pixels))
     for key, tree in (("grad", grads), ("grad_kernel", jax.jit(jax.grad(kernel_alone))(tuned))):
-        state = nnx.from_flat_state(
-            {path[1:]: v.replace(tree[n]) for n, (path, v) in p.skeleton.variables.items() if n.startswith("vision/")}
-        )
-        tensors = names.to_torch(state, clip.vision_table(p.objective.spec))
+        tensors = gradients(p.skeleton, tree, "vision", clip.vision_table(p.objective.spec))
         out |= {f"{key}/{n.removeprefix('visual.')}": a for n, a in tensors.items()}
         out[f"{key}/gamma_coef0"] = tree["kernel_params"]
     return {k: np.asarray(v) for k, v in out.items()} | trajectory(z)
 
 
 def reads(name: str) -> bool:
-    """Whether a file of this name is one of KUEA's."""
     return name.startswith("kuea")
 
 
 def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
-    """(quantity, relative L2 error, bound), for every result that the file records.
-
-    Args:
-      golden: the file.
-      sd: not used: there is no diffusion model.
-
-    Raises:
-      ValueError: the file records other quantities than we compute.
-    """
     z = np.load(golden)
     with jax.default_matmul_precision("highest"):
         ours = compute(z)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from helpers import filled
-from reading import rows, take
+from reading import gradients, rows, take, tower_spec
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -22,7 +22,7 @@ from diva_jax.models.diffusion import schedule
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import unclip
 from diva_jax.training import partition
-from diva_jax.weights import clip, diffusers, names
+from diva_jax.weights import clip, diffusers
 
 # Relative L2 error, by the last part of a quantity's name; `grad` is any tensor's.
 _EXACT = ("latent_mean", "latent_std", "latents", "z_t", "target_v", "embed", "class_labels")
@@ -42,16 +42,9 @@ def quantity(key: str) -> str:
 
 def vision_spec(z, meta) -> backbones.Spec:
     """The backbone of a golden file."""
-    patch = z["w/visual.conv1.weight"]
-    return backbones.Spec(
-        image_size=z["clip_pixels"].shape[1],
-        patch_size=patch.shape[-1],
-        width=patch.shape[0],
-        layers=len({k.split("resblocks.")[1].split(".")[0] for k in z.files if k.startswith("w/visual.transformer.")}),
-        heads=HEADS,
-        mlp_dim=z["w/visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        embed_dim=z["w/visual.proj"].shape[1],
-        activation="quick_gelu" if meta["act"] == "quick_gelu" else "gelu",
+    fields = dict(image_size=z["clip_pixels"].shape[1], heads=HEADS)
+    return tower_spec(
+        take(z, "w/"), "vit", **fields, activation="quick_gelu" if meta["act"] == "quick_gelu" else "gelu"
     )
 
 
@@ -141,29 +134,17 @@ def compute(z, sd) -> dict[str, np.ndarray]:
     with jax.default_matmul_precision("highest"):
         out = jax.jit(run)(arrays, trained)
     for name in whole:
-        grads = out.pop(f"{name}/grad")
-        state = {path[1:]: var.replace(grads[n]) for n, (path, var) in skeleton.variables.items() if n in grads}
-        tensors = names.to_torch(nnx.from_flat_state(state), clip.vision_table(module.spec))
+        tensors = gradients(skeleton, out.pop(f"{name}/grad"), "vision", clip.vision_table(module.spec))
         out |= {f"{name}/grad/{k}": v for k, v in tensors.items()}
     out |= dict(alphas_cumprod=abar, embed_alphas_cumprod=schedule.alphas_cumprod(unclip.LEVELS))
     return {k: np.asarray(v) for k, v in out.items()}
 
 
 def reads(name: str) -> bool:
-    """Whether a file of this name is one of un²CLIP's."""
     return name.startswith("unclip")
 
 
 def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
-    """(quantity, relative L2 error, bound), for every result that the file records.
-
-    Args:
-      golden: the file.
-      sd: the state dicts of U-Net and VAE.
-
-    Raises:
-      ValueError: the file records other quantities than we compute.
-    """
     z, states = np.load(golden), np.load(sd)
     ours = compute(z, states)
     recorded = {k: z[k] for k in z.files if k not in GIVEN and not k.startswith("w/")}

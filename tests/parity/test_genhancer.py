@@ -12,7 +12,7 @@ from torch_objectives import begin, check_trained, column, random_program
 
 from diva_jax.models import backbones
 from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig
-from diva_jax.models.layers import Keys, abstract
+from diva_jax.models.layers import abstract
 from diva_jax.training.step import image_keys
 from diva_jax.weights import flux, names, writers
 
@@ -21,12 +21,11 @@ def as_torch(arrays) -> dict[str, torch.Tensor]:
     return {n: torch.from_numpy(np.array(a)) for n, a in arrays.items()}
 
 
-@pytest.mark.parametrize("stage2", ["only", "all"])
-def test_ten_steps(stage2):
+def test_ten_steps():
     """Five of stage 1, five of stage 2 with a new optimizer; every trained tensor decays, the rate is constant."""
     c = small.genhancer_config(
         accum=2,
-        genhancer__stage2=stage2,
+        genhancer__stage2="all",
         genhancer__stage1_lr=2e-3,
         genhancer__lora__dropout=0.0,
         optim__lr=2e-3,
@@ -67,7 +66,7 @@ def test_ten_steps(stage2):
             state, metrics = step_fn(state, frozen, batch)
             np.testing.assert_allclose(float(metrics["loss"]), loss.item(), rtol=5e-5)
     assert clipped >= 3
-    assert set(p.active(1)) == {n for n in p.trained if "vision/" in n or stage2 == "all"}
+    assert set(p.active(1)) == set(p.trained)
     check_trained(arrays, state["params"], {n: tensors[n] for n in p.trained})
 
 
@@ -111,12 +110,3 @@ def test_encoder_from_every_layout(layouts, where):
     want = 0.3611 * (latents - 0.1159)
     ours = loaded(root / where, FluxVAEConfig(**SIZES)).encode(jnp.asarray(images))
     close(np.asarray(ours).transpose(0, 3, 1, 2), want, 2e-5)
-
-
-def test_the_posterior_is_sampled_with_the_noise():
-    vae = VAE(FluxVAEConfig(**SIZES), rngs=Keys())
-    images, rng = jnp.ones((2, 8, 12, 3)) * 0.3, np.random.default_rng(1)
-    mean, logvar = jnp.split(vae.moments(images), 2, axis=-1)
-    noise = jnp.asarray(rng.normal(size=mean.shape), jnp.float32)
-    want = 0.3611 * (mean + jnp.exp(0.5 * logvar) * noise - 0.1159)
-    np.testing.assert_allclose(vae.encode(images, noise), want, rtol=1e-5, atol=1e-6)

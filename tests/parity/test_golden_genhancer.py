@@ -1,4 +1,4 @@
-"""GenHancer's golden files: the authors' numbers, and a case in their form from transformers' SigLIP and PyTorch."""
+"""A case of GenHancer in the form of the authors' golden files, from transformers' SigLIP and PyTorch."""
 
 import json
 
@@ -6,7 +6,6 @@ import check
 import numpy as np
 import pytest
 import torch
-from places import TESTS
 from torch.func import functional_call
 from torch_genhancer import FREQS, Model
 
@@ -16,23 +15,9 @@ from diva_jax.objectives import genhancer as objective
 from diva_jax.training import partition
 from diva_jax.weights import flux, names
 
-HERE = TESTS / "golden"
-
 FLOW = flow.FlowConfig(24, 28, 36, 48, 3, 2, 1, axes=(4, 6, 6))
 HEAD_OUT = "vision_model.head.attention.out_proj"
 RANK, ALPHA = 3, 6
-
-
-def past_bounds(path) -> list:
-    return [row for row in check.errors(path) if not row[1] <= row[2]]
-
-
-def test_a_small_mistake_is_past_a_bound(tmp_path):
-    """A LayerNorm weight off by a ten-thousandth; the file's siblings are those of the repository."""
-    z = dict(np.load(HERE / "family" / "genhancer_a.npz"))
-    z["w/project_t5.0.weight"] = z["w/project_t5.0.weight"] * np.float32(1.0001)
-    np.savez(tmp_path / "genhancer_a.npz", **z)
-    assert {"f/txt"} <= {row[0] for row in past_bounds(tmp_path / "genhancer_a.npz")}
 
 
 def generator(rng):
@@ -164,4 +149,4 @@ def siglip(tmp_path_factory):
 
 @pytest.mark.parametrize("end", ["", "_grad1", "_stage2"])
 def test_siglip_on_a_grid_that_is_not_square(siglip, end):
-    assert past_bounds(siglip / f"genhancer_s{end}.npz") == []
+    assert not [row for row in check.errors(siglip / f"genhancer_s{end}.npz") if not row[1] <= row[2]]

@@ -8,7 +8,6 @@ import signal
 import sys
 
 import commands
-import jax
 import numpy as np
 import open_clip
 import pytest
@@ -26,12 +25,13 @@ from diva_jax.data.photos import write_folder
 from diva_jax.evals import encoders
 from diva_jax.models import backbones
 from diva_jax.models.layers import Keys
-from diva_jax.training import checkpoint, sharding, workdirs
+from diva_jax.training import checkpoint, partition, sharding, workdirs
 from diva_jax.training.loop import Run
 from diva_jax.weights import clip, names, readers, runs, writers
 
 NAMES = ("distillation", "captions")
 TOTAL = {"distillation": 8, "captions": 6}
+SLOW_CAPTIONS = pytest.param("captions", marks=pytest.mark.slow)  # The adapters of a distillation have dropout.
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,7 @@ def test_adapters_and_head_alone_are_in_the_checkpoint(ran):
     }
 
 
+@pytest.mark.parametrize("ran", ["distillation", SLOW_CAPTIONS], indirect=True)
 def test_a_killed_run_resumes_bit_identical(ran, world, tmp_path):
     name, whole, _ = ran
     process = train(world, name, tmp_path / "run")
@@ -108,6 +109,7 @@ def predictions(out) -> list[dict]:
         return list(csv.DictReader(f))
 
 
+@pytest.mark.parametrize("ran", ["distillation", SLOW_CAPTIONS], indirect=True)
 def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
     name, workdir, _ = ran
     out, tuned = tmp_path / "scores", tmp_path / "tuned"
@@ -146,43 +148,17 @@ def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
     pictures = np.random.default_rng(3).standard_normal((2, 3, spec.image_size, spec.image_size)).astype(np.float32)
     with torch.no_grad():
         theirs = model.eval().encode_image(torch.from_numpy(pictures)).numpy()
-    tower = small.program(c).towers
-    ours = names_to_tower(tower.shapes["vision"], found.vision, spec).encode(pictures.transpose(0, 2, 3, 1)).pooled
+    skeleton, _ = partition.disassemble(backbones.build(spec, rngs=Keys(0)))
+    ours = skeleton.merge(found.vision).encode(pictures.transpose(0, 2, 3, 1)).pooled
     close(ours, theirs, 2e-5)
 
 
-def names_to_tower(shapes, arrays, spec):
-    """Returns a vision tower with these arrays under the names of a run."""
-    tower = backbones.build(spec, rngs=Keys(0))
-    state = {path: var.replace(np.asarray(arrays["/".join(map(str, path))])) for path, var in names.flat(tower).items()}
-    assert {"/".join(map(str, path)) for path in state} == set(shapes)
-    nnx.update(tower, nnx.from_flat_state(state))
-    return tower
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_losses_do_not_depend_on_devices(world, name):
+def test_losses_do_not_depend_on_devices(world):
     """The negatives of `captions` are those of the whole micro-batch, for any number of devices."""
-    c = get_config(f"{name}:{world}")
-    c.batch_size, c.steps = 16, 2
-    losses = []
-    for devices in (1, 8):
-        p = small.program(c, devices)
-        arrays, rng = small.random_arrays(p), np.random.default_rng(0)
-        batch = {}
-        for key, array in p.abstract_batch().items():
-            high = 256 if array.dtype == np.uint8 else 500
-            batch[key] = rng.integers(0, high, array.shape).astype(array.dtype)
-        batch["row"] = np.arange(16, dtype=np.int32)
-        state = p.init_state({n: arrays[n] for n in p.trained})
-        frozen = {n: arrays[n] for n in p.abstract_frozen()}
-        step = p.step(len(p.stages) - 1)
-        if len(p.stages) > 1:
-            state["opt"] = p.init_opt(len(p.stages) - 1, state["params"])
-        for _ in range(2):
-            state, metrics = step(state, frozen, jax.device_put(batch, p.batch_sharding))
-            losses.append(float(metrics["loss"]))
-    np.testing.assert_allclose(losses[:2], losses[2:], rtol=1e-5)
+    c = get_config(f"captions:{world}")
+    c.batch_size = 16
+    alone, shared = (small.train(c, 4, devices).metrics["loss"] for devices in (1, 8))
+    np.testing.assert_allclose(shared, alone, rtol=1e-5)
 
 
 def test_what_cannot_work_is_refused_in_one_sentence(world, tmp_path):

@@ -37,7 +37,7 @@ def test_the_examples_run_as_written_and_in_their_order(clone, monkeypatch):
     few = " --config.steps=1 --config.condition.warmup_steps=1 --config.batch_size=8"
     outputs = [pages.shell(line + few * (".main " in line), clone) for line in small[1].strip().splitlines()]
     assert len(outputs) == 5 and (clone / "runs/small_eval/report.html").exists()
-    assert "done" in pages.shell(small[1].splitlines()[1] + few, clone)
+    assert "steps are done" in pages.shell(small[1].splitlines()[1] + few, clone)
     exec(in_open_clip, scope)  # noqa: S102
     import torch
     from PIL import Image

@@ -1,27 +1,23 @@
 """Ten optimizer steps of the whole objective against an implementation in plain PyTorch."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 import torch
 from torch_objectives import (
     Generator,
-    begin,
     check_trained,
     column,
-    cosine_schedule,
+    drawn_by,
     part_tensors,
     random_program,
     to_torch,
+    torch_train,
     vision_tower,
 )
 
 from diva_jax import config
 from diva_jax.models import backbones
-from diva_jax.objectives import diva
-from diva_jax.training.step import image_keys
 from diva_jax.weights import clip, names
 
 STEPS = 10
@@ -33,6 +29,7 @@ class TorchDiva:
 
     def __init__(self, p, arrays):
         self.config, self.spec, self.generator = p.config, backbones.spec_of(p.config), Generator(p, arrays)
+        assert self.spec.select.startswith("random:")
         self.vision = vision_tower(p, arrays, self.spec)
         self.visual_proj = torch.nn.Linear(self.spec.embed_dim, p.config.diffusion.unet.cross_attention_dim)
         self.visual_proj.load_state_dict(part_tensors(p, arrays, "visual_proj", PROJECTION))
@@ -76,36 +73,6 @@ class TorchDiva:
         return out
 
 
-def torch_train(model: TorchDiva, c, draws_of) -> None:
-    params = list(model.parameters().values())
-    o = c.optim
-    if o.name == "sgd":
-        opt = torch.optim.SGD(params, lr=o.lr, momentum=o.momentum)
-    else:
-        decayed = [p for p in params if p.ndim > 1]
-        rest = [p for p in params if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        opt = torch.optim.AdamW(groups, lr=o.lr, betas=(o.b1, o.b2), eps=o.eps)
-    schedule = cosine_schedule(opt, c)
-    clipped = 0
-    for step in range(STEPS):
-        opt.zero_grad()
-        if c.diva.draw_weights == "faithful":
-            for a in range(c.accum):
-                first, last = model.losses(*draws_of(step, slice(a, None, c.accum)))
-                # The authors' order: the first draw's backward pass, undivided, inside the forward pass.
-                first.backward()
-                (last / c.accum).backward()
-        else:  # Equal weights: the mean over the whole batch, which no micro-batch may change.
-            first, last = model.losses(*draws_of(step, slice(None)))
-            ((first + last) / 2).backward()
-        norm = torch.nn.utils.clip_grad_norm_(params, o.clip)
-        clipped += float(norm) > o.clip
-        opt.step()
-        schedule.step()
-    assert clipped >= 3, "the clip never worked: the test would not see it missing"
-
-
 @pytest.mark.parametrize("optimizer, mode", [("sgd", "faithful"), ("adamw", "exact")])
 def test_ten_steps(optimizer, mode):
     c = small.small_config(
@@ -123,30 +90,28 @@ def test_ten_steps(optimizer, mode):
     if mode == "faithful":
         config.faithful(c)
     p, arrays = random_program(c)
-    model = TorchDiva(p, arrays)
-    state, frozen, key = begin(p, arrays)
-    batches = [small.batch(p, i) for i in range(STEPS)]
-    module = p.skeleton.merge(arrays)
-    side = c.data.image_size // module.vae.config.downscale
-    draw = jax.jit(lambda keys: module.draw(keys, (side, side, 4)))
+    model, run = TorchDiva(p, arrays), small.train(c, STEPS, arrays=lambda _: arrays)
+    drawn = drawn_by(run, arrays)
 
-    def draws_of(step, part):
-        rows = np.arange(c.batch_size)[part]
-        t, noise, indices = draw(image_keys(key, jnp.int32(step), jnp.asarray(rows)))
+    def losses(step, rows):
+        image, (t, noise, indices) = drawn(step, rows)
         noise = torch.from_numpy(np.array(noise)).permute(0, 1, 4, 2, 3)
-        return np.asarray(batches[step]["image"])[rows], (to_torch(t), noise, to_torch(indices))
+        return model.losses(image, (to_torch(t), noise, to_torch(indices)))
 
-    step_fn = p.step(0)
-    for batch in batches:
-        state, _ = step_fn(state, frozen, batch)
-    torch_train(model, c, draws_of)
+    def backward(step):
+        if mode == "faithful":
+            for a in range(c.accum):
+                first, last = losses(step, slice(a, None, c.accum))
+                # The authors' order: the first draw's backward pass, undivided, inside the forward pass.
+                first.backward()
+                (last / c.accum).backward()
+        else:  # Equal weights: the mean over the whole batch, which no micro-batch may change.
+            (sum(losses(step, slice(None))) / 2).backward()
+
+    clipped = torch_train(model.parameters().values(), c, STEPS, backward)
+    assert clipped >= 3, "the clip never worked: the test would not see it missing"
     start, ours = {}, {}
     for part, table in (("vision", clip.vision_table(model.spec)), ("visual_proj", PROJECTION)):
-        ours |= {f"{part}/{k}": v for k, v in part_tensors(p, state["params"], part, table).items()}
+        ours |= {f"{part}/{k}": v for k, v in part_tensors(p, run.states[-1]["params"], part, table).items()}
         start |= {f"{part}/{k}": v for k, v in part_tensors(p, arrays, part, table).items()}
     check_trained(start, ours, model.parameters())
-
-
-def test_selected_tokens_count():
-    """The torch side assumes `random`; another selection in small.SPEC would make it compare something else."""
-    assert diva.parse_select(small.SPEC.select)[0] == "random"

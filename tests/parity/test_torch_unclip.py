@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,21 +11,18 @@ import torch.nn.functional as F
 from helpers import close
 from torch_objectives import (
     Generator,
-    begin,
     check_trained,
     column,
-    cosine_schedule,
+    drawn_by,
     part_tensors,
     random_program,
     to_torch,
+    torch_train,
     vision_tower,
 )
 
 from diva_jax.data import preprocess
 from diva_jax.models import backbones
-from diva_jax.models.diffusion.vae import VAE, VAEConfig
-from diva_jax.models.layers import Keys
-from diva_jax.training.step import image_keys
 from diva_jax.weights import clip
 
 STEPS = 10
@@ -88,19 +84,6 @@ class TorchUnclip:
         return F.mse_loss(a.sqrt() * pred + (1 - a).sqrt() * noisy, noise)
 
 
-def torch_train(model: TorchUnclip, c, draws_of) -> None:
-    params = list(model.vision.parameters())
-    o = c.optim
-    opt = torch.optim.AdamW(params, lr=o.lr, betas=(o.b1, o.b2), eps=o.eps, weight_decay=0.0)
-    schedule = cosine_schedule(opt, c)
-    for step in range(STEPS):
-        opt.zero_grad()
-        model.loss(*draws_of(step)).backward()
-        torch.nn.utils.clip_grad_norm_(params, o.clip)
-        opt.step()
-        schedule.step()
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -115,25 +98,17 @@ def test_ten_steps(options):
     p, arrays = random_program(c)
     if "image_normalizer/std" in arrays:
         arrays["image_normalizer/std"] = 0.7 + jnp.square(arrays["image_normalizer/std"])
-    model = TorchUnclip(p, arrays)
-    state, frozen, key = begin(p, arrays)
-    batches = [small.batch(p, i) for i in range(STEPS)]
-    module = p.skeleton.merge(arrays)
-    side = c.data.image_size // module.vae.config.downscale
-    draw = jax.jit(lambda keys: module.draw(keys, (side, side, 4)))
+    model, run = TorchUnclip(p, arrays), small.train(c, STEPS, arrays=lambda _: arrays)
+    drawn = drawn_by(run, arrays)
+    assert all(drawn(i)[1].keep.all() for i in range(STEPS)) == (not c.unclip.embed_drop)
 
-    def draws_of(step):
-        drawn = draw(image_keys(key, jnp.int32(step), jnp.arange(c.batch_size)))._asdict()
-        return np.asarray(batches[step]["image"]), to_torch(drawn)
+    def backward(step):
+        image, draws = drawn(step)
+        model.loss(image, to_torch(draws._asdict())).backward()
 
-    kept = np.stack([draws_of(i)[1]["keep"].numpy() for i in range(STEPS)])
-    assert kept.all() == (not c.unclip.embed_drop)
-    step_fn = p.step(0)
-    for batch in batches:
-        state, _ = step_fn(state, frozen, batch)
-    torch_train(model, c, draws_of)
+    torch_train(model.vision.parameters(), c, STEPS, backward)
     table = clip.vision_table(model.spec)
-    ours, start = (part_tensors(p, a, "vision", table) for a in (state["params"], arrays))
+    ours, start = (part_tensors(p, a, "vision", table) for a in (run.states[-1]["params"], arrays))
     check_trained(start, ours, {f"visual.{k}": v for k, v in model.vision.named_parameters()})
 
 
@@ -144,21 +119,3 @@ def test_aligned_resize(n, size):
     larger = F.interpolate(torch_x, (size, size), mode="bicubic", align_corners=True)
     want = (kornia_resize(torch_x, size) if size < n else larger).permute(0, 2, 3, 1)
     close(preprocess.aligned_resize(jnp.asarray(x), size), want, 2e-6)
-
-
-def test_posterior_sample():
-    """As diffusers' DiagonalGaussianDistribution, of moments that reach its clamp."""
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-    class Fixed(VAE):
-        def moments(self, images):
-            return images
-
-    vae = Fixed(VAEConfig(block_out_channels=(4, 4), norm_num_groups=2), rngs=Keys(0))
-    rng = np.random.default_rng(0)
-    moments = rng.normal(size=(2, 3, 5, 4)).astype(np.float32) * np.float32([1, 1, 40, 9])
-    noise = rng.normal(size=(2, 3, 5, 2)).astype(np.float32)
-    theirs = DiagonalGaussianDistribution(torch.from_numpy(moments).permute(0, 3, 1, 2))
-    want = theirs.mean + theirs.std * torch.from_numpy(noise).permute(0, 3, 1, 2)
-    ours = vae.encode(jnp.asarray(moments), jnp.asarray(noise))
-    close(ours / vae.config.scaling_factor, want.permute(0, 2, 3, 1), 2e-6)

@@ -179,15 +179,6 @@ def test_a_save_that_fails_is_made_up_for(checkpoints, tmp_path, monkeypatch, ca
     checkpoints.close()
 
 
-def test_a_disk_that_stays_full_keeps_the_last_checkpoint(checkpoints, tmp_path, monkeypatch):
-    fail_to_write(monkeypatch, 1000)
-    with pytest.raises(RunError, match=r"step 2: .*No space left.*tried 3 times; the last whole one is of step 1"):
-        checkpoints.save(2, STATE, {}, {}, wait=True)
-    checkpoints.close()
-    assert checkpoint.steps(tmp_path) == [1]
-    np.testing.assert_array_equal(checkpoint.Checkpoints(tmp_path).restore(1, STATE)[0]["x"], STATE["x"])
-
-
 def test_a_bucket_that_is_gone(checkpoints, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "checkpoints").write_text("now a file, in which no folder can be made")

@@ -8,6 +8,7 @@ TINY = ("--config=tiny", "--workdir=run")
 # Arguments -> what the line must contain.
 REFUSED = {
     "a misspelt field": ((*TINY, "--config.optim.lrr=3"), "no field optim.lrr; did you mean optim.lr?"),
+    "a text for a number": ((*TINY, "--config.optim.lr=fast"), "config.optim.lr"),
     "an unknown section": (
         (*TINY, "--config.nonsense.a=3"),
         "the config has no field nonsense.a: --config=FILE --help lists",
@@ -20,6 +21,7 @@ REFUSED = {
     "a table without images": ((*TINY, "--config.data.path=t.csv"), "t.csv has no column image"),
     "a workdir that is a file": (("--config=tiny", "--workdir=a.zip"), "--workdir=a.zip cannot be a folder"),
     "a config that is not there": (("--config=vitl15", "--workdir=run"), "the name of a config: custom, "),
+    "a config file that is not there": (("--config=nothing.py", "--workdir=run"), "nothing.py"),
     "an unknown model": (("--config=custom:ViT-B-17", "--workdir=run"), "names are ViT-B-32, "),
     "a name with a typing error in Python": (
         ("--config=broken.py", "--workdir=run"),

@@ -59,10 +59,6 @@ def test_a_run_reports_what_it_does(files, uninterrupted):
     assert (workdir / "done").exists()
 
 
-def test_the_same_command_again_says_that_it_is_done(files, uninterrupted):
-    assert "all 14 steps are done" in commands.output(start(files, uninterrupted[0]))
-
-
 def test_a_finished_run_is_extended(files, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted[0], tmp_path / "run")
     out = commands.output(start(files, tmp_path / "run", "--config.steps=13"))
@@ -72,7 +68,8 @@ def test_a_finished_run_is_extended(files, uninterrupted, tmp_path):
     assert steps == list(range(1, 16))
 
 
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+# Those of test_stages_killed.py and test_outside_objectives.py are killed.
+@pytest.mark.parametrize("sig", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, sig):
     step = random.SystemRandom().randint(1, TOTAL - 3)
     process = start(files, tmp_path / "run")
@@ -144,10 +141,3 @@ def test_bad_input_is_refused_before_anything_is_written(files, uninterrupted, t
         Run(c, workdir).run()
     assert not (tmp_path / "new" / "checkpoints").exists()
     assert sorted(uninterrupted[0].rglob("*")) == before
-
-
-@pytest.mark.parametrize("flag", ["--config.optim.lrr=1", "--config.optim.lr=fast", "--config=nothing.py"])
-def test_wrong_flags_are_one_line_and_exit_code_2(files, tmp_path, flag):
-    name = flag.removeprefix("--").partition("=")[0].removeprefix("config.")
-    assert (name if name != "config" else "nothing.py") in commands.refusal(start(files, tmp_path / "new", flag))
-    assert not (tmp_path / "new").exists()

@@ -152,18 +152,9 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     assert "these weights have no visual_proj: the random one of config.seed=0 is used" in bare.results["notes"]
 
 
-@pytest.mark.parametrize(
-    "data, says",
-    [
-        (("feedback=nowhere",), "--data=feedback='nowhere' does not exist"),
-        (("feedback",), "'feedback', which is not TASK=PATH"),
-        (("nothing=here",), "nothing is not known"),
-        ((), "set both"),
-    ],
-)
-def test_bad_data_is_refused_before_anything_is_written(files, tmp_path, data, says):
-    with pytest.raises(UserError, match=says):
-        Run(config(files, eval__every=2, eval__data=data), tmp_path / "run")
+def test_bad_data_is_refused_before_anything_is_written(files, tmp_path):
+    with pytest.raises(UserError, match="--data=feedback='nowhere' does not exist"):
+        Run(config(files, eval__every=2, eval__data=("feedback=nowhere",)), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
 

@@ -106,7 +106,7 @@ def test_estimates_are_the_images_themselves_where_there_is_no_noise(world):
     assert np.abs(early - images).mean() < 20 < np.abs(late - images).mean()
 
 
-@pytest.mark.parametrize("name", ["unclip", "genhancer_random", "rich_clip"])
+@pytest.mark.parametrize("name", ["unclip", "genhancer_random", pytest.param("rich_clip", marks=pytest.mark.slow)])
 def test_arms_of_other_objectives_move_the_encoder(world, tmp_path, monkeypatch, name):
     tuner = tuning.Tuner(arms.ARMS[name], 3, 20, tmp_path)
     towers, loss = tuner.run(0)

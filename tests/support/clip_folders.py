@@ -9,14 +9,7 @@ from diva_jax.weights import hf
 
 
 def siglip_folder(folder, spec=SIGLIP, act=None, **save):
-    """Writes and returns a transformers SiglipModel of `spec` with random weights.
-
-    Args:
-      folder: the folder.
-      spec: the model.
-      act: transformers' activation of both towers; default the spec's.
-      **save: for `save_pretrained`.
-    """
+    """Writes and returns a transformers SiglipModel; `act` is its activation of both towers, else the spec's."""
     from transformers import SiglipConfig, SiglipModel
 
     cfg = hf.to_transformers(spec, "float32")

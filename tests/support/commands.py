@@ -14,15 +14,7 @@ _ENVIRONMENT = {"XLA_FLAGS": FAST_COMPILATION, "JAX_PLATFORMS": "cpu"}
 
 
 def launch(*line, path=(), cwd=ROOT, stdin=None, **env) -> subprocess.Popen:
-    """Starts a command line.
-
-    Args:
-      *line: the program and its arguments.
-      path: folders to add to PYTHONPATH, before the repository and tests/support.
-      cwd: working folder.
-      stdin: as for `subprocess.Popen`.
-      **env: environment variables to set.
-    """
+    """Starts a command line; folders of `path` are on PYTHONPATH, before the repository and tests/support."""
     folders = os.pathsep.join(map(str, (*path, ROOT, SUPPORT)))
     environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": folders} | env
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=stdin, text=True)
@@ -46,11 +38,7 @@ def start(module: str, *args, **kw) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, seconds: float = 400) -> tuple[int, str, str]:
-    """Waits until a process ends; after `seconds` it raises TimeoutExpired.
-
-    Returns:
-      Exit code, the rest of stdout, and stderr.
-    """
+    """Waits until a process ends: (exit code, the rest of stdout, stderr); after `seconds` it raises TimeoutExpired."""
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
 
@@ -61,11 +49,7 @@ def run(module: str, *args, **kw) -> tuple[int, str, str]:
 
 
 def run_each(module: str, lines: list, cwd=ROOT, seconds: float = 400, path=()) -> list[tuple[int, str, str]]:
-    """Runs a command once for each list of arguments, in forks of one process, so that it is imported once.
-
-    Returns:
-      (exit code, stdout, stderr) of each.
-    """
+    """(exit code, stdout, stderr) of a command for each list of arguments, in forks of one process that imports it."""
     process = launch(sys.executable, SUPPORT / "forked.py", module, path=path, cwd=cwd, stdin=subprocess.PIPE)
     out, err = process.communicate(json.dumps([[str(word) for word in line] for line in lines]), timeout=seconds)
     assert process.returncode == 0, err

@@ -19,16 +19,7 @@ def places(tree, path=()) -> list[tuple]:
 
 
 def changed(rng: np.random.Generator, tree, count: int = 1):
-    """A copy of JSON content with values replaced, removed, renamed, added or put in another's place.
-
-    Args:
-      rng: of the choices.
-      tree: objects and lists.
-      count: of changes.
-
-    Returns:
-      (the copy, what was changed).
-    """
+    """(a copy of JSON content with values replaced, removed, renamed, added or put elsewhere, what was changed)."""
     tree, said = copy.deepcopy(tree), []
     for _ in range(count):
         if not (there := places(tree)):

@@ -19,17 +19,7 @@ def free_address() -> str:
 
 
 def start(files, workdir, address, index: int, count: int, *more, rows=None) -> subprocess.Popen:
-    """Starts the command as process `index` of `count`.
-
-    Args:
-      files: folder of the `files` fixture.
-      workdir: the workdir of the run.
-      address: HOST:PORT of the coordinator.
-      index: the index of this process.
-      count: the number of processes.
-      *more: further flags.
-      rows: prefix of the files that multihost.py writes; default `workdir`.
-    """
+    """Starts the command as process `index` of `count`; `rows` is the prefix of the files that multihost.py writes."""
     flags = [f"--config={SUPPORT}/e2e_config.py:{files}", f"--workdir={workdir}", "--lost_timeout=10"]
     flags += [f"--config.{name}={value}" for name, value in FIELDS.items()]
     env = {

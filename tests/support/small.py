@@ -2,13 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from specs import DINOV2_REG
 from specs import TRAINED as SPEC
 
 from diva_jax import config, demo
-from diva_jax.models.backbones import HALF
+from diva_jax.models.backbones import HALF, TextSpec
 from diva_jax.models.diffusion import presets
 from diva_jax.training import sharding
 from diva_jax.training.step import Program
@@ -92,6 +95,28 @@ def genhancer_config(spec=SPEC_28, **fields):
     return with_fields(c, fields)
 
 
+def kuea_config(**fields):
+    """KUEA: batches of 16, a DINOv2 of 18 pixels with registers."""
+    c = _config(SPEC, "sd21_base", "kuea", steps=5, batch_size=16, optim__lr=1e-3)
+    c.kuea.teacher.update(dataclasses.asdict(dataclasses.replace(DINOV2_REG, image_size=18)))
+    return with_fields(c, dict(kuea__teacher_crop_from=24) | fields)
+
+
+def kuea_arrays(p: Program) -> dict:
+    """`random_arrays` with a kernel as in training."""
+    arrays = random_arrays(p)
+    return arrays | {n: jnp.asarray([0.03, 0.19]) for n in arrays if n == "kernel_params"}
+
+
+def smartclip_config(**fields):
+    """SmartCLIP: batches of 16, captions of 11 tokens."""
+    text = TextSpec(context_length=11, vocab_size=60, width=36, heads=3, layers=1, mlp_dim=50)
+    first = dict(steps=5, batch_size=16, optim__lr=1e-3, backbone__text__context_length=11)
+    return with_fields(
+        _config(dataclasses.replace(SPEC, layers=1, text=text), "sd21_base", "smartclip", **first), fields
+    )
+
+
 def write_unclip(folder: Path) -> None:
     """Writes a diffusers folder of Stable unCLIP with random weights."""
     demo.write_stable_diffusion(folder, unclip_diffusion())
@@ -119,13 +144,45 @@ def random_arrays(p: Program, seed: int = 0) -> dict:
     return out
 
 
-def batch(p: Program, step: int, size: int | None = None) -> dict:
-    """Returns a batch of random images, the same for any mesh."""
-    c = p.config
-    b, s = size or c.batch_size, c.data.image_size
-    rng = np.random.default_rng((7, step))
-    coarse = rng.integers(0, 256, (b, s // 4, s // 4, 3))
-    noise = rng.integers(-20, 21, (b, s, s, 3))
-    image = np.clip(np.repeat(np.repeat(coarse, 4, 1), 4, 2) + noise, 0, 255).astype(np.uint8)
-    rows = np.arange(b, dtype=np.int32)
-    return jax.tree.map(lambda x: jax.device_put(x, p.batch_sharding), {"image": image, "row": rows})
+def batch(p: Program, step: int) -> dict:
+    """Returns a batch of random images, and of what else the objective takes, the same for any mesh."""
+    rng, out = np.random.default_rng((7, step)), {}
+    for name, a in p.abstract_batch().items():
+        if name == "image":
+            b, s, *_ = a.shape
+            coarse = rng.integers(0, 256, (b, -(-s // 4), -(-s // 4), 3)).repeat(4, 1).repeat(4, 2)
+            out[name] = np.clip(coarse[:, :s, :s] + rng.integers(-20, 21, a.shape), 0, 255)
+        elif name == "row":
+            out[name] = np.arange(len(a))
+        else:
+            out[name] = rng.integers(0, 256 if a.dtype == np.uint8 else p.config.backbone.text.vocab_size, a.shape)
+        out[name] = jax.device_put(out[name].astype(a.dtype), p.batch_sharding)
+    return out
+
+
+class Trained(NamedTuple):
+    """A short run: metrics of each step by name; states before and after each, numpy; the last state on its devices."""
+
+    metrics: dict[str, list[float]]
+    states: list[dict]
+    state: dict
+    frozen: dict
+    program: Program
+
+
+def train(c, steps: int, devices: int = 1, arrays=random_arrays) -> Trained:
+    """Trains on `batch`, through the stages, from what `arrays` returns for the program."""
+    p, fns, metrics = program(c, devices), {}, {}
+    given = arrays(p)
+    state, frozen = p.init_state({n: jnp.copy(given[n]) for n in p.trained}), {n: given[n] for n in p.abstract_frozen()}
+    states = [jax.tree.map(np.asarray, state)]
+    for i in range(steps):
+        stage = p.stage_at(i)
+        if stage and i == p.stages[stage].start:
+            state["opt"] = p.init_opt(stage, state["params"])
+        fn = fns[stage] = fns.get(stage) or p.step(stage)
+        state, found = fn(state, frozen, batch(p, i))
+        for name, value in found.items():
+            metrics.setdefault(name, []).append(float(value))
+        states.append(jax.tree.map(np.asarray, state))
+    return Trained(metrics, states, state, frozen, p)

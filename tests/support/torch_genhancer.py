@@ -9,15 +9,7 @@ FREQS = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 12
 
 
 class Model:
-    """Functions of a dict of tensors.
-
-    Args:
-      tensors: name -> tensor, those of `vision/`, `project_clip/`, `project_t5/` and `denoiser/`.
-      flow: a FlowConfig.
-      heads: of the encoder.
-      patch: its patch size.
-      lora_scale: alpha / rank.
-    """
+    """Functions of a dict of tensors; `heads` and `patch` are the encoder's, `lora_scale` is alpha / rank."""
 
     def __init__(self, tensors, flow, heads=3, patch=7, lora_scale=1.0, freqs=FREQS):
         self.tensors, self.flow, self.heads, self.patch = tensors, flow, heads, patch

@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 from helpers import relative_error, within
 
+from diva_jax.training.step import image_keys
 from diva_jax.weights import clip, diffusers, names
 
 UPDATE_BOUND = 1e-3
@@ -97,6 +98,41 @@ def cosine_schedule(optimizer, c):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def torch_train(params, c, steps: int, backward) -> int:
+    """Trains parameters as a config says; `backward(step)` adds to their gradients. Returns how often it clipped."""
+    params, o, clipped = list(params), c.optim, 0
+    if o.name == "sgd":
+        opt = torch.optim.SGD(params, lr=o.lr, momentum=o.momentum)
+    else:
+        groups = [
+            {"params": [p for p in params if (p.ndim > 1) == decays], "weight_decay": decays * o.weight_decay}
+            for decays in (True, False)
+        ]
+        opt = torch.optim.AdamW(groups, lr=o.lr, betas=(o.b1, o.b2), eps=o.eps)
+    schedule = cosine_schedule(opt, c)
+    for step in range(steps):
+        opt.zero_grad()
+        backward(step)
+        clipped += float(torch.nn.utils.clip_grad_norm_(params, o.clip)) > o.clip
+        opt.step()
+        schedule.step()
+    return clipped
+
+
+def drawn_by(run: small.Trained, arrays):
+    """Returns (step, rows) -> the image of the batch and the draws of a run's step, as arrays."""
+    p = run.program
+    module, key = p.skeleton.merge(arrays), run.states[0]["key"]
+    side = p.config.data.image_size // module.vae.config.downscale
+    draw = jax.jit(lambda keys: module.draw(keys, (side, side, 4)))
+
+    def of(step: int, rows=slice(None)):
+        rows = jnp.arange(p.config.batch_size)[rows]
+        return np.asarray(small.batch(p, step)["image"][rows]), draw(image_keys(key, jnp.int32(step), rows))
+
+    return of
+
+
 def random_program(c):
     """Returns (program, random arrays)."""
     p = small.program(c)
@@ -107,10 +143,6 @@ def check_trained(start: dict, ours: dict, theirs: dict, bound: float = UPDATE_B
     """Asserts that both trained each tensor, by the same update.
 
     The error is relative to the update, and not to the tensor, most of which training leaves as it was.
-
-    Args:
-      start, ours, theirs: name -> tensor before training, and after it on each side.
-      bound: of the relative L2 error of the update.
     """
     assert set(ours) == set(theirs)
     for name, want in theirs.items():

@@ -1,6 +1,5 @@
 """Tests of ahead-of-time compilation with small programs: memory, costs, and errors for wrong input."""
 
-import importlib.util
 import json
 import os
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from places import ROOT
 
 from diva_jax import aot, config
+from diva_jax.common import config_files
 from diva_jax.common.errors import UserError
 from diva_jax.costs import hlo
 from diva_jax.models import attention, backbones, feed_forward
@@ -163,10 +163,7 @@ FAMILY = [f"{name}_vitl14" for name in ("unclip", "genhancer", "dcr", "kuea", "s
 @pytest.mark.parametrize("name", [*backbones.TABLE, *FAMILY])
 def test_every_config_fits_sixteen_chips(name):
     """Checks the stored report of its compilation, which must match the current config."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    c = aot.with_batch(module.get_config(), 16, None)
+    c = aot.with_batch(config_files.read(CONFIGS / name), 16, None)
     if name in backbones.TABLE:
         assert c.batch_size // c.accum // 16 == 8, (
             "8 is the batch for which the TPU compiler leaves convolutions unchanged"
@@ -177,13 +174,10 @@ def test_every_config_fits_sixteen_chips(name):
     assert report["fits"] and report["needed"] < report["available"]
 
 
-def test_no_such_slice():
+def test_slices():
     with pytest.raises(UserError, match="v5e:3x3 is not a slice"):
         aot.devices("v5e:3x3")
-
-
-def test_v4_has_one_device_per_chip():
-    assert len(aot.devices("v4:2x2x1")[2]) == 4
+    assert len(aot.devices("v4:2x2x1")[2]) == 4, "v4 has one device per chip"
 
 
 def test_libtpu_missing_or_locked(monkeypatch):
@@ -209,22 +203,40 @@ def test_errors_are_one_line():
 SLOW = pytest.mark.slow  # Each case compiles a program of its own for a TPU.
 
 
+def compiled(fn, *args):
+    """Returns (FLOPs of the TPU kernels, those of other products, number of kernels) of the compiled program."""
+    with jax.default_matmul_precision("default"):  # The tests' default "highest" does not support bfloat16.
+        module = hlo.parse(jax.jit(fn).lower(*args).compile().as_text())
+    found = {True: [], False: []}
+    for op, c, _ in module.executed():
+        found[op.target == "tpu_custom_call"].append(module.flops(op, c))
+    return sum(found[True]), sum(found[False]), len(found[True])
+
+
 @pytest.mark.parametrize(
-    ("n", "m", "heads", "width"),
+    ("n", "m", "heads", "width", "gradient"),
     [
-        (729, 729, 2, 72),
-        pytest.param(4096, 77, 5, 64, marks=SLOW),
-        pytest.param(1024, 1024, 10, 64, marks=SLOW),
+        (729, 729, 2, 72, True),
+        pytest.param(4096, 77, 5, 64, True, marks=SLOW),
+        pytest.param(1024, 1024, 10, 64, True, marks=SLOW),
+        pytest.param(4096, 4096, 1, 512, False, marks=SLOW),  # The wide head of the VAE.
     ],
 )
-def test_attention_kernels_compile_for_the_tpu(n, m, heads, width):
+def test_attention_kernels_compile_for_the_tpu(n, m, heads, width, gradient):
     """Forward and backward, with sizes of the U-Net and of a tower whose length is not a multiple of the tile."""
-    assert compiled_kernels(n, m, heads, width, True) == 2
+    mesh = sharding.make_mesh(config.default().mesh, aot.devices("v5e:2x2")[2])
+    batch = NamedSharding(mesh, P(("data", "fsdp")))
+    q, k = (jax.ShapeDtypeStruct((8, length, heads, width), jnp.bfloat16, sharding=batch) for length in (n, m))
 
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            out = attention.attention(*args)
+        return jnp.sum(out.astype(jnp.float32) ** 2) if gradient else out
 
-@SLOW
-def test_the_wide_head_of_the_vae_fits_into_vmem():
-    assert compiled_kernels(4096, 4096, 1, 512, False) == 1
+    work, _, kernels = compiled(jax.grad(run, argnums=(0, 1, 2)) if gradient else run, q, k, k)
+    rows, columns = (-(-length // 128) * 128 for length in (n, m))
+    assert work == 2 * (7 if gradient else 2) * (8 // 4) * heads * rows * columns * width
+    assert kernels == 1 + gradient
 
 
 @pytest.mark.parametrize(
@@ -255,32 +267,5 @@ def test_feed_forward_kernels_compile_for_the_tpu(monkeypatch, topology, tokens,
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     x = jax.ShapeDtypeStruct((8, tokens, channels), jnp.bfloat16, sharding=batch)
-    with jax.default_matmul_precision("default"):
-        text = jax.jit(jax.grad(loss)).lower(x, state).compile().as_text()
-    module = hlo.parse(text)
-    executed = list(module.executed())
-    work = sum(module.flops(op, c) for op, c, _ in executed if op.target == "tpu_custom_call")
-    assert work == 2 * 2 * (8 // 4) * tokens * 3 * channels * 4 * channels
-    assert not sum(module.flops(op, c) for op, c, _ in executed if op.target != "tpu_custom_call")
-
-
-def compiled_kernels(n, m, heads, width, gradient):
-    mesh = sharding.make_mesh(config.default().mesh, aot.devices("v5e:2x2")[2])
-    batch = NamedSharding(mesh, P(("data", "fsdp")))
-    q, k = (jax.ShapeDtypeStruct((8, length, heads, width), jnp.bfloat16, sharding=batch) for length in (n, m))
-
-    def run(*args):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            out = attention.attention(*args)
-        return jnp.sum(out.astype(jnp.float32) ** 2) if gradient else out
-
-    fn = jax.grad(run, argnums=(0, 1, 2)) if gradient else run
-    with jax.default_matmul_precision("default"):  # The tests' default "highest" does not support bfloat16.
-        text = jax.jit(fn).lower(q, k, k).compile().as_text()
-    module = hlo.parse(text)
-    kernels = [(op, c) for op, c, _ in module.executed() if op.target == "tpu_custom_call"]
-    padded = {length: -(-length // 128) * 128 for length in (n, m)}
-    products = 7 if gradient else 2
-    work = 2 * products * (8 // 4) * heads * padded[n] * padded[m] * width
-    assert sum(module.flops(op, c) for op, c in kernels) == work
-    return len(kernels)
+    work, rest, _ = compiled(jax.grad(loss), x, state)
+    assert work == 2 * 2 * (8 // 4) * tokens * 3 * channels * 4 * channels and not rest

@@ -20,7 +20,7 @@ OWN = EXAMPLE.replace("my-project", "a-project").replace("my-bucket", "a-bucket"
 def written(text: str) -> str:
     """The flag of an env file with this content."""
     file = Path(tempfile.mkdtemp(prefix="diva_jax_env_")) / "env.sh"
-    file.write_text(text)
+    file.write_bytes(text.encode())
     return f"--env={file}"
 
 
@@ -48,30 +48,18 @@ def test_dry_run_prints_whole_commands_and_runs_none(script):
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "vm.sh"])
-def test_help(script):
+def test_help_and_strict_mode(script):
     text = run(script, "--help")
     assert script in text and "--dry-run" in text and "#" not in text
+    assert "\nset -euo pipefail\n" in (TPU / script).read_text()
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "vm.sh", "common.sh"])
-def test_strict_mode(script):
-    text = (TPU / script).read_text()
-    assert script == "common.sh" or "\nset -euo pipefail\n" in text
-
-
-def test_create_requests_spot_and_trains_at_every_start():
+def test_create_requests_spot_or_on_demand_and_trains_at_every_start():
     request = next(c for c in commands("create.sh") if "queued-resources create" in c)
     assert " --spot" in request and "--accelerator-type=v5litepod-16" in request
     assert "startup-script=" in request and request.count("vm.sh") == 1
     assert "diva-home=gs://a-bucket/diva_jax/diva-vitl14" in request
-
-
-def test_create_on_demand():
-    lines = run("create.sh", "--dry-run", written(OWN.replace("SPOT=1", "SPOT=0"))).splitlines()
-    assert not any("--spot" in line for line in lines)
-
-
-def test_create_passes_options_on():
+    assert "--spot" not in run("create.sh", "--dry-run", written(OWN.replace("SPOT=1", "SPOT=0")))
     env = written(OWN.replace("CREATE_OPTIONS=", 'CREATE_OPTIONS="--network=n --reserved" #'))
     printed = run("create.sh", "--dry-run", env, "--", "--valid-until-duration=6h", "--labels=a=b")
     request = next(line for line in printed.splitlines() if "queued-resources create" in line)
@@ -79,17 +67,18 @@ def test_create_passes_options_on():
         assert f" {option}" in request
 
 
-@pytest.mark.parametrize(
-    ("script", "setting", "line"),
-    [
-        *((script, "PROJECT", "my-project") for script in SCRIPTS),
-        ("create.sh", "BUCKET", "my-bucket"),
-        ("create.sh", "WORKDIR", "gs://my-bucket/runs/vitl14"),
-    ],
-)
-def test_placeholders_are_refused_in_a_dry_run_too(script, setting, line):
-    text = re.sub(rf"^{setting}=\S+", f"{setting}={line}", OWN, flags=re.M)
-    assert f"has {setting}={line} from env.example" in run(script, "--dry-run", written(text), code=2)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_env_file_is_refused_in_a_dry_run_too(script):
+    """In one sentence, before anything is uploaded."""
+    cases = [("PROJECT=a-project", "PROJECT=my-project", "has PROJECT=my-project from env.example")]
+    cases += [("SPOT=1", "SPOT=yes", "sets SPOT=yes: use 1")]
+    if script == "create.sh":
+        for line in ("BUCKET=my-bucket", "WORKDIR=gs://my-bucket/runs/vitl14"):
+            cases.append((re.search(rf"^{line.split('=')[0]}=.*", OWN, re.M)[0], line, f"has {line} from env.example"))
+        cases += [("\n", "\r\n", "line ends of Windows"), ("ZONE=", "Z=", "set ZONE")]
+    for old, new, said in cases:
+        code, out, err = finish(launch(TPU / script, "--dry-run", written(OWN.replace(old, new))), seconds=60)
+        assert code == 2 and not out and err.startswith("error: ") and said in err and err.count("\n") == 1, err
 
 
 def test_what_is_not_committed_is_said(tmp_path):
@@ -108,20 +97,10 @@ def test_what_is_not_committed_is_said(tmp_path):
     assert "not committed" not in seen[0] and "not committed" in seen[1] and "new.py" in seen[1]
 
 
-def test_create_watch_requests_again():
-    kinds = [
-        re.search(r"queued-resources (\w+)", c).group(1) for c in commands("create.sh", "--watch") if "queued" in c
-    ]
-    assert kinds == ["create", "delete", "create"]
-
-
-def test_delete_when_done_watches_and_deletes():
-    kinds = [
-        re.search(r"queued-resources (\w+)", c).group(1)
-        for c in commands("create.sh", "--delete-when-done")
-        if "queued" in c
-    ]
-    assert kinds == ["create", "delete", "create", "delete"]
+def test_a_watched_request_is_made_again_and_deleted_when_done():
+    for flag, kinds in (("--watch", ["create", "delete", "create"]), ("--delete-when-done", ["create", "delete"] * 2)):
+        printed = [c for c in commands("create.sh", flag) if "queued" in c]
+        assert [re.search(r"queued-resources (\w+)", c).group(1) for c in printed] == kinds
 
 
 def test_watch_needs_a_workdir_in_a_bucket_before_anything_is_requested():
@@ -146,27 +125,18 @@ def test_commands_reach_every_worker():
     for script in ("setup.sh", "launch.sh", "status.sh", "delete.sh"):
         assert any("--worker=all" in c for c in commands(script)), script
     assert any("--worker=3" in c and "--follow" in c for c in commands("logs.sh", "--worker=3"))
+    for script in ("logs.sh", "status.sh"):
+        assert any("--unit=google-startup-scripts" in c and "--unit=diva_jax" in c for c in commands(script))
 
 
 def test_the_machines_install_mount_and_train():
     boot = run("vm.sh", "boot", "--dry-run")
-    for word in (
-        "diva_jax\\[tpu\\]",
-        "gcsfuse",
-        "Restart=on-failure",
-        "TimeoutStopSec",
-        "vm.sh train",
-        "restart diva_jax",
-    ):
+    for word in ("gcsfuse", "Restart=on-failure", "TimeoutStopSec", "vm.sh train", "restart diva_jax"):
         assert word in boot, word
+    assert "diva_jax\\[tpu\\]" in boot
     train = run("vm.sh", "train", "--dry-run")
     assert "-m diva_jax.main --config=CONFIG --workdir=WORKDIR FLAGS" in train
     assert "+ export NAME=..." in train and "value" not in train  # Values may be secrets.
-
-
-def test_logs_show_the_set_up_too():
-    for script in ("logs.sh", "status.sh"):
-        assert any("--unit=google-startup-scripts" in c and "--unit=diva_jax" in c for c in commands(script))
 
 
 def test_errors_are_one_sentence(tmp_path):
@@ -192,18 +162,3 @@ def test_the_manifest_uses_only_variables_of_the_env_file():
     # v5e:4x4 has sixteen chips, four per machine.
     chips = pod["template"]["spec"]["containers"][0]["resources"]["limits"]["google.com/tpu"]
     assert pod["parallelism"] * chips == 16
-
-
-@pytest.mark.parametrize(
-    ("script", "old", "new", "said"),
-    [
-        *((script, "SPOT=1", "SPOT=yes", "sets SPOT=yes: use 1") for script in SCRIPTS),
-        ("create.sh", "\n", "\r\n", "line ends of Windows"),
-        ("create.sh", "ZONE=", "Z=", "set ZONE"),
-    ],
-)
-def test_a_wrong_env_file_is_refused_before_anything_is_uploaded(tmp_path, script, old, new, said):
-    env = tmp_path / "env.sh"
-    env.write_bytes((TPU / "env.example").read_text().replace(old, new).encode())
-    code, out, err = finish(launch(TPU / script, "--dry-run", f"--env={env}"), seconds=60)
-    assert code == 2 and not out and err.startswith("error: ") and said in err and err.count("\n") == 1

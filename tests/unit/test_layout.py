@@ -1,6 +1,7 @@
 """The package's imports go in one direction, files stay short, and names of modules are documented."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def place(module: str) -> str:
     return ".".join(inside[: 1 + (inside[:2] == ["training", "loop"])])
 
 
+@functools.cache
 def imported(file: Path) -> set[str]:
     """The places that a file imports from, in functions too."""
     found = set()
@@ -80,6 +82,7 @@ def test_the_architecture_page_names_every_place():
     assert not missing
 
 
+@functools.cache
 def imported_by_tests(file: Path) -> set[str]:
     """The packages that a test imports, and those that the modules of tests/support it uses import when loaded."""
     found, tree = set(), ast.parse(file.read_text())

@@ -15,7 +15,7 @@ from torch_towers import checkpoint, checkpoint_name, torch_features, torch_towe
 
 from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
-from diva_jax.models.backbones import TABLE, Spec, build, eva02
+from diva_jax.models.backbones import Spec, build, eva02
 from diva_jax.models.layers import Keys
 from diva_jax.weights.clip import vision_table
 from diva_jax.weights.names import assign, flat, to_torch
@@ -147,15 +147,6 @@ def test_random_weights_keep_the_variance_at_depth(spec):
 
 
 @pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
-def test_tensors_there_and_back_are_bit_identical(spec):
-    source = checkpoint(spec, torch_tower(spec))
-    back = to_torch(load(spec, torch_tower(spec)), vision_table(spec))
-    assert set(back) == set(source)
-    for name, array in source.items():
-        np.testing.assert_array_equal(back[name], array)
-
-
-@pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
 def test_table_is_strict(spec):
     source, table, model = checkpoint(spec, torch_tower(spec)), vision_table(spec), abstract(spec)
     known = ["logit_scale", "logit_bias", "attn_mask", "text.attn_mask", "positional_embedding", "text_projection"]
@@ -191,14 +182,3 @@ def test_a_checkpoint_is_recognised_and_its_shapes_tell_the_sizes(spec):
     assert found.pop("image_size") == spec.grid * spec.patch_size
     assert set(found) >= {"arch", "patch_size", "width", "layers", "mlp_dim", "embed_dim"}
     assert found == {field: getattr(spec, field) for field in found}
-
-
-@pytest.mark.parametrize("tag", ["vitl14_336", "dfn_h14_378", "siglip_so400m_384"])
-def test_full_size_shapes(tag):
-    spec = TABLE[tag]
-    side = spec.image_size
-    tokens, pooled = nnx.eval_shape(
-        lambda x: build(spec, rngs=Keys(0)).encode(x), jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
-    )
-    patches = {336: 576, 378: 729, 384: 729}[side]
-    assert tokens.shape == (2, patches, spec.embed_dim) and pooled.shape == (2, spec.embed_dim)

@@ -66,18 +66,9 @@ def test_defaults_are_those_of_transformers():
 
 REFUSED = {
     (UNET, "unclip_h", "unet"): [
-        ("addition_embed_type", "text_time"),
-        ("class_embed_type", "timestep"),
-        ("num_class_embeds", 10),
-        ("dual_cross_attention", True),
-        ("resnet_time_scale_shift", "scale_shift"),
+        *((option, "another") for option in unet._FIXED),
         ("only_cross_attention", [True, True, True, False]),
-        ("time_embedding_type", "fourier"),
-        ("mid_block_type", "UNetMidBlock2D"),
         ("mid_block_type", None),
-        ("act_fn", "gelu"),
-        ("flip_sin_to_cos", False),
-        ("freq_shift", 1),
         ("transformer_layers_per_block", [1, 2, 10, 10]),
         ("down_block_types", ["DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]),
         ("up_block_types", ["UpBlock2D", "CrossAttnUpBlock2D"]),
@@ -94,9 +85,7 @@ REFUSED = {
         ("_class_name", "UNet2DModel"),
     ],
     (VAE, "sd21", "vae"): [
-        ("shift_factor", 0.1),
-        ("latents_mean", [0.0, 0.0, 0.0, 0.0]),
-        ("mid_block_add_attention", False),
+        *((option, "another") for option in vae._FIXED),
         ("down_block_types", ["DownEncoderBlock2D"] * 3),
         ("down_block_types", ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]),
         ("norm_num_groups", 48),

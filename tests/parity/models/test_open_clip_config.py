@@ -14,7 +14,7 @@ from flax import nnx
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.backbones import HALF, OPENAI_MEAN, TABLE, Spec, TextSpec, build, eva02, siglip
+from diva_jax.models.backbones import HALF, OPENAI_MEAN, TABLE, Spec, TextSpec, build, eva02, siglip, vit
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.models.backbones.shared.text import Text
@@ -188,15 +188,8 @@ def test_mlp_ratio_gives_the_very_width():
 SIGLIP, EVA02 = "ViT-B-16-SigLIP", "EVA02-B-16"
 REFUSED = {
     "small": [
-        ("vision_cfg__ls_init_value", 1e-4),
-        ("vision_cfg__attentional_pool", True),
-        ("vision_cfg__pool_type", "avg"),
-        ("vision_cfg__no_ln_pre", True),
-        ("vision_cfg__final_ln_after_pool", True),
-        ("vision_cfg__patch_dropout", 0.5),
-        ("vision_cfg__pos_embed_type", "sin_cos_2d"),
-        ("vision_cfg__qk_norm", True),
-        ("vision_cfg__block_type", "custom"),
+        *((f"vision_cfg__{option}", "another") for option in vit._FIXED),
+        *((f"text_cfg__{option}", "another") for option in occ._TEXT_FIXED),
         ("vision_cfg__layers", [3, 4, 6, 3]),
         ("vision_cfg__layers", 2.5),
         ("vision_cfg__head_width", 20),
@@ -206,11 +199,7 @@ REFUSED = {
         ("vision_cfg__timm_model_name", "convnext_base"),
         ("vision_cfg__timm_model_name", "vit_base_patch16_siglip_gap_224"),
         ("vision_cfg__timm_model_name", "eva02_enormous_patch14_clip_224"),
-        ("text_cfg__hf_model_name", "roberta-base"),
-        ("text_cfg__embed_cls", True),
         ("text_cfg__pool_type", "first"),
-        ("text_cfg__proj_type", "none"),
-        ("text_cfg__ls_init_value", 1e-4),
         ("text_cfg__act_kwargs", {"approximate": "exact"}),
         ("text_cfg__heads", 5),
         ("text_cfg__hf_tokenizer_name", "bert-base-uncased"),

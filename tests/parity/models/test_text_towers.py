@@ -1,5 +1,6 @@
 """Text towers against open_clip's CLIP.encode_text and CustomTextCLIP's, on random weights."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,11 +14,10 @@ from helpers import close, filled, tensors
 from specs import DINOV2, EVA02, GELU, METACLIP2, QUICK, SIGLIP, SIGLIP2
 
 from diva_jax.common.errors import UserError
-from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import Keys
-from diva_jax.weights.clip import text_table, vision_table
+from diva_jax.weights.clip import text_table
 from diva_jax.weights.names import assign, to_torch
 
 SPECS = {
@@ -80,27 +80,6 @@ def test_embeddings_and_gradients_equal_the_original(spec):
         close(found[name], want[name], 2e-5, name)
 
 
-def test_clip_text_under_text_prefix_reads_the_same():
-    """With `custom_text`, open_clip has the same tower under `text.`."""
-    model = torch_model(QUICK, custom_text=True)
-    got = jax.jit(load(QUICK, model).encode)(sentences(QUICK))
-    with torch.no_grad():
-        want = model.encode_text(torch.from_numpy(sentences(QUICK)).long())
-    close(got, want, 2e-5)
-
-
-@pytest.mark.parametrize("spec", [QUICK, SIGLIP, EVA02], ids=["clip", "siglip", "eva02"])
-def test_both_tables_share_one_checkpoint_and_name_all_of_it(spec):
-    model = torch_model(spec)
-    source = tensors(model)
-    back = to_torch(load(spec, model), text_table(spec))
-    for name, array in back.items():
-        np.testing.assert_array_equal(array, source[name])
-    assert all(vision_table(spec).ignored(name) for name in back)
-    rest = {n.split(".")[0] for n in set(source) - set(back)}
-    assert rest == {"visual", *backbones.architecture(spec.arch).OTHERS}
-
-
 @pytest.mark.parametrize("spec", [QUICK, SIGLIP, EVA02], ids=["clip", "siglip", "eva02"])
 def test_table_is_strict(spec):
     source = tensors(torch_model(spec))
@@ -144,7 +123,9 @@ def test_bfloat16_activations():
     close(got.astype(jnp.float32), ours(QUICK)[1], 0.03)
 
 
-def test_a_vision_encoder_alone_has_no_text_tower():
+def test_a_vision_encoder_alone_has_no_text_tower_and_pooling_is_known():
+    with pytest.raises(UserError, match="text.pool='first' is no known pooling"):
+        Text(dataclasses.replace(EVA02, text=dataclasses.replace(EVA02.text, pool="first")), rngs=Keys(0))
     for fails in (lambda: Text(DINOV2, rngs=Keys(0)), lambda: text_table(DINOV2)):
         with pytest.raises(UserError, match="a dinov2 backbone has no text tower"):
             fails()

@@ -140,18 +140,6 @@ def test_weights_that_are_not_finite_are_refused(one):
         outcome(one, arrays | {name: arrays[name] * np.nan})
 
 
-def test_mean_cosine_of_a_planted_signal():
-    """Signal s and noise n in every draw: s^2 / (s^2 + n^2)."""
-    rng = np.random.default_rng(0)
-    signal = np.full(40_000, 0.7, np.float32)
-    draws = jnp.asarray(signal + rng.normal(0, 1.4, (6, 40_000)), jnp.float32)
-    cosine, norms = feedback.mean_cosine(lambda g: {"g": g}, draws, {"g": draws[0]})
-    assert float(cosine) == pytest.approx(0.2, abs=0.02)
-    np.testing.assert_allclose(norms, np.linalg.norm(draws, axis=1), rtol=1e-5)
-    pairs = (draws @ draws.T) / np.outer(norms, norms)
-    assert float(cosine) == pytest.approx(float(np.mean(pairs[np.triu_indices(6, 1)])), abs=1e-6)
-
-
 def deaf(arrays):
     """Returns arrays for which the cross-attention, and so the U-Net, ignores the condition."""
     silent = {n: jax.device_put(jnp.zeros_like(a), a.sharding) for n, a in arrays.items() if "/attn2/to_v/" in n}

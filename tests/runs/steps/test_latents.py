@@ -1,6 +1,5 @@
 """Training from a cache of latents equals training without it; making a cache can be ended and resumed."""
 
-import dataclasses
 import hashlib
 import shutil
 import signal
@@ -73,17 +72,9 @@ def test_crops_and_moments_are_those_of_a_run_without(files, cache):
             assert all((first[i.tobytes()] == m).all() for i, m in zip(a["image"], a["moments"], strict=True))
 
 
-def dcr_config():
-    """One group of 4."""
-    c = config.default(dataclasses.replace(small.SPEC, image_size=28), small.diffusion(), "dcr")
-    c.update(dtype="float32", frozen_dtype="float32", batch_size=4)
-    c.diffusion.text_tokens, c.dcr.group, c.dcr.lora.rank = 6, 4, 3
-    return c
-
-
 def test_dcr_has_no_vae_where_moments_are_cached():
     """Its loss is traced alone: compiling it takes long."""
-    plain, cached = dcr_config(), dcr_config()
+    plain, cached = (small.dcr_config(batch_size=4) for _ in range(2))
     cached.data.latents = "somewhere"
     p, q = small.program(plain), small.program(cached)
     assert p.objective.latent_source.shape == q.objective.inputs["moments"].shape == (14, 14, 8)
@@ -97,7 +88,10 @@ def test_dcr_has_no_vae_where_moments_are_cached():
         assert (traced.jaxpr.pretty_print(name_stack=True).count("vae") > 0) == (program is p)
 
 
-@pytest.mark.parametrize("make", [small.small_config, small.unclip_config, small.genhancer_config])
+@pytest.mark.parametrize(
+    "make",
+    [small.small_config, small.genhancer_config, pytest.param(small.unclip_config, marks=pytest.mark.slow)],
+)
 def test_the_loss_of_an_objective_is_that_of_its_own_moments(make):
     """In float32, with moments that the cache's format holds exactly, the two losses are equal."""
     plain, cached = make(), make()

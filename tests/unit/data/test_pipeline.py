@@ -184,23 +184,6 @@ def test_a_file_that_vanishes_counts(tmp_path, caplog):
     assert "3.png" in caplog.text and iterator.broken.count == 1
 
 
-def test_a_truncated_shard_loses_only_its_end(tmp_path, caplog):
-    write_shards(tmp_path, 24, 10)
-    with open(tmp_path / "00001.tar", "r+b") as f:
-        f.truncate(f.seek(0, 2) // 2)
-    iterator = batches(tmp_path)
-    n = len(iterator.source)
-    assert 10 < n < 24 and "00001.tar is cut short" in caplog.text
-    # All of shard 0, some of 1, all of 2.
-    assert set(tags_of(iterator, 4)) == set(range(n - 4)) | set(range(20, 24))
-    assert iterator.broken.count == 0
-
-
 def test_a_batch_that_does_not_divide_is_refused(noisy):
     with pytest.raises(UserError, match="config.batch_size=8 does not divide over 3 processes: use a multiple"):
         batches(noisy, process=(0, 3))
-
-
-def test_index_is_cached_where_told(tagged, tmp_path):
-    batches(tagged, {}, cache_dir=tmp_path / "run" / "cache")
-    assert [p.suffix for p in (tmp_path / "run" / "cache").iterdir()] == [".npz"]

@@ -23,7 +23,10 @@ def generated(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bfloat16(seed):
-    """Values and gradients are within the rounding of the result and the fit's error of 4e-6 (density: 1e-5)."""
+    """Values and gradients are within the rounding of the result and the fit's error of 4e-6 (density: 1e-5).
+
+    They are no worse than with `jax.nn.gelu` in bfloat16 throughout.
+    """
     x, dy = generated(seed)
     y, pull = jax.vjp(geglu, x)
     assert y.dtype == jnp.bfloat16 and y.shape == dy.shape
@@ -37,6 +40,9 @@ def test_bfloat16(seed):
         (got[1], d * value * (cdf + gate * density), d * value),
     ):
         rounded(found, want, 2**-8, 1e-5, scale=np.abs(size) * fit)
+    plain = np.asarray(jnp.split(x, 2, -1)[0] * jax.nn.gelu(jnp.split(x, 2, -1)[1], approximate=False), np.float64)
+    want = value * gate * cdf
+    assert np.linalg.norm(np.asarray(y, np.float64) - want) <= np.linalg.norm(plain - want)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -54,15 +60,6 @@ def test_gelu_in_bfloat16(seed):
     for found, theirs, want in zip(*results, wanted, strict=True):
         rounded(found, want, 2**-8, 6e-5, scale=np.maximum(np.abs(d), 1))
         assert np.linalg.norm(found - want) <= np.linalg.norm(theirs - want)
-
-
-def test_no_worse_than_in_bfloat16_throughout():
-    x, _ = generated(7)
-    value, gate = np.split(np.asarray(x, np.float64), 2, -1)
-    want = value * gate * CDF(gate)
-    plain = jnp.split(x, 2, -1)[0] * jax.nn.gelu(jnp.split(x, 2, -1)[1], approximate=False)
-    errors = [np.linalg.norm(np.asarray(y, np.float64) - want) for y in (geglu(x), plain)]
-    assert errors[0] <= errors[1]
 
 
 def test_float32_is_the_formula():

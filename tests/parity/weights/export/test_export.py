@@ -7,12 +7,9 @@ import sys
 import commands
 import jax
 import numpy as np
-import open_clip
 import pytest
-import torch
 from exports import equal
 from ml_collections import ConfigDict
-from PIL import Image
 
 from diva_jax import config as configs
 from diva_jax import demo, weights
@@ -88,14 +85,6 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     assert config["model_cfg"]["quick_gelu"] is True and config["preprocess_cfg"]["resize_mode"] == "shortest"
     assert (tmp_path / "out/tokenizer.json").exists()
 
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
-    image = preprocess(Image.fromarray(np.random.default_rng(1).integers(0, 255, (90, 70, 3), np.uint8)))[None]
-    with torch.no_grad():
-        theirs = model.encode_image(image, normalize=True).numpy()
-    ours = weights.load(str(tmp_path / "out"), source.spec).encode(image.numpy().transpose(0, 2, 3, 1)).pooled
-    ours = ours / np.linalg.norm(ours, axis=-1, keepdims=True)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-
     again = runs.open_run(root / "work", 7)
     equal(again.tensors, origins.open_source(str(tmp_path / "out")).tensors)
 
@@ -136,6 +125,7 @@ def test_a_source_that_changed_is_refused(run, tmp_path):
         file.write_bytes(before)
 
 
+@pytest.mark.slow
 def test_round_trip_of_vit_b_32_at_full_size(tmp_path):
     """open_clip's own file, converted through our modules to both formats, is bit-identical."""
     flags = ("--config=configs/custom.py:ViT-B-32", "--norun", f"--tmp={tmp_path}")

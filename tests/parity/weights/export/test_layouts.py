@@ -14,7 +14,6 @@ from places import ROOT
 from specs import CLIP_FOLDER as CLIP
 from specs import H14
 
-from diva_jax import weights
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
@@ -36,22 +35,6 @@ def test_squash_is_in_both_configs(tmp_path):
     processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
     ours = np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])
     close(ours, theirs, 0.02)  # Each library resizes in its own way, a crop would be far off.
-
-
-def test_transformers_vision_model_has_no_missing_key(tmp_path):
-    """LLaVA's --vision_tower loads only the vision model from the folder of the whole model."""
-    from transformers import CLIPVisionModel
-
-    written_by_open_clip(CLIP, tmp_path / "in")
-    layouts.export(origins.open_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "hf")
-    model, info = CLIPVisionModel.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not info["missing_keys"] and not info.get("mismatched_keys")
-    assert model.config.hidden_act == "quick_gelu"
-    images = np.random.default_rng(0).standard_normal((2, 30, 30, 3), np.float32)
-    with torch.no_grad():
-        out = model.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).pooler_output
-    tower = weights.load(str(tmp_path / "out"), CLIP)
-    close(tower.encode(images).pooled, out.numpy() @ np.asarray(tower.proj.matrix[...]), 2e-5)
 
 
 def test_vision_tower_alone_has_no_text_to_export(tmp_path):

@@ -127,8 +127,7 @@ def test_another_resolution_is_exported_as_such(tmp_path):
     assert origins.open_source(str(tmp_path / "out")).spec.image_size == 42
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("fmt", ["open_clip", "hf", "pt"])
+@pytest.mark.parametrize("fmt, dtype", [("open_clip", "float16"), ("hf", "bfloat16"), ("pt", "float16")])
 def test_half_precision(tmp_path, dtype, fmt):
     written_by_open_clip(CLIP, tmp_path / "in")
     source = origins.open_source(str(tmp_path / "in"))

@@ -1,0 +1,116 @@
+"""What holds for every objective: losses on any number of devices, FLOPs as traced, and what is refused."""
+
+import jax
+import numpy as np
+import pytest
+import small
+from helpers import close
+from places import ROOT
+from small import dcr_config, genhancer_config, kuea_config, smartclip_config, unclip_config
+from specs import DINOV2
+from traced import traced
+
+from diva_jax import config
+from diva_jax.common import config_files
+from diva_jax.common.errors import UserError
+from diva_jax.models.backbones.shared.transformer import patch_flops
+
+
+def small_adapters(p):
+    """So that rounding is not amplified."""
+    return {n: 0.05 * a if n.endswith("lora/b") else a for n, a in small.random_arrays(p).items()}
+
+
+# Objective -> (config, its fields, those on eight devices alone, arrays).
+DEVICES = {
+    # With everything that it can draw, and an anchor and an average. AdamW divides the key biases' gradient, which is
+    # rounding alone, by its own size: 1e-8 would show it.
+    "unclip": (
+        unclip_config,
+        dict(anchor__weight=0.1, ema__decay=0.5, unclip__embed_noise="random", unclip__embed_drop=0.3, optim__eps=1e-4),
+        dict(mesh__fsdp=4, mesh__min_shard=64),
+        small.random_arrays,
+    ),
+    # Eight devices hold half a group each; passes one condition at a time are computed again in the backward pass.
+    "dcr": (dcr_config, dict(condition__warmup_steps=0, dcr__tile=11), dict(dcr__tile=2), small_adapters),
+    # The adapters' dropout included.
+    "genhancer": (
+        genhancer_config,
+        dict(genhancer__stage1_steps=0, genhancer__stage2="all", optim__lr=1e-3, optim__warmup_steps=0),
+        dict(mesh__fsdp=8, mesh__min_shard=64),
+        small.random_arrays,
+    ),
+    "kuea": (kuea_config, {}, {}, small.kuea_arrays),
+    "smartclip": (smartclip_config, dict(trainable=(("mask_net/.*", 3.0), (".*", 1.0))), {}, small.random_arrays),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_losses_do_not_depend_on_devices(name):
+    make, fields, more, arrays = DEVICES[name]
+    alone, shared = small.train(make(**fields), 3, 1, arrays), small.train(make(**fields | more), 3, 8, arrays)
+    for metric, values in alone.metrics.items():
+        np.testing.assert_allclose(shared.metrics[metric], values, rtol=3e-5, err_msg=metric)
+    p = shared.program
+    if p.config.ema.decay:
+        for kind in ("params", "ema"):
+            for n, a in alone.states[-1][kind].items():
+                close(shared.states[-1][kind][n], a, 1e-3, n)
+        assert any(n.startswith("anchor/") for n, a in p.arrays.items() if "fsdp" in a.sharding.spec)
+        assert all(p.abstract_state(0)["ema"][n].sharding == p.arrays[n].sharding for n in p.trained)
+
+
+# The teacher's resized input of the faithful KUEA would have products too.
+@pytest.mark.parametrize("make, rel", [(kuea_config, 1e-9), (smartclip_config, 5e-3)], ids=["kuea", "smartclip"])
+def test_flops_are_those_of_the_traced_program(make, rel):
+    """The pixels have no gradient, nor have the states that SmartCLIP's mask network reads."""
+    p = small.program(make())
+    batch = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.abstract_batch().items()}
+    frozen = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.arrays.items()}
+    trained = {n: frozen.pop(n) for n in p.trained}
+    loss = jax.value_and_grad(lambda trained, frozen, batch: p.skeleton.merge(trained, frozen).loss(batch, None)[0])
+    counted = traced(jax.make_jaxpr(loss)(trained, frozen, batch).jaxpr) / p.config.batch_size
+    assert counted == pytest.approx(p.objective.flops() - patch_flops(p.objective.spec), rel=rel)
+
+
+NO_CLASSES, CLASSES = "diffusion__unet__class_embed_type", "diffusion__unet__projection_class_embeddings_input_dim"
+REFUSED = [
+    (dcr_config, dict(batch_size=20, accum=2), "batch_size=20 cannot be divided into groups of 4 .* use (16|24)"),
+    (dcr_config, dict(data__image_size=64), "see one view"),
+    (dcr_config, dict(dcr__projector_only=True, condition__warmup_steps=0), "trains nothing"),
+    (dcr_config, dict(dcr__stage1_loss="exact"), "run stage 1 by itself"),
+    (dcr_config, dict(dcr__lora__targets="blocks/7/.*"), "lora.targets='blocks/7/.*' matches no layer"),
+    (dcr_config, {NO_CLASSES: "projection", CLASSES: 8}, "no class embedding"),
+    (genhancer_config, dict(genhancer__stage2="none", genhancer__stage1_steps=0), "trains nothing"),
+    (genhancer_config, dict(backbone__image_size=30), "image_size=30 must be a multiple of 4, .*: use 32"),
+    (genhancer_config, dict(genhancer__lora__targets="blocks/9/.*"), "matches no layer"),
+    (genhancer_config, dict(genhancer__denoiser__in_channels=8), "four times config.genhancer.vae.latent_channels, 12"),
+    (genhancer_config, dict(genhancer__denoiser__axes=(4, 4, 6)), "axes=.* whose sum is the width of a head, 12"),
+    (genhancer_config, dict(backbone__arch="dinov2", backbone__embed_dim=24), "the authors adapt no dinov2 encoder"),
+    (kuea_config, dict(kuea__teacher_crop_from=17), "config.kuea.teacher_crop_from=17 must be at least"),
+    (unclip_config, dict(unclip__embed_noise="level1000"), "must be none, mean0, random or level<L>"),
+    (
+        unclip_config,
+        dict(backbone__embed_dim=24),
+        "width 20, but those of .* have 24: use unclip_l with Open",
+    ),
+    (unclip_config, {NO_CLASSES: None}, "make the config with diffusion='unclip_l' or 'unclip_h'"),
+    (unclip_config, dict(diffusion__scheduler__prediction_type="epsilon"), "expects a generator of v-predictions"),
+    (lambda: config.default("siglip_so400m", "unclip_l", "unclip"), {}, "width 768, but those of .* have 1152"),
+    (lambda: config.default(DINOV2, objective="smartclip"), {}, "trains a text tower, but the dinov2 backbone has"),
+]
+
+
+@pytest.mark.parametrize("make, fields, says", REFUSED)
+def test_what_does_not_fit_is_one_sentence(make, fields, says):
+    """Before anything is loaded, of shapes; test_config.py has the rules of each field."""
+    c = small.with_fields(make().unlock(), fields)
+    with pytest.raises(UserError, match=says) as e:
+        config.validate(c, 1)
+        small.program(c)
+    assert "\n" not in str(e.value)
+
+
+def test_a_mesh_of_another_size_is_refused():
+    with pytest.raises(UserError, match="config.mesh.fsdp=16 does not divide the 8 devices"):
+        small.program(config_files.read(ROOT / "configs/genhancer_vitl14"), 8)
