@@ -7,9 +7,11 @@ import stat
 import fsspec
 import pytest
 from etils import epath
+from gcsfs.retry import HttpError
 
-from diva_jax.common import paths
+from diva_jax.common import json_files, paths
 from diva_jax.common.errors import UserError
+from diva_jax.training import checkpoint, integrity
 
 
 @pytest.fixture
@@ -115,3 +117,19 @@ def test_secrets_of_urls(text, cleared):
 def test_other_schemes_are_named(path):
     with pytest.raises(UserError, match=r"has a scheme that is not supported: use gs://"):
         paths.folder(path, "--workdir")
+
+
+@pytest.mark.parametrize("code", [401, 403, 503])
+def test_what_a_bucket_refuses_is_a_sentence_and_no_damage(monkeypatch, code):
+    def refuse(*_, **__):
+        raise HttpError({"code": code, "message": "refused"})
+
+    for name in ("open", "is_dir"):
+        monkeypatch.setattr(type(epath.Path("gs://b/x")), name, refuse)
+    for read in (
+        lambda: json_files.read_bytes("gs://b/x"),
+        lambda: integrity.read_text(epath.Path("gs://b/3"), "meta"),
+        lambda: checkpoint.latest_step("gs://b/run"),
+    ):
+        with pytest.raises(UserError, match=rf"gs://b/\S+ cannot be read \(HttpError: refused, {code}\): check"):
+            read()
