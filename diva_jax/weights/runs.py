@@ -26,16 +26,16 @@ def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, n
     """
     from diva_jax.training import partition
 
-    kinds = {"vision": (backbones.build, clip.vision_table(spec)), "text": (Text, clip.text_table(spec))}
+    kinds = {"vision": (backbones.build, clip.vision_table), "text": (Text, clip.text_table)}
     out = {}
     for tower, arrays in towers.items():
         if tower not in kinds:
             out[tower] = np.asarray(arrays[tower])
             continue
-        make, table = kinds[tower]
+        make, table_of = kinds[tower]
         variables = names.flat(abstract(lambda rngs, make=make: make(spec, rngs=rngs)))
         filled = {path: var.replace(np.asarray(arrays[partition.name_of(path)])) for path, var in variables.items()}
-        out |= names.to_torch(nnx.from_flat_state(filled), table)
+        out |= names.to_torch(nnx.from_flat_state(filled), table_of(spec))
     return out
 
 
