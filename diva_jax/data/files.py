@@ -26,6 +26,8 @@ UNREAD_SUFFIXES = tuple(
 # Encoded images are smaller; a larger file is a sparse one, for example.
 MAX_IMAGE_BYTES = 2**28
 _MAX_EXPANDED = 1_000_000
+# A longer text is no path on any machine.
+MAX_PATH = 4096
 logger = logging.getLogger(__name__)
 
 WHAT = (
@@ -53,6 +55,12 @@ def kind_of(name: str) -> str | None:
     """
     base = posixpath.basename(name).lower()
     return None if base.startswith(".") else next((k for k, suffixes in KINDS.items() if base.endswith(suffixes)), None)
+
+
+def no_path(cell: str) -> str:
+    """Why the text of a table's cell can be no path, as of one with an image in base64; empty where it can."""
+    said = f"a text of {len(cell)} characters is no path: write images as files, or as bytes in Parquet"
+    return said if len(cell) > MAX_PATH else ""
 
 
 def is_unread(name: str) -> bool:

@@ -231,6 +231,8 @@ def caption_csv(path: Path) -> Images:
     for line, row in texts.csv_records(str(path), ("image", "caption")):
         if not row.get("image") or not row.get("caption", "").strip():
             raise UserError(f"{path}, line {line}: image or caption is empty: complete the row")
+        if reason := files.no_path(row["image"]):
+            raise UserError(f"{path}, line {line}: {reason}")
         captions.setdefault(os.path.normpath(row["image"]), []).append(row["caption"])
     paths = [path.parent / name for name in captions]
     if gone := next((p for p in paths if not texts.is_file(p)), None):

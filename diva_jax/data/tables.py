@@ -27,8 +27,6 @@ _CHUNK_ROWS = 2**16
 _KEPT_ROW_GROUPS = 4
 # Random access is slow in row groups with more bytes than these.
 _LARGE_ROW_GROUP_BYTES = 2**26
-# A longer text is no path on any machine.
-_MAX_PATH = 4096
 # Rows of which it is asked whether they hold paths.
 _PROBED = 16
 _CACHE = re.compile(r"(cache-|tmp).*\.arrow")
@@ -128,11 +126,11 @@ class TableSource:
 
 def _not_a_path(cell: str, allow_urls: bool) -> str:
     """Why the text of a cell is not taken for the path of an image; empty where it is."""
-    if len(cell) > _MAX_PATH:
-        return f"a text of {len(cell)} characters is no path: write images as files, or as bytes in Parquet"
-    if is_remote(cell) and not allow_urls:
-        return f"{brief(cell)} is a URL: set config.data.allow_urls=True to fetch such images, or fetch them before"
-    return ""
+    if is_remote(cell) and not allow_urls and len(cell) <= files.MAX_PATH:
+        return (
+            f"{brief(cell)} is a URL: fetch the images and give paths (training with data.allow_urls=True fetches them)"
+        )
+    return files.no_path(cell)
 
 
 def _image_bytes(cell, table: str, allow_urls: bool) -> bytes:

@@ -92,9 +92,12 @@ def test_cells_are_paths_unless_urls_are_allowed(tmp_path, caplog):
     (tmp_path / "a.csv").write_text("image\n" + "\n".join(cells[:4]))
     iterator = batches(tmp_path / "a.csv", batch=4, max_broken_share=1.0)
     assert set(tags(next(iterator)["image"])) == {3} and iterator.broken.count == 3
-    assert "set config.data.allow_urls=True" in caplog.text and max(map(len, caplog.text.splitlines())) < 700
+    assert (
+        "training with data.allow_urls=True fetches them" in caplog.text
+        and max(map(len, caplog.text.splitlines())) < 700
+    )
     for cell, says in (
-        (f"{url}/0.png", "is a URL: set config.data.allow_urls"),
+        (f"{url}/0.png", "is a URL: fetch the images and give paths"),
         ("x" * 9999, "of 9999 characters is no path"),
     ):
         (tmp_path / "a.csv").write_text(f"image\n{cell}\n")

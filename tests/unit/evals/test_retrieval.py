@@ -83,6 +83,7 @@ def test_bad_data_is_refused(table, tmp_path):
     lines = table.read_text().splitlines()
     for line, says in (
         ("none.png,a thing,x", "names .*none.png, which does not exist"),
+        (f"{'x' * 5000},a thing,x", "line 3: a text of 5000 characters is no path"),
         ("1.png,,", "line 3: image or caption is empty"),
         (",a thing,x", "line 3: image or caption is empty"),
         ("1.png,a thing", "line 3: the row is not CSV .it has 2 fields, the header 3"),
