@@ -11,6 +11,10 @@ appended to an open_clip ViT whose weights were trained so (OpenAI's, MetaCLIP's
     python -m diva_jax.main --config=configs/custom.py:ViT-bigG-14 --workdir=runs/bigg \
         --config.backbone.source=bigg.safetensors --config.data.path='data/cc3m/{00000..00331}.tar'
 
+Another Stable Diffusion model than 2.1-base is a diffusers folder or hub id after a comma:
+
+    python -m diva_jax.main --config=configs/custom.py:ViT-B-16,hf-hub:stable-diffusion-v1-5/stable-diffusion-v1-5 ...
+
 Every field can also be set on the command line: --config.backbone.image_size=336 (position embeddings are
 interpolated), --config.backbone.select=random:128, --config.backbone.add_text=token. Hours and scores: none published.
 """
@@ -22,6 +26,10 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Spec
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.weights.origins import open_source
+from diva_jax.weights.places import diffusers_folder
+from diva_jax.weights.readers import read_json
+
+_ARGUMENT = "the argument of configs/custom.py"
 
 
 def _text(width: int, heads: int, layers: int, **others) -> dict:
@@ -121,19 +129,41 @@ DINOV2 = {f"dinov2_{name}": _dinov2(*sizes) for name, sizes in _DINOV2.items()}
 DINOV2 |= {f"dinov2_{name}_reg": _dinov2(*sizes, registers=4) for name, sizes in _DINOV2.items()}
 
 
+def _diffusion(source: str) -> dict:
+    """The parts of a diffusers folder, as its own config files describe them."""
+    folder = diffusers_folder(source, _ARGUMENT)
+    files = {part: folder / part / "config.json" for part in ("unet", "vae", "text_encoder")}
+    files |= {"scheduler": folder / "scheduler" / "scheduler_config.json"}
+    read = {part: read_json(file).items() for part, file in files.items()}
+    return {
+        part: {k: v for k, v in options if v is not None and not k.startswith("_")} for part, options in read.items()
+    }
+
+
 def get_config(arg: str | None = None):
-    """`arg`: a name of MODELS (default ViT-B-16) or DINOV2, or a path or hub id of weights that describe themselves."""
-    arg = arg or "ViT-B-16"
+    """`arg`: BACKBONE or BACKBONE,DIFFUSION.
+
+    The first is a name of MODELS (default ViT-B-16) or DINOV2, or a path or hub id of weights that describe themselves,
+    the second a diffusers folder or hub id.
+    """
+    arg, source = arg or "ViT-B-16", ""
+    if not Path(arg).exists():
+        arg, _, source = arg.partition(",")
+    config = base.default(_backbone(arg), _diffusion(source) if source else "sd21_base")
+    if source:
+        config.diffusion.source = source
+    return config
+
+
+def _backbone(arg: str) -> Spec:
     if arg in DINOV2:
-        return base.default(DINOV2[arg])
+        return DINOV2[arg]
     name = arg.removesuffix("-quickgelu")
     if name in MODELS:
-        return base.default(from_open_clip(MODELS[name] | dict(quick_gelu=name != arg), name=arg))
+        return from_open_clip(MODELS[name] | dict(quick_gelu=name != arg), name=arg)
     if not any(c in arg for c in "/:.") and not Path(arg).exists():
         raise UserError(
             f"configs/custom.py:{arg} is neither a name nor a path or hub id of weights; names are "
             f"{listing([*MODELS, *DINOV2], 100)}"
         )
-    source = open_source(arg, "the argument of configs/custom.py")
-    spec = source.described(arg)
-    return base.default(spec)
+    return open_source(arg, _ARGUMENT).described(arg)

@@ -15,6 +15,7 @@ from diva_jax.common import fields
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import Rule, below, between, field, finite, one_of, pair
 from diva_jax.data import crop
+from diva_jax.evals.readout import parse_readout
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.settings import Diffusion
@@ -311,6 +312,7 @@ def faithful(config: ConfigDict) -> ConfigDict:
 
 def _check_together(config: ConfigDict) -> None:
     """Raises a UserError for values that are each possible, and not together."""
+    parse_readout(backbones.spec_of(config).readout)
     if not config.trainable and default(objective=config.objective).trainable:
         # Otherwise the objective's stages have the rows.
         raise UserError("config.trainable=() must have rows of a pattern and a scale: ('.*', 1.0) trains everything")

@@ -6,7 +6,7 @@
     python -m diva_jax.export_torch --source=tower.pth --config=configs/vitl14.py --out=… --format=pt
 
 The export is written to a temporary folder, read back and compared tensor by tensor. If the target library is
-installed, one image is encoded with it. The folder is renamed to --out only if all of this succeeds.
+installed, one image and one text are encoded with it. The folder is renamed to --out only if all of this succeeds.
 """
 
 from absl import flags

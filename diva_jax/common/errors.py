@@ -5,12 +5,24 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+_MAX_CHARS = 1600  # A screen of 20 lines.
 
-class UserError(Exception):
+
+class _Message(Exception):
+    """An error whose message is cut in its middle where it is longer than a screen: its end says what to do."""
+
+    def __init__(self, message: object = ""):
+        text = str(message)
+        if len(text) > _MAX_CHARS:
+            text = f"{text[: _MAX_CHARS - 500]} [...] {text[-490:]}"
+        super().__init__(text)
+
+
+class UserError(_Message):
     """Bad input. The message is one sentence that says what is wrong and what to do; exit code 2."""
 
 
-class RunError(Exception):
+class RunError(_Message):
     """The run itself failed (a loss that is not finite, too many broken images); exit code 1."""
 
 

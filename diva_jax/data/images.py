@@ -12,8 +12,6 @@ from PIL import Image
 from diva_jax.common.errors import UserError
 from diva_jax.data import files
 
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-RESIZE_MODES = ("shortest", "squash")
 # Pillow would also pass PostScript to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -127,35 +125,27 @@ def read_file(path: str | os.PathLike, rgb: bool = False) -> Image.Image:
     return open_image(data, os.fspath(path), rgb)
 
 
-def _shortest(image: Image.Image, size: int, filter: Image.Resampling) -> Image.Image:
-    """Resizes the shorter side to `size` and the longer in proportion (rounded down), then crops the centre."""
-    w, h = image.size
-    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    if (w, h) != image.size:
-        image = image.resize((w, h), filter)
-    # Python rounds halves to even, as torchvision's crop does.
-    left, top = round((w - size) / 2), round((h - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
 def prepare(image: Image.Image, size: int, resize_mode: str, interpolation: str) -> np.ndarray:
     """A test image as open_clip prepares it, uint8 [size, size, 3].
 
     Args:
       image: of any mode and size.
       size: the backbone's resolution [pixels].
-      resize_mode: "shortest" (resizes the shorter side, then crops the centre) or "squash" (resizes both sides,
-        which does not keep the proportions).
-      interpolation: "bicubic" or "bilinear".
-
-    Raises:
-      UserError: the resize mode is not known.
+      resize_mode: "shortest" (resizes the shorter side, the longer in proportion, rounded down, then crops the centre)
+        or "squash" (resizes both sides, which does not keep the proportions). With ":K" the side is K instead of
+        `size` pixels before the crop, whose place is transformers'.
+      interpolation: the name of a filter of Pillow, such as "bicubic".
     """
-    filter = _FILTERS[interpolation]
-    if resize_mode == "shortest":
-        image = _shortest(image, size, filter)
-    elif resize_mode != "squash":
-        raise UserError(f"backbone.resize_mode={resize_mode!r} is not known: use shortest or squash")
-    elif image.size != (size, size):
-        image = image.resize((size, size), filter)
+    mode, _, side = resize_mode.partition(":")
+    (w, h), short = image.size, int(side or size)
+    if mode == "squash":
+        w, h = short, short
+    else:
+        w, h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+    if (w, h) != image.size:
+        image = image.resize((w, h), Image.Resampling[interpolation.upper()])
+    # transformers rounds down; torchvision rounds, as Python does, halves to even.
+    left, top = ((w - size) // 2, (h - size) // 2) if side else (round((w - size) / 2), round((h - size) / 2))
+    if (w, h) != (size, size):
+        image = image.crop((left, top, left + size, top + size))
     return np.asarray(image.convert("RGB"))

@@ -134,10 +134,6 @@ class Prepared(_Pixels):
             raise UserError(
                 f"{self.size} pixels cannot be cropped from an image of {self.resize}: resize it to {self.size} or more"
             )
-        if self.resize_mode not in images.RESIZE_MODES:
-            raise UserError(
-                f"resize_mode={self.resize_mode!r} is not known: use one of {', '.join(images.RESIZE_MODES)}"
-            )
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
         """See `Input.open`."""

@@ -6,7 +6,7 @@ import json
 import os
 import string
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,8 @@ class ClipTokenizer:
       vocab: token -> id, with the two special tokens under open_clip's or transformers' names.
       merges: pairs, the first learned first.
       length: ids per text.
+      added: tokens that were added to the vocabulary, such as "<cat-toy>" -> whether texts have them in lower case, as
+        transformers' `normalized`; others are found before a text is cleaned.
 
     Attributes:
       size: number of ids.
@@ -75,7 +77,13 @@ class ClipTokenizer:
       UserError: the vocabulary has no special tokens, or does not map texts to ids, or a merge is not in it.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], length: int = 77):
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: Sequence[tuple[str, str]],
+        length: int = 77,
+        added: Mapping[str, bool] | None = None,
+    ):
         vocab = {_SPECIAL.get(t, t): i for t, i in vocab.items()}
         if missing := [t for t in (_START, _END) if t not in vocab]:
             raise UserError(f"a CLIP tokenizer's vocabulary has no {missing[0]}: its files are not CLIP's")
@@ -87,6 +95,12 @@ class ClipTokenizer:
         except Exception as e:  # The library has no type of its own.
             raise UserError(f"a CLIP tokenizer's files do not fit each other ({brief(e)}): fetch them again") from e
         self._bpe.add_special_tokens([_START, _END])
+        added = {t.lower() if lower else t: lower for t, lower in (added or {}).items() if t not in _SPECIAL}
+        self._bpe.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in added])
+        longest = sorted(added, key=len, reverse=True)
+        lower, exact = ([regex.escape(t) for t in longest if added[t] == kind] for kind in (True, False))
+        self._words = regex.compile("|".join([*lower, _WORDS.pattern]), regex.IGNORECASE)
+        self._exact = regex.compile(f"({'|'.join(exact)})") if exact else None
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._bpe.post_processor = processors.TemplateProcessing(
             single=f"{_START} $A {_END}", special_tokens=[(t, vocab[t]) for t in (_START, _END)]
@@ -97,9 +111,13 @@ class ClipTokenizer:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> ids, int32 [N, length]; a text that is too long is cut and still ends with the end token."""
         # The library's own rule for words has another version of Unicode than open_clip's, and an older one.
-        words = (_WORDS.findall(clip_clean(text)) for text in texts)
-        ids = [self._bpe.encode(w, is_pretokenized=True).ids for w in words]
+        ids = [self._bpe.encode(self._split(text), is_pretokenized=True).ids for text in texts]
         return np.array(ids, np.int32).reshape(len(texts), self._length)
+
+    def _split(self, text: str) -> list[str]:
+        pieces = self._exact.split(text) if self._exact else [text]
+        words = ([p] if i % 2 else self._words.findall(clip_clean(p)) for i, p in enumerate(pieces))
+        return [word for several in words for word in several]
 
 
 class FolderTokenizer:
@@ -109,6 +127,7 @@ class FolderTokenizer:
       folder: with the files that transformers' AutoTokenizer reads.
       length: ids per text.
       clean: applied to every text before.
+      kind: transformers' name of the model whose tokenizer it is, where the files do not say so.
 
     Attributes:
       size: number of ids.
@@ -117,12 +136,13 @@ class FolderTokenizer:
       UserError: the files cannot be read.
     """
 
-    def __init__(self, folder: Path, length: int, clean: Callable[[str], str]):
+    def __init__(self, folder: Path, length: int, clean: Callable[[str], str] = str, kind: str | None = None):
         from transformers import AutoTokenizer
 
         self._length, self._clean = length, clean
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            options = dict(local_files_only=True, trust_remote_code=False, tokenizer_type=kind)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             self.size = max(self._tokenizer.get_vocab().values()) + 1
             self([""])  # Where the padding token is missing, this fails.
         except Exception as e:  # transformers raises a different kind for each file that is missing or broken.
@@ -132,9 +152,16 @@ class FolderTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> ids, int32 [N, length]; a text that is too long is cut and still ends with the end token."""
-        cleaned = [self._clean(text) for text in texts]
-        encoded = self._tokenizer(cleaned, max_length=self._length, padding="max_length", truncation=True)
-        return np.asarray(encoded["input_ids"], np.int32).reshape(len(texts), self._length)
+        return self.encode(texts)[0]
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(what `__call__` returns, bool [N, length]: false for padding)."""
+        cleaned, shape = [self._clean(text) for text in texts], (len(texts), self._length)
+        encoded = self._tokenizer(
+            cleaned, max_length=self._length, padding="max_length", truncation=True, return_attention_mask=True
+        )
+        ids, mask = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["attention_mask"], bool)
+        return ids.reshape(shape), mask.reshape(shape)
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
@@ -159,6 +186,26 @@ def _content(path: Path, opened=open) -> bytes:
     return data
 
 
+def added_tokens(folder: Path) -> dict[str, bool]:
+    """The tokens that were added to a CLIP vocabulary in a folder, see `ClipTokenizer`.
+
+    Raises:
+      UserError: a file is broken.
+    """
+    path, added = folder / "tokenizer.json", []
+    try:
+        if path.exists():
+            added = json.loads(_content(path)).get("added_tokens", [])
+        elif (path := folder / "tokenizer_config.json").exists():
+            added = [*json.loads(_content(path)).get("added_tokens_decoder", {}).values()]
+        found = {t["content"]: bool(t.get("normalized", not t.get("special", False))) for t in added}
+        if (path := folder / "added_tokens.json").exists():  # Of older versions.
+            found = {t: True for t in json.loads(_content(path))} | found
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} is no tokenizer file of CLIP's ({brief(e)}): fetch it again") from e
+    return found
+
+
 def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """(token -> id, merges) from whichever of CLIP's tokenizer files a folder has.
 
@@ -174,6 +221,11 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
         path = folder / "vocab.json"
         if path.exists():
             vocab = json.loads(_content(path))
+            if (path := folder / "tokenizer_config.json").exists():
+                listed = json.loads(_content(path)).get("added_tokens_decoder", {})
+                vocab |= {t["content"]: int(i) for i, t in listed.items()}
+            if (path := folder / "added_tokens.json").exists():
+                vocab |= json.loads(_content(path))
             path = folder / "merges.txt"
             lines = _content(path).decode("utf-8").split("\n")
             return vocab, [_pair(line) for line in lines if line and not line.startswith("#version")]
@@ -182,7 +234,7 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
             return _openai_vocabulary(_content(path, gzip.open).decode("utf-8").split("\n"))
     except FileNotFoundError as e:
         raise UserError(f"{path} is missing: put it beside {folder / 'vocab.json'}") from e
-    except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, zlib.error) as e:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, RecursionError, zlib.error) as e:
         raise UserError(f"{path} is no tokenizer file of CLIP's ({brief(e)}): fetch it again") from e
     raise UserError(
         f"{folder} has no tokenizer: it needs {_CLIP_FILES}; put them there or set --config.eval.tokenizer=FOLDER"
@@ -209,7 +261,7 @@ def open_tokenizer(text: TextSpec, folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     if text.tokenizer == "clip":
-        tokenizer = ClipTokenizer(*clip_vocabulary(folder), text.context_length)
+        tokenizer = ClipTokenizer(*clip_vocabulary(folder), text.context_length, added_tokens(folder))
     elif text.tokenizer in _CLEAN:
         if not any((folder / f).exists() for f in _FOLDER_FILES):
             raise UserError(

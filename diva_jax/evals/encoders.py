@@ -8,13 +8,10 @@ from jax.sharding import Mesh
 
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import abstract
 from diva_jax.training import load as loads
 from diva_jax.training import partition, sharding, workdirs
 from diva_jax.weights import loading, names, origins, places
-
-_KINDS = {"vision": (backbones.build, loading.fill_vision), "text": (Text, loading.fill_text)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +48,14 @@ def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dic
     Raises:
       UserError: the source is missing, invalid, of another architecture, or has no such tower.
     """
-    make, fill = _KINDS[kind]
+    make, check, fill = loading.TOWERS[kind]
     module = abstract(lambda rngs: make(spec, rngs=rngs))
     variables = names.flat(module)
     shardings = sharding.parameter_shardings(variables, mesh, min_shard)
     opened = origins.open_source(source, "--weights")
+    check(opened, spec)
     state = fill(opened, spec, module, loads.put_on(shardings.__getitem__))
     return {partition.name_of(path): var.get_value() for path, var in names.flat(state).items()}
-
-
-def _has_text(source: str) -> bool:
-    return any(n.endswith("token_embedding.weight") for n in origins.open_source(source, "--weights").tensors)
 
 
 def put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
@@ -77,7 +71,7 @@ def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
     fields = (*origins.ARCHITECTURE, "image_size")
     origins.check_same(vars(spec), wanted, fields, f"the run {source}", "config.backbone")
     min_shard = run.config.mesh.min_shard
-    towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in _KINDS}
+    towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in loading.TOWERS}
     params = put(run.params, mesh, min_shard)
     return Encoder(towers["vision"], towers.get("text"), spec.source, params, spec.source)
 
@@ -96,7 +90,8 @@ def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
     if step is not None:
         return _of_run(source, step, config, mesh)
     vision = tower("vision", source, backbones.spec_of(config), mesh, config.mesh.min_shard)
-    return Encoder(vision, None, source if _has_text(source) else config.backbone.source, {}, source)
+    text = source if origins.open_source(source, "--weights").has_text else config.backbone.source
+    return Encoder(vision, None, text, {}, source)
 
 
 def each(given: Sequence[places.Place], labels: Sequence[str], config, mesh: Mesh) -> Iterator[tuple[str, Encoder]]:

@@ -264,18 +264,29 @@ class RunAt:
         """Reads a run at a step, default the newest.
 
         Raises:
-          UserError: no run, no checkpoint, no such step, or it is damaged.
+          UserError: no run, no checkpoint, no such step, or it is damaged, or `config.json` is that of another run.
         """
         config = read_config(workdir)
         while True:
             run = cls(workdir, choose_step(workdir, step), config)
             try:
-                _ = run.params
+                run._check_config()
                 return run
             except UserError:
                 # The newest may have been deleted since by a run that trains there and has newer ones.
                 if step is not None or (epath.Path(workdir) / "checkpoints" / str(run.step)).exists():
                     raise
+
+    def _check_config(self) -> None:
+        """Raises a UserError where `config.json` is not the config that the checkpoint was saved with."""
+        saved = self._restored[1].get("config") or {}
+        # A run of another version may have other fields.
+        here = {k: v for k, v in json.loads(self.config.to_json()).items() if k in saved}
+        if changed := saved and differences(here, saved, WHOLE, (*RESUMABLE, "steps")):
+            raise UserError(
+                f"{self.workdir}/config.json is not the config that the checkpoint of step {self.step} was saved with, "
+                f"they differ in {listing(changed, 5)}: put the run's own config.json back"
+            )
 
     @functools.cached_property
     def program(self) -> Program:

@@ -127,7 +127,7 @@ def from_transformers(
             f"{where} is a {brief(kind)} model: give the folder of a whole {' or '.join(dict.fromkeys(known))}"
         )
     spec, silent = layouts[kind].from_config(config, preprocessor, where)
-    return backbones.check(spec, where), silent
+    return backbones.check(spec, f"{where}: backbone"), silent
 
 
 def to_transformers(spec: Spec, dtype: str) -> dict:

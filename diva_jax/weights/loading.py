@@ -33,13 +33,14 @@ def _part(config):
     return "vae", type(config).build, names.Table("latent code"), ("diffusion_pytorch_model",)
 
 
-def fill_vision(source: origins.ClipSource, spec: Spec, state, put=None, field: str = "config.backbone"):
+def fill_vision(source: origins.ClipSource, spec: Spec, state, put=None):
     """Returns the filled state of `spec`'s vision tower; interpolates position embeddings to its resolution if needed.
 
+    The source has been checked by `origins.check_architecture`.
+
     Raises:
-      UserError: the source is of another architecture or activation, or its names or shapes do not fit.
+      UserError: its names, shapes or values do not fit.
     """
-    origins.check_architecture(source, spec, field)
     tensors = resample.to_resolution(source.tensors, spec)
     if tensors is not source.tensors:
         old, new = resample.grids(source.tensors, spec)
@@ -54,25 +55,36 @@ def check_text(source: origins.ClipSource, spec: Spec) -> None:
       UserError: there is no text tower, or it is of another architecture.
     """
     require_text(spec)
-    if "token_embedding.weight" not in source.tensors and "text.token_embedding.weight" not in source.tensors:
+    if not source.has_text:
         raise UserError(f"{source.where} contains only a vision tower: give the checkpoint of the whole model")
     if source.spec is not None:
         free = {"kept_positions"} | ({"context_length"} if spec.text.kept_positions >= 0 else set())
         stated = vars(source.spec.text)
         origins.check_same(stated, spec.text, stated.keys() - free, source.where, "config.backbone.text")
+    tensors = resample.to_context(source.tensors, spec.text)
+    module = layers.abstract(lambda rngs: Text(spec, rngs=rngs))
+    names.check_names(module, tensors, clip.text_table(spec), source=source.where)
 
 
 def fill_text(source: origins.ClipSource, spec: Spec, state, put=None):
     """Returns the filled state of `spec`'s text tower; positions are stretched to its context where it asks for that.
 
+    The source has been checked by `check_text`.
+
     Raises:
-      UserError: the source has no text tower, or one of another architecture.
+      UserError: its values do not fit.
     """
-    check_text(source, spec)
     tensors = resample.to_context(source.tensors, spec.text)
     if tensors is not source.tensors:
         say(f"{source.where}: position embeddings of texts stretched to {spec.text.context_length} tokens")
     return names.assign(state, tensors, clip.text_table(spec), source=source.where, put=put)
+
+
+# Tower of a backbone -> its module, the check of a source, and how it is filled.
+TOWERS = {
+    "vision": (backbones.build, origins.check_architecture, fill_vision),
+    "text": (Text, check_text, fill_text),
+}
 
 
 def open_diffusers(folder: Path, config, field: str = "") -> Tensors:
@@ -145,12 +157,11 @@ def load(
         return nnx.split(layers.abstract(lambda rngs: make(rngs=rngs, **kw)))
 
     if isinstance(spec, Spec):
+        make, check, fill = TOWERS[tower]
         opened = origins.open_source(source)
-        if tower == "text":
-            graph, state = abstract(functools.partial(Text, spec))
-            return nnx.merge(graph, fill_text(opened, spec, state, put))
-        graph, state = abstract(functools.partial(backbones.build, spec, remat=remat))
-        return nnx.merge(graph, fill_vision(opened, spec, state, put, field="the spec"))
+        check(opened, spec)
+        graph, state = abstract(functools.partial(make, spec, remat=remat))
+        return nnx.merge(graph, fill(opened, spec, state, put))
     _, model, _, _ = _part(spec)
     if model is UNet:
         kw["remat"] = remat

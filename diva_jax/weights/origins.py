@@ -1,6 +1,8 @@
 """Sources of weights: files, folders, hub ids and runs, whose format is detected from the contents."""
 
 import dataclasses
+import functools
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +12,7 @@ import numpy as np
 
 from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.fields import differing
+from diva_jax.common.log import say
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, architectures
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
@@ -46,6 +49,11 @@ class ClipSource:
     def files(self) -> list[Path]:
         return self.tensors.files
 
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text tower."""
+        return any(n in self.tensors for n in ("token_embedding.weight", "text.token_embedding.weight"))
+
     def described(self, source: str) -> Spec:
         """Returns the Spec, with `source` as the source of its weights.
 
@@ -60,8 +68,18 @@ class ClipSource:
         return dataclasses.replace(self.spec, source=source)
 
 
+@functools.cache
+def _announce(note: str) -> None:
+    """Says a note, once."""
+    say(note)
+
+
 def _scalar(t: Tensor) -> Tensor:
     return t if t.shape != (1,) else Tensor((), t.dtype, lambda: np.asarray(t).reshape(()))
+
+
+# Prefixes of names that wrappers and training code add.
+_AROUND = re.compile(r"((module|_orig_mod|model|class_model|clip|clip_model|net|backbone)\.)+")
 
 
 def _recognise(tensors: Tensors, prefix: str = "visual.") -> ModuleType | None:
@@ -72,16 +90,19 @@ def _recognise(tensors: Tensors, prefix: str = "visual.") -> ModuleType | None:
 def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
     """Removes prefixes of a state dict, and moves the names of the vision tower under `visual.`.
 
-    It supports DistributedDataParallel's `module.`; the whole training state of DIVA's authors, where CLIP is
-    `class_model.model.`; only a vision tower; and the names of the architecture's text tower, see `text_table`.
+    Prefixes are those of modules around the model: DistributedDataParallel's `module.`, torch.compile's `_orig_mod.`,
+    `class_model.model.` in the training state of DIVA's authors. A vision tower may be alone, and the text tower has
+    one of its architecture's names, see `text_table`.
     """
-    surrounding = ("module.", "class_model.model.", "module.class_model.model.")
-    towers = ((p, tower) for p in surrounding for tower in ("visual.", ""))
-    if prefix := next((p for p, tower in towers if _recognise(tensors, p + tower)), ""):
+    modules = list(architectures().values())
+    ends = tuple(tower + m.MARK for tower in ("visual.", "") for m in modules)
+    marked = (n.removesuffix(end) for end in ends for n in tensors if n.endswith(end))
+    if prefix := next(filter(_AROUND.fullmatch, marked), ""):
         tensors = tensors.renamed(lambda n: n.removeprefix(prefix) if n.startswith(prefix) else None)
     if _recognise(tensors, ""):
         tensors = tensors.renamed(lambda n: f"visual.{n}")
     if (architecture := _recognise(tensors)) is None:
+        places.refuse_single_file(where, tensors)
         raise UserError(
             f"{where} has no vision tower of a known architecture ({listing(list(architectures()))}); its names "
             f"begin with {listing(sorted(tensors)[:3])}: give an open_clip, OpenAI or transformers checkpoint"
@@ -146,12 +167,16 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
         config, preprocessor = folder / "config.json", folder / "preprocessor_config.json"
         prepared = readers.read_json(preprocessor) if preprocessor.is_file() else {}
         spec, silent = hf.from_transformers(readers.read_json(config), prepared, where)
+        if silent:
+            _announce(
+                f"note: {where}: {listing(sorted(silent))} as open_clip runs these weights, not as config.json says"
+            )
         tensors = hf.to_open_clip_names(tensors, spec, where)
         return ClipSource(where, "transformers folder", tensors, spec, silent, tokenizer)
     tensors = _open_clip_names(tensors, where)
     if described and (folder / OPEN_CLIP_CONFIG).is_file():
         path = folder / OPEN_CLIP_CONFIG
-        spec = backbones.check(from_open_clip(readers.read_json(path), source=source), str(path))
+        spec = backbones.check(from_open_clip(readers.read_json(path), source=source), f"{path}: backbone")
         return ClipSource(where, "open_clip folder", tensors, spec, tokenizer=tokenizer)
     if {"input_resolution", "context_length", "vocab_size"} <= set(tensors):
         return ClipSource(where, "OpenAI state dict", tensors, _openai_spec(tensors), tokenizer=tokenizer)

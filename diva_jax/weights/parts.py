@@ -62,7 +62,9 @@ def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple
     def opened():
         weights = origins.open_source(source, f"{field}.source")
         origins.check_architecture(weights, spec, field)
-        return Opened(weights.files, lambda state, put: loading.fill_vision(weights, spec, state, put, field))
+        if spec.has_text and weights.has_text:
+            loading.check_text(weights, spec)  # What is tuned with it is exported with its text tower.
+        return Opened(weights.files, lambda state, put: loading.fill_vision(weights, spec, state, put))
 
     return Part(source, opened, fresh)
 

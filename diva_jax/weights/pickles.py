@@ -7,13 +7,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, listing
 from diva_jax.weights.tensors import Tensor
 
 # Names of torch's types that are read; complex numbers and types of 8 bits and less are not weights.
 _TORCH_TYPES = frozenset(
     ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 )
+# Where training states keep the state dict of the model, in order of preference.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 # A pickle in an archive has names and shapes, without values.
 _MAX_PICKLE_BYTES = 2**26
 _MAX_COMPRESSED_BYTES = 2**28
@@ -36,7 +38,7 @@ def import_torch(why: str):
 
 
 def state_dict(path: Path, zipped: bool) -> dict[str, Tensor]:
-    """Opens a state dict saved with `torch.save`, at the top level or under the key `state_dict`.
+    """Opens a state dict saved with `torch.save`, bare or in a training state.
 
     Args:
       path: the file.
@@ -62,17 +64,25 @@ def state_dict(path: Path, zipped: bool) -> dict[str, Tensor]:
         ) from e
     except Exception as e:  # A damaged file raises any type: torch rebuilds tensors from whatever is written there.
         raise _corrupt(path, e) from e
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    tensors = {}
-    if isinstance(content, dict):
-        tensors = {str(name): t for name, t in content.items() if isinstance(t, torch.Tensor)}
+    tensors = _unwrapped(content, torch.Tensor)
     if not tensors:
-        raise UserError(f"{path} has no state dict: save the model's state_dict(), preferably as safetensors")
+        keys = f"a dict of {listing(list(content), 10)}" if isinstance(content, dict) and content else "no state dict"
+        raise UserError(
+            f"{path} holds {keys}, where tensors by name are wanted, bare or under {' or '.join(_WRAPPERS)}: save the "
+            "model's state_dict(), preferably as safetensors"
+        )
     for name, tensor in tensors.items():
         if kind := _unsupported(tensor):
             raise UserError(f"{path}: the tensor {name} is {kind}: save dense float tensors, preferably as safetensors")
     return {name: _lazy(tensor) for name, tensor in tensors.items()}
+
+
+def _unwrapped(content, kind: type, depth: int = 3) -> dict:
+    """The tensors of a state dict, by name, in at most `depth` dicts of a training state."""
+    if not isinstance(content, dict):
+        return {}
+    inner = (_unwrapped(content.get(key), kind, depth - 1) for key in _WRAPPERS if depth)
+    return next(filter(None, inner), None) or {str(name): t for name, t in content.items() if isinstance(t, kind)}
 
 
 def _corrupt(path: Path, e: Exception | str) -> UserError:

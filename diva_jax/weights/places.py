@@ -1,11 +1,13 @@
 """Where weights are: a file, a folder, a repository of the hub, or the workdir of a run at a step."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
+from diva_jax.weights import readers
 
 # Names of the files of CLIP weights, without suffix, in order of preference; a folder with open_clip's config has
 # open_clip's names in the first of these.
@@ -142,6 +144,17 @@ def download(repo: str, field: str, patterns: list[str]) -> Path:
         ) from e
 
 
+def refuse_single_file(where: str, names: Iterable[str], field: str = "config.diffusion.source") -> None:
+    """Raises a UserError where tensors are those of a Stable Diffusion model in one file."""
+    if any(n.startswith("model.diffusion_model.") for n in names):
+        raise UserError(
+            f"{where} is a Stable Diffusion model in one file: convert it to a diffusers folder with python -c "
+            '"from diffusers import StableDiffusionPipeline as P; '
+            f"P.from_single_file({where!r}).save_pretrained('stable-diffusion')\" and set "
+            f"{field}=stable-diffusion"
+        )
+
+
 def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Path:
     """Returns the folder of a Stable Diffusion pipeline, downloaded if `source` is a hub id.
 
@@ -150,6 +163,9 @@ def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Pat
     """
     at = locate(source, field)
     if isinstance(at, Path):
+        if at.is_file():
+            refuse_single_file(str(at), readers.open_file(at), field)
+            raise UserError(f"{field}={source} is a file: give the diffusers folder with unet, vae and text_encoder")
         return at
     stem = "diffusion_pytorch_model"
     models = (f"unet/{stem}", f"vae/{stem}", "text_encoder/model", f"image_normalizer/{stem}")

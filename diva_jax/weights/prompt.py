@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax.common.errors import UserError, brief
+from diva_jax.common.errors import UserError
+from diva_jax.data.tokenizers import FolderTokenizer
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.layers import abstract
 from diva_jax.weights import loading
@@ -19,16 +20,9 @@ def tokenize(folder: Path, prompt: str, length: int) -> tuple[np.ndarray, np.nda
     Raises:
       UserError: the tokenizer's files are missing or invalid.
     """
-    from transformers import CLIPTokenizer
-
     if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        encoded = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)
-    except Exception as e:  # transformers raises a different kind for each file that is missing or broken.
-        raise UserError(f"the tokenizer files in {folder} cannot be read ({brief(e)}): fetch the folder again") from e
-    return np.asarray([encoded["input_ids"]], np.int32), np.asarray([encoded["attention_mask"]], bool)
+    return FolderTokenizer(folder, length, kind="clip").encode([prompt])
 
 
 def encode_prompt(

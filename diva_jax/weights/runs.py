@@ -86,7 +86,8 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> origins.ClipSo
       initial weights, and the description of the checkpoint with the checksums of its arrays.
 
     Raises:
-      UserError: there is no run, checkpoint or such step, or the initial weights are missing or have changed.
+      UserError: there is no run, checkpoint or such step, it has trained no parameter of a tower, or the initial
+        weights are missing or have changed.
     """
     from diva_jax.training import workdirs  # The layer above, which only a run needs.
 
@@ -102,6 +103,12 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> origins.ClipSo
                 f"{began['sha256'][:12]} expected): put {listing(began['source'])} back"
             )
     towers = run.towers()
+    tuned = sorted(t for t in towers if not run.program.towers.needs(t).isdisjoint(run.params))
+    if not tuned:
+        raise UserError(
+            f"{workdir}, step {run.step}, has trained no parameter of {listing(sorted(towers))}, only "
+            f"{listing(sorted(run.params), 3)}: export the weights that it began with, {base.where}"
+        )
     described = paths.folder(workdir, "--workdir") / "checkpoints" / str(run.step) / "meta"
     files = [*base.files, *sorted(described.iterdir())]
     record = dict(
@@ -110,7 +117,7 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> origins.ClipSo
         config=json.loads(run.config.to_json()),
         sources=run.sources,
         base=base.where,
-        tuned=sorted(towers),
+        tuned=tuned,
     )
     return origins.ClipSource(
         f"{workdir}, step {run.step}",

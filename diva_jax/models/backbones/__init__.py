@@ -40,6 +40,7 @@ from ml_collections import ConfigDict
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, between, field, finite, one_of
+from diva_jax.models.layers import ACTIVATIONS
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -74,6 +75,10 @@ def _is_select(select: str) -> bool:
     return match is not None and (match[1] is None or 1 <= int(match[1]) <= _MAX_TOKENS)
 
 
+def _is_resize_mode(mode: str) -> bool:
+    return re.fullmatch(r"(shortest|squash)(:[1-9]\d{0,4})?", mode) is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class TextSpec:
     """The text tower that belongs to a backbone; fields as in open_clip's `text_cfg`."""
@@ -89,6 +94,7 @@ class TextSpec:
         "argmax",
         "The token whose state is projected is that with the highest id, CLIP's end-of-text token (argmax), the first "
         "one whose id is eos_id (eos), or the last one (last).",
+        one_of("argmax", "eos", "last"),
     )
     proj_bias: bool = field(
         False, "Whether the projection is a linear layer with a bias, as SigLIP's is, or a bare matrix, as CLIP's is."
@@ -98,8 +104,11 @@ class TextSpec:
         "clip",
         "The tokenizer is lower-cased BPE (clip), SentencePiece on canonicalised text (siglip), or SentencePiece that "
         "keeps case and punctuation (xlm).",
+        one_of("clip", "siglip", "xlm", ""),
     )
-    activation: str = field("", "The activation of the MLPs; if empty, it is the vision tower's.")
+    activation: str = field(
+        "", "The activation of the MLPs; if empty, it is the vision tower's.", one_of("", *ACTIVATIONS)
+    )
     eos_id: int = field(2, "The id of the end-of-text token, for pool=eos.", between(0, 2**24))
     kept_positions: int = field(
         -1,
@@ -129,7 +138,9 @@ class Spec:
     mlp_dim: int = field(4096, "The hidden width of the transformer's MLPs.", between(1, _MAX_WIDTH))
     embed_dim: int = field(768, "The width of the image embedding.", between(1, _MAX_WIDTH))
     activation: str = field(
-        "quick_gelu", 'The activation of the MLPs is a name in layers.ACTIVATIONS; dinov2 may also have "swiglu".'
+        "quick_gelu",
+        'The activation of the MLPs is a name in layers.ACTIVATIONS; dinov2 may also have "swiglu".',
+        one_of(*ACTIVATIONS, "swiglu"),
     )
     norm_eps: float = field(1e-5, "The epsilon of the LayerNorms.", between(0, 1))
     mean: tuple[float, ...] = field(
@@ -144,11 +155,14 @@ class Spec:
     )
     resize_mode: str = field(
         "shortest",
-        "Test images are resized by their shorter side and cropped (shortest), or squashed to a square (squash).",
-        one_of("shortest", "squash"),
+        "Test images are resized by their shorter side and cropped (shortest), or squashed to a square (squash); "
+        "shortest:K and squash:K resize to K pixels and crop, as transformers does.",
+        Rule(_is_resize_mode, "must be shortest, squash, shortest:K or squash:K, where K is a number of pixels"),
     )
     interpolation: str = field(
-        "bicubic", "Test images are resized with this interpolation.", one_of("bilinear", "bicubic")
+        "bicubic",
+        "Test images are resized with this interpolation.",
+        one_of("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"),
     )
     select: str = field(
         "all",
@@ -171,6 +185,11 @@ class Spec:
     def has_text(self) -> bool:
         """Whether a text tower belongs to this backbone."""
         return self.text.layers > 0
+
+    @property
+    def resize(self) -> int:
+        """The side to which test images are resized before the crop [pixels]."""
+        return int(self.resize_mode.partition(":")[2] or self.image_size)
 
     @property
     def grid(self) -> int:
@@ -280,17 +299,23 @@ TINY = Spec(
 
 
 def check(spec: Spec, where: str) -> Spec:
-    """Returns the Spec that was read from the file or folder `where`; a UserError names a value that is impossible."""
-    fields.check(dataclasses.asdict(spec), fields.declared(Spec), f"{where}: backbone")
-    sizes = ("width", "mlp_dim", "heads", "layers")
-    towers = [("backbone", spec, sizes)]
-    if spec.has_text:
-        towers.append(("backbone.text", spec.text, (*sizes, "context_length", "vocab_size")))
-    for name, tower, sizes in towers:
-        if empty := [size for size in sizes if not getattr(tower, size)]:
-            raise UserError(f"{where}: {name}.{empty[0]}=0 must be at least 1")
+    """Returns a Spec whose values are possible; `where` is what it describes, such as a file or `config.backbone`."""
+    fields.check(dataclasses.asdict(spec), fields.declared(Spec), where)
+    architecture(spec.arch)
+    for prefix, tower in [("", spec), *([("text.", spec.text)] if spec.has_text else [])]:
+        needed = ("width", "mlp_dim", "heads", *(("context_length", "vocab_size") if prefix else ()))
+        if zero := [size for size in needed if not getattr(tower, size)]:
+            raise UserError(f"{where}.{prefix}{zero[0]}=0 must be at least 1")
         if tower.width % tower.heads:
-            raise UserError(f"{where}: {name}.heads={tower.heads} must divide the width, {tower.width}")
+            raise UserError(f"{where}.{prefix}heads={tower.heads} must divide the width, {tower.width}")
+    if spec.has_text and not spec.text.tokenizer:
+        raise UserError(f"{where}.text.tokenizer='' must be clip, siglip or xlm")
+    if spec.image_size < spec.patch_size:
+        raise UserError(f"{where}.image_size={spec.image_size} must be at least patch_size, {spec.patch_size}")
+    if spec.activation == "swiglu" and (spec.arch != "dinov2" or spec.has_text):
+        raise UserError(f"{where}.activation=swiglu is dinov2's alone: use one of {listing(list(ACTIVATIONS))}")
+    if spec.resize < spec.image_size:
+        raise UserError(f"{where}.resize_mode={spec.resize_mode} must resize to at least {spec.image_size}, image_size")
     return spec
 
 
@@ -300,7 +325,7 @@ def spec_of(config: ConfigDict) -> Spec:
     Raises:
       UserError: an unknown field, or a value that no backbone can have.
     """
-    return fields.parse(Spec, config.backbone, "config.backbone")
+    return check(fields.parse(Spec, config.backbone, "config.backbone"), "config.backbone")
 
 
 @functools.cache

@@ -191,10 +191,10 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
     width, swiglu = c["hidden_size"], c["use_swiglu_ffn"]
     spec = Spec(
         arch="dinov2",
-        **hf.vision_fields(c | dict(intermediate_size=_hidden(width, c["mlp_ratio"], swiglu))),
+        **hf.vision_fields(c | dict(intermediate_size=_hidden(width, c["mlp_ratio"], swiglu)))
+        | hf.preprocessing(preprocessor, c["image_size"], IMAGENET_MEAN, IMAGENET_STD, where, any_size=True),
         embed_dim=width,
         activation="swiglu" if swiglu else hf.our_activation(c, where),
-        **hf.preprocess_fields(preprocessor, IMAGENET_MEAN, IMAGENET_STD, where),
         text=NO_TEXT,
         registers=c["num_register_tokens"] if registers else 0,
     )
@@ -230,7 +230,7 @@ def _to_config(spec: Spec, dtype: str) -> dict:
 
 
 def _image_processor(spec: Spec) -> dict:
-    return hf.clip_image_processor(spec) | dict(image_processor_type="BitImageProcessor")
+    return hf.image_processor(spec, "BitImageProcessor")
 
 
 TRANSFORMERS = hf.Layout(_MODELS, "embeddings.cls_token", _recipes, _from_config, _to_config, _image_processor)

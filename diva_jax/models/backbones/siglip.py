@@ -233,10 +233,9 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
         text_activation = "gelu_tanh" if text["vocab_size"] == _SIGLIP2_VOCABULARY else "gelu"
     spec = Spec(
         arch="siglip",
-        **fields,
+        **fields | hf.preprocessing(preprocessor, fields["image_size"], HALF, HALF, where, crops=False),
         embed_dim=vision["hidden_size"],
         activation=activation,
-        **hf.preprocess_fields(preprocessor, HALF, HALF, where) | dict(resize_mode="squash"),
         text=hf.text_spec(text, activation, text_activation, **_TEXT_RULES),
     )
     return spec, frozenset({"activation"} if published else ())
@@ -259,7 +258,7 @@ def _to_config(spec: Spec, dtype: str) -> dict:
 
 
 def _image_processor(spec: Spec) -> dict:
-    return hf.image_processor(spec, "SiglipImageProcessor")
+    return hf.image_processor(spec, "SiglipImageProcessor" if spec.resize_mode == "squash" else "CLIPImageProcessor")
 
 
 TRANSFORMERS = hf.Layout(

@@ -175,24 +175,27 @@ _MODELS = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model"}
 
 def _text_rules(kind: str, config: Mapping, where: str) -> dict:
     """How a text tower of transformers pools, and its tokenizer, as fields of TextSpec."""
-    if kind == "clip":
-        return {}
     eos = config.get("eos_token_id", 49407)
-    if not isinstance(eos, int):
+    if type(eos) is not int:
         raise UserError(f"{where} has text_config.eos_token_id={brief(eos)}: it must be one id")
-    return dict(pool="eos", eos_id=eos, tokenizer="xlm")
+    if kind == "metaclip_2":
+        return dict(pool="eos", eos_id=eos, tokenizer="xlm")
+    # For 2, which older configs have, transformers pools at the highest id, as open_clip does.
+    return {} if eos in (2, config["vocab_size"] - 1) else dict(pool="eos", eos_id=eos)
 
 
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
-    vision = hf.options(config.get("vision_config"), _VISION_DEFAULTS, f"{where}: vision_config")
-    text = hf.options(config.get("text_config"), _TEXT_DEFAULTS, f"{where}: text_config")
+    # Older versions wrote a tower's options a second time, which hold where they are there.
+    towers = {t: config.get(f"{t}_dict") or config.get(t) for t in ("vision_config", "text_config")}
+    vision = hf.options(towers["vision_config"], _VISION_DEFAULTS, f"{where}: vision_config")
+    text = hf.options(towers["text_config"], _TEXT_DEFAULTS, f"{where}: text_config")
     activation, text_activation = hf.our_activation(vision, where), hf.our_activation(text, where)
     spec = Spec(
         arch="vit",
-        **hf.vision_fields(vision),
+        **hf.vision_fields(vision)
+        | hf.preprocessing(preprocessor, vision["image_size"], OPENAI_MEAN, OPENAI_STD, where),
         embed_dim=hf.options(config, {"projection_dim": 512}, where)["projection_dim"],
         activation=activation,
-        **hf.preprocess_fields(preprocessor, OPENAI_MEAN, OPENAI_STD, where),
         text=hf.text_spec(text, activation, text_activation, **_text_rules(config["model_type"], text, where)),
     )
     return spec, frozenset()
@@ -205,10 +208,14 @@ def _to_config(spec: Spec, dtype: str) -> dict:
             f"transformers has no vit text tower with causal={text.causal}, pool={text.pool!r}, "
             f"proj_bias={text.proj_bias}: use --format=open_clip"
         )
-    kind = "metaclip_2" if text.pool == "eos" else "clip"
+    kind = "metaclip_2" if text.pool == "eos" and text.tokenizer == "xlm" else "clip"
     projection = dict(projection_dim=spec.embed_dim)
-    if text.pool == "eos":
+    if kind == "metaclip_2":
         special = dict(bos_token_id=0, pad_token_id=1, eos_token_id=text.eos_id)
+    elif text.pool == "eos" and text.eos_id == 2:
+        raise UserError("transformers pools a CLIP model with eos_token_id 2 at the highest id: use --format=open_clip")
+    elif text.pool == "eos":
+        special = dict(bos_token_id=text.eos_id - 1, eos_token_id=text.eos_id)
     elif text.vocab_size == 49408:
         special = dict(bos_token_id=49406, eos_token_id=49407)
     else:
@@ -223,4 +230,4 @@ def _to_config(spec: Spec, dtype: str) -> dict:
     )
 
 
-TRANSFORMERS = hf.Layout(_MODELS, "vision_model.", _recipes, _from_config, _to_config, hf.clip_image_processor)
+TRANSFORMERS = hf.Layout(_MODELS, "vision_model.", _recipes, _from_config, _to_config, hf.image_processor)

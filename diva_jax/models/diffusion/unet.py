@@ -45,6 +45,8 @@ _USED |= {"sample_size", "use_linear_projection"}
 # Options that do not affect the result: the first two belong to options that are not implemented, softmax is always
 # computed in float32, and a frozen network has no dropout.
 _USED |= {"addition_embed_type_num_heads", "addition_time_embed_dim", "upcast_attention", "dropout"}
+# Those that diffusers' EMAModel adds to the config of a model that it saves.
+_USED |= {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
 
 
 @dataclasses.dataclass(frozen=True)

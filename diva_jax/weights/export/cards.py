@@ -48,7 +48,8 @@ def card(
     run = paths.values_without_secrets(source.run)
     method = run["config"]["objective"] if run else ""
     has_text = spec.has_text and fmt != "pt"
-    squash = "squashed to a square" if spec.resize_mode == "squash" else "shortest side resized, centre cropped"
+    squash = "squashed to a square" if spec.resize_mode.startswith("squash") else "shortest side resized"
+    squash += "" if spec.resize_mode == "squash" else f" to {spec.resize}, centre cropped"
     content = ModelCard.from_template(
         ModelCardData(
             license=license or "other",

@@ -17,7 +17,7 @@ from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.log import say
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
+from diva_jax.models.backbones.shared.open_clip_config import OPENAI_VOCABULARY, to_open_clip
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.weights import clip, hf, loading, names, origins, pickles, resample, writers
 from diva_jax.weights.export import reference, vocabulary
@@ -27,8 +27,9 @@ from diva_jax.weights.tensors import Tensor, Tensors
 FORMATS = ("open_clip", "hf", "pt")
 DTYPES = ("float32", "float16", "bfloat16")
 PT_FILE = "vision_tower.pth"
-# Relative L2 error of the pooled embedding against the original library.
+# Relative L2 error of an embedding against the original library.
 BOUND = 1e-4
+_TEXT = "a photo of a dog"
 
 
 def _cast(name: str, t, dtype: np.dtype, where: str) -> Tensor:
@@ -72,9 +73,7 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
     if text:
         if spec.has_text:
             loading.check_text(source, spec)
-            state, table = _abstract(Text, spec), clip.text_table(spec)
-            names.check_names(state, tensors, table, source=source.where)
-            wanted |= {n: tensors[n] for n in table.names(state)}
+            wanted |= {n: tensors[n] for n in clip.text_table(spec).names(_abstract(Text, spec))}
         if missing := [n for n in others if n not in tensors]:
             raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
     wanted |= {n: tensors[n] for n in others if n in tensors and (text or n.startswith("visual."))}
@@ -99,14 +98,16 @@ def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(f"{folder / PT_FILE}: {e}") from e
 
 
-def _config(fmt: str, spec: Spec, dtype: str, hub: str) -> dict:
+def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> dict:
     """The model's config file; a UserError where the format cannot hold this model."""
     if fmt == "hf":
         return hf.to_transformers(spec, dtype)
     if fmt == "pt":
         return {}
     config = to_open_clip(spec)
-    text = config["model_cfg"]["text_cfg"]
+    text, own = config["model_cfg"]["text_cfg"], vocabulary.tokenizer(source, spec)
+    if own is not None and spec.text.tokenizer == "clip" and own.size != OPENAI_VOCABULARY:
+        text |= {"hf_tokenizer_name": "clip", "tokenizer_kwargs": {"clean": "lower"}}  # That of the folder's files.
     if hub and spec.text.tokenizer == "clip" and "hf_tokenizer_name" in text:
         text["hf_tokenizer_name"] = hub  # From the hub, open_clip loads the tokenizer of this name.
     return config
@@ -136,28 +137,54 @@ def _compare(written: Tensors, there: Tensors, where: str) -> None:
         raise RunError(f"{where} read back differs in {listing(sorted(wrong), 5)}: nothing was exported")
 
 
-def _run_original(path: Path, fmt: str, spec: Spec) -> str:
-    """Encodes one image with the library that the export is for, and with ours; returns the message to print."""
+def _ids(spec: Spec) -> np.ndarray:
+    """Token ids of one text, int64 [1, context_length], where there is no tokenizer."""
+    ids = np.arange(1, spec.text.context_length + 1)[None] % spec.text.vocab_size
+    ids[0, len(ids[0]) // 2] = spec.text.eos_id if spec.text.pool == "eos" else spec.text.vocab_size - 1
+    return ids
+
+
+def _run_original(path: Path, fmt: str, spec: Spec, source: ClipSource) -> str:
+    """Encodes an image and a text with the library that the export is for, and with ours; returns the message to print.
+
+    The library reads the text with the tokenizer of the export.
+    """
     tower_library = backbones.architecture(spec.arch).LIBRARY
     library = {"hf": "transformers", "open_clip": "open_clip", "pt": tower_library}[fmt]
     if not reference.available(library):
         return f"not run through {library}, which cannot be imported"
-    images, keys = reference.image(spec), []
+    images, keys, text = reference.image(spec), [], None
+    if spec.has_text and fmt != "pt":
+        text = _ids(spec) if vocabulary.note(source, spec, fmt) else _TEXT
     if fmt == "hf":
-        theirs, keys = reference.transformers_pooled(path, images)
+        theirs, keys = reference.transformers_embeddings(path, images, text, spec.text.context_length)
     elif fmt == "open_clip":
-        theirs = reference.open_clip_pooled(path, images)
+        theirs = reference.open_clip_embeddings(path, images, text)
     else:
-        theirs = reference.tower_pooled(library, path, spec, images)
+        theirs = (reference.tower_pooled(library, path, spec, images),)
     gc.collect()  # PyTorch's modules hold reference cycles; their memory is needed for our model.
     if keys:
         raise RunError(f"{library} finds keys missing or unexpected: {listing(keys, 5)}; nothing was exported")
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(nnx.jit(lambda m, x: m.encode(x).pooled)(loading.load(str(path), spec), images))
+        encode = nnx.jit(lambda tower, x: tower.encode(x))
+        said = [_differ(library, "an image", encode(loading.load(str(path), spec), images).pooled, theirs[0])]
+        if text is not None:
+            tokenizer = vocabulary.tokenizer(source, spec) if text is _TEXT else None
+            ids = tokenizer([_TEXT]) if tokenizer else np.asarray(theirs[1], np.int32)
+            tower = loading.load(str(path), spec, tower="text")
+            said.append(_differ(library, "a text", encode(tower, ids), theirs[2]))
+    return f"{library}: largest difference {', '.join(said)}"
+
+
+def _differ(library: str, what: str, ours: jax.Array, theirs: np.ndarray) -> str:
+    """How much two embeddings differ, as a part of a sentence; a RunError where it is more than `BOUND`."""
+    ours = np.asarray(ours)
     error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     if not error <= BOUND:
-        raise RunError(f"{library} computes other embeddings (relative error {error:.1e}): nothing was exported")
-    return f"{library}: largest difference {np.abs(ours - theirs).max():.1e}, relative error {error:.1e}"
+        raise RunError(
+            f"{library} computes another embedding of {what} (relative error {error:.1e}): nothing was exported"
+        )
+    return f"of {what} {np.abs(ours - theirs).max():.1e}, relative error {error:.1e}"
 
 
 def export(
@@ -181,7 +208,7 @@ def export(
       dtype: one of `DTYPES`.
       card: the content of README.md.
       hub: the hub repository that it is pushed to; empty: none.
-      run: whether to run one image through the library that the export is for, if it is installed.
+      run: whether to run one image and one text through the library that the export is for, if it is installed.
 
     Raises:
       UserError: as `whole_model`; `out` exists and is not empty; the format does not support this model.
@@ -190,7 +217,7 @@ def export(
     tensors = whole_model(source, spec, dtype, text=fmt != "pt")
     if fmt == "pt":
         pickles.import_torch("--format=pt")
-    config = _config(fmt, spec, dtype, hub)
+    config = _config(fmt, spec, dtype, hub, source)
     with writers.new_folder(out) as folder:
         _write(folder, fmt, tensors, config, spec, source)
         (folder / "README.md").write_text(card)
@@ -200,7 +227,7 @@ def export(
         rounded = f" rounded to {dtype}" if narrowed else ""
         say(f"{len(tensors)} tensors read back, bit-identical to {source.where}{rounded}")
         if run:
-            say(_run_original(path, fmt, spec))
+            say(_run_original(path, fmt, spec, source))
     if missing := vocabulary.note(source, spec, fmt):
         say(f"note: {missing}")
     say(f"done: {out} ({fmt}, {dtype})")

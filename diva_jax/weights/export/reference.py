@@ -1,4 +1,4 @@
-"""Image embeddings that the original libraries compute, if they are installed, to check an export."""
+"""Embeddings that the original libraries compute, if they are installed, to check an export."""
 
 import importlib
 from pathlib import Path
@@ -43,14 +43,29 @@ def pixels(images: np.ndarray):
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
-def open_clip_pooled(folder: Path, images: np.ndarray) -> np.ndarray:
-    """Computes the image embeddings [B, D] of an open_clip folder with open_clip, in float32."""
+def open_clip_embeddings(folder: Path, images: np.ndarray, text: str | np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """Computes embeddings of an open_clip folder with open_clip, in float32.
+
+    Args:
+      folder: the export.
+      images: float32 [B, H, W, 3].
+      text: a text, which the folder's tokenizer reads, or token ids, int [N, L]; None: a model without texts.
+
+    Returns:
+      (image embeddings [B, D], and with a text its token ids [N, L] and embeddings [N, D]).
+    """
     import open_clip
     import torch
 
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    model = model.float().eval()
+    ids = open_clip.get_tokenizer(f"local-dir:{folder}")([text]) if isinstance(text, str) else text
     with torch.no_grad():
-        return model.float().eval().encode_image(pixels(images)).numpy()
+        pooled = model.encode_image(pixels(images)).numpy()
+        if ids is None:
+            return (pooled,)
+        ids = torch.as_tensor(ids)
+        return pooled, ids.numpy(), model.encode_text(ids).numpy()
 
 
 def _open_clip_tower(spec: Spec):
@@ -105,14 +120,20 @@ def tower_pooled(library: str, file: Path, spec: Spec, images: np.ndarray) -> np
         return tower.float().eval()(pixels(images)).numpy()
 
 
-def transformers_pooled(folder: Path, images: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Computes the image embeddings of a transformers folder with transformers, in float32.
+def transformers_embeddings(
+    folder: Path, images: np.ndarray, text: str | np.ndarray | None, length: int
+) -> tuple[tuple[np.ndarray, ...], list[str]]:
+    """Computes embeddings of a transformers folder with transformers, in float32.
+
+    Args:
+      folder, images, text: as for `open_clip_embeddings`.
+      length: token ids per text.
 
     Returns:
-      (embeddings [B, D], missing and unexpected keys).
+      (what `open_clip_embeddings` returns, missing and unexpected keys).
     """
     import torch
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -123,8 +144,14 @@ def transformers_pooled(folder: Path, images: np.ndarray) -> tuple[np.ndarray, l
         model, info = AutoModel.from_pretrained(folder, **options)
         run = getattr(model.eval(), "get_image_features", model)  # A model with only a vision encoder is called itself.
         with torch.no_grad():
-            pooled = run(pixel_values=pixels(images)).pooler_output
+            out = (run(pixel_values=pixels(images)).pooler_output.numpy(),)
+            if isinstance(text, str):
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                text = tokenizer([text], padding="max_length", max_length=length, truncation=True)["input_ids"]
+            if text is not None:
+                ids = torch.as_tensor(text)
+                out += (ids.numpy(), model.get_text_features(input_ids=ids).pooler_output.numpy())
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-    return pooled.numpy(), [*info["missing_keys"], *info["unexpected_keys"]]
+    return out, [*info["missing_keys"], *info["unexpected_keys"]]

@@ -56,6 +56,17 @@ def add(source: ClipSource, spec: Spec, folder: str) -> ClipSource:
     return dataclasses.replace(source, tokenizer=tuple(where / f for f in TOKENIZER_FILES if (where / f).is_file()))
 
 
+def tokenizer(source: ClipSource, spec: Spec) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a source, as the text tower is evaluated with it; None where the source has none.
+
+    Raises:
+      UserError: its files are broken, or it has more tokens than the text tower.
+    """
+    if not spec.has_text or _lacks(spec, {f.name for f in source.tokenizer}):
+        return None
+    return tokenizers.open_tokenizer(spec.text, source.tokenizer[0].parent)
+
+
 def note(source: ClipSource, spec: Spec, fmt: str) -> str:
     """One sentence for the screen and the card where an export is without a tokenizer; otherwise empty."""
     built_in = fmt == "open_clip" and "hf_tokenizer_name" not in to_open_clip(spec)["model_cfg"]["text_cfg"]

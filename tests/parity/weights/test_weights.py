@@ -53,21 +53,23 @@ def model():
     return clip_model()
 
 
-def wrap(kind, tensors):
-    if kind == "module":
-        return {f"module.{k}": v for k, v in tensors.items()}
-    if kind == "state_dict":
-        return {"state_dict": {f"module.{k}": v for k, v in tensors.items()}, "epoch": 3}
-    return tensors
-
-
-@pytest.mark.parametrize(
-    ("kind", "suffix"), [("plain", "bin"), ("module", "pt"), ("state_dict", "old.pth"), ("state_dict", "pt")]
-)
-def test_open_clip_pickles(model, tmp_path, kind, suffix):
-    path, tensors = tmp_path / f"weights.{suffix}", state_dict(model)
-    torch.save(wrap(kind, tensors), path, _use_new_zipfile_serialization=not suffix.startswith("old"))
+@pytest.mark.parametrize("suffix", ["pt", "old.pth"])
+@pytest.mark.parametrize("seed", range(6))
+def test_open_clip_pickles(model, tmp_path, seed, suffix):
+    """Bare, under the keys of training states, one in the other, and with the prefixes of modules around the model."""
+    rng, path, tensors = np.random.default_rng(seed), tmp_path / f"weights.{suffix}", state_dict(model)
+    prefix = "".join(rng.choice(["module.", "_orig_mod.", "model."], seed % 3))
+    content = {prefix + k: v for k, v in tensors.items()}
+    for key in rng.choice(["state_dict", "model_state_dict", "model", "module"], seed // 2, replace=False):
+        content = {"epoch": 3, "optimizer_state_dict": {"state": {}}, "loss": torch.ones(3), str(key): content}
+    torch.save(content, path, _use_new_zipfile_serialization=suffix == "pt")
     same_towers(path, tensors)
+
+
+def test_the_keys_of_an_unknown_training_state_are_listed(model, tmp_path):
+    torch.save({"epoch": 3, "student": state_dict(model), "teacher": {}}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="holds a dict of epoch, student, teacher, where .*bare or under state_dict or"):
+        weights.load(str(tmp_path / "w.pt"), CLIP)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -291,16 +293,23 @@ VARIANTS = {
     "fp16 sharded": dict(variant="fp16", max_shard_size="100KB"),
     "bin": dict(safe_serialization=False),
     "bin sharded": dict(safe_serialization=False, max_shard_size="200KB"),
+    "ema": {},
 }
 
 
 @pytest.mark.parametrize("kind", list(VARIANTS))
 def test_diffusers_unet(tmp_path, kind):
     from diffusers import UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
 
     model = randomise(UNet2DConditionModel(**UNET))
     model = model.half() if "fp16" in kind else model
-    model.save_pretrained(tmp_path / "unet", **VARIANTS[kind])
+    if kind == "ema":
+        EMAModel(model.parameters(), model_cls=type(model), model_config=model.config).save_pretrained(
+            tmp_path / "unet"
+        )
+    else:
+        model.save_pretrained(tmp_path / "unet", **VARIANTS[kind])
     files = [f for f in (tmp_path / "unet").iterdir() if f.suffix in (".safetensors", ".bin")]
     assert ("sharded" in kind) == (len(files) > 1)
     for folder in (tmp_path, tmp_path / "unet") if kind == "plain" else (tmp_path,):

@@ -150,7 +150,6 @@ def test_prepared_images_are_those_of_an_evaluation(noisy):
     for make, says in (
         (lambda: inputs.Prepared(0), "0 pixels cannot be made"),
         (lambda: inputs.Prepared(24, resize=20), "24 pixels cannot be cropped from an image of 20"),
-        (lambda: inputs.Prepared(24, "longest"), "resize_mode='longest' is not known"),
     ):
         with pytest.raises(UserError, match=says):
             make()

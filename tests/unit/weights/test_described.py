@@ -1,10 +1,43 @@
 """Sources whose config is read without the library that wrote them."""
 
-import pytest
-from specs import DINOV2
+import json
+import runpy
 
+import mutations
+import pytest
+import small
+from places import ROOT
+from specs import DINOV2, QUICK
+
+from diva_jax import config as configs
+from diva_jax.common import fields
 from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import Spec, build, spec_of
+from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.layers import abstract
 from diva_jax.weights import hf, readers
+
+
+@pytest.mark.parametrize("name", fields.declared(Spec))
+def test_a_backbone_that_may_be_trained_can_be_built_and_exported(name):
+    """Whatever a field is set to: refused in one sentence before training, or a tower that each library can hold."""
+    refused = 0
+    for value in [*mutations.WRONG, "nonsense", -3, 7]:
+        config = configs.default(QUICK).unlock()
+        *section, field = name.split(".")
+        with (config.backbone[section[0]] if section else config.backbone).ignore_type() as section:
+            section[field] = value
+        try:
+            configs.validate(config, 1)
+        except UserError as e:
+            refused += 1
+            assert "backbone" in str(e) and "\n" not in str(e)
+            continue
+        spec = spec_of(config)
+        abstract(lambda rngs, spec=spec: build(spec, rngs=rngs))
+        _ = spec.has_text and abstract(lambda rngs, spec=spec: Text(spec, rngs=rngs))
+    assert refused or name in ("source", "open_clip_name")
 
 
 @pytest.mark.parametrize("option", ["use_mask_token", "qkv_bias"])
@@ -38,3 +71,21 @@ def test_fingerprint_is_of_contents_and_order(tmp_path):
     assert readers.fingerprint([tmp_path / "a", tmp_path / "b"]) != readers.fingerprint(
         [tmp_path / "b", tmp_path / "a"]
     )
+
+
+def test_a_custom_config_takes_the_diffusion_model_from_its_folder(tmp_path):
+    sd = small.diffusion()
+    for part, options in sd.items():
+        (tmp_path / part).mkdir()
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (tmp_path / part / name).write_text(json.dumps(options | {"_diffusers_version": "0.35", "revision": None}))
+    get_config = runpy.run_path(str(ROOT / "configs/custom.py"))["get_config"]
+    config = get_config(f"ViT-B-32,{tmp_path}")
+    configs.validate(config, 1)
+    assert config.diffusion.source == str(tmp_path) and config.backbone.patch_size == 32
+    want = configs.default("vitl14", sd).diffusion
+    want.source = str(tmp_path)
+    assert Diffusion.from_dict(config.diffusion.to_dict()) == Diffusion.from_dict(want.to_dict())
+    (tmp_path / "vae/config.json").unlink()
+    with pytest.raises(UserError, match="vae/config.json is missing"):
+        get_config(f"ViT-B-32,{tmp_path}")

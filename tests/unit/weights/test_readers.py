@@ -43,6 +43,22 @@ def test_a_local_folder_of_the_removed_name_is_read(tmp_path, monkeypatch):
     assert places.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
 
 
+@pytest.mark.parametrize("open_it", [places.diffusers_folder, origins.open_source])
+def test_stable_diffusion_in_one_file_is_named_with_its_conversion(tmp_path, open_it):
+    file = tmp_path / "v2-1_512-ema-pruned.safetensors"
+    writers.write_safetensors(file, {f"model.diffusion_model.input_blocks.{i}.weight": np.ones(2) for i in range(900)})
+    with pytest.raises(UserError, match=rf"in one file: .*from_single_file\('{file}'\).*diffusion.source=stable-diff"):
+        open_it(str(file))
+    writers.write_safetensors(file, {"other.weight": np.ones(2)})
+    with pytest.raises(UserError, match="is a file: give the diffusers folder|no vision tower"):
+        open_it(str(file))
+
+
+def test_messages_are_cut_to_a_screen_and_end_with_their_advice():
+    error = UserError(f"unknown: {'x' * 10**6}: give another file")
+    assert len(str(error)) < 1920 and str(error).endswith("x: give another file")
+
+
 @pytest.mark.parametrize("find", [places.diffusers_folder, origins.open_source])
 def test_places_that_are_not_there(find, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

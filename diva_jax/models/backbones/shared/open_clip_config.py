@@ -49,6 +49,7 @@ _SIGLIP_TOKENIZERS = {
     250000: "timm/ViT-B-16-SigLIP-i18n-256",
     256000: "timm/ViT-B-16-SigLIP2",
 }
+_RESIZE_MODES, _INTERPOLATIONS = ("shortest", "squash"), ("bicubic", "bilinear")
 _XLM_TOKENIZER = "facebook/xlm-v-base"
 
 
@@ -165,8 +166,8 @@ def _preprocess(file: LibraryConfig, default: dict) -> dict:
     return dict(
         mean=given.channels("mean", OPENAI_MEAN),
         std=given.channels("std", OPENAI_STD),
-        resize_mode=given.choice("resize_mode", "shortest", ("shortest", "squash")),
-        interpolation=given.choice("interpolation", "bicubic", ("bicubic", "bilinear")),
+        resize_mode=given.choice("resize_mode", "shortest", _RESIZE_MODES),
+        interpolation=given.choice("interpolation", "bicubic", _INTERPOLATIONS),
     )
 
 
@@ -272,6 +273,11 @@ def to_open_clip(spec: Spec) -> dict:
     if not module.TIMM:
         raise UserError(f"open_clip has no {spec.arch} model: use --format=hf or --format=pt")
     tower = module.to_open_clip(spec)
+    if spec.resize_mode not in _RESIZE_MODES or spec.interpolation not in _INTERPOLATIONS:
+        raise UserError(
+            f"open_clip cannot prepare images with resize_mode={spec.resize_mode} and interpolation="
+            f"{spec.interpolation}: use --format=hf"
+        )
     return dict(
         model_cfg=dict(embed_dim=spec.embed_dim, **tower | _text_activation(spec, tower), text_cfg=_text_cfg(spec)),
         preprocess_cfg=dict(

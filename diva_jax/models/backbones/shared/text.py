@@ -33,7 +33,6 @@ BLOCKS = (
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
 )
-_POOLS = ("argmax", "eos", "last")
 
 
 def text_table(arch: str, prefix: str = "") -> Table:
@@ -66,14 +65,12 @@ class Text(nnx.Module):
     The arguments are as `backbones.build`'s.
 
     Raises:
-      UserError: `spec` has no text tower, or its pooling is not known.
+      UserError: `spec` has no text tower.
     """
 
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False):
         make, text = Layers(rngs, dtype, param_dtype), spec.text
         require_text(spec)
-        if text.pool not in _POOLS:
-            raise UserError(f"text.pool={text.pool!r} is no known pooling: use one of {', '.join(_POOLS)}")
         width, eps = text.width, text.norm_eps
         self.dtype, self.remat, self.pool, self.eos_id = dtype, remat, text.pool, text.eos_id
         self.proj_bias = text.proj_bias

@@ -124,14 +124,82 @@ def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, A
     return dict(file.options) | {name: read[type(default)](name, default) for name, default in defaults.items()}
 
 
-def preprocess_fields(
-    preprocessor: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], where: str
+# How the names of image processors begin -> whether they crop where their config does not say so.
+_PROCESSORS = {"CLIP": True, "Bit": True, "Siglip": False, "ViT": False}
+_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # By their numbers in Pillow.
+_PROCESSOR_READ = {"image_processor_type", "feature_extractor_type", "processor_class", "size", "crop_size", "resample"}
+_PROCESSOR_READ |= {"do_center_crop", "do_convert_rgb", "rescale_factor", "do_normalize", "image_mean", "image_std"}
+_PROCESSOR_READ |= {"default_to_square", "data_format", "input_data_format", "return_tensors", "device", "auto_map"}
+_PROCESSOR_FIXED = {"do_resize": (True,), "do_rescale": (True,), "do_pad": (False, None), "use_square_size": (False,)}
+
+
+def _side(file: LibraryConfig, name: str, square: bool) -> tuple[int, bool]:
+    """(the side, whether it is that of a square and not the shorter one's) of `size` or `crop_size`; default 224."""
+    value = 224 if file.options.get(name) is None else file.options[name]
+    sides = value if isinstance(value, Mapping) else {"height" if square else "shortest_edge": value}
+    sides = {k: v for k, v in sides.items() if v is not None}
+    sides |= {"width": sides["height"]} if sides.keys() == {"height"} else {}
+    known = sides.keys() in ({"shortest_edge"}, {"height", "width"}) and len({repr(v) for v in sides.values()}) == 1
+    if not known or type(side := next(iter(sides.values()))) is not int or not 0 < side <= 2**14:
+        file.refuse(name, "it must be a shortest_edge, or a height and a width that are equal, in pixels")
+    return side, "height" in sides
+
+
+def preprocessing(
+    preprocessor: Mapping[str, Any],
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    where: str,
+    *,
+    crops: bool = True,
+    any_size: bool = False,
 ) -> dict[str, Any]:
-    """`mean`, `std` and `resize_mode` of preprocessor_config.json, with these defaults, as fields of Spec."""
+    """The fields of Spec that preprocessor_config.json states: size, mean, std, resize_mode and interpolation.
+
+    Images that are resized to `image_size` by their shorter side and cropped are cropped where open_clip does, which
+    is one pixel elsewhere where the rest is odd.
+
+    Args:
+      preprocessor: its content; {} where there is none.
+      image_size: that of config.json [pixels].
+      mean, std: the defaults of the model's processor.
+      where: the folder, for messages.
+      crops: whether the model's processor crops.
+      any_size: whether transformers interpolates the position embeddings where images are of another size.
+
+    Raises:
+      UserError: an option is not implemented, or makes images of another size than the model's.
+    """
     file = LibraryConfig(preprocessor, f"{where}/preprocessor_config.json")
-    squash = "size" in preprocessor and not preprocessor.get("do_center_crop", True)
-    channels = dict(mean=file.channels("image_mean", mean), std=file.channels("image_std", std))
-    return channels | dict(resize_mode="squash" if squash else "shortest")
+    file.check(_PROCESSOR_READ, _PROCESSOR_FIXED)
+    kind = preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type")
+    if kind is not None:
+        known = [k for k in _PROCESSORS if isinstance(kind, str) and kind.startswith(k)]
+        if not known:
+            file.refuse("image_processor_type", f"use one of {listing([f'{k}ImageProcessor' for k in _PROCESSORS])}")
+        crops = _PROCESSORS[known[0]]
+    normalised = file.flag("do_normalize", True)
+    fields = dict(
+        mean=file.channels("image_mean", mean) if normalised else (0.0,) * 3,
+        std=file.channels("image_std", std) if normalised else (1.0,) * 3,
+        interpolation=_FILTERS[file.integer("resample", 3, 0, 5)],
+    )
+    if not preprocessor:
+        return fields | dict(image_size=image_size, resize_mode="shortest" if crops else "squash")
+    if abs(file.number("rescale_factor", 1 / 255, 0, 1) * 255 - 1) > 1e-4:
+        file.refuse("rescale_factor", "it must be 1/255")
+    by_default = file.flag("default_to_square", not crops)
+    (side, square), crops = _side(file, "size", by_default), file.flag("do_center_crop", crops)
+    final = _side(file, "crop_size", True)[0] if crops else side
+    if not crops and not square:
+        file.refuse("do_center_crop", "without a crop, size must be a height and a width")
+    if side < final:
+        file.refuse("crop_size", f"it must not be larger than size, {side}")
+    if final != image_size and not any_size:
+        file.refuse("crop_size" if crops else "size", f"images must have the image_size of config.json, {image_size}")
+    mode = "squash" if square else "shortest"
+    return fields | dict(image_size=final, resize_mode=mode if side == final else f"{mode}:{side}")
 
 
 def our_activation(config: Mapping[str, Any], where: str) -> str:
@@ -183,25 +251,20 @@ def text_config(spec: Spec) -> dict:
     return sizes | dict(hidden_act=their_activation(spec.text.activation or spec.activation))
 
 
-def image_processor(spec: Spec, kind: str, **options) -> dict:
-    """The content of preprocessor_config.json for the image processor `kind`."""
-    squash = dict(height=spec.image_size, width=spec.image_size)
+def image_processor(spec: Spec, kind: str = "CLIPImageProcessor") -> dict:
+    """The content of preprocessor_config.json for an image processor that crops unless images are squashed."""
+    side, crop = spec.resize, dict(height=spec.image_size, width=spec.image_size)
     return dict(
         image_processor_type=kind,
         do_convert_rgb=True,
         do_resize=True,
-        size=squash if spec.resize_mode == "squash" else dict(shortest_edge=spec.image_size),
-        resample={"bicubic": 3, "bilinear": 2}[spec.interpolation],
-        **options,
+        size=dict(height=side, width=side) if spec.resize_mode.startswith("squash") else dict(shortest_edge=side),
+        resample=_FILTERS.index(spec.interpolation),
+        do_center_crop=spec.resize_mode != "squash",
+        crop_size=crop,
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
         image_mean=list(spec.mean),
         image_std=list(spec.std),
     )
-
-
-def clip_image_processor(spec: Spec) -> dict:
-    """preprocessor_config.json for CLIPImageProcessor."""
-    crop = dict(height=spec.image_size, width=spec.image_size)
-    return image_processor(spec, "CLIPImageProcessor", do_center_crop=spec.resize_mode != "squash", crop_size=crop)

@@ -1,6 +1,7 @@
 """Exports of a run: from a checkpoint to open_clip and transformers, by the command."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -27,7 +28,7 @@ def run(tmp_path_factory):
     """A workdir whose one checkpoint trained the blocks and the projection, but not the position embeddings."""
     root = tmp_path_factory.mktemp("run")
     demo.write_clip(root / "clip", TINY)
-    (root / "clip/tokenizer.json").write_text("{}")
+    demo.write_byte_tokenizer(root / "clip")
     c = configs.default(TINY, "tiny")
     c.backbone.source, c.data.path, c.data.image_size = str(root / "clip"), "somewhere/photos", 64
     workdir = root / "work"
@@ -41,7 +42,10 @@ def run(tmp_path_factory):
     shardings = parameter_shardings(params, mesh, 1)
     placed = {n: jax.device_put(a, shardings[n]) for n, a in params.items()}
     source = origins.open_source(str(root / "clip"))
-    meta = {"sources": {"vision": {"source": ["x"], "sha256": readers.fingerprint(source.files)}}}
+    meta = {
+        "config": json.loads(c.to_json()),
+        "sources": {"vision": {"source": ["x"], "sha256": readers.fingerprint(source.files)}},
+    }
     checkpoints = checkpoint.Checkpoints(workdir)
     checkpoints.save(7, {"params": placed, "opt": {"mu": placed}, "step": jax.numpy.int32(7)}, {}, meta)
     checkpoints.close()
@@ -83,7 +87,7 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     )
     config = json.loads((tmp_path / "out/open_clip_config.json").read_text())
     assert config["model_cfg"]["quick_gelu"] is True and config["preprocess_cfg"]["resize_mode"] == "shortest"
-    assert (tmp_path / "out/tokenizer.json").exists()
+    assert (tmp_path / "out/vocab.json").exists()
 
     again = runs.open_run(root / "work", 7)
     equal(again.tensors, origins.open_source(str(tmp_path / "out")).tensors)
@@ -111,6 +115,45 @@ def test_bad_workdirs(run, tmp_path):
     with pytest.raises(UserError, match="has no checkpoint yet"):
         runs.open_run(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("objective", "clip", True),
+        ("seed", 9, True),
+        ("backbone.image_size", 70, True),
+        ("optim.lr", 0.5, True),
+        ("steps", 10**6, False),
+        ("log.every", 7, False),
+    ],
+)
+def test_the_config_of_another_run_is_refused(run, name, value, refused):
+    root, _ = run
+    path = root / "work/config.json"
+    before, config = path.read_text(), json.loads(path.read_text())
+    *sections, field = name.split(".")
+    functools.reduce(dict.__getitem__, sections, config)[field] = value
+    path.write_text(json.dumps(config))
+    try:
+        if refused:
+            with pytest.raises(
+                UserError, match=f"is not the config that the checkpoint of step 7 .* differ in {name} "
+            ):
+                runs.open_run(root / "work")
+        else:
+            runs.open_run(root / "work")
+    finally:
+        path.write_text(before)
+
+
+def test_a_checkpoint_that_trained_no_tower_is_refused(run, monkeypatch):
+    root, _ = run
+    other = {"visual_proj/kernel": jax.numpy.ones(3)}
+    monkeypatch.setattr(workdirs.RunAt, "params", property(lambda self: other))
+    monkeypatch.setattr(workdirs.RunAt, "towers", lambda self: {"vision": {}})
+    with pytest.raises(UserError, match="step 7, has trained no parameter of vision, only visual_proj/kernel"):
+        runs.open_run(root / "work")
 
 
 def test_a_source_that_changed_is_refused(run, tmp_path):

@@ -63,13 +63,22 @@ def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-def test_what_open_clip_computes_is_compared(tmp_path, monkeypatch):
-    """Nothing is exported if open_clip computes other embeddings with the correct weights."""
+@pytest.mark.parametrize("fmt", ["open_clip", "hf"])
+@pytest.mark.parametrize(("part", "what"), [(0, "an image"), (2, "a text")])
+def test_what_the_library_computes_is_compared(tmp_path, monkeypatch, fmt, part, what):
+    """Nothing is exported if the library computes another embedding with the correct weights."""
     written_by_open_clip(CLIP, tmp_path / "in")
-    pooled = reference.open_clip_pooled
-    monkeypatch.setattr(reference, "open_clip_pooled", lambda *a: pooled(*a) * 1.0002)
-    with pytest.raises(RunError, match="computes other embeddings"):
-        layouts.export(origins.open_source(str(tmp_path / "in")), CLIP, tmp_path / "out", "open_clip")
+    name = {"open_clip": "open_clip_embeddings", "hf": "transformers_embeddings"}[fmt]
+    compute = getattr(reference, name)
+
+    def spoilt(*args):
+        found = compute(*args)
+        arrays = [a * (1.0002 if i == part else 1) for i, a in enumerate(found if fmt == "open_clip" else found[0])]
+        return arrays if fmt == "open_clip" else (arrays, found[1])
+
+    monkeypatch.setattr(reference, name, spoilt)
+    with pytest.raises(RunError, match=f"computes another embedding of {what}"):
+        layouts.export(origins.open_source(str(tmp_path / "in")), CLIP, tmp_path / "out", fmt)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
