@@ -19,6 +19,7 @@ from diva_jax.common.json_files import open_regular
 from diva_jax.models.backbones import TextSpec
 
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
+_Pair = tuple[str, str]
 # The letters that stand for the bytes 0 to 255 in byte-level vocabularies, in the order of OpenAI's.
 BYTE_LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -66,9 +67,9 @@ class ClipTokenizer:
     Args:
       vocab: token -> id, with the two special tokens under open_clip's or transformers' names.
       merges: pairs, the first learned first.
-      length: ids per text.
       added: tokens that were added to the vocabulary, such as "<cat-toy>" -> whether texts have them in lower case, as
         transformers' `normalized`; others are found before a text is cleaned.
+      length: ids per text.
 
     Attributes:
       size: number of ids.
@@ -78,11 +79,7 @@ class ClipTokenizer:
     """
 
     def __init__(
-        self,
-        vocab: dict[str, int],
-        merges: Sequence[tuple[str, str]],
-        length: int = 77,
-        added: Mapping[str, bool] | None = None,
+        self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], added: Mapping[str, bool], length: int
     ):
         vocab = {_SPECIAL.get(t, t): i for t, i in vocab.items()}
         if missing := [t for t in (_START, _END) if t not in vocab]:
@@ -95,7 +92,7 @@ class ClipTokenizer:
         except Exception as e:  # The library has no type of its own.
             raise UserError(f"a CLIP tokenizer's files do not fit each other ({brief(e)}): fetch them again") from e
         self._bpe.add_special_tokens([_START, _END])
-        added = {t.lower() if lower else t: lower for t, lower in (added or {}).items() if t not in _SPECIAL}
+        added = {t.lower() if lower else t: lower for t, lower in added.items() if t not in _SPECIAL}
         self._bpe.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in added])
         longest = sorted(added, key=len, reverse=True)
         lower, exact = ([regex.escape(t) for t in longest if added[t] == kind] for kind in (True, False))
@@ -164,7 +161,7 @@ class FolderTokenizer:
         return ids.reshape(shape), mask.reshape(shape)
 
 
-def _pair(merge: str | list[str]) -> tuple[str, str]:
+def _pair(merge: str | list[str]) -> _Pair:
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first, second
 
@@ -186,28 +183,13 @@ def _content(path: Path, opened=open) -> bytes:
     return data
 
 
-def added_tokens(folder: Path) -> dict[str, bool]:
-    """The tokens that were added to a CLIP vocabulary in a folder, see `ClipTokenizer`.
-
-    Raises:
-      UserError: a file is broken.
-    """
-    path, added = folder / "tokenizer.json", []
-    try:
-        if path.exists():
-            added = json.loads(_content(path)).get("added_tokens", [])
-        elif (path := folder / "tokenizer_config.json").exists():
-            added = [*json.loads(_content(path)).get("added_tokens_decoder", {}).values()]
-        found = {t["content"]: bool(t.get("normalized", not t.get("special", False))) for t in added}
-        if (path := folder / "added_tokens.json").exists():  # Of older versions.
-            found = {t: True for t in json.loads(_content(path))} | found
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path} is no tokenizer file of CLIP's ({brief(e)}): fetch it again") from e
-    return found
+def _read(path: Path, missing: dict | None = None) -> dict:
+    """The JSON of a file, or what stands for one that is missing."""
+    return missing if missing is not None and not path.exists() else json.loads(_content(path))
 
 
-def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(token -> id, merges) from whichever of CLIP's tokenizer files a folder has.
+def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[_Pair], dict[str, bool]]:
+    """(token -> id, merges, added tokens as `ClipTokenizer` has them) from whichever of CLIP's files a folder has.
 
     Raises:
       UserError: it has none, or one that is broken.
@@ -215,30 +197,29 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
     path = folder / "tokenizer.json"
     try:
         if path.exists():
-            whole = json.loads(_content(path))
-            added = {t["content"]: t["id"] for t in whole.get("added_tokens", ())}
-            return whole["model"]["vocab"] | added, [_pair(m) for m in whole["model"]["merges"]]
-        path = folder / "vocab.json"
-        if path.exists():
-            vocab = json.loads(_content(path))
-            if (path := folder / "tokenizer_config.json").exists():
-                listed = json.loads(_content(path)).get("added_tokens_decoder", {})
-                vocab |= {t["content"]: int(i) for i, t in listed.items()}
-            if (path := folder / "added_tokens.json").exists():
-                vocab |= json.loads(_content(path))
+            whole = _read(path)
+            vocab, merges = whole["model"]["vocab"], [_pair(m) for m in whole["model"]["merges"]]
+            listed = {t["id"]: t for t in whole.get("added_tokens", ())}
+        elif (path := folder / "vocab.json").exists():
+            vocab = _read(path)
             path = folder / "merges.txt"
             lines = _content(path).decode("utf-8").split("\n")
-            return vocab, [_pair(line) for line in lines if line and not line.startswith("#version")]
-        path = folder / "bpe_simple_vocab_16e6.txt.gz"
-        if path.exists():
-            return _openai_vocabulary(_content(path, gzip.open).decode("utf-8").split("\n"))
+            merges = [_pair(line) for line in lines if line and not line.startswith("#version")]
+            path = folder / "added_tokens.json"  # Of older versions.
+            listed = {i: {"content": token, "normalized": True} for token, i in _read(path, {}).items()}
+            path = folder / "tokenizer_config.json"
+            listed |= {int(i): t for i, t in _read(path, {}).get("added_tokens_decoder", {}).items()}
+        elif (path := folder / "bpe_simple_vocab_16e6.txt.gz").exists():
+            return *_openai_vocabulary(_content(path, gzip.open).decode("utf-8").split("\n")), {}
+        else:
+            needed = f"{_CLIP_FILES}; put them there or set --config.eval.tokenizer=FOLDER"
+            raise UserError(f"{folder} has no tokenizer: it needs {needed}")
+        added = {t["content"]: bool(t.get("normalized", not t.get("special"))) for t in listed.values()}
+        return vocab | {t["content"]: i for i, t in listed.items()}, merges, added
     except FileNotFoundError as e:
         raise UserError(f"{path} is missing: put it beside {folder / 'vocab.json'}") from e
     except (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, RecursionError, zlib.error) as e:
         raise UserError(f"{path} is no tokenizer file of CLIP's ({brief(e)}): fetch it again") from e
-    raise UserError(
-        f"{folder} has no tokenizer: it needs {_CLIP_FILES}; put them there or set --config.eval.tokenizer=FOLDER"
-    )
 
 
 # Kind of a tokenizer that is read by transformers -> how its texts are cleaned.
@@ -261,7 +242,7 @@ def open_tokenizer(text: TextSpec, folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     if text.tokenizer == "clip":
-        tokenizer = ClipTokenizer(*clip_vocabulary(folder), text.context_length, added_tokens(folder))
+        tokenizer = ClipTokenizer(*clip_vocabulary(folder), text.context_length)
     elif text.tokenizer in _CLEAN:
         if not any((folder / f).exists() for f in _FOLDER_FILES):
             raise UserError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -39,23 +40,17 @@ def tuned(clip):
 
 
 def write_results(folder, source="runs/a", step=40):
-    def score(value, spread):
-        return {"score": value, "interval": [value - spread, value + spread]}
+    def score(value, spread, name="score"):
+        return {name: value, "interval": [value - spread, value + spread]}
 
+    scores = {"base": {"pooled": score(19.259, 6.5), "rank": {"score": 231.4, "interval": None}}}
+    scores["a:40"] = {"pooled": score(25.926, 7.0)}
+    difference = {"pooled": score(6.667, 5.186, "difference")}
     task = {
         "title": "MMVP-VLM",
         "metrics": {"pooled": {"title": "pooled | embedding", "unit": "%"}, "rank": {"title": "rank", "unit": ""}},
-        "weights": {
-            "base": {"scores": {"pooled": score(19.259, 6.5), "rank": {"score": 231.4, "interval": None}}},
-            "a:40": {"scores": {"pooled": score(25.926, 7.0)}},
-        },
-        "comparisons": [
-            {
-                "before": "base",
-                "after": "a:40",
-                "scores": {"pooled": {"difference": 6.667, "interval": [1.481, 11.852]}},
-            }
-        ],
+        "weights": {label: {"scores": of} for label, of in scores.items()},
+        "comparisons": [{"before": "base", "after": "a:40", "scores": difference}],
     }
     weights = [{"label": "base", "source": "w", "step": None}, {"label": "a:40", "source": source, "step": step}]
     results = {"created": "2026-01-31T12:00:00+00:00", "weights": weights, "tasks": {"mmvp": task}}
@@ -63,26 +58,22 @@ def write_results(folder, source="runs/a", step=40):
     return folder / "results.json"
 
 
-def test_metadata(clip, tuned):
-    text = cards.card(tuned, EVAL_CLIP, "hf", "float32", license="mit", base_model="timm/base", path="out/hf")
+def test_what_the_hub_and_its_reader_get(clip, tuned):
+    kw = dict(license="mit", base_model="timm/base", note="it lacks x")
+    text = cards.card(tuned, EVAL_CLIP, "open_clip", "float32", path="runs/tuned", **kw)
     data = ModelCard(text).data
     assert (data.license, data.base_model, data.pipeline_tag) == ("mit", "timm/base", "zero-shot-image-classification")
-    assert data.library_name == "transformers" and data.tags == ["clip", "diva"]
-    assert data.to_dict()["base_model_relation"] == "finetune"
-    for fmt, tag in (("open_clip", "zero-shot-image-classification"), ("pt", "image-feature-extraction")):
-        data = ModelCard(cards.card(clip, EVAL_CLIP, fmt, "float32")).data
-        assert (data.license, data.base_model, data.pipeline_tag) == ("other", None, tag)
-
-
-def test_the_path_is_filled_in_and_the_config_is_folded(clip, tuned):
-    text = cards.card(tuned, EVAL_CLIP, "open_clip", "float32", note="it lacks x", path="runs/tuned")
+    assert data.tags == ["clip", "diva"] and data.to_dict()["base_model_relation"] == "finetune"
     assert 'create_model_and_transforms("local-dir:runs/tuned")' in text and "{{" not in text and "{%" not in text
     assert "**Note:** it lacks x." in text
     config = text.split("<details>")[1].split("</details>")[0]
     assert json.loads(config.split("```json")[1].split("```")[0]) == PROVENANCE["config"]
     text = cards.card(tuned, EVAL_CLIP, "open_clip", "float32", hub="me/tuned", path="runs/tuned")
     assert '"hf-hub:me/tuned"' in text and "runs/tuned" not in text
-    assert "<details>" not in cards.card(clip, EVAL_CLIP, "pt", "float32")
+    text = cards.card(clip, EVAL_CLIP, "pt", "float32")
+    data = ModelCard(text).data
+    assert (data.license, data.base_model, data.pipeline_tag) == ("other", None, "image-feature-extraction")
+    assert "<details>" not in text
 
 
 def test_caveats_and_scores(clip, tuned, tmp_path):
@@ -118,26 +109,12 @@ def test_scores_are_those_of_the_exported_weights(tmp_path):
         cards.scores_of(str(tmp_path / "none.json"), "w", None)
 
 
-class Hub:
-    """A hub that records what it is told; `fails` is the name of a method that raises."""
-
-    calls, fails = [], ""
-
-    def __getattr__(self, name):
-        def call(*args, **kw):
-            if name == Hub.fails:
-                raise OSError("no network")
-            Hub.calls.append((name, args, kw))
-            return "https://hub/me/tuned"
-
-        return call
-
-
 @pytest.fixture
 def hub(monkeypatch):
-    Hub.calls, Hub.fails = [], ""
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    return Hub
+    hub = mock.MagicMock()
+    hub.upload_folder.return_value = "https://hub/me/tuned"
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    return hub
 
 
 @pytest.fixture
@@ -157,8 +134,9 @@ def push(clip, out, repo="me/tuned"):
 
 def test_the_export_is_pushed(clip, tmp_path, hub, written, capsys):
     push(clip, tmp_path / "out")
-    assert [name for name, _, _ in hub.calls] == ["whoami", "create_repo", "upload_folder"]
-    assert hub.calls[2][2]["repo_id"] == "me/tuned" and hub.calls[2][2]["folder_path"] == tmp_path / "out"
+    assert [name for name, _, _ in hub.method_calls] == ["whoami", "create_repo", "upload_folder"]
+    kw = hub.upload_folder.call_args.kwargs
+    assert kw["repo_id"] == "me/tuned" and kw["folder_path"] == tmp_path / "out"
     assert 'from_pretrained("me/tuned")' in (tmp_path / "out" / "README.md").read_text()
     assert "pushed to https://hub/me/tuned" in capsys.readouterr().out
 
@@ -167,11 +145,11 @@ def test_the_hub_is_checked_before_anything_is_written(clip, tmp_path, hub, writ
     for repo in ("tuned", "me/tu ned", "a/b/c"):
         with pytest.raises(UserError, match="is no name of a hub repository .*give USER/NAME"):
             push(clip, tmp_path / "out", repo)
-    hub.fails = "whoami"
+    hub.whoami.side_effect = OSError("no network")
     with pytest.raises(UserError, match="does not know this account .*run hf auth login, or set HF_TOKEN"):
         push(clip, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    hub.fails = "upload_folder"
+    hub.whoami.side_effect, hub.upload_folder.side_effect = None, OSError("no network")
     with pytest.raises(RunError, match="is written, but was not pushed to me/tuned .*hf upload me/tuned"):
         push(clip, tmp_path / "out")
     assert (tmp_path / "out" / "README.md").exists()
