@@ -111,7 +111,7 @@ def test_files_of_another_kind(tmp_path):
     refused(path, "fetch the file again")
     refused(tmp_path / "nothing.pt", "No such file")
     torch.save({"epoch": 3}, tmp_path / "epoch.pt")
-    refused(tmp_path / "epoch.pt", "has no state dict")
+    refused(tmp_path / "epoch.pt", "holds a dict of epoch, where tensors by name are wanted")
     save_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, path)
     refused(path, "give a file of float weights")
 
