@@ -9,8 +9,6 @@ from helpers import close
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from diva_jax import weights
-from diva_jax.data import images
-from diva_jax.data.preprocess import normalise, to_float
 from diva_jax.weights import origins
 from diva_jax.weights.export import layouts
 
@@ -54,14 +52,6 @@ def test_patch_tokens_of_the_layer_that_llava_selects(exported):
     theirs = selected(exported, pixels)
     assert theirs.shape == (3, CLIP.patches, CLIP.width)
     close(ours(exported, pixels.numpy().transpose(0, 2, 3, 1)), theirs.numpy(), 2e-5)
-
-
-def test_its_image_processor_is_the_evaluations_up_to_rounding(exported):
-    photograph = patch(1).resize((80, 60))  # An odd rest is cropped one pixel elsewhere.
-    pixels = CLIPImageProcessor.from_pretrained(exported).preprocess(photograph, return_tensors="np")["pixel_values"][0]
-    mine = images.prepare(photograph, CLIP.image_size, CLIP.resize_mode, CLIP.interpolation)
-    mine = normalise(to_float(mine[None]), CLIP.mean, CLIP.std)[0].transpose(2, 0, 1)
-    close(pixels, mine, 0.02)
 
 
 def test_its_config_is_read_before_the_weights(exported):
