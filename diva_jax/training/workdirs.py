@@ -279,7 +279,8 @@ class RunAt:
 
     def _check_config(self) -> None:
         """Raises a UserError where `config.json` is not the config that the checkpoint was saved with."""
-        saved = self._restored[1].get("config") or {}
+        saved = self._restored[1].get("config")
+        saved = saved if isinstance(saved, dict) else {}
         # A run of another version may have other fields.
         here = {k: v for k, v in json.loads(self.config.to_json()).items() if k in saved}
         if changed := saved and differences(here, saved, WHOLE, (*RESUMABLE, "steps")):
