@@ -100,13 +100,18 @@ def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> dict:
     """The model's config file; a UserError where the format cannot hold this model."""
+    own = vocabulary.tokenizer(source, spec)
+    other = own is not None and spec.text.tokenizer == "clip" and own.size != OPENAI_VOCABULARY
     if fmt == "hf":
-        return hf.to_transformers(spec, dtype)
+        config = hf.to_transformers(spec, dtype)
+        if other and spec.text.pool == "argmax":
+            config["text_config"]["eos_token_id"] = 2  # transformers' code for "pool at the highest id".
+        return config
     if fmt == "pt":
         return {}
     config = to_open_clip(spec)
-    text, own = config["model_cfg"]["text_cfg"], vocabulary.tokenizer(source, spec)
-    if own is not None and spec.text.tokenizer == "clip" and own.size != OPENAI_VOCABULARY:
+    text = config["model_cfg"]["text_cfg"]
+    if other:
         text |= {"hf_tokenizer_name": "clip", "tokenizer_kwargs": {"clean": "lower"}}  # That of the folder's files.
     if hub and spec.text.tokenizer == "clip" and "hf_tokenizer_name" in text:
         text["hf_tokenizer_name"] = hub  # From the hub, open_clip loads the tokenizer of this name.
