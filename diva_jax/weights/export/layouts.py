@@ -100,7 +100,7 @@ def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> dict:
     """The model's config file; a UserError where the format cannot hold this model."""
-    own = vocabulary.tokenizer(source, spec)
+    own = vocabulary.tokenizer(source, spec) if fmt != "pt" else None
     other = own is not None and spec.text.tokenizer == "clip" and own.size != OPENAI_VOCABULARY
     if fmt == "hf":
         config = hf.to_transformers(spec, dtype)
