@@ -10,7 +10,7 @@ import numpy as np
 from specs import DINOV2_REG
 from specs import TRAINED as SPEC
 
-from diva_jax import config, demo
+from diva_jax import config
 from diva_jax.models.backbones import HALF, TextSpec
 from diva_jax.models.diffusion import presets
 from diva_jax.training import sharding
@@ -119,6 +119,8 @@ def smartclip_config(**fields):
 
 def write_unclip(folder: Path) -> None:
     """Writes a diffusers folder of Stable unCLIP with random weights."""
+    from diva_jax import demo  # Here, because it defines flags, and a command that reads a config has its own.
+
     demo.write_stable_diffusion(folder, unclip_diffusion())
     rng, d = np.random.default_rng(5), SPEC.embed_dim
     statistics = {"mean": rng.normal(size=(1, d)), "std": rng.uniform(0.5, 1.5, (1, d))}
