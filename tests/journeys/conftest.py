@@ -21,7 +21,10 @@ class Home:
 
     Attributes:
       folder: the folder.
+      data: task -> the value of its --data, once it is written.
     """
+
+    data: dict[str, str]
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -35,6 +38,21 @@ class Home:
     def run(self, module: str, *args) -> str:
         """Returns the output of `python -m diva_jax.MODULE ARGS`, which must succeed."""
         return commands.output(self.start(module, *args))
+
+    def evaluate(self, data: dict[str, str], weights, out: str) -> str:
+        """Evaluates weights on tasks, into the folder `out`; returns what the command printed."""
+        quick = {"bootstrap": 100, "batch_size": 32, "mmvp.seeds": 2, "drift.neighbours": 3, "probe.neighbours": 3}
+        quick |= {"probe.iterations": 20, "feedback.images": 4, "feedback.draws": 2}
+        quick |= {f"{task}.allow_partial": True for task in ("choice", "robustness", "segmentation")}
+        return self.run(
+            "evaluate",
+            "--config=world",
+            *(f"--weights={w}" for w in weights),
+            f"--task={','.join(data)}",
+            *(f"--data={task}={path}" for task, path in data.items()),
+            *(f"--config.eval.{field}={value}" for field, value in quick.items()),
+            f"--out={out}",
+        )
 
     def python(self, code: str) -> dict:
         """Runs lines of Python in a new process; returns the last line that it prints, which is JSON."""
@@ -105,19 +123,8 @@ def kept():
 @pytest.fixture(scope="session")
 def evaluated(home, tuned, kept):
     """Evaluates the kept CLIP and the tuned one on every task, into `results`; returns what the command printed."""
-    data = write_task_data(home / "data")
-    quick = {"bootstrap": 100, "batch_size": 32, "mmvp.seeds": 2, "drift.neighbours": 3, "probe.neighbours": 3}
-    quick |= {"probe.iterations": 20, "feedback.images": 4, "feedback.draws": 2}
-    quick |= {f"{task}.allow_partial": True for task in ("choice", "robustness", "segmentation")}
-    return home.run(
-        "evaluate",
-        "--config=world",
-        *(f"--weights={w}" for w in (kept, "runs/tuned")),
-        f"--task={','.join(data)}",
-        *(f"--data={task}={path}" for task, path in data.items()),
-        *(f"--config.eval.{field}={value}" for field, value in quick.items()),
-        "--out=results",
-    )
+    home.data = write_task_data(home / "data")
+    return home.evaluate(home.data, (kept, "runs/tuned"), "results")
 
 
 @pytest.fixture(scope="session")

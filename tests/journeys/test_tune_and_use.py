@@ -90,6 +90,17 @@ def test_cards_have_the_scores_and_the_origin(home, exported):
         assert "MMVP-VLM" in card and "run `runs/tuned`, step 3" in card
 
 
+def test_every_export_has_the_scores_of_the_run_in_every_task(home, exported):
+    # The feedback is the run's own, whose generator an export does not have.
+    data = {task: path for task, path in home.data.items() if task != "feedback"}
+    home.evaluate(data, ("runs/tuned", "open_clip", "hf", "pt/vision_tower.pth"), "again")
+    tasks, before = (json.loads((home / f / "results.json").read_text())["tasks"] for f in ("again", "results"))
+    for name, task in tasks.items():
+        run, *exports = (weights["scores"] for weights in task["weights"].values())
+        assert len(exports) == 3 and all(scores == run for scores in exports), name
+        assert run == before[name]["weights"]["tuned:3"]["scores"], name
+
+
 def test_ours_agree(ours):
     assert ours["runs/tuned"] == ours["open_clip"]
     assert ours["open_clip"]["texts"] == ours["kept"]["texts"], "the text tower was not tuned"

@@ -1,0 +1,119 @@
+"""From each kind of data and each kind of backbone to an export that is evaluated again, with the scores of the run."""
+
+import io
+import json
+
+import commands
+import eval_data
+import pages
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+import torch_setup  # noqa: F401
+from clip_folders import dinov2_folder, metaclip2_folder, siglip_folder
+from records import write_tar
+from specs import DINOV2, DINOV2_REG, GELU, QUICK, SIGLIP_FOLDER
+
+from diva_jax import demo
+
+COUNT = 16
+# The objective of docs/WRITE_AN_OBJECTIVE.md, which trains the tower alone, on any weights that describe themselves.
+CONFIG = """
+from diva_jax import config
+from diva_jax.weights import origins
+
+def get_config(folder):
+    c = config.default(origins.open_source(folder, "the folder").described(folder), objective="mine.rotations")
+    c.backbone.source, c.steps, c.batch_size, c.dtype, c.log.tensorboard = folder, 1, 8, "float32", False
+    c.data.threads, c.eval.bootstrap, c.eval.batch_size, c.eval.drift.neighbours = 1, 20, 16, 3
+    return c
+"""
+
+
+def images() -> list[bytes]:
+    return [eval_data.encoded(eval_data.patch(i)) for i in range(COUNT)]
+
+
+def write_tfds(folder):
+    import tensorflow_datasets as tfds
+
+    class Patches(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(shape=(None, None, 3))}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, image in enumerate(images()):
+                yield i, {"image": io.BytesIO(image)}
+
+    Patches(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def write_data(root) -> dict[str, str]:
+    """Writes the same images in every form; kind -> the value of `config.data.path`."""
+    for name in ("folder", "tars", "saved"):
+        (root / name).mkdir(parents=True)
+    for i, image in enumerate(images()):
+        (root / "folder" / f"{i:02d}.png").write_bytes(image)
+    write_tar(root / "tars" / "00000.tar", {f"{i:05d}.png": image for i, image in enumerate(images())})
+    (root / "images.csv").write_text("\n".join(["image,caption", *(f"folder/{i:02d}.png,one" for i in range(COUNT))]))
+    table = pa.table({"image": [{"bytes": image, "path": None} for image in images()]})
+    pa.parquet.write_table(table, root / "images.parquet")
+    with pa.ipc.new_stream(root / "saved" / "data-00000-of-00001.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (root / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    (root / "saved" / "dataset_info.json").write_text(json.dumps({"features": {}}))
+    write_tfds(root / "tfds")
+    paths = {name: str(root / name) for name in ("folder", "tars", "images.csv", "images.parquet", "saved")}
+    return paths | {"tfds": f"tfds:patches/train?data_dir={root / 'tfds'}"}
+
+
+# Kind of data -> (kind of backbone, what writes its folder, format of the export).
+KINDS = {
+    "folder": ("vit", lambda folder: demo.write_clip(folder, QUICK), "open_clip"),
+    "tars": ("siglip", lambda folder: siglip_folder(folder, SIGLIP_FOLDER), "hf"),
+    "images.csv": ("metaclip2", lambda folder: metaclip2_folder(folder), "hf"),
+    "images.parquet": ("vit_gelu", lambda folder: demo.write_clip(folder, GELU), "pt"),
+    "saved": ("dinov2", lambda folder: dinov2_folder(folder, DINOV2), "hf"),
+    "tfds": ("dinov2_reg", lambda folder: dinov2_folder(folder, DINOV2_REG), "hf"),
+}
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """A folder in which every kind was trained, exported and evaluated: three commands each, imported once."""
+    root = tmp_path_factory.mktemp("kinds")
+    (root / "mine").mkdir()
+    (root / "mine/rotations.py").write_text(pages.blocks("docs/WRITE_AN_OBJECTIVE.md")[0][1])
+    (root / "kinds.py").write_text(CONFIG)
+    data = write_data(root / "data")
+    train, export, evaluate = [], [], []
+    for kind, (backbone, write, fmt) in KINDS.items():
+        write(root / backbone)
+        config, run, out = f"--config=kinds.py:{backbone}", f"runs/{backbone}", f"exports/{backbone}"
+        train.append([config, f"--workdir={run}", f"--config.data.path={data[kind]}"])
+        export.append([f"--workdir={run}", f"--out={out}", f"--format={fmt}", "--trust_objective"])
+        file = "/vision_tower.pth" if fmt == "pt" else ""
+        weights = [f"--weights={w}" for w in (backbone, run, out + file)]
+        data_of = f"--data={root / 'data/folder'}"
+        evaluate.append([config, *weights, "--task=drift", data_of, f"--out=results/{backbone}"])
+    for command, lines in (("main", train), ("export_torch", export), ("evaluate", evaluate)):
+        for line, (code, out, err) in zip(lines, commands.run_each(command, lines, root, path=(root,)), strict=True):
+            assert code == 0, (command, line, out, err)
+    return root
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_export_has_the_scores_of_the_run(walked, kind):
+    backbone = KINDS[kind][0]
+    task = json.loads((walked / f"results/{backbone}/results.json").read_text())["tasks"]["drift"]
+    before, run, exported = task["weights"].values()
+    assert run["scores"] == exported["scores"] and task["count"] == COUNT
+    of_run, of_export = task["comparisons"][:2]
+    assert of_run["scores"] == of_export["scores"] and 0.1 < of_run["scores"]["cosine"]["score"] < 0.9999999
