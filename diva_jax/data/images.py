@@ -135,8 +135,15 @@ def prepare(image: Image.Image, size: int, resize_mode: str, interpolation: str)
         or "squash" (resizes both sides, which does not keep the proportions). With ":K" the side is K instead of
         `size` pixels before the crop, whose place is transformers'.
       interpolation: the name of a filter of Pillow, such as "bicubic".
+
+    Raises:
+      UserError: there is no such mode.
     """
     mode, _, side = resize_mode.partition(":")
+    if mode not in ("shortest", "squash"):
+        raise UserError(
+            f"resize_mode={resize_mode!r} must be shortest or squash, or one of them with a side, squash:256"
+        )
     (w, h), short = image.size, int(side or size)
     if mode == "squash":
         w, h = short, short

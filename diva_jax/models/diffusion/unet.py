@@ -46,7 +46,7 @@ _USED |= {"sample_size", "use_linear_projection"}
 # computed in float32, and a frozen network has no dropout.
 _USED |= {"addition_embed_type_num_heads", "addition_time_embed_dim", "upcast_attention", "dropout"}
 # Those that diffusers' EMAModel adds to the config of a model that it saves.
-_USED |= {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
+_OF_EMA = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,12 @@ class UNetConfig:
         """
         file = LibraryConfig(options, "the U-Net's config")
         file.require_class("UNet2DConditionModel")
-        file.check(_USED, _FIXED, lists=True, hint="use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint")
+        file.check(
+            _USED | _OF_EMA,
+            _FIXED,
+            lists=True,
+            hint="use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint",
+        )
         channels = file.integers("block_out_channels", (320, 640, 1280, 1280))
         n = len(channels)
         classes = options.get("class_embed_type")
