@@ -1,6 +1,7 @@
 """Objectives outside of the package, selected by dotted path, from config to open_clip."""
 
 import csv
+import importlib
 import json
 import random
 import shutil
@@ -48,6 +49,8 @@ def world(files, tmp_path_factory):
     write_folder(root / "classes", count=24)
     (root / "classes" / "zeroshot_classification_templates.txt").write_text("a photo of a {c}\n")
     sys.path.insert(0, str(root))
+    for name in NAMES:
+        importlib.import_module(f"elsewhere.{name}")  # A workdir may name modules that are imported already.
     yield root
     sys.path.remove(str(root))
 
