@@ -184,7 +184,7 @@ def test_libtpu_missing_or_locked(monkeypatch):
     lock = "ABORTED: The TPU is already in use by another process. See /tmp/libtpu_lockfile"
     assert "remove" in aot.explain(lock, "v5e:4x4") and "lsof" in aot.explain(lock, "v5e:4x4")
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"diva_jax\[tpu\]"):
+    with pytest.raises(UserError, match=r"\.\[tpu\]"):
         aot.devices("v5e:4x4")
 
 
