@@ -268,13 +268,12 @@ class Checkpoints:
 
     def _discard_unfinished(self) -> None:
         """Removes what failed saves have written so far, on the first process; the disk may be full of it."""
-        for pause in (1.0, 1.0, 0.0) if jax.process_index() == 0 else ():
-            # Threads of the failed save may still be writing there, and a bucket may be gone.
+        for pause in (0.0, 1.0, 1.0) if jax.process_index() == 0 else ():
+            # Threads of the failed save may still be writing there, also after a removal, and a bucket may be gone.
+            time.sleep(pause)
             with contextlib.suppress(Exception):
                 for folder in _folder(self._workdir).glob(f"*{_UNFINISHED}*"):
                     folder.rmtree()
-                return
-            time.sleep(pause)
 
     def restore(self, step: int, abstract_state: dict) -> tuple[dict, dict, dict]:
         """(state laid out as `abstract_state` says, data position, meta).

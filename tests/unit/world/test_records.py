@@ -38,7 +38,7 @@ def test_wrong_options_are_named(options):
 
 @pytest.mark.parametrize("module", ["no.such.module", "json", "", "diva_jax..data"])
 def test_a_module_that_makes_no_sources(module):
-    with pytest.raises(UserError, match="give one on PYTHONPATH that defines open_source"):
+    with pytest.raises(UserError, match="give module:NAME of one on PYTHONPATH that defines open_source"):
         sources.open_source(f"module:{module}?a=1")
 
 
