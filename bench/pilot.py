@@ -8,6 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
+import tpu
+
 from diva_jax import objectives
 from diva_jax.common import config_files
 
@@ -34,8 +36,8 @@ def step_seconds(report: str, images: int) -> tuple[float, dict]:
     return (r["step_ms"] * images / r["batch_size"] + r["all_reduce_ms"]) / 1e3, r
 
 
-def row(report: str, config_name: str, price: float | None) -> str:
-    """One line of the table: slice, steps, images per step, hours, chip-hours and, with a price, their cost."""
+def row(report: str, config_name: str, price: float | None) -> list:
+    """One row of the table: slice, steps, images per step, hours, chip-hours and, with a price, their cost."""
     config = config_files.read(config_name)
     stages, images = objectives.stages(config), config.batch_size
     seconds, r = step_seconds(report, images)
@@ -45,14 +47,13 @@ def row(report: str, config_name: str, price: float | None) -> str:
     cells = [config_name, r["topology"], f"{steps:,}", images, f"{hours:.1f}", f"{hours * r['chips']:.0f}"]
     if price is not None:
         cells.append(f"{hours * r['chips'] * price:,.0f}")
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return cells
 
 
 def table(price: float | None) -> str:
     header = ["config", "slice", "steps", "images per step", "hours", "chip-hours"]
     header += ["cost"] if price is not None else []
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + [row(report, config, price) for report, config in RUNS.items()])
+    return tpu.table(header, [row(report, config, price) for report, config in RUNS.items()])
 
 
 def main() -> None:
@@ -63,8 +64,7 @@ def main() -> None:
     text = table(args.price)
     print(text)
     if args.docs:
-        before, _, rest = args.docs.read_text().partition(BEGIN)
-        args.docs.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.partition(END)[2])
+        tpu.write_between(args.docs, BEGIN, text, END)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,12 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def write_between(file: Path, begin: str, text: str, end: str) -> None:
+    """Replaces what is between two markers of a file."""
+    before, _, rest = file.read_text().partition(begin)
+    file.write_text(before + begin + "\n" + text + "\n" + end + rest.partition(end)[2])
+
+
 def bound(row: dict) -> str:
     """Returns the kernels' milliseconds at the bound of their shapes; "?" for a report made before it was computed."""
     return f"{row['kernel_bound_ms']:.0f}" if "kernel_bound_ms" in row else "?"
@@ -170,8 +176,7 @@ def main() -> None:
     )
     print(text)
     if args.docs:
-        before, _, rest = args.docs.read_text().partition(BEGIN)
-        args.docs.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.partition(END)[2])
+        write_between(args.docs, BEGIN, text, END)
 
 
 if __name__ == "__main__":
