@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import tpu
-
 from diva_jax import objectives
 from diva_jax.common import config_files
 
