@@ -30,14 +30,7 @@ _MAX_UNJUDGED = 10
 
 
 class Broken:
-    """Counts the records that could not be read; shared by all decoding threads.
-
-    Args:
-      max_share: the largest share of broken ones among the records read; above it `add` raises.
-
-    Attributes:
-      count: broken records, each counted once.
-    """
+    """Counts the records that could not be read, each once, for all decoding threads."""
 
     def __init__(self, max_share: float):
         self.max_share = max_share
@@ -55,16 +48,8 @@ class Broken:
             self._read += 1
 
     def add(self, record, name: str, reason: str) -> None:
-        """Counts a record that could not be read; the first time, the log names it.
-
-        Args:
-          record: its number, or anything hashable that stands for it.
-          name: its name.
-          reason: why it could not be read.
-
-        Raises:
-          RunError: there are too many.
-        """
+        """Counts a record, a number or anything hashable; the first time, the log names it. A RunError where the share
+        of broken ones among those read is above `max_share`."""
         name, reason = printable(name), printable(" ".join(reason.split())[:_MAX_REASON])
         with self._lock:
             self._read += 1
@@ -84,14 +69,7 @@ class Broken:
 
 
 class Decoder:
-    """Reads and decodes records, from any number of threads.
-
-    Args:
-      source: of the records.
-      config: `config.data`.
-      with_text: whether records need a caption.
-      broken: counts the records that are read.
-    """
+    """Reads and decodes records, from any number of threads."""
 
     def __init__(self, source: Source, config, with_text: bool, broken: Broken):
         self._source, self._with_text, self._broken = source, with_text, broken
@@ -120,11 +98,8 @@ class Decoder:
         return self._source.read(i, with_text=self._with_text)
 
     def read(self, i: int, memory: contextlib.ExitStack) -> tuple[Image, Record] | None:
-        """(decoded image, record i), or None where it is broken; `memory` holds what it needs.
-
-        Raises:
-          RunError: too many records are broken, or memory ran out.
-        """
+        """(decoded image, record i), or None where it is broken; `memory` holds what it needs. A RunError where too
+        many records are broken, or memory ran out."""
         self._reading[threading.get_ident()] = printable(self._source.name(i)), time.monotonic()
         try:
             record = self._record(i)

@@ -49,10 +49,8 @@ _PACKED_TARS = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of data in a file, a key of `KINDS`, by suffix; None for others.
-
-    Hidden files have no kind: macOS leaves `._x.jpg` beside `x.jpg`.
-    """
+    """The kind of data in a file, a key of `KINDS`, by suffix; None for others and for hidden files, such as macOS's
+    `._x.jpg`."""
     base = posixpath.basename(name).lower()
     return None if base.startswith(".") else next((k for k, suffixes in KINDS.items() if base.endswith(suffixes)), None)
 
@@ -69,11 +67,8 @@ def is_unread(name: str) -> bool:
 
 
 def expand(pattern: str) -> list[str]:
-    """Expands braces as a shell does: `{000..012}` with its leading zeros, and `{a,b}`.
-
-    Raises:
-      UserError: it stands for more than a million names, or its braces are not balanced.
-    """
+    """Expands braces as a shell does: `{000..012}` with its leading zeros, and `{a,b}`. A UserError for more than a
+    million names, or braces that are not balanced."""
     try:
         # The ranges are counted first, because the library keeps all numbers of a range in memory.
         ranges = re.findall(r"\{(\d+)\.\.(\d+)(?:\.\.\d+)?\}", pattern)
@@ -116,12 +111,7 @@ def read_at_most(path: str, size: int) -> bytes | None:
 
 
 def read_image(path: str) -> bytes:
-    """The bytes of an encoded image.
-
-    Raises:
-      OSError: the file cannot be read.
-      ValueError: it is larger than any image.
-    """
+    """The bytes of an encoded image; a ValueError where the file is larger than any image."""
     data = read_at_most(path, MAX_IMAGE_BYTES)
     if data is None:
         raise ValueError(f"it has more than {MAX_IMAGE_BYTES} bytes, more than any image")
@@ -129,11 +119,7 @@ def read_image(path: str) -> bytes:
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset`.
-
-    Raises:
-      OSError: the file cannot be read, or ends before.
-    """
+    """`size` bytes of a file from `offset`; an OSError where it ends before."""
     if is_remote(path):
         fs, inside = _file_system(path)
         data = fs.cat_file(inside, start=offset, end=offset + size) if size else b""
@@ -147,11 +133,7 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 
 def stat(path: str) -> tuple[int, str]:
-    """(size in bytes, a text that changes when the file does).
-
-    Raises:
-      FileNotFoundError: there is no such file.
-    """
+    """(size in bytes, a text that changes when the file does); a FileNotFoundError where there is none."""
     if not is_remote(path):
         s = os.stat(path)
         return s.st_size, str(s.st_mtime_ns)
@@ -233,18 +215,9 @@ def _kind_of_content(path: str) -> str:
 
 
 def find(path: str) -> tuple[str, list[str]]:
-    """The kind of data at a path, by the suffixes of its files.
-
-    Args:
-      path: a file, a folder, or a brace or glob pattern; local or with a scheme.
-
-    Returns:
-      (a key of `KINDS`, the files of this kind, sorted; with braces, in the order of the expansion). Those of "images"
-      include the ones whose formats are not read.
-
-    Raises:
-      UserError: nothing is there, or nothing that can be read.
-    """
+    """(a key of `KINDS`, the sorted files of this kind) at a path: a file, a folder, or a brace or glob pattern, whose
+    order is then that of the expansion. Those of "images" include the ones whose formats are not read. A UserError
+    where nothing is there, or nothing that can be read."""
     if not path:
         raise UserError(f"config.data.path is not set: give it {WHAT}")
     if is_folder(path):

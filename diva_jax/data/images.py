@@ -23,11 +23,7 @@ _BYTES_PER_PIXEL = 8
 
 
 class Memory:
-    """Memory for images that are decoded at the same time by several threads.
-
-    Args:
-      size: bytes. An image that needs more than this is decoded alone.
-    """
+    """Memory [bytes] for images that several threads decode at the same time; a larger image is decoded alone."""
 
     def __init__(self, size: int):
         self._size = self._free = size
@@ -35,11 +31,7 @@ class Memory:
 
     @contextlib.contextmanager
     def reserve(self, data: bytes) -> Iterator[None]:
-        """Waits until there is room for an image, and keeps it.
-
-        Args:
-          data: the encoded image; one that cannot be opened needs no room.
-        """
+        """Waits until there is room for an encoded image, and keeps it; one that cannot be opened needs no room."""
         try:
             with Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS) as image:
                 wanted = min(_BYTES_PER_PIXEL * image.width * image.height, self._size)
@@ -79,19 +71,10 @@ def _without_texts(data: bytes) -> bytes:
 
 
 def decode(data: bytes, rgb: bool = True) -> Image.Image:
-    """Decodes an image at its full size.
-
-    Pillow's `draft` mode, which decodes JPEGs at a lower resolution, would change pixels and stays off.
-
-    Args:
-      data: the encoded image.
-      rgb: convert to RGB at once, as webdataset and torchvision's folders do. Otherwise the image keeps its mode, and
-        `prepare` converts it after resizing, as open_clip does; the two differ for palettes and alpha channels.
-        16 bits per pixel become 8 in both cases.
-
-    Raises:
-      Exception: the image is broken. Pillow's plugins raise many types.
-    """
+    """Decodes an image at its full size; Pillow's `draft` mode, which decodes JPEGs at a lower resolution, would change
+    pixels. `rgb` converts at once, as webdataset and torchvision's folders do; otherwise the image keeps its mode, and
+    `prepare` converts it after resizing, as open_clip does, which differs for palettes and alpha channels. 16 bits per
+    pixel become 8. Pillow's plugins raise many types for a broken image."""
     image = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are too many")
@@ -101,11 +84,7 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
 
 
 def open_image(data: bytes, name: str, rgb: bool = False) -> Image.Image:
-    """`decode` for data in which every image counts, as in an evaluation.
-
-    Raises:
-      UserError: the image cannot be decoded; gives `name`.
-    """
+    """`decode` for data in which every image counts, as in an evaluation: a UserError with the name of a broken one."""
     try:
         return decode(data, rgb)
     except Exception as e:  # See `decode`.
@@ -113,11 +92,7 @@ def open_image(data: bytes, name: str, rgb: bool = False) -> Image.Image:
 
 
 def read_file(path: str | os.PathLike, rgb: bool = False) -> Image.Image:
-    """`open_image` of a file on this machine or behind a scheme.
-
-    Raises:
-      UserError: it is no regular file, cannot be read or is larger than any image, or cannot be decoded.
-    """
+    """`open_image` of a file on this machine or behind a scheme, which is regular and not larger than any image."""
     try:
         data = files.read_image(os.fspath(path))
     except (OSError, ValueError) as e:
@@ -126,19 +101,10 @@ def read_file(path: str | os.PathLike, rgb: bool = False) -> Image.Image:
 
 
 def prepare(image: Image.Image, size: int, resize_mode: str, interpolation: str) -> np.ndarray:
-    """A test image as open_clip prepares it, uint8 [size, size, 3].
-
-    Args:
-      image: of any mode and size.
-      size: the backbone's resolution [pixels].
-      resize_mode: "shortest" (resizes the shorter side, the longer in proportion, rounded down, then crops the centre)
-        or "squash" (resizes both sides, which does not keep the proportions). With ":K" the side is K instead of
-        `size` pixels before the crop, whose place is transformers'.
-      interpolation: the name of a filter of Pillow, such as "bicubic".
-
-    Raises:
-      UserError: there is no such mode.
-    """
+    """A test image as open_clip prepares it, uint8 [size, size, 3]; `interpolation` is the name of a filter of Pillow.
+    `resize_mode` "shortest" resizes the shorter side, the longer in proportion, rounded down, then crops the centre;
+    "squash" resizes both sides. With ":K" the side is K instead of `size` pixels before the crop, whose place is
+    transformers'. A UserError where there is no such mode."""
     mode, _, side = resize_mode.partition(":")
     if mode not in ("shortest", "squash"):
         raise UserError(

@@ -1,7 +1,6 @@
 """What a batch holds: the arrays that an objective asks for, each made of one record.
 
-An input is any object with `shape` and `dtype` (of one example), `needs_text` (whether it reads captions) and `open`.
-The pipeline, the abstract batch of the train step and the checks at the start of a run all follow from them.
+The pipeline, the abstract batch of the train step and the checks at the start of a run all follow from these inputs.
 """
 
 import dataclasses
@@ -18,14 +17,11 @@ from diva_jax.data.tokenizers import Tokenizer
 
 
 class Example(NamedTuple):
-    """One decoded record at one position of the run.
+    """One decoded record (RGB, with its caption where an input needs one) at one position of the run.
 
-    Attributes:
-      image: RGB.
-      text: the caption; None where no input of the run needs one.
-      box: the random crop box of this position.
-      rng: of (seed, position). The box was drawn from it first; inputs draw from it in the order of their mapping.
-      moments: of the crop's latents, bfloat16 [h, w, 2 c], where the run reads them from a cache; `box` is then its.
+    The position's random crop box was drawn first from `rng`, which is of (seed, position); inputs draw from it in the
+    order of their mapping. `moments` of the crop's latents, bfloat16 [h, w, 2 c], and the box are those of a cache,
+    where the run reads one.
     """
 
     image: PILImage
@@ -36,12 +32,7 @@ class Example(NamedTuple):
 
 
 class Input(Protocol):
-    """One array of a batch.
-
-    Attributes:
-      shape, dtype: of one example.
-      needs_text: whether it reads `Example.text`.
-    """
+    """One array of a batch, of `shape` and `dtype` for one example; `needs_text` is whether it reads `Example.text`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -53,23 +44,13 @@ class Input(Protocol):
     def needs_text(self) -> bool: ...
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
-        """The function that makes the array; called once, when the pipeline is built, and used by many threads.
-
-        Args:
-          config: `config.data`.
-
-        Raises:
-          UserError: a file that it needs is missing or wrong.
-        """
+        """The function that makes the array, given `config.data`; called once, when the pipeline is built, and used by
+        many threads. A UserError where a file that it needs is missing or wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pixels:
-    """A square image, uint8 [size, size, 3].
-
-    Attributes:
-      size: its side [pixels].
-    """
+    """A square image, uint8 [size, size, 3]."""
 
     size: int
     dtype = np.dtype(np.uint8)
@@ -86,10 +67,8 @@ class _Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class Image(_Pixels):
-    """A square crop of the image: the position's box, resized with `config.data.crop.interpolation`.
-
-    All inputs of this kind in one batch see the same box, each at its own size.
-    """
+    """A square crop of the image: the position's box, resized with `config.data.crop.interpolation`. All inputs of this
+    kind in one batch see the same box, each at its own size."""
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
         """See `Input.open`."""
@@ -99,11 +78,7 @@ class Image(_Pixels):
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """The moments of the crop's latents, from the cache `config.data.latents`.
-
-    Attributes:
-      shape: of one crop's moments, [h, w, 2 c].
-    """
+    """The moments of the crop's latents, [h, w, 2 c], from the cache `config.data.latents`."""
 
     shape: tuple[int, int, int]
     dtype = latent_cache.DTYPE
@@ -116,13 +91,9 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared(_Pixels):
-    """The image as it is prepared for an evaluation, without random choices: `images.prepare`, bit for bit.
-
-    Attributes:
-      resize_mode, interpolation: see `images.prepare`.
-      resize: where it is not 0, the image is prepared at this size and the central `size` pixels of each side are kept,
-        as transforms do that resize to 256 and crop 224 [pixels].
-    """
+    """The image as it is prepared for an evaluation, without random choices: `images.prepare`, bit for bit. Where
+    `resize` [pixels] is not 0, the image is prepared at this size and the central `size` pixels of each side are kept,
+    as transforms do that resize to 256 and crop 224."""
 
     resize_mode: str = "shortest"
     interpolation: str = "bicubic"
@@ -144,10 +115,8 @@ class Prepared(_Pixels):
 
 
 def first_sentences(text: str, rng: np.random.Generator) -> str:
-    """The first n sentences of a text, n uniform from 1 to all of them: a `choose` for `Tokens`.
-
-    A sentence ends at ".", "!" or "?" before white space. The result is what the text begins with, unchanged.
-    """
+    """The first n sentences of a text, unchanged, n uniform from 1 to all of them: a `choose` for `Tokens`. A sentence
+    ends at ".", "!" or "?" before white space."""
     ends = [m.end() for m in re.finditer(r"[.!?](?=\s)", text.rstrip())]
     ends.append(len(text.rstrip()))
     return text[: ends[rng.integers(len(ends))]]
@@ -155,13 +124,9 @@ def first_sentences(text: str, rng: np.random.Generator) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Token ids of the record's text.
-
-    Attributes:
-      length: ids per text.
-      tokenizer: gives the tokenizer (texts -> int32 [N, length]); called once, when the pipeline is built.
-      choose: the part of the text to tokenize, given the text and the position's generator; None: all of it.
-    """
+    """Token ids of the record's text, int32 [length]. `tokenizer` gives the tokenizer (texts -> int32 [N, length]) and
+    is called once, when the pipeline is built; `choose` gives the part of the text to tokenize, from the position's
+    generator."""
 
     length: int
     tokenizer: Callable[[], Tokenizer]
@@ -174,11 +139,7 @@ class Tokens:
         return (self.length,)
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
-        """See `Input.open`.
-
-        Raises:
-          UserError: the tokenizer's files are wrong, or it gives another number of ids.
-        """
+        """See `Input.open`; a UserError where the tokenizer gives another number of ids."""
         tokenize = self.tokenizer()
         # The first call also sets the padding of transformers' tokenizers, which threads must not do at once.
         given = np.shape(tokenize(["a"]))[-1]

@@ -1,8 +1,5 @@
-"""Colour jitter, flips and a random crop of images that are on the device: the positive view of DCR.
-
-The operations are torchvision's `ColorJitter`, `RandomHorizontalFlip`, `RandomVerticalFlip` and `RandomResizedCrop` on
-float tensors, drawn for each image.
-"""
+"""Colour jitter, flips and a random crop of images on the device, drawn for each image: the positive view of DCR, by
+torchvision's `ColorJitter`, `RandomHorizontalFlip`, `RandomVerticalFlip` and `RandomResizedCrop` on float tensors."""
 
 import dataclasses
 from typing import NamedTuple
@@ -17,14 +14,9 @@ _TRIES = 10
 
 
 class Draw(NamedTuple):
-    """What was drawn for B images.
-
-    Attributes:
-      order: [B, 4] int32, the order of the operations 0 brightness, 1 contrast, 2 saturation, 3 hue.
-      factors: [B, 4] float32, the factor of each operation, by the operation's number.
-      crop: [B, 4] int32, (top, left, height, width) [pixels].
-      hflip, vflip: [B] bool.
-    """
+    """What was drawn for B images: `order` of the operations 0 brightness, 1 contrast, 2 saturation and 3 hue, int32
+    [B, 4]; `factors` of each operation, by its number, float32 [B, 4]; `crop` (top, left, height, width) [pixels],
+    int32 [B, 4]; `hflip` and `vflip`, bool [B]."""
 
     order: Array
     factors: Array
@@ -35,14 +27,9 @@ class Draw(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ranges:
-    """What is drawn from; uniform, the crop's ratio on a logarithmic scale. The defaults are DCR's.
-
-    Attributes:
-      color: brightness, contrast and saturation are multiplied by 1 - color to 1 + color.
-      hue: is moved by -hue to hue [turns].
-      scale: of the crop's area to the image's.
-      ratio: of the crop's width to its height.
-    """
+    """What is drawn from, uniform, the crop's ratio on a logarithmic scale; the defaults are DCR's. Brightness,
+    contrast and saturation are multiplied by 1 - color to 1 + color, the hue is moved by -hue to hue [turns]; `scale`
+    is the crop's area over the image's, `ratio` its width over its height."""
 
     color: float = 0.1
     hue: float = 0.05
@@ -141,15 +128,8 @@ def _weights(start: Array, length: Array, size: int, dtype) -> Array:
 
 
 def apply(images: Array, drawn: Draw) -> Array:
-    """The jittered images: colour in the drawn order, flips, then the crop, resized (bilinear) to the whole size.
-
-    Args:
-      images: [B, S, S, 3], float; each colour operation clips to [0, 1].
-      drawn: one entry per image.
-
-    Returns:
-      [B, S, S, 3].
-    """
+    """The jittered images [B, S, S, 3]: colour in the drawn order, each operation clipped to [0, 1], flips, then the
+    crop, resized (bilinear) to the whole size."""
 
     def one(x, drawn):
         for k in range(len(_OPERATIONS)):

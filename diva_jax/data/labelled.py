@@ -1,7 +1,5 @@
-"""Complete sets of labelled or captioned images, for evaluation: tars, tfds, class folders and CSV files.
-
-A broken image or row is an error here, since every image counts in a score; the sources of training skip it.
-"""
+"""Complete sets of labelled or captioned images, for evaluation: tars, tfds, class folders and CSV files. A broken
+image or row is an error here, since every image counts in a score; the sources of training skip it."""
 
 import dataclasses
 import os
@@ -25,16 +23,9 @@ _SPLITS = frozenset("train training test testing val valid validation dev".split
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Images 0..N-1 with their targets.
-
-    Attributes:
-      names: of each image, for results and errors.
-      read: i -> image i, decoded; may be called from any thread, and raises a UserError that names a broken image.
-      targets: the label (int) or the captions (list of texts) of each image.
-      classes: class names by label; None where there are no labels, or the data does not name them.
-      folders: the folders of the classes by label; None where the images are not in folders.
-      templates: the data's own prompts with `{c}` for the class; None where it has none.
-    """
+    """Images 0..N-1 with their targets: labels (int) or captions (lists of texts). `read(i)` gives a decoded image in
+    any thread; a UserError names a broken one. By label, where the data has them: `classes` (names) and `folders`;
+    `templates` are the data's own prompts, with `{c}` for the class."""
 
     names: Sequence[str]
     read: Callable[[int], Image.Image]
@@ -90,16 +81,9 @@ def _samples(shard: str) -> list[dict[str, shards.Member]]:
 
 
 def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
-    """CLIP_benchmark's webdataset layout.
-
-    Args:
-      root: the folder with `test/*.tar`, or one split of it with its tars.
-      target: the extension of the members with the targets, "cls" or "txt".
-      parse: text of such a member -> target; raises ValueError.
-
-    Raises:
-      UserError: a shard is missing or broken, or a sample has no image or no target; names them.
-    """
+    """CLIP_benchmark's webdataset layout: a folder with `test/*.tar`, or one split of it with its tars. `target` is the
+    extension of the members with the targets, "cls" or "txt", and `parse` makes a target of such a text. A UserError
+    names a shard that is broken, or a sample without an image or a target."""
     top, paths = _shards(root)
     if not paths:
         raise UserError(f"{root} has no tar shards: give a folder with {_LAYOUT}")
@@ -135,14 +119,8 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
 
 
 def tfds(spec: str) -> Images:
-    """A prepared tfds dataset with labels, see `TfdsSource`.
-
-    Args:
-      spec: `tfds:name/split[?data_dir=...&image=image&label=label]`.
-
-    Raises:
-      UserError: it is not there, not in array_record format, or has no such features.
-    """
+    """A prepared tfds dataset with labels: `tfds:name/split[?data_dir=...&image=image&label=label]`, see
+    `TfdsSource`."""
     source = TfdsSource(spec, "--data", {"image": "image", "label": "label"})
     targets, classes = source.labels(source.options["label"])
     names = [source.name(i).removeprefix("tfds:") for i in range(len(source))]
@@ -157,31 +135,15 @@ def folder_images(root: Path) -> list[Path]:
 
 
 def image_files(paths: Sequence[Path], targets: Sequence, root: Path, rgb: bool = True, **kw) -> Images:
-    """Images in files of their own.
-
-    Args:
-      paths: the files.
-      targets: of each.
-      root: what names are relative to.
-      rgb: see `images.decode`.
-      **kw: further fields of `Images`.
-    """
+    """Images in files of their own, named relative to `root`; `rgb` as in `images.decode`, `kw` further fields of
+    `Images`."""
 
     names = [os.path.relpath(p, root) for p in paths]
     return Images(names, lambda i: read_file(paths[i], rgb), targets, **kw)
 
 
 def in_folders(root: Path, labels: Mapping[str, int], **kw) -> Images:
-    """All images below some folders of a root.
-
-    Args:
-      root: the folder of the folders.
-      labels: name of a folder -> label of its images.
-      **kw: further fields of `Images`.
-
-    Raises:
-      UserError: a folder has no image.
-    """
+    """All images below the folders of a root, given as name -> label; a UserError names a folder without an image."""
     paths, targets = [], []
     for name, label in labels.items():
         images = folder_images(root / name)
@@ -193,14 +155,10 @@ def in_folders(root: Path, labels: Mapping[str, int], **kw) -> Images:
 
 
 def class_folders(root: Path) -> Images:
-    """`root/<class>/.../<image>`: labels by the sorted order of the folders, as in torchvision's ImageFolder.
-
-    Folders that are all numbers are sorted as numbers. `classes` are the lines of `root/classnames.txt`, or else the
-    folders' names; prompts are read as in the tar layout.
-
-    Raises:
-      UserError: no folders, a folder without an image, folders of splits, or another number of names than folders.
-    """
+    """`root/<class>/.../<image>`: labels by the sorted order of the folders, as in torchvision's ImageFolder, or by
+    number where all are numbers. `classes` are the lines of `root/classnames.txt`, or else the folders' names; prompts
+    are read as in the tar layout. A UserError where there are no folders, folders of splits, or another number of
+    names."""
     names = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
     if all(re.fullmatch("[0-9]{1,18}", name) for name in names):
         names.sort(key=_natural)
@@ -222,11 +180,8 @@ def class_folders(root: Path) -> Images:
 
 
 def caption_csv(path: Path) -> Images:
-    """A CSV file with the columns `image` (a file, relative to the CSV's folder) and `caption`, one caption per row.
-
-    Raises:
-      UserError: a column or a file is missing, or a caption is empty; names the line.
-    """
+    """A CSV file with the columns `image` (a file, relative to the CSV's folder) and `caption`, one caption per row. A
+    UserError names the line of a missing file or an empty cell."""
     captions: dict[str, list[str]] = {}
     for line, row in texts.csv_records(str(path), ("image", "caption")):
         if not row.get("image") or not row.get("caption", "").strip():
@@ -243,14 +198,8 @@ def caption_csv(path: Path) -> Images:
 
 
 def read_names(path: str) -> list[list[str]] | dict[str, list[str]]:
-    """A JSON file with class names or prompt templates: texts, or lists of texts, by label or by class.
-
-    Returns:
-      A list by label, or an object by class, of lists; a text stands for a list of one.
-
-    Raises:
-      UserError: it is missing, broken, or has something else in it, such as a number or an empty text.
-    """
+    """A JSON file with class names or prompt templates, as lists by label or by class; a text stands for a list of one.
+    A UserError where it has anything else in it, such as a number or an empty text."""
     value = texts.parse_json(texts.read_text(path), path)
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list | dict) or not value:

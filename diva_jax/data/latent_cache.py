@@ -1,12 +1,9 @@
 """Cache of a VAE's moments: files that `python -m diva_jax.cache_latents` writes and `config.data.latents` names.
 
-A cache is a folder with a manifest, `latents.json`, and array_record shards. Shard s has the records
-s * per_shard .. (s + 1) * per_shard - 1 of the data set in order, and of each record all crops in order. An entry is a
-header (`_HEADER`) and the moments of one crop, bfloat16 [h, w, 2 c] in C order; a record whose image could not be
-decoded has entries without moments. array_record keeps a checksum of each entry.
-
-Crop e of record r has the box that a run with the manifest's seed draws for r in epoch e, so that the first epochs of
-such a run see the same crops with the cache and without it.
+A manifest, `latents.json`, and array_record shards, whose entries have checksums. Shard s has the records s * per_shard
+.. (s + 1) * per_shard - 1 of the data set in order, and of each record all crops in order. An entry is a header
+(`_HEADER`) and the moments of one crop, bfloat16 [h, w, 2 c] in C order; none where the image could not be decoded.
+Crop e of record r has the box that a run with the manifest's seed draws for r in epoch e.
 """
 
 import contextlib
@@ -66,14 +63,8 @@ class _Stored(Record):
 
 
 class Entry(NamedTuple):
-    """One crop of one record.
-
-    Attributes:
-      record, crop: the record of the data set, and the number of its crop.
-      image_crc: CRC-32 of the encoded image.
-      box: of the crop.
-      moments: bfloat16 [h, w, 2 c]; None where the image could not be decoded.
-    """
+    """One crop of one record, with the CRC-32 of the encoded image; `moments` are bfloat16 [h, w, 2 c], None where the
+    image could not be decoded."""
 
     record: int
     crop: int
@@ -96,16 +87,9 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a cache holds.
-
-    Attributes:
-      facts: what the moments depend on beside images and boxes: the VAE and its weights, the crop setting.
-      records: records of the data set.
-      crops: of each record.
-      seed: of the boxes.
-      per_shard: records in a shard.
-      shape: of the moments of one crop.
-    """
+    """What a cache holds. `facts` are what the moments depend on beside images and boxes: the VAE, its weights, the
+    crop setting. `crops` is the number of each record's, `seed` that of the boxes, `shape` that of the moments of one
+    crop."""
 
     facts: Mapping[str, Any]
     records: int
@@ -146,11 +130,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path, field: str) -> "Manifest | None":
-        """The manifest in a folder; None where there is none.
-
-        Raises:
-          UserError: it cannot be read, or was written by another version.
-        """
+        """The manifest in a folder, None where there is none; a UserError where it is broken or of another version."""
         again = "make the cache again with python -m diva_jax.cache_latents"
         try:
             stored = json_files.read(folder / FILE, _Stored, again, None)
@@ -160,11 +140,7 @@ class Manifest:
 
 
 def write_shard(folder: Path, name: str, entries: Iterable[Entry]) -> None:
-    """Writes a shard, which appears in the folder when it is complete.
-
-    Raises:
-      OSError: it cannot be written.
-    """
+    """Writes a shard, which appears in the folder when it is complete."""
     with paths.whole_file(folder / name) as temporary:
         temporary.touch()  # Raises an OSError of one line where the folder cannot be written.
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
@@ -202,18 +178,8 @@ def is_complete(path: Path, entries: int) -> bool:
 
 
 class Cache:
-    """A complete cache, read from any number of threads.
-
-    Args:
-      folder: of the cache, on this machine.
-      facts: what this run's moments depend on, see `Manifest`.
-
-    Attributes:
-      manifest: what it holds.
-
-    Raises:
-      UserError: there is no cache, it is of other facts, or it is not complete; names `config.data.latents`.
-    """
+    """A complete cache on this machine, read from any number of threads; `facts` are what this run's moments depend on.
+    A UserError, which names `config.data.latents`, where it is missing, not complete or of other facts."""
 
     def __init__(self, folder: str, facts: Mapping[str, Any]):
         self._folder = paths.local(folder, "config.data.latents").expanduser()
@@ -239,11 +205,7 @@ class Cache:
         self._reader = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(_open)
 
     def check(self, source: Source) -> None:
-        """Compares some records, spread over all, with those that the cache was made of.
-
-        Raises:
-          UserError: they are not the same data.
-        """
+        """Compares some records, spread over all, with those that the cache was made of; a UserError if they differ."""
         n = self.manifest.records
         if len(source) != n:
             raise UserError(
@@ -260,11 +222,8 @@ class Cache:
                 raise UserError(self._other_image(source.name(int(record))))
 
     def read(self, record: int, epoch: int) -> Entry | None:
-        """The crop of a record in an epoch, epoch modulo the number of crops; None where its image was broken.
-
-        Raises:
-          RunError: the cache is damaged.
-        """
+        """The crop of a record in an epoch, epoch modulo the number of crops; None where its image was broken. A
+        RunError where the cache is damaged."""
         entry = self._entry(record, epoch % self.manifest.crops)
         return None if entry.moments is None else entry
 

@@ -16,11 +16,8 @@ _MAX_EPOCH_IMAGES = 2**31
 
 
 def split(path: str) -> list[tuple[Fraction, str]]:
-    """`"mix:2=a.csv;1=b/*.tar"` -> [(2/3, "a.csv"), (1/3, "b/*.tar")].
-
-    Raises:
-      UserError: it does not have this form, or a weight is 0.
-    """
+    """`"mix:2=a.csv;1=b/*.tar"` -> [(2/3, "a.csv"), (1/3, "b/*.tar")]; a UserError for other forms and a weight of
+    0."""
     entries = [entry.strip() for entry in path.removeprefix(PREFIX).split(";") if entry.strip()]
     matches = [_ENTRY.fullmatch(entry) for entry in entries]
     if not matches or not all(matches) or not all(Fraction(m[1]) > 0 for m in matches):
@@ -33,19 +30,11 @@ def split(path: str) -> list[tuple[Fraction, str]]:
 
 
 class MixtureSource:
-    """A source whose epoch has as many records of each part as its weight says.
+    """A source whose epoch has as many records of each part as its weight (the sum is 1) says.
 
     One part, the largest for its weight, has each of its records once per epoch. Records of the others are repeated, or
     rather: slot k of a part of n records is its record k modulo n, so that all of them come before one is repeated.
     Order, resumption and the split over processes are those of any source, which its epoch's shuffle mixes.
-
-    Args:
-      parts: the sources.
-      weights: of each, above 0, with the sum 1.
-      path: what the user gave, for errors.
-
-    Raises:
-      UserError: the epoch would be too long.
     """
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[Fraction], path: str):

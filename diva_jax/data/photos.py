@@ -1,7 +1,5 @@
-"""A small data set of real photographs that needs no network: regions of those in the scikit-image wheel.
-
-All are public domain or CC0, except the motorcycle pair (Middlebury 2014 stereo data, see scikit-image).
-"""
+"""A small data set that needs no network: regions of the photographs in the scikit-image wheel. All are public domain
+or CC0, except the motorcycle pair (Middlebury 2014 stereo data, see scikit-image)."""
 
 import importlib.util
 import io
@@ -72,11 +70,8 @@ def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def examples(count: int = 96, seed: int = 0) -> Iterator[Example]:
-    """Overlapping regions, one photograph after the other; the same bytes on every call.
-
-    Raises:
-      UserError: scikit-image is not installed.
-    """
+    """Overlapping regions, one photograph after the other, the same bytes on every call; a UserError without
+    scikit-image."""
     folder = _folder()
     names = list(PHOTOGRAPHS)
     images = {name: Image.open(folder / name).convert("RGB") for name in names}
@@ -95,21 +90,8 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32, seed: int = 0) -> list[Path]:
-    """Writes tar shards with the names of img2dataset: 9-digit keys, each with a .jpg and a .txt member.
-
-    The bytes depend only on the arguments and on Pillow's JPEG encoder.
-
-    Args:
-      out_dir: folder for the shards, created when needed.
-      count: examples in all shards.
-      per_shard: examples per shard, at most 10,000.
-      seed: of the regions.
-
-    Returns:
-      The shards.
-
-    Raises:
-      UserError: scikit-image is not installed.
+    """Writes tar shards of `per_shard` (at most 10,000) examples with the names of img2dataset, 9-digit keys with a
+    .jpg and a .txt member each, and returns them. The bytes depend only on the arguments and on Pillow's JPEG encoder.
     """
     every, shards = list(examples(count, seed)), []
     for number, start in enumerate(range(0, count, per_shard)):

@@ -1,9 +1,9 @@
 """Records -> batches of the arrays that an objective asks for: shuffled by one seed, resumable, split over processes.
 
-Examples are numbered from the start of the run: position 0, 1, 2, ... Each epoch is one shuffle of all records, which
-depends on `seed` and the epoch alone and decides the record at each position; crops and other random choices depend
-on (seed, position) alone. Global batch b of B examples is positions b*B .. (b+1)*B - 1, and process p of P takes
-every P-th of them from the p-th on, so that any number of processes together see the same examples in the same rows.
+Examples are numbered from the start of the run: position 0, 1, 2, ... Each epoch is one shuffle of all records, by
+(seed, epoch) alone; crops and other random choices depend on (seed, position) alone. Global batch b of B examples is
+positions b*B .. (b+1)*B - 1, and process p of P takes every P-th of them from the p-th on, so that any number of
+processes together see the same examples in the same rows.
 """
 
 import concurrent.futures
@@ -37,17 +37,8 @@ def shuffled(records: int, seed: int) -> grain.MapDataset:
 
 
 class Examples:
-    """Position -> example, the same in every process and thread.
-
-    Args:
-      source: of the records.
-      config: `config.data`.
-      inputs: the arrays to make of each record, by name.
-      seed: of order, crops and whatever the inputs draw.
-      global_batch: examples in a global batch.
-      broken: counts the records that are read.
-      cache: of the moments of a VAE, see `latent_cache.Cache`; the boxes are then those of the cache.
-    """
+    """Position -> example, the same in every process and thread. `seed` is of order, crops and whatever the inputs
+    draw; the crop boxes are those of `cache`, if any."""
 
     def __init__(
         self,
@@ -67,13 +58,8 @@ class Examples:
         self.slowest = self._decoder.slowest
 
     def __call__(self, position: int) -> dict[str, np.ndarray]:
-        """{each input's name: its array, "row": int32 [], the row in the global batch}.
-
-        A broken record is replaced by the next good one in the epoch's order.
-
-        Raises:
-          RunError: too many records are broken, or all.
-        """
+        """{each input's name: its array, "row": int32 [], the row in the global batch}. A broken record is replaced by
+        the next good one in the epoch's order; a RunError where too many are broken."""
         n = len(self._source)
         epoch, k = divmod(position, n)
         for step in range(n):
@@ -103,12 +89,7 @@ class Examples:
 
 
 class Iterator:
-    """Endless batches of this process's part of each global batch.
-
-    Attributes:
-      source: the records; `len(source)` of them make an epoch.
-      broken: the counter of broken records.
-    """
+    """Endless batches of this process's part of each global batch; `len(source)` records make an epoch."""
 
     def __init__(
         self,
@@ -145,21 +126,13 @@ class Iterator:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """{each input's name: [b, *shape], "row": int32 [b], rows of the global batch}; b = B / processes.
-
-        Raises:
-          RunError: too many records are broken.
-        """
+        """{each input's name: [b, *shape], "row": int32 [b], rows of the global batch}; b = B / processes."""
         return self.wait()
 
     def wait(self, leave: Callable[[], bool] = lambda: False) -> dict[str, np.ndarray] | None:
-        """The next batch, see `__next__`; None where `leave` becomes true first, and the batch is then the next one.
-
-        A thread waits for the data, so that the caller acts within a second however long a read takes.
-
-        Raises:
-          RunError: too many records are broken, or no batch came within config.data.stall_timeout.
-        """
+        """The next batch, see `__next__`; None where `leave` becomes true first, and the batch is then the next one. A
+        thread waits for the data, so that the caller acts within a second however long a read takes. A RunError where
+        too many records are broken, or no batch came within config.data.stall_timeout."""
         if self._pending is None:
             self._pending = concurrent.futures.Future()
             threading.Thread(target=self._fetch, args=(self._pending,), daemon=True).start()
@@ -191,11 +164,8 @@ class Iterator:
         return {"batches": self._consumed, **self._identity}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues from where `state` was taken, with any number of processes.
-
-        Raises:
-          UserError: it was taken with another seed, batch size or data.
-        """
+        """Continues from where `state` was taken, with any number of processes; a UserError if it was with another
+        seed, batch size or data."""
         for field, ours in self._identity.items():
             if state.get(field) != ours:
                 raise UserError(
@@ -231,24 +201,10 @@ def open_batches(
     cache_dir=None,
     cache: latent_cache.Cache | None = None,
 ) -> Iterator:
-    """Opens the data of a run.
-
-    Args:
-      config: `config.data`: `path` (see `sources.open_source`), `crop` (`scale`, `ratio`, `interpolation`), `threads`
-        (that decode; 0: decode when asked), `prefetch` (batches), `max_broken_share` (of the records read),
-        `decode_gib` (memory of the images decoded at the same time), `stall_timeout` (seconds without a batch),
-        `allow_urls` (that tables name).
-      inputs: the arrays of a batch by name, see `diva_jax.data.inputs`.
-      seed: of order, crops and whatever the inputs draw, 0 to 2**32 - 1.
-      global_batch: examples in a batch over all processes.
-      process_index, process_count: this process's place.
-      cache_dir: folder for the index of tar shards, or None.
-      cache: the moments of a VAE, where the inputs have them; made of the same data.
-
-    Raises:
-      UserError: the batch does not divide over the processes, there is no data at the path, an input needs captions
-        and the data has none, an input cannot be opened, or the cache is of other data.
-    """
+    """Opens the data of `config.data` for batches of `global_batch` examples over all processes, each with the arrays
+    `inputs` by name (see `diva_jax.data.inputs`). The index of tar shards is kept in `cache_dir`; `cache` has the
+    moments of a VAE. A UserError where the batch does not divide over the processes, there is no data, an input needs
+    captions and the data has none, or the cache is of other data."""
     if global_batch % process_count:
         raise UserError(
             f"config.batch_size={global_batch} does not divide over {process_count} processes: use a multiple"

@@ -1,8 +1,5 @@
-"""The two views of one crop, computed on the device: the VAE's and the backbone's.
-
-Each has an `exact` form, which is the preprocessing that the models were trained with, and a `faithful` one, which is
-what the code of the authors of arXiv 2407.20171 computes.
-"""
+"""The two views of one crop, computed on the device: the VAE's and the backbone's. `exact` is the preprocessing that
+the models were trained with, `faithful` what the code of the authors of arXiv 2407.20171 computes."""
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +21,17 @@ def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 
 def resize(images: Array, size: int, method: str, antialias: bool) -> Array:
-    """Resizes images as PyTorch's `interpolate(align_corners=False)` does.
-
-    Args:
-      images: [B, H, W, C].
-      size: of the result [pixels].
-      method: "linear" or "cubic". With antialias, cubic is Keys's kernel with a = -0.5, as in PyTorch and Pillow;
-        without antialias, PyTorch uses a = -0.75 and would differ.
-      antialias: widen the kernel when downscaling.
-
-    Returns:
-      [B, size, size, C].
-    """
+    """Resizes images [B, H, W, C] to [B, size, size, C] as PyTorch's `interpolate(align_corners=False)` does, `method`
+    "linear" or "cubic". With antialias, which widens the kernel when downscaling, cubic is Keys's kernel with a = -0.5,
+    as in PyTorch and Pillow; without it PyTorch uses a = -0.75 and would differ."""
     shape = (images.shape[0], size, size, images.shape[3])
     return jax.image.resize(images, shape, method, antialias=antialias, precision=jax.lax.Precision.HIGHEST)
 
 
 def cubic_weights(at: np.ndarray, n: int) -> np.ndarray:
-    """The matrix that samples a row of pixels as PyTorch's bicubic interpolation does without antialias.
-
-    Args:
-      at: where to sample [pixels], [N]; the centre of the first pixel is at 0.
-      n: pixels of the row, of which those at the edges are repeated.
-
-    Returns:
-      float64 [N, n], of Keys's cubic kernel with a = -0.75.
-    """
+    """The matrix, float64 [N, n], that samples a row of n pixels as PyTorch's bicubic interpolation does without
+    antialias: Keys's cubic kernel with a = -0.75, and pixels at the edges repeated. `at` is where to sample [pixels],
+    [N]; the centre of the first pixel is at 0."""
     a, weights = -0.75, np.zeros((len(at), n))
     for tap in range(-1, 3):
         pixel = np.floor(at).astype(int) + tap
@@ -74,30 +56,18 @@ def _aligned_weights(n: int, size: int) -> np.ndarray:
 
 
 def aligned_resize(images: Array, size: int) -> Array:
-    """Resizes images as kornia's `resize(interpolation="bicubic", align_corners=True, antialias=True)` does.
-
-    Stability's code for Stable unCLIP does so: a Gaussian blur with reflected edges where the image gets smaller, then
-    PyTorch's cubic kernel (a = -0.75) between pixels whose corners are aligned.
-
-    Args:
-      images: [B, H, W, C].
-      size: of the result [pixels].
-
-    Returns:
-      [B, size, size, C].
-    """
+    """Resizes images [B, H, W, C] to [B, size, size, C] as kornia's `resize(interpolation="bicubic",
+    align_corners=True, antialias=True)`, which Stability's code for Stable unCLIP uses: a Gaussian blur with reflected
+    edges where the image gets smaller, then PyTorch's cubic kernel (a = -0.75) between pixels whose corners are
+    aligned."""
     rows, columns = (jnp.asarray(_aligned_weights(n, size), images.dtype) for n in images.shape[1:3])
     return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, images, precision=jax.lax.Precision.HIGHEST)
 
 
 def vae_view(images: Array, mode: str = "exact") -> Array:
-    """The VAE's input, of the shape of `images`.
-
-    Args:
-      images: [B, S, S, 3] in [0, 1].
-      mode: "exact": 2x - 1. "faithful": 2y - 1, where y is x normalised with CLIP's statistics and denormalised with
-        ImageNet's, which scales the contrast by 0.82 to 0.86 and shifts the mean.
-    """
+    """The VAE's input, of the shape of the images, [B, S, S, 3] in [0, 1]. "exact" is 2x - 1; "faithful" is 2y - 1,
+    where y is x normalised with CLIP's statistics and denormalised with ImageNet's, which scales the contrast by 0.82
+    to 0.86 and shifts the mean."""
     if mode == "faithful":
         images = normalise(images, OPENAI_MEAN, OPENAI_STD)
         images = images * jnp.asarray(IMAGENET_STD, images.dtype) + jnp.asarray(IMAGENET_MEAN, images.dtype)
@@ -107,18 +77,9 @@ def vae_view(images: Array, mode: str = "exact") -> Array:
 def backbone_view(
     images: Array, size: int, mean: tuple[float, ...], std: tuple[float, ...], mode: str = "exact"
 ) -> Array:
-    """The vision encoder's input.
-
-    Args:
-      images: [B, S, S, 3] in [0, 1].
-      size: the backbone's resolution [pixels].
-      mean, std: of the normalisation, per channel.
-      mode: "exact": resized (bicubic, with antialias), then normalised. "faithful": normalised, then resized (bilinear,
-        without antialias). "aligned": resized by `aligned_resize`, then normalised.
-
-    Returns:
-      [B, size, size, 3].
-    """
+    """The vision encoder's input [B, size, size, 3] of images [B, S, S, 3] in [0, 1]; mean and std are per channel.
+    "exact" resizes (bicubic, with antialias), then normalises; "faithful" normalises, then resizes (bilinear, without
+    antialias); "aligned" resizes by `aligned_resize`, then normalises."""
     if mode == "faithful":
         return resize(normalise(images, mean, std), size, "linear", antialias=False)
     if mode == "aligned":

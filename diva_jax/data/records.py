@@ -18,13 +18,8 @@ MAX_CAPTION_BYTES = 2**20
 
 
 class Record(NamedTuple):
-    """One record of a source.
-
-    Attributes:
-      name: what to call it in a log: file and member, file and row.
-      image: the encoded image.
-      text: its caption; several captions are separated by newlines. None where there is none.
-    """
+    """One record: what to call it in a log (file and member or row), the encoded image, and its caption, None where
+    there is none; several captions are separated by newlines."""
 
     name: str
     image: bytes
@@ -52,11 +47,8 @@ class Source(Protocol):
 
 
 def caption(value) -> str | None:
-    """A caption as files hold it: a text, several texts (joined by newlines), bytes in UTF-8, or None.
-
-    Raises:
-      ValueError: it is anything else.
-    """
+    """A caption as files hold it: a text, several texts (joined by newlines), bytes in UTF-8, or None; else a
+    ValueError."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if value is None or isinstance(value, str):
@@ -67,14 +59,8 @@ def caption(value) -> str | None:
 
 
 def first_caption(found: Iterable[tuple[str, bytes | None]]) -> str | None:
-    """The first caption that is not blank.
-
-    Args:
-      found: (one of `CAPTION_KINDS`, content) of files: a text, or a JSON object with the field "caption".
-
-    Raises:
-      ValueError: a file is not UTF-8 or not JSON.
-    """
+    """The first caption that is not blank, of (one of `CAPTION_KINDS`, content) of files: a text, or a JSON object with
+    the field "caption". A ValueError where a file is not UTF-8 or not JSON."""
     for kind, data in found:
         try:
             if kind == "json" and data:

@@ -24,11 +24,8 @@ def split(name: str) -> tuple[str, str]:
 
 
 def group(named: Iterable[tuple[str, T]], where: str) -> dict[str, dict[str, T]]:
-    """{key: {extension: item}} of (name, item), in their order.
-
-    Raises:
-      UserError: two names have the same key and extension, so that samples would be merged; gives `where`.
-    """
+    """{key: {extension: item}} of (name, item), in their order. A UserError, which gives `where`, if two names have the
+    same key and extension, so that samples would be merged."""
     grouped: dict[str, dict[str, T]] = {}
     for name, item in named:
         key, extension = split(name)
@@ -75,11 +72,7 @@ def say_left_out(where: str, others: LeftOut, unread: LeftOut) -> None:
 
 
 def one_image_each(paths: Sequence[str], where: str, quiet: bool = False) -> list[str]:
-    """The image of each sample among files, in the order of the files; what is left out is logged.
-
-    Raises:
-      UserError: as `group`.
-    """
+    """The image of each sample among files, in the order of the files; what is left out is logged."""
     images = [p for p in paths if files.kind_of(p) == "images"]
     kept = {sample[images_of(sample)[0]] for sample in group(zip(images, images, strict=True), where).values()}
     if not quiet:

@@ -25,16 +25,8 @@ _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?&=]*(?:&\w+=[^?&=]*)*)")
 
 
 class FolderSource:
-    """Image files, each one record; its caption is the `.txt` file of its sample, or else in the `.json` file.
-
-    Args:
-      paths: the files, local or remote; of each sample, one image is used (see `samples.images_of`).
-      root: what names are relative to.
-      quiet: do not say what is left out.
-
-    Raises:
-      UserError: two files are of one sample and format, as `0.jpg` and `0.JPG`.
-    """
+    """Image files, local or remote, each one record, named relative to `root`; of each sample, one image is used (see
+    `samples.images_of`). Its caption is the `.txt` file of its sample, or else in the `.json` file."""
 
     def __init__(self, paths: Sequence[str], root: str = "", quiet: bool = False):
         self._paths = samples.one_image_each(paths, "config.data.path", quiet)
@@ -62,12 +54,7 @@ class FolderSource:
         return has_captions(self._text, [i for i, p in enumerate(self._paths) if samples.split(p)[0] in self._texts])
 
     def read(self, i: int, with_text: bool = True) -> Record:
-        """See `Source.read`.
-
-        Raises:
-          OSError: a file cannot be read.
-          ValueError: the caption is not UTF-8, or its .json file is broken.
-        """
+        """See `Source.read`; an OSError where a file cannot be read, a ValueError for a broken caption."""
         return Record(self.name(i), files.read_image(self._paths[i]), self._text(i) if with_text else None)
 
     def _text(self, i: int) -> str | None:
@@ -77,11 +64,7 @@ class FolderSource:
 
 
 def split_options(path: str) -> tuple[str, dict[str, str]]:
-    """`"a.csv?image=file&text=title"` -> ("a.csv", {"image": "file", "text": "title"}).
-
-    Raises:
-      UserError: there are options that are not known.
-    """
+    """`"a.csv?image=file&text=title"` -> ("a.csv", {"image": "file", "text": "title"}); a UserError for others."""
     match = _OPTIONS.fullmatch(path)
     if not match:
         return path, {}
@@ -116,23 +99,18 @@ def _from_module(path: str) -> Source:
 
 
 def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, allow_urls: bool = False) -> Source:
-    """Opens a data path.
+    """Opens a data path; local files, or those of a scheme (gs://...). A UserError where nothing that can be read is
+    there.
 
-    Args:
-      path: one of the following; files may be local or have a scheme (gs://...).
-        - A .tar shard, a brace or glob pattern of shards, or a folder with shards.
-        - A folder with images at any depth, or a pattern.
-        - A .csv, .tsv or .parquet file, a pattern, or a folder with them; a folder that Hugging Face's `save_to_disk`
-          has written. `?image=COLUMN&text=COLUMN` chooses the columns.
-        - `module:DOTTED.PATH?OPTIONS`: what `open_source(OPTIONS)` of that module returns, a `Source` of your own.
-        - `tfds:name/split`, see `TfdsSource`.
-        - `mix:WEIGHT=PATH;WEIGHT=PATH` of any of these, see `MixtureSource`.
-      cache_dir: folder for the index of tar shards; None: no cache.
-      quiet: report neither progress nor what is left out, as for all processes of a run but the first.
-      allow_urls: whether images that a table names by URL are fetched; `config.data.allow_urls`.
+    - A .tar shard, a brace or glob pattern of shards, or a folder with shards.
+    - A folder with images at any depth, or a pattern.
+    - A .csv, .tsv or .parquet file, a pattern, or a folder with them; a folder that Hugging Face's `save_to_disk` has
+      written. `?image=COLUMN&text=COLUMN` chooses the columns.
+    - `module:DOTTED.PATH?OPTIONS`: what `open_source(OPTIONS)` of that module returns, a `Source` of your own.
+    - `tfds:name/split`, see `TfdsSource`; `mix:WEIGHT=PATH;WEIGHT=PATH` of any of these, see `MixtureSource`.
 
-    Raises:
-      UserError: nothing is there, or nothing that can be read; names `config.data.path`.
+    The index of tar shards is kept in `cache_dir`, if any. `quiet` reports neither progress nor what is left out.
+    `allow_urls` is `config.data.allow_urls`.
     """
     path = path or ""
     if path.startswith(mixture.PREFIX):

@@ -34,13 +34,9 @@ _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-]
 
 
 class _Part(NamedTuple):
-    """The rows of one file.
-
-    Attributes:
-      cells: (row, whether the text is wanted) -> (image, text) as Python objects; None where a cell is empty.
-      place: row -> where it is: "line 7" or "row 6".
-      row_group_bytes: the size of the largest row group, where each row is read with its row group.
-    """
+    """The rows of one file. `cells`: (row, whether the text is wanted) -> (image, text) as Python objects, None where a
+    cell is empty. `place`: row -> "line 7" or "row 6". `row_group_bytes`: of the largest row group, where rows are read
+    with theirs."""
 
     path: str
     rows: int
@@ -57,16 +53,8 @@ def _column(path: str, what: str, columns: Sequence[str], wanted: str | None, kn
 
 
 def choose_columns(path: str, columns: Sequence[str], options: Mapping[str, str]) -> tuple[str, str | None]:
-    """(the column with the images, the column with the captions or None).
-
-    Args:
-      path: the table, for errors.
-      columns: its column names.
-      options: "image" and "text", where they are given.
-
-    Raises:
-      UserError: there is no such column, or none that is known to hold images.
-    """
+    """(the column with the images, the column with the captions or None) of a table's columns; `options` may name them
+    as "image" and "text". A UserError where there is no such column, or none that is known to hold images."""
     image = _column(path, "image", columns, options.get("image"), IMAGE_COLUMNS)
     if image is None:
         raise UserError(
@@ -83,14 +71,8 @@ class TableSource:
     """Records that are rows of tables.
 
     The image is a file (a path relative to the table's folder), the encoded bytes, or a struct of `bytes` and `path` as
-    Hugging Face datasets have it; the caption is a text or a list of texts.
-
-    Args:
-      parts: the tables, in order.
-      allow_urls: whether images are fetched from URLs.
-
-    Raises:
-      UserError: there are no rows, or the first ones have texts that cannot be used as paths.
+    Hugging Face datasets have it; the caption is a text or a list of texts. A UserError where there are no rows, or the
+    first ones have texts that cannot be used as paths.
     """
 
     def __init__(self, parts: Sequence[_Part], allow_urls: bool = False):
@@ -113,12 +95,7 @@ class TableSource:
         return f"{posixpath.basename(self._parts[number].path)}, {self._parts[number].place(row)}"
 
     def read(self, i: int, with_text: bool = True) -> Record:
-        """See `Source.read`.
-
-        Raises:
-          OSError: the table or the image's file cannot be read.
-          ValueError: the cell has no image, or a caption that is no text.
-        """
+        """See `Source.read`; an OSError where a file cannot be read, a ValueError where a cell has no image or text."""
         number, row = locate(self._ends, i)
         image, text = self._parts[number].cells(row, with_text)
         return Record(self.name(i), _image_bytes(image, self._parts[number].path, self._allow_urls), caption(text))
@@ -144,11 +121,8 @@ def _image_bytes(cell, table: str, allow_urls: bool) -> bytes:
 
 
 def _value(scalar: pa.Scalar):
-    """A cell as a Python object; of a struct, its `bytes` or else its `path`.
-
-    Raises:
-      ValueError: it has more bytes than any image.
-    """
+    """A cell as a Python object; of a struct, its `bytes` or else its `path`. A ValueError for more bytes than any
+    image has."""
     if not scalar.is_valid:
         return None
     if isinstance(scalar, pa.StructScalar):
@@ -264,19 +238,8 @@ def _data_files(path: str, arrow_files: Sequence[str]) -> Sequence[str]:
 def open_tables(
     kind: str, paths: Sequence[str], path: str, options: Mapping[str, str], quiet: bool, allow_urls: bool = False
 ) -> TableSource:
-    """Opens tables of one kind.
-
-    Args:
-      kind: "csv", "parquet" or "arrow".
-      paths: the files, as `files.find` gives them.
-      path: what the user gave, for errors.
-      options: "image" and "text": names of columns.
-      quiet: do not warn of files that are slow to read.
-      allow_urls: see `TableSource`.
-
-    Raises:
-      UserError: a file is broken, has no such columns, or the files are of several splits.
-    """
+    """Opens the files of one kind, "csv", "parquet" or "arrow", which `path` of the user stands for; `options` as in
+    `choose_columns`. A UserError where a file is broken, has no such columns, or the files are of several splits."""
     if kind == "arrow":
         paths = _data_files(path, paths)
     splits = {match[1] for f in paths if (match := _SPLIT.search(f.removeprefix(path)))}

@@ -61,14 +61,8 @@ class _Headers:
 
 
 def scan(path: str) -> tuple[list[Member], str]:
-    """Reads the headers of one shard. Damage ends the scan; the complete members before it are kept.
-
-    Returns:
-      (members in archive order, what is wrong with the shard: empty if nothing is).
-
-    Raises:
-      OSError: the file cannot be opened or read.
-    """
+    """(members of a shard in archive order, what is wrong with it: empty if nothing is). Damage ends the scan, and the
+    complete members before it are kept; an OSError where the file cannot be read."""
     length, _ = files.stat(path)
     with files.open_binary(path) as file:
         try:
@@ -107,14 +101,9 @@ _ROW = np.dtype(
 
 
 class _Index(NamedTuple):
-    """The images of one shard or of all shards.
-
-    Attributes:
-      rows: `_ROW` [N].
-      names: UTF-8 of the images' names, one after the other.
-      notes: as JSON, [shard, what is wrong or empty, [further images, some names], [unread images, some names]] of
-        those shards that have any.
-    """
+    """The images of one shard or of all: `rows` are `_ROW` [N], `names` the images' names as UTF-8, one after the
+    other, and `notes` the JSON of [shard, what is wrong or empty, [further images, some names], [unread images, some
+    names]] of those shards that have any."""
 
     rows: np.ndarray
     names: np.ndarray
@@ -233,18 +222,11 @@ def _index(shards: Sequence[str], cache_dir: str | None, quiet: bool) -> _Index:
 
 
 class TarSource:
-    """The images of tar shards as webdataset and img2dataset write them, in archive order.
+    """The images of local or remote tar shards as webdataset and img2dataset write them, in archive order.
 
     A sample, the members of one key, has one image (see `samples.images_of`). Its caption is its `.txt` member, or else
-    the "caption" of its `.json` member, read when it is asked for. Nothing is ever written beside the shards.
-
-    Args:
-      shards: tar files, local or remote.
-      cache_dir: folder for the index, created when needed, or None.
-      quiet: report neither progress nor damaged shards.
-
-    Raises:
-      UserError: a shard cannot be read or has a key twice, or there is not one image in all the shards.
+    the "caption" of its `.json` member, read when it is asked for. The index is kept in `cache_dir`, if any; nothing is
+    ever written beside the shards. A UserError where a shard cannot be read or has a key twice, or there is no image.
     """
 
     def __init__(self, shards: Sequence[str], cache_dir: str | None = None, quiet: bool = False):
@@ -285,12 +267,8 @@ class TarSource:
         return first_caption((kind, files.read_range(shard, offset, size)) for kind, offset, size in places if size)
 
     def read(self, i: int, with_text: bool = True) -> Record:
-        """See `Source.read`.
-
-        Raises:
-          OSError: the shard is shorter than when it was indexed, or no longer there.
-          ValueError: the caption is not UTF-8, or its .json member is broken.
-        """
+        """See `Source.read`; an OSError where the shard is shorter than when it was indexed, a ValueError for a broken
+        caption."""
         row = self._rows[i]
         if row["size"] > files.MAX_IMAGE_BYTES:
             raise ValueError(f"it has {row['size']} bytes, more than any image")

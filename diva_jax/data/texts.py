@@ -23,11 +23,8 @@ def is_file(path: str | os.PathLike) -> bool:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The content of a file of UTF-8, with or without a byte order mark; ends of lines are kept as they are.
-
-    Raises:
-      UserError: it is no regular file, has more than 256 MiB, or is not UTF-8.
-    """
+    """The content of a file of UTF-8, with or without a byte order mark; ends of lines are kept. A UserError if it is
+    no regular file, has more than 256 MiB, or is not UTF-8."""
     try:
         return json_files.read_bytes(path, json_files.MAX_LINES_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -35,11 +32,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-      UserError: it is not valid; gives `where`.
-    """
+    """The value of a JSON text; a UserError, which gives `where`, if it is not valid."""
     try:
         return json_files.decoded(text)
     except ValueError as e:
@@ -67,14 +60,9 @@ def _check_row(header: list[str], fields: list[str], separator: str) -> None:
 
 
 def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of each row of a CSV file that is not blank, the header first; local or remote.
-
-    The separator is the one of comma, tab, semicolon and bar that occurs most often in the first line. All rows have as
-    many fields as the header.
-
-    Raises:
-      UserError: the file is not CSV in UTF-8, a row has another number of fields, or a quote is not closed or swallows
-        other rows; names the line.
+    """(line number, fields) of each row of a CSV file that is not blank, the header first; local or remote. The
+    separator is the one of comma, tab, semicolon and bar that occurs most often in the first line. A UserError names
+    the line that is no CSV in UTF-8, has another number of fields than the header, or whose quote swallows other rows.
     """
     line, separator, header = 0, ",", []
     try:
@@ -98,11 +86,8 @@ def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def csv_records(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, {column: value}) of each row of a CSV file below its header.
-
-    Raises:
-      UserError: as `csv_rows`, or the file lacks one of `columns`.
-    """
+    """(line number, {column: value}) of each row below the header; a UserError as `csv_rows`, or where a column is
+    missing."""
     rows = csv_rows(path)
     _, header = next(rows, (1, []))
     if wrong := [c for c in columns if header.count(c) != 1]:

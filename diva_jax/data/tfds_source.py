@@ -8,18 +8,12 @@ from diva_jax.data.records import TEXT_COLUMNS, Record, caption
 
 
 class TfdsSource:
-    """The records of a prepared tfds dataset in array_record format.
+    """The records of a prepared tfds dataset in array_record format: `tfds:name/split`.
 
-    Args:
-      spec: `tfds:name/split`, where `name` may have a config and a version (`coco/2017:1.1.0`) and `split` a slice
-        (`train[:10%]`). After a `?`: `data_dir=...` for another folder than the default of tfds, `image=...` to choose
-        among several image features, and `text=...` for the feature with the captions (one of `TEXT_COLUMNS` if not
-        given).
-      flag: the flag that gives the spec, for errors.
-      defaults: further options that are allowed, or options that have a value if not given.
-
-    Raises:
-      UserError: the dataset is not there, not in this format, has no records or no such features.
+    `name` may have a config and a version (`coco/2017:1.1.0`) and `split` a slice (`train[:10%]`). After a `?`:
+    `data_dir=...` for another folder than the default of tfds, `image=...` to choose among several image features,
+    `text=...` for the captions (one of `TEXT_COLUMNS` if not given), and the options in `defaults`. A UserError, which
+    names `flag`, where the dataset is not there, not in this format, has no records or no such features.
     """
 
     def __init__(self, spec: str, flag: str = "config.data.path", defaults: Mapping[str, str] | None = None):
@@ -92,11 +86,8 @@ class TfdsSource:
         return Record(self.name(i), record[self._image], text)
 
     def labels(self, feature: str) -> tuple[list[int], list[str]]:
-        """(the label of each record, the names of the classes) of a class-label feature.
-
-        Raises:
-          UserError: there is no such feature.
-        """
+        """(the label of each record, the names of the classes) of a class-label feature; a UserError where there is
+        none."""
         names = getattr(self.features[feature], "names", None) if feature in self.features else None
         if names is None:
             raise self._lacks(f"class label {feature!r}", self.features, "label")

@@ -55,27 +55,17 @@ def clip_clean(text: str) -> str:
 
 
 def siglip_clean(text: str) -> str:
-    """SigLIP's ("canonicalize"): underscores become blanks, ASCII punctuation is removed, lower case, one blank
-    between words."""
+    """SigLIP's ("canonicalize"): underscores become blanks, no ASCII punctuation, lower case, single blanks."""
     text = _basic_clean(text).replace("_", " ").translate(_NO_PUNCTUATION)
     return " ".join(text.lower().split())
 
 
 class ClipTokenizer:
-    """CLIP's lower-cased byte-level BPE, padded with zeros.
+    """CLIP's lower-cased byte-level BPE with `size` ids, padded with zeros to `length`.
 
-    Args:
-      vocab: token -> id, with the two special tokens under open_clip's or transformers' names.
-      merges: pairs, the first learned first.
-      added: tokens that were added to the vocabulary, such as "<cat-toy>" -> whether texts have them in lower case, as
-        transformers' `normalized`; others are found before a text is cleaned.
-      length: ids per text.
-
-    Attributes:
-      size: number of ids.
-
-    Raises:
-      UserError: the vocabulary has no special tokens, or does not map texts to ids, or a merge is not in it.
+    `vocab` is token -> id, the special tokens under open_clip's or transformers' names; of `merges` the first was
+    learned first. `added` tokens, such as "<cat-toy>", map to whether texts have them in lower case (transformers'
+    `normalized`); others are found before a text is cleaned. A UserError where these do not fit each other.
     """
 
     def __init__(
@@ -118,20 +108,9 @@ class ClipTokenizer:
 
 
 class FolderTokenizer:
-    """A tokenizer of transformers on cleaned text, padded as the folder's files state: SigLIP's, MetaCLIP 2's.
-
-    Args:
-      folder: with the files that transformers' AutoTokenizer reads.
-      length: ids per text.
-      clean: applied to every text before.
-      kind: transformers' name of the model whose tokenizer it is, where the files do not say so.
-
-    Attributes:
-      size: number of ids.
-
-    Raises:
-      UserError: the files cannot be read.
-    """
+    """A tokenizer of transformers with `size` ids on cleaned text, padded as the folder's files state: SigLIP's,
+    MetaCLIP 2's. `kind` is transformers' name of its model, where the files do not say it; a UserError where they
+    cannot be read."""
 
     def __init__(self, folder: Path, length: int, clean: Callable[[str], str] = str, kind: str | None = None):
         from transformers import AutoTokenizer
@@ -189,11 +168,8 @@ def _read(path: Path, missing: dict | None = None) -> dict:
 
 
 def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[_Pair], dict[str, bool]]:
-    """(token -> id, merges, added tokens as `ClipTokenizer` has them) from whichever of CLIP's files a folder has.
-
-    Raises:
-      UserError: it has none, or one that is broken.
-    """
+    """(token -> id, merges, added tokens as `ClipTokenizer` has them) from whichever of CLIP's files a folder has; a
+    UserError where it has none, or one that is broken."""
     path = folder / "tokenizer.json"
     try:
         if path.exists():
@@ -228,18 +204,8 @@ _FOLDER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "sentencep
 
 
 def open_tokenizer(text: TextSpec, folder: str | Path) -> Tokenizer:
-    """The tokenizer of a text tower.
-
-    Args:
-      text: its `tokenizer` ("clip", "siglip" or "xlm"), `context_length` and `vocab_size`.
-      folder: where the tokenizer's files are.
-
-    Returns:
-      Texts -> ids, int32 [N, context_length].
-
-    Raises:
-      UserError: files are missing (says which) or broken, or the vocabulary is larger than the tower's.
-    """
+    """The tokenizer of a text tower, texts -> int32 [N, context_length], from the files in a folder. A UserError says
+    which are missing or broken, or that the vocabulary is larger than the tower's."""
     folder = Path(folder)
     if text.tokenizer == "clip":
         tokenizer = ClipTokenizer(*clip_vocabulary(folder), text.context_length)
