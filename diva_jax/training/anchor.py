@@ -16,14 +16,11 @@ PREFIX = "anchor"  # Of the names of the untuned encoder's parameters, which no 
 
 @functools.cache
 def anchored(kind: type[Objective]) -> type[Objective]:
-    """`kind` with `config.anchor.weight` times the anchor term added to its loss.
+    """`kind`, an objective with an input "image", with `config.anchor.weight` times the anchor term added to its loss.
 
     The term is the squared distance of the pooled embedding to that of a frozen copy of `config.backbone.source`: the
-    sum over dimensions, the mean over images. Both encoders see the input "image", resized to the backbone's resolution
-    as its own preprocessing does. It costs a forward pass of each and a backward pass of the tuned one.
-
-    Args:
-      kind: an objective with an input "image", uint8 [S, S, 3].
+    sum over dimensions, the mean over images. Both encoders see the image, uint8 [S, S, 3], resized to the backbone's
+    resolution as its own preprocessing does. It costs a forward pass of each and a backward pass of the tuned one.
     """
 
     class Anchored(kind):

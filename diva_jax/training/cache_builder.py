@@ -31,27 +31,18 @@ def facts(program: Program) -> dict:
 
 
 def open_cache(program: Program) -> Cache | None:
-    """The cache that `config.data.latents` names; None where it is not set.
-
-    Raises:
-      UserError: it cannot be read, or is not one of this config.
+    """The cache that `config.data.latents` names, None where it is not set; a UserError where it is not one of this
+    config.
     """
     path = program.config.data.latents
     return Cache(path, facts(program)) if path else None
 
 
 class Builder:
-    """Writes a cache of latents, or what is missing of it. Each process writes every P-th shard.
+    """Writes a cache of latents, or what is missing of it. Each process writes every P-th shard of `per_shard` images.
 
-    Args:
-      config: a config as `config.default` returns it, without `data.latents`.
-      out: the folder, on this machine or mounted, the same for all processes.
-      crops: of each image.
-      per_shard: images in a shard.
-      batch: images that a device encodes at the same time.
-
-    Raises:
-      UserError: the objective has no VAE, the config or the data is invalid, or `out` holds another cache.
+    `out` is one local or mounted folder for all processes; `batch` images are encoded by a device at the same time. A
+    UserError where the objective has no VAE, the config or the data is invalid, or `out` holds another cache.
     """
 
     def __init__(self, config, out: str, crops: int, per_shard: int, batch: int):
@@ -189,9 +180,8 @@ class Builder:
     def run(self) -> None:
         """Writes all shards that are missing.
 
-        Raises:
-          UserError: the folder cannot be written, is too small, or is not the same one for all processes.
-          RunError: too many images are broken, or a shard cannot be written.
+        A UserError where the folder cannot be written, is too small, or is not the same one for all processes; a
+        RunError where too many images are broken, or a shard cannot be written.
         """
         m, missing = self.manifest, self._prepare()
         size = sum(map(m.shard_bytes, range(m.shards))) / 2**30

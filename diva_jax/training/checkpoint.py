@@ -1,8 +1,7 @@
-"""Checkpoints: what is trained (and its moving average), the optimizer, step, PRNG key and data position, by orbax.
+"""Checkpoints, by orbax: what is trained (and its moving average), the optimizer, step, PRNG key and data position.
 
-Frozen weights are not in them; the sources and hashes they were loaded from are (`meta`), and are compared when
-a run is resumed. A checkpoint is renamed into place once it is complete, so a save that is killed leaves the previous
-checkpoint intact. Checksums are saved with each checkpoint and verified when it is read, see `integrity`.
+A checkpoint is renamed into place once it is complete, with checksums that are verified when it is read (`integrity`).
+Frozen weights are not in it, but the sources and hashes that they were loaded from (`meta`).
 """
 
 import contextlib
@@ -42,10 +41,8 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
-    """Step -> what is wrong, or None; of the checkpoints that were saved to the end, newest first.
-
-    Raises:
-      UserError: they cannot be listed.
+    """Step -> what is wrong, or None; of the checkpoints that were saved to the end, newest first. A UserError where
+    they cannot be listed.
     """
     folder = _folder(workdir)
     try:
@@ -115,14 +112,8 @@ def _quiet(read_only: bool = True):
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds.
-
-    Attributes:
-      step: of it.
-      state: the train state.
-      data: the data position.
-      meta: what `save` was given as `meta`.
-      damaged: step -> what is wrong, of newer checkpoints that cannot be used.
+    """What a checkpoint holds: the train state, the data position, `meta` as it was saved; and what is wrong with newer
+    checkpoints, by step.
     """
 
     step: int
@@ -133,18 +124,11 @@ class Restored(NamedTuple):
 
 
 def restore_newest(workdir: epath.PathLike, abstract_state: Callable[[int], dict]) -> Restored | None:
-    """Restores the newest checkpoint that is what was saved; nothing is written, whatever is damaged.
+    """Restores the newest checkpoint that is what was saved; nothing is written. None where there is no checkpoint at
+    all.
 
-    Args:
-      workdir: of the run.
-      abstract_state: step -> what `Checkpoints.restore` needs to know of its state.
-
-    Returns:
-      None where there is no checkpoint at all.
-
-    Raises:
-      UserError: there are checkpoints, and every one is damaged.
-      RunError: a bucket cannot be reached; its checkpoints may be good.
+    `abstract_state` gives the layout of a step's state. A UserError where every checkpoint is damaged, a RunError where
+    a bucket cannot be reached, whose checkpoints may be good.
     """
     found = _damages(workdir)
     unusable = {step: why for step, why in found.items() if why is not None}
@@ -179,13 +163,10 @@ def identity(workdir: epath.PathLike, step: int) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of a workdir.
+    """The checkpoints of a workdir, of which the newest `keep` are kept; `timeout`: seconds in which all processes must
+    have written their parts.
 
-    Args:
-      workdir: the run's folder; checkpoints are in its `checkpoints`.
-      keep: checkpoints to keep, the newest ones.
-      timeout: seconds in which all processes must have written their parts.
-      read_only: to restore only: nothing is made, cleaned up or deleted, so that another process may write there.
+    With `read_only` nothing is made, cleaned up or deleted, so that another process may write there.
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 3, timeout: int = 300, read_only: bool = False):
@@ -219,17 +200,11 @@ class Checkpoints:
                 ) from e
 
     def save(self, step: int, state: dict, data: dict, meta: dict, wait: bool = False) -> None:
-        """Starts to write a checkpoint; returns when `state` may be overwritten. No-op where it exists.
+        """Starts to write a checkpoint; returns when `state` may be overwritten, with `wait` when it is on disk. No-op
+        where it exists.
 
-        An earlier save that failed is detected here too; the present state is then written instead of it. A save
-        that fails is tried again, a few times; complete checkpoints are not changed.
-
-        Args:
-          step, state, data, meta: what `restore` returns.
-          wait: until it is on disk.
-
-        Raises:
-          RunError: it could not be written.
+        An earlier save that failed is detected here too; the present state is then written instead. A save that fails
+        is tried again, a few times, and is then a RunError; complete checkpoints are not changed.
         """
         meta = meta | {"checksums": integrity.checksums(state)}
         meta |= {"text_checksum": integrity.text_checksum(data, meta)}
@@ -276,11 +251,7 @@ class Checkpoints:
                     folder.rmtree()
 
     def restore(self, step: int, abstract_state: dict) -> tuple[dict, dict, dict]:
-        """(state laid out as `abstract_state` says, data position, meta).
-
-        Raises:
-          Damaged: it is not what was saved.
-        """
+        """(state laid out as `abstract_state` says, data position, meta); `Damaged` where it is not what was saved."""
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
         )
@@ -315,16 +286,8 @@ class Checkpoints:
     ) -> tuple[dict[str, jax.Array], dict]:
         """Restores some trained parameters ("params"), or their moving averages ("ema"), whatever the optimizer was.
 
-        Args:
-          step: of a checkpoint.
-          arrays: name -> shape, dtype and sharding of the result.
-          kind: "params" or "ema".
-
-        Returns:
-          ({name: array}, meta).
-
-        Raises:
-          UserError: the checkpoint is damaged.
+        `arrays` has name -> shape, dtype and sharding of the result. Returns ({name: array}, meta); a UserError where
+        the checkpoint is damaged.
         """
         folder = _folder(self._workdir) / str(step)
         with self._reading(step):
@@ -342,17 +305,9 @@ class Checkpoints:
         return {n: a.astype(arrays[n].dtype) for n, a in found.items()}, meta
 
     def restore_params(self, step: int, device: jax.Device) -> tuple[dict[str, jax.Array], dict]:
-        """What evaluation and export need: the trained parameters, or their moving average if the run keeps one.
+        """What evaluation and export need: the trained parameters, or their moving average where the run keeps one.
 
-        Args:
-          step: of a checkpoint.
-          device: where the arrays go.
-
-        Returns:
-          ({name: array}, meta).
-
-        Raises:
-          UserError: the checkpoint is damaged.
+        Returns ({name: array on the device}, meta); a UserError where the checkpoint is damaged.
         """
         with self._reading(step):
             tree = self._tree(step)

@@ -16,10 +16,8 @@ _REFUSED = re.compile(r"No such compile option: '([^']*)'|Failed to parse '[^']*
 
 
 def parse(text: str) -> dict[str, str]:
-    """Parses options: `"a=1,b=false"` -> {"a": "1", "b": "false"}; "" has none.
-
-    Raises:
-      ValueError: a part is not NAME=VALUE, or a name is given twice.
+    """Parses options: `"a=1,b=false"` -> {"a": "1", "b": "false"}; a ValueError where a part is not NAME=VALUE or a
+    name is given twice.
     """
     pairs = [part.strip().split("=") for part in text.split(",")] if text else []
     options = {pair[0]: pair[-1] for pair in pairs}
@@ -34,11 +32,8 @@ def is_options(text: str) -> bool:
 
 
 def options(setting: str, device: jax.Device) -> dict[str, str] | None:
-    """Returns the compiler's options for a device, for `jax.jit`; None for a device that is not a TPU.
-
-    Args:
-      setting: `config.compiler_options`.
-      device: a device of the mesh, which can be one of a topology without hardware.
+    """The compiler's options, of `config.compiler_options`, for a device (also of a topology without hardware); None
+    for one that is not a TPU.
     """
     if device.platform != "tpu":
         return None
@@ -49,10 +44,8 @@ def options(setting: str, device: jax.Device) -> dict[str, str] | None:
 
 
 def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a lowered step.
-
-    Raises:
-      UserError: the compiler does not know an option of `config.compiler_options`, or its value.
+    """Compiles a lowered step; a UserError where the compiler does not know an option of `config.compiler_options`, or
+    its value.
     """
     try:
         return lowered.compile()
@@ -67,13 +60,11 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def use_cache(setting: str, workdir: epath.Path) -> None:
-    """Keeps compiled programs in a folder, so that they are not compiled again for a restart or a similar run.
+    """Keeps compiled programs in the folder `setting` (`config.compile_cache`), so that a restart need not compile; ""
+    for none.
 
-    Args:
-      setting: `config.compile_cache`: a folder; "" for none; or auto. For a workdir in a bucket, auto is
-        `WORKDIR/cache/compiled`, since its machines come and go. Otherwise it is JAX_COMPILATION_CACHE_DIR, or
-        `~/.cache/diva_jax/compiled`, from which the programs that were not used for longest are removed.
-      workdir: of the run.
+    For a workdir in a bucket, auto is `WORKDIR/cache/compiled`, since its machines come and go. Otherwise it is
+    JAX_COMPILATION_CACHE_DIR, or `~/.cache/diva_jax/compiled`, of limited size.
     """
     if not setting:
         return

@@ -77,23 +77,15 @@ def _not_met(seconds: float) -> str:
 
 
 def initialise(join_timeout: float, lost_timeout: float) -> bool:
-    """Connects to the other processes of the run, if there are others.
+    """Connects to the other processes of the run, if there are others. Returns whether `jax.distributed` was
+    initialised.
 
     They are given by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and detected on TPU slices and
-    under Slurm. This must be called before any other use of devices. If not all processes connect in time, this
-    process exits with an error message of one sentence. The exit code is 2 if the variables were set, and 1 in a
-    cluster, where a machine may be late and a service may start the command again.
-
-    Args:
-      join_timeout: seconds within which all processes must connect.
-      lost_timeout: seconds without a heartbeat after which a process is lost and all others end.
-
-    Returns:
-      Whether `jax.distributed` was initialised, which it may be for a single process too.
-
-    Raises:
-      UserError: the variables do not fit together.
-      RunError: the cluster's description cannot be read.
+    under Slurm. It must be called before any other use of devices. If not all connect within `join_timeout` seconds,
+    this process exits with one sentence: with 2 if the variables were set, with 1 in a cluster, where a machine may be
+    late and a service may start the command again. A process without a heartbeat for `lost_timeout` seconds is lost,
+    and all others end. A UserError where the variables do not fit together, a RunError where the cluster's description
+    cannot be read.
     """
     explicit = _explicit()
     if explicit is None and not _in_cluster():
@@ -174,11 +166,7 @@ def _gather(data: bytes) -> list[bytes]:
 
 
 def check_same(facts: dict[str, str | int | None]) -> None:
-    """Checks that `facts` (description -> value) are the same on all processes.
-
-    Raises:
-      UserError: they differ; raised on every process.
-    """
+    """A UserError, on every process, where `facts` (description -> value) are not the same on all of them."""
     if jax.process_count() == 1:
         return
     first, *others = [json.loads(row) for row in _gather(json.dumps(facts).encode())]

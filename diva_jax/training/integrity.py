@@ -1,8 +1,8 @@
 """Whether a checkpoint is what was saved: its files are there, and its arrays have the checksums written with it.
 
-The checksum of an array is the sum over its 32-bit words (narrower values are widened) of word times an odd number
-that depends on the position, modulo 2**32. It is exact, it is the same for every sharding and number of processes,
-and a change of a single element always changes it: an odd number has an inverse modulo 2**32.
+The checksum of an array is the sum over its 32-bit words of word times an odd number that depends on the position,
+modulo 2**32. It is the same for every sharding and number of processes, and a change of a single element always changes
+it, since an odd number has an inverse modulo 2**32.
 """
 
 import json
@@ -72,11 +72,8 @@ def verify(tree, written: dict[str, int]) -> None:
 
 
 def read_text(folder: epath.Path, item: str) -> dict:
-    """The JSON of an item of a checkpoint.
-
-    Raises:
-      Damaged: it is missing, or no JSON object.
-      UserError: the bucket does not give it.
+    """The JSON of an item of a checkpoint; `Damaged` where it is missing or no object, a UserError where a bucket does
+    not give it.
     """
     try:
         content = json_files.read(folder / item / "metadata", dict[str, Any], "restore it", None)
@@ -101,8 +98,7 @@ def damage(folder: epath.Path) -> str | None:
 def check_files(folder: epath.Path) -> None:
     """Checks what a few small reads can tell of a checkpoint, in a folder named by its step; arrays are not read.
 
-    Raises:
-      Damaged: a part is missing, empty or not readable, or the folder is a copy of another step's.
+    `Damaged` where a part is missing, empty or not readable, or the folder is a copy of another step's.
     """
     for file in () if paths.is_remote(folder) else Path(folder).rglob("*"):
         if not file.is_dir() and not file.is_file():

@@ -65,18 +65,12 @@ def _fill(program: Program, prefix: str, opened: Opened, mine: list[str], wanted
 def initial_arrays(
     program: Program, only: Collection[str] | None = None, every_source: bool = True
 ) -> tuple[dict, dict]:
-    """Loads the arrays of a program: pretrained parts from their sources, others as the objective initialises them.
+    """Loads the arrays `only` (default all): pretrained parts from their sources, others as the objective initialises
+    them.
 
-    Args:
-      program: the program.
-      only: the names to load; default all. A part of which some are loaded is checked as a whole.
-      every_source: whether to also find and hash the sources of parts of which nothing is loaded.
-
-    Returns:
-      ({name: array on its sharding}, {prefix: {"source": names of files, "sha256"}}).
-
-    Raises:
-      UserError: a source is missing, invalid, or of another architecture.
+    Returns ({name: array on its sharding}, {prefix: {"source": names of files, "sha256"}}). A part of which some are
+    loaded is checked as a whole; with `every_source` sources of which nothing is loaded are found and hashed too. A
+    UserError where a source is missing, invalid, or of another architecture.
     """
     wanted = set(program.arrays if only is None else only)
     owner, parts = owners(program), program.objective.pretrained()

@@ -28,10 +28,8 @@ def _kernel() -> str | None:
 
 
 def _read(path: epath.Path) -> dict | None:
-    """The content of a lock; None where there is none, and {} where it was cut short by a kill.
-
-    Raises:
-      UserError: it cannot be read.
+    """The content of a lock; None where there is none, {} where it was cut short by a kill; a UserError where it cannot
+    be read.
     """
     try:
         content = json_files.decoded(json_files.read_bytes(path, _MAX_BYTES))
@@ -68,17 +66,12 @@ def _lives(path: epath.Path, owner: dict) -> bool:
 
 
 class Lock:
-    """The lock of a workdir, held until `close`.
+    """The lock of a workdir, on this machine or in a bucket, held until `close`.
 
     It is created exclusively. One that a killed run has left is taken over: at once if that process was one of this
     machine, else after the lock has not been renewed for `STALE_AFTER_S` seconds. A run that was stopped for longer
-    finds the token of another run in it, and must end.
-
-    Args:
-      workdir: of the run; a folder or in a bucket.
-
-    Raises:
-      UserError: another process trains in this workdir, or it cannot be written.
+    finds the token of another run in it, and must end. A UserError where another process trains there, or it cannot be
+    written.
     """
 
     def __init__(self, workdir: epath.Path):
@@ -134,11 +127,7 @@ class Lock:
         return not self._lost.is_set()
 
     def check(self, now: bool = False) -> None:
-        """Raises a RunError where another run has taken the workdir over.
-
-        Args:
-          now: read the file; otherwise the result of the last renewal is used.
-        """
+        """A RunError where another run has taken the workdir over, by the last renewal or, with `now`, by the file."""
         if self._lost.is_set() or (now and not self._is_mine()):
             raise RunError(
                 f"another run has taken --workdir={self._workdir} over, because this one did not renew its lock for "

@@ -62,12 +62,8 @@ class Profile:
 class Loaded(NamedTuple):
     """The arrays of a run as it starts or resumes.
 
-    Attributes:
-      state: the train state.
-      frozen: name -> array, for parameters that no stage trains.
-      origins: prefix -> {"source", "sha256"} of the initial weights.
-      checkpoints: the checkpoints of the workdir.
-      parent: record of the checkpoint that it began with, see `workdirs.Parent.record`; None where there is none.
+    `origins` has prefix -> {"source", "sha256"} of the initial weights, `parent` the record of the checkpoint that it
+    began with, see `workdirs.Parent.record`.
     """
 
     state: dict
@@ -216,15 +212,12 @@ class Run:
         return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, checkpoints, record)
 
     def run(self) -> bool:
-        """Trains to the end, or to SIGTERM or the first SIGINT; saves in each case.
+        """Trains to the end, or to SIGTERM or the first SIGINT; saves in each case. Returns whether the run is
+        finished.
 
-        Returns:
-          Whether the run is finished; if not, `stopped_by` is the signal.
-
-        Raises:
-          UserError: weights are missing, invalid, or of another architecture.
-          RunError: the loss or gradient is not finite, too many images cannot be read, a checkpoint cannot be
-            written, or another process is lost; the last checkpoint is kept.
+        If it is not, `stopped_by` is the signal. A UserError where weights are missing, invalid, or of another
+        architecture. A RunError where the loss or gradient is not finite, too many images cannot be read, a checkpoint
+        cannot be written, or another process is lost; the last checkpoint is kept.
         """
         if self.finished:
             return True

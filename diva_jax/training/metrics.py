@@ -53,19 +53,9 @@ class Writer:
     """Appends rows to `metrics.jsonl`, TensorBoard and Weights & Biases, and messages to `log.txt`.
 
     Rows of an interrupted run after `step` are removed. Each row has `seconds`, the time since this session of the run
-    began; `sessions.json` lists the sessions with their first step, time, versions and devices.
-
-    In a bucket, the files are updated twice per minute, and by `flush` and `close`.
-
-    Args:
-      workdir: of the run.
-      step: completed steps.
-      tensorboard: whether to write TensorBoard's events.
-      wandb: `config.log.wandb`.
-      config: the run's config, for Weights & Biases.
-
-    Raises:
-      UserError: no run of Weights & Biases can be started.
+    began; `sessions.json` lists the sessions with their first step, time, versions and devices. In a bucket, the files
+    are updated twice per minute, and by `flush` and `close`. A UserError where no run of Weights & Biases can be
+    started.
     """
 
     def __init__(
@@ -133,16 +123,10 @@ class Writer:
 
 
 class Progress:
-    """Collects the steps' metrics, checks that they are finite, and reports every `every` steps.
+    """Collects the steps' metrics, checks that they are finite, and reports every `every` steps to the writer, if any.
 
-    The metrics of a step are fetched after the next step has been started, so that the device does not wait.
-
-    Args:
-      writer: the writer; None on processes that do not report.
-      start, total: the number of completed steps, and of steps of the whole run.
-      every: steps between reports.
-      images: images per step.
-      utilisation: model FLOPs utilisation (MFU) at one image per second; None if the peak is not known.
+    The metrics of a step are fetched after the next step has been started, so that the device does not wait. `images`
+    is their number per step, `utilisation` the MFU at one image per second, None if the chip's peak is not known.
     """
 
     def __init__(
@@ -183,11 +167,7 @@ class Progress:
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Waits for the pending step and reports it.
-
-        Raises:
-          RunError: its loss or gradient is not finite.
-        """
+        """Waits for the pending step and reports it; a RunError where its loss or gradient is not finite."""
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None

@@ -53,9 +53,7 @@ class OptimOptions:
 def pace(stage: Stage, warmup: float) -> Pace:
     """The numbers of a stage's learning rate, as numpy scalars.
 
-    Args:
-      stage: gives peak, steps and steps of the warm-up.
-      warmup: share of the stage's steps, rounded up, where the stage does not give the warm-up in steps (None or -1).
+    Where the stage does not give its warm-up in steps (None or -1), it is the share `warmup` of them, rounded up.
     """
     given = stage.warmup_steps is not None and stage.warmup_steps >= 0
     warm = min(stage.warmup_steps if given else math.ceil(warmup * stage.steps), stage.steps - 1)
@@ -65,12 +63,8 @@ def pace(stage: Stage, warmup: float) -> Pace:
 def learning_rate(stage: Stage, numbers: Pace) -> optax.Schedule:
     """Linear from 0 to the peak, then as `stage.schedule` says: cosine to 0 at the stage's last step, or constant.
 
-    The schedule's argument counts steps from the stage's start; its first value is 0 where there is a warm-up, which
-    leaves at least one step after it. A stage with a `rate` of its own has that one.
-
-    Args:
-      stage: gives the form: `rate`, or `schedule` (None: cosine).
-      numbers: of `pace`, or the same traced.
+    The argument counts steps from the stage's start. `numbers` are those of `pace`, or traced. A stage with a `rate` of
+    its own has that one.
     """
     if stage.rate is not None:
         return lambda count: stage.rate(count, numbers)
@@ -85,15 +79,11 @@ def learning_rate(stage: Stage, numbers: Pace) -> optax.Schedule:
 
 
 def optimizer(config, lr: optax.Schedule, scales: Mapping[str, float]) -> optax.GradientTransformation:
-    """The optax chain: clip by global norm, SGD with momentum or AdamW, per-parameter scale.
+    """The optax chain of `config.optim`: clip by global norm, SGD with momentum or AdamW, per-parameter scale (name ->
+    `scales`).
 
     Weight decay reaches matrices and convolutions, and with `decay_all` biases, norms and embeddings of one axis, but
-    no parameter whose whole name matches `no_decay`.
-
-    Args:
-      config: `config.optim`.
-      lr: learning rate by step of the stage; the optimizer's state does not depend on it.
-      scales: name -> learning-rate scale, for the trained parameters.
+    no parameter whose whole name matches `no_decay`. The optimizer's state does not depend on `lr`.
     """
     decay, spared = config.weight_decay, re.compile(config.no_decay)
 

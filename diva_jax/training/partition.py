@@ -21,12 +21,7 @@ def name_of(path: tuple) -> str:
 
 
 class Skeleton(NamedTuple):
-    """A module without its arrays, from which `merge` makes a module again.
-
-    Attributes:
-      graph: from `nnx.split`.
-      variables: name -> (path, variable without a value).
-    """
+    """A module without its arrays: the graph of `nnx.split`, and name -> (path, variable without a value)."""
 
     graph: nnx.GraphDef
     variables: Mapping[str, tuple[tuple, nnx.Variable]]
@@ -50,10 +45,9 @@ def disassemble(module: nnx.Module) -> tuple[Skeleton, dict[str, jax.Array]]:
 
 
 def scales(table: Iterable[tuple[str, float]], names: Iterable[str]) -> dict[str, float]:
-    """Returns name -> learning-rate scale (0: frozen), by the first pattern that matches the whole name.
+    """Name -> learning-rate scale (0: frozen), by the first pattern that matches the whole name.
 
-    Raises:
-      UserError: no pattern matches a name, a pattern matches no name or is invalid, or nothing is trained.
+    A UserError where no pattern matches a name, a pattern matches no name or is invalid, or nothing is trained.
     """
     table, names = list(table), list(names)
     out, used = {}, set()

@@ -14,14 +14,8 @@ BATCH = P(("data", "fsdp"))
 
 
 def make_mesh(config, devices=None) -> Mesh:
-    """Returns a (`data`, `fsdp`) mesh over all devices.
-
-    Args:
-      config: `config.mesh`.
-      devices: the devices; default all of the run.
-
-    Raises:
-      UserError: the sizes do not multiply to the number of devices.
+    """A (`data`, `fsdp`) mesh over all devices, by default those of the run, as `config.mesh` says; a UserError where
+    its sizes do not multiply to their number.
     """
     devices = jax.devices() if devices is None else devices
     n, fsdp = len(devices), config.fsdp

@@ -1,7 +1,4 @@
-"""The train step: one pure function, its abstract inputs and their shardings.
-
-`loop.py` runs it and `aot.py` compiles it for TPUs without the hardware; both get it from `Program`.
-"""
+"""The train step: one pure function, its abstract inputs and their shardings, for training and for `aot`."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -50,19 +47,13 @@ def train_step(
     accum: int,
     decay: float = 0.0,
 ) -> tuple[dict, dict]:
-    """One optimizer step.
+    """One optimizer step. Returns (new state, float32 scalars: loss, grad_norm before the clip, lr, and the objective's
+    own metrics).
 
-    Args:
-      state: {"params": {name: array}, "opt": optax state of the active ones, "step": int32 [], "key": uint32}, and
-        where it is kept "ema": the exponential moving average of "params", {name: array}.
-      frozen: the parameters that no stage trains.
-      batch: the objective's inputs, each [B, *shape], and "row": int32 [B].
-      pace: the numbers of the stage's learning rate.
-      skeleton, active, tx, rate, accum, decay: static; `active` are the stage's trained names, `tx` makes the optimizer
-        of a learning rate, `rate` the learning rate of its numbers, `decay` is that of the moving average.
-
-    Returns:
-      (new state, metrics: float32 scalars loss, grad_norm (before the clip), lr, and the objective's own).
+    The state is {"params": {name: array}, "opt": optax state of the active ones, "step": int32 [], "key": uint32}, and
+    where it is kept "ema": the exponential moving average of "params". The batch has the objective's inputs, each [B,
+    *shape], and "row": int32 [B]. Static are: the stage's trained names `active`, `tx` (learning rate -> optimizer),
+    `rate` (pace -> learning rate), `accum`, and the moving average's `decay`.
     """
     trained = {n: a for n, a in state["params"].items() if n in active}
     idle = {n: a for n, a in state["params"].items() if n not in active}
@@ -101,14 +92,9 @@ def train_step(
 class Program:
     """A config on a mesh: the objective without its arrays, which arrays it has, and one compiled step per stage.
 
-    Attributes:
-      config, mesh: as given.
-      objective: the objective, abstract: its inputs, sources, towers and FLOPs.
-      stages: the run's stages.
-      skeleton: the objective without its arrays.
-      arrays: name -> ShapeDtypeStruct with its sharding, of every parameter.
-      scales: per stage, name -> learning-rate scale (0: frozen); the anchor's parameters are not in it.
-      trained: names that some stage trains; these alone are in the state and in checkpoints.
+    `arrays` has name -> ShapeDtypeStruct with its sharding, of every parameter; `scales`, per stage, name ->
+    learning-rate scale (0: frozen), without the anchor's; `trained` the names that some stage trains, which alone are
+    in the state and in checkpoints.
     """
 
     def __init__(self, config, mesh: Mesh):
@@ -254,10 +240,7 @@ class Program:
 class Step(NamedTuple):
     """The step of a stage: (state, frozen, batch) -> (state, metrics).
 
-    Attributes:
-      jitted: the program, with `pace` as a further argument, so that it is not compiled again for another number of
-        steps or learning rate.
-      pace: the numbers of the stage's learning rate.
+    The pace is an argument of the jitted program, so that it is not compiled again for another number of steps or rate.
     """
 
     jitted: Any

@@ -19,11 +19,11 @@ def to_device(batch: dict[str, np.ndarray], shardings: jax.sharding.Sharding) ->
 
 
 class Steps:
-    """The step of each stage of a program, compiled at its first batch; several runs of the program can share them.
+    """The step of each stage of a program, compiled at its first batch; `on_compiled` gets the seconds that each
+    compilation took.
 
-    Args:
-      program: whose config may be changed between runs in what no compiled step depends on (seed, data, steps).
-      on_compiled: gets the seconds that each compilation took.
+    Several runs can share them: the config may change between them in what no compiled step depends on (seed, data,
+    steps).
     """
 
     def __init__(self, program: Program, on_compiled: Callable[[float], None] = lambda seconds: None):
@@ -63,20 +63,11 @@ def train_steps(
     start: int,
     end: int,
 ) -> Iterator[tuple[int, dict, dict[str, jax.Array]]]:
-    """Makes optimizer steps; a stage that follows another one begins with a new optimizer.
+    """Makes the steps from `start` to `end`; yields (completed steps, state, metrics) after each.
 
-    Args:
-      steps: of the program.
-      state: the train state after `start` steps, see `step.train_step`; it is donated.
-      frozen: name -> array of the parameters that no stage trains.
-      next_batch: returns this process's rows of the next batch; None ends the training.
-      start, end: numbers of completed steps.
-
-    Yields:
-      (completed steps, state, metrics of the step) after each step; the next one reuses the memory of the state.
-
-    Raises:
-      UserError: the compiler refuses `config.compiler_options`.
+    The state, see `step.train_step`, is donated to the next step. `next_batch` returns this process's rows of a batch;
+    None ends the training. A stage that follows another one begins with a new optimizer. A UserError where the compiler
+    refuses `config.compiler_options`.
     """
     program = steps.program
     for step in range(start, end):

@@ -23,17 +23,10 @@ def _leaves(skeleton: Skeleton, arrays: Mapping[str, jax.Array]) -> Flat:
 
 
 class Towers:
-    """The towers of an objective, traced once.
+    """The towers of an objective, traced once: `shapes` has tower -> name -> ShapeDtypeStruct.
 
     Most parameters of a tower are parameters of the objective under another name; others (merged adapters) are computed
     from several. Tracing `Objective.towers` shows which parameters each of them needs.
-
-    Args:
-      skeleton: the objective without its arrays.
-      arrays: every parameter of the objective, name -> anything with a shape and dtype.
-
-    Attributes:
-      shapes: tower -> name -> ShapeDtypeStruct.
     """
 
     def __init__(self, skeleton: Skeleton, arrays: Mapping[str, jax.ShapeDtypeStruct]):
@@ -56,11 +49,7 @@ class Towers:
                 self._same[leaf] = inputs[var]
 
     def check(self, spec: Spec) -> None:
-        """Checks that each tower has the parameters of the tower of the backbone `spec`.
-
-        Raises:
-          UserError: the names or shapes differ, or a tower is not known.
-        """
+        """A UserError where a tower has other names or shapes than that of the backbone `spec`, or is not known."""
         makers = {"vision": backbones.build, "text": Text}
         for tower, shapes in self.shapes.items():
             if tower in makers:
@@ -82,14 +71,10 @@ class Towers:
         return frozenset().union(*(names for (t, _), names in self._needs.items() if t == tower))
 
     def __call__(self, arrays: Mapping[str, jax.Array], wanted: Iterable[str] | None = None) -> Flat:
-        """Computes the towers of these parameters.
+        """The towers `wanted` (default all) of these parameters: tower -> name -> array, for an unchanged parameter the
+        given array.
 
-        Args:
-          arrays: name -> array, at least those that `needs` names; on devices or on the host.
-          wanted: the names of the towers; default all.
-
-        Returns:
-          tower -> name -> array. For an unchanged parameter it is the given array, not a copy.
+        `arrays` has at least those that `needs` names, on devices or on the host.
         """
         wanted = set(self.shapes if wanted is None else wanted)
         leaves = [leaf for leaf in self._needs if leaf[0] in wanted]

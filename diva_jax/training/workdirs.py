@@ -46,13 +46,10 @@ def _run_config(workdir: epath.PathLike) -> dict | None:
 
 
 def check_config(workdir: epath.PathLike, config) -> int | None:
-    """Checks that the checkpoints of a workdir, if there are any, are those of this config.
+    """Checks that the checkpoints of a workdir, if there are any, are those of this config; a UserError where they are
+    not.
 
-    Returns:
-      The run's number of `config.steps` where the config has more, which extends it; otherwise None.
-
-    Raises:
-      UserError: they are of another config.
+    Returns the run's number of `config.steps` where the config has more, which extends it; otherwise None.
     """
     if checkpoint.latest_step(workdir) is None or (there := _run_config(workdir)) is None:
         return None
@@ -120,10 +117,8 @@ def check_sources(there: dict, here: dict) -> None:
 
 
 def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict:
-    """The config that a run wrote into its workdir.
-
-    Raises:
-      UserError: there is no run, or its config names code that is not trusted, see `imports`.
+    """The config that a run wrote into its workdir; a UserError where there is no run, or its config names code that is
+    not trusted.
     """
     found = _run_config(paths.folder(workdir, field))
     if found is None:
@@ -136,10 +131,8 @@ def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict
 
 
 def choose_step(workdir: epath.PathLike, step: int | None = None, given: str = "") -> int:
-    """`step`, or the newest one; `given` is what the user wrote for it, default `--step=STEP`.
-
-    Raises:
-      UserError: there is no such checkpoint; lists those that exist.
+    """`step`, or the newest one; a UserError lists those that exist. `given` is what the user wrote for it, default
+    `--step=STEP`.
     """
     given, workdir = given or f"--step={step}", epath.Path(workdir).expanduser()
     there, damaged = checkpoint.steps(workdir), checkpoint.damaged(workdir)
@@ -169,13 +162,8 @@ def _host() -> jax.Device:
 
 @dataclasses.dataclass(frozen=True)
 class Parent:
-    """The checkpoint of a run that another run starts from.
-
-    Attributes:
-      workdir: of the run.
-      step: of the checkpoint.
-      shapes: name -> shape of what the run has trained.
-      sha256: of the files that describe the checkpoint, which no other one shares.
+    """The checkpoint of a run that another run starts from: what it has trained, name -> shape, and the SHA-256 of its
+    description, which no other checkpoint shares.
     """
 
     workdir: str
@@ -185,14 +173,8 @@ class Parent:
 
     @classmethod
     def open(cls, text: str, field: str = "--init_from") -> "Parent":
-        """Finds a checkpoint.
-
-        Args:
-          text: WORKDIR, of which the newest step is taken, or WORKDIR:STEP.
-          field: that `text` is from, named in errors.
-
-        Raises:
-          UserError: no run, no checkpoint, or no such step.
+        """Finds WORKDIR (the newest step) or WORKDIR:STEP, the value of `field`; a UserError where there is no such
+        checkpoint.
         """
         workdir, step = places.split_step(text)
         where = paths.folder(workdir, field)
@@ -203,10 +185,8 @@ class Parent:
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any]) -> "Parent":
-        """The checkpoint of which a run says that it began there, see `record`.
-
-        Raises:
-          UserError: it is gone, or is another one.
+        """The checkpoint of which a run says that it began there, see `record`; a UserError where it is gone, or is
+        another one.
         """
         where = f"{record['workdir']}:{record['step']}"
         try:
@@ -224,11 +204,7 @@ class Parent:
         return {"workdir": self.workdir, "step": self.step, "sha256": self.sha256, "frozen": sorted(frozen)}
 
     def matching(self, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
-        """The names of arrays that are in the checkpoint, in the same shape.
-
-        Raises:
-          UserError: there are none.
-        """
+        """The names of arrays that are in the checkpoint, in the same shape; a UserError where there are none."""
         found = [n for n, a in arrays.items() if self.shapes.get(n) == tuple(a.shape)]
         if not found:
             raise UserError(
@@ -247,12 +223,8 @@ class Parent:
 
 @dataclasses.dataclass(frozen=True)
 class RunAt:
-    """A run at one step: what it has trained, over the weights that it began with; arrays are on the host.
-
-    Attributes:
-      workdir: of the run.
-      step: of one of its checkpoints.
-      config: of the run.
+    """A run at the step of one of its checkpoints: what it has trained, over the weights that it began with; arrays are
+    on the host.
     """
 
     workdir: epath.PathLike
@@ -261,10 +233,8 @@ class RunAt:
 
     @classmethod
     def open(cls, workdir: epath.PathLike, step: int | None = None) -> "RunAt":
-        """Reads a run at a step, default the newest.
-
-        Raises:
-          UserError: no run, no checkpoint, no such step, or it is damaged, or `config.json` is that of another run.
+        """Reads a run at a step, default the newest. A UserError where there is no such checkpoint, it is damaged, or
+        `config.json` is that of another run.
         """
         config = read_config(workdir)
         while True:
@@ -316,13 +286,8 @@ class RunAt:
         return self._restored[1]["sources"]
 
     def towers(self, wanted: Iterable[str] | None = None) -> towers.Flat:
-        """The tuned towers, adapters merged; see `Objective.towers`.
-
-        Args:
-          wanted: their names; default all.
-
-        Raises:
-          UserError: weights that the run began with are gone, or are not the same files.
+        """The tuned towers, default all, adapters merged; see `Objective.towers`. A UserError where weights that the
+        run began with are gone, or are not the same files.
         """
         self.program.check_exportable()
         wanted = list(self.program.towers.shapes if wanted is None else wanted)
