@@ -1,7 +1,5 @@
-"""Name tables of the towers of a backbone, between our modules and open_clip's checkpoints.
-
-An open_clip checkpoint has both towers and the scale and bias of the logits. The table of one tower requires the names
-of that tower, ignores the other known names, and rejects unknown names.
+"""Name tables of a backbone's towers. Each requires its tower's names in an open_clip checkpoint and ignores other
+known ones.
 """
 
 from diva_jax.models.backbones import Spec, architecture
@@ -15,10 +13,8 @@ def vision_table(spec: Spec) -> Table:
 
 
 def text_table(spec: Spec) -> Table:
-    """Returns the table from `Text` to names at the top level for CLIP, and under `text.` for SigLIP and EVA02-CLIP.
-
-    Raises:
-      UserError: there is no text tower.
+    """The table from `Text` to names at the top level for CLIP, and under `text.` for SigLIP and EVA02-CLIP; a
+    UserError without a text tower.
     """
     require_text(spec)
     return architecture(spec.arch).TEXT

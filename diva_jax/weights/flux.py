@@ -70,12 +70,9 @@ def _open(source: str, config: FluxVAEConfig, field: str) -> tuple[Tensors, name
 
 
 def vae(source: str, config: FluxVAEConfig, field: str) -> Part:
-    """The encoder of FLUX's autoencoder.
+    """The encoder of FLUX's autoencoder; `field` is the config section of `source` and `config`, named in errors.
 
-    Args:
-      source: `ae.safetensors`, a folder that holds it, a diffusers folder (the pipeline's or `vae`), or a hub id.
-      config: the shape.
-      field: the config section that `source` and `config` are from, named in errors.
+    The source is `ae.safetensors`, a folder that holds it, a diffusers folder (the pipeline's or `vae`), or a hub id.
     """
 
     def opened():

@@ -1,6 +1,5 @@
-"""Conversion between models of transformers and open_clip's names: tensors and config files.
-
-The table of each architecture is its `TRANSFORMERS`.
+"""Conversion between models of transformers, with each architecture's `TRANSFORMERS`, and open_clip's names: tensors
+and config files.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,11 +20,7 @@ def _with_layout() -> list[ModuleType]:
 
 
 def _layout(spec: Spec) -> Layout:
-    """Returns the layout of `spec` in transformers.
-
-    Raises:
-      UserError: transformers has no such model.
-    """
+    """The layout of `spec` in transformers; a UserError where transformers has no such model."""
     layout = architecture(spec.arch).TRANSFORMERS
     if layout is None:
         raise UserError(f"transformers has no {spec.arch} model: use --format=open_clip or --format=pt")
@@ -77,15 +72,9 @@ def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[st
 
 
 def to_open_clip_names(tensors: Tensors, spec: Spec, source: str) -> Tensors:
-    """Converts transformers' names and layouts to those of open_clip, lazily.
+    """Converts the names and layouts of a whole transformers model, `source` in errors, to those of open_clip, lazily.
 
-    Args:
-      tensors: the tensors of the whole model.
-      spec: the model, see `from_transformers`.
-      source: the source, named in errors.
-
-    Raises:
-      UserError: names are missing or unknown; lists them.
+    A UserError lists names that are missing or unknown.
     """
     plan = _layout(spec).recipes(spec)
     known = {n for r in plan for n in r.hf}
@@ -106,18 +95,10 @@ def to_transformers_names(tensors: Mapping[str, Any], spec: Spec) -> dict[str, T
 def from_transformers(
     config: Mapping[str, Any], preprocessor: Mapping[str, Any], where: str
 ) -> tuple[Spec, frozenset[str]]:
-    """Returns the Spec that a transformers folder describes.
+    """(The Spec that a transformers folder `where` describes, the fields of it that the folder does not specify).
 
-    Args:
-      config: the content of config.json.
-      preprocessor: the content of preprocessor_config.json, or {}.
-      where: the folder, named in errors.
-
-    Returns:
-      (spec, the fields of it that the folder does not specify).
-
-    Raises:
-      UserError: the model or its activation is not implemented.
+    `config` and `preprocessor` are the contents of config.json and preprocessor_config.json, or {}. A UserError where
+    the model or its activation is not implemented.
     """
     kind = config.get("model_type")
     layouts = {model: module.TRANSFORMERS for module in _with_layout() for model in module.TRANSFORMERS.models}
@@ -131,14 +112,8 @@ def from_transformers(
 
 
 def to_transformers(spec: Spec, dtype: str) -> dict:
-    """Returns the content of config.json for `spec`.
-
-    Args:
-      spec: the model.
-      dtype: the dtype of the weights, e.g. "float32".
-
-    Raises:
-      UserError: transformers has no such model.
+    """The content of config.json for `spec` with weights of a dtype, e.g. "float32"; a UserError where transformers has
+    no such model.
     """
     return _layout(spec).to_config(spec, dtype)
 

@@ -34,12 +34,8 @@ def _part(config):
 
 
 def fill_vision(source: origins.ClipSource, spec: Spec, state, put=None):
-    """Returns the filled state of `spec`'s vision tower; interpolates position embeddings to its resolution if needed.
-
-    The source has been checked by `origins.check_architecture`.
-
-    Raises:
-      UserError: its names, shapes or values do not fit.
+    """The filled state of `spec`'s vision tower, of a source that `origins.check_architecture` has checked; positions
+    are interpolated if needed.
     """
     tensors = resample.to_resolution(source.tensors, spec)
     if tensors is not source.tensors:
@@ -49,11 +45,7 @@ def fill_vision(source: origins.ClipSource, spec: Spec, state, put=None):
 
 
 def check_text(source: origins.ClipSource, spec: Spec) -> None:
-    """Checks that the source has the text tower `spec.text`.
-
-    Raises:
-      UserError: there is no text tower, or it is of another architecture.
-    """
+    """A UserError where the source has no text tower, or not the one of `spec.text`."""
     require_text(spec)
     if not source.has_text:
         raise UserError(f"{source.where} contains only a vision tower: give the checkpoint of the whole model")
@@ -67,12 +59,8 @@ def check_text(source: origins.ClipSource, spec: Spec) -> None:
 
 
 def fill_text(source: origins.ClipSource, spec: Spec, state, put=None):
-    """Returns the filled state of `spec`'s text tower; positions are stretched to its context where it asks for that.
-
-    The source has been checked by `check_text`.
-
-    Raises:
-      UserError: its values do not fit.
+    """The filled state of `spec`'s text tower, of a source that `check_text` has checked; positions are stretched where
+    it asks for that.
     """
     tensors = resample.to_context(source.tensors, spec.text)
     if tensors is not source.tensors:
@@ -90,13 +78,7 @@ TOWERS = {
 def open_diffusers(folder: Path, config, field: str = "") -> Tensors:
     """Opens the tensors of a U-Net, VAE encoder or text encoder, in the folder of a pipeline or of the part.
 
-    Args:
-      folder: the folder of the pipeline or of the part.
-      config: a UNetConfig, VAEConfig or TextEncoderConfig.
-      field: the config section of `config`, named in errors.
-
-    Raises:
-      UserError: the folder's config.json differs from `config`.
+    A UserError where the folder's config.json differs from `config`, which is the section `field` of the config.
     """
     part, _, _, stems = _part(config)
     folder = folder / part if (folder / part).is_dir() else folder
@@ -106,10 +88,8 @@ def open_diffusers(folder: Path, config, field: str = "") -> Tensors:
 
 
 def check_schedule(folder: Path, config: ScheduleConfig) -> None:
-    """Checks that a pipeline's folder has this noise schedule; one without a scheduler is not checked.
-
-    Raises:
-      UserError: it has another one, or one that is not implemented.
+    """A UserError where a pipeline's folder has another noise schedule than this; one without a scheduler is not
+    checked.
     """
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
@@ -119,10 +99,8 @@ def check_schedule(folder: Path, config: ScheduleConfig) -> None:
 
 
 def fill_diffusers(tensors: Tensors, config, state, put=None):
-    """Returns the state of a U-Net, VAE encoder or text encoder, filled with the tensors of `open_diffusers`.
-
-    Raises:
-      UserError: names or shapes do not fit.
+    """The state of a U-Net, VAE encoder or text encoder, filled with the tensors of `open_diffusers`; a UserError where
+    they do not fit.
     """
     return names.assign(state, tensors, _part(config)[2], source=str(tensors.files[0].parent), put=put)
 

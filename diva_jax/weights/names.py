@@ -1,9 +1,8 @@
 """PyTorch checkpoints into our NNX modules and back, strict in both directions.
 
 A `Table` (`models.names`) turns the path of a parameter into its name in a checkpoint. The map is made by walking the
-model, so it covers every parameter, and is used both ways: `assign` fills a model from tensors, `to_torch` writes
-them back. Layouts: `kernel` [in, out] is PyTorch's `weight` [out, in], and a
-convolution's `kernel` [H, W, in, out] its `weight` [out, in, H, W]; everything else is carried as it is.
+model, so it covers every parameter. Layouts: `kernel` [in, out] is PyTorch's `weight` [out, in], and a convolution's
+`kernel` [H, W, in, out] its `weight` [out, in, H, W]; everything else is carried as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,16 +29,9 @@ def check_type(name: str, dtype: np.dtype, source: str) -> None:
 
 
 def check_values(name: str, array: np.ndarray, source: str, may_be_zero: bool = True) -> None:
-    """Checks the values of one tensor, in one pass over its bits.
+    """Checks a tensor of floats of 2, 4 or 8 bytes, of any strides, in one pass over its bits.
 
-    Args:
-      name: of the tensor, for the message.
-      array: of a floating type of 2, 4 or 8 bytes, of any strides.
-      source: of the tensor, for the message.
-      may_be_zero: whether every value may be zero, as in biases.
-
-    Raises:
-      UserError: a value is NaN or infinite, or all are zero.
+    A UserError where a value is NaN or infinite, or, unless `may_be_zero`, as biases may, where all are zero.
     """
     flat_array = array.ravel(order="K")
     bits = flat_array.view(f"u{array.dtype.itemsize}")
@@ -55,10 +47,8 @@ def check_values(name: str, array: np.ndarray, source: str, may_be_zero: bool = 
 
 
 def check_names(state, tensors: Mapping, table: Table, *, source: str = "the checkpoint") -> None:
-    """Compares names and shapes of a checkpoint with those of a state; arguments as `assign`'s.
-
-    Raises:
-      UserError: a name is unknown, missing, or of another shape; lists them all.
+    """A UserError lists the names of a checkpoint that are unknown, missing, or of another shape than in a state;
+    arguments as `assign`'s.
     """
     names = {table.canonical(n): n for n in tensors}
     shapes = {table.torch_name(path): torch_shape(path, var.shape) for path, var in flat(state).items()}
@@ -81,21 +71,12 @@ def assign(
     source: str = "the checkpoint",
     put: Callable[[tuple, np.ndarray, jax.ShapeDtypeStruct], jax.Array] | None = None,
 ):
-    """Fills an abstract state with a checkpoint's tensors.
+    """Fills an abstract module or state with a checkpoint's tensors, which may be lazy; returns a state with its
+    dtypes.
 
-    Args:
-      state: module or state whose variables hold anything with shape and dtype (`nnx.eval_shape`'s result).
-      tensors: name -> array; may be lazy: values need `.shape` and, when read, `np.asarray`. Read in two threads.
-      table: the names.
-      source: named in errors.
-      put: (path, array in our layout and dtype, of any strides, wanted shape and dtype) -> device array.
-
-    Returns:
-      A state of the same structure, each array of the dtype that the abstract one has.
-
-    Raises:
-      UserError: a name is unknown, missing, or of another shape (lists them all); or a tensor is not of a floating
-        type, not finite, or a kernel of zeros.
+    `put` makes device arrays of (path, array in our layout and dtype, of any strides, wanted shape and dtype), in two
+    threads. A UserError as of `check_names`, and where a tensor is not of a floating type, not finite, or a kernel of
+    zeros.
     """
     put = put or (lambda path, array, want: jax.device_put(array))
     check_names(state, tensors, table, source=source)

@@ -24,17 +24,11 @@ from diva_jax.weights.writers import OPEN_CLIP_CONFIG
 
 @dataclasses.dataclass(frozen=True)
 class ClipSource:
-    """A checkpoint of a backbone.
+    """A checkpoint of a backbone, in the file or folder `where`, of the format `kind`.
 
-    Attributes:
-      where: the file or folder, for messages.
-      kind: the detected format, for messages.
-      tensors: the tensors under open_clip's names, those of the vision tower under `visual.`; the scale and bias of
-        the logits are scalars.
-      spec: the architecture that the source describes, or None if it has no description.
-      silent: fields of `spec` that the source does not specify.
-      tokenizer: the files of its tokenizer.
-      run: of a run {"workdir", "step", "config", "sources", "base", "tuned"}, see `runs.open_run`; otherwise None.
+    `tensors` are under open_clip's names, the scale and bias of the logits as scalars; `spec` is the architecture that
+    the source describes, if it does, but for the fields `silent`; `run`, of a run, is {"workdir", "step", "config",
+    "sources", "base", "tuned"}, see `runs.open_run`.
     """
 
     where: str
@@ -55,10 +49,8 @@ class ClipSource:
         return any(n in self.tensors for n in ("token_embedding.weight", "text.token_embedding.weight"))
 
     def described(self, source: str) -> Spec:
-        """Returns the Spec, with `source` as the source of its weights.
-
-        Raises:
-          UserError: the checkpoint is a bare file, which does not specify heads and activation.
+        """The Spec, with `source` as the source of its weights; a UserError where a bare file does not specify heads
+        and activation.
         """
         if self.spec is None:
             raise UserError(
@@ -142,13 +134,9 @@ def _openai_spec(tensors: Tensors) -> Spec:
 def open_source(source: str, field: str = "--source") -> ClipSource:
     """Opens any checkpoint of a backbone; the format is detected from the contents.
 
-    Args:
-      source: an open_clip or transformers file or folder, a vision tower's state dict, a hub id, or WORKDIR or
-        WORKDIR:STEP of a run.
-      field: the config field or flag of the source, named in errors.
-
-    Raises:
-      UserError: it is missing, invalid, or of none of these formats.
+    `source` is an open_clip or transformers file or folder, a vision tower's state dict, a hub id, or WORKDIR[:STEP] of
+    a run; `field` is its config field or flag, named in errors. A UserError where it is missing, invalid, or of none of
+    these formats.
     """
     place = places.find(source, field)
     if place.step is not None:
@@ -189,17 +177,10 @@ ARCHITECTURE += ("registers",)
 
 
 def check_same(there: Mapping[str, Any], here: object, fields: Iterable[str], where: str, field: str) -> None:
-    """Checks that a model is the one that the config describes.
+    """A UserError lists the `fields` in which weights, that state `there`, are not the model `here` of the config
+    section `field`.
 
-    Args:
-      there: the fields that the weights state.
-      here: the config's model, which has each of `fields` as an attribute.
-      fields: what is compared, where `there` states it.
-      where: the source of the weights, for messages.
-      field: the config section of `here`, for messages.
-
-    Raises:
-      UserError: fields differ; lists each with both values.
+    `where` is the source of the weights; a field that they do not state is not compared.
     """
     stated = {name: there[name] for name in fields if name in there}
     pairs = differing(stated, {name: getattr(here, name) for name in stated}, whole=stated)
@@ -211,10 +192,8 @@ def check_same(there: Mapping[str, Any], here: object, fields: Iterable[str], wh
 
 
 def check_architecture(source: ClipSource, spec: Spec, field: str = "config.backbone") -> None:
-    """Checks that weights are of the architecture and activation of `spec`.
-
-    Raises:
-      UserError: they differ; lists each field with both values.
+    """A UserError lists each field, with both values, in which weights are not of the architecture and activation of
+    `spec`.
     """
     stated = {f: getattr(source.spec, f) for f in ARCHITECTURE if f not in source.silent} if source.spec else {}
     shapes = _recognise(source.tensors).shapes(source.tensors)

@@ -22,11 +22,8 @@ Put = Callable[[tuple, np.ndarray, jax.ShapeDtypeStruct], object]
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A source of weights that has been found and checked, before its values are read.
-
-    Attributes:
-      files: its files.
-      fill: (abstract state of the parameters, put) -> the state, filled.
+    """A source that has been found and checked: its files, and (abstract state of the parameters, put) -> the state,
+    filled.
     """
 
     files: list[Path]
@@ -35,13 +32,11 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The source of the parameters below one prefix.
+    """The source of the parameters below one prefix. `open` raises a UserError if it is missing or of another
+    architecture.
 
-    Attributes:
-      source: the file, folder or hub id in the config.
-      open: opens the source; raises a `UserError` if it is missing or of another architecture.
-      fresh: regular expressions for names, below the prefix, of parameters that the source does not have (adapters);
-        they keep the initial values of the objective.
+    `fresh` are regular expressions for names, below the prefix, of parameters that the source does not have (adapters);
+    they keep the initial values of the objective.
     """
 
     source: str
@@ -50,14 +45,7 @@ class Part:
 
 
 def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[str, ...] = ()) -> Part:
-    """Returns the part for the vision tower of a backbone.
-
-    Args:
-      source: a source for `origins.open_source`.
-      spec: the backbone.
-      field: the config section of the spec, named in errors; its field `source` is `source`.
-      fresh: see `Part`.
-    """
+    """The part for the vision tower of the backbone `spec`, the config section `field`; `fresh`: see `Part`."""
 
     def opened():
         weights = origins.open_source(source, f"{field}.source")
@@ -70,7 +58,7 @@ def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple
 
 
 def text(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[str, ...] = ()) -> Part:
-    """Returns the part for the text tower of a backbone; arguments as for `vision`."""
+    """The part for the text tower of a backbone; arguments as for `vision`."""
 
     def opened():
         weights = origins.open_source(source, f"{field}.source")
@@ -81,7 +69,7 @@ def text(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[s
 
 
 def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
-    """Returns the part for `logit_scale` or `logit_bias`: one parameter of shape [], with the stored value."""
+    """The part for `logit_scale` or `logit_bias`: one parameter of shape [], with the stored value."""
 
     def opened():
         weights = origins.open_source(source, f"{field}.source")
@@ -93,13 +81,10 @@ def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
 
 
 def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None = None) -> Part:
-    """Returns the part for a U-Net, the encoder of a VAE, or a text encoder of Stable Diffusion.
+    """The part for a U-Net, the encoder of a VAE, or a text encoder, of a diffusers folder or hub id; `field`: the
+    section of `config`.
 
-    Args:
-      source: diffusers folder or hub id.
-      config: a UNetConfig, VAEConfig or TextEncoderConfig.
-      field: the config section of `config`, named in errors.
-      scheduler: the noise schedule, of a U-Net; it must be that of the source, where that states one.
+    The noise schedule `scheduler`, of a U-Net, must be that of the source, where that states one.
     """
 
     def opened():
@@ -113,14 +98,10 @@ def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None 
 
 
 def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfig, mask_padding: bool = False) -> Part:
-    """Returns the part for the last hidden state of a prompt, [1, tokens, width], which is computed when it is loaded.
+    """The part for the last hidden state of a prompt, padded to `tokens`, [1, tokens, width], which is computed when it
+    is loaded.
 
-    Args:
-      source: diffusers folder or hub id, with `tokenizer` and `text_encoder`.
-      prompt: the text.
-      tokens: the number of tokens to which it is padded.
-      config: the text encoder.
-      mask_padding: see `prompt.encode_prompt`.
+    The diffusers folder or hub id has `tokenizer` and `text_encoder`; `mask_padding`: see `prompt.encode_prompt`.
     """
 
     def opened():
@@ -143,10 +124,8 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
 
 
 def embedding_statistics(source: str) -> Part:
-    """The statistics of image embeddings that Stable unCLIP was trained with: `mean` and `std`, [1, d] each.
-
-    Args:
-      source: diffusers folder or hub id, with `image_normalizer`.
+    """The statistics `mean` and `std`, [1, d] each, of Stable unCLIP's image embeddings, in `image_normalizer` of a
+    diffusers folder.
     """
 
     def opened():
@@ -181,12 +160,8 @@ def tokenizer_folder(source: str, field: str = "config.backbone.source") -> Path
 
 
 def tokenizer(source: str, text: TextSpec, folder: str = "") -> Callable[[], tokenizers.Tokenizer]:
-    """Returns a function that opens the tokenizer of a text tower, for `data.inputs.Tokens`.
-
-    Args:
-      source: the source of the weights.
-      text: the text tower.
-      folder: the folder with the tokenizer's files; empty: that of `source`.
+    """A function that opens the tokenizer of a text tower, for `data.inputs.Tokens`, of a folder, by default that of
+    the source of weights.
     """
     return lambda: tokenizers.open_tokenizer(text, folder or tokenizer_folder(source))
 

@@ -22,14 +22,7 @@ _MAX_COMPRESSED_BYTES = 2**28
 
 
 def import_torch(why: str):
-    """Imports and returns torch.
-
-    Args:
-      why: the purpose, as the first words of the error message.
-
-    Raises:
-      UserError: torch is not installed.
-    """
+    """Imports and returns torch; a UserError, whose first words are `why`, where it is not installed."""
     try:
         import torch
     except ImportError as e:
@@ -38,17 +31,10 @@ def import_torch(why: str):
 
 
 def state_dict(path: Path, zipped: bool) -> dict[str, Tensor]:
-    """Opens a state dict saved with `torch.save`, bare or in a training state.
+    """Name -> lazy tensor of a state dict saved with `torch.save`, bare or in a training state.
 
-    Args:
-      path: the file.
-      zipped: whether it begins as a zip file does; the format of PyTorch before 1.6 is a bare pickle.
-
-    Returns:
-      Name -> lazy tensor.
-
-    Raises:
-      UserError: torch is not installed, the file is invalid, or it contains objects other than dense tensors.
+    `zipped`: whether the file begins as a zip file does; the format of PyTorch before 1.6 is a bare pickle. A UserError
+    where torch is not installed, the file is invalid, or it contains objects other than dense tensors.
     """
     if zipped:
         _check_archive(path)

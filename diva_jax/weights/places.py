@@ -29,12 +29,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Place(NamedTuple):
-    """Where a source of weights is.
+    """Where a source of weights is: the local file or folder, or the hub id, `at`; of a run `source` and `at` are its
+    workdir.
 
-    Attributes:
-      source: as it was given; for a run its workdir, without the step.
-      step: the step of the run's checkpoint; None where the source is no run.
-      at: the local file or folder, or the hub id of a repository; for a run its workdir.
+    `step` is that of a run's checkpoint, and None where the source is no run.
     """
 
     source: str
@@ -49,13 +47,10 @@ def split_step(text: str) -> tuple[str, int | None]:
 
 
 def as_run(source: str) -> tuple[str, int | None] | None:
-    """Reads a source as WORKDIR or WORKDIR:STEP of a run.
+    """(workdir, step if one was given) of a source WORKDIR or WORKDIR:STEP; None where there is no folder with a config
+    and checkpoints.
 
-    Returns:
-      (workdir, step, or None where none was given); None where there is no run: a folder with a config and checkpoints.
-
-    Raises:
-      UserError: it is in a bucket that cannot be reached.
+    A UserError where it is in a bucket that cannot be reached.
     """
 
     def is_run(workdir: str) -> bool:
@@ -66,14 +61,9 @@ def as_run(source: str) -> tuple[str, int | None] | None:
 
 
 def find(source: str, field: str) -> Place:
-    """Finds a source of weights: a file, a folder, a hub id, or WORKDIR or WORKDIR:STEP of a run.
+    """Finds a file, a folder, a hub id, or WORKDIR[:STEP] of a run, the value of the config field or flag `field`.
 
-    Args:
-      source: as the user gives it.
-      field: the config field or flag of the source, named in errors.
-
-    Raises:
-      UserError: as `locate`; a workdir has no checkpoint, or none of this step.
+    A UserError as of `locate`, and where a workdir has no checkpoint, or none of this step.
     """
     if (run := as_run(source)) is None:
         return Place(source, None, locate(source, field))
@@ -91,14 +81,9 @@ def hub_id(source: str) -> str:
 
 
 def locate(source: str, field: str) -> Path | str:
-    """Returns a local path, or the hub id to download.
+    """A local path, or the hub id to download, of a path, `local-dir:PATH`, `hf-hub:ID` or a bare hub id.
 
-    Args:
-      source: a path, `local-dir:PATH`, `hf-hub:ID` or a bare hub id.
-      field: the config field or flag of the source, named in errors.
-
-    Raises:
-      UserError: it is neither an existing path nor a hub id, or it is the removed repository of Stable Diffusion 2.1.
+    A UserError, which names `field`, where it is neither, or is the removed repository of Stable Diffusion 2.1.
     """
     if not source:
         raise UserError(f"{field} is empty: set it to a file, a folder or a hub id of weights")
@@ -127,10 +112,8 @@ def locate(source: str, field: str) -> Path | str:
 
 
 def download(repo: str, field: str, patterns: list[str]) -> Path:
-    """Returns the local snapshot of a hub repository, with the files that match `patterns`.
-
-    Raises:
-      UserError: the hub does not give it.
+    """The local snapshot of a hub repository, with the files that match `patterns`; a UserError where the hub does not
+    give it.
     """
     from huggingface_hub import snapshot_download
 
@@ -156,11 +139,7 @@ def refuse_single_file(where: str, names: Iterable[str], field: str = "config.di
 
 
 def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Path:
-    """Returns the folder of a Stable Diffusion pipeline, downloaded if `source` is a hub id.
-
-    Raises:
-      UserError: as `locate`.
-    """
+    """The folder of a Stable Diffusion pipeline, downloaded if `source` is a hub id; a UserError as of `locate`."""
     at = locate(source, field)
     if isinstance(at, Path):
         if at.is_file():
@@ -179,10 +158,8 @@ def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Pat
 
 
 def clip_path(at: Path | str, field: str) -> Path:
-    """Returns the file or folder of CLIP weights, downloaded if `at`, a result of `locate`, is a hub id.
-
-    Raises:
-      UserError: the repository has no weights, or the hub does not give it.
+    """The file or folder of CLIP weights, downloaded if `at`, a result of `locate`, is a hub id; a UserError where that
+    has no weights.
     """
     if isinstance(at, Path):
         return at

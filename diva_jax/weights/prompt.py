@@ -15,10 +15,8 @@ from diva_jax.weights.tensors import Tensors
 
 
 def tokenize(folder: Path, prompt: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (token ids, int32 [1, length], padded as the folder's tokenizer specifies; bool mask, false for padding).
-
-    Raises:
-      UserError: the tokenizer's files are missing or invalid.
+    """(Token ids, int32 [1, length], padded as the folder's tokenizer says; bool mask, false for padding); a UserError
+    without its files.
     """
     if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
@@ -28,21 +26,11 @@ def tokenize(folder: Path, prompt: str, length: int) -> tuple[np.ndarray, np.nda
 def encode_prompt(
     folder: Path, prompt: str, tokens: int, config: TextEncoderConfig, tensors: Tensors, mask_padding: bool = False
 ) -> np.ndarray:
-    """Computes the last hidden state of a prompt, after the final LayerNorm.
+    """The last hidden state of a prompt, padded to `tokens`, after the final LayerNorm: float32 [1, tokens, width].
 
-    Args:
-      folder: a diffusers folder with `tokenizer`.
-      prompt: the text.
-      tokens: the number of tokens to which it is padded.
-      config: the text encoder.
-      tensors: the weights of the text encoder.
-      mask_padding: whether padding is not attended to. Stable Diffusion's own pipeline attends to it.
-
-    Returns:
-      float32 [1, tokens, width].
-
-    Raises:
-      UserError: files are missing, or the weights do not fit `config`.
+    `folder` is a diffusers folder with `tokenizer`, `tensors` are the text encoder's. With `mask_padding`, padding is
+    not attended to; Stable Diffusion's own pipeline attends to it. A UserError where files are missing, or do not fit
+    `config`.
     """
     ids, mask = tokenize(folder / "tokenizer", prompt, tokens)
     if not 0 <= ids.min() <= ids.max() < config.vocab_size:

@@ -62,16 +62,10 @@ def check_regular(path: Path) -> None:
 
 
 def open_file(path: Path) -> Tensors:
-    """Opens one file: safetensors, or a state dict that PyTorch has saved.
+    """Opens a local file, safetensors or a state dict that PyTorch has saved: name -> lazy tensor, read when it is
+    requested.
 
-    Args:
-      path: a local file.
-
-    Returns:
-      Name -> lazy tensor, whose values are read when they are requested.
-
-    Raises:
-      UserError: the file is missing, truncated or of another format, or it needs torch and torch is not installed.
+    A UserError where it is missing, truncated or of another format, or it needs torch and torch is not installed.
     """
     check_regular(path)
     try:
@@ -92,11 +86,7 @@ def open_file(path: Path) -> Tensors:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON file whose content is an object.
-
-    Raises:
-      UserError: the file is missing, is not valid JSON, holds anything but an object, or is larger than 64 MiB.
-    """
+    """A JSON file whose content is an object; a UserError where it is missing, anything else, or larger than 64 MiB."""
     content = json_files.read(path, dict[str, Any], "fetch it again", None)
     if content is None:
         raise UserError(f"{path} is missing: the folder is not complete, fetch it again")
@@ -130,20 +120,10 @@ def _spellings(stem: str) -> Iterator[str]:
 
 
 def weights_in(folder: Path, *stems: str) -> Tensors:
-    """Opens the weights in a folder.
+    """Opens the weights in a local folder under the first of the file names `stems`, without suffix, that exists.
 
     All file names that diffusers, transformers and open_clip use are supported: `.safetensors` or `.bin`, variants such
-    as fp16, and sharded files with an index.
-
-    Args:
-      folder: a local folder.
-      *stems: file names without suffix, in order of preference; the first one that exists is opened.
-
-    Returns:
-      Name -> lazy tensor, see `open_file`.
-
-    Raises:
-      UserError: there is no such file, a shard is missing, or a file is invalid.
+    as fp16, and sharded files with an index. A UserError where there is none, a shard is missing, or a file is invalid.
     """
     for name in (name for stem in stems for name in _spellings(stem)):
         path = folder / name

@@ -49,18 +49,11 @@ def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
 
 
 def stretch(table: np.ndarray, length: int, kept: int) -> np.ndarray:
-    """Position embeddings of texts for a longer context, as Long-CLIP makes them (arXiv 2403.15378, section 3.2).
+    """Position embeddings of texts [old, D] for a longer context, float32 [length, D], as Long-CLIP's (arXiv
+    2403.15378, section 3.2).
 
-    The first `kept` rows stay. Row kept + i of the result is read at kept + i * (old - kept) / (length - kept) by
-    linear interpolation; past the last row it is extrapolated from the last two.
-
-    Args:
-      table: [old, D].
-      length: rows of the result.
-      kept: at most old - 2.
-
-    Returns:
-      float32 [length, D].
+    The first `kept` rows, at most old - 2, stay. Row kept + i of the result is read at kept + i * (old - kept) /
+    (length - kept) by linear interpolation; past the last row it is extrapolated from the last two.
     """
     old = len(table)
     at = kept + np.arange(length - kept) * ((old - kept) / (length - kept))
@@ -73,10 +66,8 @@ def stretch(table: np.ndarray, length: int, kept: int) -> np.ndarray:
 def to_context(tensors: Tensors, text: TextSpec) -> Tensors:
     """The tensors with `text.context_length` position embeddings of texts; the same object where they have them.
 
-    Where they do not, and `text.kept_positions` is not negative, they are stretched, see `stretch`.
-
-    Raises:
-      UserError: more are to be kept than can be.
+    Where they do not, and `text.kept_positions` is not negative, they are stretched, see `stretch`; a UserError where
+    more are to be kept than can be.
     """
     name = next((n for n in ("positional_embedding", "text.positional_embedding") if n in tensors), None)
     if text.kept_positions < 0 or name is None or tensors[name].shape[0] == text.context_length:

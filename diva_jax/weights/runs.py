@@ -18,12 +18,7 @@ from diva_jax.weights.tensors import Tensors
 
 
 def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, np.ndarray]:
-    """Converts towers of an objective to open_clip's names and layouts.
-
-    Args:
-      towers: the result of `RunAt.towers`: "vision", "text", "logit_scale" or "logit_bias".
-      spec: the backbone.
-    """
+    """The result of `RunAt.towers` ("vision", "text", "logit_scale", "logit_bias") in open_clip's names and layouts."""
     from diva_jax.training import partition
 
     kinds = {"vision": (backbones.build, clip.vision_table), "text": (Text, clip.text_table)}
@@ -40,17 +35,10 @@ def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, n
 
 
 def whole_towers(params: Mapping[str, np.ndarray], spec: Spec) -> dict[str, dict[str, np.ndarray]]:
-    """Groups the parameters of a tuned model by tower.
+    """Groups what `api.Loss.towers` returns, "vision/NAME", "text/NAME", "logit_scale" or "logit_bias" -> array: tower
+    -> NAME -> array.
 
-    Args:
-      params: "vision/NAME", "text/NAME", "logit_scale" or "logit_bias" -> array, as `api.Loss.towers` returns them.
-      spec: the backbone.
-
-    Returns:
-      tower -> NAME -> array, as for `in_open_clip_names`.
-
-    Raises:
-      UserError: there are none, a tower is not whole, or they are not of this backbone.
+    A UserError where there are none, a tower is not whole, or they are not of the backbone `spec`.
     """
     towers: dict[str, dict] = {}
     for name, array in params.items():
@@ -74,20 +62,12 @@ def whole_towers(params: Mapping[str, np.ndarray], spec: Spec) -> dict[str, dict
 
 
 def open_run(workdir: epath.PathLike, step: int | None = None) -> origins.ClipSource:
-    """Opens the tuned model of a run, with both towers.
+    """Opens the tuned model of a run, with both towers, at a step, by default the last.
 
-    Args:
-      workdir: the workdir of the run.
-      step: the step of a checkpoint; default the last one.
-
-    Returns:
-      The source. Its `run` has the workdir, the step, the config, the files of each pretrained part ("sources"), the
-      source of the initial weights ("base") and the names of the tuned towers ("tuned"). Its files are those of the
-      initial weights, and the description of the checkpoint with the checksums of its arrays.
-
-    Raises:
-      UserError: there is no run, checkpoint or such step, it has trained no parameter of a tower, or the initial
-        weights are missing or have changed.
+    The source's `run` has the workdir, the step, the config, the files of each pretrained part ("sources"), the source
+    of the initial weights ("base") and the names of the tuned towers ("tuned"). Its files are those of the initial
+    weights, and the description of the checkpoint with the checksums of its arrays. A UserError where there is no such
+    checkpoint, it has trained no parameter of a tower, or the initial weights are missing or have changed.
     """
     from diva_jax.training import workdirs  # The layer above, which only a run needs.
 

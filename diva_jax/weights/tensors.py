@@ -9,13 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file, whose values are read by `np.asarray`.
-
-    Attributes:
-      shape: the shape.
-      dtype: the dtype in the file.
-      read: a function that reads the values.
-    """
+    """A tensor in a file, whose shape and dtype are known, and whose values are read by `np.asarray`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -27,11 +21,7 @@ class Tensor:
 
 
 class Tensors(Mapping):
-    """A mapping: name -> lazy tensor.
-
-    Attributes:
-      files: the files that contain the tensors, for fingerprints and messages.
-    """
+    """A mapping: name -> lazy tensor, with the files that contain them, for fingerprints and messages."""
 
     def __init__(self, tensors: Mapping[str, Tensor], files: list[Path]):
         self.files = files

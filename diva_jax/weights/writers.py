@@ -23,14 +23,8 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one safetensors file. It is written under a temporary name and renamed when it is complete.
-
-    Args:
-      path: the file.
-      tensors: name -> array of any memory layout, or a lazy tensor that `np.asarray` reads.
-
-    Raises:
-      OSError: it cannot be written.
+    """Writes arrays of any memory layout, or lazy tensors, to a safetensors file, which appears when it is complete; an
+    OSError where it cannot.
     """
     # save_file ignores strides, so that a transposed view would be written in the wrong order.
     dense = {name: np.asarray(t, order="C") for name, t in tensors.items()}
@@ -48,12 +42,8 @@ def write_json(path: str | Path, content: Mapping) -> None:
 
 
 def write_open_clip(folder: str | Path, tensors: Mapping[str, np.ndarray], config: Mapping) -> None:
-    """Writes a folder that `open_clip.create_model_and_transforms("local-dir:...")` reads.
-
-    Args:
-      folder: the folder; it is created if it does not exist.
-      tensors: open_clip's names -> arrays: both towers, logit_scale and, for SigLIP, logit_bias.
-      config: the content of open_clip_config.json.
+    """Writes a folder that `open_clip.create_model_and_transforms("local-dir:...")` reads: tensors by open_clip's
+    names, and the config.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +82,7 @@ def _remove_abandoned(out: Path) -> None:
 def new_folder(out: str | Path) -> Iterator[Path]:
     """Yields a temporary folder next to `out`. It is renamed to `out` if the block succeeds, and removed otherwise.
 
-    Raises:
-      UserError: `out` exists and is not an empty folder, or it cannot be written.
+    A UserError where `out` exists and is not an empty folder, or cannot be written.
     """
     refuse_taken(out)
     out = Path(out).absolute()

@@ -29,19 +29,11 @@ def card(
     base_model: str = "",
     scores: Mapping[str, Any] | None = None,
 ) -> str:
-    """Returns the content of README.md.
+    """The content of README.md of an export in the format `fmt`: "open_clip", "hf" or "pt".
 
-    Args:
-      source: the exported weights.
-      spec: the backbone.
-      fmt: the format, "open_clip", "hf" or "pt".
-      dtype: the dtype of the exported weights.
-      note: that the export has no tokenizer, see `vocabulary.note`; empty: it has one, or needs none.
-      path: the folder of the export, for the lines that load it.
-      hub: the hub repository that it is pushed to, which then takes the place of `path`.
-      license: an identifier as the hub has them, such as "mit"; empty: the card says that of the base model applies.
-      base_model: the hub id of the model that it comes from; empty: not known.
-      scores: a result of `scores_of`; None: no results were given.
+    `note` says that the export has no tokenizer, see `vocabulary.note`; `path` is the export's folder in the lines that
+    load it, or `hub` the repository that it is pushed to. `license` and `base_model` are as the hub has them; `scores`
+    is a result of `scores_of`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -92,20 +84,12 @@ def _version(package: str) -> str:
 
 
 def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:
-    """Finds the scores of the exported weights in a results.json.
+    """The scores of the exported weights, a source or the workdir of a run at `step`, in a results.json or the folder
+    that holds it.
 
-    Args:
-      file: the file, or the folder that holds it.
-      source: the workdir of the run, or the source of weights, that is exported.
-      step: the step of the run's checkpoint; None for a source.
-
-    Returns:
-      {"file", "created", "reference": label of the weights that they are compared with or "", "rows": [{"task",
-      "title", "unit", "score", "before", "difference"}]}; of a row's last three each is an entry of results.json or
-      None.
-
-    Raises:
-      UserError: the file cannot be read, or has no scores of these weights.
+    Returns {"file", "created", "reference": label of the weights that they are compared with or "", "rows": [{"task",
+    "title", "unit", "score", "before", "difference"}]}; of a row's last three each is an entry of results.json or None.
+    A UserError where the file cannot be read, or has no scores of these weights.
     """
     path = Path(file).expanduser()
     path = path / "results.json" if path.is_dir() else path

@@ -52,17 +52,12 @@ def _abstract(make, spec: Spec):
 
 
 def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tensors:
-    """Returns the tensors of an export under open_clip's names, each lazily cast to `dtype`.
+    """The tensors of an export of `spec` under open_clip's names, positions interpolated to it, each lazily cast to
+    `dtype`.
 
-    Args:
-      source: the weights.
-      spec: the exported backbone; position embeddings are interpolated to its resolution.
-      dtype: a name in `DTYPES`; float32 represents every published checkpoint exactly.
-      text: whether to include the text tower, if there is one, and the other parameters of the whole model.
-
-    Raises:
-      UserError: the source is another model, or a required part is missing; when its values are read, a tensor is not
-        of floats, or not finite.
+    With `text`, the text tower, if there is one, and the other parameters of the whole model are included. A UserError
+    where the source is another model, or a required part is missing; when values are read, where a tensor is not of
+    floats, or not finite.
     """
     origins.check_architecture(source, spec)
     tensors = resample.to_resolution(source.tensors, spec)
@@ -150,10 +145,7 @@ def _ids(spec: Spec) -> np.ndarray:
 
 
 def _run_original(path: Path, fmt: str, spec: Spec, source: ClipSource) -> str:
-    """Encodes an image and a text with the library that the export is for, and with ours; returns the message to print.
-
-    The library reads the text with the tokenizer of the export.
-    """
+    """Encodes an image and a text with the export's library and with ours; returns the message to print."""
     tower_library = backbones.architecture(spec.arch).LIBRARY
     library = {"hf": "transformers", "open_clip": "open_clip", "pt": tower_library}[fmt]
     if not reference.available(library):
@@ -203,21 +195,12 @@ def export(
     hub: str = "",
     run: bool = True,
 ) -> None:
-    """Writes `source` in one of `FORMATS` to the folder `out`, which appears when it is complete and verified.
+    """Writes `source` in one of `FORMATS` and `DTYPES` to `out`, which appears when it is complete and verified.
 
-    Args:
-      source: the weights, from `origins.open_source` or `runs.open_run`.
-      spec: the exported backbone.
-      out: a folder that does not exist or is empty.
-      fmt: one of `FORMATS`.
-      dtype: one of `DTYPES`.
-      card: the content of README.md.
-      hub: the hub repository that it is pushed to; empty: none.
-      run: whether to run one image and one text through the library that the export is for, if it is installed.
-
-    Raises:
-      UserError: as `whole_model`; `out` exists and is not empty; the format does not support this model.
-      RunError: the written files differ from the weights, or the library computes other embeddings.
+    `card` is the content of README.md; `hub` the repository that it is pushed to, or "". With `run`, one image and one
+    text go through the library that the export is for, if it is installed. A UserError as of `whole_model`, where `out`
+    exists and is not empty, or the format does not support this model; a RunError where the written files differ from
+    the weights, or the library computes other embeddings.
     """
     tensors = whole_model(source, spec, dtype, text=fmt != "pt")
     if fmt == "pt":

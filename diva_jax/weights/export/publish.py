@@ -82,21 +82,13 @@ def export(
     spec: Spec | None = None,
     params: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Exports a run or a source of weights with its card.
+    """Exports a run or a source of weights with its card, to a local folder that does not exist or is empty, as
+    `layouts.export`.
 
-    Args:
-      source: the workdir of a run, or a source of weights.
-      out: a folder of this machine that does not exist or is empty.
-      fmt, dtype: as for `layouts.export`.
-      options: see `ExportOptions`.
-      run: whether the source must be the workdir of a run.
-      step: of the run's checkpoint; None: the newest.
-      spec: for a source that does not say what it is.
-      params: other values of whole towers of a source, see `runs.whole_towers`.
-
-    Raises:
-      UserError: as `layouts.export`; the results have no scores of these weights; the hub refuses.
-      RunError: as `layouts.export`; the export is written, but was not pushed.
+    `run`: whether the source must be the workdir of a run, then at `step`, by default the newest. `spec` is for a
+    source that does not say what it is; `params` are other values of whole towers of it, see `runs.whole_towers`. A
+    UserError as of `layouts.export`, where the results have no scores of these weights, or the hub refuses; a RunError
+    also where the export is written, but was not pushed.
     """
     source, out = os.fspath(source), paths.local(os.fspath(out), "--out")
     writers.refuse_taken(out)

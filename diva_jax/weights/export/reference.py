@@ -44,15 +44,10 @@ def pixels(images: np.ndarray):
 
 
 def open_clip_embeddings(folder: Path, images: np.ndarray, text: str | np.ndarray | None) -> tuple[np.ndarray, ...]:
-    """Computes embeddings of an open_clip folder with open_clip, in float32.
+    """open_clip's embeddings of images, float32 [B, H, W, 3], and a text with an open_clip folder, in float32.
 
-    Args:
-      folder: the export.
-      images: float32 [B, H, W, 3].
-      text: a text, which the folder's tokenizer reads, or token ids, int [N, L]; None: a model without texts.
-
-    Returns:
-      (image embeddings [B, D], and with a text its token ids [N, L] and embeddings [N, D]).
+    `text` is read by the folder's tokenizer, or is token ids, int [N, L]; None: a model without texts. Returns (image
+    embeddings [B, D], and with a text its token ids [N, L] and embeddings [N, D]).
     """
     import open_clip
     import torch
@@ -99,13 +94,8 @@ def _timm_tower(spec: Spec):
 
 
 def tower_pooled(library: str, file: Path, spec: Spec, images: np.ndarray) -> np.ndarray:
-    """Computes the image embeddings [B, D] of a vision tower's state dict, in float32.
-
-    Args:
-      library: "open_clip" or "timm", whose tower of `spec` the state dict must fit.
-      file: the state dict.
-      spec: the backbone.
-      images: float32 [B, H, W, 3].
+    """The image embeddings [B, D] of a vision tower's state dict, in float32, with the tower of `spec` of a library,
+    "open_clip" or "timm".
     """
     import torch
 
@@ -123,14 +113,8 @@ def tower_pooled(library: str, file: Path, spec: Spec, images: np.ndarray) -> np
 def transformers_embeddings(
     folder: Path, images: np.ndarray, text: str | np.ndarray | None, length: int
 ) -> tuple[tuple[np.ndarray, ...], list[str]]:
-    """Computes embeddings of a transformers folder with transformers, in float32.
-
-    Args:
-      folder, images, text: as for `open_clip_embeddings`.
-      length: token ids per text.
-
-    Returns:
-      (what `open_clip_embeddings` returns, missing and unexpected keys).
+    """transformers' embeddings with a folder of its kind, as `open_clip_embeddings`, for texts of `length` ids; and
+    missing and unexpected keys.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer

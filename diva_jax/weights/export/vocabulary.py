@@ -37,15 +37,8 @@ def _lacks(spec: Spec, files: set[str]) -> str:
 
 
 def add(source: ClipSource, spec: Spec, folder: str) -> ClipSource:
-    """A source with the tokenizer's files of a folder in place of its own.
-
-    Args:
-      source: the weights.
-      spec: their backbone.
-      folder: with a tokenizer of the text tower.
-
-    Raises:
-      UserError: the backbone has no text tower, or the folder has no tokenizer that fits it.
+    """A source with the tokenizer's files of a folder in place of its own; a UserError where that has no tokenizer that
+    fits the text tower.
     """
     if not spec.has_text:
         raise UserError("--tokenizer is for models with a text tower: leave it out, this one has none")
@@ -59,8 +52,7 @@ def add(source: ClipSource, spec: Spec, folder: str) -> ClipSource:
 def tokenizer(source: ClipSource, spec: Spec) -> tokenizers.Tokenizer | None:
     """The tokenizer of a source, as the text tower is evaluated with it; None where the source has none.
 
-    Raises:
-      UserError: its files are broken, or it has more tokens than the text tower.
+    A UserError where its files are broken, or it has more tokens than the text tower.
     """
     if not spec.has_text or _lacks(spec, {f.name for f in source.tokenizer}):
         return None
