@@ -55,8 +55,7 @@ class OutOfMemory(Exception):
 def devices(topology: str) -> tuple[chips.Chip, tuple[int, ...], list]:
     """The chip of a slice such as "v5e:4x4", its shape, and the devices to compile for.
 
-    Raises:
-      UserError: libtpu is not installed or is locked by another process, or there is no such slice.
+    A UserError where libtpu is not installed or is locked by another process, or there is no such slice.
     """
     name, chip, shape = chips.parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
@@ -102,9 +101,7 @@ def with_batch(config, chip_count: int, per_device: int | None):
 def compile_step(config, mesh_devices: list):
     """The step of the last stage, compiled from shapes, its Program, and the seconds to trace and to compile it.
 
-    Raises:
-      OutOfMemory: the compiler reported that the program does not fit.
-      UserError: the compiler does not accept `config.compiler_options`.
+    `OutOfMemory` where the compiler reports that the program does not fit, a UserError where it refuses an option.
     """
     began = time.perf_counter()
     program = Program(config, sharding.make_mesh(config.mesh, mesh_devices))
@@ -126,19 +123,13 @@ def compile_step(config, mesh_devices: list):
 
 
 def report(config, topology: str, save: str | None = None) -> dict:
-    """Compiles the step of a config for a slice, saves its optimised HLO if asked to, and returns its costs.
+    """Compiles the step of a config for a slice, saves its optimised HLO if asked to, and returns its costs, for JSON.
 
-    Returns:
-      A dict of JSON values, per device unless the name implies otherwise:
-        "topology", "chips", "mesh", "remat", "accum", "batch_size", "per_device_batch": the input.
-        "fits", "needed", "available": whether the program fits, and HBM [bytes].
-      These keys are missing if the compiler reported that the program does not fit:
-        "memory": HBM of the "arguments" (weights, optimizer state and batch), "outputs", "aliases" (the part of the
-        outputs that reuses the memory of arguments: the donated train state), "temporaries" and "code", and what is
-        "available" to a program on this chip [bytes]; "seconds": time to trace and to compile.
-        All keys of `analysis.analyse`.
-        "step_ms": "model_ms" plus "kernel_bound_ms"; "images_per_s": images per second and chip; "mfu": model FLOPs
-        utilisation, between 0 and 1; "all_reduce_ms": lower bound of communication time, not part of "step_ms".
+    All keys are per device unless their names imply otherwise. Where the compiler reports that the program does not
+    fit, there are those of the input, "fits", "needed" and "available" [bytes of HBM] alone. Else there are "memory"
+    [bytes], with "aliases", the part of the outputs that reuses the memory of arguments; "seconds", to trace and to
+    compile; all keys of `analysis.analyse`; "step_ms", "model_ms" plus "kernel_bound_ms"; "images_per_s", per chip;
+    "mfu", between 0 and 1; "all_reduce_ms", a lower bound of communication time, not part of "step_ms".
     """
     chip, shape, mesh_devices = devices(topology)
     n = len(mesh_devices)

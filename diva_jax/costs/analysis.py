@@ -42,25 +42,16 @@ def kernel_seconds(op: hlo.Op, computation: hlo.Computation, chip: Chip) -> floa
 
 
 def analyse(text: str, chip: Chip) -> dict:
-    """Computes the costs of one step on one device from the optimised HLO.
+    """The costs of one step on one device, from the optimised HLO `compiled.as_text()`, as a dict with these keys:
 
-    Args:
-      text: `compiled.as_text()`.
-      chip: the chip whose clock and peak rate convert cycles and FLOPs to time.
-
-    Returns:
-      A dict with these keys:
-        "model_ms": sum of the compiler's cycle estimates [ms], without kernels.
-        "kernel_ms": time of the kernels' FLOPs at the chip's peak rate [ms].
-        "kernel_bound_ms": the least time that the kernels' shapes allow, see `kernel_seconds` [ms].
-        "hbm_gb": HBM traffic, without the padding of tiles [1e9 bytes].
-        "flops", "kernel_flops": FLOPs of matrix products and convolutions outside and inside of kernels.
-        "parts": {part: {"model_ms", "hbm_gb", "flops", "kernel_flops", "kernel_bound_ms", "kinds": {kind: model ms}}}.
-        "collectives": {kind: {"count", "gb"}}.
-        "kernels": {name: number of executions}.
-
-    Raises:
-      ValueError: the text has no entry computation.
+    "model_ms": sum of the compiler's cycle estimates [ms], without kernels.
+    "kernel_ms": time of the kernels' FLOPs at the chip's peak rate [ms].
+    "kernel_bound_ms": the least time that the kernels' shapes allow, see `kernel_seconds` [ms].
+    "hbm_gb": HBM traffic, without the padding of tiles [1e9 bytes].
+    "flops", "kernel_flops": FLOPs of matrix products and convolutions outside and inside of kernels.
+    "parts": {part: {"model_ms", "hbm_gb", "flops", "kernel_flops", "kernel_bound_ms", "kinds": {kind: model ms}}}.
+    "collectives": {kind: {"count", "gb"}}.
+    "kernels": {name: number of executions}.
     """
     module = hlo.parse(text)
     costs, kinds = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)

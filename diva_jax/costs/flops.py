@@ -17,10 +17,8 @@ from diva_jax.models.diffusion.vae import AutoencoderConfig
 class Tally:
     """Forward and backward FLOPs of frozen layers, in the order in which they run.
 
-    Attributes:
-      forward, backward: so far.
-      reached: whether what flows depends on the condition yet; before that nothing has a gradient.
-      by_class: whether the condition is a class embedding, added in every residual block, and not the context.
+    `reached` is whether what flows depends on the condition yet: before that nothing has a gradient. `by_class`:
+    whether the condition is a class embedding, added in every residual block, and not the context.
     """
 
     forward: float = 0.0

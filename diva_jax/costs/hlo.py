@@ -1,8 +1,8 @@
 """Parses the optimised HLO text of a compiled TPU program (`compiled.as_text()`) and computes costs from it.
 
-The compiler's own summary (`compiled.cost_analysis()`) counts the body of a loop once, includes on-chip traffic in the
-bytes accessed, and counts Pallas kernels as zero. The HLO text has more detail: each operation has the number of cycles
-that the compiler estimates, each array has its memory space (HBM or on-chip), and each loop has its trip count.
+`compiled.cost_analysis()` counts the body of a loop once, includes on-chip traffic in the bytes accessed, and counts
+Pallas kernels as zero. In the text each operation has the number of cycles that the compiler estimates, each array its
+memory space, and each loop its trip count.
 """
 
 import dataclasses
@@ -30,12 +30,8 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a type.
-
-    Attributes:
-      dtype: the dtype as HLO writes it, e.g. "bf16".
-      dims: the shape.
-      layout: as HLO writes it, e.g. "1,0:T(8,128)S(1)": axes from minor to major, tiles, memory space.
+    """One array of a type; dtype and layout are as HLO writes them, e.g. "1,0:T(8,128)S(1)": axes from minor to major,
+    tiles, memory space.
     """
 
     dtype: str
@@ -55,14 +51,8 @@ class Array:
 
 @dataclasses.dataclass
 class Op:
-    """One instruction.
-
-    Attributes:
-      name: e.g. "fusion.6".
-      kind: the opcode, e.g. "fusion".
-      type: the result's type as text; `arrays(type)` lists its arrays.
-      operands: names of instructions in the same computation.
-      rest: the text of the instruction from the operands on.
+    """One instruction: its name, e.g. "fusion.6", opcode, the result's type as text, the names of operands in the same
+    computation, and the text of the instruction from the operands on.
     """
 
     name: str

@@ -1,11 +1,9 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) over any linear layer, fused projections included.
 
 An adapted layer computes `y = W x + b + (alpha / rank) B A drop(x)` (section 4.1). `A` is drawn uniformly from
-+-1/sqrt(n_in) and `B` is zero, so that an adapted model starts as the model itself. A fused projection to queries,
-keys and values has one pair of matrices, and one dropout mask, for each of its parts.
-
-An adapted layer keeps the names of its own parameters (`kernel`, `bias`) and adds `lora/a` and `lora/b`, so that the
-name table of the model still covers its own parameters. `Lora.trainable` gives the rows for `config.trainable`.
++-1/sqrt(n_in) and `B` is zero, so that an adapted model starts as the model itself. A fused projection to queries, keys
+and values has one pair of matrices, and one dropout mask, for each of its parts. The layer keeps the names of its own
+parameters and adds `lora/a` and `lora/b`.
 """
 
 import contextlib
@@ -67,9 +65,8 @@ class Lora:
 def dropout(keys: Array) -> Iterator[None]:
     """Adapters drop elements of their inputs where a model is called, or traced, in this context.
 
-    Args:
-      keys: one PRNG key per image, [B]; the inputs of adapted layers are [B, ...]. An image's masks depend on its key
-        and on the layer alone.
+    `keys` has one PRNG key per image, [B]; the inputs of adapted layers are [B, ...]. An image's masks depend on its
+    key and on the layer alone.
     """
     token = _DROPOUT.set(keys)
     try:
@@ -81,11 +78,8 @@ def dropout(keys: Array) -> Iterator[None]:
 class Update(nnx.Module):
     """The low-rank update of one layer: `a` [parts, n_in, rank] and `b` [parts, rank, n_out / width].
 
-    Args:
-      n_in, n_out, lora, rngs: sizes of the layer, and how it is adapted.
-      width: how many projections the layer's outputs consist of.
-      parts: which of them are adapted, as indices.
-      index: of the layer in its model; decides its dropout masks.
+    The layer's outputs are `width` projections, of which those with the indices `parts` are adapted. `index`, of the
+    layer in its model, decides its dropout masks.
     """
 
     def __init__(self, n_in: int, n_out: int, lora: Lora, width: int, parts: tuple[int, ...], index: int, rngs):
@@ -182,15 +176,8 @@ def _replace(model: nnx.Module, path: tuple, layer: nnx.Module) -> None:
 
 
 def adapt(model: nnx.Module, lora: Lora, rngs) -> None:
-    """Puts adapters at the layers of `model`, in place, whose path `lora.targets` matches.
-
-    Args:
-      model: any module with linear layers (`nnx.Linear`, `layers.Matrix`).
-      lora: the adapters.
-      rngs: source of the initial values.
-
-    Raises:
-      UserError: no layer is named.
+    """Puts adapters at the linear layers of `model`, in place, whose path `lora.targets` matches; a UserError where
+    there is none.
     """
     layers = {"/".join(map(str, path)): (path, m) for path, m in nnx.iter_modules(model) if type(m) in _KINDS}
     named = [name for name in layers if re.fullmatch(lora.targets, name)]

@@ -91,12 +91,10 @@ fused.defvjp(_forward_saved, _backward)
 
 
 def feed_forward(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
-    """Returns x + layer(norm(x)).
+    """x + layer(norm(x)) of tokens [B, N, C].
 
-    Args:
-      x: tokens, [B, N, C].
-      norm: a LayerNorm of C channels with scale and bias.
-      layer: `proj`, a linear layer from C channels to 2H, GEGLU, and `out`, one from H to C.
+    `norm` is a LayerNorm of C channels with scale and bias; `layer` is `proj`, a linear layer from C channels to 2H,
+    GEGLU, and `out`, one from H to C.
     """
     if use_kernel(x.shape, layer.out.in_features, x.dtype):
         graph, state = nnx.split((norm, layer))

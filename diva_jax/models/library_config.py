@@ -15,15 +15,10 @@ _MAX_ENTRIES = 64
 
 @dataclasses.dataclass(frozen=True)
 class LibraryConfig:
-    """Options of a config file, or of a section of it.
+    """Options of a config file, or of a section of it; `where` and `prefix` ("vision_cfg.") name them in messages.
 
     Every method raises a UserError, one sentence that names the option and its value, where the option is not what the
     method returns. A missing option has the default; null stands for the default of `number`, `flag` and `channels`.
-
-    Attributes:
-      options: as read from the file.
-      where: the file in messages, e.g. "the U-Net's config".
-      prefix: of the options' names in messages, e.g. "vision_cfg."; "" for the file itself.
     """
 
     options: Mapping[str, Any]
@@ -46,11 +41,8 @@ class LibraryConfig:
     ) -> None:
         """Checks that all options are known; names that begin with an underscore are metadata.
 
-        Args:
-          read: options that the caller reads, or that do not affect the result.
-          fixed: option -> the values that are implemented.
-          lists: whether such an option may be a list of them, with one entry per block.
-          hint: what to use instead, for the message.
+        Options in `read` may have any value, those in `fixed` the values that are implemented, with `lists` also a list
+        of them with one entry per block. `hint` says what to use instead.
         """
         for name, value in self.options.items():
             if name.startswith("_") or name in read or (name not in fixed and value is None):

@@ -1,7 +1,5 @@
-"""Tables of names between our parameters and the tensors of PyTorch checkpoints, and their layouts.
-
-A table turns the path of an NNX parameter into the name that the original library gives it. `weights.names` walks a
-model with a table, and so covers every parameter, to read a checkpoint and to write it back.
+"""Tables of names between our parameters and the tensors of PyTorch checkpoints, and their layouts; `weights.names`
+uses them.
 """
 
 import dataclasses
@@ -14,14 +12,11 @@ _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Names of one architecture in one library's checkpoints.
+    """Names of one architecture in one library's checkpoints; `what` is shown in errors.
 
-    Attributes:
-      what: shown in errors, e.g. "diffusers U-Net".
-      rename: (regex, replacement) applied in turn to our dotted path, its leaf already renamed
-        (kernel, scale, embedding -> weight).
-      ignore: regexes of checkpoint names that are known and not used.
-      aliases: (regex, replacement) that bring older checkpoints' names to today's before anything else.
+    `rename` are (regex, replacement), applied in turn to our dotted path with its leaf already renamed (kernel, scale,
+    embedding -> weight); `ignore` are regexes of checkpoint names that are known and not used; `aliases` are (regex,
+    replacement) that bring older checkpoints' names to today's first.
     """
 
     what: str

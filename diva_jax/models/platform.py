@@ -1,7 +1,7 @@
-"""The kind of device that a function is traced for.
+"""The kind of device that a function is traced for: that of the abstract mesh of `jax.sharding`, not of the tracing
+machine.
 
-It is that of the abstract mesh of `jax.sharding` and not that of the machine that traces, so that a step compiled for a
-TPU on a CPU is the same program as one compiled on the TPU.
+So a step compiled for a TPU on a CPU is the same program as one compiled on the TPU.
 """
 
 import jax

@@ -320,10 +320,8 @@ def check(spec: Spec, where: str) -> Spec:
 
 
 def spec_of(config: ConfigDict) -> Spec:
-    """The Spec of the backbone that a run tunes, `config.backbone`; hashable.
-
-    Raises:
-      UserError: an unknown field, or a value that no backbone can have.
+    """The hashable Spec of `config.backbone`, which a run tunes; a UserError for an unknown field, or an impossible
+    value.
     """
     return check(fields.parse(Spec, config.backbone, "config.backbone"), "config.backbone")
 
@@ -343,16 +341,11 @@ def architecture(name: str) -> ModuleType:
 
 
 def build(spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False) -> nnx.Module:
-    """The vision tower of `spec` with random weights.
+    """The vision tower of `spec` with random weights; a UserError where its architecture is not known or cannot have
+    these sizes.
 
-    Args:
-      spec: sizes, activation and epsilon.
-      rngs: source of the initial values; under `nnx.eval_shape` shapes and dtypes alone are made.
-      dtype: what activations are computed in.
-      param_dtype: what weights are held in.
-      remat: recompute each block in the backward pass: less memory, a third more work, the same gradient.
-
-    Raises:
-      UserError: the architecture is not known, or cannot have these sizes.
+    Under `nnx.eval_shape` only shapes and dtypes are made. Activations are computed in `dtype`, weights are held in
+    `param_dtype`. `remat` recomputes each block in the backward pass: less memory, a third more work, the same
+    gradient.
     """
     return architecture(spec.arch).Vision(spec, rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)

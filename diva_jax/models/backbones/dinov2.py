@@ -77,11 +77,7 @@ class ScaledBlock(nnx.Module):
 
 
 class Vision(nnx.Module):
-    """The vision encoder of `spec` with random weights; arguments as `backbones.build`'s.
-
-    Raises:
-      UserError: `spec.embed_dim` is not `spec.width`.
-    """
+    """The vision encoder of `spec` with random weights; arguments as `backbones.build`'s."""
 
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False):
         make = Layers(rngs, dtype, param_dtype)

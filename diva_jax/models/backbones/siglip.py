@@ -103,11 +103,7 @@ class AttentionPool(nnx.Module):
 
 
 class Vision(nnx.Module):
-    """The vision tower of `spec` with random weights; arguments as `backbones.build`'s.
-
-    Raises:
-      UserError: `spec.embed_dim` is not `spec.width`.
-    """
+    """The vision tower of `spec` with random weights; arguments as `backbones.build`'s."""
 
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False):
         make = Layers(rngs, dtype, param_dtype)
@@ -132,8 +128,9 @@ class Vision(nnx.Module):
         return Features(tokens=tokens, pooled=self.attn_pool(tokens))
 
     def encode_dense(self, images: jax.Array, last: str = "plain") -> jax.Array:
-        """Images as for `encode` -> patch tokens [B, P, D] in the text's space, the last block as `last` of
-        `shared.dense.VARIANTS`, each token pooled by itself."""
+        """Images as for `encode` -> patch tokens [B, P, D] in the text's space, each pooled by itself; `last` of
+        `dense.VARIANTS`.
+        """
         return self.attn_pool.each(self.norm(run_dense(self.blocks, embedded(self, images), last)))
 
 

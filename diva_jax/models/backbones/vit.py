@@ -69,8 +69,7 @@ class Vision(nnx.Module):
         return Features(tokens=x[:, 1:], pooled=x[:, 0])
 
     def encode_dense(self, images: jax.Array, last: str = "plain") -> jax.Array:
-        """Images as for `encode` -> patch tokens [B, P, D] in the text's space, the last block as `last` of
-        `shared.dense.VARIANTS`."""
+        """Images as for `encode` -> patch tokens [B, P, D] in the text's space; `last` of `dense.VARIANTS`."""
         x = run_dense(self.blocks, self._embedded(images), last)
         return self.proj(self.norm(x))[:, 1:]
 

@@ -282,17 +282,12 @@ class Flow(nnx.Module):
         freqs: np.ndarray | None = None,
         seen: Callable[[str, Array], None] = lambda name, value: None,
     ) -> Array:
-        """The velocity at noisy latents, [B, h * w, in_channels], in `dtype`.
+        """The velocity at noisy latents, [B, h * w, in_channels], in `dtype`; the arguments are packed latents of this
+        shape in raster order, times in [0, 1], 1 being noise, and strengths of guidance [B], the pooled condition
+        [B, vector_dim], text tokens [B, T, text_dim], and `grid` (h, w).
 
-        Args:
-          x: packed latents, [B, h * w, in_channels], tokens in raster order.
-          t: times in [0, 1], 1 being noise, [B].
-          guidance: strength of the guidance that is assumed, [B].
-          vector: pooled condition, [B, vector_dim].
-          text: text tokens, [B, T, text_dim].
-          grid: (h, w).
-          freqs: of `timestep_code`.
-          seen: called with the name and value of each intermediate result, while this is traced.
+        `freqs` are those of `timestep_code`; `seen` is called with the name and value of each intermediate result,
+        while this is traced.
         """
         parts = {
             "time_in": self.time_in(timestep_code(t, freqs).astype(self.dtype)),

@@ -1,8 +1,5 @@
-"""Presets of the published Stable Diffusion models, with the values of their diffusers folders' config files.
-
-Each preset has the fields of `diffusion.unet`, `.vae`, `.text_encoder` and `.scheduler` of a config, with the names
-that diffusers (for the text encoder, transformers) uses. It is an error to load a folder whose config files differ from
-the config.
+"""Presets of the published Stable Diffusion models, with the names and values of their diffusers folders' config
+files.
 """
 
 import copy

@@ -67,21 +67,15 @@ def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
 
 
 def nats_per_error(config: ScheduleConfig, values: int, kind: str = "") -> np.ndarray:
-    """Returns what a timestep's gap between two mean squared errors says about likelihoods, by the I-MMSE relation.
+    """What a timestep's gap between two mean squared errors says about likelihoods, by the I-MMSE relation: [T]
+    float64.
 
     For the errors of the predicted noise, summed over the latents' values, log p(x | c) - log p(x | c') is half of the
     integral of error(c') - error(c) over the logarithm of the signal-to-noise ratio abar / (1 - abar) (arXiv
     2302.03792). It is exact for a model that predicts the conditional mean, and here an estimate, without the noise
-    levels outside of the schedule. An error of the velocity is 1 / abar times that of the noise.
-
-    Args:
-      config: the schedule.
-      values: the number of values of the latents, over which the errors are means.
-      kind: what the errors are of, "epsilon" or "v_prediction"; empty: what the U-Net predicts.
-
-    Returns:
-      [T] float64: nats per unit of the gap, for each timestep; the sum of gap times weight over all timesteps is the
-      estimate.
+    levels outside of the schedule: the sum over all timesteps of gap times weight, nats per unit of the gap, where
+    errors are means over `values` numbers. An error of the velocity is 1 / abar times that of the noise; `kind` is
+    "epsilon" or "v_prediction", by default what the U-Net predicts.
     """
     left = alphas_cumprod(config).astype(np.float64)
     weight = 0.5 * values * np.abs(np.gradient(np.log(left / (1 - left))))
@@ -96,13 +90,11 @@ def _coefficients(like: Array, alphas_cumprod: Array, timesteps: Array) -> tuple
 
 
 def add_noise(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array) -> Array:
-    """Returns zt = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (DIVA, section 3.1), in the shape and dtype of `noise`.
+    """zt = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (DIVA, section 3.1), in the shape and dtype of `noise`, [..., B, H,
+    W, C].
 
-    Args:
-      latents: z0, [B, H, W, C], or any shape that broadcasts against `noise`.
-      noise: eps, standard normal, [..., B, H, W, C].
-      alphas_cumprod: abar, [T], see `alphas_cumprod`.
-      timesteps: [..., B] integers.
+    The latents z0 may have any shape that broadcasts against it; `alphas_cumprod` is [T], `timesteps` are [..., B]
+    integers.
     """
     signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
     return (signal * latents + sigma * noise).astype(noise.dtype)

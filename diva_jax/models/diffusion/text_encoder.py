@@ -77,15 +77,11 @@ class TextEncoder(nnx.Module):
         self.final_layer_norm = layers.layer_norm(config.width, config.norm_eps)
 
     def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
-        """Returns the last hidden state after the final LayerNorm, [B, N, width], in `dtype`.
+        """The last hidden state of tokens [B, N] after the final LayerNorm, [B, N, width], in `dtype`; a UserError
+        where N is too large.
 
-        Args:
-          tokens: [B, N] integers, N at most `context_length`.
-          mask: [B, N] bool, the tokens that are attended to (those before a query alone, as always); None: all, padding
-            included.
-
-        Raises:
-          UserError: there are more than `context_length` tokens.
+        `mask`, [B, N] bool, has the tokens that are attended to (those before a query alone, as always); None: all,
+        padding included.
         """
         n = tokens.shape[1]
         if n > self.config.context_length:

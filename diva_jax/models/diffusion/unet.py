@@ -81,12 +81,10 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "UNetConfig":
-        """Reads the content of a diffusers folder's `unet/config.json`, with diffusers' defaults.
+        """Reads a diffusers folder's `unet/config.json`; a UserError where an option is not implemented, or values are
+        inconsistent.
 
         Despite its name, `attention_head_dim` is the *number* of heads; `num_attention_heads` overrides it if present.
-
-        Raises:
-          UserError: an option is not implemented, or values are inconsistent.
         """
         file = LibraryConfig(options, "the U-Net's config")
         file.require_class("UNet2DConditionModel")
@@ -263,16 +261,11 @@ class UNet(nnx.Module):
         self.conv_out = layers.conv(n, config.out_channels, 3, padding=1)
 
     def __call__(self, sample: Array, timesteps: Array, context: Array, class_labels: Array | None = None) -> Array:
-        """Returns the prediction for one denoising step, [B, H, W, out_channels], in `dtype`.
+        """The prediction for one denoising step, [B, H, W, out_channels], in `dtype`, of noisy latents [B, H, W,
+        in_channels] at timesteps [B] under a context [B, N, cross_attention_dim], for any H, W and N.
 
-        Args:
-          sample: noisy latents, [B, H, W, in_channels]; any H and W.
-          timesteps: [B], integers.
-          context: the condition, [B, N, cross_attention_dim]; any N.
-          class_labels: [B, class_embed_dim]; required if the U-Net has a class embedding, and None otherwise.
-
-        Raises:
-          UserError: class_labels is missing, or is given to a U-Net without a class embedding.
+        A U-Net with a class embedding needs class_labels [B, class_embed_dim], and no other takes them: else a
+        UserError.
         """
         time = self._time(timesteps, class_labels)  # [B, 4 * block_out_channels[0]]
         context = context.astype(self.dtype)

@@ -96,10 +96,8 @@ class VAEConfig(AutoencoderConfig):
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:
-        """Reads the content of a diffusers folder's `vae/config.json`; missing options have diffusers' defaults.
-
-        Raises:
-          UserError: an option is not implemented, or values are inconsistent.
+        """Reads a diffusers folder's `vae/config.json`; a UserError where an option is not implemented, or values are
+        inconsistent.
         """
         file = LibraryConfig(options, "the VAE's config")
         return cls(**cls.fields_of(file), use_quant_conv=file.flag("use_quant_conv", True))
@@ -192,11 +190,8 @@ class VAEEncoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """Encodes images to latents.
-
-    Args:
-      config: the shape; its class says how latents follow from the posterior.
-      rngs, dtype, param_dtype: see `Layers`.
+    """Encodes images to latents; the config's class says how they follow from the posterior. Other arguments as for
+    `Layers`.
     """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
@@ -207,14 +202,11 @@ class VAE(nnx.Module):
             self.quant_conv = layers.conv(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
     def moments(self, images: Array) -> Array:
-        """Returns mean and logarithm of the variance of the latents' posterior, before the scaling factor.
+        """Mean and logarithm of the variance, not clamped, of the latents' posterior, before the scaling factor, in
+        `dtype`.
 
-        Args:
-          images: [B, H, W, in_channels], RGB in [-1, 1].
-
-        Returns:
-          [B, H / downscale, W / downscale, 2 * latent_channels], the means first, sizes rounded down, in `dtype`. The
-          logarithm is not clamped.
+        RGB images [B, H, W, in_channels] in [-1, 1] -> [B, H / downscale, W / downscale, 2 * latent_channels], the
+        means first, sizes rounded down.
         """
         moments = self.encoder(images)
         return self.quant_conv(moments) if self.config.use_quant_conv else moments

@@ -104,18 +104,12 @@ def _column(x: Array) -> Array:
 
 
 def forward(x: Array, weights: tuple[Array, ...], epsilon: float, save: bool, interpret: bool = False) -> list[Array]:
-    """The layer on one device.
+    """The layer on one device: tokens [B, C, N] -> [B, C, N] in their dtype, and with `save`, for the backward pass,
+    the projection [B, 2H, N].
 
-    Args:
-      x: tokens, [B, C, N]; N is a multiple of LANES, and C at most the largest key of TILES.
-      weights: scale [C] and shift [C] of the norm, kernel [C, 2H] and bias [2H] of the projection (values, then
-        gates), kernel [H, C] and bias [C] of the output; H is a multiple of LANES. Kernels have the dtype of x.
-      epsilon: that of the norm.
-      save: whether the backward pass follows.
-      interpret: whether to interpret the kernel on a CPU, for tests.
-
-    Returns:
-      [B, C, N] in the dtype of x, and with `save` the projection, [B, 2H, N].
+    N and H are multiples of LANES, C is at most the largest key of TILES. The weights are scale [C] and shift [C] of
+    the norm, kernel [C, 2H] and bias [2H] of the projection (values, then gates), kernel [H, C] and bias [C] of the
+    output; kernels have the dtype of x. `interpret` interprets the kernel on a CPU, for tests.
     """
     scale, shift, w_in, b_in, w_out, b_out = weights
     whole = [_column(scale), _column(shift), w_in.T, _column(b_in), w_out.T, _column(b_out)]

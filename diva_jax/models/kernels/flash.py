@@ -108,18 +108,10 @@ def _call(kernel, name: str, width: int, keys, interpret: bool, semantics, **kw)
 def attend(
     q: Array, k: Array, v: Array, heads: int, keys: int | None, blocks: tuple[int, int], interpret: bool
 ) -> Array:
-    """Attention on one device.
+    """Attention on one device: queries [B, H*D, N], keys and values [B, H*D, M] -> [B, H*D, N], in the dtype of q.
 
-    Args:
-      q: queries, [B, H*D, N].
-      k, v: keys and values, [B, H*D, M].
-      heads: H.
-      keys: number of keys before the padding; None if there is none.
-      blocks: queries and keys per tile: multiples of LANES that divide N and M.
-      interpret: whether to interpret the kernels on a CPU, for tests.
-
-    Returns:
-      [B, H*D, N], in the dtype of q.
+    `keys` is the number of keys before the padding, None if there is none; `blocks` the queries and keys per tile,
+    multiples of LANES that divide N and M. `interpret` interprets the kernels on a CPU, for tests.
     """
     return _forward(q, k, v, heads, keys, blocks, interpret)[0]
 

@@ -12,12 +12,9 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Last:
-    """A variant of the last block.
-
-    Attributes:
-      scores: pairs of projections whose softmax attentions are summed; none: each token attends to itself alone.
-      residual: whether the block's input is added to the attention.
-      mlp: whether the MLP, with its residual, follows.
+    """A variant of the last block: pairs of projections whose softmax attentions are summed (none: each token attends
+    to itself alone), whether the block's input is added to the attention, and whether the MLP, with its residual,
+    follows.
     """
 
     scores: tuple[str, ...] = ("qk",)

@@ -1,8 +1,8 @@
-"""Two-way between our `Spec` and open_clip's `open_clip_config.json`.
+"""Two-way between our `Spec` and open_clip's `open_clip_config.json`, with the defaults of `CLIPVisionCfg` and
+`CLIPTextCfg`.
 
-Defaults and the meaning of every option are those of open_clip's `CLIPVisionCfg` and `CLIPTextCfg`. An option that
-our modules do not implement is an error that names it; it never gives another model silently. The vision tower's
-options are read and written by its architecture's module, with the functions here.
+An option that our modules do not implement is an error that names it; it never gives another model silently. The vision
+tower's options are read and written by its architecture's module, with the functions here.
 """
 
 from collections.abc import Mapping
@@ -82,10 +82,8 @@ def norm_eps(tower: LibraryConfig) -> float:
 def from_timm(model: LibraryConfig, table: Mapping[str, Mapping], **implemented: tuple) -> dict:
     """The fields of Spec of a tower that open_clip makes of a timm model, whose config is checked.
 
-    Args:
-      model: open_clip's model config.
-      table: timm's models, name -> the fields of Spec that each fixes.
-      **implemented: option of `TIMM_OPTIONS` -> the values that are implemented; default the option's default.
+    `table` has timm's models, name -> the fields of Spec that each fixes; `implemented` has option of `TIMM_OPTIONS` ->
+    the values that are implemented, where they are not the option's default.
     """
     vision = model.section("vision_cfg")
     name = vision.options["timm_model_name"]
@@ -182,15 +180,10 @@ def _architecture(vision: LibraryConfig) -> str:
 
 
 def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec:
-    """The `Spec` of an open_clip config; token selection and readout are left at their defaults.
+    """The `Spec` of a parsed `open_clip_config.json`, or of a bare model config; token selection and readout are left
+    at their defaults.
 
-    Args:
-      config: parsed `open_clip_config.json` (`model_cfg`, `preprocess_cfg`), or a bare model config as
-        open_clip's `model_configs/*.json` are.
-      name, source: `open_clip_name` and `source` of the Spec.
-
-    Raises:
-      UserError: not an open_clip config, or an option that our modules do not implement, named.
+    A UserError where it is none, and for an option that our modules do not implement.
     """
     model = config.get("model_cfg", config) if isinstance(config, Mapping) else None
     parts = ("vision_cfg", "text_cfg")
@@ -264,10 +257,8 @@ def _text_activation(spec: Spec, tower: Mapping) -> dict:
 
 
 def to_open_clip(spec: Spec) -> dict:
-    """The content of `open_clip_config.json` for `spec`: `model_cfg` and `preprocess_cfg`.
-
-    Raises:
-      UserError: open_clip cannot build this model: timm has no such tower, or open_clip no such activation.
+    """The content of `open_clip_config.json` for `spec`; a UserError where timm has no such tower, or open_clip no such
+    activation.
     """
     module = backbones.architecture(spec.arch)
     if not module.TIMM:

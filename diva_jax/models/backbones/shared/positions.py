@@ -9,13 +9,11 @@ from diva_jax.common.errors import UserError, brief
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """The learned position embeddings of a vision tower; [..., extra + grid * grid, width].
+    """The learned position embeddings of a vision tower, the tensor `name` [..., extra + grid * grid, width].
 
-    Attributes:
-      name: of the tensor in the checkpoint.
-      extra: embeddings before those of the patches, e.g. the class token's; kept at every resolution.
-      antialias: how the original interpolates them: bicubic with antialiasing (Keys' kernel, a = -0.5), or without
-        (a = -0.75, as `torch.nn.functional.interpolate` has it).
+    The first `extra`, e.g. the class token's, are kept at every resolution. The original interpolates the others with
+    bicubic interpolation, with antialiasing (Keys' kernel, a = -0.5) or without (a = -0.75, as
+    `torch.nn.functional.interpolate` has it).
     """
 
     name: str
@@ -28,10 +26,8 @@ class Positions:
 
 
 def tensor_shape(tensors: Mapping, name: str, *axes: int) -> tuple[int, ...]:
-    """The shape of a checkpoint's tensor, which may have as many axes as `axes` lists, by default two.
-
-    Raises:
-      UserError: the checkpoint does not have it, or it has another number of axes, or an empty one.
+    """The shape of a checkpoint's tensor; a UserError where it is missing, empty, or has a number of axes not in `axes`
+    (two).
     """
     if name not in tensors:
         raise UserError(f"the checkpoint is incomplete, {name} is missing: download it again")

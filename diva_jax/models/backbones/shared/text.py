@@ -60,12 +60,8 @@ def require_text(spec: Spec) -> None:
 
 
 class Text(nnx.Module):
-    """The text tower that belongs to `spec` (its `text` and `embed_dim`), with random weights.
-
-    The arguments are as `backbones.build`'s.
-
-    Raises:
-      UserError: `spec` has no text tower.
+    """The text tower of `spec` (`text`, `embed_dim`) with random weights; arguments as `backbones.build`'s. A UserError
+    where it has none.
     """
 
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False):

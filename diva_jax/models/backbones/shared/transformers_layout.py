@@ -17,11 +17,9 @@ from diva_jax.models.library_config import LibraryConfig
 class Recipe:
     """`open_clip` tensors, one after the other, hold the same rows as the `hf` ones.
 
-    Attributes:
-      open_clip, hf: names.
-      shares: how the rows divide among the open_clip names (among hf names they divide evenly).
-      transposed: the matrix is [in, out] in open_clip and [out, in] in transformers.
-      lead: a leading axis of 1 that open_clip has and transformers has not (-1: the other way round).
+    The rows divide among the open_clip names as `shares`, among hf names evenly. `transposed`: the matrix is [in, out]
+    in open_clip and [out, in] in transformers. `lead`: a leading axis of 1 that open_clip has and transformers has not
+    (-1: the other way round).
     """
 
     open_clip: tuple[str, ...]
@@ -109,8 +107,7 @@ def text_recipes(text: TextSpec, prefix: str) -> list[Recipe]:
 def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The options of a config file, or of a section of it (None: it is not there), over transformers' defaults.
 
-    Raises:
-      UserError: it is no JSON object, or an option has not the type of its default, or is far out of range.
+    A UserError where it is no JSON object, or an option has not the type of its default, or is far out of range.
     """
     if not isinstance(config, Mapping | None):
         raise UserError(f"{where} is {brief(config)}, which must be an object of options: fetch the folder again")
@@ -155,21 +152,14 @@ def preprocessing(
     crops: bool = True,
     any_size: bool = False,
 ) -> dict[str, Any]:
-    """The fields of Spec that preprocessor_config.json states: size, mean, std, resize_mode and interpolation.
+    """The fields of Spec that preprocessor_config.json ({} where there is none) states: size, mean, std, resize_mode
+    and interpolation.
 
-    Images that are resized to `image_size` by their shorter side and cropped are cropped where open_clip does, which
-    is one pixel elsewhere where the rest is odd.
-
-    Args:
-      preprocessor: its content; {} where there is none.
-      image_size: that of config.json [pixels].
-      mean, std: the defaults of the model's processor.
-      where: the folder, for messages.
-      crops: whether the model's processor crops.
-      any_size: whether transformers interpolates the position embeddings where images are of another size.
-
-    Raises:
-      UserError: an option is not implemented, or makes images of another size than the model's.
+    `image_size` is that of config.json [pixels]; `mean`, `std` and `crops` are the defaults of the model's processor;
+    with `any_size` transformers interpolates the position embeddings where images are of another size. Images that are
+    resized to `image_size` by their shorter side and cropped are cropped where open_clip does, which is one pixel
+    elsewhere where the rest is odd. A UserError for an option that is not implemented, or makes images of another size
+    than the model's.
     """
     file = LibraryConfig(preprocessor, f"{where}/preprocessor_config.json")
     file.check(_PROCESSOR_READ, _PROCESSOR_FIXED)
