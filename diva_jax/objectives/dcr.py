@@ -140,11 +140,9 @@ def validate(config: ConfigDict) -> None:
 class DcrDraws(NamedTuple):
     """The random numbers of B images.
 
-    Attributes:
-      timesteps: [B], int32, in 0..T-1.
-      noise, posterior: latents' shape [B, h, w, c], standard normal; of the diffusion, and of the VAE's posterior.
-      jitter: of the positive view.
-      dropout: PRNG keys of the adapters in the two passes of the tower, two arrays [B]; None: no dropout.
+    Timesteps [B], int32, in 0..T-1; standard normal numbers of the latents' shape [B, h, w, c] for the diffusion and
+    for the VAE's posterior; those of the positive view; and PRNG keys [B] of the adapters' dropout in the two passes of
+    the tower, None: no dropout.
     """
 
     timesteps: Array
@@ -161,10 +159,8 @@ def _largest_divisor(n: int, most: int) -> int:
 class Contrast(NamedTuple):
     """The contrastive loss of each image and its logits.
 
-    Attributes:
-      losses: [B, 2], minus the logarithm of each positive's share, plus and target; the loss is the mean of all.
-      others: [B, g], the logits of all conditions of the group.
-      plus, target: [B], the logits of the positives.
+    `losses` [B, 2] are minus the logarithm of each positive's share, plus and target; the loss is the mean of all.
+    `others` [B, g] are the logits of all conditions of the group, `plus` and `target` [B] those of the positives.
     """
 
     losses: Array
@@ -174,13 +170,10 @@ class Contrast(NamedTuple):
 
 
 def contrast(predicted: Array, goal: Array, anchors: Array, temperature: float) -> Contrast:
-    """The contrastive loss of B images.
+    """The contrastive loss of B images over a temperature.
 
-    Args:
-      predicted: [B, g + 1, h, w, c], under the conditions of the group in order, then under the plus condition.
-      goal: [B, h, w, c].
-      anchors: [B], the index of each image in its group.
-      temperature: by which products are divided.
+    `predicted` [B, g + 1, h, w, c] is under the conditions of the group in order, then under the plus condition; `goal`
+    is [B, h, w, c]; `anchors` [B] is the index of each image in its group.
     """
 
     def unit(x):
@@ -332,17 +325,13 @@ class Objective(StableDiffusionObjective):
         return out.astype(self.dtype) if self.options.loss_dtype == FAITHFUL else widened(out)
 
     def forward(self, pixels: Array, drawn: DcrDraws, moments: Array | None = None) -> tuple[Array, dict]:
-        """The loss and everything on the way to it.
+        """The loss of pixels [B, S, S, 3] in [0, 1], of which k * group to (k + 1) * group - 1 are compared, and
+        everything on the way.
 
-        Args:
-          pixels: [B, S, S, 3] in [0, 1]; images k * group to (k + 1) * group - 1 are compared.
-          drawn: the random numbers of each.
-          moments: of the VAE's posterior, [B, h, w, 2 c]; None: they are computed.
-
-        Returns:
-          (loss, {latents, noisy, goal [B, h, w, c]; embedding, plus_embedding [B, d]; context, context_plus [B, C];
-          predicted [B, g + 1, h, w, c]; contrast}); with the loss of reconstruction `contrast` and all of `predicted`
-          but the own condition's are missing.
+        `moments` of the VAE's posterior, [B, h, w, 2 c], are computed where they are not given. Returns (loss,
+        {latents, noisy, goal [B, h, w, c]; embedding, plus_embedding [B, d]; context, context_plus [B, C]; predicted
+        [B, g + 1, h, w, c]; contrast}); with the loss of reconstruction `contrast` and all of `predicted` but the own
+        condition's are missing.
         """
         g, b = self.options.group, pixels.shape[0]
         latents = self.latents(pixels, moments, drawn.posterior)

@@ -77,12 +77,8 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
 
 
 class DivaDraws(NamedTuple):
-    """The random numbers of one draw for B images (stacked: a leading axis N).
-
-    Attributes:
-      timesteps: [B], int32, in 0..T-1.
-      noise: latents' shape [B, h, w, c], standard normal.
-      token_indices: [B, K] patch indices, or None where no token is drawn.
+    """The random numbers of one draw for B images (stacked: a leading axis N): timesteps [B], int32, in 0..T-1;
+    standard normal noise of the latents' shape [B, h, w, c]; patch indices [B, K], or None where no token is drawn.
     """
 
     timesteps: Array
@@ -237,16 +233,11 @@ class Objective(StableDiffusionObjective):
         return widened(pred), self.target(latents, draw.noise, draw.timesteps)
 
     def forward(self, pixels: Array, drawn: DivaDraws, moments: Array | None = None) -> tuple[Array, dict]:
-        """The loss and everything on the way to it.
+        """The loss of pixels [B, S, S, 3] in [0, 1] under N stacked draws, and everything on the way to it.
 
-        Args:
-          pixels: [B, S, S, 3] in [0, 1].
-          drawn: N draws, stacked.
-          moments: of the VAE's posterior, [B, h, w, 2 c]; None: they are computed.
-
-        Returns:
-          (weighted sum of the draws' losses, {latents [B, h, w, c]; and by draw: features [N, B, n, D],
-          context [N, B, n, C], pred_noise [N, B, h, w, c], losses [N]}).
+        `moments` of the VAE's posterior, [B, h, w, 2 c], are computed where they are not given. Returns (weighted sum
+        of the draws' losses, {latents [B, h, w, c]; and by draw: features [N, B, n, D], context [N, B, n, C],
+        pred_noise [N, B, h, w, c], losses [N]}).
         """
         _, backbone_view = self.views(pixels)
         latents = self.latents(pixels, moments)
@@ -288,19 +279,13 @@ class Objective(StableDiffusionObjective):
         return value, {"loss": jnp.mean(seen["losses"])}
 
     def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
-        """The loss of each image under its own condition, under another image's, and under the text alone.
+        """The loss of each image under its own condition, under another image's, and under the text alone: {"own",
+        "other", "text", "nats_per_loss" (see the method of this name): [K, B]}.
 
-        One draw per image and bin; timesteps, noise and token draw are the same under all three conditions. For the
-        text alone the visual part is zero: the condition is the prompt's states as they are (`add_text` token), or
-        their mean in every one of its tokens (mean).
-
-        Args:
-          batch: {"image", "other": uint8 [B, S, S, 3]}, `other` being whose condition is borrowed.
-          keys: PRNG keys, one per image, [B].
-          edges: [K + 1] ints; the timestep of draw k is uniform in edges[k] .. edges[k + 1] - 1.
-
-        Returns:
-          {"own", "other", "text", "nats_per_loss" (see the method of this name): [K, B]}.
+        The batch is {"image", "other": uint8 [B, S, S, 3]}, `other` being whose condition is borrowed; the keys are one
+        per image, [B]; the timestep of draw k is uniform in edges[k] .. edges[k + 1] - 1. Timesteps, noise and token
+        draw are the same under all three conditions. For the text alone the visual part is zero: the condition is the
+        prompt's states as they are (`add_text` token), or their mean in every one of its tokens (mean).
         """
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
         latents = self.latents(pixels[0])

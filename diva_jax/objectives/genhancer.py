@@ -173,12 +173,8 @@ def _vae(section: GenHancerVae) -> LatentCode:
 
 
 class GenHancerDraws(NamedTuple):
-    """The random numbers of B images.
-
-    Attributes:
-      posterior: standard normal, of the latents' shape [B, h, w, z].
-      t: standard normal, [B]; the time is its sigmoid.
-      noise: standard normal, of the packed latents' shape [B, N, 4z].
+    """The random numbers of B images, standard normal: of the posterior, [B, h, w, z]; of the time, its sigmoid's
+    argument, [B]; of the noise of the packed latents, [B, N, 4z].
     """
 
     posterior: Array
@@ -278,17 +274,11 @@ class Objective(contract.Objective):
         return jax.lax.stop_gradient(self.vae_config.latents(moments, noise))
 
     def forward(self, pixels: Array, latents: Array, drawn: GenHancerDraws, freqs: np.ndarray | None = None):
-        """The loss and everything on the way to it.
+        """The loss of pixels [B, R, R, 3] in [0, 1] with latents [B, h, w, z], and everything on the way to it.
 
-        Args:
-          pixels: [B, R, R, 3] in [0, 1].
-          latents: [B, h, w, z].
-          drawn: the random numbers of these images.
-          freqs: of the denoiser's `timestep_code`.
-
-        Returns:
-          (mean over everything of the squared error, {embed [B, d]; vec [B, 768]; txt [B, 1, 4096]; t [B];
-          packed, x_t, target and pred [B, N, 4z]; and dit.NAME of the denoiser's intermediate results}).
+        `freqs` are those of the denoiser's `timestep_code`. Returns (mean over everything of the squared error, {embed
+        [B, d]; vec [B, 768]; txt [B, 1, 4096]; t [B]; packed, x_t, target and pred [B, N, 4z]; and dit.NAME of the
+        denoiser's intermediate results}).
         """
         wide = jnp.promote_types(latents.dtype, jnp.float32)
         with jax.named_scope("vision"):

@@ -205,14 +205,10 @@ class Objective(contract.Objective):
         return polynomial(f, gamma, c), polynomial(g, o.teacher_gamma or 1 / g.shape[-1], o.teacher_c)
 
     def forward(self, pixels: Array, teacher_pixels: Array) -> tuple[Array, dict[str, Array]]:
-        """The loss and everything on the way to it.
+        """The loss of pixels [B, S, S, 3] in [0, 1] before the backbone's normalisation, and [B, S', S', 3] before
+        `teacher_view`.
 
-        Args:
-          pixels: [B, S, S, 3] in [0, 1], what the backbone sees before its normalisation.
-          teacher_pixels: [B, S', S', 3] in [0, 1], what `teacher_view` makes the teacher's input of.
-
-        Returns:
-          (loss, {f, f0 [B, D], g [B, D'], k_clip, k_dino [B, B], loss_clean, loss_kernel []}).
+        Returns (loss, {f, f0 [B, D], g [B, D'], k_clip, k_dino [B, B], loss_clean, loss_kernel []}).
         """
 
         def pooled(tower, view):

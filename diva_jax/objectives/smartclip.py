@@ -154,14 +154,9 @@ class Objective(contract.Objective):
         }
 
     def forward(self, view: Array, ids: Array) -> tuple[Array, dict[str, Array]]:
-        """The loss and everything on the way to it.
+        """The loss of normalised images [B, S, S, 3] and token ids, int32 [B, N], and everything on the way to it.
 
-        Args:
-          view: normalised images, [B, S, S, 3].
-          ids: token ids, int32 [B, N].
-
-        Returns:
-          (loss, {images, texts, masks [B, D], logits [B, B], same_image, same_mask, selected []}).
+        Returns (loss, {images, texts, masks [B, D], logits [B, B], same_image, same_mask, selected []}).
         """
         with jax.named_scope("vision"):
             images = self.vision.encode(view).pooled

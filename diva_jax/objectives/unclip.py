@@ -107,14 +107,9 @@ def recipe(config: ConfigDict) -> None:
 
 
 class UnclipDraws(NamedTuple):
-    """The random numbers of B images.
-
-    Attributes:
-      timesteps: [B], int32, in 0..T-1.
-      noise, posterior: latents' shape [B, h, w, c], standard normal; `posterior` makes a sample of the VAE's posterior.
-      embed_noise: [B, d], standard normal.
-      levels: [B], int32, uniform noise levels of the embeddings.
-      keep: [B], bool, whether the image keeps its class label.
+    """The random numbers of B images: timesteps [B], int32, in 0..T-1; standard normal numbers of the latents' shape
+    [B, h, w, c] for the diffusion and for a sample of the VAE's posterior, and for the embeddings, [B, d]; uniform
+    noise levels of the embeddings, int32 [B]; whether the image keeps its class label, bool [B].
     """
 
     timesteps: Array
@@ -227,15 +222,10 @@ class Objective(StableDiffusionObjective):
         return jnp.mean(jnp.square(wrong), axis=(1, 2, 3))
 
     def forward(self, pixels: Array, drawn: UnclipDraws, moments: Array | None = None) -> tuple[Array, dict]:
-        """The loss and everything on the way to it.
+        """The loss of pixels [B, S, S, 3] in [0, 1], and everything on the way to it.
 
-        Args:
-          pixels: [B, S, S, 3] in [0, 1].
-          drawn: see `UnclipDraws`.
-          moments: of the VAE's posterior, [B, h, w, 2 c]; None: they are computed.
-
-        Returns:
-          (scalar, {latents, pred [B, h, w, c], embed [B, d], class_labels [B, 2 d], errors [B]}).
+        `moments` of the VAE's posterior, [B, h, w, 2 c], are computed where they are not given. Returns (scalar,
+        {latents, pred [B, h, w, c], embed [B, d], class_labels [B, 2 d], errors [B]}).
         """
         _, view = self.views(pixels)
         latents, embed = self.encode_latents(pixels, drawn, moments), self.embed(view)

@@ -12,15 +12,10 @@ from diva_jax.weights import parts
 
 @dataclasses.dataclass(frozen=True)
 class LatentSource:
-    """Where an objective's latents come from.
+    """Where an objective's latents come from: a VAE's shape and the source of its weights, for images of `size` pixels.
 
-    Attributes:
-      vae: the shape of the VAE.
-      part: the source of the VAE's weights.
-      size: side of the images that the VAE sees [pixels].
-      dtype, held: what the VAE computes in, and what its weights are held in.
-      view: how the VAE's input is made of the image, see `preprocess.vae_view`.
-      cached: whether moments come with the batch; the objective then has no VAE.
+    `dtype` and `held` are what the VAE computes in and what its weights are held in; `view` is how its input is made of
+    the image, see `preprocess.vae_view`; `cached`: whether moments come with the batch, and the objective has no VAE.
     """
 
     vae: LatentCode

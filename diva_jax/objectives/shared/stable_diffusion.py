@@ -83,9 +83,8 @@ class StableDiffusionObjective(contract.Objective):
     def pretrained(self, fresh: tuple[str, ...] = (), mask_padding: bool = False) -> Mapping[str, parts.Part]:
         """The vision tower, U-Net, VAE and text; everything else keeps its initial values.
 
-        Args:
-          fresh: parameters of the tower that its source does not have, see `parts.Part`.
-          mask_padding: whether the prompt's tokens do not attend to padding.
+        `fresh` are the tower's parameters that its source does not have, see `parts.Part`; with `mask_padding` the
+        prompt's tokens do not attend to padding.
         """
         d = self.diffusion
         return {
@@ -96,12 +95,10 @@ class StableDiffusionObjective(contract.Objective):
         }
 
     def latents(self, pixels: Array, moments: Array | None = None, noise: Array | None = None) -> Array:
-        """The latents of images, [B, h, w, c].
+        """The latents, [B, h, w, c], of pixels [B, S, S, 3] in [0, 1], or of given moments of the VAE's posterior, [B,
+        h, w, 2 c].
 
-        Args:
-          pixels: [B, S, S, 3] in [0, 1].
-          moments: of the VAE's posterior, [B, h, w, 2 c]; None: they are computed.
-          noise: standard normal, [B, h, w, c], for a sample of the posterior; None: its mean.
+        With standard normal `noise`, [B, h, w, c], they are a sample of the posterior, without it its mean.
         """
         moments = self.moments(pixels) if moments is None else moments
         return self.diffusion.vae.latents(moments.astype(self.dtype), noise)
@@ -120,16 +117,11 @@ class StableDiffusionObjective(contract.Objective):
         return schedule.target(latents, noise, self.alphas_cumprod(), timesteps, kind)
 
     def nats_per_loss(self, timesteps: Array, edges: np.ndarray, latents: Array, kind: str = "") -> Array:
-        """The weight of a draw's gap between losses in the information that a condition gives, in nats.
+        """The weight, [K, B], of a draw's gap between losses in the information that a condition gives, in nats; see
+        `schedule.nats_per_error`.
 
-        Args:
-          timesteps: [K, B], one draw per bin.
-          edges: [K + 1], the bins' first timesteps and the end.
-          latents: [B, h, w, c].
-          kind: see `target`.
-
-        Returns:
-          [K, B]; see `schedule.nats_per_error`.
+        Timesteps are [K, B], one draw per bin; `edges` [K + 1] are the bins' first timesteps and the end; `kind`: see
+        `target`.
         """
         weights = schedule.nats_per_error(self.diffusion.scheduler, latents[0].size, kind)
         return jnp.asarray(weights, jnp.float32)[timesteps] * jnp.diff(jnp.asarray(edges))[:, None]
