@@ -234,16 +234,9 @@ SECTIONS = {"condition": ConditionOptions, "diffusion": DiffusionOptions}
 def default(
     backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "sd21_base", objective: str = "diva"
 ) -> ConfigDict:
-    """The published recipe of an objective for a backbone.
-
-    Args:
-      backbone: a row of `backbones.TABLE`, or a Spec.
-      diffusion: a name of `presets.PRESETS`, or a dict of the same form, for objectives with a diffusion model.
-      objective: see `objectives.find`.
-
-    Raises:
-      UserError: there is no such objective.
-    """
+    """The published recipe of an objective for a backbone: a row of `backbones.TABLE`, or a Spec. `diffusion`, for
+    objectives with such a model, is a name of `presets.PRESETS` or a dict of the same form. A UserError where there is
+    no such objective."""
     method = objectives.find(objective)
     c = fields.config_dict(RunOptions(objective=objective))
     c.backbone = fields.config_dict(backbones.TABLE[backbone] if isinstance(backbone, str) else backbone)
@@ -271,36 +264,24 @@ def declared(objective: str) -> dict[str, fields.Field]:
 
 
 def described(config: ConfigDict) -> list[tuple[str, str, str]]:
-    """Every field of a config: (dotted path, its value as on the command line, its documentation).
-
-    A section of another library, such as `config.diffusion.unet`, is one row.
-    """
+    """Every field of a config: (dotted path, its value as on the command line, its documentation). A section of another
+    library, such as `config.diffusion.unet`, is one row."""
     known = declared(config.objective)
     shown = {name: "{...}" if hasattr(v, "items") else str(v) for name, v in fields.flatten(config, known).items()}
     return [(name, value, known[name].doc if name in known else "") for name, value in sorted(shown.items())]
 
 
 def variant(config: ConfigDict, arg: str | None) -> ConfigDict:
-    """The variant of a config, which is changed, that the argument after its file name asks for.
-
-    Args:
-      config: the config of a file such as `configs/vitl14.py`.
-      arg: None, "" or "exact" for the config as it is, "faithful" (`configs/vitl14.py:faithful`) for `faithful`.
-
-    Raises:
-      UserError: another argument.
-    """
+    """The variant of a config, which is changed, that the argument after its file name asks for: None, "" or "exact"
+    for the config as it is, "faithful" (`configs/vitl14.py:faithful`) for `faithful`; a UserError for others."""
     if arg not in (None, "", "exact", "faithful"):
         raise UserError(f"the config has no variant {arg!r}: write exact or faithful after the colon, or nothing")
     return faithful(config) if arg == "faithful" else config
 
 
 def faithful(config: ConfigDict) -> ConfigDict:
-    """Sets every switch of the objective that is "exact" to what its authors' code does.
-
-    Raises:
-      UserError: the objective has no such switches.
-    """
+    """Sets every switch of the objective that is "exact" to what its authors' code does; a UserError where it has
+    none."""
     section = config[objectives.section(config.objective)]
     switches = [switch for switch, value in section.items() if value == "exact"]
     if not switches:
@@ -329,11 +310,8 @@ def _check_together(config: ConfigDict) -> None:
 
 
 def validate(config: ConfigDict, devices: int) -> None:
-    """Checks what can be checked before anything is loaded, for this number of devices in the whole run.
-
-    Raises:
-      UserError: an unknown field, or values that do not fit together.
-    """
+    """Checks what can be checked before anything is loaded, for this number of devices in the whole run: a UserError
+    for an unknown field, or values that do not fit together."""
     method, section = objectives.find(config.objective), objectives.section(config.objective)
     if section not in config:
         raise UserError(
@@ -364,14 +342,9 @@ def check_runs(sources: Iterable[str]) -> None:
 
 
 def check_stored(config: ConfigDict, where: str) -> None:
-    """Checks a config that was read from the workdir `where`, which may be damaged or come from elsewhere.
-
-    Fields that are missing are not asked for, and others are passed over: a run of another version can be exported
-    where its config suffices.
-
-    Raises:
-      UserError: a value has another type than its default, or one that no run can have.
-    """
+    """Checks a config that was read from the workdir `where`, which may be damaged or come from elsewhere: a UserError
+    where a value has another type than its default, or one that no run can have. Fields may be missing and others are
+    passed over: a run of another version can be exported where its config suffices."""
     if not isinstance(name := config.get("objective"), str):
         raise UserError(f"{where}/config.json has objective={brief(name)}, which must be a text: restore the file")
     known = declared(name)

@@ -1,8 +1,7 @@
 """Writes the data and weights for configs/tiny.py: python -m diva_jax.demo --out=data/tiny.
 
-These are photographs in tar shards (the format of img2dataset), some of them as files, an open_clip folder with both
-towers, and a diffusers folder. The models are tiny and have random weights; file formats and readers are those of
-full-size models.
+Photographs in tar shards (the format of img2dataset), some of them as files, an open_clip folder with both towers, and
+a diffusers folder. The models are tiny and random; file formats and readers are those of full-size models.
 """
 
 import json
@@ -23,13 +22,7 @@ _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 
 
 def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
-    """Writes an open_clip folder with random weights: both towers and logit_scale.
-
-    Args:
-      folder: the folder; it is created if it does not exist.
-      spec: the backbone.
-      seed: the seed of the weights.
-    """
+    """Writes an open_clip folder with random weights: both towers and logit_scale."""
     import numpy as np
 
     from diva_jax.models import backbones
@@ -55,13 +48,7 @@ def write_byte_tokenizer(folder: Path) -> None:
 
 
 def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
-    """Writes a diffusers folder with random weights; of the VAE, only the encoder.
-
-    Args:
-      folder: the folder; it is created if it does not exist.
-      config: a result of `presets.preset`.
-      seed: the seed of the weights.
-    """
+    """Writes a diffusers folder of a result of `presets.preset` with random weights; of the VAE, only the encoder."""
     from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
     from diva_jax.models.diffusion.unet import UNet, UNetConfig
     from diva_jax.models.diffusion.vae import VAE, VAEConfig

@@ -14,11 +14,8 @@ from diva_jax.common.errors import UserError, brief, listing
 
 
 def named(*others: str) -> Callable[[Callable], Callable]:
-    """Makes a function refuse keywords that it does not have with a `UserError` that names those which are meant.
-
-    Args:
-      *others: the keywords that the function takes as `**options`.
-    """
+    """Makes a function refuse keywords that neither it nor its `**options` (`others`) has, with a `UserError` that
+    names those which are meant."""
 
     def of(function: Callable) -> Callable:
         parameters = inspect.signature(function).parameters.values()
@@ -48,16 +45,8 @@ def chosen(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def parameters(given: Mapping[str, Any], wanted: Mapping[str, Any], hint: str) -> dict[str, Any]:
-    """Returns arrays by name as a dict.
-
-    Args:
-      given: name -> array.
-      wanted: name -> anything with the shape that the array must have; all must be given.
-      hint: what to give instead, for the message.
-
-    Raises:
-      UserError: a name is missing or unknown, or an array has another shape or is not of floats.
-    """
+    """Arrays by name as a dict. A UserError, with the `hint` of what to give instead, where a name is missing or
+    unknown, or an array has another shape than in `wanted` or is not of floats."""
     given = mapping("params", given, hint)
     wrong = [f"lacks {n}" for n in wanted if n not in given] + [f"has {n}" for n in given if n not in wanted]
     for name in wanted.keys() & given.keys():

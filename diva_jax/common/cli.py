@@ -78,11 +78,7 @@ def define_trust() -> flags.FlagHolder:
 
 
 def config_of(flag: flags.FlagHolder) -> ConfigDict:
-    """The config that a flag of `define_config` names.
-
-    Raises:
-      UserError: the flag is missing.
-    """
+    """The config that a flag of `define_config` names; a UserError where the flag is missing."""
     if flag.value is None:
         raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
     imports.trust(flag.value)
@@ -184,11 +180,9 @@ def _send(number: signal.Signals, handled: int) -> None:
 
 
 def _on_unraisable(lost) -> None:
-    """Handles an exception where nothing could catch it, such as in a callback of the garbage collector.
-
-    A signal's is raised again a moment later. Threads of a save that failed leave errors of their closed event loop;
-    the failure itself is reported where it is waited for.
-    """
+    """Handles an exception where nothing could catch it, such as in a callback of the garbage collector. A signal's is
+    raised again a moment later. Threads of a save that failed leave errors of their closed event loop; the failure
+    itself is reported where it is waited for."""
     again = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(lost.exc_type)
     if again is not None:
         threading.Thread(target=_send, args=(again, _handled), daemon=True).start()
@@ -239,16 +233,11 @@ def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe
 
 
 def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Describe | None = None) -> None:
-    """Runs a command: flags parsed, every error reported as one line.
+    """Runs a command: flags parsed, `main` called with the values of `arguments`, every error reported as one line.
 
-    Exit codes: 2 for `UserError`; 1 for `RunError` and for unexpected exceptions, whose trace is written to
-    a file and which are named by their line where that is in a module of the user; 130 after SIGINT; 143 after
-    SIGTERM.
-
-    Args:
-      main: called with the values of `arguments`.
-      arguments: names of what the command takes besides flags, in order; all are required.
-      described: makes config -> its fields, for `--help` with a config.
+    Exit codes: 2 for `UserError`; 1 for `RunError` and for unexpected exceptions, whose trace is written to a file and
+    which are named by their line where that is in a module of the user; 130 after SIGINT; 143 after SIGTERM.
+    `described` makes config -> its fields, for `--help` with a config.
     """
     _prepare()
     try:

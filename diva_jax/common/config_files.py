@@ -12,14 +12,8 @@ _OWN = Path(__file__).parents[1] / "configs"
 
 
 def find(name: str) -> Path:
-    """Returns a config file.
-
-    Args:
-      name: the path of a file, or the name of a config of this package: "vitl14", "vitl14.py", "configs/vitl14.py".
-
-    Raises:
-      UserError: there is neither such a file nor such a config.
-    """
+    """The file of a config: a path, or the name of a config of this package: "vitl14", "vitl14.py",
+    "configs/vitl14.py". A UserError where there is neither."""
     path = Path(name).expanduser()
     own = _OWN / f"{path.name.removesuffix('.py')}.py"
     if path.is_file():
@@ -31,14 +25,8 @@ def find(name: str) -> Path:
 
 
 def read(config: str | os.PathLike) -> ConfigDict:
-    """Returns the config of a file, locked.
-
-    Args:
-      config: see `find`; what follows a colon is the argument of the file's `get_config`: "vitl14:faithful".
-
-    Raises:
-      UserError: there is no such file, or it fails.
-    """
+    """The config of a file (see `find`), locked; what follows a colon is the argument of its `get_config`:
+    "vitl14:faithful". A UserError where there is no such file, or it fails."""
     name, _, argument = os.fspath(config).partition(":")
     path = find(name)
     try:

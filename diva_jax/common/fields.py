@@ -1,7 +1,5 @@
 """Sections of the config: each field is declared once, with its default, its documentation and its rule.
 
-A section is a frozen dataclass:
-
     @dataclasses.dataclass(frozen=True)
     class OptimOptions:
         lr: float = field(1e-4, "The peak learning rate.", above(0))
@@ -30,12 +28,8 @@ _NO_FIELD, _ALL_FIELDS = "the config has no field", "--config=FILE --help lists 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a value must be, in addition to being of the type of the default.
-
-    Attributes:
-      holds: whether a value of this type is allowed.
-      sentence: what the value must be, as the end of a sentence: "must be at least 1".
-    """
+    """What a value must be, in addition to being of the type of the default: `sentence` is the end of one, "must be at
+    least 1"."""
 
     holds: Callable[[Any], bool]
     sentence: str
@@ -62,13 +56,7 @@ class Field:
 
 
 def field(default: Any, doc: str, rule: Rule | None = None) -> Any:
-    """Declares a field of a section.
-
-    Args:
-      default: its default, which also gives the type that values must have.
-      doc: what it does, as a sentence.
-      rule: what its values must be.
-    """
+    """Declares a field of a section; its default also gives the type that values must have, and `doc` is a sentence."""
     metadata = {"doc": doc, "rule": rule}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -140,13 +128,9 @@ def _number(value: float) -> str:
 
 
 def declared(section: Any, prefix: str = "") -> dict[str, Field]:
-    """The declarations of all fields of a section and of those inside of it, by dotted path.
-
-    Args:
-      section: a dataclass, or an instance, whose values are the defaults; or a mapping, whose fields have no
-        documentation and no rules.
-      prefix: is put before each path.
-    """
+    """The declarations of all fields of a section and of those inside of it, by dotted path after `prefix`. The section
+    is a dataclass, an instance, whose values are the defaults, or a mapping, whose fields have no documentation and no
+    rules."""
     if isinstance(section, ConfigDict | Mapping):
         return {prefix + path: Field(value) for path, value in flatten(section).items()}
     out, defaults = {}, section() if isinstance(section, type) else section
@@ -193,13 +177,8 @@ def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = 
 def differing(
     there: Mapping[str, Any], here: Mapping[str, Any], whole: Collection[str] = (), ignored: Collection[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two configs or other facts differ: dotted path -> (value there, value here).
-
-    Args:
-      there, here: nested sections as read from JSON, or as they would be written.
-      whole: sections that are compared as a whole.
-      ignored: fields and sections that may differ.
-    """
+    """The fields in which two nested sections, as JSON has them, differ: dotted path -> (value there, value here).
+    Sections in `whole` are compared as a whole, fields and sections in `ignored` are left out."""
     a, b = (flatten(json.loads(json.dumps(x)), whole) for x in (there, here))
     names = [name for name in a | b if a.get(name) != b.get(name)]
     ignored = [f"{name}." for name in ignored]
@@ -212,16 +191,8 @@ def differences(*args, **kw) -> list[str]:
 
 
 def check(values: Mapping[str, Any], declarations: Mapping[str, Field], path: str = "config") -> None:
-    """Checks the values of a section; fields that it lacks are passed over.
-
-    Args:
-      values: the section; its own sections are nested, or its keys are dotted paths.
-      declarations: see `declared`.
-      path: of the section, such as `config.eval`, for the message.
-
-    Raises:
-      UserError: a field is not declared, or a value is not of the type of the default or breaks the rule.
-    """
+    """Checks the values of a section, nested or by dotted path; fields that it lacks are passed over. A UserError, with
+    the section's path, where one is not declared, not of the type of its default or breaks its rule."""
     given = flatten(values, declarations)
     if unknown := [name for name in given if name not in declarations]:
         names, known = ([f"{path}.{n}".removeprefix("config.") for n in found] for found in (unknown, declarations))
@@ -232,11 +203,7 @@ def check(values: Mapping[str, Any], declarations: Mapping[str, Field], path: st
 
 
 def require(config: ConfigDict, paths: Iterable[str]) -> None:
-    """Checks that a config has some fields or sections, which are to be changed.
-
-    Raises:
-      UserError: it lacks one; the sentence has the names that it may mean.
-    """
+    """A UserError, with the names that are meant, where a config lacks one of some fields or sections."""
     known = flatten(config)
     sections = {name[: m.start()] for name in known for m in re.finditer(r"\.", name)}
     if missing := [p for p in paths if p not in known and p not in sections and p not in config]:
@@ -244,16 +211,7 @@ def require(config: ConfigDict, paths: Iterable[str]) -> None:
 
 
 def parse(section: type[Section], values: Mapping[str, Any], path: str) -> Section:
-    """The typed object of a section, with the defaults of fields that are missing.
-
-    Args:
-      section: the dataclass.
-      values: its values, such as `config.optim`.
-      path: "config.optim", for the message.
-
-    Raises:
-      UserError: as `check`.
-    """
+    """The typed object of a section from its values, with the defaults of missing fields; a UserError as `check`."""
     values = values.to_dict() if isinstance(values, ConfigDict) else values
     check(values, declared(section), path)
     return _with_values(section(), values)

@@ -1,8 +1,6 @@
-"""Modules of one's own, which configs name by dotted paths: imported where a config file asks for them alone.
-
-A workdir may come from elsewhere. What its config names is imported only where the config file names it too, where it
-is imported already, or after `--trust_objective`.
-"""
+"""Modules of one's own, which configs name by dotted paths: imported where a config file asks for them alone. A workdir
+may come from elsewhere; what its config names is imported only where the config file names it too, where it is imported
+already, or after `--trust_objective`."""
 
 import importlib
 import re
@@ -22,16 +20,8 @@ _trusts_all = False
 
 
 def module(path: str, field: str, wanted: str) -> ModuleType:
-    """Imports a module.
-
-    Args:
-      path: its dotted path.
-      field: of the config that has the path, or the flag, for the message.
-      wanted: what to give instead, as the end of a sentence.
-
-    Raises:
-      UserError: there is no such module.
-    """
+    """Imports a module by its dotted path. A UserError, with the `field` of the config or the flag that has it and what
+    is `wanted` instead, where there is none."""
     try:
         return importlib.import_module(path)
     except (ImportError, ValueError) as e:

@@ -19,20 +19,15 @@ _MAX_DEPTH = 64
 
 
 class Record(pydantic.BaseModel):
-    """An object of a JSON file whose values have exactly the declared types: no text is read as a number.
-
-    Fields that are not declared may have any value and are ignored.
-    """
+    """An object of a JSON file whose values have exactly the declared types: no text is read as a number. Fields that
+    are not declared may have any value and are ignored."""
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
 
 def open_regular(path: str, flags: int = 0) -> int:
-    """The descriptor of a local file, opened to be read; the `opener` of `open`.
-
-    Raises:
-      OSError: it is a pipe, a device, a socket or a folder, whose reading may never end.
-    """
+    """The descriptor of a local file, opened to be read; the `opener` of `open`. An OSError for a pipe, a device, a
+    socket or a folder, whose reading may never end."""
     # Without O_NONBLOCK, a pipe would wait for its writer.
     fd = os.open(path, flags | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -42,17 +37,9 @@ def open_regular(path: str, flags: int = 0) -> int:
 
 
 def read(path: str | os.PathLike, form: Any, repair: str, missing: Any = ...) -> Any:
-    """Reads a file.
-
-    Args:
-      path: the file, on this machine or in a bucket.
-      form: the type of its content: a `Record`, or any other type that pydantic can validate.
-      repair: what to do about a wrong file, as the end of a sentence.
-      missing: the result where there is no such file; by default that is an error too.
-
-    Raises:
-      UserError: it cannot be read, is not JSON, or has not this form.
-    """
+    """The content of a file on this machine or in a bucket: a `Record`, or another type that pydantic can validate. A
+    UserError, which ends with `repair`, where it cannot be read, is not JSON, or has not this form. `missing` is the
+    result where there is no such file; by default that is an error too."""
     try:
         content = read_bytes(path)
     except UserError as e:
@@ -63,11 +50,8 @@ def read(path: str | os.PathLike, form: Any, repair: str, missing: Any = ...) ->
 
 
 def read_bytes(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
-    """The content of a file, on this machine or in a bucket, of at most `most` bytes.
-
-    Raises:
-      UserError: it is missing, cannot be read, is no regular file, or is larger.
-    """
+    """The content of a file, on this machine or in a bucket; a UserError where it is missing, no regular file, or has
+    more than `most` bytes."""
     remote = paths.is_remote(path)
     try:
         with epath.Path(path).open("rb") if remote else open(path, "rb", opener=open_regular) as file:
@@ -83,11 +67,8 @@ def read_bytes(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
 
 
 def decoded(text: bytes | str) -> Any:
-    """The content of a JSON text.
-
-    Raises:
-      ValueError: it is not UTF-8, not JSON, or nested more than `_MAX_DEPTH` deep.
-    """
+    """The content of a JSON text; a ValueError where it is not UTF-8, not JSON, or nested more than `_MAX_DEPTH`
+    deep."""
     try:
         content = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except RecursionError as e:
@@ -100,11 +81,8 @@ def decoded(text: bytes | str) -> Any:
 
 
 def parse(path: str | os.PathLike, text: bytes | str, line: int | None = None) -> Any:
-    """The content of a file, or of one line of it.
-
-    Raises:
-      UserError: it is not JSON, or nested too deeply; the message gives the file and line.
-    """
+    """The content of a file, or of one line of it; a UserError, with the file and line, where it is not JSON or too
+    deep."""
     try:
         return decoded(text)
     except ValueError as e:

@@ -46,18 +46,9 @@ class _Lines:
 
 
 def progress(what: str, total: int, unit: str = "steps", every: float = 20.0, initial: int = 0) -> tqdm:
-    """Progress with the time that is left: a bar on a terminal, otherwise lines; nothing except on process 0.
-
-    Args:
-      what: said before the numbers.
-      total: number of items.
-      unit: of the items.
-      every: time between two lines where stdout is no terminal [s].
-      initial: number of items that are done already.
-
-    Returns:
-      A tqdm; `update(n)` counts items, `close()` removes the bar, and iterating is not possible.
-    """
+    """A tqdm of `total` items with the time that is left: a bar on a terminal, otherwise a line every so many seconds;
+    nothing except on process 0. `update(n)` counts items and `close()` removes the bar; `initial` items are done
+    already."""
     shown = dict(desc=what, total=total, initial=initial, unit=unit, leave=False, disable=jax.process_index() > 0)
     if sys.stdout.isatty():
         return tqdm(file=sys.stdout, **shown)
@@ -67,13 +58,8 @@ def progress(what: str, total: int, unit: str = "steps", every: float = 20.0, in
 
 @contextlib.contextmanager
 def waiting(what: str, tell: Callable[[str], None] = say, every: float = 60.0) -> Iterator[None]:
-    """Says how long something takes, once per minute, while the block runs.
-
-    Args:
-      what: the start of the line.
-      tell: takes the line.
-      every: time between two lines [s].
-    """
+    """Says how long something takes, every so many seconds, while the block runs; `tell` takes the line, which begins
+    with `what`."""
     began, over = time.monotonic(), threading.Event()
 
     def report():

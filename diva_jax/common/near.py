@@ -58,12 +58,7 @@ def _plain(text: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """The known names that a name may mean, at most three, the likeliest first.
-
-    Args:
-      name: the name, which may be a dotted path.
-      known: the names that exist, which may be dotted paths.
-    """
+    """The known names, which may be dotted paths, that a name may mean: at most three, the likeliest first."""
     section, _, end = name.rpartition(".")
     last, found = _plain(end), []
     same = {word for words in _SAME if last in words for word in words}
@@ -81,14 +76,8 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
 
 
 def unknown(owner: str, names: Collection[str], known: Collection[str], otherwise: str) -> str:
-    """One sentence on names that do not exist, with those that are meant: `OWNER lr; did you mean optim.lr?`.
-
-    Args:
-      owner: the beginning of the sentence, such as "the config has no field".
-      names: the names.
-      known: the names that exist.
-      otherwise: what to do where none of these is near.
-    """
+    """One sentence on names that do not exist, with the known ones that are meant, or else what to do otherwise: `OWNER
+    lr; did you mean optim.lr?`, where `owner` may be "the config has no field"."""
     near = dict.fromkeys(n for name in names for n in nearest(name, known)[: 1 if len(names) > 1 else None])
     advice = f"; did you mean {' or '.join(near)}?" if near else f": {otherwise}"
     return f"{owner} {listing(list(names))}{advice}"

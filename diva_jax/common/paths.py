@@ -35,15 +35,8 @@ def is_remote(path) -> bool:
 
 
 def folder(path, flag: str) -> epath.Path:
-    """A folder on this machine or in a bucket; for a bucket, checks that it can be reached.
-
-    Args:
-      path: as the user gives it, e.g. "~/runs/a" or "gs://bucket/runs/a".
-      flag: the flag that gives it, for errors.
-
-    Raises:
-      UserError: the bucket cannot be reached, or what reaches it is not installed.
-    """
+    """A folder on this machine or in a bucket, as the user gives it with `flag`: "~/runs/a" or "gs://bucket/runs/a". A
+    UserError where the bucket cannot be reached, or what reaches it is not installed."""
     if not is_remote(path):
         return epath.Path(path).expanduser()
     try:
@@ -62,11 +55,8 @@ def folder(path, flag: str) -> epath.Path:
 
 
 def check_writable(folder: epath.Path, flag: str) -> None:
-    """Checks that a folder on this machine, or the nearest one above it, may be written; nothing is written.
-
-    Raises:
-      UserError: it may not.
-    """
+    """A UserError where a folder on this machine, or the nearest one above it, may not be written; nothing is
+    written."""
     if is_remote(folder):
         return
     there = next((p for p in (folder.resolve(), *folder.resolve().parents) if p.exists()), folder)
@@ -121,11 +111,7 @@ def reason(e: Exception) -> str:
 
 
 def local(path: str, flag: str) -> Path:
-    """A folder on this machine.
-
-    Raises:
-      UserError: it is in a bucket.
-    """
+    """A folder on this machine; a UserError where it is in a bucket."""
     if is_remote(path):
         raise UserError(f"{flag}={path} must be a folder on this machine: copy it from there with gcloud storage cp")
     return Path(path)
@@ -144,17 +130,9 @@ def _as_oserror(path):
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Writes a local file atomically: readers see the old file or the complete new one.
-
-    Creates the folder.
-
-    Args:
-      path: the file, on this machine.
-
-    Yields:
-      A temporary file's path in the same folder, to be written. It becomes `path` where the block ends without an
-      exception, and is removed otherwise.
-    """
+    """Writes a local file atomically, in a folder that is created: readers see the old file or the complete new one.
+    Yields the path of a temporary file in the same folder, to be written. It becomes `path` where the block ends
+    without an exception, and is removed otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Unique, since several processes may write the same file.
@@ -167,15 +145,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
-    """Writes a file atomically, on this machine or in a bucket, and creates its folder.
-
-    Args:
-      path: the file.
-      data: its content; text is written as UTF-8.
-
-    Raises:
-      OSError: it cannot be written.
-    """
+    """Writes bytes, or a text as UTF-8, atomically, on this machine or in a bucket, and creates the folder."""
     data = data.encode() if isinstance(data, str) else data
     with _as_oserror(path):
         if is_remote(path):
@@ -189,12 +159,8 @@ def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
 
 
 def write_new(path: str | os.PathLike, data: str) -> None:
-    """Writes a text file that is not there, on this machine or in a bucket, and creates its folder.
-
-    Raises:
-      FileExistsError: it is there, as it is for all but one of several processes that write it at the same time.
-      OSError: it cannot be written.
-    """
+    """Writes a text file that is not there, on this machine or in a bucket, and creates its folder. A FileExistsError
+    where it is, as for all but one of several processes that write it at the same time."""
     with _as_oserror(path):
         if is_remote(path):
             fs, inside = fsspec.core.url_to_fs(str(path))
@@ -206,15 +172,8 @@ def write_new(path: str | os.PathLike, data: str) -> None:
 
 
 class Mirror:
-    """A folder for libraries that append to files, or that write local files only.
-
-    Where the folder is remote, `local` is a temporary folder whose files `push` copies to it; otherwise `local` is the
-    folder itself.
-
-    Args:
-      folder: where the files go.
-      every: least time between two pushes that are not forced [s].
-    """
+    """A folder for libraries that append to files, or that write local files only. Where `folder` is remote, `local` is
+    a temporary folder whose files `push` copies to it; otherwise `local` is the folder itself."""
 
     def __init__(self, folder: epath.Path, every: float = 30.0):
         self.folder, self._every, self._pushed = folder, every, time.monotonic()
@@ -224,11 +183,7 @@ class Mirror:
         self._copied: dict[Path, tuple[int, int]] = {}
 
     def push(self, force: bool = False) -> None:
-        """Copies the files that have changed, unless the last push was less than `every` seconds ago.
-
-        Raises:
-          OSError: the folder cannot be written.
-        """
+        """Copies the files that have changed, unless the last push was less than `every` seconds ago."""
         if not self._tmp or (not force and time.monotonic() < self._pushed + self._every):
             return
         for file in sorted(p for p in self.local.rglob("*") if p.is_file()):

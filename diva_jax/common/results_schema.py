@@ -1,7 +1,5 @@
-"""The form of results.json: `diva_jax.evals` writes it, the report and the model card read it.
-
-Fields that are not declared here may have any value and are ignored. docs/EVALUATION.md has an example.
-"""
+"""The form of results.json: `diva_jax.evals` writes it, the report and the model card read it. Fields that are not
+declared here may have any value and are ignored. docs/EVALUATION.md has an example."""
 
 from typing import Annotated, Any
 
@@ -34,11 +32,8 @@ class _WithInterval(Record):
 
 
 class Score(_WithInterval):
-    """A score of one set of weights, or one that is defined between two, with its 95% interval.
-
-    Attributes:
-      seeds, seeds_std: the score of each random draw and their standard deviation, for scores that are a mean of draws.
-    """
+    """A score of one set of weights, or one that is defined between two, with its 95% interval; `seeds` are those of
+    each random draw, and `seeds_std` their standard deviation, where the score is a mean of draws."""
 
     score: Number
     seeds: list[Number] = []
@@ -69,13 +64,8 @@ Compared = Annotated[Annotated[Difference, Tag("difference")] | Annotated[Score,
 
 
 class Metric(Record):
-    """What a score is.
-
-    Attributes:
-      better: "higher", "lower", or "" where neither is; files of old versions may lack it.
-      answers: "image", "text", "group" or "match" where images and texts meet, else "".
-      readout, dataset: what the scores of each of `answers` belong to, one of both.
-    """
+    """What a score is; `better` is "higher", "lower", or "" where neither is. Where images and texts meet, `answers` is
+    "image", "text", "group" or "match", and `readout` or `dataset` is what the scores of each of these belong to."""
 
     title: str
     unit: str
@@ -115,15 +105,9 @@ class SegmentedImage(Record):
 
 
 class Weights(Record):
-    """What a task reports on one set of weights.
-
-    Attributes:
-      scores: by metric.
-      patterns, timesteps: the scores of parts of the data.
-      classes: the number of classes, or a record for each.
-      pictures: images of which a segmentation shows the classes.
-      notes: sentences for the reader.
-    """
+    """What a task reports on one set of weights: `scores` by metric, those of parts of the data (`patterns`,
+    `timesteps`), the number of `classes` or a record for each, `pictures` whose classes a segmentation shows, `notes`
+    for the reader."""
 
     scores: dict[str, Score]
     patterns: list[Pattern] = []
@@ -134,12 +118,8 @@ class Weights(Record):
 
 
 class Flip(Record):
-    """An item that is right under one of two sets of weights only.
-
-    Attributes:
-      won: whether it is right after, and not before.
-      before, after: the probability of image 1 under each text; empty for items that are no pairs.
-    """
+    """An item that is right under one of two sets of weights only; `won`: after, and not before. `before` and `after`
+    are the probability of image 1 under each text, empty for items that are no pairs."""
 
     metric: str
     won: bool
@@ -211,14 +191,8 @@ class Verdict(Record):
 
 
 class Summary(Record):
-    """A comparison in words.
-
-    Attributes:
-      before, after: labels of weights.
-      control: whether `before` is a control.
-      says: the first verdict.
-      detail: the figures, what it cost, and what was not measured.
-    """
+    """A comparison in words: the first verdict, the figures, what it cost, and what was not measured. `before` and
+    `after` are labels of weights, `control` is whether `before` is one."""
 
     before: str
     after: str

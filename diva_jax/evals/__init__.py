@@ -132,14 +132,7 @@ def short(name: str) -> str:
 
 
 def find(name: str):
-    """Imports the module of a task.
-
-    Args:
-      name: one of `names`, or the dotted path of any importable module that defines a task.
-
-    Raises:
-      UserError: there is no such task.
-    """
+    """Imports the module of a task: one of `names`, or a dotted path; a UserError where there is none."""
     if "." not in name:
         if name not in names():
             raise UserError(f"the task {name} is not known: use {listing(names())}, or the dotted path of a module")
@@ -151,11 +144,7 @@ def find(name: str):
 
 
 def declared(tasks: Iterable[str]) -> dict[str, fields.Field]:
-    """Returns the declarations of the fields of `config.eval` and of these tasks' options, by dotted path.
-
-    Raises:
-      UserError: as `find`.
-    """
+    """The declarations of the fields of `config.eval` and of these tasks' options, by dotted path."""
     out = fields.declared(Settings)
     for name in tasks:
         out |= {f"{short(name)}.{option}": f for option, f in fields.declared_by(find(name)).items()}
@@ -163,14 +152,8 @@ def declared(tasks: Iterable[str]) -> dict[str, fields.Field]:
 
 
 def default(others: Iterable[str] = ()) -> ConfigDict:
-    """Returns the section `config.eval`: `Settings`, and the options of each task that has options.
-
-    Args:
-      others: dotted paths of further tasks.
-
-    Raises:
-      UserError: as `find`.
-    """
+    """The section `config.eval`: `Settings`, and the options of each task that has some, with those of `others`, dotted
+    paths."""
     out = fields.config_dict(Settings)
     for name in (*names(), *others):
         if options := fields.default_of(find(name)):
@@ -179,28 +162,18 @@ def default(others: Iterable[str] = ()) -> ConfigDict:
 
 
 def entries(data: Iterable[str]) -> dict[str, str]:
-    """Returns task -> path, from the TASK=PATH texts of `config.eval.data`.
-
-    Raises:
-      UserError: one of them does not have this form.
-    """
+    """Task -> path, from the TASK=PATH texts of `config.eval.data`; a UserError for others."""
     if wrong := [entry for entry in data if not all(entry.partition("="))]:
         raise UserError(f"config.eval.data has {wrong[0]!r}, which is not TASK=PATH: write e.g. 'mmvp=data/MMVP_VLM'")
     return dict(entry.split("=", 1) for entry in data)
 
 
 def parse(section: ConfigDict, wanted: Iterable[str] = ()) -> tuple[Settings, dict[str, ConfigDict]]:
-    """Checks `config.eval` and parses it.
+    """Checks `config.eval` and parses it: (what all tasks share, {task as in `wanted`: its own section, complete}).
 
-    Args:
-      section: of `default`'s form. A task outside this package may have no section; its defaults apply then.
-      wanted: the names or dotted paths of tasks to run; those that `data` names are checked too.
-
-    Returns:
-      (what all tasks share, {task as in `wanted`: its own section, complete and checked}).
-
-    Raises:
-      UserError: an unknown task or field, a value that its owner's rules refuse, or two tasks of one short name.
+    `wanted` are names or dotted paths of tasks to run; those that `data` names are checked too. A task outside this
+    package may have no section; its defaults apply then. A UserError for an unknown task or field, a value that its
+    owner's rules refuse, or two tasks of one short name.
     """
     given, wanted = section.to_dict(), list(wanted)
     others = [name for name in dict.fromkeys([*wanted, *entries(given["data"])]) if name not in names()]

@@ -1,7 +1,4 @@
-"""Layouts of image-and-text choices: how the files of published sets, and of one's own, are read.
-
-An item has some images and some texts, and says which of them belong together.
-"""
+"""Layouts of image-and-text choices: how the files of published sets, and of one's own, are read."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,15 +32,9 @@ class ImageRegion:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question.
-
-    Attributes:
-      where: file and row, for errors and predictions.
-      images, texts: what is shown.
-      right: (image, text) numbers that belong together; every image has a text. A text without an image is a wrong
-        alternative.
-      groups: kind of group ("class", "pair", "set", "pattern") -> label; scores are reported by pattern.
-    """
+    """One question: `where` it is, for errors and predictions, what is shown, and the (image, text) numbers that belong
+    together. Every image has a text; a text without an image is a wrong alternative. `groups`: kind of group ("class",
+    "pair", "set", "pattern") -> label; scores are reported by pattern."""
 
     where: str
     images: tuple[ImageRegion, ...]
@@ -54,10 +45,8 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A row of a file: `where` it is, for errors, its `value` as JSON has it, and the `folder` of the images.
-
-    `exists`, image path -> whether it is a file, is shared by all rows.
-    """
+    """A row of a file: `where` it is, for errors, its `value` as JSON has it, and the `folder` of the images. `exists`,
+    image path -> whether it is a file, is shared by all rows."""
 
     file: Path
     where: str
@@ -116,11 +105,8 @@ def _naturalbench(row: _Row) -> Item:
 
 
 def _aro(row: _Row) -> Item:
-    """ARO (arXiv 2210.01936): relations and attributes of Visual Genome, the image cropped to the box.
-
-    {image_path, bbox_x, bbox_y, bbox_w, bbox_h, true_caption, false_caption}; the class is `relation_name`, or the two
-    `attributes` joined.
-    """
+    """ARO (arXiv 2210.01936): {image_path, bbox_x, bbox_y, bbox_w, bbox_h, true_caption, false_caption} of Visual
+    Genome, the image cropped to the box; the class is `relation_name`, or the two `attributes` joined."""
     name = row.field("image_path")
     x, y, w, h = (row.field(f"bbox_{k}", (int, float)) for k in "xywh")
     if w <= 0 or h <= 0:
@@ -135,11 +121,9 @@ def _aro(row: _Row) -> Item:
 
 
 def _whatsup(row: _Row) -> Item:
-    """What'sUp's controlled images (arXiv 2310.19785): {image_path, caption_options}, the first one right.
-
-    A file is called OBJECT_PREPOSITION_[of_]OBJECT. The four images of two objects are a set; left and right are a pair
-    of it, and so are on and under, or in front and behind.
-    """
+    """What'sUp's controlled images (arXiv 2310.19785): {image_path, caption_options}, the first one right. A file is
+    called OBJECT_PREPOSITION_[of_]OBJECT. The four images of two objects are a set; left and right are a pair of it,
+    and so are on and under, or in front and behind."""
     name = row.field("image_path")
     path = PurePosixPath(name)
     parts = path.stem.split("_")
@@ -185,10 +169,8 @@ def _check_whatsup(items: Iterable[Item]) -> None:
 
 
 def _whatsup_qa(row: _Row) -> Item:
-    """What'sUp's COCO and GQA parts (arXiv 2310.19785): a list of [image id, right caption, wrong caption].
-
-    Images are `val2017/000000ID.jpg` of COCO, or `vg_images/ID.jpg` for a file whose name begins with vg.
-    """
+    """What'sUp's COCO and GQA parts: a list of [image id, right caption, wrong caption]. Images are
+    `val2017/000000ID.jpg` of COCO, or `vg_images/ID.jpg` for a file whose name begins with vg."""
     value = row.value
     if not isinstance(value, list) or len(value) != 3 or type(value[0]) not in (int, str):
         raise UserError(f"{row.where}: a row is [image id, right caption, wrong caption]: correct the row")
@@ -209,11 +191,8 @@ def _valse(row: _Row) -> Item | None:
 
 
 def _own(row: _Row) -> Item:
-    """A set of one's own: {"images": [...], "texts": [...], "pairs": [[image, text], ...], "class": "..."}.
-
-    `pairs` are the numbers of those that belong together, by default [[0, 0], [1, 1], ...] over the images; `class` is
-    optional.
-    """
+    """A set of one's own: {"images": [...], "texts": [...], "pairs": [[image, text], ...], "class": "..."}. `pairs` are
+    the numbers of those that belong together, by default [[0, 0], [1, 1], ...]; `class` is optional."""
     names, words = row.field("images", list), row.field("texts", list)
     if not names or not all(isinstance(n, str) and n.strip() for n in (*names, *words)):
         raise UserError(f"{row.where}: 'images' and 'texts' must hold texts, none empty: correct the row")
@@ -273,11 +252,8 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_items(file: Path) -> Iterable[tuple[str, Any]]:
-    """(where, row) of each item of a CSV file, as objects of the JSON form.
-
-    The file has the columns item, image, text and right (1: they belong together, 0: they do not); the rows of one item
-    have the same text in `item`.
-    """
+    """(where, row) of each item of a CSV file, as objects of the JSON form. It has the columns item, image, text and
+    right (1: they belong together, 0: they do not); the rows of one item have the same text in `item`."""
     items: dict[str, tuple[str, dict]] = {}
     for line, row in texts.csv_records(str(file), _CSV_COLUMNS):
         where = f"{file}, line {line}"
@@ -295,16 +271,7 @@ def _csv_items(file: Path) -> Iterable[tuple[str, Any]]:
 
 
 def read_items(file: Path, layout: str, images: Path) -> list[Item]:
-    """Reads the items of a file.
-
-    Args:
-      file: the file.
-      layout: one of `LAYOUTS`.
-      images: the folder of the images.
-
-    Raises:
-      UserError: the file, a row or its image is wrong, or there are no items; names file and row.
-    """
+    """The items of a file in one of `LAYOUTS`; a UserError names the file and row that is wrong or whose image is."""
     if layout == "winoground" or (layout == "own" and file.suffix.lower() in (".jsonl", ".json")):
         rows = _json_lines(file)
     else:

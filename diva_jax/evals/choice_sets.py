@@ -12,15 +12,9 @@ from diva_jax.evals.items import require_count
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A score of a set.
-
-    Attributes:
-      name, title: the key and the reader's name.
-      answers: a key of `matching.ANSWERS`.
-      all_of: a kind of group: a group counts where all of its items are right; empty: items count.
-      mean_over: a kind of group: the score is the mean of the groups' means; empty: the mean over what counts.
-      at_least: groups of `mean_over` with fewer items are left out.
-    """
+    """A score of a set, by key and with the reader's name for it. `answers` is a key of `matching.ANSWERS`. `all_of`:
+    groups of this kind count, where all of their items are right. `mean_over`: the mean of the means of groups of this
+    kind, without those with fewer than `at_least` items."""
 
     name: str
     title: str
@@ -44,15 +38,8 @@ CONTROLLED = (
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A file of a published set.
-
-    Attributes:
-      file: its published name.
-      name: of the set in metric names.
-      layout: one of `LAYOUTS`.
-      count: the number of items; None where no single number is published.
-      metrics: what is scored.
-    """
+    """A published file; `name` is that of the set in metric names, `count` the items, None where no number is
+    published."""
 
     file: str
     name: str
@@ -85,15 +72,9 @@ _METRICS = {row.layout: row.metrics for row in TABLE}
 
 
 def published(path: Path, layout: str) -> list[tuple[Path, Published]]:
-    """Returns the files to evaluate, each with its row of the table.
-
-    Args:
-      path: a file, or a folder with files of published names.
-      layout: `config.eval.choice.layout`, for files of other names; empty: by the published name.
-
-    Raises:
-      UserError: nothing is there, or a file's layout is not known.
-    """
+    """The files to evaluate, each with its row of the table: a file, or those of published names in a folder. `layout`
+    is `config.eval.choice.layout`, for other names. A UserError where nothing is there, or a file's layout is not
+    known."""
     known = {row.file: row for row in TABLE}
     if path.is_dir():
         here = [(path / row.file, row) for row in TABLE if (path / row.file).is_file()]
@@ -114,11 +95,8 @@ def published(path: Path, layout: str) -> list[tuple[Path, Published]]:
 
 
 def scored(row: Published, items: list[Item]) -> Iterator[tuple[str, list[Item], tuple[Metric, ...]]]:
-    """Yields (name, items, what is scored) of a set and, for controlled images, of its pairs and sets of four.
-
-    A pair has the images and right captions of two items, a set of four those of four. Matches are not scored in a set
-    where no item has them.
-    """
+    """Yields (name, items, what is scored) of a set and, for controlled images, of its pairs and sets of four, which
+    have the images and right captions of two or four items. Matches are not scored in a set where no item has them."""
     if row.metrics != PAIRED or any(matching.one_to_one(item.right) for item in items):
         yield row.name, items, row.metrics
     else:
@@ -129,17 +107,8 @@ def scored(row: Published, items: list[Item]) -> Iterator[tuple[str, list[Item],
 
 
 def read_set(file: Path, row: Published, images: str, allow_partial: bool) -> list[Item]:
-    """Returns the items of a file, checked.
-
-    Args:
-      file: the file.
-      row: its row of the table.
-      images: the folder of the images; empty: that of the file.
-      allow_partial: whether another number of items than the published one is allowed.
-
-    Raises:
-      UserError: a row or its image is wrong, or the number of items is; names file and row.
-    """
+    """The checked items of a file; `images` is their folder, by default the file's. A UserError names the file and row
+    that is wrong; another number of items than the published one is only allowed with `allow_partial`."""
     items = read_items(file, row.layout, Path(images).expanduser() if images else file.parent)
     if row.count is not None and not allow_partial:
         require_count(file, len(items), row.count, "the published set", "items", "choice.allow_partial")

@@ -16,14 +16,8 @@ _RECALL = "mean_per_class_recall"
 
 @dataclasses.dataclass(frozen=True)
 class Classified:
-    """Labelled images, and how they are classified.
-
-    Attributes:
-      title: of the set or of the classifier; empty where there is only one.
-      images: their targets are labels from 0.
-      classes: the name of each label.
-      at5: whether the accuracy @5 is scored.
-    """
+    """Labelled images, with targets from 0, and how they are classified. `title` is empty where there is only one such
+    set or classifier; `at5` is whether the accuracy @5 is scored."""
 
     title: str
     images: labelled.Images
@@ -37,12 +31,8 @@ class Classified:
 
 
 class ClassificationTask(ItemTask):
-    """A task that classifies labelled images.
-
-    Attributes:
-      classified: prefix of metric names -> what is classified.
-      lists_top5: whether predictions.csv has the five most probable classes of each image.
-    """
+    """A task that classifies labelled images: `classified` is by prefix of metric names, and `lists_top5` is whether
+    predictions.csv has the five most probable classes of each image."""
 
     items = "images"
     classified: dict[str, Classified]
@@ -57,14 +47,9 @@ class ClassificationTask(ItemTask):
                 self.metrics[prefix + name] = {"title": f"{data.title}, {title}".removeprefix(", "), "unit": "%"}
 
     def classify(self, logits: Iterable[tuple[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], list[dict]]:
-        """Ranks the classes of each image; an image with a score that is not finite counts as wrong.
-
-        Args:
-          logits: (prefix, a score of every class [N, C]) of everything in `classified`.
-
-        Returns:
-          (prefix -> whether each of the first five classes is the right one, bool [N, 5]; rows of predictions.csv).
-        """
+        """Ranks the classes of each image, from (prefix, a score of every class [N, C]): (prefix -> whether each of the
+        first five is the right one, bool [N, 5]; rows of predictions.csv). Scores that are not finite count as
+        wrong."""
         held, rows = {}, []
         for prefix, scores in logits:
             data = self.classified[prefix]

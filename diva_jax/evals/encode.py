@@ -38,11 +38,8 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def require_finite(values: np.ndarray, label: str, what: str, kind: str = "embeddings") -> np.ndarray:
-    """Returns values, [N, ...], such as the embeddings of what `what` names.
-
-    Raises:
-      RunError: some of the N are not finite; gives the label of the weights and how many.
-    """
+    """Returns values [N, ...], such as the embeddings of what `what` names; a RunError with the label of the weights
+    where some of the N are not finite."""
     bad = int((~np.isfinite(values).reshape(len(values), -1).all(axis=1)).sum())
     if bad:
         raise RunError(
@@ -66,13 +63,8 @@ def _ahead(read: Callable[[int], Any], batches: Sequence[Sequence[int]]) -> Iter
 
 
 class Towers:
-    """The two towers of a backbone, compiled once; weights are given with each call.
-
-    Args:
-      spec: the backbone.
-      mesh: batches are split over all of its devices.
-      settings: batch size, seed and dtype.
-    """
+    """The two towers of a backbone, compiled once; weights are given with each call, and batches are split over the
+    mesh."""
 
     def __init__(self, spec: Spec, mesh: Mesh, settings: Settings):
         self.spec, self.mesh, self.settings = spec, mesh, settings
@@ -132,10 +124,8 @@ class Towers:
     def _outputs(
         self, step: Callable, read: Callable[[int], tuple], count: int, *like: jax.ShapeDtypeStruct
     ) -> Iterator[Any]:
-        """Yields the outputs of a compiled step for items 0..count-1, batch by batch, without the padding.
-
-        `read` gives the arrays of one item, of the shapes `like`; it is called from threads.
-        """
+        """Yields the outputs of a compiled step for items 0..count-1, batch by batch, without the padding. `read` gives
+        the arrays of one item, of the shapes `like`; it is called from threads."""
         spans = self._rows.addressable_devices_indices_map((self.batch,)).values()
         mine = sorted({i for (span,) in spans for i in range(*span.indices(self.batch))})
         starts = range(0, count, self.batch)
@@ -151,18 +141,9 @@ class Towers:
     def images(
         self, arrays: Mapping[str, Array], read: Callable[[int], Image.Image], count: int, seeds: int = 0
     ) -> dict[str, np.ndarray]:
-        """Computes the embeddings of images 0..count-1.
-
-        Args:
-          arrays: the vision tower's parameters by name.
-          read: returns image i; called from threads.
-          count: the number of images.
-          seeds: draws of random patches for the spec's published readout; 0: only the pooled embedding.
-
-        Returns:
-          {"pooled": float32 [count, D]} and, with seeds, "published": [count, K, D]; K is `seeds` for a readout that
-          draws patches, else 1.
-        """
+        """The embeddings of images 0..count-1, which `read` returns in threads: {"pooled": float32 [count, D]} and,
+        with seeds, "published": [count, K, D], the spec's published readout. K is `seeds` where it draws patches, else
+        1."""
         spec, readout = self.spec, self.readout if seeds else None
         like = [self._pixels()]
         if readout and readout.patches is not None:
@@ -185,14 +166,8 @@ class Towers:
     def dense(
         self, arrays: Mapping[str, Array], read: Callable[[int], np.ndarray], count: int, last: str
     ) -> Iterator[np.ndarray]:
-        """Patch tokens of windows 0..count-1, in order, each float32 [P, D], not normalised.
-
-        Args:
-          arrays: the vision tower's parameters by name.
-          read: window i, uint8 [S, S, 3], called from threads.
-          count: the number of windows.
-          last: how the last block is run, see `models.backbones.shared.dense`.
-        """
+        """Patch tokens of windows 0..count-1, in order, each float32 [P, D], not normalised. `read` gives window i,
+        uint8 [S, S, 3], in threads; `last` is how the last block is run, see `models.backbones.shared.dense`."""
         step = partial(self._encode_dense, arrays, last=last)
         for tokens in self._outputs(step, lambda i: (read(i),), count, self._pixels()):
             yield from tokens
@@ -207,15 +182,8 @@ class Towers:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One set of weights, in the form that tasks use.
-
-    Attributes:
-      label: its name in results.
-      towers: the compiled towers.
-      encoder: the weights.
-      table: text -> row of `embeddings`.
-      embeddings: the embeddings of all texts in `Task.texts`, float32 [T, D], not normalised.
-    """
+    """One set of weights, in the form that tasks use, with its label in results; `table` is text -> row of
+    `embeddings`, which are those of all texts in `Task.texts`, float32 [T, D], not normalised."""
 
     label: str
     towers: Towers
@@ -224,27 +192,16 @@ class Model:
     embeddings: np.ndarray
 
     def images(self, read: Callable[[int], Image.Image], count: int, seeds: int = 0) -> dict[str, np.ndarray]:
-        """`Towers.images` with these weights.
-
-        Raises:
-          RunError: an embedding is not finite.
-        """
+        """`Towers.images` with these weights; a RunError where an embedding is not finite."""
         out = self.towers.images(self.encoder.vision, read, count, seeds)
         return {key: require_finite(value, self.label, "images") for key, value in out.items()}
 
     def dense(self, read: Callable[[int], np.ndarray], count: int, last: str) -> Iterator[np.ndarray]:
-        """`Towers.dense` with these weights.
-
-        Raises:
-          RunError: a token is not finite.
-        """
+        """`Towers.dense` with these weights; a RunError where a token is not finite."""
         for tokens in self.towers.dense(self.encoder.vision, read, count, last):
             yield require_finite(tokens, self.label, "patches of a window")
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns the embeddings of texts that are in `Task.texts`, float32 [N, D], not normalised.
-
-        Raises:
-          RunError: an embedding is not finite.
-        """
+        """The embeddings of texts that are in `Task.texts`, float32 [N, D], not normalised; a RunError where one is not
+        finite."""
         return require_finite(self.embeddings[[self.table[t] for t in texts]], self.label, "texts")

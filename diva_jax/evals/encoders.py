@@ -16,15 +16,12 @@ from diva_jax.weights import loading, names, origins, places
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """One set of weights.
+    """One set of weights: parameters, name -> array on the mesh, of the vision tower and, if a run has trained it, of
+    the text tower, else None.
 
-    Attributes:
-      vision: the vision tower's parameters, name -> array on the mesh.
-      text: those of the text tower, if a run has trained them; None if they are those of `source`.
-      source: the source of the text tower and the tokenizer.
-      params: name -> array of the objective's parameters that a run has trained; empty where it is not a run.
-      base: the source of the vision tower that a run began with, or of these weights themselves.
-      borrowed: the label of the run whose `params` are used with these weights; empty where they are their own.
+    `source` is that of the text tower and the tokenizer, `base` that of the vision tower that a run began with, or of
+    these weights themselves. `params` are the objective's parameters that a run has trained, and `borrowed` is the
+    label of that run where it is another one.
     """
 
     vision: Mapping[str, jax.Array]
@@ -36,18 +33,8 @@ class Encoder:
 
 
 def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
-    """Loads the parameters of one tower of a source: name -> array on the mesh.
-
-    Args:
-      kind: "vision" or "text".
-      source: a source for `origins.open_source`.
-      spec: the backbone.
-      mesh: the devices.
-      min_shard: smaller arrays are replicated.
-
-    Raises:
-      UserError: the source is missing, invalid, of another architecture, or has no such tower.
-    """
+    """The parameters of one tower, "vision" or "text", of a source: name -> array on the mesh; smaller arrays than
+    `min_shard` are replicated. A UserError where it is missing, invalid, or of another architecture."""
     make, check, fill = loading.TOWERS[kind]
     module = abstract(lambda rngs: make(spec, rngs=rngs))
     variables = names.flat(module)
@@ -77,16 +64,8 @@ def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
 
 
 def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
-    """Loads the weights of a source onto the mesh.
-
-    Args:
-      source, step: as `places.find` has them: a workdir and its step, or a source for `weights.load` and None.
-      config: its backbone must be that of the source; it also has the text tower if the source has none.
-      mesh: the devices.
-
-    Raises:
-      UserError: the source is missing, invalid, or of another architecture.
-    """
+    """Loads the weights of a source onto the mesh; source and step are as `places.find` has them. The config's backbone
+    must be that of the source, and has the text tower if the source has none."""
     if step is not None:
         return _of_run(source, step, config, mesh)
     vision = tower("vision", source, backbones.spec_of(config), mesh, config.mesh.min_shard)
@@ -95,19 +74,9 @@ def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
 
 
 def each(given: Sequence[places.Place], labels: Sequence[str], config, mesh: Mesh) -> Iterator[tuple[str, Encoder]]:
-    """Yields (label, encoder) for several sources, loaded one at a time.
-
-    Sources that are not runs borrow the parameters outside the towers (`visual_proj/...`) that the first run among the
-    sources has trained, so that the scores before and after tuning use the same parameters.
-
-    Args:
-      given: the sources.
-      labels: of each.
-      config, mesh: as for `load`.
-
-    Raises:
-      UserError: as `load`.
-    """
+    """Yields (label, encoder) for several sources, loaded one at a time. Sources that are not runs borrow the
+    parameters outside the towers (`visual_proj/...`) that the first run among them has trained, so that the scores
+    before and after tuning use the same parameters."""
     lender = next((i for i, place in enumerate(given) if place.step is not None), None)
     lent: dict[str, jax.Array] = {}
     if lender is not None and any(place.step is None for place in given):

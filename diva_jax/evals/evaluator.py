@@ -22,11 +22,7 @@ from diva_jax.weights import parts, places
 
 
 def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
-    """Returns task -> path, from --task and --data.
-
-    Raises:
-      UserError: a task without data, or data without a task.
-    """
+    """Task -> path, from --task and --data; a UserError for a task without data, or data without a task."""
     if not tasks:
         raise UserError("--task is missing: give one or more, e.g. --task=mmvp,zeroshot")
     if len(tasks) == 1 and len(given) == 1 and not given[0].startswith(f"{tasks[0]}="):
@@ -40,11 +36,7 @@ def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
 
 
 def in_training(config, mesh) -> "Evaluator | None":
-    """Returns the evaluator for `config.eval.data`; None if `config.eval.every` is 0.
-
-    Raises:
-      UserError: an entry of `config.eval.data` is not TASK=PATH, or as `Evaluator`.
-    """
+    """The evaluator for `config.eval.data`; None if `config.eval.every` is 0."""
     return Evaluator(config, mesh, evals.entries(config.eval.data)) if config.eval.every else None
 
 
@@ -59,19 +51,10 @@ def labels_of(sources: Sequence[str], steps: Sequence[int | None]) -> list[str]:
 
 
 class Evaluator:
-    """Tasks on a mesh. All data is read and checked when it is built; towers are compiled once, for all weights.
+    """Tasks on a mesh: all data is read and checked when it is built, towers are compiled once, for all weights.
 
-    Args:
-      config: of `config.default`'s form: `eval` has the options; tasks may read more of it in `bind`.
-      mesh: the devices over which images and texts are split.
-      data: task, a name or a dotted path -> where its data is; the tasks to run, in order.
-
-    Attributes:
-      tasks: short name -> task, in order.
-      options: the options that the scores depend on, for results.json.
-
-    Raises:
-      UserError: a task or an option is unknown, an option has a wrong value, or a task's data is wrong.
+    `data` is task, a name or a dotted path -> where its data is. `tasks` are by short name, in order; `options` are
+    those that the scores depend on, for results.json. A UserError where a task, an option or its data is wrong.
     """
 
     def __init__(self, config, mesh, data: Mapping[str, str]):
@@ -91,10 +74,8 @@ class Evaluator:
         self._ids, self._embeddings, self._before = {}, {}, None
 
     def _texts(self, encoder: Encoder) -> np.ndarray:
-        """Returns the embeddings of all texts of the tasks, from the text tower of the encoder.
-
-        The text tower of a source is loaded and then freed; its embeddings are kept.
-        """
+        """The embeddings of all texts of the tasks, from the text tower of the encoder; that of a source is loaded and
+        then freed, and its embeddings are kept."""
         if not self._rows:
             return np.zeros((0, 0), np.float32)
         source, spec = encoder.source, self.towers.spec
@@ -119,19 +100,13 @@ class Evaluator:
     def scalars(
         self, towers: Mapping[str, Mapping[str, jax.Array]], params: Mapping[str, jax.Array]
     ) -> tuple[dict[str, float], list[str]]:
-        """Returns the scores of parameters in training, and their differences from those of the initial encoder.
+        """The scores of parameters in training, and their differences from those of the initial encoder, loaded from
+        `config.backbone.source` by the first call: ({key: value}, notes for the reader).
 
-        The first call also evaluates that encoder, loaded from `config.backbone.source`. Every process of a run
-        must call this.
-
-        Args:
-          towers: the tuned towers, tower -> name -> array, see `Objective.towers`.
-          params: every parameter of the objective, name -> array, for tasks that score the objective itself.
-
-        Returns:
-          ({key: value}, notes for the reader). The keys are those of `Task.scalars`, usually `eval/<task>/<metric>`,
-          and for a task with `compared_in_training` those of `_changes`, each with `/low` and `/high` appended where
-          it has an interval; values are in the metric's unit.
+        `towers` is tower -> name -> array, see `Objective.towers`; `params` has every parameter of the objective, for
+        tasks that score it. Keys are those of `Task.scalars`, usually `eval/<task>/<metric>`, and for a task with
+        `compared_in_training` those of `_changes`, each also with `/low` and `/high` where it has an interval; values
+        are in the metric's unit. Every process of a run must call this.
         """
         source, out, notes = self.config.backbone.source, {}, []
         compared = {name: task for name, task in self.tasks.items() if task.compared_in_training}
@@ -148,10 +123,8 @@ class Evaluator:
         return out, notes
 
     def _changes(self, name: str, after: Outcome) -> dict[str, dict[str, Any]]:
-        """Compares with the initial encoder: differences as `eval/<task>/<metric>_change`.
-
-        A comparison that is itself the score, such as drift's cosine, keeps the metric's name.
-        """
+        """Differences from the initial encoder as `eval/<task>/<metric>_change`; a comparison that is itself the score,
+        such as drift's cosine, keeps the metric's name."""
         out = {}
         for metric, score in self.tasks[name].compare(self._before[name], after)["scores"].items():
             key = f"eval/{name}/{metric}"
@@ -161,10 +134,8 @@ class Evaluator:
     def report(
         self, outcomes: Sequence[tuple[str, dict[str, Outcome]]], control: str = ""
     ) -> tuple[dict[str, Any], list[dict]]:
-        """Returns (`tasks` of results.json, rows of predictions.csv).
-
-        Each label is compared with the first one, and with `control`, where that is one of the others.
-        """
+        """(`tasks` of results.json, rows of predictions.csv); each label is compared with the first one, and with
+        `control`, where that is one of the others."""
         labels = [label for label, _ in outcomes]
         pairs = [(labels[0], label) for label in labels[1:]]
         if control in labels[1:]:
@@ -194,21 +165,9 @@ class Evaluator:
 def run(
     config, weights: Sequence[str], data: Mapping[str, str], control: str = ""
 ) -> tuple[dict[str, Any], list[dict]]:
-    """Evaluates sets of weights, one after another, on all devices.
-
-    Args:
-      config: of `config.default`'s form.
-      weights: sources of weights or workdirs[:STEP], each once; the first is compared with each of the others.
-      data: task -> where its data is, see `Evaluator`.
-      control: one of `weights` that the others are compared with too; empty: none.
-
-    Returns:
-      (the content of results.json, the rows of predictions.csv).
-
-    Raises:
-      UserError: data or weights are missing or invalid.
-      RunError: embeddings are not finite.
-    """
+    """Evaluates sets of weights, sources or workdirs[:STEP], one after another, on all devices: (the content of
+    results.json, the rows of predictions.csv). The first is compared with each of the others, and so is `control`, one
+    of them, if any. A UserError where data or weights are invalid, a RunError where embeddings are not finite."""
     mesh, began = sharding.make_mesh(config.mesh), time.perf_counter()
     runner = Evaluator(config, mesh, data)
     given = [places.find(source, "--weights") for source in weights]

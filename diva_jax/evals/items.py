@@ -1,8 +1,5 @@
-"""Tasks whose scores are means over items, such as images, pairs or queries: what they share.
-
-A task gives the values of every item, from which follow the scores, their intervals and the comparison of two sets of
-weights on the same items.
-"""
+"""Tasks whose scores are means over items, such as images, pairs or queries: from the values of every item follow the
+scores, their intervals and the comparison of two sets of weights on the same items."""
 
 import abc
 import dataclasses
@@ -18,14 +15,9 @@ from diva_jax.evals import Outcome, Settings, Task, stats
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """What a metric is the mean of.
-
-    Attributes:
-      values: [N], one per item, 0 to 1.
-      strata, clusters: how items are resampled, see `stats.bootstrap`.
-      tested: whether two sets of weights are compared by McNemar's test, which takes items for independent; an item
-        whose value is above one half counts as right.
-    """
+    """What a metric is the mean of: values [N], one per item, 0 to 1, with the `strata` or `clusters` of
+    `stats.bootstrap`. `tested` is whether two sets of weights are compared by McNemar's test, which takes items for
+    independent; an item whose value is above one half counts as right."""
 
     values: np.ndarray
     strata: np.ndarray | None = None
@@ -50,18 +42,8 @@ def set_and_folder(entry: str, sets: Collection[str]) -> tuple[str, Path] | None
 
 
 def require_count(where: Path, count: int, published: int, title: str, what: str, option: str) -> None:
-    """Checks the size of a published set.
-
-    Args:
-      where: its file or folder.
-      count, published: how many there are, and how many there must be.
-      title: of the set.
-      what: the name of what is counted, such as "images".
-      option: the task's option that allows another number.
-
-    Raises:
-      UserError: the numbers differ.
-    """
+    """A UserError where a file or folder has not as many of `what` ("images") as the published set `title`; `option` is
+    the task's that allows it."""
     if count != published:
         raise UserError(
             f"{where} has {count} {what}, {title} has {published}: fetch the rest, or set --config.eval.{option} to "
@@ -76,11 +58,8 @@ class ItemTask(Task):
 
     @abc.abstractmethod
     def answer(self, model) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-        """Applies one set of weights, an `encode.Model`.
-
-        Returns:
-          (what `values` needs, rows of predictions.csv without the label of the weights, further results).
-        """
+        """Applies one set of weights, an `encode.Model`: (what `values` needs, rows of predictions.csv without the
+        label of the weights, further results)."""
 
     @abc.abstractmethod
     def values(self, metric: str, held: dict[str, Any]) -> Values:

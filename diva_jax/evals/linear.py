@@ -45,20 +45,9 @@ def _minimise(x, y, kept, decay, *, classes: int, iterations: int):
 
 
 def fit(x: np.ndarray, y: np.ndarray, classes: int, decay: float, iterations: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logistic regression: minimises the mean cross-entropy + decay / 2 |W|^2; biases are not decayed.
-
-    It is scikit-learn's LogisticRegression with C = 1 / (decay N).
-
-    Args:
-      x: features [N, D], float.
-      y: labels [N], int, from 0 to classes - 1.
-      classes: C.
-      decay: at least 0.
-      iterations: of L-BFGS, at most.
-
-    Returns:
-      weights [D, C] and biases [C], float64.
-    """
+    """Logistic regression of features [N, D] and labels [N], 0 to C - 1: weights [D, C] and biases [C], float64, that
+    minimise the mean cross-entropy + decay / 2 |W|^2; biases are not decayed. It is scikit-learn's LogisticRegression
+    with C = 1 / (decay N). L-BFGS has at most `iterations`."""
     n = len(x)
     rows = min(_ROWS, n)
     pad = -n % rows
@@ -73,14 +62,9 @@ def fit(x: np.ndarray, y: np.ndarray, classes: int, decay: float, iterations: in
 
 
 def search(accuracy: Callable[[int], float]) -> int:
-    """The number of the best weight decay in `DECAYS`, by CLIP_benchmark's rule.
-
+    """The number of the best weight decay in `DECAYS`, by CLIP_benchmark's rule; `accuracy` is called once per number.
     Every 16th is tried, then the neighbours of the best at distances of 8, 4, 2 and 1; among equals the one tried
-    first, which of three neighbours is the left one.
-
-    Args:
-      accuracy: number -> accuracy on held-out data; called once per number.
-    """
+    first, which of three neighbours is the left one."""
     seen: dict[int, float] = {}
 
     def peak(numbers) -> int:
@@ -110,18 +94,8 @@ def _votes(queries, x, y, temperature, *, k: int, classes: int):
 def neighbours(
     queries: np.ndarray, x: np.ndarray, y: np.ndarray, classes: int, k: int, temperature: float
 ) -> np.ndarray:
-    """Votes of the k nearest rows by cosine, each with weight exp(cosine / temperature) (DINO, arXiv 2104.14294).
-
-    Args:
-      queries: [Q, D], unit length.
-      x, y: unit rows [N, D] and their labels [N].
-      classes: C.
-      k: neighbours, at most N.
-      temperature: above 0.
-
-    Returns:
-      [Q, C], float32, up to a factor per query.
-    """
+    """Votes [Q, C] for unit queries [Q, D], up to a factor per query, of the k nearest unit rows x [N, D] with labels y
+    [N], each with weight exp(cosine / temperature) (DINO, arXiv 2104.14294)."""
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32)
     parts = [
         np.asarray(_votes(jnp.asarray(q, jnp.float32), x, y, jnp.float32(temperature), k=k, classes=classes))

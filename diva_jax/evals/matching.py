@@ -1,8 +1,8 @@
 """Right answers where images and texts meet, and what a change of them means; docs/EVALUATION.md has the definitions.
 
 Winoground (arXiv 2204.03162) defines the choices of texts and images and the group, "Test-Time Matching" (arXiv
-2510.07632) the match. An encoder that tells two images apart can still choose wrongly where both texts are a little
-closer to the same image: the matches say what is told apart, the choices also whether the cosines are calibrated.
+2510.07632) the match. Matches say what is told apart, choices also whether the cosines are calibrated: both texts may
+be a little closer to the same image.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,8 @@ def _chosen(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def _matched(scores: np.ndarray) -> np.ndarray:
     """Whether giving text i to image i has a higher sum than any other one-to-one assignment: [..., K, T] -> [...].
-
-    Every other assignment differs from it by cycles (image i takes the text of image j, which takes another one, ...)
-    or by paths that end at a text beyond the first K; all of them must lose, as Floyd and Warshall's algorithm finds.
-    """
+    Every other one differs from it by cycles (image i takes the text of image j, which takes another one, ...) or by
+    paths that end at a text beyond the first K; all of them must lose, as Floyd and Warshall's algorithm finds."""
     count = scores.shape[-2]
     gain = scores - np.diagonal(scores, axis1=-2, axis2=-1)[..., None]
     if scores.shape[-1] > count:  # One more image without a text of its own stands for the texts beyond.
@@ -48,16 +46,13 @@ def _matched(scores: np.ndarray) -> np.ndarray:
 
 
 def answers(scores: np.ndarray, right: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
-    """Which items are right; a tie is wrong, and so is an item with a score that is not finite.
+    """Which items are right, bool [...], under scores [..., images, texts], cosines, those that agree to seven decimals
+    being equal; a tie is wrong, and so is an item with a score that is not finite.
 
-    Args:
-      scores: [..., images, texts], cosines; those that agree to seven decimals are equal.
-      right: (image, text) numbers that belong together, the same in all items; every image has a text.
-
-    Returns:
-      bool [...] for "text" (for each image, its texts score higher than all others), "image" (for each text that has
-      an image, its images do), "group" (both), and, where every image has one text of its own, "match" (the sum over
-      these is higher than that of every other one-to-one assignment).
+    `right` are the (image, text) numbers that belong together in all items; every image has a text. "text": for each
+    image, its texts score higher than all others. "image": for each text that has an image, its images do. "group":
+    both. "match", where every image has one text of its own: their sum is above that of any other one-to-one
+    assignment.
     """
     scores = rounded(scores)
     finite = np.isfinite(scores).all(axis=(-2, -1))
@@ -82,12 +77,8 @@ def one_to_one(right: Sequence[tuple[int, int]]) -> bool:
 
 
 def metrics(key: str, **of: str) -> dict[str, dict[str, str]]:
-    """Returns the entries of a task's `metrics`: `KEY` counts pairs, `KEY_text`, `KEY_group` and `KEY_match` the rest.
-
-    Args:
-      key: of the pairs.
-      **of: `readout` or `dataset`, the name of what the four numbers belong to.
-    """
+    """The entries of a task's `metrics`: `KEY` counts pairs, `KEY_text`, `KEY_group` and `KEY_match` the rest; `of` has
+    the `readout` or `dataset` that the four numbers belong to."""
     (name,) = of.values()
     return {
         key if kind == "image" else f"{key}_{kind}": {"title": f"{what}, {name}", "unit": "%", "answers": kind, **of}

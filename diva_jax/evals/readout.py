@@ -21,14 +21,9 @@ _READOUT = re.compile(
 
 
 class Readout(NamedTuple):
-    """The computation of one image embedding from tokens.
-
-    Attributes:
-      l2_cls: normalise the pooled token first.
-      patches: how many patch tokens are drawn (uniformly, with replacement) and averaged; 0: all; None: none.
-      l2_patches: normalise each of them first.
-      l2_after: normalise the sum.
-    """
+    """The computation of one image embedding from tokens. `l2_cls` normalises the pooled token first, `l2_patches` each
+    patch token, `l2_after` the sum. `patches` is how many patch tokens are drawn (uniformly, with replacement) and
+    averaged; 0: all; None: none."""
 
     l2_cls: bool
     patches: int | None
@@ -41,11 +36,7 @@ class Readout(NamedTuple):
 
 
 def parse_readout(text: str) -> Readout:
-    """Parses a readout such as `"l2(cls) + mean(l2(random 364))"`; "pooled" is "cls, l2".
-
-    Raises:
-      UserError: it cannot be parsed.
-    """
+    """Parses a readout such as `"l2(cls) + mean(l2(random 364))"`; "pooled" is "cls, l2". A UserError for others."""
     match = _READOUT.fullmatch(text)
     if not match:
         raise UserError(
@@ -64,16 +55,8 @@ def l2(x: Array) -> Array:
 
 
 def read_out(readout: Readout, features: Features, weights: Array | None) -> Array:
-    """Computes K embeddings per image.
-
-    Args:
-      readout: the parsed readout.
-      features: tokens [B, P, D], pooled [B, D].
-      weights: of each patch in the mean, [B, K, P]; None for a readout without patches.
-
-    Returns:
-      [B, K, D], float32; K is 1 without patches.
-    """
+    """K embeddings per image, float32 [B, K, D], from tokens [B, P, D] and pooled [B, D]. `weights` are those of each
+    patch in the mean, [B, K, P]; without patches they are None, and K is 1."""
     tokens, cls = (x.astype(jnp.float32) for x in features)
     out = (l2(cls) if readout.l2_cls else cls)[:, None]  # [B, 1, D]
     if readout.patches is not None:
@@ -83,18 +66,8 @@ def read_out(readout: Readout, features: Features, weights: Array | None) -> Arr
 
 
 def patch_weights(readout: Readout, patches: int, rows: Sequence[int], seeds: int, seed: int) -> np.ndarray | None:
-    """Returns the weights of patches in the mean, float32 [B, K, P]; draws depend only on seed and image number.
-
-    Args:
-      readout: the parsed readout.
-      patches: P, the number of patch tokens.
-      rows: the numbers of the B images.
-      seeds: K, for a readout that draws patches; else K is 1.
-      seed: of the draws.
-
-    Returns:
-      The weights, or None for a readout without patches.
-    """
+    """The weights of P patches in the mean, float32 [B, K, P], for the images of these B numbers, on which, with the
+    seed, the draws alone depend. K is `seeds` where patches are drawn, else 1; None for a readout without patches."""
     if readout.patches is None:
         return None
     if not readout.random:

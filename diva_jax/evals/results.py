@@ -41,12 +41,7 @@ def summary(row: Mapping[str, float]) -> str:
 
 
 def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the part of results.json about the evaluation itself.
-
-    Args:
-      config: the whole config.
-      options: the options of the scores, `Evaluator.options`.
-    """
+    """The part of results.json about the evaluation itself; `options` are `Evaluator.options`."""
     return {
         "schema": results_schema.SCHEMA,
         "created": machine.now(),
@@ -62,12 +57,9 @@ def _harmless(value: Any) -> Any:
 
 
 def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
-    """Writes results.json and predictions.csv, each renamed into place when it is complete.
-
-    Raises:
-      UserError: the folder cannot be written.
-      RunError: a task's scores have not the form of `results_schema.Results`; the files are written.
-    """
+    """Writes results.json and predictions.csv, each renamed into place when it is complete. A UserError where the
+    folder cannot be written, and a RunError after that where a task's scores have not the form of
+    `results_schema.Results`."""
     extra = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
     try:
         with (

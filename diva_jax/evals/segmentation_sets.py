@@ -1,7 +1,5 @@
-"""Segmentation sets in their published layouts: one row of `SETS` each.
-
-A label image has one byte per pixel, whose value is a class, or is ignored.
-"""
+"""Segmentation sets in their published layouts: one row of `SETS` each. A label image has one byte per pixel, whose
+value is a class, or is ignored."""
 
 import contextlib
 import dataclasses
@@ -22,17 +20,9 @@ from diva_jax.evals.items import require_count
 
 @dataclasses.dataclass(frozen=True)
 class Set:
-    """A published set.
-
-    Attributes:
-      title: for the reader.
-      classes: how many.
-      count: of images in the validation split.
-      values: the value of each class in label images.
-      ignored: values of pixels that are not counted.
-      pairs: folder -> (image, label image) of each item.
-      names: the classes, one text each, synonyms separated by commas; None: those of the folder's objectInfo150.txt.
-    """
+    """A published set with `count` validation images: the value of each class in label images, the values that are
+    ignored, folder -> (image, label image) of each item, and the classes as texts, synonyms separated by commas; None:
+    those of the folder's objectInfo150.txt."""
 
     title: str
     classes: int
@@ -122,16 +112,8 @@ def _ade_names(root: Path) -> list[str]:
 
 
 def read_names(given: str, subject: Set, root: Path) -> list[list[str]]:
-    """The synonyms of each class.
-
-    Args:
-      given: a text file with a line per class, synonyms separated by commas; empty: the set's own.
-      subject: the set.
-      root: its folder.
-
-    Raises:
-      UserError: the file cannot be read, or has another number of classes than the set.
-    """
+    """The synonyms of each class, from a text file with a line per class, synonyms separated by commas; empty: the
+    set's own. A UserError where it cannot be read, or has another number of classes."""
     if given:
         try:
             lines = texts.read_text(Path(given).expanduser()).splitlines()
@@ -149,11 +131,8 @@ def read_names(given: str, subject: Set, root: Path) -> list[list[str]]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file whose pixels have not been read yet.
-
-    Raises:
-      UserError: it is no image, or one that cannot be decoded.
-    """
+    """An image file whose pixels have not been read yet; a UserError where it is no image, or one that cannot be
+    decoded."""
     try:
         with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -166,12 +145,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def read_pairs(subject: Set, root: Path, allow_partial: bool) -> list[tuple[Path, Path]]:
-    """(image, label image) of each item, which exist and have one size and known labels.
-
-    Raises:
-      UserError: a file is missing or broken, sizes differ, a label is unknown, or the number of items is wrong; names
-        the file.
-    """
+    """(image, label image) of each item. A UserError names a file that is missing or broken, of another size than its
+    image, or with an unknown label; or the number of items is wrong."""
     pairs = subject.pairs(root)
     if not allow_partial:
         require_count(root, len(pairs), subject.count, subject.title, "images", "segmentation.allow_partial")
@@ -188,11 +163,8 @@ def read_pairs(subject: Set, root: Path, allow_partial: bool) -> list[tuple[Path
 
 
 def read_labels(path: Path, subject: Set) -> np.ndarray:
-    """The class of each pixel, int [H, W]; -1 where it is ignored.
-
-    Raises:
-      UserError: the file is no label image, or a value is neither a class nor one that is ignored.
-    """
+    """The class of each pixel, int [H, W], -1 where it is ignored; a UserError where the file is no label image, or a
+    value is neither."""
     with _opened(path) as image:
         # Palettes are kept: the values are the labels.
         if image.mode not in ("P", "L"):

@@ -10,11 +10,8 @@ _MAX_COUNTS = 2**22
 
 
 def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns bootstrap means [resamples] of N clusters with these sums and counts.
-
-    The number of draws of each *distinct* cluster is multinomial, so clusters of equal sum and count are drawn
-    together: 50,000 right or wrong answers have the cost of two clusters.
-    """
+    """Bootstrap means [resamples] of N clusters with these sums and counts. The number of draws of each *distinct*
+    cluster is multinomial, so that 50,000 right or wrong answers have the cost of two clusters."""
     levels, weights = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
     n = len(sums)
     chunk = max(1, _MAX_COUNTS // len(levels))
@@ -33,19 +30,11 @@ def bootstrap(
     strata: np.ndarray | None = None,
     clusters: np.ndarray | None = None,
 ) -> list[float]:
-    """Computes the 95% percentile bootstrap interval of a mean.
+    """The 95% percentile bootstrap interval [low, high] of the mean of values [N], in their unit, the same for a seed.
 
-    Args:
-      values: [N], one per item.
-      resamples: the number of resamples.
-      seed: the same seed gives the same interval.
-      strata: [N] labels. The mean is then that of the strata's means, and items are drawn within each stratum:
-        for a benchmark with a fixed number of items of each kind.
-      clusters: [N] labels. Whole clusters are drawn: for items that are not independent, such as the captions of
-        one image.
-
-    Returns:
-      [low, high], in the unit of `values`.
+    With `strata`, labels [N], the mean is that of the strata's means, and items are drawn within each: for a benchmark
+    with a fixed number of items of each kind. With `clusters`, labels [N], whole clusters are drawn: for items that are
+    not independent, such as the captions of one image.
     """
     values = np.asarray(values, np.float64)
     strata = np.zeros(len(values), int) if strata is None else np.asarray(strata)
@@ -70,17 +59,9 @@ def mean_ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_ratios(*pairs: tuple[np.ndarray, np.ndarray], resamples: int, seed: int) -> list[float]:
-    """The 95% percentile bootstrap interval, over items, of a mean ratio of sums such as the mIoU.
-
-    Args:
-      *pairs: (numerators, denominators) per item and class, each [N, C]; with two pairs, those of the same items
-        before and after, the interval is of the difference.
-      resamples: the number of resamples.
-      seed: the same seed gives the same interval.
-
-    Returns:
-      [low, high], in shares.
-    """
+    """The 95% percentile bootstrap interval [low, high], over items, of a mean ratio of sums such as the mIoU, in
+    shares. `pairs` are (numerators, denominators) per item and class, each [N, C]; with two pairs, those of the same
+    items before and after, the interval is of the difference."""
     rng = np.random.default_rng(seed)
     n = len(pairs[0][0])
     chunk = max(1, _MAX_COUNTS // n)
@@ -93,15 +74,9 @@ def bootstrap_ratios(*pairs: tuple[np.ndarray, np.ndarray], resamples: int, seed
 
 
 def mcnemar(before: np.ndarray, after: np.ndarray) -> dict[str, int | float]:
-    """Computes the exact two-sided McNemar test for two models' correct answers on the same items.
-
-    Args:
-      before, after: [N], true if correct.
-
-    Returns:
-      won: the number of items that only `after` has correct; lost: that only `before` has correct; p: the probability
-      of a split at least as uneven if each of these were won or lost with probability 1/2 (1 if there are none).
-    """
+    """The exact two-sided McNemar test of two models' correct answers, bool [N], on the same items. `won` is the number
+    that only `after` has correct, `lost` that only `before` has, `p` the probability of a split at least as uneven if
+    each of these were won or lost with probability 1/2 (1 if there are none)."""
     from scipy.stats import binomtest  # Here, because importing it takes a second, which training does not need.
 
     before, after = np.asarray(before, bool), np.asarray(after, bool)
@@ -111,24 +86,15 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> dict[str, int | float]:
 
 
 def estimate(values: np.ndarray, *, scale: float = 100.0, **how) -> dict[str, Any]:
-    """Returns the mean as `score`, and its bootstrap interval as `interval`.
-
-    Args:
-      values: [N], one per item.
-      scale: of both; 100 gives percent.
-      **how: for `bootstrap`; with `strata` the mean is that of the strata's means.
-    """
+    """The mean of values [N] as `score` and its bootstrap `interval`, both times `scale`; with `strata` as `bootstrap`
+    has it."""
     interval = bootstrap(values, **how)
     return {"score": scale * mean(values, how.get("strata")), "interval": [scale * end for end in interval]}
 
 
 def paired(before: np.ndarray, after: np.ndarray, **how) -> dict[str, Any]:
-    """Returns the mean `difference` of two models on the same items, in percent, and its bootstrap `interval`.
-
-    Args:
-      before, after: [N], 0 to 1.
-      **how: for `bootstrap`.
-    """
+    """The mean `difference` of two models on the same items, [N] each, 0 to 1, in percent, and its bootstrap
+    `interval`."""
     change = estimate(np.asarray(after, np.float64) - np.asarray(before, np.float64), **how)
     return {"difference": change["score"], "interval": change["interval"]}
 

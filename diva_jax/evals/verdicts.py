@@ -24,10 +24,8 @@ def sign(interval: Sequence[float] | None) -> int:
 
 
 def words(pairs: int, matches: int) -> str:
-    """The verdict on a difference in pairs and one in matches, each as `sign` has it.
-
-    A change of the matches is one of what is told apart; a change of the pairs alone is one of calibration.
-    """
+    """The verdict on a difference in pairs and one in matches, each as `sign` has it: a change of the matches is one of
+    what is told apart, a change of the pairs alone one of calibration."""
     return {1: MORE, -1: LESS}.get(matches, CALIBRATED if pairs else NONE)
 
 
@@ -68,10 +66,8 @@ def _costs(tasks: Mapping[str, Task], c: Mapping[str, Comparison]) -> Iterator[s
 
 
 def summaries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns `summary` of results.json from its `tasks`: an entry for each comparison with pairs and matches.
-
-    Those of tuned weights come first, those of controls with the reference last.
-    """
+    """`summary` of results.json from its `tasks`: an entry for each comparison with pairs and matches, those of tuned
+    weights first, those of controls with the reference last."""
     try:
         tasks = {name: Task.model_validate(task) for name, task in content.items()}
     except pydantic.ValidationError:  # `results.write` says so after it has written the files.

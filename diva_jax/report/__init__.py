@@ -1,11 +1,8 @@
 """Writes a report on an evaluation or a training run: one self-contained HTML file, and its charts as PNG files.
 
-The form of results.json is `diva_jax.common.results_schema`. Two optional inputs are shown in addition:
-
-- In rows of metrics.jsonl, the keys `eval/...` and `feedback/...`, with `KEY/low` and `KEY/high` as the interval of
-  `KEY`.
-- The file images.json beside results.json, rows of images:
-  `{"title": ..., "note": ..., "rows": [[{"image": FILE, "caption": ...}, ...], ...]}`.
+Beside results.json (see `diva_jax.common.results_schema`) it shows the keys `eval/...` and `feedback/...` of
+metrics.jsonl, with `KEY/low` and `KEY/high` as the interval of `KEY`, and images.json, rows of images: `{"title": ...,
+"note": ..., "rows": [[{"image": FILE, "caption": ...}, ...], ...]}`.
 """
 
 import os
@@ -32,13 +29,8 @@ def _file_names(names: Iterable[str]) -> list[str]:
 
 
 def write(folder: epath.PathLike) -> list[epath.Path]:
-    """Writes `report.html` and `report/*.png` into the folder that holds the results.
-
-    Args:
-      folder: an evaluation's output folder, a training workdir, or a folder that is both.
-
-    Returns:
-      The paths of the files written: `report.html` first, then one PNG file per chart.
+    """Writes `report.html` and `report/*.png` into an evaluation's output folder, a training workdir, or a folder that
+    is both, and returns the files, `report.html` first.
 
     Raises:
       UserError: there is nothing to report on, a file is invalid, or the folder is not writable.

@@ -17,13 +17,8 @@ _MAX_NAMED_METRICS = 4
 
 
 class Alarm(NamedTuple):
-    """One line of the strip.
-
-    Attributes:
-      title: a few words.
-      text: figures, and what they mean.
-      kind: "bad", or "doubt" where the data do not show an effect.
-    """
+    """One line of the strip: a few words, then figures and what they mean. `kind` is "bad", or "doubt" where the data
+    do not show an effect."""
 
     title: str
     text: str

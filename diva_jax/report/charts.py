@@ -21,14 +21,8 @@ _WHISKER = {"fmt": "none", "ecolor": LIGHT["ink"], "alpha": 0.65, "elinewidth": 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A curve.
-
-    Attributes:
-      name: the name in the legend.
-      index: the index of its colour, see `colour_role`.
-      points: [(x, y)].
-      intervals: one (low, high) or None per point; empty if no point has an interval.
-    """
+    """A curve: its name in the legend, the index of its colour, points (x, y), and one (low, high) or None for each, if
+    any."""
 
     name: str
     index: int
@@ -45,16 +39,9 @@ class Row:
 
 
 def bars(width: float, data: Sequence[Row], unit: str, high: float) -> Drawing:
-    """Draws rows of horizontal bars from zero: one bar per series, with a whisker where an interval is known.
-
-    Labels are placed left of the bars, or above them if the chart is narrow.
-
-    Args:
-      width: the width of the chart [pixels].
-      data: the rows, from top to bottom.
-      unit: the unit, appended to the tick labels.
-      high: the smallest upper end of the axis.
-    """
+    """Draws rows of horizontal bars from zero, top to bottom, one bar per series, with a whisker where an interval is
+    known. Labels are left of the bars, or above them in a narrow chart. `high` is the smallest upper end of the
+    axis."""
     narrow = width < _MAX_LABELLED_WIDTH
     left = 1.0 if narrow else min(0.45 * width, 14 + max(text_width(row.label, 13) for row in data))
     bar, step, above = 10, 13, 18 if narrow else 0
@@ -88,18 +75,9 @@ def bars(width: float, data: Sequence[Row], unit: str, high: float) -> Drawing:
 def curves(
     width: float, data: Sequence[Series], x_title: str, marks: Sequence[tuple[float, str]] = (), linear: bool = False
 ) -> Drawing:
-    """Draws long noisy curves: the points in a light line, their moving mean in a bold line.
-
-    The y axis is logarithmic if all values are positive and span more than about 1.5 decades, unless `linear` is set;
-    a linear axis then begins at zero.
-
-    Args:
-      width: the width of the chart [pixels].
-      data: the curves.
-      x_title: the title of the x axis.
-      marks: [(x, text)], drawn as dashed vertical lines. The text is omitted if the chart is narrow.
-      linear: see above.
-    """
+    """Draws long noisy curves: the points in a light line, their moving mean in a bold line, and `marks`, (x, text), as
+    dashed vertical lines, without text in a narrow chart. The y axis is logarithmic if all values are positive and span
+    more than about 1.5 decades, unless `linear` is set; a linear axis then begins at zero."""
     drawing, axes = _plot(width, data, x_title, tight=True, linear=linear)
     for x, label in marks:
         axes.axvline(x, color=LIGHT["axis"], linewidth=1, dashes=(4, 4), clip_on=False)
@@ -129,16 +107,8 @@ def curves(
 
 
 def points(width: float, data: Sequence[Series], x_title: str, unit: str = "") -> Drawing:
-    """Draws a few points per series with their intervals, joined by a line.
-
-    Points of different series at the same x are shifted so that they do not overlap.
-
-    Args:
-      width: the width of the chart [pixels].
-      data: the series.
-      x_title: the title of the x axis.
-      unit: the unit, appended to the values in tooltips.
-    """
+    """Draws a few points per series with their intervals, joined by a line; those of different series at the same x are
+    shifted so that they do not overlap. `unit` is appended to the values in tooltips."""
     drawing, axes = _plot(width, data, x_title, tight=False)
     texts: dict[float, list[str]] = {}
     for n, s in enumerate(data):
@@ -160,13 +130,8 @@ def points(width: float, data: Sequence[Series], x_title: str, unit: str = "") -
 
 
 def arrows(width: float, data: Sequence[tuple[int, Score, Score]], x_title: str) -> Drawing:
-    """Draws points with intervals in both directions, and an arrow from the first to each of the others.
-
-    Args:
-      width: the width of the chart [pixels].
-      data: (index of the colour, score on the x axis, score on the y axis) of each point.
-      x_title: the title of the x axis.
-    """
+    """Draws points (index of the colour, score on the x axis, score on the y axis) with intervals in both directions,
+    and an arrow from the first to each of the others."""
     ends = [[(s.score, s.score) if s.known_interval is None else s.known_interval for s in pair] for _, *pair in data]
     corners = [Series("", 0, list(zip(*pair, strict=True))) for pair in ends]
     drawing, axes = _plot(width, corners, x_title, tight=False, near=True)

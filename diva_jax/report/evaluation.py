@@ -16,14 +16,8 @@ from diva_jax.report.wording import Finding
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """An evaluation as it is shown.
-
-    Attributes:
-      labels: of the weights; the first one is the reference of comparisons.
-      tasks: by name.
-      doubted: the labels of weights whose scores are not read as improvements, see `alarms.doubted`.
-      summary: what each comparison says in words.
-    """
+    """An evaluation as it is shown: the labels of the weights, the first the reference, the tasks by name, the labels
+    whose scores are not read as improvements (see `alarms.doubted`), and what each comparison says in words."""
 
     labels: list[str]
     tasks: dict[str, Task]
@@ -37,12 +31,9 @@ def prepared(inputs: Inputs) -> Evaluation:
 
 
 def findings(results: Evaluation) -> list[Finding]:
-    """Returns the main results as sentences, in order of importance: first what comparisons say in words.
-
-    Then follow the differences with an interval in each task's first metric, the last weights first. If there are two
-    sets of weights, all metrics of tasks with at most three metrics are included. If there are no such differences,
-    those without an interval are returned, and if there are none at all, the scores themselves.
-    """
+    """The main results as sentences: first what comparisons say in words, then the differences with an interval in each
+    task's first metric (with two sets of weights, in all metrics of tasks with at most three), the last weights first.
+    Without such differences, those without an interval; without any, the scores themselves."""
     known, others = [], []
     for task in results.tasks.values():
         names = list(task.metrics)

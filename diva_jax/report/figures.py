@@ -1,7 +1,5 @@
-"""Figures of a report: as SVG in the colours of the page's stylesheet, and as PNG files.
-
-Importing matplotlib is slow, so that this module is imported where a report is written.
-"""
+"""Figures of a report: as SVG in the colours of the page's stylesheet, and as PNG files. Importing matplotlib is slow,
+so that this module is imported where a report is written."""
 
 import contextlib
 import dataclasses
@@ -68,16 +66,9 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart that can be drawn at any width; its title and legend are part of the PNG file, but not of the SVG.
-
-    Attributes:
-      name: the file name of its PNG without the suffix.
-      title: the title.
-      legend: {(name, index of the colour)} of the series.
-      draw: a function: width [pixels] -> Drawing.
-      half: whether the chart takes half of the width of a wide page.
-      note: one sentence below the chart, or "".
-    """
+    """A chart that can be drawn at any width (`draw`: width [pixels] -> Drawing). Its title and legend, (name, index of
+    the colour) of the series, are part of the PNG file, `name`, but not of the SVG; `half` is whether it takes half of
+    a wide page."""
 
     name: str
     title: str

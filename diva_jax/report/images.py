@@ -93,12 +93,8 @@ def _class_map(numbers: np.ndarray, names: list[str], what: str) -> EmbeddedImag
 
 
 def segmented(task: Task, labels: list[str]) -> list[Part]:
-    """Returns one row per image of a segmentation: the image, the truth, and the classes under each set of weights.
-
-    Args:
-      task: the task; nothing is returned where its weights have no `pictures`.
-      labels: the labels of the weights, in order.
-    """
+    """One row per image of a segmentation: the image, the truth, and the classes under each set of weights; none where
+    these have no `pictures`."""
     used = [w for w in labels if w in task.weights and task.weights[w].pictures]
     used = [w for w in used if isinstance(task.weights[w].classes, list)]
     if not used:
@@ -131,10 +127,8 @@ def _legend(maps: list[np.ndarray], names: list[str]) -> dict[str, Any]:
 
 
 def flipped(task: Task) -> list[Section]:
-    """Returns one section per comparison and metric with items that are right with only one of two sets of weights.
-
-    Those of the control come last, since a link to sections of the same title opens the first of them.
-    """
+    """One section per comparison and metric with items that are right with only one of two sets of weights. Those of
+    the control come last, since a link to sections of the same title opens the first of them."""
     out, thumbnails, controls = [], Thumbnails(), task.controls
     for c in sorted(task.comparisons, key=lambda c: (c.after in controls, c.before in controls)):
         for metric, info in task.metrics.items():

@@ -1,8 +1,5 @@
-"""Reads what a report is made of: results.json of an evaluation, metrics.jsonl and config.json of a run.
-
-The files may come from elsewhere. They come in here, through `common.json_files`: every value that is shown has its
-declared type.
-"""
+"""Reads what a report is made of, which may come from elsewhere: results.json of an evaluation, metrics.jsonl and
+config.json of a run. Every value that is shown has its declared type, through `common.json_files`."""
 
 import dataclasses
 import shlex
@@ -40,16 +37,9 @@ class ImageRows(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training run.
-
-    Attributes:
-      name: the name of the workdir.
-      index: the index of its colour. If an evaluation has weights of this run, it is the index of the first of them.
-      config: the content of config.json; empty if there is no such file.
-      rows: the rows of metrics.jsonl, sorted by step.
-      sessions: when and where it ran, see `training.metrics.Writer`; empty if there is no sessions.json.
-      labels: the labels of the evaluation's weights that are checkpoints of this run.
-    """
+    """A training run: the name of the workdir, the index of its colour (that of the first weights of this run, if an
+    evaluation has some), config.json, the rows of metrics.jsonl by step, when and where it ran (see
+    `training.metrics.Writer`), and the labels of the evaluation's weights that are its checkpoints."""
 
     name: str
     index: int
@@ -89,15 +79,8 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The content of a report.
-
-    Attributes:
-      folder: the folder that the report is written to.
-      results: the content of results.json, or None if there is no evaluation; readouts of a task that are the same are
-        one metric.
-      runs: the training runs; empty if there are none.
-      image_rows: the content of images.json, or None if there is no such file.
-    """
+    """The content of a report in `folder`: results.json, if any, in which readouts of a task that are the same are one
+    metric; the training runs; and images.json, if any."""
 
     folder: epath.Path
     results: Results | None
@@ -106,13 +89,9 @@ class Inputs:
 
 
 def read(folder: epath.PathLike) -> Inputs:
-    """Reads an evaluation's output folder, a training workdir, or one that is both.
-
-    The workdirs that an evaluation's weights came from are read as well if they still exist.
-
-    Raises:
-      UserError: there is nothing to report on, or a file is invalid; the message gives the file and line.
-    """
+    """Reads an evaluation's output folder, a training workdir, or one that is both, and the workdirs that an
+    evaluation's weights came from, where they exist. A UserError where there is nothing to report on, or names the file
+    and line that is invalid."""
     folder = paths.folder(folder, "DIR")
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give an evaluation's --out folder or a training --workdir")
@@ -166,10 +145,8 @@ def _results(path: epath.Path) -> Results | None:
 
 
 def _without_equal_readouts(task: Task) -> Task:
-    """Merges readouts that are the same, as a backbone's published readout and its pooled embedding can be.
-
-    Metrics of readouts with equal values everywhere become the first of them, whose title names all readouts.
-    """
+    """Merges readouts that are the same, as a backbone's published readout and its pooled embedding can be: metrics
+    with equal values everywhere become the first of them, whose title names all readouts."""
 
     def values(metric: str) -> list:
         scores = [part.scores.get(metric) for w in task.weights.values() for part in (w, *w.patterns)]

@@ -27,12 +27,7 @@ def charts(body: list[Section]) -> list[Chart]:
 
 
 def html(inputs: Inputs, body: list[Section]) -> str:
-    """Returns the HTML document.
-
-    Args:
-      inputs: the content of the report.
-      body: the result of `sections(inputs)`.
-    """
+    """The HTML document with the result of `sections(inputs)`."""
     findings = evaluation.findings(evaluation.prepared(inputs)) if inputs.results else []
     findings += [training.finding(run) for run in inputs.runs]
     wrong = alarms.of(inputs)

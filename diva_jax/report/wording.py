@@ -14,14 +14,8 @@ _NO_BREAK_SPACE = "\u00a0"
 
 
 class Finding(NamedTuple):
-    """A result for the header of the page.
-
-    Attributes:
-      what: what was measured.
-      figures: the measured values.
-      meaning: the conclusion that they allow.
-      kind: CSS classes, see `direction`; "" without an interval.
-    """
+    """A result for the header of the page: what was measured, the values, the conclusion that they allow, and CSS
+    classes, see `direction`, which are "" without an interval."""
 
     what: str
     figures: str
@@ -46,15 +40,9 @@ def compact(value: float, digits: int = 3, zeros: bool = False) -> str:
 
 
 def places(values: Iterable[float | None], unit: str) -> int | None:
-    """Returns the decimals with which all numbers of a row are written, so that they can be compared digit by digit.
-
-    Args:
-      values: the scores, differences and ends of intervals of the row; None is ignored.
-      unit: "%" has one decimal; other units as many as give the largest value three significant digits.
-
-    Returns:
-      The number of decimals; None where they would be more than six.
-    """
+    """The decimals with which all numbers of a row (scores, differences, ends of intervals) are written, so that they
+    can be compared digit by digit. "%" has one, other units as many as give the largest value three significant digits;
+    None where they would be more than six."""
     if unit == "%":
         return 1
     largest = max((abs(v) for v in values if v is not None), default=0)
@@ -65,13 +53,8 @@ def places(values: Iterable[float | None], unit: str) -> int | None:
 
 
 def number(value: float | None, unit: str, decimals: int | None = None) -> str:
-    """Formats a score; a dash for None.
-
-    Args:
-      value: the score.
-      unit: "%" has one decimal, others have three significant digits, where `decimals` is None.
-      decimals: the number of decimals, see `places`.
-    """
+    """Formats a score; a dash for None. Without `decimals`, see `places`, "%" has one and others three significant
+    digits."""
     if value is None:
         return DASH
     decimals = 1 if unit == "%" else decimals
@@ -98,17 +81,9 @@ def excludes_zero(ends: list[float] | None) -> bool | None:
 
 
 def direction(difference: Difference, better: str, doubted: bool = False) -> str:
-    """Returns the CSS classes of a difference.
-
-    Args:
-      difference: an entry of a comparison's scores.
-      better: which values of the metric are better: "higher", "lower", or "" where neither is.
-      doubted: whether something else says that the difference must not be read as an improvement.
-
-    Returns:
-      "zero" where zero is within the interval; else "up" or "down" by the sign and, where better and worse are
-      defined, "won" or "lost"; "" without an interval.
-    """
+    """The CSS classes of a difference: "zero" where zero is within the interval; else "up" or "down" by the sign and,
+    where better values of the metric are "higher" or "lower", "won" or "lost"; "" without an interval. Instead of "won"
+    it is "doubted" where something else says that it is no improvement."""
     known = excludes_zero(difference.known_interval)
     if known is None:
         return ""

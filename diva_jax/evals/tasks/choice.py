@@ -1,7 +1,5 @@
-"""Choices between texts for an image, and between images for a text: SugarCrepe, Winoground, ARO and others.
-
-What is right is in `diva_jax.evals.matching`, the sets are in `diva_jax.evals.choice_sets`.
-"""
+"""Choices between texts for an image, and between images for a text: SugarCrepe, Winoground, ARO and others. What is
+right is in `diva_jax.evals.matching`, the sets are in `diva_jax.evals.choice_sets`."""
 
 import dataclasses
 import os
@@ -41,12 +39,8 @@ SECTION = ChoiceOptions
 
 
 def answers(scores: Sequence[np.ndarray], items: Sequence[Item]) -> dict[str, np.ndarray]:
-    """Which items are right, see `matching.answers`: bool [N]; "match" is False where it is not defined.
-
-    Args:
-      scores: of each item, [images, texts].
-      items: the items.
-    """
+    """Which items are right under scores, [images, texts] of each, as `matching.answers` has it: bool [N]; "match" is
+    False where it is not defined."""
     alike: dict[tuple, list[int]] = {}
     for number, (table, item) in enumerate(zip(scores, items, strict=True)):
         alike.setdefault((table.shape, item.right), []).append(number)
@@ -58,13 +52,8 @@ def answers(scores: Sequence[np.ndarray], items: Sequence[Item]) -> dict[str, np
 
 
 def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
-    """What a metric counts: whether each item, or each group of items, is right.
-
-    Matches are counted where every image has one text of its own.
-
-    Raises:
-      UserError: every class has fewer items than the metric asks for.
-    """
+    """What a metric counts: whether each item, or each group of items, is right; matches where every image has one text
+    of its own. A UserError where every class has fewer items than the metric asks for."""
     if metric.all_of:
         _, index = np.unique([item.groups[metric.all_of] for item in items], return_inverse=True)
         return Values(np.bincount(index, ~right) == 0)

@@ -1,9 +1,8 @@
 """How far tuning has moved an encoder: embeddings before and after, on any folder of images.
 
-Neither labels nor texts are needed. Cosine: of each image's embedding before and after. kNN overlap: the share of the k
-nearest neighbours of an image (by cosine, without the image itself) that are the same before and after. Effective rank
-(Roy and Vetterli, 2007): the exponential of the entropy of the normalised singular values; it falls when an encoder
-collapses.
+Cosine: of each image's embedding before and after. kNN overlap: the share of the k nearest neighbours of an image (by
+cosine, without the image itself) that are the same. Effective rank (Roy and Vetterli, 2007): the exponential of the
+entropy of the normalised singular values; it falls when an encoder collapses.
 """
 
 import dataclasses

@@ -1,24 +1,11 @@
-"""Whether the diffusion feedback is signal or noise, which decides if DIVA can improve an encoder.
+"""Whether the diffusion feedback is signal or noise, which decides if DIVA can improve an encoder: the gradient through
+a U-Net that ignores its condition is noise. docs/EVALUATION.md defines the condition gaps and the gradients' agreement.
 
-The gradient through a U-Net that ignores its condition is noise, and noise makes an encoder worse. Two measurements, on
-any images:
-
-Condition gap: the diffusion loss under the image's own condition, under another image's, under the text alone, with
-the same timesteps, noise and token draw for all three. `gap_other` and `gap_text` are how much higher the loss is
-without the image's own condition: above zero where the U-Net uses it. Each image has one timestep in each of ten bins.
-The other image is the next one in a fixed random cyclic order of all images.
-
-Information: the same gaps, weighted and summed over all timesteps, in nats per image. By the I-MMSE relation (arXiv
-2302.03792) `nats_other` and `nats_text` estimate how much more likely the image is to the generator under its own
-condition than under the other two (`schedule.nats_per_error`).
-
-Agreement of gradients: images are taken in groups of eight; a group's gradient with respect to the trained
-parameters of the vision tower, as in training, is computed for R independent draws of timesteps, noise and
-tokens. `gradient_cosine` is the mean cosine c of two of them: for gradients that are a signal s, the same for each
-draw, plus independent noise n, c is |s|^2 / (|s|^2 + |n|^2), so that `gradient_snr`, c / (1 - c), is |s|^2 / |n|^2.
-
-Everything is computed in `config.dtype`, as in training. The random numbers of an image depend only on the seed and on
-the image's own number.
+Information: the gaps, weighted and summed over all timesteps, in nats per image (I-MMSE, arXiv 2302.03792, and
+`schedule.nats_per_error`). `gradient_cosine` is the mean cosine c of a group's gradients under two independent draws:
+for gradients that are a signal s, the same for each draw, plus independent noise n, c is |s|^2 / (|s|^2 + |n|^2), so
+that `gradient_snr`, c / (1 - c), is |s|^2 / |n|^2. Everything is computed in `config.dtype`, as in training; the random
+numbers of an image depend only on the seed and on the image's own number.
 """
 
 import dataclasses
@@ -79,15 +66,9 @@ def partners(count: int, seed: int) -> np.ndarray:
 
 
 def mean_cosine(gradient: Callable, draws, like):
-    """The mean cosine of all pairs of R gradients, with the memory of two, and the R norms.
-
-    Of unit vectors u: |sum u|^2 = R + the cosines of all ordered pairs. The cosine is undefined where a norm is zero.
-
-    Args:
-      gradient: one draw -> pytree.
-      draws: pytree with a leading axis [R, ...].
-      like: a pytree of arrays as `gradient` returns.
-    """
+    """The mean cosine of all pairs of R gradients, with the memory of two, and the R norms; undefined where one is
+    zero. Of unit vectors u, |sum u|^2 = R + the cosines of all ordered pairs. `gradient` is one draw -> pytree as
+    `like`; `draws` have a leading axis [R, ...]."""
 
     def add(total, draw):
         g = gradient(draw)
@@ -101,10 +82,8 @@ def mean_cosine(gradient: Callable, draws, like):
 
 
 class Feedback(Task):
-    """The task; see `evals.Task`.
-
-    It is not compared in training: the losses depend on the projection too, and that of the first step is not kept.
-    """
+    """The task; see `evals.Task`. It is not compared in training: the losses depend on the projection too, and that of
+    the first step is not kept."""
 
     title, items, compared_in_training = "Diffusion feedback", "images", False
 
@@ -130,11 +109,8 @@ class Feedback(Task):
         self._group = min(_GROUP_SIZE, self.count)
 
     def bind(self, config, mesh) -> None:
-        """Reads the images, at the resolution of training; finds what the objective needs.
-
-        Raises:
-          UserError: the objective has no `condition_losses`, or an image cannot be read.
-        """
+        """Reads the images, at the resolution of training; a UserError where the objective has no
+        `condition_losses`."""
         config = config.copy_and_resolve_references()
         config.data.latents = ""  # Of the training data, not of these images.
         self.config, self.mesh = config, mesh
@@ -227,10 +203,8 @@ class Feedback(Task):
         return arrays, notes
 
     def _loaded(self, missing: Sequence[str], base: str) -> dict[str, jax.Array]:
-        """Parameters that weights lack, from their sources: `base` in place of `config.backbone.source`.
-
-        Those of other sources are the same for all weights, and kept.
-        """
+        """Parameters that weights lack, from their sources: `base` in place of `config.backbone.source`. Those of other
+        sources are the same for all weights, and kept."""
         program = self.program
         if base != self.config.backbone.source:
             config = self.config.copy_and_resolve_references()
@@ -255,11 +229,9 @@ class Feedback(Task):
         }
 
     def _gradients(self, arrays, label: str) -> np.ndarray:
-        """Mean cosine of each group, [groups]; NaN where a gradient is zero.
-
-        Images that do not fill a group are omitted. A group is repeated until its size is a multiple of the number of
-        devices; its mean gradient stays the same.
-        """
+        """Mean cosine of each group, [groups]; NaN where a gradient is zero. Images that do not fill a group are
+        omitted. A group is repeated until its size is a multiple of the number of devices; its mean gradient stays the
+        same."""
         copies = np.lcm(self._group, self.mesh.size) // self._group
         out = []
         for first in range(0, self.count - self._group + 1, self._group):

@@ -1,8 +1,6 @@
-"""MMVP-VLM (arXiv 2401.06209): 135 pairs of images that CLIP confuses, in nine visual patterns.
-
-For each pair, both images and both texts ("a photo of " + statement): a pair counts when each text prefers its own
-image, as published; texts, groups and matches count too (`evals.matching`). A score is the mean over the patterns.
-"""
+"""MMVP-VLM (arXiv 2401.06209): 135 pairs of images that CLIP confuses, in nine visual patterns. A pair counts when each
+text ("a photo of " + statement) prefers its own image, as published; texts, groups and matches count too
+(`evals.matching`). A score is the mean over the patterns."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -95,11 +93,7 @@ class _Patterns(json_files.Record):
 
 
 def read_patterns(path: str) -> tuple[tuple[str, ...], int]:
-    """(names of the patterns, pairs of each): MMVP-VLM's, or what `Patterns.json` beside Questions.csv says.
-
-    Raises:
-      UserError: that file is broken.
-    """
+    """(names of the patterns, pairs of each): MMVP-VLM's, or what `Patterns.json` beside Questions.csv says."""
     file = _root(path)[0].with_name(NAMES)
     repair = 'it must read {"patterns": [names], "pairs": pairs of each pattern}; remove it if this is MMVP-VLM'
     found = json_files.read(file, _Patterns, repair, None)
@@ -122,12 +116,8 @@ def _question(path: Path, folder: Path, line: int, fields: list[str]) -> Questio
 
 
 def read_questions(path: str) -> list[Question]:
-    """The questions, 270 of MMVP-VLM, checked; pattern and pair follow from the position.
-
-    Raises:
-      UserError: the file or an image is missing or broken, the number or the order of the rows is wrong, or a pair
-        is not complete; names line and file.
-    """
+    """The questions, 270 of MMVP-VLM, checked; pattern and pair follow from the position. A UserError names the line or
+    file that is missing, broken or out of order."""
     file, folder = _root(path)
     rows = _rows(file)
     names, pairs = read_patterns(path)
@@ -150,12 +140,8 @@ def read_questions(path: str) -> list[Question]:
 
 
 def pair_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Returns the product of each image with each text of its pair, [N, image, text], float64.
-
-    Args:
-      images: [2N, D] embeddings as the readout leaves them, rows 2n and 2n+1 a pair.
-      texts: [2N, D], any length.
-    """
+    """The product of each image with each text of its pair, [N, image, text], float64. Images [2N, D] are as the
+    readout leaves them, rows 2n and 2n+1 a pair; texts [2N, D] have any length."""
     pairs = np.asarray(images, np.float64).reshape(-1, 2, images.shape[-1])
     return np.einsum("nid,ntd->nit", pairs, encode.unit(texts).reshape(pairs.shape))
 
@@ -260,11 +246,9 @@ class Mmvp(ItemTask):
         ]
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
-        """As `ItemTask`, and what flipped among pairs and matches.
-
-        With a readout that draws patches, a pair is right under a share of the draws. McNemar's test and the flips
-        count it as right where more than half of the draws are.
-        """
+        """As `ItemTask`, and what flipped among pairs and matches. With a readout that draws patches, a pair is right
+        under a share of the draws; McNemar's test and the flips count it as right where more than half of the draws
+        are."""
         flipped = []
         for metric in (m for m, info in self.metrics.items() if info["answers"] in ("image", "match")):
             was, now = (self.values(metric, outcome.held).values > 0.5 for outcome in (before, after))

@@ -1,7 +1,5 @@
-"""Probes of the frozen encoder: a linear classifier as CLIP_benchmark's, and nearest neighbours as DINO's.
-
-Both are fitted on the pooled embeddings of a training split, of length one, and scored on a test split.
-"""
+"""Probes of the frozen encoder: a linear classifier as CLIP_benchmark's, and nearest neighbours as DINO's, fitted on
+the pooled embeddings of a training split, of length one, and scored on a test split."""
 
 import dataclasses
 from pathlib import Path
@@ -43,14 +41,8 @@ SECTION = ProbeOptions
 
 
 def splits(path: str) -> tuple[str, str]:
-    """(the training split, the test split) of a data path.
-
-    Args:
-      path: `train=PATH,test=PATH`, or a folder with the folders `train` and `test` (or `val`).
-
-    Raises:
-      UserError: it is neither, or both splits are the same.
-    """
+    """(the training split, the test split) of a data path: `train=PATH,test=PATH`, or a folder with the folders `train`
+    and `test` (or `val`). A UserError where it is neither, or both splits are the same."""
     if path.startswith("train="):
         train, _, test = path.removeprefix("train=").partition(",test=")
         if not (train and test):

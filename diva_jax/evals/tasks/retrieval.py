@@ -1,8 +1,5 @@
-"""Image-text retrieval as CLIP_benchmark does it: recall@1, 5 and 10 in both directions.
-
-In image retrieval each caption is a query whose answer is its image. In text retrieval each image is a query, answered
-by any of its captions among the first k.
-"""
+"""Image-text retrieval as CLIP_benchmark does it: recall@1, 5 and 10 in both directions. In image retrieval each
+caption is a query whose answer is its image; in text retrieval each image is one, answered by any of its captions."""
 
 from pathlib import Path
 
@@ -20,17 +17,9 @@ _QUERY_BATCH = 256
 
 
 def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The rank of the best right answer to each query, from 0; equal scores are ranked in the order of the answers.
-
-    Scores that are not finite count as wrong: such a right answer is ranked last, such a wrong answer first.
-
-    Args:
-      queries: [Q, D]. answers: [A, D].
-      right: bool [Q, A], at least one true per row.
-
-    Returns:
-      int [Q].
-    """
+    """The rank, int [Q] from 0, of the best right answer (bool [Q, A], one or more per row) to each query [Q, D] among
+    answers [A, D]; equal scores are ranked in the order of the answers. Scores that are not finite count as wrong: such
+    a right answer is ranked last, such a wrong answer first."""
     out = []
     for start in range(0, len(queries), _QUERY_BATCH):
         scores, mine = queries[start : start + _QUERY_BATCH] @ answers.T, right[start : start + _QUERY_BATCH]

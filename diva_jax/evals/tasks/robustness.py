@@ -1,8 +1,5 @@
-"""Zero-shot classification under shifts of ImageNet's distribution: V2, A, R, Sketch and ObjectNet.
-
-Each set is scored among its own classes alone: a set of 200 of ImageNet's classes has 200 answers. A class is the mean
-of its prompts, as in `zeroshot`.
-"""
+"""Zero-shot classification under shifts of ImageNet's distribution: V2, A, R, Sketch and ObjectNet. Each set is scored
+among its own classes alone: a set of 200 of ImageNet's classes has 200 answers."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -38,10 +35,8 @@ SECTION = RobustnessOptions
 
 
 def _subset(root: Path, by_folder: Mapping[str, int], what: str) -> labelled.Images:
-    """Images in folders that name classes of ImageNet, folder name -> ImageNet's label; `what` is such a name.
-
-    Labels count the classes that are there, in ImageNet's order.
-    """
+    """Images in folders that name (`what`) classes of ImageNet, folder name -> ImageNet's label. Labels count the
+    classes that are there, in ImageNet's order."""
     names = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
     if strange := [n for n in names if n not in by_folder]:
         raise UserError(f"{root / strange[0]} is not named after {what}: remove it, or give the set's folder")
@@ -72,10 +67,8 @@ def _mapping(root: Path, name: str) -> dict[str, str]:
 
 
 def objectnet(root: Path) -> labelled.Images:
-    """ObjectNet's images of the 113 classes that it shares with ImageNet, under ObjectNet's names; borders cut off.
-
-    `root` is the unpacked folder, with `images/<folder>/*.png` and `mappings/*.json`.
-    """
+    """ObjectNet's images, `images/<folder>/*.png` with `mappings/*.json`, of the 113 classes that it shares with
+    ImageNet, under ObjectNet's names; borders cut off."""
     title_of, overlap = _mapping(root, _MAPPING), _mapping(root, _OVERLAP)
     if unknown := [title for title in overlap if title not in title_of.values()]:
         raise UserError(f"{root}/mappings/{_OVERLAP} has {unknown[0]!r}, which {_MAPPING} does not: fetch them again")
@@ -114,11 +107,7 @@ SETS: dict[str, Shift] = {
 
 
 def paths_of(path: str) -> dict[str, Path]:
-    """Set -> folder, of a data path `v2=FOLDER,a=FOLDER`.
-
-    Raises:
-      UserError: it does not read so, or a set is not known or no folder.
-    """
+    """Set -> folder, of a data path `v2=FOLDER,a=FOLDER`; a UserError where a set is not known or no folder."""
     entries = [set_and_folder(entry, SETS) for entry in path.split(",")]
     if not all(entries):
         raise UserError(f"--data=robustness={path} must read SET=FOLDER,SET=FOLDER with sets of {listing(list(SETS))}")
@@ -132,11 +121,7 @@ def paths_of(path: str) -> dict[str, Path]:
 
 
 def read_set(name: str, root: Path, allow_partial: bool) -> labelled.Images:
-    """The images of a set, the number of its classes checked.
-
-    Raises:
-      UserError: a folder or an image is wrong, or classes are missing; names it.
-    """
+    """The images of a set, the number of its classes checked; a UserError names what is wrong or missing."""
     shift = SETS[name]
     images = shift.read(root)
     if not allow_partial:

@@ -1,8 +1,6 @@
-"""Open-vocabulary segmentation from patch tokens: the mIoU of the texts nearest to each pixel.
-
-As SCLIP does it (arXiv 2312.01597): windows over the resized image, cosines of patch tokens and texts interpolated to
-pixels and averaged where windows overlap, a softmax over all texts, and for each class its most probable synonym.
-"""
+"""Open-vocabulary segmentation from patch tokens: the mIoU of the texts nearest to each pixel, as SCLIP does it (arXiv
+2312.01597): windows over the resized image, cosines of patch tokens and texts interpolated to pixels and averaged where
+windows overlap, a softmax over all texts, and for each class its most probable synonym."""
 
 import base64
 import dataclasses
@@ -84,17 +82,9 @@ def resized(table: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def classify(cosines: np.ndarray, owner: np.ndarray, scale: float, background: float) -> np.ndarray:
-    """The class of each pixel.
-
-    Args:
-      cosines: [H, W, T] of each text.
-      owner: [T], the class of each text, in increasing order.
-      scale: of the cosines, before the softmax.
-      background: class 0 where no class's most probable text reaches this; 0: nowhere.
-
-    Returns:
-      int [H, W].
-    """
+    """The class of each pixel, int [H, W], from the cosines [H, W, T] of each text, times `scale` before the softmax.
+    `owner`, [T], is the class of each text, increasing. Class 0 where no class's most probable text reaches
+    `background`."""
     x = scale * cosines
     p = np.exp(x - x.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)

@@ -1,8 +1,5 @@
-"""Zero-shot classification as CLIP_benchmark does it: acc@1, acc@5 and mean per-class recall.
-
-A class is the mean of its prompts' normalised embeddings, normalised again; an image belongs to the class with the
-highest cosine.
-"""
+"""Zero-shot classification as CLIP_benchmark does it: acc@1, acc@5 and mean per-class recall. A class is the mean of
+its prompts' normalised embeddings, normalised again; an image belongs to the class with the highest cosine."""
 
 import dataclasses
 import json
@@ -57,16 +54,9 @@ def wnids() -> list[str]:
 
 
 def class_names(given: str, images: labelled.Images) -> list[list[str]]:
-    """The names of each class by label: one, or several synonyms.
-
-    Args:
-      given: `ZeroShotOptions.classes`; "imagenet", a JSON list by label, a JSON object from folder (where there are
-        none, from label) to name, or empty: the data's own.
-      images: the data.
-
-    Raises:
-      UserError: names are missing, or do not fit the labels.
-    """
+    """The names of each class by label, one or several synonyms, from `ZeroShotOptions.classes`: "imagenet", a JSON
+    list by label, a JSON object from folder (where there are none, from label) to name, or empty: the data's own. A
+    UserError where names are missing, or do not fit the labels."""
     folders = images.folders
     if given == "imagenet":
         names = [[name] for name in imagenet("classes")]
@@ -106,17 +96,9 @@ def class_names(given: str, images: labelled.Images) -> list[list[str]]:
 
 
 def prompts(given: str, images: labelled.Images, names: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The texts of each class.
-
-    Args:
-      given: `ZeroShotOptions.templates`: a JSON list of templates with `{c}` (or `{}`), a JSON object class -> texts,
-        or empty: the data's own, or else ImageNet's 80.
-      images: the data.
-      names: of each class, see `class_names`; a template gives a text for each of them.
-
-    Raises:
-      UserError: a class has no texts, or a template no `{c}`.
-    """
+    """The texts of each class, from `ZeroShotOptions.templates`: a JSON list of templates with `{c}` (or `{}`), which
+    give a text for each of the class's names, a JSON object class -> texts, or empty: the data's own, or else
+    ImageNet's 80. A UserError where a class has no texts, or a template no `{c}`."""
     where = given or "zeroshot_classification_templates.txt"
     if given:
         templates = labelled.read_names(given)
