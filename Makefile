@@ -1,4 +1,5 @@
-# Everything is installed in .venv. The only requirement is Python >= 3.11.
+# Everything is installed in .venv. The only requirement is Python >= 3.11. The versions are those that constraints.txt has
+# for this Python; make check PYTHON=python3.13 VENV=.venv-newer checks the other ones.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python

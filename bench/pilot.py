@@ -14,7 +14,8 @@ from diva_jax.common import config_files
 
 REPORTS = Path(__file__).parent / "tpu"
 BEGIN, END = "<!-- table: python bench/pilot.py --docs=docs/PILOT.md -->", "<!-- end of table -->"
-# Report of the last stage's step -> config. A stage without a report of its own has the time of the last one's.
+# Report of the last stage's step -> config; one without a report has no row. A stage without a report of its own has
+# the time of the last one's.
 RUNS = {
     **{
         f"{name}-v5e-16": name
@@ -52,7 +53,8 @@ def row(report: str, config_name: str, price: float | None) -> list:
 def table(price: float | None) -> str:
     header = ["config", "slice", "steps", "images per step", "hours", "chip-hours"]
     header += ["cost"] if price is not None else []
-    return tpu.table(header, [row(report, config, price) for report, config in RUNS.items()])
+    made = {file.stem for file in REPORTS.glob("*.json")}
+    return tpu.table(header, [row(report, config, price) for report, config in RUNS.items() if report in made])
 
 
 def main() -> None:

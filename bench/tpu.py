@@ -70,17 +70,6 @@ def write_between(file: Path, begin: str, text: str, end: str) -> None:
     file.write_text(before + begin + "\n" + text + "\n" + end + rest.partition(end)[2])
 
 
-def bound(row: dict) -> str:
-    """Returns the kernels' milliseconds at the bound of their shapes; "?" for a report made before it was computed."""
-    return f"{row['kernel_bound_ms']:.0f}" if "kernel_bound_ms" in row else "?"
-
-
-def older(row: dict) -> bool:
-    """Returns whether a report has our attention but not the U-Net's feed-forward kernel, which a v4 does not use."""
-    kernels = " ".join(row.get("kernels", {}))
-    return "flash_backward" in kernels and "feed_forward" not in kernels and not row["topology"].startswith("v4")
-
-
 def costs(found: dict[str, dict]) -> str:
     """Returns a table with one row per report: memory, and costs of a step per chip."""
     header = (
@@ -91,8 +80,7 @@ def costs(found: dict[str, dict]) -> str:
     rows = []
     for name, r in found.items():
         row = [
-            ", ".join([RUNS[name][0], r["topology"], *(f.removeprefix("--config.") for f in RUNS[name][2])])
-            + (" †" if older(r) else ""),
+            ", ".join([RUNS[name][0], r["topology"], *(f.removeprefix("--config.") for f in RUNS[name][2])]),
             r["mesh"]["fsdp"],
             r["remat"],
             f"{r['per_device_batch']} x {r['accum']}",
@@ -101,7 +89,7 @@ def costs(found: dict[str, dict]) -> str:
         if "memory" in r:
             row += [
                 f"{r['memory']['temporaries'] / GIB:.2f}",
-                f"{r['model_ms']:.0f} + {bound(r)} ({r['kernel_ms']:.0f})",
+                f"{r['model_ms']:.0f} + {r['kernel_bound_ms']:.0f} ({r['kernel_ms']:.0f})",
                 f"{r['all_reduce_ms']:.0f}",
                 f"{r['images_per_s']:.1f}",
                 f"{100 * r['mfu']:.0f}%",
@@ -118,7 +106,7 @@ def parts(found: dict[str, dict], name: str) -> str:
     rows = [
         [
             part,
-            f"{p['model_ms']:.0f} + {bound(p)}",
+            f"{p['model_ms']:.0f} + {p['kernel_bound_ms']:.0f}",
             f"{p['kernel_flops'] / 1e12:.1f}",
             f"{p['hbm_gb']:.1f}",
             f"{p['flops'] / 1e12:.1f}",

@@ -8,6 +8,7 @@ of a full-size config took 10 to 35 minutes on two cores (the last column of the
 memory; a line per minute says that it goes on. --search compiles several times.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -135,6 +136,7 @@ def report(config, topology: str, save: str | None = None) -> dict:
     n = len(mesh_devices)
     row = {
         "topology": topology,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "chips": n,
         "mesh": {"data": n // config.mesh.fsdp, "fsdp": config.mesh.fsdp},
         "remat": config.remat,
@@ -213,7 +215,8 @@ def text_of(row: dict) -> str:
     """Formats a report as text."""
     n, mesh = row["chips"], row["mesh"]
     lines = [
-        f"{row['topology']}: {n} chips, mesh data {mesh['data']} x fsdp {mesh['fsdp']}, remat {row['remat']}",
+        f"{row['topology']}: {n} chips, mesh data {mesh['data']} x fsdp {mesh['fsdp']}, remat {row['remat']}; "
+        + ", ".join(f"{name} {version}" for name, version in row["versions"].items()),
         f"batch {row['batch_size']} = {row['per_device_batch']} per chip x {n} chips x {row['accum']} micro-batches",
         f"HBM per chip: {verdict(row)}",
     ]

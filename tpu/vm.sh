@@ -54,7 +54,7 @@ setup() {
   run install --mode=755 "$ROOT/diva_jax/tpu/vm.sh" "$ROOT/vm.sh"
   run pip install --quiet uv
   [[ -x $ROOT/venv/bin/python ]] || run uv venv --python 3.11 "$ROOT/venv"
-  run uv pip install --python "$ROOT/venv/bin/python" "$ROOT/diva_jax[tpu]"
+  run uv pip install --python "$ROOT/venv/bin/python" --constraint "$ROOT/diva_jax/constraints.txt" "$ROOT/diva_jax[tpu]"
   [[ -z ${MOUNT:-} ]] || mount_bucket
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import commands
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from packaging.requirements import Requirement
 from places import ROOT
 
 from diva_jax import aot, config
@@ -160,7 +162,21 @@ def test_the_batch_of_the_config_or_of_the_flag():
 FAMILY = [f"{name}_vitl14" for name in ("unclip", "genhancer", "dcr", "kuea", "smartclip")]
 
 
-@pytest.mark.parametrize("name", [*backbones.TABLE, *FAMILY])
+REPORTS = ROOT / "bench" / "tpu"
+
+
+def test_the_reports_are_of_the_compiler_that_pods_install():
+    """The versions in bench/tpu are those of the constraints, for the Python of tpu/vm.sh and tpu/Dockerfile."""
+    pods = re.search(r"uv venv --python (\S+)", (ROOT / "tpu/vm.sh").read_text())[1]
+    assert f"FROM python:{pods}-slim" in (ROOT / "tpu/Dockerfile").read_text()
+    lines = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    here = {r.name: str(r.specifier) for r in lines if not r.marker or r.marker.evaluate({"python_version": pods})}
+    for file in REPORTS.glob("*.json"):
+        made = json.loads(file.read_text())["versions"]
+        assert {name: f"=={version}" for name, version in made.items()} == {n: here[n] for n in ("jax", "libtpu")}, file
+
+
+@pytest.mark.parametrize("name", [n for n in (*backbones.TABLE, *FAMILY) if (REPORTS / f"{n}-v5e-16.json").exists()])
 def test_every_config_fits_sixteen_chips(name):
     """Checks the stored report of its compilation, which must match the current config."""
     c = aot.with_batch(config_files.read(CONFIGS / name), 16, None)
@@ -168,7 +184,7 @@ def test_every_config_fits_sixteen_chips(name):
         assert c.batch_size // c.accum // 16 == 8, (
             "8 is the batch for which the TPU compiler leaves convolutions unchanged"
         )
-    report = json.loads((CONFIGS.parent / "bench" / "tpu" / f"{name}-v5e-16.json").read_text())
+    report = json.loads((REPORTS / f"{name}-v5e-16.json").read_text())
     assert report["mesh"] == {"data": 16 // c.mesh.fsdp, "fsdp": c.mesh.fsdp}
     assert (report["remat"], report["accum"], report["batch_size"]) == (c.remat, c.accum, c.batch_size)
     assert report["fits"] and report["needed"] < report["available"]
