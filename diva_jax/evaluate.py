@@ -2,7 +2,8 @@
 --weights=runs/vitl14:4600 --task=mmvp,zeroshot --data=mmvp=data/MMVP_VLM --data=zeroshot=data/imagenet --out=DIR.
 
 A source of weights is any source that training can start from, or a workdir, with `:STEP` for another checkpoint than
-the last. The first one is compared with each of the others. Options are fields of the config:
+the last; NAME=WORKDIR,WORKDIR,WORKDIR is a group of runs that differ in their seed, shown as one. The first one is
+compared with each of the others. Options are fields of the config:
 --config.eval.batch_size=32 for all tasks, --config.eval.mmvp.seeds=5 for one. docs/EVALUATION.md describes the options
 and the files that are written to DIR.
 """
@@ -14,12 +15,21 @@ from diva_jax.common import cli
 from diva_jax.common.errors import UserError, printable
 
 _CONFIG = cli.define_config("The config file of the backbone; --config.eval.FIELD=VALUE sets an option.")
-_WEIGHTS = flags.DEFINE_multi_string("weights", [], "A source of weights or a workdir[:STEP]; may be repeated.")
+_WEIGHTS = flags.DEFINE_multi_string(
+    "weights",
+    [],
+    "A source of weights, a workdir[:STEP], or NAME=WORKDIR,WORKDIR: runs of other seeds; repeatable.",
+)
 _CONTROL = flags.DEFINE_string(
     "control",
     "",
     "One of --weights, not the first, tuned with a signal that can teach nothing: the others are compared "
     "with it too, and the report says where they are not better.",
+)
+_BEST = flags.DEFINE_bool(
+    "best",
+    False,
+    "Names the best of several checkpoints of one run, and says how good the best of as many would be by chance.",
 )
 _TASK = flags.DEFINE_list("task", [], "Modules of diva_jax.evals.tasks, such as mmvp,choice, or dotted paths.")
 _DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH for each task; PATH suffices if there is one task.")
@@ -40,7 +50,7 @@ def main() -> None:
     from diva_jax.evals import evaluator, results
 
     data = evaluator.data_of(_TASK.value, _DATA.value)
-    summary = api.evaluate(config, _WEIGHTS.value, data, out=_OUT.value, control=_CONTROL.value)
+    summary = api.evaluate(config, _WEIGHTS.value, data, out=_OUT.value, control=_CONTROL.value, best=_BEST.value)
     if jax.process_index() == 0:
         print(printable(results.table(summary)), flush=True)
         print(f"wrote {_OUT.value}/results.json and predictions.csv in {summary['seconds']} s", flush=True)

@@ -15,7 +15,7 @@ from diva_jax.api.loss import Loss
 from diva_jax.common import config_files, imports, paths
 from diva_jax.common import fields as declarations
 from diva_jax.common.errors import UserError, brief
-from diva_jax.evals import Settings, evaluator, results
+from diva_jax.evals import Settings, evaluator, results, seeds
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.training import loop, workdirs
@@ -136,18 +136,20 @@ def evaluate(
     out: str | os.PathLike | None = None,
     fields: Mapping[str, Any] | None = None,
     control: str = "",
+    best: bool = False,
 ) -> dict[str, Any]:
     """Evaluates sets of weights; the first is what every other is compared with.
 
     Args:
       config: the config of the backbone: a result of `config.default`, or a config file.
-      weights: sources of weights or workdirs[:STEP].
+      weights: sources of weights or workdirs[:STEP], or "NAME=WORKDIR,WORKDIR": runs that differ in their seed.
       data: task -> where its data is, see docs/EVALUATION.md.
       out: a folder for results.json and predictions.csv, from which `report.write` makes a page; None: nothing is
         written.
       fields: dotted path of a field -> value, such as {"eval.batch_size": 32}.
       control: one of the weights, not the first, tuned with a signal that can teach nothing: the others are compared
-        with it too.
+        with it too; of a group its name.
+      best: whether the best of several checkpoints of one run is named, with what the best would be by chance.
 
     Returns:
       The content of results.json.
@@ -160,15 +162,16 @@ def evaluate(
     weights = [os.fspath(w) for w in weights]
     if not weights or len(set(weights)) < len(weights):
         raise UserError("weights must name one source or more, each once")
-    if control and control not in weights[1:]:
+    groups = [seeds.parse(w) for w in weights]
+    if control and control not in (*weights[1:], *(name for name, _ in groups[1:])):
         raise UserError(f"control={control} must be one of the weights, and not the first")
     data = arguments.mapping("data", data, "{'mmvp': 'data/MMVP_VLM'}")
     if not data:
         raise UserError("data is empty: give {task: path}, e.g. {'mmvp': 'data/MMVP_VLM'}")
     out = None if out is None else paths.local(os.fspath(out), "out")
-    configs.check_runs(weights)
+    configs.check_runs(source for _, sources in groups for source in sources)
     data = {task: os.fspath(path) for task, path in data.items()}
-    summary, rows = evaluator.run(read_config(config, fields), weights, data, control)
+    summary, rows = evaluator.run(read_config(config, fields), weights, data, control, best)
     if out is not None and jax.process_index() == 0:
         results.write(out, summary, rows)
     return summary

@@ -18,7 +18,11 @@ Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
 class _WithInterval(Record):
+    """A number with its 95% interval over items and, for a group of runs, that of each run and Student's over runs."""
+
     interval: Interval | None = None
+    runs: list[Number] = []
+    runs_interval: Interval | None = None
 
     @property
     def all_agree(self) -> bool:
@@ -53,6 +57,12 @@ class Difference(_WithInterval):
 
     difference: Number
     mcnemar: McNemar | None = None
+
+    @property
+    def sign(self) -> int:
+        """1 where zero is below the interval over items, and over runs where there is one; -1 above both; else 0."""
+        signs = {(ends[0] > 0) - (ends[1] < 0) for ends in (self.interval or [0, 0], self.runs_interval) if ends}
+        return signs.pop() if len(signs) == 1 else 0
 
 
 def _kind(value: Any) -> str:
@@ -174,11 +184,12 @@ class Task(Record):
 
 
 class Source(Record):
-    """A set of weights: its label, where it came from, and the step of a run's checkpoint."""
+    """A set of weights: its label, where it came from, and the step of a run's checkpoint; or the runs of a group."""
 
-    label: str
+    label: str = ""
     source: str | None = None
     step: Count | None = None
+    members: list["Source"] = []
 
 
 class Verdict(Record):
@@ -213,6 +224,7 @@ class Results(Record):
     tasks: Annotated[dict[str, Task], Field(min_length=1)]
     weights: Annotated[list[Source], Field(min_length=1)]
     summary: list[Summary] = []
+    notes: list[str] = []
     created: str = ""
     seconds: Number | None = None
     devices: str = ""

@@ -13,7 +13,7 @@ from diva_jax import evals
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import tokenizers
-from diva_jax.evals import Outcome, encoders, results, verdicts
+from diva_jax.evals import Outcome, best, encoders, results, seeds, verdicts
 from diva_jax.evals.encode import Model, Towers
 from diva_jax.evals.encoders import Encoder
 from diva_jax.models.backbones import spec_of
@@ -135,18 +135,18 @@ class Evaluator:
         self, outcomes: Sequence[tuple[str, dict[str, Outcome]]], control: str = ""
     ) -> tuple[dict[str, Any], list[dict]]:
         """(`tasks` of results.json, rows of predictions.csv); each label is compared with the first one, and with
-        `control`, where that is one of the others."""
-        labels = [label for label, _ in outcomes]
+        `control`, where that is one of the others. The outcomes of one label are those of a group, see `seeds`."""
+        labels = list(dict.fromkeys(label for label, _ in outcomes))
         pairs = [(labels[0], label) for label in labels[1:]]
         if control in labels[1:]:
             pairs += [(control, label) for label in labels[1:] if label != control]
         tasks, rows = {}, []
         for name, task in self.tasks.items():
-            by_label = {label: by_task[name] for label, by_task in outcomes}
-            mine = [row for outcome in by_label.values() for row in outcome.rows]
+            by_label = {label: [by_task[name] for of, by_task in outcomes if of == label] for label in labels}
+            mine = [row for members in by_label.values() for outcome in members for row in outcome.rows]
             comparisons = []
             for before, after in pairs:
-                compared = task.compare(by_label[before], by_label[after])
+                compared = seeds.compare(task, by_label[before], by_label[after])
                 mine += compared.pop("rows", [])
                 comparisons.append({"before": before, "after": after, **compared})
             tasks[name] = {
@@ -155,7 +155,7 @@ class Evaluator:
                 "count": task.count,
                 "items": task.items,
                 "metrics": {m: {"better": "higher", **info} for m, info in task.metrics.items()},
-                "weights": {label: outcome.results for label, outcome in by_label.items()},
+                "weights": {label: seeds.outcome(task, members) for label, members in by_label.items()},
                 "comparisons": comparisons,
             }
             rows += [{"task": name, **row} for row in mine]
@@ -163,21 +163,41 @@ class Evaluator:
 
 
 def run(
-    config, weights: Sequence[str], data: Mapping[str, str], control: str = ""
+    config, weights: Sequence[str], data: Mapping[str, str], control: str = "", choose_best: bool = False
 ) -> tuple[dict[str, Any], list[dict]]:
-    """Evaluates sets of weights, sources or workdirs[:STEP], one after another, on all devices: (the content of
-    results.json, the rows of predictions.csv). The first is compared with each of the others, and so is `control`, one
-    of them, if any. A UserError where data or weights are invalid, a RunError where embeddings are not finite."""
+    """Evaluates sets of weights, one after another, on all devices: (the content of results.json, the rows of
+    predictions.csv). Each is a source, WORKDIR[:STEP], or a group of runs of other seeds, see `seeds.parse`. The first is
+    compared with each of the others, and so is `control`, one of them, if any; `choose_best` is for `best.notes`. A
+    UserError where data or weights are invalid, a RunError where embeddings are not finite."""
     mesh, began = sharding.make_mesh(config.mesh), time.perf_counter()
     runner = Evaluator(config, mesh, data)
-    given = [places.find(source, "--weights") for source in weights]
-    labels, outcomes = labels_of([place.source for place in given], [place.step for place in given]), []
-    for label, loaded in encoders.each(given, labels, config, mesh):
-        model = runner.model(label, loaded)
+    named = [seeds.parse(text) for text in weights]
+    groups = [(name, [places.find(source, "--weights") for source in sources]) for name, sources in named]
+    given = [place for _, members in groups for place in members]
+    own = labels_of([place.source for place in given], [place.step for place in given])
+    # Of each set of weights the label, which is that of its group or its own, and its entry in results.json.
+    labels: list[str] = []
+    listed: dict[str, dict[str, Any]] = {}
+    for name, members in groups:
+        if name:
+            seeds.check(name, members)
+        label = name or own[len(labels)]
+        if label in listed:
+            raise UserError(f"--weights has two sets that are called {label}: give the group another name")
+        sources = [{"source": place.source, "step": place.step} for place in members]
+        listed[label] = {"label": label} | ({"members": sources} if name else sources[0])
+        labels += [label] * len(members)
+    outcomes = []
+    for (single, loaded), label in zip(encoders.each(given, own, config, mesh), labels, strict=True):
+        model = runner.model(single, loaded)
         outcomes.append((label, runner.evaluate(model)))
         del loaded, model  # Only one set of weights is on the devices at a time.
-    tasks, rows = runner.report(outcomes, dict(zip(weights, labels, strict=True)).get(control, ""))
-    summary = verdicts.summaries(tasks)
-    listed = [{"label": n, "source": s, "step": t} for n, (s, t, _) in zip(labels, given, strict=True)]
+    tasks, rows = runner.report(outcomes, dict(zip(weights, listed, strict=True)).get(control, control))
+    runs: dict[str, list[str]] = {}
+    for label, entry in list(listed.items())[1:]:
+        if entry.get("step") is not None:
+            runs.setdefault(entry["source"], []).append(label)
+    notes = best.notes(runner.tasks, dict(outcomes), runs, choose_best, runner.settings.bootstrap, runner.settings.seed)
     took = {"seconds": round(time.perf_counter() - began, 1)}
-    return results.about(config, runner.options) | took | {"weights": listed, "summary": summary, "tasks": tasks}, rows
+    out = {"weights": list(listed.values()), "notes": notes, "summary": verdicts.summaries(tasks), "tasks": tasks}
+    return results.about(config, runner.options) | took | out, rows

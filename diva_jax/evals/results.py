@@ -89,6 +89,8 @@ def _figure(s: Mapping[str, Any], unit: str) -> str:
     form = ".2f" if unit == "%" else ".4g"
     text = f"{s['difference']:+{form}}" if "difference" in s else f"{s['score']:{form}}"
     ends = "  [{}, {}]".format(*(f"{x:{form}}" for x in s["interval"])) if s["interval"] else ""
+    if s.get("runs_interval"):
+        ends += "  over {} runs [{}, {}]".format(len(s["runs"]), *(f"{x:{form}}" for x in s["runs_interval"]))
     test = "  won {won}, lost {lost}, p = {p:.3g}".format(**s["mcnemar"]) if s.get("mcnemar") else ""
     return f"{text:>8}{ends}{test}"
 
@@ -108,6 +110,7 @@ def _rows(metrics: Mapping[str, Mapping], scores: Mapping[str, Mapping]) -> Iter
 def table(results: Mapping[str, Any]) -> str:
     """Formats the content of results.json: what it says in words, scores with intervals, differences and notes."""
     lines = [f"{s.what}: {s.says}; {s.detail}" for s in map(results_schema.Summary.model_validate, results["summary"])]
+    lines += results.get("notes", [])
     for task in results["tasks"].values():
         lines.append(f"{task['title']}: {task['count']} {task['items']}")
         labelled = [(label, w["scores"]) for label, w in task["weights"].items()]

@@ -18,14 +18,9 @@ COSTS = {
 }
 
 
-def sign(interval: Sequence[float] | None) -> int:
-    """1 where an interval is above zero, -1 where it is below; 0 else, and without an interval."""
-    return 0 if interval is None else (interval[0] > 0) - (interval[1] < 0)
-
-
 def words(pairs: int, matches: int) -> str:
-    """The verdict on a difference in pairs and one in matches, each as `sign` has it: a change of the matches is one of
-    what is told apart, a change of the pairs alone one of calibration."""
+    """The verdict on a difference in pairs and one in matches, each as `Difference.sign` has it: a change of the matches
+    is one of what is told apart, a change of the pairs alone one of calibration."""
     return {1: MORE, -1: LESS}.get(matches, CALIBRATED if pairs else NONE)
 
 
@@ -36,14 +31,17 @@ def of(name: str, task: Task, c: Comparison) -> Iterator[Verdict]:
     for metric, info in task.metrics.items():
         match = matches.get((info.readout, info.dataset))
         if info.answers == "image" and metric in differences and match in differences:
-            says = words(*(sign(differences[m].interval) for m in (metric, match)))
+            says = words(*(differences[m].sign for m in (metric, match)))
             yield Verdict(task=name, pairs=metric, matches=match, says=says)
 
 
 def _figure(s: Difference | Score, unit: str) -> str:
     sign, value = ("+", s.difference) if isinstance(s, Difference) else ("", s.score)
     form = sign + (".1f" if unit == "%" else ".3f")
-    return f"{value:{form}}" + (f" [{s.interval[0]:{form}}, {s.interval[1]:{form}}]" if s.interval else "")
+    text = f"{value:{form}}" + (f" [{s.interval[0]:{form}}, {s.interval[1]:{form}}]" if s.interval else "")
+    if s.runs_interval:
+        text += f", over {len(s.runs)} runs [{s.runs_interval[0]:{form}}, {s.runs_interval[1]:{form}}]"
+    return text
 
 
 def _gains(tasks: Mapping[str, Task], c: Mapping[str, Comparison], verdicts: Sequence[Verdict]) -> Iterator[str]:

@@ -129,6 +129,7 @@ def of(inputs: Inputs) -> list[Alarm]:
                 kind = "doubt" if i == 0 and len(task.weights) > 1 else "bad"
                 alarms += _noise(label, {m: s.known_interval for m, s in scores.items()}, kind)
         alarms += _comparisons(inputs.results)
+        alarms += [Alarm("Several checkpoints of one run", f"{note}.", "doubt") for note in inputs.results.notes]
     for run in inputs.runs:
         alarms += [*_run_drift(run), *_run_noise(run)]
     return sorted(alarms, key=lambda alarm: alarm.kind != "bad")

@@ -158,13 +158,19 @@ def _score_cell(s: Score | None, unit: str, decimals: int | None) -> Cell | None
     if s is None:
         return None
     seeds = f"{len(s.seeds)} seeds, σ {wording.number(s.seeds_std, unit, decimals)}" if s.seeds else ""
-    return Cell(wording.number(s.score, unit, decimals), [_interval(s, unit, decimals), seeds], s.score)
+    below = [_interval(s, unit, decimals), _over_runs(s, unit, decimals), seeds]
+    return Cell(wording.number(s.score, unit, decimals), below, s.score)
+
+
+def _over_runs(s: Score | Difference, unit: str, decimals: int | None) -> str:
+    """Student's interval over the runs of a group, "" without one."""
+    return f"{len(s.runs)} runs, {wording.interval(s.runs_interval, unit, decimals)}" if s.runs_interval else ""
 
 
 def _difference_cell(d: Difference | None, info: Metric, decimals: int | None, doubted: bool) -> Cell | None:
     if d is None:
         return None
-    below = [_interval(d, info.unit, decimals)]
+    below = [_interval(d, info.unit, decimals), _over_runs(d, info.unit, decimals)]
     if test := d.mcnemar:
         below += [f"{test.won} won, {test.lost} lost", f"p {wording.p_value(test.p)}"]
     kind = wording.direction(d, info.direction, doubted)

@@ -98,10 +98,11 @@ def read(folder: epath.PathLike) -> Inputs:
     results = _results(folder / "results.json")
     workdirs: dict[epath.Path, tuple[int, tuple[str, ...]]] = {paths.absolute(folder): (1, ())}
     for i, weights in enumerate(results.weights if results else ()):
-        source = _existing_folder(weights.source or "", paths.is_remote(folder)) if weights.step is not None else None
-        if source:
-            index, labels = workdirs.get(source, (i, ()))
-            workdirs[source] = index, (*labels, weights.label)
+        for place in (weights, *weights.members):
+            source = _existing_folder(place.source or "", paths.is_remote(folder)) if place.step is not None else None
+            if source:
+                index, labels = workdirs.get(source, (i, ()))
+                workdirs[source] = index, (*labels, weights.label)
     runs = [run for run in (_run(path, *place) for path, place in workdirs.items()) if run.rows]
     if results is None and not runs:
         raise UserError(

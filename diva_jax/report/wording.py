@@ -87,7 +87,7 @@ def direction(difference: Difference, better: str, doubted: bool = False) -> str
     known = excludes_zero(difference.known_interval)
     if known is None:
         return ""
-    if not known:
+    if not known or (difference.runs_interval and not difference.sign):
         return "zero"
     up = difference.difference > 0
     colour = "" if not better else ("won" if up == (better == "higher") else "lost")
@@ -115,7 +115,8 @@ def verdict(difference: Difference, better: str) -> str:
     if not kind:
         return "This difference has no interval, so chance cannot be excluded."
     if kind == "zero":
-        return "Zero is within the interval: these data show no difference."
+        over = "" if not difference.runs_interval or excludes_zero(difference.runs_interval) else " over runs"
+        return f"Zero is within the interval{over}: these data show no difference."
     test = difference.mcnemar
     doubt = ", but the exact test does not exclude chance" if test and test.p >= 0.05 else ""
     names = {"up": "Higher", "down": "Lower", "won": "Better", "lost": "Worse"}

@@ -19,7 +19,7 @@ from specs import EVAL_CLIP as CLIP
 from diva_jax import report
 from diva_jax.common.errors import UserError
 from diva_jax.evals import encoders, evaluator, results
-from diva_jax.report import inputs, page
+from diva_jax.report import alarms, inputs, page
 from diva_jax.training import checkpoint, sharding, workdirs
 from diva_jax.weights import origins, places, readers
 from diva_jax.weights.writers import write_safetensors
@@ -93,14 +93,17 @@ def quick(base, batch_size: int = 32):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, base):
     """A run that trains only the last block, with checkpoints of steps 2 and 5."""
-    c = small.small_config(trainable=(("vision/blocks/1/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0)))
+    return trained_run(tmp_path_factory.mktemp("runs") / "tuned", base, seed=0)
+
+
+def trained_run(folder, base, seed: int):
+    c = small.small_config(trainable=(("vision/blocks/1/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0)), seed=seed)
     c.backbone = eval_config(CLIP, base).backbone
-    folder = tmp_path_factory.mktemp("runs") / "tuned"
     workdirs.write_config(folder, c)
     program = small.program(c)
     checkpoints = checkpoint.Checkpoints(folder)
     for step in (2, 5):
-        arrays = small.random_arrays(program, seed=step)
+        arrays = small.random_arrays(program, seed=step + 10 * seed)
         began = {"source": ["x"], "sha256": readers.fingerprint(origins.open_source(str(base)).files)}
         meta = {"sources": {"vision": began}, "config": json.loads(c.to_json())}
         checkpoints.save(step, program.init_state(arrays), {}, meta)
@@ -258,6 +261,42 @@ def test_the_command_twice(tmp_path, config, data, base, workdir, reference):
         rows = list(csv.DictReader(f))
     assert list(rows[0])[:11] == list(results.COLUMNS)
     assert len(rows) == sum(r["task"] in COMMAND_TASKS for r in all_rows)
+
+
+def test_runs_of_other_seeds_and_several_checkpoints(tmp_path, config, data, base, workdir):
+    others = [trained_run(tmp_path / f"s{seed}", base, seed) for seed in (1, 2, 3)]
+    group = "tuned=" + ",".join(f"{other}:5" for other in others)
+    args = [f"--weights={w}" for w in (base, group, f"{workdir}:2", f"{workdir}:5")] + ["--control=tuned", "--best"]
+    args += ["--task=mmvp,drift", f"--data=mmvp={data['mmvp']}", f"--data=drift={data['drift']}"]
+    args += [f"--config.eval.{o}" for o in ("bootstrap=300", "mmvp.seeds=2", "batch_size=50", "drift.neighbours=3")]
+    code, printed, err = commands.run("evaluate", *flags(tmp_path, config, *args, f"--out={tmp_path / 'out'}"))
+    assert code == 0, err
+    assert f"{workdir}: the best of 2 checkpoints in MMVP-VLM, " in printed and "over 3 runs [" in printed
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["weights"][1] == {
+        "label": "tuned",
+        "members": [{"source": str(other), "step": 5} for other in others],
+    }
+    assert list(found["tasks"]["mmvp"]["weights"]) == ["base", "tuned", "tuned:2", "tuned:5"]
+    for task, metric, kind in (("mmvp", "pooled_match", "difference"), ("drift", "cosine", "score")):
+        compared = {(c["before"], c["after"]): c["scores"] for c in found["tasks"][task]["comparisons"]}
+        own = compared["base", "tuned"][metric]
+        assert len(own["runs"]) == 3 and own[kind] == pytest.approx(np.mean(own["runs"]))
+        assert own["runs_interval"][0] < own[kind] < own["runs_interval"][1]
+        assert len(compared["tuned", "tuned:5"][metric]["runs"]) == 3
+    (said,) = [s for s in found["summary"] if (s["before"], s["after"]) == ("base", "tuned")]
+    assert "over 3 runs [" in said["detail"]
+    with open(tmp_path / "out" / "predictions.csv") as f:
+        assert {"s1:5", "s2:5", "s3:5", "tuned:2"} < {row["weights"] for row in csv.DictReader(f)}
+    read = inputs.read(tmp_path / "out")
+    assert any("Several checkpoints" in str(alarm.title) for alarm in alarms.of(read))
+    assert page.sections(read)[0].title == "MMVP-VLM"
+    wrong = [a for a in args if not a.startswith("--weights")] + [
+        f"--weights={base}",
+        f"--weights=tuned={workdir}:2,{others[0]}",
+    ]
+    code, _, err = commands.run("evaluate", *flags(tmp_path, config, *wrong, f"--out={tmp_path / 'wrong'}"))
+    assert code == 2 and "are not at one step: name it, WORKDIR:STEP" in err
 
 
 def test_the_commands_errors(tmp_path, config, data, base):

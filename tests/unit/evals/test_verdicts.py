@@ -30,8 +30,14 @@ def test_the_verdict_is_that_of_the_intervals(pairs, matches):
     assert f"matches {(low + high) / 2:+.1f} [{low:+.1f}, {high:+.1f}] (MMVP-VLM, pooled embedding)" in found["detail"]
 
 
-def test_a_point_at_zero_and_no_interval_show_nothing():
-    assert [verdicts.sign(ends) for ends in (None, [0, 0], [0, 2], [-2, 0], [1, 1])] == [0, 0, 0, 0, 1]
+SIGNS = [(None, 0), ([0, 0], 0), ([0, 2], 0), ([-2, 0], 0), ([1, 1], 1), ([-3, -1], -1), ([2, 5], 1)]
+
+
+@pytest.mark.parametrize("items, over_items", SIGNS)
+@pytest.mark.parametrize("runs, over_runs", SIGNS)
+def test_a_claim_needs_the_interval_over_items_and_the_one_over_runs(items, over_items, runs, over_runs):
+    found = results_schema.Difference(difference=1.0, interval=items, runs_interval=runs).sign
+    assert found == (over_items if runs is None or over_items == over_runs else 0)
 
 
 OTHERS = {"zeroshot": samples.zeroshot_task, "retrieval": samples.retrieval_task, "drift": samples.drift_task}

@@ -1,0 +1,123 @@
+"""Groups of runs that differ in their seed alone: one set of weights with an interval over items and one over runs."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import differences
+from diva_jax.evals import Outcome, Task, stats
+from diva_jax.evals.items import ItemTask
+from diva_jax.training import workdirs
+from diva_jax.weights.places import Place
+
+_GROUP = re.compile(r"([\w.-]+)=(.+)")
+
+
+def parse(text: str) -> tuple[str, list[str]]:
+    """`tuned=runs/s0,runs/s1` -> ("tuned", ["runs/s0", "runs/s1"]); a single source -> ("", [source]).
+
+    Raises:
+      UserError: a group has fewer than two sources, or one of them twice.
+    """
+    found = _GROUP.fullmatch(text)
+    if not found or Path(text).exists():
+        return "", [text]
+    name, sources = found[1], [s for s in found[2].split(",") if s]
+    if len(set(sources)) < max(2, len(sources)):
+        raise UserError(f"--weights={text} must name two runs or more, each once: write NAME=WORKDIR,WORKDIR")
+    return name, sources
+
+
+def check(name: str, members: Sequence[Place]) -> None:
+    """Raises a UserError where the runs of a group do not differ in their seed alone."""
+    runs = [(p, workdirs.read_config(p.source).to_dict()) for p in members if p.step is not None]
+    if not runs:
+        return
+    (first, config), by_seed = runs[0], {}
+    for place, other in runs:
+        if place.step != first.step or len(runs) < len(members):
+            raise UserError(
+                f"--weights={name}=...: {listing([f'{p.source} (step {p.step})' for p in members])} are not at one "
+                "step: name it, WORKDIR:STEP"
+            )
+        if changed := differences(config, other, workdirs.WHOLE, (*workdirs.RESUMABLE, "seed")):
+            raise UserError(
+                f"--weights={name}=...: {place.source} and {first.source} differ in more than their seed: "
+                f"{listing(changed, 5)}; a group is of runs of one config"
+            )
+        if (twin := by_seed.setdefault(other["seed"], place.source)) != place.source:
+            raise UserError(
+                f"--weights={name}=...: {twin} and {place.source} both have seed={other['seed']}: train one of them "
+                "with another, --config.seed=SEED"
+            )
+
+
+def student(after: Sequence[float], before: Sequence[float] = (0.0,)) -> list[float] | None:
+    """Student's 95% interval of the difference of two means over runs, with Welch's degrees of freedom.
+
+    A side with a single value counts as known exactly. Returns [low, high] in the unit of the values; None where both
+    sides have one value.
+    """
+    from scipy.special import stdtrit
+
+    sides = [np.asarray(side, np.float64) for side in (after, before)]
+    variances = [(side.var(ddof=1) / len(side), len(side) - 1) for side in sides if len(side) > 1]
+    if not variances:
+        return None
+    total, middle = sum(v for v, _ in variances), float(sides[0].mean() - sides[1].mean())
+    freedom = total**2 / sum(v**2 / n for v, n in variances) if total else 1.0
+    half = float(stdtrit(freedom, 0.975) * total**0.5)
+    return [middle - half, middle + half]
+
+
+def _items(task: ItemTask, metric: str, members: Sequence[Outcome]) -> tuple[np.ndarray, dict[str, Any]]:
+    """The mean over runs of each item's value, and how items are resampled."""
+    values = [task.values(metric, outcome.held) for outcome in members]
+    return np.mean([v.values for v in values], axis=0), values[0].resampling(task.settings)
+
+
+def _over_runs(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of a score over runs, which has no interval over items yet."""
+    runs = [s["score"] for s in scores]
+    return {"score": float(np.mean(runs)), "interval": None, "runs": runs, "runs_interval": student(runs)}
+
+
+def outcome(task: Task, members: Sequence[Outcome]) -> dict[str, Any]:
+    """The results of a group: the means over its runs of all scores, and of the scores of patterns."""
+    results = [m.results for m in members]
+    if len(members) == 1:
+        return results[0]
+    scores = {metric: _over_runs([r["scores"][metric] for r in results]) for metric in results[0]["scores"]}
+    if isinstance(task, ItemTask):
+        for metric in scores:
+            values, how = _items(task, metric, members)
+            scores[metric]["interval"] = stats.estimate(values, **how)["interval"]
+    patterns = []
+    for parts in zip(*(r.get("patterns", []) for r in results), strict=True):
+        means = {metric: _over_runs([p["scores"][metric] for p in parts]) for metric in parts[0]["scores"]}
+        patterns.append(parts[0] | {"scores": means})
+    notes = list(dict.fromkeys(note for r in results for note in r.get("notes", [])))
+    return {"scores": scores, "patterns": patterns, "notes": notes}
+
+
+def compare(task: Task, before: Sequence[Outcome], after: Sequence[Outcome]) -> dict[str, Any]:
+    """Compares two groups, of which each may be of one: as `Task.compare`, with `runs` and `runs_interval`."""
+    if len(before) == len(after) == 1:
+        return task.compare(before[0], after[0])
+    cells = [[task.compare(b, a)["scores"] for b in before] for a in after]
+    scores = {}
+    for metric, first in cells[0][0].items():
+        kind = "difference" if "difference" in first else "score"
+        table = np.array([[cell[metric][kind] for cell in row] for row in cells])
+        runs = table.mean(axis=1) if len(after) > 1 else table.mean(axis=0)
+        sides = [[m.results["scores"][metric]["score"] for m in side] for side in (after, before) if kind != "score"]
+        ends = student(*sides) if sides else student(runs)
+        scores[metric] = {kind: float(table.mean()), "interval": None, "runs": runs.tolist(), "runs_interval": ends}
+        if isinstance(task, ItemTask):
+            (was, _), (now, how) = _items(task, metric, before), _items(task, metric, after)
+            scores[metric] |= stats.paired(was, now, **how) | {"mcnemar": None}
+    return {"scores": scores}

@@ -1,0 +1,175 @@
+"""Groups of runs of other seeds, and the best of several checkpoints."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from scipy import stats as reference
+
+from diva_jax.common.errors import UserError
+from diva_jax.common.results_schema import Difference
+from diva_jax.evals import Outcome, Settings, best, seeds
+from diva_jax.evals.items import ItemTask, Values
+from diva_jax.weights.places import Place
+
+
+@dataclasses.dataclass
+class Marks(ItemTask):
+    """Items that each set of weights has right or not; `held` is {metric: bool [N]}."""
+
+    settings: Settings = Settings(bootstrap=400)
+    title, items = "Marks", "items"
+    metrics = {"first": {"title": "first", "unit": "%"}, "matches": {"title": "m", "unit": "%", "answers": "match"}}
+
+    def answer(self, model):
+        return model, [], {"patterns": [{"name": "all", "count": 9, "scores": {"first": {"score": 7.0}}}]}
+
+    def values(self, metric, held):
+        return Values(held[metric].astype(float), strata=np.arange(len(held[metric])) % 3)
+
+
+@dataclasses.dataclass
+class Held(dict):
+    """What stands for a model here."""
+
+    label: str = "x"
+
+    def __hash__(self):
+        return id(self)
+
+
+def outcomes(count, share, seed=0, n=60):
+    rng, task = np.random.default_rng(seed), Marks()
+    out = []
+    for _ in range(count):
+        held = Held()
+        held.update({metric: rng.random(n) < share for metric in task.metrics})
+        out.append(task.evaluate(held))
+    return out
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (3, 7), (5, 2)])
+def test_the_interval_over_runs_is_students_and_welchs(counts):
+    rng = np.random.default_rng(counts)
+    after, before = (rng.normal(scale=rng.uniform(0.1, 9), size=n) for n in counts)
+    one = reference.ttest_1samp(after, 0).confidence_interval()
+    two = reference.ttest_ind(after, before, equal_var=False).confidence_interval()
+    np.testing.assert_allclose(seeds.student(after), one, atol=1e-9)
+    np.testing.assert_allclose(seeds.student(after, before), two, atol=1e-9)
+    shifted = [end - 3 for end in one]
+    np.testing.assert_allclose(seeds.student(after, [3.0]), shifted, atol=1e-9)
+    assert seeds.student(after[:1], before[:1]) is None
+    assert seeds.student([2.0, 2.0]) == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (3, 1), (2, 4)])
+def test_a_group_is_the_mean_of_its_runs_over_items_and_over_runs(counts):
+    task, (before, after) = Marks(), [outcomes(n, 0.4 + 0.2 * i, seed=i) for i, n in enumerate(counts)]
+    found = seeds.compare(task, before, after)["scores"]["first"]
+    means = [[100 * m.held["first"].mean() for m in side] for side in (before, after)]
+    assert found["difference"] == pytest.approx(np.mean(means[1]) - np.mean(means[0]))
+    singles = [task.compare(b, a)["scores"]["first"]["difference"] for a in after for b in before]
+    assert np.mean(singles) == pytest.approx(found["difference"])
+    assert found["runs_interval"] == pytest.approx(seeds.student(means[1], means[0]))
+    assert found["interval"][0] < found["difference"] < found["interval"][1] and found["mcnemar"] is None
+    Difference.model_validate(found)
+    for side, mean in zip((before, after), means, strict=True):
+        scored = seeds.outcome(task, side)["scores"]["first"]
+        assert scored["score"] == pytest.approx(np.mean(mean))
+        assert scored.get("runs", []) == (pytest.approx(mean) if len(side) > 1 else [])
+    assert seeds.outcome(task, after)["patterns"][0]["scores"]["first"]["score"] == 7.0
+
+
+def test_one_run_each_is_the_tasks_own_comparison():
+    task, (b,), (a,) = Marks(), outcomes(1, 0.4), outcomes(1, 0.6, 1)
+    assert seeds.compare(task, [b], [a]) == task.compare(b, a) and seeds.outcome(task, [a]) is a.results
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("runs/a", ("", ["runs/a"])),
+        ("runs/a:400", ("", ["runs/a:400"])),
+        ("t-1=runs/a,runs/b:7", ("t-1", ["runs/a", "runs/b:7"])),
+        ("hf-hub:a/b", ("", ["hf-hub:a/b"])),
+    ],
+)
+def test_how_a_group_is_written(text, want):
+    assert seeds.parse(text) == want
+
+
+@pytest.mark.parametrize("text", ["t=runs/a", "t=runs/a,", "t=runs/a,runs/a", "t=runs/a,runs/b,runs/a"])
+def test_a_group_is_of_two_or_more(text):
+    with pytest.raises(UserError, match="must name two runs or more, each once"):
+        seeds.parse(text)
+
+
+def test_a_folder_with_such_a_name_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b,c").mkdir()
+    assert seeds.parse("a=b,c") == ("", ["a=b,c"])
+
+
+@pytest.mark.parametrize(
+    "change, step, message",
+    [
+        ({"seed": 1}, 9, None),
+        ({"seed": 0}, 9, "both have seed=0: train one of them"),
+        ({"seed": 1, "lr": 2.0}, 9, r"differ in more than their seed: lr \(1.0 there, 2.0 here\)"),
+        ({"seed": 1}, 8, "are not at one step"),
+        ({"seed": 1}, None, "are not at one step"),
+    ],
+)
+def test_the_runs_of_a_group_differ_in_their_seed_alone(tmp_path, change, step, message):
+    places = []
+    for name, config, at in (("a", {}, 9), ("b", change, step)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"seed": 0, "lr": 1.0} | config))
+        places.append(Place(str(tmp_path / name), at, str(tmp_path / name)))
+    if message is None:
+        seeds.check("t", places)
+    else:
+        with pytest.raises(UserError, match=message):
+            seeds.check("t", places)
+
+
+@pytest.mark.parametrize("clusters", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 3]])
+def test_the_best_by_chance_is_that_of_all_exchanges(clusters):
+    changes = np.random.default_rng(3).normal(size=(3, 6)).round(2)
+    found = best.largest_by_chance(changes, np.array(clusters), 6000, seed=0)
+    every = []
+    for signs in itertools.product((-1, 1), repeat=max(clusters) + 1):
+        every.append((changes * np.array(signs)[clusters]).sum(axis=1).max())
+    assert set(found.round(6)) == set(np.round(every, 6))
+    for q in (0.1, 0.5, 0.9):
+        assert abs(np.mean(found <= np.quantile(every, q)) - np.mean(every <= np.quantile(every, q))) < 0.03
+
+
+def test_more_checkpoints_need_a_larger_best_and_copies_do_not():
+    changes = np.random.default_rng(0).choice([-1.0, 0, 1], (8, 90))
+    one, eight, copies = (
+        np.quantile(best.largest_by_chance(c, np.arange(90), 4000, 0), 0.95)
+        for c in (changes[:1], changes, np.repeat(changes[:1], 8, axis=0))
+    )
+    assert copies == one < eight
+
+
+@pytest.mark.parametrize("gain, claimed", [(0.0, False), (0.3, True)])
+def test_the_sentence_on_the_best(gain, claimed):
+    task, (before,), after = Marks(), outcomes(1, 0.4, n=240), outcomes(4, 0.4 + gain, seed=5, n=240)
+    labels = [f"run:{i}" for i in range(4)]
+    by_label = {"ref": {"m": before}} | {label: {"m": a} for label, a in zip(labels, after, strict=True)}
+    runs = {"runs/x": labels, "runs/y": ["ref"]}
+    (text,) = best.notes({"m": task}, by_label, runs, True, 2000, 0)
+    means = [100 * (a.held["matches"].mean() - before.held["matches"].mean()) for a in after]
+    assert f"the best of 4 checkpoints in Marks, m is run:{np.argmax(means)} with {max(means):+.2f}" in text
+    assert (float(text.rpartition("p = ")[2].rstrip(")")) < 0.01) == claimed
+    (silent,) = best.notes({"m": task}, by_label, runs, False, 2000, 0)
+    assert "is given at 4 checkpoints" in silent and "--best" in silent
+    assert best.notes({"m": task}, by_label, {"runs/y": ["ref"]}, True, 2000, 0) == []
+
+
+def test_outcomes_are_what_the_package_makes():
+    assert isinstance(outcomes(1, 0.5)[0], Outcome)
