@@ -166,8 +166,8 @@ def run(
     config, weights: Sequence[str], data: Mapping[str, str], control: str = "", choose_best: bool = False
 ) -> tuple[dict[str, Any], list[dict]]:
     """Evaluates sets of weights, one after another, on all devices: (the content of results.json, the rows of
-    predictions.csv). Each is a source, WORKDIR[:STEP], or a group of runs of other seeds, see `seeds.parse`. The first is
-    compared with each of the others, and so is `control`, one of them, if any; `choose_best` is for `best.notes`. A
+    predictions.csv). Each is a source, WORKDIR[:STEP], or a group of runs of other seeds, see `seeds.parse`. The first
+    is compared with each of the others, and so is `control`, one of them, if any; `choose_best` is for `best.notes`. A
     UserError where data or weights are invalid, a RunError where embeddings are not finite."""
     mesh, began = sharding.make_mesh(config.mesh), time.perf_counter()
     runner = Evaluator(config, mesh, data)

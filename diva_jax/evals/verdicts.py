@@ -19,8 +19,10 @@ COSTS = {
 
 
 def words(pairs: int, matches: int) -> str:
-    """The verdict on a difference in pairs and one in matches, each as `Difference.sign` has it: a change of the matches
-    is one of what is told apart, a change of the pairs alone one of calibration."""
+    """The verdict on a difference in pairs and one in matches, each as `Difference.sign` has it.
+
+    A change of the matches is one of what is told apart, a change of the pairs alone one of calibration.
+    """
     return {1: MORE, -1: LESS}.get(matches, CALIBRATED if pairs else NONE)
 
 
