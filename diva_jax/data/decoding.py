@@ -5,11 +5,14 @@ import errno
 import logging
 import threading
 import time
+from collections.abc import Sequence
 
+import numpy as np
 from PIL.Image import Image
 
 from diva_jax.common.errors import RunError, printable
 from diva_jax.data import images
+from diva_jax.data.alternatives import Choose
 from diva_jax.data.records import Record, Source
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ class Broken:
         self._lock = threading.Lock()
         self._read = self._failed = 0
         self._records: set = set()
+        self.skipped = 0
 
     @property
     def count(self) -> int:
@@ -67,12 +71,23 @@ class Broken:
                 f"than config.data.max_broken_share={self.max_share:g} allows: repair the data, or raise that field"
             )
 
+    def skip(self, name: str) -> None:
+        """Counts a record that has no texts to choose between; the log names the first."""
+        with self._lock:
+            self.skipped += 1
+            first = self.skipped == 1
+        if first:
+            logger.warning(
+                "skipped an image without texts that differ in one fact: %s; further ones are only counted",
+                printable(name),
+            )
+
 
 class Decoder:
     """Reads and decodes records, from any number of threads."""
 
-    def __init__(self, source: Source, config, with_text: bool, broken: Broken):
-        self._source, self._with_text, self._broken = source, with_text, broken
+    def __init__(self, source: Source, config, with_text: bool, broken: Broken, choices: Sequence[Choose] = ()):
+        self._source, self._with_text, self._broken, self._choices = source, with_text, broken, choices
         self._locate = getattr(source, "locate", int)  # A mixture has some records in several slots.
         self._memory = images.Memory(int(config.decode_gib * 2**30))
         self._reading: dict[int, tuple[str, float]] = {}  # By thread: the record that it reads, and since when.
@@ -88,14 +103,15 @@ class Decoder:
 
     def _record(self, i: int) -> Record:
         """Reads record i; what may be the fault of a network or a disk is tried again, a few times."""
+        with_text = self._with_text or bool(self._choices)
         for pause in _RETRY_PAUSES_S:
             try:
-                return self._source.read(i, with_text=self._with_text)
+                return self._source.read(i, with_text=with_text)
             except OSError as e:
                 if e.errno not in _TRANSIENT:
                     raise
             time.sleep(pause)
-        return self._source.read(i, with_text=self._with_text)
+        return self._source.read(i, with_text=with_text)
 
     def read(self, i: int, memory: contextlib.ExitStack) -> tuple[Image, Record] | None:
         """(decoded image, record i), or None where it is broken; `memory` holds what it needs. A RunError where too
@@ -105,6 +121,9 @@ class Decoder:
             record = self._record(i)
             if self._with_text and not (record.text and record.text.strip()):
                 raise ValueError("it has no caption")
+            if not all(choose(record, np.random.default_rng(0)) for choose in self._choices):
+                self._broken.skip(record.name)
+                return None
             memory.enter_context(self._memory.reserve(record.image))
             image = images.decode(record.image)
         except MemoryError as e:

@@ -13,6 +13,7 @@ from PIL.Image import Image as PILImage
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import crop, images, latent_cache
+from diva_jax.data.alternatives import Choose
 from diva_jax.data.tokenizers import Tokenizer
 
 
@@ -29,10 +30,14 @@ class Example(NamedTuple):
     box: crop.Box
     rng: np.random.Generator
     moments: np.ndarray | None = None
+    texts: tuple[str, ...] | None = None
 
 
 class Input(Protocol):
-    """One array of a batch, of `shape` and `dtype` for one example; `needs_text` is whether it reads `Example.text`."""
+    """One array of a batch, of `shape` and `dtype` for one example; `needs_text` is whether it reads `Example.text`.
+
+    An input may have `alternatives`, see `Texts`: records of which these make nothing are skipped.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -122,6 +127,16 @@ def first_sentences(text: str, rng: np.random.Generator) -> str:
     return text[: ends[rng.integers(len(ends))]]
 
 
+def opened(tokenizer: Callable[[], Tokenizer], length: int) -> Tokenizer:
+    """The tokenizer; a UserError where it gives another number of ids than `length`."""
+    tokenize = tokenizer()
+    # The first call also sets the padding of transformers' tokenizers, which threads must not do at once.
+    given = np.shape(tokenize(["a"]))[-1]
+    if given != length:
+        raise UserError(f"the tokenizer gives {given} ids per text, but the input has {length}: make them equal")
+    return tokenize
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """Token ids of the record's text, int32 [length]. `tokenizer` gives the tokenizer (texts -> int32 [N, length]) and
@@ -140,16 +155,48 @@ class Tokens:
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
         """See `Input.open`; a UserError where the tokenizer gives another number of ids."""
-        tokenize = self.tokenizer()
-        # The first call also sets the padding of transformers' tokenizers, which threads must not do at once.
-        given = np.shape(tokenize(["a"]))[-1]
-        if given != self.length:
-            raise UserError(
-                f"the tokenizer gives {given} ids per text, but the input has {self.length}: make them equal"
-            )
+        tokenize = opened(self.tokenizer, self.length)
 
         def ids(example: Example) -> np.ndarray:
             text = self.choose(example.text, example.rng) if self.choose else example.text
             return np.asarray(tokenize([text])[0], np.int32)
+
+        return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Token ids of `count` texts about the image and, last, of their neutral text: int32 [count + 1, length].
+
+    `alternatives` chooses the texts; all inputs of a batch that have the same one see the same texts. Ids are -1 in
+    place of texts that there are not, and of those whose ids an earlier one has.
+    """
+
+    count: int
+    length: int
+    tokenizer: Callable[[], Tokenizer]
+    alternatives: Choose
+    dtype = np.dtype(np.int32)
+    needs_text = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.count + 1, self.length
+
+    def open(self, config) -> Callable[[Example], np.ndarray]:
+        """See `Input.open`."""
+        tokenize = opened(self.tokenizer, self.length)
+
+        def ids(example: Example) -> np.ndarray:
+            # Not the example's own generator, from which other inputs draw.
+            rng = np.random.default_rng((*example.rng.bit_generator.seed_seq.entropy, 1))
+            texts, neutral = self.alternatives(example, rng)
+            out = np.full(self.shape, -1, np.int32)
+            found = tokenize([*texts, neutral])
+            for i, row in enumerate(found[:-1]):
+                if not (out[:i] == row).all(axis=-1).any():
+                    out[i] = row
+            out[-1] = found[-1]
+            return out
 
         return ids

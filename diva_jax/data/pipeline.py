@@ -52,7 +52,8 @@ class Examples:
     ):
         self._source, self._seed, self._global_batch = source, seed, global_batch
         self._scale, self._ratio = tuple(config.crop.scale), tuple(config.crop.ratio)
-        self._decoder = Decoder(source, config, any(i.needs_text for i in inputs.values()), broken)
+        choices = [i.alternatives for i in inputs.values() if hasattr(i, "alternatives")]
+        self._decoder = Decoder(source, config, any(i.needs_text for i in inputs.values()), broken, choices)
         self._make = {name: i.open(config) for name, i in inputs.items()}
         self._order, self._cache = shuffled(len(source), seed), cache
         self.slowest = self._decoder.slowest
@@ -69,7 +70,7 @@ class Examples:
                 if example is not None:
                     arrays = {name: make(example) for name, make in self._make.items()}
                     return {**arrays, "row": np.int32(position % self._global_batch)}
-        raise RunError(f"not one of the {n} images of config.data.path can be read: the log says why")
+        raise RunError(f"not one of the {n} images of config.data.path can be used: the log says why")
 
     def _example(self, i: int, position: int, memory: contextlib.ExitStack) -> Example | None:
         """Record i at a position, or None where it is broken; `memory` holds what it needs."""
@@ -83,9 +84,9 @@ class Examples:
         rng = np.random.default_rng((self._seed, position))
         box = crop.sample_box(rng, *image.size, self._scale, self._ratio)
         if cached is None:
-            return Example(image, record.text, box, rng)
+            return Example(image, record.text, box, rng, texts=record.texts)
         self._cache.verify(cached, record.image, self._source.name(i))
-        return Example(image, record.text, cached.box, rng, cached.moments)
+        return Example(image, record.text, cached.box, rng, cached.moments, record.texts)
 
 
 class Iterator:

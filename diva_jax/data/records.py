@@ -15,15 +15,19 @@ CAPTION_KINDS = ("txt", "json")
 _PROBED = 64
 # A larger file of text beside an image, or in its tar, is no caption.
 MAX_CAPTION_BYTES = 2**20
+# Of a record's list `texts`, and the characters of each.
+_MAX_TEXTS, _MAX_TEXT = 64, 4096
 
 
 class Record(NamedTuple):
     """One record: what to call it in a log (file and member or row), the encoded image, and its caption, None where
-    there is none; several captions are separated by newlines."""
+    there is none; several captions are separated by newlines. `texts` are statements that differ in one fact, see
+    `alternatives`; None where there are none."""
 
     name: str
     image: bytes
     text: str | None = None
+    texts: tuple[str, ...] | None = None
 
 
 class Source(Protocol):
@@ -56,6 +60,23 @@ def caption(value) -> str | None:
     if isinstance(value, Iterable) and not isinstance(value, Mapping):
         return "\n".join(filter(None, map(caption, value)))
     raise ValueError(f"its caption is no text but {value!r}")
+
+
+def listed(value) -> tuple[str, ...] | None:
+    """The `texts` of a record: 2 to 64 different texts, from a list or its JSON; None where there is none, and a
+    ValueError for anything else."""
+    if isinstance(value, str | bytes):
+        value = json_files.decoded(value) if value.strip() else None
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ValueError("its texts are no list of texts")
+    found = tuple(text.strip() for text in value)
+    if not 2 <= len(found) <= _MAX_TEXTS or not all(found) or len(set(found)) < len(found):
+        raise ValueError(f"its texts are not 2 to {_MAX_TEXTS} different ones, none of them blank")
+    if max(map(len, found)) > _MAX_TEXT:
+        raise ValueError(f"one of its texts has more than {_MAX_TEXT} characters")
+    return found
 
 
 def first_caption(found: Iterable[tuple[str, bytes | None]]) -> str | None:

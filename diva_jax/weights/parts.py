@@ -13,8 +13,7 @@ from diva_jax.data import tokenizers
 from diva_jax.models.backbones import Spec, TextSpec
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
-from diva_jax.weights import loading, origins, places, readers
-from diva_jax.weights.prompt import encode_prompt
+from diva_jax.weights import loading, origins, places, prompt, readers
 
 # (path, array in our layout and dtype, required shape and dtype) -> array on a device, or on the host.
 Put = Callable[[tuple, np.ndarray, jax.ShapeDtypeStruct], object]
@@ -97,7 +96,7 @@ def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None 
     return Part(source, opened)
 
 
-def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfig, mask_padding: bool = False) -> Part:
+def text_context(source: str, text: str, tokens: int, config: TextEncoderConfig, mask_padding: bool = False) -> Part:
     """The part for the last hidden state of a prompt, padded to `tokens`, [1, tokens, width], which is computed when it
     is loaded.
 
@@ -109,7 +108,7 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
         tensors = loading.open_diffusers(folder, config, "config.diffusion.text_encoder")
 
         def fill(state, put):
-            context = encode_prompt(folder, prompt, tokens, config, tensors, mask_padding)
+            context = prompt.encode_prompt(folder, text, tokens, config, tensors, mask_padding)
             ((_, var),) = nnx.to_flat_state(state)
             if context.shape != var.shape:
                 raise UserError(
@@ -164,6 +163,23 @@ def tokenizer(source: str, text: TextSpec, folder: str = "") -> Callable[[], tok
     the source of weights.
     """
     return lambda: tokenizers.open_tokenizer(text, folder or tokenizer_folder(source))
+
+
+def prompt_tokenizer(source: str, tokens: int, config: TextEncoderConfig) -> Callable[[], tokenizers.Tokenizer]:
+    """What opens the tokenizer of the diffusers folder or hub id `source`, of `tokens` ids per text, for the input
+    `data.inputs.Texts`; a UserError where the text encoder has fewer ids."""
+
+    def opened():
+        folder = places.diffusers_folder(source)
+        tokenizer = prompt.tokenizer(folder / "tokenizer", tokens)
+        if tokenizer.size > config.vocab_size:
+            raise UserError(
+                f"the tokenizer in {folder} has {tokenizer.size} tokens, but the text encoder only "
+                f"{config.vocab_size}: fetch the folder again"
+            )
+        return tokenizer
+
+    return opened
 
 
 def _one(state: nnx.State, array: np.ndarray, put: Put) -> nnx.State:

@@ -14,13 +14,11 @@ from diva_jax.weights import loading
 from diva_jax.weights.tensors import Tensors
 
 
-def tokenize(folder: Path, prompt: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(Token ids, int32 [1, length], padded as the folder's tokenizer says; bool mask, false for padding); a UserError
-    without its files.
-    """
+def tokenizer(folder: Path, length: int) -> FolderTokenizer:
+    """The tokenizer of a diffusers folder, which pads as its files say; a UserError without its files."""
     if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
-    return FolderTokenizer(folder, length, kind="clip").encode([prompt])
+    return FolderTokenizer(folder, length, kind="clip")
 
 
 def encode_prompt(
@@ -32,7 +30,7 @@ def encode_prompt(
     not attended to; Stable Diffusion's own pipeline attends to it. A UserError where files are missing, or do not fit
     `config`.
     """
-    ids, mask = tokenize(folder / "tokenizer", prompt, tokens)
+    ids, mask = tokenizer(folder / "tokenizer", tokens).encode([prompt])
     if not 0 <= ids.min() <= ids.max() < config.vocab_size:
         raise UserError(
             f"the tokenizer in {folder} has the id {ids.max()}, but the text encoder only {config.vocab_size} tokens: "

@@ -117,6 +117,14 @@ def smartclip_config(**fields):
     )
 
 
+def judge_config(**fields):
+    """The judge with the sizes of `small_config`: three texts of 11 tokens and the neutral one, two draws."""
+    text = TextSpec(context_length=11, vocab_size=60, width=36, heads=3, layers=1, mlp_dim=50)
+    first = dict(steps=10, batch_size=8, diffusion__text_tokens=6, data__image_size=24, judge__count=3)
+    first |= dict(optim__lr=1e-2, optim__warmup=0.2, judge__beta=30.0, anchor__weight=0.0)
+    return with_fields(_config(dataclasses.replace(SPEC, text=text), diffusion(), "judge", **first), fields)
+
+
 def write_unclip(folder: Path) -> None:
     """Writes a diffusers folder of Stable unCLIP with random weights."""
     from diva_jax import demo  # Here, because it defines flags, and a command that reads a config has its own.
@@ -156,6 +164,8 @@ def batch(p: Program, step: int) -> dict:
             out[name] = np.clip(coarse[:, :s, :s] + rng.integers(-20, 21, a.shape), 0, 255)
         elif name == "row":
             out[name] = np.arange(len(a))
+        elif name == "conditions":
+            out[name] = rng.integers(0, p.config.diffusion.text_encoder["vocab_size"], a.shape)
         else:
             out[name] = rng.integers(0, 256 if a.dtype == np.uint8 else p.config.backbone.text.vocab_size, a.shape)
         out[name] = jax.device_put(out[name].astype(a.dtype), p.batch_sharding)

@@ -41,9 +41,11 @@ class StableDiffusionObjective(contract.Objective):
       unet, vae: the frozen models; no VAE where latents are cached.
       text_context: the last hidden state of the prompt, [1, T, C].
       takes_class: whether the U-Net is given a class embedding beside the context.
+      prompted: whether there is a prompt.
     """
 
     takes_class: bool = False
+    prompted: bool = True
 
     def __init__(self, config, image_size: int, view: str = contract.EXACT):
         """Parses the config.
@@ -63,12 +65,13 @@ class StableDiffusionObjective(contract.Objective):
             )
 
     def build_generator(self, config, rngs: nnx.Rngs) -> None:
-        """Makes the U-Net, the VAE (unless latents are cached) and an empty `text_context`."""
+        """Makes the U-Net, the VAE (unless latents are cached) and, with a prompt, an empty `text_context`."""
         unet, kw = self.diffusion.unet, dict(rngs=rngs, dtype=self.dtype, param_dtype=jnp.dtype(config.frozen_dtype))
         self.unet = UNet(unet, remat=config.remat == "all", **kw)
         self.vae = None if config.data.latents else self.diffusion.vae.build(**kw)
-        context = (1, self.diffusion.text_tokens, unet.cross_attention_dim)
-        self.text_context = nnx.Variable(jnp.zeros(context, jnp.float32))
+        if self.prompted:
+            context = (1, self.diffusion.text_tokens, unet.cross_attention_dim)
+            self.text_context = nnx.Variable(jnp.zeros(context, jnp.float32))
 
     @property
     def inputs(self) -> Mapping[str, inputs.Input]:
@@ -87,11 +90,12 @@ class StableDiffusionObjective(contract.Objective):
         prompt's tokens do not attend to padding.
         """
         d = self.diffusion
+        prompt = parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder, mask_padding)
         return {
             "vision": parts.vision(self.spec.source, self.spec, fresh=fresh),
             "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet", d.scheduler),
             **self.latent_source.pretrained,
-            "text_context": parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder, mask_padding),
+            **({"text_context": prompt} if self.prompted else {}),
         }
 
     def latents(self, pixels: Array, moments: Array | None = None, noise: Array | None = None) -> Array:
