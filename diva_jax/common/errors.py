@@ -30,6 +30,10 @@ class Terminated(BaseException):
     """SIGTERM came where there is nothing to save."""
 
 
+# Folders and files of modules that a config names: somebody's own code, even where it is installed.
+named_by_configs: set[str] = set()
+
+
 def place(error: BaseException) -> str:
     """`FILE:LINE` where an error comes from in somebody's own code; "" where all of it is a library's or ours."""
     libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -37,7 +41,11 @@ def place(error: BaseException) -> str:
     lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         lines.append((error.filename or "<", error.lineno))
-    own = [f"{file}:{line}" for file, line in lines if not file.startswith(tuple(libraries))]
+    own = [
+        f"{file}:{line}"
+        for file, line in lines
+        if not file.startswith(tuple(libraries)) or file.startswith(tuple(named_by_configs))
+    ]
     return own[-1] if own else ""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from diva_jax.common.errors import UserError, brief
+from diva_jax.common.errors import UserError, brief, named_by_configs
 
 # Fields whose value can be the dotted path of a module, or of a class in one.
 _MODULES, _CLASSES = ("objective",), ("_class_name", "code")
@@ -23,7 +23,11 @@ def module(path: str, field: str, wanted: str) -> ModuleType:
     """Imports a module by its dotted path. A UserError, with the `field` of the config or the flag that has it and what
     is `wanted` instead, where there is none."""
     try:
-        return importlib.import_module(path)
+        found = importlib.import_module(path)
+        root = getattr(sys.modules[path.partition(".")[0]], "__path__", None) or [found.__file__ or ""]
+        if not path.startswith("diva_jax.") and (folder := str(root[0])):
+            named_by_configs.add(folder if folder.endswith(".py") else f"{folder}/")
+        return found
     except (ImportError, ValueError) as e:
         if isinstance(e, ImportError) and e.name and not f"{path}.".startswith(f"{e.name}."):
             raise  # Of something that the module imports.

@@ -60,7 +60,8 @@ def read_bytes(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
         if not remote and not isinstance(e, OSError | ValueError):  # Stores have errors of their own.
             raise
         why = getattr(e, "strerror", None) or (paths.reason(e) if remote else e)
-        raise UserError(f"{path} cannot be read ({why}): check the file and its permissions") from e
+        first = "whether the bucket can be reached, " if remote else ""
+        raise UserError(f"{path} cannot be read ({why}): check {first}the file and its permissions") from e
     if len(content) > most:
         raise UserError(f"{path} has more than the {most} bytes that are read: give a smaller file")
     return content

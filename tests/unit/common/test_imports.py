@@ -1,11 +1,12 @@
 """Code that a workdir names is not executed, unless a config file, the user or the process already has it."""
 
+import importlib
 import json
 import sys
 
 import pytest
 
-from diva_jax.common import imports
+from diva_jax.common import errors, imports
 from diva_jax.common.errors import UserError
 from diva_jax.report import about
 from diva_jax.training import workdirs
@@ -49,3 +50,22 @@ def test_a_workdir_executes_nothing(workdir, config, monkeypatch):
 def test_names_that_are_no_paths_and_those_of_the_package(workdir):
     vae = {"_class_name": "AutoencoderKL", "code": "diva_jax.world.patch_code.PatchCodeConfig", "file": "a.b"}
     imports.check_stored({"objective": "diva_jax.world.objectives.clip", "diffusion": {"vae": vae}}, "w")
+
+
+@pytest.mark.parametrize("named", ["installed_package.objective", "installed_module"])
+def test_an_error_in_an_installed_module_that_a_config_names_shows_its_line(tmp_path, monkeypatch, named):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(errors.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(errors, "named_by_configs", set())
+    monkeypatch.setattr(imports, "named_by_configs", errors.named_by_configs)
+    file = tmp_path.joinpath(*named.split(".")).with_suffix(".py")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("def loss():\n    return 1 / 0\n")
+    (tmp_path / "a_library.py").write_text("def loss():\n    return 1 / 0\n")
+    found = [imports.module(named, "objective", "give another"), importlib.import_module("a_library")]
+    monkeypatch.delitem(sys.modules, "a_library")
+    for module, where in zip(found, (f"{file}:2", ""), strict=True):
+        with pytest.raises(ZeroDivisionError) as caught:
+            module.loss()
+        caught.value.__traceback__ = caught.tb.tb_next
+        assert errors.place(caught.value) == where
