@@ -43,7 +43,8 @@ def page() -> str:
     lines = [_HEAD, *_table(general)]
     for name in objectives.names():
         rows = config.described(config.default(objective=name))
-        lines += [f"## {name}", "", *_table([r for r in rows if r[0].startswith(f"{name}.")])]
+        mine = [r for r in rows if r[0].startswith(f"{name}.")]
+        lines += [f"## {name}", "", *(_table(mine) if mine else ())]
         changed = [
             (f, v) for f, v, _ in rows if not f.startswith(f"{name}.") and v != values.get(f) and f != "objective"
         ]

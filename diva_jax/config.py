@@ -19,7 +19,7 @@ from diva_jax.evals.readout import parse_readout
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.settings import Diffusion
-from diva_jax.training import compiler, workdirs
+from diva_jax.training import compiler, terms, workdirs
 from diva_jax.training.optim import OptimOptions
 from diva_jax.weights import places
 
@@ -54,18 +54,6 @@ class DiffusionOptions:
     vae: dict = field({}, _PART)
     text_encoder: dict = field({}, _PART)
     scheduler: dict = field({}, _PART)
-
-
-@dataclasses.dataclass(frozen=True)
-class AnchorOptions:
-    """`config.anchor`."""
-
-    weight: float = field(
-        0.0,
-        "The squared distance of the pooled embedding to the untuned encoder's is added to the loss with this weight; "
-        "0: it is not.",
-        between(0, 1e38),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +196,10 @@ class RunOptions:
         Rule(_is_table, "must be rows of a pattern and a scale of at least 0: (('vision/.*', 1.0), ('.*', 0.0))"),
     )
     optim: OptimOptions = OptimOptions()
-    anchor: AnchorOptions = AnchorOptions()
+    anchor: terms.AnchorOptions = terms.AnchorOptions()
+    contrast: terms.ContrastOptions = terms.ContrastOptions()
+    relation: terms.RelationOptions = terms.RelationOptions()
+    teacher: backbones.Spec = backbones.DINOV2_L
     ema: EmaOptions = EmaOptions()
     data: DataOptions = DataOptions()
     mesh: MeshOptions = MeshOptions()

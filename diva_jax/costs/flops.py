@@ -8,6 +8,7 @@ and once more for that of its weights, where they are wanted; attention's two pr
 import dataclasses
 
 from diva_jax.models.backbones import Spec, architecture
+from diva_jax.models.backbones.shared.transformer import block_flops
 from diva_jax.models.diffusion.latent_code import LatentCode
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import AutoencoderConfig
@@ -129,3 +130,11 @@ def vae(config: LatentCode, size: int) -> float:
 def vision(spec: Spec) -> float:
     """The backbone's forward pass over one image; with its backward pass, three times as much."""
     return architecture(spec.arch).flops(spec)
+
+
+def text(spec: Spec) -> float:
+    """The forward pass of the backbone's text tower over one text; the embedding of tokens has no products."""
+    tower = spec.text
+    return (
+        tower.layers * block_flops(tower.context_length, tower.width, tower.mlp_dim) + 2 * tower.width * spec.embed_dim
+    )

@@ -144,10 +144,12 @@ class Objective(nnx.Module):
     Attributes:
       compares_images: whether the loss of an image depends on the other images of its micro-batch (negatives,
         kernels). The step computes such a loss over the whole global micro-batch, whatever the number of devices.
+      terms_alone: whether it has no loss of its own, and the terms of the config are all that trains it.
       latent_source: where the latents of the images come from; None: it has none, and `config.data.latents` is refused.
     """
 
     compares_images: bool = False
+    terms_alone: bool = False
     latent_source: LatentSource | None = None
 
     def __init_subclass__(cls, **keywords):

@@ -26,18 +26,6 @@ from diva_jax.weights import parts
 
 Array = jax.Array
 
-TEACHER = backbones.Spec(
-    arch="dinov2",
-    source="hf-hub:facebook/dinov2-with-registers-large",
-    embed_dim=1024,
-    activation="gelu",
-    norm_eps=1e-6,
-    mean=backbones.IMAGENET_MEAN,
-    std=backbones.IMAGENET_STD,
-    text=backbones.NO_TEXT,
-    registers=4,
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class KueaOptions:
@@ -73,7 +61,7 @@ class KueaOptions:
         "With teacher_resize=exact, the image is resized to this before the teacher's central crop [pixels].",
         at_least(0),
     )
-    teacher: backbones.Spec = TEACHER
+    teacher: backbones.Spec = backbones.DINOV2_L
 
     @property
     def trains_kernel(self) -> bool:

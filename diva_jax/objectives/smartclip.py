@@ -148,7 +148,7 @@ class Objective(contract.Objective):
         pooling = 2 * n * 2 * width * width + 4 * n * width
         return {
             "vision": 3 * flops.vision(self.spec),
-            "text": 3 * (text.layers * block + projection),
+            "text": 3 * flops.text(self.spec),
             "mask_net": 3 * (block + pooling + projection),
             "logits": 3 * 2 * 2 * self.micro_batch * self.spec.embed_dim,
         }

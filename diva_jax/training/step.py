@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from diva_jax import objectives
 from diva_jax.common.errors import UserError
 from diva_jax.models import backbones, layers
-from diva_jax.training import anchor, compiler, optim, partition, sharding, towers
+from diva_jax.training import compiler, optim, partition, sharding, terms, towers
 
 
 def micro_batches(x: jax.Array, accum: int) -> jax.Array:
@@ -93,8 +93,8 @@ class Program:
     """A config on a mesh: the objective without its arrays, which arrays it has, and one compiled step per stage.
 
     `arrays` has name -> ShapeDtypeStruct with its sharding, of every parameter; `scales`, per stage, name ->
-    learning-rate scale (0: frozen), without the anchor's; `trained` the names that some stage trains, which alone are
-    in the state and in checkpoints.
+    learning-rate scale (0: frozen), without those of the terms' models; `trained` the names that some stage trains,
+    which alone are in the state and in checkpoints.
     """
 
     def __init__(self, config, mesh: Mesh):
@@ -107,7 +107,8 @@ class Program:
             )
         self.stages = objectives.stages(config)
         self.skeleton, shapes = partition.disassemble(self.objective)
-        open_to_training = [n for n in shapes if not (config.anchor.weight and n.startswith(f"{anchor.PREFIX}/"))]
+        frozen = tuple(f"{term}/" for term in terms.wanted(config))
+        open_to_training = [n for n in shapes if not n.startswith(frozen)]
         self.scales = [partition.scales(s.trainable, open_to_training) for s in self.stages]
         self.trained = [n for n in open_to_training if any(s[n] for s in self.scales)]
         self.replicated = NamedSharding(mesh, P())
@@ -119,8 +120,8 @@ class Program:
     def init_module(self) -> objectives.Objective:
         """The objective with random weights."""
         kind = objectives.find(self.config.objective).Objective
-        if self.config.anchor.weight:
-            kind = anchor.anchored(kind)
+        if terms.wanted(self.config):
+            kind = terms.with_terms(kind)
         return kind(self.config, rngs=layers.Keys(self.config.seed))
 
     @functools.cached_property

@@ -16,7 +16,6 @@ from reading import gradients, relative, same_names, take
 
 from diva_jax import config
 from diva_jax.models import backbones
-from diva_jax.objectives import kuea
 from diva_jax.training import partition
 from diva_jax.training.step import Program
 from diva_jax.weights import clip, names, resample
@@ -51,7 +50,7 @@ def spec_of(tensors: dict[str, np.ndarray], arch: str, size: int, like: backbone
 
 def settings(z, **switches: str):
     """The config of a recorded run; `switches` are exact where they say so, all others faithful."""
-    teacher = spec_of(take(z, "teacher/", "visual."), "dinov2", z["teacher_input"].shape[1], kuea.TEACHER)
+    teacher = spec_of(take(z, "teacher/", "visual."), "dinov2", z["teacher_input"].shape[1], backbones.DINOV2_L)
     student = spec_of(take(z, "w/", "visual."), "vit", z["pixels"].shape[1], backbones.Spec())
     c = config.faithful(config.default(student, objective="kuea"))
     c.batch_size, c.steps = len(z["pixels"]), len(z["trajectory/lr"])

@@ -125,6 +125,15 @@ def judge_config(**fields):
     return with_fields(_config(dataclasses.replace(SPEC, text=text), diffusion(), "judge", **first), fields)
 
 
+def comclip_config(**fields):
+    """ComCLIP: batches of 16, captions of 11 tokens, a DINOv2 of 18 pixels with registers."""
+    text = TextSpec(context_length=11, vocab_size=60, width=36, heads=3, layers=1, mlp_dim=50)
+    first = dict(steps=5, batch_size=16, optim__lr=1e-3, optim__warmup_steps=1, anchor__weight=20.0)
+    c = _config(dataclasses.replace(SPEC, layers=1, text=text), "sd21_base", "comclip", **first)
+    c.teacher.update(dataclasses.asdict(dataclasses.replace(DINOV2_REG, image_size=18)))
+    return with_fields(c, fields)
+
+
 def write_unclip(folder: Path) -> None:
     """Writes a diffusers folder of Stable unCLIP with random weights."""
     from diva_jax import demo  # Here, because it defines flags, and a command that reads a config has its own.

@@ -283,6 +283,19 @@ TABLE: dict[str, Spec] = {
     ),
 }
 
+# DINOv2 ViT-L/14 with registers, the frozen teacher of several methods.
+DINOV2_L = Spec(
+    arch="dinov2",
+    source="hf-hub:facebook/dinov2-with-registers-large",
+    embed_dim=1024,
+    activation="gelu",
+    norm_eps=1e-6,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    text=NO_TEXT,
+    registers=4,
+)
+
 # Used by the demo and the tests with random weights; no checkpoint of it exists.
 TINY = Spec(
     open_clip_name="tiny",
@@ -319,11 +332,11 @@ def check(spec: Spec, where: str) -> Spec:
     return spec
 
 
-def spec_of(config: ConfigDict) -> Spec:
-    """The hashable Spec of `config.backbone`, which a run tunes; a UserError for an unknown field, or an impossible
-    value.
+def spec_of(config: ConfigDict, section: str = "backbone") -> Spec:
+    """The hashable Spec of `config.backbone`, which a run tunes, or of another section; a UserError for an unknown
+    field, or an impossible value.
     """
-    return check(fields.parse(Spec, config.backbone, "config.backbone"), "config.backbone")
+    return check(fields.parse(Spec, config[section], f"config.{section}"), f"config.{section}")
 
 
 @functools.cache

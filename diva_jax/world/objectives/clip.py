@@ -19,8 +19,8 @@ from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.text import Text
-from diva_jax.models.backbones.shared.transformer import block_flops
 from diva_jax.objectives import contract
+from diva_jax.objectives.shared import pairs
 from diva_jax.weights import parts
 
 Array = jax.Array
@@ -79,10 +79,8 @@ class Objective(contract.Objective):
 
     def flops(self) -> float:
         """FLOPs of one image and its caption in one step."""
-        text, width = self.spec.text, self.spec.embed_dim
-        blocks = text.layers * block_flops(text.context_length, text.width, text.mlp_dim)
-        towers = flops.vision(self.spec) + blocks + 2 * text.width * width
-        return 3 * (towers + 2 * self.micro_batch * width)
+        towers = flops.vision(self.spec) + flops.text(self.spec)
+        return 3 * (towers + 2 * self.micro_batch * self.spec.embed_dim)
 
     def loss(self, batch: Mapping[str, Array], keys: Array) -> tuple[Array, dict[str, Array]]:
         """One micro-batch; the keys are not used.
@@ -95,17 +93,12 @@ class Objective(contract.Objective):
           (loss, {"loss", "accuracy": the share of images whose own caption has the largest logit}).
         """
 
-        def unit(x):
-            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True))
-
         view = preprocess.normalise(preprocess.to_float(batch["image"]), self.spec.mean, self.spec.std)
         with jax.named_scope("vision"):
-            images = unit(self.vision.encode(view).pooled)
+            images = pairs.unit(self.vision.encode(view).pooled)
         with jax.named_scope("text"):
-            texts = unit(self.text.encode(batch["caption"]))
+            texts = pairs.unit(self.text.encode(batch["caption"]))
         logits = jnp.exp(jnp.minimum(self.logit_scale[...], _LARGEST)) * images @ texts.T  # [B, B]
-        rows, columns = (-jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits, axis=a))) for a in (1, 0))
         right = jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(logits)))
-        loss = (rows + columns) / 2
+        loss = pairs.contrast(logits)
         return loss, {"loss": loss, "accuracy": right}

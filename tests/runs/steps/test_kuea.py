@@ -57,6 +57,6 @@ def test_a_teacher_that_is_no_dinov2_is_refused_before_anything_is_written(files
 
 
 def test_the_published_teacher():
-    assert (kuea.TEACHER.registers, kuea.TEACHER.patches, kuea.TEACHER.layers) == (4, 256, 24)
-    assert backbones.architecture(kuea.TEACHER.arch).positions(kuea.TEACHER).antialias
+    assert (backbones.DINOV2_L.registers, backbones.DINOV2_L.patches, backbones.DINOV2_L.layers) == (4, 256, 24)
+    assert backbones.architecture(backbones.DINOV2_L.arch).positions(backbones.DINOV2_L).antialias
     assert kuea.KueaOptions().teacher_crop_from == 256

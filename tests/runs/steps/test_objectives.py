@@ -6,7 +6,7 @@ import pytest
 import small
 from helpers import close
 from places import ROOT
-from small import dcr_config, genhancer_config, kuea_config, smartclip_config, unclip_config
+from small import comclip_config, dcr_config, genhancer_config, kuea_config, smartclip_config, unclip_config
 from specs import DINOV2
 from traced import traced
 
@@ -41,6 +41,8 @@ DEVICES = {
         small.random_arrays,
     ),
     "kuea": (kuea_config, {}, {}, small.kuea_arrays),
+    # All terms, two micro-batches.
+    "comclip": (comclip_config, dict(accum=2, relation__with_self=False), {}, small.random_arrays),
     "smartclip": (smartclip_config, dict(trainable=(("mask_net/.*", 3.0), (".*", 1.0))), {}, small.random_arrays),
 }
 
@@ -61,7 +63,11 @@ def test_losses_do_not_depend_on_devices(name):
 
 
 # The teacher's resized input of the faithful KUEA would have products too.
-@pytest.mark.parametrize("make, rel", [(kuea_config, 1e-9), (smartclip_config, 5e-3)], ids=["kuea", "smartclip"])
+@pytest.mark.parametrize(
+    "make, rel",
+    [(kuea_config, 1e-9), (smartclip_config, 5e-3), (comclip_config, 5e-3)],
+    ids=["kuea", "smartclip", "comclip"],
+)
 def test_flops_are_those_of_the_traced_program(make, rel):
     """The pixels have no gradient, nor have the states that SmartCLIP's mask network reads."""
     p = small.program(make())
@@ -88,6 +94,9 @@ REFUSED = [
     (genhancer_config, dict(genhancer__denoiser__axes=(4, 4, 6)), "axes=.* whose sum is the width of a head, 12"),
     (genhancer_config, dict(backbone__arch="dinov2", backbone__embed_dim=24), "the authors adapt no dinov2 encoder"),
     (kuea_config, dict(kuea__teacher_crop_from=17), "config.kuea.teacher_crop_from=17 must be at least"),
+    (comclip_config, dict(contrast__weight=0, anchor__weight=0, relation__weight=0), "trains nothing without a term"),
+    (comclip_config, dict(teacher__heads=7), "config.teacher.heads=7 must divide the width"),
+    (lambda: config.default(DINOV2, objective="comclip"), {}, "dinov2 backbone has no text tower"),
     (unclip_config, dict(unclip__embed_noise="level1000"), "must be none, mean0, random or level<L>"),
     (
         unclip_config,

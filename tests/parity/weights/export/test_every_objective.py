@@ -30,6 +30,7 @@ SPEC = dataclasses.replace(CLIP_FOLDER, image_size=28, patch_size=7, select="ran
 COUNT, STEP, TOKENS = 3, 5, 17
 # Objective -> whether its run keeps a moving average.
 RUNS = {"diva": True, "unclip": False, "genhancer": True, "dcr": False, "kuea": True, "smartclip": True}
+RUNS |= {"comclip": False}
 LORA = ("genhancer", "dcr")
 # The towers of the others are as DIVA's.
 SAMPLE = ("diva", "genhancer", "dcr", "smartclip")
@@ -38,12 +39,13 @@ SAMPLE = ("diva", "genhancer", "dcr", "smartclip")
 def config_of(objective: str, source: str):
     if objective == "genhancer":
         c = small.genhancer_config(SPEC)
-    elif objective in ("kuea", "smartclip"):
+    elif objective in ("kuea", "smartclip", "comclip"):
         c = configs.default(SPEC, objective=objective)
     else:
         c = configs.default(SPEC, small.unclip_diffusion() if objective == "unclip" else small.diffusion(), objective)
     c.update(dtype="float32", frozen_dtype="float32", steps=STEP, batch_size=16, accum=1)
     c.backbone.source = source
+    c.teacher.update(dataclasses.asdict(DINOV2))
     if objective == "kuea":
         c.kuea.teacher.update(dataclasses.asdict(DINOV2))
     if objective == "smartclip":  # Its captions are longer than the source's.
