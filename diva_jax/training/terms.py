@@ -78,12 +78,14 @@ def wanted(config) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Terms:
-    """The terms that a config asks for, their sections, the backbone, and the teacher, None where none is needed."""
+    """The terms that a config asks for, their sections, the images of a micro-batch, the backbone, and the teacher,
+    None where none is needed."""
 
     names: tuple[str, ...]
     anchor: AnchorOptions
     contrast: ContrastOptions
     relation: RelationOptions
+    micro_batch: int
     spec: backbones.Spec
     teacher: backbones.Spec | None
 
@@ -109,7 +111,9 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
                 )
             teacher = backbones.spec_of(config, "teacher") if "relation" in names else None
             sections = {n: parse(kind, config.get(n, {}), f"config.{n}") for n, kind in TERMS.items()}
-            self.terms = _Terms(names, **sections, spec=spec, teacher=teacher)
+            self.terms = _Terms(
+                names, **sections, micro_batch=config.batch_size // config.accum, spec=spec, teacher=teacher
+            )
             self.compares_images = kind.compares_images or names != ("anchor",)
             kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.frozen_dtype))
             models = {
@@ -140,9 +144,13 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
             counted, spec = super().flops(), self.terms.spec
             if counted is None:
                 return None
-            once = {"anchor": flops.vision, "contrast": flops.text, "relation": flops.vision}
-            models = {"anchor": spec, "contrast": spec, "relation": self.terms.teacher}
-            return counted + 3 * flops.vision(spec) + sum(once[n](models[n]) for n in self.terms.names)
+            pairs_of, teacher = 2 * self.terms.micro_batch, self.terms.teacher
+            models = {
+                "anchor": lambda: flops.vision(spec),
+                "contrast": lambda: flops.text(spec) + 2 * pairs_of * spec.embed_dim,
+                "relation": lambda: flops.vision(teacher) + pairs_of * (3 * spec.embed_dim + teacher.embed_dim),
+            }
+            return counted + 3 * flops.vision(spec) + sum(models[name]() for name in self.terms.names)
 
         def loss(self, batch, keys):
             """As the objective's own, whose metrics it keeps; without a loss of its own, "loss" is the sum of terms."""

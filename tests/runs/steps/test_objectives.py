@@ -62,10 +62,10 @@ def test_losses_do_not_depend_on_devices(name):
         assert all(p.abstract_state(0)["ema"][n].sharding == p.arrays[n].sharding for n in p.trained)
 
 
-# The teacher's resized input of the faithful KUEA would have products too.
+# The teacher's resized input of the faithful KUEA, or of ComCLIP at another size, would have products too.
 @pytest.mark.parametrize(
     "make, rel",
-    [(kuea_config, 1e-9), (smartclip_config, 5e-3), (comclip_config, 5e-3)],
+    [(kuea_config, 1e-9), (smartclip_config, 5e-3), (lambda: comclip_config(teacher__image_size=21), 5e-3)],
     ids=["kuea", "smartclip", "comclip"],
 )
 def test_flops_are_those_of_the_traced_program(make, rel):
