@@ -63,7 +63,7 @@ def test_an_error_in_an_installed_module_that_a_config_names_shows_its_line(tmp_
     file.write_text("def loss():\n    return 1 / 0\n")
     (tmp_path / "a_library.py").write_text("def loss():\n    return 1 / 0\n")
     found = [imports.module(named, "objective", "give another"), importlib.import_module("a_library")]
-    monkeypatch.delitem(sys.modules, "a_library")
+    del sys.modules["a_library"]
     for module, where in zip(found, (f"{file}:2", ""), strict=True):
         with pytest.raises(ZeroDivisionError) as caught:
             module.loss()
