@@ -3,9 +3,8 @@ r"""DCR on MetaCLIP ViT-H/14 at 224 px.
     python -m diva_jax.main --config=configs/dcr_metaclip_h14.py --workdir=runs/dcr_metaclip_h14 \
         --config.data.path='data/cc3m/{00000..00331}.tar'
 
-CC3M's images without captions, 256 per step in groups of 16: 100,000 steps of the projector, then 100,000 of the
-tower's adapters; Stable Diffusion 2.1-base. With `:faithful` after the file name each switch is set as in the authors'
-code and not as the models were trained.
+CC3M, 256 images per step in groups of 16: 100,000 steps of the projector, then 100,000 of the tower's adapters; Stable
+Diffusion 2.1-base. With `:faithful` after the file name each switch is as in the authors' code.
 
 Cost: not published; 6.4 TFLOP per image in stage 2, counted.
 MMVP-VLM, published: 25.2 -> 37.8.

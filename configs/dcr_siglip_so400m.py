@@ -3,9 +3,8 @@ r"""DCR on SigLIP SO400M/14 at 224 px.
     python -m diva_jax.main --config=configs/dcr_siglip_so400m.py --workdir=runs/dcr_siglip_so400m \
         --config.data.path='data/cc3m/{00000..00331}.tar'
 
-CC3M's images without captions, 256 per step in groups of 16: 100,000 steps of the projector, then 4,600 of the
-tower's adapters; Stable Diffusion 2.1-base. With `:faithful` after the file name each switch is set as in the authors'
-code and not as the models were trained.
+CC3M, 256 images per step in groups of 16: 100,000 steps of the projector, then 4,600 of the tower's adapters; Stable
+Diffusion 2.1-base. With `:faithful` after the file name each switch is as in the authors' code.
 
 The tower has tanh's approximation of GELU, as it was trained and as transformers runs it; open_clip runs the exact
 GELU. Weights are therefore taken from, and exported to, transformers' folders (--format=hf).

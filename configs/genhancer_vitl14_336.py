@@ -4,15 +4,10 @@ r"""GenHancer (continuous) on OpenAI CLIP ViT-L/14 at 336 px.
         --config.data.path='data/cc3m/{00000..00331}.tar'
 
 Stage 1 trains the denoiser and the projectors for 100,000 steps, stage 2 the adapters of the encoder for 10,000, both
-at 256 images. Stage 2 alone, from a run of stage 1:
+at 256 images; how to run stage 2 alone: docs/OBJECTIVES.md. With `:faithful` after the file name each switch is as in
+the authors' code. Weights, moments and gradients are split over 16 chips (mesh.fsdp), 1.4 GiB on each with the frozen
+weights; on n chips use --config.mesh.fsdp=n.
 
-    python -m diva_jax.main --config=configs/genhancer_vitl14_336.py --workdir=runs/only \
-        --init_from=runs/genhancer_vitl14_336 --config.genhancer.stage1_steps=0 --config.data.path=...
-
-With `:faithful` after the file name each switch is set as in the authors' code.
-
-Memory: float32 weights, both moments of AdamW and the gradients are split over the 16 chips of a v5e-16 (mesh.fsdp),
-1.4 GiB per chip with the frozen weights. On n chips use --config.mesh.fsdp=n.
 Cost: 2.70 and 2.49 TFLOP per image in stage 1 and 2.
 MMVP-VLM, published: arXiv 2503.19480, table 1.
 """

@@ -13,5 +13,4 @@ from diva_jax import config as base
 
 
 def get_config(arg: str | None = None):
-    c = base.default("vitl14", objective="kuea")
-    return base.variant(c, arg)
+    return base.variant(base.default("vitl14", objective="kuea"), arg)

@@ -2,12 +2,11 @@
 
     python -m diva_jax.aot --config=configs/vitl14.py --topology=v5e:4x4 [--per-device-batch=8] [--search]
 
-The compiled step is the one that training runs (`step.Program`). It is lowered from shapes, so no weights are loaded.
-The only requirement is libtpu, the TPU compiler, which runs on CPUs: `pip install -e '.[tpu]'`. Compiling the step
-of a full-size config took 10 to 35 minutes on two cores (the last column of the table in docs/TPU.md) and 5 to 7 GB of
-memory; a line per minute says that it goes on. --search compiles several times.
+The step of training is lowered from shapes. It needs libtpu, the TPU compiler, alone: `pip install -e '.[tpu]'`. A
+full-size config took 10 to 35 minutes on two cores (docs/TPU.md) and 5 to 7 GB; --search compiles several times.
 """
 
+import collections
 import importlib.metadata
 import importlib.util
 import json
@@ -35,6 +34,8 @@ _SAVE = flags.DEFINE_string("save", None, "Write the optimised HLO text to this 
 _JSON = flags.DEFINE_string("json", None, "Write the report to this file as JSON; '-' prints it instead of the tables.")
 
 _GIB = 2**30
+# Part of the HBM in a report -> its name in the compiler's analysis of memory.
+_SIZES = dict(arguments="argument", outputs="output", aliases="alias", temporaries="temp", code="generated_code")
 # By default, libtpu queries the machine's metadata service and environment for its slice, and can be loaded by only one
 # process per machine. Neither is needed for compilation.
 _ENVIRONMENT = {
@@ -149,38 +150,28 @@ def report(config, topology: str, save: str | None = None) -> dict:
     except OutOfMemory as e:
         return row | {"fits": False, "needed": e.needed, "available": e.available}
     stats, text = compiled.memory_analysis(), compiled.as_text()
-    memory = {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes,
-        "aliases": stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
-        "available": chip.usable,
-    }
-    needed = memory["arguments"] + memory["outputs"] - memory["aliases"] + memory["temporaries"] + memory["code"]
+    memory = {name: getattr(stats, f"{size}_size_in_bytes") for name, size in _SIZES.items()}
+    needed = sum(memory.values()) - 2 * memory["aliases"]
     if save:
         Path(save).write_text(text)
     cost = analysis.analyse(text, chip)
     images, counted = config.batch_size / n, program.objective.flops()
     ms = cost["model_ms"] + cost["kernel_bound_ms"]
+    # A reduce-scatter or an all-gather counts as half of an all-reduce.
+    gb = collections.Counter({kind: c["gb"] for kind, c in cost["collectives"].items()})
+    reduced = gb["all-reduce"] + (gb["reduce-scatter"] + gb["all-gather"]) / 2
     return row | {
         "fits": needed <= chip.usable,
         "needed": needed,
         "available": chip.usable,
-        "memory": memory,
+        "memory": memory | {"available": chip.usable},
         "seconds": seconds,
         **cost,
         "step_ms": ms,
         "images_per_s": 1e3 * images / ms,
         "mfu": counted * images / (ms / 1e3 * chip.flops) if counted else None,
-        "all_reduce_ms": 1e3 * chips.all_reduce_seconds(_reduced(cost), chip, shape),
+        "all_reduce_ms": 1e3 * chips.all_reduce_seconds(1e9 * reduced, chip, shape),
     }
-
-
-def _reduced(cost: dict) -> float:
-    """Bytes that are all-reduced per step. A reduce-scatter or an all-gather counts as half of an all-reduce."""
-    gb = {kind: c["gb"] for kind, c in cost["collectives"].items()}
-    return 1e9 * (gb.get("all-reduce", 0) + (gb.get("reduce-scatter", 0) + gb.get("all-gather", 0)) / 2)
 
 
 def search(config, topology: str, limit: int = 256) -> dict:
@@ -224,7 +215,7 @@ def text_of(row: dict) -> str:
         return "\n".join(lines)
     m = row["memory"]
     mfu = "unknown" if row["mfu"] is None else f"{100 * row['mfu']:.0f}%"
-    parts = "  ".join(f"{k} {m[k] / _GIB:.2f}" for k in ("arguments", "outputs", "aliases", "temporaries", "code"))
+    parts = "  ".join(f"{k} {m[k] / _GIB:.2f}" for k in _SIZES)
     lines += [
         f"  [GiB]  {parts}",
         f"time per step: {row['step_ms']:.0f} ms = {row['model_ms']:.0f} ms estimated by the compiler + "

@@ -19,9 +19,8 @@ OTHER = "other"
 
 
 def part_of(path: str) -> tuple[str, str]:
-    """Part and kind of an operation, e.g. ("unet backward", "norm"), from its path in the traced program.
-
-    A path is "jit(step)/.../transpose(jvp(unet))/norm/mul"; a fusion has that of its last operation.
+    """Part and kind of an operation, e.g. ("unet backward", "norm"), from its path
+    "jit(step)/.../transpose(jvp(unet))/norm/mul" in the traced program; a fusion has that of its last operation.
     """
     part, kind = (next((name for name, p in table if re.search(p, path)), OTHER) for table in (PARTS, KINDS))
     if part in ("unet", "vision"):

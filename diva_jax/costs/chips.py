@@ -13,21 +13,14 @@ from diva_jax.common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator chip.
+    """One accelerator chip; `kind` is its name in JAX, `device.device_kind`.
 
-    Attributes:
-      kind: the name in JAX, `device.device_kind`.
-      flops: peak bf16 rate, a multiply-add counted as two [FLOP/s].
-      hbm_bandwidth: peak HBM bandwidth [bytes/s].
-      hbm: HBM size [bytes].
-      usable: HBM available to a program, as the compiler reports it when a program does not fit [bytes].
-      clock: clock of the cycles that the TPU compiler estimates [Hz]; 0 for GPUs.
-      ici: rate at which one chip can send over all its links together [bytes/s]; 0 for GPUs.
-      wrap: along an axis whose length is a multiple of this, a slice has wrap-around links (a torus, not a mesh).
-      matrix_side: sides of its square matrix units [elements]; 0 for GPUs.
-      options: further arguments of `topologies.get_topology_desc`.
-      compiler_options: options of the TPU compiler that make the train step faster on this chip, as measured in
-        docs/PERFORMANCE.md; `config.compiler_options` replaces them.
+    `flops` is the peak bf16 rate, a multiply-add counted as two [FLOP/s], `hbm_bandwidth` the peak [bytes/s]; of `hbm`
+    bytes, `usable` are available to a program, as the compiler reports it when one does not fit. Of TPUs alone: the
+    `clock` of the cycles that the compiler estimates [Hz]; `ici`, the rate at which a chip can send over all its links
+    together [bytes/s]; `wrap`, a multiple of which an axis has wrap-around links; the sides of the square matrix units
+    [elements]; `options` of `topologies.get_topology_desc`; and `compiler_options` that make the train step faster, as
+    measured in docs/PERFORMANCE.md.
     """
 
     kind: str

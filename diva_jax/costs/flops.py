@@ -69,9 +69,8 @@ class Tally:
 
 
 def unet(config: UNetConfig, size: int, tokens: int, by_class: bool = False) -> Tally:
-    """One pass over latents of size x size under `tokens` tokens; backward to the condition alone.
-
-    The condition is the tokens; with `by_class` it is the class embedding, and the tokens are constant.
+    """One pass over latents of size x size; backward to the condition alone: the tokens or, with `by_class`, the class
+    embedding.
     """
     t, channels, context = Tally(by_class=by_class), config.block_out_channels, config.cross_attention_dim
     side, n = size, channels[0]

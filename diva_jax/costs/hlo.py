@@ -30,8 +30,8 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a type; dtype and layout are as HLO writes them, e.g. "1,0:T(8,128)S(1)": axes from minor to major,
-    tiles, memory space.
+    """One array of a type, as HLO writes it: dtype, shape, and layout (axes from minor to major, tiles, memory
+    space).
     """
 
     dtype: str
@@ -51,8 +51,8 @@ class Array:
 
 @dataclasses.dataclass
 class Op:
-    """One instruction: its name, e.g. "fusion.6", opcode, the result's type as text, the names of operands in the same
-    computation, and the text of the instruction from the operands on.
+    """One instruction, e.g. "fusion.6" of kind "fusion"; operands are in the same computation, `rest` is its text from
+    them on.
     """
 
     name: str

@@ -8,10 +8,9 @@ from jax.sharding import Mesh
 
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
-from diva_jax.models.layers import abstract
 from diva_jax.training import load as loads
 from diva_jax.training import partition, sharding, workdirs
-from diva_jax.weights import loading, names, origins, places
+from diva_jax.weights import clip, loading, names, origins, places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +34,10 @@ class Encoder:
 def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
     """The parameters of one tower, "vision" or "text", of a source: name -> array on the mesh; smaller arrays than
     `min_shard` are replicated. A UserError where it is missing, invalid, or of another architecture."""
-    make, check, fill = loading.TOWERS[kind]
-    module = abstract(lambda rngs: make(spec, rngs=rngs))
-    variables = names.flat(module)
-    shardings = sharding.parameter_shardings(variables, mesh, min_shard)
-    opened = origins.open_source(source, "--weights")
-    check(opened, spec)
-    state = fill(opened, spec, module, loads.put_on(shardings.__getitem__))
+    opened = loading.open_tower(kind, origins.open_source(source, "--weights"), spec)
+    module = clip.abstract(kind, spec)
+    shardings = sharding.parameter_shardings(names.flat(module), mesh, min_shard)
+    state = opened.fill(module, loads.put_on(shardings.__getitem__))
     return {partition.name_of(path): var.get_value() for path, var in names.flat(state).items()}
 
 
@@ -58,7 +54,7 @@ def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
     fields = (*origins.ARCHITECTURE, "image_size")
     origins.check_same(vars(spec), wanted, fields, f"the run {source}", "config.backbone")
     min_shard = run.config.mesh.min_shard
-    towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in loading.TOWERS}
+    towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in clip.TOWERS}
     params = put(run.params, mesh, min_shard)
     return Encoder(towers["vision"], towers.get("text"), spec.source, params, spec.source)
 

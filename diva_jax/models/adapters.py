@@ -176,8 +176,8 @@ def _replace(model: nnx.Module, path: tuple, layer: nnx.Module) -> None:
 
 
 def adapt(model: nnx.Module, lora: Lora, rngs) -> None:
-    """Puts adapters at the linear layers of `model`, in place, whose path `lora.targets` matches; a UserError where
-    there is none.
+    """Puts adapters at the linear layers of `model`, in place, whose path `lora.targets` matches; a UserError without
+    one.
     """
     layers = {"/".join(map(str, path)): (path, m) for path, m in nnx.iter_modules(model) if type(m) in _KINDS}
     named = [name for name in layers if re.fullmatch(lora.targets, name)]

@@ -66,14 +66,8 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array | None = None) -> Array:
     """Softmax attention with scores scaled by 1 / sqrt(D) (arXiv 1706.03762, equation 1).
 
-    Args:
-      q: queries, [B, N, H, D].
-      k, v: keys and values, [B, M, H, D].
-      causal: whether query n attends to keys 0..n only.
-      mask: [B, 1 | H, N, M], bool; true where a query attends to a key.
-
-    Returns:
-      [B, N, H*D], in the dtype of q.
+    Queries [B, N, H, D], keys and values [B, M, H, D] -> [B, N, H*D], in the dtype of q. `causal`: query n attends to
+    keys 0..n only; `mask`, bool [B, 1 | H, N, M], is true where a query attends to a key.
     """
     mesh = jax.sharding.get_abstract_mesh()
     full = not causal and mask is None

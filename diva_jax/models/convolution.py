@@ -1,9 +1,8 @@
 """Convolutions whose gradients are fast on CPUs inside of loops too.
 
-XLA's CPU compiler brings convolutions into the layout of its fast code (channels last, kernels [H, W, in, out]) outside
-of loops alone (jax-ml/jax, issue 12868). JAX's gradients have another layout: within a loop over draws or micro-batches
-they would be 5 to 50 times slower. Here they are written in the layout of the fast code. Programs for other devices are
-those of `jax.lax.conv_general_dilated`.
+XLA's CPU compiler brings convolutions into the layout of its fast code outside of loops alone (jax-ml/jax, issue
+12868). Within a loop over draws or micro-batches JAX's gradients are 5 to 50 times slower than those written here in
+that layout. Programs for other devices are those of `jax.lax.conv_general_dilated`.
 """
 
 import functools

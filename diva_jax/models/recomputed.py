@@ -1,8 +1,7 @@
-"""Attention whose backward pass computes the attention weights again, for CPUs.
+"""Attention whose backward pass computes the attention weights again (FlashAttention, arXiv 2205.14135), for CPUs.
 
-As in FlashAttention (arXiv 2205.14135, section 3.1), two numbers per query are kept for the backward pass, and not the
-weights. XLA's code for the gradient of `jax.nn.dot_product_attention` keeps the scores and the weights, and passes over
-them several times (docs/PERFORMANCE.md, "CPU beside PyTorch").
+XLA's gradient of `jax.nn.dot_product_attention` keeps the scores and the weights, and passes over them several times
+(docs/PERFORMANCE.md, "CPU beside PyTorch").
 """
 
 import jax

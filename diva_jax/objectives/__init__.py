@@ -34,8 +34,8 @@ def names() -> list[str]:
 
 
 def find(name: str) -> ModuleType:
-    """Imports the module of an objective, one of this package or of a dotted path; a UserError where there is none, or
-    it is no objective.
+    """Imports an objective's module, of this package or of a dotted path; a UserError where there is none, or it is no
+    objective.
     """
     if "." not in name and name not in names():
         raise UserError(

@@ -77,8 +77,8 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
 
 
 class DivaDraws(NamedTuple):
-    """The random numbers of one draw for B images (stacked: a leading axis N): timesteps [B], int32, in 0..T-1;
-    standard normal noise of the latents' shape [B, h, w, c]; patch indices [B, K], or None where no token is drawn.
+    """The random numbers of one draw for B images, or of N (a leading axis): timesteps [B], int32; standard normal
+    noise [B, h, w, c]; patch indices [B, K], or None where no token is drawn.
     """
 
     timesteps: Array
@@ -121,9 +121,8 @@ def select_tokens(features: Features, select: str, indices: Array | None = None)
 
 
 def add_text(projected: Array, text: Array, how: str) -> Array:
-    """The condition of the U-Net, [B, n, C], from features after `visual_proj` and the prompt's states, [1, T, C].
-
-    With `how` "token" (n == T) they are added token by token, with "mean" the states' mean to each token.
+    """The U-Net's condition, [B, n, C], of projected features and the prompt's states, [1, T, C], which are added token
+    by token ("token", n == T), or their mean to each token ("mean").
     """
     if how == "mean":
         text = text.mean(axis=1, keepdims=True)

@@ -238,9 +238,8 @@ class Objective(contract.Objective):
         return {"vision": adapters.merge(self.vision)}
 
     def flops_by_part(self) -> dict[str, float]:
-        """FLOPs of one image in one step of the last stage: "vae", "vision", "denoiser".
-
-        The products of the adapters are not counted, of which there are less than 3 % of the encoder's.
+        """FLOPs of one image in one step of the last stage, "vae", "vision", "denoiser", without the products of the
+        adapters, less than 3 % of the encoder's.
         """
         size = self.spec.image_size
         work = denoiser_flops(self.flow_config, (size // self.vae_config.downscale // 2) ** 2)
@@ -265,9 +264,8 @@ class Objective(contract.Objective):
         return jax.vmap(one)(keys)
 
     def latents(self, pixels: Array, posterior: Array, moments: Array | None = None) -> Array:
-        """[B, R, R, 3] in [0, 1] and standard normal noise -> latents [B, h, w, z], float32.
-
-        Where the moments [B, h, w, 2 z] of the VAE's posterior are given, they are not computed from the pixels.
+        """[B, R, R, 3] in [0, 1] or, where they are given, the posterior's moments [B, h, w, 2 z], and standard normal
+        noise -> latents [B, h, w, z], float32.
         """
         moments = self.moments(pixels) if moments is None else moments
         noise = posterior if self.options.latents == "sample" else None

@@ -31,9 +31,7 @@ def facts(program: Program) -> dict:
 
 
 def open_cache(program: Program) -> Cache | None:
-    """The cache that `config.data.latents` names, None where it is not set; a UserError where it is not one of this
-    config.
-    """
+    """The cache that `config.data.latents` names, if any; a UserError where it is not one of this config."""
     path = program.config.data.latents
     return Cache(path, facts(program)) if path else None
 

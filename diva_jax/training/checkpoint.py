@@ -28,12 +28,8 @@ _LISTINGS = 20  # A reader lists again where a trainer has deleted a checkpoint 
 _RETRY_AFTER_S = (2.0, 8.0, 30.0)  # A save that failed is tried again after each of these.
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Whether a message is not an error of orbax, which logs pages for each failed save and also raises it."""
-    return record.levelno < logging.ERROR or "/orbax/" not in record.pathname
-
-
-absl_logging.get_absl_logger().addFilter(_not_of_orbax)
+# orbax logs pages for each failed save, and also raises its error.
+absl_logging.get_absl_logger().addFilter(lambda r: r.levelno < logging.ERROR or "/orbax/" not in r.pathname)
 
 
 def _folder(workdir: epath.PathLike) -> epath.Path:
@@ -41,7 +37,7 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
-    """Step -> what is wrong, or None; of the checkpoints that were saved to the end, newest first. A UserError where
+    """Step -> what is wrong, or None, of the checkpoints that were saved to the end, newest first; a UserError where
     they cannot be listed.
     """
     folder = _folder(workdir)
@@ -49,7 +45,8 @@ def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
         for _ in range(_LISTINGS):
             with contextlib.suppress(FileNotFoundError):
                 found = ocp.utils.checkpoint_steps_paths(folder) if folder.is_dir() else []
-                found += [] if paths.is_remote(folder) else [f for f in (folder, *folder.glob("*")) if _dangles(f)]
+                local = () if paths.is_remote(folder) else (folder, *folder.glob("*"))
+                found += [f for f in local if os.path.islink(f) and not f.exists()]
                 if folder in found:
                     raise UserError(f"{folder} is a link to a folder that is not there: put it back, or remove it")
                 steps = sorted({int(f.name) for f in found if f.name.isdecimal()}, reverse=True)
@@ -59,11 +56,6 @@ def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
             raise
         raise UserError(f"{folder} cannot be read ({paths.reason(e)}): check this account's rights, try again") from e
     raise UserError(f"{folder} changes too fast to be read: try again, with a larger config.checkpoint.keep")
-
-
-def _dangles(path: epath.Path) -> bool:
-    """Whether a local path is a link to nothing."""
-    return os.path.islink(path) and not path.exists()
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
@@ -112,9 +104,7 @@ def _quiet(read_only: bool = True):
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds: the train state, the data position, `meta` as it was saved; and what is wrong with newer
-    checkpoints, by step.
-    """
+    """What a checkpoint holds, and what is wrong with newer ones, by step."""
 
     step: int
     state: dict
@@ -130,21 +120,20 @@ def restore_newest(workdir: epath.PathLike, abstract_state: Callable[[int], dict
     `abstract_state` gives the layout of a step's state. A UserError where every checkpoint is damaged, a RunError where
     a bucket cannot be reached, whose checkpoints may be good.
     """
-    found = _damages(workdir)
-    unusable = {step: why for step, why in found.items() if why is not None}
-    for step in (step for step, why in found.items() if why is None):
-        with Checkpoints(workdir, read_only=True) as checkpoints:
-            reason = None
-            try:
-                restored = checkpoints.restore(step, abstract_state(step))
-            except Damaged as e:
-                reason = str(e)
-            except Exception as e:  # tensorstore and orbax raise many types for files that are damaged.
-                if paths.is_remote(workdir) or distributed.is_lost(e):
-                    raise RunError(f"the checkpoint of step {step} cannot be read: {paths.reason(e)}") from e
-                reason = paths.reason(e)
-        if not distributed.any_failed(reason is not None):
-            return Restored(step, *restored, {s: why for s, why in unusable.items() if s > step})
+    unusable = {}
+    for step, reason in _damages(workdir).items():
+        if reason is None:
+            with Checkpoints(workdir, read_only=True) as checkpoints:
+                try:
+                    restored = checkpoints.restore(step, abstract_state(step))
+                except Damaged as e:
+                    reason = str(e)
+                except Exception as e:  # tensorstore and orbax raise many types for files that are damaged.
+                    if paths.is_remote(workdir) or distributed.is_lost(e):
+                        raise RunError(f"the checkpoint of step {step} cannot be read: {paths.reason(e)}") from e
+                    reason = paths.reason(e)
+            if not distributed.any_failed(reason is not None):
+                return Restored(step, *restored, unusable)
         unusable[step] = reason or "another process cannot read it"
     if unusable:
         newest = max(unusable)
@@ -305,9 +294,8 @@ class Checkpoints:
         return {n: a.astype(arrays[n].dtype) for n, a in found.items()}, meta
 
     def restore_params(self, step: int, device: jax.Device) -> tuple[dict[str, jax.Array], dict]:
-        """What evaluation and export need: the trained parameters, or their moving average where the run keeps one.
-
-        Returns ({name: array on the device}, meta); a UserError where the checkpoint is damaged.
+        """The trained parameters, or their moving average where the run keeps one: ({name: array on the device}, meta);
+        a UserError where the checkpoint is damaged.
         """
         with self._reading(step):
             tree = self._tree(step)

@@ -16,8 +16,8 @@ _REFUSED = re.compile(r"No such compile option: '([^']*)'|Failed to parse '[^']*
 
 
 def parse(text: str) -> dict[str, str]:
-    """Parses options: `"a=1,b=false"` -> {"a": "1", "b": "false"}; a ValueError where a part is not NAME=VALUE or a
-    name is given twice.
+    """`"a=1,b=false"` -> {"a": "1", "b": "false"}; a ValueError where a part is not NAME=VALUE or a name is there
+    twice.
     """
     pairs = [part.strip().split("=") for part in text.split(",")] if text else []
     options = {pair[0]: pair[-1] for pair in pairs}
@@ -32,9 +32,7 @@ def is_options(text: str) -> bool:
 
 
 def options(setting: str, device: jax.Device) -> dict[str, str] | None:
-    """The compiler's options, of `config.compiler_options`, for a device (also of a topology without hardware); None
-    for one that is not a TPU.
-    """
+    """The options of `config.compiler_options` for a device, also of a topology; None for one that is not a TPU."""
     if device.platform != "tpu":
         return None
     if setting == AUTO:
@@ -44,9 +42,7 @@ def options(setting: str, device: jax.Device) -> dict[str, str] | None:
 
 
 def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a lowered step; a UserError where the compiler does not know an option of `config.compiler_options`, or
-    its value.
-    """
+    """Compiles a lowered step; a UserError where the compiler refuses an option of `config.compiler_options`."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as e:

@@ -221,9 +221,8 @@ class Preemption:
 
     @contextlib.contextmanager
     def at_once(self):
-        """While it lasts, a signal raises `Interrupted`, for work that changes nothing and may take long.
-
-        With several processes it does not, since all of them must leave after the same step.
+        """While it lasts, a signal raises `Interrupted`, for work that changes nothing and may take long; not with
+        several processes, since all of them must leave after the same step.
         """
         self._at_once = True
         try:

@@ -72,8 +72,8 @@ def verify(tree, written: dict[str, int]) -> None:
 
 
 def read_text(folder: epath.Path, item: str) -> dict:
-    """The JSON of an item of a checkpoint; `Damaged` where it is missing or no object, a UserError where a bucket does
-    not give it.
+    """The JSON of an item of a checkpoint; `Damaged` where it is missing or none, a UserError where a bucket does not
+    give it.
     """
     try:
         content = json_files.read(folder / item / "metadata", dict[str, Any], "restore it", None)
@@ -96,9 +96,8 @@ def damage(folder: epath.Path) -> str | None:
 
 
 def check_files(folder: epath.Path) -> None:
-    """Checks what a few small reads can tell of a checkpoint, in a folder named by its step; arrays are not read.
-
-    `Damaged` where a part is missing, empty or not readable, or the folder is a copy of another step's.
+    """What a few small reads can tell of a checkpoint, in a folder named by its step: `Damaged` where a part is
+    missing, empty or not readable, or the folder is a copy of another step's.
     """
     for file in () if paths.is_remote(folder) else Path(folder).rglob("*"):
         if not file.is_dir() and not file.is_file():

@@ -84,18 +84,15 @@ def initial_arrays(
         digests = {prefix: hashes.submit(readers.fingerprint, o.files) for prefix, o in opened.items()}
         for prefix in needed:
             arrays |= _fill(program, prefix, opened[prefix], mine[prefix], wanted)
-        arrays |= _initialise(program, [n for n in program.arrays if n not in owner and n in wanted])
-        origins = {
-            prefix: {"source": [f.name for f in o.files], "sha256": digests[prefix].result()}
-            for prefix, o in opened.items()
-        }
+        if fresh := [n for n in program.arrays if n not in owner and n in wanted]:
+            arrays |= _initialise(program, fresh)
+        names = {prefix: [f.name for f in o.files] for prefix, o in opened.items()}
+        origins = {prefix: {"source": names[prefix], "sha256": digests[prefix].result()} for prefix in opened}
     return {n: a for n, a in arrays.items() if n in wanted}, origins
 
 
 def _initialise(program: Program, fresh: list[str]) -> dict:
     """The initial values of these parameters; the compiler removes the computation of all others."""
-    if not fresh:
-        return {}
 
     def init():
         _, arrays = partition.disassemble(program.init_module())

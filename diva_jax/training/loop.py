@@ -30,8 +30,7 @@ from diva_jax.training import (
     workdirs,
 )
 from diva_jax.training.distributed import Preemption
-from diva_jax.training.step import Program, averaged
-from diva_jax.training.steps import Steps, train_steps
+from diva_jax.training.step import Program, Steps, averaged, train_steps
 
 _MANY_EPOCHS = 5.0  # The published runs see each image about once.
 
@@ -60,10 +59,8 @@ class Profile:
 
 
 class Loaded(NamedTuple):
-    """The arrays of a run as it starts or resumes.
-
-    `origins` has prefix -> {"source", "sha256"} of the initial weights, `parent` the record of the checkpoint that it
-    began with, see `workdirs.Parent.record`.
+    """The arrays of a run as it starts or resumes, prefix -> {"source", "sha256"} of the initial weights, and the
+    record of the checkpoint that it began with, see `workdirs.Parent.record`.
     """
 
     state: dict
@@ -153,9 +150,8 @@ class Run:
             self.lock = lock.Lock(self.workdir)
 
     def load(self) -> Loaded:
-        """Loads frozen weights from their sources, and the state from the last checkpoint or from the sources.
-
-        Parameters that are taken from another run's checkpoint are not read from their sources.
+        """Loads frozen weights from their sources, and the state from the last checkpoint or, but for parameters of
+        another run's checkpoint, from the sources.
         """
         program, saving = self.program, self.config.checkpoint
         began = time.perf_counter()
@@ -307,9 +303,8 @@ class _Loop:
         return batch
 
     def _evaluate(self) -> None:
-        """Evaluates the current weights, or their moving average, if `config.eval` is set for this step.
-
-        This does not affect training.
+        """Evaluates the current weights, or their moving average, if `config.eval` is set for this step; training goes
+        on as without.
         """
         run = self.run_
         if not run.evaluator or (self.step % run.config.eval.every and self.step != run.total):

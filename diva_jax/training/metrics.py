@@ -129,22 +129,12 @@ class Progress:
     is their number per step, `utilisation` the MFU at one image per second, None if the chip's peak is not known.
     """
 
-    def __init__(
-        self,
-        writer: Writer | None,
-        start: int,
-        total: int,
-        every: int,
-        images: int,
-        utilisation: float | None = None,
-    ):
+    def __init__(self, writer: Writer | None, start: int, total: int, every: int, images: int, utilisation=None):
         self._writer, self._total, self._every, self._images = writer, total, every, images
-        self._utilisation = utilisation
+        self._utilisation: float | None = utilisation
         self._pending: tuple[int, dict] | None = None
         self._window: list[dict[str, float]] = []
-        self._waited = 0.0
-        self._window_start = time.perf_counter()
-        self._broken = 0
+        self._waited, self._broken, self._window_start = 0.0, 0, time.perf_counter()
         # Where stdout is no terminal, there are the lines of `_report` alone.
         self._bar = log.progress("training", total, every=math.inf, initial=start)
 
@@ -172,8 +162,7 @@ class Progress:
             return
         (step, metrics), self._pending = self._pending, None
         values = {k: float(np.asarray(v)) for k, v in metrics.items()}
-        bad = [k for k, v in values.items() if not math.isfinite(v)]
-        if bad:
+        if bad := [k for k, v in values.items() if not math.isfinite(v)]:
             raise RunError(
                 f"step {step}: {' and '.join(bad)} not finite; stopped, the last checkpoint is from before: lower "
                 "config.optim.lr or set config.dtype=float32, then start again"

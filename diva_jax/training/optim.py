@@ -51,9 +51,8 @@ class OptimOptions:
 
 
 def pace(stage: Stage, warmup: float) -> Pace:
-    """The numbers of a stage's learning rate, as numpy scalars.
-
-    Where the stage does not give its warm-up in steps (None or -1), it is the share `warmup` of them, rounded up.
+    """The numbers of a stage's learning rate, as numpy scalars; a warm-up that it does not give in steps (None or -1)
+    is the share `warmup` of its steps, rounded up.
     """
     given = stage.warmup_steps is not None and stage.warmup_steps >= 0
     warm = min(stage.warmup_steps if given else math.ceil(warmup * stage.steps), stage.steps - 1)

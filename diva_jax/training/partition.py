@@ -45,9 +45,8 @@ def disassemble(module: nnx.Module) -> tuple[Skeleton, dict[str, jax.Array]]:
 
 
 def scales(table: Iterable[tuple[str, float]], names: Iterable[str]) -> dict[str, float]:
-    """Name -> learning-rate scale (0: frozen), by the first pattern that matches the whole name.
-
-    A UserError where no pattern matches a name, a pattern matches no name or is invalid, or nothing is trained.
+    """Name -> learning-rate scale (0: frozen), by the first pattern that matches the whole name; a UserError where none
+    matches a name, one matches no name or is invalid, or nothing is trained.
     """
     table, names = list(table), list(names)
     out, used = {}, set()

@@ -14,8 +14,8 @@ BATCH = P(("data", "fsdp"))
 
 
 def make_mesh(config, devices=None) -> Mesh:
-    """A (`data`, `fsdp`) mesh over all devices, by default those of the run, as `config.mesh` says; a UserError where
-    its sizes do not multiply to their number.
+    """A (`data`, `fsdp`) mesh of all devices, as `config.mesh` says; a UserError where its sizes do not give their
+    number.
     """
     devices = jax.devices() if devices is None else devices
     n, fsdp = len(devices), config.fsdp

@@ -1,19 +1,23 @@
 """The train step: one pure function, its abstract inputs and their shardings, for training and for `aot`."""
 
 import functools
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diva_jax import objectives
+from diva_jax.common import log
 from diva_jax.common.errors import UserError
+from diva_jax.common.log import say
 from diva_jax.models import backbones, layers
 from diva_jax.training import compiler, optim, partition, sharding, terms, towers
 
@@ -76,12 +80,7 @@ def train_step(
     with jax.named_scope("optimizer"):
         updates, opt = tx(lr).update(grads, state["opt"], trained)
         trained = optax.apply_updates(trained, updates)
-    new = {
-        "params": {**idle, **trained},
-        "opt": opt,
-        "step": state["step"] + 1,
-        "key": state["key"],
-    }
+    new = {"params": {**idle, **trained}, "opt": opt, "step": state["step"] + 1, "key": state["key"]}
     if "ema" in state:  # In this form, what is not active stays bit-identical to its parameter.
         new["ema"] = {n: a + (1 - decay) * (new["params"][n] - a) for n, a in state["ema"].items()}
     metrics = {k: jnp.mean(v) for k, v in metrics.items()}
@@ -172,13 +171,8 @@ class Program:
         params = {n: self.arrays[n] for n in self.trained}
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
         average = {"ema": params} if self.config.ema.decay else {}
-        return {
-            "params": params,
-            "opt": opt,
-            "step": scalar((), jnp.int32),
-            "key": scalar(key.shape, key.dtype),
-            **average,
-        }
+        numbers = {"step": scalar((), jnp.int32), "key": scalar(key.shape, key.dtype)}
+        return {"params": params, "opt": opt, **numbers, **average}
 
     def init_state(self, params: Mapping[str, jax.Array]) -> dict:
         """The state of step 0, from the values of the trained parameters; their moving average begins with them."""
@@ -186,13 +180,8 @@ class Program:
         put = partial(jax.device_put, device=self.replicated)
         params = {n: params[n] for n in self.trained}
         average = {"ema": jax.tree.map(jnp.copy, params)} if self.config.ema.decay else {}
-        return {
-            "params": params,
-            "opt": self.init_opt(0, params),
-            "step": put(jnp.int32(0)),
-            "key": put(key),
-            **average,
-        }
+        numbers = {"step": put(jnp.int32(0)), "key": put(key)}
+        return {"params": params, "opt": self.init_opt(0, params), **numbers, **average}
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -205,18 +194,15 @@ class Program:
         def of(shape, dtype):
             return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=self.batch_sharding)
 
-        found = {name: of(i.shape, i.dtype) for name, i in self.objective.inputs.items()}
-        return found | {"row": of((), jnp.int32)}
+        return {name: of(i.shape, i.dtype) for name, i in self.objective.inputs.items()} | {"row": of((), jnp.int32)}
 
     def abstract_frozen(self) -> dict:
+        """The parameters that no stage trains, as ShapeDtypeStructs with shardings."""
         trained = set(self.trained)
         return {n: a for n, a in self.arrays.items() if n not in trained}
 
     def step(self, stage: int) -> "Step":
-        """The jitted step of a stage; the state is donated.
-
-        It is compiled with `config.compiler_options`; `compiler.compiled` has errors for wrong ones.
-        """
+        """The jitted step of a stage, with `config.compiler_options`; the state is donated."""
         s = self.stages[stage]
         static = dict(
             skeleton=self.skeleton,
@@ -239,9 +225,8 @@ class Program:
 
 
 class Step(NamedTuple):
-    """The step of a stage: (state, frozen, batch) -> (state, metrics).
-
-    The pace is an argument of the jitted program, so that it is not compiled again for another number of steps or rate.
+    """The step of a stage: (state, frozen, batch) -> (state, metrics). The pace is an argument of the jitted program,
+    so that it is not compiled again for another number of steps or rate.
     """
 
     jitted: Any
@@ -253,3 +238,59 @@ class Step(NamedTuple):
     def lower(self, state, frozen, batch):
         """As of a jitted function; what is compiled of it takes `pace` as its last argument."""
         return self.jitted.lower(state, frozen, batch, self.pace)
+
+
+class Steps:
+    """The step of each stage of a program, compiled at its first batch; `on_compiled` gets the seconds it took. Several
+    runs can share them, whose configs differ in what no compiled step depends on (seed, data, steps).
+    """
+
+    def __init__(self, program: Program, on_compiled: Callable[[float], None] = lambda seconds: None):
+        self.program, self._on_compiled = program, on_compiled
+        self._compiled: dict[int, tuple[jax.stages.Compiled, Any]] = {}
+
+    def __call__(self, index: int, state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
+        """Makes one step of stage `index`; the state is donated. Returns (state, metrics)."""
+        if index not in self._compiled:
+            arrays, active, stage = self.program.arrays, self.program.active(index), self.program.stages[index]
+            count, where = sum(arrays[n].size for n in active), dict.fromkeys(n.split("/")[0] for n in active)
+            say(
+                f"{partition.summary(arrays, active)}\n"
+                f"stage {stage.name}: steps {stage.start} to {stage.end}, peak learning rate {stage.lr:g}, trains "
+                f"{count:,} parameters of {', '.join(where)}; compiling"
+            )
+            step = self.program.step(index)
+            began = time.perf_counter()
+            with log.waiting("compiling"):
+                program = compiler.compiled(step.lower(state, frozen, batch))
+            self._compiled[index] = program, step.pace
+            say(f"compiled in {time.perf_counter() - began:.0f} s")
+            self._on_compiled(time.perf_counter() - began)
+        program, pace = self._compiled[index]
+        return program(state, frozen, batch, pace)
+
+
+def train_steps(
+    steps: Steps,
+    state: dict,
+    frozen: dict[str, jax.Array],
+    next_batch: Callable[[], dict[str, np.ndarray] | None],
+    start: int,
+    end: int,
+) -> Iterator[tuple[int, dict, dict[str, jax.Array]]]:
+    """Makes the steps from `start` to `end`; yields (completed steps, state, metrics) after each.
+
+    The state, see `step.train_step`, is donated to the next step. `next_batch` returns this process's rows of a batch;
+    None ends the training. A stage that follows another one begins with a new optimizer. A UserError where the compiler
+    refuses `config.compiler_options`.
+    """
+    program = steps.program
+    for step in range(start, end):
+        index = program.stage_at(step)
+        if (batch := next_batch()) is None:
+            return
+        rows = {k: jax.make_array_from_process_local_data(program.batch_sharding, v) for k, v in batch.items()}
+        state, values = steps(index, state, frozen, rows)
+        if step + 1 == program.stages[index].end and index + 1 < len(program.stages):
+            state["opt"] = program.init_opt(index + 1, state["params"])
+        yield step + 1, state, values

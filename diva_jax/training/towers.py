@@ -7,11 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.shared.text import Text
-from diva_jax.models.layers import abstract
 from diva_jax.training.partition import Skeleton, disassemble
+from diva_jax.weights import clip
 
 Flat = dict[str, dict[str, jax.Array]]  # Tower -> name of a parameter in it -> array.
 
@@ -50,20 +48,13 @@ class Towers:
 
     def check(self, spec: Spec) -> None:
         """A UserError where a tower has other names or shapes than that of the backbone `spec`, or is not known."""
-        makers = {"vision": backbones.build, "text": Text}
         for tower, shapes in self.shapes.items():
-            if tower in makers:
-                module = abstract(lambda rngs, tower=tower: makers[tower](spec, rngs=rngs))
-                want = {n: a.shape for n, a in disassemble(module)[1].items()}
-            elif tower in ("logit_scale", "logit_bias"):
-                want = {tower: ()}
-            else:
+            if tower not in (*clip.TOWERS, *clip.SCALARS):
                 raise UserError(f"towers() returns {tower!r}: return only vision, text, logit_scale and logit_bias")
-            wrong = {n for n in want.keys() | shapes.keys() if n not in shapes or shapes[n].shape != want.get(n)}
-            if wrong:
+            if wrong := clip.misfits(tower, {n: a.shape for n, a in shapes.items()}, spec):
                 raise UserError(
                     f"the {tower} tower of the objective is not that of config.backbone, they differ in "
-                    f"{listing(sorted(wrong), 5)}: towers() must return the plain tower, with adapters merged"
+                    f"{listing(wrong, 5)}: towers() must return the plain tower, with adapters merged"
                 )
 
     def needs(self, tower: str) -> frozenset[str]:

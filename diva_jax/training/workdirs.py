@@ -46,10 +46,8 @@ def _run_config(workdir: epath.PathLike) -> dict | None:
 
 
 def check_config(workdir: epath.PathLike, config) -> int | None:
-    """Checks that the checkpoints of a workdir, if there are any, are those of this config; a UserError where they are
-    not.
-
-    Returns the run's number of `config.steps` where the config has more, which extends it; otherwise None.
+    """A UserError where the checkpoints of a workdir, if there are any, are of another config. Returns the run's number
+    of `config.steps` where the config has more, which extends it; otherwise None.
     """
     if checkpoint.latest_step(workdir) is None or (there := _run_config(workdir)) is None:
         return None
@@ -94,9 +92,8 @@ def write_config(workdir: epath.PathLike, config) -> None:
 
 
 def seen(path: epath.Path) -> int | None:
-    """The checksum of a file, as soon as it is seen here; None where it never is.
-
-    Every process reads what process 0 has just written, so that a folder that is not shared is detected.
+    """The checksum of a file that process 0 has just written, as soon as it is seen here; None where it never is,
+    because the folder is not shared.
     """
     until = time.monotonic() + _VISIBLE_WITHIN_S
     while not path.exists():
@@ -117,9 +114,7 @@ def check_sources(there: dict, here: dict) -> None:
 
 
 def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict:
-    """The config that a run wrote into its workdir; a UserError where there is no run, or its config names code that is
-    not trusted.
-    """
+    """The config of a run in its workdir; a UserError where there is no run, or it names code that is not trusted."""
     found = _run_config(paths.folder(workdir, field))
     if found is None:
         raise UserError(f"{field}={workdir} holds no run: give the --workdir of python -m diva_jax.main")
@@ -131,9 +126,7 @@ def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict
 
 
 def choose_step(workdir: epath.PathLike, step: int | None = None, given: str = "") -> int:
-    """`step`, or the newest one; a UserError lists those that exist. `given` is what the user wrote for it, default
-    `--step=STEP`.
-    """
+    """`step`, or the newest one; a UserError lists those that exist. `given` is what the user wrote for it."""
     given, workdir = given or f"--step={step}", epath.Path(workdir).expanduser()
     there, damaged = checkpoint.steps(workdir), checkpoint.damaged(workdir)
     newest = max(damaged, default=-1)
@@ -162,9 +155,7 @@ def _host() -> jax.Device:
 
 @dataclasses.dataclass(frozen=True)
 class Parent:
-    """The checkpoint of a run that another run starts from: what it has trained, name -> shape, and the SHA-256 of its
-    description, which no other checkpoint shares.
-    """
+    """The checkpoint of a run that another run starts from: what it has trained, and the SHA-256 of its description."""
 
     workdir: str
     step: int
@@ -173,7 +164,7 @@ class Parent:
 
     @classmethod
     def open(cls, text: str, field: str = "--init_from") -> "Parent":
-        """Finds WORKDIR (the newest step) or WORKDIR:STEP, the value of `field`; a UserError where there is no such
+        """Finds WORKDIR (the newest step) or WORKDIR:STEP, the value of `field`; a UserError without that
         checkpoint.
         """
         workdir, step = places.split_step(text)
@@ -185,9 +176,7 @@ class Parent:
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any]) -> "Parent":
-        """The checkpoint of which a run says that it began there, see `record`; a UserError where it is gone, or is
-        another one.
-        """
+        """The checkpoint of a run's `record`; a UserError where it is gone, or is another one."""
         where = f"{record['workdir']}:{record['step']}"
         try:
             found = cls.open(where)
@@ -223,8 +212,8 @@ class Parent:
 
 @dataclasses.dataclass(frozen=True)
 class RunAt:
-    """A run at the step of one of its checkpoints: what it has trained, over the weights that it began with; arrays are
-    on the host.
+    """A run at one of its checkpoints: what it has trained, over the weights that it began with; arrays are on the
+    host.
     """
 
     workdir: epath.PathLike
@@ -233,7 +222,7 @@ class RunAt:
 
     @classmethod
     def open(cls, workdir: epath.PathLike, step: int | None = None) -> "RunAt":
-        """Reads a run at a step, default the newest. A UserError where there is no such checkpoint, it is damaged, or
+        """Reads a run at a step, default the newest; a UserError without that checkpoint, or where it is damaged or
         `config.json` is that of another run.
         """
         config = read_config(workdir)
@@ -286,8 +275,8 @@ class RunAt:
         return self._restored[1]["sources"]
 
     def towers(self, wanted: Iterable[str] | None = None) -> towers.Flat:
-        """The tuned towers, default all, adapters merged; see `Objective.towers`. A UserError where weights that the
-        run began with are gone, or are not the same files.
+        """The tuned towers, adapters merged, see `Objective.towers`; a UserError where weights that the run began with
+        are gone or have changed.
         """
         self.program.check_exportable()
         wanted = list(self.program.towers.shapes if wanted is None else wanted)

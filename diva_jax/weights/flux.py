@@ -70,9 +70,8 @@ def _open(source: str, config: FluxVAEConfig, field: str) -> tuple[Tensors, name
 
 
 def vae(source: str, config: FluxVAEConfig, field: str) -> Part:
-    """The encoder of FLUX's autoencoder; `field` is the config section of `source` and `config`, named in errors.
-
-    The source is `ae.safetensors`, a folder that holds it, a diffusers folder (the pipeline's or `vae`), or a hub id.
+    """The encoder of FLUX's autoencoder, of `ae.safetensors`, a folder that holds it, a diffusers folder (the
+    pipeline's or `vae`), or a hub id; `field` is the config section of both.
     """
 
     def opened():

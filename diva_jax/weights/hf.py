@@ -3,7 +3,6 @@ and config files.
 """
 
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe
 from diva_jax.weights.tensors import Tensor, Tensors
 
 
-def _with_layout() -> list[ModuleType]:
-    return [module for module in architectures().values() if module.TRANSFORMERS is not None]
+def _layouts() -> list[Layout]:
+    return [module.TRANSFORMERS for module in architectures().values() if module.TRANSFORMERS is not None]
 
 
 def _layout(spec: Spec) -> Layout:
@@ -29,8 +28,7 @@ def _layout(spec: Spec) -> Layout:
 
 def recognises(names: Iterable[str]) -> bool:
     """Returns whether tensors have transformers' names."""
-    marks = tuple(module.TRANSFORMERS.mark for module in _with_layout())
-    return any(name.startswith(marks) for name in names)
+    return any(name.startswith(tuple(layout.mark for layout in _layouts())) for name in names)
 
 
 def _swap(recipe: Recipe, shape: tuple, to_hf: bool) -> tuple:
@@ -72,9 +70,8 @@ def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[st
 
 
 def to_open_clip_names(tensors: Tensors, spec: Spec, source: str) -> Tensors:
-    """Converts the names and layouts of a whole transformers model, `source` in errors, to those of open_clip, lazily.
-
-    A UserError lists names that are missing or unknown.
+    """Converts a whole transformers model's names and layouts to those of open_clip, lazily; a UserError lists names
+    that are missing or unknown.
     """
     plan = _layout(spec).recipes(spec)
     known = {n for r in plan for n in r.hf}
@@ -95,13 +92,11 @@ def to_transformers_names(tensors: Mapping[str, Any], spec: Spec) -> dict[str, T
 def from_transformers(
     config: Mapping[str, Any], preprocessor: Mapping[str, Any], where: str
 ) -> tuple[Spec, frozenset[str]]:
-    """(The Spec that a transformers folder `where` describes, the fields of it that the folder does not specify).
-
-    `config` and `preprocessor` are the contents of config.json and preprocessor_config.json, or {}. A UserError where
-    the model or its activation is not implemented.
+    """(The Spec that config.json and preprocessor_config.json, or {}, describe, the fields of it that they do not
+    specify); a UserError where the model or its activation is not implemented.
     """
     kind = config.get("model_type")
-    layouts = {model: module.TRANSFORMERS for module in _with_layout() for model in module.TRANSFORMERS.models}
+    layouts = {model: layout for layout in _layouts() for model in layout.models}
     if not isinstance(kind, str) or kind not in layouts:
         known = [name for layout in layouts.values() for name in layout.models.values()]
         raise UserError(
@@ -112,8 +107,8 @@ def from_transformers(
 
 
 def to_transformers(spec: Spec, dtype: str) -> dict:
-    """The content of config.json for `spec` with weights of a dtype, e.g. "float32"; a UserError where transformers has
-    no such model.
+    """The content of config.json for weights of a dtype, e.g. "float32"; a UserError where transformers has no such
+    model.
     """
     return _layout(spec).to_config(spec, dtype)
 

@@ -1,6 +1,7 @@
 """Loads weights from any source into one model; `training.load` does so for a whole training program."""
 
-import functools
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,15 +9,14 @@ from flax import nnx
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
-from diva_jax.models import backbones, layers
+from diva_jax.models import layers
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.shared.text import Text, require_text
+from diva_jax.models.backbones.shared.text import require_text
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
 from diva_jax.weights import clip, diffusers, names, origins, places, readers, resample
-from diva_jax.weights.tensors import Tensors
 
 # Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).
 _SD = {
@@ -26,22 +26,21 @@ _SD = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A source that has been found and checked: its files, and (abstract state, put=None) -> the state, filled; `put`
+    as for `names.assign`.
+    """
+
+    files: list[Path]
+    fill: Callable[..., nnx.State]
+
+
 def _part(config):
     """The row of `_SD`; any other class is a `latent_code.LatentCode` in place of the VAE."""
     if (row := _SD.get(type(config))) is not None:
         return row
     return "vae", type(config).build, names.Table("latent code"), ("diffusion_pytorch_model",)
-
-
-def fill_vision(source: origins.ClipSource, spec: Spec, state, put=None):
-    """The filled state of `spec`'s vision tower, of a source that `origins.check_architecture` has checked; positions
-    are interpolated if needed.
-    """
-    tensors = resample.to_resolution(source.tensors, spec)
-    if tensors is not source.tensors:
-        old, new = resample.grids(source.tensors, spec)
-        say(f"{source.where}: position embeddings interpolated from {old} x {old} to {new} x {new} patches")
-    return names.assign(state, tensors, clip.vision_table(spec), source=source.where, put=put)
 
 
 def check_text(source: origins.ClipSource, spec: Spec) -> None:
@@ -54,55 +53,52 @@ def check_text(source: origins.ClipSource, spec: Spec) -> None:
         stated = vars(source.spec.text)
         origins.check_same(stated, spec.text, stated.keys() - free, source.where, "config.backbone.text")
     tensors = resample.to_context(source.tensors, spec.text)
-    module = layers.abstract(lambda rngs: Text(spec, rngs=rngs))
-    names.check_names(module, tensors, clip.text_table(spec), source=source.where)
+    names.check_names(clip.abstract("text", spec), tensors, clip.text_table(spec), source=source.where)
 
 
-def fill_text(source: origins.ClipSource, spec: Spec, state, put=None):
-    """The filled state of `spec`'s text tower, of a source that `check_text` has checked; positions are stretched where
-    it asks for that.
+def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = "config.backbone") -> Opened:
+    """A tower of `spec`, "vision" or "text", of a checkpoint; a UserError where that has another one, or none.
+
+    Positions are interpolated to the resolution of `spec`, or stretched to its context where it asks for that.
     """
-    tensors = resample.to_context(source.tensors, spec.text)
-    if tensors is not source.tensors:
-        say(f"{source.where}: position embeddings of texts stretched to {spec.text.context_length} tokens")
-    return names.assign(state, tensors, clip.text_table(spec), source=source.where, put=put)
+    if tower == "vision":
+        origins.check_architecture(source, spec, field)
+        tensors = resample.to_resolution(source.tensors, spec)
+        old, new = resample.grids(source.tensors, spec)
+        note = f"position embeddings interpolated from {old} x {old} to {new} x {new} patches"
+    else:
+        check_text(source, spec)
+        tensors = resample.to_context(source.tensors, spec.text)
+        note = f"position embeddings of texts stretched to {spec.text.context_length} tokens"
+
+    def fill(state, put=None):
+        if tensors is not source.tensors:
+            say(f"{source.where}: {note}")
+        return names.assign(state, tensors, clip.table(tower, spec), source=source.where, put=put)
+
+    return Opened(source.files, fill)
 
 
-# Tower of a backbone -> its module, the check of a source, and how it is filled.
-TOWERS = {
-    "vision": (backbones.build, origins.check_architecture, fill_vision),
-    "text": (Text, check_text, fill_text),
-}
-
-
-def open_diffusers(folder: Path, config, field: str = "") -> Tensors:
-    """Opens the tensors of a U-Net, VAE encoder or text encoder, in the folder of a pipeline or of the part.
-
-    A UserError where the folder's config.json differs from `config`, which is the section `field` of the config.
+def open_diffusers(folder: Path, config, field: str = "") -> Opened:
+    """A U-Net, VAE encoder or text encoder, in the folder of a pipeline or of the part; a UserError where its
+    config.json differs from `config`, the section `field` of the config.
     """
-    part, _, _, stems = _part(config)
+    part, _, table, stems = _part(config)
     folder = folder / part if (folder / part).is_dir() else folder
     there = vars(type(config).from_dict(readers.read_json(folder / "config.json")))
     origins.check_same(there, config, there, str(folder), field or part)
-    return readers.weights_in(folder, *stems)
+    tensors = readers.weights_in(folder, *stems)
+    return Opened(
+        tensors.files, lambda state, put=None: names.assign(state, tensors, table, source=str(folder), put=put)
+    )
 
 
 def check_schedule(folder: Path, config: ScheduleConfig) -> None:
-    """A UserError where a pipeline's folder has another noise schedule than this; one without a scheduler is not
-    checked.
-    """
+    """A UserError where a pipeline's folder has another noise schedule; one without a scheduler is not checked."""
     path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        return
-    there = vars(ScheduleConfig.from_dict(readers.read_json(path)))
-    origins.check_same(there, config, there, str(path), "config.diffusion.scheduler")
-
-
-def fill_diffusers(tensors: Tensors, config, state, put=None):
-    """The state of a U-Net, VAE encoder or text encoder, filled with the tensors of `open_diffusers`; a UserError where
-    they do not fit.
-    """
-    return names.assign(state, tensors, _part(config)[2], source=str(tensors.files[0].parent), put=put)
+    if path.is_file():
+        there = vars(ScheduleConfig.from_dict(readers.read_json(path)))
+        origins.check_same(there, config, there, str(path), "config.diffusion.scheduler")
 
 
 def load(
@@ -130,19 +126,13 @@ def load(
       UserError: the source is missing, invalid, or of another architecture than `spec`.
     """
     kw = dict(dtype=dtype, param_dtype=param_dtype)
-
-    def abstract(make):
-        return nnx.split(layers.abstract(lambda rngs: make(rngs=rngs, **kw)))
-
     if isinstance(spec, Spec):
-        make, check, fill = TOWERS[tower]
-        opened = origins.open_source(source)
-        check(opened, spec)
-        graph, state = abstract(functools.partial(make, spec, remat=remat))
-        return nnx.merge(graph, fill(opened, spec, state, put))
-    _, model, _, _ = _part(spec)
-    if model is UNet:
-        kw["remat"] = remat
-    folder = places.diffusers_folder(source)
-    graph, state = abstract(functools.partial(model, spec))
-    return nnx.merge(graph, fill_diffusers(open_diffusers(folder, spec), spec, state, put))
+        opened = open_tower(tower, origins.open_source(source), spec)
+        module = clip.abstract(tower, spec, remat=remat, **kw)
+    else:
+        _, model, _, _ = _part(spec)
+        kw |= dict(remat=remat) if model is UNet else {}
+        opened = open_diffusers(places.diffusers_folder(source), spec)
+        module = layers.abstract(lambda rngs: model(spec, rngs=rngs, **kw))
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, opened.fill(state, put))

@@ -29,9 +29,8 @@ def check_type(name: str, dtype: np.dtype, source: str) -> None:
 
 
 def check_values(name: str, array: np.ndarray, source: str, may_be_zero: bool = True) -> None:
-    """Checks a tensor of floats of 2, 4 or 8 bytes, of any strides, in one pass over its bits.
-
-    A UserError where a value is NaN or infinite, or, unless `may_be_zero`, as biases may, where all are zero.
+    """Checks floats of 2, 4 or 8 bytes, of any strides, in one pass over their bits: a UserError where one is NaN or
+    infinite, or, unless `may_be_zero` (biases), where all are zero.
     """
     flat_array = array.ravel(order="K")
     bits = flat_array.view(f"u{array.dtype.itemsize}")
@@ -47,8 +46,8 @@ def check_values(name: str, array: np.ndarray, source: str, may_be_zero: bool = 
 
 
 def check_names(state, tensors: Mapping, table: Table, *, source: str = "the checkpoint") -> None:
-    """A UserError lists the names of a checkpoint that are unknown, missing, or of another shape than in a state;
-    arguments as `assign`'s.
+    """A UserError lists names that are unknown, missing, or of another shape than in a state; arguments as
+    `assign`'s.
     """
     names = {table.canonical(n): n for n in tensors}
     shapes = {table.torch_name(path): torch_shape(path, var.shape) for path, var in flat(state).items()}

@@ -49,8 +49,8 @@ class ClipSource:
         return any(n in self.tensors for n in ("token_embedding.weight", "text.token_embedding.weight"))
 
     def described(self, source: str) -> Spec:
-        """The Spec, with `source` as the source of its weights; a UserError where a bare file does not specify heads
-        and activation.
+        """The Spec, with `source` as its source; a UserError where a bare file does not specify heads and
+        activation.
         """
         if self.spec is None:
             raise UserError(
@@ -107,28 +107,14 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
 
 def _openai_spec(tensors: Tensors) -> Spec:
     """Returns the Spec of OpenAI's weights: heads of width 64 and QuickGELU, which they do not specify."""
-    vision = _recognise(tensors).shapes(tensors)
-    text_width = tensor_shape(tensors, "ln_final.weight", 1)[0]
-    return from_open_clip(
-        dict(
-            embed_dim=vision["embed_dim"],
-            quick_gelu=True,
-            vision_cfg=dict(
-                image_size=vision["image_size"],
-                layers=vision["layers"],
-                width=vision["width"],
-                patch_size=vision["patch_size"],
-                mlp_ratio=vision["mlp_dim"] / vision["width"],
-            ),
-            text_cfg=dict(
-                context_length=tensor_shape(tensors, "positional_embedding")[0],
-                vocab_size=tensor_shape(tensors, "token_embedding.weight")[0],
-                width=text_width,
-                heads=text_width // 64,
-                layers=depth(tensors, "transformer.resblocks"),
-            ),
-        )
-    )
+    found = _recognise(tensors).shapes(tensors)
+    vision = {option: found[option] for option in ("image_size", "layers", "width", "patch_size")}
+    width = tensor_shape(tensors, "ln_final.weight", 1)[0]
+    text = dict(width=width, heads=width // 64, layers=depth(tensors, "transformer.resblocks"))
+    text["context_length"] = tensor_shape(tensors, "positional_embedding")[0]
+    text["vocab_size"] = tensor_shape(tensors, "token_embedding.weight")[0]
+    vision["mlp_ratio"] = found["mlp_dim"] / found["width"]
+    return from_open_clip(dict(embed_dim=found["embed_dim"], quick_gelu=True, vision_cfg=vision, text_cfg=text))
 
 
 def open_source(source: str, field: str = "--source") -> ClipSource:
@@ -177,10 +163,8 @@ ARCHITECTURE += ("registers",)
 
 
 def check_same(there: Mapping[str, Any], here: object, fields: Iterable[str], where: str, field: str) -> None:
-    """A UserError lists the `fields` in which weights, that state `there`, are not the model `here` of the config
-    section `field`.
-
-    `where` is the source of the weights; a field that they do not state is not compared.
+    """A UserError lists the `fields` in which weights, of `where` and stating `there`, are not the model `here` of the
+    config section `field`.
     """
     stated = {name: there[name] for name in fields if name in there}
     pairs = differing(stated, {name: getattr(here, name) for name in stated}, whole=stated)
@@ -192,9 +176,7 @@ def check_same(there: Mapping[str, Any], here: object, fields: Iterable[str], wh
 
 
 def check_architecture(source: ClipSource, spec: Spec, field: str = "config.backbone") -> None:
-    """A UserError lists each field, with both values, in which weights are not of the architecture and activation of
-    `spec`.
-    """
+    """A UserError lists each field, with both values, in which weights are not of the architecture of `spec`."""
     stated = {f: getattr(source.spec, f) for f in ARCHITECTURE if f not in source.silent} if source.spec else {}
     shapes = _recognise(source.tensors).shapes(source.tensors)
     check_same(stated | shapes, spec, ARCHITECTURE, f"{source.where} ({source.kind})", field)

@@ -29,10 +29,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Place(NamedTuple):
-    """Where a source of weights is: the local file or folder, or the hub id, `at`; of a run `source` and `at` are its
-    workdir.
-
-    `step` is that of a run's checkpoint, and None where the source is no run.
+    """Where a source is: the local file or folder, or the hub id, `at`; of a run both are its workdir, and `step` is
+    not None.
     """
 
     source: str
@@ -47,10 +45,8 @@ def split_step(text: str) -> tuple[str, int | None]:
 
 
 def as_run(source: str) -> tuple[str, int | None] | None:
-    """(workdir, step if one was given) of a source WORKDIR or WORKDIR:STEP; None where there is no folder with a config
-    and checkpoints.
-
-    A UserError where it is in a bucket that cannot be reached.
+    """(workdir, step if one was given) of WORKDIR or WORKDIR:STEP; None where there is no folder with a config and
+    checkpoints; a UserError where a bucket cannot be reached.
     """
 
     def is_run(workdir: str) -> bool:
@@ -61,9 +57,8 @@ def as_run(source: str) -> tuple[str, int | None] | None:
 
 
 def find(source: str, field: str) -> Place:
-    """Finds a file, a folder, a hub id, or WORKDIR[:STEP] of a run, the value of the config field or flag `field`.
-
-    A UserError as of `locate`, and where a workdir has no checkpoint, or none of this step.
+    """Finds a file, a folder, a hub id, or WORKDIR[:STEP] of a run, the value of `field`; a UserError as of `locate`,
+    and where a workdir has no such checkpoint.
     """
     if (run := as_run(source)) is None:
         return Place(source, None, locate(source, field))
@@ -81,9 +76,8 @@ def hub_id(source: str) -> str:
 
 
 def locate(source: str, field: str) -> Path | str:
-    """A local path, or the hub id to download, of a path, `local-dir:PATH`, `hf-hub:ID` or a bare hub id.
-
-    A UserError, which names `field`, where it is neither, or is the removed repository of Stable Diffusion 2.1.
+    """A local path, or the hub id, of a path, `local-dir:PATH`, `hf-hub:ID` or a bare hub id, the value of `field`; a
+    UserError where it is neither, or the removed repository of Stable Diffusion 2.1.
     """
     if not source:
         raise UserError(f"{field} is empty: set it to a file, a folder or a hub id of weights")
@@ -112,8 +106,8 @@ def locate(source: str, field: str) -> Path | str:
 
 
 def download(repo: str, field: str, patterns: list[str]) -> Path:
-    """The local snapshot of a hub repository, with the files that match `patterns`; a UserError where the hub does not
-    give it.
+    """The local snapshot of a hub repository's files that match `patterns`; a UserError where the hub does not give
+    it.
     """
     from huggingface_hub import snapshot_download
 
@@ -158,8 +152,8 @@ def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Pat
 
 
 def clip_path(at: Path | str, field: str) -> Path:
-    """The file or folder of CLIP weights, downloaded if `at`, a result of `locate`, is a hub id; a UserError where that
-    has no weights.
+    """The file or folder of CLIP weights at a result of `locate`, downloaded from the hub; a UserError without
+    weights.
     """
     if isinstance(at, Path):
         return at

@@ -15,18 +15,8 @@ from diva_jax.common.errors import UserError
 from diva_jax.weights import pickles
 from diva_jax.weights.tensors import Tensor, Tensors
 
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+_DTYPES = dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=jnp.bfloat16, U8=np.uint8, BOOL=np.bool_)
+_DTYPES |= dict(I64=np.int64, I32=np.int32, I16=np.int16, I8=np.int8)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -55,19 +45,14 @@ def _read(path: Path, file, name: str) -> np.ndarray:
         raise UserError(f"{path}: the tensor {name} cannot be read ({e}): fetch the file again") from e
 
 
-def check_regular(path: Path) -> None:
-    """Raises a UserError where a path is a pipe, a device, a socket or a folder, whose reading may never end."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file: give a file of weights")
-
-
 def open_file(path: Path) -> Tensors:
     """Opens a local file, safetensors or a state dict that PyTorch has saved: name -> lazy tensor, read when it is
     requested.
 
     A UserError where it is missing, truncated or of another format, or it needs torch and torch is not installed.
     """
-    check_regular(path)
+    if path.exists() and not path.is_file():  # A pipe, a device or a socket, whose reading may never end, or a folder.
+        raise UserError(f"{path} is not a regular file: give a file of weights")
     try:
         with open(path, "rb") as f:
             start = f.read(64)

@@ -5,54 +5,39 @@ from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.shared.text import Text
-from diva_jax.models.layers import abstract
 from diva_jax.weights import clip, names, origins, readers
 from diva_jax.weights.tensors import Tensors
 
 
 def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, np.ndarray]:
     """The result of `RunAt.towers` ("vision", "text", "logit_scale", "logit_bias") in open_clip's names and layouts."""
-    from diva_jax.training import partition
-
-    kinds = {"vision": (backbones.build, clip.vision_table), "text": (Text, clip.text_table)}
     out = {}
     for tower, arrays in towers.items():
-        if tower not in kinds:
+        if tower in clip.TOWERS:
+            table = clip.table(tower, spec)
+            for path in names.flat(clip.abstract(tower, spec)):
+                array = np.asarray(arrays["/".join(map(str, path))])
+                out[table.torch_name(path)] = np.ascontiguousarray(names.to_torch_layout(path, array))
+        else:
             out[tower] = np.asarray(arrays[tower])
-            continue
-        make, table_of = kinds[tower]
-        variables = names.flat(abstract(lambda rngs, make=make: make(spec, rngs=rngs)))
-        filled = {path: var.replace(np.asarray(arrays[partition.name_of(path)])) for path, var in variables.items()}
-        out |= names.to_torch(nnx.from_flat_state(filled), table_of(spec))
     return out
 
 
 def whole_towers(params: Mapping[str, np.ndarray], spec: Spec) -> dict[str, dict[str, np.ndarray]]:
-    """Groups what `api.Loss.towers` returns, "vision/NAME", "text/NAME", "logit_scale" or "logit_bias" -> array: tower
-    -> NAME -> array.
-
-    A UserError where there are none, a tower is not whole, or they are not of the backbone `spec`.
+    """What `api.Loss.towers` returns by tower: tower -> NAME -> array; a UserError where there are none, one is not
+    whole, or they are not of `spec`.
     """
     towers: dict[str, dict] = {}
     for name, array in params.items():
         tower, _, own = name.partition("/")
         towers.setdefault(tower, {})[own or tower] = array
-    kinds = {"vision": backbones.build, "text": Text}
-    wrong = [] if towers else ["vision"]
-    for tower, arrays in towers.items():
-        want = {tower: ()} if tower in ("logit_scale", "logit_bias") else {}
-        if make := kinds.get(tower):
-            variables = names.flat(abstract(lambda rngs, make=make: make(spec, rngs=rngs)))
-            want = {"/".join(map(str, path)): var.shape for path, var in variables.items()}
-        names_of = want.keys() | arrays.keys()
-        wrong += [f"{tower}/{n}" for n in names_of if n not in arrays or np.shape(arrays[n]) != want.get(n)]
+    shapes = {tower: {n: np.shape(a) for n, a in arrays.items()} for tower, arrays in towers.items()} or {"vision": {}}
+    wrong = [f"{tower}/{n}" for tower in shapes for n in clip.misfits(tower, shapes[tower], spec)]
     if wrong:
         raise UserError(
             f"params are not those of whole towers of this backbone, they differ in {listing(sorted(wrong), 5)}: give "

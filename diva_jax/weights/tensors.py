@@ -1,7 +1,7 @@
 """Lazy tensors: names, shapes and dtypes of the tensors in files, whose values are read on request."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +20,12 @@ class Tensor:
         return array if dtype is None else array.astype(dtype)
 
 
-class Tensors(Mapping):
-    """A mapping: name -> lazy tensor, with the files that contain them, for fingerprints and messages."""
+class Tensors(dict[str, Tensor]):
+    """Name -> lazy tensor, with the files that contain them, for fingerprints and messages."""
 
     def __init__(self, tensors: Mapping[str, Tensor], files: list[Path]):
+        super().__init__(tensors)
         self.files = files
-        self._tensors = dict(tensors)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def renamed(self, rename: Callable[[str], str | None]) -> "Tensors":
         """Returns the tensors under new names, without those for which `rename` returns None."""

@@ -23,8 +23,8 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays of any memory layout, or lazy tensors, to a safetensors file, which appears when it is complete; an
-    OSError where it cannot.
+    """Writes arrays of any strides, or lazy tensors, to a file that appears when it is complete; an OSError where it
+    cannot.
     """
     # save_file ignores strides, so that a transposed view would be written in the wrong order.
     dense = {name: np.asarray(t, order="C") for name, t in tensors.items()}
@@ -42,9 +42,7 @@ def write_json(path: str | Path, content: Mapping) -> None:
 
 
 def write_open_clip(folder: str | Path, tensors: Mapping[str, np.ndarray], config: Mapping) -> None:
-    """Writes a folder that `open_clip.create_model_and_transforms("local-dir:...")` reads: tensors by open_clip's
-    names, and the config.
-    """
+    """Writes a folder that open_clip reads as "local-dir:...": tensors by open_clip's names, and the config."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / OPEN_CLIP_WEIGHTS, tensors)
@@ -80,9 +78,8 @@ def _remove_abandoned(out: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder next to `out`. It is renamed to `out` if the block succeeds, and removed otherwise.
-
-    A UserError where `out` exists and is not an empty folder, or cannot be written.
+    """Yields a temporary folder, which is renamed to `out` if the block succeeds and removed otherwise; a UserError
+    where `out` is there and not an empty folder, or cannot be written.
     """
     refuse_taken(out)
     out = Path(out).absolute()

@@ -13,8 +13,7 @@ from diva_jax.common import log
 from diva_jax.common.errors import RunError
 from diva_jax.data import pipeline
 from diva_jax.training import load, sharding
-from diva_jax.training.step import Program, averaged
-from diva_jax.training.steps import Steps, train_steps
+from diva_jax.training.step import Program, Steps, averaged, train_steps
 from diva_jax.world import arms, blindness, models
 from diva_jax.world.arms import Arm
 

@@ -1,6 +1,7 @@
 """Every config field is declared once: documented, with possible and impossible values, which are refused by name."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -37,25 +38,13 @@ def test_every_field_is_documented_and_has_impossible_values(objective):
         refused = [value for value in WILD if declaration.problem(value)]
         assert len(refused) >= 2, name
         for value in refused[:1] + refused[-1:]:
-            with pytest.raises(UserError) as e:
+            with pytest.raises(UserError, match=rf"\Aconfig\.{re.escape(name)}=.* must be .*\Z"):
                 fields.check({name: value}, declared)
-            assert (
-                str(e.value).startswith(f"config.{name}=") and " must be " in str(e.value) and "\n" not in str(e.value)
-            )
-
-
-@pytest.mark.parametrize("objective", objectives.names())
-def test_validate_knows_every_field(objective):
-    """The last field of each section has another type: `validate` refuses it."""
-    declared = config.declared(objective)
+    # `validate` knows the last field of each section.
     for name in {name.rpartition(".")[0]: name for name in declared}.values():
-        c = config.default(objective=objective)
-        tree = c.to_dict()
-        *sections, leaf = name.split(".")
-        node = tree
-        for section in sections:
-            node = node[section]
-        node[leaf] = None
+        section, _, leaf = name.rpartition(".")
+        tree = config.default(objective=objective).to_dict()
+        functools.reduce(dict.__getitem__, section.split(".") if section else [], tree)[leaf] = None
         with pytest.raises(UserError, match=re.escape(f"config.{name}=None must be ")):
             config.validate(ConfigDict(tree), 1)
 
@@ -65,9 +54,7 @@ def test_every_interpolation_that_is_allowed_can_crop():
     for interpolation in ("bilinear", "bicubic", "lanczos"):
         config.validate(small.small_config(data__crop__interpolation=interpolation), 1)
         assert crop.resized_crop(image, (1, 1, 7, 7), 4, interpolation).shape == (4, 4, 3)
-    with pytest.raises(
-        UserError, match="config.data.crop.interpolation='nearest' must be bilinear or bicubic or lancz"
-    ):
+    with pytest.raises(UserError, match="config.data.crop.interpolation='nearest' must be bilinear or bicubic or la"):
         config.validate(small.small_config(data__crop__interpolation="nearest"), 1)
 
 
@@ -123,11 +110,8 @@ def test_sections():
         *(("trainable", v) for v in ("abc", (("a",),), (("a", "b"),), ((".*", -1.0),), ((".*", math.nan),), 3)),
         *(("backbone." + f, v) for f in ("heads", "width", "patch_size", "layers") for v in (0, -1, 10**9, 2.5)),
         *(("backbone.mean", v) for v in ((0.5,), (0.1, 0.2, 0.3, 0.4), (0.1, math.nan, 0.2), 0.5)),
-        *(
-            ("backbone.select", v)
-            for v in ("random:99999999", "runs:0", "random:" + "9" * 5000, "random", "random:", "")
-        ),
-        *(("backbone.select", v) for v in ("random:0", "all:3", "runs:-1", "first:4")),
+        *(("backbone.select", v) for v in ("random:99999999", "runs:0", "random:" + "9" * 5000, "random", "random:")),
+        *(("backbone.select", v) for v in ("", "random:0", "all:3", "runs:-1", "first:4")),
         ("backbone.add_text", "sum"),
         *(("steps", v) for v in (0, -5, 10**12, 1.5, True)),
         ("seed", 2**32),

@@ -50,12 +50,11 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class Features(NamedTuple):
-    """The output of a backbone for a batch of images.
+    """The output of a backbone: patch tokens in raster order, [B, P, D], and the image embedding, [B, D], not
+    normalised.
 
-    Attributes:
-      tokens: patch tokens in raster order, [B, P, D]; in the same space as `pooled` for CLIP, EVA02-CLIP (after the
-        final norm and the projection) and DINOv2 (after the final norm), after the trunk's final norm for SigLIP.
-      pooled: the image embedding, [B, D], not normalised.
+    Tokens are in the space of the embedding for CLIP, EVA02-CLIP (after the final norm and the projection) and DINOv2
+    (after the final norm); SigLIP's are those after the trunk's final norm.
     """
 
     tokens: jax.Array
@@ -64,6 +63,7 @@ class Features(NamedTuple):
 
 _MAX_WIDTH = 2**20  # Of such a width, one matrix alone has a terabyte.
 _MAX_TOKENS = 2**16
+_RESIZE_MODE = re.compile(r"(shortest|squash)(:[1-9]\d{0,4})?")
 
 
 def _is_three_numbers(values) -> bool:
@@ -73,10 +73,6 @@ def _is_three_numbers(values) -> bool:
 def _is_select(select: str) -> bool:
     match = re.fullmatch(r"all|none|(?:random|runs):(\d{1,9})", select)
     return match is not None and (match[1] is None or 1 <= int(match[1]) <= _MAX_TOKENS)
-
-
-def _is_resize_mode(mode: str) -> bool:
-    return re.fullmatch(r"(shortest|squash)(:[1-9]\d{0,4})?", mode) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +153,7 @@ class Spec:
         "shortest",
         "Test images are resized by their shorter side and cropped (shortest), or squashed to a square (squash); "
         "shortest:K and squash:K resize to K pixels and crop, as transformers does.",
-        Rule(_is_resize_mode, "must be shortest, squash, shortest:K or squash:K, where K is a number of pixels"),
+        Rule(_RESIZE_MODE.fullmatch, "must be shortest, squash, shortest:K or squash:K, where K is a number of pixels"),
     )
     interpolation: str = field(
         "bicubic",
@@ -333,9 +329,7 @@ def check(spec: Spec, where: str) -> Spec:
 
 
 def spec_of(config: ConfigDict, section: str = "backbone") -> Spec:
-    """The hashable Spec of `config.backbone`, which a run tunes, or of another section; a UserError for an unknown
-    field, or an impossible value.
-    """
+    """The hashable Spec of `config.backbone` or another section; a UserError for an unknown field or impossible value."""
     return check(fields.parse(Spec, config[section], f"config.{section}"), f"config.{section}")
 
 

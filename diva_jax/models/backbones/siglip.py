@@ -128,9 +128,7 @@ class Vision(nnx.Module):
         return Features(tokens=tokens, pooled=self.attn_pool(tokens))
 
     def encode_dense(self, images: jax.Array, last: str = "plain") -> jax.Array:
-        """Images as for `encode` -> patch tokens [B, P, D] in the text's space, each pooled by itself; `last` of
-        `dense.VARIANTS`.
-        """
+        """Images -> patch tokens [B, P, D] in the text's space, each pooled by itself; `last` of `dense.VARIANTS`."""
         return self.attn_pool.each(self.norm(run_dense(self.blocks, embedded(self, images), last)))
 
 
@@ -209,16 +207,11 @@ _TEXT_RULES = dict(causal=False, pool="last", proj_bias=True, tokenizer="siglip"
 _TANH = hf.ACTIVATIONS["gelu_tanh"]
 
 
-def _published_activation(fields: Mapping[str, Any]) -> str:
-    """The vision tower's activation in open_clip, by its sizes; the exact GELU where timm has no such tower."""
-    return next((r["activation"] for r in TIMM.values() if all(r[k] == v for k, v in fields.items())), "gelu")
-
-
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
     """See `hf.Layout`.
 
     transformers' published configs name tanh's approximation of GELU in both towers. open_clip runs the same weights
-    with the exact GELU, but for SigLIP 2's text towers and some vision towers; so does this Spec.
+    with the exact GELU, but for SigLIP 2's text towers and some vision towers of timm's; so does this Spec.
     """
     vision = hf.options(config.get("vision_config"), _VISION_DEFAULTS, f"{where}: vision_config")
     text = hf.options(config.get("text_config"), _TEXT_DEFAULTS, f"{where}: text_config")
@@ -226,7 +219,8 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
     activation, text_activation = hf.our_activation(vision, where), hf.our_activation(text, where)
     published = vision["hidden_act"] == text["hidden_act"] == _TANH
     if published:
-        activation = _published_activation(fields)
+        towers = (tower for tower in TIMM.values() if all(tower[k] == v for k, v in fields.items()))
+        activation = next((tower["activation"] for tower in towers), "gelu")
         text_activation = "gelu_tanh" if text["vocab_size"] == _SIGLIP2_VOCABULARY else "gelu"
     spec = Spec(
         arch="siglip",

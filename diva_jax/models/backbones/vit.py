@@ -131,8 +131,6 @@ def from_open_clip(model: LibraryConfig) -> dict:
 
 def to_open_clip(spec: Spec) -> dict:
     """open_clip's model config of the vision tower: all but embed_dim and text_cfg."""
-    if spec.width % spec.heads:
-        raise UserError(f"heads={spec.heads} must divide width={spec.width}")
     vision = dict(
         image_size=spec.image_size,
         layers=spec.layers,

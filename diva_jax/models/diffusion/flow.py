@@ -1,8 +1,8 @@
-"""A transformer that predicts the velocity of a rectified flow, with FLUX's blocks.
+"""A transformer that predicts the velocity of a rectified flow, with the blocks of Black Forest Labs' FLUX.1.
 
-As in Black Forest Labs' FLUX.1 (github.com/black-forest-labs/flux, `flux/model.py`), with the names of its parameters
-but for the layers of the MLPs. Double blocks have separate weights for text and image tokens and one joint attention;
-single blocks have attention and MLP in parallel. Sequences are text first, then image.
+The names of parameters are those of github.com/black-forest-labs/flux, `flux/model.py`, but for the layers of the MLPs.
+Double blocks have separate weights for text and image tokens and one joint attention; single blocks have attention and
+MLP in parallel. Sequences are text first, then image.
 """
 
 import dataclasses
@@ -97,9 +97,8 @@ def token_positions(grid: tuple[int, int], text: int = 1) -> np.ndarray:
 
 
 def rotations(config: FlowConfig, grid: tuple[int, int], text: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of the rotary embedding's angles (arXiv 2104.09864, section 3.4.2), of `token_positions`.
-
-    They are two arrays [text + h * w, head width / 2], computed in float64 and returned in float32.
+    """Cosine and sine of the rotary angles (arXiv 2104.09864, section 3.4.2) of `token_positions`: two float32 arrays
+    [text + h * w, head width / 2], computed in float64.
     """
     ids = token_positions(grid, text)
     angles = [ids[:, i : i + 1] * config.theta ** (-np.arange(0, d, 2) / d) for i, d in enumerate(config.axes)]

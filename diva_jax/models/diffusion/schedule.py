@@ -13,14 +13,12 @@ from diva_jax.models.library_config import LibraryConfig
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """A noise schedule; the defaults are Stable Diffusion 1.5's and 2.1-base's.
+    """A noise schedule for timesteps 0 .. T-1; the defaults are Stable Diffusion 1.5's and 2.1-base's.
 
-    Attributes:
-      num_train_timesteps: the number of timesteps T; timesteps are 0 .. T-1.
-      beta_start, beta_end: variance of the noise added at the first and at the last timestep.
-      beta_schedule: "linear" (in beta), "scaled_linear" (linear in the square root of beta), or "squaredcos_cap_v2"
-        (a squared cosine of time, arXiv 2102.09672, equation 17; beta_start and beta_end are not used).
-      prediction_type: what the U-Net predicts, "epsilon" (the noise) or "v_prediction" (the velocity).
+    `beta_start` and `beta_end` are the variance of the noise added at the first and at the last timestep; between them
+    beta is "linear", linear in its square root ("scaled_linear"), or, without them, a squared cosine of time
+    ("squaredcos_cap_v2", arXiv 2102.09672, equation 17). The U-Net predicts "epsilon", the noise, or "v_prediction",
+    the velocity.
     """
 
     num_train_timesteps: int = 1000
@@ -45,24 +43,20 @@ class ScheduleConfig:
         )
 
 
-def _betas(config: ScheduleConfig) -> np.ndarray:
-    """The variance of the noise added at each timestep, [T] float64."""
+def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
+    """The remaining share of the latents' variance at each timestep, abar, [T] float32: the cumulative product of 1 -
+    beta, which is rounded to float32 before, as in diffusers.
+    """
     start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.beta_schedule == "linear":
-        return np.linspace(start, end, n)
-    if config.beta_schedule == "scaled_linear":
-        return np.linspace(start**0.5, end**0.5, n) ** 2
-    time = np.linspace(0, 1, n + 1)
-    remaining = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - remaining[1:] / remaining[:-1], 0.999)
-
-
-def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
-    """Returns abar, the remaining share of the latents' variance at each timestep, [T] float32.
-
-    It is the cumulative product of 1 - beta, which is rounded to float32 before, as in diffusers.
-    """
-    alphas = np.float32(1) - _betas(config).astype(np.float32)
+        betas = np.linspace(start, end, n)
+    elif config.beta_schedule == "scaled_linear":
+        betas = np.linspace(start**0.5, end**0.5, n) ** 2
+    else:
+        time = np.linspace(0, 1, n + 1)
+        remaining = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - remaining[1:] / remaining[:-1], 0.999)
+    alphas = np.float32(1) - betas.astype(np.float32)
     return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
 
 

@@ -51,18 +51,13 @@ _OF_EMA = {"decay", "min_decay", "optimization_step", "update_after_step", "use_
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """Shape of a U-Net; the defaults are Stable Diffusion 2.1-base's.
+    """Shape of a U-Net, per resolution finest first; the defaults are Stable Diffusion 2.1-base's.
 
-    Attributes:
-      sample_size: side of the latents in training [latent pixels]; any size is accepted.
-      block_out_channels, heads: per resolution, finest first.
-      layers_per_block: residual blocks per resolution in the down blocks; the up blocks have one more.
-      cross_down, cross_up: whether each down block and each up block has transformers, in order of execution.
-      cross_attention_dim: channels of the context.
-      use_linear_projection: see `blocks.Transformer`.
-      norm_eps: epsilon of the GroupNorms outside the transformers.
-      class_embed_dim: channels of `class_labels`, a vector that is added to the time embedding (2.1-unclip's
-        image embedding and noise level); None for a U-Net without one.
+    `sample_size` is the side of the latents in training; any size is accepted. `layers_per_block` are the residual
+    blocks of the down blocks; the up blocks have one more. `cross_down` and `cross_up` say whether each block has
+    transformers, in order of execution, over a context of `cross_attention_dim` channels. `class_embed_dim` are the
+    channels of `class_labels`, which are added to the time embedding (2.1-unclip's image embedding and noise level), if
+    any.
     """
 
     sample_size: int | tuple[int, ...] | None = 64
@@ -267,7 +262,14 @@ class UNet(nnx.Module):
         A U-Net with a class embedding needs class_labels [B, class_embed_dim], and no other takes them: else a
         UserError.
         """
-        time = self._time(timesteps, class_labels)  # [B, 4 * block_out_channels[0]]
+        width = self.config.class_embed_dim
+        if (width is None) != (class_labels is None):
+            need = f"needs class_labels of width {width}" if width is not None else "takes no class_labels"
+            raise UserError(f"this U-Net {need}: use another objective or another Stable Diffusion checkpoint")
+        time = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]))
+        if class_labels is not None:
+            time = time + self.class_embedding(class_labels)
+        time = time.astype(self.dtype)  # [B, 4 * block_out_channels[0]]
         context = context.astype(self.dtype)
         x = self.conv_in(sample)
         skips = [x]
@@ -277,13 +279,3 @@ class UNet(nnx.Module):
         for block in self.up_blocks:
             x = block(x, skips, time, context)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
-
-    def _time(self, timesteps: Array, class_labels: Array | None) -> Array:
-        width = self.config.class_embed_dim
-        if (width is None) != (class_labels is None):
-            need = f"needs class_labels of width {width}" if width is not None else "takes no class_labels"
-            raise UserError(f"this U-Net {need}: use another objective or another Stable Diffusion checkpoint")
-        time = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]))
-        if class_labels is not None:
-            time = time + self.class_embedding(class_labels)
-        return time.astype(self.dtype)

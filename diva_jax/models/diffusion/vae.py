@@ -96,7 +96,7 @@ class VAEConfig(AutoencoderConfig):
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:
-        """Reads a diffusers folder's `vae/config.json`; a UserError where an option is not implemented, or values are
+        """Reads a diffusers folder's `vae/config.json`; a UserError for options that are not implemented or
         inconsistent.
         """
         file = LibraryConfig(options, "the VAE's config")
@@ -190,9 +190,7 @@ class VAEEncoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """Encodes images to latents; the config's class says how they follow from the posterior. Other arguments as for
-    `Layers`.
-    """
+    """Encodes images to latents; the config's class says how they follow from the posterior. Others as for `Layers`."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
         layers = Layers(rngs, dtype, param_dtype)

@@ -1,10 +1,9 @@
 """The residual feed-forward layer of a transformer block as Pallas kernels for TPUs: norm, GEGLU and sum in one pass.
 
-Tokens are [B, C, N], with the sequence as the minor axis, as in `flash.py`. A tile of tokens stays in VMEM from the
-LayerNorm to the residual sum, and so do the weights. XLA computes GEGLU in the product before it and the gradient of
-GEGLU in the product after it, and their vector operations take longer than the products. Here the products of one part
-of the hidden units overlap with the vector operations of another. The rows of the weights stream through the matrix
-unit, so that a result of 320 channels does not occupy it as 384 would.
+Tokens are [B, C, N], as in `flash.py`. A tile of them and the weights stay in VMEM from the LayerNorm to the residual
+sum, and the products of one part of the hidden units overlap with the vector operations of another, which in XLA take
+longer than the products. The rows of the weights stream through the matrix unit, so that a result of 320 channels does
+not occupy it as 384 would.
 """
 
 import functools

@@ -1,12 +1,11 @@
 """Softmax attention as a Pallas kernel for TPUs that does not write scores to HBM (FlashAttention, arXiv 2205.14135).
 
-Queries, keys, values, the output and all gradients are [B, H*D, N], with the sequence as the minor axis. It is the
-layout that XLA gives to tokens between the layers around attention; a head dim of 64 as the minor axis would be padded
-to 128. Scores are computed as [keys, queries]: the statistics of queries are rows, reduced over the register's
-sublanes, and one number per query in HBM. In one of the two products of the forward pass and three of the five of the
-backward pass, the head dim is the number of rows that stream through the matrix unit, so that 64 does not leave half of
-it idle. The backward pass is one kernel, which keeps the gradient of the queries on the chip (FlashAttention-2, arXiv
-2307.08691, algorithm 2).
+Queries, keys, values, the output and all gradients are [B, H*D, N], the layout that XLA gives to tokens around
+attention; a head dim of 64 as the minor axis would be padded to 128. Scores are [keys, queries]: the statistics of
+queries are rows, reduced over the register's sublanes. In one of the two products of the forward pass and three of the
+five of the backward pass, the head dim is the number of rows that stream through the matrix unit, so that 64 does not
+leave half of it idle. The backward pass is one kernel, which keeps the gradient of the queries on the chip
+(FlashAttention-2, arXiv 2307.08691, algorithm 2).
 """
 
 import functools

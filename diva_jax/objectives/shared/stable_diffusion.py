@@ -33,25 +33,18 @@ def view_stats(spec: backbones.Spec, switch: str) -> tuple[tuple[float, ...], tu
 class StableDiffusionObjective(contract.Objective):
     """A vision tower that is tuned through a frozen U-Net, with a frozen VAE and the states of a prompt.
 
-    Attributes:
-      spec: the backbone.
-      diffusion: `config.diffusion`, parsed.
-      image_size: side of the images that the VAE sees [pixels].
-      dtype: what models compute in.
-      unet, vae: the frozen models; no VAE where latents are cached.
-      text_context: the last hidden state of the prompt, [1, T, C].
-      takes_class: whether the U-Net is given a class embedding beside the context.
-      prompted: whether there is a prompt.
+    It has the backbone's `spec`, `diffusion`, which is `config.diffusion` parsed, the side of the VAE's images
+    `image_size` [pixels], the `dtype` of computations, `unet`, `vae` (None where latents are cached), and
+    `text_context`, the last hidden state of the prompt, [1, T, C]. `takes_class`: whether the U-Net is given a class
+    embedding too; `prompted`: whether there is a prompt.
     """
 
     takes_class: bool = False
     prompted: bool = True
 
     def __init__(self, config, image_size: int, view: str = contract.EXACT):
-        """Parses the config.
-
-        The towers follow in the order in which initial values are drawn: `contract.vision_tower`, what the objective
-        has besides, `build_generator`.
+        """Parses the config. Towers follow in the order in which initial values are drawn: `contract.vision_tower`,
+        what the objective has besides, `build_generator`.
         """
         self.spec, self.diffusion = backbones.spec_of(config), Diffusion.from_dict(config.diffusion.to_dict())
         self.image_size, self.dtype = image_size, jnp.dtype(config.dtype)

@@ -15,10 +15,9 @@ from flax import nnx
 
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.log import say
-from diva_jax.models import backbones, layers
+from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import OPENAI_VOCABULARY, to_open_clip
-from diva_jax.models.backbones.shared.text import Text
 from diva_jax.weights import clip, hf, loading, names, origins, pickles, resample, writers
 from diva_jax.weights.export import reference, vocabulary
 from diva_jax.weights.origins import ClipSource
@@ -47,10 +46,6 @@ def _cast(name: str, t, dtype: np.dtype, where: str) -> Tensor:
     return Tensor(tuple(t.shape), dtype, read)
 
 
-def _abstract(make, spec: Spec):
-    return nnx.state(layers.abstract(lambda rngs: make(spec, rngs=rngs)))
-
-
 def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tensors:
     """The tensors of an export of `spec` under open_clip's names, positions interpolated to it, each lazily cast to
     `dtype`.
@@ -61,14 +56,14 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
     """
     origins.check_architecture(source, spec)
     tensors = resample.to_resolution(source.tensors, spec)
-    table = clip.vision_table(spec)
-    names.check_names(_abstract(backbones.build, spec), tensors, table, source=source.where)
-    wanted = {n: tensors[n] for n in table.names(_abstract(backbones.build, spec))}
+    tower, table = clip.abstract("vision", spec), clip.vision_table(spec)
+    names.check_names(tower, tensors, table, source=source.where)
+    wanted = {n: tensors[n] for n in table.names(tower)}
     others = backbones.architecture(spec.arch).OTHERS
     if text:
         if spec.has_text:
             loading.check_text(source, spec)
-            wanted |= {n: tensors[n] for n in clip.text_table(spec).names(_abstract(Text, spec))}
+            wanted |= {n: tensors[n] for n in clip.text_table(spec).names(clip.abstract("text", spec))}
         if missing := [n for n in others if n not in tensors]:
             raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
     wanted |= {n: tensors[n] for n in others if n in tensors and (text or n.startswith("visual."))}

@@ -16,11 +16,9 @@ def available(name: str) -> bool:
 
         # torchvision's compiled operators do not load with a CPU build of torch. These two must exist to import
         # open_clip, but are not used here.
-        for op, schema in (
-            ("nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
-            ("qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
-        ):
+        for op in ("nms", "qnms"):
             if not hasattr(torch.ops.torchvision, op):
+                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
                 torch.library.define(f"torchvision::{op}", schema)
         importlib.import_module(name)
     except Exception:  # An incomplete installation of an optional library is treated as a missing one.
@@ -63,13 +61,6 @@ def open_clip_embeddings(folder: Path, images: np.ndarray, text: str | np.ndarra
         return pooled, ids.numpy(), model.encode_text(ids).numpy()
 
 
-def _open_clip_tower(spec: Spec):
-    import open_clip
-
-    cfg = dict(to_open_clip(spec)["model_cfg"])
-    return (open_clip.CustomTextCLIP if cfg.pop("custom_text", False) else open_clip.CLIP)(**cfg).visual
-
-
 def _timm_tower(spec: Spec):
     """Returns timm's Vision Transformer of a DINOv2 `spec`."""
     import torch
@@ -94,17 +85,20 @@ def _timm_tower(spec: Spec):
 
 
 def tower_pooled(library: str, file: Path, spec: Spec, images: np.ndarray) -> np.ndarray:
-    """The image embeddings [B, D] of a vision tower's state dict, in float32, with the tower of `spec` of a library,
-    "open_clip" or "timm".
-    """
+    """The image embeddings [B, D], float32, of a vision tower's state dict, by the tower of "open_clip" or "timm"."""
     import torch
 
-    tower = _timm_tower(spec) if library == "timm" else _open_clip_tower(spec)
     state = torch.load(file, map_location="cpu", weights_only=True)
     if library == "timm":
         from timm.models.vision_transformer import checkpoint_filter_fn
 
+        tower = _timm_tower(spec)
         state = checkpoint_filter_fn(state, tower)
+    else:
+        import open_clip
+
+        cfg = dict(to_open_clip(spec)["model_cfg"])
+        tower = (open_clip.CustomTextCLIP if cfg.pop("custom_text", False) else open_clip.CLIP)(**cfg).visual
     tower.load_state_dict(state, strict=True)
     with torch.no_grad():
         return tower.float().eval()(pixels(images)).numpy()
@@ -113,8 +107,8 @@ def tower_pooled(library: str, file: Path, spec: Spec, images: np.ndarray) -> np
 def transformers_embeddings(
     folder: Path, images: np.ndarray, text: str | np.ndarray | None, length: int
 ) -> tuple[tuple[np.ndarray, ...], list[str]]:
-    """transformers' embeddings with a folder of its kind, as `open_clip_embeddings`, for texts of `length` ids; and
-    missing and unexpected keys.
+    """As `open_clip_embeddings`, of a transformers folder, for texts of `length` ids; and missing and unexpected
+    keys.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer

@@ -1,8 +1,7 @@
 """The tokenizer of an export: all of its files, or none and a note that says so.
 
 Where a folder of a CLIP model has no vocabulary, transformers makes a tokenizer of two or three tokens, without a
-warning, which maps every word to its unknown token. open_clip reads the tokenizer's files with transformers, except for
-OpenAI's vocabulary, which it has built in.
+warning. open_clip reads the files with transformers, except for OpenAI's vocabulary, which it has built in.
 """
 
 import dataclasses
@@ -37,9 +36,7 @@ def _lacks(spec: Spec, files: set[str]) -> str:
 
 
 def add(source: ClipSource, spec: Spec, folder: str) -> ClipSource:
-    """A source with the tokenizer's files of a folder in place of its own; a UserError where that has no tokenizer that
-    fits the text tower.
-    """
+    """A source with the tokenizer's files of a folder; a UserError where that has none that fits the text tower."""
     if not spec.has_text:
         raise UserError("--tokenizer is for models with a text tower: leave it out, this one has none")
     where = Path(folder).expanduser()
@@ -50,9 +47,8 @@ def add(source: ClipSource, spec: Spec, folder: str) -> ClipSource:
 
 
 def tokenizer(source: ClipSource, spec: Spec) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a source, as the text tower is evaluated with it; None where the source has none.
-
-    A UserError where its files are broken, or it has more tokens than the text tower.
+    """The tokenizer of a source, as the text tower is evaluated with it, or None; a UserError where its files are
+    broken, or it has more tokens than the text tower.
     """
     if not spec.has_text or _lacks(spec, {f.name for f in source.tokenizer}):
         return None

@@ -104,16 +104,13 @@ def test_parts_and_kinds(report):
     assert "vision forward" not in parts, "the name of a parameter is not an operation"
 
 
-def test_traffic_counts_arrays_in_hbm_only(report):
+def test_traffic_counts_arrays_in_hbm_only_and_collectives_once(report):
     fusion = 2 * 32 * 64 + 2 * 32 * 16  # The second operand is on-chip.
     assert report["parts"]["unet backward"]["hbm_gb"] * 1e9 == pytest.approx(3 * fusion)
     copied, reduced = 4 * 800, 4 * 800  # The all-reduce reads the copy, which is on-chip.
     # The copy has no path, so it has the path of the all-reduce that reads it.
     assert report["parts"]["optimizer"]["hbm_gb"] * 1e9 == pytest.approx(reduced + copied)
     assert "other" not in report["parts"]
-
-
-def test_collectives(report):
     assert report["collectives"] == {"all-reduce": {"count": 1, "gb": pytest.approx(3200 / 1e9)}}
 
 

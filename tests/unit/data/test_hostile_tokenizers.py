@@ -11,7 +11,7 @@ from diva_jax import demo
 from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models.backbones import TextSpec
-from diva_jax.weights import prompt
+from diva_jax.weights import parts
 
 pytestmark = pytest.mark.attack
 
@@ -74,11 +74,11 @@ def test_files_of_the_prompt(tmp_path, contents, name):
     """Through transformers, which must not run the code that `auto_map` names."""
     for other in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (tmp_path / other).write_bytes(contents[other])
-    assert prompt.tokenizer(tmp_path, 6)(["a photo"]).shape == (1, 6)
+    assert parts.diffusers_tokenizer(tmp_path, 6)(["a photo"]).shape == (1, 6)
     for data in variants(np.random.default_rng(0), name, contents[name], 8):
         (tmp_path / name).write_bytes(data)
         try:
-            ids, mask = prompt.tokenizer(tmp_path, 6).encode(["a photo"])
+            ids, mask = parts.diffusers_tokenizer(tmp_path, 6).encode(["a photo"])
         except UserError as e:
             assert str(tmp_path) in str(e) and "\n" not in str(e) and len(str(e)) < 1000
         else:

@@ -112,12 +112,10 @@ def test_what_is_trained_follows_from_the_rows():
     tower = abstract(lambda rngs: backbones.build(small.SPEC, rngs=rngs))
     adapters.adapt(tower, lora, Keys(0))
     names = [f"vision/{n}" for n in partition.disassemble(tower)[1]]
-    trained = {n for n, s in partition.scales((*lora.trainable("vision"), (".*", 0.0)), names).items() if s}
-    layers = ("vision/blocks/0/attn/qkv", "vision/blocks/0/mlp/fc1")
-    assert trained == {f"{layer}/{leaf}" for layer in layers for leaf in ("lora/a", "lora/b", "bias")}
-    without = dataclasses.replace(lora, biases=False).trainable("vision")
-    trained = {n for n, s in partition.scales((*without, (".*", 0.0)), names).items() if s}
-    assert trained == {f"{layer}/{leaf}" for layer in layers for leaf in ("lora/a", "lora/b")}
+    for biases, leaves in ((True, ("lora/a", "lora/b", "bias")), (False, ("lora/a", "lora/b"))):
+        rows = dataclasses.replace(lora, biases=biases).trainable("vision")
+        trained = {n for n, s in partition.scales((*rows, (".*", 0.0)), names).items() if s}
+        assert trained == {f"vision/blocks/0/{layer}/{leaf}" for layer in ("attn/qkv", "mlp/fc1") for leaf in leaves}
 
 
 def test_targets_that_match_no_layer():

@@ -1,5 +1,6 @@
 """Tests of the interface of objectives: names, config sections, stages and sources."""
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -90,13 +91,8 @@ def test_what_a_loss_returns_is_checked_when_it_is_traced(found, says):
         def loss(self, batch, keys):
             return jax.tree.map(lambda x: x + (0 * batch).astype(x.dtype) if isinstance(x, jax.Array) else x, found)
 
-    with pytest.raises(UserError, match=says) as e:
+    with pytest.raises(UserError, match=rf"\A{re.escape(__file__)}:.*{says}.*return a scalar and a dict.*\Z"):
         jax.eval_shape(lambda x: Objective().loss(x, None), ONE)
-    assert (
-        str(e.value).startswith(f"{__file__}:")
-        and "\n" not in str(e.value)
-        and "return a scalar and a dict" in str(e.value)
-    )
     with pytest.raises(UserError, match="does not define inputs, what a batch holds: see docs/WRITE_AN_OBJECTIVE.md"):
         Objective().inputs  # noqa: B018
 

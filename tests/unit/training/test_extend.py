@@ -30,11 +30,11 @@ def workdir(tmp_path, monkeypatch):
 def test_more_steps_and_nothing_else_extend_a_run(workdir):
     assert workdirs.check_config(workdir, config()) is None
     assert workdirs.check_config(workdir, config(steps=25)) == 10
-    assert workdirs.check_config(workdir, config(steps=25, log__every=3)) == 10
+    assert workdirs.check_config(workdir, config(steps=25, log__every=3, data__threads=2, checkpoint__keep=9)) == 10
     with pytest.raises(UserError, match=r"steps \(10 there, 9 here\)"):
         workdirs.check_config(workdir, config(steps=9))
-    with pytest.raises(UserError, match=r"another config: optim.lr \(0.01 there, 0.5 here\); use"):
-        workdirs.check_config(workdir, config(steps=25, optim__lr=0.5))
+    with pytest.raises(UserError, match=r"another config: diva.draws \(.*\), optim.lr \(0.01 there, 0.5 here\); use"):
+        workdirs.check_config(workdir, config(steps=25, optim__lr=0.5, diva__draws=3))
 
 
 @pytest.mark.parametrize("start", [2, 8, 13])

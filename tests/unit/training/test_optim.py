@@ -18,36 +18,29 @@ def rate(stage: Stage, warmup: float):
     return optim.learning_rate(stage, optim.pace(stage, warmup))
 
 
-def test_learning_rate_is_linear_then_cosine_to_zero():
-    """The published schedule: ceil(0.005 * 4600) = 23 steps of warm-up from 0."""
-    lr = rate(STAGE, 0.005)
-    assert float(lr(0)) == 0.0
-    np.testing.assert_allclose(lr(11), 1e-4 * 11 / 23, rtol=1e-6)
-    np.testing.assert_allclose(lr(23), 1e-4, rtol=1e-6)
-    for step in (24, 1000, 4599):
-        expected = 0.5e-4 * (1 + math.cos(math.pi * (step - 23) / (4600 - 23)))
-        np.testing.assert_allclose(lr(step), expected, rtol=1e-5, atol=1e-12)
-    np.testing.assert_allclose(lr(4600), 0.0, atol=1e-12)
-    np.testing.assert_allclose(rate(STAGE, 0.0)(0), 1e-4, rtol=1e-6)
+def cosine(step: int, warm: int) -> float:
+    return 0.5e-4 * (1 + math.cos(math.pi * (step - warm) / (4600 - warm)))
+
+
+# The published schedule has ceil(0.005 * 4600) = 23 steps of warm-up from 0; -1 stands for the share.
+@pytest.mark.parametrize("fields, values", [
+    ({}, {0: 0.0, 11: 1e-4 * 11 / 23, 23: 1e-4, **{s: cosine(s, 23) for s in (24, 1000, 4599)}, 4600: 0.0}),
+    (dict(warmup_steps=46), {23: 0.5e-4, 46: 1e-4, 4599: cosine(4599, 46)}),
+    (dict(warmup_steps=0), {0: 1e-4}),
+    (dict(schedule="constant", warmup_steps=10), {0: 0.0, 3: 0.3e-4, 10: 1e-4, 4599: 1e-4}),
+    (dict(schedule="constant", warmup_steps=0), {0: 1e-4, 4599: 1e-4}),
+    (dict(schedule="constant", warmup_steps=-1), {11: 1e-4 * 11 / 23, 23: 1e-4}),
+])  # fmt: skip
+def test_learning_rate_is_linear_then_cosine_to_zero_or_constant(fields, values):
+    lr = rate(STAGE._replace(**fields), 0.005)
+    for step, value in values.items():
+        np.testing.assert_allclose(lr(step), value, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_the_shortest_stages_have_a_schedule(steps):
     lr = rate(Stage("s", 0, steps, 0.5, ()), 0.9)
     assert max(float(lr(i)) for i in range(steps)) == 0.5
-
-
-def test_constant_schedule_and_warm_up_in_steps():
-    constant = STAGE._replace(schedule="constant", warmup_steps=10)
-    lr = rate(constant, 0.005)
-    np.testing.assert_allclose([float(lr(i)) for i in (0, 3, 10, 4599)], [0, 0.3e-4, 1e-4, 1e-4], rtol=1e-6)
-    lr = rate(constant._replace(warmup_steps=0), 0.005)
-    np.testing.assert_allclose([float(lr(i)) for i in (0, 4599)], 1e-4, rtol=1e-6)
-    lr = rate(constant._replace(warmup_steps=-1), 0.005)  # A share: 23 steps.
-    np.testing.assert_allclose([float(lr(i)) for i in (11, 23)], [1e-4 * 11 / 23, 1e-4], rtol=1e-6)
-    lr = rate(STAGE._replace(warmup_steps=46), 0.005)  # Then cosine.
-    np.testing.assert_allclose([float(lr(i)) for i in (23, 46)], [0.5e-4, 1e-4], rtol=1e-6)
-    assert float(lr(4599)) < 1e-9
 
 
 def test_stages_have_the_schedule_of_the_config_where_they_give_none():
@@ -79,23 +72,15 @@ def test_clip_is_of_the_global_norm_and_comes_first():
     np.testing.assert_allclose(unclipped["b"], -2.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("decay_all", [False, True])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_weight_decay_spares_biases_and_norms(name):
-    params = {"kernel": jnp.full((2, 2), 2.0), "scale": jnp.full(3, 2.0)}
-    grads = {"kernel": jnp.zeros((2, 2)), "scale": jnp.zeros(3)}
-    updates = one_update(params, grads, name=name, warmup=0.0, clip=0.0, weight_decay=0.1)
-    np.testing.assert_allclose(updates["kernel"], -0.5 * 0.1 * 2, rtol=1e-6)
-    np.testing.assert_array_equal(updates["scale"], 0.0)
-
-
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_weight_decay_of_every_tensor_but_those_named(name):
-    params = {n: jnp.full(3, 2.0) for n in ("net/scale", "net/kernel_params", "kernel_params")}
-    grads = {n: jnp.zeros(3) for n in params}
-    fields = dict(name=name, warmup=0.0, clip=0.0, weight_decay=0.1, decay_all=True, no_decay="kernel_params")
-    updates = one_update(params, grads, **fields)
+def test_weight_decay_spares_biases_and_norms_or_those_named_alone(name, decay_all):
+    params = {"net/kernel": jnp.full((2, 2), 2.0), **{n: jnp.full(3, 2.0) for n in ("net/scale", "scale")}}
+    decaying = {"net/kernel"} | ({"net/scale"} if decay_all else set())
+    fields = dict(name=name, warmup=0.0, clip=0.0, weight_decay=0.1, decay_all=decay_all, no_decay="scale")
+    updates = one_update(params, {n: jnp.zeros_like(a) for n, a in params.items()}, **fields)
     for n in params:
-        np.testing.assert_allclose(updates[n], 0.0 if n == "kernel_params" else -0.5 * 0.1 * 2, rtol=1e-6)
+        np.testing.assert_allclose(updates[n], -0.5 * 0.1 * 2 if n in decaying else 0.0, rtol=1e-6)
 
 
 def test_a_stage_may_have_a_rate_of_its_own():

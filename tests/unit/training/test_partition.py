@@ -5,10 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diva_jax import config
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import differences
-from diva_jax.training import partition, workdirs
+from diva_jax.training import partition
 
 NAMES = ("vision/blocks/0/attn/qkv/kernel", "vision/blocks/10/norm1/scale", "visual_proj/bias", "unet/conv_in/bias")
 
@@ -49,14 +47,3 @@ def test_disassemble_and_merge_are_inverse():
     )
     np.testing.assert_array_equal(again.parts[1].kernel[...], module.parts[1].kernel[...] + 1)
     np.testing.assert_array_equal(again.constant[...], module.constant[...])
-
-
-def test_differences_ignore_what_does_not_change_the_result():
-    a, b = config.default().to_dict(), config.default().to_dict()
-    b["log"]["every"], b["data"]["threads"], b["checkpoint"]["keep"] = 1, 2, 9
-    assert differences(a, b, workdirs.WHOLE, workdirs.RESUMABLE) == []
-    b["optim"]["lr"], b["diva"]["draws"] = 1.0, 3
-    assert [d.split(" ")[0] for d in differences(a, b, workdirs.WHOLE, workdirs.RESUMABLE)] == [
-        "diva.draws",
-        "optim.lr",
-    ]

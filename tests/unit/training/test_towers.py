@@ -69,13 +69,9 @@ def test_another_tower_than_the_backbones_is_refused(method):
 
     def towers_of(result):
         module = abstract(lambda rngs: Method(rngs))
-        kind = type("Other", (Method,), {"towers": result})
-        graph, state = nnx.split(module)
-        skeleton, arrays = partition.disassemble(nnx.merge(graph, state))
-        other = object.__new__(kind)
+        other = object.__new__(type("Other", (Method,), {"towers": result}))
         vars(other).update(vars(module))
-        skeleton, arrays = partition.disassemble(other)
-        return towers.Towers(skeleton, arrays)
+        return towers.Towers(*partition.disassemble(other))
 
     with pytest.raises(UserError, match="towers.. must return the plain tower, with adapters merged"):
         towers_of(lambda self: {"vision": self.vision}).check(small.SPEC)

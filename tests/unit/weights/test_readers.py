@@ -31,14 +31,11 @@ def test_missing_shard(tmp_path):
         readers.weights_in(tmp_path, "other")
 
 
-@pytest.mark.parametrize("source", ["stabilityai/stable-diffusion-2-1-base", "hf-hub:stabilityai/stable-diffusion-2-1"])
-def test_the_removed_repository_is_named(source):
-    with pytest.raises(UserError, match=r"removed in November 2025: set config.diffusion.source to a mirror"):
-        places.diffusers_folder(source)
-
-
-def test_a_local_folder_of_the_removed_name_is_read(tmp_path, monkeypatch):
+def test_the_removed_repository_is_named_and_a_local_folder_of_its_name_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for source in ("stabilityai/stable-diffusion-2-1-base", "hf-hub:stabilityai/stable-diffusion-2-1"):
+        with pytest.raises(UserError, match=r"removed in November 2025: set config.diffusion.source to a mirror"):
+            places.diffusers_folder(source)
     (tmp_path / "stabilityai/stable-diffusion-2-1-base").mkdir(parents=True)
     assert places.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
 

@@ -180,10 +180,8 @@ def _architecture(vision: LibraryConfig) -> str:
 
 
 def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec:
-    """The `Spec` of a parsed `open_clip_config.json`, or of a bare model config; token selection and readout are left
-    at their defaults.
-
-    A UserError where it is none, and for an option that our modules do not implement.
+    """The `Spec` of a parsed `open_clip_config.json` or bare model config, with select and readout at their defaults; a
+    UserError where it is none, and for an option that our modules do not implement.
     """
     model = config.get("model_cfg", config) if isinstance(config, Mapping) else None
     parts = ("vision_cfg", "text_cfg")
@@ -257,7 +255,7 @@ def _text_activation(spec: Spec, tower: Mapping) -> dict:
 
 
 def to_open_clip(spec: Spec) -> dict:
-    """The content of `open_clip_config.json` for `spec`; a UserError where timm has no such tower, or open_clip no such
+    """The content of `open_clip_config.json`; a UserError where timm has no such tower, or open_clip no such
     activation.
     """
     module = backbones.architecture(spec.arch)

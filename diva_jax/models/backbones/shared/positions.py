@@ -26,9 +26,7 @@ class Positions:
 
 
 def tensor_shape(tensors: Mapping, name: str, *axes: int) -> tuple[int, ...]:
-    """The shape of a checkpoint's tensor; a UserError where it is missing, empty, or has a number of axes not in `axes`
-    (two).
-    """
+    """The shape of a checkpoint's tensor; a UserError where it is missing, empty, or not of `axes` (two) axes."""
     if name not in tensors:
         raise UserError(f"the checkpoint is incomplete, {name} is missing: download it again")
     shape = tuple(tensors[name].shape)

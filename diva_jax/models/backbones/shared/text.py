@@ -60,9 +60,7 @@ def require_text(spec: Spec) -> None:
 
 
 class Text(nnx.Module):
-    """The text tower of `spec` (`text`, `embed_dim`) with random weights; arguments as `backbones.build`'s. A UserError
-    where it has none.
-    """
+    """The text tower of `spec` with random weights; arguments as `backbones.build`'s. A UserError where it has none."""
 
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False):
         make, text = Layers(rngs, dtype, param_dtype), spec.text

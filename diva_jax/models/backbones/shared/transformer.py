@@ -84,14 +84,10 @@ def embedded(tower: nnx.Module, images: Array, first: nnx.Param | None = None) -
     return x + tower.pos_embed[...].astype(tower.dtype)
 
 
-def patch_flops(spec: Spec) -> float:
-    """FLOPs of the patch embedding of one image."""
-    return 2 * spec.patches * 3 * spec.patch_size**2 * spec.width
-
-
 def stack_flops(spec: Spec, tokens: int, mlp_layers: int = 2) -> float:
     """FLOPs of the patch embedding and all blocks of a vision tower for one image, see `block_flops`."""
-    return patch_flops(spec) + spec.layers * block_flops(tokens, spec.width, spec.mlp_dim, mlp_layers)
+    patches = 2 * spec.patches * 3 * spec.patch_size**2 * spec.width
+    return patches + spec.layers * block_flops(tokens, spec.width, spec.mlp_dim, mlp_layers)
 
 
 def block_flops(tokens: int, width: int, mlp_dim: int, mlp_layers: int = 2) -> float:

@@ -31,16 +31,12 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The model of an architecture in transformers.
+    """The model of an architecture in transformers: `model_type` in config.json -> the class of the whole model.
 
-    Attributes:
-      models: `model_type` in config.json -> the class of the whole model.
-      mark: how the names of tensors begin that tell the folder's layout.
-      recipes: spec -> recipes of every tensor of the whole model.
-      from_config: (config.json, preprocessor_config.json or {}, the folder for messages) -> (spec, the fields of it
-        that the folder does not really tell).
-      to_config: (spec, dtype of the weights) -> config.json; a UserError where transformers has no such model.
-      preprocessor: spec -> preprocessor_config.json, the test-time transform.
+    `mark` is how the names of tensors begin that tell the folder's layout; `recipes` are those of every tensor of the
+    whole model. `from_config` is (config.json, preprocessor_config.json or {}, the folder for messages) -> (spec, the
+    fields of it that the folder does not really tell); `to_config` raises a UserError where transformers has no such
+    model.
     """
 
     models: Mapping[str, str]
