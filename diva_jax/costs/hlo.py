@@ -215,30 +215,22 @@ def _parse_op(text: str) -> Op:
 
 def parse(text: str) -> HloModule:
     """Parses `compiled.as_text()`; a ValueError if it has no entry computation."""
-    computations, entry, current, pending = {}, None, None, []
-
-    def finish():
-        if pending:
-            op = _parse_op("".join(pending))
-            current[op.name] = op
-            pending.clear()
-
+    lines: dict[str, list[str]] = {}  # Computation -> its operations.
+    entry = current = None
     for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header:
-            current = computations[header.group(2)] = Computation()
-            entry = header.group(2) if header.group(1) else entry
-        elif current is not None and line == "}":
-            finish()
+        if header := _HEADER.match(line):
+            current = lines[header[2]] = []
+            entry = header[2] if header[1] else entry
+        elif line == "}":
             current = None
         elif current is not None and _START.match(line):
-            finish()
-            pending.append(line)
-        elif pending:  # The attributes of a kernel can span several lines.
-            pending.append(line)
+            current.append(line)
+        elif current:  # The attributes of a kernel can span several lines.
+            current[-1] += line
     if entry is None:
         raise ValueError("the text has no ENTRY computation: give the result of compiled.as_text()")
-    return HloModule(computations, entry)
+    parsed = {name: [_parse_op(line) for line in operations] for name, operations in lines.items()}
+    return HloModule({name: Computation({op.name: op for op in ops}) for name, ops in parsed.items()}, entry)
 
 
 def _product_flops(op: Op, computation: Computation) -> int:
@@ -259,19 +251,13 @@ def _product_flops(op: Op, computation: Computation) -> int:
 def _valid_pairs(size: int, taps: int, out: int, rest: str, axis: int) -> int:
     """The number of pairs (output position, kernel position) of one axis whose input is a pixel and not padding."""
     given = dict(part.split("=") for part in _first(r"window=\{([^}]*)\}", rest).split())
-
-    def of(key, default):
-        return given[key].split("x")[axis] if key in given else default
-
-    low = int(of("pad", "0_0").split("_")[0])
-    stride, dilation, input_dilation = (int(of(k, "1")) for k in ("stride", "rhs_dilate", "lhs_dilate"))
-    count = 0
-    for tap in range(taps):
-        at = tap * dilation - low
-        # o * stride + at must be a multiple of the input dilation and within the dilated input.
-        positions = (at + o * stride for o in range(out))
-        count += sum(1 for p in positions if 0 <= p <= (size - 1) * input_dilation and p % input_dilation == 0)
-    return count
+    low, stride, dilation, spread = (
+        int(given[key].split("x")[axis].split("_")[0]) if key in given else default
+        for key, default in (("pad", 0), ("stride", 1), ("rhs_dilate", 1), ("lhs_dilate", 1))
+    )
+    # Within the dilated input, `spread` apart are pixels, and zeros between them.
+    places = (o * stride + tap * dilation - low for o in range(out) for tap in range(taps))
+    return sum(0 <= place <= (size - 1) * spread and place % spread == 0 for place in places)
 
 
 # The kernels of models/kernels/flash.py, by the start of their names, which end with the head dim: the number of

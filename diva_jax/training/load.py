@@ -1,7 +1,7 @@
 """The initial arrays of a program: pretrained parts from their sources, each array placed directly on its sharding."""
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -24,17 +24,12 @@ def put_on(sharding: Callable[[tuple], jax.sharding.Sharding]) -> Callable:
     return put
 
 
-def below(prefix: str, names: Iterable[str]) -> list[str]:
-    """Returns the names that are `prefix` or begin with `prefix/`."""
-    return [n for n in names if n == prefix or n.startswith(prefix + "/")]
-
-
 def owners(program: Program) -> dict[str, str]:
     """Parameter name -> prefix of its pretrained part; other parameters keep their initial values."""
     found = {}
     parts = program.objective.pretrained()
     for prefix in sorted(parts, key=len):  # The longest prefix is applied last and takes precedence.
-        names = below(prefix, program.arrays)
+        names = [n for n in program.arrays if n == prefix or n.startswith(prefix + "/")]
         if not names:
             raise UserError(
                 f"config.objective={program.config.objective}: pretrained() has {prefix!r}, but parameters are named "

@@ -1,12 +1,11 @@
 """The README of an export, as the hub's model cards are: properties, use, scores, caveats, origin and config."""
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diva_jax.common import json_files, paths
+from diva_jax.common import json_files, machine, paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.results_schema import Difference, Results, Score, Task
 from diva_jax.models.backbones import Spec, architecture
@@ -71,16 +70,9 @@ def card(
         run=run,
         sha256="" if run else readers.fingerprint(source.files),
         config=json.dumps(run["config"], indent=1) if run else "",
-        versions=", ".join(f"{package} {_version(package)}" for package in ("diva_jax", "jax", "flax", "numpy")),
+        versions=", ".join(f"{package} {version}" for package, version in machine.describe()["versions"].items()),
     )
     return str(content)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:

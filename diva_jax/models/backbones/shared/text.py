@@ -89,12 +89,9 @@ class Text(nnx.Module):
 
     def embed(self, states: jax.Array, tokens: jax.Array) -> jax.Array:
         """The rest of `encode`: states [B, N, D] and the ids that they are of -> text embedding [B, embed_dim]."""
-        x = self.norm(states[jnp.arange(states.shape[0]), self._pooled_at(tokens)])  # [B, D]
-        return self.proj(x) if self.proj_bias else x @ self.proj[...].astype(self.dtype)
-
-    def _pooled_at(self, tokens: jax.Array) -> jax.Array | int:
-        """The position whose state is projected, int32 [B], or one for all texts."""
         if self.pool == "last":
-            return tokens.shape[1] - 1
-        # The end-of-text token has the highest id of CLIP's vocabulary.
-        return jnp.argmax(tokens if self.pool == "argmax" else tokens == self.eos_id, axis=-1)
+            at = tokens.shape[1] - 1
+        else:  # The end-of-text token has the highest id of CLIP's vocabulary.
+            at = jnp.argmax(tokens if self.pool == "argmax" else tokens == self.eos_id, axis=-1)
+        x = self.norm(states[jnp.arange(states.shape[0]), at])  # [B, D]
+        return self.proj(x) if self.proj_bias else x @ self.proj[...].astype(self.dtype)
