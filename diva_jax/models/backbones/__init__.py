@@ -329,7 +329,7 @@ def check(spec: Spec, where: str) -> Spec:
 
 
 def spec_of(config: ConfigDict, section: str = "backbone") -> Spec:
-    """The hashable Spec of `config.backbone` or another section; a UserError for an unknown field or impossible value."""
+    """The hashable Spec of `config.backbone` or another section; a UserError for unknown or impossible fields."""
     return check(fields.parse(Spec, config[section], f"config.{section}"), f"config.{section}")
 
 
