@@ -14,6 +14,7 @@ from diva_jax.api.encoder import ImageLike, as_image
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import crop
 from diva_jax.data.inputs import Example
+from diva_jax.data.records import listed
 from diva_jax.training import load, sharding
 from diva_jax.training.step import Program, image_keys
 
@@ -59,13 +60,13 @@ class Loss:
 
     @arguments.named()
     def batch(
-        self, images: Sequence[ImageLike], texts: Sequence[str] | None = None, seed: int = 0
+        self, images: Sequence[ImageLike], texts: Sequence[str | Sequence[str]] | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
         """Makes a batch as the data pipeline does: one random crop of each image, at the size that each input has.
 
         Args:
           images: what `Encoder.preprocess` takes, each.
-          texts: as many captions, for objectives that read them.
+          texts: as many captions, for objectives that read them, or lists of texts that differ in one fact.
           seed: of the crops and of whatever the inputs draw.
 
         Returns:
@@ -84,7 +85,15 @@ class Loss:
         for i, (given, text) in enumerate(zip(images, texts, strict=True)):
             image, rng = as_image(given).convert("RGB"), np.random.default_rng((seed, i))
             box = crop.sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
-            rows.append({name: make(Example(image, text, box, rng)) for name, make in self._make.items()})
+            one = text is None or isinstance(text, str)
+            try:
+                example = Example(image, text if one else None, box, rng, texts=None if one else listed(text))
+            except ValueError as e:
+                raise UserError(f"image {i}: {e}") from e
+            for choice in (made.alternatives for made in self._inputs.values() if hasattr(made, "alternatives")):
+                if not choice(example, np.random.default_rng(0)):
+                    raise UserError(f"image {i} needs {choice.wanted}: give it in texts")
+            rows.append({name: make(example) for name, make in self._make.items()})
         return {name: np.stack([row[name] for row in rows]) for name in self._inputs} if rows else {}
 
     def _trace(self, params, frozen, batch, key, step):

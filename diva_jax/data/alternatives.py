@@ -1,13 +1,13 @@
 """Texts about an image that differ in one fact: edits of its caption, a list in its record, or names of classes.
 
-A `Choose` makes of a record the texts and, without the fact, the neutral text; None where the record has no texts.
-Whether it has any does not depend on the random numbers.
+Each kind of `Alternatives` makes of a record the texts and, without the fact, the neutral text.
 """
 
+import abc
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +19,6 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import labelled
 from diva_jax.data.records import Record
 
-Choose = Callable[[Record, np.random.Generator], tuple[list[str], str] | None]
 LEXICON = Path(__file__).with_name("edits.json")
 # Only words that begin before this character are edited: text towers read no more than 77 tokens.
 _REACH = 300
@@ -56,28 +55,40 @@ def common(texts: Sequence[str]) -> str:
     return " ".join(found)
 
 
-def _some(texts: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    """The first text and others, at most `count` in all, in their order."""
-    others = np.sort(rng.permutation(len(texts) - 1)[: count - 1]) + 1
-    return [texts[0], *(texts[i] for i in others)]
-
-
 @dataclasses.dataclass(frozen=True)
-class Edits:
-    """The caption and edits of it: a word of the lexicon, chosen at random, is replaced by others of its group.
+class Alternatives(abc.ABC):
+    """(record, generator) -> (at most `count` texts, the neutral text), or None where the record has no texts, which
+    does not depend on the generator. With `of_caption`, the neutral text is the record's caption.
 
-    The neutral text has in its place what the lexicon gives for the group, by default nothing.
-
-    Args:
-      count: texts, with the caption; fewer where the group has fewer words.
-      lexicon: the file, a list of objects with "words" and, where needed, "neutral".
-
-    Raises:
-      UserError: the file cannot be read or has another form.
+    `wanted` says what a record needs; `listed` is whether that is its list `texts`.
     """
 
     count: int
+    of_caption: bool = False
+    wanted = ""
+    listed = False
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
+        if not self.of_caption:
+            return self.choose(record, rng)
+        found = self.choose(record, rng) if record.text and record.text.strip() else None
+        return found and (found[0], record.text)
+
+    @abc.abstractmethod
+    def choose(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
+        """As a call, with a neutral text of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Edits(Alternatives):
+    """The caption and edits of it: a word of the lexicon, chosen at random, is replaced by others of its group.
+
+    The neutral text has in its place what the lexicon gives for the group, by default nothing. The lexicon is a list of
+    objects with "words" and, where needed, "neutral"; a UserError where the file has another form.
+    """
+
     lexicon: Path = LEXICON
+    wanted = "a caption with a word of the lexicon, which config.judge.lexicon replaces"
 
     def __post_init__(self):
         groups = json_files.read(self.lexicon, list[_Group], "see diva_jax/data/edits.json for the form")
@@ -92,7 +103,7 @@ class Edits:
         object.__setattr__(self, "_groups", by_word)
         object.__setattr__(self, "_pattern", pattern)
 
-    def __call__(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
+    def choose(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
         for text in (record.text or "").splitlines():
             if found := [m for m in self._pattern.finditer(text[: 2 * _REACH]) if m.start() < _REACH]:
                 break
@@ -107,28 +118,29 @@ class Edits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Listed:
-    """The record's own `texts`: the first one and others, at most `count`; the neutral text has what all have."""
+class Listed(Alternatives):
+    """The record's own `texts`: the first one and others at random, in their order; the neutral text has what all
+    have."""
 
-    count: int
+    wanted, listed = "a list `texts`", True
 
-    def __call__(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
+    def choose(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
         if not record.texts:
             return None
-        texts = _some(record.texts, self.count, rng)
+        others = np.sort(rng.permutation(len(record.texts) - 1)[: self.count - 1]) + 1
+        texts = [record.texts[0], *(record.texts[i] for i in others)]
         return texts, common(texts)
 
 
 @dataclasses.dataclass(frozen=True)
-class Classes:
-    """A template with the names of `count` classes, chosen at random; the neutral text has what all have."""
+class Classes(Alternatives):
+    """A template with the names of classes, chosen at random; the neutral text has what all have."""
 
-    count: int
-    names: Sequence[str]
-    template: str
+    names: Sequence[str] = ()
+    template: str = "{}"
 
     @classmethod
-    def read(cls, count: int, path: str, template: str) -> "Classes":
+    def read(cls, count: int, of_caption: bool, path: str, template: str) -> "Classes":
         """From a file as `labelled.read_names` has it; a UserError where it or the template is wrong."""
         if "{}" not in template:
             raise UserError(f"config.judge.template={template!r} has no {{}}, which stands for the name of a class")
@@ -137,19 +149,9 @@ class Classes:
         names = list(dict.fromkeys(entry[0].strip() for entry in labelled.read_names(path)))
         if len(names) < 2:
             raise UserError(f"config.judge.classes={path} has fewer than two names: give more")
-        return cls(count, names, template)
+        return cls(count, of_caption, names, template)
 
-    def __call__(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
+    def choose(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
         chosen = rng.permutation(len(self.names))[: self.count]
         texts = [self.template.replace("{}", self.names[i]) for i in chosen]
         return texts, common(texts)
-
-
-def with_caption(choose: Choose) -> Choose:
-    """As `choose`, with the record's caption as the neutral text; a record without a caption has no texts."""
-
-    def chosen(record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
-        found = choose(record, rng) if record.text and record.text.strip() else None
-        return found and (found[0], record.text)
-
-    return chosen

@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from diva_jax.common.errors import RunError, printable
 from diva_jax.data import images
-from diva_jax.data.alternatives import Choose
+from diva_jax.data.alternatives import Alternatives
 from diva_jax.data.records import Record, Source
 
 logger = logging.getLogger(__name__)
@@ -83,10 +83,18 @@ class Broken:
             )
 
 
+def read_with(source: Source, i: int, with_text: bool, choices: Sequence[Alternatives]) -> Record:
+    """Record i with its caption and list `texts` where they are wanted; see `Source.read`."""
+    record = source.read(i, with_text=with_text or bool(choices))
+    if record.texts is None and any(choice.listed for choice in choices) and hasattr(source, "texts"):
+        return record._replace(texts=source.texts(i))
+    return record
+
+
 class Decoder:
     """Reads and decodes records, from any number of threads."""
 
-    def __init__(self, source: Source, config, with_text: bool, broken: Broken, choices: Sequence[Choose] = ()):
+    def __init__(self, source: Source, config, with_text: bool, broken: Broken, choices: Sequence[Alternatives] = ()):
         self._source, self._with_text, self._broken, self._choices = source, with_text, broken, choices
         self._locate = getattr(source, "locate", int)  # A mixture has some records in several slots.
         self._memory = images.Memory(int(config.decode_gib * 2**30))
@@ -103,15 +111,14 @@ class Decoder:
 
     def _record(self, i: int) -> Record:
         """Reads record i; what may be the fault of a network or a disk is tried again, a few times."""
-        with_text = self._with_text or bool(self._choices)
         for pause in _RETRY_PAUSES_S:
             try:
-                return self._source.read(i, with_text=with_text)
+                return read_with(self._source, i, self._with_text, self._choices)
             except OSError as e:
                 if e.errno not in _TRANSIENT:
                     raise
             time.sleep(pause)
-        return self._source.read(i, with_text=with_text)
+        return read_with(self._source, i, self._with_text, self._choices)
 
     def read(self, i: int, memory: contextlib.ExitStack) -> tuple[Image, Record] | None:
         """(decoded image, record i), or None where it is broken; `memory` holds what it needs. A RunError where too

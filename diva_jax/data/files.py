@@ -31,8 +31,8 @@ MAX_PATH = 4096
 logger = logging.getLogger(__name__)
 
 WHAT = (
-    "a .tar shard, a pattern like {00000..00331}.tar, a folder of shards or of images, a .csv, .tsv or .parquet file, "
-    "a folder of save_to_disk, tfds:name/split, or mix:WEIGHT=PATH;WEIGHT=PATH of these"
+    "a .tar shard, a pattern like {00000..00331}.tar, a folder of shards or of images, a .csv, .tsv, .jsonl or "
+    ".parquet file, a folder of save_to_disk, tfds:name/split, or mix:WEIGHT=PATH;WEIGHT=PATH of these"
 )
 # Kind of data -> suffixes of its files, in the order in which a folder's files are looked through: img2dataset writes
 # a .parquet file of metadata beside each shard and each folder of images, for example.
@@ -42,6 +42,7 @@ KINDS = {
     "arrow": (".arrow",),
     "parquet": (".parquet",),
     "csv": (".csv", ".tsv"),
+    "jsonl": (".jsonl", ".ndjson"),
 }
 
 _USTAR_OFFSET, _USTAR = 257, b"ustar"
@@ -232,7 +233,8 @@ def find(path: str) -> tuple[str, list[str]]:
         by_kind.setdefault(kind_of(file), []).append(file)
     kind = next((kind for kind in KINDS if kind in by_kind), None)
     # Beside shards and images, img2dataset writes a Parquet file of their metadata, which nobody misses.
-    others = {k: v for k, v in by_kind.items() if k in ("images", "csv") and k != kind and kind in ("tars", "images")}
+    missed = {k: by_kind[k] for k in ("images", "csv", "jsonl") if k in by_kind and k != kind}
+    others = missed if kind in ("tars", "images") else {}
     for what, left in {**others, "compressed shards": packed}.items():
         if kind and left:
             logger.warning("%s: %d %s beside the %s are not read (%s)", path, len(left), what, kind, listing(left, 2))
@@ -249,5 +251,5 @@ def find(path: str) -> tuple[str, list[str]]:
         )
     raise UserError(
         f"config.data.path={path!r} has neither .tar shards nor images ({', '.join(IMAGE_SUFFIXES)}) nor tables "
-        "(.arrow, .parquet, .csv, .tsv) in it"
+        "(.arrow, .parquet, .csv, .tsv, .jsonl) in it"
     )

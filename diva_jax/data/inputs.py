@@ -13,7 +13,7 @@ from PIL.Image import Image as PILImage
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import crop, images, latent_cache
-from diva_jax.data.alternatives import Choose
+from diva_jax.data.alternatives import Alternatives
 from diva_jax.data.tokenizers import Tokenizer
 
 
@@ -175,7 +175,7 @@ class Texts:
     count: int
     length: int
     tokenizer: Callable[[], Tokenizer]
-    alternatives: Choose
+    alternatives: Alternatives
     dtype = np.dtype(np.int32)
     needs_text = False
 

@@ -71,6 +71,12 @@ class MixtureSource:
         number, record = self.locate(i)
         return self.parts[number].read(record, with_text)
 
+    def texts(self, i: int) -> tuple[str, ...] | None:
+        """The list `texts` of the record in slot i."""
+        number, record = self.locate(i)
+        part = self.parts[number]
+        return part.texts(record) if hasattr(part, "texts") else part.read(record).texts
+
     def describe(self) -> list[str]:
         """Returns one line per part: its share of an epoch, its size, and how often its records come in an epoch."""
         return [

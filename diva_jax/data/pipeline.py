@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping
 import grain
 import numpy as np
 
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import RunError, UserError, brief, printable
 from diva_jax.data import crop, latent_cache, sources
-from diva_jax.data.decoding import Broken, Decoder
+from diva_jax.data.alternatives import Alternatives
+from diva_jax.data.decoding import Broken, Decoder, read_with
 from diva_jax.data.inputs import Example, Input
 from diva_jax.data.records import Source
 
@@ -25,6 +26,8 @@ from diva_jax.data.records import Source
 _MAX_POSITION = 2**62
 # Between two looks at whether a wait shall end.
 _POLL_INTERVAL_S = 0.5
+# Records that are looked at before a run for texts to choose between.
+_PROBED = 256
 
 
 def shuffled(records: int, seed: int) -> grain.MapDataset:
@@ -191,6 +194,21 @@ _NAMES = {
 }
 
 
+def _check_texts(source: Source, choice: Alternatives, path: str) -> None:
+    """A UserError where not one of `_PROBED` records, spread over all, has texts to choose between."""
+    why = ""
+    for i in range(0, len(source), -(-len(source) // _PROBED)):
+        try:
+            if choice(read_with(source, i, True, (choice,)), np.random.default_rng(0)):
+                return
+        except (OSError, ValueError) as e:
+            why = f" ({printable(source.name(i))}: {brief(e)})"
+    raise UserError(
+        f"config.data.path={path!r}: not one of {min(len(source), _PROBED)} records has {choice.wanted}{why}: give it "
+        "to them, or set config.judge.texts to another kind"
+    )
+
+
 def open_batches(
     config,
     inputs: Mapping[str, Input],
@@ -221,6 +239,8 @@ def open_batches(
             "with .txt or .json members, a CSV or parquet file or a Hugging Face dataset with a text column "
             "(PATH?text=COLUMN names it), or images with a .txt file beside each"
         )
+    for choice in dict.fromkeys(i.alternatives for i in inputs.values() if hasattr(i, "alternatives")):
+        _check_texts(source, choice, config.path)
     if cache is not None:
         cache.check(source)
     return Iterator(config, source, inputs, seed, global_batch, process_index, process_count, cache)

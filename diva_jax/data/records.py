@@ -22,7 +22,7 @@ _MAX_TEXTS, _MAX_TEXT = 64, 4096
 class Record(NamedTuple):
     """One record: what to call it in a log (file and member or row), the encoded image, and its caption, None where
     there is none; several captions are separated by newlines. `texts` are statements that differ in one fact, see
-    `alternatives`; None where there are none."""
+    `alternatives`; None where there are none, or the source has a method `texts(i)` that reads them."""
 
     name: str
     image: bytes
@@ -77,6 +77,12 @@ def listed(value) -> tuple[str, ...] | None:
     if max(map(len, found)) > _MAX_TEXT:
         raise ValueError(f"one of its texts has more than {_MAX_TEXT} characters")
     return found
+
+
+def listed_in(data: bytes | None) -> tuple[str, ...] | None:
+    """The `texts` of the JSON object in a file; None where there is none, and a ValueError for anything else."""
+    meta = json_files.decoded(data) if data else None
+    return listed(meta.get("texts")) if isinstance(meta, dict) else None
 
 
 def first_caption(found: Iterable[tuple[str, bytes | None]]) -> str | None:

@@ -13,7 +13,15 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
 from diva_jax.common.paths import is_remote, reason
 from diva_jax.data import files, mixture, samples
-from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, Record, Source, first_caption, has_captions
+from diva_jax.data.records import (
+    CAPTION_KINDS,
+    MAX_CAPTION_BYTES,
+    Record,
+    Source,
+    first_caption,
+    has_captions,
+    listed_in,
+)
 from diva_jax.data.tars import TarSource
 from diva_jax.data.tfds_source import TfdsSource
 
@@ -57,9 +65,17 @@ class FolderSource:
         """See `Source.read`; an OSError where a file cannot be read, a ValueError for a broken caption."""
         return Record(self.name(i), files.read_image(self._paths[i]), self._text(i) if with_text else None)
 
-    def _text(self, i: int) -> str | None:
+    def texts(self, i: int) -> tuple[str, ...] | None:
+        """The list `texts` in the `.json` file of record i; errors as of `read`."""
+        path = self._beside(i, "json")
+        return listed_in(files.read_at_most(path, MAX_CAPTION_BYTES)) if path else None
+
+    def _beside(self, i: int, kind: str) -> str | None:
         key, image = samples.split(self._paths[i])
-        found = ((kind, samples.beside(self._texts.get(key, {}), image, kind)) for kind in CAPTION_KINDS)
+        return samples.beside(self._texts.get(key, {}), image, kind)
+
+    def _text(self, i: int) -> str | None:
+        found = ((kind, self._beside(i, kind)) for kind in CAPTION_KINDS)
         return first_caption((kind, files.read_at_most(p, MAX_CAPTION_BYTES)) for kind, p in found if p)
 
 
@@ -69,10 +85,10 @@ def split_options(path: str) -> tuple[str, dict[str, str]]:
     if not match:
         return path, {}
     options = dict(parse_qsl(match[2], keep_blank_values=True))
-    if unknown := [o for o in options if o not in ("image", "text") or not options[o]]:
+    if unknown := [o for o in options if o not in ("image", "text", "texts") or not options[o]]:
         raise UserError(
-            f"config.data.path={path!r} has the option {listing(unknown)}: after ? write image=COLUMN, text=COLUMN, or "
-            "both with & between them"
+            f"config.data.path={path!r} has the option {listing(unknown)}: after ? write image=COLUMN, text=COLUMN, "
+            "texts=COLUMN, or several with & between them"
         )
     return match[1], options
 
@@ -104,8 +120,8 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, al
 
     - A .tar shard, a brace or glob pattern of shards, or a folder with shards.
     - A folder with images at any depth, or a pattern.
-    - A .csv, .tsv or .parquet file, a pattern, or a folder with them; a folder that Hugging Face's `save_to_disk` has
-      written. `?image=COLUMN&text=COLUMN` chooses the columns.
+    - A .csv, .tsv, .jsonl or .parquet file, a pattern, or a folder with them; a folder that Hugging Face's
+      `save_to_disk` has written. `?image=COLUMN&text=COLUMN&texts=COLUMN` chooses the columns.
     - `module:DOTTED.PATH?OPTIONS`: what `open_source(OPTIONS)` of that module returns, a `Source` of your own.
     - `tfds:name/split`, see `TfdsSource`; `mix:WEIGHT=PATH;WEIGHT=PATH` of any of these, see `MixtureSource`.
 

@@ -1,5 +1,7 @@
-"""Records from tables: CSV and TSV files, Parquet files, and the Arrow files of Hugging Face datasets."""
+"""Records from tables: CSV, TSV and JSON Lines, Parquet files, and the Arrow files of Hugging Face datasets."""
 
+import array
+import contextlib
 import functools
 import itertools
 import logging
@@ -12,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.paths import is_remote
 from diva_jax.data import files, texts
-from diva_jax.data.records import TEXT_COLUMNS, Record, caption, locate
+from diva_jax.data.records import TEXT_COLUMNS, Record, caption, listed, locate
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,8 @@ _CHUNK_ROWS = 2**16
 _KEPT_ROW_GROUPS = 4
 # Random access is slow in row groups with more bytes than these.
 _LARGE_ROW_GROUP_BYTES = 2**26
+# Bytes of a line of JSON Lines, and entries of a list.
+_MAX_LINE, _MAX_LIST = 2**24, 2**12
 # Rows of which it is asked whether they hold paths.
 _PROBED = 16
 _CACHE = re.compile(r"(cache-|tmp).*\.arrow")
@@ -34,9 +39,9 @@ _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-]
 
 
 class _Part(NamedTuple):
-    """The rows of one file. `cells`: (row, whether the text is wanted) -> (image, text) as Python objects, None where a
-    cell is empty. `place`: row -> "line 7" or "row 6". `row_group_bytes`: of the largest row group, where rows are read
-    with theirs."""
+    """The rows of one file. `cells`: (row, whether texts are wanted) -> (image, caption, `texts`) as Python objects,
+    None where a cell is empty. `place`: row -> "line 7" or "row 6". `row_group_bytes`: of the largest row group, where
+    rows are read with theirs."""
 
     path: str
     rows: int
@@ -52,9 +57,10 @@ def _column(path: str, what: str, columns: Sequence[str], wanted: str | None, kn
     return wanted or next((name for name in known if name in columns), None)
 
 
-def choose_columns(path: str, columns: Sequence[str], options: Mapping[str, str]) -> tuple[str, str | None]:
-    """(the column with the images, the column with the captions or None) of a table's columns; `options` may name them
-    as "image" and "text". A UserError where there is no such column, or none that is known to hold images."""
+def choose_columns(path: str, columns: Sequence[str], options: Mapping[str, str]) -> tuple[str | None, ...]:
+    """(the column with the images, with the captions or None, with lists of texts or None) of a table's columns;
+    `options` may name them as "image", "text" and "texts". A UserError where there is no such column, or none that is
+    known to hold images."""
     image = _column(path, "image", columns, options.get("image"), IMAGE_COLUMNS)
     if image is None:
         raise UserError(
@@ -62,9 +68,10 @@ def choose_columns(path: str, columns: Sequence[str], options: Mapping[str, str]
             f"{listing(columns, 10)}: name the one with the images, as {path}?image=COLUMN"
         )
     text = _column(path, "text", columns, options.get("text"), TEXT_COLUMNS)
-    if twice := [c for c in (image, text) if list(columns).count(c) > 1]:
+    alternatives = _column(path, "texts", columns, options.get("texts"), ("texts",))
+    if twice := [c for c in (image, text, alternatives) if list(columns).count(c) > 1]:
         raise UserError(f"config.data.path: {path} has the column {listing(twice)} twice: rename one")
-    return image, text
+    return image, text, alternatives
 
 
 class TableSource:
@@ -81,7 +88,10 @@ class TableSource:
         if not len(self):
             raise UserError(f"config.data.path: {parts[0].path} has no rows")
         if not parts[0].row_group_bytes:
-            first = [self._parts[0].cells(i, False)[0] for i in range(min(parts[0].rows, _PROBED))]
+            first = []
+            for i in range(min(parts[0].rows, _PROBED)):
+                with contextlib.suppress(ValueError):  # Lines that are no JSON.
+                    first.append(self._parts[0].cells(i, False)[0])
             reasons = [_not_a_path(cell, allow_urls) for cell in first if isinstance(cell, str) and cell]
             if reasons and all(reasons):
                 raise UserError(f"config.data.path: {self.name(0)}: {reasons[0]}")
@@ -97,8 +107,13 @@ class TableSource:
     def read(self, i: int, with_text: bool = True) -> Record:
         """See `Source.read`; an OSError where a file cannot be read, a ValueError where a cell has no image or text."""
         number, row = locate(self._ends, i)
-        image, text = self._parts[number].cells(row, with_text)
+        image, text, _ = self._parts[number].cells(row, with_text)
         return Record(self.name(i), _image_bytes(image, self._parts[number].path, self._allow_urls), caption(text))
+
+    def texts(self, i: int) -> tuple[str, ...] | None:
+        """The list `texts` of record i; errors as of `read`."""
+        number, row = locate(self._ends, i)
+        return listed(self._parts[number].cells(row, True)[2])
 
 
 def _not_a_path(cell: str, allow_urls: bool) -> str:
@@ -129,30 +144,62 @@ def _value(scalar: pa.Scalar):
         return next(filter(None, (_value(scalar[name]) for name in ("bytes", "path") if name in scalar)), None)
     if hasattr(scalar, "as_buffer") and scalar.as_buffer().size > files.MAX_IMAGE_BYTES:
         raise ValueError(f"it has more than {files.MAX_IMAGE_BYTES} bytes, more than any image")
+    if isinstance(scalar, pa.ListScalar | pa.LargeListScalar) and len(scalar.values) > _MAX_LIST:
+        raise ValueError(f"it has a list of more than {_MAX_LIST} texts")
     return scalar.as_py()
 
 
-def _of_columns(path: str, image, text, **kw) -> _Part:
+def _cells(table: Mapping[str, Sequence], columns: Sequence[str | None], row: int, with_text: bool) -> tuple:
+    """The cells of a row in these columns, see `_Part`."""
+    wanted = (name if with_text or i == 0 else None for i, name in enumerate(columns))
+    return tuple(_value(table[name][row]) if name else None for name in wanted)
+
+
+def _of_columns(path: str, table: Mapping[str, Sequence], columns: Sequence[str | None], **kw) -> _Part:
     """A part whose columns are in memory, or mapped into it."""
-
-    def cells(row: int, with_text: bool) -> tuple:
-        return _value(image[row]), _value(text[row]) if with_text and text is not None else None
-
-    return _Part(path, len(image), text is not None, cells, **kw)
+    rows = len(table[columns[0]])
+    return _Part(path, rows, columns[1] is not None, functools.partial(_cells, table, columns), **kw)
 
 
 def _csv_part(path: str, options: Mapping[str, str]) -> _Part:
     rows = texts.csv_rows(path)
     header = next(rows, (1, []))[1]
-    wanted = [header.index(column) for column in choose_columns(path, header, options) if column is not None]
+    columns = choose_columns(path, header, options)
+    wanted = {column: header.index(column) for column in columns if column}
     lines, chunks = [np.zeros(0, np.int64)], [[] for _ in wanted]
     while batch := list(itertools.islice(rows, _CHUNK_ROWS)):
         lines.append(np.array([line for line, _ in batch], np.int64))
-        for chunk, k in zip(chunks, wanted, strict=True):
+        for chunk, k in zip(chunks, wanted.values(), strict=True):
             chunk.append(pa.array([fields[k] for _, fields in batch], pa.large_string()))
-    image, text, *_ = [pa.chunked_array(chunk, pa.large_string()) for chunk in chunks] + [None]
-    line = np.concatenate(lines)
-    return _of_columns(path, image, text, place=lambda row: f"line {line[row]}")
+    line, joined = np.concatenate(lines), (pa.chunked_array(chunk, pa.large_string()) for chunk in chunks)
+    return _of_columns(path, dict(zip(wanted, joined, strict=True)), columns, place=lambda row: f"line {line[row]}")
+
+
+def _jsonl_part(path: str, options: Mapping[str, str]) -> _Part:
+    """A file of JSON objects, one a line; a line is read when it is asked for."""
+    spans, start, number, columns = array.array("q"), 0, 0, None
+    with files.open_binary(path) as f:
+        while line := f.readline(_MAX_LINE + 1):
+            number += 1
+            if len(line) > _MAX_LINE:
+                raise UserError(f"{path}, line {number} has more than {_MAX_LINE} bytes: write one record a line")
+            if line.strip():
+                spans.extend((start, len(line), number))
+                record = json_files.parse(path, line, number) if columns is None else None
+                if isinstance(record, dict):
+                    columns = choose_columns(path, list(record), options)
+                elif columns is None:
+                    raise UserError(f"{path}, line {number} is no JSON object: write one record a line")
+            start += len(line)
+    rows = np.array(spans, np.int64).reshape(-1, 3)
+
+    def cells(row: int, with_text: bool) -> tuple:
+        record = json_files.decoded(files.read_range(path, *map(int, rows[row, :2])))
+        if not isinstance(record, dict):
+            raise ValueError("it is no JSON object")
+        return tuple(record.get(name) if name else None for name in columns)
+
+    return _Part(path, len(rows), bool(columns and columns[1]), cells, lambda row: f"line {rows[row, 2]}")
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -178,32 +225,30 @@ def _parquet_part(path: str, options: Mapping[str, str], read_row_group) -> _Par
     with files.open_binary(path) as f:
         parquet = pq.ParquetFile(f)
         schema, metadata = parquet.schema_arrow, parquet.metadata
-        image, text = choose_columns(path, schema.names, options)
-        columns = tuple(filter(None, (image, text)))
+        image, *_ = chosen = choose_columns(path, schema.names, options)
+        columns = tuple(dict.fromkeys(filter(None, chosen)))
         _check_images(path, image, schema.field(image).type)
         if _is_text(schema.field(image).type):
-            table = parquet.read(list(columns))
-            return _of_columns(path, table[image], table[text] if text else None)
+            return _of_columns(path, parquet.read(list(columns)), chosen)
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
 
     def cells(row: int, with_text: bool) -> tuple:
         group, local = locate(ends, row)
-        table = read_row_group(path, group, columns)
-        return _value(table[image][local]), _value(table[text][local]) if with_text and text else None
+        return _cells(read_row_group(path, group, columns), chosen, local, with_text)
 
     largest = max((group.total_byte_size for group in groups), default=0)
-    return _Part(path, metadata.num_rows, text is not None, cells, row_group_bytes=largest)
+    return _Part(path, metadata.num_rows, chosen[1] is not None, cells, row_group_bytes=largest)
 
 
 def _arrow_part(path: str, options: Mapping[str, str]) -> _Part:
     # No copy: the columns stay in the file.
     table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
-    image, text = choose_columns(path, table.column_names, options)
+    image, *_ = columns = choose_columns(path, table.column_names, options)
     _check_images(path, image, table.schema.field(image).type)
     # Offsets that damage has changed would be read outside of the file.
-    table.select([c for c in (image, text) if c]).validate(full=True)
-    return _of_columns(path, table[image], table[text] if text else None)
+    table.select(list(dict.fromkeys(filter(None, columns)))).validate(full=True)
+    return _of_columns(path, table, columns)
 
 
 def _data_files(path: str, arrow_files: Sequence[str]) -> Sequence[str]:
@@ -251,6 +296,7 @@ def open_tables(
     read_row_group = functools.lru_cache(maxsize=_KEPT_ROW_GROUPS)(_read_row_group)
     opens = {
         "csv": _csv_part,
+        "jsonl": _jsonl_part,
         "arrow": _arrow_part,
         "parquet": functools.partial(_parquet_part, read_row_group=read_row_group),
     }

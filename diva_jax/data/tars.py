@@ -21,7 +21,7 @@ from tqdm import tqdm
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import files, samples
-from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, Record, first_caption, has_captions
+from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, Record, first_caption, has_captions, listed_in
 
 logger = logging.getLogger(__name__)
 
@@ -261,10 +261,16 @@ class TarSource:
         return has_captions(self._text, np.flatnonzero(self._rows["txt_size"] + self._rows["json_size"]))
 
     def _text(self, i: int) -> str | None:
+        return first_caption((kind, self._member(i, kind)) for kind in CAPTION_KINDS)
+
+    def texts(self, i: int) -> tuple[str, ...] | None:
+        """The list `texts` in the `.json` member of record i; errors as of `read`."""
+        return listed_in(self._member(i, "json"))
+
+    def _member(self, i: int, kind: str) -> bytes | None:
         row = self._rows[i]
-        places = ((kind, int(row[f"{kind}_offset"]), int(row[f"{kind}_size"])) for kind in CAPTION_KINDS)
-        shard = self._shards[row["shard"]]
-        return first_caption((kind, files.read_range(shard, offset, size)) for kind, offset, size in places if size)
+        size = int(row[f"{kind}_size"])
+        return files.read_range(self._shards[row["shard"]], int(row[f"{kind}_offset"]), size) if size else None
 
     def read(self, i: int, with_text: bool = True) -> Record:
         """See `Source.read`; an OSError where the shard is shorter than when it was indexed, a ValueError for a broken

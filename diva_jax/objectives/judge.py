@@ -98,15 +98,14 @@ def recipe(config: ConfigDict) -> None:
 
 
 @functools.lru_cache
-def chooser(o: JudgeOptions) -> alternatives.Choose:
+def chooser(o: JudgeOptions) -> alternatives.Alternatives:
     """What makes the texts of a record; a UserError where a file that it needs is missing or wrong."""
+    of_caption = o.neutral == "caption"
     if o.texts == "edits":
-        choose = alternatives.Edits(o.count, Path(o.lexicon) if o.lexicon else alternatives.LEXICON)
-    elif o.texts == "records":
-        choose = alternatives.Listed(o.count)
-    else:
-        choose = alternatives.Classes.read(o.count, o.classes, o.template)
-    return alternatives.with_caption(choose) if o.neutral == "caption" else choose
+        return alternatives.Edits(o.count, of_caption, Path(o.lexicon) if o.lexicon else alternatives.LEXICON)
+    if o.texts == "records":
+        return alternatives.Listed(o.count, of_caption)
+    return alternatives.Classes.read(o.count, of_caption, o.classes, o.template)
 
 
 class JudgeDraws(NamedTuple):

@@ -299,7 +299,7 @@ class _Loop:
         self.profile.before(self.step)
         began, batches = time.perf_counter(), self.run_.batches
         batch = batches.wait(self.preempted.__bool__)
-        self.progress.waited(time.perf_counter() - began, batches.broken.count)
+        self.progress.waited(time.perf_counter() - began, batches.broken)
         return batch
 
     def _evaluate(self) -> None:

@@ -14,6 +14,7 @@ from etils import epath
 
 from diva_jax.common import json_files, log, machine, paths
 from diva_jax.common.errors import RunError, UserError
+from diva_jax.data.decoding import Broken
 
 
 def check_wandb(project: str) -> None:
@@ -134,7 +135,8 @@ class Progress:
         self._utilisation: float | None = utilisation
         self._pending: tuple[int, dict] | None = None
         self._window: list[dict[str, float]] = []
-        self._waited, self._broken, self._window_start = 0.0, 0, time.perf_counter()
+        self._waited, self._window_start = 0.0, time.perf_counter()
+        self._broken = self._skipped = 0
         # Where stdout is no terminal, there are the lines of `_report` alone.
         self._bar = log.progress("training", total, every=math.inf, initial=start)
 
@@ -142,10 +144,10 @@ class Progress:
         """Removes the bar."""
         self._bar.close()
 
-    def waited(self, seconds: float, broken: int) -> None:
-        """Adds time spent waiting for a batch; `broken` is the number of images that could not be read so far."""
+    def waited(self, seconds: float, broken: Broken) -> None:
+        """Adds time spent waiting for a batch; `broken` has counted the images that could not be used so far."""
         self._waited += seconds
-        self._broken = broken
+        self._broken, self._skipped = broken.count, broken.skipped
 
     def paused(self, seconds: float) -> None:
         """Excludes time without training steps from images per second and from the remaining time."""
@@ -182,6 +184,8 @@ class Progress:
             row["mfu"] = row["images_per_s"] * self._utilisation
         row["data_wait"] = min(1.0, self._waited / elapsed)
         row["broken_images"] = self._broken
+        if self._skipped:
+            row["skipped_images"] = self._skipped
         if self._writer:
             self._writer.write(step, row)
             mfu = f"  MFU {100 * row['mfu']:.1f}%" if "mfu" in row else ""

@@ -92,3 +92,20 @@ def take(iterator, count: int) -> list[dict[str, np.ndarray]]:
 def tags_of(iterator, count: int) -> list[int]:
     """The tags of all images of the next batches, in order."""
     return [tag for batch in take(iterator, count) for tag in tags(batch["image"])]
+
+
+def letters(length):
+    """A tokenizer whose ids are the letters of the text."""
+
+    def tokenize(texts):
+        ids = np.zeros((len(texts), length), np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text)] = list(map(ord, text[:length]))
+        return ids
+
+    return tokenize
+
+
+def text_of(ids) -> str:
+    """The text of ids of `letters`."""
+    return "".join(chr(i) for i in ids if i)

@@ -5,28 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
-from records import batches, encoded, tags, take, write_tar
+from records import batches, encoded, letters, tags, take, text_of, write_tar
 
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import crop, images, inputs
 
 COUNT = 14
-
-
-def letters(length):
-    """A tokenizer whose ids are the letters of the text."""
-
-    def tokenize(texts):
-        ids = np.zeros((len(texts), length), np.int32)
-        for row, text in zip(ids, texts, strict=True):
-            row[: len(text)] = list(map(ord, text[:length]))
-        return ids
-
-    return tokenize
-
-
-def text_of(ids):
-    return "".join(chr(i) for i in ids if i)
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,10 @@ def make(folder, kind):
         return write_csv(folder / "a.tsv", ("title", "filepath"), [row[::-1] for row in rows], "\t")
     if kind == "semicolons":
         return write_csv(folder / "a.csv", ("id", "file", "text"), [("1", *row) for row in rows], ";")
+    if kind == "jsonl":
+        lines = [json.dumps({"id": i, "path": where(i), "text": CAPTIONS[i]}) for i in range(COUNT)]
+        (folder / "a.jsonl").write_text("\n\n".join(lines))
+        return folder / "a.jsonl"
     if kind == "parquet of paths":
         table = pa.table({"path": [row[0] for row in rows], "caption": CAPTIONS})
         pq.write_table(table, folder / "a.parquet")
@@ -92,7 +96,7 @@ def make(folder, kind):
     return folder / "saved"
 
 
-KINDS = ("csv", "tsv", "semicolons", "parquet of paths", "parquet of bytes", "parquet folder", "save_to_disk")
+KINDS = ("csv", "tsv", "semicolons", "jsonl", "parquet of paths", "parquet of bytes", "parquet folder", "save_to_disk")
 
 
 @pytest.mark.parametrize("kind", KINDS)
