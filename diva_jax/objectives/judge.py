@@ -36,6 +36,7 @@ from diva_jax.models.backbones.shared.transformer import block_flops
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.text_encoder import TextEncoder
 from diva_jax.objectives import contract
+from diva_jax.objectives.shared import pairs
 from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, widened
 from diva_jax.weights import parts
 
@@ -94,7 +95,7 @@ def recipe(config: ConfigDict) -> None:
     config.steps, config.batch_size = 4000, 256
     config.trainable = (("vision/.*", 1.0), (".*", 0.0))
     config.optim.update(name="adamw", lr=1e-5, weight_decay=0.0)
-    config.anchor.weight = 0.3
+    config.anchor.update(weight=0.3 * config.backbone.embed_dim, of="unit")  # Which is a mean over dimensions.
 
 
 @functools.lru_cache
@@ -189,15 +190,14 @@ class Objective(StableDiffusionObjective):
 
     def flops_by_part(self) -> dict[str, float]:
         """FLOPs of one image in one step: "vae", "vision", "text", "text_encoder", "unet", "logits"."""
-        d, o, text, encoder = self.diffusion, self.options, self.spec.text, self.diffusion.text_encoder
+        d, o, encoder = self.diffusion, self.options, self.diffusion.text_encoder
         judged = (o.count + (o.neutral != "none")) * (o.verdict != "first")
         unet = flops.unet(d.unet, self.image_size // d.vae.downscale, d.text_tokens)
-        block = block_flops(text.context_length, text.width, text.mlp_dim)
         compared = o.count * (1 + self.micro_batch * self.compares_images)
         return {
             "vae": self.latent_source.flops * bool(judged),
             "vision": 3 * flops.vision(self.spec),
-            "text": o.count * (text.layers * block + 2 * text.width * self.spec.embed_dim),
+            "text": o.count * flops.text(self.spec),
             "text_encoder": judged * encoder.layers * block_flops(d.text_tokens, encoder.width, encoder.mlp_dim),
             "unet": judged * o.draws * unet.forward,
             "logits": 2 * 2 * compared * self.spec.embed_dim,
@@ -262,8 +262,8 @@ class Objective(StableDiffusionObjective):
         found, weight = jax.lax.stop_gradient(self.judge(batch, pixels, keys))
         ids, present = batch["texts"][:, :-1], found > 0
         with jax.named_scope("text"):
-            texts = unit(self.text.encode(jnp.maximum(ids, 0).reshape(-1, ids.shape[-1])))
-        images = unit(self.run_vision(preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, "exact")))
+            texts = pairs.unit(self.text.encode(jnp.maximum(ids, 0).reshape(-1, ids.shape[-1])))
+        images = pairs.unit(self.run_vision(preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, "exact")))
         texts = jax.lax.stop_gradient(texts).reshape(*found.shape, -1)  # [B, K, D]
         logits = o.logit_scale * jnp.einsum("bd,bkd->bk", images, texts, precision="highest")
         logits = jnp.where(jnp.min(ids, axis=-1) >= 0, logits, -jnp.inf)
@@ -283,9 +283,3 @@ class Objective(StableDiffusionObjective):
             metrics["loss_image"] = -jnp.mean(weight * jnp.sum(found * own, axis=1))
             value = value + o.image_weight * metrics["loss_image"]
         return value, {"loss": value, **metrics}
-
-
-def unit(x: Array) -> Array:
-    """x of length one along its last axis, in float32 or wider."""
-    x = widened(x)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True))

@@ -114,7 +114,7 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
             self.terms = _Terms(
                 names, **sections, micro_batch=config.batch_size // config.accum, spec=spec, teacher=teacher
             )
-            self.compares_images = kind.compares_images or names != ("anchor",)
+            self.compares_images = self.compares_images or names != ("anchor",)
             kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.frozen_dtype))
             models = {
                 "anchor": lambda: backbones.build(spec, **kw),
