@@ -119,7 +119,6 @@ def main() -> None:
 
 
 def entry() -> None:
-    """The installed command."""
     cli.run(main)
 
 

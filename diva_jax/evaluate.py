@@ -57,7 +57,6 @@ def main() -> None:
 
 
 def entry() -> None:
-    """The installed command."""
     cli.run(main, described=configs.described)
 
 

@@ -61,7 +61,6 @@ def main() -> None:
 
 
 def entry() -> None:
-    """The installed command."""
     cli.run(main, described=configs.described)
 
 

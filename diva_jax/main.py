@@ -67,7 +67,6 @@ def _train(config) -> None:
 
 
 def entry() -> None:
-    """The installed command."""
     cli.run(main, described=configs.described)
 
 

@@ -14,8 +14,8 @@ from diva_jax.common.errors import UserError, brief, listing
 
 
 def named(*others: str) -> Callable[[Callable], Callable]:
-    """Makes a function refuse keywords that neither it nor its `**options` (`others`) has, with a `UserError` that
-    names those which are meant."""
+    """Makes a function refuse keywords that neither it nor its `**options` (`others`) has, with those which are
+    meant."""
 
     def of(function: Callable) -> Callable:
         parameters = inspect.signature(function).parameters.values()

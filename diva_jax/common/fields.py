@@ -28,8 +28,8 @@ _NO_FIELD, _ALL_FIELDS = "the config has no field", "--config=FILE --help lists 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a value must be, in addition to being of the type of the default: `sentence` is the end of one, "must be at
-    least 1"."""
+    """What a value must be beside being of the type of the default; `sentence` is an end such as "must be at least
+    1"."""
 
     holds: Callable[[Any], bool]
     sentence: str
@@ -129,8 +129,7 @@ def _number(value: float) -> str:
 
 def declared(section: Any, prefix: str = "") -> dict[str, Field]:
     """The declarations of all fields of a section and of those inside of it, by dotted path after `prefix`. The section
-    is a dataclass, an instance, whose values are the defaults, or a mapping, whose fields have no documentation and no
-    rules."""
+    is a dataclass, an instance, whose values are the defaults, or a mapping, without documentation and rules."""
     if isinstance(section, ConfigDict | Mapping):
         return {prefix + path: Field(value) for path, value in flatten(section).items()}
     out, defaults = {}, section() if isinstance(section, type) else section

@@ -50,8 +50,7 @@ def read(path: str | os.PathLike, form: Any, repair: str, missing: Any = ...) ->
 
 
 def read_bytes(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
-    """The content of a file, on this machine or in a bucket; a UserError where it is missing, no regular file, or has
-    more than `most` bytes."""
+    """The content of a file, also in a bucket; a UserError where it cannot be read, or has more than `most` bytes."""
     remote = paths.is_remote(path)
     try:
         with epath.Path(path).open("rb") if remote else open(path, "rb", opener=open_regular) as file:
@@ -68,8 +67,7 @@ def read_bytes(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
 
 
 def decoded(text: bytes | str) -> Any:
-    """The content of a JSON text; a ValueError where it is not UTF-8, not JSON, or nested more than `_MAX_DEPTH`
-    deep."""
+    """The content of a JSON text; a ValueError where it is not UTF-8, not JSON, or nested too deeply."""
     try:
         content = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except RecursionError as e:
@@ -82,7 +80,7 @@ def decoded(text: bytes | str) -> Any:
 
 
 def parse(path: str | os.PathLike, text: bytes | str, line: int | None = None) -> Any:
-    """The content of a file, or of one line of it; a UserError, with the file and line, where it is not JSON or too
+    """The content of a file, or of one line of it; a UserError, with file and line, where it is not JSON or too
     deep."""
     try:
         return decoded(text)

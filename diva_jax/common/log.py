@@ -47,8 +47,7 @@ class _Lines:
 
 def progress(what: str, total: int, unit: str = "steps", every: float = 20.0, initial: int = 0) -> tqdm:
     """A tqdm of `total` items with the time that is left: a bar on a terminal, otherwise a line every so many seconds;
-    nothing except on process 0. `update(n)` counts items and `close()` removes the bar; `initial` items are done
-    already."""
+    nothing except on process 0. `update(n)` counts items and `close()` removes the bar."""
     shown = dict(desc=what, total=total, initial=initial, unit=unit, leave=False, disable=jax.process_index() > 0)
     if sys.stdout.isatty():
         return tqdm(file=sys.stdout, **shown)
@@ -58,8 +57,7 @@ def progress(what: str, total: int, unit: str = "steps", every: float = 20.0, in
 
 @contextlib.contextmanager
 def waiting(what: str, tell: Callable[[str], None] = say, every: float = 60.0) -> Iterator[None]:
-    """Says how long something takes, every so many seconds, while the block runs; `tell` takes the line, which begins
-    with `what`."""
+    """Says how long something takes, every so many seconds, while the block runs; the line begins with `what`."""
     began, over = time.monotonic(), threading.Event()
 
     def report():

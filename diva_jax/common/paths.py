@@ -55,8 +55,7 @@ def folder(path, flag: str) -> epath.Path:
 
 
 def check_writable(folder: epath.Path, flag: str) -> None:
-    """A UserError where a folder on this machine, or the nearest one above it, may not be written; nothing is
-    written."""
+    """A UserError where a local folder, or the nearest one above it, may not be written; nothing is written."""
     if is_remote(folder):
         return
     there = next((p for p in (folder.resolve(), *folder.resolve().parents) if p.exists()), folder)

@@ -115,9 +115,8 @@ class SegmentedImage(Record):
 
 
 class Weights(Record):
-    """What a task reports on one set of weights: `scores` by metric, those of parts of the data (`patterns`,
-    `timesteps`), the number of `classes` or a record for each, `pictures` whose classes a segmentation shows, `notes`
-    for the reader."""
+    """What a task reports on one set of weights: `scores` by metric, those of parts of the data, the number of
+    `classes` or a record for each, `pictures` whose classes a segmentation shows, `notes` for the reader."""
 
     scores: dict[str, Score]
     patterns: list[Pattern] = []

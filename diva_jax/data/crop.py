@@ -18,9 +18,8 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom [pixels]
 def sample_box(
     rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
-    """Draws the box of torchvision's RandomResizedCrop: its share of the image's area is uniform in `scale` and its
-    width over height log-uniform in `ratio`; after ten boxes that do not fit, the largest central one whose ratio is in
-    range."""
+    """Draws torchvision's RandomResizedCrop: the share of the area is uniform in `scale`, width over height log-uniform
+    in `ratio`; after ten boxes that do not fit, it is the largest central one whose ratio is in range."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_ATTEMPTS):
         area = width * height * rng.uniform(*scale)
@@ -45,6 +44,6 @@ def _central_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
 
 
 def resized_crop(image: Image.Image, box: Box, size: int, interpolation: str = "bicubic") -> np.ndarray:
-    """Crops the box out, then resizes it: uint8 [size, size, 3]. With `resize(box=...)` the filter would read pixels
-    outside of the box."""
+    """Crops the box out, then resizes: uint8 [size, size, 3]. `resize(box=...)` would read pixels outside of the
+    box."""
     return np.asarray(image.crop(box).resize((size, size), INTERPOLATIONS[interpolation]))

@@ -50,8 +50,7 @@ _PACKED_TARS = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of data in a file, a key of `KINDS`, by suffix; None for others and for hidden files, such as macOS's
-    `._x.jpg`."""
+    """The kind of a file, a key of `KINDS`, by suffix; None for others and hidden files, such as macOS's `._x.jpg`."""
     base = posixpath.basename(name).lower()
     return None if base.startswith(".") else next((k for k, suffixes in KINDS.items() if base.endswith(suffixes)), None)
 

@@ -76,7 +76,6 @@ class Image(_Pixels):
     kind in one batch see the same box, each at its own size."""
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
-        """See `Input.open`."""
         size, interpolation = self.size, config.crop.interpolation
         return lambda example: crop.resized_crop(example.image, example.box, size, interpolation)
 
@@ -90,7 +89,6 @@ class Moments:
     needs_text = False
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
-        """See `Input.open`."""
         return lambda example: example.moments
 
 
@@ -112,7 +110,6 @@ class Prepared(_Pixels):
             )
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
-        """See `Input.open`."""
         side = self.resize or self.size
         first = (side - self.size) // 2
         kept = slice(first, first + self.size)
@@ -139,9 +136,8 @@ def opened(tokenizer: Callable[[], Tokenizer], length: int) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Token ids of the record's text, int32 [length]. `tokenizer` gives the tokenizer (texts -> int32 [N, length]) and
-    is called once, when the pipeline is built; `choose` gives the part of the text to tokenize, from the position's
-    generator."""
+    """Token ids of the record's text, int32 [length]. `tokenizer` gives the tokenizer (texts -> int32 [N, length]),
+    once for a pipeline; `choose` gives the part of a text to tokenize, from the position's generator."""
 
     length: int
     tokenizer: Callable[[], Tokenizer]

@@ -119,8 +119,7 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
 
 
 def tfds(spec: str) -> Images:
-    """A prepared tfds dataset with labels: `tfds:name/split[?data_dir=...&image=image&label=label]`, see
-    `TfdsSource`."""
+    """A prepared tfds dataset with labels: `tfds:name/split[?data_dir=...&image=...&label=...]`, see `TfdsSource`."""
     source = TfdsSource(spec, "--data", {"image": "image", "label": "label"})
     targets, classes = source.labels(source.options["label"])
     names = [source.name(i).removeprefix("tfds:") for i in range(len(source))]
@@ -135,8 +134,7 @@ def folder_images(root: Path) -> list[Path]:
 
 
 def image_files(paths: Sequence[Path], targets: Sequence, root: Path, rgb: bool = True, **kw) -> Images:
-    """Images in files of their own, named relative to `root`; `rgb` as in `images.decode`, `kw` further fields of
-    `Images`."""
+    """Images in files of their own, named relative to `root`; `rgb` as in `images.decode`, `kw` of `Images`."""
 
     names = [os.path.relpath(p, root) for p in paths]
     return Images(names, lambda i: read_file(paths[i], rgb), targets, **kw)

@@ -7,7 +7,6 @@ Crop e of record r has the box that a run with the manifest's seed draws for r i
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -22,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 from array_record.python import array_record_module
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from diva_jax.common import json_files, paths
 from diva_jax.common.errors import RunError, UserError, listing
@@ -33,7 +32,7 @@ from diva_jax.data.records import Source
 
 DTYPE = np.dtype(ml_dtypes.bfloat16)
 FILE = "latents.json"
-_FORMAT = 1
+_Side = Annotated[int, Field(ge=1, le=2**14)]
 # Record, crop, CRC-32 of the encoded image, box.
 _HEADER = struct.Struct("<qiI4i")
 # What array_record adds, at most about.
@@ -44,27 +43,9 @@ _MAX_SHARDS = 10**6
 _PROBED = 16
 
 
-class _Stored(Record):
-    """The content of latents.json, see `Manifest`."""
-
-    format: Literal[_FORMAT]
-    facts: dict[str, Any]
-    records: Annotated[int, Field(ge=1, le=2**40)]
-    crops: Annotated[int, Field(ge=1, le=2**20)]
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
-    per_shard: Annotated[int, Field(ge=1, le=2**40)]
-    shape: Annotated[list[Annotated[int, Field(ge=1, le=2**14)]], Field(min_length=3, max_length=3)]
-
-    @model_validator(mode="after")
-    def _shards_can_be_listed(self):
-        if self.records > self.per_shard * _MAX_SHARDS:
-            raise ValueError(f"it has more than {_MAX_SHARDS} shards")
-        return self
-
-
 class Entry(NamedTuple):
-    """One crop of one record, with the CRC-32 of the encoded image; `moments` are bfloat16 [h, w, 2 c], None where the
-    image could not be decoded."""
+    """One crop of one record: CRC-32 of the encoded image, box, moments, bfloat16 [h, w, 2 c], None where it is
+    broken."""
 
     record: int
     crop: int
@@ -85,18 +66,18 @@ class Entry(NamedTuple):
         return cls(record, crop, crc, tuple(box), moments)
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a cache holds. `facts` are what the moments depend on beside images and boxes: the VAE, its weights, the
-    crop setting. `crops` is the number of each record's, `seed` that of the boxes, `shape` that of the moments of one
-    crop."""
+class Manifest(Record):
+    """latents.json: what a cache holds. `facts` are what the moments depend on beside images and boxes (the VAE, its
+    weights, the crop setting), `crops` the number of each record's, `seed` that of the boxes, `shape` that of the
+    moments."""
 
-    facts: Mapping[str, Any]
-    records: int
-    crops: int
-    seed: int
-    per_shard: int
-    shape: tuple[int, ...]
+    format: Literal[1] = 1
+    facts: dict[str, Any]
+    records: Annotated[int, Field(ge=1, le=2**40)]
+    crops: Annotated[int, Field(ge=1, le=2**20)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    per_shard: Annotated[int, Field(ge=1, le=2**40)]
+    shape: Annotated[tuple[_Side, _Side, _Side], Field(strict=False)]
 
     @property
     def shards(self) -> int:
@@ -114,7 +95,7 @@ class Manifest:
 
     def text(self) -> str:
         """The content of its file."""
-        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, sort_keys=True)
+        return json.dumps(self.model_dump(), indent=1, sort_keys=True)
 
     def range(self, shard: int) -> range:
         """The records of a shard."""
@@ -124,19 +105,17 @@ class Manifest:
         """The name of a shard."""
         return f"{shard:05d}-of-{self.shards:05d}.array_record"
 
-    def write(self, folder: Path) -> None:
-        """Raises OSError where it cannot be written."""
-        paths.write_whole(folder / FILE, self.text())
-
     @classmethod
     def read(cls, folder: Path, field: str) -> "Manifest | None":
         """The manifest in a folder, None where there is none; a UserError where it is broken or of another version."""
         again = "make the cache again with python -m diva_jax.cache_latents"
         try:
-            stored = json_files.read(folder / FILE, _Stored, again, None)
+            found = json_files.read(folder / FILE, cls, again, None)
         except UserError as e:
             raise UserError(f"{field}={folder} holds no cache of this version: {e}") from e
-        return stored and cls(**{**stored.model_dump(exclude={"format"}), "shape": tuple(stored.shape)})
+        if found and found.shards > _MAX_SHARDS:
+            raise UserError(f"{field}={folder} has more than {_MAX_SHARDS} shards: {again}")
+        return found
 
 
 def write_shard(folder: Path, name: str, entries: Iterable[Entry]) -> None:
@@ -222,8 +201,8 @@ class Cache:
                 raise UserError(self._other_image(source.name(int(record))))
 
     def read(self, record: int, epoch: int) -> Entry | None:
-        """The crop of a record in an epoch, epoch modulo the number of crops; None where its image was broken. A
-        RunError where the cache is damaged."""
+        """A record's crop in an epoch, modulo the number of crops; None where its image was broken; a RunError for
+        damage."""
         entry = self._entry(record, epoch % self.manifest.crops)
         return None if entry.moments is None else entry
 

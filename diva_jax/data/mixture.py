@@ -16,8 +16,7 @@ _MAX_EPOCH_IMAGES = 2**31
 
 
 def split(path: str) -> list[tuple[Fraction, str]]:
-    """`"mix:2=a.csv;1=b/*.tar"` -> [(2/3, "a.csv"), (1/3, "b/*.tar")]; a UserError for other forms and a weight of
-    0."""
+    """`"mix:2=a.csv;1=b/*.tar"` -> [(2/3, "a.csv"), (1/3, "b/*.tar")]; a UserError for others."""
     entries = [entry.strip() for entry in path.removeprefix(PREFIX).split(";") if entry.strip()]
     matches = [_ENTRY.fullmatch(entry) for entry in entries]
     if not matches or not all(matches) or not all(Fraction(m[1]) > 0 for m in matches):
@@ -67,7 +66,6 @@ class MixtureSource:
         return self.parts[number].name(record)
 
     def read(self, i: int, with_text: bool = True) -> Record:
-        """See `Source.read`."""
         number, record = self.locate(i)
         return self.parts[number].read(record, with_text)
 

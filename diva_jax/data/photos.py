@@ -70,8 +70,7 @@ def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def examples(count: int = 96, seed: int = 0) -> Iterator[Example]:
-    """Overlapping regions, one photograph after the other, the same bytes on every call; a UserError without
-    scikit-image."""
+    """Overlapping regions, one photograph after the other, the same bytes always; a UserError without scikit-image."""
     folder = _folder()
     names = list(PHOTOGRAPHS)
     images = {name: Image.open(folder / name).convert("RGB") for name in names}
@@ -90,9 +89,8 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32, seed: int = 0) -> list[Path]:
-    """Writes tar shards of `per_shard` (at most 10,000) examples with the names of img2dataset, 9-digit keys with a
-    .jpg and a .txt member each, and returns them. The bytes depend only on the arguments and on Pillow's JPEG encoder.
-    """
+    """Writes tar shards of `per_shard` (at most 10,000) examples as img2dataset does, 9-digit keys with a .jpg and a
+    .txt each, and returns them. The bytes depend only on the arguments and on Pillow's JPEG encoder."""
     every, shards = list(examples(count, seed)), []
     for number, start in enumerate(range(0, count, per_shard)):
         data = io.BytesIO()

@@ -39,61 +39,9 @@ def shuffled(records: int, seed: int) -> grain.MapDataset:
     return order
 
 
-class Examples:
-    """Position -> example, the same in every process and thread. `seed` is of order, crops and whatever the inputs
-    draw; the crop boxes are those of `cache`, if any."""
-
-    def __init__(
-        self,
-        source: Source,
-        config,
-        inputs: Mapping[str, Input],
-        seed: int,
-        global_batch: int,
-        broken: Broken,
-        cache: latent_cache.Cache | None = None,
-    ):
-        self._source, self._seed, self._global_batch = source, seed, global_batch
-        self._scale, self._ratio = tuple(config.crop.scale), tuple(config.crop.ratio)
-        choices = [i.alternatives for i in inputs.values() if hasattr(i, "alternatives")]
-        self._decoder = Decoder(source, config, any(i.needs_text for i in inputs.values()), broken, choices)
-        self._make = {name: i.open(config) for name, i in inputs.items()}
-        self._order, self._cache = shuffled(len(source), seed), cache
-        self.slowest = self._decoder.slowest
-
-    def __call__(self, position: int) -> dict[str, np.ndarray]:
-        """{each input's name: its array, "row": int32 [], the row in the global batch}. A broken record is replaced by
-        the next good one in the epoch's order; a RunError where too many are broken."""
-        n = len(self._source)
-        epoch, k = divmod(position, n)
-        for step in range(n):
-            record = self._order[epoch * n + (k + step) % n]
-            with contextlib.ExitStack() as memory:
-                example = self._example(record, position, memory)
-                if example is not None:
-                    arrays = {name: make(example) for name, make in self._make.items()}
-                    return {**arrays, "row": np.int32(position % self._global_batch)}
-        raise RunError(f"not one of the {n} images of config.data.path can be used: the log says why")
-
-    def _example(self, i: int, position: int, memory: contextlib.ExitStack) -> Example | None:
-        """Record i at a position, or None where it is broken; `memory` holds what it needs."""
-        cached = None
-        if self._cache is not None and (cached := self._cache.read(i, position // len(self._source))) is None:
-            self._decoder.broken(i, "it could not be decoded when config.data.latents was made")
-            return None
-        if (decoded := self._decoder.read(i, memory)) is None:
-            return None
-        image, record = decoded
-        rng = np.random.default_rng((self._seed, position))
-        box = crop.sample_box(rng, *image.size, self._scale, self._ratio)
-        if cached is None:
-            return Example(image, record.text, box, rng, texts=record.texts)
-        self._cache.verify(cached, record.image, self._source.name(i))
-        return Example(image, record.text, cached.box, rng, cached.moments, record.texts)
-
-
 class Iterator:
-    """Endless batches of this process's part of each global batch; `len(source)` records make an epoch."""
+    """Endless batches of this process's part of each global batch; `len(source)` records make an epoch. `seed` is of
+    order, crops and whatever the inputs draw; the crop boxes are those of `cache`, if any."""
 
     def __init__(
         self,
@@ -107,7 +55,11 @@ class Iterator:
         cache: latent_cache.Cache | None = None,
     ):
         self.source, self.broken = source, Broken(config.max_broken_share)
-        self._examples = Examples(source, config, inputs, seed, global_batch, self.broken, cache)
+        self._scale, self._ratio = tuple(config.crop.scale), tuple(config.crop.ratio)
+        choices = [i.alternatives for i in inputs.values() if hasattr(i, "alternatives")]
+        self._decoder = Decoder(source, config, any(i.needs_text for i in inputs.values()), self.broken, choices)
+        self._make = {name: i.open(config) for name, i in inputs.items()}
+        self._order, self._cache = shuffled(len(source), seed), cache
         self._identity = {"seed": seed, "records": len(source), "global_batch": global_batch}
         if cache is not None:
             self._identity["latents"] = cache.manifest.fingerprint
@@ -120,11 +72,35 @@ class Iterator:
         self._pending: concurrent.futures.Future | None = None  # The next batch, while a thread makes it.
         self._batches = None  # Opened by the first batch: a restored run must not decode from position 0.
 
-    def _open(self):
-        first = self._consumed * self._identity["global_batch"]
-        positions = grain.MapDataset.range(first, _MAX_POSITION)[self._process]
-        examples = positions.map(self._examples).to_iter_dataset(self._read_options)
-        return iter(examples.batch(self._local_batch))
+    def _at(self, position: int) -> dict[str, np.ndarray]:
+        """The arrays of the example at a position, and its "row". A broken record is replaced by the next good one in
+        the epoch's order; a RunError where too many are broken."""
+        n = len(self.source)
+        epoch, k = divmod(position, n)
+        for step in range(n):
+            record = self._order[epoch * n + (k + step) % n]
+            with contextlib.ExitStack() as memory:
+                example = self._example(record, position, memory)
+                if example is not None:
+                    arrays = {name: make(example) for name, make in self._make.items()}
+                    return {**arrays, "row": np.int32(position % self._identity["global_batch"])}
+        raise RunError(f"not one of the {n} images of config.data.path can be used: the log says why")
+
+    def _example(self, i: int, position: int, memory: contextlib.ExitStack) -> Example | None:
+        """Record i at a position, or None where it is broken; `memory` holds what it needs."""
+        cached = None
+        if self._cache is not None and (cached := self._cache.read(i, position // len(self.source))) is None:
+            self._decoder.broken(i, "it could not be decoded when config.data.latents was made")
+            return None
+        if (decoded := self._decoder.read(i, memory)) is None:
+            return None
+        image, record = decoded
+        rng = np.random.default_rng((self._identity["seed"], position))
+        box = crop.sample_box(rng, *image.size, self._scale, self._ratio)
+        if cached is None:
+            return Example(image, record.text, box, rng, texts=record.texts)
+        self._cache.verify(cached, record.image, self.source.name(i))
+        return Example(image, record.text, cached.box, rng, cached.moments, record.texts)
 
     def __iter__(self):
         return self
@@ -145,7 +121,7 @@ class Iterator:
             if leave():
                 return None
             if (waited := time.monotonic() - began) > self._stall_timeout:
-                name, seconds = self._examples.slowest() or ("none of the records", waited)
+                name, seconds = self._decoder.slowest() or ("none of the records", waited)
                 raise RunError(
                     f"no batch for {waited:.0f} s (config.data.stall_timeout={self._stall_timeout:g}), {seconds:.0f} s "
                     f"of them reading {name}: see that the disk or the mount of config.data.path answers"
@@ -158,7 +134,10 @@ class Iterator:
     def _fetch(self, batch: concurrent.futures.Future) -> None:
         try:
             if self._batches is None:
-                self._batches = self._open()
+                first = self._consumed * self._identity["global_batch"]
+                positions = grain.MapDataset.range(first, _MAX_POSITION)[self._process]
+                examples = positions.map(self._at).to_iter_dataset(self._read_options)
+                self._batches = iter(examples.batch(self._local_batch))
             batch.set_result(next(self._batches))
         except BaseException as e:
             batch.set_exception(e)
@@ -168,8 +147,7 @@ class Iterator:
         return {"batches": self._consumed, **self._identity}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues from where `state` was taken, with any number of processes; a UserError if it was with another
-        seed, batch size or data."""
+        """Continues from where `state` was taken, with any number of processes; a UserError for another run's."""
         for field, ours in self._identity.items():
             if state.get(field) != ours:
                 raise UserError(

@@ -65,9 +65,9 @@ def aligned_resize(images: Array, size: int) -> Array:
 
 
 def vae_view(images: Array, mode: str = "exact") -> Array:
-    """The VAE's input, of the shape of the images, [B, S, S, 3] in [0, 1]. "exact" is 2x - 1; "faithful" is 2y - 1,
-    where y is x normalised with CLIP's statistics and denormalised with ImageNet's, which scales the contrast by 0.82
-    to 0.86 and shifts the mean."""
+    """The VAE's input of images [B, S, S, 3] in [0, 1]. "exact" is 2x - 1; "faithful" is 2y - 1, where y is x
+    normalised with CLIP's statistics and denormalised with ImageNet's: 0.82 to 0.86 of the contrast, and another
+    mean."""
     if mode == "faithful":
         images = normalise(images, OPENAI_MEAN, OPENAI_STD)
         images = images * jnp.asarray(IMAGENET_STD, images.dtype) + jnp.asarray(IMAGENET_MEAN, images.dtype)

@@ -51,8 +51,7 @@ class Source(Protocol):
 
 
 def caption(value) -> str | None:
-    """A caption as files hold it: a text, several texts (joined by newlines), bytes in UTF-8, or None; else a
-    ValueError."""
+    """A caption as files hold it: a text, texts (joined by newlines), bytes in UTF-8, or None; else a ValueError."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if value is None or isinstance(value, str):

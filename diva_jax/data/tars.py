@@ -273,8 +273,7 @@ class TarSource:
         return files.read_range(self._shards[row["shard"]], int(row[f"{kind}_offset"]), size) if size else None
 
     def read(self, i: int, with_text: bool = True) -> Record:
-        """See `Source.read`; an OSError where the shard is shorter than when it was indexed, a ValueError for a broken
-        caption."""
+        """See `Source.read`; an OSError where the shard is shorter than indexed, a ValueError for a broken caption."""
         row = self._rows[i]
         if row["size"] > files.MAX_IMAGE_BYTES:
             raise ValueError(f"it has {row['size']} bytes, more than any image")

@@ -86,8 +86,7 @@ def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def csv_records(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, {column: value}) of each row below the header; a UserError as `csv_rows`, or where a column is
-    missing."""
+    """(line number, {column: value}) of each row below the header; a UserError also where a column is missing."""
     rows = csv_rows(path)
     _, header = next(rows, (1, []))
     if wrong := [c for c in columns if header.count(c) != 1]:

@@ -80,14 +80,12 @@ class TfdsSource:
         return f"{self.spec}[{i}]"
 
     def read(self, i: int, with_text: bool = True) -> Record:
-        """See `Source.read`."""
         record = self._records[i]
         text = caption(record[self._text]) if with_text and self._text else None
         return Record(self.name(i), record[self._image], text)
 
     def labels(self, feature: str) -> tuple[list[int], list[str]]:
-        """(the label of each record, the names of the classes) of a class-label feature; a UserError where there is
-        none."""
+        """(the label of each record, the names of the classes) of a class label; a UserError where there is none."""
         names = getattr(self.features[feature], "names", None) if feature in self.features else None
         if names is None:
             raise self._lacks(f"class label {feature!r}", self.features, "label")

@@ -109,8 +109,7 @@ class ClipTokenizer:
 
 class FolderTokenizer:
     """A tokenizer of transformers with `size` ids on cleaned text, padded as the folder's files state: SigLIP's,
-    MetaCLIP 2's. `kind` is transformers' name of its model, where the files do not say it; a UserError where they
-    cannot be read."""
+    MetaCLIP 2's. `kind` is transformers' name of its model, where they do not say it; a UserError for broken files."""
 
     def __init__(self, folder: Path, length: int, clean: Callable[[str], str] = str, kind: str | None = None):
         from transformers import AutoTokenizer

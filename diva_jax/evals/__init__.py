@@ -152,8 +152,7 @@ def declared(tasks: Iterable[str]) -> dict[str, fields.Field]:
 
 
 def default(others: Iterable[str] = ()) -> ConfigDict:
-    """The section `config.eval`: `Settings`, and the options of each task that has some, with those of `others`, dotted
-    paths."""
+    """The section `config.eval`: `Settings`, and the options of each task and of `others`, dotted paths."""
     out = fields.config_dict(Settings)
     for name in (*names(), *others):
         if options := fields.default_of(find(name)):

@@ -38,7 +38,7 @@ CONTROLLED = (
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A published file; `name` is that of the set in metric names, `count` the items, None where no number is
+    """A published file; `name` is that of the set in metric names, `count` the items, None where it is not
     published."""
 
     file: str
@@ -73,8 +73,7 @@ _METRICS = {row.layout: row.metrics for row in TABLE}
 
 def published(path: Path, layout: str) -> list[tuple[Path, Published]]:
     """The files to evaluate, each with its row of the table: a file, or those of published names in a folder. `layout`
-    is `config.eval.choice.layout`, for other names. A UserError where nothing is there, or a file's layout is not
-    known."""
+    is for other names. A UserError where nothing is there, or a file's layout is not known."""
     known = {row.file: row for row in TABLE}
     if path.is_dir():
         here = [(path / row.file, row) for row in TABLE if (path / row.file).is_file()]

@@ -47,9 +47,8 @@ class ClassificationTask(ItemTask):
                 self.metrics[prefix + name] = {"title": f"{data.title}, {title}".removeprefix(", "), "unit": "%"}
 
     def classify(self, logits: Iterable[tuple[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], list[dict]]:
-        """Ranks the classes of each image, from (prefix, a score of every class [N, C]): (prefix -> whether each of the
-        first five is the right one, bool [N, 5]; rows of predictions.csv). Scores that are not finite count as
-        wrong."""
+        """Ranks the classes of each image, from (prefix, scores [N, C]): (prefix -> whether each of the first five is
+        the right one, bool [N, 5]; rows of predictions.csv). Scores that are not finite count as wrong."""
         held, rows = {}, []
         for prefix, scores in logits:
             data = self.classified[prefix]

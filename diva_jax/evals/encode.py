@@ -38,8 +38,8 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def require_finite(values: np.ndarray, label: str, what: str, kind: str = "embeddings") -> np.ndarray:
-    """Returns values [N, ...], such as the embeddings of what `what` names; a RunError with the label of the weights
-    where some of the N are not finite."""
+    """Returns values [N, ...] of `what`, such as "images"; a RunError, with the weights' label, where they are not
+    finite."""
     bad = int((~np.isfinite(values).reshape(len(values), -1).all(axis=1)).sum())
     if bad:
         raise RunError(
@@ -63,7 +63,7 @@ def _ahead(read: Callable[[int], Any], batches: Sequence[Sequence[int]]) -> Iter
 
 
 class Towers:
-    """The two towers of a backbone, compiled once; weights are given with each call, and batches are split over the
+    """The two towers of a backbone, compiled once; weights are given with each call, batches are split over the
     mesh."""
 
     def __init__(self, spec: Spec, mesh: Mesh, settings: Settings):
@@ -142,8 +142,7 @@ class Towers:
         self, arrays: Mapping[str, Array], read: Callable[[int], Image.Image], count: int, seeds: int = 0
     ) -> dict[str, np.ndarray]:
         """The embeddings of images 0..count-1, which `read` returns in threads: {"pooled": float32 [count, D]} and,
-        with seeds, "published": [count, K, D], the spec's published readout. K is `seeds` where it draws patches, else
-        1."""
+        with seeds, "published": [count, K, D], the spec's readout. K is `seeds` where it draws patches, else 1."""
         spec, readout = self.spec, self.readout if seeds else None
         like = [self._pixels()]
         if readout and readout.patches is not None:
@@ -202,6 +201,6 @@ class Model:
             yield require_finite(tokens, self.label, "patches of a window")
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """The embeddings of texts that are in `Task.texts`, float32 [N, D], not normalised; a RunError where one is not
+        """The embeddings of some of `Task.texts`, float32 [N, D], not normalised; a RunError where one is not
         finite."""
         return require_finite(self.embeddings[[self.table[t] for t in texts]], self.label, "texts")

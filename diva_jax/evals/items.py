@@ -42,8 +42,7 @@ def set_and_folder(entry: str, sets: Collection[str]) -> tuple[str, Path] | None
 
 
 def require_count(where: Path, count: int, published: int, title: str, what: str, option: str) -> None:
-    """A UserError where a file or folder has not as many of `what` ("images") as the published set `title`; `option` is
-    the task's that allows it."""
+    """A UserError where `where` has not as many of `what` ("images") as the published set; `option` allows that."""
     if count != published:
         raise UserError(
             f"{where} has {count} {what}, {title} has {published}: fetch the rest, or set --config.eval.{option} to "

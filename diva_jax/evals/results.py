@@ -58,8 +58,7 @@ def _harmless(value: Any) -> Any:
 
 def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
     """Writes results.json and predictions.csv, each renamed into place when it is complete. A UserError where the
-    folder cannot be written, and a RunError after that where a task's scores have not the form of
-    `results_schema.Results`."""
+    folder cannot be written; a RunError after that where scores have not the form of `results_schema.Results`."""
     extra = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
     try:
         with (

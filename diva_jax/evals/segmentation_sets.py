@@ -1,5 +1,4 @@
-"""Segmentation sets in their published layouts: one row of `SETS` each. A label image has one byte per pixel, whose
-value is a class, or is ignored."""
+"""Segmentation sets in their published layouts: label images have a byte per pixel, a class or an ignored value."""
 
 import contextlib
 import dataclasses
@@ -131,8 +130,7 @@ def read_names(given: str, subject: Set, root: Path) -> list[list[str]]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file whose pixels have not been read yet; a UserError where it is no image, or one that cannot be
-    decoded."""
+    """An image file whose pixels have not been read yet; a UserError where it cannot be decoded."""
     try:
         with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -163,8 +161,7 @@ def read_pairs(subject: Set, root: Path, allow_partial: bool) -> list[tuple[Path
 
 
 def read_labels(path: Path, subject: Set) -> np.ndarray:
-    """The class of each pixel, int [H, W], -1 where it is ignored; a UserError where the file is no label image, or a
-    value is neither."""
+    """The class of each pixel, int [H, W], -1 where it is ignored; a UserError for other values, or no label image."""
     with _opened(path) as image:
         # Palettes are kept: the values are the labels.
         if image.mode not in ("P", "L"):

@@ -86,15 +86,13 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> dict[str, int | float]:
 
 
 def estimate(values: np.ndarray, *, scale: float = 100.0, **how) -> dict[str, Any]:
-    """The mean of values [N] as `score` and its bootstrap `interval`, both times `scale`; with `strata` as `bootstrap`
-    has it."""
+    """The mean of values [N] as `score` and its bootstrap `interval`, times `scale`; `strata` as in `bootstrap`."""
     interval = bootstrap(values, **how)
     return {"score": scale * mean(values, how.get("strata")), "interval": [scale * end for end in interval]}
 
 
 def paired(before: np.ndarray, after: np.ndarray, **how) -> dict[str, Any]:
-    """The mean `difference` of two models on the same items, [N] each, 0 to 1, in percent, and its bootstrap
-    `interval`."""
+    """The mean `difference` of two models on the same items, [N], 0 to 1, in percent, and its bootstrap `interval`."""
     change = estimate(np.asarray(after, np.float64) - np.asarray(before, np.float64), **how)
     return {"difference": change["score"], "interval": change["interval"]}
 

@@ -15,7 +15,6 @@ def main(folder: str) -> None:
 
 
 def entry() -> None:
-    """The installed command."""
     cli.run(main, ("DIR",))
 
 

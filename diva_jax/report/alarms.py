@@ -17,8 +17,7 @@ _MAX_NAMED_METRICS = 4
 
 
 class Alarm(NamedTuple):
-    """One line of the strip: a few words, then figures and what they mean. `kind` is "bad", or "doubt" where the data
-    do not show an effect."""
+    """One line of the strip; `kind` is "bad", or "doubt" where the data do not show an effect."""
 
     title: str
     text: str

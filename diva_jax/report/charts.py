@@ -21,8 +21,7 @@ _WHISKER = {"fmt": "none", "ecolor": LIGHT["ink"], "alpha": 0.65, "elinewidth": 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A curve: its name in the legend, the index of its colour, points (x, y), and one (low, high) or None for each, if
-    any."""
+    """A curve: its name, the index of its colour, points (x, y), and one (low, high) or None for each, if any."""
 
     name: str
     index: int
@@ -39,9 +38,8 @@ class Row:
 
 
 def bars(width: float, data: Sequence[Row], unit: str, high: float) -> Drawing:
-    """Draws rows of horizontal bars from zero, top to bottom, one bar per series, with a whisker where an interval is
-    known. Labels are left of the bars, or above them in a narrow chart. `high` is the smallest upper end of the
-    axis."""
+    """Draws rows of horizontal bars from zero, one bar per series, with a whisker where an interval is known. Labels
+    are left of the bars, or above them in a narrow chart. `high` is the smallest upper end of the axis."""
     narrow = width < _MAX_LABELLED_WIDTH
     left = 1.0 if narrow else min(0.45 * width, 14 + max(text_width(row.label, 13) for row in data))
     bar, step, above = 10, 13, 18 if narrow else 0

@@ -93,8 +93,7 @@ def _class_map(numbers: np.ndarray, names: list[str], what: str) -> EmbeddedImag
 
 
 def segmented(task: Task, labels: list[str]) -> list[Part]:
-    """One row per image of a segmentation: the image, the truth, and the classes under each set of weights; none where
-    these have no `pictures`."""
+    """One row per image of a segmentation: the image, the truth, the classes under each set of weights; maybe none."""
     used = [w for w in labels if w in task.weights and task.weights[w].pictures]
     used = [w for w in used if isinstance(task.weights[w].classes, list)]
     if not used:

@@ -89,9 +89,8 @@ class Inputs:
 
 
 def read(folder: epath.PathLike) -> Inputs:
-    """Reads an evaluation's output folder, a training workdir, or one that is both, and the workdirs that an
-    evaluation's weights came from, where they exist. A UserError where there is nothing to report on, or names the file
-    and line that is invalid."""
+    """Reads an evaluation's output folder, a workdir, or one that is both, and the workdirs that an evaluation's
+    weights came from, where they exist. A UserError names the file and line that is invalid."""
     folder = paths.folder(folder, "DIR")
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give an evaluation's --out folder or a training --workdir")

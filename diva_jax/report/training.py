@@ -81,8 +81,7 @@ def _summary(runs: list[Run]) -> Part:
 
 
 def _evaluated(runs: list[Run]) -> list[Part]:
-    """One small chart per key of the evaluations during training; `KEY/low` and `KEY/high` are the interval of
-    `KEY`."""
+    """One small chart per key of the evaluations during training; `KEY/low` and `KEY/high` are its interval."""
     keys = dict.fromkeys(k for r in runs for row in r.rows for k in row if k.startswith(_EVALUATED))
     charts, lines = [], []
     for key in (k for k in keys if not k.endswith(_ENDS)):

@@ -53,8 +53,7 @@ def places(values: Iterable[float | None], unit: str) -> int | None:
 
 
 def number(value: float | None, unit: str, decimals: int | None = None) -> str:
-    """Formats a score; a dash for None. Without `decimals`, see `places`, "%" has one and others three significant
-    digits."""
+    """Formats a score; a dash for None. Without `decimals`, "%" has one and others three significant digits."""
     if value is None:
         return DASH
     decimals = 1 if unit == "%" else decimals

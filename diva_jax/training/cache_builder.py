@@ -59,7 +59,8 @@ class Builder:
         self._source = sources.open_source(data.path, quiet=self._process != 0, allow_urls=data.allow_urls)
         self._batch = batch * len(devices)
         made = facts(self.program)
-        self.manifest = Manifest(made, len(self._source), crops, config.seed, per_shard, self._latents.shape)
+        counts = dict(records=len(self._source), crops=crops, seed=config.seed, per_shard=per_shard)
+        self.manifest = Manifest(facts=made, shape=self._latents.shape, **counts)
         there = Manifest.read(self.folder, "--out")
         if there is not None and there.fingerprint != self.manifest.fingerprint:
             wrong = differences(vars(there), vars(self.manifest))
@@ -90,7 +91,7 @@ class Builder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._process == 0:
-                m.write(self.folder)
+                paths.write_whole(self.folder / FILE, m.text())
             missing = self._missing()
             free = shutil.disk_usage(self.folder).free
         except OSError as e:

@@ -39,8 +39,8 @@ SECTION = ChoiceOptions
 
 
 def answers(scores: Sequence[np.ndarray], items: Sequence[Item]) -> dict[str, np.ndarray]:
-    """Which items are right under scores, [images, texts] of each, as `matching.answers` has it: bool [N]; "match" is
-    False where it is not defined."""
+    """`matching.answers` of items with scores [images, texts] each: bool [N]; "match" is False where it is not
+    defined."""
     alike: dict[tuple, list[int]] = {}
     for number, (table, item) in enumerate(zip(scores, items, strict=True)):
         alike.setdefault((table.shape, item.right), []).append(number)
@@ -74,11 +74,12 @@ def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
 
 
 class Choice(ItemTask):
-    """The task; see `evals.Task`."""
+    """The task on `path`: the file of a set, or a folder with files of published names."""
 
     title, items = "Choices", "items"
 
-    def __init__(self, path: str, options: ChoiceOptions, settings: Settings):
+    def __init__(self, path: str, section: ConfigDict, settings: Settings):
+        options = ChoiceOptions(**section)
         self.settings = settings
         where = Path(path).expanduser()
         self.sets: dict[str, list[Item]] = {}
@@ -170,6 +171,4 @@ class Choice(ItemTask):
         ]
 
 
-def prepare(path: str, section: ConfigDict, settings: Settings) -> Choice:
-    """The task on `path`: the file of a set, or a folder with files of published names."""
-    return Choice(path, ChoiceOptions(**section), settings)
+prepare = Choice

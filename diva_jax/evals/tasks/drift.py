@@ -54,11 +54,12 @@ def effective_rank(x: np.ndarray) -> float:
 
 
 class Drift(Task):
-    """The task; see `evals.Task`."""
+    """The task on `path`, a folder of images with any depth of subfolders."""
 
     title, items = "Drift", "images"
 
-    def __init__(self, path: str, options: DriftOptions, settings: Settings):
+    def __init__(self, path: str, section: ConfigDict, settings: Settings):
+        options = DriftOptions(**section)
         root = Path(path).expanduser()
         if not root.is_dir():
             raise UserError(f"--data=drift={path} is not a folder: give one with images in it")
@@ -104,6 +105,4 @@ class Drift(Task):
         return {"scores": scores, "rows": rows}
 
 
-def prepare(path: str, section: ConfigDict, settings: Settings) -> Drift:
-    """The task on `path`, a folder of images with any depth of subfolders."""
-    return Drift(path, DriftOptions(**section), settings)
+prepare = Drift

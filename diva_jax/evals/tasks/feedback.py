@@ -82,12 +82,13 @@ def mean_cosine(gradient: Callable, draws, like):
 
 
 class Feedback(Task):
-    """The task; see `evals.Task`. It is not compared in training: the losses depend on the projection too, and that of
-    the first step is not kept."""
+    """The task on `path`, of any form that `config.data.path` may have. It is not compared in training: the losses
+    depend on the projection too, and that of the first step is not kept."""
 
     title, items, compared_in_training = "Diffusion feedback", "images", False
 
-    def __init__(self, path: str, options: FeedbackOptions, settings: Settings):
+    def __init__(self, path: str, section: ConfigDict, settings: Settings):
+        options = FeedbackOptions(**section)
         try:
             source = sources.open_source(path, quiet=jax.process_index() > 0)
         except UserError as e:
@@ -109,8 +110,7 @@ class Feedback(Task):
         self._group = min(_GROUP_SIZE, self.count)
 
     def bind(self, config, mesh) -> None:
-        """Reads the images, at the resolution of training; a UserError where the objective has no
-        `condition_losses`."""
+        """Reads the images, at the resolution of training; a UserError where the objective lacks what is needed."""
         config = config.copy_and_resolve_references()
         config.data.latents = ""  # Of the training data, not of these images.
         self.config, self.mesh = config, mesh
@@ -230,8 +230,7 @@ class Feedback(Task):
 
     def _gradients(self, arrays, label: str) -> np.ndarray:
         """Mean cosine of each group, [groups]; NaN where a gradient is zero. Images that do not fill a group are
-        omitted. A group is repeated until its size is a multiple of the number of devices; its mean gradient stays the
-        same."""
+        omitted. A group is repeated to a multiple of the number of devices; its mean gradient stays the same."""
         copies = np.lcm(self._group, self.mesh.size) // self._group
         out = []
         for first in range(0, self.count - self._group + 1, self._group):
@@ -324,6 +323,4 @@ def zero_lines(scores: dict[str, dict]) -> list[str]:
     return out
 
 
-def prepare(path: str, section: ConfigDict, settings: Settings) -> Feedback:
-    """The task on `path`, of any form that `config.data.path` may have."""
-    return Feedback(path, FeedbackOptions(**section), settings)
+prepare = Feedback

@@ -153,11 +153,12 @@ def first_share(scores: np.ndarray) -> np.ndarray:
 
 
 class Mmvp(ItemTask):
-    """The task; see `evals.Task`."""
+    """The task on `path`, the folder with Questions.csv and the images; everything there is checked first."""
 
     title, items = "MMVP-VLM", "pairs"
 
-    def __init__(self, path: str, options: MmvpOptions, settings: Settings):
+    def __init__(self, path: str, section: ConfigDict, settings: Settings):
+        options = MmvpOptions(**section)
         self.options, self.settings, self.questions = options, settings, read_questions(path)
         paths = [q.image for q in self.questions]
         self.images = labelled.image_files(paths, [None] * len(paths), paths[0].parent.parent, rgb=False)
@@ -246,9 +247,8 @@ class Mmvp(ItemTask):
         ]
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
-        """As `ItemTask`, and what flipped among pairs and matches. With a readout that draws patches, a pair is right
-        under a share of the draws; McNemar's test and the flips count it as right where more than half of the draws
-        are."""
+        """As `ItemTask`, and what flipped among pairs and matches. With a readout that draws patches, McNemar's test
+        and the flips count a pair as right where more than half of the draws are."""
         flipped = []
         for metric in (m for m, info in self.metrics.items() if info["answers"] in ("image", "match")):
             was, now = (self.values(metric, outcome.held).values > 0.5 for outcome in (before, after))
@@ -270,6 +270,4 @@ class Mmvp(ItemTask):
         }
 
 
-def prepare(path: str, section: ConfigDict, settings: Settings) -> Mmvp:
-    """The task on `path`, the folder with Questions.csv and the images; everything there is checked first."""
-    return Mmvp(path, MmvpOptions(**section), settings)
+prepare = Mmvp

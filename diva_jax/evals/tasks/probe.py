@@ -72,11 +72,12 @@ def _check_labels(train: labelled.Images, test: labelled.Images) -> None:
 
 
 class Probe(ClassificationTask):
-    """The task; see `evals.Task`."""
+    """The task on `path`, see `splits`; each split as for `zeroshot`: class folders, tars or tfds."""
 
     title = "Probes"
 
-    def __init__(self, path: str, options: ProbeOptions, settings: Settings):
+    def __init__(self, path: str, section: ConfigDict, settings: Settings):
+        options = ProbeOptions(**section)
         self.options, self.settings = options, settings
         paths = splits(path)
         self.train, self.test = (zeroshot.open_data(p, "probe") for p in paths)
@@ -125,6 +126,4 @@ class Probe(ClassificationTask):
         return *self.classify(outputs.items()), {"weight_decay": decay, "training_images": len(self.train)}
 
 
-def prepare(path: str, section: ConfigDict, settings: Settings) -> Probe:
-    """The task on `path`, see `splits`; each split as for `zeroshot`: class folders, tars or tfds."""
-    return Probe(path, ProbeOptions(**section), settings)
+prepare = Probe

@@ -44,11 +44,11 @@ def open_data(path: str) -> labelled.Images:
 
 
 class Retrieval(ItemTask):
-    """The task; see `evals.Task`."""
+    """The task on `path`: tars in CLIP_benchmark's layout (Flickr30k, COCO), or a CSV file with image and caption."""
 
     title, items = "Retrieval", "images"
 
-    def __init__(self, path: str, settings: Settings):
+    def __init__(self, path: str, section: ConfigDict, settings: Settings):
         self.settings, self.images = settings, open_data(path)
         self.count, self.data = len(self.images), str(Path(path).expanduser().resolve())
         self.texts = [caption for captions in self.images.targets for caption in captions]
@@ -93,6 +93,4 @@ class Retrieval(ItemTask):
         return by_text + [row("text", i, i, "", held["text"][i]) for i in range(self.count)]
 
 
-def prepare(path: str, section: ConfigDict, settings: Settings) -> Retrieval:
-    """The task on `path`: tars in CLIP_benchmark's layout (Flickr30k, COCO), or a CSV file with image and caption."""
-    return Retrieval(path, settings)
+prepare = Retrieval

@@ -130,11 +130,12 @@ def read_set(name: str, root: Path, allow_partial: bool) -> labelled.Images:
 
 
 class Robustness(ClassificationTask):
-    """The task; see `evals.Task`."""
+    """The task on `path`, `SET=FOLDER,SET=FOLDER` with sets of `SETS`."""
 
     title = "Robustness"
 
-    def __init__(self, path: str, options: RobustnessOptions, settings: Settings):
+    def __init__(self, path: str, section: ConfigDict, settings: Settings):
+        options = RobustnessOptions(**section)
         self.settings, roots = settings, paths_of(path)
         self.data = ",".join(f"{name}={root.resolve()}" for name, root in roots.items())
         sets = {name: read_set(name, root, options.allow_partial) for name, root in roots.items()}
@@ -160,6 +161,4 @@ class Robustness(ClassificationTask):
         return *self.classify(self._logits(model)), {}
 
 
-def prepare(path: str, section: ConfigDict, settings: Settings) -> Robustness:
-    """The task on `path`, `SET=FOLDER,SET=FOLDER` with sets of `SETS`."""
-    return Robustness(path, RobustnessOptions(**section), settings)
+prepare = Robustness

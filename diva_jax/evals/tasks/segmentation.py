@@ -111,11 +111,12 @@ def overlaps(predicted: np.ndarray, labels: np.ndarray, classes: int) -> tuple[n
 
 
 class Segmentation(Task):
-    """The task; see `evals.Task`."""
+    """The task on `path`, `SET=FOLDER` with a set of `segmentation_sets.SETS`."""
 
     title, items = "Open-vocabulary segmentation", "images"
 
-    def __init__(self, path: str, options: SegmentationOptions, settings: Settings):
+    def __init__(self, path: str, section: ConfigDict, settings: Settings):
+        options = SegmentationOptions(**section)
         self.options, self.settings = options, settings
         if (given := set_and_folder(path, SETS)) is None:
             raise UserError(f"--data=segmentation={path} must read SET=FOLDER with a set of {listing(list(SETS))}")
@@ -220,6 +221,4 @@ class Segmentation(Task):
         return {"scores": {"miou": {"difference": a - b, "interval": interval, "mcnemar": None}}}
 
 
-def prepare(path: str, section: ConfigDict, settings: Settings) -> Segmentation:
-    """The task on `path`, `SET=FOLDER` with a set of `segmentation_sets.SETS`."""
-    return Segmentation(path, SegmentationOptions(**section), settings)
+prepare = Segmentation

@@ -140,11 +140,12 @@ def open_data(path: str, task: str = "zeroshot") -> labelled.Images:
 
 
 class ZeroShot(ClassificationTask):
-    """The task; see `evals.Task`."""
+    """The task on `path`: tfds:name/split, tars in CLIP_benchmark's layout, or a folder of class folders."""
 
     title, lists_top5 = "Zero-shot classification", True
 
-    def __init__(self, path: str, options: ZeroShotOptions, settings: Settings):
+    def __init__(self, path: str, section: ConfigDict, settings: Settings):
+        options = ZeroShotOptions(**section)
         self.settings, self.images, self.data = settings, open_data(path), resolved(path)
         self.count = len(self.images)
         names = class_names(options.classes, self.images)
@@ -162,6 +163,4 @@ class ZeroShot(ClassificationTask):
         return held, rows, {"classes": len(self.classes)}
 
 
-def prepare(path: str, section: ConfigDict, settings: Settings) -> ZeroShot:
-    """The task on `path`: tfds:name/split, tars in CLIP_benchmark's layout, or a folder of class folders."""
-    return ZeroShot(path, ZeroShotOptions(**section), settings)
+prepare = ZeroShot

@@ -1,6 +1,5 @@
 """Files of a cache of latents: what is written is read, and damage, other settings and other data are refused."""
 
-import dataclasses
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +13,7 @@ from diva_jax.data.latent_cache import Cache, Entry, Manifest
 
 COUNT, CROPS, SHAPE, BROKEN = 11, 3, (5, 3, 6), 7
 FACTS = {"vae": {"channels": [8, 12]}, "weights": "ab12", "crop": {"scale": (0.9, 1.0)}}
-MANIFEST = Manifest(FACTS, COUNT, CROPS, seed=4, per_shard=4, shape=SHAPE)
+MANIFEST = Manifest(facts=FACTS, records=COUNT, crops=CROPS, seed=4, per_shard=4, shape=SHAPE)
 
 
 def jpeg(i: int) -> bytes:
@@ -34,7 +33,7 @@ def entry(i: int, k: int) -> Entry:
 
 @pytest.fixture
 def folder(tmp_path):
-    MANIFEST.write(tmp_path)
+    (tmp_path / latent_cache.FILE).write_text(MANIFEST.text())
     for s in range(MANIFEST.shards):
         latent_cache.write_shard(
             tmp_path, MANIFEST.file(s), (entry(i, k) for i in MANIFEST.range(s) for k in range(CROPS))
@@ -129,7 +128,7 @@ def test_what_is_refused_when_a_cache_is_opened(folder, data, tmp_path_factory):
     (folder / MANIFEST.file(2)).unlink()
     refused("lacks 1 of its 3 shards")
     (folder / "latents.json").write_text("{}")
-    refused(r"latents\.json: it has no 'format'")
+    refused(r"latents\.json: it has no 'facts'")
 
 
 def test_a_changed_image_is_found_where_it_is_used(folder, data):
@@ -155,5 +154,5 @@ def test_a_shard_is_there_when_it_is_complete(tmp_path):
 
 def test_the_fingerprint_sees_every_field():
     fields = {"facts": {}, "records": 5, "crops": 2, "seed": 5, "per_shard": 3, "shape": (1, 2, 4)}
-    changed = {dataclasses.replace(MANIFEST, **{k: v}).fingerprint for k, v in fields.items()}
+    changed = {MANIFEST.model_copy(update={k: v}).fingerprint for k, v in fields.items()}
     assert len(changed | {MANIFEST.fingerprint}) == 7
