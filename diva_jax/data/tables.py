@@ -136,7 +136,8 @@ def _image_bytes(cell, table: str, allow_urls: bool) -> bytes:
 
 
 def _value(scalar: pa.Scalar):
-    """A cell as a Python object; of a struct, `bytes` or else `path`. A ValueError for more bytes than any image."""
+    """A cell as a Python object; of a struct, its `bytes` or else its `path`. A ValueError for more bytes than any
+    image has."""
     if not scalar.is_valid:
         return None
     if isinstance(scalar, pa.StructScalar):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,14 @@ from diva_jax.common.errors import UserError, brief
 from diva_jax.common.json_files import open_regular
 from diva_jax.data import texts
 from diva_jax.data.images import FORMATS, MAX_PIXELS
-from diva_jax.evals import segmentation_names as names
 from diva_jax.evals.items import require_count
+
+# Names of classes, in the order of their values, as texts for an encoder; synonyms are separated by commas. COCO's are
+# its 80 objects, COCO-Stuff's its 91 classes of stuff, whose published names are like wall-brick and wall-other.
+_NAMES = json.loads(Path(__file__).with_name("tasks").joinpath("segmentation.json").read_text("utf-8"))
+# The value of a pixel is the class's number in COCO less one; these numbers of objects are not used.
+_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+_STUFF_VALUES = tuple(n - 1 for n in range(1, 183) if n not in _UNUSED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +92,19 @@ _CITYSCAPES = _folders(
 )
 _IGNORED = (255,)
 # A bed is one of COCO's objects.
-_OBJECTS = [names.BACKGROUND.replace(" bed,", ""), *names.COCO]
-_THINGS_AND_STUFF = [*names.COCO, *names.STUFF]
+_OBJECTS = [_NAMES["background"].replace(" bed,", ""), *_NAMES["coco"]]
+_THINGS_AND_STUFF = [*_NAMES["coco"], *_NAMES["stuff"]]
 SETS: dict[str, Set] = {
-    "voc20": Set("PASCAL VOC without background", 20, 1449, range(1, 21), (0, 255), _VOC, names.VOC),
-    "voc21": Set("PASCAL VOC", 21, 1449, range(21), _IGNORED, _VOC, [names.BACKGROUND, *names.VOC]),
-    "context59": Set("PASCAL Context without background", 59, 5104, range(1, 60), (0, 255), _CONTEXT, names.CONTEXT),
-    "context60": Set("PASCAL Context", 60, 5104, range(60), _IGNORED, _CONTEXT, ["background", *names.CONTEXT]),
+    "voc20": Set("PASCAL VOC without background", 20, 1449, range(1, 21), (0, 255), _VOC, _NAMES["voc"]),
+    "voc21": Set("PASCAL VOC", 21, 1449, range(21), _IGNORED, _VOC, [_NAMES["background"], *_NAMES["voc"]]),
+    "context59": Set(
+        "PASCAL Context without background", 59, 5104, range(1, 60), (0, 255), _CONTEXT, _NAMES["context"]
+    ),
+    "context60": Set("PASCAL Context", 60, 5104, range(60), _IGNORED, _CONTEXT, ["background", *_NAMES["context"]]),
     "ade20k": Set("ADE20K", 150, 2000, range(1, 151), (0, 255), _ADE, None),
     "coco_object": Set("COCO-Object", 81, 5000, range(81), _IGNORED, _coco("_instanceTrainIds.png"), _OBJECTS),
-    "coco_stuff": Set("COCO-Stuff", 171, 5000, names.STUFF_VALUES, _IGNORED, _coco(".png"), _THINGS_AND_STUFF),
-    "cityscapes": Set("Cityscapes", 19, 500, range(19), _IGNORED, _CITYSCAPES, names.CITYSCAPES),
+    "coco_stuff": Set("COCO-Stuff", 171, 5000, _STUFF_VALUES, _IGNORED, _coco(".png"), _THINGS_AND_STUFF),
+    "cityscapes": Set("Cityscapes", 19, 500, range(19), _IGNORED, _CITYSCAPES, _NAMES["cityscapes"]),
 }
 _UNKNOWN = -2
 # Sets whose class 0 is what no other class is.

@@ -7,9 +7,10 @@ from typing import Any
 from diva_jax import config as configs
 from diva_jax.common import imports
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import flatten
 from diva_jax.models import backbones
 from diva_jax.report import wording
-from diva_jax.report.inputs import Inputs, flat
+from diva_jax.report.inputs import Inputs
 from diva_jax.report.sections import Part, part
 
 # Packages whose versions the header names.
@@ -49,10 +50,10 @@ def _defaults(config: dict[str, Any]) -> dict[str, Any] | None:
             backbones.TABLE,
             key=lambda row: sum(own.get(f) != v for f, v in vars(backbones.TABLE[row]).items() if f != "text"),
         )
-        defaults = flat(json.loads(configs.default(name, objective=config["objective"]).to_json()))
+        defaults = flatten(json.loads(configs.default(name, objective=config["objective"]).to_json()))
     except (KeyError, TypeError, AttributeError, UserError):
         return None
-    return defaults if flat(config).keys() & defaults.keys() else None
+    return defaults if flatten(config).keys() & defaults.keys() else None
 
 
 def section(inputs: Inputs) -> list[Part]:
@@ -63,7 +64,7 @@ def section(inputs: Inputs) -> list[Part]:
         lists.append(("Versions", {**r.versions, "devices": r.devices}, False))
         lists.append(("Weights", {w.label: f"{w.source}{steps[w.label]}" for w in r.weights}, False))
         lists.append(("Data", {name: task.data for name, task in r.tasks.items() if task.data}, False))
-        lists.append(("Evaluation options", flat(r.options or {}), False))
+        lists.append(("Evaluation options", flatten(r.options or {}), False))
         lists += _config("Evaluation config", r.config or {})
     for run in inputs.runs:
         lists += _config(f"Training config, {run.name}", run.config)
@@ -72,7 +73,7 @@ def section(inputs: Inputs) -> list[Part]:
 
 def _config(title: str, config: dict[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:
     """Returns the fields that differ from the defaults, open, and all others, folded."""
-    values = flat(config)
+    values = flatten(config)
     if (defaults := _defaults(config)) is None:
         return [(title, values, False)]
     changed = {k: v for k, v in values.items() if k not in defaults or defaults[k] != v}

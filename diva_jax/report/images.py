@@ -2,7 +2,9 @@
 
 import base64
 import colorsys
+import functools
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,27 +34,20 @@ class EmbeddedImage(NamedTuple):
     name: str
 
 
-class Thumbnails(dict[str, EmbeddedImage]):
-    """Path of a file -> its thumbnail; each file is read once."""
-
-    def __missing__(self, path: str) -> EmbeddedImage:
-        self[path] = EmbeddedImage(_thumbnail(path), Path(path).name)
-        return self[path]
-
-
-def _thumbnail(path: str) -> str:
-    """Returns a JPEG thumbnail as a data: URI, or "" if the file is missing or is not an image."""
+def _thumbnail(path: str) -> EmbeddedImage:
+    """A JPEG thumbnail; its URI is empty where the file is missing or is not an image."""
+    name = Path(path).name
     try:
         with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                return ""
+                return EmbeddedImage("", name)
             image.draft("RGB", (2 * _THUMBNAIL_SIDE, 2 * _THUMBNAIL_SIDE))
             small = ImageOps.exif_transpose(image).convert("RGB")
     except Exception:
         # Pillow's plugins raise many types.
-        return ""
+        return EmbeddedImage("", name)
     small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    return _uri(small, "jpeg", quality=80)
+    return EmbeddedImage(_uri(small, "jpeg", quality=80), name)
 
 
 def _uri(image: Image.Image, form: str, **options) -> str:
@@ -62,9 +57,9 @@ def _uri(image: Image.Image, form: str, **options) -> str:
 
 def rows(content: ImageRows, folder: Path) -> list[Part]:
     """Returns the rows of images.json; names of files are relative to its folder."""
-    thumbnails = Thumbnails()
+    thumbnail = functools.cache(_thumbnail)
     return [
-        part("strip", images=[(thumbnails[str(folder / entry.image)], Label(entry.caption)) for entry in row])
+        part("strip", images=[(thumbnail(str(folder / entry.image)), Label(entry.caption)) for entry in row])
         for row in content.rows
     ]
 
@@ -98,7 +93,7 @@ def segmented(task: Task, labels: list[str]) -> list[Part]:
     used = [w for w in used if isinstance(task.weights[w].classes, list)]
     if not used:
         return []
-    names, thumbnails = [c.name for c in task.weights[used[0]].classes], Thumbnails()
+    names = [c.name for c in task.weights[used[0]].classes]
     parts = [part("heading", line="Images", note="evenly spaced over the set, not chosen by their scores")]
     for i, shown in enumerate(zip(*(task.weights[w].pictures for w in used), strict=False)):
         try:
@@ -110,7 +105,7 @@ def segmented(task: Task, labels: list[str]) -> list[Part]:
             continue
         roles = {w: colour_role(labels.index(w)) for w in used} if len(used) > 1 else {}
         images = [(_class_map(m, names, what), Label(what, role=roles.get(what, ""))) for what, m in maps.items()]
-        images.insert(0, (thumbnails[shown[0].image], Label("image")))
+        images.insert(0, (_thumbnail(shown[0].image), Label("image")))
         parts.append(part("strip", images=images, **_legend(list(maps.values()), names)))
     return parts
 
@@ -128,7 +123,7 @@ def _legend(maps: list[np.ndarray], names: list[str]) -> dict[str, Any]:
 def flipped(task: Task) -> list[Section]:
     """One section per comparison and metric with items that are right with only one of two sets of weights. Those of
     the control come last, since a link to sections of the same title opens the first of them."""
-    out, thumbnails, controls = [], Thumbnails(), task.controls
+    out, thumbnail, controls = [], functools.cache(_thumbnail), task.controls
     for c in sorted(task.comparisons, key=lambda c: (c.after in controls, c.before in controls)):
         for metric, info in task.metrics.items():
             note = f"{info.title}, {c.after} against {'the control ' * (c.before in controls)}{c.before}"
@@ -141,7 +136,7 @@ def flipped(task: Task) -> list[Section]:
                     parts.append(
                         part("heading", line=f"Correct only {side}", note=len(flips), kind="won" if won else "lost")
                     )
-                    parts.append(part("cards", cards=[_card(f, task.items, thumbnails) for f in flips[:_MAX_CARDS]]))
+                    parts.append(part("cards", cards=[_card(f, task.items, thumbnail) for f in flips[:_MAX_CARDS]]))
                 if (more := len(flips) - _MAX_CARDS) > 0:
                     parts.append(text(f"{more} more are listed in predictions.csv.", "fine"))
             if parts:
@@ -149,14 +144,14 @@ def flipped(task: Task) -> list[Section]:
     return out
 
 
-def _card(f: Flip, items: str, thumbnails: Thumbnails) -> dict[str, Any]:
+def _card(f: Flip, items: str, thumbnail: Callable[[str], EmbeddedImage]) -> dict[str, Any]:
     """The card of an item; for a pair, each image with its text and the probability that each encoder gives to it."""
     card = {"title": f"{items.removesuffix('s').capitalize()} {f.item}", "group": f.group or ""}
     if not len(f.texts) == len(f.images) == len(f.before) == len(f.after) == 2:
-        return card | {"sides": [{"image": thumbnails[file], "shares": None} for file in f.images], "texts": f.texts}
+        return card | {"sides": [{"image": thumbnail(file), "shares": None} for file in f.images], "texts": f.texts}
     sides = []
     for i, (file, line) in enumerate(zip(f.images, f.texts, strict=True)):
         shares = [p[i] if i == 0 else 1 - p[i] for p in (f.before, f.after)]
         words = [f"{s:.2f} {'✓' if s > 0.5 else '✗'}" for s in shares]
-        sides.append({"image": thumbnails[file], "text": line, "shares": shares, "words": " → ".join(words)})
+        sides.append({"image": thumbnail(file), "text": line, "shares": shares, "words": " → ".join(words)})
     return card | {"sides": sides, "texts": []}

@@ -38,15 +38,15 @@ class ImageRows(Record):
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A training run: the name of the workdir, the index of its colour (that of the first weights of this run, if an
-    evaluation has some), config.json, the rows of metrics.jsonl by step, when and where it ran (see
-    `training.metrics.Writer`), and the labels of the evaluation's weights that are its checkpoints."""
+    evaluation has some), the labels of these weights, config.json, the rows of metrics.jsonl by step, and when and
+    where it ran (see `training.metrics.Writer`)."""
 
     name: str
     index: int
+    labels: tuple[str, ...]
     config: dict[str, Any]
     rows: list[dict[str, Any]]
     sessions: list[Session]
-    labels: tuple[str, ...]
 
     @property
     def total(self) -> int | None:
@@ -102,15 +102,19 @@ def read(folder: epath.PathLike) -> Inputs:
             if source:
                 index, labels = workdirs.get(source, (i, ()))
                 workdirs[source] = index, (*labels, weights.label)
-    runs = [run for run in (_run(path, *place) for path, place in workdirs.items()) if run.rows]
+    runs, repair = [], "restore or remove it"
+    for path, place in workdirs.items():
+        config = json_files.read(path / "config.json", dict[str, Any], repair, {})
+        sessions = json_files.read(path / "sessions.json", list[Session], repair, [])
+        if rows := _metrics(path / "metrics.jsonl"):
+            runs.append(Run(path.name, *place, config, rows, sessions))
     if results is None and not runs:
         raise UserError(
             f"{folder} has neither results.json nor logged steps in metrics.jsonl: give an evaluation's output folder "
             f"(python -m diva_jax.evaluate --out={shlex.quote(str(folder))}) or a training workdir"
         )
-    return Inputs(
-        folder, results, runs, json_files.read(folder / "images.json", ImageRows, "write it again, or remove it", None)
-    )
+    image_rows = json_files.read(folder / "images.json", ImageRows, "write it again, or remove it", None)
+    return Inputs(folder, results, runs, image_rows)
 
 
 def _existing_folder(source: str, remote: bool) -> epath.Path | None:
@@ -123,13 +127,6 @@ def _existing_folder(source: str, remote: bool) -> epath.Path | None:
     except (UserError, ValueError, OSError, RuntimeError):
         # There is no such bucket, user or path.
         return None
-
-
-def _run(folder: epath.Path, index: int, labels: tuple[str, ...]) -> Run:
-    repair = "restore or remove it"
-    config = json_files.read(folder / "config.json", dict[str, Any], repair, {})
-    sessions = json_files.read(folder / "sessions.json", list[Session], repair, [])
-    return Run(folder.name, index, config, _metrics(folder / "metrics.jsonl"), sessions, labels)
 
 
 def _results(path: epath.Path) -> Results | None:
@@ -180,14 +177,3 @@ def _metrics(path: epath.Path) -> list[dict[str, Any]]:
 def _usable(value: Any) -> bool:
     """Whether a value is a number that charts can show."""
     return finite(value) and abs(value) < LARGEST_NUMBER
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens a nested config to {"a.b.c": value}."""
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            out.update(flat(value, f"{prefix}{key}."))
-        else:
-            out[f"{prefix}{key}"] = value
-    return out

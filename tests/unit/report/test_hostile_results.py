@@ -110,7 +110,7 @@ def test_what_is_no_image_is_not_read(tmp_path):
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
     (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     for name in ("pipe.jpg", "zero.jpg", "a.eps", "", "\0", "gone.png", "a" * 5000):
-        assert images._thumbnail(str(tmp_path / name)) == ""
+        assert images._thumbnail(str(tmp_path / name)).uri == ""
 
 
 @pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "gs://no-such-bucket-at-all", "s3://x/y", "\0", "", "."])
