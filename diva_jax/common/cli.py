@@ -101,21 +101,6 @@ def _reason(e: Exception) -> str:
     return str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags and returns the other arguments; any complaint of absl or ml_collections becomes a UserError."""
-    try:
-        return flags.FLAGS(argv)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
-        raise UserError(f"{_reason(e)} (see --help)") from e
-
-
-def _check_arguments(given: Sequence[str], wanted: Sequence[str]) -> None:
-    if len(given) > len(wanted):
-        raise UserError(f"unexpected argument {given[len(wanted)]!r}: every other option is a flag, see --help")
-    if len(given) < len(wanted):
-        raise UserError(f"{wanted[len(given)]} is missing: give it as an argument, see --help")
-
-
 def _help(main: Callable, arguments: Sequence[str], describe: Describe | None) -> str:
     """The module's docstring, its flags and, with `--config`, all fields of the config with their values."""
     module, width = sys.modules[main.__module__], min(shutil.get_terminal_size().columns, 100)
@@ -216,13 +201,19 @@ def _prepare() -> None:
 
 
 def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe | None) -> None:
-    given = _parse(sys.argv)
+    try:
+        given = flags.FLAGS(sys.argv)[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
+        raise UserError(f"{_reason(e)} (see --help)") from e
     if flags.FLAGS["version"].value:
         print(f"diva_jax {__version__}, jax {jax.__version__}, Python {sys.version.split()[0]}")
     elif flags.FLAGS["help"].value:
         print(_help(main, arguments, describe))
     else:
-        _check_arguments(given, arguments)
+        if len(given) > len(arguments):
+            raise UserError(f"unexpected argument {given[len(arguments)]!r}: every other option is a flag, see --help")
+        if len(given) < len(arguments):
+            raise UserError(f"{arguments[len(given)]} is missing: give it as an argument, see --help")
         if not flags.FLAGS["verbosity"].present:
             # orbax and grain log many lines for every save.
             logging.set_verbosity(logging.WARNING)

@@ -73,8 +73,9 @@ def decoded(text: bytes | str) -> Any:
     except RecursionError as e:
         raise ValueError("it is nested too deeply") from e
     level, depth = [content], 0
-    while level := [value for part in level if isinstance(part, list | dict) for value in _values(part)]:
-        if (depth := depth + 1) > _MAX_DEPTH:
+    while level := [part for part in level if isinstance(part, list | dict)]:
+        level = [value for part in level for value in (part.values() if isinstance(part, dict) else part)]
+        if level and (depth := depth + 1) > _MAX_DEPTH:
             raise ValueError("it is nested too deeply")
     return content
 
@@ -87,10 +88,6 @@ def parse(path: str | os.PathLike, text: bytes | str, line: int | None = None) -
     except ValueError as e:
         where = f"line {line or getattr(e, 'lineno', 1)}"
         raise UserError(f"{path}, {where} is not JSON ({brief(getattr(e, 'msg', e))}): repair or remove it") from e
-
-
-def _values(part: list | dict) -> Any:
-    return part.values() if isinstance(part, dict) else part
 
 
 def checked(path: str | os.PathLike, content: Any, form: Any, repair: str) -> Any:

@@ -29,10 +29,6 @@ def sample_box(
             top = int(rng.integers(0, height - h + 1))
             left = int(rng.integers(0, width - w + 1))
             return left, top, left + w, top + h
-    return _central_box(width, height, ratio)
-
-
-def _central_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
     w, h = width, height
     # At least one pixel: a thin image with a ratio far from 1 would give an empty box.
     if width / height < ratio[0]:

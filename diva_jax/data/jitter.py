@@ -81,18 +81,6 @@ def _gray(x: Array) -> Array:
     return r * x[..., :1] + g * x[..., 1:2] + b * x[..., 2:]
 
 
-def _brightness(x: Array, factor: Array) -> Array:
-    return _blend(x, 0.0, factor)
-
-
-def _contrast(x: Array, factor: Array) -> Array:
-    return _blend(x, jnp.mean(_gray(x)), factor)
-
-
-def _saturation(x: Array, factor: Array) -> Array:
-    return _blend(x, _gray(x), factor)
-
-
 def _hue(x: Array, shift: Array) -> Array:
     """Moves the hue of [H, W, 3] by `shift` turns: to HSV and back."""
     r, g, b = x[..., 0], x[..., 1], x[..., 2]
@@ -113,7 +101,12 @@ def _hue(x: Array, shift: Array) -> Array:
     return out
 
 
-_OPERATIONS = (_brightness, _contrast, _saturation, _hue)
+_OPERATIONS = (
+    lambda x, factor: _blend(x, 0.0, factor),  # Brightness.
+    lambda x, factor: _blend(x, jnp.mean(_gray(x)), factor),  # Contrast.
+    lambda x, factor: _blend(x, _gray(x), factor),  # Saturation.
+    _hue,
+)
 
 
 def _weights(start: Array, length: Array, size: int, dtype) -> Array:

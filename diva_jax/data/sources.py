@@ -104,16 +104,6 @@ def _mixture(path: str, cache_dir: str | None, quiet: bool, allow_urls: bool) ->
     return source
 
 
-def _from_module(path: str) -> Source:
-    """The source that a module outside of this package makes."""
-    name, _, options = path.removeprefix(_MODULE).partition("?")
-    wanted = "give module:NAME of one on PYTHONPATH that defines open_source(options)"
-    module = imports.module(name, "config.data.path", wanted)
-    if not hasattr(module, "open_source"):
-        raise UserError(f"config.data.path={path!r}: the module {name} cannot be used: {wanted}")
-    return module.open_source(options)
-
-
 def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, allow_urls: bool = False) -> Source:
     """Opens a data path; local files, or those of a scheme (gs://...). A UserError where nothing that can be read is
     there.
@@ -132,7 +122,12 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, al
     if path.startswith(mixture.PREFIX):
         return _mixture(path, cache_dir, quiet, allow_urls)
     if path.startswith(_MODULE):
-        return _from_module(path)
+        name, _, options = path.removeprefix(_MODULE).partition("?")
+        wanted = "give module:NAME of one on PYTHONPATH that defines open_source(options)"
+        module = imports.module(name, "config.data.path", wanted)
+        if not hasattr(module, "open_source"):
+            raise UserError(f"config.data.path={path!r}: the module {name} cannot be used: {wanted}")
+        return module.open_source(options)
     if path.startswith("tfds:"):
         return TfdsSource(path)
     path, options = split_options(path)

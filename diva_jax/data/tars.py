@@ -195,17 +195,6 @@ def _load(path: str, shards: int) -> _Index | None:
         return None
 
 
-def _store(path: str, index: _Index) -> None:
-    data = io.BytesIO()
-    np.savez(data, **index._asdict())
-    try:
-        paths.write_whole(path, data.getvalue())
-    except OSError as e:
-        logger.warning(
-            "the index of the tar shards could not be written to %s (%s): the next start will scan them again", path, e
-        )
-
-
 def _index(shards: Sequence[str], cache_dir: str | None, quiet: bool) -> _Index:
     """The index of all shards, from the cache if no shard has changed since it was written."""
     cached = cache_dir and _cache_file(shards, cache_dir)
@@ -217,7 +206,12 @@ def _index(shards: Sequence[str], cache_dir: str | None, quiet: bool) -> _Index:
         bar = tqdm(scanned, "indexing tar shards", len(shards), disable=quiet, delay=10, mininterval=10)
         index = _join(list(bar))
     if cached:
-        _store(cached, index)
+        np.savez(data := io.BytesIO(), **index._asdict())
+        try:
+            paths.write_whole(cached, data.getvalue())
+        except OSError as e:
+            said = "the index of the tar shards could not be written to %s (%s): the next start will scan them again"
+            logger.warning(said, cached, e)
     return index
 
 

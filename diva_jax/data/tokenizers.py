@@ -97,14 +97,13 @@ class ClipTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> ids, int32 [N, length]; a text that is too long is cut and still ends with the end token."""
-        # The library's own rule for words has another version of Unicode than open_clip's, and an older one.
-        ids = [self._bpe.encode(self._split(text), is_pretokenized=True).ids for text in texts]
+        ids = []
+        for text in texts:
+            pieces = self._exact.split(text) if self._exact else [text]
+            # The library's own rule for words has another version of Unicode than open_clip's, and an older one.
+            words = ([p] if i % 2 else self._words.findall(clip_clean(p)) for i, p in enumerate(pieces))
+            ids.append(self._bpe.encode([w for several in words for w in several], is_pretokenized=True).ids)
         return np.array(ids, np.int32).reshape(len(texts), self._length)
-
-    def _split(self, text: str) -> list[str]:
-        pieces = self._exact.split(text) if self._exact else [text]
-        words = ([p] if i % 2 else self._words.findall(clip_clean(p)) for i, p in enumerate(pieces))
-        return [word for several in words for word in several]
 
 
 class FolderTokenizer:

@@ -89,19 +89,14 @@ def _sugarcrepe(row: _Row) -> Item:
     return row.item([row.image(name, f"val2017/{name}", f"images/{name}")], row.texts("caption", "negative_caption"))
 
 
-def _winoground(row: _Row) -> Item:
-    """Winoground (arXiv 2204.03162): lines of {image_0, image_1, caption_0, caption_1, tag, collapsed_tag}."""
+def _two_by_two(row: _Row) -> Item:
+    """Winoground (arXiv 2204.03162): lines of {image_0, image_1, caption_0, caption_1, tag, collapsed_tag}; and
+    NaturalBench's retrieval form (arXiv 2410.14669), a list of the same without tags."""
     names = row.texts("image_0", "image_1")
     images = [row.image(f"images/{n}.png", f"{n}.png", f"images/{n}", n) for n in names]
     tag = str(row.value.get("tag", ""))
     groups = {"class": tag, "pattern": str(row.value.get("collapsed_tag", tag))}
     return row.item(images, row.texts("caption_0", "caption_1"), groups)
-
-
-def _naturalbench(row: _Row) -> Item:
-    """NaturalBench's retrieval form (arXiv 2410.14669): {index, image_0, image_1, caption_0, caption_1}."""
-    images = [row.image(f"images/{n}", n) for n in row.texts("image_0", "image_1")]
-    return row.item(images, row.texts("caption_0", "caption_1"))
 
 
 def _aro(row: _Row) -> Item:
@@ -224,8 +219,8 @@ def _check_pairs(where: str, pairs, images: int, words: int) -> tuple[tuple[int,
 
 LAYOUTS: dict[str, Callable[[_Row], Item | None]] = {
     "sugarcrepe": _sugarcrepe,
-    "winoground": _winoground,
-    "naturalbench": _naturalbench,
+    "winoground": _two_by_two,
+    "naturalbench": _two_by_two,
     "aro": _aro,
     "whatsup": _whatsup,
     "whatsup_qa": _whatsup_qa,

@@ -47,23 +47,18 @@ def put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[str
     return {n: jax.device_put(a, shardings[n]) for n, a in arrays.items()}
 
 
-def _of_run(source: str, step: int, config, mesh: Mesh) -> Encoder:
-    """Returns the encoder of a run; parameters that the run does not train are those of its initial source."""
-    run = workdirs.RunAt.open(source, step)
-    spec, wanted = backbones.spec_of(run.config), backbones.spec_of(config)
-    fields = (*origins.ARCHITECTURE, "image_size")
-    origins.check_same(vars(spec), wanted, fields, f"the run {source}", "config.backbone")
-    min_shard = run.config.mesh.min_shard
-    towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in clip.TOWERS}
-    params = put(run.params, mesh, min_shard)
-    return Encoder(towers["vision"], towers.get("text"), spec.source, params, spec.source)
-
-
 def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
     """Loads the weights of a source onto the mesh; source and step are as `places.find` has them. The config's backbone
     must be that of the source, and has the text tower if the source has none."""
-    if step is not None:
-        return _of_run(source, step, config, mesh)
+    if step is not None:  # Parameters that the run does not train are those of its initial source.
+        run = workdirs.RunAt.open(source, step)
+        spec, wanted = backbones.spec_of(run.config), backbones.spec_of(config)
+        fields = (*origins.ARCHITECTURE, "image_size")
+        origins.check_same(vars(spec), wanted, fields, f"the run {source}", "config.backbone")
+        min_shard = run.config.mesh.min_shard
+        towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in clip.TOWERS}
+        params = put(run.params, mesh, min_shard)
+        return Encoder(towers["vision"], towers.get("text"), spec.source, params, spec.source)
     vision = tower("vision", source, backbones.spec_of(config), mesh, config.mesh.min_shard)
     text = source if origins.open_source(source, "--weights").has_text else config.backbone.source
     return Encoder(vision, None, text, {}, source)

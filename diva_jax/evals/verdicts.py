@@ -59,12 +59,6 @@ def _gains(tasks: Mapping[str, Task], c: Mapping[str, Comparison], verdicts: Seq
         shown.add((v.task, text))
 
 
-def _costs(tasks: Mapping[str, Task], c: Mapping[str, Comparison]) -> Iterator[str]:
-    for name, (title, metrics) in COSTS.items():
-        if found := [(m, c[name].scores[m]) for m in metrics if name in c and m in c[name].scores]:
-            yield f"{title} " + ", ".join(_figure(s, tasks[name].metrics[m].unit) for m, s in found)
-
-
 def summaries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`summary` of results.json from its `tasks`: an entry for each comparison with pairs and matches, those of tuned
     weights first, those of controls with the reference last."""
@@ -85,7 +79,13 @@ def summaries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
             if verdicts[0].says != MORE:
                 detail.append("it does not see more than the control, so nothing can be claimed")
         else:
-            detail += _costs(tasks, compared)
+            for name, (title, metrics) in COSTS.items():
+                scores = {
+                    m: compared[name].scores[m] for m in metrics if name in compared and m in compared[name].scores
+                }
+                if scores:
+                    units = (tasks[name].metrics[m].unit for m in scores)
+                    detail.append(f"{title} " + ", ".join(map(_figure, scores.values(), units)))
             missing = [title for name, (title, _) in COSTS.items() if name not in compared]
         if missing:
             more = ": a gain in pairs alone is not a result" if "zero-shot" in missing else ""

@@ -110,12 +110,6 @@ def _run_drift(run: Run) -> Iterator[Alarm]:
     yield from _collapse(before, rank, run.last("eval/drift/cosine"), f"run {run.name}, last evaluation")
 
 
-def _run_noise(run: Run) -> Iterator[Alarm]:
-    ends = {m: [run.last(f"feedback/{m}/{end}") for end in ("low", "high")] for m in _NOISE_METRICS}
-    known = {m: e for m, e in ends.items() if None not in e and e[0] < e[1]}
-    yield from _noise(f"run {run.name}, last evaluation", known)
-
-
 def of(inputs: Inputs) -> list[Alarm]:
     """Returns everything that is wrong or in doubt, the worst first."""
     alarms: list[Alarm] = []
@@ -130,5 +124,7 @@ def of(inputs: Inputs) -> list[Alarm]:
         alarms += _comparisons(inputs.results)
         alarms += [Alarm("Several checkpoints of one run", f"{note}.", "doubt") for note in inputs.results.notes]
     for run in inputs.runs:
-        alarms += [*_run_drift(run), *_run_noise(run)]
+        ends = {m: [run.last(f"feedback/{m}/{end}") for end in ("low", "high")] for m in _NOISE_METRICS}
+        known = {m: e for m, e in ends.items() if None not in e and e[0] < e[1]}
+        alarms += [*_run_drift(run), *_noise(f"run {run.name}, last evaluation", known)]
     return sorted(alarms, key=lambda alarm: alarm.kind != "bad")

@@ -158,7 +158,11 @@ def _plot(width: float, data: Sequence[Series], x_title: str, tight: bool, linea
     ys = [y for s in data for _, y in s.points] + [e for s in data for i in s.intervals if i for e in i]
     log = not linear and min(ys) > 1e-100 and max(ys) / min(ys) > 30
     low, high = min(0.0, *ys) if linear else min(ys), max(ys)
-    y_ticks, y_limits = _log_ticks(low, high) if log else _ticks(low, high, 5)
+    y_ticks, y_limits = _ticks(low, high, 5)
+    if log:
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        y_ticks = [10.0**e for e in range(first, last + 1, math.ceil((last - first) / 5))]
+        y_limits = 10.0**first, 10.0**last
     x_ticks, x_limits = _ticks(
         min(xs) if near else min(0, *xs), max(xs), 4 if width < _MAX_LABELLED_WIDTH else 6, tight
     )
@@ -185,11 +189,6 @@ def _ticks(low: float, high: float, count: int, tight: bool = False) -> tuple[li
     ticks = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     limits = (low, high) if tight else (ticks[0], ticks[-1])
     return [float(tick) for tick in ticks if limits[0] <= tick <= limits[1]], limits
-
-
-def _log_ticks(low: float, high: float) -> tuple[list[float], tuple[float, float]]:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    return [10.0**e for e in range(first, last + 1, math.ceil((last - first) / 5))], (10.0**first, 10.0**last)
 
 
 def _add_tooltips(drawing: Drawing, texts: dict[float, str]) -> None:

@@ -40,10 +40,12 @@ def sections(runs: list[Run]) -> list[Section]:
     """Returns a section with the curves of all runs, and one with the evaluations during training."""
     if not runs:
         return []
-    charts = []
+    charts, first = [], runs[0]
+    warm = 0 < first.warmup < first.rows[-1]["step"]
+    marks = [(first.warmup, "end of the stage that trains only visual_proj")] if warm else []
     for key, (title, half) in _CURVES.items():
         if data := [Series(r.name, r.index, r.curve(key)) for r in runs if r.curve(key)]:
-            draw = partial(curves, data=data, x_title="step", marks=_stages(runs), linear=key in _LINEAR)
+            draw = partial(curves, data=data, x_title="step", marks=marks, linear=key in _LINEAR)
             smooth = max(len(s.points) for s in data) > 20 and key not in _LINEAR
             note = "The bold line is the moving mean over 5% of the rows." * smooth
             charts.append(Chart(f"training-{key}", title, _legend(data), draw, half, note))
@@ -54,13 +56,6 @@ def sections(runs: list[Run]) -> list[Section]:
 
 def _legend(data: list[Series]) -> list[tuple[str, int]]:
     return [(s.name, s.index) for s in data]
-
-
-def _stages(runs: list[Run]) -> list[tuple[float, str]]:
-    """Returns the step at which the first run's second stage begins, if the run has reached it."""
-    run = runs[0]
-    inside = 0 < run.warmup < run.rows[-1]["step"]
-    return [(run.warmup, "end of the stage that trains only visual_proj")] if inside else []
 
 
 def _summary(runs: list[Run]) -> Part:

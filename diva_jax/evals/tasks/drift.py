@@ -47,10 +47,10 @@ def overlap(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 def effective_rank(x: np.ndarray) -> float:
     """Of embeddings [N, D]: from 1, where all point the same way, to min(N, D)."""
+    from scipy.special import entr  # Here, because importing it takes a second, which training does not need.
+
     values = np.linalg.svd(x, compute_uv=False)
-    p = values / values.sum()
-    p = p[p > 0]
-    return float(np.exp(-(p * np.log(p)).sum()))
+    return float(np.exp(entr(values / values.sum()).sum()))
 
 
 class Drift(Task):

@@ -77,14 +77,6 @@ def _root(path: str) -> tuple[Path, Path]:
     return questions, folder
 
 
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
-    """(line, fields) of each row, the header checked."""
-    rows = [(line, [field.strip() for field in row]) for line, row in texts.csv_rows(str(path)) if any(row)]
-    if not rows or rows[0][1] != HEADER:
-        raise UserError(f"{path} begins with {brief(rows[0][1]) if rows else 'nothing'}, not {','.join(HEADER)}")
-    return rows[1:]
-
-
 class _Patterns(json_files.Record):
     """The content of Patterns.json."""
 
@@ -119,11 +111,13 @@ def read_questions(path: str) -> list[Question]:
     """The questions, 270 of MMVP-VLM, checked; pattern and pair follow from the position. A UserError names the line or
     file that is missing, broken or out of order."""
     file, folder = _root(path)
-    rows = _rows(file)
+    rows = [(line, [field.strip() for field in row]) for line, row in texts.csv_rows(str(file)) if any(row)]
+    if not rows or rows[0][1] != HEADER:
+        raise UserError(f"{file} begins with {brief(rows[0][1]) if rows else 'nothing'}, not {','.join(HEADER)}")
     names, pairs = read_patterns(path)
-    if len(rows) != (expected := 2 * pairs * len(names)):
-        raise UserError(f"{file} has {len(rows)} questions, MMVP-VLM has {expected}: fetch the file again")
-    questions = [_question(file, folder, line, fields) for line, fields in rows]
+    if len(rows) - 1 != (expected := 2 * pairs * len(names)):
+        raise UserError(f"{file} has {len(rows) - 1} questions, MMVP-VLM has {expected}: fetch the file again")
+    questions = [_question(file, folder, line, fields) for line, fields in rows[1:]]
     seen: dict[Path, int] = {}
     for first, second in zip(questions[::2], questions[1::2], strict=True):
         if first.id % 2 != 1 or second.id != first.id + 1 or first.image.parent != second.image.parent:
@@ -144,12 +138,6 @@ def pair_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
     readout leaves them, rows 2n and 2n+1 a pair; texts [2N, D] have any length."""
     pairs = np.asarray(images, np.float64).reshape(-1, 2, images.shape[-1])
     return np.einsum("nid,ntd->nit", pairs, encode.unit(texts).reshape(pairs.shape))
-
-
-def first_share(scores: np.ndarray) -> np.ndarray:
-    """What the softmax of the logits over a pair's images gives to image 1, for each text: [N, 2, 2] -> [2N]."""
-    with np.errstate(over="ignore"):  # A large difference overflows to the right answer, 0.
-        return 1 / (1 + np.exp(LOGIT_SCALE * np.diff(scores, axis=-2).ravel()))
 
 
 class Mmvp(ItemTask):
@@ -207,7 +195,9 @@ class Mmvp(ItemTask):
         for readout, e in embeddings.items():
             scores = np.stack([pair_scores(e[:, k], texts) for k in range(e.shape[1])])  # [K, N, image, text]
             right = matching.answers(scores, OWN)
-            first = np.stack([first_share(s) for s in scores])
+            # What the softmax of the logits over a pair's images gives to image 1, for each text, [K, 2N].
+            with np.errstate(over="ignore"):  # A large difference overflows to the right answer, 0.
+                first = (1 / (1 + np.exp(LOGIT_SCALE * np.diff(scores, axis=-2)))).reshape(len(scores), -1)
             held[readout] = right | {"first": first.mean(axis=0)}
             for k, table in enumerate(scores):
                 rows += self._rows(readout, k, table, first[k], {kind: found[k] for kind, found in right.items()})
