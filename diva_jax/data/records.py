@@ -43,11 +43,8 @@ class Source(Protocol):
         """The name of record i."""
 
     def read(self, i: int, with_text: bool = True) -> Record:
-        """Record i; without its text where that is not asked for.
-
-        Raises:
-          Exception: the record cannot be read. The type depends on the source.
-        """
+        """Record i; without its text where that is not asked for. What is raised where it cannot be read is the
+        source's own."""
 
 
 def caption(value) -> str | None:

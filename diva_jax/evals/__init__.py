@@ -57,13 +57,8 @@ class Settings:
 
 @dataclasses.dataclass
 class Outcome:
-    """The result of a task for one set of weights.
-
-    Attributes:
-      results: `scores` and everything else that the task reports, written to results.json unchanged.
-      rows: rows of predictions.csv.
-      held: arrays that `Task.compare` needs; they are not written.
-    """
+    """The result of a task for one set of weights: `results` (`scores` and all else that the task reports, written to
+    results.json unchanged), `rows` of predictions.csv, and what `Task.compare` needs, `held`, which is not written."""
 
     results: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -93,15 +88,8 @@ class Task(abc.ABC):
     compared_in_training: bool = True
 
     def bind(self, config: ConfigDict, mesh) -> None:  # noqa: B027 - most tasks need nothing from the run.
-        """Called once, before any weights are loaded and before `evaluate`.
-
-        Args:
-          config: of `config.default`'s form.
-          mesh: the devices that evaluate.
-
-        Raises:
-          UserError: the task cannot be done with this config.
-        """
+        """Called once with the whole config and the mesh, before any weights are loaded and before `evaluate`; a
+        UserError where the task cannot be done with this config."""
 
     @abc.abstractmethod
     def evaluate(self, model) -> Outcome:
@@ -109,12 +97,9 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def compare(self, before: Outcome, after: Outcome) -> dict[str, Any]:
-        """Compares two sets of weights on the same data.
-
-        Returns:
-          `scores`, each with a `difference` or, where the comparison is itself the score, a `score`; optionally
-          `flipped`, the items whose answer changed, and `rows` for predictions.csv.
-        """
+        """Compares two sets of weights on the same data: `scores`, each with a `difference` or, where the comparison is
+        itself the score, a `score`; optionally `flipped`, the items whose answer changed, and `rows` for
+        predictions.csv."""
 
     def scalars(self, name: str, outcome: Outcome) -> dict[str, dict[str, Any]]:
         """Returns the scores that the train loop logs for an outcome, by full key; `name` is the name of the task."""

@@ -17,20 +17,9 @@ def main_metric(task: Task) -> str:
 
 
 def largest_by_chance(changes: np.ndarray, clusters: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """The largest of K mean changes under the hypothesis that none of them is real.
-
-    Before and after are exchanged for each cluster of items, for all K at once, so that checkpoints which answer alike
-    stay alike.
-
-    Args:
-      changes: [K, N], what each item adds to the mean change of each checkpoint.
-      clusters: [N] labels; items of one label are exchanged together.
-      resamples: the number of permutations.
-      seed: the same seed gives the same result.
-
-    Returns:
-      [resamples], in the unit of `changes`.
-    """
+    """The largest of K mean changes under the hypothesis that none of them is real, [resamples], from `changes` [K, N],
+    what each item adds to each. Before and after are exchanged for each cluster of items (labels [N]), for all K at
+    once, so that checkpoints which answer alike stay alike."""
     _, index = np.unique(clusters, return_inverse=True)
     sums = np.stack([np.bincount(index, row) for row in changes], axis=1)  # [clusters, K]
     rng, chunk, out = np.random.default_rng(seed), max(1, _MAX_SIGNS // len(sums)), []
@@ -74,15 +63,8 @@ def notes(
     resamples: int,
     seed: int,
 ) -> list[str]:
-    """A sentence for every run with several checkpoints: with `chosen` about its best, else that it has no claim.
-
-    Args:
-      tasks: by name; the first one decides.
-      outcomes: label -> task -> outcome; the first label is the reference.
-      runs: workdir -> the labels of its checkpoints.
-      chosen: whether the best shall be named.
-      resamples, seed: of the permutations.
-    """
+    """A sentence for every run with several checkpoints (workdir -> their labels): with `chosen` about its best, in the
+    first task, else that it has no claim. `outcomes` are label -> task -> outcome, the first label is the reference."""
     name, reference = next(iter(tasks)), next(iter(outcomes.values()))
     several = {run: labels for run, labels in runs.items() if len(labels) > 1}
     if not chosen:

@@ -18,11 +18,8 @@ _GROUP = re.compile(r"([\w.-]+)=(.+)")
 
 
 def parse(text: str) -> tuple[str, list[str]]:
-    """`tuned=runs/s0,runs/s1` -> ("tuned", ["runs/s0", "runs/s1"]); a single source -> ("", [source]).
-
-    Raises:
-      UserError: a group has fewer than two sources, or one of them twice.
-    """
+    """`tuned=runs/s0,runs/s1` -> ("tuned", ["runs/s0", "runs/s1"]); a single source -> ("", [source]). A UserError
+    where a group has fewer than two sources, or one of them twice."""
     found = _GROUP.fullmatch(text)
     if not found or Path(text).exists():
         return "", [text]

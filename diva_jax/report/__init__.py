@@ -30,11 +30,8 @@ def _file_names(names: Iterable[str]) -> list[str]:
 
 def write(folder: epath.PathLike) -> list[epath.Path]:
     """Writes `report.html` and `report/*.png` into an evaluation's output folder, a training workdir, or a folder that
-    is both, and returns the files, `report.html` first.
-
-    Raises:
-      UserError: there is nothing to report on, a file is invalid, or the folder is not writable.
-    """
+    is both, and returns the files, `report.html` first. A UserError where there is nothing to report on, a file is
+    invalid, or the folder is not writable."""
     content = inputs.read(folder)
     # Imported here, because matplotlib and jax are slow to import.
     from diva_jax.report import page

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch_setup  # noqa: F401
 from clip_folders import dinov2_folder, metaclip2_folder, siglip_folder
-from records import write_tar
+from records import write_tar, write_tfds
 from specs import DINOV2, DINOV2_REG, GELU, QUICK, SIGLIP_FOLDER
 
 from diva_jax import demo
@@ -35,26 +35,6 @@ def images() -> list[bytes]:
     return [eval_data.encoded(eval_data.patch(i)) for i in range(COUNT)]
 
 
-def write_tfds(folder):
-    import tensorflow_datasets as tfds
-
-    class Patches(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = {"image": tfds.features.Image(shape=(None, None, 3))}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i, image in enumerate(images()):
-                yield i, {"image": io.BytesIO(image)}
-
-    Patches(data_dir=folder, file_format="array_record").download_and_prepare()
-
-
 def write_data(root) -> dict[str, str]:
     """Writes the same images in every form; kind -> the value of `config.data.path`."""
     for name in ("folder", "tars", "saved"):
@@ -69,7 +49,8 @@ def write_data(root) -> dict[str, str]:
         writer.write_table(table)
     (root / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
     (root / "saved" / "dataset_info.json").write_text(json.dumps({"features": {}}))
-    write_tfds(root / "tfds")
+    examples = [{"image": io.BytesIO(image)} for image in images()]
+    write_tfds(root / "tfds", "Patches", "train", lambda kinds: {"image": kinds.Image(shape=(None, None, 3))}, examples)
     paths = {name: str(root / name) for name in ("folder", "tars", "images.csv", "images.parquet", "saved")}
     return paths | {"tfds": f"tfds:patches/train?data_dir={root / 'tfds'}"}
 

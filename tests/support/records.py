@@ -41,6 +41,22 @@ def write_tar(path, members: dict[str, bytes], **kw) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
+def write_tfds(folder, name: str, split: str, features, examples: list[dict]) -> None:
+    """Prepares a dataset of tfds; `features` gives its features of the module `tfds.features`."""
+    import tensorflow_datasets as tfds
+
+    content = {
+        "VERSION": tfds.core.Version("1.0.0"),
+        "_info": lambda self: tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features(tfds.features))
+        ),
+        "_split_generators": lambda self, _: {split: self._generate_examples()},
+        "_generate_examples": lambda self: enumerate(examples),
+    }
+    builder = type(name, (tfds.core.GeneratorBasedBuilder,), content)
+    builder(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
 def write_shards(folder, count: int, per_shard: int, broken=()) -> None:
     """Writes shards of tagged PNGs with captions; those in `broken` are not images."""
     for shard in range(0, count, per_shard):

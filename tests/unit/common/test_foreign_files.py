@@ -18,7 +18,7 @@ from records import encoded, write_shards
 from diva_jax.common.errors import UserError
 from diva_jax.data import latent_cache, sources
 from diva_jax.evals.tasks import mmvp
-from diva_jax.report import inputs
+from diva_jax.report import inputs, page
 from diva_jax.training import checkpoint, lock, metrics, workdirs
 from diva_jax.weights import readers
 from diva_jax.weights.export import cards
@@ -32,6 +32,12 @@ def good(tmp_path_factory):
     """A folder that has all of the files."""
     folder = tmp_path_factory.mktemp("good")
     tasks = {"mmvp": samples.mmvp_task(samples.write_images(folder, 2)), "drift": samples.drift_task()}
+    tasks |= {"feedback": samples.feedback_task(), "zeroshot": samples.zeroshot_task()}
+    tasks["pairs"] = samples.pairs_task([0.5, 2.0], [-1.0, 1.0])
+    for found in tasks["mmvp"]["weights"].values():
+        found["patterns"] = found["patterns"][:2]
+    for found in tasks["feedback"]["weights"].values():
+        found["timesteps"] = found["timesteps"][:2]
     samples.write_run(folder, rows=6)
     samples.write_evaluation(folder, [], "w", **tasks)
     rows = [[{"image": "a.png", "caption": "x"}]]
@@ -52,7 +58,9 @@ def good(tmp_path_factory):
 
 
 def show(folder):
-    inputs.read(folder)
+    """The whole page of a report."""
+    content = inputs.read(folder)
+    assert "<script>alert" not in page.html(content, page.sections(content))
 
 
 def lock_it(folder):
@@ -163,14 +171,6 @@ def attack(folder, name, write):
         assert time.monotonic() - began < 20
 
 
-@pytest.fixture
-def folder(good, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "STALE_AFTER_S", 0.05)
-    monkeypatch.setattr(lock, "SETTLED_AFTER_S", 0.0)
-    shutil.copytree(good, tmp_path / "a")
-    return tmp_path / "a"
-
-
 def copied(good, place, monkeypatch):
     monkeypatch.setattr(lock, "STALE_AFTER_S", 0.01)
     monkeypatch.setattr(lock, "SETTLED_AFTER_S", 0.0)
@@ -189,11 +189,16 @@ def test_what_is_no_such_file(good, tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", READERS)
 def test_changed_fields_and_bytes(good, tmp_path, monkeypatch, name, seed):
     rng = np.random.default_rng(seed)
-    for case in range(8):
+    for case in range(24 if name == "results.json" else 8):
 
         def write(path, content, case=case):
-            if case % 3 == 0 or not name.lower().endswith(("json", "metadata")):
+            if case % 3 == 0 or not name.lower().endswith(("json", "jsonl", "metadata")):
                 path.write_bytes(damaged(rng, content))
+            elif name.endswith("jsonl"):
+                lines = content.decode().splitlines()
+                i = int(rng.integers(len(lines)))
+                lines[i] = json.dumps(changed(rng, json.loads(lines[i]), 2)[0])
+                path.write_text("".join(f"{line}\n" for line in lines))
             else:
                 path.write_text(json.dumps(changed(rng, json.loads(content), 2)[0]))
 

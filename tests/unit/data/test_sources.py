@@ -6,7 +6,7 @@ import sys
 
 import fsspec
 import pytest
-from records import encoded, noise, write_tar
+from records import encoded, noise, write_tar, write_tfds
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import files
@@ -141,25 +141,13 @@ def test_a_store_that_refuses(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-    import tensorflow_datasets as tfds
+    def features(kinds):
+        image = kinds.Image(shape=(None, None, 3))
+        return {"image": image, "mask": image, "label": kinds.Text()}
 
-    class Tagged(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            image = tfds.features.Image(shape=(None, None, 3))
-            features = {"image": image, "mask": image, "label": tfds.features.Text()}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i in range(5):
-                yield i, {"image": io.BytesIO(encoded(i)), "mask": io.BytesIO(encoded(100 + i)), "label": "x"}
-
+    examples = [{"image": io.BytesIO(encoded(i)), "mask": io.BytesIO(encoded(100 + i)), "label": "x"} for i in range(5)]
     folder = tmp_path_factory.mktemp("tfds")
-    Tagged(data_dir=folder, file_format="array_record").download_and_prepare()
+    write_tfds(folder, "Tagged", "train", features, examples)
     return folder
 
 

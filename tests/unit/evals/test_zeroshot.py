@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 from eval_data import FakeModel, encoded, evaluated, patch, prepared, unit, write_class_folders
-from records import write_tar
+from records import write_tar, write_tfds
 
 from diva_jax.common.errors import UserError
 from diva_jax.evals.tasks import zeroshot
@@ -95,27 +95,12 @@ def test_fewer_than_five_classes_have_no_acc5(tmp_path):
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-    import tensorflow_datasets as tfds
+    def features(kinds):
+        return {"image": kinds.Image(shape=(None, None, 3)), "label": kinds.ClassLabel(names=NAMES)}
 
-    class Labelled(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = {
-                "image": tfds.features.Image(shape=(None, None, 3)),
-                "label": tfds.features.ClassLabel(names=NAMES),
-            }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"test": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i, label in enumerate(LABELS):
-                yield i, {"image": io.BytesIO(encoded(patch(i))), "label": label}
-
+    examples = [{"image": io.BytesIO(encoded(patch(i))), "label": label} for i, label in enumerate(LABELS)]
     folder = tmp_path_factory.mktemp("tfds")
-    Labelled(data_dir=folder, file_format="array_record").download_and_prepare()
+    write_tfds(folder, "Labelled", "test", features, examples)
     return folder
 
 
