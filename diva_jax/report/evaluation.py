@@ -1,10 +1,9 @@
 """The report's sections on evaluation results: scores, patterns, timesteps and flipped items."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from diva_jax.common.results_schema import Comparison, Difference, Metric, Score, Summary, Task
+from diva_jax.common.results_schema import Comparison, Difference, Metric, Results, Score, Summary, Task
 from diva_jax.evals import verdicts
 from diva_jax.report import alarms, images, wording
 from diva_jax.report.charts import Row, Series, arrows, bars, points
@@ -14,36 +13,20 @@ from diva_jax.report.sections import Cell, Label, Part, Section, part, text
 from diva_jax.report.wording import Finding
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """An evaluation as it is shown: the labels of the weights, the first the reference, the tasks by name, the labels
-    whose scores are not read as improvements (see `alarms.doubted`), and what each comparison says in words."""
-
-    labels: list[str]
-    tasks: dict[str, Task]
-    doubted: set[str]
-    summary: list[Summary] = dataclasses.field(default_factory=list)
-
-
-def prepared(inputs: Inputs) -> Evaluation:
-    """Returns the results of an evaluation as the functions below take them."""
-    return Evaluation(inputs.results.labels, inputs.results.tasks, alarms.doubted(inputs), inputs.results.summary)
-
-
-def findings(results: Evaluation) -> list[Finding]:
+def findings(inputs: Inputs) -> list[Finding]:
     """The main results as sentences: first what comparisons say in words, then the differences with an interval in each
     task's first metric (with two sets of weights, in all metrics of tasks with at most three), the last weights first.
     Without such differences, those without an interval; without any, the scores themselves."""
-    known, others = [], []
+    results, doubted, known, others = inputs.results, alarms.doubted(inputs), [], []
     for task in results.tasks.values():
         names = list(task.metrics)
         names = names if len(names) <= 3 and len(results.labels) == 2 else names[:1]
         for c in reversed(task.comparisons):
             for metric in names:
                 if difference := c.differences().get(metric):
-                    finding = _finding(task, c, metric, len(results.labels) > 2, c.after in results.doubted)
+                    finding = _finding(task, c, metric, len(results.labels) > 2, c.after in doubted)
                     (known if difference.known_interval else others).append(finding)
-    return [_in_words(s, results.doubted) for s in results.summary] + (known or others or list(_scores_alone(results)))
+    return [_in_words(s, doubted) for s in results.summary] + (known or others or list(_scores_alone(results)))
 
 
 def _in_words(s: Summary, doubted: set[str]) -> Finding:
@@ -71,7 +54,7 @@ def _finding(task: Task, c: Comparison, metric: str, several: bool, doubted: boo
     return Finding(what, wording.change(before, after, difference, info.unit), meaning, kind)
 
 
-def _scores_alone(results: Evaluation) -> Iterator[Finding]:
+def _scores_alone(results: Results) -> Iterator[Finding]:
     """Returns the scores of an evaluation without comparisons."""
     for task in results.tasks.values():
         for metric, info in list(task.metrics.items())[:1]:
@@ -85,21 +68,21 @@ def _scores_alone(results: Evaluation) -> Iterator[Finding]:
                     yield Finding(f"{task.title}, {info.title}", figures, meaning)
 
 
-def sections(results: Evaluation) -> list[Section]:
+def sections(inputs: Inputs) -> list[Section]:
     """Returns one section per task, each followed by the sections of its flipped items."""
-    out = [Section("Matches and zero-shot", [part("charts", charts=kept)])] if (kept := _kept(results)) else []
-    for name, task in results.tasks.items():
-        parts = [_score_table(results, task), *_between(task), *_zero_lines(task)]
-        charts = _patterns(name, task, results.labels) + _timesteps(name, task, results.labels)
-        charts = charts or _all_scores(name, task, results.labels)
+    labels, doubted = inputs.results.labels, alarms.doubted(inputs)
+    out = [Section("Matches and zero-shot", [part("charts", charts=kept)])] if (kept := _kept(inputs.results)) else []
+    for name, task in inputs.results.tasks.items():
+        parts = [_score_table(labels, task, doubted), *_between(task), *_zero_lines(task)]
+        charts = _patterns(name, task, labels) + _timesteps(name, task, labels) or _all_scores(name, task, labels)
         parts += [part("charts", charts=charts)] if charts else []
-        parts += images.segmented(task, results.labels)
+        parts += images.segmented(task, labels)
         count = f"{task.count:,} {task.items}" if task.count else ""
         out += [Section(task.title, parts, count), *images.flipped(task)]
     return out
 
 
-def _kept(results: Evaluation) -> list[Chart]:
+def _kept(results: Results) -> list[Chart]:
     """Returns one chart of matches against zero-shot accuracy, with an arrow for each comparison with the reference."""
     found = [(v, results.tasks[v.task]) for s in results.summary for v in s.verdicts]
     found = [(v, task) for v, task in found if v.matches in task.metrics]
@@ -122,11 +105,11 @@ def _kept(results: Evaluation) -> list[Chart]:
     return [Chart("matches-zeroshot", title, [(label, i) for label, (i, *_) in data.items()], draw, note=note)]
 
 
-def _score_table(results: Evaluation, task: Task) -> Part:
+def _score_table(labels: list[str], task: Task, doubted: set[str]) -> Part:
     """Returns the table of scores: one row per metric, one column per set of weights and per comparison."""
-    used = [w for w in results.labels if w in task.weights]
+    used = [w for w in labels if w in task.weights]
     compared = [c for c in task.comparisons if c.differences()]
-    head = [Label("Score")] + [Label(w, role=colour_role(results.labels.index(w))) for w in used]
+    head = [Label("Score")] + [Label(w, role=colour_role(labels.index(w))) for w in used]
     against = [f"{c.after} against {c.before}" if c.before in task.controls else c.after for c in compared]
     head += [Label("Difference" if len(compared) == 1 else f"Difference, {what}") for what in against]
     rows, scores = [], [s for w in used for s in task.weights[w].scores.values()]
@@ -137,7 +120,7 @@ def _score_table(results: Evaluation, task: Task) -> Part:
             decimals = _decimals([*own, *differences], info.unit)
             cells = [_score_cell(s, info.unit, decimals) for s in own]
             for c, d in zip(compared, differences, strict=True):
-                cells.append(_difference_cell(d, info, decimals, c.after in results.doubted))
+                cells.append(_difference_cell(d, info, decimals, c.after in doubted))
             rows.append((Label(info.title, info.unit), cells))
     note = "Small figures are 95% intervals." if any(s.known_interval for s in scores) else ""
     return part("table", head=head, rows=rows, note=note)

@@ -13,7 +13,7 @@ from diva_jax.report.sections import Part, Section
 
 def sections(inputs: Inputs) -> list[Section]:
     """Returns the sections of all inputs that are present."""
-    out = evaluation.sections(evaluation.prepared(inputs)) if inputs.results else []
+    out = evaluation.sections(inputs) if inputs.results else []
     if content := inputs.image_rows:
         out.append(Section(content.title, images.rows(content, Path(inputs.folder)), content.note))
     out += training.sections(inputs.runs)
@@ -28,7 +28,7 @@ def charts(body: list[Section]) -> list[Chart]:
 
 def html(inputs: Inputs, body: list[Section]) -> str:
     """The HTML document with the result of `sections(inputs)`."""
-    findings = evaluation.findings(evaluation.prepared(inputs)) if inputs.results else []
+    findings = evaluation.findings(inputs) if inputs.results else []
     findings += [training.finding(run) for run in inputs.runs]
     wrong = alarms.of(inputs)
     title = f"{findings[0].what}: {findings[0].figures}"

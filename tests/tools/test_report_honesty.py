@@ -28,7 +28,7 @@ def page_of(folder, **tasks):
 
 
 def merged(folder, task):
-    return evaluation.prepared(read(folder, mmvp=task)).tasks["mmvp"]
+    return read(folder, mmvp=task).results.tasks["mmvp"]
 
 
 def strip(source):
@@ -65,7 +65,7 @@ def test_the_headline_is_the_verdict(tmp_path):
     ):
         task = samples.pairs_task([1.0, 3.0], matches)
         content = read(tmp_path, mmvp=task, zeroshot=samples.zeroshot_task(), **drift)
-        first = evaluation.findings(evaluation.prepared(content))[0]
+        first = evaluation.findings(content)[0]
         assert (first.what, first.figures, first.kind) == (f"{samples.AFTER} against {samples.BEFORE}", says, kind)
         assert "zero-shot -0.1 [-0.2, +0.0]" in first.meaning and ("Not an improvement" in first.meaning) == bool(drift)
     source = html(content)
@@ -111,7 +111,7 @@ def test_a_run_that_collapses_says_so(tmp_path):
     assert "effective rank fell from 234 to 3." in found[0].text
     # An evaluation of its checkpoints has no green headline either.
     samples.write_evaluation(tmp_path / "out", [], tmp_path, mmvp=samples.mmvp_task([]))
-    assert evaluation.findings(evaluation.prepared(inputs.read(tmp_path / "out")))[0].kind == "up doubted"
+    assert evaluation.findings(inputs.read(tmp_path / "out"))[0].kind == "up doubted"
 
 
 @pytest.mark.parametrize("difference", [-3.0, -0.5, 0.5, 3.0])
@@ -129,7 +129,7 @@ def test_sentences_on_a_control_do_not_contradict_themselves(tmp_path, better, d
     results["weights"].append({"label": "control", "source": "runs/control", "step": 4600})
     (tmp_path / "results.json").write_text(json.dumps(results))
     content = inputs.read(tmp_path)
-    finding = evaluation.findings(evaluation.prepared(content))[0]
+    finding = evaluation.findings(content)[0]
     assert finding.what == f"MMVP-VLM, pooled embedding, {samples.AFTER} against the control control"
     beaten = better and abs(difference) > 1 and (difference > 0) == (better == "higher")
     refused = f"{samples.AFTER} does not beat the control, so nothing can be claimed."
@@ -201,7 +201,7 @@ def test_an_interval_of_width_zero_is_none(tmp_path):
     assert whisker in published.svg(918) and whisker not in pooled.svg(918)
     source = html(content)
     assert source.count("no interval: all items agree") == 2 and "All items differ by the same" not in source
-    first = evaluation.findings(evaluation.prepared(content))[0]
+    first = evaluation.findings(content)[0]
     # The pooled readout has no interval.
     assert first.what == "MMVP-VLM, published readout, cls + mean(random 76), l2"
     samples.write_run(tmp_path / "run", rows=12)

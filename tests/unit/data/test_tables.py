@@ -154,14 +154,14 @@ def test_columns_by_option(folder):
     rows = [(where((i + 1) % COUNT), "wrong", where(i), f"words {i}") for i in range(COUNT)]
     path = write_csv(folder / "b.csv", ("image", "caption", "the file", "words"), rows)
     source = open_source(f"{path}?image=the file&text=words")
-    assert source.read(4)[1:] == (encoded(4), "words 4")
+    assert source.read(4)[1:3] == (encoded(4), "words 4")
     table = hf_table([encoded(i) for i in range(COUNT)], name="photograph", text="words")
     pq.write_table(table, folder / "b.parquet")
     save_to_disk(folder / "saved", table)
     for path in (folder / "b.parquet", folder / "saved"):
         source = open_source(f"{path}?image=photograph")
         assert not source.has_text and source.read(4).text is None
-        assert open_source(f"{path}?text=words&image=photograph").read(4)[1:] == (encoded(4), CAPTIONS[4])
+        assert open_source(f"{path}?text=words&image=photograph").read(4)[1:3] == (encoded(4), CAPTIONS[4])
 
 
 def test_lists_of_captions_are_lines(folder):

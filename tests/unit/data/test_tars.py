@@ -111,7 +111,7 @@ def test_samples_and_their_captions(tmp_path, form, caplog):
         found = {}
         for i in range(len(source)):
             name = source.name(i).removeprefix("a.tar/")
-            assert source.read(i, with_text=False)[1:] == (SAMPLES[name], None)
+            assert source.read(i, with_text=False)[1:3] == (SAMPLES[name], None)
             try:
                 found[name] = source.read(i).text
             except ValueError as e:
