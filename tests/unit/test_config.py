@@ -103,32 +103,31 @@ def test_sections():
 @pytest.mark.parametrize(
     "name, value",
     [
-        *(("optim." + f, v) for f in ("lr", "clip", "weight_decay") for v in (-1e-9, math.nan, math.inf)),
-        *(("optim." + f, v) for f in ("b1", "b2", "momentum", "warmup") for v in (1.0, 1.5, -0.1, math.nan, 5)),
-        *(("data.crop.scale", v) for v in (0.5, (1e-9, 1e-9), (0.9, 0.5), (0.5, 1.5), (0, 1), (0.5,))),
-        *(("data.crop.ratio", v) for v in (0.5, "abc", (2, 1), (1e-9, 1), (1, math.inf))),
         *(("trainable", v) for v in ("abc", (("a",),), (("a", "b"),), ((".*", -1.0),), ((".*", math.nan),), 3)),
-        *(("backbone." + f, v) for f in ("heads", "width", "patch_size", "layers") for v in (0, -1, 10**9, 2.5)),
         *(("backbone.mean", v) for v in ((0.5,), (0.1, 0.2, 0.3, 0.4), (0.1, math.nan, 0.2), 0.5)),
         *(("backbone.select", v) for v in ("random:99999999", "runs:0", "random:" + "9" * 5000, "random", "random:")),
         *(("backbone.select", v) for v in ("", "random:0", "all:3", "runs:-1", "first:4")),
-        ("backbone.add_text", "sum"),
-        *(("steps", v) for v in (0, -5, 10**12, 1.5, True)),
+        *(("optim." + f, 1.0) for f in ("b1", "b2", "momentum", "warmup")),
         ("seed", 2**32),
-        ("condition.warmup_steps", -5),
-        ("profile.steps", -5),
-        ("checkpoint.timeout", 0),
-        ("data.image_size", 10**9),
-        ("data.stall_timeout", 0.0),
-        ("data.prefetch", 0),
-        ("diva.draws", 0),
-        ("diva.condition_of", "other"),
-        ("diva.vae_view", "fast"),
+        ("steps", True),
     ],
 )
 def test_named_values(name, value):
     with pytest.raises(UserError, match=f"config.{name}="):
         fields.check({name: value}, config.declared("diva"))
+
+
+@pytest.mark.parametrize("rule, good, bad", [
+    (fields.at_least(1), (1, 10**12), (0, -5, 1.5, True, "1")),
+    (fields.above(0), (1e-9, 3.0), (0.0, -1e-9, math.nan, math.inf)),
+    (fields.between(0, 1), (0.0, 0.5, 1), (-1e-9, 1.001, math.nan, math.inf, None)),
+    (fields.below(0, 1), (0.0, 0.999), (1.0, 5, -0.1, math.nan)),
+    (fields.pair(0.1, 2), ((0.1, 2), (1, 1)), (0.5, "abc", (2, 1), (0, 1), (1, 3), (1,), (1, math.inf))),
+    (fields.one_of("a", ""), ("a", ""), ("b", "A", None, ())),
+])  # fmt: skip
+def test_rules_hold_up_to_their_bounds(rule, good, bad):
+    declared = fields.Field(good[0], rule=rule)
+    assert not any(map(declared.problem, good)) and all(map(declared.problem, bad))
 
 
 def test_values_that_do_not_fit_together():

@@ -176,8 +176,3 @@ def test_a_failing_input_is_no_broken_record(captioned):
 
     with pytest.raises(ZeroDivisionError):
         next(batches(captioned, {"t": tokens(choose=fails)}))
-
-
-def test_open_image_names_the_broken_one():
-    with pytest.raises(UserError, match="the image here.png cannot be read"):
-        images.open_image(b"broken", "here.png")

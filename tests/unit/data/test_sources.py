@@ -27,21 +27,6 @@ def names(source):
     return [source.name(i) for i in range(len(source))]
 
 
-@pytest.mark.parametrize(
-    "pattern, expected",
-    [
-        ("a.tar", ["a.tar"]),
-        ("{00000..00002}.tar", ["00000.tar", "00001.tar", "00002.tar"]),
-        ("{9..11}.tar", ["9.tar", "10.tar", "11.tar"]),
-        ("{2..0}", ["2", "1", "0"]),
-        ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
-        ("a{08..11}.tar", ["a08.tar", "a09.tar", "a10.tar", "a11.tar"]),
-    ],
-)
-def test_braces(pattern, expected):
-    assert files.expand(pattern) == expected
-
-
 def test_tars_by_file_folder_glob_and_braces(shards, monkeypatch):
     expected = [f"{i:05d}.tar/{i}.jpg" for i in range(12)]
     monkeypatch.setenv("HOME", str(shards.parent))

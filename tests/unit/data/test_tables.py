@@ -12,7 +12,7 @@ import pytest
 from records import batches, encoded, tags
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import inputs, tables, texts
+from diva_jax.data import inputs, tables
 from diva_jax.data.sources import open_source, split_options
 
 COUNT = 23
@@ -164,24 +164,12 @@ def test_columns_by_option(folder):
         assert open_source(f"{path}?text=words&image=photograph").read(4)[1:3] == (encoded(4), CAPTIONS[4])
 
 
-def test_lists_of_captions_are_lines(folder):
-    table = pa.table({"image": [encoded(0)], "caption": pa.array([["one", "two"]])})
-    pq.write_table(table, folder / "a.parquet")
-    assert open_source(f"{folder}/a.parquet").read(0).text == "one\ntwo"
-
-
 def test_a_struct_may_name_a_file(folder):
     struct = pa.array([{"bytes": None, "path": where(3)}, {"bytes": encoded(1), "path": "1.jpg"}], HF_IMAGE)
-    pq.write_table(pa.table({"image": struct}), folder / "a.parquet")
+    pq.write_table(pa.table({"image": struct, "words": [["one", "two"], ["three"]]}), folder / "a.parquet")
     source = open_source(f"{folder}/a.parquet")
     assert [source.read(i).image for i in range(2)] == [encoded(3), encoded(1)] and not source.has_text
-
-
-def test_separators_and_a_mark_of_byte_order(tmp_path):
-    for separator in ",\t;|":
-        path = tmp_path / "a.csv"
-        path.write_bytes(f"\ufeffimage{separator}caption\n\nx.png{separator}y\n".encode())
-        assert list(texts.csv_rows(str(path))) == [(1, ["image", "caption"]), (3, ["x.png", "y"])]
+    assert open_source(f"{folder}/a.parquet?text=words").read(0).text == "one\ntwo"  # A list of captions is lines.
 
 
 def test_patterns(folder):
