@@ -84,7 +84,7 @@ def test_cells_are_paths_unless_urls_are_allowed(tmp_path, caplog):
     cells = ["0.png", "big.jpg", "pipe.jpg", f"{url}/0.png", f"{url}/pipe.jpg", "x" * 5000, "", "\0"]
     table = pa.table({"image": cells})
     for allow, good in ((False, {0}), (True, {0, 3})):
-        source = tables.TableSource([tables._of_columns(f"{tmp_path}/a.csv", table["image"], None)], allow)
+        source = tables.TableSource([tables._of_columns(f"{tmp_path}/a.csv", table, ("image", None, None))], allow)
         for i in range(len(cells)):
             if i in good:
                 assert source.read(i).image == encoded(3)
