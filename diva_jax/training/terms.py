@@ -92,12 +92,10 @@ class _Terms:
 
 @functools.cache
 def with_terms(kind: type[Objective]) -> type[Objective]:
-    """`kind` with the terms of its config added to its loss, each of which is a metric without its weight.
+    """`kind`, with an input "image", uint8 [S, S, 3], and the terms of its config added to its loss, each a metric
+    without its weight.
 
     They cost a pass of each frozen model, and a forward and a backward pass of the tuned encoder.
-
-    Args:
-      kind: an objective with an input "image", uint8 [S, S, 3].
     """
 
     class WithTerms(kind):
