@@ -27,8 +27,8 @@ from diva_jax.training import compiler, sharding
 from diva_jax.training.step import Program
 
 _CONFIG = cli.define_config()
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, e.g. v5e:4x4, v4:2x2x4.")
-_BATCH = flags.DEFINE_integer("per-device-batch", None, "Images per chip and micro-batch; the default is the config's.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, e.g. v5e:4x4, tpu7x:2x2x2.")
+_BATCH = flags.DEFINE_integer("per-device-batch", None, "Images per device and micro-batch; default: the config's.")
 _SEARCH = flags.DEFINE_bool("search", False, "Find the largest per-device batch that fits (several compilations).")
 _SAVE = flags.DEFINE_string("save", None, "Write the optimised HLO text to this file.")
 _JSON = flags.DEFINE_string("json", None, "Write the report to this file as JSON; '-' prints it instead of the tables.")
@@ -89,14 +89,14 @@ def explain(message: str, topology: str) -> str:
     )
 
 
-def with_batch(config, chip_count: int, per_device: int | None):
-    """The config, checked, with `per_device` images per chip and micro-batch; None keeps the config's batch size."""
+def with_batch(config, device_count: int, per_device: int | None):
+    """The config, checked, with `per_device` images per device and micro-batch; None keeps the config's batch size."""
     if per_device is not None:
         if per_device < 1:
             raise UserError(f"--per-device-batch={per_device} must be at least 1")
         config = config.copy_and_resolve_references()
-        config.batch_size = chip_count * per_device * config.accum
-    configs.validate(config, chip_count)
+        config.batch_size = device_count * per_device * config.accum
+    configs.validate(config, device_count)
     return config
 
 
@@ -127,18 +127,20 @@ def compile_step(config, mesh_devices: list):
 def report(config, topology: str, save: str | None = None) -> dict:
     """Compiles the step of a config for a slice, saves its optimised HLO if asked to, and returns its costs, for JSON.
 
-    All keys are per device unless their names imply otherwise. Where the compiler reports that the program does not
-    fit, there are those of the input, "fits", "needed" and "available" [bytes of HBM] alone. Else there are "memory"
-    [bytes], with "aliases", the part of the outputs that reuses the memory of arguments; "seconds", to trace and to
-    compile; all keys of `analysis.analyse`; "step_ms", "model_ms" plus "kernel_bound_ms"; "images_per_s", per chip;
-    "mfu", between 0 and 1; "all_reduce_ms", a lower bound of communication time, not part of "step_ms".
+    All keys are per device, of which a TPU7x has two per chip, unless their names imply otherwise. Where the compiler
+    reports that the program does not fit, there are those of the input, "fits", "needed" and "available" [bytes of HBM]
+    alone. Else there are "memory" [bytes], with "aliases", the part of the outputs that reuses the memory of arguments;
+    "seconds", to trace and to compile; all keys of `analysis.analyse`; "step_ms", "model_ms" plus "kernel_bound_ms";
+    "images_per_s", per chip; "mfu", between 0 and 1; "all_reduce_ms", a lower bound of communication time, not part of
+    "step_ms".
     """
     chip, shape, mesh_devices = devices(topology)
     n = len(mesh_devices)
     row = {
         "topology": topology,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
-        "chips": n,
+        "chips": n // chip.per_chip,
+        "devices": n,
         "mesh": {"data": n // config.mesh.fsdp, "fsdp": config.mesh.fsdp},
         "remat": config.remat,
         "accum": config.accum,
@@ -168,7 +170,7 @@ def report(config, topology: str, save: str | None = None) -> dict:
         "seconds": seconds,
         **cost,
         "step_ms": ms,
-        "images_per_s": 1e3 * images / ms,
+        "images_per_s": 1e3 * images / ms * chip.per_chip,
         "mfu": counted * images / (ms / 1e3 * chip.flops) if counted else None,
         "all_reduce_ms": 1e3 * chips.all_reduce_seconds(1e9 * reduced, chip, shape),
     }
@@ -204,12 +206,12 @@ def verdict(row: dict) -> str:
 
 def text_of(row: dict) -> str:
     """Formats a report as text."""
-    n, mesh = row["chips"], row["mesh"]
+    n, mesh = row["devices"], row["mesh"]
     lines = [
-        f"{row['topology']}: {n} chips, mesh data {mesh['data']} x fsdp {mesh['fsdp']}, remat {row['remat']}; "
-        + ", ".join(f"{name} {version}" for name, version in row["versions"].items()),
-        f"batch {row['batch_size']} = {row['per_device_batch']} per chip x {n} chips x {row['accum']} micro-batches",
-        f"HBM per chip: {verdict(row)}",
+        f"{row['topology']}: {row['chips']} chips, {n} devices, mesh data {mesh['data']} x fsdp {mesh['fsdp']}, remat "
+        f"{row['remat']}; " + ", ".join(f"{name} {version}" for name, version in row["versions"].items()),
+        f"batch {row['batch_size']} = {row['per_device_batch']} per device x {n} x {row['accum']} micro-batches",
+        f"HBM per device: {verdict(row)}",
     ]
     if "memory" not in row:
         return "\n".join(lines)

@@ -1,8 +1,11 @@
 """Peak performance, memory and interconnect of accelerator chips.
 
 Sources: Google Cloud's documentation of each TPU version (peak compute, HBM size and bandwidth, interconnect, chips per
-pod); for the links and the clock of v4 also Jouppi et al., "TPU v4", arXiv 2304.01433, table 4; NVIDIA's H100 and H200
-data sheets (SXM, dense bf16). The clock of a TPU is the one at which its matrix units reach the published peak.
+pod; v6e and TPU7x as of November 2026); for the links and the clock of v4 also Jouppi et al., "TPU v4", arXiv
+2304.01433, table 4; NVIDIA's H100 and H200 data sheets (SXM, dense bf16). The clock of a TPU is the one at which its
+matrix units reach the published peak. Google counts two units on a v6e and per core of a TPU7x, but the compiler's
+cycles for a product of 8192 x 8192 matrices are those of more than two units of 256 x 256 with one multiply-add per
+element: four.
 """
 
 import dataclasses
@@ -13,14 +16,15 @@ from diva_jax.common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator chip; `kind` is its name in JAX, `device.device_kind`.
+    """One device of JAX: an accelerator chip, or one of the two of a TPU7x; `kind` is its name, `device.device_kind`.
 
     `flops` is the peak bf16 rate, a multiply-add counted as two [FLOP/s], `hbm_bandwidth` the peak [bytes/s]; of `hbm`
     bytes, `usable` are available to a program, as the compiler reports it when one does not fit. Of TPUs alone: the
     `clock` of the cycles that the compiler estimates [Hz]; `ici`, the rate at which a chip can send over all its links
-    together [bytes/s]; `wrap`, a multiple of which an axis has wrap-around links; the sides of the square matrix units
-    [elements]; `options` of `topologies.get_topology_desc`; and `compiler_options` that make the train step faster, as
-    measured in docs/PERFORMANCE.md.
+    together [bytes/s]; `wrap`, a multiple of which an axis has wrap-around links, with three axes only where all are
+    multiples; the sides of the square matrix units [elements]; `axes` of a slice; devices `per_chip`; `options` of
+    `topologies.get_topology_desc`; and `compiler_options` that make the train step faster, as measured in
+    docs/PERFORMANCE.md.
     """
 
     kind: str
@@ -32,19 +36,32 @@ class Chip:
     ici: float = 0.0
     wrap: int = 0
     matrix_side: int = 0
+    axes: int = 0
+    per_chip: int = 1
     options: tuple[tuple[str, str], ...] = ()
     compiler_options: tuple[tuple[str, str], ...] = ()
 
 
 _G = 2**30
 _MEGACORE = (("chip_config_name", "megacore"),)
+# By default, libtpu 0.0.51 moves collectives of a TPU7x to its sparse cores, in a form of HLO that jaxlib 0.10.2 cannot
+# print. Nearly all of a step's bytes are reduced at its end, where there is no other work for the tensor cores.
+_TENSOR_CORES = tuple(
+    (f"xla_tpu_enable_sparse_core_collective_offload_{name}", "false")
+    for name in ("all_reduce", "all_gather", "reduce_scatter")
+)
 # Key: the part of a topology's name before the colon, e.g. "v5e" of "v5e:4x4".
 CHIPS: dict[str, Chip] = {
     # Without megacore, the compiler's topology has two devices per chip. On the real machines, a chip is one device.
-    "v4": Chip("TPU v4", 275e12, 1228e9, 32 * _G, int(30.75 * _G), 1.05e9, 6 * 50e9, 4, 128, _MEGACORE),
-    "v5e": Chip("TPU v5 lite", 197e12, 819e9, 16 * _G, int(15.75 * _G), 1.5e9, 4 * 50e9, 16, 128),
-    "v5p": Chip("TPU v5", 459e12, 2765e9, 95 * _G, int(95.73 * _G), 1.75e9, 6 * 100e9, 4, 128),
-    "v6e": Chip("TPU v6 lite", 918e12, 1640e9, 32 * _G, int(31.24 * _G), 1.75e9, 4 * 100e9, 16, 256),
+    "v4": Chip("TPU v4", 275e12, 1228e9, 32 * _G, int(30.75 * _G), 1.05e9, 6 * 50e9, 4, 128, 3, options=_MEGACORE),
+    "v5e": Chip("TPU v5 lite", 197e12, 819e9, 16 * _G, int(15.75 * _G), 1.5e9, 4 * 50e9, 16, 128, 2),
+    "v5p": Chip("TPU v5", 459e12, 2765e9, 95 * _G, int(95.73 * _G), 1.75e9, 6 * 100e9, 4, 128, 3),
+    "v6e": Chip("TPU v6 lite", 918e12, 1638e9, 32 * _G, int(31.24 * _G), 1.75e9, 4 * 100e9, 16, 256, 2),
+    "tpu7x": Chip(
+        *("TPU7x", 2307e12 / 2, 7380e9 / 2, 96 * _G, int(94.74 * _G), 2.2e9, 6 * 100e9, 4, 256, 3),
+        per_chip=2,
+        compiler_options=_TENSOR_CORES,
+    ),
 }
 _OTHERS = (
     Chip("NVIDIA H100 80GB HBM3", 989e12, 3350e9, 80 * 10**9),
@@ -70,7 +87,7 @@ def parse_topology(topology: str) -> tuple[str, Chip, tuple[int, ...]]:
         shape = tuple(int(s) for s in sides.split("x"))
     except ValueError:
         shape = ()
-    axes = 3 if name in ("v4", "v5p") else 2
+    axes = CHIPS[name].axes
     if len(shape) != axes or min(shape) < 1:
         example = "2x2x2" if axes == 3 else "4x4"
         raise UserError(f"--topology={topology}: {name} has {axes} axes, write e.g. {name}:{example}")
@@ -80,10 +97,13 @@ def parse_topology(topology: str) -> tuple[str, Chip, tuple[int, ...]]:
 def all_reduce_seconds(size: float, chip: Chip, shape: tuple[int, ...]) -> float:
     """Returns a lower bound for the time of an all-reduce of `size` bytes per chip over a slice of this shape [s].
 
-    Each chip sends 2 (n - 1) / n of the bytes (reduce-scatter, then all-gather). All links of a chip are assumed busy.
-    Along an axis without wrap-around links, a ring uses each link in both directions, so its bandwidth is halved. An
-    axis of length 1 has no links.
+    Each chip sends 2 (n - 1) / n of the bytes (reduce-scatter, then all-gather). All links of a chip are assumed busy,
+    and the sum over the two devices of a chip is not counted. Along an axis without wrap-around links, a ring uses each
+    link in both directions, so its bandwidth is halved. An axis of length 1 has no links.
     """
     n = math.prod(shape)
-    rings = sum((1.0 if side % chip.wrap == 0 else 0.5) for side in shape if side > 1) / len(shape)
+    wraps = [side % chip.wrap == 0 for side in shape]
+    if len(shape) == 3:
+        wraps = [all(wraps)] * 3
+    rings = sum(1.0 if wrap else 0.5 for side, wrap in zip(shape, wraps, strict=True) if side > 1) / len(shape)
     return 0.0 if n == 1 else 2 * size * (n - 1) / n / (chip.ici * rings)

@@ -97,7 +97,16 @@ def test_report(toy, tmp_path):
     assert "ENTRY" in (tmp_path / "step.hlo.txt").read_text()
     assert json.loads(json.dumps(row)) == row
     text = aot.text_of(row)
+    assert row["images_per_s"] == pytest.approx(1e3 * batch / row["step_ms"])
     assert "to spare" in text and "all-reduce: 1 per step" in text and "unet backward" in text
+
+
+def test_rates_of_a_chip_with_two_devices(toy):
+    row = aot.report(toy, "tpu7x:2x2x1")
+    assert (row["chips"], row["devices"], row["per_device_batch"]) == (4, 8, 128)
+    assert row["images_per_s"] == pytest.approx(2 * 1e3 * 128 / row["step_ms"])
+    assert row["mfu"] == pytest.approx(5.4e12 * row["images_per_s"] / 2307e12)
+    assert "4 chips, 8 devices" in aot.text_of(row)
 
 
 def test_a_program_that_does_not_fit(toy, monkeypatch):
@@ -194,6 +203,16 @@ def test_slices():
     with pytest.raises(UserError, match="v5e:3x3 is not a slice"):
         aot.devices("v5e:3x3")
     assert len(aot.devices("v4:2x2x1")[2]) == 4, "v4 has one device per chip"
+    assert len(aot.devices("tpu7x:2x2x1")[2]) == 8, "tpu7x has two devices per chip"
+
+
+@pytest.mark.parametrize("topology, fsdp", [("v6e:4x4", 2), ("v5p:4x4x4", 8), ("tpu7x:2x2x2", 2)])
+def test_every_divisor_is_a_mesh(topology, fsdp):
+    """Also where the sides of the slice are not sizes of the mesh; each device is in it once."""
+    c, found = config.default().mesh, aot.devices(topology)[2]
+    c.fsdp = fsdp
+    mesh = sharding.make_mesh(c, found)
+    assert mesh.devices.shape == (len(found) // fsdp, fsdp) and set(mesh.devices.flat) == set(found)
 
 
 def test_libtpu_missing_or_locked(monkeypatch):
@@ -262,6 +281,8 @@ def test_attention_kernels_compile_for_the_tpu(n, m, heads, width, gradient):
         pytest.param("v6e:2x2", 256, 640, marks=SLOW),
         pytest.param("v5p:2x2x1", 512, 320, marks=SLOW),
         pytest.param("v5p:2x2x1", 1024, 640, marks=SLOW),
+        pytest.param("tpu7x:2x2x1", 512, 320, marks=SLOW),
+        pytest.param("tpu7x:2x2x1", 256, 640, marks=SLOW),
     ],
 )
 def test_feed_forward_kernels_compile_for_the_tpu(monkeypatch, topology, tokens, channels):

@@ -30,7 +30,8 @@ def test_the_peak_is_found_by_device_kind():
 def test_topologies():
     assert chips.parse_topology("v5e:4x4") == ("v5e", chips.CHIPS["v5e"], (4, 4))
     assert chips.parse_topology("v4:2x2x4")[2] == (2, 2, 4)
-    for bad in ("v5e", "v5e:4", "v5e:4x4x4", "v4:4x4", "v5e:axb", "v5e:0x4", "v9:4x4", "4x4"):
+    assert chips.parse_topology("tpu7x:2x2x1") == ("tpu7x", chips.of("TPU7x"), (2, 2, 1))
+    for bad in ("v5e", "v5e:4", "tpu7x:4x4", "v5e:4x4x4", "v4:4x4", "v5e:axb", "v5e:0x4", "v9:4x4", "4x4"):
         with pytest.raises(UserError, match=bad):
             chips.parse_topology(bad)
 
@@ -43,4 +44,9 @@ def test_time_of_an_all_reduce():
     # An axis without wrap-around links has half of the bandwidth, and an axis of one chip has none.
     assert chips.all_reduce_seconds(gb, chip, (4, 4)) == pytest.approx(2 * gb * 15 / 16 / (chip.ici / 2))
     assert chips.all_reduce_seconds(gb, chip, (1, 4)) == pytest.approx(2 * gb * 3 / 4 / (chip.ici / 4))
+    # With three axes, only slices of whole cubes of 4 x 4 x 4 chips are tori.
+    for name in ("v4", "v5p", "tpu7x"):
+        chip = chips.CHIPS[name]
+        assert chips.all_reduce_seconds(gb, chip, (4, 4, 8)) == pytest.approx(2 * gb * 127 / 128 / chip.ici)
+        assert chips.all_reduce_seconds(gb, chip, (2, 2, 4)) == pytest.approx(2 * gb * 15 / 16 / (chip.ici / 2))
     assert math.isclose(chips.all_reduce_seconds(2 * gb, chip, (4, 4)), 2 * chips.all_reduce_seconds(gb, chip, (4, 4)))
