@@ -3,7 +3,7 @@ right is in `diva_jax.evals.matching`, the sets are in `diva_jax.evals.choice_se
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +86,7 @@ class Choice(ItemTask):
         self._metrics: dict[str, tuple[str, Metric]] = {}
         self.metrics = {}
         self.count = 0
-        for file, row in choice_sets.published(where, options.layout):
-            items = choice_sets.read_set(file, row, options.images, options.allow_partial)
+        for row, items in self.read(where, options):
             self.count += len(items)
             for name, part, metrics in choice_sets.scored(row, items):
                 self.sets[name] = part
@@ -102,6 +101,16 @@ class Choice(ItemTask):
         self.data = str(where.resolve())
         self.texts = list(dict.fromkeys(text for item in everything for text in item.texts))
         self.images = list(dict.fromkeys(image for item in everything for image in item.images))
+        self._rows_of = {entry: i for each in (self.texts, self.images) for i, entry in enumerate(each)}
+
+    def read(self, path: Path, options: ChoiceOptions) -> Iterator[tuple[choice_sets.Published, list[Item]]]:
+        """Yields the sets at a path, each with its items, checked."""
+        for file, row in choice_sets.published(path, options.layout):
+            yield row, choice_sets.read_set(file, row, options.images, options.allow_partial)
+
+    def rows_of(self, item: Item) -> tuple[list[int], list[int]]:
+        """The numbers of an item's images in `images`, and of its texts in `texts`."""
+        return [self._rows_of[image] for image in item.images], [self._rows_of[text] for text in item.texts]
 
     def _read(self, i: int) -> Image.Image:
         region = self.images[i]
@@ -112,14 +121,13 @@ class Choice(ItemTask):
         """Which items of each set are right, and a row per image of each item."""
         images = encode.unit(model.images(self._read, len(self.images))["pooled"])
         texts = encode.unit(model.texts(self.texts))
-        image_row = {image: i for i, image in enumerate(self.images)}
-        text_row = {text: i for i, text in enumerate(self.texts)}
+        return self.graded(lambda of_images, of_texts: images[of_images] @ texts[of_texts].T)
+
+    def graded(self, scores: Callable[[list[int], list[int]], np.ndarray]):
+        """As `answer`, from `scores`: numbers of images and of texts -> [images, texts]."""
         held, rows = {}, []
         for name, items in self.sets.items():
-            tables = [
-                images[[image_row[image] for image in item.images]] @ texts[[text_row[t] for t in item.texts]].T
-                for item in items
-            ]
+            tables = [scores(*self.rows_of(item)) for item in items]
             held[name] = answers(tables, items)
             for number, (item, table) in enumerate(zip(items, tables, strict=True)):
                 right = {f"{kind}_right": int(values[number]) for kind, values in held[name].items()}

@@ -14,7 +14,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.evals import Outcome, Settings, encoders, evaluator
 from diva_jax.training import sharding
 
-TASKS = ["choice", "drift", "feedback", "mmvp", "probe", "retrieval", "robustness", "segmentation", "zeroshot"]
+TASKS = ["choice", "drift", "feedback", "judge", "mmvp", "probe", "retrieval", "robustness", "segmentation", "zeroshot"]
 OUTSIDE = """
 import dataclasses
 from ml_collections import ConfigDict

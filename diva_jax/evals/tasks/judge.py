@@ -1,0 +1,181 @@
+"""The generator itself as a classifier of texts (arXiv 2303.16203), on the sets of the tasks `choice` and `mmvp`.
+
+For image i and text c, with the same draws of timesteps and noise for all texts of an image, the score is error(i,
+neutral text) - error(i, c): the sum over draws of the mean squared error of what the U-Net of `config.diffusion`
+predicts, as in the objective `judge`. Without the first term images could not be compared under one text, since some
+are harder to denoise than others. What is right is in `diva_jax.evals.matching`, as for the cosines of encoders.
+
+The scores do not depend on the weights that are evaluated: they are computed once, and not compared.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from diva_jax import objectives
+from diva_jax.common import log
+from diva_jax.common.errors import UserError
+from diva_jax.common.fields import at_least, between, field, one_of
+from diva_jax.data import images, preprocess
+from diva_jax.evals import Outcome, Settings, choice_sets, encode
+from diva_jax.evals.choice_layouts import ImageRegion, Item
+from diva_jax.evals.tasks import mmvp
+from diva_jax.evals.tasks.choice import Choice, ChoiceOptions
+from diva_jax.training import load, sharding
+from diva_jax.training.step import Program
+from diva_jax.weights import parts
+
+_READER_THREADS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeOptions(ChoiceOptions):
+    """The section `config.eval.judge`."""
+
+    draws: int = field(8, "Each image has this many draws of a timestep and noise.", between(1, 2**16))
+    first_timestep: int = field(300, "Timesteps are drawn from this one on.", at_least(0))
+    end_timestep: int = field(0, "Timesteps are drawn below this one; 0: from all of the schedule.", at_least(0))
+    timestep_weight: str = field(
+        "equal",
+        "All timesteps' errors weigh the same (equal), or as they add to the likelihood (nats).",
+        one_of("equal", "nats"),
+    )
+    neutral: str = field("", "An image's error under a text is compared with that under this one.")
+
+
+SECTION = JudgeOptions
+
+
+class Judge(Choice):
+    """The task; see `evals.Task`."""
+
+    title, items, compared_in_training = "Generator as a judge", "items", False
+
+    def __init__(self, path: str, options: JudgeOptions, settings: Settings):
+        super().__init__(path, options, settings)
+        self.options, self.statements, self.texts = options, self.texts, ()  # No encoder embeds them.
+        self._outcome: Outcome | None = None
+
+    def read(self, path: Path, options: JudgeOptions) -> Iterator[tuple[choice_sets.Published, list[Item]]]:
+        """As `Choice`, and the pairs of an MMVP-VLM."""
+        if path.name != "Questions.csv" and not (path / "Questions.csv").is_file():
+            yield from super().read(path, options)
+            return
+        questions, (patterns, count) = mmvp.read_questions(str(path)), mmvp.read_patterns(str(path))
+        items = []
+        for n, pair in enumerate(zip(questions[::2], questions[1::2], strict=True)):
+            shown, texts = tuple(ImageRegion(q.image) for q in pair), tuple(q.text for q in pair)
+            where = f"Questions.csv, lines {pair[0].line} and {pair[1].line}"
+            items.append(Item(where, shown, texts, mmvp.OWN, {"pattern": patterns[n // count]}))
+        yield choice_sets.Published("Questions.csv", "mmvp", "mmvp", None, choice_sets.PAIRED), items
+
+    def bind(self, config, mesh) -> None:
+        """Finds the generator of the config; a UserError where it has none that is conditioned on text alone."""
+        if "diffusion" not in config:
+            raise UserError(
+                f"the task judge needs a Stable Diffusion model, and config.objective={config.objective} has none: "
+                "give a config of judge or diva"
+            )
+        config = config.copy_and_resolve_references().unlock()
+        own = {f.name for f in dataclasses.fields(JudgeOptions)} - {f.name for f in dataclasses.fields(ChoiceOptions)}
+        config.objective, config.judge = "judge", objectives.default("judge")
+        config.judge.update({name: getattr(self.options, name) for name in own - {"neutral"}}, texts="records")
+        config.trainable, config.data.latents = ((".*", 1.0),), ""
+        for term in ("anchor", "contrast", "relation"):
+            config.get(term, {}).update(weight=0.0)
+        self.program, self.mesh = Program(config, mesh), mesh
+        diffusion = self.program.objective.diffusion
+        tokenize = parts.prompt_tokenizer(diffusion.source, diffusion.text_tokens, diffusion.text_encoder)()
+        self._ids = tokenize([*self.statements, self.options.neutral])  # The neutral text has the number -1.
+        self._sharding = NamedSharding(mesh, sharding.BATCH)
+        jit = partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+        self._latents, self._errors = jax.jit(self._latents_step), jit(self._errors_step)
+
+    def _latents_step(self, arrays, pixels):
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return self.program.skeleton.merge(arrays).latents(preprocess.to_float(pixels))
+
+    def _errors_step(self, arrays, latents, ids, keys):
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            module = self.program.skeleton.merge(arrays)
+            return module.errors(latents, ids, module.draw(jax.random.wrap_key_data(keys), latents.shape[1:]))
+
+    def _pixels(self, i: int) -> np.ndarray:
+        """The image as the encoder's preprocessing shows it, at the VAE's resolution, uint8 [S, S, 3]."""
+        objective = self.program.objective
+        spec = objective.spec
+        return images.prepare(self._read(i), objective.image_size, spec.resize_mode, spec.interpolation)
+
+    def _put(self, rows: Sequence[np.ndarray]) -> jax.Array:
+        """One row for each image of a batch, over all devices."""
+        whole = np.stack(rows)
+        return jax.make_array_from_callback(whole.shape, self._sharding, lambda index: whole[index])
+
+    def _keys(self, numbers: Sequence[int]) -> np.ndarray:
+        """Key data, one key per image, of the seed and the image's number."""
+        key = jax.random.key(self.settings.seed)
+        return np.asarray(jax.random.key_data(jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers))))
+
+    def _all_errors(self, batch: int) -> dict[tuple[int, int], float]:
+        """(number of an image, number of a text or -1) -> the error, for every text that an item asks of an image."""
+        asked: dict[int, dict[int, None]] = {}
+        for items in self.sets.values():
+            for of_images, of_texts in map(self.rows_of, items):
+                for image in of_images:
+                    asked.setdefault(image, {-1: None}).update(dict.fromkeys(of_texts))
+        arrays, _ = load.initial_arrays(self.program, every_source=False)
+        found, numbers = {}, list(asked)
+        progress = log.progress("judging", sum(map(len, asked.values())), "texts of images")
+        with ThreadPoolExecutor(_READER_THREADS) as pool:
+            for first in range(0, len(numbers), batch):
+                here = numbers[first : first + batch]
+                padded = here + here[:1] * (batch - len(here))
+                latents = self._latents(arrays, self._put(list(pool.map(self._pixels, padded))))
+                texts, keys = [list(asked[i]) for i in padded], self._put(self._keys(padded))
+                for slot in range(max(map(len, texts))):
+                    row = [t[min(slot, len(t) - 1)] for t in texts]
+                    errors = np.asarray(self._errors(arrays, latents, self._put(self._ids[row]), keys))
+                    found |= {(i, t): float(e) for i, t, e in zip(here, row, errors, strict=False)}
+                    progress.update(sum(slot < len(t) for t in texts[: len(here)]))
+        progress.close()
+        return found
+
+    def answer(self, model):
+        """As `Choice`, with the generator's scores in place of cosines."""
+        errors = self._all_errors(model.towers.batch)
+        encode.require_finite(np.array(list(errors.values())), "the generator", "texts of images", "errors")
+        held, rows, further = self.graded(
+            lambda of_images, of_texts: np.array([[errors[i, -1] - errors[i, t] for t in of_texts] for i in of_images])
+        )
+        config = self.program.config
+        low, high = self.program.objective.timestep_range
+        note = (
+            f"scores of {config.diffusion.source} alone, whatever the weights: {self.options.draws} draws per image of "
+            f"timesteps {low} to {high - 1}, in {config.dtype}"
+        )
+        return held, rows, further | {"notes": [note]}
+
+    def evaluate(self, model) -> Outcome:
+        """The same for all weights; the rows are those of the first."""
+        if self._outcome is None:
+            self._outcome = super().evaluate(model)
+            return self._outcome
+        return Outcome(self._outcome.results, [], self._outcome.held)
+
+    def compare(self, before: Outcome, after: Outcome) -> dict:
+        """Nothing: no score depends on the weights."""
+        return {"scores": {}}
+
+
+def prepare(path: str, section: ConfigDict, settings: Settings) -> Judge:
+    """The task on `path`, as the task `choice` has it, or the folder of an MMVP-VLM."""
+    return Judge(path, JudgeOptions(**section), settings)
