@@ -1,6 +1,5 @@
 """Choices: every published layout against scoring by hand, ties and scores that are not finite, bad rows."""
 
-import itertools
 import json
 from functools import partial
 
@@ -10,7 +9,7 @@ import pytest
 from eval_data import FakeModel, evaluated, patch, prepared, unit, write_image
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import choice_sets
+from diva_jax.evals import choice_sets, matching
 
 prepare = partial(prepared, "choice", allow_partial=True)
 
@@ -43,16 +42,9 @@ def accuracy(items):
 
 
 def paired(items):
-    text = np.array([s[0][0] > s[0][1] and s[1][1] > s[1][0] for s in items])
-    image = np.array([s[0][0] > s[1][0] and s[1][1] > s[0][1] for s in items])
-    match = np.array([round(s[0][0] + s[1][1] - s[0][1] - s[1][0], 7) > 0 for s in items])
-    return {"text": text.mean(), "image": image.mean(), "group": (text & image).mean(), "match": match.mean()}
-
-
-def best(table):
-    """Whether the first assignment of four has the highest sum."""
-    sums = [sum(table[i][t] for i, t in enumerate(given)) for given in itertools.permutations(range(4))]
-    return sums[0] > max(sums[1:]) + 1e-8
+    """The right answers, whose definitions `test_matching` checks."""
+    right = matching.answers(np.stack(items), [(i, i) for i in range(len(items[0]))])
+    return {kind: values.mean() for kind, values in right.items()}
 
 
 def by_class(counts, least, items):
@@ -94,7 +86,7 @@ def test_scores_by_hand(tmp_path, name):
         groups = [singles[i : i + size] for size in (2, 4) for i in range(0, count, size)]
         joint = [cosines(task, model, [i.images[0] for i in g], [i.texts[0] for i in g]) for g in groups]
         scores |= {f"pair_{metric}": value for metric, value in paired(joint[: count // 2]).items()}
-        scores["set_match"] = np.mean([best(table) for table in joint[count // 2 :]])
+        scores["set_match"] = paired(joint[count // 2 :])["match"]
     want = {f"{name}_{metric}": pytest.approx(100 * value) for metric, value in scores.items()}
     assert {k: v["score"] for k, v in found.results["scores"].items()} == want
     strata = by_hand not in (accuracy, paired, controlled)
