@@ -150,11 +150,8 @@ class Feedback(Task):
 
     def _put(self, numbers: Sequence[int]) -> jax.Array:
         """These images as one global batch; each process provides only its own rows."""
-
-        def piece(index):
-            return np.stack([self._pixels[numbers[i]] for i in range(*index[0].indices(len(numbers)))])
-
-        return jax.make_array_from_callback((len(numbers), *self._pixels[0].shape), self._rows, piece)
+        pixels = np.stack([self._pixels[i] for i in numbers])
+        return jax.make_array_from_callback(pixels.shape, self._rows, pixels.__getitem__)
 
     def _keys(self, use: int, numbers: Sequence[int]) -> np.ndarray:
         """Key data, one key per image; it depends only on the seed, the use and the image's number."""
