@@ -39,14 +39,9 @@ class Input(Protocol):
     An input may have `alternatives`, see `Texts`: records of which these make nothing are skipped.
     """
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    @property
-    def needs_text(self) -> bool: ...
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    needs_text: bool
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
         """The function that makes the array, given `config.data`; called once, when the pipeline is built, and used by

@@ -31,11 +31,10 @@ class Record(NamedTuple):
 
 
 class Source(Protocol):
-    """Records 0..len-1 with random access. `name` and `read` may be called from any thread."""
+    """Records 0..len-1 with random access. `name` and `read` may be called from any thread. `has_text` is whether the
+    records have captions, as far as can be known without reading each of them."""
 
-    @property
-    def has_text(self) -> bool:
-        """Whether the records have captions, as far as can be known without reading each of them."""
+    has_text: bool
 
     def __len__(self) -> int: ...
 
