@@ -1,4 +1,4 @@
-"""Softmax attention: a flash kernel for long sequences on TPUs, cuDNN's on GPUs, `recomputed.py` on CPUs.
+"""Softmax attention: a flash kernel for long sequences on TPUs, cuDNN's on GPUs, one of our own on CPUs.
 
 Elsewhere, with masks, and in dtypes that these do not take, it is plain XLA. The choice is made while a function is
 traced, by the platform that it is traced for (`platform.py`).
@@ -7,7 +7,6 @@ traced, by the platform that it is traced for (`platform.py`).
 import jax
 import jax.numpy as jnp
 
-from diva_jax.models import recomputed
 from diva_jax.models.kernels.tiles import LANES, by_device, tile
 from diva_jax.models.platform import traced_for
 
@@ -62,6 +61,50 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     return out[:, :, :n].swapaxes(1, 2).reshape(q.shape)
 
 
+def _scores(q: Array, k: Array) -> Array:
+    """[B, H, N, M], scaled."""
+    return jnp.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k)
+
+
+def _forward(q: Array, k: Array, v: Array):
+    scores = _scores(q, k)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("bhnm,bmhd->bnhd", weights, v) / total.swapaxes(1, 2)
+    return out, (q, k, v, largest, total)
+
+
+def _backward(kept, g: Array):
+    q, k, v, largest, total = kept
+    # The logarithm of the total is not added to the largest score: its rounding would be a factor of all weights.
+    weights = jnp.exp(_scores(q, k) - largest) * (1 / total)
+    to_weights = jnp.einsum("bnhd,bmhd->bhnm", g, v)
+    # The mean for each query. Where it is summed as the weights are, the gradient to a bias of the keys is zero up to
+    # rounding, as it should be; the sum of output times gradient is the same with more rounding.
+    mean = jnp.sum(weights * to_weights, axis=-1, keepdims=True)
+    to_scores = weights * (to_weights - mean)
+    scale = q.shape[-1] ** -0.5
+    return (
+        jnp.einsum("bhnm,bmhd->bnhd", to_scores, k) * scale,
+        jnp.einsum("bhnm,bnhd->bmhd", to_scores, q) * scale,
+        jnp.einsum("bhnm,bnhd->bmhd", weights, g),
+    )
+
+
+@jax.custom_vjp
+def _recomputed(q: Array, k: Array, v: Array) -> Array:
+    """Attention on CPUs, [B, N, H, D], whose backward pass computes the weights again (arXiv 2205.14135, section 3.1).
+
+    XLA's gradient of `jax.nn.dot_product_attention` keeps scores and weights, and passes over them several times
+    (docs/PERFORMANCE.md, "CPU beside PyTorch").
+    """
+    return _forward(q, k, v)[0]
+
+
+_recomputed.defvjp(_forward, _backward)
+
+
 @jax.named_scope("attention")
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array | None = None) -> Array:
     """Softmax attention with scores scaled by 1 / sqrt(D) (arXiv 1706.03762, equation 1).
@@ -72,7 +115,7 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array
     mesh = jax.sharding.get_abstract_mesh()
     full = not causal and mask is None
     if full and q.dtype.itemsize >= 4 and traced_for(mesh) == "cpu":
-        out = recomputed.attend(q, k, v)
+        out = _recomputed(q, k, v)
     elif full and use_kernel(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh):
         out = by_device(flash, q, k, v)
     else:

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -105,41 +106,30 @@ def test_every_step_moves_the_bar_and_the_log_has_none(tmp_path, monkeypatch):
     assert "[" not in (tmp_path / "log.txt").read_text()
 
 
-class FakeWandb:
-    """Takes the place of the package wandb: keeps what it is called with."""
-
-    def __init__(self):
-        self.inits, self.rows, self.finished = [], [], 0
-
-    def init(self, **kw):
-        self.inits.append(kw)
-        return self
-
-    def log(self, row, step):
-        self.rows.append((step, row))
-
-    def finish(self):
-        self.finished += 1
-
-
-def test_wandb_gets_the_same_rows_and_one_run_per_workdir(tmp_path, monkeypatch):
-    fake = FakeWandb()
+@pytest.fixture
+def wandb(monkeypatch):
+    """Takes the place of the package wandb."""
+    fake = mock.MagicMock()
+    fake.init.return_value = fake
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_gets_the_same_rows_and_one_run_per_workdir(tmp_path, wandb):
     for step in (0, 2):
         writer = metrics.Writer(tmp_path / "a", step, tensorboard=False, wandb="mine", config={"steps": 9})
         writer.write(step + 1, {"loss": 1.0 + step})
         writer.close()
     metrics.Writer(tmp_path / "b", 0, tensorboard=False, wandb="mine").close()
-    assert fake.rows == [(1, {"loss": 1.0}), (3, {"loss": 3.0})] and fake.finished == 3
-    first, again, other = fake.inits
+    assert wandb.log.call_args_list == [mock.call({"loss": 1.0}, step=1), mock.call({"loss": 3.0}, step=3)]
+    assert wandb.finish.call_count == 3
+    first, again, other = (call.kwargs for call in wandb.init.call_args_list)
     assert first == again and first["id"] != other["id"] and first["project"] == "mine" and first["resume"] == "allow"
     assert first["config"] == {"steps": 9} and first["name"] == "a"
 
 
-def test_wandb_that_does_not_start_is_one_sentence(tmp_path, monkeypatch):
-    fake = FakeWandb()
-    fake.init = lambda **_: 1 / 0
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+def test_wandb_that_does_not_start_is_one_sentence(tmp_path, wandb):
+    wandb.init.side_effect = ZeroDivisionError
     with pytest.raises(UserError, match="config.log.wandb='mine'.*WANDB_MODE=offline"):
         metrics.Writer(tmp_path, 0, tensorboard=False, wandb="mine")
 
