@@ -1,67 +1,30 @@
 """The names that a misspelt name, or one of another program, may mean: of fields, arguments and choices."""
 
 import difflib
+import functools
 import re
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 from diva_jax.common.errors import listing
-
-# Words for the same; a name ends with one of them.
-_SAME = [
-    frozenset(re.sub("[^a-z0-9 ]", "", line).split())
-    for line in (
-        "lr learning_rate learnrate base_lr max_lr peak_lr initial_lr",
-        "batch_size batch bs global_batch_size train_batch_size per_device_train_batch_size samples_per_step",
-        "steps step epochs epoch iterations iters num_steps max_steps train_steps total_steps num_epochs n_steps",
-        "accum accumulation grad_accum gradient_accumulation gradient_accumulation_steps accumulate micro_batches",
-        "weight_decay wd l2",
-        "clip grad_clip clip_grad gradient_clip gradient_clipping clip_grad_norm max_grad_norm clip_norm",
-        "warmup warmup_steps warmup_ratio warmup_fraction num_warmup_steps warm_up",
-        "schedule scheduler lr_schedule lr_scheduler lr_scheduler_type",
-        "b1 beta1 betas",
-        "b2 beta2 betas",
-        "name optimizer optim optimiser",
-        "seed random_seed rng rng_seed random_state",
-        "dtype precision mixed_precision amp bf16 fp16 compute_dtype param_dtype",
-        "remat gradient_checkpointing grad_checkpointing checkpointing activation_checkpointing",
-        "threads workers num_workers n_workers num_threads dataloader_num_workers",
-        "prefetch prefetch_factor",
-        "path dataset data dataset_path data_path data_dir train_data images",
-        "image_size resolution img_size size input_size res",
-        "source model pretrained weights checkpoint ckpt model_name pretrained_model model_path weights_path",
-        "objective method loss algorithm",
-        "decay ema ema_decay ema_rate",
-        "every interval freq frequency save_every save_steps save_interval log_interval logging_steps eval_steps",
-        "keep save_total_limit max_to_keep keep_last",
-        "wandb wandb_project project report_to",
-        "trainable freeze frozen unfreeze train_layers",
-        "workdir work_dir output_dir out_dir log_dir save_dir run_dir",
-        "out output output_dir out_dir save_dir path",
-        "init_from resume resume_from init_checkpoint",
-        "format fmt kind type",
-        "normalise normalize normalized norm",
-        "texts text captions prompts",
-        "main train training fit tune finetune",
-        "evaluate eval evaluation test validate",
-        "export_torch export convert",
-        "pt pytorch torch pth state_dict",
-        "hf transformers huggingface hugging_face llava",
-        "float32 fp32 f32 single float full",
-        "float16 fp16 f16 half",
-        "bfloat16 bf16",
-    )
-]
 
 
 def _plain(text: str) -> str:
     return re.sub("[^a-z0-9]", "", text.lower())
 
 
+@functools.cache
+def _same_words() -> list[frozenset[str]]:
+    """Groups of words for the same, of this program and of others; a name ends with one of them."""
+    groups = Path(__file__).with_name("same_words.txt").read_text("utf-8").splitlines()
+    return [frozenset(map(_plain, group.split())) for group in groups]
+
+
 def nearest(name: str, known: Iterable[str]) -> list[str]:
     """The known names, which may be dotted paths, that a name may mean: at most three, the likeliest first."""
     section, _, end = name.rpartition(".")
     last, found = _plain(end), []
-    same = {word for words in _SAME if last in words for word in words}
+    same = {word for words in _same_words() if last in words for word in words}
     for path in known:
         own = _plain(path.rpartition(".")[2])
         share = difflib.SequenceMatcher(None, last, own).ratio()
