@@ -30,14 +30,6 @@ _LOST = flags.DEFINE_integer(
 cli.define_trust()
 
 
-def _next() -> str:
-    """What to do with a finished run."""
-    return (
-        f"export with python -m diva_jax.export_torch --workdir={shlex.quote(_WORKDIR.value)} --out=DIR, or train on "
-        "with a larger --config.steps"
-    )
-
-
 def main() -> None:
     config = cli.config_of(_CONFIG)
     if not _WORKDIR.value:
@@ -45,25 +37,20 @@ def main() -> None:
     from diva_jax.common.log import say
 
     try:
-        _train(config)
+        from diva_jax.training.loop import Run
+
+        with distributed.session(_JOIN.value, _LOST.value):
+            run = Run(config, _WORKDIR.value, _INIT_FROM.value)
+            done = f"{_WORKDIR.value}: all {run.total} steps are done" if run.finished else f"done: {run.total} steps"
+            if run.finished or run.run():
+                export = f"python -m diva_jax.export_torch --workdir={shlex.quote(_WORKDIR.value)} --out=DIR"
+                say(f"{done}; export with {export}, or train on with a larger --config.steps")
+        if run.stopped_by == signal.SIGINT:
+            # The run is saved; the exit code is 130.
+            raise KeyboardInterrupt
     except Terminated:
         # Once training has begun, the run handles the signal itself, and saves.
         say("SIGTERM: nothing was trained that is not saved; the same command starts again from here")
-
-
-def _train(config) -> None:
-    from diva_jax.common.log import say
-    from diva_jax.training.loop import Run
-
-    with distributed.session(_JOIN.value, _LOST.value):
-        run = Run(config, _WORKDIR.value, _INIT_FROM.value)
-        if run.finished:
-            say(f"{_WORKDIR.value}: all {run.total} steps are done; {_next()}")
-        elif run.run():
-            say(f"done: {run.total} steps; {_next()}")
-    if run.stopped_by == signal.SIGINT:
-        # The run is saved; the exit code is 130.
-        raise KeyboardInterrupt
 
 
 def entry() -> None:
