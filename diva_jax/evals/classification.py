@@ -55,16 +55,11 @@ class ClassificationTask(ItemTask):
             order = np.argsort(-scores, axis=1, kind="stable")[:, :_AT]
             held[prefix] = (order == data.labels[:, None]) & np.isfinite(scores).all(axis=1, keepdims=True)
             for i, (label, first) in enumerate(zip(data.labels, order, strict=True)):
-                row = {
-                    "metric": f"{prefix}acc1",
-                    "item": i,
-                    "file": data.images.names[i],
-                    "truth": data.classes[label],
-                    "predicted": data.classes[first[0]],
-                    "score": float(scores[i, first[0]]),
-                    "correct": int(held[prefix][i, 0]),
-                }
-                rows.append(row | ({"top5": "; ".join(data.classes[c] for c in first)} if self.lists_top5 else {}))
+                names = [data.classes[c] for c in first]
+                item = {"metric": f"{prefix}acc1", "item": i, "file": data.images.names[i]}
+                item |= {"truth": data.classes[label], "predicted": names[0], "correct": int(held[prefix][i, 0])}
+                top5 = {"top5": "; ".join(names)} if self.lists_top5 else {}
+                rows.append(item | {"score": float(scores[i, first[0]])} | top5)
         return held, rows
 
     def values(self, metric: str, held: dict[str, np.ndarray]) -> Values:

@@ -160,23 +160,15 @@ class Choice(ItemTask):
 
     def _rows(self, name: str, number: int, item: Item, table: np.ndarray, right: dict[str, int]) -> list[dict]:
         """A row for each image: the text that belongs to it and the one that scores highest."""
-        return [
-            {
-                "metric": name,
-                "item": number,
-                "file": os.path.relpath(image.path, Path(self.data).parent),
-                "text": " | ".join(item.texts),
-                "truth": " | ".join(item.texts[t] for i, t in item.right if i == row),
-                "predicted": item.texts[int(np.argmax(table[row]))],
-                "score": float(table[row].max()),
-                "correct": right["group_right"],
-                "where": item.where,
-                "class": item.groups.get("class", ""),
-                "cosines": " ".join(f"{x:.6f}" for x in table[row]),
-            }
-            | right
-            for row, image in enumerate(item.images)
-        ]
+        rows, shared = [], {"metric": name, "item": number, "text": " | ".join(item.texts)}
+        shared |= {"correct": right["group_right"], "where": item.where, "class": item.groups.get("class", "")}
+        for n, (image, cosines) in enumerate(zip(item.images, table, strict=True)):
+            truth = " | ".join(item.texts[t] for i, t in item.right if i == n)
+            chosen = {"predicted": item.texts[int(np.argmax(cosines))], "score": float(cosines.max())}
+            file = os.path.relpath(image.path, Path(self.data).parent)
+            chosen |= {"file": file, "truth": truth, "cosines": " ".join(f"{x:.6f}" for x in cosines)}
+            rows.append(shared | chosen | right)
+        return rows
 
 
 prepare = Choice

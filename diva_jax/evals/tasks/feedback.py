@@ -272,14 +272,8 @@ class Feedback(Task):
                 scores["gradient_snr"] = {"score": cosine["score"] / (1 - cosine["score"]), "interval": ends}
         notes += zero_lines(scores)
         rows = [
-            {
-                "weights": model.label,
-                "metric": f"loss_{condition}",
-                "item": i,
-                "file": file,
-                "score": float(x[i, b]),
-                "timesteps": f"{self.edges[b]}-{self.edges[b + 1] - 1}",
-            }
+            {"weights": model.label, "metric": f"loss_{condition}", "item": i, "file": file}
+            | {"score": float(x[i, b]), "timesteps": f"{self.edges[b]}-{self.edges[b + 1] - 1}"}
             for condition, x in losses.items()
             for i, file in enumerate(self.names)
             for b in range(TIMESTEP_BINS)

@@ -216,25 +216,15 @@ class Mmvp(ItemTask):
         """A row for each text; `predicted` is the number of the image it prefers, 0 where it prefers none."""
         first_less_second = -np.diff(matching.rounded(scores), axis=-2).ravel()
         predicted = np.where(first_less_second > 0, 1, np.where(first_less_second < 0, 2, 0))
-        return [
-            {
-                "metric": readout,
-                "seed": seed,
-                "item": q.id,
-                "file": self.images.names[i],
-                "text": q.text,
-                "truth": 2 - q.id % 2,
-                "predicted": int(predicted[i]),
-                "score": float(first[i]),
-                "correct": int(predicted[i] == 2 - q.id % 2),
-                "pair": i // 2,
-                "pattern": self.patterns[i // 2 // self.per_pattern],
-                "logit_image_1": float(LOGIT_SCALE * scores[i // 2, 0, i % 2]),
-                "logit_image_2": float(LOGIT_SCALE * scores[i // 2, 1, i % 2]),
-            }
-            | {f"{kind}_right": int(found[i // 2]) for kind, found in right.items()}
-            for i, q in enumerate(self.questions)
-        ]
+        rows = []
+        for i, q in enumerate(self.questions):
+            pair, text, truth = i // 2, i % 2, 2 - q.id % 2
+            logits = {f"logit_image_{n + 1}": float(LOGIT_SCALE * scores[pair, n, text]) for n in (0, 1)}
+            row = {"metric": readout, "seed": seed, "item": q.id, "file": self.images.names[i], "text": q.text}
+            row |= {"truth": truth, "predicted": int(predicted[i]), "correct": int(predicted[i] == truth)}
+            row |= {"score": float(first[i]), "pair": pair, "pattern": self.patterns[pair // self.per_pattern]}
+            rows.append(row | logits | {f"{kind}_right": int(found[pair]) for kind, found in right.items()})
+        return rows
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
         """As `ItemTask`, and what flipped among pairs and matches. With a readout that draws patches, McNemar's test
@@ -243,21 +233,15 @@ class Mmvp(ItemTask):
         for metric in (m for m, info in self.metrics.items() if info["answers"] in ("image", "match")):
             was, now = (self.values(metric, outcome.held).values > 0.5 for outcome in (before, after))
             first = [outcome.held[metric.partition("_")[0]]["first"] for outcome in (before, after)]
-            flipped += [self._flip(metric, n, bool(now[n]), *first) for n in np.flatnonzero(was != now)]
+            for n in np.flatnonzero(was != now):
+                pair = slice(2 * n, 2 * n + 2)
+                flip = {"metric": metric, "item": int(n), "group": self.patterns[n // self.per_pattern]}
+                flip |= {"won": bool(now[n]), "texts": [q.text for q in self.questions[pair]]}
+                flip["images"] = [str(q.image.resolve()) for q in self.questions[pair]]
+                flipped.append(
+                    flip | {side: p[pair].tolist() for side, p in zip(("before", "after"), first, strict=True)}
+                )
         return super().compare(before, after) | {"flipped": flipped}
-
-    def _flip(self, metric: str, n: int, won: bool, before: np.ndarray, after: np.ndarray) -> dict:
-        pair = slice(2 * n, 2 * n + 2)
-        return {
-            "metric": metric,
-            "item": int(n),
-            "group": self.patterns[n // self.per_pattern],
-            "won": won,
-            "images": [str(q.image.resolve()) for q in self.questions[pair]],
-            "texts": [q.text for q in self.questions[pair]],
-            "before": [float(p) for p in before[pair]],
-            "after": [float(p) for p in after[pair]],
-        }
 
 
 prepare = Mmvp

@@ -80,14 +80,8 @@ class Retrieval(ItemTask):
 
     def _rows(self, held: dict) -> list[dict]:
         def row(what: str, item: int, image: int, text: str, rank: int) -> dict:
-            return {
-                "metric": f"{what}_retrieval",
-                "item": item,
-                "file": self.images.names[image],
-                "text": text,
-                "score": int(rank) + 1,
-                "correct": int(rank == 0),
-            }
+            query = {"metric": f"{what}_retrieval", "item": item, "file": self.images.names[image], "text": text}
+            return query | {"score": int(rank) + 1, "correct": int(rank == 0)}
 
         by_text = [row("image", i, self.owner[i], text, held["image"][i]) for i, text in enumerate(self.texts)]
         return by_text + [row("text", i, i, "", held["text"][i]) for i in range(self.count)]
