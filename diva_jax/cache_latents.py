@@ -1,7 +1,8 @@
 """Encodes a data set once: python -m diva_jax.cache_latents --config=configs/vitl14.py --out=DIR [--crops=4].
 
-Writes the moments of the frozen VAE for crops of every image of `config.data.path`, with the crops' boxes. Runs with
-`--config.data.latents=DIR` read them, do not load the VAE, and show the tower the same crops. With the same
+Writes what the objective's frozen models make of crops of every image of `config.data.path`, with the crops' boxes: the
+moments of a VAE, the embeddings that the terms of the config compare with, a teacher's tokens. Runs with
+`--config.data.latents=DIR` read them, do not load these models, and show the tower the same crops. With the same
 `config.seed`, the first epochs see the crops that they would see without the cache.
 
 The same command goes on where it was ended, at the last complete shard. Several processes (see `diva_jax.main`) share

@@ -5,7 +5,7 @@ The pipeline, the abstract batch of the train step and the checks at the start o
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -21,15 +21,15 @@ class Example(NamedTuple):
     """One decoded record (RGB, with its caption where an input needs one) at one position of the run.
 
     The position's random crop box was drawn first from `rng`, which is of (seed, position); inputs draw from it in the
-    order of their mapping. `moments` of the crop's latents, bfloat16 [h, w, 2 c], and the box are those of a cache,
-    where the run reads one.
+    order of their mapping. `cached` (name -> bfloat16 array, of frozen models) and the box are those of a cache, where
+    the run reads one.
     """
 
     image: PILImage
     text: str | None
     box: crop.Box
     rng: np.random.Generator
-    moments: np.ndarray | None = None
+    cached: Mapping[str, np.ndarray] | None = None
     texts: tuple[str, ...] | None = None
 
 
@@ -76,15 +76,17 @@ class Image(_Pixels):
 
 
 @dataclasses.dataclass(frozen=True)
-class Moments:
-    """The moments of the crop's latents, [h, w, 2 c], from the cache `config.data.latents`."""
+class Cached:
+    """What a frozen model made of the crop, or of its caption, from the cache `config.data.latents`: the moments of its
+    latents, [h, w, 2 c], or the output `name` of another model."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
+    name: str = "moments"
+    needs_text: bool = False
     dtype = latent_cache.DTYPE
-    needs_text = False
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
-        return lambda example: example.moments
+        return lambda example: example.cached[self.name]
 
 
 @dataclasses.dataclass(frozen=True)

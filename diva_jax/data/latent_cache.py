@@ -1,8 +1,10 @@
-"""Cache of a VAE's moments: files that `python -m diva_jax.cache_latents` writes and `config.data.latents` names.
+"""Cache of what frozen models make of the data: `python -m diva_jax.cache_latents` writes it, `config.data.latents`
+names it.
 
 A manifest, `latents.json`, and array_record shards, whose entries have checksums. Shard s has the records s * per_shard
 .. (s + 1) * per_shard - 1 of the data set in order, and of each record all crops in order. An entry is a header
-(`_HEADER`) and the moments of one crop, bfloat16 [h, w, 2 c] in C order; none where the image could not be decoded.
+(`_HEADER`) and the moments of a VAE for one crop, bfloat16 [h, w, 2 c] in C order; none where the image could not be
+decoded. Where other models' outputs are cached, the values of all are in their place, as one row, [1, 1, N].
 Crop e of record r has the box that a run with the manifest's seed draws for r in epoch e.
 """
 
@@ -32,7 +34,7 @@ from diva_jax.data.records import Source
 
 DTYPE = np.dtype(ml_dtypes.bfloat16)
 FILE = "latents.json"
-_Side = Annotated[int, Field(ge=1, le=2**14)]
+_Side = Annotated[int, Field(ge=1, le=2**30)]
 # Record, crop, CRC-32 of the encoded image, box.
 _HEADER = struct.Struct("<qiI4i")
 # What array_record adds, at most about.
@@ -44,7 +46,7 @@ _PROBED = 16
 
 
 class Entry(NamedTuple):
-    """One crop of one record: CRC-32 of the encoded image, box, moments, bfloat16 [h, w, 2 c], None where it is
+    """One crop of one record: the `checksum` of its content, box, moments, bfloat16 [h, w, 2 c], None where it is
     broken."""
 
     record: int
@@ -64,6 +66,17 @@ class Entry(NamedTuple):
         record, crop, crc, *box = _HEADER.unpack_from(data)
         moments = np.frombuffer(data, DTYPE, offset=_HEADER.size).reshape(shape) if len(data) > _HEADER.size else None
         return cls(record, crop, crc, tuple(box), moments)
+
+
+def entry_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]:
+    """The shape of an entry that holds arrays of these shapes."""
+    return shapes["moments"] if list(shapes) == ["moments"] else (1, 1, sum(map(math.prod, shapes.values())))
+
+
+def checksum(record, with_text: bool) -> int:
+    """CRC-32 of a record's encoded image, and of its caption where what is cached depends on it."""
+    found = zlib.crc32(record.image)
+    return zlib.crc32(record.text.encode(), found) if with_text else found
 
 
 class Manifest(Record):
@@ -157,10 +170,19 @@ def is_complete(path: Path, entries: int) -> bool:
 
 
 class Cache:
-    """A complete cache on this machine, read from any number of threads; `facts` are what this run's moments depend on.
-    A UserError, which names `config.data.latents`, where it is missing, not complete or of other facts."""
+    """A complete cache on this machine, read from any number of threads; `facts` are what this run's moments depend on,
+    `shapes` those of its arrays, if there are others. `with_text`: whether captions are among them.
 
-    def __init__(self, folder: str, facts: Mapping[str, Any]):
+    A UserError, which names `config.data.latents`, where it is missing, not complete or of other facts.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        facts: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        with_text: bool = False,
+    ):
         self._folder = paths.local(folder, "config.data.latents").expanduser()
         self._named = f"config.data.latents={folder}"
         manifest = Manifest.read(self._folder, "config.data.latents")
@@ -169,7 +191,8 @@ class Cache:
                 f"{self._named} holds no cache of latents ({FILE} is not there): make it with python -m "
                 "diva_jax.cache_latents, or give the folder that its --out named"
             )
-        self.manifest = manifest
+        self.manifest, self._with_text = manifest, with_text
+        self._shapes = shapes or {"moments": manifest.shape}
         if wrong := differences(manifest.facts, facts):
             raise UserError(
                 f"{self._named} was made with other settings: {listing(wrong, 3)}; use the cache of this config, "
@@ -194,10 +217,10 @@ class Cache:
         for record in np.unique(np.linspace(0, n - 1, _PROBED, dtype=np.int64)):
             entry = self._entry(int(record), 0)
             try:
-                image = source.read(int(record), with_text=False).image
+                found = checksum(source.read(int(record), with_text=self._with_text), self._with_text)
             except Exception:  # Reported where the record is used.
                 continue
-            if entry.moments is not None and entry.image_crc != zlib.crc32(image):
+            if entry.moments is not None and entry.image_crc != found:
                 raise UserError(self._other_image(source.name(int(record))))
 
     def read(self, record: int, epoch: int) -> Entry | None:
@@ -206,15 +229,21 @@ class Cache:
         entry = self._entry(record, epoch % self.manifest.crops)
         return None if entry.moments is None else entry
 
-    def verify(self, entry: Entry, image: bytes, name: str) -> None:
-        """Raises a RunError where an entry was made of another encoded image."""
-        if entry.image_crc != zlib.crc32(image):
+    def arrays(self, entry: Entry) -> dict[str, np.ndarray]:
+        """The arrays of an entry whose image could be decoded, by name."""
+        sizes = [math.prod(shape) for shape in self._shapes.values()]
+        rows = np.split(entry.moments.reshape(-1), np.cumsum(sizes)[:-1])
+        return {name: row.reshape(shape) for (name, shape), row in zip(self._shapes.items(), rows, strict=True)}
+
+    def verify(self, entry: Entry, record, name: str) -> None:
+        """Raises a RunError where an entry was made of another encoded image, or caption."""
+        if entry.image_crc != checksum(record, self._with_text):
             raise RunError(self._other_image(name))
 
     def _other_image(self, name: str) -> str:
         return (
-            f"{self._named} was made of other data: {name} is another image there; make the cache of this data with "
-            "python -m diva_jax.cache_latents"
+            f"{self._named} was made of other data: {name} is another image{' or caption' * self._with_text} there; "
+            "make the cache of this data with python -m diva_jax.cache_latents"
         )
 
     def _entry(self, record: int, crop: int) -> Entry:

@@ -99,8 +99,8 @@ class Iterator:
         box = crop.sample_box(rng, *image.size, self._scale, self._ratio)
         if cached is None:
             return Example(image, record.text, box, rng, texts=record.texts)
-        self._cache.verify(cached, record.image, self.source.name(i))
-        return Example(image, record.text, cached.box, rng, cached.moments, record.texts)
+        self._cache.verify(cached, record, self.source.name(i))
+        return Example(image, record.text, cached.box, rng, self._cache.arrays(cached), record.texts)
 
     def __iter__(self):
         return self
@@ -187,6 +187,20 @@ def _check_texts(source: Source, choice: Alternatives, path: str) -> None:
     )
 
 
+def open_records(config, inputs: Mapping[str, Input], index: str | None = None, quiet: bool = False) -> Source:
+    """The records of `config.data`, see `sources.open_source`; a UserError where an input needs captions and there are
+    none."""
+    source = sources.open_source(config.path, index, quiet=quiet, allow_urls=config.allow_urls)
+    readers = [name for name, i in inputs.items() if i.needs_text]
+    if readers and not source.has_text:
+        raise UserError(
+            f"config.data.path={config.path!r} has no captions, which the input {readers[0]!r} needs: give tar shards "
+            "with .txt or .json members, a CSV or parquet file or a Hugging Face dataset with a text column "
+            "(PATH?text=COLUMN names it), or images with a .txt file beside each"
+        )
+    return source
+
+
 def open_batches(
     config,
     inputs: Mapping[str, Input],
@@ -200,8 +214,8 @@ def open_batches(
 ) -> Iterator:
     """Opens the data of `config.data` for batches of `global_batch` examples over all processes, each with the arrays
     `inputs` by name (see `diva_jax.data.inputs`). The index of tar shards is kept in `cache_dir`; `cache` has the
-    moments of a VAE. A UserError where the batch does not divide over the processes, there is no data, an input needs
-    captions and the data has none, or the cache is of other data."""
+    outputs of frozen models. A UserError where the batch does not divide over the processes, there is no data, an input
+    needs captions and the data has none, or the cache is of other data."""
     if global_batch % process_count:
         raise UserError(
             f"config.batch_size={global_batch} does not divide over {process_count} processes: use a multiple"
@@ -209,14 +223,7 @@ def open_batches(
     if "row" in inputs:
         raise UserError("an input cannot be called 'row', which is the examples' row in the batch: rename it")
     index = str(cache_dir) if cache_dir else None
-    source = sources.open_source(config.path, index, quiet=process_index != 0, allow_urls=config.allow_urls)
-    readers = [name for name, i in inputs.items() if i.needs_text]
-    if readers and not source.has_text:
-        raise UserError(
-            f"config.data.path={config.path!r} has no captions, which the input {readers[0]!r} needs: give tar shards "
-            "with .txt or .json members, a CSV or parquet file or a Hugging Face dataset with a text column "
-            "(PATH?text=COLUMN names it), or images with a .txt file beside each"
-        )
+    source = open_records(config, inputs, index, quiet=process_index != 0)
     for choice in dict.fromkeys(i.alternatives for i in inputs.values() if hasattr(i, "alternatives")):
         _check_texts(source, choice, config.path)
     if cache is not None:

@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 
 from diva_jax.common import fields, imports
 from diva_jax.common.errors import UserError
-from diva_jax.objectives.contract import Objective, Pace, Stage, tune
+from diva_jax.objectives.contract import Objective, Pace, Progress, Stage, tune
 
-__all__ = ["Objective", "Pace", "Stage", "default", "find", "names", "section", "stages", "tune"]
+__all__ = ["Objective", "Pace", "Progress", "Stage", "default", "find", "names", "section", "stages", "tune"]
 
 
 def names() -> list[str]:

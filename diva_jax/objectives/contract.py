@@ -96,8 +96,8 @@ def _checked(loss: Callable) -> Callable:
     """A method `loss` whose result is checked while it is traced."""
 
     @functools.wraps(loss)
-    def checked(self, batch, keys):
-        found = loss(self, batch, keys)
+    def checked(self, batch, keys, *progress):
+        found = loss(self, batch, keys, *progress)
         if problem := _problem(found):
             code = loss.__code__
             raise UserError(
@@ -135,6 +135,36 @@ def _name(kind: Any) -> str:
     return getattr(kind, "name", None) or kind.__name__
 
 
+class Cacheable(NamedTuple):
+    """What frozen models make of a record: an array of the batch that the cache `config.data.latents` can hold.
+
+    Attributes:
+      shape: of one record's.
+      facts: what it depends on beside the record, its crop and the weights, for JSON.
+      parts: prefix of parameter names -> source, of the models.
+      make: batch -> array [B, *shape].
+      reads: the names of the inputs that it is made of: "image", and "caption" where it depends on the record's text.
+    """
+
+    shape: tuple[int, ...]
+    facts: Mapping[str, Any]
+    parts: Mapping[str, Part]
+    make: Callable[[Mapping[str, jax.Array]], jax.Array]
+    reads: tuple[str, ...] = ("image",)
+
+
+class Progress(NamedTuple):
+    """What a loss may know of the run.
+
+    Attributes:
+      done: the share of the stage's steps that are made, float32 [], at least 0 and below 1.
+      average: the objective with the moving average of its trained parameters (`config.ema`), or these themselves.
+    """
+
+    done: jax.Array
+    average: "Objective"
+
+
 class Objective(nnx.Module):
     """A loss and the models that it needs. Constructed as `Objective(config, rngs=rngs)` with random weights.
 
@@ -144,11 +174,13 @@ class Objective(nnx.Module):
     Attributes:
       compares_images: whether the loss of an image depends on the other images of its micro-batch (negatives,
         kernels). The step computes such a loss over the whole global micro-batch, whatever the number of devices.
+      follows_run: whether the train step calls `loss` with a third argument, `Progress`; other callers do not.
       terms_alone: whether it has no loss of its own, and the terms of the config are all that trains it.
-      latent_source: where the latents of the images come from; None: it has none, and `config.data.latents` is refused.
+      latent_source: where the latents of the images come from; None: it has none.
     """
 
     compares_images: bool = False
+    follows_run: bool = False
     terms_alone: bool = False
     latent_source: LatentSource | None = None
 
@@ -195,6 +227,18 @@ class Objective(nnx.Module):
         """
         with jax.named_scope("vae"):
             return self.vae.moments(preprocess.vae_view(pixels, self.latent_source.view))
+
+    @property
+    def cacheable(self) -> Mapping[str, Cacheable]:
+        """Name of an input -> what the cache `config.data.latents` holds for it; where there is none, it is refused.
+
+        With the cache, the objective has these inputs and not the models.
+        """
+        source = self.latent_source
+        if source is None:
+            return {}
+        make = lambda batch: self.moments(preprocess.to_float(batch["image"]))  # noqa: E731
+        return {"moments": Cacheable(source.shape, source.facts(), {"vae": source.part}, make)}
 
     def pretrained(self) -> Mapping[str, Part]:
         """Returns prefix of parameter names -> source of these parameters; all others keep their initial values.

@@ -1,13 +1,13 @@
-"""Caches of latents: what a run's moments depend on, and the work of `python -m diva_jax.cache_latents`."""
+"""Caches of what frozen models make: what it depends on, and the work of `python -m diva_jax.cache_latents`."""
 
 import contextlib
 import itertools
 import shutil
-import zlib
 from collections.abc import Iterator
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,8 +15,9 @@ from diva_jax.common import log, paths
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.log import say
-from diva_jax.data import crop, pipeline, preprocess, sources
+from diva_jax.data import crop, latent_cache, pipeline
 from diva_jax.data.decoding import Broken, Decoder
+from diva_jax.data.inputs import Example
 from diva_jax.data.latent_cache import DTYPE, FILE, Cache, Entry, Manifest, is_complete, write_shard
 from diva_jax.training import distributed, load, workdirs
 from diva_jax.training.step import Program
@@ -24,23 +25,35 @@ from diva_jax.weights import readers
 
 
 def facts(program: Program) -> dict:
-    """What the moments of a program's images depend on beside the images and the boxes of the crops, for JSON."""
-    source, settings = program.objective.latent_source, program.config.data.crop
-    weights = readers.fingerprint(source.part.open().files)
-    return {**source.facts(), "weights": weights, "crop": settings.to_dict()}
+    """What a program's cache depends on beside the records and the boxes of the crops, for JSON."""
+    found = {}
+    for name, wanted in program.objective.cacheable.items():
+        files = [file for part in wanted.parts.values() for file in part.open().files]
+        found[name] = {**wanted.facts, "weights": readers.fingerprint(files)}
+    found = found["moments"] if list(found) == ["moments"] else found
+    return {**found, "crop": program.config.data.crop.to_dict()}
+
+
+def _shapes(program: Program) -> dict[str, tuple[int, ...]]:
+    return {name: wanted.shape for name, wanted in program.objective.cacheable.items()}
+
+
+def _with_text(program: Program) -> bool:
+    """Whether captions are among what is cached."""
+    return any("caption" in wanted.reads for wanted in program.objective.cacheable.values())
 
 
 def open_cache(program: Program) -> Cache | None:
     """The cache that `config.data.latents` names, if any; a UserError where it is not one of this config."""
     path = program.config.data.latents
-    return Cache(path, facts(program)) if path else None
+    return Cache(path, facts(program), _shapes(program), _with_text(program)) if path else None
 
 
 class Builder:
     """Writes a cache of latents, or what is missing of it. Each process writes every P-th shard of `per_shard` images.
 
     `out` is one local or mounted folder for all processes; `batch` images are encoded by a device at the same time. A
-    UserError where the objective has no VAE, the config or the data is invalid, or `out` holds another cache.
+    UserError where the objective has nothing to cache, the config or the data is invalid, or `out` holds another cache.
     """
 
     def __init__(self, config, out: str, crops: int, per_shard: int, batch: int):
@@ -51,22 +64,25 @@ class Builder:
         # Each process encodes alone: no image of one is needed by another.
         devices = np.asarray(jax.local_devices()).reshape(-1, 1)
         self.program = Program(config, Mesh(devices, ("data", "fsdp")))
-        self._latents = self.program.objective.latent_source
-        if self._latents is None:
-            raise UserError(f"config.objective={config.objective} has no VAE whose latents could be cached")
+        if not self.program.objective.cacheable:
+            raise UserError(f"config.objective={config.objective} has no frozen model whose outputs could be cached")
+        read = {name for wanted in self.program.objective.cacheable.values() for name in wanted.reads}
+        self._inputs = {name: i for name, i in self.program.objective.inputs.items() if name in read}
         self._process, self._processes = jax.process_index(), jax.process_count()
         data = config.data
-        self._source = sources.open_source(data.path, quiet=self._process != 0, allow_urls=data.allow_urls)
+        self._source = pipeline.open_records(data, self._inputs, quiet=self._process != 0)
+        self._make = {name: i.open(data) for name, i in self._inputs.items()}
         self._batch = batch * len(devices)
         made = facts(self.program)
         counts = dict(records=len(self._source), crops=crops, seed=config.seed, per_shard=per_shard)
-        self.manifest = Manifest(facts=made, shape=self._latents.shape, **counts)
+        self.manifest = Manifest(facts=made, shape=latent_cache.entry_shape(_shapes(self.program)), **counts)
         there = Manifest.read(self.folder, "--out")
         if there is not None and there.fingerprint != self.manifest.fingerprint:
             wrong = differences(vars(there), vars(self.manifest))
             raise UserError(f"{self._named} holds another cache: {listing(wrong, 3)}; use another folder")
         self._broken = Broken(config.data.max_broken_share)
-        self._decoder = Decoder(self._source, config.data, with_text=False, broken=self._broken)
+        with_text = any(i.needs_text for i in self._inputs.values())
+        self._decoder = Decoder(self._source, config.data, with_text=with_text, broken=self._broken)
         distributed.check_same({"the fingerprint of the cache": self.manifest.fingerprint})
 
     @property
@@ -117,22 +133,24 @@ class Builder:
                 row[order[position]] = position
         return found
 
-    def _crops(self, record: int) -> list[tuple[Entry, np.ndarray | None]]:
-        """(entry without moments, image) of each crop of a record; the image is None where the record is broken."""
+    def _crops(self, record: int) -> list[tuple[Entry, dict[str, np.ndarray] | None]]:
+        """(entry without moments, its inputs) of each crop of a record; the inputs are None where it is broken."""
         m, settings = self.manifest, self.config.data.crop
         with contextlib.ExitStack() as memory:
             found = self._decoder.read(record, memory)
             if found is None:
                 return [(Entry(record, k, 0, (0, 0, 0, 0), None), None) for k in range(m.crops)]
             (image, encoded), rows = found, []
+            crc = latent_cache.checksum(encoded, _with_text(self.program))
             for k, position in enumerate(self._where[:, record]):
                 rng = np.random.default_rng((m.seed, int(position)))
                 box = crop.sample_box(rng, *image.size, tuple(settings.scale), tuple(settings.ratio))
-                pixels = crop.resized_crop(image, box, self._latents.size, settings.interpolation)
-                rows.append((Entry(record, k, zlib.crc32(encoded.image), box, None), pixels))
+                example = Example(image, encoded.text, box, rng)
+                arrays = {name: make(example) for name, make in self._make.items()}
+                rows.append((Entry(record, k, crc, box, None), arrays))
             return rows
 
-    def _read(self, shard: int) -> Iterator[tuple[Entry, np.ndarray | None]]:
+    def _read(self, shard: int) -> Iterator[tuple[Entry, dict[str, np.ndarray] | None]]:
         """The crops of a shard, see `_crops`; records are decoded in threads."""
         data, records = self.config.data, self.manifest.range(shard)
         ahead = max(data.threads, 2 * self._batch // self.manifest.crops) if data.threads else 0
@@ -142,38 +160,40 @@ class Builder:
             yield from itertools.chain.from_iterable(found)
 
     def _encoder(self):
-        """A function: uint8 [B, S, S, 3] on the host -> moments on the devices, while the host goes on."""
-        program = self.program
-        names = [n for n in program.arrays if n.startswith("vae/")]
+        """A function: batch on the host -> [B, *shape of an entry] on the devices, while the host goes on."""
+        program, shape = self.program, self.manifest.shape
+        prefixes = [prefix for wanted in program.objective.cacheable.values() for prefix in wanted.parts]
+        names = [n for prefix in prefixes for n in load.below(prefix, program.arrays)]
         arrays, _ = load.initial_arrays(program, names, every_source=False)
         absent = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in program.arrays.items()}
 
-        def moments(arrays, images):
+        def outputs(arrays, batch):
             with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
-                module = program.skeleton.merge(absent, arrays)
-                return module.moments(preprocess.to_float(images)).astype(DTYPE)
+                wanted = program.skeleton.merge(absent, arrays).cacheable.values()
+                rows = [w.make(batch).astype(DTYPE).reshape(self._batch, -1) for w in wanted]
+                return jnp.concatenate(rows, axis=1).reshape(self._batch, *shape)
 
-        compiled = jax.jit(moments, out_shardings=program.batch_sharding)
-        return lambda images: compiled(arrays, jax.device_put(images, program.batch_sharding))
+        compiled = jax.jit(outputs, out_shardings=program.batch_sharding)
+        return lambda batch: compiled(arrays, jax.device_put(batch, program.batch_sharding))
 
     def _entries(self, shard: int) -> Iterator[Entry]:
         """The entries of a shard. Batches do not cross shards, so that a shard is the same whenever it is made."""
-        size, crops = self._latents.size, self._read(shard)
+        crops = self._read(shard)
         pending: list[tuple] = []  # (rows, moments on the devices): one batch is encoded while the next is decoded.
         while rows := list(itertools.islice(crops, self._batch)):
-            images = np.zeros((self._batch, size, size, 3), np.uint8)
-            for i, (_, image) in enumerate(rows):
-                if image is not None:
-                    images[i] = image
-            pending.append((rows, self._encode(images)))
+            batch = {name: np.zeros((self._batch, *i.shape), i.dtype) for name, i in self._inputs.items()}
+            for row, (_, arrays) in enumerate(rows):
+                for name, array in (arrays or {}).items():
+                    batch[name][row] = array
+            pending.append((rows, self._encode(batch)))
             if len(pending) > 1:
                 yield from self._finish(*pending.pop(0))
         for batch in pending:
             yield from self._finish(*batch)
 
     def _finish(self, rows, moments) -> Iterator[Entry]:
-        for (entry, image), found in zip(rows, np.asarray(moments), strict=False):
-            yield entry if image is None else entry._replace(moments=found)
+        for (entry, arrays), found in zip(rows, np.asarray(moments), strict=False):
+            yield entry if arrays is None else entry._replace(moments=found)
         self._progress.update(len(rows))
 
     def run(self) -> None:

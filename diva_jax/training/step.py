@@ -50,6 +50,7 @@ def train_step(
     rate: Callable[[objectives.Pace], optax.Schedule],
     accum: int,
     decay: float = 0.0,
+    follows_run: bool = False,
 ) -> tuple[dict, dict]:
     """One optimizer step. Returns (new state, float32 scalars: loss, grad_norm before the clip, lr, and the objective's
     own metrics).
@@ -57,15 +58,19 @@ def train_step(
     The state is {"params": {name: array}, "opt": optax state of the active ones, "step": int32 [], "key": uint32}, and
     where it is kept "ema": the exponential moving average of "params". The batch has the objective's inputs, each [B,
     *shape], and "row": int32 [B]. Static are: the stage's trained names `active`, `tx` (learning rate -> optimizer),
-    `rate` (pace -> learning rate), `accum`, and the moving average's `decay`.
+    `rate` (pace -> learning rate), `accum`, the moving average's `decay`, and `follows_run` of the objective.
     """
     trained = {n: a for n, a in state["params"].items() if n in active}
     idle = {n: a for n, a in state["params"].items() if n not in active}
     keys = image_keys(state["key"], state["step"], batch["row"])
     lr = rate(pace)
+    progress = ()
+    if follows_run:
+        done = (state["step"] - pace.start).astype(jnp.float32) / pace.steps
+        progress = (objectives.Progress(done, skeleton.merge(averaged(state), frozen)),)
 
     def loss_fn(trained, batch, keys):
-        return skeleton.merge(trained, idle, frozen).loss(batch, keys)
+        return skeleton.merge(trained, idle, frozen).loss(batch, keys, *progress)
 
     def micro(total, x):
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, *x)
@@ -99,9 +104,9 @@ class Program:
     def __init__(self, config, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.objective = nnx.eval_shape(self.init_module)
-        if config.data.latents and self.objective.latent_source is None:
+        if config.data.latents and not self.objective.cacheable:
             raise UserError(
-                f"config.objective={config.objective} has no VAE whose latents could be cached: leave "
+                f"config.objective={config.objective} has no frozen model whose outputs could be cached: leave "
                 "config.data.latents empty"
             )
         self.stages = objectives.stages(config)
@@ -211,6 +216,7 @@ class Program:
             rate=partial(optim.learning_rate, s),
             accum=self.config.accum,
             decay=self.config.ema.decay,
+            follows_run=self.objective.follows_run,
         )
 
         def step(state, frozen, batch, pace):

@@ -17,6 +17,7 @@ from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.objectives import Objective
+from diva_jax.objectives.contract import Cacheable
 from diva_jax.objectives.shared import pairs
 from diva_jax.weights import parts
 
@@ -78,14 +79,16 @@ def wanted(config) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Terms:
-    """The terms that a config asks for, their sections, the images of a micro-batch, the backbone, and the teacher,
-    None where none is needed."""
+    """The terms that a config asks for and their sections; the images of a micro-batch; what the frozen models compute
+    in and are held in; whether their outputs are cached; the backbone; the teacher, None where none is needed."""
 
     names: tuple[str, ...]
     anchor: AnchorOptions
     contrast: ContrastOptions
     relation: RelationOptions
     micro_batch: int
+    dtypes: tuple[str, str]
+    cached: bool
     spec: backbones.Spec
     teacher: backbones.Spec | None
 
@@ -108,10 +111,10 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
                     f"and {config.objective} has {', '.join(super().inputs)}: set it to 0"
                 )
             teacher = backbones.spec_of(config, "teacher") if "relation" in names else None
-            sections = {n: parse(kind, config.get(n, {}), f"config.{n}") for n, kind in TERMS.items()}
-            self.terms = _Terms(
-                names, **sections, micro_batch=config.batch_size // config.accum, spec=spec, teacher=teacher
-            )
+            sections = [parse(section, config.get(n, {}), f"config.{n}") for n, section in TERMS.items()]
+            micro_batch, dtypes = config.batch_size // config.accum, (config.dtype, config.frozen_dtype)
+            cached = bool(config.data.latents)
+            self.terms = _Terms(names, *sections, micro_batch, dtypes, cached, spec, teacher)
             self.compares_images = self.compares_images or names != ("anchor",)
             kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.frozen_dtype))
             models = {
@@ -119,24 +122,44 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
                 "contrast": lambda: Text(spec, **kw),
                 "relation": lambda: backbones.build(teacher, **kw),
             }
-            for name in names:
+            for name in names * (not cached):
                 setattr(self, name, models[name]())
 
         @property
         def inputs(self):
-            """The objective's own, and "caption" for the contrast where it has none: int32 [context_length]."""
+            """The objective's own, and "caption" for the contrast where it has none: int32 [context_length].
+
+            From a cache, instead, an embedding for each term, under its name.
+            """
             found, text = super().inputs, self.terms.spec.text
+            if self.terms.cached:
+                mine = {n: self.cacheable[n] for n in self.terms.names}
+                return found | {n: inputs.Cached(c.shape, n, "caption" in c.reads) for n, c in mine.items()}
             if "contrast" not in self.terms.names or "caption" in found:
                 return found
             tokenizer = parts.tokenizer(self.terms.spec.source, text, self.terms.contrast.tokenizer)
             return {**found, "caption": inputs.Tokens(text.context_length, tokenizer)}
 
+        @property
+        def cacheable(self):
+            """The objective's own, and the embedding that each term compares with."""
+            spec, teacher, found = self.terms.spec, self.terms.teacher, dict(super().cacheable)
+            image, dtypes = super().inputs["image"], self.terms.dtypes
+            for name in self.terms.names:
+                of, open_part, section, reads = spec, parts.vision, "config.backbone", ("image",)
+                if name == "contrast":
+                    open_part, reads = parts.text, ("caption",)
+                if name == "relation":
+                    of, section = teacher, "config.teacher"
+                described = dataclasses.asdict(dataclasses.replace(of, source=""))
+                facts = {"spec": described, "image": str(image), "dtypes": dtypes}
+                source = {name: open_part(of.source, of, section)}
+                found[name] = Cacheable((of.embed_dim,), facts, source, functools.partial(self._frozen, name), reads)
+            return found
+
         def pretrained(self):
-            spec, teacher = self.terms.spec, self.terms.teacher
-            sources = {"anchor": parts.vision(spec.source, spec), "contrast": parts.text(spec.source, spec)}
-            if teacher is not None:
-                sources["relation"] = parts.vision(teacher.source, teacher, "config.teacher")
-            return {**super().pretrained(), **{name: sources[name] for name in self.terms.names}}
+            models = {n: self.cacheable[n].parts[n] for n in self.terms.names * (not self.terms.cached)}
+            return {**super().pretrained(), **models}
 
         def flops(self):
             counted, spec = super().flops(), self.terms.spec
@@ -148,40 +171,48 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
                 "contrast": lambda: flops.text(spec) + 2 * pairs_of * spec.embed_dim,
                 "relation": lambda: flops.vision(teacher) + pairs_of * (3 * spec.embed_dim + teacher.embed_dim),
             }
-            return counted + 3 * flops.vision(spec) + sum(models[name]() for name in self.terms.names)
+            computed = 0 if self.terms.cached else sum(models[name]() for name in self.terms.names)
+            return counted + 3 * flops.vision(spec) + computed
 
-        def loss(self, batch, keys):
+        def loss(self, batch, keys, *progress):
             """As the objective's own, whose metrics it keeps; without a loss of its own, "loss" is the sum of terms."""
-            value, metrics = super().loss(batch, keys)
+            value, metrics = super().loss(batch, keys, *progress)
             found = self._values(batch)
             total = value + sum(getattr(self.terms, name).weight * found[name] for name in found)
             return total, {**metrics, **found, **({"loss": total} if kind.terms_alone else {})}
 
+        def _pooled(self, tower, spec, batch):
+            """A tower's embedding of the images of a batch, [B, D], in float32 or wider."""
+            image = preprocess.to_float(batch["image"])
+            x = tower.encode(preprocess.backbone_view(image, spec.image_size, spec.mean, spec.std)).pooled
+            return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+        def _frozen(self, name, batch):
+            """The embedding that a term compares with, [B, D]: of a cache, or computed."""
+            if self.terms.cached:
+                return batch[name].astype(jnp.float32)
+            with jax.named_scope(name):
+                if name == "contrast":
+                    return self.contrast.encode(batch["caption"])
+                spec = self.terms.teacher if name == "relation" else self.terms.spec
+                return self._pooled(getattr(self, name), spec, batch)
+
         def _values(self, batch):
             """Term -> its value for a batch, []."""
-            terms, image, found = self.terms, preprocess.to_float(batch["image"]), {}
-
-            def pooled(tower, spec):
-                view = preprocess.backbone_view(image, spec.image_size, spec.mean, spec.std)
-                x = tower.encode(view).pooled
-                return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-            x = pooled(self.towers()["vision"], terms.spec)
+            terms, found = self.terms, {}
+            x = self._pooled(self.towers()["vision"], terms.spec, batch)
             if "anchor" in terms.names:
-                with jax.named_scope("anchor"):
-                    untuned = pooled(self.anchor, terms.spec)
+                untuned = self._frozen("anchor", batch)
                 if terms.anchor.of == "unit":
                     found["anchor"] = jnp.mean(jnp.square(pairs.unit(x) - pairs.unit(untuned)))
                 else:
                     found["anchor"] = jnp.mean(jnp.sum(jnp.square(x - untuned), axis=-1))
             if "contrast" in terms.names:
-                with jax.named_scope("contrast"):
-                    texts = self.contrast.encode(batch["caption"])
-                found["contrast"] = pairs.contrast(pairs.cosines(x, texts) / terms.contrast.temperature)
+                logits = pairs.cosines(x, self._frozen("contrast", batch)) / terms.contrast.temperature
+                found["contrast"] = pairs.contrast(logits)
             if "relation" in terms.names:
-                with jax.named_scope("relation"):
-                    taught = pooled(self.relation, terms.teacher)
-                found["relation"] = pairs.relation(x, taught, terms.relation.temperature, terms.relation.with_self)
+                o, taught = terms.relation, self._frozen("relation", batch)
+                found["relation"] = pairs.relation(x, taught, o.temperature, o.with_self)
             return found
 
     return WithTerms

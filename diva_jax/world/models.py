@@ -107,9 +107,13 @@ def base_config(objective: str, diffusion: Mapping | None = None):
         )
         c.genhancer.vae.update(source=str(WEIGHTS / GENERATOR), code=patch_code.PATH, latent_channels=_CHANNELS)
         c.genhancer.vae.scaling_factor = DIFFUSION["vae"]["scaling_factor"]
+    c.teacher.update(dataclasses.asdict(dataclasses.replace(SPEC, source=str(WEIGHTS / TEACHER))))
     if "kuea" in c:
-        c.kuea.teacher.update(dataclasses.asdict(dataclasses.replace(SPEC, source=str(WEIGHTS / TEACHER))))
+        c.kuea.teacher.update(c.teacher)
         c.kuea.teacher_crop_from = drawing.SIDE
+    if "salm" in c:
+        c.salm.layer = 1
+        c.salm.adapter.update(layers=2, width=96, heads=3)
     if "diffusion" in c:
         c.diffusion.prompt, c.diffusion.text_tokens = captions.PREFIX, TOKENS
         c.diffusion.source = str(WEIGHTS / (GENERATOR if c.diffusion.unet.get("class_embed_type") is None else UNCLIP))

@@ -134,6 +134,14 @@ def comclip_config(**fields):
     return with_fields(c, fields)
 
 
+def salm_config(**fields):
+    """SALM: batches of 8, a DINOv2 of 18 pixels with registers for the three by three patches of `SPEC`."""
+    c = _config(SPEC, "sd21_base", "salm", steps=8, batch_size=8, optim__lr=1e-3)
+    c.teacher.update(dataclasses.asdict(dataclasses.replace(DINOV2_REG, image_size=18)))
+    c.salm.adapter.update(layers=2, width=30, heads=3)
+    return with_fields(c, fields)
+
+
 def write_unclip(folder: Path) -> None:
     """Writes a diffusers folder of Stable unCLIP with random weights."""
     from diva_jax import demo  # Here, because it defines flags, and a command that reads a config has its own.

@@ -73,6 +73,10 @@ class Vision(nnx.Module):
         x = run_dense(self.blocks, self._embedded(images), last)
         return self.proj(self.norm(x))[:, 1:]
 
+    def encode_early(self, images: jax.Array, layers: int) -> jax.Array:
+        """Images as for `encode` -> patch tokens after this many blocks, without a norm, [B, P, width]."""
+        return run(self.blocks[:layers], self._embedded(images), remat=self.remat)[:, 1:]
+
     def _embedded(self, images: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] -> the first block's input, [B, 1 + P, width]."""
         return self.norm_pre(embedded(self, images, self.class_embed))

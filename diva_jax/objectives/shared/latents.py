@@ -41,7 +41,7 @@ class LatentSource:
     def inputs(self) -> Mapping[str, inputs.Input]:
         """What the batch holds: "image", and "moments" where they are cached."""
         image = {"image": inputs.Image(self.size)}
-        return image | {"moments": inputs.Moments(self.shape)} if self.cached else image
+        return image | {"moments": inputs.Cached(self.shape)} if self.cached else image
 
     @property
     def pretrained(self) -> Mapping[str, parts.Part]:

@@ -19,6 +19,7 @@ from diva_jax import config
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import latent_cache, pipeline, preprocess
 from diva_jax.training import cache_builder, loop, step
+from diva_jax.world import models, records
 
 CROPS = 2
 ROUNDING = 2.0**-8  # Relative, of bfloat16.
@@ -170,6 +171,45 @@ def test_a_killed_command_loses_at_most_a_shard(files, cache, tmp_path):
         rounded(a.moments, b.moments, 2 * ROUNDING, 1e-5)
 
 
+@pytest.mark.parametrize("objective", ["comclip", "salm"])
+def test_outputs_of_frozen_teachers_are_cached(objective, tmp_path):
+    """In the world: the same batches, and losses that differ by rounding, without the models."""
+
+    def configured(kind="biased", cache="", **fields):
+        c = models.base_config(objective)
+        c.update(steps=2, batch_size=6)
+        c.data.path, c.data.crop.scale, c.data.latents = records.path(3, kind, 10), (0.5, 0.9), cache
+        return small.with_fields(c, fields)
+
+    out = str(tmp_path / "out")
+    cache_builder.Builder(configured(), out, 1, per_shard=4, batch=3).run()
+    p, q = small.program(configured()), small.program(configured(cache=out))
+    gone = {"comclip": {"anchor", "contrast", "relation"}, "salm": {"teacher"}}[objective]
+    assert {n.split("/")[0] for n in set(p.arrays) - set(q.arrays)} == gone
+    arrays, _ = cache_builder.load.initial_arrays(p)
+    arrays |= {n: a + 0.02 * np.sin(np.arange(a.size).reshape(a.shape)) for n, a in arrays.items() if n in p.trained}
+    found = []
+    for program in (p, q):
+        cache = cache_builder.open_cache(program)
+        batch = next(
+            pipeline.open_batches(program.config.data, program.objective.inputs, seed=0, global_batch=6, cache=cache)
+        )
+        keys, mine = jax.random.split(jax.random.key(3), 6), {n: arrays[n] for n in program.arrays}
+        loss = jax.jit(lambda a, b, k, s=program.skeleton: s.merge(a).loss(b, k)[1])
+        found.append((batch, {n: float(v) for n, v in loss(mine, batch, keys).items()}))
+    (plain, want), (cached, got) = found
+    np.testing.assert_array_equal(cached["image"], plain["image"])
+    assert got.keys() == want.keys() and all(want[n] > 1e-6 for n in gone & want.keys())
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=0.05, err_msg=name)
+    if objective == "comclip":
+        other = pipeline.sources.open_source(records.path(3, "rich", 10))
+        with pytest.raises(UserError, match="another image or caption there"):
+            cache_builder.open_cache(q).check(other)
+        with pytest.raises(UserError, match=r"made with other settings: contrast\.spec\.text\.context_length"):
+            cache_builder.open_cache(small.program(configured(cache=out, backbone__text__context_length=31)))
+
+
 def test_what_is_refused(files, cache, tmp_path, monkeypatch):
     def build(out=tmp_path, per_shard=5, crops=CROPS, **fields):
         return cache_builder.Builder(run_config(files, **fields), str(out), crops, per_shard, 1)
@@ -204,9 +244,9 @@ def test_what_is_refused(files, cache, tmp_path, monkeypatch):
         loop.Run(run_config(files, cache, dtype="bfloat16"), tmp_path / "run")
     kuea = config.default(small.SPEC, objective="kuea")
     kuea.data.latents = "somewhere"
-    with pytest.raises(UserError, match="kuea has no VAE"):
+    with pytest.raises(UserError, match="kuea has no frozen model whose outputs"):
         small.program(kuea)
     kuea.data.latents = ""
-    with pytest.raises(UserError, match="kuea has no VAE"):
+    with pytest.raises(UserError, match="kuea has no frozen model whose outputs"):
         cache_builder.Builder(kuea, str(tmp_path), 1, 5, 1)
     assert not (tmp_path / "run").exists()

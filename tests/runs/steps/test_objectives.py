@@ -6,7 +6,15 @@ import pytest
 import small
 from helpers import close
 from places import ROOT
-from small import comclip_config, dcr_config, genhancer_config, kuea_config, smartclip_config, unclip_config
+from small import (
+    comclip_config,
+    dcr_config,
+    genhancer_config,
+    kuea_config,
+    salm_config,
+    smartclip_config,
+    unclip_config,
+)
 from specs import DINOV2
 from traced import traced
 
@@ -40,6 +48,7 @@ DEVICES = {
         small.random_arrays,
     ),
     "kuea": (kuea_config, {}, {}, small.kuea_arrays),
+    "salm": (salm_config, dict(accum=2), dict(mesh__fsdp=2, mesh__min_shard=64), small.random_arrays),
     # All terms, two micro-batches.
     "comclip": (comclip_config, dict(accum=2, relation__with_self=False), {}, small.random_arrays),
     "smartclip": (smartclip_config, dict(trainable=(("mask_net/.*", 3.0), (".*", 1.0))), {}, small.random_arrays),
@@ -64,8 +73,13 @@ def test_losses_do_not_depend_on_devices(name):
 # The teacher's resized input of the faithful KUEA, or of ComCLIP at another size, would have products too.
 @pytest.mark.parametrize(
     "make, rel",
-    [(kuea_config, 1e-9), (smartclip_config, 5e-3), (lambda: comclip_config(teacher__image_size=21), 5e-3)],
-    ids=["kuea", "smartclip", "comclip"],
+    [
+        (kuea_config, 1e-9),
+        (smartclip_config, 5e-3),
+        (lambda: comclip_config(teacher__image_size=21), 5e-3),
+        (lambda: salm_config(teacher__image_size=21), 1e-2),
+    ],
+    ids=["kuea", "smartclip", "comclip", "salm"],
 )
 def test_flops_are_those_of_the_traced_program(make, rel):
     """The pixels have no gradient, nor have the states that SmartCLIP's mask network reads."""
@@ -73,7 +87,8 @@ def test_flops_are_those_of_the_traced_program(make, rel):
     batch = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.abstract_batch().items()}
     frozen = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.arrays.items()}
     trained = {n: frozen.pop(n) for n in p.trained}
-    loss = jax.value_and_grad(lambda trained, frozen, batch: p.skeleton.merge(trained, frozen).loss(batch, None)[0])
+    keys = jax.random.split(jax.random.key(0), p.config.batch_size)
+    loss = jax.value_and_grad(lambda trained, frozen, batch: p.skeleton.merge(trained, frozen).loss(batch, keys)[0])
     counted = traced(jax.make_jaxpr(loss)(trained, frozen, batch).jaxpr) / p.config.batch_size
     spec = p.objective.spec
     patches = 2 * spec.patches * 3 * spec.patch_size**2 * spec.width
@@ -96,6 +111,11 @@ REFUSED = [
     (genhancer_config, dict(backbone__arch="dinov2", backbone__embed_dim=24), "the authors adapt no dinov2 encoder"),
     (kuea_config, dict(kuea__teacher_crop_from=17), "config.kuea.teacher_crop_from=17 must be at least"),
     (comclip_config, dict(contrast__weight=0, anchor__weight=0, relation__weight=0), "trains nothing without a term"),
+    (salm_config, dict(teacher__image_size=21, teacher__patch_size=5), "4 x 4 patches .* 3 x 3: set .*image_size=15"),
+    (salm_config, dict(salm__teacher="self", salm__layer=2), "set config.ema.decay"),
+    (salm_config, dict(salm__teacher="self", ema__decay=0.9), "at least config.salm.layer=6 blocks, and .* vit with 2"),
+    (salm_config, dict(batch_size=4, accum=4), "needs two images per micro-batch"),
+    (salm_config, dict(salm__adapter__heads=4), "heads=4 must divide its width, 30"),
     (comclip_config, dict(teacher__heads=7), "config.teacher.heads=7 must divide the width"),
     (lambda: config.default(DINOV2, objective="comclip"), {}, "dinov2 backbone has no text tower"),
     (unclip_config, dict(unclip__embed_noise="level1000"), "must be none, mean0, random or level<L>"),

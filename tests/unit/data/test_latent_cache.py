@@ -10,6 +10,7 @@ from records import batches, noise, take, write_tar
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import crop, images, inputs, latent_cache, pipeline, sources
 from diva_jax.data.latent_cache import Cache, Entry, Manifest
+from diva_jax.data.records import Record
 
 COUNT, CROPS, SHAPE, BROKEN = 11, 3, (5, 3, 6), 7
 FACTS = {"vae": {"channels": [8, 12]}, "weights": "ab12", "crop": {"scale": (0.9, 1.0)}}
@@ -64,7 +65,7 @@ def test_every_entry_is_read_as_it_was_written(folder):
 
 def test_batches_have_the_boxes_and_moments_of_their_epoch(folder, data):
     """The slot of the record without moments is filled, and a resumed run goes on with the same crops."""
-    wanted = {"image": inputs.Image(12), "moments": inputs.Moments(SHAPE)}
+    wanted = {"image": inputs.Image(12), "moments": inputs.Cached(SHAPE)}
 
     def opened():
         return batches(data, wanted, seed=4, batch=5, max_broken_share=1.0, cache=Cache(str(folder), FACTS))
@@ -134,9 +135,9 @@ def test_what_is_refused_when_a_cache_is_opened(folder, data, tmp_path_factory):
 def test_a_changed_image_is_found_where_it_is_used(folder, data):
     """The probes at the start do not see every image."""
     cache = Cache(str(folder), FACTS)
-    cache.verify(cache.read(3, 0), jpeg(3), "3.jpg")
+    cache.verify(cache.read(3, 0), Record("", jpeg(3)), "3.jpg")
     with pytest.raises(RunError, match=r"3\.jpg is another image there"):
-        cache.verify(cache.read(3, 0), jpeg(3) + b"\0", "3.jpg")
+        cache.verify(cache.read(3, 0), Record("", jpeg(3) + b"\0"), "3.jpg")
 
 
 def test_a_shard_is_there_when_it_is_complete(tmp_path):

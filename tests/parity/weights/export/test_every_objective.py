@@ -30,7 +30,7 @@ SPEC = dataclasses.replace(CLIP_FOLDER, image_size=28, patch_size=7, select="ran
 COUNT, STEP, TOKENS = 3, 5, 17
 # Objective -> whether its run keeps a moving average.
 RUNS = {"diva": True, "unclip": False, "genhancer": True, "dcr": False, "kuea": True, "smartclip": True}
-RUNS |= {"comclip": False}
+RUNS |= {"comclip": False, "salm": True}
 LORA = ("genhancer", "dcr")
 # The towers of the others are as DIVA's.
 SAMPLE = ("diva", "genhancer", "dcr", "smartclip")
@@ -39,7 +39,7 @@ SAMPLE = ("diva", "genhancer", "dcr", "smartclip")
 def config_of(objective: str, source: str):
     if objective == "genhancer":
         c = small.genhancer_config(SPEC)
-    elif objective in ("kuea", "smartclip", "comclip"):
+    elif objective in ("kuea", "smartclip", "comclip", "salm"):
         c = configs.default(SPEC, objective=objective)
     else:
         c = configs.default(SPEC, small.unclip_diffusion() if objective == "unclip" else small.diffusion(), objective)
