@@ -16,6 +16,11 @@ from diva_jax.models.convolution import convolve
 Array = jax.Array
 
 
+def widened(x: Array) -> Array:
+    """The array in float32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class _Named:
     """A norm with the name "norm" in profiles and compiled programs."""
 

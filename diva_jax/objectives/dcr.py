@@ -26,11 +26,11 @@ from diva_jax.common.fields import above, at_least, field, one_of, parse
 from diva_jax.costs import flops
 from diva_jax.data import jitter, preprocess
 from diva_jax.models import adapters
-from diva_jax.models.layers import ACTIVATIONS, Layers
+from diva_jax.models.layers import ACTIVATIONS, Layers, widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.shared import draws
-from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats, widened
+from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats
 from diva_jax.weights import parts
 
 Array = jax.Array

@@ -35,9 +35,10 @@ from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.backbones.shared.transformer import block_flops
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.text_encoder import TextEncoder
+from diva_jax.models.layers import widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.shared import pairs
-from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, widened
+from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective
 from diva_jax.weights import parts
 
 Array = jax.Array

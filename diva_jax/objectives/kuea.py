@@ -20,6 +20,7 @@ from diva_jax.common.fields import above, at_least, field, one_of, parse
 from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
+from diva_jax.models.layers import widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.weights import parts
@@ -199,17 +200,13 @@ class Objective(contract.Objective):
         Returns (loss, {f, f0 [B, D], g [B, D'], k_clip, k_dino [B, B], loss_clean, loss_kernel []}).
         """
 
-        def pooled(tower, view):
-            x = tower.encode(view).pooled
-            return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
         view = preprocess.normalise(pixels, self.spec.mean, self.spec.std)
         with jax.named_scope("vision"):
-            f = pooled(self.vision, view)
+            f = widened(self.vision.encode(view).pooled)
         with jax.named_scope("original"):
-            f0 = jax.lax.stop_gradient(pooled(self.original, view))
+            f0 = jax.lax.stop_gradient(widened(self.original.encode(view).pooled))
         with jax.named_scope("teacher"):
-            g = jax.lax.stop_gradient(pooled(self.teacher, self.teacher_view(teacher_pixels)))
+            g = jax.lax.stop_gradient(widened(self.teacher.encode(self.teacher_view(teacher_pixels)).pooled))
         k_clip, k_dino = self.kernels(f, g)
         clean = jnp.mean(jnp.sum(jnp.square(f - f0), axis=-1))
         kernel = jnp.mean(jnp.square(k_clip - k_dino))

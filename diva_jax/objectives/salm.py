@@ -31,7 +31,7 @@ from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.transformer import block_flops, blocks, run
-from diva_jax.models.layers import Layers
+from diva_jax.models.layers import Layers, widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.shared import pairs
 from diva_jax.weights import parts
@@ -248,26 +248,23 @@ class Objective(contract.Objective):
           average: the objective with the moving average of its parameters.
         """
 
-        def wide(x):
-            return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
         with jax.named_scope("vision"):
             ours = self.vision.encode(view)
         with jax.named_scope("original"):
             before = self.original.encode(view)
-        f, f0 = (wide(jnp.concatenate([x.pooled[:, None], x.tokens], axis=1)) for x in (ours, before))
+        f, f0 = (widened(jnp.concatenate([x.pooled[:, None], x.tokens], axis=1)) for x in (ours, before))
         found = {"preserve": jnp.mean(jnp.square(f - f0)), "uniformity": uniformity(f[:, 0])}
         if taught is not None:
-            tokens, taught = f[:, 1:], wide(taught)
-            predicted = wide(self.adapter(ours.tokens, masked, taught))
+            tokens, taught = f[:, 1:], widened(taught)
+            predicted = widened(self.adapter(ours.tokens, masked, taught))
             missed = jnp.mean(jnp.square(predicted - taught), axis=-1)
             found["reconstruction"] = jnp.sum(missed * masked) / jnp.maximum(jnp.sum(masked), 1)
         else:
             with jax.named_scope("vision"):
                 early = self.vision.encode_early(view, self.options.layer)
-            tokens = wide(self.adapter(early, masked))
+            tokens = widened(self.adapter(early, masked))
             with jax.named_scope("average"):
-                taught = jax.lax.stop_gradient(wide(average.vision.encode_early(view, self.options.layer)))
+                taught = jax.lax.stop_gradient(widened(average.vision.encode_early(view, self.options.layer)))
         cosines, norms = structure(tokens, taught)
         return found | {"cosines": cosines, "norms": norms}
 

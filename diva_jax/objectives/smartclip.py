@@ -32,7 +32,7 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.backbones.shared.transformer import Block, block_flops, run
-from diva_jax.models.layers import Layers, attention, heads
+from diva_jax.models.layers import Layers, attention, heads, widened
 from diva_jax.objectives import contract
 from diva_jax.weights import parts
 
@@ -165,8 +165,7 @@ class Objective(contract.Objective):
             texts = self.text.embed(states, ids)
         with jax.named_scope("mask_net"):
             mask_logits = self.mask_net(jax.lax.stop_gradient(states))
-        wide = jnp.promote_types(images.dtype, jnp.float32)
-        images, texts, masks = images.astype(wide), texts.astype(wide), binary(mask_logits.astype(wide))
+        images, texts, masks = widened(images), widened(texts), binary(widened(mask_logits))
         logits = self.options.logit_scale * masked_cosines(images, texts, masks)
         same_image, same_mask = (-jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits, axis=a))) for a in (1, 0))
         selected = jnp.mean(masks)  # |m| = m; that of rounded zeros would have a gradient of either sign.

@@ -26,8 +26,9 @@ from diva_jax.costs import flops
 from diva_jax.data import preprocess
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.unet import timestep_embedding
+from diva_jax.models.layers import widened
 from diva_jax.objectives import contract
-from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, widened
+from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective
 from diva_jax.weights import parts
 
 Array = jax.Array

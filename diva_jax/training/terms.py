@@ -16,6 +16,7 @@ from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.layers import widened
 from diva_jax.objectives import Objective
 from diva_jax.objectives.contract import Cacheable
 from diva_jax.objectives.shared import pairs
@@ -184,8 +185,7 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
         def _pooled(self, tower, spec, batch):
             """A tower's embedding of the images of a batch, [B, D], in float32 or wider."""
             image = preprocess.to_float(batch["image"])
-            x = tower.encode(preprocess.backbone_view(image, spec.image_size, spec.mean, spec.std)).pooled
-            return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            return widened(tower.encode(preprocess.backbone_view(image, spec.image_size, spec.mean, spec.std)).pooled)
 
         def _frozen(self, name, batch):
             """The embedding that a term compares with, [B, D]: of a cache, or computed."""

@@ -18,7 +18,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.fields import above, between, field
 from diva_jax.models.attention import attention
 from diva_jax.models.diffusion.blocks import call
-from diva_jax.models.layers import ACTIVATIONS, Array, Keys, Layers, split_qkv
+from diva_jax.models.layers import ACTIVATIONS, Array, Keys, Layers, split_qkv, widened
 
 _EPSILON = 1e-6
 _CODE = 256  # Width of the code of a timestep.
@@ -108,7 +108,7 @@ def rotations(config: FlowConfig, grid: tuple[int, int], text: int = 1) -> tuple
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates consecutive pairs of channels, [B, N, H, D]; cos and sin are [N, D / 2]."""
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(*x.shape[:-1], -1, 2)
+    y = widened(x).reshape(*x.shape[:-1], -1, 2)
     cos, sin = cos[None, :, None], sin[None, :, None]
     first, second = y[..., 0], y[..., 1]
     out = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
@@ -118,7 +118,7 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
 @jax.named_scope("norm")
 def _normalise(x: Array) -> Array:
     """LayerNorm over the last axis without weights; statistics in at least float32."""
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = widened(x)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + _EPSILON)).astype(x.dtype)
 
@@ -131,7 +131,7 @@ class Rms(nnx.Module):
 
     @jax.named_scope("norm")
     def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = widened(x)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + _EPSILON)
         return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
 

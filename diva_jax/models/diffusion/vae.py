@@ -10,7 +10,7 @@ from flax import nnx
 
 from diva_jax.common.fields import Rule, between, field
 from diva_jax.models.diffusion.blocks import ContextAttention, Downsample, ResnetBlock
-from diva_jax.models.layers import Array, Layers
+from diva_jax.models.layers import Array, Layers, widened
 from diva_jax.models.library_config import LibraryConfig
 
 _EPSILON = 1e-6
@@ -114,7 +114,7 @@ class FluxVAEConfig(AutoencoderConfig):
 
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """See `LatentCode`: scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor), float32 or wider."""
-        moments = moments.astype(jnp.promote_types(moments.dtype, jnp.float32))
+        moments = widened(moments)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         sample = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
         return self.scaling_factor * (sample - self.shift_factor)

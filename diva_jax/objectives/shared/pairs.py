@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from diva_jax.models.layers import widened
+
 Array = jax.Array
 
 
 def unit(x: Array) -> Array:
     """Vectors [..., D], none of them zero, divided by their lengths."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = widened(x)
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True))
 
 

@@ -20,11 +20,6 @@ from diva_jax.weights import parts
 Array = jax.Array
 
 
-def widened(x: Array) -> Array:
-    """The array in float32 or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def view_stats(spec: backbones.Spec, switch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of the tower's input: the backbone's own where a switch is exact, OpenAI's where it is faithful."""
     return (spec.mean, spec.std) if switch == contract.EXACT else (backbones.OPENAI_MEAN, backbones.OPENAI_STD)
