@@ -81,8 +81,8 @@ class Builder:
             wrong = differences(vars(there), vars(self.manifest))
             raise UserError(f"{self._named} holds another cache: {listing(wrong, 3)}; use another folder")
         self._broken = Broken(config.data.max_broken_share)
-        with_text = any(i.needs_text for i in self._inputs.values())
-        self._decoder = Decoder(self._source, config.data, with_text=with_text, broken=self._broken)
+        self._with_text = _with_text(self.program)
+        self._decoder = Decoder(self._source, config.data, with_text=self._with_text, broken=self._broken)
         distributed.check_same({"the fingerprint of the cache": self.manifest.fingerprint})
 
     @property
@@ -141,7 +141,7 @@ class Builder:
             if found is None:
                 return [(Entry(record, k, 0, (0, 0, 0, 0), None), None) for k in range(m.crops)]
             (image, encoded), rows = found, []
-            crc = latent_cache.checksum(encoded, _with_text(self.program))
+            crc = latent_cache.checksum(encoded, self._with_text)
             for k, position in enumerate(self._where[:, record]):
                 rng = np.random.default_rng((m.seed, int(position)))
                 box = crop.sample_box(rng, *image.size, tuple(settings.scale), tuple(settings.ratio))
@@ -162,8 +162,8 @@ class Builder:
     def _encoder(self):
         """A function: batch on the host -> [B, *shape of an entry] on the devices, while the host goes on."""
         program, shape = self.program, self.manifest.shape
-        prefixes = [prefix for wanted in program.objective.cacheable.values() for prefix in wanted.parts]
-        names = [n for prefix in prefixes for n in load.below(prefix, program.arrays)]
+        prefixes = [f"{prefix}/" for wanted in program.objective.cacheable.values() for prefix in wanted.parts]
+        names = [n for n in program.arrays if n.startswith(tuple(prefixes))]
         arrays, _ = load.initial_arrays(program, names, every_source=False)
         absent = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in program.arrays.items()}
 

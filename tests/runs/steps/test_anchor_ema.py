@@ -5,6 +5,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import small
 from helpers import within
 
@@ -13,6 +14,7 @@ from diva_jax.models import backbones
 from diva_jax.training import checkpoint, workdirs
 from diva_jax.training.loop import Run
 from diva_jax.weights import runs
+from diva_jax.world import models, records
 
 
 def test_defaults_have_neither():
@@ -97,12 +99,9 @@ def test_average_is_the_recursion_across_stages():
     assert not np.array_equal(states[4]["ema"]["vision/patch_embed/kernel"], want["vision/patch_embed/kernel"] * 0)
 
 
-def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
-    """un²CLIP with both, on files: the second half again from a checkpoint; evaluation and export see the average."""
-    small.write_unclip(tmp_path / "generator")
-    c = small.unclip_config(steps=4, anchor__weight=0.2, ema__decay=0.6, unclip__embed_noise="random")
-    c.backbone.source, c.diffusion.source = str(files / "clip"), str(tmp_path / "generator")
-    c.data.path, c.data.threads, c.compile_cache = str(files / "photos"), 2, ""
+def resumed(c, tmp_path):
+    """Runs of four steps, the second one from its checkpoint of step 2: (workdir, state, what is saved beside it)."""
+    c.update(steps=4, compile_cache="")
     c.checkpoint.every, c.log.tensorboard = 2, False
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert Run(c, whole).run()
@@ -120,8 +119,18 @@ def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
         return found, meta
 
     (want, meta), (got, _) = state(whole), state(again)
-    assert "anchor" in meta["sources"] and meta["sources"]["anchor"] == meta["sources"]["vision"]
     jax.tree.map(np.testing.assert_array_equal, got, want)
+    return whole, want, meta
+
+
+def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
+    """un²CLIP with both, on files: the second half again from a checkpoint; evaluation and export see the average."""
+    small.write_unclip(tmp_path / "generator")
+    c = small.unclip_config(anchor__weight=0.2, ema__decay=0.6, unclip__embed_noise="random")
+    c.backbone.source, c.diffusion.source = str(files / "clip"), str(tmp_path / "generator")
+    c.data.path, c.data.threads = str(files / "photos"), 2
+    whole, want, meta = resumed(c, tmp_path)
+    assert "anchor" in meta["sources"] and meta["sources"]["anchor"] == meta["sources"]["vision"]
     at = workdirs.RunAt.open(whole)
     for name, array in at.params.items():
         np.testing.assert_array_equal(array, want["ema"][name], err_msg=name)
@@ -130,3 +139,12 @@ def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
     name = "visual.proj"
     np.testing.assert_array_equal(source.tensors[name], np.asarray(want["ema"]["vision/proj/matrix"]))
     assert backbones.spec_of(at.config) == source.spec
+
+
+@pytest.mark.parametrize("objective, fields", [("comclip", {}), ("salm", dict(salm__teacher="self", ema__decay=0.6))])
+def test_objectives_without_a_generator_resume_bit_identical(objective, fields, tmp_path):
+    """In the world, with captions; SALM's curriculum follows the step, and its teacher is in the checkpoint."""
+    c = small.with_fields(models.base_config(objective), dict(batch_size=6) | fields)
+    c.data.path = records.path(3, count=30)
+    _, state, _ = resumed(c, tmp_path)
+    assert any(n.startswith("adapter/") for n in state["params"]) == (objective == "salm")
