@@ -206,8 +206,8 @@ def test_outputs_of_frozen_teachers_are_cached(objective, tmp_path):
         other = pipeline.sources.open_source(records.path(3, "rich", 10))
         with pytest.raises(UserError, match="another image or caption there"):
             cache_builder.open_cache(q).check(other)
-        with pytest.raises(UserError, match=r"made with other settings: contrast\.spec\.text\.context_length"):
-            cache_builder.open_cache(small.program(configured(cache=out, backbone__text__context_length=31)))
+        with pytest.raises(UserError, match=r"made with other settings: anchor\.dtypes"):
+            cache_builder.open_cache(small.program(configured(cache=out, dtype="bfloat16")))
 
 
 def test_what_is_refused(files, cache, tmp_path, monkeypatch):
