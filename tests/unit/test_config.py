@@ -12,14 +12,12 @@ import pytest
 import small
 from ml_collections import ConfigDict
 from mutations import changed
-from PIL import Image
 from places import ROOT
 
 from diva_jax import config, objectives
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import field
-from diva_jax.data import crop
 
 # One of them is of another type than any default.
 WILD = (-1, -(10**12), 10**15, 0.5, -0.5, math.nan, math.inf, "abc", "", "(", None, (), (1,), (math.nan, 1.0), True, {})
@@ -47,15 +45,6 @@ def test_every_field_is_documented_and_has_impossible_values(objective):
         functools.reduce(dict.__getitem__, section.split(".") if section else [], tree)[leaf] = None
         with pytest.raises(UserError, match=re.escape(f"config.{name}=None must be ")):
             config.validate(ConfigDict(tree), 1)
-
-
-def test_every_interpolation_that_is_allowed_can_crop():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8))
-    for interpolation in ("bilinear", "bicubic", "lanczos"):
-        config.validate(small.small_config(data__crop__interpolation=interpolation), 1)
-        assert crop.resized_crop(image, (1, 1, 7, 7), 4, interpolation).shape == (4, 4, 3)
-    with pytest.raises(UserError, match="config.data.crop.interpolation='nearest' must be bilinear or bicubic or la"):
-        config.validate(small.small_config(data__crop__interpolation="nearest"), 1)
 
 
 def test_the_page_is_current():

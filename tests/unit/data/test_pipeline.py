@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from records import batches, encoded, tags, tags_of, take, write_shards
+from records import batches, tags, tags_of, take, write_shards
 
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import pipeline
@@ -173,15 +173,6 @@ def test_the_log_stops_naming(caplog):
             broken.add(record, f"image{record}", "why")
     assert len(caplog.records) == 21 and broken.count == 50
     assert "image19: why" in caplog.text and "image20" not in caplog.text
-
-
-def test_a_file_that_vanishes_counts(tmp_path, caplog):
-    for i in range(6):
-        (tmp_path / f"{i}.png").write_bytes(encoded(i))
-    iterator = batches(tmp_path, batch=6, max_broken_share=0.9)
-    (tmp_path / "3.png").unlink()
-    assert 3 not in tags(next(iterator)["image"])
-    assert "3.png" in caplog.text and iterator.broken.count == 1
 
 
 def test_a_batch_that_does_not_divide_is_refused(noisy):
