@@ -50,5 +50,5 @@ $(VENV)/test.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(PIP) -e ".[test]"
 	touch $@
 
-clean:  ## removes the environment and what make demo made, nothing else
-	rm -rf $(VENV) data/tiny runs/tiny runs/tuned runs/world
+clean:  ## removes the environment, what the tests compiled and what make demo made, nothing else
+	rm -rf $(VENV) .compiled data/tiny runs/tiny runs/tuned runs/world

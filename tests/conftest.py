@@ -3,16 +3,14 @@
 import collections
 import os
 import resource
-import tempfile
 
-from places import FAST_COMPILATION
+from places import FAST_COMPILATION, ROOT
 
 # Set before jax starts, and inherited by the workers and by the commands that tests run. Most of the time is
-# compilation, so code is not optimised, and a program that several tests use, however small, is compiled once.
+# compilation, so code is not optimised, and a program that several tests or runs of the tests use is compiled once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="diva_jax_compiled_"))
-
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

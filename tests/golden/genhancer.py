@@ -70,7 +70,7 @@ class Case:
     Attributes:
       arrays: name -> array, without `meta`.
       meta: of all files.
-      encoder: arrays of the VAE's encoder and its sizes, or None where the latents are given.
+      encoder: arrays of the VAE's encoder and its sizes.
     """
 
     def __init__(self, path: Path):
@@ -83,13 +83,10 @@ class Case:
             self.meta |= json.loads(str(z["meta"]))
         if "pixels" not in self.arrays:
             raise ValueError(f"{self.name}.npz, which {path.name} belongs to, is missing: put it beside it")
-        self.siglip = not any("pre_layrnorm" in k for k in self.arrays)
-        self.encoder = None
-        if "draw/posterior" in self.arrays:
-            file = beside(path, "genhancer_vae.npz")
-            if file is None:
-                raise ValueError(f"{path.name} needs genhancer_vae.npz: put it beside it")
-            self.encoder = encoder_of(np.load(file), self.name.removeprefix("genhancer_"))
+        file = beside(path, "genhancer_vae.npz")
+        if file is None:
+            raise ValueError(f"{path.name} needs genhancer_vae.npz: put it beside it")
+        self.encoder = encoder_of(np.load(file), self.name.removeprefix("genhancer_"))
 
     def has(self, key: str) -> bool:
         return any(k.startswith(key) for k in self.arrays)
@@ -102,15 +99,14 @@ class Case:
         """The vision tower, from the arrays' shapes."""
         return hf_spec(self.hf_tensors, heads=HEADS)
 
-    def config(self, *, adapted: bool, head_out: str = "faithful"):
+    def config(self, *, adapted: bool):
         """The config of the objective that trains."""
         spec, dit = self.spec(), self.meta["dit"]
-        latents = self.arrays["latents"]
         c = config.default(spec, objective="genhancer")
         c.update(dtype="float32", frozen_dtype="float32")
         g = c.genhancer
         g.update(scale_factor=float(self.meta["scale_factor"]), guidance=float(self.meta["guidance"]))
-        g.update(siglip_gelu="faithful", siglip_head_out=head_out, stage2="all" if adapted else "none")
+        g.stage2 = "all" if adapted else "none"
         g.denoiser.update(
             in_channels=dit["in_channels"],
             vector_dim=self.meta["clip_dim"],
@@ -121,9 +117,7 @@ class Case:
             single_blocks=dit["depth_single_blocks"],
             axes=tuple(dit["axes_dim"]),
         )
-        # Of a case that gives its latents there is no encoder; nothing of this one is used.
-        vae = self.encoder[1] if self.encoder else FluxVAEConfig(latent_channels=latents.shape[-1])
-        g.vae.update(dataclasses.asdict(vae))
+        g.vae.update(dataclasses.asdict(self.encoder[1]))
         if adapted:
             g.lora.update(rank=self.meta["rank"], alpha=float(self.meta["lora_alpha"]), dropout=0.0)
         return c
@@ -134,10 +128,7 @@ class Case:
             inside = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
             inside = inside if m[2] == "attn/qkv" else [_LAYERS[m[2]]]
             return [f"model.vision_model.encoder.layers.{m[1]}.{layer}" for layer in inside]
-        if ours == "proj":
-            return ["model.visual_projection"]
-        inside = "attention.out_proj" if ours == "attn_pool/proj" else ours.removeprefix("attn_pool/").replace("/", ".")
-        return [f"model.vision_model.head.{inside}"]
+        return ["model.visual_projection"]
 
     def weights(self, skeleton: partition.Skeleton, spec: backbones.Spec) -> dict[str, jax.Array]:
         """Name -> array of every parameter of the objective."""
@@ -146,14 +137,11 @@ class Case:
             "project_clip": (take(self.arrays, "w/project_clip."), flux.PROJECTOR),
             "project_t5": (take(self.arrays, "w/project_t5."), flux.PROJECTOR),
             "denoiser": (take(self.arrays, "w/dit."), flux.DENOISER),
+            "vae": (self.encoder[0], flux.VAE),
         }
-        if self.encoder:
-            sources["vae"] = (self.encoder[0], flux.VAE)
         out = {}
         for name, (path, _) in skeleton.variables.items():
             part, *inner = path
-            if part == "vae" and not self.encoder:
-                continue
             if "lora" in inner:
                 *layer, _, leaf = inner
                 which, layers = leaf.upper(), self.hf_layer("/".join(map(str, layer)))
@@ -168,8 +156,6 @@ class Case:
         """The objective of `config(**kw)`, apart, with the file's weights."""
         c = self.config(**kw)
         module = abstract(lambda rngs: genhancer.Objective(c, rngs=rngs))
-        if not self.encoder:
-            del module.vae
         skeleton, _ = partition.disassemble(module)
         return skeleton, self.weights(skeleton, module.spec)
 
@@ -177,13 +163,11 @@ class Case:
         """Every recorded quantity, by its name in the files."""
         a = self.arrays
         pixels, freqs = jnp.asarray(a["pixels"]), a["f/freqs"]
-        posterior = jnp.asarray(a["draw/posterior"]) if self.encoder else None
+        posterior = jnp.asarray(a["draw/posterior"])
         drawn = genhancer.GenHancerDraws(posterior, jnp.asarray(a["draw/t_normal"]), jnp.asarray(a["draw/noise"]))
         skeleton, weights = self.module(adapted=False)
         plain = skeleton.merge(weights)
-        latents = jax.jit(lambda w: skeleton.merge(w).latents(pixels, posterior))(weights) if self.encoder else None
-        out = {} if latents is None else {"latents": latents}
-        latents = jnp.asarray(a["latents"]) if latents is None else latents
+        latents = jax.jit(lambda w: skeleton.merge(w).latents(pixels, posterior))(weights)
 
         def loss(trained, rest, skeleton):
             return skeleton.merge(trained, rest).forward(pixels, latents, drawn, freqs)
@@ -194,7 +178,7 @@ class Case:
             return jax.jit(jax.value_and_grad(lambda t, r: loss(t, r, skeleton), has_aux=True))(mine, rest)
 
         (value, seen), grads = gradients(skeleton, weights, lambda n: not n.startswith(("vision/", "vae/")))
-        out["loss"] = value
+        out = {"latents": latents, "loss": value}
         out |= {f"f/{k}": v for k, v in seen.items()}
         out |= self.beside_the_forward(plain, seen, freqs)
         if self.has("grad1/"):
@@ -214,7 +198,7 @@ class Case:
             return caught[-1][1]
 
         module.vision.norm = tap
-        embed = module.vision.encode(view).pooled
+        module.vision.encode(view)
         before, after = caught[0]
         count = len(pixels)
         ids = np.broadcast_to(flow.token_positions(grid), (count, 1 + grid[0] * grid[1], 3))
@@ -223,8 +207,8 @@ class Case:
         t, guidance = seen["t"], jnp.full_like(seen["t"], module.options.guidance)
         return {
             "clip_pixels": view,
-            "f/last_hidden": after if self.siglip else before,
-            "f/pooled": embed if self.siglip else after[:, 0],
+            "f/last_hidden": before,
+            "f/pooled": after[:, 0],
             "f/txt_ids": ids[:, :1],
             "f/img_ids": ids[:, 1:],
             "f/dit.pe_embedder": np.broadcast_to(turns, (count, 1, *turns.shape)),
@@ -275,8 +259,6 @@ class Case:
                 layers = self.hf_layer("/".join(path[:-1]))
                 for layer, part in zip(layers, jnp.split(gradient, len(layers)), strict=True):
                     out[f"grad2/{layer}.bias"] = part
-        # Merging adds every adapter, that of the pooling head's output too.
-        skeleton, weights = self.module(adapted=True, head_out="exact")
         module = skeleton.merge(weights)
         tower = adapters.merge(module.vision)
         pixels = jnp.asarray(self.arrays["pixels"])
@@ -284,8 +266,6 @@ class Case:
         out["f2/merged_embed"] = tower.encode(view).pooled
         width, first = module.spec.width, tower.blocks[0].attn.qkv
         out |= {"merged/q0.weight": first.kernel[...].T[:width], "merged/q0.bias": first.bias[...][:width]}
-        if self.siglip:
-            out["merged/head_out.weight"] = tower.attn_pool.proj.kernel[...].T
         return out
 
     def error(self, key: str, ours: np.ndarray, want: np.ndarray) -> float:
@@ -336,8 +316,6 @@ def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
             return encoders(golden)
         case, ours = computed(golden.parent, case_name(golden))
     recorded = [k for k in np.load(golden).files if not k.startswith(GIVEN)]
-    if case.encoder is None:
-        recorded = [k for k in recorded if k != "latents"]
     if missing := [k for k in recorded if k not in ours]:
         raise ValueError(f"quantities that we do not compute: {missing}")
     return [(k, case.error(k, ours[k], case.arrays[k]), bound(k)) for k in recorded]

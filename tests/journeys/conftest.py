@@ -4,12 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-import choice_data
 import commands
 import eval_data
-import numpy as np
 import pytest
-from PIL import Image
 
 # Steps and images are few, because the journeys are about what is written and read, not about what is learned.
 SHORT = ("--config.steps=2", "--config.condition.warmup_steps=1", "--config.batch_size=8")
@@ -32,12 +29,9 @@ class Home:
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
 
-    def start(self, module: str, *args):
-        return commands.start(module, *args, cwd=self.folder)
-
     def run(self, module: str, *args) -> str:
         """Returns the output of `python -m diva_jax.MODULE ARGS`, which must succeed."""
-        return commands.output(self.start(module, *args))
+        return commands.succeed(module, *args, cwd=self.folder)
 
     def evaluate(self, data: dict[str, str], weights, out: str) -> str:
         """Evaluates weights on tasks, into the folder `out`; returns what the command printed."""
@@ -59,46 +53,6 @@ class Home:
         return json.loads(
             commands.output(commands.launch(sys.executable, "-c", code, cwd=self.folder)).splitlines()[-1]
         )
-
-
-def _images(folder: Path, count: int, first: int = 0) -> None:
-    folder.mkdir(parents=True)
-    for i in range(first, first + count):
-        (folder / f"{i}.png").write_bytes(eval_data.encoded(eval_data.patch(i)))
-
-
-def write_task_data(root: Path) -> dict[str, str]:
-    """Writes small data of every task; returns the task's --data."""
-    eval_data.write_mmvp(root / "mmvp")
-    for i, name in enumerate(("cup", "logo", "rocket")):
-        _images(root / "classes" / name, 4, 10 * i)
-    rows = [f"classes/cup/{i}.png,image {j} of number {i}" for i in range(4) for j in range(1 + i % 2)]
-    (root / "captions.csv").write_text("\n".join(["image,caption", *rows]))
-    choice_data.sugarcrepe(root / "choice")
-    for i, (split, count) in enumerate({"train/a": 5, "train/b": 6, "test/a": 4, "test/b": 3}.items()):
-        _images(root / "probe" / split, count, 10 * i)
-    for i, wnid in enumerate(("n01440764", "n02123045", "n15075141")):
-        _images(root / "a" / wnid, 3, 10 * i)
-    voc = root / "voc"
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (voc / folder).mkdir(parents=True)
-    for i in range(2):
-        image = eval_data.patch(i)
-        (voc / "JPEGImages" / f"{i}.jpg").write_bytes(eval_data.encoded(image, "JPEG"))
-        labels = np.random.default_rng(i).integers(0, 3, image.size[::-1]).astype(np.uint8)
-        Image.fromarray(labels).save(voc / "SegmentationClass" / f"{i}.png")
-    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("0\n1\n")
-    return {
-        "mmvp": f"{root}/mmvp",
-        "zeroshot": f"{root}/classes",
-        "retrieval": f"{root}/captions.csv",
-        "drift": f"{root}/classes",
-        "choice": f"{root}/choice",
-        "probe": f"{root}/probe",
-        "robustness": f"a={root}/a",
-        "segmentation": f"voc21={root}/voc",
-        "feedback": f"{root}/classes/cup",
-    }
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +77,7 @@ def kept():
 @pytest.fixture(scope="session")
 def evaluated(home, tuned, kept):
     """Evaluates the kept CLIP and the tuned one on every task, into `results`; returns what the command printed."""
-    home.data = write_task_data(home / "data")
+    home.data = eval_data.write_task_data(home / "data")
     return home.evaluate(home.data, (kept, "runs/tuned"), "results")
 
 
@@ -131,6 +85,4 @@ def evaluated(home, tuned, kept):
 def exported(home, evaluated):
     """Exports the run in every format, into the folder of the format's name; returns what the commands printed."""
     flags = ("--workdir=runs/tuned", "--results=results/results.json")
-    ends = commands.run_each("export_torch", [[*flags, f"--out={f}", f"--format={f}"] for f in FORMATS], home.folder)
-    assert [code for code, _, _ in ends] == [0] * len(FORMATS), ends
-    return {fmt: printed for fmt, (_, printed, _) in zip(FORMATS, ends, strict=True)}
+    return {f: home.run("export_torch", *flags, f"--out={f}", f"--format={f}") for f in FORMATS}

@@ -11,9 +11,9 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import torch_setup  # noqa: F401
-from clip_folders import dinov2_folder, metaclip2_folder, siglip_folder
+from clip_folders import transformers_folder
 from records import write_tar, write_tfds
-from specs import DINOV2, DINOV2_REG, GELU, QUICK, SIGLIP_FOLDER
+from specs import DINOV2, DINOV2_REG, GELU, METACLIP2_FOLDER, QUICK, SIGLIP_FOLDER
 
 from diva_jax import demo
 
@@ -55,28 +55,28 @@ def write_data(root) -> dict[str, str]:
     return paths | {"tfds": f"tfds:patches/train?data_dir={root / 'tfds'}"}
 
 
-# Kind of data -> (kind of backbone, what writes its folder, format of the export).
+# Kind of data -> (kind of backbone, what writes its folder and its spec, format of the export).
 KINDS = {
-    "folder": ("vit", lambda folder: demo.write_clip(folder, QUICK), "open_clip"),
-    "tars": ("siglip", lambda folder: siglip_folder(folder, SIGLIP_FOLDER), "hf"),
-    "images.csv": ("metaclip2", lambda folder: metaclip2_folder(folder), "hf"),
-    "images.parquet": ("vit_gelu", lambda folder: demo.write_clip(folder, GELU), "pt"),
-    "saved": ("dinov2", lambda folder: dinov2_folder(folder, DINOV2), "hf"),
-    "tfds": ("dinov2_reg", lambda folder: dinov2_folder(folder, DINOV2_REG), "hf"),
+    "folder": ("vit", (demo.write_clip, QUICK), "open_clip"),
+    "tars": ("siglip", (transformers_folder, SIGLIP_FOLDER), "hf"),
+    "images.csv": ("metaclip2", (transformers_folder, METACLIP2_FOLDER), "hf"),
+    "images.parquet": ("vit_gelu", (demo.write_clip, GELU), "pt"),
+    "saved": ("dinov2", (transformers_folder, DINOV2), "hf"),
+    "tfds": ("dinov2_reg", (transformers_folder, DINOV2_REG), "hf"),
 }
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """A folder in which every kind was trained, exported and evaluated: three commands each, imported once."""
+    """A folder in which every kind was trained, exported and evaluated: three commands each."""
     root = tmp_path_factory.mktemp("kinds")
     (root / "mine").mkdir()
     (root / "mine/rotations.py").write_text(pages.blocks("docs/WRITE_AN_OBJECTIVE.md")[0][1])
     (root / "kinds.py").write_text(CONFIG)
     data = write_data(root / "data")
     train, export, evaluate = [], [], []
-    for kind, (backbone, write, fmt) in KINDS.items():
-        write(root / backbone)
+    for kind, (backbone, (write, spec), fmt) in KINDS.items():
+        write(root / backbone, spec)
         config, run, out = f"--config=kinds.py:{backbone}", f"runs/{backbone}", f"exports/{backbone}"
         train.append([config, f"--workdir={run}", f"--config.data.path={data[kind]}"])
         export.append([f"--workdir={run}", f"--out={out}", f"--format={fmt}", "--trust_objective"])
@@ -85,8 +85,8 @@ def walked(tmp_path_factory):
         data_of = f"--data={root / 'data/folder'}"
         evaluate.append([config, *weights, "--task=drift", data_of, f"--out=results/{backbone}"])
     for command, lines in (("main", train), ("export_torch", export), ("evaluate", evaluate)):
-        for line, (code, out, err) in zip(lines, commands.run_each(command, lines, root, path=(root,)), strict=True):
-            assert code == 0, (command, line, out, err)
+        for line in lines:
+            commands.succeed(command, *line, cwd=root)
     return root
 
 

@@ -1,11 +1,15 @@
 """From weights to a tuned encoder in somebody else's code: train, evaluate, report, export, load, encode."""
 
+import csv
 import json
 import re
 
+import commands
 import numpy as np
 import pytest
 from eval_data import encoded, patch
+
+from diva_jax.evals.results import COLUMNS
 
 TEXTS = ["a photo of two red circles", "a small blue square above a star"]
 # open_clip imports torchvision, which does not start beside every build of PyTorch.
@@ -61,7 +65,12 @@ def test_training_says_what_to_do_next_and_is_done_once(home, tuned):
 
 def test_every_task_is_scored_and_compared(home, evaluated):
     results = json.loads((home / "results/results.json").read_text())
-    assert len(results["tasks"]) == 9 and "wrote results/results.json" in evaluated
+    assert len(results["tasks"]) == 9 and "wrote results/results.json" in evaluated and "clip -> tuned:3" in evaluated
+    assert {p.name for p in (home / "results").iterdir()} >= {"predictions.csv", "results.json"}
+    assert results["schema"] == 1 and results["devices"].startswith("1 x ") and results["seconds"] > 0
+    assert [(w["label"], w["step"]) for w in results["weights"]] == [("clip", None), ("tuned:3", 3)]
+    assert results["options"]["batch_size"] == 32 and results["options"]["mmvp"] == {"seeds": 2}
+    assert results["config"]["backbone"]["arch"] == "vit" and "jax" in results["versions"]
     for name, task in results["tasks"].items():
         assert list(task["weights"]) == ["clip", "tuned:3"], name
         (comparison,) = task["comparisons"]
@@ -69,6 +78,11 @@ def test_every_task_is_scored_and_compared(home, evaluated):
         assert task["title"] in evaluated
         for weights in task["weights"].values():
             assert all(np.isfinite(s["score"]) for s in weights["scores"].values() if s["score"] is not None), name
+
+
+def test_a_flag_that_is_missing_is_named(home, evaluated):
+    line = ("--config=world", "--weights=runs/tuned", "--task=drift", f"--data=drift={home.data['drift']}")
+    assert "--out is missing" in commands.refused("evaluate", *line, cwd=home.folder)
 
 
 def test_reports_of_the_evaluation_and_of_the_run(home, evaluated):
@@ -88,6 +102,17 @@ def test_cards_have_the_scores_and_the_origin(home, exported):
         card = (home / fmt / "README.md").read_text()
         assert "bit-identical" in printed and "largest difference" in printed
         assert "MMVP-VLM" in card and "run `runs/tuned`, step 3" in card
+        for part in ("?seed=", "sha256", "jax ", '"batch_size": 8'):
+            assert part in card, part
+    again = ("--workdir=runs/tuned", "--out=hf", "--step=3")
+    assert "exists already" in commands.refused("export_torch", *again, cwd=home.folder)
+
+
+def predictions(home, folder: str, weights: str) -> list[dict]:
+    with open(home / folder / "predictions.csv", newline="") as f:
+        rows = csv.DictReader(f)
+        assert tuple(rows.fieldnames[: len(COLUMNS)]) == COLUMNS
+        return [row for row in rows if row["weights"] == weights and row["task"] not in ("feedback", "drift")]
 
 
 def test_every_export_has_the_scores_of_the_run_in_every_task(home, exported):
@@ -99,6 +124,7 @@ def test_every_export_has_the_scores_of_the_run_in_every_task(home, exported):
         run, *exports = (weights["scores"] for weights in task["weights"].values())
         assert len(exports) == 3 and all(scores == run for scores in exports), name
         assert run == before[name]["weights"]["tuned:3"]["scores"], name
+    assert predictions(home, "again", "tuned:3") == predictions(home, "results", "tuned:3")
 
 
 def test_ours_agree(ours):

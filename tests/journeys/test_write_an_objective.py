@@ -72,7 +72,8 @@ def test_an_error_inside_names_its_line(folder):
         [f"--config=config{i}.py", f"--workdir=broken{i}/run", *FEW.split(), "--config.compile_cache="]
         for i in range(len(BROKEN))
     ]
-    for i, (code, out, err) in enumerate(commands.run_each("main", lines, folder, path=(folder,))):
+    for i, line in enumerate(lines):
+        code, out, err = commands.run("main", *line, cwd=folder)
         _, _, want, says = list(BROKEN.values())[i]
         last = err.splitlines()[-1]
         assert code == want and says in last, (list(BROKEN)[i], code, out, err)

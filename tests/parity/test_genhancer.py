@@ -1,4 +1,4 @@
-"""GenHancer against plain PyTorch: ten optimizer steps over both stages, and FLUX's encoder from every layout."""
+"""GenHancer against plain PyTorch: ten steps over both stages, another grid, and FLUX's encoder from every layout."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from torch_objectives import begin, check_trained, column, random_program
 from diva_jax.models import backbones
 from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig
 from diva_jax.models.layers import abstract
+from diva_jax.objectives import genhancer
 from diva_jax.training.step import image_keys
 from diva_jax.weights import flux, names, writers
 
@@ -68,6 +69,33 @@ def test_ten_steps():
     assert clipped >= 3
     assert set(p.active(1)) == set(p.trained)
     check_trained(arrays, state["params"], {n: tensors[n] for n in p.trained})
+
+
+def test_loss_and_gradients_on_a_grid_that_is_not_square():
+    """3 x 5 tokens; the gradients of projectors and denoiser."""
+    c = small.genhancer_config(genhancer__stage2="none")
+    p, arrays = random_program(c)
+    rng, spec = np.random.default_rng(2), backbones.spec_of(c)
+    pixels = rng.uniform(size=(3, 28, 28, 3)).astype(np.float32)
+    latents, t, noise = (rng.normal(size=s).astype(np.float32) for s in ((3, 6, 10, 3), (3,), (3, 15, 12)))
+    drawn = genhancer.GenHancerDraws(None, jnp.asarray(t), jnp.asarray(noise))
+    mine = {n: arrays[n] for n in p.active(0)}
+
+    def forward(trained):
+        return p.skeleton.merge(arrays, trained).forward(pixels, latents, drawn)
+
+    (loss, seen), grads = jax.jit(jax.value_and_grad(forward, has_aux=True))(mine)
+    tensors = {n: x.requires_grad_(n in mine) for n, x in as_torch(arrays).items()}
+    model = Model(tensors, p.skeleton.merge(arrays).flow_config, spec.heads, spec.patch_size)
+    view = (torch.from_numpy(pixels).permute(0, 3, 1, 2) - column(spec.mean)) / column(spec.std)
+    want, theirs = model.forward(model.clip(view), *map(torch.from_numpy, (latents, t, noise)))
+    want.backward()
+    np.testing.assert_allclose(loss, want.item(), rtol=2e-5)
+    close(seen["pred"], theirs["pred"].detach(), 2e-5)
+    ours, theirs = (np.concatenate([np.ravel(x) for x in g]) for g in (
+        [grads[n] for n in mine], [tensors[n].grad for n in mine]
+    ))  # fmt: skip
+    close(ours, theirs, 2e-5)
 
 
 SIZES = dict(latent_channels=5, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)

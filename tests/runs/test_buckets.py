@@ -102,14 +102,14 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
 
     for source, step in ((f"{workdir}:{saved}", saved), (str(workdir), STEPS)):
         assert places.find(source, "--weights")[:2] == (str(workdir), step)
-    commands.succeed("export_torch", f"--workdir={workdir}", f"--out={tmp_path / 'tuned'}")
+    commands.succeed("export_torch", f"--workdir={workdir}", f"--out={tmp_path / 'tuned'}", "--trust_objective")
     assert (tmp_path / "tuned" / "open_clip_model.safetensors").exists()
     commands.succeed("report", workdir)
     assert "</html>" in (workdir / "report.html").read_text()
 
 
 def test_what_is_not_there_is_refused_in_one_sentence(files, bucket):
-    flags = [f"--config=tests/support/e2e_config.py:{files}", "--config.accum=1", "--workdir=gs://nowhere/run"]
+    flags = [f"--config=tests/support/e2e_config.py:rotations:{files}", "--workdir=gs://nowhere/run"]
     code, _, err = commands.run("main", *flags)
     assert code == 2 and "gs://nowhere" in err.splitlines()[-1] and "Traceback" not in err, err  # After warnings.
     for refuse, said in (

@@ -28,7 +28,7 @@ BATCH, IMAGES = 8, 24
 
 def run_here(files, workdir) -> None:
     """The same run in this process on its eight devices."""
-    config = get_config(str(files))
+    config = get_config(f"rotations:{files}")
     config.update_from_flattened_dict(FIELDS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.Iterator, "wait", pipeline.Iterator.wait)  # `record` replaces it.
@@ -85,7 +85,7 @@ def test_one_run_over_two_four_and_one_processes(files, tmp_path):
 def test_a_save_that_fails_on_one_machine_and_a_coordinator_that_falls_silent(files, tmp_path, monkeypatch):
     monkeypatch.setenv("FAILS_ON", "1")
     monkeypatch.setenv("FAILS", "1")
-    fields = ("steps=40", "mesh.fsdp=2", "mesh.min_shard=64", "checkpoint.timeout=8")
+    fields = ("steps=4000", "mesh.fsdp=2", "mesh.min_shard=64", "checkpoint.every=3", "checkpoint.timeout=8")
     two = start_all(files, tmp_path / "run", 2, *(f"--config.{f}" for f in fields))
     printed = wait_for_step(two[0], 14)
     assert re.search(r"^step \d+: saving failed, tried again", printed, re.M)
@@ -192,7 +192,7 @@ def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(metrics.Writer, "write", full)
-    config = get_config(str(files))
+    config = get_config(f"rotations:{files}")
     config.update_from_flattened_dict(FIELDS)
     with pytest.raises(RunError, match="step 2: .*No space left on device.*last checkpoint is kept"):
         loop.Run(config, tmp_path).run()
@@ -231,7 +231,7 @@ def test_the_step_is_compiled_once_for_every_schedule_and_workdir(tmp_path, monk
         ):
             compiler.use_cache("auto", epath.Path(tmp_path / f"run{i}"))
             compilation_cache.reset_cache()  # Without this, jax keeps using its first folder.
-            p = small.program(small.small_config(diva__draws=1, **fields))
+            p = small.program(small.with_fields(get_config("rotations:none"), fields))
             lowered = p.step(0).lower(p.abstract_state(0), p.abstract_frozen(), p.abstract_batch())
             events.clear()
             lowered.compile()

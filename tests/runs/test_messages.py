@@ -31,7 +31,7 @@ REFUSED = {
     "no task": ((*TINY, "--config.eval.data=drift=a,nothing=b", "--config.eval.every=1"), "the task nothing"),
 }
 SHOWN = {
-    "help": (("--help",), ("usage: diva-command", "--workdir", "--init_from", "JAX_COORDINATOR_ADDRESS")),
+    "help": (("--help",), ("usage: python -m diva_jax.main", "--workdir", "--init_from", "JAX_COORDINATOR_ADDRESS")),
     "fields": (
         ("--config", "tiny", "--config.steps=7", "--config.eval.data=drift=a,mmvp=b", "--help"),
         (
@@ -53,7 +53,7 @@ def ended(tmp_path_factory):
     (folder / "t.csv").write_text("a,b\n1,2\n")
     (folder / "broken.py").write_text("def get_config():\n    return 1 + 'a'\n")
     cases = {name: arguments for name, (arguments, _) in (REFUSED | SHOWN).items()}
-    found = commands.run_each("main", list(cases.values()), folder)
+    found = [commands.run("main", *arguments, cwd=folder) for arguments in cases.values()]
     assert sorted(p.name for p in folder.iterdir()) == ["a.tar.gz", "a.zip", "broken.py", "photo.jpg", "t.csv"]
     return dict(zip(cases, found, strict=True))
 

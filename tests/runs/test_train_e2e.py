@@ -68,7 +68,7 @@ def test_a_finished_run_is_extended(files, uninterrupted, tmp_path):
     assert steps == list(range(1, 16))
 
 
-# Those of test_stages_killed.py and test_outside_objectives.py are killed.
+# That of test_outside_objectives.py is killed.
 @pytest.mark.parametrize("sig", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, sig):
     step = random.SystemRandom().randint(1, TOTAL - 3)
@@ -100,9 +100,8 @@ def test_checkpoint_contains_no_frozen_leaf(files, uninterrupted):
 
 
 def test_not_finite_stops_with_the_step_and_keeps_the_last_checkpoint(files, tmp_path):
-    c = get_config(str(files))
-    c.accum = 1  # This process has eight devices.
-    c.condition.warmup_steps, c.optim.name, c.optim.lr, c.optim.clip = 0, "sgd", 1e30, 0.0
+    c = get_config(f"rotations:{files}")
+    c.optim.name, c.optim.lr, c.optim.clip = "sgd", 1e30, 0.0
     c.optim.warmup = 0.4  # The first step's learning rate is 0, so its checkpoint is good.
     c.checkpoint.every = 1
     with pytest.raises(RunError, match=r"step \d+: .*not finite"):

@@ -1,24 +1,115 @@
-"""Starts the commands of this project, each in a process of its own."""
+"""Starts the commands of this project, each in a process of its own.
 
-import json
+`start` forks a process that has imported the package and what it uses of other libraries, which is what a command
+spends its first seconds on; `launch` starts any program.
+"""
+
+import atexit
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 
 from places import FAST_COMPILATION, ROOT, SUPPORT
 
-_started: list[subprocess.Popen] = []
 # Programs are compiled without optimisation, on one device.
 _ENVIRONMENT = {"XLA_FLAGS": FAST_COMPILATION, "JAX_PLATFORMS": "cpu"}
+_IMPORTED = ("diva_jax.training.loop", "diva_jax.evals.evaluator", "torch_setup", "open_clip")
+_IMPORTED += ("diva_jax.weights.export.publish", "transformers.models.clip.modeling_clip")
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(list(_IMPORTED))
+_started = []
 
 
-def launch(*line, path=(), cwd=ROOT, stdin=None, **env) -> subprocess.Popen:
+# The server finds the modules that it imports there.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+
+
+def _environment(path, env) -> dict[str, str]:
+    folders = os.pathsep.join(map(str, (*path, os.environ["PYTHONPATH"])))
+    return os.environ | _ENVIRONMENT | {"PYTHONPATH": folders} | env
+
+
+def _run(module: str, arguments, folders, environment, outputs) -> None:
+    """What a fork does: `python -m MODULE ARGUMENTS`, with its output in two files."""
+    for descriptor, file in enumerate(outputs, 1):
+        os.dup2(os.open(file, os.O_WRONLY), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folders[0])
+    sys.path[:0] = folders
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()
+
+
+class Command:
+    """A command in a fork; attributes and methods are those of `subprocess.Popen`."""
+
+    def __init__(self, module: str, *args, path=(), cwd=ROOT, **env):
+        self.args = (module, *map(str, args))
+        self._files = [tempfile.NamedTemporaryFile("r+") for _ in range(2)]
+        folders = [str(folder) for folder in (cwd, *path)]
+        given = (f"diva_jax.{module}", self.args[1:], folders, _environment(path, env), [f.name for f in self._files])
+        self._process = _forks.Process(target=_run, args=given)
+        self._process.start()
+        self.pid, self.kill, self.terminate = self._process.pid, self._process.kill, self._process.terminate
+        self.stdout, self.stderr = self._lines(), self._files[1]
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return "".join(self.stdout), self.stderr.read()
+
+    def _lines(self):
+        """Yields the lines of the output as they are written."""
+        line = ""
+        while True:
+            ended = self.poll() is not None
+            for part in self._files[0]:
+                line += part
+                if line.endswith("\n"):
+                    yield line
+                    line = ""
+            if ended:
+                break
+            time.sleep(0.01)
+        if line:
+            yield line
+
+
+def start(module: str, *args, **kw) -> Command:
+    """Starts `python -m diva_jax.MODULE ARGS` in a fork; keywords as for `launch`."""
+    process = Command(module, *args, **kw)
+    _started.append(process)
+    return process
+
+
+def launch(*line, path=(), cwd=ROOT, **env) -> subprocess.Popen:
     """Starts a command line; folders of `path` are on PYTHONPATH, before the repository and tests/support."""
-    folders = os.pathsep.join(map(str, (*path, ROOT, SUPPORT)))
-    environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": folders} | env
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=stdin, text=True)
-    process = subprocess.Popen([str(word) for word in line], **pipes, env=environment, cwd=cwd)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([str(word) for word in line], **pipes, env=_environment(path, env), cwd=cwd)
     _started.append(process)
     return process
 
@@ -32,12 +123,7 @@ def kill_all() -> None:
             process.wait()
 
 
-def start(module: str, *args, **kw) -> subprocess.Popen:
-    """Starts `python -m diva_jax.MODULE ARGS`; keywords as for `launch`."""
-    return launch(sys.executable, "-m", f"diva_jax.{module}", *args, **kw)
-
-
-def finish(process: subprocess.Popen, seconds: float = 400) -> tuple[int, str, str]:
+def finish(process, seconds: float = 400) -> tuple[int, str, str]:
     """Waits until a process ends: (exit code, the rest of stdout, stderr); after `seconds` it raises TimeoutExpired."""
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
@@ -48,15 +134,7 @@ def run(module: str, *args, **kw) -> tuple[int, str, str]:
     return finish(start(module, *args, **kw))
 
 
-def run_each(module: str, lines: list, cwd=ROOT, seconds: float = 400, path=()) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of a command for each list of arguments, in forks of one process that imports it."""
-    process = launch(sys.executable, SUPPORT / "forked.py", module, path=path, cwd=cwd, stdin=subprocess.PIPE)
-    out, err = process.communicate(json.dumps([[str(word) for word in line] for line in lines]), timeout=seconds)
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
-
-
-def output(process: subprocess.Popen) -> str:
+def output(process) -> str:
     """Returns the output of a process, which must end with exit code 0."""
     code, out, err = finish(process)
     assert code == 0, f"{process.args} ended with {code}: {out}\n{err}"
@@ -68,21 +146,16 @@ def succeed(module: str, *args, **kw) -> str:
     return output(start(module, *args, **kw))
 
 
-def refusal(process: subprocess.Popen) -> str:
-    """Returns the error of a process that ends with exit code 2: one line on stderr, and no traceback."""
-    code, out, err = finish(process)
+def refused(module: str, *args, **kw) -> str:
+    """Returns the error of a command that ends with exit code 2: one line on stderr, and no traceback."""
+    code, out, err = run(module, *args, **kw)
     lines = [line for line in err.splitlines() if line.strip()]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, out, err)
     assert "Traceback" not in out
     return lines[0]
 
 
-def refused(module: str, *args, **kw) -> str:
-    """Returns the error of a command that must be refused, see `refusal`."""
-    return refusal(start(module, *args, **kw))
-
-
-def wait_for_step(process: subprocess.Popen, step: int) -> str:
+def wait_for_step(process, step: int) -> str:
     """Returns the output of a run up to the progress line of a training step."""
     seen = ""
     for line in process.stdout:
@@ -92,7 +165,7 @@ def wait_for_step(process: subprocess.Popen, step: int) -> str:
     raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
 
 
-def signal_at(process: subprocess.Popen, step: int, sig: signal.Signals) -> None:
+def signal_at(process, step: int, sig: signal.Signals) -> None:
     """Sends a signal as soon as the progress line of a training step is printed."""
     wait_for_step(process, step)
     process.send_signal(sig)

@@ -1,13 +1,20 @@
-"""The config of the commands in test_train_e2e.py: `small.small_config` with files in the folder of the argument."""
+"""Configs of the commands that tests run, `OBJECTIVE:FOLDER` with the folder of their files; DIVA without a name."""
 
-from small import small_config
+from small import SPEC, small_config
+
+from diva_jax import config
 
 
-def get_config(folder: str):
-    c = small_config(steps=12, batch_size=8, accum=2)
-    c.backbone.source, c.diffusion.source = f"{folder}/clip", f"{folder}/stable-diffusion"
+def get_config(arg: str):
+    objective, _, folder = arg.rpartition(":")
+    if objective == "rotations":  # For what does not depend on the objective: it compiles in a moment.
+        c = config.default(SPEC, objective="outside.rotations")
+        c.update(dtype="float32", steps=14, batch_size=8)
+    else:
+        c = small_config(steps=12, batch_size=8, accum=2)
+        c.diffusion.source, c.condition.warmup_steps = f"{folder}/stable-diffusion", 2
+    c.backbone.source = f"{folder}/clip"
     c.data.path, c.data.threads = f"{folder}/photos", 2
-    c.condition.warmup_steps = 2
     c.checkpoint.every, c.log.every = 3, 1
     c.log.tensorboard = False  # Its writer takes seconds to import.
     return c

@@ -4,6 +4,7 @@ import dataclasses
 import io
 from pathlib import Path
 
+import choice_data
 import numpy as np
 import pytest
 import skimage.data
@@ -137,9 +138,31 @@ def write_mmvp(root: Path, folder: str = FOLDERS[0]) -> Path:
     lines = [",".join(HEADER)]
     for row in range(2 * PER_PATTERN * len(PATTERNS)):
         type_ = PATTERNS[row // (2 * PER_PATTERN)].split()[0]
-        path = root / folder / type_ / f"{row + 1}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(patch(row), "JPEG"))
+        write_image(root / folder / type_ / f"{row + 1}.jpg", row)
         lines.append(f'{row + 1},{type_},"{statement(row)}"')
     (root / "Questions.csv").write_text("\n".join(lines) + "\n")
     return root
+
+
+def write_task_data(root: Path) -> dict[str, str]:
+    """Writes small data of every task; returns the task's --data."""
+    write_mmvp(root / "mmvp")
+    write_class_folders(root / "classes", [i % 3 for i in range(12)], ["cup", "logo", "rocket"])
+    rows = [f"classes/cup/{i:03d}.png,image {j} of number {i}" for i in range(0, 12, 3) for j in range(1 + i % 2)]
+    (root / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    choice_data.sugarcrepe(root / "choice")
+    write_class_folders(root / "probe" / "train", [0, 1] * 5 + [1], ["a", "b"])
+    write_class_folders(root / "probe" / "test", [0, 1, 1, 0, 0, 0, 1], ["a", "b"])
+    write_class_folders(root / "a", [0, 1, 2] * 3, ["n01440764", "n02123045", "n15075141"])
+    voc = root / "voc"
+    for folder in ("SegmentationClass", "ImageSets/Segmentation"):
+        (voc / folder).mkdir(parents=True)
+    for i in range(2):
+        write_image(voc / "JPEGImages" / f"{i}.jpg", i)
+        labels = np.random.default_rng(i).integers(0, 3, patch(i).size[::-1]).astype(np.uint8)
+        Image.fromarray(labels).save(voc / "SegmentationClass" / f"{i}.png")
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("0\n1\n")
+    paths = dict(mmvp="mmvp", zeroshot="classes", retrieval="captions.csv", drift="classes", choice="choice")
+    paths |= dict(probe="probe", robustness="a", segmentation="voc", feedback="classes/cup")
+    named = {"robustness": "a=", "segmentation": "voc21="}
+    return {task: f"{named.get(task, '')}{root / path}" for task, path in paths.items()}

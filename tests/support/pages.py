@@ -1,7 +1,7 @@
 """The examples of a page of the documentation, run in the order in which they stand."""
 
-import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,5 +16,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 def shell(line: str, folder: Path) -> str:
     """Returns the output of a line of the shell, in which `python` is this one."""
-    first = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return commands.output(commands.launch("bash", "-c", line, cwd=folder, PATH=first))
+    first, python, *rest = shlex.split(line)
+    if (first, python) == ("python", "-m") and rest[0].startswith("diva_jax."):
+        return commands.succeed(rest[0].removeprefix("diva_jax."), *rest[1:], cwd=folder)
+    return commands.output(commands.launch(sys.executable, python, *rest, cwd=folder))

@@ -7,8 +7,9 @@ import sys
 import commands
 from places import SUPPORT
 
-STEPS = 9
-FIELDS = {"steps": STEPS, "accum": 1, "condition.warmup_steps": 0, "diva.draws": 1, "log.tensorboard": False}
+# So many that a signal arrives before the last.
+STEPS = 150
+FIELDS = {"steps": STEPS, "accum": 1, "checkpoint.every": 50}
 
 
 def free_address() -> str:
@@ -18,9 +19,9 @@ def free_address() -> str:
         return f"127.0.0.1:{s.getsockname()[1]}"
 
 
-def start(files, workdir, address, index: int, count: int, *more, rows=None) -> subprocess.Popen:
+def start(files, workdir, address, index: int, count: int, *more, rows=None, objective="rotations") -> subprocess.Popen:
     """Starts the command as process `index` of `count`; `rows` is the prefix of the files that multihost.py writes."""
-    flags = [f"--config={SUPPORT}/e2e_config.py:{files}", f"--workdir={workdir}", "--lost_timeout=10"]
+    flags = [f"--config={SUPPORT}/e2e_config.py:{objective}:{files}", f"--workdir={workdir}", "--lost_timeout=10"]
     flags += [f"--config.{name}={value}" for name, value in FIELDS.items()]
     env = {
         "JAX_COORDINATOR_ADDRESS": address,
@@ -32,10 +33,10 @@ def start(files, workdir, address, index: int, count: int, *more, rows=None) -> 
     return commands.launch(*script, *flags, *more, **env)
 
 
-def start_all(files, workdir, count: int, *more, rows=None) -> list[subprocess.Popen]:
+def start_all(files, workdir, count: int, *more, **kw) -> list[subprocess.Popen]:
     """Starts all `count` processes of a run; arguments as for `start`."""
     address = free_address()
-    return [start(files, workdir, address, index, count, *more, rows=rows) for index in range(count)]
+    return [start(files, workdir, address, index, count, *more, **kw) for index in range(count)]
 
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from clip_folders import clip_folder, dinov2_folder, siglip_folder
+from clip_folders import transformers_folder
 from helpers import close
 from PIL import Image
 from specs import CLIP_FOLDER, DINOV2, DINOV2_REG, SIGLIP2_FOLDER, SIGLIP_FOLDER
@@ -20,11 +20,11 @@ from diva_jax.models.backbones import TextSpec
 from diva_jax.weights import hf, origins, writers
 
 MODELS = {
-    "clip": (clip_folder, CLIP_FOLDER, CLIPImageProcessorPil),
-    "siglip": (siglip_folder, SIGLIP_FOLDER, SiglipImageProcessorPil),
-    "siglip2": (siglip_folder, SIGLIP2_FOLDER, SiglipImageProcessorPil),
-    "dinov2": (dinov2_folder, DINOV2, BitImageProcessorPil),
-    "dinov2_reg": (dinov2_folder, DINOV2_REG, BitImageProcessorPil),
+    "clip": (CLIP_FOLDER, CLIPImageProcessorPil),
+    "siglip": (SIGLIP_FOLDER, SiglipImageProcessorPil),
+    "siglip2": (SIGLIP2_FOLDER, SiglipImageProcessorPil),
+    "dinov2": (DINOV2, BitImageProcessorPil),
+    "dinov2_reg": (DINOV2_REG, BitImageProcessorPil),
 }
 
 
@@ -47,9 +47,9 @@ def processor(kind, spec, rng):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", MODELS)
 def test_images(tmp_path, name, seed):
-    write, spec, kind = MODELS[name]
+    spec, kind = MODELS[name]
     rng = np.random.default_rng(seed)
-    model, prepare = write(tmp_path, spec), processor(kind, spec, rng)
+    model, prepare = transformers_folder(tmp_path, spec), processor(kind, spec, rng)
     prepare.save_pretrained(tmp_path)
     image = Image.fromarray(rng.integers(0, 255, (*rng.integers(40, 100, 2), 3), np.uint8))
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_added_tokens_of_clip(tmp_path, written):
         theirs.add_special_tokens({"additional_special_tokens": ["<New>"]})
     text = TextSpec(context_length=77, vocab_size=len(theirs), width=48, heads=4, layers=2, mlp_dim=96)
     text = dataclasses.replace(text, pool="eos", eos_id=theirs.eos_token_id)
-    model = clip_folder(tmp_path, dataclasses.replace(CLIP_FOLDER, text=text))
+    model = transformers_folder(tmp_path, dataclasses.replace(CLIP_FOLDER, text=text))
     if written == "tokenizer.json":
         theirs.save_pretrained(tmp_path)
     else:
@@ -130,7 +130,7 @@ def test_siglip2_texts(tmp_path):
     spec = dataclasses.replace(
         SIGLIP2_FOLDER, text=dataclasses.replace(SIGLIP2_FOLDER.text, context_length=64, vocab_size=len(vocab))
     )
-    model = siglip_folder(tmp_path, spec)
+    model = transformers_folder(tmp_path, spec)
     theirs.save_pretrained(tmp_path)
     writers.write_json(tmp_path / "preprocessor_config.json", hf.image_processor(spec) | {"do_center_crop": False})
     texts = ["A Photo of a CAT", "dog"]

@@ -29,10 +29,10 @@ def test_twenty_steps_leave_frozen_leaves_bit_identical_and_trace_once(reference
     assert reference.metrics["loss"][-1] < reference.metrics["loss"][0]
 
 
-@pytest.mark.parametrize("what", ["text_context", ".*"])
-def test_a_step_trains_what_the_table_names(what):
-    parts = {"vision", "visual_proj", "unet", "vae", "text_context"} if what == ".*" else {what}
-    found = small.train(small.small_config(batch_size=2, trainable=((what, 1.0), (".*", 0.0)), optim__warmup=0.0), 1)
+def test_a_step_trains_what_the_table_names():
+    parts = {"visual_proj", "unet", "text_context"}
+    table = ((f"({'|'.join(parts)})(/.*)?", 1.0), (".*", 0.0))
+    found = small.train(small.small_config(batch_size=2, trainable=table, optim__warmup=0.0), 1)
     before, after = (state["params"] for state in found.states)
     assert np.isfinite(found.metrics["loss"][0])
     assert {n.split("/")[0] for n, a in after.items() if not np.array_equal(a, before[n])} == parts

@@ -1,4 +1,4 @@
-"""Exports of a run: from a checkpoint to open_clip and transformers, by the command."""
+"""Exports of a run, from a checkpoint to open_clip; the journeys have the command."""
 
 import dataclasses
 import functools
@@ -91,18 +91,6 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
 
     again = runs.open_run(root / "work", 7)
     equal(again.tensors, origins.open_source(str(tmp_path / "out")).tensors)
-
-
-def test_command_writes_a_card_and_refuses_to_overwrite(run, tmp_path):
-    root, _ = run
-    out = tmp_path / "out"
-    printed = commands.succeed("export_torch", f"--workdir={root / 'work'}", f"--out={out}", "--format=hf", "--step=7")
-    assert "bit-identical" in printed and "transformers: largest difference" in printed
-    card = (out / "README.md").read_text()
-    for part in ("step 7", "somewhere/photos", "sha256", "jax ", '"batch_size": 640'):
-        assert part in card, part
-    assert "exists already" in commands.refused("export_torch", f"--workdir={root / 'work'}", f"--out={out}")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_bad_workdirs(run, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import timm
-from clip_folders import clip_folder, dinov2_folder, metaclip2_folder, siglip_folder
+from clip_folders import transformers_folder
 from eval_models import torch_model
 from exports import equal, written_by_open_clip
 from helpers import tensors
@@ -33,7 +33,7 @@ def test_round_trip_of_a_small_h14_with_heads_of_80(tmp_path, fmt):
 
 
 def test_round_trip_of_a_small_siglip(tmp_path, capsys):
-    model = siglip_folder(tmp_path / "in")
+    model = transformers_folder(tmp_path / "in", SIGLIP)
     layouts.export(origins.open_source(str(tmp_path / "in")), SIGLIP, tmp_path / "out", "hf")
     assert "transformers: largest difference" in capsys.readouterr().out
     equal(readers.open_file(tmp_path / "out/model.safetensors"), tensors(model))
@@ -45,7 +45,7 @@ def test_round_trip_of_a_small_siglip(tmp_path, capsys):
 def test_siglip_with_the_tanh_gelu_is_what_transformers_runs(tmp_path, capsys):
     """As DCR tunes it. open_clip passes no activation to timm, so that its format cannot hold such a tower."""
     tanh = dataclasses.replace(SIGLIP, activation="gelu_tanh")
-    model = siglip_folder(tmp_path / "in", tanh)
+    model = transformers_folder(tmp_path / "in", tanh)
     layouts.export(origins.open_source(str(tmp_path / "in")), tanh, tmp_path / "out", "hf")
     assert "transformers: largest difference" in capsys.readouterr().out  # Compared with the tower of this Spec.
     equal(readers.open_file(tmp_path / "out/model.safetensors"), tensors(model))
@@ -61,7 +61,7 @@ def test_siglip_with_the_tanh_gelu_is_what_transformers_runs(tmp_path, capsys):
 @pytest.mark.parametrize("spec", [DINOV2, DINOV2_REG, DINOV2_SWIGLU], ids=["plain", "registers", "swiglu"])
 def test_round_trip_of_a_small_dinov2(tmp_path, capsys, spec, fmt):
     """Run through transformers or timm, and bit-identical; the mask token, which is not used, is kept."""
-    model = dinov2_folder(tmp_path / "in", spec)
+    model = transformers_folder(tmp_path / "in", spec)
     source = origins.open_source(str(tmp_path / "in"))
     layouts.export(source, spec, tmp_path / "out", fmt, card=cards.card(source, spec, fmt, "float32"))
     library = {"hf": "transformers", "pt": "timm"}[fmt]
@@ -79,11 +79,8 @@ def test_round_trip_of_a_small_dinov2(tmp_path, capsys, spec, fmt):
 
 def test_round_trip_of_a_small_siglip2_and_metaclip2(tmp_path, capsys):
     """The text towers' own activation and pooling are in both configs."""
-    for name, write, spec in (
-        ("siglip2", siglip_folder, SIGLIP2_FOLDER),
-        ("metaclip2", metaclip2_folder, METACLIP2_FOLDER),
-    ):
-        write(tmp_path / name, spec)
+    for name, spec in (("siglip2", SIGLIP2_FOLDER), ("metaclip2", METACLIP2_FOLDER)):
+        transformers_folder(tmp_path / name, spec)
         source = origins.open_source(str(tmp_path / name))
         assert source.spec == spec
         layouts.export(source, spec, tmp_path / f"{name}-hf", "hf")
@@ -121,7 +118,7 @@ def test_round_trip_of_a_small_eva02(tmp_path, capsys, monkeypatch):
 
 
 def test_another_resolution_is_exported_as_such(tmp_path):
-    clip_folder(tmp_path / "in")
+    transformers_folder(tmp_path / "in")
     spec = dataclasses.replace(CLIP, image_size=42)
     layouts.export(origins.open_source(str(tmp_path / "in")), spec, tmp_path / "out", "open_clip")
     assert origins.open_source(str(tmp_path / "out")).spec.image_size == 42

@@ -1,0 +1,5 @@
+"""The objective of docs/WRITE_AN_OBJECTIVE.md: a vision tower and a linear head, which compile in a moment."""
+
+import pages
+
+exec(pages.blocks("docs/WRITE_AN_OBJECTIVE.md")[0][1])  # noqa: S102
