@@ -15,9 +15,9 @@ import open_clip
 import pytest
 import small
 import torch
+from e2e_config import get_config
 from flax import nnx
 from helpers import close
-from outside_config import get_config
 from places import SUPPORT
 from specs import TEACHER
 
@@ -58,7 +58,7 @@ def world(files, tmp_path_factory):
 
 
 def train(world, name, workdir, *more):
-    flags = (f"--config={SUPPORT}/outside_config.py:elsewhere.{name}:{world}", f"--workdir={workdir}", *more)
+    flags = (f"--config={SUPPORT}/e2e_config.py:elsewhere.{name}:{world}", f"--workdir={workdir}", *more)
     return commands.start("main", *flags, path=(world,))
 
 
@@ -129,7 +129,7 @@ def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
     export = ("export_torch", f"--workdir={workdir}", f"--out={tuned}")
     assert "--trust_objective" in commands.refused(*export, path=(world,))
     commands.succeed(*export, "--trust_objective", path=(world,))
-    configuration = f"--config={SUPPORT}/outside_config.py:elsewhere.{name}:{world}"
+    configuration = f"--config={SUPPORT}/e2e_config.py:elsewhere.{name}:{world}"
     weights = [f"--weights={w}" for w in (world / "clip", workdir, tuned)]
     data = ("--task=zeroshot", f"--data={world}/classes", "--config.eval.bootstrap=50", f"--out={out}")
     commands.succeed("evaluate", configuration, *weights, *data, path=(world,))

@@ -109,7 +109,7 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
 
 
 def test_what_is_not_there_is_refused_in_one_sentence(files, bucket):
-    flags = [f"--config=tests/support/e2e_config.py:rotations:{files}", "--workdir=gs://nowhere/run"]
+    flags = [f"--config=tests/support/e2e_config.py:outside.rotations:{files}", "--workdir=gs://nowhere/run"]
     code, _, err = commands.run("main", *flags)
     assert code == 2 and "gs://nowhere" in err.splitlines()[-1] and "Traceback" not in err, err  # After warnings.
     for refuse, said in (

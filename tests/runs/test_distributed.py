@@ -28,7 +28,7 @@ BATCH, IMAGES = 8, 24
 
 def run_here(files, workdir) -> None:
     """The same run in this process on its eight devices."""
-    config = get_config(f"rotations:{files}")
+    config = get_config(f"outside.rotations:{files}")
     config.update_from_flattened_dict(FIELDS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.Iterator, "wait", pipeline.Iterator.wait)  # `record` replaces it.
@@ -192,7 +192,7 @@ def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(metrics.Writer, "write", full)
-    config = get_config(f"rotations:{files}")
+    config = get_config(f"outside.rotations:{files}")
     config.update_from_flattened_dict(FIELDS)
     with pytest.raises(RunError, match="step 2: .*No space left on device.*last checkpoint is kept"):
         loop.Run(config, tmp_path).run()
@@ -231,7 +231,7 @@ def test_the_step_is_compiled_once_for_every_schedule_and_workdir(tmp_path, monk
         ):
             compiler.use_cache("auto", epath.Path(tmp_path / f"run{i}"))
             compilation_cache.reset_cache()  # Without this, jax keeps using its first folder.
-            p = small.program(small.with_fields(get_config("rotations:none"), fields))
+            p = small.program(small.with_fields(get_config("outside.rotations:none"), fields))
             lowered = p.step(0).lower(p.abstract_state(0), p.abstract_frozen(), p.abstract_batch())
             events.clear()
             lowered.compile()

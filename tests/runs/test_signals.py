@@ -15,7 +15,7 @@ pytestmark = pytest.mark.attack
 
 
 def start(files, workdir, reads: int, *more) -> subprocess.Popen:
-    options = (str(reads), f"--config={SUPPORT}/e2e_config.py:rotations:{files}", f"--workdir={workdir}", *more)
+    options = (str(reads), f"--config={SUPPORT}/e2e_config.py:outside.rotations:{files}", f"--workdir={workdir}", *more)
     return commands.launch(sys.executable, f"{SUPPORT}/stalling.py", *options)
 
 

@@ -100,7 +100,7 @@ def test_checkpoint_contains_no_frozen_leaf(files, uninterrupted):
 
 
 def test_not_finite_stops_with_the_step_and_keeps_the_last_checkpoint(files, tmp_path):
-    c = get_config(f"rotations:{files}")
+    c = get_config(f"outside.rotations:{files}")
     c.optim.name, c.optim.lr, c.optim.clip = "sgd", 1e30, 0.0
     c.optim.warmup = 0.4  # The first step's learning rate is 0, so its checkpoint is good.
     c.checkpoint.every = 1

@@ -75,7 +75,7 @@ def test_two_processes_have_the_same_losses_and_scores(ran, files, photos, tmp_p
     fields = ["steps=5", "condition.warmup_steps=0", "eval.every=5", "eval.batch_size=8"]
     fields += ["eval.feedback.images=9", "eval.feedback.draws=2"]
     fields += [f"eval.data=feedback={files}/photos", f"eval.data=drift={photos}"]  # A tuple field: given twice.
-    ends = finish(start_all(files, tmp_path / "two", 2, *(f"--config.{f}" for f in fields), objective="diva"))
+    ends = finish(start_all(files, tmp_path / "two", 2, *(f"--config.{f}" for f in fields), config=""))
     assert [code for code, _, _ in ends] == [0, 0], ends
     losses = [[r["loss"] for r in rows(workdir) if "loss" in r] for workdir in (tmp_path / "two", ran)]
     np.testing.assert_allclose(*losses, rtol=1e-5)

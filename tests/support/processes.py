@@ -19,9 +19,11 @@ def free_address() -> str:
         return f"127.0.0.1:{s.getsockname()[1]}"
 
 
-def start(files, workdir, address, index: int, count: int, *more, rows=None, objective="rotations") -> subprocess.Popen:
+def start(
+    files, workdir, address, index: int, count: int, *more, rows=None, config="outside.rotations:"
+) -> subprocess.Popen:
     """Starts the command as process `index` of `count`; `rows` is the prefix of the files that multihost.py writes."""
-    flags = [f"--config={SUPPORT}/e2e_config.py:{objective}:{files}", f"--workdir={workdir}", "--lost_timeout=10"]
+    flags = [f"--config={SUPPORT}/e2e_config.py:{config}{files}", f"--workdir={workdir}", "--lost_timeout=10"]
     flags += [f"--config.{name}={value}" for name, value in FIELDS.items()]
     env = {
         "JAX_COORDINATOR_ADDRESS": address,

@@ -20,7 +20,7 @@ from diva_jax.world import models, records
 
 def rotations(folder="none", **fields):
     """A config of an objective that compiles in a moment."""
-    return small.with_fields(get_config(f"rotations:{folder}"), fields)
+    return small.with_fields(get_config(f"outside.rotations:{folder}"), fields)
 
 
 def test_defaults_have_neither():
@@ -86,7 +86,7 @@ def test_anchor_is_zero_at_the_start():
 def test_average_is_the_recursion_across_stages():
     """In numpy, from the first values on; what the first stage does not train stays bit-identical."""
     fields = dict(steps=3, accum=1, distillation__head_steps=2, ema__decay=0.75, optim__warmup=0.0)
-    c = small.with_fields(outside_config.get_config("outside.distillation:none"), fields)
+    c = small.with_fields(get_config("outside.distillation:none"), fields)
     states, p = (found := small.train(c, 4)).states, found.program
     assert [s.name for s in p.stages] == ["head", "tune"] and int(states[4]["step"]) == 4
     params = [state["params"] for state in states]
