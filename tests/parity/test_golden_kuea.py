@@ -19,7 +19,7 @@ def test_trained_kernel_and_first_step():
     """The published values of plain PyTorch, of which there are seven digits."""
     ours = method.trajectory(np.load(FILE), kernel_params="exact", first_step_lr="exact")
     want = [1.821627, 1.301415, 0.778021, 0.707983, 0.712109, 0.619971]
-    # Relative to what training changes; see test_golden.TRAJECTORY.
+    # Relative to what training changes; see golden/kuea.py on the rounding of distances.
     np.testing.assert_allclose(ours["trajectory/loss_total"], want, rtol=0, atol=1e-4 * np.ptp(want))
     np.testing.assert_allclose(ours["end"], [0.0030797, 0.1917433], rtol=2e-6, atol=2e-7)
     np.testing.assert_allclose(ours["trajectory/lr"], 1e-5 * np.array([1, 2, 3, 3, 2.25, 0.75]), rtol=1e-6)

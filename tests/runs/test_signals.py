@@ -56,7 +56,7 @@ def test_a_read_that_stalls_is_named(files, tmp_path):
 
 def test_sigterm_before_training_starts(files, tmp_path):
     process = start(files, tmp_path / "run", 10**6)
-    assert process.stdout.readline().startswith("diva: ")  # The weights are loaded next.
+    assert process.stdout.readline().startswith("outside.rotations: ")  # The weights are loaded next.
     process.send_signal(signal.SIGTERM)
     code, out, err, took = end(process)
     assert code == 0 and "SIGTERM: " in out and "Traceback" not in err and took < 30, (out, err)

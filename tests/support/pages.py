@@ -16,7 +16,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 def shell(line: str, folder: Path) -> str:
     """Returns the output of a line of the shell, in which `python` is this one."""
-    first, python, *rest = shlex.split(line)
+    first, python, *rest = shlex.split(line, comments=True)
     if (first, python) == ("python", "-m") and rest[0].startswith("diva_jax."):
         return commands.succeed(rest[0].removeprefix("diva_jax."), *rest[1:], cwd=folder)
     return commands.output(commands.launch(sys.executable, python, *rest, cwd=folder))
