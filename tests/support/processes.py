@@ -8,8 +8,8 @@ import commands
 from places import SUPPORT
 
 # So many that a signal arrives before the last.
-STEPS = 150
-FIELDS = {"steps": STEPS, "accum": 1, "checkpoint.every": 50}
+STEPS = 90
+FIELDS = {"steps": STEPS, "accum": 1, "checkpoint.every": 60}
 
 
 def free_address() -> str:
