@@ -112,7 +112,8 @@ def predictions(home, folder: str, weights: str) -> list[dict]:
     with open(home / folder / "predictions.csv", newline="") as f:
         rows = csv.DictReader(f)
         assert tuple(rows.fieldnames[: len(COLUMNS)]) == COLUMNS
-        return [row for row in rows if row["weights"] == weights and row["task"] not in ("feedback", "drift")]
+        found = [row for row in rows if row["weights"] == weights and row["task"] not in ("feedback", "drift")]
+        return [{column: row[column] for column in COLUMNS} for row in found]
 
 
 def test_every_export_has_the_scores_of_the_run_in_every_task(home, exported):
