@@ -145,7 +145,7 @@ def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
 @pytest.mark.parametrize("objective, fields", [("comclip", {}), ("salm", dict(salm__teacher="self", ema__decay=0.6))])
 def test_objectives_without_a_generator_resume_bit_identical(objective, fields, tmp_path):
     """In the world, with captions; SALM's curriculum follows the step, and its teacher is in the checkpoint."""
-    c = small.with_fields(models.base_config(objective), dict(batch_size=6) | fields)
+    c = small.with_fields(models.base_config(objective), dict(batch_size=8) | fields)
     c.data.path = records.path(3, count=30)
     _, state, _ = resumed(c, tmp_path)
     assert any(n.startswith("adapter/") for n in state["params"]) == (objective == "salm")
