@@ -197,7 +197,7 @@ def _jsonl_part(path: str, options: Mapping[str, str]) -> _Part:
         record = json_files.decoded(files.read_range(path, *map(int, rows[row, :2])))
         if not isinstance(record, dict):
             raise ValueError("it is no JSON object")
-        return tuple(record.get(name) if name else None for name in columns)
+        return tuple(record.get(name) if name and (with_text or i == 0) else None for i, name in enumerate(columns))
 
     return _Part(path, len(rows), bool(columns and columns[1]), cells, lambda row: f"line {rows[row, 2]}")
 

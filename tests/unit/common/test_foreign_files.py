@@ -168,7 +168,7 @@ def attack(folder, name, write):
             read(folder)
         except UserError as e:
             assert "\n" not in str(e) and len(str(e)) < 2000
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60  # With the page of a report, on a busy machine.
 
 
 def copied(good, place, monkeypatch):
