@@ -1,6 +1,6 @@
 """Compiles the train step for a TPU slice, without TPU hardware, and prints its memory use and costs.
 
-    python -m diva_jax.aot --config=configs/vitl14.py --topology=v5e:4x4 [--per-device-batch=8] [--search]
+    python -m diva_jax.aot --config=configs/vitl14.py --topology=v5e:4x4 [--per-device-batch=8] [--search] [--save=DIR]
 
 The step of training is lowered from shapes. It needs libtpu, the TPU compiler, alone: `pip install -e '.[tpu]'`. A
 full-size config took 10 to 35 minutes on two cores (docs/TPU.md) and 5 to 7 GB; --search compiles several times.
@@ -20,17 +20,22 @@ import jax
 from absl import flags
 
 from diva_jax import config as configs
-from diva_jax.common import cli, log
+from diva_jax.common import cli, log, paths
 from diva_jax.common.errors import UserError
 from diva_jax.costs import analysis, chips
-from diva_jax.training import compiler, sharding
+from diva_jax.training import compiler, executables, sharding
 from diva_jax.training.step import Program
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, e.g. v5e:4x4, tpu7x:2x2x2.")
 _BATCH = flags.DEFINE_integer("per-device-batch", None, "Images per device and micro-batch; default: the config's.")
 _SEARCH = flags.DEFINE_bool("search", False, "Find the largest per-device batch that fits (several compilations).")
-_SAVE = flags.DEFINE_string("save", None, "Write the optimised HLO text to this file.")
+_SAVE = flags.DEFINE_string(
+    "save",
+    None,
+    "Write the executables of all stages to this folder, which may be in a bucket, for main --executables.",
+)
+_HLO = flags.DEFINE_string("hlo", None, "Write the optimised HLO text to this file.")
 _JSON = flags.DEFINE_string("json", None, "Write the report to this file as JSON; '-' prints it instead of the tables.")
 
 _GIB = 2**30
@@ -100,18 +105,16 @@ def with_batch(config, device_count: int, per_device: int | None):
     return config
 
 
-def compile_step(config, mesh_devices: list):
-    """The step of the last stage, compiled from shapes, its Program, and the seconds to trace and to compile it.
+def compile_step(program: Program, stage: int):
+    """The step of a stage, compiled from shapes, its `executables.facts`, and the seconds to trace and to compile it.
 
     `OutOfMemory` where the compiler reports that the program does not fit, a UserError where it refuses an option.
     """
     began = time.perf_counter()
-    program = Program(config, sharding.make_mesh(config.mesh, mesh_devices))
-    stage = len(program.stages) - 1
     lowered = program.step(stage).lower(
         program.abstract_state(stage), program.abstract_frozen(), program.abstract_batch()
     )
-    traced = time.perf_counter()
+    known, traced = executables.facts(lowered, program), time.perf_counter()
     try:
         with log.waiting("compiling", lambda line: print(line, file=sys.stderr, flush=True)):
             compiled = compiler.compiled(lowered)
@@ -121,16 +124,17 @@ def compile_step(config, mesh_devices: list):
         if "RESOURCE_EXHAUSTED" not in str(e) or "memory space vmem" in str(e) or len(sizes) < 2:
             raise
         raise OutOfMemory(*(float(n) * {"G": _GIB, "M": 2**20}[unit] for n, unit in sizes[:2])) from e
-    return compiled, program, {"trace": traced - began, "compile": time.perf_counter() - traced}
+    return compiled, known, {"trace": traced - began, "compile": time.perf_counter() - traced}
 
 
-def report(config, topology: str, save: str | None = None) -> dict:
-    """Compiles the step of a config for a slice, saves its optimised HLO if asked to, and returns its costs, for JSON.
+def report(config, topology: str, save: str | None = None, hlo: str | None = None) -> dict:
+    """Compiles the step of a config's last stage for a slice, and returns its costs, for JSON.
 
-    All keys are per device, of which a TPU7x has two per chip, unless their names imply otherwise. Where the compiler
-    reports that the program does not fit, there are those of the input, "fits", "needed" and "available" [bytes of HBM]
-    alone. Else there are "memory" [bytes], with "aliases", the part of the outputs that reuses the memory of arguments;
-    "seconds", to trace and to compile; all keys of `analysis.analyse`; "step_ms", "model_ms" plus "kernel_bound_ms";
+    Writes the executables of all stages to the folder `save`, and the optimised HLO to the file `hlo`. All keys are per
+    device, of which a TPU7x has two per chip, unless their names imply otherwise. Where the compiler reports that the
+    program does not fit, there are those of the input, "fits", "needed" and "available" [bytes of HBM] alone. Else
+    there are "memory" [bytes], with "aliases", the part of the outputs that reuses the memory of arguments; "seconds",
+    to trace and to compile; all keys of `analysis.analyse`; "step_ms", "model_ms" plus "kernel_bound_ms";
     "images_per_s", per chip; "mfu", between 0 and 1; "all_reduce_ms", a lower bound of communication time, not part of
     "step_ms".
     """
@@ -147,15 +151,20 @@ def report(config, topology: str, save: str | None = None) -> dict:
         "batch_size": config.batch_size,
         "per_device_batch": config.batch_size // config.accum // n,
     }
+    program = Program(config, sharding.make_mesh(config.mesh, mesh_devices))
+    last = len(program.stages) - 1
     try:
-        compiled, program, seconds = compile_step(config, mesh_devices)
+        for stage in range(0 if save else last, last + 1):
+            compiled, known, seconds = compile_step(program, stage)
+            if save:
+                executables.save(save, stage, known, compiled, program)
     except OutOfMemory as e:
         return row | {"fits": False, "needed": e.needed, "available": e.available}
     stats, text = compiled.memory_analysis(), compiled.as_text()
     memory = {name: getattr(stats, f"{size}_size_in_bytes") for name, size in _SIZES.items()}
     needed = sum(memory.values()) - 2 * memory["aliases"]
-    if save:
-        Path(save).write_text(text)
+    if hlo:
+        Path(hlo).write_text(text)
     cost = analysis.analyse(text, chip)
     images, counted = config.batch_size / n, program.objective.flops()
     ms = cost["model_ms"] + cost["kernel_bound_ms"]
@@ -245,7 +254,11 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # This process only compiles and must not occupy a TPU.
     config, topology = cli.config_of(_CONFIG), _TOPOLOGY.value
     config = with_batch(config, len(devices(topology)[2]), _BATCH.value)
-    row = search(config, topology) if _SEARCH.value else report(config, topology, _SAVE.value)
+    if _SAVE.value and _SEARCH.value:
+        raise UserError("--save is for one batch size: run --search first, then --save with its --per-device-batch")
+    if _SAVE.value:
+        paths.check_writable(paths.folder(_SAVE.value, "--save"), "--save")
+    row = search(config, topology) if _SEARCH.value else report(config, topology, _SAVE.value, _HLO.value)
     if _JSON.value:
         text = json.dumps(row, indent=1)
         print(text) if _JSON.value == "-" else Path(_JSON.value).write_text(text + "\n")

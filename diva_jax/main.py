@@ -23,6 +23,12 @@ _INIT_FROM = flags.DEFINE_string(
     "WORKDIR or WORKDIR:STEP of another run: parameters of the same name and shape are taken from its checkpoint and "
     "not from their sources. Has no effect on a run that resumes.",
 )
+_EXECUTABLES = flags.DEFINE_string(
+    "executables",
+    None,
+    "Folder of your own that aot --save wrote: steps that it has for this config, slice and versions are not compiled. "
+    "What is in it is run as code.",
+)
 _JOIN = flags.DEFINE_integer("join_timeout", 300, "Seconds within which all processes of a run must start.", 1)
 _LOST = flags.DEFINE_integer(
     "lost_timeout", 100, "Seconds without a heartbeat after which a process is lost and all others end.", 2
@@ -40,7 +46,7 @@ def main() -> None:
         from diva_jax.training.loop import Run
 
         with distributed.session(_JOIN.value, _LOST.value):
-            run = Run(config, _WORKDIR.value, _INIT_FROM.value)
+            run = Run(config, _WORKDIR.value, _INIT_FROM.value, _EXECUTABLES.value)
             done = f"{_WORKDIR.value}: all {run.total} steps are done" if run.finished else f"done: {run.total} steps"
             if run.finished or run.run():
                 export = f"python -m diva_jax.export_torch --workdir={shlex.quote(_WORKDIR.value)} --out=DIR"

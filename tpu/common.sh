@@ -1,10 +1,11 @@
 # Sourced by every script in this folder: parses flags, reads the env file, and defines `run`, which prints a command
 # and, without --dry-run, executes it.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # Variables are for those scripts.
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) # tpu/
 ENV_FILE="$HERE/env.sh"
 DRY_RUN=0
+NEEDS=()
 
 die() {
   echo "error: $*" >&2
@@ -38,14 +39,20 @@ no_more_flags() {
   [[ ${#unknown[@]} -eq 0 ]] || die "unknown flag ${unknown[0]}: see $0 --help"
 }
 
+# Reads the env file, which must set what all scripts need and the names in NEEDS.
 read_env() {
   [[ -f $ENV_FILE ]] || die "$ENV_FILE does not exist: cp tpu/env.example tpu/env.sh and edit it, or give --env=FILE"
   ! grep -q $'\r' "$ENV_FILE" || die "$ENV_FILE has the line ends of Windows: remove them with sed -i 's/\r\$//' $ENV_FILE"
   # shellcheck source=env.example
   source "$ENV_FILE"
-  [[ ${SPOT:-0} == [01] ]] || die "$ENV_FILE sets SPOT=$SPOT: use 1 (spot) or 0 (on demand)"
+  case ${SPOT:-0} in
+    0) CAPACITY=on-demand ;;
+    1) CAPACITY=spot ;;
+    flex-start) CAPACITY=flex-start ;;
+    *) die "$ENV_FILE sets SPOT=$SPOT: use 1 (spot), 0 (on demand) or flex-start" ;;
+  esac
   local setting
-  for setting in PROJECT ZONE NAME ACCELERATOR_TYPE RUNTIME_VERSION BUCKET CONFIG WORKDIR; do
+  for setting in PROJECT ZONE NAME BUCKET CONFIG WORKDIR "${NEEDS[@]}"; do
     [[ -n ${!setting:-} ]] || die "$ENV_FILE does not set $setting: add it, see tpu/env.example"
   done
   refuse_placeholders
@@ -64,6 +71,32 @@ refuse_placeholders() {
   done
 }
 
+# Sets what Google calls the chips and machines of TOPOLOGY, e.g. v5e:4x4; a machine has four chips.
+read_topology() {
+  CHIP=${TOPOLOGY%%:*} SHAPE=${TOPOLOGY#*:}
+  IMAGE_FAMILY=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e
+  case $CHIP in
+    v4) MACHINE_TYPE=ct4p-hightpu-4t GKE_ACCELERATOR=tpu-v4-podslice ;;
+    v5e) MACHINE_TYPE=ct5lp-hightpu-4t GKE_ACCELERATOR=tpu-v5-lite-podslice ;;
+    v5p) MACHINE_TYPE=ct5p-hightpu-4t GKE_ACCELERATOR=tpu-v5p-slice ;;
+    v6e) MACHINE_TYPE=ct6e-standard-4t GKE_ACCELERATOR=tpu-v6e-slice ;;
+    tpu7x) MACHINE_TYPE=tpu7x-standard-4t GKE_ACCELERATOR=tpu7x IMAGE_FAMILY=ubuntu-accel-2404-amd64-tpu-tpu7x ;;
+    *) die "$ENV_FILE sets TOPOLOGY=$TOPOLOGY: use v4, v5e, v5p, v6e or tpu7x, e.g. v5e:4x4 or tpu7x:2x2x2" ;;
+  esac
+  local axes=2
+  [[ $CHIP == v[56]e ]] || axes=3
+  [[ $SHAPE =~ ^[0-9]+(x[0-9]+){$((axes - 1))}$ ]] || die "$ENV_FILE sets TOPOLOGY=$TOPOLOGY: a $CHIP has $axes axes"
+  CHIPS=$((${SHAPE//x/*}))
+  [[ $((CHIPS % 4)) -eq 0 && $CHIPS -gt 0 ]] || die "$ENV_FILE sets TOPOLOGY=$TOPOLOGY: use a multiple of four chips"
+  MACHINES=$((CHIPS / 4)) REGION=${ZONE%-*}
+}
+
+# Makes the policy by which the machines of a slice are placed together and linked.
+create_policy() {
+  run gcloud compute resource-policies create workload-policy "$NAME" "--project=$PROJECT" "--region=$REGION" \
+    --type=HIGH_THROUGHPUT "--accelerator-topology=$SHAPE"
+}
+
 run() {
   printf '+'
   printf ' %q' "$@"
@@ -73,7 +106,26 @@ run() {
 
 # Runs command $2 on worker $1 of the slice, or on every worker for "all".
 on_workers() {
+  if [[ -n ${MIG:-} ]]; then
+    on_instances "$@"
+    return
+  fi
   run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" "--worker=$1" "--command=$2"
+}
+
+# The same in a managed instance group, where a worker is the number of an instance in the group's list.
+on_instances() {
+  local list=(gcloud compute instance-groups managed list-instances "$NAME" "${WHERE[@]}" '--format=value(name)')
+  local names=() i
+  if [[ $DRY_RUN -eq 1 ]]; then
+    run "${list[@]}"
+    names=(INSTANCE)
+  else
+    mapfile -t names < <("${list[@]}")
+  fi
+  for i in "${!names[@]}"; do
+    [[ $1 != all && $1 != "$i" && $DRY_RUN -eq 0 ]] || run gcloud compute ssh "${names[i]}" "${WHERE[@]}" "--command=$2"
+  done
 }
 
 # Says which changes are not part of the current commit, and so not of what is uploaded.
@@ -91,4 +143,38 @@ upload() {
   run git -C "$HERE/.." archive --format=tar.gz --prefix=diva_jax/ --output="$archive" HEAD
   run gcloud storage cp "$archive" "$HOME_IN_BUCKET/diva_jax.tar.gz"
   run gcloud storage cp "$ENV_FILE" "$HOME_IN_BUCKET/env.sh"
+}
+
+# What tpu/setup.sh, launch.sh, logs.sh, status.sh and delete.sh do on the machines of a slice.
+install_code() {
+  upload
+  on_workers all "sudo /opt/diva_jax/vm.sh setup"
+}
+
+restart() {
+  run gcloud storage cp "$ENV_FILE" "$HOME_IN_BUCKET/env.sh"
+  on_workers all "sudo /opt/diva_jax/vm.sh stop"
+  on_workers all "sudo /opt/diva_jax/vm.sh start"
+}
+
+# Takes --worker=N and --lines=N.
+follow() {
+  local worker=0 back=100 flag
+  for flag in "$@"; do
+    case $flag in
+      --worker=*) worker=${flag#--worker=} ;;
+      --lines=*) back=${flag#--lines=} ;;
+      *) die "unknown flag $flag: see $0 --help" ;;
+    esac
+  done
+  on_workers "$worker" "sudo journalctl --unit=google-startup-scripts --unit=diva_jax --lines=$back --follow --output=cat"
+}
+
+last_lines() {
+  on_workers all "hostname; systemctl is-active diva_jax; sudo journalctl --unit=google-startup-scripts --unit=diva_jax --lines=1 --output=cat"
+}
+
+# There is no run to stop if the slice does not exist.
+stop() {
+  on_workers all "sudo /opt/diva_jax/vm.sh stop" || echo "no machine to stop"
 }

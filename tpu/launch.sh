@@ -11,6 +11,4 @@ source "$(dirname "$0")/common.sh"
 parse_flags "$@"
 no_more_flags
 read_env
-run gcloud storage cp "$ENV_FILE" "$HOME_IN_BUCKET/env.sh"
-on_workers all "sudo /opt/diva_jax/vm.sh stop"
-on_workers all "sudo /opt/diva_jax/vm.sh start"
+restart

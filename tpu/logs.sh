@@ -9,14 +9,6 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
 parse_flags "$@"
-WORKER=0
-LINES_BACK=100
-for flag in "${REST[@]}"; do
-  case $flag in
-    --worker=*) WORKER=${flag#--worker=} ;;
-    --lines=*) LINES_BACK=${flag#--lines=} ;;
-    *) die "unknown flag $flag: see $0 --help" ;;
-  esac
-done
+[[ ${#PASSED[@]} -eq 0 ]] || die "unknown flag ${PASSED[0]}: see $0 --help"
 read_env
-on_workers "$WORKER" "sudo journalctl --unit=google-startup-scripts --unit=diva_jax --lines=$LINES_BACK --follow --output=cat"
+follow "${REST[@]}"

@@ -10,5 +10,4 @@ source "$(dirname "$0")/common.sh"
 parse_flags "$@"
 no_more_flags
 read_env
-upload
-on_workers all "sudo /opt/diva_jax/vm.sh setup"
+install_code

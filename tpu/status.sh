@@ -10,4 +10,4 @@ no_more_flags
 read_env
 run gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" '--format=value(state.state)'
 run gcloud compute tpus tpu-vm describe "$NAME" "${WHERE[@]}" '--format=value(state,health)'
-on_workers all "hostname; systemctl is-active diva_jax; sudo journalctl --unit=google-startup-scripts --unit=diva_jax --lines=1 --output=cat"
+last_lines

@@ -52,7 +52,7 @@ setup() {
   run rm -rf "$ROOT/diva_jax"
   run tar --extract --gzip --file="$ROOT/diva_jax.tar.gz" --directory="$ROOT"
   run install --mode=755 "$ROOT/diva_jax/tpu/vm.sh" "$ROOT/vm.sh"
-  run pip install --quiet uv
+  run env PIP_BREAK_SYSTEM_PACKAGES=1 pip install --quiet uv # Which Ubuntu 24.04 otherwise refuses.
   [[ -x $ROOT/venv/bin/python ]] || run uv venv --python 3.11 "$ROOT/venv"
   run uv pip install --python "$ROOT/venv/bin/python" --constraint "$ROOT/diva_jax/constraints.txt" "$ROOT/diva_jax[tpu]"
   [[ -z ${MOUNT:-} ]] || mount_bucket
@@ -94,16 +94,7 @@ start() {
   run systemctl restart diva_jax
 }
 
-finished() {
-  if [[ $WORKDIR == gs://* ]]; then
-    gcloud storage ls "$WORKDIR/done" >/dev/null 2>&1
-  else
-    [[ -e $WORKDIR/done ]]
-  fi
-}
-
 train() {
-  trap : TERM # Python handles SIGTERM and saves a checkpoint; this shell must not exit before.
   local flags variables
   read -r -a flags <<<"${FLAGS:-}"
   read -r -a variables <<<"${ENVIRONMENT:-}"
@@ -113,10 +104,8 @@ train() {
     export "${variable?}"
   done
   run cd "$ROOT/diva_jax"
-  run env PYTHONUNBUFFERED=1 "$ROOT/venv/bin/python" -m diva_jax.main \
+  run exec env PYTHONUNBUFFERED=1 "PYTHON=$ROOT/venv/bin/python" tpu/train.sh \
     "--config=$CONFIG" "--workdir=$WORKDIR" "${flags[@]}"
-  # Exit code 0 before the last step: another machine received SIGTERM. Fail, so that the service is restarted.
-  [[ $DRY_RUN -eq 1 ]] || finished || exit 75
 }
 
 [[ $WHAT == stop ]] || read_env

@@ -23,6 +23,7 @@ from diva_jax.training import (
     checkpoint,
     compiler,
     distributed,
+    executables,
     load,
     lock,
     metrics,
@@ -78,16 +79,18 @@ class Run:
       workdir: folder for config.json, checkpoints, metrics.jsonl and TensorBoard events; a path, or gs://...
       init_from: WORKDIR or WORKDIR:STEP of another run, from which parameters of the same name and shape are taken
         instead of from their sources. A run that resumes does not read it.
+      saved: a folder that `python -m diva_jax.aot --save` wrote, of the user's own: its executables are run.
 
     Raises:
       UserError: the config, the data or the workdir is invalid; nothing in the workdir is changed.
     """
 
-    def __init__(self, config, workdir: epath.PathLike, init_from: str | None = None):
+    def __init__(self, config, workdir: epath.PathLike, init_from: str | None = None, saved: str | None = None):
         self.config, self.workdir = config, paths.folder(workdir, "--workdir")
         paths.check_writable(self.workdir, "--workdir")
         configs.validate(config, jax.device_count())
         metrics.check_wandb(config.log.wandb)
+        self.saved = executables.folder(saved) if saved else None
         compiler.use_cache(config.compile_cache, self.workdir)
         self.mesh = sharding.make_mesh(config.mesh)
         self.program = Program(config, self.mesh)
@@ -276,7 +279,7 @@ class _Loop:
 
     def _train(self) -> None:
         """Trains to the end, or until a signal."""
-        run, steps = self.run_, Steps(self.program, self.progress.paused)
+        run, steps = self.run_, Steps(self.program, self.progress.paused, self.run_.saved)
         if self.step == 0:
             self._evaluate()
         if self.preempted:

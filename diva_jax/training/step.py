@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,7 +20,7 @@ from diva_jax.common import log
 from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
 from diva_jax.models import backbones, layers
-from diva_jax.training import compiler, optim, partition, sharding, terms, towers
+from diva_jax.training import compiler, executables, optim, partition, sharding, terms, towers
 
 
 def micro_batches(x: jax.Array, accum: int) -> jax.Array:
@@ -247,12 +248,18 @@ class Step(NamedTuple):
 
 
 class Steps:
-    """The step of each stage of a program, compiled at its first batch; `on_compiled` gets the seconds it took. Several
-    runs can share them, whose configs differ in what no compiled step depends on (seed, data, steps).
+    """The step of each stage of a program, compiled at its first batch or taken from the folder `saved`, see
+    `executables`; `on_compiled` gets the seconds it took. Several runs can share them, whose configs differ in what no
+    compiled step depends on (seed, data, steps).
     """
 
-    def __init__(self, program: Program, on_compiled: Callable[[float], None] = lambda seconds: None):
-        self.program, self._on_compiled = program, on_compiled
+    def __init__(
+        self,
+        program: Program,
+        on_compiled: Callable[[float], None] = lambda seconds: None,
+        saved: epath.Path | None = None,
+    ):
+        self.program, self._on_compiled, self._saved = program, on_compiled, saved
         self._compiled: dict[int, tuple[jax.stages.Compiled, Any]] = {}
 
     def __call__(self, index: int, state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
@@ -263,14 +270,16 @@ class Steps:
             say(
                 f"{partition.summary(arrays, active)}\n"
                 f"stage {stage.name}: steps {stage.start} to {stage.end}, peak learning rate {stage.lr:g}, trains "
-                f"{count:,} parameters of {', '.join(where)}; compiling"
+                f"{count:,} parameters of {', '.join(where)}" + ("" if self._saved else "; compiling")
             )
             step = self.program.step(index)
             began = time.perf_counter()
             with log.waiting("compiling"):
-                program = compiler.compiled(step.lower(state, frozen, batch))
+                lowered = step.lower(state, frozen, batch)
+                ready = executables.load(self._saved, index, lowered, self.program) if self._saved else None
+                program = ready or compiler.compiled(lowered)
             self._compiled[index] = program, step.pace
-            say(f"compiled in {time.perf_counter() - began:.0f} s")
+            say(f"{'ready' if ready else 'compiled'} in {time.perf_counter() - began:.0f} s")
             self._on_compiled(time.perf_counter() - began)
         program, pace = self._compiled[index]
         return program(state, frozen, batch, pace)

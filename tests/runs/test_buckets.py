@@ -13,16 +13,19 @@ from urllib.parse import unquote
 import commands
 import fsspec
 import gcp_storage_emulator.server as emulator
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from gcp_storage_emulator.exceptions import NotFound
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from processes import STEPS, finish, start_all
 
-from diva_jax import report
+from diva_jax import config, report
 from diva_jax.common import paths
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.training import checkpoint, workdirs
+from diva_jax.training import checkpoint, executables, sharding, workdirs
 from diva_jax.weights import places
 
 
@@ -134,6 +137,18 @@ def test_a_bucket_that_vanishes_while_saving(bucket, monkeypatch):
     with pytest.raises(RunError, match="step 2: no checkpoint can be written to gs://doomed/run/checkpoints"):
         checkpoints.save(2, state, {}, {}, wait=True)
     checkpoints.close()
+
+
+def test_executables_in_a_bucket(bucket):
+    c = config.default()
+    program = SimpleNamespace(config=c, mesh=sharding.make_mesh(c.mesh), stages=[SimpleNamespace(name="tune")])
+    lowered = jax.jit(lambda x: 2 * x + 1).lower(jax.device_put(np.arange(5.0), NamedSharding(program.mesh, P())))
+    with pytest.raises(UserError, match="aot --save=gs://bucket/saved"):
+        executables.folder("gs://bucket/saved")
+    executables.save("gs://bucket/saved", 0, executables.facts(lowered, program), lowered.compile(), program)
+    loaded = executables.load(executables.folder("gs://bucket/saved"), 0, lowered, program)
+    given = jax.device_put(np.arange(5.0), NamedSharding(program.mesh, P()))
+    np.testing.assert_array_equal(loaded(given), 2 * np.arange(5.0) + 1)
 
 
 def test_a_mirror_copies_what_changed(bucket):

@@ -43,7 +43,7 @@ class Toy:
     width = 512
 
     def __init__(self, config, mesh):
-        self.config, self.mesh, self.stages = config, mesh, ("warm-up", "tune")
+        self.config, self.mesh, self.stages = config, mesh, [SimpleNamespace(name=n) for n in ("warm-up", "tune")]
 
     @property
     def objective(self):
@@ -53,7 +53,7 @@ class Toy:
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec or P()))
 
     def abstract_state(self, stage):
-        assert stage == 1, "the last stage trains all parameters"
+        assert stage in (0, 1)
         return {"w": self._array(self.width, self.width)}
 
     def abstract_frozen(self):
@@ -83,7 +83,7 @@ def toy(monkeypatch):
 
 
 def test_report(toy, tmp_path):
-    row = aot.report(toy, "v5e:2x2", save=tmp_path / "step.hlo.txt")
+    row = aot.report(toy, "v5e:2x2", save=str(tmp_path / "saved"), hlo=tmp_path / "step.hlo.txt")
     matrix, batch = 4 * 512 * 512, 1024 // 4
     assert row["fits"] and row["chips"] == 4 and row["per_device_batch"] == batch
     assert row["memory"]["arguments"] == 2 * matrix + 4 * batch * 512
@@ -96,6 +96,10 @@ def test_report(toy, tmp_path):
     assert row["seconds"]["compile"] > 0
     assert "ENTRY" in (tmp_path / "step.hlo.txt").read_text()
     assert json.loads(json.dumps(row)) == row
+    written = {f"{stage}.{kind}" for stage in ("0-warm-up", "1-tune") for kind in ("json", "bin")}
+    assert {file.name for file in (tmp_path / "saved").iterdir()} == written
+    facts = json.loads((tmp_path / "saved" / "1-tune.json").read_text())["facts"]
+    assert facts["libtpu"] == row["versions"]["libtpu"] and facts["the devices"] == "4 x TPU v5 lite"
     text = aot.text_of(row)
     assert row["images_per_s"] == pytest.approx(1e3 * batch / row["step_ms"])
     assert "to spare" in text and "all-reduce: 1 per step" in text and "unet backward" in text
@@ -143,7 +147,7 @@ def test_search_finds_the_largest_batch(toy, monkeypatch, capsys, largest, weigh
     def needed(images):
         return weights + images**curve
 
-    def pretend(config, topology, save=None):
+    def pretend(config, topology):
         images = config.batch_size // 4
         there = needed(largest + 0.5)
         row = {"needed": needed(images), "available": there, "images": images, "fits": needed(images) <= there}
@@ -175,9 +179,9 @@ REPORTS = ROOT / "bench" / "tpu"
 
 
 def test_the_reports_are_of_the_compiler_that_pods_install():
-    """The versions in bench/tpu are those of the constraints, for the Python of tpu/vm.sh and tpu/Dockerfile."""
+    """The versions in bench/tpu are those of the constraints, for the Python of tpu/vm.sh and tpu/gke/Dockerfile."""
     pods = re.search(r"uv venv --python (\S+)", (ROOT / "tpu/vm.sh").read_text())[1]
-    assert f"FROM python:{pods}-slim" in (ROOT / "tpu/Dockerfile").read_text()
+    assert f"FROM python:{pods}-slim" in (ROOT / "tpu/gke/Dockerfile").read_text()
     lines = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     here = {r.name: str(r.specifier) for r in lines if not r.marker or r.marker.evaluate({"python_version": pods})}
     for file in REPORTS.glob("*.json"):

