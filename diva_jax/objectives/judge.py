@@ -44,6 +44,8 @@ from diva_jax.weights import parts
 Array = jax.Array
 
 SECTIONS = ("diffusion",)
+# What is folded into an image's key for the order of its texts; its draws have the first numbers.
+_ORDER = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +236,7 @@ class Objective(StableDiffusionObjective):
 
     def judge(self, batch: Mapping[str, Array], pixels: Array, keys: Array) -> tuple[Array, Array]:
         """(posterior over the texts [B, K], weight of each image [B]), see `posterior`."""
-        ids, (draw_keys, order_keys) = batch["conditions"], jax.vmap(jax.random.split, out_axes=1)(keys)
+        ids = batch["conditions"]
         # A text must be one to both tokenizers.
         present = (ids[..., 0] >= 0) & (batch["texts"][..., 0] >= 0)
         present = present.at[:, -1].set(self.options.neutral != "none")
@@ -242,14 +244,14 @@ class Objective(StableDiffusionObjective):
             first = jnp.zeros(present[:, :-1].shape, jnp.float32).at[:, 0].set(1)
             return first, jnp.where(jnp.sum(present[:, :-1], axis=1) > 1, 1.0, 0.0)
         latents = self.latents(pixels, batch.get("moments"))
-        drawn = self.draw(draw_keys, latents.shape[1:])
+        drawn = self.draw(keys, latents.shape[1:])
         asked = ids if self.options.neutral != "none" else ids[:, :-1]
         errors = jax.lax.map(lambda i: self.errors(latents, i, drawn), jnp.maximum(asked, 0).swapaxes(0, 1)).T
         if asked is not ids:
             errors = jnp.pad(errors, ((0, 0), (0, 1)))
         found, weight = posterior(errors, present, self.options.beta)
         if self.options.verdict == "shuffled":
-            found = shuffled(found, present[:, :-1], order_keys)
+            found = shuffled(found, present[:, :-1], jax.vmap(jax.random.fold_in, (0, None))(keys, _ORDER))
         return found, weight
 
     def loss(self, batch: Mapping[str, Array], keys: Array) -> tuple[Array, dict[str, Array]]:

@@ -181,8 +181,11 @@ def batch(p: Program, step: int) -> dict:
             out[name] = np.clip(coarse[:, :s, :s] + rng.integers(-20, 21, a.shape), 0, 255)
         elif name == "row":
             out[name] = np.arange(len(a))
-        elif name == "conditions":
-            out[name] = rng.integers(0, p.config.diffusion.text_encoder["vocab_size"], a.shape)
+        elif name in ("texts", "conditions"):
+            text = p.config.backbone.text if name == "texts" else p.config.diffusion.text_encoder
+            out[name] = rng.integers(0, text["vocab_size"], a.shape)
+            out[name][1::3, -2] = -1  # Texts that there are not, and images that have one to the generator.
+            out[name][2::5, 1 if name == "conditions" else 2 : -1] = -1
         else:
             out[name] = rng.integers(0, 256 if a.dtype == np.uint8 else p.config.backbone.text.vocab_size, a.shape)
         out[name] = jax.device_put(out[name].astype(a.dtype), p.batch_sharding)

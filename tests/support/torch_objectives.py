@@ -56,7 +56,8 @@ class Generator:
         self.vae = AutoencoderKL(**vae).requires_grad_(False)
         missing = self.vae.load_state_dict(part_tensors(p, arrays, "vae", diffusers.VAE), strict=False)
         assert all(k.startswith(("decoder.", "post_quant")) for k in missing.missing_keys)
-        self.text = torch.from_numpy(np.array(arrays["text_context"]))
+        if "text_context" in arrays:
+            self.text = torch.from_numpy(np.array(arrays["text_context"]))
         betas = torch.linspace(d.scheduler.beta_start**0.5, d.scheduler.beta_end**0.5, 1000, dtype=torch.float64) ** 2
         self.abar = torch.cumprod(1 - betas, 0).float()
 
