@@ -22,11 +22,12 @@ from jax.sharding import PartitionSpec as P
 from diva_jax import aot
 from diva_jax import config as configs
 from diva_jax.costs import analysis, flops
+from diva_jax.models import platform
 from diva_jax.models.backbones.shared.transformer import Block
 from diva_jax.models.diffusion.blocks import ResnetBlock, Transformer
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.layers import Layers, abstract
-from diva_jax.training import sharding
+from diva_jax.training import kernel_choice, sharding
 
 TOKENS = 77
 C = UNetConfig()
@@ -80,7 +81,8 @@ def lowered(args):
             out = nnx.merge(graph, state)(*(given[1:] + given[:1] if args.part == "unet" else given))
             return jnp.mean(jnp.square(out.astype(jnp.float32)))
 
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.named_scope("unet"):
+        kernels = kernel_choice.chosen(args.kernels, mesh.abstract_mesh)
+        with platform.traced_on(mesh.abstract_mesh, kernels), jax.named_scope("unet"):
             return jax.value_and_grad(loss, argnums=tuple(range(count)))(*inputs[:count])
 
     return chip, jax.jit(run).lower(state, *inputs)
@@ -97,7 +99,7 @@ def measure(args) -> dict:
     cost = analysis.analyse(text, chip)
     row = {
         "part": args.part, "topology": args.topology, "images": args.images, "options": args.options,
-        "side": args.side, "width": args.width, "jax": jax.__version__,
+        "side": args.side, "width": args.width, "jax": jax.__version__, "kernels_of_config": args.kernels,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes, "seconds": seconds,
     }  # fmt: skip
     if args.part == "unet":
@@ -133,6 +135,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=320, help="of a block [channels]")
     parser.add_argument("--skip", type=int, default=0, help="further channels of the input of --part=resnet")
     parser.add_argument("--options", default="", help="compiler options, NAME=VALUE,...")
+    parser.add_argument("--kernels", choices=("own", "xla"), default="own", help="as config.kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the report to this file, one line each")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the optimised HLO to this file")
     args = parser.parse_args()

@@ -23,7 +23,7 @@ from diva_jax import config as configs
 from diva_jax.common import cli, log, paths
 from diva_jax.common.errors import UserError
 from diva_jax.costs import analysis, chips
-from diva_jax.training import compiler, executables, sharding
+from diva_jax.training import compiler, executables, kernel_choice, sharding
 from diva_jax.training.step import Program
 
 _CONFIG = cli.define_config()
@@ -40,7 +40,6 @@ _JSON = flags.DEFINE_string("json", None, "Write the report to this file as JSON
 
 _GIB = 2**30
 # Part of the HBM in a report -> its name in the compiler's analysis of memory.
-_SIZES = dict(arguments="argument", outputs="output", aliases="alias", temporaries="temp", code="generated_code")
 # By default, libtpu queries the machine's metadata service and environment for its slice, and can be loaded by only one
 # process per machine. Neither is needed for compilation.
 _ENVIRONMENT = {
@@ -139,10 +138,13 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
     "step_ms".
     """
     chip, shape, mesh_devices = devices(topology)
-    n = len(mesh_devices)
+    n, config = len(mesh_devices), config.copy_and_resolve_references()
+    if config.kernels == kernel_choice.AUTO:
+        config.kernels = kernel_choice.OWN  # No device is here that could have been checked.
     row = {
         "topology": topology,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "kernels_of_config": config.kernels,
         "chips": n // chip.per_chip,
         "devices": n,
         "mesh": {"data": n // config.mesh.fsdp, "fsdp": config.mesh.fsdp},
@@ -160,9 +162,8 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
                 executables.save(save, stage, known, compiled, program)
     except OutOfMemory as e:
         return row | {"fits": False, "needed": e.needed, "available": e.available}
-    stats, text = compiled.memory_analysis(), compiled.as_text()
-    memory = {name: getattr(stats, f"{size}_size_in_bytes") for name, size in _SIZES.items()}
-    needed = sum(memory.values()) - 2 * memory["aliases"]
+    memory, text = analysis.memory(compiled), compiled.as_text()
+    needed = memory.pop("needed")
     if hlo:
         Path(hlo).write_text(text)
     cost = analysis.analyse(text, chip)
@@ -218,7 +219,8 @@ def text_of(row: dict) -> str:
     n, mesh = row["devices"], row["mesh"]
     lines = [
         f"{row['topology']}: {row['chips']} chips, {n} devices, mesh data {mesh['data']} x fsdp {mesh['fsdp']}, remat "
-        f"{row['remat']}; " + ", ".join(f"{name} {version}" for name, version in row["versions"].items()),
+        f"{row['remat']}; config.kernels={row['kernels_of_config']}; "
+        + ", ".join(f"{name} {version}" for name, version in row["versions"].items()),
         f"batch {row['batch_size']} = {row['per_device_batch']} per device x {n} x {row['accum']} micro-batches",
         f"HBM per device: {verdict(row)}",
     ]
@@ -226,7 +228,7 @@ def text_of(row: dict) -> str:
         return "\n".join(lines)
     m = row["memory"]
     mfu = "unknown" if row["mfu"] is None else f"{100 * row['mfu']:.0f}%"
-    parts = "  ".join(f"{k} {m[k] / _GIB:.2f}" for k in _SIZES)
+    parts = "  ".join(f"{k} {m[k] / _GIB:.2f}" for k in analysis.SIZES)
     lines += [
         f"  [GiB]  {parts}",
         f"time per step: {row['step_ms']:.0f} ms = {row['model_ms']:.0f} ms estimated by the compiler + "

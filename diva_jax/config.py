@@ -19,7 +19,7 @@ from diva_jax.evals.readout import parse_readout
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.settings import Diffusion
-from diva_jax.training import compiler, terms, workdirs
+from diva_jax.training import compiler, kernel_choice, terms, workdirs
 from diva_jax.training.optim import OptimOptions
 from diva_jax.weights import places
 
@@ -214,6 +214,12 @@ class RunOptions:
         compiler.AUTO,
         "Options of the TPU compiler, NAME=VALUE,...; auto: those of the chip's row in costs/chips.py; if empty, none.",
         Rule(compiler.is_options, "must be auto, or options of the TPU compiler as NAME=VALUE,NAME=VALUE"),
+    )
+    kernels: str = field(
+        kernel_choice.AUTO,
+        "This package's Pallas kernels on TPUs: auto, those that passed python -m diva_jax.selfcheck on this kind of "
+        "device; own, all; xla, none, but XLA's operations and jax's splash attention. Elsewhere there are none.",
+        one_of(kernel_choice.AUTO, kernel_choice.XLA, kernel_choice.OWN),
     )
     profile: ProfileOptions = ProfileOptions()
 

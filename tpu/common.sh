@@ -51,6 +51,7 @@ read_env() {
     flex-start) CAPACITY=flex-start ;;
     *) die "$ENV_FILE sets SPOT=$SPOT: use 1 (spot), 0 (on demand) or flex-start" ;;
   esac
+  [[ ${SELFCHECK:-1} == [01] ]] || die "$ENV_FILE sets SELFCHECK=$SELFCHECK: use 1 (before training) or 0 (never)"
   local setting
   for setting in PROJECT ZONE NAME BUCKET CONFIG WORKDIR "${NEEDS[@]}"; do
     [[ -n ${!setting:-} ]] || die "$ENV_FILE does not set $setting: add it, see tpu/env.example"
@@ -154,6 +155,7 @@ install_code() {
 restart() {
   run gcloud storage cp "$ENV_FILE" "$HOME_IN_BUCKET/env.sh"
   on_workers all "sudo /opt/diva_jax/vm.sh stop"
+  on_workers all "sudo /opt/diva_jax/vm.sh check"
   on_workers all "sudo /opt/diva_jax/vm.sh start"
 }
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs as root on the machines of a slice: at every start (as the slice's start-up script), and over ssh.
 #
-#   vm.sh [boot|setup|start|train|stop] [--dry-run] [--help]
+#   vm.sh [boot|setup|check|start|train|stop] [--dry-run] [--help]
 #
 # boot: setup, then start.
 # setup: installs the code from the bucket and mounts the bucket.
+# check: runs python -m diva_jax.selfcheck, unless its result is kept already; on every machine at the same time.
 # start: runs train as a service, which is restarted until the run is finished.
 # train: runs the training.
 # stop: sends SIGTERM, upon which the run saves a checkpoint and stops.
@@ -15,7 +16,7 @@ DRY_RUN=0
 WHAT=boot
 for word in "$@"; do
   case $word in
-    boot | setup | start | train | stop) WHAT=$word ;;
+    boot | setup | check | start | train | stop) WHAT=$word ;;
     --dry-run) DRY_RUN=1 ;;
     --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;;
     *) echo "error: unknown argument $word: see $0 --help" >&2 && exit 2 ;;
@@ -37,7 +38,7 @@ metadata() {
 read_env() {
   if [[ $DRY_RUN -eq 1 ]]; then
     HOME_IN_BUCKET='gs://BUCKET/diva_jax/NAME' BUCKET=BUCKET MOUNT=/gcs CONFIG=CONFIG WORKDIR=WORKDIR FLAGS=FLAGS
-    ENVIRONMENT=NAME=value
+    ENVIRONMENT=NAME=value SELFCHECK=1
     return
   fi
   mkdir -p "$ROOT"
@@ -94,16 +95,34 @@ start() {
   run systemctl restart diva_jax
 }
 
-train() {
-  local flags variables
-  read -r -a flags <<<"${FLAGS:-}"
+# Exports the variables of ENVIRONMENT and goes to the code.
+prepare() {
+  local variable variables
   read -r -a variables <<<"${ENVIRONMENT:-}"
-  local variable
   for variable in "${variables[@]}"; do
     echo "+ export ${variable%%=*}=..." # Values may be secrets.
     export "${variable?}"
   done
   run cd "$ROOT/diva_jax"
+}
+
+check() {
+  [[ ${SELFCHECK:-1} -eq 1 ]] || return 0
+  local word words flags=()
+  read -r -a words <<<"${FLAGS:-}"
+  for word in "${words[@]}"; do
+    [[ $word != --config.* ]] || flags+=("$word") # Others are flags of diva_jax.main.
+  done
+  prepare
+  run env PYTHONUNBUFFERED=1 "$ROOT/venv/bin/python" -m diva_jax.selfcheck \
+    "--config=$CONFIG" "--workdir=$WORKDIR" --unless_kept "${flags[@]}" ||
+    echo "note: the selfcheck failed, see above; training is started all the same"
+}
+
+train() {
+  local flags
+  read -r -a flags <<<"${FLAGS:-}"
+  prepare
   run exec env PYTHONUNBUFFERED=1 "PYTHON=$ROOT/venv/bin/python" tpu/train.sh \
     "--config=$CONFIG" "--workdir=$WORKDIR" "${flags[@]}"
 }

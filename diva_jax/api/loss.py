@@ -97,7 +97,7 @@ class Loss:
         return {name: np.stack([row[name] for row in rows]) for name in self._inputs} if rows else {}
 
     def _trace(self, params, frozen, batch, key, step):
-        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+        with self._program.tracing():
             keys = image_keys(key, step, batch["row"])
 
             def loss(params):

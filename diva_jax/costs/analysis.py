@@ -3,6 +3,8 @@
 import collections
 import re
 
+import jax
+
 from diva_jax.costs import hlo
 from diva_jax.costs.chips import Chip
 
@@ -16,6 +18,7 @@ KINDS = (
     ("matmul", r"dot_general"),
 )
 OTHER = "other"
+SIZES = dict(arguments="argument", outputs="output", aliases="alias", temporaries="temp", code="generated_code")
 
 
 def part_of(path: str) -> tuple[str, str]:
@@ -38,6 +41,14 @@ def kernel_seconds(op: hlo.Op, computation: hlo.Computation, chip: Chip) -> floa
         return 0.0
     products = hlo.kernel_flops(op, computation, chip.matrix_side) / chip.flops
     return max(products, hlo.hbm_traffic(op, computation) / chip.hbm_bandwidth)
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """HBM of a compiled program per device [bytes], by the names of SIZES, and what it "needed" in all; outputs that
+    reuse the memory of arguments are "aliases"."""
+    stats = compiled.memory_analysis()
+    found = {name: getattr(stats, f"{size}_size_in_bytes") for name, size in SIZES.items()}
+    return found | {"needed": sum(found.values()) - 2 * found["aliases"]}
 
 
 def analyse(text: str, chip: Chip) -> dict:

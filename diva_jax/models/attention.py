@@ -1,20 +1,22 @@
 """Softmax attention: a flash kernel for long sequences on TPUs, cuDNN's on GPUs, one of our own on CPUs.
 
-Elsewhere, with masks, and in dtypes that these do not take, it is plain XLA. The choice is made while a function is
-traced, by the platform that it is traced for (`platform.py`).
+Elsewhere, with masks, and in dtypes that these do not take, it is plain XLA. So it is on TPUs where our kernel may not
+be used, but for sequences whose scores would not fit into HBM: these have jax's splash attention. The choice is made
+while a function is traced, by the platform that it is traced for (`platform.py`).
 """
 
 import jax
 import jax.numpy as jnp
 
 from diva_jax.models.kernels.tiles import LANES, by_device, tile
-from diva_jax.models.platform import traced_for
+from diva_jax.models.platform import allowed, traced_for
 
 Array = jax.Array
 
 # Smallest number of queries for which the kernel is used, for self-attention and for cross-attention. With fewer
 # queries, the scores fit into VMEM and XLA's fused softmax is not limited by HBM bandwidth.
 KERNEL_FROM = {"self": 512, "cross": 4096}
+SPLASH_FROM = 4096  # Smallest number of queries and of keys for jax's kernel, where ours may not be used.
 # Largest head dim -> largest number of queries and of keys per tile. The float32 scores and sums of a tile must fit
 # into VMEM.
 MAX_BLOCK = {128: 1024, 512: 512}
@@ -59,6 +61,28 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     keys = m if padded[1].shape[2] != m else None
     out = kernel.attend(*padded, heads, keys, blocks, interpret)
     return out[:, :, :n].swapaxes(1, 2).reshape(q.shape)
+
+
+def splash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
+    """As `flash`, with jax's kernel, whose sequences are padded and masked here."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernel
+
+    (n, heads, width), m = q.shape[1:], k.shape[1]
+    padded = [
+        jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % LANES), (0, 0))) for x in (q * width**-0.5, k, v)
+    ]
+    queries, keys = (x.shape[2] for x in padded[:2])
+    tiles, layout = (block(queries, width), block(keys, width)), kernel.QKVLayout.SEQ_MINOR
+    sizes = {f"block_{x}{of}": t for of in ("", "_dkv", "_dq") for x, t in zip(("q", "kv"), tiles, strict=True)}
+    attend = kernel.make_splash_mha_single_device(
+        kernel.MultiHeadMask([kernel.FullMask((queries, keys))] * heads),
+        block_sizes=kernel.BlockSizes(**sizes, q_layout=layout, k_layout=layout, v_layout=layout),
+        interpret=interpret,
+    )
+    # Queries attend to the keys of their own segment, which padded keys are not in.
+    ids = kernel.SegmentIds(q=jnp.zeros(queries, jnp.int32), kv=(jnp.arange(keys) >= m).astype(jnp.int32))
+    out = jax.vmap(lambda *one: attend(*one, segment_ids=None if keys == m else ids))(*padded)
+    return out[:, :, :n].swapaxes(1, 2)
 
 
 def _scores(q: Array, k: Array) -> Array:
@@ -113,11 +137,14 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array
     keys 0..n only; `mask`, bool [B, 1 | H, N, M], is true where a query attends to a key.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    full = not causal and mask is None
+    full, kernel = not causal and mask is None, None
+    if full and use_kernel(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh):
+        long = min(q.shape[1], k.shape[1]) >= SPLASH_FROM
+        kernel = flash if allowed(f"attention {q.shape[3]}") else splash if long else None
     if full and q.dtype.itemsize >= 4 and traced_for(mesh) == "cpu":
         out = _recomputed(q, k, v)
-    elif full and use_kernel(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh):
-        out = by_device(flash, q, k, v)
+    elif kernel:
+        out = by_device(kernel, q, k, v)
     else:
         fused = implementation(q.shape[3], q.dtype, mesh)
         out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, mask=mask, implementation=fused)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.models.kernels.tiles import LANES, by_device
-from diva_jax.models.platform import traced_for
+from diva_jax.models.platform import allowed, traced_for
 
 Array = jax.Array
 
@@ -96,7 +96,7 @@ def feed_forward(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
     `norm` is a LayerNorm of C channels with scale and bias; `layer` is `proj`, a linear layer from C channels to 2H,
     GEGLU, and `out`, one from H to C.
     """
-    if use_kernel(x.shape, layer.out.in_features, x.dtype):
+    if allowed(f"feed-forward {x.shape[2]}") and use_kernel(x.shape, layer.out.in_features, x.dtype):
         graph, state = nnx.split((norm, layer))
         with jax.named_scope("feed_forward"):
             return fused(x, state, graph, False)

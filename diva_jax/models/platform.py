@@ -1,10 +1,35 @@
-"""The kind of device that a function is traced for: that of the abstract mesh of `jax.sharding`, not of the tracing
-machine.
+"""The kind of device that a function is traced for, and which of this package's kernels it may use there.
 
-So a step compiled for a TPU on a CPU is the same program as one compiled on the TPU.
+The device is that of the abstract mesh of `jax.sharding` and not that of the machine that traces, so that a step
+compiled for a TPU on a CPU is the same program as one compiled on the TPU.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax
+
+# Names of kernels, or None for all of them.
+_KERNELS: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar("kernels", default=None)
+
+
+@contextlib.contextmanager
+def traced_on(mesh, kernels: frozenset[str] | None) -> Iterator[None]:
+    """Context manager in which a function is traced for an abstract mesh, with these kernels, see `allowed`."""
+    token = _KERNELS.set(kernels)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh):
+            yield
+    finally:
+        _KERNELS.reset(token)
+
+
+def allowed(kernel: str) -> bool:
+    """Whether a kernel of `models/kernels` may be used in what is traced now: "attention 64" for heads of 64,
+    "feed-forward 320" for 320 channels."""
+    kernels = _KERNELS.get()
+    return kernels is None or kernel in kernels
 
 
 def traced_for(mesh=None) -> str:

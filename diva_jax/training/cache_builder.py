@@ -168,7 +168,7 @@ class Builder:
         absent = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in program.arrays.items()}
 
         def outputs(arrays, batch):
-            with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+            with program.tracing():
                 wanted = program.skeleton.merge(absent, arrays).cacheable.values()
                 rows = [w.make(batch).astype(DTYPE).reshape(self._batch, -1) for w in wanted]
                 return jnp.concatenate(rows, axis=1).reshape(self._batch, *shape)

@@ -55,6 +55,14 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         ) from e
 
 
+def kept(workdir: epath.Path | None = None) -> epath.Path:
+    """The folder of what is found out about programs and devices: `~/.cache/diva_jax`, for all runs of a user, or
+    `WORKDIR/cache` for a workdir in a bucket, since its machines come and go."""
+    if workdir is not None and paths.is_remote(workdir):
+        return epath.Path(workdir) / "cache"
+    return epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diva_jax"
+
+
 def use_cache(setting: str, workdir: epath.Path) -> None:
     """Keeps compiled programs in the folder `setting` (`config.compile_cache`), so that a restart need not compile; ""
     for none.
@@ -67,11 +75,11 @@ def use_cache(setting: str, workdir: epath.Path) -> None:
     if setting != AUTO:
         folder = epath.Path(setting).expanduser()
     elif paths.is_remote(workdir):
-        folder = workdir / "cache" / "compiled"
+        folder = kept(workdir) / "compiled"
     elif os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     else:
-        folder = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diva_jax" / "compiled"
+        folder = kept() / "compiled"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_max_size", _MAX_CACHE_BYTES)

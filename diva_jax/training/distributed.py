@@ -165,11 +165,16 @@ def _gather(data: bytes) -> list[bytes]:
     return [bytes(row).rstrip() for row in multihost_utils.process_allgather(padded)]
 
 
+def gathered(facts: dict) -> list[dict]:
+    """The small dictionary of JSON values of each process, in their order."""
+    if jax.process_count() == 1:
+        return [facts]
+    return [json.loads(row) for row in _gather(json.dumps(facts).encode())]
+
+
 def check_same(facts: dict[str, str | int | None]) -> None:
     """A UserError, on every process, where `facts` (description -> value) are not the same on all of them."""
-    if jax.process_count() == 1:
-        return
-    first, *others = [json.loads(row) for row in _gather(json.dumps(facts).encode())]
+    first, *others = gathered(facts)
     for process, theirs in enumerate(others, 1):
         for what, value in first.items():
             if theirs.get(what) != value:

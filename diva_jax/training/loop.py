@@ -93,7 +93,7 @@ class Run:
         self.saved = executables.folder(saved) if saved else None
         compiler.use_cache(config.compile_cache, self.workdir)
         self.mesh = sharding.make_mesh(config.mesh)
-        self.program = Program(config, self.mesh)
+        self.program = Program(config, self.mesh, self.workdir)
         self.program.check_exportable()
         self.start = checkpoint.latest_step(self.workdir) or 0
         self.parent = workdirs.Parent.open(init_from) if init_from and not self.start else None

@@ -19,8 +19,8 @@ from diva_jax import objectives
 from diva_jax.common import log
 from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
-from diva_jax.models import backbones, layers
-from diva_jax.training import compiler, executables, optim, partition, sharding, terms, towers
+from diva_jax.models import backbones, layers, platform
+from diva_jax.training import compiler, executables, kernel_choice, optim, partition, sharding, terms, towers
 
 
 def micro_batches(x: jax.Array, accum: int) -> jax.Array:
@@ -99,11 +99,13 @@ class Program:
 
     `arrays` has name -> ShapeDtypeStruct with its sharding, of every parameter; `scales`, per stage, name ->
     learning-rate scale (0: frozen), without those of the terms' models; `trained` the names that some stage trains,
-    which alone are in the state and in checkpoints.
+    which alone are in the state and in checkpoints; `kernels` which of this package's kernels it uses on TPUs, see
+    `kernel_choice`.
     """
 
-    def __init__(self, config, mesh: Mesh):
+    def __init__(self, config, mesh: Mesh, workdir=None):
         self.config, self.mesh = config, mesh
+        self.kernels = kernel_choice.chosen(config.get("kernels", kernel_choice.AUTO), mesh.abstract_mesh, workdir)
         self.objective = nnx.eval_shape(self.init_module)
         if config.data.latents and not self.objective.cacheable:
             raise UserError(
@@ -189,6 +191,10 @@ class Program:
         numbers = {"step": put(jnp.int32(0)), "key": put(key)}
         return {"params": params, "opt": self.init_opt(0, params), **numbers, **average}
 
+    def tracing(self):
+        """Context manager for what is traced: it sees the mesh, from it the platform, and which kernels to use."""
+        return platform.traced_on(self.mesh.abstract_mesh, self.kernels)
+
     @property
     def batch_sharding(self) -> NamedSharding:
         return NamedSharding(self.mesh, sharding.BATCH)
@@ -221,8 +227,7 @@ class Program:
         )
 
         def step(state, frozen, batch, pace):
-            # What is traced sees the mesh, and from it the platform it is compiled for (attention.py).
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            with self.tracing():
                 return train_step(state, frozen, batch, pace, **static)
 
         out = jax.tree.map(lambda a: a.sharding, self.abstract_state(stage))

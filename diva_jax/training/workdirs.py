@@ -25,7 +25,7 @@ from diva_jax.weights import places
 
 # Fields that may differ when a run is resumed, because none of them affects what is learned.
 RESUMABLE = (
-    *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "compiler_options", "profile"),
+    *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "compiler_options", "kernels", "profile"),
     *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib"),
 )
 _VISIBLE_WITHIN_S = 60.0  # After which network file systems show a new file to every machine.

@@ -105,7 +105,7 @@ def gradients(tuner: Tuner) -> np.ndarray:
         def loss(trained):
             return p.skeleton.merge(arrays, trained).loss({"image": images}, keys)[0]
 
-        with jax.sharding.use_abstract_mesh(p.mesh.abstract_mesh):
+        with p.tracing():
             found = jax.grad(loss)({n: arrays[n] for n in encoder})
         return jax.numpy.concatenate([found[n].ravel() for n in encoder])
 

@@ -74,6 +74,7 @@ def test_a_wrong_env_file_is_refused_in_a_dry_run_too(script):
     """In one sentence, before anything is uploaded."""
     cases = [("PROJECT=a-project", "PROJECT=my-project", "has PROJECT=my-project from env.example")]
     cases += [("SPOT=1", "SPOT=yes", "sets SPOT=yes: use 1")]
+    cases += [("SELFCHECK=1", "SELFCHECK=2", "sets SELFCHECK=2: use 1")]
     if script == "create.sh":
         for line in ("BUCKET=my-bucket", "WORKDIR=gs://my-bucket/runs/vitl14"):
             cases.append((re.search(rf"^{line.split('=')[0]}=.*", OWN, re.M)[0], line, f"has {line} from env.example"))
@@ -114,6 +115,15 @@ def test_the_machines_install_mount_and_train():
     assert "diva_jax\\[tpu\\]" in boot
     train = run("vm.sh", "train", "--dry-run")
     assert "+ export NAME=..." in train and "value" not in train  # Values may be secrets.
+    assert "--constraint /opt/diva_jax/diva_jax/constraints.txt" in boot
+
+
+def test_the_devices_are_checked_between_stop_and_start():
+    """With the fields of the config alone, since other flags are those of training."""
+    stop, check, start = [c for c in commands("launch.sh") if "vm.sh" in c]
+    assert "vm.sh\\ stop" in stop and "vm.sh\\ check" in check and "vm.sh\\ start" in start
+    said = run("vm.sh", "check", "--dry-run")
+    assert "-m diva_jax.selfcheck --config=CONFIG --workdir=WORKDIR --unless_kept\n" in said
 
 
 def test_errors_are_one_sentence(tmp_path):

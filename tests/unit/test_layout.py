@@ -18,7 +18,7 @@ ORDER = (
 )  # fmt: skip
 # The exception: a source of weights may be a run; what opens it is imported then, inside a function.
 LATE = {"weights/places.py": {"training"}, "weights/runs.py": {"training"}}
-COMMANDS = ("main", "evaluate", "export_torch", "cache_latents", "aot", "demo")
+COMMANDS = ("main", "evaluate", "export_torch", "cache_latents", "aot", "selfcheck", "demo")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -56,6 +56,12 @@ def test_the_package_knows_nothing_of_the_world():
     known = re.compile(r"\bworlds?\b|PatchCode|patch.code|estimates\.json", re.IGNORECASE)
     outside = [f for f in FILES if f.relative_to(PACKAGE).parts[0] != "world"]
     assert not [str(f) for f in outside if known.search(f.read_text())]
+
+
+def test_programs_are_traced_where_their_kernels_are_known():
+    """By `Program.tracing`, so that no command uses kernels that config.kernels leaves out."""
+    places = {f.relative_to(PACKAGE).as_posix() for f in FILES if "use_abstract_mesh" in f.read_text()}
+    assert places == {"models/platform.py", "training/device_checks.py"}
 
 
 def test_no_command_is_imported():

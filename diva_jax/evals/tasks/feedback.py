@@ -160,7 +160,7 @@ class Feedback(Task):
         return np.asarray(jax.random.key_data(keys))
 
     def _loss_step(self, arrays, own, other, keys):
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+        with self.program.tracing():
             module = self.program.skeleton.merge(arrays)
             batch = {"image": own, "other": other}
             return module.condition_losses(batch, jax.random.wrap_key_data(keys), self.edges)
@@ -176,7 +176,7 @@ class Feedback(Task):
 
             return jax.grad(loss)(trained)
 
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+        with self.program.tracing():
             return mean_cosine(gradient, keys, trained)
 
     def _arrays(self, model) -> tuple[dict[str, jax.Array], list[str]]:

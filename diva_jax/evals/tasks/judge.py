@@ -101,11 +101,11 @@ class Judge(Choice):
         self._latents, self._errors = jax.jit(self._latents_step), jit(self._errors_step)
 
     def _latents_step(self, arrays, pixels):
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+        with self.program.tracing():
             return self.program.skeleton.merge(arrays).latents(preprocess.to_float(pixels))
 
     def _errors_step(self, arrays, latents, ids, keys):
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+        with self.program.tracing():
             module = self.program.skeleton.merge(arrays)
             return module.errors(latents, ids, module.draw(jax.random.wrap_key_data(keys), latents.shape[1:]))
 

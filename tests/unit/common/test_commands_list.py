@@ -6,7 +6,7 @@ import pytest
 
 from diva_jax import __main__ as listing
 
-DOCUMENTED = ("main", "evaluate", "export_torch", "report", "aot", "cache_latents", "demo", "world.demo")
+DOCUMENTED = ("main", "evaluate", "export_torch", "report", "aot", "selfcheck", "cache_latents", "demo", "world.demo")
 
 
 def test_every_command_is_listed_with_a_sentence(capsys):

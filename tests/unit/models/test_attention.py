@@ -1,5 +1,8 @@
 """The TPU's attention kernel against plain attention, and the choice between them."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from helpers import abstract_mesh as mesh
 from helpers import close, within
 from jax.sharding import PartitionSpec as P
 
-from diva_jax.models import attention
+from diva_jax.models import attention, platform
 
 
 def qkv(n, m, heads, width, batch=2, seed=0):
@@ -17,11 +20,12 @@ def qkv(n, m, heads, width, batch=2, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "heads", "width"),
-    [(256, 256, 2, 64), (130, 77, 2, 72), (200, 365, 1, 160)],
+    ("kernel", "n", "m", "heads", "width"),
+    [("flash", 256, 256, 2, 64), ("flash", 130, 77, 2, 72), ("flash", 200, 365, 1, 160), ("splash", 130, 300, 2, 64)],
 )
-def test_the_kernel_equals_plain_attention(n, m, heads, width):
-    """Forward and all three gradients, heads of every width in use, lengths that need padding."""
+def test_the_kernel_equals_plain_attention(kernel, n, m, heads, width):
+    """Forward and all three gradients, heads of every width in use, lengths that need padding; jax's kernel too."""
+    kernel = functools.partial(getattr(attention, kernel), interpret=True)
     args = qkv(n, m, heads, width)
     weight = jnp.asarray(np.random.default_rng(1).normal(size=args[0].shape), jnp.float32)
 
@@ -29,9 +33,9 @@ def test_the_kernel_equals_plain_attention(n, m, heads, width):
         return jax.jit(jax.value_and_grad(lambda a: jnp.sum(weight * fn(*a)), has_aux=False))(args)
 
     with jax.default_matmul_precision("highest"):
-        out = jax.jit(lambda a: attention.flash(*a, interpret=True))(args)
+        out = jax.jit(lambda a: kernel(*a))(args)
         close(out, jax.nn.dot_product_attention(*args), 2e-5)
-        value, grads = value_and_grads(lambda *a: attention.flash(*a, interpret=True))
+        value, grads = value_and_grads(kernel)
         expected, goals = value_and_grads(jax.nn.dot_product_attention)
     within(abs(value - expected), 1e-4 * abs(expected), "value")
     for ours, goal in zip(grads, goals, strict=True):
@@ -107,17 +111,29 @@ def test_the_kernel_is_for_long_sequences_on_tpus():
     assert attention.use_kernel(4096, 77, 64, 8, tpu) == (attention.KERNEL_FROM["cross"] <= 4096)
 
 
-def program(platform, **kw):
+def program(device, allowed=None, length=1024, **kw):
     """The program of attention, traced for a platform without the hardware."""
-    args = [jax.ShapeDtypeStruct((8, 1024, 2, 64), jnp.bfloat16)] * 3
-    with jax.sharding.use_abstract_mesh(mesh(platform)):
+    args = [jax.ShapeDtypeStruct((8, length, 2, 64), jnp.bfloat16)] * 3
+    with platform.traced_on(mesh(device), allowed):
         return jax.make_jaxpr(lambda *a: attention.attention(*a, **kw))(*args)
+
+
+def test_kernels_that_are_not_allowed():
+    """XLA computes what they would; jax's kernel does where scores would need more memory than a chip has."""
+
+    def kernels(*args):
+        return re.findall(r"name=((?:flash|splash)_\w+)", str(program("tpu", *args)))
+
+    for allowed in (frozenset(), {"attention 72", "feed-forward 320"}):
+        assert not kernels(allowed)
+        assert [name[:6] for name in kernels(allowed, attention.SPLASH_FROM)] == ["splash"]
+    assert kernels({"attention 64"}, attention.SPLASH_FROM) == ["flash_forward_d64"]
 
 
 def test_the_mesh_decides_and_not_this_machine():
     """Each device runs its own images: the kernel is inside a shard_map over both axes."""
-    for platform, causal, kernels in (("tpu", False, 1), ("cpu", False, 0), ("tpu", True, 0)):
-        assert str(program(platform, causal=causal)).count("pallas_call[") == kernels
+    for device, causal, kernels in (("tpu", False, 1), ("cpu", False, 0), ("tpu", True, 0)):
+        assert str(program(device, causal=causal)).count("pallas_call[") == kernels
     maps = [e for e in program("tpu").jaxpr.eqns if e.primitive.name == "shard_map"]
     assert len(maps) == 1
     # q, k, v are last, after the small tables of the mask, which are replicated.

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from helpers import abstract_mesh, close, relative_error
 
-from diva_jax.models import feed_forward
+from diva_jax.models import feed_forward, platform
 from diva_jax.models.diffusion.blocks import FeedForward
 from diva_jax.models.layers import Layers
 
@@ -99,6 +99,10 @@ def test_the_block_calls_the_kernel_on_tpus():
     def loss(x, state):
         return jnp.sum(feed_forward.feed_forward(x, *nnx.merge(graph, state)).astype(jnp.float32))
 
-    with jax.sharding.use_abstract_mesh(abstract_mesh("tpu", kind="TPU v5 lite")):
-        text = str(jax.make_jaxpr(jax.grad(loss))(x, state))
+    def traced(allowed):
+        with platform.traced_on(abstract_mesh("tpu", kind="TPU v5 lite"), allowed):
+            return str(jax.make_jaxpr(jax.grad(loss))(x, state))
+
+    assert "pallas_call" not in traced({"feed-forward 320"})
+    text = traced({"feed-forward 128"})
     assert "feed_forward_forward_h512" in text and "feed_forward_backward_h512" in text

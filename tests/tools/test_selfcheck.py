@@ -1,0 +1,107 @@
+"""The check of a device: the command at toy size, and what each of its checks finds."""
+
+import re
+
+import commands
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from helpers import abstract_mesh
+from jax.sharding import PartitionSpec as P
+
+from diva_jax import config
+from diva_jax.models import attention, platform
+from diva_jax.training import device_checks, distributed, sharding
+from diva_jax.training.device_checks import FAILED, OK, SLOW, UNKNOWN, Case
+
+ROWS = [
+    "machine",
+    "attention 64, 100 x 100",
+    "feed-forward 128, 128 x 512",
+    "collectives",
+    "checkpoint",
+    "train step",
+    "host",
+]
+
+
+def test_the_command(tmp_path):
+    """One table, one line for an issue, results that are kept; nothing is left in the workdir, or done twice."""
+    again = ("selfcheck", f"--workdir={tmp_path}/run", "--unless_kept")
+    place = {"XDG_CACHE_HOME": f"{tmp_path}/cache"}
+    table, _, report = commands.succeed(*again, **place).partition("\n\nfor the report of an issue: ")
+    rows = {line[:30].strip(): line[30:].split()[0] for line in table.splitlines() if line[0] != " "}
+    late = {UNKNOWN} if rows["train step"] == UNKNOWN else set()  # On a machine that is very busy.
+    assert list(rows) == ROWS and set(rows.values()) <= {OK, SLOW} | late
+    assert all(f"{name} {verdict} (" in report for name, verdict in rows.items()) and report.count("\n") == 1
+    file = re.search(r"kept in (\S+)", table)[1]
+    assert file.startswith(f"{tmp_path}/cache/diva_jax/selfcheck-cpu-")
+    assert list((tmp_path / "run").iterdir()) == []
+    assert commands.succeed(*again, **place) == f"this device was checked before: {file}\n"
+
+
+def test_a_wrong_kernel_is_found(monkeypatch):
+    """A result or a gradient that is 2% off, or NaN in one image of several."""
+    case = Case("attention", 8, 2, 24, 17, 2, True)
+    right = jax.nn.dot_product_attention
+    wrong = {
+        "fine": lambda q, k, v: right(q, k, v),
+        "result": lambda q, k, v: right(q, k, v) * jnp.bfloat16(1.02),
+        "gradient": lambda q, k, v: right(q, k, v * jnp.bfloat16(0.98) + jax.lax.stop_gradient(v * jnp.bfloat16(0.02))),
+        "nan": lambda q, k, v: right(q, k, v).at[1].set(jnp.nan),
+    }
+    for name, kernel in wrong.items():
+        monkeypatch.setattr(attention, "flash", lambda *a, interpret, kernel=kernel: kernel(*a))
+        ok, said = device_checks.check_kernel(case, True)
+        assert ok == (name == "fine"), (name, said)
+
+
+def test_the_kernels_of_a_program_are_found():
+    """Their shapes on one device, heads and padding; a backward pass stands for its forward pass too."""
+    q, k, long = (jax.ShapeDtypeStruct((8, n, 3, 64), jnp.bfloat16) for n in (4096, 77, 1024))
+
+    def run(q, k, long):
+        with platform.traced_on(abstract_mesh("tpu"), None):
+            own = jax.grad(lambda x: jnp.sum(attention.attention(x, x, x).astype(jnp.float32)))(long)
+            return attention.attention(q, k, k), own
+
+    found = device_checks.cases_of(jax.make_jaxpr(jax.jit(run))(q, k, long).jaxpr)
+    assert found == [Case("attention", 64, 2, 1024, 1024, 3, True), Case("attention", 64, 2, 4096, 127, 3, False)]
+    assert found[0].flops == 7 * 2 * 2 * 3 * 1024**2 * 64
+
+
+def test_collectives_and_checkpoint_on_eight_devices(tmp_path, monkeypatch):
+    mesh = sharding.make_mesh(config.MeshOptions(fsdp=2))
+    ok, said = device_checks.check_collectives(mesh)
+    assert ok and said.startswith("8 devices")
+    ok, said = device_checks.check_checkpoint(mesh, epath.Path(tmp_path), 60)
+    assert ok and said.startswith(f"8 MiB to {tmp_path}") and not list(tmp_path.iterdir())
+    monkeypatch.setattr(jax.lax, "psum_scatter", lambda x, axes, **kw: x[: x.shape[0] // 8])
+    assert not device_checks.check_collectives(mesh)[0]
+
+
+@pytest.mark.parametrize("loss", [1.5, float("nan")])
+def test_a_step_that_is_late_or_not_finite(loss):
+    """With the arrays of a program that is one product."""
+    mesh = sharding.make_mesh(config.MeshOptions())
+
+    class Program:
+        arrays = {"w": jax.ShapeDtypeStruct((5, 3), jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, P()))}
+        stages, config = ["only"], config.default("vitl14")
+
+        def __init__(self):
+            self.mesh = mesh
+
+    p = Program()
+    p.abstract_frozen, p.abstract_batch, p.init_state = dict, lambda: Program.arrays, lambda arrays: arrays["w"]
+    step = device_checks.Step(p)
+    step._step = type("S", (), {"pace": 0})
+    step._pool.submit(lambda: None)
+    step._compiled = step._pool.submit(
+        lambda: lambda state, frozen, batch, pace: (state, {"loss": jnp.sum(state) * 0 + loss})
+    )
+    verdict, said, seconds = step.check(60)
+    assert verdict == (OK if loss == 1.5 else FAILED) and "640 images" in said and seconds > 0
+    step._compiled = device_checks.Future()
+    assert step.check(0.0)[0] == UNKNOWN and not distributed.any_failed(False)
