@@ -91,13 +91,14 @@ def test_the_architecture_page_names_every_place():
 @functools.cache
 def imported_by_tests(file: Path) -> set[str]:
     """The packages that a test imports, and those that the modules of tests/support it uses import when loaded."""
-    found, tree = set(), ast.parse(file.read_text())
-    for node in tree.body if file.parent == SUPPORT else ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        for name in (n.split(".")[0] for n in names):
-            support = SUPPORT / f"{name}.py"
-            found |= imported_by_tests(support) if support.exists() else {name}
+    found, files = set(), [file]
+    for each in files:
+        tree = ast.parse(each.read_text())
+        for node in tree.body if each.parent == SUPPORT else ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {n.split(".")[0] for n in names}
+        files += [s for n in sorted(found) if (s := SUPPORT / f"{n}.py").exists() and s not in files]
     return found
 
 
