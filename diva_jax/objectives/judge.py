@@ -112,6 +112,11 @@ def chooser(o: JudgeOptions) -> alternatives.Alternatives:
     return alternatives.Classes.read(o.count, of_caption, o.classes, o.template)
 
 
+def validate(config: ConfigDict) -> None:
+    """Raises a UserError where the texts cannot be made, see `chooser`."""
+    chooser(parse(JudgeOptions, config.judge, "config.judge"))
+
+
 class JudgeDraws(NamedTuple):
     """The random numbers of N draws for B images: timesteps int32 [N, B], standard normal noise [N, B, h, w, c]."""
 

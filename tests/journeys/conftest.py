@@ -36,8 +36,8 @@ class Home:
     def evaluate(self, data: dict[str, str], weights, out: str) -> str:
         """Evaluates weights on tasks, into the folder `out`; returns what the command printed."""
         quick = {"bootstrap": 100, "batch_size": 32, "mmvp.seeds": 2, "drift.neighbours": 3, "probe.neighbours": 3}
-        quick |= {"probe.iterations": 20, "feedback.images": 4, "feedback.draws": 2}
-        quick |= {f"{task}.allow_partial": True for task in ("choice", "robustness", "segmentation")}
+        quick |= {"probe.iterations": 20, "feedback.images": 4, "feedback.draws": 2, "judge.draws": 2}
+        quick |= {f"{task}.allow_partial": True for task in ("choice", "judge", "robustness", "segmentation")}
         return self.run(
             "evaluate",
             "--config=world",

@@ -65,7 +65,7 @@ def test_training_says_what_to_do_next_and_is_done_once(home, tuned):
 
 def test_every_task_is_scored_and_compared(home, evaluated):
     results = json.loads((home / "results/results.json").read_text())
-    assert len(results["tasks"]) == 9 and "wrote results/results.json" in evaluated and "clip -> tuned:3" in evaluated
+    assert len(results["tasks"]) == 10 and "wrote results/results.json" in evaluated and "clip -> tuned:3" in evaluated
     assert {p.name for p in (home / "results").iterdir()} >= {"predictions.csv", "results.json"}
     assert results["schema"] == 1 and results["devices"].startswith("1 x ") and results["seconds"] > 0
     assert [(w["label"], w["step"]) for w in results["weights"]] == [("clip", None), ("tuned:3", 3)]
@@ -74,10 +74,22 @@ def test_every_task_is_scored_and_compared(home, evaluated):
     for name, task in results["tasks"].items():
         assert list(task["weights"]) == ["clip", "tuned:3"], name
         (comparison,) = task["comparisons"]
+        assert bool(comparison["scores"]) == (name != "judge"), name
         assert (comparison["before"], comparison["after"]) == ("clip", "tuned:3")
         assert task["title"] in evaluated
         for weights in task["weights"].values():
             assert all(np.isfinite(s["score"]) for s in weights["scores"].values() if s["score"] is not None), name
+
+
+def test_the_generator_is_scored_as_encoders_are(home, evaluated):
+    """One command, the four numbers of the same sets; the same for all weights, which a note says."""
+    tasks = json.loads((home / "results/results.json").read_text())["tasks"]
+    judge = tasks["judge"]
+    kinds = {info["answers"] for info in judge["metrics"].values()}
+    assert kinds == {"image", "text", "group", "match"} and judge["count"] == 3
+    before, after = judge["weights"].values()
+    assert before == after and all(s["interval"] for s in before["scores"].values())
+    assert "whatever the weights: 2 draws per image of timesteps 300 to 999" in evaluated
 
 
 def test_a_flag_that_is_missing_is_named(home, evaluated):

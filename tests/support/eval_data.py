@@ -151,6 +151,7 @@ def write_task_data(root: Path) -> dict[str, str]:
     rows = [f"classes/cup/{i:03d}.png,image {j} of number {i}" for i in range(0, 12, 3) for j in range(1 + i % 2)]
     (root / "captions.csv").write_text("\n".join(["image,caption", *rows]))
     choice_data.sugarcrepe(root / "choice")
+    choice_data.winoground(root / "pairs", 3)
     write_class_folders(root / "probe" / "train", [0, 1] * 5 + [1], ["a", "b"])
     write_class_folders(root / "probe" / "test", [0, 1, 1, 0, 0, 0, 1], ["a", "b"])
     write_class_folders(root / "a", [0, 1, 2] * 3, ["n01440764", "n02123045", "n15075141"])
@@ -163,6 +164,6 @@ def write_task_data(root: Path) -> dict[str, str]:
         Image.fromarray(labels).save(voc / "SegmentationClass" / f"{i}.png")
     (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("0\n1\n")
     paths = dict(mmvp="mmvp", zeroshot="classes", retrieval="captions.csv", drift="classes", choice="choice")
-    paths |= dict(probe="probe", robustness="a", segmentation="voc", feedback="classes/cup")
+    paths |= dict(probe="probe", robustness="a", segmentation="voc", feedback="classes/cup", judge="pairs")
     named = {"robustness": "a=", "segmentation": "voc21="}
     return {task: f"{named.get(task, '')}{root / path}" for task, path in paths.items()}

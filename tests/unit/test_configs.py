@@ -15,12 +15,13 @@ from diva_jax.training.step import Program
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
 NAMES = [f.stem for f in FILES if not f.stem.startswith("genhancer")] + ["kuea_vitl14:faithful"]
-# What the objectives without a U-Net train.
+# What the objectives train, those without a U-Net and the judge.
 OTHERS = {
     "kuea": {"vision", "kernel_params"},
     "smartclip": {"vision", "text", "mask_net"},
     "comclip": {"vision"},
     "salm": {"vision", "adapter"},
+    "judge": {"vision"},
 }
 
 

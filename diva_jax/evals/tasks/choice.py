@@ -76,10 +76,10 @@ def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
 class Choice(ItemTask):
     """The task on `path`: the file of a set, or a folder with files of published names."""
 
-    title, items = "Choices", "items"
+    title, items, section_type = "Choices", "items", ChoiceOptions
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
-        options = ChoiceOptions(**section)
+        self.options = options = self.section_type(**section)
         self.settings = settings
         where = Path(path).expanduser()
         self.sets: dict[str, list[Item]] = {}

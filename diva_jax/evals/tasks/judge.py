@@ -56,13 +56,13 @@ SECTION = JudgeOptions
 
 
 class Judge(Choice):
-    """The task; see `evals.Task`."""
+    """The task on `path`, as the task `choice` has it, or the folder of an MMVP-VLM."""
 
-    title, items, compared_in_training = "Generator as a judge", "items", False
+    title, section_type, compared_in_training = "Generator as a judge", JudgeOptions, False
 
-    def __init__(self, path: str, options: JudgeOptions, settings: Settings):
-        super().__init__(path, options, settings)
-        self.options, self.statements, self.texts = options, self.texts, ()  # No encoder embeds them.
+    def __init__(self, path: str, section: ConfigDict, settings: Settings):
+        super().__init__(path, section, settings)
+        self.statements, self.texts = self.texts, ()  # No encoder embeds them.
         self._outcome: Outcome | None = None
 
     def read(self, path: Path, options: JudgeOptions) -> Iterator[tuple[choice_sets.Published, list[Item]]]:
@@ -165,17 +165,13 @@ class Judge(Choice):
         return held, rows, further | {"notes": [note]}
 
     def evaluate(self, model) -> Outcome:
-        """The same for all weights; the rows are those of the first."""
-        if self._outcome is None:
-            self._outcome = super().evaluate(model)
-            return self._outcome
-        return Outcome(self._outcome.results, [], self._outcome.held)
+        """The same for all weights."""
+        self._outcome = done = self._outcome or super().evaluate(model)
+        return Outcome(done.results, [{**row, "weights": model.label} for row in done.rows], done.held)
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
         """Nothing: no score depends on the weights."""
         return {"scores": {}}
 
 
-def prepare(path: str, section: ConfigDict, settings: Settings) -> Judge:
-    """The task on `path`, as the task `choice` has it, or the folder of an MMVP-VLM."""
-    return Judge(path, JudgeOptions(**section), settings)
+prepare = Judge

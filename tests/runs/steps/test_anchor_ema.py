@@ -142,9 +142,17 @@ def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
     assert backbones.spec_of(at.config) == source.spec
 
 
-@pytest.mark.parametrize("objective, fields", [("comclip", {}), ("salm", dict(salm__teacher="self", ema__decay=0.6))])
-def test_objectives_without_a_generator_resume_bit_identical(objective, fields, tmp_path):
-    """In the world, with captions; SALM's curriculum follows the step, and its teacher is in the checkpoint."""
+OTHERS = [
+    ("comclip", {}),
+    ("salm", dict(salm__teacher="self", ema__decay=0.6)),
+    ("judge", dict(judge__verdict="shuffled", judge__count=3)),
+]
+
+
+@pytest.mark.parametrize("objective, fields", OTHERS)
+def test_objectives_with_captions_resume_bit_identical(objective, fields, tmp_path):
+    """In the world; SALM's curriculum follows the step, and its teacher is in the checkpoint. The judge's texts, of
+    those records that have any, follow from the position, its draws from the step."""
     c = small.with_fields(models.base_config(objective), dict(batch_size=8) | fields)
     c.data.path = records.path(3, count=30)
     _, state, _ = resumed(c, tmp_path)

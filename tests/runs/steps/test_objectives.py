@@ -10,6 +10,7 @@ from small import (
     comclip_config,
     dcr_config,
     genhancer_config,
+    judge_config,
     kuea_config,
     salm_config,
     smartclip_config,
@@ -47,6 +48,13 @@ DEVICES = {
         dict(mesh__fsdp=8, mesh__min_shard=64),
         small.random_arrays,
     ),
+    # Everything that it can draw, and both sides of the loss.
+    "judge": (
+        judge_config,
+        dict(judge__verdict="shuffled", judge__image_weight=0.3, judge__beta=3.0, optim__lr=1e-3),
+        dict(mesh__fsdp=2, mesh__min_shard=64),
+        small.random_arrays,
+    ),
     "kuea": (kuea_config, {}, {}, small.kuea_arrays),
     "salm": (salm_config, dict(accum=2), dict(mesh__fsdp=2, mesh__min_shard=64), small.random_arrays),
     # All terms, two micro-batches.
@@ -76,10 +84,11 @@ def test_losses_do_not_depend_on_devices(name):
     [
         (kuea_config, 1e-9),
         (smartclip_config, 5e-3),
+        (lambda: judge_config(judge__image_weight=1.0), 2e-2),
         (lambda: comclip_config(teacher__image_size=21), 5e-3),
         (lambda: salm_config(teacher__image_size=21), 1e-2),
     ],
-    ids=["kuea", "smartclip", "comclip", "salm"],
+    ids=["kuea", "smartclip", "judge", "comclip", "salm"],
 )
 def test_flops_are_those_of_the_traced_program(make, rel):
     """The pixels have no gradient, nor have the states that SmartCLIP's mask network reads."""
@@ -109,6 +118,12 @@ REFUSED = [
     (genhancer_config, dict(genhancer__denoiser__in_channels=8), "four times config.genhancer.vae.latent_channels, 12"),
     (genhancer_config, dict(genhancer__denoiser__axes=(4, 4, 6)), "axes=.* whose sum is the width of a head, 12"),
     (genhancer_config, dict(backbone__arch="dinov2", backbone__embed_dim=24), "the authors adapt no dinov2 encoder"),
+    (judge_config, dict(judge__end_timestep=300), "first_timestep=300 and end_timestep=300 must be a range"),
+    (judge_config, dict(judge__texts="classes"), "config.judge.classes is not set"),
+    (judge_config, dict(judge__texts="classes", judge__template="a photo"), "template='a photo' has no {}"),
+    (judge_config, dict(judge__lexicon="none.json"), "none.json cannot be read"),
+    (judge_config, {NO_CLASSES: "projection", CLASSES: 8}, "no class embedding"),
+    (lambda: config.default(DINOV2, objective="judge"), {}, "a dinov2 backbone has no text tower"),
     (kuea_config, dict(kuea__teacher_crop_from=17), "config.kuea.teacher_crop_from=17 must be at least"),
     (comclip_config, dict(contrast__weight=0, anchor__weight=0, relation__weight=0), "trains nothing without a term"),
     (salm_config, dict(teacher__image_size=21, teacher__patch_size=5), "4 x 4 patches .* 3 x 3: set .*image_size=15"),

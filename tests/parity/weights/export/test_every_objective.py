@@ -30,7 +30,7 @@ SPEC = dataclasses.replace(CLIP_FOLDER, image_size=28, patch_size=7, select="ran
 COUNT, STEP, TOKENS = 3, 5, 17
 # Objective -> whether its run keeps a moving average.
 RUNS = {"diva": True, "unclip": False, "genhancer": True, "dcr": False, "kuea": True, "smartclip": True}
-RUNS |= {"comclip": False, "salm": True}
+RUNS |= {"comclip": False, "salm": True, "judge": False}
 LORA = ("genhancer", "dcr")
 # The towers of the others are as DIVA's.
 SAMPLE = ("diva", "genhancer", "dcr", "smartclip")
