@@ -96,7 +96,7 @@ def test_configs_as_arguments(tmp_path):
     assert (found.optim.lr, found.steps, found.is_locked) == (3e-4, 7, True)
     assert read_config(found, {"steps": 8}).steps == 8 and found.steps == 7
     for given, fields, says in (
-        (tmp_path / "none.py", {}, "none.py' does not exist: give a file, or the name of a config: custom"),
+        (tmp_path / "none.py", {}, "none.py' does not exist: give a file, or the name of a config: "),
         (path, {"optim.learning_rate": 1}, "no field optim.learning_rate; did you mean optim.lr"),
         (path, {"steps": "many"}, "do not fit the config"),
         (path, [("steps", 3)], "no mapping of names: give fields=."),

@@ -8,8 +8,8 @@ import pytest
 from diva_jax.common.errors import UserError
 from diva_jax.costs import chips
 
-# Matrix units per chip, cores x units per core.
-UNITS = {"v4": 2 * 4, "v5e": 4, "v5p": 2 * 4, "v6e": 4}
+# Matrix units per device, cores x units per core; those of a TPU7x count twice, as its peak and its clock imply.
+UNITS = {"v4": 2 * 4, "v5e": 4, "v5p": 2 * 4, "v6e": 4, "tpu7x": 2 * 2}
 
 
 @pytest.mark.parametrize("name", chips.CHIPS)
