@@ -11,6 +11,7 @@ config.kernels=auto reads them. On a slice, start the same command on every mach
 toy (configs/tiny.py), and kernels are interpreted.
 """
 
+import importlib.metadata
 import time
 from collections.abc import Callable
 
@@ -62,7 +63,8 @@ def _about() -> tuple[str, str]:
     found = machine.describe()
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     memory = f" with {limit / 2**30:.2f} GiB" if limit else ""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    tpu = {"libtpu": importlib.metadata.version("libtpu")} if jax.default_backend() == "tpu" else {}
+    versions = ", ".join(f"{name} {version}" for name, version in (found["versions"] | tpu).items())
     return OK, f"{found['devices']}{memory}, {jax.process_count()} processes; {versions}"
 
 
