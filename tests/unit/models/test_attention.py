@@ -12,6 +12,7 @@ from helpers import close, within
 from jax.sharding import PartitionSpec as P
 
 from diva_jax.models import attention, platform
+from diva_jax.models.kernels import flash
 
 
 def qkv(n, m, heads, width, batch=2, seed=0):
@@ -40,6 +41,32 @@ def test_the_kernel_equals_plain_attention(kernel, n, m, heads, width):
     within(abs(value - expected), 1e-4 * abs(expected), "value")
     for ours, goal in zip(grads, goals, strict=True):
         close(ours, goal, 2e-5)
+
+
+@pytest.mark.parametrize("largest, share", [(1, (0, 0)), (3, (0.01, 0.99)), (20, (1, 1))])
+def test_scores_beyond_the_bound_of_the_norms(largest, share, monkeypatch):
+    """Every tile within the bound, some tiles beyond it, and all of them; three tiles each way, the last one padded.
+
+    Queries and keys are whole numbers, so that scores of hundreds are exact and only the softmax is compared.
+    """
+    monkeypatch.setattr(attention, "MAX_BLOCK", {512: 128})
+    rng = np.random.default_rng(largest)
+    q, k = (jnp.asarray(rng.integers(-largest, largest + 1, (1, n, 2, 16)), jnp.float32) for n in (300, 290))
+    k = k.at[:, 128:256].multiply(4)
+    v = jnp.asarray(rng.normal(size=k.shape), jnp.float32)
+    norms = [jnp.linalg.norm(x, axis=-1)[0] for x in (q, k)]
+    tiles = [[n[i : i + 128].max(axis=0) for i in (0, 128, 256)] for n in norms]
+    beyond = np.mean([a * b / 4 > flash.BOUNDED_SCORE for a in tiles[0] for b in tiles[1]])
+    assert share[0] <= beyond <= share[1]
+    with jax.default_matmul_precision("highest"):
+        out = jax.jit(lambda a: attention.flash(*a, interpret=True))((q, k, v))
+        close(out, jax.nn.dot_product_attention(q, k, v), 2e-5)
+
+
+def test_what_is_not_a_number_stays_so():
+    q, k, v = qkv(130, 140, 1, 16)
+    out = attention.flash(q.at[0, 3].set(jnp.nan), k, v, interpret=True)
+    assert jnp.isnan(out[0, 3]).all() and jnp.isfinite(out[1]).all()
 
 
 @pytest.mark.parametrize(("n", "m", "heads", "width"), [(37, 37, 3, 8), (30, 7, 1, 40), (1, 19, 5, 6)])
