@@ -1,18 +1,18 @@
-"""DIVA in the small world of diva_jax/world, from the weights that are kept there: minutes on two CPU cores.
+"""The small world of diva_jax/world, from the weights that are kept there: minutes on two CPU cores.
 
-    python -m diva_jax.main --config=configs/world.py --workdir=runs/world/tuned
-    python -m diva_jax.main --config=configs/world.py --workdir=runs/world/control --config.diva.condition_of=next
+    python -m diva_jax.main --config=configs/world.py:judge --workdir=runs/world/judge
+    python -m diva_jax.main --config=configs/world.py:judge_control --workdir=runs/world/judge_control
 
-The control conditions the U-Net on another image's features, so that it can teach nothing. docs/DOES_IT_WORK.md says
-how the fields were chosen, and what comes out over several seeds.
+After the colon stands an arm of diva_jax/world/arms.py, by default diva. docs/DOES_IT_WORK.md says how the fields were
+chosen, and what comes out over several seeds.
 """
 
 from diva_jax import config
-from diva_jax.world import arms, models
+from diva_jax.world import arms
 
 
 def get_config(arg: str | None = None):
-    c = arms.arm_config(arms.ARMS["stages"], seed=0, steps=200, batch_size=40, random="")
-    c.backbone.source, c.diffusion.source = str(models.WEIGHTS / models.CLIP), str(models.WEIGHTS / models.GENERATOR)
-    c.checkpoint.every, c.log.every = 50, 10
-    return config.variant(c, arg)
+    name = arg if arg in arms.ARMS and arg != "untuned" else "diva"
+    c = arms.arm_config(arms.find(name), 0, arms.Budget())
+    c.checkpoint.every, c.log.every = 200, 20
+    return config.variant(c, None if arg == name else arg)

@@ -1,7 +1,7 @@
 """Paired statistics over the runs of an experiment, as a table in Markdown and as a figure.
 
 A difference is between the means over seeds of two arms on the same items. It has two intervals: over items (bootstrap,
-drawn within each pattern or fact) and over seeds (Student's t, of the differences seed by seed). A claim needs both to
+drawn within each stratum) and over seeds (Student's t, of the differences seed by seed). A claim needs both to
 exclude zero.
 """
 
@@ -12,18 +12,11 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from diva_jax.evals import stats
-from diva_jax.world.arms import ARMS
-from diva_jax.world.scenes import FACTS
+from diva_jax.evals import stats, verdicts
+from diva_jax.world import arms
+from diva_jax.world.endpoints import CALIBRATED, DRIFT, ENDPOINTS, NAMES, SEEN
 
-METRICS = {
-    "pairs": "pairs",
-    "matches": "matches",
-    "zeroshot": "names",
-    "linear": "linear probes",
-    "knn": "nearest neighbours",
-}
-_RESAMPLES = 4000
+_RESAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +33,7 @@ class Difference:
         if self.seeds is None:
             return 0
         low, high = (f(a, b) for f, a, b in zip((min, max), self.items, self.seeds, strict=True))
-        return 1 if low > 0 else -1 if high < 0 else 0
+        return verdicts.sign((low, high))
 
     def __str__(self) -> str:
         text = f"{self.value:+.1f} [{self.items[0]:+.1f}, {self.items[1]:+.1f}]"
@@ -49,39 +42,32 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """The comparison of one arm; dicts are by metric.
+    """The comparison of one arm; dicts are by endpoint.
 
     Attributes:
-      scores: means over seeds, percent; by pattern too ("pairs/FACT").
+      scores: means over seeds, percent, and the drift.
+      each: the score of every seed.
       untuned, control: differences to the untuned encoder and to the arm's control; empty where there is none.
     """
 
     seeds: int
     scores: Mapping[str, float]
+    each: Mapping[str, Sequence[float]]
     untuned: Mapping[str, Difference]
     control: Mapping[str, Difference]
 
 
-def _items(row: Mapping, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """(0 or 1 per item, the stratum of each) of a metric of one run."""
-    if metric in ("pairs", "matches"):
-        hits = row["items"][metric]
-        return _digits(hits), np.arange(len(hits)) * len(FACTS) // len(hits)
-    if metric == "zeroshot":
-        return _digits(row["items"]["zeroshot"]), np.zeros(len(row["items"]["zeroshot"]), int)
-    parts = [_digits(a) for name, a in sorted(row["items"].items()) if name.startswith(f"{metric}/")]
-    return np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+def found(row: Mapping) -> dict[str, np.ndarray]:
+    """The tests of a row of results.jsonl, as `blindness.measure` returned them."""
+    return {name: np.frombuffer(a.encode(), np.uint8).astype(np.float64) - ord("0") for name, a in row["items"].items()}
 
 
-def _digits(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8).astype(np.float64) - ord("0")
-
-
-def difference(before: Sequence[Mapping], after: Sequence[Mapping], metric: str) -> Difference:
+def difference(before: Sequence[Mapping], after: Sequence[Mapping], endpoint: str) -> Difference:
     """The difference of two arms' runs; a single run of `before` (the untuned encoder) stands for every seed."""
-    strata = _items(after[0], metric)[1]
-    first, second = (np.stack([_items(row, metric)[0] for row in rows]) for rows in (before, after))
-    found = stats.paired(first.mean(axis=0), second.mean(axis=0), resamples=_RESAMPLES, seed=0, strata=strata)
+    e = ENDPOINTS[endpoint]
+    strata = e.items(found(after[0]))[1]
+    first, second = (np.stack([e.items(found(row))[0] for row in rows]) for rows in (before, after))
+    paired = stats.paired(first.mean(axis=0), second.mean(axis=0), resamples=_RESAMPLES, seed=0, strata=strata)
     interval = None
     if len(first) == 1:
         first = np.repeat(first, len(second), axis=0)
@@ -89,80 +75,110 @@ def difference(before: Sequence[Mapping], after: Sequence[Mapping], metric: str)
         each = [100 * stats.mean(b - a, strata) for a, b in zip(first[:n], second[:n], strict=True)]
         half = student.ppf(0.975, n - 1) * np.std(each, ddof=1) / n**0.5
         interval = (float(np.mean(each) - half), float(np.mean(each) + half))
-    return Difference(found["difference"], tuple(found["interval"]), interval)
+    return Difference(paired["difference"], tuple(paired["interval"]), interval)
 
 
 def compare(rows: Sequence[Mapping]) -> dict[str, Compared]:
-    """Arm -> its comparison, in the order of `ARMS`, in the metrics that all runs have: older ones lack matches."""
-    metrics = [m for m in METRICS if all(m in row["scores"] for row in rows)]
-    by_arm = {arm: sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["seed"]) for arm in ARMS}
+    """Arm -> its comparison, in the order of `arms.ARMS`; arms with changed fields come last."""
+    names = list(dict.fromkeys([*arms.ARMS, *(row["arm"] for row in rows)]))
+    by_arm = {arm: sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["seed"]) for arm in names}
     untuned, out = by_arm["untuned"], {}
     for arm, runs in by_arm.items():
         if not runs:
             continue
-        control = by_arm.get(ARMS[arm].control, [])
+        control = by_arm.get(arms.find(arm).control, [])
+        each = {name: [e.score(found(r)) for r in runs] for name, e in ENDPOINTS.items()}
+        each[DRIFT] = [r[DRIFT] for r in runs]
         out[arm] = Compared(
             len(runs),
-            {m: float(np.mean([r["scores"][m] for r in runs])) for m in runs[0]["scores"]},
-            {m: difference(untuned, runs, m) for m in metrics} if untuned and arm != "untuned" else {},
-            {m: difference(control, runs, m) for m in metrics} if control else {},
+            {name: float(np.mean(values)) for name, values in each.items()},
+            each,
+            {e: difference(untuned, runs, e) for e in ENDPOINTS} if untuned and arm != "untuned" else {},
+            {e: difference(control, runs, e) for e in ENDPOINTS} if control else {},
         )
     return out
 
 
-def verdict(arm: str, found: Compared) -> str:
-    """One sentence: whether the arm sees more than the untuned encoder, and than its control."""
-    if not found.untuned:
+def says(against: Mapping[str, Difference]) -> str:
+    """The words of `evals.verdicts` on the absent facts."""
+    return verdicts.words(against[CALIBRATED].sign, against[SEEN].sign)
+
+
+def verdict(arm: str, c: Compared) -> str:
+    """Whether the arm sees more of the absent facts than the untuned encoder and its control, and what it costs."""
+    if not c.untuned:
         return "the reference"
-    to_untuned, kept = found.untuned["pairs"].sign, found.untuned["zeroshot"].sign
-    words = {1: "more pairs than untuned", 0: "no clear difference in pairs to untuned", -1: "fewer pairs than untuned"}
-    matches = found.untuned["matches"].sign if "matches" in found.untuned else 0
-    text = words[to_untuned] + {1: ", more matches", 0: "", -1: ", fewer matches"}[matches]
-    text += {1: ", names better", 0: "", -1: ", names worse"}[kept]
-    if ARMS[arm].control and found.control:
-        beats = found.control["pairs"].sign
-        text += {1: "; above its control", 0: "; not above its control", -1: "; below its control"}[beats]
-    elif ARMS[arm].control:
-        text += "; its control was not run, so nothing can be claimed"
-    return text
+    if c.seeds < 2:
+        return "one seed: nothing can be claimed"
+    text = says(c.untuned)
+    if c.control:
+        text += f"; than its control: {says(c.control)}"
+    elif arms.find(arm).control:
+        text += "; its control was not run"
+    names = c.untuned[NAMES].sign
+    return text + {1: "; names better", 0: "", -1: f"; names {c.untuned[NAMES].value:.1f}"}[names]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def markdown(compared: Mapping[str, Compared]) -> str:
-    """Tables: scores, differences to the untuned encoder and to the control, and pairs by fact."""
-    shown = {m: title for m, title in METRICS.items() if all(m in c.scores for c in compared.values())}
-    lines = [
-        "| arm | seeds | " + " | ".join(shown.values()) + " | verdict |",
-        "|---|---|" + "---|" * (len(shown) + 1),
+    """Tables: scores, then differences to the untuned encoder and to the control."""
+    titles = [e.title for e in ENDPOINTS.values()]
+    rows = [
+        [
+            f"`{arm}`",
+            str(c.seeds),
+            *(f"{c.scores[e]:.1f}" for e in ENDPOINTS),
+            f"{c.scores[DRIFT]:.3f}",
+            verdict(arm, c),
+        ]
+        for arm, c in compared.items()
     ]
-    for arm, c in compared.items():
-        scores = " | ".join(f"{c.scores[m]:.1f}" for m in shown)
-        lines.append(f"| `{arm}`: {ARMS[arm].what} | {c.seeds} | {scores} | {verdict(arm, c)} |")
+    lines = _table(["arm", "seeds", *titles, "drift, 1 - cosine", "verdict"], rows)
     for title, which in (("the untuned encoder", "untuned"), ("the control", "control")):
+        rows = [
+            [f"`{arm}`", *(str(getattr(c, which)[e]) for e in ENDPOINTS)]
+            for arm, c in compared.items()
+            if getattr(c, which)
+        ]
         lines += ["", f"Difference to {title}, points [95% interval over items] seeds [over seeds]:", ""]
-        lines += ["| arm | " + " | ".join(shown.values()) + " |", "|---|" + "---|" * len(shown)]
-        for arm, c in compared.items():
-            if found := getattr(c, which):
-                lines.append(f"| `{arm}` | " + " | ".join(str(found[m]) for m in shown) + " |")
-    lines += ["", "Pairs by fact, percent:", "", "| arm | " + " | ".join(FACTS) + " |", "|---|" + "---|" * len(FACTS)]
-    for arm, c in compared.items():
-        lines.append(f"| `{arm}` | " + " | ".join(f"{c.scores[f'pairs/{f}']:.0f}" for f in FACTS) + " |")
+        lines += _table(["arm", *titles], rows)
     return "\n".join(lines) + "\n"
 
 
+def scores(compared: Mapping[str, Compared]) -> dict[str, dict[str, list[float]]]:
+    """Arm -> endpoint -> the score of every seed, for JSON."""
+    return {arm: {e: [round(x, 4) for x in values] for e, values in c.each.items()} for arm, c in compared.items()}
+
+
 def write_pareto(compared: Mapping[str, Compared], path: Path) -> None:
-    """Writes a figure of pairs (what is seen) against names of objects (what is kept), one dot per arm."""
+    """Writes a figure of what is seen (matches on absent facts) against what is kept (names), a labelled dot per arm.
+
+    Controls are grey; bars are 95% intervals over seeds of the differences to the untuned encoder.
+    """
     # Imported here, because matplotlib is slow to import.
     from matplotlib.figure import Figure
 
     from diva_jax.report.figures import COLOURS, colour_role
 
-    figure = Figure(figsize=(7.2, 4.2))
-    axes = figure.add_axes((0.08, 0.12, 0.7, 0.82))
-    for number, (arm, c) in enumerate(compared.items()):
-        colour, _ = COLOURS[colour_role(number)]
-        axes.plot(c.scores["zeroshot"], c.scores["pairs"], "o", color=colour, label=arm, clip_on=False)
-    axes.set(xlabel="names right, %", ylabel="pairs right, %")
-    axes.grid(axis="y", color=COLOURS["grid"][0])
+    figure = Figure(figsize=(7.2, 4.6))
+    axes = figure.add_axes((0.09, 0.12, 0.88, 0.84))
+    number = 0
+    for arm, c in compared.items():
+        is_control = arm.endswith("_control")
+        colour = "0.65" if is_control else COLOURS[colour_role(number)][0]
+        number += not is_control
+        x, y = c.scores[NAMES], c.scores[SEEN]
+        bars = {}
+        for axis, endpoint in (("xerr", NAMES), ("yerr", SEEN)):
+            ends = c.untuned[endpoint].seeds if c.untuned else None
+            if ends:
+                bars[axis] = (ends[1] - ends[0]) / 2
+        axes.errorbar(x, y, fmt="o", color=colour, capsize=2, linewidth=1, **bars)
+        axes.annotate(arm, (x, y), (5, 4), textcoords="offset points", fontsize=8, color=colour)
+    axes.set(xlabel="names right, %", ylabel="matches on absent facts, %")
+    axes.axhline(50, color=COLOURS["grid"][0], linewidth=1)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="upper right", frameon=False)
     figure.savefig(path, dpi=200, metadata={"Software": None})

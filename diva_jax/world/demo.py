@@ -1,78 +1,66 @@
 """The method at small size: python -m diva_jax.world.demo --out=runs/world, minutes on two CPU cores.
 
-Tunes the kept CLIP with DIVA and, as a control, with the features of other images; scores the CLIP before and after
-on pairs of images that differ in one fact; writes OUT/eval/report.html with the curves, the flipped pairs, and what
-the generator makes of noisy images under the condition of the encoder before and after. Each step is an ordinary
-command, which is printed; a step that is done is not repeated.
+Tunes the kept CLIP with the generator as a judge of texts, with its control, and with DIVA; scores all on pairs of
+images that differ in one fact; writes OUT/eval/report.html with the curves and the flipped pairs; and prints the
+endpoints of the experiment beside what its seeds had. Each step is an ordinary command, which is printed; a step that
+is done is not repeated.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from diva_jax.common import json_files
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
-from diva_jax.common.results_schema import Results
 
-_IMAGES, _TIMESTEP, _SEED = 6, 700, 9201  # Of the estimates.
+ARMS = ("judge", "judge_control", "diva")
+SCORES = Path(__file__).parent / "weights" / "scores.json"  # Of the experiment's seeds, see `comparison.scores`.
 
 
-def commands(out: Path, config: str, overrides: list[str], pairs: int) -> list[tuple[Path, list[str]]]:
+def commands(out: Path, overrides: list[str], pairs: int) -> list[tuple[Path, list[str]]]:
     """What is run: (a file that is there once it is done, the command after `python -m`)."""
     from diva_jax.world import models
 
-    tuned, control, data, found = (out / name for name in ("tuned", "control", "pairs", "eval"))
-    train = ["diva_jax.main", f"--config={config}", *overrides]
-    weights = [f"--weights={w}" for w in (models.WEIGHTS / models.CLIP, control, tuned)]
-    evaluate = ["diva_jax.evaluate", f"--config={config}", *overrides, *weights, f"--control={control}"]
+    data, found, control = out / "pairs", out / "eval", out / "judge_control"
+    train = [
+        (out / arm / "done", ["diva_jax.main", f"--config=world:{arm}", f"--workdir={out / arm}", *overrides])
+        for arm in ARMS
+    ]
+    weights = [f"--weights={w}" for w in (models.WEIGHTS / models.CLIP, control, out / "judge", out / "diva")]
+    evaluate = ["diva_jax.evaluate", "--config=world", *overrides, *weights, f"--control={control}", "--task=mmvp"]
     return [
         (data / "Patterns.json", ["diva_jax.world.blindness", f"--out={data}", f"--pairs={pairs}"]),
-        (tuned / "done", [*train, f"--workdir={tuned}"]),
-        (control / "done", [*train, f"--workdir={control}", "--config.diva.condition_of=next"]),
-        (found / "results.json", [*evaluate, "--task=mmvp", f"--data={data}", f"--out={found}"]),
+        *train,
+        (found / "results.json", [*evaluate, f"--data={data}", f"--out={found}"]),
+        (found / "report.html", ["diva_jax.report", str(found)]),
     ]
 
 
-def write_estimates(tuned: Path, control: Path, folder: Path) -> None:
-    """Writes images, the generator's estimates of them from noisy ones, and images.json, which the report shows.
+def table(out: Path, pairs: int) -> str:
+    """The endpoints of the runs, each beside the range that the seeds of the experiment had, in Markdown."""
+    from diva_jax.training import workdirs
+    from diva_jax.world import blindness, tuning
+    from diva_jax.world.endpoints import DRIFT, ENDPOINTS
 
-    The condition of the estimates is that of the CLIP before tuning (with the projection of the tuned run), after it,
-    and of the control.
-
-    Args:
-      tuned, control: workdirs.
-      folder: that of the report.
-    """
-    import numpy as np
-
-    from diva_jax.training import load, workdirs
-    from diva_jax.weights import writers
-    from diva_jax.world import denoised, drawing, scenes
-
-    run = workdirs.RunAt.open(str(tuned))
-    images = drawing.draw(scenes.sample(np.random.default_rng(_SEED), _IMAGES))
-    start, _ = load.initial_arrays(run.program, every_source=False)
-    projection = {n: a for n, a in run.params.items() if n.startswith("visual_proj/")}
-    weights = (start | projection, start | run.params, start | workdirs.RunAt.open(str(control)).params)
-    columns = zip(
-        ("image", "before", "tuned", "control"),
-        (images, *denoised.estimates(run.program, weights, images, _TIMESTEP)),
-        strict=True,
-    )
-    (folder / "estimates").mkdir(parents=True, exist_ok=True)
-    rows: list[list[dict]] = [[] for _ in images]
-    for caption, column in columns:
-        for i, image in enumerate(column):
-            file = f"estimates/{caption}_{i}.png"
-            denoised.enlarged(image).save(folder / file)
-            rows[i].append({"image": file, "caption": caption})
-    note = (
-        f"The generator's estimate of each image from its latents with the noise of timestep {_TIMESTEP}, the same "
-        "noise in each row, under the condition of the encoder before tuning, after it, and of the control. What is "
-        "right in an estimate comes from the noisy latents, the condition, or chance; the losses say which."
-    )
-    writers.write_json(folder / "images.json", {"title": "What the generator sees", "note": note, "rows": rows})
+    examiner, kept = tuning.Examiner(blindness.Tests.make(count=pairs)), json.loads(SCORES.read_text())
+    rows = {"untuned": {}}
+    for arm in ARMS:
+        run = workdirs.RunAt.open(str(out / arm))
+        rows[arm] = run.program.towers(run.params)
+    lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    found = {arm: examiner(towers) for arm, towers in rows.items()}
+    here = {name: {arm: e.score(found[arm]) for arm in rows} for name, e in ENDPOINTS.items()}
+    here[DRIFT] = {arm: examiner.drift(towers) for arm, towers in rows.items()}
+    for name, scores in here.items():
+        form, cells = ".3f" if name == DRIFT else ".1f", []
+        for arm, score in scores.items():
+            each = kept[arm][name]
+            span = "" if arm == "untuned" else f" ({min(each):{form}} to {max(each):{form}})"
+            cells.append(f"{score:{form}}{span}")
+        title = ENDPOINTS[name].title if name in ENDPOINTS else "drift, 1 - cosine"
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _run(command: list[str]) -> None:
@@ -81,38 +69,26 @@ def _run(command: list[str]) -> None:
         raise RunError(f"this command failed: python -m {' '.join(command)}")
 
 
-def demo(out: Path, config: str, overrides: list[str], pairs: int) -> None:
-    """Runs what is not done yet.
-
-    Args:
-      out: the folder.
-      config, overrides: the config file and flags that change it.
-      pairs: per fact.
+def demo(out: Path, overrides: list[str], pairs: int) -> None:
+    """Runs what is not done yet, with `pairs` per fact; `overrides` are flags that change the config.
 
     Raises:
       RunError: a command failed.
     """
-    for done, command in commands(out, config, overrides, pairs):
+    for done, command in commands(out, overrides, pairs):
         if not done.exists():
             _run(command)
-    found = out / "eval"
-    if not (found / "report.html").exists():
-        write_estimates(out / "tuned", out / "control", found)
-        _run(["diva_jax.report", str(found)])
-    results = json_files.read(found / "results.json", Results, "remove the folder and run the demo again")
-    for label, weights in results.tasks["mmvp"].weights.items():
-        pairs, matches = (weights.scores[metric].score for metric in ("pooled", "pooled_match"))
-        say(f"{label}: {pairs:.1f}% of pairs, {matches:.1f}% of matches")
-    for entry in results.summary:
-        say(f"{entry.what}: {entry.says}")
-    say(f"the report: {found / 'report.html'}. One seed says little: see docs/DOES_IT_WORK.md")
+    say(table(out, pairs))
+    seeds = len(json.loads(SCORES.read_text())[ARMS[0]]["matches"])
+    say(f"in brackets: the range of {seeds} seeds in docs/DOES_IT_WORK.md, which says what follows")
+    say(f"the report: {out / 'eval' / 'report.html'}")
 
 
 def _main() -> None:
     given = flags.FLAGS
     if not given.out:
         raise UserError("--out is missing: give a folder, e.g. --out=runs/world")
-    demo(Path(given.out), given.config, given.override, given.pairs)
+    demo(Path(given.out), given.override, given.pairs)
 
 
 if __name__ == "__main__":
@@ -122,7 +98,6 @@ if __name__ == "__main__":
 
     # Here and not above: other modules of this package define --out as well.
     flags.DEFINE_string("out", None, "Folder for everything that is written.")
-    flags.DEFINE_string("config", "configs/world.py", "The config file.")
     flags.DEFINE_multi_string("override", [], "A flag that changes the config: --override=--config.steps=50.")
-    flags.DEFINE_integer("pairs", 40, "Pairs per fact.", 1)
+    flags.DEFINE_integer("pairs", 100, "Pairs per fact.", 1)
     cli.run(_main)

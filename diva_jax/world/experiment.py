@@ -1,8 +1,9 @@
-"""Does the method work? python -m diva_jax.world.experiment --out=runs/experiment [--arms=untuned,stages,shuffled]
+"""Does the method work? python -m diva_jax.world.experiment --out=runs/experiment [--arms=labels,labels_control]
 
 Tunes the kept CLIP with each arm of `arms.ARMS` and several seeds, runs the tests of `blindness`, and writes one line
-per run to OUT/results.jsonl, then the comparison to OUT/table.md and OUT/pareto.png. The same command goes on with the
-runs that are not there yet. docs/DOES_IT_WORK.md has the results.
+per run to OUT/results.jsonl, then the comparison (table.md, scores.json, pareto.png). The same command goes on with the
+runs that are not there yet. With --search, seeds and tests are others than those that are reported, and --arms may
+change fields: --arms=labels:optim.lr=3e-4. docs/DOES_IT_WORK.md has the results.
 """
 
 import json
@@ -12,23 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from diva_jax.common import log, paths
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
 from diva_jax.training import compiler
-from diva_jax.world import comparison, models
-from diva_jax.world.arms import ARMS, KEPT, RANDOM, Arm, arm_config
-from diva_jax.world.blindness import PAIRS, Tests, summary
-from diva_jax.world.tuning import Judge, Tuner
+from diva_jax.world import arms, blindness, comparison
+from diva_jax.world.endpoints import DRIFT, ENDPOINTS
+from diva_jax.world.tuning import Examiner, Tuner
 
 RESULTS = "results.jsonl"
 
 
 def read(path: Path) -> list[dict]:
-    """The runs of results.jsonl; a last line that was cut off is left out.
-
-    Raises:
-      UserError: another line is broken.
-    """
+    """The runs of results.jsonl; a last line that was cut off is left out. A UserError where another line is broken."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
@@ -40,64 +36,58 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def _row(arm: str, seed: int, budget: dict, tests: Tests, found: dict[str, np.ndarray], **more) -> dict:
+def row(arm: str, seed: int, about: dict, found: dict[str, np.ndarray], **more) -> dict:
+    """One line of results.jsonl; `about` is what all lines of a folder share."""
     items = {name: "".join(str(int(x)) for x in a) for name, a in found.items()}
-    return {"arm": arm, "seed": seed} | budget | more | {"scores": summary(found, tests.pairs.pattern), "items": items}
+    return {"arm": arm, "seed": seed} | about | more | {"items": items}
 
 
-def kept(arm: Arm) -> bool:
-    """Whether what an arm needs is among the kept weights."""
-    needed = {arm.teacher, models.PROJECTION if arm.projection == KEPT else ""} - {"", RANDOM}
-    return all((models.WEIGHTS / name).exists() for name in needed)
-
-
-def experiment(out: Path, names: Sequence[str], seeds: int, budget: dict[str, int]) -> list[dict]:
-    """Runs what is missing; returns all rows of results.jsonl.
+def experiment(
+    out: Path, names: Sequence[str], seeds: Sequence[int], budget: arms.Budget, pairs: int, tests: int = blindness.SEED
+) -> list[dict]:
+    """Runs what is missing, seed by seed; returns all rows of results.jsonl.
 
     Args:
       out: the folder.
-      names: of arms; "untuned" is added.
-      seeds: per arm, from 0.
-      budget: {"steps", "batch_size", "pairs"}.
+      names: of arms, see `arms.find`; "untuned" is added.
+      seeds: of each arm.
+      budget: of each run.
+      pairs: per fact of the tests.
+      tests: their seed.
 
     Raises:
-      UserError: an arm is not known, its teacher is not kept, the batch cannot be divided, or the folder has runs of
-        another budget.
+      UserError: an arm is not known, or the folder has runs of another budget or other tests.
     """
     names = list(dict.fromkeys(["untuned", *names]))
-    if unknown := [n for n in names if n not in ARMS]:
-        raise UserError(f"--arms has {listing(unknown)}: use some of {listing(list(ARMS))}")
-    if missing := [n for n in names if not kept(ARMS[n])]:
-        raise UserError(
-            f"--arms has {listing(missing)}, which need more than is in {models.WEIGHTS}: make it with python -m "
-            "diva_jax.world.pretrain and copy it there"
-        )
-    for n in names[1:]:
-        arm_config(ARMS[n], 0, budget["steps"], budget["batch_size"], out)
+    found = {name: arms.find(name) for name in names}
+    for name in names[1:]:
+        arms.arm_config(found[name], 0, budget, out)
+    about = budget._asdict() | {"pairs": pairs, "tests": tests}
     out.mkdir(parents=True, exist_ok=True)
     rows = read(out / RESULTS)
-    if any(row[k] != v for row in rows for k, v in budget.items()):
-        raise UserError(f"--out={out} has runs of other --steps, --batch_size or --pairs: give another folder")
-    (out / RESULTS).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    there = {(row["arm"], row["seed"]) for row in rows}
-    wanted = [(n, s) for n in names for s in range(seeds if n != "untuned" else 1) if (n, s) not in there]
+    if any(r[k] != v for r in rows for k, v in about.items()):
+        raise UserError(f"--out={out} has runs of another budget or of other tests: give another folder")
+    (out / RESULTS).write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    there = {(r["arm"], r["seed"]) for r in rows}
+    wanted = [("untuned", 0), *((n, s) for s in seeds for n in names[1:])]
+    wanted = [run for run in wanted if run not in there]
     if not wanted:
         return rows
-    tests, bar = Tests.make(count=budget["pairs"]), log.progress("experiment", len(wanted), "runs", every=0)
-    judge, name, tuner = Judge(tests), "", None
+    examiner, tuners = Examiner(blindness.Tests.make(tests, pairs)), {}
+    bar = log.progress("experiment", len(wanted), "runs", every=0)
     for arm, seed in wanted:
         say(f"{arm}, seed {seed}")
-        if arm == "untuned":
-            row = _row(arm, seed, budget, tests, judge({}), drift=0.0)
-        else:
-            if arm != name:
-                name, tuner = arm, Tuner(ARMS[arm], budget["steps"], budget["batch_size"], out)
-            towers, loss = tuner.run(seed)
-            row = _row(arm, seed, budget, tests, judge(towers), loss=loss, drift=judge.drift(towers))
-        rows.append(row)
+        towers, more = {}, {DRIFT: 0.0}
+        if arm != "untuned":
+            if arm not in tuners:
+                tuners[arm] = Tuner(found[arm], budget, out)
+            towers, loss = tuners[arm].run(seed)
+            more = {"loss": loss, DRIFT: examiner.drift(towers)}
+        rows.append(row(arm, seed, about, examiner(towers), **more))
         with open(out / RESULTS, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-        say("  " + ", ".join(f"{m} {row['scores'][m]:.1f}" for m in comparison.METRICS))
+            f.write(json.dumps(rows[-1]) + "\n")
+        scores = {e.title: e.score(comparison.found(rows[-1])) for e in ENDPOINTS.values()}
+        say("  " + ", ".join(f"{title} {score:.1f}" for title, score in scores.items()) + f", drift {more[DRIFT]:.4f}")
         bar.update()
     bar.close()
     return rows
@@ -109,12 +99,14 @@ def _main() -> None:
         raise UserError("--out is missing: give a folder, e.g. --out=runs/experiment")
     out = Path(given.out)
     compiler.use_cache(compiler.AUTO, paths.folder(given.out, "--out"))
-    budget = {"steps": given.steps, "batch_size": given.batch_size, "pairs": given.pairs}
-    arms = given.arms or [name for name, arm in ARMS.items() if kept(arm)]
-    rows = experiment(out, arms, given.seeds, budget)
+    first, tests = (arms.SEARCH, blindness.SEARCH_SEED) if given.search else (0, blindness.SEED)
+    seeds = range(first, first + given.seeds)
+    names = given.arms or [name for name in arms.ARMS if name != "untuned"]
+    rows = experiment(out, names, seeds, arms.Budget(given.images, given.batch_size), given.pairs, tests)
     compared = comparison.compare(rows)
     text = comparison.markdown(compared)
     (out / "table.md").write_text(text, "utf-8")
+    (out / "scores.json").write_text(json.dumps(comparison.scores(compared), indent=1) + "\n", "utf-8")
     comparison.write_pareto(compared, out / "pareto.png")
     say(text)
 
@@ -128,7 +120,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder for results.jsonl, table.md and pareto.png.")
     flags.DEFINE_list("arms", [], "Names of arms, see arms.py; default all.")
     flags.DEFINE_integer("seeds", 5, "Per arm.", 1)
-    flags.DEFINE_integer("steps", 200, "Optimizer steps of a run, all stages together.", 3)
-    flags.DEFINE_integer("batch_size", 40, "Passes through the U-Net per step.", 2)
-    flags.DEFINE_integer("pairs", PAIRS, "Pairs per fact of the test.", 1)
+    flags.DEFINE_integer("images", arms.Budget().images, "Of a run, counted as often as they are seen.", 8)
+    flags.DEFINE_integer("batch_size", arms.Budget().batch_size, "Images per step.", 2)
+    flags.DEFINE_integer("pairs", blindness.PAIRS, "Pairs per fact of the tests.", 1)
+    flags.DEFINE_bool("search", False, "Use the seeds and tests of the search of rates.")
     cli.run(_main)

@@ -27,9 +27,11 @@ WEIGHTS = Path(__file__).parent / "weights"  # What `pretrain` made, kept in the
 # that learned from rich captions; the projection brings the embedding of the CLIP to the generator's condition.
 CLIP, TEACHER, GENERATOR, UNCLIP, PROJECTION = "clip", "teacher", "generator", "unclip", "projection"
 PROJECTION_FILE = "visual_proj.safetensors"
-TOKENS = 32  # Per text.
+TOKENS = 16  # Per text.
 _VOCABULARY = len(vocabulary.tokens(captions.WORDS))
-_PATCH, _CHANNELS = 4, 12  # Of the patch code.
+# Of the patch code: an object lies in one column or row of the 2 x 2 latents, which makes its place easy to learn.
+_PATCH, _CHANNELS = 8, 64
+_WIDTH = 64  # Of the U-Net and its text encoder.
 _BASIS_SCENES = 2048  # From which its patterns are made.
 
 SPEC = Spec(
@@ -37,42 +39,42 @@ SPEC = Spec(
     source=str(WEIGHTS / CLIP),
     image_size=drawing.SIDE,
     patch_size=4,
-    width=96,
+    width=64,
     layers=3,
-    heads=3,
-    mlp_dim=384,
+    heads=2,
+    mlp_dim=256,
     embed_dim=64,
     mean=HALF,
     std=HALF,
     select="none",
     add_text="mean",
-    text=TextSpec(context_length=TOKENS, vocab_size=_VOCABULARY, width=96, heads=3, layers=2, mlp_dim=384),
+    text=TextSpec(context_length=TOKENS, vocab_size=_VOCABULARY, width=64, heads=2, layers=2, mlp_dim=256),
 )
 _UNET = dict(
     sample_size=drawing.SIDE // _PATCH,
     in_channels=_CHANNELS,
     out_channels=_CHANNELS,
-    block_out_channels=[64, 96],
+    block_out_channels=[_WIDTH],
     layers_per_block=1,
-    attention_head_dim=[2, 3],
-    cross_attention_dim=96,
+    attention_head_dim=[2],
+    cross_attention_dim=_WIDTH,
     use_linear_projection=True,
     norm_num_groups=8,
-    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    down_block_types=["CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D"],
 )
 # The velocity and not the noise: in terms of the noise, the steps of high noise, where the caption matters most, have
 # next to no weight in the loss.
 _SCHEDULER = dict(presets.preset("sd21_base")["scheduler"], prediction_type="v_prediction")
 DIFFUSION = dict(
     unet=_UNET,
-    vae=dict(_class_name=patch_code.PATH, patch_size=_PATCH, latent_channels=_CHANNELS, scaling_factor=0.71),
+    vae=dict(_class_name=patch_code.PATH, patch_size=_PATCH, latent_channels=_CHANNELS, scaling_factor=1.9),
     text_encoder=dict(
         vocab_size=_VOCABULARY,
-        hidden_size=96,
-        intermediate_size=384,
+        hidden_size=_WIDTH,
+        intermediate_size=4 * _WIDTH,
         num_hidden_layers=2,
-        num_attention_heads=3,
+        num_attention_heads=2,
         max_position_embeddings=TOKENS,
         hidden_act="quick_gelu",
         layer_norm_eps=1e-5,

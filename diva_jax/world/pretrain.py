@@ -1,20 +1,29 @@
-"""Makes the world's models: python -m diva_jax.world.pretrain --out=runs/world
+"""Makes the world's models: python -m diva_jax.world.pretrain --out=runs/world_models
 
 A CLIP on biased captions, a CLIP and a text-conditioned generator on rich ones, and a generator conditioned on the
-embedding of the first CLIP, each trained by the ordinary train loop from random weights; then DIVA's projection alone,
-from the first CLIP to the first generator. The same command resumes where it stopped.
+embedding of the first CLIP, each trained with the package's own steps from random weights; then DIVA's projection
+alone, from the first CLIP to the first generator. The same command goes on with the models that are not there yet.
 The results are written to OUT/weights in the layouts of open_clip and diffusers, rounded to float16, with a card;
 copied to diva_jax/world/weights they are what every other command of the world starts from.
 """
 
+import contextlib
 import shutil
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import numpy as np
+from flax import nnx
+
 from diva_jax.common.errors import UserError
-from diva_jax.world import objectives
+from diva_jax.common.log import say
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
+from diva_jax.training import load, partition, sharding
+from diva_jax.training.step import Program, Steps
+from diva_jax.weights import clip, names, writers
+from diva_jax.world import models, objectives, records, tuning
 
 
 class Stage(NamedTuple):
@@ -33,154 +42,113 @@ class Stage(NamedTuple):
     fields: Mapping[str, object]
 
 
+_CLIP = {"steps": 1000, "batch_size": 256, "optim.lr": 1e-3, "optim.warmup": 0.1}
+_GENERATOR = {"steps": 1500, "batch_size": 128, "optim.lr": 1.5e-3, "optim.warmup": 0.05, "ema.decay": 0.99}
+_UNCLIP = {"unclip.latents": "mean", "trainable": (("unet/.*", 1.0), (".*", 0.0))}
+_PROJECTION = {
+    "steps": 1000,
+    "batch_size": 128,
+    "optim.name": "adamw",
+    "optim.lr": 2e-3,
+    "optim.warmup": 0.05,
+    "diva.draws": 1,
+    "trainable": (("visual_proj/.*", 1.0), (".*", 0.0)),
+}
 STAGES = {
-    "clip": Stage(objectives.CLIP, "biased", 1001, {"steps": 3000, "optim.lr": 1e-3, "optim.warmup": 0.05}),
-    "teacher": Stage(objectives.CLIP, "rich", 1005, {"steps": 3000, "optim.lr": 1e-3, "optim.warmup": 0.05}),
-    "generator": Stage(objectives.LATENT, "rich", 1002, {"steps": 4000, "optim.warmup": 0.05, "ema.decay": 0.99}),
-    "unclip": Stage(
-        "unclip",
-        "biased",
-        1003,
-        {
-            "steps": 2000,
-            "optim.lr": 1e-3,
-            "optim.warmup": 0.05,
-            "ema.decay": 0.99,
-            "unclip.latents": "mean",
-            "trainable": (("unet/.*", 1.0), (".*", 0.0)),
-        },
-    ),
-    "projection": Stage(
-        "diva",
-        "biased",
-        1006,
-        {
-            "steps": 1500,
-            "optim.name": "adamw",
-            "optim.lr": 2e-3,
-            "optim.warmup": 0.05,
-            "diva.draws": 1,
-            "trainable": (("visual_proj/.*", 1.0), (".*", 0.0)),
-        },
-    ),
+    "clip": Stage(objectives.CLIP, "biased", 1001, _CLIP),
+    "teacher": Stage(objectives.CLIP, "rich", 1005, _CLIP),
+    "generator": Stage(objectives.LATENT, "rich", 1002, _GENERATOR),
+    "unclip": Stage("unclip", "biased", 1003, _GENERATOR | _UNCLIP | {"steps": 1000}),
+    "projection": Stage("diva", "biased", 1006, _PROJECTION),
 }
 
 
-def stage_config(name: str, out: Path, shorter: float = 1.0, batch_size: int = 64):
-    """The config of a stage that starts from `out/start` and, for `unclip`, from the CLIP of `out/weights`."""
-    from diva_jax.world import models, records
-
+def stage_config(name: str, out: Path, shorter: float = 1.0):
+    """The config of a stage that starts from `out/start` or from what earlier stages wrote to `out/weights`; `shorter`
+    is a factor for the number of steps and the images of each."""
     stage = STAGES[name]
     c = models.base_config(stage.objective, models.UNCLIP_DIFFUSION if name == models.UNCLIP else None)
     fields = dict(stage.fields)
-    steps = max(2, round(shorter * fields.pop("steps")))
     table = fields.pop("trainable", None)
-    c.update(batch_size=batch_size, accum=1, steps=steps)
+    fields |= {n: max(least, round(shorter * fields[n])) for n, least in (("steps", 2), ("batch_size", 8))}
     c.update_from_flattened_dict(fields)
     if table:
         c.trainable = table
-    c.checkpoint.every, c.checkpoint.keep = 200, 1
-    c.data.path = records.path(stage.seed, stage.captions)
+    c.accum, c.seed, c.data.path = 1, stage.seed, records.path(stage.seed, stage.captions)
     from_random = stage.objective == objectives.CLIP
     c.backbone.source = str(out / "start" / name if from_random else out / "weights" / models.CLIP)
     if "diffusion" in c:
-        c.diffusion.source = str(
-            out / "weights" / models.GENERATOR if stage.objective == "diva" else out / "start" / name
-        )
+        from_kept = stage.objective == "diva"
+        c.diffusion.source = str(out / "weights" / models.GENERATOR if from_kept else out / "start" / name)
     return c
 
 
-def write_start(out: Path) -> None:
-    """Writes the random weights that the stages start from, if they are not there."""
-    from diva_jax.world import models
-
-    start = out / "start"
-    makers = {
-        models.CLIP: lambda folder: models.write_new_clip(folder, seed=1),
-        models.TEACHER: lambda folder: models.write_new_clip(folder, seed=4),
-        models.GENERATOR: lambda folder: models.write_new_diffusion(folder, models.DIFFUSION, seed=2),
-        models.UNCLIP: lambda folder: models.write_new_diffusion(folder, models.UNCLIP_DIFFUSION, seed=3),
-    }
-    for name, make in makers.items():
-        if not (start / name).exists():
-            partial = start / f"{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            make(partial)
-            partial.rename(start / name)
-
-
-def write_result(name: str, out: Path) -> None:
-    """Writes what a finished stage has trained to `out/weights/NAME`."""
-    folder = out / "weights" / name
-    partial = folder.with_name(f"{name}.partial")
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A new folder that has the given name once it is filled."""
+    partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    _fill(name, out, partial)
+    partial.mkdir(parents=True)
+    yield partial
     partial.rename(folder)
 
 
-def _fill(name: str, out: Path, folder: Path) -> None:
-    from flax import nnx
-
-    from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
-    from diva_jax.training import partition, workdirs
-    from diva_jax.weights import names, runs, writers
-    from diva_jax.world import captions, models, vocabulary
-
-    workdir = out / "runs" / name
-    if STAGES[name].objective == objectives.CLIP:
-        source = runs.open_run(str(workdir))
-        writers.write_open_clip(folder, models.rounded(source.tensors), to_open_clip(models.SPEC))
-        vocabulary.write(folder, captions.WORDS, models.TOKENS)
+def write_start(name: str, folder: Path) -> None:
+    """Writes the random weights that a stage starts from, unless they are there or it starts from earlier stages."""
+    kind = {models.GENERATOR: models.DIFFUSION, models.UNCLIP: models.UNCLIP_DIFFUSION}.get(name)
+    if folder.exists() or name == models.PROJECTION:
         return
-    run = workdirs.RunAt.open(str(workdir))
+    with _whole(folder) as partial:
+        if kind:
+            models.write_new_diffusion(partial, kind, seed=STAGES[name].seed)
+        else:
+            models.write_new_clip(partial, seed=STAGES[name].seed)
+
+
+def write_result(name: str, start: Path, folder: Path, program: Program, arrays: Mapping[str, jax.Array]) -> None:
+    """Writes what a stage has trained, rounded to float16, in the layout of `start`."""
+    skeleton, arrays = program.skeleton, {n: np.asarray(a) for n, a in arrays.items()}
     if name == models.PROJECTION:
-        folder.mkdir(parents=True)
-        kept = {n: a for n, a in run.params.items() if n.startswith("visual_proj/")}
+        kept = {n: a for n, a in arrays.items() if n.startswith("visual_proj/")}
         writers.write_safetensors(folder / models.PROJECTION_FILE, models.rounded(kept))
         return
-    shutil.copytree(out / "start" / name, folder)
+    shutil.copytree(start, folder, dirs_exist_ok=True)
+
+    def tensors(part: str, table) -> dict[str, np.ndarray]:
+        chosen = [(path, var) for path, var in skeleton.variables.values() if str(path[0]) == part]
+        filled = {path[1:]: var.replace(arrays[partition.name_of(path)]) for path, var in chosen}
+        return names.to_torch(nnx.from_flat_state(filled), table)
+
+    if STAGES[name].objective == objectives.CLIP:
+        towers = {"vision": clip.vision_table(models.SPEC), "text": clip.text_table(models.SPEC)}
+        found = {k: v for part, table in towers.items() for k, v in tensors(part, table).items()}
+        found["logit_scale"] = arrays["logit_scale"]
+        writers.write_open_clip(folder, models.rounded(found), to_open_clip(models.SPEC))
+        return
     diffusion = models.UNCLIP_DIFFUSION if name == models.UNCLIP else models.DIFFUSION
-    variables = run.program.skeleton.variables
-    for part in dict.fromkeys(n.split("/")[0] for n in run.params):
-        filled = {
-            path[1:]: var.replace(run.params[partition.name_of(path)])
-            for path, var in variables.values()
-            if str(path[0]) == part
-        }
-        tensors = names.to_torch(nnx.from_flat_state(filled), models.TABLES[part])
-        models.write_part(folder, part, diffusion[part], models.rounded(tensors))
+    for part in dict.fromkeys(n.split("/")[0] for n in program.trained):
+        models.write_part(folder, part, diffusion[part], models.rounded(tensors(part, models.TABLES[part])))
 
 
-def commit() -> str:
-    """The commit of the source code, or "unknown" outside of a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
-
-
-def pretrain(out: Path, shorter: float, batch_size: int, say: Callable[[str], None]) -> bool:
-    """Runs or resumes all stages; returns whether all are finished."""
-    from diva_jax.training.loop import Run
-
-    write_start(out)
+def pretrain(out: Path, shorter: float = 1.0) -> None:
+    """Makes all stages whose weights are not there."""
     for name in STAGES:
-        run = Run(stage_config(name, out, shorter, batch_size), str(out / "runs" / name))
-        if not run.finished and not run.run():
-            return False
-        if not (out / "weights" / name).exists():
-            write_result(name, out)
-        say(f"{name}: {out / 'weights' / name}")
-    return True
+        folder, start = out / "weights" / name, out / "start" / name
+        if not folder.exists():
+            write_start(name, start)
+            config = stage_config(name, out, shorter)
+            program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+            arrays, loss = tuning.trained(Steps(program), load.initial_arrays(program)[0])
+            with _whole(folder) as partial:
+                write_result(name, start, partial, program, arrays)
+            say(f"{name}: loss {loss:.4f}")
+        say(f"{name}: {folder}")
 
 
 def _main() -> None:
     if not flags.FLAGS.out:
-        raise UserError("--out is missing: give a folder, e.g. --out=runs/world")
-    from diva_jax.common.log import say
-
-    given = flags.FLAGS
-    if not pretrain(Path(given.out), given.shorter, given.batch_size, say):
-        say("stopped; the same command resumes")
+        raise UserError("--out is missing: give a folder, e.g. --out=runs/world_models")
+    pretrain(Path(flags.FLAGS.out), flags.FLAGS.shorter)
 
 
 if __name__ == "__main__":
@@ -190,6 +158,5 @@ if __name__ == "__main__":
 
     # Here and not above: other modules of this package define --out as well.
     flags.DEFINE_string("out", None, "Folder for the runs and the weights.")
-    flags.DEFINE_float("shorter", 1.0, "Factor for the number of steps, to try the command.", 0.0, 1.0)
-    flags.DEFINE_integer("batch_size", 64, "Images per step.", 2)
+    flags.DEFINE_float("shorter", 1.0, "Factor for steps and images, to try the command.", 0.0, 1.0)
     cli.run(_main)

@@ -1,23 +1,76 @@
 """Tunes the world's CLIP in one process: one compiled program per arm, run with several seeds."""
 
 import contextlib
-from collections.abc import Mapping
+import dataclasses
+import io
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from diva_jax.common import log
 from diva_jax.common.errors import RunError
-from diva_jax.data import pipeline
+from diva_jax.data.inputs import Example, Input
 from diva_jax.training import load, sharding
 from diva_jax.training.step import Program, Steps, averaged, train_steps
-from diva_jax.world import arms, blindness, models
+from diva_jax.world import arms, blindness, models, records, vocabulary
 from diva_jax.world.arms import Arm
 
 Towers = Mapping[str, Mapping[str, jax.Array]]  # Tower -> name -> array.
+
+
+def batches(config, inputs: Mapping, seed: int, count: int) -> Iterator[dict[str, np.ndarray]]:
+    """`count` batches of the world's records, in an order that the seed decides.
+
+    The examples are those of the package's pipeline without its decoder, which costs more than a step of these models;
+    each record is read once, and kept.
+    """
+    source = records.open_source(config.data.path.partition("?")[2])
+    make, kept, b = {name: _quick(i).open(config.data) for name, i in inputs.items()}, {}, config.batch_size
+    order = np.random.default_rng((seed, 1))
+    passes = (order.permutation(len(source)) for _ in range(-(-count * b // len(source))))
+    wanted = np.concatenate(list(passes))
+    for k in range(count):
+        rows = wanted[k * b : (k + 1) * b]
+        for i in map(int, rows):
+            if i not in kept:
+                record = source.read(i)
+                image = Image.open(io.BytesIO(record.image)).convert("RGB")
+                rng = np.random.default_rng((seed, i))
+                example = Example(image, record.text, (0, 0, *image.size), rng, texts=record.texts)
+                kept[i] = {name: f(example) for name, f in make.items()}
+        found = {name: np.stack([kept[int(i)][name] for i in rows]) for name in make}
+        yield found | {"row": np.arange(b, dtype=np.int32)}
+
+
+def _quick(i: Input) -> Input:
+    """The same input; its tokenizer, if it has one, keeps the ids of each text."""
+    tokenizer = getattr(i, "tokenizer", None)
+    return dataclasses.replace(i, tokenizer=lambda: vocabulary.remembering(tokenizer())) if tokenizer else i
+
+
+def trained(steps: Steps, arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], float]:
+    """Makes all steps of a program from these initial weights, with the data of its config.
+
+    Returns all weights, the moving average of those that were trained where there is one, and the mean loss of the last
+    tenth of the steps; a RunError where that is not finite.
+    """
+    p, losses = steps.program, []
+    state, frozen, end = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}, p.stages[-1].end
+    source = batches(p.config, p.objective.inputs, p.config.seed, end)
+    with contextlib.closing(log.progress("  training", end)) as bar:
+        for _, after, values in train_steps(steps, state, frozen, source.__next__, 0, end):
+            state = after
+            losses.append(values["loss"])
+            bar.update()
+    last = float(np.mean([float(x) for x in losses[-max(1, len(losses) // 10) :]]))
+    if not np.isfinite(last):
+        raise RunError(f"the loss is {last}: the learning rate is too high")
+    return {**frozen, **averaged(state)}, last
 
 
 class Tuner:
@@ -25,42 +78,26 @@ class Tuner:
 
     Args:
       arm: not the untuned one.
-      steps: optimizer steps of all stages.
-      batch_size: U-Net passes per step.
+      budget: see `arms.arm_config`.
       folder: where a teacher with random weights is written, if the arm needs it.
     """
 
-    def __init__(self, arm: Arm, steps: int, batch_size: int, folder: Path):
+    def __init__(self, arm: Arm, budget: arms.Budget, folder: Path):
         random = folder / f"random_{arm.objective}"
         if arm.teacher == arms.RANDOM and not random.exists():
             if arm.objective == "kuea":
                 models.write_new_clip(random, seed=77)
             else:
                 models.write_new_diffusion(random, models.DIFFUSION, seed=77)
-        self._config = partial(arms.arm_config, arm, steps=steps, batch_size=batch_size, random=random)
-        self._arm = arm
+        self._config = partial(arms.arm_config, arm, budget=budget, random=random)
         config = self._config(0)
         self.program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
         self.steps = Steps(self.program)
-        self._first: dict[str, jax.Array] | None = None  # What the shared first stage trained.
 
     def run(self, seed: int) -> tuple[Towers, float]:
-        """Trains with one seed; returns (the tuned towers, the mean loss of the last tenth of the steps).
-
-        Raises:
-          RunError: the loss is not finite.
-        """
-        p, begin = self.program, 0
-        if self._arm.shared_first_stage:
-            begin = p.stages[0].end
-            if self._first is None:
-                state, _, _ = self._train(0, 0, begin)
-                self._first = state["params"]
-        state, frozen, losses = self._train(seed, begin, p.stages[-1].end)
-        last = float(np.mean([float(x) for x in losses[-max(1, len(losses) // 10) :]]))
-        if not np.isfinite(last):
-            raise RunError(f"the loss is {last}: the learning rate is too high")
-        return p.towers({**frozen, **averaged(state)}), last
+        """Trains with one seed; returns (the tuned towers, the mean loss of the last tenth of the steps)."""
+        arrays, loss = trained(self.steps, self.initial(seed))
+        return self.program.towers(arrays), loss
 
     def initial(self, seed: int) -> dict[str, jax.Array]:
         """All weights at step 0; the config of the program is that of the seed afterwards."""
@@ -68,42 +105,23 @@ class Tuner:
         p.config = self._config(seed)  # Programs of two seeds differ in nothing else.
         return load.initial_arrays(p, every_source=False)[0]
 
-    def _train(self, seed: int, begin: int, end: int):
-        """Makes the steps from `begin`, the start of a stage, to `end`; returns (state, frozen weights, losses)."""
-        p, arrays = self.program, self.initial(seed)
-        if begin:
-            arrays |= jax.tree.map(jnp.copy, self._first)  # A step takes the arrays of its state.
-        state, frozen = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}
-        if begin:
-            state["step"] = jnp.full_like(state["step"], begin)
-            state["opt"] = p.init_opt(p.stage_at(begin), state["params"])
-        batches = pipeline.open_batches(p.config.data, p.objective.inputs, seed=seed, global_batch=p.config.batch_size)
-        losses = []
-        with contextlib.closing(batches), contextlib.closing(log.progress("  tuning", end - begin)) as bar:
-            for _, after, values in train_steps(self.steps, state, frozen, batches.__next__, begin, end):
-                state = after
-                losses.append(values["loss"])
-                bar.update()
-        return state, frozen, losses
 
+class Examiner:
+    """All tests of `blindness`, for any vision tower."""
 
-class Judge:
-    """All tests of `blindness`, for any towers."""
-
-    def __init__(self, tests: blindness.Tests):
-        self.tests, self._encoder = tests, blindness.Encoder()
+    def __init__(self, tests: blindness.Tests, source: str = ""):
+        self.tests, self._encoder = tests, blindness.Encoder(source)
+        self._texts = self._encoder.texts(tests.statements())
+        self._before = self._encoder.images(tests.test_images)
 
     def __call__(self, towers: Towers) -> dict[str, np.ndarray]:
-        """The results of `blindness.measure`; towers that are not given are those of the kept CLIP."""
-        e = self._encoder
-        return blindness.measure(
-            self.tests,
-            lambda x: e.images(x, towers.get("vision")),
-            lambda t: e.texts(t, towers.get("text")),
-        )
+        """The results of `blindness.measure`; a tower that is not given is the source's.
+
+        Only the vision tower is: no arm tunes the texts.
+        """
+        return blindness.measure(self.tests, lambda x: self._encoder.images(x, towers.get("vision")), self._texts)
 
     def drift(self, towers: Towers) -> float:
-        """1 minus the mean cosine of the embeddings of test images to those of the kept CLIP."""
-        x = self.tests.test_images
-        cosines = (self._encoder.images(x) * self._encoder.images(x, towers.get("vision"))).sum(axis=1)
-        return float(1 - cosines.mean())
+        """1 minus the mean cosine of the embeddings of test images to those of the source."""
+        after = self._encoder.images(self.tests.test_images, towers.get("vision"))
+        return float(1 - jnp.mean(jnp.sum(self._before * after, axis=1)))

@@ -1,9 +1,12 @@
 """A word-level vocabulary in the files of CLIP's tokenizer: byte pairs are merged until each word is one token."""
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from diva_jax.data import tokenizers
 
@@ -49,3 +52,9 @@ def write(folder: Path, words: Sequence[str], length: int) -> None:
     special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="!")
     about = dict(tokenizer_class="CLIPTokenizer", model_max_length=length, **special)
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
+
+
+def remembering(tokenize: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer; it keeps the ids of each text, since the world has few texts."""
+    one = functools.lru_cache(2**15)(lambda text: tokenize([text])[0])
+    return lambda texts: np.stack([one(text) for text in texts])

@@ -38,7 +38,7 @@ def test_the_page_runs_as_it_stands(folder, monkeypatch):
     assert [(c["before"], c["after"]) for c in task["comparisons"]][-1] == ("control:2", "tuned:2")
     exec(test, scope)  # noqa: S102
     scope["test_the_tower_gets_a_gradient_and_rows_are_independent"]()
-    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
     scope |= {"images": images, "batch": {"image": images, "row": np.arange(8, dtype=np.int32)}}
     exec(loop, scope)  # noqa: S102
     assert scope["cosine"].shape == (8,) and 0.1 < scope["cosine"].min() < 0.9999999

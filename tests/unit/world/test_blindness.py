@@ -7,17 +7,17 @@ import pytest
 
 from diva_jax.common.errors import UserError
 from diva_jax.evals.tasks import mmvp
-from diva_jax.world import blindness, scenes
+from diva_jax.world import blindness, endpoints, scenes
 
 
 def test_pairs_are_read_by_the_task_mmvp(tmp_path):
     blindness.write_pairs(tmp_path, seed=4, count=3)
     names, count = mmvp.read_patterns(str(tmp_path))
     questions = mmvp.read_questions(str(tmp_path))
-    assert names == scenes.FACTS and count == 3 and len(questions) == 2 * 3 * 9
+    assert names == scenes.FACTS and count == 3 and len(questions) == 2 * 3 * 4
     found = blindness.pairs(seed=4, count=3)
     assert [q.text for q in questions] == [f"a photo of {t}" for t in found.texts]
-    assert (found.pattern == np.arange(27) // 3).all()
+    assert (found.pattern == np.arange(12) // 3).all()
     assert all(a != b for a, b in zip(found.texts[::2], found.texts[1::2], strict=True))
 
 
@@ -28,23 +28,37 @@ def test_a_broken_list_of_patterns_is_named(tmp_path, content):
     with pytest.raises(UserError, match="Patterns.json.*(repair or remove it|it must read .*; remove it)"):
         mmvp.read_questions(str(tmp_path))
     (tmp_path / mmvp.NAMES).write_text(json.dumps({"patterns": ["a"], "pairs": 30}))
-    with pytest.raises(UserError, match="has 18 questions, MMVP-VLM has 60"):
+    with pytest.raises(UserError, match="has 8 questions, MMVP-VLM has 60"):
         mmvp.read_questions(str(tmp_path))
 
 
-def test_labels_of_pairs_are_those_of_the_left_or_upper_object():
-    s = scenes.sample(np.random.default_rng(3), 400)
-    mask, colour = blindness.labels(s)["left colour"]
-    assert (mask == (s.group == 0)).all()
-    moved = s.take(mask)
-    swapped = scenes.change(moved, "relation", np.random.default_rng(0))
-    bound = scenes.change(moved, "binding", np.random.default_rng(0))
-    for other in (swapped, bound):
-        assert (blindness.labels(other)["left colour"][1] != colour[mask]).all()
-    assert (blindness.labels(bound)["left shape"][1] == blindness.labels(moved)["left shape"][1]).all()
+def test_labels_are_those_of_the_left_or_upper_object():
+    s = scenes.sample(np.random.default_rng(3), 200)
+    before = blindness.labels(s)
+    swapped, bound = (blindness.labels(scenes.change(s, f, np.random.default_rng(0))) for f in ("relation", "binding"))
+    assert all((other["near colour"] != before["near colour"]).all() for other in (swapped, bound))
+    assert (bound["near shape"] == before["near shape"]).all() and (swapped["near shape"] != before["near shape"]).all()
 
 
-def test_tests_share_no_scene_with_each_other():
-    t = blindness.Tests.make(seed=1, count=2, train=50, test=40)
-    assert len({x.tobytes() for x in [*t.train_images, *t.test_images]}) == 90
-    assert (t.pairs.images.shape, len(t.pairs.texts)) == ((18, 2, 32, 32, 3), 36)
+def test_classes_are_the_two_objects_whatever_their_relation():
+    s = scenes.sample(np.random.default_rng(3), 200)
+    found = blindness.classes(s)
+    assert len(blindness.CLASSES) == 72 and len(set(found)) > 60
+    for i, k in enumerate(found):
+        assert set(blindness.CLASSES[k]) == set(zip(s.colour[i].tolist(), s.shape[i].tolist(), strict=True))
+    assert (blindness.classes(scenes.change(s, "relation", np.random.default_rng(0))) == found).all()
+    assert (blindness.classes(scenes.change(s, "binding", np.random.default_rng(0))) != found).all()
+
+
+def test_tests_share_no_scene_and_an_oracle_of_the_texts_sees_all(monkeypatch):
+    monkeypatch.setattr(blindness, "_PROBE_TRAIN", 60)
+    monkeypatch.setattr(blindness, "_PROBE_TEST", 40)
+    t = blindness.Tests.make(seed=1, count=5)
+    assert len({x.tobytes() for x in [*t.train_images, *t.test_images]}) == 100
+    assert (t.pairs.images.shape, len(t.pairs.texts)) == ((20, 2, 16, 16, 3), 40)
+    texts = np.eye(40 + 72)
+    own = {image.tobytes(): texts[i] for i, image in enumerate(t.pairs.images.reshape(40, 16, 16, 3))}
+    own |= {image.tobytes(): texts[40 + k] for image, k in zip(t.test_images, blindness.classes(t.test), strict=True)}
+    found = blindness.measure(t, lambda x: np.stack([own.get(i.tobytes(), texts[0]) for i in x]), texts)
+    for name, e in endpoints.ENDPOINTS.items():
+        assert e.score(found) == 100 or name.startswith("probe"), name

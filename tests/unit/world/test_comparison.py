@@ -4,21 +4,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diva_jax import config
+from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
-from diva_jax.world import arms, comparison, experiment, gaps, scenes
+from diva_jax.world import arms, comparison, criteria, endpoints, experiment
 
-FACTS = len(scenes.FACTS)
+TESTS = sorted({test for e in endpoints.ENDPOINTS.values() for test in e.tests})
 
 
 def row(arm: str, seed: int, share: float, rng) -> dict:
     """A run of which a share of the items is right."""
-    hits = {"pairs": 40 * FACTS, "matches": 40 * FACTS, "zeroshot": 200}
-    hits |= {"linear/a": 100, "linear/b": 60, "knn/a": 100, "knn/b": 60}
-    found = {name: (rng.random(n) < share).astype(float) for name, n in hits.items()}
-    scores = {m: 100 * share for m in (*comparison.METRICS, *(f"pairs/{f}" for f in scenes.FACTS))}
-    items = {name: "".join(str(int(x)) for x in a) for name, a in found.items()}
-    return {"arm": arm, "seed": seed, "scores": scores, "items": items}
+    found = {name: (rng.random(150) < share).astype(float) for name in TESTS}
+    return experiment.row(arm, seed, {}, found, drift=0.0)
 
 
 def rows(shares: dict[str, float], seeds: int = 5, draw: int = 0) -> list[dict]:
@@ -27,61 +23,58 @@ def rows(shares: dict[str, float], seeds: int = 5, draw: int = 0) -> list[dict]:
 
 
 def test_an_arm_that_is_as_good_as_its_control_is_not_claimed():
-    shares = {"untuned": 0.4, "stages": 0.55, "shuffled": 0.55}
-    found = comparison.compare(rows(shares, draw=1))
-    assert found["stages"].untuned["pairs"].sign == 1 and found["stages"].control["pairs"].sign == 0
-    assert comparison.verdict("stages", found["stages"]).endswith("not above its control")
+    shares = {"untuned": 0.4, "diva": 0.55, "diva_control": 0.55}
+    found = comparison.compare(rows(shares, draw=1))["diva"]
+    assert found.untuned[endpoints.SEEN].sign == 1 and found.control[endpoints.SEEN].sign == 0
+    assert "than its control: no difference shown" in comparison.verdict("diva", found)
     claims = 0  # Of draws without an effect; 95% intervals of each kind alone would claim one in twenty.
     for draw in range(20):
         runs = rows(shares, draw=draw)
-        control, tuned = ([r for r in runs if r["arm"] == arm] for arm in ("shuffled", "stages"))
-        claims += comparison.difference(control, tuned, "pairs").sign != 0
+        control, tuned = ([r for r in runs if r["arm"] == arm] for arm in ("diva_control", "diva"))
+        claims += comparison.difference(control, tuned, endpoints.SEEN).sign != 0
     assert claims <= 3
 
 
 def test_an_arm_above_both_and_one_below(tmp_path):
-    found = comparison.compare(
-        rows({"untuned": 0.4, "stages": 0.6, "shuffled": 0.42, "diva": 0.2, "diva_shuffled": 0.42})
-    )
-    assert comparison.verdict("stages", found["stages"]) == (
-        "more pairs than untuned, more matches, names better; above its control"
-    )
-    assert comparison.verdict("diva", found["diva"]).startswith("fewer pairs than untuned, fewer matches, names worse")
+    shares = {"untuned": 0.4, "labels": 0.7, "judge_control": 0.42, "diva": 0.15, "diva_control": 0.42}
+    found = comparison.compare(rows(shares))
+    assert comparison.verdict("labels", found["labels"]) == "sees more; than its control: sees more; names better"
+    assert comparison.verdict("diva", found["diva"]).startswith("sees less; than its control: sees less; names -")
     text = comparison.markdown(found)
-    assert "| `stages`: DIVA in two stages | 5 | 60.0 | 60.0 |" in text and "seeds [" in text
-    older = rows({"untuned": 0.4, "stages": 0.6})
-    for r in older:
-        del r["scores"]["matches"], r["items"]["matches"]
-    assert "matches" not in comparison.markdown(comparison.compare(older))
+    score = found["labels"].scores[endpoints.SEEN]
+    assert abs(score - 70) < 5 and f"| `labels` | 5 | {score:.1f} |" in text and "seeds [" in text
     comparison.write_pareto(found, tmp_path / "pareto.png")
     assert Image.open(tmp_path / "pareto.png").width == 1440
+    assert {c.holds for c in criteria.of_labels(rows(shares))} == {True}
+    assert False in {c.holds for c in criteria.of_labels(rows(shares | {"labels": 0.5}))}
 
 
 def test_nothing_is_claimed_without_the_control_or_with_one_seed():
-    alone = comparison.compare(rows({"untuned": 0.4, "stages": 0.6}))
-    assert "nothing can be claimed" in comparison.verdict("stages", alone["stages"])
-    single = comparison.compare(rows({"untuned": 0.4, "stages": 0.9, "shuffled": 0.1}, seeds=1))
-    assert single["stages"].untuned["pairs"].sign == 0 == single["stages"].control["pairs"].sign
+    alone = comparison.compare(rows({"untuned": 0.4, "diva": 0.6}))
+    assert "its control was not run" in comparison.verdict("diva", alone["diva"])
+    single = comparison.compare(rows({"untuned": 0.4, "diva": 0.9, "diva_control": 0.1}, seeds=1))["diva"]
+    assert single.untuned[endpoints.SEEN].sign == 0 == single.control[endpoints.SEEN].sign
+    assert "nothing can be claimed" in comparison.verdict("diva", single)
 
 
 @pytest.mark.parametrize("name", [n for n in arms.ARMS if n != "untuned"])
 def test_every_arm_has_a_valid_config_and_the_same_budget(name):
-    arm = arms.ARMS[name]
-    c = arms.arm_config(arm, seed=2, steps=30, batch_size=40, random="x")
+    arm = arms.find(name)
+    c = arms.arm_config(arm, 2, arms.Budget(1600, 16), "x")
     config.validate(c, 1)
-    own = c.genhancer.stage1_steps if arm.objective == "genhancer" else 0
-    assert (experiment_steps(c) - own) * c.batch_size * arms.passes(c) == 30 * 40 and c.seed == 2
+    assert objectives.stages(c)[-1].end == c.steps == 100 and c.seed == 2
     assert not arm.control or arm.control in arms.ARMS
     if arm.teacher == arms.RANDOM:
-        assert own == 1 or (c.kuea.teacher if "kuea" in c else c.diffusion).source == "x"
-    if name.endswith("shuffled"):
-        assert c[arm.objective].condition_of == "next"
+        assert (c.kuea.teacher if "kuea" in c else c.diffusion).source == "x"
+    if arm.control:
+        control = arms.arm_config(arms.find(arm.control), 2, arms.Budget(1600, 16), "x")
+        assert control.to_json() != c.to_json()
 
 
-def experiment_steps(c) -> int:
-    from diva_jax import objectives
-
-    return objectives.stages(c)[-1].end
+def test_fields_of_an_arm_can_be_changed_by_its_name():
+    assert arms.find("diva:optim.lr=1e-3:anchor.weight=0.5").fields["optim.lr"] == 1e-3
+    with pytest.raises(UserError, match="give each field a number"):
+        arms.find("diva:optim.lr=high")
 
 
 def test_results_that_were_cut_off_and_unknown_arms(tmp_path):
@@ -92,15 +85,4 @@ def test_results_that_were_cut_off_and_unknown_arms(tmp_path):
     with pytest.raises(UserError, match="line 1 is no JSON"):
         experiment.read(path)
     with pytest.raises(UserError, match="--arms has no_such_arm"):
-        experiment.experiment(tmp_path / "a", ["no_such_arm"], 1, {"steps": 3, "batch_size": 2, "pairs": 1})
-    with pytest.raises(UserError, match="--batch_size=6 cannot be divided by the 4 passes"):
-        experiment.experiment(tmp_path / "a", ["four_draws"], 1, {"steps": 3, "batch_size": 6, "pairs": 1})
-
-
-def test_the_range_of_timesteps_begins_at_the_first_plain_gap():
-    def r(low, gap, ends):
-        return {"low": low, "high": low + 100, "gap": gap, "interval": ends}
-
-    found = [r(0, 6.0, [-1.0, 13.0]), r(100, 2.0, [1.0, 3.0]), r(200, 9.0, [7.0, 11.0]), r(300, 30.0, [25.0, 35.0])]
-    assert gaps.proposed(found) == (200, 400)
-    assert gaps.proposed(found[:2]) is None
+        experiment.experiment(tmp_path / "a", ["no_such_arm"], [0], arms.Budget(), 1)

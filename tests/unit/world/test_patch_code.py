@@ -12,13 +12,13 @@ from diva_jax.world import drawing, models, patch_code, scenes
 
 def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
     basis, scale = models.basis()
-    np.testing.assert_allclose(basis.T @ basis, np.eye(12), atol=1e-9)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(64), atol=1e-9)
     images = drawing.draw(scenes.sample(np.random.default_rng(3), 60)).astype(np.float32) / 127.5 - 1
     d = Diffusion.from_dict(dict(source="", prompt="", text_tokens=4, **models.DIFFUSION))
     code = d.vae.build()
     code.basis[...] = jax.numpy.asarray(basis, np.float32)
     latents = code.encode(images)
-    assert latents.shape == (60, 8, 8, 12) and abs(scale - d.vae.scaling_factor) < 0.02
+    assert latents.shape == (60, 2, 2, 64) and abs(scale - d.vae.scaling_factor) < 0.02
     assert 0.8 < float(np.std(np.asarray(latents))) < 1.2
     back = np.asarray(code.decode(latents))
     assert np.mean((back - images) ** 2) < 0.08 * np.var(images)
