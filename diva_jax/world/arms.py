@@ -11,14 +11,16 @@ from diva_jax.world import models, objectives, records
 RANDOM = "random"
 DATA_SEED = 1010
 SEARCH = 100  # Seeds from this one on are for the search of rates; none of them is reported.
-_DECAY = 0.99  # Of the average of weights, in all arms.
+_DECAY, _WARMUP = 0.99, 40  # Of the average of weights, and steps of warm-up, in all arms.
 
 
 class Budget(NamedTuple):
-    """What each run may use: images, counted as often as they are seen, and the images of one step."""
+    """What each run may use: images, counted as often as they are seen, and the images of one step; and after how many
+    images it is measured for the first time, which is the budget of the demo."""
 
     images: int = 102_400
     batch_size: int = 128
+    early: int = 25_600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,8 @@ def _controlled(name: str, arm: Arm, what: str, **changes) -> dict[str, Arm]:
 
 
 _NEXT = "the features of the next image"
-_ANCHOR = {"anchor.of": "unit", "anchor.weight": 20.0}
-_JUDGE = {"judge.texts": "records", "judge.neutral": "none", "judge.draws": 1, "optim.lr": 1e-3} | _ANCHOR
+_ANCHOR = {"anchor.of": "unit", "anchor.weight": 80.0}
+_JUDGE = {"judge.texts": "records", "judge.neutral": "none", "judge.draws": 1, "optim.lr": 3e-3} | _ANCHOR
 _DIVA = {"optim.name": "adamw", "diva.draws": 1, "diva.first_timestep": 300}
 _UNCLIP = {"unclip.latents": "mean", "trainable": (("vision/.*", 1.0), (".*", 0.0))}
 _CONTRAST = {"contrast.weight": 1.0}
@@ -137,7 +139,8 @@ def arm_config(arm: Arm, seed: int, budget: Budget, random: str | os.PathLike = 
     c = models.base_config(arm.objective, models.UNCLIP_DIFFUSION if arm.teacher == models.UNCLIP else None)
     fields = dict(arm.fields)
     table = fields.pop("trainable", None)
-    c.ema.decay, c.optim.warmup, c.accum = _DECAY, 0.05, 1
+    c.ema.decay, c.optim.warmup_steps, c.accum = _DECAY, _WARMUP, 1
+    c.optim.schedule = "constant"  # Of which the average of weights makes what a decay would.
     c.update(seed=seed, batch_size=budget.batch_size, steps=budget.images // budget.batch_size)
     c.update_from_flattened_dict(fields)
     if table:

@@ -78,8 +78,11 @@ def difference(before: Sequence[Mapping], after: Sequence[Mapping], endpoint: st
     return Difference(paired["difference"], tuple(paired["interval"]), interval)
 
 
-def compare(rows: Sequence[Mapping]) -> dict[str, Compared]:
-    """Arm -> its comparison, in the order of `arms.ARMS`; arms with changed fields come last."""
+def compare(rows: Sequence[Mapping], early: bool = False) -> dict[str, Compared]:
+    """Arm -> its comparison at the end of the runs, or `early`, in the order of `arms.ARMS`; arms with changed fields
+    come last."""
+    at = {r["early"] if early else r["images"] for r in rows}
+    rows = [r for r in rows if r["after"] in at or r["arm"] == "untuned"]
     names = list(dict.fromkeys([*arms.ARMS, *(row["arm"] for row in rows)]))
     by_arm = {arm: sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["seed"]) for arm in names}
     untuned, out = by_arm["untuned"], {}

@@ -43,7 +43,7 @@ def table(out: Path, pairs: int) -> str:
     from diva_jax.world import blindness, tuning
     from diva_jax.world.endpoints import DRIFT, ENDPOINTS
 
-    examiner, kept = tuning.Examiner(blindness.Tests.make(count=pairs)), json.loads(SCORES.read_text())
+    examiner, kept = tuning.Examiner(blindness.Tests.make(count=pairs)), json.loads(SCORES.read_text())["early"]
     rows = {"untuned": {}}
     for arm in ARMS:
         run = workdirs.RunAt.open(str(out / arm))
@@ -79,7 +79,7 @@ def demo(out: Path, overrides: list[str], pairs: int) -> None:
         if not done.exists():
             _run(command)
     say(table(out, pairs))
-    seeds = len(json.loads(SCORES.read_text())[ARMS[0]]["matches"])
+    seeds = len(json.loads(SCORES.read_text())["early"][ARMS[0]]["matches"])
     say(f"in brackets: the range of {seeds} seeds in docs/DOES_IT_WORK.md, which says what follows")
     say(f"the report: {out / 'eval' / 'report.html'}")
 

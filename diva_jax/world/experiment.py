@@ -36,10 +36,10 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def row(arm: str, seed: int, about: dict, found: dict[str, np.ndarray], **more) -> dict:
-    """One line of results.jsonl; `about` is what all lines of a folder share."""
+def row(arm: str, seed: int, after: int, about: dict, found: dict[str, np.ndarray], **more) -> dict:
+    """One line of results.jsonl: a run `after` so many images; `about` is what all lines of a folder share."""
     items = {name: "".join(str(int(x)) for x in a) for name, a in found.items()}
-    return {"arm": arm, "seed": seed} | about | more | {"items": items}
+    return {"arm": arm, "seed": seed, "after": after} | about | more | {"items": items}
 
 
 def experiment(
@@ -67,8 +67,9 @@ def experiment(
     rows = read(out / RESULTS)
     if any(r[k] != v for r in rows for k, v in about.items()):
         raise UserError(f"--out={out} has runs of another budget or of other tests: give another folder")
+    there = {(r["arm"], r["seed"]) for r in rows if r["after"] == budget.images or r["arm"] == "untuned"}
+    rows = [r for r in rows if (r["arm"], r["seed"]) in there]
     (out / RESULTS).write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
-    there = {(r["arm"], r["seed"]) for r in rows}
     wanted = [("untuned", 0), *((n, s) for s in seeds for n in names[1:])]
     wanted = [run for run in wanted if run not in there]
     if not wanted:
@@ -77,17 +78,19 @@ def experiment(
     bar = log.progress("experiment", len(wanted), "runs", every=0)
     for arm, seed in wanted:
         say(f"{arm}, seed {seed}")
-        towers, more = {}, {DRIFT: 0.0}
-        if arm != "untuned":
-            if arm not in tuners:
-                tuners[arm] = Tuner(found[arm], budget, out)
-            towers, loss = tuners[arm].run(seed)
-            more = {"loss": loss, DRIFT: examiner.drift(towers)}
-        rows.append(row(arm, seed, about, examiner(towers), **more))
-        with open(out / RESULTS, "a", encoding="utf-8") as f:
-            f.write(json.dumps(rows[-1]) + "\n")
-        scores = {e.title: e.score(comparison.found(rows[-1])) for e in ENDPOINTS.values()}
-        say("  " + ", ".join(f"{title} {score:.1f}" for title, score in scores.items()) + f", drift {more[DRIFT]:.4f}")
+        if arm not in tuners and arm != "untuned":
+            tuners[arm] = Tuner(found[arm], budget, out)
+        for after, towers, loss in tuners[arm].run(seed) if arm in tuners else [(0, {}, 0.0)]:
+            drift = examiner.drift(towers)
+            rows.append(row(arm, seed, after, about, examiner(towers), loss=loss, **{DRIFT: drift}))
+            with open(out / RESULTS, "a", encoding="utf-8") as f:
+                f.write(json.dumps(rows[-1]) + "\n")
+            scores = {e.title: e.score(comparison.found(rows[-1])) for e in ENDPOINTS.values()}
+            say(
+                f"  after {after} images: "
+                + ", ".join(f"{t} {s:.1f}" for t, s in scores.items())
+                + f", drift {drift:.4f}"
+            )
         bar.update()
     bar.close()
     return rows
@@ -102,11 +105,19 @@ def _main() -> None:
     first, tests = (arms.SEARCH, blindness.SEARCH_SEED) if given.search else (0, blindness.SEED)
     seeds = range(first, first + given.seeds)
     names = given.arms or [name for name in arms.ARMS if name != "untuned"]
-    rows = experiment(out, names, seeds, arms.Budget(given.images, given.batch_size), given.pairs, tests)
+    rows = experiment(
+        out,
+        names,
+        seeds,
+        arms.Budget(given.images, given.batch_size, min(arms.Budget().early, given.images)),
+        given.pairs,
+        tests,
+    )
     compared = comparison.compare(rows)
+    scores = {"early": comparison.scores(comparison.compare(rows, early=True)), "end": comparison.scores(compared)}
     text = comparison.markdown(compared)
     (out / "table.md").write_text(text, "utf-8")
-    (out / "scores.json").write_text(json.dumps(comparison.scores(compared), indent=1) + "\n", "utf-8")
+    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", "utf-8")
     comparison.write_pareto(compared, out / "pareto.png")
     say(text)
 

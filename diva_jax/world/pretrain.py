@@ -138,7 +138,7 @@ def pretrain(out: Path, shorter: float = 1.0) -> None:
             write_start(name, start)
             config = stage_config(name, out, shorter)
             program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-            arrays, loss = tuning.trained(Steps(program), load.initial_arrays(program)[0])
+            ((_, arrays, loss),) = tuning.trained(Steps(program), load.initial_arrays(program)[0])
             with _whole(folder) as partial:
                 write_result(name, start, partial, program, arrays)
             say(f"{name}: loss {loss:.4f}")

@@ -53,11 +53,13 @@ def _quick(i: Input) -> Input:
     return dataclasses.replace(i, tokenizer=lambda: vocabulary.remembering(tokenizer())) if tokenizer else i
 
 
-def trained(steps: Steps, arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], float]:
+def trained(
+    steps: Steps, arrays: Mapping[str, jax.Array], *early: int
+) -> Iterator[tuple[int, dict[str, jax.Array], float]]:
     """Makes all steps of a program from these initial weights, with the data of its config.
 
-    Returns all weights, the moving average of those that were trained where there is one, and the mean loss of the last
-    tenth of the steps; a RunError where that is not finite.
+    Yields, at the steps `early` and at the end, (the step, all weights, the mean loss of the last tenth of the steps);
+    weights that were trained are their moving average where there is one. A RunError where the loss is not finite.
     """
     p, losses = steps.program, []
     state, frozen, end = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}, p.stages[-1].end
@@ -67,10 +69,11 @@ def trained(steps: Steps, arrays: Mapping[str, jax.Array]) -> tuple[dict[str, ja
             state = after
             losses.append(values["loss"])
             bar.update()
-    last = float(np.mean([float(x) for x in losses[-max(1, len(losses) // 10) :]]))
-    if not np.isfinite(last):
-        raise RunError(f"the loss is {last}: the learning rate is too high")
-    return {**frozen, **averaged(state)}, last
+            if len(losses) in (*early, end):
+                last = float(np.mean([float(x) for x in losses[-max(1, len(losses) // 10) :]]))
+                if not np.isfinite(last):
+                    raise RunError(f"the loss is {last}: the learning rate is too high")
+                yield len(losses), {**frozen, **averaged(state)}, last
 
 
 class Tuner:
@@ -90,14 +93,14 @@ class Tuner:
             else:
                 models.write_new_diffusion(random, models.DIFFUSION, seed=77)
         self._config = partial(arms.arm_config, arm, budget=budget, random=random)
-        config = self._config(0)
+        config, self._early = self._config(0), budget.early // budget.batch_size
         self.program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
         self.steps = Steps(self.program)
 
-    def run(self, seed: int) -> tuple[Towers, float]:
-        """Trains with one seed; returns (the tuned towers, the mean loss of the last tenth of the steps)."""
-        arrays, loss = trained(self.steps, self.initial(seed))
-        return self.program.towers(arrays), loss
+    def run(self, seed: int) -> Iterator[tuple[int, Towers, float]]:
+        """Trains with one seed; yields (images seen, tuned towers, loss), see `trained`, early and at the end."""
+        for step, arrays, loss in trained(self.steps, self.initial(seed), self._early):
+            yield step * self.program.config.batch_size, self.program.towers(arrays), loss
 
     def initial(self, seed: int) -> dict[str, jax.Array]:
         """All weights at step 0; the config of the program is that of the seed afterwards."""

@@ -28,7 +28,7 @@ from diva_jax.world import (
 
 SMALL = dict(block_out_channels=[8], attention_head_dim=[2], norm_num_groups=2, cross_attention_dim=24)
 TEXT = dict(hidden_size=24, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-BUDGET = arms.Budget(24, 8)
+BUDGET = arms.Budget(24, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -85,22 +85,27 @@ def test_models_that_know_nothing_fail_the_criteria(world):
 
 
 def test_an_experiment_goes_on_where_it_stopped(world, tmp_path):
+    def told(rows):
+        return [(r["arm"], r["seed"], r["after"]) for r in rows]
+
     first = experiment.experiment(tmp_path, ["judge"], [0], BUDGET, 2)
-    assert [(r["arm"], r["seed"]) for r in first] == [("untuned", 0), ("judge", 0)]
+    assert told(first) == [("untuned", 0, 0), ("judge", 0, 8), ("judge", 0, 24)]
     path = tmp_path / experiment.RESULTS
-    path.write_text(path.read_text() + '{"arm": "jud')  # Killed while it wrote.
+    cut = dict(first[1], seed=1)  # Killed in the second run, while it wrote.
+    path.write_text(path.read_text() + json.dumps(cut) + '\n{"arm": "jud')
     both = experiment.experiment(tmp_path, ["judge"], [0, 1], BUDGET, 2)
-    assert both[:2] == first and [(r["arm"], r["seed"]) for r in both[1:]] == [("judge", 0), ("judge", 1)]
-    assert both[1]["loss"] != both[2]["loss"]
+    assert both[:3] == first and told(both[3:]) == [("judge", 1, 8), ("judge", 1, 24)]
+    assert len({r["loss"] for r in both[1:]}) == 4
     assert [json.loads(line) for line in path.read_text().splitlines()] == both
     assert both[1][endpoints.DRIFT] > 0 == both[0][endpoints.DRIFT]
     assert "its control was not run" in comparison.markdown(comparison.compare(both))
+    assert comparison.compare(both, early=True)["judge"].seeds == 2
 
 
 @pytest.mark.parametrize("name", ["unclip", pytest.param("kuea_control", marks=pytest.mark.slow)])
 def test_arms_move_the_encoder_and_say_why(world, tmp_path, name):
     tuner = tuning.Tuner(arms.find(name), BUDGET, tmp_path)
-    towers, loss = tuner.run(0)
+    towers, loss = list(tuner.run(0))[-1][1:]
     before = tuner.program.towers(load.initial_arrays(tuner.program, every_source=False)[0])
     assert np.isfinite(loss)
     assert any(not np.array_equal(a, before["vision"][n]) for n, a in towers["vision"].items())

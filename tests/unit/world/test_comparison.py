@@ -14,7 +14,7 @@ TESTS = sorted({test for e in endpoints.ENDPOINTS.values() for test in e.tests})
 def row(arm: str, seed: int, share: float, rng) -> dict:
     """A run of which a share of the items is right."""
     found = {name: (rng.random(150) < share).astype(float) for name in TESTS}
-    return experiment.row(arm, seed, {}, found, drift=0.0)
+    return experiment.row(arm, seed, 8, {"images": 8, "early": 4}, found, drift=0.0)
 
 
 def rows(shares: dict[str, float], seeds: int = 5, draw: int = 0) -> list[dict]:
