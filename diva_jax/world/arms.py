@@ -73,7 +73,7 @@ ARMS = {
     ),
     **_controlled(
         "diva",
-        Arm("DIVA, the second of two stages", objectives.DIVA, {"optim.lr": 1e-4} | _DIVA),
+        Arm("DIVA, the second of two stages", objectives.DIVA, {"optim.lr": 1e-5} | _DIVA),
         _NEXT,
         fields=_DIVA_NEXT,
     ),
