@@ -20,8 +20,10 @@ SCORES = Path(__file__).parent / "weights" / "scores.json"  # Of the experiment'
 
 def commands(out: Path, overrides: list[str], pairs: int) -> list[tuple[Path, list[str]]]:
     """What is run: (a file that is there once it is done, the command after `python -m`)."""
-    from diva_jax.world import models
+    from diva_jax.world import arms, models
 
+    budget = arms.Budget()
+    overrides = [f"--config.steps={budget.early // budget.batch_size}", *overrides]
     data, found, control = out / "pairs", out / "eval", out / "judge_control"
     train = [
         (out / arm / "done", ["diva_jax.main", f"--config=world:{arm}", f"--workdir={out / arm}", *overrides])
