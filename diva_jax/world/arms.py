@@ -59,6 +59,8 @@ _JUDGE = {"judge.texts": "records", "judge.neutral": "none", "judge.draws": 1, "
 _DIVA = {"optim.name": "adamw", "diva.draws": 1, "diva.first_timestep": 300}
 _UNCLIP = {"unclip.latents": "mean", "trainable": (("vision/.*", 1.0), (".*", 0.0))}
 _CONTRAST = {"contrast.weight": 1.0}
+# With the published weight, 0.5, the kernel is too small beside the distance to the untuned encoder to move anything.
+_KUEA = {"kuea.kernel": "cosine", "kuea.kernel_weight": 1000.0, "optim.lr": 1e-3}
 _DIVA_NEXT, _UNCLIP_NEXT = {"diva.condition_of": "next"}, {"unclip.condition_of": "next"}
 
 # Learning rates and anchors were searched with seeds from `SEARCH` on; docs/DOES_IT_WORK.md has the commands.
@@ -102,7 +104,7 @@ ARMS = {
     ),
     **_controlled(
         "kuea",
-        Arm("KUEA, taught by a CLIP of rich captions", "kuea", {"kuea.kernel": "cosine"}, models.TEACHER),
+        Arm("KUEA, taught by a CLIP of rich captions", "kuea", _KUEA, models.TEACHER),
         "a random teacher",
         teacher=RANDOM,
     ),

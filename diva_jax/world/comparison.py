@@ -33,7 +33,7 @@ class Difference:
         if self.seeds is None:
             return 0
         low, high = (f(a, b) for f, a, b in zip((min, max), self.items, self.seeds, strict=True))
-        return verdicts.sign((low, high))
+        return (low > 0) - (high < 0)
 
     def __str__(self) -> str:
         text = f"{self.value:+.1f} [{self.items[0]:+.1f}, {self.items[1]:+.1f}]"
@@ -180,7 +180,9 @@ def write_pareto(compared: Mapping[str, Compared], path: Path) -> None:
             if ends:
                 bars[axis] = (ends[1] - ends[0]) / 2
         axes.errorbar(x, y, fmt="o", color=colour, capsize=2, linewidth=1, **bars)
-        axes.annotate(arm, (x, y), (5, 4), textcoords="offset points", fontsize=8, color=colour)
+        side = "right" if x > 95 else "left"  # Of the dot, so that labels stay within the axes.
+        place = (-7 if x > 95 else 7, -10 if is_control else 5)
+        axes.annotate(arm, (x, y), place, textcoords="offset points", fontsize=8, color=colour, ha=side)
     axes.set(xlabel="names right, %", ylabel="matches on absent facts, %")
     axes.axhline(50, color=COLOURS["grid"][0], linewidth=1)
     axes.spines[["top", "right"]].set_visible(False)
