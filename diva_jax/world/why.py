@@ -44,7 +44,8 @@ def information(tuner: Tuner, arrays: Mapping[str, jax.Array], fact: str) -> np.
 
     @jax.jit
     def losses(arrays, batch, keys):
-        return p.skeleton.merge(arrays).condition_losses(batch, keys, edges)
+        with p.tracing():
+            return p.skeleton.merge(arrays).condition_losses(batch, keys, edges)
 
     found = losses(arrays, batch, jax.random.split(jax.random.key(SEED), COUNT))
     return np.asarray(((found["other"] - found["own"]) * found["nats_per_loss"]).sum(axis=0), np.float64)
@@ -60,7 +61,8 @@ def gradients(tuner: Tuner, arrays: Mapping[str, jax.Array]) -> list[dict[str, j
         def loss(trained):
             return p.skeleton.merge(arrays, trained).loss(batch, keys)[0]
 
-        return jax.grad(loss)({n: arrays[n] for n in encoder})
+        with p.tracing():
+            return jax.grad(loss)({n: arrays[n] for n in encoder})
 
     given = tuning.batches(p.config, p.objective.inputs, SEED, GROUPS)
     return [
@@ -92,7 +94,8 @@ def direction(
             e = m.vision.encode(view).pooled
             return e / jnp.linalg.norm(e, axis=-1, keepdims=True)
 
-        return jax.jvp(embed, ({n: arrays[n] for n in step},), (step,))[1]
+        with p.tracing():
+            return jax.jvp(embed, ({n: arrays[n] for n in step},), (step,))[1]
 
     moved = np.subtract(*(np.asarray(change(arrays, step, drawing.draw(s)), np.float64) for s in (one, two)))
     asked = np.subtract(*(encoder.texts([f"{captions.PREFIX} {t}" for t in texts]) for texts in said))
