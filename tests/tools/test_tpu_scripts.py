@@ -149,7 +149,7 @@ FLEX = written(OWN_GKE.replace("SPOT=1", "SPOT=flex-start").replace("TOPOLOGY=v5
 GKE = [(written(OWN_GKE), "tpu-v5-lite-podslice", "4x4", 4, "gke-spot"), (FLEX, "tpu7x", "2x2x2", 2, "gke-flex-start")]
 
 
-@pytest.mark.parametrize("env, chip, shape, machines, capacity", GKE)
+@pytest.mark.parametrize("env, chip, shape, machines, capacity", GKE, ids=["v5e", "tpu7x"])
 def test_the_jobset_is_valid_and_restarts_but_not_a_wrong_command(env, chip, shape, machines, capacity):
     """Its jobs by the schema of Kubernetes 1.36, in which no unknown field passes; its own fields are those of
     JobSet's definition (v1alpha2), against which the whole manifest was validated in November 2026."""
