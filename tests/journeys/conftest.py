@@ -63,7 +63,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tuned(home):
     """Trains `runs/tuned` from the kept models of the world; returns what the command printed."""
-    return home.run("main", "--config=world", "--workdir=runs/tuned", *SHORT)
+    return home.run("main", "--config=world", "--workdir=runs/tuned", "--config.optim.lr=3e-3", *SHORT)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ REFUSED = {
     "a compressed archive": ((*TINY, "--config.data.path=a.tar.gz"), "is compressed: unpack it to .tar"),
     "a table without images": ((*TINY, "--config.data.path=t.csv"), "t.csv has no column image"),
     "a workdir that is a file": (("--config=tiny", "--workdir=a.zip"), "--workdir=a.zip cannot be a folder"),
-    "a config that is not there": (("--config=vitl15", "--workdir=run"), "the name of a config: custom, "),
+    "a config that is not there": (("--config=vitl15", "--workdir=run"), "the name of a config: comclip_vitl14, "),
     "a config file that is not there": (("--config=nothing.py", "--workdir=run"), "nothing.py"),
     "an unknown model": (("--config=custom:ViT-B-17", "--workdir=run"), "names are ViT-B-32, "),
     "a name with a typing error in Python": (
