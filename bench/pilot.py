@@ -22,7 +22,7 @@ RUNS = {
         for name in (
             "vitl14", "vitl14_336", "metaclip_l14", "metaclip_h14", "dfn_h14", "dfn_h14_378", "siglip_so400m",
             "siglip_so400m_384", "unclip_vitl14", "genhancer_vitl14", "dcr_vitl14", "kuea_vitl14", "smartclip_vitl14",
-            "judge_vitl14",
+            "judge_vitl14", "comclip_vitl14", "salm_vitl14",
         )
     },
     "vitl14-v6e-16": "vitl14",

@@ -22,7 +22,10 @@ CONFIGS = (
     "siglip_so400m_384",
 )  # fmt: skip
 # One config per other objective.
-FAMILY = ("unclip_vitl14", "genhancer_vitl14", "dcr_vitl14", "kuea_vitl14", "smartclip_vitl14", "judge_vitl14")
+FAMILY = (
+    "unclip_vitl14", "genhancer_vitl14", "dcr_vitl14", "kuea_vitl14", "smartclip_vitl14", "judge_vitl14",
+    "comclip_vitl14", "salm_vitl14",
+)  # fmt: skip
 # Name of the report -> (config, topology, further flags).
 RUNS = {
     **{f"{c}-v5e-16": (c, "v5e:4x4", []) for c in (*CONFIGS, *FAMILY)},

@@ -172,7 +172,7 @@ def test_the_batch_of_the_config_or_of_the_flag():
         aot.with_batch(c, 7, None)
 
 
-FAMILY = [f"{name}_vitl14" for name in ("unclip", "genhancer", "dcr", "kuea", "smartclip", "judge")]
+FAMILY = [f"{name}_vitl14" for name in ("unclip", "genhancer", "dcr", "kuea", "smartclip", "judge", "comclip", "salm")]
 
 
 REPORTS = ROOT / "bench" / "tpu"
