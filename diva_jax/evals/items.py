@@ -1,16 +1,22 @@
 """Tasks whose scores are means over items, such as images, pairs or queries: from the values of every item follow the
-scores, their intervals and the comparison of two sets of weights on the same items."""
+scores, their intervals and the comparison of two sets of weights on the same items. Those that classify images share
+the accuracy @1 and @5, the mean per-class recall, and a row per image."""
 
 import abc
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, listing
+from diva_jax.data import labelled
 from diva_jax.evals import Outcome, Settings, Task, stats
+
+# How many classes are named for an image; with fewer in all, the accuracy @5 says nothing.
+AT = 5
+_RECALL = "mean_per_class_recall"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +41,15 @@ def resolved(path: str) -> str:
     return path if path.startswith("tfds:") else str(Path(path).expanduser().resolve())
 
 
-def set_and_folder(entry: str, sets: Collection[str]) -> tuple[str, Path] | None:
-    """Parses `SET=FOLDER`; None where it has another form or the set is none of `sets`."""
+def set_and_folder(task: str, entry: str, sets: Collection[str]) -> tuple[str, Path]:
+    """Parses `SET=FOLDER`, a data path or a part of one; a UserError where the set is none of `sets`, or there is no such
+    folder."""
     name, _, folder = entry.partition("=")
-    return (name, Path(folder).expanduser()) if name in sets and folder else None
+    if name not in sets or not folder:
+        raise UserError(f"--data={task}={entry} must read SET=FOLDER with a set of {listing(list(sets))}")
+    if not (root := Path(folder).expanduser()).is_dir():
+        raise UserError(f"--data={task}: {entry} is not a folder: give that of the set")
+    return name, root
 
 
 def require_count(where: Path, count: int, published: int, title: str, what: str, option: str) -> None:
@@ -83,3 +94,61 @@ class ItemTask(Task):
             test = stats.mcnemar(b.values > 0.5, a.values > 0.5) if a.tested else None
             scores[metric] = stats.paired(b.values, a.values, **a.resampling(self.settings)) | {"mcnemar": test}
         return {"scores": scores}
+
+
+@dataclasses.dataclass(frozen=True)
+class Classified:
+    """Labelled images, with targets from 0, and how they are classified. `title` is empty where there is only one such
+    set or classifier; `at5` is whether the accuracy @5 is scored; `prompts` are the texts of each class, if any."""
+
+    title: str
+    images: labelled.Images
+    classes: Sequence[str]
+    at5: bool = False
+    prompts: Sequence[Sequence[str]] = ()
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.asarray(self.images.targets)
+
+
+class ClassificationTask(ItemTask):
+    """A task that classifies labelled images: `classified` is by prefix of metric names, and `lists_top5` is whether
+    predictions.csv has the five most probable classes of each image."""
+
+    items = "images"
+    classified: dict[str, Classified]
+    lists_top5 = False
+
+    def set_classified(self, classified: dict[str, Classified]) -> None:
+        """Sets `classified`, and the metrics that follow from it."""
+        self.classified, self.metrics = classified, {}
+        for prefix, data in classified.items():
+            titles = {"acc1": "accuracy @1"} | ({"acc5": "accuracy @5"} if data.at5 else {})
+            for name, title in (titles | {_RECALL: "mean per-class recall"}).items():
+                self.metrics[prefix + name] = {"title": f"{data.title}, {title}".removeprefix(", "), "unit": "%"}
+
+    def classify(self, logits: Iterable[tuple[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], list[dict]]:
+        """Ranks the classes of each image, from (prefix, scores [N, C]): (prefix -> whether each of the first five is
+        the right one, bool [N, 5]; rows of predictions.csv). Scores that are not finite count as wrong."""
+        held, rows = {}, []
+        for prefix, scores in logits:
+            data = self.classified[prefix]
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :AT]
+            held[prefix] = (order == data.labels[:, None]) & np.isfinite(scores).all(axis=1, keepdims=True)
+            for i, (label, first) in enumerate(zip(data.labels, order, strict=True)):
+                names = [data.classes[c] for c in first]
+                item = {"metric": f"{prefix}acc1", "item": i, "file": data.images.names[i]}
+                item |= {"truth": data.classes[label], "predicted": names[0], "correct": int(held[prefix][i, 0])}
+                top5 = {"top5": "; ".join(names)} if self.lists_top5 else {}
+                rows.append(item | {"score": float(scores[i, first[0]])} | top5)
+        return held, rows
+
+    def values(self, metric: str, held: dict[str, np.ndarray]) -> Values:
+        """Whether each image is classified correctly; the recall, a mean over classes, has no McNemar test."""
+        if metric.endswith(_RECALL):
+            prefix = metric.removesuffix(_RECALL)
+            return Values(held[prefix][:, 0], strata=self.classified[prefix].labels, tested=False)
+        if metric.endswith("acc5"):
+            return Values(held[metric.removesuffix("acc5")].any(axis=1))
+        return Values(held[metric.removesuffix("acc1")][:, 0])

@@ -11,8 +11,7 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, above, at_least, field
 from diva_jax.data import labelled
 from diva_jax.evals import Settings, encode, linear
-from diva_jax.evals.classification import MIN_CLASSES_AT_5, ClassificationTask, Classified
-from diva_jax.evals.items import resolved
+from diva_jax.evals.items import AT, ClassificationTask, Classified, resolved
 from diva_jax.evals.tasks import zeroshot
 
 _TEST_FOLDERS = ("test", "val")
@@ -93,8 +92,7 @@ class Probe(ClassificationTask):
         names = self.test.classes or []
         names = [*names, *map(str, range(len(names), self._labels))]
         titles = {"linear_": "linear probe", "knn_": f"{options.neighbours} nearest neighbours"}
-        at5 = self._labels >= MIN_CLASSES_AT_5
-        self.set_classified({k: Classified(title, self.test, names, at5) for k, title in titles.items()})
+        self.set_classified({k: Classified(title, self.test, names, self._labels >= AT) for k, title in titles.items()})
 
     def _weight_decay(self, x: np.ndarray) -> float:
         """The option, or the decay with the best accuracy on the held-out part of the training split."""

@@ -3,26 +3,32 @@
 windows overlap, a softmax over all texts, and for each class its most probable synonym."""
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import above, at_least, below, field, one_of
-from diva_jax.data.images import read_file
-from diva_jax.evals import Outcome, Settings, Task, encode, segmentation_sets, stats
-from diva_jax.evals.items import set_and_folder
-from diva_jax.evals.segmentation_sets import SETS
+from diva_jax.common.json_files import open_regular
+from diva_jax.data import texts
+from diva_jax.data.images import FORMATS, MAX_PIXELS, read_file
+from diva_jax.evals import Outcome, Settings, Task, encode, stats
+from diva_jax.evals.items import require_count, set_and_folder
 from diva_jax.evals.tasks import zeroshot
 from diva_jax.models import backbones
 from diva_jax.models.backbones import spec_of
 from diva_jax.models.backbones.shared.dense import VARIANTS
 
+_UNKNOWN = -2
 # How many images, evenly spaced, results.json has the maps of classes of, and the longer side of these [pixels].
 _MAPS, _MAP_SIDE = 6, 240
 
@@ -55,6 +61,128 @@ class SegmentationOptions:
 
 
 SECTION = SegmentationOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Set:
+    """A published set of `classes` classes with `count` validation images.
+
+    Its files, with {} for the name of an item: an image, and a label image with a byte per pixel. The file `listed` has
+    the names; where it is empty, all images are items. `values` are those of the classes in label images, `background`
+    is whether class 0 is what no other class is, and `names` are the classes as texts, synonyms separated by commas;
+    empty: those of the folder's objectInfo150.txt."""
+
+    title: str
+    classes: int
+    count: int
+    background: bool
+    images: str
+    labels: str
+    listed: str
+    hint: str
+    values: Sequence[int]
+    ignored: Sequence[int]
+    names: Sequence[str]
+
+
+def _published() -> dict[str, Set]:
+    """The sets of segmentation.json, in which `names` are keys of lists. COCO's are its 80 objects, COCO-Stuff's also
+    its 91 classes of stuff, whose published names are like wall-brick and wall-other; a value is the class's number in
+    COCO less one."""
+    content = json.loads(Path(__file__).with_name("segmentation.json").read_text("utf-8"))
+    named = {set: [name for key in row["names"] for name in content[key]] for set, row in content["sets"].items()}
+    return {set: Set(**row | {"names": named[set]}) for set, row in content["sets"].items()}
+
+
+SETS = _published()
+
+
+def class_names(given: str, subject: Set, root: Path) -> list[list[str]]:
+    """The synonyms of each class, from a text file with a line per class, synonyms separated by commas; empty: the
+    set's own. A UserError where it cannot be read, or has another number of classes."""
+    lines, objects = subject.names, root / "objectInfo150.txt"
+    try:
+        if given:
+            lines = texts.read_text(Path(given).expanduser()).splitlines()
+        elif not lines:
+            lines = [line.split("\t")[-1] for line in texts.read_text(objects).splitlines()[1:]]
+    except UserError as e:
+        raise UserError(f"config.eval.segmentation.classes={given}: {e}, or set it to FILE.txt") from e
+    synonyms = [[n.strip() for n in line.split(",") if n.strip()] for line in lines if line.strip()]
+    if len(synonyms) != subject.classes or not all(synonyms):
+        raise UserError(
+            f"{given or root}: {subject.title} has {subject.classes} classes, not {len(synonyms)}: correct the names"
+        )
+    return synonyms
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file whose pixels have not been read yet; a UserError where it cannot be decoded."""
+    try:
+        with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are too many")
+            yield image
+    except UserError:
+        raise
+    except Exception as e:  # Pillow's plugins raise many types.
+        raise UserError(f"{path} cannot be read ({str(e)[:200]}): fetch it again") from e
+
+
+def _pairs(subject: Set, root: Path) -> list[tuple[Path, Path]]:
+    """(image, label image) of each item, which may not exist."""
+    if subject.listed:
+        path = root / subject.listed
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: give the folder {subject.hint}")
+        names = texts.read_text(path).split()
+        if wrong := next((n for n in names if "/" in n), None):
+            raise UserError(f"{path} lists {brief(wrong)}, which is not the name of an image: fetch it again")
+    else:
+        folder, suffix = subject.images.split("/{}")
+        names = [p.relative_to(root / folder).as_posix() for p in sorted((root / folder).rglob(f"*{suffix}"))]
+        names = [name.removesuffix(suffix) for name in names]
+        if not names:
+            raise UserError(f"{root / folder} has no {suffix} images: give {subject.hint}")
+    return [(root / subject.images.format(n), root / subject.labels.format(n)) for n in names]
+
+
+def read_pairs(subject: Set, root: Path, allow_partial: bool) -> list[tuple[Path, Path, tuple[int, int]]]:
+    """(image, label image, their size) of each item. A UserError names a file that is missing or broken, of another
+    size than its image, or with an unknown label; or the number of items is wrong."""
+    pairs = _pairs(subject, root)
+    if not allow_partial:
+        require_count(root, len(pairs), subject.count, subject.title, "images", "segmentation.allow_partial")
+
+    def check(pair: tuple[Path, Path]) -> tuple[Path, Path, tuple[int, int]]:
+        with _opened(pair[0]) as image, _opened(pair[1]) as label_image:
+            if image.size != label_image.size:
+                raise UserError(f"{pair[1]} has the size {label_image.size}, its image {image.size}: fetch both again")
+        read_labels(pair[1], subject)
+        return *pair, image.size
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(check, pairs))
+
+
+def read_labels(path: Path, subject: Set) -> np.ndarray:
+    """The class of each pixel, int [H, W], -1 where it is ignored; a UserError for other values, or no label image."""
+    with _opened(path) as image:
+        # Palettes are kept: the values are the labels.
+        if image.mode not in ("P", "L"):
+            raise UserError(f"{path} has the mode {image.mode}, not a byte per pixel: give the published label images")
+        values = np.asarray(image)
+    table = np.full(256, _UNKNOWN)
+    table[list(subject.ignored)] = -1
+    table[list(subject.values)] = np.arange(subject.classes)
+    labels = table[values]
+    if (strange := labels == _UNKNOWN).any():
+        raise UserError(
+            f"{path} has the unknown label {values[strange][0]}: it is none of {subject.title}'s {subject.classes} "
+            "classes"
+        )
+    return labels
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
@@ -118,18 +246,16 @@ class Segmentation(Task):
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
         options = SegmentationOptions(**section)
         self.options, self.settings = options, settings
-        if (given := set_and_folder(path, SETS)) is None:
-            raise UserError(f"--data=segmentation={path} must read SET=FOLDER with a set of {listing(list(SETS))}")
-        name, root = given
+        name, self.root = set_and_folder("segmentation", path, SETS)
         self.set = SETS[name]
-        if options.background and name not in segmentation_sets.HAS_BACKGROUND:
+        if options.background and not self.set.background:
             raise UserError(f"config.eval.segmentation.background={options.background}: {name} has none, set it to 0")
-        self.pairs = segmentation_sets.read_pairs(self.set, root, options.allow_partial)
-        self.names = segmentation_sets.read_names(options.classes, self.set, root)
+        self.pairs = read_pairs(self.set, self.root, options.allow_partial)
+        self.names = class_names(options.classes, self.set, self.root)
         self.owner = np.repeat(np.arange(len(self.names)), [len(n) for n in self.names])
         self._prompts = [[t.replace("{c}", n) for t in zeroshot.imagenet("templates")] for s in self.names for n in s]
         self.texts = list(dict.fromkeys(t for texts in self._prompts for t in texts))
-        self.root, self.data, self.count = root, str(root.resolve()), len(self.pairs)
+        self.data, self.count = str(self.root.resolve()), len(self.pairs)
         self.metrics = {"miou": {"title": f"{self.set.title}, mIoU", "unit": "%"}}
         self._shown = set(np.linspace(0, self.count - 1, min(_MAPS, self.count)).round().astype(int).tolist())
 
@@ -138,8 +264,7 @@ class Segmentation(Task):
         spec = spec_of(config)
         if not hasattr(backbones.architecture(spec.arch).Vision, "encode_dense") or not spec.has_text:
             raise UserError(f"segmentation needs patch tokens in the text's space, which {spec.arch} does not have")
-        self.window, self.interpolation = spec.image_size, spec.interpolation
-        self.grid = spec.grid
+        self.window, self.interpolation, self.grid = spec.image_size, spec.interpolation, spec.grid
         self.stride = self.options.stride or self.window // 2
         side = self.options.short_side or self.window * 3 // 2
         if side < self.window or self.stride > self.window:
@@ -148,10 +273,8 @@ class Segmentation(Task):
                 f"stride={self.stride} at most that: set backbone.image_size for another window"
             )
         self.sizes, self.windows = [], []
-        for i, (path, _) in enumerate(self.pairs):
-            with Image.open(path) as image:
-                ratio = side / min(image.size)
-                w, h = (int(x * ratio + 0.5) for x in image.size)
+        for i, (_, _, size) in enumerate(self.pairs):
+            w, h = (int(x * side / min(size) + 0.5) for x in size)
             self.sizes.append((h, w))
             corners = [(y, x) for y in starts(h, self.window, self.stride) for x in starts(w, self.window, self.stride)]
             self.windows += [(i, y, x) for y, x in corners]
@@ -159,10 +282,8 @@ class Segmentation(Task):
 
     def _read(self, i: int) -> np.ndarray:
         """Image i, resized, uint8 [h, w, 3]."""
-        path = self.pairs[i][0]
-        h, w = self.sizes[i]
         filter = Image.Resampling[self.interpolation.upper()]
-        return np.asarray(read_file(path, rgb=True).resize((w, h), filter))
+        return np.asarray(read_file(self.pairs[i][0], rgb=True).resize(self.sizes[i][::-1], filter))
 
     def _cut(self, n: int) -> np.ndarray:
         """Window n, uint8 [S, S, 3]."""
@@ -187,12 +308,10 @@ class Segmentation(Task):
 
     def evaluate(self, model) -> Outcome:
         """The mIoU over the whole set, each class's IoU, the maps of a few images, and the overlaps of every image."""
-        embeddings = model.texts([t for texts in self._prompts for t in texts])
-        texts = zeroshot.classifier(embeddings, [len(t) for t in self._prompts])
-        o, maps, rows = self.options, [], []
+        o, maps, rows, texts = self.options, [], [], zeroshot.classifier(model, self._prompts)
         both, union = np.zeros((2, self.count, len(self.names)))
-        for i, ((path, label_path), cosines) in enumerate(zip(self.pairs, self._cosines(model, texts), strict=True)):
-            labels = segmentation_sets.read_labels(label_path, self.set)
+        for i, ((path, label_path, _), cosines) in enumerate(zip(self.pairs, self._cosines(model, texts), strict=True)):
+            labels = read_labels(label_path, self.set)
             predicted = classify(resized(cosines, *labels.shape), self.owner, o.scale, o.background)
             both[i], union[i] = overlaps(predicted, labels, len(self.names))
             if i in self._shown:

@@ -2,6 +2,7 @@
 its prompts' normalised embeddings, normalised again; an image belongs to the class with the highest cosine."""
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -15,13 +16,10 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import field
 from diva_jax.data import labelled
 from diva_jax.evals import Settings, encode
-from diva_jax.evals.classification import MIN_CLASSES_AT_5, ClassificationTask, Classified
-from diva_jax.evals.items import resolved
+from diva_jax.evals.items import AT, ClassificationTask, Classified, resolved
 
 logger = logging.getLogger(__name__)
 
-_IMAGENET = Path(__file__).with_name("imagenet.json")
-_WNIDS = Path(__file__).with_name("imagenet_wnids.json")
 # Where a template has the class: CLIP_benchmark's form, or OpenAI's.
 _PLACE = re.compile(r"\{c?\}")
 # A class name that is rather a number or an identifier.
@@ -43,14 +41,11 @@ class ZeroShotOptions:
 SECTION = ZeroShotOptions
 
 
+@functools.cache
 def imagenet(what: str) -> list[str]:
-    """ImageNet's 1000 "classes" or its 80 "templates", as OpenAI published them for CLIP."""
-    return json.loads(_IMAGENET.read_text("utf-8"))[what]
-
-
-def wnids() -> list[str]:
-    """WordNet ids of ImageNet's 1000 classes by label."""
-    return json.loads(_WNIDS.read_text("utf-8"))
+    """ImageNet's 1000 "classes" or its 80 "templates", as OpenAI published them for CLIP, or the "wnids" of WordNet, by
+    label."""
+    return json.loads(Path(__file__).with_name("imagenet.json").read_text("utf-8"))[what]
 
 
 def class_names(given: str, images: labelled.Images) -> list[list[str]]:
@@ -60,7 +55,7 @@ def class_names(given: str, images: labelled.Images) -> list[list[str]]:
     folders = images.folders
     if given == "imagenet":
         names = [[name] for name in imagenet("classes")]
-        by_wnid = dict(zip(wnids(), names, strict=True))
+        by_wnid = dict(zip(imagenet("wnids"), names, strict=True))
         names = by_wnid if folders and set(folders) <= by_wnid.keys() else names
     elif given:
         names = labelled.read_names(given)
@@ -122,10 +117,10 @@ def prompts(given: str, images: labelled.Images, names: Sequence[Sequence[str]])
     ]
 
 
-def classifier(embeddings: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Prompt embeddings [sum(sizes), D], ordered by class -> unit class embeddings [C, D]; `sizes` is per class."""
-    ends = np.cumsum(sizes)
-    parts = np.split(encode.unit(embeddings), ends[:-1])
+def classifier(model, prompts: Sequence[Sequence[str]]) -> np.ndarray:
+    """The unit embedding of each class, [C, D], from its prompts, which are among the task's texts."""
+    embeddings = encode.unit(model.texts([text for texts in prompts for text in texts]))
+    parts = np.split(embeddings, np.cumsum([len(texts) for texts in prompts])[:-1])
     return encode.unit(np.stack([p.mean(axis=0) for p in parts]))
 
 
@@ -139,7 +134,27 @@ def open_data(path: str, task: str = "zeroshot") -> labelled.Images:
     return labelled.tars(root, "cls", int) if labelled.has_tars(root) else labelled.class_folders(root)
 
 
-class ZeroShot(ClassificationTask):
+class PromptedTask(ClassificationTask):
+    """A task that classifies the images of each of `classified` by its prompts."""
+
+    def set_prompted(self, classified: dict[str, Classified]) -> None:
+        """As `set_classified`, with the texts and the number of images."""
+        self.set_classified(classified)
+        self.count = sum(len(data.images) for data in classified.values())
+        self.texts = list(dict.fromkeys(t for data in classified.values() for texts in data.prompts for t in texts))
+
+    def answer(self, model):
+        """The predicted class of every image among those of its own set."""
+
+        def logits(data: Classified) -> np.ndarray:
+            classes = classifier(model, data.prompts)
+            images = encode.unit(model.images(data.images.read, len(data.images))["pooled"])
+            return LOGIT_SCALE * images @ classes.T
+
+        return *self.classify((prefix, logits(data)) for prefix, data in self.classified.items()), {}
+
+
+class ZeroShot(PromptedTask):
     """The task on `path`: tfds:name/split, tars in CLIP_benchmark's layout, or a folder of class folders."""
 
     title, lists_top5 = "Zero-shot classification", True
@@ -147,19 +162,14 @@ class ZeroShot(ClassificationTask):
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
         options = ZeroShotOptions(**section)
         self.settings, self.images, self.data = settings, open_data(path), resolved(path)
-        self.count = len(self.images)
         names = class_names(options.classes, self.images)
         self.classes = [synonyms[0] for synonyms in names]
         texts = prompts(options.templates, self.images, names)
-        self._sizes = [len(t) for t in texts]
-        self.texts = [t for per_class in texts for t in per_class]
-        self.set_classified({"": Classified("", self.images, self.classes, len(self.classes) >= MIN_CLASSES_AT_5)})
+        self.set_prompted({"": Classified("", self.images, self.classes, len(names) >= AT, texts)})
 
     def answer(self, model):
-        """The predicted classes of every image."""
-        classes = classifier(model.texts(self.texts), self._sizes)
-        images = encode.unit(model.images(self.images.read, self.count)["pooled"])
-        held, rows = self.classify([("", LOGIT_SCALE * images @ classes.T)])
+        """As `PromptedTask`, and the number of classes."""
+        held, rows, _ = super().answer(model)
         return held, rows, {"classes": len(self.classes)}
 
 

@@ -18,5 +18,5 @@ def test_folders_give_timms_indices(tmp_path, name):
         (tmp_path / wnid / "0.png").touch()
     found = robustness.read_set(name, tmp_path, False)
     by_label = {label: name.split("/")[0] for name, label in zip(found.names, found.targets, strict=True)}
-    indices = [zeroshot.wnids().index(by_label[i]) for i in range(200)]
+    indices = [zeroshot.imagenet("wnids").index(by_label[i]) for i in range(200)]
     assert indices == [int(i) for i in (INFO / f"imagenet_{name}_indices.txt").read_text().split()]

@@ -11,7 +11,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.evals.tasks import robustness, zeroshot
 
 NAMES = zeroshot.imagenet("classes")
-IDS = zeroshot.wnids()
+IDS = zeroshot.imagenet("wnids")
 
 
 def write(root, folders):

@@ -11,7 +11,7 @@ from scipy import ndimage
 from specs import EVAL_CLIP as CLIP
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import segmentation_sets, stats
+from diva_jax.evals import stats
 from diva_jax.evals.tasks import segmentation
 
 COUNT = 3
@@ -108,13 +108,13 @@ class Dense(FakeModel):
 def test_layouts_and_miou(tmp_path, name):
     write, said = LAYOUTS[name]
     task = prepare(f"{name}={write(tmp_path)}")
-    assert task.count == COUNT and len(task.names) == segmentation_sets.SETS[name].classes
+    assert task.count == COUNT and len(task.names) == segmentation.SETS[name].classes
     model, found, _ = evaluated(task, Dense)
     assert model.last == "sclip" and all(w.shape == (42, 42, 3) for w in model.windows)
     classes = len(task.names)
     texts = unit(np.stack([unit(model.texts(prompts)).mean(0) for prompts in task._prompts]))
     both, union = np.zeros(classes), np.zeros(classes)
-    for i, (_, label_path) in enumerate(task.pairs):
+    for i, (_, label_path, _) in enumerate(task.pairs):
         h, w = task.sizes[i]
         assert min(h, w) == 63
         total, seen = np.zeros((h, w, len(texts))), np.zeros((h, w, 1))
@@ -137,7 +137,7 @@ def test_layouts_and_miou(tmp_path, name):
     want = 100 * np.mean(both[union > 0] / union[union > 0])
     assert found.results["scores"]["miou"]["score"] == pytest.approx(want, rel=1e-3)
     maps = found.results["pictures"]
-    assert [p["image"] for p in maps] == [str(path.resolve()) for path, _ in task.pairs]
+    assert [p["image"] for p in maps] == [str(path.resolve()) for path, _, _ in task.pairs]
     drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(maps[-1]["truth"]))))
     np.testing.assert_array_equal(drawn, np.where(counted, truth, 255))
     assert task.compare(found, found)["scores"]["miou"]["interval"] == [0.0, 0.0]
@@ -152,14 +152,14 @@ def bilinear(table, height, width):
 def test_class_lists():
     """The sizes of the published lists, and the ids of classes in COCO's annotations."""
     ids = {"person": 1, "stop sign": 13, "wine glass": 46, "toothbrush": 90, "banner": 92, "wood": 182}
-    stuff = segmentation_sets.SETS["coco_stuff"]
+    stuff = segmentation.SETS["coco_stuff"]
     texts = stuff.names
     assert {name: stuff.values[texts.index(name)] + 1 for name in ids} == ids
     assert len(set(texts)) == 171
-    context = segmentation_sets.SETS["context59"].names
+    context = segmentation.SETS["context59"].names
     assert context.index("potted plant") == 39
     assert len(set(context)) == 59
-    for found in segmentation_sets.SETS.values():
+    for found in segmentation.SETS.values():
         assert len(found.values) == found.classes and not set(found.values) & set(found.ignored)
 
 

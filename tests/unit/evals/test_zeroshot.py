@@ -155,8 +155,7 @@ def test_names_and_prompts_from_json(folders, tmp_path, option, value, expected)
         assert "\n" not in str(e.value)
     else:
         task = prepare(folders, **{option: written(tmp_path, value)})
-        first = task._sizes[0]
-        assert task.texts[first : first + task._sizes[1]] == expected
+        assert task.classified[""].prompts[1] == expected
 
 
 def test_labels_of_folders(tmp_path, caplog):
