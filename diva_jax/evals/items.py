@@ -42,8 +42,7 @@ def resolved(path: str) -> str:
 
 
 def set_and_folder(task: str, entry: str, sets: Collection[str]) -> tuple[str, Path]:
-    """Parses `SET=FOLDER`, a data path or a part of one; a UserError where the set is none of `sets`, or there is no such
-    folder."""
+    """Parses `SET=FOLDER`; a UserError where the set is none of `sets`, or there is no such folder."""
     name, _, folder = entry.partition("=")
     if name not in sets or not folder:
         raise UserError(f"--data={task}={entry} must read SET=FOLDER with a set of {listing(list(sets))}")

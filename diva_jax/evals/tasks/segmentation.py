@@ -239,7 +239,7 @@ def overlaps(predicted: np.ndarray, labels: np.ndarray, classes: int) -> tuple[n
 
 
 class Segmentation(Task):
-    """The task on `path`, `SET=FOLDER` with a set of `segmentation_sets.SETS`."""
+    """The task on `path`, `SET=FOLDER` with a set of `SETS`."""
 
     title, items = "Open-vocabulary segmentation", "images"
 
