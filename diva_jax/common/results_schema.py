@@ -25,6 +25,11 @@ class _WithInterval(Record):
     runs_interval: Interval | None = None
 
     @property
+    def value(self) -> float:
+        """The score or difference itself."""
+        return self.difference if isinstance(self, Difference) else self.score
+
+    @property
     def all_agree(self) -> bool:
         """Whether the interval is a single point: where all items agree, every resample is the same."""
         return self.interval is not None and self.interval[0] == self.interval[1]

@@ -1,6 +1,7 @@
 """Layouts of image-and-text choices: how the files of published sets, and of one's own, are read."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,14 +46,13 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A row of a file: `where` it is, for errors, its `value` as JSON has it, and the `folder` of the images. `exists`,
-    image path -> whether it is a file, is shared by all rows."""
+    """A row of a file: `where` it is, for errors, its `value` as JSON has it, and the `folder` of the images."""
 
     file: Path
     where: str
     value: Any
     folder: Path
-    exists: dict[Path, bool]
+    is_file: Callable[[Path], bool]
 
     def field(self, name: str, kind: type | tuple[type, ...] = str) -> Any:
         """Returns a field; a UserError where the row is no object, or it is missing, empty or of another type."""
@@ -67,9 +67,7 @@ class _Row:
     def image(self, *names: str, box: tuple[int, int, int, int] | None = None) -> ImageRegion:
         """Returns the first of these paths, relative to the folder, that exists; a UserError where none does."""
         for path in (self.folder / name for name in names):
-            if path not in self.exists:
-                self.exists[path] = texts.is_file(path)
-            if self.exists[path]:
+            if self.is_file(path):
                 return ImageRegion(path, box)
         raise UserError(
             f"{self.where}: its image {str(self.folder / names[0])[:300]} does not exist: fetch it, or set "
@@ -271,8 +269,8 @@ def read_items(file: Path, layout: str, images: Path) -> list[Item]:
         rows = _json_lines(file)
     else:
         rows = _csv_items(file) if layout == "own" else _json_rows(file)
-    exists: dict[Path, bool] = {}
-    items = [item for where, value in rows if (item := LAYOUTS[layout](_Row(file, where, value, images, exists)))]
+    is_file = functools.cache(texts.is_file)
+    items = [item for where, value in rows if (item := LAYOUTS[layout](_Row(file, where, value, images, is_file)))]
     if layout == "whatsup":
         _check_whatsup(items)
     if not items:

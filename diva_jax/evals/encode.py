@@ -48,6 +48,12 @@ def require_finite(values: np.ndarray, label: str, what: str, kind: str = "embed
     return values
 
 
+def spread(rows: Sequence[np.ndarray], mesh: Mesh) -> Array:
+    """A row for each item of a batch as one global array over all devices; each process gives its own rows."""
+    whole = np.stack(rows)
+    return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, sharding.BATCH), whole.__getitem__)
+
+
 def _ahead(read: Callable[[int], Any], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Any]]:
     """Yields row -> value for each batch, read in threads while the previous batch is in use."""
     with ThreadPoolExecutor(_READER_THREADS) as pool:

@@ -11,7 +11,7 @@ from diva_jax.common.fields import flatten
 from diva_jax.models import backbones
 from diva_jax.report import wording
 from diva_jax.report.inputs import Inputs
-from diva_jax.report.sections import Part, part
+from diva_jax.report.sections import Part
 
 # Packages whose versions the header names.
 _NAMED_PACKAGES = ("diva_jax", "jax", "flax", "python")
@@ -68,7 +68,7 @@ def section(inputs: Inputs) -> list[Part]:
         lists += _config("Evaluation config", r.config or {})
     for run in inputs.runs:
         lists += _config(f"Training config, {run.name}", run.config)
-    return [part("fields", title=t, values=values, opened=opened) for t, values, opened in lists if values]
+    return [Part("fields", title=t, values=values, opened=opened) for t, values, opened in lists if values]
 
 
 def _config(title: str, config: dict[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:

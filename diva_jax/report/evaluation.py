@@ -1,6 +1,6 @@
 """The report's sections on evaluation results: scores, patterns, timesteps and flipped items."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from diva_jax.common.results_schema import Comparison, Difference, Metric, Results, Score, Summary, Task
@@ -9,8 +9,10 @@ from diva_jax.report import alarms, images, wording
 from diva_jax.report.charts import Row, Series, arrows, bars, points
 from diva_jax.report.figures import Chart, colour_role, in_pairs
 from diva_jax.report.inputs import Inputs
-from diva_jax.report.sections import Cell, Label, Part, Section, part, text
+from diva_jax.report.sections import Cell, Label, Part, Section
 from diva_jax.report.wording import Finding
+
+_NO_IMPROVEMENT = "Not an improvement: see the first lines of this page."
 
 
 def findings(inputs: Inputs) -> list[Finding]:
@@ -30,12 +32,10 @@ def findings(inputs: Inputs) -> list[Finding]:
 
 
 def _in_words(s: Summary, doubted: set[str]) -> Finding:
-    kind = {verdicts.MORE: "up won", verdicts.LESS: "down lost"}.get(s.says, "zero")
+    kind, meaning = {verdicts.MORE: "up won", verdicts.LESS: "down lost"}.get(s.says, "zero"), f"{s.detail}."
     if s.after in doubted and s.says == verdicts.MORE:
-        return Finding(
-            s.what, s.says, f"Not an improvement: see the first lines of this page. {s.detail}.", "up doubted"
-        )
-    return Finding(s.what, s.says, f"{s.detail}.", kind)
+        kind, meaning = "up doubted", f"{_NO_IMPROVEMENT} {meaning}"
+    return Finding(s.what, s.says, meaning, kind)
 
 
 def _finding(task: Task, c: Comparison, metric: str, several: bool, doubted: bool) -> Finding:
@@ -50,7 +50,7 @@ def _finding(task: Task, c: Comparison, metric: str, several: bool, doubted: boo
     if control and info.direction and not kind.endswith(("won", "doubted")):
         meaning = f"{c.after} does not beat the control, so nothing can be claimed. {meaning}"
     if doubted:
-        meaning = f"Not an improvement: see the first lines of this page. {meaning}"
+        meaning = f"{_NO_IMPROVEMENT} {meaning}"
     return Finding(what, wording.change(before, after, difference, info.unit), meaning, kind)
 
 
@@ -60,10 +60,10 @@ def _scores_alone(results: Results) -> Iterator[Finding]:
         for metric, info in list(task.metrics.items())[:1]:
             for label, weights in task.weights.items():
                 if score := weights.scores.get(metric):
-                    decimals = _decimals([score], info.unit)
-                    ends = wording.interval(score.known_interval, info.unit, decimals)
+                    decimals = wording.places([score.score, *(score.known_interval or ())], info.unit)
                     figures = wording.number(score.score, info.unit, decimals)
-                    figures += f" (95% interval {ends})" if ends else ""
+                    if score.known_interval:
+                        figures += f" (95% interval {wording.interval(score.known_interval, info.unit, decimals)})"
                     meaning = f"Score of {label}; there are no other weights to compare with."
                     yield Finding(f"{task.title}, {info.title}", figures, meaning)
 
@@ -71,11 +71,11 @@ def _scores_alone(results: Results) -> Iterator[Finding]:
 def sections(inputs: Inputs) -> list[Section]:
     """Returns one section per task, each followed by the sections of its flipped items."""
     labels, doubted = inputs.results.labels, alarms.doubted(inputs)
-    out = [Section("Matches and zero-shot", [part("charts", charts=kept)])] if (kept := _kept(inputs.results)) else []
+    out = [Section("Matches and zero-shot", [Part("charts", charts=kept)])] if (kept := _kept(inputs.results)) else []
     for name, task in inputs.results.tasks.items():
         parts = [_score_table(labels, task, doubted), *_between(task), *_zero_lines(task)]
         charts = _patterns(name, task, labels) + _timesteps(name, task, labels) or _all_scores(name, task, labels)
-        parts += [part("charts", charts=charts)] if charts else []
+        parts += [Part("charts", charts=charts)] if charts else []
         parts += images.segmented(task, labels)
         count = f"{task.count:,} {task.items}" if task.count else ""
         out += [Section(task.title, parts, count), *images.flipped(task)]
@@ -112,64 +112,43 @@ def _score_table(labels: list[str], task: Task, doubted: set[str]) -> Part:
     head = [Label("Score")] + [Label(w, role=colour_role(labels.index(w))) for w in used]
     against = [f"{c.after} against {c.before}" if c.before in task.controls else c.after for c in compared]
     head += [Label("Difference" if len(compared) == 1 else f"Difference, {what}") for what in against]
-    rows, scores = [], [s for w in used for s in task.weights[w].scores.values()]
+    columns = [(task.weights[w].scores, False) for w in used]
+    rows = _rows(task, columns + [(c.differences(), c.after in doubted) for c in compared])
+    known = any(s.known_interval for scores, _ in columns for s in scores.values())
+    return Part("table", head=head, rows=rows, note="Small figures are 95% intervals." if known else "")
+
+
+def _rows(task: Task, columns: Sequence[tuple[Mapping[str, Score | Difference], bool]]) -> list[tuple[Label, list]]:
+    """A row for each metric that one of the columns has: (metric -> score or difference, whether that is doubted)."""
+    rows = []
     for metric, info in task.metrics.items():
-        own = [task.weights[w].scores.get(metric) for w in used]
-        if any(own):
-            differences = [c.differences().get(metric) for c in compared]
-            decimals = _decimals([*own, *differences], info.unit)
-            cells = [_score_cell(s, info.unit, decimals) for s in own]
-            for c, d in zip(compared, differences, strict=True):
-                cells.append(_difference_cell(d, info, decimals, c.after in doubted))
-            rows.append((Label(info.title, info.unit), cells))
-    note = "Small figures are 95% intervals." if any(s.known_interval for s in scores) else ""
-    return part("table", head=head, rows=rows, note=note)
+        cells = [(scores.get(metric), doubted) for scores, doubted in columns]
+        if known := [s for s, _ in cells if s]:
+            decimals = wording.places([x for s in known for x in (s.value, *(s.known_interval or ()))], info.unit)
+            rows.append((Label(info.title, info.unit), [s and _cell(s, info, decimals, d) for s, d in cells]))
+    return rows
 
 
-def _decimals(scores: Sequence[Score | Difference | None], unit: str) -> int | None:
-    """Returns the decimals of a row with these scores and differences, see `wording.places`."""
-    known = [s for s in scores if s]
-    values = [s.difference if isinstance(s, Difference) else s.score for s in known]
-    return wording.places([*values, *(e for s in known for e in s.known_interval or ())], unit)
-
-
-def _interval(s: Score | Difference, unit: str, decimals: int | None) -> str:
-    return "no interval: all items agree" if s.all_agree else wording.interval(s.known_interval, unit, decimals)
-
-
-def _score_cell(s: Score | None, unit: str, decimals: int | None) -> Cell | None:
-    if s is None:
-        return None
-    seeds = f"{len(s.seeds)} seeds, σ {wording.number(s.seeds_std, unit, decimals)}" if s.seeds else ""
-    below = [_interval(s, unit, decimals), _over_runs(s, unit, decimals), seeds]
-    return Cell(wording.number(s.score, unit, decimals), below, s.score)
-
-
-def _over_runs(s: Score | Difference, unit: str, decimals: int | None) -> str:
-    """Student's interval over the runs of a group, "" without one."""
-    return f"{len(s.runs)} runs, {wording.interval(s.runs_interval, unit, decimals)}" if s.runs_interval else ""
-
-
-def _difference_cell(d: Difference | None, info: Metric, decimals: int | None, doubted: bool) -> Cell | None:
-    if d is None:
-        return None
-    below = [_interval(d, info.unit, decimals), _over_runs(d, info.unit, decimals)]
-    if test := d.mcnemar:
+def _cell(s: Score | Difference, info: Metric, decimals: int | None, doubted: bool) -> Cell:
+    unit = info.unit
+    below = ["no interval: all items agree" if s.all_agree else wording.interval(s.known_interval, unit, decimals)]
+    if s.runs_interval:
+        below.append(f"{len(s.runs)} runs, {wording.interval(s.runs_interval, unit, decimals)}")
+    if isinstance(s, Score):
+        if s.seeds:
+            below.append(f"{len(s.seeds)} seeds, σ {wording.number(s.seeds_std, unit, decimals)}")
+        return Cell(wording.number(s.score, unit, decimals), below, s.score)
+    if test := s.mcnemar:
         below += [f"{test.won} won, {test.lost} lost", f"p {wording.p_value(test.p)}"]
-    kind = wording.direction(d, info.direction, doubted)
-    return Cell(wording.signed(d.difference, info.unit, decimals), below, d.difference, kind)
+    kind = wording.direction(s, info.direction, doubted)
+    return Cell(wording.signed(s.difference, unit, decimals), below, s.difference, kind)
 
 
 def _between(task: Task) -> list[Part]:
     """Returns the table of metrics that are defined only for two sets of weights, such as cosine similarity."""
-    rows = []
-    for metric, info in task.metrics.items():
-        scores = [s if isinstance(s := c.scores.get(metric), Score) else None for c in task.comparisons]
-        if any(scores):
-            decimals = _decimals(scores, info.unit)
-            rows.append((Label(info.title, info.unit), [_score_cell(s, info.unit, decimals) for s in scores]))
+    rows = _rows(task, [({m: s for m, s in c.scores.items() if isinstance(s, Score)}, False) for c in task.comparisons])
     head = [Label("Between"), *(Label(f"{c.before} and {c.after}") for c in task.comparisons)]
-    return [part("table", head=head, rows=rows)] if rows else []
+    return [Part("table", head=head, rows=rows)] if rows else []
 
 
 def _zero_lines(task: Task) -> Iterator[Part]:
@@ -178,12 +157,9 @@ def _zero_lines(task: Task) -> Iterator[Part]:
         for metric, s in weights.scores.items():
             if "gap" in metric and wording.excludes_zero(s.known_interval) is False:
                 info = task.metrics[metric]
-                yield text(
-                    f"{label}: {info.title} is not different from zero (95% interval "
-                    f"{wording.interval(s.known_interval, info.unit)}): these data show no signal about the image in "
-                    "the U-Net's feedback.",
-                    "plain",
-                )
+                ends = wording.interval(s.known_interval, info.unit)
+                line = f"{label}: {info.title} is not different from zero (95% interval {ends}): these data show no "
+                yield Part("paragraph", line=f"{line}signal about the image in the U-Net's feedback.", kind="plain")
 
 
 def _patterns(name: str, task: Task, labels: list[str]) -> list[Chart]:

@@ -77,6 +77,10 @@ class Chart:
     half: bool = False
     note: str = ""
 
+    @property
+    def width(self) -> int:
+        return HALF if self.half else WIDE
+
     def svg(self, width: float) -> Markup:
         """Returns an `<svg>` element whose colours are variables of the page's stylesheet."""
         # The salt makes the names of its shapes the same in each run, and different from those of other charts.
@@ -87,7 +91,7 @@ class Chart:
 
     def png(self) -> bytes:
         """Returns a PNG file in light colours: 2 pixels per CSS pixel, with a margin of 18."""
-        width, file = HALF if self.half else WIDE, io.BytesIO()
+        width, file = self.width, io.BytesIO()
         with _style():
             figure = self.draw(width).figure
             above = 1 + 8 / (figure.get_figheight() * DPI)

@@ -16,7 +16,7 @@ from diva_jax.common.results_schema import Flip, Task
 from diva_jax.data.images import FORMATS, MAX_PIXELS
 from diva_jax.report.figures import colour_role
 from diva_jax.report.inputs import ImageRows
-from diva_jax.report.sections import Label, Part, Section, part, text
+from diva_jax.report.sections import Label, Part, Section
 
 _THUMBNAIL_SIDE = 320
 _UNLABELLED = 255
@@ -59,7 +59,7 @@ def rows(content: ImageRows, folder: Path) -> list[Part]:
     """Returns the rows of images.json; names of files are relative to its folder."""
     thumbnail = functools.cache(_thumbnail)
     return [
-        part("strip", images=[(thumbnail(str(folder / entry.image)), Label(entry.caption)) for entry in row])
+        Part("strip", images=[(thumbnail(str(folder / entry.image)), Label(entry.caption)) for entry in row])
         for row in content.rows
     ]
 
@@ -94,19 +94,19 @@ def segmented(task: Task, labels: list[str]) -> list[Part]:
     if not used:
         return []
     names = [c.name for c in task.weights[used[0]].classes]
-    parts = [part("heading", line="Images", note="evenly spaced over the set, not chosen by their scores")]
+    parts = [Part("heading", line="Images", note="evenly spaced over the set, not chosen by their scores")]
     for i, shown in enumerate(zip(*(task.weights[w].pictures for w in used), strict=False)):
         try:
             maps = {"truth": _decoded(shown[0].truth)} | {
                 w: _decoded(p.predicted) for w, p in zip(used, shown, strict=True)
             }
         except Exception:
-            parts.append(text(f"Image {i + 1} of results.json cannot be read.", "fine"))
+            parts.append(Part("paragraph", line=f"Image {i + 1} of results.json cannot be read.", kind="fine"))
             continue
         roles = {w: colour_role(labels.index(w)) for w in used} if len(used) > 1 else {}
         images = [(_class_map(m, names, what), Label(what, role=roles.get(what, ""))) for what, m in maps.items()]
         images.insert(0, (_thumbnail(shown[0].image), Label("image")))
-        parts.append(part("strip", images=images, **_legend(list(maps.values()), names)))
+        parts.append(Part("strip", images=images, **_legend(list(maps.values()), names)))
     return parts
 
 
@@ -134,11 +134,11 @@ def flipped(task: Task) -> list[Section]:
             for won, side in zip((True, False), sides, strict=True):
                 if flips := [f for f in c.flipped if f.metric == metric and f.won is won]:
                     parts.append(
-                        part("heading", line=f"Correct only {side}", note=len(flips), kind="won" if won else "lost")
+                        Part("heading", line=f"Correct only {side}", note=len(flips), kind="won" if won else "lost")
                     )
-                    parts.append(part("cards", cards=[_card(f, task.items, thumbnail) for f in flips[:_MAX_CARDS]]))
+                    parts.append(Part("cards", cards=[_card(f, task.items, thumbnail) for f in flips[:_MAX_CARDS]]))
                 if (more := len(flips) - _MAX_CARDS) > 0:
-                    parts.append(text(f"{more} more are listed in predictions.csv.", "fine"))
+                    parts.append(Part("paragraph", line=f"{more} more are listed in predictions.csv.", kind="fine"))
             if parts:
                 out.append(Section(f"{task.title}: {task.items} that flipped", parts, note))
     return out

@@ -1,14 +1,13 @@
 """The HTML page: what is wrong, the main results, contents, the sections, and the configs. It loads no other files."""
 
-import dataclasses
 from pathlib import Path
 
 import jinja2
 
 from diva_jax.report import about, alarms, evaluation, images, training
-from diva_jax.report.figures import COLOURS, HALF, NARROW, WIDE, Chart, colour_role
+from diva_jax.report.figures import COLOURS, NARROW, Chart, colour_role
 from diva_jax.report.inputs import Inputs
-from diva_jax.report.sections import Part, Section
+from diva_jax.report.sections import Section
 
 
 def sections(inputs: Inputs) -> list[Section]:
@@ -42,6 +41,7 @@ def html(inputs: Inputs, body: list[Section]) -> str:
         loader=jinja2.PackageLoader("diva_jax.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    templates.globals.update(colour_role=colour_role, narrow=NARROW)
     return templates.get_template("page.html").render(
         title=title,
         folder=inputs.folder.resolve().name,
@@ -50,25 +50,7 @@ def html(inputs: Inputs, body: list[Section]) -> str:
         findings=findings[1:],
         facts=[line for line in about.facts(inputs) if line],
         contents=contents,
-        sections=[dataclasses.replace(s, body=[_drawn(part) for part in s.body]) for s in body],
+        sections=body,
         footer=about.sources(inputs),
         colours=COLOURS,
     )
-
-
-def _drawn(part: Part) -> Part:
-    """A part as its macro takes it, with its charts drawn for a wide page and for a phone."""
-    if part.macro != "charts":
-        return part
-    drawn = [
-        {
-            "title": chart.title,
-            "note": chart.note,
-            "half": chart.half,
-            "legend": [(name, colour_role(index)) for name, index in chart.legend],
-            "wide": chart.svg(HALF if chart.half else WIDE),
-            "narrow": chart.svg(NARROW),
-        }
-        for chart in part.arguments["charts"]
-    ]
-    return Part("charts", {"charts": drawn})

@@ -25,12 +25,11 @@ class Cell:
     kind: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
 class Part:
     """A piece of a section: the macro of templates/parts.html that formats it, and the macro's arguments."""
 
-    macro: str
-    arguments: dict[str, Any]
+    def __init__(self, macro: str, **arguments: Any):
+        self.macro, self.arguments = macro, arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +39,3 @@ class Section:
     title: str
     body: list[Part]
     note: str = ""
-
-
-def part(macro: str, **arguments: Any) -> Part:
-    """Returns a piece of a section."""
-    return Part(macro, arguments)
-
-
-def text(line: str, kind: str = "") -> Part:
-    """Returns a paragraph; `kind` is its CSS class."""
-    return part("paragraph", line=line, kind=kind)

@@ -7,7 +7,7 @@ from diva_jax.report import wording
 from diva_jax.report.charts import Series, curves, points
 from diva_jax.report.figures import Chart, in_pairs
 from diva_jax.report.inputs import Run
-from diva_jax.report.sections import Cell, Label, Part, Section, part, text
+from diva_jax.report.sections import Cell, Label, Part, Section
 from diva_jax.report.wording import Finding
 
 # Key of metrics.jsonl -> (title, whether the chart takes half of a wide page), in order of importance.
@@ -50,7 +50,7 @@ def sections(runs: list[Run]) -> list[Section]:
             note = "The bold line is the moving mean over 5% of the rows." * smooth
             charts.append(Chart(f"training-{key}", title, _legend(data), draw, half, note))
     evaluated = _evaluated(runs)
-    out = [Section("Training", [_summary(runs), *([part("charts", charts=charts)] if charts else [])])]
+    out = [Section("Training", [_summary(runs), *([Part("charts", charts=charts)] if charts else [])])]
     return out + ([Section("During training", evaluated)] if evaluated else [])
 
 
@@ -72,7 +72,7 @@ def _summary(runs: list[Run]) -> Part:
         ]
         rows.append((Label(r.name), cells))
     head = [Label(name) for name in ("Run", "Steps", "Loss", "Images/s", "Data wait", "Broken images")]
-    return part("table", head=head, rows=rows, short=True)
+    return Part("table", head=head, rows=rows, short=True)
 
 
 def _evaluated(runs: list[Run]) -> list[Part]:
@@ -94,5 +94,5 @@ def _evaluated(runs: list[Run]) -> list[Part]:
         if data:
             draw = partial(points, data=data, x_title="step")
             charts.append(Chart("training-" + key.replace("/", "-"), title, _legend(data), draw))
-    parts = [text(line, "plain") for line in lines]
-    return parts + ([part("charts", charts=in_pairs(charts))] if charts else [])
+    parts = [Part("paragraph", line=line, kind="plain") for line in lines]
+    return parts + ([Part("charts", charts=in_pairs(charts))] if charts else [])

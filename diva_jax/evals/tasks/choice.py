@@ -1,7 +1,8 @@
 """Choices between texts for an image, and between images for a text: SugarCrepe, Winoground, ARO and others. What is
-right is in `diva_jax.evals.matching`, the sets are in `diva_jax.evals.choice_sets`."""
+right is in `diva_jax.evals.matching`, how files are read in `diva_jax.evals.choice_layouts`."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,13 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import field, one_of
 from diva_jax.data.images import read_file
-from diva_jax.evals import Settings, choice_sets, encode, matching, stats
-from diva_jax.evals.choice_layouts import Item
-from diva_jax.evals.choice_sets import Metric
-from diva_jax.evals.items import ItemTask, Values
+from diva_jax.evals import Settings, encode, matching, stats
+from diva_jax.evals.choice_layouts import LAYOUTS, Item, joined, read_items
+from diva_jax.evals.items import ItemTask, Values, require_count
 
 # Sets with more patterns than this have no score for each.
 _MAX_PATTERNS = 30
@@ -29,7 +29,7 @@ class ChoiceOptions:
     layout: str = field(
         "",
         "A file that has no published name has this layout; if empty, the name tells it.",
-        one_of("", *choice_sets.LAYOUTS),
+        one_of("", *LAYOUTS),
     )
     images: str = field("", "The images are in this folder; if empty, in that of the file.")
     allow_partial: bool = field(False, "Whether a published file may have another number of items.")
@@ -38,17 +38,94 @@ class ChoiceOptions:
 SECTION = ChoiceOptions
 
 
-def answers(scores: Sequence[np.ndarray], items: Sequence[Item]) -> dict[str, np.ndarray]:
-    """`matching.answers` of items with scores [images, texts] each: bool [N]; "match" is False where it is not
-    defined."""
-    alike: dict[tuple, list[int]] = {}
-    for number, (table, item) in enumerate(zip(scores, items, strict=True)):
-        alike.setdefault((table.shape, item.right), []).append(number)
-    out = {kind: np.zeros(len(items), bool) for kind in matching.ANSWERS}
-    for (_, right), numbers in alike.items():
-        for kind, found in matching.answers(np.stack([scores[n] for n in numbers]), right).items():
-            out[kind][numbers] = found
-    return out
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A score of a set, by key and with the reader's name for it. `answers` is a key of `matching.ANSWERS`. `all_of`:
+    groups of this kind count, where all of their items are right. `mean_over`: the mean of the means of groups of this
+    kind, without those with fewer than `at_least` items."""
+
+    name: str
+    title: str
+    answers: str = "text"
+    all_of: str = ""
+    mean_over: str = ""
+    at_least: int = 1
+
+
+_MATCH = Metric("match", "matches", "match")
+PAIRED = (*(Metric(kind, f"{kind} score", kind) for kind in ("text", "image", "group")), _MATCH)
+_CLASSES = Metric("accuracy", "mean accuracy of the classes", mean_over="class")
+_ITEMS = Metric("items", "accuracy of items")
+_KINDS = {
+    "accuracy": (Metric("accuracy", "accuracy"),),
+    "paired": PAIRED,
+    "by_class": (_CLASSES, _ITEMS),
+    "by_attributes": (dataclasses.replace(_CLASSES, at_least=25), _ITEMS),
+    "controlled": (
+        Metric("single", "single accuracy"),
+        Metric("pair", "pair accuracy", all_of="pair"),
+        Metric("set", "set-of-four accuracy", all_of="set"),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published file; `name` is that of the set in metric names, `count` the items, None where it is not
+    published."""
+
+    file: str
+    name: str
+    layout: str
+    count: int | None
+    metrics: tuple[Metric, ...]
+
+
+_ROWS = json.loads(Path(__file__).with_name("choice.json").read_text("utf-8"))
+TABLE = {row["file"]: Published(**row | {"metrics": _KINDS[row["metrics"]]}) for row in _ROWS}
+
+
+def published(path: Path, layout: str) -> list[tuple[Path, Published]]:
+    """The files to evaluate, each with its row of the table: a file, or those of published names in a folder. `layout`
+    is for other names. A UserError where nothing is there, or a file's layout is not known."""
+    if path.is_dir():
+        here = [(path / file, row) for file, row in TABLE.items() if (path / file).is_file()]
+        if not here:
+            raise UserError(
+                f"{path} has no file of a published set: give one of {listing(list(TABLE), 4)}, or your own"
+            )
+        return here
+    if not path.is_file():
+        raise UserError(f"--data=choice={path} does not exist: give the file of a set, or a folder of published files")
+    row = TABLE.get(path.name)
+    if row is None or layout not in ("", row.layout):
+        layout = layout or ("own" if path.suffix.lower() in (".csv", ".tsv", ".jsonl") else "")
+        if not layout:
+            raise UserError(f"{path} has no published name: set --config.eval.choice.layout to {listing(LAYOUTS)}")
+        alike = {row.layout: row.metrics for row in TABLE.values()}
+        row = Published(path.name, path.stem, layout, None, alike.get(layout, PAIRED))
+    return [(path, row)]
+
+
+def scored(row: Published, items: list[Item]) -> Iterator[tuple[str, list[Item], tuple[Metric, ...]]]:
+    """Yields (name, items, what is scored) of a set and, for controlled images, of its pairs and sets of four, which
+    have the images and right captions of two or four items. Matches are not scored in a set where no item has them."""
+    if row.metrics != PAIRED or any(matching.one_to_one(item.right) for item in items):
+        yield row.name, items, row.metrics
+    else:
+        yield row.name, items, PAIRED[:-1]
+    if row.layout == "whatsup":
+        yield f"{row.name}_pair", joined(items, "pair"), PAIRED
+        yield f"{row.name}_set", joined(items, "set"), (_MATCH,)
+
+
+def read_set(file: Path, row: Published, images: str, allow_partial: bool) -> list[Item]:
+    """The checked items of a file; `images` is their folder, by default the file's. A UserError names the file and row
+    that is wrong; another number of items than the published one is only allowed with `allow_partial`."""
+    items = read_items(file, row.layout, Path(images).expanduser() if images else file.parent)
+    if row.count is not None and not allow_partial:
+        require_count(file, len(items), row.count, "the published set", "items", "choice.allow_partial")
+    return items
 
 
 def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
@@ -79,23 +156,20 @@ class Choice(ItemTask):
     title, items, section_type = "Choices", "items", ChoiceOptions
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
-        self.options = options = self.section_type(**section)
-        self.settings = settings
-        where = Path(path).expanduser()
+        self.options, self.settings, where = self.section_type(**section), settings, Path(path).expanduser()
         self.sets: dict[str, list[Item]] = {}
         self._metrics: dict[str, tuple[str, Metric]] = {}
-        self.metrics = {}
-        self.count = 0
-        for row, items in self.read(where, options):
+        self.metrics, self.count = {}, 0
+        for row, items in self.read(where, self.options):
             self.count += len(items)
-            for name, part, metrics in choice_sets.scored(row, items):
+            for name, part, metrics in scored(row, items):
                 self.sets[name] = part
                 for metric in metrics:
                     counted(metric, np.ones(len(part), bool), part)
                     key = f"{name}_{metric.name}"
                     self._metrics[key] = (name, metric)
                     self.metrics[key] = {"title": f"{name}, {metric.title}", "unit": "%"}
-                    if metrics == choice_sets.PAIRED:
+                    if metrics == PAIRED:
                         self.metrics[key] |= {"answers": metric.answers, "dataset": name}
         everything = [item for items in self.sets.values() for item in items]
         self.data = str(where.resolve())
@@ -103,10 +177,10 @@ class Choice(ItemTask):
         self.images = list(dict.fromkeys(image for item in everything for image in item.images))
         self._rows_of = {entry: i for each in (self.texts, self.images) for i, entry in enumerate(each)}
 
-    def read(self, path: Path, options: ChoiceOptions) -> Iterator[tuple[choice_sets.Published, list[Item]]]:
+    def read(self, path: Path, options: ChoiceOptions) -> Iterator[tuple[Published, list[Item]]]:
         """Yields the sets at a path, each with its items, checked."""
-        for file, row in choice_sets.published(path, options.layout):
-            yield row, choice_sets.read_set(file, row, options.images, options.allow_partial)
+        for file, row in published(path, options.layout):
+            yield row, read_set(file, row, options.images, options.allow_partial)
 
     def rows_of(self, item: Item) -> tuple[list[int], list[int]]:
         """The numbers of an item's images in `images`, and of its texts in `texts`."""
@@ -127,11 +201,12 @@ class Choice(ItemTask):
         """As `answer`, from `scores`: numbers of images and of texts -> [images, texts]."""
         held, rows = {}, []
         for name, items in self.sets.items():
-            tables = [scores(*self.rows_of(item)) for item in items]
-            held[name] = answers(tables, items)
-            for number, (item, table) in enumerate(zip(items, tables, strict=True)):
-                right = {f"{kind}_right": int(values[number]) for kind, values in held[name].items()}
-                rows += self._rows(name, number, item, table, right)
+            answers = []
+            for number, item in enumerate(items):
+                table = scores(*self.rows_of(item))
+                answers.append(dict.fromkeys(matching.ANSWERS, False) | matching.answers(table, item.right))
+                rows += self._rows(name, number, item, table, {f"{k}_right": int(v) for k, v in answers[-1].items()})
+            held[name] = {kind: np.array([right[kind] for right in answers]) for kind in matching.ANSWERS}
         return held, rows, {"patterns": self._patterns(held)}
 
     def _patterns(self, held: dict) -> list[dict]:
@@ -145,7 +220,7 @@ class Choice(ItemTask):
                 here = np.flatnonzero(labels == part)
                 scores = {}
                 for key, (of, metric) in self._metrics.items():
-                    if of == name and metric in choice_sets.PAIRED:
+                    if of == name and metric in PAIRED:
                         found = counted(metric, held[name][metric.answers][here], [items[i] for i in here])
                         if len(found.values):
                             scores[key] = stats.estimate(found.values, **found.resampling(self.settings))

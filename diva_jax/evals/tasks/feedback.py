@@ -26,8 +26,8 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import images, sources
 from diva_jax.evals import Outcome, Settings, Task, encode, stats
-from diva_jax.training import load, sharding
-from diva_jax.training.step import Program
+from diva_jax.training import load
+from diva_jax.training.step import Program, image_keys
 
 TIMESTEP_BINS = 10
 # Images of one gradient.
@@ -41,6 +41,12 @@ METRICS = {
     "nats_text": "information of the condition, against the text alone",
     "gradient_cosine": "cosine of gradients of independent draws",
     "gradient_snr": "signal-to-noise of the gradient",
+}
+# What it means that the interval of a metric includes zero.
+_ZERO_MEANS = {
+    "gap_other": "the U-Net does not see which image its condition is of, so its feedback is noise",
+    "gap_text": "the U-Net gains nothing from the image's features over the text alone",
+    "gradient_cosine": "gradients of independent draws do not agree, they are mostly noise",
 }
 
 
@@ -102,10 +108,7 @@ class Feedback(Task):
         self.count = len(self._records)
         self.names = [source.name(int(i)) for i in self._records]
         self.partners = partners(self.count, settings.seed)
-        self.metrics = {
-            name: {"title": title, "unit": "nats" if name.startswith("nats_") else ""}
-            for name, title in METRICS.items()
-        }
+        self.metrics = {m: {"title": t, "unit": "nats" * m.startswith("nats_")} for m, t in METRICS.items()}
         self.metrics["loss_own"]["better"] = "lower"
         self._group = min(_GROUP_SIZE, self.count)
 
@@ -118,22 +121,16 @@ class Feedback(Task):
         objective = self.program.objective
         needed = self.program.towers.needs("vision")
         self._encoder = [n for n in self.program.trained if n in needed]
-        lacks = {
-            "condition_losses": not hasattr(objective, "condition_losses"),
-            "a vision tower that config.trainable trains": not self._encoder,
-            "a loss of images alone": set(objective.inputs) != {"image"},
-        }
-        if any(lacks.values()):
+        if not hasattr(objective, "condition_losses") or not self._encoder or set(objective.inputs) != {"image"}:
             raise UserError(
-                f"the task feedback cannot judge config.objective={config.objective!r}, which lacks "
-                f"{next(what for what, true in lacks.items() if true)}: leave feedback out of the tasks, or give the "
-                "objective what it lacks (see diva_jax/objectives)"
+                f"the task feedback cannot judge config.objective={config.objective!r}, which lacks condition_losses, "
+                "a vision tower that config.trainable trains, or a loss of images alone: leave feedback out of the "
+                "tasks, or give the objective what it lacks (see diva_jax/objectives)"
             )
         self.edges = np.arange(TIMESTEP_BINS + 1) * objective.timesteps // TIMESTEP_BINS
         self._frozen: dict[str, jax.Array] = {}
         with ThreadPoolExecutor(_READER_THREADS) as pool:
             self._pixels = list(pool.map(self._read, self._records))
-        self._rows = NamedSharding(mesh, sharding.BATCH)
         jit = partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
         self._losses, self._cosines = jit(self._loss_step), jit(self._gradient_step)
 
@@ -144,20 +141,17 @@ class Feedback(Task):
             data = self._source.read(int(record), with_text=False).image
         except (OSError, ValueError) as e:
             raise UserError(f"the image {name} cannot be read ({e}): fetch it again") from e
-        return images.prepare(
-            images.open_image(data, name, rgb=True), self.config.data.image_size, "shortest", "bicubic"
-        )
+        image = images.open_image(data, name, rgb=True)
+        return images.prepare(image, self.config.data.image_size, "shortest", "bicubic")
 
     def _put(self, numbers: Sequence[int]) -> jax.Array:
         """These images as one global batch; each process provides only its own rows."""
-        pixels = np.stack([self._pixels[i] for i in numbers])
-        return jax.make_array_from_callback(pixels.shape, self._rows, pixels.__getitem__)
+        return encode.spread([self._pixels[i] for i in numbers], self.mesh)
 
     def _keys(self, use: int, numbers: Sequence[int]) -> np.ndarray:
         """Key data, one key per image; it depends only on the seed, the use and the image's number."""
-        key = jax.random.fold_in(jax.random.key(self.settings.seed), use)
-        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers))
-        return np.asarray(jax.random.key_data(keys))
+        seed = jax.random.key_data(jax.random.key(self.settings.seed))
+        return np.asarray(jax.random.key_data(image_keys(seed, use, jnp.asarray(numbers))))
 
     def _loss_step(self, arrays, own, other, keys):
         with self.program.tracing():
@@ -180,17 +174,27 @@ class Feedback(Task):
             return mean_cosine(gradient, keys, trained)
 
     def _arrays(self, model) -> tuple[dict[str, jax.Array], list[str]]:
-        """(every parameter of the objective, notes on parameters that these weights do not have)."""
-        wanted, encoder = self.program.arrays, model.encoder
+        """(every parameter of the objective, notes on parameters that these weights do not have). What is missing comes
+        from its source, that of the encoder from where these weights began; the rest is the same for all weights and
+        loaded once."""
+        wanted, encoder, program = self.program.arrays, model.encoder, self.program
         mine = {n: a for n, a in encoder.params.items() if n in wanted}
         if wrong := [n for n, a in mine.items() if a.shape != wanted[n].shape]:
             raise UserError(f"{model.label}: {listing(wrong, 3)} has another shape than --config says: give its config")
-        missing = [n for n in wanted if n not in mine]
-        arrays = self._loaded(missing, encoder.base) | mine
+        if encoder.base != self.config.backbone.source:
+            config = self.config.copy_and_resolve_references()
+            config.backbone.source = encoder.base
+            program = Program(config, self.mesh)
+        parts, owners = program.objective.pretrained(), load.owners(program)
+        missing = wanted.keys() - mine.keys()
+        of_base = {n for n in missing if n in owners and parts[owners[n]].source == encoder.base}
+        if others := missing - of_base - self._frozen.keys():
+            self._frozen |= load.initial_arrays(self.program, others, every_source=False)[0]
+        own = load.initial_arrays(program, of_base, every_source=False)[0] if of_base else {}
+        arrays = {n: self._frozen[n] for n in wanted if n in missing - of_base} | own | mine
         # Parameters that start fresh and are not part of the encoder: projections into the U-Net.
-        owners = load.owners(self.program)
         fresh = {n.split("/")[0] for n in missing if n not in owners}
-        fresh -= {n.split("/")[0] for t in self.program.towers.shapes for n in self.program.towers.needs(t)}
+        fresh -= {n.split("/")[0] for t in program.towers.shapes for n in program.towers.needs(t)}
         notes = []
         if fresh:
             seed = self.config.seed
@@ -198,21 +202,6 @@ class Feedback(Task):
         elif encoder.borrowed:
             notes = [f"these weights have no projection into the U-Net: the one trained by {encoder.borrowed} is used"]
         return arrays, notes
-
-    def _loaded(self, missing: Sequence[str], base: str) -> dict[str, jax.Array]:
-        """Parameters that weights lack, from their sources: `base` in place of `config.backbone.source`. Those of other
-        sources are the same for all weights, and kept."""
-        program = self.program
-        if base != self.config.backbone.source:
-            config = self.config.copy_and_resolve_references()
-            config.backbone.source = base
-            program = Program(config, self.mesh)
-        parts, owners = program.objective.pretrained(), load.owners(program)
-        of_base = {n for n in missing if n in owners and parts[owners[n]].source == base}
-        if others := [n for n in missing if n not in of_base and n not in self._frozen]:
-            self._frozen |= load.initial_arrays(self.program, others, every_source=False)[0]
-        own = load.initial_arrays(program, of_base, every_source=False)[0] if of_base else {}
-        return {n: self._frozen[n] for n in missing if n not in of_base} | own
 
     def _condition_losses(self, arrays, batch: int) -> dict[str, np.ndarray]:
         """The objective's `condition_losses`, float64 [N, BINS] each; the last batch is padded with the first image."""
@@ -270,7 +259,11 @@ class Feedback(Task):
             if max([cosine["score"], *(cosine["interval"] or [])]) < 1:
                 ends = cosine["interval"] and [c / (1 - c) for c in cosine["interval"]]
                 scores["gradient_snr"] = {"score": cosine["score"] / (1 - cosine["score"]), "interval": ends}
-        notes += zero_lines(scores)
+        for name, means in _ZERO_MEANS.items():
+            ends = scores.get(name, {}).get("interval")
+            if ends and ends[0] <= 0 <= ends[1]:
+                zero = f"the {METRICS[name]} is zero within its interval ({ends[0]:.3g} to {ends[1]:.3g})"
+                notes.append(f"{zero}: {means}")
         rows = [
             {"weights": model.label, "metric": f"loss_{condition}", "item": i, "file": file}
             | {"score": float(x[i, b]), "timesteps": f"{self.edges[b]}-{self.edges[b + 1] - 1}"}
@@ -297,21 +290,6 @@ class Feedback(Task):
             where = f"{b['low']:03}-{b['high'] - 1:03}"
             out |= {f"{name}_by_timestep/{m}/{where}": s for m, s in b["scores"].items()}
         return out
-
-
-def zero_lines(scores: dict[str, dict]) -> list[str]:
-    """One sentence for every gap, and for the cosine, whose interval includes zero."""
-    meaning = {
-        "gap_other": "the U-Net does not see which image its condition is of, so its feedback is noise",
-        "gap_text": "the U-Net gains nothing from the image's features over the text alone",
-        "gradient_cosine": "gradients of independent draws do not agree, they are mostly noise",
-    }
-    out = []
-    for name, means in meaning.items():
-        ends = scores.get(name, {}).get("interval")
-        if ends and ends[0] <= 0 <= ends[1]:
-            out.append(f"the {METRICS[name]} is zero within its interval ({ends[0]:.3g} to {ends[1]:.3g}): {means}")
-    return out
 
 
 prepare = Feedback

@@ -26,11 +26,11 @@ from diva_jax.common import log
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, between, field, one_of
 from diva_jax.data import images, preprocess
-from diva_jax.evals import Outcome, Settings, choice_sets, encode
+from diva_jax.evals import Outcome, Settings, encode
 from diva_jax.evals.choice_layouts import ImageRegion, Item
 from diva_jax.evals.tasks import mmvp
-from diva_jax.evals.tasks.choice import Choice, ChoiceOptions
-from diva_jax.training import load, sharding
+from diva_jax.evals.tasks.choice import PAIRED, Choice, ChoiceOptions, Published
+from diva_jax.training import load
 from diva_jax.training.step import Program
 from diva_jax.weights import parts
 
@@ -65,7 +65,7 @@ class Judge(Choice):
         self.statements, self.texts = self.texts, ()  # No encoder embeds them.
         self._outcome: Outcome | None = None
 
-    def read(self, path: Path, options: JudgeOptions) -> Iterator[tuple[choice_sets.Published, list[Item]]]:
+    def read(self, path: Path, options: JudgeOptions) -> Iterator[tuple[Published, list[Item]]]:
         """As `Choice`, and the pairs of an MMVP-VLM."""
         if path.name != "Questions.csv" and not (path / "Questions.csv").is_file():
             yield from super().read(path, options)
@@ -76,7 +76,7 @@ class Judge(Choice):
             shown, texts = tuple(ImageRegion(q.image) for q in pair), tuple(q.text for q in pair)
             where = f"Questions.csv, lines {pair[0].line} and {pair[1].line}"
             items.append(Item(where, shown, texts, mmvp.OWN, {"pattern": patterns[n // count]}))
-        yield choice_sets.Published("Questions.csv", "mmvp", "mmvp", None, choice_sets.PAIRED), items
+        yield Published("Questions.csv", "mmvp", "mmvp", None, PAIRED), items
 
     def bind(self, config, mesh) -> None:
         """Finds the generator of the config; a UserError where it has none that is conditioned on text alone."""
@@ -96,7 +96,6 @@ class Judge(Choice):
         diffusion = self.program.objective.diffusion
         tokenize = parts.prompt_tokenizer(diffusion.source, diffusion.text_tokens, diffusion.text_encoder)()
         self._ids = tokenize([*self.statements, self.options.neutral])  # The neutral text has the number -1.
-        self._sharding = NamedSharding(mesh, sharding.BATCH)
         jit = partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
         self._latents, self._errors = jax.jit(self._latents_step), jit(self._errors_step)
 
@@ -115,11 +114,6 @@ class Judge(Choice):
         spec = objective.spec
         return images.prepare(self._read(i), objective.image_size, spec.resize_mode, spec.interpolation)
 
-    def _put(self, rows: Sequence[np.ndarray]) -> jax.Array:
-        """One row for each image of a batch, over all devices."""
-        whole = np.stack(rows)
-        return jax.make_array_from_callback(whole.shape, self._sharding, lambda index: whole[index])
-
     def _keys(self, numbers: Sequence[int]) -> np.ndarray:
         """Key data, one key per image, of the seed and the image's number."""
         key = jax.random.key(self.settings.seed)
@@ -133,17 +127,17 @@ class Judge(Choice):
                 for image in of_images:
                     asked.setdefault(image, {-1: None}).update(dict.fromkeys(of_texts))
         arrays, _ = load.initial_arrays(self.program, every_source=False)
-        found, numbers = {}, list(asked)
+        found, numbers, put = {}, list(asked), partial(encode.spread, mesh=self.mesh)
         progress = log.progress("judging", sum(map(len, asked.values())), "texts of images")
         with ThreadPoolExecutor(_READER_THREADS) as pool:
             for first in range(0, len(numbers), batch):
                 here = numbers[first : first + batch]
                 padded = here + here[:1] * (batch - len(here))
-                latents = self._latents(arrays, self._put(list(pool.map(self._pixels, padded))))
-                texts, keys = [list(asked[i]) for i in padded], self._put(self._keys(padded))
+                latents = self._latents(arrays, put(list(pool.map(self._pixels, padded))))
+                texts, keys = [list(asked[i]) for i in padded], put(self._keys(padded))
                 for slot in range(max(map(len, texts))):
                     row = [t[min(slot, len(t) - 1)] for t in texts]
-                    errors = np.asarray(self._errors(arrays, latents, self._put(self._ids[row]), keys))
+                    errors = np.asarray(self._errors(arrays, latents, put(self._ids[row]), keys))
                     found |= {(i, t): float(e) for i, t, e in zip(here, row, errors, strict=False)}
                     progress.update(sum(slot < len(t) for t in texts[: len(here)]))
         progress.close()

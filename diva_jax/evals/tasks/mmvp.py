@@ -92,15 +92,14 @@ def read_patterns(path: str) -> tuple[tuple[str, ...], int]:
     return (tuple(found.patterns), found.pairs) if found else (PATTERNS, PER_PATTERN)
 
 
-def _question(path: Path, folder: Path, line: int, fields: list[str]) -> Question:
-    where = f"{path}, line {line}"
-    if len(fields) != 3 or not all(fields):
-        raise UserError(f"{where}: a row has {', '.join(HEADER)}, none empty, but this one is {brief(fields)}")
+def _question(path: Path, folder: Path, line: int, row: dict[str, str]) -> Question:
+    where, fields = f"{path}, line {line}", [row[name].strip() for name in HEADER]
     id_, type_, statement = fields
-    if not (id_.isascii() and id_.isdigit() and len(id_) <= 9):
-        raise UserError(f"{where}: the Question ID {brief(id_)} is not a number")
-    if "/" in type_ or type_ in (".", ".."):
-        raise UserError(f"{where}: the Type {brief(type_)} is not the name of a folder")
+    if not all(fields):
+        raise UserError(f"{where}: a row has {', '.join(HEADER)}, none empty, but this one is {brief(fields)}")
+    if not (id_.isascii() and id_.isdigit() and len(id_) <= 9) or "/" in type_ or type_ in (".", ".."):
+        wrong = f"the Question ID {brief(id_)} is not a number, or the Type {brief(type_)} is not the name of a folder"
+        raise UserError(f"{where}: {wrong}")
     image = folder / type_ / f"{int(id_)}.jpg"
     if not texts.is_file(image):
         raise UserError(f"{where}: its image {str(image)[:300]} does not exist: fetch it, or correct the row")
@@ -111,14 +110,11 @@ def read_questions(path: str) -> list[Question]:
     """The questions, 270 of MMVP-VLM, checked; pattern and pair follow from the position. A UserError names the line or
     file that is missing, broken or out of order."""
     file, folder = _root(path)
-    rows = [(line, [field.strip() for field in row]) for line, row in texts.csv_rows(str(file)) if any(row)]
-    if not rows or rows[0][1] != HEADER:
-        raise UserError(f"{file} begins with {brief(rows[0][1]) if rows else 'nothing'}, not {','.join(HEADER)}")
+    rows = [(line, row) for line, row in texts.csv_records(str(file), HEADER) if any(row.values())]
     names, pairs = read_patterns(path)
-    if len(rows) - 1 != (expected := 2 * pairs * len(names)):
-        raise UserError(f"{file} has {len(rows) - 1} questions, MMVP-VLM has {expected}: fetch the file again")
-    questions = [_question(file, folder, line, fields) for line, fields in rows[1:]]
-    seen: dict[Path, int] = {}
+    if len(rows) != (expected := 2 * pairs * len(names)):
+        raise UserError(f"{file} has {len(rows)} questions, MMVP-VLM has {expected}: fetch the file again")
+    questions, seen = [_question(file, folder, line, row) for line, row in rows], {}
     for first, second in zip(questions[::2], questions[1::2], strict=True):
         if first.id % 2 != 1 or second.id != first.id + 1 or first.image.parent != second.image.parent:
             raise UserError(
@@ -126,10 +122,8 @@ def read_questions(path: str) -> list[Question]:
                 f"the same Type, not {first.id} ({first.image.parent.name}) and {second.id} "
                 f"({second.image.parent.name}): rows are swapped, missing or wrong"
             )
-        for q in (first, second):
-            if q.image in seen:
-                raise UserError(f"{file}, line {q.line}: question {q.id} appears twice, first in line {seen[q.image]}")
-            seen[q.image] = q.line
+        if (line := seen.setdefault(first.image, first.line)) != first.line:
+            raise UserError(f"{file}, line {first.line}: question {first.id} appears twice, first in line {line}")
     return questions
 
 
@@ -146,8 +140,7 @@ class Mmvp(ItemTask):
     title, items = "MMVP-VLM", "pairs"
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
-        options = MmvpOptions(**section)
-        self.options, self.settings, self.questions = options, settings, read_questions(path)
+        self.options, self.settings, self.questions = MmvpOptions(**section), settings, read_questions(path)
         paths = [q.image for q in self.questions]
         self.images = labelled.image_files(paths, [None] * len(paths), paths[0].parent.parent, rgb=False)
         # A broken image is found before anything is loaded or scored.
@@ -158,21 +151,20 @@ class Mmvp(ItemTask):
         self.count = len(self.questions) // 2
         self.texts = [q.text for q in self.questions]
         self.strata = np.arange(self.count) // self.per_pattern
-        self._name("published readout")
-
-    def _name(self, published: str) -> None:
-        """Sets `metrics`, with this name of the published readout."""
         self.metrics = matching.metrics("pooled", readout="pooled embedding")
-        self.metrics |= matching.metrics("published", readout=published)
+        self.metrics |= matching.metrics("published", readout="published readout")
 
     def bind(self, config: ConfigDict, mesh) -> None:
         """Names the published readout of the config's backbone."""
-        self._name(f"published readout, {spec_of(config).readout}")
+        self.metrics |= matching.metrics("published", readout=f"published readout, {spec_of(config).readout}")
 
-    def _score(self, right: np.ndarray, strata: np.ndarray | None) -> dict:
-        """Score and interval in percent, from [K, N] pairs that are right under each of K draws."""
-        values = Values(right.mean(axis=0), strata=strata)
-        out = stats.estimate(values.values, **values.resampling(self.settings))
+    def score(self, metric: str, held: dict, pattern: int | None = None) -> dict:
+        """As `ItemTask`, of all pairs or of those of a pattern; a readout with several draws has the score of each
+        too."""
+        right, strata = self._right(metric, held), self.strata
+        if pattern is not None:
+            right, strata = right[:, strata == pattern], None
+        out = stats.estimate(right.mean(axis=0), **Values(right, strata=strata).resampling(self.settings))
         if len(right) > 1:
             seeds = [100 * stats.mean(r, strata) for r in right.astype(float)]
             out |= {"seeds": seeds, "seeds_std": float(np.std(seeds, ddof=1))}
@@ -203,14 +195,9 @@ class Mmvp(ItemTask):
                 rows += self._rows(readout, k, table, first[k], {kind: found[k] for kind, found in right.items()})
         patterns = []
         for i, name in enumerate(self.patterns):
-            here = self.strata == i
-            scores = {metric: self._score(self._right(metric, held)[:, here], None) for metric in self.metrics}
+            scores = {metric: self.score(metric, held, i) for metric in self.metrics}
             patterns.append({"name": name, "count": self.per_pattern, "scores": scores})
         return held, rows, {"patterns": patterns}
-
-    def score(self, metric: str, held: dict) -> dict:
-        """As `ItemTask`; a readout with several draws has the score of each too."""
-        return self._score(self._right(metric, held), self.strata)
 
     def _rows(self, readout: str, seed: int, scores: np.ndarray, first: np.ndarray, right: dict) -> list[dict]:
         """A row for each text; `predicted` is the number of the image it prefers, 0 where it prefers none."""

@@ -9,7 +9,8 @@ import pytest
 from eval_data import FakeModel, evaluated, patch, prepared, unit, write_image
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import choice_sets, matching
+from diva_jax.evals import matching
+from diva_jax.evals.tasks import choice
 
 prepare = partial(prepared, "choice", allow_partial=True)
 
@@ -153,7 +154,7 @@ def test_published_counts_are_asserted(tmp_path):
         prepare(sets.sugarcrepe(tmp_path), allow_partial=False)
     (tmp_path / "mine.json").write_text((tmp_path / "add_att.json").read_text())
     assert prepare(tmp_path / "mine.json", allow_partial=False, layout="sugarcrepe").count == 7
-    assert sum(row.count for row in choice_sets.TABLE if row.layout == "sugarcrepe") == 7511
+    assert sum(row.count for row in choice.TABLE.values() if row.layout == "sugarcrepe") == 7511
     for path, says in (
         (tmp_path / "mine.json", "no published name"),
         (tmp_path / "images", "has no file of a published set"),

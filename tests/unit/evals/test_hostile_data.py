@@ -12,8 +12,7 @@ from mutations import WRONG, changed, damaged
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import labelled
-from diva_jax.evals import choice_sets
-from diva_jax.evals.tasks import mmvp
+from diva_jax.evals.tasks import choice, mmvp
 
 pytestmark = pytest.mark.attack
 
@@ -73,7 +72,7 @@ SETS = ["sugarcrepe", "winoground"]
 @pytest.mark.parametrize("seed", range(3))
 def test_choices(tmp_path, name, seed):
     file = getattr(choice_data, name)(tmp_path)
-    ((_, row),) = choice_sets.published(file, "")
+    ((_, row),) = choice.published(file, "")
     data, rng = file.read_bytes(), np.random.default_rng(seed)
     lines = data.decode().splitlines() if file.suffix == ".jsonl" else None
     for case in range(30):
@@ -85,7 +84,7 @@ def test_choices(tmp_path, name, seed):
             file.write_text("\n".join(new))
         else:
             file.write_text(json.dumps(changed(rng, json.loads(data), 2)[0]))
-        found = outcome(lambda: choice_sets.read_set(file, row, "", True))
+        found = outcome(lambda: choice.read_set(file, row, "", True))
         for item in found or ():
             assert all(isinstance(text, str) and text for text in item.texts)
             assert all(image.path.is_file() for image in item.images)

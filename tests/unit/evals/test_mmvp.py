@@ -175,8 +175,8 @@ BAD_TABLES = {
         ["6,Orientation,x,y"],
         "line 7: the row is not CSV .it has 4 fields, the header 3",
     ),
-    "no header": (0, 1, [], "begins with .*, not Question ID,Type,Statement"),
-    "empty": (0, 271, [], "begins with nothing"),
+    "no header": (0, 1, [], "has no column Question ID, Type, Statement: its first row must be"),
+    "empty": (0, 271, [], "has no column Question ID, Type, Statement: its first row must be"),
 }
 
 
