@@ -47,11 +47,11 @@ def _theirs(model, transform, photographs):
 
 def _ours(folder: str, spec, photographs):
     from diva_jax import config
-    from diva_jax.evals import Settings, encode, encoders
+    from diva_jax.evals import Settings, encode
     from diva_jax.training import sharding
 
     mesh = sharding.make_mesh(config.default(spec).mesh)
-    arrays = encoders.tower("vision", folder, spec, mesh, 2**18)
+    arrays = encode.tower("vision", folder, spec, mesh, 2**18)
     towers = encode.Towers(spec, mesh, Settings(batch_size=_BATCH.value))
     return lambda: towers.images(arrays, photographs.__getitem__, len(photographs))["pooled"]
 

@@ -15,7 +15,7 @@ from diva_jax.api import arguments
 from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.data.images import open_image, prepare
-from diva_jax.evals import Settings, encode, encoders
+from diva_jax.evals import Settings, encode
 from diva_jax.models import backbones
 from diva_jax.training import sharding
 from diva_jax.weights import parts, runs
@@ -39,7 +39,7 @@ class Encoder:
         self._config, self._batch_size, self._dtype = config, batch_size, dtype
         self._mesh = sharding.make_mesh(config.mesh)
         self._towers: dict[int, encode.Towers] = {}
-        self._weights = encoders.read(source, step, config, self._mesh)
+        self._weights = encode.read(source, step, config, self._mesh)
 
     def _for(self, count: int) -> encode.Towers:
         """Returns towers for the smallest power of two that holds `count` items, so that few sizes are compiled."""
@@ -96,7 +96,7 @@ class Encoder:
         tokenizer = tokenizers.open_tokenizer(spec.text, parts.tokenizer_folder(weights.source, "source"))
         if weights.text is not None:
             return tokenizer, weights.text
-        return tokenizer, encoders.tower("text", weights.source, spec, self._mesh, self._config.mesh.min_shard)
+        return tokenizer, encode.tower("text", weights.source, spec, self._mesh, self._config.mesh.min_shard)
 
     @arguments.named()
     def encode_text(self, texts: str | Sequence[str], normalise: bool = False) -> np.ndarray:
@@ -142,7 +142,7 @@ class Encoder:
         """
         towers = runs.whole_towers(arguments.mapping("params", params, "Loss.towers()"), self.spec)
         new, min_shard = copy.copy(self), self._config.mesh.min_shard
-        placed = {t: encoders.put(towers[t], self._mesh, min_shard) for t in ("vision", "text") if t in towers}
+        placed = {t: encode.put(towers[t], self._mesh, min_shard) for t in ("vision", "text") if t in towers}
         new._weights = dataclasses.replace(self._weights, **placed)
         if "text" in placed:
             new.__dict__["_text"] = self._text[0], placed["text"]

@@ -118,10 +118,10 @@ def short(name: str) -> str:
 
 def find(name: str):
     """Imports the module of a task: one of `names`, or a dotted path; a UserError where there is none."""
-    if "." not in name:
-        if name not in names():
-            raise UserError(f"the task {name} is not known: use {listing(names())}, or the dotted path of a module")
+    if name in names():
         return importlib.import_module(f"{tasks.__name__}.{name}")
+    if "." not in name:
+        raise UserError(f"the task {name} is not known: use {listing(names())}, or the dotted path of a module")
     module = imports.module(name, "--task", "give a module that is on PYTHONPATH")
     if not hasattr(module, "prepare"):
         raise UserError(f"the module {name} is not a task, it lacks prepare: see diva_jax/evals/__init__.py")
@@ -163,11 +163,9 @@ def parse(section: ConfigDict, wanted: Iterable[str] = ()) -> tuple[Settings, di
     others = [name for name in dict.fromkeys([*wanted, *entries(given["data"])]) if name not in names()]
     modules = {name: find(name) for name in (*names(), *others)}
     shared = [f.name for f in dataclasses.fields(Settings)]
-    taken = {*shared, *names()}
-    for name in others:
-        if short(name) in taken:
-            raise UserError(f"the task {name}: config.eval has another {short(name)!r}, rename the module")
-        taken.add(short(name))
+    taken = [*shared, *map(short, modules)]
+    if twice := [name for name in others if taken.count(short(name)) > 1]:
+        raise UserError(f"the task {twice[0]}: config.eval has another {short(twice[0])!r}, rename the module")
     known = default(others).to_dict()
     fields.check(given, declared(modules), "config.eval")
     if bool(given["every"]) != bool(given["data"]):
@@ -175,8 +173,5 @@ def parse(section: ConfigDict, wanted: Iterable[str] = ()) -> tuple[Settings, di
             f"config.eval.every={given['every']} with config.eval.data={given['data']}: set both, every to at least 1 "
             "and data to texts TASK=PATH, or neither"
         )
-    own = {}
-    for name in modules:
-        own[name] = ConfigDict(known.get(short(name), {}) | given.get(short(name), {}))
     settings = fields.parse(Settings, {name: given[name] for name in shared}, "config.eval")
-    return settings, {name: own[name] for name in wanted}
+    return settings, {n: ConfigDict(known.get(short(n), {}) | given.get(short(n), {})) for n in wanted}

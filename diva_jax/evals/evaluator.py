@@ -13,9 +13,8 @@ from diva_jax import evals
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import tokenizers
-from diva_jax.evals import Outcome, best, encoders, results, seeds, verdicts
-from diva_jax.evals.encode import Model, Towers
-from diva_jax.evals.encoders import Encoder
+from diva_jax.evals import Outcome, encode, results, seeds, verdicts
+from diva_jax.evals.encode import Encoder, Model, Towers
 from diva_jax.models.backbones import spec_of
 from diva_jax.training import sharding
 from diva_jax.weights import parts, places
@@ -42,12 +41,9 @@ def in_training(config, mesh) -> "Evaluator | None":
 
 def labels_of(sources: Sequence[str], steps: Sequence[int | None]) -> list[str]:
     """Returns a label for each source: the last part of its path and the step, or the whole path if two are equal."""
-
-    def label(name: str, step: int | None) -> str:
-        return name if step is None else f"{name}:{step}"
-
-    short = [label(Path(s).name or s, step) for s, step in zip(sources, steps, strict=True)]
-    return short if len(set(short)) == len(short) else [label(s, n) for s, n in zip(sources, steps, strict=True)]
+    ends = ["" if step is None else f":{step}" for step in steps]
+    short = [(Path(source).name or source) + end for source, end in zip(sources, ends, strict=True)]
+    return short if len(set(short)) == len(short) else [s + end for s, end in zip(sources, ends, strict=True)]
 
 
 class Evaluator:
@@ -85,7 +81,7 @@ class Evaluator:
         if encoder.text is not None:
             return self.towers.texts(encoder.text, self._ids[source])
         if source not in self._embeddings:
-            arrays = encoders.tower("text", source, spec, self.mesh, self.config.mesh.min_shard)
+            arrays = encode.tower("text", source, spec, self.mesh, self.config.mesh.min_shard)
             self._embeddings[source] = self.towers.texts(arrays, self._ids[source])
         return self._embeddings[source]
 
@@ -105,13 +101,14 @@ class Evaluator:
 
         `towers` is tower -> name -> array, see `Objective.towers`; `params` has every parameter of the objective, for
         tasks that score it. Keys are those of `Task.scalars`, usually `eval/<task>/<metric>`, and for a task with
-        `compared_in_training` those of `_changes`, each also with `/low` and `/high` where it has an interval; values
-        are in the metric's unit. Every process of a run must call this.
+        `compared_in_training` `eval/<task>/<metric>_change`, or the metric's name for a comparison that is itself the
+        score, such as drift's cosine; each also with `/low` and `/high` where it has an interval. Values are in the
+        metric's unit. Every process of a run must call this.
         """
         source, out, notes = self.config.backbone.source, {}, []
         compared = {name: task for name, task in self.tasks.items() if task.compared_in_training}
         if self._before is None and compared:
-            vision = encoders.tower("vision", source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
+            vision = encode.tower("vision", source, self.towers.spec, self.mesh, self.config.mesh.min_shard)
             before = self.model("before", Encoder(vision, None, source, {}, source))
             self._before = {name: task.evaluate(before) for name, task in compared.items()}
         now = Encoder(towers["vision"], towers.get("text"), source, params, source)
@@ -119,17 +116,9 @@ class Evaluator:
             notes += after.results.get("notes", [])
             out |= results.flat(self.tasks[name].scalars(name, after))
             if name in compared:
-                out |= results.flat(self._changes(name, after))
+                changes = self.tasks[name].compare(self._before[name], after)["scores"].items()
+                out |= results.flat({f"eval/{name}/{m}{'_change' * ('difference' in s)}": s for m, s in changes})
         return out, notes
-
-    def _changes(self, name: str, after: Outcome) -> dict[str, dict[str, Any]]:
-        """Differences from the initial encoder as `eval/<task>/<metric>_change`; a comparison that is itself the score,
-        such as drift's cosine, keeps the metric's name."""
-        out = {}
-        for metric, score in self.tasks[name].compare(self._before[name], after)["scores"].items():
-            key = f"eval/{name}/{metric}"
-            out[f"{key}_change" if "difference" in score else key] = score
-        return out
 
     def report(
         self, outcomes: Sequence[tuple[str, dict[str, Outcome]]], control: str = ""
@@ -179,8 +168,7 @@ def run(
     labels: list[str] = []
     listed: dict[str, dict[str, Any]] = {}
     for name, members in groups:
-        if name:
-            seeds.check(name, members)
+        seeds.check(name, members)
         label = name or own[len(labels)]
         if label in listed:
             raise UserError(f"--weights has two sets that are called {label}: give the group another name")
@@ -188,16 +176,15 @@ def run(
         listed[label] = {"label": label} | ({"members": sources} if name else sources[0])
         labels += [label] * len(members)
     outcomes = []
-    for (single, loaded), label in zip(encoders.each(given, own, config, mesh), labels, strict=True):
-        model = runner.model(single, loaded)
-        outcomes.append((label, runner.evaluate(model)))
-        del loaded, model  # Only one set of weights is on the devices at a time.
+    for (single, loaded), label in zip(encode.each(given, own, config, mesh), labels, strict=True):
+        outcomes.append((label, runner.evaluate(runner.model(single, loaded))))
+        del loaded  # Only one set of weights is on the devices at a time.
     tasks, rows = runner.report(outcomes, dict(zip(weights, listed, strict=True)).get(control, control))
     runs: dict[str, list[str]] = {}
     for label, entry in list(listed.items())[1:]:
         if entry.get("step") is not None:
             runs.setdefault(entry["source"], []).append(label)
-    notes = best.notes(runner.tasks, dict(outcomes), runs, choose_best, runner.settings.bootstrap, runner.settings.seed)
+    notes = seeds.best_notes(runner.tasks, dict(outcomes), runs, choose_best, runner.settings)
     took = {"seconds": round(time.perf_counter() - began, 1)}
     out = {"weights": list(listed.values()), "notes": notes, "summary": verdicts.summaries(tasks), "tasks": tasks}
     return results.about(config, runner.options) | took | out, rows

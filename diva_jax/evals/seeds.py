@@ -1,4 +1,5 @@
-"""Groups of runs that differ in their seed alone: one set of weights with an interval over items and one over runs."""
+"""Groups of runs that differ in their seed alone: one set of weights with an interval over items and one over runs; and
+the best of several checkpoints of one run, beside what the best of as many would be by chance."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,13 @@ import numpy as np
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import differences
-from diva_jax.evals import Outcome, Task, stats
+from diva_jax.evals import Outcome, Settings, Task, stats
 from diva_jax.evals.items import ItemTask
 from diva_jax.training import workdirs
 from diva_jax.weights.places import Place
 
+# Largest number of random signs in memory, 32 MB.
+_MAX_SIGNS = 2**25
 _GROUP = re.compile(r"([\w.-]+)=(.+)")
 
 
@@ -32,7 +35,7 @@ def parse(text: str) -> tuple[str, list[str]]:
 def check(name: str, members: Sequence[Place]) -> None:
     """Raises a UserError where the runs of a group do not differ in their seed alone."""
     runs = [(p, workdirs.read_config(p.source).to_dict()) for p in members if p.step is not None]
-    if not runs:
+    if not name or not runs:
         return
     (first, config), by_seed = runs[0], {}
     for place, other in runs:
@@ -118,3 +121,61 @@ def compare(task: Task, before: Sequence[Outcome], after: Sequence[Outcome]) -> 
             (was, _), (now, how) = _items(task, metric, before), _items(task, metric, after)
             scores[metric] |= stats.paired(was, now, **how) | {"mcnemar": None}
     return {"scores": scores}
+
+
+def largest_by_chance(changes: np.ndarray, clusters: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """The largest of K mean changes under the hypothesis that none of them is real, [resamples], from `changes` [K, N],
+    what each item adds to each. Before and after are exchanged for each cluster of items (labels [N]), for all K at
+    once, so that checkpoints which answer alike stay alike."""
+    _, index = np.unique(clusters, return_inverse=True)
+    sums = np.stack([np.bincount(index, row) for row in changes], axis=1)  # [clusters, K]
+    rng, chunk, out = np.random.default_rng(seed), max(1, _MAX_SIGNS // len(sums)), []
+    for start in range(0, resamples, chunk):
+        signs = rng.integers(0, 2, (min(chunk, resamples - start), len(sums)), np.int8) * 2.0 - 1
+        out.append((signs @ sums).max(axis=1))
+    return np.concatenate(out)
+
+
+def best_notes(
+    tasks: Mapping[str, Task],
+    outcomes: Mapping[str, Mapping[str, Outcome]],
+    runs: Mapping[str, Sequence[str]],
+    chosen: bool,
+    settings: Settings,
+) -> list[str]:
+    """A sentence for every run with several checkpoints (workdir -> their labels): with `chosen` about its best, in the
+    first task, else that it has no claim. `outcomes` are label -> task -> outcome, the first label is the reference."""
+    several = {run: labels for run, labels in runs.items() if len(labels) > 1}
+    if not chosen:
+        return [
+            f"{run} is given at {len(labels)} checkpoints, and the best of them is no result: name one, or add --best, "
+            "which says what the best of them would be by chance"
+            for run, labels in several.items()
+        ]
+    name, task = next(iter(tasks.items()))
+    # Checkpoints are compared in the first of matches, else in the first metric.
+    metric = next((m for m, info in task.metrics.items() if info.get("answers") == "match"), next(iter(task.metrics)))
+    title = f"{task.title}, {task.metrics[metric]['title']}"
+    if not isinstance(task, ItemTask):
+        return [
+            f"{run}: the best of {len(labels)} checkpoints cannot be compared with chance in {title}"
+            for run, labels in several.items()
+        ]
+    before, out = task.values(metric, next(iter(outcomes.values()))[name].held), []
+    n = len(before.values)
+    strata = np.zeros(n, int) if before.strata is None else np.unique(before.strata, return_inverse=True)[1]
+    weights = 100 / (np.bincount(strata)[strata] * (strata.max() + 1))
+    clusters = np.arange(n) if before.clusters is None else before.clusters
+    for run, labels in several.items():
+        values = [task.values(metric, outcomes[label][name].held).values for label in labels]
+        changes, count = np.stack([(after - before.values) * weights for after in values]), len(labels)
+        chance = largest_by_chance(changes, clusters, settings.bootstrap, settings.seed)
+        means = changes.sum(axis=1)
+        best = int(np.argmax(means.round(9)))
+        p = (1 + np.sum(chance >= means[best] - 1e-9)) / (len(chance) + 1)
+        out.append(
+            f"{run}: the best of {count} checkpoints in {title} is {labels[best]} with {means[best]:+.2f}; where none "
+            f"differs from the reference, the best of {count} has {np.quantile(chance, 0.95):+.2f} or more in 5% of "
+            f"{len(chance):,} permutations over items (p = {p:.2g})"
+        )
+    return out

@@ -29,6 +29,11 @@ class Series:
     intervals: Sequence[Sequence[float] | None] = ()
 
 
+def legend(data: Sequence[Series]) -> list[tuple[str, int]]:
+    """The names and colours of curves, as `figures.Chart` has them."""
+    return [(s.name, s.index) for s in data]
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A labelled row of bars; `values` is [(series name, series index, value, interval or None, tooltip)]."""
@@ -86,10 +91,8 @@ def curves(
                 xycoords=axes.get_xaxis_transform(), textcoords="offset points",
             )  # fmt: skip
     for s in data:
-        smooth, how = (
-            moving_mean(s.points, max(1, len(s.points) // 20)),
-            {"color": light_colour(s.index), "clip_on": False},
-        )
+        smooth = moving_mean(s.points, max(1, len(s.points) // 20))
+        how = {"color": light_colour(s.index), "clip_on": False}
         if len(smooth) > 20:
             axes.plot(*zip(*s.points, strict=True), linewidth=1, alpha=0.35, **how)
         marker = {"marker": "o", "markersize": 6} if len(smooth) == 1 else {}
@@ -163,9 +166,8 @@ def _plot(width: float, data: Sequence[Series], x_title: str, tight: bool, linea
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         y_ticks = [10.0**e for e in range(first, last + 1, math.ceil((last - first) / 5))]
         y_limits = 10.0**first, 10.0**last
-    x_ticks, x_limits = _ticks(
-        min(xs) if near else min(0, *xs), max(xs), 4 if width < _MAX_LABELLED_WIDTH else 6, tight
-    )
+    count = 4 if width < _MAX_LABELLED_WIDTH else 6
+    x_ticks, x_limits = _ticks(min(xs) if near else min(0, *xs), max(xs), count, tight)
     y_labels, x_labels = ([compact(tick) for tick in ticks] for ticks in (y_ticks, x_ticks))
     left = 10 + max(text_width(label, 12) for label in y_labels)
     right = 2 + text_width(f"0{compact(max(xs))}", 12) / 2

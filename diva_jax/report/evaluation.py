@@ -6,7 +6,7 @@ from functools import partial
 from diva_jax.common.results_schema import Comparison, Difference, Metric, Results, Score, Summary, Task
 from diva_jax.evals import verdicts
 from diva_jax.report import alarms, images, wording
-from diva_jax.report.charts import Row, Series, arrows, bars, points
+from diva_jax.report.charts import Row, Series, arrows, bars, legend, points
 from diva_jax.report.figures import Chart, colour_role, in_pairs
 from diva_jax.report.inputs import Inputs
 from diva_jax.report.sections import Cell, Label, Part, Section
@@ -222,6 +222,5 @@ def _timesteps(name: str, task: Task, labels: list[str]) -> list[Chart]:
                 data.append(Series(label, i, places, [b.scores[metric].known_interval for b in bins]))
         if data:
             draw = partial(points, data=data, x_title="timestep", unit=info.unit)
-            legend = [(s.name, s.index) for s in data]
-            charts.append(Chart(f"{name}-{metric}", f"{info.title} by timestep", legend, draw))
+            charts.append(Chart(f"{name}-{metric}", f"{info.title} by timestep", legend(data), draw))
     return in_pairs(charts)

@@ -146,11 +146,10 @@ def _without_equal_readouts(task: Task) -> Task:
     with equal values everywhere become the first of them, whose title names all readouts."""
 
     def values(metric: str) -> list:
-        scores = [part.scores.get(metric) for w in task.weights.values() for part in (w, *w.patterns)]
-        flips = [
-            [f.model_copy(update={"metric": ""}) for f in c.flipped if f.metric == metric] for c in task.comparisons
-        ]
-        return [task.metrics[metric].answers, scores, [c.scores.get(metric) for c in task.comparisons], flips]
+        parts = [*task.comparisons, *(part for w in task.weights.values() for part in (w, *w.patterns))]
+        flips = [(i, f) for i, c in enumerate(task.comparisons) for f in c.flipped if f.metric == metric]
+        flips = [(i, f.model_copy(update={"metric": ""})) for i, f in flips]
+        return [task.metrics[metric].answers, [part.scores.get(metric) for part in parts], flips]
 
     metrics: dict[str, Metric] = {}
     for metric, info in task.metrics.items():

@@ -4,7 +4,7 @@ from functools import partial
 from statistics import fmean, median
 
 from diva_jax.report import wording
-from diva_jax.report.charts import Series, curves, points
+from diva_jax.report.charts import Series, curves, legend, points
 from diva_jax.report.figures import Chart, in_pairs
 from diva_jax.report.inputs import Run
 from diva_jax.report.sections import Cell, Label, Part, Section
@@ -48,14 +48,10 @@ def sections(runs: list[Run]) -> list[Section]:
             draw = partial(curves, data=data, x_title="step", marks=marks, linear=key in _LINEAR)
             smooth = max(len(s.points) for s in data) > 20 and key not in _LINEAR
             note = "The bold line is the moving mean over 5% of the rows." * smooth
-            charts.append(Chart(f"training-{key}", title, _legend(data), draw, half, note))
+            charts.append(Chart(f"training-{key}", title, legend(data), draw, half, note))
     evaluated = _evaluated(runs)
     out = [Section("Training", [_summary(runs), *([Part("charts", charts=charts)] if charts else [])])]
     return out + ([Section("During training", evaluated)] if evaluated else [])
-
-
-def _legend(data: list[Series]) -> list[tuple[str, int]]:
-    return [(s.name, s.index) for s in data]
 
 
 def _summary(runs: list[Run]) -> Part:
@@ -93,6 +89,6 @@ def _evaluated(runs: list[Run]) -> list[Part]:
         title = ", ".join(key.removeprefix("eval/").replace("_", " ").split("/"))
         if data:
             draw = partial(points, data=data, x_title="step")
-            charts.append(Chart("training-" + key.replace("/", "-"), title, _legend(data), draw))
+            charts.append(Chart("training-" + key.replace("/", "-"), title, legend(data), draw))
     parts = [Part("paragraph", line=line, kind="plain") for line in lines]
     return parts + ([Part("charts", charts=in_pairs(charts))] if charts else [])

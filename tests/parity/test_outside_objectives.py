@@ -24,7 +24,7 @@ from specs import TEACHER
 from diva_jax import config, demo
 from diva_jax.common.errors import UserError
 from diva_jax.data.photos import write_folder
-from diva_jax.evals import encoders
+from diva_jax.evals import encode
 from diva_jax.models import backbones
 from diva_jax.models.layers import Keys
 from diva_jax.training import checkpoint, partition, sharding, workdirs
@@ -142,7 +142,7 @@ def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
     assert [r["score"] for r in run] != [r["score"] for r in base]
 
     c = get_config(f"elsewhere.{name}:{world}")
-    found = encoders.read(str(workdir), TOTAL[name], c, sharding.make_mesh(c.mesh))
+    found = encode.read(str(workdir), TOTAL[name], c, sharding.make_mesh(c.mesh))
     scored = {"vision": found.vision} | ({"text": found.text} if found.text is not None else {})
     written = readers.open_file(tuned / "open_clip_model.safetensors")
     original = readers.open_file(world / "clip" / "open_clip_model.safetensors")

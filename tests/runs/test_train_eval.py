@@ -13,7 +13,7 @@ from processes import finish, start_all
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.results_schema import Task
-from diva_jax.evals import encoders, evaluator
+from diva_jax.evals import encode, evaluator
 from diva_jax.report import training
 from diva_jax.report.inputs import read
 from diva_jax.training import checkpoint, metrics, sharding
@@ -134,7 +134,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     run = evaluator.Evaluator(c, mesh, tasks)
     given = [places.find(source, "--weights") for source in (f"{files}/clip", str(ran))]
     found = []
-    for label, loaded in encoders.each(given, ["clip", "tuned"], c, mesh):
+    for label, loaded in encode.each(given, ["clip", "tuned"], c, mesh):
         found.append((label, run.evaluate(run.model(label, loaded))))
         own = {n: a for n, a in loaded.params.items() if n.startswith("visual_proj/")}
         for name, array in trained(c, ran).items():
@@ -150,7 +150,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     assert not any("projection" in note for note in by_label["tuned"]["notes"])
     (comparison,) = results["feedback"]["comparisons"]
     assert comparison["scores"]["gap_other"]["difference"] != 0
-    bare = run.tasks["feedback"].evaluate(run.model("clip", encoders.read(*given[0][:2], c, mesh)))
+    bare = run.tasks["feedback"].evaluate(run.model("clip", encode.read(*given[0][:2], c, mesh)))
     assert "these weights have no visual_proj: the random one of config.seed=0 is used" in bare.results["notes"]
 
 

@@ -15,7 +15,7 @@ from specs import EVAL_SIGLIP as SIGLIP
 from diva_jax.common.errors import UserError
 from diva_jax.data import images
 from diva_jax.data.tokenizers import open_tokenizer
-from diva_jax.evals import Settings, encode, encoders
+from diva_jax.evals import Settings, encode
 from diva_jax.models.backbones import TABLE
 from diva_jax.training import sharding
 
@@ -88,9 +88,9 @@ def test_an_unknown_resize_mode_is_refused():
 def embeddings(spec, folder, tokenizer, mesh):
     """Our image and text embeddings, from the files alone."""
     towers = encode.Towers(spec, mesh, Settings(batch_size=4))
-    loaded = encoders.read(str(folder), None, eval_config(spec, folder), mesh)
+    loaded = encode.read(str(folder), None, eval_config(spec, folder), mesh)
     found = towers.images(loaded.vision, lambda i: photograph(PHOTOGRAPHS[i]), len(PHOTOGRAPHS))["pooled"]
-    arrays = encoders.tower("text", loaded.source, spec, mesh, 2**18)
+    arrays = encode.tower("text", loaded.source, spec, mesh, 2**18)
     return found, towers.texts(arrays, tokenizer(TEXTS))
 
 

@@ -16,7 +16,7 @@ from records import write_tar
 from sklearn.datasets import load_digits
 from specs import EVAL_CLIP as CLIP
 
-from diva_jax.evals import encoders, evaluator
+from diva_jax.evals import encode, evaluator
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.training import sharding
 from diva_jax.weights.writers import write_json
@@ -100,7 +100,7 @@ def ours(exported, root, task, batch_size=50):
     config.eval.update(bootstrap=500, batch_size=batch_size)
     mesh = sharding.make_mesh(config.mesh)
     runner = evaluator.Evaluator(config, mesh, {task: str(root)})
-    loaded = encoders.read(str(exported), None, config, mesh)
+    loaded = encode.read(str(exported), None, config, mesh)
     return runner.evaluate(runner.model("exported", loaded))[task]
 
 

@@ -16,7 +16,7 @@ from specs import EVAL_CLIP as CLIP
 
 from diva_jax import report
 from diva_jax.common.errors import UserError
-from diva_jax.evals import encoders, evaluator, results
+from diva_jax.evals import encode, evaluator, results
 from diva_jax.report import alarms, inputs, page
 from diva_jax.training import checkpoint, sharding, workdirs
 from diva_jax.weights import origins, places, readers
@@ -95,7 +95,7 @@ def run(config, data, sources, devices: int):
     found = []
     for source in sources:
         path, step, _ = places.find(str(source), "--weights")
-        loaded = encoders.read(path, step, config, mesh)
+        loaded = encode.read(path, step, config, mesh)
         label = evaluator.labels_of([path], [step])[0]
         found.append((label, runner.evaluate(runner.model(label, loaded))))
     return runner.report(found)
@@ -174,8 +174,8 @@ def test_a_checkpoint_is_what_was_saved(config, workdir, base):
     mesh = sharding.make_mesh(config.mesh)
     path, step, _ = places.find(str(workdir), "--weights")
     assert step == 5 and places.find(f"{workdir}:2", "--weights")[:2] == (str(workdir), 2)
-    found = encoders.read(path, step, config, mesh)
-    source = encoders.read(str(base), None, config, mesh)
+    found = encode.read(path, step, config, mesh)
+    source = encode.read(str(base), None, config, mesh)
     program = small.program(workdirs.read_config(workdir))
     saved = small.random_arrays(program, seed=5)
     assert set(found.params) == set(program.trained) and {"visual_proj/kernel", "visual_proj/bias"} < set(found.params)
@@ -193,7 +193,7 @@ def test_a_vision_tower_alone_has_the_configs_text_tower(config, base, tmp_path)
     """DIVA's authors publish their encoders in this form."""
     tower = tensors(torch_model(CLIP, seed=8).visual)
     write_safetensors(tmp_path / "tuned.safetensors", tower)
-    found = encoders.read(str(tmp_path / "tuned.safetensors"), None, config, sharding.make_mesh(config.mesh))
+    found = encode.read(str(tmp_path / "tuned.safetensors"), None, config, sharding.make_mesh(config.mesh))
     assert found.source == str(base) and found.text is None
     np.testing.assert_array_equal(found.vision["class_embed"], tower["class_embedding"])
 
@@ -245,7 +245,7 @@ def test_runs_of_other_seeds_and_several_checkpoints(tmp_path, config, data, bas
 def test_the_tokenizer_may_come_from_elsewhere(tmp_path, config, data, base):
     (tmp_path / "open_clip_model.safetensors").hardlink_to(base / "open_clip_model.safetensors")
     mesh = sharding.make_mesh(config.mesh)
-    bare = encoders.Encoder({}, None, str(tmp_path), {}, str(tmp_path))
+    bare = encode.Encoder({}, None, str(tmp_path), {}, str(tmp_path))
     runner = evaluator.Evaluator(config, mesh, {"mmvp": data["mmvp"]})
     with pytest.raises(UserError, match="has no tokenizer: it needs tokenizer.json"):
         runner.model("bare", bare)
@@ -285,7 +285,7 @@ def test_wrong_steps_and_backbones_are_refused(workdir, config, tmp_path):
     other = eval_config(CLIP, workdir)
     other.backbone.width = 60
     with pytest.raises(UserError, match="the run .* than config.backbone: width is 48 there and 60 in"):
-        encoders.read(str(workdir), 5, other, sharding.make_mesh(other.mesh))
+        encode.read(str(workdir), 5, other, sharding.make_mesh(other.mesh))
 
 
 def test_live_parameters_in_training(config, data, base, workdir):
@@ -293,12 +293,12 @@ def test_live_parameters_in_training(config, data, base, workdir):
     config.mesh.update(fsdp=4, min_shard=64)
     mesh = sharding.make_mesh(config.mesh)
     runner = evaluator.Evaluator(config, mesh, {t: data[t] for t in ("mmvp", "drift")})
-    begun = encoders.read(str(base), None, config, mesh).vision
+    begun = encode.read(str(base), None, config, mesh).vision
     assert any(len(a.sharding.device_set) == 8 and not a.is_fully_replicated for a in begun.values())
     found, notes = runner.scalars({"vision": begun}, {})
     assert not notes
     assert found["eval/drift/cosine"] == pytest.approx(1) and found["eval/drift/knn_overlap"] == 100
     assert found["eval/mmvp/pooled_change"] == 0
     assert 0 < found["eval/mmvp/pooled"] < 100 and all(type(v) is float for v in found.values())
-    moved, _ = runner.scalars({"vision": encoders.read(str(workdir), 5, config, mesh).vision}, {})
+    moved, _ = runner.scalars({"vision": encode.read(str(workdir), 5, config, mesh).vision}, {})
     assert moved["eval/drift/cosine"] < 0.999 and set(moved) == set(found)

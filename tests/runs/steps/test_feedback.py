@@ -17,7 +17,7 @@ from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.fields import default_of
 from diva_jax.data import inputs
 from diva_jax.data.preprocess import to_float
-from diva_jax.evals import Settings, encoders, evaluator, results
+from diva_jax.evals import Settings, encode, evaluator, results
 from diva_jax.evals.tasks import feedback
 from diva_jax.models.diffusion import schedule
 from diva_jax.objectives import diva
@@ -58,8 +58,8 @@ def arrays_of(run, seed: int = 0) -> dict[str, jax.Array]:
     return small.random_arrays(run.tasks["feedback"].program, seed)
 
 
-def encoder(params) -> encoders.Encoder:
-    return encoders.Encoder({}, None, "", params, "")
+def encoder(params) -> encode.Encoder:
+    return encode.Encoder({}, None, "", params, "")
 
 
 def outcome(run, arrays, label="x"):

@@ -13,7 +13,7 @@ from specs import EVAL_SIGLIP as SIGLIP
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.config import default
 from diva_jax.evals import Settings, encode, readout
-from diva_jax.evals.encoders import Encoder
+from diva_jax.evals.encode import Encoder
 from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE, Features
 from diva_jax.models.backbones.shared.text import Text

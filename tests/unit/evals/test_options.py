@@ -11,7 +11,7 @@ from specs import EVAL_CLIP as CLIP
 
 from diva_jax import config, evals
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Outcome, Settings, encoders, evaluator
+from diva_jax.evals import Outcome, Settings, encode, evaluator
 from diva_jax.training import sharding
 
 TASKS = ["choice", "drift", "feedback", "judge", "mmvp", "probe", "retrieval", "robustness", "segmentation", "zeroshot"]
@@ -155,7 +155,7 @@ def test_a_task_from_outside_the_package(outside, tmp_path):
     config.validate(c, 1)
     run = evaluator.in_training(c, mesh)
     assert run.options["length"] == {"scale": 3.0} and "every" not in run.options and "mmvp" not in run.options
-    outcomes = run.evaluate(run.model("x", encoders.Encoder({}, None, "", {}, "")))
+    outcomes = run.evaluate(run.model("x", encode.Encoder({}, None, "", {}, "")))
     tasks, rows = run.report([("x", outcomes), ("y", outcomes)])
     assert tasks["length"]["weights"]["x"]["scores"]["length"]["score"] == 12 and rows == []
     assert tasks["length"]["comparisons"][0]["scores"]["length"]["difference"] == 0

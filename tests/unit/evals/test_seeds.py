@@ -10,7 +10,7 @@ from scipy import stats as reference
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.results_schema import Difference
-from diva_jax.evals import Outcome, Settings, best, seeds
+from diva_jax.evals import Outcome, Settings, seeds
 from diva_jax.evals.items import ItemTask, Values
 from diva_jax.weights.places import Place
 
@@ -138,7 +138,7 @@ def test_the_runs_of_a_group_differ_in_their_seed_alone(tmp_path, change, step, 
 @pytest.mark.parametrize("clusters", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 3]])
 def test_the_best_by_chance_is_that_of_all_exchanges(clusters):
     changes = np.random.default_rng(3).normal(size=(3, 6)).round(2)
-    found = best.largest_by_chance(changes, np.array(clusters), 6000, seed=0)
+    found = seeds.largest_by_chance(changes, np.array(clusters), 6000, seed=0)
     every = []
     for signs in itertools.product((-1, 1), repeat=max(clusters) + 1):
         every.append((changes * np.array(signs)[clusters]).sum(axis=1).max())
@@ -150,7 +150,7 @@ def test_the_best_by_chance_is_that_of_all_exchanges(clusters):
 def test_more_checkpoints_need_a_larger_best_and_copies_do_not():
     changes = np.random.default_rng(0).choice([-1.0, 0, 1], (8, 90))
     one, eight, copies = (
-        np.quantile(best.largest_by_chance(c, np.arange(90), 4000, 0), 0.95)
+        np.quantile(seeds.largest_by_chance(c, np.arange(90), 4000, 0), 0.95)
         for c in (changes[:1], changes, np.repeat(changes[:1], 8, axis=0))
     )
     assert copies == one < eight
@@ -162,13 +162,13 @@ def test_the_sentence_on_the_best(gain, claimed):
     labels = [f"run:{i}" for i in range(4)]
     by_label = {"ref": {"m": before}} | {label: {"m": a} for label, a in zip(labels, after, strict=True)}
     runs = {"runs/x": labels, "runs/y": ["ref"]}
-    (text,) = best.notes({"m": task}, by_label, runs, True, 2000, 0)
+    (text,) = seeds.best_notes({"m": task}, by_label, runs, True, Settings(bootstrap=2000))
     means = [100 * (a.held["matches"].mean() - before.held["matches"].mean()) for a in after]
     assert f"the best of 4 checkpoints in Marks, m is run:{np.argmax(means)} with {max(means):+.2f}" in text
     assert (float(text.rpartition("p = ")[2].rstrip(")")) < 0.01) == claimed
-    (silent,) = best.notes({"m": task}, by_label, runs, False, 2000, 0)
+    (silent,) = seeds.best_notes({"m": task}, by_label, runs, False, Settings())
     assert "is given at 4 checkpoints" in silent and "--best" in silent
-    assert best.notes({"m": task}, by_label, {"runs/y": ["ref"]}, True, 2000, 0) == []
+    assert seeds.best_notes({"m": task}, by_label, {"runs/y": ["ref"]}, True, Settings(bootstrap=2000)) == []
 
 
 def test_outcomes_are_what_the_package_makes():

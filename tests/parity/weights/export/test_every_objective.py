@@ -18,7 +18,7 @@ from specs import CLIP_FOLDER, DINOV2
 from diva_jax import config as configs
 from diva_jax.data import images
 from diva_jax.data.preprocess import normalise, to_float
-from diva_jax.evals import Settings, encode, encoders
+from diva_jax.evals import Settings, encode
 from diva_jax.models import backbones
 from diva_jax.training import checkpoint, load, workdirs
 from diva_jax.training.step import averaged
@@ -92,7 +92,7 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
 
     # As the train loop evaluates it, and as the command does.
     towers = encode.Towers(spec, p.mesh, Settings(batch_size=COUNT))
-    merged, read = p.towers(params), encoders.read(str(tmp_path / "run"), STEP, c, p.mesh)
+    merged, read = p.towers(params), encode.read(str(tmp_path / "run"), STEP, c, p.mesh)
     want = towers.images(merged["vision"], patch, COUNT)["pooled"]
     close(towers.images(read.vision, patch, COUNT)["pooled"], want, 1e-6)
     # The tower as it is trained, its adapters beside their weights.
