@@ -16,9 +16,7 @@ from diva_jax.common.errors import UserError, printable
 
 _CONFIG = cli.define_config("The config file of the backbone; --config.eval.FIELD=VALUE sets an option.")
 _WEIGHTS = flags.DEFINE_multi_string(
-    "weights",
-    [],
-    "A source of weights, a workdir[:STEP], or NAME=WORKDIR,WORKDIR: runs of other seeds; repeatable.",
+    "weights", [], "A source of weights, a workdir[:STEP], or NAME=WORKDIR,WORKDIR: runs of other seeds; repeatable."
 )
 _CONTROL = flags.DEFINE_string(
     "control",

@@ -27,9 +27,7 @@ class ChoiceOptions:
     """The section `config.eval.choice`."""
 
     layout: str = field(
-        "",
-        "A file that has no published name has this layout; if empty, the name tells it.",
-        one_of("", *LAYOUTS),
+        "", "A file that has no published name has this layout; if empty, the name tells it.", one_of("", *LAYOUTS)
     )
     images: str = field("", "The images are in this folder; if empty, in that of the file.")
     allow_partial: bool = field(False, "Whether a published file may have another number of items.")

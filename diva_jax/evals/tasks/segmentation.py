@@ -39,9 +39,7 @@ class SegmentationOptions:
 
     last: str = field("sclip", "The last block is run in this variant.", one_of(*VARIANTS))
     short_side: int = field(
-        0,
-        "The image's shorter side is resized to this; 0: to one and a half windows [pixels].",
-        at_least(0),
+        0, "The image's shorter side is resized to this; 0: to one and a half windows [pixels].", at_least(0)
     )
     stride: int = field(
         0,
@@ -50,9 +48,7 @@ class SegmentationOptions:
     )
     scale: float = field(40.0, "Cosines are multiplied by this before the softmax.", above(0))
     background: float = field(
-        0.0,
-        "Where no class is as probable as this, a set that has a background has it there.",
-        below(0, 1),
+        0.0, "Where no class is as probable as this, a set that has a background has it there.", below(0, 1)
     )
     classes: str = field(
         "", "A text file with a line per class, synonyms separated by commas; if empty, the set's own are used."
