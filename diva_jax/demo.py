@@ -54,42 +54,21 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
     from diva_jax.models.diffusion.vae import VAE, VAEConfig
     from diva_jax.weights import diffusers, names, writers
 
-    def write(part: str, kind: str, model: nnx.Module, table: names.Table, file: str):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        writers.write_safetensors(folder / part / file, names.to_torch(nnx.state(model), table))
-        (folder / part / "config.json").write_text(json.dumps(kind | config[part], indent=1))
-
-    rngs = Keys(seed)
+    rngs, weights = Keys(seed), "diffusion_pytorch_model.safetensors"
     unet = UNet(UNetConfig.from_dict(config["unet"]), rngs=rngs)
     vae = VAE(VAEConfig.from_dict(config["vae"]), rngs=rngs)
     text = TextEncoder(TextEncoderConfig.from_dict(config["text_encoder"]), rngs=rngs)
-    weights = "diffusion_pytorch_model.safetensors"
-    write("unet", {"_class_name": "UNet2DConditionModel"}, unet, diffusers.UNET, weights)
-    write("vae", {"_class_name": "AutoencoderKL"}, vae, diffusers.VAE, weights)
-    write("text_encoder", {"model_type": "clip_text_model"}, text, diffusers.TEXT_ENCODER, "model.safetensors")
-    files = {
-        "scheduler/scheduler_config.json": {"_class_name": "PNDMScheduler"} | config["scheduler"],
-        "tokenizer/tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": 77,
-            "pad_token": "!",
-            "bos_token": "<|startoftext|>",
-            "eos_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>",
-        },
-        "model_index.json": {
-            "_class_name": "StableDiffusionPipeline",
-            "scheduler": ["diffusers", "PNDMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
+    models = {
+        "unet": (unet, diffusers.UNET, weights),
+        "vae": (vae, diffusers.VAE, weights),
+        "text_encoder": (text, diffusers.TEXT_ENCODER, "model.safetensors"),
     }
-    for name, content in files.items():
-        path = folder / name
+    for name, content in json.loads(Path(__file__).with_suffix(".json").read_text("utf-8")).items():
+        path, part = folder / name, name.partition("/")[0]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1))
+        path.write_text(json.dumps(content | config.get(part, {}), indent=1))
+    for part, (model, table, file) in models.items():
+        writers.write_safetensors(folder / part / file, names.to_torch(nnx.state(model), table))
     write_byte_tokenizer(folder / "tokenizer")
 
 
@@ -118,9 +97,5 @@ def main() -> None:
     )
 
 
-def entry() -> None:
-    cli.run(main)
-
-
 if __name__ == "__main__":
-    entry()
+    cli.run(main)

@@ -134,10 +134,5 @@ def main() -> None:
             )
 
 
-def entry() -> None:
-    """The installed command."""
-    cli.run(main, described=configs.described)
-
-
 if __name__ == "__main__":
-    entry()
+    cli.run(main, described=configs.described)

@@ -12,15 +12,9 @@ from diva_jax.data import texts
 # VALSE's annotators who chose the caption and not the foil, of three.
 _MIN_VOTES = 2
 _CSV_COLUMNS = ("item", "image", "text", "right")
-# What'sUp's prepositions, by the axis of which each is one side.
-_AXES = {
-    "left": "sides",
-    "right": "sides",
-    "on": "heights",
-    "under": "heights",
-    "in-front": "depths",
-    "behind": "depths",
-}
+# What'sUp's prepositions, each with the axis of which it is one side.
+_AXES = dict.fromkeys(("left", "right"), "sides") | dict.fromkeys(("on", "under"), "heights")
+_AXES |= dict.fromkeys(("in-front", "behind"), "depths")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,19 +125,14 @@ def _whatsup(row: _Row) -> Item:
 
 def joined(items: Iterable[Item], kind: str) -> list[Item]:
     """An item for each group of a kind, with the images of its items and the first text of each, which is right."""
-    groups: dict[str, list[Item]] = {}
+    out, groups = [], {}
     for item in items:
         groups.setdefault(item.groups[kind], []).append(item)
-    return [
-        Item(
-            group[0].where,
-            tuple(item.images[0] for item in group),
-            tuple(item.texts[0] for item in group),
-            tuple((i, i) for i in range(len(group))),
-            {"pattern": group[0].groups["pattern"]} if kind == "pair" else {},
-        )
-        for group in groups.values()
-    ]
+    for first, *others in groups.values():
+        images, words = ([getattr(item, part)[0] for item in (first, *others)] for part in ("images", "texts"))
+        pattern = {"pattern": first.groups["pattern"]} if kind == "pair" else {}
+        out.append(Item(first.where, tuple(images), tuple(words), tuple((i, i) for i in range(len(words))), pattern))
+    return out
 
 
 def _check_whatsup(items: Iterable[Item]) -> None:
@@ -189,30 +178,25 @@ def _own(row: _Row) -> Item:
     names, words = row.field("images", list), row.field("texts", list)
     if not names or not all(isinstance(n, str) and n.strip() for n in (*names, *words)):
         raise UserError(f"{row.where}: 'images' and 'texts' must hold texts, none empty: correct the row")
-    pairs = row.value.get("pairs", [[i, i] for i in range(len(names))])
-    pairs = _check_pairs(row.where, pairs, len(names), len(words))
+    pairs, counts = row.value.get("pairs", [[i, i] for i in range(len(names))]), (len(names), len(words))
+    if not isinstance(pairs, list) or not all(
+        isinstance(p, list) and len(p) == 2 and all(n in range(count) for n, count in zip(p, counts, strict=True))
+        for p in pairs
+    ):
+        raise UserError(
+            f"{row.where}: 'pairs' must be [image, text] numbers below {counts[0]} and {counts[1]}, not "
+            f"{brief(pairs)}: correct the row"
+        )
+    right = sorted({(int(i), int(t)) for i, t in pairs})
+    shown, said = (len({pair[side] for pair in right}) for side in (0, 1))
+    if shown < counts[0] or (counts[0] > 1 and said < min(counts[1], 2)):
+        raise UserError(f"{row.where}: an image has no text that belongs to it: complete 'pairs'")
+    if len(right) == counts[0] * counts[1]:
+        raise UserError(
+            f"{row.where}: everything belongs together, so there is nothing to choose: add a wrong text or image"
+        )
     groups = dict.fromkeys(("class", "pattern"), str(row.value["class"])[:100]) if "class" in row.value else {}
-    return Item(row.where, tuple(map(row.image, names)), tuple(words), pairs, groups)
-
-
-def _check_pairs(where: str, pairs, images: int, words: int) -> tuple[tuple[int, int], ...]:
-    """Returns the pairs of one's own item, sorted, each once."""
-    good = isinstance(pairs, list) and all(
-        isinstance(p, list) and len(p) == 2 and p[0] in range(images) and p[1] in range(words) for p in pairs
-    )
-    if not good:
-        raise UserError(
-            f"{where}: 'pairs' must be [image, text] numbers below {images} and {words}, not {brief(pairs)}: correct "
-            "the row"
-        )
-    unique = {(int(i), int(t)) for i, t in pairs}
-    if len({i for i, _ in unique}) < images or (images > 1 and len({t for _, t in unique}) < min(words, 2)):
-        raise UserError(f"{where}: an image has no text that belongs to it: complete 'pairs'")
-    if len(unique) == images * words:
-        raise UserError(
-            f"{where}: everything belongs together, so there is nothing to choose: add a wrong text or image"
-        )
-    return tuple(sorted(unique))
+    return Item(row.where, tuple(map(row.image, names)), tuple(words), tuple(right), groups)
 
 
 LAYOUTS: dict[str, Callable[[_Row], Item | None]] = {

@@ -10,33 +10,29 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.fields import flatten
 from diva_jax.models import backbones
 from diva_jax.report import wording
-from diva_jax.report.inputs import Inputs
+from diva_jax.report.inputs import Inputs, Session
 from diva_jax.report.sections import Part
 
 # Packages whose versions the header names.
 _NAMED_PACKAGES = ("diva_jax", "jax", "flax", "python")
-
-
-def _line(name: str, when: str, took: str, devices: str, versions: dict[str, Any]) -> str:
-    """`NAME: 2026-01-31 12:00 UTC, 12 min long, ...`, of what is known; "" where nothing is."""
-    when = when[:16].replace("T", " ") + (" UTC" if when.endswith("+00:00") else "")
-    known = [f"{package} {versions[package]}" for package in _NAMED_PACKAGES if package in versions]
-    facts = [fact for fact in (when, took, devices, *known) if fact]
-    return f"{name}: {', '.join(facts)}" if facts else ""
+_CHANGED = ": what differs from the defaults"
 
 
 def facts(inputs: Inputs) -> Iterator[str]:
     """Returns one line for the evaluation and one per run: date, duration, devices and versions, as far as recorded."""
+    known = []
     if r := inputs.results:
-        took = f"{wording.duration(r.seconds)} long" if r.seconds else ""
-        yield _line("Evaluation", r.created, took, r.devices, r.versions)
+        known.append(("Evaluation", r.created, r.seconds, "", r.devices, r.versions))
     for run in inputs.runs:
-        seconds = run.seconds()
-        took = f"{wording.duration(seconds)} long" if seconds else ""
-        took += f" in {len(run.sessions)} sessions" if len(run.sessions) > 1 else ""
-        first, last = (run.sessions[0], run.sessions[-1]) if run.sessions else (None, None)
-        place = (last.devices, last.versions) if last else ("", {})
-        yield _line(f"Run {run.name}", first.started if first else "", took, *place)
+        first, last = (run.sessions[0], run.sessions[-1]) if run.sessions else (Session(), Session())
+        several = f" in {len(run.sessions)} sessions" if len(run.sessions) > 1 else ""
+        known.append((f"Run {run.name}", first.started, run.seconds(), several, last.devices, last.versions))
+    for name, when, seconds, several, devices, versions in known:
+        when = when[:16].replace("T", " ") + (" UTC" if when.endswith("+00:00") else "")
+        took = (f"{wording.duration(seconds)} long" if seconds else "") + several
+        packages = [f"{package} {versions[package]}" for package in _NAMED_PACKAGES if package in versions]
+        if line := ", ".join(fact for fact in (when, took, devices, *packages) if fact):
+            yield f"{name}: {line}"
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -58,28 +54,25 @@ def _defaults(config: dict[str, Any]) -> dict[str, Any] | None:
 
 def section(inputs: Inputs) -> list[Part]:
     """Returns the content of the section, as lists that can be opened; of configs, what differs from the defaults."""
-    lists: list[tuple[str, dict[str, Any], bool]] = []
+    lists: dict[str, dict[str, Any]] = {}
+    configs = {f"Training config, {run.name}": run.config for run in inputs.runs}
     if r := inputs.results:
         steps = {w.label: "" if w.step is None else f", step {w.step}" for w in r.weights}
-        lists.append(("Versions", {**r.versions, "devices": r.devices}, False))
-        lists.append(("Weights", {w.label: f"{w.source}{steps[w.label]}" for w in r.weights}, False))
-        lists.append(("Data", {name: task.data for name, task in r.tasks.items() if task.data}, False))
-        lists.append(("Evaluation options", flatten(r.options or {}), False))
-        lists += _config("Evaluation config", r.config or {})
-    for run in inputs.runs:
-        lists += _config(f"Training config, {run.name}", run.config)
-    return [Part("fields", title=t, values=values, opened=opened) for t, values, opened in lists if values]
-
-
-def _config(title: str, config: dict[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:
-    """Returns the fields that differ from the defaults, open, and all others, folded."""
-    values = flatten(config)
-    if (defaults := _defaults(config)) is None:
-        return [(title, values, False)]
-    changed = {k: v for k, v in values.items() if k not in defaults or defaults[k] != v}
-    shown = {k: f"{v} (default {defaults[k]})" if k in defaults else v for k, v in changed.items()}
-    rest = {k: v for k, v in values.items() if k not in changed}
-    return [(f"{title}: what differs from the defaults", shown, True), (f"{title}: the rest", rest, False)]
+        lists["Versions"] = {**r.versions, "devices": r.devices}
+        lists["Weights"] = {w.label: f"{w.source}{steps[w.label]}" for w in r.weights}
+        lists["Data"] = {name: task.data for name, task in r.tasks.items() if task.data}
+        lists["Evaluation options"] = flatten(r.options or {})
+        configs = {"Evaluation config": r.config or {}} | configs
+    for title, config in configs.items():
+        values, defaults = flatten(config), _defaults(config)
+        if defaults is None:
+            lists[title] = values
+            continue
+        changed = {k: v for k, v in values.items() if k not in defaults or defaults[k] != v}
+        shown = {k: f"{v} (default {defaults[k]})" if k in defaults else v for k, v in changed.items()}
+        lists[title + _CHANGED] = shown
+        lists[f"{title}: the rest"] = {k: v for k, v in values.items() if k not in changed}
+    return [Part("fields", title=t, values=v, opened=t.endswith(_CHANGED)) for t, v in lists.items() if v]
 
 
 def sources(inputs: Inputs) -> str:

@@ -74,33 +74,28 @@ def _noise(label: str, intervals: Mapping[str, list[float] | None], kind: str = 
         )
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMED_METRICS} more" if len(names) > _MAX_NAMED_METRICS else ""
-    return ", ".join(names[:_MAX_NAMED_METRICS]) + more
-
-
 def _comparisons(results: Results) -> Iterator[Alarm]:
     """Differences for the worse in any metric, and main metrics without a difference, per comparison."""
-    worse: dict[tuple[str, bool], list[str]] = {}
-    none: dict[tuple[str, bool], list[str]] = {}
+    found: dict[tuple[bool, str, bool], list[str]] = {}
     for task in results.tasks.values():
         for c in task.comparisons:
             differences, of = c.differences(), (c.after, c.before in task.controls)
             for i, (metric, info) in enumerate(task.metrics.items()):
-                if not (d := differences.get(metric)):
-                    continue
-                kind, name = wording.direction(d, info.direction), f"{task.title}, {info.title}"
-                if kind.endswith("lost"):
-                    figure = wording.signed(d.difference, info.unit, wording.places(d.known_interval, info.unit))
-                    worse.setdefault(of, []).append(f"{name} ({figure})")
-                elif kind == "zero" and i == 0:
-                    none.setdefault(of, []).append(name)
-    for (label, control), names in worse.items():
-        yield Alarm(f"Worse than {'the control' if control else 'before'}", f"{label}: {_listed(names)}.", "bad")
-    for (label, control), names in none.items():
-        which = f"{label}{' against the control' if control else ''}"
-        says = f"{which}: {_listed(names)}: zero is within the interval of the difference."
-        yield Alarm("No difference shown", says, "doubt")
+                if d := differences.get(metric):
+                    kind, name = wording.direction(d, info.direction), f"{task.title}, {info.title}"
+                    if kind.endswith("lost"):
+                        figure = wording.signed(d.difference, info.unit, wording.places(d.known_interval, info.unit))
+                        found.setdefault((True, *of), []).append(f"{name} ({figure})")
+                    elif kind == "zero" and i == 0:
+                        found.setdefault((False, *of), []).append(name)
+    for (worse, label, control), names in sorted(found.items(), key=lambda item: not item[0][0]):
+        more = f" and {len(names) - _MAX_NAMED_METRICS} more" if len(names) > _MAX_NAMED_METRICS else ""
+        listed = ", ".join(names[:_MAX_NAMED_METRICS]) + more
+        if worse:
+            yield Alarm(f"Worse than {'the control' if control else 'before'}", f"{label}: {listed}.", "bad")
+        else:
+            says = f"{label}{' against the control' * control}: {listed}"
+            yield Alarm("No difference shown", f"{says}: zero is within the interval of the difference.", "doubt")
 
 
 def _run_drift(run: Run) -> Iterator[Alarm]:

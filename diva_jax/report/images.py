@@ -40,11 +40,10 @@ def _thumbnail(path: str) -> EmbeddedImage:
     try:
         with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                return EmbeddedImage("", name)
+                raise ValueError("too many pixels")
             image.draft("RGB", (2 * _THUMBNAIL_SIDE, 2 * _THUMBNAIL_SIDE))
             small = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:
-        # Pillow's plugins raise many types.
+    except Exception:  # Pillow's plugins raise many types.
         return EmbeddedImage("", name)
     small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     return EmbeddedImage(_uri(small, "jpeg", quality=80), name)
@@ -97,15 +96,14 @@ def segmented(task: Task, labels: list[str]) -> list[Part]:
     parts = [Part("heading", line="Images", note="evenly spaced over the set, not chosen by their scores")]
     for i, shown in enumerate(zip(*(task.weights[w].pictures for w in used), strict=False)):
         try:
-            maps = {"truth": _decoded(shown[0].truth)} | {
-                w: _decoded(p.predicted) for w, p in zip(used, shown, strict=True)
-            }
+            encoded = {"truth": shown[0].truth} | {w: p.predicted for w, p in zip(used, shown, strict=True)}
+            maps = {what: _decoded(text) for what, text in encoded.items()}
         except Exception:
             parts.append(Part("paragraph", line=f"Image {i + 1} of results.json cannot be read.", kind="fine"))
             continue
         roles = {w: colour_role(labels.index(w)) for w in used} if len(used) > 1 else {}
-        images = [(_class_map(m, names, what), Label(what, role=roles.get(what, ""))) for what, m in maps.items()]
-        images.insert(0, (_thumbnail(shown[0].image), Label("image")))
+        images = [(_thumbnail(shown[0].image), Label("image"))]
+        images += [(_class_map(m, names, what), Label(what, role=roles.get(what, ""))) for what, m in maps.items()]
         parts.append(Part("strip", images=images, **_legend(list(maps.values()), names)))
     return parts
 
@@ -133,9 +131,8 @@ def flipped(task: Task) -> list[Section]:
             sides = ("with the weights", "with the control") if c.before in controls else ("after", "before")
             for won, side in zip((True, False), sides, strict=True):
                 if flips := [f for f in c.flipped if f.metric == metric and f.won is won]:
-                    parts.append(
-                        Part("heading", line=f"Correct only {side}", note=len(flips), kind="won" if won else "lost")
-                    )
+                    kind = "won" if won else "lost"
+                    parts.append(Part("heading", line=f"Correct only {side}", note=len(flips), kind=kind))
                     parts.append(Part("cards", cards=[_card(f, task.items, thumbnail) for f in flips[:_MAX_CARDS]]))
                 if (more := len(flips) - _MAX_CARDS) > 0:
                     parts.append(Part("paragraph", line=f"{more} more are listed in predictions.csv.", kind="fine"))

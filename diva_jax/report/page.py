@@ -48,7 +48,7 @@ def html(inputs: Inputs, body: list[Section]) -> str:
         alarms=wrong,
         first=findings[0],
         findings=findings[1:],
-        facts=[line for line in about.facts(inputs) if line],
+        facts=list(about.facts(inputs)),
         contents=contents,
         sections=body,
         footer=about.sources(inputs),
