@@ -4,7 +4,7 @@ fixed size, the last one padded, on any mesh."""
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -56,20 +56,6 @@ def spread(rows: Sequence[np.ndarray], mesh: Mesh) -> Array:
     return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, sharding.BATCH), whole.__getitem__)
 
 
-def _ahead(read: Callable[[int], Any], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Any]]:
-    """Yields row -> value for each batch, read in threads while the previous batch is in use."""
-    with ThreadPoolExecutor(_READER_THREADS) as pool:
-        waiting: dict = {}
-        try:
-            for i in range(len(batches) + 1):
-                now = waiting
-                waiting = {r: pool.submit(read, r) for r in batches[i]} if i < len(batches) else {}
-                if i:
-                    yield {r: future.result() for r, future in now.items()}
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 class Towers:
     """The two towers of a backbone, compiled once; weights are given with each call, batches are split over the
     mesh."""
@@ -83,6 +69,7 @@ class Towers:
         devices = mesh.devices.size
         self.batch = -(-settings.batch_size // devices) * devices
         self._rows = NamedSharding(mesh, sharding.BATCH)
+        self._pixels = jax.ShapeDtypeStruct((spec.image_size, spec.image_size, 3), np.uint8)
         self._encode_images = self._compiled(self._image_step, static_argnames="readout")
         self._encode_texts = self._compiled(self._text_step)
         self._encode_dense = self._compiled(self._dense_step, static_argnames="last")
@@ -115,32 +102,34 @@ class Towers:
         """uint8 [B, S, S, 3] -> patch tokens [B, P, D]."""
         return self._vision.merge(arrays).encode_dense(self._normalised(pixels), last).astype(jnp.float32)
 
-    def _put(self, rows: Mapping[int, np.ndarray], first: int, count: int, like: jax.ShapeDtypeStruct) -> Array:
-        """Returns the batch from row `first` on as a global array, zeros past the end; processes provide their rows."""
-
-        def piece(index):
-            take = range(*index[0].indices(self.batch))
-            padding = np.zeros(like.shape, like.dtype)
-            return np.stack([rows[first + i] if first + i < count else padding for i in take])
-
-        return jax.make_array_from_callback((self.batch, *like.shape), self._rows, piece)
-
     def _outputs(
         self, step: Callable, read: Callable[[int], tuple], count: int, *like: jax.ShapeDtypeStruct
     ) -> Iterator[Any]:
         """Yields the outputs of a compiled step for items 0..count-1, batch by batch, without the padding. `read` gives
-        the arrays of one item, of the shapes `like`; it is called from threads."""
+        the arrays of one item, of the shapes `like`; it is called from threads, while the previous batch is in use."""
         spans = self._rows.addressable_devices_indices_map((self.batch,)).values()
         mine = sorted({i for (span,) in spans for i in range(*span.indices(self.batch))})
-        starts = range(0, count, self.batch)
-        batches = [[first + i for i in mine if first + i < count] for first in starts]
-        for first, rows in zip(starts, _ahead(read, batches), strict=True):
-            columns = [{r: values[k] for r, values in rows.items()} for k in range(len(like))]
-            out = step(*(self._put(c, first, count, shape) for c, shape in zip(columns, like, strict=True)))
-            yield jax.tree.map(lambda x, first=first: np.asarray(x)[: count - first], out)
+        padding = [np.zeros(x.shape, x.dtype) for x in like]
+        with ThreadPoolExecutor(_READER_THREADS) as pool:
 
-    def _pixels(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.spec.image_size, self.spec.image_size, 3), np.uint8)
+            def begin(first: int) -> dict[int, Future]:
+                return {i: pool.submit(read, first + i) for i in mine if first + i < count}
+
+            def spread(x: jax.ShapeDtypeStruct, column: Mapping[int, np.ndarray]) -> Array:
+                def piece(index):
+                    return np.stack([column[i] for i in range(*index[0].indices(self.batch))])
+
+                return jax.make_array_from_callback((self.batch, *x.shape), self._rows, piece)
+
+            ahead = begin(0)
+            try:
+                for first in range(0, count, self.batch):
+                    now, ahead = ahead, begin(first + self.batch)
+                    rows = dict.fromkeys(mine, padding) | {i: future.result() for i, future in now.items()}
+                    out = step(*(spread(x, {i: row[k] for i, row in rows.items()}) for k, x in enumerate(like)))
+                    yield jax.tree.map(lambda x, first=first: np.asarray(x)[: count - first], out)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def images(
         self, arrays: Mapping[str, Array], read: Callable[[int], Image.Image], count: int, seeds: int = 0
@@ -148,9 +137,9 @@ class Towers:
         """The embeddings of images 0..count-1, which `read` returns in threads: {"pooled": float32 [count, D]} and,
         with seeds, "published": [count, K, D], the spec's readout. K is `seeds` where it draws patches, else 1."""
         spec, readout = self.spec, self.readout if seeds else None
-        like = [self._pixels()]
+        like = [self._pixels]
         if readout and readout.patches is not None:
-            like.append(jax.ShapeDtypeStruct((seeds if readout.random else 1, spec.patches), np.float32))
+            like.append(jax.ShapeDtypeStruct((seeds if readout.patches else 1, spec.patches), np.float32))
 
         def load(i: int) -> tuple[np.ndarray, ...]:
             pixels = images.prepare(read(i), spec.image_size, spec.resize_mode, spec.interpolation)
@@ -172,15 +161,14 @@ class Towers:
         """Patch tokens of windows 0..count-1, in order, each float32 [P, D], not normalised. `read` gives window i,
         uint8 [S, S, 3], in threads; `last` is how the last block is run, see `models.backbones.shared.dense`."""
         step = partial(self._encode_dense, arrays, last=last)
-        for tokens in self._outputs(step, lambda i: (read(i),), count, self._pixels()):
+        for tokens in self._outputs(step, lambda i: (read(i),), count, self._pixels):
             yield from tokens
 
     def texts(self, arrays: Mapping[str, Array], ids: np.ndarray) -> np.ndarray:
         """Computes the embeddings of token ids int32 [N, context_length]: float32 [N, D], not normalised."""
         like = jax.ShapeDtypeStruct(ids.shape[1:], ids.dtype)
-        return np.concatenate(
-            list(self._outputs(partial(self._encode_texts, arrays), lambda i: (ids[i],), len(ids), like))
-        )
+        step = partial(self._encode_texts, arrays)
+        return np.concatenate(list(self._outputs(step, lambda i: (ids[i],), len(ids), like)))
 
 
 @dataclasses.dataclass(frozen=True)

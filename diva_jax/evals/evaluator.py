@@ -13,7 +13,7 @@ from diva_jax import evals
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import tokenizers
-from diva_jax.evals import Outcome, encode, results, seeds, verdicts
+from diva_jax.evals import Outcome, encode, results, seeds
 from diva_jax.evals.encode import Encoder, Model, Towers
 from diva_jax.models.backbones import spec_of
 from diva_jax.training import sharding
@@ -186,5 +186,5 @@ def run(
             runs.setdefault(entry["source"], []).append(label)
     notes = seeds.best_notes(runner.tasks, dict(outcomes), runs, choose_best, runner.settings)
     took = {"seconds": round(time.perf_counter() - began, 1)}
-    out = {"weights": list(listed.values()), "notes": notes, "summary": verdicts.summaries(tasks), "tasks": tasks}
+    out = {"weights": list(listed.values()), "notes": notes, "summary": results.summaries(tasks), "tasks": tasks}
     return results.about(config, runner.options) | took | out, rows

@@ -30,10 +30,6 @@ class Readout(NamedTuple):
     l2_patches: bool
     l2_after: bool
 
-    @property
-    def random(self) -> bool:
-        return bool(self.patches)
-
 
 def parse_readout(text: str) -> Readout:
     """Parses a readout such as `"l2(cls) + mean(l2(random 364))"`; "pooled" is "cls, l2". A UserError for others."""
@@ -70,7 +66,7 @@ def patch_weights(readout: Readout, patches: int, rows: Sequence[int], seeds: in
     seed, the draws alone depend. K is `seeds` where patches are drawn, else 1; None for a readout without patches."""
     if readout.patches is None:
         return None
-    if not readout.random:
+    if not readout.patches:
         return np.full((len(rows), 1, patches), 1 / patches, np.float32)
     out = np.empty((len(rows), seeds, patches), np.float32)
     for row, drawn in zip(rows, out, strict=True):

@@ -1,4 +1,5 @@
-"""The output of an evaluation: results.json, predictions.csv and the table; see docs/EVALUATION.md."""
+"""The output of an evaluation: results.json, predictions.csv and the table, see docs/EVALUATION.md; and what a
+comparison of weights says in words: whether the tuned ones see more, and what that cost."""
 
 import csv
 import json
@@ -8,12 +9,21 @@ from typing import Any
 
 import pydantic
 
-from diva_jax.common import json_files, machine, paths, results_schema
+from diva_jax.common import json_files, machine, paths
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.evals import matching
+from diva_jax.common.results_schema import SCHEMA, Comparison, Difference, Results, Score, Summary, Task, Verdict
+from diva_jax.evals.matching import ANSWERS
 
 COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
 
+MORE, LESS, CALIBRATED, NONE = "sees more", "sees less", "differently calibrated", "no difference shown"
+# What tuning may cost: the task, its name for readers, and the metrics that say it.
+COSTS = {
+    "zeroshot": ("zero-shot", ("acc1",)),
+    "retrieval": ("retrieval", ("image_retrieval_recall@1", "text_retrieval_recall@1")),
+    "drift": ("drift", ("cosine",)),
+    "probe": ("probe", ("linear_acc1",)),
+}
 # How a formula begins, for one spreadsheet program or another.
 _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 
@@ -43,7 +53,7 @@ def summary(row: Mapping[str, float]) -> str:
 def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
     """The part of results.json about the evaluation itself; `options` are `Evaluator.options`."""
     return {
-        "schema": results_schema.SCHEMA,
+        "schema": SCHEMA,
         "created": machine.now(),
         **machine.describe(),
         "config": paths.values_without_secrets(json.loads(config.to_json())),
@@ -75,7 +85,7 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
     except OSError as e:
         raise UserError(f"--out={folder} cannot be written ({e}): use a folder with write access") from e
     try:
-        results_schema.Results.model_validate(results)
+        Results.model_validate(results)
     except pydantic.ValidationError as e:
         raise RunError(
             f"{folder / 'results.json'} is written, but cannot be reported: {json_files.first_error(e)}: see "
@@ -100,7 +110,7 @@ def _rows(metrics: Mapping[str, Mapping], scores: Mapping[str, Mapping]) -> Iter
     for metric, s in scores.items():
         kind = metrics[metric].get("answers")
         if kind in ("text", "group"):
-            beside.append(f"{matching.ANSWERS[kind]} {_figure(s, '%').split()[0]}")
+            beside.append(f"{ANSWERS[kind]} {_figure(s, '%').split()[0]}")
         else:
             more = [beside.pop(0) for _ in range(len(beside))] if kind == "match" else []
             yield metric, "  ".join([_figure(s, metrics[metric]["unit"]), *more])
@@ -108,7 +118,7 @@ def _rows(metrics: Mapping[str, Mapping], scores: Mapping[str, Mapping]) -> Iter
 
 def table(results: Mapping[str, Any]) -> str:
     """Formats the content of results.json: what it says in words, scores with intervals, differences and notes."""
-    lines = [f"{s.what}: {s.says}; {s.detail}" for s in map(results_schema.Summary.model_validate, results["summary"])]
+    lines = [f"{s.what}: {s.says}; {s.detail}" for s in map(Summary.model_validate, results["summary"])]
     lines += results.get("notes", [])
     for task in results["tasks"].values():
         lines.append(f"{task['title']}: {task['count']} {task['items']}")
@@ -118,3 +128,76 @@ def table(results: Mapping[str, Any]) -> str:
             lines += [f"  {label:<40}  {name:<28}{figures}" for name, figures in _rows(task["metrics"], scores)]
         lines += [f"  {label}: {note}" for label, w in task["weights"].items() for note in w.get("notes", [])]
     return "\n".join(lines)
+
+
+def words(pairs: int, matches: int) -> str:
+    """The verdict on a difference in pairs and one in matches, each as `Difference.sign` has it.
+
+    A change of the matches is one of what is told apart, a change of the pairs alone one of calibration.
+    """
+    return {1: MORE, -1: LESS}.get(matches, CALIBRATED if pairs else NONE)
+
+
+def verdicts_of(name: str, task: Task, c: Comparison) -> Iterator[Verdict]:
+    """The verdict for each readout or set of a task that has pairs and matches."""
+    differences = c.differences()
+    matches = {(info.readout, info.dataset): m for m, info in task.metrics.items() if info.answers == "match"}
+    for metric, info in task.metrics.items():
+        match = matches.get((info.readout, info.dataset))
+        if info.answers == "image" and metric in differences and match in differences:
+            says = words(*(differences[m].sign for m in (metric, match)))
+            yield Verdict(task=name, pairs=metric, matches=match, says=says)
+
+
+def _brief(s: Difference | Score, unit: str) -> str:
+    form = "+" * isinstance(s, Difference) + (".1f" if unit == "%" else ".3f")
+    text = f"{s.value:{form}}" + (f" [{s.interval[0]:{form}}, {s.interval[1]:{form}}]" if s.interval else "")
+    if s.runs_interval:
+        text += f", over {len(s.runs)} runs [{s.runs_interval[0]:{form}}, {s.runs_interval[1]:{form}}]"
+    return text
+
+
+def _gains(tasks: Mapping[str, Task], c: Mapping[str, Comparison], verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """The figures of each verdict, after its words where these are not the first one's; of equal readouts once."""
+    shown = set()
+    for v in verdicts:
+        info, differences = tasks[v.task].metrics[v.pairs], c[v.task].differences()
+        figures = [_brief(differences[metric], "%") for metric in (v.pairs, v.matches)]
+        text = "{} {}, {} {}".format(ANSWERS["image"], figures[0], ANSWERS["match"], figures[1])
+        if not info.readout or (v.task, text) not in shown:
+            other = f"{v.says}: " if v.says != verdicts[0].says else ""
+            yield f"{other}{text} ({tasks[v.task].title}, {info.readout or info.dataset})"
+        shown.add((v.task, text))
+
+
+def summaries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`summary` of results.json from its `tasks`: an entry for each comparison with pairs and matches, those of tuned
+    weights first, those of controls with the reference last."""
+    try:
+        tasks = {name: Task.model_validate(task) for name, task in content.items()}
+    except pydantic.ValidationError:  # `write` says so after it has written the files.
+        return []
+    controls = set().union(*(task.controls for task in tasks.values()))
+    out = []
+    for ends in dict.fromkeys((c.before, c.after) for task in tasks.values() for c in task.comparisons):
+        compared = {n: c for n, task in tasks.items() for c in task.comparisons if (c.before, c.after) == ends}
+        before, after = ends
+        verdicts = [v for name, c in compared.items() for v in verdicts_of(name, tasks[name], c)]
+        if not verdicts:
+            continue
+        detail, missing = list(_gains(tasks, compared, verdicts)), []
+        if before in controls:
+            if verdicts[0].says != MORE:
+                detail.append("it does not see more than the control, so nothing can be claimed")
+        else:
+            for name, (title, metrics) in COSTS.items():
+                scores = compared[name].scores if name in compared else {}
+                if costs := [_brief(scores[m], tasks[name].metrics[m].unit) for m in metrics if m in scores]:
+                    detail.append(f"{title} {', '.join(costs)}")
+            missing = [title for name, (title, _) in COSTS.items() if name not in compared]
+        if missing:
+            more = ": a gain in pairs alone is not a result" if "zero-shot" in missing else ""
+            detail.append(f"not measured: {', '.join(missing)}{more}")
+        found = {"before": before, "after": after, "control": before in controls, "says": verdicts[0].says}
+        out.append(Summary(**found, detail="; ".join(detail), verdicts=verdicts, not_measured=missing).model_dump())
+    return sorted(out, key=lambda s: (s["after"] in controls, s["control"]))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from diva_jax.common.results_schema import Comparison, Difference, Metric, Results, Score, Summary, Task
-from diva_jax.evals import verdicts
+from diva_jax.evals.results import LESS, MORE
 from diva_jax.report import alarms, images, wording
 from diva_jax.report.charts import Row, Series, arrows, bars, legend, points
 from diva_jax.report.figures import Chart, colour_role, in_pairs
@@ -32,8 +32,8 @@ def findings(inputs: Inputs) -> list[Finding]:
 
 
 def _in_words(s: Summary, doubted: set[str]) -> Finding:
-    kind, meaning = {verdicts.MORE: "up won", verdicts.LESS: "down lost"}.get(s.says, "zero"), f"{s.detail}."
-    if s.after in doubted and s.says == verdicts.MORE:
+    kind, meaning = {MORE: "up won", LESS: "down lost"}.get(s.says, "zero"), f"{s.detail}."
+    if s.after in doubted and s.says == MORE:
         kind, meaning = "up doubted", f"{_NO_IMPROVEMENT} {meaning}"
     return Finding(s.what, s.says, meaning, kind)
 

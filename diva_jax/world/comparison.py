@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from diva_jax.evals import stats, verdicts
+from diva_jax.evals import stats
+from diva_jax.evals.results import words
 from diva_jax.world import arms
 from diva_jax.world.endpoints import CALIBRATED, DRIFT, ENDPOINTS, NAMES, SEEN
 
@@ -103,8 +104,8 @@ def compare(rows: Sequence[Mapping], early: bool = False) -> dict[str, Compared]
 
 
 def says(against: Mapping[str, Difference]) -> str:
-    """The words of `evals.verdicts` on the absent facts."""
-    return verdicts.words(against[CALIBRATED].sign, against[SEEN].sign)
+    """The words of `evals.results` on the absent facts."""
+    return words(against[CALIBRATED].sign, against[SEEN].sign)
 
 
 def verdict(arm: str, c: Compared) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from diva_jax import config as configs
-from diva_jax.evals import matching, verdicts
+from diva_jax.evals import matching
+from diva_jax.evals.results import summaries
 from diva_jax.evals.tasks import mmvp
 
 BEFORE, AFTER = "openai", "runs/vitl14:4600"
@@ -202,7 +203,7 @@ def write_evaluation(folder, images, source="runs/vitl14", **tasks):
         ],
         "tasks": tasks or {"mmvp": mmvp_task(images)},
     }
-    results["summary"] = verdicts.summaries(results["tasks"])
+    results["summary"] = summaries(results["tasks"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "predictions.csv").write_text("task,weights,metric,seed,item,file,text,truth,predicted,score,correct\n")

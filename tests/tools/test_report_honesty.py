@@ -7,7 +7,7 @@ import pytest
 import report_samples as samples
 
 from diva_jax.common.results_schema import Difference, Metric
-from diva_jax.report import about, alarms, evaluation, inputs, page, wording
+from diva_jax.report import alarms, evaluation, inputs, page, wording
 
 
 def read(folder, **tasks):
@@ -222,12 +222,12 @@ def test_differences_without_an_interval_are_still_differences(tmp_path):
 
 def test_differences_from_the_defaults_come_first(tmp_path):
     samples.write_run(tmp_path, rows=3)
-    first, rest = (part.arguments for part in about.section(inputs.read(tmp_path)))
+    first, rest = (part.arguments for part in page.about(inputs.read(tmp_path)))
     assert first["opened"] and first["title"].endswith("what differs from the defaults") and not rest["opened"]
     assert first["values"]["optim.momentum"] == "0.8 (default 0.9)" and "optim.name" not in first["values"]
     assert len(first["values"]) == 3
     # Without a known objective all fields are shown, folded.
     config = json.loads((tmp_path / "config.json").read_text()) | {"objective": "not_installed.method"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (part,) = about.section(inputs.read(tmp_path))
+    (part,) = page.about(inputs.read(tmp_path))
     assert not part.arguments["opened"] and part.arguments["values"]["optim.name"] == "sgd"

@@ -33,30 +33,26 @@ def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.nda
     return np.concatenate(out)
 
 
-def open_data(path: str) -> labelled.Images:
-    """Tars in CLIP_benchmark's layout, or a CSV file."""
-    where = Path(path).expanduser()
-    if where.is_file() and where.suffix.lower() == ".csv":
-        return labelled.caption_csv(where)
-    if not where.is_dir() or not labelled.has_tars(where):
-        raise UserError(f"--data=retrieval={path} is neither a folder of tar shards nor a CSV file: give one of them")
-    return labelled.tars(where, "txt", str.splitlines)
-
-
 class Retrieval(ItemTask):
     """The task on `path`: tars in CLIP_benchmark's layout (Flickr30k, COCO), or a CSV file with image and caption."""
 
     title, items = "Retrieval", "images"
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
-        self.settings, self.images = settings, open_data(path)
-        self.count, self.data = len(self.images), str(Path(path).expanduser().resolve())
+        where = Path(path).expanduser()
+        if where.is_file() and where.suffix.lower() == ".csv":
+            self.images = labelled.caption_csv(where)
+        elif where.is_dir() and labelled.has_tars(where):
+            self.images = labelled.tars(where, "txt", str.splitlines)
+        else:
+            raise UserError(f"--data=retrieval={path} is neither a folder of tar shards nor a CSV file: give one")
+        self.settings, self.count, self.data = settings, len(self.images), str(where.resolve())
         self.texts = [caption for captions in self.images.targets for caption in captions]
-        for name, captions in zip(self.images.names, self.images.targets, strict=True):
-            if not captions:
-                raise UserError(f"{path}: {name} has no caption: remove the image or give it one")
+        if 0 in (counts := [len(captions) for captions in self.images.targets]):
+            name = self.images.names[counts.index(0)]
+            raise UserError(f"{path}: {name} has no caption: remove the image or give it one")
         # The number of each caption's image.
-        self.owner = np.repeat(np.arange(self.count), [len(c) for c in self.images.targets])
+        self.owner = np.repeat(np.arange(self.count), counts)
         # As in CLIP_benchmark, a metric is named after what is retrieved.
         self.metrics = {
             f"{what}_retrieval_recall@{k}": {"title": f"{what} retrieval, recall@{k}", "unit": "%"}

@@ -8,7 +8,7 @@ import pytest
 
 from diva_jax.common import errors, imports
 from diva_jax.common.errors import UserError
-from diva_jax.report import about
+from diva_jax.report import page
 from diva_jax.training import workdirs
 
 
@@ -35,7 +35,7 @@ def test_a_workdir_executes_nothing(workdir, config, monkeypatch):
     (workdir / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="names the module 'foreign.evil', which would be executed.*--trust_objective"):
         workdirs.read_config(workdir)
-    assert about._defaults(config | {"backbone": {}}) is None or config["objective"] != "foreign.evil"
+    assert page._defaults(config | {"backbone": {}}) is None or config["objective"] != "foreign.evil"
     assert not (workdir.parent / "executed").exists()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "foreign.evil", imports)

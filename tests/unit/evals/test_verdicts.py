@@ -6,7 +6,7 @@ import pytest
 import report_samples as samples
 
 from diva_jax.common import results_schema
-from diva_jax.evals import results, verdicts
+from diva_jax.evals import results
 
 ENDS = {1: [0.5, 3.0], 0: [-1.0, 2.0], -1: [-4.0, -0.2]}
 
@@ -18,7 +18,7 @@ def summaries(pairs, matches, control=None, **others):
         against = samples.pairs_task(ENDS[control], ENDS[control])["comparisons"][0]
         task["comparisons"] = [*task["comparisons"], against | {"before": "control"}]
         task["comparisons"].insert(0, task["comparisons"][0] | {"after": "control"})
-    return verdicts.summaries({"mmvp": task} | others)
+    return results.summaries({"mmvp": task} | others)
 
 
 @pytest.mark.parametrize("pairs, matches", list(itertools.product(ENDS, ENDS)))
@@ -46,7 +46,7 @@ OTHERS = {"zeroshot": samples.zeroshot_task, "retrieval": samples.retrieval_task
 @pytest.mark.parametrize("given", [c for n in range(4) for c in itertools.combinations(OTHERS, n)], ids=",".join)
 def test_what_was_not_measured_is_said(given):
     (found,) = summaries(1, 0, **{name: OTHERS[name]() for name in given})
-    missing = [title for name, (title, _) in verdicts.COSTS.items() if name not in given]
+    missing = [title for name, (title, _) in results.COSTS.items() if name not in given]
     assert found["not_measured"] == missing
     assert ("a gain in pairs alone is not a result" in found["detail"]) == ("zeroshot" not in given)
     figures = ("zero-shot -0.1 [-0.2, +0.0]", "retrieval -0.3 [-0.6, -0.1], -0.3", "drift 0.973 [0.971, 0.975]")
@@ -65,7 +65,7 @@ def test_the_same_against_a_control(control):
 
 
 def test_nothing_is_said_without_pairs_and_matches():
-    assert verdicts.summaries({"drift": samples.drift_task(), "zeroshot": samples.zeroshot_task()}) == []
+    assert results.summaries({"drift": samples.drift_task(), "zeroshot": samples.zeroshot_task()}) == []
     wrong = samples.drift_task()
     wrong["comparisons"][0]["scores"]["cosine"]["score"] = "0.9"
     assert summaries(1, 1, drift=wrong) == []
@@ -82,7 +82,7 @@ def test_a_verdict_on_something_unknown_is_refused(tmp_path):
 
 def test_the_words_are_first_on_the_screen():
     task = samples.pairs_task(ENDS[1], ENDS[0])
-    lines = results.table({"summary": verdicts.summaries({"mmvp": task}), "tasks": {"mmvp": task}}).splitlines()
+    lines = results.table({"summary": results.summaries({"mmvp": task}), "tasks": {"mmvp": task}}).splitlines()
     assert lines[0].startswith(f"{samples.AFTER} against {samples.BEFORE}: differently calibrated; pairs +1.8 [+0.5, ")
     rows = [line.split() for line in lines if f"-> {samples.AFTER}" in line]
     assert [row[3] for row in rows] == ["pooled", "pooled_match"]
