@@ -30,6 +30,11 @@ _MAX_MESSAGE_CHARS = 10_000
 # Exit codes after signals, as shells have them; a training run that has saved ends with 0 after SIGTERM.
 _SIGINT_CODE, _SIGTERM_CODE = 130, 143
 _FIELD_FLAG = re.compile(r"--?(?:no)?config\.([\w.]+)")
+# The flags that all commands have.
+_EVERYWHERE = {
+    "help": "Print this; with --config=FILE also every field with its value.",
+    "version": "Print the version.",
+}
 # How many signals have raised an exception.
 _handled = 0
 
@@ -113,10 +118,10 @@ def _help(main: Callable, arguments: Sequence[str], describe: Describe | None) -
 
     lines = [f"usage: {' '.join([name, *arguments, '[--FLAG=VALUE ...]'])}", "", module.__doc__.strip(), "", "flags:"]
     for flag in own:
-        if not flag.name.startswith("config."):
+        if not flag.name.startswith("config.") and flag.name not in _EVERYWHERE:
             unset = flag.default in (None, "", [], False) or flag.name == "config"
             lines.append(entry(f"--{flag.name}", flag.help if unset else f"{flag.help} Default: {flag.default}."))
-    lines += [entry("--help", flags.FLAGS["help"].help), "  --version"]
+    lines += [entry(f"--{name}", text) for name, text in _EVERYWHERE.items()]
     if describe and flags.FLAGS["config"].value is not None:
         lines += ["", "fields of the config, with the values that it has:"]
         lines += [entry(f"--config.{path}={value}", doc) for path, value, doc in describe(flags.FLAGS["config"].value)]
@@ -196,8 +201,8 @@ def _prepare() -> None:
         signal.signal(signal.SIGINT, _raises(KeyboardInterrupt, _SIGINT_CODE, "interrupted"))
         signal.signal(signal.SIGTERM, _raises(Terminated, _SIGTERM_CODE, "terminated"))
         sys.unraisablehook = _on_unraisable
-    flags.DEFINE_bool("help", False, "Print this; with --config=FILE also every field with its value.", short_name="h")
-    flags.DEFINE_bool("version", False, "Print the version.")
+    for name, text in _EVERYWHERE.items():
+        flags.DEFINE_bool(name, False, text, short_name="h" if name == "help" else None)
 
 
 def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe | None) -> None:

@@ -232,8 +232,8 @@ class RunAt:
                 run._check_config()
                 return run
             except UserError:
-                # The newest may have been deleted since by a run that trains there and has newer ones.
-                if step is not None or (epath.Path(workdir) / "checkpoints" / str(run.step)).exists():
+                # A run that trains there may have deleted it meanwhile, and then it has newer ones.
+                if step is not None or choose_step(workdir) == run.step:
                     raise
 
     def _check_config(self) -> None:

@@ -75,7 +75,13 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> origins.ClipSo
             f"{listing(sorted(run.params), 3)}: export the weights that it began with, {base.where}"
         )
     described = paths.folder(workdir, "--workdir") / "checkpoints" / str(run.step) / "meta"
-    files = [*base.files, *sorted(described.iterdir())]
+    try:
+        files = [*base.files, *sorted(described.iterdir())]
+    except FileNotFoundError as e:
+        raise UserError(
+            f"the checkpoint of step {run.step} in {workdir} was deleted while it was read, a run trains there: try "
+            "again, or train with a larger config.checkpoint.keep"
+        ) from e
     record = dict(
         workdir=str(workdir),
         step=run.step,

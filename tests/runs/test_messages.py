@@ -1,5 +1,7 @@
 """What the training command prints for help, and for input that is not good: one line that says what to do."""
 
+import re
+
 import commands
 import pytest
 from places import ROOT
@@ -72,6 +74,8 @@ def test_shown(ended, case):
     for text in SHOWN[case][1]:
         assert text in out
     assert "absl" not in out and "--pdb" not in out
+    flags = re.findall(r"^  (--[a-z_]+)", out, re.M)
+    assert len(flags) == len(set(flags))
 
 
 def test_every_config_of_the_repository_is_found_by_name():

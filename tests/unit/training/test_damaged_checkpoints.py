@@ -169,6 +169,7 @@ def test_a_link_to_checkpoints_that_are_gone_is_said(tmp_path):
 
 def test_a_reader_takes_another_one_where_a_trainer_deletes_its_checkpoint(workdir, monkeypatch):
     (workdir / "config.json").write_text('{"steps": 9}')
+    (workdir / "checkpoints" / "12").mkdir()  # As long as not all of it is deleted.
     chosen, choose = iter([12, 15]), workdirs.choose_step
     monkeypatch.setattr(workdirs, "choose_step", lambda *given: next(chosen, None) or choose(*given))
     run = workdirs.RunAt.open(workdir)
