@@ -32,7 +32,7 @@ class Arm:
       objective: as in a config; empty: not tuned.
       fields: of the config, by dotted name.
       teacher: what teaches, a folder of `models.WEIGHTS`, or "random": one of the same size with random weights; empty:
-        the labels.
+        nothing that is kept.
       control: the arm that must be beaten before anything is claimed; empty: a control itself.
       captions: of the training data, one of `records.KINDS`.
     """
@@ -61,6 +61,12 @@ _UNCLIP = {"unclip.latents": "mean", "trainable": (("vision/.*", 1.0), (".*", 0.
 _CONTRAST = {"contrast.weight": 1.0}
 # With the published weight, 0.5, the kernel is too small beside the distance to the untuned encoder to move anything.
 _KUEA = {"kuea.kernel": "cosine", "kuea.kernel_weight": 1000.0, "optim.lr": 1e-3}
+# The weights of the terms are those of the config of ComCLIP, but for the anchor's, which at 1 holds nothing.
+_COMCLIP = {"contrast.weight": 1.0, "relation.weight": 1.0, "optim.lr": 3e-4} | _ANCHOR
+_SALM = {"optim.lr": 1e-3}
+_GENHANCER = {"genhancer.stage1_steps": 500, "genhancer.stage1_lr": 2e-3, "optim.lr": 1e-3}
+# The authors compare 16 images with each other, in 17 passes of the generator per image.
+_DCR = {"dcr.group": 4, "dcr.tile": 640, "condition.warmup_steps": 100, "condition.warmup_lr": 2e-3, "optim.lr": 1e-3}
 _DIVA_NEXT, _UNCLIP_NEXT = {"diva.condition_of": "next"}, {"unclip.condition_of": "next"}
 
 # Learning rates and anchors were searched with seeds from `SEARCH` on; docs/DOES_IT_WORK.md has the commands.
@@ -108,6 +114,30 @@ ARMS = {
         "a random teacher",
         teacher=RANDOM,
     ),
+    **_controlled(
+        "comclip",
+        Arm("ComCLIP, taught by captions and a CLIP of rich captions", "comclip", _COMCLIP, models.TEACHER),
+        "a random teacher; the captions stay",
+        teacher=RANDOM,
+    ),
+    **_controlled(
+        "salm",
+        Arm("SALM, taught by the patch tokens of a CLIP of rich captions", "salm", _SALM, models.TEACHER),
+        "a random teacher",
+        teacher=RANDOM,
+    ),
+    **_controlled(
+        "genhancer",
+        Arm("GenHancer, both stages", "genhancer", _GENHANCER, teacher=""),
+        "its denoiser is not trained",
+        fields={"genhancer.stage1_steps": 0},
+    ),
+    **_controlled(
+        "dcr",
+        Arm("DCR, both stages", "dcr", _DCR),
+        "a random generator, to which the projector is trained",
+        teacher=RANDOM,
+    ),
 }
 
 
@@ -148,6 +178,7 @@ def arm_config(arm: Arm, seed: int, budget: Budget, random: str | os.PathLike = 
     if table:
         c.trainable = table
     if arm.teacher == RANDOM:
-        (c.kuea.teacher if "kuea" in c else c.diffusion).source = str(random)
+        taught_by = c.diffusion if "diffusion" in c else c.kuea.teacher if "kuea" in c else c.teacher
+        taught_by.source = str(random)
     c.data.path = records.path(DATA_SEED + seed, arm.captions)
     return c

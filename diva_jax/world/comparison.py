@@ -82,8 +82,8 @@ def difference(before: Sequence[Mapping], after: Sequence[Mapping], endpoint: st
 def compare(rows: Sequence[Mapping], early: bool = False) -> dict[str, Compared]:
     """Arm -> its comparison at the end of the runs, or `early`, in the order of `arms.ARMS`; arms with changed fields
     come last."""
-    at = {r["early"] if early else r["images"] for r in rows}
-    rows = [r for r in rows if r["after"] in at or r["arm"] == "untuned"]
+    at = "early" if early else "images"
+    rows = [r for r in rows if r["after"] == r[at] or r["arm"] == "untuned"]
     names = list(dict.fromkeys([*arms.ARMS, *(row["arm"] for row in rows)]))
     by_arm = {arm: sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["seed"]) for arm in names}
     untuned, out = by_arm["untuned"], {}

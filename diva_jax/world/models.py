@@ -107,6 +107,7 @@ def base_config(objective: str, diffusion: Mapping | None = None):
         c.genhancer.denoiser.update(
             in_channels=4 * _CHANNELS, vector_dim=96, text_dim=96, width=96, heads=3, axes=(8, 12, 12)
         )
+        c.genhancer.denoiser.double_blocks, c.genhancer.denoiser.single_blocks = 1, 2
         c.genhancer.vae.update(source=str(WEIGHTS / GENERATOR), code=patch_code.PATH, latent_channels=_CHANNELS)
         c.genhancer.vae.scaling_factor = DIFFUSION["vae"]["scaling_factor"]
     c.teacher.update(dataclasses.asdict(dataclasses.replace(SPEC, source=str(WEIGHTS / TEACHER))))

@@ -26,8 +26,8 @@ class PatchCodeConfig:
       scaling_factor: factor by which the code is multiplied.
     """
 
-    patch_size: int = 4
-    latent_channels: int = 12
+    patch_size: int = 8
+    latent_channels: int = 64
     in_channels: int = 3
     scaling_factor: float = 1.0
 

@@ -87,20 +87,24 @@ class Tuner:
 
     def __init__(self, arm: Arm, budget: arms.Budget, folder: Path):
         random = folder / f"random_{arm.objective}"
-        if arm.teacher == arms.RANDOM and not random.exists():
-            if arm.objective == "kuea":
-                models.write_new_clip(random, seed=77)
-            else:
-                models.write_new_diffusion(random, models.DIFFUSION, seed=77)
         self._config = partial(arms.arm_config, arm, budget=budget, random=random)
         config, self._early = self._config(0), budget.early // budget.batch_size
+        if arm.teacher == arms.RANDOM and not random.exists():
+            if "diffusion" in config:
+                models.write_new_diffusion(random, models.DIFFUSION, seed=77)
+            else:
+                models.write_new_clip(random, seed=77)
         self.program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
         self.steps = Steps(self.program)
 
     def run(self, seed: int) -> Iterator[tuple[int, Towers, float]]:
-        """Trains with one seed; yields (images seen, tuned towers, loss), see `trained`, early and at the end."""
-        for step, arrays, loss in trained(self.steps, self.initial(seed), self._early):
-            yield step * self.program.config.batch_size, self.program.towers(arrays), loss
+        """Trains with one seed; yields (images seen, tuned towers, loss), see `trained`, early and at the end.
+
+        The images of a stage before the last one, in which the encoder rests, are not counted.
+        """
+        begun = self.program.stages[-1].start
+        for step, arrays, loss in trained(self.steps, self.initial(seed), begun + self._early):
+            yield (step - begun) * self.program.config.batch_size, self.program.towers(arrays), loss
 
     def initial(self, seed: int) -> dict[str, jax.Array]:
         """All weights at step 0; the config of the program is that of the seed afterwards."""
