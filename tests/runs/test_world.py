@@ -106,7 +106,22 @@ def test_an_experiment_goes_on_where_it_stopped(world, tmp_path):
     assert comparison.compare(both, early=True)["judge"].seeds == 2
 
 
-@pytest.mark.parametrize("name", ["unclip", pytest.param("kuea_control", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [n for n in arms.ARMS if not n.endswith("_control") and n != "untuned"])
+def test_every_arm_can_be_built_and_tunes_the_vision_tower_last(world, tmp_path, name):
+    program = tuning.Tuner(arms.find(name), BUDGET, tmp_path).program
+    assert any(n.startswith("vision/") for n in program.active(len(program.stages) - 1))
+
+
+def test_images_of_an_earlier_stage_are_not_counted(world, tmp_path):
+    arm = arms.find("genhancer")
+    arm = dataclasses.replace(arm, fields=arm.fields | {"genhancer.stage1_steps": 2})
+    assert [after for after, _, _ in tuning.Tuner(arm, BUDGET, tmp_path).run(0)] == [8, 24]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unclip", *(pytest.param(n, marks=pytest.mark.slow) for n in ("kuea_control", "salm_control", "dcr_control"))],
+)
 def test_arms_move_the_encoder_and_say_why(world, tmp_path, name):
     tuner = tuning.Tuner(arms.find(name), BUDGET, tmp_path)
     towers, loss = list(tuner.run(0))[-1][1:]

@@ -62,10 +62,11 @@ def test_every_arm_has_a_valid_config_and_the_same_budget(name):
     arm = arms.find(name)
     c = arms.arm_config(arm, 2, arms.Budget(1600, 16), "x")
     config.validate(c, 1)
-    assert objectives.stages(c)[-1].end == c.steps == 100 and c.seed == 2
+    last = objectives.stages(c)[-1]
+    assert last.end - last.start == c.steps == 100 and c.seed == 2
     assert not arm.control or arm.control in arms.ARMS
     if arm.teacher == arms.RANDOM:
-        assert (c.kuea.teacher if "kuea" in c else c.diffusion).source == "x"
+        assert '"source": "x"' in c.to_json()
     if arm.control:
         control = arms.arm_config(arms.find(arm.control), 2, arms.Budget(1600, 16), "x")
         assert control.to_json() != c.to_json()
