@@ -39,7 +39,6 @@ _HLO = flags.DEFINE_string("hlo", None, "Write the optimised HLO text to this fi
 _JSON = flags.DEFINE_string("json", None, "Write the report to this file as JSON; '-' prints it instead of the tables.")
 
 _GIB = 2**30
-# Part of the HBM in a report -> its name in the compiler's analysis of memory.
 # By default, libtpu queries the machine's metadata service and environment for its slice, and can be loaded by only one
 # process per machine. Neither is needed for compilation.
 _ENVIRONMENT = {

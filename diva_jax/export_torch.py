@@ -31,6 +31,7 @@ cli.define_trust()
 
 
 def main() -> None:
+    given, options = _WORKDIR.value or _SOURCE.value, (_LICENSE, _BASE, _RESULTS, _HUB, _TOKENIZER)
     if bool(_WORKDIR.value) == bool(_SOURCE.value):
         raise UserError("give either --workdir (a run) or --source (any CLIP weights)")
     if not _OUT.value:
@@ -46,18 +47,14 @@ def main() -> None:
 
     config = None if _CONFIG.value is None else cli.config_of(_CONFIG)
     if _WORKDIR.value:
-        configs.check_runs([_WORKDIR.value])
-    spec = spec_of(config) if _SOURCE.value and config else None
-    publish.export(
-        _WORKDIR.value or _SOURCE.value,
-        _OUT.value,
-        _FORMAT.value,
-        _DTYPE.value,
-        publish.ExportOptions(_LICENSE.value, _BASE.value, _RESULTS.value, _HUB.value, _TOKENIZER.value or ""),
-        run=bool(_WORKDIR.value),
-        step=_STEP.value,
-        spec=spec,
-    )
+        configs.check_runs([given])
+    card = publish.ExportOptions(*(flag.value or "" for flag in options))
+    run = {
+        "run": bool(_WORKDIR.value),
+        "step": _STEP.value,
+        "spec": spec_of(config) if _SOURCE.value and config else None,
+    }
+    publish.export(given, _OUT.value, _FORMAT.value, _DTYPE.value, card, **run)
 
 
 def entry() -> None:

@@ -11,6 +11,7 @@ config.kernels=auto reads them. On a slice, start the same command on every mach
 toy (configs/tiny.py), and kernels are interpreted.
 """
 
+import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Callable
@@ -34,12 +35,12 @@ _UNLESS = flags.DEFINE_bool("unless_kept", False, "Do nothing where results for 
 _SECONDS, _KERNELS_SECONDS = 240.0, 150.0  # Of the whole check, and of that of the kernels.
 
 
+@dataclasses.dataclass
 class Table:
     """Prints a row as soon as it is known, and keeps what the last line says."""
 
-    def __init__(self):
-        self.words: list[str] = []
-        self.failed: list[str] = []
+    words: list[str] = dataclasses.field(default_factory=list)
+    failed: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, name: str, run: Callable[[], tuple]) -> tuple:
         """Runs a check, prints its row, and returns its result: (verdict or whether it is right, sentence, ...)."""
@@ -60,8 +61,7 @@ class Table:
 
 def _about() -> tuple[str, str]:
     """Versions, devices and their memory."""
-    found = machine.describe()
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    found, limit = machine.describe(), (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     memory = f" with {limit / 2**30:.2f} GiB" if limit else ""
     tpu = {"libtpu": importlib.metadata.version("libtpu")} if jax.default_backend() == "tpu" else {}
     versions = ", ".join(f"{name} {version}" for name, version in (found["versions"] | tpu).items())

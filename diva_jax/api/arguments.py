@@ -5,12 +5,9 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from diva_jax import config as configs
 from diva_jax.common import near
-from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.common.errors import UserError, brief
 
 
 def named(*others: str) -> Callable[[Callable], Callable]:
@@ -42,20 +39,6 @@ def chosen(name: str, value: Any, choices: Collection[str]) -> None:
         meant = near.nearest(value, choices) if isinstance(value, str) else []
         advice = f"did you mean {' or '.join(meant)}?" if meant else "give one of these"
         raise UserError(f"{name}={brief(value)} is none of {', '.join(choices)}: {advice}")
-
-
-def parameters(given: Mapping[str, Any], wanted: Mapping[str, Any], hint: str) -> dict[str, Any]:
-    """Arrays by name as a dict. A UserError, with the `hint` of what to give instead, where a name is missing or
-    unknown, or an array has another shape than in `wanted` or is not of floats."""
-    given = mapping("params", given, hint)
-    wrong = [f"lacks {n}" for n in wanted if n not in given] + [f"has {n}" for n in given if n not in wanted]
-    for name in wanted.keys() & given.keys():
-        shape, dtype = np.shape(given[name]), np.dtype(getattr(given[name], "dtype", object))
-        if shape != tuple(wanted[name].shape) or not jnp.issubdtype(dtype, np.floating):
-            wrong.append(f"has {name} as {dtype} {list(shape)} and not as floats {list(wanted[name].shape)}")
-    if wrong:
-        raise UserError(f"params {listing(sorted(wrong), 5)}: give all of {hint}, with values of your own")
-    return given
 
 
 def mapping(name: str, value: Any, example: str) -> dict[str, Any]:

@@ -129,7 +129,17 @@ class Loss:
         return Result(float(value), {name: float(v) for name, v in metrics.items()}, gradients)
 
     def _complete(self, params: Mapping[str, jax.Array] | None) -> dict[str, jax.Array]:
-        return self.params if params is None else arguments.parameters(params, self.params, "Loss.params")
+        """All parameters; a UserError where one is missing or unknown, of another shape or not of floats."""
+        given = self.params if params is None else arguments.mapping("params", params, "Loss.params")
+        wrong = [f"lacks {n}" for n in self.params if n not in given]
+        wrong += [f"has {n}" for n in given if n not in self.params]
+        for name in self.params.keys() & given.keys():
+            want, shape, dtype = self.params[name].shape, np.shape(given[name]), getattr(given[name], "dtype", object)
+            if shape != tuple(want) or not jnp.issubdtype(dtype, np.floating):
+                wrong.append(f"has {name} as {np.dtype(dtype)} {list(shape)} and not as floats {list(want)}")
+        if wrong:
+            raise UserError(f"params {listing(sorted(wrong), 5)}: give all of Loss.params, with values of your own")
+        return given
 
     @arguments.named()
     def towers(self, params: Mapping[str, jax.Array] | None = None) -> dict[str, jax.Array]:
@@ -145,12 +155,10 @@ class Loss:
         Raises:
           UserError: a parameter is missing, or has another shape or dtype.
         """
-        found = self._program.towers({**self.frozen, **self._complete(params)})
-        return {
-            name if name == tower else f"{tower}/{name}": array
-            for tower, arrays in found.items()
-            for name, array in arrays.items()
-        }
+        out = {}
+        for tower, arrays in self._program.towers({**self.frozen, **self._complete(params)}).items():
+            out |= {name if name == tower else f"{tower}/{name}": array for name, array in arrays.items()}
+        return out
 
     def _checked(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if missing := [name for name in self.inputs if name not in batch]:

@@ -211,21 +211,18 @@ LAYOUTS: dict[str, Callable[[_Row], Item | None]] = {
 }
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row) of each element of a JSON list, or of each value of a JSON object."""
-    value = texts.parse_json(texts.read_text(file), str(file))
+def _json_rows(file: Path, lines: bool) -> Iterator[tuple[str, Any]]:
+    """(where, row) of each line that is not blank, or of each element of a list or value of an object."""
+    text = texts.read_text(file)
+    if lines:
+        numbered = ((f"{file}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+        yield from ((where, texts.parse_json(line, where)) for where, line in numbered)
+        return
+    value = texts.parse_json(text, str(file))
     if not isinstance(value, list | dict):
         raise UserError(f"{file} holds neither a list nor an object: fetch it again")
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    return ((f"{file}, row {str(key)[:60]}", row) for key, row in pairs)
-
-
-def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row) of each line of a JSON-lines file that is not blank."""
-    for number, line in enumerate(texts.read_text(file).split("\n"), 1):
-        if line.strip():
-            where = f"{file}, line {number}"
-            yield where, texts.parse_json(line, where)
+    for key, row in value.items() if isinstance(value, dict) else enumerate(value):
+        yield f"{file}, row {str(key)[:60]}", row
 
 
 def _csv_items(file: Path) -> Iterable[tuple[str, Any]]:
@@ -249,10 +246,8 @@ def _csv_items(file: Path) -> Iterable[tuple[str, Any]]:
 
 def read_items(file: Path, layout: str, images: Path) -> list[Item]:
     """The items of a file in one of `LAYOUTS`; a UserError names the file and row that is wrong or whose image is."""
-    if layout == "winoground" or (layout == "own" and file.suffix.lower() in (".jsonl", ".json")):
-        rows = _json_lines(file)
-    else:
-        rows = _csv_items(file) if layout == "own" else _json_rows(file)
+    own_table = layout == "own" and file.suffix.lower() not in (".jsonl", ".json")
+    rows = _csv_items(file) if own_table else _json_rows(file, layout in ("own", "winoground"))
     is_file = functools.cache(texts.is_file)
     items = [item for where, value in rows if (item := LAYOUTS[layout](_Row(file, where, value, images, is_file)))]
     if layout == "whatsup":

@@ -71,7 +71,7 @@ class Towers:
         self._rows = NamedSharding(mesh, sharding.BATCH)
         self._pixels = jax.ShapeDtypeStruct((spec.image_size, spec.image_size, 3), np.uint8)
         self._encode_images = self._compiled(self._image_step, static_argnames="readout")
-        self._encode_texts = self._compiled(self._text_step)
+        self._encode_texts = self._compiled(lambda arrays, ids: self._text.merge(arrays).encode(ids))
         self._encode_dense = self._compiled(self._dense_step, static_argnames="last")
 
     @functools.cached_property
@@ -94,9 +94,6 @@ class Towers:
         features = self._vision.merge(arrays).encode(self._normalised(pixels))
         out = {"pooled": features.pooled.astype(jnp.float32)}
         return out if readout is None else out | {"published": read_out(readout, features, weights)}
-
-    def _text_step(self, arrays, ids: Array) -> Array:
-        return self._text.merge(arrays).encode(ids).astype(jnp.float32)
 
     def _dense_step(self, arrays, pixels: Array, *, last: str) -> Array:
         """uint8 [B, S, S, 3] -> patch tokens [B, P, D]."""
@@ -168,7 +165,7 @@ class Towers:
         """Computes the embeddings of token ids int32 [N, context_length]: float32 [N, D], not normalised."""
         like = jax.ShapeDtypeStruct(ids.shape[1:], ids.dtype)
         step = partial(self._encode_texts, arrays)
-        return np.concatenate(list(self._outputs(step, lambda i: (ids[i],), len(ids), like)))
+        return np.concatenate(list(self._outputs(step, lambda i: (ids[i],), len(ids), like))).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

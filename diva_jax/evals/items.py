@@ -145,9 +145,7 @@ class ClassificationTask(ItemTask):
 
     def values(self, metric: str, held: dict[str, np.ndarray]) -> Values:
         """Whether each image is classified correctly; the recall, a mean over classes, has no McNemar test."""
+        prefix = metric.removesuffix(_RECALL).removesuffix("acc5").removesuffix("acc1")
         if metric.endswith(_RECALL):
-            prefix = metric.removesuffix(_RECALL)
             return Values(held[prefix][:, 0], strata=self.classified[prefix].labels, tested=False)
-        if metric.endswith("acc5"):
-            return Values(held[metric.removesuffix("acc5")].any(axis=1))
-        return Values(held[metric.removesuffix("acc1")][:, 0])
+        return Values(held[prefix].any(axis=1) if metric.endswith("acc5") else held[prefix][:, 0])

@@ -61,11 +61,6 @@ def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _harmless(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula: a text that begins as one gets an apostrophe before it."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_PREFIXES) else value
-
-
 def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
     """Writes results.json and predictions.csv, each renamed into place when it is complete. A UserError where the
     folder cannot be written; a RunError after that where scores have not the form of `results_schema.Results`."""
@@ -79,7 +74,9 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
             # Every text is quoted: Python would leave out the quotes around a carriage return, which ends a row.
             writer = csv.DictWriter(f, [*COLUMNS, *extra], lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
             writer.writeheader()
-            writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
+            for row in rows:  # A text that a spreadsheet takes for a formula gets an apostrophe before it.
+                formulas = {k for k, v in row.items() if isinstance(v, str) and v.startswith(_FORMULA_PREFIXES)}
+                writer.writerow({k: f"'{v}" if k in formulas else v for k, v in row.items()})
         content = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
         paths.write_whole(folder / "results.json", content.encode("utf-8", "backslashreplace"))
     except OSError as e:

@@ -39,13 +39,12 @@ def write(folder: epath.PathLike) -> list[epath.Path]:
     body = page.sections(content)
     charts = page.charts(body)
     target, images = content.folder / "report.html", content.folder / "report"
+    if not paths.is_remote(images) and os.path.islink(images):
+        raise UserError(f"{images} is a link, through which nothing is written: remove it")
+    written = [target, *(images / f"{name}.png" for name in _file_names(c.name for c in charts))]
     try:
-        if not paths.is_remote(images) and os.path.islink(images):
-            raise UserError(f"{images} is a link, through which nothing is written: remove it")
-        written = [target]
-        for name, chart in zip(_file_names(c.name for c in charts), charts, strict=True):
-            written.append(images / f"{name}.png")
-            paths.write_whole(written[-1], chart.png())
+        for path, chart in zip(written[1:], charts, strict=True):
+            paths.write_whole(path, chart.png())
         paths.write_whole(target, page.html(content, body).encode("utf-8", "backslashreplace"))
     except OSError as e:
         raise UserError(f"{folder}: the report cannot be written ({e}): check the permissions of the folder") from e

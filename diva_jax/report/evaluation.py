@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from diva_jax.common.results_schema import Comparison, Difference, Metric, Results, Score, Summary, Task
+from diva_jax.common.results_schema import Comparison, Difference, Metric, Results, Score, Summary, Task, Weights
 from diva_jax.evals.results import LESS, MORE
 from diva_jax.report import alarms, images, wording
 from diva_jax.report.charts import Row, Series, arrows, bars, legend, points
@@ -12,6 +12,8 @@ from diva_jax.report.inputs import Inputs
 from diva_jax.report.sections import Cell, Label, Part, Section
 from diva_jax.report.wording import Finding
 
+# Weights that a task has scores of: the index of their colour, their label, and their scores.
+Used = list[tuple[int, str, Weights]]
 _NO_IMPROVEMENT = "Not an improvement: see the first lines of this page."
 
 
@@ -44,8 +46,9 @@ def _finding(task: Task, c: Comparison, metric: str, several: bool, doubted: boo
     what = f"{task.title}, {info.title}" + (f", {c.after}" if several else "")
     what += f" against the control {c.before}" if control else ""
     before, after = (task.weights[label].scores[metric] for label in (c.before, c.after))
-    test = wording.mcnemar(difference.mcnemar, task.items)
-    meaning = wording.verdict(difference, info.direction) + (f" {test}." if test else "")
+    meaning = wording.verdict(difference, info.direction)
+    if test := difference.mcnemar:
+        meaning += f" {test.won} {task.items} won, {test.lost} lost, exact McNemar p {wording.p_value(test.p)}."
     kind = wording.direction(difference, info.direction, doubted)
     if control and info.direction and not kind.endswith(("won", "doubted")):
         meaning = f"{c.after} does not beat the control, so nothing can be claimed. {meaning}"
@@ -74,7 +77,8 @@ def sections(inputs: Inputs) -> list[Section]:
     out = [Section("Matches and zero-shot", [Part("charts", charts=kept)])] if (kept := _kept(inputs.results)) else []
     for name, task in inputs.results.tasks.items():
         parts = [_score_table(labels, task, doubted), *_between(task), *_zero_lines(task)]
-        charts = _patterns(name, task, labels) + _timesteps(name, task, labels) or _all_scores(name, task, labels)
+        used = [(i, label, task.weights[label]) for i, label in enumerate(labels) if label in task.weights]
+        charts = _patterns(name, task, used) + _timesteps(name, task, used) or _all_scores(name, task, used)
         parts += [Part("charts", charts=charts)] if charts else []
         parts += images.segmented(task, labels)
         count = f"{task.count:,} {task.items}" if task.count else ""
@@ -84,23 +88,20 @@ def sections(inputs: Inputs) -> list[Section]:
 
 def _kept(results: Results) -> list[Chart]:
     """Returns one chart of matches against zero-shot accuracy, with an arrow for each comparison with the reference."""
-    found = [(v, results.tasks[v.task]) for s in results.summary for v in s.verdicts]
-    found = [(v, task) for v, task in found if v.matches in task.metrics]
+    found = [(results.tasks[v.task], v.matches) for s in results.summary for v in s.verdicts]
+    found = [(task, metric) for task, metric in found if metric in task.metrics]
     cost = results.tasks.get("zeroshot")
     if not (found and cost and "acc1" in cost.metrics):
         return []
-    verdict, task = found[0]
-    data = {}
+    (task, metric), data = found[0], {}
     for i, label in enumerate(results.labels):
-        scores = [
-            t.weights[label].scores.get(m) for t, m in ((cost, "acc1"), (task, verdict.matches)) if label in t.weights
-        ]
+        scores = [t.weights[label].scores.get(m) for t, m in ((cost, "acc1"), found[0]) if label in t.weights]
         if len(scores) == 2 and all(scores):
             data[label] = (i, *scores)
     if results.labels[0] not in data or len(data) < 2:
         return []
     draw = partial(arrows, data=list(data.values()), x_title="zero-shot accuracy, %")
-    title = f"{task.title}, {task.metrics[verdict.matches].title} [%], against zero-shot accuracy [%]"
+    title = f"{task.title}, {task.metrics[metric].title} [%], against zero-shot accuracy [%]"
     note = "Arrows lead from the reference; whiskers are 95% intervals. To the right and up is better."
     return [Chart("matches-zeroshot", title, [(label, i) for label, (i, *_) in data.items()], draw, note=note)]
 
@@ -162,32 +163,31 @@ def _zero_lines(task: Task) -> Iterator[Part]:
                 yield Part("paragraph", line=f"{line}signal about the image in the U-Net's feedback.", kind="plain")
 
 
-def _patterns(name: str, task: Task, labels: list[str]) -> list[Chart]:
+def _patterns(name: str, task: Task, used: Used) -> list[Chart]:
     """Returns one bar chart per metric with one row per pattern; all charts have the same axis."""
     charts = []
     for metric, info in task.metrics.items():
         if info.answers in ("text", "group"):
             continue
         groups: dict[str, list] = {}
-        for i, label in enumerate(labels):
-            for p in task.weights[label].patterns if label in task.weights else ():
+        for i, label, weights in used:
+            for p in weights.patterns:
                 if s := p.scores.get(metric):
                     groups.setdefault(p.name, []).append(_bar(label, i, s, info.unit, p.name))
         if groups:
             rows = [Row(pattern, values) for pattern, values in groups.items()]
             charts.append((f"{name}-patterns-{metric}", f"Score per pattern, {info.title}", rows, info.unit))
-    high = _axis_end([row for _, _, rows, _ in charts for row in rows])
-    return in_pairs([_bar_chart(*chart, high) for chart in charts])
+    return in_pairs(_bar_charts(charts))
 
 
-def _all_scores(name: str, task: Task, labels: list[str]) -> list[Chart]:
+def _all_scores(name: str, task: Task, used: Used) -> list[Chart]:
     """Returns a bar chart of all scores in percent if there are at least two of them."""
-    used, rows = [(i, label) for i, label in enumerate(labels) if label in task.weights], []
+    rows = []
     for metric, info in task.metrics.items():
-        scores = [(i, label, task.weights[label].scores.get(metric)) for i, label in used if info.unit == "%"]
+        scores = [(i, label, weights.scores.get(metric)) for i, label, weights in used if info.unit == "%"]
         if values := [_bar(label, i, s, "%", info.title) for i, label, s in scores if s]:
             rows.append(Row(info.title, values))
-    return [_bar_chart(f"{name}-scores", "Scores", rows, "%", _axis_end(rows))] if len(rows) > 1 else []
+    return _bar_charts([(f"{name}-scores", "Scores", rows, "%")]) if len(rows) > 1 else []
 
 
 def _bar(label: str, index: int, s: Score, unit: str, what: str) -> tuple:
@@ -197,27 +197,25 @@ def _bar(label: str, index: int, s: Score, unit: str, what: str) -> tuple:
     return label, index, s.score, ends, f"{what}\n{label}: {wording.number(s.score, unit)}{unit}{between}"
 
 
-def _axis_end(rows: list[Row]) -> float:
-    """Returns the upper end of an axis of percentages: 100 if the largest value exceeds 80, else that value."""
-    reach = max((e for r in rows for v in r.values for e in (v[2], *(v[3] or ()))), default=0.0)
-    return 100.0 if reach > 80 else max(reach, 1.0)
+def _bar_charts(charts: list[tuple[str, str, list[Row], str]]) -> list[Chart]:
+    """Charts (name, title, rows, unit) with one axis, to 100 if the largest value exceeds 80, else to that value."""
+    ends = [e for _, _, rows, _ in charts for r in rows for v in r.values for e in (v[2], *(v[3] or ()))]
+    high, out = 100.0 if max(ends, default=0.0) > 80 else max([1.0, *ends]), []
+    for name, title, rows, unit in charts:
+        values = [v for r in rows for v in r.values]
+        note = "Whiskers are 95% intervals; where all items agree there is none." * any(v[3] for v in values)
+        legend = list(dict.fromkeys((v[0], v[1]) for v in values))
+        out.append(Chart(name, title, legend, partial(bars, data=rows, unit=unit, high=high), note=note))
+    return out
 
 
-def _bar_chart(name: str, title: str, rows: list[Row], unit: str, high: float) -> Chart:
-    whiskers = any(v[3] for r in rows for v in r.values)
-    note = "Whiskers are 95% intervals; where all items agree there is none." if whiskers else ""
-    legend = list(dict.fromkeys((v[0], v[1]) for r in rows for v in r.values))
-    return Chart(name, title, legend, partial(bars, data=rows, unit=unit, high=high), note=note)
-
-
-def _timesteps(name: str, task: Task, labels: list[str]) -> list[Chart]:
+def _timesteps(name: str, task: Task, used: Used) -> list[Chart]:
     """Returns one chart per metric of the diffusion feedback: scores at the centres of the timestep bins."""
     charts = []
     for metric, info in task.metrics.items():
         data = []
-        for i, label in enumerate(labels):
-            bins = task.weights[label].timesteps if label in task.weights else ()
-            if bins := [b for b in bins if metric in b.scores]:
+        for i, label, weights in used:
+            if bins := [b for b in weights.timesteps if metric in b.scores]:
                 places = [((b.low + b.high) / 2, b.scores[metric].score) for b in bins]
                 data.append(Series(label, i, places, [b.scores[metric].known_interval for b in bins]))
         if data:

@@ -51,8 +51,7 @@ class Run:
     @property
     def total(self) -> int | None:
         """Number of steps of the whole run, or None if the config does not contain it."""
-        steps = self.config.get("steps")
-        return int(steps) + self.warmup if _usable(steps) else None
+        return int(steps) + self.warmup if _usable(steps := self.config.get("steps")) else None
 
     @property
     def warmup(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 from typing import NamedTuple
 
-from diva_jax.common.results_schema import Difference, McNemar, Score
+from diva_jax.common.results_schema import Difference, Score
 
 DASH = "–"
 # A row that needs more decimals has each of its numbers with its own power of ten.
@@ -89,9 +89,8 @@ def direction(difference: Difference, better: str, doubted: bool = False) -> str
     if not known or (difference.runs_interval and not difference.sign):
         return "zero"
     up = difference.difference > 0
-    colour = "" if not better else ("won" if up == (better == "higher") else "lost")
-    if doubted and colour == "won":
-        colour = "doubted"
+    won = "doubted" if doubted else "won"
+    colour = "" if not better else won if up == (better == "higher") else "lost"
     return f"{'up' if up else 'down'} {colour}".strip()
 
 
@@ -125,13 +124,6 @@ def verdict(difference: Difference, better: str) -> str:
 def p_value(p: float) -> str:
     """Formats a p value with its relation: `< 0.001`, `= 0.039`."""
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
-
-
-def mcnemar(test: McNemar | None, items: str) -> str:
-    """Formats a test: `10 pairs won, 2 lost, exact McNemar p = 0.039`, or "" for None."""
-    if not test:
-        return ""
-    return f"{test.won} {items} won, {test.lost} lost, exact McNemar p {p_value(test.p)}"
 
 
 def duration(seconds: float) -> str:

@@ -59,13 +59,11 @@ class Drift(Task):
     title, items = "Drift", "images"
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
-        options = DriftOptions(**section)
-        root = Path(path).expanduser()
+        root, self.settings, self.k = Path(path).expanduser(), settings, DriftOptions(**section).neighbours
         if not root.is_dir():
             raise UserError(f"--data=drift={path} is not a folder: give one with images in it")
         paths = labelled.folder_images(root)
-        self.settings, self.count, self.data = settings, len(paths), str(root.resolve())
-        self.k = options.neighbours
+        self.count, self.data = len(paths), str(root.resolve())
         if self.count <= self.k + 1:
             raise UserError(
                 f"{root} has {self.count} images, too few for {self.k} neighbours of each: give more images, or "
@@ -82,9 +80,8 @@ class Drift(Task):
         """The effective rank; the embeddings are held for `compare`."""
         x = encode.unit(model.images(self.images.read, self.count)["pooled"])
         scores = {"effective_rank": {"score": effective_rank(x), "interval": None}}
-        return Outcome(
-            {"scores": scores}, [], {"embeddings": x, "neighbours": neighbours(x, self.k), "label": model.label}
-        )
+        held = {"embeddings": x, "neighbours": neighbours(x, self.k), "label": model.label}
+        return Outcome({"scores": scores}, [], held)
 
     def compare(self, before: Outcome, after: Outcome) -> dict:
         """Mean cosine and overlap with intervals, the change of effective rank, and one row per image and metric."""

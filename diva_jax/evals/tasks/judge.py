@@ -110,9 +110,8 @@ class Judge(Choice):
 
     def _pixels(self, i: int) -> np.ndarray:
         """The image as the encoder's preprocessing shows it, at the VAE's resolution, uint8 [S, S, 3]."""
-        objective = self.program.objective
-        spec = objective.spec
-        return images.prepare(self._read(i), objective.image_size, spec.resize_mode, spec.interpolation)
+        size, spec = self.program.objective.image_size, self.program.objective.spec
+        return images.prepare(self._read(i), size, spec.resize_mode, spec.interpolation)
 
     def _keys(self, numbers: Sequence[int]) -> np.ndarray:
         """Key data, one key per image, of the seed and the image's number."""
@@ -150,13 +149,9 @@ class Judge(Choice):
         held, rows, further = self.graded(
             lambda of_images, of_texts: np.array([[errors[i, -1] - errors[i, t] for t in of_texts] for i in of_images])
         )
-        config = self.program.config
-        low, high = self.program.objective.timestep_range
-        note = (
-            f"scores of {config.diffusion.source} alone, whatever the weights: {self.options.draws} draws per image of "
-            f"timesteps {low} to {high - 1}, in {config.dtype}"
-        )
-        return held, rows, further | {"notes": [note]}
+        config, (low, high) = self.program.config, self.program.objective.timestep_range
+        note = f"scores of {config.diffusion.source} alone, whatever the weights: {self.options.draws} draws per image"
+        return held, rows, further | {"notes": [f"{note} of timesteps {low} to {high - 1}, in {config.dtype}"]}
 
     def evaluate(self, model) -> Outcome:
         """The same for all weights."""

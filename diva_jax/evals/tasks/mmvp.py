@@ -224,10 +224,8 @@ class Mmvp(ItemTask):
                 pair = slice(2 * n, 2 * n + 2)
                 flip = {"metric": metric, "item": int(n), "group": self.patterns[n // self.per_pattern]}
                 flip |= {"won": bool(now[n]), "texts": [q.text for q in self.questions[pair]]}
-                flip["images"] = [str(q.image.resolve()) for q in self.questions[pair]]
-                flipped.append(
-                    flip | {side: p[pair].tolist() for side, p in zip(("before", "after"), first, strict=True)}
-                )
+                flip |= {"images": [str(q.image.resolve()) for q in self.questions[pair]]}
+                flipped.append(flip | {"before": first[0][pair].tolist(), "after": first[1][pair].tolist()})
         return super().compare(before, after) | {"flipped": flipped}
 
 

@@ -42,17 +42,15 @@ def splits(path: str) -> tuple[str, str]:
     and `test` (or `val`). A UserError where it is neither, or both splits are the same."""
     if path.startswith("train="):
         train, _, test = path.removeprefix("train=").partition(",test=")
-        if not (train and test):
-            raise UserError(f"--data=probe={path} must read train=PATH,test=PATH")
-    else:
-        root = Path(path).expanduser()
-        name = next((name for name in _TEST_FOLDERS if (root / name).is_dir()), None)
-        if name is None or not (root / "train").is_dir():
-            raise UserError(f"{root} has no folders train and test: give one that has, or train=PATH,test=PATH")
-        train, test = str(root / "train"), str(root / name)
-    if train == test:
-        raise UserError(f"--data=probe={path} names one split twice: give a training and a test split")
-    return train, test
+        if not train or not test or train == test:
+            wrong = "names one split twice" if train == test else "has one split alone"
+            raise UserError(f"--data=probe={path} {wrong}: it must read train=PATH,test=PATH")
+        return train, test
+    root = Path(path).expanduser()
+    name = next((name for name in _TEST_FOLDERS if (root / name).is_dir()), None)
+    if name is None or not (root / "train").is_dir():
+        raise UserError(f"{root} has no folders train and test: give one that has, or train=PATH,test=PATH")
+    return str(root / "train"), str(root / name)
 
 
 def _check_labels(train: labelled.Images, test: labelled.Images) -> None:
@@ -74,22 +72,19 @@ class Probe(ClassificationTask):
     title = "Probes"
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
-        options = ProbeOptions(**section)
-        self.options, self.settings = options, settings
+        self.options, self.settings = ProbeOptions(**section), settings
         paths = splits(path)
         self.train, self.test = (zeroshot.open_data(p, "probe") for p in paths)
         _check_labels(self.train, self.test)
         self.train_labels = np.asarray(self.train.targets)
         self.count = len(self.test)
-        if options.neighbours > len(self.train):
-            raise UserError(
-                f"config.eval.probe.neighbours={options.neighbours} is more than the {len(self.train)} training images"
-            )
+        if (k := self.options.neighbours) > len(self.train):
+            raise UserError(f"config.eval.probe.neighbours={k} is more than the {len(self.train)} training images")
         self.data = "train={},test={}".format(*map(resolved, paths))
         self._labels = int(self.train_labels.max()) + 1
         names = self.test.classes or []
         names = [*names, *map(str, range(len(names), self._labels))]
-        titles = {"linear_": "linear probe", "knn_": f"{options.neighbours} nearest neighbours"}
+        titles = {"linear_": "linear probe", "knn_": f"{k} nearest neighbours"}
         self.set_classified({k: Classified(title, self.test, names, self._labels >= AT) for k, title in titles.items()})
 
     def _weight_decay(self, x: np.ndarray) -> float:

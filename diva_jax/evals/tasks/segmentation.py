@@ -81,16 +81,8 @@ class Set:
     names: Sequence[str]
 
 
-def _published() -> dict[str, Set]:
-    """The sets of segmentation.json, in which `names` are keys of lists. COCO's are its 80 objects, COCO-Stuff's also
-    its 91 classes of stuff, whose published names are like wall-brick and wall-other; a value is the class's number in
-    COCO less one."""
-    content = json.loads(Path(__file__).with_name("segmentation.json").read_text("utf-8"))
-    named = {set: [name for key in row["names"] for name in content[key]] for set, row in content["sets"].items()}
-    return {set: Set(**row | {"names": named[set]}) for set, row in content["sets"].items()}
-
-
-SETS = _published()
+_CONTENT = json.loads(Path(__file__).with_name("segmentation.json").read_text("utf-8"))
+SETS = {name: Set(**row) for name, row in _CONTENT["sets"].items()}
 
 
 def class_names(given: str, subject: Set, root: Path) -> list[list[str]]:
@@ -183,9 +175,8 @@ def read_labels(path: Path, subject: Set) -> np.ndarray:
 
 def starts(length: int, window: int, stride: int) -> list[int]:
     """Where windows begin along a side of `length` pixels, at least `window`; the last one ends with the side."""
-    return [
-        min(i, length - window) for i in range(0, max(length - window + stride - 1, 0) // stride * stride + 1, stride)
-    ]
+    last = length - window
+    return [min(i, last) for i in range(0, max(last + stride - 1, 0) // stride * stride + 1, stride)]
 
 
 def interpolation(old: int, new: int) -> np.ndarray:
@@ -317,9 +308,8 @@ class Segmentation(Task):
             row = {"weights": model.label, "metric": "miou", "item": i, "file": str(path.relative_to(self.root))}
             rows.append(row | {"score": "" if np.isnan(own) else own})
         totals = both.sum(axis=0), union.sum(axis=0)
-        per_class = [
-            {"name": n[0], "iou": 100 * b / u if u else None} for n, b, u in zip(self.names, *totals, strict=True)
-        ]
+        shares = [100 * b / u if u else None for b, u in zip(*totals, strict=True)]
+        per_class = [{"name": n[0], "iou": share} for n, share in zip(self.names, shares, strict=True)]
         score = {"score": 100 * float(stats.mean_ratio(*totals)), "interval": self._interval((both, union))}
         results = {"scores": {"miou": score}, "classes": per_class, "pictures": maps}
         return Outcome(results, rows, {"overlaps": (both, union)})

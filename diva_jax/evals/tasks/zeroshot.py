@@ -70,23 +70,18 @@ def class_names(given: str, images: labelled.Images) -> list[list[str]]:
         if missing := [key for key in keys if key not in names]:
             raise UserError(f"{given} has no name for {listing(missing, 5)}: add it")
         names = [names[key] for key in keys]
-    labels = np.asarray(images.targets)
-    if labels.min() < 0 or (len(names) != len(folders) if folders else len(names) <= labels.max()):
-        last = len(folders) - 1 if folders else labels.max()
+    first, last = min(images.targets), len(folders) - 1 if folders else max(images.targets)
+    if first < 0 or len(names) <= last or (folders and len(names) > len(folders)):
         raise UserError(
-            f"there are {len(names)} class names, but labels from {labels.min()} to {last}: "
-            "set --config.eval.zeroshot.classes=FILE.json with a name for every label"
+            f"there are {len(names)} class names, but labels from {first} to {last}: set "
+            "--config.eval.zeroshot.classes=FILE.json with a name for every label"
         )
     if empty := [label for label, synonyms in enumerate(names) if not all(synonyms)]:
         raise UserError(f"the class name of label {empty[0]} is empty: write it into the list of names")
     codes = [name for synonyms in names for name in synonyms if _CODE.fullmatch(name)]
     if 2 * len(codes) > len(names):
-        logger.warning(
-            "%d class names look like codes (%s), of which prompts say nothing: give names in classnames.txt or with "
-            "--config.eval.zeroshot.classes",
-            len(codes),
-            listing(codes, 3),
-        )
+        what = f"{len(codes)} class names look like codes ({listing(codes, 3)}), of which prompts say nothing"
+        logger.warning(f"{what}: give names in classnames.txt or with --config.eval.zeroshot.classes")
     return names
 
 
@@ -95,21 +90,18 @@ def prompts(given: str, images: labelled.Images, names: Sequence[Sequence[str]])
     give a text for each of the class's names, a JSON object class -> texts, or empty: the data's own, or else
     ImageNet's 80. A UserError where a class has no texts, or a template no `{c}`."""
     where = given or "zeroshot_classification_templates.txt"
-    if given:
-        templates = labelled.read_names(given)
-    else:
-        templates = [[template] for template in images.templates or imagenet("templates")]
+    own = [[template] for template in images.templates or imagenet("templates")]
+    templates = labelled.read_names(given) if given else own
     if isinstance(templates, Mapping):
         keys = [[*synonyms, *(images.folders or [])[i : i + 1]] for i, synonyms in enumerate(names)]
         by_class = [next((templates[key] for key in known if key in templates), None) for known in keys]
         if missing := [known[0] for known, found in zip(keys, by_class, strict=True) if not found]:
             raise UserError(f"{where} has no prompts for {listing(missing, 5)}: add them")
     else:
-        if bad := [t for t in templates if len(t) > 1 or not _PLACE.search(t[0])]:
-            what = f"the template {bad[0][0]!r} has no {{c}} where the class goes: add it"
-            if len(bad[0]) > 1:
-                what = "lists in a list say no class: give a list of texts, or an object from class to its texts"
-            raise UserError(f"{where}: {what}")
+        if any(len(template) > 1 for template in templates):
+            raise UserError(f"{where}: lists in a list say no class: give texts, or an object from class to its texts")
+        if bad := [template for (template,) in templates if not _PLACE.search(template)]:
+            raise UserError(f"{where}: the template {bad[0]!r} has no {{c}} where the class goes: add it")
         by_class = [[template for (template,) in templates]] * len(names)
     return [
         [_PLACE.sub(lambda _, name=name: name, t) for name in synonyms for t in found]
