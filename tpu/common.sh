@@ -155,7 +155,6 @@ install_code() {
 restart() {
   run gcloud storage cp "$ENV_FILE" "$HOME_IN_BUCKET/env.sh"
   on_workers all "sudo /opt/diva_jax/vm.sh stop"
-  on_workers all "sudo /opt/diva_jax/vm.sh check"
   on_workers all "sudo /opt/diva_jax/vm.sh start"
 }
 

@@ -3,14 +3,19 @@
 #
 #   tpu/train.sh --config=... --workdir=... [FLAG...] [--help]
 #
-# SIGTERM is passed on, also where this is process 1 of a container; the run then saves a checkpoint. The exit code is 0
+# Before, python -m diva_jax.selfcheck checks the devices for --config, unless its result is kept already or SELFCHECK=0
+# is set. SIGTERM is passed on, also where this is process 1 of a container; the run then saves a checkpoint. The exit code is 0
 # where the run is finished, 75 where it ended before its last step and must be started again, and that of diva_jax.main
 # otherwise: 2 for a command that can never work.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python}
 WORKDIR=
+CHECKED=() # Flags of the check; others are of diva_jax.main.
 for flag in "$@"; do
+  case $flag in
+    --config=* | --config.* | --workdir=*) CHECKED+=("$flag") ;;
+  esac
   case $flag in
     --workdir=*) WORKDIR=${flag#--workdir=} ;;
     --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;;
@@ -18,15 +23,25 @@ for flag in "$@"; do
 done
 [[ -n $WORKDIR ]] || { echo "error: --workdir=FOLDER is missing" >&2 && exit 2; }
 
-"$PYTHON" -m diva_jax.main "$@" &
-CHILD=$!
-trap 'kill -TERM "$CHILD" 2>/dev/null || true' TERM INT
-CODE=0
-wait "$CHILD" || CODE=$?
-while kill -0 "$CHILD" 2>/dev/null; do # A signal ended the wait and not the run.
-  CODE=0
+# Runs a module with flags, and sets CODE to its exit code, ASKED where a signal came meanwhile.
+python_module() {
+  "$PYTHON" -m "$@" &
+  CHILD=$!
+  trap 'ASKED=1; kill -TERM "$CHILD" 2>/dev/null || true' TERM INT
+  CODE=0 ASKED=0
   wait "$CHILD" || CODE=$?
-done
+  while kill -0 "$CHILD" 2>/dev/null; do # A signal ended the wait and not the run.
+    CODE=0
+    wait "$CHILD" || CODE=$?
+  done
+}
+
+if [[ ${SELFCHECK:-1} == 1 ]]; then
+  python_module diva_jax.selfcheck --unless_kept "${CHECKED[@]}"
+  [[ $ASKED -eq 0 ]] || exit 75
+  [[ $CODE -eq 0 ]] || echo "note: the selfcheck failed, see above; training is started all the same" >&2
+fi
+python_module diva_jax.main "$@"
 [[ $CODE -eq 0 ]] || exit "$CODE"
 # Exit code 0 before the last step: this or another process received SIGTERM.
 "$PYTHON" -c 'import sys; from etils import epath; sys.exit(not (epath.Path(sys.argv[1]) / "done").exists())' "$WORKDIR" ||

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # Runs as root on the machines of a slice: at every start (as the slice's start-up script), and over ssh.
 #
-#   vm.sh [boot|setup|check|start|train|stop] [--dry-run] [--help]
+#   vm.sh [boot|setup|start|train|stop] [--dry-run] [--help]
 #
 # boot: setup, then start.
 # setup: installs the code from the bucket and mounts the bucket.
-# check: runs python -m diva_jax.selfcheck, unless its result is kept already; on every machine at the same time.
 # start: runs train as a service, which is restarted until the run is finished.
-# train: runs the training.
+# train: runs tpu/train.sh, which checks the devices and trains.
 # stop: sends SIGTERM, upon which the run saves a checkpoint and stops.
 set -euo pipefail
 
@@ -16,7 +15,7 @@ DRY_RUN=0
 WHAT=boot
 for word in "$@"; do
   case $word in
-    boot | setup | check | start | train | stop) WHAT=$word ;;
+    boot | setup | start | train | stop) WHAT=$word ;;
     --dry-run) DRY_RUN=1 ;;
     --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;;
     *) echo "error: unknown argument $word: see $0 --help" >&2 && exit 2 ;;
@@ -95,35 +94,16 @@ start() {
   run systemctl restart diva_jax
 }
 
-# Exports the variables of ENVIRONMENT and goes to the code.
-prepare() {
-  local variable variables
+train() {
+  local flags variable variables
   read -r -a variables <<<"${ENVIRONMENT:-}"
   for variable in "${variables[@]}"; do
     echo "+ export ${variable%%=*}=..." # Values may be secrets.
     export "${variable?}"
   done
-  run cd "$ROOT/diva_jax"
-}
-
-check() {
-  [[ ${SELFCHECK:-1} -eq 1 ]] || return 0
-  local word words flags=()
-  read -r -a words <<<"${FLAGS:-}"
-  for word in "${words[@]}"; do
-    [[ $word != --config.* ]] || flags+=("$word") # Others are flags of diva_jax.main.
-  done
-  prepare
-  run env PYTHONUNBUFFERED=1 "$ROOT/venv/bin/python" -m diva_jax.selfcheck \
-    "--config=$CONFIG" "--workdir=$WORKDIR" --unless_kept "${flags[@]}" ||
-    echo "note: the selfcheck failed, see above; training is started all the same"
-}
-
-train() {
-  local flags
   read -r -a flags <<<"${FLAGS:-}"
-  prepare
-  run exec env PYTHONUNBUFFERED=1 "PYTHON=$ROOT/venv/bin/python" tpu/train.sh \
+  run cd "$ROOT/diva_jax"
+  run exec env PYTHONUNBUFFERED=1 "SELFCHECK=${SELFCHECK:-1}" "PYTHON=$ROOT/venv/bin/python" tpu/train.sh \
     "--config=$CONFIG" "--workdir=$WORKDIR" "${flags[@]}"
 }
 

@@ -27,7 +27,9 @@ IMAGE_COLUMNS = ("image", "file", "filepath", "path", "file_name", "filename", "
 # Rows of a CSV file that are converted to Arrow at once.
 _CHUNK_ROWS = 2**16
 # Decoded row groups that a source keeps.
-_KEPT_ROW_GROUPS = 4
+_KEPT_ROW_GROUPS = 2
+_MAX_ROW_GROUP_BYTES = 2**30
+_ROWS_AT_ONCE = 16
 # Random access is slow in row groups with more bytes than these.
 _LARGE_ROW_GROUP_BYTES = 2**26
 # Bytes of a line of JSON Lines, and entries of a list.
@@ -217,8 +219,22 @@ def _check_images(path: str, column: str, kind: pa.DataType) -> None:
 
 
 def _read_row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+    """The rows of a group; a UserError where they are more bytes than `_MAX_ROW_GROUP_BYTES`, whatever the file says
+    of their size.
+    """
+    batches, size = [], 0
     with files.open_binary(path) as f:
-        return pq.ParquetFile(f).read_row_group(group, columns=list(columns), use_threads=False)
+        parquet = pq.ParquetFile(f)
+        for batch in parquet.iter_batches(_ROWS_AT_ONCE, [group], list(columns), use_threads=False):
+            size += batch.nbytes
+            if size > _MAX_ROW_GROUP_BYTES:
+                raise UserError(
+                    f"config.data.path: {path} has a row group of more than {_MAX_ROW_GROUP_BYTES // 2**20} MB, which "
+                    "must be in memory at once: write it with fewer rows per row group, e.g. with "
+                    "df.to_parquet(..., row_group_size=1000)"
+                )
+            batches.append(batch)
+        return pa.Table.from_batches(batches, parquet.schema_arrow.empty_table().select(list(columns)).schema)
 
 
 def _parquet_part(path: str, options: Mapping[str, str], read_row_group) -> _Part:

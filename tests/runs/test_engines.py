@@ -22,7 +22,9 @@ def test_a_preempted_jobset_starts_again_and_finishes(files, tmp_path):
     arguments, count = spec["template"]["spec"]["containers"][0]["args"], spec["completions"]
 
     def pods(*more):
-        shared = dict(PYTHON=sys.executable, JAX_COORDINATOR_ADDRESS=free_address(), JAX_NUM_PROCESSES=str(count))
+        shared = dict(
+            PYTHON=sys.executable, SELFCHECK="0", JAX_COORDINATOR_ADDRESS=free_address(), JAX_NUM_PROCESSES=str(count)
+        )
         return [launch(TPU / "train.sh", *arguments, *more, JAX_PROCESS_ID=str(i), **shared) for i in range(count)]
 
     first = pods()
@@ -31,6 +33,8 @@ def test_a_preempted_jobset_starts_again_and_finishes(files, tmp_path):
     assert [code for code, _, _ in map(finish, first)] == [75, 75]
     ends = [finish(pod) for pod in pods()]
     assert [code for code, _, _ in ends] == [0, 0] and "resumed from the checkpoint of step" in ends[0][1], ends
-    code, _, err = finish(launch(TPU / "train.sh", *arguments, "--config.batch_size=x", PYTHON=sys.executable))
+    code, _, err = finish(
+        launch(TPU / "train.sh", *arguments, "--config.batch_size=x", PYTHON=sys.executable, SELFCHECK="0")
+    )
     assert code == 2 and err.startswith("error: "), "which ends the JobSet"
     assert os.access(TPU / "train.sh", os.X_OK)

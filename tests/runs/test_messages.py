@@ -74,7 +74,7 @@ def test_shown(ended, case):
     for text in SHOWN[case][1]:
         assert text in out
     assert "absl" not in out and "--pdb" not in out
-    flags = re.findall(r"^  (--[a-z_]+)", out, re.M)
+    flags = re.findall(r"^  (--[\w.]+)", out, re.M)
     assert len(flags) == len(set(flags))
 
 

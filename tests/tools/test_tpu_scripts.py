@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import kubernetes_validate
@@ -118,12 +119,33 @@ def test_the_machines_install_mount_and_train():
     assert "--constraint /opt/diva_jax/diva_jax/constraints.txt" in boot
 
 
-def test_the_devices_are_checked_between_stop_and_start():
-    """With the fields of the config alone, since other flags are those of training."""
-    stop, check, start = [c for c in commands("launch.sh") if "vm.sh" in c]
-    assert "vm.sh\\ stop" in stop and "vm.sh\\ check" in check and "vm.sh\\ start" in start
-    said = run("vm.sh", "check", "--dry-run")
-    assert "-m diva_jax.selfcheck --config=CONFIG --workdir=WORKDIR --unless_kept\n" in said
+@pytest.mark.parametrize("check, ran", [("1", ["selfcheck", "main", "-c"]), ("0", ["main", "-c"])])
+@pytest.mark.parametrize("checked", [0, 1])
+def test_the_devices_are_checked_before_every_training(tmp_path, check, ran, checked):
+    """With the fields of the config alone, since other flags are those of training; what is found ends nothing."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/ran\ncase $2 in *selfcheck) exit {checked} ;; esac\n')
+    python.chmod(0o755)
+    flags = ("--config=c.py", "--workdir=run", "--config.steps=3", "--lost_timeout=9")
+    code, _, err = finish(launch(TPU / "train.sh", *flags, PYTHON=python, SELFCHECK=check))
+    lines = (tmp_path / "ran").read_text().splitlines()
+    assert code == 0 and [line.removeprefix("-m diva_jax.").split()[0] for line in lines] == ran
+    if check == "1":
+        assert lines[0] == f"-m diva_jax.selfcheck --unless_kept {' '.join(flags[:3])}"
+        assert ("the selfcheck failed" in err) == bool(checked)
+    assert lines[-2] == f"-m diva_jax.main {' '.join(flags)}"
+    assert "SELFCHECK=1" in run("vm.sh", "train", "--dry-run")
+
+
+def test_a_signal_during_the_check_starts_no_training(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/ran\nexec sleep 60\n')
+    python.chmod(0o755)
+    process = launch(TPU / "train.sh", "--config=c.py", "--workdir=run", PYTHON=python)
+    while not (tmp_path / "ran").exists():
+        time.sleep(0.02)
+    process.terminate()
+    assert finish(process)[0] == 75 and (tmp_path / "ran").read_text().count("\n") == 1
 
 
 def test_errors_are_one_sentence(tmp_path):
@@ -168,6 +190,7 @@ def test_the_jobset_is_valid_and_restarts_but_not_a_wrong_command(env, chip, sha
     assert spec["parallelism"] == spec["completions"] == machines and spec["backoffLimit"] == 0
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
     assert pod["containers"][0]["args"][:2] == ["--config=configs/vitl14.py", "--workdir=gs://a-bucket/runs/vitl14"]
+    assert pod["containers"][0]["env"] == [{"name": "SELFCHECK", "value": "1"}]
     # Exit code 2 fails the job by its policy, and the JobSet with it; anything else is started again.
     (rule,) = spec["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2]) and pod["restartPolicy"] == "Never"

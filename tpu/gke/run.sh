@@ -50,7 +50,7 @@ render() {
     flex-start) CAPACITY_LABEL='cloud.google.com/gke-flex-start: "true"' ;;
     on-demand) CAPACITY_LABEL= ;;
   esac
-  export NAME MACHINES GKE_ACCELERATOR SHAPE CAPACITY_LABEL IMAGE BUCKET
+  export SELFCHECK=${SELFCHECK:-1} NAME MACHINES GKE_ACCELERATOR SHAPE CAPACITY_LABEL IMAGE BUCKET
   python3 -c '
 import json, os, string, sys
 text = string.Template(open(sys.argv[1]).read())
@@ -65,11 +65,13 @@ xpk() {
     v4 | v5p) type=$CHIP-$((2 * CHIPS)) ;;
   esac
   [[ $CAPACITY != flex-start ]] || capacity=--flex
+  local command=diva-train-until-done
+  [[ ${SELFCHECK:-1} -eq 1 ]] || command="env SELFCHECK=0 $command"
   DRY_RUN=1
   run xpk workload create "--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE" "--workload=$NAME" \
     "--tpu-type=$type" --num-slices=1 "$capacity" "--docker-image=$IMAGE" --max-restarts=1000 \
     --restart-on-exit-codes=1,75 --termination-grace-period-seconds=600 \
-    "--command=diva-train-until-done $(printf '%q ' "${ARGUMENTS[@]}")"
+    "--command=$command $(printf '%q ' "${ARGUMENTS[@]}")"
 }
 
 SELECTOR="--selector=jobset.sigs.k8s.io/jobset-name=$NAME"

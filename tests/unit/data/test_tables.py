@@ -240,6 +240,21 @@ def test_bad_tables_are_one_sentence(tmp_path, name, write, says):
     assert "\n" not in str(e.value) and not re.search(r"\btar\b", str(e.value))
 
 
+def test_a_row_group_that_is_too_large_once_decoded_is_refused(tmp_path, monkeypatch):
+    """A value that is stored once and used by each row."""
+    monkeypatch.setattr(tables, "_MAX_ROW_GROUP_BYTES", 2**20)
+    path = tmp_path / "a.parquet"
+    for rows, fits in ((30, True), (300, False)):
+        pq.write_table(pa.table({"image": [bytes(2**13 + 1)] * rows}), path)
+        assert path.stat().st_size < 2**15
+        source = open_source(str(path))
+        if fits:
+            assert source.read(29).image == bytes(2**13 + 1)
+        else:
+            with pytest.raises(UserError, match="a.parquet has a row group of more than 1 MB, .*row_group_size=1000"):
+                source.read(0)
+
+
 def test_tables_that_disagree_on_captions(tmp_path):
     for name, columns in (("a", {"image": ["x"], "text": ["y"]}), ("b", {"image": ["x"]})):
         pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
