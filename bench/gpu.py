@@ -6,7 +6,7 @@
 Both steps are those of diva_step.py: ViT-L/14, Stable Diffusion 2.1-base at 512 pixels, two draws, bfloat16. Ours uses
 cuDNN's attention (`models/attention.py`); PyTorch's uses scaled_dot_product_attention and torch.compile. Each
 measurement is a process of its own, and the sides alternate. Without a GPU, --size=tiny --platform=cpu runs the same
-program on the CPU. MFU counts the FLOPs of `Objective.flops`, recomputation not counted, against the chip's dense bf16
+program on the CPU. MFU counts the FLOPs of `Program.flops`, recomputation not counted, against the chip's dense bf16
 peak of `costs/chips.py`.
 """
 
@@ -66,7 +66,7 @@ def measure(side: str) -> dict:
         peak, device = jax.devices()[0].memory_stats()["peak_bytes_in_use"], jax.devices()[0].device_kind
     chip = chips.of(device)
     program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-    mfu = rate * program.objective.flops() / chip.flops if chip else None
+    mfu = rate * program.flops().total() / chip.flops if chip else None
     return dict(images_per_s=rate, peak_gib=peak / 2**30, ready_s=ready, mfu=mfu, loss=loss, device=device)
 
 

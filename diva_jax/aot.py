@@ -166,7 +166,7 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
     if hlo:
         Path(hlo).write_text(text)
     cost = analysis.analyse(text, chip)
-    images, counted = config.batch_size / n, program.objective.flops()
+    images, counted = config.batch_size / n, program.flops().total()
     ms = cost["model_ms"] + cost["kernel_bound_ms"]
     # A reduce-scatter or an all-gather counts as half of an all-reduce.
     gb = collections.Counter({kind: c["gb"] for kind, c in cost["collectives"].items()})
@@ -180,7 +180,7 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
         **cost,
         "step_ms": ms,
         "images_per_s": 1e3 * images / ms * chip.per_chip,
-        "mfu": counted * images / (ms / 1e3 * chip.flops) if counted else None,
+        "mfu": counted * images / (ms / 1e3 * chip.flops),
         "all_reduce_ms": 1e3 * chips.all_reduce_seconds(1e9 * reduced, chip, shape),
     }
 
@@ -226,14 +226,13 @@ def text_of(row: dict) -> str:
     if "memory" not in row:
         return "\n".join(lines)
     m = row["memory"]
-    mfu = "unknown" if row["mfu"] is None else f"{100 * row['mfu']:.0f}%"
     parts = "  ".join(f"{k} {m[k] / _GIB:.2f}" for k in analysis.SIZES)
     lines += [
         f"  [GiB]  {parts}",
         f"time per step: {row['step_ms']:.0f} ms = {row['model_ms']:.0f} ms estimated by the compiler + "
         f"{row['kernel_bound_ms']:.0f} ms for kernels, which the compiler has no estimate for, at the bound of their "
         f"shapes ({row['kernel_ms']:.0f} ms at the chip's peak rate)",
-        f"  {row['images_per_s']:.1f} images/s per chip, MFU {mfu}; communication is not included "
+        f"  {row['images_per_s']:.1f} images/s per chip, MFU {100 * row['mfu']:.0f}%; communication is not included "
         f"(at least {row['all_reduce_ms']:.0f} ms)",
         f"FLOPs {row['flops'] / 1e12:.1f} T + {row['kernel_flops'] / 1e12:.1f} T in kernels (from operand shapes)   "
         f"HBM traffic {row['hbm_gb']:.0f} GB",

@@ -53,10 +53,6 @@ class Objective(contract.Objective):
     def pretrained(self) -> Mapping[str, parts.Part]:
         return {"vision": parts.vision(self.spec.source, self.spec)}
 
-    def flops(self) -> float:
-        """None of its own."""
-        return 0.0
-
     def loss(self, batch: Mapping[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Zero."""
         value = jnp.float32(0)

@@ -258,11 +258,3 @@ class Objective(nnx.Module):
         if not hasattr(self, "vision"):
             raise UserError(f"{type(self).__module__}: its Objective has no vision, the tower that is tuned: {_PAGE}")
         return {"vision": self.vision}
-
-    def flops_by_part(self) -> dict[str, float]:
-        """Returns the FLOPs per image and step of the last stage, from shapes, by part; empty if not counted."""
-        return {}
-
-    def flops(self) -> float | None:
-        """Returns the FLOPs per image and step of the last stage, for MFU; None if not counted."""
-        return sum(self.flops_by_part().values()) or None

@@ -23,10 +23,10 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import above, at_least, field, one_of, parse
-from diva_jax.costs import flops
 from diva_jax.data import jitter, preprocess
 from diva_jax.models import adapters
 from diva_jax.models.layers import ACTIVATIONS, Layers, widened
+from diva_jax.models.platform import recomputes
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.shared import draws
@@ -236,28 +236,6 @@ class Objective(StableDiffusionObjective):
         """U-Net passes per image."""
         return 1 if self.options.stage1_loss == EXACT else self.options.group + 1
 
-    def flops_by_part(self) -> dict[str, float]:
-        """FLOPs of one image in one step of the last stage: "vae", "vision", "lora", "projector", "unet".
-
-        In stage 2, the tower and the projector, whose weights are frozen, have the forward work twice (the gradient of
-        the layers' inputs), the adapters three times. In stage 1, the tower has it once and the projector three times.
-        """
-        tower, lora_times, projector = (1, 1, 3) if self.options.projector_only else (2, 3, 2)
-        d, c = self.diffusion, self.diffusion.unet.cross_attention_dim
-        unet = flops.unet(d.unet, self.spec.image_size // d.vae.downscale, d.text_tokens)
-        lora = 0
-        for path, m in nnx.iter_modules(self.vision):
-            if isinstance(m, adapters.Update):
-                positions = 1 if path[0] == "attn_pool" else self.spec.patches + (self.spec.arch != "siglip")
-                lora += 2 * positions * (m.a.size + m.b.size)
-        return {
-            "vae": self.latent_source.flops,
-            "vision": 2 * tower * flops.vision(self.spec),
-            "lora": 2 * lora_times * lora,
-            "projector": 2 * projector * 2 * (self.spec.embed_dim * c + c * c),
-            "unet": self.conditions * (unet.forward + unet.backward),
-        }
-
     def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> DcrDraws:
         """From one key per image, [B]; each image's draw depends on its key alone."""
 
@@ -296,7 +274,7 @@ class Objective(StableDiffusionObjective):
         mesh, conditions = jax.sharding.get_abstract_mesh(), self.conditions
         chips = 1 if mesh.empty else mesh.size
         local = images // chips if images % chips == 0 else images
-        if self.options.tile >= conditions:
+        if not recomputes(self.options.tile < conditions):
             return local // _largest_divisor(local, self.options.tile // conditions), conditions
         together = _largest_divisor(local, self.options.tile)
         return local // together, _largest_divisor(conditions, self.options.tile // together)

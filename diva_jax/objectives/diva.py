@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, between, field, one_of, parse
-from diva_jax.costs import flops
 from diva_jax.data import preprocess
 from diva_jax.models.backbones import Features
 from diva_jax.models.layers import widened
@@ -173,19 +172,6 @@ class Objective(StableDiffusionObjective):
     def timestep_range(self) -> tuple[int, int]:
         """The first timestep that is drawn, and the one after the last."""
         return self.options.first_timestep, self.options.end_timestep or self.timesteps
-
-    def flops_by_part(self) -> dict[str, float]:
-        """FLOPs of one image in one step, the vision encoder trained: "vae", "vision", "unet", "visual_proj"."""
-        d, n = self.diffusion, self.options.draws
-        tokens = token_count(self.spec.select, self.spec.patches)
-        unet = flops.unet(d.unet, self.image_size // d.vae.downscale, tokens)
-        passes = 1 if self.options.backbone_passes == EXACT else n
-        return {
-            "vae": self.latent_source.flops,
-            "vision": 3 * flops.vision(self.spec) * passes,
-            "unet": n * (unet.forward + unet.backward),
-            "visual_proj": n * 3 * 2 * tokens * self.spec.embed_dim * d.unet.cross_attention_dim,
-        }
 
     def draw(self, keys: Array, latents_shape: tuple[int, int, int], count: int | None = None) -> DivaDraws:
         """N draws (`count`, or config.diva.draws) from one key per image, [B]; each depends on that key alone."""

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import Rule, at_least, between, field, is_regex, one_of, parse
-from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow, latent_code
@@ -237,20 +236,6 @@ class Objective(contract.Objective):
     def towers(self) -> Mapping[str, nnx.Module]:
         return {"vision": adapters.merge(self.vision)}
 
-    def flops_by_part(self) -> dict[str, float]:
-        """FLOPs of one image in one step of the last stage, "vae", "vision", "denoiser", without the products of the
-        adapters, less than 3 % of the encoder's.
-        """
-        size = self.spec.image_size
-        work = denoiser_flops(self.flow_config, (size // self.vae_config.downscale // 2) ** 2)
-        tuned = self.options.stage2
-        vision = flops.vision(self.spec)
-        return {
-            "vae": self.latent_source.flops,
-            "vision": vision if tuned == NONE else 2 * vision,
-            "denoiser": work.forward + (work.backward if tuned == ONLY else work.forward * 2),
-        }
-
     def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> tuple[GenHancerDraws, Array]:
         """(random numbers, keys of the adapters' dropout), from one key per image, [B]."""
         h, w, z = latents_shape
@@ -305,31 +290,3 @@ class Objective(contract.Objective):
         with adapters.dropout(drop):
             value, _ = self.forward(pixels, latents, drawn)
         return value, {"loss": value}
-
-
-def denoiser_flops(config: FlowConfig, tokens: int, text: int = 1) -> flops.Tally:
-    """One pass over `tokens` image tokens; backward to the pooled condition and the text tokens alone."""
-    tally, width, hidden = flops.Tally(), config.width, config.hidden
-    tally.layer(tokens, config.in_channels, width)
-    # Time and guidance.
-    for _ in range(2):
-        tally.layer(1, 256, width)
-        tally.layer(1, width, width)
-    tally.reached = True
-    tally.layer(1, config.vector_dim, width)
-    tally.layer(1, width, width)
-    tally.layer(text, config.text_dim, width)
-    for _ in range(config.double_blocks):
-        for n in (tokens, text):
-            tally.layer(1, width, 6 * width)
-            for n_in, n_out in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):
-                tally.layer(n, n_in, n_out)
-        tally.attention(tokens + text, tokens + text, width)
-    for _ in range(config.single_blocks):
-        tally.layer(1, width, 3 * width)
-        tally.layer(tokens + text, width, 3 * width + hidden)
-        tally.layer(tokens + text, width + hidden, width)
-        tally.attention(tokens + text, tokens + text, width)
-    tally.layer(1, width, 2 * width)
-    tally.layer(tokens, width, config.in_channels)
-    return tally

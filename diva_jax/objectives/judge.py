@@ -29,10 +29,8 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, between, field, one_of, parse
-from diva_jax.costs import flops
 from diva_jax.data import alternatives, inputs, preprocess
 from diva_jax.models.backbones.shared.text import Text
-from diva_jax.models.backbones.shared.transformer import block_flops
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.text_encoder import TextEncoder
 from diva_jax.models.layers import widened
@@ -156,7 +154,6 @@ class Objective(StableDiffusionObjective):
         self.options = parse(JudgeOptions, config.judge, "config.judge")
         super().__init__(config, config.data.image_size)
         self.compares_images = self.options.image_weight > 0
-        self.micro_batch = config.batch_size // config.accum
         low, high = self.timestep_range
         if not low < high <= self.timesteps:
             raise UserError(
@@ -194,21 +191,6 @@ class Objective(StableDiffusionObjective):
             **super().pretrained(),
             "text": parts.text(self.spec.source, self.spec),
             "text_encoder": parts.diffusers(d.source, d.text_encoder, "config.diffusion.text_encoder"),
-        }
-
-    def flops_by_part(self) -> dict[str, float]:
-        """FLOPs of one image in one step: "vae", "vision", "text", "text_encoder", "unet", "logits"."""
-        d, o, encoder = self.diffusion, self.options, self.diffusion.text_encoder
-        judged = (o.count + (o.neutral != "none")) * (o.verdict != "first")
-        unet = flops.unet(d.unet, self.image_size // d.vae.downscale, d.text_tokens)
-        compared = o.count * (1 + self.micro_batch * self.compares_images)
-        return {
-            "vae": self.latent_source.flops * bool(judged),
-            "vision": 3 * flops.vision(self.spec),
-            "text": o.count * flops.text(self.spec),
-            "text_encoder": judged * encoder.layers * block_flops(d.text_tokens, encoder.width, encoder.mlp_dim),
-            "unet": judged * o.draws * unet.forward,
-            "logits": 2 * 2 * compared * self.spec.embed_dim,
         }
 
     def draw(self, keys: Array, latents_shape: tuple[int, int, int], count: int | None = None) -> JudgeDraws:

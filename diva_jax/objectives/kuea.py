@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import above, at_least, field, one_of, parse
-from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.layers import widened
@@ -136,7 +135,7 @@ class Objective(contract.Objective):
 
     def __init__(self, config, *, rngs):
         self.spec, self.options = backbones.spec_of(config), _options(config)
-        self.taught_by, self.micro_batch = self.options.teacher, config.batch_size // config.accum
+        self.taught_by = self.options.teacher
         if self.options.teacher_resize == EXACT and self.options.teacher_crop_from < self.taught_by.image_size:
             raise UserError(
                 f"config.kuea.teacher_crop_from={self.options.teacher_crop_from} must be at least the teacher's "
@@ -164,16 +163,6 @@ class Objective(contract.Objective):
             "vision": parts.vision(self.spec.source, self.spec),
             "original": parts.vision(self.spec.source, self.spec),
             "teacher": parts.vision(self.taught_by.source, self.taught_by, "config.kuea.teacher"),
-        }
-
-    def flops_by_part(self) -> dict[str, float]:
-        """FLOPs of one image in one step: "vision", "original", "teacher", "kernels" (over the micro-batch)."""
-        once, pairs = flops.vision(self.spec), 2 * self.micro_batch
-        return {
-            "vision": 3 * once,
-            "original": once,
-            "teacher": flops.vision(self.taught_by),
-            "kernels": pairs * (3 * self.spec.embed_dim + self.taught_by.embed_dim),
         }
 
     def teacher_view(self, pixels: Array) -> Array:

@@ -27,10 +27,9 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import Rule, between, field, finite, one_of, parse
-from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
-from diva_jax.models.backbones.shared.transformer import block_flops, blocks, run
+from diva_jax.models.backbones.shared.transformer import blocks, run
 from diva_jax.models.layers import Layers, widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.shared import pairs
@@ -204,22 +203,6 @@ class Objective(contract.Objective):
         """All but the adapter."""
         own = {name: parts.vision(self.spec.source, self.spec) for name in ("vision", "original")}
         return own | {name: part for c in self.cacheable.values() if not self.cached for name, part in c.parts.items()}
-
-    def flops_by_part(self) -> dict[str, float]:
-        """FLOPs of one image in one step: "vision", "original", "teacher", "adapter", "structure"."""
-        spec, o, once, p = self.spec, self.options.adapter, flops.vision(self.spec), self.spec.patches
-        frozen = self.taught_by is not None
-        n_in, n_out = (spec.embed_dim, self.taught_by.embed_dim) if frozen else (spec.width, spec.width)
-        ends = 2 * p * o.width * (n_in + n_out)
-        seen = 2 * p * o.width * n_out * 2 * (frozen and o.visible == "added")  # Without a gradient to its input.
-        early = self.options.layer * block_flops(1 + p, spec.width, spec.mlp_dim)
-        return {
-            "vision": 3 * once + (0 if frozen else 3 * early),
-            "original": once,
-            "teacher": (0 if self.cached else flops.vision(self.taught_by)) if frozen else early,
-            "adapter": 3 * (ends + o.layers * block_flops(p, o.width, 4 * o.width)) + seen,
-            "structure": 2 * p * p * (3 * (n_in if frozen else n_out) + n_out),
-        }
 
     def taught(self, pixels: Array) -> Array:
         """Pixels [B, S, S, 3] in [0, 1] -> the frozen teacher's patch tokens, [B, P, D']."""

@@ -26,12 +26,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.fields import field, parse
-from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text
-from diva_jax.models.backbones.shared.transformer import Block, block_flops, run
+from diva_jax.models.backbones.shared.transformer import Block, run
 from diva_jax.models.layers import Layers, attention, heads, widened
 from diva_jax.objectives import contract
 from diva_jax.weights import parts
@@ -116,7 +115,6 @@ class Objective(contract.Objective):
     def __init__(self, config, *, rngs):
         self.spec = backbones.spec_of(config)
         self.options = parse(SmartClipOptions, config.smartclip, "config.smartclip")
-        self.micro_batch = config.batch_size // config.accum
         contract.check_both_towers(self.spec, "smartclip")
         kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), remat=config.remat in ("vision", "all"))
         self.vision = contract.vision_tower(config, self.spec, rngs)
@@ -140,18 +138,6 @@ class Objective(contract.Objective):
 
     def towers(self) -> Mapping[str, nnx.Module]:
         return {"vision": self.vision, "text": self.text}
-
-    def flops_by_part(self) -> dict[str, float]:
-        """FLOPs of one image and its caption in one step: "vision", "text", "mask_net", "logits"."""
-        text, n, width = self.spec.text, self.spec.text.context_length, self.spec.text.width
-        block, projection = block_flops(n, width, text.mlp_dim), 2 * width * self.spec.embed_dim
-        pooling = 2 * n * 2 * width * width + 4 * n * width
-        return {
-            "vision": 3 * flops.vision(self.spec),
-            "text": 3 * flops.text(self.spec),
-            "mask_net": 3 * (block + pooling + projection),
-            "logits": 3 * 2 * 2 * self.micro_batch * self.spec.embed_dim,
-        }
 
     def forward(self, view: Array, ids: Array) -> tuple[Array, dict[str, Array]]:
         """The loss of normalised images [B, S, S, 3] and token ids, int32 [B, N], and everything on the way to it.

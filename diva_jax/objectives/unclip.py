@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import Rule, below, field, one_of, parse
-from diva_jax.costs import flops
 from diva_jax.data import preprocess
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.unet import timestep_embedding
@@ -147,16 +146,6 @@ class Objective(StableDiffusionObjective):
         used = self.options.uses_statistics
         statistics = {"image_normalizer": parts.embedding_statistics(self.diffusion.source)} if used else {}
         return {**super().pretrained(), **statistics}
-
-    def flops_by_part(self) -> dict[str, float]:
-        """FLOPs of one image in one step, the vision encoder trained: "vae", "vision", "unet"."""
-        d = self.diffusion
-        unet = flops.unet(d.unet, self.image_size // d.vae.downscale, d.text_tokens, by_class=True)
-        return {
-            "vae": self.latent_source.flops,
-            "vision": 3 * flops.vision(self.spec),
-            "unet": unet.forward + unet.backward,
-        }
 
     def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> UnclipDraws:
         """The random numbers of B images from one key each, [B]."""

@@ -241,8 +241,8 @@ class _Loop:
         self.writer = (
             metrics.Writer(run.workdir, self.step, c.log.tensorboard, c.log.wandb, c.to_dict()) if first else None
         )
-        chip, flops = chips.of(run.mesh.devices.flat[0]), run.program.objective.flops()
-        utilisation = flops / (chip.flops * run.mesh.size) if chip and flops else None
+        chip = chips.of(run.mesh.devices.flat[0])
+        utilisation = run.program.flops().total() / (chip.flops * run.mesh.size) if chip else None
         self.progress = metrics.Progress(self.writer, self.step, run.total, c.log.every, c.batch_size, utilisation)
         self.profile, self.preempted = Profile(c.profile, run.workdir), Preemption()
 

@@ -1,5 +1,6 @@
 """The train step: one pure function, its abstract inputs and their shardings, for training and for `aot`."""
 
+import collections
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from diva_jax import objectives
 from diva_jax.common import log
 from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
+from diva_jax.costs import flops
 from diva_jax.models import backbones, layers, platform
 from diva_jax.training import compiler, executables, kernel_choice, optim, partition, sharding, terms, towers
 
@@ -212,6 +214,22 @@ class Program:
         """The parameters that no stage trains, as ShapeDtypeStructs with shardings."""
         trained = set(self.trained)
         return {n: a for n, a in self.arrays.items() if n not in trained}
+
+    def flops(self) -> collections.Counter[str]:
+        """The FLOPs per image and step of the last stage, by the outermost named scope, see `costs.flops`."""
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.arrays | self.abstract_batch())
+        count = self.config.batch_size // self.config.accum
+        batch = {n: a.update(shape=(count, *a.shape[1:])) for n, a in shapes.items() if n not in self.arrays}
+        active = self.active(len(self.stages) - 1)
+        frozen = {n: shapes[n] for n in self.arrays if n not in active}
+
+        def loss(trained, frozen, batch, keys):
+            return self.skeleton.merge(trained, frozen).loss(batch, keys)[0]
+
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+        with platform.counting():
+            jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))({n: shapes[n] for n in active}, frozen, batch, keys)
+        return collections.Counter({part: n / count for part, n in flops.by_part(jaxpr.jaxpr).items()})
 
     def step(self, stage: int) -> "Step":
         """The jitted step of a stage, with `config.compiler_options`; the state is donated."""

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import above, between, field, one_of, parse
-from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.text import Text
@@ -87,7 +86,6 @@ class _Terms:
     anchor: AnchorOptions
     contrast: ContrastOptions
     relation: RelationOptions
-    micro_batch: int
     dtypes: tuple[str, str]
     cached: bool
     spec: backbones.Spec
@@ -113,9 +111,8 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
                 )
             teacher = backbones.spec_of(config, "teacher") if "relation" in names else None
             sections = [parse(section, config.get(n, {}), f"config.{n}") for n, section in TERMS.items()]
-            micro_batch, dtypes = config.batch_size // config.accum, (config.dtype, config.frozen_dtype)
-            cached = bool(config.data.latents)
-            self.terms = _Terms(names, *sections, micro_batch, dtypes, cached, spec, teacher)
+            dtypes, cached = (config.dtype, config.frozen_dtype), bool(config.data.latents)
+            self.terms = _Terms(names, *sections, dtypes, cached, spec, teacher)
             self.compares_images = self.compares_images or names != ("anchor",)
             kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.frozen_dtype))
             models = {
@@ -161,19 +158,6 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
         def pretrained(self):
             models = {n: self.cacheable[n].parts[n] for n in self.terms.names * (not self.terms.cached)}
             return {**super().pretrained(), **models}
-
-        def flops(self):
-            counted, spec = super().flops(), self.terms.spec
-            if counted is None:
-                return None
-            pairs_of, teacher = 2 * self.terms.micro_batch, self.terms.teacher
-            models = {
-                "anchor": lambda: flops.vision(spec),
-                "contrast": lambda: flops.text(spec) + 2 * pairs_of * spec.embed_dim,
-                "relation": lambda: flops.vision(teacher) + pairs_of * (3 * spec.embed_dim + teacher.embed_dim),
-            }
-            computed = 0 if self.terms.cached else sum(models[name]() for name in self.terms.names)
-            return counted + 3 * flops.vision(spec) + computed
 
         def loss(self, batch, keys, *progress):
             """As the objective's own, whose metrics it keeps; without a loss of its own, "loss" is the sum of terms."""

@@ -45,10 +45,6 @@ class PatchCodeConfig:
         """The code of this shape; arguments as those of `PatchCode`."""
         return PatchCode(self, **kw)
 
-    def flops(self, size: int) -> float:
-        """FLOPs of encoding an image of `size` x `size` pixels."""
-        return 2 * size**2 * self.in_channels * self.latent_channels
-
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """Returns scaling_factor * moments; the code has no variance, and `noise` is not used."""
         return self.scaling_factor * moments

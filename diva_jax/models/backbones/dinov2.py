@@ -15,7 +15,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Features, Spec
 from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
-from diva_jax.models.backbones.shared.transformer import Attention, Mlp, embedded, run, stack_flops
+from diva_jax.models.backbones.shared.transformer import Attention, Mlp, embedded, run
 from diva_jax.models.layers import Layers
 from diva_jax.models.names import Table
 
@@ -115,12 +115,6 @@ class Vision(nnx.Module):
 def positions(spec: Spec) -> Positions:
     """The learned position embeddings; transformers interpolates those of models with registers with antialiasing."""
     return Positions("visual.pos_embed", extra=1, antialias=spec.registers > 0)
-
-
-def flops(spec: Spec) -> float:
-    """FLOPs of the forward pass over one image."""
-    tokens = 1 + spec.registers + spec.patches
-    return stack_flops(spec, tokens, 3 if spec.activation == "swiglu" else 2)
 
 
 def shapes(tensors: Mapping) -> dict:

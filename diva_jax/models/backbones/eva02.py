@@ -15,7 +15,7 @@ from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
 from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
-from diva_jax.models.backbones.shared.transformer import blocks, embedded, run, stack_flops
+from diva_jax.models.backbones.shared.transformer import blocks, embedded, run
 from diva_jax.models.layers import Layers, attention, heads
 from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Table
@@ -143,12 +143,6 @@ class Vision(nnx.Module):
 def positions(spec: Spec) -> Positions:
     """The learned position embeddings."""
     return _POSITIONS
-
-
-def flops(spec: Spec) -> float:
-    """FLOPs of the forward pass over one image."""
-    tokens = 1 + spec.patches
-    return stack_flops(spec, tokens, mlp_layers=3) + 2 * tokens * spec.width * spec.embed_dim
 
 
 def shapes(tensors: Mapping) -> dict:

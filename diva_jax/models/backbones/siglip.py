@@ -19,7 +19,7 @@ from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.dense import run_dense
 from diva_jax.models.backbones.shared.positions import Positions, sizes
 from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
-from diva_jax.models.backbones.shared.transformer import Mlp, blocks, embedded, run, stack_flops
+from diva_jax.models.backbones.shared.transformer import Mlp, blocks, embedded, run
 from diva_jax.models.layers import Layers, attention, heads
 from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Table
@@ -135,12 +135,6 @@ class Vision(nnx.Module):
 def positions(spec: Spec) -> Positions:
     """The learned position embeddings."""
     return _POSITIONS
-
-
-def flops(spec: Spec) -> float:
-    """FLOPs of the forward pass over one image; the pooling has one query."""
-    w, n = spec.width, spec.patches
-    return stack_flops(spec, n) + 2 * (2 * w * w + 2 * n * w * w + 2 * n * w + 2 * w * spec.mlp_dim)
 
 
 def shapes(tensors: Mapping) -> dict:

@@ -14,7 +14,7 @@ from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.dense import run_dense
 from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
 from diva_jax.models.backbones.shared.text import BLOCKS, NEITHER, TEXT_NAMES, text_table
-from diva_jax.models.backbones.shared.transformer import blocks, embedded, run, stack_flops
+from diva_jax.models.backbones.shared.transformer import blocks, embedded, run
 from diva_jax.models.layers import Layers
 from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Table
@@ -85,12 +85,6 @@ class Vision(nnx.Module):
 def positions(spec: Spec) -> Positions:
     """The learned position embeddings."""
     return _POSITIONS
-
-
-def flops(spec: Spec) -> float:
-    """FLOPs of the forward pass over one image."""
-    tokens = 1 + spec.patches
-    return stack_flops(spec, tokens) + 2 * tokens * spec.width * spec.embed_dim
 
 
 def shapes(tensors: Mapping) -> dict:

@@ -7,6 +7,7 @@ from flax import nnx
 from diva_jax.models.attention import attention
 from diva_jax.models.feed_forward import feed_forward
 from diva_jax.models.layers import Array, Layers, geglu, heads
+from diva_jax.models.platform import recomputes
 
 
 def call(block: nnx.Module, *args: Array, remat: bool = False) -> Array:
@@ -17,7 +18,7 @@ def call(block: nnx.Module, *args: Array, remat: bool = False) -> Array:
 
     # jax.checkpoint is used because nnx.remat updates the block's variables. That fails for variables that were created
     # outside of the differentiated function, such as frozen weights.
-    return jax.checkpoint(run)(block, *args) if remat else run(block, *args)
+    return jax.checkpoint(run)(block, *args) if recomputes(remat) else run(block, *args)
 
 
 class ResnetBlock(nnx.Module):

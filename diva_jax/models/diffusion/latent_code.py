@@ -45,9 +45,6 @@ class LatentCode(Protocol):
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """The latents for the generator, [..., latent_channels]; `noise`: standard normal, of their shape, or None."""
 
-    def flops(self, size: int) -> float:
-        """FLOPs of encoding an image of `size` x `size` pixels; not needed of VAEs."""
-
 
 def find(path: str, field: str) -> type[LatentCode]:
     """Imports a class by its dotted path, the value of this field of the config, which a UserError names."""

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from diva_jax.costs import flops
 from diva_jax.data import inputs
 from diva_jax.models.diffusion.latent_code import LatentCode
 from diva_jax.weights import parts
@@ -47,11 +46,6 @@ class LatentSource:
     def pretrained(self) -> Mapping[str, parts.Part]:
         """{"vae": its source}; nothing where moments are cached."""
         return {} if self.cached else {"vae": self.part}
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of the VAE for one image."""
-        return 0.0 if self.cached else flops.vae(self.vae, self.size)
 
     def facts(self) -> dict[str, Any]:
         """What moments depend on beside the image, its crop and the VAE's weights, for JSON."""

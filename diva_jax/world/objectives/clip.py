@@ -15,7 +15,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.fields import field, parse
-from diva_jax.costs import flops
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.text import Text
@@ -51,7 +50,6 @@ class Objective(contract.Objective):
 
     def __init__(self, config, *, rngs):
         self.spec, self.options = backbones.spec_of(config), parse(ClipOptions, config.clip, "config.clip")
-        self.micro_batch = config.batch_size // config.accum
         contract.check_both_towers(self.spec, "clip")
         kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), remat=config.remat in ("vision", "all"))
         self.vision = backbones.build(self.spec, param_dtype=jnp.float32, **kw)
@@ -76,11 +74,6 @@ class Objective(contract.Objective):
 
     def towers(self) -> Mapping[str, nnx.Module]:
         return {"vision": self.vision, "text": self.text, "logit_scale": self.logit_scale}
-
-    def flops(self) -> float:
-        """FLOPs of one image and its caption in one step."""
-        towers = flops.vision(self.spec) + flops.text(self.spec)
-        return 3 * (towers + 2 * self.micro_batch * self.spec.embed_dim)
 
     def loss(self, batch: Mapping[str, Array], keys: Array) -> tuple[Array, dict[str, Array]]:
         """One micro-batch; the keys are not used.

@@ -79,7 +79,7 @@ def test_published_recipe():
         sizes["/lora/" in name] += p.arrays[name].size
     assert sizes == {True: 7_106_560, False: 221_184}
     # 17 passes, each at 28 x 28 latents; the attention over pixels shrinks more than the rest.
-    passes = p.objective.flops_by_part()["unet"] / (17 * (28 / 64) ** 2 * 1.671e12)
+    passes = p.flops()["unet"] / (17 * (28 / 64) ** 2 * 1.671e12)
     assert 0.8 < passes < 1
 
 

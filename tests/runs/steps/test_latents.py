@@ -119,7 +119,7 @@ def test_the_loss_of_an_objective_is_that_of_its_own_moments(make):
 
     a, b = jax.jit(lambda w: (without(w), within(w)))(arrays)
     np.testing.assert_allclose(a, b, rtol=2e-6)
-    flops = [x.objective.flops_by_part()["vae"] for x in (p, q)]
+    flops = [x.flops()["vae"] for x in (p, q)]
     assert flops[0] > 0 == flops[1]
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diva_jax.models.backbones import Spec
 from diva_jax.models.layers import ACTIVATIONS, Layers, attention, split_qkv
+from diva_jax.models.platform import recomputes
 
 Array = jax.Array
 
@@ -68,7 +68,7 @@ def blocks(make: Layers, layers: int, *args, block: Callable[..., nnx.Module] = 
 def run(stack: nnx.List, x: Array, *args: Array, remat: bool = False) -> Array:
     """[B, N, D] through all blocks, each called with `args` too; `remat` recomputes them in the backward pass."""
     call = type(stack[0]).__call__
-    step = nnx.remat(call) if remat else call
+    step = nnx.remat(call) if recomputes(remat) else call
     for block in stack:
         x = step(block, x, *args)
     return x
@@ -82,14 +82,3 @@ def embedded(tower: nnx.Module, images: Array, first: nnx.Param | None = None) -
         first = jnp.broadcast_to(first[...].astype(tower.dtype), (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1)
     return x + tower.pos_embed[...].astype(tower.dtype)
-
-
-def stack_flops(spec: Spec, tokens: int, mlp_layers: int = 2) -> float:
-    """FLOPs of the patch embedding and all blocks of a vision tower for one image, see `block_flops`."""
-    patches = 2 * spec.patches * 3 * spec.patch_size**2 * spec.width
-    return patches + spec.layers * block_flops(tokens, spec.width, spec.mlp_dim, mlp_layers)
-
-
-def block_flops(tokens: int, width: int, mlp_dim: int, mlp_layers: int = 2) -> float:
-    """FLOPs of one block over `tokens` tokens, whose MLP has `mlp_layers` products of width x mlp_dim."""
-    return 2 * tokens * (4 * width * width + mlp_layers * width * mlp_dim) + 4 * tokens * tokens * width
