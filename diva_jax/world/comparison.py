@@ -168,8 +168,8 @@ def write_pareto(compared: Mapping[str, Compared], path: Path) -> None:
     from diva_jax.report.figures import COLOURS, colour_role
 
     figure = Figure(figsize=(7.2, 4.6))
-    axes = figure.add_axes((0.09, 0.12, 0.88, 0.84))
-    number = 0
+    axes = figure.add_axes((0.09, 0.12, 0.72, 0.84))
+    number, dots = 0, []
     for arm, c in compared.items():
         is_control = arm.endswith("_control")
         colour = "0.65" if is_control else COLOURS[colour_role(number)][0]
@@ -180,10 +180,15 @@ def write_pareto(compared: Mapping[str, Compared], path: Path) -> None:
             ends = c.untuned[endpoint].seeds if c.untuned else None
             if ends:
                 bars[axis] = (ends[1] - ends[0]) / 2
-        axes.errorbar(x, y, fmt="o", color=colour, capsize=2, linewidth=1, **bars)
-        side = "right" if x > 95 else "left"  # Of the dot, so that labels stay within the axes.
-        place = (-7 if x > 95 else 7, -10 if is_control else 5)
-        axes.annotate(arm, (x, y), place, textcoords="offset points", fontsize=8, color=colour, ha=side)
+        axes.errorbar(x, y, fmt="o", markersize=4, color=colour, capsize=2, linewidth=1, **bars)
+        dots.append((y, x, arm, colour))
+    gap = 0.035 * np.ptp(axes.get_ylim())
+    for column, names_kept in ((26, False), (105, True)):  # Labels stand in two columns, none over another.
+        below = -np.inf
+        for y, x, arm, colour in sorted(dot for dot in dots if (dot[1] > 50) == names_kept):
+            below = max(y, below + gap)
+            line = dict(arrowstyle="-", color=colour, linewidth=0.5)
+            axes.annotate(arm, (x, y), (column, below), fontsize=8, color=colour, va="center", arrowprops=line)
     axes.set(xlabel="names right, %", ylabel="matches on absent facts, %")
     axes.axhline(50, color=COLOURS["grid"][0], linewidth=1)
     axes.spines[["top", "right"]].set_visible(False)
