@@ -17,12 +17,11 @@ import small
 import torch
 from e2e_config import get_config
 from flax import nnx
-from helpers import close
+from helpers import close, refused
 from places import SUPPORT
 from specs import TEACHER
 
 from diva_jax import config, demo
-from diva_jax.common.errors import UserError
 from diva_jax.data.photos import write_folder
 from diva_jax.evals import encode
 from diva_jax.models import backbones
@@ -183,18 +182,14 @@ def test_what_cannot_work_is_refused_in_one_sentence(world, tmp_path):
         ("elsewhere.empty", "is not an objective: the module does not define Objective"),
         ("nothing", "is not known: use one of .*dcr, diva"),
     ):
-        with pytest.raises(UserError, match=says):
-            config.default(small.SPEC, objective=objective)
+        refused(says, config.default, small.SPEC, objective=objective)
     c = get_config(f"elsewhere.distillation:{world}")
     c.accum, c.distillation.lora.targets = 1, "blocks/9/.*"  # This process has eight devices.
-    with pytest.raises(UserError, match="lora.targets='blocks/9/.*' matches no layer"):
-        Run(c, tmp_path / "run")
+    refused("lora.targets='blocks/9/.*' matches no layer", Run, c, tmp_path / "run")
     c = get_config(f"elsewhere.captions:{world}")
     c.accum, c.data.path = 1, str(world / "classes")
-    with pytest.raises(UserError, match="config.data.path.*caption"):
-        Run(c, tmp_path / "run")
+    refused("config.data.path.*caption", Run, c, tmp_path / "run")
     unmerged = config.default(small.SPEC, objective="elsewhere.unmerged")
     unmerged.batch_size, unmerged.data.path = 8, str(world / "photos")
-    with pytest.raises(UserError, match="towers.. must return the plain tower, with adapters merged"):
-        Run(unmerged, tmp_path / "run")
+    refused("towers.. must return the plain tower, with adapters merged", Run, unmerged, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from etils import epath
 from gcp_storage_emulator.exceptions import NotFound
+from helpers import refused
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from processes import STEPS, finish, start_all
 
 from diva_jax import config, report
 from diva_jax.common import paths
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import RunError
 from diva_jax.training import checkpoint, executables, sharding, workdirs
 from diva_jax.weights import places
 
@@ -121,8 +122,7 @@ def test_what_is_not_there_is_refused_in_one_sentence(files, bucket):
         (lambda: places.find("gs://bucket/clip", "--source"), "mount the bucket"),
         (lambda: report.write("gs://bucket/none"), "gs://bucket/none is not a folder"),
     ):
-        with pytest.raises(UserError, match=said):
-            refuse()
+        refused(said, refuse)
 
 
 def test_a_bucket_that_vanishes_while_saving(bucket, monkeypatch):
@@ -143,8 +143,7 @@ def test_executables_in_a_bucket(bucket):
     c = config.default()
     program = SimpleNamespace(config=c, mesh=sharding.make_mesh(c.mesh), stages=[SimpleNamespace(name="tune")])
     lowered = jax.jit(lambda x: 2 * x + 1).lower(jax.device_put(np.arange(5.0), NamedSharding(program.mesh, P())))
-    with pytest.raises(UserError, match="aot --save=gs://bucket/saved"):
-        executables.folder("gs://bucket/saved")
+    refused("aot --save=gs://bucket/saved", executables.folder, "gs://bucket/saved")
     executables.save("gs://bucket/saved", 0, executables.facts(lowered, program), lowered.compile(), program)
     loaded = executables.load(executables.folder("gs://bucket/saved"), 0, lowered, program)
     given = jax.device_put(np.arange(5.0), NamedSharding(program.mesh, P()))
@@ -171,5 +170,4 @@ def test_without_gcsfs(monkeypatch):
         raise ImportError("no gcsfs")
 
     monkeypatch.setattr(epath.gpath.PosixGPath, "exists", missing)
-    with pytest.raises(UserError, match=r"pip install -e '.\[gcs\]'"):
-        paths.folder("gs://bucket/run", "--workdir")
+    refused(r"pip install -e '.\[gcs\]'", paths.folder, "gs://bucket/run", "--workdir")

@@ -16,10 +16,10 @@ import small
 from commands import wait_for_step
 from e2e_config import get_config
 from etils import epath
+from helpers import failed, refused
 from jax.experimental.compilation_cache import compilation_cache
 from processes import FIELDS, STEPS, finish, free_address, start, start_all
 
-from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import pipeline
 from diva_jax.training import checkpoint, compiler, distributed, loop, metrics, workdirs
 
@@ -134,8 +134,7 @@ def test_variables_that_do_not_fit(monkeypatch, variables, said):
     for name, value in zip(("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"), variables, strict=True):
         if value is not None:
             monkeypatch.setenv(f"JAX_{name}", value)
-    with pytest.raises(UserError, match=said):
-        distributed.initialise(1, 10)
+    refused(said, distributed.initialise, 1, 10)
 
 
 def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
@@ -182,8 +181,7 @@ def test_a_save_that_fails_is_made_up_for(checkpoints, tmp_path, monkeypatch, ca
 def test_a_bucket_that_is_gone(checkpoints, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "checkpoints").write_text("now a file, in which no folder can be made")
-    with pytest.raises(RunError, match="step 2: no checkpoint can be written to .*checkpoints"):
-        checkpoints.save(2, STATE, {}, {}, wait=True)
+    failed("step 2: no checkpoint can be written to .*checkpoints", checkpoints.save, 2, STATE, {}, {}, wait=True)
     checkpoints.close()
 
 
@@ -194,8 +192,7 @@ def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.Writer, "write", full)
     config = get_config(f"outside.rotations:{files}")
     config.update_from_flattened_dict(FIELDS)
-    with pytest.raises(RunError, match="step 2: .*No space left on device.*last checkpoint is kept"):
-        loop.Run(config, tmp_path).run()
+    failed("step 2: .*No space left on device.*last checkpoint is kept", lambda: loop.Run(config, tmp_path).run())
 
 
 CACHE_FIELDS = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "compilation_cache_max_size")
@@ -280,5 +277,4 @@ def test_a_workdir_that_the_machines_do_not_share(tmp_path, monkeypatch):
     facts = [{"config.json": workdirs.seen(tmp_path / folder / "config.json")} for folder in ("first", "second")]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "_gather", lambda _: [json.dumps(f).encode() for f in facts])
-    with pytest.raises(UserError, match=r"config.json is \d+ for process 0 and None for process 1"):
-        distributed.check_same(facts[0])
+    refused(r"config.json is \d+ for process 0 and None for process 1", distributed.check_same, facts[0])

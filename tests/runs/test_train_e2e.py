@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import small
 from e2e_config import get_config
+from helpers import failed, refused
 from places import SUPPORT
 
-from diva_jax.common.errors import RunError, UserError
 from diva_jax.training import checkpoint
 from diva_jax.training.loop import Run
 
@@ -104,8 +104,7 @@ def test_not_finite_stops_with_the_step_and_keeps_the_last_checkpoint(files, tmp
     c.optim.name, c.optim.lr, c.optim.clip = "sgd", 1e30, 0.0
     c.optim.warmup = 0.4  # The first step's learning rate is 0, so its checkpoint is good.
     c.checkpoint.every = 1
-    with pytest.raises(RunError, match=r"step \d+: .*not finite"):
-        Run(c, tmp_path).run()
+    failed(r"step \d+: .*not finite", lambda: Run(c, tmp_path).run())
     kept = checkpoint.latest_step(tmp_path)
     assert kept is not None
     p = small.program(c)
@@ -136,7 +135,6 @@ def test_bad_input_is_refused_before_anything_is_written(files, uninterrupted, t
         c.update_from_flattened_dict({name: value})
     workdir = uninterrupted[0] if what == "another run's workdir" else tmp_path / "new"
     before = sorted(uninterrupted[0].rglob("*"))
-    with pytest.raises(UserError, match=re.escape(named)):
-        Run(c, workdir).run()
+    refused(re.escape(named), lambda: Run(c, workdir).run())
     assert not (tmp_path / "new" / "checkpoints").exists()
     assert sorted(uninterrupted[0].rglob("*")) == before

@@ -1,12 +1,27 @@
-"""Errors between arrays and their bounds, abstract meshes, filled modules, and random weights of PyTorch modules."""
+"""Refusals, errors between arrays and their bounds, abstract meshes, filled modules, random PyTorch weights."""
+
+import functools
 
 import jax
 import margins
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.weights import names
+
+
+def _raises(kind, says: str, call, *args, **kw) -> str:
+    """Asserts that a call raises an error of this kind, whose one line matches; returns the line."""
+    with pytest.raises(kind, match=says) as e:
+        call(*args, **kw)
+    assert "\n" not in str(e.value).strip(), str(e.value)
+    return str(e.value)
+
+
+refused, failed = (functools.partial(_raises, kind) for kind in (UserError, RunError))
 
 
 def relative_error(ours, reference) -> float:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from helpers import refused
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from packaging.requirements import Requirement
@@ -18,7 +19,6 @@ from places import ROOT
 
 from diva_jax import aot, config
 from diva_jax.common import config_files
-from diva_jax.common.errors import UserError
 from diva_jax.costs import hlo
 from diva_jax.models import attention, backbones, feed_forward
 from diva_jax.models.diffusion.blocks import FeedForward
@@ -166,10 +166,8 @@ def test_the_batch_of_the_config_or_of_the_flag():
     assert aot.with_batch(c, 16, None).batch_size == 640
     assert aot.with_batch(c, 16, 3).batch_size == 16 * 3 * c.accum
     assert c.batch_size == 640
-    with pytest.raises(UserError, match="per-device-batch=0"):
-        aot.with_batch(c, 16, 0)
-    with pytest.raises(UserError, match="7 devices"):
-        aot.with_batch(c, 7, None)
+    refused("per-device-batch=0", aot.with_batch, c, 16, 0)
+    refused("7 devices", aot.with_batch, c, 7, None)
 
 
 FAMILY = [f"{name}_vitl14" for name in ("unclip", "genhancer", "dcr", "kuea", "smartclip", "judge", "comclip", "salm")]
@@ -204,8 +202,7 @@ def test_every_config_fits_sixteen_chips(name):
 
 
 def test_slices():
-    with pytest.raises(UserError, match="v5e:3x3 is not a slice"):
-        aot.devices("v5e:3x3")
+    refused("v5e:3x3 is not a slice", aot.devices, "v5e:3x3")
     assert len(aot.devices("v4:2x2x1")[2]) == 4, "v4 has one device per chip"
     assert len(aot.devices("tpu7x:2x2x1")[2]) == 8, "tpu7x has two devices per chip"
 
@@ -223,15 +220,13 @@ def test_libtpu_missing_or_locked(monkeypatch):
     lock = "ABORTED: The TPU is already in use by another process. See /tmp/libtpu_lockfile"
     assert "remove" in aot.explain(lock, "v5e:4x4") and "lsof" in aot.explain(lock, "v5e:4x4")
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"\.\[tpu\]"):
-        aot.devices("v5e:4x4")
+    refused(r"\.\[tpu\]", aot.devices, "v5e:4x4")
 
 
 def test_an_option_that_the_compiler_does_not_know(toy):
     """The table's options reach the compiler of the slice, and the compiler's refusal is one sentence."""
     toy.compiler_options = "xla_tpu_rwb_fusion=perhaps"
-    with pytest.raises(UserError, match="config.compiler_options.*xla_tpu_rwb_fusion"):
-        aot.report(toy, "v5e:2x2")
+    refused("config.compiler_options.*xla_tpu_rwb_fusion", aot.report, toy, "v5e:2x2")
 
 
 def test_errors_are_one_line():

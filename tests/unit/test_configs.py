@@ -2,11 +2,11 @@
 
 import jax
 import pytest
+from helpers import refused
 from places import ROOT
 
 from diva_jax import config
 from diva_jax.common import config_files
-from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
 from diva_jax.objectives import diva
 from diva_jax.training import partition, sharding
@@ -89,7 +89,5 @@ def test_published_recipe():
 
 def test_unknown_variants_are_refused():
     for name in ("vitl14", "kuea_vitl14", "unclip_h14"):
-        with pytest.raises(UserError, match="no variant 'faithfull': write exact or faithful"):
-            load(f"{name}.py:faithfull")
-    with pytest.raises(UserError, match="config.objective=unclip has no faithful variant"):
-        load("unclip_h14.py:faithful")
+        refused("no variant 'faithfull': write exact or faithful", load, f"{name}.py:faithfull")
+    refused("config.objective=unclip has no faithful variant", load, "unclip_h14.py:faithful")

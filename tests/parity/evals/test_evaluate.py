@@ -11,7 +11,7 @@ import pytest
 import small
 from eval_data import eval_config, patch, statement, write_task_data
 from eval_models import centred, torch_model, write_model
-from helpers import tensors
+from helpers import refused, tensors
 from specs import EVAL_CLIP as CLIP
 
 from diva_jax import report
@@ -247,8 +247,7 @@ def test_the_tokenizer_may_come_from_elsewhere(tmp_path, config, data, base):
     mesh = sharding.make_mesh(config.mesh)
     bare = encode.Encoder({}, None, str(tmp_path), {}, str(tmp_path))
     runner = evaluator.Evaluator(config, mesh, {"mmvp": data["mmvp"]})
-    with pytest.raises(UserError, match="has no tokenizer: it needs tokenizer.json"):
-        runner.model("bare", bare)
+    refused("has no tokenizer: it needs tokenizer.json", runner.model, "bare", bare)
     config.eval.tokenizer = str(base)
     runner = evaluator.Evaluator(config, mesh, {"mmvp": data["mmvp"]})
     assert runner.model("bare", bare).embeddings.shape == (270, CLIP.embed_dim)
@@ -262,8 +261,7 @@ def test_data_that_does_not_fit_the_tasks():
         (["mmvp", "drift"], ["mmvp=x", "drift=y", "zeroshot=z"], "--data=zeroshot=z belongs to no task"),
         (["mmvp"], ["mmvp="], "the task mmvp has no data"),
     ):
-        with pytest.raises(UserError, match=says):
-            evaluator.data_of(tasks, given)
+        refused(says, evaluator.data_of, tasks, given)
 
 
 def test_data_and_labels():
@@ -274,14 +272,11 @@ def test_data_and_labels():
 
 
 def test_wrong_steps_and_backbones_are_refused(workdir, config, tmp_path):
-    with pytest.raises(UserError, match="--weights=.*:3 has no checkpoint in .*: use one of 2, 5"):
-        places.find(f"{workdir}:3", "--weights")
-    with pytest.raises(UserError, match="--weights='.*/none' does not exist"):
-        places.find(str(tmp_path / "none"), "--weights")
+    refused("--weights=.*:3 has no checkpoint in .*: use one of 2, 5", places.find, f"{workdir}:3", "--weights")
+    refused("--weights='.*/none' does not exist", places.find, str(tmp_path / "none"), "--weights")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="has no checkpoint yet"):
-        places.find(str(tmp_path), "--weights")
+    refused("has no checkpoint yet", places.find, str(tmp_path), "--weights")
     other = eval_config(CLIP, workdir)
     other.backbone.width = 60
     with pytest.raises(UserError, match="the run .* than config.backbone: width is 48 there and 60 in"):

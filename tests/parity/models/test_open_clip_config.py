@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from flax import nnx
+from helpers import refused
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from diva_jax.common.errors import UserError
@@ -237,9 +238,7 @@ def test_what_is_not_implemented_is_named(name):
         section[key] = value
         if value is ...:
             del section[key]
-        with pytest.raises(UserError, match=key) as error:
-            from_open_clip(config)
-        assert "\n" not in str(error.value)
+        refused(key, from_open_clip, config)
 
 
 def test_towers_of_different_activations():
@@ -252,8 +251,7 @@ def test_towers_of_different_activations():
 
 def test_other_files_and_other_preprocessing_are_refused():
     for config in (None, [], {}, {"model_cfg": {}}, {"embed_dim": 3, "vision_cfg": {}}):
-        with pytest.raises(UserError, match="not an open_clip config"):
-            from_open_clip(config)
+        refused("not an open_clip config", from_open_clip, config)
     for key, value in (("resize_mode", "longest"), ("interpolation", "random"), ("mean", [0.5, 0.5])):
         with pytest.raises(UserError, match=f"preprocess_cfg.{key}"):
             from_open_clip(dict(model_cfg=small(), preprocess_cfg={key: value}))
@@ -277,5 +275,4 @@ def test_preprocessing_left_out_is_open_clips_default_except_for_siglip():
     ],
 )
 def test_what_open_clip_has_not_cannot_be_written(row, changes, message):
-    with pytest.raises(UserError, match=message):
-        to_open_clip(dataclasses.replace(row, **changes))
+    refused(message, lambda: to_open_clip(dataclasses.replace(row, **changes)))

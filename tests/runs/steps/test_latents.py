@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import small
 from e2e_config import get_config
-from helpers import rounded
+from helpers import failed, refused, rounded
 from places import SUPPORT
 
 from diva_jax import config
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import UserError
 from diva_jax.data import latent_cache, pipeline, preprocess
 from diva_jax.training import cache_builder, loop, step
 from diva_jax.world import models, records
@@ -204,8 +204,7 @@ def test_outputs_of_frozen_teachers_are_cached(objective, tmp_path):
         np.testing.assert_allclose(got[name], value, rtol=0.05, err_msg=name)
     if objective == "comclip":
         other = pipeline.sources.open_source(records.path(3, "rich", 10))
-        with pytest.raises(UserError, match="another image or caption there"):
-            cache_builder.open_cache(q).check(other)
+        refused("another image or caption there", lambda: cache_builder.open_cache(q).check(other))
         with pytest.raises(UserError, match=r"made with other settings: anchor\.dtypes"):
             cache_builder.open_cache(small.program(configured(cache=out, dtype="bfloat16")))
 
@@ -216,27 +215,21 @@ def test_what_is_refused(files, cache, tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match=r"holds another cache: facts\.crop\.interpolation .*bicubic.*bilinear"):
         build(cache, data__crop__interpolation="bilinear")
-    with pytest.raises(UserError, match=r"holds another cache: crops \(2 there, 3 here\)"):
-        build(cache, crops=3)
-    with pytest.raises(UserError, match="leave it empty"):
-        build(data__latents="somewhere")
-    with pytest.raises(UserError, match="a folder on this machine"):
-        build("gs://bucket/latents")
+    refused(r"holds another cache: crops \(2 there, 3 here\)", build, cache, crops=3)
+    refused("leave it empty", build, data__latents="somewhere")
+    refused("a folder on this machine", build, "gs://bucket/latents")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        build(tmp_path / "file" / "out").run()
+    refused("cannot be written", lambda: build(tmp_path / "file" / "out").run())
     builder = build(tmp_path / "small")
     monkeypatch.setattr(cache_builder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 10**3))
-    with pytest.raises(UserError, match=r"GiB are free there"):
-        builder.run()
+    refused(r"GiB are free there", builder.run)
     monkeypatch.undo()
 
     def full(folder, name, entries):
         raise OSError("write() failed: No space left on device")
 
     monkeypatch.setattr(cache_builder, "write_shard", full)
-    with pytest.raises(RunError, match=r"00000-of-00005.* cannot be written .*No space left.* the same command"):
-        builder.run()
+    failed(r"00000-of-00005.* cannot be written .*No space left.* the same command", builder.run)
     run = loop.Run(run_config(files, cache), tmp_path / "good")
     assert f"latents from {cache}" in run.describe()
     run.batches.close()
@@ -244,9 +237,7 @@ def test_what_is_refused(files, cache, tmp_path, monkeypatch):
         loop.Run(run_config(files, cache, dtype="bfloat16"), tmp_path / "run")
     kuea = config.default(small.SPEC, objective="kuea")
     kuea.data.latents = "somewhere"
-    with pytest.raises(UserError, match="kuea has no frozen model whose outputs"):
-        small.program(kuea)
+    refused("kuea has no frozen model whose outputs", small.program, kuea)
     kuea.data.latents = ""
-    with pytest.raises(UserError, match="kuea has no frozen model whose outputs"):
-        cache_builder.Builder(kuea, str(tmp_path), 1, 5, 1)
+    refused("kuea has no frozen model whose outputs", cache_builder.Builder, kuea, str(tmp_path), 1, 5, 1)
     assert not (tmp_path / "run").exists()

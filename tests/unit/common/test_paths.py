@@ -8,6 +8,7 @@ import fsspec
 import pytest
 from etils import epath
 from gcsfs.retry import HttpError
+from helpers import refused
 
 from diva_jax.common import json_files, paths
 from diva_jax.common.errors import UserError
@@ -115,8 +116,7 @@ def test_secrets_of_urls(text, cleared):
 
 @pytest.mark.parametrize("path", ["s3://bucket/x", "az://bucket/x", "nothing://x", "gs2://x"])
 def test_other_schemes_are_named(path):
-    with pytest.raises(UserError, match=r"has a scheme that is not supported: use gs://"):
-        paths.folder(path, "--workdir")
+    refused(r"has a scheme that is not supported: use gs://", paths.folder, path, "--workdir")
 
 
 @pytest.mark.parametrize("code", [401, 403, 503])
@@ -131,5 +131,4 @@ def test_what_a_bucket_refuses_is_a_sentence_and_no_damage(monkeypatch, code):
         lambda: integrity.read_text(epath.Path("gs://b/3"), "meta"),
         lambda: checkpoint.latest_step("gs://b/run"),
     ):
-        with pytest.raises(UserError, match=rf"gs://b/\S+ cannot be read \(HttpError: refused, {code}\): check"):
-            read()
+        refused(rf"gs://b/\S+ cannot be read \(HttpError: refused, {code}\): check", read)

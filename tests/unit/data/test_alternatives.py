@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import refused
 from records import batches, encoded, letters, tags, text_of, write_tar
 
 from diva_jax.common.errors import UserError
@@ -164,10 +165,8 @@ def test_data_and_files_that_cannot_give_texts_are_refused_at_once(tmp_path):
         "[3]",
     ):
         (tmp_path / "own.json").write_text(content)
-        with pytest.raises(UserError, match=r"own\.json"):
-            Edits(2, lexicon=tmp_path / "own.json")
-        with pytest.raises(UserError, match=r"own\.json"):
-            Classes.read(2, False, str(tmp_path / "own.json"), "a {}")
+        refused(r"own\.json", Edits, 2, lexicon=tmp_path / "own.json")
+        refused(r"own\.json", Classes.read, 2, False, str(tmp_path / "own.json"), "a {}")
     (tmp_path / "own.json").write_text('[{"words": ["dog", "cat"]}]')
     own = Edits(2, lexicon=tmp_path / "own.json")
     batch = next(batches(tmp_path / "a.tar", {"texts": inputs.Texts(2, 9, lambda: letters(9), own)}))

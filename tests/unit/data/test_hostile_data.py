@@ -13,6 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
+from helpers import failed, refused
 from PIL import Image
 from records import batches, data_config, encoded, tags, write_shards, write_tar
 
@@ -84,8 +85,7 @@ def test_sparse_files_are_not_read_into_memory(tmp_path):
         path.unlink()
     (tmp_path / "a.jpg").touch()
     os.truncate(tmp_path / "a.jpg", size)
-    with pytest.raises(RunError, match="not one of the 1 images"):
-        next(batches(tmp_path, batch=4))
+    failed("not one of the 1 images", lambda: next(batches(tmp_path, batch=4)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
 
 
@@ -95,8 +95,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
         folder.mkdir()
         os.mkfifo(folder / name) if name[0] == "a" else (folder / name).symlink_to("/dev/zero")
         for path in (folder, folder / name):
-            with pytest.raises(UserError, match="is not a regular file"):
-                batches(path)
+            refused("is not a regular file", batches, path)
     os.mkfifo(tmp_path / "c.png")
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(encoded(i))
@@ -121,8 +120,7 @@ def test_reads_that_fail_for_a_while_are_tried_again(tmp_path, monkeypatch, numb
     iterator = batches(tmp_path, max_broken_share=1.0)
     monkeypatch.setattr(files, "read_range", failing)
     if failures > 2:
-        with pytest.raises(RunError, match="not one of the 12 images"):
-            next(iterator)
+        failed("not one of the 12 images", next, iterator)
         assert iterator.broken.count == 12
     else:
         assert tags(next(iterator)["image"]) and not iterator.broken.count
@@ -132,8 +130,7 @@ def test_where_memory_runs_out_no_image_is_broken(tmp_path, monkeypatch):
     write_shards(tmp_path, 12, 12)
     iterator = batches(tmp_path)
     monkeypatch.setattr(images, "decode", lambda _: (_ for _ in ()).throw(MemoryError))
-    with pytest.raises(RunError, match=r"memory ran out while .*\.tar/.* was read: lower config.data.threads"):
-        next(iterator)
+    failed(r"memory ran out while .*\.tar/.* was read: lower config.data.threads", next, iterator)
     assert not iterator.broken.count
 
 
@@ -150,8 +147,7 @@ def test_where_memory_runs_out_no_image_is_broken(tmp_path, monkeypatch):
 )
 def test_patterns_that_stand_for_too_many(pattern, says):
     began = time.monotonic()
-    with pytest.raises(UserError, match=says):
-        files.find(f"/nowhere/{pattern}")
+    refused(says, files.find, f"/nowhere/{pattern}")
     assert time.monotonic() - began < 6
 
 
@@ -252,8 +248,7 @@ def test_a_wait_for_data_ends():
     began = time.monotonic()
     assert iterator.wait(lambda: True) is None
     assert time.monotonic() - began < 5 and iterator.get_state()["batches"] == 0
-    with pytest.raises(RunError, match=r"stall_timeout=1\), \d+ s of them reading shard.tar/\d\\x1b"):
-        next(iterator)
+    failed(r"stall_timeout=1\), \d+ s of them reading shard.tar/\d\\x1b", next, iterator)
     iterator.close()
     assert time.monotonic() - began < 10
     source.released.set()

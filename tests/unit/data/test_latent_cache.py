@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from helpers import failed
 from records import batches, noise, take, write_tar
 
 from diva_jax.common.errors import RunError, UserError
@@ -97,15 +98,12 @@ def test_a_damaged_entry_is_an_error(folder):
     at = whole.index(entry(5, 2).moments.tobytes()[:40])
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     cache = Cache(str(folder), FACTS)
-    with pytest.raises(RunError, match=r"record 5, crop 2 in 00001-of-00003\.array_record cannot be read"):
-        cache.read(5, 2)
+    failed(r"record 5, crop 2 in 00001-of-00003\.array_record cannot be read", cache.read, 5, 2)
     assert cache.read(4, 1).record == 4
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(RunError, match="cannot be read"):
-        Cache(str(folder), FACTS).read(4, 1)
+    failed("cannot be read", lambda: Cache(str(folder), FACTS).read(4, 1))
     path.write_bytes((folder / MANIFEST.file(0)).read_bytes())
-    with pytest.raises(RunError, match="it is that of record 0"):
-        Cache(str(folder), FACTS).read(4, 0)
+    failed("it is that of record 0", lambda: Cache(str(folder), FACTS).read(4, 0))
     assert latent_cache.is_complete(path, 4 * CROPS)
     assert not latent_cache.is_complete(folder / MANIFEST.file(2), 4 * CROPS)
 
@@ -145,8 +143,7 @@ def test_a_shard_is_there_when_it_is_complete(tmp_path):
         yield entry(0, 0)
         raise RunError("too many images are broken")
 
-    with pytest.raises(RunError):
-        latent_cache.write_shard(tmp_path, "a", failing())
+    failed("", lambda: latent_cache.write_shard(tmp_path, "a", failing()))
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import refused
 from PIL import Image, PngImagePlugin
 from records import batches, encoded, tags
 
@@ -71,8 +72,7 @@ def test_tables_are_what_was_written_or_refused(tmp_path, seed):
 )
 def test_wrong_rows_are_refused_by_line(tmp_path, rows, line):
     (tmp_path / "a.csv").write_text("\n".join(["image,caption", *rows]))
-    with pytest.raises(UserError, match=f"a.csv, line {line}: the row is not CSV"):
-        open_source(f"{tmp_path}/a.csv")
+    refused(f"a.csv, line {line}: the row is not CSV", open_source, f"{tmp_path}/a.csv")
 
 
 def test_cells_are_paths_unless_urls_are_allowed(tmp_path, caplog):
@@ -103,8 +103,7 @@ def test_cells_are_paths_unless_urls_are_allowed(tmp_path, caplog):
         ("x" * 9999, "of 9999 characters is no path"),
     ):
         (tmp_path / "a.csv").write_text(f"image\n{cell}\n")
-        with pytest.raises(UserError, match=says):
-            open_source(f"{tmp_path}/a.csv")
+        refused(says, open_source, f"{tmp_path}/a.csv")
 
 
 ARROW = """
@@ -148,8 +147,7 @@ def test_caches_of_datasets_are_no_rows(tmp_path):
     assert len(open_source(str(tmp_path))) == 1 and len(open_source(f"{tmp_path}/*.arrow")) == 1
     assert len(open_source(f"{tmp_path}/cache-12ab.arrow")) == 1  # Named alone, it is meant.
     (tmp_path / "x-train.arrow").unlink()
-    with pytest.raises(UserError, match="has caches of datasets.map alone"):
-        open_source(str(tmp_path))
+    refused("has caches of datasets.map alone", open_source, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -176,8 +174,7 @@ def test_images_of_other_formats_are_said(tmp_path, caplog):
     caplog.clear()
     assert len(labelled.class_folders(tmp_path)) == 2 and "1.HEIC" in caplog.text
     (tmp_path / "a" / "0.png").unlink()
-    with pytest.raises(UserError, match="images of formats alone that are not read"):
-        open_source(f"{tmp_path}/a")
+    refused("images of formats alone that are not read", open_source, f"{tmp_path}/a")
 
 
 @pytest.mark.parametrize("what", ["profile", "text", "compressed text", "all"])

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from helpers import refused
 from records import batches, encoded, tags, take, write_shards
 
 from diva_jax.common.errors import UserError
@@ -89,16 +90,12 @@ def test_the_start_says_how_often(folder, capsys):
 
 @pytest.mark.parametrize("path", ["mix:", "mix:a;b", "mix:1=", "mix:0=a;1=b", "mix:-1=a", "mix:1=a;nan=b", "mix:a=1"])
 def test_bad_forms_are_one_sentence(path):
-    with pytest.raises(UserError, match="must read mix:WEIGHT=PATH;WEIGHT=PATH") as e:
-        open_source(path)
-    assert "\n" not in str(e.value)
+    refused("must read mix:WEIGHT=PATH;WEIGHT=PATH", open_source, path)
 
 
 def test_bad_parts(folder):
-    with pytest.raises(UserError, match="none.tar' does not exist"):
-        open_source(f"mix:1={folder}/tars;1={folder}/none.tar")
-    with pytest.raises(UserError, match="is a mixture in a mixture"):
-        open_source(f"mix:1={folder}/tars;1=mix:1={folder}/folder")
+    refused("none.tar' does not exist", open_source, f"mix:1={folder}/tars;1={folder}/none.tar")
+    refused("is a mixture in a mixture", open_source, f"mix:1={folder}/tars;1=mix:1={folder}/folder")
     parts = [open_source(str(folder / "tars"))] * 2
     with pytest.raises(UserError, match="an epoch would have 12000000012 images"):
         mixture.MixtureSource(parts, [Fraction(1, 10**9 + 1), Fraction(10**9, 10**9 + 1)], "mix:...")

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from helpers import failed, refused
 from records import batches, tags, tags_of, take, write_shards
 
 from diva_jax.common.errors import RunError, UserError
@@ -153,17 +154,14 @@ def test_the_first_image_alone_does_not_stop_a_run():
     broken = pipeline.Broken(0.01)
     for record in range(10):
         broken.add(record, "x.jpg", "truncated")
-    with pytest.raises(RunError):
-        broken.add(10, "x.jpg", "truncated")
+    failed("", broken.add, 10, "x.jpg", "truncated")
 
 
 @pytest.mark.parametrize("count", [1, 40])
 def test_all_broken_ends(tmp_path, count):
     write_shards(tmp_path, count, 10, broken=range(count))
-    with pytest.raises(RunError, match="not one of|max_broken_share"):
-        next(batches(tmp_path))
-    with pytest.raises(RunError, match=f"not one of the {count} images"):
-        next(batches(tmp_path, max_broken_share=1.0))
+    failed("not one of|max_broken_share", lambda: next(batches(tmp_path)))
+    failed(f"not one of the {count} images", lambda: next(batches(tmp_path, max_broken_share=1.0)))
 
 
 def test_the_log_stops_naming(caplog):
@@ -176,5 +174,4 @@ def test_the_log_stops_naming(caplog):
 
 
 def test_a_batch_that_does_not_divide_is_refused(noisy):
-    with pytest.raises(UserError, match="config.batch_size=8 does not divide over 3 processes: use a multiple"):
-        batches(noisy, process=(0, 3))
+    refused("config.batch_size=8 does not divide over 3 processes: use a multiple", batches, noisy, process=(0, 3))

@@ -6,6 +6,7 @@ import sys
 
 import fsspec
 import pytest
+from helpers import refused
 from records import encoded, noise, write_tar, write_tfds
 
 from diva_jax.common.errors import UserError
@@ -103,8 +104,7 @@ def test_remote_tars_folder_and_cache(bucket):
     assert bucket.glob("/bucket/cache/*.npz")
     folder = open_source("memory://bucket/images")
     assert [folder.read(i)[1] for i in range(3)] == [noise(i) for i in range(3)]
-    with pytest.raises(UserError, match="does not exist"):
-        open_source("memory://bucket/nothing")
+    refused("does not exist", open_source, "memory://bucket/nothing")
 
 
 def test_a_store_that_refuses(monkeypatch):
@@ -120,8 +120,7 @@ def test_a_store_that_refuses(monkeypatch):
     with pytest.raises(ConnectError):  # An error of this project, which is not to be hidden.
         open_source("a/b")
     monkeypatch.setattr(files, "is_folder", lambda _: (_ for _ in ()).throw(PermissionError("403 Forbidden")))
-    with pytest.raises(UserError, match="config.data.path='a.tar' cannot be read .PermissionError: 403 Forbidden"):
-        open_source("a.tar")
+    refused("config.data.path='a.tar' cannot be read .PermissionError: 403 Forbidden", open_source, "a.tar")
 
 
 @pytest.fixture(scope="module")
@@ -170,5 +169,4 @@ def test_files_of_another_kind_are_not_called_damaged_tars(shards, tmp_path):
     assert names(open_source(str(tmp_path / "shard"))) == ["shard/0.jpg"]
     for name, said in (("a.zip", "is no kind of data that is read here"), ("a.tgz", "is compressed: unpack it")):
         (tmp_path / name).write_bytes(b"PK" + bytes(1000))
-        with pytest.raises(UserError, match=said):
-            open_source(str(tmp_path / name))
+        refused(said, open_source, str(tmp_path / name))

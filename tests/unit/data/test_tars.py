@@ -7,10 +7,10 @@ import tarfile
 
 import numpy as np
 import pytest
+from helpers import refused
 from records import encoded, noise, write_tar
 from tqdm import tqdm
 
-from diva_jax.common.errors import UserError
 from diva_jax.data import photos, tars
 from diva_jax.data.records import MAX_CAPTION_BYTES
 from diva_jax.data.sources import open_source
@@ -127,8 +127,7 @@ def test_a_name_twice_is_refused(tmp_path, twice):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, data in members:
             photos.add_member(tar, name, data)
-    with pytest.raises(UserError, match=r"a.tar has 0.\w+ twice, which would merge two samples"):
-        TarSource([str(tmp_path / "a.tar")])
+    refused(r"a.tar has 0.\w+ twice, which would merge two samples", TarSource, [str(tmp_path / "a.tar")])
 
 
 @pytest.mark.parametrize(
@@ -202,10 +201,8 @@ def test_shards_without_an_image_are_refused(tmp_path):
     (tmp_path / "c.tar").write_bytes(b"")
     os.symlink(tmp_path / "nowhere", tmp_path / "d.tar")
     packed, empty = (f"{tmp_path}/{n}.tar is no uncompressed tar archive" for n in "bc")
-    with pytest.raises(UserError, match=f"not one image in 3 tar files .*{packed}.*{empty}"):
-        TarSource([str(tmp_path / f"{n}.tar") for n in "abc"])
-    with pytest.raises(UserError, match="d.tar of config.data.path cannot be read"):
-        TarSource([str(tmp_path / "d.tar")])
+    refused(f"not one image in 3 tar files .*{packed}.*{empty}", TarSource, [str(tmp_path / f"{n}.tar") for n in "abc"])
+    refused("d.tar of config.data.path cannot be read", TarSource, [str(tmp_path / "d.tar")])
 
 
 class TestCache:

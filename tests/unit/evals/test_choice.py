@@ -7,6 +7,7 @@ import choice_data as sets
 import numpy as np
 import pytest
 from eval_data import FakeModel, evaluated, patch, prepared, unit, write_image
+from helpers import refused
 
 from diva_jax.common.errors import UserError
 from diva_jax.evals import matching
@@ -122,8 +123,7 @@ def test_folder_with_several_sets_and_images_elsewhere(tmp_path):
         (tmp_path / "a" / name).rename(tmp_path / "b" / name)
     task = prepare(tmp_path / "b", images=str(tmp_path / "a"))
     assert list(task.metrics) == ["add_att_accuracy", "existence_accuracy"] and task.count == 11
-    with pytest.raises(UserError, match="its image .* does not exist"):
-        prepare(tmp_path / "b")
+    refused("its image .* does not exist", prepare, tmp_path / "b")
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
@@ -161,8 +161,7 @@ def test_published_counts_are_asserted(tmp_path):
         (tmp_path / "x.json", "does not exist"),
     ):
         (tmp_path / "images").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match=says):
-            prepare(path)
+        refused(says, prepare, path)
 
 
 def broken(path, row, **change):
@@ -188,8 +187,7 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize("make, says", BAD_ROWS, ids=[says[:40] for _, says in BAD_ROWS])
 def test_bad_rows_are_refused(tmp_path, make, says):
-    with pytest.raises(UserError, match=says):
-        prepare(make(tmp_path))
+    refused(says, lambda: prepare(make(tmp_path)))
 
 
 def test_incomplete_sets_of_controlled_images_are_refused(tmp_path):
@@ -197,8 +195,7 @@ def test_incomplete_sets_of_controlled_images_are_refused(tmp_path):
     rows = json.loads(path.read_text())
     for changed, says in ((rows[:-1], "row 8: cup2_chair has only left, on, right"), (rows + rows[:1], "'left' twice")):
         path.write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=says):
-            prepare(path)
+        refused(says, prepare, path)
 
 
 @pytest.mark.parametrize(
@@ -222,5 +219,4 @@ def test_incomplete_sets_of_controlled_images_are_refused(tmp_path):
 def test_bad_files_are_refused(tmp_path, name, text, says):
     write_image(tmp_path / "0.jpg", 0)
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=says):
-        prepare(tmp_path / name)
+    refused(says, prepare, tmp_path / name)

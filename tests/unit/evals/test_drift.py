@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 from eval_data import FakeModel, prepared, unit, write_image
+from helpers import refused
 
-from diva_jax.common.errors import UserError
 from diva_jax.evals.tasks import drift
 
 COUNT, DIM = 40, 12
@@ -80,8 +80,6 @@ def test_effective_rank():
 
 
 def test_bad_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a folder"):
-        prepare(tmp_path / "none")
+    refused("is not a folder", prepare, tmp_path / "none")
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match="has 1 images, too few for 5 neighbours.*--config.eval.drift.neighbours"):
-        prepare(tmp_path)
+    refused("has 1 images, too few for 5 neighbours.*--config.eval.drift.neighbours", prepare, tmp_path)

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 from eval_data import FakeModel, eval_config, prepared, unit, write_mmvp
+from helpers import refused
 from specs import EVAL_CLIP as CLIP
 
 from diva_jax.common.errors import UserError
@@ -193,17 +194,13 @@ def test_bad_images_are_refused(root):
     image = root / FOLDERS[0] / "Texts" / "213.jpg"
     data = image.read_bytes()
     image.unlink()
-    with pytest.raises(UserError, match=r"line 214: its image .*213.jpg does not exist"):
-        prepare(root)
+    refused(r"line 214: its image .*213.jpg does not exist", prepare, root)
     for broken in (b"", b"no image", data[: len(data) // 2]):
         image.write_bytes(broken)
-        with pytest.raises(UserError, match=r"the image .*213.jpg cannot be read"):
-            prepare(root)
+        refused(r"the image .*213.jpg cannot be read", prepare, root)
 
 
 def test_missing_folders_are_named(tmp_path):
-    with pytest.raises(UserError, match="Questions.csv does not exist: give --data=mmvp=FOLDER"):
-        prepare(tmp_path)
+    refused("Questions.csv does not exist: give --data=mmvp=FOLDER", prepare, tmp_path)
     (tmp_path / "Questions.csv").write_text("")
-    with pytest.raises(UserError, match="has none of the folders 'MLLM_VLM Images'"):
-        prepare(tmp_path)
+    refused("has none of the folders 'MLLM_VLM Images'", prepare, tmp_path)

@@ -5,9 +5,9 @@ from functools import partial
 import numpy as np
 import pytest
 from eval_data import encoded, evaluated, patch, prepared, unit, write_class_folders
+from helpers import refused
 from records import write_tar
 
-from diva_jax.common.errors import UserError
 from diva_jax.evals import linear
 
 TRAIN, TEST = [0, 0, 1, 1, 1, 2, 2, 0, 1], [0, 1, 1, 2, 2]
@@ -101,17 +101,12 @@ def test_bad_splits_are_refused(tmp_path):
         (f"train={train},test={train}", "one split twice"),
         (f"train={train},test={tmp_path}/no", "--data=probe=.*/no is not a folder"),
     ):
-        with pytest.raises(UserError, match=says):
-            prepare(path)
+        refused(says, prepare, path)
     test = write_folders(tmp_path / "test", TEST)
-    with pytest.raises(UserError, match="neighbours=99 is more than the 9 training images"):
-        prepare(tmp_path, neighbours=99)
+    refused("neighbours=99 is more than the 9 training images", prepare, tmp_path, neighbours=99)
     (test / "c").rename(test / "d")
-    with pytest.raises(UserError, match="differ in the classes c, d"):
-        prepare(tmp_path)
+    refused("differ in the classes c, d", prepare, tmp_path)
     tars = [write_tars(tmp_path / "t" / name, labels) for name, labels in (("a", [0, 1]), ("b", [1, 4]))]
-    with pytest.raises(UserError, match=r"0.tar\[1\] of the test split has the label 4"):
-        prepare(f"train={tars[0]},test={tars[1]}", neighbours=1)
+    refused(r"0.tar\[1\] of the test split has the label 4", prepare, f"train={tars[0]},test={tars[1]}", neighbours=1)
     tars = [write_tars(tmp_path / "u" / name, [0, 0]) for name in "ab"]
-    with pytest.raises(UserError, match="at least two classes"):
-        prepare(f"train={tars[0]},test={tars[1]}", neighbours=1)
+    refused("at least two classes", prepare, f"train={tars[0]},test={tars[1]}", neighbours=1)

@@ -5,9 +5,9 @@ from functools import partial
 import numpy as np
 import pytest
 from eval_data import encoded, evaluated, patch, prepared, unit, write_image
+from helpers import refused
 from records import write_tar
 
-from diva_jax.common.errors import UserError
 from diva_jax.evals.tasks import retrieval
 
 COUNT = 23
@@ -75,8 +75,7 @@ def test_tars_with_several_captions(tmp_path):
     task = prepare(tmp_path)
     assert task.images.targets == CAPTIONS and list(task.owner[:4]) == [0, 1, 1, 2]
     write_tar(tmp_path / "test" / "0.tar", members | {"s1.txt": b""})
-    with pytest.raises(UserError, match=r"0.tar\[1\] has no caption"):
-        prepare(tmp_path)
+    refused(r"0.tar\[1\] has no caption", prepare, tmp_path)
 
 
 def test_bad_data_is_refused(table, tmp_path):
@@ -89,12 +88,9 @@ def test_bad_data_is_refused(table, tmp_path):
         ("1.png,a thing", "line 3: the row is not CSV .it has 2 fields, the header 3"),
     ):
         table.write_text("\n".join([*lines[:2], line, *lines[3:]]))
-        with pytest.raises(UserError, match=says):
-            prepare(table)
+        refused(says, prepare, table)
     for text, says in (("file,caption\n1.png,x\n", "has no column image"), ("image,caption\n", "has no rows")):
         table.write_text(text)
-        with pytest.raises(UserError, match=says):
-            prepare(table)
+        refused(says, prepare, table)
     for path in (tmp_path / "none.csv", tmp_path):
-        with pytest.raises(UserError, match="neither a folder of tar shards nor a CSV file"):
-            prepare(path)
+        refused("neither a folder of tar shards nor a CSV file", prepare, path)

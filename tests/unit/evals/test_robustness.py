@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 from eval_data import evaluated, patch, prepared, unit, write_image
+from helpers import refused
 
-from diva_jax.common.errors import UserError
 from diva_jax.evals.tasks import robustness, zeroshot
 
 NAMES = zeroshot.imagenet("classes")
@@ -85,13 +85,9 @@ def test_bad_folders_are_refused(tmp_path, prepare):
         (f"v2={root}", "n01440764 is not named after a label"),
         (f"objectnet={root}", "has no mappings/folder_to_objectnet_label.json"),
     ):
-        with pytest.raises(UserError, match=says):
-            prepare(path)
-    with pytest.raises(UserError, match="has 2 classes, ImageNet-A has 200.*allow_partial"):
-        prepare(f"a={root}", allow_partial=False)
+        refused(says, prepare, path)
+    refused("has 2 classes, ImageNet-A has 200.*allow_partial", prepare, f"a={root}", allow_partial=False)
     (root / "n1").mkdir()
-    with pytest.raises(UserError, match="n1 is not named after a WordNet id"):
-        prepare(f"r={root}")
+    refused("n1 is not named after a WordNet id", prepare, f"r={root}")
     (root / "n1").rename(root / IDS[2])
-    with pytest.raises(UserError, match=f"{IDS[2]} has no image"):
-        prepare(f"r={root}")
+    refused(f"{IDS[2]} has no image", prepare, f"r={root}")

@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
+from helpers import refused
 from scipy import stats as reference
 
-from diva_jax.common.errors import UserError
 from diva_jax.common.results_schema import Difference
 from diva_jax.evals import Outcome, Settings, seeds
 from diva_jax.evals.items import ItemTask, Values
@@ -102,8 +102,7 @@ def test_how_a_group_is_written(text, want):
 
 @pytest.mark.parametrize("text", ["t=runs/a", "t=runs/a,", "t=runs/a,runs/a", "t=runs/a,runs/b,runs/a"])
 def test_a_group_is_of_two_or_more(text):
-    with pytest.raises(UserError, match="must name two runs or more, each once"):
-        seeds.parse(text)
+    refused("must name two runs or more, each once", seeds.parse, text)
 
 
 def test_a_folder_with_such_a_name_is_a_folder(tmp_path, monkeypatch):
@@ -131,8 +130,7 @@ def test_the_runs_of_a_group_differ_in_their_seed_alone(tmp_path, change, step, 
     if message is None:
         seeds.check("t", places)
     else:
-        with pytest.raises(UserError, match=message):
-            seeds.check("t", places)
+        refused(message, seeds.check, "t", places)
 
 
 @pytest.mark.parametrize("clusters", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 3]])

@@ -6,11 +6,11 @@ import io
 import numpy as np
 import pytest
 from eval_data import FakeModel, eval_config, evaluated, patch, prepared, unit, write_image
+from helpers import refused
 from PIL import Image
 from scipy import ndimage
 from specs import EVAL_CLIP as CLIP
 
-from diva_jax.common.errors import UserError
 from diva_jax.evals import stats
 from diva_jax.evals.tasks import segmentation
 
@@ -206,10 +206,8 @@ def test_class_names_from_a_file(tmp_path):
     task = prepare(f"voc20={tmp_path}/voc", classes=str(path))
     assert task.names[0] == ["thing", "any thing"] and list(task.owner[:3]) == [0, 0, 1]
     path.write_text("one\n")
-    with pytest.raises(UserError, match="has 20 classes, not 1"):
-        prepare(f"voc20={tmp_path}/voc", classes=str(path))
-    with pytest.raises(UserError, match="classes=.*none.txt cannot be read"):
-        prepare(f"voc20={tmp_path}/voc", classes=str(tmp_path / "none.txt"))
+    refused("has 20 classes, not 1", prepare, f"voc20={tmp_path}/voc", classes=str(path))
+    refused("classes=.*none.txt cannot be read", prepare, f"voc20={tmp_path}/voc", classes=str(tmp_path / "none.txt"))
 
 
 def test_bad_data_is_refused(tmp_path):
@@ -228,27 +226,21 @@ def test_bad_data_is_refused(tmp_path):
         (f"voc21={root}", {"short_side": 20}, "short_side=20 must be at least the window, 42"),
         (f"voc21={root}", {"stride": 50}, "stride=50"),
     ):
-        with pytest.raises(UserError, match=says):
-            prepare(path, **options)
+        refused(says, prepare, path, **options)
     wrong = labels_of(1, 20)
     wrong[9, 9] = 77
     save_labels(label, wrong)
-    with pytest.raises(UserError, match="2007_000001.png has the unknown label 77"):
-        prepare(f"voc21={root}")
+    refused("2007_000001.png has the unknown label 77", prepare, f"voc21={root}")
     save_labels(label, wrong[1:])
-    with pytest.raises(UserError, match="2007_000001.png has the size"):
-        prepare(f"voc21={root}")
+    refused("2007_000001.png has the size", prepare, f"voc21={root}")
     Image.fromarray(np.zeros((*wrong.shape, 3), np.uint8)).save(label)
-    with pytest.raises(UserError, match="has the mode RGB"):
-        prepare(f"voc21={root}")
+    refused("has the mode RGB", prepare, f"voc21={root}")
     label.unlink()
-    with pytest.raises(UserError, match="2007_000001.png cannot be read"):
-        prepare(f"voc21={root}")
+    refused("2007_000001.png cannot be read", prepare, f"voc21={root}")
 
 
 def test_towers_without_a_text_space_are_refused(tmp_path):
     task = prepare(f"voc21={write_voc(tmp_path)}", bind=False)
     config = eval_config(CLIP, "x")
     config.backbone.arch = "dinov2"
-    with pytest.raises(UserError, match="segmentation needs patch tokens in the text's space"):
-        task.bind(config, None)
+    refused("segmentation needs patch tokens in the text's space", task.bind, config, None)

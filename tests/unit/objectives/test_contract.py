@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import small
+from helpers import refused
 
 from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
@@ -33,8 +34,7 @@ def stage(name, start, end):
 def test_stages_with_gaps_are_refused(found, monkeypatch):
     c = small.small_config()
     monkeypatch.setattr(objectives, "find", lambda name: SimpleNamespace(stages=lambda c: found))
-    with pytest.raises(UserError, match="stages of config.objective=diva must follow one another"):
-        objectives.stages(c)
+    refused("stages of config.objective=diva must follow one another", objectives.stages, c)
 
 
 def test_the_longest_prefix_owns_a_parameter_and_adapters_start_fresh():
@@ -49,16 +49,14 @@ def test_the_longest_prefix_owns_a_parameter_and_adapters_start_fresh():
     owners = load.owners(p)
     assert "vision/blocks/1/norm1/scale" not in owners and owners["vision/blocks/0/norm1/scale"] == "vision"
     parts["vison"] = part
-    with pytest.raises(UserError, match=r"pretrained\(\) has 'vison', but parameters are named like"):
-        load.owners(p)
+    refused(r"pretrained\(\) has 'vison', but parameters are named like", load.owners, p)
 
 
 def test_an_objective_without_its_section_is_refused():
     c = small.small_config()
     with c.unlocked():
         del c.diva
-    with pytest.raises(UserError, match="config.objective=diva has no section config.diva"):
-        config.validate(c, 1)
+    refused("config.objective=diva has no section config.diva", config.validate, c, 1)
 
 
 ONE, GOOD = jnp.float32(1), {"loss": jnp.float32(1), "share": 0.5}
@@ -121,8 +119,7 @@ def test_modules_that_are_no_objectives(source, says, tmp_path, monkeypatch):
     (tmp_path / "mine/wrong.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        with pytest.raises(UserError, match=f"config.objective='mine.wrong'.*{says}"):
-            objectives.find("mine.wrong")
+        refused(f"config.objective='mine.wrong'.*{says}", objectives.find, "mine.wrong")
     finally:
         for name in ("mine.wrong", "mine"):
             sys.modules.pop(name, None)

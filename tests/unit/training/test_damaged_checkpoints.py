@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from helpers import refused
 from jax.sharding import NamedSharding, PartitionSpec
 
 from diva_jax.common.errors import UserError
@@ -163,8 +164,7 @@ def test_an_empty_folder_or_a_copy_is_no_checkpoint(workdir):
 
 def test_a_link_to_checkpoints_that_are_gone_is_said(tmp_path):
     (tmp_path / "checkpoints").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match="checkpoints is a link to a folder that is not there"):
-        checkpoint.latest_step(tmp_path)
+    refused("checkpoints is a link to a folder that is not there", checkpoint.latest_step, tmp_path)
 
 
 def test_a_reader_takes_another_one_where_a_trainer_deletes_its_checkpoint(workdir, monkeypatch):
@@ -216,13 +216,11 @@ def test_a_broken_config_is_taken_from_the_newest_checkpoint(workdir, capsys, te
     assert workdirs.read_config(workdir).to_dict() == META["config"]
     assert "the config in the newest checkpoint is used" in capsys.readouterr().out
     shutil.rmtree(workdir / "checkpoints")
-    with pytest.raises(UserError, match="config.json, line 1 is not JSON|config.json: it is"):
-        workdirs.read_config(workdir)
+    refused("config.json, line 1 is not JSON|config.json: it is", workdirs.read_config, workdir)
 
 
 def test_the_newest_step_that_is_good_is_chosen(workdir, capsys):
     (workdir / "checkpoints/9/state/_METADATA").write_bytes(b"")
     assert workdirs.choose_step(workdir) == 6
     assert "the checkpoint of step 9 is damaged (state/_METADATA is missing or empty)" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--step=9: that checkpoint is damaged .* use one of 3, 6"):
-        workdirs.choose_step(workdir, 9)
+    refused("--step=9: that checkpoint is damaged .* use one of 3, 6", workdirs.choose_step, workdir, 9)

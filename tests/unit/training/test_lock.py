@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from etils import epath
+from helpers import failed, refused
 
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import UserError
 from diva_jax.training import lock
 from diva_jax.training.lock import Lock
 
@@ -56,8 +57,7 @@ def test_an_owner_that_renews_is_named_whatever_its_pid(tmp_path, owner):
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        with pytest.raises(UserError, match=f"in use by process {owner['pid']} on {owner['host']}: use another"):
-            Lock(epath.Path(tmp_path))
+        refused(f"in use by process {owner['pid']} on {owner['host']}: use another", lambda: Lock(epath.Path(tmp_path)))
     finally:
         stop.set()
         thread.join()
@@ -85,8 +85,7 @@ def test_a_run_that_lost_its_lock_ends_and_leaves_that_of_the_other(tmp_path):
     held = Lock(epath.Path(tmp_path))
     held.check(now=True)
     write(tmp_path, host="elsewhere", pid=12, token="other")
-    with pytest.raises(RunError, match="another run has taken"):
-        held.check(now=True)
+    failed("another run has taken", held.check, now=True)
     held.close()
     assert json.loads((tmp_path / "lock.json").read_text())["token"] == "other"
 
@@ -97,8 +96,7 @@ def test_a_process_of_this_machine_that_lives_is_named(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"in use by process {other.pid} on "):
-            Lock(epath.Path(tmp_path))
+        refused(f"in use by process {other.pid} on ", lambda: Lock(epath.Path(tmp_path)))
     finally:
         other.kill()
         other.wait()

@@ -9,9 +9,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from helpers import failed, refused
 
 from diva_jax.common import log
-from diva_jax.common.errors import RunError, UserError
 from diva_jax.training import metrics
 
 
@@ -41,8 +41,7 @@ def test_rows_are_means_over_their_window(tmp_path, capsys):
 def test_not_finite_names_step_and_quantity(tmp_path, bad, named):
     progress = metrics.Progress(None, 0, 9, every=1, images=1)
     progress.add(7, bad)
-    with pytest.raises(RunError, match=f"step 7: {named} not finite"):
-        progress.flush()
+    failed(f"step 7: {named} not finite", progress.flush)
 
 
 def test_rows_past_the_checkpoint_and_torn_rows_are_dropped(tmp_path):
@@ -130,8 +129,7 @@ def test_wandb_gets_the_same_rows_and_one_run_per_workdir(tmp_path, wandb):
 
 def test_wandb_that_does_not_start_is_one_sentence(tmp_path, wandb):
     wandb.init.side_effect = ZeroDivisionError
-    with pytest.raises(UserError, match="config.log.wandb='mine'.*WANDB_MODE=offline"):
-        metrics.Writer(tmp_path, 0, tensorboard=False, wandb="mine")
+    refused("config.log.wandb='mine'.*WANDB_MODE=offline", metrics.Writer, tmp_path, 0, tensorboard=False, wandb="mine")
 
 
 def test_long_work_says_how_long_it_takes():

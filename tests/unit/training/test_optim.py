@@ -5,9 +5,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import refused
 
 from diva_jax import config, objectives
-from diva_jax.common.errors import UserError
 from diva_jax.objectives import Stage
 from diva_jax.training import optim
 
@@ -49,8 +49,7 @@ def test_stages_have_the_schedule_of_the_config_where_they_give_none():
     c.condition.warmup_steps = 3
     assert {(s.schedule, s.warmup_steps) for s in objectives.stages(c)} == {("constant", 7)}
     c.optim.schedule = "linear"
-    with pytest.raises(UserError, match="config.optim.schedule='linear' must be cosine or constant"):
-        config.validate(c, 1)
+    refused("config.optim.schedule='linear' must be cosine or constant", config.validate, c, 1)
 
 
 def one_update(params, grads, **fields):
@@ -92,5 +91,4 @@ def test_a_stage_may_have_a_rate_of_its_own():
 def test_what_is_no_optimizer_is_refused(field, value):
     c = config.default()
     c.optim[field] = value
-    with pytest.raises(UserError, match=f"config.optim.{field}="):
-        config.validate(c, 1)
+    refused(f"config.optim.{field}=", config.validate, c, 1)

@@ -8,6 +8,7 @@ import runpy
 import mutations
 import pytest
 import small
+from helpers import refused
 from places import ROOT
 from specs import DINOV2, QUICK
 
@@ -54,8 +55,7 @@ def test_a_backbone_that_may_be_trained_can_be_built_and_exported(name):
 @pytest.mark.parametrize("option", ["use_mask_token", "qkv_bias"])
 def test_dinov2_options_that_are_not_implemented_are_named(option):
     config = hf.to_transformers(DINOV2, "float32") | {option: False}
-    with pytest.raises(UserError, match=f"{option}=false"):
-        hf.from_transformers(config, {}, "x")
+    refused(f"{option}=false", hf.from_transformers, config, {}, "x")
 
 
 def test_a_transformers_model_that_is_not_known_lists_those_that_are():
@@ -98,5 +98,4 @@ def test_a_custom_config_takes_the_diffusion_model_from_its_folder(tmp_path):
     want.source = str(tmp_path)
     assert Diffusion.from_dict(config.diffusion.to_dict()) == Diffusion.from_dict(want.to_dict())
     (tmp_path / "vae/config.json").unlink()
-    with pytest.raises(UserError, match="vae/config.json is missing"):
-        get_config(f"ViT-B-32,{tmp_path}")
+    refused("vae/config.json is missing", get_config, f"ViT-B-32,{tmp_path}")

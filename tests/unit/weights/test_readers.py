@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import refused
 from jax.sharding import NamedSharding, PartitionSpec
 
 from diva_jax.common.errors import UserError
@@ -22,20 +23,16 @@ def test_missing_shard(tmp_path):
     index = {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
     writers.write_safetensors(tmp_path / "m-00001-of-00002.safetensors", {"a": np.float32(3)})
-    with pytest.raises(UserError, match="m-00002-of-00002.safetensors, which is missing"):
-        readers.weights_in(tmp_path, "m")
+    refused("m-00002-of-00002.safetensors, which is missing", readers.weights_in, tmp_path, "m")
     (tmp_path / "m.safetensors.index.json").write_text("{")
-    with pytest.raises(UserError, match="JSON"):
-        readers.weights_in(tmp_path, "m")
-    with pytest.raises(UserError, match="has no weights"):
-        readers.weights_in(tmp_path, "other")
+    refused("JSON", readers.weights_in, tmp_path, "m")
+    refused("has no weights", readers.weights_in, tmp_path, "other")
 
 
 def test_the_removed_repository_is_named_and_a_local_folder_of_its_name_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source in ("stabilityai/stable-diffusion-2-1-base", "hf-hub:stabilityai/stable-diffusion-2-1"):
-        with pytest.raises(UserError, match=r"removed in November 2025: set config.diffusion.source to a mirror"):
-            places.diffusers_folder(source)
+        refused(r"removed in November 2025: set config.diffusion.source to a mirror", places.diffusers_folder, source)
     (tmp_path / "stabilityai/stable-diffusion-2-1-base").mkdir(parents=True)
     assert places.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
 
@@ -44,11 +41,9 @@ def test_the_removed_repository_is_named_and_a_local_folder_of_its_name_is_read(
 def test_stable_diffusion_in_one_file_is_named_with_its_conversion(tmp_path, open_it):
     file = tmp_path / "v2-1_512-ema-pruned.safetensors"
     writers.write_safetensors(file, {f"model.diffusion_model.input_blocks.{i}.weight": np.ones(2) for i in range(900)})
-    with pytest.raises(UserError, match=rf"in one file: .*from_single_file\('{file}'\).*diffusion.source=stable-diff"):
-        open_it(str(file))
+    refused(rf"in one file: .*from_single_file\('{file}'\).*diffusion.source=stable-diff", open_it, str(file))
     writers.write_safetensors(file, {"other.weight": np.ones(2)})
-    with pytest.raises(UserError, match="is a file: give the diffusers folder|no vision tower"):
-        open_it(str(file))
+    refused("is a file: give the diffusers folder|no vision tower", open_it, str(file))
 
 
 def test_messages_are_cut_to_a_screen_and_end_with_their_advice():

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from helpers import refused
 
-from diva_jax.common.errors import UserError
 from diva_jax.evals.tasks import mmvp
 from diva_jax.world import blindness, endpoints, scenes
 
@@ -25,11 +25,9 @@ def test_pairs_are_read_by_the_task_mmvp(tmp_path):
 def test_a_broken_list_of_patterns_is_named(tmp_path, content):
     blindness.write_pairs(tmp_path, seed=4, count=1)
     (tmp_path / mmvp.NAMES).write_text(content)
-    with pytest.raises(UserError, match="Patterns.json.*(repair or remove it|it must read .*; remove it)"):
-        mmvp.read_questions(str(tmp_path))
+    refused("Patterns.json.*(repair or remove it|it must read .*; remove it)", mmvp.read_questions, str(tmp_path))
     (tmp_path / mmvp.NAMES).write_text(json.dumps({"patterns": ["a"], "pairs": 30}))
-    with pytest.raises(UserError, match="has 8 questions, MMVP-VLM has 60"):
-        mmvp.read_questions(str(tmp_path))
+    refused("has 8 questions, MMVP-VLM has 60", mmvp.read_questions, str(tmp_path))
 
 
 def test_labels_are_those_of_the_left_or_upper_object():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import refused
 from PIL import Image
 
 from diva_jax import config, objectives
@@ -74,8 +75,7 @@ def test_every_arm_has_a_valid_config_and_the_same_budget(name):
 
 def test_fields_of_an_arm_can_be_changed_by_its_name():
     assert arms.find("diva:optim.lr=1e-3:anchor.weight=0.5").fields["optim.lr"] == 1e-3
-    with pytest.raises(UserError, match="give each field a number"):
-        arms.find("diva:optim.lr=high")
+    refused("give each field a number", arms.find, "diva:optim.lr=high")
 
 
 def test_results_that_were_cut_off_and_unknown_arms(tmp_path):
@@ -83,7 +83,6 @@ def test_results_that_were_cut_off_and_unknown_arms(tmp_path):
     path.write_text('{"arm": "diva", "seed": 0}\n{"arm": "di')
     assert experiment.read(path) == [{"arm": "diva", "seed": 0}]
     path.write_text('{"arm"\n{"arm": "diva"}\n')
-    with pytest.raises(UserError, match="line 1 is no JSON"):
-        experiment.read(path)
+    refused("line 1 is no JSON", experiment.read, path)
     with pytest.raises(UserError, match="--arms has no_such_arm"):
         experiment.experiment(tmp_path / "a", ["no_such_arm"], [0], arms.Budget(), 1)

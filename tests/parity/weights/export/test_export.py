@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from exports import equal
+from helpers import refused
 from ml_collections import ConfigDict
 
 from diva_jax import config as configs
@@ -65,10 +66,8 @@ def test_a_run_is_a_source_of_weights(run):
         kernel = params["vision/blocks/1/mlp/fc1/kernel"]
         np.testing.assert_array_equal(tower.blocks[1].mlp.fc1.kernel[...], kernel)
         assert parts.tokenizer_folder(source) == root / "clip"
-    with pytest.raises(UserError, match="use one of 7"):
-        origins.open_source(f"{root}/work:8")
-    with pytest.raises(UserError, match="does not exist"):
-        origins.open_source(f"{root}/nothing:7")
+    refused("use one of 7", origins.open_source, f"{root}/work:8")
+    refused("does not exist", origins.open_source, f"{root}/nothing:7")
 
 
 def test_checkpoint_to_open_clip(run, tmp_path, capsys):
@@ -95,13 +94,10 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
 
 def test_bad_workdirs(run, tmp_path):
     root, _ = run
-    with pytest.raises(UserError, match="holds no run"):
-        runs.open_run(tmp_path)
-    with pytest.raises(UserError, match=r"--step=3 has no checkpoint in .*: use one of 7"):
-        runs.open_run(root / "work", 3)
+    refused("holds no run", runs.open_run, tmp_path)
+    refused(r"--step=3 has no checkpoint in .*: use one of 7", runs.open_run, root / "work", 3)
     (tmp_path / "config.json").write_text((root / "work/config.json").read_text())
-    with pytest.raises(UserError, match="has no checkpoint yet"):
-        runs.open_run(tmp_path)
+    refused("has no checkpoint yet", runs.open_run, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -140,8 +136,7 @@ def test_a_checkpoint_that_trained_no_tower_is_refused(run, monkeypatch):
     other = {"visual_proj/kernel": jax.numpy.ones(3)}
     monkeypatch.setattr(workdirs.RunAt, "params", property(lambda self: other))
     monkeypatch.setattr(workdirs.RunAt, "towers", lambda self: {"vision": {}})
-    with pytest.raises(UserError, match="step 7, has trained no parameter of vision, only visual_proj/kernel"):
-        runs.open_run(root / "work")
+    refused("step 7, has trained no parameter of vision, only visual_proj/kernel", runs.open_run, root / "work")
 
 
 def test_a_source_that_changed_is_refused(run, tmp_path):
@@ -150,8 +145,7 @@ def test_a_source_that_changed_is_refused(run, tmp_path):
     before = file.read_bytes()
     demo.write_clip(root / "clip", TINY, seed=5)
     try:
-        with pytest.raises(UserError, match="is not the checkpoint that the run began with"):
-            runs.open_run(root / "work")
+        refused("is not the checkpoint that the run began with", runs.open_run, root / "work")
     finally:
         file.write_bytes(before)
 

@@ -8,13 +8,13 @@ import open_clip
 import pytest
 import torch
 from exports import written_by_open_clip
-from helpers import close
+from helpers import close, refused
 from PIL import Image
 from places import ROOT
 from specs import CLIP_FOLDER as CLIP
 from specs import H14
 
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import RunError
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.weights import hf, origins, writers
@@ -43,8 +43,7 @@ def test_vision_tower_alone_has_no_text_to_export(tmp_path):
     state = torch.load(tmp_path / "tower" / layouts.PT_FILE, weights_only=True)
     assert "conv1.weight" in state and "class_embedding" in state
     tower = origins.open_source(str(tmp_path / "tower" / layouts.PT_FILE))
-    with pytest.raises(UserError, match="only a vision tower"):
-        layouts.export(tower, CLIP, tmp_path / "out", "open_clip")
+    refused("only a vision tower", layouts.export, tower, CLIP, tmp_path / "out", "open_clip")
 
 
 def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
@@ -89,8 +88,7 @@ def test_float16_overflow_is_refused(tmp_path):
     name = "visual.ln_post.bias"
     big = dataclasses.replace(big, shape=source.tensors[name].shape, read=lambda: np.full(48, 1e6, np.float32))
     source = dataclasses.replace(source, tensors=Tensors(dict(source.tensors) | {name: big}, source.files))
-    with pytest.raises(UserError, match="does not fit float16"):
-        layouts.export(source, CLIP, tmp_path / "out", "open_clip", dtype="float16")
+    refused("does not fit float16", layouts.export, source, CLIP, tmp_path / "out", "open_clip", dtype="float16")
 
 
 def test_custom_config_of_weights_that_describe_themselves(tmp_path):
@@ -108,5 +106,4 @@ def test_custom_config_of_weights_that_describe_themselves(tmp_path):
         assert backbones.spec_of(module["get_config"](name)) == spec
         found, _ = hf.from_transformers(hf.to_transformers(spec, "float32"), hf.image_processor(spec), name)
         assert found == spec
-    with pytest.raises(UserError, match="does not exist"):
-        module["get_config"]("nothing/there.pt")
+    refused("does not exist", module["get_config"], "nothing/there.pt")

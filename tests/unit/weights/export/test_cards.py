@@ -6,11 +6,12 @@ from unittest import mock
 
 import huggingface_hub
 import pytest
+from helpers import failed, refused
 from huggingface_hub import ModelCard
 from specs import EVAL_CLIP
 
 from diva_jax import demo
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import UserError
 from diva_jax.weights import origins, places
 from diva_jax.weights.export import cards, layouts, publish
 
@@ -102,11 +103,8 @@ def test_scores_are_those_of_the_exported_weights(tmp_path):
             cards.scores_of(str(file), source, step)
     for content in ("{", '{"weights": []}', '{"weights": [{"label": "a"}]}', "[]"):
         file.write_text(content)
-        with pytest.raises(UserError, match="results.json (is not a results.json|has no scores)") as e:
-            cards.scores_of(str(file), "w", None)
-        assert "\n" not in str(e.value)
-    with pytest.raises(UserError, match="none.json is not a results.json"):
-        cards.scores_of(str(tmp_path / "none.json"), "w", None)
+        refused("results.json (is not a results.json|has no scores)", cards.scores_of, str(file), "w", None)
+    refused("none.json is not a results.json", cards.scores_of, str(tmp_path / "none.json"), "w", None)
 
 
 @pytest.fixture
@@ -143,15 +141,12 @@ def test_the_export_is_pushed(clip, tmp_path, hub, written, capsys):
 
 def test_the_hub_is_checked_before_anything_is_written(clip, tmp_path, hub, written):
     for repo in ("tuned", "me/tu ned", "a/b/c"):
-        with pytest.raises(UserError, match="is no name of a hub repository .*give USER/NAME"):
-            push(clip, tmp_path / "out", repo)
+        refused("is no name of a hub repository .*give USER/NAME", push, clip, tmp_path / "out", repo)
     hub.whoami.side_effect = OSError("no network")
-    with pytest.raises(UserError, match="does not know this account .*run hf auth login, or set HF_TOKEN"):
-        push(clip, tmp_path / "out")
+    refused("does not know this account .*run hf auth login, or set HF_TOKEN", push, clip, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     hub.whoami.side_effect, hub.upload_folder.side_effect = None, OSError("no network")
-    with pytest.raises(RunError, match="is written, but was not pushed to me/tuned .*hf upload me/tuned"):
-        push(clip, tmp_path / "out")
+    failed("is written, but was not pushed to me/tuned .*hf upload me/tuned", push, clip, tmp_path / "out")
     assert (tmp_path / "out" / "README.md").exists()
 
 
