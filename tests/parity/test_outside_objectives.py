@@ -17,17 +17,16 @@ import small
 import torch
 from e2e_config import get_config
 from flax import nnx
-from helpers import close, refused
+from helpers import close
 from places import SUPPORT
 from specs import TEACHER
 
-from diva_jax import config, demo
+from diva_jax import demo
 from diva_jax.data.photos import write_folder
 from diva_jax.evals import encode
 from diva_jax.models import backbones
 from diva_jax.models.layers import Keys
 from diva_jax.training import checkpoint, partition, sharding, workdirs
-from diva_jax.training.loop import Run
 from diva_jax.weights import clip, names, readers, runs, writers
 
 NAMES = ("distillation", "captions")
@@ -171,25 +170,3 @@ def test_losses_do_not_depend_on_devices(world):
     c.batch_size = 16
     alone, shared = (small.train(c, 4, devices).metrics["loss"] for devices in (1, 8))
     np.testing.assert_allclose(shared, alone, rtol=1e-5)
-
-
-def test_what_cannot_work_is_refused_in_one_sentence(world, tmp_path):
-    (world / "elsewhere" / "empty.py").write_text("x = 1\n")
-    broken = (world / "elsewhere" / "distillation.py").read_text().replace("adapters.merge(self.vision)", "self.vision")
-    (world / "elsewhere" / "unmerged.py").write_text(broken.replace("config.distillation", "config.unmerged"))
-    for objective, says in (
-        ("elsewhere.nothing", "cannot be imported"),
-        ("elsewhere.empty", "is not an objective: the module does not define Objective"),
-        ("nothing", "is not known: use one of .*dcr, diva"),
-    ):
-        refused(says, config.default, small.SPEC, objective=objective)
-    c = get_config(f"elsewhere.distillation:{world}")
-    c.accum, c.distillation.lora.targets = 1, "blocks/9/.*"  # This process has eight devices.
-    refused("lora.targets='blocks/9/.*' matches no layer", Run, c, tmp_path / "run")
-    c = get_config(f"elsewhere.captions:{world}")
-    c.accum, c.data.path = 1, str(world / "classes")
-    refused("config.data.path.*caption", Run, c, tmp_path / "run")
-    unmerged = config.default(small.SPEC, objective="elsewhere.unmerged")
-    unmerged.batch_size, unmerged.data.path = 8, str(world / "photos")
-    refused("towers.. must return the plain tower, with adapters merged", Run, unmerged, tmp_path / "run")
-    assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from diva_jax import report
 from diva_jax.common.errors import UserError
-from diva_jax.report import charts, figures, images, inputs, page, wording
+from diva_jax.report import charts, figures, images, inputs, page
 from diva_jax.report.figures import COLOURS
 
 
@@ -247,13 +247,6 @@ def test_bars_are_as_long_as_their_values():
     assert 1.6 < areas[1] / areas[0] < 2.1
 
 
-def test_the_learning_rate_is_on_a_linear_axis():
-    data = [charts.Series("a", 1, [(i, 1e-4 * (1 - i / 100)) for i in range(100)])]
-    for linear, labels in ((True, {"0", "0.00002", "0.0001"}), (False, {"1e−6"})):
-        svg = chart(charts.curves, data=data, x_title="step", linear=linear).svg(918)
-        assert labels <= set(re.findall(r"<text[^>]*>([^<]*)</text>", svg))
-
-
 def test_colours_have_enough_contrast():
     def luminance(colour):
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -333,25 +326,3 @@ def test_strips_of_a_segmentation(tmp_path):
         shown = task.weights[samples.AFTER].pictures
         shown[0] = shown[0].model_copy(update={"predicted": damaged})
         assert images.segmented(task, labels)[1].arguments["line"] == "Image 1 of results.json cannot be read."
-
-
-def test_wording():
-    assert [wording.compact(v) for v in (0, 4600, 0.25, 1e-4, -2.5e-7, 12345.6, 999.96)] == [
-        "0", "4,600", "0.25", "0.0001", "−2.5e−7", "12,346", "1000",
-    ]  # fmt: skip
-    assert wording.number(25.926, "%") == "25.9" and wording.number(0.2, "") == "0.200"
-    assert wording.number(None, "%") == "–"
-    assert wording.signed(-0.31, "%") == "−0.3" and wording.signed(6.667, "%") == "+6.7"
-    assert [wording.excludes_zero(e) for e in ([-1, 1], [0.0, 2.0], [0.1, 2], [-2, -1], None)] == [
-        False, False, True, True, None,
-    ]  # fmt: skip
-    assert [wording.duration(s) for s in (0.44, 81.2, 725, 12_000)] == ["0.4 s", "81 s", "12 min", "3 h 20 min"]
-
-
-def test_numbers_of_a_row_have_the_same_decimals():
-    assert wording.places([0.2043, 0.1941, None], "") == 3 and wording.places([231.4, 4.1], "") == 0
-    assert wording.places([19.26, 25.9], "%") == 1 and wording.places([1e-7], "") is None
-    assert wording.places([], "") == wording.places([0.0], "") == 0
-    assert [wording.number(v, "", 4) for v in (0.0031, 0.2, -0.00001)] == ["0.0031", "0.2000", "0.0000"]
-    assert wording.signed(0.00001, "", 3) == "0.000" and wording.signed(-0.5, "", 2) == "−0.50"
-    assert wording.interval([1.04, 12.0], "%") == "1.0\u00a0to\u00a012.0"

@@ -6,8 +6,7 @@ import re
 import pytest
 import report_samples as samples
 
-from diva_jax.common.results_schema import Difference, Metric
-from diva_jax.report import alarms, evaluation, inputs, page, wording
+from diva_jax.report import alarms, evaluation, inputs, page
 
 
 def read(folder, **tasks):
@@ -141,23 +140,6 @@ def test_sentences_on_a_control_do_not_contradict_themselves(tmp_path, better, d
     order = [s.note.partition(",")[2].split(" against ") for s in flipped if s.note.startswith("pooled")]
     after = f" {samples.AFTER}"
     assert order == [[after, samples.BEFORE], [after, "the control control"], [" control", samples.BEFORE]]
-
-
-def test_colours_say_better_or_worse_and_not_the_sign():
-    gained, fell = (Difference(difference=d, interval=[d - 1, d + 1]) for d in (2.0, -2.0))
-    for better, up, down in (("higher", "up won", "down lost"), ("lower", "up lost", "down won"), ("", "up", "down")):
-        assert wording.direction(gained, better) == up and wording.direction(fell, better) == down
-        assert wording.direction(Difference(difference=2.0, interval=[-1.0, 3.0]), better) == "zero"
-        assert wording.direction(Difference(difference=2.0), better) == ""
-    assert wording.direction(gained, "higher", doubted=True) == "up doubted"
-    assert wording.direction(fell, "higher", doubted=True) == "down lost"
-    # Results of before `better` was written: percentages are better where they are higher, others are not judged.
-    assert [Metric(title="", unit=u).direction for u in ("%", "")] == ["higher", ""]
-    assert Metric(title="", unit="%", better="").direction == ""
-    doubtful = Difference(difference=5, interval=[1, 9], mcnemar={"won": 5, "lost": 0, "p": 0.0625})
-    doubt = "zero is outside of the interval, but the exact test does not exclude chance."
-    for better, word in (("higher", "Better"), ("lower", "Worse"), ("", "Higher")):
-        assert wording.verdict(doubtful, better) == f"{word}: {doubt}"
 
 
 def test_a_lower_loss_is_better(tmp_path):

@@ -34,9 +34,9 @@ def test_every_field_is_documented_and_has_impossible_values(objective):
     for name, declaration in declared.items():
         assert re.fullmatch(r"[A-Z].*\.( \[[^]]+\])?|[A-Z].*( \[[^]]+\])\.", declaration.doc), name
         assert declaration.problem(declaration.default) is None, name
-        refused = [value for value in WILD if declaration.problem(value)]
-        assert len(refused) >= 2, name
-        for value in refused[:1] + refused[-1:]:
+        wrong = [value for value in WILD if declaration.problem(value)]
+        assert len(wrong) >= 2, name
+        for value in wrong[:1] + wrong[-1:]:
             refused(rf"\Aconfig\.{re.escape(name)}=.* must be .*\Z", fields.check, {name: value}, declared)
     # `validate` knows the last field of each section.
     for name in {name.rpartition(".")[0]: name for name in declared}.values():

@@ -12,7 +12,6 @@ from PIL import Image
 from specs import EVAL_CLIP as CLIP
 from specs import EVAL_SIGLIP as SIGLIP
 
-from diva_jax.common.errors import UserError
 from diva_jax.data import images
 from diva_jax.data.tokenizers import open_tokenizer
 from diva_jax.evals import Settings, encode
@@ -78,11 +77,6 @@ def test_uint8_stage_is_bit_for_bit_open_clips(setting):
         got = images.prepare(image, *setting)
         assert got.dtype == np.uint8
         np.testing.assert_array_equal(got, np.asarray(want), err_msg=name)
-
-
-def test_an_unknown_resize_mode_is_refused():
-    with pytest.raises(UserError, match="resize_mode='longest'"):
-        images.prepare(photograph("camera"), 10, "longest", "bicubic")
 
 
 def embeddings(spec, folder, tokenizer, mesh):

@@ -10,7 +10,7 @@ from helpers import close
 from torchvision.transforms import functional as TF
 
 from diva_jax.data import preprocess
-from diva_jax.models.backbones import HALF, IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
+from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 
 # Up and down, odd sizes, not square.
 SHAPES = [(64, 64, 28), (60, 60, 42), (42, 42, 60), (37, 53, 28), (51, 34, 48), (512, 512, 224)]
@@ -44,23 +44,6 @@ def test_backbone_view_is_torch_interpolate(h, w, size, mode):
     # Both compute positions in float32: among 512 pixels they are rounded by 7e-6 pixels (root mean square), and the
     # image changes by at most half of itself from pixel to pixel.
     close(ours, expected, 4e-6)
-
-
-@pytest.mark.parametrize("mode", ["faithful", "exact"])
-def test_views_run_in_float64(mode):
-    with jax.enable_x64(True):
-        x = jnp.asarray(images(51, 34, dtype=np.float64))
-        ours = preprocess.backbone_view(x, 28, HALF, HALF, mode)
-        assert ours.dtype == preprocess.vae_view(x, mode).dtype == jnp.float64
-        resized = torch_resize(x, 28, *(("bilinear", False) if mode == "faithful" else ("bicubic", True)))
-        close(ours, (resized - 0.5) / 0.5, 1e-13)
-
-
-def test_backbone_view_of_the_same_size_only_normalises():
-    x = images(28, 28)
-    for mode in ("faithful", "exact"):
-        ours = preprocess.backbone_view(x, 28, OPENAI_MEAN, OPENAI_STD, mode)
-        close(ours, torch_normalise(x, OPENAI_MEAN, OPENAI_STD), 2e-7)
 
 
 def test_vae_view():

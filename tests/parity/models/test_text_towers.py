@@ -114,13 +114,6 @@ def test_float64_is_float64_throughout(spec, monkeypatch):
     close(got, want, 1e-13)
 
 
-def test_bfloat16_activations():
-    half = load(QUICK, torch_model(QUICK), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    got = jax.jit(half.encode)(sentences(QUICK))
-    assert got.dtype == jnp.bfloat16
-    close(got.astype(jnp.float32), ours(QUICK)[1], 0.03)
-
-
 def test_a_vision_encoder_alone_has_no_text_tower_and_pooling_is_known():
     for fails in (lambda: Text(DINOV2, rngs=Keys(0)), lambda: text_table(DINOV2)):
         refused("a dinov2 backbone has no text tower", fails)

@@ -6,7 +6,7 @@ from clip_folders import CLIP
 from eval_data import patch
 from exports import written_by_open_clip
 from helpers import close
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from diva_jax import weights
 from diva_jax.weights import origins
@@ -52,8 +52,3 @@ def test_patch_tokens_of_the_layer_that_llava_selects(exported):
     theirs = selected(exported, pixels)
     assert theirs.shape == (3, CLIP.patches, CLIP.width)
     close(ours(exported, pixels.numpy().transpose(0, 2, 3, 1)), theirs.numpy(), 2e-5)
-
-
-def test_its_config_is_read_before_the_weights(exported):
-    """LLaVA's `delay_load` reads the config alone."""
-    assert CLIPVisionConfig.from_pretrained(exported).num_hidden_layers == CLIP.layers

@@ -100,14 +100,6 @@ def test_normalisation_and_the_space_of_the_jitter():
     np.testing.assert_allclose(plus, np.clip(view, 0, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_schedule_rounded_to_bfloat16():
-    c = small.dcr_config(dcr__schedule_dtype="faithful", dtype="bfloat16")
-    abar = np.asarray(small.program(c).objective.alphas_cumprod())
-    assert abar.dtype == np.float32 and (abar[:2] == 1).all() and len(set(abar[:100])) == 28
-    exact = np.asarray(small.program(small.dcr_config()).objective.alphas_cumprod())
-    np.testing.assert_allclose(np.sqrt(1 - exact[:2]), [0.029155, 0.041282], atol=5e-5)
-
-
 def test_groups_are_consecutive_images():
     """The loss of two groups is the mean of that of each with itself, in one program."""
     p = small.program(small.dcr_config(batch_size=8))

@@ -262,15 +262,6 @@ def test_another_objective_that_heeds_its_condition(attentive):
     assert any("zero within its interval" in note for note in blind.results["notes"])
 
 
-def test_scalars_of_live_parameters(one):
-    """Scores have intervals, also by timestep, and no comparison, because the initial encoder has no source."""
-    row, notes = one.scalars({"vision": {}}, deaf(arrays_of(one)))
-    assert {"feedback/gap_other", "feedback/gap_other/low", "feedback/gap_other/high"} <= set(row)
-    assert {f"feedback_by_timestep/gap_text/{low:03}-{low + 99:03}/low" for low in range(0, 1000, 100)} <= set(row)
-    assert all(type(v) is float and np.isfinite(v) for v in row.values())
-    assert len(notes) == 3
-
-
 def test_partners_are_never_oneself():
     for n in (2, 3, 50):
         p = feedback.partners(n, 1)

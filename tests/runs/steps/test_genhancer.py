@@ -1,5 +1,6 @@
 """GenHancer: sizes and costs at full size from shapes, switches, draws and stages."""
 
+import itertools
 import math
 
 import jax
@@ -78,6 +79,17 @@ def test_published_recipe_and_switches():
     switches = [name for name, value in g.items() if value == "exact"]
     assert len(switches) == 4 and {faithful.genhancer.get(s) for s in switches} == {"faithful"}
     assert [s.warmup_steps for s in genhancer.stages(faithful)] == [0, 0]
+
+
+def test_tokens_of_a_grid_that_is_not_square():
+    """The golden files have square ones: channels of 2 x 2 patches, positions in raster order, rotations by rows."""
+    x = np.random.default_rng(0).normal(size=(1, 6, 10, 3))
+    for n, (i, j) in enumerate(itertools.product(range(3), range(5))):
+        want = x[0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].transpose(2, 0, 1).ravel()
+        np.testing.assert_array_equal(flow.pack(jnp.asarray(x))[0, n], np.float32(want))
+        assert tuple(flow.token_positions((3, 5))[1 + n]) == (0, i, j)
+    cos, _ = flow.rotations(flow.FlowConfig(axes=(4, 2, 6), theta=10), (3, 5))
+    np.testing.assert_allclose(cos[-1], np.cos([0, 0, 2, *(4 * 10 ** (-np.arange(3) / 3))]), rtol=1e-6)
 
 
 def test_initial_values_are_those_of_pytorch():

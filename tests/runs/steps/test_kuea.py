@@ -9,8 +9,6 @@ from helpers import within
 from diva_jax import config
 from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess
-from diva_jax.models import backbones
-from diva_jax.objectives import kuea
 from diva_jax.training.loop import Run
 
 
@@ -54,9 +52,3 @@ def test_a_teacher_that_is_no_dinov2_is_refused_before_anything_is_written(files
     with pytest.raises(UserError, match="is of another architecture than config.kuea.teacher: arch is 'vit' there"):
         run.load()
     assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_the_published_teacher():
-    assert (backbones.DINOV2_L.registers, backbones.DINOV2_L.patches, backbones.DINOV2_L.layers) == (4, 256, 24)
-    assert backbones.architecture(backbones.DINOV2_L.arch).positions(backbones.DINOV2_L).antialias
-    assert kuea.KueaOptions().teacher_crop_from == 256

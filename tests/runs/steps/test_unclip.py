@@ -6,7 +6,7 @@ import pytest
 import small
 
 from diva_jax.common.errors import UserError
-from diva_jax.objectives import unclip
+from diva_jax.data import preprocess
 from diva_jax.training import load
 
 
@@ -19,12 +19,14 @@ def made(**options):
     return p.skeleton.merge(arrays), p
 
 
-def test_levels():
-    levels = {"none": 0, "mean0": 0, "level0": 0, "level250": 250, "random": None}
-    assert {n: unclip.UnclipOptions(embed_noise=n).level for n in levels} == levels
-    uses = {n: unclip.UnclipOptions(embed_noise=n).uses_statistics for n in levels}
-    assert [n for n, used in uses.items() if not used] == ["none"]
-    assert not unclip.UnclipOptions(embed_noise="random", stats="off").uses_statistics
+@pytest.mark.parametrize("option, mode", [("ldm", "aligned"), ("processor", "exact")])
+def test_the_view_of_the_encoder(option, mode):
+    """tests/parity compares the aligned one with kornia's formula."""
+    module, _ = made(clip_view=option)
+    pixels = jax.random.uniform(jax.random.key(0), (2, 30, 30, 3))
+    s = module.spec
+    want = preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, mode)
+    np.testing.assert_array_equal(module.views(pixels)[1], want)
 
 
 def test_draws_depend_on_their_own_key_alone():

@@ -87,11 +87,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is(tmp_path,
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_demo_command_is_named_for_its_files_alone():
-    assert "diva_jax.demo --out=data/tiny" in paths.demo_hint("data/tiny/photos")
-    assert paths.demo_hint("data/tiny") and not paths.demo_hint("data/other") and not paths.demo_hint("x/data/tiny")
-
-
 @pytest.mark.parametrize(
     "text, cleared",
     [

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from helpers import refused
 from records import encoded, noise, write_tar
-from tqdm import tqdm
 
 from diva_jax.data import photos, tars
 from diva_jax.data.records import MAX_CAPTION_BYTES
@@ -249,16 +248,3 @@ class TestCache:
         (tmp_path / "file").write_text("a file where the folder should be")
         assert len(TarSource(shards, str(tmp_path / "file"))) == 2
         assert "could not be written" in caplog.text
-
-
-def test_progress_of_a_long_index(tmp_path, monkeypatch, capsys):
-    shards = [str(tmp_path / f"{i}.tar") for i in range(9)]
-    for shard in shards:
-        write_tar(shard, members(1))
-    TarSource(shards)
-    assert not capsys.readouterr().err
-    monkeypatch.setattr(tars, "tqdm", lambda *a, **kw: tqdm(*a, **{**kw, "delay": 0, "mininterval": 0}))
-    TarSource(shards, quiet=True)
-    assert not capsys.readouterr().err
-    TarSource(shards)
-    assert "indexing tar shards: 100%" in capsys.readouterr().err

@@ -116,12 +116,6 @@ def test_published_readouts(tag):
             np.testing.assert_allclose(got[b, k], want, atol=1e-5)
 
 
-def test_the_pooled_readout_is_the_normalised_embedding():
-    features = Features(tokens=np.ones((1, 3, 2)), pooled=np.array([[3.0, 4.0]]))
-    found = readout.read_out(readout.parse_readout("pooled"), features, None)
-    np.testing.assert_allclose(found, [[[0.6, 0.8]]], rtol=4 * 2**-23)  # Of float32, rounded four times.
-
-
 def test_unknown_readouts_are_refused():
     for text in ("mean", "cls + mean(random)", "cls+mean(all)", "l2(cls) + mean(some 3)", ""):
         with pytest.raises(UserError, match="backbone.readout=.* cannot be read"):

@@ -88,28 +88,6 @@ def test_defaults():
     assert own["feedback"].to_dict() == c["feedback"] and not own["retrieval"]
 
 
-@pytest.mark.parametrize(
-    "field, least",
-    [
-        ("batch_size", 1),
-        ("bootstrap", 1),
-        ("seed", 0),
-        ("mmvp__seeds", 1),
-        ("drift__neighbours", 1),
-        ("feedback__images", 2),
-        ("feedback__draws", 2),
-        ("probe__neighbours", 1),
-        ("probe__iterations", 1),
-    ],
-)
-def test_values_out_of_range_are_refused(field, least):
-    """Also for a task that is not run, and with the smallest valid value."""
-    name = field.replace("__", r"\.")
-    with pytest.raises(UserError, match=f"config.eval.{name}={least - 1} must be at least {least}"):
-        evals.parse(changed(**{field: least - 1}), ["retrieval"])
-    evals.parse(changed(**{field: least}))
-
-
 def test_other_bad_values_are_refused():
     refused("config.eval.dtype='float16' must be float32 or bfloat16", evals.parse, changed(dtype="float16"))
     refused("config.eval.every=-1 must be at least 0", evals.parse, changed(every=-1, data=("drift=x",)))

@@ -71,22 +71,6 @@ def test_gradient_vanishes_at_the_fit_and_rows_are_padded(monkeypatch):
     np.testing.assert_allclose(error.mean(axis=0), 0, atol=2e-5)
 
 
-def test_search_finds_a_single_peak_with_few_fits():
-    for peak in (0, 1, 13, 48, 50, 79, 95, 96):
-        tried = []
-
-        def accuracy(i, peak=peak, tried=tried):
-            tried.append(i)
-            return 1 / (1 + abs(i - peak))
-
-        assert linear.search(accuracy) == peak and len(tried) == len(set(tried)) <= 15
-
-
-def test_search_prefers_the_left_of_equals():
-    assert linear.search(lambda i: 0.5) == 0
-    assert linear.search(lambda i: float(30 < i < 50)) == 31
-
-
 def test_many_neighbours_do_not_overflow():
     x = np.eye(3).repeat(2, axis=0)
     votes = linear.neighbours(np.eye(3), x, np.array([0, 0, 1, 1, 2, 2]), 3, 2, 1e-3)

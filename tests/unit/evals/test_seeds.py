@@ -10,7 +10,7 @@ from helpers import refused
 from scipy import stats as reference
 
 from diva_jax.common.results_schema import Difference
-from diva_jax.evals import Outcome, Settings, seeds
+from diva_jax.evals import Settings, seeds
 from diva_jax.evals.items import ItemTask, Values
 from diva_jax.weights.places import Place
 
@@ -167,7 +167,3 @@ def test_the_sentence_on_the_best(gain, claimed):
     (silent,) = seeds.best_notes({"m": task}, by_label, runs, False, Settings())
     assert "is given at 4 checkpoints" in silent and "--best" in silent
     assert seeds.best_notes({"m": task}, by_label, {"runs/y": ["ref"]}, True, Settings(bootstrap=2000)) == []
-
-
-def test_outcomes_are_what_the_package_makes():
-    assert isinstance(outcomes(1, 0.5)[0], Outcome)

@@ -182,13 +182,6 @@ def test_synonyms_and_background():
     assert segmentation.classify(tied, owner, 1, 0.0).tolist() == [[0]]
 
 
-def test_overlaps_ignore_what_has_no_label():
-    p, t = np.array([[0, 1, 1], [2, 2, 0]]), np.array([[0, 1, 2], [2, -1, -1]])
-    both, union = segmentation.overlaps(p, t, 4)
-    assert both.tolist() == [1, 1, 1, 0] and union.tolist() == [1, 2, 2, 0]
-    assert stats.mean_ratio(both, union) == pytest.approx((1 + 0.5 + 0.5) / 3)
-
-
 def test_interval_of_ratios_is_plain_resampling():
     rng = np.random.default_rng(0)
     union = rng.integers(1, 50, (40, 3))

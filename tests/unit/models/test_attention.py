@@ -119,12 +119,6 @@ def test_cudnn_is_for_gpus(monkeypatch):
     assert asked == ["cudnn", None]
 
 
-def test_tiles_divide_the_padded_length():
-    lengths = (128, 640, 768, 1024, 2304, 4096, 9216)
-    assert [attention.block(n, 64) for n in lengths] == [128, 640, 768, 1024, 768, 1024, 1024]
-    assert [attention.block(n, 512) for n in lengths] == [128, 128, 384, 512, 384, 512, 512]
-
-
 def test_the_kernel_is_for_long_sequences_on_tpus():
     tpu, cpu, gpu = (mesh(p) for p in ("tpu", "cpu", "gpu"))
     long = attention.KERNEL_FROM["self"]

@@ -61,9 +61,3 @@ def test_constant_input_is_finite():
         x = jnp.full((1, 5, 3, 33), 777.0, jnp.bfloat16)
         y, pull = jax.vjp(made(kind, 33, None), x)
         assert np.all(np.isfinite(y)) and np.all(np.isfinite(pull(jnp.ones_like(y))[0]))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_wider_floats_have_two_passes(dtype):
-    layers = Layers(Keys(), dtype, jnp.float32)
-    assert not layers.layer_norm(8, 1e-5).use_fast_variance and not layers.group_norm(8, 2, 1e-5).use_fast_variance
