@@ -98,7 +98,7 @@ class Layers:
     def _norm_kw(self):
         # The variance as E[x^2] - E[x]^2 needs one pass over x instead of two, and the compiler makes it part of the
         # operation that makes x. In float32 it is not accurate enough for parity. In 16 bits the rounding of x itself
-        # has the larger effect, for every ratio of mean and deviation (tests/unit/models/test_norms.py).
+        # has the larger effect, for every ratio of mean and deviation (tests/unit/models/test_layers.py).
         return self._kw | dict(use_fast_variance=jnp.dtype(self.dtype).itemsize == 2)
 
     def layer_norm(self, n: int, epsilon: float) -> nnx.LayerNorm:

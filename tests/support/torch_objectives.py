@@ -120,6 +120,45 @@ def torch_train(params, c, steps: int, backward) -> int:
     return clipped
 
 
+def compare_steps(
+    p, arrays, groups, count, batch_of, want_of, tensors_of, trained, rtol, after=lambda: None, bound=UPDATE_BOUND
+) -> None:
+    """Asserts that both train alike: the metrics of each step, then every trained tensor.
+
+    `want_of(step, batch, key)` are the metrics in PyTorch, of which "loss" is minimised with AdamW over `groups` of
+    parameters; those that are floats have a twentieth of the bound. `after` is called after each step.
+    """
+    o, (state, frozen, key), step = p.config.optim, begin(p, arrays), p.step(0)
+    opt = torch.optim.AdamW(groups, lr=o.lr, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay)
+    schedule = cosine_schedule(opt, p.config)
+    for i in range(count):
+        batch = batch_of(i)
+        want = want_of(i, batch, key)
+        opt.zero_grad()
+        want["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), o.clip or math.inf)
+        opt.step()
+        schedule.step()
+        after()
+        state, metrics = step(state, frozen, jax.device_put(batch, p.batch_sharding))
+        for name, value in want.items():
+            allowed = rtol * (0.05 if isinstance(value, float) else 1)
+            np.testing.assert_allclose(metrics[name], float(value), rtol=allowed, err_msg=f"{name}, step {i}")
+        np.testing.assert_allclose(metrics["grad_norm"], float(norm), rtol=2 * rtol, err_msg=f"step {i}")
+    check_trained(tensors_of(arrays), tensors_of(state["params"]), trained, bound)
+
+
+def random_batch(rng, count: int, size: int, length: int = 0) -> dict[str, np.ndarray]:
+    """A batch of random images, and with a `length` of captions that end with the highest id, 59, before it."""
+    batch = {"image": rng.integers(0, 256, (count, size, size, 3)).astype(np.uint8)}
+    if length:
+        ids, ends = rng.integers(1, 58, (count, length)).astype(np.int32), rng.integers(2, length, count)
+        ids[np.arange(count), ends] = 59
+        ids[np.arange(length) > ends[:, None]] = 0
+        batch["caption"] = ids
+    return batch | {"row": np.arange(count, dtype=np.int32)}
+
+
 def drawn_by(run: small.Trained, arrays):
     """Returns (step, rows) -> the image of the batch and the draws of a run's step, as arrays."""
     p = run.program

@@ -1,21 +1,26 @@
-"""CLIP_benchmark on an exported model and our evaluator have the same scores for the same tars, to the last digit."""
+"""Scores, probes and class lists against CLIP_benchmark, scikit-learn and timm."""
 
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.data
 import torch
 from clip_benchmark.datasets.builder import build_dataset
-from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from clip_benchmark.metrics import linear_probe, zeroshot_classification, zeroshot_retrieval
 from clip_benchmark.models.open_clip import load_open_clip
 from eval_data import encoded, eval_config, patch
 from eval_models import centred, torch_model, write_model
+from helpers import close
 from PIL import Image
 from records import write_tar
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from specs import EVAL_CLIP as CLIP
 
-from diva_jax.evals import encode, evaluator
+from diva_jax.evals import encode, evaluator, linear
+from diva_jax.evals.tasks import robustness, zeroshot
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.training import sharding
 from diva_jax.weights.writers import write_json
@@ -124,3 +129,70 @@ def test_retrieval(exported, captions):
         # They average in float32.
         assert np.float32(scores[metric] / 100) == np.float32(value), metric
     assert 0 < scores["text_retrieval_recall@5"] < scores["text_retrieval_recall@10"] < 100, "a test of nothing"
+
+
+@pytest.mark.parametrize("decay", [1e-4, 1e-2, 1.0])
+def test_fit_is_scikit_learns_logistic_regression(decay):
+    x, y = load_digits(return_X_y=True)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    train, test = slice(0, 700), slice(700, 1100)
+    oracle = LogisticRegression(C=1 / (decay * 700), tol=1e-8, max_iter=5000).fit(x[train], y[train])
+    weights, biases = linear.fit(x[train], y[train], 10, decay, 1000)
+    want = oracle.decision_function(x[test])
+    got = x[test] @ weights + biases
+    # The softmax does not change with a common offset of the biases.
+    want, got = (z - z.mean(axis=1, keepdims=True) for z in (want, got))
+    close(got, want, 2e-3)
+    assert (got.argmax(axis=1) == want.argmax(axis=1)).mean() > 0.997
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_search_is_clip_benchmarks(seed, monkeypatch):
+    """Its loop over its own `find_peak`, with the accuracy of each weight decay given."""
+    accuracies = np.random.default_rng(seed).integers(1, 9, 97) / 10
+    monkeypatch.setattr(linear_probe, "train", lambda a, b, c, weight_decay, *rest: weight_decay)
+    by_decay = dict(zip(linear.DECAYS.tolist(), accuracies, strict=True))
+    monkeypatch.setattr(linear_probe, "infer", lambda model, *rest: (torch.tensor(by_decay[model]),) * 2)
+    monkeypatch.setattr(linear_probe, "accuracy", lambda logits, target, topk: [float(logits)])
+    decays = linear.DECAYS.tolist()
+
+    def find(numbers):
+        return linear_probe.find_peak(decays, numbers, *[None] * 9, seed)
+
+    best, span = find(range(0, 97, 16)), 8
+    np.testing.assert_allclose(np.logspace(-6, 2, 7), linear.DECAYS[::16])
+    while span > 0:
+        best = find([max(best - span, 0), best, min(best + span, 96)])
+        span //= 2
+    assert linear.search(lambda i: accuracies[i]) == best
+
+
+def test_neighbours_are_dinos():
+    """The votes as DINO's eval_knn.py computes them."""
+    rng = np.random.default_rng(0)
+    x, q = (
+        z / np.linalg.norm(z, axis=1, keepdims=True)
+        for z in (rng.standard_normal((90, 7)), rng.standard_normal((31, 7)))
+    )
+    y = rng.integers(0, 6, 90)
+    similarity, nearest = torch.tensor(q @ x.T).topk(20, largest=True, sorted=True)
+    hot = torch.nn.functional.one_hot(torch.tensor(y)[nearest], 6)
+    votes = (hot * similarity.div(0.07).exp()[..., None]).sum(1)
+    got = linear.neighbours(q, x, y, 6, 20, 0.07)
+    want = votes / votes.sum(1, keepdim=True)
+    np.testing.assert_allclose(got / got.sum(axis=1, keepdims=True), want, rtol=1e-4, atol=1e-7)
+
+
+INFO = Path(timm.data.__file__).with_name("_info")
+
+
+@pytest.mark.parametrize("name", ["a", "r"])
+def test_folders_give_timms_indices(tmp_path, name):
+    wnids = (INFO / f"imagenet_{name}_synsets.txt").read_text().split()
+    for wnid in reversed(wnids):
+        (tmp_path / wnid).mkdir()
+        (tmp_path / wnid / "0.png").touch()
+    found = robustness.read_set(name, tmp_path, False)
+    by_label = {label: name.split("/")[0] for name, label in zip(found.names, found.targets, strict=True)}
+    indices = [zeroshot.imagenet("wnids").index(by_label[i]) for i in range(200)]
+    assert indices == [int(i) for i in (INFO / f"imagenet_{name}_indices.txt").read_text().split()]

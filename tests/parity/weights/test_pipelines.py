@@ -1,23 +1,37 @@
-"""Folders of transformers, followed from the image and the text: features are those of its own pipeline."""
+"""Folders of transformers and the world, from the image and the text, and as the tower of a multimodal model."""
 
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import torch
-from clip_folders import transformers_folder
+from clip_folders import CLIP, transformers_folder
+from eval_data import patch
+from exports import written_by_open_clip
+from flax import nnx
 from helpers import close
 from PIL import Image
 from specs import CLIP_FOLDER, DINOV2, DINOV2_REG, SIGLIP2_FOLDER, SIGLIP_FOLDER
-from transformers import BitImageProcessorPil, CLIPImageProcessorPil, CLIPTokenizer, SiglipImageProcessorPil
+from transformers import (
+    BitImageProcessorPil,
+    CLIPImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPTokenizer,
+    CLIPVisionModel,
+    SiglipImageProcessorPil,
+)
 
 import diva_jax
-from diva_jax import demo
+from diva_jax import demo, weights
 from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models.backbones import TextSpec
-from diva_jax.weights import hf, origins, writers
+from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.weights import hf, loading, origins, writers
+from diva_jax.weights.export import layouts
+from diva_jax.world import captions, models, scenes
 
 MODELS = {
     "clip": (CLIP_FOLDER, CLIPImageProcessorPil),
@@ -139,3 +153,77 @@ def test_siglip2_texts(tmp_path):
     with torch.no_grad():
         want = model.get_text_features(input_ids=ids).pooler_output.numpy()
     close(diva_jax.load(str(tmp_path)).encode_text(texts), want, 2e-5)
+
+
+LAYER = -2  # LLaVA's mm_vision_select_layer; its mm_vision_select_feature is "patch".
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mllm")
+    written_by_open_clip(CLIP, root / "in")
+    layouts.export(origins.open_source(str(root / "in")), CLIP, root / "out", "hf")
+    return root / "out"
+
+
+def selected(folder, pixels):
+    """What `load_model`, `forward` and `feature_select` of LLaVA's tower do with a folder."""
+    tower, info = CLIPVisionModel.from_pretrained(folder, device_map=None, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    tower.requires_grad_(False)
+    with torch.no_grad():
+        found = tower(pixels.to(device=tower.device, dtype=tower.dtype), output_hidden_states=True)
+    assert tower.config.hidden_size == CLIP.width
+    assert (tower.config.image_size // tower.config.patch_size) ** 2 == CLIP.patches
+    return found.hidden_states[LAYER][:, 1:].to(pixels.dtype)
+
+
+def ours(folder, pixels):
+    """Patch tokens before the last block, of channels-last normalised images."""
+    tower = weights.load(str(folder), CLIP)
+    x = tower._embedded(pixels)
+    for block in list(tower.blocks)[: LAYER + 1]:
+        x = block(x)
+    return x[:, 1:]
+
+
+def test_patch_tokens_of_the_layer_that_llava_selects(exported):
+    processor = CLIPImageProcessor.from_pretrained(exported)
+    photographs = [patch(i) for i in range(3)]
+    pixels = processor.preprocess(photographs, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (3, 3, CLIP.image_size, CLIP.image_size)
+    theirs = selected(exported, pixels)
+    assert theirs.shape == (3, CLIP.patches, CLIP.width)
+    close(ours(exported, pixels.numpy().transpose(0, 2, 3, 1)), theirs.numpy(), 2e-5)
+
+
+def test_diffusers_and_transformers_read_the_generator():
+    """The journeys have the towers."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    scene, chosen = (
+        scenes.sample(np.random.default_rng(3), 5),
+        captions.choose(np.random.default_rng(4), 5, 1.0),
+    )
+    texts = captions.captions(scene, chosen)
+    texts[0] = "a photo of a red square"
+    ids = tokenizers.open_tokenizer(models.SPEC.text, models.WEIGHTS / models.CLIP)(texts)
+    folder = models.WEIGHTS / models.GENERATOR
+    d = Diffusion.from_dict(dict(source="", prompt="", text_tokens=models.TOKENS, **models.DIFFUSION))
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32).eval()
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    assert scheduler.config.prediction_type == d.scheduler.prediction_type == "v_prediction"
+    found = CLIPTokenizer.from_pretrained(folder / "tokenizer")("a photo of a red square", padding="max_length")
+    assert found["input_ids"][0] == ids[0, 0] and len(found["input_ids"]) == models.TOKENS
+    noisy = np.random.default_rng(0).normal(size=(5, 2, 2, 64)).astype(np.float32)
+    t = np.array([0, 100, 500, 900, 999])
+    with torch.no_grad():
+        states = text(torch.from_numpy(ids).long())[0]
+        theirs = unet(torch.from_numpy(noisy).permute(0, 3, 1, 2), torch.from_numpy(t), states).sample
+    with jax.default_matmul_precision("highest"):
+        ours = nnx.jit(lambda m, x: m(x))(loading.load(str(folder), d.text_encoder), ids)
+        np.testing.assert_allclose(ours, states.numpy(), atol=2e-5 * float(states.abs().max()))
+        pred = nnx.jit(lambda m, *a: m(*a))(loading.load(str(folder), d.unet), noisy, t, ours)
+    np.testing.assert_allclose(pred, theirs.permute(0, 2, 3, 1).numpy(), atol=1e-4)

@@ -1,8 +1,11 @@
-"""What a wrong name may mean: a typing error in any field, another section, another program's word."""
+"""What a wrong name may mean: a field, a section, another program's word, a command."""
+
+import importlib.util
 
 import numpy as np
 import pytest
 
+from diva_jax import __main__ as listing
 from diva_jax import config, objectives
 from diva_jax.common import fields, near
 from diva_jax.common.errors import UserError
@@ -43,3 +46,21 @@ def test_sections_are_fields_and_nonsense_has_no_neighbour():
         fields.require(config.default(), ["q.zzz"])
     with pytest.raises(UserError, match="no field stepps, lr; did you mean steps or optim.lr?"):
         fields.require(config.default(), ["stepps", "lr"])
+
+
+DOCUMENTED = ("main", "evaluate", "export_torch", "report", "aot", "selfcheck", "cache_latents", "demo", "world.demo")
+
+
+def test_every_command_is_listed_with_a_sentence(capsys):
+    assert listing.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    found = dict(line.removeprefix("python -m ").split(maxsplit=1) for line in lines)
+    assert {f"diva_jax.{name}" for name in DOCUMENTED} <= found.keys()
+    for name, sentence in found.items():
+        assert importlib.util.find_spec(name) and len(sentence) > 5, name
+
+
+@pytest.mark.parametrize("wrong, meant", [("evalute", "evaluate"), ("export", "export_torch"), ("man", "main")])
+def test_a_wrong_command_finds_the_right_one(capsys, wrong, meant):
+    assert listing.main([wrong]) == 2
+    assert f"diva_jax.{meant}" in capsys.readouterr().err

@@ -1,8 +1,10 @@
-"""Data that was made to do harm: counted as broken or refused, within bounded memory and time."""
+"""Data and tokenizers that were made to do harm: counted as broken or refused, within bounded memory and time."""
 
 import concurrent.futures
 import errno
+import gzip
 import io
+import json
 import os
 import resource
 import struct
@@ -14,11 +16,15 @@ import zlib
 import numpy as np
 import pytest
 from helpers import failed, refused
+from mutations import changed, damaged
 from PIL import Image
 from records import batches, data_config, encoded, tags, write_shards, write_tar
 
+from diva_jax import demo
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import decoding, files, images, inputs, pipeline, tars
+from diva_jax.data import decoding, files, images, inputs, pipeline, tars, tokenizers
+from diva_jax.models.backbones import TextSpec
+from diva_jax.weights import parts
 
 pytestmark = pytest.mark.attack
 
@@ -252,3 +258,73 @@ def test_a_wait_for_data_ends():
     iterator.close()
     assert time.monotonic() - began < 10
     source.released.set()
+
+
+TEXT = TextSpec(vocab_size=514, context_length=9)
+TEXTS = ["a photo of a cat", "", "ünï " * 50, "\x00\x1b[31m", "<end_of_text>"]
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory):
+    """Name -> bytes of each kind of file."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    demo.write_byte_tokenizer(folder)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    words = {token: i for token, i in vocab.items() if i < 512}
+    added = [{"id": i, "content": token} for token, i in vocab.items() if i >= 512]
+    whole = {"added_tokens": added, "model": {"type": "BPE", "vocab": words, "merges": []}}
+    return {
+        "vocab.json": (folder / "vocab.json").read_bytes(),
+        "merges.txt": b"#version: 0.2\n",
+        "tokenizer.json": json.dumps(whole).encode(),
+        "bpe_simple_vocab_16e6.txt.gz": gzip.compress(b"#version\na b\nc d</w>\n"),
+        "tokenizer_config.json": json.dumps(
+            {"tokenizer_class": "CLIPTokenizer", "pad_token": "!", "auto_map": {"AutoTokenizer": ["a--b", None]}}
+        ).encode(),
+    }
+
+
+def variants(rng, name: str, data: bytes, count: int):
+    for case in range(count):
+        if name.endswith(".json") and case % 2:
+            yield json.dumps(changed(rng, json.loads(data), 2)[0]).encode()
+        else:
+            yield damaged(rng, data)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz"])
+@pytest.mark.parametrize("seed", range(3))
+def test_files_of_clip(tmp_path, contents, name, seed):
+    if name in ("vocab.json", "merges.txt"):
+        for other in ("vocab.json", "merges.txt"):
+            (tmp_path / other).write_bytes(contents[other])
+    for data in variants(np.random.default_rng(seed), name, contents[name], 30):
+        (tmp_path / name).write_bytes(data)
+        try:
+            ids = tokenizers.open_tokenizer(TEXT, tmp_path)(TEXTS)
+        except UserError as e:
+            assert "\n" not in str(e) and len(str(e)) < 1000
+        else:
+            assert ids.shape == (len(TEXTS), 9) and 0 <= ids.min() and ids.max() < TEXT.vocab_size
+
+
+def test_files_that_unpack_to_much_more(tmp_path):
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(bytes(2**27), 1))
+    with pytest.raises(UserError, match="more than 64 MiB"):
+        tokenizers.open_tokenizer(TEXT, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_files_of_the_prompt(tmp_path, contents, name):
+    """Through transformers, which must not run the code that `auto_map` names."""
+    for other in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (tmp_path / other).write_bytes(contents[other])
+    assert parts.diffusers_tokenizer(tmp_path, 6)(["a photo"]).shape == (1, 6)
+    for data in variants(np.random.default_rng(0), name, contents[name], 8):
+        (tmp_path / name).write_bytes(data)
+        try:
+            ids, mask = parts.diffusers_tokenizer(tmp_path, 6).encode(["a photo"])
+        except UserError as e:
+            assert str(tmp_path) in str(e) and "\n" not in str(e) and len(str(e)) < 1000
+        else:
+            assert ids.shape == mask.shape == (1, 6)

@@ -1,16 +1,18 @@
-"""Valid data paths: tars, patterns, folders, tfds, remote stores; and errors for invalid ones."""
+"""Valid data paths: tars, patterns, folders, tfds, remote stores, the demo's photographs; errors for invalid ones."""
 
+import importlib.util
 import io
 import os
 import sys
 
 import fsspec
+import numpy as np
 import pytest
 from helpers import refused
 from records import encoded, noise, write_tar, write_tfds
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import files
+from diva_jax.data import files, images, photos
 from diva_jax.data.sources import FolderSource, TfdsSource, open_source
 from diva_jax.data.tars import TarSource
 
@@ -170,3 +172,40 @@ def test_files_of_another_kind_are_not_called_damaged_tars(shards, tmp_path):
     for name, said in (("a.zip", "is no kind of data that is read here"), ("a.tgz", "is compressed: unpack it")):
         (tmp_path / name).write_bytes(b"PK" + bytes(1000))
         refused(said, open_source, str(tmp_path / name))
+
+
+@pytest.fixture(scope="module")
+def photo_shards(tmp_path_factory):
+    return photos.pack_photos(tmp_path_factory.mktemp("photos"))
+
+
+def test_shards_hold_distinct_varied_photographs_with_captions(photo_shards):
+    assert [p.name for p in photo_shards] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert sum(p.stat().st_size for p in photo_shards) < 5e6
+    source = open_source(str(photo_shards[0].parent))
+    records = [source.read(i) for i in range(len(source))]
+    assert [r.name for r in records] == [f"{s:05d}.tar/{s:05d}{i:04d}.jpg" for s in range(3) for i in range(32)]
+    assert [r.text for r in records] == list(photos.PHOTOGRAPHS.values()) * 6
+    decoded = [images.decode(r.image) for r in records]
+    assert len({image.tobytes() for image in decoded}) == 96
+    assert all(96 <= min(i.size) and max(i.size) <= 640 for i in decoded)
+    aspects = [i.width / i.height for i in decoded]
+    assert min(aspects) < 0.8 and max(aspects) > 1.25
+    assert all(np.asarray(i).std() > 5 for i in decoded), "no region is blank"
+
+
+def test_the_same_bytes_again_and_the_same_images_in_a_folder(photo_shards, tmp_path):
+    again = photos.pack_photos(tmp_path / "again", count=32)
+    other = photos.pack_photos(tmp_path / "other", count=32, seed=1)
+    assert again[0].read_bytes() == photo_shards[0].read_bytes() != other[0].read_bytes()
+    photos.write_folder(tmp_path / "folder", count=32)
+    folder, tar = open_source(str(tmp_path / "folder")), open_source(str(again[0]))
+    assert {folder.read(i).image for i in range(32)} == {tar.read(i).image for i in range(32)}
+
+
+def test_without_scikit_image(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "skimage" else find(name))
+    with pytest.raises(UserError, match=r"pip install -e '.\[demo\]'"):
+        photos.pack_photos(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,23 +1,28 @@
-"""Executables in a folder: a step that is read from it is the compiled one, and what does not belong to it is refused
-before anything is unpickled."""
+"""Options of the compiler, and executables in a folder: as they were saved, or refused before they are unpickled."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 from etils import epath
+from helpers import refused
 from jax.experimental.compilation_cache import compilation_cache
 
+from diva_jax import config
 from diva_jax.common.errors import UserError
-from diva_jax.training import compiler, executables
+from diva_jax.costs import chips
+from diva_jax.training import compiler, executables, sharding, step
 from diva_jax.training.step import Steps
 
 
-def config(**fields):
+def step_config(**fields):
     return small.small_config(diva__draws=1, **fields)
 
 
@@ -30,7 +35,7 @@ def folder(tmp_path_factory):
     """With the executable of `config()` on two devices, at the precision of the tests; not one from jax's cache, since
     XLA writes none for a CPU that it has read.
     """
-    p, path = small.program(config(), 2), tmp_path_factory.mktemp("saved")
+    p, path = small.program(step_config(), 2), tmp_path_factory.mktemp("saved")
     with jax.default_matmul_precision("highest"):
         step = lowered(p)
     known, before = executables.facts(step, p), jax.config.jax_compilation_cache_dir
@@ -50,9 +55,9 @@ def one_step(p, saved=None):
 
 def test_a_saved_step_is_the_compiled_one(folder, monkeypatch, capfd):
     """Bit for bit, for a schedule of another length too, and nothing is compiled."""
-    expected = one_step(small.program(config(steps=37), 2))
+    expected = one_step(small.program(step_config(steps=37), 2))
     monkeypatch.setattr(compiler, "compiled", lambda lowered: pytest.fail("compiled"))
-    jax.tree.map(np.testing.assert_array_equal, one_step(small.program(config(steps=37), 2), folder), expected)
+    jax.tree.map(np.testing.assert_array_equal, one_step(small.program(step_config(steps=37), 2), folder), expected)
     said = capfd.readouterr().out
     assert f"not compiled: {folder}/0-" in said and "ready in" in said
 
@@ -95,7 +100,7 @@ def consistent(saved, data):
     ],
 )
 def test_what_does_not_belong_to_it_is_not_unpickled(folder, tmp_path, monkeypatch, capfd, change, said):
-    p = small.program(config(), 2)
+    p = small.program(step_config(), 2)
     monkeypatch.setattr(executables.serialize_executable, "deserialize_and_load", lambda *a: pytest.fail("unpickled"))
     assert executables.load(copied(folder, tmp_path, change), 0, lowered(p), p) is None
     told = capfd.readouterr().out
@@ -110,7 +115,7 @@ def test_what_does_not_belong_to_it_is_not_unpickled(folder, tmp_path, monkeypat
     ],
 )
 def test_the_line_says_what_differs(folder, capfd, fields, devices, said):
-    p = small.program(config(**fields), devices)
+    p = small.program(step_config(**fields), devices)
     assert executables.load(folder, 0, lowered(p), p) is None
     assert said in capfd.readouterr().out
 
@@ -118,3 +123,49 @@ def test_the_line_says_what_differs(folder, capfd, fields, devices, said):
 def test_a_folder_without_executables_is_refused(tmp_path):
     with pytest.raises(UserError, match="aot --save"):
         executables.folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("chip", chips.CHIPS.values(), ids=list(chips.CHIPS))
+def test_auto_is_the_row_of_the_chip(chip, monkeypatch):
+    device = SimpleNamespace(platform="tpu", device_kind=chip.kind)
+    assert compiler.options("auto", device) == dict(chip.compiler_options)
+    row = dataclasses.replace(chip, compiler_options=(("a", "1"),))
+    monkeypatch.setattr(chips, "CHIPS", {"one": row})
+    assert compiler.options("auto", device) == {"a": "1"}
+    assert compiler.options("b=2", device) == {"b": "2"}
+    assert compiler.options("", device) == {}
+
+
+def test_other_devices_have_none():
+    """A TPU without a row has an empty set of options; for CPUs and GPUs there is none."""
+    assert compiler.options("auto", SimpleNamespace(platform="tpu", device_kind="TPU v99")) == {}
+    for setting in ("auto", "", "xla_tpu_rwb_fusion=false"):
+        for platform in ("cpu", "gpu"):
+            assert compiler.options(setting, SimpleNamespace(platform=platform, device_kind="any")) is None
+
+
+def test_the_form_of_options():
+    assert compiler.parse("") == {}
+    assert compiler.parse("a=1, b=false") == {"a": "1", "b": "false"}
+    for bad in ("a", "a=", "=1", "a=1,", "a=1=2", "a=1,a=2", ","):
+        c = small.small_config()
+        c.compiler_options = bad
+        refused("config.compiler_options=.*NAME=VALUE", config.validate, c, 1)
+
+
+def test_the_step_is_jitted_with_them(monkeypatch):
+    c = small.small_config()
+    c.compiler_options = "a=1"
+    program = step.Program(c, sharding.make_mesh(c.mesh))
+    given = []
+    monkeypatch.setattr(compiler, "options", lambda setting, device: given.append((setting, device)) or {"b": "2"})
+    monkeypatch.setattr(step.jax, "jit", lambda fn, **kw: kw)
+    assert program.step(0).jitted["compiler_options"] == {"b": "2"}
+    assert given == [("a=1", program.mesh.devices.flat[0])]
+
+
+def test_what_the_compiler_refuses_is_one_sentence():
+    lowered = jax.jit(lambda x: x + 1, compiler_options={"nonsense": "1"}).lower(jnp.zeros(2))
+    refused("does not accept nonsense", compiler.compiled, lowered)
+    fine = compiler.compiled(jax.jit(lambda x: x + 1).lower(jnp.zeros(2)))
+    assert fine(jnp.zeros(2)).tolist() == [1, 1]

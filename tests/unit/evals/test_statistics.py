@@ -1,4 +1,4 @@
-"""Groups of runs of other seeds, and the best of several checkpoints."""
+"""Intervals, McNemar's test, what is right where images and texts meet, groups of runs, the best of checkpoints."""
 
 import dataclasses
 import itertools
@@ -10,9 +10,119 @@ from helpers import refused
 from scipy import stats as reference
 
 from diva_jax.common.results_schema import Difference
-from diva_jax.evals import Settings, seeds
+from diva_jax.evals import Settings, matching, seeds, stats
 from diva_jax.evals.items import ItemTask, Values
 from diva_jax.weights.places import Place
+
+
+def plain(values, resamples, strata=None, clusters=None):
+    """The textbook bootstrap: means of drawn indices."""
+    rng, means = np.random.default_rng(1), []
+    values = np.asarray(values, float)
+    for _ in range(resamples):
+        if clusters is not None:
+            names = np.unique(clusters)
+            chosen = [np.flatnonzero(clusters == c) for c in rng.choice(names, len(names))]
+            means.append(values[np.concatenate(chosen)].mean())
+        elif strata is not None:
+            parts = [values[strata == s] for s in np.unique(strata)]
+            means.append(np.mean([rng.choice(p, len(p)).mean() for p in parts]))
+        else:
+            means.append(rng.choice(values, len(values)).mean())
+    return np.quantile(means, (0.025, 0.975))
+
+
+@pytest.mark.parametrize("kind", ["plain", "strata", "clusters", "shares"])
+def test_interval_equals_plain_resampling(kind):
+    rng = np.random.default_rng(0)
+    values = rng.random(90) if kind == "shares" else rng.random(90) < 0.3
+    kw = {}
+    if kind == "strata":  # Unequal strata: the mean of their means is not the mean.
+        kw["strata"] = np.repeat([0, 1, 2], (10, 20, 60))
+        values = rng.random(90) < np.array([0.9, 0.5, 0.1])[kw["strata"]]
+    if kind == "clusters":  # The items of a cluster are equal: the interval is wider than for single items.
+        kw["clusters"] = np.repeat(np.arange(18), 5)
+        values = (rng.random(18) < 0.4)[kw["clusters"]]
+    ours = stats.bootstrap(values, resamples=20_000, seed=0, **kw)
+    np.testing.assert_allclose(ours, plain(values, 4000, **kw), atol=0.015)
+    assert ours == stats.bootstrap(values, resamples=20_000, seed=0, **kw)
+    if kind == "clusters":
+        single = stats.bootstrap(values, resamples=20_000, seed=0)
+        assert ours[1] - ours[0] > 1.5 * (single[1] - single[0])
+
+
+def test_mean_is_exact_and_ignores_the_order():
+    values = np.array([1e16, 1.0, -1e16] * 5)
+    assert stats.mean(values) == stats.mean(values[::-1]) == 5 / 15
+    strata = np.array([0, 0, 0, 1])
+    assert stats.mean(np.array([1, 0, 1, 1]), strata) == pytest.approx((2 / 3 + 1) / 2)
+
+
+@pytest.mark.parametrize("won, lost", [(0, 0), (3, 0), (5, 2), (4, 4), (1, 9)])
+def test_mcnemar_counts_every_split(won, lost):
+    before = np.array([False] * won + [True] * lost + [True, False, True])
+    after = np.array([True] * won + [False] * lost + [True, False, True])
+    n = won + lost
+    splits = [abs(sum(s) - n / 2) for s in itertools.product((0, 1), repeat=n)]
+    p = np.mean([s >= abs(won - n / 2) for s in splits])
+    assert stats.mcnemar(before, after) == {"won": won, "lost": lost, "p": pytest.approx(p)}
+
+
+def by_hand(table, right):
+    """The definitions; `table` is in units of the seventh decimal."""
+    images, texts = range(len(table)), range(len(table[0]))
+    kinds = ("image", "text", "group") + ("match",) * matching.one_to_one(right)
+    if not np.isfinite(table).all():
+        return dict.fromkeys(kinds, False)
+    table = [[round(x) for x in row] for row in table]
+    wrong = [(i, t) for i in images for t in texts if (i, t) not in right]
+    out = {
+        "image": all(table[i][t] > table[j][u] for i, t in right for j, u in wrong if t == u),
+        "text": all(table[i][t] > table[j][u] for i, t in right for j, u in wrong if i == j),
+    }
+    out["group"] = out["image"] and out["text"]
+    if "match" in kinds:
+        given = itertools.permutations(texts, len(images))
+        sums = {texts: sum(table[i][t] for i, t in enumerate(texts)) for texts in given}
+        own = sums.pop(tuple(t for _, t in sorted(right)))
+        out["match"] = all(own > other for other in sums.values())
+    return out
+
+
+@pytest.mark.parametrize("images, texts", [(1, 6), (2, 2), (2, 3), (3, 3), (3, 5), (4, 4), (3, 2)])
+def test_answers_against_every_comparison(images, texts):
+    """Few values, so that ties happen; the noise is below the seventh decimal."""
+    rng, seen = np.random.default_rng(images * 10 + texts), set()
+    for case in range(120):
+        right = tuple((i, int(rng.integers(texts))) for i in range(images))
+        if case % 2 and texts >= images:
+            right = tuple(enumerate(rng.permutation(texts)[:images].tolist()))
+        tables = rng.integers(-3, 4, (3, images, texts)).astype(float)
+        for i, t in right:
+            tables[:, i, t] += case % 5
+        if case % 6 == 0:
+            tables[1, rng.integers(images), rng.integers(texts)] = rng.choice([np.nan, np.inf, -np.inf])
+        tables += rng.uniform(-0.4, 0.4, tables.shape)
+        found = matching.answers(tables * 1e-7, right)
+        for n, table in enumerate(tables):
+            assert {kind: bool(values[n]) for kind, values in found.items()} == by_hand(table.tolist(), right), case
+        seen |= {(kind, bool(value)) for kind, values in found.items() for value in values}
+    kinds = ("image", "text", "match") if texts >= images else ("text",)
+    assert seen >= {(kind, value) for kind in kinds for value in (True, False)} - {("image", False)}
+
+
+@pytest.mark.parametrize("value", [0.3, np.nan, np.inf])
+def test_a_collapsed_encoder_has_nothing_right(value):
+    for size in (2, 4):
+        right = tuple((i, i) for i in range(size))
+        assert not any(v.any() for v in matching.answers(np.full((5, size, size), value), right).values())
+
+
+def test_a_match_where_both_texts_prefer_one_image():
+    found = matching.answers(np.array([[0.30, 0.28], [0.20, 0.27]]), ((0, 0), (1, 1)))
+    assert {kind for kind, value in found.items() if value} == {"text", "match"}
+    # Every cycle of a set of 200 gains: sums do not overflow.
+    assert not matching.answers(-np.eye(200), tuple((i, i) for i in range(200)))["match"]
 
 
 @dataclasses.dataclass

@@ -1,19 +1,28 @@
-"""Cards of exports: metadata that the hub reads, scores of the right weights, caveats; the push to the hub."""
+"""Cards, configs and tokenizers of exports, and the push to the hub, without the libraries that load them."""
 
 import dataclasses
 import json
+import shutil
 from unittest import mock
 
 import huggingface_hub
+import numpy as np
 import pytest
 from helpers import failed, refused
 from huggingface_hub import ModelCard
-from specs import EVAL_CLIP
+from specs import CLIP_FOLDER, EVAL_CLIP, TRAINED
+from specs import CLIP_FOLDER as CLIP
+from transformers import AutoTokenizer
 
 from diva_jax import demo
 from diva_jax.common.errors import UserError
-from diva_jax.weights import origins, places
-from diva_jax.weights.export import cards, layouts, publish
+from diva_jax.models.backbones import NO_TEXT, TABLE
+from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
+from diva_jax.weights import hf, origins, places, tensors, writers
+from diva_jax.weights.export import cards, layouts, publish, vocabulary
+from diva_jax.weights.origins import ClipSource
+from diva_jax.weights.places import TOKENIZER_FILES
+from diva_jax.weights.tensors import Tensors
 
 PROVENANCE = {
     "workdir": "runs/a",
@@ -153,3 +162,123 @@ def test_the_hub_is_checked_before_anything_is_written(clip, tmp_path, hub, writ
 def test_the_base_model_is_the_source_where_it_is_a_hub_id(clip):
     assert places.hub_id("hf-hub:timm/base") == places.hub_id("timm/base") == "timm/base"
     assert places.hub_id(clip.where) == places.hub_id("nothing/there.pt") == places.hub_id("") == ""
+
+
+def test_transformers_cannot_hold_every_text_tower():
+    text = dataclasses.replace(CLIP.text, causal=False)
+    with pytest.raises(UserError, match="use --format=open_clip"):
+        hf.to_transformers(dataclasses.replace(CLIP, text=text), "float32")
+
+
+@pytest.mark.parametrize("tag", list(TABLE))
+def test_every_backbone_has_both_configs(tag):
+    """The configs of an export describe what was exported."""
+
+    def comparable(spec):
+        return dataclasses.replace(
+            spec, source="", open_clip_name="", **dict.fromkeys(("select", "add_text", "readout"), "")
+        )
+
+    spec = TABLE[tag]
+    assert comparable(from_open_clip(to_open_clip(spec))) == comparable(spec)
+    found, silent = hf.from_transformers(hf.to_transformers(spec, "float32"), hf.image_processor(spec), tag)
+    assert comparable(found) == comparable(spec) and not silent
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_that_are_not_finite_are_named(tmp_path, seed):
+    """And not said to be read back differently, since NaN is not equal to itself."""
+    rng = np.random.default_rng(seed)
+    demo.write_clip(tmp_path / "clip", TRAINED)
+    source = origins.open_source(str(tmp_path / "clip"))
+    name = sorted(source.tensors)[rng.integers(len(source.tensors))]
+    array = np.array(source.tensors[name])
+    array.flat[rng.integers(array.size)] = rng.choice([np.nan, np.inf, -np.inf])
+    changed = tensors.Tensor(array.shape, array.dtype, lambda: array)
+    broken = dataclasses.replace(source, tensors=tensors.Tensors({**source.tensors, name: changed}, source.files))
+    for fmt in ("open_clip", "hf"):
+        with pytest.raises(UserError, match=rf"clip: the tensor {name} has values that are NaN or infinite"):
+            layouts.export(broken, source.spec, tmp_path / fmt, fmt, run=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["clip"]
+
+
+@pytest.mark.attack
+def test_a_card_has_no_secrets():
+    spec = dataclasses.replace(TRAINED, source="clip")
+    config = {
+        "objective": "diva",
+        "data": {"path": "https://me:pw1@host/{0..9}.tar?token=pw2"},
+        "batch_size": 1,
+        "seed": 0,
+    }
+    run = dict(workdir="w", step=1, config=config, sources={}, base="b", tuned=["vision"])
+    source = origins.ClipSource("w", "checkpoint", tensors.Tensors({}, []), spec, run=run)
+    text = cards.card(source, spec, "hf", "float32")
+    assert "https://host/{0..9}.tar?..." in text and "pw1" not in text and "pw2" not in text
+
+
+SPEC = dataclasses.replace(CLIP_FOLDER, text=dataclasses.replace(CLIP_FOLDER.text, vocab_size=600))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    demo.write_byte_tokenizer(folder)
+    return folder
+
+
+def source_of(folder, *names) -> ClipSource:
+    files = tuple(folder / n for n in (names or TOKENIZER_FILES) if (folder / n).exists())
+    return ClipSource("runs/a", "checkpoint", Tensors({}, []), SPEC, tokenizer=files)
+
+
+def exported(tmp_path, source):
+    writers.write_json(tmp_path / "config.json", hf.to_transformers(SPEC, "float32"))
+    vocabulary.write(tmp_path, source, SPEC, "hf")
+    return tmp_path
+
+
+def test_a_whole_tokenizer_is_copied(tmp_path, whole):
+    source = source_of(whole)
+    assert vocabulary.note(source, SPEC, "hf") == ""
+    ids = AutoTokenizer.from_pretrained(exported(tmp_path, source))(["a dog"])["input_ids"][0]
+    assert len(ids) == 6 and len(set(ids)) == 6
+
+
+@pytest.mark.parametrize("names", [("vocab.json",), ("merges.txt",), ("none",)])
+def test_what_is_not_whole_is_refused_and_named(tmp_path, whole, names):
+    """Not written in part, from which transformers makes a tokenizer that knows no word."""
+    source = source_of(whole, *names)
+    folder = exported(tmp_path, source)
+    assert not (folder / "vocab.json").exists()
+    with pytest.raises(ValueError):
+        AutoTokenizer.from_pretrained(folder)
+    note = vocabulary.note(source, SPEC, "hf")
+    assert "vocab.json with merges.txt" in note and "--tokenizer=FOLDER" in note
+    assert note in cards.card(source, SPEC, "hf", "float32", note=note)
+    added = vocabulary.add(source, SPEC, str(whole))
+    assert vocabulary.note(added, SPEC, "hf") == "" and {f.name for f in added.tokenizer} >= {"vocab.json"}
+
+
+def test_who_needs_none(whole):
+    """A vision tower alone, a model without text, and open_clip with OpenAI's vocabulary, which it has."""
+    source = source_of(whole, "none")
+    assert vocabulary.note(source, SPEC, "pt") == ""
+    assert vocabulary.note(source, dataclasses.replace(SPEC, text=NO_TEXT), "hf") == ""
+    assert "--tokenizer=FOLDER" in vocabulary.note(source, SPEC, "open_clip")
+    openai = dataclasses.replace(SPEC, text=dataclasses.replace(SPEC.text, vocab_size=49408))
+    assert vocabulary.note(source, openai, "open_clip") == "" != vocabulary.note(source, openai, "hf")
+
+
+def test_bad_folders_of_a_tokenizer(tmp_path, whole):
+    source = source_of(whole, "none")
+    shutil.copy(whole / "vocab.json", tmp_path)
+    for folder, spec, named in (
+        (tmp_path, SPEC, "it needs tokenizer.json or vocab.json with merges.txt"),
+        (tmp_path / "nowhere", SPEC, "--tokenizer="),
+        (whole, dataclasses.replace(SPEC, text=NO_TEXT), "leave it out"),
+        (whole, CLIP_FOLDER, "514 tokens"),
+    ):
+        with pytest.raises(UserError, match=named):
+            vocabulary.add(source, spec, str(folder))

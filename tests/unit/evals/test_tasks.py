@@ -1,0 +1,256 @@
+"""Drift, retrieval and the shifts of ImageNet: scores by hand, ties, layouts of data, bad data."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+from eval_data import FakeModel, encoded, evaluated, patch, prepared, unit, write_image
+from helpers import refused
+from records import write_tar
+
+from diva_jax.evals.tasks import drift, retrieval, robustness, zeroshot
+
+COUNT, DIM = 40, 12
+
+prepare = partial(prepared, "drift", neighbours=5)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    root = tmp_path_factory.mktemp("drift")
+    for i in range(COUNT):
+        write_image(root / f"{i % 3}" / f"{i}.png", i)
+    return prepare(root)
+
+
+class Given(FakeModel):
+    """A model with these embeddings."""
+
+    def __init__(self, embeddings, label="fake"):
+        super().__init__()
+        self.draw, self.label = lambda count: embeddings, label
+
+
+@pytest.fixture(scope="module")
+def embeddings():
+    return np.random.default_rng(0).standard_normal((COUNT, DIM)) + 0.5
+
+
+def test_unmoved(task, embeddings):
+    before, after = task.evaluate(Given(embeddings)), task.evaluate(Given(7 * embeddings, "scaled"))
+    found = task.compare(before, after)
+    assert found["scores"]["cosine"]["score"] == pytest.approx(1)
+    assert found["scores"]["knn_overlap"] == {"score": 100, "interval": [100, 100]}
+    assert found["scores"]["effective_rank"]["difference"] == pytest.approx(0)
+    assert len(found["rows"]) == 2 * COUNT and found["rows"][0]["weights"] == "scaled"
+
+
+def test_turned_as_a_whole_keeps_its_neighbours(task, embeddings):
+    turn, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((DIM, DIM)))
+    found = task.compare(task.evaluate(Given(embeddings)), task.evaluate(Given(embeddings @ turn)))["scores"]
+    assert found["knn_overlap"]["score"] == 100 and found["cosine"]["score"] < 0.6
+
+
+def test_moved(task, embeddings):
+    moved = np.random.default_rng(2).standard_normal((COUNT, DIM))
+    found = task.compare(task.evaluate(Given(embeddings)), task.evaluate(Given(moved)))["scores"]
+
+    def near(x):
+        return [
+            set(sorted(range(COUNT), key=lambda j: -unit(x)[i] @ unit(x)[j] + 9 * (i == j))[:5]) for i in range(COUNT)
+        ]
+
+    kept = [len(a & b) / 5 for a, b in zip(near(embeddings), near(moved), strict=True)]
+    cosines = (unit(embeddings) * unit(moved)).sum(1)
+    assert found["cosine"]["score"] == pytest.approx(cosines.mean())
+    assert found["knn_overlap"]["score"] == pytest.approx(100 * np.mean(kept))
+    for metric in ("cosine", "knn_overlap"):
+        low, high = found[metric]["interval"]
+        assert low < found[metric]["score"] < high
+
+
+def test_effective_rank():
+    rng = np.random.default_rng(3)
+    assert drift.effective_rank(np.eye(8)) == pytest.approx(8)
+    assert drift.effective_rank(np.outer(rng.standard_normal(50), rng.standard_normal(9))) == pytest.approx(1, abs=1e-6)
+    whole = drift.effective_rank(rng.standard_normal((400, 9)))
+    assert 8.5 < whole <= 9
+    assert drift.effective_rank(rng.standard_normal((400, 9)) * np.geomspace(1, 1e-3, 9)) < 4
+    # Collapsed to a point, except for noise.
+    assert drift.effective_rank(1 + 1e-6 * rng.standard_normal((400, 9))) < 1.001
+
+
+def test_bad_folders_are_refused(tmp_path):
+    refused("is not a folder", prepare, tmp_path / "none")
+    (tmp_path / "a.png").write_bytes(b"")
+    refused("has 1 images, too few for 5 neighbours.*--config.eval.drift.neighbours", prepare, tmp_path)
+
+
+CAPTIONED = 23
+CAPTIONS = [[f"caption {j} of {i}" for j in range(1 + i % 5)] for i in range(CAPTIONED)]
+
+retrieval_task = partial(prepared, "retrieval")
+
+
+@pytest.fixture
+def table(tmp_path):
+    rows = ["image,caption,note"]
+    for i, captions in enumerate(CAPTIONS):
+        write_image(tmp_path / f"{i}.png", i)
+        rows += [f'{i}.png,"{caption}",x' for caption in captions]
+    path = tmp_path / "captions.csv"
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_recalls_equal_sorting(table):
+    task = retrieval_task(table)
+    assert task.count == CAPTIONED and task.texts == [c for captions in CAPTIONS for c in captions]
+    model, found, compared = evaluated(task)
+    assert model.sizes[0] == [patch(i).size for i in range(CAPTIONED)]
+    scores = unit(model.texts(task.texts)) @ unit(model.pooled[0]).T
+    owner = [i for i, captions in enumerate(CAPTIONS) for _ in captions]
+    for k in (1, 5, 10):
+        image = [owner[t] in np.argsort(-scores[t])[:k] for t in range(len(owner))]
+        text = [any(owner[t] == i for t in np.argsort(-scores[:, i])[:k]) for i in range(CAPTIONED)]
+        got = found.results["scores"]
+        assert got[f"image_retrieval_recall@{k}"]["score"] == pytest.approx(100 * np.mean(image))
+        assert got[f"text_retrieval_recall@{k}"]["score"] == pytest.approx(100 * np.mean(text))
+    assert len(found.rows) == len(owner) + CAPTIONED
+    # The captions of one image are not independent, which McNemar's test assumes.
+    assert all((s["mcnemar"] is None) == metric.startswith("image") for metric, s in compared["scores"].items())
+
+
+def test_among_equals_the_first_wins():
+    answers = np.ones((6, 2))
+    right = np.zeros((2, 6), bool)
+    right[0, [3, 5]] = right[1, 0] = True
+    np.testing.assert_array_equal(retrieval.ranks(np.ones((2, 2)), answers, right), [3, 0])
+    # An encoder that has collapsed to one point retrieves by chance.
+    n = 300
+    found = retrieval.ranks(np.ones((n, 2)), np.ones((n, 2)), np.eye(n, dtype=bool))
+    np.testing.assert_array_equal(found, np.arange(n))
+
+
+def test_scores_that_are_not_finite_are_wrong():
+    right = np.eye(3, dtype=bool)
+    answers = np.eye(3)
+    np.testing.assert_array_equal(retrieval.ranks(np.full((3, 3), np.nan), answers, right), [3, 3, 3])
+    # A wrong answer whose score is not finite is ahead of the right one.
+    answers[1, 0] = np.nan
+    np.testing.assert_array_equal(retrieval.ranks(np.eye(3), answers, right), [1, 3, 1])
+
+
+def test_tars_with_several_captions(tmp_path):
+    (tmp_path / "test").mkdir()
+    members = {}
+    for i, captions in enumerate(CAPTIONS):
+        members |= {f"s{i}.jpg": encoded(patch(i), "JPEG"), f"s{i}.txt": "\n".join(captions).encode()}
+    write_tar(tmp_path / "test" / "0.tar", members)
+    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
+    task = retrieval_task(tmp_path)
+    assert task.images.targets == CAPTIONS and list(task.owner[:4]) == [0, 1, 1, 2]
+    write_tar(tmp_path / "test" / "0.tar", members | {"s1.txt": b""})
+    refused(r"0.tar\[1\] has no caption", retrieval_task, tmp_path)
+
+
+def test_bad_data_is_refused(table, tmp_path):
+    lines = table.read_text().splitlines()
+    for line, says in (
+        ("none.png,a thing,x", "names .*none.png, which does not exist"),
+        (f"{'x' * 5000},a thing,x", "line 3: a text of 5000 characters is no path"),
+        ("1.png,,", "line 3: image or caption is empty"),
+        (",a thing,x", "line 3: image or caption is empty"),
+        ("1.png,a thing", "line 3: the row is not CSV .it has 2 fields, the header 3"),
+    ):
+        table.write_text("\n".join([*lines[:2], line, *lines[3:]]))
+        refused(says, retrieval_task, table)
+    for text, says in (("file,caption\n1.png,x\n", "has no column image"), ("image,caption\n", "has no rows")):
+        table.write_text(text)
+        refused(says, retrieval_task, table)
+    for path in (tmp_path / "none.csv", tmp_path):
+        refused("neither a folder of tar shards nor a CSV file", retrieval_task, path)
+
+
+NAMES = zeroshot.imagenet("classes")
+IDS = zeroshot.imagenet("wnids")
+
+
+def write(root, folders):
+    for n, folder in enumerate(folders):
+        for i in range(1 + n % 3):
+            write_image(root / folder / f"{i}.png", 7 * n + i)
+    return root
+
+
+@pytest.fixture
+def robustness_task(tmp_path):
+    (tmp_path / "templates.json").write_text('["a {c}", "the {c}."]')
+    return partial(prepared, "robustness", allow_partial=True, templates=str(tmp_path / "templates.json"))
+
+
+def test_labels_are_the_folders_numbers(tmp_path):
+    """Sorted as text, 10 and 100 would come before 2."""
+    found = robustness.read_set("v2", write(tmp_path, ["2", "10", "100", "0"]), True)
+    assert found.classes == [NAMES[i] for i in (0, 2, 10, 100)]
+    by_folder = {n.split("/")[0]: found.classes[t] for n, t in zip(found.names, found.targets, strict=True)}
+    assert by_folder == {str(i): NAMES[i] for i in (0, 2, 10, 100)}
+
+
+def test_wnids_give_the_subset_in_imagenets_order(tmp_path):
+    assert len(IDS) == len(set(IDS)) == 1000 and sorted(IDS) == IDS
+    known = {"n01440764": "tench", "n02123045": "tabby cat", "n15075141": "toilet paper"}
+    assert {wnid: NAMES[IDS.index(wnid)] for wnid in known} == known
+    write(tmp_path, [IDS[900], IDS[3], IDS[40]])
+    for name in ("a", "r", "sketch"):
+        found = robustness.read_set(name, tmp_path, True)
+        assert found.classes == [NAMES[3], NAMES[40], NAMES[900]] and set(found.targets) == {0, 1, 2}
+
+
+def write_objectnet(root):
+    titles = {"air_freshener": "Air freshener", "alarm_clock": "Alarm clock", "backpack": "Backpack"}
+    write(root / "images", titles)
+    (root / "mappings").mkdir()
+    (root / "mappings" / "folder_to_objectnet_label.json").write_text(json.dumps(titles))
+    overlap = {"Backpack": "backpack, back pack", "Alarm clock": "analog clock; digital clock"}
+    (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps(overlap))
+    return root
+
+
+def test_objectnets_classes_of_imagenet_without_the_border(tmp_path):
+    found = robustness.read_set("objectnet", write_objectnet(tmp_path), True)
+    assert found.classes == ["alarm clock", "backpack"]
+    assert [n.split("/")[0] for n in found.names] == ["alarm_clock"] * 2 + ["backpack"] * 3
+    np.testing.assert_array_equal(np.asarray(found.read(0)), np.asarray(patch(7))[2:-2, 2:-2])
+
+
+def test_scores_by_hand_among_the_sets_own_classes(tmp_path, robustness_task):
+    write(tmp_path / "a", IDS[5:9]), write_objectnet(tmp_path / "o")
+    task = robustness_task(f"a={tmp_path}/a,objectnet={tmp_path}/o")
+    model, found, compared = evaluated(task)
+    for (prefix, data), pooled in zip(task.classified.items(), model.pooled, strict=True):
+        texts = [[model.words[f"a {c}"], model.words[f"the {c}."]] for c in data.classes]
+        right = (unit(pooled) @ unit(unit(np.array(texts)).mean(axis=1)).T).argmax(axis=1) == data.labels
+        assert found.results["scores"][f"{prefix}acc1"]["score"] == pytest.approx(100 * right.mean())
+        recall = np.mean([right[np.equal(data.labels, c)].mean() for c in range(len(data.classes))])
+        assert found.results["scores"][f"{prefix}mean_per_class_recall"]["score"] == pytest.approx(100 * recall)
+    assert all((s["mcnemar"] is None) == metric.endswith("recall") for metric, s in compared["scores"].items())
+
+
+def test_bad_folders_of_shifts_are_refused(tmp_path, robustness_task):
+    root = write(tmp_path / "x", [IDS[0], IDS[1]])
+    for path, says in (
+        ("a", "must read SET=FOLDER"),
+        (f"b={root}", "must read SET=FOLDER"),
+        (f"a={root},a={root}", "names a set twice"),
+        (f"a={root}/none", "is not a folder"),
+        (f"v2={root}", "n01440764 is not named after a label"),
+        (f"objectnet={root}", "has no mappings/folder_to_objectnet_label.json"),
+    ):
+        refused(says, robustness_task, path)
+    refused("has 2 classes, ImageNet-A has 200.*allow_partial", robustness_task, f"a={root}", allow_partial=False)
+    (root / "n1").mkdir()
+    refused("n1 is not named after a WordNet id", robustness_task, f"r={root}")
+    (root / "n1").rename(root / IDS[2])
+    refused(f"{IDS[2]} has no image", robustness_task, f"r={root}")
