@@ -1,7 +1,6 @@
 """What the journeys share: an empty folder, a tuned run, its evaluation on small data of every task, its exports."""
 
 import json
-import sys
 from pathlib import Path
 
 import commands
@@ -50,9 +49,8 @@ class Home:
 
     def python(self, code: str) -> dict:
         """Runs lines of Python in a new process; returns the last line that it prints, which is JSON."""
-        return json.loads(
-            commands.output(commands.launch(sys.executable, "-c", code, cwd=self.folder)).splitlines()[-1]
-        )
+        (self / "snippet.py").write_text(code)
+        return json.loads(commands.succeed(self / "snippet.py", cwd=self.folder).splitlines()[-1])
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ def test_a_preempted_jobset_starts_again_and_finishes(files, tmp_path):
     """SIGTERM to process 1 of a pod, the shell, reaches its child; both pods fail, so that JobSet starts both again."""
     flags = " ".join(f"--config.{name}={value}" for name, value in FIELDS.items()) + " --lost_timeout=10"
     own = dict(PROJECT="p", BUCKET="b", CLUSTER="c", IMAGE="i", FLAGS=f'"{flags}"', WORKDIR=tmp_path / "run")
-    own |= dict(CONFIG=f"{SUPPORT}/e2e_config.py:{files}", NAME="n", ZONE="us-west4-a", TOPOLOGY="v5e:2x4")
+    config = f"{SUPPORT}/e2e_config.py:outside.rotations:{files}"
+    own |= dict(CONFIG=config, NAME="n", ZONE="us-west4-a", TOPOLOGY="v5e:2x4")
     (tmp_path / "env.sh").write_text("".join(f"{name}={value}\n" for name, value in own.items()))
     manifest = yaml.safe_load(output(launch(TPU / "gke/run.sh", "render", f"--env={tmp_path / 'env.sh'}")))
     spec = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]

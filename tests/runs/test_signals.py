@@ -1,8 +1,6 @@
 """SIGTERM and SIGINT while data does not come: the run acts within seconds, and nothing is lost."""
 
 import signal
-import subprocess
-import sys
 import time
 
 import commands
@@ -14,12 +12,12 @@ from diva_jax.training import checkpoint
 pytestmark = pytest.mark.attack
 
 
-def start(files, workdir, reads: int, *more) -> subprocess.Popen:
+def start(files, workdir, reads: int, *more) -> commands.Command:
     options = (str(reads), f"--config={SUPPORT}/e2e_config.py:outside.rotations:{files}", f"--workdir={workdir}", *more)
-    return commands.launch(sys.executable, f"{SUPPORT}/stalling.py", *options)
+    return commands.start(SUPPORT / "stalling.py", *options)
 
 
-def until(process: subprocess.Popen, *texts: str) -> None:
+def until(process: commands.Command, *texts: str) -> None:
     """Reads the output until each of the texts was seen."""
     wanted = set(texts)
     for line in process.stdout:
@@ -29,7 +27,7 @@ def until(process: subprocess.Popen, *texts: str) -> None:
     raise AssertionError(f"ended before {wanted}: {process.stderr.read()}")
 
 
-def end(process: subprocess.Popen, seconds: float = 60) -> tuple[int, str, str, float]:
+def end(process: commands.Command, seconds: float = 60) -> tuple[int, str, str, float]:
     began = time.monotonic()
     return *commands.finish(process, seconds), time.monotonic() - began
 
@@ -56,7 +54,7 @@ def test_a_read_that_stalls_is_named(files, tmp_path):
 
 def test_sigterm_before_training_starts(files, tmp_path):
     process = start(files, tmp_path / "run", 10**6)
-    assert process.stdout.readline().startswith("outside.rotations: ")  # The weights are loaded next.
+    assert next(process.stdout).startswith("outside.rotations: ")  # The weights are loaded next.
     process.send_signal(signal.SIGTERM)
     code, out, err, took = end(process)
     assert code == 0 and "SIGTERM: " in out and "Traceback" not in err and took < 30, (out, err)

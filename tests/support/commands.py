@@ -35,7 +35,7 @@ def _environment(path, env) -> dict[str, str]:
 
 
 def _run(module: str, arguments, folders, environment, outputs) -> None:
-    """What a fork does: `python -m MODULE ARGUMENTS`, with its output in two files."""
+    """What a fork does: `python -m MODULE ARGUMENTS`, or `python FILE.py ARGUMENTS`, with its output in two files."""
     for descriptor, file in enumerate(outputs, 1):
         os.dup2(os.open(file, os.O_WRONLY), descriptor)
     os.environ.clear()
@@ -44,7 +44,10 @@ def _run(module: str, arguments, folders, environment, outputs) -> None:
     sys.path[:0] = folders
     sys.argv[1:] = arguments
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if module.endswith(".py"):
+            runpy.run_path(module, run_name="__main__")
+        else:
+            runpy.run_module(f"diva_jax.{module}", run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()
 
@@ -52,11 +55,11 @@ def _run(module: str, arguments, folders, environment, outputs) -> None:
 class Command:
     """A command in a fork; attributes and methods are those of `subprocess.Popen`."""
 
-    def __init__(self, module: str, *args, path=(), cwd=ROOT, **env):
-        self.args = (module, *map(str, args))
+    def __init__(self, module, *args, path=(), cwd=ROOT, **env):
+        self.args = (str(module), *map(str, args))
         self._files = [tempfile.NamedTemporaryFile("r+") for _ in range(2)]
         folders = [str(folder) for folder in (cwd, *path)]
-        given = (f"diva_jax.{module}", self.args[1:], folders, _environment(path, env), [f.name for f in self._files])
+        given = (self.args[0], self.args[1:], folders, _environment(path, env), [f.name for f in self._files])
         self._process = _forks.Process(target=_run, args=given)
         self._process.start()
         self.pid, self.kill, self.terminate = self._process.pid, self._process.kill, self._process.terminate
@@ -99,8 +102,8 @@ class Command:
             yield line
 
 
-def start(module: str, *args, **kw) -> Command:
-    """Starts `python -m diva_jax.MODULE ARGS` in a fork; keywords as for `launch`."""
+def start(module, *args, **kw) -> Command:
+    """Starts `python -m diva_jax.MODULE ARGS`, or `python MODULE ARGS` of a file, in a fork; keywords as `launch`."""
     process = Command(module, *args, **kw)
     _started.append(process)
     return process

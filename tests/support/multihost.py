@@ -8,6 +8,7 @@ import os
 import sys
 import zlib
 
+import jax
 from orbax.checkpoint._src.serialization import serialization
 
 from diva_jax.common import cli
@@ -47,6 +48,7 @@ if __name__ == "__main__":
     if os.environ.get("FAILS_ON") == os.environ["JAX_PROCESS_ID"]:
         fail_to_write(int(os.environ["FAILS"]))
     record(sys.argv.pop(1))
+    jax.config.update("jax_default_matmul_precision", "highest")  # A fork reads no variables of jax.
     from diva_jax import main  # Its flags would clash with those of other commands that a test process imports.
 
     cli.run(main.main)

@@ -1,8 +1,6 @@
 """Starts `python -m diva_jax.main` as several processes on this machine, each with one device."""
 
 import socket
-import subprocess
-import sys
 
 import commands
 from places import SUPPORT
@@ -21,7 +19,7 @@ def free_address() -> str:
 
 def start(
     files, workdir, address, index: int, count: int, *more, rows=None, config="outside.rotations:"
-) -> subprocess.Popen:
+) -> commands.Command:
     """Starts the command as process `index` of `count`; `rows` is the prefix of the files that multihost.py writes."""
     flags = [f"--config={SUPPORT}/e2e_config.py:{config}{files}", f"--workdir={workdir}", "--lost_timeout=10"]
     flags += [f"--config.{name}={value}" for name, value in FIELDS.items()]
@@ -29,18 +27,16 @@ def start(
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(count),
         "JAX_PROCESS_ID": str(index),
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
-    script = (sys.executable, SUPPORT / "multihost.py", f"{rows or workdir}.{index}of{count}.rows")
-    return commands.launch(*script, *flags, *more, **env)
+    return commands.start(SUPPORT / "multihost.py", f"{rows or workdir}.{index}of{count}.rows", *flags, *more, **env)
 
 
-def start_all(files, workdir, count: int, *more, **kw) -> list[subprocess.Popen]:
+def start_all(files, workdir, count: int, *more, **kw) -> list[commands.Command]:
     """Starts all `count` processes of a run; arguments as for `start`."""
     address = free_address()
     return [start(files, workdir, address, index, count, *more, **kw) for index in range(count)]
 
 
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def finish(processes: list[commands.Command]) -> list[tuple[int, str, str]]:
     """Waits for every process: (exit code, stdout, stderr) of each."""
     return [commands.finish(p) for p in processes]

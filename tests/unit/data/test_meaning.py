@@ -117,7 +117,7 @@ for columns in ({"image": hf, "text": ["words"] * 7}, {"image": [b"y" * 99] * 7,
     with pa.BufferOutputStream() as out, pa.ipc.new_stream(out, table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
     whole, rng = out.getvalue().to_pybytes(), random.Random(5)
-    for _ in range(400):
+    for _ in range(200):
         data, bit = bytearray(whole), rng.randrange(8 * len(whole))
         data[bit // 8] ^= 1 << bit % 8
         open(sys.argv[1], "wb").write(data)
