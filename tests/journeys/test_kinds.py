@@ -11,7 +11,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import torch_setup  # noqa: F401
-from clip_folders import transformers_folder
+from eval_models import transformers_folder
 from records import write_tar, write_tfds
 from specs import DINOV2, DINOV2_REG, GELU, METACLIP2_FOLDER, QUICK, SIGLIP_FOLDER
 

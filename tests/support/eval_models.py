@@ -1,20 +1,26 @@
-"""Small models of open_clip's classes and tokenizers, for the tests that compare with it."""
+"""Small models and folders of open_clip and transformers, and tokenizers, for the tests that compare with them."""
 
 import argparse
 import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import sentencepiece
 import torch
 from helpers import randomise, tensors
+from open_clip.push_to_hf_hub import save_config_for_hf
 from PIL import Image
+from safetensors.torch import save_file
+from specs import CLIP_FOLDER
 from torch_towers import torch_tower
 from transformers import SiglipTokenizer, T5Tokenizer
 
 from diva_jax.data.tokenizers import siglip_clean
 from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
+from diva_jax.weights import hf
 from diva_jax.weights.writers import write_safetensors
 
 
@@ -140,3 +146,38 @@ def _write_fast_tokenizer(folder: Path, vocab: list[tuple[str, float]], layout: 
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token=end, unk_token="<unk>", padding_side="right"
     )
     fast.save_pretrained(folder)
+
+
+def transformers_folder(folder, spec=CLIP_FOLDER, **save):
+    """Writes and returns the model of transformers that a spec describes; `save` as for `save_pretrained`."""
+    import transformers
+
+    config = hf.to_transformers(spec, "float32")
+    (kind,) = config.pop("architectures")
+    if spec.has_text:
+        config = {k: v for k, v in config.items() if k in ("vision_config", "text_config", "projection_dim")}
+    model = getattr(transformers, kind)(getattr(transformers, kind.replace("Model", "Config"))(**config))
+    randomise(model).save_pretrained(folder, **save)
+    return model
+
+
+def equal(ours, theirs):
+    """Asserts that two mappings contain the same tensors, bit-identical."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(theirs[name]), err_msg=name)
+
+
+def written_by_open_clip(spec, folder):
+    """Writes a random CLIP of `spec` as open_clip does; returns its tensors."""
+    folder.mkdir()
+    model = randomise(open_clip.CLIP(**to_open_clip(spec)["model_cfg"]))
+    save_open_clip(model, spec, folder)
+    return tensors(model)
+
+
+def save_open_clip(model, spec, folder):
+    """Writes a model of `spec` as open_clip does, but for the file of weights, which is safetensors'."""
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    open_clip.model.set_model_preprocess_cfg(model, to_open_clip(spec)["preprocess_cfg"])
+    save_config_for_hf(model, folder / "open_clip_config.json", to_open_clip(spec)["model_cfg"])

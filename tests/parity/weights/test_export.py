@@ -12,7 +12,7 @@ import open_clip
 import pytest
 import small
 from eval_data import patch
-from exports import equal, written_by_open_clip
+from eval_models import equal, written_by_open_clip
 from helpers import close, refused
 from ml_collections import ConfigDict
 from specs import CLIP_FOLDER, DINOV2

@@ -11,9 +11,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from clip_folders import transformers_folder
-from eval_models import torch_model
-from exports import equal, written_by_open_clip
+from eval_models import equal, torch_model, transformers_folder, written_by_open_clip
 from helpers import close, refused, tensors
 from PIL import Image
 from places import ROOT

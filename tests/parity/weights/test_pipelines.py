@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 import torch
-from clip_folders import CLIP, transformers_folder
 from eval_data import patch
-from exports import written_by_open_clip
+from eval_models import transformers_folder, written_by_open_clip
 from flax import nnx
 from helpers import close
 from PIL import Image
 from specs import CLIP_FOLDER, DINOV2, DINOV2_REG, SIGLIP2_FOLDER, SIGLIP_FOLDER
+from specs import CLIP_FOLDER as CLIP
 from transformers import (
     BitImageProcessorPil,
     CLIPImageProcessor,

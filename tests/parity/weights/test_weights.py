@@ -8,8 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from clip_folders import transformers_folder
-from eval_models import torch_model
+from eval_models import torch_model, transformers_folder
 from flax import nnx
 from helpers import close, randomise, refused
 from safetensors.torch import save_file

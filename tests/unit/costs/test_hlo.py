@@ -1,55 +1,14 @@
 """Tests of the parser of optimised HLO, on texts in the TPU compiler's format written for these tests."""
 
+from pathlib import Path
+
 import pytest
 
 from diva_jax.costs import analysis, chips, hlo
 
 # A step with a loop of three iterations, a fused product and a kernel inside it, an asynchronous copy and an
 # all-reduce.
-TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={()->()}
-
-%add (x: f32[], y: f32[]) -> f32[] {
-  %x = f32[] parameter(0)
-  %y = f32[] parameter(1)
-  ROOT %sum = f32[] add(%x, %y)
-}
-
-%fused (p0: bf16[32,64], p1: bf16[64,16]) -> bf16[32,16] {
-  %p0 = bf16[32,64]{1,0:T(8,128)(2,1)} parameter(0)
-  %p1 = bf16[64,16]{1,0:T(8,128)(2,1)S(1)} parameter(1)
-  ROOT %product = bf16[32,16]{1,0:T(8,128)(2,1)} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-}
-
-%condition (c: (s32[], bf16[32,64])) -> pred[] {
-  %bound = s32[]{:T(128)} constant(3)
-  %c = (s32[], bf16[32,64]{1,0}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
-  ROOT %less = pred[]{:T(512)} compare(%i, %bound), direction=LT
-}
-
-%body (b: (s32[], bf16[32,64])) -> (s32[], bf16[32,64]) {
-  %b = (s32[], bf16[32,64]{1,0:T(8,128)(2,1)}) parameter(0)
-  %x.1 = bf16[32,64]{1,0:T(8,128)(2,1)} get-tuple-element(%b), index=1
-  %w = bf16[64,16]{1,0:T(8,128)(2,1)S(1)} constant({...})
-  %fusion.1 = bf16[32,16]{1,0:T(8,128)(2,1)} fusion(%x.1, %w), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/while/body/transpose(jvp(unet))/dot_general" stack_frame_id=1}, backend_config={"window_config":{"estimated_cycles":"1500"}}
-  %flash_forward_d64.1 = (f32[512,128]{1,0:T(8,128)}, bf16[2,256,256]{2,1,0:T(8,128)(2,1)}) custom-call(%q, %k, %v), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
-"xprof_metadata":"{\\"block_q\\": 512}"
-}}, metadata={op_name="jit(step)/while/body/jvp(unet)/attention/flash_forward_d64/pallas_call"}
-  %q = bf16[2,256,256]{2,1,0:T(8,128)(2,1)} constant({...})
-  %k = bf16[2,256,128]{2,1,0:T(8,128)(2,1)} constant({...})
-  %v = bf16[2,256,128]{2,1,0:T(8,128)(2,1)} constant({...})
-  ROOT %out = (s32[], bf16[32,64]{1,0}) tuple(%i, %x.1)
-}
-
-ENTRY %main (a: f32[8,100]) -> f32[8,100] {
-  %a = f32[8,100]{1,0:T(8,128)} parameter(0), metadata={op_name="state['vision/kernel']"}
-  %copy-start.1 = (f32[8,100]{1,0:T(8,128)S(1)}, f32[8,100]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)
-  %copy-done.1 = f32[8,100]{1,0:T(8,128)S(1)} copy-done(%copy-start.1)
-  %init = (s32[], bf16[32,64]{1,0}) tuple()
-  %while.1 = (s32[], bf16[32,64]{1,0}) while(%init), condition=%condition, body=%body, metadata={op_name="jit(step)/while"}
-  ROOT %all-reduce.1 = f32[8,100]{1,0:T(8,128)} all-reduce(%copy-done.1), replica_groups={{0,1}}, to_apply=%add, metadata={op_name="jit(step)/optimizer/reduce_sum"}, backend_config={"estimated_cycles":"3000"}
-}
-"""  # noqa: E501
+TEXT = (Path(__file__).parent / "step.hlo.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +105,6 @@ ENTRY %main (x: bf16[16,64], y: f32[64,64]) -> f32[16,64] {
         "all-gather": {"count": 1, "gb": pytest.approx(2 * 64 * 64 / 1e9)},
         "reduce-scatter": {"count": 1, "gb": pytest.approx(4 * 64 * 64 / 1e9)},
     }
-
-
-def test_arrays():
-    on_chip, in_hbm = hlo.arrays("(bf16[4,1024,72]{1,2,0:T(8,128)(2,1)S(1)}, bf16[4,1024,72]{2,1,0:T(8,128)(2,1)})")
-    assert on_chip.on_chip and not in_hbm.on_chip and in_hbm.size == 2 * 4 * 1024 * 72
-    assert hlo.arrays("f32[]{:T(128)}")[0].size == 4
-    assert [a.dtype for a in hlo.arrays("(s32[], (bf16[2], pred[3]))")] == ["s32", "bf16", "pred"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from records import batches, encoded, tags
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import inputs, tables
-from diva_jax.data.sources import open_source, split_options
+from diva_jax.data.sources import open_source
 
 COUNT = 23
 CAPTIONS = [f'caption {i}, "quoted"\nand on two lines' if i % 5 == 0 else f"caption {i}" for i in range(COUNT)]
@@ -170,19 +170,6 @@ def test_a_struct_may_name_a_file(folder):
     source = open_source(f"{folder}/a.parquet")
     assert [source.read(i).image for i in range(2)] == [encoded(3), encoded(1)] and not source.has_text
     assert open_source(f"{folder}/a.parquet?text=words").read(0).text == "one\ntwo"  # A list of captions is lines.
-
-
-def test_patterns(folder):
-    make(folder, "parquet folder")
-    assert len(open_source(f"{folder}/hf/data/*.parquet")) == COUNT
-    assert len(open_source(f"{folder}/hf/data/train-{{00001,00000}}-of-00002.parquet?text=text")) == COUNT
-    assert open_source(f"{folder}/hf/data/train-0000?-of-00002.parquet").read(0).image == encoded(0)
-    for path, options in (
-        ("a/b?.tar", {}),
-        ("a.csv?image=x", {"image": "x"}),
-        ("a?.csv?text=my%20words&image=b", {"text": "my words", "image": "b"}),
-    ):
-        assert split_options(path)[1] == options
 
 
 def test_metadata_beside_shards_and_images_is_left_alone(folder):

@@ -3,7 +3,7 @@
 import json
 from functools import partial
 
-import choice_data as sets
+import eval_data as sets
 import numpy as np
 import pytest
 from eval_data import FakeModel, evaluated, patch, prepared, unit, write_image

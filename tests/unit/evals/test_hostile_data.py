@@ -4,7 +4,7 @@ import csv
 import io
 import json
 
-import choice_data
+import eval_data
 import numpy as np
 import pytest
 from eval_data import write_image, write_mmvp
@@ -71,7 +71,7 @@ SETS = ["sugarcrepe", "winoground"]
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("seed", range(3))
 def test_choices(tmp_path, name, seed):
-    file = getattr(choice_data, name)(tmp_path)
+    file = getattr(eval_data, name)(tmp_path)
     ((_, row),) = choice.published(file, "")
     data, rng = file.read_bytes(), np.random.default_rng(seed)
     lines = data.decode().splitlines() if file.suffix == ".jsonl" else None

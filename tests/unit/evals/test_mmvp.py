@@ -6,9 +6,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from eval_data import FakeModel, eval_config, prepared, unit, write_mmvp
+from eval_data import FakeModel, prepared, unit, write_mmvp
 from helpers import refused
-from specs import EVAL_CLIP as CLIP
 
 from diva_jax.common.errors import UserError
 from diva_jax.evals.matching import ANSWERS as KINDS
@@ -94,14 +93,6 @@ def test_scores_equal_brute_force_ties_included(original):
                 low, high = s["interval"]
                 assert low < s["score"] < high and 4 < high - low < 25
     assert total_ties > 20
-
-
-def test_bind_names_the_published_readout(original):
-    task = prepare(original)
-    task.bind(eval_config(CLIP, original), None)
-    assert task.metrics["published"]["title"] == f"pairs, published readout, {CLIP.readout}"
-    titles = str(task.metrics)
-    assert set(task.evaluate(Fake(0)).results["scores"]) == set(task.metrics) and str(task.metrics) == titles
 
 
 def test_every_score_is_in_the_rows(original):

@@ -12,7 +12,7 @@ from specs import EVAL_CLIP as CLIP
 
 from diva_jax import config, evals
 from diva_jax.common.errors import UserError
-from diva_jax.evals import Outcome, Settings, encode, evaluator
+from diva_jax.evals import Settings, encode, evaluator
 from diva_jax.training import sharding
 
 TASKS = ["choice", "drift", "feedback", "judge", "mmvp", "probe", "retrieval", "robustness", "segmentation", "zeroshot"]
@@ -133,16 +133,6 @@ def test_a_task_from_outside_the_package(outside, tmp_path):
     assert tasks["length"]["comparisons"][0]["scores"]["length"]["difference"] == 0
     c.eval.length.scale = 0.0
     refused("config.eval.length.scale=0.0 must be above 0", evaluator.Evaluator, c, mesh, {outside: "four"})
-
-
-def test_what_the_train_loop_logs(outside, tmp_path):
-    """Scores, and `_change` for differences, only of tasks that are compared in training."""
-    c = eval_config(CLIP, tmp_path)
-    run = evaluator.Evaluator(c, sharding.make_mesh(c.mesh), {outside: "four"})
-    run._before = {"length": Outcome({}, [], {"score": 5.0})}
-    assert run.scalars({"vision": {}}, {}) == ({"eval/length/length": 8.0, "eval/length/length_change": 3.0}, [])
-    run.tasks["length"].compared_in_training = False
-    assert run.scalars({"vision": {}}, {}) == ({"eval/length/length": 8.0}, [])
 
 
 def test_modules_that_cannot_be_tasks_are_refused(outside):
