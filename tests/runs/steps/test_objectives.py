@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 import small
-from helpers import close, traced
+from helpers import close
 from places import ROOT
 from small import (
     comclip_config,
