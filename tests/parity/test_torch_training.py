@@ -205,7 +205,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("kind, steps", [("equal", STEPS), ("nats", 3)])
+@pytest.mark.parametrize("kind, steps", [("equal", 6), ("nats", 3)])
 def test_steps(kind, steps):
     options = OPTIONS[kind]
     c = small.judge_config(

@@ -55,10 +55,6 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).replace("\u00a0", " ").split())
 
 
-def sections_of(folder):
-    return page.sections(inputs.read(folder))
-
-
 def page_of(folder):
     return Page(page.html(content := inputs.read(folder), page.sections(content)))
 
@@ -135,20 +131,6 @@ def test_flipped_pairs_have_their_images(full):
     assert "0.61 ✓ → 0.71 ✓" in page.text and "0.45 ✗ → 0.65 ✓" in page.text
 
 
-def test_dates_durations_devices_versions_and_contents(full):
-    source = full[1].source
-    for line in (
-        "Evaluation: 2026-01-31 12:00 UTC, 1 h 20 min long, 8 x cpu, diva_jax 0.1.0, jax 0.10.2, python 3.11.9",
-        "Run run: 2026-01-30 09:30 UTC, 2 h 0 min long in 2 sessions, 16 x TPU v5e, diva_jax 0.1.0, jax 0.10.2",
-    ):
-        assert line in source, line
-    links = dict(re.findall(r'<a href="#(s\d+)">(.*?)</a>', source))
-    assert list(links.values())[:2] == ["MMVP-VLM", "MMVP-VLM: pairs that flipped"]
-    assert list(links.values())[-2:] == ["During training", "Config and versions"]
-    for anchor, title in links.items():
-        assert f'<section id="{anchor}"><header><h2>{title}</h2>' in source
-
-
 def test_the_number_of_flips_shown_is_limited(tmp_path):
     files = samples.write_images(tmp_path, 2)
     task = samples.mmvp_task(files)
@@ -158,23 +140,6 @@ def test_the_number_of_flips_shown_is_limited(tmp_path):
     _, cards, more = section.body
     assert len(cards.arguments["cards"]) == 48
     assert more.arguments["line"] == "12 more are listed in predictions.csv."
-
-
-def test_sections_without_data_are_omitted(tmp_path):
-    files = samples.write_images(tmp_path, 4)
-    samples.write_evaluation(tmp_path / "eval", files)
-    # There are flipped pairs for two metrics, one section each. The source is not a folder, so there is no run.
-    titles = ["MMVP-VLM", *2 * ["MMVP-VLM: pairs that flipped"], "Config and versions"]
-    assert [s.title for s in sections_of(tmp_path / "eval")] == titles
-    samples.write_run(tmp_path / "run", rows=3)
-    (tmp_path / "run" / "config.json").unlink()
-    assert [s.title for s in sections_of(tmp_path / "run")] == ["Training", "During training"]
-    task = samples.retrieval_task()
-    task["comparisons"], task["weights"] = [], {samples.BEFORE: task["weights"][samples.BEFORE]}
-    samples.write_evaluation(tmp_path / "one", files, retrieval=task)
-    text = page_of(tmp_path / "one").text
-    assert "Retrieval, image retrieval recall@1: 36.5 (95% interval 36.1 to 36.9)" in text
-    assert "Difference" not in text
 
 
 def test_a_workdir(tmp_path):
@@ -190,15 +155,6 @@ def test_a_workdir(tmp_path):
         "feedback, gap other", "drift, effective rank", "drift, effective rank change",
     ]  # fmt: skip
     assert "feedback/gap_other is not different from zero" in page.text
-
-
-def test_several_steps_of_one_run(tmp_path):
-    """Each is compared with the first, in a table of many columns; the run that they share is shown once."""
-    page = page_of(samples.write_steps(tmp_path))
-    assert "MMVP-VLM, pooled embedding, runs/vitl14:2000: 19.3 → 25.9" in page.text
-    assert page.text.count("run, step 4,600 of 4,600") == 1
-    tables = [attrs["class"] for attrs in page.all("div") if attrs.get("class") in ("lines", "stacks")]
-    assert tables == ["lines", "stacks"]
 
 
 def chart(draw, *names, **arguments):

@@ -167,22 +167,6 @@ def test_search_is_clip_benchmarks(seed, monkeypatch):
     assert linear.search(lambda i: accuracies[i]) == best
 
 
-def test_neighbours_are_dinos():
-    """The votes as DINO's eval_knn.py computes them."""
-    rng = np.random.default_rng(0)
-    x, q = (
-        z / np.linalg.norm(z, axis=1, keepdims=True)
-        for z in (rng.standard_normal((90, 7)), rng.standard_normal((31, 7)))
-    )
-    y = rng.integers(0, 6, 90)
-    similarity, nearest = torch.tensor(q @ x.T).topk(20, largest=True, sorted=True)
-    hot = torch.nn.functional.one_hot(torch.tensor(y)[nearest], 6)
-    votes = (hot * similarity.div(0.07).exp()[..., None]).sum(1)
-    got = linear.neighbours(q, x, y, 6, 20, 0.07)
-    want = votes / votes.sum(1, keepdim=True)
-    np.testing.assert_allclose(got / got.sum(axis=1, keepdims=True), want, rtol=1e-4, atol=1e-7)
-
-
 INFO = Path(timm.data.__file__).with_name("_info")
 
 

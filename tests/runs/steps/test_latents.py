@@ -73,22 +73,6 @@ def test_crops_and_moments_are_those_of_a_run_without(files, cache):
             assert all((first[i.tobytes()] == m).all() for i, m in zip(a["image"], a["moments"], strict=True))
 
 
-def test_dcr_has_no_vae_where_moments_are_cached():
-    """Its loss is traced alone: compiling it takes long."""
-    plain, cached = (small.dcr_config(batch_size=4) for _ in range(2))
-    cached.data.latents = "somewhere"
-    p, q = small.program(plain), small.program(cached)
-    assert p.objective.latent_source.shape == q.objective.inputs["moments"].shape == (14, 14, 8)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(3), 4))
-    for program in (p, q):
-        batch = {n: a for n, a in program.abstract_batch().items() if n != "row"}
-        traced = jax.make_jaxpr(lambda a, b, k, s=program.skeleton: s.merge(a).loss(b, k)[0])(
-            program.arrays, batch, keys
-        )
-        assert traced.out_avals[0].shape == ()
-        assert (traced.jaxpr.pretty_print(name_stack=True).count("vae") > 0) == (program is p)
-
-
 @pytest.mark.parametrize(
     "make",
     [small.small_config, small.genhancer_config, pytest.param(small.unclip_config, marks=pytest.mark.slow)],

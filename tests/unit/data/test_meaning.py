@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from records import batches, encoded, tags
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import images, labelled, samples, tables, texts
+from diva_jax.data import images, labelled, tables, texts
 from diva_jax.data.sources import open_source
 from diva_jax.evals import choice_layouts
 
@@ -148,22 +148,6 @@ def test_caches_of_datasets_are_no_rows(tmp_path):
     assert len(open_source(f"{tmp_path}/cache-12ab.arrow")) == 1  # Named alone, it is meant.
     (tmp_path / "x-train.arrow").unlink()
     refused("has caches of datasets.map alone", open_source, str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "name, key, extension",
-    [
-        ("a/0.JPG", "a/0", "jpg"),
-        ("0.input.Jpg", "0", "input.jpg"),
-        ("frame.0001.jpg", "frame.0001", "jpg"),
-        ("U.S. flag.png", "U.S. flag", "png"),
-        ("v1.b/2024.05.mask-2.png", "v1.b/2024.05", "mask-2.png"),
-        ("._x.jpg", "", ""),
-        ("README", "", ""),
-    ],
-)
-def test_keys_and_extensions(name, key, extension):
-    assert samples.split(name) == (key, extension)
 
 
 def test_images_of_other_formats_are_said(tmp_path, caplog):

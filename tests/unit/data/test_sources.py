@@ -166,14 +166,6 @@ def test_bad_tfds_specs(tfds_dir, spec, complaint):
     assert "\n" not in str(e.value) and "config.data.path" in str(e.value)
 
 
-def test_files_of_another_kind_are_not_called_damaged_tars(shards, tmp_path):
-    (shards / "00000.tar").rename(tmp_path / "shard")  # A tar archive under another name is read.
-    assert names(open_source(str(tmp_path / "shard"))) == ["shard/0.jpg"]
-    for name, said in (("a.zip", "is no kind of data that is read here"), ("a.tgz", "is compressed: unpack it")):
-        (tmp_path / name).write_bytes(b"PK" + bytes(1000))
-        refused(said, open_source, str(tmp_path / name))
-
-
 @pytest.fixture(scope="module")
 def photo_shards(tmp_path_factory):
     return photos.pack_photos(tmp_path_factory.mktemp("photos"))
@@ -192,15 +184,6 @@ def test_shards_hold_distinct_varied_photographs_with_captions(photo_shards):
     aspects = [i.width / i.height for i in decoded]
     assert min(aspects) < 0.8 and max(aspects) > 1.25
     assert all(np.asarray(i).std() > 5 for i in decoded), "no region is blank"
-
-
-def test_the_same_bytes_again_and_the_same_images_in_a_folder(photo_shards, tmp_path):
-    again = photos.pack_photos(tmp_path / "again", count=32)
-    other = photos.pack_photos(tmp_path / "other", count=32, seed=1)
-    assert again[0].read_bytes() == photo_shards[0].read_bytes() != other[0].read_bytes()
-    photos.write_folder(tmp_path / "folder", count=32)
-    folder, tar = open_source(str(tmp_path / "folder")), open_source(str(again[0]))
-    assert {folder.read(i).image for i in range(32)} == {tar.read(i).image for i in range(32)}
 
 
 def test_without_scikit_image(tmp_path, monkeypatch):

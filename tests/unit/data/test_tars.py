@@ -129,21 +129,6 @@ def test_a_name_twice_is_refused(tmp_path, twice):
     refused(r"a.tar has 0.\w+ twice, which would merge two samples", TarSource, [str(tmp_path / "a.tar")])
 
 
-@pytest.mark.parametrize(
-    "extra, has",
-    [
-        ({}, False),
-        ({"0.json": b"{}"}, False),
-        ({"0.json": b'{"caption": ""}', "1.txt": b""}, False),
-        ({"0.json": b"{}", "1.json": b'{"caption": "x"}'}, True),
-        ({"0.txt": b"x"}, True),
-    ],
-)
-def test_whether_there_are_captions(tmp_path, extra, has):
-    write_tar(tmp_path / "a.tar", {"0.jpg": noise(0), "1.jpg": noise(1), "x.txt": b"of no image", **extra})
-    assert TarSource([str(tmp_path / "a.tar")]).has_text == has
-
-
 def test_a_truncated_shard_keeps_what_is_whole(tmp_path, caplog):
     good, bad, garbage = (str(tmp_path / name) for name in ("0.tar", "1.tar", "2.tar"))
     write_tar(good, members(3))

@@ -110,10 +110,6 @@ def test_unknown_fields_are_refused(field):
     refused("the config has no field eval.", config.validate, c, 1)
 
 
-def test_entries():
-    assert evals.entries(("mmvp=a=b", "my.task=tfds:x/test?a=1")) == {"mmvp": "a=b", "my.task": "tfds:x/test?a=1"}
-
-
 def test_a_task_from_outside_the_package(outside, tmp_path):
     c = eval_config(CLIP, tmp_path)
     mesh = sharding.make_mesh(c.mesh)

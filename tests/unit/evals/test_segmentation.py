@@ -163,15 +163,6 @@ def test_class_lists():
         assert len(found.values) == found.classes and not set(found.values) & set(found.ignored)
 
 
-def test_windows_cover_a_side():
-    for length, window, stride in ((63, 42, 21), (100, 42, 21), (42, 42, 21), (85, 42, 42), (43, 42, 7)):
-        found = segmentation.starts(length, window, stride)
-        assert found[0] == 0 and found[-1] == length - window and found == sorted(set(found))
-        assert all(b - a <= stride for a, b in zip(found, found[1:], strict=False))
-        # mmsegmentation's count.
-        assert len(found) == max(length - window + stride - 1, 0) // stride + 1
-
-
 def test_synonyms_and_background():
     cosines = np.array([[[0.9, 0.1, 0.2], [0.1, 0.1, 0.5], [0.3, 0.31, 0.3]]])
     owner = np.array([0, 1, 1])

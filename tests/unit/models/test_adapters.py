@@ -107,17 +107,6 @@ def test_dropout_depends_on_the_image_and_the_layer_alone():
     assert not np.array_equal(masked[0], masked[1])  # q and k have different masks.
 
 
-def test_what_is_trained_follows_from_the_rows():
-    lora = adapters.Lora(rank=2, targets=r"blocks/0/(attn/qkv|mlp/fc1)", biases=True)
-    tower = abstract(lambda rngs: backbones.build(small.SPEC, rngs=rngs))
-    adapters.adapt(tower, lora, Keys(0))
-    names = [f"vision/{n}" for n in partition.disassemble(tower)[1]]
-    for biases, leaves in ((True, ("lora/a", "lora/b", "bias")), (False, ("lora/a", "lora/b"))):
-        rows = dataclasses.replace(lora, biases=biases).trainable("vision")
-        trained = {n for n, s in partition.scales((*rows, (".*", 0.0)), names).items() if s}
-        assert trained == {f"vision/blocks/0/{layer}/{leaf}" for layer in ("attn/qkv", "mlp/fc1") for leaf in leaves}
-
-
 def test_targets_that_match_no_layer():
     with pytest.raises(UserError, match="matches no layer: layers are named like blocks/0/attn/"):
         adapted(small.SPEC, adapters.Lora(targets="attn"))

@@ -60,12 +60,6 @@ def test_another_version_or_another_kernel_was_not_checked(what, monkeypatch, tm
     assert not chosen()
 
 
-def test_a_run_in_a_bucket_has_its_own_file():
-    assert (
-        kernel_choice.kept_in(V5E, "gs://bucket/run").as_posix().startswith("gs://bucket/run/cache/selfcheck-TPU-v5-")
-    )
-
-
 @pytest.mark.parametrize("content", ["", "[]", '{"kernels": {"attention 64": 1}}', '{"kernels": ["attention 64"]}'])
 def test_a_damaged_file_is_refused_with_what_to_do(content):
     file = kernel_choice.keep(V5E, {HEADS: True})

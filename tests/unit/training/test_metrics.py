@@ -90,21 +90,6 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys
     assert "counting:   0%" in terminal.getvalue() and "a message\n" in terminal.getvalue()
 
 
-def test_every_step_moves_the_bar_and_the_log_has_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
-    writer = metrics.Writer(tmp_path, 0, tensorboard=False)
-    progress = metrics.Progress(writer, 0, 3, every=2, images=4)
-    progress._bar.mininterval = 0
-    for step in (1, 2, 3):
-        progress.add(step, values(1.0))
-    progress.flush()
-    progress.close()
-    writer.close()
-    shown = terminal.getvalue()
-    assert "1/3 [" in shown and "2/3 [" in shown and "step 3/3" in shown
-    assert "[" not in (tmp_path / "log.txt").read_text()
-
-
 @pytest.fixture
 def wandb(monkeypatch):
     """Takes the place of the package wandb."""
