@@ -8,10 +8,7 @@ One epoch of CC3M, 1,024 images with captions per step. No code of the authors c
 No scores are published at 336 px; the recipe is that of 224.
 """
 
-from diva_jax import config as base
+from diva_jax import config
 
-
-def get_config(arg: str | None = None):
-    c = base.default("vitl14_336", objective="comclip")
-    c.remat = "vision"  # So that 64 images fit into a 16 GiB chip.
-    return base.variant(c, arg)
+# So that 64 images fit into a 16 GiB chip.
+get_config = config.published("vitl14_336", objective="comclip", fields={"remat": "vision"})

@@ -8,10 +8,7 @@ been run at this size: docs/OBJECTIVES.md says what is known. Ask the judge firs
 `python -m diva_jax.evaluate --task=judge`.
 """
 
-from diva_jax import config as base
+from diva_jax import config
 
-
-def get_config(arg: str | None = None):
-    c = base.default("vitl14_336", objective="judge")
-    c.accum, c.remat = 2, "vision"  # So that each of sixteen chips has eight images at once, which fit into 16 GiB.
-    return base.variant(c, arg)
+# So that each of sixteen chips has eight images at once, which fit into 16 GiB.
+get_config = config.published("vitl14_336", objective="judge", fields={"accum": 2, "remat": "vision"})

@@ -9,11 +9,7 @@ is set as in the authors' code.
 The published gamma and c of ViT-B/16 are not known to us; those of ViT-L/14 are the initial values here.
 """
 
-from diva_jax import config as base
+from diva_jax import config
 from diva_jax.models import backbones
 
-
-def get_config(arg: str | None = None):
-    c = base.default(backbones.VIT_B16, objective="kuea")
-    c.steps, c.batch_size = 20_000, 128
-    return base.variant(c, arg)
+get_config = config.published(backbones.VIT_B16, objective="kuea", fields={"steps": 20_000, "batch_size": 128})

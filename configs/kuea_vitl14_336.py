@@ -9,10 +9,6 @@ is set as in the authors' code.
 MMVP-VLM, published: 20.0 -> 21.5.
 """
 
-from diva_jax import config as base
+from diva_jax import config
 
-
-def get_config(arg: str | None = None):
-    c = base.default("vitl14_336", objective="kuea")
-    c.steps, c.batch_size = 80_000, 32
-    return base.variant(c, arg)
+get_config = config.published("vitl14_336", objective="kuea", fields={"steps": 80_000, "batch_size": 32})

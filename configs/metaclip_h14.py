@@ -10,11 +10,8 @@ Cost: not published (ViT-L/14 at 224 px: 66 A100-80G GPU hours).
 MMVP-VLM, published: 25.2 -> 31.9.
 """
 
-from diva_jax import config as base
+from diva_jax import config
 
-
-def get_config(arg: str | None = None):
-    c = base.default("metaclip_h14")
-    # So that what is trained fits into 16 GiB chips; elsewhere --config.mesh.fsdp=1.
-    c.mesh.fsdp, c.mesh.shard_frozen, c.remat = 4, False, "vision"
-    return base.variant(c, arg)
+# So that what is trained fits into 16 GiB chips; elsewhere --config.mesh.fsdp=1.
+FIELDS = {"mesh.fsdp": 4, "mesh.shard_frozen": False, "remat": "vision"}
+get_config = config.published("metaclip_h14", fields=FIELDS)

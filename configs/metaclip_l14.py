@@ -10,8 +10,6 @@ Cost: not published (ViT-L/14 at 224 px: 66 A100-80G GPU hours).
 MMVP-VLM, published: 23.7 -> 27.4.
 """
 
-from diva_jax import config as base
+from diva_jax import config
 
-
-def get_config(arg: str | None = None):
-    return base.variant(base.default("metaclip_l14"), arg)
+get_config = config.published("metaclip_l14")

@@ -8,9 +8,6 @@ Four epochs of ImageNet-1K, 16 images per step. No code of the authors of arXiv 
 The recipe is that of 336 px, for which scores are published.
 """
 
-from diva_jax import config as base
+from diva_jax import config
 
-
-def get_config(arg: str | None = None):
-    c = base.default("vitl14", objective="salm")
-    return base.variant(c, arg)
+get_config = config.published("vitl14", objective="salm")

@@ -8,9 +8,6 @@ Four epochs of ImageNet-1K, 16 images per step. No code of the authors of arXiv 
 Published: ImageNet zero-shot 76.55 -> 77.21, ADE20K 36.96 -> 42.83, MMVP-VLM 20.0 -> 25.9.
 """
 
-from diva_jax import config as base
+from diva_jax import config
 
-
-def get_config(arg: str | None = None):
-    c = base.default("vitl14_336", objective="salm")
-    return base.variant(c, arg)
+get_config = config.published("vitl14_336", objective="salm")

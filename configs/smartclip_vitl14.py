@@ -7,10 +7,7 @@ Three epochs of 1.2 million images with long captions, 1,024 per step. The metho
 in arXiv 2507.22264; no code of the authors could be read.
 """
 
-from diva_jax import config as base
+from diva_jax import config
 
-
-def get_config(arg: str | None = None):
-    c = base.default("vitl14", objective="smartclip")
-    c.remat = "vision"  # Of both towers, so that 64 images and captions fit into a 16 GiB chip.
-    return base.variant(c, arg)
+# Of both towers, so that 64 images and captions fit into a 16 GiB chip.
+get_config = config.published("vitl14", objective="smartclip", fields={"remat": "vision"})

@@ -12,7 +12,7 @@ MMVP-VLM, published: not quoted, as no source of it was at hand.
 
 import dataclasses
 
-from diva_jax import config as base
+from diva_jax import config
 from diva_jax.models import backbones
 
 # The generator's own image encoder: exact GELU, and OpenAI's mean and std.
@@ -23,11 +23,7 @@ LAION_H14 = dataclasses.replace(
     activation="gelu",
     readout="pooled",
 )
-
-
-def get_config(arg: str | None = None):
-    c = base.default(LAION_H14, "unclip_h", "unclip")
-    c.diffusion.source = "sd2-community/stable-diffusion-2-1-unclip"
-    # So that what is trained fits into 16 GiB chips; elsewhere --config.mesh.fsdp=1.
-    c.mesh.fsdp, c.mesh.shard_frozen, c.remat = 4, False, "vision"
-    return base.variant(c, arg)
+# So that what is trained fits into 16 GiB chips; elsewhere --config.mesh.fsdp=1.
+FIELDS = {"mesh.fsdp": 4, "mesh.shard_frozen": False, "remat": "vision"}
+FIELDS |= {"diffusion.source": "sd2-community/stable-diffusion-2-1-unclip"}
+get_config = config.published(LAION_H14, "unclip_h", "unclip", FIELDS)

@@ -10,8 +10,6 @@ Cost: not published. 8.0 TFLOP per image, 24 EFLOP in all.
 MMVP-VLM, published: 19.3 -> 32.6 (as quoted by DCR).
 """
 
-from diva_jax import config as base
+from diva_jax import config
 
-
-def get_config(arg: str | None = None):
-    return base.default("vitl14", "unclip_l", "unclip")
+get_config = config.published("vitl14", "unclip_l", "unclip")

@@ -10,8 +10,6 @@ Cost: not published. 8.7 TFLOP per image, 26 EFLOP in all.
 MMVP-VLM, published: not quoted, as no source of it was at hand.
 """
 
-from diva_jax import config as base
+from diva_jax import config
 
-
-def get_config(arg: str | None = None):
-    return base.default("vitl14_336", "unclip_l", "unclip")
+get_config = config.published("vitl14_336", "unclip_l", "unclip")

@@ -10,8 +10,6 @@ Cost: 66 A100-80G GPU hours (published).
 MMVP-VLM, published: 19.3 -> 25.9.
 """
 
-from diva_jax import config as base
+from diva_jax import config
 
-
-def get_config(arg: str | None = None):
-    return base.variant(base.default("vitl14"), arg)
+get_config = config.published("vitl14")

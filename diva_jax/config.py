@@ -5,7 +5,9 @@ line changes single fields (`--config.optim.lr=3e-4`).
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -247,6 +249,24 @@ def default(
     if hasattr(method, "recipe"):
         method.recipe(c)
     return c.lock()
+
+
+def published(
+    backbone: str | backbones.Spec,
+    diffusion: str | dict = "sd21_base",
+    objective: str = "diva",
+    fields: Mapping[str, Any] = MappingProxyType({}),
+) -> Callable[..., ConfigDict]:
+    """The `get_config` of a config file: `variant` of `default`, in which some fields, by dotted path, have other
+    values.
+    """
+
+    def get_config(arg: str | None = None) -> ConfigDict:
+        config = default(backbone, diffusion, objective)
+        config.update_from_flattened_dict(fields)
+        return variant(config, arg)
+
+    return get_config
 
 
 def declared(objective: str) -> dict[str, fields.Field]:

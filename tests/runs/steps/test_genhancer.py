@@ -23,12 +23,12 @@ GIB = 2**30
 V5E = 15.75 * GIB  # HBM that is available to a program on one chip.
 # Name -> (adapters, biases that stage 2 trains [millions]; TFLOP of an image in stage 2).
 CONFIGS = {
-    "vitl14": (7.11, 0.22, 1.079),
-    "vitl14_336": (7.11, 0.22, 2.485),
-    "metaclip_l14": (7.11, 0.22, 1.079),
-    "metaclip_h14": (11.83, 0.37, 1.425),
-    "siglip_so400m": (8.91, 0.28, 1.195),
-    "siglip_so400m_384": (8.91, 0.28, 3.605),
+    "vitl14": (7.11, 0.22, 1.095),
+    "vitl14_336": (7.11, 0.22, 2.538),
+    "metaclip_l14": (7.11, 0.22, 1.095),
+    "metaclip_h14": (11.83, 0.37, 1.451),
+    "siglip_so400m": (8.91, 0.28, 1.214),
+    "siglip_so400m_384": (8.91, 0.28, 3.702),
 }
 SAMPLE = ("vitl14", "siglip_so400m_384")
 
@@ -55,7 +55,7 @@ def test_full_size(name):
     biases = sum(p.arrays[n].size for n in second if n.endswith("/bias")) / 1e6
     assert (round(low_rank, 2), round(biases, 2)) == CONFIGS[name][:2]
     assert len(second) == sum("/lora/" in n or n.endswith("/bias") for n in second)
-    assert p.flops().total() / 1e12 == pytest.approx(CONFIGS[name][2], rel=0.03)  # Without the adapters.
+    assert p.flops().total() / 1e12 == pytest.approx(CONFIGS[name][2], rel=1e-3)
     for stage in range(2):
         state = p.abstract_state(stage)
         gradients = {n: state["params"][n] for n in p.active(stage)}
