@@ -20,7 +20,7 @@ from diva_jax.data import crop
 from diva_jax.evals.readout import parse_readout
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
-from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.training import compiler, kernel_choice, terms, workdirs
 from diva_jax.training.optim import OptimOptions
 from diva_jax.weights import places

@@ -40,6 +40,7 @@ from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, between, field, finite, one_of
 from diva_jax.models.layers import ACTIVATIONS
+from diva_jax.models.library_config import packaged
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -197,113 +198,11 @@ class Spec:
         return self.grid**2
 
 
-_L14 = Spec(
-    open_clip_name="ViT-L-14-quickgelu",
-    source="hf-hub:timm/vit_large_patch14_clip_224.openai",
-    select="random:76",
-    add_text="token",
-    readout="cls + mean(random 76), l2",
-)
-_B_SIZES = dict(width=768, layers=12, heads=12, mlp_dim=3072, embed_dim=512)
-_H_SIZES = dict(width=1280, layers=32, heads=16, mlp_dim=5120, embed_dim=1024)
-_SO400M_SIZES = dict(width=1152, layers=27, heads=16, mlp_dim=4304, norm_eps=1e-6)  # Of both towers.
-_SIGLIP_TEXT = dict(vocab_size=32000, causal=False, pool="last", proj_bias=True, tokenizer="siglip")
-
-# OpenAI's ViT-B/16, which DIVA's authors did not tune.
-VIT_B16 = Spec(
-    open_clip_name="ViT-B-16-quickgelu",
-    source="hf-hub:timm/vit_base_patch16_clip_224.openai",
-    patch_size=16,
-    **_B_SIZES,
-    text=TextSpec(width=512, heads=8, layers=12, mlp_dim=2048),
-)
-_H14 = Spec(
-    open_clip_name="ViT-H-14-quickgelu",
-    source="hf-hub:timm/vit_huge_patch14_clip_224.metaclip_2pt5b",
-    **_H_SIZES,
-    readout="l2(cls) + mean(l2(all)), l2",
-    text=TextSpec(width=1024, heads=16, layers=24, mlp_dim=4096),
-)
-_SIGLIP = Spec(
-    arch="siglip",
-    open_clip_name="ViT-SO400M-14-SigLIP",
-    source="hf-hub:timm/ViT-SO400M-14-SigLIP",
-    **_SO400M_SIZES,
-    embed_dim=1152,
-    activation="gelu",
-    mean=HALF,
-    std=HALF,
-    resize_mode="squash",
-    select="runs:6",
-    readout="l2(cls)",
-    text=TextSpec(context_length=16, **_SO400M_SIZES, **_SIGLIP_TEXT),
-)
-_r = dataclasses.replace
-
 # The backbones that the authors tuned, as their code conditions on them; `select` of dfn_h14_378 is int(0.5 * 729).
-TABLE: dict[str, Spec] = {
-    "vitl14": _L14,
-    "vitl14_336": _r(
-        _L14,
-        open_clip_name="ViT-L-14-336-quickgelu",
-        source="hf-hub:timm/vit_large_patch14_clip_336.openai",
-        image_size=336,
-    ),
-    "metaclip_l14": _r(
-        _L14,
-        source="hf-hub:timm/vit_large_patch14_clip_224.metaclip_2pt5b",
-        select="all",
-        add_text="mean",
-        readout="l2(cls) + mean(l2(all)), l2",
-    ),
-    "metaclip_h14": _H14,
-    "dfn_h14": _r(_H14, source="hf-hub:apple/DFN5B-CLIP-ViT-H-14", resize_mode="squash", readout="l2(cls)"),
-    "dfn_h14_378": _r(
-        _H14,
-        open_clip_name="ViT-H-14-378-quickgelu",
-        source="hf-hub:apple/DFN5B-CLIP-ViT-H-14-378",
-        image_size=378,
-        resize_mode="squash",
-        select="random:364",
-        readout="l2(cls) + mean(l2(random 364))",
-    ),
-    "siglip_so400m": _SIGLIP,
-    "siglip_so400m_384": _r(
-        _SIGLIP,
-        text=_r(_SIGLIP.text, context_length=64),
-        open_clip_name="ViT-SO400M-14-SigLIP-384",
-        source="hf-hub:timm/ViT-SO400M-14-SigLIP-384",
-        image_size=384,
-        select="runs:10",
-    ),
-}
-
-# DINOv2 ViT-L/14 with registers, the frozen teacher of several methods.
-DINOV2_L = Spec(
-    arch="dinov2",
-    source="hf-hub:facebook/dinov2-with-registers-large",
-    embed_dim=1024,
-    activation="gelu",
-    norm_eps=1e-6,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-    text=NO_TEXT,
-    registers=4,
-)
-
-# Used by the demo and the tests with random weights; no checkpoint of it exists.
-TINY = Spec(
-    open_clip_name="tiny",
-    image_size=56,
-    patch_size=14,
-    width=96,
-    layers=3,
-    heads=4,
-    mlp_dim=384,
-    embed_dim=48,
-    select="random:7",
-    text=TextSpec(width=32, heads=2, layers=1, mlp_dim=128),
-)
+TABLE: dict[str, Spec] = {name: fields.parse(Spec, row, name) for name, row in packaged(__file__, "specs.json").items()}
+# OpenAI's ViT-B/16, which DIVA's authors did not tune; DINOv2 ViT-L/14 with registers, the frozen teacher of several
+# methods; and one for the demo and the tests, of which no checkpoint exists.
+VIT_B16, DINOV2_L, TINY = (TABLE.pop(name) for name in ("vitb16", "dinov2_l", "tiny"))
 
 
 def check(spec: Spec, where: str) -> Spec:

@@ -33,15 +33,7 @@ PREPROCESS = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize_mode="shortest", inte
 TRANSFORMERS = None
 LIBRARY = "open_clip"
 
-_BASE = dict(image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_dim=2048)
-_LARGE = dict(image_size=224, patch_size=14, width=1024, layers=24, heads=16, mlp_dim=2730)
-_FIXED = dict(activation="silu", norm_eps=1e-6)
-# timm's models, and the fields of Spec that each fixes.
-TIMM = {
-    "eva02_base_patch16_clip_224": _BASE | _FIXED,
-    "eva02_large_patch14_clip_224": _LARGE | _FIXED,
-    "eva02_large_patch14_clip_336": _LARGE | _FIXED | dict(image_size=336),
-}
+TIMM = occ.timm_models("eva02_")
 # The grid of patches, of pretraining, that the rotary embeddings of every grid are scaled to.
 _ROTARY_GRID = 16
 _ROTARY_BASE = 10000.0

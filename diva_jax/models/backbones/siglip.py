@@ -4,7 +4,6 @@ SigLIP 2's towers of fixed resolution (arXiv 2502.14786) are the same; their tex
 and tanh's approximation of GELU.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,41 +35,7 @@ OTHERS = ("logit_scale", "logit_bias")
 PREPROCESS = dict(mean=HALF, std=HALF, resize_mode="squash", interpolation="bicubic")
 LIBRARY = "open_clip"
 
-_ACTIVATIONS = {
-    "vit_base_patch32_siglip_256": "gelu_tanh",
-    "vit_base_patch16_siglip_224": "gelu",
-    "vit_base_patch16_siglip_256": "gelu",
-    "vit_base_patch16_siglip_384": "gelu",
-    "vit_base_patch16_siglip_512": "gelu",
-    "vit_large_patch16_siglip_256": "gelu",
-    "vit_large_patch16_siglip_384": "gelu",
-    "vit_large_patch16_siglip_512": "gelu_tanh",
-    "vit_so400m_patch14_siglip_224": "gelu",
-    "vit_so400m_patch14_siglip_378": "gelu",
-    "vit_so400m_patch14_siglip_384": "gelu",
-    "vit_so400m_patch16_siglip_256": "gelu_tanh",
-    "vit_so400m_patch16_siglip_384": "gelu_tanh",
-    "vit_so400m_patch16_siglip_512": "gelu_tanh",
-    "vit_giantopt_patch16_siglip_256": "gelu_tanh",
-    "vit_giantopt_patch16_siglip_384": "gelu_tanh",
-}
-_SIZES = {  # width, layers, heads, mlp_dim
-    "base": (768, 12, 12, 3072),
-    "large": (1024, 24, 16, 4096),
-    "so400m": (1152, 27, 16, 4304),
-    "giantopt": (1536, 40, 16, 6144),
-}
-
-
-def _timm_fields(name: str) -> dict:
-    family, patch, size = re.fullmatch(r"vit_(\w+)_patch(\d+)_siglip_(\d+)", name).groups()
-    width, layers, count, mlp_dim = _SIZES[family]
-    sizes = dict(width=width, layers=layers, heads=count, mlp_dim=mlp_dim, embed_dim=width)
-    return dict(image_size=int(size), patch_size=int(patch), **sizes, activation=_ACTIVATIONS[name], norm_eps=1e-6)
-
-
-# timm's models, and the fields of Spec that each fixes.
-TIMM = {name: _timm_fields(name) for name in _ACTIVATIONS}
+TIMM = occ.timm_models("vit_")
 _LOGIT_BIAS = -10
 _SIGLIP2_VOCABULARY = 256000
 

@@ -11,7 +11,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.objectives import contract
 from diva_jax.objectives.shared.latents import LatentSource

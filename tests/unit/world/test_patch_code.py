@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.world import drawing, models, patch_code, scenes
 
 

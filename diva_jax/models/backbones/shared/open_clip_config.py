@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models import backbones
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Spec, TextSpec
-from diva_jax.models.library_config import LibraryConfig
+from diva_jax.models.library_config import LibraryConfig, packaged
 
 _WHERE = "open_clip's config"
 
@@ -51,6 +51,11 @@ _SIGLIP_TOKENIZERS = {
 }
 _RESIZE_MODES, _INTERPOLATIONS = ("shortest", "squash"), ("bicubic", "bilinear")
 _XLM_TOKENIZER = "facebook/xlm-v-base"
+
+
+def timm_models(prefix: str) -> dict[str, dict]:
+    """timm's models whose names begin with `prefix`, and the fields of Spec that each fixes."""
+    return {name: row for name, row in packaged(__file__, "timm.json").items() if name.startswith(prefix)}
 
 
 def side(file: LibraryConfig, name: str, default: int) -> int:
