@@ -28,7 +28,7 @@ from diva_jax import demo, weights
 from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models.backbones import TextSpec
-from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.weights import hf, loading, origins, writers
 from diva_jax.weights.export import layouts
 from diva_jax.world import captions, models, scenes

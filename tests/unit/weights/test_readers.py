@@ -23,7 +23,7 @@ from diva_jax.common import fields
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec, build, spec_of
 from diva_jax.models.backbones.shared.text import Text
-from diva_jax.models.diffusion.settings import Diffusion
+from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.layers import abstract
 from diva_jax.training import load
 from diva_jax.weights import hf, names, origins, places, readers, resample, writers
