@@ -1,5 +1,6 @@
 """The base class of objectives: the interface for the train loop, the step, evaluation and export."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,10 +11,10 @@ from flax import nnx
 
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
-from diva_jax.data import preprocess
+from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
-from diva_jax.objectives.shared.latents import LatentSource
+from diva_jax.models.diffusion.presets import LatentCode
 from diva_jax.weights.parts import Part
 
 _PAGE = "see docs/WRITE_AN_OBJECTIVE.md"
@@ -151,6 +152,50 @@ class Cacheable(NamedTuple):
     parts: Mapping[str, Part]
     make: Callable[[Mapping[str, jax.Array]], jax.Array]
     reads: tuple[str, ...] = ("image",)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSource:
+    """Where an objective's latents come from: a VAE's shape and the source of its weights, for images of `size` pixels.
+
+    `dtype` and `held` are what the VAE computes in and what its weights are held in; `view` is how its input is made of
+    the image, see `preprocess.vae_view`; `cached`: whether moments come with the batch, and the objective has no VAE.
+    """
+
+    vae: LatentCode
+    part: Part
+    size: int
+    dtype: str
+    held: str
+    view: str = "exact"
+    cached: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one image's moments: height, width, and the channels of `vae`."""
+        side = self.size // self.vae.downscale
+        return side, side, self.vae.moment_channels
+
+    @property
+    def latents_shape(self) -> tuple[int, int, int]:
+        """The shape of one image's latents."""
+        return *self.shape[:2], self.vae.latent_channels
+
+    @property
+    def inputs(self) -> Mapping[str, inputs.Input]:
+        """What the batch holds: "image", and "moments" where they are cached."""
+        image = {"image": inputs.Image(self.size)}
+        return image | {"moments": inputs.Cached(self.shape)} if self.cached else image
+
+    @property
+    def pretrained(self) -> Mapping[str, Part]:
+        """{"vae": its source}; nothing where moments are cached."""
+        return {} if self.cached else {"vae": self.part}
+
+    def facts(self) -> dict[str, Any]:
+        """What moments depend on beside the image, its crop and the VAE's weights, for JSON."""
+        vae = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.vae).items()}
+        return {"vae": vae, "image_size": self.size, "dtype": self.dtype, "held": self.held, "view": self.view}
 
 
 class Progress(NamedTuple):

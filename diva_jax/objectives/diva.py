@@ -147,12 +147,7 @@ class Objective(StableDiffusionObjective):
         self.options = parse(DivaOptions, config.diva, "config.diva")
         super().__init__(config, config.data.image_size, self.options.vae_view)
         self.accum = config.accum
-        low, high = self.timestep_range
-        if not 0 <= low < high <= self.timesteps:
-            raise UserError(
-                f"config.diva.first_timestep={low} and end_timestep={high} must be a range within the {self.timesteps} "
-                "timesteps of config.diffusion.scheduler"
-            )
+        self.check_timesteps("diva")
         check_fit(self.spec.select, self.spec.add_text, self.spec.patches, self.diffusion.text_tokens)
         self.vision = contract.vision_tower(config, self.spec, rngs)
         width = self.spec.embed_dim
@@ -167,11 +162,6 @@ class Objective(StableDiffusionObjective):
             bias_init=lambda *a: uniform(*a) - width**-0.5,
         )
         self.build_generator(config, rngs)
-
-    @property
-    def timestep_range(self) -> tuple[int, int]:
-        """The first timestep that is drawn, and the one after the last."""
-        return self.options.first_timestep, self.options.end_timestep or self.timesteps
 
     def draw(self, keys: Array, latents_shape: tuple[int, int, int], count: int | None = None) -> DivaDraws:
         """N draws (`count`, or config.diva.draws) from one key per image, [B]; each depends on that key alone."""

@@ -19,14 +19,13 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.fields import Rule, at_least, between, field, is_regex, one_of, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import adapters, backbones
-from diva_jax.models.diffusion import flow, latent_code
+from diva_jax.models.diffusion import flow, presets
 from diva_jax.models.diffusion.flow import FlowConfig
-from diva_jax.models.diffusion.latent_code import LatentCode
+from diva_jax.models.diffusion.presets import LatentCode
 from diva_jax.models.diffusion.vae import FluxVAEConfig
 from diva_jax.models.layers import ACTIVATIONS, Layers
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
-from diva_jax.objectives.shared.latents import LatentSource
 from diva_jax.weights import flux, parts
 
 Array = jax.Array
@@ -167,7 +166,7 @@ def validate(config: ConfigDict) -> None:
 def _vae(section: GenHancerVae) -> LatentCode:
     if not section.code:
         return FluxVAEConfig(**{f.name: getattr(section, f.name) for f in dataclasses.fields(FluxVAEConfig)})
-    kind = latent_code.find(section.code, "config.genhancer.vae.code")
+    kind = presets.find_code(section.code, "config.genhancer.vae.code")
     return kind.from_dict({n: getattr(section, n) for n in ("in_channels", "latent_channels", "scaling_factor")})
 
 
@@ -219,7 +218,7 @@ class Objective(contract.Objective):
         kind, cached = flux.vae if isinstance(self.vae_config, FluxVAEConfig) else parts.diffusers, config.data.latents
         part, held = kind(self.options.vae.source, self.vae_config, "config.genhancer.vae"), self.options.vae_dtype
         size = self.spec.image_size
-        self.latent_source = LatentSource(self.vae_config, part, size, held, held, cached=bool(cached))
+        self.latent_source = contract.LatentSource(self.vae_config, part, size, held, held, cached=bool(cached))
         kw = dict(rngs=rngs, dtype=jnp.dtype(held), param_dtype=jnp.dtype(held))
         self.vae = None if cached else self.vae_config.build(**kw)
 

@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, between, field, one_of, parse
 from diva_jax.data import alternatives, inputs, preprocess
 from diva_jax.models.backbones.shared.text import Text
@@ -154,22 +153,12 @@ class Objective(StableDiffusionObjective):
         self.options = parse(JudgeOptions, config.judge, "config.judge")
         super().__init__(config, config.data.image_size)
         self.compares_images = self.options.image_weight > 0
-        low, high = self.timestep_range
-        if not low < high <= self.timesteps:
-            raise UserError(
-                f"config.judge.first_timestep={low} and end_timestep={high} must be a range within the "
-                f"{self.timesteps} timesteps of config.diffusion.scheduler"
-            )
+        self.check_timesteps("judge")
         self.vision = contract.vision_tower(config, self.spec, rngs)
         kw = dict(rngs=rngs, dtype=self.dtype, param_dtype=jnp.dtype(config.frozen_dtype))
         self.text = Text(self.spec, **kw)
         self.build_generator(config, rngs)
         self.text_encoder = TextEncoder(self.diffusion.text_encoder, **kw)
-
-    @property
-    def timestep_range(self) -> tuple[int, int]:
-        """The first timestep that is drawn, and the one after the last."""
-        return self.options.first_timestep, self.options.end_timestep or self.timesteps
 
     @property
     def inputs(self) -> Mapping[str, inputs.Input]:

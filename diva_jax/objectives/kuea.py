@@ -22,6 +22,7 @@ from diva_jax.models import backbones
 from diva_jax.models.layers import widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
+from diva_jax.objectives.shared import pairs
 from diva_jax.weights import parts
 
 Array = jax.Array
@@ -121,13 +122,6 @@ def gaussian(x: Array, width: float) -> Array:
     return jnp.exp((2 * products - squares[:, None] - squares) / (2 * width**2))
 
 
-def cosine(x: Array) -> Array:
-    """a.b / (|a| |b|) of all pairs: [B, D] -> [B, B]."""
-    products, squares = _products(x)
-    scale = jax.lax.rsqrt(squares)
-    return products * scale[:, None] * scale
-
-
 class Objective(contract.Objective):
     """`vision` is what is trained, and `kernel_params` (gamma, c) where `config.kuea.kernel_params` is exact."""
 
@@ -178,7 +172,7 @@ class Objective(contract.Objective):
         if o.kernel == "gaussian":
             return gaussian(f, o.width), gaussian(g, o.teacher_width)
         if o.kernel == "cosine":
-            return cosine(f), cosine(g)
+            return pairs.cosines(f, f), pairs.cosines(g, g)
         gamma, c = self.kernel_params[...] if o.trains_kernel else (o.gamma, o.c)
         return polynomial(f, gamma, c), polynomial(g, o.teacher_gamma or 1 / g.shape[-1], o.teacher_c)
 

@@ -37,7 +37,7 @@ class Opened:
 
 
 def _part(config):
-    """The row of `_SD`; any other class is a `latent_code.LatentCode` in place of the VAE."""
+    """The row of `_SD`; any other class is a `presets.LatentCode` in place of the VAE."""
     if (row := _SD.get(type(config))) is not None:
         return row
     return "vae", type(config).build, names.Table("latent code"), ("diffusion_pytorch_model",)

@@ -17,7 +17,7 @@ PATH = f"{__name__}.PatchCodeConfig"  # For `config.diffusion.vae._class_name` a
 
 @dataclasses.dataclass(frozen=True)
 class PatchCodeConfig:
-    """Shape of a patch code, a `latent_code.LatentCode`.
+    """Shape of a patch code, a `presets.LatentCode`.
 
     Attributes:
       patch_size: side of a patch [pixels].

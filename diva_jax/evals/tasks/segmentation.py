@@ -26,7 +26,7 @@ from diva_jax.evals.items import require_count, set_and_folder
 from diva_jax.evals.tasks import zeroshot
 from diva_jax.models import backbones
 from diva_jax.models.backbones import spec_of
-from diva_jax.models.backbones.shared.dense import VARIANTS
+from diva_jax.models.backbones.shared.transformer import VARIANTS
 
 _UNKNOWN = -2
 # How many images, evenly spaced, results.json has the maps of classes of, and the longer side of these [pixels].

@@ -7,7 +7,7 @@ that differs by architecture; what several of them use is in the subpackage `sha
 
 - `Vision(spec, *, rngs, dtype, param_dtype, remat)`, an NNX module with random weights and
   `encode(images) -> Features`; where it has a text tower to compare patches with, also
-  `encode_dense(images, last) -> patch tokens in the text's space`, see `shared.dense`.
+  `encode_dense(images, last) -> patch tokens in the text's space`, see `shared.transformer`.
 - `MARK`: the tensor, without `visual.`, by which a checkpoint of this architecture is recognised.
 - `VISION`, `TEXT`: `models.names.Table`s between our towers and open_clip's checkpoints; `TEXT` is None where there
   is no text tower.

@@ -15,10 +15,9 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import HALF, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
-from diva_jax.models.backbones.shared.dense import run_dense
 from diva_jax.models.backbones.shared.positions import Positions, sizes
 from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
-from diva_jax.models.backbones.shared.transformer import Mlp, blocks, embedded, run
+from diva_jax.models.backbones.shared.transformer import Mlp, blocks, embedded, run, run_dense
 from diva_jax.models.layers import Layers, attention, heads
 from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Table
@@ -93,7 +92,7 @@ class Vision(nnx.Module):
         return Features(tokens=tokens, pooled=self.attn_pool(tokens))
 
     def encode_dense(self, images: jax.Array, last: str = "plain") -> jax.Array:
-        """Images -> patch tokens [B, P, D] in the text's space, each pooled by itself; `last` of `dense.VARIANTS`."""
+        """Images -> patch tokens [B, P, D] in the text's space, each pooled alone; `last` of `transformer.VARIANTS`."""
         return self.attn_pool.each(self.norm(run_dense(self.blocks, embedded(self, images), last)))
 
 

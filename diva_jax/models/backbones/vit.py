@@ -11,10 +11,9 @@ from diva_jax.common.errors import UserError, brief
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
-from diva_jax.models.backbones.shared.dense import run_dense
 from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
 from diva_jax.models.backbones.shared.text import BLOCKS, NEITHER, TEXT_NAMES, text_table
-from diva_jax.models.backbones.shared.transformer import blocks, embedded, run
+from diva_jax.models.backbones.shared.transformer import blocks, embedded, run, run_dense
 from diva_jax.models.layers import Layers
 from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Table
@@ -69,7 +68,7 @@ class Vision(nnx.Module):
         return Features(tokens=x[:, 1:], pooled=x[:, 0])
 
     def encode_dense(self, images: jax.Array, last: str = "plain") -> jax.Array:
-        """Images as for `encode` -> patch tokens [B, P, D] in the text's space; `last` of `dense.VARIANTS`."""
+        """Images as for `encode` -> patch tokens [B, P, D] in the text's space; `last` of `transformer.VARIANTS`."""
         x = run_dense(self.blocks, self._embedded(images), last)
         return self.proj(self.norm(x))[:, 1:]
 

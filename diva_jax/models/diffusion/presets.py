@@ -3,13 +3,17 @@
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from diva_jax.models.diffusion import latent_code
+from flax import nnx
+
+from diva_jax.common import imports
+from diva_jax.common.errors import UserError, brief
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
+from diva_jax.models.layers import Array
 from diva_jax.models.library_config import packaged
 
 # With the names and values of their diffusers folders' config files. Stable unCLIP (unclip_l, unclip_h) is conditioned
@@ -23,6 +27,52 @@ def preset(name: str) -> dict:
     return copy.deepcopy(PRESETS[name])
 
 
+class LatentCode(Protocol):
+    """The config of a frozen model that turns images into latents: a frozen dataclass with these members.
+
+    The class of one's own is named by `config.diffusion.vae._class_name` or `config.genhancer.vae.code`.
+
+    Attributes:
+      latent_channels: channels of the latents.
+      downscale: ratio of the image size to the size of the latents.
+      moment_channels: channels of what the model's `moments` returns.
+    """
+
+    latent_channels: int
+    downscale: int
+    moment_channels: int
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "LatentCode":
+        """Reads the section of the config and `vae/config.json` of the source, which must be equal.
+
+        Entries that begin with an underscore are metadata.
+
+        Raises:
+          UserError: an option is unknown or impossible.
+        """
+
+    def build(self, *, rngs, dtype, param_dtype) -> nnx.Module:
+        """The model: `encode(images)`, `moments(images)`, of [B, H, W, 3] in [-1, 1] -> [B, h, w, moment_channels].
+
+        Its parameters are read from `vae/diffusion_pytorch_model.safetensors` of the source, by PyTorch's names and
+        layouts of the same path: `kernel` is `weight`, transposed.
+        """
+
+    def latents(self, moments: Array, noise: Array | None = None) -> Array:
+        """The latents for the generator, [..., latent_channels]; `noise`: standard normal, of their shape, or None."""
+
+
+def find_code(path: str, field: str) -> type[LatentCode]:
+    """Imports a class by its dotted path, the value of this field of the config, which a UserError names."""
+    module, _, name = path.rpartition(".")
+    wanted = "give the dotted path of a class on PYTHONPATH"
+    found = getattr(imports.module(module, field, wanted), name, None)
+    if found is None:
+        raise UserError(f"{field}={brief(path)} cannot be imported (there is no {name}): {wanted}")
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
     """A Stable Diffusion model, see `config.DiffusionOptions`."""
@@ -31,7 +81,7 @@ class Diffusion:
     prompt: str
     text_tokens: int
     unet: UNetConfig
-    vae: latent_code.LatentCode
+    vae: LatentCode
     text_encoder: TextEncoderConfig
     scheduler: ScheduleConfig
 
@@ -39,7 +89,7 @@ class Diffusion:
     def from_dict(cls, options: Mapping[str, Any]) -> "Diffusion":
         """Parses the content of `config.diffusion`; a UserError for an option that is not implemented here."""
         name = str(options["vae"].get("_class_name", ""))
-        vae = latent_code.find(name, "config.diffusion.vae._class_name") if "." in name else VAEConfig
+        vae = find_code(name, "config.diffusion.vae._class_name") if "." in name else VAEConfig
         kinds = dict(unet=UNetConfig, vae=vae, text_encoder=TextEncoderConfig, scheduler=ScheduleConfig)
         return cls(
             source=options["source"],

@@ -14,7 +14,6 @@ from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.objectives import contract
-from diva_jax.objectives.shared.latents import LatentSource
 from diva_jax.weights import parts
 
 Array = jax.Array
@@ -45,7 +44,8 @@ class StableDiffusionObjective(contract.Objective):
         self.image_size, self.dtype = image_size, jnp.dtype(config.dtype)
         d, cached = self.diffusion, bool(config.data.latents)
         part = parts.diffusers(d.source, d.vae, "config.diffusion.vae")
-        self.latent_source = LatentSource(d.vae, part, image_size, config.dtype, config.frozen_dtype, view, cached)
+        dtypes = config.dtype, config.frozen_dtype
+        self.latent_source = contract.LatentSource(d.vae, part, image_size, *dtypes, view, cached)
         if d.unet.class_embed_dim is not None and not self.takes_class:
             raise UserError(
                 f"the {config.objective} objective has no class embedding to give to this U-Net "
@@ -70,6 +70,20 @@ class StableDiffusionObjective(contract.Objective):
     def timesteps(self) -> int:
         """Of the noise schedule: timesteps are 0 to this, exclusive."""
         return self.diffusion.scheduler.num_train_timesteps
+
+    @property
+    def timestep_range(self) -> tuple[int, int]:
+        """The first timestep that is drawn, and the one after the last, where the options state them."""
+        return self.options.first_timestep, self.options.end_timestep or self.timesteps
+
+    def check_timesteps(self, section: str) -> None:
+        """Raises a UserError where `timestep_range` is not within the schedule."""
+        low, high = self.timestep_range
+        if not 0 <= low < high <= self.timesteps:
+            raise UserError(
+                f"config.{section}.first_timestep={low} and end_timestep={high} must be a range within the "
+                f"{self.timesteps} timesteps of config.diffusion.scheduler"
+            )
 
     def pretrained(self, fresh: tuple[str, ...] = (), mask_padding: bool = False) -> Mapping[str, parts.Part]:
         """The vision tower, U-Net, VAE and text; everything else keeps its initial values.

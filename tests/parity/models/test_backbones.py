@@ -18,7 +18,7 @@ from torch_towers import checkpoint, checkpoint_name, torch_features, torch_towe
 from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, build, eva02
-from diva_jax.models.backbones.shared.dense import VARIANTS
+from diva_jax.models.backbones.shared.transformer import VARIANTS
 from diva_jax.models.layers import Keys
 from diva_jax.weights.clip import vision_table
 from diva_jax.weights.names import assign, flat, to_torch
