@@ -23,7 +23,9 @@ from pathlib import Path
 
 from diva_jax import config as base
 from diva_jax.common.errors import UserError, listing
-from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Spec
+from diva_jax.common.fields import parse
+from diva_jax.models import backbones
+from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared import open_clip_config
 from diva_jax.models.library_config import packaged
 from diva_jax.weights.origins import open_source
@@ -38,34 +40,8 @@ _ARGUMENT = "the argument of configs/custom.py"
 MODELS = packaged(open_clip_config.__file__, "open_clip.json")
 
 
-def _dinov2(width: int, layers: int, heads: int, mlp_dim: int, activation: str = "gelu", registers: int = 0) -> Spec:
-    return Spec(
-        arch="dinov2",
-        image_size=518,
-        patch_size=14,
-        width=width,
-        layers=layers,
-        heads=heads,
-        mlp_dim=mlp_dim,
-        embed_dim=width,
-        activation=activation,
-        norm_eps=1e-6,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        text=NO_TEXT,
-        registers=registers,
-    )
-
-
-_DINOV2 = {
-    "vits14": (384, 12, 6, 1536),
-    "vitb14": (768, 12, 12, 3072),
-    "vitl14": (1024, 24, 16, 4096),
-    "vitg14": (1536, 40, 24, 4096, "swiglu"),
-}
 # By their names on torch.hub, at the resolution of their position embeddings; `_reg`: with four registers.
-DINOV2 = {f"dinov2_{name}": _dinov2(*sizes) for name, sizes in _DINOV2.items()}
-DINOV2 |= {f"dinov2_{name}_reg": _dinov2(*sizes, registers=4) for name, sizes in _DINOV2.items()}
+DINOV2 = {name: parse(Spec, row, name) for name, row in packaged(backbones.__file__, "dinov2.json").items()}
 
 
 def _diffusion(source: str) -> dict:

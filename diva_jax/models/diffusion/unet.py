@@ -13,40 +13,14 @@ from flax import nnx
 from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion.blocks import Downsample, ResnetBlock, Transformer, Upsample, call
 from diva_jax.models.layers import Array, Layers
-from diva_jax.models.library_config import LibraryConfig
+from diva_jax.models.library_config import LibraryConfig, packaged
 
-# Options of which only null, false and one are implemented, as their defaults are.
-_NONE = "addition_embed_type cross_attention_norm encoder_hid_dim encoder_hid_dim_type num_class_embeds"
-_NONE += " time_cond_proj_dim time_embedding_act_fn time_embedding_dim timestep_post_act"
-_FALSE = "center_input_sample class_embeddings_concat dual_cross_attention only_cross_attention resnet_skip_time_act"
-_ONE = "downsample_padding mid_block_scale_factor resnet_out_scale_factor transformer_layers_per_block"
+_OPTIONS = packaged(__file__, "options.json")["unet"]
 # Option -> its implemented values; diffusers' default is the first.
-_FIXED = {
-    "act_fn": ("silu", "swish"),
-    "attention_type": ("default",),
-    "class_embed_type": (None, "projection"),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "mid_block_only_cross_attention": (None, False),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None, 1),
-    "time_embedding_type": ("positional",),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    **dict.fromkeys(_NONE.split(), (None,)),
-    **dict.fromkeys(_FALSE.split(), (False,)),
-    **dict.fromkeys(_ONE.split(), (1,)),
-    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
-}
-_USED = {"attention_head_dim", "block_out_channels", "cross_attention_dim", "in_channels", "layers_per_block"}
-_USED |= {"norm_eps", "norm_num_groups", "num_attention_heads", "out_channels", "projection_class_embeddings_input_dim"}
-_USED |= {"sample_size", "use_linear_projection"}
-# Options that do not affect the result: the first two belong to options that are not implemented, softmax is always
-# computed in float32, and a frozen network has no dropout.
-_USED |= {"addition_embed_type_num_heads", "addition_time_embed_dim", "upcast_attention", "dropout"}
-# Those that diffusers' EMAModel adds to the config of a model that it saves.
-_OF_EMA = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
+_FIXED = _OPTIONS["fixed"]
+# Those without effect belong to options that are not implemented, but for two: softmax is always computed in float32,
+# and a frozen network has no dropout.
+_USED = {*_OPTIONS["used"], *_OPTIONS["without_effect"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +58,7 @@ class UNetConfig:
         file = LibraryConfig(options, "the U-Net's config")
         file.require_class("UNet2DConditionModel")
         file.check(
-            _USED | _OF_EMA,
+            _USED | set(_OPTIONS["of_ema"]),
             _FIXED,
             lists=True,
             hint="use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint",

@@ -11,22 +11,14 @@ from flax import nnx
 from diva_jax.common.fields import Rule, between, field
 from diva_jax.models.diffusion.blocks import ContextAttention, Downsample, ResnetBlock
 from diva_jax.models.layers import Array, Layers, widened
-from diva_jax.models.library_config import LibraryConfig
+from diva_jax.models.library_config import LibraryConfig, packaged
 
 _EPSILON = 1e-6
+_OPTIONS = packaged(__file__, "options.json")["vae"]
 # Option -> its implemented values; diffusers' default is the first.
-_FIXED = {
-    "act_fn": ("silu", "swish"),
-    "down_block_types": ("DownEncoderBlock2D",),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-    "mid_block_add_attention": (True,),
-    "shift_factor": (None,),
-}
-_USED = {"block_out_channels", "in_channels", "latent_channels", "layers_per_block", "norm_num_groups"}
-_USED |= {"scaling_factor", "use_quant_conv"}
-# Options that do not affect the encoder here: the decoder's, half precision in diffusers, and tiling.
-_USED |= {"up_block_types", "out_channels", "use_post_quant_conv", "force_upcast", "sample_size"}
+_FIXED = _OPTIONS["fixed"]
+# Those without effect are the decoder's, half precision in diffusers, and tiling.
+_USED = {*_OPTIONS["used"], *_OPTIONS["without_effect"]}
 
 
 @dataclasses.dataclass(frozen=True)
