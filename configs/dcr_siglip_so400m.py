@@ -4,7 +4,7 @@ r"""DCR on SigLIP SO400M/14 at 224 px.
         --config.data.path='data/cc3m/{00000..00331}.tar'
 
 CC3M, 256 images per step in groups of 16: 100,000 steps of the projector, then 4,600 of the tower's adapters; Stable
-Diffusion 2.1-base. With `:faithful` after the file name each switch is as in the authors' code.
+Diffusion 2.1-base.
 
 The tower has tanh's approximation of GELU, as it was trained and as transformers runs it; open_clip runs the exact
 GELU. Weights are therefore taken from, and exported to, transformers' folders (--format=hf).

@@ -4,7 +4,7 @@ r"""DCR on OpenAI CLIP ViT-L/14 at 224 px.
         --config.data.path='data/cc3m/{00000..00331}.tar'
 
 CC3M, 256 images per step in groups of 16: 100,000 steps of the projector, then 4,600 of the tower's adapters; Stable
-Diffusion 2.1-base. With `:faithful` after the file name each switch is as in the authors' code.
+Diffusion 2.1-base.
 
 Cost: not published; 5.7 TFLOP per image in stage 2, counted.
 MMVP-VLM, published: 19.2 -> 33.3.

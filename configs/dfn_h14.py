@@ -3,10 +3,8 @@ r"""DIVA on DFN-5B ViT-H/14 at 224 px.
     python -m diva_jax.main --config=configs/dfn_h14.py --workdir=runs/dfn_h14 \
         --config.data.path='data/cc3m/{00000..00331}.tar'
 
-About one epoch of CC3M, 640 images per step; Stable Diffusion 2.1-base. With `:faithful` after the file name each
-switch is as in the authors' code.
+About one epoch of CC3M, 640 images per step; Stable Diffusion 2.1-base.
 
-Cost: not published (ViT-L/14 at 224 px: 66 A100-80G GPU hours).
 MMVP-VLM, published: 39.3 -> 43.7.
 """
 

@@ -3,10 +3,8 @@ r"""GenHancer (continuous) on SigLIP SO400M/14 at 384 px.
     python -m diva_jax.main --config=configs/genhancer_siglip_so400m_384.py --workdir=runs/genhancer_siglip_384 \
         --config.data.path='data/cc3m/{00000..00331}.tar'
 
-Stage 1 trains the denoiser and the projectors for 100,000 steps, stage 2 the adapters of the encoder for 10,000, both
-at 256 images; how to run stage 2 alone: docs/OBJECTIVES.md. With `:faithful` after the file name each switch is as in
-the authors' code. Weights, moments and gradients are split over 16 chips (mesh.fsdp), 1.4 GiB on each with the frozen
-weights; on n chips use --config.mesh.fsdp=n.
+100,000 steps of the denoiser and the projectors, then 10,000 of the encoder's adapters, of 256 images.
+docs/OBJECTIVES.md says how to run stage 2 alone. What is trained is split over mesh.fsdp=16 chips, 1.4 GiB on each.
 
 Cost: 3.72 and 3.70 TFLOP per image in stage 1 and 2.
 MMVP-VLM, published: arXiv 2503.19480, table 1.

@@ -3,8 +3,7 @@ r"""KUEA on OpenAI CLIP ViT-B/16 at 224 px: its embeddings' kernel is brought to
     python -m diva_jax.main --config=configs/kuea_vitb16.py --workdir=runs/kuea_vitb16 \
         --config.data.path='tfds:imagenet2012/train'
 
-Two epochs of ImageNet-1K, 128 images per step. With `:faithful` after the file name each switch
-is set as in the authors' code.
+Two epochs of ImageNet-1K, 128 images per step.
 
 The published gamma and c of ViT-B/16 are not known to us; those of ViT-L/14 are the initial values here.
 """

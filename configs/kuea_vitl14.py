@@ -3,8 +3,7 @@ r"""KUEA on OpenAI CLIP ViT-L/14 at 224 px: its embeddings' kernel is brought to
     python -m diva_jax.main --config=configs/kuea_vitl14.py --workdir=runs/kuea_vitl14 \
         --config.data.path='tfds:imagenet2012/train'
 
-Two epochs of ImageNet-1K, 64 images per step. With `:faithful` after the file name each switch
-is set as in the authors' code.
+Two epochs of ImageNet-1K, 64 images per step.
 
 Published: mean of 12 zero-shot sets 65.26 -> 66.54.
 """

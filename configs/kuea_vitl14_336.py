@@ -3,8 +3,7 @@ r"""KUEA on OpenAI CLIP ViT-L/14 at 336 px: its embeddings' kernel is brought to
     python -m diva_jax.main --config=configs/kuea_vitl14_336.py --workdir=runs/kuea_vitl14_336 \
         --config.data.path='tfds:imagenet2012/train'
 
-Two epochs of ImageNet-1K, 32 images per step. With `:faithful` after the file name each switch
-is set as in the authors' code.
+Two epochs of ImageNet-1K, 32 images per step.
 
 MMVP-VLM, published: 20.0 -> 21.5.
 """
