@@ -53,6 +53,10 @@ class Array:
 class Op:
     """One instruction, e.g. "fusion.6" of kind "fusion"; operands are in the same computation, `rest` is its text from
     them on.
+
+    `path` is the origin in the traced program, e.g. "jit(step)/while/body/unet/conv", or ""; `cycles` are those of one
+    execution as estimated by the compiler, 0 for a kernel; `target` is that of a custom call, e.g. "tpu_custom_call",
+    or ""; `called` are the names of the computations that it calls.
     """
 
     name: str
@@ -60,29 +64,10 @@ class Op:
     type: str
     operands: list[str]
     rest: str
-
-    @property
-    def path(self) -> str:
-        """The origin in the traced program, e.g. "jit(step)/while/body/unet/conv"; "" if there is none."""
-        return _first(r'op_name="([^"]*)"', self.rest)
-
-    @property
-    def cycles(self) -> int:
-        """Cycles of one execution as estimated by the compiler; 0 for a kernel."""
-        return int(_first(r'"estimated_cycles":"?(\d+)', self.rest) or 0)
-
-    @property
-    def target(self) -> str:
-        """The target of a custom call, e.g. "tpu_custom_call"; "" for other instructions."""
-        return _first(r'custom_call_target="([^"]*)"', self.rest)
-
-    @property
-    def called(self) -> list[str]:
-        """Names of the computations that the instruction calls."""
-        names = _CALLED.findall(self.rest)
-        for group in _BRANCHES.findall(self.rest):
-            names += [n.strip().lstrip("%") for n in group.split(",")]
-        return names
+    path: str
+    cycles: int
+    target: str
+    called: list[str]
 
 
 class Computation(dict[str, Op]):
@@ -207,10 +192,13 @@ def _parse_op(text: str) -> Op:
     name, rest = text.split(" = ", 1)
     end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     type_, rest = rest[:end], rest[end:].lstrip()
-    bracket = rest.index("(")
-    end = _closing(rest, bracket)
-    operands = re.findall(r"%([\w.\-]+)", rest[bracket:end])
-    return Op(name.strip().removeprefix("ROOT ").lstrip("%"), rest[:bracket], type_, operands, rest[bracket:])
+    kind, rest = rest[: (bracket := rest.index("("))], rest[bracket:]
+    operands = re.findall(r"%([\w.\-]+)", rest[: _closing(rest, 0)])
+    called = _CALLED.findall(rest)
+    called += [n.strip().lstrip("%") for group in _BRANCHES.findall(rest) for n in group.split(",")]
+    path, target = _first(r'op_name="([^"]*)"', rest), _first(r'custom_call_target="([^"]*)"', rest)
+    cycles = int(_first(r'"estimated_cycles":"?(\d+)', rest) or 0)
+    return Op(name.strip().removeprefix("ROOT ").lstrip("%"), kind, type_, operands, rest, path, cycles, target, called)
 
 
 def parse(text: str) -> HloModule:

@@ -5,10 +5,12 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -19,24 +21,9 @@ from matplotlib.patches import Patch
 
 from diva_jax.common.errors import printable
 
-# Role -> (light, dark). Series colours have a contrast of at least 3:1 against the page in both schemes. They also
+# Role -> [light, dark]. Series colours have a contrast of at least 3:1 against the page in both schemes. They also
 # differ in lightness, so that readers with colour vision deficiency can distinguish them.
-COLOURS = {
-    "page": ("#fbfaf8", "#15171b"),
-    "panel": ("#ffffff", "#1c1f25"),
-    "ink": ("#1d2026", "#e8e6e1"),
-    "muted": ("#5d6470", "#a3a8b2"),
-    "grid": ("#e4e2dd", "#30343c"),
-    "axis": ("#9a9ea6", "#6b717c"),
-    "s0": ("#7d8798", "#97a1b1"),
-    "s1": ("#1559b7", "#6fb1ff"),
-    "s2": ("#b4540a", "#f2a65e"),
-    "s3": ("#0f766e", "#5fd0bf"),
-    "s4": ("#9333a8", "#d79bea"),
-    "s5": ("#8a6d00", "#dcc05a"),
-    "won": ("#15703f", "#6fd39b"),
-    "lost": ("#b3261e", "#ff9a8f"),
-}
+COLOURS = json.loads(Path(__file__).with_name("templates").joinpath("colours.json").read_text("utf-8"))
 LIGHT = {role: light for role, (light, _) in COLOURS.items()}
 _VARIABLES = {light: f"var(--{role})" for role, light in LIGHT.items()}
 _SERIES = 6

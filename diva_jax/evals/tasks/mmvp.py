@@ -19,20 +19,8 @@ from diva_jax.evals import Outcome, Settings, encode, matching, stats
 from diva_jax.evals.items import ItemTask, Values
 from diva_jax.models.backbones import spec_of
 
-PATTERNS = (
-    "Orientation and Direction",
-    "Presence of Specific Features",
-    "State and Condition",
-    "Quantity and Count",
-    "Positional and Relational Context",
-    "Color and Appearance",
-    "Structural Characteristics",
-    "Texts",
-    "Viewpoint and Perspective",
-)
-PER_PATTERN = 15
-ROWS = 2 * PER_PATTERN * len(PATTERNS)
-NAMES = "Patterns.json"  # In a set of another kind: {"patterns": [names], "pairs": of each pattern}.
+# In a set of another kind, beside Questions.csv: {"patterns": [names], "pairs": of each pattern}.
+NAMES = "Patterns.json"
 # As the hub, DIVA's authors and the benchmark's own README call the folder of the images.
 FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 HEADER = ["Question ID", "Type", "Statement"]
@@ -84,12 +72,16 @@ class _Patterns(json_files.Record):
     pairs: Annotated[int, Field(ge=1)]
 
 
+_OWN = _Patterns.model_validate_json(Path(__file__).with_name("mmvp.json").read_text("utf-8"))
+PATTERNS, PER_PATTERN = _OWN.patterns, _OWN.pairs
+
+
 def read_patterns(path: str) -> tuple[tuple[str, ...], int]:
     """(names of the patterns, pairs of each): MMVP-VLM's, or what `Patterns.json` beside Questions.csv says."""
     file = _root(path)[0].with_name(NAMES)
     repair = 'it must read {"patterns": [names], "pairs": pairs of each pattern}; remove it if this is MMVP-VLM'
-    found = json_files.read(file, _Patterns, repair, None)
-    return (tuple(found.patterns), found.pairs) if found else (PATTERNS, PER_PATTERN)
+    found = json_files.read(file, _Patterns, repair, _OWN)
+    return tuple(found.patterns), found.pairs
 
 
 def _question(path: Path, folder: Path, line: int, row: dict[str, str]) -> Question:
