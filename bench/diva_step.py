@@ -69,10 +69,10 @@ def ours(c) -> Callable[[], float]:
     """A function that makes one step and returns the loss; its first call compiles."""
     import jax
 
-    from diva_jax.training import sharding
+    from diva_jax.training import partition
     from diva_jax.training.step import Program
 
-    program = Program(c, sharding.make_mesh(c.mesh, jax.devices()[:1]))
+    program = Program(c, partition.make_mesh(c.mesh, jax.devices()[:1]))
     rng = np.random.default_rng(0)
     arrays = {n: jax.device_put(_random(rng, n, a).astype(a.dtype), a.sharding) for n, a in program.arrays.items()}
     frozen = {n: arrays[n] for n in program.abstract_frozen()}

@@ -38,7 +38,7 @@ def measure(side: str) -> dict:
     if side == "torch" or not gpu:
         jax.config.update("jax_platforms", "cpu")  # The GPU's memory belongs to PyTorch.
     from diva_jax.costs import chips
-    from diva_jax.training import sharding
+    from diva_jax.training import partition
     from diva_jax.training.step import Program
     from diva_jax.weights.export import reference
 
@@ -65,7 +65,7 @@ def measure(side: str) -> dict:
     elif gpu:
         peak, device = jax.devices()[0].memory_stats()["peak_bytes_in_use"], jax.devices()[0].device_kind
     chip = chips.of(device)
-    program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    program = Program(config, partition.make_mesh(config.mesh, jax.devices()[:1]))
     mfu = rate * program.flops().total() / chip.flops if chip else None
     return dict(images_per_s=rate, peak_gib=peak / 2**30, ready_s=ready, mfu=mfu, loss=loss, device=device)
 

@@ -84,12 +84,12 @@ def main() -> None:
         from diva_jax import config as configs
         from diva_jax.costs import analysis, hlo
         from diva_jax.models.kernels import flash
-        from diva_jax.training import sharding
+        from diva_jax.training import partition
 
         flash.BOUNDED_SCORE = math.inf
         chip, _, devices = aot.devices(args.topology)
-        mesh = sharding.make_mesh(configs.default().mesh, devices)
-        by_batch, replicated = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
+        mesh = partition.make_mesh(configs.default().mesh, devices)
+        by_batch, replicated = NamedSharding(mesh, partition.BATCH), NamedSharding(mesh, P())
         for text in args.block or [block]:
             tile = tuple(int(part) for part in text.split(","))
             run, by_image, weights, tiles = make([int(part) for part in (args.size or size).split(",")], tile)
@@ -97,11 +97,11 @@ def main() -> None:
                 jax.ShapeDtypeStruct((IMAGES * mesh.size, *shape), jnp.bfloat16, sharding=by_batch)
                 for shape in by_image
             ] + [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated) for shape in weights]
-            specs = (sharding.BATCH,) * len(by_image) + (P(),) * len(weights)
+            specs = (partition.BATCH,) * len(by_image) + (P(),) * len(weights)
             for path in Path(folder).iterdir():
                 path.unlink()
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                both = jax.shard_map(run, in_specs=specs, out_specs=sharding.BATCH, check_vma=False)
+                both = jax.shard_map(run, in_specs=specs, out_specs=partition.BATCH, check_vma=False)
                 compiled = jax.jit(both).lower(*shapes).compile()
             bounds = {
                 op.name.rsplit(".", 1)[0]: 1e3 * analysis.kernel_seconds(op, computation, chip)

@@ -24,7 +24,7 @@ from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.models.backbones import spec_of
 from diva_jax.weights import clip, names, origins, readers
 from diva_jax.weights.export import layouts, reference
-from diva_jax.weights.tensors import Tensors
+from diva_jax.weights.readers import Tensors
 
 _CONFIG = cli.define_config("The config whose backbone is exported.")
 _TMP = flags.DEFINE_string("tmp", None, "Folder for temporary files; the default is the system's.")

@@ -48,9 +48,9 @@ def _theirs(model, transform, photographs):
 def _ours(folder: str, spec, photographs):
     from diva_jax import config
     from diva_jax.evals import Settings, encode
-    from diva_jax.training import sharding
+    from diva_jax.training import partition
 
-    mesh = sharding.make_mesh(config.default(spec).mesh)
+    mesh = partition.make_mesh(config.default(spec).mesh)
     arrays = encode.tower("vision", folder, spec, mesh, 2**18)
     towers = encode.Towers(spec, mesh, Settings(batch_size=_BATCH.value))
     return lambda: towers.images(arrays, photographs.__getitem__, len(photographs))["pooled"]

@@ -27,7 +27,7 @@ from diva_jax.models.backbones.shared.transformer import Block
 from diva_jax.models.diffusion.blocks import ResnetBlock, Transformer
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.layers import Layers, abstract
-from diva_jax.training import kernel_choice, sharding
+from diva_jax.training import compiler, partition
 
 TOKENS = 77
 C = UNetConfig()
@@ -66,8 +66,8 @@ PARTS = {
 def lowered(args):
     """Returns the chip, the lowered program, and its FLOPs per device."""
     chip, _, found = aot.devices(args.topology)
-    mesh = sharding.make_mesh(configs.default().mesh, found)
-    by_batch, replicated = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
+    mesh = partition.make_mesh(configs.default().mesh, found)
+    by_batch, replicated = NamedSharding(mesh, partition.BATCH), NamedSharding(mesh, P())
     make, shapes = PARTS[args.part]
     inputs = shapes(args.images * len(found), args)
     count = inputs.index(None) if None in inputs else len(inputs)
@@ -85,7 +85,7 @@ def lowered(args):
             return jax.value_and_grad(loss, argnums=tuple(range(count)))(*inputs[:count])
 
     def run(state, *inputs):
-        with platform.traced_on(mesh.abstract_mesh, kernel_choice.chosen(args.kernels, mesh.abstract_mesh)):
+        with platform.traced_on(mesh.abstract_mesh, compiler.chosen_kernels(args.kernels, mesh.abstract_mesh)):
             return gradient(state, *inputs)
 
     counted = flops.by_part(jax.make_jaxpr(gradient)(state, *inputs).jaxpr).total() / len(found)

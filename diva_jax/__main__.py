@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from diva_jax.common import near
+from diva_jax.common import errors
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -24,7 +24,9 @@ def main(arguments: list[str]) -> int:
     """Prints the commands, or what a name that is none may mean; returns the exit code."""
     found = dict(commands())
     if wrong := [a for a in arguments if a not in ("-h", "--help")]:
-        said = near.unknown("there is no command python -m diva_jax", wrong[:1], found, "python -m diva_jax lists all")
+        said = errors.unknown(
+            "there is no command python -m diva_jax", wrong[:1], found, "python -m diva_jax lists all"
+        )
         print(f"error: {said}", file=sys.stderr)
         return 2
     width = max(map(len, found)) + 13

@@ -23,7 +23,7 @@ from diva_jax import config as configs
 from diva_jax.common import cli, log, paths
 from diva_jax.common.errors import UserError
 from diva_jax.costs import analysis, chips
-from diva_jax.training import compiler, executables, kernel_choice, sharding
+from diva_jax.training import compiler, partition
 from diva_jax.training.step import Program
 
 _CONFIG = cli.define_config()
@@ -104,7 +104,7 @@ def with_batch(config, device_count: int, per_device: int | None):
 
 
 def compile_step(program: Program, stage: int):
-    """The step of a stage, compiled from shapes, its `executables.facts`, and the seconds to trace and to compile it.
+    """A compiled step, its `compiler.executable_facts`, and the seconds to trace and to compile it.
 
     `OutOfMemory` where the compiler reports that the program does not fit, a UserError where it refuses an option.
     """
@@ -112,7 +112,7 @@ def compile_step(program: Program, stage: int):
     lowered = program.step(stage).lower(
         program.abstract_state(stage), program.abstract_frozen(), program.abstract_batch()
     )
-    known, traced = executables.facts(lowered, program), time.perf_counter()
+    known, traced = compiler.executable_facts(lowered, program), time.perf_counter()
     try:
         with log.waiting("compiling", lambda line: print(line, file=sys.stderr, flush=True)):
             compiled = compiler.compiled(lowered)
@@ -138,8 +138,8 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
     """
     chip, shape, mesh_devices = devices(topology)
     n, config = len(mesh_devices), config.copy_and_resolve_references()
-    if config.kernels == kernel_choice.AUTO:
-        config.kernels = kernel_choice.OWN  # No device is here that could have been checked.
+    if config.kernels == compiler.AUTO:
+        config.kernels = compiler.OWN  # No device is here that could have been checked.
     row = {
         "topology": topology,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
@@ -152,13 +152,13 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
         "batch_size": config.batch_size,
         "per_device_batch": config.batch_size // config.accum // n,
     }
-    program = Program(config, sharding.make_mesh(config.mesh, mesh_devices))
+    program = Program(config, partition.make_mesh(config.mesh, mesh_devices))
     last = len(program.stages) - 1
     try:
         for stage in range(0 if save else last, last + 1):
             compiled, known, seconds = compile_step(program, stage)
             if save:
-                executables.save(save, stage, known, compiled, program)
+                compiler.save_executable(save, stage, known, compiled, program)
     except OutOfMemory as e:
         return row | {"fits": False, "needed": e.needed, "available": e.available}
     memory, text = analysis.memory(compiled), compiled.as_text()

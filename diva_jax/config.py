@@ -16,12 +16,12 @@ from diva_jax import evals, objectives
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import Rule, below, between, field, finite, one_of, pair
-from diva_jax.data import crop
+from diva_jax.data import images
 from diva_jax.evals.readout import parse_readout
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.presets import Diffusion
-from diva_jax.training import compiler, kernel_choice, terms, workdirs
+from diva_jax.training import compiler, terms, workdirs
 from diva_jax.training.optim import OptimOptions
 from diva_jax.weights import places
 
@@ -80,7 +80,9 @@ class CropOptions:
     ratio: tuple[float, float] = field(
         (3 / 4, 4 / 3), "The range of the crop's width over its height.", pair(1e-2, 1e2)
     )
-    interpolation: str = field("bicubic", "The crop is resized with this interpolation.", one_of(*crop.INTERPOLATIONS))
+    interpolation: str = field(
+        "bicubic", "The crop is resized with this interpolation.", one_of(*images.INTERPOLATIONS)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,13 +217,16 @@ class RunOptions:
     compiler_options: str = field(
         compiler.AUTO,
         "Options of the TPU compiler, NAME=VALUE,...; auto: those of the chip's row in costs/chips.py; if empty, none.",
-        Rule(compiler.is_options, "must be auto, or options of the TPU compiler as NAME=VALUE,NAME=VALUE"),
+        Rule(
+            lambda v: v == compiler.AUTO or compiler.parse(v) is not None,
+            "must be auto, or options of the TPU compiler as NAME=VALUE,NAME=VALUE",
+        ),
     )
     kernels: str = field(
-        kernel_choice.AUTO,
+        compiler.AUTO,
         "This package's Pallas kernels on TPUs: auto, those that passed python -m diva_jax.selfcheck on this kind of "
         "device; own, all; xla, none, but XLA's operations and jax's splash attention. Elsewhere there are none.",
-        one_of(kernel_choice.AUTO, kernel_choice.XLA, kernel_choice.OWN),
+        one_of(compiler.AUTO, compiler.XLA, compiler.OWN),
     )
     profile: ProfileOptions = ProfileOptions()
 

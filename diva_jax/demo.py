@@ -52,16 +52,16 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
     from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
     from diva_jax.models.diffusion.unet import UNet, UNetConfig
     from diva_jax.models.diffusion.vae import VAE, VAEConfig
-    from diva_jax.weights import diffusers, names, writers
+    from diva_jax.weights import names, writers
 
     rngs, weights = Keys(seed), "diffusion_pytorch_model.safetensors"
     unet = UNet(UNetConfig.from_dict(config["unet"]), rngs=rngs)
     vae = VAE(VAEConfig.from_dict(config["vae"]), rngs=rngs)
     text = TextEncoder(TextEncoderConfig.from_dict(config["text_encoder"]), rngs=rngs)
     models = {
-        "unet": (unet, diffusers.UNET, weights),
-        "vae": (vae, diffusers.VAE, weights),
-        "text_encoder": (text, diffusers.TEXT_ENCODER, "model.safetensors"),
+        "unet": (unet, names.UNET, weights),
+        "vae": (vae, names.VAE, weights),
+        "text_encoder": (text, names.TEXT_ENCODER, "model.safetensors"),
     }
     for name, content in json.loads(Path(__file__).with_suffix(".json").read_text("utf-8")).items():
         path, part = folder / name, name.partition("/")[0]

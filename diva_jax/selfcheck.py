@@ -21,10 +21,10 @@ from absl import flags
 from etils import epath
 
 from diva_jax import config as configs
-from diva_jax.common import cli, config_files, machine, paths
+from diva_jax.common import cli, config_files, log, paths
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
-from diva_jax.training import compiler, device_checks, distributed, kernel_choice, sharding
+from diva_jax.training import compiler, device_checks, distributed, partition
 from diva_jax.training.device_checks import FAILED, OK, TOY, UNKNOWN
 from diva_jax.training.step import Program
 
@@ -61,7 +61,7 @@ class Table:
 
 def _about() -> tuple[str, str]:
     """Versions, devices and their memory."""
-    found, limit = machine.describe(), (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    found, limit = log.describe(), (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     memory = f" with {limit / 2**30:.2f} GiB" if limit else ""
     tpu = {"libtpu": importlib.metadata.version("libtpu")} if jax.default_backend() == "tpu" else {}
     versions = ", ".join(f"{name} {version}" for name, version in (found["versions"] | tpu).items())
@@ -71,13 +71,13 @@ def _about() -> tuple[str, str]:
 def check(config, workdir: epath.Path | None) -> Table:
     """Runs all checks and keeps the results of the kernels."""
     began, table = time.perf_counter(), Table()
-    mesh, device, setting = sharding.make_mesh(config.mesh), jax.local_devices()[0], config.kernels
+    mesh, device, setting = partition.make_mesh(config.mesh), jax.local_devices()[0], config.kernels
     table.add("machine", _about)
-    config.kernels = kernel_choice.OWN
+    config.kernels = compiler.OWN
     step, toy, found, cases = device_checks.Step(Program(config, mesh)), device.platform == "cpu", {}, TOY
     if not toy:
         cases = device_checks.cases_of(step.trace(None)) if device.platform == "tpu" else ()
-    if toy or not cases or setting == kernel_choice.XLA:
+    if toy or not cases or setting == compiler.XLA:
         step.trace(frozenset())
     step.compile()
     for case in cases:
@@ -89,11 +89,11 @@ def check(config, workdir: epath.Path | None) -> Table:
         verdict, *_ = table.add(name, lambda case=case: device_checks.check_kernel(case, toy))
         found[case.name] = verdict == OK and found.get(case.name, True)
     if found:
-        say(f"{'':<38}kept in {kernel_choice.keep(device.device_kind, found, workdir)}")
+        say(f"{'':<38}kept in {compiler.keep_checked(device.device_kind, found, workdir)}")
     table.add("collectives", lambda: device_checks.check_collectives(mesh))
     table.add("checkpoint", lambda: device_checks.check_checkpoint(mesh, workdir, config.checkpoint.timeout))
     passed = frozenset(name for name, right in found.items() if right)
-    if not toy and setting == kernel_choice.AUTO and not {case.name for case in cases} <= passed:
+    if not toy and setting == compiler.AUTO and not {case.name for case in cases} <= passed:
         step.trace(passed)
         step.compile()
     *_, seconds = table.add("train step", lambda: step.check(_SECONDS - (time.perf_counter() - began)))
@@ -121,8 +121,8 @@ def main() -> None:
             raise UserError("--workdir is missing: give a folder that all processes share, where a checkpoint is tried")
         if workdir is not None:
             paths.check_writable(workdir, "--workdir")
-        if _UNLESS.value and not distributed.any_failed(not kernel_choice.read(kind, workdir)):
-            say(f"this device was checked before: {kernel_choice.kept_in(kind, workdir)}")
+        if _UNLESS.value and not distributed.any_failed(not compiler.checked_kernels(kind, workdir)):
+            say(f"this device was checked before: {compiler.checked_file(kind, workdir)}")
             return
         compiler.use_cache(config.compile_cache, workdir or compiler.kept())
         table = check(config, workdir)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from diva_jax import config as configs
-from diva_jax.common import near
+from diva_jax.common import errors
 from diva_jax.common.errors import UserError, brief
 
 
@@ -22,10 +22,10 @@ def named(*others: str) -> Callable[[Callable], Callable]:
         def checked(*args, **keywords):
             if wrong := [name for name in keywords if name not in known]:
                 otherwise = f"it has {', '.join(known)}"
-                if "fields" in known and not near.nearest(wrong[0], known):
-                    if fields := near.nearest(wrong[0], configs.declared("diva")):
+                if "fields" in known and not errors.nearest(wrong[0], known):
+                    if fields := errors.nearest(wrong[0], configs.declared("diva")):
                         otherwise = f"give fields={{{fields[0]!r}: VALUE}}"
-                raise UserError(near.unknown(f"{function.__name__} has no argument", wrong, known, otherwise))
+                raise UserError(errors.unknown(f"{function.__name__} has no argument", wrong, known, otherwise))
             return function(*args, **keywords)
 
         return checked
@@ -36,7 +36,7 @@ def named(*others: str) -> Callable[[Callable], Callable]:
 def chosen(name: str, value: Any, choices: Collection[str]) -> None:
     """Raises a UserError where a value is none of some choices."""
     if value not in choices:
-        meant = near.nearest(value, choices) if isinstance(value, str) else []
+        meant = errors.nearest(value, choices) if isinstance(value, str) else []
         advice = f"did you mean {' or '.join(meant)}?" if meant else "give one of these"
         raise UserError(f"{name}={brief(value)} is none of {', '.join(choices)}: {advice}")
 

@@ -17,8 +17,8 @@ from diva_jax.data import tokenizers
 from diva_jax.data.images import open_image, prepare
 from diva_jax.evals import Settings, encode
 from diva_jax.models import backbones
-from diva_jax.training import sharding
-from diva_jax.weights import parts, runs
+from diva_jax.training import partition
+from diva_jax.weights import origins, parts
 
 ImageLike = Image.Image | str | os.PathLike | np.ndarray
 
@@ -37,7 +37,7 @@ class Encoder:
     def __init__(self, source: str, step: int | None, config: ConfigDict, batch_size: int, dtype: str):
         self.source, self.step, self.spec = source, step, backbones.spec_of(config)
         self._config, self._batch_size, self._dtype = config, batch_size, dtype
-        self._mesh = sharding.make_mesh(config.mesh)
+        self._mesh = partition.make_mesh(config.mesh)
         self._towers: dict[int, encode.Towers] = {}
         self._weights = encode.read(source, step, config, self._mesh)
 
@@ -140,7 +140,7 @@ class Encoder:
         Raises:
           UserError: a parameter is missing or unknown, or has another shape.
         """
-        towers = runs.whole_towers(arguments.mapping("params", params, "Loss.towers()"), self.spec)
+        towers = origins.whole_towers(arguments.mapping("params", params, "Loss.towers()"), self.spec)
         new, min_shard = copy.copy(self), self._config.mesh.min_shard
         placed = {t: encode.put(towers[t], self._mesh, min_shard) for t in ("vision", "text") if t in towers}
         new._weights = dataclasses.replace(self._weights, **placed)

@@ -12,10 +12,10 @@ from diva_jax import config as configs
 from diva_jax.api import arguments
 from diva_jax.api.encoder import ImageLike, as_image
 from diva_jax.common.errors import UserError, listing
-from diva_jax.data import crop
+from diva_jax.data.images import sample_box
 from diva_jax.data.inputs import Example
 from diva_jax.data.records import listed
-from diva_jax.training import load, sharding
+from diva_jax.training import partition, workdirs
 from diva_jax.training.step import Program, image_keys
 
 
@@ -46,9 +46,9 @@ class Loss:
     def __init__(self, config: ConfigDict):
         configs.validate(config, 1)
         self.config = config
-        self._mesh = sharding.make_mesh(config.mesh)
+        self._mesh = partition.make_mesh(config.mesh)
         self._program = Program(config, self._mesh)
-        arrays, _ = load.initial_arrays(self._program)
+        arrays, _ = workdirs.initial_arrays(self._program)
         trained = set(self._program.trained)
         self.params = {n: a for n, a in arrays.items() if n in trained}
         self.frozen = {n: a for n, a in arrays.items() if n not in trained}
@@ -84,7 +84,7 @@ class Loss:
         c, rows = self.config.data.crop, []
         for i, (given, text) in enumerate(zip(images, texts, strict=True)):
             image, rng = as_image(given).convert("RGB"), np.random.default_rng((seed, i))
-            box = crop.sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
+            box = sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
             one = text is None or isinstance(text, str)
             try:
                 example = Example(image, text if one else None, box, rng, texts=None if one else listed(text))
@@ -124,7 +124,7 @@ class Loss:
           UserError: an input or a parameter is missing, or has another shape or dtype.
         """
         batch, params = self._checked(batch), self._complete(params)
-        batch = jax.device_put(batch, jax.sharding.NamedSharding(self._mesh, sharding.BATCH))
+        batch = jax.device_put(batch, jax.sharding.NamedSharding(self._mesh, partition.BATCH))
         value, metrics, gradients = self._compute(params, self.frozen, batch, self._key, jnp.int32(step))
         return Result(float(value), {name: float(v) for name, v in metrics.items()}, gradients)
 

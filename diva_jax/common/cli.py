@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
 from diva_jax import __version__
-from diva_jax.common import config_files, fields, imports, near
+from diva_jax.common import config_files, errors, fields, imports
 from diva_jax.common.errors import RunError, Terminated, UserError, place, printable
 
 # Time for threads to end after a command has, since one of them may wait for a disk that is gone [s].
@@ -40,7 +40,6 @@ _handled = 0
 
 # Makes config -> [(dotted path, value, documentation)] of its fields.
 Describe = Callable[[ConfigDict], Sequence[tuple[str, str, str]]]
-
 flags.disclaim_key_flags()
 
 
@@ -99,8 +98,8 @@ def _reason(e: Exception) -> str:
         if e.flagname.startswith("config."):
             return f"--{e.flagname} changes a field of --config, which is missing: add --config=FILE"
         names = [name for name in flags.FLAGS if not name.startswith("config.")]
-        found = near.nearest(e.flagname, names) or [
-            f"config.{n}" for n in near.nearest(e.flagname, fields.flatten(config or {}))
+        found = errors.nearest(e.flagname, names) or [
+            f"config.{n}" for n in errors.nearest(e.flagname, fields.flatten(config or {}))
         ]
         return f"there is no flag --{e.flagname}" + (f"; did you mean --{' or --'.join(found)}?" if found else "")
     return str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
@@ -180,31 +179,6 @@ def _on_unraisable(lost) -> None:
         sys.__unraisablehook__(lost)
 
 
-def _write_trace() -> str:
-    """Writes the trace of the present exception to a new file in the folder for temporary files; returns its name."""
-    try:
-        with tempfile.NamedTemporaryFile("w", prefix="diva_jax_", suffix=".log", delete=False, encoding="utf-8") as f:
-            f.write(f"{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
-        return f"the full trace is in {f.name}"
-    except OSError as e:
-        return f"the full trace could not be written ({e})"
-
-
-def _prepare() -> None:
-    """Installs the handlers of signals, and how warnings are printed; defines the flags that all commands have."""
-    faulthandler.enable()
-    logging.use_absl_handler()
-    logging.get_absl_handler().setFormatter(_PlainFormatter())
-    # transformers otherwise says that PyTorch is missing, which no command needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _raises(KeyboardInterrupt, _SIGINT_CODE, "interrupted"))
-        signal.signal(signal.SIGTERM, _raises(Terminated, _SIGTERM_CODE, "terminated"))
-        sys.unraisablehook = _on_unraisable
-    for name, text in _EVERYWHERE.items():
-        flags.DEFINE_bool(name, False, text, short_name="h" if name == "help" else None)
-
-
 def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe | None) -> None:
     try:
         given = flags.FLAGS(sys.argv)[1:]
@@ -230,29 +204,41 @@ def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe
 
 def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Describe | None = None) -> None:
     """Runs a command: flags parsed, `main` called with the values of `arguments`, every error reported as one line.
-
     Exit codes: 2 for `UserError`; 1 for `RunError` and for unexpected exceptions, whose trace is written to a file and
     which are named by their line where that is in a module of the user; 130 after SIGINT; 143 after SIGTERM.
-    `described` makes config -> its fields, for `--help` with a config.
-    """
-    _prepare()
+    `described` makes config -> its fields, for `--help` with a config."""
+    faulthandler.enable()
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(_PlainFormatter())
+    # transformers otherwise says that PyTorch is missing, which no command needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _raises(KeyboardInterrupt, _SIGINT_CODE, "interrupted"))
+        signal.signal(signal.SIGTERM, _raises(Terminated, _SIGTERM_CODE, "terminated"))
+        sys.unraisablehook = _on_unraisable
+    for name, text in _EVERYWHERE.items():
+        flags.DEFINE_bool(name, False, text, short_name="h" if name == "help" else None)
     try:
         _run(main, arguments, described)
         sys.exit(0)
-    except UserError as e:
-        message, code = f"error: {e}", 2
-    except RunError as e:
-        message, code = f"error: {e}", 1
+    except (UserError, RunError) as e:
+        message, code = f"error: {e}", 2 if isinstance(e, UserError) else 1
     except KeyboardInterrupt:
         message, code = "interrupted", _SIGINT_CODE
     except Terminated:
         message, code = "terminated", _SIGTERM_CODE
     except Exception as e:
-        said = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        if where := place(e):
-            message, code = f"error: {where}: {said}; {_write_trace()}", 1
-        else:
-            message, code = f"error: unexpected ({said}): {_write_trace()}, please report it", 1
+        try:
+            file = tempfile.NamedTemporaryFile("w", prefix="diva_jax_", suffix=".log", delete=False, encoding="utf-8")
+            with file:
+                file.write(f"{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
+            trace = f"the full trace is in {file.name}"
+        except OSError as lost:
+            trace = f"the full trace could not be written ({lost})"
+        where, said, code = place(e), " ".join(f"{type(e).__name__}: {e}".split())[:300], 1
+        message = f"error: {where}: {said}; {trace}"
+        if not where:
+            message = f"error: unexpected ({said}): {trace}, please report it"
     print(printable(" ".join(message.split()))[:_MAX_MESSAGE_CHARS], file=sys.stderr, flush=True)
     _end_within(_LINGER_S, code)
     sys.exit(code)

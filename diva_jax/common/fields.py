@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from diva_jax.common import near
+from diva_jax.common import errors
 from diva_jax.common.errors import UserError, brief
 
 Section = TypeVar("Section")
@@ -195,7 +195,7 @@ def check(values: Mapping[str, Any], declarations: Mapping[str, Field], path: st
     given = flatten(values, declarations)
     if unknown := [name for name in given if name not in declarations]:
         names, known = ([f"{path}.{n}".removeprefix("config.") for n in found] for found in (unknown, declarations))
-        raise UserError(near.unknown(_NO_FIELD, names, known, _ALL_FIELDS))
+        raise UserError(errors.unknown(_NO_FIELD, names, known, _ALL_FIELDS))
     for name, value in given.items():
         if problem := declarations[name].problem(value):
             raise UserError(f"{path}.{name}={brief(value)} {problem}")
@@ -206,7 +206,7 @@ def require(config: ConfigDict, paths: Iterable[str]) -> None:
     known = flatten(config)
     sections = {name[: m.start()] for name in known for m in re.finditer(r"\.", name)}
     if missing := [p for p in paths if p not in known and p not in sections and p not in config]:
-        raise UserError(near.unknown(_NO_FIELD, missing, known, _ALL_FIELDS))
+        raise UserError(errors.unknown(_NO_FIELD, missing, known, _ALL_FIELDS))
 
 
 def parse(section: type[Section], values: Mapping[str, Any], path: str) -> Section:

@@ -101,10 +101,9 @@ def checked(path: str | os.PathLike, content: Any, form: Any, repair: str) -> An
 def first_error(e: pydantic.ValidationError) -> str:
     """Where a value has not the declared form, and what is wrong with it: `tasks.mmvp.title is 3: ...`."""
     error = e.errors(include_url=False)[0]
-    where = ".".join(printable(str(part))[:60] for part in error["loc"][:12])
+    where = ".".join(printable(str(part))[:60] for part in error["loc"][:12]).replace("\n", " ")
     if error["type"] == "missing":
         parent, _, field = where.rpartition(".")
-        return f"{parent or 'it'} has no {field!r}".replace("\n", " ")
-    reason = error["msg"].removeprefix("Value error, ")[:300]
+        return f"{parent or 'it'} has no {field!r}"
     value = "" if error["type"] == "value_error" else f" is {brief(error['input'], 40)}"
-    return f"{where or 'it'}{value}: {reason}".replace("\n", " ")
+    return f"{where or 'it'}{value}: {error['msg'].removeprefix('Value error, ')[:300]}".replace("\n", " ")

@@ -2,15 +2,19 @@
 
 import contextlib
 import datetime
+import functools
+import importlib.metadata
+import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 from tqdm import tqdm
 
+from diva_jax import __version__
 from diva_jax.common.errors import printable
 
 tqdm.monitor_interval = 0  # Without its thread.
@@ -32,6 +36,12 @@ def say(*parts) -> None:
         _file.writelines(lines)
     elif len(_early) < _MAX_EARLY_LINES:
         _early.extend(lines)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """`say`, the first time."""
+    say(text)
 
 
 class _Lines:
@@ -80,3 +90,21 @@ def keep_in(file: TextIO | None) -> None:
         file.writelines(_early)
     _early.clear()
     _file = file
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")
+
+
+def now() -> str:
+    """Returns the time in UTC: `2026-01-31T12:00:00+00:00`."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def describe() -> dict[str, Any]:
+    """Returns {"versions": package -> version, "devices": such as "8 x TPU v5e"}; the devices of all processes."""
+    devices = jax.devices()
+    versions = {p: importlib.metadata.version(p) for p in _PACKAGES}
+    return {
+        "versions": {"diva_jax": __version__, "python": platform.python_version()} | versions,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+    }

@@ -22,8 +22,6 @@ from diva_jax.common.errors import UserError
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 # gcsfs warns at every call where the account lacks a right that nothing here needs.
 logging.getLogger("gcsfs").setLevel(logging.ERROR)
-
-
 # A value that is a URL, whose query may hold anything; or the URLs within a text.
 _A_URL = re.compile(r"(?s)[A-Za-z][\w+.-]*://.*")
 _URLS = re.compile(r"[A-Za-z][\w+.-]*://\S+")
@@ -43,14 +41,11 @@ def folder(path, flag: str) -> epath.Path:
         remote = epath.Path(path)
         remote.exists()
     except (ImportError, KeyError) as e:
-        if str(path).startswith("gs://"):
-            raise UserError(f"{flag}={path}: buckets need gcsfs: pip install -e '.[gcs]'") from e
-        raise UserError(f"{flag}={path} has a scheme that is not supported: use gs://BUCKET/... or a folder") from e
-    except Exception as e:
-        # The store has errors of its own, from DNS to a right that is missing.
-        raise UserError(
-            f"{flag}={path} cannot be reached ({reason(e)}): check the name and this account's rights"
-        ) from e
+        known = str(path).startswith("gs://")
+        why = "needs gcsfs: pip install -e '.[gcs]'" if known else "has a scheme that is not supported: use gs://..."
+        raise UserError(f"{flag}={path} {why}, or a folder on this machine") from e
+    except Exception as e:  # The store has errors of its own, from DNS to a right that is missing.
+        raise UserError(f"{flag}={path} cannot be reached ({reason(e)}): check it and this account's rights") from e
     return remote
 
 

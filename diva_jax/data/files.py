@@ -1,4 +1,4 @@
-"""Files of a data set: patterns, folders and reads by position, on this machine or behind a scheme such as gs://."""
+"""Files of a data set: patterns, folders, samples and reads by position, on this machine or behind a scheme (gs://)."""
 
 import concurrent.futures
 import glob
@@ -8,6 +8,8 @@ import math
 import os
 import posixpath
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import braceexpand
 import fsspec
@@ -29,6 +31,10 @@ _MAX_EXPANDED = 1_000_000
 # A longer text is no path on any machine.
 MAX_PATH = 4096
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+# A key and its extension, one or several parts that each begin with a letter: `0.input.jpg` is `input.jpg` of `0`, but
+# `frame.0001.jpg` is `jpg` of `frame.0001`.
+_NAME = re.compile(r"((?:.*/)?[^/.][^/]*?)((?:\.[A-Za-z][\w-]*)+)", re.S)
 
 WHAT = (
     "a .tar shard, a pattern like {00000..00331}.tar, a folder of shards or of images, a .csv, .tsv, .jsonl or "
@@ -192,26 +198,14 @@ def _matches(pattern: str) -> list[str]:
         if matched := [f for name in names for f in match(name)]:
             return matched
         raise UserError(f"config.data.path={pattern!r} matches no file: give it {WHAT}")
-    if names == [pattern]:
-        raise UserError(f"config.data.path={pattern!r} does not exist: {demo_hint(pattern) or f'give it {WHAT}'}")
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         missing = [f for f, there in zip(names, pool.map(exists, names), strict=True) if not there]
+    if missing == [pattern]:
+        raise UserError(f"config.data.path={pattern!r} does not exist: {demo_hint(pattern) or f'give it {WHAT}'}")
     if missing:
-        raise UserError(
-            f"config.data.path={pattern!r} names {len(missing)} files that do not exist "
-            f"({listing(missing, 5)}): correct the range, or use * for the files that exist"
-        )
+        problem = f"config.data.path={pattern!r} names {len(missing)} files that do not exist ({listing(missing, 5)})"
+        raise UserError(f"{problem}: correct the range, or use * for the files that exist")
     return names
-
-
-def _kind_of_content(path: str) -> str:
-    """ "tars" for a file without a known suffix that is a tar archive; an error for another file."""
-    if path.lower().endswith(_PACKED_TARS):
-        raise UserError(f"config.data.path={path!r} is compressed: unpack it to .tar, which is read in place")
-    with open_binary(path) as f:
-        if f.read(_USTAR_OFFSET + len(_USTAR)).endswith(_USTAR):
-            return "tars"
-    raise UserError(f"config.data.path={path!r} is no kind of data that is read here: give it {WHAT}")
 
 
 def find(path: str) -> tuple[str, list[str]]:
@@ -223,7 +217,14 @@ def find(path: str) -> tuple[str, list[str]]:
     if is_folder(path):
         paths = walk(path)
     elif exists(path):
-        return kind_of(path) or _kind_of_content(path), [path]
+        if path.lower().endswith(_PACKED_TARS):
+            raise UserError(f"config.data.path={path!r} is compressed: unpack it to .tar, which is read in place")
+        if kind := kind_of(path):
+            return kind, [path]
+        with open_binary(path) as f:
+            if f.read(_USTAR_OFFSET + len(_USTAR)).endswith(_USTAR):
+                return "tars", [path]
+        raise UserError(f"config.data.path={path!r} is no kind of data that is read here: give it {WHAT}")
     else:
         paths = _matches(path)
     packed = [f for f in paths if f.lower().endswith(_PACKED_TARS)]
@@ -239,16 +240,71 @@ def find(path: str) -> tuple[str, list[str]]:
             logger.warning("%s: %d %s beside the %s are not read (%s)", path, len(left), what, kind, listing(left, 2))
     if kind:
         return kind, [f for f in paths if kind_of(f) == kind or (kind == "images" and is_unread(f))]
-    if packed:
-        raise UserError(
-            f"{packed[0]} of config.data.path is compressed: unpack the shards to .tar, which are read in place"
-        )
-    if unread := [f for f in paths if is_unread(f)]:
-        raise UserError(
-            f"config.data.path={path!r} has images of formats alone that are not read ({listing(unread, 2)}): convert "
-            "them to JPEG or PNG"
-        )
     raise UserError(
         f"config.data.path={path!r} has neither .tar shards nor images ({', '.join(IMAGE_SUFFIXES)}) nor tables "
-        "(.arrow, .parquet, .csv, .tsv, .jsonl) in it"
+        "(.arrow, .parquet, .csv, .tsv, .jsonl) in it; shards that are compressed must be unpacked, and images of "
+        "other formats converted to JPEG or PNG"
     )
+
+
+def split(name: str) -> tuple[str, str]:
+    """(key, extension in lower case) of a file's name; ("", "") for hidden files and those without an extension."""
+    match = _NAME.fullmatch(name)
+    return (match[1], match[2][1:].lower()) if match else ("", "")
+
+
+def group(named: Iterable[tuple[str, T]], where: str) -> dict[str, dict[str, T]]:
+    """The samples, {key: {extension: item}}, of (name, item), in their order. A UserError, which gives `where`, if two
+    names have the same key and extension, so that samples would be merged."""
+    grouped: dict[str, dict[str, T]] = {}
+    for name, item in named:
+        key, extension = split(name)
+        if key:
+            sample = grouped.setdefault(key, {})
+            if extension in sample:
+                problem = f"{where} has {listing([key])}.{extension} twice, which would merge two samples"
+                raise UserError(f"{problem}: give every sample a name of its own")
+            sample[extension] = item
+    return grouped
+
+
+def images_of(sample: Mapping[str, T]) -> list[str]:
+    """The extensions of a sample's images, that of the image to use first: the first of `IMAGE_SUFFIXES`, or else of
+    NAME.jpg and so on."""
+    kinds = {e: f".{e.rpartition('.')[2]}" for e in sample}
+    images = [e for e, kind in kinds.items() if kind in IMAGE_SUFFIXES]
+    return sorted(images, key=lambda e: (e.count("."), IMAGE_SUFFIXES.index(kinds[e]), e))
+
+
+def beside(sample: Mapping[str, T], image: str, kind: str) -> T | None:
+    """The item of a kind, such as "txt", for the image of an extension: `0.input.txt`, or else `0.txt`."""
+    return sample.get(f"{image.rpartition('.')[0]}.{kind}", sample.get(kind))
+
+
+LeftOut = tuple[int, list[str]]  # How many images, and the names of some.
+
+
+def left_out(names: Sequence[str]) -> LeftOut:
+    """How many these are, and two of them."""
+    return len(names), list(names[:2])
+
+
+def say_left_out(where: str, others: LeftOut, unread: LeftOut) -> None:
+    """Warns of images that are not read: further ones of a sample, and those of other formats."""
+    one = f"a sample has one image, the first of {', '.join(IMAGE_SUFFIXES)}, or else of NAME.jpg and so on"
+    for (count, some), what, rule in (
+        (others, "further images of samples", one),
+        (unread, "images of other formats", "convert them to JPEG or PNG"),
+    ):
+        if count:
+            logger.warning("%s: %d %s are not read (such as %s): %s", where, count, what, listing(some), rule)
+
+
+def one_image_each(paths: Sequence[str], where: str, quiet: bool = False) -> list[str]:
+    """The image of each sample among files, in the order of the files; what is left out is logged."""
+    images = [p for p in paths if kind_of(p) == "images"]
+    kept = {sample[images_of(sample)[0]] for sample in group(zip(images, images, strict=True), where).values()}
+    if not quiet:
+        others, unread = [p for p in images if p not in kept], [p for p in paths if is_unread(p)]
+        say_left_out(where, left_out(others), left_out(unread))
+    return [p for p in images if p in kept]

@@ -1,7 +1,9 @@
-"""Decoding of images, and the preparation of test images for a backbone: both bit for bit, on the host with Pillow."""
+"""Images on the host, with Pillow: decoding, random resized crops bit for bit as torchvision makes them, and the
+preparation of test images for a backbone."""
 
 import contextlib
 import io
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -11,6 +13,46 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import files
+
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_ATTEMPTS = 10
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom [pixels]
+
+
+def sample_box(
+    rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """Draws torchvision's RandomResizedCrop: the share of the area is uniform in `scale`, width over height log-uniform
+    in `ratio`; after ten boxes that do not fit, it is the largest central one whose ratio is in range."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_ATTEMPTS):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(rng.integers(0, height - h + 1))
+            left = int(rng.integers(0, width - w + 1))
+            return left, top, left + w, top + h
+    w, h = width, height
+    # At least one pixel: a thin image with a ratio far from 1 would give an empty box.
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def resized_crop(image: Image.Image, box: Box, size: int, interpolation: str = "bicubic") -> np.ndarray:
+    """Crops the box out, then resizes: uint8 [size, size, 3]. `resize(box=...)` would read pixels outside of the
+    box."""
+    return np.asarray(image.crop(box).resize((size, size), INTERPOLATIONS[interpolation]))
+
 
 # Pillow would also pass PostScript to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -48,15 +90,6 @@ class Memory:
                 self._changed.notify_all()
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image of 16 bits per pixel, whose range is known, with 8; Pillow's conversion would cut values off at 255."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} (32 bits) have no range that says what is white")
-    return image
-
-
 def _without_texts(data: bytes) -> bytes:
     """A PNG without colour profiles and texts, which change no pixel and of which Pillow refuses large ones."""
     if not data.startswith(_PNG):
@@ -79,7 +112,11 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are too many")
     image.load()
-    image = _eight_bits(image)
+    if image.mode.startswith("I;16"):  # Pillow's conversion would cut values off at 255.
+        pixels = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
+        image = Image.fromarray(pixels.astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} (32 bits) have no range that says what is white")
     return image.convert("RGB") if rgb and image.mode != "RGB" else image  # Without a copy where it is RGB.
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from diva_jax.common.errors import UserError, brief, listing
-from diva_jax.data import files, samples, texts
+from diva_jax.data import files, texts
 from diva_jax.data import tars as shards
 from diva_jax.data.images import open_image, read_file
 from diva_jax.data.records import MAX_CAPTION_BYTES
-from diva_jax.data.tfds_source import TfdsSource
+from diva_jax.data.sources import TfdsSource
 
 _LAYOUT = "PATH/test/0.tar, 1.tar, ... as clip_benchmark_export_wds writes them"
 _TEMPLATES = "zeroshot_classification_templates.txt"
@@ -69,29 +69,23 @@ def has_tars(root: Path) -> bool:
     return any(root.glob("*.tar")) or any((root / "test").glob("*.tar"))
 
 
-def _samples(shard: str) -> list[dict[str, shards.Member]]:
-    """The samples of a shard in archive order: extension -> member."""
-    try:
-        members, complaint = shards.scan(shard)
-    except OSError as e:
-        raise UserError(f"{shard} cannot be read as a tar archive ({e}): fetch it again") from e
-    if complaint:
-        raise UserError(f"{shard} cannot be read as a tar archive (it {complaint}): fetch it again")
-    return list(samples.group(((m.name, m) for m in members), shard).values())
-
-
 def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
     """CLIP_benchmark's webdataset layout: a folder with `test/*.tar`, or one split of it with its tars. `target` is the
     extension of the members with the targets, "cls" or "txt", and `parse` makes a target of such a text. A UserError
     names a shard that is broken, or a sample without an image or a target."""
     top, paths = _shards(root)
-    if not paths:
-        raise UserError(f"{root} has no tar shards: give a folder with {_LAYOUT}")
     places, names, targets, others, unread = [], [], [], [], []
     for shard in map(str, paths):
-        for sample in _samples(shard):
-            images = samples.images_of(sample)
-            member = samples.beside(sample, images[0], target) if images else None
+        try:
+            members, complaint = shards.scan(shard)
+        except OSError as e:
+            members, complaint = [], str(e)
+        if complaint:
+            raise UserError(f"{shard} cannot be read as a tar archive (it {complaint}): fetch it again")
+        unread += [m.name for m in members if files.is_unread(m.name)]
+        for sample in files.group(((m.name, m) for m in members), shard).values():
+            images = files.images_of(sample)
+            member = files.beside(sample, images[0], target) if images else None
             if member is None:
                 lacks = f"a .{target} member" if images else "an image"
                 at = next(iter(sample.values())).offset
@@ -106,11 +100,9 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
             names.append(f"{Path(shard).name}[{len(names)}]")
             places.append((shard, *sample[images[0]][1:]))
             others += [sample[e].name for e in images[1:]]
-            unread += [m.name for m in sample.values() if files.is_unread(m.name)]
     if not places:
-        raise UserError(f"the {len(paths)} shards from {paths[0]} on hold no samples: give a folder with {_LAYOUT}")
-
-    samples.say_left_out(str(root), samples.left_out(others), samples.left_out(unread))
+        raise UserError(f"{root} has no samples in {len(paths)} tar shards: give a folder with {_LAYOUT}")
+    files.say_left_out(str(root), files.left_out(others), files.left_out(unread))
 
     def read(i: int) -> Image.Image:
         return open_image(files.read_range(*places[i]), f"{places[i][0]}, byte {places[i][1]}", rgb=True)
@@ -121,21 +113,20 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
 def tfds(spec: str) -> Images:
     """A prepared tfds dataset with labels: `tfds:name/split[?data_dir=...&image=...&label=...]`, see `TfdsSource`."""
     source = TfdsSource(spec, "--data", {"image": "image", "label": "label"})
-    targets, classes = source.labels(source.options["label"])
     names = [source.name(i).removeprefix("tfds:") for i in range(len(source))]
-    return Images(
-        names, lambda i: open_image(source.read(i, with_text=False).image, names[i], rgb=True), targets, classes
-    )
+
+    def read(i: int) -> Image.Image:
+        return open_image(source.read(i, with_text=False).image, names[i], rgb=True)
+
+    return Images(names, read, *source.labels())
 
 
 def folder_images(root: Path) -> list[Path]:
     """The image of each sample below a folder, sorted."""
-    return [Path(f) for f in samples.one_image_each(files.walk(str(root)), str(root))]
+    return [Path(f) for f in files.one_image_each(files.walk(str(root)), str(root))]
 
 
 def image_files(paths: Sequence[Path], targets: Sequence, root: Path, rgb: bool = True, **kw) -> Images:
-    """Images in files of their own, named relative to `root`; `rgb` as in `images.decode`, `kw` of `Images`."""
-
     names = [os.path.relpath(p, root) for p in paths]
     return Images(names, lambda i: read_file(paths[i], rgb), targets, **kw)
 
@@ -170,10 +161,8 @@ def class_folders(root: Path) -> Images:
     labels = {name: label for label, name in enumerate(names)}
     classes = lines(root / "classnames.txt") or names
     if len(classes) != len(names):
-        raise UserError(
-            f"{root}/classnames.txt has {len(classes)} names, but there are {len(names)} folders of classes: give each "
-            "folder a name, in the order of the folders"
-        )
+        problem = f"{root}/classnames.txt has {len(classes)} names, but there are {len(names)} folders of classes"
+        raise UserError(f"{problem}: give each folder a name, in the order of the folders")
     return in_folders(root, labels, classes=classes, templates=lines(root / _TEMPLATES))
 
 
@@ -202,13 +191,10 @@ def read_names(path: str) -> list[list[str]] | dict[str, list[str]]:
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list | dict) or not value:
         raise UserError(f"{path} must hold a list of texts, or an object with one entry per class")
-    by_key = {
-        k: [v] if isinstance(v, str) else v for k, v in (value.items() if isinstance(value, dict) else enumerate(value))
-    }
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    by_key = {k: [v] if isinstance(v, str) else v for k, v in items}
     for key, entry in by_key.items():
         if not isinstance(entry, list) or not entry or not all(isinstance(t, str) and t.strip() for t in entry):
-            raise UserError(
-                f"{path} has {brief(entry)} at {brief(key)}, where it must hold a text or a list of texts, none empty: "
-                "write texts in quotes"
-            )
+            where = f"{path} has {brief(entry)} at {brief(key)}"
+            raise UserError(f"{where}, where it must hold a text or a list of texts, none empty")
     return by_key if isinstance(value, dict) else list(by_key.values())

@@ -29,7 +29,7 @@ from diva_jax.common import json_files, paths
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.json_files import Record
-from diva_jax.data.crop import Box
+from diva_jax.data.images import Box
 from diva_jax.data.records import Source
 
 DTYPE = np.dtype(ml_dtypes.bfloat16)
@@ -41,6 +41,7 @@ _HEADER = struct.Struct("<qiI4i")
 _ENTRY_OVERHEAD_BYTES, _SHARD_OVERHEAD_BYTES = 160, 2**17
 _MAX_OPEN_SHARDS = 256
 _MAX_SHARDS = 10**6
+_AGAIN = "make the cache of this config and data with python -m diva_jax.cache_latents"
 # Records that are compared with the data when a cache is opened.
 _PROBED = 16
 
@@ -66,11 +67,6 @@ class Entry(NamedTuple):
         record, crop, crc, *box = _HEADER.unpack_from(data)
         moments = np.frombuffer(data, DTYPE, offset=_HEADER.size).reshape(shape) if len(data) > _HEADER.size else None
         return cls(record, crop, crc, tuple(box), moments)
-
-
-def entry_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]:
-    """The shape of an entry that holds arrays of these shapes."""
-    return shapes["moments"] if list(shapes) == ["moments"] else (1, 1, sum(map(math.prod, shapes.values())))
 
 
 def checksum(record, with_text: bool) -> int:
@@ -121,13 +117,12 @@ class Manifest(Record):
     @classmethod
     def read(cls, folder: Path, field: str) -> "Manifest | None":
         """The manifest in a folder, None where there is none; a UserError where it is broken or of another version."""
-        again = "make the cache again with python -m diva_jax.cache_latents"
         try:
-            found = json_files.read(folder / FILE, cls, again, None)
+            found = json_files.read(folder / FILE, cls, _AGAIN, None)
         except UserError as e:
             raise UserError(f"{field}={folder} holds no cache of this version: {e}") from e
         if found and found.shards > _MAX_SHARDS:
-            raise UserError(f"{field}={folder} has more than {_MAX_SHARDS} shards: {again}")
+            raise UserError(f"{field}={folder} has more than {_MAX_SHARDS} shards: {_AGAIN}")
         return found
 
 
@@ -171,49 +166,30 @@ def is_complete(path: Path, entries: int) -> bool:
 
 class Cache:
     """A complete cache on this machine, read from any number of threads; `facts` are what this run's moments depend on,
-    `shapes` those of its arrays, if there are others. `with_text`: whether captions are among them.
+    `shapes` those of its arrays, if there are others. `with_text`: whether captions are among them. A UserError, which
+    names `config.data.latents`, where it is missing, not complete or of other facts."""
 
-    A UserError, which names `config.data.latents`, where it is missing, not complete or of other facts.
-    """
-
-    def __init__(
-        self,
-        folder: str,
-        facts: Mapping[str, Any],
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
-        with_text: bool = False,
-    ):
+    def __init__(self, folder: str, facts: Mapping[str, Any], shapes: Mapping | None = None, with_text: bool = False):
         self._folder = paths.local(folder, "config.data.latents").expanduser()
         self._named = f"config.data.latents={folder}"
         manifest = Manifest.read(self._folder, "config.data.latents")
         if manifest is None:
-            raise UserError(
-                f"{self._named} holds no cache of latents ({FILE} is not there): make it with python -m "
-                "diva_jax.cache_latents, or give the folder that its --out named"
-            )
+            raise UserError(f"{self._named} holds no cache of latents ({FILE} is not there): {_AGAIN}")
         self.manifest, self._with_text = manifest, with_text
         self._shapes = shapes or {"moments": manifest.shape}
         if wrong := differences(manifest.facts, facts):
-            raise UserError(
-                f"{self._named} was made with other settings: {listing(wrong, 3)}; use the cache of this config, "
-                "which python -m diva_jax.cache_latents makes"
-            )
+            raise UserError(f"{self._named} was made with other settings: {listing(wrong, 3)}; {_AGAIN}")
         there = set(os.listdir(self._folder))
         if missing := [name for name in map(manifest.file, range(manifest.shards)) if name not in there]:
-            raise UserError(
-                f"{self._named} lacks {len(missing)} of its {manifest.shards} shards ({listing(missing, 2)}): run the "
-                "command that makes it again, which goes on where it ended"
-            )
+            lacking = f"{len(missing)} of its {manifest.shards} shards ({listing(missing, 2)})"
+            raise UserError(f"{self._named} lacks {lacking}: {_AGAIN}")
         self._reader = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(_open)
 
     def check(self, source: Source) -> None:
         """Compares some records, spread over all, with those that the cache was made of; a UserError if they differ."""
-        n = self.manifest.records
-        if len(source) != n:
-            raise UserError(
-                f"{self._named} was made of {n} images, and config.data.path has {len(source)}: make the cache of this "
-                "data with python -m diva_jax.cache_latents"
-            )
+        n, there = self.manifest.records, len(source)
+        if there != n:
+            raise UserError(f"{self._named} was made of {n} images, and config.data.path has {there}: {_AGAIN}")
         for record in np.unique(np.linspace(0, n - 1, _PROBED, dtype=np.int64)):
             entry = self._entry(int(record), 0)
             try:
@@ -241,10 +217,8 @@ class Cache:
             raise RunError(self._other_image(name))
 
     def _other_image(self, name: str) -> str:
-        return (
-            f"{self._named} was made of other data: {name} is another image{' or caption' * self._with_text} there; "
-            "make the cache of this data with python -m diva_jax.cache_latents"
-        )
+        what = f"{name} is another image{' or caption' * self._with_text} there"
+        return f"{self._named} was made of other data: {what}; {_AGAIN}"
 
     def _entry(self, record: int, crop: int) -> Entry:
         m = self.manifest
@@ -255,8 +229,6 @@ class Cache:
             if (entry.record, entry.crop) != (record, crop):
                 raise ValueError(f"it is that of record {entry.record}, crop {entry.crop}")
         except (RuntimeError, ValueError, IndexError, OSError, struct.error) as e:
-            raise RunError(
-                f"{self._named}: the entry of record {record}, crop {crop} in {m.file(shard)} cannot be read "
-                f"({' '.join(str(e).split())[:200]}): delete that file and run the command that makes the cache again"
-            ) from e
+            where, why = f"the entry of record {record}, crop {crop} in {m.file(shard)}", " ".join(str(e).split())[:200]
+            raise RunError(f"{self._named}: {where} cannot be read ({why}): delete that file, and {_AGAIN}") from e
         return entry

@@ -3,6 +3,7 @@ or CC0, except the motorcycle pair (Middlebury 2014 stereo data, see scikit-imag
 
 import importlib.util
 import io
+import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,24 +16,7 @@ from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 
 # File in skimage/data -> caption.
-PHOTOGRAPHS = {
-    "astronaut.png": "a portrait of an astronaut in an orange suit in front of a flag",
-    "brick.png": "a brick wall",
-    "camera.png": "a man with a camera on a tripod on a lawn",
-    "chelsea.png": "a close-up of a tabby cat",
-    "clock_motion.png": "a wall clock blurred by motion",
-    "coffee.png": "a cup of coffee with a spoon on a wooden table",
-    "coins.png": "ancient Greek coins on a dark background",
-    "grass.png": "a lawn seen from above",
-    "gravel.png": "gravel seen from above",
-    "hubble_deep_field.jpg": "distant galaxies in a dark sky",
-    "ihc.png": "stained tissue under a microscope",
-    "moon.png": "the surface of the moon",
-    "motorcycle_left.png": "a motorcycle in a garage",
-    "motorcycle_right.png": "a motorcycle in a garage, from a little to the right",
-    "retina.jpg": "the retina of a human eye",
-    "rocket.jpg": "a rocket on its launch pad at dusk",
-}
+PHOTOGRAPHS: dict[str, str] = json.loads(Path(__file__).with_name("photos.json").read_text())
 # The longer side of an example is drawn from this range [pixels].
 _MIN_SIDE, _MAX_SIDE = 160, 384
 _JPEG_QUALITY = 90
@@ -44,16 +28,6 @@ class Example(NamedTuple):
     photograph: str
     caption: str
     jpeg: bytes
-
-
-def _folder() -> Path:
-    spec = importlib.util.find_spec("skimage")
-    folder = Path(spec.origin).parent / "data" if spec else None
-    if not folder or not all((folder / name).exists() for name in PHOTOGRAPHS):
-        raise UserError(
-            "the demo's photographs come with scikit-image, which is not installed: pip install -e '.[demo]'"
-        )
-    return folder
 
 
 def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -71,7 +45,10 @@ def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def examples(count: int = 96, seed: int = 0) -> Iterator[Example]:
     """Overlapping regions, one photograph after the other, the same bytes always; a UserError without scikit-image."""
-    folder = _folder()
+    spec = importlib.util.find_spec("skimage")
+    folder = Path(spec.origin).parent / "data" if spec else Path()
+    if not all((folder / name).exists() for name in PHOTOGRAPHS):
+        raise UserError("the demo's photographs come with scikit-image, which is missing: pip install -e '.[demo]'")
     names = list(PHOTOGRAPHS)
     images = {name: Image.open(folder / name).convert("RGB") for name in names}
     for i in range(count):
@@ -107,8 +84,6 @@ def write_folder(out_dir: str | Path, count: int = 96, seed: int = 0) -> list[Pa
     """Writes the examples of `pack_photos` as a plain folder: `<photograph>/<number>.jpg`."""
     written = []
     for i, example in enumerate(examples(count, seed)):
-        path = Path(out_dir) / Path(example.photograph).stem / f"{i:04d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(example.jpeg)
-        written.append(path)
+        written.append(Path(out_dir) / Path(example.photograph).stem / f"{i:04d}.jpg")
+        paths.write_whole(written[-1], example.jpeg)
     return written

@@ -1,6 +1,8 @@
 """What a data set is made of: records with an image and, where the data has captions, a text."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -74,41 +76,49 @@ def listed(value) -> tuple[str, ...] | None:
     return found
 
 
-def listed_in(data: bytes | None) -> tuple[str, ...] | None:
-    """The `texts` of the JSON object in a file; None where there is none, and a ValueError for anything else."""
-    meta = json_files.decoded(data) if data else None
-    return listed(meta.get("texts")) if isinstance(meta, dict) else None
-
-
-def first_caption(found: Iterable[tuple[str, bytes | None]]) -> str | None:
-    """The first caption that is not blank, of (one of `CAPTION_KINDS`, content) of files: a text, or a JSON object with
-    the field "caption". A ValueError where a file is not UTF-8 or not JSON."""
-    for kind, data in found:
-        try:
-            if kind == "json" and data:
-                meta = json_files.decoded(data)
-                text = caption(meta.get("caption")) if isinstance(meta, dict) else None
-            else:
-                text = (data or b"").decode("utf-8")
-        except ValueError as e:
-            raise ValueError(f"the caption in its .{kind} file cannot be read ({e})") from e
-        if text and text.strip():
-            return text
-    return None
-
-
-def has_captions(text: Callable[[int], str | None], records: Sequence[int]) -> bool:
-    """Whether one of 64 of these records, spread evenly, has a caption that can be read."""
-    for i in records[:: -(-len(records) // _PROBED) or 1]:
-        try:
-            if text(i):
-                return True
-        except (OSError, ValueError):
-            continue
-    return False
-
-
 def locate(ends: np.ndarray, i: int) -> tuple[int, int]:
     """(the part with item i, the item's number in it) of parts in a row, of which the k-th ends before `ends[k]`."""
     part = int(np.searchsorted(ends, i, side="right"))
     return part, i - (int(ends[part - 1]) if part else 0)
+
+
+class CaptionFiles:
+    """What sources have in common whose captions are files beside the images. They have `image(i)`, the encoded image
+    of record i, `beside(i, kind)`, the content of its file of one of `CAPTION_KINDS` or None, and `captioned()`, the
+    records with such files."""
+
+    def read(self, i: int, with_text: bool = True) -> Record:
+        """See `Source.read`; an OSError where a file cannot be read, a ValueError for a broken caption."""
+        return Record(self.name(i), self.image(i), self._text(i) if with_text else None)
+
+    def texts(self, i: int) -> tuple[str, ...] | None:
+        """The list `texts` in the JSON file of record i; errors as of `read`."""
+        data = self.beside(i, "json")
+        meta = json_files.decoded(data) if data else None
+        return listed(meta.get("texts")) if isinstance(meta, dict) else None
+
+    def _text(self, i: int) -> str | None:
+        """The first caption that is not blank: a text, or a JSON object's field "caption"."""
+        for kind in CAPTION_KINDS:
+            data = self.beside(i, kind)
+            try:
+                if kind == "json" and data:
+                    meta = json_files.decoded(data)
+                    text = caption(meta.get("caption")) if isinstance(meta, dict) else None
+                else:
+                    text = (data or b"").decode("utf-8")
+            except ValueError as e:
+                raise ValueError(f"the caption in its .{kind} file cannot be read ({e})") from e
+            if text and text.strip():
+                return text
+        return None
+
+    @functools.cached_property
+    def has_text(self) -> bool:
+        """Whether one of 64 records with files for captions, spread over all, has a caption that can be read."""
+        records = self.captioned()
+        for i in records[:: -(-len(records) // _PROBED) or 1]:
+            with contextlib.suppress(OSError, ValueError):
+                if self._text(i):
+                    return True
+        return False

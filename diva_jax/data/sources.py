@@ -5,39 +5,36 @@ import functools
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
 from urllib.parse import parse_qsl
+
+import numpy as np
 
 from diva_jax.common import imports
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
 from diva_jax.common.paths import is_remote, reason
-from diva_jax.data import files, mixture, samples
-from diva_jax.data.records import (
-    CAPTION_KINDS,
-    MAX_CAPTION_BYTES,
-    Record,
-    Source,
-    first_caption,
-    has_captions,
-    listed_in,
-)
+from diva_jax.data import files, records
+from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, Record, Source
 from diva_jax.data.tars import TarSource
-from diva_jax.data.tfds_source import TfdsSource
 
-_MODULE = "module:"
+_MIXTURE, _MODULE = "mix:", "module:"
+# The shuffle of an epoch numbers its images with 32 bits.
+_MAX_EPOCH_IMAGES = 2**31
 # Threads that list folders.
 _LISTERS = 16
 # A path with options; a `?` that is part of a glob pattern has no NAME=VALUE after it.
 _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?&=]*(?:&\w+=[^?&=]*)*)")
+_WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)=(.+)", re.S)
 
 
-class FolderSource:
+class FolderSource(records.CaptionFiles):
     """Image files, local or remote, each one record, named relative to `root`; of each sample, one image is used (see
-    `samples.images_of`). Its caption is the `.txt` file of its sample, or else in the `.json` file."""
+    `files.images_of`). Its caption is the `.txt` file of its sample, or else in the `.json` file."""
 
     def __init__(self, paths: Sequence[str], root: str = "", quiet: bool = False):
-        self._paths = samples.one_image_each(paths, "config.data.path", quiet)
+        self._paths = files.one_image_each(paths, "config.data.path", quiet)
         self._cut = len(root.rstrip("/")) + 1 if root and paths[0].startswith(root) else 0
 
     def __len__(self) -> int:
@@ -54,29 +51,134 @@ class FolderSource:
         with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
             there = [p for names in pool.map(files.names_in, folders) for p in names]
         texts = [p for p in there if p.lower().endswith(CAPTION_KINDS)]
-        return samples.group(zip(texts, texts, strict=True), "config.data.path")
+        return files.group(zip(texts, texts, strict=True), "config.data.path")
 
-    @functools.cached_property
+    def captioned(self) -> list[int]:
+        return [i for i, p in enumerate(self._paths) if files.split(p)[0] in self._texts]
+
+    def image(self, i: int) -> bytes:
+        return files.read_image(self._paths[i])
+
+    def beside(self, i: int, kind: str) -> bytes | None:
+        key, image = files.split(self._paths[i])
+        path = files.beside(self._texts.get(key, {}), image, kind)
+        return files.read_at_most(path, MAX_CAPTION_BYTES) if path else None
+
+
+class TfdsSource:
+    """The records of a prepared tfds dataset in array_record format, read without TensorFlow: `tfds:name/split`. `name`
+    may have a config and a version (`coco/2017:1.1.0`) and `split` a slice (`train[:10%]`). After a `?`: `data_dir=...`
+    for another folder than the default of tfds, `image=...` to choose among several image features, `text=...` for the
+    captions (one of `records.TEXT_COLUMNS` if not given), and the options in `defaults`. A UserError, which names
+    `flag`, where the dataset is not there, not in this format, has no records or no such features."""
+
+    def __init__(self, spec: str, flag: str = "config.data.path", defaults: Mapping[str, str] | None = None):
+        self.spec, _, query = spec.partition("?")
+        self.options = {**(defaults or {}), **dict(parse_qsl(query))}
+        known = dict.fromkeys(("data_dir", "image", "text", *(defaults or ())))
+        name, _, split = self.spec.removeprefix("tfds:").rpartition("/")
+        if not name or self.options.keys() - known.keys():
+            form = "&".join(f"{option}=..." for option in known)
+            raise UserError(f"{flag}={spec!r} must read tfds:name/split[?{form}]")
+        import tensorflow_datasets as tfds  # Slow to import, and only this source needs it.
+
+        self._where = f"{flag}={spec!r}"
+        try:
+            builder = tfds.builder(name, data_dir=self.options.get("data_dir"))
+            self.features = builder.info.features
+            images = [key for key, feature in self.features.items() if type(feature) is tfds.features.Image]
+            if not (image := self._chosen("image", "image feature", images)) and len(images) != 1:
+                raise UserError(
+                    f"{self._where} has {len(images)} image features ({listing(images)}): choose one with ?image=..."
+                )
+            self._image = image or images[0]
+            captions = (key for key in records.TEXT_COLUMNS if key in self.features)
+            self._text = self._chosen("text", "feature", self.features) or next(captions, None)
+            # The encoded bytes: decoding and its errors belong to the pipeline.
+            self._records = builder.as_data_source(split=split, decoders={self._image: tfds.decode.SkipDecoding()})
+        except UserError:
+            raise
+        except Exception as e:  # tfds raises a different type for each of missing name, split, folder, format.
+            why = " ".join(str(e).split())[:600].rstrip(".:") or type(e).__name__
+            raise UserError(
+                f"{self._where} cannot be read ({why}): prepare it first with "
+                "tfds.builder(name, file_format='array_record').download_and_prepare()"
+            ) from e
+        if not len(self):
+            raise UserError(f"{self._where} has no records")
+
+    def _chosen(self, option: str, kind: str, there: Collection[str]) -> str | None:
+        """The feature that an option names, if it is given; a UserError where that is not among those `there`."""
+        wanted = self.options.get(option)
+        if wanted and wanted not in there:
+            problem = f"{self._where} cannot be read: it has no {kind} {wanted!r}, only {listing(list(there))}"
+            raise UserError(f"{problem}: choose with ?{option}=...")
+        return wanted
+
+    @property
     def has_text(self) -> bool:
-        """Whether one of 64 images with files for captions, spread over all, has a caption."""
-        return has_captions(self._text, [i for i, p in enumerate(self._paths) if samples.split(p)[0] in self._texts])
+        return self._text is not None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def name(self, i: int) -> str:
+        """`tfds:name/split[i]`."""
+        return f"{self.spec}[{i}]"
 
     def read(self, i: int, with_text: bool = True) -> Record:
-        """See `Source.read`; an OSError where a file cannot be read, a ValueError for a broken caption."""
-        return Record(self.name(i), files.read_image(self._paths[i]), self._text(i) if with_text else None)
+        record = self._records[i]
+        text = records.caption(record[self._text]) if with_text and self._text else None
+        return Record(self.name(i), record[self._image], text)
+
+    def labels(self) -> tuple[list[int], list[str]]:
+        """(the label of each record, the names of the classes) of the class label that the option `label` names; a
+        UserError where there is none."""
+        classes = {name: feature.names for name, feature in self.features.items() if hasattr(feature, "names")}
+        label = self._chosen("label", "class label", classes)
+        return [int(record[label]) for record in self._records], list(classes[label])
+
+
+class MixtureSource:
+    """A source whose epoch has as many records of each part as its weight (the sum is 1) says. One part, the largest
+    for its weight, has each of its records once per epoch. Records of the others are repeated, or rather: slot k of a
+    part of n records is its record k modulo n, so that all of them come before one is repeated. Order, resumption and
+    the split over processes are those of any source, which its epoch's shuffle mixes."""
+
+    def __init__(self, parts: Sequence[Source], weights: Sequence[Fraction], path: str):
+        self.parts = list(parts)
+        length = max(Fraction(len(part)) / w for part, w in zip(parts, weights, strict=True))
+        self.counts = [max(1, round(w * length)) for w in weights]
+        if sum(self.counts) > _MAX_EPOCH_IMAGES:
+            raise UserError(
+                f"config.data.path={path!r}: an epoch would have {sum(self.counts)} images, more than "
+                f"{_MAX_EPOCH_IMAGES}: give the large sources more weight, or fewer files"
+            )
+        self.has_text = all(part.has_text for part in parts)
+        self._ends = np.cumsum(self.counts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(the number of the part, the record of the part) in slot i."""
+        number, slot = records.locate(self._ends, i)
+        return number, slot % len(self.parts[number])
+
+    def name(self, i: int) -> str:
+        """The record's name in its part."""
+        number, record = self.locate(i)
+        return self.parts[number].name(record)
+
+    def read(self, i: int, with_text: bool = True) -> Record:
+        number, record = self.locate(i)
+        return self.parts[number].read(record, with_text)
 
     def texts(self, i: int) -> tuple[str, ...] | None:
-        """The list `texts` in the `.json` file of record i; errors as of `read`."""
-        path = self._beside(i, "json")
-        return listed_in(files.read_at_most(path, MAX_CAPTION_BYTES)) if path else None
-
-    def _beside(self, i: int, kind: str) -> str | None:
-        key, image = samples.split(self._paths[i])
-        return samples.beside(self._texts.get(key, {}), image, kind)
-
-    def _text(self, i: int) -> str | None:
-        found = ((kind, self._beside(i, kind)) for kind in CAPTION_KINDS)
-        return first_caption((kind, files.read_at_most(p, MAX_CAPTION_BYTES)) for kind, p in found if p)
+        """The list `texts` of the record in slot i."""
+        number, record = self.locate(i)
+        part = self.parts[number]
+        return part.texts(record) if hasattr(part, "texts") else part.read(record).texts
 
 
 def split_options(path: str) -> tuple[str, dict[str, str]]:
@@ -93,14 +195,23 @@ def split_options(path: str) -> tuple[str, dict[str, str]]:
     return match[1], options
 
 
-def _mixture(path: str, cache_dir: str | None, quiet: bool, allow_urls: bool) -> Source:
-    weights, paths = zip(*mixture.split(path), strict=True)
-    if nested := [p for p in paths if p.startswith(mixture.PREFIX)]:
+def _mixture(path: str, quiet: bool, **kw) -> MixtureSource:
+    """`mix:2=a.csv;1=b/*.tar`: two thirds of the records are those of a.csv."""
+    entries = [entry.strip() for entry in path.removeprefix(_MIXTURE).split(";") if entry.strip()]
+    matches = [_WEIGHTED.fullmatch(entry) for entry in entries]
+    if not matches or not all(matches) or not all(Fraction(m[1]) > 0 for m in matches):
+        raise UserError(
+            f"config.data.path={path!r} must read mix:WEIGHT=PATH;WEIGHT=PATH with weights above 0, e.g. "
+            "'mix:0.7=cc3m/{00000..00331}.tar;0.3=mine.csv'"
+        )
+    weights, paths = [Fraction(m[1]) for m in matches], [m[2].strip() for m in matches]
+    if nested := [p for p in paths if p.startswith(_MIXTURE)]:
         raise UserError(f"config.data.path={path!r}: {nested[0]!r} is a mixture in a mixture: write its parts instead")
-    source = mixture.MixtureSource([open_source(p, cache_dir, quiet, allow_urls) for p in paths], weights, path)
-    if not quiet:
-        for part, line in zip(paths, source.describe(), strict=True):
-            say(f"{part}: {line}")
+    parts = [open_source(p, quiet=quiet, **kw) for p in paths]
+    source = MixtureSource(parts, [w / sum(weights) for w in weights], path)
+    for name, part, count in zip(paths, parts, source.counts, strict=True) if not quiet else ():
+        share, times = count / len(source), count / len(part)
+        say(f"{name}: {share:.1%} of the images: {len(part):,}, each {times:.3g} times per epoch")
     return source
 
 
@@ -119,8 +230,8 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, al
     `allow_urls` is `config.data.allow_urls`.
     """
     path = path or ""
-    if path.startswith(mixture.PREFIX):
-        return _mixture(path, cache_dir, quiet, allow_urls)
+    if path.startswith(_MIXTURE):
+        return _mixture(path, quiet, cache_dir=cache_dir, allow_urls=allow_urls)
     if path.startswith(_MODULE):
         name, _, options = path.removeprefix(_MODULE).partition("?")
         wanted = "give module:NAME of one on PYTHONPATH that defines open_source(options)"

@@ -8,11 +8,12 @@ import logging
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief, listing
@@ -53,36 +54,43 @@ class _Part(NamedTuple):
     row_group_bytes: int = 0
 
 
-def _column(path: str, what: str, columns: Sequence[str], wanted: str | None, known: Sequence[str]) -> str | None:
-    if wanted and wanted not in columns:
-        raise UserError(f"config.data.path: {path} has no column {wanted!r} for ?{what}=, only {listing(columns, 10)}")
-    return wanted or next((name for name in known if name in columns), None)
-
-
 def choose_columns(path: str, columns: Sequence[str], options: Mapping[str, str]) -> tuple[str | None, ...]:
     """(the column with the images, with the captions or None, with lists of texts or None) of a table's columns;
     `options` may name them as "image", "text" and "texts". A UserError where there is no such column, or none that is
     known to hold images."""
-    image = _column(path, "image", columns, options.get("image"), IMAGE_COLUMNS)
-    if image is None:
+    found = []
+    for what, known in (("image", IMAGE_COLUMNS), ("text", TEXT_COLUMNS), ("texts", ("texts",))):
+        if (wanted := options.get(what)) and wanted not in columns:
+            there = listing(columns, 10)
+            raise UserError(f"config.data.path: {path} has no column {wanted!r} for ?{what}=, only {there}")
+        found.append(wanted or next((name for name in known if name in columns), None))
+    if found[0] is None:
         raise UserError(
             f"config.data.path: {path} has no column {', '.join(IMAGE_COLUMNS[:-1])} or {IMAGE_COLUMNS[-1]}, only "
             f"{listing(columns, 10)}: name the one with the images, as {path}?image=COLUMN"
         )
-    text = _column(path, "text", columns, options.get("text"), TEXT_COLUMNS)
-    alternatives = _column(path, "texts", columns, options.get("texts"), ("texts",))
-    if twice := [c for c in (image, text, alternatives) if list(columns).count(c) > 1]:
+    if twice := [c for c in found if list(columns).count(c) > 1]:
         raise UserError(f"config.data.path: {path} has the column {listing(twice)} twice: rename one")
-    return image, text, alternatives
+    return tuple(found)
+
+
+def _typed_columns(path: str, schema: pa.Schema, options: Mapping[str, str]) -> tuple[str | None, ...]:
+    """As `choose_columns`; a UserError also where the images' column can hold neither images nor paths."""
+    columns = choose_columns(path, schema.names, options)
+    kind = schema.field(columns[0]).type
+    struct = pa.types.is_struct(kind) and {field.name for field in kind} & {"bytes", "path"}
+    if not (struct or _is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise UserError(
+            f"config.data.path: the column {columns[0]!r} of {path} holds {kind}, neither encoded images nor paths: "
+            "name another one with ?image=COLUMN"
+        )
+    return columns
 
 
 class TableSource:
-    """Records that are rows of tables.
-
-    The image is a file (a path relative to the table's folder), the encoded bytes, or a struct of `bytes` and `path` as
-    Hugging Face datasets have it; the caption is a text or a list of texts. A UserError where there are no rows, or the
-    first ones have texts that cannot be used as paths.
-    """
+    """Records that are rows of tables. The image is a file (a path relative to the table's folder), the encoded bytes,
+    or a struct of `bytes` and `path` as Hugging Face datasets have it; the caption is a text or a list of texts. A
+    UserError where there are no rows, or the first ones have texts that cannot be used as paths."""
 
     def __init__(self, parts: Sequence[_Part], allow_urls: bool = False):
         self._parts, self.has_text, self._allow_urls = parts, parts[0].has_text, allow_urls
@@ -110,7 +118,14 @@ class TableSource:
         """See `Source.read`; an OSError where a file cannot be read, a ValueError where a cell has no image or text."""
         number, row = locate(self._ends, i)
         image, text, _ = self._parts[number].cells(row, with_text)
-        return Record(self.name(i), _image_bytes(image, self._parts[number].path, self._allow_urls), caption(text))
+        if isinstance(image, str) and image:
+            if reason := _not_a_path(image, self._allow_urls):
+                raise ValueError(reason)
+            folder = posixpath.dirname(self._parts[number].path)
+            image = files.read_image(image if is_remote(image) else posixpath.join(folder, image))
+        if not isinstance(image, bytes) or not image:
+            raise ValueError("it has no image")
+        return Record(self.name(i), image, caption(text))
 
     def texts(self, i: int) -> tuple[str, ...] | None:
         """The list `texts` of record i; errors as of `read`."""
@@ -125,16 +140,6 @@ def _not_a_path(cell: str, allow_urls: bool) -> str:
             f"{brief(cell)} is a URL: fetch the images and give paths (training with data.allow_urls=True fetches them)"
         )
     return files.no_path(cell)
-
-
-def _image_bytes(cell, table: str, allow_urls: bool) -> bytes:
-    if isinstance(cell, bytes) and cell:
-        return cell
-    if not isinstance(cell, str) or not cell:
-        raise ValueError("it has no image")
-    if reason := _not_a_path(cell, allow_urls):
-        raise ValueError(reason)
-    return files.read_image(cell if is_remote(cell) else posixpath.join(posixpath.dirname(table), cell))
 
 
 def _value(scalar: pa.Scalar):
@@ -208,20 +213,9 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _check_images(path: str, column: str, kind: pa.DataType) -> None:
-    """Raises a UserError where a column of this type can hold neither images nor paths."""
-    struct = pa.types.is_struct(kind) and {field.name for field in kind} & {"bytes", "path"}
-    if not (struct or _is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise UserError(
-            f"config.data.path: the column {column!r} of {path} holds {kind}, neither encoded images nor paths: name "
-            "another one with ?image=COLUMN"
-        )
-
-
 def _read_row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
-    """The rows of a group; a UserError where they are more bytes than `_MAX_ROW_GROUP_BYTES`, whatever the file says
-    of their size.
-    """
+    """The rows of a group; a UserError where they are more bytes than `_MAX_ROW_GROUP_BYTES`, whatever the file says of
+    their size."""
     batches, size = [], 0
     with files.open_binary(path) as f:
         parquet = pq.ParquetFile(f)
@@ -240,11 +234,9 @@ def _read_row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table
 def _parquet_part(path: str, options: Mapping[str, str], read_row_group) -> _Part:
     with files.open_binary(path) as f:
         parquet = pq.ParquetFile(f)
-        schema, metadata = parquet.schema_arrow, parquet.metadata
-        image, *_ = chosen = choose_columns(path, schema.names, options)
+        chosen, metadata = _typed_columns(path, parquet.schema_arrow, options), parquet.metadata
         columns = tuple(dict.fromkeys(filter(None, chosen)))
-        _check_images(path, image, schema.field(image).type)
-        if _is_text(schema.field(image).type):
+        if _is_text(parquet.schema_arrow.field(chosen[0]).type):
             return _of_columns(path, parquet.read(list(columns)), chosen)
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
@@ -260,21 +252,30 @@ def _parquet_part(path: str, options: Mapping[str, str], read_row_group) -> _Par
 def _arrow_part(path: str, options: Mapping[str, str]) -> _Part:
     # No copy: the columns stay in the file.
     table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
-    image, *_ = columns = choose_columns(path, table.column_names, options)
-    _check_images(path, image, table.schema.field(image).type)
+    columns = _typed_columns(path, table.schema, options)
     # Offsets that damage has changed would be read outside of the file.
     table.select(list(dict.fromkeys(filter(None, columns)))).validate(full=True)
     return _of_columns(path, table, columns)
 
 
+class _File(json_files.Record):
+    """A file of a dataset, in the same folder as its state.json."""
+
+    filename: Annotated[str, Field(pattern=r"^[^/\x00]*[^/.\x00][^/\x00]*$")]
+
+
+class _State(json_files.Record):
+    """The state.json that `save_to_disk` writes."""
+
+    files: Annotated[list[_File], Field(min_length=1, alias="_data_files")]
+
+
 def _data_files(path: str, arrow_files: Sequence[str]) -> Sequence[str]:
     """The Arrow files of one dataset: those that its state.json lists, or all but the caches of `datasets.map`."""
-    if list(arrow_files) != [path]:
-        kept = [f for f in arrow_files if not _CACHE.fullmatch(posixpath.basename(f))]
-        if not kept:
-            raise UserError(f"config.data.path={path!r} has caches of datasets.map alone: name one file to read it")
-        arrow_files = kept
-    folders = sorted({posixpath.dirname(f) for f in arrow_files})
+    kept = [f for f in arrow_files if f == path or not _CACHE.fullmatch(posixpath.basename(f))]
+    if not kept:
+        raise UserError(f"config.data.path={path!r} has caches of datasets.map alone: name one file to read it")
+    folders = sorted({posixpath.dirname(f) for f in kept})
     if len(folders) > 1:
         names = listing([posixpath.basename(f) for f in folders], 5)
         raise UserError(f"config.data.path={path!r} holds several datasets ({names}): choose one, e.g. {folders[0]}")
@@ -284,16 +285,9 @@ def _data_files(path: str, arrow_files: Sequence[str]) -> Sequence[str]:
         )
     state = posixpath.join(folders[0], "state.json")
     if not files.is_folder(path) or not files.exists(state):
-        return arrow_files
-    try:
-        listed = [entry["filename"] for entry in texts.parse_json(texts.read_text(state), state)["_data_files"]]
-        if not all(isinstance(name, str) and name == posixpath.basename(name) and name.strip(".") for name in listed):
-            raise ValueError("it lists what is no file of its own folder")
-        if not listed:
-            raise ValueError("it lists no file")
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{state} is no state.json of save_to_disk ({brief(e)}): write the dataset again") from e
-    return [posixpath.join(folders[0], name) for name in listed]
+        return kept
+    listed = json_files.read(state, _State, "it is no state.json of save_to_disk, write the dataset again")
+    return [posixpath.join(folders[0], entry.filename) for entry in listed.files]
 
 
 def open_tables(
@@ -305,10 +299,8 @@ def open_tables(
         paths = _data_files(path, paths)
     splits = {match[1] for f in paths if (match := _SPLIT.search(f.removeprefix(path)))}
     if len(splits) > 1 and files.is_folder(path):
-        raise UserError(
-            f"config.data.path={path!r} holds several splits ({listing(sorted(splits))}): choose the files of one "
-            "with a pattern, e.g. 'data/train-*.parquet'"
-        )
+        problem = f"config.data.path={path!r} holds several splits ({listing(sorted(splits))})"
+        raise UserError(f"{problem}: choose the files of one with a pattern, e.g. 'data/train-*.parquet'")
     read_row_group = functools.lru_cache(maxsize=_KEPT_ROW_GROUPS)(_read_row_group)
     opens = {
         "csv": _csv_part,
@@ -328,11 +320,11 @@ def open_tables(
         raise UserError(
             f"config.data.path: {without[0]} has no column with captions, but {len(parts)} files must agree"
         )
-    if not quiet and parts and parts[0].row_group_bytes > _LARGE_ROW_GROUP_BYTES:
+    if not quiet and (largest := parts[0].row_group_bytes) > _LARGE_ROW_GROUP_BYTES:
         logger.warning(
             "%s has row groups of up to %d MB, one of which is read for every image: write it with fewer rows per row "
             "group, or as a folder of save_to_disk",
             parts[0].path,
-            parts[0].row_group_bytes // 2**20,
+            largest // 2**20,
         )
     return TableSource(parts, allow_urls)

@@ -1,7 +1,6 @@
 """Random access to the images and captions of tar shards, through an index of their headers."""
 
 import concurrent.futures
-import functools
 import hashlib
 import io
 import json
@@ -20,8 +19,8 @@ from tqdm import tqdm
 
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
-from diva_jax.data import files, samples
-from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, Record, first_caption, has_captions, listed_in
+from diva_jax.data import files
+from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, CaptionFiles
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +133,12 @@ def _index_shard(shard: int, path: str) -> _Index:
         # Not skipped as damage is: a temporary failure would change the data, and the cache would keep the change.
         raise UserError(f"tar shard {path} of config.data.path cannot be read ({e}): repair it or leave it out") from e
     rows, names, others, end = [], [], [], 0
-    for sample in samples.group(((m.name, m) for m in members), f"tar shard {path}").values():
-        if not (images := samples.images_of(sample)):
+    for sample in files.group(((m.name, m) for m in members), f"tar shard {path}").values():
+        if not (images := files.images_of(sample)):
             continue
         image, texts = sample[images[0]], []
         for kind in CAPTION_KINDS:
-            member = samples.beside(sample, images[0], kind)
+            member = files.beside(sample, images[0], kind)
             texts += member[1:] if member and member.size <= MAX_CAPTION_BYTES else (0, 0)
         names.append(image.name.encode("utf-8", "surrogateescape"))
         end += len(names[-1])
@@ -148,16 +147,14 @@ def _index_shard(shard: int, path: str) -> _Index:
     if complaint and members:
         complaint += f": {len(rows)} images kept, the rest skipped"
     unread = [m.name for m in members if files.is_unread(m.name)]
-    note = (shard, complaint, samples.left_out(others), samples.left_out(unread))
+    note = (shard, complaint, files.left_out(others), files.left_out(unread))
     notes = json.dumps([note] if complaint or others or unread else [])
     return _Index(np.array(rows, _ROW), np.frombuffer(b"".join(names), np.uint8), np.array(notes))
 
 
 def _join(parts: Sequence[_Index]) -> _Index:
-    rows = np.concatenate([part.rows for part in parts])
-    rows["name_end"] += np.repeat(
-        np.cumsum([0, *(len(part.names) for part in parts[:-1])]), [len(part.rows) for part in parts]
-    )
+    rows, before = np.concatenate([part.rows for part in parts]), np.cumsum([0, *(len(p.names) for p in parts[:-1])])
+    rows["name_end"] += np.repeat(before, [len(part.rows) for part in parts])
     notes = [entry for part in parts for entry in json.loads(str(part.notes))]
     return _Index(rows, np.concatenate([part.names for part in parts]), np.array(json.dumps(notes)))
 
@@ -172,18 +169,16 @@ def _cache_file(shards: Sequence[str], cache_dir: str) -> str:
             return shard, -1, ""
 
     with concurrent.futures.ThreadPoolExecutor(_SCANNERS) as pool:
-        facts = list(pool.map(version, shards))
-    digest = hashlib.sha256(json.dumps([_INDEX_VERSION, facts]).encode()).hexdigest()
-    return os.path.join(cache_dir, f"tar_index_{digest[:20]}.npz")
+        facts = json.dumps([_INDEX_VERSION, list(pool.map(version, shards))])
+    return os.path.join(cache_dir, f"tar_index_{hashlib.sha256(facts.encode()).hexdigest()[:20]}.npz")
 
 
 def _load(path: str, shards: int) -> _Index | None:
     try:
-        with files.open_binary(path) as f:
-            data = f.read(_MAX_INDEX_BYTES + 1)
+        data = files.read_at_most(path, _MAX_INDEX_BYTES) or b""
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             # `np.savez` compresses nothing; what is compressed can be of any size.
-            if len(data) > _MAX_INDEX_BYTES or sum(member.file_size for member in archive.infolist()) > len(data):
+            if sum(member.file_size for member in archive.infolist()) > len(data):
                 raise ValueError("it is too large")
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             return _Index(**{field: stored[field] for field in _Index._fields}).checked(shards)
@@ -203,38 +198,35 @@ def _index(shards: Sequence[str], cache_dir: str | None, quiet: bool) -> _Index:
     with concurrent.futures.ThreadPoolExecutor(_SCANNERS) as pool:
         scanned = pool.map(_index_shard, range(len(shards)), shards)
         # The bar appears where indexing takes more than ten seconds.
-        bar = tqdm(scanned, "indexing tar shards", len(shards), disable=quiet, delay=10, mininterval=10)
-        index = _join(list(bar))
+        index = _join(list(tqdm(scanned, "indexing tar shards", len(shards), disable=quiet, delay=10, mininterval=10)))
     if cached:
         np.savez(data := io.BytesIO(), **index._asdict())
         try:
             paths.write_whole(cached, data.getvalue())
         except OSError as e:
-            said = "the index of the tar shards could not be written to %s (%s): the next start will scan them again"
-            logger.warning(said, cached, e)
+            logger.warning("the index of the tar shards could not be written, the next start scans them again (%s)", e)
     return index
 
 
-class TarSource:
-    """The images of local or remote tar shards as webdataset and img2dataset write them, in archive order.
-
-    A sample, the members of one key, has one image (see `samples.images_of`). Its caption is its `.txt` member, or else
-    the "caption" of its `.json` member, read when it is asked for. The index is kept in `cache_dir`, if any; nothing is
-    ever written beside the shards. A UserError where a shard cannot be read or has a key twice, or there is no image.
-    """
+class TarSource(CaptionFiles):
+    """The images of local or remote tar shards as webdataset and img2dataset write them, in archive order. A sample,
+    the members of one key, has one image (see `files.images_of`). Its caption is its `.txt` member, or else the
+    "caption" of its `.json` member, read when it is asked for. The index is kept in `cache_dir`, if any; nothing is
+    ever written beside the shards. A UserError where a shard cannot be read or has a key twice, or there is no
+    image."""
 
     def __init__(self, shards: Sequence[str], cache_dir: str | None = None, quiet: bool = False):
         self._shards = list(shards)
         self._rows, self._names, notes = _index(self._shards, cache_dir, quiet)
         notes = json.loads(str(notes))
         damaged = [f"{self._shards[i]} {why}" for i, why, *_ in notes if why]
-        if damaged and not quiet:
+        if not quiet:
             for shard in damaged[:_MAX_NAMED]:
                 logger.warning("tar shard %s", shard)
-            logger.warning("%d of %d tar shards are damaged", len(damaged), len(self._shards))
-        if not quiet:
+            if damaged:
+                logger.warning("%d of %d tar shards are damaged", len(damaged), len(self._shards))
             left = [(sum(n[k][0] for n in notes), sum((n[k][1] for n in notes), [])[:2]) for k in (2, 3)]
-            samples.say_left_out("config.data.path", *left)
+            files.say_left_out("config.data.path", *left)
         if not len(self):
             which = f" ({listing(damaged, 3)})" if damaged else ""
             raise UserError(f"config.data.path: not one image in {len(self._shards)} tar files{which}")
@@ -249,27 +241,16 @@ class TarSource:
         shard = self._shards[self._rows["shard"][i]]
         return f"{os.path.basename(shard)}/{member.decode('utf-8', 'surrogateescape')}"
 
-    @functools.cached_property
-    def has_text(self) -> bool:
-        """Whether one of 64 images with members for captions, spread over all, has a caption."""
-        return has_captions(self._text, np.flatnonzero(self._rows["txt_size"] + self._rows["json_size"]))
+    def captioned(self) -> np.ndarray:
+        return np.flatnonzero(self._rows["txt_size"] + self._rows["json_size"])
 
-    def _text(self, i: int) -> str | None:
-        return first_caption((kind, self._member(i, kind)) for kind in CAPTION_KINDS)
-
-    def texts(self, i: int) -> tuple[str, ...] | None:
-        """The list `texts` in the `.json` member of record i; errors as of `read`."""
-        return listed_in(self._member(i, "json"))
-
-    def _member(self, i: int, kind: str) -> bytes | None:
+    def beside(self, i: int, kind: str) -> bytes | None:
         row = self._rows[i]
         size = int(row[f"{kind}_size"])
         return files.read_range(self._shards[row["shard"]], int(row[f"{kind}_offset"]), size) if size else None
 
-    def read(self, i: int, with_text: bool = True) -> Record:
-        """See `Source.read`; an OSError where the shard is shorter than indexed, a ValueError for a broken caption."""
+    def image(self, i: int) -> bytes:
         row = self._rows[i]
         if row["size"] > files.MAX_IMAGE_BYTES:
             raise ValueError(f"it has {row['size']} bytes, more than any image")
-        image = files.read_range(self._shards[row["shard"]], int(row["offset"]), int(row["size"]))
-        return Record(self.name(i), image, self._text(i) if with_text else None)
+        return files.read_range(self._shards[row["shard"]], int(row["offset"]), int(row["size"]))

@@ -49,16 +49,6 @@ def _lines(file, first: str) -> Iterator[str]:
         line = file.readline(_MAX_LINE + 1)
 
 
-def _check_row(header: list[str], fields: list[str], separator: str) -> None:
-    """Raises a csv.Error where a row is not what its writer meant."""
-    if len(fields) != len(header):
-        raise csv.Error(f"it has {len(fields)} fields, the header {len(header)}")
-    for line in (line for field in fields if "\n" in field for line in field.split("\n")):
-        cells = [cell.strip() for cell in line.split(separator)]
-        if len(cells) == len(header) and any(files.kind_of(cell) == "images" for cell in cells):
-            raise csv.Error(f"a quote swallows the row {brief(line)}")
-
-
 def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of each row of a CSV file that is not blank, the header first; local or remote. The
     separator is the one of comma, tab, semicolon and bar that occurs most often in the first line. A UserError names
@@ -69,11 +59,15 @@ def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
         with files.open_binary(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as f:
             first = f.readline(_MAX_LINE + 1)
             separator = max(_SEPARATORS, key=first.count)
-            reader = csv.reader(_lines(f, first), delimiter=separator, strict=True)
-            for fields in reader:
+            for fields in (reader := csv.reader(_lines(f, first), delimiter=separator, strict=True)):
                 header = header or fields
+                if len(fields) not in (0, len(header)):
+                    raise csv.Error(f"it has {len(fields)} fields, the header {len(header)}")
+                for inside in (part for field in fields if "\n" in field for part in field.split("\n")):
+                    cells = [cell.strip() for cell in inside.split(separator)]
+                    if len(cells) == len(header) and any(files.kind_of(cell) == "images" for cell in cells):
+                        raise csv.Error(f"a quote swallows the row {brief(inside)}")
                 if fields:
-                    _check_row(header, fields, separator)
                     yield reader.line_num, fields
                 line = reader.line_num
     except (OSError, UnicodeDecodeError) as e:

@@ -61,12 +61,10 @@ def siglip_clean(text: str) -> str:
 
 
 class ClipTokenizer:
-    """CLIP's lower-cased byte-level BPE with `size` ids, padded with zeros to `length`.
-
-    `vocab` is token -> id, the special tokens under open_clip's or transformers' names; of `merges` the first was
-    learned first. `added` tokens, such as "<cat-toy>", map to whether texts have them in lower case (transformers'
-    `normalized`); others are found before a text is cleaned. A UserError where these do not fit each other.
-    """
+    """CLIP's lower-cased byte-level BPE with `size` ids, padded with zeros to `length`. `vocab` is token -> id, the
+    special tokens under open_clip's or transformers' names; of `merges` the first was learned first. `added` tokens,
+    such as "<cat-toy>", map to whether texts have them in lower case (transformers' `normalized`); others are found
+    before a text is cleaned. A UserError where these do not fit each other."""
 
     def __init__(
         self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], added: Mapping[str, bool], length: int
@@ -209,10 +207,8 @@ def open_tokenizer(text: TextSpec, folder: str | Path) -> Tokenizer:
         tokenizer = ClipTokenizer(*clip_vocabulary(folder), text.context_length)
     elif text.tokenizer in _CLEAN:
         if not any((folder / f).exists() for f in _FOLDER_FILES):
-            raise UserError(
-                f"{folder} has no tokenizer: it needs tokenizer.json or spiece.model, with tokenizer_config.json; "
-                "put them there or set --config.eval.tokenizer=FOLDER"
-            )
+            problem = f"{folder} has no tokenizer: it needs tokenizer.json or spiece.model, with tokenizer_config.json"
+            raise UserError(f"{problem}; put them there or set --config.eval.tokenizer=FOLDER")
         tokenizer = FolderTokenizer(folder, text.context_length, _CLEAN[text.tokenizer])
     else:
         raise UserError(f"text.tokenizer={text.tokenizer!r} is not known: use clip, siglip or xlm")

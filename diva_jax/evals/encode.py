@@ -25,9 +25,9 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import abstract
-from diva_jax.training import load as loads
-from diva_jax.training import partition, sharding, workdirs
-from diva_jax.weights import clip, loading, names, origins, places
+from diva_jax.training import partition, workdirs
+from diva_jax.training import workdirs as loads
+from diva_jax.weights import clip, names, origins, parts, places
 
 Array = jax.Array
 _READER_THREADS = 16
@@ -53,7 +53,7 @@ def require_finite(values: np.ndarray, label: str, what: str, kind: str = "embed
 def spread(rows: Sequence[np.ndarray], mesh: Mesh) -> Array:
     """A row for each item of a batch as one global array over all devices; each process gives its own rows."""
     whole = np.stack(rows)
-    return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, sharding.BATCH), whole.__getitem__)
+    return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, partition.BATCH), whole.__getitem__)
 
 
 class Towers:
@@ -68,7 +68,7 @@ class Towers:
         self._vision = partition.disassemble(vision)[0]
         devices = mesh.devices.size
         self.batch = -(-settings.batch_size // devices) * devices
-        self._rows = NamedSharding(mesh, sharding.BATCH)
+        self._rows = NamedSharding(mesh, partition.BATCH)
         self._pixels = jax.ShapeDtypeStruct((spec.image_size, spec.image_size, 3), np.uint8)
         self._encode_images = self._compiled(self._image_step, static_argnames="readout")
         self._encode_texts = self._compiled(lambda arrays, ids: self._text.merge(arrays).encode(ids))
@@ -189,16 +189,16 @@ class Encoder:
 def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
     """The parameters of one tower, "vision" or "text", of a source: name -> array on the mesh; smaller arrays than
     `min_shard` are replicated. A UserError where it is missing, invalid, or of another architecture."""
-    opened = loading.open_tower(kind, origins.open_source(source, "--weights"), spec)
+    opened = parts.open_tower(kind, origins.open_source(source, "--weights"), spec)
     module = clip.abstract(kind, spec)
-    shardings = sharding.parameter_shardings(names.flat(module), mesh, min_shard)
+    shardings = partition.parameter_shardings(names.flat(module), mesh, min_shard)
     state = opened.fill(module, loads.put_on(shardings.__getitem__))
     return {partition.name_of(path): var.get_value() for path, var in names.flat(state).items()}
 
 
 def put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
     """Places the parameters of a tower on the mesh; arrays with fewer than `min_shard` elements are replicated."""
-    shardings = sharding.parameter_shardings(arrays, mesh, min_shard)
+    shardings = partition.parameter_shardings(arrays, mesh, min_shard)
     return {n: jax.device_put(a, shardings[n]) for n, a in arrays.items()}
 
 

@@ -16,7 +16,7 @@ from diva_jax.data import tokenizers
 from diva_jax.evals import Outcome, encode, results, seeds
 from diva_jax.evals.encode import Encoder, Model, Towers
 from diva_jax.models.backbones import spec_of
-from diva_jax.training import sharding
+from diva_jax.training import partition
 from diva_jax.weights import parts, places
 
 
@@ -158,7 +158,7 @@ def run(
     predictions.csv). Each is a source, WORKDIR[:STEP], or a group of runs of other seeds, see `seeds.parse`. The first
     is compared with each of the others, and so is `control`, one of them, if any; `choose_best` is for `best.notes`. A
     UserError where data or weights are invalid, a RunError where embeddings are not finite."""
-    mesh, began = sharding.make_mesh(config.mesh), time.perf_counter()
+    mesh, began = partition.make_mesh(config.mesh), time.perf_counter()
     runner = Evaluator(config, mesh, data)
     named = [seeds.parse(text) for text in weights]
     groups = [(name, [places.find(source, "--weights") for source in sources]) for name, sources in named]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pydantic
 
-from diva_jax.common import json_files, machine, paths
+from diva_jax.common import json_files, log, paths
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.results_schema import SCHEMA, Comparison, Difference, Results, Score, Summary, Task, Verdict
 from diva_jax.evals.matching import ANSWERS
@@ -54,8 +54,8 @@ def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
     """The part of results.json about the evaluation itself; `options` are `Evaluator.options`."""
     return {
         "schema": SCHEMA,
-        "created": machine.now(),
-        **machine.describe(),
+        "created": log.now(),
+        **log.describe(),
         "config": paths.values_without_secrets(json.loads(config.to_json())),
         "options": options,
     }

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import above, at_least, field, one_of, parse
-from diva_jax.data import jitter, preprocess
+from diva_jax.data import preprocess
 from diva_jax.models import adapters
 from diva_jax.models.layers import ACTIVATIONS, Layers, widened
 from diva_jax.models.platform import recomputes
@@ -148,7 +148,7 @@ class DcrDraws(NamedTuple):
     timesteps: Array
     noise: Array
     posterior: Array
-    jitter: jitter.Draw
+    jitter: preprocess.Jitter
     dropout: tuple[Array, Array] | None
 
 
@@ -245,15 +245,15 @@ class Objective(StableDiffusionObjective):
             return jax.random.randint(t, (), 0, self.timesteps), *normal, plus, (first, second)
 
         timesteps, noise, posterior, plus, dropout = jax.vmap(one)(keys)
-        return DcrDraws(timesteps, noise, posterior, jitter.draw(plus, self.spec.image_size), dropout)
+        return DcrDraws(timesteps, noise, posterior, preprocess.draw_jitter(plus, self.spec.image_size), dropout)
 
-    def views(self, pixels: Array, drawn: jitter.Draw) -> tuple[Array, Array]:
+    def views(self, pixels: Array, drawn: preprocess.Jitter) -> tuple[Array, Array]:
         """Pixels [B, S, S, 3] in [0, 1] -> (the tower's view, the jittered one)."""
         stats = view_stats(self.spec, self.options.tower_norm)
         view = preprocess.normalise(pixels, *stats)
         if self.options.plus_space == FAITHFUL:
-            return view, jitter.apply(view, drawn)
-        return view, preprocess.normalise(jitter.apply(pixels, drawn), *stats)
+            return view, preprocess.jittered(view, drawn)
+        return view, preprocess.normalise(preprocess.jittered(pixels, drawn), *stats)
 
     def embed(self, view: Array, dropout: Array | None) -> Array:
         """The tower's pooled embedding, [B, d], not normalised."""

@@ -28,7 +28,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common.fields import at_least, between, field, one_of, parse
-from diva_jax.data import alternatives, inputs, preprocess
+from diva_jax.data import inputs, preprocess
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.text_encoder import TextEncoder
@@ -99,14 +99,14 @@ def recipe(config: ConfigDict) -> None:
 
 
 @functools.lru_cache
-def chooser(o: JudgeOptions) -> alternatives.Alternatives:
+def chooser(o: JudgeOptions) -> inputs.Alternatives:
     """What makes the texts of a record; a UserError where a file that it needs is missing or wrong."""
     of_caption = o.neutral == "caption"
     if o.texts == "edits":
-        return alternatives.Edits(o.count, of_caption, Path(o.lexicon) if o.lexicon else alternatives.LEXICON)
+        return inputs.Edits(o.count, of_caption, Path(o.lexicon) if o.lexicon else inputs.LEXICON)
     if o.texts == "records":
-        return alternatives.Listed(o.count, of_caption)
-    return alternatives.Classes.read(o.count, of_caption, o.classes, o.template)
+        return inputs.Listed(o.count, of_caption)
+    return inputs.Classes.read(o.count, of_caption, o.classes, o.template)
 
 
 def validate(config: ConfigDict) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import shutil
 from collections.abc import Iterator
 
@@ -15,11 +16,11 @@ from diva_jax.common import log, paths
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.log import say
-from diva_jax.data import crop, latent_cache, pipeline
-from diva_jax.data.decoding import Broken, Decoder
+from diva_jax.data import images, latent_cache, pipeline
 from diva_jax.data.inputs import Example
 from diva_jax.data.latent_cache import DTYPE, FILE, Cache, Entry, Manifest, is_complete, write_shard
-from diva_jax.training import distributed, load, workdirs
+from diva_jax.data.pipeline import Broken, Decoder
+from diva_jax.training import distributed, workdirs
 from diva_jax.training.step import Program
 from diva_jax.weights import readers
 
@@ -34,27 +35,23 @@ def facts(program: Program) -> dict:
     return {**found, "crop": program.config.data.crop.to_dict()}
 
 
-def _shapes(program: Program) -> dict[str, tuple[int, ...]]:
-    return {name: wanted.shape for name, wanted in program.objective.cacheable.items()}
-
-
-def _with_text(program: Program) -> bool:
-    """Whether captions are among what is cached."""
-    return any("caption" in wanted.reads for wanted in program.objective.cacheable.values())
+def _stored(program: Program) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """(the shapes of what is cached, whether captions are among what it is made of)."""
+    wanted = program.objective.cacheable
+    return {name: w.shape for name, w in wanted.items()}, any("caption" in w.reads for w in wanted.values())
 
 
 def open_cache(program: Program) -> Cache | None:
     """The cache that `config.data.latents` names, if any; a UserError where it is not one of this config."""
     path = program.config.data.latents
-    return Cache(path, facts(program), _shapes(program), _with_text(program)) if path else None
+    return Cache(path, facts(program), *_stored(program)) if path else None
 
 
 class Builder:
     """Writes a cache of latents, or what is missing of it. Each process writes every P-th shard of `per_shard` images.
-
     `out` is one local or mounted folder for all processes; `batch` images are encoded by a device at the same time. A
-    UserError where the objective has nothing to cache, the config or the data is invalid, or `out` holds another cache.
-    """
+    UserError where the objective has nothing to cache, the config or the data is invalid, or `out` holds another
+    cache."""
 
     def __init__(self, config, out: str, crops: int, per_shard: int, batch: int):
         self.folder = paths.local(out, "--out").expanduser()
@@ -68,47 +65,38 @@ class Builder:
             raise UserError(f"config.objective={config.objective} has no frozen model whose outputs could be cached")
         read = {name for wanted in self.program.objective.cacheable.values() for name in wanted.reads}
         self._inputs = {name: i for name, i in self.program.objective.inputs.items() if name in read}
-        self._process, self._processes = jax.process_index(), jax.process_count()
+        self._process = jax.process_index()
         data = config.data
         self._source = pipeline.open_records(data, self._inputs, quiet=self._process != 0)
         self._make = {name: i.open(data) for name, i in self._inputs.items()}
         self._batch = batch * len(devices)
-        made = facts(self.program)
+        shapes, self._with_text = _stored(self.program)
         counts = dict(records=len(self._source), crops=crops, seed=config.seed, per_shard=per_shard)
-        self.manifest = Manifest(facts=made, shape=latent_cache.entry_shape(_shapes(self.program)), **counts)
+        whole = shapes["moments"] if list(shapes) == ["moments"] else (1, 1, sum(map(math.prod, shapes.values())))
+        self.manifest = Manifest(facts=facts(self.program), shape=whole, **counts)
         there = Manifest.read(self.folder, "--out")
         if there is not None and there.fingerprint != self.manifest.fingerprint:
             wrong = differences(vars(there), vars(self.manifest))
             raise UserError(f"{self._named} holds another cache: {listing(wrong, 3)}; use another folder")
         self._broken = Broken(config.data.max_broken_share)
-        self._with_text = _with_text(self.program)
         self._decoder = Decoder(self._source, config.data, with_text=self._with_text, broken=self._broken)
         distributed.check_same({"the fingerprint of the cache": self.manifest.fingerprint})
 
-    @property
-    def mine(self) -> range:
-        """The shards of this process."""
-        return range(self._process, self.manifest.shards, self._processes)
-
-    def _missing(self) -> list[int]:
-        """The shards of this process that are not there; leftovers of a process that was killed are removed."""
-        found = []
-        for shard in self.mine:
-            path = self.folder / self.manifest.file(shard)
-            if not is_complete(path, len(self.manifest.range(shard)) * self.manifest.crops):
-                found.append(shard)
-                for leftover in self.folder.glob(f"{path.name}.*.tmp"):
-                    leftover.unlink()
-        return found
+        self.mine = range(self._process, self.manifest.shards, jax.process_count())  # The shards of this process.
 
     def _prepare(self) -> list[int]:
         """Creates the folder and its manifest; returns the shards that this process has to write."""
-        m = self.manifest
+        m, missing = self.manifest, []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._process == 0:
                 paths.write_whole(self.folder / FILE, m.text())
-            missing = self._missing()
+            for shard in self.mine:
+                path = self.folder / m.file(shard)
+                if not is_complete(path, len(m.range(shard)) * m.crops):
+                    missing.append(shard)
+                    for leftover in self.folder.glob(f"{path.name}.*.tmp"):  # Of a process that was killed.
+                        leftover.unlink()
             free = shutil.disk_usage(self.folder).free
         except OSError as e:
             raise UserError(f"{self._named} cannot be written ({e}): use a folder that you may write") from e
@@ -127,10 +115,8 @@ class Builder:
         n = self.manifest.records
         order = pipeline.shuffled(n, self.manifest.seed)
         found = np.empty((self.manifest.crops, n), np.int64)
-        for epoch, row in enumerate(found):
-            first = epoch * n
-            for position in range(first, first + n):
-                row[order[position]] = position
+        for position in range(found.size):
+            found[position // n, order[position]] = position
         return found
 
     def _crops(self, record: int) -> list[tuple[Entry, dict[str, np.ndarray] | None]]:
@@ -144,7 +130,7 @@ class Builder:
             crc = latent_cache.checksum(encoded, self._with_text)
             for k, position in enumerate(self._where[:, record]):
                 rng = np.random.default_rng((m.seed, int(position)))
-                box = crop.sample_box(rng, *image.size, tuple(settings.scale), tuple(settings.ratio))
+                box = images.sample_box(rng, *image.size, tuple(settings.scale), tuple(settings.ratio))
                 example = Example(image, encoded.text, box, rng)
                 arrays = {name: make(example) for name, make in self._make.items()}
                 rows.append((Entry(record, k, crc, box, None), arrays))
@@ -164,7 +150,7 @@ class Builder:
         program, shape = self.program, self.manifest.shape
         prefixes = [f"{prefix}/" for wanted in program.objective.cacheable.values() for prefix in wanted.parts]
         names = [n for n in program.arrays if n.startswith(tuple(prefixes))]
-        arrays, _ = load.initial_arrays(program, names, every_source=False)
+        arrays, _ = workdirs.initial_arrays(program, names, every_source=False)
         absent = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in program.arrays.items()}
 
         def outputs(arrays, batch):
@@ -197,11 +183,8 @@ class Builder:
         self._progress.update(len(rows))
 
     def run(self) -> None:
-        """Writes all shards that are missing.
-
-        A UserError where the folder cannot be written, is too small, or is not the same one for all processes; a
-        RunError where too many images are broken, or a shard cannot be written.
-        """
+        """Writes all shards that are missing. A UserError where the folder cannot be written, is too small, or is not
+        the same one for all processes; a RunError where too many images are broken, or a shard cannot be written."""
         m, missing = self.manifest, self._prepare()
         size = sum(map(m.shard_bytes, range(m.shards))) / 2**30
         say(

@@ -1,18 +1,23 @@
 """Checkpoints, by orbax: what is trained (and its moving average), the optimizer, step, PRNG key and data position.
 
-A checkpoint is renamed into place once it is complete, with checksums that are verified when it is read (`integrity`).
+A checkpoint is renamed into place once it is complete, with checksums that are verified when it is read.
 Frozen weights are not in it, but the sources and hashes that they were loaded from (`meta`).
 """
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
@@ -20,14 +25,99 @@ from etils import epath
 from diva_jax.common import json_files, paths
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
-from diva_jax.training import distributed, integrity
-from diva_jax.training.integrity import Damaged
+from diva_jax.training import distributed
+
+ITEMS = ("state", "data", "meta")
+# Odd numbers, by axis, that positions are multiplied by; those of Weyl sequences in several dimensions.
+_MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was saved; the message says in what."""
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """The sum over an array's 32-bit words of word times an odd number that depends on the position, modulo 2**32. It
+    is the same for every sharding and number of processes, and a change of a single element always changes it, since an
+    odd number has an inverse modulo 2**32. Values of 64 bits are two words, in a new last axis."""
+    kind = jnp.dtype(f"uint{min(32, 8 * x.dtype.itemsize)}")
+    words = (x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, kind)).astype(jnp.uint32)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis in range(words.ndim):
+        multiplier = jnp.uint32(_MULTIPLIERS[axis % len(_MULTIPLIERS)])
+        place = (place ^ (place >> 15)) * multiplier + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(words * (place * jnp.uint32(2) + jnp.uint32(1)), dtype=jnp.uint32)
+
+
+def checksums(tree) -> dict[str, int]:
+    """Path of each array in a tree, as `jax.tree_util.keystr` writes it -> its checksum, 0 to 2**32 - 1."""
+
+    def narrow(x):  # jax would round values of 64 bits on the host.
+        wide = isinstance(x, np.ndarray) and x.itemsize == 8 and x.ndim
+        return np.ascontiguousarray(x)[..., None].view(np.uint32) if wide else x
+
+    # One after another: programs that wait for each other's devices can block when many run at once on CPU devices.
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): int(_checksum(narrow(a))) for path, a in leaves}
+
+
+def text_checksum(*content) -> int:
+    """The checksum of values as JSON, 0 to 2**32 - 1."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def read_text(folder: epath.Path, item: str) -> dict:
+    """The JSON of an item of a checkpoint; `Damaged` where it is missing or none, a UserError where a bucket does not
+    give it."""
+    try:
+        content = json_files.read(folder / item / "metadata", dict[str, Any], "restore it", None)
+    except UserError as e:
+        if paths.is_remote(folder) and not isinstance(e.__cause__, ValueError | None):
+            raise  # A bucket that cannot be reached, whose checkpoints may be good.
+        raise Damaged(f"its part {item}: {e}") from e
+    if content is None:
+        raise Damaged(f"its part {item} is missing")
+    return content
+
+
+def damage(folder: epath.Path) -> str | None:
+    """What is wrong with a checkpoint, as far as `check_files` sees it; None: nothing."""
+    try:
+        check_files(folder)
+    except Damaged as e:
+        return str(e)
+    return None
+
+
+def check_files(folder: epath.Path) -> None:
+    """What a few small reads can tell of a checkpoint, in a folder named by its step: `Damaged` where a part is
+    missing, empty or not readable, or the folder is a copy of another step's."""
+    for file in () if paths.is_remote(folder) else Path(folder).rglob("*"):
+        if not file.is_dir() and not file.is_file():
+            if not os.path.lexists(file):
+                raise Damaged("it was deleted meanwhile")
+            raise Damaged(f"{file.name} is not a regular file")
+        if file.parent.name != "d" and file.stat().st_size > json_files.MAX_BYTES:
+            raise Damaged(f"{file.name} has more than {json_files.MAX_BYTES} bytes")
+    data, meta = read_text(folder, "data"), read_text(folder, "meta")
+    if not (folder / "state").is_dir():
+        raise Damaged("its part state is missing")
+    for name in ("manifest.ocdbt", "_METADATA"):
+        file = folder / "state" / name
+        if not file.exists() or not file.stat().length:
+            raise Damaged(f"state/{name} is missing or empty")
+    written = meta.pop("text_checksum", None)
+    if (written is not None or "checksums" in meta) and written != text_checksum(data, meta):
+        raise Damaged("its parts data and meta are not those that were saved")
+    step = int(folder.name)
+    if (there := data.get("batches", step)) != step:
+        raise Damaged(f"it is a copy of the checkpoint of step {there}")
+
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # In the names of folders of saves that have not ended.
 _LISTINGS = 20  # A reader lists again where a trainer has deleted a checkpoint meanwhile.
 _RETRY_AFTER_S = (2.0, 8.0, 30.0)  # A save that failed is tried again after each of these.
-
-
 # orbax logs pages for each failed save, and also raises its error.
 absl_logging.get_absl_logger().addFilter(lambda r: r.levelno < logging.ERROR or "/orbax/" not in r.pathname)
 
@@ -38,8 +128,7 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 
 def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
     """Step -> what is wrong, or None, of the checkpoints that were saved to the end, newest first; a UserError where
-    they cannot be listed.
-    """
+    they cannot be listed."""
     folder = _folder(workdir)
     try:
         for _ in range(_LISTINGS):
@@ -50,7 +139,7 @@ def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
                 if folder in found:
                     raise UserError(f"{folder} is a link to a folder that is not there: put it back, or remove it")
                 steps = sorted({int(f.name) for f in found if f.name.isdecimal()}, reverse=True)
-                return {step: integrity.damage(folder / str(step)) for step in steps}
+                return {step: damage(folder / str(step)) for step in steps}
     except Exception as e:
         if isinstance(e, UserError) or not paths.is_remote(folder):
             raise
@@ -76,7 +165,7 @@ def latest_step(workdir: epath.PathLike) -> int | None:
 def stored_config(workdir: epath.PathLike) -> dict | None:
     """The config that the newest whole checkpoint was saved with, or None."""
     step = latest_step(workdir)
-    content = None if step is None else integrity.read_text(_folder(workdir) / str(step), "meta").get("config")
+    content = None if step is None else read_text(_folder(workdir) / str(step), "meta").get("config")
     return content if isinstance(content, dict) else None
 
 
@@ -114,12 +203,9 @@ class Restored(NamedTuple):
 
 
 def restore_newest(workdir: epath.PathLike, abstract_state: Callable[[int], dict]) -> Restored | None:
-    """Restores the newest checkpoint that is what was saved; nothing is written. None where there is no checkpoint at
-    all.
-
-    `abstract_state` gives the layout of a step's state. A UserError where every checkpoint is damaged, a RunError where
-    a bucket cannot be reached, whose checkpoints may be good.
-    """
+    """The newest checkpoint that is what was saved, its state laid out as `abstract_state` says for a step; None where
+    there is no checkpoint at all. A UserError where every one is damaged, a RunError where a bucket cannot be reached,
+    whose checkpoints may be good."""
     unusable = {}
     for step, reason in _damages(workdir).items():
         if reason is None:
@@ -151,19 +237,14 @@ def identity(workdir: epath.PathLike, step: int) -> str:
     return hashlib.sha256(b"".join(map(json_files.read_bytes, files))).hexdigest()
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of a workdir, of which the newest `keep` are kept; `timeout`: seconds in which all processes must
-    have written their parts.
-
-    With `read_only` nothing is made, cleaned up or deleted, so that another process may write there.
-    """
+    have written their parts. With `read_only` nothing is made, cleaned up or deleted, so that another process may write
+    there."""
 
     def __init__(self, workdir: epath.PathLike, keep: int = 3, timeout: int = 300, read_only: bool = False):
         self._workdir, self._keep, self._timeout, self._read_only = workdir, keep, timeout, read_only
-        self._manager = self._open(item_names=integrity.ITEMS)
-
-    def __enter__(self):
-        return self
+        self._manager = self._open(item_names=ITEMS)
 
     def __exit__(self, *_):
         self.close()
@@ -189,14 +270,11 @@ class Checkpoints:
                 ) from e
 
     def save(self, step: int, state: dict, data: dict, meta: dict, wait: bool = False) -> None:
-        """Starts to write a checkpoint; returns when `state` may be overwritten, with `wait` when it is on disk. No-op
-        where it exists.
-
-        An earlier save that failed is detected here too; the present state is then written instead. A save that fails
-        is tried again, a few times, and is then a RunError; complete checkpoints are not changed.
-        """
-        meta = meta | {"checksums": integrity.checksums(state)}
-        meta |= {"text_checksum": integrity.text_checksum(data, meta)}
+        """Starts to write a checkpoint, unless it exists; returns when `state` may be overwritten, with `wait` when it
+        is on disk. An earlier save that failed is detected here too; the present state is then written instead. A save
+        that fails is tried again, a few times, and is then a RunError; complete checkpoints are not changed."""
+        meta = meta | {"checksums": checksums(state)}
+        meta |= {"text_checksum": text_checksum(data, meta)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
         )
@@ -210,7 +288,12 @@ class Checkpoints:
             if pause is not None:
                 say(f"step {step}: saving failed, tried again in {pause:g} s: {reason}")
                 time.sleep(pause)
-        self._discard_unfinished()
+        # The disk may be full of what failed saves have written; their threads may write there even after a removal.
+        for pause in (0.0, 1.0, 1.0) if jax.process_index() == 0 else ():
+            time.sleep(pause)
+            with contextlib.suppress(Exception):  # A bucket may be gone.
+                for folder in _folder(self._workdir).glob(f"*{_UNFINISHED}*"):
+                    folder.rmtree()
         raise RunError(
             f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({', then '.join(reasons)}), tried "
             f"{len(_RETRY_AFTER_S) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room "
@@ -220,7 +303,7 @@ class Checkpoints:
     def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:
         """None, or why it failed. orbax reports a failed save only when waited for, and does not recover from it."""
         try:
-            self._manager = self._manager or self._open(item_names=integrity.ITEMS)
+            self._manager = self._manager or self._open(item_names=ITEMS)
             self._manager.wait_until_finished()
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=items)
@@ -230,21 +313,12 @@ class Checkpoints:
             return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
         return None
 
-    def _discard_unfinished(self) -> None:
-        """Removes what failed saves have written so far, on the first process; the disk may be full of it."""
-        for pause in (0.0, 1.0, 1.0) if jax.process_index() == 0 else ():
-            # Threads of the failed save may still be writing there, also after a removal, and a bucket may be gone.
-            time.sleep(pause)
-            with contextlib.suppress(Exception):
-                for folder in _folder(self._workdir).glob(f"*{_UNFINISHED}*"):
-                    folder.rmtree()
-
     def restore(self, step: int, abstract_state: dict) -> tuple[dict, dict, dict]:
         """(state laid out as `abstract_state` says, data position, meta); `Damaged` where it is not what was saved."""
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
         )
-        integrity.check_files(_folder(self._workdir) / str(step))
+        check_files(_folder(self._workdir) / str(step))
         found = self._manager.restore(step, args=items)
         return found["state"], found["data"], _verified(step, found["state"], found["meta"])
 
@@ -265,38 +339,29 @@ class Checkpoints:
             yield
         except Exception as e:
             reason = str(e) if isinstance(e, Damaged) else paths.reason(e)
-            raise UserError(
-                f"the checkpoint of step {step} in {self._workdir} cannot be read ({reason}): use another one of "
-                f"{steps(self._workdir)}"
-            ) from e
+            problem = f"the checkpoint of step {step} in {self._workdir} cannot be read ({reason})"
+            raise UserError(f"{problem}: use another one of {steps(self._workdir)}") from e
 
     def restore_arrays(
         self, step: int, arrays: dict[str, jax.ShapeDtypeStruct], kind: str = "params"
     ) -> tuple[dict[str, jax.Array], dict]:
-        """Restores some trained parameters ("params"), or their moving averages ("ema"), whatever the optimizer was.
-
-        `arrays` has name -> shape, dtype and sharding of the result. Returns ({name: array}, meta); a UserError where
-        the checkpoint is damaged.
-        """
+        """Some trained parameters ("params"), or their moving averages ("ema"), whatever the optimizer was, of the
+        shapes, dtypes and shardings in `arrays`: ({name: array}, meta). A UserError where the checkpoint is damaged."""
         folder = _folder(self._workdir) / str(step)
         with self._reading(step):
-            integrity.check_files(folder)
+            check_files(folder)
             saved = self._tree(step)[kind]
             wanted = {n: jax.ShapeDtypeStruct(a.shape, saved[n].dtype, sharding=a.sharding) for n, a in arrays.items()}
-            restore = ocp.args.PyTreeRestore(
-                {kind: wanted},
-                partial_restore=True,
-                restore_args=ocp.checkpoint_utils.construct_restore_args({kind: wanted}),
-            )
+            given = ocp.checkpoint_utils.construct_restore_args({kind: wanted})
+            restore = ocp.args.PyTreeRestore({kind: wanted}, partial_restore=True, restore_args=given)
             with self._open(item_handlers={"state": ocp.PyTreeCheckpointHandler()}) as manager:
                 found = manager.restore(step, args=ocp.args.Composite(state=restore))["state"][kind]
-            meta = _verified(step, {kind: found}, integrity.read_text(folder, "meta"))
+            meta = _verified(step, {kind: found}, read_text(folder, "meta"))
         return {n: a.astype(arrays[n].dtype) for n, a in found.items()}, meta
 
     def restore_params(self, step: int, device: jax.Device) -> tuple[dict[str, jax.Array], dict]:
         """The trained parameters, or their moving average where the run keeps one: ({name: array on the device}, meta);
-        a UserError where the checkpoint is damaged.
-        """
+        a UserError where the checkpoint is damaged."""
         with self._reading(step):
             tree = self._tree(step)
             kind = "ema" if "ema" in tree else "params"
@@ -319,10 +384,10 @@ class Checkpoints:
 
 
 def _verified(step: int, state: dict, meta: dict) -> dict:
-    """`meta` as `save` was given it, if the arrays have the checksums in it; else raises `Damaged`."""
+    """`meta` as `save` was given it; `Damaged` where arrays of the state, or a part of it, have other checksums."""
     meta = {k: v for k, v in meta.items() if k != "text_checksum"}
     if (written := meta.pop("checksums", None)) is None:
         say(f"the checkpoint of step {step} was saved without checksums: its arrays cannot be verified")
-    else:
-        integrity.verify(state, written)
+    elif wrong := [path for path, value in checksums(state).items() if written.get(path) != value]:
+        raise Damaged(f"{len(wrong)} arrays are not those that were saved, the first of them {wrong[0]}")
     return meta

@@ -1,34 +1,52 @@
-"""Options of the TPU compiler, those of the chip's table or of the config; and where compiled programs are kept."""
+"""Compiled programs: options of the TPU compiler, where they are kept, which of this package's Pallas kernels they use
+(`config.kernels`, and what `selfcheck` has found), and compiled steps in a folder.
 
+`aot --save` writes such a folder, and `main --executables` starts with it without compiling. STAGE.json says what the
+step of a stage was compiled of and for. STAGE.bin is the executable as a pickle of
+`jax.experimental.serialize_executable`, which can run any code where it is read: it is read from the folder that the
+user named alone, and only where it has the checksum of the JSON file.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
 import os
 import re
+import zlib
+from pathlib import Path
+from typing import Annotated, Any
 
 import jax
+import pydantic
 from etils import epath
+from jax.experimental import serialize_executable
 
-from diva_jax.common import paths
-from diva_jax.common.errors import UserError
+from diva_jax import __version__
+from diva_jax.common import json_files, paths
+from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import differences
+from diva_jax.common.log import say, say_once
 from diva_jax.costs import chips
+from diva_jax.models import platform
+from diva_jax.training import distributed
 
-AUTO = "auto"
+AUTO, XLA, OWN = "auto", "xla", "own"
 _MAX_CACHE_BYTES = 10 * 2**30  # The compiled programs of all runs of a user have at most this size.
+_MAX_EXECUTABLE_BYTES = 2**33
 _REFUSED = re.compile(r"No such compile option: '([^']*)'|Failed to parse '[^']*' into flag (\w+)")
+_SOURCES = Path(platform.__file__).parent / "kernels"
+_CHECK = "python -m diva_jax.selfcheck --config=FILE --workdir=DIR"
 
 
 def parse(text: str) -> dict[str, str]:
-    """`"a=1,b=false"` -> {"a": "1", "b": "false"}; a ValueError where a part is not NAME=VALUE or a name is there
-    twice.
-    """
+    """`"a=1,b=false"` -> {"a": "1", "b": "false"}; whether the compiler knows the options, it says itself. A ValueError
+    where a part is not NAME=VALUE or a name is there twice."""
     pairs = [part.strip().split("=") for part in text.split(",")] if text else []
     options = {pair[0]: pair[-1] for pair in pairs}
     if any(len(pair) != 2 or not all(pair) for pair in pairs) or len(options) < len(pairs):
         raise ValueError(text)
     return options
-
-
-def is_options(text: str) -> bool:
-    """Whether `config.compiler_options` can have this value; whether the compiler knows the options, it says itself."""
-    return text == AUTO or parse(text) is not None
 
 
 def options(setting: str, device: jax.Device) -> dict[str, str] | None:
@@ -65,11 +83,8 @@ def kept(workdir: epath.Path | None = None) -> epath.Path:
 
 def use_cache(setting: str, workdir: epath.Path) -> None:
     """Keeps compiled programs in the folder `setting` (`config.compile_cache`), so that a restart need not compile; ""
-    for none.
-
-    For a workdir in a bucket, auto is `WORKDIR/cache/compiled`, since its machines come and go. Otherwise it is
-    JAX_COMPILATION_CACHE_DIR, or `~/.cache/diva_jax/compiled`, of limited size.
-    """
+    for none. auto is `WORKDIR/cache/compiled` for a workdir in a bucket, since its machines come and go; otherwise
+    JAX_COMPILATION_CACHE_DIR, or `~/.cache/diva_jax/compiled`, of limited size."""
     if not setting:
         return
     if setting != AUTO:
@@ -88,3 +103,132 @@ def use_cache(setting: str, workdir: epath.Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(paths.absolute(folder)))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+class _Checked(json_files.Record):
+    """What a check of a device has found: kernel, as in `platform.allowed`, -> whether it computes what XLA does."""
+
+    kernels: dict[str, bool]
+
+
+def checked_file(kind: str, workdir: epath.Path | None = None) -> epath.Path:
+    """The file with the results of a kind of device, `device.device_kind`; other versions or kernels have another."""
+    packages = [p for p in ("jax", "jaxlib", "libtpu") if importlib.util.find_spec(p)]
+    versions = [__version__, *map(importlib.metadata.version, packages)]
+    code = [file.read_bytes() for file in sorted(_SOURCES.iterdir()) if file.suffix == ".py"]
+    crc = zlib.crc32(b"".join([json.dumps([kind, *versions]).encode(), *code]))
+    return kept(workdir) / f"selfcheck-{re.sub(r'[^A-Za-z0-9]+', '-', kind)}-{crc:08x}.json"
+
+
+def checked_kernels(kind: str, workdir: epath.Path | None = None) -> dict[str, bool]:
+    """The kept results of a kind of device; a UserError where the file is damaged."""
+    file = checked_file(kind, workdir)
+    return dict(json_files.read(file, _Checked, f"remove it, {_CHECK} writes it again", _Checked(kernels={})).kernels)
+
+
+def keep_checked(kind: str, found: dict[str, bool], workdir: epath.Path | None = None) -> epath.Path:
+    """Adds results to those that are kept; returns the file."""
+    file = checked_file(kind, workdir)
+    paths.write_whole(file, json.dumps({"kernels": checked_kernels(kind, workdir) | found}, indent=1))
+    return file
+
+
+def chosen_kernels(setting: str, mesh, workdir: epath.Path | None = None) -> frozenset[str] | None:
+    """The kernels that a program of `config.kernels` uses on an abstract mesh, for `platform.traced_on`; None for all.
+    With auto these are the ones that passed the check on this kind of device, on a process and failed on none; a line
+    says which. Every process of a run must call it."""
+    if setting != AUTO:
+        return None if setting == OWN else frozenset()
+    if platform.traced_for(mesh) != "tpu":
+        return frozenset()
+    found: dict[str, bool] = {}
+    for results in distributed.gathered(checked_kernels(mesh.abstract_device.device_kind, workdir)):
+        found = {name: ok and found.get(name, True) for name, ok in (found | results).items()}
+    passed = frozenset(name for name, ok in found.items() if ok)
+    if passed:
+        say_once(f"kernels: this package's for {', '.join(sorted(passed))}, which passed the check of this device")
+    else:
+        why = "failed the check of this device" if found else f"were not checked on this device: run {_CHECK}"
+        say_once(f"kernels: XLA's and jax's, since this package's {why} (config.kernels=auto)")
+    return passed
+
+
+class _Saved(json_files.Record):
+    """What STAGE.json has: of STAGE.bin its checksum and size; and the config, for messages."""
+
+    sha256: str
+    size: Annotated[int, pydantic.Field(ge=0, le=_MAX_EXECUTABLE_BYTES)]
+    facts: dict[str, str]
+    config: dict[str, Any]
+
+
+def saved_in(path: str) -> epath.Path:
+    """The folder of `--executables`, on this machine or in a bucket; a UserError where no executable is in it."""
+    found = paths.folder(path, "--executables")
+    if not any(found.glob("*.json")):
+        raise UserError(f"--executables={path} has no executables: python -m diva_jax.aot --save={path} writes them")
+    return found
+
+
+def executable_facts(lowered: jax.stages.Lowered, program) -> dict[str, str]:
+    """What must be the same where a step of a `step.Program` was compiled and where it runs; to be asked for before it
+    is compiled, which changes what `lowered` holds."""
+    devices = list(program.mesh.devices.flat)
+    first, places = devices[0], [(d.id, *getattr(d, "coords", ()), getattr(d, "core_on_chip", 0)) for d in devices]
+    return {
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu") if first.platform == "tpu" else "",
+        "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", ""),
+        "config.compiler_options": json.dumps(options(program.config.compiler_options, first)),
+        "the devices": f"{len(devices)} x {first.device_kind}",
+        "the order of devices": hashlib.sha256(repr(places).encode()).hexdigest()[:12],
+        "the step": hashlib.sha256(lowered.as_text().encode()).hexdigest()[:12],
+    }
+
+
+def _file(folder: epath.Path, program, index: int) -> str:
+    return f"{folder}/{index}-{program.stages[index].name}"
+
+
+def save_executable(
+    folder: epath.PathLike, index: int, known: dict[str, str], compiled: jax.stages.Compiled, program
+) -> None:
+    """Writes the executable of stage `index`, with its `executable_facts`, to a folder, which may be in a bucket."""
+    data, config = serialize_executable.serialize(compiled)[0], json.loads(program.config.to_json())
+    saved = _Saved(sha256=hashlib.sha256(data).hexdigest(), size=len(data), facts=known, config=config)
+    file = _file(folder, program, index)
+    paths.write_whole(f"{file}.bin", data)
+    paths.write_whole(f"{file}.json", saved.model_dump_json(indent=1))
+
+
+def _read(file: str, lowered: jax.stages.Lowered, program) -> jax.stages.Compiled:
+    """The executable of a step; a UserError with the reason why it cannot be used."""
+    saved = json_files.read(f"{file}.json", _Saved, "write it again with python -m diva_jax.aot --save")
+    here = executable_facts(lowered, program)
+    if other := differences(saved.facts, here):
+        if saved.facts | {"the step": ""} == here | {"the step": ""}:
+            fields = differences(saved.config, json.loads(program.config.to_json()))
+            other = [f"config.{field}" for field in fields] or ["the code or the version of a library"]
+        raise UserError(f"{file}.bin is of another step: {listing(other, 3)}")
+    data = json_files.read_bytes(f"{file}.bin", saved.size)
+    if hashlib.sha256(data).hexdigest() != saved.sha256:
+        raise UserError(f"{file}.bin has not the checksum that {file}.json gives: it was changed or is damaged")
+    given, devices = jax.tree.structure(lowered.args_info), list(program.mesh.devices.flat)
+    try:
+        return serialize_executable.deserialize_and_load(data, given, lowered.out_tree, devices[0].client, devices)
+    except Exception as e:  # Of pickle, of the runtime, of another version of jax.
+        raise UserError(f"{file}.bin cannot be loaded ({paths.reason(e)})") from e
+
+
+def load_executable(folder: epath.Path, index: int, lowered: jax.stages.Lowered, program) -> jax.stages.Compiled | None:
+    """The executable of stage `index`; None, after a line that says why, where some process of the run has none."""
+    file, found, why = _file(folder, program, index), None, "another process of the run cannot use its executable"
+    try:
+        found = _read(file, lowered, program)
+    except UserError as e:
+        why = str(e)
+    if distributed.any_failed(found is None):
+        say(f"compiling, since {why}")
+        return None
+    say(f"not compiled: {file}.bin is this step's executable, for these versions and devices")
+    return found

@@ -22,10 +22,10 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from diva_jax.costs import analysis, chips
-from diva_jax.data import crop, images
+from diva_jax.data import images
 from diva_jax.models import attention, feed_forward, layers
 from diva_jax.models.diffusion.blocks import FeedForward
-from diva_jax.training import checkpoint, compiler, distributed, sharding
+from diva_jax.training import checkpoint, compiler, distributed, partition
 from diva_jax.training.step import Program
 
 _REPEATS = 5
@@ -170,8 +170,8 @@ def check_collectives(mesh: Mesh) -> tuple[bool, str]:
         return jax.lax.pmax(sum(wrong) + jnp.max(jnp.abs(every - jnp.arange(n))), axes)
 
     rows = jnp.tile(jnp.arange(n, dtype=jnp.float32)[:, None], (1, length))
-    rows = jax.device_put(rows, NamedSharding(mesh, sharding.BATCH))
-    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=sharding.BATCH, out_specs=P(), check_vma=False))
+    rows = jax.device_put(rows, NamedSharding(mesh, partition.BATCH))
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=partition.BATCH, out_specs=P(), check_vma=False))
     wrong, seconds = _timed(run, rows)
     said = f"{n} devices: sum, gather and scatter of {4 * length / 2**20:.2g} MiB in {1e3 * seconds:.2f} ms"
     return float(wrong) == 0, said
@@ -180,7 +180,7 @@ def check_collectives(mesh: Mesh) -> tuple[bool, str]:
 def check_checkpoint(mesh: Mesh, workdir: epath.Path | None, timeout: int) -> tuple[bool, str]:
     """Compares an array that all devices share with what is read back of its checkpoint."""
     folder = (workdir or compiler.kept()) / "selfcheck"
-    by_device = NamedSharding(mesh, sharding.BATCH)
+    by_device = NamedSharding(mesh, partition.BATCH)
     abstract = {"x": jax.ShapeDtypeStruct((mesh.size, 2**18), jnp.float32, sharding=by_device)}
     state = {"params": made_up(abstract)}
     try:
@@ -270,8 +270,8 @@ def check_host(config, seconds_per_step: float) -> tuple[str, str]:
 
     def one(number: int) -> None:
         image = images.open_image(file.getvalue(), "an image of noise", rgb=True)
-        box = crop.sample_box(np.random.default_rng(number), *image.size, data.crop.scale, data.crop.ratio)
-        crop.resized_crop(image, box, data.image_size, data.crop.interpolation)
+        box = images.sample_box(np.random.default_rng(number), *image.size, data.crop.scale, data.crop.ratio)
+        images.resized_crop(image, box, data.image_size, data.crop.interpolation)
 
     with ThreadPoolExecutor(max(data.threads, 1)) as pool:
         count, began = 0, time.perf_counter()

@@ -118,11 +118,9 @@ def initialise(join_timeout: float, lost_timeout: float) -> bool:
 
 @contextlib.contextmanager
 def session(join_timeout: float = 300, lost_timeout: float = 100):
-    """Context manager: `initialise`, and an exit for which no other process has to wait.
-
-    After an exception the other processes have `_GRACE_S` seconds to fail for the same reason. Then this process exits,
-    even if another thread of it, or the shutdown barrier between the processes, is still waiting.
-    """
+    """Context manager: `initialise`, and an exit for which no other process has to wait. After an exception the other
+    processes have `_GRACE_S` seconds to fail for the same reason. Then this process exits, even if another thread of
+    it, or the shutdown barrier between the processes, is still waiting."""
     shared = initialise(join_timeout, lost_timeout)
     try:
         yield
@@ -177,11 +175,9 @@ def check_same(facts: dict[str, str | int | None]) -> None:
     first, *others = gathered(facts)
     for process, theirs in enumerate(others, 1):
         for what, value in first.items():
-            if theirs.get(what) != value:
-                raise UserError(
-                    f"{what} is {value} for process 0 and {theirs.get(what)} for process {process}: start the same "
-                    "command with the same files on every machine"
-                )
+            if (there := theirs.get(what)) != value:
+                advice = "start the same command with the same files on every machine"
+                raise UserError(f"{what} is {value} for process 0 and {there} for process {process}: {advice}")
 
 
 def any_failed(failed: bool) -> bool:
@@ -196,13 +192,9 @@ class Interrupted(BaseException):
 
 
 class Preemption:
-    """Whether the run has been asked to save and end: by SIGTERM to any of its processes, or by the first SIGINT.
-
-    A second SIGINT ends the process at once.
-
-    With several processes jax forwards the notice, and they agree on the step after which all of them end. This needs
-    jax's own signal handler, which `initialise` installed.
-    """
+    """Whether the run has been asked to save and end: by SIGTERM to any of its processes, or by the first SIGINT. A
+    second SIGINT ends the process at once. With several processes jax forwards the notice, and they agree on the step
+    after which all of them end. This needs jax's own signal handler, which `initialise` installed."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None
@@ -227,8 +219,7 @@ class Preemption:
     @contextlib.contextmanager
     def at_once(self):
         """While it lasts, a signal raises `Interrupted`, for work that changes nothing and may take long; not with
-        several processes, since all of them must leave after the same step.
-        """
+        several processes, since all of them must leave after the same step."""
         self._at_once = True
         try:
             if self._asked.is_set() and not self._shared:

@@ -29,8 +29,7 @@ def _kernel() -> str | None:
 
 def _read(path: epath.Path) -> dict | None:
     """The content of a lock; None without one, {} where it was cut short by a kill; a UserError where it cannot be
-    read.
-    """
+    read."""
     try:
         content = json_files.decoded(json_files.read_bytes(path, _MAX_BYTES))
     except UserError as e:
@@ -66,13 +65,10 @@ def _lives(path: epath.Path, owner: dict) -> bool:
 
 
 class Lock:
-    """The lock of a workdir, on this machine or in a bucket, held until `close`.
-
-    It is created exclusively. One that a killed run has left is taken over: at once if that process was one of this
-    machine, else after the lock has not been renewed for `STALE_AFTER_S` seconds. A run that was stopped for longer
-    finds the token of another run in it, and must end. A UserError where another process trains there, or it cannot be
-    written.
-    """
+    """The lock of a workdir, on this machine or in a bucket, held until `close`. It is created exclusively. One that a
+    killed run has left is taken over: at once if that process was one of this machine, else after the lock has not been
+    renewed for `STALE_AFTER_S` seconds. A run that was stopped for longer finds the token of another run in it, and
+    must end. A UserError where another process trains there, or it cannot be written."""
 
     def __init__(self, workdir: epath.Path):
         self._workdir, self._path = workdir, workdir / "lock.json"

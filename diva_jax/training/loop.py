@@ -18,18 +18,7 @@ from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
-from diva_jax.training import (
-    cache_builder,
-    checkpoint,
-    compiler,
-    distributed,
-    executables,
-    load,
-    lock,
-    metrics,
-    sharding,
-    workdirs,
-)
+from diva_jax.training import cache_builder, checkpoint, compiler, distributed, lock, metrics, partition, workdirs
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program, Steps, averaged, train_steps
 
@@ -61,13 +50,11 @@ class Profile:
 
 class Loaded(NamedTuple):
     """The arrays of a run as it starts or resumes, prefix -> {"source", "sha256"} of the initial weights, and the
-    record of the checkpoint that it began with, see `workdirs.Parent.record`.
-    """
+    record of the checkpoint that it began with, see `workdirs.Parent.record`."""
 
     state: dict
     frozen: dict[str, jax.Array]
     origins: dict[str, dict]
-    checkpoints: checkpoint.Checkpoints
     parent: dict | None
 
 
@@ -90,9 +77,9 @@ class Run:
         paths.check_writable(self.workdir, "--workdir")
         configs.validate(config, jax.device_count())
         metrics.check_wandb(config.log.wandb)
-        self.saved = executables.folder(saved) if saved else None
+        self.saved = compiler.saved_in(saved) if saved else None
         compiler.use_cache(config.compile_cache, self.workdir)
-        self.mesh = sharding.make_mesh(config.mesh)
+        self.mesh = partition.make_mesh(config.mesh)
         self.program = Program(config, self.mesh, self.workdir)
         self.program.check_exportable()
         self.start = checkpoint.latest_step(self.workdir) or 0
@@ -147,19 +134,13 @@ class Run:
             lines.append(f"note: every image is seen {epochs:.3g} times; use more images, or fewer config.steps")
         return "\n".join(lines)
 
-    def _lock(self) -> None:
-        """Takes the workdir's lock, on the first process."""
-        if jax.process_index() == 0 and self.lock is None:
-            self.lock = lock.Lock(self.workdir)
-
     def load(self) -> Loaded:
         """Loads frozen weights from their sources, and the state from the last checkpoint or, but for parameters of
-        another run's checkpoint, from the sources.
-        """
-        program, saving = self.program, self.config.checkpoint
-        began = time.perf_counter()
-        if self.start:  # Before its checkpoints are opened, which may belong to a run that still trains.
-            self._lock()
+        another run's checkpoint, from the sources."""
+        program, began = self.program, time.perf_counter()
+        first = jax.process_index() == 0
+        if self.start and first:  # Before its checkpoints are opened, which may belong to a run that still trains.
+            self.lock = lock.Lock(self.workdir)
         restored = checkpoint.restore_newest(self.workdir, lambda step: program.abstract_state(program.stage_at(step)))
         resumes, self.start = restored is not None, restored.step if restored else 0
         parent, taken = self.parent, self.taken
@@ -169,15 +150,14 @@ class Run:
         elif parent:
             record = parent.record(set(taken) & set(program.abstract_frozen()))
         wanted = set(program.abstract_frozen() if resumes else program.arrays)
-        arrays, origins = load.initial_arrays(program, wanted - set(taken))
+        arrays, origins = workdirs.initial_arrays(program, wanted - set(taken))
         if taken:
             arrays |= parent.read({n: program.arrays[n] for n in taken})
         if resumes:
             workdirs.check_sources(restored.meta["sources"], origins)
             self.batches.set_state(restored.data)
-        # Nothing is written before all inputs have been checked.
-        self._lock()
-        if jax.process_index() == 0:
+        if first:  # Nothing is written before all inputs have been checked.
+            self.lock = self.lock or lock.Lock(self.workdir)
             workdirs.write_config(self.workdir, self.config)
             (self.workdir / "done").unlink(missing_ok=True)  # Of a run that now has more steps.
             for step, why in restored.damaged.items() if resumes else ():
@@ -190,7 +170,6 @@ class Run:
                 "the checkpoint restored": self.start,
             }
         )
-        checkpoints = checkpoint.Checkpoints(self.workdir, saving.keep, saving.timeout)
         state = restored.state if resumes else program.init_state(arrays)
         say(f"weights loaded in {time.perf_counter() - began:.1f} s")
         if self.parent:
@@ -208,91 +187,70 @@ class Run:
             say(f"resumed from the checkpoint of step {self.start}")
             if self.steps_before and (note := workdirs.extension(program, self.start, self.steps_before)):
                 say(note)
-        return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, checkpoints, record)
+        return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, record)
 
     def run(self) -> bool:
         """Trains to the end, or to SIGTERM or the first SIGINT; saves in each case. Returns whether the run is
-        finished.
-
-        If it is not, `stopped_by` is the signal. A UserError where weights are missing, invalid, or of another
-        architecture. A RunError where the loss or gradient is not finite, too many images cannot be read, a checkpoint
-        cannot be written, or another process is lost; the last checkpoint is kept.
-        """
+        finished. If it is not, `stopped_by` is the signal. A UserError where weights are missing, invalid, or of
+        another architecture. A RunError where the loss or gradient is not finite, too many images cannot be read, a
+        checkpoint cannot be written, or another process is lost; the last checkpoint is kept."""
         if self.finished:
             return True
         say(self.describe())
-        with contextlib.closing(self.batches):
+        c, first = self.config, jax.process_index() == 0
+        with contextlib.ExitStack() as over:
+
+            def opened(thing):
+                return over.enter_context(contextlib.closing(thing))
+
+            opened(self.batches)
+            over.callback(lambda: self.lock and self.lock.close())
+            with distributed.explained(lambda: self.start):
+                self.loaded = self.load()
+            self.state, self.step = self.loaded.state, self.start
+            about = self.workdir, self.step, c.log.tensorboard, c.log.wandb, c.to_dict()
+            self.writer = opened(metrics.Writer(*about)) if first else None
+            chip = chips.of(self.mesh.devices.flat[0])
+            mfu = self.program.flops().total() / (chip.flops * self.mesh.size) if chip else None
+            self.progress = opened(metrics.Progress(self.writer, self.step, self.total, c.log.every, c.batch_size, mfu))
+            self.checkpoints = opened(checkpoint.Checkpoints(self.workdir, c.checkpoint.keep, c.checkpoint.timeout))
+            self.profile, self.preempted = opened(Profile(c.profile, self.workdir)), opened(Preemption())
             try:
-                return _Loop(self).run()
-            finally:
-                if self.lock:
-                    self.lock.close()
-
-
-class _Loop:
-    """A run with its weights loaded."""
-
-    def __init__(self, run: Run):
-        self.run_, self.program, self.step = run, run.program, run.start
-        c, first = run.config, jax.process_index() == 0
-        with distributed.explained(lambda: self.step):
-            self.loaded = run.load()
-        self.state, self.step, self.checkpoints = self.loaded.state, run.start, self.loaded.checkpoints
-        self.writer = (
-            metrics.Writer(run.workdir, self.step, c.log.tensorboard, c.log.wandb, c.to_dict()) if first else None
-        )
-        chip = chips.of(run.mesh.devices.flat[0])
-        utilisation = run.program.flops().total() / (chip.flops * run.mesh.size) if chip else None
-        self.progress = metrics.Progress(self.writer, self.step, run.total, c.log.every, c.batch_size, utilisation)
-        self.profile, self.preempted = Profile(c.profile, run.workdir), Preemption()
-
-    def run(self) -> bool:
-        """See `Run.run`."""
-        run, finished = self.run_, False
-        try:
-            with distributed.explained(lambda: self.step):
-                self._train()
-                self.progress.flush()
-                self._save(wait=True)
-                finished = self.step >= run.total
-        except distributed.Lost:
-            self.checkpoints.abandon()
-            raise
-        except OSError as e:
-            raise RunError(
-                f"step {self.step}: {e}: check that {run.workdir} can be written and that there is space, then "
-                "start again; the last checkpoint is kept"
-            ) from e
-        finally:
-            self.preempted.close()
-            self.profile.close()
-            self.checkpoints.close()
-            self.progress.close()
-            if self.writer:
-                self.writer.close()
-        if finished and jax.process_index() == 0:
-            (run.workdir / "done").touch()  # For scripts that start the command again until the run is done.
-        if not finished:
-            run.stopped_by = self.preempted.signal or signal.SIGTERM
-            say(f"{run.stopped_by.name}: saved step {self.step}; the same command resumes from here")
-        return finished
+                with distributed.explained(lambda: self.step):
+                    self._train()
+                    self.progress.flush()
+                    self._save(wait=True)
+            except distributed.Lost:
+                self.checkpoints.abandon()
+                raise
+            except OSError as e:
+                raise RunError(
+                    f"step {self.step}: {e}: check that {self.workdir} can be written and that there is space, then "
+                    "start again; the last checkpoint is kept"
+                ) from e
+            if self.step < self.total:
+                self.stopped_by = self.preempted.signal or signal.SIGTERM
+                say(f"{self.stopped_by.name}: saved step {self.step}; the same command resumes from here")
+            elif first:
+                (self.workdir / "done").touch()  # For scripts that start the command again until the run is done.
+        return self.step >= self.total
 
     def _train(self) -> None:
         """Trains to the end, or until a signal."""
-        run, steps = self.run_, Steps(self.program, self.progress.paused, self.run_.saved)
+        steps = Steps(self.program, self.progress.paused, self.saved)
         if self.step == 0:
             self._evaluate()
         if self.preempted:
             return
-        begun = self.state, self.loaded.frozen, self._next_batch, self.step, run.total
+        begun = self.state, self.loaded.frozen, self._next_batch, self.step, self.total
         for self.step, self.state, values in train_steps(steps, *begun):
-            if run.lock:
-                run.lock.check()
+            if self.lock:
+                self.lock.check()
             self.preempted.after(self.step)
             self.progress.add(self.step, values)
             if not self.preempted:
                 self._evaluate()
-            if self.step % run.config.checkpoint.every == 0:
+            if self.step % self.config.checkpoint.every == 0:
                 self.progress.flush()
                 self._save()
             if self.preempted:
@@ -300,41 +258,37 @@ class _Loop:
 
     def _next_batch(self) -> dict[str, np.ndarray] | None:
         self.profile.before(self.step)
-        began, batches = time.perf_counter(), self.run_.batches
-        batch = batches.wait(self.preempted.__bool__)
-        self.progress.waited(time.perf_counter() - began, batches.broken)
+        began = time.perf_counter()
+        batch = self.batches.wait(self.preempted.__bool__)
+        self.progress.waited(time.perf_counter() - began, self.batches.broken)
         return batch
 
     def _evaluate(self) -> None:
         """Evaluates the current weights, or their moving average, if `config.eval` is set for this step; training goes
-        on as without.
-        """
-        run = self.run_
-        if not run.evaluator or (self.step % run.config.eval.every and self.step != run.total):
+        on as without."""
+        if not self.evaluator or (self.step % self.config.eval.every and self.step != self.total):
             return
         self.progress.flush()
         began = time.perf_counter()
         params = {**self.loaded.frozen, **averaged(self.state)}
         try:
             with self.preempted.at_once():
-                row, notes = run.evaluator.scalars(self.program.towers(params), params)
+                row, notes = self.evaluator.scalars(self.program.towers(params), params)
         except distributed.Interrupted:
             say(f"{self.preempted.signal.name}: the evaluation of step {self.step} is skipped")
             return
         took = time.perf_counter() - began
         if self.writer:
             self.writer.write(self.step, row)
-        say(f"evaluated step {self.step} in {took:.0f} s: {results.summary(row)}")
-        for note in notes:
-            say(f"  {note}")
+        say("\n  ".join([f"evaluated step {self.step} in {took:.0f} s: {results.summary(row)}", *notes]))
         self.progress.paused(took)
 
     def _save(self, wait: bool = False) -> None:
-        if self.run_.lock:
-            self.run_.lock.check(now=True)
+        if self.lock:
+            self.lock.check(now=True)
         if self.writer:
             self.writer.flush()
-        meta = {"sources": self.loaded.origins, "config": json.loads(self.run_.config.to_json())}
+        meta = {"sources": self.loaded.origins, "config": json.loads(self.config.to_json())}
         if self.loaded.parent:
             meta["init_from"] = self.loaded.parent
-        self.checkpoints.save(self.step, self.state, self.run_.batches.get_state(), meta, wait)
+        self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, wait)

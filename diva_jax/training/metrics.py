@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from diva_jax.common import json_files, log, machine, paths
+from diva_jax.common import json_files, log, paths
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data.decoding import Broken
+from diva_jax.data.pipeline import Broken
 
 
 def check_wandb(project: str) -> None:
@@ -44,20 +44,17 @@ def _step_of(line: bytes) -> int | None:
     """The step of a row of metrics.jsonl, or None where the line is no row."""
     try:
         row = json_files.decoded(line)
-    except ValueError:
+        return row["step"] if type(row["step"]) is int else None
+    except (ValueError, TypeError, KeyError):
         return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 class Writer:
-    """Appends rows to `metrics.jsonl`, TensorBoard and Weights & Biases, and messages to `log.txt`.
-
-    Rows of an interrupted run after `step` are removed. Each row has `seconds`, the time since this session of the run
-    began; `sessions.json` lists the sessions with their first step, time, versions and devices. In a bucket, the files
-    are updated twice per minute, and by `flush` and `close`. A UserError where no run of Weights & Biases can be
-    started.
-    """
+    """Appends rows to `metrics.jsonl`, TensorBoard and Weights & Biases, and messages to `log.txt`. Rows of an
+    interrupted run after `step` are removed. Each row has `seconds`, the time since this session of the run began;
+    `sessions.json` lists the sessions with their first step, time, versions and devices. In a bucket, the files are
+    updated twice per minute, and by `flush` and `close`. A UserError where no run of Weights & Biases can be
+    started."""
 
     def __init__(
         self, workdir: epath.PathLike, step: int, tensorboard: bool, wandb: str = "", config: dict | None = None
@@ -76,7 +73,15 @@ class Writer:
             local.write_bytes(b"".join(kept))
         self._file = open(local, "a", buffering=1)
         self._began = time.monotonic()
-        self._list_session(path.parent / "sessions.json", step)
+        sessions = path.parent / "sessions.json"
+        try:
+            found = json_files.read(sessions, list[Any], "", [])
+        except UserError:  # Only for the reader: a damaged file does not stop a run.
+            if sessions.is_dir():
+                raise
+            found = []
+        found.append({"step": step, "started": log.now(), **log.describe()})
+        paths.write_whole(sessions, json.dumps(found, indent=1))
         self._log = open(self._mirror.local / "log.txt", "a", buffering=1)
         log.keep_in(self._log)
         self._board = None
@@ -85,17 +90,6 @@ class Writer:
 
             self._board = SummaryWriter(str(self._mirror.local / "tensorboard"), purge_step=step + 1)
         self._wandb = _wandb_run(path.parent, self._mirror.local, wandb, config or {}) if wandb else None
-
-    @staticmethod
-    def _list_session(path: epath.Path, step: int) -> None:
-        try:
-            found = json_files.read(path, list[Any], "", [])
-        except UserError:  # Only for the reader: a damaged file does not stop a run.
-            if path.is_dir():
-                raise
-            found = []
-        found.append({"step": step, "started": machine.now(), **machine.describe()})
-        paths.write_whole(path, json.dumps(found, indent=1))
 
     def write(self, step: int, row: dict[str, float]) -> None:
         seconds = round(time.monotonic() - self._began, 1)
@@ -125,10 +119,8 @@ class Writer:
 
 class Progress:
     """Collects the steps' metrics, checks that they are finite, and reports every `every` steps to the writer, if any.
-
     The metrics of a step are fetched after the next step has been started, so that the device does not wait. `images`
-    is their number per step, `utilisation` the MFU at one image per second, None if the chip's peak is not known.
-    """
+    is their number per step, `utilisation` the MFU at one image per second, None if the chip's peak is not known."""
 
     def __init__(self, writer: Writer | None, start: int, total: int, every: int, images: int, utilisation=None):
         self._writer, self._total, self._every, self._images = writer, total, every, images
@@ -165,10 +157,8 @@ class Progress:
         (step, metrics), self._pending = self._pending, None
         values = {k: float(np.asarray(v)) for k, v in metrics.items()}
         if bad := [k for k, v in values.items() if not math.isfinite(v)]:
-            raise RunError(
-                f"step {step}: {' and '.join(bad)} not finite; stopped, the last checkpoint is from before: lower "
-                "config.optim.lr or set config.dtype=float32, then start again"
-            )
+            problem = f"step {step}: {' and '.join(bad)} not finite; stopped, the last checkpoint is from before"
+            raise RunError(f"{problem}: lower config.optim.lr or set config.dtype=float32, then start again")
         self._window.append(values)
         if step % self._every == 0 or step == self._total:
             self._report(step)

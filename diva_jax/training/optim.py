@@ -52,19 +52,16 @@ class OptimOptions:
 
 def pace(stage: Stage, warmup: float) -> Pace:
     """The numbers of a stage's learning rate, as numpy scalars; a warm-up that it does not give in steps (None or -1)
-    is the share `warmup` of its steps, rounded up.
-    """
+    is the share `warmup` of its steps, rounded up."""
     given = stage.warmup_steps is not None and stage.warmup_steps >= 0
     warm = min(stage.warmup_steps if given else math.ceil(warmup * stage.steps), stage.steps - 1)
     return Pace(np.float32(stage.lr), np.int32(stage.start), np.int32(stage.steps), np.int32(warm))
 
 
 def learning_rate(stage: Stage, numbers: Pace) -> optax.Schedule:
-    """Linear from 0 to the peak, then as `stage.schedule` says: cosine to 0 at the stage's last step, or constant.
-
-    The argument counts steps from the stage's start. `numbers` are those of `pace`, or traced. A stage with a `rate` of
-    its own has that one.
-    """
+    """Linear from 0 to the peak, then as `stage.schedule` says: cosine to 0 at the stage's last step, or constant. The
+    argument counts steps from the stage's start. `numbers` are those of `pace`, or traced. A stage with a `rate` of its
+    own has that one."""
     if stage.rate is not None:
         return lambda count: stage.rate(count, numbers)
 
@@ -79,11 +76,8 @@ def learning_rate(stage: Stage, numbers: Pace) -> optax.Schedule:
 
 def optimizer(config, lr: optax.Schedule, scales: Mapping[str, float]) -> optax.GradientTransformation:
     """The optax chain of `config.optim`: clip by global norm, SGD with momentum or AdamW, per-parameter scale (name ->
-    `scales`).
-
-    Weight decay reaches matrices and convolutions, and with `decay_all` biases, norms and embeddings of one axis, but
-    no parameter whose whole name matches `no_decay`. The optimizer's state does not depend on `lr`.
-    """
+    `scales`). Weight decay reaches matrices and convolutions, and with `decay_all` biases, norms and embeddings of one
+    axis, but no parameter whose whole name matches `no_decay`. The optimizer's state does not depend on `lr`."""
     decay, spared = config.weight_decay, re.compile(config.no_decay)
 
     def mask(params):

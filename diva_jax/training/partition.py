@@ -1,9 +1,11 @@
-"""Trained and frozen parameters by a table of regular expressions, and modules as flat dicts of arrays.
+"""Modules as flat dicts of arrays: trained and frozen ones by a table of regular expressions, their shardings on the
+mesh, and the tuned towers as functions of them, for evaluation and export.
 
 The name of a parameter is its path in the module, joined by slashes (`vision/blocks/0/attn/qkv/kernel`). Train states,
 optimizer states and checkpoints are dicts with these names as keys.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -11,8 +13,62 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import is_regex
+from diva_jax.models.backbones import Spec
+from diva_jax.weights import clip
+
+BATCH = P(("data", "fsdp"))
+Flat = dict[str, dict[str, jax.Array]]  # Tower -> name of a parameter in it -> array.
+
+
+def make_mesh(config, devices=None) -> Mesh:
+    """A (`data`, `fsdp`) mesh of all devices, as `config.mesh` says, in an order in which neighbours are linked; a
+    UserError where its sizes do not give their number."""
+    devices = jax.devices() if devices is None else devices
+    n, fsdp = len(devices), config.fsdp
+    if fsdp < 1 or n % fsdp:
+        raise UserError(f"config.mesh.fsdp={fsdp} does not divide the {n} devices of this run")
+    data = n // fsdp if config.data == -1 else config.data
+    if data * fsdp != n:
+        raise UserError(f"config.mesh: data={config.data} x fsdp={fsdp} is not {n} devices: use data=-1 or {n // fsdp}")
+    # Unlike `jax.make_mesh`, this also has an order for an axis that is a part of a physical one, as fsdp=2 on v6e:4x4.
+    ordered = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    return Mesh(ordered, ("data", "fsdp"))
+
+
+def parameter_spec(shape: tuple[int, ...], fsdp: int, min_shard: int) -> P:
+    """Returns the partition of an array: split over `fsdp` along its largest divisible axis, or replicated if small."""
+    axes = [i for i, n in enumerate(shape) if n % fsdp == 0]
+    if fsdp == 1 or not axes or math.prod(shape) < min_shard:
+        return P()
+    longest = max(axes, key=lambda i: shape[i])
+    return P(*(["fsdp" if i == longest else None for i in range(len(shape))]))
+
+
+def parameter_shardings(arrays: Mapping, mesh: Mesh, min_shard: int) -> dict[str, NamedSharding]:
+    """Returns name -> sharding for arrays, or anything else with a shape."""
+    fsdp = mesh.shape["fsdp"]
+    return {n: NamedSharding(mesh, parameter_spec(a.shape, fsdp, min_shard)) for n, a in arrays.items()}
+
+
+def like_parameters(tree, shardings: Mapping[str, NamedSharding], mesh: Mesh):
+    """Returns the shardings of an optimizer state: a leaf whose last key is a parameter's name has its sharding."""
+
+    def of(path, leaf):
+        key = getattr(path[-1], "key", None) if path else None
+        return shardings[key] if leaf.ndim and key in shardings else NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def with_shardings(tree, shardings):
+    """Returns a tree of ShapeDtypeStructs with these shardings."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
 
 
 def name_of(path: tuple) -> str:
@@ -28,9 +84,7 @@ class Skeleton(NamedTuple):
 
     def merge(self, *arrays: Mapping[str, jax.Array]) -> nnx.Module:
         """Returns the module with these arrays, which must together have every parameter."""
-        everything = {}
-        for part in arrays:
-            everything.update(part)
+        everything = {name: array for part in arrays for name, array in part.items()}
         state = {path: var.replace(everything[name]) for name, (path, var) in self.variables.items()}
         return nnx.merge(self.graph, nnx.from_flat_state(state))
 
@@ -46,32 +100,25 @@ def disassemble(module: nnx.Module) -> tuple[Skeleton, dict[str, jax.Array]]:
 
 def scales(table: Iterable[tuple[str, float]], names: Iterable[str]) -> dict[str, float]:
     """Name -> learning-rate scale (0: frozen), by the first pattern that matches the whole name; a UserError where none
-    matches a name, one matches no name or is invalid, or nothing is trained.
-    """
-    table, names = list(table), list(names)
-    out, used = {}, set()
-    for name in names:
-        for i, (pattern, scale) in enumerate(table):
-            try:
-                hit = re.fullmatch(pattern, name)
-            except re.error as e:
-                raise UserError(f"config.trainable: {pattern!r} is not a regular expression ({e})") from e
-            if hit:
-                out[name] = float(scale)
-                used.add(i)
-                break
-    if missed := [n for n in names if n not in out]:
+    matches a name, one matches no name or is invalid, or nothing is trained."""
+    table = list(table)
+    for pattern, _ in table:
+        if not is_regex(pattern):
+            raise UserError(f"config.trainable: {pattern!r} is not a regular expression")
+    first = {n: next((i for i, (pattern, _) in enumerate(table) if re.fullmatch(pattern, n)), None) for n in names}
+    if missed := [n for n, i in first.items() if i is None]:
         raise UserError(f"config.trainable matches no pattern for {listing(missed, 5)}: end the table with ('.*', 0.0)")
     for i, (pattern, _) in enumerate(table):
         # A catch-all pattern may be unused; any other unused pattern is a typing error.
-        if i not in used and pattern != ".*":
+        if i not in first.values() and pattern != ".*":
             raise UserError(
                 f"config.trainable: the pattern {pattern!r} matches no parameter (or earlier patterns match all "
-                f"of them); parameters are named like {listing(names[:3])}"
+                f"of them); parameters are named like {listing(list(first)[:3])}"
             )
-    if not any(out.values()):
+    found = {n: float(table[i][1]) for n, i in first.items()}
+    if not any(found.values()):
         raise UserError("config.trainable trains nothing: give at least one pattern a scale above 0")
-    return out
+    return found
 
 
 def summary(arrays: Mapping[str, jax.ShapeDtypeStruct], trained: Iterable[str]) -> str:
@@ -86,3 +133,71 @@ def summary(arrays: Mapping[str, jax.ShapeDtypeStruct], trained: Iterable[str]) 
     lines = [f"{'part':<14}{'trained':>15}{'frozen':>15}{'MiB':>10}"]
     lines += [f"{part:<14}{t:>15,}{f:>15,}{b / 2**20:>10,.1f}" for part, (t, f, b) in rows.items()]
     return "\n".join(lines)
+
+
+def _leaves(skeleton: Skeleton, arrays: Mapping[str, jax.Array]) -> Flat:
+    """Returns `Objective.towers`, each as a flat dict; in that of a bare variable (logit_scale) the key is its name."""
+    found = skeleton.merge(arrays).towers()
+    return {t: disassemble(m)[1] if isinstance(m, nnx.Module) else {t: m.get_value()} for t, m in found.items()}
+
+
+class Towers:
+    """The towers of an objective, traced once: `shapes` has tower -> name -> ShapeDtypeStruct. Most parameters of a
+    tower are parameters of the objective under another name; others (merged adapters) are computed from several.
+    Tracing `Objective.towers` shows which parameters each of them needs."""
+
+    def __init__(self, skeleton: Skeleton, arrays: Mapping[str, jax.ShapeDtypeStruct]):
+        self._skeleton = skeleton
+        self._abstract = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in sorted(arrays.items())}
+        traced, self.shapes = jax.make_jaxpr(lambda a: _leaves(skeleton, a), return_shape=True)(self._abstract)
+        jaxpr, names = traced.jaxpr, list(self._abstract)
+        # Variable of the traced program -> the parameters that its value depends on.
+        depends = {var: frozenset((name,)) for var, name in zip(jaxpr.invars, names, strict=True)}
+        for eqn in jaxpr.eqns:
+            used = frozenset().union(*(depends.get(v, ()) for v in eqn.invars if not hasattr(v, "val")))
+            depends.update(dict.fromkeys(eqn.outvars, used))
+        inputs = dict(zip(jaxpr.invars, names, strict=True))
+        self._needs: dict[tuple[str, str], frozenset[str]] = {}
+        self._same: dict[tuple[str, str], str] = {}  # Leaves that are an unchanged parameter.
+        paths = [(path[0].key, path[1].key) for path, _ in jax.tree_util.tree_leaves_with_path(self.shapes)]
+        for leaf, var in zip(paths, jaxpr.outvars, strict=True):
+            self._needs[leaf] = frozenset() if hasattr(var, "val") else depends.get(var, frozenset())
+            if not hasattr(var, "val") and var in inputs:
+                self._same[leaf] = inputs[var]
+
+    def check(self, spec: Spec) -> None:
+        """A UserError where a tower has other names or shapes than that of the backbone `spec`, or is not known."""
+        for tower, shapes in self.shapes.items():
+            if tower not in (*clip.TOWERS, *clip.SCALARS):
+                raise UserError(f"towers() returns {tower!r}: return only vision, text, logit_scale and logit_bias")
+            if wrong := clip.misfits(tower, {n: a.shape for n, a in shapes.items()}, spec):
+                raise UserError(
+                    f"the {tower} tower of the objective is not that of config.backbone, they differ in "
+                    f"{listing(wrong, 5)}: towers() must return the plain tower, with adapters merged"
+                )
+
+    def needs(self, tower: str) -> frozenset[str]:
+        """Returns the names of the objective's parameters that a tower is computed from."""
+        return frozenset().union(*(names for (t, _), names in self._needs.items() if t == tower))
+
+    def __call__(self, arrays: Mapping[str, jax.Array], wanted: Iterable[str] | None = None) -> Flat:
+        """The towers `wanted` (default all) of these parameters: tower -> name -> array, for an unchanged parameter the
+        given array. `arrays` has at least those that `needs` names, on devices or on the host."""
+        wanted = set(self.shapes if wanted is None else wanted)
+        leaves = [leaf for leaf in self._needs if leaf[0] in wanted]
+        out: Flat = {t: {} for t in self.shapes if t in wanted}
+        computed = [leaf for leaf in leaves if leaf not in self._same]
+        for tower, name in leaves:
+            if (tower, name) in self._same:
+                out[tower][name] = arrays[self._same[tower, name]]
+        if computed:
+            needed = sorted(frozenset().union(*(self._needs[leaf] for leaf in computed)))
+
+            def compute(given):
+                rest = {n: jnp.zeros(a.shape, a.dtype) for n, a in self._abstract.items() if n not in given}
+                found = _leaves(self._skeleton, {**rest, **given})
+                return [found[tower][name] for tower, name in computed]
+
+            for (tower, name), array in zip(computed, jax.jit(compute)({n: arrays[n] for n in needed}), strict=True):
+                out[tower][name] = array
+        return out

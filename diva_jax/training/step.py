@@ -22,12 +22,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
 from diva_jax.costs import flops
 from diva_jax.models import backbones, layers, platform
-from diva_jax.training import compiler, executables, kernel_choice, optim, partition, sharding, terms, towers
-
-
-def micro_batches(x: jax.Array, accum: int) -> jax.Array:
-    """[B, ...] -> [A, B/A, ...]; micro-batch a has images a, a+A, ..., so that no image changes its device."""
-    return x.reshape(x.shape[0] // accum, accum, *x.shape[1:]).swapaxes(0, 1)
+from diva_jax.training import compiler, optim, partition, terms
 
 
 def image_keys(key_data: jax.Array, step: jax.Array, rows: jax.Array) -> jax.Array:
@@ -82,7 +77,9 @@ def train_step(
     if accum == 1:  # Without a loop of one pass.
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, dict(batch), keys)
     else:
-        xs = jax.tree.map(lambda x: micro_batches(x, accum), (dict(batch), keys))
+        # [B, ...] -> [A, B/A, ...]; micro-batch a has images a, a+A, ..., so that no image changes its device.
+        split = lambda x: x.reshape(x.shape[0] // accum, accum, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+        xs = jax.tree.map(split, (dict(batch), keys))
         grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, trained), xs)
         grads = jax.tree.map(lambda g: g / accum, grads)
     with jax.named_scope("optimizer"):
@@ -98,33 +95,29 @@ def train_step(
 
 class Program:
     """A config on a mesh: the objective without its arrays, which arrays it has, and one compiled step per stage.
-
     `arrays` has name -> ShapeDtypeStruct with its sharding, of every parameter; `scales`, per stage, name ->
     learning-rate scale (0: frozen), without those of the terms' models; `trained` the names that some stage trains,
     which alone are in the state and in checkpoints; `kernels` which of this package's kernels it uses on TPUs, see
-    `kernel_choice`.
-    """
+    `compiler.chosen_kernels`."""
 
     def __init__(self, config, mesh: Mesh, workdir=None):
         self.config, self.mesh = config, mesh
-        self.kernels = kernel_choice.chosen(config.get("kernels", kernel_choice.AUTO), mesh.abstract_mesh, workdir)
+        self.kernels = compiler.chosen_kernels(config.get("kernels", compiler.AUTO), mesh.abstract_mesh, workdir)
         self.objective = nnx.eval_shape(self.init_module)
         if config.data.latents and not self.objective.cacheable:
-            raise UserError(
-                f"config.objective={config.objective} has no frozen model whose outputs could be cached: leave "
-                "config.data.latents empty"
-            )
+            problem = f"config.objective={config.objective} has no frozen model whose outputs could be cached"
+            raise UserError(f"{problem}: leave config.data.latents empty")
         self.stages = objectives.stages(config)
         self.skeleton, shapes = partition.disassemble(self.objective)
         frozen = tuple(f"{term}/" for term in terms.wanted(config))
         open_to_training = [n for n in shapes if not n.startswith(frozen)]
         self.scales = [partition.scales(s.trainable, open_to_training) for s in self.stages]
         self.trained = [n for n in open_to_training if any(s[n] for s in self.scales)]
-        self.replicated = NamedSharding(mesh, P())
-        self.shardings = sharding.parameter_shardings(shapes, mesh, config.mesh.min_shard)
+        self.replicated, self.batch_sharding = NamedSharding(mesh, P()), NamedSharding(mesh, partition.BATCH)
+        self.shardings = partition.parameter_shardings(shapes, mesh, config.mesh.min_shard)
         if not config.mesh.shard_frozen:
             self.shardings |= {n: self.replicated for n in shapes if n not in set(self.trained)}
-        self.arrays = sharding.with_shardings(shapes, self.shardings)
+        self.arrays = partition.with_shardings(shapes, self.shardings)
 
     def init_module(self) -> objectives.Objective:
         """The objective with random weights."""
@@ -134,9 +127,9 @@ class Program:
         return kind(self.config, rngs=layers.Keys(self.config.seed))
 
     @functools.cached_property
-    def towers(self) -> towers.Towers:
+    def towers(self) -> partition.Towers:
         """What evaluation and export see, as a function of the parameters."""
-        return towers.Towers(self.skeleton, self.arrays)
+        return partition.Towers(self.skeleton, self.arrays)
 
     def check_exportable(self) -> None:
         """Raises a UserError where the objective's towers are not those of `config.backbone`."""
@@ -161,28 +154,22 @@ class Program:
 
     def init_opt(self, stage: int, params: Mapping[str, jax.Array]):
         """A fresh optimizer state for a stage, sharded as its parameters."""
-        return jax.jit(self.optimizer(stage).init, out_shardings=self._opt_shardings(stage))(
-            {n: params[n] for n in self.active(stage)}
-        )
+        shardings = jax.tree.map(lambda a: a.sharding, self._abstract_opt(stage))
+        init = jax.jit(self.optimizer(stage).init, out_shardings=shardings)
+        return init({n: params[n] for n in self.active(stage)})
 
-    def _opt_shapes(self, stage: int):
-        return jax.eval_shape(self.optimizer(stage).init, {n: self.arrays[n] for n in self.active(stage)})
-
-    def _opt_shardings(self, stage: int):
-        return sharding.like_parameters(self._opt_shapes(stage), self.shardings, self.mesh)
+    def _abstract_opt(self, stage: int):
+        shapes = jax.eval_shape(self.optimizer(stage).init, {n: self.arrays[n] for n in self.active(stage)})
+        return partition.with_shardings(shapes, partition.like_parameters(shapes, self.shardings, self.mesh))
 
     def abstract_state(self, stage: int) -> dict:
         """The train state of a stage, as ShapeDtypeStructs with shardings."""
-
-        def scalar(shape, dtype):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
-
-        opt = sharding.with_shardings(self._opt_shapes(stage), self._opt_shardings(stage))
         params = {n: self.arrays[n] for n in self.trained}
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        numbers = {"step": jax.ShapeDtypeStruct((), jnp.int32), "key": key}
+        numbers = partition.with_shardings(numbers, dict.fromkeys(numbers, self.replicated))
         average = {"ema": params} if self.config.ema.decay else {}
-        numbers = {"step": scalar((), jnp.int32), "key": scalar(key.shape, key.dtype)}
-        return {"params": params, "opt": opt, **numbers, **average}
+        return {"params": params, "opt": self._abstract_opt(stage), **numbers, **average}
 
     def init_state(self, params: Mapping[str, jax.Array]) -> dict:
         """The state of step 0, from the values of the trained parameters; their moving average begins with them."""
@@ -197,18 +184,11 @@ class Program:
         """Context manager for what is traced: it sees the mesh, from it the platform, and which kernels to use."""
         return platform.traced_on(self.mesh.abstract_mesh, self.kernels)
 
-    @property
-    def batch_sharding(self) -> NamedSharding:
-        return NamedSharding(self.mesh, sharding.BATCH)
-
     def abstract_batch(self) -> dict:
         """One global batch, as ShapeDtypeStructs with shardings."""
-        b = self.config.batch_size
-
-        def of(shape, dtype):
-            return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=self.batch_sharding)
-
-        return {name: of(i.shape, i.dtype) for name, i in self.objective.inputs.items()} | {"row": of((), jnp.int32)}
+        b, kinds = self.config.batch_size, {n: (i.shape, i.dtype) for n, i in self.objective.inputs.items()}
+        arrays = {n: jax.ShapeDtypeStruct((b, *s), d) for n, (s, d) in (kinds | {"row": ((), jnp.int32)}).items()}
+        return partition.with_shardings(arrays, dict.fromkeys(arrays, self.batch_sharding))
 
     def abstract_frozen(self) -> dict:
         """The parameters that no stage trains, as ShapeDtypeStructs with shardings."""
@@ -256,8 +236,7 @@ class Program:
 
 class Step(NamedTuple):
     """The step of a stage: (state, frozen, batch) -> (state, metrics). The pace is an argument of the jitted program,
-    so that it is not compiled again for another number of steps or rate.
-    """
+    so that it is not compiled again for another number of steps or rate."""
 
     jitted: Any
     pace: objectives.Pace
@@ -272,16 +251,10 @@ class Step(NamedTuple):
 
 class Steps:
     """The step of each stage of a program, compiled at its first batch or taken from the folder `saved`, see
-    `executables`; `on_compiled` gets the seconds it took. Several runs can share them, whose configs differ in what no
-    compiled step depends on (seed, data, steps).
-    """
+    `compiler.load_executable`; `on_compiled` gets the seconds it took. Several runs can share them, whose configs
+    differ in what no compiled step depends on (seed, data, steps)."""
 
-    def __init__(
-        self,
-        program: Program,
-        on_compiled: Callable[[float], None] = lambda seconds: None,
-        saved: epath.Path | None = None,
-    ):
+    def __init__(self, program: Program, on_compiled: Callable = lambda s: None, saved: epath.Path | None = None):
         self.program, self._on_compiled, self._saved = program, on_compiled, saved
         self._compiled: dict[int, tuple[jax.stages.Compiled, Any]] = {}
 
@@ -299,7 +272,7 @@ class Steps:
             began = time.perf_counter()
             with log.waiting("compiling"):
                 lowered = step.lower(state, frozen, batch)
-                ready = executables.load(self._saved, index, lowered, self.program) if self._saved else None
+                ready = compiler.load_executable(self._saved, index, lowered, self.program) if self._saved else None
                 program = ready or compiler.compiled(lowered)
             self._compiled[index] = program, step.pace
             say(f"{'ready' if ready else 'compiled'} in {time.perf_counter() - began:.0f} s")
@@ -316,12 +289,9 @@ def train_steps(
     start: int,
     end: int,
 ) -> Iterator[tuple[int, dict, dict[str, jax.Array]]]:
-    """Makes the steps from `start` to `end`; yields (completed steps, state, metrics) after each.
-
-    The state, see `step.train_step`, is donated to the next step. `next_batch` returns this process's rows of a batch;
-    None ends the training. A stage that follows another one begins with a new optimizer. A UserError where the compiler
-    refuses `config.compiler_options`.
-    """
+    """Makes the steps from `start` to `end`; yields (completed steps, state, metrics) after each. The state, see
+    `train_step`, is donated to the next step. `next_batch` returns this process's rows of a batch; None ends the
+    training. A stage that follows another one begins with a new optimizer. A UserError as of `compiler.compiled`."""
     program = steps.program
     for step in range(start, end):
         index = program.stage_at(step)

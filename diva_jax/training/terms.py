@@ -95,10 +95,7 @@ class _Terms:
 @functools.cache
 def with_terms(kind: type[Objective]) -> type[Objective]:
     """`kind`, with an input "image", uint8 [S, S, 3], and the terms of its config added to its loss, each a metric
-    without its weight.
-
-    They cost a pass of each frozen model, and a forward and a backward pass of the tuned encoder.
-    """
+    without its weight. They cost a pass of each frozen model, and a forward and a backward one of the tuned encoder."""
 
     class WithTerms(kind):
         def __init__(self, config, *, rngs):
@@ -125,10 +122,8 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
 
         @property
         def inputs(self):
-            """The objective's own, and "caption" for the contrast where it has none: int32 [context_length].
-
-            From a cache, instead, an embedding for each term, under its name.
-            """
+            """The objective's own, and "caption" for the contrast where it has none, int32 [context_length]; from a
+            cache, instead, an embedding for each term, under its name."""
             found, text = super().inputs, self.terms.spec.text
             if self.terms.cached:
                 mine = {n: self.cacheable[n] for n in self.terms.names}
@@ -144,11 +139,8 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
             spec, teacher, found = self.terms.spec, self.terms.teacher, dict(super().cacheable)
             image, dtypes = super().inputs["image"], self.terms.dtypes
             for name in self.terms.names:
-                of, open_part, section, reads = spec, parts.vision, "config.backbone", ("image",)
-                if name == "contrast":
-                    open_part, reads = parts.text, ("caption",)
-                if name == "relation":
-                    of, section = teacher, "config.teacher"
+                of, section = (teacher, "config.teacher") if name == "relation" else (spec, "config.backbone")
+                open_part, reads = (parts.text, ("caption",)) if name == "contrast" else (parts.vision, ("image",))
                 described = dataclasses.asdict(dataclasses.replace(of, source=""))
                 facts = {"spec": described, "image": str(image), "dtypes": dtypes}
                 source = {name: open_part(of.source, of, section)}
@@ -187,10 +179,9 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
             x = self._pooled(self.towers()["vision"], terms.spec, batch)
             if "anchor" in terms.names:
                 untuned = self._frozen("anchor", batch)
-                if terms.anchor.of == "unit":
-                    found["anchor"] = jnp.mean(jnp.square(pairs.unit(x) - pairs.unit(untuned)))
-                else:
-                    found["anchor"] = jnp.mean(jnp.sum(jnp.square(x - untuned), axis=-1))
+                unit = terms.anchor.of == "unit"
+                away = jnp.square(pairs.unit(x) - pairs.unit(untuned) if unit else x - untuned)
+                found["anchor"] = jnp.mean(away if unit else jnp.sum(away, axis=-1))
             if "contrast" in terms.names:
                 logits = pairs.cosines(x, self._frozen("contrast", batch)) / terms.contrast.temperature
                 found["contrast"] = pairs.contrast(logits)

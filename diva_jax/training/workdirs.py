@@ -1,16 +1,19 @@
-"""The workdir of a run: its config, and what it had trained at a step."""
+"""The arrays of a run: those that it begins with, and in its workdir its config and what it had trained at a step."""
 
 import dataclasses
 import functools
 import json
+import re
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,9 +22,84 @@ from diva_jax.common import imports, json_files, paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.log import say
-from diva_jax.training import checkpoint, load, optim, towers
+from diva_jax.training import checkpoint, optim, partition
 from diva_jax.training.step import Program
-from diva_jax.weights import places
+from diva_jax.weights import places, readers
+from diva_jax.weights.parts import Opened
+
+
+def put_on(sharding: Callable[[tuple], jax.sharding.Sharding]) -> Callable:
+    """Returns a `put` for `names.assign`; each process provides only the shards of its own devices."""
+
+    def put(path, array: np.ndarray, want: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(want.shape, sharding(path), lambda index: array[index])
+
+    return put
+
+
+def owners(program: Program) -> dict[str, str]:
+    """Parameter name -> prefix of its pretrained part; other parameters keep their initial values."""
+    found = {}
+    parts = program.objective.pretrained()
+    for prefix in sorted(parts, key=len):  # The longest prefix is applied last and takes precedence.
+        names = [n for n in program.arrays if n == prefix or n.startswith(prefix + "/")]
+        if not names:
+            raise UserError(
+                f"config.objective={program.config.objective}: pretrained() has {prefix!r}, but parameters are named "
+                f"like {listing(list(program.arrays)[:3])}"
+            )
+        for name in names:
+            found[name] = prefix
+            if any(re.fullmatch(pattern, name[len(prefix) + 1 :]) for pattern in parts[prefix].fresh):
+                del found[name]
+    return found
+
+
+def _fill(program: Program, prefix: str, opened: Opened, mine: list[str], wanted: set[str]) -> dict:
+    """{name: array} of the wanted parameters of one part."""
+    depth = prefix.count("/") + 1
+    paths = {n: program.skeleton.variables[n][0] for n in mine}
+    names = {path[depth:] or path: n for n, path in paths.items()}
+    variables = {p: program.skeleton.variables[n][1].replace(program.arrays[n]) for p, n in names.items()}
+    place = put_on(lambda path: program.shardings[names[path]])
+
+    def put(path, array, want):
+        return place(path, array, want) if names[path] in wanted else None
+
+    state = opened.fill(nnx.from_flat_state(variables), put)
+    return {names[path]: var.get_value() for path, var in nnx.to_flat_state(state)}
+
+
+def initial_arrays(
+    program: Program, only: Collection[str] | None = None, every_source: bool = True
+) -> tuple[dict, dict]:
+    """Loads the arrays `only` (default all): pretrained parts from their sources, others as the objective initialises
+    them. Returns ({name: array on its sharding}, {prefix: {"source": names of files, "sha256"}}). A part of which some
+    are loaded is checked as a whole; with `every_source` sources of which nothing is loaded are found and hashed too. A
+    UserError where a source is missing, invalid, or of another architecture."""
+    wanted = set(program.arrays if only is None else only)
+    owner, parts = owners(program), program.objective.pretrained()
+    mine = {prefix: [n for n, p in owner.items() if p == prefix] for prefix in parts}
+    needed = [prefix for prefix in parts if not wanted.isdisjoint(mine[prefix])]
+    # All sources are found and checked before any values are read.
+    opened = {prefix: parts[prefix].open() for prefix in (parts if every_source else needed)}
+    arrays = {}
+    with ThreadPoolExecutor(1) as hashes:
+        # Hashing needs the processor while reading waits for the disk.
+        digests = {prefix: hashes.submit(readers.fingerprint, o.files) for prefix, o in opened.items()}
+        for prefix in needed:
+            arrays |= _fill(program, prefix, opened[prefix], mine[prefix], wanted)
+        if fresh := [n for n in program.arrays if n not in owner and n in wanted]:
+            # The compiler removes the computation of all others.
+            init = jax.jit(
+                lambda: {n: a for n, a in partition.disassemble(program.init_module())[1].items() if n in fresh},
+                out_shardings={n: program.shardings[n] for n in fresh},
+            )
+            arrays |= init()
+        names = {prefix: [f.name for f in o.files] for prefix, o in opened.items()}
+        origins = {prefix: {"source": names[prefix], "sha256": digests[prefix].result()} for prefix in opened}
+    return {n: a for n, a in arrays.items() if n in wanted}, origins
+
 
 # Fields that may differ when a run is resumed, because none of them affects what is learned.
 RESUMABLE = (
@@ -47,18 +125,15 @@ def _run_config(workdir: epath.PathLike) -> dict | None:
 
 def check_config(workdir: epath.PathLike, config) -> int | None:
     """A UserError where the checkpoints of a workdir, if there are any, are of another config. Returns the run's number
-    of `config.steps` where the config has more, which extends it; otherwise None.
-    """
+    of `config.steps` where the config has more, which extends it; otherwise None."""
     if checkpoint.latest_step(workdir) is None or (there := _run_config(workdir)) is None:
         return None
     before, longer = there.get("steps"), False
     if isinstance(before, int) and (longer := before < config.steps):
         there = there | {"steps": config.steps}
     if changed := differences(there, json.loads(config.to_json()), WHOLE, RESUMABLE):
-        raise UserError(
-            f"--workdir={workdir} holds a run of another config: {listing(changed, 5)}; "
-            "use another workdir, or the config of that run"
-        )
+        advice = "use another workdir, or the config of that run"
+        raise UserError(f"--workdir={workdir} holds a run of another config: {listing(changed, 5)}; {advice}")
     return before if longer else None
 
 
@@ -93,8 +168,7 @@ def write_config(workdir: epath.PathLike, config) -> None:
 
 def seen(path: epath.Path) -> int | None:
     """The checksum of a file that process 0 has just written, as soon as it is seen here; None where it never is,
-    because the folder is not shared.
-    """
+    because the folder is not shared."""
     until = time.monotonic() + _VISIBLE_WITHIN_S
     while not path.exists():
         if time.monotonic() > until:
@@ -105,8 +179,7 @@ def seen(path: epath.Path) -> int | None:
 
 def check_sources(there: dict, here: dict) -> None:
     """Raises a UserError where a resumed run would have other frozen weights than before."""
-    changed = [k for k in here if there.get(k, {}).get("sha256") != here[k]["sha256"]]
-    if changed:
+    if changed := [k for k in here if there.get(k, {}).get("sha256") != here[k]["sha256"]]:
         raise UserError(
             f"the weights of {listing(changed)} are not those this run began with "
             f"({there.get(changed[0], {}).get('source')}): put the same files back, or use another workdir"
@@ -164,9 +237,7 @@ class Parent:
 
     @classmethod
     def open(cls, text: str, field: str = "--init_from") -> "Parent":
-        """Finds WORKDIR (the newest step) or WORKDIR:STEP, the value of `field`; a UserError without that
-        checkpoint.
-        """
+        """Finds WORKDIR (the newest step) or WORKDIR:STEP, the value of `field`; a UserError where it is not there."""
         workdir, step = places.split_step(text)
         where = paths.folder(workdir, field)
         step = choose_step(where, step, f"{field}={text}")
@@ -181,9 +252,7 @@ class Parent:
         try:
             found = cls.open(where)
         except UserError as e:
-            raise UserError(
-                f"this run began with frozen parameters of {where}, which cannot be read ({e}): put it back"
-            ) from e
+            raise UserError(f"this run began with frozen parameters of {where}: put it back ({e})") from e
         if found.sha256 != record["sha256"]:
             raise UserError(f"{where} is not the checkpoint that this run began with: put the same one back")
         return found
@@ -212,9 +281,7 @@ class Parent:
 
 @dataclasses.dataclass(frozen=True)
 class RunAt:
-    """A run at one of its checkpoints: what it has trained, over the weights that it began with; arrays are on the
-    host.
-    """
+    """A run at a checkpoint: what it has trained, over the weights that it began with; arrays are on the host."""
 
     workdir: epath.PathLike
     step: int
@@ -223,30 +290,25 @@ class RunAt:
     @classmethod
     def open(cls, workdir: epath.PathLike, step: int | None = None) -> "RunAt":
         """Reads a run at a step, default the newest; a UserError without that checkpoint, or where it is damaged or
-        `config.json` is that of another run.
-        """
+        `config.json` is that of another run."""
         config = read_config(workdir)
         while True:
             run = cls(workdir, choose_step(workdir, step), config)
             try:
-                run._check_config()
+                saved = run._restored[1].get("config")
+                saved = saved if isinstance(saved, dict) else {}
+                # A run of another version may have other fields.
+                here = {k: v for k, v in json.loads(config.to_json()).items() if k in saved}
+                if changed := saved and differences(here, saved, WHOLE, (*RESUMABLE, "steps")):
+                    raise UserError(
+                        f"{workdir}/config.json is not the config that the checkpoint of step {run.step} was saved "
+                        f"with, they differ in {listing(changed, 5)}: put the run's own config.json back"
+                    )
                 return run
             except UserError:
                 # A run that trains there may have deleted it meanwhile, and then it has newer ones.
                 if step is not None or choose_step(workdir) == run.step:
                     raise
-
-    def _check_config(self) -> None:
-        """Raises a UserError where `config.json` is not the config that the checkpoint was saved with."""
-        saved = self._restored[1].get("config")
-        saved = saved if isinstance(saved, dict) else {}
-        # A run of another version may have other fields.
-        here = {k: v for k, v in json.loads(self.config.to_json()).items() if k in saved}
-        if changed := saved and differences(here, saved, WHOLE, (*RESUMABLE, "steps")):
-            raise UserError(
-                f"{self.workdir}/config.json is not the config that the checkpoint of step {self.step} was saved with, "
-                f"they differ in {listing(changed, 5)}: put the run's own config.json back"
-            )
 
     @functools.cached_property
     def program(self) -> Program:
@@ -274,16 +336,15 @@ class RunAt:
         """Prefix -> {"source": file names, "sha256"} of the weights that the run began with."""
         return self._restored[1]["sources"]
 
-    def towers(self, wanted: Iterable[str] | None = None) -> towers.Flat:
+    def towers(self, wanted: Iterable[str] | None = None) -> partition.Flat:
         """The tuned towers, adapters merged, see `Objective.towers`; a UserError where weights that the run began with
-        are gone or have changed.
-        """
+        are gone or have changed."""
         self.program.check_exportable()
         wanted = list(self.program.towers.shapes if wanted is None else wanted)
         needed = set().union(*(self.program.towers.needs(t) for t in wanted)) - set(self.params)
         record = self._restored[1].get("init_from", {})
         taken = {n: self.program.arrays[n] for n in needed & set(record.get("frozen", ()))}
         inherited = Parent.recorded(record).read(taken) if taken else {}
-        found, origins = load.initial_arrays(self.program, needed - set(taken), every_source=False)
+        found, origins = initial_arrays(self.program, needed - set(taken), every_source=False)
         check_sources(self.sources, origins)
         return self.program.towers({**found, **inherited, **self.params}, wanted)

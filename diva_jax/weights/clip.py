@@ -5,12 +5,17 @@ Each table requires its tower's names and ignores the other known ones.
 
 from collections.abc import Mapping
 
+import jax
+import numpy as np
 from flax import nnx
 
+from diva_jax.common.errors import UserError
+from diva_jax.data import preprocess
 from diva_jax.models import backbones, layers
-from diva_jax.models.backbones import Spec, architecture
+from diva_jax.models.backbones import Spec, TextSpec, architecture
 from diva_jax.models.backbones.shared.text import Text, require_text
 from diva_jax.models.names import Table, flat
+from diva_jax.weights.readers import Tensor, Tensors
 
 SCALARS = ("logit_scale", "logit_bias")
 _MODULES = {"vision": backbones.build, "text": Text}
@@ -44,3 +49,73 @@ def misfits(tower: str, shapes: Mapping[str, tuple[int, ...]], spec: Spec) -> li
     if tower in TOWERS:
         want = {"/".join(map(str, path)): var.shape for path, var in flat(abstract(tower, spec)).items()}
     return sorted(n for n in want.keys() | shapes.keys() if n not in shapes or shapes[n] != want.get(n))
+
+
+def grids(tensors: Tensors, spec: Spec) -> tuple[int, int]:
+    """Returns the patches per side in the checkpoint and in `spec`."""
+    return architecture(spec.arch).positions(spec).grid(tensors), spec.grid
+
+
+def _resize(grid: np.ndarray, new: int, antialias: bool) -> np.ndarray:
+    """Resizes float32 [old, old, D] to [new, new, D]."""
+    if not antialias:
+        weights = preprocess.cubic_weights((np.arange(new) + 0.5) * len(grid) / new - 0.5, len(grid))
+        return np.einsum("io,opd,jp->ijd", weights, grid, weights, optimize=True).astype(np.float32)
+    # In full precision: by default an accelerator rounds products to bfloat16.
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True))
+
+
+def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
+    """Returns the tensors with position embeddings for `spec.image_size`; the same object if they fit already.
+    Interpolation is bicubic over the grid of patches, in float32, as in the original (open_clip's `resize_pos_embed`;
+    for DINOv2 the models of transformers). Embeddings of other tokens are kept. Rotary embeddings are computed by the
+    model and are not in a checkpoint."""
+    old, new = grids(tensors, spec)
+    if old == new:
+        return tensors
+    positions = architecture(spec.arch).positions(spec)
+    was = tensors[positions.name]
+    extra = was.shape[-2] - old * old
+    shape = (*was.shape[:-2], extra + new * new, was.shape[-1])
+
+    def read() -> np.ndarray:
+        table = np.asarray(was, np.float32).reshape(-1, was.shape[-1])
+        grid = _resize(table[extra:].reshape(old, old, -1), new, positions.antialias)
+        return np.concatenate([table[:extra], grid.reshape(new * new, -1)]).reshape(shape)
+
+    resized = Tensor(shape, np.dtype(np.float32), read)
+    return Tensors({n: resized if n == positions.name else t for n, t in tensors.items()}, tensors.files)
+
+
+def stretch(table: np.ndarray, length: int, kept: int) -> np.ndarray:
+    """Position embeddings of texts [old, D] for a longer context, float32 [length, D], as Long-CLIP's (arXiv
+    2403.15378, section 3.2). The first `kept` rows, at most old - 2, stay. Row kept + i of the result is read at kept +
+    i * (old - kept) / (length - kept) by linear interpolation; past the last row it is extrapolated from the last
+    two."""
+    old = len(table)
+    at = kept + np.arange(length - kept) * ((old - kept) / (length - kept))
+    low = np.minimum(at.astype(int), old - 2)
+    share = (at - low)[:, None]
+    rows = (1 - share) * table[low] + share * table[low + 1]
+    return np.concatenate([table[:kept], rows]).astype(np.float32)
+
+
+def to_context(tensors: Tensors, text: TextSpec) -> Tensors:
+    """The tensors with `text.context_length` position embeddings of texts; the same object where they have them. Where
+    they do not, and `text.kept_positions` is not negative, they are stretched, see `stretch`; a UserError where more
+    are to be kept than can be."""
+    name = next((n for n in ("positional_embedding", "text.positional_embedding") if n in tensors), None)
+    if text.kept_positions < 0 or name is None or tensors[name].shape[0] == text.context_length:
+        return tensors
+    was = tensors[name]
+    old, length, kept = was.shape[0], text.context_length, text.kept_positions
+    if kept > min(old - 2, length - 1):
+        problem = f"text.kept_positions={kept} cannot be kept of {old} position embeddings for {length} tokens"
+        raise UserError(f"{problem}: use at most {min(old - 2, length - 1)}")
+
+    def read() -> np.ndarray:
+        return stretch(np.asarray(was, np.float32), length, kept)
+
+    longer = Tensor((length, *was.shape[1:]), np.dtype(np.float32), read)
+    return Tensors({n: longer if n == name else t for n, t in tensors.items()}, tensors.files)

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from diva_jax.common.errors import UserError
 from diva_jax.models.diffusion.vae import FluxVAEConfig
-from diva_jax.weights import diffusers, names, origins, places, readers
-from diva_jax.weights.parts import Opened, Part
-from diva_jax.weights.tensors import Tensor, Tensors
+from diva_jax.weights import names, places, readers
+from diva_jax.weights.parts import Opened, Part, open_diffusers
+from diva_jax.weights.readers import Tensor, Tensors
 
 FILE = "ae.safetensors"
 
@@ -51,32 +50,20 @@ def with_matrices(tensors: Tensors) -> Tensors:
 
     attn = ".mid.attn_1."
     matrices = {n: squeezed(t) if attn in n and tuple(t.shape[2:]) == (1, 1) else t for n, t in tensors.items()}
-    return Tensors(matrices, getattr(tensors, "files", []))
-
-
-def _open(source: str, config: FluxVAEConfig, field: str) -> tuple[Tensors, names.Table]:
-    at = places.locate(source, f"{field}.source")
-    at = at if isinstance(at, Path) else places.download(at, f"{field}.source", [FILE])
-    if at.is_dir() and (at / FILE).is_file():
-        at = at / FILE
-    if at.is_file():
-        return with_matrices(readers.open_file(at)), VAE
-    folder = at / "vae" if (at / "vae").is_dir() else at
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{field}.source={source!r} has neither {FILE} nor a diffusers folder vae: give one of them")
-    there = vars(FluxVAEConfig.from_dict(readers.read_json(folder / "config.json")))
-    origins.check_same(there, config, there, str(folder), field)
-    return readers.weights_in(folder, "diffusion_pytorch_model"), diffusers.VAE
+    return Tensors(matrices, tensors.files)
 
 
 def vae(source: str, config: FluxVAEConfig, field: str) -> Part:
     """The encoder of FLUX's autoencoder, of `ae.safetensors`, a folder that holds it, a diffusers folder (the
-    pipeline's or `vae`), or a hub id; `field` is the config section of both.
-    """
+    pipeline's or `vae`), or a hub id; `field` is the config section of both."""
 
     def opened():
-        tensors, table = _open(source, config, field)
-        where = str(tensors.files[0])
-        return Opened(tensors.files, lambda state, put: names.assign(state, tensors, table, source=where, put=put))
+        at = places.locate(source, f"{field}.source")
+        at = at if isinstance(at, Path) else places.download(at, f"{field}.source", [FILE])
+        at = at / FILE if (at / FILE).is_file() else at
+        if at.is_dir():
+            return open_diffusers(at, config, field)
+        tensors = with_matrices(readers.open_file(at))
+        return Opened(tensors.files, lambda state, put: names.assign(state, tensors, VAE, source=str(at), put=put))
 
     return Part(source, opened)

@@ -1,6 +1,5 @@
 """Conversion between models of transformers, with each architecture's `TRANSFORMERS`, and open_clip's names: tensors
-and config files.
-"""
+and config files."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, architecture, architectures
 from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe
-from diva_jax.weights.tensors import Tensor, Tensors
+from diva_jax.weights.readers import Tensor, Tensors
 
 
 def _layouts() -> list[Layout]:
@@ -31,16 +30,6 @@ def recognises(names: Iterable[str]) -> bool:
     return any(name.startswith(tuple(layout.mark for layout in _layouts())) for name in names)
 
 
-def _swap(recipe: Recipe, shape: tuple, to_hf: bool) -> tuple:
-    """Returns the shape of the joint tensor in the other layout."""
-    if recipe.transposed:
-        return shape[::-1]
-    if recipe.lead:
-        # Adds the axis in the layout that has it, and removes it in the other.
-        return shape[1:] if (recipe.lead > 0) == to_hf else (1, *shape)
-    return shape
-
-
 def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[str, Tensor]:
     names, out = (recipe.open_clip, recipe.hf) if to_hf else (recipe.hf, recipe.open_clip)
     parts = [tensors[n] for n in names]
@@ -48,7 +37,9 @@ def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[st
     if len(parts) > 1 and (not first or any(tuple(p.shape[1:]) != first[1:] or not p.shape for p in parts)):
         raise UserError(f"{listing(names)} have shapes that do not fit each other: fetch the file again")
     shape = first if len(parts) == 1 else (sum(p.shape[0] for p in parts), *first[1:])
-    joint_shape = _swap(recipe, shape, to_hf)
+    joint_shape = shape[::-1] if recipe.transposed else shape
+    if recipe.lead and not recipe.transposed:  # Adds the axis in the layout that has it, and removes it in the other.
+        joint_shape = shape[1:] if (recipe.lead > 0) == to_hf else (1, *shape)
 
     def joint() -> np.ndarray:
         arrays = [np.asarray(p) for p in parts]
@@ -71,8 +62,7 @@ def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[st
 
 def to_open_clip_names(tensors: Tensors, spec: Spec, source: str) -> Tensors:
     """Converts a whole transformers model's names and layouts to those of open_clip, lazily; a UserError lists names
-    that are missing or unknown.
-    """
+    that are missing or unknown."""
     plan = _layout(spec).recipes(spec)
     known = {n for r in plan for n in r.hf}
     constants = {f"{m}_model.embeddings.position_ids" for m in ("text", "vision")}
@@ -93,8 +83,7 @@ def from_transformers(
     config: Mapping[str, Any], preprocessor: Mapping[str, Any], where: str
 ) -> tuple[Spec, frozenset[str]]:
     """(The Spec that config.json and preprocessor_config.json, or {}, describe, the fields of it that they do not
-    specify); a UserError where the model or its activation is not implemented.
-    """
+    specify); a UserError where the model or its activation is not implemented."""
     kind = config.get("model_type")
     layouts = {model: layout for layout in _layouts() for model in layout.models}
     if not isinstance(kind, str) or kind not in layouts:
@@ -108,8 +97,7 @@ def from_transformers(
 
 def to_transformers(spec: Spec, dtype: str) -> dict:
     """The content of config.json for weights of a dtype, e.g. "float32"; a UserError where transformers has no such
-    model.
-    """
+    model."""
     return _layout(spec).to_config(spec, dtype)
 
 

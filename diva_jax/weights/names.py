@@ -30,8 +30,7 @@ def check_type(name: str, dtype: np.dtype, source: str) -> None:
 
 def check_values(name: str, array: np.ndarray, source: str, may_be_zero: bool = True) -> None:
     """Checks floats of 2, 4 or 8 bytes, of any strides, in one pass over their bits: a UserError where one is NaN or
-    infinite, or, unless `may_be_zero` (biases), where all are zero.
-    """
+    infinite, or, unless `may_be_zero` (biases), where all are zero."""
     flat_array = array.ravel(order="K")
     bits = flat_array.view(f"u{array.dtype.itemsize}")
     infinity = np.asarray(np.inf, array.dtype).view(bits.dtype)
@@ -47,8 +46,7 @@ def check_values(name: str, array: np.ndarray, source: str, may_be_zero: bool = 
 
 def check_names(state, tensors: Mapping, table: Table, *, source: str = "the checkpoint") -> None:
     """A UserError lists names that are unknown, missing, or of another shape than in a state; arguments as
-    `assign`'s.
-    """
+    `assign`'s."""
     names = {table.canonical(n): n for n in tensors}
     shapes = {table.torch_name(path): torch_shape(path, var.shape) for path, var in flat(state).items()}
     there = {n: tuple(tensors[names[n]].shape) for n in shapes if n in names}
@@ -71,12 +69,9 @@ def assign(
     put: Callable[[tuple, np.ndarray, jax.ShapeDtypeStruct], jax.Array] | None = None,
 ):
     """Fills an abstract module or state with a checkpoint's tensors, which may be lazy; returns a state with its
-    dtypes.
-
-    `put` makes device arrays of (path, array in our layout and dtype, of any strides, wanted shape and dtype), in two
-    threads. A UserError as of `check_names`, and where a tensor is not of a floating type, not finite, or a kernel of
-    zeros.
-    """
+    dtypes. `put` makes device arrays of (path, array in our layout and dtype, of any strides, wanted shape and dtype),
+    in two threads. A UserError as of `check_names`, and where a tensor is not of a floating type, not finite, or a
+    kernel of zeros."""
     put = put or (lambda path, array, want: jax.device_put(array))
     check_names(state, tensors, table, source=source)
     names = {table.canonical(n): n for n in tensors}
@@ -104,3 +99,36 @@ def to_torch(state, table: Table) -> dict[str, np.ndarray]:
         table.torch_name(path): np.ascontiguousarray(to_torch_layout(path, np.asarray(var.get_value())))
         for path, var in flat(state).items()
     }
+
+
+# Our modules have diffusers' names, except for the positions in its feed-forward list.
+UNET = Table(
+    "diffusers U-Net",
+    rename=((r"\bff\.proj\.", "ff.net.0.proj."), (r"\bff\.out\.", "ff.net.2.")),
+)
+
+VAE = Table(
+    "encoder of the diffusers VAE",
+    ignore=(r"decoder\..*", r"post_quant_conv\..*"),
+    # Names of older checkpoints, before diffusers had one attention class.
+    aliases=(
+        (r"(mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
+        (r"(mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
+        (r"(mid_block\.attentions\.0)\.value\.", r"\1.to_v."),
+        (r"(mid_block\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
+    ),
+)
+
+TEXT_ENCODER = Table(
+    "transformers CLIPTextModel",
+    rename=(
+        (r"^(token|position)_embedding\.", r"embeddings.\1_embedding."),
+        (r"^layers\.", "encoder.layers."),
+        (r"\.(q|k|v|out)_proj\.", r".self_attn.\1_proj."),
+        (r"\.(fc1|fc2)\.", r".mlp.\1."),
+    ),
+    # A constant that older versions saved, and the projection of CLIPTextModelWithProjection.
+    ignore=(r"embeddings\.position_ids", r"text_projection\.weight"),
+    # Older versions of transformers use this prefix for all names.
+    aliases=((r"^text_model\.", ""),),
+)

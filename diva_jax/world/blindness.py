@@ -26,7 +26,7 @@ from diva_jax.evals.tasks import mmvp
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.training import partition
-from diva_jax.weights import loading, writers
+from diva_jax.weights import parts, writers
 from diva_jax.world import captions, drawing, models, scenes, vocabulary
 from diva_jax.world.scenes import Scenes
 
@@ -151,7 +151,7 @@ class Encoder:
             "vision": jax.jit(vision),
             "text": jax.jit(lambda arrays, ids: skeletons["text"].merge(arrays).encode(ids)),
         }
-        loaded = {k: partition.disassemble(loading.load(source, spec, tower=k))[1] for k in makers}
+        loaded = {k: partition.disassemble(parts.load(source, spec, tower=k))[1] for k in makers}
         self.vision, self.text = loaded["vision"], loaded["text"]
         self._tokenizer = vocabulary.remembering(tokenizers.open_tokenizer(spec.text, source))
 

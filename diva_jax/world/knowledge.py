@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from diva_jax.models.diffusion import schedule
-from diva_jax.training import load, sharding
+from diva_jax.training import partition, workdirs
 from diva_jax.training.step import Program
 from diva_jax.world import blindness, captions, drawing, models, objectives, vocabulary
 
@@ -22,8 +22,8 @@ class Generator:
     def __init__(self, source: str = ""):
         config = models.base_config(objectives.LATENT)
         config.diffusion.source = source or config.diffusion.source
-        program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-        self._arrays, _ = load.initial_arrays(program)
+        program = Program(config, partition.make_mesh(config.mesh, jax.devices()[:1]))
+        self._arrays, _ = workdirs.initial_arrays(program)
         self._tokenize = vocabulary.remembering(program.objective.inputs["caption"].tokenizer())
         self._schedule = program.objective.diffusion.scheduler
         self.steps = self._schedule.num_train_timesteps

@@ -19,7 +19,7 @@ from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.diffusion.text_encoder import TextEncoder
 from diva_jax.models.diffusion.unet import UNet
 from diva_jax.models.layers import Keys
-from diva_jax.weights import clip, diffusers, names, writers
+from diva_jax.weights import clip, names, writers
 from diva_jax.world import captions, drawing, patch_code, scenes, vocabulary
 
 WEIGHTS = Path(__file__).parent / "weights"  # What `pretrain` made, kept in the repository.
@@ -92,7 +92,7 @@ _KINDS = {
     "text_encoder": {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]},
     "scheduler": {"_class_name": "DDIMScheduler", "clip_sample": False},
 }
-TABLES = {"unet": diffusers.UNET, "text_encoder": diffusers.TEXT_ENCODER}
+TABLES = {"unet": names.UNET, "text_encoder": names.TEXT_ENCODER}
 
 
 def base_config(objective: str, diffusion: Mapping | None = None):
@@ -130,7 +130,7 @@ def write_new_clip(folder: Path, seed: int = 0) -> None:
     tensors |= names.to_torch(nnx.state(text), clip.text_table(SPEC))
     tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
     writers.write_open_clip(folder, tensors, to_open_clip(SPEC))
-    vocabulary.write(folder, captions.WORDS, TOKENS)
+    vocabulary.write_tokenizer(folder, captions.WORDS, TOKENS)
 
 
 def basis(seed: int = 0) -> tuple[np.ndarray, float]:
@@ -164,7 +164,7 @@ def write_new_diffusion(folder: Path, diffusion: Mapping, seed: int = 0) -> None
     writers.write_json(
         folder / "scheduler" / "scheduler_config.json", _KINDS["scheduler"] | dict(diffusion["scheduler"])
     )
-    vocabulary.write(folder / "tokenizer", captions.WORDS, TOKENS)
+    vocabulary.write_tokenizer(folder / "tokenizer", captions.WORDS, TOKENS)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "scheduler": ["diffusers", "DDIMScheduler"],

@@ -20,7 +20,7 @@ from flax import nnx
 from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
-from diva_jax.training import load, partition, sharding
+from diva_jax.training import partition, workdirs
 from diva_jax.training.step import Program, Steps
 from diva_jax.weights import clip, names, writers
 from diva_jax.world import models, objectives, records, tuning
@@ -137,8 +137,8 @@ def pretrain(out: Path, shorter: float = 1.0) -> None:
         if not folder.exists():
             write_start(name, start)
             config = stage_config(name, out, shorter)
-            program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-            ((_, arrays, loss),) = tuning.trained(Steps(program), load.initial_arrays(program)[0])
+            program = Program(config, partition.make_mesh(config.mesh, jax.devices()[:1]))
+            ((_, arrays, loss),) = tuning.trained(Steps(program), workdirs.initial_arrays(program)[0])
             with _whole(folder) as partial:
                 write_result(name, start, partial, program, arrays)
             say(f"{name}: loss {loss:.4f}")

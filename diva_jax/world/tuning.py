@@ -15,7 +15,7 @@ from PIL import Image
 from diva_jax.common import log
 from diva_jax.common.errors import RunError
 from diva_jax.data.inputs import Example, Input
-from diva_jax.training import load, sharding
+from diva_jax.training import partition, workdirs
 from diva_jax.training.step import Program, Steps, averaged, train_steps
 from diva_jax.world import arms, blindness, models, records, vocabulary
 from diva_jax.world.arms import Arm
@@ -94,7 +94,7 @@ class Tuner:
                 models.write_new_diffusion(random, models.DIFFUSION, seed=77)
             else:
                 models.write_new_clip(random, seed=77)
-        self.program = Program(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+        self.program = Program(config, partition.make_mesh(config.mesh, jax.devices()[:1]))
         self.steps = Steps(self.program)
 
     def run(self, seed: int) -> Iterator[tuple[int, Towers, float]]:
@@ -110,7 +110,7 @@ class Tuner:
         """All weights at step 0; the config of the program is that of the seed afterwards."""
         p = self.program
         p.config = self._config(seed)  # Programs of two seeds differ in nothing else.
-        return load.initial_arrays(p, every_source=False)[0]
+        return workdirs.initial_arrays(p, every_source=False)[0]
 
 
 class Examiner:

@@ -15,7 +15,7 @@ from helpers import filled
 from reading import from_hf, hf_spec, rows, take
 
 from diva_jax import config
-from diva_jax.data import jitter
+from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.layers import Keys, abstract
@@ -23,7 +23,7 @@ from diva_jax.models.names import Table
 from diva_jax.objectives import dcr
 from diva_jax.objectives.dcr import contrast
 from diva_jax.training import partition
-from diva_jax.weights import clip, diffusers
+from diva_jax.weights import clip, names
 
 # Relative L2 error, by the last component of a quantity's name, or by a component that is in it.
 BOUNDS = {
@@ -107,7 +107,7 @@ class Reader:
     def prompt(self) -> dict[str, np.ndarray]:
         """The text condition, with and without the mask of padding."""
         encoder = filled(
-            abstract(lambda rngs: TextEncoder(self.text, rngs=rngs)), take(self.z, "w/text/"), diffusers.TEXT_ENCODER
+            abstract(lambda rngs: TextEncoder(self.text, rngs=rngs)), take(self.z, "w/text/"), names.TEXT_ENCODER
         )
         ids = jnp.asarray(self.z["text_ids"])
         mask = jnp.arange(ids.shape[1])[None] <= jnp.argmax(ids, axis=1, keepdims=True)  # The end has the largest id.
@@ -124,14 +124,14 @@ class Reader:
         table = Table("projector", tuple((f"^{ours}", theirs) for ours, theirs in leaves))
         module.projector = filled(module.projector, take(self.z, "w/project_clip."), table)
         self.projector = table
-        module.unet = filled(module.unet, take(self.sd, "unet/"), diffusers.UNET)
-        module.vae = filled(module.vae, take(self.sd, "vae/"), diffusers.VAE)
+        module.unet = filled(module.unet, take(self.sd, "unet/"), names.UNET)
+        module.vae = filled(module.vae, take(self.sd, "vae/"), names.VAE)
         module.text_context = nnx.Variable(jnp.asarray(text_context))
         return module
 
     def drawn(self) -> dcr.DcrDraws:
         z = self.z
-        plus = jitter.Draw(*(jnp.asarray(z[f"plus/{k}"]) for k in ("order", "jitter", "crop", "hflip", "vflip")))
+        plus = preprocess.Jitter(*(jnp.asarray(z[f"plus/{k}"]) for k in ("order", "jitter", "crop", "hflip", "vflip")))
         t, noise, posterior = (jnp.asarray(z[k]) for k in ("timesteps", "noise", "vae_noise"))
         return dcr.DcrDraws(t, noise, posterior, plus, None)
 

@@ -19,7 +19,7 @@ from diva_jax.models import backbones
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import diva
 from diva_jax.training import partition
-from diva_jax.weights import clip, diffusers, names
+from diva_jax.weights import clip, names
 
 # Relative L2 error.
 BOUNDS = {"latents": 5e-6, "features": 5e-6, "context": 5e-6, "pred_noise": 1e-5, "losses": 1e-5, "grad": 2e-5}
@@ -90,8 +90,8 @@ def objective(name: str, z, sd):
     vision = dataclasses.replace(vision, ignore=(*vision.ignore, r"visual_proj\..*"))
     module.vision = filled(module.vision, own, vision)
     module.visual_proj = filled(module.visual_proj, own, projection)
-    module.unet = filled(module.unet, take(sd, "unet/"), diffusers.UNET)
-    module.vae = filled(module.vae, take(sd, "vae/"), diffusers.VAE)
+    module.unet = filled(module.unet, take(sd, "unet/"), names.UNET)
+    module.vae = filled(module.vae, take(sd, "vae/"), names.VAE)
     module.text_context = nnx.Variable(jnp.asarray(z["text_context"]))
     return module, {"vision": vision, "visual_proj": projection}
 

@@ -25,7 +25,7 @@ from diva_jax.models.layers import abstract
 from diva_jax.objectives import genhancer
 from diva_jax.training import partition
 from diva_jax.weights import clip, flux, names
-from diva_jax.weights.tensors import Tensors
+from diva_jax.weights.readers import Tensors
 
 FAMILY = Path(__file__).parent / "family"
 PARTS = ("_grad1", "_stage2")

@@ -18,8 +18,8 @@ from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.training import partition
 from diva_jax.training.step import Program
-from diva_jax.weights import clip, names, resample
-from diva_jax.weights.tensors import Tensors
+from diva_jax.weights import clip, names
+from diva_jax.weights.readers import Tensors
 
 # Relative L2 error; gradients concatenated, because that of a key's bias is zero but for rounding.
 BOUNDS = {
@@ -67,7 +67,7 @@ def program(z, **switches: str) -> tuple[Program, dict[str, jax.Array]]:
     arrays = {}
     for part, prefix in (("vision", "w/"), ("original", "w0/"), ("teacher", "teacher/")):
         spec = p.objective.taught_by if part == "teacher" else p.objective.spec
-        tensors = resample.to_resolution(Tensors(take(z, prefix, "visual."), []), spec)
+        tensors = clip.to_resolution(Tensors(take(z, prefix, "visual."), []), spec)
         state = names.assign(getattr(p.objective, part), tensors, clip.vision_table(spec), source=prefix)
         arrays |= {f"{part}/{partition.name_of(k)}": v.get_value() for k, v in names.flat(state).items()}
     if "kernel_params" in p.arrays:

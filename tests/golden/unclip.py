@@ -22,7 +22,7 @@ from diva_jax.models.diffusion import schedule
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import unclip
 from diva_jax.training import partition
-from diva_jax.weights import clip, diffusers
+from diva_jax.weights import clip, names
 
 # Relative L2 error, by the last part of a quantity's name; `grad` is any tensor's.
 _EXACT = ("latent_mean", "latent_std", "latents", "z_t", "target_v", "embed", "class_labels")
@@ -63,8 +63,8 @@ def objective(z, sd, meta) -> unclip.Objective:
     vision = take(z, "w/visual.", "visual.")
     module.vision = filled(module.vision, vision, clip.vision_table(spec))
     unet = {**take(sd, "unet/"), **take(z, "w/unet.")}
-    module.unet = filled(module.unet, unet, diffusers.UNET)
-    module.vae = filled(module.vae, take(sd, "vae/"), diffusers.VAE)
+    module.unet = filled(module.unet, unet, names.UNET)
+    module.vae = filled(module.vae, take(sd, "vae/"), names.VAE)
     module.text_context = nnx.Variable(jnp.asarray(z["text_context"]))
     module.image_normalizer.mean = nnx.Variable(jnp.asarray(z["stats_mean"]))
     module.image_normalizer.std = nnx.Variable(jnp.asarray(z["stats_std"]))

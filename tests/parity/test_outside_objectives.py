@@ -26,8 +26,8 @@ from diva_jax.data.photos import write_folder
 from diva_jax.evals import encode
 from diva_jax.models import backbones
 from diva_jax.models.layers import Keys
-from diva_jax.training import checkpoint, partition, sharding, workdirs
-from diva_jax.weights import clip, names, readers, runs, writers
+from diva_jax.training import checkpoint, partition, workdirs
+from diva_jax.weights import clip, names, origins, readers, writers
 
 NAMES = ("distillation", "captions")
 TOTAL = {"distillation": 220, "captions": 6}
@@ -140,12 +140,12 @@ def test_evaluation_and_export_use_what_was_trained(ran, world, tmp_path):
     assert [r["score"] for r in run] != [r["score"] for r in base]
 
     c = get_config(f"elsewhere.{name}:{world}")
-    found = encode.read(str(workdir), TOTAL[name], c, sharding.make_mesh(c.mesh))
+    found = encode.read(str(workdir), TOTAL[name], c, partition.make_mesh(c.mesh))
     scored = {"vision": found.vision} | ({"text": found.text} if found.text is not None else {})
     written = readers.open_file(tuned / "open_clip_model.safetensors")
     original = readers.open_file(world / "clip" / "open_clip_model.safetensors")
     spec = backbones.spec_of(c)
-    tensors = runs.in_open_clip_names(scored, spec)
+    tensors = origins.in_open_clip_names(scored, spec)
     for tensor, array in tensors.items():
         np.testing.assert_array_equal(np.asarray(written[tensor]), array, err_msg=tensor)
     changed = {n for n in original if not np.array_equal(np.asarray(written[n]), np.asarray(original[n]))}

@@ -26,7 +26,7 @@ from torch_objectives import (
 from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.training.step import image_keys
-from diva_jax.weights import clip, diffusers, names
+from diva_jax.weights import clip, names
 
 STEPS = 10
 PROJECTION = names.Table("visual_proj")
@@ -138,7 +138,7 @@ class TorchJudge:
         self.model.load_state_dict({**self.start, **texts}, strict=False)
         self.trained = {f"visual.{n}": a for n, a in self.model.visual.named_parameters()}
         self.encoder = CLIPTextModel(CLIPTextConfig(**p.config.diffusion.text_encoder.to_dict())).eval()
-        tensors = part_tensors(p, arrays, "text_encoder", diffusers.TEXT_ENCODER)
+        tensors = part_tensors(p, arrays, "text_encoder", names.TEXT_ENCODER)
         missing = self.encoder.load_state_dict(tensors, strict=False)
         assert not missing.unexpected_keys and all("position_ids" in k for k in missing.missing_keys)
         abar, o = self.generator.abar.double(), p.config.judge

@@ -26,7 +26,7 @@ from processes import STEPS, finish, start_all
 from diva_jax import config, report
 from diva_jax.common import paths
 from diva_jax.common.errors import RunError
-from diva_jax.training import checkpoint, executables, sharding, workdirs
+from diva_jax.training import checkpoint, compiler, partition, workdirs
 from diva_jax.weights import places
 
 
@@ -141,11 +141,13 @@ def test_a_bucket_that_vanishes_while_saving(bucket, monkeypatch):
 
 def test_executables_in_a_bucket(bucket):
     c = config.default()
-    program = SimpleNamespace(config=c, mesh=sharding.make_mesh(c.mesh), stages=[SimpleNamespace(name="tune")])
+    program = SimpleNamespace(config=c, mesh=partition.make_mesh(c.mesh), stages=[SimpleNamespace(name="tune")])
     lowered = jax.jit(lambda x: 2 * x + 1).lower(jax.device_put(np.arange(5.0), NamedSharding(program.mesh, P())))
-    refused("aot --save=gs://bucket/saved", executables.folder, "gs://bucket/saved")
-    executables.save("gs://bucket/saved", 0, executables.facts(lowered, program), lowered.compile(), program)
-    loaded = executables.load(executables.folder("gs://bucket/saved"), 0, lowered, program)
+    refused("aot --save=gs://bucket/saved", compiler.folder, "gs://bucket/saved")
+    compiler.save_executable(
+        "gs://bucket/saved", 0, compiler.executable_facts(lowered, program), lowered.compile(), program
+    )
+    loaded = compiler.load_executable(compiler.saved_in("gs://bucket/saved"), 0, lowered, program)
     given = jax.device_put(np.arange(5.0), NamedSharding(program.mesh, P()))
     np.testing.assert_array_equal(loaded(given), 2 * np.arange(5.0) + 1)
 

@@ -16,7 +16,7 @@ from diva_jax.common.results_schema import Task
 from diva_jax.evals import encode, evaluator
 from diva_jax.report import training
 from diva_jax.report.inputs import read
-from diva_jax.training import checkpoint, metrics, sharding
+from diva_jax.training import checkpoint, metrics, partition
 from diva_jax.training.loop import Run
 from diva_jax.weights import places
 
@@ -129,7 +129,7 @@ def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):
 def test_the_command_finds_what_the_log_says(files, photos, ran):
     """The last row can be computed from the checkpoint; the initial encoder borrows the run's projection."""
     c = evaluating(files, photos)
-    mesh = sharding.make_mesh(c.mesh)
+    mesh = partition.make_mesh(c.mesh)
     tasks = {"feedback": c.eval.data[0].removeprefix("feedback=")}
     run = evaluator.Evaluator(c, mesh, tasks)
     given = [places.find(source, "--weights") for source in (f"{files}/clip", str(ran))]

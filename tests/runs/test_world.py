@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from diva_jax.data import tokenizers
-from diva_jax.training import load, sharding
+from diva_jax.training import partition, workdirs
 from diva_jax.training.step import Program
-from diva_jax.weights import loading
+from diva_jax.weights import parts
 from diva_jax.world import (
     arms,
     blindness,
@@ -65,7 +65,7 @@ def world(tmp_path_factory):
 
 def test_pretraining_writes_folders_that_every_reader_opens_and_is_done_once(world, capfd):
     assert all((world / "weights" / name).is_dir() for name in pretrain.STAGES)
-    loading.load(models.SPEC.source, models.SPEC)
+    parts.load(models.SPEC.source, models.SPEC)
     tokenizers.open_tokenizer(models.SPEC.text, models.SPEC.source)
     before = {p: p.stat().st_mtime_ns for p in (world / "weights").rglob("*")}
     pretrain.pretrain(world, 0.0)
@@ -75,7 +75,7 @@ def test_pretraining_writes_folders_that_every_reader_opens_and_is_done_once(wor
 
 def test_what_was_trained_is_what_was_written(world):
     """After two steps the tower is near the one that it started from, and not equal to it."""
-    start, end = (loading.load(str(world / f / models.CLIP), models.SPEC) for f in ("start", "weights"))
+    start, end = (parts.load(str(world / f / models.CLIP), models.SPEC) for f in ("start", "weights"))
     for a, b in zip(*(jax.tree.leaves(jax.tree.map(np.asarray, m)) for m in (start, end)), strict=True):
         assert np.abs(a - b).max() < 0.02
     pooled = [m.encode(np.ones((1, 16, 16, 3), np.float32)).pooled for m in (start, end)]
@@ -125,7 +125,7 @@ def test_images_of_an_earlier_stage_are_not_counted(world, tmp_path):
 def test_arms_move_the_encoder_and_say_why(world, tmp_path, name):
     tuner = tuning.Tuner(arms.find(name), BUDGET, tmp_path)
     towers, loss = list(tuner.run(0))[-1][1:]
-    before = tuner.program.towers(load.initial_arrays(tuner.program, every_source=False)[0])
+    before = tuner.program.towers(workdirs.initial_arrays(tuner.program, every_source=False)[0])
     assert np.isfinite(loss)
     assert any(not np.array_equal(a, before["vision"][n]) for n, a in towers["vision"].items())
     found = why.measure(name, tmp_path, blindness.Encoder())
@@ -136,7 +136,7 @@ def test_arms_move_the_encoder_and_say_why(world, tmp_path, name):
 
 def test_batches_are_those_of_the_records(world):
     c = arms.arm_config(arms.find("judge"), 3, BUDGET)
-    p = Program(c, sharding.make_mesh(c.mesh, jax.devices()[:1]))
+    p = Program(c, partition.make_mesh(c.mesh, jax.devices()[:1]))
     found, again = (list(tuning.batches(c, p.objective.inputs, 3, 2)) for _ in range(2))
     assert {n: (a.shape, a.dtype) for n, a in found[0].items()} == {
         n: (a.shape, a.dtype) for n, a in Program(c, p.mesh).abstract_batch().items()

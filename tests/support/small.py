@@ -13,7 +13,7 @@ from specs import TRAINED as SPEC
 from diva_jax import config
 from diva_jax.models.backbones import HALF, TextSpec
 from diva_jax.models.diffusion import presets
-from diva_jax.training import sharding
+from diva_jax.training import partition
 from diva_jax.training.step import Program
 from diva_jax.weights import writers
 
@@ -155,7 +155,7 @@ def write_unclip(folder: Path) -> None:
 
 
 def program(c, devices: int = 1) -> Program:
-    return Program(c, sharding.make_mesh(c.mesh, jax.devices()[:devices]))
+    return Program(c, partition.make_mesh(c.mesh, jax.devices()[:devices]))
 
 
 def random_arrays(p: Program, seed: int = 0) -> dict:

@@ -11,7 +11,7 @@ from flax import nnx
 from helpers import relative_error, within
 
 from diva_jax.training.step import image_keys
-from diva_jax.weights import clip, diffusers, names
+from diva_jax.weights import clip, names
 
 UPDATE_BOUND = 1e-3
 
@@ -51,10 +51,10 @@ class Generator:
 
         d = p.config.diffusion
         self.unet = UNet2DConditionModel(**d.unet.to_dict()).requires_grad_(False)
-        self.unet.load_state_dict(part_tensors(p, arrays, "unet", diffusers.UNET))
+        self.unet.load_state_dict(part_tensors(p, arrays, "unet", names.UNET))
         vae = d.vae.to_dict() | {"up_block_types": ("UpDecoderBlock2D",) * len(d.vae.block_out_channels)}
         self.vae = AutoencoderKL(**vae).requires_grad_(False)
-        missing = self.vae.load_state_dict(part_tensors(p, arrays, "vae", diffusers.VAE), strict=False)
+        missing = self.vae.load_state_dict(part_tensors(p, arrays, "vae", names.VAE), strict=False)
         assert all(k.startswith(("decoder.", "post_quant")) for k in missing.missing_keys)
         if "text_context" in arrays:
             self.text = torch.from_numpy(np.array(arrays["text_context"]))

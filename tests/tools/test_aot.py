@@ -23,7 +23,7 @@ from diva_jax.costs import hlo
 from diva_jax.models import attention, backbones, feed_forward
 from diva_jax.models.diffusion.blocks import FeedForward
 from diva_jax.models.layers import Keys, Layers
-from diva_jax.training import compiler, sharding
+from diva_jax.training import compiler, partition
 
 pytest.importorskip("libtpu")
 CONFIGS = ROOT / "configs"
@@ -212,7 +212,7 @@ def test_every_divisor_is_a_mesh(topology, fsdp):
     """Also where the sides of the slice are not sizes of the mesh; each device is in it once."""
     c, found = config.default().mesh, aot.devices(topology)[2]
     c.fsdp = fsdp
-    mesh = sharding.make_mesh(c, found)
+    mesh = partition.make_mesh(c, found)
     assert mesh.devices.shape == (len(found) // fsdp, fsdp) and set(mesh.devices.flat) == set(found)
 
 
@@ -258,7 +258,7 @@ def compiled(fn, *args):
 )
 def test_attention_kernels_compile_for_the_tpu(n, m, heads, width, gradient):
     """Forward and backward, with sizes of the U-Net and of a tower whose length is not a multiple of the tile."""
-    mesh = sharding.make_mesh(config.default().mesh, aot.devices("v5e:2x2")[2])
+    mesh = partition.make_mesh(config.default().mesh, aot.devices("v5e:2x2")[2])
     batch = NamedSharding(mesh, P(("data", "fsdp")))
     q, k = (jax.ShapeDtypeStruct((8, length, heads, width), jnp.bfloat16, sharding=batch) for length in (n, m))
 
@@ -287,7 +287,7 @@ def test_attention_kernels_compile_for_the_tpu(n, m, heads, width, gradient):
 def test_feed_forward_kernels_compile_for_the_tpu(monkeypatch, topology, tokens, channels):
     """Forward and backward with the largest tiles of both numbers of channels; weights have no gradient."""
     monkeypatch.setattr(feed_forward, "MIN_TOKENS", tokens)
-    mesh = sharding.make_mesh(config.default().mesh, aot.devices(topology)[2])
+    mesh = partition.make_mesh(config.default().mesh, aot.devices(topology)[2])
     batch, replicated = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P())
 
     def modules():

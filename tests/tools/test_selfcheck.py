@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from diva_jax import config
 from diva_jax.models import attention, platform
-from diva_jax.training import device_checks, distributed, sharding
+from diva_jax.training import device_checks, distributed, partition
 from diva_jax.training.device_checks import FAILED, OK, SLOW, UNKNOWN, Case
 
 ROWS = [
@@ -72,7 +72,7 @@ def test_the_kernels_of_a_program_are_found():
 
 
 def test_collectives_and_checkpoint_on_eight_devices(tmp_path, monkeypatch):
-    mesh = sharding.make_mesh(config.MeshOptions(fsdp=2))
+    mesh = partition.make_mesh(config.MeshOptions(fsdp=2))
     ok, said = device_checks.check_collectives(mesh)
     assert ok and said.startswith("8 devices")
     ok, said = device_checks.check_checkpoint(mesh, epath.Path(tmp_path), 60)
@@ -84,7 +84,7 @@ def test_collectives_and_checkpoint_on_eight_devices(tmp_path, monkeypatch):
 @pytest.mark.parametrize("loss", [1.5, float("nan")])
 def test_a_step_that_is_late_or_not_finite(loss):
     """With the arrays of a program that is one product."""
-    mesh = sharding.make_mesh(config.MeshOptions())
+    mesh = partition.make_mesh(config.MeshOptions())
 
     class Program:
         arrays = {"w": jax.ShapeDtypeStruct((5, 3), jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, P()))}

@@ -22,7 +22,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.fields import field
 from diva_jax.models import backbones
 from diva_jax.objectives import diva
-from diva_jax.training import partition, sharding
+from diva_jax.training import partition
 from diva_jax.training.step import Program
 
 # One of them is of another type than any default.
@@ -172,7 +172,7 @@ def test_config_builds_as_shapes(name):
     c = load(f"{stem}.py:{variant}")
     config.validate(c, 1 if stem in ("tiny", "world") else 16)  # The others are for a v5e:4x4.
     c.mesh.fsdp = 1
-    p = Program(c, sharding.make_mesh(c.mesh, jax.devices()[:1]))
+    p = Program(c, partition.make_mesh(c.mesh, jax.devices()[:1]))
     spec = backbones.spec_of(c)
     if stem in backbones.TABLE:
         assert spec == backbones.TABLE[stem]

@@ -26,7 +26,7 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import images, sources
 from diva_jax.evals import Outcome, Settings, Task, encode, stats
-from diva_jax.training import load
+from diva_jax.training import workdirs
 from diva_jax.training.step import Program, image_keys
 
 TIMESTEP_BINS = 10
@@ -185,12 +185,12 @@ class Feedback(Task):
             config = self.config.copy_and_resolve_references()
             config.backbone.source = encoder.base
             program = Program(config, self.mesh)
-        parts, owners = program.objective.pretrained(), load.owners(program)
+        parts, owners = program.objective.pretrained(), workdirs.owners(program)
         missing = wanted.keys() - mine.keys()
         of_base = {n for n in missing if n in owners and parts[owners[n]].source == encoder.base}
         if others := missing - of_base - self._frozen.keys():
-            self._frozen |= load.initial_arrays(self.program, others, every_source=False)[0]
-        own = load.initial_arrays(program, of_base, every_source=False)[0] if of_base else {}
+            self._frozen |= workdirs.initial_arrays(self.program, others, every_source=False)[0]
+        own = workdirs.initial_arrays(program, of_base, every_source=False)[0] if of_base else {}
         arrays = {n: self._frozen[n] for n in wanted if n in missing - of_base} | own | mine
         # Parameters that start fresh and are not part of the encoder: projections into the U-Net.
         fresh = {n.split("/")[0] for n in missing if n not in owners}

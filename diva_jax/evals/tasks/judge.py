@@ -30,7 +30,7 @@ from diva_jax.evals import Outcome, Settings, encode
 from diva_jax.evals.choice_layouts import ImageRegion, Item
 from diva_jax.evals.tasks import mmvp
 from diva_jax.evals.tasks.choice import PAIRED, Choice, ChoiceOptions, Published
-from diva_jax.training import load
+from diva_jax.training import workdirs
 from diva_jax.training.step import Program
 from diva_jax.weights import parts
 
@@ -125,7 +125,7 @@ class Judge(Choice):
             for of_images, of_texts in map(self.rows_of, items):
                 for image in of_images:
                     asked.setdefault(image, {-1: None}).update(dict.fromkeys(of_texts))
-        arrays, _ = load.initial_arrays(self.program, every_source=False)
+        arrays, _ = workdirs.initial_arrays(self.program, every_source=False)
         found, numbers, put = {}, list(asked), partial(encode.spread, mesh=self.mesh)
         progress = log.progress("judging", sum(map(len, asked.values())), "texts of images")
         with ThreadPoolExecutor(_READER_THREADS) as pool:

@@ -4,7 +4,9 @@ There are three formats: `open_clip`, a folder for open_clip's `local-dir:`; `hf
 LLaVA's `--vision_tower` too; `pt`, the state dict of the vision tower, in the form that DIVA's authors publish.
 """
 
+import dataclasses
 import gc
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,13 +17,15 @@ from flax import nnx
 
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.log import say
+from diva_jax.data import tokenizers
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import OPENAI_VOCABULARY, to_open_clip
-from diva_jax.weights import clip, hf, loading, names, origins, pickles, resample, writers
-from diva_jax.weights.export import reference, vocabulary
+from diva_jax.weights import clip, hf, names, origins, parts, readers, writers
+from diva_jax.weights.export import reference
 from diva_jax.weights.origins import ClipSource
-from diva_jax.weights.tensors import Tensor, Tensors
+from diva_jax.weights.places import TOKENIZER_FILES
+from diva_jax.weights.readers import Tensor, Tensors
 
 FORMATS = ("open_clip", "hf", "pt")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -29,6 +33,65 @@ PT_FILE = "vision_tower.pth"
 # Relative L2 error of an embedding against the original library.
 BOUND = 1e-4
 _TEXT = "a photo of a dog"
+# Kind of tokenizer -> sets of files, each of which suffices for transformers.
+_SUFFICIENT = {
+    "clip": ({"tokenizer.json"}, {"vocab.json", "merges.txt"}),
+    "siglip": ({"tokenizer.json"}, {"spiece.model"}),
+    "xlm": ({"tokenizer.json"}, {"sentencepiece.bpe.model"}),
+}
+# transformers raises an error for this class where there is no tokenizer.json.
+_NONE = {"tokenizer_class": "PreTrainedTokenizerFast"}
+_CLIP = {"tokenizer_class": "CLIPTokenizer"}
+
+
+def _lacks(spec: Spec, files: set[str]) -> str:
+    """What transformers needs beside these files, as a sentence's end; empty where they suffice."""
+    sets = _SUFFICIENT[spec.text.tokenizer]
+    if any(wanted <= files for wanted in sets):
+        return ""
+    return " or ".join(" with ".join(sorted(wanted, reverse=True)) for wanted in sets)
+
+
+def with_tokenizer(source: ClipSource, spec: Spec, folder: str) -> ClipSource:
+    """A source with the tokenizer's files of a folder; a UserError where that has none that fits the text tower."""
+    if not spec.has_text:
+        raise UserError("--tokenizer is for models with a text tower: leave it out, this one has none")
+    where = Path(folder).expanduser()
+    if lacks := _lacks(spec, {f.name for f in where.glob("*")}):
+        raise UserError(f"--tokenizer={folder} has no tokenizer for transformers: it needs {lacks}")
+    tokenizers.open_tokenizer(spec.text, where)
+    return dataclasses.replace(source, tokenizer=tuple(where / f for f in TOKENIZER_FILES if (where / f).is_file()))
+
+
+def tokenizer_of(source: ClipSource, spec: Spec) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a source, as the text tower is evaluated with it, or None; a UserError where its files are
+    broken, or it has more tokens than the text tower."""
+    if not spec.has_text or _lacks(spec, {f.name for f in source.tokenizer}):
+        return None
+    return tokenizers.open_tokenizer(spec.text, source.tokenizer[0].parent)
+
+
+def without_tokenizer(source: ClipSource, spec: Spec, fmt: str) -> str:
+    """One sentence for the screen and the card where an export is without a tokenizer; otherwise empty."""
+    built_in = fmt == "open_clip" and "hf_tokenizer_name" not in to_open_clip(spec)["model_cfg"]["text_cfg"]
+    if fmt == "pt" or built_in or not spec.has_text or not (lacks := _lacks(spec, {f.name for f in source.tokenizer})):
+        return ""
+    return (
+        f"the export has no tokenizer, since {source.where} has none for transformers ({lacks}): encode texts with "
+        "the tokenizer of the original model, or export again with --tokenizer=FOLDER"
+    )
+
+
+def write_tokenizer(folder: Path, source: ClipSource, spec: Spec, fmt: str) -> None:
+    """Copies the tokenizer's files, or writes a config with which transformers refuses to make a tokenizer."""
+    if without_tokenizer(source, spec, fmt):
+        writers.write_json(folder / "tokenizer_config.json", _NONE)
+        return
+    for file in source.tokenizer:
+        shutil.copyfile(file, folder / file.name)
+    about = folder / "tokenizer_config.json"
+    if fmt == "open_clip" and source.tokenizer and spec.text.tokenizer == "clip" and not about.exists():
+        writers.write_json(about, _CLIP)  # An open_clip folder has no config.json that names the class.
 
 
 def _cast(name: str, t, dtype: np.dtype, where: str) -> Tensor:
@@ -48,21 +111,18 @@ def _cast(name: str, t, dtype: np.dtype, where: str) -> Tensor:
 
 def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tensors:
     """The tensors of an export of `spec` under open_clip's names, positions interpolated to it, each lazily cast to
-    `dtype`.
-
-    With `text`, the text tower, if there is one, and the other parameters of the whole model are included. A UserError
-    where the source is another model, or a required part is missing; when values are read, where a tensor is not of
-    floats, or not finite.
-    """
+    `dtype`. With `text`, the text tower, if there is one, and the other parameters of the whole model are included. A
+    UserError where the source is another model, or a required part is missing; when values are read, where a tensor is
+    not of floats, or not finite."""
     origins.check_architecture(source, spec)
-    tensors = resample.to_resolution(source.tensors, spec)
+    tensors = clip.to_resolution(source.tensors, spec)
     tower, table = clip.abstract("vision", spec), clip.vision_table(spec)
     names.check_names(tower, tensors, table, source=source.where)
     wanted = {n: tensors[n] for n in table.names(tower)}
     others = backbones.architecture(spec.arch).OTHERS
     if text:
         if spec.has_text:
-            loading.check_text(source, spec)
+            parts.check_text(source, spec)
             wanted |= {n: tensors[n] for n in clip.text_table(spec).names(clip.abstract("text", spec))}
         if missing := [n for n in others if n not in tensors]:
             raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
@@ -73,7 +133,7 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
 
 
 def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    torch = pickles.import_torch("--format=pt")
+    torch = readers.import_torch("--format=pt")
 
     def tensor(t):
         array = np.array(np.asarray(t), order="C")  # A copy, which PyTorch may write to.
@@ -90,7 +150,7 @@ def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> dict:
     """The model's config file; a UserError where the format cannot hold this model."""
-    own = vocabulary.tokenizer(source, spec) if fmt != "pt" else None
+    own = tokenizer_of(source, spec) if fmt != "pt" else None
     other = own is not None and spec.text.tokenizer == "clip" and own.size != OPENAI_VOCABULARY
     if fmt == "hf":
         config = hf.to_transformers(spec, dtype)
@@ -108,28 +168,9 @@ def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> d
     return config
 
 
-def _write(folder: Path, fmt: str, tensors: Tensors, config: dict, spec: Spec, source: ClipSource) -> None:
-    if fmt == "pt":
-        _write_pt(folder, tensors)
-    elif fmt == "open_clip":
-        writers.write_open_clip(folder, tensors, config)
-    else:
-        writers.write_safetensors(folder / "model.safetensors", hf.to_transformers_names(tensors, spec))
-        writers.write_json(folder / "config.json", config)
-        writers.write_json(folder / "preprocessor_config.json", hf.image_processor(spec))
-    if spec.has_text and fmt != "pt":
-        vocabulary.write(folder, source, spec, fmt)
-
-
-def _compare(written: Tensors, there: Tensors, where: str) -> None:
-    """Raises a RunError where the tensors that were read back are not bit-identical to those to write."""
-    wrong = [n for n in written if n not in there] + [n for n in there if n not in written]
-    for name in written.keys() & there.keys():
-        ours, theirs = np.asarray(written[name]), np.asarray(there[name])
-        if ours.dtype != theirs.dtype or not np.array_equal(ours, theirs):
-            wrong.append(name)
-    if wrong:
-        raise RunError(f"{where} read back differs in {listing(sorted(wrong), 5)}: nothing was exported")
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    a, b = np.asarray(ours), np.asarray(theirs)
+    return a.dtype == b.dtype and np.array_equal(a, b)
 
 
 def _ids(spec: Spec) -> np.ndarray:
@@ -147,7 +188,7 @@ def _run_original(path: Path, fmt: str, spec: Spec, source: ClipSource) -> str:
         return f"not run through {library}, which cannot be imported"
     images, keys, text = reference.image(spec), [], None
     if spec.has_text and fmt != "pt":
-        text = _ids(spec) if vocabulary.note(source, spec, fmt) else _TEXT
+        text = _ids(spec) if without_tokenizer(source, spec, fmt) else _TEXT
     if fmt == "hf":
         theirs, keys = reference.transformers_embeddings(path, images, text, spec.text.context_length)
     elif fmt == "open_clip":
@@ -159,11 +200,11 @@ def _run_original(path: Path, fmt: str, spec: Spec, source: ClipSource) -> str:
         raise RunError(f"{library} finds keys missing or unexpected: {listing(keys, 5)}; nothing was exported")
     with jax.default_matmul_precision("highest"):
         encode = nnx.jit(lambda tower, x: tower.encode(x))
-        said = [_differ(library, "an image", encode(loading.load(str(path), spec), images).pooled, theirs[0])]
+        said = [_differ(library, "an image", encode(parts.load(str(path), spec), images).pooled, theirs[0])]
         if text is not None:
-            tokenizer = vocabulary.tokenizer(source, spec) if text is _TEXT else None
+            tokenizer = tokenizer_of(source, spec) if text is _TEXT else None
             ids = tokenizer([_TEXT]) if tokenizer else np.asarray(theirs[1], np.int32)
-            tower = loading.load(str(path), spec, tower="text")
+            tower = parts.load(str(path), spec, tower="text")
             said.append(_differ(library, "a text", encode(tower, ids), theirs[2]))
     return f"{library}: largest difference {', '.join(said)}"
 
@@ -190,27 +231,38 @@ def export(
     hub: str = "",
     run: bool = True,
 ) -> None:
-    """Writes `source` in one of `FORMATS` and `DTYPES` to `out`, which appears when it is complete and verified.
-
-    `card` is the content of README.md; `hub` the repository that it is pushed to, or "". With `run`, one image and one
-    text go through the library that the export is for, if it is installed. A UserError as of `whole_model`, where `out`
-    exists and is not empty, or the format does not support this model; a RunError where the written files differ from
-    the weights, or the library computes other embeddings.
-    """
+    """Writes `source` in one of `FORMATS` and `DTYPES` to `out`, which appears when it is complete and verified. `card`
+    is the content of README.md; `hub` the repository that it is pushed to, or "". With `run`, one image and one text go
+    through the library that the export is for, if it is installed. A UserError as of `whole_model`, where `out` exists
+    and is not empty, or the format does not support this model; a RunError where the written files differ from the
+    weights, or the library computes other embeddings."""
     tensors = whole_model(source, spec, dtype, text=fmt != "pt")
     if fmt == "pt":
-        pickles.import_torch("--format=pt")
+        readers.import_torch("--format=pt")
     config = _config(fmt, spec, dtype, hub, source)
     with writers.new_folder(out) as folder:
-        _write(folder, fmt, tensors, config, spec, source)
+        if fmt == "pt":
+            _write_pt(folder, tensors)
+        elif fmt == "open_clip":
+            writers.write_open_clip(folder, tensors, config)
+        else:
+            writers.write_safetensors(folder / "model.safetensors", hf.to_transformers_names(tensors, spec))
+            writers.write_json(folder / "config.json", config)
+            writers.write_json(folder / "preprocessor_config.json", hf.image_processor(spec))
+        if spec.has_text and fmt != "pt":
+            write_tokenizer(folder, source, spec, fmt)
         (folder / "README.md").write_text(card)
         path = folder / PT_FILE if fmt == "pt" else folder
-        _compare(tensors, origins.open_source(str(path)).tensors, str(out))
+        there = origins.open_source(str(path)).tensors
+        wrong = tensors.keys() ^ there.keys()
+        wrong |= {n for n in tensors.keys() & there.keys() if not _same(tensors[n], there[n])}
+        if wrong:
+            raise RunError(f"{out} read back differs in {listing(sorted(wrong), 5)}: nothing was exported")
         narrowed = any(np.dtype(t.dtype).itemsize > jnp.dtype(dtype).itemsize for t in source.tensors.values())
         rounded = f" rounded to {dtype}" if narrowed else ""
         say(f"{len(tensors)} tensors read back, bit-identical to {source.where}{rounded}")
         if run:
             say(_run_original(path, fmt, spec, source))
-    if missing := vocabulary.note(source, spec, fmt):
+    if missing := without_tokenizer(source, spec, fmt):
         say(f"note: {missing}")
     say(f"done: {out} ({fmt}, {dtype})")

@@ -1,19 +1,139 @@
 """An export with its card, and its push to the hub."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from diva_jax.common import paths
+from diva_jax.common import json_files, log, paths
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.common.log import say
-from diva_jax.models.backbones import Spec
-from diva_jax.weights import origins, places, runs, writers
-from diva_jax.weights.export import cards, layouts, vocabulary
-from diva_jax.weights.tensors import Tensors
+from diva_jax.common.results_schema import Difference, Results, Score, Task
+from diva_jax.models.backbones import Spec, architecture
+from diva_jax.weights import origins, places, readers, writers
+from diva_jax.weights.export import layouts
+from diva_jax.weights.origins import ClipSource
+from diva_jax.weights.readers import Tensors
+
+_TEMPLATE = Path(__file__).with_name("card.md.j2")
+
+
+def card(
+    source: ClipSource,
+    spec: Spec,
+    fmt: str,
+    dtype: str,
+    *,
+    note: str = "",
+    path: str = "PATH",
+    hub: str = "",
+    license: str = "",
+    base_model: str = "",
+    scores: Mapping[str, Any] | None = None,
+) -> str:
+    """The content of README.md of an export in the format `fmt`: "open_clip", "hf" or "pt". `note` is that of
+    `layouts.without_tokenizer`; `path` is the export's folder in the lines that load it, or `hub` the repository that
+    it is pushed to. `license` and `base_model` are as the hub has them; `scores` is a result of `scores_of`."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    run = paths.values_without_secrets(source.run)
+    method = run["config"]["objective"] if run else ""
+    has_text = spec.has_text and fmt != "pt"
+    squash = "squashed to a square" if spec.resize_mode.startswith("squash") else "shortest side resized"
+    squash += "" if spec.resize_mode == "squash" else f" to {spec.resize}, centre cropped"
+    content = ModelCard.from_template(
+        ModelCardData(
+            license=license or "other",
+            license_name=None if license else "that-of-the-base-model",
+            base_model=base_model or None,
+            base_model_relation="finetune" if base_model and method else None,
+            pipeline_tag="zero-shot-image-classification" if has_text else "image-feature-extraction",
+            library_name="transformers" if fmt == "hf" else architecture(spec.arch).LIBRARY,
+            tags=(["clip"] if spec.has_text else []) + ([method] if method else []),
+        ),
+        template_path=_TEMPLATE,
+        title=(spec.open_clip_name or f"{spec.arch} {spec.image_size}") + (f", tuned with {method}" if method else ""),
+        properties=f"{spec.image_size} px, patch {spec.patch_size}, width {spec.width}, {spec.layers} layers, "
+        f"{spec.activation}, weights in {dtype}. Images: {squash}, {spec.interpolation}, mean {list(spec.mean)}, std "
+        f"{list(spec.std)}.",
+        fmt=fmt,
+        scheme="hf-hub" if hub else "local-dir",
+        path=hub or path,
+        has_text=has_text,
+        encodes_text=has_text and not note,
+        context_length=spec.text.context_length,
+        note=note,
+        scores=scores,
+        reference=scores and scores["reference"],
+        table=_table(scores) if scores else [],
+        source=source,
+        run=run,
+        sha256="" if run else readers.fingerprint(source.files),
+        config=json.dumps(run["config"], indent=1) if run else "",
+        versions=", ".join(f"{package} {version}" for package, version in log.describe()["versions"].items()),
+    )
+    return str(content)
+
+
+def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:
+    """The scores of the exported weights, a source or the workdir of a run at `step`, in a results.json or the folder
+    that holds it. Returns {"file", "created", "reference": label of the weights that they are compared with or "",
+    "rows": [{"task", "title", "unit", "score", "before", "difference"}]}; of a row's last three each is an entry of
+    results.json or None. A UserError where the file cannot be read, or has no scores of these weights."""
+    path = Path(file).expanduser()
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        results = json_files.read(path, Results, "run the evaluation again")
+    except UserError as e:
+        raise UserError(f"{path} is not a results.json of diva_jax.evaluate ({e}): give that file") from e
+    here, weights = Path(source).expanduser().resolve(), [w for w in results.weights if w.source]
+    same = [w for w in weights if w.source == source or Path(w.source).expanduser().resolve() == here]
+    mine = [w.label for w in same if w.step == step]
+    if not mine:
+        known = [w.source + (f":{w.step}" if w.step is not None else "") for w in weights]
+        what = source if step is None else f"{source}:{step}"
+        raise UserError(f"{path} has no scores of {what}, only of {listing(known, 5)}: evaluate these weights")
+    reference = results.labels[0] if results.labels[0] != mine[0] else ""
+    rows = [row for task in results.tasks.values() for row in _rows(task, mine[0], reference)]
+    return {"file": path.name, "created": results.created, "reference": reference, "rows": rows}
+
+
+def _rows(task: Task, label: str, reference: str) -> list[dict[str, Any]]:
+    pairs = {(c.before, c.after): c.scores for c in task.comparisons}
+    scores = {name: weights.scores for name, weights in task.weights.items()}
+    differences, rows = pairs.get((reference, label), {}), []
+    for metric, info in task.metrics.items():
+        score, difference = scores.get(label, {}).get(metric), differences.get(metric)
+        if score or difference:
+            row = {"task": task.title, "title": info.title, "unit": info.unit, "score": score, "difference": difference}
+            rows.append(row | {"before": scores.get(reference, {}).get(metric)})
+    return rows
+
+
+def _figure(score: Score | Difference | None, key: str, unit: str) -> str:
+    if (value := getattr(score, key, None)) is None:
+        return ""
+    form = ".2f" if unit == "%" else ".4g"
+    text = f"{value:{'+' * (key == 'difference')}{form}}"
+    return text + (" ({:{f}} to {:{f}})".format(*score.interval, f=form) if score.interval else "")
+
+
+def _table(scores: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the cells of the table of scores, the head first."""
+    reference = scores["reference"]
+    table = [["task", "score", *([reference] if reference else []), "this model", *(["difference"] * bool(reference))]]
+    for row in scores["rows"]:
+        unit, difference = row["unit"], row["difference"]
+        cells = [row["task"], row["title"] + (f" [{unit}]" if unit else ""), _figure(row["score"], "score", unit)]
+        if reference:
+            cells.insert(2, _figure(row["before"], "score", unit))
+            cells.append(_figure(difference, "difference", unit) or _figure(difference, "score", unit))
+        table.append([cell.replace("|", "\\|") for cell in cells])
+    return table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,23 +170,19 @@ def _check_hub(repo: str) -> None:
     try:
         HfApi().whoami()
     except Exception as e:  # Of any kind, from DNS to a token that has expired.
-        raise UserError(
-            f"--push_to_hub={repo}: the hub does not know this account ({paths.reason(e)}): run hf auth login, or set "
-            "HF_TOKEN"
-        ) from e
+        why = f"the hub does not know this account ({paths.reason(e)})"
+        raise UserError(f"--push_to_hub={repo}: {why}: run hf auth login, or set HF_TOKEN") from e
 
 
 def _push(out: Path, repo: str) -> None:
     from huggingface_hub import HfApi
 
     try:
-        api = HfApi()
-        api.create_repo(repo, exist_ok=True)
-        url = api.upload_folder(repo_id=repo, folder_path=out, commit_message="Export of diva_jax")
+        HfApi().create_repo(repo, exist_ok=True)
+        url = HfApi().upload_folder(repo_id=repo, folder_path=out, commit_message="Export of diva_jax")
     except Exception as e:
-        raise RunError(
-            f"{out} is written, but was not pushed to {repo} ({paths.reason(e)}): push it with hf upload {repo} {out}"
-        ) from e
+        why = f"{out} is written, but was not pushed to {repo} ({paths.reason(e)})"
+        raise RunError(f"{why}: push it with hf upload {repo} {out}") from e
     say(f"pushed to {url}")
 
 
@@ -83,41 +199,38 @@ def export(
     params: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Exports a run or a source of weights with its card, to a local folder that does not exist or is empty, as
-    `layouts.export`.
-
-    `run`: whether the source must be the workdir of a run, then at `step`, by default the newest. `spec` is for a
-    source that does not say what it is; `params` are other values of whole towers of it, see `runs.whole_towers`. A
-    UserError as of `layouts.export`, where the results have no scores of these weights, or the hub refuses; a RunError
-    also where the export is written, but was not pushed.
-    """
+    `layouts.export`. `run`: whether the source must be the workdir of a run, then at `step`, by default the newest.
+    `spec` is for a source that does not say what it is; `params` are other values of whole towers of it, see
+    `origins.whole_towers`. A UserError as of `layouts.export`, where the results have no scores of these weights, or
+    the hub refuses; a RunError also where the export is written, but was not pushed."""
     source, out = os.fspath(source), paths.local(os.fspath(out), "--out")
     writers.refuse_taken(out)
     if options.push_to_hub:
         _check_hub(options.push_to_hub)
-    opened = runs.open_run(source, step) if run else origins.open_source(source)
+    opened = origins.open_run(source, step) if run else origins.open_source(source)
     spec = spec or opened.described(source)
     if params is not None:
-        towers = runs.whole_towers(params, spec)
-        tensors = Tensors({**opened.tensors, **runs.in_open_clip_names(towers, spec)}, opened.files)
+        towers = origins.whole_towers(params, spec)
+        tensors = Tensors({**opened.tensors, **origins.in_open_clip_names(towers, spec)}, opened.files)
         where = f"{opened.where}, with other values of {listing(sorted(towers))}"
         opened = dataclasses.replace(opened, where=where, tensors=tensors)
     began = source
     if opened.run:
         source, step, began = opened.run["workdir"], opened.run["step"], opened.run["config"]["backbone"]["source"]
     if options.tokenizer:
-        opened = vocabulary.add(opened, spec, options.tokenizer)
-    card = cards.card(
+        opened = layouts.with_tokenizer(opened, spec, options.tokenizer)
+    readme = card(
         opened,
         spec,
         fmt,
         dtype,
-        note=vocabulary.note(opened, spec, fmt),
+        note=layouts.without_tokenizer(opened, spec, fmt),
         path=str(out),
         hub=options.push_to_hub,
         license=options.license,
         base_model=options.base_model or places.hub_id(began),
-        scores=cards.scores_of(options.results, source, step) if options.results else None,
+        scores=scores_of(options.results, source, step) if options.results else None,
     )
-    layouts.export(opened, spec, out, fmt, dtype=dtype, card=card, hub=options.push_to_hub)
+    layouts.export(opened, spec, out, fmt, dtype=dtype, card=readme, hub=options.push_to_hub)
     if options.push_to_hub:
         _push(out, options.push_to_hub)

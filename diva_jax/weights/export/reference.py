@@ -42,11 +42,9 @@ def pixels(images: np.ndarray):
 
 
 def open_clip_embeddings(folder: Path, images: np.ndarray, text: str | np.ndarray | None) -> tuple[np.ndarray, ...]:
-    """open_clip's embeddings of images, float32 [B, H, W, 3], and a text with an open_clip folder, in float32.
-
-    `text` is read by the folder's tokenizer, or is token ids, int [N, L]; None: a model without texts. Returns (image
-    embeddings [B, D], and with a text its token ids [N, L] and embeddings [N, D]).
-    """
+    """open_clip's embeddings of images, float32 [B, H, W, 3], and a text with an open_clip folder, in float32. `text`
+    is read by the folder's tokenizer, or is token ids, int [N, L]; None: a model without texts. Returns (image
+    embeddings [B, D], and with a text its token ids [N, L] and embeddings [N, D])."""
     import open_clip
     import torch
 
@@ -108,8 +106,7 @@ def transformers_embeddings(
     folder: Path, images: np.ndarray, text: str | np.ndarray | None, length: int
 ) -> tuple[tuple[np.ndarray, ...], list[str]]:
     """As `open_clip_embeddings`, of a transformers folder, for texts of `length` ids; and missing and unexpected
-    keys.
-    """
+    keys."""
     import torch
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging

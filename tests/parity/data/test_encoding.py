@@ -22,7 +22,7 @@ from diva_jax.data import images, tokenizers
 from diva_jax.data.tokenizers import open_tokenizer
 from diva_jax.evals import Settings, encode
 from diva_jax.models.backbones import TABLE, TextSpec
-from diva_jax.training import sharding
+from diva_jax.training import partition
 
 CLIP_TEXT = TextSpec()
 SIGLIP_TEXT = TextSpec(context_length=64, vocab_size=32000, tokenizer="siglip")
@@ -223,7 +223,7 @@ def test_logits_on_photographs_equal_open_clips(spec, tmp_path):
         siglip_folder = write_siglip_tokenizer(tmp_path)
         theirs = open_clip.tokenizer.HFTokenizer(str(siglip_folder), context_length=64, clean="canonicalize")
         tokenizer = open_tokenizer(spec.text, siglip_folder)
-    ours, words = embeddings(spec, folder, tokenizer, sharding.make_mesh(eval_config(spec, folder).mesh))
+    ours, words = embeddings(spec, folder, tokenizer, partition.make_mesh(eval_config(spec, folder).mesh))
     with torch.no_grad():
         pixels = torch.stack([transform(spec)(photograph(name)) for name in PHOTOGRAPHS])
         want_images, want_words = model.encode_image(pixels), model.encode_text(theirs(TEXTS))

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from diva_jax.data import crop, images, preprocess
+from diva_jax.data import images, preprocess
 from diva_jax.data.photos import examples
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 
@@ -31,13 +31,13 @@ def test_bit_for_bit_torchvision(photographs, name):
     rng = np.random.default_rng(1)
     for i, image in enumerate(photographs):
         w, h = image.size
-        boxes = [crop.sample_box(rng, w, h, SCALE, RATIO), crop.sample_box(rng, w, h, (0.05, 0.4), RATIO)]
+        boxes = [images.sample_box(rng, w, h, SCALE, RATIO), images.sample_box(rng, w, h, (0.05, 0.4), RATIO)]
         for box in [*boxes, (0, 0, w, h), (w - 17, h - 13, w, h)]:
             left, top, right, bottom = box
             size = (64, 224, 512)[i % 3]
             mode = InterpolationMode(name)
             expected = TF.resized_crop(image, top, left, bottom - top, right - left, [size, size], mode)
-            ours = crop.resized_crop(image, box, size, name)
+            ours = images.resized_crop(image, box, size, name)
             assert ours.dtype == np.uint8 and ours.shape == (size, size, 3)
             np.testing.assert_array_equal(ours, np.asarray(expected))
 
@@ -45,7 +45,7 @@ def test_bit_for_bit_torchvision(photographs, name):
 def boxes_of(width, height, scale, ratio, count):
     """(ours, torchvision's), each [count, 4] as top, left, height, width."""
     rng = np.random.default_rng(0)
-    boxes = np.array([crop.sample_box(rng, width, height, scale, ratio) for _ in range(count)])
+    boxes = np.array([images.sample_box(rng, width, height, scale, ratio) for _ in range(count)])
     ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], axis=1)
     image = Image.new("RGB", (width, height))
     torch.manual_seed(0)

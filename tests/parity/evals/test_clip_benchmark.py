@@ -22,7 +22,7 @@ from specs import EVAL_CLIP as CLIP
 from diva_jax.evals import encode, evaluator, linear
 from diva_jax.evals.tasks import robustness, zeroshot
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
-from diva_jax.training import sharding
+from diva_jax.training import partition
 from diva_jax.weights.writers import write_json
 
 WORDS = "zero one two three four five six seven eight nine".split()
@@ -102,7 +102,7 @@ def theirs(exported, root, task):
 def ours(exported, root, task, batch_size=50):
     config = eval_config(CLIP, exported)
     config.eval.update(bootstrap=500, batch_size=batch_size)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = partition.make_mesh(config.mesh)
     runner = evaluator.Evaluator(config, mesh, {task: str(root)})
     loaded = encode.read(str(exported), None, config, mesh)
     return runner.evaluate(runner.model("exported", loaded))[task]

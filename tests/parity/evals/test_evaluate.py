@@ -16,7 +16,7 @@ from specs import EVAL_CLIP as CLIP
 from diva_jax.common.errors import UserError
 from diva_jax.evals import encode, evaluator
 from diva_jax.report import alarms, inputs, page
-from diva_jax.training import checkpoint, sharding, workdirs
+from diva_jax.training import checkpoint, partition, workdirs
 from diva_jax.weights import origins, places, readers
 from diva_jax.weights.writers import write_safetensors
 
@@ -87,7 +87,7 @@ def trained_run(folder, base, seed: int):
 
 
 def run(config, data, sources, devices: int):
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    mesh = partition.make_mesh(config.mesh, jax.devices()[:devices])
     runner = evaluator.Evaluator(config, mesh, data)
     found = []
     for source in sources:
@@ -134,7 +134,7 @@ def test_same_results_on_one_device_and_another_batch(reference, data, base, wor
 
 def test_a_checkpoint_is_what_was_saved(config, workdir, base):
     """The trained block is that of the checkpoint, the rest that of the source."""
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = partition.make_mesh(config.mesh)
     path, step, _ = places.find(str(workdir), "--weights")
     assert step == 5 and places.find(f"{workdir}:2", "--weights")[:2] == (str(workdir), 2)
     found = encode.read(path, step, config, mesh)
@@ -156,7 +156,7 @@ def test_a_vision_tower_alone_has_the_configs_text_tower(config, base, tmp_path)
     """DIVA's authors publish their encoders in this form."""
     tower = tensors(torch_model(CLIP, seed=8).visual)
     write_safetensors(tmp_path / "tuned.safetensors", tower)
-    found = encode.read(str(tmp_path / "tuned.safetensors"), None, config, sharding.make_mesh(config.mesh))
+    found = encode.read(str(tmp_path / "tuned.safetensors"), None, config, partition.make_mesh(config.mesh))
     assert found.source == str(base) and found.text is None
     np.testing.assert_array_equal(found.vision["class_embed"], tower["class_embedding"])
 
@@ -207,7 +207,7 @@ def test_runs_of_other_seeds_and_several_checkpoints(tmp_path, config, data, bas
 
 def test_the_tokenizer_may_come_from_elsewhere(tmp_path, config, data, base):
     (tmp_path / "open_clip_model.safetensors").hardlink_to(base / "open_clip_model.safetensors")
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = partition.make_mesh(config.mesh)
     bare = encode.Encoder({}, None, str(tmp_path), {}, str(tmp_path))
     runner = evaluator.Evaluator(config, mesh, {"mmvp": data["mmvp"]})
     refused("has no tokenizer: it needs tokenizer.json", runner.model, "bare", bare)
@@ -243,13 +243,13 @@ def test_wrong_steps_and_backbones_are_refused(workdir, config, tmp_path):
     other = eval_config(CLIP, workdir)
     other.backbone.width = 60
     with pytest.raises(UserError, match="the run .* than config.backbone: width is 48 there and 60 in"):
-        encode.read(str(workdir), 5, other, sharding.make_mesh(other.mesh))
+        encode.read(str(workdir), 5, other, partition.make_mesh(other.mesh))
 
 
 def test_live_parameters_in_training(config, data, base, workdir):
     """Parameters sharded over the mesh as in training are compared with the initial encoder."""
     config.mesh.update(fsdp=4, min_shard=64)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = partition.make_mesh(config.mesh)
     runner = evaluator.Evaluator(config, mesh, {t: data[t] for t in ("mmvp", "drift")})
     begun = encode.read(str(base), None, config, mesh).vision
     assert any(len(a.sharding.device_set) == 8 and not a.is_fully_replicated for a in begun.values())

@@ -13,8 +13,8 @@ from diva_jax.models.diffusion import text_encoder, unet, vae
 from diva_jax.models.diffusion.presets import PRESETS
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.layers import Keys
-from diva_jax.weights import diffusers as tables
 from diva_jax.weights import names
+from diva_jax.weights import names as tables
 
 UNET, VAE, TEXT, SCHEDULE = unet.UNetConfig, vae.VAEConfig, text_encoder.TextEncoderConfig, ScheduleConfig
 KINDS = {

@@ -20,9 +20,9 @@ from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfi
 from diva_jax.models.diffusion.unet import UNet, UNetConfig, timestep_embedding
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
 from diva_jax.models.layers import Keys
-from diva_jax.weights import diffusers as tables
 from diva_jax.weights import names
-from diva_jax.weights.diffusers import UNET
+from diva_jax.weights import names as tables
+from diva_jax.weights.names import UNET
 
 SD21_BASE, SD21_UNCLIP = (PRESETS[name]["unet"] for name in ("sd21_base", "unclip_h"))
 

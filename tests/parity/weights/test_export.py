@@ -25,10 +25,10 @@ from diva_jax.data.preprocess import normalise, to_float
 from diva_jax.evals import Settings, encode
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import TINY
-from diva_jax.training import checkpoint, load, partition, workdirs
-from diva_jax.training.sharding import make_mesh, parameter_shardings
+from diva_jax.training import checkpoint, partition, workdirs
+from diva_jax.training.partition import make_mesh, parameter_shardings
 from diva_jax.training.step import averaged
-from diva_jax.weights import names, origins, parts, readers, runs
+from diva_jax.weights import names, origins, parts, readers
 from diva_jax.weights.export import layouts, reference
 
 
@@ -64,7 +64,7 @@ def run(tmp_path_factory):
 def test_a_run_is_a_source_of_weights(run):
     """As `config.backbone.source=WORKDIR` or `WORKDIR:STEP`: what an export of the run has, with its own identity."""
     root, params = run
-    expected = runs.open_run(root / "work")
+    expected = origins.open_run(root / "work")
     base = readers.fingerprint(origins.open_source(str(root / "clip")).files)
     for source in (f"{root}/work", f"{root}/work:7"):
         found = origins.open_source(source, "config.backbone.source")
@@ -80,7 +80,7 @@ def test_a_run_is_a_source_of_weights(run):
 
 def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     root, params = run
-    source = runs.open_run(root / "work")
+    source = origins.open_run(root / "work")
     assert source.run["step"] == 7 and source.spec == dataclasses.replace(TINY, source=str(root / "clip"))
     layouts.export(source, source.spec, tmp_path / "out", "open_clip")
     assert "open_clip: largest difference" in capsys.readouterr().out
@@ -96,16 +96,16 @@ def test_checkpoint_to_open_clip(run, tmp_path, capsys):
     assert config["model_cfg"]["quick_gelu"] is True and config["preprocess_cfg"]["resize_mode"] == "shortest"
     assert (tmp_path / "out/vocab.json").exists()
 
-    again = runs.open_run(root / "work", 7)
+    again = origins.open_run(root / "work", 7)
     equal(again.tensors, origins.open_source(str(tmp_path / "out")).tensors)
 
 
 def test_bad_workdirs(run, tmp_path):
     root, _ = run
-    refused("holds no run", runs.open_run, tmp_path)
-    refused(r"--step=3 has no checkpoint in .*: use one of 7", runs.open_run, root / "work", 3)
+    refused("holds no run", origins.open_run, tmp_path)
+    refused(r"--step=3 has no checkpoint in .*: use one of 7", origins.open_run, root / "work", 3)
     (tmp_path / "config.json").write_text((root / "work/config.json").read_text())
-    refused("has no checkpoint yet", runs.open_run, tmp_path)
+    refused("has no checkpoint yet", origins.open_run, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -132,9 +132,9 @@ def test_the_config_of_another_run_is_refused(run, name, value, refused):
             with pytest.raises(
                 UserError, match=f"is not the config that the checkpoint of step 7 .* differ in {name} "
             ):
-                runs.open_run(root / "work")
+                origins.open_run(root / "work")
         else:
-            runs.open_run(root / "work")
+            origins.open_run(root / "work")
     finally:
         path.write_text(before)
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_that_trained_no_tower_is_refused(run, monkeypatch):
     other = {"visual_proj/kernel": jax.numpy.ones(3)}
     monkeypatch.setattr(workdirs.RunAt, "params", property(lambda self: other))
     monkeypatch.setattr(workdirs.RunAt, "towers", lambda self: {"vision": {}})
-    refused("step 7, has trained no parameter of vision, only visual_proj/kernel", runs.open_run, root / "work")
+    refused("step 7, has trained no parameter of vision, only visual_proj/kernel", origins.open_run, root / "work")
 
 
 def test_a_source_that_changed_is_refused(run, tmp_path):
@@ -153,7 +153,7 @@ def test_a_source_that_changed_is_refused(run, tmp_path):
     before = file.read_bytes()
     demo.write_clip(root / "clip", TINY, seed=5)
     try:
-        refused("is not the checkpoint that the run began with", runs.open_run, root / "work")
+        refused("is not the checkpoint that the run began with", origins.open_run, root / "work")
     finally:
         file.write_bytes(before)
 
@@ -213,7 +213,7 @@ def saved(c, p, workdir) -> dict[str, jax.Array]:
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(STEP, state | {"step": jax.numpy.int32(STEP)}, {}, meta, True)
     needed = set().union(*(p.towers.needs(t) for t in p.towers.shapes)) - set(p.trained)
-    return {**load.initial_arrays(p, needed, every_source=False)[0], **averaged(state)}
+    return {**workdirs.initial_arrays(p, needed, every_source=False)[0], **averaged(state)}
 
 
 def token_ids() -> np.ndarray:
@@ -244,7 +244,7 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
     trained = jax.jit(lambda a, x: p.skeleton.merge(a).vision.encode(x).pooled)({**rest, **params}, view)
     close(want, trained, 2e-5)
 
-    found = runs.open_run(tmp_path / "run")
+    found = origins.open_run(tmp_path / "run")
     assert ("text" in merged) == (objective == "smartclip") and found.run["tuned"] == sorted(merged)
     nchw, ids = np.array(view).transpose(0, 3, 1, 2).copy(), token_ids() if "text" in merged else None
     texts = None if ids is None else towers.texts(merged["text"], ids)

@@ -24,8 +24,8 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE, eva02
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.weights import hf, origins, readers, writers
-from diva_jax.weights.export import cards, layouts, publish, reference
-from diva_jax.weights.tensors import Tensor, Tensors
+from diva_jax.weights.export import layouts, publish, reference
+from diva_jax.weights.readers import Tensor, Tensors
 from diva_jax.world import models
 
 
@@ -156,7 +156,7 @@ def test_round_trip_of_a_small_dinov2(tmp_path, capsys, spec, fmt):
     """Run through transformers or timm, and bit-identical; the mask token, which is not used, is kept."""
     model = transformers_folder(tmp_path / "in", spec)
     source = origins.open_source(str(tmp_path / "in"))
-    layouts.export(source, spec, tmp_path / "out", fmt, card=cards.card(source, spec, fmt, "float32"))
+    layouts.export(source, spec, tmp_path / "out", fmt, card=publish.card(source, spec, fmt, "float32"))
     library = {"hf": "transformers", "pt": "timm"}[fmt]
     assert f"{library}: largest difference" in capsys.readouterr().out
     back = origins.open_source(str(tmp_path / "out" / (layouts.PT_FILE if fmt == "pt" else "")))

@@ -29,7 +29,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models.backbones import TextSpec
 from diva_jax.models.diffusion.presets import Diffusion
-from diva_jax.weights import hf, loading, origins, writers
+from diva_jax.weights import hf, origins, parts, writers
 from diva_jax.weights.export import layouts
 from diva_jax.world import captions, models, scenes
 
@@ -223,7 +223,7 @@ def test_diffusers_and_transformers_read_the_generator():
         states = text(torch.from_numpy(ids).long())[0]
         theirs = unet(torch.from_numpy(noisy).permute(0, 3, 1, 2), torch.from_numpy(t), states).sample
     with jax.default_matmul_precision("highest"):
-        ours = nnx.jit(lambda m, x: m(x))(loading.load(str(folder), d.text_encoder), ids)
+        ours = nnx.jit(lambda m, x: m(x))(parts.load(str(folder), d.text_encoder), ids)
         np.testing.assert_allclose(ours, states.numpy(), atol=2e-5 * float(states.abs().max()))
-        pred = nnx.jit(lambda m, *a: m(*a))(loading.load(str(folder), d.unet), noisy, t, ours)
+        pred = nnx.jit(lambda m, *a: m(*a))(parts.load(str(folder), d.unet), noisy, t, ours)
     np.testing.assert_allclose(pred, theirs.permute(0, 2, 3, 1).numpy(), atol=1e-4)

@@ -24,7 +24,7 @@ from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
-from diva_jax.weights import clip, diffusers, hf, names, origins, readers
+from diva_jax.weights import clip, hf, names, origins, readers
 
 
 def clip_model(spec=CLIP):
@@ -284,7 +284,7 @@ VARIANTS = {
 @pytest.mark.parametrize("kind", list(VARIANTS))
 def test_diffusers_unet(tmp_path, kind):
     from diffusers import UNet2DConditionModel
-    from diffusers.training_utils import EMAModel
+    from names.training_utils import EMAModel
 
     model = randomise(UNet2DConditionModel(**UNET))
     model = model.half() if "fp16" in kind else model
@@ -297,7 +297,7 @@ def test_diffusers_unet(tmp_path, kind):
     files = [f for f in (tmp_path / "unet").iterdir() if f.suffix in (".safetensors", ".bin")]
     assert ("sharded" in kind) == (len(files) > 1)
     for folder in (tmp_path, tmp_path / "unet") if kind == "plain" else (tmp_path,):
-        same(weights.load(str(folder), UNetConfig.from_dict(UNET)), diffusers.UNET, model.state_dict())
+        same(weights.load(str(folder), UNetConfig.from_dict(UNET)), names.UNET, model.state_dict())
 
 
 def test_full_precision_is_preferred_to_a_variant(tmp_path):
@@ -307,7 +307,7 @@ def test_full_precision_is_preferred_to_a_variant(tmp_path):
     model.save_pretrained(tmp_path)
     expected = {k: v.clone() for k, v in model.state_dict().items()}
     model.half().save_pretrained(tmp_path, variant="fp16")
-    same(weights.load(str(tmp_path), UNetConfig.from_dict(UNET)), diffusers.UNET, expected)
+    same(weights.load(str(tmp_path), UNetConfig.from_dict(UNET)), names.UNET, expected)
 
 
 def test_diffusers_vae_and_text_encoder(tmp_path):
@@ -331,14 +331,14 @@ def test_diffusers_vae_and_text_encoder(tmp_path):
     model.save_pretrained(tmp_path / "vae")
     (tmp_path / "old/config.json").write_text((tmp_path / "vae/config.json").read_text())
     for folder in (tmp_path, tmp_path / "old"):
-        same(weights.load(str(folder), VAEConfig.from_dict(vae | blocks)), diffusers.VAE, model.state_dict())
+        same(weights.load(str(folder), VAEConfig.from_dict(vae | blocks)), names.VAE, model.state_dict())
 
     cfg = dict(vocab_size=60, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     text = randomise(CLIPTextModel(CLIPTextConfig(**cfg, max_position_embeddings=9, hidden_act="gelu")))
     text.save_pretrained(tmp_path / "text_encoder")
     spec = TextEncoderConfig(60, 9, 24, 2, 2, 48)
     expected = {k.removeprefix("text_model."): v for k, v in text.state_dict().items()}
-    same(weights.load(str(tmp_path), spec), diffusers.TEXT_ENCODER, expected)
+    same(weights.load(str(tmp_path), spec), names.TEXT_ENCODER, expected)
     with pytest.raises(UserError, match="layers is 2 there and 3 in the config"):
         weights.load(str(tmp_path), dataclasses.replace(spec, layers=3))
 

@@ -22,7 +22,7 @@ from diva_jax.evals import Settings, encode, evaluator, results
 from diva_jax.evals.tasks import feedback
 from diva_jax.models.diffusion import schedule
 from diva_jax.objectives import diva
-from diva_jax.training import sharding, towers
+from diva_jax.training import partition
 
 COUNT = 11  # One group of gradients and three more images.
 SEED = 5
@@ -45,7 +45,7 @@ def config(**fields):
 
 def runner(folder, c=None, devices: int = 1):
     c = c or config()
-    mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
+    mesh = partition.make_mesh(c.mesh, jax.devices()[:devices])
     return evaluator.Evaluator(c, mesh, {"feedback": str(folder)})
 
 
@@ -198,7 +198,7 @@ def attentive(folder, monkeypatch):
     made = config(trainable=(("vision/.*", 1.0),))
     module = SimpleNamespace(Objective=Attentive, default=ConfigDict)
     monkeypatch.setattr(objectives, "find", lambda name: module)
-    monkeypatch.setattr(towers.Towers, "check", lambda *_: None)  # Its tower is not one of a backbone.
+    monkeypatch.setattr(partition.Towers, "check", lambda *_: None)  # Its tower is not one of a backbone.
     return partial(runner, folder, made)
 
 

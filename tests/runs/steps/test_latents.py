@@ -49,7 +49,7 @@ def hashes(folder) -> dict[str, str]:
 def test_crops_and_moments_are_those_of_a_run_without(files, cache):
     """Over the first epochs of the same seed; then the crops repeat."""
     plain, cached = run_config(files), run_config(files, cache)
-    module = step.Program(plain, small.sharding.make_mesh(plain.mesh)).objective
+    module = step.Program(plain, small.partition.make_mesh(plain.mesh)).objective
     p = small.program(plain)
     arrays, _ = cache_builder.load.initial_arrays(p, [n for n in p.arrays if n.startswith("vae/")], every_source=False)
     absent = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.arrays.items()}

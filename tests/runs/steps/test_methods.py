@@ -11,11 +11,11 @@ from specs import DINOV2
 
 from diva_jax import config, demo, objectives
 from diva_jax.common.errors import UserError
-from diva_jax.data import inputs, jitter, preprocess
+from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.objectives import smartclip
 from diva_jax.objectives.dcr import contrast
-from diva_jax.training import load, partition
+from diva_jax.training import partition, workdirs
 from diva_jax.training.loop import Run
 
 
@@ -156,14 +156,14 @@ def test_statistics_come_from_the_generator(files, tmp_path):
     c.backbone.source, c.diffusion.source = str(files / "clip"), str(tmp_path / "generator")
     p = small.program(c)
     names = ["image_normalizer/mean", "image_normalizer/std"]
-    arrays, origins = load.initial_arrays(p, names, every_source=False)
+    arrays, origins = workdirs.initial_arrays(p, names, every_source=False)
     rng, d = np.random.default_rng(5), small.SPEC.embed_dim
     np.testing.assert_array_equal(arrays[names[0]], rng.normal(size=(1, d)).astype(np.float32))
     np.testing.assert_array_equal(arrays[names[1]], rng.uniform(0.5, 1.5, (1, d)).astype(np.float32))
     assert origins["image_normalizer"]["source"] == ["diffusion_pytorch_model.safetensors"]
     (tmp_path / "generator" / "image_normalizer" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="image_normalizer has no weights"):
-        load.initial_arrays(p, names, every_source=False)
+        workdirs.initial_arrays(p, names, every_source=False)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_published_recipe():
 def test_normalisation_and_the_space_of_the_jitter():
     pixels = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 28, 28, 3)), jnp.float32)
     nothing = (jnp.arange(4), jnp.array([1.0, 1, 1, 0]), jnp.array([0, 0, 28, 28]), jnp.array(False), jnp.array(False))
-    nothing = jitter.Draw(*(jnp.stack([x, x]) for x in nothing))
+    nothing = preprocess.Jitter(*(jnp.stack([x, x]) for x in nothing))
     view, plus = small.program(small.dcr_config(small.SIGLIP_28)).objective.views(pixels, nothing)
     np.testing.assert_allclose(view, 2 * pixels - 1, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(plus, view, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ from diva_jax.models.layers import Keys
 from diva_jax.objectives import genhancer
 from diva_jax.training import checkpoint, workdirs
 from diva_jax.training.loop import Run
-from diva_jax.weights import flux, names, runs, writers
+from diva_jax.weights import flux, names, origins, writers
 from diva_jax.world import models, records
 
 
@@ -143,7 +143,7 @@ def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
     for name, array in at.params.items():
         np.testing.assert_array_equal(array, want["ema"][name], err_msg=name)
         assert not np.array_equal(array, want["params"][name]), name
-    source = runs.open_run(whole)
+    source = origins.open_run(whole)
     name = "visual.proj"
     np.testing.assert_array_equal(source.tensors[name], np.asarray(want["ema"]["vision/proj/matrix"]))
     assert backbones.spec_of(at.config) == source.spec
@@ -190,8 +190,8 @@ def saved(run, step: int, change: float) -> dict:
     params = {n: a + change for n, a in loaded.state["params"].items()}
     meta = {"sources": loaded.origins, "config": {}} | ({"init_from": loaded.parent} if loaded.parent else {})
     state = {**loaded.state, "params": params, "step": loaded.state["step"] + step}
-    loaded.checkpoints.save(step, state, run.batches.get_state() | {"batches": step}, meta, wait=True)
-    loaded.checkpoints.close()
+    with checkpoint.Checkpoints(run.workdir) as checkpoints:
+        checkpoints.save(step, state, run.batches.get_state() | {"batches": step}, meta, wait=True)
     run.lock.close()
     run.batches.close()
     return {**loaded.frozen, **loaded.state["params"]}
@@ -220,7 +220,6 @@ def test_stage_two_starts_from_stage_one_and_resumes(make, tmp_path, capsys):
     for name, array in loaded.state["params"].items():
         np.testing.assert_array_equal(array, after[name] + 0.25, err_msg=name)
     assert loaded.parent["step"] == 3 and loaded.parent["frozen"] == sorted(taken)
-    loaded.checkpoints.close()
     resumed.batches.close()
     assert set(workdirs.RunAt.open(tmp_path / "two").towers()) == {"vision"}
 

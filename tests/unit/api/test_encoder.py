@@ -14,7 +14,7 @@ import diva_jax
 from diva_jax import demo
 from diva_jax.common.errors import UserError
 from diva_jax.evals import encode
-from diva_jax.weights import loading
+from diva_jax.weights import parts
 
 COUNT = 5
 
@@ -35,7 +35,7 @@ def encoder(clip):
 @pytest.fixture(scope="module")
 def expected(clip):
     """Of each image, by the model itself."""
-    model = loading.load(str(clip), EVAL_CLIP)
+    model = parts.load(str(clip), EVAL_CLIP)
     spec = EVAL_CLIP
     pixels = np.stack([encode.images.prepare(patch(i), spec.image_size, spec.resize_mode, spec.interpolation)
                        for i in range(COUNT)])  # fmt: skip
@@ -74,7 +74,7 @@ def test_texts_are_those_of_the_text_tower(encoder, clip):
 
     texts = ["a photo of a cup", "A dog, ünder ☃", ""]
     ids = tokenizers.open_tokenizer(EVAL_CLIP.text, clip)(texts)
-    want = np.asarray(loading.load(str(clip), EVAL_CLIP, tower="text").encode(ids))
+    want = np.asarray(parts.load(str(clip), EVAL_CLIP, tower="text").encode(ids))
     np.testing.assert_allclose(encoder.encode_text(texts), want, atol=2e-5)
     np.testing.assert_allclose(encoder.encode_text(texts[1]), want[1:2], atol=2e-5)
 

@@ -10,7 +10,7 @@ from helpers import refused
 import diva_jax
 from diva_jax import config
 from diva_jax.api import read_config
-from diva_jax.data import crop
+from diva_jax.data import images
 from diva_jax.training.step import train_step
 
 
@@ -55,8 +55,8 @@ def test_batches_are_cropped_as_in_training(loss):
     batch = loss.batch([image, image], seed=5)
     for i in range(2):
         rng = np.random.default_rng((5, i))
-        box = crop.sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
-        np.testing.assert_array_equal(batch["image"][i], crop.resized_crop(image, box, 12, c.interpolation))
+        box = images.sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
+        np.testing.assert_array_equal(batch["image"][i], images.resized_crop(image, box, 12, c.interpolation))
     assert loss.inputs == {"image": ((12, 12, 3), np.dtype(np.uint8))}
 
 

@@ -22,7 +22,7 @@ from diva_jax.evals.tasks import mmvp
 from diva_jax.report import images, inputs, page
 from diva_jax.training import checkpoint, lock, metrics, workdirs
 from diva_jax.weights import readers
-from diva_jax.weights.export import cards
+from diva_jax.weights.export import publish
 
 pytestmark = pytest.mark.attack
 MANIFEST = {"facts": {"vae": {"a": 1}}, "records": 7, "crops": 2, "seed": 3, "per_shard": 4, "shape": [4, 6, 8]}
@@ -98,7 +98,7 @@ def read_shards(folder):
 
 READERS = {
     "config.json": (workdirs.read_config, show, lambda folder: readers.read_json(folder / "config.json")),
-    "results.json": (show, lambda folder: cards.scores_of(str(folder), "w", None)),
+    "results.json": (show, lambda folder: publish.scores_of(str(folder), "w", None)),
     "metrics.jsonl": (show, resume),
     "sessions.json": (show, resume),
     "images.json": (show,),

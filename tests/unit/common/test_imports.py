@@ -101,7 +101,7 @@ def test_unknown_names_are_attribute_errors():
 
 def test_commands_are_functions_whatever_was_imported_before():
     code = """
-import diva_jax.training.loop, diva_jax.weights.export.cards, diva_jax
+import diva_jax.training.loop, diva_jax.weights.export.publish, diva_jax
 from diva_jax import export, train
 assert export is diva_jax.api.export is diva_jax.export and train is diva_jax.api.train is diva_jax.train
 try:

@@ -7,7 +7,7 @@ import pytest
 
 from diva_jax import __main__ as listing
 from diva_jax import config, objectives
-from diva_jax.common import fields, near
+from diva_jax.common import errors, fields
 from diva_jax.common.errors import UserError
 
 
@@ -20,11 +20,11 @@ def test_a_typing_error_in_any_field_finds_it():
             i = int(rng.integers(len(name)))
             for wrong in (name[:i] + "x" + name[i:], name.upper(), name.replace("_", "-")):
                 if len(name) > 3:
-                    assert path in near.nearest(f"{section}.{wrong}".lstrip("."), known), (path, wrong)
+                    assert path in errors.nearest(f"{section}.{wrong}".lstrip("."), known), (path, wrong)
             # The section is forgotten, or written otherwise.
             if len([p for p in known if p.rpartition(".")[2] == name]) <= 3:
-                assert path in near.nearest(name, known) or name in known
-                assert path in near.nearest(f"other.{name}", known)
+                assert path in errors.nearest(name, known) or name in known
+                assert path in errors.nearest(f"other.{name}", known)
         seen |= set(known)
 
 

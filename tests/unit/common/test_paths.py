@@ -12,7 +12,7 @@ from helpers import refused
 
 from diva_jax.common import json_files, paths
 from diva_jax.common.errors import UserError
-from diva_jax.training import checkpoint, integrity
+from diva_jax.training import checkpoint
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_what_a_bucket_refuses_is_a_sentence_and_no_damage(monkeypatch, code):
         monkeypatch.setattr(type(epath.Path("gs://b/x")), name, refuse)
     for read in (
         lambda: json_files.read_bytes("gs://b/x"),
-        lambda: integrity.read_text(epath.Path("gs://b/3"), "meta"),
+        lambda: checkpoint.read_text(epath.Path("gs://b/3"), "meta"),
         lambda: checkpoint.latest_step("gs://b/run"),
     ):
         refused(rf"gs://b/\S+ cannot be read \(HttpError: refused, {code}\): check", read)

@@ -12,11 +12,11 @@ from helpers import refused
 from records import batches, encoded, letters, tags, text_of, write_tar
 
 from diva_jax.common.errors import UserError
-from diva_jax.data import alternatives, inputs, records
-from diva_jax.data.alternatives import Classes, Edits, Listed
+from diva_jax.data import inputs, records
+from diva_jax.data.inputs import Classes, Edits, Listed
 from diva_jax.data.records import Record
 
-LEXICON = json.loads(alternatives.LEXICON.read_text())
+LEXICON = json.loads(inputs.LEXICON.read_text())
 # Good lists, none, and what is no list of texts, by record; the last records are good again.
 GOOD = [f"a photo of number {i}" for i in range(70)]
 TEXTS = [
@@ -64,7 +64,7 @@ def test_an_edit_changes_one_word_and_the_neutral_text_has_none():
 
 def test_neutral_texts_and_choices():
     swapped = ("a red cube and a blue ball", "a blue cube and a red ball")
-    assert alternatives.common(swapped) == "a cube and a ball" and alternatives.common(["a", "b"]) == ""
+    assert inputs.common(swapped) == "a cube and a ball" and inputs.common(["a", "b"]) == ""
     rng = np.random.default_rng(0)
     record = Record("", b"", "both", tuple(GOOD[:9]))
     for _ in range(20):

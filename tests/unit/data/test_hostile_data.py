@@ -22,7 +22,7 @@ from records import batches, data_config, encoded, tags, write_shards, write_tar
 
 from diva_jax import demo
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import decoding, files, images, inputs, pipeline, tars, tokenizers
+from diva_jax.data import files, images, inputs, pipeline, tars, tokenizers
 from diva_jax.models.backbones import TextSpec
 from diva_jax.weights import parts
 
@@ -112,7 +112,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
 @pytest.mark.parametrize("number, failures", [(errno.EIO, 1), (errno.ESTALE, 2), (errno.EMFILE, 10**6)])
 def test_reads_that_fail_for_a_while_are_tried_again(tmp_path, monkeypatch, number, failures):
     """They are no broken images; one that goes on failing is."""
-    monkeypatch.setattr(decoding, "_RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(pipeline, "_RETRY_PAUSES_S", (0.0, 0.0))
     write_shards(tmp_path, 12, 12)
     read = files.read_range
 

@@ -9,7 +9,7 @@ from PIL import Image
 from records import batches, encoded, letters, tags, take, text_of, write_tar
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import crop, images, inputs, jitter
+from diva_jax.data import images, inputs, preprocess
 
 COUNT = 14
 
@@ -63,9 +63,9 @@ def test_crops_of_two_sizes_are_of_one_box(noisy):
     scale, ratio = (0.9, 1.0), (3 / 4, 4 / 3)
     for position, (example, pixels) in enumerate(zip(seen, batch["a"], strict=True)):
         rng = np.random.default_rng((5, position))
-        assert example.box == crop.sample_box(rng, *example.image.size, scale, ratio)
+        assert example.box == images.sample_box(rng, *example.image.size, scale, ratio)
         assert rng.random() == example.rng.random()  # The box is drawn first.
-        np.testing.assert_array_equal(crop.resized_crop(example.image, example.box, 31, "bicubic"), pixels)
+        np.testing.assert_array_equal(images.resized_crop(example.image, example.box, 31, "bicubic"), pixels)
         assert example.image.mode == "RGB" and example.text is None
 
 
@@ -184,7 +184,7 @@ SIZE = 22
 
 def test_draws_lie_in_their_ranges_and_depend_on_their_own_key():
     keys = jax.random.split(jax.random.key(3), 400)
-    d = jax.device_get(jax.jit(jitter.draw, static_argnums=1)(keys, SIZE))
+    d = jax.device_get(jax.jit(preprocess.draw_jitter, static_argnums=1)(keys, SIZE))
     assert (np.sort(d.order, axis=1) == np.arange(4)).all() and len(np.unique(d.order, axis=0)) == 24
     assert (abs(d.factors[:, :3] - 1) <= 0.1).all() and (abs(d.factors[:, 3]) <= 0.05).all()
     assert np.std(d.factors[:, :3], axis=0).min() > 0.05 and np.std(d.factors[:, 3]) > 0.025
@@ -193,6 +193,6 @@ def test_draws_lie_in_their_ranges_and_depend_on_their_own_key():
     area, ratio = height * width / SIZE**2, width / height
     assert area.min() > 0.85 and ratio.min() > 0.85 and ratio.max() < 1.18 and len(np.unique(d.crop, axis=0)) > 20
     assert 0.4 < d.hflip.mean() < 0.6 and 0.4 < d.vflip.mean() < 0.6
-    some = jax.device_get(jitter.draw(keys[7:9], SIZE))
+    some = jax.device_get(preprocess.draw_jitter(keys[7:9], SIZE))
     for ours, want in zip(some, d, strict=True):
         np.testing.assert_allclose(ours, want[7:9], rtol=1e-6)

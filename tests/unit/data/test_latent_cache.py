@@ -9,7 +9,7 @@ from helpers import failed
 from records import batches, noise, take, write_tar
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import crop, images, inputs, latent_cache, pipeline, sources
+from diva_jax.data import images, inputs, latent_cache, pipeline, sources
 from diva_jax.data.latent_cache import Cache, Entry, Manifest
 from diva_jax.data.records import Record
 
@@ -22,7 +22,7 @@ def jpeg(i: int) -> bytes:
     return noise(i, 64 + i, 48 + 3 * i)
 
 
-def box(i: int, k: int) -> crop.Box:
+def box(i: int, k: int) -> images.Box:
     return i, k, 40 + i, 30 + k
 
 
@@ -83,7 +83,7 @@ def test_batches_have_the_boxes_and_moments_of_their_epoch(folder, data):
             k = epoch % CROPS
             np.testing.assert_array_equal(batch["moments"][row], entry(i, k).moments)
             image = images.decode(jpeg(i))
-            np.testing.assert_array_equal(batch["image"][row], crop.resized_crop(image, box(i, k), 12))
+            np.testing.assert_array_equal(batch["image"][row], images.resized_crop(image, box(i, k), 12))
     assert iterator.broken.count == 1
     resumed = opened()
     resumed.set_state({**iterator.get_state(), "batches": 7})

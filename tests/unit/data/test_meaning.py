@@ -158,7 +158,7 @@ def test_images_of_other_formats_are_said(tmp_path, caplog):
     caplog.clear()
     assert len(labelled.class_folders(tmp_path)) == 2 and "1.HEIC" in caplog.text
     (tmp_path / "a" / "0.png").unlink()
-    refused("images of formats alone that are not read", open_source, f"{tmp_path}/a")
+    refused("images of other formats converted to JPEG or PNG", open_source, f"{tmp_path}/a")
 
 
 @pytest.mark.parametrize("what", ["profile", "text", "compressed text", "all"])

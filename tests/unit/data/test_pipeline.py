@@ -12,7 +12,7 @@ from helpers import failed, refused
 from records import batches, encoded, tags, tags_of, take, write_shards
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import mixture, pipeline
+from diva_jax.data import pipeline, sources
 from diva_jax.data.sources import open_source
 
 
@@ -243,4 +243,4 @@ def test_bad_parts(folder):
     refused("is a mixture in a mixture", open_source, f"mix:1={folder}/tars;1=mix:1={folder}/folder")
     parts = [open_source(str(folder / "tars"))] * 2
     with pytest.raises(UserError, match="an epoch would have 12000000012 images"):
-        mixture.MixtureSource(parts, [Fraction(1, 10**9 + 1), Fraction(10**9, 10**9 + 1)], "mix:...")
+        sources.MixtureSource(parts, [Fraction(1, 10**9 + 1), Fraction(10**9, 10**9 + 1)], "mix:...")

@@ -110,7 +110,7 @@ def test_tfds(tfds_dir):
     assert sorted(task.images.targets) == LABELS and task.classes == NAMES
     sizes = sorted(task.images.read(i).size for i in range(task.count))
     assert sizes == sorted(patch(i).size for i in range(len(LABELS)))
-    refused("no class label 'x', only image, label", prepare, f"tfds:labelled/test?label=x&data_dir={tfds_dir}")
+    refused("no class label 'x', only label", prepare, f"tfds:labelled/test?label=x&data_dir={tfds_dir}")
 
 
 def written(folder, value) -> str:

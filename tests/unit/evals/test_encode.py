@@ -19,7 +19,7 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE, Features
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.layers import Keys
-from diva_jax.training import partition, sharding
+from diva_jax.training import partition
 
 COUNT = 19
 WINDOWS = [np.asarray(patch(i).resize((42, 42))) for i in range(5)]
@@ -33,7 +33,7 @@ def arrays_of(build, spec):
 @functools.cache
 def towers_on(spec, devices: int, batch: int, **settings) -> encode.Towers:
     """Compiled once for all tests."""
-    mesh = sharding.make_mesh(default(spec).mesh, jax.devices()[:devices])
+    mesh = partition.make_mesh(default(spec).mesh, jax.devices()[:devices])
     return encode.Towers(spec, mesh, Settings(batch_size=batch, **settings))
 
 
@@ -108,7 +108,7 @@ def test_published_readouts(tag):
 def test_unknown_readouts_are_refused():
     for text in ("mean", "cls + mean(random)", "cls+mean(all)", "l2(cls) + mean(some 3)", ""):
         with pytest.raises(UserError, match="backbone.readout=.* cannot be read"):
-            encode.Towers(dataclasses.replace(CLIP, readout=text), sharding.make_mesh(default(CLIP).mesh), Settings())
+            encode.Towers(dataclasses.replace(CLIP, readout=text), partition.make_mesh(default(CLIP).mesh), Settings())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -13,7 +13,7 @@ from specs import EVAL_CLIP as CLIP
 from diva_jax import config, evals
 from diva_jax.common.errors import UserError
 from diva_jax.evals import Settings, encode, evaluator
-from diva_jax.training import sharding
+from diva_jax.training import partition
 
 TASKS = ["choice", "drift", "feedback", "judge", "mmvp", "probe", "retrieval", "robustness", "segmentation", "zeroshot"]
 OUTSIDE = """
@@ -112,7 +112,7 @@ def test_unknown_fields_are_refused(field):
 
 def test_a_task_from_outside_the_package(outside, tmp_path):
     c = eval_config(CLIP, tmp_path)
-    mesh = sharding.make_mesh(c.mesh)
+    mesh = partition.make_mesh(c.mesh)
     c.eval.update(every=2, data=(f"{outside}=four",), seed=7)
     config.validate(c, 1)
     task = evaluator.Evaluator(c, mesh, {outside: "four"}).tasks["length"]

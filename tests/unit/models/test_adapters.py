@@ -14,7 +14,7 @@ from specs import TEACHER
 from diva_jax.common.errors import UserError
 from diva_jax.models import adapters, backbones
 from diva_jax.models.layers import Keys, abstract
-from diva_jax.training import partition, towers
+from diva_jax.training import partition
 
 ALL = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])|proj"
 
@@ -135,7 +135,7 @@ def method():
         if isinstance(m, adapters.Update):
             m.b[...] = jax.random.normal(jax.random.key(i), m.b.shape)
     skeleton, arrays = partition.disassemble(module)
-    return module, arrays, towers.Towers(skeleton, arrays)
+    return module, arrays, partition.Towers(skeleton, arrays)
 
 
 def test_needs_are_found_by_tracing(method):
@@ -169,7 +169,7 @@ def test_another_tower_than_the_backbones_is_refused(method):
         module = abstract(lambda rngs: Method(rngs))
         other = object.__new__(type("Other", (Method,), {"towers": result}))
         vars(other).update(vars(module))
-        return towers.Towers(*partition.disassemble(other))
+        return partition.Towers(*partition.disassemble(other))
 
     with pytest.raises(UserError, match="towers.. must return the plain tower, with adapters merged"):
         towers_of(lambda self: {"vision": self.vision}).check(small.SPEC)

@@ -13,7 +13,7 @@ from helpers import refused
 from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
 from diva_jax.objectives import Stage
-from diva_jax.training import load
+from diva_jax.training import workdirs
 
 
 def stage(name, start, end):
@@ -42,14 +42,14 @@ def test_the_longest_prefix_owns_a_parameter_and_adapters_start_fresh():
     part = SimpleNamespace(fresh=(r"blocks/1/.*",))
     parts = {"vision": part, "vision/blocks": SimpleNamespace(fresh=()), "visual_proj/bias": SimpleNamespace(fresh=())}
     p.objective = SimpleNamespace(pretrained=lambda: parts)
-    owners = load.owners(p)
+    owners = workdirs.owners(p)
     assert owners["vision/blocks/1/norm1/scale"] == "vision/blocks" and owners["vision/pos_embed"] == "vision"
     assert owners["visual_proj/bias"] == "visual_proj/bias" and "visual_proj/kernel" not in owners
     del parts["vision/blocks"]
-    owners = load.owners(p)
+    owners = workdirs.owners(p)
     assert "vision/blocks/1/norm1/scale" not in owners and owners["vision/blocks/0/norm1/scale"] == "vision"
     parts["vison"] = part
-    refused(r"pretrained\(\) has 'vison', but parameters are named like", load.owners, p)
+    refused(r"pretrained\(\) has 'vison', but parameters are named like", workdirs.owners, p)
 
 
 def test_an_objective_without_its_section_is_refused():

@@ -11,7 +11,7 @@ from helpers import refused
 from jax.sharding import NamedSharding, PartitionSpec
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.training import checkpoint, integrity, workdirs
+from diva_jax.training import checkpoint, workdirs
 from diva_jax.weights import writers
 
 pytestmark = pytest.mark.attack
@@ -128,8 +128,8 @@ def test_the_checksum_sees_any_single_change():
     for dtype in (np.float32, np.float16, np.int32, np.uint8, np.bool_, jax.numpy.bfloat16, np.float64):
         for shape in ((), (1,), (37,), (6, 5), (3, 4, 5, 2)):
             a = np.asarray(rng.normal(size=shape) * 50).astype(dtype)
-            before = integrity.checksums({"x": a})
-            assert before == integrity.checksums({"x": np.array(a)})
+            before = checkpoint.checksums({"x": a})
+            assert before == checkpoint.checksums({"x": np.array(a)})
             for _ in range(3):
                 b = np.array(a)
                 place, bit = int(rng.integers(b.nbytes)), int(rng.integers(8))
@@ -139,17 +139,17 @@ def test_the_checksum_sees_any_single_change():
                     flat = b.reshape(-1).view(np.uint8)
                     flat[place] ^= 1 << bit
                 if shape or dtype != np.float64:  # A scalar of 64 bits becomes one of 32 without x64.
-                    assert integrity.checksums({"x": b}) != before, (dtype, shape)
+                    assert checkpoint.checksums({"x": b}) != before, (dtype, shape)
 
 
 def test_the_checksum_is_that_of_any_sharding():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     a = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     sums = {
-        integrity.checksums([jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))])["[0]"]
+        checkpoint.checksums([jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))])["[0]"]
         for spec in ((), ("x",), ("y", None), ("x", "y"), (("x", "y"),), (None, "y"))
     }
-    assert len(sums) == 1 and integrity.checksums([a[::-1]])["[0]"] not in sums
+    assert len(sums) == 1 and checkpoint.checksums([a[::-1]])["[0]"] not in sums
 
 
 def test_an_empty_folder_or_a_copy_is_no_checkpoint(workdir):

@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from diva_jax import config
 from diva_jax.common.errors import UserError
 from diva_jax.costs import chips
-from diva_jax.training import compiler, executables, sharding, step
+from diva_jax.training import compiler, partition, step
 from diva_jax.training.step import Steps
 
 
@@ -38,13 +38,13 @@ def folder(tmp_path_factory):
     p, path = small.program(step_config(), 2), tmp_path_factory.mktemp("saved")
     with jax.default_matmul_precision("highest"):
         step = lowered(p)
-    known, before = executables.facts(step, p), jax.config.jax_compilation_cache_dir
+    known, before = compiler.executable_facts(step, p), jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
-    executables.save(path, 0, known, compiler.compiled(step), p)
+    compiler.save_executable(path, 0, known, compiler.compiled(step), p)
     jax.config.update("jax_compilation_cache_dir", before)
     compilation_cache.reset_cache()
-    return executables.folder(str(path))
+    return compiler.saved_in(str(path))
 
 
 def one_step(p, saved=None):
@@ -101,8 +101,8 @@ def consistent(saved, data):
 )
 def test_what_does_not_belong_to_it_is_not_unpickled(folder, tmp_path, monkeypatch, capfd, change, said):
     p = small.program(step_config(), 2)
-    monkeypatch.setattr(executables.serialize_executable, "deserialize_and_load", lambda *a: pytest.fail("unpickled"))
-    assert executables.load(copied(folder, tmp_path, change), 0, lowered(p), p) is None
+    monkeypatch.setattr(compiler.serialize_executable, "deserialize_and_load", lambda *a: pytest.fail("unpickled"))
+    assert compiler.load_executable(copied(folder, tmp_path, change), 0, lowered(p), p) is None
     told = capfd.readouterr().out
     assert told.startswith("compiling, since ") and said in told and told.count("\n") == 1, told
 
@@ -116,13 +116,13 @@ def test_what_does_not_belong_to_it_is_not_unpickled(folder, tmp_path, monkeypat
 )
 def test_the_line_says_what_differs(folder, capfd, fields, devices, said):
     p = small.program(step_config(**fields), devices)
-    assert executables.load(folder, 0, lowered(p), p) is None
+    assert compiler.load_executable(folder, 0, lowered(p), p) is None
     assert said in capfd.readouterr().out
 
 
 def test_a_folder_without_executables_is_refused(tmp_path):
     with pytest.raises(UserError, match="aot --save"):
-        executables.folder(str(tmp_path))
+        compiler.saved_in(str(tmp_path))
 
 
 @pytest.mark.parametrize("chip", chips.CHIPS.values(), ids=list(chips.CHIPS))
@@ -156,7 +156,7 @@ def test_the_form_of_options():
 def test_the_step_is_jitted_with_them(monkeypatch):
     c = small.small_config()
     c.compiler_options = "a=1"
-    program = step.Program(c, sharding.make_mesh(c.mesh))
+    program = step.Program(c, partition.make_mesh(c.mesh))
     given = []
     monkeypatch.setattr(compiler, "options", lambda setting, device: given.append((setting, device)) or {"b": "2"})
     monkeypatch.setattr(step.jax, "jit", lambda fn, **kw: kw)

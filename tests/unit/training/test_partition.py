@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
 from diva_jax.objectives import Stage
-from diva_jax.training import checkpoint, optim, partition, sharding, workdirs
+from diva_jax.training import checkpoint, optim, partition, workdirs
 
 NAMES = ("vision/blocks/0/attn/qkv/kernel", "vision/blocks/10/norm1/scale", "visual_proj/bias", "unet/conv_in/bias")
 
@@ -68,7 +68,7 @@ def mesh_config(**fields):
     "fields, shape", [({}, (8, 1)), ({"fsdp": 4}, (2, 4)), ({"data": 1, "fsdp": 8}, (1, 8)), ({"data": 8}, (8, 1))]
 )
 def test_mesh_covers_all_devices(fields, shape):
-    mesh = sharding.make_mesh(mesh_config(**fields))
+    mesh = partition.make_mesh(mesh_config(**fields))
     assert tuple(mesh.shape.items()) == (("data", shape[0]), ("fsdp", shape[1]))
 
 
@@ -78,7 +78,7 @@ def test_mesh_covers_all_devices(fields, shape):
 )
 def test_mesh_that_does_not_divide(fields, said):
     with pytest.raises(UserError, match=said):
-        sharding.make_mesh(mesh_config(**fields))
+        partition.make_mesh(mesh_config(**fields))
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_mesh_that_does_not_divide(fields, said):
     ],
 )
 def test_the_largest_axis_that_divides_is_split(shape, spec):
-    assert sharding.parameter_spec(shape, 4, 30) == spec
-    assert sharding.parameter_spec(shape, 1, 0) == P()
+    assert partition.parameter_spec(shape, 4, 30) == spec
+    assert partition.parameter_spec(shape, 1, 0) == P()
 
 
 def test_optimizer_state_lies_as_its_parameters_and_bytes_per_device_fall():

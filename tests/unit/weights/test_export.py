@@ -18,11 +18,11 @@ from diva_jax import demo
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import NO_TEXT, TABLE
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
-from diva_jax.weights import hf, origins, places, tensors, writers
-from diva_jax.weights.export import cards, layouts, publish, vocabulary
+from diva_jax.weights import hf, origins, places, readers, writers
+from diva_jax.weights.export import layouts, publish
 from diva_jax.weights.origins import ClipSource
 from diva_jax.weights.places import TOKENIZER_FILES
-from diva_jax.weights.tensors import Tensors
+from diva_jax.weights.readers import Tensors
 
 PROVENANCE = {
     "workdir": "runs/a",
@@ -70,7 +70,7 @@ def write_results(folder, source="runs/a", step=40):
 
 def test_what_the_hub_and_its_reader_get(clip, tuned):
     kw = dict(license="mit", base_model="timm/base", note="it lacks x")
-    text = cards.card(tuned, EVAL_CLIP, "open_clip", "float32", path="runs/tuned", **kw)
+    text = publish.card(tuned, EVAL_CLIP, "open_clip", "float32", path="runs/tuned", **kw)
     data = ModelCard(text).data
     assert (data.license, data.base_model, data.pipeline_tag) == ("mit", "timm/base", "zero-shot-image-classification")
     assert data.tags == ["clip", "diva"] and data.to_dict()["base_model_relation"] == "finetune"
@@ -78,21 +78,21 @@ def test_what_the_hub_and_its_reader_get(clip, tuned):
     assert "**Note:** it lacks x." in text
     config = text.split("<details>")[1].split("</details>")[0]
     assert json.loads(config.split("```json")[1].split("```")[0]) == PROVENANCE["config"]
-    text = cards.card(tuned, EVAL_CLIP, "open_clip", "float32", hub="me/tuned", path="runs/tuned")
+    text = publish.card(tuned, EVAL_CLIP, "open_clip", "float32", hub="me/tuned", path="runs/tuned")
     assert '"hf-hub:me/tuned"' in text and "runs/tuned" not in text
-    text = cards.card(clip, EVAL_CLIP, "pt", "float32")
+    text = publish.card(clip, EVAL_CLIP, "pt", "float32")
     data = ModelCard(text).data
     assert (data.license, data.base_model, data.pipeline_tag) == ("other", None, "image-feature-extraction")
     assert "<details>" not in text
 
 
 def test_caveats_and_scores(clip, tuned, tmp_path):
-    plain = cards.card(tuned, EVAL_CLIP, "hf", "float32")
+    plain = publish.card(tuned, EVAL_CLIP, "hf", "float32")
     for line in ("No scores were given", "must be made again", "The text tower was not tuned", "No license was given"):
         assert line in plain, line
     both = dataclasses.replace(clip, run=PROVENANCE | {"tuned": ["text", "vision"]})
-    scores = cards.scores_of(str(write_results(tmp_path)), "runs/a", 40)
-    text = cards.card(both, EVAL_CLIP, "hf", "float32", scores=scores)
+    scores = publish.scores_of(str(write_results(tmp_path)), "runs/a", 40)
+    text = publish.card(both, EVAL_CLIP, "hf", "float32", scores=scores)
     assert "No scores" not in text and "The text tower was not tuned" not in text
     table = text.split("## Scores")[1].split("##")[0].strip().splitlines()[2:]
     assert table[0] == "| task | score | base | this model | difference |" and table[1] == "|---|---|---|---|---|"
@@ -105,15 +105,15 @@ def test_caveats_and_scores(clip, tuned, tmp_path):
 
 def test_scores_are_those_of_the_exported_weights(tmp_path):
     file = write_results(tmp_path, str(tmp_path / "runs" / "a"))
-    assert cards.scores_of(str(tmp_path), str(tmp_path / "runs" / "." / "a"), 40)["reference"] == "base"
-    assert cards.scores_of(str(file), "w", None)["reference"] == ""
+    assert publish.scores_of(str(tmp_path), str(tmp_path / "runs" / "." / "a"), 40)["reference"] == "base"
+    assert publish.scores_of(str(file), "w", None)["reference"] == ""
     for source, step in (("runs/b", 40), (str(tmp_path / "runs" / "a"), 39)):
         with pytest.raises(UserError, match="has no scores of .*, only of w, .*a:40: evaluate these weights"):
-            cards.scores_of(str(file), source, step)
+            publish.scores_of(str(file), source, step)
     for content in ("{", '{"weights": []}', '{"weights": [{"label": "a"}]}', "[]"):
         file.write_text(content)
-        refused("results.json (is not a results.json|has no scores)", cards.scores_of, str(file), "w", None)
-    refused("none.json is not a results.json", cards.scores_of, str(tmp_path / "none.json"), "w", None)
+        refused("results.json (is not a results.json|has no scores)", publish.scores_of, str(file), "w", None)
+    refused("none.json is not a results.json", publish.scores_of, str(tmp_path / "none.json"), "w", None)
 
 
 @pytest.fixture
@@ -195,8 +195,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path, seed):
     name = sorted(source.tensors)[rng.integers(len(source.tensors))]
     array = np.array(source.tensors[name])
     array.flat[rng.integers(array.size)] = rng.choice([np.nan, np.inf, -np.inf])
-    changed = tensors.Tensor(array.shape, array.dtype, lambda: array)
-    broken = dataclasses.replace(source, tensors=tensors.Tensors({**source.tensors, name: changed}, source.files))
+    changed = readers.Tensor(array.shape, array.dtype, lambda: array)
+    broken = dataclasses.replace(source, tensors=readers.Tensors({**source.tensors, name: changed}, source.files))
     for fmt in ("open_clip", "hf"):
         with pytest.raises(UserError, match=rf"clip: the tensor {name} has values that are NaN or infinite"):
             layouts.export(broken, source.spec, tmp_path / fmt, fmt, run=False)
@@ -213,8 +213,8 @@ def test_a_card_has_no_secrets():
         "seed": 0,
     }
     run = dict(workdir="w", step=1, config=config, sources={}, base="b", tuned=["vision"])
-    source = origins.ClipSource("w", "checkpoint", tensors.Tensors({}, []), spec, run=run)
-    text = cards.card(source, spec, "hf", "float32")
+    source = origins.ClipSource("w", "checkpoint", readers.Tensors({}, []), spec, run=run)
+    text = publish.card(source, spec, "hf", "float32")
     assert "https://host/{0..9}.tar?..." in text and "pw1" not in text and "pw2" not in text
 
 
@@ -235,13 +235,13 @@ def source_of(folder, *names) -> ClipSource:
 
 def exported(tmp_path, source):
     writers.write_json(tmp_path / "config.json", hf.to_transformers(SPEC, "float32"))
-    vocabulary.write(tmp_path, source, SPEC, "hf")
+    layouts.write_tokenizer(tmp_path, source, SPEC, "hf")
     return tmp_path
 
 
 def test_a_whole_tokenizer_is_copied(tmp_path, whole):
     source = source_of(whole)
-    assert vocabulary.note(source, SPEC, "hf") == ""
+    assert layouts.without_tokenizer(source, SPEC, "hf") == ""
     ids = AutoTokenizer.from_pretrained(exported(tmp_path, source))(["a dog"])["input_ids"][0]
     assert len(ids) == 6 and len(set(ids)) == 6
 
@@ -254,21 +254,23 @@ def test_what_is_not_whole_is_refused_and_named(tmp_path, whole, names):
     assert not (folder / "vocab.json").exists()
     with pytest.raises(ValueError):
         AutoTokenizer.from_pretrained(folder)
-    note = vocabulary.note(source, SPEC, "hf")
+    note = layouts.without_tokenizer(source, SPEC, "hf")
     assert "vocab.json with merges.txt" in note and "--tokenizer=FOLDER" in note
-    assert note in cards.card(source, SPEC, "hf", "float32", note=note)
-    added = vocabulary.add(source, SPEC, str(whole))
-    assert vocabulary.note(added, SPEC, "hf") == "" and {f.name for f in added.tokenizer} >= {"vocab.json"}
+    assert note in publish.card(source, SPEC, "hf", "float32", note=note)
+    added = layouts.with_tokenizer(source, SPEC, str(whole))
+    assert layouts.without_tokenizer(added, SPEC, "hf") == "" and {f.name for f in added.tokenizer} >= {"vocab.json"}
 
 
 def test_who_needs_none(whole):
     """A vision tower alone, a model without text, and open_clip with OpenAI's vocabulary, which it has."""
     source = source_of(whole, "none")
-    assert vocabulary.note(source, SPEC, "pt") == ""
-    assert vocabulary.note(source, dataclasses.replace(SPEC, text=NO_TEXT), "hf") == ""
-    assert "--tokenizer=FOLDER" in vocabulary.note(source, SPEC, "open_clip")
+    assert layouts.without_tokenizer(source, SPEC, "pt") == ""
+    assert layouts.without_tokenizer(source, dataclasses.replace(SPEC, text=NO_TEXT), "hf") == ""
+    assert "--tokenizer=FOLDER" in layouts.without_tokenizer(source, SPEC, "open_clip")
     openai = dataclasses.replace(SPEC, text=dataclasses.replace(SPEC.text, vocab_size=49408))
-    assert vocabulary.note(source, openai, "open_clip") == "" != vocabulary.note(source, openai, "hf")
+    assert (
+        layouts.without_tokenizer(source, openai, "open_clip") == "" != layouts.without_tokenizer(source, openai, "hf")
+    )
 
 
 def test_bad_folders_of_a_tokenizer(tmp_path, whole):
@@ -281,4 +283,4 @@ def test_bad_folders_of_a_tokenizer(tmp_path, whole):
         (whole, CLIP_FOLDER, "514 tokens"),
     ):
         with pytest.raises(UserError, match=named):
-            vocabulary.add(source, spec, str(folder))
+            layouts.with_tokenizer(source, spec, str(folder))

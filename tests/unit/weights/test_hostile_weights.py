@@ -25,7 +25,7 @@ from diva_jax.models.diffusion import presets, schedule
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import FluxVAEConfig, VAEConfig
-from diva_jax.weights import hf, loading, names, readers
+from diva_jax.weights import hf, names, parts, readers
 
 pytestmark = pytest.mark.attack
 
@@ -259,9 +259,9 @@ def test_a_generator_of_another_schedule(tmp_path, seed):
 
     def parse(tree):
         path.write_text(json.dumps(tree))
-        loading.check_schedule(tmp_path, config)
+        parts.check_schedule(tmp_path, config)
         return schedule.ScheduleConfig.from_dict(tree)
 
     assert set(attacked(parse, SD["scheduler"], seed)) <= {config}
     path.unlink()
-    loading.check_schedule(tmp_path, config)
+    parts.check_schedule(tmp_path, config)

@@ -25,8 +25,8 @@ from diva_jax.models.backbones import Spec, build, spec_of
 from diva_jax.models.backbones.shared.text import Text
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.layers import abstract
-from diva_jax.training import load
-from diva_jax.weights import hf, names, origins, places, readers, resample, writers
+from diva_jax.training import workdirs
+from diva_jax.weights import clip, hf, names, origins, places, readers, writers
 
 
 def read_all(path):
@@ -93,7 +93,7 @@ def test_arrays_go_straight_to_their_shards():
     model = nnx.eval_shape(lambda: nnx.Linear(16, 24, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     weight, bias = np.arange(24 * 16, dtype=np.float32).reshape(24, 16), np.ones(24, np.float32)
-    put = load.put_on(lambda path: NamedSharding(mesh, PartitionSpec("fsdp")))
+    put = workdirs.put_on(lambda path: NamedSharding(mesh, PartitionSpec("fsdp")))
     state = names.assign(model, {"weight": weight, "bias": bias}, names.Table("linear"), put=put)
     kernel = state["kernel"].get_value()
     assert kernel.dtype == jnp.bfloat16 and {s.data.shape for s in kernel.addressable_shards} == {(2, 24)}
@@ -220,7 +220,7 @@ def long_clip(table, kept):
 def test_positions_are_stretched_as_long_clip_does_it(old, kept, width):
     table = np.random.default_rng(old).normal(size=(old, width)).astype(np.float32)
     want = long_clip(table.astype(np.float64), kept)
-    got = resample.stretch(table, len(want), kept)
+    got = clip.stretch(table, len(want), kept)
     assert got.dtype == np.float32 and len(got) == (248 if old == 77 else len(want))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
@@ -239,7 +239,7 @@ def longer(**changes):
 def test_a_checkpoint_is_stretched_only_where_that_is_asked_for(folder):
     stored = np.asarray(readers.open_file(folder / "open_clip_model.safetensors")["positional_embedding"])
     text = weights.load(str(folder), longer(context_length=248, kept_positions=20), tower="text")
-    np.testing.assert_array_equal(text.pos_embed[...], resample.stretch(stored, 248, 20))
+    np.testing.assert_array_equal(text.pos_embed[...], clip.stretch(stored, 248, 20))
     assert text.encode(np.zeros((2, 248), np.int32)).shape == (2, small.SPEC.embed_dim)
     same = weights.load(str(folder), longer(kept_positions=20), tower="text")
     np.testing.assert_array_equal(same.pos_embed[...], stored)
