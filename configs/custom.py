@@ -59,8 +59,7 @@ def get_config(arg: str | None = None):
     """`arg`: BACKBONE or BACKBONE,DIFFUSION.
 
     The first is a name of MODELS (default ViT-B-16) or DINOV2, or a path or hub id of weights that describe themselves,
-    the second a diffusers folder or hub id.
-    """
+    the second a diffusers folder or hub id."""
     arg, source = arg or "ViT-B-16", ""
     if not Path(arg).exists():
         arg, _, source = arg.partition(",")

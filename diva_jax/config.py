@@ -263,8 +263,7 @@ def published(
     fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[..., ConfigDict]:
     """The `get_config` of a config file: `variant` of `default`, in which some fields, by dotted path, have other
-    values.
-    """
+    values."""
 
     def get_config(arg: str | None = None) -> ConfigDict:
         config = default(backbone, diffusion, objective)

@@ -23,8 +23,7 @@ SIZES = dict(arguments="argument", outputs="output", aliases="alias", temporarie
 
 def part_of(path: str) -> tuple[str, str]:
     """Part and kind of an operation, e.g. ("unet backward", "norm"), from its path
-    "jit(step)/.../transpose(jvp(unet))/norm/mul" in the traced program; a fusion has that of its last operation.
-    """
+    "jit(step)/.../transpose(jvp(unet))/norm/mul" in the traced program; a fusion has that of its last operation."""
     part, kind = (next((name for name, p in table if re.search(p, path)), OTHER) for table in (PARTS, KINDS))
     if part in ("unet", "vision"):
         part += " backward" if "transpose(" in path else " forward"
@@ -35,8 +34,7 @@ def kernel_seconds(op: hlo.Op, computation: hlo.Computation, chip: Chip) -> floa
     """Returns a lower bound for the time of one execution of a kernel, for which the compiler has no estimate [s].
 
     It is the larger of the time of its products, where sums over a head dim of 64 occupy a 128-wide matrix unit as sums
-    over 128 do, and the time of its operands and results at the HBM's bandwidth.
-    """
+    over 128 do, and the time of its operands and results at the HBM's bandwidth."""
     if op.target != "tpu_custom_call":
         return 0.0
     products = hlo.kernel_flops(op, computation, chip.matrix_side) / chip.flops
@@ -61,8 +59,7 @@ def analyse(text: str, chip: Chip) -> dict:
     "flops", "kernel_flops": FLOPs of matrix products and convolutions outside and inside of kernels.
     "parts": {part: {"model_ms", "hbm_gb", "flops", "kernel_flops", "kernel_bound_ms", "kinds": {kind: model ms}}}.
     "collectives": {kind: {"count", "gb"}}.
-    "kernels": {name: number of executions}.
-    """
+    "kernels": {name: number of executions}."""
     module = hlo.parse(text)
     costs, kinds = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
     kernels, channels = collections.Counter(), {}

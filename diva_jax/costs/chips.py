@@ -24,8 +24,7 @@ class Chip:
     together [bytes/s]; `wrap`, a multiple of which an axis has wrap-around links, with three axes only where all are
     multiples; the sides of the square matrix units [elements]; `axes` of a slice; devices `per_chip`; `options` of
     `topologies.get_topology_desc`; and `compiler_options` that make the train step faster, as measured in
-    docs/PERFORMANCE.md.
-    """
+    docs/PERFORMANCE.md."""
 
     kind: str
     flops: float
@@ -99,8 +98,7 @@ def all_reduce_seconds(size: float, chip: Chip, shape: tuple[int, ...]) -> float
 
     Each chip sends 2 (n - 1) / n of the bytes (reduce-scatter, then all-gather). All links of a chip are assumed busy,
     and the sum over the two devices of a chip is not counted. Along an axis without wrap-around links, a ring uses each
-    link in both directions, so its bandwidth is halved. An axis of length 1 has no links.
-    """
+    link in both directions, so its bandwidth is halved. An axis of length 1 has no links."""
     n = math.prod(shape)
     wraps = [side % chip.wrap == 0 for side in shape]
     if len(shape) == 3:

@@ -15,8 +15,7 @@ _RECOMPUTED = {"checkpoint", "rematted_computation"}
 
 def by_part(jaxpr: Jaxpr, times: int = 1, part: str = "") -> collections.Counter[str]:
     """The FLOPs of a jaxpr that is run `times` times in the part `part`, by the outermost `jax.named_scope`, the part;
-    "" for operations outside of any.
-    """
+    "" for operations outside of any."""
     total = collections.Counter()
     for e in jaxpr.eqns:
         scopes = (_SCOPE.fullmatch(scope) for scope in str(e.source_info.name_stack).split("/"))

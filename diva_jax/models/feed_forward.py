@@ -61,8 +61,7 @@ def _run(kernel, arrays: list[Array], weights: tuple[Array, ...], interpret: boo
 def fused(x: Array, state: nnx.State, graph: nnx.GraphDef, interpret: bool) -> Array:
     """`feed_forward` with the kernel, of `nnx.split((norm, layer))`; `interpret` interprets it on a CPU, for tests.
 
-    N and the number of hidden units are multiples of LANES.
-    """
+    N and the number of hidden units are multiples of LANES."""
     return _forward(x, state, graph, interpret, save=False)[0]
 
 
@@ -94,8 +93,7 @@ def feed_forward(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
     """x + layer(norm(x)) of tokens [B, N, C].
 
     `norm` is a LayerNorm of C channels with scale and bias; `layer` is `proj`, a linear layer from C channels to 2H,
-    GEGLU, and `out`, one from H to C.
-    """
+    GEGLU, and `out`, one from H to C."""
     if allowed(f"feed-forward {x.shape[2]}") and use_kernel(x.shape, layer.out.in_features, x.dtype):
         graph, state = nnx.split((norm, layer))
         with jax.named_scope("feed_forward"):

@@ -51,8 +51,7 @@ class Keys:
     """A replacement for `nnx.Rngs` whose n-th key, counted from 1, is `fold_in(key(seed), n)`.
 
     The counter is a Python integer. The counters of `nnx.Rngs` are arrays, which makes tracing quadratic in the number
-    of parameters.
-    """
+    of parameters."""
 
     def __init__(self, seed: int = 0):
         self._key, self._count = jax.random.key(seed), 0
@@ -72,8 +71,7 @@ def abstract(make: Callable[[Keys], nnx.Module]) -> nnx.Module:
 class Layers:
     """Makes layers that share dtypes: `dtype` of activations, `param_dtype` of weights; `rngs` makes initial values.
 
-    The statistics of norms and the softmax of attention are computed in at least float32.
-    """
+    The statistics of norms and the softmax of attention are computed in at least float32."""
 
     rngs: nnx.Rngs
     dtype: jnp.dtype = jnp.float32
@@ -167,8 +165,7 @@ def geglu(x: Array) -> Array:
     """GEGLU (arXiv 2002.05202): the first half of the last axis times the GELU of the second, [..., 2n] -> [..., n].
 
     In 16 bits, the distribution function in GELU has an error of at most 4e-6, less than the result is rounded by, and
-    takes a fraction of the operations of `erfc`. The backward pass computes it anew, once for both halves.
-    """
+    takes a fraction of the operations of `erfc`. The backward pass computes it anew, once for both halves."""
     if x.dtype.itemsize == 2:
         return _geglu(x)
     value, gate = jnp.split(x, 2, axis=-1)

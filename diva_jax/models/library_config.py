@@ -31,8 +31,7 @@ class LibraryConfig:
     """Options of a config file, or of a section of it; `where` and `prefix` ("vision_cfg.") name them in messages.
 
     Every method raises a UserError, one sentence that names the option and its value, where the option is not what the
-    method returns. A missing option has the default; null stands for the default of `number`, `flag` and `channels`.
-    """
+    method returns. A missing option has the default; null stands for the default of `number`, `flag` and `channels`."""
 
     options: Mapping[str, Any]
     where: str
@@ -55,8 +54,7 @@ class LibraryConfig:
         """Checks that all options are known; names that begin with an underscore are metadata.
 
         Options in `read` may have any value, those in `fixed` the values that are implemented, with `lists` also a list
-        of them with one entry per block. `hint` says what to use instead.
-        """
+        of them with one entry per block. `hint` says what to use instead."""
         for name, value in self.options.items():
             if name.startswith("_") or name in read or (name not in fixed and value is None):
                 continue

@@ -16,8 +16,7 @@ class Table:
 
     `rename` are (regex, replacement), applied in turn to our dotted path with its leaf already renamed (kernel, scale,
     embedding -> weight); `ignore` are regexes of checkpoint names that are known and not used; `aliases` are (regex,
-    replacement) that bring older checkpoints' names to today's first.
-    """
+    replacement) that bring older checkpoints' names to today's first."""
 
     what: str
     rename: tuple[tuple[str, str], ...] = ()

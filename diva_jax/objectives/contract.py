@@ -242,8 +242,7 @@ class Objective(nnx.Module):
         """The contents of a batch: name -> `data.inputs.Image`, `data.inputs.Tokens` or an object like them.
 
         They determine the data pipeline, the abstract batch of a compilation, and the step. Each batch also has "row":
-        int32 [B], the row of the image in the global batch.
-        """
+        int32 [B], the row of the image in the global batch."""
         raise UserError(f"{type(self).__module__}: its Objective does not define inputs, what a batch holds: {_PAGE}")
 
     def loss(self, batch: Mapping[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -277,8 +276,7 @@ class Objective(nnx.Module):
     def cacheable(self) -> Mapping[str, Cacheable]:
         """Name of an input -> what the cache `config.data.latents` holds for it; where there is none, it is refused.
 
-        With the cache, the objective has these inputs and not the models.
-        """
+        With the cache, the objective has these inputs and not the models."""
         source = self.latent_source
         if source is None:
             return {}
@@ -288,8 +286,7 @@ class Objective(nnx.Module):
     def pretrained(self) -> Mapping[str, Part]:
         """Returns prefix of parameter names -> source of these parameters; all others keep their initial values.
 
-        The longest prefix takes precedence: {"vision": ..., "teacher/vision": ...}.
-        """
+        The longest prefix takes precedence: {"vision": ..., "teacher/vision": ...}."""
         return {}
 
     def towers(self) -> Mapping[str, nnx.Module]:
@@ -298,8 +295,7 @@ class Objective(nnx.Module):
         "vision" has the parameters of `backbones.build(spec)`, "text" (if it is trained) those of
         `backbones.shared.text.Text(spec)`, where spec is that of `config.backbone`. "logit_scale" and "logit_bias" are
         `nnx.Param`s of shape []. Everything else is taken from `config.backbone.source`. A UserError where an objective
-        that does not define this has no `vision`.
-        """
+        that does not define this has no `vision`."""
         if not hasattr(self, "vision"):
             raise UserError(f"{type(self).__module__}: its Objective has no vision, the tower that is tuned: {_PAGE}")
         return {"vision": self.vision}

@@ -78,8 +78,7 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
 
 class DivaDraws(NamedTuple):
     """The random numbers of one draw for B images, or of N (a leading axis): timesteps [B], int32; standard normal
-    noise [B, h, w, c]; patch indices [B, K], or None where no token is drawn.
-    """
+    noise [B, h, w, c]; patch indices [B, K], or None where no token is drawn."""
 
     timesteps: Array
     noise: Array
@@ -122,8 +121,7 @@ def select_tokens(features: Features, select: str, indices: Array | None = None)
 
 def add_text(projected: Array, text: Array, how: str) -> Array:
     """The U-Net's condition, [B, n, C], of projected features and the prompt's states, [1, T, C], which are added token
-    by token ("token", n == T), or their mean to each token ("mean").
-    """
+    by token ("token", n == T), or their mean to each token ("mean")."""
     if how == "mean":
         text = text.mean(axis=1, keepdims=True)
     return projected + text.astype(projected.dtype)
@@ -190,8 +188,7 @@ class Objective(StableDiffusionObjective):
         """The weight of each draw's loss in the gradient, [N].
 
         The step averages over the micro-batches, so `faithful`, where the last draw alone is divided by the
-        number of micro-batches A and everything is summed, reads (A, ..., A, 1).
-        """
+        number of micro-batches A and everything is summed, reads (A, ..., A, 1)."""
         n = self.options.draws
         if self.options.draw_weights == EXACT:
             return jnp.full((n,), 1 / n, jnp.float32)
@@ -213,8 +210,7 @@ class Objective(StableDiffusionObjective):
 
         `moments` of the VAE's posterior, [B, h, w, 2 c], are computed where they are not given. Returns (weighted sum
         of the draws' losses, {latents [B, h, w, c]; and by draw: features [N, B, n, D], context [N, B, n, C],
-        pred_noise [N, B, h, w, c], losses [N]}).
-        """
+        pred_noise [N, B, h, w, c], losses [N]})."""
         _, backbone_view = self.views(pixels)
         latents = self.latents(pixels, moments)
         shared = self.options.backbone_passes == EXACT
@@ -261,8 +257,7 @@ class Objective(StableDiffusionObjective):
         The batch is {"image", "other": uint8 [B, S, S, 3]}, `other` being whose condition is borrowed; the keys are one
         per image, [B]; the timestep of draw k is uniform in edges[k] .. edges[k + 1] - 1. Timesteps, noise and token
         draw are the same under all three conditions. For the text alone the visual part is zero: the condition is the
-        prompt's states as they are (`add_text` token), or their mean in every one of its tokens (mean).
-        """
+        prompt's states as they are (`add_text` token), or their mean in every one of its tokens (mean)."""
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
         latents = self.latents(pixels[0])
         both = jax.lax.map(self.vision.encode, jnp.stack([self.views(p)[1] for p in pixels]))

@@ -172,8 +172,7 @@ def _vae(section: GenHancerVae) -> LatentCode:
 
 class GenHancerDraws(NamedTuple):
     """The random numbers of B images, standard normal: of the posterior, [B, h, w, z]; of the time, its sigmoid's
-    argument, [B]; of the noise of the packed latents, [B, N, 4z].
-    """
+    argument, [B]; of the noise of the packed latents, [B, N, 4z]."""
 
     posterior: Array
     t: Array
@@ -249,8 +248,7 @@ class Objective(contract.Objective):
 
     def latents(self, pixels: Array, posterior: Array, moments: Array | None = None) -> Array:
         """[B, R, R, 3] in [0, 1] or, where they are given, the posterior's moments [B, h, w, 2 z], and standard normal
-        noise -> latents [B, h, w, z], float32.
-        """
+        noise -> latents [B, h, w, z], float32."""
         moments = self.moments(pixels) if moments is None else moments
         noise = posterior if self.options.latents == "sample" else None
         return jax.lax.stop_gradient(self.vae_config.latents(moments, noise))
@@ -260,8 +258,7 @@ class Objective(contract.Objective):
 
         `freqs` are those of the denoiser's `timestep_code`. Returns (mean over everything of the squared error, {embed
         [B, d]; vec [B, 768]; txt [B, 1, 4096]; t [B]; packed, x_t, target and pred [B, N, 4z]; and dit.NAME of the
-        denoiser's intermediate results}).
-        """
+        denoiser's intermediate results})."""
         wide = jnp.promote_types(latents.dtype, jnp.float32)
         with jax.named_scope("vision"):
             embed = self.vision.encode(preprocess.normalise(pixels, self.spec.mean, self.spec.std)).pooled

@@ -109,8 +109,7 @@ def recipe(config: ConfigDict) -> None:
 class UnclipDraws(NamedTuple):
     """The random numbers of B images: timesteps [B], int32, in 0..T-1; standard normal numbers of the latents' shape
     [B, h, w, c] for the diffusion and for a sample of the VAE's posterior, and for the embeddings, [B, d]; uniform
-    noise levels of the embeddings, int32 [B]; whether the image keeps its class label, bool [B].
-    """
+    noise levels of the embeddings, int32 [B]; whether the image keeps its class label, bool [B]."""
 
     timesteps: Array
     noise: Array
@@ -181,8 +180,7 @@ class Objective(StableDiffusionObjective):
         """c = [e', code(level)], [B, 2 d], of embeddings e, [B, d].
 
         With mean m and standard deviation s of embeddings, and noise n, e' = sqrt(abar_L) (e - m) / s +
-        sqrt(1 - abar_L) n, times s, plus m; abar is that of `LEVELS`. code(L): cosines, then sines.
-        """
+        sqrt(1 - abar_L) n, times s, plus m; abar is that of `LEVELS`. code(L): cosines, then sines."""
         o = self.options
         levels = drawn.levels if o.level is None else jnp.full_like(drawn.levels, o.level)
         code = timestep_embedding(levels, embed.shape[-1]).astype(embed.dtype)
@@ -215,8 +213,7 @@ class Objective(StableDiffusionObjective):
         """The loss of pixels [B, S, S, 3] in [0, 1], and everything on the way to it.
 
         `moments` of the VAE's posterior, [B, h, w, 2 c], are computed where they are not given. Returns (scalar,
-        {latents, pred [B, h, w, c], embed [B, d], class_labels [B, 2 d], errors [B]}).
-        """
+        {latents, pred [B, h, w, c], embed [B, d], class_labels [B, 2 d], errors [B]})."""
         _, view = self.views(pixels)
         latents, embed = self.encode_latents(pixels, drawn, moments), self.embed(view)
         if self.options.condition_of == "next":
@@ -231,8 +228,7 @@ class Objective(StableDiffusionObjective):
         """As `diva.Objective.condition_losses`, under the image's own embedding, another image's, and the text alone.
 
         For the text alone the class label is zero, as for the images that lost theirs in the generator's training.
-        The latents are the same in all bins; no class label is dropped.
-        """
+        The latents are the same in all bins; no class label is dropped."""
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
         embeds = jax.lax.map(self.embed, jnp.stack([self.views(p)[1] for p in pixels]))
         latents = self.encode_latents(*self.draw_for(batch, keys))

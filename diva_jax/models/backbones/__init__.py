@@ -54,8 +54,7 @@ class Features(NamedTuple):
     normalised.
 
     Tokens are in the space of the embedding for CLIP, EVA02-CLIP (after the final norm and the projection) and DINOv2
-    (after the final norm); SigLIP's are those after the trunk's final norm.
-    """
+    (after the final norm); SigLIP's are those after the trunk's final norm."""
 
     tokens: jax.Array
     pooled: jax.Array
@@ -251,6 +250,5 @@ def build(spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.floa
 
     Under `nnx.eval_shape` only shapes and dtypes are made. Activations are computed in `dtype`, weights are held in
     `param_dtype`. `remat` recomputes each block in the backward pass: less memory, a third more work, the same
-    gradient.
-    """
+    gradient."""
     return architecture(spec.arch).Vision(spec, rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)

@@ -86,8 +86,7 @@ class Vision(nnx.Module):
     def encode(self, images: jax.Array) -> Features:
         """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.
 
-        Where the side is no multiple of the patch (384 by 14), the rest at the right and the bottom is not used.
-        """
+        Where the side is no multiple of the patch (384 by 14), the rest at the right and the bottom is not used."""
         tokens = self.norm(run(self.blocks, embedded(self, images), remat=self.remat))  # [B, P, D]
         return Features(tokens=tokens, pooled=self.attn_pool(tokens))
 
@@ -169,8 +168,7 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
     """See `hf.Layout`.
 
     transformers' published configs name tanh's approximation of GELU in both towers. open_clip runs the same weights
-    with the exact GELU, but for SigLIP 2's text towers and some vision towers of timm's; so does this Spec.
-    """
+    with the exact GELU, but for SigLIP 2's text towers and some vision towers of timm's; so does this Spec."""
     vision = hf.options(config.get("vision_config"), _VISION_DEFAULTS, f"{where}: vision_config")
     text = hf.options(config.get("text_config"), _TEXT_DEFAULTS, f"{where}: text_config")
     fields = hf.vision_fields(vision)

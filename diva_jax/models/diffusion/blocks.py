@@ -115,8 +115,7 @@ class TransformerBlock(nnx.Module):
 
 class Transformer(nnx.Module):
     """One transformer block over a feature map's pixels with a residual, between projections that are linear layers
-    (Stable Diffusion 2) or, where `linear` is false, 1x1 convolutions (1.x).
-    """
+    (Stable Diffusion 2) or, where `linear` is false, 1x1 convolutions (1.x)."""
 
     def __init__(self, n: int, n_context: int, count: int, groups: int, linear: bool, layers: Layers):
         def project():

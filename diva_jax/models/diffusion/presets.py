@@ -56,8 +56,7 @@ class LatentCode(Protocol):
         """The model: `encode(images)`, `moments(images)`, of [B, H, W, 3] in [-1, 1] -> [B, h, w, moment_channels].
 
         Its parameters are read from `vae/diffusion_pytorch_model.safetensors` of the source, by PyTorch's names and
-        layouts of the same path: `kernel` is `weight`, transposed.
-        """
+        layouts of the same path: `kernel` is `weight`, transposed."""
 
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """The latents for the generator, [..., latent_channels]; `noise`: standard normal, of their shape, or None."""

@@ -18,8 +18,7 @@ class ScheduleConfig:
     `beta_start` and `beta_end` are the variance of the noise added at the first and at the last timestep; between them
     beta is "linear", linear in its square root ("scaled_linear"), or, without them, a squared cosine of time
     ("squaredcos_cap_v2", arXiv 2102.09672, equation 17). The U-Net predicts "epsilon", the noise, or "v_prediction",
-    the velocity.
-    """
+    the velocity."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -45,8 +44,7 @@ class ScheduleConfig:
 
 def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
     """The remaining share of the latents' variance at each timestep, abar, [T] float32: the cumulative product of 1 -
-    beta, which is rounded to float32 before, as in diffusers.
-    """
+    beta, which is rounded to float32 before, as in diffusers."""
     start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.beta_schedule == "linear":
         betas = np.linspace(start, end, n)
@@ -69,8 +67,7 @@ def nats_per_error(config: ScheduleConfig, values: int, kind: str = "") -> np.nd
     2302.03792). It is exact for a model that predicts the conditional mean, and here an estimate, without the noise
     levels outside of the schedule: the sum over all timesteps of gap times weight, nats per unit of the gap, where
     errors are means over `values` numbers. An error of the velocity is 1 / abar times that of the noise; `kind` is
-    "epsilon" or "v_prediction", by default what the U-Net predicts.
-    """
+    "epsilon" or "v_prediction", by default what the U-Net predicts."""
     left = alphas_cumprod(config).astype(np.float64)
     weight = 0.5 * values * np.abs(np.gradient(np.log(left / (1 - left))))
     return weight * left if (kind or config.prediction_type) == "v_prediction" else weight
@@ -88,8 +85,7 @@ def add_noise(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Ar
     W, C].
 
     The latents z0 may have any shape that broadcasts against it; `alphas_cumprod` is [T], `timesteps` are [..., B]
-    integers.
-    """
+    integers."""
     signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
     return (signal * latents + sigma * noise).astype(noise.dtype)
 
@@ -98,8 +94,7 @@ def target(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array
     """Returns the target of the U-Net's prediction, in the shape and dtype of `noise`; arguments as `add_noise`'s.
 
     It is the noise for the type "epsilon", and sqrt(abar_t) eps - sqrt(1 - abar_t) z0 (the velocity, arXiv 2202.00512,
-    section 4) for "v_prediction".
-    """
+    section 4) for "v_prediction"."""
     if prediction_type == "epsilon":
         return noise
     signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)

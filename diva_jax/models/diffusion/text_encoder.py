@@ -81,8 +81,7 @@ class TextEncoder(nnx.Module):
         where N is too large.
 
         `mask`, [B, N] bool, has the tokens that are attended to (those before a query alone, as always); None: all,
-        padding included.
-        """
+        padding included."""
         n = tokens.shape[1]
         if n > self.config.context_length:
             raise UserError(

@@ -31,8 +31,7 @@ class UNetConfig:
     blocks of the down blocks; the up blocks have one more. `cross_down` and `cross_up` say whether each block has
     transformers, in order of execution, over a context of `cross_attention_dim` channels. `class_embed_dim` are the
     channels of `class_labels`, which are added to the time embedding (2.1-unclip's image embedding and noise level), if
-    any.
-    """
+    any."""
 
     sample_size: int | tuple[int, ...] | None = 64
     in_channels: int = 4
@@ -99,8 +98,7 @@ def timestep_embedding(timesteps: Array, n: int) -> Array:
     """Returns cosines, then sines, of the timesteps [B] at n/2 frequencies from 1 to about 1/10000, [B, n] float32.
 
     These are the position embeddings of arXiv 1706.03762, section 3.5, in another order. They are in float32 for every
-    dtype of the model: in bfloat16, neighbouring timesteps near 999 have the same value.
-    """
+    dtype of the model: in bfloat16, neighbouring timesteps near 999 have the same value."""
     half = n // 2
     # Values are rounded to float32 at the same places as in diffusers. Since timesteps reach 999, an error of one unit
     # in the last place of a frequency changes the fifth digit of the result.
@@ -198,8 +196,7 @@ class UNet(nnx.Module):
     """Predicts the noise (or the velocity) of noisy latents; arguments as `backbones.build`'s.
 
     The time and class embeddings are computed in at least float32. With `remat`, the backward pass recomputes the
-    activations of residual blocks and transformers instead of storing them, with the same result.
-    """
+    activations of residual blocks and transformers instead of storing them, with the same result."""
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat=False):
         layers = Layers(rngs, dtype, param_dtype)
@@ -234,8 +231,7 @@ class UNet(nnx.Module):
         in_channels] at timesteps [B] under a context [B, N, cross_attention_dim], for any H, W and N.
 
         A U-Net with a class embedding needs class_labels [B, class_embed_dim], and no other takes them: else a
-        UserError.
-        """
+        UserError."""
         width = self.config.class_embed_dim
         if (width is None) != (class_labels is None):
             need = f"needs class_labels of width {width}" if width is not None else "takes no class_labels"

@@ -78,8 +78,7 @@ class VAEConfig(AutoencoderConfig):
         """See `LatentCode`: scaling_factor * mean, in `moments`' dtype, or scaling_factor * (mean + std * noise).
 
         The latter is in the wider of the dtypes of `moments` and `noise`. As in diffusers, the logarithm of the
-        variance is clamped to [-30, 20].
-        """
+        variance is clamped to [-30, 20]."""
         mean, logvar = jnp.split(moments, 2, axis=-1)
         if noise is None:
             return self.scaling_factor * mean
@@ -89,8 +88,7 @@ class VAEConfig(AutoencoderConfig):
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:
         """Reads a diffusers folder's `vae/config.json`; a UserError for options that are not implemented or
-        inconsistent.
-        """
+        inconsistent."""
         file = LibraryConfig(options, "the VAE's config")
         return cls(**cls.fields_of(file), use_quant_conv=file.flag("use_quant_conv", True))
 
@@ -196,8 +194,7 @@ class VAE(nnx.Module):
         `dtype`.
 
         RGB images [B, H, W, in_channels] in [-1, 1] -> [B, H / downscale, W / downscale, 2 * latent_channels], the
-        means first, sizes rounded down.
-        """
+        means first, sizes rounded down."""
         moments = self.encoder(images)
         return self.quant_conv(moments) if self.config.use_quant_conv else moments
 

@@ -30,16 +30,14 @@ class StableDiffusionObjective(contract.Objective):
     It has the backbone's `spec`, `diffusion`, which is `config.diffusion` parsed, the side of the VAE's images
     `image_size` [pixels], the `dtype` of computations, `unet`, `vae` (None where latents are cached), and
     `text_context`, the last hidden state of the prompt, [1, T, C]. `takes_class`: whether the U-Net is given a class
-    embedding too; `prompted`: whether there is a prompt.
-    """
+    embedding too; `prompted`: whether there is a prompt."""
 
     takes_class: bool = False
     prompted: bool = True
 
     def __init__(self, config, image_size: int, view: str = contract.EXACT):
         """Parses the config. Towers follow in the order in which initial values are drawn: `contract.vision_tower`,
-        what the objective has besides, `build_generator`.
-        """
+        what the objective has besides, `build_generator`."""
         self.spec, self.diffusion = backbones.spec_of(config), Diffusion.from_dict(config.diffusion.to_dict())
         self.image_size, self.dtype = image_size, jnp.dtype(config.dtype)
         d, cached = self.diffusion, bool(config.data.latents)
@@ -89,8 +87,7 @@ class StableDiffusionObjective(contract.Objective):
         """The vision tower, U-Net, VAE and text; everything else keeps its initial values.
 
         `fresh` are the tower's parameters that its source does not have, see `parts.Part`; with `mask_padding` the
-        prompt's tokens do not attend to padding.
-        """
+        prompt's tokens do not attend to padding."""
         d = self.diffusion
         prompt = parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder, mask_padding)
         return {
@@ -104,8 +101,7 @@ class StableDiffusionObjective(contract.Objective):
         """The latents, [B, h, w, c], of pixels [B, S, S, 3] in [0, 1], or of given moments of the VAE's posterior, [B,
         h, w, 2 c].
 
-        With standard normal `noise`, [B, h, w, c], they are a sample of the posterior, without it its mean.
-        """
+        With standard normal `noise`, [B, h, w, c], they are a sample of the posterior, without it its mean."""
         moments = self.moments(pixels) if moments is None else moments
         return self.diffusion.vae.latents(moments.astype(self.dtype), noise)
 
@@ -127,8 +123,7 @@ class StableDiffusionObjective(contract.Objective):
         `schedule.nats_per_error`.
 
         Timesteps are [K, B], one draw per bin; `edges` [K + 1] are the bins' first timesteps and the end; `kind`: see
-        `target`.
-        """
+        `target`."""
         weights = schedule.nats_per_error(self.diffusion.scheduler, latents[0].size, kind)
         return jnp.asarray(weights, jnp.float32)[timesteps] * jnp.diff(jnp.asarray(edges))[:, None]
 

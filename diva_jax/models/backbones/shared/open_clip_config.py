@@ -88,8 +88,7 @@ def from_timm(model: LibraryConfig, table: Mapping[str, Mapping], **implemented:
     """The fields of Spec of a tower that open_clip makes of a timm model, whose config is checked.
 
     `table` has timm's models, name -> the fields of Spec that each fixes; `implemented` has option of `TIMM_OPTIONS` ->
-    the values that are implemented, where they are not the option's default.
-    """
+    the values that are implemented, where they are not the option's default."""
     vision = model.section("vision_cfg")
     name = vision.options["timm_model_name"]
     fields = table[name]
@@ -186,8 +185,7 @@ def _architecture(vision: LibraryConfig) -> str:
 
 def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec:
     """The `Spec` of a parsed `open_clip_config.json` or bare model config, with select and readout at their defaults; a
-    UserError where it is none, and for an option that our modules do not implement.
-    """
+    UserError where it is none, and for an option that our modules do not implement."""
     model = config.get("model_cfg", config) if isinstance(config, Mapping) else None
     parts = ("vision_cfg", "text_cfg")
     if not isinstance(model, Mapping) or not all(isinstance(model.get(k), Mapping) for k in parts):
@@ -261,8 +259,7 @@ def _text_activation(spec: Spec, tower: Mapping) -> dict:
 
 def to_open_clip(spec: Spec) -> dict:
     """The content of `open_clip_config.json`; a UserError where timm has no such tower, or open_clip no such
-    activation.
-    """
+    activation."""
     module = backbones.architecture(spec.arch)
     if not module.TIMM:
         raise UserError(f"open_clip has no {spec.arch} model: use --format=hf or --format=pt")

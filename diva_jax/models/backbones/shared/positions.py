@@ -13,8 +13,7 @@ class Positions:
 
     The first `extra`, e.g. the class token's, are kept at every resolution. The original interpolates the others with
     bicubic interpolation, with antialiasing (Keys' kernel, a = -0.5) or without (a = -0.75, as
-    `torch.nn.functional.interpolate` has it).
-    """
+    `torch.nn.functional.interpolate` has it)."""
 
     name: str
     extra: int = 0
@@ -44,8 +43,7 @@ def sizes(tensors: Mapping, positions: Positions, patch_embed: str, blocks: str,
     """The fields of Spec that the shapes of any Vision Transformer's checkpoint tell.
 
     The names are those of the patch embedding's weight, of the blocks, without their numbers, and of the weight of the
-    first layer of an MLP, in its block.
-    """
+    first layer of an MLP, in its block."""
     width, _, _, patch = tensor_shape(tensors, patch_embed, 4)
     return dict(
         image_size=positions.grid(tensors) * patch,

@@ -56,8 +56,7 @@ def blocks(make: Layers, layers: int, *args, block: Callable[..., nnx.Module] = 
     """`layers` blocks, `block(make, *args, **kw)`.
 
     The output of each block's branches is divided by sqrt(2 * layers), as CLIP initialises it, so that the variance
-    of the residual stream does not grow with depth.
-    """
+    of the residual stream does not grow with depth."""
     stack = [block(make, *args, **kw) for _ in range(layers)]
     for one in stack:
         for out in (one.attn.proj, one.mlp.fc2):
@@ -89,8 +88,7 @@ def embedded(tower: nnx.Module, images: Array, first: nnx.Param | None = None) -
 class Last:
     """How the last block is run for dense prediction, so that patch tokens keep to their place: pairs of projections
     whose softmax attentions are summed (none: each token attends to itself alone), whether the block's input is added
-    to the attention, and whether the MLP, with its residual, follows.
-    """
+    to the attention, and whether the MLP, with its residual, follows."""
 
     scores: tuple[str, ...] = ("qk",)
     residual: bool = True

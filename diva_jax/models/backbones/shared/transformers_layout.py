@@ -19,8 +19,7 @@ class Recipe:
 
     The rows divide among the open_clip names as `shares`, among hf names evenly. `transposed`: the matrix is [in, out]
     in open_clip and [out, in] in transformers. `lead`: a leading axis of 1 that open_clip has and transformers has not
-    (-1: the other way round).
-    """
+    (-1: the other way round)."""
 
     open_clip: tuple[str, ...]
     hf: tuple[str, ...]
@@ -36,8 +35,7 @@ class Layout:
     `mark` is how the names of tensors begin that tell the folder's layout; `recipes` are those of every tensor of the
     whole model. `from_config` is (config.json, preprocessor_config.json or {}, the folder for messages) -> (spec, the
     fields of it that the folder does not really tell); `to_config` raises a UserError where transformers has no such
-    model.
-    """
+    model."""
 
     models: Mapping[str, str]
     mark: str
@@ -70,8 +68,7 @@ def layers(
 ) -> list[Recipe]:
     """`count` transformer blocks, whose names begin with `open_clip` and `hf`, then the number of the block.
 
-    `names`: layers, open_clip's -> transformers'; `fused` and `parts`: the projections to queries, keys and values.
-    """
+    `names`: layers, open_clip's -> transformers'; `fused` and `parts`: the projections to queries, keys and values."""
     out = []
     for i in range(count):
         a, b = f"{open_clip}.{i}", f"{hf}.{i}"
@@ -103,8 +100,7 @@ def text_recipes(text: TextSpec, prefix: str) -> list[Recipe]:
 def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The options of a config file, or of a section of it (None: it is not there), over transformers' defaults.
 
-    A UserError where it is no JSON object, or an option has not the type of its default, or is far out of range.
-    """
+    A UserError where it is no JSON object, or an option has not the type of its default, or is far out of range."""
     if not isinstance(config, Mapping | None):
         raise UserError(f"{where} is {brief(config)}, which must be an object of options: fetch the folder again")
     file = LibraryConfig(config or {}, where)
@@ -155,8 +151,7 @@ def preprocessing(
     with `any_size` transformers interpolates the position embeddings where images are of another size. Images that are
     resized to `image_size` by their shorter side and cropped are cropped where open_clip does, which is one pixel
     elsewhere where the rest is odd. A UserError for an option that is not implemented, or makes images of another size
-    than the model's.
-    """
+    than the model's."""
     file = LibraryConfig(preprocessor, f"{where}/preprocessor_config.json")
     file.check(_PROCESSOR_READ, _PROCESSOR_FIXED)
     kind = preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type")
