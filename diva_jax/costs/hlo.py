@@ -31,8 +31,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 @dataclasses.dataclass(frozen=True)
 class Array:
     """One array of a type, as HLO writes it: dtype, shape, and layout (axes from minor to major, tiles, memory
-    space).
-    """
+    space)."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -56,8 +55,7 @@ class Op:
 
     `path` is the origin in the traced program, e.g. "jit(step)/while/body/unet/conv", or ""; `cycles` are those of one
     execution as estimated by the compiler, 0 for a kernel; `target` is that of a custom call, e.g. "tpu_custom_call",
-    or ""; `called` are the names of the computations that it calls.
-    """
+    or ""; `called` are the names of the computations that it calls."""
 
     name: str
     kind: str
@@ -156,8 +154,7 @@ def collectives(module: HloModule, op: Op, computation: Computation) -> dict[str
     """The collectives of an operation and of the computations it calls, by channel id, or by name without one.
 
     Each is (kind, the larger of the sizes of operands and results [bytes]). An asynchronous collective is split over
-    several fusions that share one channel.
-    """
+    several fusions that share one channel."""
     found = {}
     kind = op.kind.removesuffix("-start")
     if kind in COLLECTIVES:
@@ -263,8 +260,7 @@ def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
 
     The length of the sums is rounded up to a multiple of the side of the chip's matrix unit, because the unit adds up
     that many products per element of the result, zeros included. Rows stream through the unit, and their number is not
-    rounded. The result is the FLOPs that the unit could do in the time that the kernel occupies it.
-    """
+    rounded. The result is the FLOPs that the unit could do in the time that the kernel occupies it."""
     found = _KERNEL.search(op.path)
     if op.target != "tpu_custom_call" or not found:
         return 0

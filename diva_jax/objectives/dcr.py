@@ -45,14 +45,8 @@ _INERT = {"siglip": adapters.SIGLIP_HEAD}
 class DcrOptions:
     """`config.dcr`. "faithful" is what the authors' code does, "exact" what the models were trained on."""
 
-    group: int = field(
-        16, "This many images are compared with each other, in group^2 + group U-Net passes.", at_least(2)
-    )
-    tile: int = field(
-        17,
-        "A chip holds the activations of this many U-Net passes at the same time; group + 1 avoids recomputation.",
-        at_least(1),
-    )
+    group: int = field(16, "So many images are compared with each other, in group^2 + group U-Net passes.", at_least(2))
+    tile: int = field(17, "A chip holds so many U-Net passes at once; group + 1 avoids recomputation.", at_least(1))
     temperature: float = field(0.1, "The logits are divided by this temperature.", above(0))
     projector_only: bool = field(False, "Whether the run ends after stage 1 (condition.warmup_steps steps).")
     target: str = field(
@@ -66,7 +60,7 @@ class DcrOptions:
     )
     tower_norm: str = switch("The tower's input has the backbone's own mean and std (exact), or OpenAI's (faithful).")
     text_mask: str = switch(
-        "The prompt's tokens attend to padding, as in Stable Diffusion's pipeline (exact), or not (faithful)."
+        "The prompt attends to padding, as in Stable Diffusion's pipeline (exact), or not (faithful)."
     )
     schedule_dtype: str = switch("The products of 1 - beta are in float32 (exact), or in config.dtype (faithful).")
     loss_dtype: str = switch("Predictions, logits and loss are in float32 (exact), or in config.dtype (faithful).")

@@ -65,25 +65,17 @@ class GenHancerLora(adapters.Lora):
 class GenHancerOptions:
     """`config.genhancer`. "faithful" is what the authors' code does, "exact" what it meant."""
 
-    stage1_steps: int = field(
-        100_000, "Stage 1 trains projectors and denoiser for this many steps; 0: --init_from has them.", at_least(0)
-    )
-    stage1_lr: float = field(
-        1e-4, "The peak learning rate of stage 1; stage 2 has config.steps and config.optim.lr.", between(0, 1e38)
-    )
+    stage1_steps: int = field(100_000, "The steps of stage 1, of projectors and denoiser; 0: --init_from.", at_least(0))
+    stage1_lr: float = field(1e-4, "The peak learning rate of stage 1; stage 2 has config.optim.lr.", between(0, 1e38))
     stage2: str = field(
         ONLY,
         "Stage 2 trains the encoder's adapters (only), or projectors and denoiser too (all); none: there is none.",
         one_of(ONLY, ALL, NONE),
     )
-    latents: str = field(
-        "sample", "The latents are a sample of the VAE's posterior, or its mean.", one_of("sample", "mean")
-    )
+    latents: str = field("sample", "Latents are a sample of the VAE's posterior or its mean.", one_of("sample", "mean"))
     scale_factor: float = field(1.0, "This is s in t = sigmoid(s n), n being standard normal.")
     guidance: float = field(4.0, "The denoiser is told this strength of guidance for every image.")
-    vae_dtype: str = field(
-        "float32", "The VAE computes in this dtype and is held in it.", one_of("float32", "bfloat16")
-    )
+    vae_dtype: str = field("float32", "The VAE computes and is held in this dtype.", one_of("float32", "bfloat16"))
     time_precision: str = switch(
         "The time t is given in float32 (exact), or t, 1000 t and their codes are rounded to bfloat16 (faithful)."
     )
@@ -92,7 +84,7 @@ class GenHancerOptions:
         "(faithful)."
     )
     siglip_head_out: str = switch(
-        "The output of SigLIP's pooling head is adapted (exact), or its bias alone is trained (faithful)."
+        "SigLIP's pooling head's output is adapted (exact), or its bias alone trained (faithful)."
     )
     siglip_gelu: str = switch(
         "SigLIP's activation is config.backbone.activation (exact), or tanh's approximation of GELU (faithful)."

@@ -75,9 +75,7 @@ class JudgeOptions:
     )
     beta: float = field(300.0, "The errors are multiplied by this before the softmax.", between(0, 1e38))
     logit_scale: float = field(50.0, "The tower's cosines are multiplied by this before the softmax.", between(0, 1e38))
-    image_weight: float = field(
-        0.0, "The choice of each text among the batch's images is weighted with this.", between(0, 1e38)
-    )
+    image_weight: float = field(0.0, "The choice of a text among the batch's images has this weight.", between(0, 1e38))
     verdict: str = field(
         "generator",
         "The posterior is the generator's; the same in a random order, a control that can teach nothing (shuffled); or "

@@ -39,9 +39,7 @@ class KueaOptions:
         above(0),
     )
     c: float = field(0.191623, "This is c in the polynomial kernel, see gamma.", above(0))
-    teacher_gamma: float = field(
-        0.0, "This is gamma in the teacher's kernel; 0 stands for 1 / the teacher's embed_dim.", at_least(0)
-    )
+    teacher_gamma: float = field(0.0, "Gamma in the teacher's kernel; 0: 1 / its embed_dim.", at_least(0))
     teacher_c: float = field(1.0, "This is c in the teacher's kernel.", above(0))
     width: float = field(8.7, "The gaussian kernel is exp(-|a - b|^2 / (2 width^2)).", above(0))
     teacher_width: float = field(15.8, "This is the width in the teacher's gaussian kernel.", above(0))
@@ -51,16 +49,12 @@ class KueaOptions:
     first_step_lr: str = switch(
         "The warm-up holds from the first step on (exact), or the first step has the peak learning rate (faithful)."
     )
-    teacher_norm: str = switch(
-        "The teacher's input has the teacher's own mean and std (exact), or the backbone's (faithful)."
-    )
+    teacher_norm: str = switch("The teacher's input has its own mean and std (exact), or the backbone's (faithful).")
     teacher_resize: str = switch(
         "The teacher's input is prepared from the image (exact), or is the backbone's view, resized (faithful)."
     )
     teacher_crop_from: int = field(
-        256,
-        "With teacher_resize=exact, the image is resized to this before the teacher's central crop [pixels].",
-        at_least(0),
+        256, "With teacher_resize=exact, images are resized to this before the crop [pixels].", at_least(0)
     )
     teacher: backbones.Spec = backbones.DINOV2_L
 

@@ -76,7 +76,7 @@ class SalmOptions:
         (1.0, 0.1), "The alignment's weight in the first quarter of the steps, and in the last.", _TWO
     )
     curriculum: bool = field(
-        True, "Whether the weights change linearly over the second and third quarter; if not, they are the last ones."
+        True, "Whether weights change linearly over quarters two and three; if not: the last ones."
     )
     uniformity_weight: float = field(0.01, "The uniformity of embeddings is weighted with this.", between(0, 1e38))
     adapter: AdapterOptions = AdapterOptions()

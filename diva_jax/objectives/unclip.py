@@ -63,12 +63,10 @@ class UnclipOptions:
     embed_drop: float = field(0.0, "The class label is zero for this share of the images.", below(0, 1))
     stats: str = field(
         "on",
-        "The noise is scaled by the generator's mean and std of embeddings (on), or by mean 0 and std 1 (off).",
+        "Noise is scaled by the generator's mean and std of embeddings (on), or by 0 and 1 (off).",
         one_of("on", "off"),
     )
-    latents: str = field(
-        "sample", "The latents are a sample of the VAE's posterior, or its mean.", one_of("sample", "mean")
-    )
+    latents: str = field("sample", "Latents are a sample of the VAE's posterior or its mean.", one_of("sample", "mean"))
     condition_of: str = field(
         "own",
         "The condition is the image's own, or that of the next image in the batch, a control that can teach nothing.",

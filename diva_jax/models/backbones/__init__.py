@@ -91,9 +91,7 @@ class TextSpec:
         "one whose id is eos_id (eos), or the last one (last).",
         one_of("argmax", "eos", "last"),
     )
-    proj_bias: bool = field(
-        False, "Whether the projection is a linear layer with a bias, as SigLIP's is, or a bare matrix, as CLIP's is."
-    )
+    proj_bias: bool = field(False, "Whether the projection has a bias, as SigLIP's, or is a bare matrix, as CLIP's.")
     norm_eps: float = field(1e-5, "The epsilon of the LayerNorms.", between(0, 1))
     tokenizer: str = field(
         "clip",
@@ -101,9 +99,7 @@ class TextSpec:
         "keeps case and punctuation (xlm).",
         one_of("clip", "siglip", "xlm", ""),
     )
-    activation: str = field(
-        "", "The activation of the MLPs; if empty, it is the vision tower's.", one_of("", *ACTIVATIONS)
-    )
+    activation: str = field("", "The activation of the MLPs; empty: the vision tower's.", one_of("", *ACTIVATIONS))
     eos_id: int = field(2, "The id of the end-of-text token, for pool=eos.", between(0, 2**24))
     kept_positions: int = field(
         -1,
@@ -122,9 +118,7 @@ class Spec:
 
     arch: str = field("vit", "The architecture, a module of diva_jax.models.backbones.")
     open_clip_name: str = field("", "The name of this model in open_clip, for users and exports.")
-    source: str = field(
-        "", "The weights are those of this file, folder or hub id that diva_jax.weights reads, or of a run's workdir."
-    )
+    source: str = field("", "The weights are of this file, folder, hub id or run's workdir.")
     image_size: int = field(224, "The side of the images that the tower sees [pixels].", between(1, 2**14))
     patch_size: int = field(14, "The side of a patch [pixels].", between(1, 2**14))
     width: int = field(1024, "The width of the transformer.", between(1, _MAX_WIDTH))
@@ -170,9 +164,7 @@ class Spec:
         "The text's tokens are added to the features token by token (token), or their mean to every one (mean).",
         one_of("token", "mean"),
     )
-    readout: str = field(
-        "pooled", "This backbone's MMVP-VLM score was published with this readout, in the authors' evaluation code."
-    )
+    readout: str = field("pooled", "This backbone's MMVP-VLM score was published with this readout of the authors.")
     text: TextSpec = TextSpec()
     registers: int = field(0, "The number of register tokens (dinov2).", between(0, 1024))
 

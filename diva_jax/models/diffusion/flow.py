@@ -37,7 +37,7 @@ class FlowConfig:
     double_blocks: int = field(2, "The number of blocks with separate weights for image and text.", between(0, 1024))
     single_blocks: int = field(4, "The number of blocks with the same weights for image and text.", between(0, 1024))
     axes: tuple[int, ...] = field(
-        (16, 56, 56), "The channels of a head that encode each component of a token's position (0, row, column)."
+        (16, 56, 56), "The channels of a head for each component of a position (0, row, column)."
     )
     theta: float = field(10000.0, "The base of the rotary embedding.", above(0))
     mlp_ratio: float = field(4.0, "The hidden width of the MLPs, over the width of the transformer.", above(0))
