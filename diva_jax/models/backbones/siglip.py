@@ -156,10 +156,12 @@ def _recipes(spec: Spec) -> list[hf.Recipe]:
 
 
 # transformers' defaults, which its config files leave out.
-_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-_DEFAULTS |= dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
-_VISION_DEFAULTS = _DEFAULTS | dict(image_size=224, patch_size=16)
-_TEXT_DEFAULTS = _DEFAULTS | dict(vocab_size=32000, max_position_embeddings=64)
+_COMMON = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+_COMMON |= dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+_DEFAULTS = {
+    "vision_config": _COMMON | dict(image_size=224, patch_size=16),
+    "text_config": _COMMON | dict(vocab_size=32000, max_position_embeddings=64),
+}
 _TEXT_RULES = dict(causal=False, pool="last", proj_bias=True, tokenizer="siglip")
 _TANH = hf.ACTIVATIONS["gelu_tanh"]
 
@@ -169,10 +171,8 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
 
     transformers' published configs name tanh's approximation of GELU in both towers. open_clip runs the same weights
     with the exact GELU, but for SigLIP 2's text towers and some vision towers of timm's; so does this Spec."""
-    vision = hf.options(config.get("vision_config"), _VISION_DEFAULTS, f"{where}: vision_config")
-    text = hf.options(config.get("text_config"), _TEXT_DEFAULTS, f"{where}: text_config")
+    (vision, activation), (text, text_activation) = hf.tower_options(config, _DEFAULTS, where)
     fields = hf.vision_fields(vision)
-    activation, text_activation = hf.our_activation(vision, where), hf.our_activation(text, where)
     published = vision["hidden_act"] == text["hidden_act"] == _TANH
     if published:
         towers = (tower for tower in TIMM.values() if all(tower[k] == v for k, v in fields.items()))
@@ -195,13 +195,7 @@ def _to_config(spec: Spec, dtype: str) -> dict:
             f"transformers has no siglip text tower with causal={text.causal}, pool={text.pool!r}, "
             f"proj_bias={text.proj_bias}: use --format=open_clip"
         )
-    return dict(
-        architectures=["SiglipModel"],
-        model_type="siglip",
-        dtype=dtype,
-        vision_config=hf.vision_config(spec) | dict(model_type="siglip_vision_model"),
-        text_config=hf.text_config(spec) | dict(projection_size=spec.embed_dim, model_type="siglip_text_model"),
-    )
+    return hf.two_towers(spec, dtype, "siglip", "SiglipModel", {}, dict(projection_size=spec.embed_dim))
 
 
 def _image_processor(spec: Spec) -> dict:

@@ -157,12 +157,13 @@ def _recipes(spec: Spec) -> list[hf.Recipe]:
 
 # transformers' defaults, which its config files leave out.
 _COMMON = dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, num_hidden_layers=12)
-_VISION_DEFAULTS = _COMMON | dict(
-    hidden_size=768, intermediate_size=3072, num_attention_heads=12, image_size=224, patch_size=32
-)
-_TEXT_DEFAULTS = _COMMON | dict(
-    hidden_size=512, intermediate_size=2048, num_attention_heads=8, vocab_size=49408, max_position_embeddings=77
-)
+_DEFAULTS = {
+    "vision_config": _COMMON
+    | dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, image_size=224, patch_size=32),
+    "text_config": _COMMON
+    | dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+    | dict(vocab_size=49408, max_position_embeddings=77),
+}
 _MODELS = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model"}
 
 
@@ -178,11 +179,7 @@ def _text_rules(kind: str, config: Mapping, where: str) -> dict:
 
 
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
-    # Older versions wrote a tower's options a second time, which hold where they are there.
-    towers = {t: config.get(f"{t}_dict") or config.get(t) for t in ("vision_config", "text_config")}
-    vision = hf.options(towers["vision_config"], _VISION_DEFAULTS, f"{where}: vision_config")
-    text = hf.options(towers["text_config"], _TEXT_DEFAULTS, f"{where}: text_config")
-    activation, text_activation = hf.our_activation(vision, where), hf.our_activation(text, where)
+    (vision, activation), (text, text_activation) = hf.tower_options(config, _DEFAULTS, where)
     spec = Spec(
         arch="vit",
         **hf.vision_fields(vision)
@@ -213,14 +210,7 @@ def _to_config(spec: Spec, dtype: str) -> dict:
         special = dict(bos_token_id=49406, eos_token_id=49407)
     else:
         special = dict(eos_token_id=2)  # transformers' code for "pool at the highest id", open_clip's rule.
-    return dict(
-        architectures=[_MODELS[kind]],
-        model_type=kind,
-        dtype=dtype,
-        **projection,
-        vision_config=hf.vision_config(spec) | projection | dict(model_type=f"{kind}_vision_model"),
-        text_config=hf.text_config(spec) | projection | special | dict(model_type=f"{kind}_text_model"),
-    )
+    return hf.two_towers(spec, dtype, kind, _MODELS[kind], projection, projection | special, **projection)
 
 
 TRANSFORMERS = hf.Layout(_MODELS, "vision_model.", _recipes, _from_config, _to_config, hf.image_processor)

@@ -39,6 +39,8 @@ _TEXT_FIXED |= {"tokenizer_mode": (None,), "hf_model_name": (None,)}
 _MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
 _MODEL_KEYS |= {"init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"}
 
+# Options of the text tower that are fields of TextSpec, and their defaults.
+_TEXT_SIZES = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12)
 # Tokens of the vocabulary that open_clip has built in.
 OPENAI_VOCABULARY = 49408
 _CLIP_CLEAN = {"clean": "lower"}
@@ -139,15 +141,11 @@ def _text(text: LibraryConfig, vision_activation: str, quick_gelu: bool) -> Text
     text.check(_TEXT_READ | _TEXT_FREE, _TEXT_FIXED)
     text_activation = activation(text, quick_gelu)
     pool = text.choice("pool_type", "argmax", ("argmax", "eos", "last"))
-    width, heads = text.integer("width", 512), text.integer("heads", 8)
+    width, heads = (text.integer(name, _TEXT_SIZES[name]) for name in ("width", "heads"))
     if width % heads:
         text.refuse("heads", f"it must divide the width, {width}")
     return TextSpec(
-        context_length=text.integer("context_length", 77),
-        vocab_size=text.integer("vocab_size", 49408),
-        width=width,
-        heads=heads,
-        layers=text.integer("layers", 12),
+        **{name: text.integer(name, default) for name, default in _TEXT_SIZES.items()},
         mlp_dim=int(width * text.number("mlp_ratio", 4.0, 1e-6, 1e6)),
         causal=not text.flag("no_causal_mask"),
         pool=pool,
@@ -219,11 +217,7 @@ def tower_options(activation_name: str, eps: float) -> dict:
 def _text_cfg(spec: Spec) -> dict:
     text = spec.text
     cfg = dict(
-        context_length=text.context_length,
-        vocab_size=text.vocab_size,
-        width=text.width,
-        heads=text.heads,
-        layers=text.layers,
+        **{name: getattr(text, name) for name in _TEXT_SIZES},
         mlp_ratio=mlp_ratio(text.width, text.mlp_dim),
         no_causal_mask=not text.causal,
         pool_type=text.pool,

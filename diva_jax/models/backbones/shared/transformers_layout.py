@@ -5,7 +5,7 @@ reshaped, and split again. Values are moved, never computed, so both ways are ex
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diva_jax.common.errors import UserError, brief, listing
@@ -220,16 +220,29 @@ def vision_fields(config: Mapping[str, Any]) -> dict:
     return {field: config[option] for field, option in _VISION.items() if field != "activation"}
 
 
-def vision_config(spec: Spec) -> dict:
-    """The `vision_config` of a tower, without its `model_type`."""
+def two_towers(spec: Spec, dtype: str, kind: str, model: str, vision: Mapping, text: Mapping, **options) -> dict:
+    """The config.json of the class `model`, of the model type `kind`; `vision`, `text` and `options` are what towers
+    and model have beside their sizes."""
     sizes = {option: getattr(spec, field) for field, option in _VISION.items()}
-    return sizes | dict(hidden_act=their_activation(spec.activation), num_channels=3)
+    sizes |= dict(hidden_act=their_activation(spec.activation), num_channels=3)
+    text_sizes = {option: getattr(spec.text, field) for field, option in _TEXT.items()}
+    text_sizes |= dict(hidden_act=their_activation(spec.text.activation or spec.activation))
+    return dict(
+        architectures=[model],
+        model_type=kind,
+        dtype=dtype,
+        **options,
+        vision_config=sizes | dict(vision) | dict(model_type=f"{kind}_vision_model"),
+        text_config=text_sizes | dict(text) | dict(model_type=f"{kind}_text_model"),
+    )
 
 
-def text_config(spec: Spec) -> dict:
-    """The `text_config` of a tower, without its `model_type` and special tokens."""
-    sizes = {option: getattr(spec.text, field) for field, option in _TEXT.items()}
-    return sizes | dict(hidden_act=their_activation(spec.text.activation or spec.activation))
+def tower_options(config: Mapping, defaults: Mapping[str, Mapping], where: str) -> Iterator[tuple[dict, str]]:
+    """The options of each tower, the names of its section and its defaults, over these; and our activation."""
+    for name, own in defaults.items():
+        # Older versions wrote a tower's options a second time, which hold where they are there.
+        found = options(config.get(f"{name}_dict") or config.get(name), own, f"{where}: {name}")
+        yield found, our_activation(found, where)
 
 
 def image_processor(spec: Spec, kind: str = "CLIPImageProcessor") -> dict:
