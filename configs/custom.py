@@ -56,10 +56,8 @@ def _diffusion(source: str) -> dict:
 
 
 def get_config(arg: str | None = None):
-    """`arg`: BACKBONE or BACKBONE,DIFFUSION.
-
-    The first is a name of MODELS (default ViT-B-16) or DINOV2, or a path or hub id of weights that describe themselves,
-    the second a diffusers folder or hub id."""
+    """`arg`: BACKBONE or BACKBONE,DIFFUSION. The first is a name of MODELS (default ViT-B-16) or DINOV2, or a path or
+    hub id of weights that describe themselves, the second a diffusers folder or hub id."""
     arg, source = arg or "ViT-B-16", ""
     if not Path(arg).exists():
         arg, _, source = arg.partition(",")

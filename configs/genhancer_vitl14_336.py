@@ -5,7 +5,6 @@ r"""GenHancer (continuous) on OpenAI CLIP ViT-L/14 at 336 px.
 
 100,000 steps of the denoiser and the projectors, then 10,000 of the encoder's adapters, of 256 images.
 docs/OBJECTIVES.md says how to run stage 2 alone. What is trained is split over mesh.fsdp=16 chips, 1.4 GiB on each.
-
 Cost: 2.70 and 2.54 TFLOP per image in stage 1 and 2.
 MMVP-VLM, published: arXiv 2503.19480, table 1.
 """

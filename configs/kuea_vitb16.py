@@ -4,7 +4,6 @@ r"""KUEA on OpenAI CLIP ViT-B/16 at 224 px: its embeddings' kernel is brought to
         --config.data.path='tfds:imagenet2012/train'
 
 Two epochs of ImageNet-1K, 128 images per step.
-
 The published gamma and c of ViT-B/16 are not known to us; those of ViT-L/14 are the initial values here.
 """
 

@@ -4,7 +4,6 @@ r"""KUEA on OpenAI CLIP ViT-L/14 at 336 px: its embeddings' kernel is brought to
         --config.data.path='tfds:imagenet2012/train'
 
 Two epochs of ImageNet-1K, 32 images per step.
-
 MMVP-VLM, published: 20.0 -> 21.5.
 """
 

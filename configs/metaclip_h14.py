@@ -4,7 +4,6 @@ r"""DIVA on MetaCLIP ViT-H/14 at 224 px.
         --config.data.path='data/cc3m/{00000..00331}.tar'
 
 About one epoch of CC3M, 640 images per step; Stable Diffusion 2.1-base.
-
 MMVP-VLM, published: 25.2 -> 31.9.
 """
 

@@ -4,7 +4,6 @@ r"""DIVA on SigLIP SO400M/14 at 384 px.
         --config.data.path='data/cc3m/{00000..00331}.tar'
 
 About one epoch of CC3M, 640 images per step; Stable Diffusion 2.1-base.
-
 MMVP-VLM, published: 37.0 -> 38.5.
 """
 

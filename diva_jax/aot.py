@@ -58,9 +58,8 @@ class OutOfMemory(Exception):
 
 
 def devices(topology: str) -> tuple[chips.Chip, tuple[int, ...], list]:
-    """The chip of a slice such as "v5e:4x4", its shape, and the devices to compile for.
-
-    A UserError where libtpu is not installed or is locked by another process, or there is no such slice."""
+    """The chip of a slice such as "v5e:4x4", its shape, and the devices to compile for. A UserError where libtpu is not
+    installed or is locked by another process, or there is no such slice."""
     name, chip, shape = chips.parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, the TPU's compiler, is not installed: pip install -e '.[tpu]' (it runs on a CPU)")
@@ -103,9 +102,8 @@ def with_batch(config, device_count: int, per_device: int | None):
 
 
 def compile_step(program: Program, stage: int):
-    """A compiled step, its `compiler.executable_facts`, and the seconds to trace and to compile it.
-
-    `OutOfMemory` where the compiler reports that the program does not fit, a UserError where it refuses an option."""
+    """A compiled step, its `compiler.executable_facts`, and the seconds to trace and to compile it. `OutOfMemory` where
+    the compiler reports that the program does not fit, a UserError where it refuses an option."""
     began = time.perf_counter()
     lowered = program.step(stage).lower(
         program.abstract_state(stage), program.abstract_frozen(), program.abstract_batch()
@@ -124,15 +122,13 @@ def compile_step(program: Program, stage: int):
 
 
 def report(config, topology: str, save: str | None = None, hlo: str | None = None) -> dict:
-    """Compiles the step of a config's last stage for a slice, and returns its costs, for JSON.
-
-    Writes the executables of all stages to the folder `save`, and the optimised HLO to the file `hlo`. All keys are per
-    device, of which a TPU7x has two per chip, unless their names imply otherwise. Where the compiler reports that the
-    program does not fit, there are those of the input, "fits", "needed" and "available" [bytes of HBM] alone. Else
-    there are "memory" [bytes], with "aliases", the part of the outputs that reuses the memory of arguments; "seconds",
-    to trace and to compile; all keys of `analysis.analyse`; "step_ms", "model_ms" plus "kernel_bound_ms";
-    "images_per_s", per chip; "mfu", between 0 and 1; "all_reduce_ms", a lower bound of communication time, not part of
-    "step_ms"."""
+    """Compiles the step of a config's last stage for a slice, and returns its costs, for JSON. Writes the executables
+    of all stages to the folder `save`, and the optimised HLO to the file `hlo`. All keys are per device, of which a
+    TPU7x has two per chip, unless their names imply otherwise. Where the compiler reports that the program does not
+    fit, there are those of the input, "fits", "needed" and "available" [bytes of HBM] alone. Else there are "memory"
+    [bytes], with "aliases", the part of the outputs that reuses the memory of arguments; "seconds", to trace and to
+    compile; all keys of `analysis.analyse`; "step_ms", "model_ms" plus "kernel_bound_ms"; "images_per_s", per chip;
+    "mfu", between 0 and 1; "all_reduce_ms", a lower bound of communication time, not part of "step_ms"."""
     chip, shape, mesh_devices = devices(topology)
     n, config = len(mesh_devices), config.copy_and_resolve_references()
     if config.kernels == compiler.AUTO:
@@ -183,10 +179,9 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
 
 
 def search(config, topology: str, limit: int = 256) -> dict:
-    """Returns the report of the largest per-device batch that fits, or that of batch 1 if none fits.
-
-    Each trial is a compilation. The first trial is the config's batch; further ones, at most `limit`, are interpolated
-    or extrapolated linearly from the memory that the trials so far needed."""
+    """Returns the report of the largest per-device batch that fits, or that of batch 1 if none fits. Each trial is a
+    compilation. The first trial is the config's batch; further ones, at most `limit`, are interpolated or extrapolated
+    linearly from the memory that the trials so far needed."""
     n = len(devices(topology)[2])
     rows, needed, low, high = {}, {}, 0, limit + 1
     size = min(max(config.batch_size // config.accum // n, 1), limit)

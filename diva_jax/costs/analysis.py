@@ -31,9 +31,8 @@ def part_of(path: str) -> tuple[str, str]:
 
 
 def kernel_seconds(op: hlo.Op, computation: hlo.Computation, chip: Chip) -> float:
-    """Returns a lower bound for the time of one execution of a kernel, for which the compiler has no estimate [s].
-
-    It is the larger of the time of its products, where sums over a head dim of 64 occupy a 128-wide matrix unit as sums
+    """Returns a lower bound for the time of one execution of a kernel, for which the compiler has no estimate [s]. It
+    is the larger of the time of its products, where sums over a head dim of 64 occupy a 128-wide matrix unit as sums
     over 128 do, and the time of its operands and results at the HBM's bandwidth."""
     if op.target != "tpu_custom_call":
         return 0.0

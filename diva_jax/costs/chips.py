@@ -17,7 +17,6 @@ from diva_jax.common.errors import UserError
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One device of JAX: an accelerator chip, or one of the two of a TPU7x; `kind` is its name, `device.device_kind`.
-
     `flops` is the peak bf16 rate, a multiply-add counted as two [FLOP/s], `hbm_bandwidth` the peak [bytes/s]; of `hbm`
     bytes, `usable` are available to a program, as the compiler reports it when one does not fit. Of TPUs alone: the
     `clock` of the cycles that the compiler estimates [Hz]; `ici`, the rate at which a chip can send over all its links
@@ -94,10 +93,9 @@ def parse_topology(topology: str) -> tuple[str, Chip, tuple[int, ...]]:
 
 
 def all_reduce_seconds(size: float, chip: Chip, shape: tuple[int, ...]) -> float:
-    """Returns a lower bound for the time of an all-reduce of `size` bytes per chip over a slice of this shape [s].
-
-    Each chip sends 2 (n - 1) / n of the bytes (reduce-scatter, then all-gather). All links of a chip are assumed busy,
-    and the sum over the two devices of a chip is not counted. Along an axis without wrap-around links, a ring uses each
+    """Returns a lower bound for the time of an all-reduce of `size` bytes per chip over a slice of this shape [s]. Each
+    chip sends 2 (n - 1) / n of the bytes (reduce-scatter, then all-gather). All links of a chip are assumed busy, and
+    the sum over the two devices of a chip is not counted. Along an axis without wrap-around links, a ring uses each
     link in both directions, so its bandwidth is halved. An axis of length 1 has no links."""
     n = math.prod(shape)
     wraps = [side % chip.wrap == 0 for side in shape]

@@ -51,11 +51,9 @@ class Array:
 @dataclasses.dataclass
 class Op:
     """One instruction, e.g. "fusion.6" of kind "fusion"; operands are in the same computation, `rest` is its text from
-    them on.
-
-    `path` is the origin in the traced program, e.g. "jit(step)/while/body/unet/conv", or ""; `cycles` are those of one
-    execution as estimated by the compiler, 0 for a kernel; `target` is that of a custom call, e.g. "tpu_custom_call",
-    or ""; `called` are the names of the computations that it calls."""
+    them on. `path` is the origin in the traced program, e.g. "jit(step)/while/body/unet/conv", or ""; `cycles` are
+    those of one execution as estimated by the compiler, 0 for a kernel; `target` is that of a custom call, e.g.
+    "tpu_custom_call", or ""; `called` are the names of the computations that it calls."""
 
     name: str
     kind: str
@@ -151,10 +149,9 @@ def hbm_traffic(op: Op, computation: Computation) -> int:
 
 
 def collectives(module: HloModule, op: Op, computation: Computation) -> dict[str, tuple[str, int]]:
-    """The collectives of an operation and of the computations it calls, by channel id, or by name without one.
-
-    Each is (kind, the larger of the sizes of operands and results [bytes]). An asynchronous collective is split over
-    several fusions that share one channel."""
+    """The collectives of an operation and of the computations it calls, by channel id, or by name without one. Each is
+    (kind, the larger of the sizes of operands and results [bytes]). An asynchronous collective is split over several
+    fusions that share one channel."""
     found = {}
     kind = op.kind.removesuffix("-start")
     if kind in COLLECTIVES:
@@ -256,10 +253,9 @@ _KERNEL = re.compile(rf"\b({'|'.join([*_FLASH, *_FEED_FORWARD])})(\d+)")
 
 
 def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
-    """Returns the FLOPs of a kernel of models/ from its name and the shapes of its operands; 0 for other kernels.
-
-    The length of the sums is rounded up to a multiple of the side of the chip's matrix unit, because the unit adds up
-    that many products per element of the result, zeros included. Rows stream through the unit, and their number is not
+    """Returns the FLOPs of a kernel of models/ from its name and the shapes of its operands; 0 for other kernels. The
+    length of the sums is rounded up to a multiple of the side of the chip's matrix unit, because the unit adds up that
+    many products per element of the result, zeros included. Rows stream through the unit, and their number is not
     rounded. The result is the FLOPs that the unit could do in the time that the kernel occupies it."""
     found = _KERNEL.search(op.path)
     if op.target != "tpu_custom_call" or not found:

@@ -63,10 +63,9 @@ class Lora:
 
 @contextlib.contextmanager
 def dropout(keys: Array) -> Iterator[None]:
-    """Adapters drop elements of their inputs where a model is called, or traced, in this context.
-
-    `keys` has one PRNG key per image, [B]; the inputs of adapted layers are [B, ...]. An image's masks depend on its
-    key and on the layer alone."""
+    """Adapters drop elements of their inputs where a model is called, or traced, in this context. `keys` has one PRNG
+    key per image, [B]; the inputs of adapted layers are [B, ...]. An image's masks depend on its key and on the layer
+    alone."""
     token = _DROPOUT.set(keys)
     try:
         yield
@@ -75,10 +74,9 @@ def dropout(keys: Array) -> Iterator[None]:
 
 
 class Update(nnx.Module):
-    """The low-rank update of one layer: `a` [parts, n_in, rank] and `b` [parts, rank, n_out / width].
-
-    The layer's outputs are `width` projections, of which those with the indices `parts` are adapted. `index`, of the
-    layer in its model, decides its dropout masks."""
+    """The low-rank update of one layer: `a` [parts, n_in, rank] and `b` [parts, rank, n_out / width]. The layer's
+    outputs are `width` projections, of which those with the indices `parts` are adapted. `index`, of the layer in its
+    model, decides its dropout masks."""
 
     def __init__(self, n_in: int, n_out: int, lora: Lora, width: int, parts: tuple[int, ...], index: int, rngs):
         self.scale, self.drop = lora.alpha / lora.rank, lora.dropout
@@ -115,10 +113,8 @@ class Update(nnx.Module):
         return self._joined(jnp.einsum("p...i,pir,pro->p...o", x, a, b)) * jnp.asarray(self.scale, x.dtype)
 
     def merged(self, weight: Array) -> Array:
-        """W + (alpha / rank) A B, [n_in, n_out], in float32.
-
-        The products are summed over the rank one after the other, so that the result does not depend on how the
-        arrays are sharded."""
+        """W + (alpha / rank) A B, [n_in, n_out], in float32. The products are summed over the rank one after the other,
+        so that the result does not depend on how the arrays are sharded."""
 
         def add(total, pair):
             column, row = pair  # [parts, n_in], [parts, n_out / width]
@@ -192,7 +188,6 @@ def adapt(model: nnx.Module, lora: Lora, rngs) -> None:
 
 def merge(model: nnx.Module) -> nnx.Module:
     """A copy of an adapted model whose layers are plain again, with W + (alpha / rank) A B as weights, in float32.
-
     Everything that is not adapted is shared with `model`, bit for bit."""
     graph, state = nnx.split(model)
     model = nnx.merge(graph, state)

@@ -50,7 +50,6 @@ def _sequence_minor(x: Array) -> Array:
 
 def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     """Attention on one device with the kernel of `models/kernels/flash.py`; shapes as in `attention`, [B, N, H, D].
-
     Sequences are padded to multiples of LANES; `interpret` interprets the kernel on a CPU, for tests."""
     from diva_jax.models.kernels import flash as kernel
 
@@ -118,7 +117,6 @@ def _backward(kept, g: Array):
 @jax.custom_vjp
 def _recomputed(q: Array, k: Array, v: Array) -> Array:
     """Attention on CPUs, [B, N, H, D], whose backward pass computes the weights again (arXiv 2205.14135, section 3.1).
-
     XLA's gradient of `jax.nn.dot_product_attention` keeps scores and weights, and passes over them several times
     (docs/PERFORMANCE.md, "CPU beside PyTorch")."""
     return _forward(q, k, v)[0]
@@ -129,10 +127,9 @@ _recomputed.defvjp(_forward, _backward)
 
 @jax.named_scope("attention")
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array | None = None) -> Array:
-    """Softmax attention with scores scaled by 1 / sqrt(D) (arXiv 1706.03762, equation 1).
-
-    Queries [B, N, H, D], keys and values [B, M, H, D] -> [B, N, H*D], in the dtype of q. `causal`: query n attends to
-    keys 0..n only; `mask`, bool [B, 1 | H, N, M], is true where a query attends to a key."""
+    """Softmax attention with scores scaled by 1 / sqrt(D) (arXiv 1706.03762, equation 1). Queries [B, N, H, D], keys
+    and values [B, M, H, D] -> [B, N, H*D], in the dtype of q. `causal`: query n attends to keys 0..n only; `mask`, bool
+    [B, 1 | H, N, M], is true where a query attends to a key."""
     mesh = jax.sharding.get_abstract_mesh()
     full, kernel = not causal and mask is None, None
     if full and use_kernel(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh):

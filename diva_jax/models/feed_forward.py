@@ -59,9 +59,8 @@ def _run(kernel, arrays: list[Array], weights: tuple[Array, ...], interpret: boo
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def fused(x: Array, state: nnx.State, graph: nnx.GraphDef, interpret: bool) -> Array:
-    """`feed_forward` with the kernel, of `nnx.split((norm, layer))`; `interpret` interprets it on a CPU, for tests.
-
-    N and the number of hidden units are multiples of LANES."""
+    """`feed_forward` with the kernel, of `nnx.split((norm, layer))`; `interpret` interprets it on a CPU, for tests. N
+    and the number of hidden units are multiples of LANES."""
     return _forward(x, state, graph, interpret, save=False)[0]
 
 
@@ -90,10 +89,8 @@ fused.defvjp(_forward_saved, _backward)
 
 
 def feed_forward(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
-    """x + layer(norm(x)) of tokens [B, N, C].
-
-    `norm` is a LayerNorm of C channels with scale and bias; `layer` is `proj`, a linear layer from C channels to 2H,
-    GEGLU, and `out`, one from H to C."""
+    """x + layer(norm(x)) of tokens [B, N, C]. `norm` is a LayerNorm of C channels with scale and bias; `layer` is
+    `proj`, a linear layer from C channels to 2H, GEGLU, and `out`, one from H to C."""
     if allowed(f"feed-forward {x.shape[2]}") and use_kernel(x.shape, layer.out.in_features, x.dtype):
         graph, state = nnx.split((norm, layer))
         with jax.named_scope("feed_forward"):

@@ -48,10 +48,8 @@ class Matrix(nnx.Module):
 
 
 class Keys:
-    """A replacement for `nnx.Rngs` whose n-th key, counted from 1, is `fold_in(key(seed), n)`.
-
-    The counter is a Python integer. The counters of `nnx.Rngs` are arrays, which makes tracing quadratic in the number
-    of parameters."""
+    """A replacement for `nnx.Rngs` whose n-th key, counted from 1, is `fold_in(key(seed), n)`. The counter is a Python
+    integer. The counters of `nnx.Rngs` are arrays, which makes tracing quadratic in the number of parameters."""
 
     def __init__(self, seed: int = 0):
         self._key, self._count = jax.random.key(seed), 0
@@ -70,7 +68,6 @@ def abstract(make: Callable[[Keys], nnx.Module]) -> nnx.Module:
 @dataclasses.dataclass(frozen=True)
 class Layers:
     """Makes layers that share dtypes: `dtype` of activations, `param_dtype` of weights; `rngs` makes initial values.
-
     The statistics of norms and the softmax of attention are computed in at least float32."""
 
     rngs: nnx.Rngs
@@ -162,9 +159,8 @@ _gelu.defvjp(lambda x: (_gelu(x), x), _gelu_backward)
 
 
 def geglu(x: Array) -> Array:
-    """GEGLU (arXiv 2002.05202): the first half of the last axis times the GELU of the second, [..., 2n] -> [..., n].
-
-    In 16 bits, the distribution function in GELU has an error of at most 4e-6, less than the result is rounded by, and
+    """GEGLU (arXiv 2002.05202): the first half of the last axis times the GELU of the second, [..., 2n] -> [..., n]. In
+    16 bits, the distribution function in GELU has an error of at most 4e-6, less than the result is rounded by, and
     takes a fraction of the operations of `erfc`. The backward pass computes it anew, once for both halves."""
     if x.dtype.itemsize == 2:
         return _geglu(x)

@@ -29,7 +29,6 @@ def packaged(module: str, name: str) -> dict[str, Any]:
 @dataclasses.dataclass(frozen=True)
 class LibraryConfig:
     """Options of a config file, or of a section of it; `where` and `prefix` ("vision_cfg.") name them in messages.
-
     Every method raises a UserError, one sentence that names the option and its value, where the option is not what the
     method returns. A missing option has the default; null stands for the default of `number`, `flag` and `channels`."""
 
@@ -51,10 +50,9 @@ class LibraryConfig:
     def check(
         self, read: Collection[str], fixed: Mapping[str, Sequence], *, lists: bool = False, hint: str = ""
     ) -> None:
-        """Checks that all options are known; names that begin with an underscore are metadata.
-
-        Options in `read` may have any value, those in `fixed` the values that are implemented, with `lists` also a list
-        of them with one entry per block. `hint` says what to use instead."""
+        """Checks that all options are known; names that begin with an underscore are metadata. Options in `read` may
+        have any value, those in `fixed` the values that are implemented, with `lists` also a list of them with one
+        entry per block. `hint` says what to use instead."""
         for name, value in self.options.items():
             if name.startswith("_") or name in read or (name not in fixed and value is None):
                 continue

@@ -12,11 +12,10 @@ _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Names of one architecture in one library's checkpoints; `what` is shown in errors.
-
-    `rename` are (regex, replacement), applied in turn to our dotted path with its leaf already renamed (kernel, scale,
-    embedding -> weight); `ignore` are regexes of checkpoint names that are known and not used; `aliases` are (regex,
-    replacement) that bring older checkpoints' names to today's first."""
+    """Names of one architecture in one library's checkpoints; `what` is shown in errors. `rename` are (regex,
+    replacement), applied in turn to our dotted path with its leaf already renamed (kernel, scale, embedding -> weight);
+    `ignore` are regexes of checkpoint names that are known and not used; `aliases` are (regex, replacement) that bring
+    older checkpoints' names to today's first."""
 
     what: str
     rename: tuple[tuple[str, str], ...] = ()

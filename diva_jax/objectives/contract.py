@@ -157,7 +157,6 @@ class Cacheable(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class LatentSource:
     """Where an objective's latents come from: a VAE's shape and the source of its weights, for images of `size` pixels.
-
     `dtype` and `held` are what the VAE computes in and what its weights are held in; `view` is how its input is made of
     the image, see `preprocess.vae_view`; `cached`: whether moments come with the batch, and the objective has no VAE.
     """
@@ -239,10 +238,9 @@ class Objective(nnx.Module):
 
     @property
     def inputs(self) -> Mapping[str, object]:
-        """The contents of a batch: name -> `data.inputs.Image`, `data.inputs.Tokens` or an object like them.
-
-        They determine the data pipeline, the abstract batch of a compilation, and the step. Each batch also has "row":
-        int32 [B], the row of the image in the global batch."""
+        """The contents of a batch: name -> `data.inputs.Image`, `data.inputs.Tokens` or an object like them. They
+        determine the data pipeline, the abstract batch of a compilation, and the step. Each batch also has "row": int32
+        [B], the row of the image in the global batch."""
         raise UserError(f"{type(self).__module__}: its Objective does not define inputs, what a batch holds: {_PAGE}")
 
     def loss(self, batch: Mapping[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -275,7 +273,6 @@ class Objective(nnx.Module):
     @property
     def cacheable(self) -> Mapping[str, Cacheable]:
         """Name of an input -> what the cache `config.data.latents` holds for it; where there is none, it is refused.
-
         With the cache, the objective has these inputs and not the models."""
         source = self.latent_source
         if source is None:
@@ -284,9 +281,8 @@ class Objective(nnx.Module):
         return {"moments": Cacheable(source.shape, source.facts(), {"vae": source.part}, make)}
 
     def pretrained(self) -> Mapping[str, Part]:
-        """Returns prefix of parameter names -> source of these parameters; all others keep their initial values.
-
-        The longest prefix takes precedence: {"vision": ..., "teacher/vision": ...}."""
+        """Returns prefix of parameter names -> source of these parameters; all others keep their initial values. The
+        longest prefix takes precedence: {"vision": ..., "teacher/vision": ...}."""
         return {}
 
     def towers(self) -> Mapping[str, nnx.Module]:

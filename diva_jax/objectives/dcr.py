@@ -132,11 +132,9 @@ def validate(config: ConfigDict) -> None:
 
 
 class DcrDraws(NamedTuple):
-    """The random numbers of B images.
-
-    Timesteps [B], int32, in 0..T-1; standard normal numbers of the latents' shape [B, h, w, c] for the diffusion and
-    for the VAE's posterior; those of the positive view; and PRNG keys [B] of the adapters' dropout in the two passes of
-    the tower, None: no dropout."""
+    """The random numbers of B images. Timesteps [B], int32, in 0..T-1; standard normal numbers of the latents' shape
+    [B, h, w, c] for the diffusion and for the VAE's posterior; those of the positive view; and PRNG keys [B] of the
+    adapters' dropout in the two passes of the tower, None: no dropout."""
 
     timesteps: Array
     noise: Array
@@ -150,10 +148,9 @@ def _largest_divisor(n: int, most: int) -> int:
 
 
 class Contrast(NamedTuple):
-    """The contrastive loss of each image and its logits.
-
-    `losses` [B, 2] are minus the logarithm of each positive's share, plus and target; the loss is the mean of all.
-    `others` [B, g] are the logits of all conditions of the group, `plus` and `target` [B] those of the positives."""
+    """The contrastive loss of each image and its logits. `losses` [B, 2] are minus the logarithm of each positive's
+    share, plus and target; the loss is the mean of all. `others` [B, g] are the logits of all conditions of the group,
+    `plus` and `target` [B] those of the positives."""
 
     losses: Array
     others: Array
@@ -162,10 +159,9 @@ class Contrast(NamedTuple):
 
 
 def contrast(predicted: Array, goal: Array, anchors: Array, temperature: float) -> Contrast:
-    """The contrastive loss of B images over a temperature.
-
-    `predicted` [B, g + 1, h, w, c] is under the conditions of the group in order, then under the plus condition; `goal`
-    is [B, h, w, c]; `anchors` [B] is the index of each image in its group."""
+    """The contrastive loss of B images over a temperature. `predicted` [B, g + 1, h, w, c] is under the conditions of
+    the group in order, then under the plus condition; `goal` is [B, h, w, c]; `anchors` [B] is the index of each image
+    in its group."""
 
     def unit(x):
         flat = x.reshape(*x.shape[:-3], -1)
@@ -257,10 +253,9 @@ class Objective(StableDiffusionObjective):
         return abar.astype(self.dtype).astype(abar.dtype) if self.options.schedule_dtype == FAITHFUL else abar
 
     def tiles(self, images: int) -> tuple[int, int]:
-        """(chunks of the micro-batch, conditions of the group + 1) that run at the same time.
-
-        A chunk of r images per chip under k conditions has at most `tile` passes; where all conditions fit, an image's
-        gradient is taken right after its passes; otherwise, its passes are computed again in the backward pass."""
+        """(chunks of the micro-batch, conditions of the group + 1) that run at the same time. A chunk of r images per
+        chip under k conditions has at most `tile` passes; where all conditions fit, an image's gradient is taken right
+        after its passes; otherwise, its passes are computed again in the backward pass."""
         mesh, conditions = jax.sharding.get_abstract_mesh(), self.conditions
         chips = 1 if mesh.empty else mesh.size
         local = images // chips if images % chips == 0 else images
@@ -271,7 +266,6 @@ class Objective(StableDiffusionObjective):
 
     def predict(self, noisy: Array, timesteps: Array, conditions: Array, together: int) -> Array:
         """Predictions, [B, n, h, w, c], of `noisy`, [B, h, w, c], under conditions [B, n, C] added to the text's rows.
-
         `together` of the n, a divisor, run at the same time; fewer than n are computed again in the backward pass."""
         b, n, _ = conditions.shape
 
@@ -293,12 +287,10 @@ class Objective(StableDiffusionObjective):
 
     def forward(self, pixels: Array, drawn: DcrDraws, moments: Array | None = None) -> tuple[Array, dict]:
         """The loss of pixels [B, S, S, 3] in [0, 1], of which k * group to (k + 1) * group - 1 are compared, and
-        everything on the way.
-
-        `moments` of the VAE's posterior, [B, h, w, 2 c], are computed where they are not given. Returns (loss,
-        {latents, noisy, goal [B, h, w, c]; embedding, plus_embedding [B, d]; context, context_plus [B, C]; predicted
-        [B, g + 1, h, w, c]; contrast}); with the loss of reconstruction `contrast` and all of `predicted` but the own
-        condition's are missing."""
+        everything on the way. `moments` of the VAE's posterior, [B, h, w, 2 c], are computed where they are not given.
+        Returns (loss, {latents, noisy, goal [B, h, w, c]; embedding, plus_embedding [B, d]; context, context_plus [B,
+        C]; predicted [B, g + 1, h, w, c]; contrast}); with the loss of reconstruction `contrast` and all of `predicted`
+        but the own condition's are missing."""
         g, b = self.options.group, pixels.shape[0]
         latents = self.latents(pixels, moments, drawn.posterior)
         noisy = self.noisy(latents, drawn.noise, drawn.timesteps)

@@ -185,10 +185,9 @@ class Objective(StableDiffusionObjective):
         return preprocess.vae_view(pixels, o.vae_view), backbone_view
 
     def weights(self) -> Array:
-        """The weight of each draw's loss in the gradient, [N].
-
-        The step averages over the micro-batches, so `faithful`, where the last draw alone is divided by the
-        number of micro-batches A and everything is summed, reads (A, ..., A, 1)."""
+        """The weight of each draw's loss in the gradient, [N]. The step averages over the micro-batches, so `faithful`,
+        where the last draw alone is divided by the number of micro-batches A and everything is summed, reads (A, ...,
+        A, 1)."""
         n = self.options.draws
         if self.options.draw_weights == EXACT:
             return jnp.full((n,), 1 / n, jnp.float32)
@@ -206,11 +205,10 @@ class Objective(StableDiffusionObjective):
         return widened(pred), self.target(latents, draw.noise, draw.timesteps)
 
     def forward(self, pixels: Array, drawn: DivaDraws, moments: Array | None = None) -> tuple[Array, dict]:
-        """The loss of pixels [B, S, S, 3] in [0, 1] under N stacked draws, and everything on the way to it.
-
-        `moments` of the VAE's posterior, [B, h, w, 2 c], are computed where they are not given. Returns (weighted sum
-        of the draws' losses, {latents [B, h, w, c]; and by draw: features [N, B, n, D], context [N, B, n, C],
-        pred_noise [N, B, h, w, c], losses [N]})."""
+        """The loss of pixels [B, S, S, 3] in [0, 1] under N stacked draws, and everything on the way to it. `moments`
+        of the VAE's posterior, [B, h, w, 2 c], are computed where they are not given. Returns (weighted sum of the
+        draws' losses, {latents [B, h, w, c]; and by draw: features [N, B, n, D], context [N, B, n, C], pred_noise [N,
+        B, h, w, c], losses [N]})."""
         _, backbone_view = self.views(pixels)
         latents = self.latents(pixels, moments)
         shared = self.options.backbone_passes == EXACT
@@ -252,12 +250,11 @@ class Objective(StableDiffusionObjective):
 
     def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
         """The loss of each image under its own condition, under another image's, and under the text alone: {"own",
-        "other", "text", "nats_per_loss" (see the method of this name): [K, B]}.
-
-        The batch is {"image", "other": uint8 [B, S, S, 3]}, `other` being whose condition is borrowed; the keys are one
-        per image, [B]; the timestep of draw k is uniform in edges[k] .. edges[k + 1] - 1. Timesteps, noise and token
-        draw are the same under all three conditions. For the text alone the visual part is zero: the condition is the
-        prompt's states as they are (`add_text` token), or their mean in every one of its tokens (mean)."""
+        "other", "text", "nats_per_loss" (see the method of this name): [K, B]}. The batch is {"image", "other": uint8
+        [B, S, S, 3]}, `other` being whose condition is borrowed; the keys are one per image, [B]; the timestep of draw
+        k is uniform in edges[k] .. edges[k + 1] - 1. Timesteps, noise and token draw are the same under all three
+        conditions. For the text alone the visual part is zero: the condition is the prompt's states as they are
+        (`add_text` token), or their mean in every one of its tokens (mean)."""
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
         latents = self.latents(pixels[0])
         both = jax.lax.map(self.vision.encode, jnp.stack([self.views(p)[1] for p in pixels]))

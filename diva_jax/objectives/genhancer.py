@@ -246,11 +246,10 @@ class Objective(contract.Objective):
         return jax.lax.stop_gradient(self.vae_config.latents(moments, noise))
 
     def forward(self, pixels: Array, latents: Array, drawn: GenHancerDraws, freqs: np.ndarray | None = None):
-        """The loss of pixels [B, R, R, 3] in [0, 1] with latents [B, h, w, z], and everything on the way to it.
-
-        `freqs` are those of the denoiser's `timestep_code`. Returns (mean over everything of the squared error, {embed
-        [B, d]; vec [B, 768]; txt [B, 1, 4096]; t [B]; packed, x_t, target and pred [B, N, 4z]; and dit.NAME of the
-        denoiser's intermediate results})."""
+        """The loss of pixels [B, R, R, 3] in [0, 1] with latents [B, h, w, z], and everything on the way to it. `freqs`
+        are those of the denoiser's `timestep_code`. Returns (mean over everything of the squared error, {embed [B, d];
+        vec [B, 768]; txt [B, 1, 4096]; t [B]; packed, x_t, target and pred [B, N, 4z]; and dit.NAME of the denoiser's
+        intermediate results})."""
         wide = jnp.promote_types(latents.dtype, jnp.float32)
         with jax.named_scope("vision"):
             embed = self.vision.encode(preprocess.normalise(pixels, self.spec.mean, self.spec.std)).pooled

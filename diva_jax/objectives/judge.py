@@ -121,7 +121,6 @@ class JudgeDraws(NamedTuple):
 
 def posterior(errors: Array, present: Array, beta: float) -> tuple[Array, Array]:
     """(posterior over the texts [B, K], weight of each image [B]) of errors [B, K + 1], the neutral text's last.
-
     `present` is bool [B, K + 1]: without a neutral text the weight is 1, with fewer than two texts it is 0."""
     kept = jnp.where(present, -beta * errors, -jnp.inf)
     texts, neutral = kept[:, :-1], kept[:, -1]
@@ -228,11 +227,9 @@ class Objective(StableDiffusionObjective):
         return found, weight
 
     def loss(self, batch: Mapping[str, Array], keys: Array) -> tuple[Array, dict[str, Array]]:
-        """See `contract.Objective`.
-
-        The metrics are "loss", "loss_text", "loss_image" (if it has a weight), "weight" (the images' mean weight),
-        "certainty" (the mean of the largest posterior) and "agreement" (how often the tower prefers the same text as
-        the judge), both over the images by their weights."""
+        """See `contract.Objective`. The metrics are "loss", "loss_text", "loss_image" (if it has a weight), "weight"
+        (the images' mean weight), "certainty" (the mean of the largest posterior) and "agreement" (how often the tower
+        prefers the same text as the judge), both over the images by their weights."""
         o, s, pixels = self.options, self.spec, preprocess.to_float(batch["image"])
         found, weight = jax.lax.stop_gradient(self.judge(batch, pixels, keys))
         ids, present = batch["texts"][:, :-1], found > 0

@@ -82,7 +82,6 @@ def recipe(config: ConfigDict) -> None:
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """One stage: `config.trainable`, and gamma and c where they are trained; the learning rate is open_clip's cosine.
-
     With W = warmup * steps (rounded up): peak * (s + 1) / W before step W, then cosine to 0 at the last step."""
     options, stage = _options(config), contract.tune(config)
     warm = min(math.ceil(config.optim.warmup * stage.steps - 1e-6), stage.steps - 1)
@@ -171,9 +170,7 @@ class Objective(contract.Objective):
 
     def forward(self, pixels: Array, teacher_pixels: Array) -> tuple[Array, dict[str, Array]]:
         """The loss of pixels [B, S, S, 3] in [0, 1] before the backbone's normalisation, and [B, S', S', 3] before
-        `teacher_view`.
-
-        Returns (loss, {f, f0 [B, D], g [B, D'], k_clip, k_dino [B, B], loss_clean, loss_kernel []})."""
+        `teacher_view`. Returns (loss, {f, f0 [B, D], g [B, D'], k_clip, k_dino [B, B], loss_clean, loss_kernel []})."""
 
         view = preprocess.normalise(pixels, self.spec.mean, self.spec.std)
         with jax.named_scope("vision"):

@@ -253,7 +253,6 @@ class Objective(contract.Objective):
 
     def loss(self, batch: Mapping[str, Array], keys: Array, progress: contract.Progress | None = None):
         """See `contract.Objective`; without `progress` the weights are those of the end, and the average is the tower.
-
         The metrics are "loss", the terms without their weights, "beta" (not with teacher=self) and "gamma"."""
         pixels = preprocess.to_float(batch["image"])
         taught = None

@@ -66,10 +66,9 @@ def recipe(config: ConfigDict) -> None:
 
 
 class MaskNet(nnx.Module):
-    """Token states [B, N, W] -> mask logits [B, D]: one transformer block, attention pooling, a linear layer.
-
-    The block is one of the text tower's kind without its causal mask, and with a norm before it. A learned query
-    attends to its normalised output, with the heads of the tower. Positions after the end of the text take part."""
+    """Token states [B, N, W] -> mask logits [B, D]: one transformer block, attention pooling, a linear layer. The block
+    is one of the text tower's kind without its causal mask, and with a norm before it. A learned query attends to its
+    normalised output, with the heads of the tower. Positions after the end of the text take part."""
 
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False):
         make, text = Layers(rngs, dtype), spec.text
@@ -140,7 +139,6 @@ class Objective(contract.Objective):
 
     def forward(self, view: Array, ids: Array) -> tuple[Array, dict[str, Array]]:
         """The loss of normalised images [B, S, S, 3] and token ids, int32 [B, N], and everything on the way to it.
-
         Returns (loss, {images, texts, masks [B, D], logits [B, B], same_image, same_mask, selected []})."""
         with jax.named_scope("vision"):
             images = self.vision.encode(view).pooled
@@ -159,7 +157,6 @@ class Objective(contract.Objective):
 
     def loss(self, batch: Mapping[str, Array], keys: Array) -> tuple[Array, dict[str, Array]]:
         """See `contract.Objective`; other images and captions of the micro-batch are the negatives, keys are not used.
-
         The metrics are "loss", "loss_same_image", "loss_same_mask", "selected" (the share of dimensions selected)."""
         view = preprocess.normalise(preprocess.to_float(batch["image"]), self.spec.mean, self.spec.std)
         value, seen = self.forward(view, batch["caption"])

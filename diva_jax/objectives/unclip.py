@@ -175,10 +175,9 @@ class Objective(StableDiffusionObjective):
         return widened(self.run_vision(view))
 
     def class_labels(self, embed: Array, drawn: UnclipDraws) -> Array:
-        """c = [e', code(level)], [B, 2 d], of embeddings e, [B, d].
-
-        With mean m and standard deviation s of embeddings, and noise n, e' = sqrt(abar_L) (e - m) / s +
-        sqrt(1 - abar_L) n, times s, plus m; abar is that of `LEVELS`. code(L): cosines, then sines."""
+        """c = [e', code(level)], [B, 2 d], of embeddings e, [B, d]. With mean m and standard deviation s of embeddings,
+        and noise n, e' = sqrt(abar_L) (e - m) / s + sqrt(1 - abar_L) n, times s, plus m; abar is that of `LEVELS`.
+        code(L): cosines, then sines."""
         o = self.options
         levels = drawn.levels if o.level is None else jnp.full_like(drawn.levels, o.level)
         code = timestep_embedding(levels, embed.shape[-1]).astype(embed.dtype)
@@ -208,10 +207,9 @@ class Objective(StableDiffusionObjective):
         return jnp.mean(jnp.square(wrong), axis=(1, 2, 3))
 
     def forward(self, pixels: Array, drawn: UnclipDraws, moments: Array | None = None) -> tuple[Array, dict]:
-        """The loss of pixels [B, S, S, 3] in [0, 1], and everything on the way to it.
-
-        `moments` of the VAE's posterior, [B, h, w, 2 c], are computed where they are not given. Returns (scalar,
-        {latents, pred [B, h, w, c], embed [B, d], class_labels [B, 2 d], errors [B]})."""
+        """The loss of pixels [B, S, S, 3] in [0, 1], and everything on the way to it. `moments` of the VAE's posterior,
+        [B, h, w, 2 c], are computed where they are not given. Returns (scalar, {latents, pred [B, h, w, c], embed [B,
+        d], class_labels [B, 2 d], errors [B]})."""
         _, view = self.views(pixels)
         latents, embed = self.encode_latents(pixels, drawn, moments), self.embed(view)
         if self.options.condition_of == "next":
@@ -224,9 +222,8 @@ class Objective(StableDiffusionObjective):
 
     def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
         """As `diva.Objective.condition_losses`, under the image's own embedding, another image's, and the text alone.
-
-        For the text alone the class label is zero, as for the images that lost theirs in the generator's training.
-        The latents are the same in all bins; no class label is dropped."""
+        For the text alone the class label is zero, as for the images that lost theirs in the generator's training. The
+        latents are the same in all bins; no class label is dropped."""
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
         embeds = jax.lax.map(self.embed, jnp.stack([self.views(p)[1] for p in pixels]))
         latents = self.encode_latents(*self.draw_for(batch, keys))

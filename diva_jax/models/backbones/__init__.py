@@ -51,10 +51,8 @@ HALF = (0.5, 0.5, 0.5)
 
 class Features(NamedTuple):
     """The output of a backbone: patch tokens in raster order, [B, P, D], and the image embedding, [B, D], not
-    normalised.
-
-    Tokens are in the space of the embedding for CLIP, EVA02-CLIP (after the final norm and the projection) and DINOv2
-    (after the final norm); SigLIP's are those after the trunk's final norm."""
+    normalised. Tokens are in the space of the embedding for CLIP, EVA02-CLIP (after the final norm and the projection)
+    and DINOv2 (after the final norm); SigLIP's are those after the trunk's final norm."""
 
     tokens: jax.Array
     pooled: jax.Array
@@ -238,9 +236,7 @@ def architecture(name: str) -> ModuleType:
 
 def build(spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False) -> nnx.Module:
     """The vision tower of `spec` with random weights; a UserError where its architecture is not known or cannot have
-    these sizes.
-
-    Under `nnx.eval_shape` only shapes and dtypes are made. Activations are computed in `dtype`, weights are held in
-    `param_dtype`. `remat` recomputes each block in the backward pass: less memory, a third more work, the same
-    gradient."""
+    these sizes. Under `nnx.eval_shape` only shapes and dtypes are made. Activations are computed in `dtype`, weights
+    are held in `param_dtype`. `remat` recomputes each block in the backward pass: less memory, a third more work, the
+    same gradient."""
     return architecture(spec.arch).Vision(spec, rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)

@@ -98,10 +98,9 @@ class Vision(nnx.Module):
         self.norm = make.layer_norm(width, spec.norm_eps)
 
     def encode(self, images: jax.Array) -> Features:
-        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.
-
-        Both are taken after the final norm; pooled is the class token. Registers have no position embedding and are
-        left out of the tokens."""
+        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`. Both are taken after
+        the final norm; pooled is the class token. Registers have no position embedding and are left out of the tokens.
+        """
         x = embedded(self, images, self.cls_token)
         if self.registers:
             shape = (len(x), *self.register_tokens.shape[1:])

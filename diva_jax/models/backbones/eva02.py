@@ -40,9 +40,8 @@ _ROTARY_BASE = 10000.0
 
 
 def rotary_table(grid: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sines and cosines of the rotary embeddings (arXiv 2104.09864): float64 [1 + grid * grid, width of a head].
-
-    Half of a head encodes the row and half the column, two neighbours alike; the class token, first, is not rotated."""
+    """Sines and cosines of the rotary embeddings (arXiv 2104.09864): float64 [1 + grid * grid, width of a head]. Half
+    of a head encodes the row and half the column, two neighbours alike; the class token, first, is not rotated."""
     bands = _ROTARY_BASE ** -(np.arange(width // 4) / (width // 4))
     at = np.arange(grid) * _ROTARY_GRID / grid
     rows, columns = np.meshgrid(at, at, indexing="ij")
@@ -119,10 +118,9 @@ class Vision(nnx.Module):
         self.head = make.linear(width, spec.embed_dim)
 
     def encode(self, images: jax.Array) -> Features:
-        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.
-
-        EVA02-CLIP itself projects the class token alone; as for CLIP, every token is taken through the final norm
-        and the projection here."""
+        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`. EVA02-CLIP itself
+        projects the class token alone; as for CLIP, every token is taken through the final norm and the projection
+        here."""
         x = embedded(self, images, self.cls_token)  # [B, 1 + P, width]
         angles_dtype = jnp.promote_types(self.dtype, jnp.float32)
         sin, cos = (jnp.asarray(table, angles_dtype) for table in rotary_table(self.grid, self.head_width))

@@ -84,9 +84,8 @@ class Vision(nnx.Module):
         self.attn_pool = AttentionPool(make, spec)
 
     def encode(self, images: jax.Array) -> Features:
-        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.
-
-        Where the side is no multiple of the patch (384 by 14), the rest at the right and the bottom is not used."""
+        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`. Where the side is no
+        multiple of the patch (384 by 14), the rest at the right and the bottom is not used."""
         tokens = self.norm(run(self.blocks, embedded(self, images), remat=self.remat))  # [B, P, D]
         return Features(tokens=tokens, pooled=self.attn_pool(tokens))
 
@@ -167,10 +166,9 @@ _TANH = hf.ACTIVATIONS["gelu_tanh"]
 
 
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
-    """See `hf.Layout`.
-
-    transformers' published configs name tanh's approximation of GELU in both towers. open_clip runs the same weights
-    with the exact GELU, but for SigLIP 2's text towers and some vision towers of timm's; so does this Spec."""
+    """See `hf.Layout`. transformers' published configs name tanh's approximation of GELU in both towers. open_clip runs
+    the same weights with the exact GELU, but for SigLIP 2's text towers and some vision towers of timm's; so does this
+    Spec."""
     (vision, activation), (text, text_activation) = hf.tower_options(config, _DEFAULTS, where)
     fields = hf.vision_fields(vision)
     published = vision["hidden_act"] == text["hidden_act"] == _TANH

@@ -58,10 +58,8 @@ class Vision(nnx.Module):
         self.proj = make.matrix(near_zero, width, spec.embed_dim)
 
     def encode(self, images: jax.Array) -> Features:
-        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.
-
-        CLIP itself projects the class token alone; DIVA applies the final norm and the projection to every token
-        (authors' code)."""
+        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`. CLIP itself projects
+        the class token alone; DIVA applies the final norm and the projection to every token (authors' code)."""
         x = run(self.blocks, self._embedded(images), remat=self.remat)
         x = self.proj(self.norm(x))  # [B, 1 + P, D]
         return Features(tokens=x[:, 1:], pooled=x[:, 0])

@@ -80,10 +80,9 @@ def frequencies() -> np.ndarray:
 
 
 def timestep_code(t: Array, freqs: np.ndarray | None = None) -> Array:
-    """[cos(1000 t f), sin(1000 t f)], [B] -> [B, 256], computed in float32 and returned in the dtype of t.
-
-    In bfloat16, 1000 t is rounded to bfloat16 as well. `freqs`, f, is by default `frequencies()`, [128]; at t = 4, a
-    guidance's strength, one unit in its last place changes the code by 4e-5."""
+    """[cos(1000 t f), sin(1000 t f)], [B] -> [B, 256], computed in float32 and returned in the dtype of t. In bfloat16,
+    1000 t is rounded to bfloat16 as well. `freqs`, f, is by default `frequencies()`, [128]; at t = 4, a guidance's
+    strength, one unit in its last place changes the code by 4e-5."""
     angles = (1000 * t)[:, None].astype(jnp.float32) * (frequencies() if freqs is None else freqs)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(t.dtype)
 
@@ -280,11 +279,9 @@ class Flow(nnx.Module):
         seen: Callable[[str, Array], None] = lambda name, value: None,
     ) -> Array:
         """The velocity at noisy latents, [B, h * w, in_channels], in `dtype`; the arguments are packed latents of this
-        shape in raster order, times in [0, 1], 1 being noise, and strengths of guidance [B], the pooled condition
-        [B, vector_dim], text tokens [B, T, text_dim], and `grid` (h, w).
-
-        `freqs` are those of `timestep_code`; `seen` is called with the name and value of each intermediate result,
-        while this is traced."""
+        shape in raster order, times in [0, 1], 1 being noise, and strengths of guidance [B], the pooled condition [B,
+        vector_dim], text tokens [B, T, text_dim], and `grid` (h, w). `freqs` are those of `timestep_code`; `seen` is
+        called with the name and value of each intermediate result, while this is traced."""
         parts = {
             "time_in": self.time_in(timestep_code(t, freqs).astype(self.dtype)),
             "guidance_in": self.guidance_in(timestep_code(guidance, freqs).astype(self.dtype)),
@@ -307,9 +304,8 @@ class Flow(nnx.Module):
 
 
 def pack(latents: Array) -> Array:
-    """2x2 patches as tokens in raster order, [B, 2h, 2w, C] -> [B, h * w, 4C].
-
-    Channel 4c + 2dy + dx of token (i, j) is channel c of the latents at (2i + dy, 2j + dx)."""
+    """2x2 patches as tokens in raster order, [B, 2h, 2w, C] -> [B, h * w, 4C]. Channel 4c + 2dy + dx of token (i, j) is
+    channel c of the latents at (2i + dy, 2j + dx)."""
     b, h, w, c = latents.shape
     x = latents.reshape(b, h // 2, 2, w // 2, 2, c)  # [B, i, dy, j, dx, c]
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, (h // 2) * (w // 2), 4 * c)

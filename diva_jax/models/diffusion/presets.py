@@ -53,10 +53,9 @@ class LatentCode(Protocol):
         """
 
     def build(self, *, rngs, dtype, param_dtype) -> nnx.Module:
-        """The model: `encode(images)`, `moments(images)`, of [B, H, W, 3] in [-1, 1] -> [B, h, w, moment_channels].
-
-        Its parameters are read from `vae/diffusion_pytorch_model.safetensors` of the source, by PyTorch's names and
-        layouts of the same path: `kernel` is `weight`, transposed."""
+        """The model: `encode(images)`, `moments(images)`, of [B, H, W, 3] in [-1, 1] -> [B, h, w, moment_channels]. Its
+        parameters are read from `vae/diffusion_pytorch_model.safetensors` of the source, by PyTorch's names and layouts
+        of the same path: `kernel` is `weight`, transposed."""
 
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """The latents for the generator, [..., latent_channels]; `noise`: standard normal, of their shape, or None."""

@@ -13,12 +13,10 @@ from diva_jax.models.library_config import LibraryConfig
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """A noise schedule for timesteps 0 .. T-1; the defaults are Stable Diffusion 1.5's and 2.1-base's.
-
-    `beta_start` and `beta_end` are the variance of the noise added at the first and at the last timestep; between them
-    beta is "linear", linear in its square root ("scaled_linear"), or, without them, a squared cosine of time
-    ("squaredcos_cap_v2", arXiv 2102.09672, equation 17). The U-Net predicts "epsilon", the noise, or "v_prediction",
-    the velocity."""
+    """A noise schedule for timesteps 0 .. T-1; the defaults are Stable Diffusion 1.5's and 2.1-base's. `beta_start` and
+    `beta_end` are the variance of the noise added at the first and at the last timestep; between them beta is "linear",
+    linear in its square root ("scaled_linear"), or, without them, a squared cosine of time ("squaredcos_cap_v2", arXiv
+    2102.09672, equation 17). The U-Net predicts "epsilon", the noise, or "v_prediction", the velocity."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -60,14 +58,12 @@ def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
 
 def nats_per_error(config: ScheduleConfig, values: int, kind: str = "") -> np.ndarray:
     """What a timestep's gap between two mean squared errors says about likelihoods, by the I-MMSE relation: [T]
-    float64.
-
-    For the errors of the predicted noise, summed over the latents' values, log p(x | c) - log p(x | c') is half of the
-    integral of error(c') - error(c) over the logarithm of the signal-to-noise ratio abar / (1 - abar) (arXiv
-    2302.03792). It is exact for a model that predicts the conditional mean, and here an estimate, without the noise
-    levels outside of the schedule: the sum over all timesteps of gap times weight, nats per unit of the gap, where
-    errors are means over `values` numbers. An error of the velocity is 1 / abar times that of the noise; `kind` is
-    "epsilon" or "v_prediction", by default what the U-Net predicts."""
+    float64. For the errors of the predicted noise, summed over the latents' values, log p(x | c) - log p(x | c') is
+    half of the integral of error(c') - error(c) over the logarithm of the signal-to-noise ratio abar / (1 - abar)
+    (arXiv 2302.03792). It is exact for a model that predicts the conditional mean, and here an estimate, without the
+    noise levels outside of the schedule: the sum over all timesteps of gap times weight, nats per unit of the gap,
+    where errors are means over `values` numbers. An error of the velocity is 1 / abar times that of the noise; `kind`
+    is "epsilon" or "v_prediction", by default what the U-Net predicts."""
     left = alphas_cumprod(config).astype(np.float64)
     weight = 0.5 * values * np.abs(np.gradient(np.log(left / (1 - left))))
     return weight * left if (kind or config.prediction_type) == "v_prediction" else weight
@@ -82,18 +78,15 @@ def _coefficients(like: Array, alphas_cumprod: Array, timesteps: Array) -> tuple
 
 def add_noise(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array) -> Array:
     """zt = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (DIVA, section 3.1), in the shape and dtype of `noise`, [..., B, H,
-    W, C].
-
-    The latents z0 may have any shape that broadcasts against it; `alphas_cumprod` is [T], `timesteps` are [..., B]
-    integers."""
+    W, C]. The latents z0 may have any shape that broadcasts against it; `alphas_cumprod` is [T], `timesteps` are [...,
+    B] integers."""
     signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
     return (signal * latents + sigma * noise).astype(noise.dtype)
 
 
 def target(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array, prediction_type: str) -> Array:
-    """Returns the target of the U-Net's prediction, in the shape and dtype of `noise`; arguments as `add_noise`'s.
-
-    It is the noise for the type "epsilon", and sqrt(abar_t) eps - sqrt(1 - abar_t) z0 (the velocity, arXiv 2202.00512,
+    """Returns the target of the U-Net's prediction, in the shape and dtype of `noise`; arguments as `add_noise`'s. It
+    is the noise for the type "epsilon", and sqrt(abar_t) eps - sqrt(1 - abar_t) z0 (the velocity, arXiv 2202.00512,
     section 4) for "v_prediction"."""
     if prediction_type == "epsilon":
         return noise

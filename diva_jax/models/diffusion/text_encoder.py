@@ -78,10 +78,8 @@ class TextEncoder(nnx.Module):
 
     def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
         """The last hidden state of tokens [B, N] after the final LayerNorm, [B, N, width], in `dtype`; a UserError
-        where N is too large.
-
-        `mask`, [B, N] bool, has the tokens that are attended to (those before a query alone, as always); None: all,
-        padding included."""
+        where N is too large. `mask`, [B, N] bool, has the tokens that are attended to (those before a query alone, as
+        always); None: all, padding included."""
         n = tokens.shape[1]
         if n > self.config.context_length:
             raise UserError(

@@ -25,13 +25,11 @@ _USED = {*_OPTIONS["used"], *_OPTIONS["without_effect"]}
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """Shape of a U-Net, per resolution finest first; the defaults are Stable Diffusion 2.1-base's.
-
-    `sample_size` is the side of the latents in training; any size is accepted. `layers_per_block` are the residual
-    blocks of the down blocks; the up blocks have one more. `cross_down` and `cross_up` say whether each block has
-    transformers, in order of execution, over a context of `cross_attention_dim` channels. `class_embed_dim` are the
-    channels of `class_labels`, which are added to the time embedding (2.1-unclip's image embedding and noise level), if
-    any."""
+    """Shape of a U-Net, per resolution finest first; the defaults are Stable Diffusion 2.1-base's. `sample_size` is the
+    side of the latents in training; any size is accepted. `layers_per_block` are the residual blocks of the down
+    blocks; the up blocks have one more. `cross_down` and `cross_up` say whether each block has transformers, in order
+    of execution, over a context of `cross_attention_dim` channels. `class_embed_dim` are the channels of
+    `class_labels`, which are added to the time embedding (2.1-unclip's image embedding and noise level), if any."""
 
     sample_size: int | tuple[int, ...] | None = 64
     in_channels: int = 4
@@ -50,10 +48,8 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "UNetConfig":
         """Reads a diffusers folder's `unet/config.json`; a UserError where an option is not implemented, or values are
-        inconsistent.
-
-        Despite its name, `attention_head_dim` is the *number* of heads; `num_attention_heads` overrides it if present.
-        """
+        inconsistent. Despite its name, `attention_head_dim` is the *number* of heads; `num_attention_heads` overrides
+        it if present."""
         file = LibraryConfig(options, "the U-Net's config")
         file.require_class("UNet2DConditionModel")
         file.check(
@@ -96,7 +92,6 @@ def _cross(file: LibraryConfig, name: str, default: tuple[bool, ...], count: int
 
 def timestep_embedding(timesteps: Array, n: int) -> Array:
     """Returns cosines, then sines, of the timesteps [B] at n/2 frequencies from 1 to about 1/10000, [B, n] float32.
-
     These are the position embeddings of arXiv 1706.03762, section 3.5, in another order. They are in float32 for every
     dtype of the model: in bfloat16, neighbouring timesteps near 999 have the same value."""
     half = n // 2
@@ -193,10 +188,9 @@ class UpBlock(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Predicts the noise (or the velocity) of noisy latents; arguments as `backbones.build`'s.
-
-    The time and class embeddings are computed in at least float32. With `remat`, the backward pass recomputes the
-    activations of residual blocks and transformers instead of storing them, with the same result."""
+    """Predicts the noise (or the velocity) of noisy latents; arguments as `backbones.build`'s. The time and class
+    embeddings are computed in at least float32. With `remat`, the backward pass recomputes the activations of residual
+    blocks and transformers instead of storing them, with the same result."""
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat=False):
         layers = Layers(rngs, dtype, param_dtype)
@@ -228,10 +222,8 @@ class UNet(nnx.Module):
 
     def __call__(self, sample: Array, timesteps: Array, context: Array, class_labels: Array | None = None) -> Array:
         """The prediction for one denoising step, [B, H, W, out_channels], in `dtype`, of noisy latents [B, H, W,
-        in_channels] at timesteps [B] under a context [B, N, cross_attention_dim], for any H, W and N.
-
-        A U-Net with a class embedding needs class_labels [B, class_embed_dim], and no other takes them: else a
-        UserError."""
+        in_channels] at timesteps [B] under a context [B, N, cross_attention_dim], for any H, W and N. A U-Net with a
+        class embedding needs class_labels [B, class_embed_dim], and no other takes them: else a UserError."""
         width = self.config.class_embed_dim
         if (width is None) != (class_labels is None):
             need = f"needs class_labels of width {width}" if width is not None else "takes no class_labels"

@@ -75,10 +75,9 @@ class VAEConfig(AutoencoderConfig):
     use_quant_conv: bool = field(True, "Whether there is a 1x1 convolution on the moments.")
 
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
-        """See `LatentCode`: scaling_factor * mean, in `moments`' dtype, or scaling_factor * (mean + std * noise).
-
-        The latter is in the wider of the dtypes of `moments` and `noise`. As in diffusers, the logarithm of the
-        variance is clamped to [-30, 20]."""
+        """See `LatentCode`: scaling_factor * mean, in `moments`' dtype, or scaling_factor * (mean + std * noise). The
+        latter is in the wider of the dtypes of `moments` and `noise`. As in diffusers, the logarithm of the variance is
+        clamped to [-30, 20]."""
         mean, logvar = jnp.split(moments, 2, axis=-1)
         if noise is None:
             return self.scaling_factor * mean
@@ -191,10 +190,8 @@ class VAE(nnx.Module):
 
     def moments(self, images: Array) -> Array:
         """Mean and logarithm of the variance, not clamped, of the latents' posterior, before the scaling factor, in
-        `dtype`.
-
-        RGB images [B, H, W, in_channels] in [-1, 1] -> [B, H / downscale, W / downscale, 2 * latent_channels], the
-        means first, sizes rounded down."""
+        `dtype`. RGB images [B, H, W, in_channels] in [-1, 1] -> [B, H / downscale, W / downscale, 2 * latent_channels],
+        the means first, sizes rounded down."""
         moments = self.encoder(images)
         return self.quant_conv(moments) if self.config.use_quant_conv else moments
 

@@ -26,9 +26,8 @@ def contrast(logits: Array) -> Array:
 
 
 def relation(x: Array, teacher: Array, temperature: float, with_self: bool = True) -> Array:
-    """The mean over i of KL(softmax_j(cos(t_i, t_j) / temperature) || softmax_j(cos(x_i, x_j) / temperature)).
-
-    The embeddings x [B, D] and t [B, D'] are of the same images; `with_self`: whether j = i takes part."""
+    """The mean over i of KL(softmax_j(cos(t_i, t_j) / temperature) || softmax_j(cos(x_i, x_j) / temperature)). The
+    embeddings x [B, D] and t [B, D'] are of the same images; `with_self`: whether j = i takes part."""
     left_out = 0.0 if with_self else 1e9 * jnp.eye(len(x))
     ours, theirs = (jax.nn.log_softmax(cosines(e, e) / temperature - left_out) for e in (x, teacher))
     return jnp.mean(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=1))

@@ -25,12 +25,11 @@ def view_stats(spec: backbones.Spec, switch: str) -> tuple[tuple[float, ...], tu
 
 
 class StableDiffusionObjective(contract.Objective):
-    """A vision tower that is tuned through a frozen U-Net, with a frozen VAE and the states of a prompt.
-
-    It has the backbone's `spec`, `diffusion`, which is `config.diffusion` parsed, the side of the VAE's images
-    `image_size` [pixels], the `dtype` of computations, `unet`, `vae` (None where latents are cached), and
-    `text_context`, the last hidden state of the prompt, [1, T, C]. `takes_class`: whether the U-Net is given a class
-    embedding too; `prompted`: whether there is a prompt."""
+    """A vision tower that is tuned through a frozen U-Net, with a frozen VAE and the states of a prompt. It has the
+    backbone's `spec`, `diffusion`, which is `config.diffusion` parsed, the side of the VAE's images `image_size`
+    [pixels], the `dtype` of computations, `unet`, `vae` (None where latents are cached), and `text_context`, the last
+    hidden state of the prompt, [1, T, C]. `takes_class`: whether the U-Net is given a class embedding too; `prompted`:
+    whether there is a prompt."""
 
     takes_class: bool = False
     prompted: bool = True
@@ -84,10 +83,9 @@ class StableDiffusionObjective(contract.Objective):
             )
 
     def pretrained(self, fresh: tuple[str, ...] = (), mask_padding: bool = False) -> Mapping[str, parts.Part]:
-        """The vision tower, U-Net, VAE and text; everything else keeps its initial values.
-
-        `fresh` are the tower's parameters that its source does not have, see `parts.Part`; with `mask_padding` the
-        prompt's tokens do not attend to padding."""
+        """The vision tower, U-Net, VAE and text; everything else keeps its initial values. `fresh` are the tower's
+        parameters that its source does not have, see `parts.Part`; with `mask_padding` the prompt's tokens do not
+        attend to padding."""
         d = self.diffusion
         prompt = parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder, mask_padding)
         return {
@@ -99,9 +97,8 @@ class StableDiffusionObjective(contract.Objective):
 
     def latents(self, pixels: Array, moments: Array | None = None, noise: Array | None = None) -> Array:
         """The latents, [B, h, w, c], of pixels [B, S, S, 3] in [0, 1], or of given moments of the VAE's posterior, [B,
-        h, w, 2 c].
-
-        With standard normal `noise`, [B, h, w, c], they are a sample of the posterior, without it its mean."""
+        h, w, 2 c]. With standard normal `noise`, [B, h, w, c], they are a sample of the posterior, without it its mean.
+        """
         moments = self.moments(pixels) if moments is None else moments
         return self.diffusion.vae.latents(moments.astype(self.dtype), noise)
 
@@ -120,10 +117,8 @@ class StableDiffusionObjective(contract.Objective):
 
     def nats_per_loss(self, timesteps: Array, edges: np.ndarray, latents: Array, kind: str = "") -> Array:
         """The weight, [K, B], of a draw's gap between losses in the information that a condition gives, in nats; see
-        `schedule.nats_per_error`.
-
-        Timesteps are [K, B], one draw per bin; `edges` [K + 1] are the bins' first timesteps and the end; `kind`: see
-        `target`."""
+        `schedule.nats_per_error`. Timesteps are [K, B], one draw per bin; `edges` [K + 1] are the bins' first timesteps
+        and the end; `kind`: see `target`."""
         weights = schedule.nats_per_error(self.diffusion.scheduler, latents[0].size, kind)
         return jnp.asarray(weights, jnp.float32)[timesteps] * jnp.diff(jnp.asarray(edges))[:, None]
 

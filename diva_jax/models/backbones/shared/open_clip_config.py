@@ -87,10 +87,9 @@ def norm_eps(tower: LibraryConfig) -> float:
 
 
 def from_timm(model: LibraryConfig, table: Mapping[str, Mapping], **implemented: tuple) -> dict:
-    """The fields of Spec of a tower that open_clip makes of a timm model, whose config is checked.
-
-    `table` has timm's models, name -> the fields of Spec that each fixes; `implemented` has option of `TIMM_OPTIONS` ->
-    the values that are implemented, where they are not the option's default."""
+    """The fields of Spec of a tower that open_clip makes of a timm model, whose config is checked. `table` has timm's
+    models, name -> the fields of Spec that each fixes; `implemented` has option of `TIMM_OPTIONS` -> the values that
+    are implemented, where they are not the option's default."""
     vision = model.section("vision_cfg")
     name = vision.options["timm_model_name"]
     fields = table[name]

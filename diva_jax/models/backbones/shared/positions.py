@@ -9,10 +9,9 @@ from diva_jax.common.errors import UserError, brief
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """The learned position embeddings of a vision tower, the tensor `name` [..., extra + grid * grid, width].
-
-    The first `extra`, e.g. the class token's, are kept at every resolution. The original interpolates the others with
-    bicubic interpolation, with antialiasing (Keys' kernel, a = -0.5) or without (a = -0.75, as
+    """The learned position embeddings of a vision tower, the tensor `name` [..., extra + grid * grid, width]. The first
+    `extra`, e.g. the class token's, are kept at every resolution. The original interpolates the others with bicubic
+    interpolation, with antialiasing (Keys' kernel, a = -0.5) or without (a = -0.75, as
     `torch.nn.functional.interpolate` has it)."""
 
     name: str
@@ -40,10 +39,9 @@ def depth(names: Iterable[str], prefix: str) -> int:
 
 
 def sizes(tensors: Mapping, positions: Positions, patch_embed: str, blocks: str, fc1: str) -> dict:
-    """The fields of Spec that the shapes of any Vision Transformer's checkpoint tell.
-
-    The names are those of the patch embedding's weight, of the blocks, without their numbers, and of the weight of the
-    first layer of an MLP, in its block."""
+    """The fields of Spec that the shapes of any Vision Transformer's checkpoint tell. The names are those of the patch
+    embedding's weight, of the blocks, without their numbers, and of the weight of the first layer of an MLP, in its
+    block."""
     width, _, _, patch = tensor_shape(tensors, patch_embed, 4)
     return dict(
         image_size=positions.grid(tensors) * patch,

@@ -36,10 +36,8 @@ BLOCKS = (
 
 
 def text_table(arch: str, prefix: str = "") -> Table:
-    """Our `Text` <-> open_clip's names, which begin with `prefix`.
-
-    A model that open_clip makes with `custom_text` has its text tower under `text.`. Where `prefix` is empty, both
-    are read and the names without it are written."""
+    """Our `Text` <-> open_clip's names, which begin with `prefix`. A model that open_clip makes with `custom_text` has
+    its text tower under `text.`. Where `prefix` is empty, both are read and the names without it are written."""
     rename = (
         *BLOCKS,
         (r"^token_embed\.", "token_embedding."),

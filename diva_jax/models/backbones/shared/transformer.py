@@ -53,10 +53,8 @@ class Block(nnx.Module):
 
 
 def blocks(make: Layers, layers: int, *args, block: Callable[..., nnx.Module] = Block, **kw) -> nnx.List:
-    """`layers` blocks, `block(make, *args, **kw)`.
-
-    The output of each block's branches is divided by sqrt(2 * layers), as CLIP initialises it, so that the variance
-    of the residual stream does not grow with depth."""
+    """`layers` blocks, `block(make, *args, **kw)`. The output of each block's branches is divided by sqrt(2 * layers),
+    as CLIP initialises it, so that the variance of the residual stream does not grow with depth."""
     stack = [block(make, *args, **kw) for _ in range(layers)]
     for one in stack:
         for out in (one.attn.proj, one.mlp.fc2):

@@ -15,11 +15,10 @@ from diva_jax.models.library_config import LibraryConfig
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """`open_clip` tensors, one after the other, hold the same rows as the `hf` ones.
-
-    The rows divide among the open_clip names as `shares`, among hf names evenly. `transposed`: the matrix is [in, out]
-    in open_clip and [out, in] in transformers. `lead`: a leading axis of 1 that open_clip has and transformers has not
-    (-1: the other way round)."""
+    """`open_clip` tensors, one after the other, hold the same rows as the `hf` ones. The rows divide among the
+    open_clip names as `shares`, among hf names evenly. `transposed`: the matrix is [in, out] in open_clip and [out, in]
+    in transformers. `lead`: a leading axis of 1 that open_clip has and transformers has not (-1: the other way round).
+    """
 
     open_clip: tuple[str, ...]
     hf: tuple[str, ...]
@@ -30,12 +29,10 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The model of an architecture in transformers: `model_type` in config.json -> the class of the whole model.
-
-    `mark` is how the names of tensors begin that tell the folder's layout; `recipes` are those of every tensor of the
-    whole model. `from_config` is (config.json, preprocessor_config.json or {}, the folder for messages) -> (spec, the
-    fields of it that the folder does not really tell); `to_config` raises a UserError where transformers has no such
-    model."""
+    """The model of an architecture in transformers: `model_type` in config.json -> the class of the whole model. `mark`
+    is how the names of tensors begin that tell the folder's layout; `recipes` are those of every tensor of the whole
+    model. `from_config` is (config.json, preprocessor_config.json or {}, the folder for messages) -> (spec, the fields
+    of it that the folder does not really tell); `to_config` raises a UserError where transformers has no such model."""
 
     models: Mapping[str, str]
     mark: str
@@ -66,9 +63,8 @@ def both(open_clip: str, hf: str) -> list[Recipe]:
 def layers(
     count: int, open_clip: str, hf: str, names: Mapping[str, str], fused: str, parts: Sequence[str]
 ) -> list[Recipe]:
-    """`count` transformer blocks, whose names begin with `open_clip` and `hf`, then the number of the block.
-
-    `names`: layers, open_clip's -> transformers'; `fused` and `parts`: the projections to queries, keys and values."""
+    """`count` transformer blocks, whose names begin with `open_clip` and `hf`, then the number of the block. `names`:
+    layers, open_clip's -> transformers'; `fused` and `parts`: the projections to queries, keys and values."""
     out = []
     for i in range(count):
         a, b = f"{open_clip}.{i}", f"{hf}.{i}"
@@ -98,9 +94,8 @@ def text_recipes(text: TextSpec, prefix: str) -> list[Recipe]:
 
 
 def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The options of a config file, or of a section of it (None: it is not there), over transformers' defaults.
-
-    A UserError where it is no JSON object, or an option has not the type of its default, or is far out of range."""
+    """The options of a config file, or of a section of it (None: it is not there), over transformers' defaults. A
+    UserError where it is no JSON object, or an option has not the type of its default, or is far out of range."""
     if not isinstance(config, Mapping | None):
         raise UserError(f"{where} is {brief(config)}, which must be an object of options: fetch the folder again")
     file = LibraryConfig(config or {}, where)
@@ -145,13 +140,11 @@ def preprocessing(
     any_size: bool = False,
 ) -> dict[str, Any]:
     """The fields of Spec that preprocessor_config.json ({} where there is none) states: size, mean, std, resize_mode
-    and interpolation.
-
-    `image_size` is that of config.json [pixels]; `mean`, `std` and `crops` are the defaults of the model's processor;
-    with `any_size` transformers interpolates the position embeddings where images are of another size. Images that are
-    resized to `image_size` by their shorter side and cropped are cropped where open_clip does, which is one pixel
-    elsewhere where the rest is odd. A UserError for an option that is not implemented, or makes images of another size
-    than the model's."""
+    and interpolation. `image_size` is that of config.json [pixels]; `mean`, `std` and `crops` are the defaults of the
+    model's processor; with `any_size` transformers interpolates the position embeddings where images are of another
+    size. Images that are resized to `image_size` by their shorter side and cropped are cropped where open_clip does,
+    which is one pixel elsewhere where the rest is odd. A UserError for an option that is not implemented, or makes
+    images of another size than the model's."""
     file = LibraryConfig(preprocessor, f"{where}/preprocessor_config.json")
     file.check(_PROCESSOR_READ, _PROCESSOR_FIXED)
     kind = preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type")
