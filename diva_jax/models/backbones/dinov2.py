@@ -131,30 +131,9 @@ def shapes(tensors: Mapping) -> dict:
     return found | (dict(activation="swiglu", mlp_dim=tensor_shape(tensors, w3)[1]) if w3 in tensors else {})
 
 
-_LAYER = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.output.dense"}
-_MLP = {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-_SWIGLU = {"mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out"}
-_QUERIES = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
-
-
-def _recipes(spec: Spec) -> list[hf.Recipe]:
-    e, names = "embeddings", _LAYER | (_SWIGLU if spec.activation == "swiglu" else _MLP)
-    registers = [hf.Recipe(("visual.register_tokens",), (f"{e}.register_tokens",))] if spec.registers else []
-    scales = [
-        hf.Recipe((f"visual.blocks.{i}.ls{j}.gamma",), (f"encoder.layer.{i}.layer_scale{j}.lambda1",))
-        for i in range(spec.layers)
-        for j in (1, 2)
-    ]
-    return [
-        hf.Recipe(("visual.cls_token",), (f"{e}.cls_token",)),
-        hf.Recipe(("visual.mask_token",), (f"{e}.mask_token",)),
-        hf.Recipe(("visual.pos_embed",), (f"{e}.position_embeddings",)),
-        *registers,
-        *hf.both("visual.patch_embed.proj", f"{e}.patch_embeddings.projection"),
-        *hf.layers(spec.layers, "visual.blocks", "encoder.layer", names, "attn.qkv.", _QUERIES),
-        *scales,
-        *hf.both("visual.norm", "layernorm"),
-    ]
+def _groups(spec: Spec) -> dict[str, int]:
+    mlp, registers, layers = "swiglu" if spec.activation == "swiglu" else "mlp", int(spec.registers > 0), spec.layers
+    return {"start": 1, "registers": registers, "patches": 1, mlp: layers, "scales": layers, "end": 1}
 
 
 # transformers' defaults, which its config files leave out.
@@ -219,4 +198,4 @@ def _to_config(spec: Spec, dtype: str) -> dict:
 
 
 _PROCESSOR = functools.partial(hf.image_processor, kind="BitImageProcessor")
-TRANSFORMERS = hf.Layout(_MODELS, "embeddings.cls_token", _recipes, _from_config, _to_config, _PROCESSOR)
+TRANSFORMERS = hf.Layout(_MODELS, "embeddings.cls_token", _groups, _from_config, _to_config, _PROCESSOR)

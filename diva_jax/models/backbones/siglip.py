@@ -124,34 +124,8 @@ def to_open_clip(spec: Spec) -> dict:
     return dict(init_logit_bias=_LOGIT_BIAS, custom_text=True, vision_cfg=vision)
 
 
-_LAYER = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}
-_LAYER |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-
-
-def _recipes(spec: Spec) -> list[hf.Recipe]:
-    v, ours, head = "vision_model", "visual.trunk", "vision_model.head"
-    # Attention is fused in open_clip and not in transformers; in the pooling head it is the other way round.
-    q, kv = f"{ours}.attn_pool.q", f"{ours}.attn_pool.kv"
-    pool = [
-        hf.Recipe((f"{q}.{leaf}", f"{kv}.{leaf}"), (f"{head}.attention.in_proj_{leaf}",), shares=(1, 2))
-        for leaf in hf.LEAVES
-    ]
-    return [
-        *hf.both(f"{ours}.patch_embed.proj", f"{v}.embeddings.patch_embedding"),
-        hf.Recipe((f"{ours}.pos_embed",), (f"{v}.embeddings.position_embedding.weight",), lead=1),
-        *hf.clip_layers(spec.layers, f"{ours}.blocks", v, _LAYER, "attn.qkv."),
-        *hf.both(f"{ours}.norm", f"{v}.post_layernorm"),
-        hf.Recipe((f"{ours}.attn_pool.latent",), (f"{head}.probe",)),
-        *pool,
-        *hf.both(f"{ours}.attn_pool.proj", f"{head}.attention.out_proj"),
-        *hf.both(f"{ours}.attn_pool.norm", f"{head}.layernorm"),
-        *hf.both(f"{ours}.attn_pool.mlp.fc1", f"{head}.mlp.fc1"),
-        *hf.both(f"{ours}.attn_pool.mlp.fc2", f"{head}.mlp.fc2"),
-        *hf.text_recipes(spec.text, "text."),
-        *hf.both("text.text_projection", "text_model.head"),
-        hf.Recipe(("logit_scale",), ("logit_scale",), lead=-1),
-        hf.Recipe(("logit_bias",), ("logit_bias",), lead=-1),
-    ]
+def _groups(spec: Spec) -> dict[str, int]:
+    return dict(start=1, vision=spec.layers, middle=1, text=spec.text.layers, end=1)
 
 
 # transformers' defaults, which its config files leave out.
@@ -201,5 +175,5 @@ def _image_processor(spec: Spec) -> dict:
 
 
 TRANSFORMERS = hf.Layout(
-    {"siglip": "SiglipModel"}, "vision_model.", _recipes, _from_config, _to_config, _image_processor
+    {"siglip": "SiglipModel"}, "vision_model.", _groups, _from_config, _to_config, _image_processor
 )

@@ -89,21 +89,13 @@ def shapes(tensors: Mapping) -> dict:
     return found | dict(arch="vit", embed_dim=tensor_shape(tensors, "visual.proj")[1])
 
 
-_READ = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "act_kwargs", "norm_kwargs"}
-_READ |= {"timm_model_name"}
-_FIXED = occ.TOWER_FIXED | {
-    "patch_dropout": (0,),
-    "attentional_pool": (False,),
-    "no_ln_pre": (False,),
-    "pos_embed_type": ("learnable",),
-    "pool_type": ("tok",),
-}
+_FIXED = occ.TOWER_FIXED | occ.OPTIONS["vit_fixed"]
 
 
 def from_open_clip(model: LibraryConfig) -> dict:
     """The fields of Spec that open_clip's model config gives the vision tower."""
     vision = model.section("vision_cfg")
-    vision.check(_READ | occ.VISION_FREE | set(occ.TIMM_OPTIONS), _FIXED)
+    vision.check({*occ.OPTIONS["vit"], *occ.OPTIONS["vision_without_effect"], *occ.TIMM_OPTIONS}, _FIXED)
     if isinstance(vision.options.get("layers"), list | tuple):
         vision.refuse("layers", "a list of layers means a ResNet, use a ViT")
     width, head_width = vision.integer("width", 768), vision.integer("head_width", 64)
@@ -137,20 +129,8 @@ def to_open_clip(spec: Spec) -> dict:
     return dict(quick_gelu=spec.activation == "quick_gelu", vision_cfg=vision)
 
 
-def _recipes(spec: Spec) -> list[hf.Recipe]:
-    v, e = "vision_model", "vision_model.embeddings"
-    return [
-        hf.Recipe(("visual.class_embedding",), (f"{e}.class_embedding",)),
-        hf.Recipe(("visual.conv1.weight",), (f"{e}.patch_embedding.weight",)),
-        hf.Recipe(("visual.positional_embedding",), (f"{e}.position_embedding.weight",)),
-        *hf.both("visual.ln_pre", f"{v}.pre_layrnorm"),
-        *hf.clip_layers(spec.layers, "visual.transformer.resblocks", v),
-        *hf.both("visual.ln_post", f"{v}.post_layernorm"),
-        hf.Recipe(("visual.proj",), ("visual_projection.weight",), transposed=True),
-        *hf.text_recipes(spec.text, ""),
-        hf.Recipe(("text_projection",), ("text_projection.weight",), transposed=True),
-        hf.Recipe(("logit_scale",), ("logit_scale",)),
-    ]
+def _groups(spec: Spec) -> dict[str, int]:
+    return dict(start=1, vision=spec.layers, middle=1, text=spec.text.layers, end=1)
 
 
 # transformers' defaults, which its config files leave out.
@@ -211,4 +191,4 @@ def _to_config(spec: Spec, dtype: str) -> dict:
     return hf.two_towers(spec, dtype, kind, _MODELS[kind], projection, projection | special, **projection)
 
 
-TRANSFORMERS = hf.Layout(_MODELS, "vision_model.", _recipes, _from_config, _to_config, hf.image_processor)
+TRANSFORMERS = hf.Layout(_MODELS, "vision_model.", _groups, _from_config, _to_config, hf.image_processor)

@@ -14,31 +14,12 @@ from diva_jax.models.library_config import LibraryConfig, packaged
 
 _WHERE = "open_clip's config"
 
-# Options of either tower that must be as given (None: or absent).
-TOWER_FIXED = {
-    "ls_init_value": (None,),
-    "block_type": (None, "default"),
-    **dict.fromkeys(
-        ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"), (False,)
-    ),
-    "final_ln_after_pool": (False,),
-}
-# Options of the vision tower that change no value of ours.
-VISION_FREE = {"attn_pooler_queries", "attn_pooler_heads", "output_tokens", "timm_model_pretrained"}
+OPTIONS = packaged(__file__, "options.json")["open_clip"]
+# Options of either tower that must be as given (None: or absent), and all such options of the text tower.
+TOWER_FIXED = OPTIONS["tower_fixed"]
+_TEXT_FIXED = TOWER_FIXED | OPTIONS["text_fixed"]
 # Options that open_clip reads only where the tower is timm's, and their defaults.
-TIMM_OPTIONS = {"timm_pool": "avg", "timm_proj": "linear", "timm_proj_bias": False}
-TIMM_OPTIONS |= {"timm_drop": 0.0, "timm_drop_path": None}
-# Options of open_clip's own vision tower, which it does not read where the tower is timm's.
-_NOT_TIMM = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "act_kwargs", "norm_kwargs"}
-_NOT_TIMM |= {"attentional_pool", "no_ln_pre", "pos_embed_type", "pool_type"}
-_TEXT_READ = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "no_causal_mask"}
-_TEXT_READ |= {"pool_type", "eos_id", "proj_bias", "act_kwargs", "norm_kwargs", "hf_tokenizer_name", "tokenizer_kwargs"}
-_TEXT_FREE = {"pad_id", "output_tokens", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
-_TEXT_FIXED = TOWER_FIXED | {"embed_cls": (False,), "proj_type": ("linear",)}
-_TEXT_FIXED |= {"tokenizer_mode": (None,), "hf_model_name": (None,)}
-_MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
-_MODEL_KEYS |= {"init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"}
-
+TIMM_OPTIONS = OPTIONS["timm_defaults"]
 # Options of the text tower that are fields of TextSpec, and their defaults.
 _TEXT_SIZES = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12)
 # Tokens of the vocabulary that open_clip has built in.
@@ -97,7 +78,7 @@ def from_timm(model: LibraryConfig, table: Mapping[str, Mapping], **implemented:
     given = LibraryConfig(TIMM_OPTIONS | dict(vision.options), vision.where, vision.prefix)
     fixed = {k: (default,) for k, default in TIMM_OPTIONS.items()} | implemented
     fixed |= {"timm_drop_path": (None, 0), "timm_proj_bias": (False, True)}
-    read = {"timm_model_name", "image_size"} | VISION_FREE | _NOT_TIMM | set(TOWER_FIXED)
+    read = {"timm_model_name", "image_size", *OPTIONS["vision_without_effect"], *OPTIONS["not_timm"], *TOWER_FIXED}
     given.check(read, fixed | {"patch_dropout": (0,)})
     embed_dim = model.options.get("embed_dim")
     if embed_dim != fields.get("embed_dim", embed_dim):
@@ -137,7 +118,7 @@ def _tokenizer(text: LibraryConfig) -> str:
 
 
 def _text(text: LibraryConfig, vision_activation: str, quick_gelu: bool) -> TextSpec:
-    text.check(_TEXT_READ | _TEXT_FREE, _TEXT_FIXED)
+    text.check({*OPTIONS["text"], *OPTIONS["text_without_effect"]}, _TEXT_FIXED)
     text_activation = activation(text, quick_gelu)
     pool = text.choice("pool_type", "argmax", ("argmax", "eos", "last"))
     width, heads = (text.integer(name, _TEXT_SIZES[name]) for name in ("width", "heads"))
@@ -188,7 +169,7 @@ def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec
     if not isinstance(model, Mapping) or not all(isinstance(model.get(k), Mapping) for k in parts):
         raise UserError("not an open_clip config: it needs a model_cfg with embed_dim, vision_cfg and text_cfg")
     file, model = LibraryConfig(config, _WHERE), LibraryConfig(model, _WHERE)
-    model.check(_MODEL_KEYS | {"preprocess_cfg"} if model.options is config else _MODEL_KEYS, {})
+    model.check({*OPTIONS["model"], *(["preprocess_cfg"] if model.options is config else [])}, {})
     arch = _architecture(model.section("vision_cfg"))
     module = backbones.architecture(arch)
     fields = module.from_open_clip(model) | dict(arch=arch, embed_dim=model.integer("embed_dim", None))

@@ -10,7 +10,9 @@ from typing import Any
 
 from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.models.backbones import Spec, TextSpec
-from diva_jax.models.library_config import LibraryConfig
+from diva_jax.models.library_config import LibraryConfig, packaged
+
+_RECIPES = packaged(__file__, "transformers.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,61 +38,25 @@ class Layout:
 
     models: Mapping[str, str]
     mark: str
-    recipes: Callable[[Spec], list[Recipe]]
+    groups: Callable[[Spec], Mapping[str, int]]
     from_config: Callable[[Mapping, Mapping, str], tuple[Spec, frozenset[str]]]
     to_config: Callable[[Spec, str], dict]
     preprocessor: Callable[[Spec], dict]
 
+    def recipes(self, spec: Spec) -> list[Recipe]:
+        """Those of every tensor of the whole model: each of the `groups` of transformers.json as often as they say, in
+        names with {i} replaced by the number of the block."""
+        out = []
+        for group, count in self.groups(spec).items():
+            for i in range(count):
+                for row in _RECIPES[spec.arch][group]:
+                    names = {side: tuple(n.replace("{i}", str(i)) for n in row[side]) for side in ("open_clip", "hf")}
+                    out.append(Recipe(**row | names))
+        return out
 
-LEAVES = ("weight", "bias")
-_LAYER = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_QUERIES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
 # Our name of an activation -> transformers'.
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-
-
-def both(open_clip: str, hf: str) -> list[Recipe]:
-    """The weight and the bias of a layer."""
-    return [Recipe((f"{open_clip}.{leaf}",), (f"{hf}.{leaf}",)) for leaf in LEAVES]
-
-
-def layers(
-    count: int, open_clip: str, hf: str, names: Mapping[str, str], fused: str, parts: Sequence[str]
-) -> list[Recipe]:
-    """`count` transformer blocks, whose names begin with `open_clip` and `hf`, then the number of the block. `names`:
-    layers, open_clip's -> transformers'; `fused` and `parts`: the projections to queries, keys and values."""
-    out = []
-    for i in range(count):
-        a, b = f"{open_clip}.{i}", f"{hf}.{i}"
-        for leaf in LEAVES:
-            out.append(Recipe((f"{a}.{fused}{leaf}",), tuple(f"{b}.{part}.{leaf}" for part in parts)))
-        for mine, its in names.items():
-            out += both(f"{a}.{mine}", f"{b}.{its}")
-    return out
-
-
-def clip_layers(
-    count: int, open_clip: str, model: str, names: Mapping[str, str] = _LAYER, fused: str = "attn.in_proj_"
-):
-    """`layers` of a tower of CLIPModel or SiglipModel; `model` is "vision_model" or "text_model"."""
-    return layers(count, open_clip, f"{model}.encoder.layers", names, fused, _QUERIES)
-
-
-def text_recipes(text: TextSpec, prefix: str) -> list[Recipe]:
-    """The text tower without its projection; `prefix` is that of open_clip's names."""
-    t = "text_model"
-    return [
-        Recipe((f"{prefix}token_embedding.weight",), (f"{t}.embeddings.token_embedding.weight",)),
-        Recipe((f"{prefix}positional_embedding",), (f"{t}.embeddings.position_embedding.weight",)),
-        *clip_layers(text.layers, f"{prefix}transformer.resblocks", t),
-        *both(f"{prefix}ln_final", f"{t}.final_layer_norm"),
-    ]
 
 
 def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -111,10 +77,7 @@ def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, A
 # How the names of image processors begin -> whether they crop where their config does not say so.
 _PROCESSORS = {"CLIP": True, "Bit": True, "Siglip": False, "ViT": False}
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # By their numbers in Pillow.
-_PROCESSOR_READ = {"image_processor_type", "feature_extractor_type", "processor_class", "size", "crop_size", "resample"}
-_PROCESSOR_READ |= {"do_center_crop", "do_convert_rgb", "rescale_factor", "do_normalize", "image_mean", "image_std"}
-_PROCESSOR_READ |= {"default_to_square", "data_format", "input_data_format", "return_tensors", "device", "auto_map"}
-_PROCESSOR_FIXED = {"do_resize": (True,), "do_rescale": (True,), "do_pad": (False, None), "use_square_size": (False,)}
+_PROCESSOR = packaged(__file__, "options.json")["image_processor"]
 
 
 def _side(file: LibraryConfig, name: str, square: bool) -> tuple[int, bool]:
@@ -146,7 +109,7 @@ def preprocessing(
     which is one pixel elsewhere where the rest is odd. A UserError for an option that is not implemented, or makes
     images of another size than the model's."""
     file = LibraryConfig(preprocessor, f"{where}/preprocessor_config.json")
-    file.check(_PROCESSOR_READ, _PROCESSOR_FIXED)
+    file.check(_PROCESSOR["read"], _PROCESSOR["fixed"])
     kind = preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type")
     if kind is not None:
         known = [k for k in _PROCESSORS if isinstance(kind, str) and kind.startswith(k)]
