@@ -51,7 +51,9 @@ def test_crops_and_moments_are_those_of_a_run_without(files, cache):
     plain, cached = run_config(files), run_config(files, cache)
     module = step.Program(plain, small.partition.make_mesh(plain.mesh)).objective
     p = small.program(plain)
-    arrays, _ = cache_builder.load.initial_arrays(p, [n for n in p.arrays if n.startswith("vae/")], every_source=False)
+    arrays, _ = cache_builder.workdirs.initial_arrays(
+        p, [n for n in p.arrays if n.startswith("vae/")], every_source=False
+    )
     absent = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in p.arrays.items()}
     moments = jax.jit(lambda x: p.skeleton.merge(absent, arrays).moments(preprocess.to_float(x)))
     q = small.program(cached)
@@ -170,7 +172,7 @@ def test_outputs_of_frozen_teachers_are_cached(objective, tmp_path):
     p, q = small.program(configured()), small.program(configured(cache=out))
     gone = {"comclip": {"anchor", "contrast", "relation"}, "salm": {"teacher"}}[objective]
     assert {n.split("/")[0] for n in set(p.arrays) - set(q.arrays)} == gone
-    arrays, _ = cache_builder.load.initial_arrays(p)
+    arrays, _ = cache_builder.workdirs.initial_arrays(p)
     arrays |= {n: a + 0.02 * np.sin(np.arange(a.size).reshape(a.shape)) for n, a in arrays.items() if n in p.trained}
     found = []
     for program in (p, q):
