@@ -28,8 +28,7 @@ _NO_FIELD, _ALL_FIELDS = "the config has no field", "--config=FILE --help lists 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a value must be beside being of the type of the default; `sentence` is an end such as "must be at least
-    1"."""
+    """What a value must be beside being of the default's type; `sentence` is an end such as "must be at least 1"."""
 
     holds: Callable[[Any], bool]
     sentence: str

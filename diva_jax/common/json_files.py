@@ -81,8 +81,7 @@ def decoded(text: bytes | str) -> Any:
 
 
 def parse(path: str | os.PathLike, text: bytes | str, line: int | None = None) -> Any:
-    """The content of a file, or of one line of it; a UserError, with file and line, where it is not JSON or too
-    deep."""
+    """The content of a file, or of one line of it; a UserError, which names both, where it is not JSON or too deep."""
     try:
         return decoded(text)
     except ValueError as e:

@@ -269,8 +269,7 @@ def group(named: Iterable[tuple[str, T]], where: str) -> dict[str, dict[str, T]]
 
 
 def images_of(sample: Mapping[str, T]) -> list[str]:
-    """The extensions of a sample's images, that of the image to use first: the first of `IMAGE_SUFFIXES`, or else of
-    NAME.jpg and so on."""
+    """The extensions of a sample's images, the one to use first: of `IMAGE_SUFFIXES`, or else NAME.jpg and so on."""
     kinds = {e: f".{e.rpartition('.')[2]}" for e in sample}
     images = [e for e, kind in kinds.items() if kind in IMAGE_SUFFIXES]
     return sorted(images, key=lambda e: (e.count("."), IMAGE_SUFFIXES.index(kinds[e]), e))

@@ -49,8 +49,7 @@ def sample_box(
 
 
 def resized_crop(image: Image.Image, box: Box, size: int, interpolation: str = "bicubic") -> np.ndarray:
-    """Crops the box out, then resizes: uint8 [size, size, 3]. `resize(box=...)` would read pixels outside of the
-    box."""
+    """Crops the box out, then resizes, uint8 [size, size, 3]; `resize(box=...)` would read pixels outside of it."""
     return np.asarray(image.crop(box).resize((size, size), INTERPOLATIONS[interpolation]))
 
 

@@ -117,8 +117,7 @@ class Edits(Alternatives):
 
 @dataclasses.dataclass(frozen=True)
 class Listed(Alternatives):
-    """The record's own `texts`: the first one and others at random, in their order; the neutral text has what all
-    have."""
+    """The record's own `texts`: the first and others at random, in their order; the neutral text has what all have."""
 
     wanted, listed = "a list `texts`", True
 

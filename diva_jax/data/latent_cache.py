@@ -47,8 +47,7 @@ _PROBED = 16
 
 
 class Entry(NamedTuple):
-    """One crop of one record: the `checksum` of its content, box, moments, bfloat16 [h, w, 2 c], None where it is
-    broken."""
+    """One crop of a record: the `checksum` of its content, box, moments, bfloat16 [h, w, 2 c], None if it is broken."""
 
     record: int
     crop: int
@@ -200,8 +199,7 @@ class Cache:
                 raise UserError(self._other_image(source.name(int(record))))
 
     def read(self, record: int, epoch: int) -> Entry | None:
-        """A record's crop in an epoch, modulo the number of crops; None where its image was broken; a RunError for
-        damage."""
+        """A record's crop in an epoch, modulo their number; None where its image was broken; a RunError for damage."""
         entry = self._entry(record, epoch % self.manifest.crops)
         return None if entry.moments is None else entry
 

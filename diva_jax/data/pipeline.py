@@ -311,8 +311,7 @@ def _check_texts(source: Source, choice: Alternatives, path: str) -> None:
 
 
 def open_records(config, inputs: Mapping[str, Input], index: str | None = None, quiet: bool = False) -> Source:
-    """The records of `config.data`, see `sources.open_source`; a UserError where an input needs captions and there are
-    none."""
+    """The records of `config.data`, see `sources.open_source`; a UserError where captions are needed and missing."""
     source = sources.open_source(config.path, index, quiet=quiet, allow_urls=config.allow_urls)
     readers = [name for name, i in inputs.items() if i.needs_text]
     if readers and not source.has_text:

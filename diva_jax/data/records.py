@@ -44,8 +44,7 @@ class Source(Protocol):
         """The name of record i."""
 
     def read(self, i: int, with_text: bool = True) -> Record:
-        """Record i; without its text where that is not asked for. What is raised where it cannot be read is the
-        source's own."""
+        """Record i, without its text where that is not asked for; errors are the source's own."""
 
 
 def caption(value) -> str | None:
@@ -60,8 +59,7 @@ def caption(value) -> str | None:
 
 
 def listed(value) -> tuple[str, ...] | None:
-    """The `texts` of a record: 2 to 64 different texts, from a list or its JSON; None where there is none, and a
-    ValueError for anything else."""
+    """The `texts` of a record, 2 to 64 different ones, of a list or its JSON, or None; a ValueError for others."""
     if isinstance(value, str | bytes):
         value = json_files.decoded(value) if value.strip() else None
     if value is None:

@@ -132,8 +132,7 @@ class TfdsSource:
         return Record(self.name(i), record[self._image], text)
 
     def labels(self) -> tuple[list[int], list[str]]:
-        """(the label of each record, the names of the classes) of the class label that the option `label` names; a
-        UserError where there is none."""
+        """(the label of each record, the names of the classes) of the feature `label`; a UserError for others."""
         classes = {name: feature.names for name, feature in self.features.items() if hasattr(feature, "names")}
         label = self._chosen("label", "class label", classes)
         return [int(record[label]) for record in self._records], list(classes[label])

@@ -143,8 +143,7 @@ def _not_a_path(cell: str, allow_urls: bool) -> str:
 
 
 def _value(scalar: pa.Scalar):
-    """A cell as a Python object; of a struct, its `bytes` or else its `path`. A ValueError for more bytes than any
-    image has."""
+    """A cell as a Python object; of a struct, its `bytes` or `path`. A ValueError for more bytes than any image has."""
     if not scalar.is_valid:
         return None
     if isinstance(scalar, pa.StructScalar):
@@ -214,8 +213,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _read_row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
-    """The rows of a group; a UserError where they are more bytes than `_MAX_ROW_GROUP_BYTES`, whatever the file says of
-    their size."""
+    """The rows of a group; a UserError for more bytes than `_MAX_ROW_GROUP_BYTES`, whatever the file states."""
     batches, size = [], 0
     with files.open_binary(path) as f:
         parquet = pq.ParquetFile(f)

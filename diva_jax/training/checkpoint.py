@@ -68,8 +68,7 @@ def text_checksum(*content) -> int:
 
 
 def read_text(folder: epath.Path, item: str) -> dict:
-    """The JSON of an item of a checkpoint; `Damaged` where it is missing or none, a UserError where a bucket does not
-    give it."""
+    """The JSON of an item; `Damaged` where it is missing or none, a UserError where a bucket does not give it."""
     try:
         content = json_files.read(folder / item / "metadata", dict[str, Any], "restore it", None)
     except UserError as e:
@@ -127,8 +126,7 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
-    """Step -> what is wrong, or None, of the checkpoints that were saved to the end, newest first; a UserError where
-    they cannot be listed."""
+    """Step -> what is wrong, or None, of the checkpoints that were saved, newest first; a UserError without a list."""
     folder = _folder(workdir)
     try:
         for _ in range(_LISTINGS):

@@ -159,8 +159,7 @@ def check_kernel(case: Case, interpret: bool) -> tuple[bool, str]:
 
 
 def check_collectives(mesh: Mesh) -> tuple[bool, str]:
-    """Compares a sum, a gather and a scattered sum over all devices, of a row of its own number on each, with what they
-    must be."""
+    """Compares a sum, a gather and a scattered sum over devices, of a row of its own number on each, with the truth."""
     axes, n, length = mesh.axis_names, mesh.size, mesh.size * 2**14
 
     def local(row):

@@ -28,8 +28,7 @@ def _kernel() -> str | None:
 
 
 def _read(path: epath.Path) -> dict | None:
-    """The content of a lock; None without one, {} where it was cut short by a kill; a UserError where it cannot be
-    read."""
+    """The content of a lock; None without one, {} where it was cut short; a UserError where it cannot be read."""
     try:
         content = json_files.decoded(json_files.read_bytes(path, _MAX_BYTES))
     except UserError as e:

@@ -264,8 +264,7 @@ class Run:
         return batch
 
     def _evaluate(self) -> None:
-        """Evaluates the current weights, or their moving average, if `config.eval` is set for this step; training goes
-        on as without."""
+        """Evaluates the current weights, or their moving average, if it is time; training goes on as without."""
         if not self.evaluator or (self.step % self.config.eval.every and self.step != self.total):
             return
         self.progress.flush()

@@ -337,8 +337,7 @@ class RunAt:
         return self._restored[1]["sources"]
 
     def towers(self, wanted: Iterable[str] | None = None) -> partition.Flat:
-        """The tuned towers, adapters merged, see `Objective.towers`; a UserError where weights that the run began with
-        are gone or have changed."""
+        """The tuned towers, adapters merged; a UserError where weights that the run began with are gone or changed."""
         self.program.check_exportable()
         wanted = list(self.program.towers.shapes if wanted is None else wanted)
         needed = set().union(*(self.program.towers.needs(t) for t in wanted)) - set(self.params)

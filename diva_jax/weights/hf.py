@@ -61,8 +61,7 @@ def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[st
 
 
 def to_open_clip_names(tensors: Tensors, spec: Spec, source: str) -> Tensors:
-    """Converts a whole transformers model's names and layouts to those of open_clip, lazily; a UserError lists names
-    that are missing or unknown."""
+    """A transformers model under open_clip's names, lazily; a UserError lists names that are missing or unknown."""
     plan = _layout(spec).recipes(spec)
     known = {n for r in plan for n in r.hf}
     constants = {f"{m}_model.embeddings.position_ids" for m in ("text", "vision")}
@@ -96,8 +95,7 @@ def from_transformers(
 
 
 def to_transformers(spec: Spec, dtype: str) -> dict:
-    """The content of config.json for weights of a dtype, e.g. "float32"; a UserError where transformers has no such
-    model."""
+    """The content of config.json for weights of a dtype, e.g. "float32"; a UserError for what transformers has not."""
     return _layout(spec).to_config(spec, dtype)
 
 

@@ -45,8 +45,7 @@ def check_values(name: str, array: np.ndarray, source: str, may_be_zero: bool = 
 
 
 def check_names(state, tensors: Mapping, table: Table, *, source: str = "the checkpoint") -> None:
-    """A UserError lists names that are unknown, missing, or of another shape than in a state; arguments as
-    `assign`'s."""
+    """A UserError lists names that are unknown, missing, or of another shape; arguments as `assign`'s."""
     names = {table.canonical(n): n for n in tensors}
     shapes = {table.torch_name(path): torch_shape(path, var.shape) for path, var in flat(state).items()}
     there = {n: tuple(tensors[names[n]].shape) for n in shapes if n in names}

@@ -49,8 +49,7 @@ class ClipSource:
         return any(n in self.tensors for n in ("token_embedding.weight", "text.token_embedding.weight"))
 
     def described(self, source: str) -> Spec:
-        """The Spec, with `source` as its source; a UserError where a bare file does not specify heads and
-        activation."""
+        """The Spec, with `source` as its source; a UserError where a bare file does not state heads and activation."""
         if self.spec is None:
             raise UserError(
                 f"{self.where} ({self.kind}) does not specify the number of heads and the activation: give a config, "
@@ -149,8 +148,7 @@ ARCHITECTURE += ("registers",)
 
 
 def check_same(there: Mapping[str, Any], here: object, fields: Iterable[str], where: str, field: str) -> None:
-    """A UserError lists the `fields` in which weights, of `where` and stating `there`, are not the model `here` of the
-    config section `field`."""
+    """A UserError lists the `fields` in which weights, stating `there`, differ from `here`, the config's `field`."""
     stated = {name: there[name] for name in fields if name in there}
     pairs = differing(stated, {name: getattr(here, name) for name in stated}, whole=stated)
     if wrong := [f"{name} is {brief(a)} there and {brief(b)} in the config" for name, (a, b) in pairs.items()]:

@@ -33,8 +33,7 @@ _STATISTICS = names.Table("statistics of image embeddings (not needed with confi
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A source that has been found and checked: its files, and (abstract state, put=None) -> the state, filled; `put`
-    as for `names.assign`."""
+    """A source, found and checked: its files, and (abstract state, put=None) -> the state, see `names.assign`."""
 
     files: list[Path]
     fill: Callable[..., nnx.State]

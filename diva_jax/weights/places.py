@@ -21,8 +21,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Place(NamedTuple):
-    """Where a source is: the local file or folder, or the hub id, `at`; of a run both are its workdir, and `step` is
-    not None."""
+    """Where a source is: the local file or folder, or hub id, `at`; of a run its workdir, and `step` is not None."""
 
     source: str
     step: int | None
@@ -92,8 +91,7 @@ def locate(source: str, field: str) -> Path | str:
 
 
 def download(repo: str, field: str, patterns: list[str]) -> Path:
-    """The local snapshot of a hub repository's files that match `patterns`; a UserError where the hub does not give
-    it."""
+    """The local snapshot of a hub repository's files that match `patterns`; a UserError where the hub refuses."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -137,8 +135,7 @@ def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Pat
 
 
 def clip_path(at: Path | str, field: str) -> Path:
-    """The file or folder of CLIP weights at a result of `locate`, downloaded from the hub; a UserError without
-    weights."""
+    """The file or folder of CLIP weights at a result of `locate`, or downloaded; a UserError without weights."""
     if isinstance(at, Path):
         return at
     for stem in CLIP_STEMS:

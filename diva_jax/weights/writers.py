@@ -23,8 +23,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays of any strides, or lazy tensors, to a file that appears when it is complete; an OSError where it
-    cannot."""
+    """Writes arrays, or lazy tensors, to a file that appears when it is complete; an OSError where it cannot."""
     # save_file ignores strides, so that a transposed view would be written in the wrong order.
     dense = {name: np.asarray(t, order="C") for name, t in tensors.items()}
     with paths.whole_file(path) as temporary:

@@ -105,8 +105,7 @@ def tower_pooled(library: str, file: Path, spec: Spec, images: np.ndarray) -> np
 def transformers_embeddings(
     folder: Path, images: np.ndarray, text: str | np.ndarray | None, length: int
 ) -> tuple[tuple[np.ndarray, ...], list[str]]:
-    """As `open_clip_embeddings`, of a transformers folder, for texts of `length` ids; and missing and unexpected
-    keys."""
+    """As `open_clip_embeddings`, of a transformers folder, for texts of `length` ids; missing and unexpected keys."""
     import torch
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
