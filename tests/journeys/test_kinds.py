@@ -13,7 +13,7 @@ import pytest
 import torch_setup  # noqa: F401
 from eval_models import transformers_folder
 from records import write_tar, write_tfds
-from specs import DINOV2, EVA02, METACLIP2_FOLDER, QUICK, SIGLIP2_FOLDER, SIGLIP_FOLDER
+from specs import DINOV2, GELU, METACLIP2_FOLDER, QUICK, SIGLIP2_FOLDER, SIGLIP_FOLDER
 
 from diva_jax import demo
 
@@ -60,7 +60,7 @@ KINDS = {
     "folder": ("vit", (demo.write_clip, QUICK), "open_clip"),
     "tars": ("siglip", (transformers_folder, SIGLIP_FOLDER), "hf"),
     "images.csv": ("metaclip2", (transformers_folder, METACLIP2_FOLDER), "hf"),
-    "images.parquet": ("eva02", (demo.write_clip, EVA02), "pt"),
+    "images.parquet": ("vit_gelu", (demo.write_clip, GELU), "pt"),
     "saved": ("dinov2", (transformers_folder, DINOV2), "hf"),
     "tfds": ("siglip2", (transformers_folder, SIGLIP2_FOLDER), "open_clip"),
 }
