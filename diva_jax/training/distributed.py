@@ -32,13 +32,13 @@ def _explicit() -> dict | None:
     given = {n: os.environ[n] for n in names if os.environ.get(n)}
     if not given:
         return None
-    if missing := [n for n in names if n not in given]:
-        raise UserError(f"{' and '.join(given)} is set without {' and '.join(missing)}: set all three, or none")
-    address, count, index = given.values()
-    if not re.fullmatch(r".+:\d+", address):
-        raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: use HOST:PORT of process 0")
-    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-        raise UserError(f"JAX_PROCESS_ID={index} of JAX_NUM_PROCESSES={count}: use 0 to one less than their number")
+    address, count, index = (given.get(n, "") for n in names)
+    numbers = count.isdecimal() and index.isdecimal() and int(index) < int(count)
+    if not re.fullmatch(r".+:\d+", address) or not numbers:
+        there = ", ".join(f"{n}={given.get(n, '')}" for n in names)
+        raise UserError(
+            f"{there}: set HOST:PORT of process 0, their number, and 0 to one less than it; or none of them"
+        )
     return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
 
 

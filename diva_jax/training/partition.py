@@ -35,7 +35,7 @@ def make_mesh(config, devices=None) -> Mesh:
         raise UserError(f"config.mesh.fsdp={fsdp} does not divide the {n} devices of this run")
     data = n // fsdp if config.data == -1 else config.data
     if data * fsdp != n:
-        raise UserError(f"config.mesh: data={config.data} x fsdp={fsdp} is not {n} devices: use data=-1 or {n // fsdp}")
+        raise UserError(f"config.mesh: data={config.data} x fsdp={fsdp}, but this run has {n} devices: use data=-1")
     # Unlike `jax.make_mesh`, this also has an order for an axis that is a part of a physical one, as fsdp=2 on v6e:4x4.
     ordered = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
     return Mesh(ordered, ("data", "fsdp"))
