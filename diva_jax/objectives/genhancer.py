@@ -23,7 +23,7 @@ from diva_jax.models.diffusion import flow, presets
 from diva_jax.models.diffusion.flow import FlowConfig
 from diva_jax.models.diffusion.presets import LatentCode
 from diva_jax.models.diffusion.vae import FluxVAEConfig
-from diva_jax.models.layers import ACTIVATIONS, Layers
+from diva_jax.models.layers import ACTIVATIONS
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.weights import flux, parts
@@ -174,9 +174,9 @@ class GenHancerDraws(NamedTuple):
 class EmbeddingProjector(nnx.Module):
     """LayerNorm, linear, exact GELU, linear: [B, d] -> [B, n]."""
 
-    def __init__(self, d: int, n: int, layers: Layers):
+    def __init__(self, d: int, n: int, layers: flow.TorchLayers):
         self.norm = layers.layer_norm(d, 1e-5)
-        self.fc1, self.fc2 = flow.torch_linear(layers, d, n), flow.torch_linear(layers, n, n)
+        self.fc1, self.fc2 = layers.linear(d, n), layers.linear(n, n)
 
     def __call__(self, e: Array) -> Array:
         return self.fc2(ACTIVATIONS["gelu"](self.fc1(self.norm(e))))
@@ -202,7 +202,7 @@ class Objective(contract.Objective):
             adapters.adapt(self.vision, _lora(config), rngs)
         trains_generator = self.options.stage1_steps or self.options.stage2 == ALL
         held = jnp.float32 if trains_generator else jnp.dtype(config.frozen_dtype)
-        layers, f = Layers(rngs, dtype, held), self.flow_config
+        layers, f = flow.TorchLayers(rngs, dtype, held), self.flow_config
         self.project_clip = EmbeddingProjector(self.spec.embed_dim, f.vector_dim, layers)
         self.project_t5 = EmbeddingProjector(self.spec.embed_dim, f.text_dim, layers)
         self.denoiser = flow.Flow(f, rngs=rngs, dtype=dtype, param_dtype=held, remat=config.remat == "all")

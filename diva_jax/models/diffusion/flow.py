@@ -17,6 +17,7 @@ from flax import nnx
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import above, between, field
 from diva_jax.models.attention import attention
+from diva_jax.models.backbones.shared.transformer import Mlp
 from diva_jax.models.diffusion.blocks import call
 from diva_jax.models.layers import ACTIVATIONS, Array, Keys, Layers, split_qkv, widened
 
@@ -62,15 +63,16 @@ class FlowConfig:
         return int(self.width * self.mlp_ratio)
 
 
-def torch_linear(layers: Layers, n_in: int, n_out: int, zero: bool = False) -> nnx.Linear:
-    """A linear layer as PyTorch initialises it: weight and bias uniform in +-1/sqrt(n_in); or at zero."""
-    bound = 0.0 if zero else n_in**-0.5
+class TorchLayers(Layers):
+    """Layers whose linear ones start as PyTorch's, weight and bias uniform in +-1/sqrt(n_in), or at zero."""
 
-    def init(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+    def linear(self, n_in: int, n_out: int, zero: bool = False) -> nnx.Linear:
+        bound = 0.0 if zero else n_in**-0.5
 
-    dtypes = dict(dtype=layers.dtype, param_dtype=layers.param_dtype)
-    return nnx.Linear(n_in, n_out, kernel_init=init, bias_init=init, rngs=layers.rngs, **dtypes)
+        def init(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        return nnx.Linear(n_in, n_out, kernel_init=init, bias_init=init, **self._kw)
 
 
 def frequencies() -> np.ndarray:
@@ -123,7 +125,7 @@ def _normalise(x: Array) -> Array:
 class Rms(nnx.Module):
     """y * rsqrt(mean(y^2) + 1e-6) * scale over the last axis (arXiv 1910.07467, equation 4)."""
 
-    def __init__(self, n: int, layers: Layers):
+    def __init__(self, n: int, layers: TorchLayers):
         self.scale = layers.param(nnx.initializers.ones, n)
 
     @jax.named_scope("norm")
@@ -136,7 +138,7 @@ class Rms(nnx.Module):
 class QKNorm(nnx.Module):
     """RMS norms of queries and keys, per head."""
 
-    def __init__(self, n: int, layers: Layers):
+    def __init__(self, n: int, layers: TorchLayers):
         self.query_norm, self.key_norm = Rms(n, layers), Rms(n, layers)
 
     def __call__(self, q: Array, k: Array) -> tuple[Array, Array]:
@@ -146,8 +148,8 @@ class QKNorm(nnx.Module):
 class Embedder(nnx.Module):
     """Linear, SiLU, linear: [..., n_in] -> [..., n]."""
 
-    def __init__(self, n_in: int, n: int, layers: Layers):
-        self.in_layer, self.out_layer = torch_linear(layers, n_in, n), torch_linear(layers, n, n)
+    def __init__(self, n_in: int, n: int, layers: TorchLayers):
+        self.in_layer, self.out_layer = layers.linear(n_in, n), layers.linear(n, n)
 
     def __call__(self, x: Array) -> Array:
         return self.out_layer(jax.nn.silu(self.in_layer(x)))
@@ -156,9 +158,9 @@ class Embedder(nnx.Module):
 class Modulation(nnx.Module):
     """`count` vectors for the tokens of each image: linear(silu(v)), [B, width] -> count of [B, 1, width]."""
 
-    def __init__(self, count: int, config: FlowConfig, layers: Layers):
+    def __init__(self, count: int, config: FlowConfig, layers: TorchLayers):
         self.count = count
-        self.lin = torch_linear(layers, config.width, count * config.width, config.zero_out)
+        self.lin = layers.linear(config.width, count * config.width, config.zero_out)
 
     def __call__(self, v: Array) -> list[Array]:
         return jnp.split(self.lin(jax.nn.silu(v))[:, None], self.count, axis=-1)
@@ -167,11 +169,11 @@ class Modulation(nnx.Module):
 class SelfAttention(nnx.Module):
     """Projections and norms of one stream; the attention itself is that of both streams together."""
 
-    def __init__(self, config: FlowConfig, layers: Layers):
+    def __init__(self, config: FlowConfig, layers: TorchLayers):
         self.heads = config.heads
-        self.qkv = torch_linear(layers, config.width, 3 * config.width)
+        self.qkv = layers.linear(config.width, 3 * config.width)
         self.norm = QKNorm(config.width // config.heads, layers)
-        self.proj = torch_linear(layers, config.width, config.width)
+        self.proj = layers.linear(config.width, config.width)
 
     def __call__(self, x: Array) -> tuple[Array, Array, Array]:
         """[B, N, width] -> queries, keys and values, each [B, N, H, D]."""
@@ -179,23 +181,13 @@ class SelfAttention(nnx.Module):
         return *self.norm(q, k), v
 
 
-class FlowMlp(nnx.Module):
-    """Linear, tanh's approximation of GELU, linear."""
-
-    def __init__(self, config: FlowConfig, layers: Layers):
-        self.fc1 = torch_linear(layers, config.width, config.hidden)
-        self.fc2 = torch_linear(layers, config.hidden, config.width)
-
-    def __call__(self, x: Array) -> Array:
-        return self.fc2(ACTIVATIONS["gelu_tanh"](self.fc1(x)))
-
-
 class DoubleBlock(nnx.Module):
     """Joint attention of both streams, then an MLP on each; all modulated by v."""
 
-    def __init__(self, config: FlowConfig, layers: Layers):
+    def __init__(self, config: FlowConfig, layers: TorchLayers):
         def stream():
-            return Modulation(6, config, layers), SelfAttention(config, layers), FlowMlp(config, layers)
+            mod, attn = Modulation(6, config, layers), SelfAttention(config, layers)
+            return mod, attn, Mlp(layers, config.width, config.hidden, "gelu_tanh")
 
         self.img_mod, self.img_attn, self.img_mlp = stream()
         self.txt_mod, self.txt_attn, self.txt_mlp = stream()
@@ -221,10 +213,10 @@ class DoubleBlock(nnx.Module):
 class SingleBlock(nnx.Module):
     """Attention and MLP in parallel over all tokens, with one projection in and one out."""
 
-    def __init__(self, config: FlowConfig, layers: Layers):
+    def __init__(self, config: FlowConfig, layers: TorchLayers):
         width, self.heads = config.width, config.heads
-        self.linear1 = torch_linear(layers, width, 3 * width + config.hidden)
-        self.linear2 = torch_linear(layers, width + config.hidden, width)
+        self.linear1 = layers.linear(width, 3 * width + config.hidden)
+        self.linear2 = layers.linear(width + config.hidden, width)
         self.norm = QKNorm(width // config.heads, layers)
         self.modulation = Modulation(3, config, layers)
 
@@ -242,9 +234,9 @@ class SingleBlock(nnx.Module):
 class LastLayer(nnx.Module):
     """Modulated LayerNorm and the projection to velocities."""
 
-    def __init__(self, config: FlowConfig, layers: Layers):
-        self.linear = torch_linear(layers, config.width, config.in_channels, config.zero_out)
-        self.adaLN_modulation = torch_linear(layers, config.width, 2 * config.width, config.zero_out)
+    def __init__(self, config: FlowConfig, layers: TorchLayers):
+        self.linear = layers.linear(config.width, config.in_channels, config.zero_out)
+        self.adaLN_modulation = layers.linear(config.width, 2 * config.width, config.zero_out)
 
     def __call__(self, x: Array, v: Array) -> Array:
         """[B, N, width], [B, width] -> [B, N, in_channels]."""
@@ -256,13 +248,13 @@ class Flow(nnx.Module):
     """The transformer with random weights; `remat` recomputes each block in the backward pass, others as `Layers`."""
 
     def __init__(self, config: FlowConfig, *, rngs: Keys, dtype=jnp.float32, param_dtype=jnp.float32, remat=False):
-        layers, width = Layers(rngs, dtype, param_dtype), config.width
+        layers, width = TorchLayers(rngs, dtype, param_dtype), config.width
         self.config, self.dtype, self.remat = config, dtype, remat
-        self.img_in = torch_linear(layers, config.in_channels, width)
+        self.img_in = layers.linear(config.in_channels, width)
         self.time_in = Embedder(_CODE, width, layers)
         self.guidance_in = Embedder(_CODE, width, layers)
         self.vector_in = Embedder(config.vector_dim, width, layers)
-        self.txt_in = torch_linear(layers, config.text_dim, width)
+        self.txt_in = layers.linear(config.text_dim, width)
         self.double_blocks = nnx.List(DoubleBlock(config, layers) for _ in range(config.double_blocks))
         self.single_blocks = nnx.List(SingleBlock(config, layers) for _ in range(config.single_blocks))
         self.final_layer = LastLayer(config, layers)
