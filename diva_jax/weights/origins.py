@@ -18,7 +18,7 @@ from diva_jax.common.log import say_once
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, architectures
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
-from diva_jax.models.backbones.shared.positions import depth, tensor_shape
+from diva_jax.models.names import depth, tensor_shape
 from diva_jax.weights import clip, hf, names, places, readers
 from diva_jax.weights.readers import Tensor, Tensors
 from diva_jax.weights.writers import OPEN_CLIP_CONFIG

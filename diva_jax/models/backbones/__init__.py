@@ -11,7 +11,7 @@ that differs by architecture; what several of them use is in the subpackage `sha
 - `MARK`: the tensor, without `visual.`, by which a checkpoint of this architecture is recognised.
 - `VISION`, `TEXT`: `models.names.Table`s between our towers and open_clip's checkpoints; `TEXT` is None where there
   is no text tower.
-- `positions(spec) -> shared.positions.Positions`: the learned position embeddings, which depend on the resolution.
+- `positions(spec) -> models.names.Positions`: the learned position embeddings, which depend on the resolution.
 - `OTHERS`: tensors of a whole checkpoint that belong to neither tower and are kept in exports.
 - `shapes(tensors) -> dict`: the fields of `Spec` that the shapes of a checkpoint's vision tower tell.
 - `PREPROCESS`: mean, std, resize_mode and interpolation where a config does not state them.

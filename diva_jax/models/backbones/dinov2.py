@@ -15,10 +15,9 @@ from flax import nnx
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Features, Spec
 from diva_jax.models.backbones.shared import transformers_layout as hf
-from diva_jax.models.backbones.shared.positions import Positions, sizes, tensor_shape
 from diva_jax.models.backbones.shared.transformer import Attention, Mlp, embedded, run
 from diva_jax.models.layers import Layers
-from diva_jax.models.names import Table
+from diva_jax.models.names import Positions, Table, sizes, tensor_shape
 
 MARK = "blocks.0.ls1.gamma"
 # The mask token of pretraining is in published checkpoints and in no forward pass.
