@@ -280,16 +280,13 @@ def beside(sample: Mapping[str, T], image: str, kind: str) -> T | None:
     return sample.get(f"{image.rpartition('.')[0]}.{kind}", sample.get(kind))
 
 
-LeftOut = tuple[int, list[str]]  # How many images, and the names of some.
-
-
-def left_out(names: Sequence[str]) -> LeftOut:
+def left_out(names: Sequence[str]) -> tuple[int, list[str]]:
     """How many these are, and two of them."""
     return len(names), list(names[:2])
 
 
-def say_left_out(where: str, others: LeftOut, unread: LeftOut) -> None:
-    """Warns of images that are not read: further ones of a sample, and those of other formats."""
+def say_left_out(where: str, others: tuple[int, list[str]], unread: tuple[int, list[str]]) -> None:
+    """Warns of images that are not read, see `left_out`: further ones of a sample, and those of other formats."""
     one = f"a sample has one image, the first of {', '.join(IMAGE_SUFFIXES)}, or else of NAME.jpg and so on"
     for (count, some), what, rule in (
         (others, "further images of samples", one),

@@ -88,15 +88,8 @@ def scan(path: str) -> tuple[list[Member], str]:
 
 # One image: its shard, the bytes of its file and of the members with its caption (0, 0: none), and where its name ends
 # in the names of all images.
-_ROW = np.dtype(
-    [
-        ("shard", np.int32),
-        ("offset", np.int64),
-        ("size", np.int64),
-        *((f"{kind}_{what}", np.int64) for kind in CAPTION_KINDS for what in ("offset", "size")),
-        ("name_end", np.int64),
-    ]
-)
+_NUMBERS = ("offset", "size", *(f"{k}_{what}" for k in CAPTION_KINDS for what in ("offset", "size")), "name_end")
+_ROW = np.dtype([("shard", np.int32), *((name, np.int64) for name in _NUMBERS)])
 
 
 class _Index(NamedTuple):
