@@ -84,9 +84,8 @@ def expand(pattern: str) -> list[str]:
                 return names
     except ValueError as e:
         raise UserError(f"the pattern {pattern[:300]!r} cannot be expanded ({e}): correct its braces") from e
-    raise UserError(
-        f"{pattern!r} stands for more than {_MAX_EXPANDED} names: correct the range, or use * for the files that exist"
-    )
+    problem = f"{pattern!r} stands for more than {_MAX_EXPANDED} names"
+    raise UserError(f"{problem}: correct the range, or use * for the files that exist")
 
 
 def _file_system(path: str):

@@ -235,9 +235,8 @@ class Prepared(_Pixels):
     def __post_init__(self):
         super().__post_init__()
         if self.resize and self.resize < self.size:
-            raise UserError(
-                f"{self.size} pixels cannot be cropped from an image of {self.resize}: resize it to {self.size} or more"
-            )
+            problem = f"{self.size} pixels cannot be cropped from an image of {self.resize}"
+            raise UserError(f"{problem}: resize it to {self.size} or more")
 
     def open(self, config) -> Callable[[Example], np.ndarray]:
         side = self.resize or self.size

@@ -153,9 +153,8 @@ def class_folders(root: Path) -> Images:
         names.sort(key=_natural)
     splits = [name for name in names if name.lower() in _SPLITS]
     if splits and len(splits) in (len(names), 2, 3):
-        raise UserError(
-            f"{root} has the folders {listing(splits)}, which are splits of a data set and no classes: give one of them"
-        )
+        problem = f"{root} has the folders {listing(splits)}, which are splits of a data set and no classes"
+        raise UserError(f"{problem}: give one of them")
     if not names:
         raise UserError(f"{root} has neither tar shards nor a folder of images for each class: give one that has")
     labels = {name: label for label, name in enumerate(names)}

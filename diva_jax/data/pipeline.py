@@ -339,9 +339,8 @@ def open_batches(
     outputs of frozen models. A UserError where the batch does not divide over the processes, there is no data, an input
     needs captions and the data has none, or the cache is of other data."""
     if global_batch % process_count:
-        raise UserError(
-            f"config.batch_size={global_batch} does not divide over {process_count} processes: use a multiple"
-        )
+        problem = f"config.batch_size={global_batch} does not divide over {process_count} processes"
+        raise UserError(f"{problem}: use a multiple")
     if "row" in inputs:
         raise UserError("an input cannot be called 'row', which is the examples' row in the batch: rename it")
     index = str(cache_dir) if cache_dir else None

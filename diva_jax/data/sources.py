@@ -88,9 +88,8 @@ class TfdsSource:
             self.features = builder.info.features
             images = [key for key, feature in self.features.items() if type(feature) is tfds.features.Image]
             if not (image := self._chosen("image", "image feature", images)) and len(images) != 1:
-                raise UserError(
-                    f"{self._where} has {len(images)} image features ({listing(images)}): choose one with ?image=..."
-                )
+                problem = f"{self._where} has {len(images)} image features ({listing(images)})"
+                raise UserError(f"{problem}: choose one with ?image=...")
             self._image = image or images[0]
             captions = (key for key in records.TEXT_COLUMNS if key in self.features)
             self._text = self._chosen("text", "feature", self.features) or next(captions, None)
@@ -254,13 +253,11 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, al
         # An object store that refuses, by an exception of its own; a local folder that is not there is a UserError.
         if not isinstance(e, OSError) and not is_remote(path):
             raise
-        raise UserError(
-            f"config.data.path={path!r} cannot be read ({reason(e)}): check it, the network and this account's rights"
-        ) from e
+        problem = f"config.data.path={path!r} cannot be read ({reason(e)})"
+        raise UserError(f"{problem}: check it, the network and this account's rights") from e
     if options:
-        raise UserError(
-            f"config.data.path={path!r} holds {kind}, which have no columns: leave ?{'&'.join(options)} out"
-        )
+        problem = f"config.data.path={path!r} holds {kind}, which have no columns"
+        raise UserError(f"{problem}: leave ?{'&'.join(options)} out")
     if kind == "tars":
         return TarSource(paths, cache_dir, quiet)
     return FolderSource(paths, path if files.is_folder(path) else "", quiet)

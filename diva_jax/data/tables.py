@@ -278,9 +278,8 @@ def _data_files(path: str, arrow_files: Sequence[str]) -> Sequence[str]:
         names = listing([posixpath.basename(f) for f in folders], 5)
         raise UserError(f"config.data.path={path!r} holds several datasets ({names}): choose one, e.g. {folders[0]}")
     if is_remote(path):
-        raise UserError(
-            f"config.data.path={path!r}: Arrow files must be on this machine: copy the folder, or use Parquet"
-        )
+        problem = f"config.data.path={path!r}: Arrow files must be on this machine"
+        raise UserError(f"{problem}: copy the folder, or use Parquet")
     state = posixpath.join(folders[0], "state.json")
     if not files.is_folder(path) or not files.exists(state):
         return kept

@@ -118,9 +118,8 @@ class FolderTokenizer:
             self.size = max(self._tokenizer.get_vocab().values()) + 1
             self([""])  # Where the padding token is missing, this fails.
         except Exception as e:  # transformers raises a different kind for each file that is missing or broken.
-            raise UserError(
-                f"the tokenizer files in {folder} cannot be read ({brief(e)}): fetch the folder again"
-            ) from e
+            problem = f"the tokenizer files in {folder} cannot be read ({brief(e)})"
+            raise UserError(f"{problem}: fetch the folder again") from e
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> ids, int32 [N, length]; a text that is too long is cut and still ends with the end token."""

@@ -317,9 +317,8 @@ class RunAt:
         try:
             return Program(config, Mesh(np.asarray([[_host()]]), ("data", "fsdp")))
         except (AttributeError, KeyError, TypeError, ValueError) as e:  # A field is missing, or cannot be used.
-            raise UserError(
-                f"{self.workdir}/config.json does not describe a run of this version ({paths.reason(e)}): restore it"
-            ) from e
+            problem = f"{self.workdir}/config.json does not describe a run of this version ({paths.reason(e)})"
+            raise UserError(f"{problem}: restore it") from e
 
     @functools.cached_property
     def _restored(self) -> tuple[dict[str, jax.Array], dict]:

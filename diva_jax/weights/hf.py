@@ -87,9 +87,8 @@ def from_transformers(
     layouts = {model: layout for layout in _layouts() for model in layout.models}
     if not isinstance(kind, str) or kind not in layouts:
         known = [name for layout in layouts.values() for name in layout.models.values()]
-        raise UserError(
-            f"{where} is a {brief(kind)} model: give the folder of a whole {' or '.join(dict.fromkeys(known))}"
-        )
+        problem = f"{where} is a {brief(kind)} model"
+        raise UserError(f"{problem}: give the folder of a whole {' or '.join(dict.fromkeys(known))}")
     spec, silent = layouts[kind].from_config(config, preprocessor, where)
     return backbones.check(spec, f"{where}: backbone"), silent
 

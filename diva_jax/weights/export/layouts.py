@@ -214,9 +214,8 @@ def _differ(library: str, what: str, ours: jax.Array, theirs: np.ndarray) -> str
     ours = np.asarray(ours)
     error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     if not error <= BOUND:
-        raise RunError(
-            f"{library} computes another embedding of {what} (relative error {error:.1e}): nothing was exported"
-        )
+        problem = f"{library} computes another embedding of {what} (relative error {error:.1e})"
+        raise RunError(f"{problem}: nothing was exported")
     return f"of {what} {np.abs(ours - theirs).max():.1e}, relative error {error:.1e}"
 
 
