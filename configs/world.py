@@ -4,7 +4,8 @@
     python -m diva_jax.main --config=configs/world.py:judge_control --workdir=runs/world/judge_control
 
 After the colon stands an arm of diva_jax/world/arms.py, by default diva. docs/DOES_IT_WORK.md says how the fields were
-chosen, and what comes out over several seeds.
+chosen, and what comes out over several seeds. A control with a random teacher needs the folder of one, which
+world.experiment writes: --config.teacher.source, .kuea.teacher.source or .diffusion.source.
 """
 
 from diva_jax import config
