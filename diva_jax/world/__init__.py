@@ -6,3 +6,17 @@ are kept in `weights`, and `criteria` says what they know. `experiment` tunes th
 `endpoints` with `blindness`, and compares; `why` measures what an arm's gradient holds. docs/DOES_IT_WORK.md has the
 results.
 """
+
+from pathlib import Path
+
+from diva_jax.common import paths
+from diva_jax.common.errors import UserError
+
+
+def folder(out: str | None, example: str) -> Path:
+    """The folder that a command has as --out; a UserError where it is missing, in a bucket, or cannot be written."""
+    if not out or paths.is_remote(out):
+        raise UserError(f"--out={out or ''} is no folder on this machine: give one, e.g. --out={example}")
+    found = paths.folder(out, "--out")
+    paths.check_writable(found, "--out")
+    return Path(found)

@@ -66,7 +66,7 @@ _COMCLIP = {"contrast.weight": 1.0, "relation.weight": 1.0, "optim.lr": 1e-3} | 
 _SALM = {"optim.lr": 3e-3}
 _GENHANCER = {"genhancer.stage1_steps": 500, "genhancer.stage1_lr": 2e-3, "optim.lr": 1e-3}
 # The authors compare 16 images with each other, in 17 passes of the generator per image; two take 3.
-_DCR = {"dcr.group": 2, "dcr.tile": 384, "condition.warmup_steps": 100, "condition.warmup_lr": 2e-3, "optim.lr": 1e-3}
+_DCR = {"dcr.group": 2, "dcr.tile": 384, "condition.warmup_steps": 100, "condition.warmup_lr": 2e-3, "optim.lr": 1e-4}
 _DIVA_NEXT, _UNCLIP_NEXT = {"diva.condition_of": "next"}, {"unclip.condition_of": "next"}
 
 # Learning rates and anchors were searched with seeds from `SEARCH` on; docs/DOES_IT_WORK.md has the commands.

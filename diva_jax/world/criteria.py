@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from diva_jax.common.errors import RunError, UserError
+from diva_jax import world
+from diva_jax.common.errors import RunError
 from diva_jax.common.log import say
 from diva_jax.world import arms, blindness, comparison, models, scenes
 from diva_jax.world.endpoints import ENDPOINTS, NAMES, SEEN
@@ -64,9 +65,7 @@ def of_labels(rows: list[dict]) -> Iterator[Criterion]:
 
 def _main() -> None:
     given = flags.FLAGS
-    if not given.out:
-        raise UserError("--out is missing: give the folder of the experiment, e.g. --out=runs/experiment")
-    found = []
+    out, found = world.folder(given.out, "runs/experiment"), []
 
     def show(c: Criterion) -> None:
         found.append(c)
@@ -76,7 +75,7 @@ def _main() -> None:
     for c in of_models(Path(given.weights or models.WEIGHTS), blindness.Tests.make()):
         show(c)
     if not given.weights:
-        rows = experiment(Path(given.out), ["labels"], range(given.seeds), arms.Budget(), blindness.PAIRS)
+        rows = experiment(out, ["labels"], range(given.seeds), arms.Budget(), blindness.PAIRS)
         for c in of_labels(rows):
             show(c)
     if wrong := [c.what for c in found if not c.holds]:

@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from diva_jax.common.errors import RunError, UserError
+from diva_jax import world
+from diva_jax.common.errors import RunError
 from diva_jax.common.log import say
 
 ARMS = ("judge", "judge_control", "diva")
@@ -88,9 +89,7 @@ def demo(out: Path, overrides: list[str], pairs: int) -> None:
 
 def _main() -> None:
     given = flags.FLAGS
-    if not given.out:
-        raise UserError("--out is missing: give a folder, e.g. --out=runs/world")
-    demo(Path(given.out), given.override, given.pairs)
+    demo(world.folder(given.out, "runs/world"), given.override, given.pairs)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diva_jax.common import log, paths
+from diva_jax import world
+from diva_jax.common import log
 from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
 from diva_jax.training import compiler
@@ -98,10 +99,8 @@ def experiment(
 
 def _main() -> None:
     given = flags.FLAGS
-    if not given.out:
-        raise UserError("--out is missing: give a folder, e.g. --out=runs/experiment")
-    out = Path(given.out)
-    compiler.use_cache(compiler.AUTO, paths.folder(given.out, "--out"))
+    out = world.folder(given.out, "runs/experiment")
+    compiler.use_cache(compiler.AUTO, out)
     first, tests = (arms.SEARCH, blindness.SEARCH_SEED) if given.search else (0, blindness.SEED)
     seeds = range(first, first + given.seeds)
     names = given.arms or [name for name in arms.ARMS if name != "untuned"]

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from diva_jax.common.errors import UserError
+from diva_jax import world
 from diva_jax.common.log import say
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.training import partition, workdirs
@@ -146,9 +146,7 @@ def pretrain(out: Path, shorter: float = 1.0) -> None:
 
 
 def _main() -> None:
-    if not flags.FLAGS.out:
-        raise UserError("--out is missing: give a folder, e.g. --out=runs/world_models")
-    pretrain(Path(flags.FLAGS.out), flags.FLAGS.shorter)
+    pretrain(world.folder(flags.FLAGS.out, "runs/world_models"), flags.FLAGS.shorter)
 
 
 if __name__ == "__main__":

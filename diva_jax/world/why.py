@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diva_jax.common import paths
+from diva_jax import world
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
 from diva_jax.data import preprocess
@@ -147,11 +147,9 @@ def table(rows: Mapping[str, Mapping]) -> str:
 
 def _main() -> None:
     given = flags.FLAGS
-    if not given.out:
-        raise UserError("--out is missing: give a folder for why.json, e.g. --out=runs/world_why")
+    folder = world.folder(given.out, "runs/world_why")
     if unknown := [n for n in given.arms if not arms.find(n).objective]:
         raise UserError(f"--arms has {listing(unknown)}, which is not tuned: leave it out")
-    folder = Path(paths.folder(given.out, "--out"))
     folder.mkdir(parents=True, exist_ok=True)
     generator, encoder = Generator(), blindness.Encoder()
     rows = {"the generator, in words": {"nats": {f: _with_interval(generator.nats(f, COUNT)) for f in scenes.FACTS}}}

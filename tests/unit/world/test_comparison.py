@@ -5,7 +5,7 @@ import pytest
 from helpers import refused
 from PIL import Image
 
-from diva_jax import config, objectives
+from diva_jax import config, objectives, world
 from diva_jax.common.errors import UserError
 from diva_jax.world import arms, comparison, criteria, endpoints, experiment
 
@@ -86,3 +86,12 @@ def test_results_that_were_cut_off_and_unknown_arms(tmp_path):
     refused("line 1 is no JSON", experiment.read, path)
     with pytest.raises(UserError, match="--arms has no_such_arm"):
         experiment.experiment(tmp_path / "a", ["no_such_arm"], [0], arms.Budget(), 1)
+
+
+@pytest.mark.parametrize("out", [None, "", "gs://bucket/x", "a_file", "a_file/x"])
+def test_commands_are_told_which_folders_they_cannot_use(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(UserError, match="^--out=.* give (one, e.g. --out=runs/x|another one)$"):
+        world.folder(out, "runs/x")
+    assert str(world.folder("runs/x", "runs/x")) == "runs/x"
