@@ -4,12 +4,24 @@ import copy
 
 import numpy as np
 
+from diva_jax.common.errors import UserError
+
 # Values in place of any other; those of text are what files of configs may be misused for.
 WRONG = [
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf")),
     *("", "x", "0", "../../etc/passwd", "/", "\x00\x1b[31m\n", "9" * 5000, "<script>alert(1)</script>", "=1+1"),
     *([], {}, [[]], [None], [1, 2], [float("nan"), 1], ["x"] * 3, {"": None}, {"x": {"y": []}}),
 ]
+
+
+def outcome(read, *named):
+    """What `read` gives, or None where it refuses in one short line that names these; nothing else is caught."""
+    try:
+        return read()
+    except UserError as e:
+        said = str(e)
+        assert "\n" not in said.strip() and len(said) < 2000 and all(str(n) in said for n in named), said
+        return None
 
 
 def places(tree, path=()) -> list[tuple]:

@@ -13,7 +13,7 @@ import pytest
 import small
 from helpers import refused
 from ml_collections import ConfigDict
-from mutations import changed
+from mutations import changed, outcome
 from places import ROOT
 
 from diva_jax import config, objectives
@@ -137,15 +137,12 @@ def test_configs_of_workdirs(objective, seed):
     good, rng = json.loads(config.default(objective=objective).to_json()), np.random.default_rng(seed)
     config.check_stored(ConfigDict(good), "w")
     for _ in range(40):
-        tree, what = changed(rng, good, int(rng.integers(1, 3)))
+        tree, _ = changed(rng, good, int(rng.integers(1, 3)))
         try:
             stored = ConfigDict(tree)
         except (TypeError, ValueError, AttributeError):  # Names that no config can have.
             continue
-        try:
-            config.check_stored(stored, "w")
-        except UserError as e:
-            assert "\n" not in str(e) and len(str(e)) < 1000, what
+        outcome(lambda stored=stored: config.check_stored(stored, "w"))
 
 
 FILES = sorted((ROOT / "configs").glob("*.py"))

@@ -58,11 +58,9 @@ def test_no_value_comes_from_outside_the_file(tmp_path):
     for i, wrong in enumerate(cases):
         pickled = archives.state_dict({"w": archives.tensor(**good | wrong)})
         path = archives.write(tmp_path / f"{i}.pt", pickled, {"0": data})
-        try:
-            assert set(read_all(path)["w"].ravel().tolist()) <= set(range(15)), wrong
-        except UserError as e:
-            assert "\n" not in str(e) and str(path) in str(e)
-            refusals += 1
+        found = mutations.outcome(lambda path=path: read_all(path), path)
+        refusals += found is None
+        assert found is None or set(found["w"].ravel().tolist()) <= set(range(15)), wrong
     assert refusals > 35
 
 
@@ -74,10 +72,8 @@ def test_changed_bytes(tmp_path, seed):
     for case in range(25):
         path = tmp_path / f"{case}"
         path.write_bytes(mutations.damaged(rng, data, most=3))
-        try:
-            assert sum(a.nbytes for a in read_all(path).values()) <= path.stat().st_size
-        except UserError as e:
-            assert "\n" not in str(e) and str(path) in str(e)
+        found = mutations.outcome(lambda path=path: read_all(path), path)
+        assert found is None or sum(a.nbytes for a in found.values()) <= path.stat().st_size
 
 
 class Bomb:

@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import pytest
 from helpers import failed, refused
-from mutations import changed, damaged
+from mutations import changed, damaged, outcome
 from PIL import Image
 from records import batches, data_config, encoded, tags, write_shards, write_tar
 
@@ -300,11 +300,8 @@ def test_files_of_clip(tmp_path, contents, name, seed):
             (tmp_path / other).write_bytes(contents[other])
     for data in variants(np.random.default_rng(seed), name, contents[name], 30):
         (tmp_path / name).write_bytes(data)
-        try:
-            ids = tokenizers.open_tokenizer(TEXT, tmp_path)(TEXTS)
-        except UserError as e:
-            assert "\n" not in str(e) and len(str(e)) < 1000
-        else:
+        ids = outcome(lambda: tokenizers.open_tokenizer(TEXT, tmp_path)(TEXTS))
+        if ids is not None:
             assert ids.shape == (len(TEXTS), 9) and 0 <= ids.min() and ids.max() < TEXT.vocab_size
 
 
@@ -322,9 +319,5 @@ def test_files_of_the_prompt(tmp_path, contents, name):
     assert parts.diffusers_tokenizer(tmp_path, 6)(["a photo"]).shape == (1, 6)
     for data in variants(np.random.default_rng(0), name, contents[name], 8):
         (tmp_path / name).write_bytes(data)
-        try:
-            ids, mask = parts.diffusers_tokenizer(tmp_path, 6).encode(["a photo"])
-        except UserError as e:
-            assert str(tmp_path) in str(e) and "\n" not in str(e) and len(str(e)) < 1000
-        else:
-            assert ids.shape == mask.shape == (1, 6)
+        found = outcome(lambda: parts.diffusers_tokenizer(tmp_path, 6).encode(["a photo"]), tmp_path)
+        assert found is None or found[0].shape == found[1].shape == (1, 6)

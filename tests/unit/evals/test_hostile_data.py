@@ -8,22 +8,12 @@ import eval_data
 import numpy as np
 import pytest
 from eval_data import write_image, write_mmvp
-from mutations import WRONG, changed, damaged
+from mutations import WRONG, changed, damaged, outcome
 
-from diva_jax.common.errors import UserError
 from diva_jax.data import labelled
 from diva_jax.evals.tasks import choice, mmvp
 
 pytestmark = pytest.mark.attack
-
-
-def outcome(read):
-    """What `read` gives, or None where it refuses; any other exception fails the test."""
-    try:
-        return read()
-    except UserError as e:
-        assert "\n" not in str(e).strip() and len(str(e)) < 2000, str(e)
-        return None
 
 
 def cells(rng, rows: list[list[str]]) -> bytes:
