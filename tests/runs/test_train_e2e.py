@@ -68,8 +68,7 @@ def test_a_finished_run_is_extended(files, uninterrupted, tmp_path):
     assert steps == list(range(1, 16))
 
 
-# That of test_outside_objectives.py is killed.
-@pytest.mark.parametrize("sig", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, sig):
     step = random.SystemRandom().randint(1, TOTAL - 3)
     process = start(files, tmp_path / "run")

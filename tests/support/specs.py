@@ -52,7 +52,7 @@ EVAL_SIGLIP = _replace(SIGLIP, layers=2, readout="l2(cls)", text=_EVAL_SIGLIP_TE
 # The tower that small.py's runs train.
 _TRAINED = dict(image_size=21, patch_size=7, width=24, layers=2, heads=3, mlp_dim=40, embed_dim=20)
 TRAINED = _replace(TINY, **_TRAINED, select="random:5")
-# The frozen second encoder of a distillation.
+# A SigLIP with the names of a published one.
 _TEACHER = dict(image_size=30, patch_size=10, width=36, layers=2, heads=3, mlp_dim=50, embed_dim=36)
 TEACHER = _replace(TABLE["siglip_so400m"], **_TEACHER)
 # DFN's ViT-H/14, which has heads of width 80 and squashes its images.

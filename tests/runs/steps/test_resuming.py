@@ -1,5 +1,6 @@
 """Anchor and moving average, resuming bit for bit, and runs that begin with another run's parameters."""
 
+import importlib
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ from e2e_config import get_config
 from flax import nnx
 from helpers import within
 
-from diva_jax import demo
+from diva_jax import demo, objectives
 from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess
 from diva_jax.data.photos import pack_photos
@@ -90,10 +91,12 @@ def test_anchor_is_zero_at_the_start():
     np.testing.assert_array_equal(module.vision.encode(x).pooled, module.anchor.encode(x).pooled)
 
 
-def test_average_is_the_recursion_across_stages():
+def test_average_is_the_recursion_across_stages(monkeypatch):
     """In numpy, from the first values on; what the first stage does not train stays bit-identical."""
-    fields = dict(steps=3, accum=1, distillation__head_steps=2, ema__decay=0.75, optim__warmup=0.0)
-    c = small.with_fields(get_config("outside.distillation:none"), fields)
+    head = objectives.Stage("head", 0, 2, 1e-2, (("head/.*", 1.0), (".*", 0.0)))
+    both = lambda c: (head, objectives.tune(c, 2))  # noqa: E731
+    monkeypatch.setattr(importlib.import_module("outside.rotations"), "stages", both, raising=False)
+    c = rotations(steps=3, ema__decay=0.75, optim__warmup=0.0)
     states, p = (found := small.train(c, 4)).states, found.program
     assert [s.name for s in p.stages] == ["head", "tune"] and int(states[4]["step"]) == 4
     params = [state["params"] for state in states]
@@ -150,19 +153,22 @@ def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
 
 
 OTHERS = [
-    ("comclip", {}),
+    ("comclip", dict(batch_size=16, accum=2)),
+    ("dcr", dict(condition__warmup_steps=0, dcr__group=4)),
     ("salm", dict(salm__teacher="self", ema__decay=0.6)),
     ("judge", dict(judge__verdict="shuffled", judge__count=3)),
 ]
 
 
 @pytest.mark.parametrize("objective, fields", OTHERS)
-def test_objectives_with_captions_resume_bit_identical(objective, fields, tmp_path):
-    """In the world; SALM's curriculum follows the step, and its teacher is in the checkpoint. The judge's texts, of
-    those records that have any, follow from the position, its draws from the step."""
+def test_objectives_resume_bit_identical(objective, fields, tmp_path, capsys):
+    """In the world; DCR's adapters have dropout; SALM's curriculum follows the step, and its teacher is in the
+    checkpoint. The judge's texts, of those records that have any, follow from the position, its draws from the step."""
     c = small.with_fields(models.base_config(objective), dict(batch_size=8) | fields)
     c.data.path = records.path(3, count=30)
     _, state, _ = resumed(c, tmp_path)
+    said = "compares the images of a micro-batch with each other: 8 at once, not the 16 of a step"
+    assert (said in capsys.readouterr().out) == (objective == "comclip")
     assert any(n.startswith("adapter/") for n in state["params"]) == (objective == "salm")
 
 

@@ -4,19 +4,22 @@ import jax
 import numpy as np
 import optax
 import pytest
+from e2e_config import get_config
 from eval_data import patch
 from helpers import refused
 
 import diva_jax
-from diva_jax import config
 from diva_jax.api import read_config
 from diva_jax.data import images
 from diva_jax.training.step import train_step
 
 
 @pytest.fixture(scope="module")
-def loss():
-    return diva_jax.objective(config.default(objective="outside.linear_objective"), {"batch_size": 8})
+def loss(files):
+    """Of a head, over a tower that is frozen."""
+    c = get_config(f"outside.rotations:{files}")
+    c.trainable = (("head/.*", 1.0), (".*", 0.0))
+    return diva_jax.objective(c)
 
 
 def test_it_is_the_loss_and_the_gradient_of_training(loss):
@@ -25,7 +28,8 @@ def test_it_is_the_loss_and_the_gradient_of_training(loss):
     found = loss(batch, step=2)
     assert found.metrics["loss"] == pytest.approx(found.loss, rel=1e-6)
     active = frozenset(program.active(0))
-    assert set(found.gradients) == set(loss.params) == {"map/kernel", "map/bias"} and set(loss.frozen) == {"offset"}
+    assert set(found.gradients) == set(loss.params) == {"head/kernel", "head/bias"}
+    assert all(n.startswith("vision/") for n in loss.frozen)
     # One step of plain gradient descent changes the parameters by the gradient.
     tx = optax.sgd(1.0)
     state = {
@@ -56,27 +60,27 @@ def test_batches_are_cropped_as_in_training(loss):
     for i in range(2):
         rng = np.random.default_rng((5, i))
         box = images.sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
-        np.testing.assert_array_equal(batch["image"][i], images.resized_crop(image, box, 12, c.interpolation))
-    assert loss.inputs == {"image": ((12, 12, 3), np.dtype(np.uint8))}
+        np.testing.assert_array_equal(batch["image"][i], images.resized_crop(image, box, 21, c.interpolation))
+    assert loss.inputs == {"image": ((21, 21, 3), np.dtype(np.uint8))}
 
 
 def test_bad_batches_are_one_sentence(loss):
     good = loss.batch([patch(i) for i in range(8)])
     for batch, says in (
-        ({}, "the batch lacks image: it must have image .uint8 .B, 12, 12, 3.."),
+        ({}, "the batch lacks image: it must have image .uint8 .B, 21, 21, 3.."),
         (good | {"text": 1}, "the batch has text, which is no input"),
-        ({"image": good["image"] / 255}, r"the input image is float64 .8, 12, 12, 3.: give uint8"),
-        ({"image": good["image"][:, :10]}, r"is uint8 .8, 10, 12, 3."),
+        ({"image": good["image"] / 255}, r"the input image is float64 .8, 21, 21, 3.: give uint8"),
+        ({"image": good["image"][:, :10]}, r"is uint8 .8, 10, 21, 3."),
         (good | {"row": np.arange(8)}, "the input row is int64"),
         ({"image": good["image"][:5]}, "a batch of 5 cannot be split over 8 devices"),
         ({"image": good["image"][:0]}, "a batch of 0 cannot"),
     ):
         refused(says, loss, batch)
     for params, says in (
-        ({n: a for n, a in loss.params.items() if n != "map/bias"}, "params lacks map/bias: give all of Loss.params"),
-        (loss.params | {"map/scale": 1.0}, "params has map/scale"),
-        (loss.params | {"map/bias": np.zeros(3)}, r"map/bias as float64 .3. and not as floats .5."),
-        (loss.params | {"map/bias": np.zeros(5, int)}, "map/bias as int64"),
+        ({n: a for n, a in loss.params.items() if n != "head/bias"}, "params lacks head/bias: give all of Loss.params"),
+        (loss.params | {"head/scale": 1.0}, "params has head/scale"),
+        (loss.params | {"head/bias": np.zeros(3)}, r"head/bias as float64 .3. and not as floats .4."),
+        (loss.params | {"head/bias": np.zeros(4, int)}, "head/bias as int64"),
         ([1], "params=.1. is no mapping of names: give params=Loss.params"),
     ):
         refused(says, loss, good, params)
