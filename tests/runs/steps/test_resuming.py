@@ -154,7 +154,6 @@ def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
 
 OTHERS = [
     ("comclip", dict(batch_size=16, accum=2)),
-    ("dcr", dict(condition__warmup_steps=0, dcr__group=4)),
     ("salm", dict(salm__teacher="self", ema__decay=0.6)),
     ("judge", dict(judge__verdict="shuffled", judge__count=3)),
 ]
@@ -162,7 +161,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("objective, fields", OTHERS)
 def test_objectives_resume_bit_identical(objective, fields, tmp_path, capsys):
-    """In the world; DCR's adapters have dropout; SALM's curriculum follows the step, and its teacher is in the
+    """In the world; SALM's curriculum follows the step, and its teacher is in the
     checkpoint. The judge's texts, of those records that have any, follow from the position, its draws from the step."""
     c = small.with_fields(models.base_config(objective), dict(batch_size=8) | fields)
     c.data.path = records.path(3, count=30)
