@@ -161,8 +161,8 @@ OTHERS = [
 
 @pytest.mark.parametrize("objective, fields", OTHERS)
 def test_objectives_resume_bit_identical(objective, fields, tmp_path, capsys):
-    """In the world; SALM's curriculum follows the step, and its teacher is in the
-    checkpoint. The judge's texts, of those records that have any, follow from the position, its draws from the step."""
+    """In the world; SALM's curriculum follows the step, and its teacher is in the checkpoint. The judge's texts, of
+    those records that have any, follow from the position, its draws from the step."""
     c = small.with_fields(models.base_config(objective), dict(batch_size=8) | fields)
     c.data.path = records.path(3, count=30)
     _, state, _ = resumed(c, tmp_path)

@@ -12,10 +12,11 @@ from diva_jax.common.errors import UserError
 
 
 def test_a_typing_error_in_any_field_finds_it():
+    """In every second one."""
     rng, seen = np.random.default_rng(0), set()
     for objective in objectives.names():
         known = list(fields.flatten(config.default(objective=objective)))
-        for path in (path for path in known if path not in seen):
+        for path in [path for path in known if path not in seen][::2]:
             section, _, name = path.rpartition(".")
             i = int(rng.integers(len(name)))
             for wrong in (name[:i] + "x" + name[i:], name.upper(), name.replace("_", "-")):

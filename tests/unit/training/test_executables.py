@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from e2e_config import get_config
 from etils import epath
 from helpers import refused
 from jax.experimental.compilation_cache import compilation_cache
@@ -23,7 +24,7 @@ from diva_jax.training.step import Steps
 
 
 def step_config(**fields):
-    return small.small_config(diva__draws=1, **fields)
+    return small.with_fields(get_config("outside.rotations:none"), fields)
 
 
 def lowered(p):
