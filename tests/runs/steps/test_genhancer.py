@@ -88,7 +88,7 @@ def test_tokens_of_a_grid_that_is_not_square():
         want = x[0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].transpose(2, 0, 1).ravel()
         np.testing.assert_array_equal(flow.pack(jnp.asarray(x))[0, n], np.float32(want))
         assert tuple(flow.token_positions((3, 5))[1 + n]) == (0, i, j)
-    cos, _ = flow.rotations(flow.FlowConfig(axes=(4, 2, 6), theta=10), (3, 5))
+    cos, _ = flow.rotations(flow.FlowConfig(width=24, heads=2, axes=(4, 2, 6), theta=10), (3, 5))
     np.testing.assert_allclose(cos[-1], np.cos([0, 0, 2, *(4 * 10 ** (-np.arange(3) / 3))]), rtol=1e-6)
 
 
