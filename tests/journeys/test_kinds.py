@@ -62,7 +62,7 @@ KINDS = {
     "images.csv": ("metaclip2", (transformers_folder, METACLIP2_FOLDER), "hf"),
     "images.parquet": ("vit_gelu", (demo.write_clip, GELU), "pt"),
     "saved": ("dinov2", (transformers_folder, DINOV2), "hf"),
-    "tfds": ("siglip2", (transformers_folder, SIGLIP2_FOLDER), "open_clip"),
+    "tfds": ("siglip2", (transformers_folder, SIGLIP2_FOLDER), "hf"),
 }
 
 
