@@ -130,7 +130,7 @@ def write_new_clip(folder: Path, seed: int = 0) -> None:
     tensors |= names.to_torch(nnx.state(text), clip.text_table(SPEC))
     tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
     writers.write_open_clip(folder, tensors, to_open_clip(SPEC))
-    vocabulary.write_tokenizer(folder, captions.WORDS, TOKENS)
+    vocabulary.write(folder, captions.WORDS, TOKENS)
 
 
 def basis(seed: int = 0) -> tuple[np.ndarray, float]:
@@ -164,7 +164,7 @@ def write_new_diffusion(folder: Path, diffusion: Mapping, seed: int = 0) -> None
     writers.write_json(
         folder / "scheduler" / "scheduler_config.json", _KINDS["scheduler"] | dict(diffusion["scheduler"])
     )
-    vocabulary.write_tokenizer(folder / "tokenizer", captions.WORDS, TOKENS)
+    vocabulary.write(folder / "tokenizer", captions.WORDS, TOKENS)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "scheduler": ["diffusers", "DDIMScheduler"],

@@ -143,7 +143,7 @@ def test_executables_in_a_bucket(bucket):
     c = config.default()
     program = SimpleNamespace(config=c, mesh=partition.make_mesh(c.mesh), stages=[SimpleNamespace(name="tune")])
     lowered = jax.jit(lambda x: 2 * x + 1).lower(jax.device_put(np.arange(5.0), NamedSharding(program.mesh, P())))
-    refused("aot --save=gs://bucket/saved", compiler.folder, "gs://bucket/saved")
+    refused("aot --save=gs://bucket/saved", compiler.saved_in, "gs://bucket/saved")
     compiler.save_executable(
         "gs://bucket/saved", 0, compiler.executable_facts(lowered, program), lowered.compile(), program
     )

@@ -284,7 +284,7 @@ VARIANTS = {
 @pytest.mark.parametrize("kind", list(VARIANTS))
 def test_diffusers_unet(tmp_path, kind):
     from diffusers import UNet2DConditionModel
-    from names.training_utils import EMAModel
+    from diffusers.training_utils import EMAModel
 
     model = randomise(UNet2DConditionModel(**UNET))
     model = model.half() if "fp16" in kind else model
