@@ -21,7 +21,7 @@ from absl import flags
 
 from diva_jax import config as configs
 from diva_jax.common import cli, log, paths
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.costs import analysis, chips
 from diva_jax.training import compiler, partition
 from diva_jax.training.step import Program
@@ -128,7 +128,8 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
     fit, there are those of the input, "fits", "needed" and "available" [bytes of HBM] alone. Else there are "memory"
     [bytes], with "aliases", the part of the outputs that reuses the memory of arguments; "seconds", to trace and to
     compile; all keys of `analysis.analyse`; "step_ms", "model_ms" plus "kernel_bound_ms"; "images_per_s", per chip;
-    "mfu", between 0 and 1; "all_reduce_ms", a lower bound of communication time, not part of "step_ms"."""
+    "mfu", between 0 and 1; "all_reduce_ms", a lower bound of communication time, not part of "step_ms".
+    A RunError where jaxlib cannot read the compiled program."""
     chip, shape, mesh_devices = devices(topology)
     n, config = len(mesh_devices), config.copy_and_resolve_references()
     if config.kernels == compiler.AUTO:
@@ -154,8 +155,16 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
                 compiler.save_executable(save, stage, known, compiled, program)
     except OutOfMemory as e:
         return row | {"fits": False, "needed": e.needed, "available": e.available}
-    memory, text = analysis.memory(compiled), compiled.as_text()
+    memory = analysis.memory(compiled)
     needed = memory.pop("needed")
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as e:
+        raise RunError(
+            f"the step compiles for {topology} in {seconds['compile']:.0f} s and needs {needed / _GIB:.2f} of "
+            f"{chip.usable / _GIB:.2f} GiB, but its time is not known: jaxlib {importlib.metadata.version('jaxlib')} "
+            f"cannot read what libtpu {row['versions']['libtpu']} made of it ({paths.reason(e)})"
+        ) from e
     if hlo:
         Path(hlo).write_text(text)
     cost = analysis.analyse(text, chip)

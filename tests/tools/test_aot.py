@@ -19,6 +19,7 @@ from places import ROOT
 
 from diva_jax import aot, config
 from diva_jax.common import config_files
+from diva_jax.common.errors import RunError
 from diva_jax.costs import hlo
 from diva_jax.models import attention, backbones, feed_forward
 from diva_jax.models.diffusion.blocks import FeedForward
@@ -119,6 +120,18 @@ def test_a_program_that_does_not_fit(toy, monkeypatch):
     assert not row["fits"] and row["available"] == 15.75 * 2**30
     assert row["needed"] > 32 * 2**30
     assert "does not fit" in aot.text_of(row) and "GiB too much" in aot.text_of(row)
+
+
+def test_a_program_that_jaxlib_cannot_read(toy, monkeypatch):
+    """As the step of vitl14 for a tpu7x:2x2x4, after half an hour."""
+
+    def fail(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update instruction should have 1 operands")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
+    said = r"compiles for v5e:2x2 in \d+ s and needs \d+\.\d\d of 15.75 GiB, .*jaxlib .* cannot read what libtpu "
+    with pytest.raises(RunError, match=said):
+        aot.report(toy, "v5e:2x2")
 
 
 def test_a_kernel_that_does_not_fit_into_vmem_is_not_a_program_that_does_not_fit(toy, monkeypatch):
