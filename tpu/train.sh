@@ -14,10 +14,8 @@ WORKDIR=
 CHECKED=() # Flags of the check; others are of diva_jax.main.
 for flag in "$@"; do
   case $flag in
-    --config=* | --config.* | --workdir=*) CHECKED+=("$flag") ;;
-  esac
-  case $flag in
-    --workdir=*) WORKDIR=${flag#--workdir=} ;;
+    --config=* | --config.*) CHECKED+=("$flag") ;;
+    --workdir=*) CHECKED+=("$flag") WORKDIR=${flag#--workdir=} ;;
     --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;;
   esac
 done
