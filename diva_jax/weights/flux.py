@@ -1,4 +1,4 @@
-"""FLUX's autoencoder and the transformer of its kind: names in checkpoints, and the autoencoder's source."""
+"""FLUX's autoencoder: names in checkpoints, and its source."""
 
 from pathlib import Path
 
@@ -26,19 +26,6 @@ VAE = names.Table(
         (r"\.conv_shortcut\.", ".nin_shortcut."),
     ),
     ignore=(r"decoder\..*",),
-)
-DENOISER = names.Table(
-    "FLUX's transformer",
-    rename=(
-        (r"_mlp\.fc1\.", "_mlp.0."),
-        (r"_mlp\.fc2\.", "_mlp.2."),
-        (r"\.(query|key)_norm\.weight$", r".\1_norm.scale"),
-        (r"\.adaLN_modulation\.", ".adaLN_modulation.1."),
-    ),
-)
-PROJECTOR = names.Table(
-    "projector of GenHancer",
-    rename=((r"^norm\.", "0."), (r"^fc1\.", "1."), (r"^fc2\.", "3.")),
 )
 
 

@@ -27,6 +27,21 @@ from diva_jax.training import partition
 from diva_jax.weights import clip, flux, names
 from diva_jax.weights.readers import Tensors
 
+# Names in the authors' checkpoints.
+DENOISER = names.Table(
+    "FLUX's transformer",
+    rename=(
+        (r"_mlp\.fc1\.", "_mlp.0."),
+        (r"_mlp\.fc2\.", "_mlp.2."),
+        (r"\.(query|key)_norm\.weight$", r".\1_norm.scale"),
+        (r"\.adaLN_modulation\.", ".adaLN_modulation.1."),
+    ),
+)
+PROJECTOR = names.Table(
+    "projector of GenHancer",
+    rename=((r"^norm\.", "0."), (r"^fc1\.", "1."), (r"^fc2\.", "3.")),
+)
+
 FAMILY = Path(__file__).parent / "family"
 PARTS = ("_grad1", "_stage2")
 HEADS = 4  # Of every vision tower; the arrays do not tell.
@@ -134,9 +149,9 @@ class Case:
         """Name -> array of every parameter of the objective."""
         sources = {
             "vision": (Tensors(from_hf(self.hf_tensors, spec), []), clip.vision_table(spec)),
-            "project_clip": (take(self.arrays, "w/project_clip."), flux.PROJECTOR),
-            "project_t5": (take(self.arrays, "w/project_t5."), flux.PROJECTOR),
-            "denoiser": (take(self.arrays, "w/dit."), flux.DENOISER),
+            "project_clip": (take(self.arrays, "w/project_clip."), PROJECTOR),
+            "project_t5": (take(self.arrays, "w/project_t5."), PROJECTOR),
+            "denoiser": (take(self.arrays, "w/dit."), DENOISER),
             "vae": (self.encoder[0], flux.VAE),
         }
         out = {}
@@ -230,7 +245,7 @@ class Case:
         for name, gradient in grads.items():
             part, *inner = skeleton.variables[name][0]
             if part in ("project_clip", "project_t5", "denoiser"):
-                table = flux.DENOISER if part == "denoiser" else flux.PROJECTOR
+                table = DENOISER if part == "denoiser" else PROJECTOR
                 prefix = "dit" if part == "denoiser" else part
                 gradient = names.to_torch_layout(tuple(inner), np.asarray(gradient))
                 out[f"{key}/{prefix}.{table.torch_name(tuple(inner))}"] = gradient
