@@ -50,7 +50,7 @@ def attention(size: list[int], block: tuple[int, int]):
 def feed_forward(size: list[int], block: tuple[int, int]):
     """As `attention`; the block is (tokens, hidden units)."""
     from diva_jax.models.kernels import feed_forward as kernel
-    from diva_jax.models.kernels.tiles import tile
+    from diva_jax.models.platform import tile
 
     n, c = size
     kernel.TILES, kernel.MAX_PART = {c: (block[0], max(vmem for _, vmem in kernel.TILES.values()))}, block[1]
@@ -82,7 +82,7 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
         from diva_jax import aot
         from diva_jax import config as configs
-        from diva_jax.costs import analysis, hlo
+        from diva_jax.costs import hlo
         from diva_jax.models.kernels import flash
         from diva_jax.training import partition
 
@@ -104,7 +104,7 @@ def main() -> None:
                 both = jax.shard_map(run, in_specs=specs, out_specs=partition.BATCH, check_vma=False)
                 compiled = jax.jit(both).lower(*shapes).compile()
             bounds = {
-                op.name.rsplit(".", 1)[0]: 1e3 * analysis.kernel_seconds(op, computation, chip)
+                op.name.rsplit(".", 1)[0]: 1e3 * hlo.kernel_seconds(op, computation, chip)
                 for op, computation, _ in hlo.parse(compiled.as_text()).executed()
             }
             for name, count in sorted(bundles(Path(folder)).items()):

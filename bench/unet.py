@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from diva_jax import aot
 from diva_jax import config as configs
-from diva_jax.costs import analysis, flops
+from diva_jax.costs import chips, hlo
 from diva_jax.models import platform
 from diva_jax.models.backbones.shared.transformer import Block
 from diva_jax.models.diffusion.blocks import ResnetBlock, Transformer
@@ -88,7 +88,7 @@ def lowered(args):
         with platform.traced_on(mesh.abstract_mesh, compiler.chosen_kernels(args.kernels, mesh.abstract_mesh)):
             return gradient(state, *inputs)
 
-    counted = flops.by_part(jax.make_jaxpr(gradient)(state, *inputs).jaxpr).total() / len(found)
+    counted = chips.flops_by_part(jax.make_jaxpr(gradient)(state, *inputs).jaxpr).total() / len(found)
     return chip, jax.jit(run).lower(state, *inputs), counted
 
 
@@ -100,7 +100,7 @@ def measure(args) -> dict:
     text = compiled.as_text()
     if args.save:
         args.save.write_text(text)
-    cost = analysis.analyse(text, chip)
+    cost = hlo.analyse(text, chip)
     row = {
         "part": args.part, "topology": args.topology, "images": args.images, "options": args.options,
         "side": args.side, "width": args.width, "jax": jax.__version__, "kernels_of_config": args.kernels,

@@ -22,7 +22,7 @@ from absl import flags
 from diva_jax import config as configs
 from diva_jax.common import cli, log, paths
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.costs import analysis, chips
+from diva_jax.costs import chips, hlo
 from diva_jax.training import compiler, partition
 from diva_jax.training.step import Program
 
@@ -127,7 +127,7 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
     TPU7x has two per chip, unless their names imply otherwise. Where the compiler reports that the program does not
     fit, there are those of the input, "fits", "needed" and "available" [bytes of HBM] alone. Else there are "memory"
     [bytes], with "aliases", the part of the outputs that reuses the memory of arguments; "seconds", to trace and to
-    compile; all keys of `analysis.analyse`; "step_ms", "model_ms" plus "kernel_bound_ms"; "images_per_s", per chip;
+    compile; all keys of `hlo.analyse`; "step_ms", "model_ms" plus "kernel_bound_ms"; "images_per_s", per chip;
     "mfu", between 0 and 1; "all_reduce_ms", a lower bound of communication time, not part of "step_ms".
     A RunError where jaxlib cannot read the compiled program."""
     chip, shape, mesh_devices = devices(topology)
@@ -155,7 +155,7 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
                 compiler.save_executable(save, stage, known, compiled, program)
     except OutOfMemory as e:
         return row | {"fits": False, "needed": e.needed, "available": e.available}
-    memory = analysis.memory(compiled)
+    memory = hlo.memory(compiled)
     needed = memory.pop("needed")
     try:
         text = compiled.as_text()
@@ -167,7 +167,7 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
         ) from e
     if hlo:
         Path(hlo).write_text(text)
-    cost = analysis.analyse(text, chip)
+    cost = hlo.analyse(text, chip)
     images, counted = config.batch_size / n, program.flops().total()
     ms = cost["model_ms"] + cost["kernel_bound_ms"]
     # A reduce-scatter or an all-gather counts as half of an all-reduce.
@@ -226,7 +226,7 @@ def text_of(row: dict) -> str:
     if "memory" not in row:
         return "\n".join(lines)
     m = row["memory"]
-    parts = "  ".join(f"{k} {m[k] / _GIB:.2f}" for k in analysis.SIZES)
+    parts = "  ".join(f"{k} {m[k] / _GIB:.2f}" for k in hlo.SIZES)
     lines += [
         f"  [GiB]  {parts}",
         f"time per step: {row['step_ms']:.0f} ms = {row['model_ms']:.0f} ms estimated by the compiler + "

@@ -17,7 +17,7 @@ from diva_jax.common import fields
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import Rule, below, between, field, finite, one_of, pair
 from diva_jax.data import images
-from diva_jax.evals.readout import parse_readout
+from diva_jax.evals.encode import parse_readout
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.presets import Diffusion

@@ -27,7 +27,7 @@ def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
 
     from diva_jax.models import backbones
     from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
-    from diva_jax.models.backbones.shared.text import Text
+    from diva_jax.models.backbones.shared.transformer import Text
     from diva_jax.weights import clip, names, writers
 
     vision = backbones.build(spec, rngs=Keys(seed))
@@ -49,8 +49,7 @@ def write_byte_tokenizer(folder: Path) -> None:
 
 def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
     """Writes a diffusers folder of a result of `presets.preset` with random weights; of the VAE, only the encoder."""
-    from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
-    from diva_jax.models.diffusion.unet import UNet, UNetConfig
+    from diva_jax.models.diffusion.unet import TextEncoder, TextEncoderConfig, UNet, UNetConfig
     from diva_jax.models.diffusion.vae import VAE, VAEConfig
     from diva_jax.weights import names, writers
 

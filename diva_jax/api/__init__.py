@@ -9,8 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from diva_jax import config as configs
-from diva_jax.api import arguments
-from diva_jax.api.encoder import Encoder
+from diva_jax.api.encoder import Encoder, chosen, mapping, named
 from diva_jax.api.loss import Loss
 from diva_jax.common import config_files, imports, paths
 from diva_jax.common import fields as declarations
@@ -40,7 +39,7 @@ def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> Conf
     if not isinstance(config, ConfigDict | str | os.PathLike):
         raise UserError(f"config={brief(config)} is no config: give a result of config.default, a file or a name")
     copied = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else config_files.read(config)
-    fields = arguments.mapping("fields", fields, '{"optim.lr": 3e-4}')
+    fields = mapping("fields", fields, '{"optim.lr": 3e-4}')
     declarations.require(copied, fields)
     try:
         copied.update_from_flattened_dict(fields)
@@ -50,7 +49,7 @@ def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> Conf
     return copied.lock()
 
 
-@arguments.named()
+@named()
 def load(
     source: str | os.PathLike, *, spec: Spec | str | None = None, batch_size: int = 64, dtype: str = "float32"
 ) -> Encoder:
@@ -77,7 +76,7 @@ def load(
             raise UserError("spec is for weights without a description: leave it out for a run, which has a config")
     else:
         if isinstance(spec, str):
-            arguments.chosen("spec", spec, backbones.TABLE)
+            chosen("spec", spec, backbones.TABLE)
         row = backbones.TABLE[spec] if isinstance(spec, str) else spec
         config = configs.default(row or origins.open_source(source, "source").described(source))
     with config.unlocked():
@@ -86,7 +85,7 @@ def load(
     return Encoder(source, step, config, batch_size, dtype)
 
 
-@arguments.named()
+@named()
 def objective(config: Config, fields: Mapping[str, Any] | None = None) -> Loss:
     """Loads an objective with its weights: the loss that `train` minimises, and its gradients.
 
@@ -100,7 +99,7 @@ def objective(config: Config, fields: Mapping[str, Any] | None = None) -> Loss:
     return Loss(read_config(config, fields))
 
 
-@arguments.named()
+@named()
 def train(
     config: Config, workdir: str | os.PathLike, *, fields: Mapping[str, Any] | None = None, init_from: str | None = None
 ) -> str:
@@ -127,7 +126,7 @@ def train(
     return workdir
 
 
-@arguments.named()
+@named()
 def evaluate(
     config: Config,
     weights: str | Sequence[str],
@@ -165,7 +164,7 @@ def evaluate(
     groups = [seeds.parse(w) for w in weights]
     if control and control not in (*weights[1:], *(name for name, _ in groups[1:])):
         raise UserError(f"control={control} must be one of the weights, and not the first")
-    data = arguments.mapping("data", data, "{'mmvp': 'data/MMVP_VLM'}")
+    data = mapping("data", data, "{'mmvp': 'data/MMVP_VLM'}")
     if not data:
         raise UserError("data is empty: give {task: path}, e.g. {'mmvp': 'data/MMVP_VLM'}")
     out = None if out is None else paths.local(os.fspath(out), "out")
@@ -177,7 +176,7 @@ def evaluate(
     return summary
 
 
-@arguments.named(*(f.name for f in dataclasses.fields(publish.ExportOptions)))
+@named(*(f.name for f in dataclasses.fields(publish.ExportOptions)))
 def export(
     source: str | os.PathLike,
     out: str | os.PathLike,
@@ -206,15 +205,15 @@ def export(
       UserError, RunError: as `export.layouts.export`.
     """
     source, out = os.fspath(source), os.fspath(out)
-    arguments.chosen("format", format, layouts.FORMATS)
-    arguments.chosen("dtype", dtype, layouts.DTYPES)
+    chosen("format", format, layouts.FORMATS)
+    chosen("dtype", dtype, layouts.DTYPES)
     run = places.as_run(source)
     if step is not None and run is None:
         raise UserError(f"step={step} is for the workdir of a run, which {source} is not: leave it out")
     if run is not None:
         source, step = run[0], run[1] if step is None else step
     if params is not None:
-        params = arguments.mapping("params", params, "Loss.towers()")
+        params = mapping("params", params, "Loss.towers()")
         if run is not None or options.get("results"):
             raise UserError(
                 "params are for a source that is no run, and have no results: give the weights that the loop began "

@@ -1,24 +1,66 @@
-"""Encoders of images and texts, with weights of any source or of a run."""
+"""Encoders of images and texts, with weights of any source or of a run; and what the API checks of arguments."""
 
 import copy
 import dataclasses
 import functools
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diva_jax.api import arguments
-from diva_jax.common.errors import UserError
+from diva_jax import config as configs
+from diva_jax.common import errors
+from diva_jax.common.errors import UserError, brief
 from diva_jax.data import tokenizers
 from diva_jax.data.images import open_image, prepare
 from diva_jax.evals import Settings, encode
 from diva_jax.models import backbones
 from diva_jax.training import partition
 from diva_jax.weights import origins, parts
+
+
+def named(*others: str) -> Callable[[Callable], Callable]:
+    """Makes a function refuse keywords that neither it nor its `**options` (`others`) has, with those which are
+    meant."""
+
+    def of(function: Callable) -> Callable:
+        parameters = inspect.signature(function).parameters.values()
+        known = [p.name for p in parameters if p.kind != p.VAR_KEYWORD and p.name != "self"] + list(others)
+
+        @functools.wraps(function)
+        def checked(*args, **keywords):
+            if wrong := [name for name in keywords if name not in known]:
+                otherwise = f"it has {', '.join(known)}"
+                if "fields" in known and not errors.nearest(wrong[0], known):
+                    if fields := errors.nearest(wrong[0], configs.declared("diva")):
+                        otherwise = f"give fields={{{fields[0]!r}: VALUE}}"
+                raise UserError(errors.unknown(f"{function.__name__} has no argument", wrong, known, otherwise))
+            return function(*args, **keywords)
+
+        return checked
+
+    return of
+
+
+def chosen(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises a UserError where a value is none of some choices."""
+    if value not in choices:
+        meant = errors.nearest(value, choices) if isinstance(value, str) else []
+        advice = f"did you mean {' or '.join(meant)}?" if meant else "give one of these"
+        raise UserError(f"{name}={brief(value)} is none of {', '.join(choices)}: {advice}")
+
+
+def mapping(name: str, value: Any, example: str) -> dict[str, Any]:
+    """Returns a mapping with texts as keys as a dict; {} for None. Raises a UserError for anything else."""
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise UserError(f"{name}={brief(value)} is no mapping of names: give {name}={example}")
+    return dict(value or {})
+
 
 ImageLike = Image.Image | str | os.PathLike | np.ndarray
 
@@ -64,7 +106,7 @@ class Encoder:
         s = self.spec
         return prepare(as_image(image), s.image_size, s.resize_mode, s.interpolation)
 
-    @arguments.named()
+    @named()
     def encode_image(self, images: ImageLike | Sequence[ImageLike], normalise: bool = False) -> np.ndarray:
         """Computes the pooled embeddings of images.
 
@@ -98,7 +140,7 @@ class Encoder:
             return tokenizer, weights.text
         return tokenizer, encode.tower("text", weights.source, spec, self._mesh, self._config.mesh.min_shard)
 
-    @arguments.named()
+    @named()
     def encode_text(self, texts: str | Sequence[str], normalise: bool = False) -> np.ndarray:
         """Computes the embeddings of texts.
 
@@ -140,7 +182,7 @@ class Encoder:
         Raises:
           UserError: a parameter is missing or unknown, or has another shape.
         """
-        towers = origins.whole_towers(arguments.mapping("params", params, "Loss.towers()"), self.spec)
+        towers = origins.whole_towers(mapping("params", params, "Loss.towers()"), self.spec)
         new, min_shard = copy.copy(self), self._config.mesh.min_shard
         placed = {t: encode.put(towers[t], self._mesh, min_shard) for t in ("vision", "text") if t in towers}
         new._weights = dataclasses.replace(self._weights, **placed)

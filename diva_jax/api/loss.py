@@ -9,8 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax import config as configs
-from diva_jax.api import arguments
-from diva_jax.api.encoder import ImageLike, as_image
+from diva_jax.api.encoder import ImageLike, as_image, mapping, named
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data.images import sample_box
 from diva_jax.data.inputs import Example
@@ -58,7 +57,7 @@ class Loss:
         self._key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
         self._compute = jax.jit(self._trace)
 
-    @arguments.named()
+    @named()
     def batch(
         self, images: Sequence[ImageLike], texts: Sequence[str | Sequence[str]] | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
@@ -106,7 +105,7 @@ class Loss:
             (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
             return value, metrics, gradients
 
-    @arguments.named()
+    @named()
     def __call__(
         self, batch: Mapping[str, Any], params: Mapping[str, jax.Array] | None = None, step: int = 0
     ) -> Result:
@@ -130,7 +129,7 @@ class Loss:
 
     def _complete(self, params: Mapping[str, jax.Array] | None) -> dict[str, jax.Array]:
         """All parameters; a UserError where one is missing or unknown, of another shape or not of floats."""
-        given = self.params if params is None else arguments.mapping("params", params, "Loss.params")
+        given = self.params if params is None else mapping("params", params, "Loss.params")
         wrong = [f"lacks {n}" for n in self.params if n not in given]
         wrong += [f"has {n}" for n in given if n not in self.params]
         for name in self.params.keys() & given.keys():
@@ -141,7 +140,7 @@ class Loss:
             raise UserError(f"params {listing(sorted(wrong), 5)}: give all of Loss.params, with values of your own")
         return given
 
-    @arguments.named()
+    @named()
     def towers(self, params: Mapping[str, jax.Array] | None = None) -> dict[str, jax.Array]:
         """Computes the tuned model, with adapters merged: for `Encoder.with_params` and `export`.
 

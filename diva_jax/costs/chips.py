@@ -1,4 +1,4 @@
-"""Peak performance, memory and interconnect of accelerator chips.
+"""Peak performance, memory and interconnect of accelerator chips, and the arithmetic of a traced program.
 
 Sources: Google Cloud's documentation of each TPU version (peak compute, HBM size and bandwidth, interconnect, chips per
 pod; v6e and TPU7x as of November 2026); for the links and the clock of v4 also Jouppi et al., "TPU v4", arXiv
@@ -8,8 +8,12 @@ cycles for a product of 8192 x 8192 matrices are those of more than two units of
 element: four.
 """
 
+import collections
 import dataclasses
 import math
+import re
+
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from diva_jax.common.errors import UserError
 
@@ -103,3 +107,29 @@ def all_reduce_seconds(size: float, chip: Chip, shape: tuple[int, ...]) -> float
         wraps = [all(wraps)] * 3
     rings = sum(1.0 if wrap else 0.5 for side, wrap in zip(shape, wraps, strict=True) if side > 1) / len(shape)
     return 0.0 if n == 1 else 2 * size * (n - 1) / n / (chip.ici * rings)
+
+
+_SCOPE = re.compile(r"(?:\w+\()*([\w-]+)\)*")  # With the transformations around it: transpose(jvp(unet)).
+_RECOMPUTED = {"checkpoint", "rematted_computation"}
+
+
+def flops_by_part(jaxpr: Jaxpr, times: int = 1, part: str = "") -> collections.Counter[str]:
+    """The model FLOPs of a jaxpr that is run `times` times in the part `part`, by the outermost `jax.named_scope`, the
+    part; "" for operations outside of any: matrix products and convolutions alone, a multiply-add as two, every
+    convolution with its full window. Of the traced loss and its gradient they are the numerator of MFU."""
+    total = collections.Counter()
+    for e in jaxpr.eqns:
+        scopes = (_SCOPE.fullmatch(scope) for scope in str(e.source_info.name_stack).split("/"))
+        own = part or next((scope[1] for scope in scopes if scope and scope[1] not in _RECOMPUTED), "")
+        if e.primitive.name == "dot_general":
+            (contracted, _), _ = e.params["dimension_numbers"]
+            summed = math.prod(e.invars[0].aval.shape[i] for i in contracted)
+            total[own] += 2 * times * math.prod(e.outvars[0].aval.shape) * summed
+        elif e.primitive.name == "conv_general_dilated":
+            kernel, numbers = e.invars[1].aval.shape, e.params["dimension_numbers"]
+            work = 2 * math.prod(e.outvars[0].aval.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+            # The backward pass of a stride multiplies mostly zeros.
+            total[own] += times * work // math.prod(e.params["lhs_dilation"])
+        for inner in jaxprs_in_params(e.params):
+            total += flops_by_part(inner, times * e.params.get("length", 1), own)
+    return total

@@ -18,9 +18,7 @@ from flax import nnx
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, above, at_least, below, field, is_regex
-from diva_jax.models.layers import Keys, Matrix
-
-Array = jax.Array
+from diva_jax.models.layers import Array, Keys, Matrix
 
 # Layers whose outputs are several projections, one after the other, by the last component of their path.
 FUSED = ("qkv", "kv")

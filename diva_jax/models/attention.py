@@ -8,8 +8,7 @@ while a function is traced, by the platform that it is traced for (`platform.py`
 import jax
 import jax.numpy as jnp
 
-from diva_jax.models.kernels.tiles import LANES, by_device, tile
-from diva_jax.models.platform import allowed, traced_for
+from diva_jax.models.platform import LANES, allowed, by_device, tile, traced_for
 
 Array = jax.Array
 

@@ -289,9 +289,9 @@ class Objective(nnx.Module):
         """Returns the tuned model with adapters merged, for evaluation and export.
 
         "vision" has the parameters of `backbones.build(spec)`, "text" (if it is trained) those of
-        `backbones.shared.text.Text(spec)`, where spec is that of `config.backbone`. "logit_scale" and "logit_bias" are
-        `nnx.Param`s of shape []. Everything else is taken from `config.backbone.source`. A UserError where an objective
-        that does not define this has no `vision`."""
+        `backbones.shared.transformer.Text(spec)`, where spec is that of `config.backbone`. "logit_scale" and
+        "logit_bias" are `nnx.Param`s of shape []. Everything else is taken from `config.backbone.source`. A UserError
+        where an objective that does not define this has no `vision`."""
         if not hasattr(self, "vision"):
             raise UserError(f"{type(self).__module__}: its Objective has no vision, the tower that is tuned: {_PAGE}")
         return {"vision": self.vision}

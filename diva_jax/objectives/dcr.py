@@ -25,15 +25,13 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.fields import above, at_least, field, one_of, parse
 from diva_jax.data import preprocess
 from diva_jax.models import adapters
-from diva_jax.models.layers import ACTIVATIONS, Layers, widened
+from diva_jax.models.layers import ACTIVATIONS, Array, Layers, widened
 from diva_jax.models.platform import recomputes
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.shared import draws
 from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats
 from diva_jax.weights import parts
-
-Array = jax.Array
 
 SECTIONS = ("condition", "diffusion")
 TARGETS = {"epsilon": "epsilon", "velocity": "v_prediction", FAITHFUL: "v_prediction"}

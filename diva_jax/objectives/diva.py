@@ -19,13 +19,11 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, between, field, one_of, parse
 from diva_jax.data import preprocess
 from diva_jax.models.backbones import Features
-from diva_jax.models.layers import widened
+from diva_jax.models.layers import Array, widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, switch
 from diva_jax.objectives.shared import draws
 from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats
-
-Array = jax.Array
 
 SECTIONS = ("condition", "diffusion")
 

@@ -23,12 +23,10 @@ from diva_jax.models.diffusion import flow, presets
 from diva_jax.models.diffusion.flow import FlowConfig
 from diva_jax.models.diffusion.presets import LatentCode
 from diva_jax.models.diffusion.vae import FluxVAEConfig
-from diva_jax.models.layers import ACTIVATIONS
+from diva_jax.models.layers import ACTIVATIONS, Array
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.weights import flux, parts
-
-Array = jax.Array
 
 ONLY, ALL, NONE = "only", "all", "none"
 

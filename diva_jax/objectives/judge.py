@@ -29,16 +29,14 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.fields import at_least, between, field, one_of, parse
 from diva_jax.data import inputs, preprocess
-from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.text_encoder import TextEncoder
-from diva_jax.models.layers import widened
+from diva_jax.models.diffusion.unet import TextEncoder
+from diva_jax.models.layers import Array, widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.shared import pairs
 from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective
 from diva_jax.weights import parts
-
-Array = jax.Array
 
 SECTIONS = ("diffusion",)
 # What is folded into an image's key for the order of its texts; its draws have the first numbers.

@@ -19,13 +19,11 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.fields import above, at_least, field, one_of, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
-from diva_jax.models.layers import widened
+from diva_jax.models.layers import Array, widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.shared import pairs
 from diva_jax.weights import parts
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)

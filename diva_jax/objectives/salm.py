@@ -30,12 +30,11 @@ from diva_jax.common.fields import Rule, between, field, finite, one_of, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.transformer import blocks, run
-from diva_jax.models.layers import Layers, widened
+from diva_jax.models.layers import Array, Layers, widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.shared import pairs
 from diva_jax.weights import parts
 
-Array = jax.Array
 FROZEN, SELF = "frozen", "self"
 _FLOOR = 1e-6  # Of the variance of norms.
 _TWO = Rule(lambda v: len(v) == 2 and all(finite(x) and x >= 0 for x in v), "must be two numbers of at least 0")

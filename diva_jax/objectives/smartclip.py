@@ -29,13 +29,10 @@ from diva_jax.common.fields import field, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.shared.text import Text
-from diva_jax.models.backbones.shared.transformer import Block, run
-from diva_jax.models.layers import Layers, attention, heads, widened
+from diva_jax.models.backbones.shared.transformer import Block, Text, run
+from diva_jax.models.layers import Array, Layers, attention, heads, widened
 from diva_jax.objectives import contract
 from diva_jax.weights import parts
-
-Array = jax.Array
 
 # Of the square of a masked embedding's norm, so that a mask of zeros gives a cosine of 0 and a finite gradient.
 _FLOOR = 1e-12

@@ -25,12 +25,10 @@ from diva_jax.common.fields import Rule, below, field, one_of, parse
 from diva_jax.data import preprocess
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.unet import timestep_embedding
-from diva_jax.models.layers import widened
+from diva_jax.models.layers import Array, widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective
 from diva_jax.weights import parts
-
-Array = jax.Array
 
 SECTIONS = ("diffusion",)
 # The schedule of the noise that is added to embeddings.

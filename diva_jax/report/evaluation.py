@@ -7,9 +7,8 @@ from diva_jax.common.results_schema import Comparison, Difference, Metric, Resul
 from diva_jax.evals.results import LESS, MORE
 from diva_jax.report import alarms, images, wording
 from diva_jax.report.charts import Row, Series, arrows, bars, legend, points
-from diva_jax.report.figures import Chart, colour_role, in_pairs
+from diva_jax.report.figures import Cell, Chart, Label, Part, Section, colour_role, in_pairs
 from diva_jax.report.inputs import Inputs
-from diva_jax.report.sections import Cell, Label, Part, Section
 from diva_jax.report.wording import Finding
 
 # Weights that a task has scores of: the index of their colour, their label, and their scores.

@@ -14,9 +14,8 @@ from PIL import Image, ImageOps
 from diva_jax.common.json_files import open_regular
 from diva_jax.common.results_schema import Flip, Task
 from diva_jax.data.images import FORMATS, MAX_PIXELS
-from diva_jax.report.figures import colour_role
+from diva_jax.report.figures import Label, Part, Section, colour_role
 from diva_jax.report.inputs import ImageRows
-from diva_jax.report.sections import Label, Part, Section
 
 _THUMBNAIL_SIDE = 320
 _UNLABELLED = 255

@@ -13,9 +13,8 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.fields import flatten
 from diva_jax.models import backbones
 from diva_jax.report import alarms, evaluation, images, training, wording
-from diva_jax.report.figures import COLOURS, NARROW, Chart, colour_role
+from diva_jax.report.figures import COLOURS, NARROW, Chart, Part, Section, colour_role
 from diva_jax.report.inputs import Inputs, Session
-from diva_jax.report.sections import Part, Section
 
 # Packages whose versions the header names.
 _NAMED_PACKAGES = ("diva_jax", "jax", "flax", "python")

@@ -5,9 +5,8 @@ from statistics import fmean, median
 
 from diva_jax.report import wording
 from diva_jax.report.charts import Series, curves, legend, points
-from diva_jax.report.figures import Chart, in_pairs
+from diva_jax.report.figures import Cell, Chart, Label, Part, Section, in_pairs
 from diva_jax.report.inputs import Run
-from diva_jax.report.sections import Cell, Label, Part, Section
 from diva_jax.report.wording import Finding
 
 # Key of metrics.jsonl -> (title, whether the chart takes half of a wide page), in order of importance.

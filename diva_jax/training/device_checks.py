@@ -21,9 +21,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from diva_jax.costs import analysis, chips
+from diva_jax.costs import chips, hlo
 from diva_jax.data import images
-from diva_jax.models import attention, feed_forward, layers
+from diva_jax.models import attention, layers
+from diva_jax.models.diffusion import blocks
 from diva_jax.models.diffusion.blocks import FeedForward
 from diva_jax.training import checkpoint, compiler, distributed, partition
 from diva_jax.training.step import Program
@@ -122,7 +123,7 @@ def _functions(case: Case, interpret: bool) -> tuple[Callable, Callable, list[tu
 
     def kernel(x):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return feed_forward.fused(x, state, graph, interpret)
+            return blocks.fused(x, state, graph, interpret)
 
     def plain(x):
         norm, layer = modules(x.dtype)
@@ -252,12 +253,12 @@ class Step:
         said = [f"loss {values['loss']:.3g}, {1e3 * took:.0f} ms for {p.config.batch_size} images"]
         verdict, chip = OK if all(map(math.isfinite, values.values())) else FAILED, chips.of(device)
         if device.platform == "tpu" and chip:
-            cost = analysis.analyse(compiled.as_text(), chip)
+            cost = hlo.analyse(compiled.as_text(), chip)
             estimate = (cost["model_ms"] + cost["kernel_bound_ms"]) / 1e3
             said.append(f"{took / estimate:.2f} times the compiler's estimate of {1e3 * estimate:.0f} ms")
             verdict = SLOW if verdict == OK and took > 2 * estimate else verdict
         if used := (device.memory_stats() or {}).get("peak_bytes_in_use"):
-            needed = analysis.memory(compiled)["needed"] / 2**30
+            needed = hlo.memory(compiled)["needed"] / 2**30
             said.append(f"peak {used / 2**30:.2f} GiB, by the compiler {needed:.2f}")
         return verdict, ", ".join(said), took
 

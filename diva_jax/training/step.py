@@ -20,7 +20,7 @@ from diva_jax import objectives
 from diva_jax.common import log
 from diva_jax.common.errors import UserError
 from diva_jax.common.log import say
-from diva_jax.costs import flops
+from diva_jax.costs import chips
 from diva_jax.models import backbones, layers, platform
 from diva_jax.training import compiler, optim, partition, terms
 
@@ -209,7 +209,7 @@ class Program:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
         with platform.counting():
             jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))({n: shapes[n] for n in active}, frozen, batch, keys)
-        return collections.Counter({part: n / count for part, n in flops.by_part(jaxpr.jaxpr).items()})
+        return collections.Counter({part: n / count for part, n in chips.flops_by_part(jaxpr.jaxpr).items()})
 
     def step(self, stage: int) -> "Step":
         """The jitted step of a stage, with `config.compiler_options`; the state is donated."""

@@ -14,7 +14,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.common.fields import above, between, field, one_of, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
-from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import widened
 from diva_jax.objectives import Objective
 from diva_jax.objectives.contract import Cacheable

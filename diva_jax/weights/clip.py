@@ -13,7 +13,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec, TextSpec, architecture
-from diva_jax.models.backbones.shared.text import Text, require_text
+from diva_jax.models.backbones.shared.transformer import Text, require_text
 from diva_jax.models.names import Table, flat
 from diva_jax.weights.readers import Tensor, Tensors
 

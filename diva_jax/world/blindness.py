@@ -21,10 +21,11 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess, tokenizers
-from diva_jax.evals import encode, linear, matching
+from diva_jax.evals import encode, matching
 from diva_jax.evals.tasks import mmvp
+from diva_jax.evals.tasks.probe import fit
 from diva_jax.models import backbones, layers
-from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.training import partition
 from diva_jax.weights import parts, writers
 from diva_jax.world import captions, drawing, models, scenes, vocabulary
@@ -193,7 +194,7 @@ def measure(tests: Tests, images: Callable[[np.ndarray], np.ndarray], texts: np.
     out["names"] = (y @ named.T).argmax(axis=1) == classes(tests.test)
     truth = labels(tests.test)
     for fact, value in labels(tests.train).items():
-        weights, biases = linear.fit(x, value, int(value.max()) + 1, _DECAY, _ITERATIONS)
+        weights, biases = fit(x, value, int(value.max()) + 1, _DECAY, _ITERATIONS)
         out[f"linear/{fact}"] = (y @ weights + biases).argmax(axis=1) == truth[fact]
     return {name: np.asarray(a, np.float64) for name, a in out.items()}
 

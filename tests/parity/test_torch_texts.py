@@ -17,7 +17,7 @@ from torch_towers import torch_features, torch_tower
 from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.models.backbones import dinov2
-from diva_jax.models.backbones.shared.text import BLOCKS
+from diva_jax.models.backbones.shared.transformer import BLOCKS
 from diva_jax.training.step import image_keys
 from diva_jax.weights import clip, names
 

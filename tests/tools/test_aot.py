@@ -21,7 +21,8 @@ from diva_jax import aot, config
 from diva_jax.common import config_files
 from diva_jax.common.errors import RunError
 from diva_jax.costs import hlo
-from diva_jax.models import attention, backbones, feed_forward
+from diva_jax.models import attention, backbones
+from diva_jax.models.diffusion import blocks
 from diva_jax.models.diffusion.blocks import FeedForward
 from diva_jax.models.layers import Keys, Layers
 from diva_jax.training import compiler, partition
@@ -299,7 +300,7 @@ def test_attention_kernels_compile_for_the_tpu(n, m, heads, width, gradient):
 )
 def test_feed_forward_kernels_compile_for_the_tpu(monkeypatch, topology, tokens, channels):
     """Forward and backward with the largest tiles of both numbers of channels; weights have no gradient."""
-    monkeypatch.setattr(feed_forward, "MIN_TOKENS", tokens)
+    monkeypatch.setattr(blocks, "MIN_TOKENS", tokens)
     mesh = partition.make_mesh(config.default().mesh, aot.devices(topology)[2])
     batch, replicated = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P())
 
@@ -312,7 +313,7 @@ def test_feed_forward_kernels_compile_for_the_tpu(monkeypatch, topology, tokens,
 
     def loss(x, state):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            out = feed_forward.feed_forward(x, *nnx.merge(graph, state))
+            out = blocks.feed_forward(x, *nnx.merge(graph, state))
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     x = jax.ShapeDtypeStruct((8, tokens, channels), jnp.bfloat16, sharding=batch)

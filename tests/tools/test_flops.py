@@ -11,7 +11,7 @@ from flax import nnx
 
 from diva_jax import config
 from diva_jax.common.errors import UserError
-from diva_jax.costs import chips, flops
+from diva_jax.costs import chips
 from diva_jax.models.diffusion.flow import Flow, FlowConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
@@ -29,7 +29,7 @@ def traced(make, call, *given, wrt: tuple[int, ...] = ()) -> float:
     def out(*args):
         return jnp.sum(call(nnx.merge(graph, args[-1]), *args[:-1]))
 
-    return flops.by_part(jax.make_jaxpr(jax.grad(out, wrt) if wrt else out)(*given, state).jaxpr).total() / TERA
+    return chips.flops_by_part(jax.make_jaxpr(jax.grad(out, wrt) if wrt else out)(*given, state).jaxpr).total() / TERA
 
 
 def test_stable_diffusion():
@@ -99,8 +99,8 @@ def test_loops_and_strides():
         return x.sum()
 
     w, x = jax.ShapeDtypeStruct((7, 7), jnp.float32), jax.ShapeDtypeStruct((3, 7), jnp.float32)
-    assert flops.by_part(jax.make_jaxpr(loss)(w, x).jaxpr) == {"all": 5 * 2 * 3 * 7 * 7}
-    both = flops.by_part(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr)
+    assert chips.flops_by_part(jax.make_jaxpr(loss)(w, x).jaxpr) == {"all": 5 * 2 * 3 * 7 * 7}
+    both = chips.flops_by_part(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr)
     assert both == {"all": 15 * 2 * 3 * 7 * 7}
 
     def strided(x, k):
@@ -108,8 +108,8 @@ def test_loops_and_strides():
 
     x, k = jax.ShapeDtypeStruct((1, 10, 6, 3), jnp.float32), jax.ShapeDtypeStruct((2, 2, 3, 5), jnp.float32)
     once = 2 * (5 * 3) * (2 * 2) * 3 * 5
-    assert flops.by_part(jax.make_jaxpr(strided)(x, k).jaxpr) == {"": once}
-    assert flops.by_part(jax.make_jaxpr(jax.grad(strided, (0, 1)))(x, k).jaxpr).total() >= 3 * once
+    assert chips.flops_by_part(jax.make_jaxpr(strided)(x, k).jaxpr) == {"": once}
+    assert chips.flops_by_part(jax.make_jaxpr(jax.grad(strided, (0, 1)))(x, k).jaxpr).total() >= 3 * once
 
 
 # Matrix units per device, cores x units per core; those of a TPU7x count twice, as its peak and its clock imply.

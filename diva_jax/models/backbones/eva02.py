@@ -13,8 +13,7 @@ from flax import nnx
 
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
-from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
-from diva_jax.models.backbones.shared.transformer import blocks, embedded, run
+from diva_jax.models.backbones.shared.transformer import NEITHER, TEXT_NAMES, blocks, embedded, run, text_table
 from diva_jax.models.layers import Layers, attention, heads
 from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Positions, Table, sizes, tensor_shape

@@ -15,8 +15,16 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import HALF, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
-from diva_jax.models.backbones.shared.text import NEITHER, TEXT_NAMES, text_table
-from diva_jax.models.backbones.shared.transformer import Mlp, blocks, embedded, run, run_dense
+from diva_jax.models.backbones.shared.transformer import (
+    NEITHER,
+    TEXT_NAMES,
+    Mlp,
+    blocks,
+    embedded,
+    run,
+    run_dense,
+    text_table,
+)
 from diva_jax.models.layers import Layers, attention, heads
 from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Positions, Table, sizes

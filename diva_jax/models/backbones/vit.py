@@ -11,8 +11,16 @@ from diva_jax.common.errors import UserError, brief
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
-from diva_jax.models.backbones.shared.text import BLOCKS, NEITHER, TEXT_NAMES, text_table
-from diva_jax.models.backbones.shared.transformer import blocks, embedded, run, run_dense
+from diva_jax.models.backbones.shared.transformer import (
+    BLOCKS,
+    NEITHER,
+    TEXT_NAMES,
+    blocks,
+    embedded,
+    run,
+    run_dense,
+    text_table,
+)
 from diva_jax.models.layers import Layers
 from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Positions, Table, sizes, tensor_shape

@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from diva_jax.models.kernels.tiles import dot, tile
-from diva_jax.models.layers import geglu_gradient, normal_cdf
-
-Array = jax.Array
+from diva_jax.models.layers import Array, geglu_gradient, normal_cdf
+from diva_jax.models.platform import dot, tile
 
 # Names of the kernels in compiled programs, followed by the number of hidden units; costs/hlo.py counts their FLOPs by
 # these names.

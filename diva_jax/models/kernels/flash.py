@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from diva_jax.models.kernels.tiles import LANES, dot
+from diva_jax.models.platform import LANES, dot
 
 Array = jax.Array
 

@@ -3,9 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from diva_jax.models.layers import widened
-
-Array = jax.Array
+from diva_jax.models.layers import Array, widened
 
 
 def unit(x: Array) -> Array:

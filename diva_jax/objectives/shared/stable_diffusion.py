@@ -13,10 +13,9 @@ from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.diffusion.unet import UNet
+from diva_jax.models.layers import Array
 from diva_jax.objectives import contract
 from diva_jax.weights import parts
-
-Array = jax.Array
 
 
 def view_stats(spec: backbones.Spec, switch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

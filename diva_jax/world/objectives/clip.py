@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from diva_jax.common.fields import field, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
-from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.objectives import contract
 from diva_jax.objectives.shared import pairs
 from diva_jax.weights import parts

@@ -19,8 +19,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from specs import EVAL_CLIP as CLIP
 
-from diva_jax.evals import encode, evaluator, linear
-from diva_jax.evals.tasks import robustness, zeroshot
+from diva_jax.evals import encode, evaluator
+from diva_jax.evals.tasks import probe, robustness, zeroshot
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.training import partition
 from diva_jax.weights.writers import write_json
@@ -137,7 +137,7 @@ def test_fit_is_scikit_learns_logistic_regression(decay):
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     train, test = slice(0, 700), slice(700, 1100)
     oracle = LogisticRegression(C=1 / (decay * 700), tol=1e-8, max_iter=5000).fit(x[train], y[train])
-    weights, biases = linear.fit(x[train], y[train], 10, decay, 1000)
+    weights, biases = probe.fit(x[train], y[train], 10, decay, 1000)
     want = oracle.decision_function(x[test])
     got = x[test] @ weights + biases
     # The softmax does not change with a common offset of the biases.
@@ -151,20 +151,20 @@ def test_search_is_clip_benchmarks(seed, monkeypatch):
     """Its loop over its own `find_peak`, with the accuracy of each weight decay given."""
     accuracies = np.random.default_rng(seed).integers(1, 9, 97) / 10
     monkeypatch.setattr(linear_probe, "train", lambda a, b, c, weight_decay, *rest: weight_decay)
-    by_decay = dict(zip(linear.DECAYS.tolist(), accuracies, strict=True))
+    by_decay = dict(zip(probe.DECAYS.tolist(), accuracies, strict=True))
     monkeypatch.setattr(linear_probe, "infer", lambda model, *rest: (torch.tensor(by_decay[model]),) * 2)
     monkeypatch.setattr(linear_probe, "accuracy", lambda logits, target, topk: [float(logits)])
-    decays = linear.DECAYS.tolist()
+    decays = probe.DECAYS.tolist()
 
     def find(numbers):
         return linear_probe.find_peak(decays, numbers, *[None] * 9, seed)
 
     best, span = find(range(0, 97, 16)), 8
-    np.testing.assert_allclose(np.logspace(-6, 2, 7), linear.DECAYS[::16])
+    np.testing.assert_allclose(np.logspace(-6, 2, 7), probe.DECAYS[::16])
     while span > 0:
         best = find([max(best - span, 0), best, min(best + span, 96)])
         span //= 2
-    assert linear.search(lambda i: accuracies[i]) == best
+    assert probe.search(lambda i: accuracies[i]) == best
 
 
 INFO = Path(timm.data.__file__).with_name("_info")

@@ -9,18 +9,18 @@ from flax import nnx
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.diffusion import text_encoder, unet, vae
+from diva_jax.models.diffusion import unet, vae
 from diva_jax.models.diffusion.presets import PRESETS
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.layers import Keys
 from diva_jax.weights import names
 from diva_jax.weights import names as tables
 
-UNET, VAE, TEXT, SCHEDULE = unet.UNetConfig, vae.VAEConfig, text_encoder.TextEncoderConfig, ScheduleConfig
+UNET, VAE, TEXT, SCHEDULE = unet.UNetConfig, vae.VAEConfig, unet.TextEncoderConfig, ScheduleConfig
 KINDS = {
     "unet": (UNET, unet.UNet, tables.UNET, diffusers.UNet2DConditionModel.from_config),
     "vae": (VAE, vae.VAE, tables.VAE, diffusers.AutoencoderKL.from_config),
-    "text_encoder": (TEXT, text_encoder.TextEncoder, tables.TEXT_ENCODER, lambda o: CLIPTextModel(CLIPTextConfig(**o))),
+    "text_encoder": (TEXT, unet.TextEncoder, tables.TEXT_ENCODER, lambda o: CLIPTextModel(CLIPTextConfig(**o))),
 }
 
 

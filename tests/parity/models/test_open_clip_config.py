@@ -18,7 +18,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import HALF, OPENAI_MEAN, TABLE, Spec, TextSpec, build, eva02, siglip, vit
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
-from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Keys
 from diva_jax.weights.clip import text_table, vision_table
 from diva_jax.weights.names import flat, torch_shape

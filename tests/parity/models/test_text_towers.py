@@ -13,7 +13,7 @@ from helpers import close, filled, refused, tensors
 from specs import DINOV2, EVA02, GELU, METACLIP2, QUICK, SIGLIP, SIGLIP2
 
 from diva_jax.models.backbones import Spec
-from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Keys
 from diva_jax.weights.clip import text_table
 from diva_jax.weights.names import to_torch

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diva_jax.costs import analysis, chips, hlo
+from diva_jax.costs import chips, hlo
 
 # A step with a loop of three iterations, a fused product and a kernel inside it, an asynchronous copy and an
 # all-reduce.
@@ -13,7 +13,7 @@ TEXT = (Path(__file__).parent / "step.hlo.txt").read_text()
 
 @pytest.fixture(scope="module")
 def report():
-    return analysis.analyse(TEXT, chips.CHIPS["v5e"])
+    return hlo.analyse(TEXT, chips.CHIPS["v5e"])
 
 
 def test_operations_in_loops_count_once_per_iteration(report):
@@ -31,7 +31,7 @@ def test_kernels_at_the_bound_of_their_shape(chip, wide):
     peak = chips.CHIPS[chip].flops
 
     def analysed(keys):
-        return analysis.analyse(TEXT.replace("bf16[2,256,128]", f"bf16[2,256,{keys}]"), chips.CHIPS[chip])
+        return hlo.analyse(TEXT.replace("bf16[2,256,128]", f"bf16[2,256,{keys}]"), chips.CHIPS[chip])
 
     report = analysed(2**20)
     product = 3 * 2 * 2 * 4 * 256 * 2**20
@@ -48,7 +48,7 @@ def test_kernels_at_the_bound_of_their_shape(chip, wide):
 def test_feed_forward_kernels_at_the_bound_of_their_shape(chip, channels, hidden, direction, narrow):
     """Sums over 320 channels take the time of the next multiple of the unit's side; rows of 320 do not."""
     text = TEXT.replace("flash_forward_d64", f"feed_forward_{direction}_h1280").replace("[2,256,256]", "[2,320,4096]")
-    found, peak = analysis.analyse(text, chips.CHIPS[chip]), chips.CHIPS[chip].flops
+    found, peak = hlo.analyse(text, chips.CHIPS[chip]), chips.CHIPS[chip].flops
     product = 3 * 2 * 2 * 4096
     assert found["kernel_flops"] == product * 3 * 320 * 1280
     bound = product * (narrow * channels * 1280 + (3 - narrow) * 320 * hidden)
@@ -101,7 +101,7 @@ ENTRY %main (x: bf16[16,64], y: f32[64,64]) -> f32[16,64] {
   ROOT %c = f32[16,64]{1,0} fusion(%y), kind=kCustom, calls=%scatter
 }
 """
-    assert analysis.analyse(text, chips.CHIPS["v5e"])["collectives"] == {
+    assert hlo.analyse(text, chips.CHIPS["v5e"])["collectives"] == {
         "all-gather": {"count": 1, "gb": pytest.approx(2 * 64 * 64 / 1e9)},
         "reduce-scatter": {"count": 1, "gb": pytest.approx(4 * 64 * 64 / 1e9)},
     }

@@ -10,8 +10,7 @@ from eval_data import FakeModel, encoded, evaluated, patch, prepared, unit, writ
 from helpers import refused
 from records import write_tar, write_tfds
 
-from diva_jax.evals import linear
-from diva_jax.evals.tasks import zeroshot
+from diva_jax.evals.tasks import probe, zeroshot
 
 NAMES = ["cat", "small dog", "bird", "cow", "fish", "ant"]
 LABELS = [0, 0, 0, 1, 2, 2, 3, 4, 4, 4, 4, 5, 5]
@@ -251,11 +250,11 @@ def test_scores_of_both_probes(tmp_path, form):
     assert scores["knn_acc1"]["score"] == pytest.approx(100 * right.mean())
     recall = np.mean([right[labels == c].mean() for c in range(3)])
     assert scores["knn_mean_per_class_recall"]["score"] == pytest.approx(100 * recall)
-    weights, biases = linear.fit(x, task.train_labels, 3, found.results["weight_decay"], 30)
+    weights, biases = probe.fit(x, task.train_labels, 3, found.results["weight_decay"], 30)
     right = (queries @ weights + biases).argmax(axis=1) == labels
     assert scores["linear_acc1"]["score"] == pytest.approx(100 * right.mean())
     assert [r["correct"] for r in found.rows[: len(TEST)]] == list(right)
-    assert found.results["weight_decay"] in linear.DECAYS and "linear_acc5" not in scores
+    assert found.results["weight_decay"] in probe.DECAYS and "linear_acc5" not in scores
     assert all((s["mcnemar"] is None) == metric.endswith("recall") for metric, s in compared["scores"].items())
     if form == "two":
         _, found, _ = evaluated(probe_task(task.data, weight_decay=0.25))
@@ -265,9 +264,9 @@ def test_scores_of_both_probes(tmp_path, form):
 def test_gradient_vanishes_at_the_fit_and_rows_are_padded(monkeypatch):
     rng = np.random.default_rng(0)
     x, y, decay = rng.standard_normal((37, 5)), rng.integers(0, 3, 37), 0.01
-    whole = linear.fit(x, y, 3, decay, 500)
-    monkeypatch.setattr(linear, "_ROWS", 8)
-    weights, biases = linear.fit(x, y, 3, decay, 500)
+    whole = probe.fit(x, y, 3, decay, 500)
+    monkeypatch.setattr(probe, "_ROWS", 8)
+    weights, biases = probe.fit(x, y, 3, decay, 500)
     np.testing.assert_allclose(weights, whole[0], atol=2e-3)
     p = np.exp(x @ weights + biases)
     error = p / p.sum(axis=1, keepdims=True) - np.eye(3)[y]
@@ -277,7 +276,7 @@ def test_gradient_vanishes_at_the_fit_and_rows_are_padded(monkeypatch):
 
 def test_many_neighbours_do_not_overflow():
     x = np.eye(3).repeat(2, axis=0)
-    votes = linear.neighbours(np.eye(3), x, np.array([0, 0, 1, 1, 2, 2]), 3, 2, 1e-3)
+    votes = probe.neighbours(np.eye(3), x, np.array([0, 0, 1, 1, 2, 2]), 3, 2, 1e-3)
     np.testing.assert_array_equal(votes.argmax(axis=1), [0, 1, 2])
 
 

@@ -13,11 +13,11 @@ from specs import EVAL_SIGLIP as SIGLIP
 
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.config import default
-from diva_jax.evals import Settings, encode, readout
+from diva_jax.evals import Settings, encode
 from diva_jax.evals.encode import Encoder
 from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE, Features
-from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Keys
 from diva_jax.training import partition
 
@@ -90,13 +90,13 @@ def by_hand(tag: str, cls, patches, drawn):
 @pytest.mark.parametrize("tag", TABLE)
 def test_published_readouts(tag):
     rng = np.random.default_rng(4)
-    parsed = readout.parse_readout(TABLE[tag].readout)
+    parsed = encode.parse_readout(TABLE[tag].readout)
     counts = {"vitl14": 76, "vitl14_336": 76, "dfn_h14_378": 364}
     assert parsed.patches == counts.get(tag, 0 if "metaclip" in tag else None)
     p, d, rows, seeds = 30, 7, [5, 11], 4
     features = Features(tokens=rng.standard_normal((2, p, d)) * 3, pooled=rng.standard_normal((2, d)) * 2)
-    weights = readout.patch_weights(parsed, p, rows, seeds, seed=9)
-    got = np.asarray(readout.read_out(parsed, features, weights))
+    weights = encode.patch_weights(parsed, p, rows, seeds, seed=9)
+    got = np.asarray(encode.read_out(parsed, features, weights))
     assert got.shape == (2, seeds if tag in counts else 1, d)
     for b, row in enumerate(rows):
         for k in range(got.shape[1]):

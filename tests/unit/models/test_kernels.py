@@ -12,7 +12,8 @@ from helpers import abstract_mesh, close, relative_error, within
 from helpers import abstract_mesh as mesh
 from jax.sharding import PartitionSpec as P
 
-from diva_jax.models import attention, feed_forward, platform
+from diva_jax.models import attention, platform
+from diva_jax.models.diffusion import blocks
 from diva_jax.models.diffusion.blocks import FeedForward
 from diva_jax.models.kernels import flash
 from diva_jax.models.layers import Layers
@@ -192,7 +193,7 @@ def test_the_kernel_equals_the_modules(batch, tokens, channels):
         return x + ff(norm(x))
 
     def fused(x, state):
-        return feed_forward.fused(x, state, graph, True)
+        return blocks.fused(x, state, graph, True)
 
     with jax.default_matmul_precision("highest"):
         goals = value_and_grads(plain, x, state, weight)
@@ -219,7 +220,7 @@ def test_in_bfloat16_it_is_no_worse_than_the_modules():
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, state, weight))
     goals = value_and_grads(plain, *wide)[:2]
     modules = value_and_grads(plain, x, state, weight)[:2]
-    kernel = value_and_grads(lambda x, state: feed_forward.fused(x, state, graph, True), x, state, weight)[:2]
+    kernel = value_and_grads(lambda x, state: blocks.fused(x, state, graph, True), x, state, weight)[:2]
     for ours, theirs, goal in zip(kernel, modules, goals, strict=True):
         assert ours.dtype == jnp.bfloat16
         assert relative_error(ours, goal) <= 1.02 * relative_error(theirs, goal) < 0.02
@@ -241,7 +242,7 @@ def test_in_bfloat16_it_is_no_worse_than_the_modules():
 )
 def test_the_choice(shape, dtype, device, expected):
     with jax.sharding.use_abstract_mesh(abstract_mesh(device[:3].lower(), kind=device)):
-        assert feed_forward.use_kernel(shape, 4 * shape[2], dtype) is expected
+        assert blocks.use_kernel(shape, 4 * shape[2], dtype) is expected
 
 
 def test_the_block_calls_the_kernel_on_tpus():
@@ -250,7 +251,7 @@ def test_the_block_calls_the_kernel_on_tpus():
     x = jax.ShapeDtypeStruct((4, 512, 128), jnp.bfloat16)
 
     def loss(x, state):
-        return jnp.sum(feed_forward.feed_forward(x, *nnx.merge(graph, state)).astype(jnp.float32))
+        return jnp.sum(blocks.feed_forward(x, *nnx.merge(graph, state)).astype(jnp.float32))
 
     def traced(allowed):
         with platform.traced_on(abstract_mesh("tpu", kind="TPU v5 lite"), allowed):

@@ -11,10 +11,9 @@ import pytest
 from flax import nnx
 from helpers import abstract_mesh, close, rounded
 
-from diva_jax.models.convolution import convolve
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.schedule import ScheduleConfig
-from diva_jax.models.layers import Keys, Layers, geglu, gelu
+from diva_jax.models.layers import Keys, Layers, convolve, geglu, gelu
 
 RATIOS = (0.0, 1.0, 10.0, 100.0)  # Mean by standard deviation.
 

@@ -22,7 +22,7 @@ from diva_jax import demo, weights
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec, build, spec_of
-from diva_jax.models.backbones.shared.text import Text
+from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.layers import abstract
 from diva_jax.training import workdirs
