@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import filled
-from reading import from_hf, hf_spec, relative, take
+from reading import differentiate, from_hf, hf_spec, take
 
 from diva_jax import config
 from diva_jax.data import preprocess
-from diva_jax.models import adapters, backbones
+from diva_jax.models import adapters
 from diva_jax.models.diffusion import flow
 from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig
 from diva_jax.models.layers import abstract
@@ -28,309 +28,198 @@ from diva_jax.weights import clip, flux, names
 from diva_jax.weights.readers import Tensors
 
 # Names in the authors' checkpoints.
-DENOISER = names.Table(
-    "FLUX's transformer",
-    rename=(
-        (r"_mlp\.fc1\.", "_mlp.0."),
-        (r"_mlp\.fc2\.", "_mlp.2."),
-        (r"\.(query|key)_norm\.weight$", r".\1_norm.scale"),
-        (r"\.adaLN_modulation\.", ".adaLN_modulation.1."),
-    ),
-)
-PROJECTOR = names.Table(
-    "projector of GenHancer",
-    rename=((r"^norm\.", "0."), (r"^fc1\.", "1."), (r"^fc2\.", "3.")),
-)
+_DENOISER = ((r"_mlp\.fc1\.", "_mlp.0."), (r"_mlp\.fc2\.", "_mlp.2."))
+_DENOISER += ((r"\.(query|key)_norm\.weight$", r".\1_norm.scale"), (r"\.adaLN_modulation\.", ".adaLN_modulation.1."))
+_PROJECTOR = names.Table("projector", ((r"^norm\.", "0."), (r"^fc1\.", "1."), (r"^fc2\.", "3.")))
+# Part of the objective -> (its prefix in a file, its table).
+GENERATOR = {"project_clip": ("project_clip.", _PROJECTOR), "project_t5": ("project_t5.", _PROJECTOR)}
+GENERATOR["denoiser"] = ("dit.", names.Table("FLUX's transformer", _DENOISER))
 
+PREFIX = "genhancer"
 FAMILY = Path(__file__).parent / "family"
 PARTS = ("_grad1", "_stage2")
 HEADS = 4  # Of every vision tower; the arrays do not tell.
-# Relative L2 error, by the beginning of a quantity's name; the longest that fits.
-BOUNDS = {
-    "": 5e-6,
-    "f/dit.": 1e-5,
-    "f/pred": 1e-5,
-    "f2/pred": 1e-5,
-    "loss": 1e-5,
-    "grad": 2e-5,
-    # A rounding to bfloat16 may fall to the other side.
-    "bf16/": 1e-4,
-}
 # What a file records and is no result.
 GIVEN = ("meta", "pixels", "draw/", "w/", "lora/", "deep/pixels", "deep/posterior", "a/w/", "deep/w/")
-_LAYERS = {"attn/proj": "self_attn.out_proj", "mlp/fc1": "mlp.fc1", "mlp/fc2": "mlp.fc2"}
+_LAYERS = {"attn/proj": ("out_proj",), "attn/qkv": ("q_proj", "k_proj", "v_proj"), "mlp/fc1": (), "mlp/fc2": ()}
 
 
-def reads(name: str) -> bool:
-    return name.startswith("genhancer")
+def read_all(path: Path, name: str):
+    """(arrays, `meta`, arrays of the VAE's encoder, its sizes) of a case, whichever of its files was given."""
+
+    def beside(file: str) -> Path | None:
+        return next((p for p in (path.with_name(file), FAMILY / file) if p.is_file()), None)
+
+    arrays, meta = {}, {}
+    for file in filter(None, (beside(f"{name}{end}.npz") for end in ("", *PARTS))):
+        z = np.load(file)
+        arrays |= {k: z[k] for k in z.files if k != "meta"}
+        meta |= json.loads(str(z["meta"]))
+    vae = beside("genhancer_vae.npz")
+    if "pixels" not in arrays or vae is None:
+        missing = "genhancer_vae.npz" if vae is None else f"{name}.npz"
+        raise ValueError(f"{missing}, which {path.name} belongs to, is missing: put it beside it")
+    return arrays, meta, *encoder_of(np.load(vae), name.removeprefix("genhancer_"))
 
 
-def bound(key: str) -> float:
-    """The bound of a quantity."""
-    return BOUNDS[max((prefix for prefix in BOUNDS if key.startswith(prefix)), key=len)]
+def settings(arrays, meta, vae: FluxVAEConfig, adapted: bool):
+    """The config of the objective that trains."""
+    dit = meta["dit"]
+    c = config.default(hf_spec(take(arrays, "w/model."), heads=HEADS), objective="genhancer")
+    c.update(dtype="float32", frozen_dtype="float32")
+    c.genhancer.update(scale_factor=float(meta["scale_factor"]), guidance=float(meta["guidance"]))
+    c.genhancer.stage2 = "all" if adapted else "none"
+    sizes = dict(in_channels="in_channels", width="hidden_size", heads="num_heads", double_blocks="depth")
+    sizes = {ours: dit[theirs] for ours, theirs in (sizes | dict(single_blocks="depth_single_blocks")).items()}
+    sizes |= dict(vector_dim=meta["clip_dim"], text_dim=meta["t5_dim"], axes=tuple(dit["axes_dim"]))
+    c.genhancer.denoiser.update(sizes)
+    c.genhancer.vae.update(dataclasses.asdict(vae))
+    if adapted:
+        c.genhancer.lora.update(rank=meta["rank"], alpha=float(meta["lora_alpha"]), dropout=0.0)
+    return c
 
 
-def beside(path: Path, name: str) -> Path | None:
-    """A file of the same folder, else of `family`."""
-    return next((p for p in (path.with_name(name), FAMILY / name) if p.is_file()), None)
-
-
-def case_name(path: Path) -> str:
-    return re.sub(f"({'|'.join(PARTS)})$", "", path.stem)
-
-
-class Case:
-    """All arrays of a case, whichever of its files was given.
-
-    Attributes:
-      arrays: name -> array, without `meta`.
-      meta: of all files.
-      encoder: arrays of the VAE's encoder and its sizes.
-    """
-
-    def __init__(self, path: Path):
-        self.name = case_name(path)
-        found = [p for end in ("", *PARTS) if (p := beside(path, f"{self.name}{end}.npz"))]
-        self.arrays, self.meta = {}, {}
-        for file in found:
-            z = np.load(file)
-            self.arrays |= {k: z[k] for k in z.files if k != "meta"}
-            self.meta |= json.loads(str(z["meta"]))
-        if "pixels" not in self.arrays:
-            raise ValueError(f"{self.name}.npz, which {path.name} belongs to, is missing: put it beside it")
-        file = beside(path, "genhancer_vae.npz")
-        if file is None:
-            raise ValueError(f"{path.name} needs genhancer_vae.npz: put it beside it")
-        self.encoder = encoder_of(np.load(file), self.name.removeprefix("genhancer_"))
-
-    def has(self, key: str) -> bool:
-        return any(k.startswith(key) for k in self.arrays)
-
-    @property
-    def hf_tensors(self) -> dict[str, np.ndarray]:
-        return take(self.arrays, "w/model.")
-
-    def spec(self) -> backbones.Spec:
-        """The vision tower, from the arrays' shapes."""
-        return hf_spec(self.hf_tensors, heads=HEADS)
-
-    def config(self, *, adapted: bool):
-        """The config of the objective that trains."""
-        spec, dit = self.spec(), self.meta["dit"]
-        c = config.default(spec, objective="genhancer")
-        c.update(dtype="float32", frozen_dtype="float32")
-        g = c.genhancer
-        g.update(scale_factor=float(self.meta["scale_factor"]), guidance=float(self.meta["guidance"]))
-        g.stage2 = "all" if adapted else "none"
-        g.denoiser.update(
-            in_channels=dit["in_channels"],
-            vector_dim=self.meta["clip_dim"],
-            text_dim=self.meta["t5_dim"],
-            width=dit["hidden_size"],
-            heads=dit["num_heads"],
-            double_blocks=dit["depth"],
-            single_blocks=dit["depth_single_blocks"],
-            axes=tuple(dit["axes_dim"]),
-        )
-        g.vae.update(dataclasses.asdict(self.encoder[1]))
-        if adapted:
-            g.lora.update(rank=self.meta["rank"], alpha=float(self.meta["lora_alpha"]), dropout=0.0)
-        return c
-
-    def hf_layer(self, ours: str) -> list[str]:
-        """The layers of transformers' model of which one of our tower's consists."""
-        if m := re.fullmatch(r"blocks/(\d+)/(.*)", ours):
-            inside = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-            inside = inside if m[2] == "attn/qkv" else [_LAYERS[m[2]]]
-            return [f"model.vision_model.encoder.layers.{m[1]}.{layer}" for layer in inside]
+def hf_layer(ours: str) -> list[str]:
+    """The layers of transformers' model of which one of our tower's consists."""
+    if not (m := re.fullmatch(r"blocks/(\d+)/(.*)", ours)):
         return ["model.visual_projection"]
+    inside = [f"self_attn.{n}" for n in _LAYERS[m[2]]] or [m[2].replace("/", ".")]
+    return [f"model.vision_model.encoder.layers.{m[1]}.{layer}" for layer in inside]
 
-    def weights(self, skeleton: partition.Skeleton, spec: backbones.Spec) -> dict[str, jax.Array]:
-        """Name -> array of every parameter of the objective."""
-        sources = {
-            "vision": (Tensors(from_hf(self.hf_tensors, spec), []), clip.vision_table(spec)),
-            "project_clip": (take(self.arrays, "w/project_clip."), PROJECTOR),
-            "project_t5": (take(self.arrays, "w/project_t5."), PROJECTOR),
-            "denoiser": (take(self.arrays, "w/dit."), DENOISER),
-            "vae": (self.encoder[0], flux.VAE),
-        }
-        out = {}
-        for name, (path, _) in skeleton.variables.items():
-            part, *inner = path
-            if "lora" in inner:
-                *layer, _, leaf = inner
-                which, layers = leaf.upper(), self.hf_layer("/".join(map(str, layer)))
-                out[name] = jnp.stack([jnp.asarray(self.arrays[f"lora/{n}.lora_{which}"].T) for n in layers])
-            else:
-                tensors, table = sources[part]
-                array = np.asarray(tensors[table.torch_name(tuple(inner))])
-                out[name] = jnp.asarray(names.from_torch_layout(path, array))
-        return out
 
-    def module(self, **kw) -> tuple[partition.Skeleton, dict[str, jax.Array]]:
-        """The objective of `config(**kw)`, apart, with the file's weights."""
-        c = self.config(**kw)
-        module = abstract(lambda rngs: genhancer.Objective(c, rngs=rngs))
-        skeleton, _ = partition.disassemble(module)
-        return skeleton, self.weights(skeleton, module.spec)
+def made(arrays, c, encoder: Tensors) -> tuple[partition.Skeleton, dict[str, jax.Array]]:
+    """The objective of a config, apart, with the file's weights."""
+    module = abstract(lambda rngs: genhancer.Objective(c, rngs=rngs))
+    skeleton, _ = partition.disassemble(module)
+    tower = Tensors(from_hf(take(arrays, "w/model."), module.spec), [])
+    sources = {"vision": (tower, clip.vision_table(module.spec)), "vae": (encoder, flux.VAE)}
+    sources |= {part: (take(arrays, f"w/{prefix}"), table) for part, (prefix, table) in GENERATOR.items()}
+    out = {}
+    for name, (path, _) in skeleton.variables.items():
+        part, *inner = path
+        if "lora" in inner:
+            *layer, _, leaf = inner
+            layers = hf_layer("/".join(map(str, layer)))
+            out[name] = jnp.stack([jnp.asarray(arrays[f"lora/{n}.lora_{leaf.upper()}"].T) for n in layers])
+        else:
+            tensors, table = sources[part]
+            array = np.asarray(tensors[table.torch_name(tuple(inner))])
+            out[name] = jnp.asarray(names.from_torch_layout(path, array))
+    return skeleton, out
 
-    def compute(self) -> dict[str, np.ndarray]:
-        """Every recorded quantity, by its name in the files."""
-        a = self.arrays
-        pixels, freqs = jnp.asarray(a["pixels"]), a["f/freqs"]
-        posterior = jnp.asarray(a["draw/posterior"])
-        drawn = genhancer.GenHancerDraws(posterior, jnp.asarray(a["draw/t_normal"]), jnp.asarray(a["draw/noise"]))
-        skeleton, weights = self.module(adapted=False)
-        plain = skeleton.merge(weights)
-        latents = jax.jit(lambda w: skeleton.merge(w).latents(pixels, posterior))(weights)
 
-        def loss(trained, rest, skeleton):
-            return skeleton.merge(trained, rest).forward(pixels, latents, drawn, freqs)
+@functools.cache
+def computed(folder: Path, name: str) -> tuple[dict, dict]:
+    """Returns the arrays of a case of a folder and what we compute of it, once for all its files."""
+    a, meta, encoder, sizes = read_all(folder / f"{name}.npz", name)
+    pixels, freqs = jnp.asarray(a["pixels"]), a["f/freqs"]
+    posterior = jnp.asarray(a["draw/posterior"])
+    drawn = genhancer.GenHancerDraws(posterior, jnp.asarray(a["draw/t_normal"]), jnp.asarray(a["draw/noise"]))
+    skeleton, weights = made(a, settings(a, meta, sizes, adapted=False), encoder)
+    latents = jax.jit(lambda w: skeleton.merge(w).latents(pixels, posterior))(weights)
+    loss = lambda module: module.forward(pixels, latents, drawn, freqs)  # noqa: E731
+    trains = lambda n: not n.startswith(("vision/", "vae/"))  # noqa: E731
+    (value, seen), grads = differentiate(skeleton, weights, trains, loss)
+    out = {"latents": latents, "loss": value} | {f"f/{k}": v for k, v in seen.items()}
+    out |= beside_the_forward(skeleton.merge(weights), pixels, latents.shape, seen, freqs)
+    if any(k.startswith("grad1/") for k in a):
+        out |= generator("grad1", skeleton, grads)
+    if any(k.startswith("lora/") for k in a):
+        c = settings(a, meta, sizes, adapted=True)
+        skeleton, weights = made(a, c, encoder)
+        scales = partition.scales(genhancer.stages(c)[-1].trainable, weights)
+        (value, seen), grads = differentiate(skeleton, weights, lambda n: scales[n] > 0, loss)
+        out |= {"loss2": value} | {f"f2/{k}": seen[k] for k in ("embed", "vec", "txt", "pred")}
+        out |= stage2(skeleton, skeleton.merge(weights), pixels, grads)
+    return a, out
 
-        def gradients(skeleton, arrays, trained):
-            mine = {k: v for k, v in arrays.items() if trained(k)}
-            rest = {k: v for k, v in arrays.items() if not trained(k)}
-            return jax.jit(jax.value_and_grad(lambda t, r: loss(t, r, skeleton), has_aux=True))(mine, rest)
 
-        (value, seen), grads = gradients(skeleton, weights, lambda n: not n.startswith(("vision/", "vae/")))
-        out = {"latents": latents, "loss": value}
-        out |= {f"f/{k}": v for k, v in seen.items()}
-        out |= self.beside_the_forward(plain, seen, freqs)
-        if self.has("grad1/"):
-            out |= self.generator("grad1", skeleton, grads)
-        if self.has("lora/"):
-            out |= self.stage2(gradients)
-        return {k: np.asarray(v) for k, v in out.items()}
+def beside_the_forward(module, pixels, latents, seen, freqs) -> dict:
+    """What the objective does not return: the tower's hidden states, ids, codes, the rotations."""
+    count, grid = len(pixels), (latents[1] // 2, latents[2] // 2)
+    view = preprocess.normalise(pixels, module.spec.mean, module.spec.std)
+    norm, caught = module.vision.norm, []
 
-    def beside_the_forward(self, module, seen, freqs) -> dict:
-        """What the objective does not return: the tower's hidden states, ids, codes, the rotations."""
-        pixels, grid = jnp.asarray(self.arrays["pixels"]), self.grid
-        view = preprocess.normalise(pixels, module.spec.mean, module.spec.std)
-        norm, caught = module.vision.norm, []
+    def tap(x):
+        caught.append((x, norm(x)))
+        return caught[-1][1]
 
-        def tap(x):
-            caught.append((x, norm(x)))
-            return caught[-1][1]
+    module.vision.norm = tap
+    module.vision.encode(view)
+    before, after = caught[0]
+    ids = np.broadcast_to(flow.token_positions(grid), (count, 1 + grid[0] * grid[1], 3))
+    cos, sin = flow.rotations(module.flow_config, grid)
+    turns = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
+    t, guidance = seen["t"], jnp.full_like(seen["t"], module.options.guidance)
+    found = dict(last_hidden=before, pooled=after[:, 0], txt_ids=ids[:, :1], img_ids=ids[:, 1:], guidance=guidance)
+    found |= {"dit.pe_embedder": np.broadcast_to(turns, (count, 1, *turns.shape)), "freqs": flow.frequencies()}
+    found |= dict(timestep_code=flow.timestep_code(t, freqs), guidance_code=flow.timestep_code(guidance, freqs))
+    half = flow.timestep_code(t.astype(jnp.bfloat16), freqs).astype(jnp.float32)
+    return {f"f/{k}": v for k, v in found.items()} | {"clip_pixels": view, "bf16/timestep_code": half}
 
-        module.vision.norm = tap
-        module.vision.encode(view)
-        before, after = caught[0]
-        count = len(pixels)
-        ids = np.broadcast_to(flow.token_positions(grid), (count, 1 + grid[0] * grid[1], 3))
-        cos, sin = flow.rotations(module.flow_config, grid)
-        turns = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
-        t, guidance = seen["t"], jnp.full_like(seen["t"], module.options.guidance)
-        return {
-            "clip_pixels": view,
-            "f/last_hidden": before,
-            "f/pooled": after[:, 0],
-            "f/txt_ids": ids[:, :1],
-            "f/img_ids": ids[:, 1:],
-            "f/dit.pe_embedder": np.broadcast_to(turns, (count, 1, *turns.shape)),
-            "f/guidance": guidance,
-            "f/freqs": flow.frequencies(),
-            "f/timestep_code": flow.timestep_code(t, freqs),
-            "f/guidance_code": flow.timestep_code(guidance, freqs),
-            "bf16/timestep_code": flow.timestep_code(t.astype(jnp.bfloat16), freqs).astype(jnp.float32),
-        }
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        _, h, w, _ = self.arrays["latents"].shape
-        return h // 2, w // 2
+def generator(key: str, skeleton, grads) -> dict:
+    """Gradients of projectors and denoiser under the file's names."""
+    out = {}
+    for name, gradient in grads.items():
+        part, *inner = skeleton.variables[name][0]
+        if part in GENERATOR:
+            prefix, table = GENERATOR[part]
+            gradient = names.to_torch_layout(tuple(inner), np.asarray(gradient))
+            out[f"{key}/{prefix}{table.torch_name(tuple(inner))}"] = gradient
+    return out
 
-    def generator(self, key: str, skeleton, grads) -> dict:
-        """Gradients of projectors and denoiser under the file's names."""
-        out = {}
-        for name, gradient in grads.items():
-            part, *inner = skeleton.variables[name][0]
-            if part in ("project_clip", "project_t5", "denoiser"):
-                table = DENOISER if part == "denoiser" else PROJECTOR
-                prefix = "dit" if part == "denoiser" else part
-                gradient = names.to_torch_layout(tuple(inner), np.asarray(gradient))
-                out[f"{key}/{prefix}.{table.torch_name(tuple(inner))}"] = gradient
-        return out
 
-    def stage2(self, gradients) -> dict:
-        """Forward pass with adapters, gradients, and the merged tower."""
-        c = self.config(adapted=True)
-        skeleton, weights = self.module(adapted=True)
-        rows = genhancer.stages(c)[-1].trainable
-        scales = partition.scales(rows, weights)
-        (value, seen), grads = gradients(skeleton, weights, lambda n: scales[n] > 0)
-        out = {"loss2": value} | {f"f2/{k}": seen[k] for k in ("embed", "vec", "txt", "pred")}
-        everything = self.generator("grad2all", skeleton, grads)
-        dit = [v for k, v in everything.items() if k.startswith("grad2all/dit.")]
-        out |= {k: v for k, v in everything.items() if not k.startswith("grad2all/dit.")}
-        out["grad2all/dit_norm"] = np.sqrt(sum(np.sum(np.square(v, dtype=np.float64)) for v in dit))
-        for name, gradient in grads.items():
-            if not name.startswith("vision/"):
-                continue
-            path = name.removeprefix("vision/").split("/")
-            if path[-2] == "lora":
-                for layer, part in zip(self.hf_layer("/".join(path[:-2])), gradient, strict=True):
-                    out[f"grad2/{layer}.lora_{path[-1].upper()}"] = part.T
-            else:
-                layers = self.hf_layer("/".join(path[:-1]))
-                for layer, part in zip(layers, jnp.split(gradient, len(layers)), strict=True):
-                    out[f"grad2/{layer}.bias"] = part
-        module = skeleton.merge(weights)
-        tower = adapters.merge(module.vision)
-        pixels = jnp.asarray(self.arrays["pixels"])
-        view = preprocess.normalise(pixels, module.spec.mean, module.spec.std)
-        out["f2/merged_embed"] = tower.encode(view).pooled
-        width, first = module.spec.width, tower.blocks[0].attn.qkv
-        out |= {"merged/q0.weight": first.kernel[...].T[:width], "merged/q0.bias": first.bias[...][:width]}
-        return out
-
-    def error(self, key: str, ours: np.ndarray, want: np.ndarray) -> float:
-        """Relative L2 error; that of a key's bias, whose true gradient is zero, relative to the query's bias."""
-        if re.fullmatch(r"grad2/.*\.k_proj\.bias", key):
-            return relative(ours, 0 * want, self.arrays[key.replace("k_proj", "q_proj")])
-        return relative(ours, want)
+def stage2(skeleton, module, pixels, grads) -> dict:
+    """Gradients with adapters, and the merged tower."""
+    everything = generator("grad2all", skeleton, grads)
+    out = {k: v for k, v in everything.items() if not k.startswith("grad2all/dit.")}
+    dit = [np.sum(np.square(v, dtype=np.float64)) for k, v in everything.items() if k not in out]
+    out["grad2all/dit_norm"] = np.sqrt(sum(dit))
+    for name, gradient in grads.items():
+        part, *path = name.split("/")
+        if part == "vision" and path[-2] == "lora":
+            for layer, piece in zip(hf_layer("/".join(path[:-2])), gradient, strict=True):
+                out[f"grad2/{layer}.lora_{path[-1].upper()}"] = piece.T
+        elif part == "vision":
+            layers = hf_layer("/".join(path[:-1]))
+            for layer, piece in zip(layers, jnp.split(gradient, len(layers)), strict=True):
+                out[f"grad2/{layer}.bias"] = piece
+    tower, width = adapters.merge(module.vision), module.spec.width
+    out["f2/merged_embed"] = tower.encode(preprocess.normalise(pixels, module.spec.mean, module.spec.std)).pooled
+    first = tower.blocks[0].attn.qkv
+    return out | {"merged/q0.weight": first.kernel[...].T[:width], "merged/q0.bias": first.bias[...][:width]}
 
 
 def encoder_of(z, case: str) -> tuple[Tensors, FluxVAEConfig]:
     """The arrays and the sizes of one encoder in genhancer_vae.npz."""
     meta = json.loads(str(z["meta"]))
-    sizes = FluxVAEConfig(
-        latent_channels=meta[case]["z"],
-        block_out_channels=tuple(meta["ch"] * m for m in meta[case]["ch_mult"]),
-        layers_per_block=meta[case]["num_res_blocks"],
-        norm_num_groups=meta["groups"],
-        scaling_factor=meta["scale_factor"],
-        shift_factor=meta["shift_factor"],
-    )
-    return flux.with_matrices(Tensors(take(z, f"{case}/w/"), [])), sizes
+    channels = tuple(meta["ch"] * m for m in meta[case]["ch_mult"])
+    sizes = dict(latent_channels=meta[case]["z"], block_out_channels=channels, norm_num_groups=meta["groups"])
+    sizes |= dict(layers_per_block=meta[case]["num_res_blocks"], scaling_factor=meta["scale_factor"])
+    tensors = flux.with_matrices(Tensors(take(z, f"{case}/w/"), []))
+    return tensors, FluxVAEConfig(**sizes, shift_factor=meta["shift_factor"])
 
 
-def encoders(path: Path) -> list[tuple[str, float, float]]:
-    """Errors of the encoders of genhancer_vae.npz that have results there."""
-    z, rows = np.load(path), []
+def encoders(z) -> dict[str, np.ndarray]:
+    """The results of the encoders of genhancer_vae.npz that have some there."""
+    out = {}
     for case in sorted(k.removesuffix("/pixels") for k in z.files if k.endswith("/pixels")):
         tensors, sizes = encoder_of(z, case)
         vae = filled(abstract(lambda rngs, sizes=sizes: VAE(sizes, rngs=rngs)), tensors, flux.VAE)
         view = 2 * jnp.asarray(z[f"{case}/pixels"]) - 1
-        ours = {"moments": vae.moments(view), "latents": vae.encode(view, jnp.asarray(z[f"{case}/posterior"]))}
-        for key, array in ours.items():
-            want = z[f"{case}/{key}"]
-            rows.append((f"{case}/{key}", relative(array, want), BOUNDS[""]))
-    return rows
+        out[f"{case}/moments"] = vae.moments(view)
+        out[f"{case}/latents"] = vae.encode(view, jnp.asarray(z[f"{case}/posterior"]))
+    return out
 
 
-@functools.cache
-def computed(folder: Path, name: str) -> tuple[Case, dict[str, np.ndarray]]:
-    """Returns a case of a folder and what we compute of it, once for all its files."""
-    case = Case(folder / f"{name}.npz")
-    return case, case.compute()
-
-
-def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
-    with jax.default_matmul_precision("highest"):
-        if golden.stem == "genhancer_vae":
-            return encoders(golden)
-        case, ours = computed(golden.parent, case_name(golden))
-    recorded = [k for k in np.load(golden).files if not k.startswith(GIVEN)]
-    if missing := [k for k in recorded if k not in ours]:
-        raise ValueError(f"quantities that we do not compute: {missing}")
-    return [(k, case.error(k, ours[k], case.arrays[k]), bound(k)) for k in recorded]
+def compare(path, z, sd):
+    """The error of the gradient of a key's bias, which is zero in truth, is relative to that of the query's."""
+    recorded = {k: z[k] for k in z.files if not k.startswith(GIVEN)}
+    if path.stem == "genhancer_vae":
+        return recorded, encoders(z), {}
+    arrays, ours = computed(path.parent, re.sub(f"({'|'.join(PARTS)})$", "", path.stem))
+    keys = [k for k in recorded if re.fullmatch(r"grad2/.*\.k_proj\.bias", k)]
+    scales = {k: arrays[k.replace("k_proj", "q_proj")] for k in keys}
+    recorded |= {k: 0 * recorded[k] for k in keys}
+    return recorded, {k: v for k, v in ours.items() if k in recorded}, scales

@@ -5,14 +5,13 @@ losses of all six. Every switch is faithful.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from reading import gradients, relative, same_names, take
+from reading import differentiate, gradients, take
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -21,42 +20,26 @@ from diva_jax.training.step import Program
 from diva_jax.weights import clip, names
 from diva_jax.weights.readers import Tensors
 
-# Relative L2 error; gradients concatenated, because that of a key's bias is zero but for rounding.
-BOUNDS = {
-    "teacher_input": 2e-6,
-    "f": 2e-6,
-    "f0": 2e-6,
-    "g": 2e-6,
-    "k_clip": 2e-6,
-    "k_dino": 2e-6,
-    "loss_clean": 1e-5,
-    "loss_kernel": 1e-5,
-    "loss_total": 1e-5,
-    "grad": 1e-5,
-    "grad_kernel": 1e-5,
-    "trajectory": 1e-5,
-}
+PREFIX = "kuea"
 # What the arrays do not tell: the recipe of the recorded runs, and the towers' heads.
 HEADS = 4
 OPTIM = dict(name="adamw", lr=3e-5, weight_decay=1e-4, decay_all=True, warmup=0.5, clip=0.0)
-INPUTS = ("pixels", "gamma_coef0")
-
-
-def spec_of(tensors: dict[str, np.ndarray], arch: str, size: int, like: backbones.Spec) -> backbones.Spec:
-    """The Spec of a tower at a resolution, from its tensors."""
-    found = backbones.architecture(arch).shapes(tensors)
-    return dataclasses.replace(like, **found | dict(arch=arch, heads=HEADS, image_size=size, source="unused"))
+GIVEN = ("w", "w0", "teacher", "pixels", "gamma_coef0")
 
 
 def settings(z, **switches: str):
     """The config of a recorded run; `switches` are exact where they say so, all others faithful."""
-    teacher = spec_of(take(z, "teacher/", "visual."), "dinov2", z["teacher_input"].shape[1], backbones.DINOV2_L)
-    student = spec_of(take(z, "w/", "visual."), "vit", z["pixels"].shape[1], backbones.Spec())
-    c = config.faithful(config.default(student, objective="kuea"))
+
+    def spec(prefix: str, arch: str, like: backbones.Spec, pixels: str) -> backbones.Spec:
+        found = backbones.architecture(arch).shapes(take(z, prefix, "visual."))
+        fixed = dict(arch=arch, heads=HEADS, image_size=z[pixels].shape[1], source="unused")
+        return dataclasses.replace(like, **found | fixed)
+
+    c = config.faithful(config.default(spec("w/", "vit", backbones.Spec(), "pixels"), objective="kuea"))
     c.batch_size, c.steps = len(z["pixels"]), len(z["trajectory/lr"])
     c.optim.update(OPTIM)
     c.kuea.gamma, c.kuea.c = map(float, z["gamma_coef0"])
-    c.kuea.teacher.update(dataclasses.asdict(teacher))
+    c.kuea.teacher.update(dataclasses.asdict(spec("teacher/", "dinov2", backbones.DINOV2_L, "teacher_input")))
     c.kuea.update(switches)
     return c
 
@@ -75,14 +58,6 @@ def program(z, **switches: str) -> tuple[Program, dict[str, jax.Array]]:
     return p, arrays
 
 
-def batch(z) -> dict[str, jax.Array]:
-    """The recorded images as a batch; a ValueError where they are no 8-bit ones."""
-    pixels = np.round(z["pixels"] * 255).astype(np.uint8)
-    if not np.array_equal(pixels.astype(np.float32) / np.float32(255), z["pixels"]):
-        raise ValueError("the pixels are not those of 8-bit images")
-    return {"image": jnp.asarray(pixels), "row": jnp.arange(len(pixels), dtype=jnp.int32)}
-
-
 def trajectory(z, **switches: str) -> dict[str, np.ndarray]:
     """Every step through the program that trains: lr, the losses before the update, gamma and c used and after it.
 
@@ -94,31 +69,25 @@ def trajectory(z, **switches: str) -> dict[str, np.ndarray]:
     watcher, _ = program(z, kernel_params="exact")
     state = p.init_state({n: jnp.array(arrays[n]) for n in p.trained})
     frozen = {n: arrays[n] for n in p.abstract_frozen()}
-    start = jnp.asarray(z["gamma_coef0"])
+    pixels, start = jnp.asarray(z["pixels"]), jnp.asarray(z["gamma_coef0"])
+    images = np.round(z["pixels"] * 255).astype(np.uint8)
+    assert np.array_equal(images.astype(np.float32) / np.float32(255), z["pixels"]), "no pixels of 8-bit images"
+    batch = {"image": jnp.asarray(images), "row": jnp.arange(len(images), dtype=jnp.int32)}
     tx = optax.adamw(p.learning_rate(0), weight_decay=0.0)
     opt, leaf, step = tx.init(start), start, p.step(0)
 
-    @jax.jit
-    def slope(vision):
-        def loss(params):
-            x = watcher.skeleton.merge({**frozen, **vision, "kernel_params": params})
-            return x.forward(jnp.asarray(z["pixels"]), jnp.asarray(z["pixels"]))[0]
+    def loss(params, vision):
+        return watcher.skeleton.merge({**frozen, **vision, "kernel_params": params}).forward(pixels, pixels)[0]
 
-        return jax.grad(loss)(start)
-
-    rows = []
+    slope, rows = jax.jit(jax.grad(loss)), []
     for _ in range(p.config.steps):
         params = dict(state["params"])
-        if trains:
-            used = leaf = params["kernel_params"]
-        else:
-            used = start
-            updates, opt = tx.update(slope(params), opt, leaf)
-        row = {"gamma_coef0_used": np.array(used)}
+        row = {"gamma_coef0_used": np.array(params["kernel_params"] if trains else start)}
         if not trains:
             row["gamma_coef0_leaf"] = np.array(leaf)
+            updates, opt = tx.update(slope(start, params), opt, leaf)
             leaf = optax.apply_updates(leaf, updates)
-        state, metrics = step(state, frozen, batch(z))
+        state, metrics = step(state, frozen, batch)
         row |= {"lr": metrics["lr"], "loss_total": metrics["loss"]}
         rows.append(row | {k: metrics[k] for k in ("loss_clean", "loss_kernel")})
     out = {f"trajectory/{k}": np.stack([np.asarray(r[k]) for r in rows]) for k in rows[0]}
@@ -130,52 +99,37 @@ def compute(z) -> dict[str, np.ndarray]:
     # With gamma and c as parameters, their gradients are there too; the forward pass is the same.
     p, arrays = program(z, kernel_params="exact")
     pixels = jnp.asarray(z["pixels"])
-    tuned = {n: a for n, a in arrays.items() if n in p.trained}
-    frozen = {n: a for n, a in arrays.items() if n not in tuned}
 
-    def forward(tuned):
-        value, seen = p.skeleton.merge(tuned, frozen).forward(pixels, pixels)
-        return value, {**seen, "loss_total": value}
+    def loss(of):
+        def forward(module):
+            value, seen = module.forward(pixels, pixels)
+            seen = {**seen, "loss_total": value}
+            return seen[of], seen
 
-    def kernel_alone(tuned):
-        return forward(tuned)[1]["loss_kernel"]
+        return forward
 
-    (_, seen), grads = jax.jit(jax.value_and_grad(forward, has_aux=True))(tuned)
+    (_, seen), whole = differentiate(p.skeleton, arrays, p.trained.__contains__, loss("loss_total"))
+    _, kernel = differentiate(p.skeleton, arrays, p.trained.__contains__, loss("loss_kernel"))
     out = dict(seen, teacher_input=p.skeleton.merge(arrays).teacher_view(pixels))
-    for key, tree in (("grad", grads), ("grad_kernel", jax.jit(jax.grad(kernel_alone))(tuned))):
+    for key, tree in (("grad", whole), ("grad_kernel", kernel)):
         tensors = gradients(p.skeleton, tree, "vision", clip.vision_table(p.objective.spec))
         out |= {f"{key}/{n.removeprefix('visual.')}": a for n, a in tensors.items()}
         out[f"{key}/gamma_coef0"] = tree["kernel_params"]
     return {k: np.asarray(v) for k, v in out.items()} | trajectory(z)
 
 
-def reads(name: str) -> bool:
-    return name.startswith("kuea")
+def compare(path, z, sd):
+    """Gradients are concatenated, because that of a key's bias is zero but for rounding."""
 
+    def grouped(arrays) -> dict[str, np.ndarray]:
+        groups = {}
+        for key in sorted(arrays):
+            whole = key.startswith(("grad/", "grad_kernel/")) and not key.endswith("gamma_coef0")
+            groups.setdefault(key.split("/")[0] if whole else key, []).append(arrays[key])
+        return {k: np.concatenate([np.ravel(a) for a in found]) for k, found in groups.items()}
 
-def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
-    z = np.load(golden)
-    with jax.default_matmul_precision("highest"):
-        ours = compute(z)
-    weights = ("w", "w0", "teacher", *INPUTS)
-    recorded = [k for k in z.files if k.split("/")[0] not in weights]
-    same_names(recorded, ours)
-    groups: dict[str, list[str]] = {}
-    for key in recorded:
-        whole = key.startswith(("grad/", "grad_kernel/")) and not key.endswith("gamma_coef0")
-        groups.setdefault(key.split("/")[0] if whole else key, []).append(key)
-
-    def joined(arrays, members) -> np.ndarray:
-        return np.concatenate([arrays[m].ravel() for m in members])
-
-    def scale(key, want) -> np.ndarray:
-        """A squared distance |f - f0|^2, with the rounding of f, has an error of the order of |f - f0| |f0|."""
-        if not key.endswith(("loss_clean", "loss_total")):
-            return want
-        return np.sqrt(z[key.replace("total", "clean")] * np.mean(np.sum(np.square(z["f0"]), axis=-1)))
-
-    found = {}
-    for key, members in groups.items():
-        want = joined(z, members)
-        found[key] = relative(joined(ours, members), want, scale(key, want))
-    return [(key, error, BOUNDS[key.split("/")[0]]) for key, error in found.items()]
+    # A squared distance |f - f0|^2, with the rounding of f, has an error of the order of |f - f0| |f0|.
+    length = np.mean(np.sum(np.square(z["f0"]), axis=-1))
+    losses = [k for k in z.files if k.endswith(("loss_clean", "loss_total"))]
+    scales = {k: np.sqrt(z[k.replace("total", "clean")] * length) for k in losses}
+    return grouped({k: z[k] for k in z.files if k.split("/")[0] not in GIVEN}), grouped(compute(z)), scales

@@ -1,13 +1,18 @@
 """What the readers of golden files share."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
 
+import jax
 import numpy as np
 from flax import nnx
+from helpers import filled
 
+from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.weights import hf, names
+
+# What a file of the U-Net and VAE does not tell.
+_SD = dict(unet_heads=(2, 2, 4, 4), unet_groups=8, vae_groups=4)
 
 
 def take(arrays, prefix: str, new: str = "") -> dict[str, np.ndarray]:
@@ -36,40 +41,50 @@ def hf_spec(tensors, **fields) -> backbones.Spec:
     return tower_spec(from_hf(tensors, backbones.Spec(arch=arch, layers=len(layers))), arch, **fields)
 
 
-def relative(ours, want, scale=None) -> float:
-    """Returns the L2 error relative to `scale`, which is `want` by default.
+def diffusion_config(sd) -> dict:
+    """Returns the sizes of U-Net and VAE, in diffusers' terms, from their state dicts."""
 
-    Raises:
-      ValueError: the shapes differ.
-    """
-    ours, want, scale = (np.asarray(x, np.float64) for x in (ours, want, want if scale is None else scale))
-    if ours.shape != want.shape:
-        raise ValueError(f"shapes differ: {ours.shape} here, {want.shape} recorded")
-    return float(np.linalg.norm(ours - want) / max(np.linalg.norm(scale), np.finfo(np.float64).tiny))
+    def widths(part, key):
+        n = 1 + max(int(k.split("down_blocks.")[1].split(".")[0]) for k in sd.files if f"{part}down_blocks." in k)
+        return tuple(sd[f"{part}down_blocks.{i}.resnets.0.{key}"].shape[0] for i in range(n))
+
+    unet = dict(
+        in_channels=sd["unet/conv_in.weight"].shape[1],
+        out_channels=sd["unet/conv_out.weight"].shape[0],
+        block_out_channels=widths("unet/", "conv1.weight"),
+        layers_per_block=2,
+        attention_head_dim=_SD["unet_heads"],
+        cross_attention_dim=sd["unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        use_linear_projection=sd["unet/down_blocks.0.attentions.0.proj_in.weight"].ndim == 2,
+        norm_num_groups=_SD["unet_groups"],
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
+    channels = widths("vae/encoder.", "conv1.weight")
+    vae = dict(
+        block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * len(channels), layers_per_block=2
+    )
+    vae |= dict(norm_num_groups=_SD["vae_groups"], latent_channels=sd["vae/quant_conv.weight"].shape[0] // 2)
+    preset = config.default().diffusion
+    return dict(unet=unet, vae=vae, text_encoder=preset.text_encoder.to_dict(), scheduler=preset.scheduler.to_dict())
 
 
-def rows(
-    recorded: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], bound: Callable[[str], float]
-) -> list[tuple[str, float, float]]:
-    """Returns (quantity, relative L2 error, bound) for every recorded result.
-
-    Raises:
-      ValueError: other quantities are recorded than we compute.
-    """
-    same_names(recorded, ours)
-    return [(key, relative(ours[key], want), bound(key)) for key, want in recorded.items()]
+def fill_generator(module, sd, text_context, unet=()) -> None:
+    """Gives an objective the U-Net and VAE of a file, with further tensors of the U-Net, and its text condition."""
+    module.unet = filled(module.unet, take(sd, "unet/") | dict(unet), names.UNET)
+    module.vae = filled(module.vae, take(sd, "vae/"), names.VAE)
+    module.text_context = nnx.Variable(jax.numpy.asarray(text_context))
 
 
-def same_names(recorded: Iterable[str], ours: Iterable[str]) -> None:
-    if differ := sorted(set(recorded) ^ set(ours)):
-        raise ValueError(f"quantities differ: {differ}")
+def differentiate(skeleton, arrays, trains, loss):
+    """((value, what it returns beside), gradients) of `loss(module)`, by the arrays whose name `trains`."""
+    mine = {n: a for n, a in arrays.items() if trains(n)}
+    rest = {n: a for n, a in arrays.items() if n not in mine}
+    return jax.jit(jax.value_and_grad(lambda m, r: loss(skeleton.merge(m, r)), has_aux=True))(mine, rest)
 
 
 def gradients(skeleton, grads, part: str, table) -> dict[str, np.ndarray]:
     """Returns the gradients of one part of an objective under its library's names, by `name -> gradient`."""
-    state = {
-        path[1:]: var.replace(grads[name])
-        for name, (path, var) in skeleton.variables.items()
-        if name.startswith(f"{part}/")
-    }
+    variables = {n: v for n, v in skeleton.variables.items() if n.startswith(f"{part}/")}
+    state = {path[1:]: var.replace(grads[name]) for name, (path, var) in variables.items()}
     return names.to_torch(nnx.from_flat_state(state), table)

@@ -6,28 +6,21 @@ which a file adds the U-Net's class embedding.
 
 import dataclasses
 import json
-from pathlib import Path
 
-import diva
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from helpers import filled
-from reading import gradients, rows, take, tower_spec
+from reading import diffusion_config, fill_generator, gradients, take, tower_spec
 
 from diva_jax import config
-from diva_jax.models import backbones
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import unclip
 from diva_jax.training import partition
-from diva_jax.weights import clip, names
+from diva_jax.weights import clip
 
-# Relative L2 error, by the last part of a quantity's name; `grad` is any tensor's.
-_EXACT = ("latent_mean", "latent_std", "latents", "z_t", "target_v", "embed", "class_labels")
-BOUNDS = dict.fromkeys(_EXACT, 5e-6) | dict.fromkeys(("alphas_cumprod", "embed_alphas_cumprod"), 1e-6)
-BOUNDS |= {"pred": 1e-5, "loss": 1e-5, "grad_embed": 2e-5, "grad": 2e-5}
+PREFIX = "unclip"
 HEADS = 4
 TARGETS = ("v", "eps")
 # Not results: what a file feeds.
@@ -35,53 +28,36 @@ GIVEN = ("pixels", "clip_pixels", "text_context", "timesteps", "noise", "embed_n
 GIVEN += ("stats_mean", "stats_std", "meta")
 
 
-def quantity(key: str) -> str:
-    """The key of `BOUNDS` for a result."""
-    return "grad" if "/grad/" in key else key.rpartition("/")[2]
-
-
-def vision_spec(z, meta) -> backbones.Spec:
-    """The backbone of a golden file."""
+def objective(z, sd) -> unclip.Objective:
+    """The objective with a golden file's weights, float32."""
+    meta, diffusion = json.loads(str(z["meta"])), diffusion_config(sd)
     fields = dict(image_size=z["clip_pixels"].shape[1], heads=HEADS)
-    return tower_spec(
+    spec = tower_spec(
         take(z, "w/"), "vit", **fields, activation="quick_gelu" if meta["act"] == "quick_gelu" else "gelu"
     )
-
-
-def objective(z, sd, meta) -> unclip.Objective:
-    """The objective with a golden file's weights, float32."""
-    spec, diffusion = vision_spec(z, meta), diva.diffusion_config(sd)
-    diffusion["unet"] |= dict(
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=z["w/unet.class_embedding.linear_1.weight"].shape[1],
-    )
+    width = z["w/unet.class_embedding.linear_1.weight"].shape[1]
+    diffusion["unet"] |= dict(class_embed_type="projection", projection_class_embeddings_input_dim=width)
     diffusion["scheduler"] |= dict(prediction_type="v_prediction")
     c = config.default(spec, diffusion, "unclip")
     c.update(dtype="float32", frozen_dtype="float32")
     c.unclip.update(latents=meta["latents"], embed_noise="random")  # So that it has statistics.
     module = abstract(lambda rngs: unclip.Objective(c, rngs=rngs))
-    vision = take(z, "w/visual.", "visual.")
-    module.vision = filled(module.vision, vision, clip.vision_table(spec))
-    unet = {**take(sd, "unet/"), **take(z, "w/unet.")}
-    module.unet = filled(module.unet, unet, names.UNET)
-    module.vae = filled(module.vae, take(sd, "vae/"), names.VAE)
-    module.text_context = nnx.Variable(jnp.asarray(z["text_context"]))
-    module.image_normalizer.mean = nnx.Variable(jnp.asarray(z["stats_mean"]))
-    module.image_normalizer.std = nnx.Variable(jnp.asarray(z["stats_std"]))
+    module.vision = filled(module.vision, take(z, "w/visual.", "visual."), clip.vision_table(spec))
+    fill_generator(module, sd, z["text_context"], take(z, "w/unet."))
+    for name in ("mean", "std"):
+        setattr(module.image_normalizer, name, nnx.Variable(jnp.asarray(z[f"stats_{name}"])))
     return module
 
 
 def _options(given: unclip.UnclipOptions, key: str) -> unclip.UnclipOptions:
     """The options of a case: `random_drop+stats` is random levels, labels dropped, with statistics."""
     noise, _, stats = key.partition("+")
-    noise = noise.removesuffix("_drop")
-    return dataclasses.replace(given, embed_noise=noise, stats="on" if stats else "off")
+    return dataclasses.replace(given, embed_noise=noise.removesuffix("_drop"), stats="on" if stats else "off")
 
 
-def compute(z, sd) -> dict[str, np.ndarray]:
-    """Every recorded quantity, by its name in the file; one program for all cases."""
-    meta = json.loads(str(z["meta"]))
-    module = objective(z, sd, meta)
+def compare(path, z, sd):
+    """One program for all cases."""
+    module = objective(z, sd)
     given = module.options
     cases = sorted({k.split("/")[0] for k in z.files if k.endswith("/class_labels")})
     whole = sorted({k.split("/grad/")[0] for k in z.files if "/grad/" in k})
@@ -101,12 +77,10 @@ def compute(z, sd) -> dict[str, np.ndarray]:
             made = [(as_if(_options(given, case)), drawn if "_drop" in case else everything) for case in cases]
             return jnp.stack([m.class_labels(embed, d) for m, d in made])
 
-        view = 2 * jnp.asarray(z["pixels"]) - 1
-        moments = as_if().vae.moments(view)
+        moments = as_if().vae.moments(2 * jnp.asarray(z["pixels"]) - 1)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         latents = as_if().encode_latents(None, drawn, moments)
-        clip_view = jnp.asarray(z["clip_pixels"])
-        embed, to_trained = jax.vjp(lambda p: as_if(trained=p).embed(clip_view), trained)
+        embed, to_trained = jax.vjp(lambda p: as_if(trained=p).embed(jnp.asarray(z["clip_pixels"])), trained)
         labels, to_embed = jax.vjp(labels_of, embed)
 
         def one(labels):
@@ -131,21 +105,9 @@ def compute(z, sd) -> dict[str, np.ndarray]:
                     out[f"{name}/grad"] = to_trained(of_embed)[0]
         return out
 
-    with jax.default_matmul_precision("highest"):
-        out = jax.jit(run)(arrays, trained)
+    out = jax.jit(run)(arrays, trained)
     for name in whole:
         tensors = gradients(skeleton, out.pop(f"{name}/grad"), "vision", clip.vision_table(module.spec))
         out |= {f"{name}/grad/{k}": v for k, v in tensors.items()}
     out |= dict(alphas_cumprod=abar, embed_alphas_cumprod=schedule.alphas_cumprod(unclip.LEVELS))
-    return {k: np.asarray(v) for k, v in out.items()}
-
-
-def reads(name: str) -> bool:
-    return name.startswith("unclip")
-
-
-def errors(golden: Path, sd: Path) -> list[tuple[str, float, float]]:
-    z, states = np.load(golden), np.load(sd)
-    ours = compute(z, states)
-    recorded = {k: z[k] for k in z.files if k not in GIVEN and not k.startswith("w/")}
-    return rows(recorded, ours, lambda key: BOUNDS[quantity(key)])
+    return {k: z[k] for k in z.files if k not in GIVEN and not k.startswith("w/")}, out, {}
