@@ -79,11 +79,11 @@ class Positions:
     """The learned position embeddings of a vision tower, the tensor `name` [..., extra + grid * grid, width]. The first
     `extra`, e.g. the class token's, are kept at every resolution. The original interpolates the others with bicubic
     interpolation, with antialiasing (Keys' kernel, a = -0.5) or without (a = -0.75, as
-    `torch.nn.functional.interpolate` has it)."""
+    `torch.nn.functional.interpolate` has it); None: with it where the model has registers."""
 
     name: str
     extra: int = 0
-    antialias: bool = True
+    antialias: bool | None = True
 
     def grid(self, tensors: Mapping) -> int:
         """Patches along one side in the checkpoint."""

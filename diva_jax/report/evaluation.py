@@ -1,14 +1,16 @@
-"""The report's sections on evaluation results: scores, patterns, timesteps and flipped items."""
+"""The report's sections on evaluation results: scores, patterns, timesteps and flipped items; and the strip at the top
+of the page, what is wrong or in doubt in an evaluation or a run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
-from diva_jax.common.results_schema import Comparison, Difference, Metric, Results, Score, Summary, Task, Weights
+from diva_jax.common.results_schema import Comparison, Results, Score, Summary, Task, Weights
 from diva_jax.evals.results import LESS, MORE
-from diva_jax.report import alarms, images, wording
+from diva_jax.report import images, wording
 from diva_jax.report.charts import Row, Series, arrows, bars, legend, points
-from diva_jax.report.figures import Cell, Chart, Label, Part, Section, colour_role, in_pairs
-from diva_jax.report.inputs import Inputs
+from diva_jax.report.figures import Chart, Label, Part, Section, colour_role, in_pairs
+from diva_jax.report.inputs import Inputs, Run
 from diva_jax.report.wording import Finding
 
 # Weights that a task has scores of: the index of their colour, their label, and their scores.
@@ -20,16 +22,16 @@ def findings(inputs: Inputs) -> list[Finding]:
     """The main results as sentences: first what comparisons say in words, then the differences with an interval in each
     task's first metric (with two sets of weights, in all metrics of tasks with at most three), the last weights first.
     Without such differences, those without an interval; without any, the scores themselves."""
-    results, doubted, known, others = inputs.results, alarms.doubted(inputs), [], []
+    results, doubtful, known, others = inputs.results, doubted(inputs), [], []
     for task in results.tasks.values():
         names = list(task.metrics)
         names = names if len(names) <= 3 and len(results.labels) == 2 else names[:1]
         for c in reversed(task.comparisons):
             for metric in names:
                 if difference := c.differences().get(metric):
-                    finding = _finding(task, c, metric, len(results.labels) > 2, c.after in doubted)
+                    finding = _finding(task, c, metric, len(results.labels) > 2, c.after in doubtful)
                     (known if difference.known_interval else others).append(finding)
-    return [_in_words(s, doubted) for s in results.summary] + (known or others or list(_scores_alone(results)))
+    return [_in_words(s, doubtful) for s in results.summary] + (known or others or list(_scores_alone(results)))
 
 
 def _in_words(s: Summary, doubted: set[str]) -> Finding:
@@ -62,7 +64,7 @@ def _scores_alone(results: Results) -> Iterator[Finding]:
         for metric, info in list(task.metrics.items())[:1]:
             for label, weights in task.weights.items():
                 if score := weights.scores.get(metric):
-                    decimals = wording.places([score.score, *(score.known_interval or ())], info.unit)
+                    decimals = wording.places_of([score], info.unit)
                     figures = wording.number(score.score, info.unit, decimals)
                     if score.known_interval:
                         figures += f" (95% interval {wording.interval(score.known_interval, info.unit, decimals)})"
@@ -72,17 +74,36 @@ def _scores_alone(results: Results) -> Iterator[Finding]:
 
 def sections(inputs: Inputs) -> list[Section]:
     """Returns one section per task, each followed by the sections of its flipped items."""
-    labels, doubted = inputs.results.labels, alarms.doubted(inputs)
+    labels, doubtful = inputs.results.labels, doubted(inputs)
     out = [Section("Matches and zero-shot", [Part("charts", charts=kept)])] if (kept := _kept(inputs.results)) else []
     for name, task in inputs.results.tasks.items():
-        parts = [_score_table(labels, task, doubted), *_between(task), *_zero_lines(task)]
         used = [(i, label, task.weights[label]) for i, label in enumerate(labels) if label in task.weights]
+        compared = [c for c in task.comparisons if c.differences()]
+        against = [f"{c.after} against {c.before}" if c.before in task.controls else c.after for c in compared]
+        head = [Label("Score"), *(Label(label, role=colour_role(i)) for i, label, _ in used)]
+        head += [Label("Difference" if len(compared) == 1 else f"Difference, {what}") for what in against]
+        columns = [(w.scores, False) for _, _, w in used] + [(c.differences(), c.after in doubtful) for c in compared]
+        known = any(s.known_interval for _, _, w in used for s in w.scores.values())
+        parts = [_scores(task, head, columns, "Small figures are 95% intervals." if known else "")]
+        # Metrics that are defined only for two sets of weights, such as cosine similarity.
+        between = [{m: s for m, s in c.scores.items() if isinstance(s, Score)} for c in task.comparisons]
+        if any(between):
+            head = [Label("Between"), *(Label(f"{c.before} and {c.after}") for c in task.comparisons)]
+            parts.append(_scores(task, head, [(scores, False) for scores in between]))
+        parts.append(Part("gaps_without_signal", task=task))
         charts = _patterns(name, task, used) + _timesteps(name, task, used) or _all_scores(name, task, used)
         parts += [Part("charts", charts=charts)] if charts else []
         parts += images.segmented(task, labels)
         count = f"{task.count:,} {task.items}" if task.count else ""
         out += [Section(task.title, parts, count), *images.flipped(task)]
     return out
+
+
+def _scores(task: Task, head: list[Label], columns: Sequence[tuple[Mapping, bool]], note: str = "") -> Part:
+    """A table with a row for each metric that one of the columns (scores by metric, whether they are doubted) has."""
+    found = [(info, [scores.get(metric) for scores, _ in columns]) for metric, info in task.metrics.items()]
+    rows = [(info, cells) for info, cells in found if any(cells)]
+    return Part("scores", head=head, rows=rows, doubted=[doubt for _, doubt in columns], note=note)
 
 
 def _kept(results: Results) -> list[Chart]:
@@ -103,63 +124,6 @@ def _kept(results: Results) -> list[Chart]:
     title = f"{task.title}, {task.metrics[metric].title} [%], against zero-shot accuracy [%]"
     note = "Arrows lead from the reference; whiskers are 95% intervals. To the right and up is better."
     return [Chart("matches-zeroshot", title, [(label, i) for label, (i, *_) in data.items()], draw, note=note)]
-
-
-def _score_table(labels: list[str], task: Task, doubted: set[str]) -> Part:
-    """Returns the table of scores: one row per metric, one column per set of weights and per comparison."""
-    used = [w for w in labels if w in task.weights]
-    compared = [c for c in task.comparisons if c.differences()]
-    head = [Label("Score")] + [Label(w, role=colour_role(labels.index(w))) for w in used]
-    against = [f"{c.after} against {c.before}" if c.before in task.controls else c.after for c in compared]
-    head += [Label("Difference" if len(compared) == 1 else f"Difference, {what}") for what in against]
-    columns = [(task.weights[w].scores, False) for w in used]
-    rows = _rows(task, columns + [(c.differences(), c.after in doubted) for c in compared])
-    known = any(s.known_interval for scores, _ in columns for s in scores.values())
-    return Part("table", head=head, rows=rows, note="Small figures are 95% intervals." if known else "")
-
-
-def _rows(task: Task, columns: Sequence[tuple[Mapping[str, Score | Difference], bool]]) -> list[tuple[Label, list]]:
-    """A row for each metric that one of the columns has: (metric -> score or difference, whether that is doubted)."""
-    rows = []
-    for metric, info in task.metrics.items():
-        cells = [(scores.get(metric), doubted) for scores, doubted in columns]
-        if known := [s for s, _ in cells if s]:
-            decimals = wording.places([x for s in known for x in (s.value, *(s.known_interval or ()))], info.unit)
-            rows.append((Label(info.title, info.unit), [s and _cell(s, info, decimals, d) for s, d in cells]))
-    return rows
-
-
-def _cell(s: Score | Difference, info: Metric, decimals: int | None, doubted: bool) -> Cell:
-    unit = info.unit
-    below = ["no interval: all items agree" if s.all_agree else wording.interval(s.known_interval, unit, decimals)]
-    if s.runs_interval:
-        below.append(f"{len(s.runs)} runs, {wording.interval(s.runs_interval, unit, decimals)}")
-    if isinstance(s, Score):
-        if s.seeds:
-            below.append(f"{len(s.seeds)} seeds, σ {wording.number(s.seeds_std, unit, decimals)}")
-        return Cell(wording.number(s.score, unit, decimals), below, s.score)
-    if test := s.mcnemar:
-        below += [f"{test.won} won, {test.lost} lost", f"p {wording.p_value(test.p)}"]
-    kind = wording.direction(s, info.direction, doubted)
-    return Cell(wording.signed(s.difference, unit, decimals), below, s.difference, kind)
-
-
-def _between(task: Task) -> list[Part]:
-    """Returns the table of metrics that are defined only for two sets of weights, such as cosine similarity."""
-    rows = _rows(task, [({m: s for m, s in c.scores.items() if isinstance(s, Score)}, False) for c in task.comparisons])
-    head = [Label("Between"), *(Label(f"{c.before} and {c.after}") for c in task.comparisons)]
-    return [Part("table", head=head, rows=rows)] if rows else []
-
-
-def _zero_lines(task: Task) -> Iterator[Part]:
-    """Returns one sentence for every condition gap whose interval contains zero."""
-    for label, weights in task.weights.items():
-        for metric, s in weights.scores.items():
-            if "gap" in metric and wording.excludes_zero(s.known_interval) is False:
-                info = task.metrics[metric]
-                ends = wording.interval(s.known_interval, info.unit)
-                line = f"{label}: {info.title} is not different from zero (95% interval {ends}): these data show no "
-                yield Part("paragraph", line=f"{line}signal about the image in the U-Net's feedback.", kind="plain")
 
 
 def _patterns(name: str, task: Task, used: Used) -> list[Chart]:
@@ -221,3 +185,121 @@ def _timesteps(name: str, task: Task, used: Used) -> list[Chart]:
             draw = partial(points, data=data, x_title="timestep", unit=info.unit)
             charts.append(Chart(f"{name}-{metric}", f"{info.title} by timestep", legend(data), draw))
     return in_pairs(charts)
+
+
+# These two bounds are conventions: the effective rank of ImageNet images under CLIP encoders is in the hundreds, and
+# tuning moves it by a few percent; half of it lost, or half of the embedding's length turned away, is no fine-tuning.
+MIN_SHARE_OF_EFFECTIVE_RANK = 0.5
+MIN_COSINE_TO_ORIGINAL = 0.5
+# Metrics of the feedback whose expectation is zero where it is noise.
+_NOISE_METRICS = ("gap_other", "gradient_cosine")
+_MAX_NAMED_METRICS = 4
+
+
+class Alarm(NamedTuple):
+    """One line of the strip; `kind` is "bad", or "doubt" where the data do not show an effect."""
+
+    title: str
+    text: str
+    kind: str
+
+
+def _collapse(before: float | None, after: float | None, cosine: float | None, who: str) -> Iterator[Alarm]:
+    if before and after is not None and after < MIN_SHARE_OF_EFFECTIVE_RANK * before:
+        figures = f"the effective rank fell from {wording.compact(before)} to {wording.compact(after)}"
+        yield Alarm(
+            "Representation collapsed",
+            f"{who}: {figures}. Different images have nearly the same embedding, so other scores of these weights "
+            "must not be read as improvements.",
+            "bad",
+        )
+    if cosine is not None and cosine < MIN_COSINE_TO_ORIGINAL:
+        yield Alarm(
+            "Representation replaced",
+            f"{who}: the mean cosine to the original embedding is {wording.compact(cosine)}. What was built on the "
+            "original encoder (its text tower, probes, MLLMs) does not fit these weights.",
+            "bad",
+        )
+
+
+def _drift(task: Task) -> Iterator[tuple[str, Alarm]]:
+    """Returns (label of the weights, alarm) of each comparison."""
+    for c in task.comparisons:
+        ranks = [task.weights[label].scores.get("effective_rank") for label in (c.before, c.after)]
+        before, after = (rank.score if rank else None for rank in ranks)
+        cosine = getattr(c.scores.get("cosine"), "score", None)
+        yield from ((c.after, alarm) for alarm in _collapse(before, after, cosine, c.after))
+
+
+def doubted(inputs: Inputs) -> set[str]:
+    """Returns the labels of weights whose representation has collapsed or been replaced, here or in their run."""
+    tasks = inputs.results.tasks.values() if inputs.results else ()
+    labels = {label for task in tasks for label, _ in _drift(task)}
+    return labels.union(*(run.labels for run in inputs.runs if any(_run_drift(run))))
+
+
+def _noise(label: str, intervals: Mapping[str, list[float] | None], kind: str = "bad") -> Iterator[Alarm]:
+    """The alarm for intervals of the feedback's metrics that are not above zero."""
+    empty = [
+        f"{metric} ({wording.interval(ends, '', wording.places(ends, ''))})"
+        for metric, ends in intervals.items()
+        if ends and ends[0] <= 0
+    ]
+    if empty:
+        yield Alarm(
+            "Feedback is noise",
+            f"{label}: the interval of {' and of '.join(empty)} is not above zero: these data show no signal about the "
+            "image in what the encoder is tuned with.",
+            kind,
+        )
+
+
+def _comparisons(results: Results) -> Iterator[Alarm]:
+    """Differences for the worse in any metric, and main metrics without a difference, per comparison."""
+    found: dict[tuple[bool, str, bool], list[str]] = {}
+    for task in results.tasks.values():
+        for c in task.comparisons:
+            differences, of = c.differences(), (c.after, c.before in task.controls)
+            for i, (metric, info) in enumerate(task.metrics.items()):
+                if d := differences.get(metric):
+                    kind, name = wording.direction(d, info.direction), f"{task.title}, {info.title}"
+                    if kind.endswith("lost"):
+                        figure = wording.signed(d.difference, info.unit, wording.places(d.known_interval, info.unit))
+                        found.setdefault((True, *of), []).append(f"{name} ({figure})")
+                    elif kind == "zero" and i == 0:
+                        found.setdefault((False, *of), []).append(name)
+    for (worse, label, control), names in sorted(found.items(), key=lambda item: not item[0][0]):
+        more = f" and {len(names) - _MAX_NAMED_METRICS} more" if len(names) > _MAX_NAMED_METRICS else ""
+        listed = ", ".join(names[:_MAX_NAMED_METRICS]) + more
+        if worse:
+            yield Alarm(f"Worse than {'the control' if control else 'before'}", f"{label}: {listed}.", "bad")
+        else:
+            says = f"{label}{' against the control' * control}: {listed}"
+            yield Alarm("No difference shown", f"{says}: zero is within the interval of the difference.", "doubt")
+
+
+def _run_drift(run: Run) -> Iterator[Alarm]:
+    """The drift at the last evaluation of a run in training."""
+    rank, change = run.last("eval/drift/effective_rank"), run.last("eval/drift/effective_rank_change")
+    before = rank - change if rank is not None and change is not None else None
+    yield from _collapse(before, rank, run.last("eval/drift/cosine"), f"run {run.name}, last evaluation")
+
+
+def alarms(inputs: Inputs) -> list[Alarm]:
+    """Returns everything that is wrong or in doubt, the worst first."""
+    out: list[Alarm] = []
+    if inputs.results:
+        for task in inputs.results.tasks.values():
+            out += [alarm for _, alarm in _drift(task)]
+            for i, (label, weights) in enumerate(task.weights.items()):
+                scores = {m: weights.scores[m] for m in _NOISE_METRICS if m in weights.scores}
+                # Weights from before the tuning can still be tuned well, as the projection is trained too.
+                kind = "doubt" if i == 0 and len(task.weights) > 1 else "bad"
+                out += _noise(label, {m: s.known_interval for m, s in scores.items()}, kind)
+        out += _comparisons(inputs.results)
+        out += [Alarm("Several checkpoints of one run", f"{note}.", "doubt") for note in inputs.results.notes]
+    for run in inputs.runs:
+        ends = {m: [run.last(f"feedback/{m}/{end}") for end in ("low", "high")] for m in _NOISE_METRICS}
+        known = {m: e for m, e in ends.items() if None not in e and e[0] < e[1]}
+        out += [*_run_drift(run), *_noise(f"run {run.name}, last evaluation", known)]
+    return sorted(out, key=lambda alarm: alarm.kind != "bad")

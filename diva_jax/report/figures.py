@@ -170,16 +170,6 @@ class Label:
     colour: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A number with small lines below it, its exact value as a tooltip, and its CSS classes."""
-
-    value: str
-    below: Sequence[str] = ()
-    exact: Any = None
-    kind: str = ""
-
-
 class Part:
     """A piece of a section: the macro of templates/parts.html that formats it, and the macro's arguments."""
 

@@ -4,7 +4,6 @@ import base64
 import colorsys
 import functools
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from diva_jax.common.json_files import open_regular
-from diva_jax.common.results_schema import Flip, Task
+from diva_jax.common.results_schema import Task
 from diva_jax.data.images import FORMATS, MAX_PIXELS
 from diva_jax.report.figures import Label, Part, Section, colour_role
 from diva_jax.report.inputs import ImageRows
@@ -122,32 +121,14 @@ def flipped(task: Task) -> list[Section]:
     the control come last, since a link to sections of the same title opens the first of them."""
     out, thumbnail, controls = [], functools.cache(_thumbnail), task.controls
     for c in sorted(task.comparisons, key=lambda c: (c.after in controls, c.before in controls)):
+        control = c.before in controls
         for metric, info in task.metrics.items():
-            note = f"{info.title}, {c.after} against {'the control ' * (c.before in controls)}{c.before}"
+            if not (flips := [f for f in c.flipped if f.metric == metric]):
+                continue
+            note = f"{info.title}, {c.after} against {'the control ' * control}{c.before}"
             if any(w.scores[metric].seeds for w in task.weights.values() if metric in w.scores):
                 note += "; shares are means over the draws"
-            parts: list[Part] = []
-            sides = ("with the weights", "with the control") if c.before in controls else ("after", "before")
-            for won, side in zip((True, False), sides, strict=True):
-                if flips := [f for f in c.flipped if f.metric == metric and f.won is won]:
-                    kind = "won" if won else "lost"
-                    parts.append(Part("heading", line=f"Correct only {side}", note=len(flips), kind=kind))
-                    parts.append(Part("cards", cards=[_card(f, task.items, thumbnail) for f in flips[:_MAX_CARDS]]))
-                if (more := len(flips) - _MAX_CARDS) > 0:
-                    parts.append(Part("paragraph", line=f"{more} more are listed in predictions.csv.", kind="fine"))
-            if parts:
-                out.append(Section(f"{task.title}: {task.items} that flipped", parts, note))
+            won, lost = ("with the weights", "with the control") if control else ("after", "before")
+            given = dict(flips=flips, sides={True: won, False: lost}, items=task.items, most=_MAX_CARDS, thumbnail=thumbnail)
+            out.append(Section(f"{task.title}: {task.items} that flipped", [Part("flips", **given)], note))
     return out
-
-
-def _card(f: Flip, items: str, thumbnail: Callable[[str], EmbeddedImage]) -> dict[str, Any]:
-    """The card of an item; for a pair, each image with its text and the probability that each encoder gives to it."""
-    card = {"title": f"{items.removesuffix('s').capitalize()} {f.item}", "group": f.group or ""}
-    if not len(f.texts) == len(f.images) == len(f.before) == len(f.after) == 2:
-        return card | {"sides": [{"image": thumbnail(file), "shares": None} for file in f.images], "texts": f.texts}
-    sides = []
-    for i, (file, line) in enumerate(zip(f.images, f.texts, strict=True)):
-        shares = [p[i] if i == 0 else 1 - p[i] for p in (f.before, f.after)]
-        words = [f"{s:.2f} {'✓' if s > 0.5 else '✗'}" for s in shares]
-        sides.append({"image": thumbnail(file), "text": line, "shares": shares, "words": " → ".join(words)})
-    return card | {"sides": sides, "texts": []}

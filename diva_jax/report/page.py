@@ -1,8 +1,10 @@
-"""The HTML page: what is wrong, the main results, contents, the sections, and the configs. It loads no other files."""
+"""The HTML page: what is wrong, the main results, contents, the sections, those of runs and the configs among them. It
+loads no other files."""
 
 import json
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import jinja2
@@ -12,13 +14,25 @@ from diva_jax.common import imports
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import flatten
 from diva_jax.models import backbones
-from diva_jax.report import alarms, evaluation, images, training, wording
-from diva_jax.report.figures import COLOURS, NARROW, Chart, Part, Section, colour_role
-from diva_jax.report.inputs import Inputs, Session
+from diva_jax.report import evaluation, images, wording
+from diva_jax.report.charts import Series, curves, legend, points
+from diva_jax.report.figures import COLOURS, NARROW, Chart, Label, Part, Section, colour_role, in_pairs
+from diva_jax.report.inputs import Inputs, Run
+from diva_jax.report.wording import Finding
 
-# Packages whose versions the header names.
-_NAMED_PACKAGES = ("diva_jax", "jax", "flax", "python")
 _CHANGED = ": what differs from the defaults"
+# Key of metrics.jsonl -> (title, whether the chart takes half of a wide page), in order of importance.
+_CURVES = {
+    "loss": ("Loss", False),
+    "grad_norm": ("Gradient norm before clipping", False),
+    "lr": ("Learning rate", True),
+    "images_per_s": ("Images per second", True),
+}
+# Schedules and speeds are read against zero.
+_LINEAR = ("lr", "images_per_s")
+# Prefixes of keys from evaluations during training, and suffixes of the ends of their intervals.
+_EVALUATED = ("eval/", "feedback/")
+_ENDS = ("/low", "/high")
 
 
 def sections(inputs: Inputs) -> list[Section]:
@@ -26,7 +40,7 @@ def sections(inputs: Inputs) -> list[Section]:
     out = evaluation.sections(inputs) if inputs.results else []
     if content := inputs.image_rows:
         out.append(Section(content.title, images.rows(content, Path(inputs.folder)), content.note))
-    out += training.sections(inputs.runs)
+    out += run_sections(inputs.runs)
     configs = about(inputs)
     return out + ([Section("Config and versions", configs)] if configs else [])
 
@@ -39,8 +53,8 @@ def charts(body: list[Section]) -> list[Chart]:
 def html(inputs: Inputs, body: list[Section]) -> str:
     """The HTML document with the result of `sections(inputs)`."""
     findings = evaluation.findings(inputs) if inputs.results else []
-    findings += [training.finding(run) for run in inputs.runs]
-    wrong = alarms.of(inputs)
+    findings += [run_finding(run) for run in inputs.runs]
+    wrong = evaluation.alarms(inputs)
     title = f"{findings[0].what}: {findings[0].figures}"
     if wrong and wrong[0].kind == "bad":
         title = f"{wrong[0].title}! {title}"
@@ -52,36 +66,18 @@ def html(inputs: Inputs, body: list[Section]) -> str:
         loader=jinja2.PackageLoader("diva_jax.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    templates.globals.update(colour_role=colour_role, narrow=NARROW)
+    templates.globals.update(colour_role=colour_role, narrow=NARROW, wording=wording, median=median)
     return templates.get_template("page.html").render(
         title=title,
-        folder=inputs.folder.resolve().name,
         alarms=wrong,
         first=findings[0],
         findings=findings[1:],
-        facts=list(facts(inputs)),
+        inputs=inputs,
         contents=contents,
         sections=body,
-        footer=sources(inputs),
+        files=[n for n in ("results.json", "predictions.csv", "metrics.jsonl") if (inputs.folder / n).is_file()],
         colours=COLOURS,
     )
-
-
-def facts(inputs: Inputs) -> Iterator[str]:
-    """Returns one line for the evaluation and one per run: date, duration, devices and versions, as far as recorded."""
-    known = []
-    if r := inputs.results:
-        known.append(("Evaluation", r.created, r.seconds, "", r.devices, r.versions))
-    for run in inputs.runs:
-        first, last = (run.sessions[0], run.sessions[-1]) if run.sessions else (Session(), Session())
-        several = f" in {len(run.sessions)} sessions" if len(run.sessions) > 1 else ""
-        known.append((f"Run {run.name}", first.started, run.seconds(), several, last.devices, last.versions))
-    for name, when, seconds, several, devices, versions in known:
-        when = when[:16].replace("T", " ") + (" UTC" if when.endswith("+00:00") else "")
-        took = (f"{wording.duration(seconds)} long" if seconds else "") + several
-        packages = [f"{package} {versions[package]}" for package in _NAMED_PACKAGES if package in versions]
-        if line := ", ".join(fact for fact in (when, took, devices, *packages) if fact):
-            yield f"{name}: {line}"
 
 
 def _defaults(stored: dict[str, Any]) -> dict[str, Any] | None:
@@ -124,7 +120,57 @@ def about(inputs: Inputs) -> list[Part]:
     return [Part("fields", title=t, values=v, opened=t.endswith(_CHANGED)) for t, v in lists if v]
 
 
-def sources(inputs: Inputs) -> str:
-    """Returns the text of the footer: the files that the page was made from."""
-    files = [n for n in ("results.json", "predictions.csv", "metrics.jsonl") if (inputs.folder / n).is_file()]
-    return f"Generated from {', '.join(files)} in {inputs.folder}. Exact values are in the tooltips."
+def run_finding(run: Run) -> Finding:
+    """Returns a run's progress and the change of its loss."""
+    loss = [v for _, v in run.curve("loss")]
+    progress = f"{run.name}, step {run.rows[-1]['step']:,}" + (f" of {run.total:,}" if run.total else "")
+    if not loss:
+        return Finding(progress, "no loss logged", "")
+    some = max(1, len(loss) // 20)
+    means = fmean(loss[:some]), fmean(loss[-some:])
+    figures = "\u00a0→\u00a0".join(wording.number(v, "", wording.places(means, "")) for v in means)
+    return Finding(progress, f"loss {figures}", f"Means over the first and the last {some} of {len(loss)} logged rows.")
+
+
+def run_sections(runs: list[Run]) -> list[Section]:
+    """Returns a section with the curves of all runs, and one with the evaluations during training."""
+    if not runs:
+        return []
+    charts, first = [], runs[0]
+    warm = 0 < first.warmup < first.rows[-1]["step"]
+    marks = [(first.warmup, "end of the stage that trains only visual_proj")] if warm else []
+    for key, (title, half) in _CURVES.items():
+        if data := [Series(r.name, r.index, r.curve(key)) for r in runs if r.curve(key)]:
+            draw = partial(curves, data=data, x_title="step", marks=marks, linear=key in _LINEAR)
+            smooth = max(len(s.points) for s in data) > 20 and key not in _LINEAR
+            note = "The bold line is the moving mean over 5% of the rows." * smooth
+            charts.append(Chart(f"training-{key}", title, legend(data), draw, half, note))
+    evaluated = _evaluated(runs)
+    head = [Label(name) for name in ("Run", "Steps", "Loss", "Images/s", "Data wait", "Broken images")]
+    out = [
+        Section("Training", [Part("runs", head=head, runs=runs), *([Part("charts", charts=charts)] if charts else [])])
+    ]
+    return out + ([Section("During training", evaluated)] if evaluated else [])
+
+
+def _evaluated(runs: list[Run]) -> list[Part]:
+    """One small chart per key of the evaluations during training; `KEY/low` and `KEY/high` are its interval."""
+    keys = dict.fromkeys(k for r in runs for row in r.rows for k in row if k.startswith(_EVALUATED))
+    charts, lines = [], []
+    for key in (k for k in keys if not k.endswith(_ENDS)):
+        data = []
+        for r in runs:
+            if curve := r.curve(key):
+                low, high = (dict(r.curve(key + end)) for end in _ENDS)
+                # An interval of width zero comes from items that all agree.
+                at = [(low[x], high[x]) if x in low and x in high and low[x] < high[x] else None for x, _ in curve]
+                data.append(Series(r.name, r.index, curve, at))
+                if "gap" in key and wording.excludes_zero(at[-1]) is False:
+                    interval = wording.interval(at[-1], "", wording.places(at[-1], ""))
+                    lines.append(f"{r.name}, step {curve[-1][0]:,}: {key} is not different from zero ({interval}).")
+        title = ", ".join(key.removeprefix("eval/").replace("_", " ").split("/"))
+        if data:
+            draw = partial(points, data=data, x_title="step")
+            charts.append(Chart("training-" + key.replace("/", "-"), title, legend(data), draw))
+    parts = [Part("paragraph", line=line, kind="plain") for line in lines]
+    return parts + ([Part("charts", charts=in_pairs(charts))] if charts else [])

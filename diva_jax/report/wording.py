@@ -52,6 +52,11 @@ def places(values: Iterable[float | None], unit: str) -> int | None:
     return decimals if decimals <= _MAX_DECIMALS else None
 
 
+def places_of(scores: Iterable[Score | Difference | None], unit: str) -> int | None:
+    """As `places`, of those of some scores and differences that are known, with their intervals."""
+    return places([x for s in scores if s for x in (s.value, *(s.known_interval or ()))], unit)
+
+
 def number(value: float | None, unit: str, decimals: int | None = None) -> str:
     """Formats a score; a dash for None. Without `decimals`, "%" has one and others three significant digits."""
     if value is None:
@@ -96,8 +101,7 @@ def direction(difference: Difference, better: str, doubted: bool = False) -> str
 
 def change(before: Score, after: Score, difference: Difference, unit: str) -> str:
     """Formats a change: `19.3 → 25.9 (+6.7, 95% interval 1.5 to 11.9)`, without line breaks around the arrow."""
-    ends = difference.known_interval
-    decimals = places((before.score, after.score, difference.difference, *(ends or ())), unit)
+    ends, decimals = difference.known_interval, places_of((before, after, difference), unit)
     by = signed(difference.difference, unit, decimals)
     if ends:
         by += f", 95% interval {interval(ends, unit, decimals)}"

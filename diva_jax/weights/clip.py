@@ -53,7 +53,7 @@ def misfits(tower: str, shapes: Mapping[str, tuple[int, ...]], spec: Spec) -> li
 
 def grids(tensors: Tensors, spec: Spec) -> tuple[int, int]:
     """Returns the patches per side in the checkpoint and in `spec`."""
-    return architecture(spec.arch).positions(spec).grid(tensors), spec.grid
+    return architecture(spec.arch).POSITIONS.grid(tensors), spec.grid
 
 
 def _resize(grid: np.ndarray, new: int, antialias: bool) -> np.ndarray:
@@ -74,14 +74,15 @@ def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
     old, new = grids(tensors, spec)
     if old == new:
         return tensors
-    positions = architecture(spec.arch).positions(spec)
+    positions = architecture(spec.arch).POSITIONS
+    antialias = spec.registers > 0 if positions.antialias is None else positions.antialias
     was = tensors[positions.name]
     extra = was.shape[-2] - old * old
     shape = (*was.shape[:-2], extra + new * new, was.shape[-1])
 
     def read() -> np.ndarray:
         table = np.asarray(was, np.float32).reshape(-1, was.shape[-1])
-        grid = _resize(table[extra:].reshape(old, old, -1), new, positions.antialias)
+        grid = _resize(table[extra:].reshape(old, old, -1), new, antialias)
         return np.concatenate([table[:extra], grid.reshape(new * new, -1)]).reshape(shape)
 
     resized = Tensor(shape, np.dtype(np.float32), read)

@@ -6,7 +6,7 @@ import re
 import pytest
 import report_samples as samples
 
-from diva_jax.report import alarms, evaluation, inputs, page
+from diva_jax.report import evaluation, inputs, page
 
 
 def read(folder, **tasks):
@@ -85,7 +85,7 @@ def test_the_headline_is_the_verdict(tmp_path):
     ((100.0, 51.0), 0.499, ["Representation replaced"]),
 ])  # fmt: skip
 def test_bounds_of_the_drift(tmp_path, ranks, cosine, titles):
-    assert [a.title for a in alarms.of(read(tmp_path, drift=samples.drift_task(ranks, cosine)))] == titles
+    assert [a.title for a in evaluation.alarms(read(tmp_path, drift=samples.drift_task(ranks, cosine)))] == titles
 
 
 def test_noise_and_differences_that_are_none(tmp_path):
@@ -105,7 +105,7 @@ def test_noise_and_differences_that_are_none(tmp_path):
 
 def test_a_run_that_collapses_says_so(tmp_path):
     samples.write_run(tmp_path, rows=60, collapses=True)
-    found = alarms.of(inputs.read(tmp_path))
+    found = evaluation.alarms(inputs.read(tmp_path))
     assert [alarm.title for alarm in found] == ["Representation collapsed", "Feedback is noise"]
     assert "effective rank fell from 234 to 3." in found[0].text
     # An evaluation of its checkpoints has no green headline either.
@@ -134,7 +134,7 @@ def test_sentences_on_a_control_do_not_contradict_themselves(tmp_path, better, d
     refused = f"{samples.AFTER} does not beat the control, so nothing can be claimed."
     assert finding.meaning.startswith(refused) == (better != "" and not beaten)
     assert ("Better" in finding.meaning) == bool(beaten)
-    named = [alarm for alarm in alarms.of(content) if "the control" in alarm.title + alarm.text]
+    named = [alarm for alarm in evaluation.alarms(content) if "the control" in alarm.title + alarm.text]
     assert len(named) == (0 if beaten or (abs(difference) > 1 and not better) else 1)
     flipped = [s for s in page.sections(content) if s.title.endswith("that flipped")]
     order = [s.note.partition(",")[2].split(" against ") for s in flipped if s.note.startswith("pooled")]
@@ -189,7 +189,7 @@ def test_an_interval_of_width_zero_is_none(tmp_path):
     samples.write_run(tmp_path / "run", rows=12)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     (tmp_path / "run" / "metrics.jsonl").write_text(re.sub(r'(/(?:low|high)": )[-.\d]+', r"\g<1>0.5", lines))
-    assert not [a for a in alarms.of(inputs.read(tmp_path / "run")) if a.title == "Feedback is noise"]
+    assert not [a for a in evaluation.alarms(inputs.read(tmp_path / "run")) if a.title == "Feedback is noise"]
 
 
 def test_differences_without_an_interval_are_still_differences(tmp_path):

@@ -28,6 +28,8 @@ VISION = Table(
     ignore=(r"visual\.mask_token",),
 )
 TEXT = None
+# transformers interpolates those of models with registers with antialiasing.
+POSITIONS = Positions("visual.pos_embed", extra=1, antialias=None)
 PREPROCESS = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD, resize_mode="shortest", interpolation="bicubic")
 LIBRARY = "timm"
 TIMM = {}  # open_clip has no DINOv2.
@@ -110,29 +112,17 @@ class Vision(nnx.Module):
         return Features(tokens=x[:, 1 + self.registers :], pooled=x[:, 0])
 
 
-def positions(spec: Spec) -> Positions:
-    """The learned position embeddings; transformers interpolates those of models with registers with antialiasing."""
-    return Positions("visual.pos_embed", extra=1, antialias=spec.registers > 0)
-
-
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the MLP's activation, if not SwiGLU."""
     register_tokens, w3 = "visual.register_tokens", "visual.blocks.0.mlp.w3.weight"
     layer = "mlp.w3.weight" if w3 in tensors else "mlp.fc1.weight"
-    found = sizes(
-        tensors, Positions("visual.pos_embed", extra=1), "visual.patch_embed.proj.weight", "visual.blocks", layer
-    )
+    found = sizes(tensors, POSITIONS, "visual.patch_embed.proj.weight", "visual.blocks", layer)
     found |= dict(
         arch="dinov2",
         embed_dim=found["width"],
         registers=tensor_shape(tensors, register_tokens, 3)[1] if register_tokens in tensors else 0,
     )
     return found | (dict(activation="swiglu", mlp_dim=tensor_shape(tensors, w3)[1]) if w3 in tensors else {})
-
-
-def _groups(spec: Spec) -> dict[str, int]:
-    mlp, registers, layers = "swiglu" if spec.activation == "swiglu" else "mlp", int(spec.registers > 0), spec.layers
-    return {"start": 1, "registers": registers, "patches": 1, mlp: layers, "scales": layers, "end": 1}
 
 
 # transformers' defaults, which its config files leave out.
@@ -181,20 +171,12 @@ def _to_config(spec: Spec, dtype: str) -> dict:
         architectures=[_MODELS[kind]],
         model_type=kind,
         dtype=dtype,
-        hidden_size=spec.width,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        mlp_ratio=ratio,
-        hidden_act="gelu" if swiglu else hf.their_activation(spec.activation),
-        layer_norm_eps=spec.norm_eps,
-        image_size=spec.image_size,
-        patch_size=spec.patch_size,
-        num_channels=3,
-        qkv_bias=True,
-        use_swiglu_ffn=swiglu,
+        **{option: getattr(spec, field) for field, option in hf.VISION.items() if field != "mlp_dim"},
+        **dict(mlp_ratio=ratio, num_channels=3, qkv_bias=True, use_swiglu_ffn=swiglu),
     )
+    config["hidden_act"] = "gelu" if swiglu else hf.their_activation(spec.activation)
     return config | (dict(num_register_tokens=spec.registers) if spec.registers else dict(use_mask_token=True))
 
 
 _PROCESSOR = functools.partial(hf.image_processor, kind="BitImageProcessor")
-TRANSFORMERS = hf.Layout(_MODELS, "embeddings.cls_token", _groups, _from_config, _to_config, _PROCESSOR)
+TRANSFORMERS = hf.Layout(_MODELS, "embeddings.cls_token", _from_config, _to_config, _PROCESSOR)

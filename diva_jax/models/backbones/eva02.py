@@ -13,9 +13,8 @@ from flax import nnx
 
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
-from diva_jax.models.backbones.shared.transformer import NEITHER, TEXT_NAMES, blocks, embedded, run, text_table
+from diva_jax.models.backbones.shared.transformer import NEITHER, TEXT_NAMES, Block, blocks, embedded, run, text_table
 from diva_jax.models.layers import Layers, attention, heads
-from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Positions, Table, sizes, tensor_shape
 
 MARK = "trunk.blocks.0.attn.q_proj.weight"
@@ -25,13 +24,14 @@ VISION = Table(
     ignore=(*TEXT_NAMES, *NEITHER),
 )
 TEXT = text_table("eva02", "text.")
-_POSITIONS = Positions("visual.trunk.pos_embed", extra=1)
+POSITIONS = Positions("visual.trunk.pos_embed", extra=1)
 OTHERS = ("logit_scale",)
 PREPROCESS = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize_mode="shortest", interpolation="bicubic")
 TRANSFORMERS = None
 LIBRARY = "open_clip"
 
 TIMM = occ.timm_models("eva02_")
+TIMM_OPTIONS = dict(timm_pool=("token",), timm_proj=(None, ""))
 # The grid of patches, of pretraining, that the rotary embeddings of every grid are scaled to.
 _ROTARY_GRID = 16
 _ROTARY_BASE = 10000.0
@@ -59,8 +59,7 @@ class RotaryAttention(nnx.Module):
     """Self-attention with rotary embeddings and a norm before the output's projection."""
 
     def __init__(self, make: Layers, spec: Spec):
-        width = spec.width
-        self.heads = spec.heads
+        width, self.heads = spec.width, spec.heads
         self.q_proj = make.linear(width, width)
         self.k_proj = make.linear(width, width, bias=False)
         self.v_proj = make.linear(width, width)
@@ -85,18 +84,14 @@ class SwiGLUMlp(nnx.Module):
         return self.fc2(self.norm(jax.nn.silu(self.fc1_g(x)) * self.fc1_x(x)))
 
 
-class RotaryBlock(nnx.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x))."""
+class RotaryBlock(Block):
+    """A block with rotary attention and a SwiGLU MLP."""
 
     def __init__(self, make: Layers, spec: Spec):
         self.norm1 = make.layer_norm(spec.width, spec.norm_eps)
         self.attn = RotaryAttention(make, spec)
         self.norm2 = make.layer_norm(spec.width, spec.norm_eps)
         self.mlp = SwiGLUMlp(make, spec)
-
-    def __call__(self, x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:  # [B, N, D] -> [B, N, D]
-        x = x + self.attn(self.norm1(x), sin, cos)
-        return x + self.mlp(self.norm2(x))
 
 
 class Vision(nnx.Module):
@@ -126,23 +121,8 @@ class Vision(nnx.Module):
         return Features(tokens=x[:, 1:], pooled=x[:, 0])
 
 
-def positions(spec: Spec) -> Positions:
-    """The learned position embeddings."""
-    return _POSITIONS
-
-
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
     trunk = "visual.trunk"
-    found = sizes(tensors, _POSITIONS, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1_g.weight")
+    found = sizes(tensors, POSITIONS, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1_g.weight")
     return found | dict(arch="eva02", embed_dim=tensor_shape(tensors, f"{trunk}.head.weight")[0])
-
-
-def from_open_clip(model: LibraryConfig) -> dict:
-    """The fields of Spec that open_clip's model config gives the vision tower."""
-    return occ.from_timm(model, TIMM, timm_pool=("token",), timm_proj=(None, ""))
-
-
-def to_open_clip(spec: Spec) -> dict:
-    """open_clip's model config of the vision tower: all but embed_dim and text_cfg."""
-    return dict(custom_text=True, vision_cfg=occ.timm_vision(spec, TIMM, timm_pool="token", timm_proj=None))

@@ -26,7 +26,6 @@ from diva_jax.models.backbones.shared.transformer import (
     text_table,
 )
 from diva_jax.models.layers import Layers, attention, heads
-from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Positions, Table, sizes
 
 MARK = "trunk.attn_pool.latent"
@@ -36,13 +35,13 @@ VISION = Table(
     ignore=(*TEXT_NAMES, *NEITHER),
 )
 TEXT = text_table("siglip", "text.")
-_POSITIONS = Positions("visual.trunk.pos_embed")
+POSITIONS = Positions("visual.trunk.pos_embed")
 OTHERS = ("logit_scale", "logit_bias")
 PREPROCESS = dict(mean=HALF, std=HALF, resize_mode="squash", interpolation="bicubic")
 LIBRARY = "open_clip"
 
 TIMM = occ.timm_models("vit_")
-_LOGIT_BIAS = -10
+TIMM_OPTIONS = dict(timm_pool=("map",), timm_proj=("none",))
 _SIGLIP2_VOCABULARY = 256000
 
 
@@ -101,38 +100,11 @@ class Vision(nnx.Module):
         return self.attn_pool.each(self.norm(run_dense(self.blocks, embedded(self, images), last)))
 
 
-def positions(spec: Spec) -> Positions:
-    """The learned position embeddings."""
-    return _POSITIONS
-
-
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
     trunk = "visual.trunk"
-    found = sizes(tensors, _POSITIONS, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1.weight")
+    found = sizes(tensors, POSITIONS, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1.weight")
     return found | dict(arch="siglip", embed_dim=found["width"])
-
-
-def from_open_clip(model: LibraryConfig) -> dict:
-    """The fields of Spec that open_clip's model config gives the vision tower."""
-    return occ.from_timm(model, TIMM, timm_pool=("map",), timm_proj=("none",))
-
-
-def to_open_clip(spec: Spec) -> dict:
-    """open_clip's model config of the vision tower: all but embed_dim and text_cfg."""
-    for name, fields in TIMM.items():
-        other = {k for k, v in fields.items() if getattr(spec, k) != v}
-        if other == {"activation"}:
-            raise UserError(
-                f"open_clip runs {name} with activation={fields['activation']} and has no option for "
-                f"{spec.activation}: use --format=hf, since transformers computes what was tuned"
-            )
-    vision = occ.timm_vision(spec, TIMM, timm_pool="map", timm_proj="none")
-    return dict(init_logit_bias=_LOGIT_BIAS, custom_text=True, vision_cfg=vision)
-
-
-def _groups(spec: Spec) -> dict[str, int]:
-    return dict(start=1, vision=spec.layers, middle=1, text=spec.text.layers, end=1)
 
 
 # transformers' defaults, which its config files leave out.
@@ -181,6 +153,4 @@ def _image_processor(spec: Spec) -> dict:
     return hf.image_processor(spec, "SiglipImageProcessor" if spec.resize_mode == "squash" else "CLIPImageProcessor")
 
 
-TRANSFORMERS = hf.Layout(
-    {"siglip": "SiglipModel"}, "vision_model.", _groups, _from_config, _to_config, _image_processor
-)
+TRANSFORMERS = hf.Layout({"siglip": "SiglipModel"}, "vision_model.", _from_config, _to_config, _image_processor)

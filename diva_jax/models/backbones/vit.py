@@ -41,7 +41,7 @@ VISION = Table(
     ignore=(*TEXT_NAMES, *NEITHER),
 )
 TEXT = text_table("vit")
-_POSITIONS = Positions("visual.positional_embedding", extra=1)
+POSITIONS = Positions("visual.positional_embedding", extra=1)
 OTHERS = ("logit_scale",)
 PREPROCESS = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize_mode="shortest", interpolation="bicubic")
 LIBRARY = "open_clip"
@@ -85,14 +85,9 @@ class Vision(nnx.Module):
         return self.norm_pre(embedded(self, images, self.class_embed))
 
 
-def positions(spec: Spec) -> Positions:
-    """The learned position embeddings."""
-    return _POSITIONS
-
-
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
-    found = sizes(tensors, _POSITIONS, "visual.conv1.weight", "visual.transformer.resblocks", "mlp.c_fc.weight")
+    found = sizes(tensors, POSITIONS, "visual.conv1.weight", "visual.transformer.resblocks", "mlp.c_fc.weight")
     return found | dict(arch="vit", embed_dim=tensor_shape(tensors, "visual.proj")[1])
 
 
@@ -102,7 +97,7 @@ _FIXED = occ.TOWER_FIXED | occ.OPTIONS["vit_fixed"]
 def from_open_clip(model: LibraryConfig) -> dict:
     """The fields of Spec that open_clip's model config gives the vision tower."""
     vision = model.section("vision_cfg")
-    vision.check({*occ.OPTIONS["vit"], *occ.OPTIONS["vision_without_effect"], *occ.TIMM_OPTIONS}, _FIXED)
+    vision.check({*occ.OPTIONS["vit"], *occ.OPTIONS["vision_without_effect"], *occ.TIMM_DEFAULTS}, _FIXED)
     if isinstance(vision.options.get("layers"), list | tuple):
         vision.refuse("layers", "a list of layers means a ResNet, use a ViT")
     width, head_width = vision.integer("width", 768), vision.integer("head_width", 64)
@@ -134,10 +129,6 @@ def to_open_clip(spec: Spec) -> dict:
         **occ.tower_options(spec.activation, spec.norm_eps),
     )
     return dict(quick_gelu=spec.activation == "quick_gelu", vision_cfg=vision)
-
-
-def _groups(spec: Spec) -> dict[str, int]:
-    return dict(start=1, vision=spec.layers, middle=1, text=spec.text.layers, end=1)
 
 
 # transformers' defaults, which its config files leave out.
@@ -198,4 +189,4 @@ def _to_config(spec: Spec, dtype: str) -> dict:
     return hf.two_towers(spec, dtype, kind, _MODELS[kind], projection, projection | special, **projection)
 
 
-TRANSFORMERS = hf.Layout(_MODELS, "vision_model.", _groups, _from_config, _to_config, hf.image_processor)
+TRANSFORMERS = hf.Layout(_MODELS, "vision_model.", _from_config, _to_config, hf.image_processor)

@@ -14,7 +14,7 @@ from specs import EVAL_CLIP as CLIP
 
 from diva_jax.common.errors import UserError
 from diva_jax.evals import encode, evaluator
-from diva_jax.report import alarms, inputs, page
+from diva_jax.report import evaluation, inputs, page
 from diva_jax.training import checkpoint, partition, workdirs
 from diva_jax.weights import origins, places, readers
 from diva_jax.weights.writers import write_safetensors
@@ -140,7 +140,7 @@ def test_runs_of_other_seeds_and_several_checkpoints(tmp_path, config, data, bas
     with open(tmp_path / "out" / "predictions.csv") as f:
         assert {"s1:5", "s2:5", "s3:5", "tuned:2"} < {row["weights"] for row in csv.DictReader(f)}
     read = inputs.read(tmp_path / "out")
-    assert any("Several checkpoints" in str(alarm.title) for alarm in alarms.of(read))
+    assert any("Several checkpoints" in str(alarm.title) for alarm in evaluation.alarms(read))
     assert page.sections(read)[0].title == "MMVP-VLM"
     wrong = [a for a in args if not a.startswith("--weights")] + [
         f"--weights={base}",

@@ -6,6 +6,7 @@ tower's options are read and written by its architecture's module, with the func
 """
 
 from collections.abc import Mapping
+from types import ModuleType
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models import backbones
@@ -19,7 +20,7 @@ OPTIONS = packaged(__file__, "options.json")["open_clip"]
 TOWER_FIXED = OPTIONS["tower_fixed"]
 _TEXT_FIXED = TOWER_FIXED | OPTIONS["text_fixed"]
 # Options that open_clip reads only where the tower is timm's, and their defaults.
-TIMM_OPTIONS = OPTIONS["timm_defaults"]
+TIMM_DEFAULTS = OPTIONS["timm_defaults"]
 # Options of the text tower that are fields of TextSpec, and their defaults.
 _TEXT_SIZES = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12)
 # Tokens of the vocabulary that open_clip has built in.
@@ -67,16 +68,14 @@ def norm_eps(tower: LibraryConfig) -> float:
     return options.number("eps", 1e-5, 0, 1)
 
 
-def from_timm(model: LibraryConfig, table: Mapping[str, Mapping], **implemented: tuple) -> dict:
-    """The fields of Spec of a tower that open_clip makes of a timm model, whose config is checked. `table` has timm's
-    models, name -> the fields of Spec that each fixes; `implemented` has option of `TIMM_OPTIONS` -> the values that
-    are implemented, where they are not the option's default."""
+def _from_timm(model: LibraryConfig, module: ModuleType) -> dict:
+    """The fields of Spec of a tower that open_clip makes of a model of timm, one of `module.TIMM`."""
     vision = model.section("vision_cfg")
     name = vision.options["timm_model_name"]
-    fields = table[name]
+    fields = module.TIMM[name]
     # An option that is left out has open_clip's default, which may not be implemented.
-    given = LibraryConfig(TIMM_OPTIONS | dict(vision.options), vision.where, vision.prefix)
-    fixed = {k: (default,) for k, default in TIMM_OPTIONS.items()} | implemented
+    given = LibraryConfig(TIMM_DEFAULTS | dict(vision.options), vision.where, vision.prefix)
+    fixed = {k: (default,) for k, default in TIMM_DEFAULTS.items()} | module.TIMM_OPTIONS
     fixed |= {"timm_drop_path": (None, 0), "timm_proj_bias": (False, True)}
     read = {"timm_model_name", "image_size", *OPTIONS["vision_without_effect"], *OPTIONS["not_timm"], *TOWER_FIXED}
     given.check(read, fixed | {"patch_dropout": (0,)})
@@ -90,16 +89,24 @@ def from_timm(model: LibraryConfig, table: Mapping[str, Mapping], **implemented:
     return dict(fields)
 
 
-def timm_vision(spec: Spec, table: Mapping[str, Mapping], **options) -> dict:
-    """The `vision_cfg`, with these options, of the model of `table` (see `from_timm`) that is this tower."""
-    fits = (name for name, fields in table.items() if all(getattr(spec, k) == v for k, v in fields.items()))
-    if (name := next(fits, None)) is None:
+def _to_timm(spec: Spec, module: ModuleType) -> dict:
+    """open_clip's model config of the vision tower, a model of `module.TIMM`."""
+    differing = {n: {k for k, v in fields.items() if getattr(spec, k) != v} for n, fields in module.TIMM.items()}
+    if (name := next((n for n, other in differing.items() if not other), None)) is None:
+        if name := next((n for n, other in differing.items() if other == {"activation"}), None):
+            raise UserError(
+                f"open_clip runs {name} with activation={module.TIMM[name]['activation']} and has no option for "
+                f"{spec.activation}: use --format=hf, since transformers computes what was tuned"
+            )
         raise UserError(
             f"open_clip builds a {spec.arch} tower from timm's list, which has none of width {spec.width}, "
             f"{spec.layers} layers, {spec.heads} heads, mlp_dim {spec.mlp_dim}, patch {spec.patch_size}, "
-            f"{spec.image_size} px, {spec.activation}: use one of {listing(list(table))}"
+            f"{spec.image_size} px, {spec.activation}: use one of {listing(list(module.TIMM))}"
         )
-    return dict(image_size=spec.image_size, timm_model_name=name, timm_model_pretrained=False, **options)
+    vision = dict(image_size=spec.image_size, timm_model_name=name, timm_model_pretrained=False)
+    vision |= {option: values[0] for option, values in module.TIMM_OPTIONS.items()}
+    bias = {"init_logit_bias": -10} if "logit_bias" in module.OTHERS else {}
+    return bias | dict(custom_text=True, vision_cfg=vision)
 
 
 def _tokenizer(text: LibraryConfig) -> str:
@@ -172,7 +179,8 @@ def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec
     model.check({*OPTIONS["model"], *(["preprocess_cfg"] if model.options is config else [])}, {})
     arch = _architecture(model.section("vision_cfg"))
     module = backbones.architecture(arch)
-    fields = module.from_open_clip(model) | dict(arch=arch, embed_dim=model.integer("embed_dim", None))
+    fields = module.from_open_clip(model) if "" in module.TIMM else _from_timm(model, module)
+    fields |= dict(arch=arch, embed_dim=model.integer("embed_dim", None))
     return Spec(
         open_clip_name=name,
         source=source,
@@ -237,7 +245,7 @@ def to_open_clip(spec: Spec) -> dict:
     module = backbones.architecture(spec.arch)
     if not module.TIMM:
         raise UserError(f"open_clip has no {spec.arch} model: use --format=hf or --format=pt")
-    tower = module.to_open_clip(spec)
+    tower = module.to_open_clip(spec) if "" in module.TIMM else _to_timm(spec, module)
     if spec.resize_mode not in _RESIZE_MODES or spec.interpolation not in _INTERPOLATIONS:
         raise UserError(
             f"open_clip cannot prepare images with resize_mode={spec.resize_mode} and interpolation="

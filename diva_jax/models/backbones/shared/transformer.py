@@ -48,8 +48,8 @@ class Block(nnx.Module):
         self.norm2 = make.layer_norm(width, eps)
         self.mlp = Mlp(make, width, mlp_dim, activation)
 
-    def __call__(self, x: Array) -> Array:  # [B, N, D] -> [B, N, D]
-        x = x + self.attn(self.norm1(x))
+    def __call__(self, x: Array, *args: Array) -> Array:  # [B, N, D] -> [B, N, D]
+        x = x + self.attn(self.norm1(x), *args)
         return x + self.mlp(self.norm2(x))
 
 

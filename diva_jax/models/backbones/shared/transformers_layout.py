@@ -38,18 +38,19 @@ class Layout:
 
     models: Mapping[str, str]
     mark: str
-    groups: Callable[[Spec], Mapping[str, int]]
     from_config: Callable[[Mapping, Mapping, str], tuple[Spec, frozenset[str]]]
     to_config: Callable[[Spec, str], dict]
     preprocessor: Callable[[Spec], dict]
 
     def recipes(self, spec: Spec) -> list[Recipe]:
-        """Those of every tensor of the whole model: each of the `groups` of transformers.json as often as they say, in
-        names with {i} replaced by the number of the block."""
-        out = []
-        for group, count in self.groups(spec).items():
-            for i in range(count):
-                for row in _RECIPES[spec.arch][group]:
+        """Those of every tensor of the whole model: each group of transformers.json once or, with {i} in names replaced
+        by the number of the block, for each block."""
+        out, layers, swiglu = [], spec.layers, spec.activation == "swiglu"
+        counts = dict(vision=layers, scales=layers, mlp=layers * (not swiglu), swiglu=layers * swiglu)
+        counts |= dict(text=spec.text.layers, registers=int(spec.registers > 0))
+        for group, rows in _RECIPES[spec.arch].items():
+            for i in range(counts.get(group, 1)):
+                for row in rows:
                     names = {side: tuple(n.replace("{i}", str(i)) for n in row[side]) for side in ("open_clip", "hf")}
                     out.append(Recipe(**row | names))
         return out
@@ -161,7 +162,7 @@ _TOWER = dict(
     activation="hidden_act",
     norm_eps="layer_norm_eps",
 )
-_VISION = _TOWER | dict(image_size="image_size", patch_size="patch_size")
+VISION = _TOWER | dict(image_size="image_size", patch_size="patch_size")
 _TEXT = _TOWER | dict(vocab_size="vocab_size", context_length="max_position_embeddings")
 
 
@@ -173,13 +174,13 @@ def text_spec(config: Mapping[str, Any], vision_activation: str, activation: str
 
 def vision_fields(config: Mapping[str, Any]) -> dict:
     """A `vision_config` with all of its options, but for the activation, as fields of Spec."""
-    return {field: config[option] for field, option in _VISION.items() if field != "activation"}
+    return {field: config[option] for field, option in VISION.items() if field != "activation"}
 
 
 def two_towers(spec: Spec, dtype: str, kind: str, model: str, vision: Mapping, text: Mapping, **options) -> dict:
     """The config.json of the class `model`, of the model type `kind`; `vision`, `text` and `options` are what towers
     and model have beside their sizes."""
-    sizes = {option: getattr(spec, field) for field, option in _VISION.items()}
+    sizes = {option: getattr(spec, field) for field, option in VISION.items()}
     sizes |= dict(hidden_act=their_activation(spec.activation), num_channels=3)
     text_sizes = {option: getattr(spec.text, field) for field, option in _TEXT.items()}
     text_sizes |= dict(hidden_act=their_activation(spec.text.activation or spec.activation))
