@@ -129,6 +129,8 @@ def flipped(task: Task) -> list[Section]:
             if any(w.scores[metric].seeds for w in task.weights.values() if metric in w.scores):
                 note += "; shares are means over the draws"
             won, lost = ("with the weights", "with the control") if control else ("after", "before")
-            given = dict(flips=flips, sides={True: won, False: lost}, items=task.items, most=_MAX_CARDS, thumbnail=thumbnail)
+            given = dict(
+                flips=flips, sides={True: won, False: lost}, items=task.items, most=_MAX_CARDS, thumbnail=thumbnail
+            )
             out.append(Section(f"{task.title}: {task.items} that flipped", [Part("flips", **given)], note))
     return out
