@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,18 +80,9 @@ def read_text(folder: epath.Path, item: str) -> dict:
     return content
 
 
-def damage(folder: epath.Path) -> str | None:
-    """What is wrong with a checkpoint, as far as `check_files` sees it; None: nothing."""
-    try:
-        check_files(folder)
-    except Damaged as e:
-        return str(e)
-    return None
-
-
-def check_files(folder: epath.Path) -> None:
-    """What a few small reads can tell of a checkpoint, in a folder named by its step: `Damaged` where a part is
-    missing, empty or not readable, or the folder is a copy of another step's."""
+def check_files(folder: epath.Path) -> tuple[dict, dict]:
+    """(data position, meta) of a checkpoint, in a folder named by its step, after what a few small reads can tell of
+    it: `Damaged` where a part is missing, empty or not readable, or the folder is a copy of another step's."""
     for file in () if paths.is_remote(folder) else Path(folder).rglob("*"):
         if not file.is_dir() and not file.is_file():
             if not os.path.lexists(file):
@@ -112,6 +103,16 @@ def check_files(folder: epath.Path) -> None:
     step = int(folder.name)
     if (there := data.get("batches", step)) != step:
         raise Damaged(f"it is a copy of the checkpoint of step {there}")
+    return data, meta
+
+
+def _damage(folder: epath.Path) -> str | None:
+    """What is wrong with a checkpoint, as far as `check_files` sees it; None: nothing."""
+    try:
+        check_files(folder)
+    except Damaged as e:
+        return str(e)
+    return None
 
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # In the names of folders of saves that have not ended.
@@ -125,7 +126,7 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
     return paths.absolute(epath.Path(workdir) / "checkpoints")
 
 
-def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
+def damages(workdir: epath.PathLike) -> dict[int, str | None]:
     """Step -> what is wrong, or None, of the checkpoints that were saved, newest first; a UserError without a list."""
     folder = _folder(workdir)
     try:
@@ -137,7 +138,7 @@ def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
                 if folder in found:
                     raise UserError(f"{folder} is a link to a folder that is not there: put it back, or remove it")
                 steps = sorted({int(f.name) for f in found if f.name.isdecimal()}, reverse=True)
-                return {step: damage(folder / str(step)) for step in steps}
+                return {step: _damage(folder / str(step)) for step in steps}
     except Exception as e:
         if isinstance(e, UserError) or not paths.is_remote(folder):
             raise
@@ -147,12 +148,7 @@ def _damages(workdir: epath.PathLike) -> dict[int, str | None]:
 
 def steps(workdir: epath.PathLike) -> list[int]:
     """The steps whose checkpoints are whole, in order; nothing is written."""
-    return sorted(step for step, why in _damages(workdir).items() if why is None)
-
-
-def damaged(workdir: epath.PathLike) -> dict[int, str]:
-    """Step -> what is wrong, of the checkpoints of which a part is missing, empty or not readable."""
-    return {step: why for step, why in _damages(workdir).items() if why is not None}
+    return sorted(step for step, why in damages(workdir).items() if why is None)
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
@@ -178,18 +174,6 @@ def set_aside(workdir: epath.PathLike, step: int) -> epath.Path:
     return (_folder(workdir) / str(step)).rename(aside / name)
 
 
-@contextlib.contextmanager
-def _quiet(read_only: bool = True):
-    """Without orbax's warnings about what is as it should be, such as that a read-only folder is read-only."""
-    before = absl_logging.get_verbosity()
-    if read_only:
-        absl_logging.set_verbosity(absl_logging.ERROR)
-    try:
-        yield
-    finally:
-        absl_logging.set_verbosity(before)
-
-
 class Restored(NamedTuple):
     """What a checkpoint holds, and what is wrong with newer ones, by step."""
 
@@ -205,17 +189,16 @@ def restore_newest(workdir: epath.PathLike, abstract_state: Callable[[int], dict
     there is no checkpoint at all. A UserError where every one is damaged, a RunError where a bucket cannot be reached,
     whose checkpoints may be good."""
     unusable = {}
-    for step, reason in _damages(workdir).items():
+    for step, reason in damages(workdir).items():
         if reason is None:
-            with Checkpoints(workdir, read_only=True) as checkpoints:
-                try:
-                    restored = checkpoints.restore(step, abstract_state(step))
-                except Damaged as e:
-                    reason = str(e)
-                except Exception as e:  # tensorstore and orbax raise many types for files that are damaged.
-                    if paths.is_remote(workdir) or distributed.is_lost(e):
-                        raise RunError(f"the checkpoint of step {step} cannot be read: {paths.reason(e)}") from e
-                    reason = paths.reason(e)
+            try:
+                restored = restore(workdir, step, abstract_state(step))
+            except Damaged as e:
+                reason = str(e)
+            except Exception as e:  # tensorstore and orbax raise many types for files that are damaged.
+                if paths.is_remote(workdir) or distributed.is_lost(e):
+                    raise RunError(f"the checkpoint of step {step} cannot be read: {paths.reason(e)}") from e
+                reason = paths.reason(e)
             if not distributed.any_failed(reason is not None):
                 return Restored(step, *restored, unusable)
         unusable[step] = reason or "another process cannot read it"
@@ -235,37 +218,90 @@ def identity(workdir: epath.PathLike, step: int) -> str:
     return hashlib.sha256(b"".join(map(json_files.read_bytes, files))).hexdigest()
 
 
-class Checkpoints(contextlib.AbstractContextManager):
-    """The checkpoints of a workdir, of which the newest `keep` are kept; `timeout`: seconds in which all processes must
-    have written their parts. With `read_only` nothing is made, cleaned up or deleted, so that another process may write
-    there."""
+def _read(folder: epath.Path, wanted: dict, partial: bool = False) -> tuple[dict, dict, dict]:
+    """(arrays of a state laid out as `wanted` says, data position, meta); `Damaged` where it is not what was saved."""
+    data, meta = check_files(folder)
+    given = ocp.checkpoint_utils.construct_restore_args(wanted)
+    args = ocp.args.PyTreeRestore(wanted, partial_restore=partial, restore_args=given)
+    state = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)
+    if (written := meta.pop("checksums", None)) is None:
+        say(f"the checkpoint of step {folder.name} was saved without checksums: its arrays cannot be verified")
+    elif wrong := [path for path, value in checksums(state).items() if written.get(path) != value]:
+        raise Damaged(f"{len(wrong)} arrays are not those that were saved, the first of them {wrong[0]}")
+    return state, data, meta
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 3, timeout: int = 300, read_only: bool = False):
-        self._workdir, self._keep, self._timeout, self._read_only = workdir, keep, timeout, read_only
-        self._manager = self._open(item_names=ITEMS)
+
+def restore(workdir: epath.PathLike, step: int, abstract_state: dict) -> tuple[dict, dict, dict]:
+    """(state laid out as `abstract_state` says, data position, meta); `Damaged` where it is not what was saved."""
+    return _read(_folder(workdir) / str(step), abstract_state)
+
+
+@contextlib.contextmanager
+def _reading(workdir: epath.PathLike, step: int):
+    """Yields a checkpoint's folder; what tensorstore and orbax raise for damaged files becomes a `UserError`."""
+    try:
+        yield _folder(workdir) / str(step)
+    except Exception as e:
+        reason = str(e) if isinstance(e, Damaged) else paths.reason(e)
+        problem = f"the checkpoint of step {step} in {workdir} cannot be read ({reason})"
+        raise UserError(f"{problem}: use another one of {steps(workdir)}") from e
+
+
+def trained(workdir: epath.PathLike, step: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """ "params" and, where the run keeps one, "ema", the moving average -> name -> shape and dtype of what a checkpoint
+    has; a UserError where it is damaged."""
+    with _reading(workdir, step) as folder:
+        tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+        kinds = [kind for kind in ("params", "ema") if kind in tree]
+        return {k: {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in tree[k].items()} for k in kinds}
+
+
+def restore_arrays(
+    workdir: epath.PathLike, step: int, arrays: Mapping[str, jax.ShapeDtypeStruct], kind: str = "params"
+) -> tuple[dict[str, jax.Array], dict]:
+    """Some of what is `trained`, whatever the optimizer was, of the shapes, dtypes and shardings in `arrays`: ({name:
+    array}, meta). A UserError where the checkpoint is damaged."""
+    saved = trained(workdir, step)[kind]
+    with _reading(workdir, step) as folder:
+        wanted = {n: saved[n].update(sharding=a.sharding) for n, a in arrays.items()}
+        found, _, meta = _read(folder, {kind: wanted}, partial=True)
+    return {n: a.astype(arrays[n].dtype) for n, a in found[kind].items()}, meta
+
+
+def restore_params(workdir: epath.PathLike, step: int, device: jax.Device) -> tuple[dict[str, jax.Array], dict]:
+    """The trained parameters, or their moving average where the run keeps one: ({name: array on the device}, meta); a
+    UserError where the checkpoint is damaged."""
+    kind, arrays = list(trained(workdir, step).items())[-1]
+    here = jax.sharding.SingleDeviceSharding(device)
+    return restore_arrays(workdir, step, {n: a.update(sharding=here) for n, a in arrays.items()}, kind)
+
+
+class Checkpoints(contextlib.AbstractContextManager):
+    """Writes checkpoints to a workdir, of which the newest `keep` are kept; `timeout`: seconds in which all processes
+    must have written their parts. A UserError where the description of one that is there is damaged."""
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 3, timeout: int = 300):
+        self._workdir, self._keep, self._timeout = workdir, keep, timeout
+        self._manager = self._open()
 
     def __exit__(self, *_):
         self.close()
 
-    def _open(self, **kw) -> ocp.CheckpointManager:
-        writing = dict(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
+    def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            **(dict(read_only=True, save_interval_steps=0, create=False) if self._read_only else writing),
+            max_to_keep=self._keep,
+            create=True,
+            cleanup_tmp_directories=True,
             # Where a folder cannot be made, the threads that would fill it wait for it for five minutes.
             async_options=ocp.AsyncOptions(timeout_secs=self._timeout, create_directories_asynchronously=False),
         )
-        for last in [False] * _LISTINGS + [True]:
-            try:
-                with _quiet(self._read_only):
-                    return ocp.CheckpointManager(_folder(self._workdir), options=options, **kw)
-            except FileNotFoundError:  # A trainer has just deleted a checkpoint that orbax had listed.
-                if last or not self._read_only:
-                    raise
-            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
-                raise UserError(
-                    f"{_folder(self._workdir)}: the file _CHECKPOINT_METADATA of a checkpoint is damaged "
-                    f"({paths.reason(e)}): move that checkpoint away"
-                ) from e
+        try:
+            return ocp.CheckpointManager(_folder(self._workdir), options=options, item_names=ITEMS)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
+            raise UserError(
+                f"{_folder(self._workdir)}: the file _CHECKPOINT_METADATA of a checkpoint is damaged "
+                f"({paths.reason(e)}): move that checkpoint away"
+            ) from e
 
     def save(self, step: int, state: dict, data: dict, meta: dict, wait: bool = False) -> None:
         """Starts to write a checkpoint, unless it exists; returns when `state` may be overwritten, with `wait` when it
@@ -301,7 +337,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:
         """None, or why it failed. orbax reports a failed save only when waited for, and does not recover from it."""
         try:
-            self._manager = self._manager or self._open(item_names=ITEMS)
+            self._manager = self._manager or self._open()
             self._manager.wait_until_finished()
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=items)
@@ -310,62 +346,6 @@ class Checkpoints(contextlib.AbstractContextManager):
         except Exception as e:
             return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
         return None
-
-    def restore(self, step: int, abstract_state: dict) -> tuple[dict, dict, dict]:
-        """(state laid out as `abstract_state` says, data position, meta); `Damaged` where it is not what was saved."""
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
-        )
-        check_files(_folder(self._workdir) / str(step))
-        found = self._manager.restore(step, args=items)
-        return found["state"], found["data"], _verified(step, found["state"], found["meta"])
-
-    def _tree(self, step: int) -> dict:
-        """The train state of a checkpoint, with shapes and dtypes as leaves."""
-        with _quiet():  # orbax looks for a file of whole checkpoints in this item's folder.
-            return ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state").item_metadata.tree
-
-    def trained(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Name -> shape and dtype of the trained parameters in a checkpoint."""
-        with self._reading(step):
-            return {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in self._tree(step)["params"].items()}
-
-    @contextlib.contextmanager
-    def _reading(self, step: int):
-        """Turns the many types that tensorstore and orbax raise for damaged files into a `UserError`."""
-        try:
-            yield
-        except Exception as e:
-            reason = str(e) if isinstance(e, Damaged) else paths.reason(e)
-            problem = f"the checkpoint of step {step} in {self._workdir} cannot be read ({reason})"
-            raise UserError(f"{problem}: use another one of {steps(self._workdir)}") from e
-
-    def restore_arrays(
-        self, step: int, arrays: dict[str, jax.ShapeDtypeStruct], kind: str = "params"
-    ) -> tuple[dict[str, jax.Array], dict]:
-        """Some trained parameters ("params"), or their moving averages ("ema"), whatever the optimizer was, of the
-        shapes, dtypes and shardings in `arrays`: ({name: array}, meta). A UserError where the checkpoint is damaged."""
-        folder = _folder(self._workdir) / str(step)
-        with self._reading(step):
-            check_files(folder)
-            saved = self._tree(step)[kind]
-            wanted = {n: jax.ShapeDtypeStruct(a.shape, saved[n].dtype, sharding=a.sharding) for n, a in arrays.items()}
-            given = ocp.checkpoint_utils.construct_restore_args({kind: wanted})
-            restore = ocp.args.PyTreeRestore({kind: wanted}, partial_restore=True, restore_args=given)
-            with self._open(item_handlers={"state": ocp.PyTreeCheckpointHandler()}) as manager:
-                found = manager.restore(step, args=ocp.args.Composite(state=restore))["state"][kind]
-            meta = _verified(step, {kind: found}, read_text(folder, "meta"))
-        return {n: a.astype(arrays[n].dtype) for n, a in found.items()}, meta
-
-    def restore_params(self, step: int, device: jax.Device) -> tuple[dict[str, jax.Array], dict]:
-        """The trained parameters, or their moving average where the run keeps one: ({name: array on the device}, meta);
-        a UserError where the checkpoint is damaged."""
-        with self._reading(step):
-            tree = self._tree(step)
-            kind = "ema" if "ema" in tree else "params"
-            here = jax.sharding.SingleDeviceSharding(device)
-            arrays = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in tree[kind].items()}
-        return self.restore_arrays(step, arrays, kind)
 
     def close(self) -> None:
         """Waits for a save in progress. If that save fails, it is said, not raised."""
@@ -379,13 +359,3 @@ class Checkpoints(contextlib.AbstractContextManager):
     def abandon(self) -> None:
         """Waits for nothing: a save that other processes take part in may never end."""
         self._manager = None
-
-
-def _verified(step: int, state: dict, meta: dict) -> dict:
-    """`meta` as `save` was given it; `Damaged` where arrays of the state, or a part of it, have other checksums."""
-    meta = {k: v for k, v in meta.items() if k != "text_checksum"}
-    if (written := meta.pop("checksums", None)) is None:
-        say(f"the checkpoint of step {step} was saved without checksums: its arrays cannot be verified")
-    elif wrong := [path for path, value in checksums(state).items() if written.get(path) != value]:
-        raise Damaged(f"{len(wrong)} arrays are not those that were saved, the first of them {wrong[0]}")
-    return meta

@@ -201,7 +201,8 @@ def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict
 def choose_step(workdir: epath.PathLike, step: int | None = None, given: str = "") -> int:
     """`step`, or the newest one; a UserError lists those that exist. `given` is what the user wrote for it."""
     given, workdir = given or f"--step={step}", epath.Path(workdir).expanduser()
-    there, damaged = checkpoint.steps(workdir), checkpoint.damaged(workdir)
+    found = checkpoint.damages(workdir)
+    there, damaged = sorted(s for s in found if not found[s]), {s: why for s, why in found.items() if why}
     newest = max(damaged, default=-1)
     if not there:
         broken = f" that can be read (that of step {newest}: {damaged[newest]})" if damaged else " yet"
@@ -241,8 +242,7 @@ class Parent:
         workdir, step = places.split_step(text)
         where = paths.folder(workdir, field)
         step = choose_step(where, step, f"{field}={text}")
-        with checkpoint.Checkpoints(where, read_only=True) as checkpoints:
-            shapes = {n: tuple(a.shape) for n, a in checkpoints.trained(step).items()}
+        shapes = {n: tuple(a.shape) for n, a in checkpoint.trained(where, step)["params"].items()}
         return cls(str(paths.absolute(where)), step, shapes, checkpoint.identity(where, step))
 
     @classmethod
@@ -273,10 +273,7 @@ class Parent:
 
     def read(self, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """The values of these parameters, in the given dtypes and on the given shardings."""
-        if not arrays:
-            return {}
-        with checkpoint.Checkpoints(self.workdir, read_only=True) as checkpoints:
-            return checkpoints.restore_arrays(self.step, dict(arrays))[0]
+        return checkpoint.restore_arrays(self.workdir, self.step, arrays)[0] if arrays else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,8 +319,7 @@ class RunAt:
 
     @functools.cached_property
     def _restored(self) -> tuple[dict[str, jax.Array], dict]:
-        with checkpoint.Checkpoints(self.workdir, read_only=True) as checkpoints:
-            return checkpoints.restore_params(self.step, _host())
+        return checkpoint.restore_params(self.workdir, self.step, _host())
 
     @property
     def params(self) -> dict[str, jax.Array]:

@@ -112,15 +112,13 @@ def test_one_flipped_bit_of_the_arrays(workdir, seed):
     data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
     file.write_bytes(data)
     whole(checkpoint.restore_newest(workdir, abstract))
-    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-        device = jax.devices()[0]
-        try:
-            params, meta = checkpoints.restore_params(9, device)
-        except UserError as e:
-            assert "step 9" in str(e) and "[3, 6, 9]" in str(e)
-        else:
-            jax.tree.map(np.testing.assert_array_equal, params, state(9)["params"])
-            assert meta == META
+    try:
+        params, meta = checkpoint.restore_params(workdir, 9, jax.devices()[0])
+    except UserError as e:
+        assert "step 9" in str(e) and "[3, 6, 9]" in str(e)
+    else:
+        jax.tree.map(np.testing.assert_array_equal, params, state(9)["params"])
+        assert meta == META
 
 
 def test_the_checksum_sees_any_single_change():
@@ -158,7 +156,7 @@ def test_an_empty_folder_or_a_copy_is_no_checkpoint(workdir):
     (workdir / "checkpoints" / "notes").mkdir()
     (workdir / "checkpoints" / "29").symlink_to("gone")
     assert checkpoint.latest_step(workdir) == 9 and checkpoint.steps(workdir) == [3, 6, 9]
-    assert checkpoint.damaged(workdir).keys() == {19, 29, 99}
+    assert {step for step, why in checkpoint.damages(workdir).items() if why} == {19, 29, 99}
     found = checkpoint.restore_newest(workdir, abstract)
     whole(found)
     assert found.step == 9 and "copy of the checkpoint of step 6" in found.damaged[19]
@@ -205,9 +203,8 @@ def test_reading_a_workdir_changes_nothing(workdir):
     (unfinished / "half").write_text("x")
     before = content(workdir)
     for _ in range(2):
-        with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-            checkpoints.restore(6, abstract(6))
-            checkpoints.restore_params(3, jax.devices()[0])
+        checkpoint.restore(workdir, 6, abstract(6))
+        checkpoint.restore_params(workdir, 3, jax.devices()[0])
         assert content(workdir) == before
     assert not (workdir / "new").exists()
 

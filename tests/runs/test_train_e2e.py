@@ -28,7 +28,7 @@ def start(files, workdir, *more):
 def final_state(files, workdir) -> dict[str, np.ndarray]:
     p = small.program(get_config(str(files)))
     assert checkpoint.latest_step(workdir) == TOTAL
-    state, data, _ = checkpoint.Checkpoints(workdir).restore(TOTAL, p.abstract_state(1))
+    state, data, _ = checkpoint.restore(workdir, TOTAL, p.abstract_state(1))
     assert data["batches"] == TOTAL
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
 
@@ -107,7 +107,7 @@ def test_not_finite_stops_with_the_step_and_keeps_the_last_checkpoint(files, tmp
     kept = checkpoint.latest_step(tmp_path)
     assert kept is not None
     p = small.program(c)
-    state, _, _ = checkpoint.Checkpoints(tmp_path).restore(kept, p.abstract_state(0))
+    state, _, _ = checkpoint.restore(tmp_path, kept, p.abstract_state(0))
     assert all(np.isfinite(np.asarray(a)).all() for a in state["params"].values())
 
 

@@ -55,7 +55,7 @@ def evaluations(workdir: Path) -> dict[int, dict]:
 
 
 def trained(c, workdir: Path) -> dict[str, np.ndarray]:
-    state, _, _ = checkpoint.Checkpoints(workdir).restore(TOTAL, small.program(c).abstract_state(0))
+    state, _, _ = checkpoint.restore(workdir, TOTAL, small.program(c).abstract_state(0))
     return {n: np.asarray(a) for n, a in state["params"].items()}
 
 

@@ -127,9 +127,7 @@ def resumed(c, tmp_path):
 
     def state(workdir):
         opened = Run(c, workdir)
-        checkpoints = checkpoint.Checkpoints(workdir)
-        found, _, meta = checkpoints.restore(4, opened.program.abstract_state(0))
-        checkpoints.close()
+        found, _, meta = checkpoint.restore(workdir, 4, opened.program.abstract_state(0))
         return found, meta
 
     (want, meta), (got, _) = state(whole), state(again)
