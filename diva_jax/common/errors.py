@@ -1,11 +1,12 @@
 """Errors with a message for the user; `common.cli` prints them."""
 
+import contextlib
 import difflib
 import functools
 import re
 import sysconfig
 import traceback
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 _MAX_CHARS = 1600  # A screen of 20 lines.
@@ -31,6 +32,24 @@ class RunError(_Message):
 
 class Terminated(BaseException):
     """SIGTERM came where there is nothing to save."""
+
+
+def reason(e: Exception) -> str:
+    """An exception on one line; those of object stores can be pages long."""
+    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
+
+
+@contextlib.contextmanager
+def explained(problem: str, advice: str, *types: type[Exception], kind: type[Exception] = UserError) -> Iterator[None]:
+    """Context manager in which an exception of some types, by default an OSError, becomes an error of the `kind` whose
+    message is "PROBLEM (what it says): ADVICE"; a `UserError` or `RunError` stays what it is."""
+    try:
+        yield
+    except Exception as e:
+        if not isinstance(e, types or OSError) or (isinstance(e, _Message) and UserError not in types):
+            raise
+        said = " ".join(str(e).split())[:300] if isinstance(e, OSError | ValueError | UserError) else ""
+        raise kind(f"{problem} ({said or reason(e)}): {advice}") from e
 
 
 # Folders and files of modules that a config names: somebody's own code, even where it is installed.

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, reason
 
 # A cached listing of a bucket is wrong as soon as another process, or tensorstore in this one, writes to it.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
@@ -97,11 +97,6 @@ def absolute(path: epath.Path) -> epath.Path:
 def demo_hint(path: str) -> str:
     """For a path in data/tiny, where configs/tiny.py has its files: the command that writes them; otherwise empty."""
     return "python -m diva_jax.demo --out=data/tiny writes it" if Path(path).parts[:2] == ("data", "tiny") else ""
-
-
-def reason(e: Exception) -> str:
-    """An exception on one line; those of object stores can be pages long."""
-    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
 
 
 def local(path: str, flag: str) -> Path:

@@ -26,7 +26,7 @@ from diva_jax.models.diffusion.vae import FluxVAEConfig
 from diva_jax.models.layers import ACTIVATIONS, Array
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
-from diva_jax.weights import flux, parts
+from diva_jax.weights import parts
 
 ONLY, ALL, NONE = "only", "all", "none"
 
@@ -204,9 +204,8 @@ class Objective(contract.Objective):
         self.project_clip = EmbeddingProjector(self.spec.embed_dim, f.vector_dim, layers)
         self.project_t5 = EmbeddingProjector(self.spec.embed_dim, f.text_dim, layers)
         self.denoiser = flow.Flow(f, rngs=rngs, dtype=dtype, param_dtype=held, remat=config.remat == "all")
-        kind, cached = flux.vae if isinstance(self.vae_config, FluxVAEConfig) else parts.diffusers, config.data.latents
-        part, held = kind(self.options.vae.source, self.vae_config, "config.genhancer.vae"), self.options.vae_dtype
-        size = self.spec.image_size
+        part = parts.diffusers(self.options.vae.source, self.vae_config, "config.genhancer.vae")
+        held, size, cached = self.options.vae_dtype, self.spec.image_size, config.data.latents
         self.latent_source = contract.LatentSource(self.vae_config, part, size, held, held, cached=bool(cached))
         kw = dict(rngs=rngs, dtype=jnp.dtype(held), param_dtype=jnp.dtype(held))
         self.vae = None if cached else self.vae_config.build(**kw)

@@ -5,8 +5,10 @@ model, so it covers every parameter. Layouts: `kernel` [in, out] is PyTorch's `w
 `kernel` [H, W, in, out] its `weight` [out, in, H, W]; everything else is carried as it is.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -100,34 +102,7 @@ def to_torch(state, table: Table) -> dict[str, np.ndarray]:
     }
 
 
-# Our modules have diffusers' names, except for the positions in its feed-forward list.
-UNET = Table(
-    "diffusers U-Net",
-    rename=((r"\bff\.proj\.", "ff.net.0.proj."), (r"\bff\.out\.", "ff.net.2.")),
-)
-
-VAE = Table(
-    "encoder of the diffusers VAE",
-    ignore=(r"decoder\..*", r"post_quant_conv\..*"),
-    # Names of older checkpoints, before diffusers had one attention class.
-    aliases=(
-        (r"(mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
-        (r"(mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
-        (r"(mid_block\.attentions\.0)\.value\.", r"\1.to_v."),
-        (r"(mid_block\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
-    ),
-)
-
-TEXT_ENCODER = Table(
-    "transformers CLIPTextModel",
-    rename=(
-        (r"^(token|position)_embedding\.", r"embeddings.\1_embedding."),
-        (r"^layers\.", "encoder.layers."),
-        (r"\.(q|k|v|out)_proj\.", r".self_attn.\1_proj."),
-        (r"\.(fc1|fc2)\.", r".mlp.\1."),
-    ),
-    # A constant that older versions saved, and the projection of CLIPTextModelWithProjection.
-    ignore=(r"embeddings\.position_ids", r"text_projection\.weight"),
-    # Older versions of transformers use this prefix for all names.
-    aliases=((r"^text_model\.", ""),),
-)
+# Our modules have diffusers' names, but for the positions in the U-Net's feed-forward list. The aliases are names of
+# older versions of the libraries; FLUX's are those of Black Forest Labs' own files.
+_TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+UNET, VAE, TEXT_ENCODER, FLUX_VAE = (Table(**_TABLES[name]) for name in ("unet", "vae", "text_encoder", "flux_vae"))

@@ -19,7 +19,7 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, architectures
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.models.names import depth, tensor_shape
-from diva_jax.weights import clip, hf, names, places, readers
+from diva_jax.weights import clip, names, places, readers
 from diva_jax.weights.readers import Tensor, Tensors
 from diva_jax.weights.writers import OPEN_CLIP_CONFIG
 
@@ -122,15 +122,15 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
     tensors = readers.weights_in(at, *places.CLIP_STEMS) if at.is_dir() else readers.open_file(at)
     where = str(at)
     tokenizer = tuple(folder / f for f in places.TOKENIZER_FILES if (folder / f).is_file()) if described else ()
-    if hf.recognises(tensors):
+    if any(name.startswith(tuple(layout.mark for layout in clip.layouts())) for name in tensors):
         config, preprocessor = folder / "config.json", folder / "preprocessor_config.json"
         prepared = readers.read_json(preprocessor) if preprocessor.is_file() else {}
-        spec, silent = hf.from_transformers(readers.read_json(config), prepared, where)
+        spec, silent = clip.from_transformers(readers.read_json(config), prepared, where)
         if silent:
             say_once(
                 f"note: {where}: {listing(sorted(silent))} as open_clip runs these weights, not as config.json says"
             )
-        tensors = hf.to_open_clip_names(tensors, spec, where)
+        tensors = clip.to_open_clip_names(tensors, spec, where)
         return ClipSource(where, "transformers folder", tensors, spec, silent, tokenizer)
     tensors = _open_clip_names(tensors, where)
     if described and (folder / OPEN_CLIP_CONFIG).is_file():

@@ -18,7 +18,9 @@ from diva_jax.models.backbones.shared.transformer import require_text
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.unet import TextEncoder, TextEncoderConfig, UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig, VAEConfig
+from diva_jax.models.names import Table
 from diva_jax.weights import clip, names, origins, places, readers
+from diva_jax.weights.readers import Tensor, Tensors
 
 # Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).
 _SD = {
@@ -27,7 +29,7 @@ _SD = {
     FluxVAEConfig: ("vae", VAE, names.VAE, ("diffusion_pytorch_model",)),
     TextEncoderConfig: ("text_encoder", TextEncoder, names.TEXT_ENCODER, ("model", "pytorch_model")),
 }
-_STATISTICS = names.Table("statistics of image embeddings (not needed with config.unclip.stats=off)")
+_STATISTICS = Table("statistics of image embeddings (not needed with config.unclip.stats=off)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,16 @@ class Opened:
     fill: Callable[..., nnx.State]
 
 
+def _opened(tensors: Tensors, table: Table, source: str) -> Opened:
+    """Tensors with their names."""
+    return Opened(tensors.files, lambda state, put=None: names.assign(state, tensors, table, source=source, put=put))
+
+
 def _part(config):
     """The row of `_SD`; any other class is a `presets.LatentCode` in place of the VAE."""
     if (row := _SD.get(type(config))) is not None:
         return row
-    return "vae", type(config).build, names.Table("latent code"), ("diffusion_pytorch_model",)
+    return "vae", type(config).build, Table("latent code"), ("diffusion_pytorch_model",)
 
 
 def check_text(source: origins.ClipSource, spec: Spec) -> None:
@@ -86,10 +93,7 @@ def open_diffusers(folder: Path, config, field: str = "") -> Opened:
     folder = folder / part if (folder / part).is_dir() else folder
     there = vars(type(config).from_dict(readers.read_json(folder / "config.json")))
     origins.check_same(there, config, there, str(folder), field or part)
-    tensors = readers.weights_in(folder, *stems)
-    return Opened(
-        tensors.files, lambda state, put=None: names.assign(state, tensors, table, source=str(folder), put=put)
-    )
+    return _opened(readers.weights_in(folder, *stems), table, str(folder))
 
 
 def check_schedule(folder: Path, config: ScheduleConfig) -> None:
@@ -180,9 +184,17 @@ def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
 
 def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None = None) -> Part:
     """The part for a U-Net, a VAE's encoder or a text encoder of a diffusers folder or hub id, the config section
-    `field`; `scheduler`, of a U-Net, must be that of the source, where that states one."""
+    `field`; `scheduler`, of a U-Net, must be that of the source, where that states one. The encoder of FLUX's
+    autoencoder may also be in `ae.safetensors`, or a folder or hub id with it."""
 
     def opened():
+        if isinstance(config, FluxVAEConfig):
+            at, file = places.locate(source, f"{field}.source"), "ae.safetensors"
+            at = at if isinstance(at, Path) else places.download(at, f"{field}.source", [file])
+            at = at / file if (at / file).is_file() else at
+            if at.is_dir():
+                return open_diffusers(at, config, field)
+            return _opened(with_matrices(readers.open_file(at)), names.FLUX_VAE, str(at))
         folder = places.diffusers_folder(source)
         part = open_diffusers(folder, config, field)
         if scheduler is not None:
@@ -197,6 +209,17 @@ def diffusers_tokenizer(folder: Path, length: int) -> tokenizers.FolderTokenizer
     if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
     return tokenizers.FolderTokenizer(folder, length, kind="clip")
+
+
+def with_matrices(tensors: Tensors) -> Tensors:
+    """The attention's 1x1 convolutions [n, n, 1, 1] of FLUX's autoencoder as matrices [n, n]."""
+
+    def squeezed(tensor) -> Tensor:
+        return Tensor(tensor.shape[:2], tensor.dtype, lambda: np.asarray(tensor).reshape(tensor.shape[:2]))
+
+    attn = ".mid.attn_1."
+    matrices = {n: squeezed(t) if attn in n and tuple(t.shape[2:]) == (1, 1) else t for n, t in tensors.items()}
+    return Tensors(matrices, tensors.files)
 
 
 def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfig, mask_padding: bool = False) -> Part:
@@ -231,10 +254,7 @@ def embedding_statistics(source: str) -> Part:
 
     def opened():
         folder = places.diffusers_folder(source) / "image_normalizer"
-        tensors = readers.weights_in(folder, "diffusion_pytorch_model")
-        return Opened(
-            tensors.files, lambda state, put: names.assign(state, tensors, _STATISTICS, source=str(folder), put=put)
-        )
+        return _opened(readers.weights_in(folder, "diffusion_pytorch_model"), _STATISTICS, str(folder))
 
     return Part(source, opened)
 

@@ -24,7 +24,7 @@ from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import genhancer
 from diva_jax.training import partition
-from diva_jax.weights import clip, flux, names
+from diva_jax.weights import clip, names, parts
 from diva_jax.weights.readers import Tensors
 
 # Names in the authors' checkpoints.
@@ -92,7 +92,7 @@ def made(arrays, c, encoder: Tensors) -> tuple[partition.Skeleton, dict[str, jax
     module = abstract(lambda rngs: genhancer.Objective(c, rngs=rngs))
     skeleton, _ = partition.disassemble(module)
     tower = Tensors(from_hf(take(arrays, "w/model."), module.spec), [])
-    sources = {"vision": (tower, clip.vision_table(module.spec)), "vae": (encoder, flux.VAE)}
+    sources = {"vision": (tower, clip.vision_table(module.spec)), "vae": (encoder, names.FLUX_VAE)}
     sources |= {part: (take(arrays, f"w/{prefix}"), table) for part, (prefix, table) in GENERATOR.items()}
     out = {}
     for name, (path, _) in skeleton.variables.items():
@@ -197,7 +197,7 @@ def encoder_of(z, case: str) -> tuple[Tensors, FluxVAEConfig]:
     channels = tuple(meta["ch"] * m for m in meta[case]["ch_mult"])
     sizes = dict(latent_channels=meta[case]["z"], block_out_channels=channels, norm_num_groups=meta["groups"])
     sizes |= dict(layers_per_block=meta[case]["num_res_blocks"], scaling_factor=meta["scale_factor"])
-    tensors = flux.with_matrices(Tensors(take(z, f"{case}/w/"), []))
+    tensors = parts.with_matrices(Tensors(take(z, f"{case}/w/"), []))
     return tensors, FluxVAEConfig(**sizes, shift_factor=meta["shift_factor"])
 
 
@@ -206,7 +206,7 @@ def encoders(z) -> dict[str, np.ndarray]:
     out = {}
     for case in sorted(k.removesuffix("/pixels") for k in z.files if k.endswith("/pixels")):
         tensors, sizes = encoder_of(z, case)
-        vae = filled(abstract(lambda rngs, sizes=sizes: VAE(sizes, rngs=rngs)), tensors, flux.VAE)
+        vae = filled(abstract(lambda rngs, sizes=sizes: VAE(sizes, rngs=rngs)), tensors, names.FLUX_VAE)
         view = 2 * jnp.asarray(z[f"{case}/pixels"]) - 1
         out[f"{case}/moments"] = vae.moments(view)
         out[f"{case}/latents"] = vae.encode(view, jnp.asarray(z[f"{case}/posterior"]))

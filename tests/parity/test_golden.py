@@ -15,7 +15,7 @@ from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import kuea
 from diva_jax.objectives.shared import pairs
-from diva_jax.weights import flux, names, writers
+from diva_jax.weights import names, parts, writers
 
 HERE = TESTS / "golden"
 SD = HERE / "sd_tiny_7.npz"
@@ -125,7 +125,7 @@ def layouts(tmp_path_factory):
     model.save_pretrained(root / "pipeline" / "vae")
     config = FluxVAEConfig(**SIZES)
     ours = loaded(root / "pipeline", config)
-    tensors = names.to_torch(ours, flux.VAE)
+    tensors = names.to_torch(ours, names.FLUX_VAE)
     convolutions = {n: a[:, :, None, None] if "attn_1" in n and a.ndim == 2 else a for n, a in tensors.items()}
     convolutions["decoder.conv_in.weight"] = np.zeros((1,), np.float32)
     (root / "own").mkdir()
@@ -137,7 +137,7 @@ def loaded(source, config) -> VAE:
     from flax import nnx
 
     graph, state = nnx.split(abstract(lambda rngs: VAE(config, rngs=rngs)))
-    opened = flux.vae(str(source), config, "config.genhancer.vae").open()
+    opened = parts.diffusers(str(source), config, "config.genhancer.vae").open()
     return nnx.merge(graph, opened.fill(state, lambda path, array, want: jnp.asarray(array)))
 
 

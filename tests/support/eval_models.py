@@ -20,7 +20,7 @@ from transformers import SiglipTokenizer, T5Tokenizer
 from diva_jax.data.tokenizers import siglip_clean
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
-from diva_jax.weights import hf
+from diva_jax.weights import clip
 from diva_jax.weights.writers import write_safetensors
 
 
@@ -152,7 +152,7 @@ def transformers_folder(folder, spec=CLIP_FOLDER, **save):
     """Writes and returns the model of transformers that a spec describes; `save` as for `save_pretrained`."""
     import transformers
 
-    config = hf.to_transformers(spec, "float32")
+    config = clip.transformers_configs(spec)[0]
     (kind,) = config.pop("architectures")
     if spec.has_text:
         config = {k: v for k, v in config.items() if k in ("vision_config", "text_config", "projection_dim")}

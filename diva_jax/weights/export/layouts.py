@@ -21,7 +21,7 @@ from diva_jax.data import tokenizers
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import OPENAI_VOCABULARY, to_open_clip
-from diva_jax.weights import clip, hf, names, origins, parts, readers, writers
+from diva_jax.weights import clip, names, origins, parts, readers, writers
 from diva_jax.weights.export import reference
 from diva_jax.weights.origins import ClipSource
 from diva_jax.weights.places import TOKENIZER_FILES
@@ -153,7 +153,7 @@ def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> d
     own = tokenizer_of(source, spec) if fmt != "pt" else None
     other = own is not None and spec.text.tokenizer == "clip" and own.size != OPENAI_VOCABULARY
     if fmt == "hf":
-        config = hf.to_transformers(spec, dtype)
+        config, _ = clip.transformers_configs(spec, dtype)
         if other and spec.text.pool == "argmax":
             config["text_config"]["eos_token_id"] = 2  # transformers' code for "pool at the highest id".
         return config
@@ -245,9 +245,9 @@ def export(
         elif fmt == "open_clip":
             writers.write_open_clip(folder, tensors, config)
         else:
-            writers.write_safetensors(folder / "model.safetensors", hf.to_transformers_names(tensors, spec))
+            writers.write_safetensors(folder / "model.safetensors", clip.to_transformers_names(tensors, spec))
             writers.write_json(folder / "config.json", config)
-            writers.write_json(folder / "preprocessor_config.json", hf.image_processor(spec))
+            writers.write_json(folder / "preprocessor_config.json", clip.transformers_configs(spec)[1])
         if spec.has_text and fmt != "pt":
             write_tokenizer(folder, source, spec, fmt)
         (folder / "README.md").write_text(card)

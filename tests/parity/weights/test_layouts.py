@@ -23,7 +23,7 @@ from diva_jax.common.errors import RunError, UserError
 from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE, eva02
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
-from diva_jax.weights import hf, origins, readers, writers
+from diva_jax.weights import clip, origins, readers, writers
 from diva_jax.weights.export import layouts, publish, reference
 from diva_jax.weights.readers import Tensor, Tensors
 from diva_jax.world import models
@@ -111,7 +111,7 @@ def test_custom_config_of_weights_that_describe_themselves(tmp_path):
             assert spec == from_open_clip(config | {"quick_gelu": True}, name=f"{name}-quickgelu")
     for name, spec in module["DINOV2"].items():
         assert backbones.spec_of(module["get_config"](name)) == spec
-        found, _ = hf.from_transformers(hf.to_transformers(spec, "float32"), hf.image_processor(spec), name)
+        found, _ = clip.from_transformers(*clip.transformers_configs(spec), name)
         assert found == spec
     refused("does not exist", module["get_config"], "nothing/there.pt")
 

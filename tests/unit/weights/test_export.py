@@ -18,7 +18,8 @@ from diva_jax import demo
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import NO_TEXT, TABLE
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
-from diva_jax.weights import hf, origins, places, readers, writers
+from diva_jax.weights import clip as towers
+from diva_jax.weights import origins, places, readers, writers
 from diva_jax.weights.export import layouts, publish
 from diva_jax.weights.origins import ClipSource
 from diva_jax.weights.places import TOKENIZER_FILES
@@ -167,7 +168,7 @@ def test_the_base_model_is_the_source_where_it_is_a_hub_id(clip):
 def test_transformers_cannot_hold_every_text_tower():
     text = dataclasses.replace(CLIP.text, causal=False)
     with pytest.raises(UserError, match="use --format=open_clip"):
-        hf.to_transformers(dataclasses.replace(CLIP, text=text), "float32")
+        towers.transformers_configs(dataclasses.replace(CLIP, text=text))[0]
 
 
 @pytest.mark.parametrize("tag", list(TABLE))
@@ -181,7 +182,7 @@ def test_every_backbone_has_both_configs(tag):
 
     spec = TABLE[tag]
     assert comparable(from_open_clip(to_open_clip(spec))) == comparable(spec)
-    found, silent = hf.from_transformers(hf.to_transformers(spec, "float32"), hf.image_processor(spec), tag)
+    found, silent = towers.from_transformers(*towers.transformers_configs(spec), tag)
     assert comparable(found) == comparable(spec) and not silent
 
 
@@ -234,7 +235,7 @@ def source_of(folder, *names) -> ClipSource:
 
 
 def exported(tmp_path, source):
-    writers.write_json(tmp_path / "config.json", hf.to_transformers(SPEC, "float32"))
+    writers.write_json(tmp_path / "config.json", towers.transformers_configs(SPEC)[0])
     layouts.write_tokenizer(tmp_path, source, SPEC, "hf")
     return tmp_path
 

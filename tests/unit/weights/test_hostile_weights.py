@@ -24,7 +24,7 @@ from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to
 from diva_jax.models.diffusion import presets, schedule
 from diva_jax.models.diffusion.unet import TextEncoderConfig, UNetConfig
 from diva_jax.models.diffusion.vae import FluxVAEConfig, VAEConfig
-from diva_jax.weights import hf, names, parts, readers
+from diva_jax.weights import clip, names, parts, readers
 
 pytestmark = pytest.mark.attack
 
@@ -176,29 +176,29 @@ def test_open_clip_configs(spec, seed):
         possible(found)
 
 
-PREPROCESSOR = hf.image_processor(QUICK)
+PREPROCESSOR = clip.transformers_configs(QUICK)[1]
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("spec", [QUICK, SIGLIP, METACLIP2, DINOV2, DINOV2_REG], ids=lambda s: s.arch)
 def test_transformers_configs(spec, seed):
-    config = hf.to_transformers(spec, "float32")
-    for found, _ in attacked(lambda c: hf.from_transformers(c, PREPROCESSOR, "a"), config, seed):
+    config = clip.transformers_configs(spec)[0]
+    for found, _ in attacked(lambda c: clip.from_transformers(c, PREPROCESSOR, "a"), config, seed):
         possible(found)
-    for found, _ in attacked(lambda p: hf.from_transformers(config, p, "a"), PREPROCESSOR, seed, 25):
+    for found, _ in attacked(lambda p: clip.from_transformers(config, p, "a"), PREPROCESSOR, seed, 25):
         possible(found)
 
 
 @pytest.mark.parametrize("size", [2**31, 10**9, 10**30])
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size", "image_size", "intermediate_size"])
 def test_absurd_sizes_are_named(field, size):
-    config = hf.to_transformers(QUICK, "float32")
+    config = clip.transformers_configs(QUICK)[0]
     for section in ("vision_config", "text_config"):
         if field in config[section]:
             wrong = copy.deepcopy(config)
             wrong[section][field] = size
             with pytest.raises(UserError, match=f"{size}|{field}"):
-                hf.from_transformers(wrong, {}, "a")
+                clip.from_transformers(wrong, {}, "a")
 
 
 PARTS = {

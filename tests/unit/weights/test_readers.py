@@ -26,7 +26,7 @@ from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.layers import abstract
 from diva_jax.training import workdirs
-from diva_jax.weights import clip, hf, names, origins, places, readers, writers
+from diva_jax.weights import clip, names, origins, places, readers, writers
 
 
 def read_all(path):
@@ -159,23 +159,23 @@ def test_a_backbone_that_may_be_trained_can_be_built_and_exported(name):
 
 @pytest.mark.parametrize("option", ["use_mask_token", "qkv_bias"])
 def test_dinov2_options_that_are_not_implemented_are_named(option):
-    config = hf.to_transformers(DINOV2, "float32") | {option: False}
-    refused(f"{option}=false", hf.from_transformers, config, {}, "x")
+    config = clip.transformers_configs(DINOV2)[0] | {option: False}
+    refused(f"{option}=false", clip.from_transformers, config, {}, "x")
 
 
 def test_a_transformers_model_that_is_not_known_lists_those_that_are():
     with pytest.raises(UserError, match="is a 'bert' model: give the folder of a whole .*Dinov2Model.* or SiglipModel"):
-        hf.from_transformers({"model_type": "bert"}, {}, "x")
+        clip.from_transformers({"model_type": "bert"}, {}, "x")
 
 
 @pytest.mark.parametrize(("vocab", "activation"), [(32000, ""), (256000, "gelu_tanh")], ids=["siglip", "siglip2"])
 def test_published_siglip_folders_are_read_as_open_clip_runs_them(vocab, activation):
     """transformers' published configs leave `hidden_act` at its default, tanh, in both towers of both versions."""
     config = dict(model_type="siglip", text_config=dict(vocab_size=vocab), vision_config=dict(image_size=224))
-    spec, silent = hf.from_transformers(config, {}, "x")
+    spec, silent = clip.from_transformers(config, {}, "x")
     assert (spec.activation, spec.text.activation, silent) == ("gelu", activation, {"activation"})
     giant = dict(hidden_size=1536, num_hidden_layers=40, num_attention_heads=16, intermediate_size=6144, image_size=256)
-    spec, _ = hf.from_transformers(config | dict(vision_config=giant), {}, "x")
+    spec, _ = clip.from_transformers(config | dict(vision_config=giant), {}, "x")
     assert spec.activation == "gelu_tanh" and spec.text.activation == ("gelu" if vocab == 32000 else "")
 
 
