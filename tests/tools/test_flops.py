@@ -74,15 +74,11 @@ def test_whole_step():
     assert exact.keys() >= {"vae", "vision", "unet"}
 
 
-@pytest.mark.parametrize(
-    "make, again",
-    [
-        (small.small_config, dict(remat="all", accum=2)),
-        (small.dcr_config, dict(remat="vision", dcr__tile=1)),
-        (small.genhancer_config, dict(remat="all")),
-    ],
-    ids=["diva", "dcr", "genhancer"],
-)
+@pytest.mark.parametrize("make, again", [
+    (small.small_config, dict(remat="all", accum=2)),
+    (small.dcr_config, dict(remat="vision", dcr__tile=1)),
+    (small.genhancer_config, dict(remat="all")),
+], ids=['diva', 'dcr', 'genhancer'])  # fmt: skip
 def test_what_is_computed_again_does_not_count(make, again):
     plain, recomputed = (small.program(make(**fields)).flops() for fields in ({}, again))
     assert plain == pytest.approx(recomputed, rel=1e-4) and plain["vision"] > 0

@@ -222,18 +222,15 @@ def test_pools_groups_and_xpk_have_the_names_that_google_gives():
     assert launched.startswith("+ kubectl delete jobset diva-vitl14 --ignore-not-found")
 
 
-@pytest.mark.parametrize(
-    "script, old, new, said",
-    [
-        ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v9:4x4", "use v4, v5e, v5p, v6e or tpu7x"),
-        ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v5e:4x4x4", "a v5e has 2 axes"),
-        ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v5p:4x4", "a v5p has 3 axes"),
-        ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v5e:1x1", "a multiple of four chips"),
-        ("gke/run.sh", "CLUSTER=c", "CLUSTER=", "does not set CLUSTER"),
-        ("mig.sh", "", "", "v4 and v5e have no instance groups"),
-        ("create.sh", "SPOT=1", "SPOT=flex-start", "has no flex-start"),
-    ],
-)
+@pytest.mark.parametrize("script, old, new, said", [
+    ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v9:4x4", "use v4, v5e, v5p, v6e or tpu7x"),
+    ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v5e:4x4x4", "a v5e has 2 axes"),
+    ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v5p:4x4", "a v5p has 3 axes"),
+    ("gke/run.sh", "TOPOLOGY=v5e:4x4", "TOPOLOGY=v5e:1x1", "a multiple of four chips"),
+    ("gke/run.sh", "CLUSTER=c", "CLUSTER=", "does not set CLUSTER"),
+    ("mig.sh", "", "", "v4 and v5e have no instance groups"),
+    ("create.sh", "SPOT=1", "SPOT=flex-start", "has no flex-start"),
+])  # fmt: skip
 def test_what_an_engine_does_not_have_is_refused(script, old, new, said):
     what = () if script == "create.sh" else ("status",)
     assert said in run(script, *what, "--dry-run", written(OWN_GKE.replace(old, new, 1)), code=2)

@@ -88,18 +88,14 @@ def test_sections():
         refused(f"^{re.escape(says)}", fields.parse, Outer, values, "config.o")
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        *(("trainable", v) for v in ("abc", (("a",),), (("a", "b"),), ((".*", -1.0),), ((".*", math.nan),), 3)),
-        *(("backbone.mean", v) for v in ((0.5,), (0.1, 0.2, 0.3, 0.4), (0.1, math.nan, 0.2), 0.5)),
-        *(("backbone.select", v) for v in ("random:99999999", "runs:0", "random:" + "9" * 5000, "random", "random:")),
-        *(("backbone.select", v) for v in ("", "random:0", "all:3", "runs:-1", "first:4")),
-        *(("optim." + f, 1.0) for f in ("b1", "b2", "momentum", "warmup")),
-        ("seed", 2**32),
-        ("steps", True),
-    ],
-)
+@pytest.mark.parametrize("name, value", [
+    *(("trainable", v) for v in ("abc", (("a",),), (("a", "b"),), ((".*", -1.0),), ((".*", math.nan),), 3)),
+    *(("backbone.mean", v) for v in ((0.5,), (0.1, 0.2, 0.3, 0.4), (0.1, math.nan, 0.2), 0.5)),
+    *(("backbone.select", v) for v in ("random:99999999", "runs:0", "random:" + "9" * 5000, "random", "random:")),
+    *(("backbone.select", v) for v in ("", "random:0", "all:3", "runs:-1", "first:4")),
+    *(("optim." + f, 1.0) for f in ("b1", "b2", "momentum", "warmup")),
+    ("seed", 2**32), ("steps", True),
+])  # fmt: skip
 def test_named_values(name, value):
     refused(f"config.{name}=", lambda: fields.check({name: value}, config.declared("diva")))
 

@@ -26,14 +26,11 @@ def workdir(tmp_path, monkeypatch):
     return tmp_path / "foreign"
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"objective": "foreign.evil"},
-        {"objective": "diva", "diffusion": {"vae": {"_class_name": "foreign.evil.Code"}}},
-        {"objective": "genhancer", "genhancer": {"vae": {"code": "foreign.evil.Code"}}},
-    ],
-)
+@pytest.mark.parametrize("config", [
+    {"objective": "foreign.evil"},
+    {"objective": "diva", "diffusion": {"vae": {"_class_name": "foreign.evil.Code"}}},
+    {"objective": "genhancer", "genhancer": {"vae": {"code": "foreign.evil.Code"}}},
+])  # fmt: skip
 def test_a_workdir_executes_nothing(workdir, config, monkeypatch):
     (workdir / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="names the module 'foreign.evil', which would be executed.*--trust_objective"):

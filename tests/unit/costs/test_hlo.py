@@ -107,17 +107,14 @@ ENTRY %main (x: bf16[16,64], y: f32[64,64]) -> f32[16,64] {
     }
 
 
-@pytest.mark.parametrize(
-    ("dims", "window", "pairs"),
-    [
-        # 3x3 over 8x8, padded by one: 8 + 7 + 7 pairs per axis.
-        ((8, 3, 8), "size=3x3 pad=1_1x1_1", 22 * 22),
-        # Stride 2 with padding (0, 1): the three kernel positions read 0, 2, 4, 6; 1, 3, 5, 7; and 2, 4, 6.
-        ((8, 3, 4), "size=3x3 stride=2x2 pad=0_1x0_1", 11 * 11),
-        # The backward pass of that: four pixels with input dilation two.
-        ((4, 3, 8), "size=3x3 pad=2_1x2_1 lhs_dilate=2x2", 11 * 11),
-    ],
-)
+@pytest.mark.parametrize(("dims", "window", "pairs"), [
+    # 3x3 over 8x8, padded by one: 8 + 7 + 7 pairs per axis.
+    ((8, 3, 8), "size=3x3 pad=1_1x1_1", 22 * 22),
+    # Stride 2 with padding (0, 1): the three kernel positions read 0, 2, 4, 6; 1, 3, 5, 7; and 2, 4, 6.
+    ((8, 3, 4), "size=3x3 stride=2x2 pad=0_1x0_1", 11 * 11),
+    # The backward pass of that: four pixels with input dilation two.
+    ((4, 3, 8), "size=3x3 pad=2_1x2_1 lhs_dilate=2x2", 11 * 11),
+])  # fmt: skip
 def test_convolutions_do_not_count_padding(dims, window, pairs):
     size, taps, out = dims
     text = f"""

@@ -7,11 +7,10 @@ import io
 import json
 import os
 import resource
-import struct
 import tarfile
 import threading
 import time
-import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,46 +31,33 @@ pytestmark = pytest.mark.attack
 @pytest.mark.parametrize("seed", range(10))
 def test_shards_with_changed_bytes(tmp_path, seed):
     """Members are those that were written, or left out; nothing but a UserError or a RunError comes out."""
-    rng = np.random.default_rng(seed)
     write_shards(tmp_path, 12, 12)
     path = tmp_path / "00000.tar"
-    data = bytearray(path.read_bytes())
-    for _ in range(int(rng.integers(1, 20))):
-        data[rng.integers(len(data))] = rng.integers(256)
-    path.write_bytes(data)
+    path.write_bytes(damaged(np.random.default_rng(seed), path.read_bytes(), most=20))
     try:
-        batch = next(batches(tmp_path, batch=4, max_broken_share=1.0))
+        assert next(batches(tmp_path, batch=4, max_broken_share=1.0))["image"].shape == (4, 12, 12, 3)
     except (UserError, RunError) as e:
         assert "\n" not in str(e)
-    else:
-        assert batch["image"].shape == (4, 12, 12, 3)
 
 
-def _pax(records: bytes) -> bytes:
-    """A shard with an extended header of these records before an image."""
-    header = tarfile.TarInfo("x")
-    header.type, header.size = b"x", len(records)
-    data = header.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)
-    image = encoded(1)
-    info = tarfile.TarInfo("1.png")
-    info.size = len(image)
-    return data + info.tobuf() + image + bytes(-len(image) % 512) + bytes(1024)
-
-
-def _record(key: bytes, value: bytes) -> bytes:
+def extended(key: bytes, value: bytes) -> bytes:
+    """A shard with an extended header of one record before an image."""
     size = len(key) + len(value) + 3
-    size += len(str(size + len(str(size))))
-    return b"%d %s=%s\n" % (size, key, value)
+    record = b"%d %s=%s\n" % (size + len(str(size + len(str(size)))), key, value)
+    header, info, image = tarfile.TarInfo("x"), tarfile.TarInfo("1.png"), encoded(1)
+    header.type, header.size, info.size = b"x", len(record), len(image)
+    parts = (header.tobuf(tarfile.USTAR_FORMAT), record, info.tobuf(), image, bytes(1024))
+    return b"".join(part + bytes(-len(part) % 512) for part in parts)
 
 
-@pytest.mark.parametrize(
-    "key", [b"size", b"mtime", b"uid", b"path", b"GNU.sparse.size", b"GNU.sparse.map", b"hdrcharset"]
-)
+KEYS = [b"size", b"mtime", b"uid", b"path", b"GNU.sparse.size", b"GNU.sparse.map", b"hdrcharset"]
+
+
+@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("value", [b"9" * 1_000_000, b"-1", b"-99999999", b"1e999", b"nan", b"", b"\xff\xfe", b"0,1,2"])
 def test_extended_headers(tmp_path, key, value):
-    path = tmp_path / "a.tar"
-    path.write_bytes(_pax(_record(key, value)))
-    began = time.monotonic()
+    path, began = tmp_path / "a.tar", time.monotonic()
+    path.write_bytes(extended(key, value))
     for member in tars.scan(str(path))[0]:
         assert 0 <= member.offset and 0 <= member.size <= path.stat().st_size
     assert time.monotonic() - began < 5
@@ -140,29 +126,24 @@ def test_where_memory_runs_out_no_image_is_broken(tmp_path, monkeypatch):
     assert not iterator.broken.count
 
 
-@pytest.mark.parametrize(
-    "pattern, says",
-    [
-        ("{0..99999999}.tar", "stands for more than 1000000 names: correct the range"),
-        ("{0..9999}{0..9999}.tar", "stands for more than 1000000 names"),
-        ("{9999999..0}", "stands for more than 1000000 names"),
-        ("{a,b}{1..600000}", "stands for more than 1000000 names"),
-        ("{" + "9" * 5000 + "..1}", "cannot be expanded .*: correct its braces"),
-        ("a{0..3.tar", "cannot be expanded .*: correct its braces"),
-    ],
-)
-def test_patterns_that_stand_for_too_many(pattern, says):
-    began = time.monotonic()
-    refused(says, files.find, f"/nowhere/{pattern}")
-    assert time.monotonic() - began < 6
+TOO_MANY = r"stands for more than 1000000 names"
+PATTERNS = dict.fromkeys(("{0..9999}{0..9999}.tar", "{9999999..0}", "{a,b}{1..600000}"), TOO_MANY)
+PATTERNS |= {"{0..99999999}.tar": f"{TOO_MANY}: correct the range"}
+PATTERNS |= dict.fromkeys(("{" + "9" * 5000 + "..1}", "a{0..3.tar"), "cannot be expanded .*: correct its braces")
+
+
+def test_patterns_that_stand_for_too_many():
+    for pattern, says in PATTERNS.items():
+        began = time.monotonic()
+        refused(says, files.find, f"/nowhere/{pattern}")
+        assert time.monotonic() - began < 6
 
 
 def bomb(side: int) -> bytes:
     """A PNG of zeros, much smaller than what it decodes to."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
-    rows = zlib.compress((b"\0" + bytes(3 * side)) * side, 9)
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    data = io.BytesIO()
+    Image.new("RGB", (side, side)).save(data, "PNG", compress_level=9)
+    return data.getvalue()
 
 
 def test_images_decoded_at_once_stay_within_their_memory():
@@ -178,9 +159,7 @@ def test_images_decoded_at_once_stay_within_their_memory():
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         list(pool.map(work, range(12)))
     assert all(acquired)
-    with images.Memory(10).reserve(data):  # Larger than all of it: decoded alone.
-        pass
-    with memory.reserve(b"no image"):
+    with images.Memory(10).reserve(data), memory.reserve(b"no image"):  # Larger than all of it: decoded alone.
         pass
 
 
@@ -229,27 +208,17 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     assert "1 images beside the tars are not read" in caplog.text and "1 compressed shards" in caplog.text
 
 
-class Stalling:
-    """Records of which one is never read."""
+def test_a_wait_for_data_ends():
+    released = threading.Event()
 
-    has_text = False
-
-    def __init__(self):
-        self.released = threading.Event()
-
-    def __len__(self) -> int:
-        return 5
-
-    def name(self, i: int) -> str:
-        return f"shard.tar/{i}\x1b[31m.png"
-
-    def read(self, i: int, with_text: bool = True):
-        self.released.wait(20)
+    def read(i, with_text=True):
+        released.wait(20)
         raise OSError("gone")
 
+    class Source(SimpleNamespace):
+        __len__ = lambda self: 5  # noqa: E731
 
-def test_a_wait_for_data_ends():
-    source = Stalling()
+    source = Source(has_text=False, name=lambda i: f"shard.tar/{i}\x1b[31m.png", read=read)
     iterator = pipeline.Iterator(data_config("x", stall_timeout=1.0), source, {"image": inputs.Image(12)}, 0, 4, 0, 1)
     began = time.monotonic()
     assert iterator.wait(lambda: True) is None
@@ -257,11 +226,14 @@ def test_a_wait_for_data_ends():
     failed(r"stall_timeout=1\), \d+ s of them reading shard.tar/\d\\x1b", next, iterator)
     iterator.close()
     assert time.monotonic() - began < 10
-    source.released.set()
+    released.set()
 
 
 TEXT = TextSpec(vocab_size=514, context_length=9)
 TEXTS = ["a photo of a cat", "", "ünï " * 50, "\x00\x1b[31m", "<end_of_text>"]
+
+
+CONFIG = {"tokenizer_class": "CLIPTokenizer", "pad_token": "!", "auto_map": {"AutoTokenizer": ["a--b", None]}}
 
 
 @pytest.fixture(scope="module")
@@ -276,30 +248,34 @@ def contents(tmp_path_factory):
     return {
         "vocab.json": (folder / "vocab.json").read_bytes(),
         "merges.txt": b"#version: 0.2\n",
+        "tokenizer_config.json": json.dumps(CONFIG).encode(),
         "tokenizer.json": json.dumps(whole).encode(),
         "bpe_simple_vocab_16e6.txt.gz": gzip.compress(b"#version\na b\nc d</w>\n"),
-        "tokenizer_config.json": json.dumps(
-            {"tokenizer_class": "CLIPTokenizer", "pad_token": "!", "auto_map": {"AutoTokenizer": ["a--b", None]}}
-        ).encode(),
     }
 
 
-def variants(rng, name: str, data: bytes, count: int):
+PARTS = ("vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+def variants(folder, contents, name: str, count: int, seed: int):
+    """Writes damaged forms of a file, one after the other, beside the files that it needs."""
+    rng = np.random.default_rng(seed)
+    for part in PARTS if name in PARTS else ():
+        (folder / part).write_bytes(contents[part])
     for case in range(count):
+        data = contents[name]
         if name.endswith(".json") and case % 2:
-            yield json.dumps(changed(rng, json.loads(data), 2)[0]).encode()
+            data = json.dumps(changed(rng, json.loads(data), 2)[0]).encode()
         else:
-            yield damaged(rng, data)
+            data = damaged(rng, data)
+        (folder / name).write_bytes(data)
+        yield case
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz"])
 @pytest.mark.parametrize("seed", range(3))
 def test_files_of_clip(tmp_path, contents, name, seed):
-    if name in ("vocab.json", "merges.txt"):
-        for other in ("vocab.json", "merges.txt"):
-            (tmp_path / other).write_bytes(contents[other])
-    for data in variants(np.random.default_rng(seed), name, contents[name], 30):
-        (tmp_path / name).write_bytes(data)
+    for _ in variants(tmp_path, contents, name, 30, seed):
         ids = outcome(lambda: tokenizers.open_tokenizer(TEXT, tmp_path)(TEXTS))
         if ids is not None:
             assert ids.shape == (len(TEXTS), 9) and 0 <= ids.min() and ids.max() < TEXT.vocab_size
@@ -307,17 +283,15 @@ def test_files_of_clip(tmp_path, contents, name, seed):
 
 def test_files_that_unpack_to_much_more(tmp_path):
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(bytes(2**27), 1))
-    with pytest.raises(UserError, match="more than 64 MiB"):
-        tokenizers.open_tokenizer(TEXT, tmp_path)
+    refused("more than 64 MiB", tokenizers.open_tokenizer, TEXT, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", PARTS)
 def test_files_of_the_prompt(tmp_path, contents, name):
     """Through transformers, which must not run the code that `auto_map` names."""
-    for other in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        (tmp_path / other).write_bytes(contents[other])
+    for part in PARTS:
+        (tmp_path / part).write_bytes(contents[part])
     assert parts.diffusers_tokenizer(tmp_path, 6)(["a photo"]).shape == (1, 6)
-    for data in variants(np.random.default_rng(0), name, contents[name], 8):
-        (tmp_path / name).write_bytes(data)
+    for _ in variants(tmp_path, contents, name, 8, 0):
         found = outcome(lambda: parts.diffusers_tokenizer(tmp_path, 6).encode(["a photo"]), tmp_path)
         assert found is None or found[0].shape == found[1].shape == (1, 6)

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from helpers import failed, refused
 from PIL import Image
 from records import batches, encoded, letters, tags, take, text_of, write_tar
 
-from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import images, inputs, preprocess
 
 COUNT = 14
@@ -16,7 +16,7 @@ COUNT = 14
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """14 images with different captions."""
+    """14 images with different captions, in two shards."""
     folder = tmp_path_factory.mktemp("captioned")
     for shard in range(2):
         members = {}
@@ -41,12 +41,13 @@ def tokens(length=12, choose=None):
     return inputs.Tokens(length, lambda: letters(length), choose)
 
 
-def test_shape_and_dtype_are_those_of_the_batch(captioned):
-    wanted = {"large": inputs.Image(23), "small": inputs.Image(9), "caption": tokens()}
-    batch = next(batches(captioned, wanted, batch=6))
-    assert set(batch) == {*wanted, "row"}
-    for name, i in wanted.items():
-        assert batch[name].shape == (6, *i.shape) and batch[name].dtype == i.dtype
+def test_a_batch_has_the_declared_arrays_and_each_image_its_own_caption(captioned):
+    wanted = {"large": inputs.Image(23), "small": inputs.Image(9), "caption": tokens(20)}
+    for batch in take(batches(captioned, wanted, batch=6), 5):
+        assert set(batch) == {*wanted, "row"}
+        for name, i in wanted.items():
+            assert batch[name].shape == (6, *i.shape) and batch[name].dtype == i.dtype
+        assert [int(text_of(ids).split(".")[0]) for ids in batch["caption"]] == tags(batch["small"])
     assert [wanted[name].needs_text for name in wanted] == [False, False, True]
 
 
@@ -55,32 +56,19 @@ def test_crops_of_two_sizes_are_of_one_box(noisy):
     both = batches(noisy, {"a": inputs.Image(31), "b": inputs.Image(17)})
     alone = batches(noisy, {"b": inputs.Image(17)})
     for _ in range(4):
-        pair = next(both)
-        np.testing.assert_array_equal(pair["b"], next(alone)["b"])
+        np.testing.assert_array_equal(next(both)["b"], next(alone)["b"])
     seen = []
-
     batch = next(batches(noisy, {"spy": Spy(seen), "a": inputs.Image(31)}, seed=5, batch=4, threads=0))
-    scale, ratio = (0.9, 1.0), (3 / 4, 4 / 3)
     for position, (example, pixels) in enumerate(zip(seen, batch["a"], strict=True)):
         rng = np.random.default_rng((5, position))
-        assert example.box == images.sample_box(rng, *example.image.size, scale, ratio)
+        assert example.box == images.sample_box(rng, *example.image.size, (0.9, 1.0), (3 / 4, 4 / 3))
         assert rng.random() == example.rng.random()  # The box is drawn first.
         np.testing.assert_array_equal(images.resized_crop(example.image, example.box, 31, "bicubic"), pixels)
         assert example.image.mode == "RGB" and example.text is None
 
 
-def test_a_caption_belongs_to_its_image(captioned):
-    wanted = {"image": inputs.Image(8), "caption": tokens(20)}
-    for batch, _ in zip(batches(captioned, wanted), range(5), strict=False):
-        numbers = [int(text_of(ids).split(".")[0]) for ids in batch["caption"]]
-        assert numbers == tags(batch["image"])
-
-
 def test_the_chosen_part_depends_on_seed_and_position_alone(captioned):
-    def prefix(text, rng):
-        return text[: rng.integers(1, len(text) + 1)]
-
-    wanted = {"caption": tokens(20, prefix)}
+    wanted = {"caption": tokens(20, lambda text, rng: text[: rng.integers(1, len(text) + 1)])}
     whole = batches(captioned, wanted, batch=6)
     parts = [batches(captioned, wanted, batch=6, process=(p, 3)) for p in range(3)]
     lengths = set()
@@ -106,77 +94,58 @@ def test_no_caption_is_broken_only_where_text_is_needed(tmp_path, caplog):
     broken = {0, 4, 8, 12, 1, 2}
     assert set(tags(batch["image"])) == set(range(COUNT)) - broken and both.broken.count == len(broken)
     assert {text_of(ids) for ids in batch["caption"]} == {"words"}
-    for i in broken:
-        assert caplog.text.count(f"a.tar/{i}.png: ") == 1
+    assert all(caplog.text.count(f"a.tar/{i}.png: ") == 1 for i in broken)
     assert "it has no caption" in caplog.text and "cannot be read ('utf-8' codec" in caplog.text
-    with pytest.raises(RunError, match="max_broken_share=0.2"):
-        take(batches(tmp_path, {"t": tokens()}, batch=COUNT, max_broken_share=0.2), 3)
+    strict = batches(tmp_path, {"t": tokens()}, batch=COUNT, max_broken_share=0.2)
+    failed("max_broken_share=0.2", take, strict, 3)
 
 
 def test_prepared_images_are_those_of_an_evaluation(noisy):
     """Bit-identical, whatever the run's crop; 24 of 32 is the central crop after resizing to 32, as in torchvision."""
-    wanted = {
-        "a": inputs.Prepared(23),
-        "b": inputs.Prepared(17, "squash", "bilinear"),
-        "c": inputs.Prepared(24, resize=32),
-    }
-    seen = []
-
+    cropped = inputs.Prepared(24, resize=32)
+    wanted, seen = {"a": inputs.Prepared(23), "b": inputs.Prepared(17, "squash", "bilinear"), "c": cropped}, []
     batch = next(batches(noisy, wanted | {"spy": Spy(seen)}, seed=2, batch=9, threads=0))
     assert [batch[n].shape[1:] for n in wanted] == [wanted[n].shape for n in wanted]
     for i, image in enumerate(example.image for example in seen):
         np.testing.assert_array_equal(batch["a"][i], images.prepare(image, 23, "shortest", "bicubic"))
         np.testing.assert_array_equal(batch["b"][i], images.prepare(image, 17, "squash", "bilinear"))
-        w, h = (32, int(32 * image.height / image.width)) if image.width <= image.height else (0, 32)
-        w = w or int(32 * image.width / image.height)
+        w, h = (int(32 * side / min(image.size)) for side in image.size)
         left, top = round((w - 24) / 2), round((h - 24) / 2)
         whole = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))
         np.testing.assert_array_equal(batch["c"][i], whole[top : top + 24, left : left + 24])
-    for make, says in (
-        (lambda: inputs.Prepared(0), "0 pixels cannot be made"),
-        (lambda: inputs.Prepared(24, resize=20), "24 pixels cannot be cropped from an image of 20"),
-    ):
-        with pytest.raises(UserError, match=says):
-            make()
 
 
-@pytest.mark.parametrize(
-    ("text", "sentences"),
-    [
-        ("A dog. It runs!  Does it? Yes", ["A dog.", "A dog. It runs!", "A dog. It runs!  Does it?", None]),
-        ("One 3.5 m tree.", [None]),
-        ("no end ", ["no end"]),
-        ("Two.\nLines. ", ["Two.", "Two.\nLines."]),
-    ],
-)
-def test_first_sentences_are_every_beginning(text, sentences):
+SENTENCES = {
+    "A dog. It runs!  Does it? Yes": ["A dog.", "A dog. It runs!", "A dog. It runs!  Does it?", None],
+    "One 3.5 m tree.": [None],
+    "no end ": ["no end"],
+    "Two.\nLines. ": ["Two.", "Two.\nLines."],
+}
+
+
+def test_first_sentences_are_every_beginning():
     rng = np.random.default_rng(0)
-    drawn = {inputs.first_sentences(text, rng) for _ in range(60)}
-    assert drawn == {text if s is None else s for s in sentences}
+    for text, sentences in SENTENCES.items():
+        drawn = {inputs.first_sentences(text, rng) for _ in range(60)}
+        assert drawn == {text if s is None else s for s in sentences}
 
 
-def test_data_without_captions_is_refused_at_once(noisy):
-    with pytest.raises(UserError, match="config.data.path=.* has no captions, which the input 'words' needs: give tar"):
-        batches(noisy, {"image": inputs.Image(8), "words": tokens()})
-
-
-def test_bad_inputs_are_one_sentence(captioned):
-    for wanted, says in (
-        (lambda: {"row": inputs.Image(8)}, "an input cannot be called 'row'"),
-        (lambda: {"image": inputs.Image(0)}, "an image input of 0 pixels"),
-        (lambda: {"t": inputs.Tokens(12, lambda: letters(11))}, "gives 11 ids per text, but the input has 12"),
+def test_inputs_that_cannot_be_are_one_sentence(captioned, noisy):
+    words = {"image": inputs.Image(8), "words": tokens()}
+    for path, wanted, says in (
+        (noisy, lambda: words, "config.data.path=.* has no captions, which the input 'words' needs: give tar"),
+        (captioned, lambda: {"row": inputs.Image(8)}, "an input cannot be called 'row'"),
+        (captioned, lambda: {"image": inputs.Image(0)}, "an image input of 0 pixels"),
+        (captioned, lambda: {"t": inputs.Tokens(12, lambda: letters(11))}, "gives 11 ids per text, but the input has"),
+        (captioned, lambda: {"p": inputs.Prepared(0)}, "0 pixels cannot be made"),
+        (captioned, lambda: {"p": inputs.Prepared(24, resize=20)}, "24 pixels cannot be cropped from an image of 20"),
     ):
-        with pytest.raises(UserError, match=says) as e:
-            batches(captioned, wanted())
-        assert "\n" not in str(e.value)
+        refused(says, lambda path=path, wanted=wanted: batches(path, wanted()))
 
 
 def test_a_failing_input_is_no_broken_record(captioned):
-    def fails(text, rng):
-        raise ZeroDivisionError("of the input")
-
     with pytest.raises(ZeroDivisionError):
-        next(batches(captioned, {"t": tokens(choose=fails)}))
+        next(batches(captioned, {"t": tokens(choose=lambda text, rng: 1 / 0)}))
 
 
 SIZE = 22

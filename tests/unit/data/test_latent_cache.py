@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import failed
+from helpers import failed, refused
 from records import batches, noise, take, write_tar
 
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import RunError
 from diva_jax.data import images, inputs, latent_cache, pipeline, sources
 from diva_jax.data.latent_cache import Cache, Entry, Manifest
 from diva_jax.data.records import Record
@@ -22,24 +22,19 @@ def jpeg(i: int) -> bytes:
     return noise(i, 64 + i, 48 + 3 * i)
 
 
-def box(i: int, k: int) -> images.Box:
-    return i, k, 40 + i, 30 + k
-
-
 def entry(i: int, k: int) -> Entry:
     if i == BROKEN:
         return Entry(i, k, 0, (0, 0, 0, 0), None)
     moments = np.random.default_rng((i, k)).normal(size=SHAPE).astype(latent_cache.DTYPE)
-    return Entry(i, k, zlib.crc32(jpeg(i)), box(i, k), moments)
+    return Entry(i, k, zlib.crc32(jpeg(i)), (i, k, 40 + i, 30 + k), moments)
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / latent_cache.FILE).write_text(MANIFEST.text())
     for s in range(MANIFEST.shards):
-        latent_cache.write_shard(
-            tmp_path, MANIFEST.file(s), (entry(i, k) for i in MANIFEST.range(s) for k in range(CROPS))
-        )
+        entries = (entry(i, k) for i in MANIFEST.range(s) for k in range(CROPS))
+        latent_cache.write_shard(tmp_path, MANIFEST.file(s), entries)
     return tmp_path
 
 
@@ -57,11 +52,7 @@ def test_every_entry_is_read_as_it_was_written(folder):
         found = list(pool.map(lambda x: cache.read(*x), wanted))
     for (i, epoch), got in zip(wanted, found, strict=True):
         want = entry(i, epoch % CROPS)
-        if i == BROKEN:
-            assert got is None
-        else:
-            np.testing.assert_array_equal(got.moments, want.moments)
-            assert got[:4] == want[:4]
+        assert got is None if i == BROKEN else got[:4] == want[:4] and (got.moments == want.moments).all()
 
 
 def test_batches_have_the_boxes_and_moments_of_their_epoch(folder, data):
@@ -73,23 +64,20 @@ def test_batches_have_the_boxes_and_moments_of_their_epoch(folder, data):
 
     iterator, order = opened(), pipeline.shuffled(COUNT, 4)
     seen = take(iterator, 9)
-    for b, batch in enumerate(seen):
-        for row in range(5):
-            position = 5 * b + row
-            epoch, i = position // COUNT, order[position]
-            if i == BROKEN:
-                following = (position + 1) % COUNT
-                i = order[epoch * COUNT + following]
-            k = epoch % CROPS
-            np.testing.assert_array_equal(batch["moments"][row], entry(i, k).moments)
-            image = images.decode(jpeg(i))
-            np.testing.assert_array_equal(batch["image"][row], images.resized_crop(image, box(i, k), 12))
+    for position in range(45):
+        (epoch, place), (b, row) = divmod(position, COUNT), divmod(position, 5)
+        i = order[position]
+        if i == BROKEN:
+            i = order[epoch * COUNT + (place + 1) % COUNT]
+        want = entry(i, epoch % CROPS)
+        np.testing.assert_array_equal(seen[b]["moments"][row], want.moments)
+        crop = images.resized_crop(images.decode(jpeg(i)), want.box, 12)
+        np.testing.assert_array_equal(seen[b]["image"][row], crop)
     assert iterator.broken.count == 1
     resumed = opened()
     resumed.set_state({**iterator.get_state(), "batches": 7})
     np.testing.assert_array_equal(next(resumed)["moments"], seen[7]["moments"])
-    with pytest.raises(UserError, match="fingerprint"):
-        resumed.set_state({**iterator.get_state(), "latents": "of another"})
+    refused("fingerprint", resumed.set_state, {**iterator.get_state(), "latents": "of another"})
 
 
 def test_a_damaged_entry_is_an_error(folder):
@@ -108,34 +96,34 @@ def test_a_damaged_entry_is_an_error(folder):
     assert not latent_cache.is_complete(folder / MANIFEST.file(2), 4 * CROPS)
 
 
-def test_what_is_refused_when_a_cache_is_opened(folder, data, tmp_path_factory):
-    def refused(says, where=folder, check="", **facts):
-        with pytest.raises(UserError, match=says):
-            cache = Cache(str(where), FACTS | facts)
-            if check:
-                cache.check(sources.open_source(check))
+def test_what_is_refused_when_a_cache_is_opened(folder, data, tmp_path):
+    def opened(where=folder, check="", **facts):
+        cache = Cache(str(where), FACTS | facts)
+        if check:
+            cache.check(sources.open_source(str(check)))
 
-    refused(r"weights \('ab12' there, 'cd' here\)", weights="cd")
-    refused(r"crop\.scale", crop={"scale": (0.8, 1.0)})
-    refused("holds no cache", data.parent)
-    refused("a folder on this machine", "gs://bucket/latents")
-    other = tmp_path_factory.mktemp("other")
-    write_tar(other / "0.tar", {f"{i:02}.jpg": jpeg(COUNT - i) for i in range(COUNT)})
-    refused("another image there", check=str(other))
-    write_tar(other / "0.tar", {"a.jpg": jpeg(0)})
-    refused("made of 11 images, and config.data.path has 1", check=str(other))
+    refused(r"weights \('ab12' there, 'cd' here\)", opened, weights="cd")
+    refused(r"crop\.scale", opened, crop={"scale": (0.8, 1.0)})
+    refused("holds no cache", opened, data.parent)
+    refused("a folder on this machine", opened, "gs://bucket/latents")
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other/0.tar"
+    write_tar(other, {f"{i:02}.jpg": jpeg(COUNT - i) for i in range(COUNT)})
+    refused("another image there", opened, check=other)
+    write_tar(other, {"a.jpg": jpeg(0)})
+    refused("made of 11 images, and config.data.path has 1", opened, check=other)
     (folder / MANIFEST.file(2)).unlink()
-    refused("lacks 1 of its 3 shards")
+    refused("lacks 1 of its 3 shards", opened)
     (folder / "latents.json").write_text("{}")
-    refused(r"latents\.json: it has no 'facts'")
+    refused(r"latents\.json: it has no 'facts'", opened)
 
 
-def test_a_changed_image_is_found_where_it_is_used(folder, data):
+def test_a_changed_image_is_found_where_it_is_used(folder):
     """The probes at the start do not see every image."""
     cache = Cache(str(folder), FACTS)
     cache.verify(cache.read(3, 0), Record("", jpeg(3)), "3.jpg")
-    with pytest.raises(RunError, match=r"3\.jpg is another image there"):
-        cache.verify(cache.read(3, 0), Record("", jpeg(3) + b"\0"), "3.jpg")
+    changed = Record("", jpeg(3) + b"\0")
+    failed(r"3\.jpg is another image there", cache.verify, cache.read(3, 0), changed, "3.jpg")
 
 
 def test_a_shard_is_there_when_it_is_complete(tmp_path):
@@ -143,8 +131,5 @@ def test_a_shard_is_there_when_it_is_complete(tmp_path):
         yield entry(0, 0)
         raise RunError("too many images are broken")
 
-    failed("", lambda: latent_cache.write_shard(tmp_path, "a", failing()))
+    failed("too many", latent_cache.write_shard, tmp_path, "a", failing())
     assert not list(tmp_path.iterdir())
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        latent_cache.write_shard(tmp_path / "file", "a", [])

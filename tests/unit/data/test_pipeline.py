@@ -11,7 +11,6 @@ import pytest
 from helpers import failed, refused
 from records import batches, encoded, tags, tags_of, take, write_shards
 
-from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import pipeline, sources
 from diva_jax.data.sources import open_source
 
@@ -28,6 +27,10 @@ def images(iterator, count):
     return np.concatenate([batch["image"] for batch in take(iterator, count)])
 
 
+def state_of(batches, seed=0, records=11, global_batch=6):
+    return dict(batches=batches, seed=seed, records=records, global_batch=global_batch)
+
+
 @pytest.mark.parametrize("batch", [8, 7])
 def test_every_record_once_an_epoch(tagged, batch):
     """Also where batches cross the end of an epoch; the order of each epoch is another one."""
@@ -38,17 +41,14 @@ def test_every_record_once_an_epoch(tagged, batch):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-def test_fewer_records_than_a_batch(noisy):
-    batch = next(batches(noisy, batch=32, crop={"scale": (0.3, 0.9)}))
-    assert len(np.unique(batch["image"].reshape(32, -1), axis=0)) == 32  # A different crop each time.
-
-
 def test_crops_depend_on_seed_and_position_alone(noisy):
     ours = images(batches(noisy, batch=4), 6)
     for threads, prefetch, batch in [(0, 1, 4), (5, 7, 4), (1, 1, 12)]:
         others = images(batches(noisy, batch=batch, threads=threads, prefetch=prefetch), 24 // batch)
         np.testing.assert_array_equal(ours, others)
     assert (ours != images(batches(noisy, batch=4, seed=1), 6)).any()
+    batch = next(batches(noisy, batch=32, crop={"scale": (0.3, 0.9)}))  # Fewer records than that.
+    assert len(np.unique(batch["image"].reshape(32, -1), axis=0)) == 32  # A different crop each time.
 
 
 @pytest.mark.parametrize("stop, count", [(0, 2), (1, 3), (4, 1), (4, 6), (5, 2)])
@@ -58,8 +58,7 @@ def test_resume_with_any_number_of_processes_equals_uninterrupted(noisy, stop, c
     before = batches(noisy, batch=6, process=(1, 2))
     take(before, stop)
     state = json.loads(json.dumps(before.get_state()))  # As in a checkpoint.
-    # The same in every process; prefetched batches do not count.
-    assert state == {"batches": stop, "seed": 0, "records": 11, "global_batch": 6}
+    assert state == state_of(stop)  # The same in every process; prefetched batches do not count.
     for p in range(count):
         after = batches(noisy, batch=6, process=(p, count))
         after.set_state(state)
@@ -77,20 +76,20 @@ def test_a_restored_run_decodes_nothing_before_its_place(noisy, monkeypatch):
     call = pipeline.Iterator._at
     monkeypatch.setattr(pipeline.Iterator, "_at", lambda self, p: asked.append(p) or call(self, p))
     iterator = batches(noisy, batch=6)
-    iterator.set_state({"batches": 100, "seed": 0, "records": 11, "global_batch": 6})
+    iterator.set_state(state_of(100))
     next(iterator)
     assert min(asked) == 600
 
 
-def test_a_state_of_another_run(tagged, noisy):
+def test_a_state_of_another_run_and_a_batch_that_does_not_divide(tagged, noisy):
     state = batches(tagged).get_state()
     for path, changes, complaint in (
         (tagged, {"seed": 1}, "config.seed = 0, this run has 1"),
         (tagged, {"batch": 4}, "config.batch_size = 8, this run has 4"),
         (noisy, {}, "images in config.data.path: 24, this run has 11"),
     ):
-        with pytest.raises(UserError, match=complaint):
-            batches(path, **changes).set_state(state)
+        refused(complaint, batches(path, **changes).set_state, state)
+    refused("config.batch_size=8 does not divide over 3 processes: use a multiple", batches, noisy, process=(0, 3))
 
 
 def test_close_ends_the_threads(noisy):
@@ -124,27 +123,22 @@ def test_broken_images_give_way_to_the_next_in_order(tmp_path, tagged, caplog):
         assert seen[position] == order[k]
         assert (tag in bad) == (seen[position] != tag)
     assert iterator.broken.count == 4
-    for record in bad:  # Each is logged once, although it occurs in both epochs.
-        assert caplog.text.count(f"{record:09d}.png") == 1
+    # Each is logged once, although it occurs in both epochs.
+    assert all(caplog.text.count(f"{record:09d}.png") == 1 for record in bad)
     for p in range(3):
         part = batches(tmp_path, batch=6, process=(p, 3), max_broken_share=1.0)
-        part.set_state({"batches": 2, "seed": 0, "records": 24, "global_batch": 6})
+        part.set_state(state_of(2, records=24))
         for expected, got in zip(whole[2:], take(part, 6), strict=True):
             np.testing.assert_array_equal(got["image"], expected["image"][p::3])
 
 
 def test_a_share_of_broken_images_stops_the_run(tmp_path):
     write_shards(tmp_path, 24, 10, broken=range(0, 24, 3))
-    with pytest.raises(RunError) as e:
-        take(batches(tmp_path, max_broken_share=0.1), 30)
-    message = str(e.value)
-    assert "config.data.max_broken_share=0.1" in message and ".png" in message and "%" in message
-    assert "\n" not in message
+    said = failed(r"config.data.max_broken_share=0.1", take, batches(tmp_path, max_broken_share=0.1), 30)
+    assert ".png" in said and "%" in said
     take(batches(tmp_path, max_broken_share=0.6), 30)  # A limit above its share.
-    one = tmp_path / "one"
-    one.mkdir()
-    write_shards(one, 24, 10, broken={5})
-    take(batches(one, max_broken_share=0.05), 60)
+    write_shards(tmp_path, 24, 10, broken={5})
+    take(batches(tmp_path, max_broken_share=0.05), 60)
 
 
 @pytest.mark.parametrize("count", [1, 40])
@@ -154,26 +148,20 @@ def test_all_broken_ends(tmp_path, count):
     failed(f"not one of the {count} images", lambda: next(batches(tmp_path, max_broken_share=1.0)))
 
 
-def test_a_batch_that_does_not_divide_is_refused(noisy):
-    refused("config.batch_size=8 does not divide over 3 processes: use a multiple", batches, noisy, process=(0, 3))
-
-
 SIZES = {"tars": 12, "table": 5, "folder": 3}
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Twelve records in tars with the tags 0.., five in a CSV file with 100.., three images with 200.."""
-    (tmp_path / "tars").mkdir()
+    for name in ("tars", "files", "folder"):
+        (tmp_path / name).mkdir()
     write_shards(tmp_path / "tars", SIZES["tars"], 5)
-    rows = ["image,caption"]
     for i in range(SIZES["table"]):
-        (tmp_path / "files").mkdir(exist_ok=True)
         (tmp_path / "files" / f"{i}.png").write_bytes(encoded(100 + i))
-        rows.append(f"files/{i}.png,words {i}")
-    (tmp_path / "table.csv").write_text("\n".join(rows))
+    rows = [f"files/{i}.png,words {i}" for i in range(SIZES["table"])]
+    (tmp_path / "table.csv").write_text("\n".join(["image,caption", *rows]))
     for i in range(SIZES["folder"]):
-        (tmp_path / "folder").mkdir(exist_ok=True)
         (tmp_path / "folder" / f"{i}.png").write_bytes(encoded(200 + i))
         (tmp_path / "folder" / f"{i}.txt").write_text("a text")
     return tmp_path
@@ -195,7 +183,6 @@ def test_shares_of_an_epoch(folder, weights):
         times = [found[part, record] for record in range(size)]
         assert max(times) - min(times) <= 1 and min(times) >= 1
     assert min(found.values()) == 1  # One source has each record once.
-    assert source.has_text
     for i in (0, len(source) // 2, len(source) - 1):
         part, record = source.locate(i)
         assert source.read(i) == source.parts[part].read(record) and source.name(i) == source.parts[part].name(record)
@@ -213,34 +200,26 @@ def test_order_resume_and_a_broken_record(folder, caplog):
     seen = [tag for batch in whole[:4] for tag in tags(batch["image"])]
     assert seen != sorted(seen) and set(range(12)) <= set(seen) and 201 not in seen
     resumed = batches(path, process=(1, 3), **kw)
-    resumed.set_state({"batches": 5, "seed": 3, "records": 24, "global_batch": 6})
+    resumed.set_state(state_of(5, seed=3, records=24))
     for batch in whole[5:]:
         np.testing.assert_array_equal(next(resumed)["image"], batch["image"][1::3])
 
 
-def test_captions_must_be_in_all(folder):
+def test_the_start_says_how_often_and_captions_must_be_in_all(folder, capsys):
+    assert open_source(path_of(folder, 1, 1, 1)).has_text
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"{folder}/table.csv: 33.3% of the images: 5, each 2.4 times per epoch"
     for text in (folder / "folder").glob("*.txt"):
         text.unlink()
-    assert not open_source(path_of(folder, 1, 1, 1)).has_text
+    assert not open_source(path_of(folder, 1, 1, 1), quiet=True).has_text
+    assert not capsys.readouterr().out
     assert open_source(path_of(folder, 1, 1)).has_text
 
 
-def test_the_start_says_how_often(folder, capsys):
-    open_source(path_of(folder, 1, 1, 1))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"{folder}/table.csv: 33.3% of the images: 5, each 2.4 times per epoch"
-    open_source(path_of(folder, 1, 1, 1), quiet=True)
-    assert not capsys.readouterr().out
-
-
-@pytest.mark.parametrize("path", ["mix:", "mix:a;b", "mix:1=", "mix:0=a;1=b", "mix:-1=a", "mix:1=a;nan=b", "mix:a=1"])
-def test_bad_forms_are_one_sentence(path):
-    refused("must read mix:WEIGHT=PATH;WEIGHT=PATH", open_source, path)
-
-
-def test_bad_parts(folder):
+def test_mixtures_that_cannot_be_are_one_sentence(folder):
+    for path in ("mix:", "mix:a;b", "mix:1=", "mix:0=a;1=b", "mix:-1=a", "mix:1=a;nan=b", "mix:a=1"):
+        refused("must read mix:WEIGHT=PATH;WEIGHT=PATH", open_source, path)
     refused("none.tar' does not exist", open_source, f"mix:1={folder}/tars;1={folder}/none.tar")
     refused("is a mixture in a mixture", open_source, f"mix:1={folder}/tars;1=mix:1={folder}/folder")
-    parts = [open_source(str(folder / "tars"))] * 2
-    with pytest.raises(UserError, match="an epoch would have 12000000012 images"):
-        sources.MixtureSource(parts, [Fraction(1, 10**9 + 1), Fraction(10**9, 10**9 + 1)], "mix:...")
+    parts, shares = [open_source(str(folder / "tars"))] * 2, [Fraction(1, 10**9 + 1), Fraction(10**9, 10**9 + 1)]
+    refused("an epoch would have 12000000012 images", sources.MixtureSource, parts, shares, "mix:...")

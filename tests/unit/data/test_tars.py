@@ -18,25 +18,23 @@ from diva_jax.data.tars import TarSource
 LONG = "a/" * 120 + "é" + "x" * 150 + ".jpg"  # More than the 100 + 155 bytes of a plain header.
 
 
-def members(count=5, start=0):
-    return {
-        f"{i:09d}.{ext}": data
-        for i in range(start, start + count)
-        for ext, data in (("jpg", noise(i)), ("json", b"{}"), ("txt", b"caption" * i))
-    }
+def members(count=5):
+    kinds = [lambda i: ("jpg", noise(i)), lambda i: ("json", b"{}"), lambda i: ("txt", b"caption" * i)]
+    return {f"{i:09d}.{ext}": data for i in range(count) for ext, data in (kind(i) for kind in kinds)}
 
 
 def test_reads_what_tarfile_reads(tmp_path):
     first = {**members(), "x.PNG": encoded(1), "y.jpeg": noise(2), "z.webp": b"w", "._y.jpeg": b"macOS", "a.cls": b"1"}
-    paths = [str(tmp_path / f"{i}.tar") for i in range(2)]
+    paths = [str(tmp_path / f"{i}.tar") for i in range(4)]
     write_tar(paths[0], first)
     with tarfile.open(paths[1], "w") as tar:
         for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
             info = tarfile.TarInfo(f"{kind.decode()}.jpg")
             info.type, info.linkname = kind, "elsewhere.jpg"
             tar.addfile(info)
-        (tmp_path / "c.jpg").write_bytes(noise(3))
-        tar.add(tmp_path / "c.jpg", "c.jpg")
+        photos.add_member(tar, "c.jpg", noise(3))
+    for path, form in zip(paths[2:], (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT), strict=True):
+        write_tar(path, {LONG: noise(0), "b.jpg": noise(1)}, format=form)
     source = TarSource(paths)
     expected = []
     for path in paths:
@@ -44,46 +42,26 @@ def test_reads_what_tarfile_reads(tmp_path):
             for info in tar:
                 if info.isreg() and info.name.endswith((".jpg", ".PNG", ".jpeg", ".webp")) and info.name[0] != ".":
                     expected.append((f"{path[-5:]}/{info.name}", tar.extractfile(info).read()))
-    assert len(expected) == len(source) == 9
+    assert len(expected) == len(source) == 13
     # In any order, from many threads at once.
-    order = [*range(9), *[7, 0, 8, 3, 3, 5] * 50]
+    order = [*range(13), *[7, 0, 8, 3, 3, 5] * 50]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert [r[:2] for r in pool.map(source.read, order)] == [expected[i] for i in order]
 
 
-@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names(tmp_path, form):
-    write_tar(tmp_path / "a.tar", {LONG: noise(0), "b.jpg": noise(1)}, format=form)
-    source = TarSource([str(tmp_path / "a.tar")])
-    assert [source.read(i)[:2] for i in range(2)] == [(f"a.tar/{LONG}", noise(0)), ("a.tar/b.jpg", noise(1))]
-
-
 # Name of a member -> content, and the captions of the samples' images: None, or the error, for a sample without one.
 SAMPLES = {
-    "a/0.txt": "café".encode(),
-    "a/0.jpg": noise(0),
-    "a/0.json": b'{"caption": "not this one"}',
-    "1.JPG": noise(1),
-    "1.Json": b'{"caption": "of the json"}',
-    "2.input.jpg": noise(2),
-    "2.seg.png": noise(3),
-    "2.INPUT.txt": b"of the image",
-    "2.txt": b"of the sample",
+    "a/0.txt": "café".encode(), "a/0.jpg": noise(0), "a/0.json": b'{"caption": "not this one"}',
+    "1.JPG": noise(1), "1.Json": b'{"caption": "of the json"}',
+    "2.input.jpg": noise(2), "2.seg.png": noise(3), "2.INPUT.txt": b"of the image", "2.txt": b"of the sample",
     "3.jpg": noise(4),
-    "4.jpg": noise(5),
-    "4.json": b'{"caption": null, "key": "4"}',
-    "5.jpg": noise(6),
-    "5.txt": b" \n",
-    "5.json": b'{"caption": ["one", "two"]}',
-    "6.jpg": noise(7),
-    "6.json": b"{broken",
-    "7.jpg": noise(8),
-    "7.txt": b"x" * (MAX_CAPTION_BYTES + 1),
-    "frame.0001.jpg": noise(9),
-    "frame.0001.txt": b"first",
-    "frame.0002.png": noise(10),
-    "frame.0002.mask.jpg": noise(10),
-}
+    "4.jpg": noise(5), "4.json": b'{"caption": null, "key": "4"}',
+    "5.jpg": noise(6), "5.txt": b" \n", "5.json": b'{"caption": ["one", "two"]}',
+    "6.jpg": noise(7), "6.json": b"{broken",
+    "7.jpg": noise(8), "7.txt": b"x" * (MAX_CAPTION_BYTES + 1),
+    "frame.0001.jpg": noise(9), "frame.0001.txt": b"first",
+    "frame.0002.png": noise(10), "frame.0002.mask.jpg": noise(10),
+}  # fmt: skip
 CAPTIONS = {
     "a/0.jpg": "café", "1.JPG": "of the json", "2.input.jpg": "of the image", "3.jpg": None, "4.jpg": None,
     "5.jpg": "one\ntwo", "6.jpg": ValueError, "7.jpg": None, "frame.0001.jpg": "first", "frame.0002.png": None,
@@ -122,10 +100,9 @@ def test_samples_and_their_captions(tmp_path, form, caplog):
 @pytest.mark.parametrize("twice", ["0.jpg", "0.txt", "0.JPG", "0.Txt"])
 def test_a_name_twice_is_refused(tmp_path, twice):
     """It would merge two samples."""
-    members = [("0.jpg", noise(0)), ("0.txt", b"a"), ("1.jpg", noise(1)), (twice, noise(2))]
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, data in members:
-            photos.add_member(tar, name, data)
+        for name in ("0.jpg", "0.txt", "1.jpg", twice):
+            photos.add_member(tar, name, b"a")
     refused(r"a.tar has 0.\w+ twice, which would merge two samples", TarSource, [str(tmp_path / "a.tar")])
 
 
@@ -149,33 +126,24 @@ def test_a_truncated_shard_keeps_what_is_whole(tmp_path, caplog):
         source.read(1)
 
 
-def test_every_length_of_a_cut_shard(tmp_path):
+def test_every_length_of_a_cut_shard_and_damage_in_the_middle(tmp_path, caplog):
     """Wherever a file is truncated, exactly the images before are read, and a warning is logged."""
     path = str(tmp_path / "a.tar")
     write_tar(path, {"0.jpg": b"x" * 700, "1.jpg": b"y" * 512, "2.jpg": b"z"})
     with tarfile.open(path) as tar:
         ends = [m.offset_data + m.size for m in tar]
-        archive_end = tar.getmembers()[-1].offset_data + 512
+        last = tar.getmembers()[-1].offset
     whole = (tmp_path / "a.tar").read_bytes()
-    for length in range(0, archive_end + 1, 64):
+    for length in range(0, last + 1025, 64):
         (tmp_path / "b.tar").write_bytes(whole[:length])
         complete, complaint = tars.scan(str(tmp_path / "b.tar"))
         assert [m.name for m in complete] == [f"{i}.jpg" for i, end in enumerate(ends) if end <= length], length
         assert complaint, length
     assert not tars.scan(path)[1]
-
-
-def test_damage_in_the_middle_is_told(tmp_path, caplog):
-    path = tmp_path / "a.tar"
-    write_tar(path, members(4))
-    with tarfile.open(path) as tar:
-        hit = tar.getmember("000000002.json").offset
-    data = bytearray(path.read_bytes())
-    data[hit : hit + 512] = os.urandom(512)
-    path.write_bytes(data)
+    (tmp_path / "a.tar").write_bytes(whole[:last] + os.urandom(512) + whole[last + 512 :])
     with caplog.at_level(logging.WARNING):
-        assert len(TarSource([str(path)])) == 3  # 0, 1, 2: the third image comes before its json.
-    assert f"damaged at byte {hit}" in caplog.text
+        assert len(TarSource([path])) == 2
+    assert f"damaged at byte {last}" in caplog.text
 
 
 def test_shards_without_an_image_are_refused(tmp_path):
@@ -189,47 +157,52 @@ def test_shards_without_an_image_are_refused(tmp_path):
     refused("d.tar of config.data.path cannot be read", TarSource, [str(tmp_path / "d.tar")])
 
 
-class TestCache:
-    @pytest.fixture
-    def shards(self, tmp_path):
-        """A complete shard and one that is cut off before its first image ends."""
-        write_tar(tmp_path / "0.tar", {LONG: noise(0), "b.jpg": noise(1)})
-        write_tar(tmp_path / "1.tar", members(2))
-        os.truncate(tmp_path / "1.tar", 1000)
-        return [str(tmp_path / "0.tar"), str(tmp_path / "1.tar")]
+@pytest.fixture
+def shards(tmp_path):
+    """A complete shard and one that is cut off before its first image ends."""
+    write_tar(tmp_path / "0.tar", {LONG: noise(0), "b.jpg": noise(1)})
+    write_tar(tmp_path / "1.tar", members(2))
+    os.truncate(tmp_path / "1.tar", 1000)
+    return [str(tmp_path / "0.tar"), str(tmp_path / "1.tar")]
 
-    def test_second_start_reads_no_header(self, shards, tmp_path, monkeypatch, caplog):
-        cache = str(tmp_path / "cache")
-        first = TarSource(shards, cache)
-        before = [first.read(i) for i in range(len(first))]
-        assert len(os.listdir(cache)) == 1 and sorted(os.listdir(tmp_path)) == ["0.tar", "1.tar", "cache"]
-        monkeypatch.setattr(tars, "scan", lambda path: pytest.fail("scanned again"))
+
+def test_a_second_start_reads_no_header_unless_a_shard_changed(shards, tmp_path, monkeypatch, caplog):
+    cache = str(tmp_path / "cache")
+    first = TarSource(shards, cache)
+    before = [first.read(i) for i in range(len(first))]
+    assert len(os.listdir(cache)) == 1 and sorted(os.listdir(tmp_path)) == ["0.tar", "1.tar", "cache"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tars, "scan", lambda path: pytest.fail("scanned again"))
         caplog.clear()
         quiet = TarSource(shards, cache, quiet=True)
         assert [quiet.read(i) for i in range(len(quiet))] == before and not caplog.text
         TarSource(shards, cache)
         assert "1.tar is cut short" in caplog.text  # Logged every time, not only when the index is made.
+    write_tar(shards[1], members(4))
+    assert len(TarSource(shards, cache)) == 6
+    stat = os.stat(shards[1])
+    write_tar(shards[1], dict(reversed(members(4).items())))  # The same size.
+    os.utime(shards[1], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert TarSource(shards, cache).name(2) == "1.tar/000000003.jpg"
 
-    def test_a_changed_shard_is_indexed_again(self, shards, tmp_path):
-        cache = str(tmp_path / "cache")
-        assert len(TarSource(shards, cache)) == 2
-        write_tar(shards[1], members(4))
-        assert len(TarSource(shards, cache)) == 6
-        stat = os.stat(shards[1])
-        write_tar(shards[1], dict(reversed(members(4).items())))  # The same size.
-        os.utime(shards[1], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-        assert TarSource(shards, cache).name(2) == "1.tar/000000003.jpg"
 
-    def test_a_cache_that_cannot_be_used_only_warns(self, shards, tmp_path, caplog):
-        cache = tmp_path / "cache"
-        TarSource(shards, str(cache))
-        (file,) = cache.iterdir()
-        for damage in (b"", file.read_bytes()[:300], b"garbage"):
-            file.write_bytes(damage)
+def test_a_cache_that_cannot_be_used_only_warns(shards, tmp_path, caplog):
+    cache = tmp_path / "cache"
+    TarSource(shards, str(cache))
+    (file,) = cache.iterdir()
+    for times, damage in enumerate((b"", file.read_bytes()[:300], b"garbage"), 1):
+        file.write_bytes(damage)
+        for _ in range(2):
             assert len(TarSource(shards, str(cache))) == 2
-        assert caplog.text.count("building it again") == 3
-        TarSource(shards, str(cache))
-        assert caplog.text.count("building it again") == 3
-        (tmp_path / "file").write_text("a file where the folder should be")
-        assert len(TarSource(shards, str(tmp_path / "file"))) == 2
-        assert "could not be written" in caplog.text
+            assert caplog.text.count("building it again") == times
+    (tmp_path / "file").write_text("a file where the folder should be")
+    assert len(TarSource(shards, str(tmp_path / "file"))) == 2
+    assert "could not be written" in caplog.text
+
+
+def test_indexing_shows_its_progress_unless_it_is_quiet(shards, monkeypatch, capfd):
+    bar = tars.tqdm
+    monkeypatch.setattr(tars, "tqdm", lambda *args, delay, **kw: bar(*args, **kw))  # At once, not after ten seconds.
+    for quiet, shown in ((True, 0), (False, 1)):
+        TarSource(shards, quiet=quiet)
+        assert capfd.readouterr().err.count("indexing tar shards: 100%") == shown

@@ -197,15 +197,11 @@ def test_one_run_each_is_the_tasks_own_comparison():
     assert seeds.compare(task, [b], [a]) == task.compare(b, a) and seeds.outcome(task, [a]) is a.results
 
 
-@pytest.mark.parametrize(
-    "text, want",
-    [
-        ("runs/a", ("", ["runs/a"])),
-        ("runs/a:400", ("", ["runs/a:400"])),
-        ("t-1=runs/a,runs/b:7", ("t-1", ["runs/a", "runs/b:7"])),
-        ("hf-hub:a/b", ("", ["hf-hub:a/b"])),
-    ],
-)
+@pytest.mark.parametrize("text, want", [
+    ("runs/a", ("", ["runs/a"])), ("runs/a:400", ("", ["runs/a:400"])),
+    ("t-1=runs/a,runs/b:7", ("t-1", ["runs/a", "runs/b:7"])),
+    ("hf-hub:a/b", ("", ["hf-hub:a/b"])),
+])  # fmt: skip
 def test_how_a_group_is_written(text, want):
     assert seeds.parse(text) == want
 
@@ -221,16 +217,12 @@ def test_a_folder_with_such_a_name_is_a_folder(tmp_path, monkeypatch):
     assert seeds.parse("a=b,c") == ("", ["a=b,c"])
 
 
-@pytest.mark.parametrize(
-    "change, step, message",
-    [
-        ({"seed": 1}, 9, None),
-        ({"seed": 0}, 9, "both have seed=0: train one of them"),
-        ({"seed": 1, "lr": 2.0}, 9, r"differ in more than their seed: lr \(1.0 there, 2.0 here\)"),
-        ({"seed": 1}, 8, "are not at one step"),
-        ({"seed": 1}, None, "are not at one step"),
-    ],
-)
+@pytest.mark.parametrize("change, step, message", [
+    ({"seed": 1}, 9, None),
+    ({"seed": 0}, 9, "both have seed=0: train one of them"),
+    ({"seed": 1, "lr": 2.0}, 9, r"differ in more than their seed: lr \(1.0 there, 2.0 here\)"),
+    ({"seed": 1}, 8, "are not at one step"), ({"seed": 1}, None, "are not at one step"),
+])  # fmt: skip
 def test_the_runs_of_a_group_differ_in_their_seed_alone(tmp_path, change, step, message):
     places = []
     for name, config, at in (("a", {}, 9), ("b", change, step)):

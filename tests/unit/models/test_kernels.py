@@ -24,10 +24,9 @@ def qkv(n, m, heads, width, batch=2, seed=0):
     return [jnp.asarray(rng.normal(size=(batch, s, heads, width)), jnp.float32) for s in (n, m, m)]
 
 
-@pytest.mark.parametrize(
-    ("kernel", "n", "m", "heads", "width"),
-    [("flash", 256, 256, 2, 64), ("flash", 130, 77, 2, 72), ("flash", 200, 365, 1, 160), ("splash", 130, 300, 2, 64)],
-)
+@pytest.mark.parametrize(("kernel", "n", "m", "heads", "width"), [
+    ("flash", 256, 256, 2, 64), ("flash", 130, 77, 2, 72), ("flash", 200, 365, 1, 160), ("splash", 130, 300, 2, 64),
+])  # fmt: skip
 def test_the_kernel_equals_plain_attention(kernel, n, m, heads, width):
     """Forward and all three gradients, heads of every width in use, lengths that need padding; jax's kernel too."""
     kernel = functools.partial(getattr(attention, kernel), interpret=True)
@@ -226,20 +225,17 @@ def test_in_bfloat16_it_is_no_worse_than_the_modules():
         assert relative_error(ours, goal) <= 1.02 * relative_error(theirs, goal) < 0.02
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "device", "expected"),
-    [
-        ((8, 4096, 320), jnp.bfloat16, "TPU v5 lite", True),
-        ((8, 1024, 640), jnp.bfloat16, "TPU v6 lite", True),
-        ((8, 1024, 640), jnp.bfloat16, "TPU v4", False),  # It has too little VMEM.
-        ((8, 256, 640), jnp.bfloat16, "TPU v5", False),  # Few tokens.
-        ((8, 1024, 1280), jnp.bfloat16, "TPU v5", False),  # Weights that do not fit.
-        ((8, 1000, 320), jnp.bfloat16, "TPU v5", False),  # Tokens that do not fill tiles.
-        ((6, 1024, 320), jnp.bfloat16, "TPU v5", False),  # A batch that four devices cannot share.
-        ((8, 1024, 320), jnp.float32, "TPU v5", False),
-        ((8, 1024, 320), jnp.bfloat16, "cpu", False),
-    ],
-)
+@pytest.mark.parametrize(("shape", "dtype", "device", "expected"), [
+    ((8, 4096, 320), jnp.bfloat16, "TPU v5 lite", True),
+    ((8, 1024, 640), jnp.bfloat16, "TPU v6 lite", True),
+    ((8, 1024, 640), jnp.bfloat16, "TPU v4", False),  # It has too little VMEM.
+    ((8, 256, 640), jnp.bfloat16, "TPU v5", False),  # Few tokens.
+    ((8, 1024, 1280), jnp.bfloat16, "TPU v5", False),  # Weights that do not fit.
+    ((8, 1000, 320), jnp.bfloat16, "TPU v5", False),  # Tokens that do not fill tiles.
+    ((6, 1024, 320), jnp.bfloat16, "TPU v5", False),  # A batch that four devices cannot share.
+    ((8, 1024, 320), jnp.float32, "TPU v5", False),
+    ((8, 1024, 320), jnp.bfloat16, "cpu", False),
+])  # fmt: skip
 def test_the_choice(shape, dtype, device, expected):
     with jax.sharding.use_abstract_mesh(abstract_mesh(device[:3].lower(), kind=device)):
         assert blocks.use_kernel(shape, 4 * shape[2], dtype) is expected

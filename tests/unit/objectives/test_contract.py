@@ -20,17 +20,10 @@ def stage(name, start, end):
     return Stage(name, start, end, 1e-3, ((".*", 1.0),))
 
 
-@pytest.mark.parametrize(
-    "found",
-    [
-        (),
-        (stage("a", 1, 3),),
-        (stage("a", 0, 3), stage("b", 4, 6)),
-        (stage("a", 0, 3), stage("b", 2, 6)),
-        (stage("a", 0, 0), stage("b", 0, 6)),
-        (stage("a", 0, 3), stage("b", 3, 2)),
-    ],
-)
+@pytest.mark.parametrize("found", [
+    (), (stage("a", 1, 3),), (stage("a", 0, 3), stage("b", 4, 6)), (stage("a", 0, 3), stage("b", 2, 6)),
+    (stage("a", 0, 0), stage("b", 0, 6)), (stage("a", 0, 3), stage("b", 3, 2)),
+])  # fmt: skip
 def test_stages_with_gaps_are_refused(found, monkeypatch):
     c = small.small_config()
     monkeypatch.setattr(objectives, "find", lambda name: SimpleNamespace(stages=lambda c: found))

@@ -25,17 +25,14 @@ def test_first_match_wins():
     assert partition.scales(table, NAMES) == dict(zip(NAMES, (0.5, 0.0, 1.0, 0.0), strict=True))
 
 
-@pytest.mark.parametrize(
-    "table, said",
-    [
-        ((("vision/.*", 1.0),), "visual_proj/bias, unet/conv_in/bias"),
-        ((("vison/.*", 1.0), (".*", 0.0)), "'vison/.*' matches no parameter"),
-        (((".*", 0.0), ("vision/.*", 1.0)), "earlier patterns match all"),
-        (((".*", 0.0),), "trains nothing"),
-        ((("vision/(", 1.0), (".*", 0.0)), "not a regular expression"),
-        ((("vision", 1.0), (".*", 0.0)), "'vision' matches no parameter"),
-    ],
-)
+@pytest.mark.parametrize("table, said", [
+    ((("vision/.*", 1.0),), "visual_proj/bias, unet/conv_in/bias"),
+    ((("vison/.*", 1.0), (".*", 0.0)), "'vison/.*' matches no parameter"),
+    (((".*", 0.0), ("vision/.*", 1.0)), "earlier patterns match all"),
+    (((".*", 0.0),), "trains nothing"),
+    ((("vision/(", 1.0), (".*", 0.0)), "not a regular expression"),
+    ((("vision", 1.0), (".*", 0.0)), "'vision' matches no parameter"),
+])  # fmt: skip
 def test_wrong_tables(table, said):
     with pytest.raises(UserError, match="config.trainable") as e:
         partition.scales(table, NAMES)
@@ -81,17 +78,12 @@ def test_mesh_that_does_not_divide(fields, said):
         partition.make_mesh(mesh_config(**fields))
 
 
-@pytest.mark.parametrize(
-    "shape, spec",
-    [
-        ((6, 8), P(None, "fsdp")),
-        ((12, 8), P("fsdp", None)),
-        ((3, 3, 5, 20), P(None, None, None, "fsdp")),
-        ((7, 9), P()),  # No axis divides.
-        ((2, 4), P()),  # Too small.
-        ((), P()),
-    ],
-)
+@pytest.mark.parametrize("shape, spec", [
+    ((6, 8), P(None, "fsdp")), ((12, 8), P("fsdp", None)), ((3, 3, 5, 20), P(None, None, None, "fsdp")),
+    ((7, 9), P()),  # No axis divides.
+    ((2, 4), P()),  # Too small.
+    ((), P()),
+])  # fmt: skip
 def test_the_largest_axis_that_divides_is_split(shape, spec):
     assert partition.parameter_spec(shape, 4, 30) == spec
     assert partition.parameter_spec(shape, 1, 0) == P()
