@@ -14,7 +14,7 @@ from typing import TypeVar
 import braceexpand
 import fsspec
 
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.common.json_files import open_regular
 from diva_jax.common.paths import demo_hint, is_remote
 
@@ -29,7 +29,7 @@ UNREAD_SUFFIXES = tuple(
 MAX_IMAGE_BYTES = 2**28
 _MAX_EXPANDED = 1_000_000
 # A longer text is no path on any machine.
-MAX_PATH = 4096
+_MAX_PATH = 4096
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # A key and its extension, one or several parts that each begin with a letter: `0.input.jpg` is `input.jpg` of `0`, but
@@ -61,10 +61,15 @@ def kind_of(name: str) -> str | None:
     return None if base.startswith(".") else next((k for k, suffixes in KINDS.items() if base.endswith(suffixes)), None)
 
 
-def no_path(cell: str) -> str:
-    """Why the text of a table's cell can be no path, as of one with an image in base64; empty where it can."""
-    said = f"a text of {len(cell)} characters is no path: write images as files, or as bytes in Parquet"
-    return said if len(cell) > MAX_PATH else ""
+def no_path(cell: str, allow_urls: bool = True) -> str:
+    """Why the text of a table's cell is not taken for the path of an image, as one with an image in base64; empty where
+    it is."""
+    if len(cell) > _MAX_PATH:
+        return f"a text of {len(cell)} characters is no path: write images as files, or as bytes in Parquet"
+    if not is_remote(cell) or allow_urls:
+        return ""
+    advice = "fetch the images and give paths (training with data.allow_urls=True fetches them)"
+    return f"{brief(cell)} is a URL: {advice}"
 
 
 def is_unread(name: str) -> bool:
@@ -75,15 +80,13 @@ def is_unread(name: str) -> bool:
 def expand(pattern: str) -> list[str]:
     """Expands braces as a shell does: `{000..012}` with its leading zeros, and `{a,b}`. A UserError for more than a
     million names, or braces that are not balanced."""
-    try:
+    with explained(f"the pattern {pattern[:300]!r} cannot be expanded", "correct its braces", ValueError):
         # The ranges are counted first, because the library keeps all numbers of a range in memory.
         ranges = re.findall(r"\{(\d+)\.\.(\d+)(?:\.\.\d+)?\}", pattern)
         if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) <= _MAX_EXPANDED:
             names = list(itertools.islice(braceexpand.braceexpand(pattern, escape=False), _MAX_EXPANDED + 1))
             if len(names) <= _MAX_EXPANDED:
                 return names
-    except ValueError as e:
-        raise UserError(f"the pattern {pattern[:300]!r} cannot be expanded ({e}): correct its braces") from e
     problem = f"{pattern!r} stands for more than {_MAX_EXPANDED} names"
     raise UserError(f"{problem}: correct the range, or use * for the files that exist")
 
@@ -92,10 +95,8 @@ def _file_system(path: str):
     """The fsspec file system of a path, and the path inside it."""
     if not is_remote(path):
         return fsspec.filesystem("file"), path
-    try:
+    with explained(f"{path!r} cannot be reached", "install the package for this scheme", ImportError, ValueError):
         return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as e:
-        raise UserError(f"{path!r} cannot be reached ({e}): install the package for this scheme") from e
 
 
 def open_binary(path: str):
@@ -166,8 +167,8 @@ def names_in(folder: str) -> list[str]:
     return [fs.unstrip_protocol(p) for p in fs.ls(inside, detail=False)]
 
 
-def match(pattern: str) -> list[str]:
-    """Files that match a glob pattern, sorted."""
+def _glob(pattern: str) -> list[str]:
+    """Files that match a pattern, sorted."""
     if not is_remote(pattern):
         return sorted(glob.glob(pattern, recursive=True))
     fs, inside = _file_system(pattern)
@@ -194,7 +195,7 @@ def _matches(pattern: str) -> list[str]:
     """The files of a brace or glob pattern, which must exist."""
     names = expand(pattern)
     if any(c in pattern for c in "*?["):
-        if matched := [f for name in names for f in match(name)]:
+        if matched := [f for name in names for f in _glob(name)]:
             return matched
         raise UserError(f"config.data.path={pattern!r} matches no file: give it {WHAT}")
     with concurrent.futures.ThreadPoolExecutor(16) as pool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, explained
 from diva_jax.data import files
 
 INTERPOLATIONS = {
@@ -121,18 +121,14 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
 
 def open_image(data: bytes, name: str, rgb: bool = False) -> Image.Image:
     """`decode` for data in which every image counts, as in an evaluation: a UserError with the name of a broken one."""
-    try:
+    with explained(f"the image {name} cannot be read", _REPAIR, Exception):  # See `decode`.
         return decode(data, rgb)
-    except Exception as e:  # See `decode`.
-        raise UserError(f"the image {name} cannot be read ({e}): {_REPAIR}") from e
 
 
 def read_file(path: str | os.PathLike, rgb: bool = False) -> Image.Image:
     """`open_image` of a file on this machine or behind a scheme, which is regular and not larger than any image."""
-    try:
+    with explained(f"the image {path} cannot be read", _REPAIR, OSError, ValueError):
         data = files.read_image(os.fspath(path))
-    except (OSError, ValueError) as e:
-        raise UserError(f"the image {path} cannot be read ({getattr(e, 'strerror', None) or e}): {_REPAIR}") from e
     return open_image(data, os.fspath(path), rgb)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.data import files, texts
 from diva_jax.data import tars as shards
 from diva_jax.data.images import open_image, read_file
@@ -90,13 +90,10 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
                 lacks = f"a .{target} member" if images else "an image"
                 at = next(iter(sample.values())).offset
                 raise UserError(f"{shard}: the sample at byte {at} lacks {lacks}: write the shard again")
-            try:
+            with explained(f"{shard}: {brief(member.name)} cannot be used", "write the shard again", ValueError):
                 if max(member.size - MAX_CAPTION_BYTES, sample[images[0]].size - files.MAX_IMAGE_BYTES) > 0:
                     raise ValueError("the sample is larger than any")
-                data = files.read_range(shard, member.offset, member.size)
-                targets.append(parse(data.decode("utf-8")))
-            except ValueError as e:
-                raise UserError(f"{shard}: {brief(member.name)} cannot be used ({e}): write the shard again") from e
+                targets.append(parse(files.read_range(shard, member.offset, member.size).decode("utf-8")))
             names.append(f"{Path(shard).name}[{len(names)}]")
             places.append((shard, *sample[images[0]][1:]))
             others += [sample[e].name for e in images[1:]]

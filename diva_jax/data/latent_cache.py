@@ -26,7 +26,7 @@ from array_record.python import array_record_module
 from pydantic import Field
 
 from diva_jax.common import json_files, paths
-from diva_jax.common.errors import RunError, UserError, listing
+from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.json_files import Record
 from diva_jax.data.images import Box
@@ -116,10 +116,8 @@ class Manifest(Record):
     @classmethod
     def read(cls, folder: Path, field: str) -> "Manifest | None":
         """The manifest in a folder, None where there is none; a UserError where it is broken or of another version."""
-        try:
-            found = json_files.read(folder / FILE, cls, _AGAIN, None)
-        except UserError as e:
-            raise UserError(f"{field}={folder} holds no cache of this version: {e}") from e
+        with explained(f"{field}={folder} holds no cache of this version", _AGAIN, UserError):
+            found = json_files.read(folder / FILE, cls, "it cannot be used", None)
         if found and found.shards > _MAX_SHARDS:
             raise UserError(f"{field}={folder} has more than {_MAX_SHARDS} shards: {_AGAIN}")
         return found

@@ -8,7 +8,7 @@ import logging
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from diva_jax.common import json_files
-from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.paths import is_remote
 from diva_jax.data import files, texts
 from diva_jax.data.records import TEXT_COLUMNS, Record, caption, listed, locate
@@ -42,14 +42,14 @@ _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-]
 
 
 class _Part(NamedTuple):
-    """The rows of one file. `cells`: (row, whether texts are wanted) -> (image, caption, `texts`) as Python objects,
-    None where a cell is empty. `place`: row -> "line 7" or "row 6". `row_group_bytes`: of the largest row group, where
-    rows are read with theirs."""
+    """The rows of one file. `columns` are those with the image, the caption and `texts`, or None. `cell`: (row, column)
+    -> a Python object, None where it is empty. `place`: row -> "line 7" or "row 6". `row_group_bytes`: of the largest
+    row group, where rows are read with theirs."""
 
     path: str
     rows: int
-    has_text: bool
-    cells: Callable[[int, bool], tuple]
+    columns: tuple[str | None, ...]
+    cell: Callable[[int, str], Any]
     place: Callable[[int], str] = lambda row: f"row {row + 1}"
     row_group_bytes: int = 0
 
@@ -93,7 +93,7 @@ class TableSource:
     UserError where there are no rows, or the first ones have texts that cannot be used as paths."""
 
     def __init__(self, parts: Sequence[_Part], allow_urls: bool = False):
-        self._parts, self.has_text, self._allow_urls = parts, parts[0].has_text, allow_urls
+        self._parts, self.has_text, self._allow_urls = parts, parts[0].columns[1] is not None, allow_urls
         self._ends = np.cumsum([part.rows for part in parts], dtype=np.int64)
         if not len(self):
             raise UserError(f"config.data.path: {parts[0].path} has no rows")
@@ -101,8 +101,8 @@ class TableSource:
             first = []
             for i in range(min(parts[0].rows, _PROBED)):
                 with contextlib.suppress(ValueError):  # Lines that are no JSON.
-                    first.append(self._parts[0].cells(i, False)[0])
-            reasons = [_not_a_path(cell, allow_urls) for cell in first if isinstance(cell, str) and cell]
+                    first.append(parts[0].cell(i, parts[0].columns[0]))
+            reasons = [files.no_path(cell, allow_urls) for cell in first if isinstance(cell, str) and cell]
             if reasons and all(reasons):
                 raise UserError(f"config.data.path: {self.name(0)}: {reasons[0]}")
 
@@ -111,35 +111,29 @@ class TableSource:
 
     def name(self, i: int) -> str:
         """`table.csv, line 7` or `table.parquet, row 6`."""
+        part, row = self._at(i)
+        return f"{posixpath.basename(part.path)}, {part.place(row)}"
+
+    def _at(self, i: int) -> tuple[_Part, int]:
         number, row = locate(self._ends, i)
-        return f"{posixpath.basename(self._parts[number].path)}, {self._parts[number].place(row)}"
+        return self._parts[number], row
 
     def read(self, i: int, with_text: bool = True) -> Record:
         """See `Source.read`; an OSError where a file cannot be read, a ValueError where a cell has no image or text."""
-        number, row = locate(self._ends, i)
-        image, text, _ = self._parts[number].cells(row, with_text)
+        part, row = self._at(i)
+        image, text = (part.cell(row, c) if c else None for c in (part.columns[0], with_text and part.columns[1]))
         if isinstance(image, str) and image:
-            if reason := _not_a_path(image, self._allow_urls):
+            if reason := files.no_path(image, self._allow_urls):
                 raise ValueError(reason)
-            folder = posixpath.dirname(self._parts[number].path)
-            image = files.read_image(image if is_remote(image) else posixpath.join(folder, image))
+            image = files.read_image(image if is_remote(image) else posixpath.join(posixpath.dirname(part.path), image))
         if not isinstance(image, bytes) or not image:
             raise ValueError("it has no image")
         return Record(self.name(i), image, caption(text))
 
     def texts(self, i: int) -> tuple[str, ...] | None:
         """The list `texts` of record i; errors as of `read`."""
-        number, row = locate(self._ends, i)
-        return listed(self._parts[number].cells(row, True)[2])
-
-
-def _not_a_path(cell: str, allow_urls: bool) -> str:
-    """Why the text of a cell is not taken for the path of an image; empty where it is."""
-    if is_remote(cell) and not allow_urls and len(cell) <= files.MAX_PATH:
-        return (
-            f"{brief(cell)} is a URL: fetch the images and give paths (training with data.allow_urls=True fetches them)"
-        )
-    return files.no_path(cell)
+        part, row = self._at(i)
+        return listed(part.cell(row, part.columns[2])) if part.columns[2] else None
 
 
 def _value(scalar: pa.Scalar):
@@ -155,16 +149,9 @@ def _value(scalar: pa.Scalar):
     return scalar.as_py()
 
 
-def _cells(table: Mapping[str, Sequence], columns: Sequence[str | None], row: int, with_text: bool) -> tuple:
-    """The cells of a row in these columns, see `_Part`."""
-    wanted = (name if with_text or i == 0 else None for i, name in enumerate(columns))
-    return tuple(_value(table[name][row]) if name else None for name in wanted)
-
-
 def _of_columns(path: str, table: Mapping[str, Sequence], columns: Sequence[str | None], **kw) -> _Part:
     """A part whose columns are in memory, or mapped into it."""
-    rows = len(table[columns[0]])
-    return _Part(path, rows, columns[1] is not None, functools.partial(_cells, table, columns), **kw)
+    return _Part(path, len(table[columns[0]]), columns, lambda row, name: _value(table[name][row]), **kw)
 
 
 def _csv_part(path: str, options: Mapping[str, str]) -> _Part:
@@ -183,7 +170,7 @@ def _csv_part(path: str, options: Mapping[str, str]) -> _Part:
 
 def _jsonl_part(path: str, options: Mapping[str, str]) -> _Part:
     """A file of JSON objects, one a line; a line is read when it is asked for."""
-    spans, start, number, columns = array.array("q"), 0, 0, None
+    spans, start, number, columns = array.array("q"), 0, 0, (None,) * 3
     with files.open_binary(path) as f:
         while line := f.readline(_MAX_LINE + 1):
             number += 1
@@ -191,21 +178,21 @@ def _jsonl_part(path: str, options: Mapping[str, str]) -> _Part:
                 raise UserError(f"{path}, line {number} has more than {_MAX_LINE} bytes: write one record a line")
             if line.strip():
                 spans.extend((start, len(line), number))
-                record = json_files.parse(path, line, number) if columns is None else None
-                if isinstance(record, dict):
+                if not columns[0]:
+                    if not isinstance(record := json_files.parse(path, line, number), dict):
+                        raise UserError(f"{path}, line {number} is no JSON object: write one record a line")
                     columns = choose_columns(path, list(record), options)
-                elif columns is None:
-                    raise UserError(f"{path}, line {number} is no JSON object: write one record a line")
             start += len(line)
     rows = np.array(spans, np.int64).reshape(-1, 3)
 
-    def cells(row: int, with_text: bool) -> tuple:
-        record = json_files.decoded(files.read_range(path, *map(int, rows[row, :2])))
-        if not isinstance(record, dict):
+    @functools.lru_cache(_ROWS_AT_ONCE)
+    def record(row: int) -> dict:
+        found = json_files.decoded(files.read_range(path, *map(int, rows[row, :2])))
+        if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
-        return tuple(record.get(name) if name and (with_text or i == 0) else None for i, name in enumerate(columns))
+        return found
 
-    return _Part(path, len(rows), bool(columns and columns[1]), cells, lambda row: f"line {rows[row, 2]}")
+    return _Part(path, len(rows), columns, lambda row, name: record(row).get(name), lambda row: f"line {rows[row, 2]}")
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -239,12 +226,12 @@ def _parquet_part(path: str, options: Mapping[str, str], read_row_group) -> _Par
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
 
-    def cells(row: int, with_text: bool) -> tuple:
+    def cell(row: int, name: str):
         group, local = locate(ends, row)
-        return _cells(read_row_group(path, group, columns), chosen, local, with_text)
+        return _value(read_row_group(path, group, columns)[name][local])
 
     largest = max((group.total_byte_size for group in groups), default=0)
-    return _Part(path, metadata.num_rows, chosen[1] is not None, cells, row_group_bytes=largest)
+    return _Part(path, metadata.num_rows, chosen, cell, row_group_bytes=largest)
 
 
 def _arrow_part(path: str, options: Mapping[str, str]) -> _Part:
@@ -307,12 +294,10 @@ def open_tables(
     }
     parts = []
     for file in paths:
-        try:
+        problem = f"config.data.path: {file} cannot be read as {kind}"
+        with explained(problem, "write it again", OSError, pa.ArrowException):
             parts.append(opens[kind](file, options))
-        except (OSError, pa.ArrowException) as e:
-            why = " ".join(str(e).split())[:300]
-            raise UserError(f"config.data.path: {file} cannot be read as {kind} ({why}): write it again") from e
-    without = [part.path for part in parts if not part.has_text]
+    without = [part.path for part in parts if not part.columns[1]]
     if 0 < len(without) < len(parts):
         raise UserError(
             f"config.data.path: {without[0]} has no column with captions, but {len(parts)} files must agree"

@@ -18,7 +18,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from diva_jax.common import paths
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.data import files
 from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, CaptionFiles
 
@@ -120,11 +120,9 @@ class _Index(NamedTuple):
 
 
 def _index_shard(shard: int, path: str) -> _Index:
-    try:
+    # Not skipped as damage is: a temporary failure would change the data, and the cache would keep the change.
+    with explained(f"tar shard {path} of config.data.path cannot be read", "repair it or leave it out"):
         members, complaint = scan(path)
-    except OSError as e:
-        # Not skipped as damage is: a temporary failure would change the data, and the cache would keep the change.
-        raise UserError(f"tar shard {path} of config.data.path cannot be read ({e}): repair it or leave it out") from e
     rows, names, others, end = [], [], [], 0
     for sample in files.group(((m.name, m) for m in members), f"tar shard {path}").values():
         if not (images := files.images_of(sample)):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diva_jax.common import json_files
-from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.data import files
 
 _SEPARATORS = ",\t;|"
@@ -25,18 +25,14 @@ def is_file(path: str | os.PathLike) -> bool:
 def read_text(path: str | os.PathLike) -> str:
     """The content of a file of UTF-8, with or without a byte order mark; ends of lines are kept. A UserError if it is
     no regular file, has more than 256 MiB, or is not UTF-8."""
-    try:
+    with explained(f"{path} cannot be read as text", "fetch it again", UnicodeDecodeError):
         return json_files.read_bytes(path, json_files.MAX_LINES_BYTES).decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} cannot be read as text ({str(e)[:200]}): fetch it again") from e
 
 
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text; a UserError, which gives `where`, if it is not valid."""
-    try:
+    with explained(f"{where} cannot be read as JSON", "correct it or fetch it again", ValueError):
         return json_files.decoded(text)
-    except ValueError as e:
-        raise UserError(f"{where} cannot be read as JSON ({str(e)[:200]}): correct it or fetch it again") from e
 
 
 def _lines(file, first: str) -> Iterator[str]:

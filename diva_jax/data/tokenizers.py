@@ -14,7 +14,7 @@ import regex
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from diva_jax.common.errors import UserError, brief
+from diva_jax.common.errors import UserError, brief, explained
 from diva_jax.common.json_files import open_regular
 from diva_jax.models.backbones import TextSpec
 
@@ -75,10 +75,9 @@ class ClipTokenizer:
         if not all(type(i) is int and 0 <= i < _MAX_ID for i in vocab.values()):
             raise UserError("a CLIP tokenizer's vocabulary does not map each token to an id: fetch its files again")
         self.size, self._length = max(vocab.values()) + 1, length
-        try:
+        # The library has no exception of its own.
+        with explained("a CLIP tokenizer's files do not fit each other", "fetch them again", Exception):
             self._bpe = tokenizers.Tokenizer(models.BPE(vocab, list(merges), end_of_word_suffix="</w>"))
-        except Exception as e:  # The library has no type of its own.
-            raise UserError(f"a CLIP tokenizer's files do not fit each other ({brief(e)}): fetch them again") from e
         self._bpe.add_special_tokens([_START, _END])
         added = {t.lower() if lower else t: lower for t, lower in added.items() if t not in _SPECIAL}
         self._bpe.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in added])
@@ -112,14 +111,12 @@ class FolderTokenizer:
         from transformers import AutoTokenizer
 
         self._length, self._clean = length, clean
-        try:
+        # transformers raises a different exception for each file that is missing or broken.
+        with explained(f"the tokenizer files in {folder} cannot be read", "fetch the folder again", Exception):
             options = dict(local_files_only=True, trust_remote_code=False, tokenizer_type=kind)
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             self.size = max(self._tokenizer.get_vocab().values()) + 1
             self([""])  # Where the padding token is missing, this fails.
-        except Exception as e:  # transformers raises a different kind for each file that is missing or broken.
-            problem = f"the tokenizer files in {folder} cannot be read ({brief(e)})"
-            raise UserError(f"{problem}: fetch the folder again") from e
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> ids, int32 [N, length]; a text that is too long is cut and still ends with the end token."""

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diva_jax.common import log, paths
-from diva_jax.common.errors import RunError, UserError, listing
+from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.log import say
 from diva_jax.data import images, latent_cache, pipeline
@@ -87,7 +87,7 @@ class Builder:
     def _prepare(self) -> list[int]:
         """Creates the folder and its manifest; returns the shards that this process has to write."""
         m, missing = self.manifest, []
-        try:
+        with explained(f"{self._named} cannot be written", "use a folder that you may write"):
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._process == 0:
                 paths.write_whole(self.folder / FILE, m.text())
@@ -98,8 +98,6 @@ class Builder:
                     for leftover in self.folder.glob(f"{path.name}.*.tmp"):  # Of a process that was killed.
                         leftover.unlink()
             free = shutil.disk_usage(self.folder).free
-        except OSError as e:
-            raise UserError(f"{self._named} cannot be written ({e}): use a folder that you may write") from e
         needed = sum(m.shard_bytes(s) for s in missing)
         if needed > free:
             raise UserError(
@@ -195,13 +193,10 @@ class Builder:
             self._where, self._encode = self._positions(), self._encoder()
         self._progress = log.progress("encoding", sum(len(m.range(s)) for s in missing) * m.crops, "crops")
         for shard in missing:
-            try:
+            advice = "see that the folder can be written and has space, then run the same command, which goes on after"
+            advice = f"{advice} the last complete shard"
+            with explained(f"{self._named}: {m.file(shard)} cannot be written", advice, kind=RunError):
                 write_shard(self.folder, m.file(shard), self._entries(shard))
-            except OSError as e:
-                raise RunError(
-                    f"{self._named}: {m.file(shard)} cannot be written ({e}): see that the folder can be written and "
-                    "has space, then run the same command, which goes on after the last complete shard"
-                ) from e
         self._progress.close()
         distributed.check_same({"the cache": m.fingerprint})  # All are done.
         broken = f"; {self._broken.count} broken images have none" if self._broken.count else ""

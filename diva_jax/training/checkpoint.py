@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 from diva_jax.common import json_files, paths
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import RunError, UserError, explained
 from diva_jax.common.log import say
 from diva_jax.training import distributed
 
@@ -295,13 +295,10 @@ class Checkpoints(contextlib.AbstractContextManager):
             # Where a folder cannot be made, the threads that would fill it wait for it for five minutes.
             async_options=ocp.AsyncOptions(timeout_secs=self._timeout, create_directories_asynchronously=False),
         )
-        try:
+        problem = f"{_folder(self._workdir)}: the file _CHECKPOINT_METADATA of a checkpoint is damaged"
+        damage = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
+        with explained(problem, "move that checkpoint away", *damage):
             return ocp.CheckpointManager(_folder(self._workdir), options=options, item_names=ITEMS)
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
-            raise UserError(
-                f"{_folder(self._workdir)}: the file _CHECKPOINT_METADATA of a checkpoint is damaged "
-                f"({paths.reason(e)}): move that checkpoint away"
-            ) from e
 
     def save(self, step: int, state: dict, data: dict, meta: dict, wait: bool = False) -> None:
         """Starts to write a checkpoint, unless it exists; returns when `state` may be overwritten, with `wait` when it

@@ -24,7 +24,7 @@ from jax.experimental import serialize_executable
 
 from diva_jax import __version__
 from diva_jax.common import json_files, paths
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.log import say, say_once
 from diva_jax.costs import chips
@@ -214,10 +214,9 @@ def _read(file: str, lowered: jax.stages.Lowered, program) -> jax.stages.Compile
     if hashlib.sha256(data).hexdigest() != saved.sha256:
         raise UserError(f"{file}.bin has not the checksum that {file}.json gives: it was changed or is damaged")
     given, devices = jax.tree.structure(lowered.args_info), list(program.mesh.devices.flat)
-    try:
+    # Of pickle, of the runtime, of another version of jax.
+    with explained(f"{file}.bin cannot be loaded", "write it again with python -m diva_jax.aot --save", Exception):
         return serialize_executable.deserialize_and_load(data, given, lowered.out_tree, devices[0].client, devices)
-    except Exception as e:  # Of pickle, of the runtime, of another version of jax.
-        raise UserError(f"{file}.bin cannot be loaded ({paths.reason(e)})") from e
 
 
 def load_executable(folder: epath.Path, index: int, lowered: jax.stages.Lowered, program) -> jax.stages.Compiled | None:

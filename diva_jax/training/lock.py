@@ -12,7 +12,7 @@ from pathlib import Path
 from etils import epath
 
 from diva_jax.common import json_files, log, paths
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import RunError, UserError, explained
 
 RENEWAL_INTERVAL_S = 10.0
 STALE_AFTER_S = 25.0  # A run that lives renews its lock within this time.
@@ -75,10 +75,8 @@ class Lock:
             "host": socket.gethostname(), "pid": os.getpid(), "kernel": _kernel(), "token": uuid.uuid4().hex, "beat": 0,
         }  # fmt: skip
         self._over, self._lost = threading.Event(), threading.Event()
-        try:
+        with explained(f"--workdir={workdir} cannot be written", "use a folder that you may write"):
             self._take()
-        except OSError as e:
-            raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
 

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from diva_jax.common import json_files, log, paths
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import RunError, UserError, explained
 from diva_jax.data.pipeline import Broken
 
 
@@ -31,13 +31,9 @@ def _wandb_run(workdir: epath.Path, local: Path, project: str, config: dict):
     if not file.exists():
         paths.write_whole(file, uuid.uuid4().hex)
     known = json_files.read_bytes(file, 2**10).decode()
-    try:
+    advice = "log in with `wandb login`, set WANDB_MODE=offline, or leave config.log.wandb empty"
+    with explained(f"config.log.wandb={project!r}: no run could be started", advice, Exception):
         return wandb.init(project=project, id=known, name=workdir.name, dir=str(local), config=config, resume="allow")
-    except Exception as e:  # The library's own, from a missing login to the network.
-        raise UserError(
-            f"config.log.wandb={project!r}: no run could be started ({paths.reason(e)}): log in with `wandb login`, "
-            "set WANDB_MODE=offline, or leave config.log.wandb empty"
-        ) from e
 
 
 def _step_of(line: bytes) -> int | None:

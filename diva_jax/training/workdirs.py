@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from diva_jax import objectives
 from diva_jax.common import imports, json_files, paths
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.log import say
 from diva_jax.training import checkpoint, optim, partition
@@ -106,6 +106,7 @@ RESUMABLE = (
     *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "compiler_options", "kernels", "profile"),
     *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib"),
 )
+_NO_CONFIG = (AttributeError, KeyError, TypeError, ValueError)
 _VISIBLE_WITHIN_S = 60.0  # After which network file systems show a new file to every machine.
 # Sections that are compared as a whole: their fields are those of another library.
 WHOLE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion.scheduler")
@@ -159,11 +160,8 @@ def extension(program: Program, start: int, before: int) -> str:
 
 def write_config(workdir: epath.PathLike, config) -> None:
     """Writes the config to `workdir/config.json`; a UserError where that cannot be written."""
-    path = epath.Path(workdir) / "config.json"
-    try:
-        paths.write_whole(path, json.dumps(json.loads(config.to_json()), indent=1))
-    except OSError as e:
-        raise UserError(f"--workdir={workdir} cannot be written ({e}): use a folder that you may write") from e
+    with explained(f"--workdir={workdir} cannot be written", "use a folder that you may write"):
+        paths.write_whole(epath.Path(workdir) / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
 
 
 def seen(path: epath.Path) -> int | None:
@@ -192,10 +190,9 @@ def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict
     if found is None:
         raise UserError(f"{field}={workdir} holds no run: give the --workdir of python -m diva_jax.main")
     imports.check_stored(found, f"{field}={workdir}: config.json")
-    try:
+    # Of names that no field can have.
+    with explained(f"{field}={workdir}: config.json is not the config of a run", "restore it", *_NO_CONFIG):
         return ConfigDict(found)
-    except (TypeError, ValueError, AttributeError, KeyError) as e:  # Of names that no field can have.
-        raise UserError(f"{field}={workdir}: config.json is not the config of a run ({paths.reason(e)})") from e
 
 
 def choose_step(workdir: epath.PathLike, step: int | None = None, given: str = "") -> int:
@@ -249,10 +246,8 @@ class Parent:
     def recorded(cls, record: Mapping[str, Any]) -> "Parent":
         """The checkpoint of a run's `record`; a UserError where it is gone, or is another one."""
         where = f"{record['workdir']}:{record['step']}"
-        try:
+        with explained(f"this run began with frozen parameters of {where}", "put it back", UserError):
             found = cls.open(where)
-        except UserError as e:
-            raise UserError(f"this run began with frozen parameters of {where}: put it back ({e})") from e
         if found.sha256 != record["sha256"]:
             raise UserError(f"{where} is not the checkpoint that this run began with: put the same one back")
         return found
@@ -311,11 +306,10 @@ class RunAt:
     def program(self) -> Program:
         """The run's program, on one device of the host."""
         config = self.config.copy_and_resolve_references()
-        try:
+        # A field is missing, or cannot be used.
+        problem = f"{self.workdir}/config.json does not describe a run of this version"
+        with explained(problem, "restore it", *_NO_CONFIG):
             return Program(config, Mesh(np.asarray([[_host()]]), ("data", "fsdp")))
-        except (AttributeError, KeyError, TypeError, ValueError) as e:  # A field is missing, or cannot be used.
-            problem = f"{self.workdir}/config.json does not describe a run of this version ({paths.reason(e)})"
-            raise UserError(f"{problem}: restore it") from e
 
     @functools.cached_property
     def _restored(self) -> tuple[dict[str, jax.Array], dict]:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from diva_jax.common import paths
-from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.common.fields import differing
 from diva_jax.common.log import say_once
 from diva_jax.models import backbones
@@ -219,11 +219,9 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> ClipSource:
             f"{listing(sorted(run.params), 3)}: export the weights that it began with, {base.where}"
         )
     described = paths.folder(workdir, "--workdir") / "checkpoints" / str(run.step) / "meta"
-    try:
+    problem = f"the checkpoint of step {run.step} in {workdir} was deleted while it was read, a run trains there"
+    with explained(problem, "try again, or train with a larger config.checkpoint.keep", FileNotFoundError):
         files = [*base.files, *sorted(described.iterdir())]
-    except FileNotFoundError as e:
-        problem = f"the checkpoint of step {run.step} in {workdir} was deleted while it was read, a run trains there"
-        raise UserError(f"{problem}: try again, or train with a larger config.checkpoint.keep") from e
     record = dict(workdir=str(workdir), step=run.step, sources=run.sources, base=base.where, tuned=tuned)
     record["config"], tensors = json.loads(run.config.to_json()), base.tensors | in_open_clip_names(towers, spec)
     where, tensors = f"{workdir}, step {run.step}", Tensors(tensors, files)

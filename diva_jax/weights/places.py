@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diva_jax.common import paths
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.weights import readers
 
 # Names of the files of CLIP weights, without suffix, in order of preference; a folder with open_clip's config has
@@ -94,14 +94,10 @@ def download(repo: str, field: str, patterns: list[str]) -> Path:
     """The local snapshot of a hub repository's files that match `patterns`; a UserError where the hub refuses."""
     from huggingface_hub import snapshot_download
 
-    try:
+    problem = f"{field}={repo!r} is not a local folder, so it was taken for a hub id, and the hub did not give it"
+    advice = f"check the name and the network, or download it elsewhere and set {field} to the folder"
+    with explained(problem, advice, Exception):  # Any reason from DNS to a private repository.
         return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as e:  # Any reason from DNS to a private repository; the message has it.
-        reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
-        raise UserError(
-            f"{field}={repo!r} is not a local folder, so it was taken for a hub id, and the hub did not give it "
-            f"({reason}): check the name and the network, or download it elsewhere and set {field} to the folder"
-        ) from e
 
 
 def refuse_single_file(where: str, names: Iterable[str], field: str = "config.diffusion.source") -> None:

@@ -1,7 +1,9 @@
 """Reads files of weights lazily, one tensor at a time. The format is detected from the first bytes of a file."""
 
 import dataclasses
+import functools
 import hashlib
+import importlib
 import pickle
 import re
 import zipfile
@@ -15,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from diva_jax.common import json_files
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, explained, listing, reason
 
 # Types that are read; complex numbers and types of 8 bits and less are not weights.
 _DTYPES = dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=jnp.bfloat16, U8=np.uint8, BOOL=np.bool_)
@@ -26,6 +28,9 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 # A pickle in an archive has names and shapes, without values.
 _MAX_PICKLE_BYTES = 2**26
 _MAX_COMPRESSED_BYTES = 2**28
+_CORRUPT = "is truncated or corrupt"
+# What safetensors raises for files that are damaged.
+_DAMAGE = (SafetensorError, OSError, ValueError, OverflowError, MemoryError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +60,8 @@ class Tensors(dict[str, Tensor]):
 
 def import_torch(why: str):
     """Imports and returns torch; a UserError, whose first words are `why`, where it is not installed."""
-    try:
-        import torch
-    except ImportError as e:
-        raise UserError(f"{why} needs torch: pip install -e '.[torch]', or use safetensors") from e
-    return torch
+    with explained(f"{why} needs torch", "pip install -e '.[torch]', or use safetensors", ImportError):
+        return importlib.import_module("torch")
 
 
 def state_dict(path: Path, zipped: bool) -> dict[str, Tensor]:
@@ -72,10 +74,11 @@ def state_dict(path: Path, zipped: bool) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as e:  # A damaged file raises any type: torch rebuilds tensors from whatever is written there.
+        problem, advice = f"{path} {_CORRUPT} ({reason(e)})", "fetch the file again"
         if isinstance(e, pickle.UnpicklingError) and re.search("Weights only load failed|Unsupported", str(e)):
             problem = f"{path} contains objects other than tensors, so opening it could run any code"
-            raise UserError(f"{problem}: save only its state_dict(), preferably as safetensors") from e
-        raise _corrupt(path, e) from e
+            advice = "save only its state_dict(), preferably as safetensors"
+        raise UserError(f"{problem}: {advice}") from e
     tensors = _unwrapped(content, torch.Tensor)
     if not tensors:
         keys = f"a dict of {listing(list(content), 10)}" if isinstance(content, dict) and content else "no state dict"
@@ -95,18 +98,12 @@ def _unwrapped(content, kind: type, depth: int = 3) -> dict:
     return next(filter(None, inner), None) or {str(name): t for name, t in content.items() if isinstance(t, kind)}
 
 
-def _corrupt(path: Path, e: Exception | str) -> UserError:
-    why = e if isinstance(e, str) else " ".join(f"{type(e).__name__}: {e}".split())[:200]
-    return UserError(f"{path} is truncated or corrupt ({why}): fetch the file again")
-
-
 def _check_archive(path: Path) -> None:
     """Refuses TorchScript, and archives whose members are together larger than the file that they are in. torch stores
     the values of tensors without compression. Only code and pickles may be compressed, and are small."""
-    try:
+    # zipfile raises NotImplementedError, struct.error and others on damaged directories.
+    with explained(f"{path} {_CORRUPT}", "fetch the file again", Exception):
         members = zipfile.ZipFile(path).infolist()
-    except Exception as e:  # zipfile raises NotImplementedError, struct.error and others on damaged directories.
-        raise _corrupt(path, e) from e
     if any("/code/" in info.filename for info in members):
         raise UserError(
             f"{path} is a TorchScript archive, which is a program and is not run here: the hub has OpenAI's weights "
@@ -118,7 +115,8 @@ def _check_archive(path: Path) -> None:
     packed = sum(info.file_size for info in members) - stored
     largest = max((info.file_size for info in members if info.filename.endswith(".pkl")), default=0)
     if stored > length or packed > _MAX_COMPRESSED_BYTES or largest > _MAX_PICKLE_BYTES:
-        raise _corrupt(path, f"its members declare {stored + packed} bytes, {largest} in a pickle; it has {length}")
+        why = f"its members declare {stored + packed} bytes, {largest} in a pickle; it has {length}"
+        raise UserError(f"{path} {_CORRUPT} ({why}): fetch the file again")
 
 
 def _unsupported(tensor) -> str | None:
@@ -152,7 +150,11 @@ def _lazy(tensor) -> Tensor:
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
+    def read(name: str) -> np.ndarray:
+        with explained(f"{path}: the tensor {name} cannot be read", "fetch the file again", *_DAMAGE):
+            return file.get_tensor(name)
+
+    with explained(f"{path} cannot be read as safetensors", "fetch the file again", *_DAMAGE):
         # With mmap, the mapped pages would count as memory of this process, in addition to the arrays.
         file = safe_open(path, framework="numpy", backend="pread")
         tensors = {}
@@ -160,18 +162,9 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
             piece = file.get_slice(name)
             if (kind := piece.get_dtype()) not in _DTYPES:
                 raise UserError(f"{path}: the tensor {name} is of type {kind}, give a file of float weights")
-            read = lambda name=name: _read(path, file, name)  # noqa: E731
-            tensors[name] = Tensor(tuple(piece.get_shape()), np.dtype(_DTYPES[kind]), read)
+            shape, dtype = tuple(piece.get_shape()), np.dtype(_DTYPES[kind])
+            tensors[name] = Tensor(shape, dtype, functools.partial(read, name))
         return tensors
-    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
-        raise UserError(f"{path} cannot be read as safetensors ({e}): fetch the file again") from e
-
-
-def _read(path: Path, file, name: str) -> np.ndarray:
-    try:
-        return file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError, MemoryError) as e:
-        raise UserError(f"{path}: the tensor {name} cannot be read ({e}): fetch the file again") from e
 
 
 def open_file(path: Path) -> Tensors:
@@ -180,11 +173,8 @@ def open_file(path: Path) -> Tensors:
     installed."""
     if path.exists() and not path.is_file():  # A pipe, a device or a socket, whose reading may never end, or a folder.
         raise UserError(f"{path} is not a regular file: give a file of weights")
-    try:
-        with open(path, "rb") as f:
-            start = f.read(64)
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}): give a file of weights") from e
+    with explained(f"{path} cannot be read", "give a file of weights"), open(path, "rb") as f:
+        start = f.read(64)
     if start[8:9] == b"{":
         return Tensors(_safetensors(path), [path])
     zipped = start.startswith(b"PK\x03\x04")

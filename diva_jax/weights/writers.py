@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from diva_jax.common import paths
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, explained
 
 _TEMPORARY = ".unfinished"  # At the end of the names of folders that are being written.
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
@@ -27,10 +27,9 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
     # save_file ignores strides, so that a transposed view would be written in the wrong order.
     dense = {name: np.asarray(t, order="C") for name, t in tensors.items()}
     with paths.whole_file(path) as temporary:
-        try:
+        # Of a full disk, for example.
+        with explained(f"{path} is not written", "make room", SafetensorError, kind=OSError):
             save_file(dense, temporary, metadata={"format": "pt"})
-        except SafetensorError as e:  # A full disk, for example.
-            raise OSError(f"{path}: {e}") from e
         temporary.chmod(0o666 & ~_umask())  # save_file makes files that only their owner can read.
 
 
@@ -65,35 +64,27 @@ def _lock(folder: Path) -> int | None:
     return fd
 
 
-def _remove_abandoned(out: Path) -> None:
-    """Removes the temporary folders that killed exports to `out` have left."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*{_TEMPORARY}"):
-        with contextlib.suppress(OSError):
-            if (fd := _lock(left)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(fd)
-
-
 @contextlib.contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """Yields a temporary folder, which is renamed to `out` if the block succeeds and removed otherwise; a UserError
     where `out` is there and not an empty folder, or cannot be written."""
     refuse_taken(out)
     out = Path(out).absolute()
-    try:
+    with explained(f"--out={out} cannot be written", "give a folder that you may write"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*{_TEMPORARY}"):  # Of exports that were killed.
+            with contextlib.suppress(OSError):
+                if (fd := _lock(left)) is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(fd)
         tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_TEMPORARY, dir=out.parent))
         locked = _lock(tmp)
         tmp.chmod(0o777 & ~_umask())  # mkdtemp creates folders that only their owner can read.
-    except OSError as e:
-        raise UserError(f"--out={out} cannot be written ({e}): give a folder that you may write") from e
     try:
-        yield tmp
-        # This replaces an empty folder, and fails if files were added to it in the meantime.
-        os.replace(tmp, out)
-    except OSError as e:
-        raise UserError(f"--out={out} cannot be written ({e}): give a folder with enough room") from e
+        with explained(f"--out={out} cannot be written", "give a folder with enough room"):
+            yield tmp
+            # This replaces an empty folder, and fails if files were added to it in the meantime.
+            os.replace(tmp, out)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         if locked is not None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax.common.errors import RunError, UserError, listing
+from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.log import say
 from diva_jax.data import tokenizers
 from diva_jax.models import backbones
@@ -142,10 +142,9 @@ def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         return torch.from_numpy(array)
 
     state = {n.removeprefix("visual."): tensor(t) for n, t in tensors.items()}
-    try:
+    # Of a full disk, for example.
+    with explained(f"{folder / PT_FILE} is not written", "make room", RuntimeError, kind=OSError):
         torch.save(state, folder / PT_FILE)
-    except RuntimeError as e:  # A full disk, for example.
-        raise OSError(f"{folder / PT_FILE}: {e}") from e
 
 
 def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> dict:

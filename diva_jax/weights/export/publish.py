@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diva_jax.common import json_files, log, paths
-from diva_jax.common.errors import RunError, UserError, listing
+from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.log import say
 from diva_jax.common.results_schema import Difference, Results, Score, Task
 from diva_jax.models.backbones import Spec, architecture
@@ -86,10 +86,8 @@ def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:
     results.json or None. A UserError where the file cannot be read, or has no scores of these weights."""
     path = Path(file).expanduser()
     path = path / "results.json" if path.is_dir() else path
-    try:
+    with explained(f"{path} is not a results.json of diva_jax.evaluate", "give that file", UserError):
         results = json_files.read(path, Results, "run the evaluation again")
-    except UserError as e:
-        raise UserError(f"{path} is not a results.json of diva_jax.evaluate ({e}): give that file") from e
     here, weights = Path(source).expanduser().resolve(), [w for w in results.weights if w.source]
     same = [w for w in weights if w.source == source or Path(w.source).expanduser().resolve() == here]
     mine = [w.label for w in same if w.step == step]
@@ -161,28 +159,22 @@ def _check_hub(repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    try:
+    with explained(f"--push_to_hub={repo} is no name of a hub repository", "give USER/NAME", HFValidationError):
         validate_repo_id(repo)
         if repo.count("/") != 1:
             raise HFValidationError("it must be USER/NAME")
-    except HFValidationError as e:
-        raise UserError(f"--push_to_hub={repo} is no name of a hub repository ({e}): give USER/NAME") from e
-    try:
+    problem = f"--push_to_hub={repo}: the hub does not know this account"
+    with explained(problem, "run hf auth login, or set HF_TOKEN", Exception):  # From DNS to a token that has expired.
         HfApi().whoami()
-    except Exception as e:  # Of any kind, from DNS to a token that has expired.
-        why = f"the hub does not know this account ({paths.reason(e)})"
-        raise UserError(f"--push_to_hub={repo}: {why}: run hf auth login, or set HF_TOKEN") from e
 
 
 def _push(out: Path, repo: str) -> None:
     from huggingface_hub import HfApi
 
-    try:
+    problem = f"{out} is written, but was not pushed to {repo}"
+    with explained(problem, f"push it with hf upload {repo} {out}", Exception, kind=RunError):
         HfApi().create_repo(repo, exist_ok=True)
         url = HfApi().upload_folder(repo_id=repo, folder_path=out, commit_message="Export of diva_jax")
-    except Exception as e:
-        why = f"{out} is written, but was not pushed to {repo} ({paths.reason(e)})"
-        raise RunError(f"{why}: push it with hf upload {repo} {out}") from e
     say(f"pushed to {url}")
 
 
