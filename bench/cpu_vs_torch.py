@@ -36,10 +36,10 @@ def measure(side: str) -> None:
     """Prints wall and CPU seconds per step, and the increase of peak memory."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from diva_jax.weights.export import reference
+    from diva_jax.weights.export import layouts
 
     if side == "torch":
-        assert reference.available("open_clip") and reference.available("diffusers")
+        assert layouts.available("open_clip") and layouts.available("diffusers")
         import torch
 
         torch.set_num_threads(_THREADS.value)

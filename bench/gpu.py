@@ -40,12 +40,12 @@ def measure(side: str) -> dict:
     from diva_jax.costs import chips
     from diva_jax.training import partition
     from diva_jax.training.step import Program
-    from diva_jax.weights.export import reference
+    from diva_jax.weights.export import layouts
 
     config = config_of(_SIZE.value, _BATCH.value, "bfloat16")
     began = time.perf_counter()
     if side == "torch":
-        assert reference.available("open_clip") and reference.available("diffusers")
+        assert layouts.available("open_clip") and layouts.available("diffusers")
         run = theirs(config, _PLATFORM.value, _COMPILE.value)
     else:
         run = ours(config)

@@ -88,10 +88,10 @@ def _ours(folder: Path, dtype: str):
 
 
 def _measure(side: str, folder: Path) -> None:
-    from diva_jax.weights.export import reference
+    from diva_jax.weights.export import layouts
 
     if side in ("torch", "write"):
-        assert reference.available("open_clip") and reference.available("diffusers")
+        assert layouts.available("open_clip") and layouts.available("diffusers")
     if side == "write":
         _write(folder)
         return

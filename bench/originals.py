@@ -6,7 +6,7 @@ import numpy as np
 
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
-from diva_jax.weights.export.reference import pixels
+from diva_jax.weights.export.layouts import pixels
 
 
 def _perturb(model, seed: int = 0):

@@ -24,7 +24,7 @@ from diva_jax.common import cli
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.models.backbones import spec_of
 from diva_jax.models.diffusion.unet import UNetConfig
-from diva_jax.weights.export import reference
+from diva_jax.weights.export import layouts
 
 _CONFIG = cli.define_config("The config whose backbone and U-Net are compared.")
 _UNET = flags.DEFINE_bool("unet", True, "Whether to compare the U-Net too; it is the same for most configs.")
@@ -54,7 +54,7 @@ def features(spec, folder: Path) -> Iterator[tuple[str, float]]:
     Yields:
       (description, relative L2 error).
     """
-    images = np.concatenate([reference.image(spec), reference.image(spec)[:, ::-1, ::-1] ** 2])
+    images = np.concatenate([layouts.test_image(spec), layouts.test_image(spec)[:, ::-1, ::-1] ** 2])
     theirs = originals.write_open_clip(folder, spec, images)
 
     def ours(dtype):
@@ -103,7 +103,7 @@ def main() -> None:
     config = cli.config_of(_CONFIG)
     jax.config.update("jax_platforms", "cpu")
     for library in ("open_clip", "diffusers"):
-        if not reference.available(library):
+        if not layouts.available(library):
             raise UserError(f"{library} cannot be imported: pip install -e '.[test]'")
     spec, wrong = spec_of(config), []
 

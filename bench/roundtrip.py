@@ -23,7 +23,7 @@ from diva_jax.common import cli
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.models.backbones import spec_of
 from diva_jax.weights import clip, names, origins, readers
-from diva_jax.weights.export import layouts, reference
+from diva_jax.weights.export import layouts
 from diva_jax.weights.readers import Tensors
 
 _CONFIG = cli.define_config("The config whose backbone is exported.")
@@ -66,7 +66,7 @@ def main() -> None:
     config = cli.config_of(_CONFIG)
     jax.config.update("jax_platforms", "cpu")
     for library in ("open_clip", "transformers"):
-        if not reference.available(library):
+        if not layouts.available(library):
             raise UserError(f"{library} cannot be imported: pip install -e '.[test]'")
     spec = spec_of(config)
     with tempfile.TemporaryDirectory(dir=_TMP.value) as tmp:

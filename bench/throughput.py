@@ -60,9 +60,9 @@ def main(_) -> None:
     import numpy as np
 
     from diva_jax.models import backbones
-    from diva_jax.weights.export import reference
+    from diva_jax.weights.export import layouts
 
-    if not reference.available("open_clip"):
+    if not layouts.available("open_clip"):
         raise SystemExit("this comparison needs torch and open_clip: pip install -e '.[test]'")
     import open_clip
     import originals

@@ -22,7 +22,7 @@ from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.training import compiler, terms, workdirs
-from diva_jax.training.optim import OptimOptions
+from diva_jax.training.step import OptimOptions
 from diva_jax.weights import places
 
 _MAX_INT = 10**9

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from diva_jax import config as configs
 from diva_jax.api.encoder import Encoder, chosen, mapping, named
 from diva_jax.api.loss import Loss
-from diva_jax.common import config_files, imports, paths
+from diva_jax.common import config_files, paths
 from diva_jax.common import fields as declarations
 from diva_jax.common.errors import UserError, brief
 from diva_jax.evals import Settings, evaluator, results, seeds
@@ -45,7 +45,7 @@ def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> Conf
         copied.update_from_flattened_dict(fields)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"fields={fields!r} do not fit the config ({e}): give values of the fields' types") from e
-    imports.trust(copied.to_dict())
+    config_files.trust(copied.to_dict())
     return copied.lock()
 
 

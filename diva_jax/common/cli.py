@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
 from diva_jax import __version__
-from diva_jax.common import config_files, errors, fields, imports
+from diva_jax.common import config_files, errors, fields
 from diva_jax.common.errors import RunError, Terminated, UserError, place, printable
 
 # Time for threads to end after a command has, since one of them may wait for a disk that is gone [s].
@@ -85,7 +85,7 @@ def config_of(flag: flags.FlagHolder) -> ConfigDict:
     """The config that a flag of `define_config` names; a UserError where the flag is missing."""
     if flag.value is None:
         raise UserError("--config is missing: give a config file, e.g. --config=configs/vitl14.py")
-    imports.trust(flag.value)
+    config_files.trust(flag.value)
     return flag.value
 
 
@@ -197,7 +197,7 @@ def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe
             # orbax and grain log many lines for every save.
             logging.set_verbosity(logging.WARNING)
         if "trust_objective" in flags.FLAGS and flags.FLAGS["trust_objective"].value:
-            imports.trust()
+            config_files.trust()
         main(*given)
         _end_within(_LINGER_S, 0)
 

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from diva_jax.common import imports
+from diva_jax.common import config_files
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.log import say
 from diva_jax.common.paths import is_remote, reason
@@ -233,7 +233,7 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, al
     if path.startswith(_MODULE):
         name, _, options = path.removeprefix(_MODULE).partition("?")
         wanted = "give module:NAME of one on PYTHONPATH that defines open_source(options)"
-        module = imports.module(name, "config.data.path", wanted)
+        module = config_files.module(name, "config.data.path", wanted)
         if not hasattr(module, "open_source"):
             raise UserError(f"config.data.path={path!r}: the module {name} cannot be used: {wanted}")
         return module.open_source(options)

@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diva_jax.common import fields, imports
+from diva_jax.common import config_files, fields
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, at_least, field, one_of
 from diva_jax.evals import tasks
@@ -120,7 +120,7 @@ def find(name: str):
         return importlib.import_module(f"{tasks.__name__}.{name}")
     if "." not in name:
         raise UserError(f"the task {name} is not known: use {listing(names())}, or the dotted path of a module")
-    module = imports.module(name, "--task", "give a module that is on PYTHONPATH")
+    module = config_files.module(name, "--task", "give a module that is on PYTHONPATH")
     if not hasattr(module, "prepare"):
         raise UserError(f"the module {name} is not a task, it lacks prepare: see diva_jax/evals/__init__.py")
     return module

@@ -21,7 +21,7 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from diva_jax.common import fields, imports
+from diva_jax.common import config_files, fields
 from diva_jax.common.errors import UserError
 from diva_jax.objectives.contract import Objective, Pace, Progress, Stage, tune
 
@@ -41,7 +41,7 @@ def find(name: str) -> ModuleType:
             f"config.objective={name!r} is not known: use one of {', '.join(names())}, or the dotted path of a module"
         )
     path = name if "." in name else f"{__name__}.{name}"
-    module = imports.module(path, "config.objective", "check the path and PYTHONPATH")
+    module = config_files.module(path, "config.objective", "check the path and PYTHONPATH")
     if not hasattr(module, "Objective"):
         raise UserError(f"config.objective={name!r} is not an objective: the module does not define Objective")
     kind = module.Objective

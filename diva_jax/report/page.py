@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from diva_jax import config
-from diva_jax.common import imports
+from diva_jax.common import config_files
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import flatten
 from diva_jax.models import backbones
@@ -83,7 +83,7 @@ def html(inputs: Inputs, body: list[Section]) -> str:
 def _defaults(stored: dict[str, Any]) -> dict[str, Any] | None:
     """Returns the flat default config of a run's objective, with the nearest backbone of the table; None if unknown."""
     name = str(stored.get("objective"))
-    if "." in name and not imports.is_own(name):
+    if "." in name and not config_files.is_own(name):
         return None
     try:
         own = stored["backbone"]

@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diva_jax import objectives
-from diva_jax.common import imports, json_files, paths
+from diva_jax.common import config_files, json_files, paths
 from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.log import say
-from diva_jax.training import checkpoint, optim, partition
-from diva_jax.training.step import Program
+from diva_jax.training import checkpoint, partition
+from diva_jax.training.step import Program, learning_rate, pace
 from diva_jax.weights import places, readers
 from diva_jax.weights.parts import Opened
 
@@ -147,7 +147,7 @@ def extension(program: Program, start: int, before: int) -> str:
         return ""
 
     def at(stage: objectives.Stage, step: int) -> float:
-        rate = optim.learning_rate(stage, optim.pace(stage, config.optim.warmup))
+        rate = learning_rate(stage, pace(stage, config.optim.warmup))
         return float(rate(np.int32(min(step, stage.end - 1) - stage.start)))
 
     first = max(start, new.start)
@@ -189,7 +189,7 @@ def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict
     found = _run_config(paths.folder(workdir, field))
     if found is None:
         raise UserError(f"{field}={workdir} holds no run: give the --workdir of python -m diva_jax.main")
-    imports.check_stored(found, f"{field}={workdir}: config.json")
+    config_files.check_stored(found, f"{field}={workdir}: config.json")
     # Of names that no field can have.
     with explained(f"{field}={workdir}: config.json is not the config of a run", "restore it", *_NO_CONFIG):
         return ConfigDict(found)

@@ -16,7 +16,7 @@ from reading import differentiate, gradients, take
 from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.training import partition
-from diva_jax.training.step import Program
+from diva_jax.training.step import Program, learning_rate, pace
 from diva_jax.weights import clip, names
 from diva_jax.weights.readers import Tensors
 
@@ -73,7 +73,7 @@ def trajectory(z, **switches: str) -> dict[str, np.ndarray]:
     images = np.round(z["pixels"] * 255).astype(np.uint8)
     assert np.array_equal(images.astype(np.float32) / np.float32(255), z["pixels"]), "no pixels of 8-bit images"
     batch = {"image": jnp.asarray(images), "row": jnp.arange(len(images), dtype=jnp.int32)}
-    tx = optax.adamw(p.learning_rate(0), weight_decay=0.0)
+    tx = optax.adamw(learning_rate(p.stages[0], pace(p.stages[0], p.config.optim.warmup)), weight_decay=0.0)
     opt, leaf, step = tx.init(start), start, p.step(0)
 
     def loss(params, vision):

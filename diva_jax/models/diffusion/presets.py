@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from flax import nnx
 
-from diva_jax.common import imports
+from diva_jax.common import config_files
 from diva_jax.common.errors import UserError, brief
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.unet import TextEncoderConfig, UNetConfig
@@ -64,7 +64,7 @@ def find_code(path: str, field: str) -> type[LatentCode]:
     """Imports a class by its dotted path, the value of this field of the config, which a UserError names."""
     module, _, name = path.rpartition(".")
     wanted = "give the dotted path of a class on PYTHONPATH"
-    found = getattr(imports.module(module, field, wanted), name, None)
+    found = getattr(config_files.module(module, field, wanted), name, None)
     if found is None:
         raise UserError(f"{field}={brief(path)} cannot be imported (there is no {name}): {wanted}")
     return found

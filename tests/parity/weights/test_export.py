@@ -29,7 +29,7 @@ from diva_jax.training import checkpoint, partition, workdirs
 from diva_jax.training.partition import make_mesh, parameter_shardings
 from diva_jax.training.step import averaged
 from diva_jax.weights import names, origins, parts, readers
-from diva_jax.weights.export import layouts, reference
+from diva_jax.weights.export import layouts
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
     for fmt, kind in (("open_clip", "open_clip"), ("hf", "transformers")):
         layouts.export(found, found.spec, out := tmp_path / fmt, fmt, run=False)
         args = (out, nchw.transpose(0, 2, 3, 1), ids)
-        theirs = getattr(reference, f"{kind}_embeddings")(*args, *([TOKENS] if fmt == "hf" else []))
+        theirs = getattr(layouts, f"{kind}_embeddings")(*args, *([TOKENS] if fmt == "hf" else []))
         theirs = theirs[0] if fmt == "hf" else theirs
         close(theirs[0], want, 2e-5)
         if ids is not None:

@@ -24,7 +24,7 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import TABLE, eva02
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.weights import clip, origins, readers, writers
-from diva_jax.weights.export import layouts, publish, reference
+from diva_jax.weights.export import layouts, publish
 from diva_jax.weights.readers import Tensor, Tensors
 from diva_jax.world import models
 
@@ -75,14 +75,14 @@ def test_what_the_library_computes_is_compared(tmp_path, monkeypatch, fmt, part,
     """Nothing is exported if the library computes another embedding with the correct weights."""
     written_by_open_clip(CLIP, tmp_path / "in")
     name = {"open_clip": "open_clip_embeddings", "hf": "transformers_embeddings"}[fmt]
-    compute = getattr(reference, name)
+    compute = getattr(layouts, name)
 
     def spoilt(*args):
         found = compute(*args)
         arrays = [a * (1.0002 if i == part else 1) for i, a in enumerate(found if fmt == "open_clip" else found[0])]
         return arrays if fmt == "open_clip" else (arrays, found[1])
 
-    monkeypatch.setattr(reference, name, spoilt)
+    monkeypatch.setattr(layouts, name, spoilt)
     with pytest.raises(RunError, match=f"computes another embedding of {what}"):
         layouts.export(origins.open_source(str(tmp_path / "in")), CLIP, tmp_path / "out", fmt)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]

@@ -9,7 +9,7 @@ import pytest
 from places import ROOT
 
 import diva_jax
-from diva_jax.common import errors, imports
+from diva_jax.common import config_files, errors
 from diva_jax.common.errors import UserError
 from diva_jax.report import page
 from diva_jax.training import workdirs
@@ -18,8 +18,8 @@ from diva_jax.training import workdirs
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
     """A folder on the path whose module leaves a file when it is executed."""
-    monkeypatch.setattr(imports, "_trusted", set())
-    monkeypatch.setattr(imports, "_trusts_all", False)
+    monkeypatch.setattr(config_files, "_trusted", set())
+    monkeypatch.setattr(config_files, "_trusts_all", False)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
@@ -38,18 +38,18 @@ def test_a_workdir_executes_nothing(workdir, config, monkeypatch):
     assert page._defaults(config | {"backbone": {}}) is None or config["objective"] != "foreign.evil"
     assert not (workdir.parent / "executed").exists()
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "foreign.evil", imports)
+        patch.setitem(sys.modules, "foreign.evil", config_files)
         assert workdirs.read_config(workdir).to_dict() == config
-    imports.trust(config)
+    config_files.trust(config)
     assert workdirs.read_config(workdir).to_dict() == config
-    imports._trusted.clear()
-    imports.trust()
+    config_files._trusted.clear()
+    config_files.trust()
     assert workdirs.read_config(workdir).to_dict() == config
 
 
 def test_names_that_are_no_paths_and_those_of_the_package(workdir):
     vae = {"_class_name": "AutoencoderKL", "code": "diva_jax.world.patch_code.PatchCodeConfig", "file": "a.b"}
-    imports.check_stored({"objective": "diva_jax.world.objectives.clip", "diffusion": {"vae": vae}}, "w")
+    config_files.check_stored({"objective": "diva_jax.world.objectives.clip", "diffusion": {"vae": vae}}, "w")
 
 
 @pytest.mark.parametrize("named", ["installed_package.objective", "installed_module"])
@@ -57,12 +57,12 @@ def test_an_error_in_an_installed_module_that_a_config_names_shows_its_line(tmp_
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(errors.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(errors, "named_by_configs", set())
-    monkeypatch.setattr(imports, "named_by_configs", errors.named_by_configs)
+    monkeypatch.setattr(config_files, "named_by_configs", errors.named_by_configs)
     file = tmp_path.joinpath(*named.split(".")).with_suffix(".py")
     file.parent.mkdir(exist_ok=True)
     file.write_text("def loss():\n    return 1 / 0\n")
     (tmp_path / "a_library.py").write_text("def loss():\n    return 1 / 0\n")
-    found = [imports.module(named, "objective", "give another"), importlib.import_module("a_library")]
+    found = [config_files.module(named, "objective", "give another"), importlib.import_module("a_library")]
     del sys.modules["a_library"]
     for module, where in zip(found, (f"{file}:2", ""), strict=True):
         with pytest.raises(ZeroDivisionError) as caught:

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
 from diva_jax.objectives import Stage
-from diva_jax.training import checkpoint, optim, partition, workdirs
+from diva_jax.training import checkpoint, partition, workdirs
+from diva_jax.training.step import learning_rate, optimizer, pace
 
 NAMES = ("vision/blocks/0/attn/qkv/kernel", "vision/blocks/10/norm1/scale", "visual_proj/bias", "unet/conv_in/bias")
 
@@ -113,7 +114,7 @@ STAGE = Stage("tune", 100, 4700, 1e-4, ())
 
 
 def rate(stage: Stage, warmup: float):
-    return optim.learning_rate(stage, optim.pace(stage, warmup))
+    return learning_rate(stage, pace(stage, warmup))
 
 
 def cosine(step: int, warm: int) -> float:
@@ -153,7 +154,7 @@ def test_stages_have_the_schedule_of_the_config_where_they_give_none():
 def one_update(params, grads, **fields):
     c = config.default().optim.unlock()
     c.update(fields)
-    tx = optim.optimizer(c, rate(Stage("s", 0, 10, 0.5, ()), c.warmup), dict.fromkeys(params, 1.0))
+    tx = optimizer(c, rate(Stage("s", 0, 10, 0.5, ()), c.warmup), dict.fromkeys(params, 1.0))
     updates, _ = tx.update(grads, tx.init(params), params)
     return updates
 
@@ -228,8 +229,8 @@ def test_what_becomes_of_the_learning_rate(programs, start):
     assert "config.steps was 10 and is 25: the stage tune has the schedule of its 25 steps" in said
     now, before = (float(n) for n in re.findall(r"is ([\d.e-]+), where that of 10 steps has ([\d.e-]+)", said)[0])
     stage = max(start, 3) - 3
-    assert now == pytest.approx(float(long.learning_rate(1)(stage)), rel=1e-2)
-    assert before == pytest.approx(float(short.learning_rate(1)(min(stage, 9))), rel=1e-2)
+    assert now == pytest.approx(float(rate(long.stages[1], long.config.optim.warmup)(stage)), rel=1e-2)
+    assert before == pytest.approx(float(rate(short.stages[1], short.config.optim.warmup)(min(stage, 9))), rel=1e-2)
     assert workdirs.extension(long, start, 25) == ""
 
 
@@ -237,5 +238,5 @@ def test_the_optimizer_state_does_not_depend_on_the_schedule(programs):
     """Checkpoints of any number of steps are of the same form."""
     shapes = [p.abstract_state(1) for p in programs]
     assert shapes[0] == shapes[1]
-    numbers = [optim.pace(p.stages[1], 0.2) for p in programs]
+    numbers = [pace(p.stages[1], 0.2) for p in programs]
     assert [int(n.warm) for n in numbers] == [2, 5]
