@@ -23,7 +23,7 @@ from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.training import compiler, terms, workdirs
 from diva_jax.training.step import OptimOptions
-from diva_jax.weights import places
+from diva_jax.weights import origins
 
 _MAX_INT = 10**9
 _PART = "The part's config, as in its config.json in a diffusers folder."
@@ -332,7 +332,7 @@ def validate(config: ConfigDict, devices: int) -> None:
 def check_runs(sources: Iterable[str]) -> None:
     """`check_stored` of every run among sources of weights, WORKDIR or WORKDIR:STEP; others are passed over."""
     for source in sources:
-        if run := places.as_run(source):
+        if run := origins.as_run(source):
             check_stored(workdirs.read_config(run[0]), run[0])
 
 

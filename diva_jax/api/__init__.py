@@ -18,7 +18,7 @@ from diva_jax.evals import Settings, evaluator, results, seeds
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.training import loop, workdirs
-from diva_jax.weights import origins, places
+from diva_jax.weights import origins
 from diva_jax.weights.export import layouts, publish
 
 __all__ = ["Encoder", "Loss", "evaluate", "export", "load", "objective", "train"]
@@ -69,7 +69,7 @@ def load(
         if problem := declarations.declared(Settings)[name].problem(value):
             raise UserError(f"{name}={brief(value)} {problem}")
     configs.check_runs([os.fspath(source)])
-    source, step, _ = places.find(os.fspath(source), "source")
+    source, step, _ = origins.find(os.fspath(source), "source")
     if step is not None:
         config = workdirs.read_config(source)
         if spec is not None:
@@ -207,7 +207,7 @@ def export(
     source, out = os.fspath(source), os.fspath(out)
     chosen("format", format, layouts.FORMATS)
     chosen("dtype", dtype, layouts.DTYPES)
-    run = places.as_run(source)
+    run = origins.as_run(source)
     if step is not None and run is None:
         raise UserError(f"step={step} is for the workdir of a run, which {source} is not: leave it out")
     if run is not None:

@@ -27,7 +27,7 @@ from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Array, abstract
 from diva_jax.training import partition, workdirs
 from diva_jax.training import workdirs as loads
-from diva_jax.weights import clip, names, origins, parts, places
+from diva_jax.weights import clip, names, origins, parts
 
 _READER_THREADS = 16
 
@@ -266,7 +266,7 @@ def put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[str
 
 
 def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
-    """Loads the weights of a source onto the mesh; source and step are as `places.find` has them. The config's backbone
+    """Loads the weights of a source onto the mesh; source and step are those of a `Place`. The config's backbone
     must be that of the source, and has the text tower if the source has none."""
     if step is not None:  # Parameters that the run does not train are those of its initial source.
         run = workdirs.RunAt.open(source, step)
@@ -282,7 +282,7 @@ def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
     return Encoder(vision, None, text, {}, source)
 
 
-def each(given: Sequence[places.Place], labels: Sequence[str], config, mesh: Mesh) -> Iterator[tuple[str, Encoder]]:
+def each(given: Sequence[origins.Place], labels: Sequence[str], config, mesh: Mesh) -> Iterator[tuple[str, Encoder]]:
     """Yields (label, encoder) for several sources, loaded one at a time. Sources that are not runs borrow the
     parameters outside the towers (`visual_proj/...`) that the first run among them has trained, so that the scores
     before and after tuning use the same parameters."""

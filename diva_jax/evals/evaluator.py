@@ -17,7 +17,7 @@ from diva_jax.evals import Outcome, encode, results, seeds
 from diva_jax.evals.encode import Encoder, Model, Towers
 from diva_jax.models.backbones import spec_of
 from diva_jax.training import partition
-from diva_jax.weights import parts, places
+from diva_jax.weights import origins, parts
 
 
 def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
@@ -161,7 +161,7 @@ def run(
     mesh, began = partition.make_mesh(config.mesh), time.perf_counter()
     runner = Evaluator(config, mesh, data)
     named = [seeds.parse(text) for text in weights]
-    groups = [(name, [places.find(source, "--weights") for source in sources]) for name, sources in named]
+    groups = [(name, [origins.find(source, "--weights") for source in sources]) for name, sources in named]
     given = [place for _, members in groups for place in members]
     own = labels_of([place.source for place in given], [place.step for place in given])
     # Of each set of weights the label, which is that of its group or its own, and its entry in results.json.

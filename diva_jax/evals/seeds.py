@@ -13,7 +13,7 @@ from diva_jax.common.fields import differences
 from diva_jax.evals import Outcome, Settings, Task, stats
 from diva_jax.evals.items import ItemTask
 from diva_jax.training import workdirs
-from diva_jax.weights.places import Place
+from diva_jax.weights.origins import Place
 
 # Largest number of random signs in memory, 32 MB.
 _MAX_SIGNS = 2**25

@@ -24,7 +24,7 @@ from diva_jax.common.fields import differences
 from diva_jax.common.log import say
 from diva_jax.training import checkpoint, partition
 from diva_jax.training.step import Program, learning_rate, pace
-from diva_jax.weights import places, readers
+from diva_jax.weights import origins, readers
 from diva_jax.weights.parts import Opened
 
 
@@ -236,7 +236,7 @@ class Parent:
     @classmethod
     def open(cls, text: str, field: str = "--init_from") -> "Parent":
         """Finds WORKDIR (the newest step) or WORKDIR:STEP, the value of `field`; a UserError where it is not there."""
-        workdir, step = places.split_step(text)
+        workdir, step = origins.split_step(text)
         where = paths.folder(workdir, field)
         step = choose_step(where, step, f"{field}={text}")
         shapes = {n: tuple(a.shape) for n, a in checkpoint.trained(where, step)["params"].items()}

@@ -19,7 +19,7 @@ from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.unet import TextEncoder, TextEncoderConfig, UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig, VAEConfig
 from diva_jax.models.names import Table
-from diva_jax.weights import clip, names, origins, places, readers
+from diva_jax.weights import clip, names, origins, readers
 from diva_jax.weights.readers import Tensor, Tensors
 
 # Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).
@@ -135,7 +135,7 @@ def load(
     else:
         model = _part(spec)[1]
         kw |= dict(remat=remat) if model is UNet else {}
-        opened = open_diffusers(places.diffusers_folder(source), spec)
+        opened = open_diffusers(origins.diffusers_folder(source), spec)
         module = layers.abstract(lambda rngs: model(spec, rngs=rngs, **kw))
     graph, state = nnx.split(module)
     return nnx.merge(graph, opened.fill(state, put))
@@ -189,13 +189,13 @@ def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None 
 
     def opened():
         if isinstance(config, FluxVAEConfig):
-            at, file = places.locate(source, f"{field}.source"), "ae.safetensors"
-            at = at if isinstance(at, Path) else places.download(at, f"{field}.source", [file])
+            at, file = origins.locate(source, f"{field}.source"), "ae.safetensors"
+            at = at if isinstance(at, Path) else origins.download(at, f"{field}.source", [file])
             at = at / file if (at / file).is_file() else at
             if at.is_dir():
                 return open_diffusers(at, config, field)
             return _opened(with_matrices(readers.open_file(at)), names.FLUX_VAE, str(at))
-        folder = places.diffusers_folder(source)
+        folder = origins.diffusers_folder(source)
         part = open_diffusers(folder, config, field)
         if scheduler is not None:
             check_schedule(folder, scheduler)
@@ -228,7 +228,7 @@ def text_context(source: str, prompt: str, tokens: int, config: TextEncoderConfi
     Stable Diffusion's own pipeline attends to it."""
 
     def opened():
-        folder = places.diffusers_folder(source)
+        folder = origins.diffusers_folder(source)
         part = open_diffusers(folder, config, "config.diffusion.text_encoder")
 
         def fill(state, put):
@@ -253,7 +253,7 @@ def embedding_statistics(source: str) -> Part:
     """The statistics `mean` and `std`, [1, d], of Stable unCLIP's embeddings, in `image_normalizer` of `source`."""
 
     def opened():
-        folder = places.diffusers_folder(source) / "image_normalizer"
+        folder = origins.diffusers_folder(source) / "image_normalizer"
         return _opened(readers.weights_in(folder, "diffusion_pytorch_model"), _STATISTICS, str(folder))
 
     return Part(source, opened)
@@ -278,7 +278,7 @@ def prompt_tokenizer(source: str, tokens: int, config: TextEncoderConfig) -> Cal
     `data.inputs.Texts`; a UserError where the text encoder has fewer ids."""
 
     def opened():
-        folder = places.diffusers_folder(source)
+        folder = origins.diffusers_folder(source)
         found = diffusers_tokenizer(folder / "tokenizer", tokens)
         if found.size > config.vocab_size:
             known = f"{found.size} tokens, but the text encoder only {config.vocab_size}"

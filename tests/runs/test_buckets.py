@@ -27,7 +27,7 @@ from diva_jax import config, report
 from diva_jax.common import paths
 from diva_jax.common.errors import RunError
 from diva_jax.training import checkpoint, compiler, partition, workdirs
-from diva_jax.weights import places
+from diva_jax.weights import origins
 
 
 class Handler(emulator.RequestHandler):
@@ -105,7 +105,7 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
     assert list((workdir / "cache").glob("tar_index_*"))
 
     for source, step in ((f"{workdir}:{saved}", saved), (str(workdir), STEPS)):
-        assert places.find(source, "--weights")[:2] == (str(workdir), step)
+        assert origins.find(source, "--weights")[:2] == (str(workdir), step)
     commands.succeed("export_torch", f"--workdir={workdir}", f"--out={tmp_path / 'tuned'}", "--trust_objective")
     assert (tmp_path / "tuned" / "open_clip_model.safetensors").exists()
     commands.succeed("report", workdir)
@@ -119,7 +119,7 @@ def test_what_is_not_there_is_refused_in_one_sentence(files, bucket):
     for refuse, said in (
         (lambda: workdirs.RunAt.open("gs://bucket/none"), "holds no run"),
         (lambda: paths.local("gs://bucket/x", "--out"), "--out=gs://bucket/x must be a folder"),
-        (lambda: places.find("gs://bucket/clip", "--source"), "mount the bucket"),
+        (lambda: origins.find("gs://bucket/clip", "--source"), "mount the bucket"),
         (lambda: report.write("gs://bucket/none"), "gs://bucket/none is not a folder"),
     ):
         refused(said, refuse)

@@ -18,7 +18,7 @@ from diva_jax.report import training
 from diva_jax.report.inputs import read
 from diva_jax.training import checkpoint, metrics, partition
 from diva_jax.training.loop import Run
-from diva_jax.weights import places
+from diva_jax.weights import origins
 
 TOTAL = 5
 
@@ -132,7 +132,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     mesh = partition.make_mesh(c.mesh)
     tasks = {"feedback": c.eval.data[0].removeprefix("feedback=")}
     run = evaluator.Evaluator(c, mesh, tasks)
-    given = [places.find(source, "--weights") for source in (f"{files}/clip", str(ran))]
+    given = [origins.find(source, "--weights") for source in (f"{files}/clip", str(ran))]
     found = []
     for label, loaded in encode.each(given, ["clip", "tuned"], c, mesh):
         found.append((label, run.evaluate(run.model(label, loaded))))

@@ -17,7 +17,7 @@ ORDER = (
     "training.loop", "api", "world",
 )  # fmt: skip
 # The exception: a source of weights may be a run; what opens it is imported then, inside a function.
-LATE = {"weights/places.py": {"training"}, "weights/origins.py": {"training"}}
+LATE = {"weights/origins.py": {"training"}}
 COMMANDS = ("main", "evaluate", "export_torch", "cache_latents", "aot", "selfcheck", "demo")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -23,8 +23,7 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import OPENAI_VOCABULARY, to_open_clip
 from diva_jax.weights import clip, names, origins, parts, readers, writers
-from diva_jax.weights.origins import ClipSource
-from diva_jax.weights.places import TOKENIZER_FILES
+from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
 from diva_jax.weights.readers import Tensor, Tensors
 
 FORMATS = ("open_clip", "hf", "pt")

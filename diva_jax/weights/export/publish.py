@@ -14,7 +14,7 @@ from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.log import say
 from diva_jax.common.results_schema import Difference, Results, Score, Task
 from diva_jax.models.backbones import Spec, architecture
-from diva_jax.weights import origins, places, readers, writers
+from diva_jax.weights import origins, readers, writers
 from diva_jax.weights.export import layouts
 from diva_jax.weights.origins import ClipSource
 from diva_jax.weights.readers import Tensors
@@ -220,7 +220,7 @@ def export(
         path=str(out),
         hub=options.push_to_hub,
         license=options.license,
-        base_model=options.base_model or places.hub_id(began),
+        base_model=options.base_model or origins.hub_id(began),
         scores=scores_of(options.results, source, step) if options.results else None,
     )
     layouts.export(opened, spec, out, fmt, dtype=dtype, card=readme, hub=options.push_to_hub)

@@ -17,7 +17,7 @@ from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.diffusion.unet import TextEncoder, UNet
 from diva_jax.objectives import contract
-from diva_jax.weights import parts, places
+from diva_jax.weights import origins, parts
 
 Array = jax.Array
 
@@ -47,7 +47,7 @@ class Objective(contract.Objective):
         d = self.diffusion
 
         def tokenizer():
-            folder = places.diffusers_folder(d.source) / "tokenizer"
+            folder = origins.diffusers_folder(d.source) / "tokenizer"
             return tokenizers.ClipTokenizer(*tokenizers.clip_vocabulary(folder), d.text_tokens)
 
         return {"image": inputs.Image(self.image_size), "caption": inputs.Tokens(d.text_tokens, tokenizer)}

@@ -16,7 +16,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.evals import encode, evaluator
 from diva_jax.report import evaluation, inputs, page
 from diva_jax.training import checkpoint, partition, workdirs
-from diva_jax.weights import origins, places, readers
+from diva_jax.weights import origins, readers
 from diva_jax.weights.writers import write_safetensors
 
 CONFIG = """
@@ -80,8 +80,8 @@ def trained_run(folder, base, seed: int):
 def test_a_checkpoint_is_what_was_saved(config, workdir, base):
     """The trained block is that of the checkpoint, the rest that of the source."""
     mesh = partition.make_mesh(config.mesh)
-    path, step, _ = places.find(str(workdir), "--weights")
-    assert step == 5 and places.find(f"{workdir}:2", "--weights")[:2] == (str(workdir), 2)
+    path, step, _ = origins.find(str(workdir), "--weights")
+    assert step == 5 and origins.find(f"{workdir}:2", "--weights")[:2] == (str(workdir), 2)
     found = encode.read(path, step, config, mesh)
     source = encode.read(str(base), None, config, mesh)
     program = small.program(workdirs.read_config(workdir))
@@ -180,11 +180,11 @@ def test_data_and_labels():
 
 
 def test_wrong_steps_and_backbones_are_refused(workdir, config, tmp_path):
-    refused("--weights=.*:3 has no checkpoint in .*: use one of 2, 5", places.find, f"{workdir}:3", "--weights")
-    refused("--weights='.*/none' does not exist", places.find, str(tmp_path / "none"), "--weights")
+    refused("--weights=.*:3 has no checkpoint in .*: use one of 2, 5", origins.find, f"{workdir}:3", "--weights")
+    refused("--weights='.*/none' does not exist", origins.find, str(tmp_path / "none"), "--weights")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text("{}")
-    refused("has no checkpoint yet", places.find, str(tmp_path), "--weights")
+    refused("has no checkpoint yet", origins.find, str(tmp_path), "--weights")
     other = eval_config(CLIP, workdir)
     other.backbone.width = 60
     with pytest.raises(UserError, match="the run .* than config.backbone: width is 48 there and 60 in"):

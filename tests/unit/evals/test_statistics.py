@@ -12,7 +12,7 @@ from scipy import stats as reference
 from diva_jax.common.results_schema import Difference
 from diva_jax.evals import Settings, matching, seeds, stats
 from diva_jax.evals.items import ItemTask, Values
-from diva_jax.weights.places import Place
+from diva_jax.weights.origins import Place
 
 
 def plain(values, resamples, strata=None, clusters=None):

@@ -19,10 +19,9 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import NO_TEXT, TABLE
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.weights import clip as towers
-from diva_jax.weights import origins, places, readers, writers
+from diva_jax.weights import origins, readers, writers
 from diva_jax.weights.export import layouts, publish
-from diva_jax.weights.origins import ClipSource
-from diva_jax.weights.places import TOKENIZER_FILES
+from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
 from diva_jax.weights.readers import Tensors
 
 PROVENANCE = {
@@ -161,8 +160,8 @@ def test_the_hub_is_checked_before_anything_is_written(clip, tmp_path, hub, writ
 
 
 def test_the_base_model_is_the_source_where_it_is_a_hub_id(clip):
-    assert places.hub_id("hf-hub:timm/base") == places.hub_id("timm/base") == "timm/base"
-    assert places.hub_id(clip.where) == places.hub_id("nothing/there.pt") == places.hub_id("") == ""
+    assert origins.hub_id("hf-hub:timm/base") == origins.hub_id("timm/base") == "timm/base"
+    assert origins.hub_id(clip.where) == origins.hub_id("nothing/there.pt") == origins.hub_id("") == ""
 
 
 def test_transformers_cannot_hold_every_text_tower():

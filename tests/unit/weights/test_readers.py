@@ -26,7 +26,7 @@ from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.layers import abstract
 from diva_jax.training import workdirs
-from diva_jax.weights import clip, names, origins, places, readers, writers
+from diva_jax.weights import clip, names, origins, readers, writers
 
 
 def read_all(path):
@@ -46,12 +46,12 @@ def test_missing_shard(tmp_path):
 def test_the_removed_repository_is_named_and_a_local_folder_of_its_name_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source in ("stabilityai/stable-diffusion-2-1-base", "hf-hub:stabilityai/stable-diffusion-2-1"):
-        refused(r"removed in November 2025: set config.diffusion.source to a mirror", places.diffusers_folder, source)
+        refused(r"removed in November 2025: set config.diffusion.source to a mirror", origins.diffusers_folder, source)
     (tmp_path / "stabilityai/stable-diffusion-2-1-base").mkdir(parents=True)
-    assert places.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
+    assert origins.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
 
 
-@pytest.mark.parametrize("open_it", [places.diffusers_folder, origins.open_source])
+@pytest.mark.parametrize("open_it", [origins.diffusers_folder, origins.open_source])
 def test_stable_diffusion_in_one_file_is_named_with_its_conversion(tmp_path, open_it):
     file = tmp_path / "v2-1_512-ema-pruned.safetensors"
     writers.write_safetensors(file, {f"model.diffusion_model.input_blocks.{i}.weight": np.ones(2) for i in range(900)})
@@ -65,7 +65,7 @@ def test_messages_are_cut_to_a_screen_and_end_with_their_advice():
     assert len(str(error)) < 1920 and str(error).endswith("x: give another file")
 
 
-@pytest.mark.parametrize("find", [places.diffusers_folder, origins.open_source])
+@pytest.mark.parametrize("find", [origins.diffusers_folder, origins.open_source])
 def test_places_that_are_not_there(find, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source, match in (
@@ -82,7 +82,7 @@ def test_places_that_are_not_there(find, monkeypatch):
 
 def test_a_mistyped_path_does_not_ask_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(places, "download", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(origins, "download", lambda *_: pytest.fail("the hub was asked"))
     (tmp_path / "weights" / "clip").mkdir(parents=True)
     with pytest.raises(UserError, match="config.x.source='weights/clpi' does not exist in the folder weights"):
         origins.open_source("weights/clpi", "config.x.source")
