@@ -143,11 +143,6 @@ class ProfileOptions:
     steps: int = field(0, "So many steps are traced into WORKDIR/profile, for xprof; 0: none.", between(0, _MAX_INT))
 
 
-def _is_table(rows) -> bool:
-    """Whether a value has the form of `config.trainable`."""
-    return all(isinstance(pattern, str) and finite(scale) and scale >= 0 for pattern, scale in rows)
-
-
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """The fields of a config that every objective has, without `backbone` and `eval`."""
@@ -171,7 +166,10 @@ class RunOptions:
         (("vision/.*", 1.0), (".*", 0.0)),
         "Each row scales the learning rate of the parameters whose name matches its regular expression; 0 freezes "
         "them, the first match counts, and all must match.",
-        Rule(_is_table, "must be rows of a pattern and a scale of at least 0: (('vision/.*', 1.0), ('.*', 0.0))"),
+        Rule(
+            lambda v: all(isinstance(pattern, str) and finite(scale) and scale >= 0 for pattern, scale in v),
+            "must be rows of a pattern and a scale of at least 0: (('vision/.*', 1.0), ('.*', 0.0))",
+        ),
     )
     optim: OptimOptions = OptimOptions()
     anchor: terms.AnchorOptions = terms.AnchorOptions()
@@ -286,8 +284,19 @@ def faithful(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _check_together(config: ConfigDict) -> None:
-    """Raises a UserError for values that are each possible, and not together."""
+def validate(config: ConfigDict, devices: int) -> None:
+    """Checks what can be checked before anything is loaded, for this number of devices in the whole run: a UserError
+    for an unknown field, or values that do not fit together."""
+    method, section = objectives.find(config.objective), objectives.section(config.objective)
+    if section not in config:
+        raise UserError(
+            f"config.objective={config.objective} has no section config.{section}: make the config with "
+            f"config.default(objective={config.objective!r})"
+        )
+    evaluation, given = config.eval, config.to_dict()
+    del given["eval"]
+    fields.check(given, declared(config.objective))
+    evals.parse(evaluation)
     parse_readout(backbones.spec_of(config).readout)
     if not config.trainable and default(objective=config.objective).trainable:
         # Otherwise the objective's stages have the rows.
@@ -302,22 +311,6 @@ def _check_together(config: ConfigDict) -> None:
                 f"config.data.image_size={config.data.image_size} must be a multiple of {factor}, by which the VAE "
                 "reduces images"
             )
-
-
-def validate(config: ConfigDict, devices: int) -> None:
-    """Checks what can be checked before anything is loaded, for this number of devices in the whole run: a UserError
-    for an unknown field, or values that do not fit together."""
-    method, section = objectives.find(config.objective), objectives.section(config.objective)
-    if section not in config:
-        raise UserError(
-            f"config.objective={config.objective} has no section config.{section}: make the config with "
-            f"config.default(objective={config.objective!r})"
-        )
-    evaluation, given = config.eval, config.to_dict()
-    del given["eval"]
-    fields.check(given, declared(config.objective))
-    evals.parse(evaluation)
-    _check_together(config)
     if hasattr(method, "validate"):
         method.validate(config)
     parts = devices * config.accum

@@ -71,8 +71,11 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
     write_byte_tokenizer(folder / "tokenizer")
 
 
-def write_all(out: Path) -> None:
-    """Writes photographs, towers and diffusion model into a folder; existing files are overwritten."""
+def main() -> None:
+    if not _OUT.value:
+        raise UserError("--out is missing: give a folder, e.g. --out=data/tiny")
+    jax.config.update("jax_platforms", "cpu")
+    out = Path(_OUT.value)
     from diva_jax.data import photos
 
     print(f"writing photographs to {out / 'photos'} and {out / 'images'}", flush=True)
@@ -83,13 +86,6 @@ def write_all(out: Path) -> None:
     write_byte_tokenizer(out / "clip")
     print(f"writing a tiny Stable Diffusion to {out / 'stable-diffusion'}", flush=True)
     write_stable_diffusion(out / "stable-diffusion", presets.preset("tiny"))
-
-
-def main() -> None:
-    if not _OUT.value:
-        raise UserError("--out is missing: give a folder, e.g. --out=data/tiny")
-    jax.config.update("jax_platforms", "cpu")
-    write_all(Path(_OUT.value))
     print(
         "Wrote photos (tar shards), images (files), clip (open_clip folder) and stable-diffusion (diffusers folder) to "
         f"{_OUT.value}."

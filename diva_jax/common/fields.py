@@ -109,12 +109,8 @@ def below(least: float, most: float) -> Rule:
 
 def pair(least: float, most: float) -> Rule:
     """Two numbers from `least` to `most`, the second not below the first."""
-
-    def holds(v):
-        low, high = v
-        return finite(low) and finite(high) and least <= low <= high <= most
-
-    return Rule(holds, f"must be two numbers, {least:g} <= low <= high <= {most:g}")
+    said = f"must be two numbers, {least:g} <= low <= high <= {most:g}"
+    return Rule(lambda v: len(v) == 2 and all(map(finite, v)) and least <= v[0] <= v[1] <= most, said)
 
 
 def one_of(*values: Any) -> Rule:

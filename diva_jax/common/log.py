@@ -8,6 +8,7 @@ import platform
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -44,25 +45,16 @@ def say_once(text: str) -> None:
     say(text)
 
 
-class _Lines:
-    """Where stdout is no terminal, tqdm writes here, and each state of a bar is a line."""
-
-    def write(self, text: str) -> None:
-        if line := text.strip():
-            say(line)
-
-    def flush(self) -> None:
-        pass
-
-
 def progress(what: str, total: int, unit: str = "steps", every: float = 20.0, initial: int = 0) -> tqdm:
     """A tqdm of `total` items with the time that is left: a bar on a terminal, otherwise a line every so many seconds;
     nothing except on process 0. `update(n)` counts items and `close()` removes the bar."""
     shown = dict(desc=what, total=total, initial=initial, unit=unit, leave=False, disable=jax.process_index() > 0)
     if sys.stdout.isatty():
         return tqdm(file=sys.stdout, **shown)
+    # Each state of the bar is a line.
+    lines = types.SimpleNamespace(write=lambda text: text.strip() and say(text.strip()), flush=lambda: None)
     line = "{desc}: {n_fmt}/{total_fmt} {unit}, {remaining} left"
-    return tqdm(file=_Lines(), bar_format=line, mininterval=every, miniters=1, delay=every, **shown)
+    return tqdm(file=lines, bar_format=line, mininterval=every, miniters=1, delay=every, **shown)
 
 
 @contextlib.contextmanager

@@ -167,14 +167,6 @@ def names_in(folder: str) -> list[str]:
     return [fs.unstrip_protocol(p) for p in fs.ls(inside, detail=False)]
 
 
-def _glob(pattern: str) -> list[str]:
-    """Files that match a pattern, sorted."""
-    if not is_remote(pattern):
-        return sorted(glob.glob(pattern, recursive=True))
-    fs, inside = _file_system(pattern)
-    return sorted(fs.unstrip_protocol(p) for p in fs.glob(inside))
-
-
 def walk(folder: str) -> list[str]:
     """Every file below a folder, sorted. Links to folders are followed, each real folder once."""
     if is_remote(folder):
@@ -195,7 +187,11 @@ def _matches(pattern: str) -> list[str]:
     """The files of a brace or glob pattern, which must exist."""
     names = expand(pattern)
     if any(c in pattern for c in "*?["):
-        if matched := [f for name in names for f in _glob(name)]:
+        fs, matched = _file_system(pattern)[0], []
+        for name in names:
+            here = fs.glob(_file_system(name)[1]) if is_remote(name) else glob.glob(name, recursive=True)
+            matched += sorted(fs.unstrip_protocol(p) if is_remote(name) else p for p in here)
+        if matched:
             return matched
         raise UserError(f"config.data.path={pattern!r} matches no file: give it {WHAT}")
     with concurrent.futures.ThreadPoolExecutor(16) as pool:

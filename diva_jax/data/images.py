@@ -14,11 +14,7 @@ from PIL import Image
 from diva_jax.common.errors import UserError, explained
 from diva_jax.data import files
 
-INTERPOLATIONS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 _ATTEMPTS = 10
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom [pixels]
@@ -50,7 +46,7 @@ def sample_box(
 
 def resized_crop(image: Image.Image, box: Box, size: int, interpolation: str = "bicubic") -> np.ndarray:
     """Crops the box out, then resizes, uint8 [size, size, 3]; `resize(box=...)` would read pixels outside of it."""
-    return np.asarray(image.crop(box).resize((size, size), INTERPOLATIONS[interpolation]))
+    return np.asarray(image.crop(box).resize((size, size), Image.Resampling[interpolation.upper()]))
 
 
 # Pillow would also pass PostScript to Ghostscript.

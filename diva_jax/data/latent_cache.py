@@ -8,7 +8,6 @@ decoded. Where other models' outputs are cached, the values of all are in their 
 Crop e of record r has the box that a run with the manifest's seed draws for r in epoch e.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -128,25 +127,17 @@ def write_shard(folder: Path, name: str, entries: Iterable[Entry]) -> None:
     with paths.whole_file(folder / name) as temporary:
         temporary.touch()  # Raises an OSError of one line where the folder cannot be written.
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        failed = f"{name} is not written", "make room", RuntimeError  # Whatever the reason.
         try:
             for entry in entries:
-                with _as_oserror():
+                with explained(*failed, kind=OSError):
                     writer.write(entry.pack())
         finally:
             if writer.is_open():
-                with _as_oserror():
+                with explained(*failed, kind=OSError):
                     writer.close()
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-
-
-@contextlib.contextmanager
-def _as_oserror():
-    """array_record raises a RuntimeError whatever the reason."""
-    try:
-        yield
-    except RuntimeError as e:
-        raise OSError(str(e).split(";")[0]) from e
 
 
 def _open(path: Path):

@@ -179,20 +179,6 @@ class MixtureSource:
         return part.texts(record) if hasattr(part, "texts") else part.read(record).texts
 
 
-def split_options(path: str) -> tuple[str, dict[str, str]]:
-    """`"a.csv?image=file&text=title"` -> ("a.csv", {"image": "file", "text": "title"}); a UserError for others."""
-    match = _OPTIONS.fullmatch(path)
-    if not match:
-        return path, {}
-    options = dict(parse_qsl(match[2], keep_blank_values=True))
-    if unknown := [o for o in options if o not in ("image", "text", "texts") or not options[o]]:
-        raise UserError(
-            f"config.data.path={path!r} has the option {listing(unknown)}: after ? write image=COLUMN, text=COLUMN, "
-            "texts=COLUMN, or several with & between them"
-        )
-    return match[1], options
-
-
 def _mixture(path: str, quiet: bool, **kw) -> MixtureSource:
     """`mix:2=a.csv;1=b/*.tar`: two thirds of the records are those of a.csv."""
     entries = [entry.strip() for entry in path.removeprefix(_MIXTURE).split(";") if entry.strip()]
@@ -239,7 +225,13 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, al
         return module.open_source(options)
     if path.startswith("tfds:"):
         return TfdsSource(path)
-    path, options = split_options(path)
+    match = _OPTIONS.fullmatch(path)
+    path, options = (match[1], dict(parse_qsl(match[2], keep_blank_values=True))) if match else (path, {})
+    if unknown := [o for o in options if o not in ("image", "text", "texts") or not options[o]]:
+        raise UserError(
+            f"config.data.path={path!r} has the option {listing(unknown)}: after ? write image=COLUMN, text=COLUMN, "
+            "texts=COLUMN, or several with & between them"
+        )
     path = path if is_remote(path) else os.path.expanduser(path)
     try:
         kind, paths = files.find(path)

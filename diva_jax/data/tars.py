@@ -143,27 +143,6 @@ def _index_shard(shard: int, path: str) -> _Index:
     return _Index(np.array(rows, _ROW), np.frombuffer(b"".join(names), np.uint8), np.array(notes))
 
 
-def _join(parts: Sequence[_Index]) -> _Index:
-    rows, before = np.concatenate([part.rows for part in parts]), np.cumsum([0, *(len(p.names) for p in parts[:-1])])
-    rows["name_end"] += np.repeat(before, [len(part.rows) for part in parts])
-    notes = [entry for part in parts for entry in json.loads(str(part.notes))]
-    return _Index(rows, np.concatenate([part.names for part in parts]), np.array(json.dumps(notes)))
-
-
-def _cache_file(shards: Sequence[str], cache_dir: str) -> str:
-    """The index's file, whose name changes whenever a shard is added, removed, replaced or written to."""
-
-    def version(shard: str) -> tuple[str, int, str]:
-        try:
-            return (shard if paths.is_remote(shard) else os.path.abspath(shard), *files.stat(shard))
-        except OSError:
-            return shard, -1, ""
-
-    with concurrent.futures.ThreadPoolExecutor(_SCANNERS) as pool:
-        facts = json.dumps([_INDEX_VERSION, list(pool.map(version, shards))])
-    return os.path.join(cache_dir, f"tar_index_{hashlib.sha256(facts.encode()).hexdigest()[:20]}.npz")
-
-
 def _load(path: str, shards: int) -> _Index | None:
     try:
         data = files.read_at_most(path, _MAX_INDEX_BYTES) or b""
@@ -183,14 +162,27 @@ def _load(path: str, shards: int) -> _Index | None:
 
 def _index(shards: Sequence[str], cache_dir: str | None, quiet: bool) -> _Index:
     """The index of all shards, from the cache if no shard has changed since it was written."""
-    cached = cache_dir and _cache_file(shards, cache_dir)
-    if cached and (index := _load(cached, len(shards))):
-        return index
+
+    def version(shard: str) -> tuple[str, int, str]:
+        try:
+            return (shard if paths.is_remote(shard) else os.path.abspath(shard), *files.stat(shard))
+        except OSError:
+            return shard, -1, ""
+
     with concurrent.futures.ThreadPoolExecutor(_SCANNERS) as pool:
+        if cache_dir:  # The file's name changes whenever a shard is added, removed, replaced or written to.
+            facts = json.dumps([_INDEX_VERSION, list(pool.map(version, shards))]).encode()
+            cached = os.path.join(cache_dir, f"tar_index_{hashlib.sha256(facts).hexdigest()[:20]}.npz")
+            if index := _load(cached, len(shards)):
+                return index
         scanned = pool.map(_index_shard, range(len(shards)), shards)
         # The bar appears where indexing takes more than ten seconds.
-        index = _join(list(tqdm(scanned, "indexing tar shards", len(shards), disable=quiet, delay=10, mininterval=10)))
-    if cached:
+        parts = list(tqdm(scanned, "indexing tar shards", len(shards), disable=quiet, delay=10, mininterval=10))
+    rows, before = np.concatenate([part.rows for part in parts]), np.cumsum([0, *(len(p.names) for p in parts[:-1])])
+    rows["name_end"] += np.repeat(before, [len(part.rows) for part in parts])
+    notes = [entry for part in parts for entry in json.loads(str(part.notes))]
+    index = _Index(rows, np.concatenate([part.names for part in parts]), np.array(json.dumps(notes)))
+    if cache_dir:
         np.savez(data := io.BytesIO(), **index._asdict())
         try:
             paths.write_whole(cached, data.getvalue())

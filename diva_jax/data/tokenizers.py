@@ -19,7 +19,6 @@ from diva_jax.common.json_files import open_regular
 from diva_jax.models.backbones import TextSpec
 
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
-_Pair = tuple[str, str]
 # The letters that stand for the bytes 0 to 255 in byte-level vocabularies, in the order of OpenAI's.
 BYTE_LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -47,11 +46,6 @@ def _basic_clean(text: str) -> str:
 def whitespace_clean(text: str) -> str:
     """open_clip's default for other tokenizers ("whitespace"): runs of whitespace become one blank, case is kept."""
     return " ".join(_basic_clean(text).split())
-
-
-def clip_clean(text: str) -> str:
-    """CLIP's ("lower"): runs of whitespace become one blank, then lower case."""
-    return whitespace_clean(text).lower()
 
 
 def siglip_clean(text: str) -> str:
@@ -98,7 +92,7 @@ class ClipTokenizer:
         for text in texts:
             pieces = self._exact.split(text) if self._exact else [text]
             # The library's own rule for words has another version of Unicode than open_clip's, and an older one.
-            words = ([p] if i % 2 else self._words.findall(clip_clean(p)) for i, p in enumerate(pieces))
+            words = ([p] if i % 2 else self._words.findall(whitespace_clean(p).lower()) for i, p in enumerate(pieces))
             ids.append(self._bpe.encode([w for several in words for w in several], is_pretokenized=True).ids)
         return np.array(ids, np.int32).reshape(len(texts), self._length)
 
@@ -132,16 +126,9 @@ class FolderTokenizer:
         return ids.reshape(shape), mask.reshape(shape)
 
 
-def _pair(merge: str | list[str]) -> _Pair:
+def _pair(merge: str | list[str]) -> tuple[str, str]:
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first, second
-
-
-def _openai_vocabulary(lines: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """From OpenAI's merges alone: bytes, bytes that end a word, merges, then the two special tokens."""
-    merges = [_pair(line) for line in lines[1 : _OPENAI_MERGES + 1]]
-    tokens = [*BYTE_LETTERS, *(letter + "</w>" for letter in BYTE_LETTERS), *(a + b for a, b in merges), _START, _END]
-    return {token: i for i, token in enumerate(tokens)}, merges
 
 
 def _content(path: Path, opened=open) -> bytes:
@@ -159,7 +146,7 @@ def _read(path: Path, missing: dict | None = None) -> dict:
     return missing if missing is not None and not path.exists() else json.loads(_content(path))
 
 
-def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[_Pair], dict[str, bool]]:
+def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, bool]]:
     """(token -> id, merges, added tokens as `ClipTokenizer` has them) from whichever of CLIP's files a folder has; a
     UserError where it has none, or one that is broken."""
     path = folder / "tokenizer.json"
@@ -178,7 +165,10 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[_Pair], dict[str
             path = folder / "tokenizer_config.json"
             listed |= {int(i): t for i, t in _read(path, {}).get("added_tokens_decoder", {}).items()}
         elif (path := folder / "bpe_simple_vocab_16e6.txt.gz").exists():
-            return *_openai_vocabulary(_content(path, gzip.open).decode("utf-8").split("\n")), {}
+            lines = _content(path, gzip.open).decode("utf-8").split("\n")
+            merges, listed = [_pair(line) for line in lines[1 : _OPENAI_MERGES + 1]], {}
+            letters = [*BYTE_LETTERS, *(letter + "</w>" for letter in BYTE_LETTERS)]
+            vocab = {t: i for i, t in enumerate([*letters, *(a + b for a, b in merges), _START, _END])}
         else:
             needed = f"{_CLIP_FILES}; put them there or set --config.eval.tokenizer=FOLDER"
             raise UserError(f"{folder} has no tokenizer: it needs {needed}")

@@ -25,26 +25,26 @@ from diva_jax.training.step import Program
 from diva_jax.weights import readers
 
 
-def facts(program: Program) -> dict:
-    """What a program's cache depends on beside the records and the boxes of the crops, for JSON."""
-    found = {}
-    for name, wanted in program.objective.cacheable.items():
+def described(program: Program) -> tuple[dict, dict[str, tuple[int, ...]], bool]:
+    """(what a program's cache depends on beside the records and the boxes of the crops, for JSON; the shapes of what is
+    cached; whether captions are among what it is made of)."""
+    found, cacheable = {}, program.objective.cacheable
+    for name, wanted in cacheable.items():
         files = [file for part in wanted.parts.values() for file in part.open().files]
         found[name] = {**wanted.facts, "weights": readers.fingerprint(files)}
     found = found["moments"] if list(found) == ["moments"] else found
-    return {**found, "crop": program.config.data.crop.to_dict()}
-
-
-def _stored(program: Program) -> tuple[dict[str, tuple[int, ...]], bool]:
-    """(the shapes of what is cached, whether captions are among what it is made of)."""
-    wanted = program.objective.cacheable
-    return {name: w.shape for name, w in wanted.items()}, any("caption" in w.reads for w in wanted.values())
+    facts = {**found, "crop": program.config.data.crop.to_dict()}
+    return (
+        facts,
+        {name: w.shape for name, w in cacheable.items()},
+        any("caption" in w.reads for w in cacheable.values()),
+    )
 
 
 def open_cache(program: Program) -> Cache | None:
     """The cache that `config.data.latents` names, if any; a UserError where it is not one of this config."""
     path = program.config.data.latents
-    return Cache(path, facts(program), *_stored(program)) if path else None
+    return Cache(path, *described(program)) if path else None
 
 
 class Builder:
@@ -70,10 +70,10 @@ class Builder:
         self._source = pipeline.open_records(data, self._inputs, quiet=self._process != 0)
         self._make = {name: i.open(data) for name, i in self._inputs.items()}
         self._batch = batch * len(devices)
-        shapes, self._with_text = _stored(self.program)
+        facts, shapes, self._with_text = described(self.program)
         counts = dict(records=len(self._source), crops=crops, seed=config.seed, per_shard=per_shard)
         whole = shapes["moments"] if list(shapes) == ["moments"] else (1, 1, sum(map(math.prod, shapes.values())))
-        self.manifest = Manifest(facts=facts(self.program), shape=whole, **counts)
+        self.manifest = Manifest(facts=facts, shape=whole, **counts)
         there = Manifest.read(self.folder, "--out")
         if there is not None and there.fingerprint != self.manifest.fingerprint:
             wrong = differences(vars(there), vars(self.manifest))
@@ -108,15 +108,6 @@ class Builder:
         distributed.check_same({"the manifest in --out, which must be one folder for all processes": seen})
         return missing
 
-    def _positions(self) -> np.ndarray:
-        """[crops, records]: where a run with the config's seed has each record in each epoch."""
-        n = self.manifest.records
-        order = pipeline.shuffled(n, self.manifest.seed)
-        found = np.empty((self.manifest.crops, n), np.int64)
-        for position in range(found.size):
-            found[position // n, order[position]] = position
-        return found
-
     def _crops(self, record: int) -> list[tuple[Entry, dict[str, np.ndarray] | None]]:
         """(entry without moments, its inputs) of each crop of a record; the inputs are None where it is broken."""
         m, settings = self.manifest, self.config.data.crop
@@ -133,15 +124,6 @@ class Builder:
                 arrays = {name: make(example) for name, make in self._make.items()}
                 rows.append((Entry(record, k, crc, box, None), arrays))
             return rows
-
-    def _read(self, shard: int) -> Iterator[tuple[Entry, dict[str, np.ndarray] | None]]:
-        """The crops of a shard, see `_crops`; records are decoded in threads."""
-        data, records = self.config.data, self.manifest.range(shard)
-        ahead = max(data.threads, 2 * self._batch // self.manifest.crops) if data.threads else 0
-        options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead)
-        wanted = grain.MapDataset.range(records.start, records.stop).map(lambda i: self._crops(int(i)))
-        with contextlib.closing(iter(wanted.to_iter_dataset(options))) as found:
-            yield from itertools.chain.from_iterable(found)
 
     def _encoder(self):
         """A function: batch on the host -> [B, *shape of an entry] on the devices, while the host goes on."""
@@ -161,24 +143,27 @@ class Builder:
         return lambda batch: compiled(arrays, jax.device_put(batch, program.batch_sharding))
 
     def _entries(self, shard: int) -> Iterator[Entry]:
-        """The entries of a shard. Batches do not cross shards, so that a shard is the same whenever it is made."""
-        crops = self._read(shard)
-        pending: list[tuple] = []  # (rows, moments on the devices): one batch is encoded while the next is decoded.
-        while rows := list(itertools.islice(crops, self._batch)):
-            batch = {name: np.zeros((self._batch, *i.shape), i.dtype) for name, i in self._inputs.items()}
-            for row, (_, arrays) in enumerate(rows):
-                for name, array in (arrays or {}).items():
-                    batch[name][row] = array
-            pending.append((rows, self._encode(batch)))
-            if len(pending) > 1:
-                yield from self._finish(*pending.pop(0))
-        for batch in pending:
-            yield from self._finish(*batch)
-
-    def _finish(self, rows, moments) -> Iterator[Entry]:
-        for (entry, arrays), found in zip(rows, np.asarray(moments), strict=False):
-            yield entry if arrays is None else entry._replace(moments=found)
-        self._progress.update(len(rows))
+        """The entries of a shard; records are decoded in threads. Batches do not cross shards, so that a shard is the
+        same whenever it is made."""
+        data, records = self.config.data, self.manifest.range(shard)
+        ahead = max(data.threads, 2 * self._batch // self.manifest.crops) if data.threads else 0
+        options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead)
+        wanted = grain.MapDataset.range(records.start, records.stop).map(lambda i: self._crops(int(i)))
+        rows, pending = [None], []  # (rows, moments on the devices): one batch is encoded while the next is decoded.
+        with contextlib.closing(iter(wanted.to_iter_dataset(options))) as found:
+            crops = itertools.chain.from_iterable(found)
+            while rows or pending:
+                if rows := list(itertools.islice(crops, self._batch)):
+                    batch = {name: np.zeros((self._batch, *i.shape), i.dtype) for name, i in self._inputs.items()}
+                    for row, (_, arrays) in enumerate(rows):
+                        for name, array in (arrays or {}).items():
+                            batch[name][row] = array
+                    pending.append((rows, self._encode(batch)))
+                if len(pending) > bool(rows):
+                    done, moments = pending.pop(0)
+                    for (entry, arrays), value in zip(done, np.asarray(moments), strict=False):
+                        yield entry if arrays is None else entry._replace(moments=value)
+                    self._progress.update(len(done))
 
     def run(self) -> None:
         """Writes all shards that are missing. A UserError where the folder cannot be written, is too small, or is not
@@ -190,7 +175,11 @@ class Builder:
             f"{len(missing)} of this process's {len(self.mine)} shards are to be made"
         )
         if missing:
-            self._where, self._encode = self._positions(), self._encoder()
+            # Where a run with the config's seed has each record in each epoch, [crops, records].
+            order, self._where = pipeline.shuffled(m.records, m.seed), np.empty((m.crops, m.records), np.int64)
+            for position in range(self._where.size):
+                self._where[position // m.records, order[position]] = position
+            self._encode = self._encoder()
         self._progress = log.progress("encoding", sum(len(m.range(s)) for s in missing) * m.crops, "crops")
         for shard in missing:
             advice = "see that the folder can be written and has space, then run the same command, which goes on after"

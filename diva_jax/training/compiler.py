@@ -15,7 +15,7 @@ import os
 import re
 import zlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import pydantic
@@ -105,12 +105,6 @@ def use_cache(setting: str, workdir: epath.Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-class _Checked(json_files.Record):
-    """What a check of a device has found: kernel, as in `platform.allowed`, -> whether it computes what XLA does."""
-
-    kernels: dict[str, bool]
-
-
 def checked_file(kind: str, workdir: epath.Path | None = None) -> epath.Path:
     """The file with the results of a kind of device, `device.device_kind`; other versions or kernels have another."""
     packages = [p for p in ("jax", "jaxlib", "libtpu") if importlib.util.find_spec(p)]
@@ -121,9 +115,10 @@ def checked_file(kind: str, workdir: epath.Path | None = None) -> epath.Path:
 
 
 def checked_kernels(kind: str, workdir: epath.Path | None = None) -> dict[str, bool]:
-    """The kept results of a kind of device; a UserError where the file is damaged."""
-    file = checked_file(kind, workdir)
-    return dict(json_files.read(file, _Checked, f"remove it, {_CHECK} writes it again", _Checked(kernels={})).kernels)
+    """The kept results of a kind of device: kernel, as in `platform.allowed`, -> whether it computes what XLA does; a
+    UserError where the file is damaged."""
+    form, repair = dict[Literal["kernels"], dict[str, pydantic.StrictBool]], f"remove it, {_CHECK} writes it again"
+    return json_files.read(checked_file(kind, workdir), form, repair, {}).get("kernels", {})
 
 
 def keep_checked(kind: str, found: dict[str, bool], workdir: epath.Path | None = None) -> epath.Path:

@@ -191,10 +191,6 @@ class ClipSource:
         return dataclasses.replace(self.spec, source=source)
 
 
-def _scalar(t: Tensor) -> Tensor:
-    return t if t.shape != (1,) else Tensor((), t.dtype, lambda: np.asarray(t).reshape(()))
-
-
 # Prefixes of names that wrappers and training code add.
 _AROUND = re.compile(r"((module|_orig_mod|model|class_model|clip|clip_model|net|backbone)\.)+")
 
@@ -224,8 +220,11 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
         )
     if architecture.TEXT is not None:
         tensors = tensors.renamed(architecture.TEXT.canonical)
-    scaled = {n: _scalar(t) if n in ("logit_scale", "logit_bias") else t for n, t in tensors.items()}
-    return Tensors(scaled, tensors.files)
+    for name in {"logit_scale", "logit_bias"} & tensors.keys():
+        if (t := tensors[name]).shape == (1,):
+            scalar = Tensor((), t.dtype, lambda t=t: np.asarray(t).reshape(()))
+            tensors = Tensors(tensors | {name: scalar}, tensors.files)
+    return tensors
 
 
 def _openai_spec(tensors: Tensors) -> Spec:

@@ -166,11 +166,6 @@ def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> d
     return config
 
 
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    a, b = np.asarray(ours), np.asarray(theirs)
-    return a.dtype == b.dtype and np.array_equal(a, b)
-
-
 def _ids(spec: Spec) -> np.ndarray:
     """Token ids of one text, int64 [1, context_length], where there is no tokenizer."""
     ids = np.arange(1, spec.text.context_length + 1)[None] % spec.text.vocab_size
@@ -374,7 +369,9 @@ def export(
         path = folder / PT_FILE if fmt == "pt" else folder
         there = origins.open_source(str(path)).tensors
         wrong = tensors.keys() ^ there.keys()
-        wrong |= {n for n in tensors.keys() & there.keys() if not _same(tensors[n], there[n])}
+        for name in tensors.keys() & there.keys():
+            ours, theirs = np.asarray(tensors[name]), np.asarray(there[name])
+            wrong |= set() if ours.dtype == theirs.dtype and np.array_equal(ours, theirs) else {name}
         if wrong:
             raise RunError(f"{out} read back differs in {listing(sorted(wrong), 5)}: nothing was exported")
         narrowed = any(np.dtype(t.dtype).itemsize > jnp.dtype(dtype).itemsize for t in source.tensors.values())

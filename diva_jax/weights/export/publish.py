@@ -168,16 +168,6 @@ def _check_hub(repo: str) -> None:
         HfApi().whoami()
 
 
-def _push(out: Path, repo: str) -> None:
-    from huggingface_hub import HfApi
-
-    problem = f"{out} is written, but was not pushed to {repo}"
-    with explained(problem, f"push it with hf upload {repo} {out}", Exception, kind=RunError):
-        HfApi().create_repo(repo, exist_ok=True)
-        url = HfApi().upload_folder(repo_id=repo, folder_path=out, commit_message="Export of diva_jax")
-    say(f"pushed to {url}")
-
-
 def export(
     source: str | os.PathLike,
     out: str | os.PathLike,
@@ -224,5 +214,11 @@ def export(
         scores=scores_of(options.results, source, step) if options.results else None,
     )
     layouts.export(opened, spec, out, fmt, dtype=dtype, card=readme, hub=options.push_to_hub)
-    if options.push_to_hub:
-        _push(out, options.push_to_hub)
+    if repo := options.push_to_hub:
+        from huggingface_hub import HfApi
+
+    problem = f"{out} is written, but was not pushed to {repo}"
+    with explained(problem, f"push it with hf upload {repo} {out}", Exception, kind=RunError):
+        HfApi().create_repo(repo, exist_ok=True)
+        url = HfApi().upload_folder(repo_id=repo, folder_path=out, commit_message="Export of diva_jax")
+    say(f"pushed to {url}")
