@@ -33,12 +33,8 @@ def described(program: Program) -> tuple[dict, dict[str, tuple[int, ...]], bool]
         files = [file for part in wanted.parts.values() for file in part.open().files]
         found[name] = {**wanted.facts, "weights": readers.fingerprint(files)}
     found = found["moments"] if list(found) == ["moments"] else found
-    facts = {**found, "crop": program.config.data.crop.to_dict()}
-    return (
-        facts,
-        {name: w.shape for name, w in cacheable.items()},
-        any("caption" in w.reads for w in cacheable.values()),
-    )
+    facts, shapes = {**found, "crop": program.config.data.crop.to_dict()}, {n: w.shape for n, w in cacheable.items()}
+    return facts, shapes, any("caption" in w.reads for w in cacheable.values())
 
 
 def open_cache(program: Program) -> Cache | None:
