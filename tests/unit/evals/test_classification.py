@@ -40,7 +40,6 @@ def write_tars(root, labels=LABELS):
 
 
 def test_scores_by_hand(folders):
-    """tests/parity has the same against scikit-learn."""
     task = prepare(folders)
     assert task.count == 13 and list(task.images.targets) == LABELS and len(task.texts) == 6 * 80
     assert task.texts[80] == "a bad photo of a small dog."
@@ -66,8 +65,6 @@ def test_scores_by_hand(folders):
     assert test["won"] == (now & ~right).sum() and test["lost"] == (right & ~now).sum()
     assert compared["scores"]["mean_per_class_recall"]["mcnemar"] is None
 
-
-def test_scores_that_are_not_finite_are_wrong(folders):
     class Broken(FakeModel):
         def draw(self, *shape):
             out = super().draw(*shape)
@@ -85,9 +82,6 @@ def test_tars_in_clip_benchmarks_layout(tmp_path):
         assert list(task.images.targets) == LABELS and task.texts[:3] == ["a cat", "the cat.", "a small dog"]
         assert task.images.read(12).size == patch(12).size
         assert task.images.names[9] == "10.tar[9]"
-
-
-def test_fewer_than_five_classes_have_no_acc5(tmp_path):
     root = write_tars(tmp_path / "tars", labels=[i % 4 for i in LABELS])
     (root / "classnames.txt").write_text("a\nb\nc\nd\n")
     assert set(prepare(root).metrics) == {"acc1", "mean_per_class_recall"}
@@ -155,8 +149,7 @@ def test_names_and_prompts_from_json(folders, tmp_path, option, value, expected)
         assert task.classified[""].prompts[1] == expected
 
 
-def test_labels_of_folders(tmp_path, caplog):
-    """Numbers in their order, ImageNet's names by WordNet id; splits, and another number of names, are refused."""
+def test_labels_of_folders(tmp_path, caplog, folders):
     names = [f"word {i}" for i in range(12)]
     root = write_class_folders(tmp_path / "numbers", list(range(12)), list(map(str, range(12))))
     assert prepare(root).classes == list(map(str, range(12)))
@@ -175,9 +168,6 @@ def test_labels_of_folders(tmp_path, caplog):
         root = write_class_folders(tmp_path / "-".join(split), list(range(len(split))), split)
         refused("which are splits of a data set and no classes", prepare, root)
     assert prepare(write_class_folders(tmp_path / "vehicles", [0, 1], ["bus", "train"])).classes == ["bus", "train"]
-
-
-def test_a_file_of_names_that_is_missing(folders, tmp_path):
     refused("cannot be read", prepare, folders, classes=str(tmp_path / "none.json"))
 
 
@@ -189,7 +179,13 @@ BROKEN_TARS = {
 }
 
 
-def test_broken_tars_are_refused(tmp_path):
+def test_broken_folders_are_refused(tmp_path):
+    refused("is not a folder", prepare, tmp_path / "nothing")
+    refused("neither tar shards nor a folder of images", prepare, tmp_path)
+    (tmp_path / "a").mkdir()
+    refused("a has no image in it", prepare, tmp_path)
+    (tmp_path / "a" / "1.png").write_bytes(b"broken")
+    refused(r"the image .*1.png cannot be read", lambda: prepare(tmp_path).images.read(0))
     root = write_tars(tmp_path / "tars")
     for says, members in BROKEN_TARS.items():
         write_tar(root / "test" / "1.tar", members)
@@ -202,15 +198,6 @@ def test_broken_tars_are_refused(tmp_path):
     (root / "test" / "nshards.txt").unlink()
     (root / "classnames.txt").unlink()
     refused("the data names no classes", prepare, root)
-
-
-def test_broken_folders_are_refused(tmp_path):
-    refused("is not a folder", prepare, tmp_path / "nothing")
-    refused("neither tar shards nor a folder of images", prepare, tmp_path)
-    (tmp_path / "a").mkdir()
-    refused("a has no image in it", prepare, tmp_path)
-    (tmp_path / "a" / "1.png").write_bytes(b"broken")
-    refused(r"the image .*1.png cannot be read", lambda: prepare(tmp_path).images.read(0))
 
 
 TRAIN, TEST = [0, 0, 1, 1, 1, 2, 2, 0, 1], [0, 1, 1, 2, 2]
@@ -295,10 +282,7 @@ def test_bad_splits_are_refused(tmp_path):
     refused("differ in the classes c, d", probe_task, tmp_path)
     tars = [probe_tars(tmp_path / "t" / name, labels) for name, labels in (("a", [0, 1]), ("b", [1, 4]))]
     refused(
-        r"0.tar\[1\] of the test split has the label 4",
-        probe_task,
-        f"train={tars[0]},test={tars[1]}",
-        neighbours=1,
+        r"0.tar\[1\] of the test split has the label 4", probe_task, f"train={tars[0]},test={tars[1]}", neighbours=1
     )
     tars = [probe_tars(tmp_path / "u" / name, [0, 0]) for name in "ab"]
     refused("at least two classes", probe_task, f"train={tars[0]},test={tars[1]}", neighbours=1)

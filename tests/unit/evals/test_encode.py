@@ -62,16 +62,13 @@ def test_same_for_any_devices_and_batch(spec):
         assert reference["dense"].shape == (5, 9, CLIP.embed_dim)
 
 
-def test_each_image_has_draws_of_its_own():
+def test_draws_of_each_image_and_rounding():
     few, many = images(CLIP, 8, 16, count=5), images(CLIP, 1, 7)
     np.testing.assert_allclose(few["published"], many["published"][:5], atol=2e-6)
     draws = many["published"]
     assert np.abs(draws[:, 0] - draws[:, 1]).max() > 1e-3 < np.abs(draws[0] - draws[1]).max()
     other = images(CLIP, 1, 7, seed=1)["published"]
     assert np.abs(other - draws).max() > 1e-3
-
-
-def test_bfloat16():
     exact, rounded = images(CLIP, 1, 7)["pooled"], images(CLIP, 1, 7, seeds=0, dtype="bfloat16")["pooled"]
     assert 1e-4 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.03
 

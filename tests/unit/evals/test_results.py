@@ -1,20 +1,29 @@
-"""The files of an evaluation hold any text, in the declared form; what a comparison says in words."""
+"""Files of an evaluation and what a comparison says in words; the section `config.eval`, tasks from outside."""
 
 import csv
+import dataclasses
+import importlib
 import itertools
 import json
 import re
+import sys
 import typing
 
 import numpy as np
 import pydantic
 import pytest
 import report_samples as samples
+from eval_data import eval_config
+from helpers import failed, refused
+from ml_collections import ConfigDict
 from places import ROOT
+from specs import EVAL_CLIP as CLIP
 
+from diva_jax import config, evals
 from diva_jax.common import results_schema
-from diva_jax.common.errors import RunError
-from diva_jax.evals import results
+from diva_jax.common.errors import UserError
+from diva_jax.evals import Settings, encode, evaluator, results
+from diva_jax.training import partition
 
 PIECES = ["\r", "\n", "\r\n", '"', "'", ",", ";", "\t", "=", "+", "-", "@", "a", "é", "\x00", "\x1b[31m", " ", "\u2028"]
 
@@ -33,37 +42,34 @@ def content(tmp_path, names) -> dict:
 @pytest.mark.attack
 @pytest.mark.parametrize("seed", range(5))
 def test_csv_readers_get_back_what_was_written(tmp_path, seed):
+    """Also where a name is no text: Python stands for a byte that is not UTF-8 by half of a surrogate pair."""
     rng = np.random.default_rng(seed)
     texts = ["".join(rng.choice(PIECES, int(rng.integers(0, 7)))) for _ in range(100)]
-    rows = [
-        {"task": "t", "item": i, "text": text, "score": -0.25 * i, "correct": i % 2 == 0, "own": None}
-        for i, text in enumerate(texts)
-    ]
-    results.write(tmp_path, content(tmp_path, texts), rows)
-    found = read(tmp_path)
-    assert len(found) == len(rows)
+    own = {"task": "t", "own": None}
+    rows = [own | dict(item=i, text=text, score=-0.25 * i, correct=i % 2 == 0) for i, text in enumerate(texts)]
+    name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    results.write(tmp_path, content(tmp_path, [*texts, name]), [*rows, {"item": 100, "text": name, "file": name}])
+    *found, last = read(tmp_path)
     for row, text in zip(found, texts, strict=True):
         assert row["text"] in (text, "'" + text) and not row["text"].startswith(results._FORMULA_PREFIXES)
         assert (row["text"] == text) == (not text.startswith(results._FORMULA_PREFIXES))
         assert float(row["score"]) == -0.25 * int(row["item"]) and row["correct"] in ("True", "False")
-    assert json.loads((tmp_path / "results.json").read_text("utf-8"))["tasks"].keys() == set(texts)
+    assert last["file"] == "caf\\udce9.jpg"
+    assert json.loads((tmp_path / "results.json").read_text("utf-8"))["tasks"].keys() == {*texts, name}
 
 
-@pytest.mark.attack
-def test_names_of_files_that_are_no_text(tmp_path):
-    """Python stands for a byte that is not UTF-8 by half of a surrogate pair, which UTF-8 does not have."""
-    name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
-    results.write(tmp_path, content(tmp_path, [name]), [{"file": name}])
-    assert read(tmp_path)[0]["file"] == "caf\\udce9.jpg"
-    assert list(json.loads((tmp_path / "results.json").read_text("utf-8"))["tasks"]) == [name]
-
-
-def test_what_the_report_could_not_show_is_an_error_after_the_files_are_written(tmp_path):
+def test_what_the_report_could_not_show_is_an_error(tmp_path):
+    """Of the run, after the files are written; a verdict on something unknown is one of the form."""
     wrong = content(tmp_path / "sample", ["mine"])
     wrong["tasks"]["mine"]["comparisons"][0]["scores"]["cosine"]["score"] = "0.9"
-    with pytest.raises(RunError, match=r"tasks\.mine\.comparisons\.0\.scores\.cosine\.score\.score is '0\.9'"):
-        results.write(tmp_path, wrong, [])
+    failed(r"tasks\.mine\.comparisons\.0\.scores\.cosine\.score\.score is '0\.9'", results.write, tmp_path, wrong, [])
     assert json.loads((tmp_path / "results.json").read_text()) == wrong
+    good = samples.write_evaluation(tmp_path, [], mmvp=samples.pairs_task(ENDS[1], ENDS[0]))
+    results_schema.Results.model_validate(good)
+    for change in ({"task": "x"}, {"pairs": "x"}, {"matches": "x"}):
+        summary = good["summary"][0] | {"verdicts": [good["summary"][0]["verdicts"][0] | change]}
+        with pytest.raises(ValueError, match="a verdict on"):
+            results_schema.Results.model_validate(good | {"summary": [summary]})
 
 
 def fields_of(form, seen: set) -> set[str]:
@@ -139,22 +145,6 @@ def test_the_same_against_a_control(control):
     assert ("nothing can be claimed" in found[1]["detail"]) == (control != 1)
 
 
-def test_nothing_is_said_without_pairs_and_matches():
-    assert results.summaries({"drift": samples.drift_task(), "zeroshot": samples.zeroshot_task()}) == []
-    wrong = samples.drift_task()
-    wrong["comparisons"][0]["scores"]["cosine"]["score"] = "0.9"
-    assert summaries(1, 1, drift=wrong) == []
-
-
-def test_a_verdict_on_something_unknown_is_refused(tmp_path):
-    content = samples.write_evaluation(tmp_path, [], mmvp=samples.pairs_task(ENDS[1], ENDS[0]))
-    results_schema.Results.model_validate(content)
-    for change in ({"task": "x"}, {"pairs": "x"}, {"matches": "x"}):
-        wrong = content["summary"][0] | {"verdicts": [content["summary"][0]["verdicts"][0] | change]}
-        with pytest.raises(ValueError, match="a verdict on"):
-            results_schema.Results.model_validate(content | {"summary": [wrong]})
-
-
 def test_the_words_are_first_on_the_screen():
     task = samples.pairs_task(ENDS[1], ENDS[0])
     lines = results.table({"summary": results.summaries({"mmvp": task}), "tasks": {"mmvp": task}}).splitlines()
@@ -162,3 +152,131 @@ def test_the_words_are_first_on_the_screen():
     rows = [line.split() for line in lines if f"-> {samples.AFTER}" in line]
     assert [row[3] for row in rows] == ["pooled", "pooled_match"]
     assert rows[1][-4:] == ["texts", "+1.75", "groups", "+1.75"]
+    assert results.summaries({"drift": samples.drift_task(), "zeroshot": samples.zeroshot_task()}) == []
+    wrong = samples.drift_task()
+    wrong["comparisons"][0]["scores"]["cosine"]["score"] = "0.9"
+    assert summaries(1, 1, drift=wrong) == []
+
+
+TASKS = ["choice", "drift", "feedback", "judge", "mmvp", "probe", "retrieval", "robustness", "segmentation", "zeroshot"]
+OUTSIDE = """
+import dataclasses
+from ml_collections import ConfigDict
+from diva_jax.evals import Outcome, Task
+
+RULES = (("scale", lambda x: x > 0, "must be above 0"),)
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    scale: float = 2.0
+
+def default():
+    return ConfigDict(dataclasses.asdict(Options()))
+
+class Length(Task):
+    title, items, count = "Length", "letters", 1
+    metrics = {"length": {"title": "length", "unit": ""}}
+
+    def __init__(self, path, options, settings):
+        self.data, self.options, self.settings = path, options, settings
+
+    def evaluate(self, model):
+        score = self.options.scale * len(self.data)
+        return Outcome({"scores": {"length": {"score": score, "interval": None}}}, [], {"score": score})
+
+    def compare(self, before, after):
+        difference = after.held["score"] - before.held["score"]
+        return {"scores": {"length": {"difference": difference, "interval": None, "mcnemar": None}}}
+
+def prepare(path, section, settings):
+    return Length(path, Options(**section), settings)
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A package with the task `outside_tasks.length`, and modules that are not tasks."""
+    package = tmp_path / "outside_tasks"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    for name in ("length", "data", "mmvp"):
+        (package / f"{name}.py").write_text(OUTSIDE)
+    (package / "empty.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield "outside_tasks.length"
+    for name in [n for n in sys.modules if n.startswith("outside_tasks")]:
+        del sys.modules[name]
+
+
+def changed(**fields) -> ConfigDict:
+    """The default section with other values, by name; dots as double underscores."""
+    section = evals.default()
+    for name, value in fields.items():
+        *path, leaf = name.split("__")
+        node = section
+        for part in path:
+            node = node[part]
+        node[leaf] = value
+    return section
+
+
+def test_defaults():
+    """The default of each option is asserted by the checks of docs/CONFIG.md, which lists them."""
+    c = config.default().eval.to_dict()
+    assert set(c) == {f.name for f in dataclasses.fields(Settings)} | set(TASKS) - {"retrieval"}
+    assert evals.names() == TASKS
+    settings, own = evals.parse(evals.default(), TASKS)
+    assert settings == Settings() and list(own) == TASKS
+    assert own["feedback"].to_dict() == c["feedback"] and not own["retrieval"]
+
+
+def test_other_bad_values_are_refused():
+    refused("config.eval.dtype='float16' must be float32 or bfloat16", evals.parse, changed(dtype="float16"))
+    refused("config.eval.every=-1 must be at least 0", evals.parse, changed(every=-1, data=("drift=x",)))
+    for changes in (dict(every=3), dict(data=("drift=x",))):
+        with pytest.raises(UserError, match="set both, every to at least 1 and data to texts TASK=PATH, or neither"):
+            evals.parse(changed(**changes))
+    for entry in ("drift", "drift=", "=x"):
+        refused(f"config.eval.data has '{entry}', which is not TASK=PATH", evals.parse, changed(every=3, data=(entry,)))
+    for name in ("stats", "nothing"):
+        refused(f"the task {name} is not known: use choice, drift, .*mmvp", evals.find, name)
+        refused(f"the task {name} is not known", evals.parse, changed(every=3, data=(f"{name}=x",)))
+
+
+@pytest.mark.parametrize("field", ["images", "mmvp__draws", "my_task"])
+def test_unknown_fields_are_refused(field):
+    refused(f"the config has no field eval.{field.replace('__', '[.]')}", evals.parse, changed(**{field: 3}))
+    c = config.default()
+    with c.unlocked():
+        c.eval = changed(**{field: 3})
+    refused("the config has no field eval.", config.validate, c, 1)
+
+
+def test_a_task_from_outside_the_package(outside, tmp_path):
+    c = eval_config(CLIP, tmp_path)
+    mesh = partition.make_mesh(c.mesh)
+    c.eval.update(every=2, data=(f"{outside}=four",), seed=7)
+    config.validate(c, 1)
+    task = evaluator.Evaluator(c, mesh, {outside: "four"}).tasks["length"]
+    assert task.options.scale == 2.0 and task.settings.seed == 7  # No section: the defaults.
+    with c.unlocked():
+        c.eval.length = evals.find(outside).default()
+    c.eval.length.scale = 3.0
+    config.validate(c, 1)
+    run = evaluator.in_training(c, mesh)
+    assert run.options["length"] == {"scale": 3.0} and "every" not in run.options and "mmvp" not in run.options
+    outcomes = run.evaluate(run.model("x", encode.Encoder({}, None, "", {}, "")))
+    tasks, rows = run.report([("x", outcomes), ("y", outcomes)])
+    assert tasks["length"]["weights"]["x"]["scores"]["length"]["score"] == 12 and rows == []
+    assert tasks["length"]["comparisons"][0]["scores"]["length"]["difference"] == 0
+    c.eval.length.scale = 0.0
+    refused("config.eval.length.scale=0.0 must be above 0", evaluator.Evaluator, c, mesh, {outside: "four"})
+    for name, says in (
+        ("outside_tasks.none", "--task=.outside_tasks.none. cannot be imported .*PYTHONPATH"),
+        ("outside_tasks.empty", "the module outside_tasks.empty is not a task, it lacks prepare"),
+        ("outside_tasks.data", "config.eval has another 'data', rename the module"),
+        ("outside_tasks.mmvp", "config.eval has another 'mmvp', rename the module"),
+    ):
+        with pytest.raises(UserError, match=says):
+            evals.parse(evals.default(), [name])

@@ -19,9 +19,8 @@ COUNT = 3
 
 def save_labels(path, labels, mode="L"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(labels.astype(np.uint8), "L")
+    image = Image.fromarray(labels.astype(np.uint8), mode)
     if mode == "P":
-        image = Image.fromarray(labels.astype(np.uint8), "P")
         image.putpalette([v for i in range(256) for v in (255 - i, i, i // 2)])
     image.save(path)
 
@@ -163,7 +162,7 @@ def test_class_lists():
         assert len(found.values) == found.classes and not set(found.values) & set(found.ignored)
 
 
-def test_synonyms_and_background():
+def test_synonyms_background_and_the_interval_of_ratios():
     cosines = np.array([[[0.9, 0.1, 0.2], [0.1, 0.1, 0.5], [0.3, 0.31, 0.3]]])
     owner = np.array([0, 1, 1])
     assert segmentation.classify(cosines, owner, 40, 0.0).tolist() == [[0, 1, 1]]
@@ -171,9 +170,6 @@ def test_synonyms_and_background():
     # The maximum over synonyms comes after the softmax over all texts: two halves do not add up.
     tied = np.array([[[0.5, 0.49, 0.49]]])
     assert segmentation.classify(tied, owner, 1, 0.0).tolist() == [[0]]
-
-
-def test_interval_of_ratios_is_plain_resampling():
     rng = np.random.default_rng(0)
     union = rng.integers(1, 50, (40, 3))
     both = (union * rng.random((40, 3))).astype(int)
@@ -221,9 +217,6 @@ def test_bad_data_is_refused(tmp_path):
     refused("has the mode RGB", prepare, f"voc21={root}")
     label.unlink()
     refused("2007_000001.png cannot be read", prepare, f"voc21={root}")
-
-
-def test_towers_without_a_text_space_are_refused(tmp_path):
     task = prepare(f"voc21={write_voc(tmp_path)}", bind=False)
     config = eval_config(CLIP, "x")
     config.backbone.arch = "dinov2"

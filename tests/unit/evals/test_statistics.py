@@ -111,14 +111,11 @@ def test_answers_against_every_comparison(images, texts):
     assert seen >= {(kind, value) for kind in kinds for value in (True, False)} - {("image", False)}
 
 
-@pytest.mark.parametrize("value", [0.3, np.nan, np.inf])
-def test_a_collapsed_encoder_has_nothing_right(value):
-    for size in (2, 4):
+def test_what_is_right_at_the_edges():
+    """A collapsed encoder has nothing right; a match may be where both texts prefer one image."""
+    for value, size in itertools.product((0.3, np.nan, np.inf), (2, 4)):
         right = tuple((i, i) for i in range(size))
         assert not any(v.any() for v in matching.answers(np.full((5, size, size), value), right).values())
-
-
-def test_a_match_where_both_texts_prefer_one_image():
     found = matching.answers(np.array([[0.30, 0.28], [0.20, 0.27]]), ((0, 0), (1, 1)))
     assert {kind for kind, value in found.items() if value} == {"text", "match"}
     # Every cycle of a set of 200 gains: sums do not overflow.
@@ -140,24 +137,16 @@ class Marks(ItemTask):
         return Values(held[metric].astype(float), strata=np.arange(len(held[metric])) % 3)
 
 
-@dataclasses.dataclass
 class Held(dict):
     """What stands for a model here."""
 
-    label: str = "x"
-
-    def __hash__(self):
-        return id(self)
+    label = "x"
 
 
 def outcomes(count, share, seed=0, n=60):
     rng, task = np.random.default_rng(seed), Marks()
-    out = []
-    for _ in range(count):
-        held = Held()
-        held.update({metric: rng.random(n) < share for metric in task.metrics})
-        out.append(task.evaluate(held))
-    return out
+    held = [Held((metric, rng.random(n) < share) for metric in task.metrics) for _ in range(count)]
+    return list(map(task.evaluate, held))
 
 
 @pytest.mark.parametrize("counts", [(2, 2), (3, 7), (5, 2)])
@@ -190,31 +179,25 @@ def test_a_group_is_the_mean_of_its_runs_over_items_and_over_runs(counts):
         assert scored["score"] == pytest.approx(np.mean(mean))
         assert scored.get("runs", []) == (pytest.approx(mean) if len(side) > 1 else [])
     assert seeds.outcome(task, after)["patterns"][0]["scores"]["first"]["score"] == 7.0
-
-
-def test_one_run_each_is_the_tasks_own_comparison():
     task, (b,), (a,) = Marks(), outcomes(1, 0.4), outcomes(1, 0.6, 1)
     assert seeds.compare(task, [b], [a]) == task.compare(b, a) and seeds.outcome(task, [a]) is a.results
 
 
-@pytest.mark.parametrize("text, want", [
-    ("runs/a", ("", ["runs/a"])), ("runs/a:400", ("", ["runs/a:400"])),
-    ("t-1=runs/a,runs/b:7", ("t-1", ["runs/a", "runs/b:7"])),
-    ("hf-hub:a/b", ("", ["hf-hub:a/b"])),
-])  # fmt: skip
-def test_how_a_group_is_written(text, want):
-    assert seeds.parse(text) == want
+GROUPS = {
+    "runs/a": ("", ["runs/a"]),
+    "runs/a:400": ("", ["runs/a:400"]),
+    "t-1=runs/a,runs/b:7": ("t-1", ["runs/a", "runs/b:7"]),
+    "hf-hub:a/b": ("", ["hf-hub:a/b"]),
+    "a=b,c": ("", ["a=b,c"]),  # A folder with such a name is a folder.
+}
 
 
-@pytest.mark.parametrize("text", ["t=runs/a", "t=runs/a,", "t=runs/a,runs/a", "t=runs/a,runs/b,runs/a"])
-def test_a_group_is_of_two_or_more(text):
-    refused("must name two runs or more, each once", seeds.parse, text)
-
-
-def test_a_folder_with_such_a_name_is_a_folder(tmp_path, monkeypatch):
+def test_how_a_group_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b,c").mkdir()
-    assert seeds.parse("a=b,c") == ("", ["a=b,c"])
+    assert {text: seeds.parse(text) for text in GROUPS} == GROUPS
+    for text in ("t=runs/a", "t=runs/a,", "t=runs/a,runs/a", "t=runs/a,runs/b,runs/a"):
+        refused("must name two runs or more, each once", seeds.parse, text)
 
 
 @pytest.mark.parametrize("change, step, message", [

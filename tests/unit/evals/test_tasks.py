@@ -37,22 +37,16 @@ def embeddings():
     return np.random.default_rng(0).standard_normal((COUNT, DIM)) + 0.5
 
 
-def test_unmoved(task, embeddings):
+def test_drift_of_what_is_unmoved_turned_and_moved(task, embeddings):
     before, after = task.evaluate(Given(embeddings)), task.evaluate(Given(7 * embeddings, "scaled"))
     found = task.compare(before, after)
     assert found["scores"]["cosine"]["score"] == pytest.approx(1)
     assert found["scores"]["knn_overlap"] == {"score": 100, "interval": [100, 100]}
     assert found["scores"]["effective_rank"]["difference"] == pytest.approx(0)
     assert len(found["rows"]) == 2 * COUNT and found["rows"][0]["weights"] == "scaled"
-
-
-def test_turned_as_a_whole_keeps_its_neighbours(task, embeddings):
     turn, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((DIM, DIM)))
     found = task.compare(task.evaluate(Given(embeddings)), task.evaluate(Given(embeddings @ turn)))["scores"]
     assert found["knn_overlap"]["score"] == 100 and found["cosine"]["score"] < 0.6
-
-
-def test_moved(task, embeddings):
     moved = np.random.default_rng(2).standard_normal((COUNT, DIM))
     found = task.compare(task.evaluate(Given(embeddings)), task.evaluate(Given(moved)))["scores"]
 
@@ -81,7 +75,7 @@ def test_effective_rank():
     assert drift.effective_rank(1 + 1e-6 * rng.standard_normal((400, 9))) < 1.001
 
 
-def test_bad_folders_are_refused(tmp_path):
+def test_bad_folders_of_drift_are_refused(tmp_path):
     refused("is not a folder", prepare, tmp_path / "none")
     (tmp_path / "a.png").write_bytes(b"")
     refused("has 1 images, too few for 5 neighbours.*--config.eval.drift.neighbours", prepare, tmp_path)
@@ -122,7 +116,7 @@ def test_recalls_equal_sorting(table):
     assert all((s["mcnemar"] is None) == metric.startswith("image") for metric, s in compared["scores"].items())
 
 
-def test_among_equals_the_first_wins():
+def test_ranks_among_equals_and_of_what_is_not_finite():
     answers = np.ones((6, 2))
     right = np.zeros((2, 6), bool)
     right[0, [3, 5]] = right[1, 0] = True
@@ -131,9 +125,6 @@ def test_among_equals_the_first_wins():
     n = 300
     found = retrieval.ranks(np.ones((n, 2)), np.ones((n, 2)), np.eye(n, dtype=bool))
     np.testing.assert_array_equal(found, np.arange(n))
-
-
-def test_scores_that_are_not_finite_are_wrong():
     right = np.eye(3, dtype=bool)
     answers = np.eye(3)
     np.testing.assert_array_equal(retrieval.ranks(np.full((3, 3), np.nan), answers, right), [3, 3, 3])

@@ -102,8 +102,7 @@ def test_attention_on_cpus_keeps_no_weights():
     assert max(x.size for x in jax.tree.leaves(back)) == args[0].size < 2 * 3 * 51 * 43
 
 
-def test_cudnn_is_for_gpus(monkeypatch):
-    """In 16 bits, with heads that it supports, and without a mask or with one; never where no mesh says so."""
+def test_each_implementation_is_for_its_device(monkeypatch):
     gpu, asked = mesh("gpu"), []
     meshes = (gpu, mesh("tpu"), mesh("cpu"))
     assert [attention.implementation(64, "bfloat16", m) for m in meshes] == ["cudnn", None, None]
@@ -120,9 +119,6 @@ def test_cudnn_is_for_gpus(monkeypatch):
         jax.eval_shape(attention.attention, *args)
     jax.eval_shape(attention.attention, *args)
     assert asked == ["cudnn", None]
-
-
-def test_the_kernel_is_for_long_sequences_on_tpus():
     tpu, cpu, gpu = (mesh(p) for p in ("tpu", "cpu", "gpu"))
     long = attention.KERNEL_FROM["self"]
     assert attention.use_kernel(long, long, 64, 8, tpu)

@@ -88,6 +88,13 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys
         log.say("a message")
         bar.update(3)
     assert "counting:   0%" in terminal.getvalue() and "a message\n" in terminal.getvalue()
+    told = []
+    with log.waiting("compiling", told.append, every=0.01):
+        while len(told) < 2:
+            time.sleep(0.01)
+    count = len(told)
+    time.sleep(0.05)
+    assert len(told) == count and told[0] == "compiling: 0 min so far"
 
 
 @pytest.fixture
@@ -110,21 +117,8 @@ def test_wandb_gets_the_same_rows_and_one_run_per_workdir(tmp_path, wandb):
     first, again, other = (call.kwargs for call in wandb.init.call_args_list)
     assert first == again and first["id"] != other["id"] and first["project"] == "mine" and first["resume"] == "allow"
     assert first["config"] == {"steps": 9} and first["name"] == "a"
-
-
-def test_wandb_that_does_not_start_is_one_sentence(tmp_path, wandb):
     wandb.init.side_effect = ZeroDivisionError
     refused("config.log.wandb='mine'.*WANDB_MODE=offline", metrics.Writer, tmp_path, 0, tensorboard=False, wandb="mine")
-
-
-def test_long_work_says_how_long_it_takes():
-    told = []
-    with log.waiting("compiling", told.append, every=0.01):
-        while len(told) < 2:
-            time.sleep(0.01)
-    count = len(told)
-    time.sleep(0.05)
-    assert len(told) == count and told[0] == "compiling: 0 min so far"
 
 
 @pytest.mark.attack

@@ -159,15 +159,11 @@ def test_the_hub_is_checked_before_anything_is_written(clip, tmp_path, hub, writ
     assert (tmp_path / "out" / "README.md").exists()
 
 
-def test_the_base_model_is_the_source_where_it_is_a_hub_id(clip):
+def test_hub_ids_and_towers_that_transformers_cannot_hold(clip):
     assert origins.hub_id("hf-hub:timm/base") == origins.hub_id("timm/base") == "timm/base"
     assert origins.hub_id(clip.where) == origins.hub_id("nothing/there.pt") == origins.hub_id("") == ""
-
-
-def test_transformers_cannot_hold_every_text_tower():
     text = dataclasses.replace(CLIP.text, causal=False)
-    with pytest.raises(UserError, match="use --format=open_clip"):
-        towers.transformers_configs(dataclasses.replace(CLIP, text=text))[0]
+    refused("use --format=open_clip", lambda: towers.transformers_configs(dataclasses.replace(CLIP, text=text))[0])
 
 
 @pytest.mark.parametrize("tag", list(TABLE))
@@ -239,11 +235,19 @@ def exported(tmp_path, source):
     return tmp_path
 
 
-def test_a_whole_tokenizer_is_copied(tmp_path, whole):
+def test_whole_tokenizers_are_copied_and_who_needs_none(tmp_path, whole):
     source = source_of(whole)
     assert layouts.without_tokenizer(source, SPEC, "hf") == ""
     ids = AutoTokenizer.from_pretrained(exported(tmp_path, source))(["a dog"])["input_ids"][0]
     assert len(ids) == 6 and len(set(ids)) == 6
+    source = source_of(whole, "none")
+    assert layouts.without_tokenizer(source, SPEC, "pt") == ""
+    assert layouts.without_tokenizer(source, dataclasses.replace(SPEC, text=NO_TEXT), "hf") == ""
+    assert "--tokenizer=FOLDER" in layouts.without_tokenizer(source, SPEC, "open_clip")
+    openai = dataclasses.replace(SPEC, text=dataclasses.replace(SPEC.text, vocab_size=49408))
+    assert (
+        layouts.without_tokenizer(source, openai, "open_clip") == "" != layouts.without_tokenizer(source, openai, "hf")
+    )
 
 
 @pytest.mark.parametrize("names", [("vocab.json",), ("merges.txt",), ("none",)])
@@ -259,18 +263,6 @@ def test_what_is_not_whole_is_refused_and_named(tmp_path, whole, names):
     assert note in publish.card(source, SPEC, "hf", "float32", note=note)
     added = layouts.with_tokenizer(source, SPEC, str(whole))
     assert layouts.without_tokenizer(added, SPEC, "hf") == "" and {f.name for f in added.tokenizer} >= {"vocab.json"}
-
-
-def test_who_needs_none(whole):
-    """A vision tower alone, a model without text, and open_clip with OpenAI's vocabulary, which it has."""
-    source = source_of(whole, "none")
-    assert layouts.without_tokenizer(source, SPEC, "pt") == ""
-    assert layouts.without_tokenizer(source, dataclasses.replace(SPEC, text=NO_TEXT), "hf") == ""
-    assert "--tokenizer=FOLDER" in layouts.without_tokenizer(source, SPEC, "open_clip")
-    openai = dataclasses.replace(SPEC, text=dataclasses.replace(SPEC.text, vocab_size=49408))
-    assert (
-        layouts.without_tokenizer(source, openai, "open_clip") == "" != layouts.without_tokenizer(source, openai, "hf")
-    )
 
 
 def test_bad_folders_of_a_tokenizer(tmp_path, whole):

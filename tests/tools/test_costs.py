@@ -1,0 +1,273 @@
+"""FLOP counts against published ones and by hand; the table of chips; the parser of optimised HLO."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small
+from flax import nnx
+from helpers import refused
+
+from diva_jax import config
+from diva_jax.costs import chips, hlo
+from diva_jax.models.diffusion.flow import Flow, FlowConfig
+from diva_jax.models.diffusion.unet import UNet, UNetConfig
+from diva_jax.models.diffusion.vae import VAE, VAEConfig
+from diva_jax.models.layers import Keys
+from diva_jax.training.step import Program
+
+TERA = 1e12
+
+
+def traced(make, call, *given, wrt: tuple[int, ...] = ()) -> float:
+    """TFLOP of `call(model, *given)`, whose arguments have these shapes, and of its gradient to those in `wrt`."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(Keys(0))))
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in given]
+
+    def out(*args):
+        return jnp.sum(call(nnx.merge(graph, args[-1]), *args[:-1]))
+
+    return chips.flops_by_part(jax.make_jaxpr(jax.grad(out, wrt) if wrt else out)(*given, state).jaxpr).total() / TERA
+
+
+def test_stable_diffusion():
+    given = ((1, 64, 64, 4), (1, 77, 1024))
+
+    def unet(model, latents, context):
+        return model(latents, jnp.zeros(1, jnp.int32), context)
+
+    def make(rngs):
+        return UNet(UNetConfig(), rngs=rngs)
+
+    assert traced(make, unet, *given) == pytest.approx(0.804, rel=0.01)
+    assert traced(make, unet, *given, wrt=(1,)) == pytest.approx(1.671, rel=0.01)
+    for size, tera in ((512, 1.117), (768, 2.609)):
+        found = traced(lambda rngs: VAE(VAEConfig(), rngs=rngs), VAE.encode, (1, size, size, 3))
+        assert found == pytest.approx(tera, rel=0.01)
+
+
+@pytest.mark.parametrize("side, forward, condition", [(14, 0.272, 0.546), (21, 0.616, 1.247), (24, 0.810, 1.644)])
+def test_genhancers_denoiser(side, forward, condition):
+    given = ((1, side**2, 64), (1, 768), (1, 1, 4096))
+
+    def flow(model, x, vector, text):
+        return model(x, jnp.zeros(1), jnp.zeros(1), vector, text, (side, side))
+
+    def make(rngs):
+        return Flow(FlowConfig(), rngs=rngs)
+
+    assert traced(make, flow, *given) == pytest.approx(forward, rel=2e-3)
+    assert traced(make, flow, *given, wrt=(1, 2)) == pytest.approx(condition, rel=2e-3)
+
+
+def test_whole_step():
+    c = config.default("vitl14")
+    c.batch_size, c.accum = 2, 1
+    exact = Program(c, jax.sharding.AbstractMesh((1, 1), ("data", "fsdp"))).flops()
+    assert (exact.total() - exact["vae"]) / TERA == pytest.approx(3.83, rel=0.01)
+    assert exact.keys() >= {"vae", "vision", "unet"}
+
+
+@pytest.mark.parametrize("make, again", [
+    (small.small_config, dict(remat="all", accum=2)),
+    (small.dcr_config, dict(remat="vision", dcr__tile=1)),
+    (small.genhancer_config, dict(remat="all")),
+], ids=['diva', 'dcr', 'genhancer'])  # fmt: skip
+def test_what_is_computed_again_does_not_count(make, again):
+    plain, recomputed = (small.program(make(**fields)).flops() for fields in ({}, again))
+    assert plain == pytest.approx(recomputed, rel=1e-4) and plain["vision"] > 0
+
+
+def test_loops_and_strides():
+    def loss(w, x):
+        def body(x, _):
+            with jax.named_scope("turn"):
+                return jnp.tanh(x @ w), None
+
+        with jax.named_scope("all"):
+            x, _ = jax.lax.scan(body, x, length=5)
+        return x.sum()
+
+    w, x = jax.ShapeDtypeStruct((7, 7), jnp.float32), jax.ShapeDtypeStruct((3, 7), jnp.float32)
+    assert chips.flops_by_part(jax.make_jaxpr(loss)(w, x).jaxpr) == {"all": 5 * 2 * 3 * 7 * 7}
+    both = chips.flops_by_part(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr)
+    assert both == {"all": 15 * 2 * 3 * 7 * 7}
+
+    def strided(x, k):
+        return jax.lax.conv_general_dilated(x, k, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")).sum()
+
+    x, k = jax.ShapeDtypeStruct((1, 10, 6, 3), jnp.float32), jax.ShapeDtypeStruct((2, 2, 3, 5), jnp.float32)
+    once = 2 * (5 * 3) * (2 * 2) * 3 * 5
+    assert chips.flops_by_part(jax.make_jaxpr(strided)(x, k).jaxpr) == {"": once}
+    assert chips.flops_by_part(jax.make_jaxpr(jax.grad(strided, (0, 1)))(x, k).jaxpr).total() >= 3 * once
+
+
+# Matrix units per device, cores x units per core; those of a TPU7x count twice, as its peak and its clock imply.
+UNITS = {"v4": 2 * 4, "v5e": 4, "v5p": 2 * 4, "v6e": 4, "tpu7x": 2 * 2}
+
+
+@pytest.mark.parametrize("name", chips.CHIPS)
+def test_the_numbers_of_a_chip_agree(name):
+    """Two FLOPs per element and cycle of the matrix units give the published peak; most of the memory is usable."""
+    chip = chips.CHIPS[name]
+    assert 2 * UNITS[name] * chip.matrix_side**2 * chip.clock == pytest.approx(chip.flops, rel=0.005)
+    assert 0.95 * chip.hbm < chip.usable < 1.01 * chip.hbm
+
+
+def test_chips_are_found_by_device_kind_and_topology():
+    peaks = {"TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "NVIDIA H100 80GB HBM3": 989e12}
+    for kind, peak in peaks.items():
+        assert chips.of(SimpleNamespace(device_kind=kind)).flops == chips.of(kind).flops == peak
+    assert chips.of(SimpleNamespace(device_kind="cpu")) is None
+    assert chips.parse_topology("v5e:4x4") == ("v5e", chips.CHIPS["v5e"], (4, 4))
+    assert chips.parse_topology("v4:2x2x4")[2] == (2, 2, 4)
+    assert chips.parse_topology("tpu7x:2x2x1") == ("tpu7x", chips.of("TPU7x"), (2, 2, 1))
+    for bad in ("v5e", "v5e:4", "tpu7x:4x4", "v5e:4x4x4", "v4:4x4", "v5e:axb", "v5e:0x4", "v9:4x4", "4x4"):
+        refused(bad, chips.parse_topology, bad)
+
+
+def test_time_of_an_all_reduce():
+    chip, gb = chips.CHIPS["v5e"], 1e9
+    assert chips.all_reduce_seconds(gb, chip, (1, 1)) == 0
+    # A whole pod is a torus: each chip sends 2 x 255/256 GB over all its links.
+    assert chips.all_reduce_seconds(gb, chip, (16, 16)) == pytest.approx(2 * gb * 255 / 256 / chip.ici)
+    # An axis without wrap-around links has half of the bandwidth, and an axis of one chip has none.
+    assert chips.all_reduce_seconds(gb, chip, (4, 4)) == pytest.approx(2 * gb * 15 / 16 / (chip.ici / 2))
+    assert chips.all_reduce_seconds(gb, chip, (1, 4)) == pytest.approx(2 * gb * 3 / 4 / (chip.ici / 4))
+    # With three axes, only slices of whole cubes of 4 x 4 x 4 chips are tori.
+    for name in ("v4", "v5p", "tpu7x"):
+        chip = chips.CHIPS[name]
+        assert chips.all_reduce_seconds(gb, chip, (4, 4, 8)) == pytest.approx(2 * gb * 127 / 128 / chip.ici)
+        assert chips.all_reduce_seconds(gb, chip, (2, 2, 4)) == pytest.approx(2 * gb * 15 / 16 / (chip.ici / 2))
+    assert math.isclose(chips.all_reduce_seconds(2 * gb, chip, (4, 4)), 2 * chips.all_reduce_seconds(gb, chip, (4, 4)))
+
+
+# A step with a loop of three iterations, a fused product and a kernel inside it, an asynchronous copy and an
+# all-reduce.
+TEXT = (Path(__file__).parent / "step.hlo.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def report():
+    return hlo.analyse(TEXT, chips.CHIPS["v5e"])
+
+
+def test_operations_in_loops_count_once_per_iteration(report):
+    product, kernel = 2 * 32 * 64 * 16, 2 * 2 * 2 * 4 * 64 * 256 * 128
+    assert report["flops"] == 3 * product
+    assert report["kernel_flops"] == 3 * kernel
+    assert report["kernel_ms"] == pytest.approx(1e3 * 3 * kernel / 197e12)
+    assert report["model_ms"] == pytest.approx(1e3 * (3 * 1500 + 3000) / 1.5e9)
+    assert report["kernels"] == {"flash_forward_d64": 3}
+
+
+@pytest.mark.parametrize(("chip", "wide"), [("v5e", 128), ("v4", 128), ("v6e", 256)])
+def test_kernels_at_the_bound_of_their_shape(chip, wide):
+    """Sums over heads of 64 take the time of sums as long as the matrix unit is wide; rows are not padded."""
+    peak = chips.CHIPS[chip].flops
+
+    def analysed(keys):
+        return hlo.analyse(TEXT.replace("bf16[2,256,128]", f"bf16[2,256,{keys}]"), chips.CHIPS[chip])
+
+    report = analysed(2**20)
+    product = 3 * 2 * 2 * 4 * 256 * 2**20
+    assert report["kernel_ms"] == pytest.approx(1e3 * product * 2 * 64 / peak)
+    assert report["kernel_bound_ms"] == pytest.approx(1e3 * product * (64 + wide) / peak)
+    assert report["parts"]["unet forward"]["kernel_bound_ms"] == report["kernel_bound_ms"]
+    # With few keys, the time is that of reading and writing operands and results once.
+    moved = 3 * (4 * 512 * 128 + 2 * (2 * 256 * (256 + 256 + 128 + 128)))
+    assert analysed(128)["kernel_bound_ms"] == pytest.approx(1e3 * moved / chips.CHIPS[chip].hbm_bandwidth)
+
+
+@pytest.mark.parametrize(("chip", "channels", "hidden"), [("v5e", 384, 1280), ("v6e", 512, 1280)])
+@pytest.mark.parametrize(("direction", "narrow"), [("forward", 2), ("backward", 1)])
+def test_feed_forward_kernels_at_the_bound_of_their_shape(chip, channels, hidden, direction, narrow):
+    """Sums over 320 channels take the time of the next multiple of the unit's side; rows of 320 do not."""
+    text = TEXT.replace("flash_forward_d64", f"feed_forward_{direction}_h1280").replace("[2,256,256]", "[2,320,4096]")
+    found, peak = hlo.analyse(text, chips.CHIPS[chip]), chips.CHIPS[chip].flops
+    product = 3 * 2 * 2 * 4096
+    assert found["kernel_flops"] == product * 3 * 320 * 1280
+    bound = product * (narrow * channels * 1280 + (3 - narrow) * 320 * hidden)
+    assert found["kernel_bound_ms"] == pytest.approx(1e3 * bound / peak)
+
+
+def test_parts_and_kinds(report):
+    parts = report["parts"]
+    assert parts["unet backward"]["kinds"] == {"matmul": pytest.approx(1e3 * 3 * 1500 / 1.5e9)}
+    assert parts["unet forward"]["kernel_flops"] == report["kernel_flops"]
+    assert parts["optimizer"]["model_ms"] == pytest.approx(0.002)
+    assert "vision forward" not in parts, "the name of a parameter is not an operation"
+
+
+def test_traffic_counts_arrays_in_hbm_only_and_collectives_once(report):
+    fusion = 2 * 32 * 64 + 2 * 32 * 16  # The second operand is on-chip.
+    assert report["parts"]["unet backward"]["hbm_gb"] * 1e9 == pytest.approx(3 * fusion)
+    copied, reduced = 4 * 800, 4 * 800  # The all-reduce reads the copy, which is on-chip.
+    # The copy has no path, so it has the path of the all-reduce that reads it.
+    assert report["parts"]["optimizer"]["hbm_gb"] * 1e9 == pytest.approx(reduced + copied)
+    assert "other" not in report["parts"]
+    assert report["collectives"] == {"all-reduce": {"count": 1, "gb": pytest.approx(3200 / 1e9)}}
+
+
+def test_collectives_inside_of_fusions():
+    """An asynchronous all-gather counts once; an all-reduce followed by a slice is a reduce-scatter."""
+    text = """
+%start (p: bf16[16,64]) -> bf16[64,64] {
+  %p = bf16[16,64]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[64,64]{1,0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%done (p: bf16[16,64]) -> bf16[64,64] {
+  %p = bf16[16,64]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[64,64]{1,0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%scatter (p: f32[64,64]) -> f32[16,64] {
+  %p = f32[64,64]{1,0} parameter(0)
+  %sum = f32[64,64]{1,0} all-reduce(%p), channel_id=4, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[16,64]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={16,64}
+}
+
+ENTRY %main (x: bf16[16,64], y: f32[64,64]) -> f32[16,64] {
+  %x = bf16[16,64]{1,0} parameter(0)
+  %y = f32[64,64]{1,0} parameter(1)
+  %a = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %b = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%done
+  ROOT %c = f32[16,64]{1,0} fusion(%y), kind=kCustom, calls=%scatter
+}
+"""
+    assert hlo.analyse(text, chips.CHIPS["v5e"])["collectives"] == {
+        "all-gather": {"count": 1, "gb": pytest.approx(2 * 64 * 64 / 1e9)},
+        "reduce-scatter": {"count": 1, "gb": pytest.approx(4 * 64 * 64 / 1e9)},
+    }
+
+
+@pytest.mark.parametrize(("dims", "window", "pairs"), [
+    # 3x3 over 8x8, padded by one: 8 + 7 + 7 pairs per axis.
+    ((8, 3, 8), "size=3x3 pad=1_1x1_1", 22 * 22),
+    # Stride 2 with padding (0, 1): the three kernel positions read 0, 2, 4, 6; 1, 3, 5, 7; and 2, 4, 6.
+    ((8, 3, 4), "size=3x3 stride=2x2 pad=0_1x0_1", 11 * 11),
+    # The backward pass of that: four pixels with input dilation two.
+    ((4, 3, 8), "size=3x3 pad=2_1x2_1 lhs_dilate=2x2", 11 * 11),
+])  # fmt: skip
+def test_convolutions_do_not_count_padding(dims, window, pairs):
+    size, taps, out = dims
+    text = f"""
+ENTRY %main (x: f32[]) -> f32[] {{
+  %x = f32[2,{size},{size},5]{{3,2,1,0}} parameter(0)
+  %k = f32[{taps},{taps},5,7]{{3,2,1,0}} parameter(1)
+  ROOT %c = f32[2,{out},{out},7]{{3,2,1,0}} convolution(%x, %k), window={{{window}}}, dim_labels=b01f_01io->b01f
+}}
+"""
+    module = hlo.parse(text)
+    main = module.computations["main"]
+    assert module.flops(main["c"], main) == 2 * 2 * 5 * 7 * pairs
+
+
+def test_text_without_an_entry_computation():
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.parse("hello")

@@ -1,0 +1,325 @@
+"""The small world: scenes, records, patch code, pairs and probes; the experiment's statistics can say no."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers import refused
+from PIL import Image
+
+from diva_jax import config, objectives, world
+from diva_jax.common.errors import UserError
+from diva_jax.data import sources
+from diva_jax.evals.tasks import mmvp
+from diva_jax.models.diffusion.presets import Diffusion
+from diva_jax.world import (
+    arms,
+    blindness,
+    captions,
+    comparison,
+    criteria,
+    drawing,
+    endpoints,
+    experiment,
+    models,
+    patch_code,
+    records,
+    scenes,
+    vocabulary,
+)
+
+FIELDS = {"relation": "relation", "colour": "colour", "binding": "colour", "shape": "shape"}
+
+
+def drawn(seed: int = 3, count: int = 150) -> scenes.Scenes:
+    return scenes.sample(np.random.default_rng(seed), count)
+
+
+def test_scenes_follow_from_their_seed_and_have_two_different_objects():
+    a, b, other = (drawn(s, 300) for s in (5, 5, 6))
+    for field in dataclasses.fields(scenes.Scenes):
+        np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
+    assert (a.nuisance != other.nuisance).any()
+    assert (a.shape[:, 0] != a.shape[:, 1]).all() and (a.colour[:, 0] != a.colour[:, 1]).all()
+    assert set(a.shape.ravel()) == set(range(len(scenes.SHAPES))) and set(a.relation) == set(range(4))
+
+
+@pytest.mark.parametrize("fact", scenes.FACTS)
+def test_change_changes_one_fact_of_scene_image_and_caption(fact):
+    one, rng = drawn(), np.random.default_rng(1)
+    two = scenes.change(one, fact, rng)
+    for field in dataclasses.fields(scenes.Scenes):
+        same = getattr(one, field.name) == getattr(two, field.name)
+        if field.name == FIELDS[fact]:
+            assert not same.reshape(len(one), -1).all(axis=1).any()
+        else:
+            assert same.all(), field.name
+    assert (two.shape[:, 0] != two.shape[:, 1]).all() and (two.colour[:, 0] != two.colour[:, 1]).all()
+    # The image shows it: no pair of images is equal.
+    assert np.abs(drawing.draw(one).astype(int) - drawing.draw(two)).reshape(len(one), -1).max(axis=1).min() > 20
+    says = captions.choose(rng, len(one), 1.0)
+    for a, b in zip(captions.captions(one, says), captions.captions(two, says), strict=True):
+        differ = [(x, y) for x, y in zip(a.split(), b.split(), strict=False) if x != y]
+        assert a != b and (len(a.split()) != len(b.split()) or len(differ) <= 2), (a, b)
+
+
+def test_an_image_depends_on_its_own_scene_alone():
+    s = drawn(2, 70)
+    together = drawing.draw(s)
+    assert together.shape == (70, 16, 16, 3) and together.dtype == np.uint8
+    for i in (0, 37, 69):
+        np.testing.assert_array_equal(drawing.draw(s.take([i]))[0], together[i])
+    assert drawing.draw(s.take([])).shape == (0, 16, 16, 3)
+
+
+def test_the_first_object_is_where_the_relation_says():
+    """Of images whose two objects are red and green, with no background in these colours."""
+    s = dataclasses.replace(drawn(7, 200), colour=np.tile(np.int8([0, 1]), (200, 1)))
+    images = drawing.draw(s).astype(int)
+    for image, relation in zip(images, s.relation, strict=True):
+        red, green = (
+            np.argwhere(image[..., k] > image.max(-1, where=np.arange(3) != k, initial=0) + 35) for k in (0, 1)
+        )
+        axis = 1 if relation < 2 else 0
+        assert (red[:, axis].mean() < green[:, axis].mean()) == (relation % 2 == 0)
+
+
+def test_captions_name_the_relation_as_often_as_their_rates_say():
+    s, rng = drawn(4, 2000), np.random.default_rng(9)
+    for kind, rate in captions.KINDS.items():
+        texts = captions.captions(s, captions.choose(rng, len(s), rate))
+        related = [any(r in t for r in scenes.RELATIONS) for t in texts]
+        assert abs(np.mean(related) - rate) < 0.05, kind
+        assert all(scenes.SHAPES[a] in t and scenes.SHAPES[b] in t for t, (a, b) in zip(texts, s.shape, strict=True))
+
+
+def test_relations_are_told_from_either_side():
+    s = drawn()
+    one = captions.only(np.random.default_rng(0), len(s), "relation")
+    texts = [captions.captions(s, one._replace(swap=np.full(len(s), x))) for x in (False, True)]
+    opposite = dict(zip(scenes.RELATIONS, (*scenes.RELATIONS[1::-1], *scenes.RELATIONS[:1:-1]), strict=True))
+    for a, b in zip(*texts, strict=True):
+        told = next(r for r in scenes.RELATIONS if r in a)
+        first, second = a.split(f" {told} ")
+        assert b == f"{second} {opposite[told]} {first}"
+
+
+def test_every_word_is_one_token_and_every_caption_fits(tmp_path):
+    from diva_jax.data import tokenizers
+    from diva_jax.world.models import TOKENS
+
+    vocabulary.write(tmp_path, captions.WORDS, TOKENS)
+    tokenizer = tokenizers.ClipTokenizer(*tokenizers.clip_vocabulary(tmp_path), TOKENS)
+    start, end = (vocabulary.tokens(captions.WORDS)[f"<|{t}oftext|>"] for t in ("start", "end"))
+    words = tokenizer(captions.WORDS)
+    assert (words[:, 0] == start).all() and (words[:, 2] == end).all()  # One token between the two.
+    assert len(set(words[:, 1])) == len(captions.WORDS)
+    s, rng = drawn(7, 800), np.random.default_rng(8)
+    texts = captions.captions(s, captions.choose(rng, len(s), 1.0))
+    assert {word for t in texts for word in t.split()} <= set(captions.WORDS)
+    longest = max(texts, key=lambda t: len(t.split()))
+    assert len(longest.split()) <= TOKENS - 2 and end in tokenizer([longest])[0]
+    assert tokenizer.size == len(vocabulary.tokens(captions.WORDS))
+    np.testing.assert_array_equal(vocabulary.remembering(tokenizer)([longest, "a"]), tokenizer([longest, "a"]))
+
+
+def test_a_record_is_a_function_of_seed_and_number():
+    source = sources.open_source(records.path(5, "rich", 1000))
+    again = sources.open_source(records.path(5, "rich", 1000))
+    other = sources.open_source(records.path(6, "rich", 1000))
+    assert len(source) == 1000 and source.has_text
+    for i in (0, 7, 999):
+        assert source.read(i) == again.read(i) != other.read(i)
+    image = np.asarray(Image.open(io.BytesIO(source.read(7).image)))
+    assert image.shape == (16, 16, 3) and source.read(7).text and source.read(7, with_text=False).text is None
+
+
+def test_the_kind_of_captions_does_not_change_the_images():
+    rich, biased = (sources.open_source(records.path(5, kind)) for kind in ("rich", "biased"))
+    assert rich.read(3).image == biased.read(3).image
+    related = [sum(any(r in s.read(i).text for r in scenes.RELATIONS) for i in range(100)) for s in (rich, biased)]
+    assert related[0] > 85 and related[1] < 15
+
+
+def test_texts_are_a_true_one_and_one_with_the_opposite_relation():
+    source = sources.open_source(records.path(5))
+    assert source.read(0, with_text=False).texts is None
+    for i in range(20):
+        true, false = source.read(i).texts
+        (a,), (b,) = ([r for r in scenes.RELATIONS if f" {r} " in t] for t in (true, false))
+        assert true.replace(a, b) == false and scenes.RELATIONS.index(a) == scenes.RELATIONS.index(b) ^ 1
+
+
+@pytest.mark.parametrize("options", ["seed=x", "seed=-1", "captions=long", "count=0", "colour=red", "seed=9" * 9])
+def test_wrong_options_are_named(options):
+    refused(r"config\.data\.path=module:diva_jax\.world\.records", sources.open_source, f"{records.MODULE}?{options}")
+
+
+@pytest.mark.parametrize("module", ["no.such.module", "json", "", "diva_jax..data"])
+def test_a_module_that_makes_no_sources(module):
+    with pytest.raises(UserError, match="give module:NAME of one on PYTHONPATH that defines open_source"):
+        sources.open_source(f"module:{module}?a=1")
+
+
+def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
+    basis, scale = models.basis()
+    np.testing.assert_allclose(basis.T @ basis, np.eye(64), atol=1e-9)
+    images = drawing.draw(scenes.sample(np.random.default_rng(3), 60)).astype(np.float32) / 127.5 - 1
+    d = Diffusion.from_dict(dict(source="", prompt="", text_tokens=4, **models.DIFFUSION))
+    code = d.vae.build()
+    code.basis[...] = jax.numpy.asarray(basis, np.float32)
+    latents = code.encode(images)
+    assert latents.shape == (60, 2, 2, 64) and abs(scale - d.vae.scaling_factor) < 0.02
+    assert 0.8 < float(np.std(np.asarray(latents))) < 1.2
+    back = np.asarray(code.decode(latents))
+    assert np.mean((back - images) ** 2) < 0.08 * np.var(images)
+    # What has been projected once stays as it is.
+    np.testing.assert_allclose(code.decode(code.encode(back)), back, atol=1e-5)
+
+
+def test_other_shapes():
+    config = patch_code.PatchCodeConfig.from_dict({"patch_size": 2, "latent_channels": 5, "in_channels": 3})
+    code = patch_code.PatchCode(config)
+    assert code.encode(np.ones((1, 6, 10, 3), np.float32)).shape == (1, 3, 5, 5)
+    with pytest.raises(UserError, match="keeps 13 numbers of a patch that has only 12"):
+        patch_code.PatchCodeConfig.from_dict({"patch_size": 2, "latent_channels": 13})
+    refused("unknown option .?block_out_channels", patch_code.PatchCodeConfig.from_dict, {"block_out_channels": [8]})
+
+
+def test_pairs_are_read_by_the_task_mmvp(tmp_path):
+    blindness.write_pairs(tmp_path, seed=4, count=3)
+    names, count = mmvp.read_patterns(str(tmp_path))
+    questions = mmvp.read_questions(str(tmp_path))
+    assert names == scenes.FACTS and count == 3 and len(questions) == 2 * 3 * 4
+    found = blindness.pairs(seed=4, count=3)
+    assert [q.text for q in questions] == [f"a photo of {t}" for t in found.texts]
+    assert (found.pattern == np.arange(12) // 3).all()
+    assert all(a != b for a, b in zip(found.texts[::2], found.texts[1::2], strict=True))
+
+
+@pytest.mark.parametrize("content", ["[", "[]", '{"patterns": [], "pairs": 2}', '{"patterns": ["a"], "pairs": 0}'])
+def test_a_broken_list_of_patterns_is_named(tmp_path, content):
+    blindness.write_pairs(tmp_path, seed=4, count=1)
+    (tmp_path / mmvp.NAMES).write_text(content)
+    refused("Patterns.json.*(repair or remove it|it must read .*; remove it)", mmvp.read_questions, str(tmp_path))
+    (tmp_path / mmvp.NAMES).write_text(json.dumps({"patterns": ["a"], "pairs": 30}))
+    refused("has 8 questions, MMVP-VLM has 60", mmvp.read_questions, str(tmp_path))
+
+
+def test_labels_are_those_of_the_left_or_upper_object():
+    s = scenes.sample(np.random.default_rng(3), 200)
+    before = blindness.labels(s)
+    swapped, bound = (blindness.labels(scenes.change(s, f, np.random.default_rng(0))) for f in ("relation", "binding"))
+    assert all((other["near colour"] != before["near colour"]).all() for other in (swapped, bound))
+    assert (bound["near shape"] == before["near shape"]).all() and (swapped["near shape"] != before["near shape"]).all()
+
+
+def test_classes_are_the_two_objects_whatever_their_relation():
+    s = scenes.sample(np.random.default_rng(3), 200)
+    found = blindness.classes(s)
+    assert len(blindness.CLASSES) == 72 and len(set(found)) > 60
+    for i, k in enumerate(found):
+        assert set(blindness.CLASSES[k]) == set(zip(s.colour[i].tolist(), s.shape[i].tolist(), strict=True))
+    assert (blindness.classes(scenes.change(s, "relation", np.random.default_rng(0))) == found).all()
+    assert (blindness.classes(scenes.change(s, "binding", np.random.default_rng(0))) != found).all()
+
+
+def test_tests_share_no_scene_and_an_oracle_of_the_texts_sees_all(monkeypatch):
+    monkeypatch.setattr(blindness, "_PROBE_TRAIN", 60)
+    monkeypatch.setattr(blindness, "_PROBE_TEST", 40)
+    t = blindness.Tests.make(seed=1, count=5)
+    assert len({x.tobytes() for x in [*t.train_images, *t.test_images]}) == 100
+    assert (t.pairs.images.shape, len(t.pairs.texts)) == ((20, 2, 16, 16, 3), 40)
+    texts = np.eye(40 + 72)
+    own = {image.tobytes(): texts[i] for i, image in enumerate(t.pairs.images.reshape(40, 16, 16, 3))}
+    own |= {image.tobytes(): texts[40 + k] for image, k in zip(t.test_images, blindness.classes(t.test), strict=True)}
+    found = blindness.measure(t, lambda x: np.stack([own.get(i.tobytes(), texts[0]) for i in x]), texts)
+    for name, e in endpoints.ENDPOINTS.items():
+        assert e.score(found) == 100 or name.startswith("probe"), name
+
+
+TESTS = sorted({test for e in endpoints.ENDPOINTS.values() for test in e.tests})
+
+
+def row(arm: str, seed: int, share: float, rng) -> dict:
+    """A run of which a share of the items is right."""
+    found = {name: (rng.random(150) < share).astype(float) for name in TESTS}
+    return experiment.row(arm, seed, 8, {"images": 8, "early": 4}, found, drift=0.0)
+
+
+def rows(shares: dict[str, float], seeds: int = 5, draw: int = 0) -> list[dict]:
+    rng = np.random.default_rng(draw)
+    return [row(arm, s, share, rng) for arm, share in shares.items() for s in range(1 if arm == "untuned" else seeds)]
+
+
+def test_an_arm_that_is_as_good_as_its_control_is_not_claimed():
+    shares = {"untuned": 0.4, "diva": 0.55, "diva_control": 0.55}
+    found = comparison.compare(rows(shares, draw=1))["diva"]
+    assert found.untuned[endpoints.SEEN].sign == 1 and found.control[endpoints.SEEN].sign == 0
+    assert "than its control: no difference shown" in comparison.verdict("diva", found)
+    claims = 0  # Of draws without an effect; 95% intervals of each kind alone would claim one in twenty.
+    for draw in range(20):
+        runs = rows(shares, draw=draw)
+        control, tuned = ([r for r in runs if r["arm"] == arm] for arm in ("diva_control", "diva"))
+        claims += comparison.difference(control, tuned, endpoints.SEEN).sign != 0
+    assert claims <= 3
+
+
+def test_an_arm_above_both_and_one_below(tmp_path):
+    shares = {"untuned": 0.4, "labels": 0.7, "judge_control": 0.42, "diva": 0.15, "diva_control": 0.42}
+    found = comparison.compare(rows(shares))
+    assert comparison.verdict("labels", found["labels"]) == "sees more; than its control: sees more; names better"
+    assert comparison.verdict("diva", found["diva"]).startswith("sees less; than its control: sees less; names -")
+    text = comparison.markdown(found)
+    score = found["labels"].scores[endpoints.SEEN]
+    assert abs(score - 70) < 5 and f"| `labels` | 5 | {score:.1f} |" in text and "seeds [" in text
+    comparison.write_pareto(found, tmp_path / "pareto.png")
+    assert Image.open(tmp_path / "pareto.png").width == 1440
+    assert {c.holds for c in criteria.of_labels(rows(shares))} == {True}
+    assert False in {c.holds for c in criteria.of_labels(rows(shares | {"labels": 0.5}))}
+
+
+def test_nothing_is_claimed_without_the_control_or_with_one_seed():
+    alone = comparison.compare(rows({"untuned": 0.4, "diva": 0.6}))
+    assert "its control was not run" in comparison.verdict("diva", alone["diva"])
+    single = comparison.compare(rows({"untuned": 0.4, "diva": 0.9, "diva_control": 0.1}, seeds=1))["diva"]
+    assert single.untuned[endpoints.SEEN].sign == 0 == single.control[endpoints.SEEN].sign
+    assert "nothing can be claimed" in comparison.verdict("diva", single)
+
+
+@pytest.mark.parametrize("name", [n for n in arms.ARMS if n != "untuned"])
+def test_every_arm_has_a_valid_config_and_the_same_budget(name):
+    arm = arms.find(name)
+    c = arms.arm_config(arm, 2, arms.Budget(1600, 16), "x")
+    config.validate(c, 1)
+    last = objectives.stages(c)[-1]
+    assert last.end - last.start == c.steps == 100 and c.seed == 2
+    assert not arm.control or arm.control in arms.ARMS
+    if arm.teacher == arms.RANDOM:
+        assert '"source": "x"' in c.to_json()
+    if arm.control:
+        control = arms.arm_config(arms.find(arm.control), 2, arms.Budget(1600, 16), "x")
+        assert control.to_json() != c.to_json()
+
+
+def test_results_that_were_cut_off_and_unknown_arms(tmp_path):
+    path = tmp_path / experiment.RESULTS
+    path.write_text('{"arm": "diva", "seed": 0}\n{"arm": "di')
+    assert experiment.read(path) == [{"arm": "diva", "seed": 0}]
+    path.write_text('{"arm"\n{"arm": "diva"}\n')
+    refused("line 1 is no JSON", experiment.read, path)
+    with pytest.raises(UserError, match="--arms has no_such_arm"):
+        experiment.experiment(tmp_path / "a", ["no_such_arm"], [0], arms.Budget(), 1)
+    assert arms.find("diva:optim.lr=1e-3:anchor.weight=0.5").fields["optim.lr"] == 1e-3
+    refused("give each field a number", arms.find, "diva:optim.lr=high")
+
+
+@pytest.mark.parametrize("out", [None, "", "gs://bucket/x", "a_file", "a_file/x"])
+def test_commands_are_told_which_folders_they_cannot_use(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("")
+    refused("^--out=.* give (one, e.g. --out=runs/x|another one)$", world.folder, out, "runs/x")
+    assert str(world.folder("runs/x", "runs/x")) == "runs/x"
