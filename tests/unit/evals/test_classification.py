@@ -82,7 +82,7 @@ def test_tars_in_clip_benchmarks_layout(tmp_path):
         assert list(task.images.targets) == LABELS and task.texts[:3] == ["a cat", "the cat.", "a small dog"]
         assert task.images.read(12).size == patch(12).size
         assert task.images.names[9] == "10.tar[9]"
-    root = write_tars(tmp_path / "tars", labels=[i % 4 for i in LABELS])
+    root = write_tars(tmp_path / "few", labels=[i % 4 for i in LABELS])
     (root / "classnames.txt").write_text("a\nb\nc\nd\n")
     assert set(prepare(root).metrics) == {"acc1", "mean_per_class_recall"}
 

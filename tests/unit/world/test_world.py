@@ -38,13 +38,18 @@ def drawn(seed: int = 3, count: int = 150) -> scenes.Scenes:
     return scenes.sample(np.random.default_rng(seed), count)
 
 
-def test_scenes_follow_from_their_seed_and_have_two_different_objects():
+def test_scenes_and_images_follow_from_their_seed_and_have_two_different_objects():
     a, b, other = (drawn(s, 300) for s in (5, 5, 6))
     for field in dataclasses.fields(scenes.Scenes):
         np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
     assert (a.nuisance != other.nuisance).any()
     assert (a.shape[:, 0] != a.shape[:, 1]).all() and (a.colour[:, 0] != a.colour[:, 1]).all()
     assert set(a.shape.ravel()) == set(range(len(scenes.SHAPES))) and set(a.relation) == set(range(4))
+    together = drawing.draw(a.take(range(70)))
+    assert together.shape == (70, 16, 16, 3) and together.dtype == np.uint8
+    for i in (0, 37, 69):  # An image depends on its own scene alone.
+        np.testing.assert_array_equal(drawing.draw(a.take([i]))[0], together[i])
+    assert drawing.draw(a.take([])).shape == (0, 16, 16, 3)
 
 
 @pytest.mark.parametrize("fact", scenes.FACTS)
@@ -66,39 +71,23 @@ def test_change_changes_one_fact_of_scene_image_and_caption(fact):
         assert a != b and (len(a.split()) != len(b.split()) or len(differ) <= 2), (a, b)
 
 
-def test_an_image_depends_on_its_own_scene_alone():
-    s = drawn(2, 70)
-    together = drawing.draw(s)
-    assert together.shape == (70, 16, 16, 3) and together.dtype == np.uint8
-    for i in (0, 37, 69):
-        np.testing.assert_array_equal(drawing.draw(s.take([i]))[0], together[i])
-    assert drawing.draw(s.take([])).shape == (0, 16, 16, 3)
-
-
 def test_the_first_object_is_where_the_relation_says():
     """Of images whose two objects are red and green, with no background in these colours."""
     s = dataclasses.replace(drawn(7, 200), colour=np.tile(np.int8([0, 1]), (200, 1)))
-    images = drawing.draw(s).astype(int)
-    for image, relation in zip(images, s.relation, strict=True):
-        red, green = (
-            np.argwhere(image[..., k] > image.max(-1, where=np.arange(3) != k, initial=0) + 35) for k in (0, 1)
-        )
-        axis = 1 if relation < 2 else 0
-        assert (red[:, axis].mean() < green[:, axis].mean()) == (relation % 2 == 0)
+    for image, relation in zip(drawing.draw(s).astype(int), s.relation, strict=True):
+        others = [image.max(-1, where=np.arange(3) != k, initial=0) + 35 for k in (0, 1)]
+        red, green = (np.argwhere(image[..., k] > others[k]).mean(0)[int(relation >= 2) ^ 1] for k in (0, 1))
+        assert (red < green) == (relation % 2 == 0)
 
 
-def test_captions_name_the_relation_as_often_as_their_rates_say():
+def test_captions_name_the_relation_as_often_as_their_rates_say_and_from_either_side():
     s, rng = drawn(4, 2000), np.random.default_rng(9)
     for kind, rate in captions.KINDS.items():
         texts = captions.captions(s, captions.choose(rng, len(s), rate))
         related = [any(r in t for r in scenes.RELATIONS) for t in texts]
         assert abs(np.mean(related) - rate) < 0.05, kind
         assert all(scenes.SHAPES[a] in t and scenes.SHAPES[b] in t for t, (a, b) in zip(texts, s.shape, strict=True))
-
-
-def test_relations_are_told_from_either_side():
-    s = drawn()
-    one = captions.only(np.random.default_rng(0), len(s), "relation")
+    one = captions.only(rng, len(s), "relation")
     texts = [captions.captions(s, one._replace(swap=np.full(len(s), x))) for x in (False, True)]
     opposite = dict(zip(scenes.RELATIONS, (*scenes.RELATIONS[1::-1], *scenes.RELATIONS[:1:-1]), strict=True))
     for a, b in zip(*texts, strict=True):
@@ -126,22 +115,17 @@ def test_every_word_is_one_token_and_every_caption_fits(tmp_path):
     np.testing.assert_array_equal(vocabulary.remembering(tokenizer)([longest, "a"]), tokenizer([longest, "a"]))
 
 
-def test_a_record_is_a_function_of_seed_and_number():
-    source = sources.open_source(records.path(5, "rich", 1000))
-    again = sources.open_source(records.path(5, "rich", 1000))
-    other = sources.open_source(records.path(6, "rich", 1000))
+def test_a_record_is_a_function_of_seed_number_and_kind_of_captions():
+    source, again, other = (sources.open_source(records.path(seed, "rich", 1000)) for seed in (5, 5, 6))
     assert len(source) == 1000 and source.has_text
     for i in (0, 7, 999):
         assert source.read(i) == again.read(i) != other.read(i)
     image = np.asarray(Image.open(io.BytesIO(source.read(7).image)))
     assert image.shape == (16, 16, 3) and source.read(7).text and source.read(7, with_text=False).text is None
-
-
-def test_the_kind_of_captions_does_not_change_the_images():
-    rich, biased = (sources.open_source(records.path(5, kind)) for kind in ("rich", "biased"))
-    assert rich.read(3).image == biased.read(3).image
-    related = [sum(any(r in s.read(i).text for r in scenes.RELATIONS) for i in range(100)) for s in (rich, biased)]
-    assert related[0] > 85 and related[1] < 15
+    biased = sources.open_source(records.path(5, "biased"))
+    assert source.read(3).image == biased.read(3).image
+    told = [sum(any(r in s.read(i).text for r in scenes.RELATIONS) for i in range(100)) for s in (source, biased)]
+    assert told[0] > 85 and told[1] < 15
 
 
 def test_texts_are_a_true_one_and_one_with_the_opposite_relation():
@@ -153,15 +137,13 @@ def test_texts_are_a_true_one_and_one_with_the_opposite_relation():
         assert true.replace(a, b) == false and scenes.RELATIONS.index(a) == scenes.RELATIONS.index(b) ^ 1
 
 
-@pytest.mark.parametrize("options", ["seed=x", "seed=-1", "captions=long", "count=0", "colour=red", "seed=9" * 9])
-def test_wrong_options_are_named(options):
-    refused(r"config\.data\.path=module:diva_jax\.world\.records", sources.open_source, f"{records.MODULE}?{options}")
-
-
-@pytest.mark.parametrize("module", ["no.such.module", "json", "", "diva_jax..data"])
-def test_a_module_that_makes_no_sources(module):
-    with pytest.raises(UserError, match="give module:NAME of one on PYTHONPATH that defines open_source"):
-        sources.open_source(f"module:{module}?a=1")
+def test_wrong_options_and_modules_are_named():
+    for options in ("seed=x", "seed=-1", "captions=long", "count=0", "colour=red", "seed=9" * 9):
+        says = r"config\.data\.path=module:diva_jax\.world\.records"
+        refused(says, sources.open_source, f"{records.MODULE}?{options}")
+    for module in ("no.such.module", "json", "", "diva_jax..data"):
+        says = "give module:NAME of one on PYTHONPATH that defines open_source"
+        refused(says, sources.open_source, f"module:{module}?a=1")
 
 
 def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
@@ -180,13 +162,14 @@ def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
     np.testing.assert_allclose(code.decode(code.encode(back)), back, atol=1e-5)
 
 
-def test_other_shapes():
+def test_other_shapes_of_the_code():
     config = patch_code.PatchCodeConfig.from_dict({"patch_size": 2, "latent_channels": 5, "in_channels": 3})
-    code = patch_code.PatchCode(config)
-    assert code.encode(np.ones((1, 6, 10, 3), np.float32)).shape == (1, 3, 5, 5)
-    with pytest.raises(UserError, match="keeps 13 numbers of a patch that has only 12"):
-        patch_code.PatchCodeConfig.from_dict({"patch_size": 2, "latent_channels": 13})
-    refused("unknown option .?block_out_channels", patch_code.PatchCodeConfig.from_dict, {"block_out_channels": [8]})
+    assert patch_code.PatchCode(config).encode(np.ones((1, 6, 10, 3), np.float32)).shape == (1, 3, 5, 5)
+    for options, says in (
+        ({"patch_size": 2, "latent_channels": 13}, "keeps 13 numbers of a patch that has only 12"),
+        ({"block_out_channels": [8]}, "unknown option .?block_out_channels"),
+    ):
+        refused(says, patch_code.PatchCodeConfig.from_dict, options)
 
 
 def test_pairs_are_read_by_the_task_mmvp(tmp_path):
@@ -200,31 +183,28 @@ def test_pairs_are_read_by_the_task_mmvp(tmp_path):
     assert all(a != b for a, b in zip(found.texts[::2], found.texts[1::2], strict=True))
 
 
-@pytest.mark.parametrize("content", ["[", "[]", '{"patterns": [], "pairs": 2}', '{"patterns": ["a"], "pairs": 0}'])
-def test_a_broken_list_of_patterns_is_named(tmp_path, content):
+def test_a_broken_list_of_patterns_is_named(tmp_path):
     blindness.write_pairs(tmp_path, seed=4, count=1)
-    (tmp_path / mmvp.NAMES).write_text(content)
-    refused("Patterns.json.*(repair or remove it|it must read .*; remove it)", mmvp.read_questions, str(tmp_path))
+    for content in ("[", "[]", '{"patterns": [], "pairs": 2}', '{"patterns": ["a"], "pairs": 0}'):
+        (tmp_path / mmvp.NAMES).write_text(content)
+        says = "Patterns.json.*(repair or remove it|it must read .*; remove it)"
+        refused(says, mmvp.read_questions, str(tmp_path))
     (tmp_path / mmvp.NAMES).write_text(json.dumps({"patterns": ["a"], "pairs": 30}))
     refused("has 8 questions, MMVP-VLM has 60", mmvp.read_questions, str(tmp_path))
 
 
-def test_labels_are_those_of_the_left_or_upper_object():
-    s = scenes.sample(np.random.default_rng(3), 200)
-    before = blindness.labels(s)
-    swapped, bound = (blindness.labels(scenes.change(s, f, np.random.default_rng(0))) for f in ("relation", "binding"))
-    assert all((other["near colour"] != before["near colour"]).all() for other in (swapped, bound))
-    assert (bound["near shape"] == before["near shape"]).all() and (swapped["near shape"] != before["near shape"]).all()
-
-
-def test_classes_are_the_two_objects_whatever_their_relation():
-    s = scenes.sample(np.random.default_rng(3), 200)
-    found = blindness.classes(s)
+def test_labels_are_of_the_left_or_upper_object_and_classes_of_both():
+    s = drawn(3, 200)
+    before, found = blindness.labels(s), blindness.classes(s)
+    related, bound = (scenes.change(s, f, np.random.default_rng(0)) for f in ("relation", "binding"))
+    for other, same in ((related, False), (bound, True)):
+        after = blindness.labels(other)
+        assert (after["near colour"] != before["near colour"]).all()
+        assert ((after["near shape"] == before["near shape"]) == same).all()
+        assert ((blindness.classes(other) == found) != same).all()
     assert len(blindness.CLASSES) == 72 and len(set(found)) > 60
     for i, k in enumerate(found):
         assert set(blindness.CLASSES[k]) == set(zip(s.colour[i].tolist(), s.shape[i].tolist(), strict=True))
-    assert (blindness.classes(scenes.change(s, "relation", np.random.default_rng(0))) == found).all()
-    assert (blindness.classes(scenes.change(s, "binding", np.random.default_rng(0))) != found).all()
 
 
 def test_tests_share_no_scene_and_an_oracle_of_the_texts_sees_all(monkeypatch):
@@ -317,9 +297,9 @@ def test_results_that_were_cut_off_and_unknown_arms(tmp_path):
     refused("give each field a number", arms.find, "diva:optim.lr=high")
 
 
-@pytest.mark.parametrize("out", [None, "", "gs://bucket/x", "a_file", "a_file/x"])
-def test_commands_are_told_which_folders_they_cannot_use(tmp_path, monkeypatch, out):
+def test_commands_are_told_which_folders_they_cannot_use(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").write_text("")
-    refused("^--out=.* give (one, e.g. --out=runs/x|another one)$", world.folder, out, "runs/x")
+    for out in (None, "", "gs://bucket/x", "a_file", "a_file/x"):
+        refused("^--out=.* give (one, e.g. --out=runs/x|another one)$", world.folder, out, "runs/x")
     assert str(world.folder("runs/x", "runs/x")) == "runs/x"
