@@ -12,14 +12,12 @@ import numpy as np
 from diva_jax.common import json_files, log, paths
 from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.log import say
-from diva_jax.common.results_schema import Difference, Results, Score, Task
+from diva_jax.common.results_schema import Results
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.weights import origins, readers, writers
 from diva_jax.weights.export import layouts
 from diva_jax.weights.origins import ClipSource
 from diva_jax.weights.readers import Tensors
-
-_TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
 def card(
@@ -43,8 +41,6 @@ def card(
     run = paths.values_without_secrets(source.run)
     method = run["config"]["objective"] if run else ""
     has_text = spec.has_text and fmt != "pt"
-    squash = "squashed to a square" if spec.resize_mode.startswith("squash") else "shortest side resized"
-    squash += "" if spec.resize_mode == "squash" else f" to {spec.resize}, centre cropped"
     content = ModelCard.from_template(
         ModelCardData(
             license=license or "other",
@@ -55,21 +51,16 @@ def card(
             library_name="transformers" if fmt == "hf" else architecture(spec.arch).LIBRARY,
             tags=(["clip"] if spec.has_text else []) + ([method] if method else []),
         ),
-        template_path=_TEMPLATE,
-        title=(spec.open_clip_name or f"{spec.arch} {spec.image_size}") + (f", tuned with {method}" if method else ""),
-        properties=f"{spec.image_size} px, patch {spec.patch_size}, width {spec.width}, {spec.layers} layers, "
-        f"{spec.activation}, weights in {dtype}. Images: {squash}, {spec.interpolation}, mean {list(spec.mean)}, std "
-        f"{list(spec.std)}.",
+        template_path=Path(__file__).with_name("card.md.j2"),
+        spec=spec,
+        dtype=dtype,
         fmt=fmt,
         scheme="hf-hub" if hub else "local-dir",
         path=hub or path,
         has_text=has_text,
         encodes_text=has_text and not note,
-        context_length=spec.text.context_length,
         note=note,
         scores=scores,
-        reference=scores and scores["reference"],
-        table=_table(scores) if scores else [],
         source=source,
         run=run,
         sha256="" if run else readers.fingerprint(source.files),
@@ -96,42 +87,16 @@ def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:
         what = source if step is None else f"{source}:{step}"
         raise UserError(f"{path} has no scores of {what}, only of {listing(known, 5)}: evaluate these weights")
     reference = results.labels[0] if results.labels[0] != mine[0] else ""
-    rows = [row for task in results.tasks.values() for row in _rows(task, mine[0], reference)]
+    rows = []
+    for task in results.tasks.values():
+        scores = {name: weights.scores for name, weights in task.weights.items()}
+        differences = {(c.before, c.after): c.scores for c in task.comparisons}.get((reference, mine[0]), {})
+        for metric, info in task.metrics.items():
+            score, before = (scores.get(label, {}).get(metric) for label in (mine[0], reference))
+            row = dict(score=score, before=before, difference=differences.get(metric))
+            if score or row["difference"]:
+                rows.append({"task": task.title, "title": info.title, "unit": info.unit, **row})
     return {"file": path.name, "created": results.created, "reference": reference, "rows": rows}
-
-
-def _rows(task: Task, label: str, reference: str) -> list[dict[str, Any]]:
-    pairs = {(c.before, c.after): c.scores for c in task.comparisons}
-    scores = {name: weights.scores for name, weights in task.weights.items()}
-    differences, rows = pairs.get((reference, label), {}), []
-    for metric, info in task.metrics.items():
-        score, difference = scores.get(label, {}).get(metric), differences.get(metric)
-        if score or difference:
-            row = {"task": task.title, "title": info.title, "unit": info.unit, "score": score, "difference": difference}
-            rows.append(row | {"before": scores.get(reference, {}).get(metric)})
-    return rows
-
-
-def _figure(score: Score | Difference | None, key: str, unit: str) -> str:
-    if (value := getattr(score, key, None)) is None:
-        return ""
-    form = ".2f" if unit == "%" else ".4g"
-    text = f"{value:{'+' * (key == 'difference')}{form}}"
-    return text + (" ({:{f}} to {:{f}})".format(*score.interval, f=form) if score.interval else "")
-
-
-def _table(scores: Mapping[str, Any]) -> list[list[str]]:
-    """Returns the cells of the table of scores, the head first."""
-    reference = scores["reference"]
-    table = [["task", "score", *([reference] if reference else []), "this model", *(["difference"] * bool(reference))]]
-    for row in scores["rows"]:
-        unit, difference = row["unit"], row["difference"]
-        cells = [row["task"], row["title"] + (f" [{unit}]" if unit else ""), _figure(row["score"], "score", unit)]
-        if reference:
-            cells.insert(2, _figure(row["before"], "score", unit))
-            cells.append(_figure(difference, "difference", unit) or _figure(difference, "score", unit))
-        table.append([cell.replace("|", "\\|") for cell in cells])
-    return table
 
 
 @dataclasses.dataclass(frozen=True)
