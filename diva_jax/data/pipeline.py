@@ -46,55 +46,6 @@ _POLL_INTERVAL_S = 0.5
 _PROBED = 256
 
 
-class Broken:
-    """Counts the records that could not be read, each once, for all decoding threads."""
-
-    def __init__(self, max_share: float):
-        self.max_share = max_share
-        self._lock = threading.Lock()
-        self._read = self._failed = 0
-        self._records: set = set()
-        self.skipped = 0
-
-    @property
-    def count(self) -> int:
-        return len(self._records)
-
-    def good(self) -> None:
-        """Counts a record that was read."""
-        with self._lock:
-            self._read += 1
-
-    def add(self, record, name: str, reason: str) -> None:
-        """Counts a record, a number or anything hashable; the first time, the log names it. A RunError where the share
-        of broken ones among those read is above `max_share`."""
-        name, reason = printable(name), printable(" ".join(reason.split())[:_MAX_REASON])
-        with self._lock:
-            self._read += 1
-            self._failed += 1
-            new = record not in self._records
-            self._records.add(record)
-            count, failed, read = len(self._records), self._failed, self._read
-        if new and count <= _MAX_NAMED:
-            logger.warning("skipped a broken image: %s: %s", name, reason)
-            if count == _MAX_NAMED:
-                logger.warning("%d broken images: further ones are only counted", count)
-        if failed > _MAX_UNJUDGED and failed > self.max_share * read:
-            raise RunError(
-                f"{failed} of {read} images read were broken ({failed / read:.1%}, the last: {name}: {reason}), more "
-                f"than config.data.max_broken_share={self.max_share:g} allows: repair the data, or raise that field"
-            )
-
-    def skip(self, name: str) -> None:
-        """Counts a record that has no texts to choose between; the log names the first."""
-        with self._lock:
-            self.skipped += 1
-            first = self.skipped == 1
-        if first:
-            said = "skipped an image without texts that differ in one fact: %s; further ones are only counted"
-            logger.warning(said, printable(name))
-
-
 def read_with(source: Source, i: int, with_text: bool, choices: Sequence[Alternatives]) -> Record:
     """Record i with its caption and list `texts` where they are wanted; see `Source.read`."""
     record = source.read(i, with_text=with_text or bool(choices))
@@ -104,13 +55,20 @@ def read_with(source: Source, i: int, with_text: bool, choices: Sequence[Alterna
 
 
 class Decoder:
-    """Reads and decodes records, from any number of threads."""
+    """Reads and decodes records, from any number of threads; those that could not be read are counted, each once."""
 
-    def __init__(self, source: Source, config, with_text: bool, broken: Broken, choices: Sequence[Alternatives] = ()):
-        self._source, self._with_text, self._broken, self._choices = source, with_text, broken, choices
+    def __init__(self, source: Source, config, with_text: bool, choices: Sequence[Alternatives] = ()):
+        self._source, self._with_text, self._choices = source, with_text, choices
         self._locate = getattr(source, "locate", int)  # A mixture has some records in several slots.
         self._memory = images.Memory(int(config.decode_gib * 2**30))
         self._reading: dict[int, tuple[str, float]] = {}  # By thread: the record that it reads, and since when.
+        self._max_share, self._lock, self._records = config.max_broken_share, threading.Lock(), set()
+        self._read = self._failed = self.skipped = 0
+
+    @property
+    def count(self) -> int:
+        """The number of broken records."""
+        return len(self._records)
 
     def slowest(self) -> tuple[str, float] | None:
         """(name of the record whose reading has begun first and has not ended, seconds since), or None."""
@@ -118,30 +76,50 @@ class Decoder:
         return first and (first[0], time.monotonic() - first[1])
 
     def broken(self, i: int, reason: str) -> None:
-        """Counts record i as broken; raises a RunError where too many are."""
-        self._broken.add(self._locate(i), self._source.name(i), reason)
+        """Counts record i as broken; the first time, the log names it. A RunError where the share of broken ones among
+        those read is above config.data.max_broken_share."""
+        name, reason = printable(self._source.name(i)), printable(" ".join(reason.split())[:_MAX_REASON])
+        with self._lock:
+            self._read += 1
+            self._failed += 1
+            before = len(self._records)
+            self._records.add(self._locate(i))
+            count, failed, read = len(self._records), self._failed, self._read
+        if before < count <= _MAX_NAMED:
+            logger.warning("skipped a broken image: %s: %s", name, reason)
+            if count == _MAX_NAMED:
+                logger.warning("%d broken images: further ones are only counted", count)
+        if failed > _MAX_UNJUDGED and failed > self._max_share * read:
+            raise RunError(
+                f"{failed} of {read} images read were broken ({failed / read:.1%}, the last: {name}: {reason}), more "
+                f"than config.data.max_broken_share={self._max_share:g} allows: repair the data, or raise that field"
+            )
 
     def _record(self, i: int) -> Record:
         """Reads record i; what may be the fault of a network or a disk is tried again, a few times."""
-        for pause in _RETRY_PAUSES_S:
+        for pause in (*_RETRY_PAUSES_S, None):
             try:
                 return read_with(self._source, i, self._with_text, self._choices)
             except OSError as e:
-                if e.errno not in _TRANSIENT:
+                if e.errno not in _TRANSIENT or pause is None:
                     raise
             time.sleep(pause)
-        return read_with(self._source, i, self._with_text, self._choices)
 
     def read(self, i: int, memory: contextlib.ExitStack) -> tuple[Image, Record] | None:
-        """(decoded image, record i), or None where it is broken; `memory` holds what it needs. A RunError where too
-        many records are broken, or memory ran out."""
+        """(decoded image, record i), or None where it is broken or has no texts to choose between; `memory` holds what
+        it needs. A RunError where too many records are broken, or memory ran out."""
         self._reading[threading.get_ident()] = printable(self._source.name(i)), time.monotonic()
         try:
             record = self._record(i)
             if self._with_text and not (record.text and record.text.strip()):
                 raise ValueError("it has no caption")
             if not all(choose(record, np.random.default_rng(0)) for choose in self._choices):
-                self._broken.skip(record.name)
+                with self._lock:
+                    self.skipped += 1
+                    first = self.skipped == 1
+                if first:
+                    said = "skipped an image without texts that differ in one fact: %s; further ones are only counted"
+                    logger.warning(said, printable(record.name))
                 return None
             memory.enter_context(self._memory.reserve(record.image))
             image = images.decode(record.image)
@@ -153,7 +131,8 @@ class Decoder:
             return None
         finally:
             del self._reading[threading.get_ident()]
-        self._broken.good()
+        with self._lock:
+            self._read += 1
         return image, record
 
 
@@ -181,10 +160,10 @@ class Iterator:
         process_count: int,
         cache: latent_cache.Cache | None = None,
     ):
-        self.source, self.broken = source, Broken(config.max_broken_share)
+        self.source = source
         self._scale, self._ratio = tuple(config.crop.scale), tuple(config.crop.ratio)
         choices = [i.alternatives for i in inputs.values() if hasattr(i, "alternatives")]
-        self._decoder = Decoder(source, config, any(i.needs_text for i in inputs.values()), self.broken, choices)
+        self.decoder = Decoder(source, config, any(i.needs_text for i in inputs.values()), choices)
         self._make = {name: i.open(config) for name, i in inputs.items()}
         self._order, self._cache = shuffled(len(source), seed), cache
         self._identity = {"seed": seed, "records": len(source), "global_batch": global_batch}
@@ -217,9 +196,9 @@ class Iterator:
         """Record i at a position, or None where it is broken; `memory` holds what it needs."""
         cached = None
         if self._cache is not None and (cached := self._cache.read(i, position // len(self.source))) is None:
-            self._decoder.broken(i, "it could not be decoded when config.data.latents was made")
+            self.decoder.broken(i, "it could not be decoded when config.data.latents was made")
             return None
-        if (decoded := self._decoder.read(i, memory)) is None:
+        if (decoded := self.decoder.read(i, memory)) is None:
             return None
         image, record = decoded
         rng = np.random.default_rng((self._identity["seed"], position))
@@ -248,7 +227,7 @@ class Iterator:
             if leave():
                 return None
             if (waited := time.monotonic() - began) > self._stall_timeout:
-                name, seconds = self._decoder.slowest() or ("none of the records", waited)
+                name, seconds = self.decoder.slowest() or ("none of the records", waited)
                 raise RunError(
                     f"no batch for {waited:.0f} s (config.data.stall_timeout={self._stall_timeout:g}), {seconds:.0f} s "
                     f"of them reading {name}: see that the disk or the mount of config.data.path answers"

@@ -19,7 +19,7 @@ from diva_jax.common.log import say
 from diva_jax.data import images, latent_cache, pipeline
 from diva_jax.data.inputs import Example
 from diva_jax.data.latent_cache import DTYPE, FILE, Cache, Entry, Manifest, is_complete, write_shard
-from diva_jax.data.pipeline import Broken, Decoder
+from diva_jax.data.pipeline import Decoder
 from diva_jax.training import distributed, workdirs
 from diva_jax.training.step import Program
 from diva_jax.weights import readers
@@ -74,8 +74,7 @@ class Builder:
         if there is not None and there.fingerprint != self.manifest.fingerprint:
             wrong = differences(vars(there), vars(self.manifest))
             raise UserError(f"{self._named} holds another cache: {listing(wrong, 3)}; use another folder")
-        self._broken = Broken(config.data.max_broken_share)
-        self._decoder = Decoder(self._source, config.data, with_text=self._with_text, broken=self._broken)
+        self._decoder = Decoder(self._source, config.data, self._with_text)
         distributed.check_same({"the fingerprint of the cache": self.manifest.fingerprint})
 
         self.mine = range(self._process, self.manifest.shards, jax.process_count())  # The shards of this process.
@@ -184,5 +183,5 @@ class Builder:
                 write_shard(self.folder, m.file(shard), self._entries(shard))
         self._progress.close()
         distributed.check_same({"the cache": m.fingerprint})  # All are done.
-        broken = f"; {self._broken.count} broken images have none" if self._broken.count else ""
+        broken = f"; {self._decoder.count} broken images have none" if self._decoder.count else ""
         say(f"done{broken}; train with --config.data.latents={self.folder}")

@@ -260,7 +260,7 @@ class Run:
         self.profile.before(self.step)
         began = time.perf_counter()
         batch = self.batches.wait(self.preempted.__bool__)
-        self.progress.waited(time.perf_counter() - began, self.batches.broken)
+        self.progress.waited(time.perf_counter() - began, self.batches.decoder)
         return batch
 
     def _evaluate(self) -> None:

@@ -14,7 +14,7 @@ from etils import epath
 
 from diva_jax.common import json_files, log, paths
 from diva_jax.common.errors import RunError, UserError, explained
-from diva_jax.data.pipeline import Broken
+from diva_jax.data.pipeline import Decoder
 
 
 def check_wandb(project: str) -> None:
@@ -132,10 +132,10 @@ class Progress:
         """Removes the bar."""
         self._bar.close()
 
-    def waited(self, seconds: float, broken: Broken) -> None:
-        """Adds time spent waiting for a batch; `broken` has counted the images that could not be used so far."""
+    def waited(self, seconds: float, decoder: Decoder) -> None:
+        """Adds time spent waiting for a batch; `decoder` has counted the images that could not be used so far."""
         self._waited += seconds
-        self._broken, self._skipped = broken.count, broken.skipped
+        self._broken, self._skipped = decoder.count, decoder.skipped
 
     def paused(self, seconds: float) -> None:
         """Excludes time without training steps from images per second and from the remaining time."""

@@ -113,9 +113,9 @@ def test_reads_that_fail_for_a_while_are_tried_again(tmp_path, monkeypatch, numb
     monkeypatch.setattr(files, "read_range", failing)
     if failures > 2:
         failed("not one of the 12 images", next, iterator)
-        assert iterator.broken.count == 12
+        assert iterator.decoder.count == 12
     else:
-        assert tags(next(iterator)["image"]) and not iterator.broken.count
+        assert tags(next(iterator)["image"]) and not iterator.decoder.count
 
 
 def test_where_memory_runs_out_no_image_is_broken(tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_where_memory_runs_out_no_image_is_broken(tmp_path, monkeypatch):
     iterator = batches(tmp_path)
     monkeypatch.setattr(images, "decode", lambda _: (_ for _ in ()).throw(MemoryError))
     failed(r"memory ran out while .*\.tar/.* was read: lower config.data.threads", next, iterator)
-    assert not iterator.broken.count
+    assert not iterator.decoder.count
 
 
 TOO_MANY = r"stands for more than 1000000 names"
@@ -197,7 +197,7 @@ def test_images_of_every_suffix_are_read(tmp_path):
     write_tar(tmp_path / "a.tar", members)
     for path in (tmp_path / "folder", tmp_path / "a.tar"):
         iterator = batches(path, batch=len(forms), max_broken_share=0.0)
-        assert next(iterator)["row"].tolist() == list(range(len(forms))) and not iterator.broken.count
+        assert next(iterator)["row"].tolist() == list(range(len(forms))) and not iterator.decoder.count
 
 
 def test_what_is_left_out_is_said(tmp_path, caplog):

@@ -96,11 +96,11 @@ def test_no_caption_is_broken_only_where_text_is_needed(tmp_path, caplog):
             members[f"{i}.txt"] = b"\xff\xfe" if i == 1 else b" \n" if i == 2 else b"words"
     write_tar(tmp_path / "a.tar", members)
     without = batches(tmp_path, {"image": inputs.Image(8)}, batch=COUNT, max_broken_share=0.6)
-    assert sorted(tags(next(without)["image"])) == list(range(COUNT)) and not without.broken.count
+    assert sorted(tags(next(without)["image"])) == list(range(COUNT)) and not without.decoder.count
     both = batches(tmp_path, {"image": inputs.Image(8), "caption": tokens()}, batch=COUNT, max_broken_share=0.6)
     batch = next(both)
     broken = {0, 4, 8, 12, 1, 2}
-    assert set(tags(batch["image"])) == set(range(COUNT)) - broken and both.broken.count == len(broken)
+    assert set(tags(batch["image"])) == set(range(COUNT)) - broken and both.decoder.count == len(broken)
     assert {text_of(ids) for ids in batch["caption"]} == {"words"}
     assert all(caplog.text.count(f"a.tar/{i}.png: ") == 1 for i in broken)
     assert "it has no caption" in caplog.text and "cannot be read ('utf-8' codec" in caplog.text

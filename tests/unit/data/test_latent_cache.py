@@ -73,7 +73,7 @@ def test_batches_have_the_boxes_and_moments_of_their_epoch(folder, data):
         np.testing.assert_array_equal(seen[b]["moments"][row], want.moments)
         crop = images.resized_crop(images.decode(jpeg(i)), want.box, 12)
         np.testing.assert_array_equal(seen[b]["image"][row], crop)
-    assert iterator.broken.count == 1
+    assert iterator.decoder.count == 1
     resumed = opened()
     resumed.set_state({**iterator.get_state(), "batches": 7})
     np.testing.assert_array_equal(next(resumed)["moments"], seen[7]["moments"])

@@ -81,7 +81,7 @@ def test_cells_are_paths_unless_urls_are_allowed(tmp_path, caplog):
                     source.read(i)
     (tmp_path / "a.csv").write_text("image\n" + "\n".join(cells[:4]))
     iterator = batches(tmp_path / "a.csv", batch=4, max_broken_share=1.0)
-    assert set(tags(next(iterator)["image"])) == {3} and iterator.broken.count == 3
+    assert set(tags(next(iterator)["image"])) == {3} and iterator.decoder.count == 3
     assert "training with data.allow_urls=True fetches them" in caplog.text
     assert max(map(len, caplog.text.splitlines())) < 700
     for cell, says in (

@@ -122,7 +122,7 @@ def test_broken_images_give_way_to_the_next_in_order(tmp_path, tagged, caplog):
             k = k + 1 if (k + 1) % 24 else k + 1 - 24  # Never into the next epoch.
         assert seen[position] == order[k]
         assert (tag in bad) == (seen[position] != tag)
-    assert iterator.broken.count == 4
+    assert iterator.decoder.count == 4
     # Each is logged once, although it occurs in both epochs.
     assert all(caplog.text.count(f"{record:09d}.png") == 1 for record in bad)
     for p in range(3):
@@ -195,7 +195,7 @@ def test_order_resume_and_a_broken_record(folder, caplog):
         iterator = batches(path, **kw)
         whole = take(iterator, 12)
     # It is in two slots of each epoch, and counted once.
-    assert iterator.broken.count == 1
+    assert iterator.decoder.count == 1
     assert sum("broken image: 1.png" in r.getMessage() for r in caplog.records) == 1
     seen = [tag for batch in whole[:4] for tag in tags(batch["image"])]
     assert seen != sorted(seen) and set(range(12)) <= set(seen) and 201 not in seen
