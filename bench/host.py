@@ -44,7 +44,7 @@ def write_shards(folder: Path, count: int, shorter: int) -> str:
 
     from diva_jax.data.photos import examples
 
-    found = [Image.open(io.BytesIO(e.jpeg)).convert("RGB") for e in examples(min(count, 64))]
+    found = [Image.open(io.BytesIO(jpeg)).convert("RGB") for _, _, jpeg in examples(min(count, 64))]
     rng = np.random.default_rng(0)
     shards = -(-count // _PER_SHARD)
     for s in range(shards):

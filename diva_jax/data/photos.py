@@ -7,7 +7,6 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,14 +19,6 @@ PHOTOGRAPHS: dict[str, str] = json.loads(Path(__file__).with_name("photos.json")
 # The longer side of an example is drawn from this range [pixels].
 _MIN_SIDE, _MAX_SIDE = 160, 384
 _JPEG_QUALITY = 90
-
-
-class Example(NamedTuple):
-    """One region of a photograph: its source's file name, a caption, and the region as a JPEG."""
-
-    photograph: str
-    caption: str
-    jpeg: bytes
 
 
 def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -43,8 +34,9 @@ def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.LANCZOS)
 
 
-def examples(count: int = 96, seed: int = 0) -> Iterator[Example]:
-    """Overlapping regions, one photograph after the other, the same bytes always; a UserError without scikit-image."""
+def examples(count: int = 96, seed: int = 0) -> Iterator[tuple[str, str, bytes]]:
+    """Overlapping regions, one photograph after the other: (file name of the photograph, caption, region as a JPEG);
+    the same bytes always. A UserError without scikit-image."""
     spec = importlib.util.find_spec("skimage")
     folder = Path(spec.origin).parent / "data" if spec else Path()
     if not all((folder / name).exists() for name in PHOTOGRAPHS):
@@ -55,7 +47,7 @@ def examples(count: int = 96, seed: int = 0) -> Iterator[Example]:
         name = names[i % len(names)]
         jpeg = io.BytesIO()
         _region(images[name], np.random.default_rng((seed, i))).save(jpeg, "JPEG", quality=_JPEG_QUALITY)
-        yield Example(name, PHOTOGRAPHS[name], jpeg.getvalue())
+        yield name, PHOTOGRAPHS[name], jpeg.getvalue()
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -72,9 +64,9 @@ def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32, seed:
     for number, start in enumerate(range(0, count, per_shard)):
         data = io.BytesIO()
         with tarfile.open(fileobj=data, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for i, example in enumerate(every[start : start + per_shard]):
-                add_member(tar, f"{number:05d}{i:04d}.jpg", example.jpeg)
-                add_member(tar, f"{number:05d}{i:04d}.txt", example.caption.encode())
+            for i, (_, caption, jpeg) in enumerate(every[start : start + per_shard]):
+                add_member(tar, f"{number:05d}{i:04d}.jpg", jpeg)
+                add_member(tar, f"{number:05d}{i:04d}.txt", caption.encode())
         shards.append(Path(out_dir) / f"{number:05d}.tar")
         paths.write_whole(shards[-1], data.getvalue())
     return shards
@@ -83,7 +75,7 @@ def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32, seed:
 def write_folder(out_dir: str | Path, count: int = 96, seed: int = 0) -> list[Path]:
     """Writes the examples of `pack_photos` as a plain folder: `<photograph>/<number>.jpg`."""
     written = []
-    for i, example in enumerate(examples(count, seed)):
-        written.append(Path(out_dir) / Path(example.photograph).stem / f"{i:04d}.jpg")
-        paths.write_whole(written[-1], example.jpeg)
+    for i, (photograph, _, jpeg) in enumerate(examples(count, seed)):
+        written.append(Path(out_dir) / Path(photograph).stem / f"{i:04d}.jpg")
+        paths.write_whole(written[-1], jpeg)
     return written

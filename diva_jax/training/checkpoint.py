@@ -106,15 +106,6 @@ def check_files(folder: epath.Path) -> tuple[dict, dict]:
     return data, meta
 
 
-def _damage(folder: epath.Path) -> str | None:
-    """What is wrong with a checkpoint, as far as `check_files` sees it; None: nothing."""
-    try:
-        check_files(folder)
-    except Damaged as e:
-        return str(e)
-    return None
-
-
 _UNFINISHED = ".orbax-checkpoint-tmp"  # In the names of folders of saves that have not ended.
 _LISTINGS = 20  # A reader lists again where a trainer has deleted a checkpoint meanwhile.
 _RETRY_AFTER_S = (2.0, 8.0, 30.0)  # A save that failed is tried again after each of these.
@@ -137,8 +128,14 @@ def damages(workdir: epath.PathLike) -> dict[int, str | None]:
                 found += [f for f in local if os.path.islink(f) and not f.exists()]
                 if folder in found:
                     raise UserError(f"{folder} is a link to a folder that is not there: put it back, or remove it")
-                steps = sorted({int(f.name) for f in found if f.name.isdecimal()}, reverse=True)
-                return {step: _damage(folder / str(step)) for step in steps}
+                damages: dict[int, str | None] = {}
+                for step in sorted({int(f.name) for f in found if f.name.isdecimal()}, reverse=True):
+                    try:
+                        check_files(folder / str(step))
+                        damages[step] = None
+                    except Damaged as e:
+                        damages[step] = str(e)
+                return damages
     except Exception as e:
         if isinstance(e, UserError) or not paths.is_remote(folder):
             raise
@@ -311,7 +308,16 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
         reasons = {}  # In order, each once: what a failed save leaves behind may be why the next one fails.
         for pause in (*_RETRY_AFTER_S, None):
-            reason = self._try_to_save(step, items, wait)
+            reason = None
+            try:  # orbax reports a failed save only when waited for, and does not recover from it.
+                self._manager = self._manager or self._open()
+                self._manager.wait_until_finished()
+                if step not in self._manager.all_steps():
+                    self._manager.save(step, args=items)
+                if wait:
+                    self._manager.wait_until_finished()
+            except Exception as e:
+                reason = paths.reason(e)
             if not distributed.any_failed(reason is not None):
                 return
             reason, self._manager, wait = reason or "another process could not write its part", None, True
@@ -330,19 +336,6 @@ class Checkpoints(contextlib.AbstractContextManager):
             f"{len(_RETRY_AFTER_S) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room "
             "or fix the access rights, then start the same command again, which resumes from there"
         )
-
-    def _try_to_save(self, step: int, items: ocp.args.Composite, wait: bool) -> str | None:
-        """None, or why it failed. orbax reports a failed save only when waited for, and does not recover from it."""
-        try:
-            self._manager = self._manager or self._open()
-            self._manager.wait_until_finished()
-            if step not in self._manager.all_steps():
-                self._manager.save(step, args=items)
-            if wait:
-                self._manager.wait_until_finished()
-        except Exception as e:
-            return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-        return None
 
     def close(self) -> None:
         """Waits for a save in progress. If that save fails, it is said, not raised."""

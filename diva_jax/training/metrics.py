@@ -1,5 +1,6 @@
 """Reports of a run: metrics.jsonl, TensorBoard events, log.txt and progress lines."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -36,15 +37,6 @@ def _wandb_run(workdir: epath.Path, local: Path, project: str, config: dict):
         return wandb.init(project=project, id=known, name=workdir.name, dir=str(local), config=config, resume="allow")
 
 
-def _step_of(line: bytes) -> int | None:
-    """The step of a row of metrics.jsonl, or None where the line is no row."""
-    try:
-        row = json_files.decoded(line)
-        return row["step"] if type(row["step"]) is int else None
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
 class Writer:
     """Appends rows to `metrics.jsonl`, TensorBoard and Weights & Biases, and messages to `log.txt`. Rows of an
     interrupted run after `step` are removed. Each row has `seconds`, the time since this session of the run began;
@@ -57,7 +49,13 @@ class Writer:
     ):
         path = epath.Path(workdir) / "metrics.jsonl"
         lines = json_files.read_bytes(path, json_files.MAX_LINES_BYTES).splitlines() if path.exists() else []
-        found = [_step_of(line) for line in lines]
+        found = []
+        for line in lines:
+            row = None
+            with contextlib.suppress(ValueError):
+                row = json_files.decoded(line)
+            step_of = row.get("step") if isinstance(row, dict) else None
+            found.append(step_of if type(step_of) is int else None)
         # The last row may have been truncated when the process was killed.
         if odd := sum(at is None for at in found[:-1]):
             log.say(f"{path}: {odd} lines that are no rows of a log are removed")

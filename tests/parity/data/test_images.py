@@ -22,7 +22,7 @@ SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
 
 @pytest.fixture(scope="module")
 def photographs():
-    found = [Image.open(io.BytesIO(e.jpeg)).convert("RGB") for e in examples(16)]
+    found = [Image.open(io.BytesIO(jpeg)).convert("RGB") for _, _, jpeg in examples(16)]
     return [*found, found[0].resize((61, 47)), found[1].convert("L").convert("RGB").resize((700, 333))]
 
 
