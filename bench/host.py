@@ -42,7 +42,7 @@ def write_shards(folder: Path, count: int, shorter: int) -> str:
     import numpy as np
     from PIL import Image
 
-    from diva_jax.data.photos import examples
+    from diva_jax.demo import examples
 
     found = [Image.open(io.BytesIO(jpeg)).convert("RGB") for _, _, jpeg in examples(min(count, 64))]
     rng = np.random.default_rng(0)

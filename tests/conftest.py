@@ -42,7 +42,7 @@ def files(tmp_path_factory):
     import small  # Imported here because it creates arrays.
 
     from diva_jax import demo
-    from diva_jax.data.photos import pack_photos
+    from diva_jax.demo import pack_photos
 
     folder = tmp_path_factory.mktemp("files")
     pack_photos(folder / "photos", count=24, per_shard=8)

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from diva_jax.common.errors import UserError, brief, explained, listing
-from diva_jax.data import files, texts
+from diva_jax.data import files
 from diva_jax.data import tars as shards
 from diva_jax.data.images import open_image, read_file
 from diva_jax.data.records import MAX_CAPTION_BYTES
@@ -40,7 +40,7 @@ class Images:
 
 def lines(path: Path) -> list[str] | None:
     """The stripped lines of a text file, without empty ones at its end; None where it does not exist."""
-    return [line.strip() for line in texts.read_text(path).rstrip().split("\n")] if path.exists() else None
+    return [line.strip() for line in files.read_text(path).rstrip().split("\n")] if path.exists() else None
 
 
 def _natural(name: str) -> list:
@@ -54,7 +54,7 @@ def _shards(root: Path) -> tuple[Path, list[Path]]:
     paths = sorted(split.glob("*.tar"), key=lambda path: _natural(path.name))
     count = split / "nshards.txt"
     if count.exists():
-        number = texts.read_text(count).strip()
+        number = files.read_text(count).strip()
         if not re.fullmatch(r"[0-9]{1,6}", number):
             raise UserError(f"{count} holds {brief(number)}, which is not a number of shards: write it again")
         paths = [split / f"{i}.tar" for i in range(int(number))]
@@ -166,14 +166,14 @@ def caption_csv(path: Path) -> Images:
     """A CSV file with the columns `image` (a file, relative to the CSV's folder) and `caption`, one caption per row. A
     UserError names the line of a missing file or an empty cell."""
     captions: dict[str, list[str]] = {}
-    for line, row in texts.csv_records(str(path), ("image", "caption")):
+    for line, row in files.csv_records(str(path), ("image", "caption")):
         if not row.get("image") or not row.get("caption", "").strip():
             raise UserError(f"{path}, line {line}: image or caption is empty: complete the row")
         if reason := files.no_path(row["image"]):
             raise UserError(f"{path}, line {line}: {reason}")
         captions.setdefault(os.path.normpath(row["image"]), []).append(row["caption"])
     paths = [path.parent / name for name in captions]
-    if gone := next((p for p in paths if not texts.is_file(p)), None):
+    if gone := next((p for p in paths if not files.is_file(p)), None):
         raise UserError(f"{path} names {str(gone)[:300]}, which does not exist: fetch the image or remove its rows")
     if not paths:
         raise UserError(f"{path} has no rows: it needs image,caption in each")
@@ -183,7 +183,7 @@ def caption_csv(path: Path) -> Images:
 def read_names(path: str) -> list[list[str]] | dict[str, list[str]]:
     """A JSON file with class names or prompt templates, as lists by label or by class; a text stands for a list of one.
     A UserError where it has anything else in it, such as a number or an empty text."""
-    value = texts.parse_json(texts.read_text(path), path)
+    value = files.parse_json(files.read_text(path), path)
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list | dict) or not value:
         raise UserError(f"{path} must hold a list of texts, or an object with one entry per class")

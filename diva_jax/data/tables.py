@@ -18,7 +18,7 @@ from pydantic import Field
 from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.paths import is_remote
-from diva_jax.data import files, texts
+from diva_jax.data import files
 from diva_jax.data.records import TEXT_COLUMNS, Record, caption, listed, locate
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def _of_columns(path: str, table: Mapping[str, Sequence], columns: Sequence[str 
 
 
 def _csv_part(path: str, options: Mapping[str, str]) -> _Part:
-    rows = texts.csv_rows(path)
+    rows = files.csv_rows(path)
     header = next(rows, (1, []))[1]
     columns = choose_columns(path, header, options)
     wanted = {column: header.index(column) for column in columns if column}

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diva_jax.common.errors import UserError, brief
-from diva_jax.data import texts
+from diva_jax.data import files
 
 # VALSE's annotators who chose the caption and not the foil, of three.
 _MIN_VOTES = 2
@@ -213,12 +213,12 @@ LAYOUTS: dict[str, Callable[[_Row], Item | None]] = {
 
 def _json_rows(file: Path, lines: bool) -> Iterator[tuple[str, Any]]:
     """(where, row) of each line that is not blank, or of each element of a list or value of an object."""
-    text = texts.read_text(file)
+    text = files.read_text(file)
     if lines:
         numbered = ((f"{file}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-        yield from ((where, texts.parse_json(line, where)) for where, line in numbered)
+        yield from ((where, files.parse_json(line, where)) for where, line in numbered)
         return
-    value = texts.parse_json(text, str(file))
+    value = files.parse_json(text, str(file))
     if not isinstance(value, list | dict):
         raise UserError(f"{file} holds neither a list nor an object: fetch it again")
     for key, row in value.items() if isinstance(value, dict) else enumerate(value):
@@ -229,7 +229,7 @@ def _csv_items(file: Path) -> Iterable[tuple[str, Any]]:
     """(where, row) of each item of a CSV file, as objects of the JSON form. It has the columns item, image, text and
     right (1: they belong together, 0: they do not); the rows of one item have the same text in `item`."""
     items: dict[str, tuple[str, dict]] = {}
-    for line, row in texts.csv_records(str(file), _CSV_COLUMNS):
+    for line, row in files.csv_records(str(file), _CSV_COLUMNS):
         where = f"{file}, line {line}"
         if row.get("right") not in ("0", "1") or not all(row.get(c, "").strip() for c in _CSV_COLUMNS[:3]):
             raise UserError(
@@ -248,7 +248,7 @@ def read_items(file: Path, layout: str, images: Path) -> list[Item]:
     """The items of a file in one of `LAYOUTS`; a UserError names the file and row that is wrong or whose image is."""
     own_table = layout == "own" and file.suffix.lower() not in (".jsonl", ".json")
     rows = _csv_items(file) if own_table else _json_rows(file, layout in ("own", "winoground"))
-    is_file = functools.cache(texts.is_file)
+    is_file = functools.cache(files.is_file)
     items = [item for where, value in rows if (item := LAYOUTS[layout](_Row(file, where, value, images, is_file)))]
     if layout == "whatsup":
         _check_whatsup(items)

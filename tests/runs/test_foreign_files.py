@@ -20,7 +20,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import latent_cache, sources
 from diva_jax.evals.tasks import mmvp
 from diva_jax.report import images, inputs, page
-from diva_jax.training import checkpoint, lock, metrics, workdirs
+from diva_jax.training import checkpoint, distributed, metrics, workdirs
 from diva_jax.weights import readers
 from diva_jax.weights.export import publish
 
@@ -65,7 +65,7 @@ def show(folder):
 
 
 def lock_it(folder):
-    lock.Lock(epath.Path(folder)).close()
+    distributed.Lock(epath.Path(folder)).close()
 
 
 def resume(folder):
@@ -170,8 +170,8 @@ def attack(folder, name, write):
 
 
 def copied(good, place, monkeypatch):
-    monkeypatch.setattr(lock, "STALE_AFTER_S", 0.01)
-    monkeypatch.setattr(lock, "SETTLED_AFTER_S", 0.0)
+    monkeypatch.setattr(distributed, "STALE_AFTER_S", 0.01)
+    monkeypatch.setattr(distributed, "SETTLED_AFTER_S", 0.0)
     return shutil.copytree(good, place)
 
 

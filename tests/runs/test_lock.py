@@ -15,15 +15,15 @@ from etils import epath
 from helpers import failed, refused
 
 from diva_jax.common.errors import UserError
-from diva_jax.training import lock
-from diva_jax.training.lock import Lock
+from diva_jax.training import distributed
+from diva_jax.training.distributed import Lock
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(lock, "RENEWAL_INTERVAL_S", 0.05)
-    monkeypatch.setattr(lock, "STALE_AFTER_S", 0.6)
-    monkeypatch.setattr(lock, "SETTLED_AFTER_S", 0.1)
+    monkeypatch.setattr(distributed, "RENEWAL_INTERVAL_S", 0.05)
+    monkeypatch.setattr(distributed, "STALE_AFTER_S", 0.6)
+    monkeypatch.setattr(distributed, "SETTLED_AFTER_S", 0.1)
 
 
 def write(folder, **owner):
@@ -91,7 +91,7 @@ def test_a_run_that_lost_its_lock_ends_and_leaves_that_of_the_other(tmp_path):
 
 
 def test_a_process_of_this_machine_that_lives_is_named(tmp_path):
-    code = "import sys, time, diva_jax.training.lock as l; l.RENEWAL_INTERVAL_S = .05; from etils import epath; "
+    code = "import sys, time, diva_jax.training.distributed as l; l.RENEWAL_INTERVAL_S = .05; from etils import epath; "
     code += "l.Lock(epath.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     try:

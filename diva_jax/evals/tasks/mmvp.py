@@ -14,7 +14,7 @@ from pydantic import Field
 from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import at_least, field
-from diva_jax.data import labelled, texts
+from diva_jax.data import files, labelled
 from diva_jax.evals import Outcome, Settings, encode, matching, stats
 from diva_jax.evals.items import ItemTask, Values
 from diva_jax.models.backbones import spec_of
@@ -93,7 +93,7 @@ def _question(path: Path, folder: Path, line: int, row: dict[str, str]) -> Quest
         wrong = f"the Question ID {brief(id_)} is not a number, or the Type {brief(type_)} is not the name of a folder"
         raise UserError(f"{where}: {wrong}")
     image = folder / type_ / f"{int(id_)}.jpg"
-    if not texts.is_file(image):
+    if not files.is_file(image):
         raise UserError(f"{where}: its image {str(image)[:300]} does not exist: fetch it, or correct the row")
     return Question(line, int(id_), image, f"a photo of {statement}")
 
@@ -102,7 +102,7 @@ def read_questions(path: str) -> list[Question]:
     """The questions, 270 of MMVP-VLM, checked; pattern and pair follow from the position. A UserError names the line or
     file that is missing, broken or out of order."""
     file, folder = _root(path)
-    rows = [(line, row) for line, row in texts.csv_records(str(file), HEADER) if any(row.values())]
+    rows = [(line, row) for line, row in files.csv_records(str(file), HEADER) if any(row.values())]
     names, pairs = read_patterns(path)
     if len(rows) != (expected := 2 * pairs * len(names)):
         raise UserError(f"{file} has {len(rows)} questions, MMVP-VLM has {expected}: fetch the file again")

@@ -19,7 +19,7 @@ from PIL import Image
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import above, at_least, below, field, one_of
 from diva_jax.common.json_files import open_regular
-from diva_jax.data import texts
+from diva_jax.data import files
 from diva_jax.data.images import FORMATS, MAX_PIXELS, read_file
 from diva_jax.evals import Outcome, Settings, Task, encode, stats
 from diva_jax.evals.items import require_count, set_and_folder
@@ -91,9 +91,9 @@ def class_names(given: str, subject: Set, root: Path) -> list[list[str]]:
     lines, objects = subject.names, root / "objectInfo150.txt"
     try:
         if given:
-            lines = texts.read_text(Path(given).expanduser()).splitlines()
+            lines = files.read_text(Path(given).expanduser()).splitlines()
         elif not lines:
-            lines = [line.split("\t")[-1] for line in texts.read_text(objects).splitlines()[1:]]
+            lines = [line.split("\t")[-1] for line in files.read_text(objects).splitlines()[1:]]
     except UserError as e:
         raise UserError(f"config.eval.segmentation.classes={given}: {e}, or set it to FILE.txt") from e
     synonyms = [[n.strip() for n in line.split(",") if n.strip()] for line in lines if line.strip()]
@@ -124,7 +124,7 @@ def _pairs(subject: Set, root: Path) -> list[tuple[Path, Path]]:
         path = root / subject.listed
         if not path.is_file():
             raise UserError(f"{path} does not exist: give the folder {subject.hint}")
-        names = texts.read_text(path).split()
+        names = files.read_text(path).split()
         if wrong := next((n for n in names if "/" in n), None):
             raise UserError(f"{path} lists {brief(wrong)}, which is not the name of an image: fetch it again")
     else:

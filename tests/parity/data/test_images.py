@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from diva_jax.data import images, preprocess
-from diva_jax.data.photos import examples
+from diva_jax.demo import examples
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 
 SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)

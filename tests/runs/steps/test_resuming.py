@@ -15,7 +15,7 @@ from helpers import within
 from diva_jax import demo, objectives
 from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess
-from diva_jax.data.photos import pack_photos
+from diva_jax.demo import pack_photos
 from diva_jax.models import backbones
 from diva_jax.models.diffusion.vae import VAE
 from diva_jax.models.layers import Keys

@@ -17,7 +17,7 @@ from mutations import WRONG, changed, damaged, outcome
 from PIL import Image, PngImagePlugin
 from records import batches, encoded, tags
 
-from diva_jax.data import images, labelled, tables, texts
+from diva_jax.data import files, images, labelled, tables
 from diva_jax.data.sources import open_source
 from diva_jax.evals import choice_layouts
 from diva_jax.evals.tasks import choice, mmvp
@@ -31,7 +31,7 @@ def test_tables_are_what_was_written_or_refused(tmp_path, seed):
     rng, path = np.random.default_rng(seed), tmp_path / "a.csv"
 
     def read():
-        return [fields for _, fields in texts.csv_rows(str(path))]
+        return [fields for _, fields in files.csv_rows(str(path))]
 
     for case in range(20):
         order = list(rng.permutation(2))

@@ -11,7 +11,8 @@ import pytest
 from helpers import refused
 from records import encoded, noise, write_tar, write_tfds
 
-from diva_jax.data import files, images, photos
+from diva_jax import demo
+from diva_jax.data import files, images
 from diva_jax.data.sources import FolderSource, TfdsSource, open_source
 from diva_jax.data.tars import TarSource
 
@@ -148,13 +149,13 @@ def test_tfds_without_tensorflow(tfds_dir):
 
 
 def test_shards_hold_distinct_varied_photographs_with_captions(tmp_path):
-    shards = photos.pack_photos(tmp_path)
+    shards = demo.pack_photos(tmp_path)
     assert [p.name for p in shards] == ["00000.tar", "00001.tar", "00002.tar"]
     assert sum(p.stat().st_size for p in shards) < 5e6
     source = open_source(str(tmp_path))
     records = [source.read(i) for i in range(len(source))]
     assert [r.name for r in records] == [f"{s:05d}.tar/{s:05d}{i:04d}.jpg" for s in range(3) for i in range(32)]
-    assert [r.text for r in records] == list(photos.PHOTOGRAPHS.values()) * 6
+    assert [r.text for r in records] == list(demo.PHOTOGRAPHS.values()) * 6
     decoded = [images.decode(r.image) for r in records]
     assert len({image.tobytes() for image in decoded}) == 96
     assert all(96 <= min(i.size) and max(i.size) <= 640 for i in decoded)
@@ -166,5 +167,5 @@ def test_shards_hold_distinct_varied_photographs_with_captions(tmp_path):
 def test_without_scikit_image(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "skimage" else find(name))
-    refused(r"pip install -e '.\[demo\]'", photos.pack_photos, tmp_path)
+    refused(r"pip install -e '.\[demo\]'", demo.pack_photos, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,8 @@ import pytest
 from helpers import refused
 from records import encoded, noise, write_tar
 
-from diva_jax.data import photos, tars
+from diva_jax import demo
+from diva_jax.data import tars
 from diva_jax.data.records import MAX_CAPTION_BYTES
 from diva_jax.data.sources import open_source
 from diva_jax.data.tars import TarSource
@@ -32,7 +33,7 @@ def test_reads_what_tarfile_reads(tmp_path):
             info = tarfile.TarInfo(f"{kind.decode()}.jpg")
             info.type, info.linkname = kind, "elsewhere.jpg"
             tar.addfile(info)
-        photos.add_member(tar, "c.jpg", noise(3))
+        demo.add_member(tar, "c.jpg", noise(3))
     for path, form in zip(paths[2:], (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT), strict=True):
         write_tar(path, {LONG: noise(0), "b.jpg": noise(1)}, format=form)
     source = TarSource(paths)
@@ -102,7 +103,7 @@ def test_a_name_twice_is_refused(tmp_path, twice):
     """It would merge two samples."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("0.jpg", "0.txt", "1.jpg", twice):
-            photos.add_member(tar, name, b"a")
+            demo.add_member(tar, name, b"a")
     refused(r"a.tar has 0.\w+ twice, which would merge two samples", TarSource, [str(tmp_path / "a.tar")])
 
 
