@@ -210,12 +210,11 @@ class Cache:
     def _entry(self, record: int, crop: int) -> Entry:
         m = self.manifest
         shard = record // m.per_shard
-        try:
+        problem = f"{self._named}: the entry of record {record}, crop {crop} in {m.file(shard)} cannot be read"
+        damage = (RuntimeError, ValueError, IndexError, OSError, struct.error)
+        with explained(problem, f"delete that file, and {_AGAIN}", *damage, kind=RunError):
             (data,) = self._reader(self._folder / m.file(shard)).read([(record % m.per_shard) * m.crops + crop])
             entry = Entry.unpack(data, m.shape)
             if (entry.record, entry.crop) != (record, crop):
                 raise ValueError(f"it is that of record {entry.record}, crop {entry.crop}")
-        except (RuntimeError, ValueError, IndexError, OSError, struct.error) as e:
-            where, why = f"the entry of record {record}, crop {crop} in {m.file(shard)}", " ".join(str(e).split())[:200]
-            raise RunError(f"{self._named}: {where} cannot be read ({why}): delete that file, and {_AGAIN}") from e
         return entry

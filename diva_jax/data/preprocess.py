@@ -2,7 +2,6 @@
 the preprocessing that the models were trained with, `faithful` what the code of the authors of arXiv 2407.20171
 computes."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -107,25 +106,18 @@ class Jitter(NamedTuple):
     vflip: Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Ranges:
-    """What is drawn from, uniform, the crop's ratio on a logarithmic scale; the defaults are DCR's. Brightness,
-    contrast and saturation are multiplied by 1 - color to 1 + color, the hue is moved by -hue to hue [turns]; `scale`
-    is the crop's area over the image's, `ratio` its width over its height."""
-
-    color: float = 0.1
-    hue: float = 0.05
-    scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] = (0.9, 1.1)
+# What DCR draws from, uniform: brightness, contrast and saturation are multiplied by 1 - x to 1 + x, the hue is moved
+# by -x to x [turns]; the crop's area over the image's; its width over its height, on a logarithmic scale.
+_COLORS, _SCALE, _RATIO = (0.1, 0.1, 0.1, 0.05), (0.9, 1.0), (0.9, 1.1)
 
 
-def _crop(key: Array, size: int, ranges: Ranges) -> Array:
+def _crop(key: Array, size: int) -> Array:
     """The first of ten boxes that lies within the image, else the whole image, [4] int32."""
     shape_key, place_key = jax.random.split(key)
     area, ratio = jax.random.uniform(shape_key, (2, _TRIES))
-    low, high = ranges.scale
+    low, high = _SCALE
     area = size**2 * (low + (high - low) * area)
-    low, high = jnp.log(jnp.asarray(ranges.ratio))
+    low, high = jnp.log(jnp.asarray(_RATIO))
     ratio = jnp.exp(low + (high - low) * ratio)
     width, height = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
     fits = (width <= size) & (height <= size)
@@ -135,17 +127,16 @@ def _crop(key: Array, size: int, ranges: Ranges) -> Array:
     return jnp.stack([place[0], place[1], height, width])
 
 
-def draw_jitter(keys: Array, size: int, ranges: Ranges = Ranges()) -> Jitter:
+def draw_jitter(keys: Array, size: int) -> Jitter:
     """Draws for images of `size` x `size` pixels, from one key per image, [B]."""
 
     def one(key):
         order, factors, hflip, vflip, crop = jax.random.split(key, 5)
-        width = jnp.asarray([ranges.color] * 3 + [ranges.hue])
-        centre = jnp.asarray([1.0, 1.0, 1.0, 0.0])
+        width, centre = jnp.asarray(_COLORS), jnp.asarray([1.0, 1.0, 1.0, 0.0])
         return Jitter(
             jax.random.permutation(order, 4).astype(jnp.int32),
             centre + width * jax.random.uniform(factors, (4,), minval=-1.0),
-            _crop(crop, size, ranges),
+            _crop(crop, size),
             jax.random.bernoulli(hflip),
             jax.random.bernoulli(vflip),
         )

@@ -12,9 +12,9 @@ from urllib.parse import parse_qsl
 import numpy as np
 
 from diva_jax.common import config_files
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.log import say
-from diva_jax.common.paths import is_remote, reason
+from diva_jax.common.paths import is_remote
 from diva_jax.data import files, records
 from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, Record, Source
 from diva_jax.data.tars import TarSource
@@ -83,7 +83,9 @@ class TfdsSource:
         import tensorflow_datasets as tfds  # Slow to import, and only this source needs it.
 
         self._where = f"{flag}={spec!r}"
-        try:
+        advice = "prepare it first with tfds.builder(name, file_format='array_record').download_and_prepare()"
+        # tfds raises a different type for each of missing name, split, folder, format.
+        with explained(f"{self._where} cannot be read", advice, Exception):
             builder = tfds.builder(name, data_dir=self.options.get("data_dir"))
             self.features = builder.info.features
             images = [key for key, feature in self.features.items() if type(feature) is tfds.features.Image]
@@ -95,14 +97,6 @@ class TfdsSource:
             self._text = self._chosen("text", "feature", self.features) or next(captions, None)
             # The encoded bytes: decoding and its errors belong to the pipeline.
             self._records = builder.as_data_source(split=split, decoders={self._image: tfds.decode.SkipDecoding()})
-        except UserError:
-            raise
-        except Exception as e:  # tfds raises a different type for each of missing name, split, folder, format.
-            why = " ".join(str(e).split())[:600].rstrip(".:") or type(e).__name__
-            raise UserError(
-                f"{self._where} cannot be read ({why}): prepare it first with "
-                "tfds.builder(name, file_format='array_record').download_and_prepare()"
-            ) from e
         if not len(self):
             raise UserError(f"{self._where} has no records")
 
@@ -233,20 +227,14 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, al
             "texts=COLUMN, or several with & between them"
         )
     path = path if is_remote(path) else os.path.expanduser(path)
-    try:
+    advice = "check it, the network and this account's rights"
+    # An object store refuses by an exception of its own; a local folder that is not there is a UserError.
+    with explained(f"config.data.path={path!r} cannot be read", advice, Exception if is_remote(path) else OSError):
         kind, paths = files.find(path)
         if kind not in ("tars", "images"):
             from diva_jax.data.tables import open_tables  # Here, because pyarrow takes 50 ms to import.
 
             return open_tables(kind, paths, path, options, quiet, allow_urls)
-    except UserError:
-        raise
-    except Exception as e:
-        # An object store that refuses, by an exception of its own; a local folder that is not there is a UserError.
-        if not isinstance(e, OSError) and not is_remote(path):
-            raise
-        problem = f"config.data.path={path!r} cannot be read ({reason(e)})"
-        raise UserError(f"{problem}: check it, the network and this account's rights") from e
     if options:
         problem = f"config.data.path={path!r} holds {kind}, which have no columns"
         raise UserError(f"{problem}: leave ?{'&'.join(options)} out")

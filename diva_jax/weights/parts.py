@@ -112,7 +112,6 @@ def load(
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     remat: bool = False,
-    put=None,
 ) -> nnx.Module:
     """Returns a model with the weights of a source, written by any of the supported libraries.
 
@@ -123,7 +122,6 @@ def load(
       tower: "vision" or "text", for a Spec.
       dtype, param_dtype: the dtypes of computations and of the weights.
       remat: as for the model.
-      put: (path, array, ShapeDtypeStruct) -> device array; default the first device.
 
     Raises:
       UserError: the source is missing, invalid, or of another architecture than `spec`.
@@ -138,7 +136,7 @@ def load(
         opened = open_diffusers(origins.diffusers_folder(source), spec)
         module = layers.abstract(lambda rngs: model(spec, rngs=rngs, **kw))
     graph, state = nnx.split(module)
-    return nnx.merge(graph, opened.fill(state, put))
+    return nnx.merge(graph, opened.fill(state))
 
 
 @dataclasses.dataclass(frozen=True)
