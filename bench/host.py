@@ -75,7 +75,7 @@ def ours(path: str, workers: int):
 
     def run(count: int) -> None:
         wanted = {"image": inputs.Image(_SIZE.value)}
-        batches = pipeline.open_batches(_config(path, workers), wanted, seed=0, global_batch=_BATCH)
+        batches = pipeline.Batches(_config(path, workers), wanted, seed=0, global_batch=_BATCH)
         with contextlib.closing(batches):
             for _ in range(count // _BATCH):
                 assert next(batches)["image"].shape == (_BATCH, _SIZE.value, _SIZE.value, 3)

@@ -145,27 +145,61 @@ def shuffled(records: int, seed: int) -> grain.MapDataset:
     return order
 
 
-class Iterator:
-    """Endless batches of this process's part of each global batch; `len(source)` records make an epoch. `seed` is of
-    order, crops and whatever the inputs draw; the crop boxes are those of `cache`, if any."""
+def open_records(config, inputs: Mapping[str, Input], index: str | None = None, quiet: bool = False) -> Source:
+    """The records of `config.data`, see `sources.open_source`; a UserError where captions are needed and missing."""
+    source = sources.open_source(config.path, index, quiet=quiet, allow_urls=config.allow_urls)
+    readers = [name for name, i in inputs.items() if i.needs_text]
+    if readers and not source.has_text:
+        raise UserError(
+            f"config.data.path={config.path!r} has no captions, which the input {readers[0]!r} needs: give tar shards "
+            "with .txt or .json members, a CSV or parquet file or a Hugging Face dataset with a text column "
+            "(PATH?text=COLUMN names it), or images with a .txt file beside each"
+        )
+    return source
+
+
+_NAMES = {
+    "seed": "config.seed =",
+    "records": "this many images in config.data.path:",
+    "global_batch": "config.batch_size =",
+    "latents": "the cache config.data.latents with the fingerprint",
+}
+
+
+class Batches:
+    """Endless batches of this process's part of each global batch of `config.data`, `global_batch` examples over all
+    processes, each with the arrays `inputs` by name (see `diva_jax.data.inputs`). `seed` is of order, crops and
+    whatever the inputs draw. The index of tar shards is kept in `cache_dir`; `cache` has the crop boxes, and the
+    outputs of frozen models. A UserError where the batch does not divide over the processes, there is no data, an input
+    needs captions or texts and the data has none, or the cache is of other data."""
 
     def __init__(
         self,
         config,
-        source: Source,
         inputs: Mapping[str, Input],
+        *,
         seed: int,
         global_batch: int,
-        process_index: int,
-        process_count: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        cache_dir=None,
         cache: latent_cache.Cache | None = None,
     ):
-        self.source = source
+        if global_batch % process_count:
+            problem = f"config.batch_size={global_batch} does not divide over {process_count} processes"
+            raise UserError(f"{problem}: use a multiple")
+        if "row" in inputs:
+            raise UserError("an input cannot be called 'row', which is the examples' row in the batch: rename it")
+        source = open_records(config, inputs, str(cache_dir) if cache_dir else None, quiet=process_index != 0)
+        choices = list(dict.fromkeys(i.alternatives for i in inputs.values() if hasattr(i, "alternatives")))
+        for choice in choices:
+            self._check_texts(source, choice, config.path)
+        if cache is not None:
+            cache.check(source)
+        self.source, self._cache, self._order = source, cache, shuffled(len(source), seed)
         self._scale, self._ratio = tuple(config.crop.scale), tuple(config.crop.ratio)
-        choices = [i.alternatives for i in inputs.values() if hasattr(i, "alternatives")]
         self.decoder = Decoder(source, config, any(i.needs_text for i in inputs.values()), choices)
         self._make = {name: i.open(config) for name, i in inputs.items()}
-        self._order, self._cache = shuffled(len(source), seed), cache
         self._identity = {"seed": seed, "records": len(source), "global_batch": global_batch}
         if cache is not None:
             self._identity["latents"] = cache.manifest.fingerprint
@@ -178,35 +212,43 @@ class Iterator:
         self._pending: concurrent.futures.Future | None = None  # The next batch, while a thread makes it.
         self._batches = None  # Opened by the first batch: a restored run must not decode from position 0.
 
+    @staticmethod
+    def _check_texts(source: Source, choice: Alternatives, path: str) -> None:
+        """A UserError where not one of `_PROBED` records, spread over all, has texts to choose between."""
+        why = ""
+        for i in range(0, len(source), -(-len(source) // _PROBED)):
+            try:
+                if choice(read_with(source, i, True, (choice,)), np.random.default_rng(0)):
+                    return
+            except (OSError, ValueError) as e:
+                why = f" ({printable(source.name(i))}: {brief(e)})"
+        problem = f"config.data.path={path!r}: not one of {min(len(source), _PROBED)} records has {choice.wanted}{why}"
+        raise UserError(f"{problem}: give it to them, or set config.judge.texts to another kind")
+
     def _at(self, position: int) -> dict[str, np.ndarray]:
         """The arrays of the example at a position, and its "row". A broken record is replaced by the next good one in
         the epoch's order; a RunError where too many are broken."""
-        n = len(self.source)
+        n, row = len(self.source), {"row": np.int32(position % self._identity["global_batch"])}
         epoch, k = divmod(position, n)
         for step in range(n):
-            record = self._order[epoch * n + (k + step) % n]
+            i = self._order[epoch * n + (k + step) % n]
+            cached = self._cache.read(i, epoch) if self._cache else None
+            if self._cache and cached is None:
+                self.decoder.broken(i, "it could not be decoded when config.data.latents was made")
+                continue
             with contextlib.ExitStack() as memory:
-                example = self._example(record, position, memory)
-                if example is not None:
-                    arrays = {name: make(example) for name, make in self._make.items()}
-                    return {**arrays, "row": np.int32(position % self._identity["global_batch"])}
+                if (decoded := self.decoder.read(i, memory)) is None:
+                    continue
+                image, record = decoded
+                rng = np.random.default_rng((self._identity["seed"], position))
+                box = images.sample_box(rng, *image.size, self._scale, self._ratio)
+                if cached:
+                    self._cache.verify(cached, record, self.source.name(i))
+                    box = cached.box
+                arrays = self._cache.arrays(cached) if cached else None
+                example = Example(image, record.text, box, rng, arrays, record.texts)
+                return {name: make(example) for name, make in self._make.items()} | row
         raise RunError(f"not one of the {n} images of config.data.path can be used: the log says why")
-
-    def _example(self, i: int, position: int, memory: contextlib.ExitStack) -> Example | None:
-        """Record i at a position, or None where it is broken; `memory` holds what it needs."""
-        cached = None
-        if self._cache is not None and (cached := self._cache.read(i, position // len(self.source))) is None:
-            self.decoder.broken(i, "it could not be decoded when config.data.latents was made")
-            return None
-        if (decoded := self.decoder.read(i, memory)) is None:
-            return None
-        image, record = decoded
-        rng = np.random.default_rng((self._identity["seed"], position))
-        box = images.sample_box(rng, *image.size, self._scale, self._ratio)
-        if cached is None:
-            return Example(image, record.text, box, rng, texts=record.texts)
-        self._cache.verify(cached, record, self.source.name(i))
-        return Example(image, record.text, cached.box, rng, self._cache.arrays(cached), record.texts)
 
     def __iter__(self):
         return self
@@ -266,66 +308,3 @@ class Iterator:
         batches, pending, self._batches, self._pending = self._batches, self._pending, None, None
         if batches is not None and (pending is None or concurrent.futures.wait([pending], _POLL_INTERVAL_S).done):
             batches.close()
-
-
-_NAMES = {
-    "seed": "config.seed =",
-    "records": "this many images in config.data.path:",
-    "global_batch": "config.batch_size =",
-    "latents": "the cache config.data.latents with the fingerprint",
-}
-
-
-def _check_texts(source: Source, choice: Alternatives, path: str) -> None:
-    """A UserError where not one of `_PROBED` records, spread over all, has texts to choose between."""
-    why = ""
-    for i in range(0, len(source), -(-len(source) // _PROBED)):
-        try:
-            if choice(read_with(source, i, True, (choice,)), np.random.default_rng(0)):
-                return
-        except (OSError, ValueError) as e:
-            why = f" ({printable(source.name(i))}: {brief(e)})"
-    problem = f"config.data.path={path!r}: not one of {min(len(source), _PROBED)} records has {choice.wanted}{why}"
-    raise UserError(f"{problem}: give it to them, or set config.judge.texts to another kind")
-
-
-def open_records(config, inputs: Mapping[str, Input], index: str | None = None, quiet: bool = False) -> Source:
-    """The records of `config.data`, see `sources.open_source`; a UserError where captions are needed and missing."""
-    source = sources.open_source(config.path, index, quiet=quiet, allow_urls=config.allow_urls)
-    readers = [name for name, i in inputs.items() if i.needs_text]
-    if readers and not source.has_text:
-        raise UserError(
-            f"config.data.path={config.path!r} has no captions, which the input {readers[0]!r} needs: give tar shards "
-            "with .txt or .json members, a CSV or parquet file or a Hugging Face dataset with a text column "
-            "(PATH?text=COLUMN names it), or images with a .txt file beside each"
-        )
-    return source
-
-
-def open_batches(
-    config,
-    inputs: Mapping[str, Input],
-    *,
-    seed: int,
-    global_batch: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    cache_dir=None,
-    cache: latent_cache.Cache | None = None,
-) -> Iterator:
-    """Opens the data of `config.data` for batches of `global_batch` examples over all processes, each with the arrays
-    `inputs` by name (see `diva_jax.data.inputs`). The index of tar shards is kept in `cache_dir`; `cache` has the
-    outputs of frozen models. A UserError where the batch does not divide over the processes, there is no data, an input
-    needs captions and the data has none, or the cache is of other data."""
-    if global_batch % process_count:
-        problem = f"config.batch_size={global_batch} does not divide over {process_count} processes"
-        raise UserError(f"{problem}: use a multiple")
-    if "row" in inputs:
-        raise UserError("an input cannot be called 'row', which is the examples' row in the batch: rename it")
-    index = str(cache_dir) if cache_dir else None
-    source = open_records(config, inputs, index, quiet=process_index != 0)
-    for choice in dict.fromkeys(i.alternatives for i in inputs.values() if hasattr(i, "alternatives")):
-        _check_texts(source, choice, config.path)
-    if cache is not None:
-        cache.check(source)
-    return Iterator(config, source, inputs, seed, global_batch, process_index, process_count, cache)

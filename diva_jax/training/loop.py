@@ -85,7 +85,7 @@ class Run:
         self.start = checkpoint.latest_step(self.workdir) or 0
         self.parent = workdirs.Parent.open(init_from) if init_from and not self.start else None
         self.taken = self.parent.matching(self.program.arrays) if self.parent else []
-        self.batches = pipeline.open_batches(
+        self.batches = pipeline.Batches(
             config.data,
             self.program.objective.inputs,
             seed=config.seed,

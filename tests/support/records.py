@@ -88,7 +88,7 @@ def data_config(path, **changes) -> ConfigDict:
 def batches(path, wanted=None, *, batch: int = 8, seed: int = 0, process=(0, 1), cache=None, cache_dir=None, **changes):
     """The iterator over the data at a path; `changes` are fields of `data_config`."""
     config = data_config(path, **changes)
-    return pipeline.open_batches(
+    return pipeline.Batches(
         config,
         {"image": inputs.Image(config.image_size)} if wanted is None else wanted,
         seed=seed,

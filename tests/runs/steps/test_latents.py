@@ -61,8 +61,8 @@ def test_crops_and_moments_are_those_of_a_run_without(files, cache):
     assert set(q.objective.pretrained()) == set(module.pretrained()) - {"vae"}
     opened = cache_builder.open_cache(q)
     kw = dict(seed=plain.seed, global_batch=8)
-    ours = pipeline.open_batches(cached.data, q.objective.inputs, cache=opened, **kw)
-    theirs = pipeline.open_batches(plain.data, p.objective.inputs, **kw)
+    ours = pipeline.Batches(cached.data, q.objective.inputs, cache=opened, **kw)
+    theirs = pipeline.Batches(plain.data, p.objective.inputs, **kw)
     first = {}
     for number in range(9):
         a, b = next(ours), next(theirs)
@@ -178,7 +178,7 @@ def test_outputs_of_frozen_teachers_are_cached(objective, tmp_path):
     for program in (p, q):
         cache = cache_builder.open_cache(program)
         batch = next(
-            pipeline.open_batches(program.config.data, program.objective.inputs, seed=0, global_batch=6, cache=cache)
+            pipeline.Batches(program.config.data, program.objective.inputs, seed=0, global_batch=6, cache=cache)
         )
         keys, mine = jax.random.split(jax.random.key(3), 6), {n: arrays[n] for n in program.arrays}
         loss = jax.jit(lambda a, b, k, s=program.skeleton: s.merge(a).loss(b, k)[1])

@@ -208,7 +208,7 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     assert "1 images beside the tars are not read" in caplog.text and "1 compressed shards" in caplog.text
 
 
-def test_a_wait_for_data_ends():
+def test_a_wait_for_data_ends(monkeypatch):
     released = threading.Event()
 
     def read(i, with_text=True):
@@ -219,7 +219,9 @@ def test_a_wait_for_data_ends():
         __len__ = lambda self: 5  # noqa: E731
 
     source = Source(has_text=False, name=lambda i: f"shard.tar/{i}\x1b[31m.png", read=read)
-    iterator = pipeline.Iterator(data_config("x", stall_timeout=1.0), source, {"image": inputs.Image(12)}, 0, 4, 0, 1)
+    monkeypatch.setattr(pipeline, "open_records", lambda *_, **__: source)
+    settings = data_config("x", stall_timeout=1.0)
+    iterator = pipeline.Batches(settings, {"image": inputs.Image(12)}, seed=0, global_batch=4)
     began = time.monotonic()
     assert iterator.wait(lambda: True) is None
     assert time.monotonic() - began < 5 and iterator.get_state()["batches"] == 0
