@@ -31,7 +31,7 @@ def run_here(files, workdir) -> None:
     config = get_config(f"outside.rotations:{files}")
     config.update_from_flattened_dict(FIELDS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.Iterator, "wait", pipeline.Iterator.wait)  # `record` replaces it.
+        patch.setattr(pipeline.Batches, "wait", pipeline.Batches.wait)  # `record` replaces it.
         multihost.record(f"{workdir}.here.rows")
         assert loop.Run(config, workdir).run()
 

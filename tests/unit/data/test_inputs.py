@@ -272,7 +272,7 @@ def test_records_without_texts_are_skipped_and_wrong_ones_named(tmp_path, kind, 
         assert len(there) == min(3, len(TEXTS[number])) and text_of(neutral) == "a photo of number"
     shorter = batch["conditions"]
     np.testing.assert_array_equal(batch["texts"][..., :25] * (shorter >= 0), np.maximum(shorter, 0))
-    assert iterator.broken.skipped >= 1 and iterator.broken.count == len(TEXTS) - len(USABLE) - 1
+    assert iterator.decoder.skipped >= 1 and iterator.decoder.count == len(TEXTS) - len(USABLE) - 1
     assert "skipped a broken image" in caplog.text and "without texts that differ" in caplog.text
 
 

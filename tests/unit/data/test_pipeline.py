@@ -73,8 +73,8 @@ def test_resume_with_any_number_of_processes_equals_uninterrupted(noisy, stop, c
 
 def test_a_restored_run_decodes_nothing_before_its_place(noisy, monkeypatch):
     asked = []
-    call = pipeline.Iterator._at
-    monkeypatch.setattr(pipeline.Iterator, "_at", lambda self, p: asked.append(p) or call(self, p))
+    call = pipeline.Batches._at
+    monkeypatch.setattr(pipeline.Batches, "_at", lambda self, p: asked.append(p) or call(self, p))
     iterator = batches(noisy, batch=6)
     iterator.set_state(state_of(100))
     next(iterator)
