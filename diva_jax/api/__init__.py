@@ -13,7 +13,7 @@ from diva_jax.api.encoder import Encoder, chosen, mapping, named
 from diva_jax.api.loss import Loss
 from diva_jax.common import config_files, paths
 from diva_jax.common import fields as declarations
-from diva_jax.common.errors import UserError, brief
+from diva_jax.common.errors import UserError, brief, explained
 from diva_jax.evals import Settings, evaluator, results, seeds
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
@@ -41,10 +41,9 @@ def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> Conf
     copied = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else config_files.read(config)
     fields = mapping("fields", fields, '{"optim.lr": 3e-4}')
     declarations.require(copied, fields)
-    try:
+    wrong = (KeyError, TypeError, ValueError, AttributeError)
+    with explained(f"fields={fields!r} do not fit the config", "give values of the fields' types", *wrong):
         copied.update_from_flattened_dict(fields)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"fields={fields!r} do not fit the config ({e}): give values of the fields' types") from e
     config_files.trust(copied.to_dict())
     return copied.lock()
 

@@ -19,17 +19,11 @@ from diva_jax.training.step import Program, image_keys
 
 
 class Result(NamedTuple):
-    """The loss of a batch.
+    """The loss of a batch."""
 
-    Attributes:
-      loss: the scalar that is differentiated.
-      metrics: name -> value, as the train loop logs them.
-      gradients: name -> array of the shape of the parameter, float32.
-    """
-
-    loss: float
-    metrics: dict[str, float]
-    gradients: dict[str, jax.Array]
+    loss: float  # The scalar that is differentiated.
+    metrics: dict[str, float]  # Name -> value, as the train loop logs them.
+    gradients: dict[str, jax.Array]  # Name -> array of the shape of the parameter, float32.
 
 
 class Loss:

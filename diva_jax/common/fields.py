@@ -118,6 +118,11 @@ def one_of(*values: Any) -> Rule:
     return Rule(lambda v: v in values, f"must be {' or '.join(repr(v) if v == '' else str(v) for v in values)}")
 
 
+def choice(doc: str, default: Any, *others: Any) -> Any:
+    """Declares a field that has one of some values, of which the first is the default."""
+    return field(default, doc, one_of(default, *others))
+
+
 def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
 

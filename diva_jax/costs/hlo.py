@@ -43,11 +43,6 @@ class Array:
     layout: str
 
     @property
-    def on_chip(self) -> bool:
-        """Whether the array is in VMEM or another on-chip memory, and not in HBM."""
-        return bool(re.search(r"S\([1-9]", self.layout))
-
-    @property
     def size(self) -> int:
         """Size of the elements [bytes]."""
         return math.prod(self.dims) * _WIDTH.get(self.dtype, 4)
@@ -150,7 +145,9 @@ def hbm_traffic(op: Op, computation: Computation) -> int:
         moved = arrays(op.type)[1 if op.type.startswith("((") else 0]
         return moved.size
     touched = [a for o in op.operands if o in computation for a in arrays(computation[o].type)] + arrays(op.type)
-    return sum(a.size for a in touched if not a.on_chip)
+    return sum(
+        a.size for a in touched if not re.search(r"S\([1-9]", a.layout)
+    )  # S(1) is VMEM, other ones are on chip too.
 
 
 def collectives(module: HloModule, op: Op, computation: Computation) -> dict[str, tuple[str, int]]:
@@ -291,15 +288,6 @@ OTHER = "other"
 SIZES = dict(arguments="argument", outputs="output", aliases="alias", temporaries="temp", code="generated_code")
 
 
-def part_of(path: str) -> tuple[str, str]:
-    """Part and kind of an operation, e.g. ("unet backward", "norm"), from its path
-    "jit(step)/.../transpose(jvp(unet))/norm/mul" in the traced program; a fusion has that of its last operation."""
-    part, kind = (next((name for name, p in table if re.search(p, path)), OTHER) for table in (PARTS, KINDS))
-    if part in ("unet", "vision"):
-        part += " backward" if "transpose(" in path else " forward"
-    return part, kind
-
-
 def kernel_seconds(op: Op, computation: Computation, chip: Chip) -> float:
     """Returns a lower bound for the time of one execution of a kernel, for which the compiler has no estimate [s]. It
     is the larger of the time of its products, where sums over a head dim of 64 occupy a 128-wide matrix unit as sums
@@ -335,7 +323,11 @@ def analyse(text: str, chip: Chip) -> dict:
     for op, computation, times in module.executed():
         if op.kind in FREE:
             continue
-        part, kind = part_of(computation.origin(op))
+        # From its path, such as "jit(step)/.../transpose(jvp(unet))/norm/mul"; a fusion has that of its last operation.
+        path = computation.origin(op)
+        part, kind = (next((name for name, p in table if re.search(p, path)), OTHER) for table in (PARTS, KINDS))
+        if part in ("unet", "vision"):
+            part += " backward" if "transpose(" in path else " forward"
         work = "kernel_flops" if op.kind == "custom-call" else "flops"
         once = {
             "cycles": op.cycles,

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from diva_jax.common import config_files, fields
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.fields import Rule, at_least, field, one_of
+from diva_jax.common.fields import Rule, at_least, choice, field
 from diva_jax.evals import tasks
 
 
@@ -30,26 +30,17 @@ class Settings:
     """The part of `config.eval` that all tasks share."""
 
     every: int = field(
-        0,
-        "A training run is evaluated each time after this many steps, and before the first and after the last one; "
-        "0: never.",
-        at_least(0),
+        0, "A run is evaluated before, after, and each time after this many steps; 0: never.", at_least(0)
     )
     data: tuple[str, ...] = field(
         (),
         "A training run is evaluated on these, texts TASK=PATH such as mmvp=data/MMVP_VLM.",
         Rule(lambda entries: all(isinstance(e, str) for e in entries), "must be texts TASK=PATH"),
     )
-    batch_size: int = field(
-        64, "A forward pass has this many images or texts, over all devices; no score depends on it.", at_least(1)
-    )
+    batch_size: int = field(64, "Images or texts per pass, over all devices; no score depends on it.", at_least(1))
     bootstrap: int = field(10_000, "Each interval is that of this many resamples.", at_least(1))
     seed: int = field(0, "The seed of the resamples and of all random draws of a task.", at_least(0))
-    dtype: str = field(
-        "float32",
-        "The towers compute in this dtype; float32 uses the chip's full precision.",
-        one_of("float32", "bfloat16"),
-    )
+    dtype: str = choice("The towers compute in this dtype; float32 uses the full precision.", "float32", "bfloat16")
     tokenizer: str = field("", "The tokenizer's files are in this folder; if empty, they are those of the weights.")
 
 
@@ -64,25 +55,18 @@ class Outcome:
 
 
 class Task(abc.ABC):
-    """A task whose data has been read and checked.
+    """A task whose data has been read and checked."""
 
-    Attributes:
-      title: name for the reader.
-      data: absolute path or spec of the data.
-      count, items: how many of what ("pairs", "images").
-      metrics: name -> {"title", "unit"} of everything that `evaluate` and `compare` report; final once `bind` returns.
-        "better" may say which values are better: "higher", where it is missing, "lower", or "" where neither is.
-      texts: every text whose embedding `evaluate` will ask for.
-      compared_in_training: whether the train loop also logs how the scores differ from those of the encoder that the
-        run began with. (`python -m diva_jax.evaluate` always compares.)
-    """
-
-    title: str
-    data: str
-    count: int
+    title: str  # Its name for the reader.
+    data: str  # Absolute path or spec of the data.
+    count: int  # How many of what ("pairs", "images").
     items: str
+    # Name -> {"title", "unit"} of everything that `evaluate` and `compare` report; final once `bind` returns. "better"
+    # may say which values are better: "higher", where it is missing, "lower", or "" where neither is.
     metrics: dict[str, dict[str, str]]
-    texts: Sequence[str] = ()
+    texts: Sequence[str] = ()  # Every text whose embedding `evaluate` will ask for.
+    # Whether the train loop also logs how the scores differ from those of the encoder that the run began with;
+    # `python -m diva_jax.evaluate` always compares.
     compared_in_training: bool = True
 
     def bind(self, config: ConfigDict, mesh) -> None:  # noqa: B027 - most tasks need nothing from the run.

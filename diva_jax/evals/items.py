@@ -120,8 +120,10 @@ class ClassificationTask(ItemTask):
     lists_top5 = False
 
     def set_classified(self, classified: dict[str, Classified]) -> None:
-        """Sets `classified`, and the metrics that follow from it."""
+        """Sets `classified`, and the metrics, the number of images and the texts that follow from it."""
         self.classified, self.metrics = classified, {}
+        self.count = sum(len(data.images) for data in classified.values())
+        self.texts = list(dict.fromkeys(t for data in classified.values() for texts in data.prompts for t in texts))
         for prefix, data in classified.items():
             titles = {"acc1": "accuracy @1"} | ({"acc5": "accuracy @5"} if data.at5 else {})
             for name, title in (titles | {_RECALL: "mean per-class recall"}).items():

@@ -10,9 +10,9 @@ from typing import Any
 import pydantic
 
 from diva_jax.common import json_files, log, paths
-from diva_jax.common.errors import RunError, UserError
+from diva_jax.common.errors import RunError, explained
 from diva_jax.common.results_schema import SCHEMA, Comparison, Difference, Results, Score, Summary, Task, Verdict
-from diva_jax.evals.matching import ANSWERS
+from diva_jax.evals.stats import ANSWERS
 
 COLUMNS = ("task", "weights", "metric", "seed", "item", "file", "text", "truth", "predicted", "score", "correct")
 
@@ -65,7 +65,7 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
     """Writes results.json and predictions.csv, each renamed into place when it is complete. A UserError where the
     folder cannot be written; a RunError after that where scores have not the form of `results_schema.Results`."""
     extra = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
-    try:
+    with explained(f"--out={folder} cannot be written", "use a folder with write access"):
         with (
             paths.whole_file(folder / "predictions.csv") as temporary,
             # Names of files may be no text; what has no place in UTF-8 is written as an escape, as JSON has it.
@@ -79,8 +79,6 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
                 writer.writerow({k: f"'{v}" if k in formulas else v for k, v in row.items()})
         content = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
         paths.write_whole(folder / "results.json", content.encode("utf-8", "backslashreplace"))
-    except OSError as e:
-        raise UserError(f"--out={folder} cannot be written ({e}): use a folder with write access") from e
     try:
         Results.model_validate(results)
     except pydantic.ValidationError as e:

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flax import nnx
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, above, at_least, below, field, is_regex
-from diva_jax.models.layers import Array, Keys, Matrix
+from diva_jax.models.layers import Array, Matrix
 
 # Layers whose outputs are several projections, one after the other, by the last component of their path.
 FUSED = ("qkv", "kv")
@@ -38,9 +38,7 @@ class Lora:
 
     rank: int = field(16, "The rank of each layer's update.", at_least(1))
     alpha: float = field(16.0, "The update is scaled by alpha / rank.", above(0))
-    dropout: float = field(
-        0.0, "The probability that an element of an adapter's input is dropped in training.", below(0, 1)
-    )
+    dropout: float = field(0.0, "The probability that an element of an adapter's input is dropped.", below(0, 1))
     targets: str = field(
         BLOCKS,
         "The layers whose path in the model, e.g. blocks/3/mlp/fc1, matches this regular expression are adapted.",
@@ -124,46 +122,31 @@ class Update(nnx.Module):
         return weight.astype(jnp.float32) + self.scale * self._joined(product)
 
 
-class _Adapted:
-    """A layer plus its update, `lora`."""
+def _adapted(call: Callable[[nnx.Module, Array], Array]) -> Callable[[nnx.Module, Array], Array]:
+    """The call of a layer, plus that of its update, `lora`."""
 
-    def __call__(self, x: Array) -> Array:
-        y = super().__call__(x)
+    def both(self, x: Array) -> Array:
+        y = call(self, x)
         return y + self.lora(x.astype(y.dtype))
 
-
-class LoraLinear(_Adapted, nnx.Linear):
-    """An adapted `nnx.Linear`; its kernel and bias are those of `layer`."""
-
-    def __init__(self, layer: nnx.Linear, update: Update, rngs):
-        super().__init__(**_options(layer), rngs=rngs)
-        self.kernel, self.bias, self.lora = layer.kernel, layer.bias, update
+    return both
 
 
-class LoraMatrix(_Adapted, Matrix):
-    """An adapted `layers.Matrix`; its weight is that of `layer`."""
+class LoraLinear(nnx.Linear):
+    """An adapted `nnx.Linear`."""
 
-    def __init__(self, layer: Matrix, update: Update, rngs):
-        super().__init__(layer.matrix, layer.dtype)
-        self.lora = update
+    __call__ = _adapted(nnx.Linear.__call__)
 
 
-def _options(layer: nnx.Linear) -> dict:
-    """The arguments of `nnx.Linear` that make a layer like this one."""
-    return {name: getattr(layer, name) for name in ("in_features", "out_features", "use_bias", "dtype", "param_dtype")}
+class LoraMatrix(Matrix):
+    """An adapted `layers.Matrix`."""
+
+    __call__ = _adapted(Matrix.__call__)
 
 
-# Layer that can be adapted -> (its adapted form, the attribute of its weight [n_in, n_out]).
+# Layer that can be adapted -> (its adapted form, the attribute of its weight [n_in, n_out]); and the other way round.
 _KINDS = {nnx.Linear: (LoraLinear, "kernel"), Matrix: (LoraMatrix, "matrix")}
-
-
-def _replace(model: nnx.Module, path: tuple, layer: nnx.Module) -> None:
-    for part in path[:-1]:
-        model = model[part] if isinstance(part, int) else getattr(model, part)
-    if isinstance(path[-1], int):
-        model[path[-1]] = layer
-    else:
-        setattr(model, path[-1], layer)
+_PLAIN = {adapted: (plain, weight) for plain, (adapted, weight) in _KINDS.items()}
 
 
 def adapt(model: nnx.Module, lora: Lora, rngs) -> None:
@@ -179,22 +162,20 @@ def adapt(model: nnx.Module, lora: Lora, rngs) -> None:
         letters = path[-1] if path[-1] in FUSED else ""
         parts = tuple(i for i, letter in enumerate(letters) if letter in lora.fused) if letters else (0,)
         if parts:
-            shape = getattr(layer, weight).shape
-            update = Update(*shape, lora, max(len(letters), 1), parts, index, rngs)
-            _replace(model, path, adapted(layer, update, rngs))
+            layer.lora = Update(*getattr(layer, weight).shape, lora, max(len(letters), 1), parts, index, rngs)
+            layer.__class__ = adapted
 
 
 def merge(model: nnx.Module) -> nnx.Module:
     """A copy of an adapted model whose layers are plain again, with W + (alpha / rank) A B as weights, in float32.
-    Everything that is not adapted is shared with `model`, bit for bit."""
+    Everything that is not adapted is shared with `model`, bit for bit; so is a model without adapters."""
+    if not any(type(m) in _PLAIN for _, m in nnx.iter_modules(model)):
+        return model
     graph, state = nnx.split(model)
     model = nnx.merge(graph, state)
-    adapted = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, LoraLinear | LoraMatrix)]
-    for path, layer in adapted:
-        if isinstance(layer, LoraLinear):
-            plain = nnx.Linear(**_options(layer), rngs=Keys())
-            plain.kernel, plain.bias = nnx.Param(layer.lora.merged(layer.kernel[...])), layer.bias
-        else:
-            plain = Matrix(nnx.Param(layer.lora.merged(layer.matrix[...])), layer.dtype)
-        _replace(model, path, plain)
+    for layer in [m for _, m in nnx.iter_modules(model) if type(m) in _PLAIN]:
+        plain, weight = _PLAIN[type(layer)]
+        setattr(layer, weight, nnx.Param(layer.lora.merged(getattr(layer, weight)[...])))
+        del layer.lora
+        layer.__class__ = plain
     return model

@@ -21,20 +21,16 @@ def widened(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-class _Named:
-    """A norm with the name "norm" in profiles and compiled programs."""
+class LayerNorm(nnx.LayerNorm):
+    """Flax's LayerNorm with the name "norm" in profiles and compiled programs."""
 
-    @jax.named_scope("norm")
-    def __call__(self, x: Array) -> Array:
-        return super().__call__(x)
+    __call__ = jax.named_scope("norm")(nnx.LayerNorm.__call__)
 
 
-class LayerNorm(_Named, nnx.LayerNorm):
-    """Flax's LayerNorm, named."""
+class GroupNorm(nnx.GroupNorm):
+    """Flax's GroupNorm with the name "norm" in profiles and compiled programs."""
 
-
-class GroupNorm(_Named, nnx.GroupNorm):
-    """Flax's GroupNorm, named."""
+    __call__ = jax.named_scope("norm")(nnx.GroupNorm.__call__)
 
 
 class Matrix(nnx.Module):

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from diva_jax.common.errors import UserError, brief
-from diva_jax.common.fields import finite
+from diva_jax.common.fields import Field, Rule, between, finite
 
 # Beyond this width or vocabulary, one matrix alone has a terabyte.
 _MAX_SIZE = 2**20
+_SIZE = between(1, _MAX_SIZE)
 _MAX_LAYERS = 64
 _MAX_ENTRIES = 64
 
@@ -30,7 +31,7 @@ def packaged(module: str, name: str) -> dict[str, Any]:
 class LibraryConfig:
     """Options of a config file, or of a section of it; `where` and `prefix` ("vision_cfg.") name them in messages.
     Every method raises a UserError, one sentence that names the option and its value, where the option is not what the
-    method returns. A missing option has the default; null stands for the default of `number`, `flag` and `channels`."""
+    method returns. A missing option has the default; null stands for a default that is no whole number and no text."""
 
     options: Mapping[str, Any]
     where: str
@@ -71,42 +72,27 @@ class LibraryConfig:
             self.refuse(name, "it must be an object of options")
         return LibraryConfig(value or {}, self.where, f"{self.prefix}{name}.")
 
-    def integers(self, name: str, default: Any) -> tuple[int, ...]:
-        """A list of positive integers; a single one is a list of one."""
+    def get(self, name: str, default: Any, rule: Rule | None = None) -> Any:
+        """A value of the type of the default: a number, a text, or true or false. Without a rule, a whole number is a
+        size, 1 to 2**20."""
         value = self.options.get(name, default)
-        entries = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if value is None and isinstance(default, float | bool):
+            value = default
+        if problem := Field(default, "", rule or _SIZE if type(default) is int else rule).problem(value):
+            self.refuse(name, f"it {problem}")
+        return float(value) if isinstance(default, float) else value
+
+    def sizes(self, name: str, default: Any, count: int | None = None) -> tuple[int, ...]:
+        """A list of positive integers; a single one is a list of one or, with `count`, one for each of so many
+        blocks."""
+        value = self.options.get(name, default)
+        entries = tuple(value) if isinstance(value, list | tuple) else (value,) * (count or 1)
         most = _MAX_LAYERS if "layers" in name else _MAX_SIZE
         if not 1 <= len(entries) <= _MAX_ENTRIES or not all(type(e) is int and 0 < e <= most for e in entries):
             self.refuse(name, f"it must be a positive integer of at most {most}, or a list of up to {_MAX_ENTRIES}")
+        if count and len(entries) != count:
+            self.refuse(name, f"give one value per block, {count}")
         return entries
-
-    def integer(self, name: str, default: int | None, least: int = 1, most: int = _MAX_SIZE) -> int:
-        """An integer from `least` to `most`."""
-        value = self.options.get(name, default)
-        if type(value) is not int or not least <= value <= most:
-            self.refuse(name, f"it must be an integer, {least} to {most}")
-        return value
-
-    def number(self, name: str, default: float, least: float, most: float) -> float:
-        """A number from `least` to `most`."""
-        value = default if self.options.get(name) is None else self.options[name]
-        if not finite(value) or not least <= value <= most:
-            self.refuse(name, f"it must be a number, {least:g} to {most:g}")
-        return float(value)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        """True or false."""
-        value = default if self.options.get(name) is None else self.options[name]
-        if not isinstance(value, bool):
-            self.refuse(name, "it must be true or false")
-        return value
-
-    def choice(self, name: str, default: str, allowed: Collection[str]) -> str:
-        """One of several texts."""
-        value = self.options.get(name, default)
-        if not isinstance(value, str) or value not in allowed:
-            self.refuse(name, f"use {' or '.join(allowed)}")
-        return value
 
     def channels(self, name: str, default: Sequence[float]) -> tuple[float, ...]:
         """Three numbers, one per channel of an image; a single number stands for all three."""
@@ -122,15 +108,6 @@ class LibraryConfig:
         if not isinstance(value, list | tuple) or not all(isinstance(n, str) for n in value) or len(value) != count:
             self.refuse(name, f"it must be a list of {count} names, one per block")
         return tuple(value)
-
-    def per_block(self, name: str, default: Any, count: int) -> tuple[int, ...]:
-        """`count` positive integers, from a list of them or from one for all blocks."""
-        entries = self.integers(name, default)
-        if not isinstance(self.options.get(name, default), list | tuple):
-            entries *= count
-        if len(entries) != count:
-            self.refuse(name, f"give one value per block, {count}")
-        return entries
 
     def require_multiple(self, name: str, values: Iterable[int], divisor: str, divisors: Iterable[int]) -> None:
         """Checks that each value of an option is a multiple of its divisor, that of the option `divisor`."""

@@ -22,7 +22,7 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from diva_jax.common import config_files, fields
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, explained
 from diva_jax.objectives.contract import Objective, Pace, Progress, Stage, tune
 
 __all__ = ["Objective", "Pace", "Progress", "Stage", "default", "find", "names", "section", "stages", "tune"]
@@ -47,12 +47,9 @@ def find(name: str) -> ModuleType:
     kind = module.Objective
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
         raise UserError(f"config.objective={name!r}: its Objective must be a subclass of diva_jax.objectives.Objective")
-    try:
+    problem = f"config.objective={name!r}: its Objective must be made as Objective(config, rngs=rngs)"
+    with explained(problem, "correct its __init__", TypeError):
         inspect.signature(kind.__init__).bind(None, None, rngs=None)
-    except TypeError as e:
-        raise UserError(
-            f"config.objective={name!r}: its Objective must be made as Objective(config, rngs=rngs): {e}"
-        ) from e
     return module
 
 

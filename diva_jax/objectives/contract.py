@@ -12,7 +12,7 @@ from flax import nnx
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import inputs, preprocess
-from diva_jax.models import backbones
+from diva_jax.models import adapters, backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.diffusion.presets import LatentCode
 from diva_jax.weights.parts import Part
@@ -26,7 +26,7 @@ EXACT, FAITHFUL = "exact", "faithful"
 
 def switch(doc: str, default: str = EXACT) -> Any:
     """Declares a field that is exact or faithful."""
-    return fields.field(default, doc, fields.one_of(EXACT, FAITHFUL))
+    return fields.choice(doc, default, *{EXACT, FAITHFUL} - {default})
 
 
 def check_both_towers(spec: Spec, objective: str) -> None:
@@ -39,41 +39,26 @@ def check_both_towers(spec: Spec, objective: str) -> None:
 
 
 class Pace(NamedTuple):
-    """The numbers of a stage's learning rate. The compiled step has them as an argument: arrays, not constants.
+    """The numbers of a stage's learning rate. The compiled step has them as an argument: arrays, not constants."""
 
-    Attributes:
-      peak: the peak learning rate, float32 [].
-      start, steps: the stage's first step, and its number of steps, int32 [].
-      warm: steps of the warm-up, fewer than `steps`, int32 [].
-    """
-
-    peak: jax.Array
-    start: jax.Array
-    steps: jax.Array
-    warm: jax.Array
+    peak: jax.Array  # The peak learning rate, float32 [].
+    start: jax.Array  # The stage's first step, int32 [].
+    steps: jax.Array  # Its number of steps, int32 [].
+    warm: jax.Array  # Steps of the warm-up, fewer than `steps`, int32 [].
 
 
 class Stage(NamedTuple):
-    """Consecutive steps with one trainable set, peak learning rate and schedule, and a newly initialised optimizer.
+    """Consecutive steps with one trainable set, peak learning rate and schedule, and a newly initialised optimizer."""
 
-    Attributes:
-      name: the name, shown in the log.
-      start, end: global steps, end exclusive.
-      lr: the peak learning rate.
-      trainable: rows as in `config.trainable`: ((regex, learning-rate scale), ...).
-      rate: the learning rate by step of the stage, from 0 on, and its pace; None: as `config.optim` says.
-      schedule: "cosine" or "constant", see `config.optim.schedule`, whose value it has where it is None.
-      warmup_steps: of this stage, see `config.optim.warmup_steps`, whose value it has where it is None.
-    """
-
-    name: str
-    start: int
-    end: int
-    lr: float
-    trainable: tuple[tuple[str, float], ...]
+    name: str  # Shown in the log.
+    start: int  # The first global step.
+    end: int  # The global step after the last.
+    lr: float  # The peak learning rate.
+    trainable: tuple[tuple[str, float], ...]  # As `config.trainable`: ((regex, learning-rate scale), ...).
+    # The learning rate by step of the stage, from 0 on, and its pace; None: as `config.optim` says.
     rate: Callable[[jax.Array, Pace], jax.Array] | None = None
-    schedule: str | None = None
-    warmup_steps: int | None = None
+    schedule: str | None = None  # "cosine" or "constant"; None: as `config.optim` says.
+    warmup_steps: int | None = None  # None: as `config.optim` says.
 
     @property
     def steps(self) -> int:
@@ -137,21 +122,13 @@ def _name(kind: Any) -> str:
 
 
 class Cacheable(NamedTuple):
-    """What frozen models make of a record: an array of the batch that the cache `config.data.latents` can hold.
+    """What frozen models make of a record: an array of the batch that the cache `config.data.latents` can hold."""
 
-    Attributes:
-      shape: of one record's.
-      facts: what it depends on beside the record, its crop and the weights, for JSON.
-      parts: prefix of parameter names -> source, of the models.
-      make: batch -> array [B, *shape].
-      reads: the names of the inputs that it is made of: "image", and "caption" where it depends on the record's text.
-    """
-
-    shape: tuple[int, ...]
-    facts: Mapping[str, Any]
-    parts: Mapping[str, Part]
-    make: Callable[[Mapping[str, jax.Array]], jax.Array]
-    reads: tuple[str, ...] = ("image",)
+    shape: tuple[int, ...]  # Of one record's.
+    facts: Mapping[str, Any]  # What it depends on beside the record, its crop and the weights, for JSON.
+    parts: Mapping[str, Part]  # Prefix of parameter names -> source, of the models.
+    make: Callable[[Mapping[str, jax.Array]], jax.Array]  # Batch -> array [B, *shape].
+    reads: tuple[str, ...] = ("image",)  # The inputs that it is made of; "caption": it depends on the record's text.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,35 +175,24 @@ class LatentSource:
 
 
 class Progress(NamedTuple):
-    """What a loss may know of the run.
+    """What a loss may know of the run."""
 
-    Attributes:
-      done: the share of the stage's steps that are made, float32 [], at least 0 and below 1.
-      average: the objective with the moving average of its trained parameters (`config.ema`), or these themselves.
-    """
-
-    done: jax.Array
-    average: "Objective"
+    done: jax.Array  # The share of the stage's steps that are made, float32 [], at least 0 and below 1.
+    average: "Objective"  # With the moving average of its trained parameters (`config.ema`), or these themselves.
 
 
 class Objective(nnx.Module):
     """A loss and the models that it needs. Constructed as `Objective(config, rngs=rngs)` with random weights.
 
     An objective is independent of meshes, optimizers, files and other objectives. Its constructor runs under
-    `nnx.eval_shape` before anything is loaded, and raises a `UserError` if the config is inconsistent.
+    `nnx.eval_shape` before anything is loaded, and raises a `UserError` if the config is inconsistent."""
 
-    Attributes:
-      compares_images: whether the loss of an image depends on the other images of its micro-batch (negatives,
-        kernels). The step computes such a loss over the whole global micro-batch, whatever the number of devices.
-      follows_run: whether the train step calls `loss` with a third argument, `Progress`; other callers do not.
-      terms_alone: whether it has no loss of its own, and the terms of the config are all that trains it.
-      latent_source: where the latents of the images come from; None: it has none.
-    """
-
+    # Whether the loss of an image depends on the other images of its micro-batch (negatives, kernels). Such a loss is
+    # computed over the whole global micro-batch, whatever the number of devices.
     compares_images: bool = False
-    follows_run: bool = False
-    terms_alone: bool = False
-    latent_source: LatentSource | None = None
+    follows_run: bool = False  # Whether the train step calls `loss` with a third argument, `Progress`; others do not.
+    terms_alone: bool = False  # Whether it has no loss of its own, and the terms of the config are all that trains it.
+    latent_source: LatentSource | None = None  # Where the latents of the images come from; None: it has none.
 
     def __init_subclass__(cls, **keywords):
         super().__init_subclass__(**keywords)
@@ -240,8 +206,13 @@ class Objective(nnx.Module):
     def inputs(self) -> Mapping[str, object]:
         """The contents of a batch: name -> `data.inputs.Image`, `data.inputs.Tokens` or an object like them. They
         determine the data pipeline, the abstract batch of a compilation, and the step. Each batch also has "row": int32
-        [B], the row of the image in the global batch."""
-        raise UserError(f"{type(self).__module__}: its Objective does not define inputs, what a batch holds: {_PAGE}")
+        [B], the row of the image in the global batch. By default they are those of `latent_source`: "image", uint8 [S,
+        S, 3] at the VAE's resolution, and "moments" where they are cached."""
+        if self.latent_source is None:
+            raise UserError(
+                f"{type(self).__module__}: its Objective does not define inputs, what a batch holds: {_PAGE}"
+            )
+        return self.latent_source.inputs
 
     def loss(self, batch: Mapping[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the loss of one micro-batch.
@@ -259,14 +230,8 @@ class Objective(nnx.Module):
         raise UserError(f"{type(self).__module__}: its Objective does not define loss: {_PAGE}")
 
     def moments(self, pixels: jax.Array) -> jax.Array:
-        """Computes what a cache of latents holds; for an objective with a `latent_source` and its VAE, `vae`.
-
-        Args:
-          pixels: images [B, S, S, 3] in [0, 1], with S of `latent_source`.
-
-        Returns:
-          The moments of the posterior of `vae`, [B, *latent_source.shape].
-        """
+        """What a cache of latents holds, for an objective with a `latent_source` and its VAE, `vae`: the moments of the
+        posterior, [B, *latent_source.shape], of images [B, S, S, 3] in [0, 1], with S of `latent_source`."""
         with jax.named_scope("vae"):
             return self.vae.moments(preprocess.vae_view(pixels, self.latent_source.view))
 
@@ -294,4 +259,4 @@ class Objective(nnx.Module):
         where an objective that does not define this has no `vision`."""
         if not hasattr(self, "vision"):
             raise UserError(f"{type(self).__module__}: its Objective has no vision, the tower that is tuned: {_PAGE}")
-        return {"vision": self.vision}
+        return {"vision": adapters.merge(self.vision)}

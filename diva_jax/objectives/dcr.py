@@ -18,19 +18,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import above, at_least, field, one_of, parse
+from diva_jax.common.fields import above, at_least, choice, field, parse
 from diva_jax.data import preprocess
 from diva_jax.models import adapters
-from diva_jax.models.layers import ACTIVATIONS, Array, Layers, widened
+from diva_jax.models.diffusion.flow import Projector, TorchLayers
+from diva_jax.models.layers import Array, widened
 from diva_jax.models.platform import recomputes
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
-from diva_jax.objectives.shared import draws
-from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats
+from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats, weighted_sum
 from diva_jax.weights import parts
 
 SECTIONS = ("condition", "diffusion")
@@ -47,18 +46,15 @@ class DcrOptions:
     tile: int = field(17, "A chip holds so many U-Net passes at once; group + 1 avoids recomputation.", at_least(1))
     temperature: float = field(0.1, "The logits are divided by this temperature.", above(0))
     projector_only: bool = field(False, "Whether the run ends after stage 1 (condition.warmup_steps steps).")
-    target: str = field(
-        EXACT,
-        "The target is what the U-Net predicts (exact), velocity for every U-Net (faithful), or the one that is named.",
-        one_of(EXACT, FAITHFUL, "epsilon", "velocity"),
+    target: str = choice(
+        "The target is the U-Net's (exact), the velocity (faithful), or this.", EXACT, FAITHFUL, "epsilon", "velocity"
     )
     plus_space: str = switch(
-        "The positive view is a jitter of the image in [0, 1] (exact), or of the normalised one, clipped to [0, 1] "
-        "(faithful)."
+        "The image is jittered in [0, 1] (exact), or normalised, then jittered and clipped to [0, 1] (faithful)."
     )
     tower_norm: str = switch("The tower's input has the backbone's own mean and std (exact), or OpenAI's (faithful).")
     text_mask: str = switch(
-        "The prompt attends to padding, as in Stable Diffusion's pipeline (exact), or not (faithful)."
+        "The prompt attends to padding, as Stable Diffusion's pipeline has it (exact), or not (faithful)."
     )
     schedule_dtype: str = switch("The products of 1 - beta are in float32 (exact), or in config.dtype (faithful).")
     loss_dtype: str = switch("Predictions, logits and loss are in float32 (exact), or in config.dtype (faithful).")
@@ -71,10 +67,6 @@ class DcrOptions:
 
 
 SECTION = DcrOptions
-
-
-def _options(config: ConfigDict) -> DcrOptions:
-    return parse(DcrOptions, config.dcr, "config.dcr")
 
 
 def recipe(config: ConfigDict) -> None:
@@ -92,7 +84,11 @@ def recipe(config: ConfigDict) -> None:
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """The projector for condition.warmup_steps, then the adapters (and what `config.trainable` names) for steps."""
-    lora, arch, warm = _options(config).lora, config.backbone.arch, config.condition.warmup_steps
+    lora, arch, warm = (
+        parse(DcrOptions, config.dcr, "config.dcr").lora,
+        config.backbone.arch,
+        config.condition.warmup_steps,
+    )
     alone = (("projector/.*", 1.0), (".*", 0.0))
     first = contract.Stage("projector", 0, warm, config.condition.warmup_lr, alone)
     if config.dcr.projector_only:
@@ -107,7 +103,7 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
 
 def validate(config: ConfigDict) -> None:
     """Raises a UserError where the batch cannot be divided into groups, or sizes or stages do not fit together."""
-    options = _options(config)
+    options = parse(DcrOptions, config.dcr, "config.dcr")
     if options.stage1_loss == EXACT and not options.projector_only:
         raise UserError(
             "config.dcr.stage1_loss=exact is another loss than stage 2's: run stage 1 by itself with "
@@ -177,44 +173,23 @@ def contrast(predicted: Array, goal: Array, anchors: Array, temperature: float) 
     return Contrast(jnp.stack([z - plus, z - target], axis=1), others, plus, target)
 
 
-class Projector(nnx.Module):
-    """LayerNorm, linear, GELU, linear: an embedding [B, d] -> the condition's width [B, C]."""
-
-    def __init__(self, n_in: int, n_out: int, layers: Layers):
-        self.norm = layers.layer_norm(n_in, 1e-5)
-        self.fc1 = layers.linear(n_in, n_out)
-        self.fc2 = layers.linear(n_out, n_out)
-
-        # As PyTorch's nn.Linear, which the authors use: uniform in +-1/sqrt(fan in), the bias too.
-        for layer in (self.fc1, self.fc2):
-            bound = layer.in_features**-0.5
-            for var in (layer.kernel, layer.bias):
-                var[...] = jax.random.uniform(layers.rngs.params(), var.shape, var.dtype, -bound, bound)
-
-    def __call__(self, x: Array) -> Array:
-        return self.fc2(ACTIVATIONS["gelu"](self.fc1(self.norm(x))))
-
-
 class Objective(StableDiffusionObjective):
     """`projector` is trained in stage 1, the adapters in `vision` in stage 2."""
 
     compares_images = True
 
     def __init__(self, config, *, rngs):
-        self.options = _options(config)
+        self.options = parse(DcrOptions, config.dcr, "config.dcr")
         super().__init__(config, config.backbone.image_size)
         self.vision = contract.vision_tower(config, self.spec, rngs)
         adapters.adapt(self.vision, self.options.lora, rngs)
-        layers = Layers(rngs, self.dtype, jnp.float32)
+        layers = TorchLayers(rngs, self.dtype, jnp.float32)
         self.projector = Projector(self.spec.embed_dim, self.diffusion.unet.cross_attention_dim, layers)
         self.build_generator(config, rngs)
 
     def pretrained(self) -> Mapping[str, parts.Part]:
         """All but the projector and the adapters."""
         return super().pretrained((adapters.FRESH,), self.options.text_mask == FAITHFUL)
-
-    def towers(self) -> Mapping[str, nnx.Module]:
-        return {"vision": adapters.merge(self.vision)}
 
     @property
     def conditions(self) -> int:
@@ -320,6 +295,6 @@ class Objective(StableDiffusionObjective):
 
         parts_of = jax.tree.map(apart, (jnp.arange(b), noisy, drawn.timesteps, goal))
         weights = jnp.full((chunks,), 1 / chunks, jnp.float32)
-        value, by_chunk = draws.weighted_sum(one_chunk, (p, plus), parts_of, weights)
+        value, by_chunk = weighted_sum(one_chunk, (p, plus), parts_of, weights)
         joined = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(b, *x.shape[2:]), by_chunk)
         return value, {**seen, "goal": goal, **joined}

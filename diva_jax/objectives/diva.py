@@ -16,14 +16,14 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import at_least, between, field, one_of, parse
+from diva_jax.common.fields import at_least, between, choice, field, parse
 from diva_jax.data import preprocess
 from diva_jax.models.backbones import Features
+from diva_jax.models.diffusion.flow import TorchLayers
 from diva_jax.models.layers import Array, widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, switch
-from diva_jax.objectives.shared import draws
-from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats
+from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats, weighted_sum
 
 SECTIONS = ("condition", "diffusion")
 
@@ -35,14 +35,11 @@ class DivaOptions:
     draws: int = field(2, "Each image has this many draws of a timestep and noise.", between(1, 1024))
     first_timestep: int = field(0, "Timesteps are drawn from this one on.", at_least(0))
     end_timestep: int = field(0, "Timesteps are drawn below this one; 0: from all of the schedule.", at_least(0))
-    condition_of: str = field(
-        "own",
-        "The condition is the image's own, or that of the next image in the batch, a control that can teach nothing.",
-        one_of("own", "next"),
+    condition_of: str = choice(
+        "The condition is of the image itself, or of the next one, a control that can teach nothing.", "own", "next"
     )
     vae_view: str = switch(
-        "The VAE's input is 2x - 1 of the image (exact), or goes through CLIP's and back by ImageNet's mean and std "
-        "(faithful)."
+        "The VAE's input is 2x - 1 (exact), or goes through CLIP's and back by ImageNet's statistics (faithful)."
     )
     backbone_stats: str = switch("The backbone's input has its own mean and std (exact), or OpenAI's (faithful).")
     backbone_resize: str = switch(
@@ -50,8 +47,7 @@ class DivaOptions:
         "normalised and then resized bilinearly (faithful)."
     )
     draw_weights: str = switch(
-        "The draws' losses are averaged (exact), or summed over micro-batches with the last one weighted by 1 / accum "
-        "(faithful)."
+        "The draws' losses are averaged (exact), or summed, with the last one over accum (faithful)."
     )
     backbone_passes: str = switch("The draws share one pass of the backbone (exact), or have one each (faithful).")
 
@@ -146,17 +142,8 @@ class Objective(StableDiffusionObjective):
         self.check_timesteps("diva")
         check_fit(self.spec.select, self.spec.add_text, self.spec.patches, self.diffusion.text_tokens)
         self.vision = contract.vision_tower(config, self.spec, rngs)
-        width = self.spec.embed_dim
-        # As PyTorch's nn.Linear, which the authors use: uniform in +-1/sqrt(fan in), the bias too.
-        uniform = nnx.initializers.uniform(2 * width**-0.5)
-        self.visual_proj = nnx.Linear(
-            width,
-            self.diffusion.unet.cross_attention_dim,
-            dtype=self.dtype,
-            rngs=rngs,
-            kernel_init=lambda *a: uniform(*a) - width**-0.5,
-            bias_init=lambda *a: uniform(*a) - width**-0.5,
-        )
+        layers = TorchLayers(rngs, self.dtype)
+        self.visual_proj = layers.linear(self.spec.embed_dim, self.diffusion.unet.cross_attention_dim)
         self.build_generator(config, rngs)
 
     def draw(self, keys: Array, latents_shape: tuple[int, int, int], count: int | None = None) -> DivaDraws:
@@ -238,7 +225,7 @@ class Objective(StableDiffusionObjective):
             loss = jnp.mean(jnp.square(pred - goal))
             return loss, {"features": f, "context": c, "pred_noise": pred, "losses": loss}
 
-        value, seen = draws.weighted_sum(one_draw, given, drawn, self.weights())
+        value, seen = weighted_sum(one_draw, given, drawn, self.weights())
         return value, {"latents": latents, **seen}
 
     def loss(self, batch: dict, keys: Array) -> tuple[Array, dict]:

@@ -12,18 +12,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import Rule, at_least, between, field, is_regex, one_of, parse
-from diva_jax.data import inputs, preprocess
+from diva_jax.common.fields import Rule, at_least, between, choice, field, is_regex, one_of, parse
+from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow, presets
 from diva_jax.models.diffusion.flow import FlowConfig
 from diva_jax.models.diffusion.presets import LatentCode
 from diva_jax.models.diffusion.vae import FluxVAEConfig
-from diva_jax.models.layers import ACTIVATIONS, Array
+from diva_jax.models.layers import Array
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.weights import parts
@@ -41,11 +40,7 @@ class GenHancerVae(FluxVAEConfig):
         "black-forest-labs/FLUX.1-schnell",
         "The VAE's weights are in this file ae.safetensors, or a folder with it, or a diffusers folder or hub id.",
     )
-    code: str = field(
-        "",
-        "The LatentCode of this dotted path takes the place of the VAE, with in_channels, latent_channels and "
-        "scaling_factor.",
-    )
+    code: str = field("", "A LatentCode's dotted path; it has in_channels, latent_channels and scaling_factor.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,27 +60,24 @@ class GenHancerOptions:
 
     stage1_steps: int = field(100_000, "The steps of stage 1, of projectors and denoiser; 0: --init_from.", at_least(0))
     stage1_lr: float = field(1e-4, "The peak learning rate of stage 1; stage 2 has config.optim.lr.", between(0, 1e38))
-    stage2: str = field(
-        ONLY,
-        "Stage 2 trains the encoder's adapters (only), or projectors and denoiser too (all); none: there is none.",
-        one_of(ONLY, ALL, NONE),
+    stage2: str = choice(
+        "Stage 2 trains the adapters (only), the generator too (all), or there is none (none).", ONLY, ALL, NONE
     )
-    latents: str = field("sample", "Latents are a sample of the VAE's posterior or its mean.", one_of("sample", "mean"))
+    latents: str = choice("Latents are a sample of the VAE's posterior or its mean.", "sample", "mean")
     scale_factor: float = field(1.0, "This is s in t = sigmoid(s n), n being standard normal.")
     guidance: float = field(4.0, "The denoiser is told this strength of guidance for every image.")
     vae_dtype: str = field("float32", "The VAE computes and is held in this dtype.", one_of("float32", "bfloat16"))
     time_precision: str = switch(
-        "The time t is given in float32 (exact), or t, 1000 t and their codes are rounded to bfloat16 (faithful)."
+        "The time t is given in float32 (exact), or t, 1000 t and their codes in bfloat16 (faithful)."
     )
     warmup: str = switch(
-        "The warm-up is that of config.optim, 10 steps (exact), or there is none, as the authors' schedule ignores it "
-        "(faithful)."
+        "The warm-up is that of config.optim, 10 steps (exact), or none, as in the authors' code (faithful)."
     )
     siglip_head_out: str = switch(
-        "SigLIP's pooling head's output is adapted (exact), or its bias alone trained (faithful)."
+        "SigLIP's pooling head's output is adapted (exact), or only its bias trained (faithful)."
     )
     siglip_gelu: str = switch(
-        "SigLIP's activation is config.backbone.activation (exact), or tanh's approximation of GELU (faithful)."
+        "SigLIP has config.backbone.activation (exact), or tanh's approximation of GELU (faithful)."
     )
     denoiser: FlowConfig = FlowConfig()
     vae: GenHancerVae = GenHancerVae()
@@ -106,12 +98,8 @@ def recipe(config: ConfigDict) -> None:
     config.checkpoint.every = 500
 
 
-def _options(config: ConfigDict) -> GenHancerOptions:
-    return parse(GenHancerOptions, config.genhancer, "config.genhancer")
-
-
 def _lora(config: ConfigDict) -> adapters.Lora:
-    own, arch = _options(config).lora, config.backbone.arch
+    own, arch = parse(GenHancerOptions, config.genhancer, "config.genhancer").lora, config.backbone.arch
     if own.targets:
         return own
     if arch not in adapters.TARGETS:
@@ -125,7 +113,11 @@ def _lora(config: ConfigDict) -> adapters.Lora:
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """Stage 1 for stage1_steps, then stage 2 for config.steps; `config.trainable` replaces stage 2's table if given."""
-    o, end, rest = _options(config), config.genhancer.stage1_steps, ((".*", 0.0),)
+    o, end, rest = (
+        parse(GenHancerOptions, config.genhancer, "config.genhancer"),
+        config.genhancer.stage1_steps,
+        ((".*", 0.0),),
+    )
     warm = 0 if o.warmup == FAITHFUL else None
     out = []
     if end:
@@ -142,7 +134,7 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
 
 def validate(config: ConfigDict) -> None:
     """Raises a UserError for fields that do not fit together."""
-    own = _options(config)
+    own = parse(GenHancerOptions, config.genhancer, "config.genhancer")
     if not own.stage1_steps and own.stage2 == NONE:
         raise UserError("config.genhancer.stage1_steps=0 with stage2=none trains nothing: give at least one step")
     size, unit = config.backbone.image_size, 2 * _vae(own.vae).downscale
@@ -169,22 +161,14 @@ class GenHancerDraws(NamedTuple):
     noise: Array
 
 
-class EmbeddingProjector(nnx.Module):
-    """LayerNorm, linear, exact GELU, linear: [B, d] -> [B, n]."""
-
-    def __init__(self, d: int, n: int, layers: flow.TorchLayers):
-        self.norm = layers.layer_norm(d, 1e-5)
-        self.fc1, self.fc2 = layers.linear(d, n), layers.linear(n, n)
-
-    def __call__(self, e: Array) -> Array:
-        return self.fc2(ACTIVATIONS["gelu"](self.fc1(self.norm(e))))
-
-
 class Objective(contract.Objective):
     """`vision` has adapters where a stage trains them; `project_clip`, `project_t5` and `denoiser` start at random."""
 
     def __init__(self, config, *, rngs):
-        self.spec, self.options = backbones.spec_of(config), _options(config)
+        self.spec, self.options = (
+            backbones.spec_of(config),
+            parse(GenHancerOptions, config.genhancer, "config.genhancer"),
+        )
         self.vae_config, self.flow_config = _vae(self.options.vae), self.options.denoiser
         if self.flow_config.in_channels != 4 * self.vae_config.latent_channels:
             raise UserError(
@@ -201,8 +185,8 @@ class Objective(contract.Objective):
         trains_generator = self.options.stage1_steps or self.options.stage2 == ALL
         held = jnp.float32 if trains_generator else jnp.dtype(config.frozen_dtype)
         layers, f = flow.TorchLayers(rngs, dtype, held), self.flow_config
-        self.project_clip = EmbeddingProjector(self.spec.embed_dim, f.vector_dim, layers)
-        self.project_t5 = EmbeddingProjector(self.spec.embed_dim, f.text_dim, layers)
+        self.project_clip = flow.Projector(self.spec.embed_dim, f.vector_dim, layers)
+        self.project_t5 = flow.Projector(self.spec.embed_dim, f.text_dim, layers)
         self.denoiser = flow.Flow(f, rngs=rngs, dtype=dtype, param_dtype=held, remat=config.remat == "all")
         part = parts.diffusers(self.options.vae.source, self.vae_config, "config.genhancer.vae")
         held, size, cached = self.options.vae_dtype, self.spec.image_size, config.data.latents
@@ -210,18 +194,10 @@ class Objective(contract.Objective):
         kw = dict(rngs=rngs, dtype=jnp.dtype(held), param_dtype=jnp.dtype(held))
         self.vae = None if cached else self.vae_config.build(**kw)
 
-    @property
-    def inputs(self) -> Mapping[str, inputs.Input]:
-        """{"image": uint8 [R, R, 3] at the encoder's own resolution}, and "moments" where they are cached."""
-        return self.latent_source.inputs
-
     def pretrained(self) -> Mapping[str, parts.Part]:
         """The encoder without its adapters, and the VAE."""
         fresh = (adapters.FRESH,) if self.options.stage2 != NONE else ()
         return {"vision": parts.vision(self.spec.source, self.spec, fresh=fresh), **self.latent_source.pretrained}
-
-    def towers(self) -> Mapping[str, nnx.Module]:
-        return {"vision": adapters.merge(self.vision)}
 
     def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> tuple[GenHancerDraws, Array]:
         """(random numbers, keys of the adapters' dropout), from one key per image, [B]."""

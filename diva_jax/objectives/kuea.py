@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import above, at_least, field, one_of, parse
+from diva_jax.common.fields import above, at_least, choice, field, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.layers import Array, widened
@@ -30,12 +30,8 @@ from diva_jax.weights import parts
 class KueaOptions:
     """`config.kuea`. "faithful" is what the authors' code does."""
 
-    kernel: str = field("polynomial", "The kernel of pairs of embeddings.", one_of("polynomial", "gaussian", "cosine"))
-    gamma: float = field(
-        0.0032,
-        "The polynomial kernel is (gamma a.b + c)^3, normalised to 1 on the diagonal; only gamma/c matters.",
-        above(0),
-    )
+    kernel: str = choice("The kernel of pairs of embeddings.", "polynomial", "gaussian", "cosine")
+    gamma: float = field(0.0032, "The polynomial kernel is (gamma a.b + c)^3, with 1 on the diagonal.", above(0))
     c: float = field(0.191623, "This is c in the polynomial kernel, see gamma.", above(0))
     teacher_gamma: float = field(0.0, "Gamma in the teacher's kernel; 0: 1 / its embed_dim.", at_least(0))
     teacher_c: float = field(1.0, "This is c in the teacher's kernel.", above(0))
@@ -45,14 +41,14 @@ class KueaOptions:
     kernel_weight: float = field(0.5, "The distance of the kernels is weighted with this.")
     kernel_params: str = switch("The polynomial kernel's gamma and c are trained (exact), or constant (faithful).")
     first_step_lr: str = switch(
-        "The warm-up holds from the first step on (exact), or the first step has the peak learning rate (faithful)."
+        "The warm-up holds for all steps (exact), or the first has the peak learning rate (faithful)."
     )
     teacher_norm: str = switch("The teacher's input has its own mean and std (exact), or the backbone's (faithful).")
     teacher_resize: str = switch(
-        "The teacher's input is prepared from the image (exact), or is the backbone's view, resized (faithful)."
+        "The teacher's input is made of the image (exact), or is the backbone's view, resized (faithful)."
     )
     teacher_crop_from: int = field(
-        256, "With teacher_resize=exact, images are resized to this before the crop [pixels].", at_least(0)
+        256, "With teacher_resize=exact, images are resized to this and cropped [pixels].", at_least(0)
     )
     teacher: backbones.Spec = backbones.DINOV2_L
 
@@ -63,10 +59,6 @@ class KueaOptions:
 
 
 SECTION = KueaOptions
-
-
-def _options(config: ConfigDict) -> KueaOptions:
-    return parse(KueaOptions, config.kuea, "config.kuea")
 
 
 def recipe(config: ConfigDict) -> None:
@@ -81,7 +73,7 @@ def recipe(config: ConfigDict) -> None:
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """One stage: `config.trainable`, and gamma and c where they are trained; the learning rate is open_clip's cosine.
     With W = warmup * steps (rounded up): peak * (s + 1) / W before step W, then cosine to 0 at the last step."""
-    options, stage = _options(config), contract.tune(config)
+    options, stage = parse(KueaOptions, config.kuea, "config.kuea"), contract.tune(config)
     warm = min(math.ceil(config.optim.warmup * stage.steps - 1e-6), stage.steps - 1)
 
     def rate(step: Array, pace: contract.Pace) -> Array:
@@ -118,7 +110,7 @@ class Objective(contract.Objective):
     compares_images = True
 
     def __init__(self, config, *, rngs):
-        self.spec, self.options = backbones.spec_of(config), _options(config)
+        self.spec, self.options = backbones.spec_of(config), parse(KueaOptions, config.kuea, "config.kuea")
         self.taught_by = self.options.teacher
         if self.options.teacher_resize == EXACT and self.options.teacher_crop_from < self.taught_by.image_size:
             raise UserError(

@@ -26,7 +26,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import Rule, between, field, finite, one_of, parse
+from diva_jax.common.fields import Rule, between, choice, field, finite, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.transformer import blocks, run
@@ -47,36 +47,26 @@ class AdapterOptions:
     layers: int = field(4, "The blocks of the adapter.", between(1, 1024))
     width: int = field(512, "Its width.", between(1, 2**20))
     heads: int = field(8, "The heads of its attention.", between(1, 1024))
-    visible: str = field(
-        "added",
-        "The teacher's tokens that are not masked are added to what the adapter sees (added), or it sees the tuned "
-        "tower's tokens alone (none).",
-        one_of("added", "none"),
-    )
+    visible: str = choice("The adapter sees the teacher's unmasked tokens too (added), or not (none).", "added", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class SalmOptions:
     """`config.salm`."""
 
-    teacher: str = field(
-        FROZEN,
-        "The teacher is config.teacher (frozen), or the moving average of the tuned tower, whose decay is config.ema's "
-        "(self).",
-        one_of(FROZEN, SELF),
+    teacher: str = choice(
+        "The teacher is config.teacher (frozen), or the tower's moving average, see config.ema (self).", FROZEN, SELF
     )
     layer: int = field(6, "With teacher=self, the tokens are those after this block.", between(1, 1024))
     mask: float = field(0.75, "This share of the patches is masked.", between(0, 1))
     preserve_weight: float = field(5.0, "The distance to the untuned tower is weighted with this.", between(0, 1e38))
     beta: tuple[float, float] = field(
-        (0.0, 1.0), "The reconstruction's weight in the first quarter of the steps, and in the last.", _TWO
+        (0.0, 1.0), "The reconstruction's weight in the first quarter of the steps and the last.", _TWO
     )
     gamma: tuple[float, float] = field(
-        (1.0, 0.1), "The alignment's weight in the first quarter of the steps, and in the last.", _TWO
+        (1.0, 0.1), "The alignment's weight in the first quarter of the steps and the last.", _TWO
     )
-    curriculum: bool = field(
-        True, "Whether weights change linearly over quarters two and three; if not: the last ones."
-    )
+    curriculum: bool = field(True, "Whether weights change linearly over quarters two and three, or are the last ones.")
     uniformity_weight: float = field(0.01, "The uniformity of embeddings is weighted with this.", between(0, 1e38))
     adapter: AdapterOptions = AdapterOptions()
 
@@ -221,15 +211,9 @@ class Objective(contract.Objective):
         return tuple(first + (last - first) * ramp for first, last in (o.beta, o.gamma))
 
     def forward(self, view: Array, masked: Array, taught: Array | None, average: "Objective") -> dict[str, Array]:
-        """The terms of the loss without their weights, [].
-
-        Args:
-          view: normalised images, [B, S, S, 3].
-          masked: which patches are masked, bool [B, P].
-          taught: the frozen teacher's tokens, [B, P, D']; None with teacher=self.
-          average: the objective with the moving average of its parameters.
-        """
-
+        """The terms of the loss without their weights, [], of normalised images [B, S, S, 3], which patches are masked,
+        bool [B, P], the frozen teacher's tokens, [B, P, D'], None with teacher=self, and the objective with the moving
+        average of its parameters."""
         with jax.named_scope("vision"):
             ours = self.vision.encode(view)
         with jax.named_scope("original"):

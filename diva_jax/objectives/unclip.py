@@ -21,7 +21,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import Rule, below, field, one_of, parse
+from diva_jax.common.fields import Rule, below, choice, field, parse
 from diva_jax.data import preprocess
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.unet import timestep_embedding
@@ -33,49 +33,31 @@ from diva_jax.weights import parts
 SECTIONS = ("diffusion",)
 # The schedule of the noise that is added to embeddings.
 LEVELS = schedule.ScheduleConfig(beta_schedule="squaredcos_cap_v2")
-
-
-def _is_embed_noise(value: str) -> bool:
-    level = re.fullmatch(r"level(\d{1,9})", value)
-    return value in ("none", "mean0", "random") or level is not None and int(level[1]) < LEVELS.num_train_timesteps
+_EMBED_NOISE = re.compile(r"none|mean0|random|level\d{1,3}")  # There are 1000 levels.
 
 
 @dataclasses.dataclass(frozen=True)
 class UnclipOptions:
     """`config.unclip`."""
 
-    target: str = field(
-        "v",
-        "The target is the generator's own objective (v), or its noise (eps), which weighs timestep t by abar_t.",
-        one_of("v", "eps"),
+    target: str = choice(
+        "The target is the velocity (v), or its noise (eps), which weighs timestep t by abar_t.", "v", "eps"
     )
     embed_noise: str = field(
         "none",
         "The noise of embeddings is none, that of level 0 without its noise (mean0), of level L (level<L>), or of any "
         "level (random).",
-        Rule(
-            _is_embed_noise,
-            f"must be none, mean0, random or level<L>, e.g. level0, L below {LEVELS.num_train_timesteps}",
-        ),
+        Rule(_EMBED_NOISE.fullmatch, "must be none, mean0, random or level<L>, e.g. level0, L below 1000"),
     )
     embed_drop: float = field(0.0, "The class label is zero for this share of the images.", below(0, 1))
-    stats: str = field(
-        "on",
-        "Noise is scaled by the generator's mean and std of embeddings (on), or by 0 and 1 (off).",
-        one_of("on", "off"),
+    stats: str = choice(
+        "Noise is scaled by the generator's mean and std of embeddings (on), or not (off).", "on", "off"
     )
-    latents: str = field("sample", "Latents are a sample of the VAE's posterior or its mean.", one_of("sample", "mean"))
-    condition_of: str = field(
-        "own",
-        "The condition is the image's own, or that of the next image in the batch, a control that can teach nothing.",
-        one_of("own", "next"),
+    latents: str = choice("Latents are a sample of the VAE's posterior or its mean.", "sample", "mean")
+    condition_of: str = choice(
+        "The condition is of the image itself, or of the next one, a control that can teach nothing.", "own", "next"
     )
-    clip_view: str = field(
-        "processor",
-        "The tower's input is prepared by the backbone's own preprocessing (processor), or as in the generator's "
-        "training (ldm).",
-        one_of("processor", "ldm"),
-    )
+    clip_view: str = choice("The tower's view is its own (processor), or the generator's (ldm).", "processor", "ldm")
 
     @property
     def level(self) -> int | None:

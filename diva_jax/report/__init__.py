@@ -7,25 +7,12 @@ metrics.jsonl, with `KEY/low` and `KEY/high` as the interval of `KEY`, and image
 
 import os
 import re
-from collections.abc import Iterable
 
 from etils import epath
 
 from diva_jax.common import paths
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, explained
 from diva_jax.report import inputs
-
-
-def _file_names(names: Iterable[str]) -> list[str]:
-    """A file name for each name, which may be any text; names that would be the same get a number."""
-    counts: dict[str, int] = {}
-    for name in names:
-        safe = re.sub(r"[^\w@=.-]+", "_", name, flags=re.ASCII)[:80].lstrip(".")
-        while safe in counts:
-            counts[safe] += 1
-            safe = f"{safe}-{counts[safe]}"
-        counts[safe] = 1
-    return list(counts)
 
 
 def write(folder: epath.PathLike) -> list[epath.Path]:
@@ -41,11 +28,16 @@ def write(folder: epath.PathLike) -> list[epath.Path]:
     target, images = content.folder / "report.html", content.folder / "report"
     if not paths.is_remote(images) and os.path.islink(images):
         raise UserError(f"{images} is a link, through which nothing is written: remove it")
-    written = [target, *(images / f"{name}.png" for name in _file_names(c.name for c in charts))]
-    try:
+    names: dict[str, int] = {}  # Of files; those that would be the same get a number.
+    for chart in charts:
+        safe = re.sub(r"[^\w@=.-]+", "_", chart.name, flags=re.ASCII)[:80].lstrip(".")
+        while safe in names:
+            names[safe] += 1
+            safe = f"{safe}-{names[safe]}"
+        names[safe] = 1
+    written = [target, *(images / f"{name}.png" for name in names)]
+    with explained(f"{folder}: the report cannot be written", "check the permissions of the folder"):
         for path, chart in zip(written[1:], charts, strict=True):
             paths.write_whole(path, chart.png())
         paths.write_whole(target, page.html(content, body).encode("utf-8", "backslashreplace"))
-    except OSError as e:
-        raise UserError(f"{folder}: the report cannot be written ({e}): check the permissions of the folder") from e
     return written

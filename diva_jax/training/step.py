@@ -264,6 +264,15 @@ class Program:
         """Context manager for what is traced: it sees the mesh, from it the platform, and which kernels to use."""
         return platform.traced_on(self.mesh.abstract_mesh, self.kernels)
 
+    def jitted(self, fn: Callable, **options) -> Callable:
+        """`fn(objective, *args)` compiled, as a function of the objective's arrays, name -> array, and `args`."""
+
+        def call(arrays, *args):
+            with self.tracing():
+                return fn(self.skeleton.merge(arrays), *args)
+
+        return jax.jit(call, **options)
+
     def abstract_batch(self) -> dict:
         """One global batch, as ShapeDtypeStructs with shardings."""
         b, kinds = self.config.batch_size, {n: (i.shape, i.dtype) for n, i in self.objective.inputs.items()}
@@ -276,7 +285,7 @@ class Program:
         return {n: a for n, a in self.arrays.items() if n not in trained}
 
     def flops(self) -> collections.Counter[str]:
-        """The FLOPs per image and step of the last stage, by the outermost named scope, see `costs.flops`."""
+        """The FLOPs per image and step of the last stage, by the outermost named scope, see `costs.chips`."""
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.arrays | self.abstract_batch())
         count = self.config.batch_size // self.config.accum
         batch = {n: a.update(shape=(count, *a.shape[1:])) for n, a in shapes.items() if n not in self.arrays}

@@ -21,7 +21,7 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import preprocess, tokenizers
-from diva_jax.evals import encode, matching
+from diva_jax.evals import encode, stats
 from diva_jax.evals.tasks import mmvp
 from diva_jax.evals.tasks.probe import fit
 from diva_jax.models import backbones, layers
@@ -185,9 +185,9 @@ def measure(tests: Tests, images: Callable[[np.ndarray], np.ndarray], texts: np.
     p, x, y = tests.pairs, images(tests.train_images), images(tests.test_images)
     found = images(p.images.reshape(-1, *p.images.shape[2:]))
     said, named = np.split(texts, [len(p.texts)])
-    right = matching.answers(mmvp.pair_scores(found, said), mmvp.OWN)
+    right = stats.answers(mmvp.pair_scores(found, said), mmvp.OWN)
     out = {
-        f"{matching.ANSWERS[kind]}/{fact}": values[p.pattern == i]
+        f"{stats.ANSWERS[kind]}/{fact}": values[p.pattern == i]
         for kind, values in right.items()
         for i, fact in enumerate(scenes.FACTS)
     }

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import between
 from diva_jax.models.layers import Array
 from diva_jax.models.library_config import LibraryConfig
 
@@ -60,8 +61,8 @@ class PatchCodeConfig:
         file = LibraryConfig(options, "the patch code's config")
         file.check(names, {})
         config = cls(
-            **{name: file.integer(name, getattr(cls, name)) for name in names[:3]},
-            scaling_factor=file.number("scaling_factor", 1.0, 1e-6, 1e6),
+            **{name: file.get(name, getattr(cls, name)) for name in names[:3]},
+            scaling_factor=file.get("scaling_factor", 1.0, between(1e-6, 1e6)),
         )
         if config.latent_channels > config.patch_size**2 * config.in_channels:
             raise UserError(

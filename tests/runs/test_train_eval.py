@@ -14,7 +14,7 @@ from processes import finish, start_all
 from diva_jax.common.errors import UserError
 from diva_jax.common.results_schema import Task
 from diva_jax.evals import encode, evaluator
-from diva_jax.report import training
+from diva_jax.report import page
 from diva_jax.report.inputs import read
 from diva_jax.training import checkpoint, metrics, partition
 from diva_jax.training.loop import Run
@@ -100,7 +100,7 @@ def test_rows_of_evaluations(ran):
     assert found[0]["eval/drift/cosine"] == pytest.approx(1) and found[5]["eval/drift/cosine"] < 0.99999
     assert found[5]["feedback/loss_own"] != found[0]["feedback/loss_own"]
     assert [r["step"] for r in rows(ran) if "loss" in r] == list(range(1, TOTAL + 1))
-    sections = training.sections(read(ran).runs)
+    sections = page.run_sections(read(ran).runs)
     assert [s.title for s in sections] == ["Training", "During training"]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from diva_jax import config as configs
-from diva_jax.evals import matching
+from diva_jax.evals import stats
 from diva_jax.evals.results import summaries
 from diva_jax.evals.tasks import mmvp
 
@@ -60,7 +60,7 @@ def flips(images):
 
 def pairs_task(pairs, matches):
     """Four numbers of a readout, whose differences are those of pairs and matches, with these intervals."""
-    out, metrics = _task("mmvp"), matching.metrics("pooled", readout="pooled embedding")
+    out, metrics = _task("mmvp"), stats.pair_metrics("pooled", readout="pooled embedding")
     compared = {}
     for metric in metrics:
         ends = matches if metric == "pooled_match" else pairs

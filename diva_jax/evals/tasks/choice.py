@@ -1,5 +1,5 @@
 """Choices between texts for an image, and between images for a text: SugarCrepe, Winoground, ARO and others. What is
-right is in `diva_jax.evals.matching`, how files are read in `diva_jax.evals.choice_layouts`."""
+right is in `diva_jax.evals.stats`, how files are read in `diva_jax.evals.choice_layouts`."""
 
 import dataclasses
 import json
@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.fields import field, one_of
+from diva_jax.common.fields import choice, field
 from diva_jax.data.images import read_file
-from diva_jax.evals import Settings, encode, matching, stats
+from diva_jax.evals import Settings, encode, stats
 from diva_jax.evals.choice_layouts import LAYOUTS, Item, joined, read_items
 from diva_jax.evals.items import ItemTask, Values, require_count
 
@@ -26,19 +26,14 @@ _MAX_PATTERNS = 30
 class ChoiceOptions:
     """The section `config.eval.choice`."""
 
-    layout: str = field(
-        "", "A file that has no published name has this layout; if empty, the name tells it.", one_of("", *LAYOUTS)
-    )
+    layout: str = choice("The layout of a file that has no published name; if empty, the name tells it.", "", *LAYOUTS)
     images: str = field("", "The images are in this folder; if empty, in that of the file.")
     allow_partial: bool = field(False, "Whether a published file may have another number of items.")
 
 
-SECTION = ChoiceOptions
-
-
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A score of a set, by key and with the reader's name for it. `answers` is a key of `matching.ANSWERS`. `all_of`:
+    """A score of a set, by key and with the reader's name for it. `answers` is a key of `stats.ANSWERS`. `all_of`:
     groups of this kind count, where all of their items are right. `mean_over`: the mean of the means of groups of this
     kind, without those with fewer than `at_least` items."""
 
@@ -108,7 +103,7 @@ def published(path: Path, layout: str) -> list[tuple[Path, Published]]:
 def scored(row: Published, items: list[Item]) -> Iterator[tuple[str, list[Item], tuple[Metric, ...]]]:
     """Yields (name, items, what is scored) of a set and, for controlled images, of its pairs and sets of four, which
     have the images and right captions of two or four items. Matches are not scored in a set where no item has them."""
-    if row.metrics != PAIRED or any(matching.one_to_one(item.right) for item in items):
+    if row.metrics != PAIRED or any(stats.one_to_one(item.right) for item in items):
         yield row.name, items, row.metrics
     else:
         yield row.name, items, PAIRED[:-1]
@@ -133,7 +128,7 @@ def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
         _, index = np.unique([item.groups[metric.all_of] for item in items], return_inverse=True)
         return Values(np.bincount(index, ~right) == 0)
     if metric.answers == "match":
-        return Values(right[[matching.one_to_one(item.right) for item in items]])
+        return Values(right[[stats.one_to_one(item.right) for item in items]])
     if not metric.mean_over:
         return Values(right)
     labels, index, counts = np.unique(
@@ -202,9 +197,9 @@ class Choice(ItemTask):
             answers = []
             for number, item in enumerate(items):
                 table = scores(*self.rows_of(item))
-                answers.append(dict.fromkeys(matching.ANSWERS, False) | matching.answers(table, item.right))
+                answers.append(dict.fromkeys(stats.ANSWERS, False) | stats.answers(table, item.right))
                 rows += self._rows(name, number, item, table, {f"{k}_right": int(v) for k, v in answers[-1].items()})
-            held[name] = {kind: np.array([right[kind] for right in answers]) for kind in matching.ANSWERS}
+            held[name] = {kind: np.array([right[kind] for right in answers]) for kind in stats.ANSWERS}
         return held, rows, {"patterns": self._patterns(held)}
 
     def _patterns(self, held: dict) -> list[dict]:
@@ -244,4 +239,4 @@ class Choice(ItemTask):
         return rows
 
 
-prepare = Choice
+SECTION, prepare = ChoiceOptions, Choice

@@ -27,9 +27,6 @@ class DriftOptions:
     neighbours: int = field(10, "The overlap is that of this many nearest neighbours.", at_least(1))
 
 
-SECTION = DriftOptions
-
-
 def neighbours(x: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k nearest rows of each unit row, [N, k], int; among equals the first."""
     out = []
@@ -102,4 +99,4 @@ class Drift(Task):
         return {"scores": scores, "rows": rows}
 
 
-prepare = Drift
+SECTION, prepare = DriftOptions, Drift

@@ -11,7 +11,6 @@ numbers of an image depend only on the seed and on the image's own number.
 import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import images, sources
 from diva_jax.evals import Outcome, Settings, Task, encode, stats
@@ -54,13 +53,8 @@ _ZERO_MEANS = {
 class FeedbackOptions:
     """The section `config.eval.feedback`."""
 
-    images: int = field(
-        256, "At most this many images are used, chosen by the seed; they are kept in memory.", at_least(2)
-    )
+    images: int = field(256, "At most this many images, chosen by the seed, are used and kept in memory.", at_least(2))
     draws: int = field(4, "Gradients are compared between this many draws on the same images.", at_least(2))
-
-
-SECTION = FeedbackOptions
 
 
 def partners(count: int, seed: int) -> np.ndarray:
@@ -131,16 +125,15 @@ class Feedback(Task):
         self._frozen: dict[str, jax.Array] = {}
         with ThreadPoolExecutor(_READER_THREADS) as pool:
             self._pixels = list(pool.map(self._read, self._records))
-        jit = partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
-        self._losses, self._cosines = jit(self._loss_step), jit(self._gradient_step)
+        everywhere = NamedSharding(mesh, P())
+        self._losses = self.program.jitted(self._loss_step, out_shardings=everywhere)
+        self._cosines = jax.jit(self._gradient_step, out_shardings=everywhere)
 
     def _read(self, record: int) -> np.ndarray:
         """The centre square at the VAE's resolution, uint8 [S, S, 3]."""
         name = f"{self._source.name(int(record))} of {self.data}"
-        try:
+        with explained(f"the image {name} cannot be read", "fetch it again", OSError, ValueError):
             data = self._source.read(int(record), with_text=False).image
-        except (OSError, ValueError) as e:
-            raise UserError(f"the image {name} cannot be read ({e}): fetch it again") from e
         image = images.open_image(data, name, rgb=True)
         return images.prepare(image, self.config.data.image_size, "shortest", "bicubic")
 
@@ -153,11 +146,8 @@ class Feedback(Task):
         seed = jax.random.key_data(jax.random.key(self.settings.seed))
         return np.asarray(jax.random.key_data(image_keys(seed, use, jnp.asarray(numbers))))
 
-    def _loss_step(self, arrays, own, other, keys):
-        with self.program.tracing():
-            module = self.program.skeleton.merge(arrays)
-            batch = {"image": own, "other": other}
-            return module.condition_losses(batch, jax.random.wrap_key_data(keys), self.edges)
+    def _loss_step(self, module, own, other, keys):
+        return module.condition_losses({"image": own, "other": other}, jax.random.wrap_key_data(keys), self.edges)
 
     def _gradient_step(self, arrays, own, keys):
         """keys: key data [R, B, ...] -> (mean cosine, norms [R])."""
@@ -292,4 +282,4 @@ class Feedback(Task):
         return out
 
 
-prepare = Feedback
+SECTION, prepare = FeedbackOptions, Feedback

@@ -3,7 +3,7 @@
 For image i and text c, with the same draws of timesteps and noise for all texts of an image, the score is error(i,
 neutral text) - error(i, c): the sum over draws of the mean squared error of what the U-Net of `config.diffusion`
 predicts, as in the objective `judge`. Without the first term images could not be compared under one text, since some
-are harder to denoise than others. What is right is in `diva_jax.evals.matching`, as for the cosines of encoders.
+are harder to denoise than others. What is right is in `diva_jax.evals.stats`, as for the cosines of encoders.
 
 The scores do not depend on the weights that are evaluated: they are computed once, and not compared.
 """
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from diva_jax import objectives
 from diva_jax.common import log
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import at_least, between, field, one_of
+from diva_jax.common.fields import at_least, between, choice, field
 from diva_jax.data import images, preprocess
 from diva_jax.evals import Outcome, Settings, encode
 from diva_jax.evals.choice_layouts import ImageRegion, Item
@@ -44,15 +44,10 @@ class JudgeOptions(ChoiceOptions):
     draws: int = field(8, "Each image has this many draws of a timestep and noise.", between(1, 2**16))
     first_timestep: int = field(300, "Timesteps are drawn from this one on.", at_least(0))
     end_timestep: int = field(0, "Timesteps are drawn below this one; 0: from all of the schedule.", at_least(0))
-    timestep_weight: str = field(
-        "equal",
-        "All timesteps' errors weigh the same (equal), or as they add to the likelihood (nats).",
-        one_of("equal", "nats"),
+    timestep_weight: str = choice(
+        "Errors weigh the same at all timesteps (equal), or as in the likelihood (nats).", "equal", "nats"
     )
     neutral: str = field("", "An image's error under a text is compared with that under this one.")
-
-
-SECTION = JudgeOptions
 
 
 class Judge(Choice):
@@ -96,17 +91,12 @@ class Judge(Choice):
         diffusion = self.program.objective.diffusion
         tokenize = parts.prompt_tokenizer(diffusion.source, diffusion.text_tokens, diffusion.text_encoder)()
         self._ids = tokenize([*self.statements, self.options.neutral])  # The neutral text has the number -1.
-        jit = partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
-        self._latents, self._errors = jax.jit(self._latents_step), jit(self._errors_step)
 
-    def _latents_step(self, arrays, pixels):
-        with self.program.tracing():
-            return self.program.skeleton.merge(arrays).latents(preprocess.to_float(pixels))
-
-    def _errors_step(self, arrays, latents, ids, keys):
-        with self.program.tracing():
-            module = self.program.skeleton.merge(arrays)
+        def errors(module, latents, ids, keys):
             return module.errors(latents, ids, module.draw(jax.random.wrap_key_data(keys), latents.shape[1:]))
+
+        self._latents = self.program.jitted(lambda module, pixels: module.latents(preprocess.to_float(pixels)))
+        self._errors = self.program.jitted(errors, out_shardings=NamedSharding(mesh, P()))
 
     def _pixels(self, i: int) -> np.ndarray:
         """The image as the encoder's preprocessing shows it, at the VAE's resolution, uint8 [S, S, 3]."""
@@ -163,4 +153,4 @@ class Judge(Choice):
         return {"scores": {}}
 
 
-prepare = Judge
+SECTION, prepare = JudgeOptions, Judge

@@ -1,6 +1,6 @@
 """MMVP-VLM (arXiv 2401.06209): 135 pairs of images that CLIP confuses, in nine visual patterns. A pair counts when each
 text ("a photo of " + statement) prefers its own image, as published; texts, groups and matches count too
-(`evals.matching`). A score is the mean over the patterns."""
+(`evals.stats`). A score is the mean over the patterns."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import files, labelled
-from diva_jax.evals import Outcome, Settings, encode, matching, stats
+from diva_jax.evals import Outcome, Settings, encode, stats
 from diva_jax.evals.items import ItemTask, Values
 from diva_jax.models.backbones import spec_of
 
@@ -33,12 +33,7 @@ OWN = ((0, 0), (1, 1))  # Text 1 belongs to image 1, text 2 to image 2.
 class MmvpOptions:
     """The section `config.eval.mmvp`."""
 
-    seeds: int = field(
-        10, "A published readout that averages random patches is averaged over this many draws of them.", at_least(1)
-    )
-
-
-SECTION = MmvpOptions
+    seeds: int = field(10, "A readout of random patches is averaged over this many draws of them.", at_least(1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +138,12 @@ class Mmvp(ItemTask):
         self.count = len(self.questions) // 2
         self.texts = [q.text for q in self.questions]
         self.strata = np.arange(self.count) // self.per_pattern
-        self.metrics = matching.metrics("pooled", readout="pooled embedding")
-        self.metrics |= matching.metrics("published", readout="published readout")
+        self.metrics = stats.pair_metrics("pooled", readout="pooled embedding")
+        self.metrics |= stats.pair_metrics("published", readout="published readout")
 
     def bind(self, config: ConfigDict, mesh) -> None:
         """Names the published readout of the config's backbone."""
-        self.metrics |= matching.metrics("published", readout=f"published readout, {spec_of(config).readout}")
+        self.metrics |= stats.pair_metrics("published", readout=f"published readout, {spec_of(config).readout}")
 
     def score(self, metric: str, held: dict, pattern: int | None = None) -> dict:
         """As `ItemTask`, of all pairs or of those of a pattern; a readout with several draws has the score of each
@@ -178,7 +173,7 @@ class Mmvp(ItemTask):
         held, rows = {}, []
         for readout, e in embeddings.items():
             scores = np.stack([pair_scores(e[:, k], texts) for k in range(e.shape[1])])  # [K, N, image, text]
-            right = matching.answers(scores, OWN)
+            right = stats.answers(scores, OWN)
             # What the softmax of the logits over a pair's images gives to image 1, for each text, [K, 2N].
             with np.errstate(over="ignore"):  # A large difference overflows to the right answer, 0.
                 first = (1 / (1 + np.exp(LOGIT_SCALE * np.diff(scores, axis=-2)))).reshape(len(scores), -1)
@@ -193,7 +188,7 @@ class Mmvp(ItemTask):
 
     def _rows(self, readout: str, seed: int, scores: np.ndarray, first: np.ndarray, right: dict) -> list[dict]:
         """A row for each text; `predicted` is the number of the image it prefers, 0 where it prefers none."""
-        first_less_second = -np.diff(matching.rounded(scores), axis=-2).ravel()
+        first_less_second = -np.diff(stats.rounded(scores), axis=-2).ravel()
         predicted = np.where(first_less_second > 0, 1, np.where(first_less_second < 0, 2, 0))
         rows = []
         for i, q in enumerate(self.questions):
@@ -221,4 +216,4 @@ class Mmvp(ItemTask):
         return super().compare(before, after) | {"flipped": flipped}
 
 
-prepare = Mmvp
+SECTION, prepare = MmvpOptions, Mmvp

@@ -125,7 +125,7 @@ class ProbeOptions:
     neighbours: int = field(20, "This many nearest neighbours vote.", at_least(1))
     temperature: float = field(0.07, "The temperature of the neighbours' votes.", above(0))
     weight_decay: float = field(
-        0.0, "The weight decay of the linear probe; 0: it is searched on a part of the training split.", at_least(0)
+        0.0, "Of the linear probe; 0: it is searched on a part of the training split.", at_least(0)
     )
     held_out: float = field(
         0.2,
@@ -133,9 +133,6 @@ class ProbeOptions:
         Rule(lambda share: 0 < share < 1, "must be between 0 and 1"),
     )
     iterations: int = field(1000, "The linear probe is fitted with at most this many steps of L-BFGS.", at_least(1))
-
-
-SECTION = ProbeOptions
 
 
 def splits(path: str) -> tuple[str, str]:
@@ -178,7 +175,6 @@ class Probe(ClassificationTask):
         self.train, self.test = (zeroshot.open_data(p, "probe") for p in paths)
         _check_labels(self.train, self.test)
         self.train_labels = np.asarray(self.train.targets)
-        self.count = len(self.test)
         if (k := self.options.neighbours) > len(self.train):
             raise UserError(f"config.eval.probe.neighbours={k} is more than the {len(self.train)} training images")
         self.data = "train={},test={}".format(*map(resolved, paths))
@@ -187,6 +183,7 @@ class Probe(ClassificationTask):
         names = [*names, *map(str, range(len(names), self._labels))]
         titles = {"linear_": "linear probe", "knn_": f"{k} nearest neighbours"}
         self.set_classified({k: Classified(title, self.test, names, self._labels >= AT) for k, title in titles.items()})
+        self.count = len(self.test)
 
     def _weight_decay(self, x: np.ndarray) -> float:
         """The option, or the decay with the best accuracy on the held-out part of the training split."""
@@ -218,4 +215,4 @@ class Probe(ClassificationTask):
         return *self.classify(outputs.items()), {"weight_decay": decay, "training_images": len(self.train)}
 
 
-prepare = Probe
+SECTION, prepare = ProbeOptions, Probe

@@ -37,9 +37,6 @@ class RobustnessOptions:
     allow_partial: bool = field(False, "Whether a set may have fewer classes than the published one.")
 
 
-SECTION = RobustnessOptions
-
-
 def _subset(root: Path, known: Sequence[str], what: str) -> labelled.Images:
     """Images in folders that name (`what`) classes of ImageNet; `known` are the names of all by label. Labels count the
     classes that are there, in ImageNet's order."""
@@ -110,7 +107,7 @@ class Robustness(zeroshot.PromptedTask):
             images = read_set(name, root, options.allow_partial)
             prompts = zeroshot.prompts(options.templates, images, [[name] for name in images.classes])
             classified[f"{name}_"] = Classified(SETS[name][0], images, images.classes, prompts=prompts)
-        self.set_prompted(classified)
+        self.set_classified(classified)
 
 
-prepare = Robustness
+SECTION, prepare = RobustnessOptions, Robustness

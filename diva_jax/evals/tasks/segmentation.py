@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diva_jax.common.errors import UserError, brief
+from diva_jax.common.errors import UserError, brief, explained
 from diva_jax.common.fields import above, at_least, below, field, one_of
 from diva_jax.common.json_files import open_regular
 from diva_jax.data import files
@@ -38,25 +38,14 @@ class SegmentationOptions:
     """The section `config.eval.segmentation`."""
 
     last: str = field("sclip", "The last block is run in this variant.", one_of(*VARIANTS))
-    short_side: int = field(
-        0, "The image's shorter side is resized to this; 0: to one and a half windows [pixels].", at_least(0)
-    )
+    short_side: int = field(0, "The image's shorter side [pixels]; 0: one and a half windows.", at_least(0))
     stride: int = field(
-        0,
-        "Windows, which are of the backbone's image size, have this distance; 0: half a window [pixels].",
-        at_least(0),
+        0, "The distance of windows, whose side is backbone.image_size [pixels]; 0: half of it.", at_least(0)
     )
     scale: float = field(40.0, "Cosines are multiplied by this before the softmax.", above(0))
-    background: float = field(
-        0.0, "Where no class is as probable as this, a set that has a background has it there.", below(0, 1)
-    )
-    classes: str = field(
-        "", "A text file with a line per class, synonyms separated by commas; if empty, the set's own are used."
-    )
+    background: float = field(0.0, "A set's background is where no class is as probable as this.", below(0, 1))
+    classes: str = field("", "A text file, a line per class, synonyms separated by commas; if empty, the set's own.")
     allow_partial: bool = field(False, "Whether a set may have fewer images than the published one.")
-
-
-SECTION = SegmentationOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +78,11 @@ def class_names(given: str, subject: Set, root: Path) -> list[list[str]]:
     """The synonyms of each class, from a text file with a line per class, synonyms separated by commas; empty: the
     set's own. A UserError where it cannot be read, or has another number of classes."""
     lines, objects = subject.names, root / "objectInfo150.txt"
-    try:
+    with explained(f"config.eval.segmentation.classes={given}", "set it to FILE.txt", UserError):
         if given:
             lines = files.read_text(Path(given).expanduser()).splitlines()
         elif not lines:
             lines = [line.split("\t")[-1] for line in files.read_text(objects).splitlines()[1:]]
-    except UserError as e:
-        raise UserError(f"config.eval.segmentation.classes={given}: {e}, or set it to FILE.txt") from e
     synonyms = [[n.strip() for n in line.split(",") if n.strip()] for line in lines if line.strip()]
     if len(synonyms) != subject.classes or not all(synonyms):
         raise UserError(
@@ -107,15 +94,14 @@ def class_names(given: str, subject: Set, root: Path) -> list[list[str]]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """An image file whose pixels have not been read yet; a UserError where it cannot be decoded."""
-    try:
-        with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            yield image
-    except UserError:
-        raise
-    except Exception as e:  # Pillow's plugins raise many types.
-        raise UserError(f"{path} cannot be read ({str(e)[:200]}): fetch it again") from e
+    with (
+        explained(f"{path} cannot be read", "fetch it again", Exception),  # Pillow's plugins raise many types.
+        open(path, "rb", opener=open_regular) as file,
+        Image.open(file, formats=FORMATS) as image,
+    ):
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are too many")
+        yield image
 
 
 def _pairs(subject: Set, root: Path) -> list[tuple[Path, Path]]:
@@ -326,4 +312,4 @@ class Segmentation(Task):
         return {"scores": {"miou": {"difference": a - b, "interval": interval, "mcnemar": None}}}
 
 
-prepare = Segmentation
+SECTION, prepare = SegmentationOptions, Segmentation

@@ -33,12 +33,7 @@ class ZeroShotOptions:
     """The section `config.eval.zeroshot`."""
 
     classes: str = field("", 'A JSON file of class names, or "imagenet"; if empty, the data\'s own are used.')
-    templates: str = field(
-        "", "A JSON file of prompt templates; if empty, the data's own are used, or else ImageNet's."
-    )
-
-
-SECTION = ZeroShotOptions
+    templates: str = field("", "A JSON file of prompt templates; if empty, the data's own or else ImageNet's are used.")
 
 
 @functools.cache
@@ -129,12 +124,6 @@ def open_data(path: str, task: str = "zeroshot") -> labelled.Images:
 class PromptedTask(ClassificationTask):
     """A task that classifies the images of each of `classified` by its prompts."""
 
-    def set_prompted(self, classified: dict[str, Classified]) -> None:
-        """As `set_classified`, with the texts and the number of images."""
-        self.set_classified(classified)
-        self.count = sum(len(data.images) for data in classified.values())
-        self.texts = list(dict.fromkeys(t for data in classified.values() for texts in data.prompts for t in texts))
-
     def answer(self, model):
         """The predicted class of every image among those of its own set."""
 
@@ -157,7 +146,7 @@ class ZeroShot(PromptedTask):
         names = class_names(options.classes, self.images)
         self.classes = [synonyms[0] for synonyms in names]
         texts = prompts(options.templates, self.images, names)
-        self.set_prompted({"": Classified("", self.images, self.classes, len(names) >= AT, texts)})
+        self.set_classified({"": Classified("", self.images, self.classes, len(names) >= AT, texts)})
 
     def answer(self, model):
         """As `PromptedTask`, and the number of classes."""
@@ -165,4 +154,4 @@ class ZeroShot(PromptedTask):
         return held, rows, {"classes": len(self.classes)}
 
 
-prepare = ZeroShot
+SECTION, prepare = ZeroShotOptions, ZeroShot

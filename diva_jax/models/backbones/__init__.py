@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.fields import Rule, between, field, finite, one_of
+from diva_jax.common.fields import Rule, between, choice, field, finite, one_of
 from diva_jax.models.layers import ACTIVATIONS
 from diva_jax.models.library_config import packaged
 
@@ -61,16 +61,13 @@ class Features(NamedTuple):
 
 _MAX_WIDTH = 2**20  # Of such a width, one matrix alone has a terabyte.
 _MAX_TOKENS = 2**16
+_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+_SELECT = re.compile(r"all|none|(random|runs):[1-9]\d{0,4}")
 _RESIZE_MODE = re.compile(r"(shortest|squash)(:[1-9]\d{0,4})?")
 
 
 def _is_three_numbers(values) -> bool:
     return len(values) == 3 and all(finite(v) and abs(v) <= 1000 for v in values)
-
-
-def _is_select(select: str) -> bool:
-    match = re.fullmatch(r"all|none|(?:random|runs):(\d{1,9})", select)
-    return match is not None and (match[1] is None or 1 <= int(match[1]) <= _MAX_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,26 +81,18 @@ class TextSpec:
     layers: int = field(12, "The blocks of the transformer; with 0 there is no text tower.", between(0, 1024))
     mlp_dim: int = field(3072, "The hidden width of the transformer's MLPs.", between(0, _MAX_WIDTH))
     causal: bool = field(True, "Whether a token attends to the tokens before it alone.")
-    pool: str = field(
-        "argmax",
-        "The token whose state is projected is that with the highest id, CLIP's end-of-text token (argmax), the first "
-        "one whose id is eos_id (eos), or the last one (last).",
-        one_of("argmax", "eos", "last"),
+    pool: str = choice(
+        "The projected token: of the highest id, the first eos_id, or the last.", "argmax", "eos", "last"
     )
     proj_bias: bool = field(False, "Whether the projection has a bias, as SigLIP's, or is a bare matrix, as CLIP's.")
     norm_eps: float = field(1e-5, "The epsilon of the LayerNorms.", between(0, 1))
-    tokenizer: str = field(
-        "clip",
-        "The tokenizer is lower-cased BPE (clip), SentencePiece on canonicalised text (siglip), or SentencePiece that "
-        "keeps case and punctuation (xlm).",
-        one_of("clip", "siglip", "xlm", ""),
+    tokenizer: str = choice(
+        "BPE (clip), or SentencePiece on canonicalised (siglip) or any text (xlm).", "clip", "siglip", "xlm", ""
     )
-    activation: str = field("", "The activation of the MLPs; empty: the vision tower's.", one_of("", *ACTIVATIONS))
+    activation: str = choice("The activation of the MLPs; empty: the vision tower's.", "", *ACTIVATIONS)
     eos_id: int = field(2, "The id of the end-of-text token, for pool=eos.", between(0, 2**24))
     kept_positions: int = field(
-        -1,
-        "For a checkpoint with another context_length, this many position embeddings are kept and the others are "
-        "stretched to fit; with -1 such a checkpoint is refused.",
+        -1, "Of a checkpoint with another context_length so many positions are kept, the others stretched; -1: refused."
     )
 
 
@@ -125,11 +114,7 @@ class Spec:
     heads: int = field(16, "The heads of the transformer's attention.", between(1, 1024))
     mlp_dim: int = field(4096, "The hidden width of the transformer's MLPs.", between(1, _MAX_WIDTH))
     embed_dim: int = field(768, "The width of the image embedding.", between(1, _MAX_WIDTH))
-    activation: str = field(
-        "quick_gelu",
-        'The activation of the MLPs is a name in layers.ACTIVATIONS; dinov2 may also have "swiglu".',
-        one_of(*ACTIVATIONS, "swiglu"),
-    )
+    activation: str = choice("The activation of the MLPs; swiglu is dinov2's alone.", *ACTIVATIONS, "swiglu")
     norm_eps: float = field(1e-5, "The epsilon of the LayerNorms.", between(0, 1))
     mean: tuple[float, ...] = field(
         OPENAI_MEAN,
@@ -147,21 +132,15 @@ class Spec:
         "shortest:K and squash:K resize to K pixels and crop, as transformers does.",
         Rule(_RESIZE_MODE.fullmatch, "must be shortest, squash, shortest:K or squash:K, where K is a number of pixels"),
     )
-    interpolation: str = field(
-        "bicubic",
-        "Test images are resized with this interpolation.",
-        one_of("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"),
-    )
+    interpolation: str = field("bicubic", "Test images are resized with this interpolation.", one_of(*_INTERPOLATIONS))
     select: str = field(
         "all",
         "The patch tokens that join the pooled one as condition are all, none, K that are drawn uniformly with "
         "replacement (random:K), or the means over runs of K along the raster order, without a remainder (runs:K).",
-        Rule(_is_select, f"must be all, none, random:K or runs:K, where K is a number of patches, 1 to {_MAX_TOKENS}"),
+        Rule(_SELECT.fullmatch, "must be all, none, random:K or runs:K, where K is a number of patches below 100000"),
     )
-    add_text: str = field(
-        "mean",
-        "The text's tokens are added to the features token by token (token), or their mean to every one (mean).",
-        one_of("token", "mean"),
+    add_text: str = choice(
+        "The text's tokens are added token by token (token), or their mean to each (mean).", "mean", "token"
     )
     readout: str = field("pooled", "This backbone's MMVP-VLM score was published with this readout of the authors.")
     text: TextSpec = TextSpec()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.errors import UserError, brief
+from diva_jax.common.fields import between
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
@@ -100,7 +101,7 @@ def from_open_clip(model: LibraryConfig) -> dict:
     vision.check({*occ.OPTIONS["vit"], *occ.OPTIONS["vision_without_effect"], *occ.TIMM_DEFAULTS}, _FIXED)
     if isinstance(vision.options.get("layers"), list | tuple):
         vision.refuse("layers", "a list of layers means a ResNet, use a ViT")
-    width, head_width = vision.integer("width", 768), vision.integer("head_width", 64)
+    width, head_width = vision.get("width", 768), vision.get("head_width", 64)
     if width % head_width:
         vision.refuse("head_width", f"it must divide the width, {width}")
     if model.options.get("init_logit_bias") is not None:
@@ -109,10 +110,10 @@ def from_open_clip(model: LibraryConfig) -> dict:
         image_size=occ.side(vision, "image_size", 224),
         patch_size=occ.side(vision, "patch_size", 16),
         width=width,
-        layers=vision.integer("layers", 12),
+        layers=vision.get("layers", 12),
         heads=width // head_width,
-        mlp_dim=int(width * vision.number("mlp_ratio", 4.0, 1e-6, 1e6)),
-        activation=occ.activation(vision, model.flag("quick_gelu")),
+        mlp_dim=int(width * vision.get("mlp_ratio", 4.0, between(1e-6, 1e6))),
+        activation=occ.activation(vision, model.get("quick_gelu", False)),
         norm_eps=occ.norm_eps(vision),
     )
 
@@ -143,26 +144,21 @@ _DEFAULTS = {
 _MODELS = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model"}
 
 
-def _text_rules(kind: str, config: Mapping, where: str) -> dict:
-    """How a text tower of transformers pools, and its tokenizer, as fields of TextSpec."""
-    eos = config.get("eos_token_id", 49407)
-    if type(eos) is not int:
-        raise UserError(f"{where} has text_config.eos_token_id={brief(eos)}: it must be one id")
-    if kind == "metaclip_2":
-        return dict(pool="eos", eos_id=eos, tokenizer="xlm")
-    # For 2, which older configs have, transformers pools at the highest id, as open_clip does.
-    return {} if eos in (2, config["vocab_size"] - 1) else dict(pool="eos", eos_id=eos)
-
-
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
     (vision, activation), (text, text_activation) = hf.tower_options(config, _DEFAULTS, where)
+    if type(eos := text.get("eos_token_id", 49407)) is not int:
+        raise UserError(f"{where} has text_config.eos_token_id={brief(eos)}: it must be one id")
+    if config["model_type"] == "metaclip_2":
+        pools = dict(pool="eos", eos_id=eos, tokenizer="xlm")
+    else:  # For 2, which older configs have, transformers pools at the highest id, as open_clip does.
+        pools = {} if eos in (2, text["vocab_size"] - 1) else dict(pool="eos", eos_id=eos)
     spec = Spec(
         arch="vit",
         **hf.vision_fields(vision)
         | hf.preprocessing(preprocessor, vision["image_size"], OPENAI_MEAN, OPENAI_STD, where),
         embed_dim=hf.options(config, {"projection_dim": 512}, where)["projection_dim"],
         activation=activation,
-        text=hf.text_spec(text, activation, text_activation, **_text_rules(config["model_type"], text, where)),
+        text=hf.text_spec(text, activation, text_activation, **pools),
     )
     return spec, frozenset()
 

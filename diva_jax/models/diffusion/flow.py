@@ -37,9 +37,7 @@ class FlowConfig:
     heads: int = field(24, "The heads of the attention.", between(1, 1024))
     double_blocks: int = field(2, "The number of blocks with separate weights for image and text.", between(0, 1024))
     single_blocks: int = field(4, "The number of blocks with the same weights for image and text.", between(0, 1024))
-    axes: tuple[int, ...] = field(
-        (16, 56, 56), "The channels of a head for each component of a position (0, row, column)."
-    )
+    axes: tuple[int, ...] = field((16, 56, 56), "The channels of a head for each part of a position (0, row, column).")
     theta: float = field(10000.0, "The base of the rotary embedding.", above(0))
     mlp_ratio: float = field(4.0, "The hidden width of the MLPs, over the width of the transformer.", above(0))
     zero_out: bool = field(
@@ -73,6 +71,17 @@ class TorchLayers(Layers):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         return nnx.Linear(n_in, n_out, kernel_init=init, bias_init=init, **self._kw)
+
+
+class Projector(nnx.Module):
+    """LayerNorm, linear, exact GELU, linear: [B, n_in] -> [B, n_out]."""
+
+    def __init__(self, n_in: int, n_out: int, layers: TorchLayers):
+        self.norm = layers.layer_norm(n_in, 1e-5)
+        self.fc1, self.fc2 = layers.linear(n_in, n_out), layers.linear(n_out, n_out)
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(ACTIVATIONS["gelu"](self.fc1(self.norm(x))))
 
 
 def frequencies() -> np.ndarray:

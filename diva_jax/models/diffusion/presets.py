@@ -29,27 +29,16 @@ def preset(name: str) -> dict:
 class LatentCode(Protocol):
     """The config of a frozen model that turns images into latents: a frozen dataclass with these members.
 
-    The class of one's own is named by `config.diffusion.vae._class_name` or `config.genhancer.vae.code`.
+    The class of one's own is named by `config.diffusion.vae._class_name` or `config.genhancer.vae.code`."""
 
-    Attributes:
-      latent_channels: channels of the latents.
-      downscale: ratio of the image size to the size of the latents.
-      moment_channels: channels of what the model's `moments` returns.
-    """
-
-    latent_channels: int
-    downscale: int
-    moment_channels: int
+    latent_channels: int  # Channels of the latents.
+    downscale: int  # Ratio of the image size to the size of the latents.
+    moment_channels: int  # Channels of what the model's `moments` returns.
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "LatentCode":
-        """Reads the section of the config and `vae/config.json` of the source, which must be equal.
-
-        Entries that begin with an underscore are metadata.
-
-        Raises:
-          UserError: an option is unknown or impossible.
-        """
+        """Reads the section of the config and `vae/config.json` of the source, which must be equal; entries that begin
+        with an underscore are metadata. A UserError where an option is unknown or impossible."""
 
     def build(self, *, rngs, dtype, param_dtype) -> nnx.Module:
         """The model: `encode(images)`, `moments(images)`, of [B, H, W, 3] in [-1, 1] -> [B, h, w, moment_channels]. Its

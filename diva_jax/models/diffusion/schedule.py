@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from diva_jax.common.fields import between, one_of
 from diva_jax.models.layers import Array
 from diva_jax.models.library_config import LibraryConfig
 
@@ -31,13 +32,14 @@ class ScheduleConfig:
         for name, allowed in (("trained_betas", (None,)), ("rescale_betas_zero_snr", (None, False))):
             if options.get(name) not in allowed:
                 file.refuse(name, "it is not supported: use the scheduler of a Stable Diffusion checkpoint")
-        return cls(
-            num_train_timesteps=file.integer("num_train_timesteps", 1000),
-            beta_start=file.number("beta_start", 0.0001, 1e-9, 0.999),
-            beta_end=file.number("beta_end", 0.02, 1e-9, 0.999),
-            beta_schedule=file.choice("beta_schedule", "linear", ("linear", "scaled_linear", "squaredcos_cap_v2")),
-            prediction_type=file.choice("prediction_type", "epsilon", ("epsilon", "v_prediction")),
+        rows = (
+            ("num_train_timesteps", 1000, None),
+            ("beta_start", 0.0001, between(1e-9, 0.999)),
+            ("beta_end", 0.02, between(1e-9, 0.999)),
+            ("beta_schedule", "linear", one_of("linear", "scaled_linear", "squaredcos_cap_v2")),
+            ("prediction_type", "epsilon", one_of("epsilon", "v_prediction")),
         )
+        return cls(**{name: file.get(name, default, rule) for name, default, rule in rows})
 
 
 def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError
+from diva_jax.common.fields import between, one_of
 from diva_jax.models.attention import attention
 from diva_jax.models.diffusion.blocks import Downsample, ResnetBlock, Transformer, Upsample, call
 from diva_jax.models.layers import ACTIVATIONS, Array, Layers, heads
@@ -22,6 +23,8 @@ _FIXED = _OPTIONS["fixed"]
 # Those without effect belong to options that are not implemented, but for two: softmax is always computed in float32,
 # and a frozen network has no dropout.
 _USED = {*_OPTIONS["used"], *_OPTIONS["without_effect"]}
+_DEFAULTS = dict(in_channels=4, out_channels=4, cross_attention_dim=1280, norm_num_groups=32)
+_DEFAULTS |= dict(use_linear_projection=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +62,21 @@ class UNetConfig:
             lists=True,
             hint="use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint",
         )
-        channels = file.integers("block_out_channels", (320, 640, 1280, 1280))
+        channels = file.sizes("block_out_channels", (320, 640, 1280, 1280))
         n = len(channels)
         classes = options.get("class_embed_type")
         count = "num_attention_heads" if options.get("num_attention_heads") else "attention_head_dim"
         sample_size = options.get("sample_size")
         config = cls(
             sample_size=tuple(sample_size) if isinstance(sample_size, list) else sample_size,
-            in_channels=file.integer("in_channels", 4),
-            out_channels=file.integer("out_channels", 4),
             block_out_channels=channels,
-            layers_per_block=file.per_block("layers_per_block", 2, n),
-            heads=file.per_block(count, 8, n),
+            layers_per_block=file.sizes("layers_per_block", 2, n),
+            heads=file.sizes(count, 8, n),
             cross_down=_cross(file, "down_block_types", (True, True, True, False), n),
             cross_up=_cross(file, "up_block_types", (False, True, True, True), n),
-            cross_attention_dim=file.integer("cross_attention_dim", 1280),
-            use_linear_projection=file.flag("use_linear_projection"),
-            norm_num_groups=file.integer("norm_num_groups", 32),
-            norm_eps=file.number("norm_eps", 1e-5, 0, 1),
-            class_embed_dim=file.integer("projection_class_embeddings_input_dim", None) if classes else None,
+            norm_eps=file.get("norm_eps", 1e-5, between(0, 1)),
+            class_embed_dim=file.get("projection_class_embeddings_input_dim", 0) if classes else None,
+            **{name: file.get(name, default) for name, default in _DEFAULTS.items()},
         )
         file.require_multiple("block_out_channels", channels, "norm_num_groups", [config.norm_num_groups] * n)
         file.require_multiple("block_out_channels", channels, count, config.heads)
@@ -118,6 +117,8 @@ class TimestepEmbedding(nnx.Module):
 class _Maker:
     """Makes the layers of a U-Net at one resolution."""
 
+    padding = (1, 1)
+
     def __init__(self, config: UNetConfig, level: int, layers: Layers):
         self.config, self.layers, self.level = config, layers, level
         self.n = config.block_out_channels[level]
@@ -133,39 +134,26 @@ class _Maker:
 
 
 class DownBlock(nnx.Module):
-    """`depth` residual blocks, each followed by a transformer if `cross`, then downsampling by two if `downsample`."""
+    """`depth` residual blocks, the first `cross` of them followed by a transformer, then downsampling by two if
+    `downsample`. The block at the coarsest resolution, in the middle, has two and one."""
 
-    def __init__(self, n_in: int, depth: int, cross: bool, downsample: bool, make: _Maker, remat: bool):
+    def __init__(self, n_in: int, depth: int, cross: int, downsample: bool, make: _Maker, remat: bool):
         self.remat = remat
         self.resnets = nnx.List([make.resnet(make.n if i else n_in) for i in range(depth)])
-        self.attentions = nnx.List([make.transformer() for _ in range(depth if cross else 0)])
-        self.downsamplers = nnx.List([Downsample(make.n, (1, 1), make.layers)] if downsample else [])
+        self.attentions = nnx.List([make.transformer() for _ in range(cross)])
+        self.downsamplers = nnx.List([Downsample(make.n, make.padding, make.layers)] if downsample else [])
 
-    def __call__(self, x: Array, time: Array, context: Array) -> list[Array]:
+    def __call__(self, x: Array, time: Array | None = None, context: Array | None = None) -> list[Array]:
         """[B, H, W, n_in] -> the skip connections for the up blocks; the last one is the input of the next block."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = call(resnet, x, time, remat=self.remat)
-            if self.attentions:
+            if i < len(self.attentions):
                 x = call(self.attentions[i], x, context, remat=self.remat)
             skips.append(x)
         for downsample in self.downsamplers:
             skips.append(downsample(x))
         return skips
-
-
-class MidBlock(nnx.Module):
-    """Residual block, transformer, residual block at the coarsest resolution."""
-
-    def __init__(self, make: _Maker, remat: bool):
-        self.remat = remat
-        self.resnets = nnx.List([make.resnet(make.n), make.resnet(make.n)])
-        self.attentions = nnx.List([make.transformer()])
-
-    def __call__(self, x: Array, time: Array, context: Array) -> Array:
-        x = call(self.resnets[0], x, time, remat=self.remat)
-        x = call(self.attentions[0], x, context, remat=self.remat)
-        return call(self.resnets[1], x, time, remat=self.remat)
 
 
 class UpBlock(nnx.Module):
@@ -207,11 +195,11 @@ class UNet(nnx.Module):
         n, skips = channels[0], [channels[0]]  # Channels of the current features, and of the skip connections.
         for level, depth in enumerate(config.layers_per_block):
             make = _Maker(config, level, layers)
-            down.append(DownBlock(n, depth, config.cross_down[level], level < last, make, remat))
+            down.append(DownBlock(n, depth, depth * config.cross_down[level], level < last, make, remat))
             n = make.n
             skips += [n] * (depth + (level < last))
         self.down_blocks = nnx.List(down)
-        self.mid_block = MidBlock(make, remat)
+        self.mid_block = DownBlock(n, 2, 1, False, make, remat)
         for i, level in enumerate(range(last, -1, -1)):
             make = _Maker(config, level, layers)
             n_skips = [skips.pop() for _ in range(config.layers_per_block[level] + 1)]
@@ -238,7 +226,7 @@ class UNet(nnx.Module):
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], time, context)
-        x = self.mid_block(skips[-1], time, context)
+        x = self.mid_block(skips[-1], time, context)[-1]
         for block in self.up_blocks:
             x = block(x, skips, time, context)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
@@ -263,14 +251,14 @@ class TextEncoderConfig:
         file = LibraryConfig(options, "the text encoder's config")
         file.require_class("clip_text_model", "model_type", "CLIPTextModel")
         config = cls(
-            vocab_size=file.integer("vocab_size", 49408),
-            context_length=file.integer("max_position_embeddings", 77),
-            width=file.integer("hidden_size", 512),
-            layers=file.integer("num_hidden_layers", 12, most=64),
-            heads=file.integer("num_attention_heads", 8),
-            mlp_dim=file.integer("intermediate_size", 2048),
-            activation=file.choice("hidden_act", "quick_gelu", ("gelu", "quick_gelu")),
-            norm_eps=file.number("layer_norm_eps", 1e-5, 0, 1),
+            vocab_size=file.get("vocab_size", 49408),
+            context_length=file.get("max_position_embeddings", 77),
+            width=file.get("hidden_size", 512),
+            layers=file.get("num_hidden_layers", 12, between(1, 64)),
+            heads=file.get("num_attention_heads", 8),
+            mlp_dim=file.get("intermediate_size", 2048),
+            activation=file.get("hidden_act", "quick_gelu", one_of("gelu", "quick_gelu")),
+            norm_eps=file.get("layer_norm_eps", 1e-5, between(0, 1)),
         )
         file.require_multiple("hidden_size", [config.width], "num_attention_heads", [config.heads])
         return config

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.fields import Rule, between, field
-from diva_jax.models.diffusion.blocks import ContextAttention, Downsample, ResnetBlock
+from diva_jax.models.diffusion.blocks import ContextAttention, ResnetBlock
+from diva_jax.models.diffusion.unet import DownBlock
 from diva_jax.models.layers import Array, Layers, widened
 from diva_jax.models.library_config import LibraryConfig, packaged
 
@@ -19,6 +20,9 @@ _OPTIONS = packaged(__file__, "options.json")["vae"]
 _FIXED = _OPTIONS["fixed"]
 # Those without effect are the decoder's, half precision in diffusers, and tiling.
 _USED = {*_OPTIONS["used"], *_OPTIONS["without_effect"]}
+_DEFAULTS = dict(in_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=32, scaling_factor=0.18215)
+_DEFAULTS |= dict(use_quant_conv=True, shift_factor=0.0)
+_FACTOR = between(1e-6, 1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,7 @@ class AutoencoderConfig:
     )
     layers_per_block: int = field(2, "The residual blocks at each resolution.", between(1, 64))
     norm_num_groups: int = field(32, "The groups of every GroupNorm.", between(1, 2**20))
-    scaling_factor: float = field(0.18215, "Latents are scaling_factor * sample.")
+    scaling_factor: float = field(0.18215, "Latents are scaling_factor * sample.", _FACTOR)
 
     @property
     def downscale(self) -> int:
@@ -50,22 +54,20 @@ class AutoencoderConfig:
         """The encoder of this shape; arguments as those of `VAE`."""
         return VAE(self, **kw)
 
-    @staticmethod
-    def fields_of(file: LibraryConfig) -> dict[str, Any]:
-        """The fields of this class in a diffusers folder's `vae/config.json`."""
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> Self:
+        """Reads a diffusers folder's `vae/config.json`; a UserError for options that are not implemented or
+        inconsistent."""
+        file = LibraryConfig(options, "the VAE's config")
         file.require_class("AutoencoderKL")
-        file.check(_USED, _FIXED, lists=True, hint="use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint")
-        channels, groups = file.integers("block_out_channels", (64,)), file.integer("norm_num_groups", 32)
+        rules = {f.name: f.metadata["rule"] for f in dataclasses.fields(cls) if f.name in _DEFAULTS}
+        hint = "use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint"
+        file.check({*_USED, *rules}, _FIXED, lists=True, hint=hint)
+        found = {name: file.get(name, _DEFAULTS[name], rule) for name, rule in rules.items()}
+        channels, groups = file.sizes("block_out_channels", (64,)), found["norm_num_groups"]
         file.names("down_block_types", ("DownEncoderBlock2D",), len(channels))
         file.require_multiple("block_out_channels", channels, "norm_num_groups", [groups] * len(channels))
-        return dict(
-            in_channels=file.integer("in_channels", 3),
-            latent_channels=file.integer("latent_channels", 4),
-            block_out_channels=channels,
-            layers_per_block=file.integer("layers_per_block", 1, most=64),
-            norm_num_groups=groups,
-            scaling_factor=file.number("scaling_factor", 0.18215, 1e-6, 1e6),
-        )
+        return cls(block_out_channels=channels, **found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +86,6 @@ class VAEConfig(AutoencoderConfig):
         std = jnp.exp(0.5 * jnp.clip(logvar.astype(noise.dtype), -30, 20))
         return self.scaling_factor * (mean + std * noise)
 
-    @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> Self:
-        """Reads a diffusers folder's `vae/config.json`; a UserError for options that are not implemented or
-        inconsistent."""
-        file = LibraryConfig(options, "the VAE's config")
-        return cls(**cls.fields_of(file), use_quant_conv=file.flag("use_quant_conv", True))
-
 
 @dataclasses.dataclass(frozen=True)
 class FluxVAEConfig(AutoencoderConfig):
@@ -98,8 +93,8 @@ class FluxVAEConfig(AutoencoderConfig):
 
     use_quant_conv: ClassVar[bool] = False
     latent_channels: int = field(16, "The channels of the latents.", between(1, 2**20))
-    scaling_factor: float = field(0.3611, "Latents are scaling_factor * (sample - shift_factor).")
-    shift_factor: float = field(0.1159, "Latents are scaling_factor * (sample - shift_factor).")
+    scaling_factor: float = field(0.3611, "Latents are scaling_factor * (sample - shift_factor).", _FACTOR)
+    shift_factor: float = field(0.1159, "Latents are scaling_factor * (sample - shift_factor).", between(-1e6, 1e6))
 
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """See `LatentCode`: scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor), float32 or wider."""
@@ -107,13 +102,6 @@ class FluxVAEConfig(AutoencoderConfig):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         sample = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
         return self.scaling_factor * (sample - self.shift_factor)
-
-    @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> Self:
-        """Reads the content of a diffusers folder's `vae/config.json`, as `VAEConfig.from_dict`."""
-        shift = LibraryConfig(options, "the autoencoder's config").number("shift_factor", 0.0, -1e6, 1e6)
-        file = LibraryConfig({k: v for k, v in options.items() if k != "shift_factor"}, "the autoencoder's config")
-        return cls(**cls.fields_of(file), shift_factor=shift)
 
 
 class PixelAttention(ContextAttention):
@@ -123,38 +111,25 @@ class PixelAttention(ContextAttention):
         super().__init__(n, n, 1, layers, bias=True)
         self.group_norm = layers.group_norm(n, groups, _EPSILON)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, context: None = None) -> Array:
         """[B, H, W, n] -> [B, H, W, n]."""
         y = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])  # [B, H*W, n]
         return x + super().__call__(y, y).reshape(x.shape)
 
 
-class EncoderDownBlock(nnx.Module):
-    """Residual blocks at one resolution, then downsampling by two except at the coarsest resolution."""
+class _Maker:
+    """Makes the layers of an encoder at one resolution, for `DownBlock`."""
 
-    def __init__(self, n_in: int, n: int, downsample: bool, config: AutoencoderConfig, layers: Layers):
-        self.resnets = nnx.List(
-            ResnetBlock(n if i else n_in, n, config.norm_num_groups, _EPSILON, layers)
-            for i in range(config.layers_per_block)
-        )
-        # Only the right and bottom edges are padded.
-        self.downsamplers = nnx.List([Downsample(n, (0, 1), layers)] if downsample else [])
+    padding = (0, 1)  # Only the right and bottom edges are padded.
 
-    def __call__(self, x: Array) -> Array:
-        for block in [*self.resnets, *self.downsamplers]:
-            x = block(x)
-        return x
+    def __init__(self, config: AutoencoderConfig, level: int, layers: Layers):
+        self.n, self.groups, self.layers = config.block_out_channels[level], config.norm_num_groups, layers
 
+    def resnet(self, n_in: int) -> ResnetBlock:
+        return ResnetBlock(n_in, self.n, self.groups, _EPSILON, self.layers)
 
-class EncoderMidBlock(nnx.Module):
-    """Residual block, attention, residual block at the coarsest resolution."""
-
-    def __init__(self, n: int, groups: int, layers: Layers):
-        self.resnets = nnx.List(ResnetBlock(n, n, groups, _EPSILON, layers) for _ in range(2))
-        self.attentions = nnx.List([PixelAttention(n, groups, layers)])
-
-    def __call__(self, x: Array) -> Array:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+    def transformer(self) -> PixelAttention:
+        return PixelAttention(self.n, self.groups, self.layers)
 
 
 class VAEEncoder(nnx.Module):
@@ -163,19 +138,20 @@ class VAEEncoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, layers: Layers):
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = layers.conv(config.in_channels, channels[0], 3, padding=1)
+        last, depth = len(channels) - 1, config.layers_per_block
+        makers = [_Maker(config, level, layers) for level in range(len(channels))]
         self.down_blocks = nnx.List(
-            EncoderDownBlock(channels[max(i - 1, 0)], n, i < len(channels) - 1, config, layers)
-            for i, n in enumerate(channels)
+            DownBlock(channels[max(i - 1, 0)], depth, 0, i < last, make, False) for i, make in enumerate(makers)
         )
-        self.mid_block = EncoderMidBlock(channels[-1], groups, layers)
+        self.mid_block = DownBlock(channels[-1], 2, 1, False, makers[-1], False)
         self.conv_norm_out = layers.group_norm(channels[-1], groups, _EPSILON)
         self.conv_out = layers.conv(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def __call__(self, x: Array) -> Array:
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+        for block in (*self.down_blocks, self.mid_block):
+            x = block(x)[-1]
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
 class VAE(nnx.Module):

@@ -10,7 +10,7 @@ from eval_data import FakeModel, evaluated, patch, prepared, unit, write_image
 from helpers import refused
 
 from diva_jax.common.errors import UserError
-from diva_jax.evals import matching
+from diva_jax.evals import stats
 from diva_jax.evals.tasks import choice
 
 prepare = partial(prepared, "choice", allow_partial=True)
@@ -45,7 +45,7 @@ def accuracy(items):
 
 def paired(items):
     """The right answers, whose definitions `test_matching` checks."""
-    right = matching.answers(np.stack(items), [(i, i) for i in range(len(items[0]))])
+    right = stats.answers(np.stack(items), [(i, i) for i in range(len(items[0]))])
     return {kind: values.mean() for kind, values in right.items()}
 
 

@@ -9,7 +9,7 @@ import pytest
 from eval_data import FakeModel, prepared, unit, write_mmvp
 from helpers import refused
 
-from diva_jax.evals.matching import ANSWERS as KINDS
+from diva_jax.evals.stats import ANSWERS as KINDS
 from diva_jax.evals.tasks import mmvp
 from diva_jax.evals.tasks.mmvp import FOLDERS, PATTERNS
 

@@ -10,7 +10,7 @@ from helpers import refused
 from scipy import stats as reference
 
 from diva_jax.common.results_schema import Difference
-from diva_jax.evals import Settings, matching, seeds, stats
+from diva_jax.evals import Settings, seeds, stats
 from diva_jax.evals.items import ItemTask, Values
 from diva_jax.weights.origins import Place
 
@@ -71,7 +71,7 @@ def test_mcnemar_counts_every_split(won, lost):
 def by_hand(table, right):
     """The definitions; `table` is in units of the seventh decimal."""
     images, texts = range(len(table)), range(len(table[0]))
-    kinds = ("image", "text", "group") + ("match",) * matching.one_to_one(right)
+    kinds = ("image", "text", "group") + ("match",) * stats.one_to_one(right)
     if not np.isfinite(table).all():
         return dict.fromkeys(kinds, False)
     table = [[round(x) for x in row] for row in table]
@@ -103,7 +103,7 @@ def test_answers_against_every_comparison(images, texts):
         if case % 6 == 0:
             tables[1, rng.integers(images), rng.integers(texts)] = rng.choice([np.nan, np.inf, -np.inf])
         tables += rng.uniform(-0.4, 0.4, tables.shape)
-        found = matching.answers(tables * 1e-7, right)
+        found = stats.answers(tables * 1e-7, right)
         for n, table in enumerate(tables):
             assert {kind: bool(values[n]) for kind, values in found.items()} == by_hand(table.tolist(), right), case
         seen |= {(kind, bool(value)) for kind, values in found.items() for value in values}
@@ -115,11 +115,11 @@ def test_what_is_right_at_the_edges():
     """A collapsed encoder has nothing right; a match may be where both texts prefer one image."""
     for value, size in itertools.product((0.3, np.nan, np.inf), (2, 4)):
         right = tuple((i, i) for i in range(size))
-        assert not any(v.any() for v in matching.answers(np.full((5, size, size), value), right).values())
-    found = matching.answers(np.array([[0.30, 0.28], [0.20, 0.27]]), ((0, 0), (1, 1)))
+        assert not any(v.any() for v in stats.answers(np.full((5, size, size), value), right).values())
+    found = stats.answers(np.array([[0.30, 0.28], [0.20, 0.27]]), ((0, 0), (1, 1)))
     assert {kind for kind, value in found.items() if value} == {"text", "match"}
     # Every cycle of a set of 200 gains: sums do not overflow.
-    assert not matching.answers(-np.eye(200), tuple((i, i) for i in range(200)))["match"]
+    assert not stats.answers(-np.eye(200), tuple((i, i) for i in range(200)))["match"]
 
 
 @dataclasses.dataclass

@@ -14,7 +14,8 @@ from helpers import refused
 from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
 from diva_jax.objectives import Stage, diva, judge, salm
-from diva_jax.objectives.shared import draws, pairs
+from diva_jax.objectives.shared import pairs
+from diva_jax.objectives.shared.stable_diffusion import weighted_sum
 from diva_jax.training import workdirs
 
 
@@ -136,17 +137,15 @@ def test_value_and_gradient_equal_the_plain_sum():
         values = [loss(inputs, jax.tree.map(lambda a, k=k: a[k], drawn))[0] for k in range(4)]
         return sum(w * v for w, v in zip(weights, values, strict=True))
 
-    (value, aux), grads = jax.value_and_grad(lambda i: draws.weighted_sum(loss, i, drawn, weights), has_aux=True)(
-        inputs
-    )
+    (value, aux), grads = jax.value_and_grad(lambda i: weighted_sum(loss, i, drawn, weights), has_aux=True)(inputs)
     expected, wanted = jax.value_and_grad(plain)(inputs)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    chained = jax.grad(lambda i: 3 * draws.weighted_sum(loss, i, drawn, weights)[0])(inputs)
+    chained = jax.grad(lambda i: 3 * weighted_sum(loss, i, drawn, weights)[0])(inputs)
     for got, want, scaled in zip(grads, wanted, chained, strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
         np.testing.assert_allclose(scaled, 3 * want, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(jnp.vdot(weights, aux["losses"]), expected, rtol=1e-5)
-    undifferentiated, _ = draws.weighted_sum(loss, inputs, drawn, weights)
+    undifferentiated, _ = weighted_sum(loss, inputs, drawn, weights)
     np.testing.assert_allclose(undifferentiated, expected, rtol=1e-5)
 
 
@@ -160,7 +159,7 @@ def test_memory_does_not_grow_with_the_draws():
         return jnp.sum(x), ()
 
     def temporaries(n):
-        f = jax.grad(lambda w: draws.weighted_sum(deep, w, jnp.zeros((n, 512, 256)), jnp.ones(n))[0])
+        f = jax.grad(lambda w: weighted_sum(deep, w, jnp.zeros((n, 512, 256)), jnp.ones(n))[0])
         return jax.jit(f).lower(w).compile().memory_analysis().temp_size_in_bytes
 
     one = temporaries(1)
@@ -187,7 +186,7 @@ def test_what_the_function_closes_over_is_differentiated_too():
         return sum(weights[k] * fn(w, drawn[k])[0] for k in range(4))
 
     def ours(fn, w, drawn):
-        return draws.weighted_sum(fn, w, drawn, weights)[0]
+        return weighted_sum(fn, w, drawn, weights)[0]
 
     params = jax.tree.map(jnp.asarray, params)
     expected = jax.grad(lambda p: value(p, plain))(params)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from diva_jax.common.errors import UserError, listing
+from diva_jax.common.fields import between, one_of
 from diva_jax.models import backbones
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Spec, TextSpec
 from diva_jax.models.library_config import LibraryConfig, packaged
@@ -46,8 +47,8 @@ def side(file: LibraryConfig, name: str, default: int) -> int:
     """The side of a square, which may come as a pair."""
     value = file.options.get(name, default)
     if isinstance(value, list | tuple) and value and value == value[:1] * len(value):
-        return LibraryConfig({name: value[0]}, file.where, file.prefix).integer(name, default)
-    return file.integer(name, default)
+        return LibraryConfig({name: value[0]}, file.where, file.prefix).get(name, default)
+    return file.get(name, default)
 
 
 def activation(tower: LibraryConfig, quick_gelu: bool) -> str:
@@ -65,7 +66,7 @@ def norm_eps(tower: LibraryConfig) -> float:
     """The epsilon of a tower's norms."""
     options = tower.section("norm_kwargs")
     options.check(("eps",), {})
-    return options.number("eps", 1e-5, 0, 1)
+    return options.get("eps", 1e-5, between(0, 1))
 
 
 def _from_timm(model: LibraryConfig, module: ModuleType) -> dict:
@@ -84,7 +85,7 @@ def _from_timm(model: LibraryConfig, module: ModuleType) -> dict:
         model.refuse("embed_dim", f"{name} has no projection, so it must be {fields['embed_dim']}")
     if side(vision, "image_size", 224) != fields["image_size"]:
         vision.refuse("image_size", f"open_clip builds {name} at {fields['image_size']}")
-    if not model.flag("custom_text"):
+    if not model.get("custom_text", False):
         model.refuse("custom_text", f"a model of {name} keeps its text tower under `text.`, so it must be true")
     return dict(fields)
 
@@ -127,20 +128,20 @@ def _tokenizer(text: LibraryConfig) -> str:
 def _text(text: LibraryConfig, vision_activation: str, quick_gelu: bool) -> TextSpec:
     text.check({*OPTIONS["text"], *OPTIONS["text_without_effect"]}, _TEXT_FIXED)
     text_activation = activation(text, quick_gelu)
-    pool = text.choice("pool_type", "argmax", ("argmax", "eos", "last"))
-    width, heads = (text.integer(name, _TEXT_SIZES[name]) for name in ("width", "heads"))
+    pool = text.get("pool_type", "argmax", one_of("argmax", "eos", "last"))
+    width, heads = (text.get(name, _TEXT_SIZES[name]) for name in ("width", "heads"))
     if width % heads:
         text.refuse("heads", f"it must divide the width, {width}")
     return TextSpec(
-        **{name: text.integer(name, default) for name, default in _TEXT_SIZES.items()},
-        mlp_dim=int(width * text.number("mlp_ratio", 4.0, 1e-6, 1e6)),
-        causal=not text.flag("no_causal_mask"),
+        **{name: text.get(name, default) for name, default in _TEXT_SIZES.items()},
+        mlp_dim=int(width * text.get("mlp_ratio", 4.0, between(1e-6, 1e6))),
+        causal=not text.get("no_causal_mask", False),
         pool=pool,
-        proj_bias=text.flag("proj_bias"),
+        proj_bias=text.get("proj_bias", False),
         norm_eps=norm_eps(text),
         tokenizer=_tokenizer(text),
         activation="" if text_activation == vision_activation else text_activation,
-        eos_id=text.integer("eos_id", 2, least=0) if pool == "eos" else 2,
+        eos_id=text.get("eos_id", 2, between(0, 2**20)) if pool == "eos" else 2,
     )
 
 
@@ -153,19 +154,9 @@ def _preprocess(file: LibraryConfig, default: dict) -> dict:
     return dict(
         mean=given.channels("mean", OPENAI_MEAN),
         std=given.channels("std", OPENAI_STD),
-        resize_mode=given.choice("resize_mode", "shortest", _RESIZE_MODES),
-        interpolation=given.choice("interpolation", "bicubic", _INTERPOLATIONS),
+        resize_mode=given.get("resize_mode", "shortest", one_of(*_RESIZE_MODES)),
+        interpolation=given.get("interpolation", "bicubic", one_of(*_INTERPOLATIONS)),
     )
-
-
-def _architecture(vision: LibraryConfig) -> str:
-    """The architecture whose tower open_clip builds from this config."""
-    name = vision.options.get("timm_model_name")
-    for arch, module in backbones.architectures().items():
-        if isinstance(name, str | None) and (name or "") in module.TIMM:
-            return arch
-    known = "of timm's models only vit_*_siglip_* and eva02_{base,large}_*_clip_* are implemented"
-    return vision.refuse("timm_model_name", known)
 
 
 def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec:
@@ -177,14 +168,19 @@ def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec
         raise UserError("not an open_clip config: it needs a model_cfg with embed_dim, vision_cfg and text_cfg")
     file, model = LibraryConfig(config, _WHERE), LibraryConfig(model, _WHERE)
     model.check({*OPTIONS["model"], *(["preprocess_cfg"] if model.options is config else [])}, {})
-    arch = _architecture(model.section("vision_cfg"))
-    module = backbones.architecture(arch)
+    vision, architectures = model.section("vision_cfg"), backbones.architectures()
+    timm = vision.options.get("timm_model_name") or ""
+    arch = next((a for a, m in architectures.items() if isinstance(timm, str) and timm in m.TIMM), None)
+    if arch is None:
+        known = "of timm's models only vit_*_siglip_* and eva02_{base,large}_*_clip_* are implemented"
+        vision.refuse("timm_model_name", known)
+    module = architectures[arch]
     fields = module.from_open_clip(model) if "" in module.TIMM else _from_timm(model, module)
-    fields |= dict(arch=arch, embed_dim=model.integer("embed_dim", None))
+    fields |= dict(arch=arch, embed_dim=model.get("embed_dim", 0))
     return Spec(
         open_clip_name=name,
         source=source,
-        text=_text(model.section("text_cfg"), fields["activation"], model.flag("quick_gelu")),
+        text=_text(model.section("text_cfg"), fields["activation"], model.get("quick_gelu", False)),
         **fields,
         **_preprocess(file, module.PREPROCESS),
     )

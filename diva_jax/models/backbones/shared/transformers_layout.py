@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.common.fields import between, one_of
 from diva_jax.models.backbones import Spec, TextSpec
 from diva_jax.models.library_config import LibraryConfig, packaged
 
@@ -65,14 +66,8 @@ def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, A
     UserError where it is no JSON object, or an option has not the type of its default, or is far out of range."""
     if not isinstance(config, Mapping | None):
         raise UserError(f"{where} is {brief(config)}, which must be an object of options: fetch the folder again")
-    file = LibraryConfig(config or {}, where)
-    read = {
-        bool: file.flag,
-        int: lambda name, default: file.integer(name, default, least=0),
-        float: lambda name, default: file.number(name, default, 0, 2**20),
-        str: lambda name, default: file.options.get(name, default),
-    }
-    return dict(file.options) | {name: read[type(default)](name, default) for name, default in defaults.items()}
+    file, rules = LibraryConfig(config or {}, where), {int: between(0, 2**20), float: between(0, 2**20)}
+    return dict(file.options) | {name: file.get(name, d, rules.get(type(d))) for name, d in defaults.items()}
 
 
 # How the names of image processors begin -> whether they crop where their config does not say so.
@@ -117,18 +112,18 @@ def preprocessing(
         if not known:
             file.refuse("image_processor_type", f"use one of {listing([f'{k}ImageProcessor' for k in _PROCESSORS])}")
         crops = _PROCESSORS[known[0]]
-    normalised = file.flag("do_normalize", True)
+    normalised = file.get("do_normalize", True)
     fields = dict(
         mean=file.channels("image_mean", mean) if normalised else (0.0,) * 3,
         std=file.channels("image_std", std) if normalised else (1.0,) * 3,
-        interpolation=_FILTERS[file.integer("resample", 3, 0, 5)],
+        interpolation=_FILTERS[file.get("resample", 3, between(0, 5))],
     )
     if not preprocessor:
         return fields | dict(image_size=image_size, resize_mode="shortest" if crops else "squash")
-    if abs(file.number("rescale_factor", 1 / 255, 0, 1) * 255 - 1) > 1e-4:
+    if abs(file.get("rescale_factor", 1 / 255, between(0, 1)) * 255 - 1) > 1e-4:
         file.refuse("rescale_factor", "it must be 1/255")
-    by_default = file.flag("default_to_square", not crops)
-    (side, square), crops = _side(file, "size", by_default), file.flag("do_center_crop", crops)
+    by_default = file.get("default_to_square", not crops)
+    (side, square), crops = _side(file, "size", by_default), file.get("do_center_crop", crops)
     final = _side(file, "crop_size", True)[0] if crops else side
     if not crops and not square:
         file.refuse("do_center_crop", "without a crop, size must be a height and a width")
@@ -143,7 +138,7 @@ def preprocessing(
 def our_activation(config: Mapping[str, Any], where: str) -> str:
     """Our name of `hidden_act`; a UserError where it is not implemented."""
     ours = {theirs: name for name, theirs in ACTIVATIONS.items()}
-    return ours[LibraryConfig(config, where).choice("hidden_act", "", list(ours))]
+    return ours[LibraryConfig(config, where).get("hidden_act", "", one_of(*ours))]
 
 
 def their_activation(name: str) -> str:
