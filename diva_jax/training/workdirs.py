@@ -273,11 +273,16 @@ class Parent:
 
 @dataclasses.dataclass(frozen=True)
 class RunAt:
-    """A run at a checkpoint: what it has trained, over the weights that it began with; arrays are on the host."""
+    """A run at a checkpoint, over the weights that it began with: `params`, what it has trained, by name, or the moving
+    average where it keeps one, on the host; `sources`, prefix -> {"source": file names, "sha256"} of those weights;
+    `taken`, the `Parent.record` of what it took from another run, if anything."""
 
     workdir: epath.PathLike
     step: int
     config: ConfigDict
+    params: dict[str, jax.Array]
+    sources: dict[str, dict]
+    taken: dict
 
     @classmethod
     def open(cls, workdir: epath.PathLike, step: int | None = None) -> "RunAt":
@@ -285,21 +290,21 @@ class RunAt:
         `config.json` is that of another run."""
         config = read_config(workdir)
         while True:
-            run = cls(workdir, choose_step(workdir, step), config)
+            chosen = choose_step(workdir, step)
             try:
-                saved = run._restored[1].get("config")
-                saved = saved if isinstance(saved, dict) else {}
+                params, meta = checkpoint.restore_params(workdir, chosen, _host())
+                saved = meta.get("config") if isinstance(meta.get("config"), dict) else {}
                 # A run of another version may have other fields.
                 here = {k: v for k, v in json.loads(config.to_json()).items() if k in saved}
                 if changed := saved and differences(here, saved, WHOLE, (*RESUMABLE, "steps")):
                     raise UserError(
-                        f"{workdir}/config.json is not the config that the checkpoint of step {run.step} was saved "
+                        f"{workdir}/config.json is not the config that the checkpoint of step {chosen} was saved "
                         f"with, they differ in {listing(changed, 5)}: put the run's own config.json back"
                     )
-                return run
+                return cls(workdir, chosen, config, params, meta.get("sources", {}), meta.get("init_from", {}))
             except UserError:
                 # A run that trains there may have deleted it meanwhile, and then it has newer ones.
-                if step is not None or choose_step(workdir) == run.step:
+                if step is not None or choose_step(workdir) == chosen:
                     raise
 
     @functools.cached_property
@@ -311,28 +316,13 @@ class RunAt:
         with explained(problem, "restore it", *_NO_CONFIG):
             return Program(config, Mesh(np.asarray([[_host()]]), ("data", "fsdp")))
 
-    @functools.cached_property
-    def _restored(self) -> tuple[dict[str, jax.Array], dict]:
-        return checkpoint.restore_params(self.workdir, self.step, _host())
-
-    @property
-    def params(self) -> dict[str, jax.Array]:
-        """What the run has trained, by name; its moving average where the run keeps one."""
-        return self._restored[0]
-
-    @property
-    def sources(self) -> dict[str, dict]:
-        """Prefix -> {"source": file names, "sha256"} of the weights that the run began with."""
-        return self._restored[1]["sources"]
-
     def towers(self, wanted: Iterable[str] | None = None) -> partition.Flat:
         """The tuned towers, adapters merged; a UserError where weights that the run began with are gone or changed."""
         self.program.check_exportable()
         wanted = list(self.program.towers.shapes if wanted is None else wanted)
         needed = set().union(*(self.program.towers.needs(t) for t in wanted)) - set(self.params)
-        record = self._restored[1].get("init_from", {})
-        taken = {n: self.program.arrays[n] for n in needed & set(record.get("frozen", ()))}
-        inherited = Parent.recorded(record).read(taken) if taken else {}
-        found, origins = initial_arrays(self.program, needed - set(taken), every_source=False)
-        check_sources(self.sources, origins)
+        taken = {n: self.program.arrays[n] for n in needed & set(self.taken.get("frozen", ()))}
+        inherited = Parent.recorded(self.taken).read(taken) if taken else {}
+        found, began = initial_arrays(self.program, needed - set(taken), every_source=False)
+        check_sources(self.sources, began)
         return self.program.towers({**found, **inherited, **self.params}, wanted)
