@@ -166,13 +166,6 @@ def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> d
     return config
 
 
-def _ids(spec: Spec) -> np.ndarray:
-    """Token ids of one text, int64 [1, context_length], where there is no tokenizer."""
-    ids = np.arange(1, spec.text.context_length + 1)[None] % spec.text.vocab_size
-    ids[0, len(ids[0]) // 2] = spec.text.eos_id if spec.text.pool == "eos" else spec.text.vocab_size - 1
-    return ids
-
-
 def available(name: str) -> bool:
     """Returns whether `torch` and the library `name` can be imported."""
     try:
@@ -223,38 +216,22 @@ def open_clip_embeddings(folder: Path, images: np.ndarray, text: str | np.ndarra
         return pooled, ids.numpy(), model.encode_text(ids).numpy()
 
 
-def _timm_tower(spec: Spec):
-    """Returns timm's Vision Transformer of a DINOv2 `spec`."""
-    import torch
-    from timm.layers import SwiGLUPacked
-    from timm.models.vision_transformer import VisionTransformer
-
-    swiglu = spec.activation == "swiglu"
-    options = dict(mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU) if swiglu else {}
-    if spec.registers:
-        options |= dict(reg_tokens=spec.registers, no_embed_class=True)
-    return VisionTransformer(
-        img_size=spec.image_size,
-        patch_size=spec.patch_size,
-        embed_dim=spec.width,
-        depth=spec.layers,
-        num_heads=spec.heads,
-        mlp_ratio=(spec.mlp_dim * (1 + swiglu) + 0.5) / spec.width,
-        init_values=1.0,
-        num_classes=0,
-        **options,
-    )
-
-
 def tower_pooled(library: str, file: Path, spec: Spec, images: np.ndarray) -> np.ndarray:
     """The image embeddings [B, D], float32, of a vision tower's state dict, by the tower of "open_clip" or "timm"."""
     import torch
 
     state = torch.load(file, map_location="cpu", weights_only=True)
     if library == "timm":
-        from timm.models.vision_transformer import checkpoint_filter_fn
+        from timm.layers import SwiGLUPacked
+        from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-        tower = _timm_tower(spec)
+        swiglu = spec.activation == "swiglu"
+        options = dict(mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU) if swiglu else {}
+        if spec.registers:
+            options |= dict(reg_tokens=spec.registers, no_embed_class=True)
+        options |= dict(img_size=spec.image_size, patch_size=spec.patch_size, embed_dim=spec.width)
+        options |= dict(depth=spec.layers, num_heads=spec.heads, init_values=1.0, num_classes=0)
+        tower = VisionTransformer(mlp_ratio=(spec.mlp_dim * (1 + swiglu) + 0.5) / spec.width, **options)
         state = checkpoint_filter_fn(state, tower)
     else:
         import open_clip
@@ -303,7 +280,11 @@ def _run_original(path: Path, fmt: str, spec: Spec, source: ClipSource) -> str:
         return f"not run through {library}, which cannot be imported"
     images, keys, text = test_image(spec), [], None
     if spec.has_text and fmt != "pt":
-        text = _ids(spec) if without_tokenizer(source, spec, fmt) else _TEXT
+        text = _TEXT
+        if without_tokenizer(source, spec, fmt):  # Then the text is one of ids, int64 [1, context_length].
+            text = np.arange(1, spec.text.context_length + 1)[None] % spec.text.vocab_size
+            last = spec.text.eos_id if spec.text.pool == "eos" else spec.text.vocab_size - 1
+            text[0, spec.text.context_length // 2] = last
     if fmt == "hf":
         theirs, keys = transformers_embeddings(path, images, text, spec.text.context_length)
     elif fmt == "open_clip":
