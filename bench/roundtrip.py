@@ -38,7 +38,7 @@ def through_our_modules(folder: Path, spec) -> origins.ClipSource:
     source = origins.open_source(str(folder))
     scales = {n: np.asarray(t) for n, t in source.tensors.items() if n.startswith("logit_")}
     found = {}
-    for tower, table in (("vision", clip.vision_table(spec)), ("text", clip.text_table(spec))):
+    for tower, table in (("vision", clip.table("vision", spec)), ("text", clip.table("text", spec))):
         found |= names.to_torch(nnx.state(weights.load(str(folder), spec, tower=tower)), table)
         gc.collect()  # Modules contain reference cycles. This frees their memory for the next tower.
     return origins.ClipSource(str(folder), source.kind, Tensors(found | scales, source.files), source.spec)

@@ -104,8 +104,8 @@ def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
 
     vision = backbones.build(spec, rngs=Keys(seed))
     text = Text(spec, rngs=Keys(seed + 1))
-    tensors = names.to_torch(nnx.state(vision), clip.vision_table(spec))
-    tensors |= names.to_torch(nnx.state(text), clip.text_table(spec))
+    tensors = names.to_torch(nnx.state(vision), clip.table("vision", spec))
+    tensors |= names.to_torch(nnx.state(text), clip.table("text", spec))
     tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
     writers.write_open_clip(folder, tensors, to_open_clip(spec))
 

@@ -23,20 +23,13 @@ _MODULES = {"vision": backbones.build, "text": Text}
 TOWERS = tuple(_MODULES)
 
 
-def vision_table(spec: Spec) -> Table:
-    """The table from `Vision` to `visual.*`; see the architecture's `VISION`."""
-    return architecture(spec.arch).VISION
-
-
-def text_table(spec: Spec) -> Table:
-    """The table from `Text` to names at the top level for CLIP, else under `text.`; a UserError without a text."""
+def table(tower: str, spec: Spec) -> Table:
+    """The table from the tower "vision" to `visual.*`, see the architecture's `VISION`; or from "text" to names at the
+    top level for CLIP, else under `text.`; a UserError where there is no text tower."""
+    if tower == "vision":
+        return architecture(spec.arch).VISION
     require_text(spec)
     return architecture(spec.arch).TEXT
-
-
-def table(tower: str, spec: Spec) -> Table:
-    """The table of the tower "vision" or "text"."""
-    return vision_table(spec) if tower == "vision" else text_table(spec)
 
 
 def abstract(tower: str, spec: Spec, **kw) -> nnx.Module:
@@ -57,16 +50,6 @@ def grids(tensors: Tensors, spec: Spec) -> tuple[int, int]:
     return architecture(spec.arch).POSITIONS.grid(tensors), spec.grid
 
 
-def _resize(grid: np.ndarray, new: int, antialias: bool) -> np.ndarray:
-    """Resizes float32 [old, old, D] to [new, new, D]."""
-    if not antialias:
-        weights = preprocess.cubic_weights((np.arange(new) + 0.5) * len(grid) / new - 0.5, len(grid))
-        return np.einsum("io,opd,jp->ijd", weights, grid, weights, optimize=True).astype(np.float32)
-    # In full precision: by default an accelerator rounds products to bfloat16.
-    with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True))
-
-
 def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
     """Returns the tensors with position embeddings for `spec.image_size`; the same object if they fit already.
     Interpolation is bicubic over the grid of patches, in float32, as in the original (open_clip's `resize_pos_embed`;
@@ -83,7 +66,14 @@ def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
 
     def read() -> np.ndarray:
         table = np.asarray(was, np.float32).reshape(-1, was.shape[-1])
-        grid = _resize(table[extra:].reshape(old, old, -1), new, antialias)
+        grid = table[extra:].reshape(old, old, -1)
+        if antialias:
+            # In full precision: by default an accelerator rounds products to bfloat16.
+            with jax.default_matmul_precision("highest"):
+                grid = np.asarray(jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True))
+        else:
+            weights = preprocess.cubic_weights((np.arange(new) + 0.5) * old / new - 0.5, old)
+            grid = np.einsum("io,opd,jp->ijd", weights, grid, weights, optimize=True).astype(np.float32)
         return np.concatenate([table[:extra], grid.reshape(new * new, -1)]).reshape(shape)
 
     resized = Tensor(shape, np.dtype(np.float32), read)

@@ -62,7 +62,7 @@ def check_text(source: origins.ClipSource, spec: Spec) -> None:
         stated = vars(source.spec.text)
         origins.check_same(stated, spec.text, stated.keys() - free, source.where, "config.backbone.text")
     tensors = clip.to_context(source.tensors, spec.text)
-    names.check_names(clip.abstract("text", spec), tensors, clip.text_table(spec), source=source.where)
+    names.check_names(clip.abstract("text", spec), tensors, clip.table("text", spec), source=source.where)
 
 
 def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = "config.backbone") -> Opened:

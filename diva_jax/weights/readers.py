@@ -84,10 +84,7 @@ def state_dict(path: Path, zipped: bool) -> dict[str, Tensor]:
         keys = f"a dict of {listing(list(content), 10)}" if isinstance(content, dict) and content else "no state dict"
         problem = f"{path} holds {keys}, where tensors by name are wanted, bare or under {' or '.join(_WRAPPERS)}"
         raise UserError(f"{problem}: save the model's state_dict(), preferably as safetensors")
-    for name, tensor in tensors.items():
-        if kind := _unsupported(tensor):
-            raise UserError(f"{path}: the tensor {name} is {kind}: save dense float tensors, preferably as safetensors")
-    return {name: _lazy(tensor) for name, tensor in tensors.items()}
+    return {name: _lazy(f"{path}: the tensor {name}", tensor) for name, tensor in tensors.items()}
 
 
 def _unwrapped(content, kind: type, depth: int = 3) -> dict:
@@ -119,26 +116,24 @@ def _check_archive(path: Path) -> None:
         raise UserError(f"{path} {_CORRUPT} ({why}): fetch the file again")
 
 
-def _unsupported(tensor) -> str | None:
-    """What keeps a torch tensor from being read as an array; None for dense tensors of a type that numpy has."""
+def _lazy(where: str, tensor) -> Tensor:
+    """A dense torch tensor of a type that numpy has; a UserError, which begins with `where`, for others."""
     import torch
 
+    name, kind = str(tensor.dtype).removeprefix("torch."), None
     if tensor.is_meta:
-        return "on the meta device, without values"
-    if tensor.is_quantized:
-        return "quantised"
-    if tensor.layout != torch.strided:
-        return "sparse"
-    if tensor.nbytes > tensor.untyped_storage().nbytes():
-        return f"of shape {tuple(tensor.shape)}, which has more values than are stored"
-    name = str(tensor.dtype).removeprefix("torch.")
-    return None if name in _TORCH_TYPES else f"of type {name}"
-
-
-def _lazy(tensor) -> Tensor:
-    import torch
-
-    dtype = np.dtype(getattr(jnp, str(tensor.dtype).removeprefix("torch.").replace("bool", "bool_")))
+        kind = "on the meta device, without values"
+    elif tensor.is_quantized:
+        kind = "quantised"
+    elif tensor.layout != torch.strided:
+        kind = "sparse"
+    elif tensor.nbytes > tensor.untyped_storage().nbytes():
+        kind = f"of shape {tuple(tensor.shape)}, which has more values than are stored"
+    elif name not in _TORCH_TYPES:
+        kind = f"of type {name}"
+    if kind:
+        raise UserError(f"{where} is {kind}: save dense float tensors, preferably as safetensors")
+    dtype = np.dtype(getattr(jnp, name.replace("bool", "bool_")))
 
     def read() -> np.ndarray:
         dense = tensor.detach().contiguous()

@@ -125,8 +125,8 @@ def base_config(objective: str, diffusion: Mapping | None = None):
 def write_new_clip(folder: Path, seed: int = 0) -> None:
     """Writes both towers with random weights and the tokenizer, in open_clip's layout."""
     vision, text = backbones.build(SPEC, rngs=Keys(seed)), Text(SPEC, rngs=Keys(seed + 1))
-    tensors = names.to_torch(nnx.state(vision), clip.vision_table(SPEC))
-    tensors |= names.to_torch(nnx.state(text), clip.text_table(SPEC))
+    tensors = names.to_torch(nnx.state(vision), clip.table("vision", SPEC))
+    tensors |= names.to_torch(nnx.state(text), clip.table("text", SPEC))
     tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
     writers.write_open_clip(folder, tensors, to_open_clip(SPEC))
     vocabulary.write(folder, captions.WORDS, TOKENS)

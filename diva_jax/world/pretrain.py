@@ -120,7 +120,7 @@ def write_result(name: str, start: Path, folder: Path, program: Program, arrays:
         return names.to_torch(nnx.from_flat_state(filled), table)
 
     if STAGES[name].objective == objectives.CLIP:
-        towers = {"vision": clip.vision_table(models.SPEC), "text": clip.text_table(models.SPEC)}
+        towers = {"vision": clip.table("vision", models.SPEC), "text": clip.table("text", models.SPEC)}
         found = {k: v for part, table in towers.items() for k, v in tensors(part, table).items()}
         found["logit_scale"] = arrays["logit_scale"]
         writers.write_open_clip(folder, models.rounded(found), to_open_clip(models.SPEC))

@@ -84,7 +84,7 @@ def objective(z, sd, text_context) -> dcr.Objective:
     """With the file's weights; adapters as they are initialised."""
     module = dcr.Objective(settings(z, sd), rngs=Keys())
     plain = abstract(lambda rngs: backbones.build(module.spec, rngs=rngs))
-    module.vision = filled(plain, from_hf(take(z, "w/"), module.spec), clip.vision_table(module.spec))
+    module.vision = filled(plain, from_hf(take(z, "w/"), module.spec), clip.table("vision", module.spec))
     adapters.adapt(module.vision, module.options.lora, Keys())
     module.projector = filled(module.projector, take(z, "w/project_clip."), _PROJECTOR)
     fill_generator(module, sd, text_context)

@@ -48,7 +48,7 @@ def compare(path, z, sd):
     c.diva.draws, c.diffusion.text_tokens = n, z["text_context"].shape[1]
     module = abstract(lambda rngs: diva.Objective(config.faithful(c), rngs=rngs))
     projection = names.Table("visual_proj", ((r"^", "visual_proj."),), ignore=(r"visual\..*",))
-    vision = clip.vision_table(module.spec)
+    vision = clip.table("vision", module.spec)
     vision = dataclasses.replace(vision, ignore=(*vision.ignore, r"visual_proj\..*"))
     tables = {"vision": vision, "visual_proj": projection}
     for part, table in tables.items():

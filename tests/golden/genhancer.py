@@ -92,7 +92,7 @@ def made(arrays, c, encoder: Tensors) -> tuple[partition.Skeleton, dict[str, jax
     module = abstract(lambda rngs: genhancer.Objective(c, rngs=rngs))
     skeleton, _ = partition.disassemble(module)
     tower = Tensors(from_hf(take(arrays, "w/model."), module.spec), [])
-    sources = {"vision": (tower, clip.vision_table(module.spec)), "vae": (encoder, names.FLUX_VAE)}
+    sources = {"vision": (tower, clip.table("vision", module.spec)), "vae": (encoder, names.FLUX_VAE)}
     sources |= {part: (take(arrays, f"w/{prefix}"), table) for part, (prefix, table) in GENERATOR.items()}
     out = {}
     for name, (path, _) in skeleton.variables.items():

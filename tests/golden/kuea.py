@@ -51,7 +51,7 @@ def program(z, **switches: str) -> tuple[Program, dict[str, jax.Array]]:
     for part, prefix in (("vision", "w/"), ("original", "w0/"), ("teacher", "teacher/")):
         spec = p.objective.taught_by if part == "teacher" else p.objective.spec
         tensors = clip.to_resolution(Tensors(take(z, prefix, "visual."), []), spec)
-        state = names.assign(getattr(p.objective, part), tensors, clip.vision_table(spec), source=prefix)
+        state = names.assign(getattr(p.objective, part), tensors, clip.table("vision", spec), source=prefix)
         arrays |= {f"{part}/{partition.name_of(k)}": v.get_value() for k, v in names.flat(state).items()}
     if "kernel_params" in p.arrays:
         arrays["kernel_params"] = jnp.asarray(z["gamma_coef0"])
@@ -112,7 +112,7 @@ def compute(z) -> dict[str, np.ndarray]:
     _, kernel = differentiate(p.skeleton, arrays, p.trained.__contains__, loss("loss_kernel"))
     out = dict(seen, teacher_input=p.skeleton.merge(arrays).teacher_view(pixels))
     for key, tree in (("grad", whole), ("grad_kernel", kernel)):
-        tensors = gradients(p.skeleton, tree, "vision", clip.vision_table(p.objective.spec))
+        tensors = gradients(p.skeleton, tree, "vision", clip.table("vision", p.objective.spec))
         out |= {f"{key}/{n.removeprefix('visual.')}": a for n, a in tensors.items()}
         out[f"{key}/gamma_coef0"] = tree["kernel_params"]
     return {k: np.asarray(v) for k, v in out.items()} | trajectory(z)

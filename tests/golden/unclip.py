@@ -42,7 +42,7 @@ def objective(z, sd) -> unclip.Objective:
     c.update(dtype="float32", frozen_dtype="float32")
     c.unclip.update(latents=meta["latents"], embed_noise="random")  # So that it has statistics.
     module = abstract(lambda rngs: unclip.Objective(c, rngs=rngs))
-    module.vision = filled(module.vision, take(z, "w/visual.", "visual."), clip.vision_table(spec))
+    module.vision = filled(module.vision, take(z, "w/visual.", "visual."), clip.table("vision", spec))
     fill_generator(module, sd, z["text_context"], take(z, "w/unet."))
     for name in ("mean", "std"):
         setattr(module.image_normalizer, name, nnx.Variable(jnp.asarray(z[f"stats_{name}"])))
@@ -107,7 +107,7 @@ def compare(path, z, sd):
 
     out = jax.jit(run)(arrays, trained)
     for name in whole:
-        tensors = gradients(skeleton, out.pop(f"{name}/grad"), "vision", clip.vision_table(module.spec))
+        tensors = gradients(skeleton, out.pop(f"{name}/grad"), "vision", clip.table("vision", module.spec))
         out |= {f"{name}/grad/{k}": v for k, v in tensors.items()}
     out |= dict(alphas_cumprod=abar, embed_alphas_cumprod=schedule.alphas_cumprod(unclip.LEVELS))
     return {k: z[k] for k in z.files if k not in GIVEN and not k.startswith("w/")}, out, {}

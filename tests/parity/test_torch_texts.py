@@ -61,11 +61,11 @@ def test_comclip():
     c.contrast.temperature, c.anchor.weight = 0.2, 40.0
     p, arrays = random_program(c)
     spec, teacher_spec = backbones.spec_of(c), backbones.spec_of(c, "teacher")
-    vision = functools.partial(part_tensors, p, part="vision", table=clip.vision_table(spec))
+    vision = functools.partial(part_tensors, p, part="vision", table=clip.table("vision", spec))
     model, untuned = (torch_model(spec, clip_seed) for clip_seed in (1, 2))
-    texts = part_tensors(p, arrays, "contrast", clip.text_table(spec))
+    texts = part_tensors(p, arrays, "contrast", clip.table("text", spec))
     model.load_state_dict(vision(arrays) | texts, strict=False)
-    untuned.load_state_dict(part_tensors(p, arrays, "anchor", clip.vision_table(spec)), strict=False)
+    untuned.load_state_dict(part_tensors(p, arrays, "anchor", clip.table("vision", spec)), strict=False)
     teacher = load_teacher(p, arrays, "relation", teacher_spec)
     trained = {f"visual.{n}": a for n, a in model.visual.named_parameters()}
 
@@ -152,7 +152,7 @@ def test_salm(teacher, visible):
     spec, teacher_spec, frozen_teacher = backbones.spec_of(c), backbones.spec_of(c, "teacher"), teacher == "frozen"
     tower = vision_tower(p, arrays, spec)
     untuned = torch.nn.Module.requires_grad_(copy.deepcopy(tower), False)
-    tensors = part_tensors(p, arrays, "original", clip.vision_table(spec))
+    tensors = part_tensors(p, arrays, "original", clip.table("vision", spec))
     untuned.load_state_dict({n.removeprefix("visual."): a for n, a in tensors.items()})
     sizes = (spec.embed_dim, teacher_spec.embed_dim) if frozen_teacher else (spec.width, spec.width)
     adapter, average = Adapter(c.salm.adapter, *sizes, spec.patches, visible == "added"), copy.deepcopy(tower)
@@ -160,7 +160,7 @@ def test_salm(teacher, visible):
     dino = load_teacher(p, arrays, "teacher", teacher_spec) if frozen_teacher else torch_tower(teacher_spec)
 
     def tensors_of(arrays):
-        vision = part_tensors(p, arrays, "vision", clip.vision_table(spec))
+        vision = part_tensors(p, arrays, "vision", clip.table("vision", spec))
         return {**vision, **part_tensors(p, arrays, "adapter", ADAPTER)}
 
     trained = {f"visual.{n}": a for n, a in tower.named_parameters()} | dict(adapter.named_parameters())
@@ -204,7 +204,7 @@ ALIGN, SPARSITY, SCALE, MASK_RATE = 10.0, 2.0, 30.0, 3.0
 TEXT = backbones.TextSpec(context_length=11, vocab_size=60, width=36, heads=3, layers=2, mlp_dim=54)
 SPEC = dataclasses.replace(small.SPEC, text=TEXT)
 MASK_NET = names.Table("mask network", (*BLOCKS, (r"^transformer\.resblocks\.0\.", "block.")))
-TABLES = {"vision": clip.vision_table(SPEC), "text": clip.text_table(SPEC), "mask_net": MASK_NET}
+TABLES = {"vision": clip.table("vision", SPEC), "text": clip.table("text", SPEC), "mask_net": MASK_NET}
 
 
 class MaskNet(torch.nn.Module):

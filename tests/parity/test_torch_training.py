@@ -119,7 +119,7 @@ def test_ten_steps(optimizer, mode):
     clipped = torch_train(model.parameters().values(), c, STEPS, backward)
     assert clipped >= 3, "the clip never worked: the test would not see it missing"
     start, ours = {}, {}
-    for part, table in (("vision", clip.vision_table(model.spec)), ("visual_proj", PROJECTION)):
+    for part, table in (("vision", clip.table("vision", model.spec)), ("visual_proj", PROJECTION)):
         ours |= {f"{part}/{k}": v for k, v in part_tensors(p, run.states[-1]["params"], part, table).items()}
         start |= {f"{part}/{k}": v for k, v in part_tensors(p, arrays, part, table).items()}
     check_trained(start, ours, model.parameters())
@@ -132,9 +132,9 @@ class TorchJudge:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         self.c, self.spec, self.generator = p.config, backbones.spec_of(p.config), Generator(p, arrays)
-        self.start = part_tensors(p, arrays, "vision", clip.vision_table(self.spec))
+        self.start = part_tensors(p, arrays, "vision", clip.table("vision", self.spec))
         self.model = torch_model(self.spec)
-        texts = part_tensors(p, arrays, "text", clip.text_table(self.spec))
+        texts = part_tensors(p, arrays, "text", clip.table("text", self.spec))
         self.model.load_state_dict({**self.start, **texts}, strict=False)
         self.trained = {f"visual.{n}": a for n, a in self.model.visual.named_parameters()}
         self.encoder = CLIPTextModel(CLIPTextConfig(**p.config.diffusion.text_encoder.to_dict())).eval()
@@ -215,7 +215,7 @@ def test_steps(kind, steps):
     model, frozen = TorchJudge(p, arrays), {n: arrays[n] for n in p.abstract_frozen()}
     first = jax.jit(jax.grad(lambda a, b, k: p.skeleton.merge(a, frozen).loss(b, k)[0]))
     draw = jax.jit(lambda keys: p.skeleton.merge(arrays).draw(keys, (12, 12, 4)))
-    vision = functools.partial(part_tensors, p, part="vision", table=clip.vision_table(model.spec))
+    vision = functools.partial(part_tensors, p, part="vision", table=clip.table("vision", model.spec))
 
     def want_of(i, batch, key):
         keys = image_keys(key, np.int32(i), batch["row"])

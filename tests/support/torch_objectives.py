@@ -38,7 +38,7 @@ def vision_tower(p, arrays, spec) -> torch.nn.Module:
 
     sizes = (spec.image_size, spec.patch_size, spec.width, spec.layers, spec.heads, spec.mlp_dim / spec.width)
     tower = VisionTransformer(*sizes, output_dim=spec.embed_dim, act_layer=QuickGELU)
-    tensors = part_tensors(p, arrays, "vision", clip.vision_table(spec))
+    tensors = part_tensors(p, arrays, "vision", clip.table("vision", spec))
     tower.load_state_dict({k.removeprefix("visual."): v for k, v in tensors.items()})
     return tower
 

@@ -115,14 +115,14 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
     not of floats, or not finite."""
     origins.check_architecture(source, spec)
     tensors = clip.to_resolution(source.tensors, spec)
-    tower, table = clip.abstract("vision", spec), clip.vision_table(spec)
+    tower, table = clip.abstract("vision", spec), clip.table("vision", spec)
     names.check_names(tower, tensors, table, source=source.where)
     wanted = {n: tensors[n] for n in table.names(tower)}
     others = backbones.architecture(spec.arch).OTHERS
     if text:
         if spec.has_text:
             parts.check_text(source, spec)
-            wanted |= {n: tensors[n] for n in clip.text_table(spec).names(clip.abstract("text", spec))}
+            wanted |= {n: tensors[n] for n in clip.table("text", spec).names(clip.abstract("text", spec))}
         if missing := [n for n in others if n not in tensors]:
             raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
     wanted |= {n: tensors[n] for n in others if n in tensors and (text or n.startswith("visual."))}

@@ -41,8 +41,8 @@ def same(module, table, expected):
 
 
 def same_towers(source, expected, spec=CLIP):
-    same(weights.load(str(source), spec), clip.vision_table(spec), expected)
-    same(weights.load(str(source), spec, tower="text"), clip.text_table(spec), expected)
+    same(weights.load(str(source), spec), clip.table("vision", spec), expected)
+    same(weights.load(str(source), spec, tower="text"), clip.table("text", spec), expected)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_held_in_the_dtype_asked_for(model, tmp_path):
     tensors = state_dict(model)
     torch.save(tensors, tmp_path / "w.pt")
     loaded = weights.load(str(tmp_path / "w.pt"), CLIP, param_dtype=jnp.bfloat16)
-    same(loaded, clip.vision_table(CLIP), {k: v.bfloat16() for k, v in tensors.items()})
+    same(loaded, clip.table("vision", CLIP), {k: v.bfloat16() for k, v in tensors.items()})
 
 
 def test_open_clip_folder_and_the_file_in_it(model, tmp_path):
@@ -120,7 +120,7 @@ def test_files_of_the_diva_authors(model, tmp_path, layout):
     }[layout]
     torch.save(content, tmp_path / "OpenAI-ViT-L-14-224.pth")
     source = str(tmp_path / "OpenAI-ViT-L-14-224.pth")
-    same(weights.load(source, CLIP), clip.vision_table(CLIP), tensors)
+    same(weights.load(source, CLIP), clip.table("vision", CLIP), tensors)
     if layout != "training state":
         refused("only a vision tower", weights.load, source, CLIP, tower="text")
 
@@ -230,7 +230,7 @@ def test_open_clip_eva02(tmp_path):
     torch.save(tensors, tmp_path / "w.pt")
     torch.save({k.removeprefix("visual."): v for k, v in tensors.items() if "visual." in k}, tmp_path / "v.pt")
     same_towers(tmp_path / "w.pt", tensors, EVA02)
-    same(weights.load(str(tmp_path / "v.pt"), EVA02), clip.vision_table(EVA02), tensors)
+    same(weights.load(str(tmp_path / "v.pt"), EVA02), clip.table("vision", EVA02), tensors)
     larger = weights.load(str(tmp_path / "w.pt"), dataclasses.replace(EVA02, image_size=54))
     want = resample_abs_pos_embed(tensors["visual.trunk.pos_embed"], [9, 9], num_prefix_tokens=1)
     close(larger.pos_embed[...], want, 2e-6)
