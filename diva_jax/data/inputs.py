@@ -25,8 +25,7 @@ LEXICON = Path(__file__).with_name("edits.json")
 # Only words that begin before this character are edited: text towers read no more than 77 tokens.
 _REACH = 300
 _ARTICLE = re.compile(r"\b(a)n?(\s+)$", re.IGNORECASE)
-# Words of a text in which others are looked for.
-_MAX_WORDS = 128
+_MAX_WORDS = 128  # Words of a text in which others are looked for.
 
 
 class _Group(json_files.Record):

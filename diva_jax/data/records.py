@@ -11,14 +11,10 @@ from diva_jax.common import json_files
 
 # Columns and features with captions, where the data's path has no `text=NAME`; the first that there is.
 TEXT_COLUMNS = ("caption", "text", "title", "captions")
-# Files with captions beside an image, or in its tar: the first that is not blank.
-CAPTION_KINDS = ("txt", "json")
-# Records of which it is asked whether they have captions.
-_PROBED = 64
-# A larger file of text beside an image, or in its tar, is no caption.
-MAX_CAPTION_BYTES = 2**20
-# Of a record's list `texts`, and the characters of each.
-_MAX_TEXTS, _MAX_TEXT = 64, 4096
+CAPTION_KINDS = ("txt", "json")  # Files with captions beside an image, or in its tar: the first that is not blank.
+_PROBED = 64  # Records of which it is asked whether they have captions.
+MAX_CAPTION_BYTES = 2**20  # A larger file of text beside an image, or in its tar, is no caption.
+_MAX_TEXTS, _MAX_TEXT = 64, 4096  # Of a record's list `texts`, and the characters of each.
 
 
 class Record(NamedTuple):

@@ -20,10 +20,8 @@ from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, Record, Sour
 from diva_jax.data.tars import TarSource
 
 _MIXTURE, _MODULE = "mix:", "module:"
-# The shuffle of an epoch numbers its images with 32 bits.
-_MAX_EPOCH_IMAGES = 2**31
-# Threads that list folders.
-_LISTERS = 16
+_MAX_EPOCH_IMAGES = 2**31  # The shuffle of an epoch numbers its images with 32 bits.
+_LISTERS = 16  # Threads that list folders.
 # A path with options; a `?` that is part of a glob pattern has no NAME=VALUE after it.
 _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?&=]*(?:&\w+=[^?&=]*)*)")
 _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)=(.+)", re.S)

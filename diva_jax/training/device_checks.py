@@ -59,8 +59,7 @@ class Case(NamedTuple):
         return 2 * (6 if self.backward else 3) * self.batch * self.n * self.m * self.width
 
 
-# For CPUs.
-TOY = (Case("attention", 64, 1, 100, 100, 1, True), Case("feed-forward", 128, 1, 128, 512, 1, True))
+TOY = (Case("attention", 64, 1, 100, 100, 1, True), Case("feed-forward", 128, 1, 128, 512, 1, True))  # For CPUs.
 
 
 def cases_of(jaxpr) -> list[Case]:

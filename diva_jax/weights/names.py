@@ -18,10 +18,8 @@ from flax import nnx
 from diva_jax.common.errors import UserError, listing
 from diva_jax.models.names import Table, flat, from_torch_layout, to_torch_layout, torch_shape
 
-# Tensors that are read at the same time. Each needs its own memory a second time meanwhile.
-_READERS = 2
-# Elements of a tensor whose values are checked at a time.
-_CHUNK = 2**20
+_READERS = 2  # Tensors that are read at the same time. Each needs its own memory a second time meanwhile.
+_CHUNK = 2**20  # Elements of a tensor whose values are checked at a time.
 
 
 def check_type(name: str, dtype: np.dtype, source: str) -> None:
