@@ -5,7 +5,6 @@ import json
 import signal
 import time
 import zlib
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -46,16 +45,6 @@ class Profile:
             self._mirror.close()
             self._mirror = None
             say(f"profile of the steps from {self._start} on: {self._folder}")
-
-
-class Loaded(NamedTuple):
-    """The arrays of a run as it starts or resumes, prefix -> {"source", "sha256"} of the initial weights, and the
-    record of the checkpoint that it began with, see `workdirs.Parent.record`."""
-
-    state: dict
-    frozen: dict[str, jax.Array]
-    origins: dict[str, dict]
-    parent: dict | None
 
 
 class Run:
@@ -134,9 +123,10 @@ class Run:
             lines.append(f"note: every image is seen {epochs:.3g} times; use more images, or fewer config.steps")
         return "\n".join(lines)
 
-    def load(self) -> Loaded:
+    def load(self) -> None:
         """Loads frozen weights from their sources, and the state from the last checkpoint or, but for parameters of
-        another run's checkpoint, from the sources."""
+        another run's checkpoint, from the sources: `state`, `frozen`; `origins`, prefix -> {"source", "sha256"} of the
+        initial weights; and `inherited`, the record of the checkpoint that it began with, see `Parent.record`."""
         program, began = self.program, time.perf_counter()
         first = jax.process_index() == 0
         if self.start and first:  # Before its checkpoints are opened, which may belong to a run that still trains.
@@ -187,7 +177,8 @@ class Run:
             say(f"resumed from the checkpoint of step {self.start}")
             if self.steps_before and (note := workdirs.extension(program, self.start, self.steps_before)):
                 say(note)
-        return Loaded(state, {n: arrays[n] for n in program.abstract_frozen()}, origins, record)
+        self.state, self.frozen = state, {n: arrays[n] for n in program.abstract_frozen()}
+        self.origins, self.inherited = origins, record
 
     def run(self) -> bool:
         """Trains to the end, or to SIGTERM or the first SIGINT; saves in each case. Returns whether the run is
@@ -206,8 +197,8 @@ class Run:
             opened(self.batches)
             over.callback(lambda: self.lock and self.lock.close())
             with distributed.watched(lambda: self.start):
-                self.loaded = self.load()
-            self.state, self.step = self.loaded.state, self.start
+                self.load()
+            self.step = self.start
             about = self.workdir, self.step, c.log.tensorboard, c.log.wandb, c.to_dict()
             self.writer = opened(metrics.Writer(*about)) if first else None
             chip = chips.of(self.mesh.devices.flat[0])
@@ -242,7 +233,7 @@ class Run:
             self._evaluate()
         if self.preempted:
             return
-        begun = self.state, self.loaded.frozen, self._next_batch, self.step, self.total
+        begun = self.state, self.frozen, self._next_batch, self.step, self.total
         for self.step, self.state, values in train_steps(steps, *begun):
             if self.lock:
                 self.lock.check()
@@ -269,7 +260,7 @@ class Run:
             return
         self.progress.flush()
         began = time.perf_counter()
-        params = {**self.loaded.frozen, **averaged(self.state)}
+        params = {**self.frozen, **averaged(self.state)}
         try:
             with self.preempted.at_once():
                 row, notes = self.evaluator.scalars(self.program.towers(params), params)
@@ -287,7 +278,7 @@ class Run:
             self.lock.check(now=True)
         if self.writer:
             self.writer.flush()
-        meta = {"sources": self.loaded.origins, "config": json.loads(self.config.to_json())}
-        if self.loaded.parent:
-            meta["init_from"] = self.loaded.parent
+        meta = {"sources": self.origins, "config": json.loads(self.config.to_json())}
+        if self.inherited:
+            meta["init_from"] = self.inherited
         self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, wait)

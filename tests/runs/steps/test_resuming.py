@@ -189,15 +189,15 @@ def make(tmp_path_factory):
 
 def saved(run, step: int, change: float) -> dict:
     """Saves a checkpoint of a run whose trained parameters are changed, without training; returns what was loaded."""
-    loaded = run.load()
-    params = {n: a + change for n, a in loaded.state["params"].items()}
-    meta = {"sources": loaded.origins, "config": {}} | ({"init_from": loaded.parent} if loaded.parent else {})
-    state = {**loaded.state, "params": params, "step": loaded.state["step"] + step}
+    run.load()
+    params = {n: a + change for n, a in run.state["params"].items()}
+    meta = {"sources": run.origins, "config": {}} | ({"init_from": run.inherited} if run.inherited else {})
+    state = {**run.state, "params": params, "step": run.state["step"] + step}
     with checkpoint.Checkpoints(run.workdir) as checkpoints:
         checkpoints.save(step, state, run.batches.get_state() | {"batches": step}, meta, wait=True)
     run.lock.close()
     run.batches.close()
-    return {**loaded.frozen, **loaded.state["params"]}
+    return {**run.frozen, **run.state["params"]}
 
 
 def test_stage_two_starts_from_stage_one_and_resumes(make, tmp_path, capsys):
@@ -217,12 +217,12 @@ def test_stage_two_starts_from_stage_one_and_resumes(make, tmp_path, capsys):
             np.testing.assert_array_equal(after[name], before[name], err_msg=name)
     # Resuming: what is frozen comes from the first run again, whatever --init_from says.
     resumed = Run(second, tmp_path / "two", "nowhere")
-    loaded = resumed.load()
+    resumed.load()
     for name in taken:
-        np.testing.assert_array_equal(loaded.frozen[name], after[name], err_msg=name)
-    for name, array in loaded.state["params"].items():
+        np.testing.assert_array_equal(resumed.frozen[name], after[name], err_msg=name)
+    for name, array in resumed.state["params"].items():
         np.testing.assert_array_equal(array, after[name] + 0.25, err_msg=name)
-    assert loaded.parent["step"] == 3 and loaded.parent["frozen"] == sorted(taken)
+    assert resumed.inherited["step"] == 3 and resumed.inherited["frozen"] == sorted(taken)
     resumed.batches.close()
     assert set(workdirs.RunAt.open(tmp_path / "two").towers()) == {"vision"}
 
