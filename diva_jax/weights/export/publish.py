@@ -182,8 +182,8 @@ def export(
     if repo := options.push_to_hub:
         from huggingface_hub import HfApi
 
-    problem = f"{out} is written, but was not pushed to {repo}"
-    with explained(problem, f"push it with hf upload {repo} {out}", Exception, kind=RunError):
-        HfApi().create_repo(repo, exist_ok=True)
-        url = HfApi().upload_folder(repo_id=repo, folder_path=out, commit_message="Export of diva_jax")
-    say(f"pushed to {url}")
+        problem = f"{out} is written, but was not pushed to {repo}"
+        with explained(problem, f"push it with hf upload {repo} {out}", Exception, kind=RunError):
+            HfApi().create_repo(repo, exist_ok=True)
+            url = HfApi().upload_folder(repo_id=repo, folder_path=out, commit_message="Export of diva_jax")
+        say(f"pushed to {url}")
