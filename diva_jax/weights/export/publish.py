@@ -20,31 +20,41 @@ from diva_jax.weights.origins import ClipSource
 from diva_jax.weights.readers import Tensors
 
 
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What the card says, and where the export is pushed.
+
+    Attributes:
+      license: an identifier as the hub has them, such as "mit"; empty: the card says that of the base model applies.
+      base_model: a hub id; empty: that of the source, where it is one.
+      results: a results.json of `python -m diva_jax.evaluate` with these weights, or its folder; empty: no scores.
+      push_to_hub: USER/NAME of a repository of the hub, which is created where it does not exist; empty: none.
+      tokenizer: a folder with the tokenizer's files, in place of the source's; empty: those of the source.
+    """
+
+    license: str = ""
+    base_model: str = ""
+    results: str = ""
+    push_to_hub: str = ""
+    tokenizer: str = ""
+
+
 def card(
-    source: ClipSource,
-    spec: Spec,
-    fmt: str,
-    dtype: str,
-    *,
-    note: str = "",
-    path: str = "PATH",
-    hub: str = "",
-    license: str = "",
-    base_model: str = "",
-    scores: Mapping[str, Any] | None = None,
+    source: ClipSource, spec: Spec, fmt: str, dtype: str, options: ExportOptions = ExportOptions(), **shown: Any
 ) -> str:
-    """The content of README.md of an export in the format `fmt`: "open_clip", "hf" or "pt". `note` is that of
-    `layouts.without_tokenizer`; `path` is the export's folder in the lines that load it, or `hub` the repository that
-    it is pushed to. `license` and `base_model` are as the hub has them; `scores` is a result of `scores_of`."""
+    """The content of README.md of an export in the format `fmt`: "open_clip", "hf" or "pt". What is shown may have
+    `path`, the export's folder in the lines that load it; `note`, that of `layouts.without_tokenizer`; and `scores`, a
+    result of `scores_of`."""
     from huggingface_hub import ModelCard, ModelCardData
 
     run = paths.values_without_secrets(source.run)
     method = run["config"]["objective"] if run else ""
-    has_text = spec.has_text and fmt != "pt"
+    has_text, hub, base_model = spec.has_text and fmt != "pt", options.push_to_hub, options.base_model
+    shown = {"path": "PATH", "note": "", "scores": None} | shown | ({"path": hub} if hub else {})
     content = ModelCard.from_template(
         ModelCardData(
-            license=license or "other",
-            license_name=None if license else "that-of-the-base-model",
+            license=options.license or "other",
+            license_name=None if options.license else "that-of-the-base-model",
             base_model=base_model or None,
             base_model_relation="finetune" if base_model and method else None,
             pipeline_tag="zero-shot-image-classification" if has_text else "image-feature-extraction",
@@ -56,11 +66,9 @@ def card(
         dtype=dtype,
         fmt=fmt,
         scheme="hf-hub" if hub else "local-dir",
-        path=hub or path,
         has_text=has_text,
-        encodes_text=has_text and not note,
-        note=note,
-        scores=scores,
+        encodes_text=has_text and not shown["note"],
+        **shown,
         source=source,
         run=run,
         sha256="" if run else readers.fingerprint(source.files),
@@ -97,25 +105,6 @@ def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:
             if score or row["difference"]:
                 rows.append({"task": task.title, "title": info.title, "unit": info.unit, **row})
     return {"file": path.name, "created": results.created, "reference": reference, "rows": rows}
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportOptions:
-    """What the card says, and where the export is pushed.
-
-    Attributes:
-      license: an identifier as the hub has them, such as "mit"; empty: the card says that of the base model applies.
-      base_model: a hub id; empty: that of the source, where it is one.
-      results: a results.json of `python -m diva_jax.evaluate` with these weights, or its folder; empty: no scores.
-      push_to_hub: USER/NAME of a repository of the hub, which is created where it does not exist; empty: none.
-      tokenizer: a folder with the tokenizer's files, in place of the source's; empty: those of the source.
-    """
-
-    license: str = ""
-    base_model: str = ""
-    results: str = ""
-    push_to_hub: str = ""
-    tokenizer: str = ""
 
 
 def _check_hub(repo: str) -> None:
@@ -166,18 +155,10 @@ def export(
         source, step, began = opened.run["workdir"], opened.run["step"], opened.run["config"]["backbone"]["source"]
     if options.tokenizer:
         opened = layouts.with_tokenizer(opened, spec, options.tokenizer)
-    readme = card(
-        opened,
-        spec,
-        fmt,
-        dtype,
-        note=layouts.without_tokenizer(opened, spec, fmt),
-        path=str(out),
-        hub=options.push_to_hub,
-        license=options.license,
-        base_model=options.base_model or origins.hub_id(began),
-        scores=scores_of(options.results, source, step) if options.results else None,
-    )
+    about = dataclasses.replace(options, base_model=options.base_model or origins.hub_id(began))
+    shown = {"note": layouts.without_tokenizer(opened, spec, fmt), "path": str(out)}
+    shown["scores"] = scores_of(options.results, source, step) if options.results else None
+    readme = card(opened, spec, fmt, dtype, about, **shown)
     layouts.export(opened, spec, out, fmt, dtype=dtype, card=readme, hub=options.push_to_hub)
     if repo := options.push_to_hub:
         from huggingface_hub import HfApi

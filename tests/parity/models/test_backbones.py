@@ -20,7 +20,7 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, build, eva02
 from diva_jax.models.backbones.shared.transformer import VARIANTS
 from diva_jax.models.layers import Keys
-from diva_jax.weights.clip import vision_table
+from diva_jax.weights import clip
 from diva_jax.weights.names import assign, to_torch
 
 # One spec for each architecture.
@@ -32,7 +32,7 @@ def abstract(spec: Spec, **kw):
 
 
 def load(spec: Spec, tower, **kw):
-    return filled(abstract(spec, **kw), checkpoint(spec, tower), vision_table(spec))
+    return filled(abstract(spec, **kw), checkpoint(spec, tower), clip.table("vision", spec))
 
 
 def images_for(spec: Spec, count: int = 3) -> np.ndarray:
@@ -91,7 +91,7 @@ def test_features_and_gradients_equal_the_original(spec):
     a, b = map(torch.from_numpy, probes(spec))
     ((want_tokens * a).sum() + (want_pooled * b).sum()).backward()
     want = {checkpoint_name(spec, k): p.grad.numpy() for k, p in tower.named_parameters()}
-    found = to_torch(grads, vision_table(spec))
+    found = to_torch(grads, clip.table("vision", spec))
     assert {n: g.shape for n, g in found.items()} == {n: g.shape for n, g in want.items()}
     found, want = pooling_joined(found), pooling_joined(want)
     for name in want:
@@ -126,7 +126,7 @@ def test_float64_is_float64_throughout(spec):
 
 @pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
 def test_table_is_strict(spec):
-    source, table, model = checkpoint(spec, torch_tower(spec)), vision_table(spec), abstract(spec)
+    source, table, model = checkpoint(spec, torch_tower(spec)), clip.table("vision", spec), abstract(spec)
     known = ["logit_scale", "logit_bias", "attn_mask", "text.attn_mask", "positional_embedding", "text_projection"]
     known += ["transformer.resblocks.11.attn.in_proj_weight", "text.transformer.resblocks.0.mlp.c_fc.bias"]
     known += ["text.text_projection.weight", "token_embedding.weight", "ln_final.bias"]
@@ -216,7 +216,7 @@ def test_tokens_equal_torchs(name, last):
     spec = SPECS[name]
     tower = torch_tower(spec).eval()
     abstract = nnx.eval_shape(lambda: build(spec, rngs=Keys(0)))
-    ours = filled(abstract, checkpoint(spec, tower), vision_table(spec))
+    ours = filled(abstract, checkpoint(spec, tower), clip.table("vision", spec))
     images = np.random.default_rng(3).standard_normal((2, spec.image_size, spec.image_size, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = clip_tokens if name == "clip" else siglip_tokens

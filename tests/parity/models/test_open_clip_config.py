@@ -20,7 +20,7 @@ from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Keys
-from diva_jax.weights.clip import text_table, vision_table
+from diva_jax.weights import clip
 from diva_jax.weights.names import flat, torch_shape
 
 # One open_clip model for each way in which configs differ; the others are read by `make slow`.
@@ -50,8 +50,8 @@ def on_meta(config: dict) -> torch.nn.Module:
 def our_shapes(spec: Spec) -> dict[str, tuple]:
     """Returns names and shapes of both towers from their tables."""
     towers = (
-        (vision_table(spec), nnx.eval_shape(lambda: build(spec, rngs=Keys(0)))),
-        (text_table(spec), nnx.eval_shape(lambda: Text(spec, rngs=Keys(0)))),
+        (clip.table("vision", spec), nnx.eval_shape(lambda: build(spec, rngs=Keys(0)))),
+        (clip.table("text", spec), nnx.eval_shape(lambda: Text(spec, rngs=Keys(0)))),
     )
     return {t.torch_name(p): torch_shape(p, v.shape) for t, tower in towers for p, v in flat(tower).items()}
 
@@ -61,7 +61,7 @@ def same_towers(spec: Spec, config: dict):
     ours = our_shapes(spec)
     assert set(theirs) - set(ours) == {"logit_scale"} | ({"logit_bias"} if spec.arch == "siglip" else set())
     assert {k: v for k, v in theirs.items() if k in ours} == ours
-    for tower in (vision_table(spec), text_table(spec)):
+    for tower in (clip.table("vision", spec), clip.table("text", spec)):
         known = set(ours) | {n for n in theirs if tower.ignored(n)}
         assert set(theirs) <= known
 

@@ -15,7 +15,7 @@ from specs import DINOV2, EVA02, GELU, METACLIP2, QUICK, SIGLIP, SIGLIP2
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Keys
-from diva_jax.weights.clip import text_table
+from diva_jax.weights import clip
 from diva_jax.weights.names import to_torch
 
 SPECS = {
@@ -33,7 +33,7 @@ def abstract(spec: Spec, **kw):
 
 
 def load(spec: Spec, model, **kw):
-    return filled(abstract(spec, **kw), tensors(model), text_table(spec))
+    return filled(abstract(spec, **kw), tensors(model), clip.table("text", spec))
 
 
 def sentences(spec: Spec) -> np.ndarray:
@@ -72,7 +72,7 @@ def test_embeddings_and_gradients_equal_the_original(spec):
         close(one, theirs, 2e-5)
     (want * torch.from_numpy(probe(spec))).sum().backward()
     want = {k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None}
-    found = to_torch(grads, text_table(spec))
+    found = to_torch(grads, clip.table("text", spec))
     assert set(found) == set(want)
     for name in want:
         close(found[name], want[name], 2e-5, name)
@@ -101,5 +101,5 @@ def test_float64_is_float64_throughout(spec, monkeypatch):
 
 
 def test_a_vision_encoder_alone_has_no_text_tower_and_pooling_is_known():
-    for fails in (lambda: Text(DINOV2, rngs=Keys(0)), lambda: text_table(DINOV2)):
+    for fails in (lambda: Text(DINOV2, rngs=Keys(0)), lambda: clip.table("text", DINOV2)):
         refused("a dinov2 backbone has no text tower", fails)

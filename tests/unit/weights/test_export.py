@@ -69,8 +69,8 @@ def write_results(folder, source="runs/a", step=40):
 
 
 def test_what_the_hub_and_its_reader_get(clip, tuned):
-    kw = dict(license="mit", base_model="timm/base", note="it lacks x")
-    text = publish.card(tuned, EVAL_CLIP, "open_clip", "float32", path="runs/tuned", **kw)
+    options = publish.ExportOptions(license="mit", base_model="timm/base")
+    text = publish.card(tuned, EVAL_CLIP, "open_clip", "float32", options, path="runs/tuned", note="it lacks x")
     data = ModelCard(text).data
     assert (data.license, data.base_model, data.pipeline_tag) == ("mit", "timm/base", "zero-shot-image-classification")
     assert data.tags == ["clip", "diva"] and data.to_dict()["base_model_relation"] == "finetune"
@@ -78,7 +78,8 @@ def test_what_the_hub_and_its_reader_get(clip, tuned):
     assert "**Note:** it lacks x." in text
     config = text.split("<details>")[1].split("</details>")[0]
     assert json.loads(config.split("```json")[1].split("```")[0]) == PROVENANCE["config"]
-    text = publish.card(tuned, EVAL_CLIP, "open_clip", "float32", hub="me/tuned", path="runs/tuned")
+    options = publish.ExportOptions(push_to_hub="me/tuned")
+    text = publish.card(tuned, EVAL_CLIP, "open_clip", "float32", options, path="runs/tuned")
     assert '"hf-hub:me/tuned"' in text and "runs/tuned" not in text
     text = publish.card(clip, EVAL_CLIP, "pt", "float32")
     data = ModelCard(text).data
