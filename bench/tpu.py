@@ -24,7 +24,7 @@ CONFIGS = (
 # One config per other objective.
 FAMILY = (
     "unclip_vitl14", "genhancer_vitl14", "dcr_vitl14", "kuea_vitl14", "smartclip_vitl14", "judge_vitl14",
-    "comclip_vitl14", "salm_vitl14",
+    "comclip_vitl14", "salm_vitl14", "judge_vitl14_336", "comclip_vitl14_336", "salm_vitl14_336",
 )  # fmt: skip
 # Name of the report -> (config, topology, further flags).
 RUNS = {
