@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import posixpath
 import struct
 import tarfile
 import zipfile
@@ -24,11 +25,18 @@ from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, CaptionFiles
 
 logger = logging.getLogger(__name__)
 
-_INDEX_VERSION = 5  # Part of the cached index's name; increased whenever the content of an index changes.
-_SCANNERS = 16  # Threads that read headers, which is mostly waiting for the disk.
-_MAX_NAMED = 20  # Damaged shards that the log names; further ones are only counted.
-_MAX_INDEX_BYTES = 2**31  # A larger index, of more than thirty million images, is made at every start.
-_MAX_HEADER_BYTES = 2**13  # tarfile needs time that grows with the square of an extended header's size.
+# Part of the cached index's name; increased whenever the content of an index changes.
+_INDEX_VERSION = 6
+# Threads that read headers, which is mostly waiting for the disk.
+_SCANNERS = 16
+# Damaged shards that the log names; further ones are only counted.
+_MAX_NAMED = 20
+# A larger index, of more than thirty million images, is made at every start.
+_MAX_INDEX_BYTES = 2**31
+# tarfile needs time that grows with the square of an extended header's size.
+_MAX_HEADER_BYTES = 2**13
+# The end of an archive is padded with zeros, of tar's default record at most; what is behind it is looked for in these.
+_MAX_PADDING_BYTES = 2**16
 # What tarfile raises for damaged headers; all but the first for the numbers and names in extended ones.
 _BROKEN_HEADER = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError)
 
@@ -55,15 +63,16 @@ class _Headers:
 
 
 def scan(path: str) -> tuple[list[Member], str]:
-    """(members of a shard in archive order, what is wrong with it: empty if nothing is). Damage ends the scan, and the
-    complete members before it are kept; an OSError where the file cannot be read."""
+    """(members of a shard in archive order, what is wrong with it: empty if nothing is). A link is the member before it
+    that it names. Damage ends the scan, and the complete members before it are kept; an OSError where the file cannot be
+    read."""
     length, _ = files.stat(path)
     with files.open_binary(path) as file:
         try:
             tar = tarfile.TarFile(fileobj=_Headers(file))
         except _BROKEN_HEADER:
             return [], "is no uncompressed tar archive, or its first header is damaged"
-        members, end = [], 0
+        members, named, loose, end = [], {}, [], 0
         while True:
             file.seek(end)
             try:
@@ -75,11 +84,21 @@ def scan(path: str) -> tuple[list[Member], str]:
             end = tar.offset
             if info.isreg() and not info.issparse():
                 members.append(Member(info.name, info.offset_data, info.size))
+            elif info.islnk() or info.issym():
+                folder = posixpath.dirname(info.name) if info.issym() else ""
+                target = named.get(posixpath.normpath(posixpath.join(folder, info.linkname)))
+                members += [target._replace(name=info.name)] if target else []
+                loose += [] if target else [info.name]
+            if members:
+                named[posixpath.normpath(members[-1].name)] = members[-1]
         file.seek(end)
         # A complete archive ends with blocks of zeros; one that is cut off between two members has none.
-        complete = file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
-    return members, "" if complete else f"is cut short or damaged at byte {end} of {length}"
-
+        rest = file.read(_MAX_PADDING_BYTES)
+    if rest[: tarfile.BLOCKSIZE] != tarfile.NUL * tarfile.BLOCKSIZE:
+        return members, f"is cut short or damaged at byte {end} of {length}"
+    if rest.strip(tarfile.NUL):
+        return members, f"goes on after its end at byte {end} of {length}, as archives joined by cat do"
+    return members, f"has {len(loose)} links to what is not in it ({listing(loose, 2)})" if loose else ""
 
 # One image: its shard, the bytes of its file and of the members with its caption (0, 0: none), and where its name ends
 # in the names of all images.
@@ -130,7 +149,9 @@ def _index_shard(shard: int, path: str) -> _Index:
         end += len(names[-1])
         rows.append((shard, image.offset, image.size, *texts, end))
         others += [sample[e].name for e in images[1:]]
-    if complaint and members:
+    if not rows and not complaint:
+        complaint = "has no image"
+    elif complaint and members:
         complaint += f": {len(rows)} images kept, the rest skipped"
     unread = [m.name for m in members if files.is_unread(m.name)]
     note = (shard, complaint, files.left_out(others), files.left_out(unread))
@@ -202,7 +223,7 @@ class TarSource(CaptionFiles):
             for shard in damaged[:_MAX_NAMED]:
                 logger.warning("tar shard %s", shard)
             if damaged:
-                logger.warning("%d of %d tar shards are damaged", len(damaged), len(self._shards))
+                logger.warning("%d of %d tar shards are damaged or empty", len(damaged), len(self._shards))
             left = [(sum(n[k][0] for n in notes), sum((n[k][1] for n in notes), [])[:2]) for k in (2, 3)]
             files.say_left_out("config.data.path", *left)
         if not len(self):

@@ -121,7 +121,7 @@ def test_a_truncated_shard_keeps_what_is_whole(tmp_path, caplog):
     lines = [r.getMessage() for r in caplog.records]
     assert len(lines) == 3 and bad in lines[0] and "2 images kept" in lines[0]
     assert garbage in lines[1] and "no uncompressed tar" in lines[1]
-    assert lines[2] == "2 of 3 tar shards are damaged"
+    assert lines[2] == "2 of 3 tar shards are damaged or empty"
     os.truncate(good, 600)
     with pytest.raises(OSError, match="ends .* bytes early"):  # A shard that shrinks later.
         source.read(1)
@@ -145,6 +145,32 @@ def test_every_length_of_a_cut_shard_and_damage_in_the_middle(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(TarSource([path])) == 2
     assert f"damaged at byte {last}" in caplog.text
+
+
+def test_links_are_the_members_that_they_name(tmp_path, caplog):
+    path = str(tmp_path / "a.tar")
+    with tarfile.open(path, "w") as tar:
+        photos.add_member(tar, "./in/0.jpg", noise(0))
+        for name, kind, target in (
+            ("1.jpg", tarfile.LNKTYPE, "./in/0.jpg"),
+            ("in/2.jpg", tarfile.SYMTYPE, "../in/0.jpg"),
+            ("3.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    source = TarSource([path])
+    assert [source.read(i)[1] for i in range(len(source))] == [noise(0)] * 3 and source.name(2) == "a.tar/in/2.jpg"
+    assert "has 1 links to what is not in it (3.jpg): 3 images kept, the rest skipped" in caplog.text
+
+
+def test_joined_archives_and_empty_shards_are_told(tmp_path, caplog):
+    for name, found in (("0", members(3)), ("1", members(2, start=3)), ("2", {})):
+        write_tar(tmp_path / f"{name}.tar", found)
+    (tmp_path / "0.tar").write_bytes(b"".join((tmp_path / f"{i}.tar").read_bytes() for i in (0, 1)))
+    assert len(TarSource([str(tmp_path / f"{i}.tar") for i in range(3)])) == 5
+    assert "0.tar goes on after its end" in caplog.text and "3 images kept" in caplog.text
+    assert "2.tar has no image" in caplog.text and "2 of 3 tar shards are damaged or empty" in caplog.text
 
 
 def test_shards_without_an_image_are_refused(tmp_path):
