@@ -360,7 +360,8 @@ def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
                     yield reader.line_num, fields
                 line = reader.line_num
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} cannot be read as a CSV file after line {line} ({e}): write it again") from e
+        advice = "save it as UTF-8" if isinstance(e, UnicodeDecodeError) else "make it readable"
+        raise UserError(f"{path} cannot be read as a CSV file after line {line} ({e}): {advice}") from e
     except csv.Error as e:
         raise UserError(
             f"{path}, line {line + 1}: the row is not CSV ({e}): put quotes around texts with {separator!r}, "

@@ -213,7 +213,7 @@ def two_splits(folder):
         ("a.csv?caption=x", lambda p: p.write_text("image\ny\n"), "has the option caption: after . write image=COLUMN"),
         ("a.csv", lambda p: p.write_text("image,caption\n"), "a.csv has no rows"),
         ("a.csv", lambda p: p.write_text(""), "has no column image"),
-        ("a.csv", lambda p: p.write_bytes(b"image,caption\nx,\xff\xfe\n"), "cannot be read as a CSV file after line"),
+        ("a.csv", lambda p: p.write_bytes(b"image,caption\nx,\xff\xfe\n"), "after line .*: save it as UTF-8"),
         ("a.tsv", lambda p: p.write_text("image\n" + 'x\n"' + "y" * 200_000), "line 3: the row is not CSV .field larg"),
         ("a.parquet", lambda p: p.write_bytes(b"no table"), "a.parquet cannot be read as parquet"),
         ("a.parquet", lambda p: pq.write_table(pa.table({"image": [1]}), p), "'image' of .*a.parquet holds int64"),
