@@ -67,17 +67,32 @@ def text_checksum(*content) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
+class _Description(json_files.Record):
+    """What orbax writes about a checkpoint, and reads again when its manager is made."""
+
+    item_handlers: dict[str, str] | str | None = None
+    metrics: dict[str, Any] | None = None
+    performance_metrics: dict[str, float] = {}
+    init_timestamp_nsecs: int | None = None
+    commit_timestamp_nsecs: int | None = None
+    custom_metadata: dict[str, Any] | None = None
+
+
 def read_text(folder: epath.Path, item: str) -> dict:
     """The JSON of an item; `Damaged` where it is missing or none, a UserError where a bucket does not give it."""
+    if (content := _read_json(folder, f"{item}/metadata", dict[str, Any])) is None:
+        raise Damaged(f"its part {item} is missing")
+    return content
+
+
+def _read_json(folder: epath.Path, name: str, form: Any) -> Any:
+    """The content of a file of a checkpoint, None where there is none; raises as `read_text` does."""
     try:
-        content = json_files.read(folder / item / "metadata", dict[str, Any], "restore it", None)
+        return json_files.read(folder / name, form, "restore it", None)
     except UserError as e:
         if paths.is_remote(folder) and not isinstance(e.__cause__, ValueError | None):
             raise  # A bucket that cannot be reached, whose checkpoints may be good.
-        raise Damaged(f"its part {item}: {e}") from e
-    if content is None:
-        raise Damaged(f"its part {item} is missing")
-    return content
+        raise Damaged(f"its part {name.partition('/')[0]}: {e}") from e
 
 
 def check_files(folder: epath.Path) -> tuple[dict, dict]:
@@ -90,6 +105,7 @@ def check_files(folder: epath.Path) -> tuple[dict, dict]:
             raise Damaged(f"{file.name} is not a regular file")
         if file.parent.name != "d" and file.stat().st_size > json_files.MAX_BYTES:
             raise Damaged(f"{file.name} has more than {json_files.MAX_BYTES} bytes")
+    _read_json(folder, "_CHECKPOINT_METADATA", _Description)
     data, meta = read_text(folder, "data"), read_text(folder, "meta")
     if not (folder / "state").is_dir():
         raise Damaged("its part state is missing")

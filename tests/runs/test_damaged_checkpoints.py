@@ -5,6 +5,7 @@ import resource
 import shutil
 
 import jax
+import mutations
 import numpy as np
 import pytest
 from helpers import refused
@@ -223,6 +224,20 @@ def test_the_newest_step_that_is_good_is_chosen(workdir, capsys):
     assert workdirs.choose_step(workdir) == 6
     assert "the checkpoint of step 9 is damaged (state/_METADATA is missing or empty)" in capsys.readouterr().out
     refused("--step=9: that checkpoint is damaged .* use one of 3, 6", workdirs.choose_step, workdir, 9)
+
+
+@pytest.mark.parametrize("seed", seeds(60))
+def test_a_changed_description_is_its_checkpoints_damage(workdir, seed):
+    """What orbax's manager would end with is found before, and the checkpoint is named."""
+    file = workdir / "checkpoints/9/_CHECKPOINT_METADATA"
+    tree, said = mutations.changed(np.random.default_rng(seed), json.loads(file.read_bytes()))
+    file.write_text(json.dumps(tree))
+    if why := checkpoint.damages(workdir)[9]:
+        assert "_CHECKPOINT_METADATA" in why
+        checkpoint.set_aside(workdir, 9)
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        checkpoints.save(12, place(state(12)), {"batches": 12}, META, wait=True)
+    assert checkpoint.latest_step(workdir) == 12, said
 
 
 @pytest.fixture
