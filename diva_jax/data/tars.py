@@ -64,8 +64,8 @@ class _Headers:
 
 def scan(path: str) -> tuple[list[Member], str]:
     """(members of a shard in archive order, what is wrong with it: empty if nothing is). A link is the member before it
-    that it names. Damage ends the scan, and the complete members before it are kept; an OSError where the file cannot be
-    read."""
+    that it names. Damage ends the scan, and the complete members before it are kept; an OSError where the file cannot
+    be read."""
     length, _ = files.stat(path)
     with files.open_binary(path) as file:
         try:
@@ -99,6 +99,7 @@ def scan(path: str) -> tuple[list[Member], str]:
     if rest.strip(tarfile.NUL):
         return members, f"goes on after its end at byte {end} of {length}, as archives joined by cat do"
     return members, f"has {len(loose)} links to what is not in it ({listing(loose, 2)})" if loose else ""
+
 
 # One image: its shard, the bytes of its file and of the members with its caption (0, 0: none), and where its name ends
 # in the names of all images.

@@ -1,4 +1,4 @@
-"""EVA02-CLIP from a folder to an export that open_clip loads, at its smallest published size: open_clip has no other."""
+"""EVA02-CLIP from a folder to an export that open_clip loads, at the smallest size that open_clip builds."""
 
 import json
 

@@ -150,7 +150,7 @@ def test_every_length_of_a_cut_shard_and_damage_in_the_middle(tmp_path, caplog):
 def test_links_are_the_members_that_they_name(tmp_path, caplog):
     path = str(tmp_path / "a.tar")
     with tarfile.open(path, "w") as tar:
-        photos.add_member(tar, "./in/0.jpg", noise(0))
+        demo.add_member(tar, "./in/0.jpg", noise(0))
         for name, kind, target in (
             ("1.jpg", tarfile.LNKTYPE, "./in/0.jpg"),
             ("in/2.jpg", tarfile.SYMTYPE, "../in/0.jpg"),
