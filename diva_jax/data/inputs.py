@@ -3,7 +3,6 @@
 The pipeline, the abstract batch of the train step and the checks at the start of a run all follow from these inputs.
 """
 
-import abc
 import dataclasses
 import difflib
 import re
@@ -57,10 +56,11 @@ def common(texts: Sequence[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Alternatives(abc.ABC):
+class Alternatives:
     """(record, generator) -> (at most `count` texts, the neutral text), or None where the record has no texts, which
-    does not depend on the generator. With `of_caption`, the neutral text is the record's caption. `wanted` says what a
-    record needs; `listed` is whether that is its list `texts`."""
+    does not depend on the generator. With `of_caption`, the neutral text is the record's caption, else that of a
+    subclass's `choose`, which takes and returns the same. `wanted` says what a record needs; `listed` is whether that
+    is its list `texts`."""
 
     count: int
     of_caption: bool = False
@@ -72,10 +72,6 @@ class Alternatives(abc.ABC):
             return self.choose(record, rng)
         found = self.choose(record, rng) if record.text and record.text.strip() else None
         return found and (found[0], record.text)
-
-    @abc.abstractmethod
-    def choose(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
-        """As a call, with a neutral text of its own."""
 
 
 @dataclasses.dataclass(frozen=True)

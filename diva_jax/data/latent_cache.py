@@ -190,16 +190,14 @@ class Cache:
         entry = self._entry(record, epoch % self.manifest.crops)
         return None if entry.moments is None else entry
 
-    def arrays(self, entry: Entry) -> dict[str, np.ndarray]:
-        """The arrays of an entry whose image could be decoded, by name."""
+    def arrays(self, entry: Entry, record, name: str) -> dict[str, np.ndarray]:
+        """The arrays of an entry whose image could be decoded, by name; a RunError where it was made of another encoded
+        image, or caption, than that of a record."""
+        if entry.image_crc != checksum(record, self._with_text):
+            raise RunError(self._other_image(name))
         sizes = [math.prod(shape) for shape in self._shapes.values()]
         rows = np.split(entry.moments.reshape(-1), np.cumsum(sizes)[:-1])
         return {name: row.reshape(shape) for (name, shape), row in zip(self._shapes.items(), rows, strict=True)}
-
-    def verify(self, entry: Entry, record, name: str) -> None:
-        """Raises a RunError where an entry was made of another encoded image, or caption."""
-        if entry.image_crc != checksum(record, self._with_text):
-            raise RunError(self._other_image(name))
 
     def _other_image(self, name: str) -> str:
         what = f"{name} is another image{' or caption' * self._with_text} there"

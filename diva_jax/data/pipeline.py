@@ -238,11 +238,10 @@ class Batches:
                 image, record = decoded
                 rng = np.random.default_rng((self._identity["seed"], position))
                 box = images.sample_box(rng, *image.size, self._scale, self._ratio)
+                example = Example(image, record.text, box, rng, texts=record.texts)
                 if cached:
-                    self._cache.verify(cached, record, self.source.name(i))
-                    box = cached.box
-                arrays = self._cache.arrays(cached) if cached else None
-                example = Example(image, record.text, box, rng, arrays, record.texts)
+                    arrays = self._cache.arrays(cached, record, self.source.name(i))
+                    example = example._replace(box=cached.box, cached=arrays)
                 return {name: make(example) for name, make in self._make.items()} | row
         raise RunError(f"not one of the {n} images of config.data.path can be used: the log says why")
 

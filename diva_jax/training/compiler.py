@@ -196,29 +196,25 @@ def save_executable(
     paths.write_whole(f"{file}.json", saved.model_dump_json(indent=1))
 
 
-def _read(file: str, lowered: jax.stages.Lowered, program) -> jax.stages.Compiled:
-    """The executable of a step; a UserError with the reason why it cannot be used."""
-    saved = json_files.read(f"{file}.json", _Saved, "write it again with python -m diva_jax.aot --save")
-    here = executable_facts(lowered, program)
-    if other := differences(saved.facts, here):
-        if saved.facts | {"the step": ""} == here | {"the step": ""}:
-            fields = differences(saved.config, json.loads(program.config.to_json()))
-            other = [f"config.{field}" for field in fields] or ["the code or the version of a library"]
-        raise UserError(f"{file}.bin is of another step: {listing(other, 3)}")
-    data = json_files.read_bytes(f"{file}.bin", saved.size)
-    if hashlib.sha256(data).hexdigest() != saved.sha256:
-        raise UserError(f"{file}.bin has not the checksum that {file}.json gives: it was changed or is damaged")
-    given, devices = jax.tree.structure(lowered.args_info), list(program.mesh.devices.flat)
-    # Of pickle, of the runtime, of another version of jax.
-    with explained(f"{file}.bin cannot be loaded", "write it again with python -m diva_jax.aot --save", Exception):
-        return serialize_executable.deserialize_and_load(data, given, lowered.out_tree, devices[0].client, devices)
-
-
 def load_executable(folder: epath.Path, index: int, lowered: jax.stages.Lowered, program) -> jax.stages.Compiled | None:
     """The executable of stage `index`; None, after a line that says why, where some process of the run has none."""
     file, found, why = _file(folder, program, index), None, "another process of the run cannot use its executable"
     try:
-        found = _read(file, lowered, program)
+        saved = json_files.read(f"{file}.json", _Saved, "write it again with python -m diva_jax.aot --save")
+        here = executable_facts(lowered, program)
+        if other := differences(saved.facts, here):
+            if saved.facts | {"the step": ""} == here | {"the step": ""}:
+                fields = differences(saved.config, json.loads(program.config.to_json()))
+                other = [f"config.{field}" for field in fields] or ["the code or the version of a library"]
+            raise UserError(f"{file}.bin is of another step: {listing(other, 3)}")
+        data = json_files.read_bytes(f"{file}.bin", saved.size)
+        if hashlib.sha256(data).hexdigest() != saved.sha256:
+            raise UserError(f"{file}.bin has not the checksum that {file}.json gives: it was changed or is damaged")
+        given, devices = jax.tree.structure(lowered.args_info), list(program.mesh.devices.flat)
+        # Of pickle, of the runtime, of another version of jax.
+        with explained(f"{file}.bin cannot be loaded", "write it again with python -m diva_jax.aot --save", Exception):
+            client = devices[0].client
+            found = serialize_executable.deserialize_and_load(data, given, lowered.out_tree, client, devices)
     except UserError as e:
         why = str(e)
     if distributed.any_failed(found is None):

@@ -121,9 +121,9 @@ def test_what_is_refused_when_a_cache_is_opened(folder, data, tmp_path):
 def test_a_changed_image_is_found_where_it_is_used(folder):
     """The probes at the start do not see every image."""
     cache = Cache(str(folder), FACTS)
-    cache.verify(cache.read(3, 0), Record("", jpeg(3)), "3.jpg")
+    cache.arrays(cache.read(3, 0), Record("", jpeg(3)), "3.jpg")
     changed = Record("", jpeg(3) + b"\0")
-    failed(r"3\.jpg is another image there", cache.verify, cache.read(3, 0), changed, "3.jpg")
+    failed(r"3\.jpg is another image there", cache.arrays, cache.read(3, 0), changed, "3.jpg")
 
 
 def test_a_shard_is_there_when_it_is_complete(tmp_path):
