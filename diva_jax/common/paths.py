@@ -133,31 +133,24 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
-    """Writes bytes, or a text as UTF-8, atomically, on this machine or in a bucket, and creates the folder."""
+def write_whole(path: str | os.PathLike, data: str | bytes, new: bool = False) -> None:
+    """Writes bytes, or a text as UTF-8, atomically, on this machine or in a bucket, and creates the folder. With `new`,
+    a FileExistsError where the file is there, as for all but one of several processes that write it at the same
+    time."""
     data = data.encode() if isinstance(data, str) else data
     with _as_oserror(path):
         if is_remote(path):
             fs, inside = fsspec.core.url_to_fs(str(path))
             fs.makedirs(posixpath.dirname(inside), exist_ok=True)
             # Object stores show a file only when it is complete.
-            fs.pipe_file(inside, data)
-            return
-        with whole_file(path) as temporary:
-            temporary.write_bytes(data)
-
-
-def write_new(path: str | os.PathLike, data: str) -> None:
-    """Writes a text file that is not there, on this machine or in a bucket, and creates its folder. A FileExistsError
-    where it is, as for all but one of several processes that write it at the same time."""
-    with _as_oserror(path):
-        if is_remote(path):
-            fs, inside = fsspec.core.url_to_fs(str(path))
-            fs.pipe_file(inside, data.encode(), mode="create")
-            return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(data)
+            fs.pipe_file(inside, data, mode="create" if new else "overwrite")
+        elif new:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "xb") as file:
+                file.write(data)
+        else:
+            with whole_file(path) as temporary:
+                temporary.write_bytes(data)
 
 
 class Mirror:

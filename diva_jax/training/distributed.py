@@ -312,7 +312,7 @@ class Lock:
 
     def _take(self) -> None:
         try:
-            paths.write_new(self._path, json.dumps(self._mine))
+            paths.write_whole(self._path, json.dumps(self._mine), new=True)
             return
         except FileExistsError:
             owner = _owner(self._path) or {}

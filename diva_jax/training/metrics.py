@@ -61,11 +61,12 @@ class Writer:
             log.say(f"{path}: {odd} lines that are no rows of a log are removed")
         kept = [line + b"\n" for line, at in zip(lines, found, strict=True) if at is not None and at <= step]
         paths.write_whole(path, b"".join(kept))
-        self._mirror = paths.Mirror(path.parent)
+        self._mirror, self._opened = paths.Mirror(path.parent), contextlib.ExitStack()
+        self._opened.callback(self._mirror.close)
         local = self._mirror.local / path.name
         if not local.exists():
             local.write_bytes(b"".join(kept))
-        self._file = open(local, "a", buffering=1)
+        self._file = self._opened.enter_context(open(local, "a", buffering=1))
         self._began = time.monotonic()
         sessions = path.parent / "sessions.json"
         try:
@@ -76,14 +77,17 @@ class Writer:
             found = []
         found.append({"step": step, "started": log.now(), **log.describe()})
         paths.write_whole(sessions, json.dumps(found, indent=1))
-        self._log = open(self._mirror.local / "log.txt", "a", buffering=1)
-        log.keep_in(self._log)
+        log.keep_in(self._opened.enter_context(open(self._mirror.local / "log.txt", "a", buffering=1)))
+        self._opened.callback(log.keep_in, None)
         self._board = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(self._mirror.local / "tensorboard"), purge_step=step + 1)
+            self._opened.callback(self._board.close)
         self._wandb = _wandb_run(path.parent, self._mirror.local, wandb, config or {}) if wandb else None
+        if self._wandb:
+            self._opened.callback(self._wandb.finish)
 
     def write(self, step: int, row: dict[str, float]) -> None:
         seconds = round(time.monotonic() - self._began, 1)
@@ -101,14 +105,7 @@ class Writer:
         self._mirror.push(force=True)
 
     def close(self) -> None:
-        log.keep_in(None)
-        self._log.close()
-        self._file.close()
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish()
-        self._mirror.close()
+        self._opened.close()
 
 
 class Progress:
