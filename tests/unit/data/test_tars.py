@@ -165,7 +165,7 @@ def test_links_are_the_members_that_they_name(tmp_path, caplog):
 
 
 def test_joined_archives_and_empty_shards_are_told(tmp_path, caplog):
-    for name, found in (("0", members(3)), ("1", members(2, start=3)), ("2", {})):
+    for name, found in (("0", members(3)), ("1", members(2)), ("2", {})):
         write_tar(tmp_path / f"{name}.tar", found)
     (tmp_path / "0.tar").write_bytes(b"".join((tmp_path / f"{i}.tar").read_bytes() for i in (0, 1)))
     assert len(TarSource([str(tmp_path / f"{i}.tar") for i in range(3)])) == 5
