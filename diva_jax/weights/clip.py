@@ -24,12 +24,12 @@ TOWERS = tuple(_MODULES)
 
 
 def table(tower: str, spec: Spec) -> Table:
-    """The table from the tower "vision" to `visual.*`, see the architecture's `VISION`; or from "text" to names at the
+    """The table from the tower "vision" to `visual.*`, see the architecture's `CHECKPOINT`; or from "text" to names at the
     top level for CLIP, else under `text.`; a UserError where there is no text tower."""
     if tower == "vision":
-        return architecture(spec.arch).VISION
+        return architecture(spec.arch).CHECKPOINT.vision
     require_text(spec)
-    return architecture(spec.arch).TEXT
+    return architecture(spec.arch).CHECKPOINT.text
 
 
 def abstract(tower: str, spec: Spec, **kw) -> nnx.Module:
@@ -47,7 +47,7 @@ def misfits(tower: str, shapes: Mapping[str, tuple[int, ...]], spec: Spec) -> li
 
 def grids(tensors: Tensors, spec: Spec) -> tuple[int, int]:
     """Returns the patches per side in the checkpoint and in `spec`."""
-    return architecture(spec.arch).POSITIONS.grid(tensors), spec.grid
+    return architecture(spec.arch).CHECKPOINT.positions.grid(tensors), spec.grid
 
 
 def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
@@ -58,7 +58,7 @@ def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
     old, new = grids(tensors, spec)
     if old == new:
         return tensors
-    positions = architecture(spec.arch).POSITIONS
+    positions = architecture(spec.arch).CHECKPOINT.positions
     antialias = spec.registers > 0 if positions.antialias is None else positions.antialias
     was = tensors[positions.name]
     extra = was.shape[-2] - old * old

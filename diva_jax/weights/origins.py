@@ -197,16 +197,16 @@ _AROUND = re.compile(r"((module|_orig_mod|model|class_model|clip|clip_model|net|
 
 def _recognise(tensors: Tensors, prefix: str = "visual.") -> ModuleType | None:
     """Returns the architecture of the vision tower under `prefix`, or None."""
-    return next((m for m in architectures().values() if prefix + m.MARK in tensors), None)
+    return next((m for m in architectures().values() if prefix + m.CHECKPOINT.mark in tensors), None)
 
 
 def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
     """Removes prefixes of a state dict, and moves the names of the vision tower under `visual.`. Prefixes are those of
     modules around the model: DistributedDataParallel's `module.`, torch.compile's `_orig_mod.`, `class_model.model.` in
     the training state of DIVA's authors. A vision tower may be alone, and the text tower has one of its architecture's
-    names, see `text_table`."""
+    names, see `clip.text_table`."""
     modules = list(architectures().values())
-    ends = tuple(tower + m.MARK for tower in ("visual.", "") for m in modules)
+    ends = tuple(tower + m.CHECKPOINT.mark for tower in ("visual.", "") for m in modules)
     marked = (n.removesuffix(end) for end in ends for n in tensors if n.endswith(end))
     if prefix := next(filter(_AROUND.fullmatch, marked), ""):
         tensors = tensors.renamed(lambda n: n.removeprefix(prefix) if n.startswith(prefix) else None)
@@ -218,8 +218,8 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
             f"{where} has no vision tower of a known architecture ({listing(list(architectures()))}); its names "
             f"begin with {listing(sorted(tensors)[:3])}: give an open_clip, OpenAI or transformers checkpoint"
         )
-    if architecture.TEXT is not None:
-        tensors = tensors.renamed(architecture.TEXT.canonical)
+    if architecture.CHECKPOINT.text is not None:
+        tensors = tensors.renamed(architecture.CHECKPOINT.text.canonical)
     for name in {"logit_scale", "logit_bias"} & tensors.keys():
         if (t := tensors[name]).shape == (1,):
             scalar = Tensor((), t.dtype, lambda t=t: np.asarray(t).reshape(()))

@@ -17,7 +17,6 @@ from torch_towers import torch_features, torch_tower
 from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.models.backbones import dinov2
-from diva_jax.models.backbones.shared.transformer import BLOCKS
 from diva_jax.training.step import image_keys
 from diva_jax.weights import clip, names
 
@@ -50,7 +49,7 @@ def float_pixels(batch) -> torch.Tensor:
 def load_teacher(p, arrays, part, spec) -> torch.nn.Module:
     """The DINOv2 of a part of an objective."""
     teacher = torch_tower(spec)
-    tensors = part_tensors(p, arrays, part, dinov2.VISION)
+    tensors = part_tensors(p, arrays, part, dinov2.CHECKPOINT.vision)
     teacher.load_state_dict({n.removeprefix("visual."): a for n, a in tensors.items()})
     return teacher
 
@@ -84,6 +83,7 @@ def test_comclip():
 
 
 TOTAL, SALM_BATCH, DECAY, PRESERVE, UNIFORM = 12, 6, 0.7, 2.0, 0.3
+BLOCKS = backbones.architecture("vit").CHECKPOINT.text.rename[:6]  # Of the names within blocks.
 ADAPTER = names.Table("adapter", BLOCKS)
 
 

@@ -8,20 +8,11 @@ that differs by architecture; what several of them use is in the subpackage `sha
 - `Vision(spec, *, rngs, dtype, param_dtype, remat)`, an NNX module with random weights and
   `encode(images) -> Features`; where it has a text tower to compare patches with, also
   `encode_dense(images, last) -> patch tokens in the text's space`, see `shared.transformer`.
-- `MARK`: the tensor, without `visual.`, by which a checkpoint of this architecture is recognised.
-- `VISION`, `TEXT`: `models.names.Table`s between our towers and open_clip's checkpoints; `TEXT` is None where there
-  is no text tower.
-- `POSITIONS`: the learned position embeddings, which depend on the resolution, a `models.names.Positions`.
-- `OTHERS`: tensors of a whole checkpoint that belong to neither tower and are kept in exports.
+- `CHECKPOINT`: its names in checkpoints, a `shared.open_clip_config.Checkpoint`.
 - `shapes(tensors) -> dict`: the fields of `Spec` that the shapes of a checkpoint's vision tower tell.
-- `PREPROCESS`: mean, std, resize_mode and interpolation where a config does not state them.
-- `TIMM`: the timm models of which open_clip builds this tower -> the fields of `Spec` that each fixes; "" stands for
-  open_clip's own tower; empty where it has none.
-- `TIMM_OPTIONS`: with timm's models, open_clip's options of them -> the values that mean what is implemented.
 - `from_open_clip(model: LibraryConfig) -> dict`, `to_open_clip(spec) -> dict`: with open_clip's own tower, between
   `Spec` and open_clip's config, see `shared.open_clip_config`.
 - `TRANSFORMERS`: a `shared.transformers_layout.Layout`, or None where transformers has no such model.
-- `LIBRARY`: the library that reads the vision tower's state dict: "open_clip" or "timm".
 """
 
 import dataclasses

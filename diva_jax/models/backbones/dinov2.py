@@ -14,25 +14,15 @@ from flax import nnx
 
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Features, Spec
+from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.transformer import Attention, Mlp, embedded, run
 from diva_jax.models.layers import Layers
-from diva_jax.models.names import Positions, Table, sizes, tensor_shape
+from diva_jax.models.names import sizes, tensor_shape
 
-MARK = "blocks.0.ls1.gamma"
-# The mask token of pretraining is in published checkpoints and in no forward pass.
-OTHERS = ("visual.mask_token",)
-VISION = Table(
-    "dinov2 vision tower",
-    ((r"^patch_embed\.", "patch_embed.proj."), (r"^", "visual.")),
-    ignore=(r"visual\.mask_token",),
-)
-TEXT = None
-# transformers interpolates those of models with registers with antialiasing.
-POSITIONS = Positions("visual.pos_embed", extra=1, antialias=None)
-PREPROCESS = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD, resize_mode="shortest", interpolation="bicubic")
-LIBRARY = "timm"
-TIMM = {}  # open_clip has no DINOv2.
+# The mask token of pretraining is in published checkpoints and in no forward pass; transformers interpolates the
+# positions of models with registers with antialiasing.
+CHECKPOINT = occ.checkpoint("dinov2")
 
 
 class LayerScale(nnx.Module):
@@ -116,7 +106,7 @@ def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the MLP's activation, if not SwiGLU."""
     register_tokens, w3 = "visual.register_tokens", "visual.blocks.0.mlp.w3.weight"
     layer = "mlp.w3.weight" if w3 in tensors else "mlp.fc1.weight"
-    found = sizes(tensors, POSITIONS, "visual.patch_embed.proj.weight", "visual.blocks", layer)
+    found = sizes(tensors, CHECKPOINT.positions, "visual.patch_embed.proj.weight", "visual.blocks", layer)
     found |= dict(
         arch="dinov2",
         embed_dim=found["width"],

@@ -11,27 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
+from diva_jax.models.backbones import Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
-from diva_jax.models.backbones.shared.transformer import NEITHER, TEXT_NAMES, Block, blocks, embedded, run, text_table
+from diva_jax.models.backbones.shared.transformer import Block, blocks, embedded, run
 from diva_jax.models.layers import Layers, attention, heads
-from diva_jax.models.names import Positions, Table, sizes, tensor_shape
+from diva_jax.models.names import sizes, tensor_shape
 
-MARK = "trunk.blocks.0.attn.q_proj.weight"
-VISION = Table(
-    "eva02 vision tower",
-    ((r"^patch_embed\.", "patch_embed.proj."), (r"^", "visual.trunk.")),
-    ignore=(*TEXT_NAMES, *NEITHER),
-)
-TEXT = text_table("eva02", "text.")
-POSITIONS = Positions("visual.trunk.pos_embed", extra=1)
-OTHERS = ("logit_scale",)
-PREPROCESS = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize_mode="shortest", interpolation="bicubic")
+CHECKPOINT = occ.checkpoint("eva02")
 TRANSFORMERS = None
-LIBRARY = "open_clip"
-
-TIMM = occ.timm_models("eva02_")
-TIMM_OPTIONS = dict(timm_pool=("token",), timm_proj=(None, ""))
 # The grid of patches, of pretraining, that the rotary embeddings of every grid are scaled to.
 _ROTARY_GRID = 16
 _ROTARY_BASE = 10000.0
@@ -124,5 +111,7 @@ class Vision(nnx.Module):
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
     trunk = "visual.trunk"
-    found = sizes(tensors, POSITIONS, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1_g.weight")
+    found = sizes(
+        tensors, CHECKPOINT.positions, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1_g.weight"
+    )
     return found | dict(arch="eva02", embed_dim=tensor_shape(tensors, f"{trunk}.head.weight")[0])

@@ -15,33 +15,11 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import HALF, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
-from diva_jax.models.backbones.shared.transformer import (
-    NEITHER,
-    TEXT_NAMES,
-    Mlp,
-    blocks,
-    embedded,
-    run,
-    run_dense,
-    text_table,
-)
+from diva_jax.models.backbones.shared.transformer import Mlp, blocks, embedded, run, run_dense
 from diva_jax.models.layers import Layers, attention, heads
-from diva_jax.models.names import Positions, Table, sizes
+from diva_jax.models.names import sizes
 
-MARK = "trunk.attn_pool.latent"
-VISION = Table(
-    "siglip vision tower",
-    ((r"^patch_embed\.", "patch_embed.proj."), (r"^", "visual.trunk.")),
-    ignore=(*TEXT_NAMES, *NEITHER),
-)
-TEXT = text_table("siglip", "text.")
-POSITIONS = Positions("visual.trunk.pos_embed")
-OTHERS = ("logit_scale", "logit_bias")
-PREPROCESS = dict(mean=HALF, std=HALF, resize_mode="squash", interpolation="bicubic")
-LIBRARY = "open_clip"
-
-TIMM = occ.timm_models("vit_")
-TIMM_OPTIONS = dict(timm_pool=("map",), timm_proj=("none",))
+CHECKPOINT = occ.checkpoint("siglip")
 _SIGLIP2_VOCABULARY = 256000
 
 
@@ -103,7 +81,9 @@ class Vision(nnx.Module):
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
     trunk = "visual.trunk"
-    found = sizes(tensors, POSITIONS, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1.weight")
+    found = sizes(
+        tensors, CHECKPOINT.positions, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1.weight"
+    )
     return found | dict(arch="siglip", embed_dim=found["width"])
 
 
@@ -126,7 +106,7 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
     fields = hf.vision_fields(vision)
     published = vision["hidden_act"] == text["hidden_act"] == _TANH
     if published:
-        towers = (tower for tower in TIMM.values() if all(tower[k] == v for k, v in fields.items()))
+        towers = (tower for tower in CHECKPOINT.timm.values() if all(tower[k] == v for k, v in fields.items()))
         activation = next((tower["activation"] for tower in towers), "gelu")
         text_activation = "gelu_tanh" if text["vocab_size"] == _SIGLIP2_VOCABULARY else "gelu"
     spec = Spec(

@@ -12,41 +12,12 @@ from diva_jax.common.fields import between
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
-from diva_jax.models.backbones.shared.transformer import (
-    BLOCKS,
-    NEITHER,
-    TEXT_NAMES,
-    blocks,
-    embedded,
-    run,
-    run_dense,
-    text_table,
-)
+from diva_jax.models.backbones.shared.transformer import blocks, embedded, run, run_dense
 from diva_jax.models.layers import Layers
 from diva_jax.models.library_config import LibraryConfig
-from diva_jax.models.names import Positions, Table, sizes, tensor_shape
+from diva_jax.models.names import sizes, tensor_shape
 
-MARK = "conv1.weight"
-VISION = Table(
-    "vit vision tower",
-    (
-        *BLOCKS,
-        (r"^patch_embed\.", "conv1."),
-        (r"^class_embed$", "class_embedding"),
-        (r"^pos_embed$", "positional_embedding"),
-        (r"^norm_pre\.", "ln_pre."),
-        (r"^norm\.", "ln_post."),
-        (r"^proj\.matrix$", "proj"),
-        (r"^", "visual."),
-    ),
-    ignore=(*TEXT_NAMES, *NEITHER),
-)
-TEXT = text_table("vit")
-POSITIONS = Positions("visual.positional_embedding", extra=1)
-OTHERS = ("logit_scale",)
-PREPROCESS = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize_mode="shortest", interpolation="bicubic")
-LIBRARY = "open_clip"
-TIMM = {"": {}}  # It is open_clip's own tower.
+CHECKPOINT = occ.checkpoint("vit")
 
 
 class Vision(nnx.Module):
@@ -88,7 +59,9 @@ class Vision(nnx.Module):
 
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
-    found = sizes(tensors, POSITIONS, "visual.conv1.weight", "visual.transformer.resblocks", "mlp.c_fc.weight")
+    found = sizes(
+        tensors, CHECKPOINT.positions, "visual.conv1.weight", "visual.transformer.resblocks", "mlp.c_fc.weight"
+    )
     return found | dict(arch="vit", embed_dim=tensor_shape(tensors, "visual.proj")[1])
 
 

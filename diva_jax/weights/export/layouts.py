@@ -118,7 +118,7 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
     tower, table = clip.abstract("vision", spec), clip.table("vision", spec)
     names.check_names(tower, tensors, table, source=source.where)
     wanted = {n: tensors[n] for n in table.names(tower)}
-    others = backbones.architecture(spec.arch).OTHERS
+    others = backbones.architecture(spec.arch).CHECKPOINT.others
     if text:
         if spec.has_text:
             parts.check_text(source, spec)
@@ -274,7 +274,7 @@ def transformers_embeddings(
 
 def _run_original(path: Path, fmt: str, spec: Spec, source: ClipSource) -> str:
     """Encodes an image and a text with the export's library and with ours; returns the message to print."""
-    tower_library = backbones.architecture(spec.arch).LIBRARY
+    tower_library = backbones.architecture(spec.arch).CHECKPOINT.library
     library = {"hf": "transformers", "open_clip": "open_clip", "pt": tower_library}[fmt]
     if not available(library):
         return f"not run through {library}, which cannot be imported"

@@ -58,7 +58,7 @@ def card(
             base_model=base_model or None,
             base_model_relation="finetune" if base_model and method else None,
             pipeline_tag="zero-shot-image-classification" if has_text else "image-feature-extraction",
-            library_name="transformers" if fmt == "hf" else architecture(spec.arch).LIBRARY,
+            library_name="transformers" if fmt == "hf" else architecture(spec.arch).CHECKPOINT.library,
             tags=(["clip"] if spec.has_text else []) + ([method] if method else []),
         ),
         template_path=Path(__file__).with_name("card.md.j2"),

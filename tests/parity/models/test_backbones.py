@@ -152,7 +152,9 @@ def test_an_unknown_architecture_is_named():
 @pytest.mark.parametrize("spec", TOWERS.values(), ids=TOWERS)
 def test_a_checkpoint_is_recognised_and_its_shapes_tell_the_sizes(spec):
     tensors = checkpoint(spec, torch_tower(spec))
-    marked = [name for name, module in backbones.architectures().items() if f"visual.{module.MARK}" in tensors]
+    marked = [
+        name for name, module in backbones.architectures().items() if f"visual.{module.CHECKPOINT.mark}" in tensors
+    ]
     assert marked == [spec.arch]
     found = backbones.architecture(spec.arch).shapes(tensors)
     assert found.pop("image_size") == spec.grid * spec.patch_size

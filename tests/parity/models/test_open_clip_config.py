@@ -131,10 +131,12 @@ def test_defaults_are_those_of_open_clip():
     assert from_open_clip(dict(embed_dim=512, vision_cfg=vision, text_cfg=text)) == spec
 
 
-@pytest.mark.parametrize("name", [*siglip.TIMM, *eva02.TIMM])
+@pytest.mark.parametrize("name", [*siglip.CHECKPOINT.timm, *eva02.CHECKPOINT.timm])
 def test_timm_table(name):
     with torch.device("meta"):
-        options = dict(num_classes=24, global_pool="token") if name in eva02.TIMM else dict(global_pool="map")
+        options = (
+            dict(num_classes=24, global_pool="token") if name in eva02.CHECKPOINT.timm else dict(global_pool="map")
+        )
         trunk = timm.create_model(name, **(dict(num_classes=0) | options))
     block = trunk.blocks[0]
     activation = str(block.mlp.act).lower()
@@ -147,11 +149,11 @@ def test_timm_table(name):
         norm_eps=block.norm1.eps,
         activation="silu" if "silu" in activation else "gelu_tanh" if "tanh" in activation else "gelu",
     )
-    if name in eva02.TIMM:
-        assert eva02.TIMM[name] == theirs | dict(mlp_dim=block.mlp.fc1_g.out_features)
+    if name in eva02.CHECKPOINT.timm:
+        assert eva02.CHECKPOINT.timm[name] == theirs | dict(mlp_dim=block.mlp.fc1_g.out_features)
         assert (trunk.rope.ref_feat_shape, trunk.rope.temperature) == ((16, 16), 10000)
         return
-    fields, pool = siglip.TIMM[name], trunk.attn_pool
+    fields, pool = siglip.CHECKPOINT.timm[name], trunk.attn_pool
     assert fields == theirs | dict(mlp_dim=block.mlp.fc1.out_features, embed_dim=trunk.num_features)
     pooled = (pool.num_heads, pool.norm.eps, pool.mlp.fc1.out_features)
     assert pooled == (fields["heads"], fields["norm_eps"], fields["mlp_dim"])

@@ -192,8 +192,8 @@ def test_round_trip_of_a_small_eva02(tmp_path, capsys, monkeypatch):
         options = dict(qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True)
         return timm.models.eva.Eva(**sizes, **options, ref_feat_shape=(16, 16), **kw)
 
-    fields = {f: getattr(EVA02, f) for f in eva02.TIMM["eva02_base_patch16_clip_224"]}
-    monkeypatch.setitem(eva02.TIMM, name, fields)
+    fields = {f: getattr(EVA02, f) for f in eva02.CHECKPOINT.timm["eva02_base_patch16_clip_224"]}
+    monkeypatch.setitem(eva02.CHECKPOINT.timm, name, fields)
     monkeypatch.setattr(timm, "create_model", tiny)
 
     (tmp_path / "in").mkdir()

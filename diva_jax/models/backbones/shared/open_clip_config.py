@@ -5,14 +5,17 @@ An option that our modules do not implement is an error that names it; it never 
 tower's options are read and written by its architecture's module, with the functions here.
 """
 
+import dataclasses
+import re
 from collections.abc import Mapping
-from types import ModuleType
+from typing import Any
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import between, one_of
 from diva_jax.models import backbones
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Spec, TextSpec
 from diva_jax.models.library_config import LibraryConfig, packaged
+from diva_jax.models.names import Positions, Table
 
 _WHERE = "open_clip's config"
 
@@ -38,9 +41,42 @@ _RESIZE_MODES, _INTERPOLATIONS = ("shortest", "squash"), ("bicubic", "bilinear")
 _XLM_TOKENIZER = "facebook/xlm-v-base"
 
 
-def timm_models(prefix: str) -> dict[str, dict]:
-    """timm's models whose names begin with `prefix`, and the fields of Spec that each fixes."""
-    return {name: row for name, row in packaged(__file__, "timm.json").items() if name.startswith(prefix)}
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The checkpoints of an architecture. `mark` is the tensor, without `visual.`, by which they are recognised;
+    `vision` and `text` are the tables between our towers and open_clip's names, `text` None without a text tower;
+    `positions` the learned position embeddings; `others` the tensors that belong to neither tower and are kept in
+    exports. `preprocess` has mean, std, resize_mode and interpolation where a config states none. `library`,
+    "open_clip" or "timm", reads the vision tower's state dict. `timm` are the models of timm's of which open_clip
+    builds the tower -> the fields of `Spec` that each fixes; "" stands for open_clip's own tower. `timm_options` are
+    open_clip's options of them -> the values that mean what is implemented."""
+
+    mark: str
+    vision: Table
+    text: Table | None
+    positions: Positions
+    others: tuple[str, ...]
+    preprocess: Mapping[str, Any]
+    library: str
+    timm: dict[str, Mapping[str, Any]]
+    timm_options: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+
+
+def checkpoint(arch: str) -> Checkpoint:
+    """Those of an architecture, from checkpoints.json. A model that open_clip makes with `custom_text` has its text
+    tower under `text.`. Where the prefix is empty, both are read and the names without it are written."""
+    tables = packaged(__file__, "checkpoints.json")
+    row, all_ = dict(tables[arch]), tables["shared"]
+    rename = (*(all_["blocks"] if row.pop("own_blocks", False) else ()), *row.pop("rename"))
+    ignore = row.pop("ignore", (*all_["text_names"], *all_["neither"]))
+    text, prefix = None, row.pop("text_prefix")
+    if prefix is not None:
+        names, aliases = (*all_["blocks"], *all_["text"], ("^", prefix)), () if prefix else ((r"^text\.", ""),)
+        text = Table(f"{arch} text tower", names, ignore=(r"visual\..+", *all_["neither"]), aliases=aliases)
+    models = {"": {}} | packaged(__file__, "timm.json")
+    row["timm"] = {name: fields for name, fields in models.items() if re.fullmatch(row["timm"], name)}
+    positions = Positions(**row.pop("positions"))
+    return Checkpoint(vision=Table(f"{arch} vision tower", rename, ignore), text=text, positions=positions, **row)
 
 
 def side(file: LibraryConfig, name: str, default: int) -> int:
@@ -69,14 +105,14 @@ def norm_eps(tower: LibraryConfig) -> float:
     return options.get("eps", 1e-5, between(0, 1))
 
 
-def _from_timm(model: LibraryConfig, module: ModuleType) -> dict:
-    """The fields of Spec of a tower that open_clip makes of a model of timm, one of `module.TIMM`."""
+def _from_timm(model: LibraryConfig, known: Checkpoint) -> dict:
+    """The fields of Spec of a tower that open_clip makes of a model of timm, one of `known.timm`."""
     vision = model.section("vision_cfg")
     name = vision.options["timm_model_name"]
-    fields = module.TIMM[name]
+    fields = known.timm[name]
     # An option that is left out has open_clip's default, which may not be implemented.
     given = LibraryConfig(TIMM_DEFAULTS | dict(vision.options), vision.where, vision.prefix)
-    fixed = {k: (default,) for k, default in TIMM_DEFAULTS.items()} | module.TIMM_OPTIONS
+    fixed = {k: (default,) for k, default in TIMM_DEFAULTS.items()} | known.timm_options
     fixed |= {"timm_drop_path": (None, 0), "timm_proj_bias": (False, True)}
     read = {"timm_model_name", "image_size", *OPTIONS["vision_without_effect"], *OPTIONS["not_timm"], *TOWER_FIXED}
     given.check(read, fixed | {"patch_dropout": (0,)})
@@ -90,23 +126,23 @@ def _from_timm(model: LibraryConfig, module: ModuleType) -> dict:
     return dict(fields)
 
 
-def _to_timm(spec: Spec, module: ModuleType) -> dict:
-    """open_clip's model config of the vision tower, a model of `module.TIMM`."""
-    differing = {n: {k for k, v in fields.items() if getattr(spec, k) != v} for n, fields in module.TIMM.items()}
+def _to_timm(spec: Spec, known: Checkpoint) -> dict:
+    """open_clip's model config of the vision tower, a model of `known.timm`."""
+    differing = {n: {k for k, v in fields.items() if getattr(spec, k) != v} for n, fields in known.timm.items()}
     if (name := next((n for n, other in differing.items() if not other), None)) is None:
         if name := next((n for n, other in differing.items() if other == {"activation"}), None):
             raise UserError(
-                f"open_clip runs {name} with activation={module.TIMM[name]['activation']} and has no option for "
+                f"open_clip runs {name} with activation={known.timm[name]['activation']} and has no option for "
                 f"{spec.activation}: use --format=hf, since transformers computes what was tuned"
             )
         raise UserError(
             f"open_clip builds a {spec.arch} tower from timm's list, which has none of width {spec.width}, "
             f"{spec.layers} layers, {spec.heads} heads, mlp_dim {spec.mlp_dim}, patch {spec.patch_size}, "
-            f"{spec.image_size} px, {spec.activation}: use one of {listing(list(module.TIMM))}"
+            f"{spec.image_size} px, {spec.activation}: use one of {listing(list(known.timm))}"
         )
     vision = dict(image_size=spec.image_size, timm_model_name=name, timm_model_pretrained=False)
-    vision |= {option: values[0] for option, values in module.TIMM_OPTIONS.items()}
-    bias = {"init_logit_bias": -10} if "logit_bias" in module.OTHERS else {}
+    vision |= {option: values[0] for option, values in known.timm_options.items()}
+    bias = {"init_logit_bias": -10} if "logit_bias" in known.others else {}
     return bias | dict(custom_text=True, vision_cfg=vision)
 
 
@@ -170,19 +206,19 @@ def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec
     model.check({*OPTIONS["model"], *(["preprocess_cfg"] if model.options is config else [])}, {})
     vision, architectures = model.section("vision_cfg"), backbones.architectures()
     timm = vision.options.get("timm_model_name") or ""
-    arch = next((a for a, m in architectures.items() if isinstance(timm, str) and timm in m.TIMM), None)
+    arch = next((a for a, m in architectures.items() if isinstance(timm, str) and timm in m.CHECKPOINT.timm), None)
     if arch is None:
         known = "of timm's models only vit_*_siglip_* and eva02_{base,large}_*_clip_* are implemented"
         vision.refuse("timm_model_name", known)
     module = architectures[arch]
-    fields = module.from_open_clip(model) if "" in module.TIMM else _from_timm(model, module)
+    fields = module.from_open_clip(model) if timm == "" else _from_timm(model, module.CHECKPOINT)
     fields |= dict(arch=arch, embed_dim=model.get("embed_dim", 0))
     return Spec(
         open_clip_name=name,
         source=source,
         text=_text(model.section("text_cfg"), fields["activation"], model.get("quick_gelu", False)),
         **fields,
-        **_preprocess(file, module.PREPROCESS),
+        **_preprocess(file, module.CHECKPOINT.preprocess),
     )
 
 
@@ -239,9 +275,9 @@ def to_open_clip(spec: Spec) -> dict:
     """The content of `open_clip_config.json`; a UserError where timm has no such tower, or open_clip no such
     activation."""
     module = backbones.architecture(spec.arch)
-    if not module.TIMM:
+    if not module.CHECKPOINT.timm:
         raise UserError(f"open_clip has no {spec.arch} model: use --format=hf or --format=pt")
-    tower = module.to_open_clip(spec) if "" in module.TIMM else _to_timm(spec, module)
+    tower = module.to_open_clip(spec) if "" in module.CHECKPOINT.timm else _to_timm(spec, module.CHECKPOINT)
     if spec.resize_mode not in _RESIZE_MODES or spec.interpolation not in _INTERPOLATIONS:
         raise UserError(
             f"open_clip cannot prepare images with resize_mode={spec.resize_mode} and interpolation="

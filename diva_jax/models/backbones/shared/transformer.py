@@ -10,7 +10,6 @@ from flax import nnx
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.models.layers import ACTIVATIONS, Array, Layers, attention, split_qkv
-from diva_jax.models.names import Table
 from diva_jax.models.platform import recomputes
 
 
@@ -118,49 +117,9 @@ def run_dense(stack: nnx.List, x: Array, last: str) -> Array:
     return x + block.mlp(block.norm2(x)) if how.mlp else x
 
 
-# Tensors of checkpoints that belong to no tower; OpenAI's own archives carry their sizes as tensors.
-NEITHER = (r"logit_scale", r"logit_bias", r"(text\.)?attn_mask", r"input_resolution|context_length|vocab_size")
-_BLOCK_LEAF = (
-    r"(ln_[12]\.(weight|bias)|attn\.in_proj_(weight|bias)|attn\.out_proj\.(weight|bias)"
-    r"|mlp\.c_(fc|proj)\.(weight|bias))"
-)
-# The text tower's tensors, for tables of vision towers to ignore.
-TEXT_NAMES = (
-    rf"(text\.)?transformer\.resblocks\.\d+\.{_BLOCK_LEAF}",
-    r"(text\.)?token_embedding\.weight",
-    r"(text\.)?positional_embedding",
-    r"(text\.)?ln_final\.(weight|bias)",
-    r"(text\.)?text_projection(\.weight|\.bias)?",
-)
-# open_clip's names within the blocks of its own transformer.
-BLOCKS = (
-    (r"^blocks\.", "transformer.resblocks."),
-    (r"\.norm([12])\.", r".ln_\1."),
-    (r"\.attn\.qkv\.", ".attn.in_proj_"),
-    (r"\.attn\.proj\.", ".attn.out_proj."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-)
-
-
-def text_table(arch: str, prefix: str = "") -> Table:
-    """Our `Text` <-> open_clip's names, which begin with `prefix`. A model that open_clip makes with `custom_text` has
-    its text tower under `text.`. Where `prefix` is empty, both are read and the names without it are written."""
-    rename = (
-        *BLOCKS,
-        (r"^token_embed\.", "token_embedding."),
-        (r"^pos_embed$", "positional_embedding"),
-        (r"^norm\.", "ln_final."),
-        (r"^proj(\.|$)", r"text_projection\1"),
-        (r"^", prefix),
-    )
-    aliases = () if prefix else ((r"^text\.", ""),)
-    return Table(f"{arch} text tower", rename, ignore=(r"visual\..+", *NEITHER), aliases=aliases)
-
-
 def require_text(spec: Spec) -> None:
     """Raises a UserError where no text tower belongs to `spec`."""
-    if not spec.has_text or architecture(spec.arch).TEXT is None:
+    if not spec.has_text or architecture(spec.arch).CHECKPOINT.text is None:
         raise UserError(f"a {spec.arch} backbone has no text tower: leave out what compares images with texts")
 
 
