@@ -16,6 +16,7 @@ import re
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from diva_jax.common.errors import UserError
+from diva_jax.models.library_config import packaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,31 +45,13 @@ class Chip:
     compiler_options: tuple[tuple[str, str], ...] = ()
 
 
-_G = 2**30
-_MEGACORE = (("chip_config_name", "megacore"),)
-# By default, libtpu 0.0.51 moves collectives of a TPU7x to its sparse cores, in a form of HLO that jaxlib 0.10.2 cannot
-# print. Nearly all of a step's bytes are reduced at its end, where there is no other work for the tensor cores.
-_TENSOR_CORES = tuple(
-    (f"xla_tpu_enable_sparse_core_collective_offload_{name}", "false")
-    for name in ("all_reduce", "all_gather", "reduce_scatter")
-)
-# Key: the part of a topology's name before the colon, e.g. "v5e" of "v5e:4x4".
-CHIPS: dict[str, Chip] = {
-    # Without megacore, the compiler's topology has two devices per chip. On the real machines, a chip is one device.
-    "v4": Chip("TPU v4", 275e12, 1228e9, 32 * _G, int(30.75 * _G), 1.05e9, 6 * 50e9, 4, 128, 3, options=_MEGACORE),
-    "v5e": Chip("TPU v5 lite", 197e12, 819e9, 16 * _G, int(15.75 * _G), 1.5e9, 4 * 50e9, 16, 128, 2),
-    "v5p": Chip("TPU v5", 459e12, 2765e9, 95 * _G, int(95.73 * _G), 1.75e9, 6 * 100e9, 4, 128, 3),
-    "v6e": Chip("TPU v6 lite", 918e12, 1638e9, 32 * _G, int(31.24 * _G), 1.75e9, 4 * 100e9, 16, 256, 2),
-    "tpu7x": Chip(
-        *("TPU7x", 2307e12 / 2, 7380e9 / 2, 96 * _G, int(94.74 * _G), 2.2e9, 6 * 100e9, 4, 256, 3),
-        per_chip=2,
-        compiler_options=_TENSOR_CORES,
-    ),
-}
-_OTHERS = (
-    Chip("NVIDIA H100 80GB HBM3", 989e12, 3350e9, 80 * 10**9),
-    Chip("NVIDIA H200", 989e12, 4800e9, 141 * 10**9),
-)
+_TABLE = packaged(__file__, "chips.json")
+# Key: the part of a topology's name before the colon, e.g. "v5e" of "v5e:4x4". A v4 is one device on the real machines,
+# but two in the compiler's topology without megacore. By default, libtpu 0.0.51 moves collectives of a TPU7x to its
+# sparse cores, in a form of HLO that jaxlib 0.10.2 cannot print; nearly all of a step's bytes are reduced at its end,
+# where there is no other work for the tensor cores.
+CHIPS: dict[str, Chip] = {name: Chip(**row) for name, row in _TABLE["tpus"].items()}
+_OTHERS = tuple(Chip(**row) for row in _TABLE["gpus"])
 # Other names of the same chips, used by some runtimes.
 _ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 

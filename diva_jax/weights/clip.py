@@ -24,8 +24,8 @@ TOWERS = tuple(_MODULES)
 
 
 def table(tower: str, spec: Spec) -> Table:
-    """The table from the tower "vision" to `visual.*`, see the architecture's `CHECKPOINT`; or from "text" to names at the
-    top level for CLIP, else under `text.`; a UserError where there is no text tower."""
+    """The table from the tower "vision" to `visual.*`, see the architecture's `CHECKPOINT`; or from "text" to names at
+    the top level for CLIP, else under `text.`; a UserError where there is no text tower."""
     if tower == "vision":
         return architecture(spec.arch).CHECKPOINT.vision
     require_text(spec)

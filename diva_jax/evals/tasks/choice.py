@@ -2,7 +2,6 @@
 right is in `diva_jax.evals.stats`, how files are read in `diva_jax.evals.choice_layouts`."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from diva_jax.data.images import read_file
 from diva_jax.evals import Settings, encode, stats
 from diva_jax.evals.choice_layouts import LAYOUTS, Item, joined, read_items
 from diva_jax.evals.items import ItemTask, Values, require_count
+from diva_jax.models.library_config import packaged
 
 # Sets with more patterns than this have no score for each.
 _MAX_PATTERNS = 30
@@ -45,21 +45,9 @@ class Metric:
     at_least: int = 1
 
 
-_MATCH = Metric("match", "matches", "match")
-PAIRED = (*(Metric(kind, f"{kind} score", kind) for kind in ("text", "image", "group")), _MATCH)
-_CLASSES = Metric("accuracy", "mean accuracy of the classes", mean_over="class")
-_ITEMS = Metric("items", "accuracy of items")
-_KINDS = {
-    "accuracy": (Metric("accuracy", "accuracy"),),
-    "paired": PAIRED,
-    "by_class": (_CLASSES, _ITEMS),
-    "by_attributes": (dataclasses.replace(_CLASSES, at_least=25), _ITEMS),
-    "controlled": (
-        Metric("single", "single accuracy"),
-        Metric("pair", "pair accuracy", all_of="pair"),
-        Metric("set", "set-of-four accuracy", all_of="set"),
-    ),
-}
+_TABLES = packaged(__file__, "choice.json")
+_KINDS = {kind: tuple(Metric(**row) for row in rows) for kind, rows in _TABLES["metrics"].items()}
+PAIRED = _KINDS["paired"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +62,7 @@ class Published:
     metrics: tuple[Metric, ...]
 
 
-_ROWS = json.loads(Path(__file__).with_name("choice.json").read_text("utf-8"))
-TABLE = {row["file"]: Published(**row | {"metrics": _KINDS[row["metrics"]]}) for row in _ROWS}
+TABLE = {row["file"]: Published(**row | {"metrics": _KINDS[row["metrics"]]}) for row in _TABLES["files"]}
 
 
 def published(path: Path, layout: str) -> list[tuple[Path, Published]]:
@@ -109,7 +96,7 @@ def scored(row: Published, items: list[Item]) -> Iterator[tuple[str, list[Item],
         yield row.name, items, PAIRED[:-1]
     if row.layout == "whatsup":
         yield f"{row.name}_pair", joined(items, "pair"), PAIRED
-        yield f"{row.name}_set", joined(items, "set"), (_MATCH,)
+        yield f"{row.name}_set", joined(items, "set"), PAIRED[-1:]
 
 
 def read_set(file: Path, row: Published, images: str, allow_partial: bool) -> list[Item]:

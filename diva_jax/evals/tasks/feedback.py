@@ -25,6 +25,7 @@ from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import images, sources
 from diva_jax.evals import Outcome, Settings, Task, encode, stats
+from diva_jax.models.library_config import packaged
 from diva_jax.training import workdirs
 from diva_jax.training.step import Program, image_keys
 
@@ -32,21 +33,9 @@ TIMESTEP_BINS = 10
 # Images of one gradient.
 _GROUP_SIZE = 8
 _READER_THREADS = 16
-METRICS = {
-    "loss_own": "diffusion loss, own condition",
-    "gap_other": "condition gap to another image",
-    "gap_text": "condition gap to the text alone",
-    "nats_other": "information of the condition, against another image's",
-    "nats_text": "information of the condition, against the text alone",
-    "gradient_cosine": "cosine of gradients of independent draws",
-    "gradient_snr": "signal-to-noise of the gradient",
-}
+METRICS = packaged(__file__, "feedback.json")["metrics"]
 # What it means that the interval of a metric includes zero.
-_ZERO_MEANS = {
-    "gap_other": "the U-Net does not see which image its condition is of, so its feedback is noise",
-    "gap_text": "the U-Net gains nothing from the image's features over the text alone",
-    "gradient_cosine": "gradients of independent draws do not agree, they are mostly noise",
-}
+_ZERO_MEANS = packaged(__file__, "feedback.json")["zero_means"]
 
 
 @dataclasses.dataclass(frozen=True)

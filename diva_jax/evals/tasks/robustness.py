@@ -14,15 +14,10 @@ from diva_jax.data import labelled
 from diva_jax.evals import Settings
 from diva_jax.evals.items import Classified, require_count, set_and_folder
 from diva_jax.evals.tasks import zeroshot
+from diva_jax.models.library_config import packaged
 
 # Set -> (title, number of classes).
-SETS = {
-    "v2": ("ImageNet-V2", 1000),
-    "a": ("ImageNet-A", 200),
-    "r": ("ImageNet-R", 200),
-    "sketch": ("ImageNet-Sketch", 1000),
-    "objectnet": ("ObjectNet", 113),
-}
+SETS = packaged(__file__, "robustness.json")["sets"]
 # Pixels that are cut off around ObjectNet's images, of which the outermost are red.
 _BORDER = 2
 _MAPPING = "folder_to_objectnet_label.json"

@@ -115,9 +115,6 @@ def shapes(tensors: Mapping) -> dict:
     return found | (dict(activation="swiglu", mlp_dim=tensor_shape(tensors, w3)[1]) if w3 in tensors else {})
 
 
-# transformers' defaults, which its config files leave out.
-_DEFAULTS = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4.0, hidden_act="gelu")
-_DEFAULTS |= dict(layer_norm_eps=1e-6, image_size=224, qkv_bias=True, use_swiglu_ffn=False, use_mask_token=True)
 _PATCH = {"dinov2": 14, "dinov2_with_registers": 16}
 _MODELS = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
 
@@ -131,7 +128,7 @@ def _hidden(width: int, ratio: float, swiglu: bool) -> int:
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
     kind = config["model_type"]
     registers = {"num_register_tokens": 4} if kind == "dinov2_with_registers" else {}
-    c = hf.options(config, _DEFAULTS | dict(patch_size=_PATCH[kind]) | registers, f"{where}: config.json")
+    c = hf.options(config, hf.DEFAULTS["dinov2"] | dict(patch_size=_PATCH[kind]) | registers, f"{where}: config.json")
     for option in ("qkv_bias", "use_mask_token"):
         if not c[option]:
             raise UserError(f"{where} has {option}=false: only models that have it are implemented")

@@ -87,13 +87,6 @@ def shapes(tensors: Mapping) -> dict:
     return found | dict(arch="siglip", embed_dim=found["width"])
 
 
-# transformers' defaults, which its config files leave out.
-_COMMON = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-_COMMON |= dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
-_DEFAULTS = {
-    "vision_config": _COMMON | dict(image_size=224, patch_size=16),
-    "text_config": _COMMON | dict(vocab_size=32000, max_position_embeddings=64),
-}
 _TEXT_RULES = dict(causal=False, pool="last", proj_bias=True, tokenizer="siglip")
 _TANH = hf.ACTIVATIONS["gelu_tanh"]
 
@@ -102,7 +95,7 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
     """See `hf.Layout`. transformers' published configs name tanh's approximation of GELU in both towers. open_clip runs
     the same weights with the exact GELU, but for SigLIP 2's text towers and some vision towers of timm's; so does this
     Spec."""
-    (vision, activation), (text, text_activation) = hf.tower_options(config, _DEFAULTS, where)
+    (vision, activation), (text, text_activation) = hf.tower_options(config, hf.DEFAULTS["siglip"], where)
     fields = hf.vision_fields(vision)
     published = vision["hidden_act"] == text["hidden_act"] == _TANH
     if published:

@@ -105,20 +105,11 @@ def to_open_clip(spec: Spec) -> dict:
     return dict(quick_gelu=spec.activation == "quick_gelu", vision_cfg=vision)
 
 
-# transformers' defaults, which its config files leave out.
-_COMMON = dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, num_hidden_layers=12)
-_DEFAULTS = {
-    "vision_config": _COMMON
-    | dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, image_size=224, patch_size=32),
-    "text_config": _COMMON
-    | dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
-    | dict(vocab_size=49408, max_position_embeddings=77),
-}
 _MODELS = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model"}
 
 
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
-    (vision, activation), (text, text_activation) = hf.tower_options(config, _DEFAULTS, where)
+    (vision, activation), (text, text_activation) = hf.tower_options(config, hf.DEFAULTS["vit"], where)
     if type(eos := text.get("eos_token_id", 49407)) is not int:
         raise UserError(f"{where} has text_config.eos_token_id={brief(eos)}: it must be one id")
     if config["model_type"] == "metaclip_2":

@@ -32,11 +32,7 @@ OPENAI_VOCABULARY = 49408
 _CLIP_CLEAN = {"clean": "lower"}
 _SIGLIP_CLEAN = {"clean": "canonicalize"}
 # The tokenizer that each SigLIP vocabulary belongs to: English, multilingual, SigLIP 2's.
-_SIGLIP_TOKENIZERS = {
-    32000: "timm/ViT-B-16-SigLIP",
-    250000: "timm/ViT-B-16-SigLIP-i18n-256",
-    256000: "timm/ViT-B-16-SigLIP2",
-}
+_SIGLIP_TOKENIZERS = packaged(__file__, "options.json")["siglip_tokenizers"]
 _RESIZE_MODES, _INTERPOLATIONS = ("shortest", "squash"), ("bicubic", "bilinear")
 _XLM_TOKENIZER = "facebook/xlm-v-base"
 
@@ -247,7 +243,7 @@ def _text_cfg(spec: Spec) -> dict:
     )
     if text.tokenizer == "siglip":
         # From a folder open_clip takes the tokenizer files beside the weights, whatever this name is.
-        cfg["hf_tokenizer_name"] = _SIGLIP_TOKENIZERS.get(text.vocab_size, _SIGLIP_TOKENIZERS[32000])
+        cfg["hf_tokenizer_name"] = _SIGLIP_TOKENIZERS.get(str(text.vocab_size), _SIGLIP_TOKENIZERS["32000"])
         cfg["tokenizer_kwargs"] = dict(_SIGLIP_CLEAN)
     elif text.tokenizer == "xlm":
         cfg["hf_tokenizer_name"] = _XLM_TOKENIZER

@@ -74,6 +74,8 @@ def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, A
 _PROCESSORS = {"CLIP": True, "Bit": True, "Siglip": False, "ViT": False}
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # By their numbers in Pillow.
 _PROCESSOR = packaged(__file__, "options.json")["image_processor"]
+# By architecture, what transformers' config files leave out.
+DEFAULTS = packaged(__file__, "options.json")["transformers"]
 
 
 def _side(file: LibraryConfig, name: str, square: bool) -> tuple[int, bool]:
