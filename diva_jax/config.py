@@ -289,10 +289,8 @@ def validate(config: ConfigDict, devices: int) -> None:
     for an unknown field, or values that do not fit together."""
     method, section = objectives.find(config.objective), objectives.section(config.objective)
     if section not in config:
-        raise UserError(
-            f"config.objective={config.objective} has no section config.{section}: make the config with "
-            f"config.default(objective={config.objective!r})"
-        )
+        problem = f"config.objective={config.objective} has no section config.{section}"
+        raise UserError(f"{problem}: make the config with config.default(objective={config.objective!r})")
     evaluation, given = config.eval, config.to_dict()
     del given["eval"]
     fields.check(given, declared(config.objective))

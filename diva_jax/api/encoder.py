@@ -196,10 +196,8 @@ def _as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]
         return [images]
     if isinstance(images, np.ndarray | jax.Array):
         if images.ndim not in (3, 4):
-            raise UserError(
-                f"an array of images has the shape [N, H, W, 3], not {list(images.shape)}: give PIL images of other "
-                "modes, Image.fromarray(x)"
-            )
+            problem = f"an array of images has the shape [N, H, W, 3], not {list(images.shape)}"
+            raise UserError(f"{problem}: give PIL images of other modes, Image.fromarray(x)")
         return np.asarray(images).reshape(-1, *images.shape[-3:])
     return images if hasattr(images, "__getitem__") else list(images)
 
@@ -217,10 +215,8 @@ def as_image(given: ImageLike) -> Image.Image:
         return open_image(data, os.fspath(given))
     array = np.asarray(given)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-        raise UserError(
-            f"an image is a PIL image, a file or an array uint8 [H, W, 3], not {array.dtype} {list(array.shape)}: "
-            f"give {_converted(array)}"
-        )
+        problem = f"an image is a PIL image, a file or an array uint8 [H, W, 3], not {array.dtype} {list(array.shape)}"
+        raise UserError(f"{problem}: give {_converted(array)}")
     return Image.fromarray(array)
 
 

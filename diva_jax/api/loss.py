@@ -162,10 +162,8 @@ class Loss:
         arrays = {"row": np.arange(size, dtype=np.int32)} | {name: np.asarray(a) for name, a in batch.items()}
         for name, (shape, dtype) in {**self.inputs, "row": ((), np.dtype(np.int32))}.items():
             if arrays[name].shape != (size, *shape) or arrays[name].dtype != dtype:
-                raise UserError(
-                    f"the input {name} is {arrays[name].dtype} {list(arrays[name].shape)}: give {dtype} "
-                    f"{[size, *shape]}, as Loss.batch makes it from images"
-                )
+                problem = f"the input {name} is {arrays[name].dtype} {list(arrays[name].shape)}"
+                raise UserError(f"{problem}: give {dtype} {[size, *shape]}, as Loss.batch makes it from images")
         devices = self._mesh.size
         if not size or size % devices:
             raise UserError(f"a batch of {size} cannot be split over {devices} devices: give a multiple of {devices}")

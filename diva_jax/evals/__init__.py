@@ -151,9 +151,7 @@ def parse(section: ConfigDict, wanted: Iterable[str] = ()) -> tuple[Settings, di
     known = default(others).to_dict()
     fields.check(given, declared(modules), "config.eval")
     if bool(given["every"]) != bool(given["data"]):
-        raise UserError(
-            f"config.eval.every={given['every']} with config.eval.data={given['data']}: set both, every to at least 1 "
-            "and data to texts TASK=PATH, or neither"
-        )
+        problem = f"config.eval.every={given['every']} with config.eval.data={given['data']}"
+        raise UserError(f"{problem}: set both, every to at least 1 and data to texts TASK=PATH, or neither")
     settings = fields.parse(Settings, {name: given[name] for name in shared}, "config.eval")
     return settings, {n: ConfigDict(known.get(short(n), {}) | given.get(short(n), {})) for n in wanted}

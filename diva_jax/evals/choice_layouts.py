@@ -63,10 +63,8 @@ class _Row:
         for path in (self.folder / name for name in names):
             if self.is_file(path):
                 return ImageRegion(path, box)
-        raise UserError(
-            f"{self.where}: its image {str(self.folder / names[0])[:300]} does not exist: fetch it, or set "
-            "--config.eval.choice.images to the folder of the images"
-        )
+        problem = f"{self.where}: its image {str(self.folder / names[0])[:300]} does not exist"
+        raise UserError(f"{problem}: fetch it, or set --config.eval.choice.images to the folder of the images")
 
     def item(self, images: list[ImageRegion], words: Sequence[str], groups: Mapping[str, str] | None = None) -> Item:
         """Returns an item whose image i belongs to text i; further texts are wrong alternatives."""

@@ -54,10 +54,8 @@ def set_and_folder(task: str, entry: str, sets: Collection[str]) -> tuple[str, P
 def require_count(where: Path, count: int, published: int, title: str, what: str, option: str) -> None:
     """A UserError where `where` has not as many of `what` ("images") as the published set; `option` allows that."""
     if count != published:
-        raise UserError(
-            f"{where} has {count} {what}, {title} has {published}: fetch the rest, or set --config.eval.{option} to "
-            "score a part"
-        )
+        problem = f"{where} has {count} {what}, {title} has {published}"
+        raise UserError(f"{problem}: fetch the rest, or set --config.eval.{option} to score a part")
 
 
 class ItemTask(Task):

@@ -24,8 +24,7 @@ COSTS = {
     "drift": ("drift", ("cosine",)),
     "probe": ("probe", ("linear_acc1",)),
 }
-# How a formula begins, for one spreadsheet program or another.
-_FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # How a formula begins, for one spreadsheet program or another.
 
 
 def flat(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -82,10 +81,8 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
     try:
         Results.model_validate(results)
     except pydantic.ValidationError as e:
-        raise RunError(
-            f"{folder / 'results.json'} is written, but cannot be reported: {json_files.first_error(e)}: see "
-            "diva_jax/common/results_schema.py for what a task returns"
-        ) from e
+        problem = f"{folder / 'results.json'} is written, but cannot be reported: {json_files.first_error(e)}"
+        raise RunError(f"{problem}: see diva_jax/common/results_schema.py for what a task returns") from e
 
 
 def _figure(s: Mapping[str, Any], unit: str) -> str:

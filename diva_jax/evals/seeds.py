@@ -45,15 +45,11 @@ def check(name: str, members: Sequence[Place]) -> None:
                 "step: name it, WORKDIR:STEP"
             )
         if changed := differences(config, other, workdirs.WHOLE, (*workdirs.RESUMABLE, "seed")):
-            raise UserError(
-                f"--weights={name}=...: {place.source} and {first.source} differ in more than their seed: "
-                f"{listing(changed, 5)}; a group is of runs of one config"
-            )
+            problem = f"--weights={name}=...: {place.source} and {first.source} differ in more than their seed"
+            raise UserError(f"{problem}: {listing(changed, 5)}; a group is of runs of one config")
         if (twin := by_seed.setdefault(other["seed"], place.source)) != place.source:
-            raise UserError(
-                f"--weights={name}=...: {twin} and {place.source} both have seed={other['seed']}: train one of them "
-                "with another, --config.seed=SEED"
-            )
+            problem = f"--weights={name}=...: {twin} and {place.source} both have seed={other['seed']}"
+            raise UserError(f"{problem}: train one of them with another, --config.seed=SEED")
 
 
 def student(after: Sequence[float], before: Sequence[float] = (0.0,)) -> list[float] | None:

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-# Largest number of resampled counts in memory, 32 MB.
-_MAX_COUNTS = 2**22
+_MAX_COUNTS = 2**22  # Largest number of resampled counts in memory, 32 MB.
 
 
 def bootstrap(
@@ -111,8 +110,7 @@ def mean(values: np.ndarray, strata: np.ndarray | None = None) -> float:
 ANSWERS = {"image": "pairs", "text": "texts", "group": "groups", "match": "matches"}
 # Decimals to which cosines are rounded, so that the rounding of embeddings and sums does not turn a tie into an answer.
 _DECIMALS = 7
-# Bounds the sums over cycles; only their sign counts.
-_LARGE = 1e18
+_LARGE = 1e18  # Bounds the sums over cycles; only their sign counts.
 
 
 def rounded(scores: np.ndarray) -> np.ndarray:

@@ -18,8 +18,7 @@ from diva_jax.models.diffusion.presets import LatentCode
 from diva_jax.weights.parts import Part
 
 _PAGE = "see docs/WRITE_AN_OBJECTIVE.md"
-# Metrics of every run.
-_OWN_METRICS = {"grad_norm", "lr"}
+_OWN_METRICS = {"grad_norm", "lr"}  # Metrics of every run.
 # Values of switches: what the models were trained on, and what the authors' code does.
 EXACT, FAITHFUL = "exact", "faithful"
 
@@ -32,10 +31,8 @@ def switch(doc: str, default: str = EXACT) -> Any:
 def check_both_towers(spec: Spec, objective: str) -> None:
     """Raises a UserError where a backbone has no text tower, which the objective trains."""
     if not spec.has_text:
-        raise UserError(
-            f"config.objective={objective} trains a text tower, but the {spec.arch} backbone has none: use a CLIP "
-            "backbone"
-        )
+        problem = f"config.objective={objective} trains a text tower, but the {spec.arch} backbone has none"
+        raise UserError(f"{problem}: use a CLIP backbone")
 
 
 class Pace(NamedTuple):

@@ -103,10 +103,8 @@ def _lora(config: ConfigDict) -> adapters.Lora:
     if own.targets:
         return own
     if arch not in adapters.TARGETS:
-        raise UserError(
-            f"config.genhancer.lora.targets is empty, and the authors adapt no {arch} encoder: name the layers, "
-            f"e.g. {adapters.BLOCKS!r}"
-        )
+        problem = f"config.genhancer.lora.targets is empty, and the authors adapt no {arch} encoder"
+        raise UserError(f"{problem}: name the layers, e.g. {adapters.BLOCKS!r}")
     head_out = arch == "siglip" and config.genhancer.siglip_head_out == EXACT
     return dataclasses.replace(own, targets=adapters.TARGETS[arch] + f"|{adapters.SIGLIP_HEAD}" * head_out)
 
@@ -139,10 +137,8 @@ def validate(config: ConfigDict) -> None:
         raise UserError("config.genhancer.stage1_steps=0 with stage2=none trains nothing: give at least one step")
     size, unit = config.backbone.image_size, 2 * _vae(own.vae).downscale
     if size % unit:
-        raise UserError(
-            f"config.backbone.image_size={size} must be a multiple of {unit}, a token of the denoiser: "
-            f"use {round(size / unit) * unit}"
-        )
+        problem = f"config.backbone.image_size={size} must be a multiple of {unit}, a token of the denoiser"
+        raise UserError(f"{problem}: use {round(size / unit) * unit}")
 
 
 def _vae(section: GenHancerVae) -> LatentCode:

@@ -39,8 +39,7 @@ from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective
 from diva_jax.weights import parts
 
 SECTIONS = ("diffusion",)
-# What is folded into an image's key for the order of its texts; its draws have the first numbers.
-_ORDER = 2**31 - 1
+_ORDER = 2**31 - 1  # What is folded into an image's key for the order of its texts; its draws have the first numbers.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,10 +90,8 @@ def validate(config: ConfigDict) -> None:
     if config.batch_size // config.accum < 2:
         raise UserError("config.salm needs two images per micro-batch for its uniformity: raise config.batch_size")
     if o.teacher == FROZEN and (grid := backbones.spec_of(config, "teacher").grid) != spec.grid:
-        raise UserError(
-            f"config.teacher sees {grid} x {grid} patches and config.backbone {spec.grid} x {spec.grid}: set "
-            f"config.teacher.image_size={spec.grid * config.teacher.patch_size}"
-        )
+        problem = f"config.teacher sees {grid} x {grid} patches and config.backbone {spec.grid} x {spec.grid}"
+        raise UserError(f"{problem}: set config.teacher.image_size={spec.grid * config.teacher.patch_size}")
     if o.teacher == SELF:
         if spec.arch != "vit" or o.layer > spec.layers:
             raise UserError(

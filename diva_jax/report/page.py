@@ -28,8 +28,7 @@ _CURVES = {
     "lr": ("Learning rate", True),
     "images_per_s": ("Images per second", True),
 }
-# Schedules and speeds are read against zero.
-_LINEAR = ("lr", "images_per_s")
+_LINEAR = ("lr", "images_per_s")  # Schedules and speeds are read against zero.
 # Prefixes of keys from evaluations during training, and suffixes of the ends of their intervals.
 _EVALUATED = ("eval/", "feedback/")
 _ENDS = ("/low", "/high")

@@ -18,8 +18,7 @@ from diva_jax.evals.choice_layouts import LAYOUTS, Item, joined, read_items
 from diva_jax.evals.items import ItemTask, Values, require_count
 from diva_jax.models.library_config import packaged
 
-# Sets with more patterns than this have no score for each.
-_MAX_PATTERNS = 30
+_MAX_PATTERNS = 30  # Sets with more patterns than this have no score for each.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,7 @@ from diva_jax.common.fields import at_least, field
 from diva_jax.data import labelled
 from diva_jax.evals import Outcome, Settings, Task, encode, stats
 
-# Images whose neighbours are found at once.
-_QUERY_BATCH = 256
+_QUERY_BATCH = 256  # Images whose neighbours are found at once.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +61,8 @@ class Drift(Task):
         paths = labelled.folder_images(root)
         self.count, self.data = len(paths), str(root.resolve())
         if self.count <= self.k + 1:
-            raise UserError(
-                f"{root} has {self.count} images, too few for {self.k} neighbours of each: give more images, or "
-                "a smaller --config.eval.drift.neighbours"
-            )
+            problem = f"{root} has {self.count} images, too few for {self.k} neighbours of each"
+            raise UserError(f"{problem}: give more images, or a smaller --config.eval.drift.neighbours")
         self.images = labelled.image_files(paths, [None] * self.count, root, rgb=False)
         self.metrics = {
             "effective_rank": {"title": "effective rank", "unit": ""},

@@ -76,10 +76,8 @@ class Judge(Choice):
     def bind(self, config, mesh) -> None:
         """Finds the generator of the config; a UserError where it has none that is conditioned on text alone."""
         if "diffusion" not in config:
-            raise UserError(
-                f"the task judge needs a Stable Diffusion model, and config.objective={config.objective} has none: "
-                "give a config of judge or diva"
-            )
+            problem = f"the task judge needs a Stable Diffusion model, and config.objective={config.objective} has none"
+            raise UserError(f"{problem}: give a config of judge or diva")
         config = config.copy_and_resolve_references().unlock()
         own = {f.name for f in dataclasses.fields(JudgeOptions)} - {f.name for f in dataclasses.fields(ChoiceOptions)}
         config.objective, config.judge = "judge", objectives.default("judge")

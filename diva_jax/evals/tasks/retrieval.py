@@ -12,8 +12,7 @@ from diva_jax.evals import Settings, encode
 from diva_jax.evals.items import ItemTask, Values
 
 _RECALL_AT = (1, 5, 10)
-# Queries that are ranked at once; fixed, so that the rounding of a score depends on nothing else.
-_QUERY_BATCH = 256
+_QUERY_BATCH = 256  # Queries that are ranked at once; fixed, so that the rounding of a score depends on nothing else.
 
 
 def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -152,10 +152,8 @@ def read_labels(path: Path, subject: Set) -> np.ndarray:
     table[list(subject.values)] = np.arange(subject.classes)
     labels = table[values]
     if (strange := labels == _UNKNOWN).any():
-        raise UserError(
-            f"{path} has the unknown label {values[strange][0]}: it is none of {subject.title}'s {subject.classes} "
-            "classes"
-        )
+        problem = f"{path} has the unknown label {values[strange][0]}"
+        raise UserError(f"{problem}: it is none of {subject.title}'s {subject.classes} classes")
     return labels
 
 

@@ -20,12 +20,9 @@ from diva_jax.evals.items import AT, ClassificationTask, Classified, resolved
 
 logger = logging.getLogger(__name__)
 
-# Where a template has the class: CLIP_benchmark's form, or OpenAI's.
-_PLACE = re.compile(r"\{c?\}")
-# A class name that is rather a number or an identifier.
-_CODE = re.compile(r"(class|label|[a-z]?)[-_ ]?[0-9]+", re.I)
-# Factor of the cosines, as in every published evaluation; no answer depends on it.
-LOGIT_SCALE = 100
+_PLACE = re.compile(r"\{c?\}")  # Where a template has the class: CLIP_benchmark's form, or OpenAI's.
+_CODE = re.compile(r"(class|label|[a-z]?)[-_ ]?[0-9]+", re.I)  # A class name that is rather a number or an identifier.
+LOGIT_SCALE = 100  # Factor of the cosines, as in every published evaluation; no answer depends on it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +64,8 @@ def class_names(given: str, images: labelled.Images) -> list[list[str]]:
         names = [names[key] for key in keys]
     first, last = min(images.targets), len(folders) - 1 if folders else max(images.targets)
     if first < 0 or len(names) <= last or (folders and len(names) > len(folders)):
-        raise UserError(
-            f"there are {len(names)} class names, but labels from {first} to {last}: set "
-            "--config.eval.zeroshot.classes=FILE.json with a name for every label"
-        )
+        problem = f"there are {len(names)} class names, but labels from {first} to {last}"
+        raise UserError(f"{problem}: set --config.eval.zeroshot.classes=FILE.json with a name for every label")
     if empty := [label for label, synonyms in enumerate(names) if not all(synonyms)]:
         raise UserError(f"the class name of label {empty[0]} is empty: write it into the list of names")
     codes = [name for synonyms in names for name in synonyms if _CODE.fullmatch(name)]

@@ -260,10 +260,8 @@ def _text_activation(spec: Spec, tower: Mapping) -> dict:
         raise UserError(f"open_clip has no activation={name!r}: use quick_gelu, gelu or gelu_tanh")
     quick = name == "quick_gelu"
     if tower.get("quick_gelu", quick) != quick:
-        raise UserError(
-            f"open_clip has one quick_gelu for both towers: {name} in the text and {spec.activation} in the vision "
-            "tower cannot be written"
-        )
+        problem = "open_clip has one quick_gelu for both towers"
+        raise UserError(f"{problem}: {name} in the text and {spec.activation} in the vision tower cannot be written")
     return {"quick_gelu": True} if quick else {}
 
 
