@@ -5,15 +5,14 @@ import json
 
 import commands
 import eval_data
-import pages
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import torch_setup  # noqa: F401
-from eval_models import transformers_folder
 from records import write_tar, write_tfds
 from specs import DINOV2, GELU, METACLIP2_FOLDER, QUICK, SIGLIP2_FOLDER, SIGLIP_FOLDER
+from torch_models import transformers_folder
 
 from diva_jax import demo
 
@@ -71,7 +70,7 @@ def walked(tmp_path_factory):
     """A folder in which every kind was trained, exported and evaluated: three commands each."""
     root = tmp_path_factory.mktemp("kinds")
     (root / "mine").mkdir()
-    (root / "mine/rotations.py").write_text(pages.blocks("docs/WRITE_AN_OBJECTIVE.md")[0][1])
+    (root / "mine/rotations.py").write_text(commands.blocks("docs/WRITE_AN_OBJECTIVE.md")[0][1])
     (root / "kinds.py").write_text(CONFIG)
     data = write_data(root / "data")
     train, export, evaluate = [], [], []

@@ -6,7 +6,6 @@ import sys
 
 import commands
 import numpy as np
-import pages
 import pytest
 
 PAGE = "docs/WRITE_AN_OBJECTIVE.md"
@@ -17,7 +16,7 @@ FEW = " --config.steps=2 --config.batch_size=8"
 def folder(tmp_path_factory):
     """A folder with the page's module and config."""
     folder = tmp_path_factory.mktemp("mine")
-    module, config = (code for language, code in pages.blocks(PAGE)[:2])
+    module, config = (code for language, code in commands.blocks(PAGE)[:2])
     (folder / "mine").mkdir()
     (folder / "mine/rotations.py").write_text(module)
     (folder / "rotations.py").write_text(config)
@@ -27,9 +26,9 @@ def folder(tmp_path_factory):
 def test_the_page_runs_as_it_stands(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
-    (_, lines), (_, compared), (_, test), (_, loop) = pages.blocks(PAGE)[2:]
+    (_, lines), (_, compared), (_, test), (_, loop) = commands.blocks(PAGE)[2:]
     for line in lines.strip().splitlines():
-        pages.shell(line + FEW * (".main " in line), folder)
+        commands.shell(line + FEW * (".main " in line), folder)
     for name in [n for n in sys.modules if n == "mine" or n.startswith("mine.")]:
         sys.modules.pop(name)
     scope = {}
@@ -62,19 +61,14 @@ BROKEN = {
 
 def test_an_error_inside_names_its_line(folder):
     text = (folder / "mine/rotations.py").read_text()
-    for i, (old, new, _, _) in enumerate(BROKEN.values()):
+    for i, (old, new, want, says) in enumerate(BROKEN.values()):
         assert text.count(old) == 1
         (folder / f"broken{i}").mkdir()
         (folder / f"broken{i}/rotations.py").write_text(text.replace(old, new))
         config = (folder / "rotations.py").read_text().replace("mine.rotations", f"broken{i}.rotations")
         (folder / f"config{i}.py").write_text(config)
-    lines = [
-        [f"--config=config{i}.py", f"--workdir=broken{i}/run", *FEW.split(), "--config.compile_cache="]
-        for i in range(len(BROKEN))
-    ]
-    for i, line in enumerate(lines):
+        line = (f"--config=config{i}.py", f"--workdir=broken{i}/run", *FEW.split(), "--config.compile_cache=")
         code, out, err = commands.run("main", *line, cwd=folder)
-        _, _, want, says = list(BROKEN.values())[i]
         last = err.splitlines()[-1]
         assert code == want and says in last, (list(BROKEN)[i], code, out, err)
         assert re.search(rf"broken{i}/rotations.py:\d+\b", last) and "please report" not in last, last

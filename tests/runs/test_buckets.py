@@ -8,6 +8,7 @@ import threading
 from functools import partial
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
+from unittest import mock
 from urllib.parse import unquote
 
 import commands
@@ -18,14 +19,13 @@ import numpy as np
 import pytest
 from etils import epath
 from gcp_storage_emulator.exceptions import NotFound
-from helpers import refused
+from helpers import failed, refused
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from processes import STEPS, finish, start_all
+from processes import ROTATIONS, STEPS, finish, start_all
 
 from diva_jax import config, report
 from diva_jax.common import paths
-from diva_jax.common.errors import RunError
 from diva_jax.training import checkpoint, compiler, partition, workdirs
 from diva_jax.weights import origins
 
@@ -36,9 +36,7 @@ class Handler(emulator.RequestHandler):
     turn = threading.Lock()
 
     def parse_request(self):
-        if (
-            super().parse_request()
-        ):  # The lock is taken after the request has arrived: idle connections do not block others.
+        if super().parse_request():  # The request has arrived before the lock is taken, so that no idle one blocks it.
             with self.turn:
                 getattr(self, f"do_{self.command}")()
         return False  # done
@@ -113,16 +111,12 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
 
 
 def test_what_is_not_there_is_refused_in_one_sentence(files, bucket):
-    flags = [f"--config=tests/support/e2e_config.py:outside.rotations:{files}", "--workdir=gs://nowhere/run"]
-    code, _, err = commands.run("main", *flags)
+    code, _, err = commands.run("main", f"{ROTATIONS}{files}", "--workdir=gs://nowhere/run")
     assert code == 2 and "gs://nowhere" in err.splitlines()[-1] and "Traceback" not in err, err  # After warnings.
-    for refuse, said in (
-        (lambda: workdirs.RunAt.open("gs://bucket/none"), "holds no run"),
-        (lambda: paths.local("gs://bucket/x", "--out"), "--out=gs://bucket/x must be a folder"),
-        (lambda: origins.find("gs://bucket/clip", "--source"), "mount the bucket"),
-        (lambda: report.write("gs://bucket/none"), "gs://bucket/none is not a folder"),
-    ):
-        refused(said, refuse)
+    refused("holds no run", workdirs.RunAt.open, "gs://bucket/none")
+    refused("--out=gs://bucket/x must be a folder", paths.local, "gs://bucket/x", "--out")
+    refused("mount the bucket", origins.find, "gs://bucket/clip", "--source")
+    refused("gs://bucket/none is not a folder", report.write, "gs://bucket/none")
 
 
 def test_a_bucket_that_vanishes_while_saving(bucket, monkeypatch):
@@ -134,8 +128,8 @@ def test_a_bucket_that_vanishes_while_saving(bucket, monkeypatch):
     assert checkpoint.steps("gs://doomed/run") == [1]
     store.rm("doomed/run", recursive=True)
     store.rmdir("doomed")
-    with pytest.raises(RunError, match="step 2: no checkpoint can be written to gs://doomed/run/checkpoints"):
-        checkpoints.save(2, state, {}, {}, wait=True)
+    says = "step 2: no checkpoint can be written to gs://doomed/run/checkpoints"
+    failed(says, checkpoints.save, 2, state, {}, {}, wait=True)
     checkpoints.close()
 
 
@@ -143,10 +137,9 @@ def test_executables_in_a_bucket(bucket):
     c = config.default()
     program = SimpleNamespace(config=c, mesh=partition.make_mesh(c.mesh), stages=[SimpleNamespace(name="tune")])
     lowered = jax.jit(lambda x: 2 * x + 1).lower(jax.device_put(np.arange(5.0), NamedSharding(program.mesh, P())))
+    facts = compiler.executable_facts(lowered, program)
     refused("aot --save=gs://bucket/saved", compiler.saved_in, "gs://bucket/saved")
-    compiler.save_executable(
-        "gs://bucket/saved", 0, compiler.executable_facts(lowered, program), lowered.compile(), program
-    )
+    compiler.save_executable("gs://bucket/saved", 0, facts, lowered.compile(), program)
     loaded = compiler.load_executable(compiler.saved_in("gs://bucket/saved"), 0, lowered, program)
     given = jax.device_put(np.arange(5.0), NamedSharding(program.mesh, P()))
     np.testing.assert_array_equal(loaded(given), 2 * np.arange(5.0) + 1)
@@ -168,8 +161,5 @@ def test_a_mirror_copies_what_changed(bucket):
 
 
 def test_without_gcsfs(monkeypatch):
-    def missing(self):
-        raise ImportError("no gcsfs")
-
-    monkeypatch.setattr(epath.gpath.PosixGPath, "exists", missing)
+    monkeypatch.setattr(epath.gpath.PosixGPath, "exists", mock.Mock(side_effect=ImportError("no gcsfs")))
     refused(r"pip install -e '.\[gcs\]'", paths.folder, "gs://bucket/run", "--workdir")

@@ -1,12 +1,17 @@
 """The files of configs/ have the published values, are valid, and build the models that they name."""
 
+import functools
+import math
+
 import jax
+import jax.numpy as jnp
 import pytest
 from helpers import refused
 from places import ROOT
 
-from diva_jax import config
+from diva_jax import config, objectives
 from diva_jax.common import config_files
+from diva_jax.data import inputs
 from diva_jax.models import backbones
 from diva_jax.objectives import diva
 from diva_jax.training import partition
@@ -21,14 +26,17 @@ BUILT += ["kuea_vitl14:faithful", "smartclip_vitl14", "comclip_vitl14", "salm_vi
 OTHERS = {
     "kuea": {"vision", "kernel_params"},
     "smartclip": {"vision", "text", "mask_net"},
-    "comclip": {"vision"},
     "salm": {"vision", "adapter"},
-    "judge": {"vision"},
 }
+OTHERS |= {"comclip": {"vision"}, "judge": {"vision"}}
 
 
 def load(name: str):
     return config_files.read(ROOT / "configs" / name)
+
+
+def sampled(names, sample) -> list:
+    return [n if n in sample else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -40,7 +48,7 @@ def test_every_config_is_valid(file):
         assert backbones.spec_of(c) == backbones.TABLE[file.stem]
 
 
-@pytest.mark.parametrize("name", [n if n in BUILT else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", sampled(NAMES, BUILT))
 def test_config_builds_as_shapes(name):
     stem, _, variant = name.partition(":")
     c = load(f"{stem}.py:{variant}")
@@ -54,6 +62,11 @@ def test_config_builds_as_shapes(name):
     if c.objective in OTHERS:
         kernel = {"kernel_params"} if variant else set()
         assert stem.startswith(c.objective) and trained == OTHERS[c.objective] - kernel
+    if c.objective == "smartclip":
+        rate = p.active(0)
+        assert (rate["mask_net/proj/kernel"], rate["text/pos_embed"]) == (1000, 1)
+        assert p.arrays["text/pos_embed"].shape == (248, 768)
+        assert p.objective.inputs["caption"].choose is inputs.first_sentences
     if c.objective in ("diva", "dcr"):
         assert stem in ("tiny", "world") or unet == 865_910_724
         projection, weight = {"diva": ("visual_proj", "kernel"), "dcr": ("projector", "fc1/kernel")}[c.objective]
@@ -64,6 +77,55 @@ def test_config_builds_as_shapes(name):
         assert unet == 865_910_724 + (2 * spec.embed_dim + 1) * 1280 + 1281 * 1280
         assert unet / 1e6 == pytest.approx({768: 869.5, 1024: 870.2}[spec.embed_dim], abs=0.05)
         assert trained == {"vision"}
+        if stem == "unclip_h14":
+            assert p.flops().total() / 1e12 == pytest.approx(8.51, rel=0.003)
+
+
+# Name -> (adapters, biases that stage 2 trains [millions]; TFLOP of an image in stage 2).
+GENHANCER = {"vitl14": (7.11, 0.22, 1.095), "vitl14_336": (7.11, 0.22, 2.538), "metaclip_l14": (7.11, 0.22, 1.095)}
+GENHANCER |= {"metaclip_h14": (11.83, 0.37, 1.451), "siglip_so400m": (8.91, 0.28, 1.214)}
+GENHANCER |= {"siglip_so400m_384": (8.91, 0.28, 3.702)}
+GIB = 2**30
+V5E = 15.75 * GIB  # HBM that is available to a program on one chip.
+
+
+def per_chip(tree) -> int:
+    """Bytes on one device."""
+    shapes = jax.tree.leaves(tree)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * jnp.dtype(a.dtype).itemsize for a in shapes)
+
+
+@pytest.mark.parametrize("name", sampled(GENHANCER, ("vitl14", "siglip_so400m_384")))
+def test_genhancer_at_full_size(name):
+    """Parameters, adapters, FLOPs, and what a chip holds when weights are split over fsdp=16."""
+    c = load(f"genhancer_{name}")
+    assert backbones.spec_of(c) == backbones.TABLE[name] and c.mesh.fsdp == 16
+    p = Program(c, jax.sharding.AbstractMesh((1, 16), ("data", "fsdp")))
+    first, second = p.active(0), p.active(1)
+    count = {part: sum(a.size for n, a in p.arrays.items() if n.startswith(part)) for part in ("denoiser/", "vae/")}
+    assert count == {"denoiser/": 1_310_154_816, "vae/": 34_274_208}
+    assert {n.split("/")[0] for n in first} == {"project_clip", "project_t5", "denoiser"}
+    low_rank = sum(p.arrays[n].size for n in second if "/lora/" in n) / 1e6
+    biases = sum(p.arrays[n].size for n in second if n.endswith("/bias")) / 1e6
+    assert (round(low_rank, 2), round(biases, 2)) == GENHANCER[name][:2]
+    assert len(second) == sum("/lora/" in n or n.endswith("/bias") for n in second)
+    assert p.flops().total() / 1e12 == pytest.approx(GENHANCER[name][2], rel=1e-3)
+    for stage in range(2):
+        state = p.abstract_state(stage)
+        gradients = {n: state["params"][n] for n in p.active(stage)}
+        assert per_chip(state) + per_chip(gradients) + per_chip(p.abstract_frozen()) < 1.5 * GIB < V5E
+    # Without the split, weights, moments and gradients of stage 1 alone would be more than a chip has.
+    assert sum(4 * 4 * p.arrays[n].size for n in first) > V5E
+
+
+def test_adapters_and_passes_of_dcr():
+    p = Program(load("dcr_vitl14"), jax.sharding.AbstractMesh((1, 1), ("data", "fsdp")))
+    sizes = {True: 0, False: 0}
+    for name in p.active(1):
+        sizes["/lora/" in name] += p.arrays[name].size
+    assert sizes == {True: 7_106_560, False: 221_184}
+    # 17 passes, each at 28 x 28 latents; the attention over pixels shrinks more than the rest.
+    assert 0.8 < p.flops()["unet"] / (17 * (28 / 64) ** 2 * 1.671e12) < 1
 
 
 def test_tokens_of_the_eight_conditions():
@@ -74,24 +136,47 @@ def test_tokens_of_the_eight_conditions():
     assert counts.keys() <= {f.stem for f in FILES}
 
 
-def test_what_is_known_of_un2clip():
-    for name in ("unclip_vitl14", "unclip_h14"):
-        c = load(f"{name}.py")
-        assert (c.optim.name, c.optim.lr, c.batch_size, c.diffusion.prompt) == ("adamw", 3e-7, 32, "")
-        assert c.data.image_size == 8 * c.diffusion.unet.sample_size == 768
-    counted = Program(c, jax.sharding.AbstractMesh((1, 1), ("data", "fsdp"))).flops()
-    assert counted.total() / 1e12 == pytest.approx(8.51, rel=0.003)
+ADAMW = dict(name="adamw", weight_decay=0.01, clip=1.0, schedule="constant", decay_all=True)
+LORA = dict(rank=16, alpha=16.0, dropout=0.1, biases=True)
+SGD = dict(name="sgd", lr=1e-4, momentum=0.9, weight_decay=0.0, clip=1.0)
+PLAIN = dict(draws=2, first_timestep=0, end_timestep=0, condition_of="own")
+UNCLIP = dict(optim=dict(name="adamw", lr=3e-7), batch_size=32, diffusion=dict(prompt=""), data=dict(image_size=768))
+BETAS = dict(b1=0.9, b2=0.999, eps=1e-8, warmup_steps=10)
+RECIPES = {
+    "vitl14": dict(batch_size=640, steps=4600, optim=SGD, diva=PLAIN, data=dict(image_size=512), dtype="bfloat16"),
+    "unclip_vitl14": UNCLIP,
+    "unclip_h14": UNCLIP,
+    "genhancer_vitl14": dict(optim=ADAMW | BETAS, batch_size=256, genhancer=dict(lora=LORA)),
+    "dcr_vitl14": dict(optim=ADAMW | dict(lr=1e-5), batch_size=256, dcr=dict(group=16, lora=LORA)),
+    "smartclip_vitl14": dict(batch_size=1024, backbone=dict(text=dict(context_length=248, kept_positions=20))),
+}
+RECIPES["dcr_vitl14"] |= dict(data=dict(image_size=224), diffusion=dict(prompt=""))
+STAGES = {"genhancer_vitl14": [(100_000, 1e-4), (10_000, 1e-5)], "dcr_vitl14": [(100_000, 1e-4), (4600, 1e-5)]}
 
 
-def test_published_recipe():
-    c = load("vitl14.py")
-    o = c.optim
-    assert (o.name, o.lr, o.momentum, o.weight_decay, o.clip) == ("sgd", 1e-4, 0.9, 0.0, 1.0)
-    assert (c.batch_size, c.steps, c.diva.draws, c.data.image_size, c.dtype) == (640, 4600, 2, 512, "bfloat16")
-    free = {"draws": 2, "first_timestep": 0, "end_timestep": 0, "condition_of": "own"}
-    assert {k: v for k, v in c.diva.items() if v != "exact"} == free
-    faithful = load("vitl14.py:faithful")
-    assert {k: v for k, v in faithful.diva.items() if v != "faithful"} == free
+@pytest.mark.parametrize("name", RECIPES)
+def test_published_recipe(name):
+    c, published = load(name), load(name)
+    published.update(RECIPES[name])
+    assert c.to_dict() == published.to_dict()
+    if name in STAGES:
+        assert [(s.steps, s.lr) for s in objectives.stages(c)] == STAGES[name]
+    if name == "smartclip_vitl14":
+        assert math.ceil(c.optim.warmup * c.steps) == 200
+
+
+@pytest.mark.parametrize("name, count", [("vitl14", 5), ("genhancer_vitl14", 4), ("dcr_vitl14", 6), ("kuea_vitl14", 4)])
+def test_the_faithful_variant_differs_in_its_switches_alone(name, count):
+    def flat(tree, path=""):
+        nested = [flat(v, f"{path}{k}.") if isinstance(v, dict) else {path + k: v} for k, v in tree.items()]
+        return functools.reduce(dict.__or__, nested, {})
+
+    exact, faithful = (flat(load(f"{name}.py{variant}").to_dict()) for variant in ("", ":faithful"))
+    differ = [(v, faithful[k]) for k, v in exact.items() if v != faithful[k]]
+    assert differ == [("exact", "faithful")] * count and exact.keys() == faithful.keys()
+    if name == "genhancer_vitl14":
+        warm = [[s.warmup_steps for s in objectives.stages(load(f"{name}.py{v}"))] for v in ("", ":faithful")]
+        assert warm == [[10, 10], [0, 0]]
 
 
 def test_unknown_variants_are_refused():

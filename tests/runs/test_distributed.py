@@ -1,29 +1,35 @@
 """Runs of several processes on this machine, with a process that is stopped, is killed, does not start or has other
-data; and saves that fail."""
+data; the entry point of the image; saves that fail, data that does not come; where compiled programs are kept."""
 
-import errno
 import json
+import os
 import re
 import shutil
 import signal
+import sys
 import time
+from unittest import mock
 
+import commands
 import jax
-import multihost
 import numpy as np
+import processes
 import pytest
 import small
-from commands import wait_for_step
+import yaml
+from commands import launch, wait_for_step
 from e2e_config import get_config
 from etils import epath
 from helpers import failed, refused
 from jax.experimental.compilation_cache import compilation_cache
-from processes import FIELDS, STEPS, finish, free_address, start, start_all
+from places import ROOT
+from processes import FIELDS, ROTATIONS, STEPS, finish, free_address, record, start, start_all
 
 from diva_jax.data import pipeline
 from diva_jax.training import checkpoint, compiler, distributed, loop, metrics, workdirs
 
 BATCH, IMAGES = 8, 24
+TPU = ROOT / "tpu"
 
 
 def run_here(files, workdir) -> None:
@@ -32,7 +38,7 @@ def run_here(files, workdir) -> None:
     config.update_from_flattened_dict(FIELDS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.Batches, "wait", pipeline.Batches.wait)  # `record` replaces it.
-        multihost.record(f"{workdir}.here.rows")
+        record(f"{workdir}.here.rows")
         assert loop.Run(config, workdir).run()
 
 
@@ -85,7 +91,7 @@ def test_one_run_over_two_four_and_one_processes(files, tmp_path):
 def test_a_save_that_fails_on_one_machine_and_a_coordinator_that_falls_silent(files, tmp_path, monkeypatch):
     monkeypatch.setenv("FAILS_ON", "1")
     monkeypatch.setenv("FAILS", "1")
-    fields = ("steps=4000", "mesh.fsdp=2", "mesh.min_shard=64", "checkpoint.every=3", "checkpoint.timeout=8")
+    fields = ("steps=4000", "mesh.fsdp=2", "mesh.min_shard=64", "checkpoint.every=3", "checkpoint.timeout=5")
     two = start_all(files, tmp_path / "run", 2, *(f"--config.{f}" for f in fields))
     printed = wait_for_step(two[0], 14)
     assert re.search(r"^step \d+: saving failed, tried again", printed, re.M)
@@ -122,19 +128,79 @@ def test_the_others_do_not_come(files, tmp_path, index):
     assert len(err.strip().splitlines()) == 1, err
 
 
-@pytest.mark.parametrize(
-    "variables, said",
-    [
-        (("host:1", None, "0"), "JAX_NUM_PROCESSES"),
-        (("host", "2", "0"), "HOST:PORT"),
-        (("host:1", "2", "2"), "JAX_PROCESS_ID=2"),
-    ],
-)
-def test_variables_that_do_not_fit(monkeypatch, variables, said):
+def test_a_preempted_jobset_starts_again_and_finishes(files, tmp_path):
+    """SIGTERM to process 1 of a pod, the shell, reaches its child; both pods fail, so that JobSet starts both again."""
+    flags = " ".join(f"--config.{name}={value}" for name, value in FIELDS.items()) + " --lost_timeout=6"
+    own = dict(PROJECT="p", BUCKET="b", CLUSTER="c", IMAGE="i", FLAGS=f'"{flags}"', WORKDIR=tmp_path / "run", NAME="n")
+    own |= dict(CONFIG=f"{ROTATIONS.removeprefix('--config=')}{files}", ZONE="us-west4-a", TOPOLOGY="v5e:2x4")
+    (tmp_path / "env.sh").write_text("".join(f"{name}={value}\n" for name, value in own.items()))
+    rendered = commands.output(launch(TPU / "gke/run.sh", "render", f"--env={tmp_path / 'env.sh'}"))
+    spec = yaml.safe_load(rendered)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    arguments, count = spec["template"]["spec"]["containers"][0]["args"], spec["completions"]
+    shared = dict(PYTHON=sys.executable, SELFCHECK="0")
+
+    def pods():
+        env = shared | dict(JAX_COORDINATOR_ADDRESS=free_address(), JAX_NUM_PROCESSES=str(count))
+        return [launch(TPU / "train.sh", *arguments, JAX_PROCESS_ID=str(i), **env) for i in range(count)]
+
+    first = pods()
+    wait_for_step(first[0], 2)
+    first[1].terminate()
+    assert [code for code, _, _ in finish(first)] == [75, 75]
+    ends = finish(pods())
+    assert [code for code, _, _ in ends] == [0, 0] and "resumed from the checkpoint of step" in ends[0][1], ends
+    code, _, err = commands.finish(launch(TPU / "train.sh", *arguments, "--config.batch_size=x", **shared))
+    assert code == 2 and err.startswith("error: "), "which ends the JobSet"
+    assert os.access(TPU / "train.sh", os.X_OK)
+
+
+def stalled(files, workdir, reads: int, *more) -> commands.Command:
+    """A run whose reads of data never end after so many."""
+    return commands.start(processes.__file__, f"{ROTATIONS}{files}", f"--workdir={workdir}", *more, READS=str(reads))
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("sig, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_while_data_stalls(files, tmp_path, sig, code):
+    """The run acts within seconds, and nothing is lost."""
+    process, wanted = stalled(files, tmp_path / "run", 30), {"stalled", "step 1/"}
+    while wanted and (line := next(process.stdout, "")):
+        wanted -= {text for text in wanted if line.startswith(text)}
+    process.send_signal(sig)
+    began = time.monotonic()
+    found, out, err = commands.finish(process, 60)
+    assert found == code and time.monotonic() - began < 30 and "Traceback" not in err, (out, err)
+    assert f"{sig.name}: saved step" in out and checkpoint.latest_step(tmp_path / "run"), (out, err)
+    assert (err.strip().splitlines()[-1:] == ["interrupted"]) == (sig == signal.SIGINT), err
+
+
+@pytest.mark.attack
+def test_a_read_that_stalls_is_named(files, tmp_path):
+    process = stalled(files, tmp_path / "run", 30, "--config.data.stall_timeout=3")
+    code, _, err = commands.finish(process, 200)
+    assert code == 1 and "config.data.stall_timeout=3" in err and ".tar/" in err and "Traceback" not in err, err
+
+
+@pytest.mark.attack
+def test_sigterm_before_training_starts(files, tmp_path):
+    process = stalled(files, tmp_path / "run", 10**6)
+    assert next(process.stdout).startswith("outside.rotations: ")  # The weights are loaded next.
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    code, out, err = commands.finish(process, 60)
+    assert code == 0 and "SIGTERM: " in out and "Traceback" not in err and time.monotonic() - began < 30, (out, err)
+
+
+VARIABLES = {("host:1", None, "0"): "JAX_NUM_PROCESSES", ("host", "2", "0"): "HOST:PORT"}
+VARIABLES |= {("host:1", "2", "2"): "JAX_PROCESS_ID=2"}
+
+
+@pytest.mark.parametrize("variables", VARIABLES)
+def test_variables_that_do_not_fit(monkeypatch, variables):
     for name, value in zip(("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"), variables, strict=True):
         if value is not None:
             monkeypatch.setenv(f"JAX_{name}", value)
-    refused(said, distributed.initialise, 1, 10)
+    refused(VARIABLES[variables], distributed.initialise, 1, 10)
 
 
 def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
@@ -144,51 +210,8 @@ def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
     assert distributed.initialise(1, 10) is False
 
 
-STATE = {"x": np.arange(3.0)}
-
-
-@pytest.fixture
-def checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_RETRY_AFTER_S", (0.01, 0.01))
-    c = checkpoint.Checkpoints(tmp_path, keep=1)
-    c.save(1, STATE, {}, {}, wait=True)
-    return c
-
-
-def fail_to_write(monkeypatch, times: int) -> list:
-    """Simulates a full disk for this number of saves, in orbax's writing thread."""
-    write, failed = checkpoint.ocp.JsonCheckpointHandler._save_fn, []
-
-    async def full(self, *args):
-        if len(failed) < times:
-            failed.append(1)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        await write(self, *args)
-
-    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "_save_fn", full)
-    return failed
-
-
-def test_a_save_that_fails_is_made_up_for(checkpoints, tmp_path, monkeypatch, capfd):
-    failed = fail_to_write(monkeypatch, 1)
-    checkpoints.save(2, STATE, {}, {})  # Fails in the background.
-    checkpoints.save(3, STATE, {}, {})
-    assert failed and "step 3: saving failed, tried again" in capfd.readouterr().out
-    assert checkpoint.steps(tmp_path) == [3]
-    checkpoints.close()
-
-
-def test_a_bucket_that_is_gone(checkpoints, tmp_path):
-    shutil.rmtree(tmp_path / "checkpoints")
-    (tmp_path / "checkpoints").write_text("now a file, in which no folder can be made")
-    failed("step 2: no checkpoint can be written to .*checkpoints", checkpoints.save, 2, STATE, {}, {}, wait=True)
-    checkpoints.close()
-
-
 def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    full = mock.Mock(side_effect=OSError("No space left on device"))
     monkeypatch.setattr(metrics.Writer, "write", full)
     config = get_config(f"outside.rotations:{files}")
     config.update_from_flattened_dict(FIELDS)
@@ -212,61 +235,41 @@ def cache_settings(monkeypatch):
 def test_the_step_is_compiled_once_for_every_schedule_and_workdir(tmp_path, monkeypatch, cache_settings):
     """A second start, and a run of other steps, peak and warm-up in another workdir, find it in the user's cache."""
     events = []
-
-    def listen(event, **_):
-        events.append(event)
-
+    listen = lambda event, **_: events.append(event)  # noqa: E731
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     jax.monitoring.register_event_listener(listen)
     try:
-        for i, (found, fields) in enumerate(
-            [
-                ("cache_misses", {}),
-                ("cache_hits", {}),
-                ("cache_hits", {"steps": 37, "optim__lr": 3e-5, "optim__warmup": 0.0}),
-            ]
-        ):
+        for i, fields in enumerate(({}, {}, {"steps": 37, "optim__lr": 3e-5, "optim__warmup": 0.0})):
             compiler.use_cache("auto", epath.Path(tmp_path / f"run{i}"))
             compilation_cache.reset_cache()  # Without this, jax keeps using its first folder.
             p = small.program(small.with_fields(get_config("outside.rotations:none"), fields))
             lowered = p.step(0).lower(p.abstract_state(0), p.abstract_frozen(), p.abstract_batch())
             events.clear()
             lowered.compile()
-            assert f"/jax/compilation_cache/{found}" in events, fields
+            assert f"/jax/compilation_cache/cache_{'hits' if i else 'misses'}" in events, fields
     finally:
         jax.monitoring.unregister_event_listener(listen)
     assert list((tmp_path / "cache" / "diva_jax" / "compiled").iterdir())
 
 
 def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, cache_settings):
-    def where(setting, workdir, **env):
+    (tmp_path / "file").write_text("")
+    variable = {"JAX_COMPILATION_CACHE_DIR": "x"}
+    for setting, workdir, env, kept in (
+        ("auto", f"{tmp_path}/a", {}, f"{tmp_path}/diva_jax/compiled"),
+        ("auto", "gs://bucket/runs/a", {}, "gs://bucket/runs/a/cache/compiled"),
+        ("auto", "gs://bucket/runs/a", variable, "gs://bucket/runs/a/cache/compiled"),
+        ("auto", f"{tmp_path}/a", variable, "before"),
+        ("auto", f"{tmp_path}/a", {"XDG_CACHE_HOME": f"{tmp_path}/file"}, f"{tmp_path}/a/cache/compiled"),
+        (f"{tmp_path}/mine", f"{tmp_path}/a", {}, f"{tmp_path}/mine"),
+        ("", f"{tmp_path}/a", {}, "before"),
+    ):
         jax.config.update("jax_compilation_cache_dir", "before")
         with monkeypatch.context() as m:
-            m.setenv("XDG_CACHE_HOME", str(tmp_path))
-            for name, value in env.items():
+            for name, value in ({"XDG_CACHE_HOME": str(tmp_path)} | env).items():
                 m.setenv(name, value)
             compiler.use_cache(setting, epath.Path(workdir))
-        return jax.config.jax_compilation_cache_dir
-
-    (tmp_path / "file").write_text("")
-    kept = {
-        "user": where("auto", tmp_path / "a"),
-        "bucket": where("auto", "gs://bucket/runs/a"),
-        "bucket and variable": where("auto", "gs://bucket/runs/a", JAX_COMPILATION_CACHE_DIR="x"),
-        "variable": where("auto", tmp_path / "a", JAX_COMPILATION_CACHE_DIR="x"),
-        "home cannot be written": where("auto", tmp_path / "a", XDG_CACHE_HOME=str(tmp_path / "file")),
-        "given": where(str(tmp_path / "mine"), tmp_path / "a"),
-        "none": where("", tmp_path / "a"),
-    }
-    assert kept == {
-        "user": f"{tmp_path}/diva_jax/compiled",
-        "bucket": "gs://bucket/runs/a/cache/compiled",
-        "bucket and variable": "gs://bucket/runs/a/cache/compiled",
-        "variable": "before",
-        "home cannot be written": f"{tmp_path}/a/cache/compiled",
-        "given": f"{tmp_path}/mine",
-        "none": "before",
-    }
+        assert jax.config.jax_compilation_cache_dir == kept, (setting, workdir, env)
 
 
 def test_a_workdir_that_the_machines_do_not_share(tmp_path, monkeypatch):

@@ -17,9 +17,8 @@ from helpers import refused
 from jax.experimental.compilation_cache import compilation_cache
 
 from diva_jax import config
-from diva_jax.common.errors import UserError
 from diva_jax.costs import chips
-from diva_jax.training import compiler, partition, step
+from diva_jax.training import compiler, step
 from diva_jax.training.step import Steps
 
 
@@ -88,18 +87,18 @@ def consistent(saved, data):
     return HOSTILE
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (lambda saved, data: HOSTILE, "has not the checksum"),
-        (lambda saved, data: data[:-1] + bytes([data[-1] ^ 1]), "has not the checksum"),
-        (lambda saved, data: data + b"0", "more than the"),
-        (consistent, "of another step: the code"),
-        (lambda saved, data: saved["facts"].update(jax="0.1"), "jax ('0.1' there, '"),
-        (lambda saved, data: saved.update(size=-1), "size is -1"),
-        (lambda saved, data: saved.pop("facts") and None, "no 'facts'"),
-    ],
-)
+CHANGES = [
+    (lambda saved, data: HOSTILE, "has not the checksum"),
+    (lambda saved, data: data[:-1] + bytes([data[-1] ^ 1]), "has not the checksum"),
+    (lambda saved, data: data + b"0", "more than the"),
+    (consistent, "of another step: the code"),
+    (lambda saved, data: saved["facts"].update(jax="0.1"), "jax ('0.1' there, '"),
+    (lambda saved, data: saved.update(size=-1), "size is -1"),
+    (lambda saved, data: saved.pop("facts") and None, "no 'facts'"),
+]
+
+
+@pytest.mark.parametrize("change, said", CHANGES)
 def test_what_does_not_belong_to_it_is_not_unpickled(folder, tmp_path, monkeypatch, capfd, change, said):
     p = small.program(step_config(), 2)
     monkeypatch.setattr(compiler.serialize_executable, "deserialize_and_load", lambda *a: pytest.fail("unpickled"))
@@ -108,57 +107,43 @@ def test_what_does_not_belong_to_it_is_not_unpickled(folder, tmp_path, monkeypat
     assert told.startswith("compiling, since ") and said in told and told.count("\n") == 1, told
 
 
-@pytest.mark.parametrize(
-    "fields, devices, said",
-    [
+def test_the_line_says_what_differs(folder, capfd, tmp_path):
+    for fields, devices, said in (
         (dict(optim__clip=3.0), 2, "config.optim.clip (1.0 there, 3.0 here)"),
         ({}, 1, "the devices ('2 x cpu' there, '1 x cpu' here)"),
-    ],
-)
-def test_the_line_says_what_differs(folder, capfd, fields, devices, said):
-    p = small.program(step_config(**fields), devices)
-    assert compiler.load_executable(folder, 0, lowered(p), p) is None
-    assert said in capfd.readouterr().out
+    ):
+        p = small.program(step_config(**fields), devices)
+        assert compiler.load_executable(folder, 0, lowered(p), p) is None
+        assert said in capfd.readouterr().out
+    refused("aot --save", compiler.saved_in, str(tmp_path))
 
 
-def test_a_folder_without_executables_is_refused(tmp_path):
-    with pytest.raises(UserError, match="aot --save"):
-        compiler.saved_in(str(tmp_path))
+def test_options_are_the_row_of_the_chip(monkeypatch):
+    """A TPU without a row has an empty set of options; for CPUs and GPUs there is none."""
 
+    def options(setting, kind="TPU v99", platform="tpu"):
+        return compiler.options(setting, SimpleNamespace(platform=platform, device_kind=kind))
 
-@pytest.mark.parametrize("chip", chips.CHIPS.values(), ids=list(chips.CHIPS))
-def test_auto_is_the_row_of_the_chip(chip, monkeypatch):
-    device = SimpleNamespace(platform="tpu", device_kind=chip.kind)
-    assert compiler.options("auto", device) == dict(chip.compiler_options)
+    for chip in chips.CHIPS.values():
+        assert options("auto", chip.kind) == dict(chip.compiler_options)
     row = dataclasses.replace(chip, compiler_options=(("a", "1"),))
     monkeypatch.setattr(chips, "CHIPS", {"one": row})
-    assert compiler.options("auto", device) == {"a": "1"}
-    assert compiler.options("b=2", device) == {"b": "2"}
-    assert compiler.options("", device) == {}
-
-
-def test_other_devices_have_none():
-    """A TPU without a row has an empty set of options; for CPUs and GPUs there is none."""
-    assert compiler.options("auto", SimpleNamespace(platform="tpu", device_kind="TPU v99")) == {}
+    found = [options(setting, chip.kind) for setting in ("auto", "b=2", "")]
+    assert found == [{"a": "1"}, {"b": "2"}, {}] and options("auto") == {}
     for setting in ("auto", "", "xla_tpu_rwb_fusion=false"):
-        for platform in ("cpu", "gpu"):
-            assert compiler.options(setting, SimpleNamespace(platform=platform, device_kind="any")) is None
+        assert options(setting, "any", "cpu") is None and options(setting, "any", "gpu") is None
 
 
 def test_the_form_of_options():
     assert compiler.parse("") == {}
     assert compiler.parse("a=1, b=false") == {"a": "1", "b": "false"}
     for bad in ("a", "a=", "=1", "a=1,", "a=1=2", "a=1,a=2", ","):
-        c = small.small_config()
-        c.compiler_options = bad
+        c = small.small_config(compiler_options=bad)
         refused("config.compiler_options=.*NAME=VALUE", config.validate, c, 1)
 
 
 def test_the_step_is_jitted_with_them(monkeypatch):
-    c = small.small_config()
-    c.compiler_options = "a=1"
-    program = step.Program(c, partition.make_mesh(c.mesh))
-    given = []
+    program, given = small.program(small.small_config(compiler_options="a=1"), 8), []
     monkeypatch.setattr(compiler, "options", lambda setting, device: given.append((setting, device)) or {"b": "2"})
     monkeypatch.setattr(step.jax, "jit", lambda fn, **kw: kw)
     assert program.step(0).jitted["compiler_options"] == {"b": "2"}

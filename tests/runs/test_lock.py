@@ -1,6 +1,7 @@
 """Tests of the lock of a workdir: one trainer, and no lock that a killed run leaves behind for ever."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -21,9 +22,8 @@ from diva_jax.training.distributed import Lock
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(distributed, "RENEWAL_INTERVAL_S", 0.05)
-    monkeypatch.setattr(distributed, "STALE_AFTER_S", 0.6)
-    monkeypatch.setattr(distributed, "SETTLED_AFTER_S", 0.1)
+    for name, seconds in (("RENEWAL_INTERVAL_S", 0.05), ("STALE_AFTER_S", 0.6), ("SETTLED_AFTER_S", 0.1)):
+        monkeypatch.setattr(distributed, name, seconds)
 
 
 def write(folder, **owner):
@@ -45,15 +45,13 @@ def test_a_lock_is_renewed_and_removed(tmp_path):
 @pytest.mark.parametrize("owner", [{"host": "elsewhere", "pid": 12}, {"host": socket.gethostname(), "pid": 2**22}])
 def test_an_owner_that_renews_is_named_whatever_its_pid(tmp_path, owner):
     """A process in another namespace of this machine has a pid that means nothing here."""
-    write(tmp_path, **owner, kernel="of another namespace")
-    stop = threading.Event()
+    stop, beats = threading.Event(), itertools.count()
 
     def renew():
-        beat = 0
         while not stop.wait(0.05):
-            beat += 1
-            write(tmp_path, **owner, kernel="of another namespace", beat=beat)
+            write(tmp_path, **owner, kernel="of another namespace", beat=next(beats))
 
+    write(tmp_path, **owner, kernel="of another namespace")
     thread = threading.Thread(target=renew)
     thread.start()
     try:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import small
-from e2e_config import get_config
+from e2e_config import WORLD, get_config
 from helpers import failed, refused
 from places import SUPPORT
 
@@ -21,14 +21,14 @@ from diva_jax.training.loop import Run
 TOTAL = 14
 
 
-def start(files, workdir, *more):
-    return commands.start("main", f"--config={SUPPORT}/e2e_config.py:{files}", f"--workdir={workdir}", *more)
+def start(config, workdir, *more):
+    return commands.start("main", f"--config={SUPPORT}/e2e_config.py:{config}", f"--workdir={workdir}", *more)
 
 
-def final_state(files, workdir) -> dict[str, np.ndarray]:
-    p = small.program(get_config(str(files)))
+def final_state(config, workdir) -> dict[str, np.ndarray]:
+    p = small.program(get_config(str(config)))
     assert checkpoint.latest_step(workdir) == TOTAL
-    state, data, _ = checkpoint.restore(workdir, TOTAL, p.abstract_state(1))
+    state, data, _ = checkpoint.restore(workdir, TOTAL, p.abstract_state(len(p.stages) - 1))
     assert data["batches"] == TOTAL
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
 
@@ -45,12 +45,8 @@ def test_a_run_reports_what_it_does(files, uninterrupted):
     projection = [int(n.replace(",", "")) for n in re.findall(r"^visual_proj +([\d,]+) ", out, re.M)]
     assert tables[0] == projection[0] > 0 and tables[1] > tables[0]  # The first stage trains the projection alone.
     assert "stage visual_proj: steps 0 to 2" in out and "stage tune: steps 2 to 14" in out
-    lines = re.findall(
-        r"^step (\d+)/14  loss [\d.]+  grad [\d.e+-]+  lr [\d.e+-]+  [\d.]+ images/s  data wait \d+%  ETA \d+:\d\d$",
-        out,
-        re.M,
-    )
-    assert [int(n) for n in lines] == list(range(1, TOTAL + 1))
+    line = r"^step (\d+)/14  loss [\d.]+  grad [\d.e+-]+  lr [\d.e+-]+  [\d.]+ images/s  data wait \d+%  ETA \d+:\d\d$"
+    assert [int(n) for n in re.findall(line, out, re.M)] == list(range(1, TOTAL + 1))
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, TOTAL + 1))
     assert {"loss", "grad_norm", "lr", "images_per_s", "data_wait", "broken_images"} <= set(rows[0])
@@ -68,24 +64,38 @@ def test_a_finished_run_is_extended(files, uninterrupted, tmp_path):
     assert steps == list(range(1, 16))
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, sig):
-    step = random.SystemRandom().randint(1, TOTAL - 3)
-    process = start(files, tmp_path / "run")
-    commands.signal_at(process, step, sig)
+def interrupted(config, workdir, step: int, sig: signal.Signals) -> int | None:
+    """Sends a signal at a step; returns the step of the newest checkpoint."""
+    process = start(config, workdir)
+    commands.wait_for_step(process, step)
+    process.send_signal(sig)
     code, _, err = commands.finish(process)
-    assert code == (0 if sig == signal.SIGTERM else -sig), err
-    assert not (tmp_path / "run" / "done").exists()
-    saved = checkpoint.latest_step(tmp_path / "run")
-    if sig == signal.SIGTERM:
-        assert saved >= step
-    out = commands.output(start(files, tmp_path / "run"))
+    assert code == (0 if sig == signal.SIGTERM else -sig) and not (workdir / "done").exists(), err
+    return checkpoint.latest_step(workdir)
+
+
+@pytest.mark.parametrize("objective", ["", *WORLD])
+def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, objective):
+    """DIVA's by SIGTERM, and then as the others by SIGKILL, at any step."""
+    config, workdir, (whole, printed) = files, tmp_path / "run", uninterrupted
+    first, rng = 1, random.SystemRandom()
+    if objective:
+        config, whole = f"{objective}:", tmp_path / "whole"
+        printed = commands.output(start(config, whole))
+    else:
+        first = rng.randint(1, TOTAL - 5)
+        assert (saved := interrupted(config, workdir, first, signal.SIGTERM)) >= first
+        first = saved + 1
+    said = "compares the images of a micro-batch with each other: 8 at once, not the 16 of a step"
+    assert (said in printed) == (objective == "comclip")
+    saved = interrupted(config, workdir, step := rng.randint(first, TOTAL - 3), signal.SIGKILL)
+    out = commands.output(start(config, workdir))
     assert (f"checkpoint of step {saved}" in out) == (saved is not None)
-    ours, whole = final_state(files, tmp_path / "run"), final_state(files, uninterrupted[0])
-    assert set(ours) == set(whole)
-    for name, array in whole.items():
+    ours, want = final_state(config, workdir), final_state(config, whole)
+    assert set(ours) == set(want) and any("adapter/" in n for n in ours) == (objective == "salm")
+    for name, array in want.items():
         np.testing.assert_array_equal(ours[name], array, err_msg=f"{name}, interrupted at step {step}")
-    rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, TOTAL + 1))
 
 
@@ -104,21 +114,17 @@ def test_not_finite_stops_with_the_step_and_keeps_the_last_checkpoint(files, tmp
     c.optim.warmup = 0.4  # The first step's learning rate is 0, so its checkpoint is good.
     c.checkpoint.every = 1
     failed(r"step \d+: .*not finite", lambda: Run(c, tmp_path).run())
-    kept = checkpoint.latest_step(tmp_path)
-    assert kept is not None
-    p = small.program(c)
-    state, _, _ = checkpoint.restore(tmp_path, kept, p.abstract_state(0))
+    assert (kept := checkpoint.latest_step(tmp_path)) is not None
+    state, _, _ = checkpoint.restore(tmp_path, kept, small.program(c).abstract_state(0))
     assert all(np.isfinite(np.asarray(a)).all() for a in state["params"].values())
 
 
 BAD = {
-    "missing data": ({"data.path": "nowhere"}, "config.data.path"),
     "empty data": ({"data.path": "{empty}"}, "config.data.path"),
     "batch and devices": ({"batch_size": 9}, "config.batch_size=9"),
     "another architecture": ({"backbone.layers": 3}, "layers is 2 there and 3 in the config"),
     "another U-Net": ({"diffusion.unet.cross_attention_dim": 32}, "diffusion.unet"),
     "idle pattern": ({"trainable": (("vision/.*", 1.0), ("typo/.*", 1.0), (".*", 0.0))}, "'typo/.*'"),
-    "missing weights": ({"backbone.source": "nowhere"}, "config.backbone.source"),
     "another run's workdir": ({"optim.lr": 1.0}, "optim.lr"),
 }
 
@@ -129,9 +135,7 @@ def test_bad_input_is_refused_before_anything_is_written(files, uninterrupted, t
     (tmp_path / "empty").mkdir()
     c = get_config(str(files))
     c.accum = 1  # This process has eight devices.
-    for name, value in fields.items():
-        value = value.format(empty=tmp_path / "empty") if isinstance(value, str) else value
-        c.update_from_flattened_dict({name: value})
+    c.update_from_flattened_dict({n: str(tmp_path / "empty") if v == "{empty}" else v for n, v in fields.items()})
     workdir = uninterrupted[0] if what == "another run's workdir" else tmp_path / "new"
     before = sorted(uninterrupted[0].rglob("*"))
     refused(re.escape(named), lambda: Run(c, workdir).run())

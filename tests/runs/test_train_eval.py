@@ -3,15 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 import small
 from eval_data import encoded, patch
+from helpers import refused
+from places import SUPPORT
 from processes import finish, start_all
 
-from diva_jax.common.errors import UserError
 from diva_jax.common.results_schema import Task
 from diva_jax.evals import encode, evaluator
 from diva_jax.report import page
@@ -21,6 +23,7 @@ from diva_jax.training.loop import Run
 from diva_jax.weights import origins
 
 TOTAL = 5
+CONFIG = f"--config={SUPPORT}/e2e_config.py:"
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +35,9 @@ def photos(tmp_path_factory):
 
 
 def config(files, **fields):
-    c = small.small_config(steps=TOTAL, batch_size=8, checkpoint__every=2, log__every=1, **fields)
-    c.backbone.source, c.diffusion.source = f"{files}/clip", f"{files}/stable-diffusion"
-    c.data.path, c.data.threads = f"{files}/photos", 2
-    return c
+    first = dict(steps=TOTAL, batch_size=8, checkpoint__every=2, log__every=1, data__path=f"{files}/photos")
+    first |= dict(backbone__source=f"{files}/clip", diffusion__source=f"{files}/stable-diffusion", data__threads=2)
+    return small.small_config(**first, **fields)
 
 
 def evaluating(files, photos):
@@ -75,7 +77,7 @@ def test_two_processes_have_the_same_losses_and_scores(ran, files, photos, tmp_p
     fields = ["steps=5", "condition.warmup_steps=0", "eval.every=5", "eval.batch_size=8"]
     fields += ["eval.feedback.images=9", "eval.feedback.draws=2"]
     fields += [f"eval.data=feedback={files}/photos", f"eval.data=drift={photos}"]  # A tuple field: given twice.
-    ends = finish(start_all(files, tmp_path / "two", 2, *(f"--config.{f}" for f in fields), config=""))
+    ends = finish(start_all(files, tmp_path / "two", 2, *(f"--config.{f}" for f in fields), config=CONFIG))
     assert [code for code, _, _ in ends] == [0, 0], ends
     losses = [[r["loss"] for r in rows(workdir) if "loss" in r] for workdir in (tmp_path / "two", ran)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -93,9 +95,8 @@ def test_rows_of_evaluations(ran):
         assert all(np.isfinite(v) for v in row.values())
         low, value, high = (row[f"feedback/gap_other{end}"] for end in ("/low", "", "/high"))
         assert low < value < high
-        assert {"feedback/loss_own", "feedback/gap_text", "feedback/gradient_cosine", "eval/drift/cosine/low"} <= set(
-            row
-        )
+        scores = {"feedback/loss_own", "feedback/gap_text", "feedback/gradient_cosine", "eval/drift/cosine/low"}
+        assert scores <= set(row)
         assert sum(k.startswith("feedback_by_timestep/gap_text/") and k.endswith("/low") for k in row) == 10
     assert found[0]["eval/drift/cosine"] == pytest.approx(1) and found[5]["eval/drift/cosine"] < 0.99999
     assert found[5]["feedback/loss_own"] != found[0]["feedback/loss_own"]
@@ -155,20 +156,15 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
 
 
 def test_bad_data_is_refused_before_anything_is_written(files, tmp_path):
-    with pytest.raises(UserError, match="--data=feedback='nowhere' does not exist"):
-        Run(config(files, eval__every=2, eval__data=("feedback=nowhere",)), tmp_path / "run")
+    c = config(files, eval__every=2, eval__data=("feedback=nowhere",))
+    refused("--data=feedback='nowhere' does not exist", Run, c, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_time_of_an_evaluation_is_not_time_of_training(monkeypatch):
-    now, written = [0.0], []
+    now, writer = [0.0], mock.Mock()
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-
-    class Writer:
-        def write(self, step, row):
-            written.append(row)
-
-    progress = metrics.Progress(Writer(), 0, 4, 1, images=8)
+    progress = metrics.Progress(writer, 0, 4, 1, images=8)
     values = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1}
     for step in (1, 2, 3, 4):
         now[0] += 2
@@ -177,4 +173,4 @@ def test_time_of_an_evaluation_is_not_time_of_training(monkeypatch):
         if step == 2:
             now[0] += 1000
             progress.paused(1000)
-    assert [r["images_per_s"] for r in written] == [4.0] * 4
+    assert [call.args[1]["images_per_s"] for call in writer.write.call_args_list] == [4.0] * 4

@@ -39,23 +39,19 @@ def world(tmp_path_factory):
     source = str(out / "weights" / models.CLIP)
     tiny = dict(width=24, heads=2, layers=1, mlp_dim=24, embed_dim=12, patch_size=8, text=text, source=source)
     patch.setattr(models, "SPEC", dataclasses.replace(models.SPEC, **tiny))
-    diffusion = models.DIFFUSION | dict(
-        unet=models.DIFFUSION["unet"] | SMALL, text_encoder=models.DIFFUSION["text_encoder"] | TEXT
-    )
-    patch.setattr(models, "DIFFUSION", diffusion)
-    by_class = dict(class_embed_type="projection", projection_class_embeddings_input_dim=24)
-    patch.setattr(models, "UNCLIP_DIFFUSION", diffusion | dict(unet=diffusion["unet"] | by_class))
+    unet, words = models.DIFFUSION["unet"] | SMALL, models.DIFFUSION["text_encoder"] | TEXT
+    by_class = unet | dict(class_embed_type="projection", projection_class_embeddings_input_dim=24)
+    patch.setattr(models, "DIFFUSION", models.DIFFUSION | dict(unet=unet, text_encoder=words))
+    patch.setattr(models, "UNCLIP_DIFFUSION", models.DIFFUSION | dict(unet=by_class))
     patch.setattr(models, "WEIGHTS", out / "weights")
-    sizes = {"_ITERATIONS": 2, "_PROBE_TRAIN": 60, "_PROBE_TEST": 40, "_BATCH": 64}
-    for name, value in sizes.items():
-        patch.setattr(blindness, name, value)
-    patch.setattr(knowledge, "_BATCH", 8)
-    for name in ("GROUPS", "IMAGES", "COUNT"):
-        patch.setattr(why, name, 4)
+    sizes = {blindness: {"_ITERATIONS": 2, "_PROBE_TRAIN": 60, "_PROBE_TEST": 40, "_BATCH": 64}}
+    sizes |= {knowledge: {"_BATCH": 8}, why: {"GROUPS": 4, "IMAGES": 4, "COUNT": 4}}
+    for module, values in sizes.items():
+        for name, value in values.items():
+            patch.setattr(module, name, value)
     # One stage of each kind; the others are stood for by weights that were not trained.
-    patch.setattr(
-        pretrain, "STAGES", {n: pretrain.STAGES[n] for n in (models.CLIP, models.GENERATOR, models.PROJECTION)}
-    )
+    kept = (models.CLIP, models.GENERATOR, models.PROJECTION)
+    patch.setattr(pretrain, "STAGES", {n: pretrain.STAGES[n] for n in kept})
     models.write_new_diffusion(out / "weights" / models.UNCLIP, models.UNCLIP_DIFFUSION)
     models.write_new_clip(out / "weights" / models.TEACHER)
     pretrain.pretrain(out, 0.0)
@@ -118,10 +114,10 @@ def test_images_of_an_earlier_stage_are_not_counted(world, tmp_path):
     assert [after for after, _, _ in tuning.Tuner(arm, BUDGET, tmp_path).run(0)] == [8, 24]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["unclip", *(pytest.param(n, marks=pytest.mark.slow) for n in ("kuea_control", "salm_control", "dcr_control"))],
-)
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("kuea_control", "salm_control", "dcr_control")]
+
+
+@pytest.mark.parametrize("name", ["unclip", *SLOW])
 def test_arms_move_the_encoder_and_say_why(world, tmp_path, name):
     tuner = tuning.Tuner(arms.find(name), BUDGET, tmp_path)
     towers, loss = list(tuner.run(0))[-1][1:]
@@ -138,9 +134,7 @@ def test_batches_are_those_of_the_records(world):
     c = arms.arm_config(arms.find("judge"), 3, BUDGET)
     p = Program(c, partition.make_mesh(c.mesh, jax.devices()[:1]))
     found, again = (list(tuning.batches(c, p.objective.inputs, 3, 2)) for _ in range(2))
-    assert {n: (a.shape, a.dtype) for n, a in found[0].items()} == {
-        n: (a.shape, a.dtype) for n, a in Program(c, p.mesh).abstract_batch().items()
-    }
-    for a, b in zip(found, again, strict=True):
-        assert all(np.array_equal(a[n], b[n]) for n in a)
+    shapes = [{n: (a.shape, a.dtype) for n, a in batch.items()} for batch in (found[0], p.abstract_batch())]
+    assert shapes[0] == shapes[1]
+    jax.tree.map(np.testing.assert_array_equal, found, again)
     assert not np.array_equal(found[0]["image"], found[1]["image"])

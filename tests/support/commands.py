@@ -1,4 +1,4 @@
-"""Starts the commands of this project, each in a process of its own.
+"""Starts the commands of this project, each in a process of its own, and those that pages of the documentation show.
 
 `start` forks a process that has imported the package and what it uses of other libraries, which is what a command
 spends its first seconds on; `launch` starts any program.
@@ -7,8 +7,9 @@ spends its first seconds on; `launch` starts any program.
 import atexit
 import multiprocessing
 import os
+import re
 import runpy
-import signal
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -168,7 +169,14 @@ def wait_for_step(process, step: int) -> str:
     raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
 
 
-def signal_at(process, step: int, sig: signal.Signals) -> None:
-    """Sends a signal as soon as the progress line of a training step is printed."""
-    wait_for_step(process, step)
-    process.send_signal(sig)
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Returns (language, code) of each block of code of a page of the repository."""
+    return re.findall(r"```(\w*)\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def shell(line: str, folder) -> str:
+    """Returns the output of a line of the shell, in which `python` is this one."""
+    first, python, *rest = shlex.split(line, comments=True)
+    if (first, python) == ("python", "-m") and rest[0].startswith("diva_jax."):
+        return succeed(rest[0].removeprefix("diva_jax."), *rest[1:], cwd=folder)
+    return output(launch(sys.executable, python, *rest, cwd=folder))

@@ -1,21 +1,34 @@
-"""Configs of the commands that tests run: `MODULE:FOLDER`, an objective outside of the package and the folder of the
-files; `FOLDER` alone is DIVA's."""
+"""Configs of the commands that tests run: `FOLDER` is DIVA's on its files; `OBJECTIVE:FOLDER` one of WORLD, on the kept
+models of the world, or one outside of the package, on the folder's files."""
 
-from small import SPEC, small_config
+from small import SPEC, small_config, with_fields
 
 from diva_jax import config
+from diva_jax.world import models, records
+
+# SALM's curriculum follows the step, and its teacher is in the checkpoint; the judge's texts, of those records that
+# have any, follow from the position, its draws from the step.
+WORLD = {
+    "comclip": dict(batch_size=16, accum=2),
+    "salm": dict(batch_size=8, salm__teacher="self", ema__decay=0.6),
+    "judge": dict(batch_size=8, judge__verdict="shuffled", judge__count=3),
+}
 
 
 def get_config(arg: str):
-    module, _, folder = arg.rpartition(":")
-    if module:  # outside.rotations is for what does not depend on the objective: it compiles in a moment.
-        c = config.default(SPEC, objective=module)
+    objective, _, folder = arg.rpartition(":")
+    if objective in WORLD:
+        c = with_fields(models.base_config(objective), dict(steps=14) | WORLD[objective])
+    elif objective:  # outside.rotations is for what does not depend on the objective: it compiles in a moment.
+        c = config.default(SPEC, objective=objective)
         c.update(dtype="float32", frozen_dtype="float32", steps=14, batch_size=8)
     else:
         c = small_config(steps=12, batch_size=8, accum=2)
         c.diffusion.source, c.condition.warmup_steps = f"{folder}/stable-diffusion", 2
-    c.backbone.source = f"{folder}/clip"
-    c.data.path, c.data.threads = f"{folder}/photos", 2
-    c.checkpoint.every, c.log.every = 3, 1
+    c.checkpoint.every, c.log.every, c.data.threads = 3, 1, 2
     c.log.tensorboard = False  # Its writer takes seconds to import.
+    if objective in WORLD:
+        c.data.path = records.path(3, count=30)
+    else:
+        c.backbone.source, c.data.path = f"{folder}/clip", f"{folder}/photos"
     return c

@@ -17,23 +17,7 @@ from diva_jax.models.backbones import Spec
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "camera", "logo")
 
-TEXTS = [
-    "a photo of a dog looking to the left.",
-    "A Photo, of  the\tDOG's   two\nears -- isn't it? we'll see: they've 12345 hairs (3.14 %)",
-    "a photo of a butterfly's wings, the_under_side; snake_case & CamelCase",
-    "",
-    "   \n ",
-    "!!! ... ???",
-    "😀 a 👩‍👩‍👧 family of 🐈‍⬛ cats ❤️",
-    "une tasse de café, naïve façade, Straße, İstanbul, ﬁancé, Ⅷ ½ ²",
-    "写真 の 猫 и кошка على العشب",
-    "&lt;b&gt;bold&lt;/b&gt; &amp;amp; schÃ¶n â€œquotedâ€\x9d",
-    "<start_of_text> in the text <end_of_text> <|endoftext|>",
-    "word " * 200,
-    "supercalifragilisticexpialidocious" * 20,
-    "x" * 74,
-    "1 " * 75,
-]
+TEXTS = json.loads(Path(__file__).with_name("texts.json").read_text())
 
 
 def statement(row: int) -> str:
@@ -169,90 +153,73 @@ def write_task_data(root: Path) -> dict[str, str]:
     return {task: f"{named.get(task, '')}{root / path}" for task, path in paths.items()}
 
 
+def _written(root: Path, name: str, images: dict[str, int], rows) -> Path:
+    """Writes images, each `patch` of its number, and a file of rows, which is returned."""
+    for image, index in images.items():
+        write_image(root / image, index)
+    lines = [json.dumps(row) + "\n" for row in rows] if name.endswith("jsonl") else [json.dumps(rows)]
+    (root / name).write_text("".join(lines))
+    return root / name
+
+
 def sugarcrepe(root: Path, count: int = 7) -> Path:
     """`add_att.json`; keys are not contiguous, two rows share an image."""
-    rows = {}
-    for i in range(count):
-        write_image(root / "val2017" / f"{i // 2:012d}.jpg", i // 2)
-        rows[str(3 * i)] = {
-            "filename": f"{i // 2:012d}.jpg",
-            "caption": f"thing {i}",
-            "negative_caption": f"other {i % 4}",
-        }
-    (root / "add_att.json").write_text(json.dumps(rows))
-    return root / "add_att.json"
+    files = [f"{i // 2:012d}.jpg" for i in range(count)]
+    rows = [dict(filename=f, caption=f"thing {i}", negative_caption=f"other {i % 4}") for i, f in enumerate(files)]
+    images = {f"val2017/{f}": i // 2 for i, f in enumerate(files)}
+    return _written(root, "add_att.json", images, {str(3 * i): row for i, row in enumerate(rows)})
 
 
 def winoground(root: Path, count: int = 5) -> Path:
-    lines = []
+    rows = []
     for i in range(count):
-        for j in (0, 1):
-            write_image(root / "images" / f"ex_{i}_img_{j}.png", 2 * i + j)
         row = {f"image_{j}": f"ex_{i}_img_{j}" for j in (0, 1)} | {f"caption_{j}": f"cap {i} {j}" for j in (0, 1)}
-        lines.append(json.dumps(row | {"id": i, "tag": f"tag {i}", "collapsed_tag": ("Object", "Relation")[i % 2]}))
-    (root / "examples.jsonl").write_text("\n".join(lines) + "\n")
-    return root / "examples.jsonl"
+        rows.append(row | {"id": i, "tag": f"tag {i}", "collapsed_tag": ("Object", "Relation")[i % 2]})
+    images = {f"images/ex_{i}_img_{j}.png": 2 * i + j for i in range(count) for j in (0, 1)}
+    return _written(root, "examples.jsonl", images, rows)
 
 
 def naturalbench(root: Path, count: int = 6) -> Path:
     rows = []
     for i in range(count):
-        for j in (0, 1):
-            write_image(root / "images" / f"{i}_{j}.jpg", 2 * i + j)
-        names = {f"image_{j}": f"{i}_{j}.jpg" for j in (0, 1)}
-        rows.append({"index": i, **names, "caption_0": f"natural {i}", "caption_1": f"bench {i}"})
-    (root / "metadata.json").write_text(json.dumps(rows))
-    return root / "metadata.json"
+        row = dict(index=i, image_0=f"{i}_0.jpg", image_1=f"{i}_1.jpg")
+        rows.append(row | dict(caption_0=f"natural {i}", caption_1=f"bench {i}"))
+    images = {f"images/{i}_{j}.jpg": 2 * i + j for i in range(count) for j in (0, 1)}
+    return _written(root, "metadata.json", images, rows)
 
 
 def aro(root: Path, kind: str, counts: dict[str, int]) -> Path:
     """Relations or attributes, `counts` items of each class."""
     rows = []
-    for name, count in counts.items():
-        for _ in range(count):
-            i = len(rows)
-            write_image(root / "images" / f"{i % 3}.jpg", i % 3)
-            row = dict(image_path=f"{i % 3}.jpg", bbox_x=2 + i % 5, bbox_y=3, bbox_w=21, bbox_h=17 + i % 3)
-            row |= dict(true_caption=f"true {i}", false_caption=f"false {i}")
-            own = {"relation_name": name} if kind == "relation" else {"attributes": name.split("_")}
-            rows.append(row | own)
-    (root / f"visual_genome_{kind}.json").write_text(json.dumps(rows))
-    return root / f"visual_genome_{kind}.json"
+    for i, name in enumerate(name for name, count in counts.items() for _ in range(count)):
+        row = dict(image_path=f"{i % 3}.jpg", bbox_x=2 + i % 5, bbox_y=3, bbox_w=21, bbox_h=17 + i % 3)
+        row |= dict(true_caption=f"true {i}", false_caption=f"false {i}")
+        rows.append(row | ({"relation_name": name} if kind == "relation" else {"attributes": name.split("_")}))
+    images = {f"images/{i}.jpg": i for i in range(min(3, len(rows)))}
+    return _written(root, f"visual_genome_{kind}.json", images, rows)
 
 
 def whatsup(root: Path, kind: str = "images", sets: int = 3) -> Path:
-    words = (
-        ("left_of", "right_of", "on", "under") if kind == "images" else ("left_of", "right_of", "in-front_of", "behind")
-    )
-    rows = []
+    words = ["left_of", "right_of"] + (["on", "under"] if kind == "images" else ["in-front_of", "behind"])
+    images, rows = {}, []
     for i in range(sets):
         for word in words:
-            name = f"cup{i}_{word}_chair.jpeg"
-            write_image(root / f"controlled_{kind}" / name, len(rows))
-            others = [w for w in words if w != word]
-            options = [f"cup {i} {w} a chair" for w in (word, *others)]
-            rows.append(dict(image_path=f"data/controlled_{kind}/{name}", caption_options=options))
-    (root / f"controlled_{kind}_dataset.json").write_text(json.dumps(rows))
-    return root / f"controlled_{kind}_dataset.json"
+            name = f"controlled_{kind}/cup{i}_{word}_chair.jpeg"
+            images[name] = len(rows)
+            options = [f"cup {i} {w} a chair" for w in (word, *(w for w in words if w != word))]
+            rows.append(dict(image_path=f"data/{name}", caption_options=options))
+    return _written(root, f"controlled_{kind}_dataset.json", images, rows)
 
 
 def whatsup_qa(root: Path, kind: str, count: int = 5) -> Path:
-    rows = []
-    for i in range(count):
-        name = f"val2017/{i + 30:012d}.jpg" if kind.startswith("coco") else f"vg_images/{i + 30}.jpg"
-        write_image(root / name, i)
-        rows.append([i + 30, f"a thing on the left {i}", f"a thing on the right {i}"])
-    (root / f"{kind}.json").write_text(json.dumps(rows))
-    return root / f"{kind}.json"
+    name = "val2017/{:012d}.jpg" if kind.startswith("coco") else "vg_images/{}.jpg"
+    rows = [[i + 30, f"a thing on the left {i}", f"a thing on the right {i}"] for i in range(count)]
+    return _written(root, f"{kind}.json", {name.format(i + 30): i for i in range(count)}, rows)
 
 
 def valse(root: Path, count: int = 8) -> Path:
     rows = {}
     for i in range(count):
-        write_image(root / "VISUAL7W" / f"v{i}.jpg", i)
-        votes = {"foil": i % 2, "caption": i % 4, "other": 0}
-        rows[f"existence_{i}"] = dict(
-            dataset="VISUAL7W", image_file=f"v{i}.jpg", caption=f"there are {i}", foil=f"there are no {i}", mturk=votes
-        )
-    (root / "existence.json").write_text(json.dumps(rows))
-    return root / "existence.json"
+        row = dict(dataset="VISUAL7W", image_file=f"v{i}.jpg", caption=f"there are {i}", foil=f"there are no {i}")
+        rows[f"existence_{i}"] = row | dict(mturk={"foil": i % 2, "caption": i % 4, "other": 0})
+    return _written(root, "existence.json", {f"VISUAL7W/v{i}.jpg": i for i in range(count)}, rows)

@@ -5,6 +5,7 @@ pytest that records error / bound of every `helpers.within`, `helpers.close`, `n
 `pytest.approx`. Prints the worst ratio of each file, and each test that is above a third; the exit code is then 1.
 """
 
+import itertools
 import json
 import os
 import re
@@ -15,22 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-SETTINGS = {
-    "default": {},
-    "AVX2": {
-        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "OPENBLAS_CORETYPE": "Haswell",
-    },
-    "SSE4.2": {
-        "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2",
-        "ATEN_CPU_CAPABILITY": "default",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "OPENBLAS_CORETYPE": "Nehalem",
-    },
-}
-_COMPARISONS = re.compile(r"\b(assert_allclose|approx|(?<!\.)close|within|check_trained)\(")
+# Instruction set -> the variables that limit XLA, PyTorch, oneDNN and OpenBLAS to it.
+_NAMES = ("XLA_FLAGS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE")
+_LIMITS = {"default": (), "AVX2": ("--xla_cpu_max_isa=AVX2", "avx2", "AVX2", "Haswell")}
+_LIMITS["SSE4.2"] = ("--xla_cpu_max_isa=SSE4_2", "default", "SSE41", "Nehalem")
+SETTINGS = {name: dict(zip(_NAMES, limits, strict=False)) for name, limits in _LIMITS.items()}
+_COMPARISONS = re.compile(r"\b(assert_allclose|approx|(?<!\.)close|within|compare_steps)\(")
 LARGEST_RATIO = 1 / 3
 _FILE = os.environ.get("MARGINS", "")
 
@@ -74,14 +65,10 @@ def pytest_configure(config) -> None:
     np.testing.assert_allclose, scalar.__eq__ = assert_allclose, approx
 
 
-def numerical_tests() -> list[str]:
-    """Returns the test files that compare floats in a way that is recorded."""
-    root = Path(__file__).parents[1]
-    return [str(p) for p in sorted(root.rglob("test_*.py")) if _COMPARISONS.search(p.read_text())]
-
-
 def main(arguments: list[str]) -> int:
-    paths = () if any(a.startswith("tests") for a in arguments) else numerical_tests()
+    files = sorted(Path(__file__).parents[1].rglob("test_*.py"))
+    paths = [] if any(a.startswith("tests") for a in arguments) else files
+    paths = [str(p) for p in paths if _COMPARISONS.search(p.read_text())]
     worst: dict[str, tuple] = {}
     failed = []
     for setting, env in SETTINGS.items():
@@ -94,13 +81,9 @@ def main(arguments: list[str]) -> int:
             for line in Path(file.name).read_text().splitlines():
                 test, *rest = json.loads(line)
                 worst[test] = max(worst.get(test, (-1.0,)), (*rest, setting))
-    files: dict[str, float] = {}
-    for test, (ratio, *_) in worst.items():
-        file = test.partition("::")[0]
-        files[file] = max(files.get(file, 0.0), ratio)
     print()
-    for file, ratio in sorted(files.items()):
-        print(f"{ratio:5.2f} of the bound at most  {file}")
+    for file, of_file in itertools.groupby(sorted(worst), lambda test: test.partition("::")[0]):
+        print(f"{max(worst[test][0] for test in of_file):5.2f} of the bound at most  {file}")
     near = sorted(((*w, t) for t, w in worst.items() if not w[0] <= LARGEST_RATIO), reverse=True)
     print(f"\n{len(worst)} tests compare floats; {len(near)} have a comparison above a third of its bound")
     for ratio, error, bound, what, setting, test in near:

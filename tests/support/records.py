@@ -45,14 +45,10 @@ def write_tfds(folder, name: str, split: str, features, examples: list[dict]) ->
     """Prepares a dataset of tfds; `features` gives its features of the module `tfds.features`."""
     import tensorflow_datasets as tfds
 
-    content = {
-        "VERSION": tfds.core.Version("1.0.0"),
-        "_info": lambda self: tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features(tfds.features))
-        ),
-        "_split_generators": lambda self, _: {split: self._generate_examples()},
-        "_generate_examples": lambda self: enumerate(examples),
-    }
+    kinds = tfds.features.FeaturesDict(features(tfds.features))
+    content = {"VERSION": tfds.core.Version("1.0.0"), "_generate_examples": lambda self: enumerate(examples)}
+    content["_info"] = lambda self: tfds.core.DatasetInfo(builder=self, features=kinds)
+    content["_split_generators"] = lambda self, _: {split: self._generate_examples()}
     builder = type(name, (tfds.core.GeneratorBasedBuilder,), content)
     builder(data_dir=folder, file_format="array_record").download_and_prepare()
 
@@ -68,19 +64,9 @@ def write_shards(folder, count: int, per_shard: int, broken=()) -> None:
 
 
 def data_config(path, **changes) -> ConfigDict:
-    config = ConfigDict(
-        {
-            "path": str(path),
-            "image_size": 12,
-            "crop": {"scale": (0.9, 1.0), "ratio": (3 / 4, 4 / 3), "interpolation": "bicubic"},
-            "threads": 2,
-            "prefetch": 2,
-            "max_broken_share": 0.05,
-            "stall_timeout": 60.0,
-            "decode_gib": 1.0,
-            "allow_urls": False,
-        }
-    )
+    crop = dict(scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic")
+    config = ConfigDict(dict(path=str(path), image_size=12, crop=crop, threads=2, prefetch=2, max_broken_share=0.05))
+    config.update(stall_timeout=60.0, decode_gib=1.0, allow_urls=False)
     config.update(changes)
     return config
 
@@ -88,16 +74,9 @@ def data_config(path, **changes) -> ConfigDict:
 def batches(path, wanted=None, *, batch: int = 8, seed: int = 0, process=(0, 1), cache=None, cache_dir=None, **changes):
     """The iterator over the data at a path; `changes` are fields of `data_config`."""
     config = data_config(path, **changes)
-    return pipeline.Batches(
-        config,
-        {"image": inputs.Image(config.image_size)} if wanted is None else wanted,
-        seed=seed,
-        global_batch=batch,
-        process_index=process[0],
-        process_count=process[1],
-        cache_dir=cache_dir,
-        cache=cache,
-    )
+    wanted = {"image": inputs.Image(config.image_size)} if wanted is None else wanted
+    at = dict(process_index=process[0], process_count=process[1], cache_dir=cache_dir, cache=cache)
+    return pipeline.Batches(config, wanted, seed=seed, global_batch=batch, **at)
 
 
 def take(iterator, count: int) -> list[dict[str, np.ndarray]]:

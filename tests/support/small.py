@@ -60,46 +60,49 @@ def with_fields(c, fields):
     return c
 
 
-def _config(spec, sd, objective: str, **first):
-    c = config.default(spec, sd, objective)
-    return with_fields(c, dict(dtype="float32", frozen_dtype="float32", accum=1) | first)
+# DIVA's, un2CLIP's and the judge's: AdamW, 24-pixel crops, batches of 8.
+_ADAMW = dict(steps=10, batch_size=8, data__image_size=24, diffusion__text_tokens=6, optim__lr=1e-2, optim__warmup=0.2)
+_TEXT = TextSpec(context_length=11, vocab_size=60, width=36, heads=3, layers=1, mlp_dim=50)
+_CAPTIONED = dataclasses.replace(SPEC, layers=1, text=_TEXT)
+_TAUGHT = dict(optim__lr=1e-3, batch_size=16, steps=5)
 
 
-def small_config(**fields):
-    """DIVA: float32, AdamW, 24-pixel crops, batches of 8; `fields` as in `with_fields`."""
-    first = dict(steps=10, batch_size=8, diffusion__text_tokens=6, data__image_size=24)
-    first |= dict(optim__name="adamw", optim__lr=1e-2, optim__warmup=0.2)
-    return with_fields(_config(SPEC, diffusion(), "diva", **first), fields)
-
-
-def unclip_config(**fields):
-    """un²CLIP with the sizes of `small_config`."""
-    first = dict(steps=10, batch_size=8, diffusion__text_tokens=6, data__image_size=24)
-    first |= dict(optim__name="adamw", optim__lr=1e-2, optim__warmup=0.2)
-    return with_fields(_config(SPEC, unclip_diffusion(), "unclip", **first), fields)
-
-
-def dcr_config(spec=SPEC_28, **fields):
-    """DCR: two steps of the projector, three of adapters of rank 3; four groups of four images."""
-    first = dict(steps=3, batch_size=16, diffusion__text_tokens=6, condition__warmup_steps=2, optim__lr=1e-3)
-    return with_fields(_config(spec, diffusion(), "dcr", **first, dcr__group=4, dcr__lora__rank=3), fields)
-
-
-def genhancer_config(spec=SPEC_28, **fields):
-    """GenHancer: two stages of five steps, batches of 8, one double and one single block."""
-    c = _config(spec, "sd21_base", "genhancer", steps=5, batch_size=8)
-    c.genhancer.denoiser.update(_DENOISER | dict(double_blocks=1, single_blocks=1))
-    c.genhancer.vae.update(_FLUX_VAE)
-    c.genhancer.lora.update(rank=3, alpha=6.0)
-    c.genhancer.stage1_steps = 5
+def _config(spec, sd, objective: str, fields, dinov2: str = ""):
+    """A float32 config; `dinov2` is the section of a teacher of 18 pixels with registers."""
+    c = with_fields(config.default(spec, sd, objective), dict(dtype="float32", frozen_dtype="float32", accum=1))
+    if dinov2:
+        teacher = dataclasses.asdict(dataclasses.replace(DINOV2_REG, image_size=18))
+        with_fields(c, {f"{dinov2}__{name}": value for name, value in teacher.items()})
     return with_fields(c, fields)
 
 
+def small_config(**fields):
+    """DIVA; `fields` as in `with_fields`."""
+    return _config(SPEC, diffusion(), "diva", _ADAMW | dict(optim__name="adamw") | fields)
+
+
+def unclip_config(**fields):
+    return _config(SPEC, unclip_diffusion(), "unclip", _ADAMW | fields)
+
+
+def dcr_config(spec=SPEC_28, **fields):
+    """Two steps of the projector, three of adapters of rank 3; four groups of four images."""
+    first = dict(steps=3, batch_size=16, diffusion__text_tokens=6, condition__warmup_steps=2, optim__lr=1e-3)
+    return _config(spec, diffusion(), "dcr", first | dict(dcr__group=4, dcr__lora__rank=3) | fields)
+
+
+def genhancer_config(spec=SPEC_28, **fields):
+    """Two stages of five steps, batches of 8, one double and one single block."""
+    denoiser = _DENOISER | dict(double_blocks=1, single_blocks=1)
+    first = {f"genhancer__denoiser__{name}": value for name, value in denoiser.items()}
+    first |= {f"genhancer__vae__{name}": value for name, value in _FLUX_VAE.items()}
+    first |= dict(genhancer__lora__rank=3, genhancer__lora__alpha=6.0, genhancer__stage1_steps=5, steps=5, batch_size=8)
+    return _config(spec, "sd21_base", "genhancer", first | fields)
+
+
 def kuea_config(**fields):
-    """KUEA: batches of 16, a DINOv2 of 18 pixels with registers."""
-    c = _config(SPEC, "sd21_base", "kuea", steps=5, batch_size=16, optim__lr=1e-3)
-    c.kuea.teacher.update(dataclasses.asdict(dataclasses.replace(DINOV2_REG, image_size=18)))
-    return with_fields(c, dict(kuea__teacher_crop_from=24) | fields)
+    """Batches of 16."""
+    return _config(SPEC, "sd21_base", "kuea", _TAUGHT | dict(kuea__teacher_crop_from=24) | fields, "kuea__teacher")
 
 
 def kuea_arrays(p: Program) -> dict:
@@ -109,37 +112,26 @@ def kuea_arrays(p: Program) -> dict:
 
 
 def smartclip_config(**fields):
-    """SmartCLIP: batches of 16, captions of 11 tokens."""
-    text = TextSpec(context_length=11, vocab_size=60, width=36, heads=3, layers=1, mlp_dim=50)
-    first = dict(steps=5, batch_size=16, optim__lr=1e-3, backbone__text__context_length=11)
-    return with_fields(
-        _config(dataclasses.replace(SPEC, layers=1, text=text), "sd21_base", "smartclip", **first), fields
-    )
+    """Batches of 16, captions of 11 tokens."""
+    return _config(_CAPTIONED, "sd21_base", "smartclip", _TAUGHT | dict(backbone__text__context_length=11) | fields)
 
 
 def judge_config(**fields):
-    """The judge with the sizes of `small_config`: three texts of 11 tokens and the neutral one, two draws."""
-    text = TextSpec(context_length=11, vocab_size=60, width=36, heads=3, layers=1, mlp_dim=50)
-    first = dict(steps=10, batch_size=8, diffusion__text_tokens=6, data__image_size=24, judge__count=3)
-    first |= dict(optim__lr=1e-2, optim__warmup=0.2, judge__beta=30.0, anchor__weight=0.0)
-    return with_fields(_config(dataclasses.replace(SPEC, text=text), diffusion(), "judge", **first), fields)
+    """Three texts of 11 tokens and the neutral one, two draws."""
+    first = _ADAMW | dict(judge__count=3, judge__beta=30.0, anchor__weight=0.0)
+    return _config(dataclasses.replace(SPEC, text=_TEXT), diffusion(), "judge", first | fields)
 
 
 def comclip_config(**fields):
-    """ComCLIP: batches of 16, captions of 11 tokens, a DINOv2 of 18 pixels with registers."""
-    text = TextSpec(context_length=11, vocab_size=60, width=36, heads=3, layers=1, mlp_dim=50)
-    first = dict(steps=5, batch_size=16, optim__lr=1e-3, optim__warmup_steps=1, anchor__weight=20.0)
-    c = _config(dataclasses.replace(SPEC, layers=1, text=text), "sd21_base", "comclip", **first)
-    c.teacher.update(dataclasses.asdict(dataclasses.replace(DINOV2_REG, image_size=18)))
-    return with_fields(c, fields)
+    """Batches of 16, captions of 11 tokens."""
+    first = _TAUGHT | dict(optim__warmup_steps=1, anchor__weight=20.0)
+    return _config(_CAPTIONED, "sd21_base", "comclip", first | fields, "teacher")
 
 
 def salm_config(**fields):
-    """SALM: batches of 8, a DINOv2 of 18 pixels with registers for the three by three patches of `SPEC`."""
-    c = _config(SPEC, "sd21_base", "salm", steps=8, batch_size=8, optim__lr=1e-3)
-    c.teacher.update(dataclasses.asdict(dataclasses.replace(DINOV2_REG, image_size=18)))
-    c.salm.adapter.update(layers=2, width=30, heads=3)
-    return with_fields(c, fields)
+    """Batches of 8, for the three by three patches of `SPEC`."""
+    first = dict(steps=8, batch_size=8, salm__adapter__layers=2, salm__adapter__width=30, salm__adapter__heads=3)
+    return _config(SPEC, "sd21_base", "salm", _TAUGHT | first | fields, "teacher")
 
 
 def write_unclip(folder: Path) -> None:

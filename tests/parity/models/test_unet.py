@@ -1,6 +1,9 @@
-"""The U-Net, the VAE's encoder, the text encoder and the schedule against diffusers and transformers."""
+"""The U-Net, the VAE's encoder, the text encoder and the schedule against diffusers and transformers; their configs:
+full-size names and shapes, defaults, and what is refused."""
 
 import functools
+import inspect
+import json
 
 import diffusers
 import jax
@@ -10,18 +13,18 @@ import pytest
 import torch
 from flax import nnx
 from helpers import abstract_mesh, close, filled, randomise, refused, tensors
+from places import TESTS
 from safetensors.numpy import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diva_jax.models.diffusion import schedule
+from diva_jax.models.diffusion import schedule, unet
+from diva_jax.models.diffusion import vae as vaes
 from diva_jax.models.diffusion.presets import PRESETS
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.unet import TextEncoder, TextEncoderConfig, UNet, UNetConfig, timestep_embedding
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
 from diva_jax.models.layers import Keys
 from diva_jax.weights import names
-from diva_jax.weights import names as tables
-from diva_jax.weights.names import UNET
 
 SD21_BASE, SD21_UNCLIP = (PRESETS[name]["unet"] for name in ("sd21_base", "unclip_h"))
 
@@ -33,6 +36,7 @@ _TWO_LEVELS = _TINY | dict(
     down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
 )
+_PLAIN = _TWO_LEVELS | dict(cross_attention_dim=24, layers_per_block=1)
 TINY = {
     "2.1": SD21_BASE
     | _TINY
@@ -40,13 +44,10 @@ TINY = {
     | dict(layers_per_block=[1, 2, 1, 1]),
     # With the projections of 1.5, which are convolutions.
     "unclip": SD21_UNCLIP
-    | _TWO_LEVELS
-    | dict(use_linear_projection=False)
-    | dict(block_out_channels=[24, 32], attention_head_dim=[3, 2], cross_attention_dim=24, layers_per_block=1)
+    | _PLAIN
+    | dict(block_out_channels=[24, 32], attention_head_dim=[3, 2], use_linear_projection=False)
     | dict(projection_class_embeddings_input_dim=10),
-    "mini": SD21_BASE
-    | _TWO_LEVELS
-    | dict(block_out_channels=[8, 24], attention_head_dim=[1, 3], cross_attention_dim=10, layers_per_block=1),
+    "mini": SD21_BASE | _PLAIN | dict(block_out_channels=[8, 24], attention_head_dim=[1, 3]),
 }
 
 
@@ -63,22 +64,17 @@ def build(options, **kw) -> UNet:
 def pair(name):
     """Returns diffusers' U-Net with random weights, and ours with the same weights."""
     theirs = randomise(diffusers.UNet2DConditionModel.from_config(TINY[name]))
-    return theirs, filled(nnx.eval_shape(lambda: build(TINY[name])), tensors(theirs), UNET)
+    return theirs, filled(nnx.eval_shape(lambda: build(TINY[name])), tensors(theirs), names.UNET)
 
 
-def batch(name, height, width, tokens, seed=1):
+def batch(name, height, width, tokens):
     """Returns sample, timesteps, context, class labels or None, and a cotangent of the prediction."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(1)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    options = TINY[name]
-    labels = options.get("projection_class_embeddings_input_dim")
-    return (
-        normal(2, height, width, 4),
-        np.array([3, 987]),
-        normal(2, tokens, options["cross_attention_dim"]),
-        None if labels is None else normal(2, labels),
-        normal(2, height, width, 4),
-    )
+    labels = TINY[name].get("projection_class_embeddings_input_dim")
+    sample, context = normal(2, height, width, 4), normal(2, tokens, TINY[name]["cross_attention_dim"])
+    labels = None if labels is None else normal(2, labels)
+    return sample, np.array([3, 987]), context, labels, normal(2, height, width, 4)
 
 
 def run_theirs(unet, sample, timesteps, context, labels, cotangent):
@@ -86,9 +82,8 @@ def run_theirs(unet, sample, timesteps, context, labels, cotangent):
     dtype = next(unet.parameters()).dtype
     cast = lambda a: None if a is None else torch.from_numpy(a).to(dtype)  # noqa: E731
     context = cast(context).requires_grad_()
-    out = unet(channels_first(sample), torch.from_numpy(timesteps), context, class_labels=cast(labels)).sample.movedim(
-        1, -1
-    )
+    out = unet(channels_first(sample), torch.from_numpy(timesteps), context, class_labels=cast(labels)).sample
+    out = out.movedim(1, -1)
     (grad,) = torch.autograd.grad(out, context, cast(cotangent))
     return out.detach().numpy(), grad.numpy()
 
@@ -99,10 +94,7 @@ def run_ours(unet, sample, timesteps, context, labels, cotangent):
     return out, pull(cotangent)[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "height", "width", "tokens"),
-    [("2.1", 12, 20, 77), ("unclip", 13, 10, 30)],
-)
+@pytest.mark.parametrize(("name", "height", "width", "tokens"), [("2.1", 12, 20, 77), ("unclip", 13, 10, 30)])
 def test_parity(name, height, width, tokens):
     theirs, ours = pair(name)
     args = batch(name, height, width, tokens)
@@ -110,17 +102,6 @@ def test_parity(name, height, width, tokens):
     out, grad = run_ours(ours, *args)
     close(out, expected, 2e-5, "prediction")
     close(grad, expected_grad, 2e-5, "gradient of the context")
-
-
-def test_remat_recomputes_every_block():
-    args = batch("mini", 6, 4, 5)[:3]
-    primitives = []
-    for remat in (False, True):
-        model = nnx.eval_shape(functools.partial(build, TINY["mini"], remat=remat))
-        jaxpr = jax.make_jaxpr(lambda model, *args: model(*args))(model, *args)
-        primitives.append([e.primitive.name for e in jaxpr.eqns])
-    # Residual blocks: 1 + 1 down, 2 mid, 2 + 2 up. Transformers: 1 down, 1 mid, 2 up.
-    assert [p.count("checkpoint") + p.count("remat2") for p in primitives] == [0, 12]
 
 
 def test_float64_is_float64_throughout():
@@ -132,16 +113,15 @@ def test_float64_is_float64_throughout():
     expected, expected_grad = run_theirs(theirs, *args)
     with jax.enable_x64(True), jax.sharding.use_abstract_mesh(abstract_mesh("cpu")):
         ours = nnx.eval_shape(lambda: build(TINY["mini"], dtype=jnp.float64, param_dtype=jnp.float64))
-        out, grad = run_ours(filled(ours, tensors(theirs), UNET), *args)
+        out, grad = run_ours(filled(ours, tensors(theirs), names.UNET), *args)
     close(out, expected, 1e-12)
     close(grad, expected_grad, 1e-12)
 
 
 def test_timestep_embedding():
     t = np.arange(1000)
-    reference = diffusers.models.embeddings.get_timestep_embedding(
-        torch.from_numpy(t), 320, flip_sin_to_cos=True, downscale_freq_shift=0
-    ).numpy()
+    options = dict(flip_sin_to_cos=True, downscale_freq_shift=0)
+    reference = diffusers.models.embeddings.get_timestep_embedding(torch.from_numpy(t), 320, **options).numpy()
     ours = timestep_embedding(jnp.asarray(t), 320)
     # Frequencies differ by at most one unit in the last place, 2^-23 of them, and each side rounds its product with t
     # by 2^-24: together 2^-22 t, and less than 2^-22 for the cosine or sine. The bound is twice that.
@@ -180,40 +160,30 @@ SCHEDULES = {
 
 
 def vae(options, weights) -> VAE:
-    return filled(nnx.eval_shape(lambda: VAE(VAEConfig.from_dict(options), rngs=Keys(0))), weights, tables.VAE)
+    return filled(nnx.eval_shape(lambda: VAE(VAEConfig.from_dict(options), rngs=Keys(0))), weights, names.VAE)
 
 
 def text_encoder(options, weights) -> TextEncoder:
     made = nnx.eval_shape(lambda: TextEncoder(TextEncoderConfig.from_dict(options), rngs=Keys(0)))
-    return filled(made, weights, tables.TEXT_ENCODER)
+    return filled(made, weights, names.TEXT_ENCODER)
 
 
-@pytest.mark.parametrize(
-    ("options", "height", "width"),
-    [
-        ({}, 40, 56),
-        ({}, 27, 33),
-        (
-            dict(scaling_factor=0.5, use_quant_conv=False, use_post_quant_conv=False, block_out_channels=[8, 8])
-            | dict(down_block_types=["DownEncoderBlock2D"] * 2),
-            6,
-            10,
-        ),
-    ],
-)
+OTHER_VAE = dict(scaling_factor=0.5, use_quant_conv=False, use_post_quant_conv=False, block_out_channels=[8, 8])
+OTHER_VAE["down_block_types"] = ["DownEncoderBlock2D"] * 2
+
+
+@pytest.mark.parametrize(("options", "height", "width"), [({}, 40, 56), ({}, 27, 33), (OTHER_VAE, 6, 10)])
 def test_vae(options, height, width):
     """Images with a contrast that is low enough for the epsilons of the norms to have an effect."""
     options = TINY_VAE | options
     levels = len(options["block_out_channels"])
-    theirs = randomise(
-        diffusers.AutoencoderKL.from_config(options | dict(up_block_types=["UpDecoderBlock2D"] * levels))
-    )
+    up = dict(up_block_types=["UpDecoderBlock2D"] * levels)
+    theirs = randomise(diffusers.AutoencoderKL.from_config(options | up))
     x = 0.02 * np.random.default_rng(1).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
     latents = jax.jit(lambda model, images: model.encode(images))(vae(options, tensors(theirs)), x)
     assert latents.shape == (2, height // 2 ** (levels - 1), width // 2 ** (levels - 1), 4)
     with torch.no_grad():
-        # Contiguous: with channels-last strides, torch computes the variance as E[x^2] - E[x]^2: less accurate.
-        mean = theirs.encode(torch.from_numpy(x).movedim(-1, 1).contiguous()).latent_dist.mean
+        mean = theirs.encode(channels_first(x)).latent_dist.mean
     close(latents, options["scaling_factor"] * mean.movedim(1, -1).numpy(), 2e-5)
     weights = tensors(theirs) | {"encoder.extra.weight": np.zeros(1)}
     del weights["encoder.conv_in.bias"]
@@ -270,3 +240,50 @@ def test_schedule(name):
     out = schedule.add_noise(*half, abar, timesteps)
     precise = schedule.add_noise(*(a.astype(jnp.float32) for a in half), abar, timesteps)
     assert out.dtype == jnp.bfloat16 and np.array_equal(out, precise.astype(jnp.bfloat16))
+
+
+# Part -> (its config, a preset of it, module, table, original).
+PARTS = {
+    "unet": (UNetConfig, "unclip_h", UNet, names.UNET, diffusers.UNet2DConditionModel),
+    "vae": (VAEConfig, "sd21", VAE, names.VAE, diffusers.AutoencoderKL),
+    "text_encoder": (TextEncoderConfig, "sd21", TextEncoder, names.TEXT_ENCODER, None),
+    "scheduler": (ScheduleConfig, "sd21", None, None, None),
+}
+PARAMETERS = {("sd21_base", "unet"): 865_910_724, ("sd15", "unet"): 859_520_964, ("unclip_h", "unet"): 870_173_124}
+PARAMETERS |= {("sd21", "text_encoder"): 340_387_840, ("sd15", "text_encoder"): 123_060_480}
+PARAMETERS |= {("sd21_base", "vae"): 34_163_664}  # Of 83,653,863 in all: those of the decoder are ignored.
+
+
+@pytest.mark.parametrize(("preset", "part"), PARAMETERS)
+def test_full_size_names_and_shapes(preset, part):
+    (config, _, kind, table, original), options = PARTS[part], PRESETS[preset][part]
+    with torch.device("meta"):
+        up = {"up_block_types": ["UpDecoderBlock2D"] * 4} if part == "vae" else {}
+        model = original.from_config(options | up) if original else CLIPTextModel(CLIPTextConfig(**options))
+    theirs = {name: tuple(t.shape) for name, t in model.state_dict().items() if not table.ignored(name)}
+    ours = names.flat(nnx.eval_shape(lambda: kind(config.from_dict(options), rngs=Keys(0))))
+    assert {table.torch_name(p): names.torch_shape(p, v.shape) for p, v in ours.items()} == theirs
+    assert sum(v.size for v in ours.values()) == PARAMETERS[preset, part]
+
+
+def test_every_option_is_known_with_its_default():
+    for part, module in (("unet", unet), ("vae", vaes)):
+        config, *_, original = PARTS[part]
+        parameters = inspect.signature(original.__init__).parameters
+        defaults = {name: p.default for name, p in parameters.items() if name != "self"}
+        assert set(defaults) == set(module._USED) | set(module._FIXED)
+        assert config.from_dict(defaults) == config.from_dict({})
+    assert TextEncoderConfig.from_dict(CLIPTextConfig().to_dict()) == TextEncoderConfig.from_dict({})
+
+
+REFUSED = json.loads((TESTS / "parity/refused.json").read_text())
+REFUSED["unet"] += [[option, "another"] for option in unet._FIXED]
+REFUSED["vae"] += [[option, "another"] for option in vaes._FIXED]
+SAID = {"_class_name": "UNet2DConditionModel", "model_type": "CLIPTextModel"}  # Where it is not the option's name.
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_refused_options_are_named(part):
+    config, preset, *_ = PARTS[part]
+    for option, value in REFUSED[part]:
+        refused(SAID.get(option, option), config.from_dict, PRESETS[preset][part] | {option: value})

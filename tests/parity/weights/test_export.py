@@ -12,165 +12,25 @@ import open_clip
 import pytest
 import small
 from eval_data import patch
-from eval_models import equal, written_by_open_clip
 from helpers import close, refused
-from ml_collections import ConfigDict
 from specs import CLIP_FOLDER, DINOV2
+from torch_models import equal, written_by_open_clip
 
 from diva_jax import config as configs
 from diva_jax import demo, weights
-from diva_jax.common.errors import UserError
 from diva_jax.data import images
 from diva_jax.data.preprocess import normalise, to_float
 from diva_jax.evals import Settings, encode
-from diva_jax.models import backbones, layers
-from diva_jax.models.backbones import TINY
-from diva_jax.training import checkpoint, partition, workdirs
-from diva_jax.training.partition import make_mesh, parameter_shardings
+from diva_jax.models import backbones
+from diva_jax.training import checkpoint, workdirs
 from diva_jax.training.step import averaged
-from diva_jax.weights import names, origins, parts, readers
+from diva_jax.weights import origins, parts, readers
 from diva_jax.weights.export import layouts
 
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A workdir whose one checkpoint trained the blocks and the projection, but not the position embeddings."""
-    root = tmp_path_factory.mktemp("run")
-    demo.write_clip(root / "clip", TINY)
-    demo.write_byte_tokenizer(root / "clip")
-    c = configs.default(TINY, "tiny")
-    c.backbone.source, c.data.path, c.data.image_size = str(root / "clip"), "somewhere/photos", 64
-    workdir = root / "work"
-    workdirs.write_config(workdir, c)
-    rng = np.random.default_rng(0)
-    tower = names.flat(layers.abstract(lambda rngs: backbones.build(TINY, rngs=rngs)))
-    shapes = {"vision/" + partition.name_of(p): v.shape for p, v in tower.items() if p != ("pos_embed",)}
-    params = {n: rng.standard_normal(s, np.float32) * 0.05 for n, s in shapes.items()}
-    # Sharded over all eight devices, as in a run on a mesh.
-    mesh = make_mesh(ConfigDict(dict(data=1, fsdp=8)))
-    shardings = parameter_shardings(params, mesh, 1)
-    placed = {n: jax.device_put(a, shardings[n]) for n, a in params.items()}
-    source = origins.open_source(str(root / "clip"))
-    meta = {
-        "config": json.loads(c.to_json()),
-        "sources": {"vision": {"source": ["x"], "sha256": readers.fingerprint(source.files)}},
-    }
-    checkpoints = checkpoint.Checkpoints(workdir)
-    checkpoints.save(7, {"params": placed, "opt": {"mu": placed}, "step": jax.numpy.int32(7)}, {}, meta)
-    checkpoints.close()
-    return root, params
-
-
-def test_a_run_is_a_source_of_weights(run):
-    """As `config.backbone.source=WORKDIR` or `WORKDIR:STEP`: what an export of the run has, with its own identity."""
-    root, params = run
-    expected = origins.open_run(root / "work")
-    base = readers.fingerprint(origins.open_source(str(root / "clip")).files)
-    for source in (f"{root}/work", f"{root}/work:7"):
-        found = origins.open_source(source, "config.backbone.source")
-        equal(found.tensors, expected.tensors)
-        assert found.spec.source == source and readers.fingerprint(found.files) != base
-        tower = weights.load(source, dataclasses.replace(TINY, source=source))
-        kernel = params["vision/blocks/1/mlp/fc1/kernel"]
-        np.testing.assert_array_equal(tower.blocks[1].mlp.fc1.kernel[...], kernel)
-        assert parts.tokenizer_folder(source) == root / "clip"
-    refused("use one of 7", origins.open_source, f"{root}/work:8")
-    refused("does not exist", origins.open_source, f"{root}/nothing:7")
-
-
-def test_checkpoint_to_open_clip(run, tmp_path, capsys):
-    root, params = run
-    source = origins.open_run(root / "work")
-    assert source.run["step"] == 7 and source.spec == dataclasses.replace(TINY, source=str(root / "clip"))
-    layouts.export(source, source.spec, tmp_path / "out", "open_clip")
-    assert "open_clip: largest difference" in capsys.readouterr().out
-
-    original = origins.open_source(str(root / "clip")).tensors
-    written = readers.open_file(tmp_path / "out/open_clip_model.safetensors")
-    untouched = [n for n in original if not n.startswith("visual.")] + ["visual.positional_embedding"]
-    equal({n: written[n] for n in untouched}, {n: original[n] for n in untouched})
-    np.testing.assert_array_equal(
-        written["visual.transformer.resblocks.1.mlp.c_fc.weight"], params["vision/blocks/1/mlp/fc1/kernel"].T
-    )
-    config = json.loads((tmp_path / "out/open_clip_config.json").read_text())
-    assert config["model_cfg"]["quick_gelu"] is True and config["preprocess_cfg"]["resize_mode"] == "shortest"
-    assert (tmp_path / "out/vocab.json").exists()
-
-    again = origins.open_run(root / "work", 7)
-    equal(again.tensors, origins.open_source(str(tmp_path / "out")).tensors)
-
-
-def test_bad_workdirs(run, tmp_path):
-    root, _ = run
-    refused("holds no run", origins.open_run, tmp_path)
-    refused(r"--step=3 has no checkpoint in .*: use one of 7", origins.open_run, root / "work", 3)
-    (tmp_path / "config.json").write_text((root / "work/config.json").read_text())
-    refused("has no checkpoint yet", origins.open_run, tmp_path)
-    assert not (tmp_path / "checkpoints").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "refused"),
-    [
-        ("objective", "clip", True),
-        ("seed", 9, True),
-        ("backbone.image_size", 70, True),
-        ("optim.lr", 0.5, True),
-        ("steps", 10**6, False),
-        ("log.every", 7, False),
-    ],
-)
-def test_the_config_of_another_run_is_refused(run, name, value, refused):
-    root, _ = run
-    path = root / "work/config.json"
-    before, config = path.read_text(), json.loads(path.read_text())
-    *sections, field = name.split(".")
-    functools.reduce(dict.__getitem__, sections, config)[field] = value
-    path.write_text(json.dumps(config))
-    try:
-        if refused:
-            with pytest.raises(
-                UserError, match=f"is not the config that the checkpoint of step 7 .* differ in {name} "
-            ):
-                origins.open_run(root / "work")
-        else:
-            origins.open_run(root / "work")
-    finally:
-        path.write_text(before)
-
-
-def test_a_checkpoint_that_trained_no_tower_is_refused(run, monkeypatch):
-    root, _ = run
-    other = {"visual_proj/kernel": jax.numpy.ones(3)}
-    read = checkpoint.restore_params
-    monkeypatch.setattr(checkpoint, "restore_params", lambda *given: (other, read(*given)[1]))
-    monkeypatch.setattr(workdirs.RunAt, "towers", lambda self: {"vision": {}})
-    refused("step 7, has trained no parameter of vision, only visual_proj/kernel", origins.open_run, root / "work")
-
-
-def test_a_source_that_changed_is_refused(run, tmp_path):
-    root, _ = run
-    file = root / "clip/open_clip_model.safetensors"
-    before = file.read_bytes()
-    demo.write_clip(root / "clip", TINY, seed=5)
-    try:
-        refused("is not the checkpoint that the run began with", origins.open_run, root / "work")
-    finally:
-        file.write_bytes(before)
-
-
-@pytest.mark.slow
-def test_round_trip_of_vit_b_32_at_full_size(tmp_path):
-    """open_clip's own file, converted through our modules to both formats, is bit-identical."""
-    flags = ("--config=configs/custom.py:ViT-B-32", "--norun", f"--tmp={tmp_path}")
-    printed = commands.output(commands.launch(sys.executable, "bench/roundtrip.py", *flags))
-    for fmt in ("open_clip", "hf"):
-        assert f"{fmt}: all 302 tensors are bit-identical to those of the original file" in printed, printed
-
-
 # Both libraries can hold it, and the objectives' autoencoders halve its sides.
-SPEC = dataclasses.replace(CLIP_FOLDER, image_size=28, patch_size=7, select="random:5")
-COUNT, STEP, TOKENS = 3, 5, 17
+_TEXT = dataclasses.replace(CLIP_FOLDER.text, vocab_size=514)
+SPEC = dataclasses.replace(CLIP_FOLDER, image_size=28, patch_size=7, select="random:5", text=_TEXT)
+COUNT, STEP, TOKENS = 3, 7, 17
 # Objective -> whether its run keeps a moving average.
 RUNS = {"diva": True, "unclip": False, "genhancer": True, "dcr": False, "kuea": True, "smartclip": True}
 RUNS |= {"comclip": False, "salm": True, "judge": False}
@@ -188,9 +48,8 @@ def config_of(objective: str, source: str):
         c = configs.default(SPEC, small.unclip_diffusion() if objective == "unclip" else small.diffusion(), objective)
     c.update(dtype="float32", frozen_dtype="float32", steps=STEP, batch_size=16, accum=1)
     c.backbone.source = source
-    c.teacher.update(dataclasses.asdict(DINOV2))
-    if objective == "kuea":
-        c.kuea.teacher.update(dataclasses.asdict(DINOV2))
+    for teacher in (c.teacher, *([c.kuea.teacher] if objective == "kuea" else [])):
+        teacher.update(dataclasses.asdict(DINOV2))
     if objective == "smartclip":  # Its captions are longer than the source's.
         c.backbone.text.update(context_length=TOKENS, kept_positions=4)
     c.ema.decay = 0.9 if RUNS[objective] else 0.0
@@ -200,7 +59,8 @@ def config_of(objective: str, source: str):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "clip"
-    written_by_open_clip(SPEC, folder)
+    written_by_open_clip(folder, SPEC)
+    demo.write_byte_tokenizer(folder)
     return str(folder)
 
 
@@ -211,10 +71,96 @@ def saved(c, p, workdir) -> dict[str, jax.Array]:
     workdirs.write_config(workdir, c)
     sha = {"source": ["x"], "sha256": readers.fingerprint(origins.open_source(c.backbone.source).files)}
     meta = {"sources": {n: sha for n, part in p.objective.pretrained().items() if part.source == c.backbone.source}}
+    meta["config"] = json.loads(c.to_json())
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(STEP, state | {"step": jax.numpy.int32(STEP)}, {}, meta, True)
     needed = set().union(*(p.towers.needs(t) for t in p.towers.shapes)) - set(p.trained)
     return {**workdirs.initial_arrays(p, needed, every_source=False)[0], **averaged(state)}
+
+
+_TRAINED = (("vision/pos_embed", 0.0), ("(vision|visual_proj)/.*", 1.0), (".*", 0.0))
+
+
+@pytest.fixture(scope="module")
+def run(source, tmp_path_factory):
+    """(workdir of eight devices that trained the tower but its position embeddings, parameters)."""
+    c = config_of("diva", source)
+    c.trainable, c.mesh.fsdp, c.mesh.min_shard = _TRAINED, 8, 1
+    workdir = tmp_path_factory.mktemp("run") / "work"
+    return workdir, saved(c, small.program(c, 8), workdir)
+
+
+def test_a_run_is_a_source_of_weights(run, source):
+    """As `config.backbone.source=WORKDIR` or `WORKDIR:STEP`: what an export of the run has, with its own identity."""
+    workdir, params = run
+    expected = origins.open_run(workdir)
+    base = readers.fingerprint(origins.open_source(source).files)
+    for name in (f"{workdir}", f"{workdir}:{STEP}"):
+        found = origins.open_source(name, "config.backbone.source")
+        equal(found.tensors, expected.tensors)
+        assert found.spec.source == name and readers.fingerprint(found.files) != base
+        tower = weights.load(name, dataclasses.replace(SPEC, source=name))
+        np.testing.assert_array_equal(tower.blocks[1].mlp.fc1.kernel[...], params["vision/blocks/1/mlp/fc1/kernel"])
+        assert str(parts.tokenizer_folder(name)) == source
+    refused(f"use one of {STEP}", origins.open_source, f"{workdir}:8")
+    refused("does not exist", origins.open_source, f"{workdir}x:7")
+
+
+def test_checkpoint_to_open_clip(run, source, tmp_path, capsys):
+    """What was trained and what was not, bit for bit."""
+    workdir, params = run
+    found = origins.open_run(workdir)
+    assert found.run["step"] == STEP and found.spec == dataclasses.replace(SPEC, source=source)
+    layouts.export(found, found.spec, tmp_path / "out", "open_clip")
+    assert "open_clip: largest difference" in capsys.readouterr().out
+    original = origins.open_source(source).tensors
+    written = readers.open_file(tmp_path / "out/open_clip_model.safetensors")
+    untouched = [n for n in original if not n.startswith("visual.")] + ["visual.positional_embedding"]
+    equal({n: written[n] for n in untouched}, {n: original[n] for n in untouched})
+    trained = written["visual.transformer.resblocks.1.mlp.c_fc.weight"]
+    np.testing.assert_array_equal(trained, np.asarray(params["vision/blocks/1/mlp/fc1/kernel"]).T)
+    config = json.loads((tmp_path / "out/open_clip_config.json").read_text())
+    assert config["model_cfg"]["quick_gelu"] is True and config["preprocess_cfg"]["resize_mode"] == "shortest"
+    assert (tmp_path / "out/vocab.json").exists()
+    equal(origins.open_run(workdir, STEP).tensors, origins.open_source(str(tmp_path / "out")).tensors)
+
+
+def test_bad_workdirs(run, tmp_path, monkeypatch):
+    workdir, _ = run
+    refused("holds no run", origins.open_run, tmp_path)
+    refused(r"--step=3 has no checkpoint in .*: use one of 7", origins.open_run, workdir, 3)
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    refused("has no checkpoint yet", origins.open_run, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    other = {"visual_proj/kernel": jax.numpy.ones(3)}
+    monkeypatch.setattr(workdirs.RunAt, "params", property(lambda self: other))
+    monkeypatch.setattr(workdirs.RunAt, "towers", lambda self: {"vision": {}})
+    refused("step 7, has trained no parameter of vision, only visual_proj/kernel", origins.open_run, workdir)
+
+
+def test_the_config_of_another_run_or_a_source_that_changed_is_refused(run, source, monkeypatch, tmp_path):
+    path = run[0] / "config.json"
+    before = path.read_text()
+    others = {"objective": "judge", "seed": 9, "backbone.image_size": 70, "optim.lr": 0.5}
+    for name, value in (others | {"steps": 10**6, "log.every": 7}).items():
+        config = json.loads(before)
+        *sections, field = name.split(".")
+        functools.reduce(dict.__getitem__, sections, config)[field] = value
+        path.write_text(json.dumps(config))
+        says = f"is not the config that the checkpoint of step 7 .* differ in {name} "
+        refused(says, origins.open_run, run[0]) if name in others else origins.open_run(run[0])
+    path.write_text(before)
+    monkeypatch.setattr(readers, "fingerprint", lambda files: "another")
+    refused("is not the checkpoint that the run began with", origins.open_run, run[0])
+
+
+@pytest.mark.slow
+def test_round_trip_of_vit_b_32_at_full_size(tmp_path):
+    """open_clip's own file, converted through our modules to both formats, is bit-identical."""
+    flags = ("--config=configs/custom.py:ViT-B-32", "--norun", f"--tmp={tmp_path}")
+    printed = commands.output(commands.launch(sys.executable, "bench/roundtrip.py", *flags))
+    for fmt in ("open_clip", "hf"):
+        assert f"{fmt}: all 302 tensors are bit-identical to those of the original file" in printed, printed
 
 
 def token_ids() -> np.ndarray:
@@ -247,17 +193,19 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
 
     found = origins.open_run(tmp_path / "run")
     assert ("text" in merged) == (objective == "smartclip") and found.run["tuned"] == sorted(merged)
-    nchw, ids = np.array(view).transpose(0, 3, 1, 2).copy(), token_ids() if "text" in merged else None
+    ids = token_ids() if "text" in merged else None
     texts = None if ids is None else towers.texts(merged["text"], ids)
     if ids is not None:
         close(towers.texts(read.text, ids), texts, 1e-6)
-    for fmt, kind in (("open_clip", "open_clip"), ("hf", "transformers")):
+    for fmt in ("open_clip", "hf"):
         layouts.export(found, found.spec, out := tmp_path / fmt, fmt, run=False)
-        args = (out, nchw.transpose(0, 2, 3, 1), ids)
-        theirs = getattr(layouts, f"{kind}_embeddings")(*args, *([TOKENS] if fmt == "hf" else []))
-        theirs = theirs[0] if fmt == "hf" else theirs
+        if fmt == "hf":
+            theirs, _ = layouts.transformers_embeddings(out, np.array(view), ids, TOKENS)
+        else:
+            theirs = layouts.open_clip_embeddings(out, np.array(view), ids)
         close(theirs[0], want, 2e-5)
         if ids is not None:
             close(theirs[2], texts, 2e-5)
     prepare = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'open_clip'}")[2]
-    np.testing.assert_allclose(np.stack([prepare(patch(i)).numpy() for i in range(COUNT)]), nchw, atol=1e-6)
+    prepared = np.stack([prepare(patch(i)).numpy() for i in range(COUNT)])
+    np.testing.assert_allclose(prepared.transpose(0, 2, 3, 1), view, atol=1e-6)

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import small
 from flax import nnx
-from helpers import close
+from helpers import close, refused
 from specs import TEACHER
 
-from diva_jax.common.errors import UserError
 from diva_jax.models import adapters, backbones
 from diva_jax.models.layers import Keys, abstract
 from diva_jax.training import partition
@@ -19,13 +18,17 @@ from diva_jax.training import partition
 ALL = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])|proj"
 
 
-def adapted(spec, lora, seed=0, scale=0.3):
-    """Returns a tower with random adapters, in which B is random too."""
-    tower = backbones.build(spec, rngs=Keys(seed))
-    adapters.adapt(tower, lora, Keys(seed + 1))
-    for i, (_, m) in enumerate(nnx.iter_modules(tower)):
+def randomised(module, scale=1.0):
+    """A module whose adapters' B is random too."""
+    for i, (_, m) in enumerate(nnx.iter_modules(module)):
         if isinstance(m, adapters.Update):
             m.b[...] = scale * jax.random.normal(jax.random.key(i), m.b.shape)
+    return module
+
+
+def adapted(spec, **lora):
+    tower = backbones.build(spec, rngs=Keys(0))
+    adapters.adapt(tower, adapters.Lora(**lora), Keys(1))
     return tower
 
 
@@ -35,25 +38,24 @@ def images(spec, count=3):
 
 @pytest.mark.parametrize("spec", [small.SPEC, TEACHER], ids=["vit", "siglip"])
 def test_new_adapters_change_nothing_and_merged_ones_compute_the_same(spec):
-    lora = adapters.Lora(rank=3, alpha=7.0, targets=ALL + r"|attn_pool/(q|kv|mlp/fc[12])")
-    plain, fresh = backbones.build(spec, rngs=Keys(0)), backbones.build(spec, rngs=Keys(0))
-    adapters.adapt(fresh, lora, Keys(1))
+    plain, tower = (
+        backbones.build(spec, rngs=Keys(0)),
+        adapted(spec, rank=3, alpha=7.0, targets=ALL + r"|attn_pool/(q|kv|mlp/fc[12])"),
+    )
     x = images(spec)
-    np.testing.assert_array_equal(fresh.encode(x).pooled, plain.encode(x).pooled)
-    tower = adapted(spec, lora)
-    merged = adapters.merge(tower)
+    np.testing.assert_array_equal(tower.encode(x).pooled, plain.encode(x).pooled)
+    merged = adapters.merge(randomised(tower, 0.3))
     for ours, want in zip(merged.encode(x), tower.encode(x), strict=True):
         close(ours, want, 2e-6)
     assert not np.allclose(tower.encode(x).pooled, plain.encode(x).pooled, rtol=1e-2)
-    names = partition.disassemble(merged)[1]
-    assert {n: a.shape for n, a in names.items()} == {n: a.shape for n, a in partition.disassemble(plain)[1].items()}
+    shapes = [{n: a.shape for n, a in partition.disassemble(m)[1].items()} for m in (merged, plain)]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("fused", ["qkv", "qv", "k"])
 def test_fused_projections_have_an_adapter_for_each_part(fused):
     """Compares with W + (alpha / rank) A B, computed for each part."""
-    lora = adapters.Lora(rank=2, alpha=3.0, targets=r"blocks/1/attn/qkv", fused=fused)
-    tower = adapted(small.SPEC, lora)
+    tower = randomised(adapted(small.SPEC, rank=2, alpha=3.0, targets=r"blocks/1/attn/qkv", fused=fused), 0.3)
     layer, width = tower.blocks[1].attn.qkv, small.SPEC.width
     want = np.asarray(layer.kernel[...]).copy()
     for i, letter in enumerate(fused):
@@ -67,28 +69,20 @@ def test_fused_projections_have_an_adapter_for_each_part(fused):
 
 
 def test_merging_does_not_depend_on_the_mesh():
-    tower = adapted(small.SPEC, adapters.Lora(rank=4, targets=ALL))
-    skeleton, arrays = partition.disassemble(tower)
-
-    @jax.jit
-    def merged(arrays):
-        return partition.disassemble(adapters.merge(skeleton.merge(arrays)))[1]
-
-    mesh = jax.make_mesh((8,), ("x",))
-    want = merged(arrays)
+    skeleton, arrays = partition.disassemble(randomised(adapted(small.SPEC, rank=4, targets=ALL), 0.3))
+    merged = jax.jit(lambda arrays: partition.disassemble(adapters.merge(skeleton.merge(arrays)))[1])
+    mesh, want = jax.make_mesh((8,), ("x",)), merged(arrays)
 
     def split(a):
         axes = [("x" if n % 8 == 0 and not i else None) for i, n in enumerate(a.shape)]
         return jax.device_put(a, jax.NamedSharding(mesh, jax.P(*axes)))
 
-    for name, array in merged({n: split(a) for n, a in arrays.items()}).items():
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(want[name]), err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, merged({n: split(a) for n, a in arrays.items()}), want)
 
 
 def test_dropout_depends_on_the_image_and_the_layer_alone():
-    lora = adapters.Lora(rank=3, dropout=0.5, targets=ALL)
-    tower, x = adapted(small.SPEC, lora), images(small.SPEC, 4)
-    keys = jax.random.split(jax.random.key(4), 4)
+    tower = randomised(adapted(small.SPEC, rank=3, dropout=0.5, targets=ALL), 0.3)
+    x, keys = images(small.SPEC, 4), jax.random.split(jax.random.key(4), 4)
 
     def encode(x, keys):
         with adapters.dropout(keys):
@@ -101,26 +95,21 @@ def test_dropout_depends_on_the_image_and_the_layer_alone():
     np.testing.assert_array_equal(np.asarray(tower.encode(x).pooled), plain)  # Outside of the context.
 
     layer = tower.blocks[0].attn.qkv.lora
-    ones = jnp.ones((2000, small.SPEC.width))
-    masked = layer._dropped(ones, jax.random.split(jax.random.key(0), 2000))
+    masked = layer._dropped(jnp.ones((2000, small.SPEC.width)), jax.random.split(jax.random.key(0), 2000))
     assert masked.mean() == pytest.approx(1, abs=0.02) and set(np.unique(masked)) == {0.0, 2.0}
     assert not np.array_equal(masked[0], masked[1])  # q and k have different masks.
 
 
 def test_targets_that_match_no_layer():
-    with pytest.raises(UserError, match="matches no layer: layers are named like blocks/0/attn/"):
-        adapted(small.SPEC, adapters.Lora(targets="attn"))
-
-
-LORA = adapters.Lora(rank=2, targets=r"blocks/0/attn/qkv|proj")
+    refused("matches no layer: layers are named like blocks/0/attn/", adapted, small.SPEC, targets="attn")
 
 
 class Method(nnx.Module):
     """A vision tower with adapters, a scale that depends on two parameters, and a part that no tower needs."""
 
-    def __init__(self, rngs, spec=small.SPEC):
-        self.vision = backbones.build(spec, rngs=rngs)
-        adapters.adapt(self.vision, LORA, rngs)
+    def __init__(self, rngs):
+        self.vision = backbones.build(small.SPEC, rngs=rngs)
+        adapters.adapt(self.vision, adapters.Lora(rank=2, targets=r"blocks/0/attn/qkv|proj"), rngs)
         self.bias, self.scale = nnx.Param(jnp.float32(2.0)), nnx.Param(jnp.float32(3.0))
         self.head = nnx.Linear(3, 4, rngs=rngs)
 
@@ -130,31 +119,22 @@ class Method(nnx.Module):
 
 @pytest.fixture(scope="module")
 def method():
-    module = Method(Keys(0))
-    for i, (_, m) in enumerate(nnx.iter_modules(module)):
-        if isinstance(m, adapters.Update):
-            m.b[...] = jax.random.normal(jax.random.key(i), m.b.shape)
+    module = randomised(Method(Keys(0)))
     skeleton, arrays = partition.disassemble(module)
     return module, arrays, partition.Towers(skeleton, arrays)
 
 
-def test_needs_are_found_by_tracing(method):
-    _, arrays, found = method
+def test_towers_from_what_they_need_alone(method):
+    """Which is found by tracing."""
+    module, arrays, found = method
     assert found.needs("vision") == {n for n in arrays if n.startswith("vision/")}
     assert found.needs("logit_scale") == {"bias", "scale"}
     assert {t: set(leaves) for t, leaves in found.shapes.items() if t != "vision"} == {"logit_scale": {"logit_scale"}}
-
-
-def test_towers_from_what_they_need_alone(method):
-    module, arrays, found = method
     flat = found({n: arrays[n] for n in found.needs("vision")}, ["vision"])
     assert set(flat) == {"vision"}
     want = partition.disassemble(adapters.merge(module.vision))[1]
-    assert flat["vision"].keys() == want.keys()
-    for name, array in flat["vision"].items():
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(want[name]), err_msg=name)
-    merged = {"blocks/0/attn/qkv/kernel", "proj/matrix"}
-    for name in set(want) - merged:
+    jax.tree.map(np.testing.assert_array_equal, dict(flat["vision"]), dict(want))
+    for name in set(want) - {"blocks/0/attn/qkv/kernel", "proj/matrix"}:
         assert flat["vision"][name] is arrays[f"vision/{name}"], f"{name} was copied"
     assert float(found(arrays)["logit_scale"]["logit_scale"]) == 6.0
 
@@ -162,16 +142,15 @@ def test_towers_from_what_they_need_alone(method):
 def test_another_tower_than_the_backbones_is_refused(method):
     *_, found = method
     found.check(small.SPEC)
-    with pytest.raises(UserError, match="the vision tower of the objective is not that of config.backbone.*blocks/2"):
-        found.check(dataclasses.replace(small.SPEC, layers=3))
+    says = "the vision tower of the objective is not that of config.backbone.*blocks/2"
+    refused(says, found.check, dataclasses.replace(small.SPEC, layers=3))
 
     def towers_of(result):
-        module = abstract(lambda rngs: Method(rngs))
         other = object.__new__(type("Other", (Method,), {"towers": result}))
-        vars(other).update(vars(module))
+        vars(other).update(vars(abstract(lambda rngs: Method(rngs))))
         return partition.Towers(*partition.disassemble(other))
 
-    with pytest.raises(UserError, match="towers.. must return the plain tower, with adapters merged"):
-        towers_of(lambda self: {"vision": self.vision}).check(small.SPEC)
-    with pytest.raises(UserError, match="returns 'audio': return only vision, text, logit_scale and logit_bias"):
-        towers_of(lambda self: {"audio": self.head}).check(small.SPEC)
+    plain = towers_of(lambda self: {"vision": self.vision})
+    refused("towers.. must return the plain tower, with adapters merged", plain.check, small.SPEC)
+    audio = towers_of(lambda self: {"audio": self.head})
+    refused("returns 'audio': return only vision, text, logit_scale and logit_bias", audio.check, small.SPEC)

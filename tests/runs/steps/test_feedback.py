@@ -10,11 +10,10 @@ import pytest
 import small
 from eval_data import write_image
 from flax import nnx
-from helpers import refused
+from helpers import failed, refused
 from ml_collections import ConfigDict
 
 from diva_jax import objectives
-from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.fields import default_of
 from diva_jax.data import inputs
 from diva_jax.data.preprocess import to_float
@@ -37,13 +36,11 @@ def folder(tmp_path_factory):
 
 
 def config(**fields):
-    c = small.small_config(**fields)
-    c.eval.update(bootstrap=400, batch_size=4, seed=SEED)
-    c.eval.feedback.draws = 3
-    return c
+    few = dict(eval__bootstrap=400, eval__batch_size=4, eval__seed=SEED, eval__feedback__draws=3)
+    return small.small_config(**few, **fields)
 
 
-def runner(folder, c=None, devices: int = 1):
+def runner(folder, devices: int = 1, c=None):
     c = c or config()
     mesh = partition.make_mesh(c.mesh, jax.devices()[:devices])
     return evaluator.Evaluator(c, mesh, {"feedback": str(folder)})
@@ -55,17 +52,13 @@ def one(folder):
     return runner(folder)
 
 
-def arrays_of(run, seed: int = 0) -> dict[str, jax.Array]:
-    return small.random_arrays(run.tasks["feedback"].program, seed)
-
-
-def encoder(params) -> encode.Encoder:
-    return encode.Encoder({}, None, "", params, "")
+def arrays_of(run) -> dict[str, jax.Array]:
+    return small.random_arrays(run.tasks["feedback"].program)
 
 
 def outcome(run, arrays, label="x"):
     with jax.default_matmul_precision("highest"):  # As in every test, so that nothing is compiled twice.
-        return run.tasks["feedback"].evaluate(run.model(label, encoder(arrays)))
+        return run.tasks["feedback"].evaluate(run.model(label, encode.Encoder({}, None, "", arrays, "")))
 
 
 @pytest.fixture(scope="module")
@@ -114,20 +107,15 @@ def test_losses_and_gaps_by_hand(one, found):
         assert value == pytest.approx(hand[name][i, k], rel=2e-5), (name, i, k)
     scores, bins = found.results["scores"], found.results["timesteps"]
     assert [(b["low"], b["high"]) for b in bins] == [(k, k + 100) for k in range(0, 1000, 100)]
-    for name, want in (
-        ("loss_own", hand["own"]),
-        ("gap_other", hand["other"] - hand["own"]),
-        ("gap_text", hand["text"] - hand["own"]),
-    ):
+    gaps = {f"gap_{name}": hand[name] - hand["own"] for name in ("other", "text")}
+    for name, want in {"loss_own": hand["own"], **gaps}.items():
         assert scores[name]["score"] == pytest.approx(want.mean(), abs=2e-5)
         assert scores[name]["interval"][0] < scores[name]["score"] < scores[name]["interval"][1]
         for k, b in enumerate(bins):
             assert b["scores"][name]["score"] == pytest.approx(want[:, k].mean(), abs=2e-5)
     for name in ("other", "text"):
-        want = (hand["nats"] * (hand[name] - hand["own"])).sum(axis=1).mean()
-        assert scores[f"nats_{name}"]["score"] == pytest.approx(
-            want, abs=2e-5 * np.abs(hand["nats"]).sum(axis=1).mean()
-        )
+        want, bound = (hand["nats"] * gaps[f"gap_{name}"]).sum(axis=1).mean(), np.abs(hand["nats"]).sum(axis=1).mean()
+        assert scores[f"nats_{name}"]["score"] == pytest.approx(want, abs=2e-5 * bound)
     assert len({round(x, 6) for x in hand["own"].ravel()}) == hand["own"].size  # All values differ.
     cosine = scores["gradient_cosine"]
     assert -1 < cosine["score"] < 0.999 and cosine["interval"] is None  # There is one group.
@@ -137,19 +125,16 @@ def test_losses_and_gaps_by_hand(one, found):
 def test_weights_that_are_not_finite_are_refused(one):
     arrays = arrays_of(one)
     name = next(n for n in arrays if n.startswith("vision/blocks/0"))
-    with pytest.raises(RunError, match=f"x: the diffusion losses of {COUNT} of {COUNT} images are not finite"):
-        outcome(one, arrays | {name: arrays[name] * np.nan})
-
-
-def deaf(arrays):
-    """Returns arrays for which the cross-attention, and so the U-Net, ignores the condition."""
-    silent = {n: jax.device_put(jnp.zeros_like(a), a.sharding) for n, a in arrays.items() if "/attn2/to_v/" in n}
-    assert silent
-    return {**arrays, **silent}
+    says = f"x: the diffusion losses of {COUNT} of {COUNT} images are not finite"
+    failed(says, outcome, one, arrays | {name: arrays[name] * np.nan})
 
 
 def test_a_unet_that_ignores_its_condition(one, found):
-    silent = outcome(one, deaf(arrays_of(one)), "deaf")
+    """Since its cross-attention has no values."""
+    arrays = arrays_of(one)
+    deaf = {n: jax.device_put(jnp.zeros_like(a), a.sharding) for n, a in arrays.items() if "/attn2/to_v/" in n}
+    assert deaf
+    silent = outcome(one, {**arrays, **deaf}, "deaf")
     scores, notes = silent.results["scores"], silent.results["notes"]
     for gap in ("gap_other", "gap_text"):
         assert scores[gap]["score"] == pytest.approx(0, abs=1e-9)
@@ -195,11 +180,10 @@ class Attentive(objectives.Objective):
 @pytest.fixture
 def attentive(folder, monkeypatch):
     """A function that makes an evaluator of `Attentive`; it compiles in a second."""
-    made = config(trainable=(("vision/.*", 1.0),))
-    module = SimpleNamespace(Objective=Attentive, default=ConfigDict)
+    made, module = config(trainable=(("vision/.*", 1.0),)), SimpleNamespace(Objective=Attentive, default=ConfigDict)
     monkeypatch.setattr(objectives, "find", lambda name: module)
     monkeypatch.setattr(partition.Towers, "check", lambda *_: None)  # Its tower is not one of a backbone.
-    return partial(runner, folder, made)
+    return partial(runner, folder, c=made)
 
 
 LINEAR = {"vision/kernel": jnp.asarray(np.random.default_rng(3).normal(size=(3, 3)), jnp.float32)}
@@ -209,16 +193,9 @@ LINEAR["vision/bias"] = jnp.array([0.1, -0.2, 0.3])
 def test_gradients_by_hand(attentive):
     """Compares all pairs of the three gradients of one group, with the loss of training."""
     run = attentive()
-    task = run.tasks["feedback"]
-
-    @jax.jit
-    def gradient(trained, keys):
-        def loss(trained):
-            return task.program.skeleton.merge(LINEAR, trained).loss({"image": jnp.stack(task._pixels[:8])}, keys)[0]
-
-        return jax.grad(loss)(trained)
-
-    flat = []
+    task, flat = run.tasks["feedback"], []
+    images = {"image": jnp.stack(task._pixels[:8])}
+    gradient = jax.jit(jax.grad(lambda a, keys: task.program.skeleton.merge(LINEAR, a).loss(images, keys)[0]))
     for r in range(3):
         key = jax.random.fold_in(jax.random.key(SEED), 1 + r)
         keys = jnp.stack([jax.random.fold_in(key, i) for i in range(8)])
@@ -269,11 +246,10 @@ def test_partners_are_never_oneself():
 
 
 def test_what_cannot_be_judged_is_refused(folder, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--data=feedback='.*none' does not exist"):
-        feedback.prepare(str(tmp_path / "none"), default_of(feedback), Settings())
+    prepare = lambda path: feedback.prepare(str(path), default_of(feedback), Settings())  # noqa: E731
+    refused("--data=feedback='.*none' does not exist", prepare, tmp_path / "none")
     write_image(tmp_path / "a.png", 0)
-    with pytest.raises(UserError, match="has 1 images: give at least 2"):
-        feedback.prepare(str(tmp_path), default_of(feedback), Settings())
+    refused("has 1 images: give at least 2", prepare, tmp_path)
     (tmp_path / "b.png").write_bytes(b"no image")
     refused("the image b.png of .* cannot be read", runner, tmp_path)
     monkeypatch.delattr(diva.Objective, "condition_losses")

@@ -1,4 +1,6 @@
-"""KUEA, SmartCLIP, un2CLIP and DCR: equations written out, recipes, draws, views, and what cannot work."""
+"""Single methods: equations written out, draws, views, what each stage trains, and what cannot work."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,56 +11,48 @@ from helpers import refused, within
 from records import encoded
 from specs import DINOV2
 
-from diva_jax import config, demo, objectives
-from diva_jax.common.errors import UserError
-from diva_jax.data import inputs, preprocess
-from diva_jax.models import backbones
+from diva_jax import config, demo
+from diva_jax.data import preprocess
+from diva_jax.models import adapters, backbones
+from diva_jax.models.diffusion import flow
+from diva_jax.models.layers import Keys
 from diva_jax.objectives import smartclip
 from diva_jax.objectives.dcr import contrast
 from diva_jax.training import partition, workdirs
 from diva_jax.training.loop import Run
 
 
-def test_at_the_start_the_distance_to_the_original_is_zero():
+def made(c, arrays=small.random_arrays):
+    """(the objective of a config with random arrays, its program)."""
+    p = small.program(c)
+    return p.skeleton.merge(arrays(p)), p
+
+
+def uniform(count: int, size: int = 28):
+    return jnp.asarray(np.random.default_rng(1).uniform(size=(count, size, size, 3)), jnp.float32)
+
+
+def test_at_the_start_kuea_is_at_no_distance_from_the_original():
     p = small.program(small.kuea_config(kuea__kernel="cosine", kuea__kernel_params="faithful"))
     arrays = small.kuea_arrays(p)
     arrays |= {n: arrays[n.replace("original/", "vision/")] for n in arrays if n.startswith("original/")}
-    batch = small.batch(p, 0)
-
-    def losses(trained):
-        return p.skeleton.merge({**arrays, **trained}).loss(batch, None)
-
+    losses = lambda trained: p.skeleton.merge({**arrays, **trained}).loss(small.batch(p, 0), None)  # noqa: E731
     trained = {n: arrays[n] for n in p.trained}
     (value, metrics), grads = jax.jit(jax.value_and_grad(losses, has_aux=True))(trained)
     within(metrics["loss_clean"], 1e-9)
-    assert metrics["loss_kernel"] > 0
-    assert value == pytest.approx(float(0.5 * metrics["loss_kernel"]), abs=1e-8)
+    assert metrics["loss_kernel"] > 0 and value == pytest.approx(float(0.5 * metrics["loss_kernel"]), abs=1e-8)
     assert all(np.isfinite(g).all() for g in grads.values())
 
 
 def test_the_teacher_has_its_own_input_or_the_backbones():
-    exact = small.kuea_config()
-    p, other = small.program(exact), small.program(config.faithful(exact.copy_and_resolve_references()))
-    found, alone = p.objective.inputs, other.objective.inputs
-    assert set(found) == {"image", "teacher"} and set(alone) == {"image"}
-    assert [(x.size, x.resize) for x in (found["image"], found["teacher"], alone["image"])] == [
-        (21, 0),
-        (18, 24),
-        (21, 0),
-    ]
-    batch, module = small.batch(p, 0), p.skeleton.merge(small.kuea_arrays(p))
+    c = small.kuea_config()
+    module, p = made(c, small.kuea_arrays)
+    found, alone = p.objective.inputs, small.program(config.faithful(small.kuea_config())).objective.inputs
+    assert {n: (x.size, x.resize) for n, x in found.items()} == {"image": (21, 0), "teacher": (18, 24)}
+    assert {n: (x.size, x.resize) for n, x in alone.items()} == {"image": (21, 0)}
+    batch = small.batch(p, 0)
     want, _ = module.forward(*(preprocess.to_float(batch[name]) for name in ("image", "teacher")))
     np.testing.assert_allclose(module.loss(batch, None)[0], want, rtol=1e-6)
-
-
-def test_a_teacher_that_is_no_dinov2_is_refused_before_anything_is_written(files, tmp_path):
-    c = config.faithful(small.kuea_config())
-    c.batch_size, c.backbone.source, c.data.path = 8, str(files / "clip"), str(files / "photos")
-    c.kuea.teacher.source = str(files / "clip")
-    run = Run(c, tmp_path / "run")
-    with pytest.raises(UserError, match="is of another architecture than config.kuea.teacher: arch is 'vit' there"):
-        run.load()
-    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -68,85 +62,57 @@ def test_masked_cosines_written_out(seed):
     x, y, m = rng.normal(size=(n + 1, d)), rng.normal(size=(n, d)), (rng.random((n, d)) > 0.4).astype(float)
     m[0] = 0  # Selects nothing.
     got = np.asarray(smartclip.masked_cosines(*(jnp.asarray(a, jnp.float32) for a in (x, y, m))))
-    for i in range(n + 1):
-        for j in range(1, n):
-            a, b = m[j] * x[i], y[j]
-            want = a @ b / np.linalg.norm(a) / np.linalg.norm(b) if m[j].any() else 0
-            assert got[i, j] == pytest.approx(want, abs=1e-6)
+    for i, j in itertools.product(range(n + 1), range(1, n)):
+        a, b = m[j] * x[i], y[j]
+        want = a @ b / np.linalg.norm(a) / np.linalg.norm(b) if m[j].any() else 0
+        assert got[i, j] == pytest.approx(want, abs=1e-6)
     assert (got[:, 0] == 0).all()
     slope = jax.grad(lambda m: jnp.sum(smartclip.masked_cosines(jnp.asarray(x), jnp.asarray(y), m)))(jnp.asarray(m))
     assert np.isfinite(slope).all()
 
 
-def test_the_published_recipe():
-    c = config.default("vitl14", objective="smartclip")
-    assert (c.backbone.text.context_length, c.backbone.text.kept_positions, c.batch_size) == (248, 20, 1024)
-    p = small.program(c)
-    assert p.arrays["text/pos_embed"].shape == (248, 768)
-    rate = p.active(0)
-    assert {n: rate[n] for n in ("mask_net/proj/kernel", "text/pos_embed")} == {
-        "mask_net/proj/kernel": 1000.0,
-        "text/pos_embed": 1.0,
-    }
-    warm = np.ceil(c.optim.warmup * c.steps)
-    assert warm == 200 and p.objective.inputs["caption"].choose is inputs.first_sentences
-
-
 def test_what_cannot_work_is_one_sentence(files, tmp_path):
-    with pytest.raises(UserError, match="config.objective=smartclip trains a text tower, but the dinov2 backbone has"):
-        small.program(config.default(DINOV2, objective="smartclip"))
+    """Before anything is written."""
+    dinov2 = config.default(DINOV2, objective="smartclip")
+    refused("config.objective=smartclip trains a text tower, but the dinov2 backbone has", small.program, dinov2)
     c = config.default(small.SPEC, objective="smartclip")
-    c.update(batch_size=8)
     demo.write_byte_tokenizer(tmp_path / "tokenizer")
-    c.smartclip.tokenizer = str(tmp_path / "tokenizer")
+    c.batch_size, c.smartclip.tokenizer = 8, str(tmp_path / "tokenizer")
     c.backbone.source, c.data.path = str(files / "clip"), str(tmp_path / "classes")
     (tmp_path / "classes" / "a").mkdir(parents=True)
     (tmp_path / "classes" / "a" / "0.png").write_bytes(encoded(0))
     refused("has no captions, which the input 'caption' needs", Run, c, tmp_path / "run")
     c.data.path, c.backbone.text.kept_positions = str(files / "photos"), -1
     refused("context_length is 77 there and 248 in the config", lambda: Run(c, tmp_path / "run").load())
+    c = config.faithful(small.kuea_config(batch_size=8))
+    c.backbone.source = c.kuea.teacher.source = str(files / "clip")
+    c.data.path = str(files / "photos")
+    says = "is of another architecture than config.kuea.teacher: arch is 'vit' there"
+    refused(says, lambda: Run(c, tmp_path / "run").load())
     assert not (tmp_path / "run" / "config.json").exists()
-
-
-def made(**options):
-    """(module with random arrays, its program)."""
-    c = small.unclip_config()
-    c.unclip.update(options)
-    p = small.program(c)
-    arrays = small.random_arrays(p)
-    return p.skeleton.merge(arrays), p
 
 
 @pytest.mark.parametrize("option, mode", [("ldm", "aligned"), ("processor", "exact")])
 def test_the_view_of_the_encoder(option, mode):
     """tests/parity compares the aligned one with kornia's formula."""
-    module, _ = made(clip_view=option)
-    pixels = jax.random.uniform(jax.random.key(0), (2, 30, 30, 3))
-    s = module.spec
+    module, _ = made(small.unclip_config(unclip__clip_view=option))
+    s, pixels = module.spec, uniform(2, 30)
     want = preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, mode)
     np.testing.assert_array_equal(module.views(pixels)[1], want)
 
 
-def test_draws_depend_on_their_own_key_alone():
-    module, _ = made(embed_drop=0.5)
-    keys = jax.random.split(jax.random.key(3), 40)
-    whole, part = module.draw(keys, (2, 3, 4)), module.draw(keys[7:9], (2, 3, 4))
-    for a, b in zip(whole, part, strict=True):
-        np.testing.assert_array_equal(a[7:9], b)
-    assert 8 < int(whole.keep.sum()) < 32
-    assert whole.timesteps.shape == (40,) and len(np.unique(whole.timesteps)) > 30
-
-
 def test_losses_of_the_conditions():
-    module, p = made(embed_noise="random", embed_drop=0.9)
-    image = small.batch(p, 0)["image"][:2]
-    batch = {"image": image, "other": image[::-1]}
-    edges = np.array([0, 400, 1000])
-    losses = jax.jit(lambda batch: module.condition_losses(batch, jax.random.split(jax.random.key(0), 2), edges))
-    found = {name: np.asarray(x) for name, x in losses(batch).items()}
+    module, p = made(small.unclip_config(unclip__embed_noise="random", unclip__embed_drop=0.9))
+    keys, edges, image = (
+        jax.random.split(jax.random.key(0), 2),
+        np.array([0, 400, 1000]),
+        small.batch(p, 0)["image"][:2],
+    )
+    losses = jax.jit(lambda batch: module.condition_losses(batch, keys, edges))
+    found = {name: np.asarray(x) for name, x in losses({"image": image, "other": image[::-1]}).items()}
     assert {x.shape for x in found.values()} == {(2, 2)}
     assert not np.allclose(found["own"], found["other"]) and not np.allclose(found["own"], found["text"])
-    same = losses(batch | {"other": image})
+    same = losses({"image": image, "other": image})
     np.testing.assert_allclose(same["own"], same["other"], rtol=1e-5)
 
 
@@ -154,22 +120,51 @@ def test_statistics_come_from_the_generator(files, tmp_path):
     small.write_unclip(tmp_path / "generator")
     c = small.unclip_config(unclip__embed_noise="level3")
     c.backbone.source, c.diffusion.source = str(files / "clip"), str(tmp_path / "generator")
-    p = small.program(c)
-    names = ["image_normalizer/mean", "image_normalizer/std"]
+    names, p = ["image_normalizer/mean", "image_normalizer/std"], small.program(c)
     arrays, origins = workdirs.initial_arrays(p, names, every_source=False)
     rng, d = np.random.default_rng(5), small.SPEC.embed_dim
     np.testing.assert_array_equal(arrays[names[0]], rng.normal(size=(1, d)).astype(np.float32))
     np.testing.assert_array_equal(arrays[names[1]], rng.uniform(0.5, 1.5, (1, d)).astype(np.float32))
     assert origins["image_normalizer"]["source"] == ["diffusion_pytorch_model.safetensors"]
     (tmp_path / "generator" / "image_normalizer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match="image_normalizer has no weights"):
-        workdirs.initial_arrays(p, names, every_source=False)
+    refused("image_normalizer has no weights", workdirs.initial_arrays, p, names, every_source=False)
 
 
-@pytest.mark.parametrize(
-    ("images", "group", "tile", "chunks", "together"),
-    [(16, 16, 17, 16, 17), (16, 16, 40, 8, 17), (16, 16, 8, 2, 1), (6, 3, 100, 1, 4), (6, 3, 3, 2, 1), (2, 2, 1, 2, 1)],
-)
+def test_draws_depend_on_their_own_key_alone():
+    """Those of every image, whatever other images there are; and the adapters drop by them."""
+    module, _ = made(small.unclip_config(unclip__embed_drop=0.5))
+    keys = jax.random.split(jax.random.key(3), 40)
+    whole, part = module.draw(keys, (2, 3, 4)), module.draw(keys[7:9], (2, 3, 4))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[7:9], b), whole, part)
+    assert 8 < int(whole.keep.sum()) < 32 and len(np.unique(whole.timesteps)) > 30
+
+    module, _ = made(small.genhancer_config(genhancer__lora__dropout=0.5))
+    keys, pixels = jax.random.split(jax.random.key(0), 8), uniform(8)
+    drawn, drop = module.draw(keys, (14, 14, 3))
+    other, _ = module.draw(keys[::-1], (14, 14, 3))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[::-1], b), drawn, other)
+    assert drawn.noise.shape == (8, 49, 12) and drawn.posterior.shape == (8, 14, 14, 3)
+
+    def embed(keys=None):
+        with adapters.dropout(keys):
+            return np.asarray(module.forward(pixels, drawn.posterior, drawn)[1]["embed"])
+
+    assert np.abs(embed(drop) - embed()).max() > 1e-3 and np.abs(embed(drop) - embed(drop[::-1])).max() > 1e-3
+    without = module.latents(pixels, 0 * drawn.posterior)
+    assert np.abs(np.asarray(module.latents(pixels, drawn.posterior) - without)).max() > 1e-3
+
+
+TILES = [
+    (16, 16, 17, 16, 17),
+    (16, 16, 40, 8, 17),
+    (16, 16, 8, 2, 1),
+    (6, 3, 100, 1, 4),
+    (6, 3, 3, 2, 1),
+    (2, 2, 1, 2, 1),
+]
+
+
+@pytest.mark.parametrize(("images", "group", "tile", "chunks", "together"), TILES)
 def test_a_tile_holds_at_most_its_passes(images, group, tile, chunks, together):
     objective = small.program(small.dcr_config(dcr__group=group, dcr__tile=tile, batch_size=images)).objective
     assert objective.tiles(images) == (chunks, together)
@@ -188,14 +183,12 @@ def test_contrast_is_the_formula():
         z = np.log(sum(np.exp(x.astype(np.longdouble)) for k, x in enumerate(s) if k != a))
         np.testing.assert_allclose(found.losses[i], [z - s[3], z - s[4]], rtol=2e-5, atol=1e-4)
         np.testing.assert_allclose(found.others[i], s[:3], rtol=1e-5, atol=1e-4)
-    zero = jax.grad(lambda x: contrast(x, jnp.ones((1, 2, 2, 1)), jnp.array([0]), 0.1).losses.sum())(
-        jnp.zeros((1, 3, 2, 2, 1))
-    )
-    assert np.isfinite(zero).all()
+    zero, goal = jnp.zeros((1, 3, 2, 2, 1)), jnp.ones((1, 2, 2, 1))
+    assert np.isfinite(jax.grad(lambda x: contrast(x, goal, jnp.array([0]), 0.1).losses.sum())(zero)).all()
 
 
 @pytest.mark.parametrize("spec", [small.SPEC_28, small.SIGLIP_28], ids=["vit", "siglip"])
-def test_each_stage_trains_its_own(spec):
+def test_each_stage_of_dcr_trains_its_own(spec):
     p = small.program(small.dcr_config(spec))
     assert [(s.name, s.start, s.end, s.lr) for s in p.stages] == [("projector", 0, 2, 1e-4), ("tower", 2, 5, 1e-3)]
     first, second = (set(p.active(i)) for i in (0, 1))
@@ -208,43 +201,45 @@ def test_each_stage_trains_its_own(spec):
     inert = {"vision/attn_pool/proj/bias"} if spec is small.SIGLIP_28 else set()
     assert biases == {f"{n}/bias" for n in adapted if n != "vision/proj"} | inert
     assert second == biases | {f"{n}/lora/{x}" for n in adapted for x in "ab"}
-    qkv = p.arrays["vision/blocks/0/attn/qkv/lora/a"]
-    assert qkv.shape == (3, spec.width, 3)
+    assert p.arrays["vision/blocks/0/attn/qkv/lora/a"].shape == (3, spec.width, 3)
     assert set(p.towers.shapes) == {"vision"}  # Merged, and checked to be those of the backbone.
 
 
-def test_published_recipe():
-    c = config.default("vitl14", objective="dcr")
-    o = c.optim
-    assert (o.name, o.lr, o.weight_decay, o.clip) == ("adamw", 1e-5, 0.01, 1.0)
-    assert (o.schedule, o.decay_all) == ("constant", True)
-    assert (c.batch_size, c.dcr.group, c.data.image_size, c.diffusion.prompt) == (256, 16, 224, "")
-    stages = objectives.stages(c)
-    assert [(s.steps, s.lr) for s in stages] == [(100_000, 1e-4), (4600, 1e-5)]
-    lora = c.dcr.lora
-    assert (lora.rank, lora.alpha, lora.dropout, lora.biases) == (16, 16.0, 0.1, True)
-    switches = ("target", "plus_space", "tower_norm", "text_mask", "schedule_dtype", "loss_dtype", "stage1_loss")
-    config.faithful(c)
-    assert all(c.dcr[s] == "faithful" for s in switches)
-    p = small.program(config.default("vitl14", objective="dcr"))
-    sizes = {True: 0, False: 0}
-    for name in p.active(1):
-        sizes["/lora/" in name] += p.arrays[name].size
-    assert sizes == {True: 7_106_560, False: 221_184}
-    # 17 passes, each at 28 x 28 latents; the attention over pixels shrinks more than the rest.
-    passes = p.flops()["unet"] / (17 * (28 / 64) ** 2 * 1.671e12)
-    assert 0.8 < passes < 1
+def test_what_each_stage_of_genhancer_trains():
+    def tiny(**fields):
+        return small.program(small.genhancer_config(**fields))
+
+    generator = {"project_clip", "project_t5", "denoiser"}
+    for stage2, parts in (("only", {"vision"}), ("all", generator | {"vision"})):
+        p = tiny(genhancer__stage2=stage2)
+        assert [{n.split("/")[0] for n in p.active(i)} for i in (0, 1)] == [generator, parts]
+        assert not any("norm" in n or "embed" in n for n in p.active(1) if n.startswith("vision/"))
+    p = tiny(genhancer__stage2="none")
+    assert [s.name for s in p.stages] == ["stage1"] and not any("lora" in n for n in p.arrays)
+    p = tiny(genhancer__stage1_steps=0, frozen_dtype="bfloat16")
+    assert [s.name for s in p.stages] == ["stage2"]
+    dtypes = {(n.split("/")[0], str(a.dtype)) for n, a in p.arrays.items() if n.startswith(("denoiser/", "vae/"))}
+    assert dtypes == {("denoiser", "bfloat16"), ("vae", "float32")}
+    # The switches of SigLIP; faithful: tanh's GELU in the tower; the head's output has a trained bias and no adapter.
+    base = "vision/attn_pool/proj"
+    for value, activation, matrices in (("exact", "gelu", "ab"), ("faithful", "gelu_tanh", "")):
+        p = tiny(spec=small.SIGLIP_28, genhancer__siglip_head_out=value, genhancer__siglip_gelu=value)
+        out = {n for n in p.active(1) if n.startswith(f"{base}/")}
+        assert out == {f"{base}/bias", *(f"{base}/lora/{m}" for m in matrices)}
+        assert p.objective.vision.blocks[0].mlp.activation == activation
+        pooled = {n for n in p.active(1) if n.startswith("vision/attn_pool/")} - out
+        assert all("/mlp/fc" in n for n in pooled) and len(pooled) == 6
 
 
 def test_normalisation_and_the_space_of_the_jitter():
-    pixels = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 28, 28, 3)), jnp.float32)
+    pixels = uniform(2)
     nothing = (jnp.arange(4), jnp.array([1.0, 1, 1, 0]), jnp.array([0, 0, 28, 28]), jnp.array(False), jnp.array(False))
     nothing = preprocess.Jitter(*(jnp.stack([x, x]) for x in nothing))
-    view, plus = small.program(small.dcr_config(small.SIGLIP_28)).objective.views(pixels, nothing)
+    objective = small.program(small.dcr_config(small.SIGLIP_28)).objective
+    view, plus = objective.views(pixels, nothing)
     np.testing.assert_allclose(view, 2 * pixels - 1, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(plus, view, rtol=1e-4, atol=1e-5)
-    upside_down = nothing._replace(vflip=jnp.array([True, True]))
-    _, flipped = small.program(small.dcr_config(small.SIGLIP_28)).objective.views(pixels, upside_down)
+    _, flipped = objective.views(pixels, nothing._replace(vflip=jnp.array([True, True])))
     np.testing.assert_allclose(flipped, view[:, ::-1], rtol=1e-4, atol=1e-5)
     faithful = small.dcr_config(small.SIGLIP_28, dcr__tower_norm="faithful", dcr__plus_space="faithful")
     view, plus = small.program(faithful).objective.views(pixels, nothing)
@@ -255,10 +250,8 @@ def test_normalisation_and_the_space_of_the_jitter():
 
 def test_groups_are_consecutive_images():
     """The loss of two groups is the mean of that of each with itself, in one program."""
-    p = small.program(small.dcr_config(batch_size=8))
-    module = p.skeleton.merge(small.random_arrays(p))
-    pixels = jnp.asarray(np.random.default_rng(1).uniform(size=(8, 28, 28, 3)), jnp.float32)
-    drawn = module.draw(jax.random.split(jax.random.key(0), 8), (14, 14, 4))
+    module, _ = made(small.dcr_config(batch_size=8))
+    pixels, drawn = uniform(8), module.draw(jax.random.split(jax.random.key(0), 8), (14, 14, 4))
     loss = jax.jit(lambda *given: module.forward(*given)[0])
     twice = [jax.tree.map(lambda a, i=i: jnp.concatenate([a[i : i + 4]] * 2), (pixels, drawn)) for i in (0, 4)]
     np.testing.assert_allclose(loss(pixels, drawn), np.mean([loss(*given) for given in twice]), rtol=2e-5)
@@ -268,12 +261,37 @@ def test_projector_alone_reconstructs():
     """The mean squared error of one pass per image."""
     c = small.dcr_config(dcr__projector_only=True, dcr__stage1_loss="exact", dcr__tile=3)
     config.validate(c, 1)
-    p = small.program(c)
+    module, p = made(c)
     assert [s.name for s in p.stages] == ["projector"] and p.objective.conditions == 1
-    module = p.skeleton.merge(small.random_arrays(p))
-    pixels = jnp.asarray(np.random.default_rng(1).uniform(size=(4, 28, 28, 3)), jnp.float32)
-    drawn = module.draw(jax.random.split(jax.random.key(0), 4), (14, 14, 4))
+    pixels, drawn = uniform(4), module.draw(jax.random.split(jax.random.key(0), 4), (14, 14, 4))
     value, seen = jax.jit(module.forward)(pixels, drawn)
     np.testing.assert_allclose(value, np.mean((seen["predicted"][:, 0] - drawn.noise) ** 2), rtol=1e-5)
     assert seen["predicted"].shape == (4, 1, 14, 14, 4)
     assert set(partition.scales(p.stages[0].trainable, p.arrays).values()) == {0.0, 1.0}
+
+
+def test_tokens_of_a_grid_that_is_not_square():
+    """The golden files have square ones: channels of 2 x 2 patches, positions in raster order, rotations by rows."""
+    x = np.random.default_rng(0).normal(size=(1, 6, 10, 3))
+    for n, (i, j) in enumerate(itertools.product(range(3), range(5))):
+        want = x[0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].transpose(2, 0, 1).ravel()
+        np.testing.assert_array_equal(flow.pack(jnp.asarray(x))[0, n], np.float32(want))
+        assert tuple(flow.token_positions((3, 5))[1 + n]) == (0, i, j)
+    cos, _ = flow.rotations(flow.FlowConfig(width=24, heads=2, axes=(4, 2, 6), theta=10), (3, 5))
+    np.testing.assert_allclose(cos[-1], np.cos([0, 0, 2, *(4 * 10 ** (-np.arange(3) / 3))]), rtol=1e-6)
+
+
+def test_initial_values_are_those_of_pytorch():
+    """U(+-1/sqrt(fan in)) for weights and biases; zero_out clears modulations and the output alone."""
+    sizes = dict(width=36, heads=3, axes=(4, 2, 6), in_channels=12, vector_dim=20, text_dim=28)
+    _, arrays = partition.disassemble(flow.Flow(flow.FlowConfig(**sizes), rngs=Keys(1)))
+    for name, array in arrays.items():
+        if name.endswith("scale"):
+            np.testing.assert_array_equal(array, 1.0)
+            continue
+        bound = arrays[name.rsplit("/", 1)[0] + "/kernel"].shape[0] ** -0.5
+        assert 0.8 * bound < float(jnp.abs(array).max()) <= bound, name
+        assert abs(float(array.std()) / bound - 3**-0.5) < 0.15, name
+    _, zeroed = partition.disassemble(flow.Flow(flow.FlowConfig(**sizes, zero_out=True), rngs=Keys(1)))
+    clear = {n for n, a in zeroed.items() if not np.any(np.asarray(a))}
+    assert clear == {n for n in arrays if "_mod/" in n or "modulation" in n.lower() or "final_layer/linear" in n}

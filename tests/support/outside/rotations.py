@@ -1,5 +1,5 @@
 """The objective of docs/WRITE_AN_OBJECTIVE.md: a vision tower and a linear head, which compile in a moment."""
 
-import pages
+import commands
 
-exec(pages.blocks("docs/WRITE_AN_OBJECTIVE.md")[0][1])  # noqa: S102
+exec(commands.blocks("docs/WRITE_AN_OBJECTIVE.md")[0][1])  # noqa: S102

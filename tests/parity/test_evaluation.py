@@ -1,0 +1,339 @@
+"""Scores, probes and class lists against CLIP_benchmark, scikit-learn and timm; evaluations of checkpoints of runs."""
+
+import csv
+import inspect
+import json
+from pathlib import Path
+
+import commands
+import numpy as np
+import pytest
+import small
+import timm.data
+import torch
+from clip_benchmark.datasets.builder import build_dataset
+from clip_benchmark.metrics import linear_probe, zeroshot_classification, zeroshot_retrieval
+from clip_benchmark.models.open_clip import load_open_clip
+from eval_data import encoded, eval_config, patch, statement, write_class_folders, write_mmvp
+from helpers import close, refused, tensors
+from PIL import Image
+from records import write_tar
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from specs import EVAL_CLIP as CLIP
+from torch_models import centred, torch_model, write_model
+
+from diva_jax.evals import encode, evaluator
+from diva_jax.evals.tasks import probe, robustness, zeroshot
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
+from diva_jax.report import evaluation, inputs, page
+from diva_jax.training import checkpoint, partition, workdirs
+from diva_jax.weights import origins, readers
+from diva_jax.weights.writers import write_json, write_safetensors
+
+WORDS = "zero one two three four five six seven eight nine".split()
+TEMPLATES = ["a photo of the number: {c}.", "the digit {c}", 'a {c}, "hand-written".']
+CAPTIONS = 83
+
+
+def digit(i: int) -> Image.Image:
+    return Image.fromarray((load_digits().images[i] * 15).astype(np.uint8)).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    model = centred(torch_model(CLIP), CLIP, [digit(i) for i in range(0, 1500, 30)], [f"the digit {w}" for w in WORDS])
+    folder = write_model(tmp_path_factory.mktemp("exported"), model)
+    write_json(folder / "open_clip_config.json", to_open_clip(CLIP))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """297 digits of scikit-learn, 8 x 8 pixels, in two shards."""
+    root = tmp_path_factory.mktemp("digits")
+    (root / "test").mkdir()
+    labels = load_digits().target
+    for shard, rows in enumerate((range(1500, 1700), range(1700, 1797))):
+        members = {}
+        for i in rows:
+            members |= {f"s{i:07d}.cls": str(labels[i]).encode(), f"s{i:07d}.png": encoded(digit(i))}
+        write_tar(root / "test" / f"{shard}.tar", members)
+    (root / "test" / "nshards.txt").write_text("2\n")
+    (root / "classnames.txt").write_text("\n".join(WORDS) + "\n")
+    (root / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    """Photographs with one to five captions each, as Flickr30k and COCO are packed."""
+    root = tmp_path_factory.mktemp("captions")
+    (root / "test").mkdir()
+    members = {}
+    for i in range(CAPTIONS):
+        words = [WORDS[(i + 3 * j) % 10] for j in range(1 + i % 5)]
+        texts = [f"{word} {WORDS[i % 7]} things, number {i * 10 + j}, at noon!" for j, word in enumerate(words)]
+        members |= {f"s{i:07d}.jpg": encoded(patch(i), "JPEG"), f"s{i:07d}.txt": "\n".join(texts).encode()}
+    write_tar(root / "test" / "0.tar", members)
+    (root / "test" / "nshards.txt").write_text("1\n")
+    (root / "dataset_type.txt").write_text("retrieval\n")
+    return root
+
+
+def accuracy():
+    """Their `accuracy`, whose float(array of shape [1]) numpy no longer allows; nothing else is changed."""
+    source = inspect.getsource(zeroshot_classification.accuracy)
+    assert source.count(".cpu().numpy()") == 1
+    names = {}
+    exec(source.replace(".cpu().numpy()", ".item()"), names)
+    return names["accuracy"]
+
+
+def theirs(exported, root, task):
+    name = f"local-dir:{exported}"
+    model, transform, tokenizer = load_open_clip(name)
+    data = build_dataset("wds/small", root=str(root), transform=transform, split="test", task=task)
+    loader = torch.utils.data.DataLoader(data.batched(64), batch_size=None, num_workers=0)
+    if task == "zeroshot_retrieval":
+        ks = [1, 5, 10]
+        return zeroshot_retrieval.evaluate(model.eval(), loader, tokenizer, "cpu", amp=False, recall_k_list=ks)
+    loader.dataset.classes = data.classes
+    words = (tokenizer, data.classes, data.templates)
+    return zeroshot_classification.evaluate(model.eval(), loader, *words, "cpu", amp=False)
+
+
+def ours(exported, root, task, batch_size=50):
+    config = eval_config(CLIP, exported)
+    config.eval.update(bootstrap=500, batch_size=batch_size)
+    mesh = partition.make_mesh(config.mesh)
+    runner = evaluator.Evaluator(config, mesh, {task: str(root)})
+    loaded = encode.read(str(exported), None, config, mesh)
+    return runner.evaluate(runner.model("exported", loaded))[task]
+
+
+@pytest.mark.parametrize("task", ["zeroshot_classification", "zeroshot_retrieval"])
+def test_scores_are_clip_benchmarks(exported, digits, captions, monkeypatch, task):
+    monkeypatch.setattr(zeroshot_classification, "accuracy", accuracy())
+    classifies = task == "zeroshot_classification"
+    root = digits if classifies else captions
+    want, found = theirs(exported, root, task), ours(exported, root, "zeroshot" if classifies else "retrieval")
+    scores = {k: v["score"] for k, v in found.results["scores"].items()}
+    assert set(scores) == set(want)
+    for metric, value in want.items():
+        if classifies:
+            assert round(scores[metric] / 100, 12) == round(value, 12), metric
+        else:  # They average in float32.
+            assert np.float32(scores[metric] / 100) == np.float32(value), metric
+    few, many = ("acc1", "acc5") if classifies else ("text_retrieval_recall@5", "text_retrieval_recall@10")
+    assert 0 < scores[few] < scores[many] < 100, "a test of nothing"
+    assert not classifies or len({r["predicted"] for r in found.rows}) > 2, "a test of nothing"
+
+
+@pytest.mark.parametrize("decay", [1e-4, 1e-2, 1.0])
+def test_fit_is_scikit_learns_logistic_regression(decay):
+    x, y = load_digits(return_X_y=True)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    train, test = slice(0, 700), slice(700, 1100)
+    oracle = LogisticRegression(C=1 / (decay * 700), tol=1e-8, max_iter=5000).fit(x[train], y[train])
+    weights, biases = probe.fit(x[train], y[train], 10, decay, 1000)
+    want = oracle.decision_function(x[test])
+    got = x[test] @ weights + biases
+    # The softmax does not change with a common offset of the biases.
+    want, got = (z - z.mean(axis=1, keepdims=True) for z in (want, got))
+    close(got, want, 2e-3)
+    assert (got.argmax(axis=1) == want.argmax(axis=1)).mean() > 0.997
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_search_is_clip_benchmarks(seed, monkeypatch):
+    """Its loop over its own `find_peak`, with the accuracy of each weight decay given."""
+    accuracies = np.random.default_rng(seed).integers(1, 9, 97) / 10
+    monkeypatch.setattr(linear_probe, "train", lambda a, b, c, weight_decay, *rest: weight_decay)
+    by_decay = dict(zip(probe.DECAYS.tolist(), accuracies, strict=True))
+    monkeypatch.setattr(linear_probe, "infer", lambda model, *rest: (torch.tensor(by_decay[model]),) * 2)
+    monkeypatch.setattr(linear_probe, "accuracy", lambda logits, target, topk: [float(logits)])
+    decays = probe.DECAYS.tolist()
+
+    def find(numbers):
+        return linear_probe.find_peak(decays, numbers, *[None] * 9, seed)
+
+    best, span = find(range(0, 97, 16)), 8
+    np.testing.assert_allclose(np.logspace(-6, 2, 7), probe.DECAYS[::16])
+    while span > 0:
+        best = find([max(best - span, 0), best, min(best + span, 96)])
+        span //= 2
+    assert probe.search(lambda i: accuracies[i]) == best
+
+
+INFO = Path(timm.data.__file__).with_name("_info")
+
+
+@pytest.mark.parametrize("name", ["a", "r"])
+def test_folders_give_timms_indices(tmp_path, name):
+    wnids = (INFO / f"imagenet_{name}_synsets.txt").read_text().split()
+    for wnid in reversed(wnids):
+        (tmp_path / wnid).mkdir()
+        (tmp_path / wnid / "0.png").touch()
+    found = robustness.read_set(name, tmp_path, False)
+    by_label = {label: name.split("/")[0] for name, label in zip(found.names, found.targets, strict=True)}
+    indices = [zeroshot.imagenet("wnids").index(by_label[i]) for i in range(200)]
+    assert indices == [int(i) for i in (INFO / f"imagenet_{name}_indices.txt").read_text().split()]
+
+
+CONFIG = """
+import dataclasses
+import json
+from pathlib import Path
+from diva_jax import config
+from diva_jax.models.backbones import Spec, TextSpec
+
+def get_config():
+    fields = json.loads(Path({path!r}).read_text())
+    text = TextSpec(**fields.pop("text"))
+    return config.default(Spec(**fields, text=text))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    images = write_class_folders(root / "images", [i % 3 for i in range(12)], ["cup", "logo", "rocket"])
+    return {"mmvp": str(write_mmvp(root / "mmvp")), "drift": str(images)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    texts = [f"a photo of {statement(i)}" for i in range(0, 270, 9)]
+    model = centred(torch_model(CLIP), CLIP, [patch(i) for i in range(0, 270, 9)], texts)
+    return write_model(tmp_path_factory.mktemp("weights") / "base", model)
+
+
+@pytest.fixture
+def config(base):
+    """With few resamples and draws."""
+    c = eval_config(CLIP, base)
+    c.eval.update(bootstrap=300, batch_size=32)
+    c.eval.mmvp.seeds, c.eval.drift.neighbours = 2, 3
+    return c
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, base):
+    """A run that trains only the last block, with checkpoints of steps 2 and 5."""
+    return trained_run(tmp_path_factory.mktemp("runs") / "tuned", base, seed=0)
+
+
+def trained_run(folder, base, seed: int):
+    c = small.small_config(trainable=(("vision/blocks/1/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0)), seed=seed)
+    c.backbone = eval_config(CLIP, base).backbone
+    workdirs.write_config(folder, c)
+    program = small.program(c)
+    began = {"source": ["x"], "sha256": readers.fingerprint(origins.open_source(str(base)).files)}
+    meta = {"sources": {"vision": began}, "config": json.loads(c.to_json())}
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        for step in (2, 5):
+            arrays = small.random_arrays(program, seed=step + 10 * seed)
+            checkpoints.save(step, program.init_state(arrays), {}, meta, wait=True)
+    return folder
+
+
+def test_a_vision_tower_alone_has_the_configs_text_tower(config, base, tmp_path):
+    """DIVA's authors publish their encoders in this form."""
+    tower = tensors(torch_model(CLIP, seed=8).visual)
+    write_safetensors(tmp_path / "tuned.safetensors", tower)
+    found = encode.read(str(tmp_path / "tuned.safetensors"), None, config, partition.make_mesh(config.mesh))
+    assert found.source == str(base) and found.text is None
+    np.testing.assert_array_equal(found.vision["class_embed"], tower["class_embedding"])
+
+
+def flags(tmp_path, config, *args) -> list:
+    """The arguments of `evaluate`, with a config file of this backbone."""
+    fields = tmp_path / "spec.json"
+    fields.write_text(json.dumps(config.backbone.to_dict()))
+    (tmp_path / "config.py").write_text(CONFIG.format(path=str(fields)))
+    return [f"--config={tmp_path / 'config.py'}", *args]
+
+
+def test_runs_of_other_seeds_and_several_checkpoints(tmp_path, config, data, base, workdir):
+    others = [trained_run(tmp_path / f"s{seed}", base, seed) for seed in (1, 2, 3)]
+    group = "tuned=" + ",".join(f"{other}:5" for other in others)
+    args = [f"--weights={w}" for w in (base, group, f"{workdir}:2", f"{workdir}:5")] + ["--control=tuned", "--best"]
+    args += ["--task=mmvp,drift", f"--data=mmvp={data['mmvp']}", f"--data=drift={data['drift']}"]
+    args += [f"--config.eval.{o}" for o in ("bootstrap=300", "mmvp.seeds=2", "batch_size=50", "drift.neighbours=3")]
+    code, printed, err = commands.run("evaluate", *flags(tmp_path, config, *args, f"--out={tmp_path / 'out'}"))
+    assert code == 0, err
+    assert f"{workdir}: the best of 2 checkpoints in MMVP-VLM, " in printed and "over 3 runs [" in printed
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["weights"][1] == dict(label="tuned", members=[{"source": str(o), "step": 5} for o in others])
+    assert list(found["tasks"]["mmvp"]["weights"]) == ["base", "tuned", "tuned:2", "tuned:5"]
+    for task, metric, kind in (("mmvp", "pooled_match", "difference"), ("drift", "cosine", "score")):
+        compared = {(c["before"], c["after"]): c["scores"] for c in found["tasks"][task]["comparisons"]}
+        own = compared["base", "tuned"][metric]
+        assert len(own["runs"]) == 3 and own[kind] == pytest.approx(np.mean(own["runs"]))
+        assert own["runs_interval"][0] < own[kind] < own["runs_interval"][1]
+        assert len(compared["tuned", "tuned:5"][metric]["runs"]) == 3
+    (said,) = [s for s in found["summary"] if (s["before"], s["after"]) == ("base", "tuned")]
+    assert "over 3 runs [" in said["detail"]
+    with open(tmp_path / "out" / "predictions.csv") as f:
+        assert {"s1:5", "s2:5", "s3:5", "tuned:2"} < {row["weights"] for row in csv.DictReader(f)}
+    read = inputs.read(tmp_path / "out")
+    assert any("Several checkpoints" in str(alarm.title) for alarm in evaluation.alarms(read))
+    assert page.sections(read)[0].title == "MMVP-VLM"
+    wrong = [f"--weights={base}", f"--weights=tuned={workdir}:2,{others[0]}", f"--out={tmp_path / 'wrong'}"]
+    wrong = flags(tmp_path, config, *wrong, *(a for a in args if not a.startswith("--weights")))
+    assert "are not at one step: name it, WORKDIR:STEP" in commands.refused("evaluate", *wrong)
+
+
+def test_the_tokenizer_may_come_from_elsewhere(tmp_path, config, data, base):
+    (tmp_path / "open_clip_model.safetensors").hardlink_to(base / "open_clip_model.safetensors")
+    mesh = partition.make_mesh(config.mesh)
+    bare = encode.Encoder({}, None, str(tmp_path), {}, str(tmp_path))
+    runner = evaluator.Evaluator(config, mesh, {"mmvp": data["mmvp"]})
+    refused("has no tokenizer: it needs tokenizer.json", runner.model, "bare", bare)
+    config.eval.tokenizer = str(base)
+    runner = evaluator.Evaluator(config, mesh, {"mmvp": data["mmvp"]})
+    assert runner.model("bare", bare).embeddings.shape == (270, CLIP.embed_dim)
+
+
+def test_data_and_labels():
+    assert evaluator.data_of(["mmvp"], ["a=b"]) == {"mmvp": "a=b"}
+    assert evaluator.data_of(["drift", "mmvp"], ["mmvp=a=b", "drift=c"]) == {"drift": "c", "mmvp": "a=b"}
+    assert evaluator.labels_of(["a/x", "b/y"], [None, 3]) == ["x", "y:3"]
+    assert evaluator.labels_of(["a/x", "b/x/"], [None, None]) == ["a/x", "b/x/"]
+    for tasks, given, says in (
+        ([], ["x"], "--task is missing"),
+        (["mmvp", "drift"], ["mmvp=x"], "the task drift has no data"),
+        (["mmvp", "drift"], ["mmvp=x", "y"], "--data=y belongs to no task"),
+        (["mmvp", "drift"], ["mmvp=x", "drift=y", "zeroshot=z"], "--data=zeroshot=z belongs to no task"),
+        (["mmvp"], ["mmvp="], "the task mmvp has no data"),
+    ):
+        refused(says, evaluator.data_of, tasks, given)
+
+
+def test_wrong_steps_and_backbones_are_refused(workdir, config, tmp_path):
+    refused("--weights=.*:3 has no checkpoint in .*: use one of 2, 5", origins.find, f"{workdir}:3", "--weights")
+    refused("--weights='.*/none' does not exist", origins.find, str(tmp_path / "none"), "--weights")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    refused("has no checkpoint yet", origins.find, str(tmp_path), "--weights")
+    other = eval_config(CLIP, workdir)
+    other.backbone.width = 60
+    says = "the run .* than config.backbone: width is 48 there and 60 in"
+    refused(says, encode.read, str(workdir), 5, other, partition.make_mesh(other.mesh))
+
+
+def test_live_parameters_in_training(config, data, base, workdir):
+    """Parameters sharded over the mesh as in training are compared with the initial encoder."""
+    config.mesh.update(fsdp=4, min_shard=64)
+    mesh = partition.make_mesh(config.mesh)
+    runner = evaluator.Evaluator(config, mesh, data)
+    begun = encode.read(str(base), None, config, mesh).vision
+    assert any(len(a.sharding.device_set) == 8 and not a.is_fully_replicated for a in begun.values())
+    found, notes = runner.scalars({"vision": begun}, {})
+    assert not notes
+    assert found["eval/drift/cosine"] == pytest.approx(1) and found["eval/drift/knn_overlap"] == 100
+    assert found["eval/mmvp/pooled_change"] == 0
+    assert 0 < found["eval/mmvp/pooled"] < 100 and all(type(v) is float for v in found.values())
+    moved, _ = runner.scalars({"vision": encode.read(str(workdir), 5, config, mesh).vision}, {})
+    assert moved["eval/drift/cosine"] < 0.999 and set(moved) == set(found)

@@ -1,0 +1,225 @@
+"""Small towers, models and folders of open_clip, timm and transformers, and tokenizers, with random weights."""
+
+import argparse
+import functools
+import shutil
+import tarfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import sentencepiece
+import timm.models.vision_transformer as timm_vit
+import torch
+from helpers import randomise, tensors
+from open_clip.push_to_hf_hub import save_config_for_hf
+from open_clip.transformer import QuickGELU, VisionTransformer
+from PIL import Image
+from safetensors.torch import save_file
+from specs import CLIP_FOLDER
+from timm.layers import SwiGLUPacked
+from timm.models.eva import Eva
+from transformers import SiglipTokenizer, T5Tokenizer
+
+from diva_jax.data.tokenizers import siglip_clean
+from diva_jax.models.backbones import Spec
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
+from diva_jax.weights import clip
+from diva_jax.weights.writers import write_safetensors
+
+
+def _ratio(spec: Spec, times: int = 1) -> float:
+    """Returns a ratio for which `int(width * ratio)` is the width of the MLP."""
+    return (spec.mlp_dim * times + 0.5) / spec.width
+
+
+def _vit(spec: Spec) -> torch.nn.Module:
+    sizes = (spec.image_size, spec.patch_size, spec.width, spec.layers, spec.heads, _ratio(spec))
+    activation = QuickGELU if spec.activation == "quick_gelu" else torch.nn.GELU
+    norm = functools.partial(torch.nn.LayerNorm, eps=spec.norm_eps)
+    return VisionTransformer(*sizes, output_dim=spec.embed_dim, act_layer=activation, norm_layer=norm)
+
+
+def _sizes(spec: Spec) -> dict:
+    sizes = dict(img_size=spec.image_size, patch_size=spec.patch_size, embed_dim=spec.width)
+    return sizes | dict(depth=spec.layers, num_heads=spec.heads)
+
+
+def _siglip(spec: Spec) -> torch.nn.Module:
+    options = dict(mlp_ratio=_ratio(spec), class_token=False, global_pool="map", num_classes=0)
+    return timm_vit.VisionTransformer(**_sizes(spec), **options)
+
+
+def _eva02(spec: Spec) -> torch.nn.Module:
+    options = dict(qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True)
+    options |= dict(ref_feat_shape=(16, 16), global_pool="token")
+    return Eva(**_sizes(spec), mlp_ratio=_ratio(spec), num_classes=spec.embed_dim, **options)
+
+
+class Dinov2(timm_vit.VisionTransformer):
+    """timm's tower, with position embeddings for the class token and none for registers, as in the authors' code."""
+
+    def _pos_embed(self, x):
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        registers = self.register_tokens.expand(len(x), -1, -1)
+        return torch.cat([x[:, :1], registers, x[:, 1:]], 1)
+
+
+def _dinov2(spec: Spec) -> torch.nn.Module:
+    swiglu = spec.activation == "swiglu"
+    options = dict(mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU) if swiglu else {}
+    options |= dict(mlp_ratio=_ratio(spec, 1 + swiglu), init_values=1.0, num_classes=0)
+    if not spec.registers:
+        return timm_vit.VisionTransformer(**_sizes(spec), **options)
+    tower = Dinov2(**_sizes(spec), **options)
+    tower.register_tokens = torch.nn.Parameter(torch.zeros(1, spec.registers, spec.width))
+    tower.num_prefix_tokens += spec.registers
+    return tower
+
+
+_MAKE = {"vit": _vit, "siglip": _siglip, "eva02": _eva02, "dinov2": _dinov2}
+PREFIX = {"vit": "visual.", "siglip": "visual.trunk.", "eva02": "visual.trunk.", "dinov2": "visual."}
+
+
+def torch_tower(spec: Spec) -> torch.nn.Module:
+    """Returns the vision tower of open_clip or timm with random weights."""
+    return randomise(_MAKE[spec.arch](spec), seed=spec.width)
+
+
+def checkpoint_name(spec: Spec, name: str) -> str:
+    """Returns the name of a parameter of `torch_tower` in a checkpoint."""
+    if spec.activation == "swiglu":
+        name = name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
+    return PREFIX[spec.arch] + name
+
+
+def checkpoint(spec: Spec, tower: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Returns the tensors of `torch_tower` under the names of a checkpoint."""
+    return {checkpoint_name(spec, k): v for k, v in tensors(tower).items()}
+
+
+def torch_features(tower: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [B, 3, H, W] -> (tokens, pooled): pooled is the library's result, tokens are computed in the same way."""
+    if isinstance(tower, VisionTransformer):
+        x = tower.transformer(tower._embeds(images))
+        return (tower.ln_post(x) @ tower.proj)[:, 1:], tower(images)
+    tokens = tower.forward_features(images)[:, tower.num_prefix_tokens :]
+    return (tower.head(tokens) if isinstance(tower, Eva) else tokens), tower(images)
+
+
+def torch_model(spec: Spec, seed: int = 5) -> torch.nn.Module:
+    """Returns open_clip's model with random weights."""
+    text, timm_tower = spec.text, spec.arch != "vit"
+    kind = open_clip.CustomTextCLIP if timm_tower else open_clip.CLIP
+    vision = {field: getattr(spec, field) for field in ("image_size", "patch_size", "width", "layers")}
+    vision |= dict(head_width=spec.width // spec.heads, mlp_ratio=(spec.mlp_dim + 0.5) / spec.width)
+    activation = text.activation or spec.activation
+    words = {field: getattr(text, field) for field in ("context_length", "vocab_size", "width", "heads", "layers")}
+    words |= dict(mlp_ratio=(text.mlp_dim + 0.5) / text.width, no_causal_mask=not text.causal, pool_type=text.pool)
+    words |= dict(eos_id=text.eos_id, proj_bias=text.proj_bias, norm_kwargs=dict(eps=text.norm_eps))
+    words |= dict(act_kwargs=dict(approximate="tanh") if activation == "gelu_tanh" else None)
+    bias = -10 if spec.arch == "siglip" else None
+    model = kind(spec.embed_dim, vision, words, quick_gelu=activation == "quick_gelu", init_logit_bias=bias)
+    if timm_tower:
+        model.visual = torch.nn.Sequential(OrderedDict(trunk=torch_tower(spec)))  # Its names, as in open_clip.
+    with torch.no_grad():
+        scale = model.logit_scale.clone()
+        randomise(model, seed)
+        model.logit_scale.copy_(scale)
+    return model
+
+
+def centred(model: torch.nn.Module, spec: Spec, pictures: list[Image.Image], texts: list[str]) -> torch.nn.Module:
+    """Removes the direction of the mean embedding from the projections of a CLIP model, whose embeddings of random
+    weights are otherwise too similar."""
+    prepare = open_clip.image_transform(spec.image_size, is_train=False, mean=spec.mean, std=spec.std)
+    with torch.no_grad():
+        images = model.encode_image(torch.stack([prepare(p) for p in pictures]))
+        words = model.encode_text(open_clip.SimpleTokenizer()(texts))
+        for projection, embeddings in ((model.visual.proj, images), (model.text_projection, words)):
+            u = torch.nn.functional.normalize(embeddings.mean(0), dim=0)
+            projection -= torch.outer(projection @ u, u)
+    return model
+
+
+def write_model(folder: Path, model: torch.nn.Module) -> Path:
+    """Writes weights and CLIP's tokenizer to a folder, as a source."""
+    folder.mkdir(exist_ok=True)
+    write_safetensors(folder / "open_clip_model.safetensors", tensors(model))
+    shutil.copy(open_clip.tokenizer.default_bpe(), folder / "bpe_simple_vocab_16e6.txt.gz")
+    return folder
+
+
+def write_siglip_tokenizer(out: Path, layout: str = "timm") -> Path:
+    """Writes a small SentencePiece tokenizer into `out` as hub folders have it: "timm" or "transformers" for SigLIP's,
+    "gemma" for SigLIP 2's, "xlm" for MetaCLIP 2's."""
+    lines = Path(tarfile.__file__).read_text().splitlines() + Path(argparse.__file__).read_text().splitlines()
+    lines = [s for line in lines for s in (line.strip(), siglip_clean(line)) if s]
+    train = out / "train"
+    train.mkdir(parents=True)
+    options = dict(vocab_size=900, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    prefix = str(train / "spiece")
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=prefix, **options)
+    folder = out / layout
+    if layout == "timm":
+        T5Tokenizer.from_pretrained(train, pad_token="</s>", extra_ids=0, legacy=False).save_pretrained(folder)
+        assert (folder / "tokenizer.json").exists()
+    elif layout in ("gemma", "xlm"):
+        pieces = sentencepiece.SentencePieceProcessor(str(train / "spiece.model"))
+        vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+        _write_fast_tokenizer(folder, vocab, layout)
+    else:
+        SiglipTokenizer(str(train / "spiece.model"), pad_token="</s>").save_pretrained(folder)
+        assert (folder / "spiece.model").exists()
+    return folder
+
+
+def _write_fast_tokenizer(folder: Path, vocab: list[tuple[str, float]], layout: str) -> None:
+    """Writes SigLIP 2's tokenizer (end token, padded with id 0) or XLM-R's (start and end tokens, padded with id 1)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [pair for pair in vocab if pair[0] not in ("<pad>", "</s>", "<unk>")]
+    first = {"gemma": ["<pad>", "<eos>", "<unk>"], "xlm": ["<s>", "<pad>", "</s>", "<unk>"]}[layout]
+    tokenizer = Tokenizer(models.Unigram([*((t, 0.0) for t in first), *words], unk_id=first.index("<unk>")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    end = "<eos>" if layout == "gemma" else "</s>"
+    single = f"$A {end}" if layout == "gemma" else f"<s> $A {end}"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(t, i) for i, t in enumerate(first)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token=end, unk_token="<unk>", padding_side="right"
+    )
+    fast.save_pretrained(folder)
+
+
+def transformers_folder(folder, spec=CLIP_FOLDER, **save):
+    """Writes and returns the model of transformers that a spec describes; `save` as for `save_pretrained`."""
+    import transformers
+
+    config = clip.transformers_configs(spec)[0]
+    (kind,) = config.pop("architectures")
+    if spec.has_text:
+        config = {k: v for k, v in config.items() if k in ("vision_config", "text_config", "projection_dim")}
+    model = getattr(transformers, kind)(getattr(transformers, kind.replace("Model", "Config"))(**config))
+    randomise(model).save_pretrained(folder, **save)
+    return model
+
+
+def equal(ours, theirs):
+    """Asserts that two mappings contain the same tensors, bit-identical."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(theirs[name]), err_msg=name)
+
+
+def written_by_open_clip(folder, spec=CLIP_FOLDER):
+    """Writes a random CLIP of `spec` as open_clip does, but for its file's form, safetensors; returns its tensors."""
+    folder.mkdir()
+    model = randomise(open_clip.CLIP(**to_open_clip(spec)["model_cfg"]))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    open_clip.model.set_model_preprocess_cfg(model, to_open_clip(spec)["preprocess_cfg"])
+    save_config_for_hf(model, folder / "open_clip_config.json", to_open_clip(spec)["model_cfg"])
+    return tensors(model)
