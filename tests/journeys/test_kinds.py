@@ -15,6 +15,7 @@ from specs import DINOV2, GELU, METACLIP2_FOLDER, QUICK, SIGLIP2_FOLDER, SIGLIP_
 from torch_models import transformers_folder
 
 from diva_jax import demo
+from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 
 COUNT = 16
 # The objective of docs/WRITE_AN_OBJECTIVE.md, which trains the tower alone, on any weights that describe themselves.
@@ -65,6 +66,22 @@ KINDS = {
 }
 
 
+def lines(backbone, data, images, fmt):
+    """The three commands of a kind: (command, arguments)."""
+    config, run, out = f"--config=kinds.py:{backbone}", f"runs/{backbone}", f"exports/{backbone}"
+    yield "main", [config, f"--workdir={run}", f"--config.data.path={data}"]
+    yield "export_torch", [f"--workdir={run}", f"--out={out}", f"--format={fmt}", "--trust_objective"]
+    file = "/vision_tower.pth" if fmt == "pt" else ""
+    weights = [f"--weights={w}" for w in (backbone, run, out + file)]
+    yield "evaluate", [config, *weights, "--task=drift", f"--data={images}", f"--out=results/{backbone}"]
+
+
+def scores(root, backbone) -> list[dict]:
+    """Those of the backbone, the run and the export."""
+    task = json.loads((root / f"results/{backbone}/results.json").read_text())["tasks"]["drift"]
+    return [weights["scores"] for weights in task["weights"].values()]
+
+
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
     """A folder in which every kind was trained, exported and evaluated: three commands each."""
@@ -73,18 +90,9 @@ def walked(tmp_path_factory):
     (root / "mine/rotations.py").write_text(commands.blocks("docs/WRITE_AN_OBJECTIVE.md")[0][1])
     (root / "kinds.py").write_text(CONFIG)
     data = write_data(root / "data")
-    train, export, evaluate = [], [], []
     for kind, (backbone, (write, spec), fmt) in KINDS.items():
         write(root / backbone, spec)
-        config, run, out = f"--config=kinds.py:{backbone}", f"runs/{backbone}", f"exports/{backbone}"
-        train.append([config, f"--workdir={run}", f"--config.data.path={data[kind]}"])
-        export.append([f"--workdir={run}", f"--out={out}", f"--format={fmt}", "--trust_objective"])
-        file = "/vision_tower.pth" if fmt == "pt" else ""
-        weights = [f"--weights={w}" for w in (backbone, run, out + file)]
-        data_of = f"--data={root / 'data/folder'}"
-        evaluate.append([config, *weights, "--task=drift", data_of, f"--out=results/{backbone}"])
-    for command, lines in (("main", train), ("export_torch", export), ("evaluate", evaluate)):
-        for line in lines:
+        for command, line in lines(backbone, data[kind], root / "data/folder", fmt):
             commands.succeed(command, *line, cwd=root)
     return root
 
@@ -93,7 +101,36 @@ def walked(tmp_path_factory):
 def test_the_export_has_the_scores_of_the_run(walked, kind):
     backbone = KINDS[kind][0]
     task = json.loads((walked / f"results/{backbone}/results.json").read_text())["tasks"]["drift"]
-    before, run, exported = task["weights"].values()
-    assert run["scores"] == exported["scores"] and task["count"] == COUNT
-    of_run, of_export = task["comparisons"][:2]
-    assert of_run["scores"] == of_export["scores"] and 0.1 < of_run["scores"]["cosine"]["score"] < 0.9999999
+    _, run, exported = scores(walked, backbone)
+    assert run == exported and task["count"] == COUNT
+    of_run, of_export = (c["scores"] for c in task["comparisons"][:2])
+    assert of_run == of_export and 0.1 < of_run["cosine"]["score"] < 0.9999999
+
+
+SNIPPET = """
+import json, open_clip, torch
+from PIL import Image
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:exports/eva02")
+tokens = open_clip.get_tokenizer("local-dir:exports/eva02")(["a cat", "two dogs"])
+with torch.no_grad():
+    image = model.encode_image(preprocess(Image.open("data/folder/00.png"))[None])
+    text = model.encode_text(tokens)
+print(json.dumps({"image": list(image.shape), "text": list(text.shape), "finite": bool(image.isfinite().all())}))
+"""
+
+
+@pytest.mark.slow
+def test_eva02_from_a_folder_to_open_clip(walked):
+    """At the smallest size that open_clip builds."""
+    import open_clip
+
+    model = open_clip.get_model_config("EVA02-B-16")
+    model["text_cfg"] |= {"width": 64, "heads": 2, "layers": 2}
+    demo.write_clip(walked / "eva02", from_open_clip({"model_cfg": model}))
+    for command, line in lines("eva02", f"{walked}/data/folder", walked / "data/folder", "open_clip"):
+        commands.succeed(command, *line, cwd=walked)
+    _, run, exported = scores(walked, "eva02")
+    assert run == exported
+    (walked / "snippet.py").write_text(SNIPPET)
+    seen = json.loads(commands.succeed(walked / "snippet.py", cwd=walked).splitlines()[-1])
+    assert seen == {"image": [1, 512], "text": [2, 512], "finite": True}
