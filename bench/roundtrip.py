@@ -22,9 +22,9 @@ from diva_jax import weights
 from diva_jax.common import cli
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.models.backbones import spec_of
-from diva_jax.weights import clip, names, origins, readers
+from diva_jax.weights import clip, formats, names, origins
 from diva_jax.weights.export import layouts
-from diva_jax.weights.readers import Tensors
+from diva_jax.weights.formats import Tensors
 
 _CONFIG = cli.define_config("The config whose backbone is exported.")
 _TMP = flags.DEFINE_string("tmp", None, "Folder for temporary files; the default is the system's.")
@@ -53,7 +53,7 @@ def compare(original: Path, out: Path) -> int:
     Raises:
       RunError: a tensor differs, is missing, or is not in the original file.
     """
-    file = readers.open_file(original / "open_clip_model.safetensors")
+    file = formats.open_file(original / "open_clip_model.safetensors")
     back = origins.open_source(str(out)).tensors
     wrong = [n for n in file if n not in back or not np.array_equal(np.asarray(file[n]), np.asarray(back[n]))]
     wrong += [n for n in back if n not in file]

@@ -28,8 +28,8 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared import open_clip_config
 from diva_jax.models.library_config import packaged
+from diva_jax.weights.formats import read_json
 from diva_jax.weights.origins import diffusers_folder, open_source
-from diva_jax.weights.readers import read_json
 
 _ARGUMENT = "the argument of configs/custom.py"
 

@@ -100,14 +100,14 @@ def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
     from diva_jax.models import backbones
     from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
     from diva_jax.models.backbones.shared.transformer import Text
-    from diva_jax.weights import clip, names, writers
+    from diva_jax.weights import clip, formats, names
 
     vision = backbones.build(spec, rngs=Keys(seed))
     text = Text(spec, rngs=Keys(seed + 1))
     tensors = names.to_torch(nnx.state(vision), clip.table("vision", spec))
     tensors |= names.to_torch(nnx.state(text), clip.table("text", spec))
     tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
-    writers.write_open_clip(folder, tensors, to_open_clip(spec))
+    formats.write_open_clip(folder, tensors, to_open_clip(spec))
 
 
 def write_byte_tokenizer(folder: Path) -> None:
@@ -123,7 +123,7 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
     """Writes a diffusers folder of a result of `presets.preset` with random weights; of the VAE, only the encoder."""
     from diva_jax.models.diffusion.unet import TextEncoder, TextEncoderConfig, UNet, UNetConfig
     from diva_jax.models.diffusion.vae import VAE, VAEConfig
-    from diva_jax.weights import names, writers
+    from diva_jax.weights import formats, names
 
     rngs, weights = Keys(seed), "diffusion_pytorch_model.safetensors"
     unet = UNet(UNetConfig.from_dict(config["unet"]), rngs=rngs)
@@ -139,7 +139,7 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content | config.get(part, {}), indent=1))
     for part, (model, table, file) in models.items():
-        writers.write_safetensors(folder / part / file, names.to_torch(nnx.state(model), table))
+        formats.write_safetensors(folder / part / file, names.to_torch(nnx.state(model), table))
     write_byte_tokenizer(folder / "tokenizer")
 
 

@@ -24,7 +24,7 @@ from diva_jax.common.fields import differences
 from diva_jax.common.log import say
 from diva_jax.training import checkpoint, partition
 from diva_jax.training.step import Program, learning_rate, pace
-from diva_jax.weights import origins, readers
+from diva_jax.weights import formats, origins
 from diva_jax.weights.parts import Opened
 
 
@@ -86,7 +86,7 @@ def initial_arrays(
     arrays = {}
     with ThreadPoolExecutor(1) as hashes:
         # Hashing needs the processor while reading waits for the disk.
-        digests = {prefix: hashes.submit(readers.fingerprint, o.files) for prefix, o in opened.items()}
+        digests = {prefix: hashes.submit(formats.fingerprint, o.files) for prefix, o in opened.items()}
         for prefix in needed:
             arrays |= _fill(program, prefix, opened[prefix], mine[prefix], wanted)
         if fresh := [n for n in program.arrays if n not in owner and n in wanted]:

@@ -16,7 +16,7 @@ from diva_jax.models.backbones import Spec, TextSpec, architecture, architecture
 from diva_jax.models.backbones.shared.transformer import Text, require_text
 from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe
 from diva_jax.models.names import Table, flat
-from diva_jax.weights.readers import Tensor, Tensors
+from diva_jax.weights.formats import Tensor, Tensors
 
 SCALARS = ("logit_scale", "logit_bias")
 _MODULES = {"vision": backbones.build, "text": Text}

@@ -20,9 +20,8 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, architectures
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.models.names import depth, tensor_shape
-from diva_jax.weights import clip, names, readers
-from diva_jax.weights.readers import Tensor, Tensors
-from diva_jax.weights.writers import OPEN_CLIP_CONFIG
+from diva_jax.weights import clip, formats, names
+from diva_jax.weights.formats import OPEN_CLIP_CONFIG, Tensor, Tensors
 
 # Names of the files of CLIP weights, without suffix, in order of preference; a folder with open_clip's config has
 # open_clip's names in the first of these.
@@ -131,7 +130,7 @@ def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Pat
     at = locate(source, field)
     if isinstance(at, Path):
         if at.is_file():
-            refuse_single_file(str(at), readers.open_file(at), field)
+            refuse_single_file(str(at), formats.open_file(at), field)
             raise UserError(f"{field}={source} is a file: give the diffusers folder with unet, vae and text_encoder")
         return at
     stem = "diffusion_pytorch_model"
@@ -251,13 +250,13 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
     folder = at if at.is_dir() else at.parent
     # A config in the folder of a file describes the file only if it has one of the standard names of weights.
     described = at.is_dir() or at.name.split(".")[0].split("-")[0] in CLIP_STEMS
-    tensors = readers.weights_in(at, *CLIP_STEMS) if at.is_dir() else readers.open_file(at)
+    tensors = formats.weights_in(at, *CLIP_STEMS) if at.is_dir() else formats.open_file(at)
     where = str(at)
     tokenizer = tuple(folder / f for f in TOKENIZER_FILES if (folder / f).is_file()) if described else ()
     if any(name.startswith(tuple(layout.mark for layout in clip.layouts())) for name in tensors):
         config, preprocessor = folder / "config.json", folder / "preprocessor_config.json"
-        prepared = readers.read_json(preprocessor) if preprocessor.is_file() else {}
-        spec, silent = clip.from_transformers(readers.read_json(config), prepared, where)
+        prepared = formats.read_json(preprocessor) if preprocessor.is_file() else {}
+        spec, silent = clip.from_transformers(formats.read_json(config), prepared, where)
         if silent:
             say_once(
                 f"note: {where}: {listing(sorted(silent))} as open_clip runs these weights, not as config.json says"
@@ -267,7 +266,7 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
     tensors = _open_clip_names(tensors, where)
     if described and (folder / OPEN_CLIP_CONFIG).is_file():
         path = folder / OPEN_CLIP_CONFIG
-        spec = backbones.check(from_open_clip(readers.read_json(path), source=source), f"{path}: backbone")
+        spec = backbones.check(from_open_clip(formats.read_json(path), source=source), f"{path}: backbone")
         return ClipSource(where, "open_clip folder", tensors, spec, tokenizer=tokenizer)
     if {"input_resolution", "context_length", "vocab_size"} <= set(tensors):
         return ClipSource(where, "OpenAI state dict", tensors, _openai_spec(tensors), tokenizer=tokenizer)
@@ -335,7 +334,7 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> ClipSource:
     run = workdirs.RunAt.open(workdir, step)
     spec = backbones.spec_of(run.config)
     base = open_source(spec.source, "config.backbone.source")
-    sha256 = readers.fingerprint(base.files)
+    sha256 = formats.fingerprint(base.files)
     for prefix, part in run.program.objective.pretrained().items():
         began = run.sources.get(prefix)
         if part.source == spec.source and began and began["sha256"] != sha256:

@@ -19,8 +19,8 @@ from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.unet import TextEncoder, TextEncoderConfig, UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig, VAEConfig
 from diva_jax.models.names import Table
-from diva_jax.weights import clip, names, origins, readers
-from diva_jax.weights.readers import Tensor, Tensors
+from diva_jax.weights import clip, formats, names, origins
+from diva_jax.weights.formats import Tensor, Tensors
 
 # Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).
 _SD = {
@@ -91,16 +91,16 @@ def open_diffusers(folder: Path, config, field: str = "") -> Opened:
     config.json differs from `config`, the section `field` of the config."""
     part, _, table, stems = _part(config)
     folder = folder / part if (folder / part).is_dir() else folder
-    there = vars(type(config).from_dict(readers.read_json(folder / "config.json")))
+    there = vars(type(config).from_dict(formats.read_json(folder / "config.json")))
     origins.check_same(there, config, there, str(folder), field or part)
-    return _opened(readers.weights_in(folder, *stems), table, str(folder))
+    return _opened(formats.weights_in(folder, *stems), table, str(folder))
 
 
 def check_schedule(folder: Path, config: ScheduleConfig) -> None:
     """A UserError where a pipeline's folder has another noise schedule; one without a scheduler is not checked."""
     path = folder / "scheduler" / "scheduler_config.json"
     if path.is_file():
-        there = vars(ScheduleConfig.from_dict(readers.read_json(path)))
+        there = vars(ScheduleConfig.from_dict(formats.read_json(path)))
         origins.check_same(there, config, there, str(path), "config.diffusion.scheduler")
 
 
@@ -192,7 +192,7 @@ def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None 
             at = at / file if (at / file).is_file() else at
             if at.is_dir():
                 return open_diffusers(at, config, field)
-            return _opened(with_matrices(readers.open_file(at)), names.FLUX_VAE, str(at))
+            return _opened(with_matrices(formats.open_file(at)), names.FLUX_VAE, str(at))
         folder = origins.diffusers_folder(source)
         part = open_diffusers(folder, config, field)
         if scheduler is not None:
@@ -252,7 +252,7 @@ def embedding_statistics(source: str) -> Part:
 
     def opened():
         folder = origins.diffusers_folder(source) / "image_normalizer"
-        return _opened(readers.weights_in(folder, "diffusion_pytorch_model"), _STATISTICS, str(folder))
+        return _opened(formats.weights_in(folder, "diffusion_pytorch_model"), _STATISTICS, str(folder))
 
     return Part(source, opened)
 

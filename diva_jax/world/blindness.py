@@ -27,7 +27,7 @@ from diva_jax.evals.tasks.probe import fit
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.training import partition
-from diva_jax.weights import parts, writers
+from diva_jax.weights import formats, parts
 from diva_jax.world import captions, drawing, models, scenes, vocabulary
 from diva_jax.world.scenes import Scenes
 
@@ -203,7 +203,7 @@ def _main() -> None:
     out = flags.FLAGS.out
     if not out:
         raise UserError("--out is missing: give a folder for the pairs, e.g. --out=data/world_pairs")
-    writers.refuse_taken(out)
+    formats.refuse_taken(out)
     write_pairs(Path(out), count=flags.FLAGS.pairs)
     print(f"wrote {flags.FLAGS.pairs} pairs for each of {len(scenes.FACTS)} facts to {out}")
 

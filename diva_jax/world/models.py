@@ -18,7 +18,7 @@ from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.diffusion.unet import TextEncoder, UNet
 from diva_jax.models.layers import Keys
-from diva_jax.weights import clip, names, writers
+from diva_jax.weights import clip, formats, names
 from diva_jax.world import captions, drawing, patch_code, scenes, vocabulary
 
 WEIGHTS = Path(__file__).parent / "weights"  # What `pretrain` made, kept in the repository.
@@ -128,7 +128,7 @@ def write_new_clip(folder: Path, seed: int = 0) -> None:
     tensors = names.to_torch(nnx.state(vision), clip.table("vision", SPEC))
     tensors |= names.to_torch(nnx.state(text), clip.table("text", SPEC))
     tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
-    writers.write_open_clip(folder, tensors, to_open_clip(SPEC))
+    formats.write_open_clip(folder, tensors, to_open_clip(SPEC))
     vocabulary.write(folder, captions.WORDS, TOKENS)
 
 
@@ -145,8 +145,8 @@ def basis(seed: int = 0) -> tuple[np.ndarray, float]:
 def write_part(folder: Path, part: str, options: Mapping, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes `folder/part`: config.json and weights, as diffusers and transformers do."""
     (folder / part).mkdir(parents=True, exist_ok=True)
-    writers.write_safetensors(folder / part / f"{_FILES[part]}.safetensors", tensors)
-    writers.write_json(folder / part / "config.json", _KINDS[part] | dict(options))
+    formats.write_safetensors(folder / part / f"{_FILES[part]}.safetensors", tensors)
+    formats.write_json(folder / part / "config.json", _KINDS[part] | dict(options))
 
 
 def write_new_diffusion(folder: Path, diffusion: Mapping, seed: int = 0) -> None:
@@ -160,7 +160,7 @@ def write_new_diffusion(folder: Path, diffusion: Mapping, seed: int = 0) -> None
     )
     write_part(folder, "vae", diffusion["vae"], {"basis": basis()[0].astype(np.float32)})
     (folder / "scheduler").mkdir(exist_ok=True)
-    writers.write_json(
+    formats.write_json(
         folder / "scheduler" / "scheduler_config.json", _KINDS["scheduler"] | dict(diffusion["scheduler"])
     )
     vocabulary.write(folder / "tokenizer", captions.WORDS, TOKENS)

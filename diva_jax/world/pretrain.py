@@ -22,7 +22,7 @@ from diva_jax.common.log import say
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.training import partition, workdirs
 from diva_jax.training.step import Program, Steps
-from diva_jax.weights import clip, names, writers
+from diva_jax.weights import clip, formats, names
 from diva_jax.world import models, objectives, records, tuning
 
 
@@ -110,7 +110,7 @@ def write_result(name: str, start: Path, folder: Path, program: Program, arrays:
     skeleton, arrays = program.skeleton, {n: np.asarray(a) for n, a in arrays.items()}
     if name == models.PROJECTION:
         kept = {n: a for n, a in arrays.items() if n.startswith("visual_proj/")}
-        writers.write_safetensors(folder / models.PROJECTION_FILE, models.rounded(kept))
+        formats.write_safetensors(folder / models.PROJECTION_FILE, models.rounded(kept))
         return
     shutil.copytree(start, folder, dirs_exist_ok=True)
 
@@ -123,7 +123,7 @@ def write_result(name: str, start: Path, folder: Path, program: Program, arrays:
         towers = {"vision": clip.table("vision", models.SPEC), "text": clip.table("text", models.SPEC)}
         found = {k: v for part, table in towers.items() for k, v in tensors(part, table).items()}
         found["logit_scale"] = arrays["logit_scale"]
-        writers.write_open_clip(folder, models.rounded(found), to_open_clip(models.SPEC))
+        formats.write_open_clip(folder, models.rounded(found), to_open_clip(models.SPEC))
         return
     diffusion = models.UNCLIP_DIFFUSION if name == models.UNCLIP else models.DIFFUSION
     for part in dict.fromkeys(n.split("/")[0] for n in program.trained):

@@ -25,7 +25,7 @@ from diva_jax.models.layers import abstract
 from diva_jax.objectives import genhancer
 from diva_jax.training import partition
 from diva_jax.weights import clip, names, parts
-from diva_jax.weights.readers import Tensors
+from diva_jax.weights.formats import Tensors
 
 # Names in the authors' checkpoints.
 _DENOISER = ((r"_mlp\.fc1\.", "_mlp.0."), (r"_mlp\.fc2\.", "_mlp.2."))

@@ -18,7 +18,7 @@ from diva_jax.models import backbones
 from diva_jax.training import partition
 from diva_jax.training.step import Program, learning_rate, pace
 from diva_jax.weights import clip, names
-from diva_jax.weights.readers import Tensors
+from diva_jax.weights.formats import Tensors
 
 PREFIX = "kuea"
 # What the arrays do not tell: the recipe of the recorded runs, and the towers' heads.

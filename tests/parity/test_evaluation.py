@@ -28,8 +28,8 @@ from diva_jax.evals.tasks import probe, robustness, zeroshot
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.report import evaluation, inputs, page
 from diva_jax.training import checkpoint, partition, workdirs
-from diva_jax.weights import origins, readers
-from diva_jax.weights.writers import write_json, write_safetensors
+from diva_jax.weights import formats, origins
+from diva_jax.weights.formats import write_json, write_safetensors
 
 WORDS = "zero one two three four five six seven eight nine".split()
 TEMPLATES = ["a photo of the number: {c}.", "the digit {c}", 'a {c}, "hand-written".']
@@ -230,7 +230,7 @@ def trained_run(folder, base, seed: int):
     c.backbone = eval_config(CLIP, base).backbone
     workdirs.write_config(folder, c)
     program = small.program(c)
-    began = {"source": ["x"], "sha256": readers.fingerprint(origins.open_source(str(base)).files)}
+    began = {"source": ["x"], "sha256": formats.fingerprint(origins.open_source(str(base)).files)}
     meta = {"sources": {"vision": began}, "config": json.loads(c.to_json())}
     with checkpoint.Checkpoints(folder) as checkpoints:
         for step in (2, 5):

@@ -16,7 +16,7 @@ from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import kuea
 from diva_jax.objectives.shared import pairs
-from diva_jax.weights import names, parts, writers
+from diva_jax.weights import formats, names, parts
 
 HERE = TESTS / "golden"
 SD = HERE / "sd_tiny_7.npz"
@@ -123,7 +123,7 @@ def test_flux_encoder_from_every_layout(tmp_path):
     tensors = {n: a[:, :, None, None] if "attn_1" in n and a.ndim == 2 else a for n, a in tensors.items()}
     tensors["decoder.conv_in.weight"] = np.zeros((1,), np.float32)
     (tmp_path / "own").mkdir()
-    writers.write_safetensors(tmp_path / "own" / "ae.safetensors", tensors)
+    formats.write_safetensors(tmp_path / "own" / "ae.safetensors", tensors)
     images = np.random.default_rng(0).uniform(-1, 1, (2, 28, 36, 3)).astype(np.float32)
     latents = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist.mean
     want, encode = 0.3611 * (latents - 0.1159), jax.jit(lambda model, x: model.encode(x))

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mutations import outcome
 
 from diva_jax.training import checkpoint, workdirs
-from diva_jax.weights import writers
+from diva_jax.weights import formats
 
 pytestmark = pytest.mark.attack
 
@@ -260,8 +260,8 @@ def test_a_checkpoint(tmp_path, monkeypatch, limited, capfd):
 
 def test_an_export(tmp_path, limited):
     def write():
-        with writers.new_folder(tmp_path / "out") as folder:
-            writers.write_safetensors(folder / "model.safetensors", {"a": np.ones((400, 301), np.float32)})
+        with formats.new_folder(tmp_path / "out") as folder:
+            formats.write_safetensors(folder / "model.safetensors", {"a": np.ones((400, 301), np.float32)})
 
     limited()
     refused("out cannot be written .*: give a folder with enough room", write)
@@ -269,13 +269,13 @@ def test_an_export(tmp_path, limited):
 
 
 def test_what_a_killed_export_has_left_is_removed_by_the_next(tmp_path):
-    with writers.new_folder(tmp_path / "out") as running:
+    with formats.new_folder(tmp_path / "out") as running:
         left = tmp_path / ".out.abcd1234.unfinished"
         shutil.copytree(running, left)
         (left / "half").write_text("x")
         other = tmp_path / ".out2.abcd1234.unfinished"
         other.mkdir()
-        with writers.new_folder(tmp_path / "out") as second:
+        with formats.new_folder(tmp_path / "out") as second:
             assert running.exists() and second.exists() and not left.exists() and other.exists()
         shutil.rmtree(tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "out"]

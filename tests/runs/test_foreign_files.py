@@ -24,7 +24,7 @@ from diva_jax.data import latent_cache, sources
 from diva_jax.evals.tasks import mmvp
 from diva_jax.report import images, inputs, page
 from diva_jax.training import checkpoint, distributed, metrics, workdirs
-from diva_jax.weights import readers
+from diva_jax.weights import formats
 from diva_jax.weights.export import publish
 
 pytestmark = pytest.mark.attack
@@ -85,7 +85,7 @@ def read_records(folder):
 
 
 READERS = {
-    "config.json": (workdirs.read_config, show, lambda folder: readers.read_json(folder / "config.json")),
+    "config.json": (workdirs.read_config, show, lambda folder: formats.read_json(folder / "config.json")),
     "results.json": (show, lambda folder: publish.scores_of(str(folder), "w", None)),
     "metrics.jsonl": (show, resume),
     "sessions.json": (show, resume),

@@ -15,7 +15,7 @@ from diva_jax.models.backbones import HALF, TextSpec
 from diva_jax.models.diffusion import presets
 from diva_jax.training import partition
 from diva_jax.training.step import Program
-from diva_jax.weights import writers
+from diva_jax.weights import formats
 
 # With images whose latents have side 14, then 7.
 SPEC_28 = dataclasses.replace(SPEC, image_size=28)
@@ -143,7 +143,7 @@ def write_unclip(folder: Path) -> None:
     statistics = {"mean": rng.normal(size=(1, d)), "std": rng.uniform(0.5, 1.5, (1, d))}
     (folder / "image_normalizer").mkdir()
     file = folder / "image_normalizer" / "diffusion_pytorch_model.safetensors"
-    writers.write_safetensors(file, {n: a.astype(np.float32) for n, a in statistics.items()})
+    formats.write_safetensors(file, {n: a.astype(np.float32) for n, a in statistics.items()})
 
 
 def program(c, devices: int = 1) -> Program:

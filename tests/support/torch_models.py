@@ -26,7 +26,7 @@ from diva_jax.data.tokenizers import siglip_clean
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.weights import clip
-from diva_jax.weights.writers import write_safetensors
+from diva_jax.weights.formats import write_safetensors
 
 
 def _ratio(spec: Spec, times: int = 1) -> float:

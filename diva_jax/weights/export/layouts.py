@@ -22,9 +22,9 @@ from diva_jax.data import tokenizers
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import OPENAI_VOCABULARY, to_open_clip
-from diva_jax.weights import clip, names, origins, parts, readers, writers
+from diva_jax.weights import clip, formats, names, origins, parts
+from diva_jax.weights.formats import Tensor, Tensors
 from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
-from diva_jax.weights.readers import Tensor, Tensors
 
 FORMATS = ("open_clip", "hf", "pt")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -84,13 +84,13 @@ def without_tokenizer(source: ClipSource, spec: Spec, fmt: str) -> str:
 def write_tokenizer(folder: Path, source: ClipSource, spec: Spec, fmt: str) -> None:
     """Copies the tokenizer's files, or writes a config with which transformers refuses to make a tokenizer."""
     if without_tokenizer(source, spec, fmt):
-        writers.write_json(folder / "tokenizer_config.json", _NONE)
+        formats.write_json(folder / "tokenizer_config.json", _NONE)
         return
     for file in source.tokenizer:
         shutil.copyfile(file, folder / file.name)
     about = folder / "tokenizer_config.json"
     if fmt == "open_clip" and source.tokenizer and spec.text.tokenizer == "clip" and not about.exists():
-        writers.write_json(about, _CLIP)  # An open_clip folder has no config.json that names the class.
+        formats.write_json(about, _CLIP)  # An open_clip folder has no config.json that names the class.
 
 
 def _cast(name: str, t, dtype: np.dtype, where: str) -> Tensor:
@@ -132,7 +132,7 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
 
 
 def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    torch = readers.import_torch("--format=pt")
+    torch = formats.import_torch("--format=pt")
 
     def tensor(t):
         array = np.array(np.asarray(t), order="C")  # A copy, which PyTorch may write to.
@@ -333,17 +333,17 @@ def export(
     weights, or the library computes other embeddings."""
     tensors = whole_model(source, spec, dtype, text=fmt != "pt")
     if fmt == "pt":
-        readers.import_torch("--format=pt")
+        formats.import_torch("--format=pt")
     config = _config(fmt, spec, dtype, hub, source)
-    with writers.new_folder(out) as folder:
+    with formats.new_folder(out) as folder:
         if fmt == "pt":
             _write_pt(folder, tensors)
         elif fmt == "open_clip":
-            writers.write_open_clip(folder, tensors, config)
+            formats.write_open_clip(folder, tensors, config)
         else:
-            writers.write_safetensors(folder / "model.safetensors", clip.to_transformers_names(tensors, spec))
-            writers.write_json(folder / "config.json", config)
-            writers.write_json(folder / "preprocessor_config.json", clip.transformers_configs(spec)[1])
+            formats.write_safetensors(folder / "model.safetensors", clip.to_transformers_names(tensors, spec))
+            formats.write_json(folder / "config.json", config)
+            formats.write_json(folder / "preprocessor_config.json", clip.transformers_configs(spec)[1])
         if spec.has_text and fmt != "pt":
             write_tokenizer(folder, source, spec, fmt)
         (folder / "README.md").write_text(card)

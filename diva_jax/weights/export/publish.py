@@ -14,10 +14,10 @@ from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.log import say
 from diva_jax.common.results_schema import Results
 from diva_jax.models.backbones import Spec, architecture
-from diva_jax.weights import origins, readers, writers
+from diva_jax.weights import formats, origins
 from diva_jax.weights.export import layouts
+from diva_jax.weights.formats import Tensors
 from diva_jax.weights.origins import ClipSource
-from diva_jax.weights.readers import Tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def card(
         **shown,
         source=source,
         run=run,
-        sha256="" if run else readers.fingerprint(source.files),
+        sha256="" if run else formats.fingerprint(source.files),
         config=json.dumps(run["config"], indent=1) if run else "",
         versions=", ".join(f"{package} {version}" for package, version in log.describe()["versions"].items()),
     )
@@ -140,7 +140,7 @@ def export(
     `origins.whole_towers`. A UserError as of `layouts.export`, where the results have no scores of these weights, or
     the hub refuses; a RunError also where the export is written, but was not pushed."""
     source, out = os.fspath(source), paths.local(os.fspath(out), "--out")
-    writers.refuse_taken(out)
+    formats.refuse_taken(out)
     if options.push_to_hub:
         _check_hub(options.push_to_hub)
     opened = origins.open_run(source, step) if run else origins.open_source(source)

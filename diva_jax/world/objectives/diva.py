@@ -8,7 +8,7 @@ from flax import nnx
 
 from diva_jax.objectives import diva
 from diva_jax.objectives.diva import SECTION, SECTIONS, recipe, stages
-from diva_jax.weights import parts, readers
+from diva_jax.weights import formats, parts
 from diva_jax.world import models
 
 __all__ = ["SECTION", "SECTIONS", "Objective", "recipe", "stages"]
@@ -19,7 +19,7 @@ def _projection() -> parts.Part:
     file = models.WEIGHTS / models.PROJECTION / models.PROJECTION_FILE
 
     def opened() -> parts.Opened:
-        tensors = readers.open_file(file)
+        tensors = formats.open_file(file)
 
         def fill(state, put):
             filled = {}

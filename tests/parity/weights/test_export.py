@@ -24,7 +24,7 @@ from diva_jax.evals import Settings, encode
 from diva_jax.models import backbones
 from diva_jax.training import checkpoint, workdirs
 from diva_jax.training.step import averaged
-from diva_jax.weights import origins, parts, readers
+from diva_jax.weights import formats, origins, parts
 from diva_jax.weights.export import layouts
 
 # Both libraries can hold it, and the objectives' autoencoders halve its sides.
@@ -69,7 +69,7 @@ def saved(c, p, workdir) -> dict[str, jax.Array]:
     kinds = ("params", "ema") if c.ema.decay else ("params",)
     state = {k: {n: a for n, a in small.random_arrays(p, i).items() if n in p.trained} for i, k in enumerate(kinds)}
     workdirs.write_config(workdir, c)
-    sha = {"source": ["x"], "sha256": readers.fingerprint(origins.open_source(c.backbone.source).files)}
+    sha = {"source": ["x"], "sha256": formats.fingerprint(origins.open_source(c.backbone.source).files)}
     meta = {"sources": {n: sha for n, part in p.objective.pretrained().items() if part.source == c.backbone.source}}
     meta["config"] = json.loads(c.to_json())
     with checkpoint.Checkpoints(workdir) as checkpoints:
@@ -94,11 +94,11 @@ def test_a_run_is_a_source_of_weights(run, source):
     """As `config.backbone.source=WORKDIR` or `WORKDIR:STEP`: what an export of the run has, with its own identity."""
     workdir, params = run
     expected = origins.open_run(workdir)
-    base = readers.fingerprint(origins.open_source(source).files)
+    base = formats.fingerprint(origins.open_source(source).files)
     for name in (f"{workdir}", f"{workdir}:{STEP}"):
         found = origins.open_source(name, "config.backbone.source")
         equal(found.tensors, expected.tensors)
-        assert found.spec.source == name and readers.fingerprint(found.files) != base
+        assert found.spec.source == name and formats.fingerprint(found.files) != base
         tower = weights.load(name, dataclasses.replace(SPEC, source=name))
         np.testing.assert_array_equal(tower.blocks[1].mlp.fc1.kernel[...], params["vision/blocks/1/mlp/fc1/kernel"])
         assert str(parts.tokenizer_folder(name)) == source
@@ -114,7 +114,7 @@ def test_checkpoint_to_open_clip(run, source, tmp_path, capsys):
     layouts.export(found, found.spec, tmp_path / "out", "open_clip")
     assert "open_clip: largest difference" in capsys.readouterr().out
     original = origins.open_source(source).tensors
-    written = readers.open_file(tmp_path / "out/open_clip_model.safetensors")
+    written = formats.open_file(tmp_path / "out/open_clip_model.safetensors")
     untouched = [n for n in original if not n.startswith("visual.")] + ["visual.positional_embedding"]
     equal({n: written[n] for n in untouched}, {n: original[n] for n in untouched})
     trained = written["visual.transformer.resblocks.1.mlp.c_fc.weight"]
@@ -150,7 +150,7 @@ def test_the_config_of_another_run_or_a_source_that_changed_is_refused(run, sour
         says = f"is not the config that the checkpoint of step 7 .* differ in {name} "
         refused(says, origins.open_run, run[0]) if name in others else origins.open_run(run[0])
     path.write_text(before)
-    monkeypatch.setattr(readers, "fingerprint", lambda files: "another")
+    monkeypatch.setattr(formats, "fingerprint", lambda files: "another")
     refused("is not the checkpoint that the run began with", origins.open_run, run[0])
 
 

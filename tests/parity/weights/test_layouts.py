@@ -21,9 +21,9 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import eva02
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.weights import clip as clip_weights
-from diva_jax.weights import origins, writers
+from diva_jax.weights import formats, origins
 from diva_jax.weights.export import layouts, publish
-from diva_jax.weights.readers import Tensor, Tensors
+from diva_jax.weights.formats import Tensor, Tensors
 from diva_jax.world import models
 
 
@@ -58,14 +58,14 @@ def test_vision_tower_alone_has_no_text_to_export(tmp_path):
 
 def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
     """Nothing is exported if one value in the written file differs."""
-    write, source = writers.write_safetensors, clip(tmp_path)
+    write, source = formats.write_safetensors, clip(tmp_path)
 
     def spoilt(path, content):
         arrays = {n: np.array(t) for n, t in content.items()}
         arrays["ln_final.bias"][3] += 1e-3
         write(path, arrays)
 
-    monkeypatch.setattr(writers, "write_safetensors", spoilt)
+    monkeypatch.setattr(formats, "write_safetensors", spoilt)
     with pytest.raises(RunError, match="ln_final.bias"):
         layouts.export(source, CLIP, tmp_path / "out", "open_clip")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
@@ -118,7 +118,7 @@ def test_custom_config_of_weights_that_describe_themselves(tmp_path):
 def tiny_eva02(folder, spec):
     """A tiny model, which `known_to_timm` adds to timm and to our table."""
     folder.mkdir()
-    writers.write_open_clip(folder, tensors(torch_model(spec)), to_open_clip(spec))
+    formats.write_open_clip(folder, tensors(torch_model(spec)), to_open_clip(spec))
 
 
 @pytest.fixture

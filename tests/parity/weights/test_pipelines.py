@@ -22,7 +22,7 @@ from diva_jax import demo, weights
 from diva_jax.data import tokenizers
 from diva_jax.models.backbones import TextSpec
 from diva_jax.models.diffusion.presets import Diffusion
-from diva_jax.weights import clip, origins, parts, writers
+from diva_jax.weights import clip, formats, origins, parts
 from diva_jax.weights.export import layouts
 from diva_jax.world import captions, models, scenes
 
@@ -116,7 +116,7 @@ def test_siglip2_texts(tmp_path):
     model = transformers_folder(tmp_path, spec)
     theirs.save_pretrained(tmp_path)
     preparation = clip.transformers_configs(spec)[1] | {"do_center_crop": False}
-    writers.write_json(tmp_path / "preprocessor_config.json", preparation)
+    formats.write_json(tmp_path / "preprocessor_config.json", preparation)
     texts = ["A Photo of a CAT", "dog"]
     ids = theirs(texts, padding="max_length", max_length=64, truncation=True, return_tensors="pt")["input_ids"]
     assert ids.shape == (2, 64)

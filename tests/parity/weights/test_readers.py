@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from diva_jax.common.errors import UserError
-from diva_jax.weights import readers
+from diva_jax.weights import formats
 
 
 def read_all(path):
-    return {n: np.asarray(t) for n, t in readers.open_file(path).items()}
+    return {n: np.asarray(t) for n, t in formats.open_file(path).items()}
 
 
 def refused(path, match):

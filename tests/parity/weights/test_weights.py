@@ -22,7 +22,7 @@ from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.models.diffusion.unet import TextEncoderConfig, UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
-from diva_jax.weights import clip, names, origins, readers
+from diva_jax.weights import clip, formats, names, origins
 
 
 def clip_model(spec=CLIP):
@@ -162,7 +162,7 @@ def test_transformers_models(tmp_path, spec, ids):
         if ids is not None:
             text = weights.load(str(tmp_path), spec, tower="text").encode(jnp.asarray(ids))
             close(text, model.get_text_features(input_ids=torch.from_numpy(ids)).pooler_output, 2e-5)
-    back, theirs = clip.to_transformers_names(source.tensors, spec), readers.weights_in(tmp_path, "model")
+    back, theirs = clip.to_transformers_names(source.tensors, spec), formats.weights_in(tmp_path, "model")
     assert back.keys() == theirs.keys()
     for name, tensor in back.items():
         np.testing.assert_array_equal(np.asarray(tensor), np.asarray(theirs[name]), err_msg=name)

@@ -21,7 +21,7 @@ from diva_jax.models.layers import Keys
 from diva_jax.objectives import genhancer
 from diva_jax.training import checkpoint, workdirs
 from diva_jax.training.loop import Run
-from diva_jax.weights import names, origins, writers
+from diva_jax.weights import formats, names, origins
 
 
 def rotations(folder="none", **fields):
@@ -123,7 +123,7 @@ def make(tmp_path_factory):
     pack_photos(root / "photos", count=8, per_shard=8)
     demo.write_clip(root / "clip", small.SPEC_28)
     vae = VAE(genhancer._vae(small.genhancer_config().genhancer.vae), rngs=Keys(3))
-    writers.write_safetensors(root / "ae.safetensors", names.to_torch(nnx.state(vae), names.FLUX_VAE))
+    formats.write_safetensors(root / "ae.safetensors", names.to_torch(nnx.state(vae), names.FLUX_VAE))
 
     sources = dict(backbone__source=f"{root}/clip", genhancer__vae__source=f"{root}/ae.safetensors")
     sources |= dict(data__path=f"{root}/photos", data__threads=1, log__tensorboard=False)

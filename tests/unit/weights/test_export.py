@@ -19,10 +19,10 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import NO_TEXT, TABLE
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.weights import clip as towers
-from diva_jax.weights import origins, readers, writers
+from diva_jax.weights import formats, origins
 from diva_jax.weights.export import layouts, publish
+from diva_jax.weights.formats import Tensors
 from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
-from diva_jax.weights.readers import Tensors
 
 PROVENANCE = {
     "workdir": "runs/a",
@@ -192,8 +192,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path, seed):
     name = sorted(source.tensors)[rng.integers(len(source.tensors))]
     array = np.array(source.tensors[name])
     array.flat[rng.integers(array.size)] = rng.choice([np.nan, np.inf, -np.inf])
-    changed = readers.Tensor(array.shape, array.dtype, lambda: array)
-    broken = dataclasses.replace(source, tensors=readers.Tensors({**source.tensors, name: changed}, source.files))
+    changed = formats.Tensor(array.shape, array.dtype, lambda: array)
+    broken = dataclasses.replace(source, tensors=formats.Tensors({**source.tensors, name: changed}, source.files))
     for fmt in ("open_clip", "hf"):
         with pytest.raises(UserError, match=rf"clip: the tensor {name} has values that are NaN or infinite"):
             layouts.export(broken, source.spec, tmp_path / fmt, fmt, run=False)
@@ -210,7 +210,7 @@ def test_a_card_has_no_secrets():
         "seed": 0,
     }
     run = dict(workdir="w", step=1, config=config, sources={}, base="b", tuned=["vision"])
-    source = origins.ClipSource("w", "checkpoint", readers.Tensors({}, []), spec, run=run)
+    source = origins.ClipSource("w", "checkpoint", formats.Tensors({}, []), spec, run=run)
     text = publish.card(source, spec, "hf", "float32")
     assert "https://host/{0..9}.tar?..." in text and "pw1" not in text and "pw2" not in text
 
@@ -231,7 +231,7 @@ def source_of(folder, *names) -> ClipSource:
 
 
 def exported(tmp_path, source):
-    writers.write_json(tmp_path / "config.json", towers.transformers_configs(SPEC)[0])
+    formats.write_json(tmp_path / "config.json", towers.transformers_configs(SPEC)[0])
     layouts.write_tokenizer(tmp_path, source, SPEC, "hf")
     return tmp_path
 

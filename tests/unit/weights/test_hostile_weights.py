@@ -24,7 +24,7 @@ from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to
 from diva_jax.models.diffusion import presets, schedule
 from diva_jax.models.diffusion.unet import TextEncoderConfig, UNetConfig
 from diva_jax.models.diffusion.vae import FluxVAEConfig, VAEConfig
-from diva_jax.weights import clip, names, parts, readers
+from diva_jax.weights import clip, formats, names, parts
 
 pytestmark = pytest.mark.attack
 
@@ -37,7 +37,7 @@ SEEDS = range(8)
 
 
 def read_all(path) -> dict[str, np.ndarray]:
-    return {n: np.array(t) for n, t in readers.open_file(path).items()}
+    return {n: np.array(t) for n, t in formats.open_file(path).items()}
 
 
 def refused(path, match: str) -> None:
@@ -95,7 +95,7 @@ def test_an_index_names_files_of_its_own_folder_alone(tmp_path, index):
     (tmp_path / "secret").write_bytes(b"what nobody may read")
     (folder / "m.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError) as e:
-        readers.weights_in(folder, "m")
+        formats.weights_in(folder, "m")
     assert "nobody" not in str(e.value)
 
 
@@ -236,7 +236,7 @@ def test_changed_bytes_of_json(tmp_path, seed):
     for case in range(40):
         path = tmp_path / f"{case}.json"
         path.write_bytes(damaged(rng, data))
-        read = lambda path=path: backbones.check(from_open_clip(readers.read_json(path)), str(path))  # noqa: E731
+        read = lambda path=path: backbones.check(from_open_clip(formats.read_json(path)), str(path))  # noqa: E731
         if found := mutations.outcome(read):
             possible(found)
 

@@ -26,21 +26,21 @@ from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.layers import abstract
 from diva_jax.training import workdirs
-from diva_jax.weights import clip, names, origins, readers, writers
+from diva_jax.weights import clip, formats, names, origins
 
 
 def read_all(path):
-    return {n: np.asarray(t) for n, t in readers.open_file(path).items()}
+    return {n: np.asarray(t) for n, t in formats.open_file(path).items()}
 
 
 def test_missing_shard(tmp_path):
     index = {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
-    writers.write_safetensors(tmp_path / "m-00001-of-00002.safetensors", {"a": np.float32(3)})
-    refused("m-00002-of-00002.safetensors, which is missing", readers.weights_in, tmp_path, "m")
+    formats.write_safetensors(tmp_path / "m-00001-of-00002.safetensors", {"a": np.float32(3)})
+    refused("m-00002-of-00002.safetensors, which is missing", formats.weights_in, tmp_path, "m")
     (tmp_path / "m.safetensors.index.json").write_text("{")
-    refused("JSON", readers.weights_in, tmp_path, "m")
-    refused("has no weights", readers.weights_in, tmp_path, "other")
+    refused("JSON", formats.weights_in, tmp_path, "m")
+    refused("has no weights", formats.weights_in, tmp_path, "other")
 
 
 def test_the_removed_repository_is_named_and_a_local_folder_of_its_name_is_read(tmp_path, monkeypatch):
@@ -54,9 +54,9 @@ def test_the_removed_repository_is_named_and_a_local_folder_of_its_name_is_read(
 @pytest.mark.parametrize("open_it", [origins.diffusers_folder, origins.open_source])
 def test_stable_diffusion_in_one_file_is_named_with_its_conversion(tmp_path, open_it):
     file = tmp_path / "v2-1_512-ema-pruned.safetensors"
-    writers.write_safetensors(file, {f"model.diffusion_model.input_blocks.{i}.weight": np.ones(2) for i in range(900)})
+    formats.write_safetensors(file, {f"model.diffusion_model.input_blocks.{i}.weight": np.ones(2) for i in range(900)})
     refused(rf"in one file: .*from_single_file\('{file}'\).*diffusion.source=stable-diff", open_it, str(file))
-    writers.write_safetensors(file, {"other.weight": np.ones(2)})
+    formats.write_safetensors(file, {"other.weight": np.ones(2)})
     refused("is a file: give the diffusers folder|no vision tower", open_it, str(file))
 
 
@@ -103,7 +103,7 @@ def test_arrays_go_straight_to_their_shards():
 def test_writers(tmp_path):
     array = np.arange(6.0, dtype=np.float32).reshape(2, 3)
     content = {"t": array.T, "s": np.float32(3), "b": array.astype(jnp.bfloat16)}
-    writers.write_safetensors(tmp_path / "a.safetensors", content)
+    formats.write_safetensors(tmp_path / "a.safetensors", content)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     found = read_all(tmp_path / "a.safetensors")
     for name, value in content.items():
@@ -112,17 +112,17 @@ def test_writers(tmp_path):
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), writers.new_folder(tmp_path / "out") as folder:
+    with pytest.raises(RuntimeError), formats.new_folder(tmp_path / "out") as folder:
         (folder / "half").write_text("")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
-    with writers.new_folder(tmp_path / "out") as folder:
+    with formats.new_folder(tmp_path / "out") as folder:
         (folder / "whole").write_text("")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(UserError, match="exists already"), writers.new_folder(tmp_path / "out"):
+    with pytest.raises(UserError, match="exists already"), formats.new_folder(tmp_path / "out"):
         pass
-    with pytest.raises(UserError, match="cannot be written"), writers.new_folder("/proc/nothing/out"):
+    with pytest.raises(UserError, match="cannot be written"), formats.new_folder("/proc/nothing/out"):
         pass
 
 
@@ -182,9 +182,9 @@ def test_published_siglip_folders_are_read_as_open_clip_runs_them(vocab, activat
 def test_fingerprint_is_of_contents_and_order(tmp_path):
     for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
         (tmp_path / name).write_bytes(content)
-    a, b, c = (readers.fingerprint([tmp_path / n]) for n in "abc")
+    a, b, c = (formats.fingerprint([tmp_path / n]) for n in "abc")
     assert a == c != b and len(a) == 64
-    assert readers.fingerprint([tmp_path / "a", tmp_path / "b"]) != readers.fingerprint(
+    assert formats.fingerprint([tmp_path / "a", tmp_path / "b"]) != formats.fingerprint(
         [tmp_path / "b", tmp_path / "a"]
     )
 
@@ -237,7 +237,7 @@ def longer(**changes):
 
 
 def test_a_checkpoint_is_stretched_only_where_that_is_asked_for(folder):
-    stored = np.asarray(readers.open_file(folder / "open_clip_model.safetensors")["positional_embedding"])
+    stored = np.asarray(formats.open_file(folder / "open_clip_model.safetensors")["positional_embedding"])
     text = weights.load(str(folder), longer(context_length=248, kept_positions=20), tower="text")
     np.testing.assert_array_equal(text.pos_embed[...], clip.stretch(stored, 248, 20))
     assert text.encode(np.zeros((2, 248), np.int32)).shape == (2, small.SPEC.embed_dim)
