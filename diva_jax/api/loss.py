@@ -13,7 +13,7 @@ from diva_jax.api.encoder import ImageLike, as_image, mapping, named
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data.images import sample_box
 from diva_jax.data.inputs import Example
-from diva_jax.data.records import listed
+from diva_jax.data.sources import listed
 from diva_jax.training import partition, workdirs
 from diva_jax.training.step import Program, image_keys
 

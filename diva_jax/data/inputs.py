@@ -17,7 +17,7 @@ from pydantic import Field
 from diva_jax.common import json_files
 from diva_jax.common.errors import UserError
 from diva_jax.data import images, labelled, latent_cache
-from diva_jax.data.records import Record
+from diva_jax.data.sources import Record
 from diva_jax.data.tokenizers import Tokenizer
 
 LEXICON = Path(__file__).with_name("edits.json")

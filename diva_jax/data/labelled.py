@@ -13,8 +13,7 @@ from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.data import files
 from diva_jax.data import tars as shards
 from diva_jax.data.images import open_image, read_file
-from diva_jax.data.records import MAX_CAPTION_BYTES
-from diva_jax.data.sources import TfdsSource
+from diva_jax.data.sources import MAX_CAPTION_BYTES, TfdsSource
 
 _LAYOUT = "PATH/test/0.tar, 1.tar, ... as clip_benchmark_export_wds writes them"
 _TEMPLATES = "zeroshot_classification_templates.txt"

@@ -29,7 +29,7 @@ from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.fields import differences
 from diva_jax.common.json_files import Record
 from diva_jax.data.images import Box
-from diva_jax.data.records import Source
+from diva_jax.data.sources import Source
 
 DTYPE = np.dtype(ml_dtypes.bfloat16)
 FILE = "latents.json"

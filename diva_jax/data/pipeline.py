@@ -21,7 +21,7 @@ from PIL.Image import Image
 from diva_jax.common.errors import RunError, UserError, brief, printable
 from diva_jax.data import images, latent_cache, sources
 from diva_jax.data.inputs import Alternatives, Example, Input
-from diva_jax.data.records import Record, Source
+from diva_jax.data.sources import Record, Source
 
 logger = logging.getLogger(__name__)
 

@@ -1,24 +1,31 @@
-"""Opens the data at a path; the format follows from the names of the files there."""
+"""What a data set is made of, records with an image and, where the data has captions, a text; and the sources of
+records, of which the one at a path follows from the names of the files there."""
 
 import concurrent.futures
+import contextlib
 import functools
 import os
 import posixpath
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
+from typing import NamedTuple, Protocol
 from urllib.parse import parse_qsl
 
 import numpy as np
 
-from diva_jax.common import config_files
+from diva_jax.common import config_files, json_files
 from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.log import say
 from diva_jax.common.paths import is_remote
-from diva_jax.data import files, records
-from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, Record, Source
-from diva_jax.data.tars import TarSource
+from diva_jax.data import files
 
+# Columns and features with captions, where the data's path has no `text=NAME`; the first that there is.
+TEXT_COLUMNS = ("caption", "text", "title", "captions")
+CAPTION_KINDS = ("txt", "json")  # Files with captions beside an image, or in its tar: the first that is not blank.
+_PROBED = 64  # Records of which it is asked whether they have captions.
+MAX_CAPTION_BYTES = 2**20  # A larger file of text beside an image, or in its tar, is no caption.
+_MAX_TEXTS, _MAX_TEXT = 64, 4096  # Of a record's list `texts`, and the characters of each.
 _MIXTURE, _MODULE = "mix:", "module:"
 _MAX_EPOCH_IMAGES = 2**31  # The shuffle of an epoch numbers its images with 32 bits.
 _LISTERS = 16  # Threads that list folders.
@@ -27,7 +34,108 @@ _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?&=]*(?:&\w+=[^?&=]*)*)")
 _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)=(.+)", re.S)
 
 
-class FolderSource(records.CaptionFiles):
+class Record(NamedTuple):
+    """One record: what to call it in a log (file and member or row), the encoded image, and its caption, None where
+    there is none; several captions are separated by newlines. `texts` are statements that differ in one fact, see
+    `alternatives`; None where there are none, or the source has a method `texts(i)` that reads them."""
+
+    name: str
+    image: bytes
+    text: str | None = None
+    texts: tuple[str, ...] | None = None
+
+
+class Source(Protocol):
+    """Records 0..len-1 with random access. `name` and `read` may be called from any thread. `has_text` is whether the
+    records have captions, as far as can be known without reading each of them."""
+
+    has_text: bool
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """The name of record i."""
+
+    def read(self, i: int, with_text: bool = True) -> Record:
+        """Record i, without its text where that is not asked for; errors are the source's own."""
+
+
+def caption(value) -> str | None:
+    """A caption as files hold it: a text, texts (joined by newlines), bytes in UTF-8, or None; else a ValueError."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Iterable) and not isinstance(value, Mapping):
+        return "\n".join(filter(None, map(caption, value)))
+    raise ValueError(f"its caption is no text but {value!r}")
+
+
+def listed(value) -> tuple[str, ...] | None:
+    """The `texts` of a record, 2 to 64 different ones, of a list or its JSON, or None; a ValueError for others."""
+    if isinstance(value, str | bytes):
+        value = json_files.decoded(value) if value.strip() else None
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ValueError("its texts are no list of texts")
+    found = tuple(text.strip() for text in value)
+    if not 2 <= len(found) <= _MAX_TEXTS or not all(found) or len(set(found)) < len(found):
+        raise ValueError(f"its texts are not 2 to {_MAX_TEXTS} different ones, none of them blank")
+    if max(map(len, found)) > _MAX_TEXT:
+        raise ValueError(f"one of its texts has more than {_MAX_TEXT} characters")
+    return found
+
+
+def locate(ends: np.ndarray, i: int) -> tuple[int, int]:
+    """(the part with item i, the item's number in it) of parts in a row, of which the k-th ends before `ends[k]`."""
+    part = int(np.searchsorted(ends, i, side="right"))
+    return part, i - (int(ends[part - 1]) if part else 0)
+
+
+class CaptionFiles:
+    """What sources have in common whose captions are files beside the images. They have `image(i)`, the encoded image
+    of record i, `beside(i, kind)`, the content of its file of one of `CAPTION_KINDS` or None, and `captioned()`, the
+    records with such files."""
+
+    def read(self, i: int, with_text: bool = True) -> Record:
+        """See `Source.read`; an OSError where a file cannot be read, a ValueError for a broken caption."""
+        return Record(self.name(i), self.image(i), self._text(i) if with_text else None)
+
+    def texts(self, i: int) -> tuple[str, ...] | None:
+        """The list `texts` in the JSON file of record i; errors as of `read`."""
+        data = self.beside(i, "json")
+        meta = json_files.decoded(data) if data else None
+        return listed(meta.get("texts")) if isinstance(meta, dict) else None
+
+    def _text(self, i: int) -> str | None:
+        """The first caption that is not blank: a text, or a JSON object's field "caption"."""
+        for kind in CAPTION_KINDS:
+            data = self.beside(i, kind)
+            try:
+                if kind == "json" and data:
+                    meta = json_files.decoded(data)
+                    text = caption(meta.get("caption")) if isinstance(meta, dict) else None
+                else:
+                    text = (data or b"").decode("utf-8")
+            except ValueError as e:
+                raise ValueError(f"the caption in its .{kind} file cannot be read ({e})") from e
+            if text and text.strip():
+                return text
+        return None
+
+    @functools.cached_property
+    def has_text(self) -> bool:
+        """Whether one of 64 records with files for captions, spread over all, has a caption that can be read."""
+        records = self.captioned()
+        for i in records[:: -(-len(records) // _PROBED) or 1]:
+            with contextlib.suppress(OSError, ValueError):
+                if self._text(i):
+                    return True
+        return False
+
+
+class FolderSource(CaptionFiles):
     """Image files, local or remote, each one record, named relative to `root`; of each sample, one image is used (see
     `files.images_of`). Its caption is the `.txt` file of its sample, or else in the `.json` file."""
 
@@ -67,7 +175,7 @@ class TfdsSource:
     """The records of a prepared tfds dataset in array_record format, read without TensorFlow: `tfds:name/split`. `name`
     may have a config and a version (`coco/2017:1.1.0`) and `split` a slice (`train[:10%]`). After a `?`: `data_dir=...`
     for another folder than the default of tfds, `image=...` to choose among several image features, `text=...` for the
-    captions (one of `records.TEXT_COLUMNS` if not given), and the options in `defaults`. A UserError, which names
+    captions (one of `TEXT_COLUMNS` if not given), and the options in `defaults`. A UserError, which names
     `flag`, where the dataset is not there, not in this format, has no records or no such features."""
 
     def __init__(self, spec: str, flag: str = "config.data.path", defaults: Mapping[str, str] | None = None):
@@ -91,7 +199,7 @@ class TfdsSource:
                 problem = f"{self._where} has {len(images)} image features ({listing(images)})"
                 raise UserError(f"{problem}: choose one with ?image=...")
             self._image = image or images[0]
-            captions = (key for key in records.TEXT_COLUMNS if key in self.features)
+            captions = (key for key in TEXT_COLUMNS if key in self.features)
             self._text = self._chosen("text", "feature", self.features) or next(captions, None)
             # The encoded bytes: decoding and its errors belong to the pipeline.
             self._records = builder.as_data_source(split=split, decoders={self._image: tfds.decode.SkipDecoding()})
@@ -119,7 +227,7 @@ class TfdsSource:
 
     def read(self, i: int, with_text: bool = True) -> Record:
         record = self._records[i]
-        text = records.caption(record[self._text]) if with_text and self._text else None
+        text = caption(record[self._text]) if with_text and self._text else None
         return Record(self.name(i), record[self._image], text)
 
     def labels(self) -> tuple[list[int], list[str]]:
@@ -152,7 +260,7 @@ class MixtureSource:
 
     def locate(self, i: int) -> tuple[int, int]:
         """(the number of the part, the record of the part) in slot i."""
-        number, slot = records.locate(self._ends, i)
+        number, slot = locate(self._ends, i)
         return number, slot % len(self.parts[number])
 
     def name(self, i: int) -> str:
@@ -237,5 +345,7 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, al
         problem = f"config.data.path={path!r} holds {kind}, which have no columns"
         raise UserError(f"{problem}: leave ?{'&'.join(options)} out")
     if kind == "tars":
+        from diva_jax.data.tars import TarSource  # Here, because it needs this module.
+
         return TarSource(paths, cache_dir, quiet)
     return FolderSource(paths, path if files.is_folder(path) else "", quiet)

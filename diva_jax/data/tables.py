@@ -19,7 +19,7 @@ from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.paths import is_remote
 from diva_jax.data import files
-from diva_jax.data.records import TEXT_COLUMNS, Record, caption, listed, locate
+from diva_jax.data.sources import TEXT_COLUMNS, Record, caption, listed, locate
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.data import files
-from diva_jax.data.records import CAPTION_KINDS, MAX_CAPTION_BYTES, CaptionFiles
+from diva_jax.data.sources import CAPTION_KINDS, MAX_CAPTION_BYTES, CaptionFiles
 
 logger = logging.getLogger(__name__)
 

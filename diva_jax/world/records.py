@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from diva_jax.common.errors import UserError
-from diva_jax.data.records import Record
+from diva_jax.data.sources import Record
 from diva_jax.world import captions, drawing, scenes
 
 MODULE = "module:diva_jax.world.records"
@@ -41,7 +41,7 @@ def _block(seed: int, number: int, kind: str) -> list[tuple[bytes, str, tuple[st
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """A `data.records.Source`.
+    """A `data.sources.Source`.
 
     Attributes:
       seed: of scenes and captions.

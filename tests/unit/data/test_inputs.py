@@ -15,9 +15,9 @@ from helpers import failed, refused
 from PIL import Image
 from records import batches, encoded, letters, tags, take, text_of, write_tar
 
-from diva_jax.data import images, inputs, preprocess, records
+from diva_jax.data import images, inputs, preprocess, sources
 from diva_jax.data.inputs import Classes, Edits, Listed
-from diva_jax.data.records import Record
+from diva_jax.data.sources import Record
 
 COUNT = 14
 
@@ -225,7 +225,7 @@ def test_neutral_texts_and_choices():
 def test_what_is_no_list_of_texts_is_a_value_error():
     for value in (*WRONG, [GOOD[:2]], json.dumps(GOOD[:1]), "[" * 10**5, 7, b"\xff[]"):
         with pytest.raises(ValueError):
-            records.listed(value)
+            sources.listed(value)
 
 
 def write(folder, kind):

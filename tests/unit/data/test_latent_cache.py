@@ -11,7 +11,7 @@ from records import batches, noise, take, write_tar
 from diva_jax.common.errors import RunError
 from diva_jax.data import images, inputs, latent_cache, pipeline, sources
 from diva_jax.data.latent_cache import Cache, Entry, Manifest
-from diva_jax.data.records import Record
+from diva_jax.data.sources import Record
 
 COUNT, CROPS, SHAPE, BROKEN = 11, 3, (5, 3, 6), 7
 FACTS = {"vae": {"channels": [8, 12]}, "weights": "ab12", "crop": {"scale": (0.9, 1.0)}}

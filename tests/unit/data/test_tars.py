@@ -12,8 +12,7 @@ from records import encoded, noise, write_tar
 
 from diva_jax import demo
 from diva_jax.data import tars
-from diva_jax.data.records import MAX_CAPTION_BYTES
-from diva_jax.data.sources import open_source
+from diva_jax.data.sources import MAX_CAPTION_BYTES, open_source
 from diva_jax.data.tars import TarSource
 
 LONG = "a/" * 120 + "é" + "x" * 150 + ".jpg"  # More than the 100 + 155 bytes of a plain header.
