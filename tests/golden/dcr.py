@@ -49,12 +49,10 @@ def _adapter(name: str) -> tuple[str, int]:
 
 
 def _piece(array, part: int | None):
-    """The part of a fused projection's output, the last axis."""
     return array if part is None else jnp.split(array, 3, axis=-1)[part]
 
 
 def settings(z, sd, exact: bool = False):
-    """The config of a file's run."""
     activation = "gelu_tanh" if "w/vision_model.head.probe" in z.files else "quick_gelu"
     spec = hf_spec(take(z, "w/"), image_size=z["pixels"].shape[1], heads=HEADS, activation=activation)
     c = config.default(spec, diffusion_config(sd), "dcr")
@@ -81,7 +79,6 @@ def prompt(z) -> dict[str, np.ndarray]:
 
 
 def objective(z, sd, text_context) -> dcr.Objective:
-    """With the file's weights; adapters as they are initialised."""
     module = dcr.Objective(settings(z, sd), rngs=Keys())
     plain = abstract(lambda rngs: backbones.build(module.spec, rngs=rngs))
     module.vision = filled(plain, from_hf(take(z, "w/"), module.spec), clip.table("vision", module.spec))
@@ -92,7 +89,6 @@ def objective(z, sd, text_context) -> dcr.Objective:
 
 
 def adapted(z, arrays: dict) -> dict:
-    """The parameters with stage 2's adapters."""
     out = {}
     for name, value in take(z, "stage2/lora/").items():
         key, part = _adapter(name)
@@ -123,7 +119,6 @@ def gradients(z, stage: str, grads: dict) -> np.ndarray:
 
 
 def merged(z, arrays: dict) -> dict[str, np.ndarray]:
-    """The merged weights that the file has."""
     out = {}
     for key in take(z, "stage2/merged/"):
         path, part = _layer(key.rsplit(".", 1)[0])

@@ -26,7 +26,6 @@ WINDOWS = (6, 10)
 
 
 def vision_spec(name: str, z) -> backbones.Spec:
-    """Returns the backbone of a golden file."""
     siglip = any(k.startswith("w/visual.trunk.") for k in z.files)
     kind, n = next(v for prefix, v in HEADS.items() if name.startswith(prefix))
     spec = tower_spec(take(z, "w/"), "siglip" if siglip else "vit")

@@ -63,7 +63,6 @@ def read_all(path: Path, name: str):
 
 
 def settings(arrays, meta, vae: FluxVAEConfig, adapted: bool):
-    """The config of the objective that trains."""
     dit = meta["dit"]
     c = config.default(hf_spec(take(arrays, "w/model."), heads=HEADS), objective="genhancer")
     c.update(dtype="float32", frozen_dtype="float32")
@@ -88,7 +87,6 @@ def hf_layer(ours: str) -> list[str]:
 
 
 def made(arrays, c, encoder: Tensors) -> tuple[partition.Skeleton, dict[str, jax.Array]]:
-    """The objective of a config, apart, with the file's weights."""
     module = abstract(lambda rngs: genhancer.Objective(c, rngs=rngs))
     skeleton, _ = partition.disassemble(module)
     tower = Tensors(from_hf(take(arrays, "w/model."), module.spec), [])
@@ -192,7 +190,6 @@ def stage2(skeleton, module, pixels, grads) -> dict:
 
 
 def encoder_of(z, case: str) -> tuple[Tensors, FluxVAEConfig]:
-    """The arrays and the sizes of one encoder in genhancer_vae.npz."""
     meta = json.loads(str(z["meta"]))
     channels = tuple(meta["ch"] * m for m in meta[case]["ch_mult"])
     sizes = dict(latent_channels=meta[case]["z"], block_out_channels=channels, norm_num_groups=meta["groups"])

@@ -45,7 +45,6 @@ def settings(z, **switches: str):
 
 
 def program(z, **switches: str) -> tuple[Program, dict[str, jax.Array]]:
-    """The program of `settings` on one device, and its arrays with the file's weights."""
     p = Program(settings(z, **switches), Mesh(np.asarray([[jax.devices()[0]]]), ("data", "fsdp")))
     arrays = {}
     for part, prefix in (("vision", "w/"), ("original", "w0/"), ("teacher", "teacher/")):
@@ -95,7 +94,6 @@ def trajectory(z, **switches: str) -> dict[str, np.ndarray]:
 
 
 def compute(z) -> dict[str, np.ndarray]:
-    """Every recorded quantity, by its name in the file."""
     # With gamma and c as parameters, their gradients are there too; the forward pass is the same.
     p, arrays = program(z, kernel_params="exact")
     pixels = jnp.asarray(z["pixels"])

@@ -28,14 +28,12 @@ def tower_spec(tensors, arch: str, **fields) -> backbones.Spec:
 
 
 def from_hf(tensors, spec: backbones.Spec) -> dict[str, np.ndarray]:
-    """Returns transformers' tensors of a tower under open_clip's names."""
     recipes = backbones.architecture(spec.arch).TRANSFORMERS.recipes(spec)
     found = [r for r in recipes if all(n in tensors for n in r.hf)]
     return {n: np.asarray(t) for r in found for n, t in clip._convert(r, tensors, False).items()}
 
 
 def hf_spec(tensors, **fields) -> backbones.Spec:
-    """Returns `tower_spec` of transformers' tensors."""
     layers = {m[1] for k in tensors if (m := re.search(r"vision_model\.encoder\.layers\.(\d+)\.", k))}
     arch = "vit" if any("pre_layrnorm" in k for k in tensors) else "siglip"
     return tower_spec(from_hf(tensors, backbones.Spec(arch=arch, layers=len(layers))), arch, **fields)

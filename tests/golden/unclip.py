@@ -29,7 +29,6 @@ GIVEN += ("stats_mean", "stats_std", "meta")
 
 
 def objective(z, sd) -> unclip.Objective:
-    """The objective with a golden file's weights, float32."""
     meta, diffusion = json.loads(str(z["meta"])), diffusion_config(sd)
     fields = dict(image_size=z["clip_pixels"].shape[1], heads=HEADS)
     spec = tower_spec(

@@ -77,7 +77,6 @@ def lines(backbone, data, images, fmt):
 
 
 def scores(root, backbone) -> list[dict]:
-    """Those of the backbone, the run and the export."""
     task = json.loads((root / f"results/{backbone}/results.json").read_text())["tasks"]["drift"]
     return [weights["scores"] for weights in task["weights"].values()]
 

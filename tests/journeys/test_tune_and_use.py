@@ -76,7 +76,6 @@ def python(home, code: str) -> dict:
 
 @pytest.fixture(scope="module")
 def data(home):
-    """Task -> the value of its --data."""
     return write_task_data(home / "data")
 
 

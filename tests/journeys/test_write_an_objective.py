@@ -14,7 +14,6 @@ FEW = " --config.steps=2 --config.batch_size=8"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the page's module and config."""
     folder = tmp_path_factory.mktemp("mine")
     module, config = (code for language, code in commands.blocks(PAGE)[:2])
     (folder / "mine").mkdir()

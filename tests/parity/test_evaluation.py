@@ -36,8 +36,11 @@ TEMPLATES = ["a photo of the number: {c}.", "the digit {c}", 'a {c}, "hand-writt
 CAPTIONS = 83
 
 
+DIGITS = load_digits()
+
+
 def digit(i: int) -> Image.Image:
-    return Image.fromarray((load_digits().images[i] * 15).astype(np.uint8)).convert("RGB")
+    return Image.fromarray((DIGITS.images[i] * 15).astype(np.uint8)).convert("RGB")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def digits(tmp_path_factory):
     """297 digits of scikit-learn, 8 x 8 pixels, in two shards."""
     root = tmp_path_factory.mktemp("digits")
     (root / "test").mkdir()
-    labels = load_digits().target
+    labels = DIGITS.target
     for shard, rows in enumerate((range(1500, 1700), range(1700, 1797))):
         members = {}
         for i in rows:
@@ -133,7 +136,7 @@ def test_scores_are_clip_benchmarks(exported, digits, captions, monkeypatch, tas
 
 @pytest.mark.parametrize("decay", [1e-4, 1e-2, 1.0])
 def test_fit_is_scikit_learns_logistic_regression(decay):
-    x, y = load_digits(return_X_y=True)
+    x, y = DIGITS.data, DIGITS.target
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     train, test = slice(0, 700), slice(700, 1100)
     oracle = LogisticRegression(C=1 / (decay * 700), tol=1e-8, max_iter=5000).fit(x[train], y[train])
@@ -212,7 +215,6 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def config(base):
-    """With few resamples and draws."""
     c = eval_config(CLIP, base)
     c.eval.update(bootstrap=300, batch_size=32)
     c.eval.mmvp.seeds, c.eval.drift.neighbours = 2, 3
@@ -249,7 +251,6 @@ def test_a_vision_tower_alone_has_the_configs_text_tower(config, base, tmp_path)
 
 
 def flags(tmp_path, config, *args) -> list:
-    """The arguments of `evaluate`, with a config file of this backbone."""
     fields = tmp_path / "spec.json"
     fields.write_text(json.dumps(config.backbone.to_dict()))
     (tmp_path / "config.py").write_text(CONFIG.format(path=str(fields)))

@@ -69,7 +69,7 @@ def clip_folders(tmp_path_factory):
 
 def test_clip_equals_open_clip(clip_folders):
     tokenizers_of = [tokenizers.open_tokenizer(CLIP_TEXT, folder) for folder in clip_folders]
-    texts = TEXTS + random_texts(4000, seed=1)
+    texts = TEXTS + random_texts(1500, seed=1)
     want = SimpleTokenizer()(texts).numpy()
     ours = tokenizers_of[0](texts)
     assert ours.dtype == np.int32 and tokenizers_of[0]([]).shape == (0, 77)
@@ -88,10 +88,10 @@ KINDS = dict.fromkeys(("timm", "transformers", "gemma"), (SIGLIP_TEXT, "canonica
 @pytest.mark.parametrize("kind", KINDS)
 def test_siglip_and_metaclip2_equal_open_clip(tmp_path, kind):
     (text, clean), texts = KINDS[kind], TEXTS + random_texts(200, seed=2)
-    folder = write_siglip_tokenizer(tmp_path, kind)
-    tokenize = tokenizers.open_tokenizer(text, folder)
+    write_siglip_tokenizer(tmp_path, kind)
+    tokenize = tokenizers.open_tokenizer(text, tmp_path)
     ours = tokenize(texts)
-    np.testing.assert_array_equal(ours, HFTokenizer(str(folder), context_length=64, clean=clean)(texts).numpy())
+    np.testing.assert_array_equal(ours, HFTokenizer(str(tmp_path), context_length=64, clean=clean)(texts).numpy())
     if kind in ("timm", "transformers"):  # Padded with the end token; a text without letters has only padding.
         assert (ours[3] == 1).all() and (ours[5] == 1).all() and ours[11, -1] == 1 and (ours[11, :-1] != 1).all()
     assert (tokenize(["A Dog"]).tolist() == tokenize(["a dog"]).tolist()) == (kind != "xlm")

@@ -90,7 +90,6 @@ V5E = 15.75 * GIB  # HBM that is available to a program on one chip.
 
 
 def per_chip(tree) -> int:
-    """Bytes on one device."""
     shapes = jax.tree.leaves(tree)
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * jnp.dtype(a.dtype).itemsize for a in shapes)
 

@@ -44,7 +44,6 @@ def place(tree: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A workdir with checkpoints of steps 3, 6 and 9."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     with checkpoint.Checkpoints(folder) as checkpoints:
         for step in (3, 6, 9):
@@ -75,7 +74,6 @@ def flip(file, rng) -> None:
 
 
 def mutate(folder, rng) -> str:
-    """Damages one checkpoint in one way."""
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     file, what = files[rng.integers(len(files))], int(rng.integers(8))
     if what <= 3:
@@ -107,7 +105,6 @@ def test_what_is_restored_is_what_was_saved(workdir, seed):
 
 @pytest.mark.parametrize("seed", seeds(12))
 def test_one_flipped_bit_of_the_arrays(workdir, seed):
-    """Wherever the values are stored."""
     rng = np.random.default_rng(seed)
     files = sorted(f for f in (workdir / "checkpoints/9/state").rglob("*") if f.is_file() and f.parent.name == "d")
     flip(files[rng.integers(len(files))], rng)

@@ -33,7 +33,6 @@ TPU = ROOT / "tpu"
 
 
 def run_here(files, workdir) -> None:
-    """The same run in this process on its eight devices."""
     config = get_config(f"outside.rotations:{files}")
     config.update_from_flattened_dict(FIELDS)
     with pytest.MonkeyPatch.context() as patch:
@@ -155,14 +154,12 @@ def test_a_preempted_jobset_starts_again_and_finishes(files, tmp_path):
 
 
 def stalled(files, workdir, reads: int, *more) -> commands.Command:
-    """A run whose reads of data never end after so many."""
     return commands.start(processes.__file__, f"{ROTATIONS}{files}", f"--workdir={workdir}", *more, READS=str(reads))
 
 
 @pytest.mark.attack
 @pytest.mark.parametrize("sig, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_while_data_stalls(files, tmp_path, sig, code):
-    """The run acts within seconds, and nothing is lost."""
     process, wanted = stalled(files, tmp_path / "run", 30), {"stalled", "step 1/"}
     while wanted and (line := next(process.stdout, "")):
         wanted -= {text for text in wanted if line.startswith(text)}

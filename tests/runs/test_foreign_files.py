@@ -33,7 +33,6 @@ MANIFEST = {"facts": {"vae": {"a": 1}}, "records": 7, "crops": 2, "seed": 3, "pe
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A folder that has all of the files."""
     folder = tmp_path_factory.mktemp("good")
     tasks = {"mmvp": samples.mmvp_task(samples.write_images(folder, 2)), "drift": samples.drift_task()}
     tasks |= {"feedback": samples.feedback_task(), "zeroshot": samples.zeroshot_task()}
@@ -61,7 +60,6 @@ def good(tmp_path_factory):
 
 
 def show(folder):
-    """The whole page of a report."""
     content = inputs.read(folder)
     assert "<script>alert" not in page.html(content, page.sections(content))
 

@@ -24,7 +24,6 @@ SHOWN = {
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """The name of a case -> its (exit code, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("empty")
     for name in ("a.zip", "a.tar.gz", "photo.jpg"):
         (folder / name).write_text("nothing")

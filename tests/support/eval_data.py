@@ -1,6 +1,7 @@
 """Small data sets and models for the tests of evaluation; the images are scikit-image's photographs."""
 
 import dataclasses
+import functools
 import io
 import json
 from pathlib import Path
@@ -29,6 +30,7 @@ def eval_config(spec: Spec, source: Path):
     return config.default(dataclasses.replace(spec, source=str(source)))
 
 
+@functools.cache
 def photograph(name: str) -> Image.Image:
     return Image.fromarray(getattr(skimage.data, name)())
 

@@ -24,7 +24,6 @@ ROTATIONS = f"--config={SUPPORT}/e2e_config.py:outside.rotations:"
 
 
 def free_address() -> str:
-    """Returns HOST:PORT of a port that no process uses."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{s.getsockname()[1]}"
@@ -39,7 +38,6 @@ def start(files, workdir, address, index: int, count: int, *more, rows=None, con
 
 
 def start_all(files, workdir, count: int, *more, **kw) -> list[commands.Command]:
-    """Starts all `count` processes of a run; arguments as for `start`."""
     address = free_address()
     return [start(files, workdir, address, index, count, *more, **kw) for index in range(count)]
 

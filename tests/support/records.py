@@ -80,17 +80,14 @@ def batches(path, wanted=None, *, batch: int = 8, seed: int = 0, process=(0, 1),
 
 
 def take(iterator, count: int) -> list[dict[str, np.ndarray]]:
-    """The next batches."""
     return [next(iterator) for _ in range(count)]
 
 
 def tags_of(iterator, count: int) -> list[int]:
-    """The tags of all images of the next batches, in order."""
     return [tag for batch in take(iterator, count) for tag in tags(batch["image"])]
 
 
 def letters(length):
-    """A tokenizer whose ids are the letters of the text."""
 
     def tokenize(texts):
         ids = np.zeros((len(texts), length), np.int32)
@@ -102,5 +99,4 @@ def letters(length):
 
 
 def text_of(ids) -> str:
-    """The text of ids of `letters`."""
     return "".join(chr(i) for i in ids if i)

@@ -101,7 +101,6 @@ def genhancer_config(spec=SPEC_28, **fields):
 
 
 def kuea_config(**fields):
-    """Batches of 16."""
     return _config(SPEC, "sd21_base", "kuea", _TAUGHT | dict(kuea__teacher_crop_from=24) | fields, "kuea__teacher")
 
 
@@ -112,7 +111,6 @@ def kuea_arrays(p: Program) -> dict:
 
 
 def smartclip_config(**fields):
-    """Batches of 16, captions of 11 tokens."""
     return _config(_CAPTIONED, "sd21_base", "smartclip", _TAUGHT | dict(backbone__text__context_length=11) | fields)
 
 
@@ -123,7 +121,6 @@ def judge_config(**fields):
 
 
 def comclip_config(**fields):
-    """Batches of 16, captions of 11 tokens."""
     first = _TAUGHT | dict(optim__warmup_steps=1, anchor__weight=20.0)
     return _config(_CAPTIONED, "sd21_base", "comclip", first | fields, "teacher")
 

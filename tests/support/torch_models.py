@@ -4,6 +4,7 @@ import argparse
 import functools
 import shutil
 import tarfile
+import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from specs import CLIP_FOLDER
 from timm.layers import SwiGLUPacked
 from timm.models.eva import Eva
-from transformers import SiglipTokenizer, T5Tokenizer
+from transformers import PreTrainedTokenizerFast, SiglipTokenizer, T5Tokenizer
 
 from diva_jax.data.tokenizers import siglip_clean
 from diva_jax.models.backbones import Spec
@@ -83,19 +84,16 @@ PREFIX = {"vit": "visual.", "siglip": "visual.trunk.", "eva02": "visual.trunk.",
 
 
 def torch_tower(spec: Spec) -> torch.nn.Module:
-    """Returns the vision tower of open_clip or timm with random weights."""
     return randomise(_MAKE[spec.arch](spec), seed=spec.width)
 
 
 def checkpoint_name(spec: Spec, name: str) -> str:
-    """Returns the name of a parameter of `torch_tower` in a checkpoint."""
     if spec.activation == "swiglu":
         name = name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
     return PREFIX[spec.arch] + name
 
 
 def checkpoint(spec: Spec, tower: torch.nn.Module) -> dict[str, np.ndarray]:
-    """Returns the tensors of `torch_tower` under the names of a checkpoint."""
     return {checkpoint_name(spec, k): v for k, v in tensors(tower).items()}
 
 
@@ -109,7 +107,6 @@ def torch_features(tower: torch.nn.Module, images: torch.Tensor) -> tuple[torch.
 
 
 def torch_model(spec: Spec, seed: int = 5) -> torch.nn.Module:
-    """Returns open_clip's model with random weights."""
     text, timm_tower = spec.text, spec.arch != "vit"
     kind = open_clip.CustomTextCLIP if timm_tower else open_clip.CLIP
     vision = {field: getattr(spec, field) for field in ("image_size", "patch_size", "width", "layers")}
@@ -151,48 +148,46 @@ def write_model(folder: Path, model: torch.nn.Module) -> Path:
     return folder
 
 
-def write_siglip_tokenizer(out: Path, layout: str = "timm") -> Path:
-    """Writes a small SentencePiece tokenizer into `out` as hub folders have it: "timm" or "transformers" for SigLIP's,
-    "gemma" for SigLIP 2's, "xlm" for MetaCLIP 2's."""
+@functools.cache
+def _sentencepiece() -> tempfile.TemporaryDirectory:
+    """A folder with a small SentencePiece model."""
     lines = Path(tarfile.__file__).read_text().splitlines() + Path(argparse.__file__).read_text().splitlines()
     lines = [s for line in lines for s in (line.strip(), siglip_clean(line)) if s]
-    train = out / "train"
-    train.mkdir(parents=True)
     options = dict(vocab_size=900, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    prefix = str(train / "spiece")
+    folder = tempfile.TemporaryDirectory()
+    prefix = f"{folder.name}/spiece"
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=prefix, **options)
-    folder = out / layout
-    if layout == "timm":
-        T5Tokenizer.from_pretrained(train, pad_token="</s>", extra_ids=0, legacy=False).save_pretrained(folder)
-        assert (folder / "tokenizer.json").exists()
-    elif layout in ("gemma", "xlm"):
-        pieces = sentencepiece.SentencePieceProcessor(str(train / "spiece.model"))
-        vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
-        _write_fast_tokenizer(folder, vocab, layout)
-    else:
-        SiglipTokenizer(str(train / "spiece.model"), pad_token="</s>").save_pretrained(folder)
-        assert (folder / "spiece.model").exists()
     return folder
 
 
-def _write_fast_tokenizer(folder: Path, vocab: list[tuple[str, float]], layout: str) -> None:
-    """Writes SigLIP 2's tokenizer (end token, padded with id 0) or XLM-R's (start and end tokens, padded with id 1)."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+# Tokens that are first, and the form of a text: SigLIP 2's is padded with id 0, XLM-R's with id 1.
+_FAST = {"gemma": (["<pad>", "<eos>", "<unk>"], "$A <eos>")}
+_FAST["xlm"] = (["<s>", "<pad>", "</s>", "<unk>"], "<s> $A </s>")
 
-    words = [pair for pair in vocab if pair[0] not in ("<pad>", "</s>", "<unk>")]
-    first = {"gemma": ["<pad>", "<eos>", "<unk>"], "xlm": ["<s>", "<pad>", "</s>", "<unk>"]}[layout]
-    tokenizer = Tokenizer(models.Unigram([*((t, 0.0) for t in first), *words], unk_id=first.index("<unk>")))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    end = "<eos>" if layout == "gemma" else "</s>"
-    single = f"$A {end}" if layout == "gemma" else f"<s> $A {end}"
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=[(t, i) for i, t in enumerate(first)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token=end, unk_token="<unk>", padding_side="right"
-    )
-    fast.save_pretrained(folder)
+
+def write_siglip_tokenizer(folder: Path, layout: str) -> None:
+    """Writes a small tokenizer as hub folders have it: "timm" or "transformers" for SigLIP's, "gemma" for SigLIP 2's,
+    "xlm" for MetaCLIP 2's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    train = _sentencepiece().name
+    if layout == "timm":
+        T5Tokenizer.from_pretrained(train, pad_token="</s>", extra_ids=0, legacy=False).save_pretrained(folder)
+        assert (folder / "tokenizer.json").exists()
+    elif layout == "transformers":
+        SiglipTokenizer(f"{train}/spiece.model", pad_token="</s>").save_pretrained(folder)
+        assert (folder / "spiece.model").exists()
+    else:
+        first, single = _FAST[layout]
+        pieces = sentencepiece.SentencePieceProcessor(f"{train}/spiece.model")
+        vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+        words = [pair for pair in vocab if pair[0] not in ("<pad>", "</s>", "<unk>")]
+        tokenizer = Tokenizer(models.Unigram([*((t, 0.0) for t in first), *words], unk_id=first.index("<unk>")))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        special = [(t, i) for i, t in enumerate(first)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        options = dict(pad_token="<pad>", eos_token=single.split()[-1], unk_token="<unk>", padding_side="right")
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
 
 
 def transformers_folder(folder, spec=CLIP_FOLDER, **save):

@@ -23,7 +23,6 @@ def part_tensors(p, arrays, part: str, table) -> dict[str, torch.Tensor]:
 
 
 def tower(p, arrays, part: str, spec) -> torch.nn.Module:
-    """Returns open_clip's or timm's tower of a part."""
     model, tensors = torch_tower(spec), part_tensors(p, arrays, part, clip.table("vision", spec))
     model.load_state_dict({k.removeprefix(PREFIX[spec.arch]): v for k, v in tensors.items()})
     return model
@@ -47,7 +46,6 @@ class Generator:
         self.abar = DDPMScheduler.from_config(d.scheduler.to_dict()).alphas_cumprod
 
     def latents(self, view: torch.Tensor) -> torch.Tensor:
-        """Returns scaled latents, the posterior's mean."""
         return self.vae.config.scaling_factor * self.vae.encode(view).latent_dist.mean
 
 
@@ -63,7 +61,6 @@ def pixels(batch) -> torch.Tensor:
 
 
 def column(values) -> torch.Tensor:
-    """Returns values of the channels in a shape to compute with images [B, C, H, W]."""
     return torch.tensor(values).view(1, -1, 1, 1)
 
 
@@ -86,7 +83,6 @@ def random_batch(rng, count: int, size: int, length: int = 0) -> dict[str, np.nd
 
 
 def random_program(c):
-    """Returns (program, random arrays)."""
     p = small.program(c)
     return p, small.random_arrays(p)
 

@@ -25,8 +25,6 @@ from diva_jax.weights.names import assign, to_torch
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """One tower of a Spec, in both libraries."""
-
     spec: Spec
     text: bool = False
 
@@ -63,7 +61,6 @@ class Tower:
         return tuple(rng.standard_normal(s).astype(np.float32) for s in shapes)
 
     def encode(self, module, inputs) -> tuple:
-        """Embeddings of texts; or tokens and pooled."""
         found = module.encode(inputs)
         return (found,) if self.text else tuple(found)
 

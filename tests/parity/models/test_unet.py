@@ -62,7 +62,6 @@ def build(options, **kw) -> UNet:
 
 @functools.cache
 def pair(name):
-    """Returns diffusers' U-Net with random weights, and ours with the same weights."""
     theirs = randomise(diffusers.UNet2DConditionModel.from_config(TINY[name]))
     return theirs, filled(nnx.eval_shape(lambda: build(TINY[name])), tensors(theirs), names.UNET)
 

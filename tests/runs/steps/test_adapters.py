@@ -19,7 +19,6 @@ ALL = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])|proj"
 
 
 def randomised(module, scale=1.0):
-    """A module whose adapters' B is random too."""
     for i, (_, m) in enumerate(nnx.iter_modules(module)):
         if isinstance(m, adapters.Update):
             m.b[...] = scale * jax.random.normal(jax.random.key(i), m.b.shape)
@@ -125,7 +124,6 @@ def method():
 
 
 def test_towers_from_what_they_need_alone(method):
-    """Which is found by tracing."""
     module, arrays, found = method
     assert found.needs("vision") == {n for n in arrays if n.startswith("vision/")}
     assert found.needs("logit_scale") == {"bias", "scale"}

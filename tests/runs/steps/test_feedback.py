@@ -48,7 +48,6 @@ def runner(folder, devices: int = 1, c=None):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    """On one device, compiled once for all tests."""
     return runner(folder)
 
 
@@ -130,7 +129,6 @@ def test_weights_that_are_not_finite_are_refused(one):
 
 
 def test_a_unet_that_ignores_its_condition(one, found):
-    """Since its cross-attention has no values."""
     arrays = arrays_of(one)
     deaf = {n: jax.device_put(jnp.zeros_like(a), a.sharding) for n, a in arrays.items() if "/attn2/to_v/" in n}
     assert deaf
@@ -179,7 +177,6 @@ class Attentive(objectives.Objective):
 
 @pytest.fixture
 def attentive(folder, monkeypatch):
-    """A function that makes an evaluator of `Attentive`; it compiles in a second."""
     made, module = config(trainable=(("vision/.*", 1.0),)), SimpleNamespace(Objective=Attentive, default=ConfigDict)
     monkeypatch.setattr(objectives, "find", lambda name: module)
     monkeypatch.setattr(partition.Towers, "check", lambda *_: None)  # Its tower is not one of a backbone.

@@ -23,7 +23,6 @@ from diva_jax.training.loop import Run
 
 
 def made(c, arrays=small.random_arrays):
-    """(the objective of a config with random arrays, its program)."""
     p = small.program(c)
     return p.skeleton.merge(arrays(p)), p
 
@@ -72,7 +71,6 @@ def test_masked_cosines_written_out(seed):
 
 
 def test_what_cannot_work_is_one_sentence(files, tmp_path):
-    """Before anything is written."""
     dinov2 = config.default(DINOV2, objective="smartclip")
     refused("config.objective=smartclip trains a text tower, but the dinov2 backbone has", small.program, dinov2)
     c = config.default(small.SPEC, objective="smartclip")
@@ -258,7 +256,6 @@ def test_groups_are_consecutive_images():
 
 
 def test_projector_alone_reconstructs():
-    """The mean squared error of one pass per image."""
     c = small.dcr_config(dcr__projector_only=True, dcr__stage1_loss="exact", dcr__tile=3)
     config.validate(c, 1)
     module, p = made(c)

@@ -18,7 +18,6 @@ from diva_jax.training import step
 
 
 def small_adapters(p):
-    """So that rounding is not amplified."""
     return {n: 0.05 * a if n.endswith("lora/b") else a for n, a in small.random_arrays(p).items()}
 
 

@@ -25,7 +25,6 @@ from diva_jax.weights import formats, names, origins
 
 
 def rotations(folder="none", **fields):
-    """A config of an objective that compiles in a moment."""
     return small.with_fields(get_config(f"outside.rotations:{folder}"), fields)
 
 
@@ -118,7 +117,6 @@ def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """fields -> config, whose files exist."""
     root = tmp_path_factory.mktemp("files")
     pack_photos(root / "photos", count=8, per_shard=8)
     demo.write_clip(root / "clip", small.SPEC_28)
