@@ -126,6 +126,7 @@ BAD = {
     "another U-Net": ({"diffusion.unet.cross_attention_dim": 32}, "diffusion.unet"),
     "idle pattern": ({"trainable": (("vision/.*", 1.0), ("typo/.*", 1.0), (".*", 0.0))}, "'typo/.*'"),
     "another run's workdir": ({"optim.lr": 1.0}, "optim.lr"),
+    "no data of a task": ({"eval.every": 2, "eval.data": ("feedback=nowhere",)}, "feedback='nowhere' does not exist"),
 }
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import small
 from eval_data import encoded, patch
-from helpers import refused
 from places import SUPPORT
 from processes import finish, start_all
 
@@ -153,12 +152,6 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     assert comparison["scores"]["gap_other"]["difference"] != 0
     bare = run.tasks["feedback"].evaluate(run.model("clip", encode.read(*given[0][:2], c, mesh)))
     assert "these weights have no visual_proj: the random one of config.seed=0 is used" in bare.results["notes"]
-
-
-def test_bad_data_is_refused_before_anything_is_written(files, tmp_path):
-    c = config(files, eval__every=2, eval__data=("feedback=nowhere",))
-    refused("--data=feedback='nowhere' does not exist", Run, c, tmp_path / "run")
-    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_time_of_an_evaluation_is_not_time_of_training(monkeypatch):
