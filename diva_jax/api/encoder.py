@@ -25,8 +25,7 @@ from diva_jax.weights import origins, parts
 
 
 def named(*others: str) -> Callable[[Callable], Callable]:
-    """Makes a function refuse keywords that neither it nor its `**options` (`others`) has, with those which are
-    meant."""
+    """Makes a function refuse keywords that neither it nor its `**options` (`others`) has; names those meant."""
 
     def of(function: Callable) -> Callable:
         parameters = inspect.signature(function).parameters.values()

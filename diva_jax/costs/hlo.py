@@ -35,8 +35,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a type, as HLO writes it: dtype, shape, and layout (axes from minor to major, tiles, memory
-    space)."""
+    """An array of a type, as HLO has it: dtype, shape, and layout (axes from minor to major, tiles, memory)."""
 
     dtype: str
     dims: tuple[int, ...]

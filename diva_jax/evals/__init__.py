@@ -80,8 +80,7 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def compare(self, before: Outcome, after: Outcome) -> dict[str, Any]:
         """Compares two sets of weights on the same data: `scores`, each with a `difference` or, where the comparison is
-        itself the score, a `score`; optionally `flipped`, the items whose answer changed, and `rows` for
-        predictions.csv."""
+        itself the score, a `score`; optionally `flipped`, items whose answer changed, and `rows` of predictions.csv."""
 
     def scalars(self, name: str, outcome: Outcome) -> dict[str, dict[str, Any]]:
         """Returns the scores that the train loop logs for an outcome, by full key; `name` is the name of the task."""
@@ -139,8 +138,7 @@ def parse(section: ConfigDict, wanted: Iterable[str] = ()) -> tuple[Settings, di
 
     `wanted` are names or dotted paths of tasks to run; those that `data` names are checked too. A task outside this
     package may have no section; its defaults apply then. A UserError for an unknown task or field, a value that its
-    owner's rules refuse, or two tasks of one short name.
-    """
+    owner's rules refuse, or two tasks of one short name."""
     given, wanted = section.to_dict(), list(wanted)
     others = [name for name in dict.fromkeys([*wanted, *entries(given["data"])]) if name not in names()]
     modules = {name: find(name) for name in (*names(), *others)}

@@ -103,8 +103,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def require_finite(values: np.ndarray, label: str, what: str, kind: str = "embeddings") -> np.ndarray:
-    """Returns values [N, ...] of `what`, such as "images"; a RunError, with the weights' label, where they are not
-    finite."""
+    """Returns values [N, ...] of `what` ("images"); a RunError, with the weights' label, where not finite."""
     bad = int((~np.isfinite(values).reshape(len(values), -1).all(axis=1)).sum())
     if bad:
         raise RunError(
@@ -120,8 +119,7 @@ def spread(rows: Sequence[np.ndarray], mesh: Mesh) -> Array:
 
 
 class Towers:
-    """The two towers of a backbone, compiled once; weights are given with each call, batches are split over the
-    mesh."""
+    """A backbone's two towers, compiled once; weights are given with each call, batches are split over the mesh."""
 
     def __init__(self, spec: Spec, mesh: Mesh, settings: Settings):
         self.spec, self.mesh, self.settings = spec, mesh, settings
@@ -238,8 +236,7 @@ class Encoder:
 
     `source` is that of the text tower and the tokenizer, `base` that of the vision tower that a run began with, or of
     these weights themselves. `params` are the objective's parameters that a run has trained, and `borrowed` is the
-    label of that run where it is another one.
-    """
+    label of that run where it is another one."""
 
     vision: Mapping[str, jax.Array]
     text: Mapping[str, jax.Array] | None
@@ -322,6 +319,5 @@ class Model:
             yield require_finite(tokens, self.label, "patches of a window")
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """The embeddings of some of `Task.texts`, float32 [N, D], not normalised; a RunError where one is not
-        finite."""
+        """Embeddings of some of `Task.texts`, float32 [N, D], not normalised; a RunError where not finite."""
         return require_finite(self.embeddings[[self.table[t] for t in texts]], self.label, "texts")

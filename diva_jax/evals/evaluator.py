@@ -50,8 +50,7 @@ class Evaluator:
     """Tasks on a mesh: all data is read and checked when it is built, towers are compiled once, for all weights.
 
     `data` is task, a name or a dotted path -> where its data is. `tasks` are by short name, in order; `options` are
-    those that the scores depend on, for results.json. A UserError where a task, an option or its data is wrong.
-    """
+    those that the scores depend on, for results.json. A UserError where a task, an option or its data is wrong."""
 
     def __init__(self, config, mesh, data: Mapping[str, str]):
         self.config, self.mesh = config, mesh
@@ -103,8 +102,7 @@ class Evaluator:
         tasks that score it. Keys are those of `Task.scalars`, usually `eval/<task>/<metric>`, and for a task with
         `compared_in_training` `eval/<task>/<metric>_change`, or the metric's name for a comparison that is itself the
         score, such as drift's cosine; each also with `/low` and `/high` where it has an interval. Values are in the
-        metric's unit. Every process of a run must call this.
-        """
+        metric's unit. Every process of a run must call this."""
         source, out, notes = self.config.backbone.source, {}, []
         compared = {name: task for name, task in self.tasks.items() if task.compared_in_training}
         if self._before is None and compared:

@@ -27,8 +27,7 @@ def bootstrap(
 
     With `strata`, labels [N], the mean is that of the strata's means, and items are drawn within each: for a benchmark
     with a fixed number of items of each kind. With `clusters`, labels [N], whole clusters are drawn: for items that are
-    not independent, such as the captions of one image.
-    """
+    not independent, such as the captions of one image."""
     values = np.asarray(values, np.float64)
     strata = np.zeros(len(values), int) if strata is None else np.asarray(strata)
     rng, parts = np.random.default_rng(seed), []
@@ -148,8 +147,7 @@ def answers(scores: np.ndarray, right: Sequence[tuple[int, int]]) -> dict[str, n
     `right` are the (image, text) numbers that belong together in all items; every image has a text. "text": for each
     image, its texts score higher than all others. "image": for each text that has an image, its images do. "group":
     both. "match", where every image has one text of its own: their sum is above that of any other one-to-one
-    assignment.
-    """
+    assignment."""
     scores = rounded(scores)
     finite = np.isfinite(scores).all(axis=(-2, -1))
     scores = np.where(finite[..., None, None], scores, 0.0)

@@ -59,9 +59,8 @@ class Lora:
 
 @contextlib.contextmanager
 def dropout(keys: Array) -> Iterator[None]:
-    """Adapters drop elements of their inputs where a model is called, or traced, in this context. `keys` has one PRNG
-    key per image, [B]; the inputs of adapted layers are [B, ...]. An image's masks depend on its key and on the layer
-    alone."""
+    """Adapters drop elements of their inputs, [B, ...], where a model is called, or traced, in this context. `keys` has
+    one PRNG key per image, [B]; an image's masks depend on its key and on the layer alone."""
     token = _DROPOUT.set(keys)
     try:
         yield
@@ -150,8 +149,7 @@ _PLAIN = {adapted: (plain, weight) for plain, (adapted, weight) in _KINDS.items(
 
 
 def adapt(model: nnx.Module, lora: Lora, rngs) -> None:
-    """Puts adapters at the linear layers of `model`, in place, whose path `lora.targets` matches; a UserError without
-    one."""
+    """Puts adapters, in place, at the linear layers whose path `lora.targets` matches; a UserError without one."""
     layers = {"/".join(map(str, path)): (path, m) for path, m in nnx.iter_modules(model) if type(m) in _KINDS}
     named = [name for name in layers if re.fullmatch(lora.targets, name)]
     if not named:

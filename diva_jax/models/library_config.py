@@ -73,8 +73,8 @@ class LibraryConfig:
         return LibraryConfig(value or {}, self.where, f"{self.prefix}{name}.")
 
     def get(self, name: str, default: Any, rule: Rule | None = None) -> Any:
-        """A value of the type of the default: a number, a text, or true or false. Without a rule, a whole number is a
-        size, 1 to 2**20."""
+        """A value of the default's type: a number, a text, or true or false; a whole number without a rule is a
+        size."""
         value = self.options.get(name, default)
         if value is None and isinstance(default, float | bool):
             value = default
@@ -83,8 +83,7 @@ class LibraryConfig:
         return float(value) if isinstance(default, float) else value
 
     def sizes(self, name: str, default: Any, count: int | None = None) -> tuple[int, ...]:
-        """A list of positive integers; a single one is a list of one or, with `count`, one for each of so many
-        blocks."""
+        """A list of positive integers; a single one is a list of one or, with `count`, for all of so many blocks."""
         value = self.options.get(name, default)
         entries = tuple(value) if isinstance(value, list | tuple) else (value,) * (count or 1)
         most = _MAX_LAYERS if "layers" in name else _MAX_SIZE

@@ -107,8 +107,7 @@ def depth(names: Iterable[str], prefix: str) -> int:
 
 def sizes(tensors: Mapping, positions: Positions, patch_embed: str, blocks: str, fc1: str) -> dict:
     """The fields of Spec that the shapes of any Vision Transformer's checkpoint tell. The names are those of the patch
-    embedding's weight, of the blocks, without their numbers, and of the weight of the first layer of an MLP, in its
-    block."""
+    embedding's weight, of the blocks, without numbers, and, within a block, of the weight of the MLP's first layer."""
     width, _, _, patch = tensor_shape(tensors, patch_embed, 4)
     return dict(
         image_size=positions.grid(tensors) * patch,

@@ -34,8 +34,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> ModuleType:
-    """Imports an objective's module, of this package or of a dotted path; a UserError where there is none, or it is no
-    objective."""
+    """Imports an objective's module, of this package or of a dotted path; a UserError where it is none."""
     if "." not in name and name not in names():
         raise UserError(
             f"config.objective={name!r} is not known: use one of {', '.join(names())}, or the dotted path of a module"

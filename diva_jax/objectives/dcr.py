@@ -154,8 +154,8 @@ class Contrast(NamedTuple):
 
 def contrast(predicted: Array, goal: Array, anchors: Array, temperature: float) -> Contrast:
     """The contrastive loss of B images over a temperature. `predicted` [B, g + 1, h, w, c] is under the conditions of
-    the group in order, then under the plus condition; `goal` is [B, h, w, c]; `anchors` [B] is the index of each image
-    in its group."""
+    the group, then under the plus condition; `goal` is [B, h, w, c]; `anchors` [B] are the images' indices in their
+    group."""
 
     def unit(x):
         flat = x.reshape(*x.shape[:-3], -1)

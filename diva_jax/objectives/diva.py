@@ -170,9 +170,8 @@ class Objective(StableDiffusionObjective):
         return preprocess.vae_view(pixels, o.vae_view), backbone_view
 
     def weights(self) -> Array:
-        """The weight of each draw's loss in the gradient, [N]. The step averages over the micro-batches, so `faithful`,
-        where the last draw alone is divided by the number of micro-batches A and everything is summed, reads (A, ...,
-        A, 1)."""
+        """The weight of each draw's loss in the gradient, [N]. The step averages over A micro-batches, so `faithful`,
+        where the last draw alone is divided by A and everything is summed, reads (A, ..., A, 1)."""
         n = self.options.draws
         if self.options.draw_weights == EXACT:
             return jnp.full((n,), 1 / n, jnp.float32)

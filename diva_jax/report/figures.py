@@ -54,9 +54,8 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart that can be drawn at any width (`draw`: width [pixels] -> Drawing). Its title and legend, (name, index of
-    the colour) of the series, are part of the PNG file, `name`, but not of the SVG; `half` is whether it takes half of
-    a wide page."""
+    """A chart that can be drawn at any width (`draw`: width [pixels] -> Drawing). Title and legend, (name, index of the
+    colour) of each series, are in the PNG file, `name`, but not in the SVG; `half`: of the width of a wide page."""
 
     name: str
     title: str

@@ -51,8 +51,7 @@ PAIRED = _KINDS["paired"]
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A published file; `name` is that of the set in metric names, `count` the items, None where it is not
-    published."""
+    """A published file; `name` is the set's in metric names, `count` the number of items, None if not published."""
 
     file: str
     name: str

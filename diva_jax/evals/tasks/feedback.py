@@ -153,9 +153,8 @@ class Feedback(Task):
             return mean_cosine(gradient, keys, trained)
 
     def _arrays(self, model) -> tuple[dict[str, jax.Array], list[str]]:
-        """(every parameter of the objective, notes on parameters that these weights do not have). What is missing comes
-        from its source, that of the encoder from where these weights began; the rest is the same for all weights and
-        loaded once."""
+        """(every parameter of the objective, notes on those that these weights lack). What is missing comes from its
+        source, the encoder's from where these weights began; the rest is the same for all weights and loaded once."""
         wanted, encoder, program = self.program.arrays, model.encoder, self.program
         mine = {n: a for n, a in encoder.params.items() if n in wanted}
         if wrong := [n for n, a in mine.items() if a.shape != wanted[n].shape]:

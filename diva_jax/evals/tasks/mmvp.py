@@ -146,8 +146,7 @@ class Mmvp(ItemTask):
         self.metrics |= stats.pair_metrics("published", readout=f"published readout, {spec_of(config).readout}")
 
     def score(self, metric: str, held: dict, pattern: int | None = None) -> dict:
-        """As `ItemTask`, of all pairs or of those of a pattern; a readout with several draws has the score of each
-        too."""
+        """As `ItemTask`, of all pairs or of those of a pattern; with several draws there is the score of each too."""
         right, strata = self._right(metric, held), self.strata
         if pattern is not None:
             right, strata = right[:, strata == pattern], None

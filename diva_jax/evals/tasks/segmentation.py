@@ -181,9 +181,8 @@ def resized(table: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def classify(cosines: np.ndarray, owner: np.ndarray, scale: float, background: float) -> np.ndarray:
-    """The class of each pixel, int [H, W], from the cosines [H, W, T] of each text, times `scale` before the softmax.
-    `owner`, [T], is the class of each text, increasing. Class 0 where no class's most probable text reaches
-    `background`."""
+    """The class of each pixel, int [H, W], from the cosines [H, W, T] of each text, times `scale` before the softmax; 0
+    where no class's most probable text reaches `background`. `owner`, [T], are the texts' classes, increasing."""
     x = scale * cosines
     p = np.exp(x - x.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)

@@ -35,8 +35,7 @@ class ZeroShotOptions:
 
 @functools.cache
 def imagenet(what: str) -> list[str]:
-    """ImageNet's 1000 "classes" or its 80 "templates", as OpenAI published them for CLIP, or the "wnids" of WordNet, by
-    label."""
+    """ImageNet's 1000 "classes" and 80 "templates", as OpenAI published them, or "wnids" of WordNet, by label."""
     return json.loads(Path(__file__).with_name("imagenet.json").read_text("utf-8"))[what]
 
 

@@ -98,9 +98,8 @@ class Vision(nnx.Module):
         self.head = make.linear(width, spec.embed_dim)
 
     def encode(self, images: jax.Array) -> Features:
-        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`. EVA02-CLIP itself
-        projects the class token alone; as for CLIP, every token is taken through the final norm and the projection
-        here."""
+        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.  EVA02-CLIP projects
+        the class token alone; here every token goes through the final norm and the projection."""
         x = embedded(self, images, self.cls_token)  # [B, 1 + P, width]
         angles_dtype = jnp.promote_types(self.dtype, jnp.float32)
         sin, cos = (jnp.asarray(table, angles_dtype) for table in rotary_table(self.grid, self.head_width))

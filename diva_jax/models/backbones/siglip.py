@@ -92,9 +92,8 @@ _TANH = hf.ACTIVATIONS["gelu_tanh"]
 
 
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
-    """See `hf.Layout`. transformers' published configs name tanh's approximation of GELU in both towers. open_clip runs
-    the same weights with the exact GELU, but for SigLIP 2's text towers and some vision towers of timm's; so does this
-    Spec."""
+    """See `hf.Layout`. transformers' published configs name tanh's approximation of GELU in both towers. open_clip, and
+    this Spec, run them with the exact GELU, but for SigLIP 2's text towers and some vision towers of timm's."""
     (vision, activation), (text, text_activation) = hf.tower_options(config, hf.DEFAULTS["siglip"], where)
     fields = hf.vision_fields(vision)
     published = vision["hidden_act"] == text["hidden_act"] == _TANH

@@ -50,9 +50,8 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "UNetConfig":
-        """Reads a diffusers folder's `unet/config.json`; a UserError where an option is not implemented, or values are
-        inconsistent. Despite its name, `attention_head_dim` is the *number* of heads; `num_attention_heads` overrides
-        it if present."""
+        """Reads a diffusers folder's `unet/config.json`; a UserError where an option is not implemented. Despite its
+        name, `attention_head_dim` is the *number* of heads; `num_attention_heads` overrides it."""
         file = LibraryConfig(options, "the U-Net's config")
         file.require_class("UNet2DConditionModel")
         file.check(

@@ -55,8 +55,7 @@ class AutoencoderConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:
-        """Reads a diffusers folder's `vae/config.json`; a UserError for options that are not implemented or
-        inconsistent."""
+        """Reads a diffusers folder's `vae/config.json`; a UserError for options that are not implemented."""
         file = LibraryConfig(options, "the VAE's config")
         file.require_class("AutoencoderKL")
         rules = {f.name: f.metadata["rule"] for f in dataclasses.fields(cls) if f.name in _DEFAULTS}
@@ -76,9 +75,8 @@ class VAEConfig(AutoencoderConfig):
     use_quant_conv: bool = field(True, "Whether there is a 1x1 convolution on the moments.")
 
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
-        """See `LatentCode`: scaling_factor * mean, in `moments`' dtype, or scaling_factor * (mean + std * noise). The
-        latter is in the wider of the dtypes of `moments` and `noise`. As in diffusers, the logarithm of the variance is
-        clamped to [-30, 20]."""
+        """See `LatentCode`: scaling_factor * mean, in `moments`' dtype, or scaling_factor * (mean + std * noise), in
+        the wider of the dtypes of both. As in diffusers, the logarithm of the variance is clamped to [-30, 20]."""
         mean, logvar = jnp.split(moments, 2, axis=-1)
         if noise is None:
             return self.scaling_factor * mean

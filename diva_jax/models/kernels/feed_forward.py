@@ -106,8 +106,7 @@ def forward(x: Array, weights: tuple[Array, ...], epsilon: float, save: bool, in
 
     N and H are multiples of LANES, C is at most the largest key of TILES. The weights are scale [C] and shift [C] of
     the norm, kernel [C, 2H] and bias [2H] of the projection (values, then gates), kernel [H, C] and bias [C] of the
-    output; kernels have the dtype of x. `interpret` interprets the kernel on a CPU, for tests.
-    """
+    output; kernels have the dtype of x. `interpret` interprets the kernel on a CPU, for tests."""
     scale, shift, w_in, b_in, w_out, b_out = weights
     whole = [_column(scale), _column(shift), w_in.T, _column(b_in), w_out.T, _column(b_out)]
     rows = [x.shape[1], w_in.shape[1]]

@@ -137,8 +137,7 @@ def attend(
     """Attention on one device: queries [B, H*D, N], keys and values [B, H*D, M] -> [B, H*D, N], in the dtype of q.
 
     `keys` is the number of keys before the padding, None if there is none; `blocks` the queries and keys per tile,
-    multiples of LANES that divide N and M. `interpret` interprets the kernels on a CPU, for tests.
-    """
+    multiples of LANES that divide N and M. `interpret` interprets the kernels on a CPU, for tests."""
     return _forward(q, k, v, heads, keys, blocks, interpret)[0]
 
 

@@ -28,8 +28,7 @@ def weighted_sum(fn: Callable, inputs, draws, weights: jax.Array):
     `fn` is (inputs, one draw) -> (scalar, aux). Arrays that it closes over are differentiated where they depend on what
     is differentiated outside, so that any part of a model may be trained; gradients of others are not computed.
     `inputs` is a pytree of arrays, `draws` one with a leading axis [N, ...], `weights` are float [N]. Returns (scalar,
-    aux stacked over draws [N, ...]).
-    """
+    aux stacked over draws [N, ...])."""
     fn, closed_over = jax.closure_convert(fn, inputs, jax.tree.map(lambda d: d[0], draws))
     leaves, structure = jax.tree.flatten((inputs, closed_over))
 
@@ -131,9 +130,8 @@ class StableDiffusionObjective(contract.Objective):
             )
 
     def pretrained(self, fresh: tuple[str, ...] = (), mask_padding: bool = False) -> Mapping[str, parts.Part]:
-        """The vision tower, U-Net, VAE and text; everything else keeps its initial values. `fresh` are the tower's
-        parameters that its source does not have, see `parts.Part`; with `mask_padding` the prompt's tokens do not
-        attend to padding."""
+        """The vision tower, U-Net, VAE and text. `fresh` are the tower's parameters that its source does not have, see
+        `parts.Part`; with `mask_padding` the prompt's tokens do not attend to padding."""
         d = self.diffusion
         prompt = parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder, mask_padding)
         return {

@@ -266,8 +266,7 @@ def _text_activation(spec: Spec, tower: Mapping) -> dict:
 
 
 def to_open_clip(spec: Spec) -> dict:
-    """The content of `open_clip_config.json`; a UserError where timm has no such tower, or open_clip no such
-    activation."""
+    """The content of `open_clip_config.json`; a UserError where open_clip has no such tower or activation."""
     module = backbones.architecture(spec.arch)
     if not module.CHECKPOINT.timm:
         raise UserError(f"open_clip has no {spec.arch} model: use --format=hf or --format=pt")
