@@ -29,9 +29,7 @@ from diva_jax.evals import tasks
 class Settings:
     """The part of `config.eval` that all tasks share."""
 
-    every: int = field(
-        0, "A run is evaluated before, after, and each time after this many steps; 0: never.", at_least(0)
-    )
+    every: int = field(0, "A run is evaluated before, after, and every so many steps; 0: never.", at_least(0))
     data: tuple[str, ...] = field(
         (),
         "A training run is evaluated on these, texts TASK=PATH such as mmvp=data/MMVP_VLM.",

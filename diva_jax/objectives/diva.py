@@ -38,17 +38,12 @@ class DivaOptions:
     condition_of: str = choice(
         "The condition is of the image itself, or of the next one, a control that can teach nothing.", "own", "next"
     )
-    vae_view: str = switch(
-        "The VAE's input is 2x - 1 (exact), or goes through CLIP's and back by ImageNet's statistics (faithful)."
-    )
+    vae_view: str = switch("The VAE's input is 2x - 1 (exact), or goes through CLIP's statistics and back (faithful).")
     backbone_stats: str = switch("The backbone's input has its own mean and std (exact), or OpenAI's (faithful).")
     backbone_resize: str = switch(
-        "The backbone's input is resized by antialiased bicubic interpolation and then normalised (exact), or "
-        "normalised and then resized bilinearly (faithful)."
+        "The view is resized bicubically, then normalised (exact), or normalised, then bilinearly (faithful)."
     )
-    draw_weights: str = switch(
-        "The draws' losses are averaged (exact), or summed, with the last one over accum (faithful)."
-    )
+    draw_weights: str = switch("The draws' losses are averaged (exact), or summed, the last over accum (faithful).")
     backbone_passes: str = switch("The draws share one pass of the backbone (exact), or have one each (faithful).")
 
 

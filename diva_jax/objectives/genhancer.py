@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import Rule, at_least, between, choice, field, is_regex, one_of, parse
+from diva_jax.common.fields import REGEX, at_least, between, choice, field, one_of, parse
 from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow, presets
@@ -48,9 +48,7 @@ class GenHancerLora(adapters.Lora):
     """`config.genhancer.lora`."""
 
     targets: str = field(
-        "",
-        "The encoder's layers whose path matches this regular expression are adapted; if empty, those of the authors.",
-        Rule(is_regex, "must be a regular expression"),
+        "", "The layers whose path this regular expression matches are adapted; if empty, the authors'.", REGEX
     )
 
 
@@ -67,18 +65,10 @@ class GenHancerOptions:
     scale_factor: float = field(1.0, "This is s in t = sigmoid(s n), n being standard normal.")
     guidance: float = field(4.0, "The denoiser is told this strength of guidance for every image.")
     vae_dtype: str = field("float32", "The VAE computes and is held in this dtype.", one_of("float32", "bfloat16"))
-    time_precision: str = switch(
-        "The time t is given in float32 (exact), or t, 1000 t and their codes in bfloat16 (faithful)."
-    )
-    warmup: str = switch(
-        "The warm-up is that of config.optim, 10 steps (exact), or none, as in the authors' code (faithful)."
-    )
-    siglip_head_out: str = switch(
-        "SigLIP's pooling head's output is adapted (exact), or only its bias trained (faithful)."
-    )
-    siglip_gelu: str = switch(
-        "SigLIP has config.backbone.activation (exact), or tanh's approximation of GELU (faithful)."
-    )
+    time_precision: str = switch("Time t is in float32 (exact), or t, 1000 t and their codes in bfloat16 (faithful).")
+    warmup: str = switch("The warm-up is config.optim's, 10 steps (exact), or none, as the authors' (faithful).")
+    siglip_head_out: str = switch("SigLIP's pooling head's output is adapted (exact), or its bias trained (faithful).")
+    siglip_gelu: str = switch("SigLIP has config.backbone.activation (exact), or tanh's GELU (faithful).")
     denoiser: FlowConfig = FlowConfig()
     vae: GenHancerVae = GenHancerVae()
     lora: GenHancerLora = GenHancerLora(dropout=0.1, biases=True)

@@ -40,16 +40,10 @@ class KueaOptions:
     clean_weight: float = field(1.0, "The distance to the initial encoder's embedding is weighted with this.")
     kernel_weight: float = field(0.5, "The distance of the kernels is weighted with this.")
     kernel_params: str = switch("The polynomial kernel's gamma and c are trained (exact), or constant (faithful).")
-    first_step_lr: str = switch(
-        "The warm-up holds for all steps (exact), or the first has the peak learning rate (faithful)."
-    )
+    first_step_lr: str = switch("The warm-up holds from the first step on (exact), or from the second (faithful).")
     teacher_norm: str = switch("The teacher's input has its own mean and std (exact), or the backbone's (faithful).")
-    teacher_resize: str = switch(
-        "The teacher's input is made of the image (exact), or is the backbone's view, resized (faithful)."
-    )
-    teacher_crop_from: int = field(
-        256, "With teacher_resize=exact, images are resized to this and cropped [pixels].", at_least(0)
-    )
+    teacher_resize: str = switch("The teacher's view is of the image (exact), or of the backbone's view (faithful).")
+    teacher_crop_from: int = field(256, "With teacher_resize=exact, the side before the crop [pixels].", at_least(0))
     teacher: backbones.Spec = backbones.DINOV2_L
 
     @property

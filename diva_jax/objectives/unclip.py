@@ -40,19 +40,14 @@ _EMBED_NOISE = re.compile(r"none|mean0|random|level\d{1,3}")  # There are 1000 l
 class UnclipOptions:
     """`config.unclip`."""
 
-    target: str = choice(
-        "The target is the velocity (v), or its noise (eps), which weighs timestep t by abar_t.", "v", "eps"
-    )
+    target: str = choice("The target is the velocity (v), or its noise (eps), weighed by abar_t.", "v", "eps")
     embed_noise: str = field(
         "none",
-        "The noise of embeddings is none, that of level 0 without its noise (mean0), of level L (level<L>), or of any "
-        "level (random).",
+        "The noise of embeddings is none, level 0's mean (mean0), level L's (level<L>), or any level's (random).",
         Rule(_EMBED_NOISE.fullmatch, "must be none, mean0, random or level<L>, e.g. level0, L below 1000"),
     )
     embed_drop: float = field(0.0, "The class label is zero for this share of the images.", below(0, 1))
-    stats: str = choice(
-        "Noise is scaled by the generator's mean and std of embeddings (on), or not (off).", "on", "off"
-    )
+    stats: str = choice("Noise is scaled by the generator's statistics of embeddings (on), or not.", "on", "off")
     latents: str = choice("Latents are a sample of the VAE's posterior or its mean.", "sample", "mean")
     condition_of: str = choice(
         "The condition is of the image itself, or of the next one, a control that can teach nothing.", "own", "next"

@@ -22,9 +22,10 @@ from matplotlib.patches import Patch
 
 from diva_jax.common.errors import printable
 
+_TEMPLATES = Path(__file__).with_name("templates")
 # Role -> [light, dark]. Series colours have a contrast of at least 3:1 against the page in both schemes. They also
 # differ in lightness, so that readers with colour vision deficiency can distinguish them.
-COLOURS = json.loads(Path(__file__).with_name("templates").joinpath("colours.json").read_text("utf-8"))
+COLOURS = json.loads((_TEMPLATES / "colours.json").read_text("utf-8"))
 LIGHT = {role: light for role, (light, _) in COLOURS.items()}
 _VARIABLES = {light: f"var(--{role})" for role, light in LIGHT.items()}
 _SERIES = 6
@@ -33,15 +34,8 @@ _SERIES = 6
 WIDE, HALF, NARROW = 918, 426, 328
 # One unit of matplotlib, a point, is one CSS pixel of the page and two pixels of a PNG file.
 DPI, _PNG_DPI, _PNG_MARGIN = 72, 144, 18
-_STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 12, "text.parse_math": False, "text.color": LIGHT["muted"],
-    "svg.fonttype": "none", "axes.axisbelow": True, "axes.spines.left": False, "axes.spines.right": False,
-    "axes.spines.top": False, "axes.spines.bottom": False, "axes.edgecolor": LIGHT["axis"],
-    "xtick.major.size": 0, "ytick.major.size": 0, "xtick.major.pad": 7, "ytick.major.pad": 8,
-    "xtick.labelcolor": LIGHT["muted"], "ytick.labelcolor": LIGHT["muted"], "grid.color": LIGHT["grid"],
-    "grid.linewidth": 1, "path.simplify_threshold": 0.5,
-    "lines.solid_capstyle": "butt", "lines.solid_joinstyle": "round",
-}  # fmt: skip
+# Of matplotlib; a role stands for its light colour.
+_STYLE = {name: LIGHT.get(value, value) for name, value in json.loads((_TEMPLATES / "style.json").read_text()).items()}
 
 
 @dataclasses.dataclass

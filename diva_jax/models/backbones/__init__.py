@@ -119,20 +119,16 @@ class Spec:
     )
     resize_mode: str = field(
         "shortest",
-        "Test images are resized by their shorter side and cropped (shortest), or squashed to a square (squash); "
-        "shortest:K and squash:K resize to K pixels and crop, as transformers does.",
+        "Test images are resized by their shorter side and cropped, or squashed; with :K to K pixels, and cropped.",
         Rule(_RESIZE_MODE.fullmatch, "must be shortest, squash, shortest:K or squash:K, where K is a number of pixels"),
     )
     interpolation: str = field("bicubic", "Test images are resized with this interpolation.", one_of(*_INTERPOLATIONS))
     select: str = field(
         "all",
-        "The patch tokens that join the pooled one as condition are all, none, K that are drawn uniformly with "
-        "replacement (random:K), or the means over runs of K along the raster order, without a remainder (runs:K).",
+        "The patch tokens that join the pooled one: K drawn with replacement (random:K), or the means of runs of K.",
         Rule(_SELECT.fullmatch, "must be all, none, random:K or runs:K, where K is a number of patches below 100000"),
     )
-    add_text: str = choice(
-        "The text's tokens are added token by token (token), or their mean to each (mean).", "mean", "token"
-    )
+    add_text: str = choice("The text's tokens are added one by one (token), or their mean (mean).", "mean", "token")
     readout: str = field("pooled", "This backbone's MMVP-VLM score was published with this readout of the authors.")
     text: TextSpec = TextSpec()
     registers: int = field(0, "The number of register tokens (dinov2).", between(0, 1024))

@@ -41,9 +41,7 @@ class FlowConfig:
     theta: float = field(10000.0, "The base of the rotary embedding.", above(0))
     mlp_ratio: float = field(4.0, "The hidden width of the MLPs, over the width of the transformer.", above(0))
     zero_out: bool = field(
-        False,
-        "Whether the last layers of modulations and the output layer start at zero, as in DiT (arXiv 2212.09748, "
-        "section 3.2), and not as PyTorch initialises any linear layer.",
+        False, "Whether modulations' last layers and the output layer start at zero, as in DiT (arXiv 2212.09748)."
     )
 
     def __post_init__(self):
