@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import jax
+import jinja2
 from absl import flags
 
 from diva_jax import config as configs
@@ -215,39 +216,8 @@ def verdict(row: dict) -> str:
 
 def text_of(row: dict) -> str:
     """Formats a report as text."""
-    n, mesh = row["devices"], row["mesh"]
-    lines = [
-        f"{row['topology']}: {row['chips']} chips, {n} devices, mesh data {mesh['data']} x fsdp {mesh['fsdp']}, remat "
-        f"{row['remat']}; config.kernels={row['kernels_of_config']}; "
-        + ", ".join(f"{name} {version}" for name, version in row["versions"].items()),
-        f"batch {row['batch_size']} = {row['per_device_batch']} per device x {n} x {row['accum']} micro-batches",
-        f"HBM per device: {verdict(row)}",
-    ]
-    if "memory" not in row:
-        return "\n".join(lines)
-    m = row["memory"]
-    parts = "  ".join(f"{k} {m[k] / _GIB:.2f}" for k in hlo.SIZES)
-    lines += [
-        f"  [GiB]  {parts}",
-        f"time per step: {row['step_ms']:.0f} ms = {row['model_ms']:.0f} ms estimated by the compiler + "
-        f"{row['kernel_bound_ms']:.0f} ms for kernels, which the compiler has no estimate for, at the bound of their "
-        f"shapes ({row['kernel_ms']:.0f} ms at the chip's peak rate)",
-        f"  {row['images_per_s']:.1f} images/s per chip, MFU {100 * row['mfu']:.0f}%; communication is not included "
-        f"(at least {row['all_reduce_ms']:.0f} ms)",
-        f"FLOPs {row['flops'] / 1e12:.1f} T + {row['kernel_flops'] / 1e12:.1f} T in kernels (from operand shapes)   "
-        f"HBM traffic {row['hbm_gb']:.0f} GB",
-        f"{'part':<18}{'ms':>9}{'+ kernels':>11}{'HBM GB':>9}{'TFLOP':>8}{'+ kernels':>11}   ms by kind",
-    ]
-    for name, p in row["parts"].items():
-        kinds = "  ".join(f"{k} {v:.1f}" for k, v in p["kinds"].items() if v >= 0.05)
-        lines.append(
-            f"{name:<18}{p['model_ms']:>9.1f}{p['kernel_bound_ms']:>11.1f}{p['hbm_gb']:>9.1f}{p['flops'] / 1e12:>8.2f}"
-            f"{p['kernel_flops'] / 1e12:>11.2f}   {kinds}"
-        )
-    lines += [f"{k}: {c['count']} per step, {c['gb']:.3f} GB" for k, c in row["collectives"].items()]
-    lines += [f"kernel {name}: {n} per step" for name, n in row["kernels"].items()]
-    lines.append(f"traced in {row['seconds']['trace']:.0f} s, compiled in {row['seconds']['compile']:.0f} s")
-    return "\n".join(lines)
+    template = jinja2.Environment(loader=jinja2.PackageLoader("diva_jax.costs", "")).get_template("report.j2")
+    return template.render(row=row, verdict=verdict, sizes=hlo.SIZES)
 
 
 def main() -> None:
