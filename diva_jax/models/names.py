@@ -103,16 +103,3 @@ def tensor_shape(tensors: Mapping, name: str, *axes: int) -> tuple[int, ...]:
 def depth(names: Iterable[str], prefix: str) -> int:
     """How many different numbers follow `prefix` in names such as `prefix.11.norm1.weight`."""
     return len({m[1] for n in names if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", n))})
-
-
-def sizes(tensors: Mapping, positions: Positions, patch_embed: str, blocks: str, fc1: str) -> dict:
-    """The fields of Spec that the shapes of any Vision Transformer's checkpoint tell. The names are those of the patch
-    embedding's weight, of the blocks, without numbers, and, within a block, of the weight of the MLP's first layer."""
-    width, _, _, patch = tensor_shape(tensors, patch_embed, 4)
-    return dict(
-        image_size=positions.grid(tensors) * patch,
-        patch_size=patch,
-        width=width,
-        layers=depth(tensors, blocks),
-        mlp_dim=tensor_shape(tensors, f"{blocks}.0.{fc1}")[0],
-    )

@@ -9,7 +9,7 @@ that differs by architecture; what several of them use is in the subpackage `sha
   `encode(images) -> Features`; where it has a text tower to compare patches with, also
   `encode_dense(images, last) -> patch tokens in the text's space`, see `shared.transformer`.
 - `CHECKPOINT`: its names in checkpoints, a `shared.open_clip_config.Checkpoint`.
-- `shapes(tensors) -> dict`: the fields of `Spec` that the shapes of a checkpoint's vision tower tell.
+- `shapes(tensors) -> dict`: the fields of `Spec` that the shapes of a checkpoint tell, `CHECKPOINT.shapes` or more.
 - `from_open_clip(model: LibraryConfig) -> dict`, `to_open_clip(spec) -> dict`: with open_clip's own tower, between
   `Spec` and open_clip's config, see `shared.open_clip_config`.
 - `TRANSFORMERS`: a `shared.transformers_layout.Layout`, or None where transformers has no such model.

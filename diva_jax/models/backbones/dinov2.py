@@ -18,7 +18,7 @@ from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.transformer import Attention, Mlp, embedded, run
 from diva_jax.models.layers import Layers
-from diva_jax.models.names import sizes, tensor_shape
+from diva_jax.models.names import tensor_shape
 
 # The mask token of pretraining is in published checkpoints and in no forward pass; transformers interpolates the
 # positions of models with registers with antialiasing.
@@ -106,12 +106,8 @@ def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the MLP's activation, if not SwiGLU."""
     register_tokens, w3 = "visual.register_tokens", "visual.blocks.0.mlp.w3.weight"
     layer = "mlp.w3.weight" if w3 in tensors else "mlp.fc1.weight"
-    found = sizes(tensors, CHECKPOINT.positions, "visual.patch_embed.proj.weight", "visual.blocks", layer)
-    found |= dict(
-        arch="dinov2",
-        embed_dim=found["width"],
-        registers=tensor_shape(tensors, register_tokens, 3)[1] if register_tokens in tensors else 0,
-    )
+    found = CHECKPOINT.shapes(tensors, layer)
+    found |= dict(registers=tensor_shape(tensors, register_tokens, 3)[1] if register_tokens in tensors else 0)
     return found | (dict(activation="swiglu", mlp_dim=tensor_shape(tensors, w3)[1]) if w3 in tensors else {})
 
 

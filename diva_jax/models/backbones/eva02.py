@@ -4,8 +4,6 @@ Rotary position embeddings of the patches beside the learned ones, SwiGLU MLPs, 
 (sub-LN). The base and large models; EVA02-CLIP-E is of another architecture and is not implemented.
 """
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +13,9 @@ from diva_jax.models.backbones import Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared.transformer import Block, blocks, embedded, run
 from diva_jax.models.layers import Layers, attention, heads
-from diva_jax.models.names import sizes, tensor_shape
 
 CHECKPOINT = occ.checkpoint("eva02")
+shapes = CHECKPOINT.shapes
 TRANSFORMERS = None
 # The grid of patches, of pretraining, that the rotary embeddings of every grid are scaled to.
 _ROTARY_GRID = 16
@@ -105,12 +103,3 @@ class Vision(nnx.Module):
         sin, cos = (jnp.asarray(table, angles_dtype) for table in rotary_table(self.grid, self.head_width))
         x = self.head(self.norm(run(self.blocks, x, sin, cos, remat=self.remat)))  # [B, 1 + P, D]
         return Features(tokens=x[:, 1:], pooled=x[:, 0])
-
-
-def shapes(tensors: Mapping) -> dict:
-    """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
-    trunk = "visual.trunk"
-    found = sizes(
-        tensors, CHECKPOINT.positions, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1_g.weight"
-    )
-    return found | dict(arch="eva02", embed_dim=tensor_shape(tensors, f"{trunk}.head.weight")[0])

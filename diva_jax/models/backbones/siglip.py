@@ -17,9 +17,9 @@ from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.transformer import Mlp, blocks, embedded, run, run_dense
 from diva_jax.models.layers import Layers, attention, heads
-from diva_jax.models.names import sizes
 
 CHECKPOINT = occ.checkpoint("siglip")
+shapes = CHECKPOINT.shapes
 _SIGLIP2_VOCABULARY = 256000
 
 
@@ -76,15 +76,6 @@ class Vision(nnx.Module):
     def encode_dense(self, images: jax.Array, last: str = "plain") -> jax.Array:
         """Images -> patch tokens [B, P, D] in the text's space, each pooled alone; `last` of `transformer.VARIANTS`."""
         return self.attn_pool.each(self.norm(run_dense(self.blocks, embedded(self, images), last)))
-
-
-def shapes(tensors: Mapping) -> dict:
-    """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
-    trunk = "visual.trunk"
-    found = sizes(
-        tensors, CHECKPOINT.positions, f"{trunk}.patch_embed.proj.weight", f"{trunk}.blocks", "mlp.fc1.weight"
-    )
-    return found | dict(arch="siglip", embed_dim=found["width"])
 
 
 _TEXT_RULES = dict(causal=False, pool="last", proj_bias=True, tokenizer="siglip")

@@ -15,9 +15,9 @@ from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.transformer import blocks, embedded, run, run_dense
 from diva_jax.models.layers import Layers
 from diva_jax.models.library_config import LibraryConfig
-from diva_jax.models.names import sizes, tensor_shape
 
 CHECKPOINT = occ.checkpoint("vit")
+shapes = CHECKPOINT.shapes
 
 
 class Vision(nnx.Module):
@@ -55,14 +55,6 @@ class Vision(nnx.Module):
     def _embedded(self, images: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] -> the first block's input, [B, 1 + P, width]."""
         return self.norm_pre(embedded(self, images, self.class_embed))
-
-
-def shapes(tensors: Mapping) -> dict:
-    """The fields of Spec that a checkpoint's shapes tell: all but the heads and the activation."""
-    found = sizes(
-        tensors, CHECKPOINT.positions, "visual.conv1.weight", "visual.transformer.resblocks", "mlp.c_fc.weight"
-    )
-    return found | dict(arch="vit", embed_dim=tensor_shape(tensors, "visual.proj")[1])
 
 
 _FIXED = occ.TOWER_FIXED | occ.OPTIONS["vit_fixed"]

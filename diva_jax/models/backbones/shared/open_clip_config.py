@@ -15,7 +15,7 @@ from diva_jax.common.fields import between, one_of
 from diva_jax.models import backbones
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Spec, TextSpec
 from diva_jax.models.library_config import LibraryConfig, packaged
-from diva_jax.models.names import Positions, Table
+from diva_jax.models.names import Positions, Table, depth, tensor_shape
 
 _WHERE = "open_clip's config"
 
@@ -41,21 +41,41 @@ _XLM_TOKENIZER = "facebook/xlm-v-base"
 class Checkpoint:
     """The checkpoints of an architecture. `mark` is the tensor, without `visual.`, by which they are recognised;
     `vision` and `text` are the tables between our towers and open_clip's names, `text` None without a text tower;
-    `positions` the learned position embeddings; `others` the tensors that belong to neither tower and are kept in
-    exports. `preprocess` has mean, std, resize_mode and interpolation where a config states none. `library`,
+    `positions` the learned position embeddings. `sizes` are the names of the patch embedding's weight, of the blocks,
+    without numbers, and, within a block, of the weight of the MLP's first layer; `embed` the tensor and the axis of the
+    embedding's width, None where it is the tower's. `others` are the tensors that belong to neither tower and are kept
+    in exports. `preprocess` has mean, std, resize_mode and interpolation where a config states none. `library`,
     "open_clip" or "timm", reads the vision tower's state dict. `timm` are the models of timm's of which open_clip
     builds the tower -> the fields of `Spec` that each fixes; "" stands for open_clip's own tower. `timm_options` are
     open_clip's options of them -> the values that mean what is implemented."""
 
+    arch: str
     mark: str
     vision: Table
     text: Table | None
     positions: Positions
+    sizes: tuple[str, str, str]
+    embed: tuple[str, int] | None
     others: tuple[str, ...]
     preprocess: Mapping[str, Any]
     library: str
     timm: dict[str, Mapping[str, Any]]
     timm_options: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+
+    def shapes(self, tensors: Mapping, fc1: str = "") -> dict[str, Any]:
+        """The fields of `Spec` that a checkpoint's shapes tell: all but the heads and the activation. `fc1` is another
+        name of the weight of the MLPs' first layer."""
+        patch_embed, blocks, layer = self.sizes
+        width, _, _, patch = tensor_shape(tensors, patch_embed, 4)
+        return dict(
+            arch=self.arch,
+            image_size=self.positions.grid(tensors) * patch,
+            patch_size=patch,
+            width=width,
+            layers=depth(tensors, blocks),
+            mlp_dim=tensor_shape(tensors, f"{blocks}.0.{fc1 or layer}")[0],
+            embed_dim=tensor_shape(tensors, self.embed[0])[self.embed[1]] if self.embed else width,
+        )
 
 
 def checkpoint(arch: str) -> Checkpoint:
@@ -72,7 +92,9 @@ def checkpoint(arch: str) -> Checkpoint:
     models = {"": {}} | packaged(__file__, "timm.json")
     row["timm"] = {name: fields for name, fields in models.items() if re.fullmatch(row["timm"], name)}
     positions = Positions(**row.pop("positions"))
-    return Checkpoint(vision=Table(f"{arch} vision tower", rename, ignore), text=text, positions=positions, **row)
+    return Checkpoint(
+        arch=arch, vision=Table(f"{arch} vision tower", rename, ignore), text=text, positions=positions, **row
+    )
 
 
 def side(file: LibraryConfig, name: str, default: int) -> int:
