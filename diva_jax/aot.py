@@ -122,9 +122,9 @@ def compile_step(program: Program, stage: int):
     return compiled, known, {"trace": traced - began, "compile": time.perf_counter() - traced}
 
 
-def report(config, topology: str, save: str | None = None, hlo: str | None = None) -> dict:
+def report(config, topology: str, save: str | None = None, hlo_file: str | None = None) -> dict:
     """Compiles the step of a config's last stage for a slice, and returns its costs, for JSON. Writes the executables
-    of all stages to the folder `save`, and the optimised HLO to the file `hlo`. All keys are per device, of which a
+    of all stages to the folder `save`, and the optimised HLO to `hlo_file`. All keys are per device, of which a
     TPU7x has two per chip, unless their names imply otherwise. Where the compiler reports that the program does not
     fit, there are those of the input, "fits", "needed" and "available" [bytes of HBM] alone. Else there are "memory"
     [bytes], with "aliases", the part of the outputs that reuses the memory of arguments; "seconds", to trace and to
@@ -166,8 +166,8 @@ def report(config, topology: str, save: str | None = None, hlo: str | None = Non
             f"{chip.usable / _GIB:.2f} GiB, but its time is not known: jaxlib {importlib.metadata.version('jaxlib')} "
             f"cannot read what libtpu {row['versions']['libtpu']} made of it ({paths.reason(e)})"
         ) from e
-    if hlo:
-        Path(hlo).write_text(text)
+    if hlo_file:
+        Path(hlo_file).write_text(text)
     cost = hlo.analyse(text, chip)
     images, counted = config.batch_size / n, program.flops().total()
     ms = cost["model_ms"] + cost["kernel_bound_ms"]

@@ -84,7 +84,7 @@ def toy(monkeypatch):
 
 
 def test_report(toy, tmp_path):
-    row = aot.report(toy, "v5e:2x2", save=str(tmp_path / "saved"), hlo=tmp_path / "step.hlo.txt")
+    row = aot.report(toy, "v5e:2x2", save=str(tmp_path / "saved"), hlo_file=tmp_path / "step.hlo.txt")
     matrix, batch = 4 * 512 * 512, 1024 // 4
     assert row["fits"] and row["chips"] == 4 and row["per_device_batch"] == batch
     assert row["memory"]["arguments"] == 2 * matrix + 4 * batch * 512
