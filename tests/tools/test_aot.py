@@ -46,22 +46,13 @@ class Toy:
 
     def __init__(self, config, mesh):
         self.config, self.mesh, self.stages = config, mesh, [SimpleNamespace(name=n) for n in ("warm-up", "tune")]
-
-    def flops(self):
-        return collections.Counter({"unet": 5.4e12})
-
-    def _array(self, *shape, spec=None):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec or P()))
-
-    def abstract_state(self, stage):
-        assert stage in (0, 1)
-        return {"w": self._array(self.width, self.width)}
-
-    def abstract_frozen(self):
-        return {"v": self._array(self.width, self.width)}
-
-    def abstract_batch(self):
-        return {"image": self._array(self.config.batch_size, self.width, spec=P(("data", "fsdp")))}
+        self.flops = lambda: collections.Counter({"unet": 5.4e12})
+        matrix, images = (
+            jax.ShapeDtypeStruct((rows, self.width), jnp.float32, sharding=NamedSharding(mesh, spec))
+            for rows, spec in ((self.width, P()), (config.batch_size, P(("data", "fsdp"))))
+        )
+        self.abstract_state = lambda stage: {"w": matrix}
+        self.abstract_frozen, self.abstract_batch = lambda: {"v": matrix}, lambda: {"image": images}
 
     def step(self, stage):
         def step(state, frozen, batch):
@@ -140,20 +131,16 @@ def test_programs_that_do_not_fit_or_cannot_be_compiled(toy, monkeypatch):
 
 
 @pytest.mark.parametrize("largest, weights, curve, tries", [
-    (11, 5, 1, [8, 11, 12]),  # memory grows linearly with the batch
-    (11, 5, 2, None),  # memory grows faster
-    (11, 5, 0.5, None),  # memory grows more slowly
+    (11, 5, 1, [8, 11, 12]),  # Memory grows linearly with the batch,
+    (11, 5, 2, None), (11, 5, 0.5, None),  # faster, and more slowly.
     (3, 0, 1, [8, 3, 4]), (1, 5, 1, [8, 4, 2, 1]), (0, 5, 1, [8, 3, 2, 1]), (300, 5, 1, [8, 256]),
 ])  # fmt: skip
 def test_search_finds_the_largest_batch(toy, monkeypatch, capsys, largest, weights, curve, tries):
-    def needed(images):
-        return weights + images**curve
-
     def pretend(config, topology):
         images = config.batch_size // 4
-        there = needed(largest + 0.5)
-        row = {"needed": needed(images), "available": there, "images": images, "fits": needed(images) <= there}
-        return row | ({"memory": {"arguments": weights}} if row["fits"] else {})
+        needed, there = (weights + n**curve for n in (images, largest + 0.5))
+        memory = {"memory": {"arguments": weights}} if needed <= there else {}
+        return {"needed": needed, "available": there, "images": images, "fits": needed <= there} | memory
 
     monkeypatch.setattr(aot, "report", pretend)
     toy.batch_size = 4 * 8
@@ -166,8 +153,7 @@ def test_search_finds_the_largest_batch(toy, monkeypatch, capsys, largest, weigh
 def test_the_batch_of_the_config_or_of_the_flag():
     c = config.default("vitl14")
     assert aot.with_batch(c, 16, None).batch_size == 640
-    assert aot.with_batch(c, 16, 3).batch_size == 16 * 3 * c.accum
-    assert c.batch_size == 640
+    assert aot.with_batch(c, 16, 3).batch_size == 16 * 3 * c.accum and c.batch_size == 640
     refused("per-device-batch=0", aot.with_batch, c, 16, 0)
     refused("7 devices", aot.with_batch, c, 7, None)
 
@@ -210,13 +196,13 @@ def test_slices_and_libtpu_that_is_missing_or_locked(monkeypatch):
     refused(r"\.\[tpu\]", aot.devices, "v5e:4x4")
 
 
-@pytest.mark.parametrize("topology, fsdp", [("v6e:4x4", 2), ("v5p:4x4x4", 8), ("tpu7x:2x2x2", 2)])
-def test_every_divisor_is_a_mesh(topology, fsdp):
+def test_every_divisor_is_a_mesh():
     """Also where the sides of the slice are not sizes of the mesh; each device is in it once."""
-    c, found = config.default().mesh, aot.devices(topology)[2]
-    c.fsdp = fsdp
-    mesh = partition.make_mesh(c, found)
-    assert mesh.devices.shape == (len(found) // fsdp, fsdp) and set(mesh.devices.flat) == set(found)
+    for topology, fsdp in (("v6e:4x4", 2), ("v5p:4x4x4", 8), ("tpu7x:2x2x2", 2)):
+        c, found = config.default().mesh, aot.devices(topology)[2]
+        c.fsdp = fsdp
+        mesh = partition.make_mesh(c, found)
+        assert mesh.devices.shape == (len(found) // fsdp, fsdp) and set(mesh.devices.flat) == set(found)
 
 
 SLOW = pytest.mark.slow  # Each case compiles a program of its own for a TPU.

@@ -1,5 +1,6 @@
 """FLOP counts against published ones and by hand; the table of chips; the parser of optimised HLO."""
 
+import functools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ TERA = 1e12
 
 def traced(make, call, *given, wrt: tuple[int, ...] = ()) -> float:
     """TFLOP of `call(model, *given)`, whose arguments have these shapes, and of its gradient to those in `wrt`."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(Keys(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=Keys(0))))
     given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in given]
 
     def out(*args):
@@ -34,31 +35,26 @@ def traced(make, call, *given, wrt: tuple[int, ...] = ()) -> float:
 
 
 def test_stable_diffusion():
-    given = ((1, 64, 64, 4), (1, 77, 1024))
+    given, make = ((1, 64, 64, 4), (1, 77, 1024)), functools.partial(UNet, UNetConfig())
 
     def unet(model, latents, context):
         return model(latents, jnp.zeros(1, jnp.int32), context)
 
-    def make(rngs):
-        return UNet(UNetConfig(), rngs=rngs)
-
     assert traced(make, unet, *given) == pytest.approx(0.804, rel=0.01)
     assert traced(make, unet, *given, wrt=(1,)) == pytest.approx(1.671, rel=0.01)
     for size, tera in ((512, 1.117), (768, 2.609)):
-        found = traced(lambda rngs: VAE(VAEConfig(), rngs=rngs), VAE.encode, (1, size, size, 3))
+        found = traced(functools.partial(VAE, VAEConfig()), VAE.encode, (1, size, size, 3))
         assert found == pytest.approx(tera, rel=0.01)
 
 
-@pytest.mark.parametrize("side, forward, condition", [(14, 0.272, 0.546), (21, 0.616, 1.247), (24, 0.810, 1.644)])
+@pytest.mark.parametrize("side, forward, condition", [(14, 0.272, 0.546), (24, 0.810, 1.644)])
 def test_genhancers_denoiser(side, forward, condition):
     given = ((1, side**2, 64), (1, 768), (1, 1, 4096))
 
     def flow(model, x, vector, text):
         return model(x, jnp.zeros(1), jnp.zeros(1), vector, text, (side, side))
 
-    def make(rngs):
-        return Flow(FlowConfig(), rngs=rngs)
-
+    make = functools.partial(Flow, FlowConfig())
     assert traced(make, flow, *given) == pytest.approx(forward, rel=2e-3)
     assert traced(make, flow, *given, wrt=(1, 2)) == pytest.approx(condition, rel=2e-3)
 
@@ -105,18 +101,6 @@ def test_loops_and_strides():
     assert chips.flops_by_part(jax.make_jaxpr(jax.grad(strided, (0, 1)))(x, k).jaxpr).total() >= 3 * once
 
 
-# Matrix units per device, cores x units per core; those of a TPU7x count twice, as its peak and its clock imply.
-UNITS = {"v4": 2 * 4, "v5e": 4, "v5p": 2 * 4, "v6e": 4, "tpu7x": 2 * 2}
-
-
-@pytest.mark.parametrize("name", chips.CHIPS)
-def test_the_numbers_of_a_chip_agree(name):
-    """Two FLOPs per element and cycle of the matrix units give the published peak; most of the memory is usable."""
-    chip = chips.CHIPS[name]
-    assert 2 * UNITS[name] * chip.matrix_side**2 * chip.clock == pytest.approx(chip.flops, rel=0.005)
-    assert 0.95 * chip.hbm < chip.usable < 1.01 * chip.hbm
-
-
 def test_chips_are_found_by_device_kind_and_topology():
     peaks = {"TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "NVIDIA H100 80GB HBM3": 989e12}
     for kind, peak in peaks.items():
@@ -130,19 +114,15 @@ def test_chips_are_found_by_device_kind_and_topology():
 
 
 def test_time_of_an_all_reduce():
-    chip, gb = chips.CHIPS["v5e"], 1e9
-    assert chips.all_reduce_seconds(gb, chip, (1, 1)) == 0
-    # A whole pod is a torus: each chip sends 2 x 255/256 GB over all its links.
-    assert chips.all_reduce_seconds(gb, chip, (16, 16)) == pytest.approx(2 * gb * 255 / 256 / chip.ici)
+    """A whole pod, and with three axes a slice of whole cubes, is a torus: each chip sends over all its links."""
     # An axis without wrap-around links has half of the bandwidth, and an axis of one chip has none.
-    assert chips.all_reduce_seconds(gb, chip, (4, 4)) == pytest.approx(2 * gb * 15 / 16 / (chip.ici / 2))
-    assert chips.all_reduce_seconds(gb, chip, (1, 4)) == pytest.approx(2 * gb * 3 / 4 / (chip.ici / 4))
-    # With three axes, only slices of whole cubes of 4 x 4 x 4 chips are tori.
+    cases = [("v5e", (1, 1), 0), ("v5e", (16, 16), 1), ("v5e", (4, 4), 1 / 2), ("v5e", (1, 4), 1 / 4)]
     for name in ("v4", "v5p", "tpu7x"):
-        chip = chips.CHIPS[name]
-        assert chips.all_reduce_seconds(gb, chip, (4, 4, 8)) == pytest.approx(2 * gb * 127 / 128 / chip.ici)
-        assert chips.all_reduce_seconds(gb, chip, (2, 2, 4)) == pytest.approx(2 * gb * 15 / 16 / (chip.ici / 2))
-    assert math.isclose(chips.all_reduce_seconds(2 * gb, chip, (4, 4)), 2 * chips.all_reduce_seconds(gb, chip, (4, 4)))
+        cases += [(name, (4, 4, 8), 1), (name, (2, 2, 4), 1 / 2)]
+    for name, shape, share in cases:
+        n, chip = math.prod(shape), chips.CHIPS[name]
+        want = 2e9 * (n - 1) / n / (chip.ici * share) if share else 0
+        assert chips.all_reduce_seconds(1e9, chip, shape) == pytest.approx(want)
 
 
 # A step with a loop of three iterations, a fused product and a kernel inside it, an asynchronous copy and an
@@ -155,31 +135,40 @@ def report():
     return hlo.analyse(TEXT, chips.CHIPS["v5e"])
 
 
-def test_operations_in_loops_count_once_per_iteration(report):
+def test_operations_in_loops_parts_kinds_and_traffic(report):
     product, kernel = 2 * 32 * 64 * 16, 2 * 2 * 2 * 4 * 64 * 256 * 128
-    assert report["flops"] == 3 * product
-    assert report["kernel_flops"] == 3 * kernel
+    assert report["flops"] == 3 * product and report["kernel_flops"] == 3 * kernel
     assert report["kernel_ms"] == pytest.approx(1e3 * 3 * kernel / 197e12)
     assert report["model_ms"] == pytest.approx(1e3 * (3 * 1500 + 3000) / 1.5e9)
     assert report["kernels"] == {"flash_forward_d64": 3}
+    parts = report["parts"]
+    assert parts["unet backward"]["kinds"] == {"matmul": pytest.approx(1e3 * 3 * 1500 / 1.5e9)}
+    assert parts["unet forward"]["kernel_flops"] == report["kernel_flops"]
+    assert parts["optimizer"]["model_ms"] == pytest.approx(0.002)
+    assert "vision forward" not in parts, "the name of a parameter is not an operation"
+    fusion = 2 * 32 * 64 + 2 * 32 * 16  # The second operand is on-chip.
+    assert report["parts"]["unet backward"]["hbm_gb"] * 1e9 == pytest.approx(3 * fusion)
+    copied, reduced = 4 * 800, 4 * 800  # The all-reduce reads the copy, which is on-chip.
+    # The copy has no path, so it has the path of the all-reduce that reads it.
+    assert report["parts"]["optimizer"]["hbm_gb"] * 1e9 == pytest.approx(reduced + copied)
+    assert "other" not in report["parts"]
+    assert report["collectives"] == {"all-reduce": {"count": 1, "gb": pytest.approx(3200 / 1e9)}}
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.parse("hello")
 
 
 @pytest.mark.parametrize(("chip", "wide"), [("v5e", 128), ("v4", 128), ("v6e", 256)])
 def test_kernels_at_the_bound_of_their_shape(chip, wide):
     """Sums over heads of 64 take the time of sums as long as the matrix unit is wide; rows are not padded."""
-    peak = chips.CHIPS[chip].flops
-
-    def analysed(keys):
-        return hlo.analyse(TEXT.replace("bf16[2,256,128]", f"bf16[2,256,{keys}]"), chips.CHIPS[chip])
-
-    report = analysed(2**20)
+    chip = chips.CHIPS[chip]
+    few, report = (hlo.analyse(TEXT.replace("bf16[2,256,128]", f"bf16[2,256,{keys}]"), chip) for keys in (128, 2**20))
     product = 3 * 2 * 2 * 4 * 256 * 2**20
-    assert report["kernel_ms"] == pytest.approx(1e3 * product * 2 * 64 / peak)
-    assert report["kernel_bound_ms"] == pytest.approx(1e3 * product * (64 + wide) / peak)
+    assert report["kernel_ms"] == pytest.approx(1e3 * product * 2 * 64 / chip.flops)
+    assert report["kernel_bound_ms"] == pytest.approx(1e3 * product * (64 + wide) / chip.flops)
     assert report["parts"]["unet forward"]["kernel_bound_ms"] == report["kernel_bound_ms"]
     # With few keys, the time is that of reading and writing operands and results once.
     moved = 3 * (4 * 512 * 128 + 2 * (2 * 256 * (256 + 256 + 128 + 128)))
-    assert analysed(128)["kernel_bound_ms"] == pytest.approx(1e3 * moved / chips.CHIPS[chip].hbm_bandwidth)
+    assert few["kernel_bound_ms"] == pytest.approx(1e3 * moved / chip.hbm_bandwidth)
 
 
 @pytest.mark.parametrize(("chip", "channels", "hidden"), [("v5e", 384, 1280), ("v6e", 512, 1280)])
@@ -194,52 +183,9 @@ def test_feed_forward_kernels_at_the_bound_of_their_shape(chip, channels, hidden
     assert found["kernel_bound_ms"] == pytest.approx(1e3 * bound / peak)
 
 
-def test_parts_and_kinds(report):
-    parts = report["parts"]
-    assert parts["unet backward"]["kinds"] == {"matmul": pytest.approx(1e3 * 3 * 1500 / 1.5e9)}
-    assert parts["unet forward"]["kernel_flops"] == report["kernel_flops"]
-    assert parts["optimizer"]["model_ms"] == pytest.approx(0.002)
-    assert "vision forward" not in parts, "the name of a parameter is not an operation"
-
-
-def test_traffic_counts_arrays_in_hbm_only_and_collectives_once(report):
-    fusion = 2 * 32 * 64 + 2 * 32 * 16  # The second operand is on-chip.
-    assert report["parts"]["unet backward"]["hbm_gb"] * 1e9 == pytest.approx(3 * fusion)
-    copied, reduced = 4 * 800, 4 * 800  # The all-reduce reads the copy, which is on-chip.
-    # The copy has no path, so it has the path of the all-reduce that reads it.
-    assert report["parts"]["optimizer"]["hbm_gb"] * 1e9 == pytest.approx(reduced + copied)
-    assert "other" not in report["parts"]
-    assert report["collectives"] == {"all-reduce": {"count": 1, "gb": pytest.approx(3200 / 1e9)}}
-
-
 def test_collectives_inside_of_fusions():
     """An asynchronous all-gather counts once; an all-reduce followed by a slice is a reduce-scatter."""
-    text = """
-%start (p: bf16[16,64]) -> bf16[64,64] {
-  %p = bf16[16,64]{1,0} parameter(0)
-  ROOT %gather.1 = bf16[64,64]{1,0} all-gather(%p), channel_id=3, dimensions={0}
-}
-
-%done (p: bf16[16,64]) -> bf16[64,64] {
-  %p = bf16[16,64]{1,0} parameter(0)
-  ROOT %gather.2 = bf16[64,64]{1,0} all-gather(%p), channel_id=3, dimensions={0}
-}
-
-%scatter (p: f32[64,64]) -> f32[16,64] {
-  %p = f32[64,64]{1,0} parameter(0)
-  %sum = f32[64,64]{1,0} all-reduce(%p), channel_id=4, to_apply=%add
-  %zero = s32[] constant(0)
-  ROOT %slice = f32[16,64]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={16,64}
-}
-
-ENTRY %main (x: bf16[16,64], y: f32[64,64]) -> f32[16,64] {
-  %x = bf16[16,64]{1,0} parameter(0)
-  %y = f32[64,64]{1,0} parameter(1)
-  %a = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%start
-  %b = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%done
-  ROOT %c = f32[16,64]{1,0} fusion(%y), kind=kCustom, calls=%scatter
-}
-"""
+    text = (Path(__file__).parent / "collectives.hlo.txt").read_text()
     assert hlo.analyse(text, chips.CHIPS["v5e"])["collectives"] == {
         "all-gather": {"count": 1, "gb": pytest.approx(2 * 64 * 64 / 1e9)},
         "reduce-scatter": {"count": 1, "gb": pytest.approx(4 * 64 * 64 / 1e9)},
@@ -266,8 +212,3 @@ ENTRY %main (x: f32[]) -> f32[] {{
     module = hlo.parse(text)
     main = module.computations["main"]
     assert module.flops(main["c"], main) == 2 * 2 * 5 * 7 * pairs
-
-
-def test_text_without_an_entry_computation():
-    with pytest.raises(ValueError, match="ENTRY"):
-        hlo.parse("hello")

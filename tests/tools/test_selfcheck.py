@@ -1,6 +1,7 @@
 """The check of a device, and what config.kernels means on a TPU by what it has found."""
 
 import re
+from types import SimpleNamespace
 
 import commands
 import jax
@@ -16,15 +17,8 @@ from diva_jax.models import attention, platform
 from diva_jax.training import compiler, device_checks, distributed, partition
 from diva_jax.training.device_checks import FAILED, OK, SLOW, UNKNOWN, Case
 
-ROWS = [
-    "machine",
-    "attention 64, 100 x 100",
-    "feed-forward 128, 128 x 512",
-    "collectives",
-    "checkpoint",
-    "train step",
-    "host",
-]
+KERNELS = ["attention 64, 100 x 100", "feed-forward 128, 128 x 512"]
+ROWS = ["machine", *KERNELS, "collectives", "checkpoint", "train step", "host"]
 
 
 def test_the_command(tmp_path):
@@ -44,17 +38,16 @@ def test_the_command(tmp_path):
 
 def test_a_wrong_kernel_is_found(monkeypatch):
     """A result or a gradient that is 2% off, or NaN in one image of several."""
-    case = Case("attention", 8, 2, 24, 17, 2, True)
-    right = jax.nn.dot_product_attention
+    right, some = jax.nn.dot_product_attention, jnp.bfloat16(0.02)
     wrong = {
-        "fine": lambda q, k, v: right(q, k, v),
-        "result": lambda q, k, v: right(q, k, v) * jnp.bfloat16(1.02),
-        "gradient": lambda q, k, v: right(q, k, v * jnp.bfloat16(0.98) + jax.lax.stop_gradient(v * jnp.bfloat16(0.02))),
+        "fine": right,
+        "result": lambda q, k, v: right(q, k, v) * (1 + some),
+        "gradient": lambda q, k, v: right(q, k, v * (1 - some) + jax.lax.stop_gradient(v * some)),
         "nan": lambda q, k, v: right(q, k, v).at[1].set(jnp.nan),
     }
     for name, kernel in wrong.items():
         monkeypatch.setattr(attention, "flash", lambda *a, interpret, kernel=kernel: kernel(*a))
-        ok, said = device_checks.check_kernel(case, True)
+        ok, said = device_checks.check_kernel(Case("attention", 8, 2, 24, 17, 2, True), True)
         assert ok == (name == "fine"), (name, said)
 
 
@@ -86,19 +79,11 @@ def test_collectives_and_checkpoint_on_eight_devices(tmp_path, monkeypatch):
 def test_a_step_that_is_late_or_not_finite(loss):
     """With the arrays of a program that is one product."""
     mesh = partition.make_mesh(config.MeshOptions())
-
-    class Program:
-        arrays = {"w": jax.ShapeDtypeStruct((5, 3), jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, P()))}
-        stages, config = ["only"], config.default("vitl14")
-
-        def __init__(self):
-            self.mesh = mesh
-
-    p = Program()
-    p.abstract_frozen, p.abstract_batch, p.init_state = dict, lambda: Program.arrays, lambda arrays: arrays["w"]
+    arrays = {"w": jax.ShapeDtypeStruct((5, 3), jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, P()))}
+    given = dict(abstract_frozen=dict, abstract_batch=lambda: arrays, init_state=lambda arrays: arrays["w"])
+    p = SimpleNamespace(arrays=arrays, stages=["only"], config=config.default("vitl14"), mesh=mesh, **given)
     step = device_checks.Step(p)
-    step._step = type("S", (), {"pace": 0})
-    step._pool.submit(lambda: None)
+    step._step = SimpleNamespace(pace=0)
     step._compiled = step._pool.submit(
         lambda: lambda state, frozen, batch, pace: (state, {"loss": jnp.sum(state) * 0 + loss})
     )
@@ -122,20 +107,16 @@ def chosen(setting="auto", kind=V5E, platform="tpu", **kw):
     return compiler.chosen_kernels(setting, abstract_mesh(platform, kind=kind), **kw)
 
 
-def test_auto_takes_what_has_passed_on_this_kind_of_device(capsys):
+def test_auto_takes_what_has_passed_on_this_kind_of_device_a_tpu(capsys, tmp_path):
     assert chosen() == frozenset()
     assert "not checked" in (said := capsys.readouterr().out) and "diva_jax.selfcheck" in said
     compiler.keep_checked(V5E, {HEADS: True, CHANNELS: False})
     assert chosen() == chosen() == {HEADS} and chosen(kind=V6E) == frozenset()
     assert capsys.readouterr().out.count(HEADS) == 1, "one line for all programs of a process"
     compiler.keep_checked(V5E, {CHANNELS: True, "attention 72": False})
-    assert chosen() == {HEADS, CHANNELS}
-    assert chosen("own") is None and chosen("xla") == frozenset()
-
-
-def test_without_a_tpu_nothing_is_read_or_said(capsys, tmp_path):
-    compiler.checked_file("any").parent.mkdir()
-    compiler.checked_file("any").write_text("damaged")
+    assert chosen() == {HEADS, CHANNELS} and chosen("own") is None and chosen("xla") == frozenset()
+    capsys.readouterr()
+    compiler.checked_file("any").write_text("damaged")  # Without a TPU nothing is read or said.
     assert [chosen(platform=p, kind="any") for p in ("cpu", "gpu")] == [frozenset()] * 2
     assert compiler.chosen_kernels("auto", jax.sharding.AbstractMesh((1, 1), ("data", "fsdp"))) == frozenset()
     assert not capsys.readouterr().out
@@ -161,8 +142,8 @@ def test_another_version_or_another_kernel_was_not_checked(what, monkeypatch, tm
     assert not chosen()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"kernels": {"attention 64": 1}}', '{"kernels": ["attention 64"]}'])
-def test_a_damaged_file_is_refused_with_what_to_do(content):
+def test_a_damaged_file_is_refused_with_what_to_do():
     file = compiler.keep_checked(V5E, {HEADS: True})
-    file.write_text(content)
-    refused("remove it", chosen)
+    for content in ("", "[]", '{"kernels": {"attention 64": 1}}', '{"kernels": ["attention 64"]}'):
+        file.write_text(content)
+        refused("remove it", chosen)

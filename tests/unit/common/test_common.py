@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -19,7 +20,6 @@ from places import ROOT
 
 import diva_jax
 from diva_jax.common import config_files, errors, json_files, paths
-from diva_jax.common.errors import UserError
 from diva_jax.report import page
 from diva_jax.training import checkpoint, workdirs
 
@@ -40,9 +40,12 @@ def test_text_and_bytes(tmp_path, bucket):
         paths.write_whole("memory://bucket/a/b.txt", data)
         assert bucket.cat_file("/bucket/a/b.txt") == content
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["b.txt", "c.txt"]
+    (tmp_path / "d").write_text("x")
+    modes = [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("a/b.txt", "d")]
+    assert modes[0] == modes[1], "permissions are those of any new file"
 
 
-def test_a_failure_leaves_the_old_file(tmp_path):
+def test_a_file_is_whole_whoever_fails_or_writes_it_at_the_same_time(tmp_path):
     path = tmp_path / "a.txt"
     paths.write_whole(path, "old")
     with pytest.raises(ZeroDivisionError), paths.whole_file(path) as temporary:
@@ -53,23 +56,13 @@ def test_a_failure_leaves_the_old_file(tmp_path):
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
-def test_permissions_are_those_of_any_new_file(tmp_path):
-    paths.write_whole(tmp_path / "a", "x")
-    (tmp_path / "b").write_text("x")
-    assert stat.S_IMODE(os.stat(tmp_path / "a").st_mode) == stat.S_IMODE(os.stat(tmp_path / "b").st_mode)
-
-
-def test_writers_of_the_same_file_do_not_meet(tmp_path):
-    path = tmp_path / "a"
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: paths.write_whole(path, str(i) * 10_000), [i % 10 for i in range(80)]))
     found = path.read_text()
     assert len(found) == 10_000 and len(set(found)) == 1 and list(tmp_path.iterdir()) == [path]
 
 
-def test_errors_are_oserrors(tmp_path, bucket, monkeypatch):
+def test_what_cannot_be_written_is_an_oserror_or_refused_before_anything_is(tmp_path, bucket, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         paths.write_whole(tmp_path / "file" / "a", "x")
@@ -81,39 +74,25 @@ def test_errors_are_oserrors(tmp_path, bucket, monkeypatch):
     monkeypatch.setattr(type(bucket), "pipe_file", refuses)
     with pytest.raises(OSError, match="memory://bucket/b: RuntimeError: 403 Forbidden"):
         paths.write_whole("memory://bucket/b", "x")
-
-
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
     paths.check_writable(epath.Path(tmp_path / "new" / "deep"), "--workdir")
     paths.check_writable(epath.Path("gs://bucket/runs"), "--workdir")
-    for folder in ("file", "file/deep"):
-        with pytest.raises(UserError, match=f"--workdir=.*{folder} cannot be a folder, as .*file is a file"):
-            paths.check_writable(epath.Path(tmp_path / folder), "--workdir")
+    for name in ("file", "file/deep"):
+        says = f"--workdir=.*{name} cannot be a folder, as .*file is a file"
+        refused(says, paths.check_writable, epath.Path(tmp_path / name), "--workdir")
+    for path in ("s3://bucket/x", "az://bucket/x", "nothing://x", "gs2://x"):
+        refused(r"has a scheme that is not supported: use gs://", paths.folder, path, "--workdir")
     monkeypatch.setattr(os, "access", lambda *_: False)  # Root may write everywhere.
-    with pytest.raises(UserError, match="--workdir=.*new cannot be written, since .* cannot"):
-        paths.check_writable(epath.Path(tmp_path / "new"), "--workdir")
+    says = "--workdir=.*new cannot be written, since .* cannot"
+    refused(says, paths.check_writable, epath.Path(tmp_path / "new"), "--workdir")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("text, cleared", [
-    ("https://me:secret@host/a.tar", "https://host/a.tar"),
-    ("https://me:p@ss@host/a.tar", "https://host/a.tar"),
-    ("see s3://KEY:SE/CRET@b/x", "see s3://b/x"), ("https://h:443/a@v1", "https://h:443/a@v1"),
-    ("https://h/x#access_token=SECRET", "https://h/x#..."),
-    ("https://h/x?token='SEC RET'", "https://h/x?..."),
-    ("http://[x?token=SECRET", "http://..."),
-    ('see http://a?x="y" and https://u@host/{0..9}.tar?token=x', "see http://a?... and https://host/{0..9}.tar?..."),
-    ("gs://bucket/a/b and me@example.org?", "gs://bucket/a/b and me@example.org?"),
-    ("C:/x?y data/{00..11}.tar", "C:/x?y data/{00..11}.tar"),
-])  # fmt: skip
-def test_secrets_of_urls(text, cleared):
-    assert paths.values_without_secrets({"a": [text, 1]}) == {"a": [cleared, 1]}
+CLEARED = json.loads(Path(__file__).with_name("urls.json").read_text())
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/x", "az://bucket/x", "nothing://x", "gs2://x"])
-def test_other_schemes_are_named(path):
-    refused(r"has a scheme that is not supported: use gs://", paths.folder, path, "--workdir")
+def test_secrets_of_urls():
+    found = paths.values_without_secrets({"a": [*CLEARED, 1]})
+    assert found == {"a": [*CLEARED.values(), 1]}
 
 
 @pytest.mark.parametrize("code", [401, 403, 503])
@@ -149,21 +128,18 @@ def workdir(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_a_workdir_executes_nothing(workdir, config, monkeypatch):
     (workdir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="names the module 'foreign.evil', which would be executed.*--trust_objective"):
-        workdirs.read_config(workdir)
+    says = "names the module 'foreign.evil', which would be executed.*--trust_objective"
+    refused(says, workdirs.read_config, workdir)
     assert page._defaults(config | {"backbone": {}}) is None or config["objective"] != "foreign.evil"
     assert not (workdir.parent / "executed").exists()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "foreign.evil", config_files)
         assert workdirs.read_config(workdir).to_dict() == config
-    config_files.trust(config)
-    assert workdirs.read_config(workdir).to_dict() == config
-    config_files._trusted.clear()
-    config_files.trust()
-    assert workdirs.read_config(workdir).to_dict() == config
-
-
-def test_names_that_are_no_paths_and_those_of_the_package(workdir):
+    for trusted in ((config,), ()):
+        config_files._trusted.clear()
+        config_files.trust(*trusted)
+        assert workdirs.read_config(workdir).to_dict() == config
+    # Names that are no paths, and those of the package, are no modules.
     vae = {"_class_name": "AutoencoderKL", "code": "diva_jax.world.patch_code.PatchCodeConfig", "file": "a.b"}
     config_files.check_stored({"objective": "diva_jax.world.objectives.clip", "diffusion": {"vae": vae}}, "w")
 
@@ -176,8 +152,8 @@ def test_an_error_in_an_installed_module_that_a_config_names_shows_its_line(tmp_
     monkeypatch.setattr(config_files, "named_by_configs", errors.named_by_configs)
     file = tmp_path.joinpath(*named.split(".")).with_suffix(".py")
     file.parent.mkdir(exist_ok=True)
-    file.write_text("def loss():\n    return 1 / 0\n")
-    (tmp_path / "a_library.py").write_text("def loss():\n    return 1 / 0\n")
+    for path in (file, tmp_path / "a_library.py"):
+        path.write_text("def loss():\n    return 1 / 0\n")
     found = [config_files.module(named, "objective", "give another"), importlib.import_module("a_library")]
     del sys.modules["a_library"]
     for module, where in zip(found, (f"{file}:2", ""), strict=True):
@@ -193,20 +169,13 @@ def run(code: str) -> str:
     return done.stdout
 
 
-def test_the_package_imports_nothing():
+def test_the_package_imports_nothing_and_a_command_what_every_run_needs():
+    """Each of the slow ones takes 50 to 500 ms to import, and is needed for some devices, data or loggers alone."""
     code = "import sys; before = set(sys.modules); import diva_jax; dir(diva_jax); print(*set(sys.modules) - before)"
     assert {name for name in run(code).split() if name.split(".")[0] not in sys.stdlib_module_names} == {"diva_jax"}
-
-
-def test_a_command_imports_only_what_every_run_needs():
-    """Each of these takes 50 to 500 ms to import, and is needed for some devices, data or loggers alone."""
-    code = "import sys, diva_jax.main, diva_jax.training.loop; print(*sys.modules)"
-    found = set(run(code).split())
+    found = set(run("import sys, diva_jax.main, diva_jax.training.loop; print(*sys.modules)").split())
     slow = ("jax.experimental.pallas.tpu", "pyarrow", "ftfy", "transformers", "tensorboardX", "torch", "tensorflow")
     assert "orbax.checkpoint" in found and not found & set(slow)
-
-
-def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         diva_jax.lode  # noqa: B018
     assert set(diva_jax.__all__) <= set(dir(diva_jax))
@@ -252,27 +221,28 @@ cli.run(main)
 """
 
 
-@pytest.mark.attack
-@pytest.mark.parametrize("where", ["main", "collector"])
-@pytest.mark.parametrize("sig, code, said", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
-def test_a_signal_ends_a_command(sig, code, said, where):
+def signalled(sig, *command, **env):
+    """What a command that says that it is ready prints after a signal: (exit code, output, errors)."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, where], cwd=ROOT, **pipes)
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | env, **pipes)
     assert process.stdout.readline() == "ready\n"
     began = time.monotonic()
     process.send_signal(sig)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (code, "removed\n", said + "\n")
     assert time.monotonic() - began < 9  # Less than the time after which it would have been ended from outside.
+    return process.returncode, out, err
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("where", ["main", "collector"])
+@pytest.mark.parametrize("sig, code, said", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_a_signal_ends_a_command(sig, code, said, where):
+    assert signalled(sig, "-c", COMMAND, where) == (code, "removed\n", said + "\n")
 
 
 @pytest.mark.attack
 def test_sigint_while_a_command_imports(tmp_path):
     """A module in place of jax says when it is imported."""
     (tmp_path / "jax.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
-    command = [sys.executable, "-m", "diva_jax.report", "x"]
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    assert (*process.communicate(timeout=60), process.returncode) == ("", "interrupted\n", 130)
+    found = signalled(signal.SIGINT, "-m", "diva_jax.report", "x", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert found == (130, "", "interrupted\n")

@@ -131,11 +131,13 @@ SENTENCES = {
 }
 
 
-def test_first_sentences_are_every_beginning():
+def test_first_sentences_and_an_input_that_fails(captioned):
     rng = np.random.default_rng(0)
     for text, sentences in SENTENCES.items():
         drawn = {inputs.first_sentences(text, rng) for _ in range(60)}
         assert drawn == {text if s is None else s for s in sentences}
+    with pytest.raises(ZeroDivisionError):
+        next(batches(captioned, {"t": tokens(choose=lambda text, rng: 1 / 0)}))
 
 
 def test_inputs_that_cannot_be_are_one_sentence(captioned, noisy):
@@ -149,11 +151,6 @@ def test_inputs_that_cannot_be_are_one_sentence(captioned, noisy):
         (captioned, lambda: {"p": inputs.Prepared(24, resize=20)}, "24 pixels cannot be cropped from an image of 20"),
     ):
         refused(says, lambda path=path, wanted=wanted: batches(path, wanted()))
-
-
-def test_a_failing_input_is_no_broken_record(captioned):
-    with pytest.raises(ZeroDivisionError):
-        next(batches(captioned, {"t": tokens(choose=lambda text, rng: 1 / 0)}))
 
 
 SIZE = 22
@@ -222,10 +219,14 @@ def test_neutral_texts_and_choices():
     assert len(found) == 2 and neutral == "a a photo"
 
 
-def test_what_is_no_list_of_texts_is_a_value_error():
+def test_what_is_no_list_of_texts_and_texts_that_are_one_to_a_tokenizer():
     for value in (*WRONG, [GOOD[:2]], json.dumps(GOOD[:1]), "[" * 10**5, 7, b"\xff[]"):
         with pytest.raises(ValueError):
             sources.listed(value)
+    record = Record("", b"", None, ("a long text, one", "a long text, two", "b"))
+    example = inputs.Example(None, None, None, np.random.default_rng((0, 1)), texts=record.texts)
+    ids = inputs.Texts(4, 6, lambda: letters(6), Listed(4)).open(None)(example)
+    assert ids.shape == (5, 6) and (ids[[1, 3]] == -1).all() and (ids[[0, 2, 4]] >= 0).all()
 
 
 def write(folder, kind):
@@ -274,13 +275,6 @@ def test_records_without_texts_are_skipped_and_wrong_ones_named(tmp_path, kind, 
     np.testing.assert_array_equal(batch["texts"][..., :25] * (shorter >= 0), np.maximum(shorter, 0))
     assert iterator.decoder.skipped >= 1 and iterator.decoder.count == len(TEXTS) - len(USABLE) - 1
     assert "skipped a broken image" in caplog.text and "without texts that differ" in caplog.text
-
-
-def test_texts_that_are_one_to_a_tokenizer_are_left_out():
-    record = Record("", b"", None, ("a long text, one", "a long text, two", "b"))
-    example = inputs.Example(None, None, None, np.random.default_rng((0, 1)), texts=record.texts)
-    ids = inputs.Texts(4, 6, lambda: letters(6), Listed(4)).open(None)(example)
-    assert ids.shape == (5, 6) and (ids[[1, 3]] == -1).all() and (ids[[0, 2, 4]] >= 0).all()
 
 
 def test_data_and_files_that_cannot_give_texts_are_refused_at_once(tmp_path):

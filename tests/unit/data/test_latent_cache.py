@@ -9,7 +9,7 @@ from helpers import failed, refused
 from records import batches, noise, take, write_tar
 
 from diva_jax.common.errors import RunError
-from diva_jax.data import images, inputs, latent_cache, pipeline, sources
+from diva_jax.data import inputs, latent_cache, pipeline, sources
 from diva_jax.data.latent_cache import Cache, Entry, Manifest
 from diva_jax.data.sources import Record
 
@@ -55,8 +55,8 @@ def test_every_entry_is_read_as_it_was_written(folder):
         assert got is None if i == BROKEN else got[:4] == want[:4] and (got.moments == want.moments).all()
 
 
-def test_batches_have_the_boxes_and_moments_of_their_epoch(folder, data):
-    """The slot of the record without moments is filled, and a resumed run goes on with the same crops."""
+def test_the_slot_of_a_record_without_moments_is_filled_and_a_run_resumes(folder, data):
+    """tests/runs compares crops and moments with those of a run without a cache."""
     wanted = {"image": inputs.Image(12), "moments": inputs.Cached(SHAPE)}
 
     def opened():
@@ -64,15 +64,9 @@ def test_batches_have_the_boxes_and_moments_of_their_epoch(folder, data):
 
     iterator, order = opened(), pipeline.shuffled(COUNT, 4)
     seen = take(iterator, 9)
-    for position in range(45):
-        (epoch, place), (b, row) = divmod(position, COUNT), divmod(position, 5)
-        i = order[position]
-        if i == BROKEN:
-            i = order[epoch * COUNT + (place + 1) % COUNT]
-        want = entry(i, epoch % CROPS)
-        np.testing.assert_array_equal(seen[b]["moments"][row], want.moments)
-        crop = images.resized_crop(images.decode(jpeg(i)), want.box, 12)
-        np.testing.assert_array_equal(seen[b]["image"][row], crop)
+    for position in range(COUNT):
+        i = order[position] if order[position] != BROKEN else order[(position + 1) % COUNT]
+        np.testing.assert_array_equal(seen[position // 5]["moments"][position % 5], entry(i, 0).moments)
     assert iterator.decoder.count == 1
     resumed = opened()
     resumed.set_state({**iterator.get_state(), "batches": 7})

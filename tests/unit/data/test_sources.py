@@ -6,13 +6,12 @@ import os
 import sys
 
 import fsspec
-import numpy as np
 import pytest
 from helpers import refused
 from records import encoded, noise, write_tar, write_tfds
 
 from diva_jax import demo
-from diva_jax.data import files, images
+from diva_jax.data import files
 from diva_jax.data.sources import FolderSource, TfdsSource, open_source
 from diva_jax.data.tars import TarSource
 
@@ -53,8 +52,7 @@ def test_image_folder_is_recursive_and_sorted(tmp_path):
     source = open_source(str(root))
     assert isinstance(source, FolderSource)
     want = [*((name, name.encode()) for name in own), ("link/4.gif", b"../linked/4.gif")]
-    assert [source.read(i)[:2] for i in range(5)] == want
-    assert names(open_source(f"{root}/")) == names(source)
+    assert [source.read(i)[:2] for i in range(5)] == want and names(open_source(f"{root}/")) == names(source)
     os.rename(root, tmp_path / "plain")
     assert names(open_source(f"{tmp_path}/plain/b/*")) == [f"{tmp_path}/plain/b/{n}" for n in ("1.JPG", "2.png")]
 
@@ -112,7 +110,7 @@ def test_a_store_that_refuses(monkeypatch):
     with pytest.raises(ConnectError):  # An error of this project, which is not to be hidden.
         open_source("a/b")
     monkeypatch.setattr(files, "is_folder", lambda _: (_ for _ in ()).throw(PermissionError("403 Forbidden")))
-    refused("config.data.path='a.tar' cannot be read .PermissionError: 403 Forbidden", open_source, "a.tar")
+    refused("config.data.path='a.tar' cannot be read .403 Forbidden.: check it, the network", open_source, "a.tar")
 
 
 @pytest.fixture(scope="module")
@@ -146,22 +144,6 @@ def test_tfds_without_tensorflow(tfds_dir):
         ("tfds:no_such_set/train?data_dir={dir}", "cannot be read"),
     ):
         assert "config.data.path" in refused(complaint, open_source, spec.format(dir=tfds_dir))
-
-
-def test_shards_hold_distinct_varied_photographs_with_captions(tmp_path):
-    shards = demo.pack_photos(tmp_path)
-    assert [p.name for p in shards] == ["00000.tar", "00001.tar", "00002.tar"]
-    assert sum(p.stat().st_size for p in shards) < 5e6
-    source = open_source(str(tmp_path))
-    records = [source.read(i) for i in range(len(source))]
-    assert [r.name for r in records] == [f"{s:05d}.tar/{s:05d}{i:04d}.jpg" for s in range(3) for i in range(32)]
-    assert [r.text for r in records] == list(demo.PHOTOGRAPHS.values()) * 6
-    decoded = [images.decode(r.image) for r in records]
-    assert len({image.tobytes() for image in decoded}) == 96
-    assert all(96 <= min(i.size) and max(i.size) <= 640 for i in decoded)
-    aspects = [i.width / i.height for i in decoded]
-    assert min(aspects) < 0.8 and max(aspects) > 1.25
-    assert all(np.asarray(i).std() > 5 for i in decoded), "no region is blank"
 
 
 def test_without_scikit_image(tmp_path, monkeypatch):

@@ -112,13 +112,31 @@ def test_every_form_holds_the_same_records(folder, kind):
         assert list(pool.map(source.read, order)) == [records[i] for i in order]
 
 
-def test_rows_are_named_by_file_and_line(folder):
+def test_rows_are_named_and_columns_chosen_by_option(folder):
     source = open_source(str(make(folder, "csv")))
     # The caption of every fifth row takes two lines, of which the last counts.
     assert [source.name(i) for i in range(7)] == [f"a.csv, line {n}" for n in (3, 4, 5, 6, 7, 9, 10)]
     rows = open_source(str(make(folder, "parquet folder")))
     assert rows.name(0) == "train-00000-of-00002.parquet, row 1"
     assert rows.name(COUNT - 1) == "train-00001-of-00002.parquet, row 14"
+    pq.write_table(pa.table({"url": ["x"]}), folder / "00000.parquet")  # As img2dataset does, beside each shard.
+    assert len(open_source(str(folder))) == COUNT
+    rows = [(where((i + 1) % COUNT), "wrong", where(i), f"words {i}") for i in range(COUNT)]
+    path = write_csv(folder / "b.csv", ("image", "caption", "the file", "words"), rows)
+    source = open_source(f"{path}?image=the file&text=words")
+    assert source.read(4)[1:3] == (encoded(4), "words 4")
+    table = hf_table([encoded(i) for i in range(COUNT)], name="photograph", text="words")
+    pq.write_table(table, folder / "b.parquet")
+    save_to_disk(folder / "saved", table)
+    for path in (folder / "b.parquet", folder / "saved"):
+        source = open_source(f"{path}?image=photograph")
+        assert not source.has_text and source.read(4).text is None
+        assert open_source(f"{path}?text=words&image=photograph").read(4)[1:3] == (encoded(4), CAPTIONS[4])
+    struct = pa.array([{"bytes": None, "path": where(3)}, {"bytes": encoded(1), "path": "1.jpg"}], HF_IMAGE)
+    pq.write_table(pa.table({"image": struct, "words": [["one", "two"], ["three"]]}), folder / "a.parquet")
+    source = open_source(f"{folder}/a.parquet")
+    assert [source.read(i).image for i in range(2)] == [encoded(3), encoded(1)] and not source.has_text
+    assert open_source(f"{folder}/a.parquet?text=words").read(0).text == "one\ntwo"  # A list of captions is lines.
 
 
 @pytest.mark.parametrize("kind", ("csv", "parquet of bytes", "save_to_disk"))
@@ -148,27 +166,6 @@ def test_broken_rows_are_skipped_and_named(folder, kind, caplog):
         assert sum(f"broken image: {name}: " in line and why in line for line in lines) == 1, (name, lines)
 
 
-def test_columns_by_option_structs_that_name_files_and_metadata_beside_images(folder):
-    pq.write_table(pa.table({"url": ["x"]}), folder / "00000.parquet")  # As img2dataset does, beside each shard.
-    assert len(open_source(str(folder))) == COUNT
-    rows = [(where((i + 1) % COUNT), "wrong", where(i), f"words {i}") for i in range(COUNT)]
-    path = write_csv(folder / "b.csv", ("image", "caption", "the file", "words"), rows)
-    source = open_source(f"{path}?image=the file&text=words")
-    assert source.read(4)[1:3] == (encoded(4), "words 4")
-    table = hf_table([encoded(i) for i in range(COUNT)], name="photograph", text="words")
-    pq.write_table(table, folder / "b.parquet")
-    save_to_disk(folder / "saved", table)
-    for path in (folder / "b.parquet", folder / "saved"):
-        source = open_source(f"{path}?image=photograph")
-        assert not source.has_text and source.read(4).text is None
-        assert open_source(f"{path}?text=words&image=photograph").read(4)[1:3] == (encoded(4), CAPTIONS[4])
-    struct = pa.array([{"bytes": None, "path": where(3)}, {"bytes": encoded(1), "path": "1.jpg"}], HF_IMAGE)
-    pq.write_table(pa.table({"image": struct, "words": [["one", "two"], ["three"]]}), folder / "a.parquet")
-    source = open_source(f"{folder}/a.parquet")
-    assert [source.read(i).image for i in range(2)] == [encoded(3), encoded(1)] and not source.has_text
-    assert open_source(f"{folder}/a.parquet?text=words").read(0).text == "one\ntwo"  # A list of captions is lines.
-
-
 def test_large_row_groups_are_told_or_refused(folder, tmp_path, monkeypatch, caplog):
     path = make(folder, "parquet of bytes")
     open_source(str(path))
@@ -190,42 +187,43 @@ def test_large_row_groups_are_told_or_refused(folder, tmp_path, monkeypatch, cap
 
 def two_datasets(folder):
     for split in ("train", "test"):
-        save_to_disk(folder / split, hf_table([encoded(0)], ["x"]))
+        save_to_disk(folder / split, ONE)
 
 
-def one_with_captions(folder):
-    folder.mkdir()
-    for name, columns in (("a", {"image": ["x"], "text": ["y"]}), ("b", {"image": ["x"]})):
-        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+def no_state(folder):
+    save_to_disk(folder, ONE)
+    (folder / "state.json").write_text("{}")
 
 
-def two_splits(folder):
-    folder.mkdir()
-    for split in ("train", "test"):
-        pq.write_table(hf_table([encoded(0)], ["x"]), folder / f"{split}-00000-of-00001.parquet")
+ONE = hf_table([encoded(0)], ["x"])
+CAPTIONED = {"a.parquet": pa.table({"image": ["x"], "text": ["y"]}), "b.parquet": pa.table({"image": ["x"]})}
 
 
-@pytest.mark.parametrize(
-    "name, write, says",
-    [
-        ("a.csv", lambda p: p.write_text("url,words\nx,y\n"), "has no column image, file, .* or webp, only url, words"),
-        ("a.csv?image=x", lambda p: p.write_text("image\ny\n"), r"has no column 'x' for \?image=, only image"),
-        ("a.csv?caption=x", lambda p: p.write_text("image\ny\n"), "has the option caption: after . write image=COLUMN"),
-        ("a.csv", lambda p: p.write_text("image,caption\n"), "a.csv has no rows"),
-        ("a.csv", lambda p: p.write_text(""), "has no column image"),
-        ("a.csv", lambda p: p.write_bytes(b"image,caption\nx,\xff\xfe\n"), "after line .*: save it as UTF-8"),
-        ("a.tsv", lambda p: p.write_text("image\n" + 'x\n"' + "y" * 200_000), "line 3: the row is not CSV .field larg"),
-        ("a.parquet", lambda p: p.write_bytes(b"no table"), "a.parquet cannot be read as parquet"),
-        ("a.parquet", lambda p: pq.write_table(pa.table({"image": [1]}), p), "'image' of .*a.parquet holds int64"),
-        ("a.arrow", lambda p: p.write_bytes(b"no table"), "a.arrow cannot be read as arrow"),
-        ("x", two_datasets, "holds several datasets .test, train.: choose one, e.g. .*/test"),
-        ("x", one_with_captions, "b.parquet has no column with captions"),
-    ("x", two_splits, "holds several splits .test, train.: choose the files of one"),
-        ("x", lambda p: save_to_disk(p, hf_table([b""], [""])) or (p / "state.json").write_text("{}"),
-         "is no state.json of save_to_disk"),
-        ("x?text=a", lambda p: p.mkdir() or (p / "1.png").write_bytes(encoded(1)), "images, which have no columns"),
-    ],
-)  # fmt: skip
-def test_bad_tables_are_one_sentence(tmp_path, name, write, says):
-    write(tmp_path / name.split("?")[0])
+@pytest.mark.parametrize("name, content, says", [
+    ("a.csv", "url,words\nx,y\n", "has no column image, file, .* or webp, only url, words"),
+    ("a.csv?image=x", "image\ny\n", r"has no column 'x' for \?image=, only image"),
+    ("a.csv?caption=x", "image\ny\n", "has the option caption: after . write image=COLUMN"),
+    ("a.csv", "image,caption\n", "a.csv has no rows"),
+    ("a.csv", "", "has no column image"),
+    ("a.csv", b"image,caption\nx,\xff\xfe\n", "after line .*: save it as UTF-8"),
+    ("a.tsv", 'image\nx\n"' + "y" * 200_000, "line 3: the row is not CSV .field larg"),
+    ("a.parquet", "no table", "a.parquet cannot be read as parquet"),
+    ("a.parquet", pa.table({"image": [1]}), "'image' of .*a.parquet holds int64"),
+    ("a.arrow", "no table", "a.arrow cannot be read as arrow"),
+    ("x", two_datasets, "holds several datasets .test, train.: choose one, e.g. .*/test"),
+    ("x", CAPTIONED, "b.parquet has no column with captions"),
+    ("x", {f"{n}-00000-of-00001.parquet": ONE for n in ("train", "test")}, "several splits .test, train.: choose"),
+    ("x", no_state, "is no state.json of save_to_disk"),
+    ("x?text=a", {"1.png": encoded(1)}, "images, which have no columns"),
+])  # fmt: skip
+def test_bad_tables_are_one_sentence(tmp_path, name, content, says):
+    path = tmp_path / name.split("?")[0]
+    if callable(content):
+        content(path)
+    for part, data in content.items() if isinstance(content, dict) else [] if callable(content) else [("", content)]:
+        (path / part).parent.mkdir(exist_ok=True)
+        if isinstance(data, pa.Table):
+            pq.write_table(data, path / part)
+        else:
+            (path / part).write_bytes(data if isinstance(data, bytes) else data.encode())
     assert not re.search(r"\btar\b", refused(says, open_source, f"{tmp_path}/{name}"))

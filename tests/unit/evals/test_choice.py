@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import eval_data as sets
 import numpy as np
@@ -195,22 +196,11 @@ def test_incomplete_sets_of_controlled_images_are_refused(tmp_path):
         refused(says, prepare, path)
 
 
-@pytest.mark.parametrize("name, text, says", [
-    ("a.csv", "item,image,text\n", "has no column right"),
-    ("a.csv", "item,image,text,right\nx,0.jpg,cat,2\n", "line 2: .*right must be 0 or 1"),
-    ("a.csv", "item,image,text,right\nx,0.jpg,cat,1\n", "line 2: everything belongs together"),
-    ("a.csv", "item,image,text,right\nx,0.jpg,cat,0\n", "line 2: an image has no text"),
-    ("a.csv", "item,image,text,right\nx,9.jpg,cat,1\nx,9.jpg,dog,0\n", "line 2: its image"),
-    ("a.csv", "item,image,text,right\n", "has no items"),
-    ("a.jsonl", "{", "a.jsonl, line 1 cannot be read as JSON"),
-    ("a.jsonl", '{"images": ["0.jpg"], "texts": ["a", "b"], "pairs": [[0, 2]]}', "line 1: 'pairs' must be"),
-    ("a.jsonl", '{"images": ["0.jpg"], "texts": ["a", ""]}', "line 1: 'images' and 'texts' must hold texts"),
-    ("add_att.json", "3", "neither a list nor an object"),
-    ("add_att.json", "[", "cannot be read as JSON"),
-    ("vg_qa_one_obj.json", "[[1, 2]]", "row 0: a row is"),
-    ("examples.jsonl", "[]", "line 1: the field 'image_0'"),
-])  # fmt: skip
-def test_bad_files_are_refused(tmp_path, name, text, says):
+BAD_FILES = json.loads(Path(__file__).with_name("choices.json").read_text())
+
+
+def test_bad_files_are_refused(tmp_path):
     write_image(tmp_path / "0.jpg", 0)
-    (tmp_path / name).write_text(text)
-    refused(says, prepare, tmp_path / name)
+    for name, text, says in BAD_FILES:
+        (tmp_path / name).write_text(text)
+        refused(says, prepare, tmp_path / name)

@@ -34,41 +34,36 @@ def labels_of(i, top, ignored=255):
     return out
 
 
+def write_set(root, image, label, labels, mode="L"):
+    for i in range(COUNT):
+        write_image(root / image.format(i), i)
+        save_labels(root / label.format(i), labels(i), mode)
+    return root
+
+
 def write_voc(root, suffix="", classes=20):
     """PASCAL's layout; `suffix` is that of its two folders' names."""
-    names = [f"2007_{i:06d}" for i in range(COUNT)]
-    for i, name in enumerate(names):
-        write_image(root / "JPEGImages" / f"{name}.jpg", i)
-        save_labels(root / f"SegmentationClass{suffix}" / f"{name}.png", labels_of(i, classes), "P")
-    (root / "ImageSets" / f"Segmentation{suffix}").mkdir(parents=True)
-    (root / "ImageSets" / f"Segmentation{suffix}" / "val.txt").write_text("\n".join(names))
-    return root
+    lists, label = root / "ImageSets" / f"Segmentation{suffix}", f"SegmentationClass{suffix}/2007_{{:06d}}.png"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("\n".join(f"2007_{i:06d}" for i in range(COUNT)))
+    return write_set(root, "JPEGImages/2007_{:06d}.jpg", label, lambda i: labels_of(i, classes), "P")
 
 
 def write_ade(root):
-    for i in range(COUNT):
-        write_image(root / "images" / "validation" / f"ADE_val_{i}.jpg", i)
-        save_labels(root / "annotations" / "validation" / f"ADE_val_{i}.png", labels_of(i, 150, ignored=0))
     lines = ["Idx\tRatio\tTrain\tVal\tName"] + [f"{i}\t0.1\t9\t9\tthing {i}, other {i}" for i in range(1, 151)]
     (root / "objectInfo150.txt").write_text("\n".join(lines))
-    return root
+    image, label = "images/validation/ADE_val_{}.jpg", "annotations/validation/ADE_val_{}.png"
+    return write_set(root, image, label, lambda i: labels_of(i, 150, ignored=0))
 
 
 def write_cityscapes(root):
-    for i in range(COUNT):
-        name = f"ulm/ulm_{i}_000019"
-        write_image(root / "leftImg8bit" / "val" / f"{name}_leftImg8bit.png", i)
-        save_labels(root / "gtFine" / "val" / f"{name}_gtFine_labelTrainIds.png", labels_of(i, 18))
-    return root
+    image, label = "leftImg8bit/val/ulm/ulm_{}_0_leftImg8bit.png", "gtFine/val/ulm/ulm_{}_0_gtFine_labelTrainIds.png"
+    return write_set(root, image, label, lambda i: labels_of(i, 18))
 
 
 def write_coco(root, suffix, values):
-    for i in range(COUNT):
-        write_image(root / "images" / "val2017" / f"{i:012d}.jpg", i)
-        labels = labels_of(i, len(values) - 1)
-        raw = np.where(labels == 255, 255, np.array(values)[np.minimum(labels, len(values) - 1)])
-        save_labels(root / "annotations" / "val2017" / f"{i:012d}{suffix}", raw)
-    return root
+    raw, label = np.array([*values, *[255] * (256 - len(values))]), "annotations/val2017/{:012d}" + suffix
+    return write_set(root, "images/val2017/{:012d}.jpg", label, lambda i: raw[labels_of(i, len(values) - 1)])
 
 
 # Numbers of COCO's classes that COCO-Stuff does not use; a pixel's value is the class's number less one.
@@ -151,13 +146,10 @@ def bilinear(table, height, width):
 def test_class_lists():
     """The sizes of the published lists, and the ids of classes in COCO's annotations."""
     ids = {"person": 1, "stop sign": 13, "wine glass": 46, "toothbrush": 90, "banner": 92, "wood": 182}
-    stuff = segmentation.SETS["coco_stuff"]
-    texts = stuff.names
-    assert {name: stuff.values[texts.index(name)] + 1 for name in ids} == ids
-    assert len(set(texts)) == 171
-    context = segmentation.SETS["context59"].names
-    assert context.index("potted plant") == 39
-    assert len(set(context)) == 59
+    stuff, context = (segmentation.SETS[name] for name in ("coco_stuff", "context59"))
+    assert {name: stuff.values[stuff.names.index(name)] + 1 for name in ids} == ids
+    assert len(set(stuff.names)) == 171 and len(set(context.names)) == 59
+    assert context.names.index("potted plant") == 39
     for found in segmentation.SETS.values():
         assert len(found.values) == found.classes and not set(found.values) & set(found.ignored)
 

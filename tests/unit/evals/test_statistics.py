@@ -17,55 +17,45 @@ from diva_jax.weights.origins import Place
 
 def plain(values, resamples, strata=None, clusters=None):
     """The textbook bootstrap: means of drawn indices."""
-    rng, means = np.random.default_rng(1), []
-    values = np.asarray(values, float)
+    rng, means, values = np.random.default_rng(1), [], np.asarray(values, float)
+    groups = [np.flatnonzero(names == n) for names in (strata, clusters) if names is not None for n in np.unique(names)]
     for _ in range(resamples):
         if clusters is not None:
-            names = np.unique(clusters)
-            chosen = [np.flatnonzero(clusters == c) for c in rng.choice(names, len(names))]
+            chosen = [groups[i] for i in rng.integers(len(groups), size=len(groups))]
             means.append(values[np.concatenate(chosen)].mean())
-        elif strata is not None:
-            parts = [values[strata == s] for s in np.unique(strata)]
-            means.append(np.mean([rng.choice(p, len(p)).mean() for p in parts]))
         else:
-            means.append(rng.choice(values, len(values)).mean())
+            parts = [values[g] for g in groups] or [values]
+            means.append(np.mean([rng.choice(p, len(p)).mean() for p in parts]))
     return np.quantile(means, (0.025, 0.975))
 
 
 @pytest.mark.parametrize("kind", ["plain", "strata", "clusters", "shares"])
 def test_interval_equals_plain_resampling(kind):
-    rng = np.random.default_rng(0)
+    rng, kw = np.random.default_rng(0), {}
     values = rng.random(90) if kind == "shares" else rng.random(90) < 0.3
-    kw = {}
     if kind == "strata":  # Unequal strata: the mean of their means is not the mean.
         kw["strata"] = np.repeat([0, 1, 2], (10, 20, 60))
         values = rng.random(90) < np.array([0.9, 0.5, 0.1])[kw["strata"]]
     if kind == "clusters":  # The items of a cluster are equal: the interval is wider than for single items.
         kw["clusters"] = np.repeat(np.arange(18), 5)
         values = (rng.random(18) < 0.4)[kw["clusters"]]
-    ours = stats.bootstrap(values, resamples=20_000, seed=0, **kw)
+    ours, again, single = (stats.bootstrap(values, resamples=20_000, seed=0, **given) for given in (kw, kw, {}))
     np.testing.assert_allclose(ours, plain(values, 4000, **kw), atol=0.015)
-    assert ours == stats.bootstrap(values, resamples=20_000, seed=0, **kw)
-    if kind == "clusters":
-        single = stats.bootstrap(values, resamples=20_000, seed=0)
-        assert ours[1] - ours[0] > 1.5 * (single[1] - single[0])
+    assert ours == again and (kind != "clusters" or ours[1] - ours[0] > 1.5 * (single[1] - single[0]))
 
 
-def test_mean_is_exact_and_ignores_the_order():
+def test_exact_means_and_mcnemars_test_over_every_split():
     values = np.array([1e16, 1.0, -1e16] * 5)
     assert stats.mean(values) == stats.mean(values[::-1]) == 5 / 15
     strata = np.array([0, 0, 0, 1])
     assert stats.mean(np.array([1, 0, 1, 1]), strata) == pytest.approx((2 / 3 + 1) / 2)
-
-
-@pytest.mark.parametrize("won, lost", [(0, 0), (3, 0), (5, 2), (4, 4), (1, 9)])
-def test_mcnemar_counts_every_split(won, lost):
-    before = np.array([False] * won + [True] * lost + [True, False, True])
-    after = np.array([True] * won + [False] * lost + [True, False, True])
-    n = won + lost
-    splits = [abs(sum(s) - n / 2) for s in itertools.product((0, 1), repeat=n)]
-    p = np.mean([s >= abs(won - n / 2) for s in splits])
-    assert stats.mcnemar(before, after) == {"won": won, "lost": lost, "p": pytest.approx(p)}
+    for won, lost in ((0, 0), (3, 0), (5, 2), (4, 4), (1, 9)):
+        before = np.array([False] * won + [True] * lost + [True, False, True])
+        after = np.array([True] * won + [False] * lost + [True, False, True])
+        n = won + lost
+        splits = [abs(sum(s) - n / 2) for s in itertools.product((0, 1), repeat=n)]
+        p = np.mean([s >= abs(won - n / 2) for s in splits])
+        assert stats.mcnemar(before, after) == {"won": won, "lost": lost, "p": pytest.approx(p)}
 
 
 def by_hand(table, right):
@@ -159,8 +149,7 @@ def test_the_interval_over_runs_is_students_and_welchs(counts):
     np.testing.assert_allclose(seeds.student(after, before), two, atol=1e-9)
     shifted = [end - 3 for end in one]
     np.testing.assert_allclose(seeds.student(after, [3.0]), shifted, atol=1e-9)
-    assert seeds.student(after[:1], before[:1]) is None
-    assert seeds.student([2.0, 2.0]) == [2.0, 2.0]
+    assert seeds.student(after[:1], before[:1]) is None and seeds.student([2.0, 2.0]) == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("counts", [(1, 3), (3, 1), (2, 4)])
@@ -200,22 +189,24 @@ def test_how_a_group_is_written(tmp_path, monkeypatch):
         refused("must name two runs or more, each once", seeds.parse, text)
 
 
-@pytest.mark.parametrize("change, step, message", [
-    ({"seed": 1}, 9, None),
-    ({"seed": 0}, 9, "both have seed=0: train one of them"),
-    ({"seed": 1, "lr": 2.0}, 9, r"differ in more than their seed: lr \(1.0 there, 2.0 here\)"),
-    ({"seed": 1}, 8, "are not at one step"), ({"seed": 1}, None, "are not at one step"),
-])  # fmt: skip
-def test_the_runs_of_a_group_differ_in_their_seed_alone(tmp_path, change, step, message):
-    places = []
-    for name, config, at in (("a", {}, 9), ("b", change, step)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"seed": 0, "lr": 1.0} | config))
-        places.append(Place(str(tmp_path / name), at, str(tmp_path / name)))
-    if message is None:
-        seeds.check("t", places)
-    else:
-        refused(message, seeds.check, "t", places)
+def test_the_runs_of_a_group_differ_in_their_seed_alone(tmp_path):
+    for case, (change, step, message) in enumerate((
+        ({"seed": 1}, 9, None),
+        ({"seed": 0}, 9, "both have seed=0: train one of them"),
+        ({"seed": 1, "lr": 2.0}, 9, r"differ in more than their seed: lr \(1.0 there, 2.0 here\)"),
+        ({"seed": 1}, 8, "are not at one step"),
+        ({"seed": 1}, None, "are not at one step"),
+    )):  # fmt: skip
+        places = []
+        for name, config, at in (("a", {}, 9), ("b", change, step)):
+            folder = tmp_path / f"{case}{name}"
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps({"seed": 0, "lr": 1.0} | config))
+            places.append(Place(str(folder), at, str(folder)))
+        if message is None:
+            seeds.check("t", places)
+        else:
+            refused(message, seeds.check, "t", places)
 
 
 @pytest.mark.parametrize("clusters", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 3]])
@@ -228,9 +219,6 @@ def test_the_best_by_chance_is_that_of_all_exchanges(clusters):
     assert set(found.round(6)) == set(np.round(every, 6))
     for q in (0.1, 0.5, 0.9):
         assert abs(np.mean(found <= np.quantile(every, q)) - np.mean(every <= np.quantile(every, q))) < 0.03
-
-
-def test_more_checkpoints_need_a_larger_best_and_copies_do_not():
     changes = np.random.default_rng(0).choice([-1.0, 0, 1], (8, 90))
     one, eight, copies = (
         np.quantile(seeds.largest_by_chance(c, np.arange(90), 4000, 0), 0.95)

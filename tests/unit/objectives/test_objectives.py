@@ -1,7 +1,6 @@
 """The interface of objectives; sums over draws, posteriors, losses over pairs and structure, written out."""
 
 import re
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +12,7 @@ from helpers import refused
 
 from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
-from diva_jax.objectives import Stage, diva, judge, salm
+from diva_jax.objectives import Stage, diva, judge, salm, unclip
 from diva_jax.objectives.shared import pairs
 from diva_jax.objectives.shared.stable_diffusion import weighted_sum
 from diva_jax.training import workdirs
@@ -46,9 +45,6 @@ def test_the_longest_prefix_owns_a_parameter_and_adapters_start_fresh():
     assert "vision/blocks/1/norm1/scale" not in owners and owners["vision/blocks/0/norm1/scale"] == "vision"
     parts["vison"] = part
     refused(r"pretrained\(\) has 'vison', but parameters are named like", workdirs.owners, p)
-
-
-def test_an_objective_without_its_section_is_refused():
     c = small.small_config()
     with c.unlocked():
         del c.diva
@@ -91,62 +87,21 @@ def test_what_a_loss_returns_is_checked_when_it_is_traced(found, says):
         Objective().inputs  # noqa: B018
 
 
-@pytest.mark.parametrize("returned", [(jnp.float32(1), GOOD), (jnp.bfloat16(1), {"loss": 1.0, "count": jnp.int32(3)})])
-def test_every_loss_of_the_contract_passes(returned):
-    class Base(objectives.Objective):
-        def loss(self, batch, keys):
-            return returned
-
-    class Derived(Base):
-        def __init__(self):
-            pass
-
-    assert Derived().loss(None, None) is returned
-
-
-@pytest.mark.parametrize("source, says", {
+WRONG = {
     "x = 1": "is not an objective: the module does not define Objective",
     "Objective = 3": "must be a subclass of diva_jax.objectives.Objective",
     "class Objective: pass": "must be a subclass of diva_jax.objectives.Objective",
     "from diva_jax import objectives as o\nclass Objective(o.Objective):\n def __init__(self): 0": "must be made as",
-}.items())  # fmt: skip
-def test_modules_that_are_no_objectives(source, says, tmp_path, monkeypatch):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/wrong.py").write_text(source)
+}
+
+
+def test_modules_that_are_no_objectives(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    try:
-        refused(f"config.objective='mine.wrong'.*{says}", objectives.find, "mine.wrong")
-    finally:
-        for name in ("mine.wrong", "mine"):
-            sys.modules.pop(name, None)
-
-
-def loss(inputs, draw):
-    w, x = inputs
-    value = jnp.sum(jnp.tanh(x @ w) * draw["eps"]) * draw["t"]
-    return value, {"losses": value}
-
-
-def test_value_and_gradient_equal_the_plain_sum():
-    rng = np.random.default_rng(0)
-    inputs = (jnp.asarray(rng.normal(size=(3, 5))), jnp.asarray(rng.normal(size=(7, 3))))
-    drawn = {"eps": jnp.asarray(rng.normal(size=(4, 7, 5))), "t": jnp.arange(4.0)}
-    weights = jnp.asarray([0.1, 2.0, -1.0, 5.0])
-
-    def plain(inputs):
-        values = [loss(inputs, jax.tree.map(lambda a, k=k: a[k], drawn))[0] for k in range(4)]
-        return sum(w * v for w, v in zip(weights, values, strict=True))
-
-    (value, aux), grads = jax.value_and_grad(lambda i: weighted_sum(loss, i, drawn, weights), has_aux=True)(inputs)
-    expected, wanted = jax.value_and_grad(plain)(inputs)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    chained = jax.grad(lambda i: 3 * weighted_sum(loss, i, drawn, weights)[0])(inputs)
-    for got, want, scaled in zip(grads, wanted, chained, strict=True):
-        np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
-        np.testing.assert_allclose(scaled, 3 * want, rtol=2e-5, atol=1e-6)
-    np.testing.assert_allclose(jnp.vdot(weights, aux["losses"]), expected, rtol=1e-5)
-    undifferentiated, _ = weighted_sum(loss, inputs, drawn, weights)
-    np.testing.assert_allclose(undifferentiated, expected, rtol=1e-5)
+    (tmp_path / "wrong_objectives").mkdir()
+    for number, (source, says) in enumerate(WRONG.items()):
+        name = f"wrong_objectives.number{number}"
+        (tmp_path / f"{name.replace('.', '/')}.py").write_text(source)
+        refused(f"config.objective='{name}'.*{says}", objectives.find, name)
 
 
 def test_memory_does_not_grow_with_the_draws():
@@ -167,38 +122,44 @@ def test_memory_does_not_grow_with_the_draws():
     assert temporaries(6) < one + 6 * 512 * 256 * 4 * 2
 
 
-def test_what_the_function_closes_over_is_differentiated_too():
-    """Parameters that are not among the inputs, and values that were computed from some; constants are not."""
+def test_value_and_gradients_equal_the_plain_sum():
+    """Of the inputs, of parameters that the function closes over, and of values that were computed from some."""
     rng = np.random.default_rng(1)
     params = {"w": rng.normal(size=(3, 5)), "u": rng.normal(size=(5, 2)), "v": rng.normal(size=(4, 3))}
-    x, eps, weights = rng.normal(size=(7, 4)), rng.normal(size=(4, 7, 2)), jnp.asarray([0.1, 2.0, -1.0, 5.0])
+    x, weights = rng.normal(size=(7, 4)), jnp.asarray([0.1, 2.0, -1.0, 5.0])
+    drawn = {"eps": jnp.asarray(rng.normal(size=(4, 7, 2))), "t": jnp.arange(1.0, 5.0)}
 
     def value(params, summed):
         latents = jnp.tanh(x @ params["v"])
 
         def one_draw(w, draw):
-            value = jnp.sum(jnp.tanh(latents @ w) @ params["u"] * draw)
-            return value, value
+            value = jnp.sum(jnp.tanh(latents @ w) @ params["u"] * draw["eps"]) * draw["t"]
+            return value, {"losses": value}
 
-        return summed(one_draw, params["w"], jnp.asarray(eps))
+        return 3 * summed(one_draw, params["w"])
 
-    def plain(fn, w, drawn):
-        return sum(weights[k] * fn(w, drawn[k])[0] for k in range(4))
+    def plain(fn, w):
+        return sum(weights[k] * fn(w, jax.tree.map(lambda a, k=k: a[k], drawn))[0] for k in range(4))
 
-    def ours(fn, w, drawn):
-        return weighted_sum(fn, w, drawn, weights)[0]
+    def ours(fn, w):
+        found, aux = weighted_sum(fn, w, drawn, weights)
+        losses.append(aux["losses"])
+        return found
 
-    params = jax.tree.map(jnp.asarray, params)
-    expected = jax.grad(lambda p: value(p, plain))(params)
-    for compiled in (lambda f: f, jax.jit):
-        got = compiled(jax.grad(lambda p: value(p, ours)))(params)
+    params, losses = jax.tree.map(jnp.asarray, params), []
+    expected, wanted = jax.value_and_grad(lambda p: value(p, plain))(params)
+    np.testing.assert_allclose(value(params, ours), expected, rtol=1e-5)  # Without a derivative.
+    np.testing.assert_allclose(3 * jnp.vdot(weights, losses[0]), expected, rtol=1e-5)
+    both = jax.value_and_grad(lambda p: value(p, ours))
+    for compiled in (both, jax.jit(both)):
+        found, got = compiled(params)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
         for name in params:
-            np.testing.assert_allclose(got[name], expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(got[name], wanted[name], rtol=2e-5, atol=1e-6, err_msg=name)
     # A frozen parameter of the same function costs no gradient.
     frozen = {n: a for n, a in params.items() if n != "u"}
-    grads = jax.make_jaxpr(jax.grad(lambda p, u: value({**p, "u": u}, ours)))(frozen, params["u"])
-    both = jax.make_jaxpr(jax.grad(lambda p: value(p, ours)))(params)
-    assert str(grads).count("dot_general") < str(both).count("dot_general")
+    fewer = jax.make_jaxpr(jax.grad(lambda p, u: value({**p, "u": u}, ours)))(frozen, params["u"])
+    assert str(fewer).count("dot_general") < str(jax.make_jaxpr(both)(params)).count("dot_general")
 
 
 def test_draws_are_uniform_with_replacement_and_differ_by_image():
@@ -213,7 +174,14 @@ def test_draws_are_uniform_with_replacement_and_differ_by_image():
     assert diva.draw_token_indices(keys, "all", 15) is None
 
 
-def test_token_wise_text_needs_as_many_tokens():
+def test_relations_without_an_image_itself_and_token_wise_text():
+    """The losses over pairs themselves are compared with PyTorch in tests/parity."""
+    rng, left_out = np.random.default_rng(0), np.eye(5, dtype=bool)
+    x, t = (e / np.linalg.norm(e, axis=1, keepdims=True) for e in (rng.normal(size=(5, n)) for n in (4, 7)))
+    p, q = (np.where(left_out, 0, np.exp(e @ e.T / 0.3)) for e in (t, x))
+    p, q = (a / a.sum(axis=1, keepdims=True) for a in (p, q))
+    want = (p * np.log(np.where(left_out, 1, p / np.where(left_out, 1, q)))).sum() / 5
+    assert float(pairs.relation(jnp.asarray(x), jnp.asarray(t), 0.3, False)) == pytest.approx(want, rel=1e-4)
     diva.check_fit("random:76", "token", 256, 77)
     refused("select=random:76", diva.check_fit, "all", "token", 256, 77)
 
@@ -241,9 +209,6 @@ def test_the_posterior_follows_the_texts(errors):
     np.testing.assert_allclose(
         jnp.log(found[:, 0] / found[:, 3]), 9 * (errors[:, 3] - errors[:, 0]), rtol=1e-3, atol=1e-4
     )
-
-
-def test_equal_errors_are_uniform_and_a_better_neutral_text_abstains(errors):
     level = jnp.broadcast_to(errors[:, :1], errors.shape)
     found, weight = judge.posterior(level, ALL, 300.0)
     np.testing.assert_allclose(found, 0.2, rtol=1e-5)
@@ -274,49 +239,11 @@ def test_a_shuffled_verdict_has_the_same_values_and_says_nothing(errors):
     np.testing.assert_allclose(mean[kept], (kept / kept.sum(axis=1, keepdims=True))[kept], atol=0.08)
 
 
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_losses_over_pairs(seed):
-    rng = np.random.default_rng(seed)
-    b, temperature = rng.integers(3, 8), 0.3
-    x, t = rng.normal(size=(b, 5)), rng.normal(size=(b, 7))
-    rows = np.exp(unit(x) @ unit(x[::-1]).T / temperature)
-    logits = pairs.cosines(jnp.asarray(x), jnp.asarray(x[::-1].copy())) / temperature
-    want = [-np.log(np.diagonal(rows / rows.sum(axis=a, keepdims=True))).mean() for a in (0, 1)]
-    assert float(pairs.contrast(logits)) == pytest.approx(np.mean(want), rel=1e-5)
-    for with_self in (True, False):
-        kept = np.ones((b, b), bool) if with_self else ~np.eye(b, dtype=bool)
-        p, q = (np.where(kept, np.exp(unit(e) @ unit(e).T / temperature), 0) for e in (t, x))
-        p, q = (a / a.sum(axis=1, keepdims=True) for a in (p, q))
-        want = sum(p[kept] * np.log(p[kept] / q[kept])) / b
-        found = pairs.relation(jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32), temperature, with_self)
-        assert float(found) == pytest.approx(want, rel=1e-4)
-    assert float(pairs.relation(jnp.asarray(x), jnp.asarray(3 * x), temperature)) == pytest.approx(0, abs=1e-6)
-    apart = np.square(unit(x)[:, None] - unit(x)[None]).sum(-1)[~np.eye(b, dtype=bool)]
-    assert float(salm.uniformity(jnp.asarray(x))) == pytest.approx(np.log(np.exp(-2 * apart).mean()), rel=1e-4)
-
-
-def test_structure_is_that_of_all_pairs_of_patches():
-    rng = np.random.default_rng(0)
-    x, t = rng.normal(size=(3, 11, 5)), 4 * rng.normal(size=(3, 11, 8))
-
-    def matrices(x):
-        length = np.linalg.norm(x, axis=-1)
-        apart = length[:, :, None] - length[:, None]
-        return unit(x) @ unit(x).swapaxes(1, 2), apart / apart.std(axis=(1, 2), keepdims=True)
-
-    want = [np.square(a - b).mean() for a, b in zip(matrices(x), matrices(t), strict=True)]
-    found = salm.structure(jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32))
-    np.testing.assert_allclose(found, want, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "curriculum, want", [(True, [(0, 1), (0, 1), (0.5, 0.55), (1, 0.1), (1, 0.1)]), (False, [(1, 0.1)] * 5)]
-)
-def test_weights_of_the_four_quarters(curriculum, want):
-    given = SimpleNamespace(options=salm.SalmOptions(curriculum=curriculum))
-    at = [salm.Objective.weights(given, done) for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    np.testing.assert_allclose(at, want, rtol=1e-6)
+def test_weights_of_the_four_quarters_and_noise_levels_of_embeddings():
+    for curriculum, want in ((True, [(0, 1), (0, 1), (0.5, 0.55), (1, 0.1), (1, 0.1)]), (False, [(1, 0.1)] * 5)):
+        given = SimpleNamespace(options=salm.SalmOptions(curriculum=curriculum))
+        at = [salm.Objective.weights(given, done) for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        np.testing.assert_allclose(at, want, rtol=1e-6)
+    for noise, level in {"none": 0, "mean0": 0, "level0": 0, "level999": 999, "random": None}.items():
+        options = unclip.UnclipOptions(embed_noise=noise)
+        assert options.level == level and options.uses_statistics == (noise != "none")

@@ -8,33 +8,26 @@ from unittest import mock
 import huggingface_hub
 import numpy as np
 import pytest
+import report_samples as samples
 from helpers import failed, refused
 from huggingface_hub import ModelCard
-from specs import CLIP_FOLDER, EVAL_CLIP, TRAINED
+from specs import CLIP_FOLDER, EVAL_CLIP
 from specs import CLIP_FOLDER as CLIP
 from transformers import AutoTokenizer
 
 from diva_jax import demo
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import NO_TEXT, TABLE
-from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.weights import clip as towers
 from diva_jax.weights import formats, origins
 from diva_jax.weights.export import layouts, publish
 from diva_jax.weights.formats import Tensors
 from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
 
-PROVENANCE = {
-    "workdir": "runs/a",
-    "step": 40,
-    "config": {
-        "objective": "diva", "data": {"path": "photos"}, "batch_size": 8, "seed": 3, "ema": {"decay": 0.9},
-        "backbone": {"source": "hf-hub:timm/vit_large_patch14_clip_224.openai"},
-    },
-    "sources": {"vision": {"source": ["a.safetensors"], "sha256": "12ab"}},
-    "base": "/weights/a",
-    "tuned": ["vision"],
-}  # fmt: skip
+BACKBONE = {"source": "hf-hub:timm/vit_large_patch14_clip_224.openai"}
+CONFIG = dict(objective="diva", data={"path": "photos"}, batch_size=8, seed=3, ema={"decay": 0.9}, backbone=BACKBONE)
+SOURCES = {"vision": {"source": ["a.safetensors"], "sha256": "12ab"}}
+PROVENANCE = dict(workdir="runs/a", step=40, config=CONFIG, sources=SOURCES, base="/weights/a", tuned=["vision"])
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +42,13 @@ def tuned(clip):
     return dataclasses.replace(clip, run=PROVENANCE)
 
 
-def write_results(folder, source="runs/a", step=40):
-    def score(value, spread, name="score"):
-        return {name: value, "interval": [value - spread, value + spread]}
-
-    scores = {"base": {"pooled": score(19.259, 6.5), "rank": {"score": 231.4, "interval": None}}}
-    scores["a:40"] = {"pooled": score(25.926, 7.0)}
-    difference = {"pooled": score(6.667, 5.186, "difference")}
-    task = {
-        "title": "MMVP-VLM",
-        "metrics": {"pooled": {"title": "pooled | embedding", "unit": "%"}, "rank": {"title": "rank", "unit": ""}},
-        "weights": {label: {"scores": of} for label, of in scores.items()},
-        "comparisons": [{"before": "base", "after": "a:40", "scores": difference}],
-    }
-    weights = [{"label": "base", "source": "w", "step": None}, {"label": "a:40", "source": source, "step": step}]
-    results = {"created": "2026-01-31T12:00:00+00:00", "weights": weights, "tasks": {"mmvp": task}}
-    (folder / "results.json").write_text(json.dumps(results))
+def write_results(folder, source="runs/a"):
+    """results.json of a run whose first metric has a mark of tables in its title."""
+    task = samples.mmvp_task([])
+    task["metrics"]["pooled"]["title"] = "pooled | embedding"
+    task["metrics"]["rank"] = {"title": "rank", "unit": ""}
+    task["weights"][samples.BEFORE]["scores"]["rank"] = {"score": 231.4, "interval": None}
+    samples.write_evaluation(folder, [], source, mmvp=task)
     return folder / "results.json"
 
 
@@ -85,6 +69,9 @@ def test_what_the_hub_and_its_reader_get(clip, tuned):
     data = ModelCard(text).data
     assert (data.license, data.base_model, data.pipeline_tag) == ("other", None, "image-feature-extraction")
     assert "<details>" not in text
+    run = PROVENANCE | {"config": CONFIG | {"data": {"path": "https://me:pw1@host/{0..9}.tar?token=pw2"}}}
+    text = publish.card(dataclasses.replace(clip, run=run), EVAL_CLIP, "hf", "float32")
+    assert "https://host/{0..9}.tar?..." in text and "pw1" not in text and "pw2" not in text
 
 
 def test_caveats_and_scores(clip, tuned, tmp_path):
@@ -92,25 +79,27 @@ def test_caveats_and_scores(clip, tuned, tmp_path):
     for line in ("No scores were given", "must be made again", "The text tower was not tuned", "No license was given"):
         assert line in plain, line
     both = dataclasses.replace(clip, run=PROVENANCE | {"tuned": ["text", "vision"]})
-    scores = publish.scores_of(str(write_results(tmp_path)), "runs/a", 40)
+    scores = publish.scores_of(str(write_results(tmp_path)), "runs/a", 4600)
     text = publish.card(both, EVAL_CLIP, "hf", "float32", scores=scores)
     assert "No scores" not in text and "The text tower was not tuned" not in text
     table = text.split("## Scores")[1].split("##")[0].strip().splitlines()[2:]
-    assert table[0] == "| task | score | base | this model | difference |" and table[1] == "|---|---|---|---|---|"
-    assert table[2] == (
-        r"| MMVP-VLM | pooled \| embedding [%] | 19.26 (12.76 to 25.76) | 25.93 (18.93 to 32.93) | "
-        "+6.67 (1.48 to 11.85) |"
+    assert (
+        table[0] == f"| task | score | {samples.BEFORE} | this model | difference |"
+        and table[1] == "|---|---|---|---|---|"
     )
-    assert len(table) == 3  # The rank has no score of these weights.
+    numbers = "19.26 (12.76 to 25.76) | 25.93 (18.93 to 32.93) | +6.67 (1.48 to 11.85)"
+    assert table[2] == rf"| MMVP-VLM | pooled \| embedding [%] | {numbers} |"
+    assert len(table) == 4 and "published" in table[3]  # The rank has no score of these weights.
 
 
 def test_scores_are_those_of_the_exported_weights(tmp_path):
-    file = write_results(tmp_path, str(tmp_path / "runs" / "a"))
-    assert publish.scores_of(str(tmp_path), str(tmp_path / "runs" / "." / "a"), 40)["reference"] == "base"
-    assert publish.scores_of(str(file), "w", None)["reference"] == ""
-    for source, step in (("runs/b", 40), (str(tmp_path / "runs" / "a"), 39)):
-        with pytest.raises(UserError, match="has no scores of .*, only of w, .*a:40: evaluate these weights"):
-            publish.scores_of(str(file), source, step)
+    run = str(tmp_path / "runs" / "a")
+    file = write_results(tmp_path, run)
+    assert publish.scores_of(str(tmp_path), str(tmp_path / "runs" / "." / "a"), 4600)["reference"] == samples.BEFORE
+    assert publish.scores_of(str(file), "weights/vitl14", None)["reference"] == ""
+    for source, step in (("runs/b", 4600), (run, 39)):
+        says = "has no scores of .*, only of weights/vitl14, .*a:4600: evaluate these weights"
+        refused(says, publish.scores_of, str(file), source, step)
     for content in ("{", '{"weights": []}', '{"weights": [{"label": "a"}]}', "[]"):
         file.write_text(content)
         refused("results.json (is not a results.json|has no scores)", publish.scores_of, str(file), "w", None)
@@ -140,24 +129,21 @@ def push(clip, out, repo="me/tuned"):
     publish.export(clip.where, out, "hf", "float32", publish.ExportOptions("mit", push_to_hub=repo), run=False)
 
 
-def test_the_export_is_pushed(clip, tmp_path, hub, written, capsys):
+def test_the_export_is_pushed_to_a_hub_that_is_checked_before_anything_is_written(clip, tmp_path, hub, written, capsys):
     push(clip, tmp_path / "out")
     assert [name for name, _, _ in hub.method_calls] == ["whoami", "create_repo", "upload_folder"]
     kw = hub.upload_folder.call_args.kwargs
     assert kw["repo_id"] == "me/tuned" and kw["folder_path"] == tmp_path / "out"
     assert 'from_pretrained("me/tuned")' in (tmp_path / "out" / "README.md").read_text()
     assert "pushed to https://hub/me/tuned" in capsys.readouterr().out
-
-
-def test_the_hub_is_checked_before_anything_is_written(clip, tmp_path, hub, written):
     for repo in ("tuned", "me/tu ned", "a/b/c"):
-        refused("is no name of a hub repository .*give USER/NAME", push, clip, tmp_path / "out", repo)
+        refused("is no name of a hub repository .*give USER/NAME", push, clip, tmp_path / "no", repo)
     hub.whoami.side_effect = OSError("no network")
-    refused("does not know this account .*run hf auth login, or set HF_TOKEN", push, clip, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    refused("does not know this account .*run hf auth login, or set HF_TOKEN", push, clip, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
     hub.whoami.side_effect, hub.upload_folder.side_effect = None, OSError("no network")
-    failed("is written, but was not pushed to me/tuned .*hf upload me/tuned", push, clip, tmp_path / "out")
-    assert (tmp_path / "out" / "README.md").exists()
+    failed("is written, but was not pushed to me/tuned .*hf upload me/tuned", push, clip, tmp_path / "no")
+    assert (tmp_path / "no" / "README.md").exists()
 
 
 def test_hub_ids_and_towers_that_transformers_cannot_hold(clip):
@@ -168,51 +154,27 @@ def test_hub_ids_and_towers_that_transformers_cannot_hold(clip):
 
 
 @pytest.mark.parametrize("tag", list(TABLE))
-def test_every_backbone_has_both_configs(tag):
-    """The configs of an export describe what was exported."""
-
-    def comparable(spec):
-        return dataclasses.replace(
-            spec, source="", open_clip_name="", **dict.fromkeys(("select", "add_text", "readout"), "")
-        )
-
-    spec = TABLE[tag]
-    assert comparable(from_open_clip(to_open_clip(spec))) == comparable(spec)
-    found, silent = towers.from_transformers(*towers.transformers_configs(spec), tag)
-    assert comparable(found) == comparable(spec) and not silent
+def test_every_backbone_has_configs_of_transformers(tag):
+    """They describe what was exported; those of open_clip are compared with its own in tests/parity."""
+    free = dict.fromkeys(("source", "open_clip_name", "select", "add_text", "readout"), "")
+    found, silent = towers.from_transformers(*towers.transformers_configs(TABLE[tag]), tag)
+    assert dataclasses.replace(found, **free) == dataclasses.replace(TABLE[tag], **free) and not silent
 
 
 @pytest.mark.attack
 @pytest.mark.parametrize("seed", range(3))
-def test_weights_that_are_not_finite_are_named(tmp_path, seed):
+def test_weights_that_are_not_finite_are_named(clip, tmp_path, seed):
     """And not said to be read back differently, since NaN is not equal to itself."""
     rng = np.random.default_rng(seed)
-    demo.write_clip(tmp_path / "clip", TRAINED)
-    source = origins.open_source(str(tmp_path / "clip"))
-    name = sorted(source.tensors)[rng.integers(len(source.tensors))]
-    array = np.array(source.tensors[name])
+    name = sorted(clip.tensors)[rng.integers(len(clip.tensors))]
+    array = np.array(clip.tensors[name])
     array.flat[rng.integers(array.size)] = rng.choice([np.nan, np.inf, -np.inf])
     changed = formats.Tensor(array.shape, array.dtype, lambda: array)
-    broken = dataclasses.replace(source, tensors=formats.Tensors({**source.tensors, name: changed}, source.files))
+    broken = dataclasses.replace(clip, tensors=formats.Tensors({**clip.tensors, name: changed}, clip.files))
     for fmt in ("open_clip", "hf"):
-        with pytest.raises(UserError, match=rf"clip: the tensor {name} has values that are NaN or infinite"):
-            layouts.export(broken, source.spec, tmp_path / fmt, fmt, run=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["clip"]
-
-
-@pytest.mark.attack
-def test_a_card_has_no_secrets():
-    spec = dataclasses.replace(TRAINED, source="clip")
-    config = {
-        "objective": "diva",
-        "data": {"path": "https://me:pw1@host/{0..9}.tar?token=pw2"},
-        "batch_size": 1,
-        "seed": 0,
-    }
-    run = dict(workdir="w", step=1, config=config, sources={}, base="b", tuned=["vision"])
-    source = origins.ClipSource("w", "checkpoint", formats.Tensors({}, []), spec, run=run)
-    text = publish.card(source, spec, "hf", "float32")
-    assert "https://host/{0..9}.tar?..." in text and "pw1" not in text and "pw2" not in text
+        says = rf": the tensor {name} has values that are NaN or infinite"
+        refused(says, layouts.export, broken, clip.spec, tmp_path / fmt, fmt, run=False)
+    assert not list(tmp_path.iterdir())
 
 
 SPEC = dataclasses.replace(CLIP_FOLDER, text=dataclasses.replace(CLIP_FOLDER.text, vocab_size=600))

@@ -33,7 +33,7 @@ def read_all(path):
     return {n: np.asarray(t) for n, t in formats.open_file(path).items()}
 
 
-def test_missing_shard(tmp_path):
+def test_missing_shards_and_the_fingerprint_of_contents_and_order(tmp_path):
     index = {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
     formats.write_safetensors(tmp_path / "m-00001-of-00002.safetensors", {"a": np.float32(3)})
@@ -41,14 +41,26 @@ def test_missing_shard(tmp_path):
     (tmp_path / "m.safetensors.index.json").write_text("{")
     refused("JSON", formats.weights_in, tmp_path, "m")
     refused("has no weights", formats.weights_in, tmp_path, "other")
+    for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (formats.fingerprint([tmp_path / n]) for n in "abc")
+    assert a == c != b and len(a) == 64
+    assert formats.fingerprint([tmp_path / "a", tmp_path / "b"]) != formats.fingerprint(
+        [tmp_path / "b", tmp_path / "a"]
+    )
 
 
-def test_the_removed_repository_is_named_and_a_local_folder_of_its_name_is_read(tmp_path, monkeypatch):
+def test_a_local_folder_goes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source in ("stabilityai/stable-diffusion-2-1-base", "hf-hub:stabilityai/stable-diffusion-2-1"):
         refused(r"removed in November 2025: set config.diffusion.source to a mirror", origins.diffusers_folder, source)
     (tmp_path / "stabilityai/stable-diffusion-2-1-base").mkdir(parents=True)
     assert origins.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(origins, "download", lambda *_: pytest.fail("the hub was asked"))
+    (tmp_path / "weights" / "clip").mkdir(parents=True)
+    with pytest.raises(UserError, match="config.x.source='weights/clpi' does not exist in the folder weights"):
+        origins.open_source("weights/clpi", "config.x.source")
 
 
 @pytest.mark.parametrize("open_it", [origins.diffusers_folder, origins.open_source])
@@ -80,14 +92,6 @@ def test_places_that_are_not_there(find, monkeypatch):
         assert "config.x.source" in str(e.value) and len(str(e.value)) < 600
 
 
-def test_a_mistyped_path_does_not_ask_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(origins, "download", lambda *_: pytest.fail("the hub was asked"))
-    (tmp_path / "weights" / "clip").mkdir(parents=True)
-    with pytest.raises(UserError, match="config.x.source='weights/clpi' does not exist in the folder weights"):
-        origins.open_source("weights/clpi", "config.x.source")
-
-
 def test_arrays_go_straight_to_their_shards():
     """Each device has its shard, in the requested dtype, with kernels transposed."""
     model = nnx.eval_shape(lambda: nnx.Linear(16, 24, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
@@ -98,17 +102,6 @@ def test_arrays_go_straight_to_their_shards():
     kernel = state["kernel"].get_value()
     assert kernel.dtype == jnp.bfloat16 and {s.data.shape for s in kernel.addressable_shards} == {(2, 24)}
     np.testing.assert_array_equal(np.asarray(kernel, np.float32), weight.T.astype(jnp.bfloat16).astype(np.float32))
-
-
-def test_writers(tmp_path):
-    array = np.arange(6.0, dtype=np.float32).reshape(2, 3)
-    content = {"t": array.T, "s": np.float32(3), "b": array.astype(jnp.bfloat16)}
-    formats.write_safetensors(tmp_path / "a.safetensors", content)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
-    found = read_all(tmp_path / "a.safetensors")
-    for name, value in content.items():
-        np.testing.assert_array_equal(found[name], value)
-        assert found[name].dtype == value.dtype
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -157,15 +150,12 @@ def test_a_backbone_that_may_be_trained_can_be_built_and_exported(name):
     assert refused or name in ("source", "open_clip_name")
 
 
-@pytest.mark.parametrize("option", ["use_mask_token", "qkv_bias"])
-def test_dinov2_options_that_are_not_implemented_are_named(option):
-    config = clip.transformers_configs(DINOV2)[0] | {option: False}
-    refused(f"{option}=false", clip.from_transformers, config, {}, "x")
-
-
-def test_a_transformers_model_that_is_not_known_lists_those_that_are():
-    with pytest.raises(UserError, match="is a 'bert' model: give the folder of a whole .*Dinov2Model.* or SiglipModel"):
-        clip.from_transformers({"model_type": "bert"}, {}, "x")
+def test_transformers_models_and_options_that_are_not_implemented_are_named():
+    for option in ("use_mask_token", "qkv_bias"):
+        config = clip.transformers_configs(DINOV2)[0] | {option: False}
+        refused(f"{option}=false", clip.from_transformers, config, {}, "x")
+    known = "is a 'bert' model: give the folder of a whole .*Dinov2Model.* or SiglipModel"
+    refused(known, clip.from_transformers, {"model_type": "bert"}, {}, "x")
 
 
 @pytest.mark.parametrize(("vocab", "activation"), [(32000, ""), (256000, "gelu_tanh")], ids=["siglip", "siglip2"])
@@ -177,16 +167,6 @@ def test_published_siglip_folders_are_read_as_open_clip_runs_them(vocab, activat
     giant = dict(hidden_size=1536, num_hidden_layers=40, num_attention_heads=16, intermediate_size=6144, image_size=256)
     spec, _ = clip.from_transformers(config | dict(vision_config=giant), {}, "x")
     assert spec.activation == "gelu_tanh" and spec.text.activation == ("gelu" if vocab == 32000 else "")
-
-
-def test_fingerprint_is_of_contents_and_order(tmp_path):
-    for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
-        (tmp_path / name).write_bytes(content)
-    a, b, c = (formats.fingerprint([tmp_path / n]) for n in "abc")
-    assert a == c != b and len(a) == 64
-    assert formats.fingerprint([tmp_path / "a", tmp_path / "b"]) != formats.fingerprint(
-        [tmp_path / "b", tmp_path / "a"]
-    )
 
 
 def test_a_custom_config_takes_the_diffusion_model_from_its_folder(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 
 import jax
 import numpy as np
@@ -10,8 +9,7 @@ import pytest
 from helpers import refused
 from PIL import Image
 
-from diva_jax import config, objectives, world
-from diva_jax.common.errors import UserError
+from diva_jax import objectives, world
 from diva_jax.data import sources
 from diva_jax.evals.tasks import mmvp
 from diva_jax.models.diffusion.presets import Diffusion
@@ -128,22 +126,51 @@ def test_a_record_is_a_function_of_seed_number_and_kind_of_captions():
     assert told[0] > 85 and told[1] < 15
 
 
-def test_texts_are_a_true_one_and_one_with_the_opposite_relation():
+def test_texts_of_records_and_pairs_in_mmvps_layout(tmp_path):
     source = sources.open_source(records.path(5))
     assert source.read(0, with_text=False).texts is None
     for i in range(20):
         true, false = source.read(i).texts
         (a,), (b,) = ([r for r in scenes.RELATIONS if f" {r} " in t] for t in (true, false))
         assert true.replace(a, b) == false and scenes.RELATIONS.index(a) == scenes.RELATIONS.index(b) ^ 1
+    blindness.write_pairs(tmp_path, seed=4, count=3)
+    names, count = mmvp.read_patterns(str(tmp_path))
+    questions = mmvp.read_questions(str(tmp_path))
+    assert names == scenes.FACTS and count == 3 and len(questions) == 2 * 3 * 4
+    found = blindness.pairs(seed=4, count=3)
+    assert [q.text for q in questions] == [f"a photo of {t}" for t in found.texts]
+    assert (found.pattern == np.arange(12) // 3).all()
+    assert all(a != b for a, b in zip(found.texts[::2], found.texts[1::2], strict=True))
 
 
-def test_wrong_options_and_modules_are_named():
+def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
     for options in ("seed=x", "seed=-1", "captions=long", "count=0", "colour=red", "seed=9" * 9):
         says = r"config\.data\.path=module:diva_jax\.world\.records"
         refused(says, sources.open_source, f"{records.MODULE}?{options}")
     for module in ("no.such.module", "json", "", "diva_jax..data"):
         says = "give module:NAME of one on PYTHONPATH that defines open_source"
         refused(says, sources.open_source, f"module:{module}?a=1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("")
+    for out in (None, "", "gs://bucket/x", "a_file", "a_file/x"):
+        refused("^--out=.* give (one, e.g. --out=runs/x|another one)$", world.folder, out, "runs/x")
+    assert str(world.folder("runs/x", "runs/x")) == "runs/x"
+    path = tmp_path / experiment.RESULTS
+    path.write_text('{"arm": "diva", "seed": 0}\n{"arm": "di')
+    assert experiment.read(path) == [{"arm": "diva", "seed": 0}]
+    path.write_text('{"arm"\n{"arm": "diva"}\n')
+    refused("line 1 is no JSON", experiment.read, path)
+    given = (tmp_path / "a", ["no_such_arm"], [0], arms.Budget(), 1)
+    refused("--arms has no_such_arm", experiment.experiment, *given)
+    assert arms.find("diva:optim.lr=1e-3:anchor.weight=0.5").fields["optim.lr"] == 1e-3
+    refused("give each field a number", arms.find, "diva:optim.lr=high")
+    blindness.write_pairs(tmp_path, seed=4, count=1)
+    for content, says in (
+        ('{"patterns": ["a"], "pairs": 0}', "Patterns.json.* it must read .*; remove it"),
+        ('{"patterns": ["a"], "pairs": 30}', "has 8 questions, MMVP-VLM has 60"),
+    ):
+        (tmp_path / mmvp.NAMES).write_text(content)
+        refused(says, mmvp.read_questions, str(tmp_path))
 
 
 def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
@@ -160,9 +187,6 @@ def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
     assert np.mean((back - images) ** 2) < 0.08 * np.var(images)
     # What has been projected once stays as it is.
     np.testing.assert_allclose(code.decode(code.encode(back)), back, atol=1e-5)
-
-
-def test_other_shapes_of_the_code():
     config = patch_code.PatchCodeConfig.from_dict({"patch_size": 2, "latent_channels": 5, "in_channels": 3})
     assert patch_code.PatchCode(config).encode(np.ones((1, 6, 10, 3), np.float32)).shape == (1, 3, 5, 5)
     for options, says in (
@@ -170,27 +194,6 @@ def test_other_shapes_of_the_code():
         ({"block_out_channels": [8]}, "unknown option .?block_out_channels"),
     ):
         refused(says, patch_code.PatchCodeConfig.from_dict, options)
-
-
-def test_pairs_are_read_by_the_task_mmvp(tmp_path):
-    blindness.write_pairs(tmp_path, seed=4, count=3)
-    names, count = mmvp.read_patterns(str(tmp_path))
-    questions = mmvp.read_questions(str(tmp_path))
-    assert names == scenes.FACTS and count == 3 and len(questions) == 2 * 3 * 4
-    found = blindness.pairs(seed=4, count=3)
-    assert [q.text for q in questions] == [f"a photo of {t}" for t in found.texts]
-    assert (found.pattern == np.arange(12) // 3).all()
-    assert all(a != b for a, b in zip(found.texts[::2], found.texts[1::2], strict=True))
-
-
-def test_a_broken_list_of_patterns_is_named(tmp_path):
-    blindness.write_pairs(tmp_path, seed=4, count=1)
-    for content in ("[", "[]", '{"patterns": [], "pairs": 2}', '{"patterns": ["a"], "pairs": 0}'):
-        (tmp_path / mmvp.NAMES).write_text(content)
-        says = "Patterns.json.*(repair or remove it|it must read .*; remove it)"
-        refused(says, mmvp.read_questions, str(tmp_path))
-    (tmp_path / mmvp.NAMES).write_text(json.dumps({"patterns": ["a"], "pairs": 30}))
-    refused("has 8 questions, MMVP-VLM has 60", mmvp.read_questions, str(tmp_path))
 
 
 def test_labels_are_of_the_left_or_upper_object_and_classes_of_both():
@@ -270,36 +273,13 @@ def test_nothing_is_claimed_without_the_control_or_with_one_seed():
     assert "nothing can be claimed" in comparison.verdict("diva", single)
 
 
-@pytest.mark.parametrize("name", [n for n in arms.ARMS if n != "untuned"])
-def test_every_arm_has_a_valid_config_and_the_same_budget(name):
-    arm = arms.find(name)
-    c = arms.arm_config(arm, 2, arms.Budget(1600, 16), "x")
-    config.validate(c, 1)
-    last = objectives.stages(c)[-1]
-    assert last.end - last.start == c.steps == 100 and c.seed == 2
-    assert not arm.control or arm.control in arms.ARMS
-    if arm.teacher == arms.RANDOM:
-        assert '"source": "x"' in c.to_json()
-    if arm.control:
-        control = arms.arm_config(arms.find(arm.control), 2, arms.Budget(1600, 16), "x")
-        assert control.to_json() != c.to_json()
-
-
-def test_results_that_were_cut_off_and_unknown_arms(tmp_path):
-    path = tmp_path / experiment.RESULTS
-    path.write_text('{"arm": "diva", "seed": 0}\n{"arm": "di')
-    assert experiment.read(path) == [{"arm": "diva", "seed": 0}]
-    path.write_text('{"arm"\n{"arm": "diva"}\n')
-    refused("line 1 is no JSON", experiment.read, path)
-    with pytest.raises(UserError, match="--arms has no_such_arm"):
-        experiment.experiment(tmp_path / "a", ["no_such_arm"], [0], arms.Budget(), 1)
-    assert arms.find("diva:optim.lr=1e-3:anchor.weight=0.5").fields["optim.lr"] == 1e-3
-    refused("give each field a number", arms.find, "diva:optim.lr=high")
-
-
-def test_commands_are_told_which_folders_they_cannot_use(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a_file").write_text("")
-    for out in (None, "", "gs://bucket/x", "a_file", "a_file/x"):
-        refused("^--out=.* give (one, e.g. --out=runs/x|another one)$", world.folder, out, "runs/x")
-    assert str(world.folder("runs/x", "runs/x")) == "runs/x"
+def test_every_arm_has_the_same_budget_and_a_control_that_differs():
+    """tests/runs builds each."""
+    for name in set(arms.ARMS) - {"untuned"}:
+        arm = arms.find(name)
+        c = arms.arm_config(arm, 2, arms.Budget(1600, 16), "x")
+        last = objectives.stages(c)[-1]
+        assert last.end - last.start == c.steps == 100 and c.seed == 2
+        assert ('"source": "x"' in c.to_json()) or arm.teacher != arms.RANDOM
+        control = arm.control and arms.arm_config(arms.find(arm.control), 2, arms.Budget(1600, 16), "x")
+        assert not control or control.to_json() != c.to_json()
