@@ -1,17 +1,25 @@
-"""Valid data paths: tars, patterns, folders, tfds, remote stores, the demo's photographs; errors for invalid ones."""
+"""Data paths: tars, patterns, folders, tables, Hugging Face datasets, tfds, remote stores; errors for invalid ones."""
 
+import concurrent.futures
+import csv
 import importlib.util
 import io
+import json
+import logging
 import os
+import re
 import sys
 
 import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import refused
-from records import encoded, noise, write_tar, write_tfds
+from records import batches, encoded, noise, tags, write_tar, write_tfds
 
 from diva_jax import demo
-from diva_jax.data import files
+from diva_jax.data import files, inputs, tables
 from diva_jax.data.sources import FolderSource, TfdsSource, open_source
 from diva_jax.data.tars import TarSource
 
@@ -151,3 +159,216 @@ def test_without_scikit_image(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "skimage" else find(name))
     refused(r"pip install -e '.\[demo\]'", demo.pack_photos, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+COUNT = 23
+CAPTIONS = [f'caption {i}, "quoted"\nand on two lines' if i % 5 == 0 else f"caption {i}" for i in range(COUNT)]
+HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """23 images, every third one in a separate folder."""
+    for i in range(COUNT):
+        path = tmp_path / where(i)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(i))
+    return tmp_path
+
+
+def where(i):
+    return f"{i}.png" if i % 3 else f"more/{i}.png"
+
+
+def hf_table(images, captions=CAPTIONS, name="image", text="text"):
+    structs = pa.array([{"bytes": data, "path": None} for data in images], HF_IMAGE)
+    return pa.table({"id": list(range(len(images))), name: structs, text: captions})
+
+
+def write_csv(path, header, rows, separator=","):
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        csv.writer(f, delimiter=separator, lineterminator="\n").writerows([header, *rows])
+    return path
+
+
+def write_arrow(path, table, rows=5):
+    """Writes a stream of record batches, like ArrowWriter of `datasets`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+
+
+def save_to_disk(folder, table, shards=2):
+    """The layout of `Dataset.save_to_disk`."""
+    size = -(-table.num_rows // shards)
+    names = [f"data-{k:05d}-of-{shards:05d}.arrow" for k in range(shards)]
+    for k, name in enumerate(names):
+        write_arrow(folder / name, table.slice(k * size, size))
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+    write_arrow(folder / "cache-1234.arrow", pa.table({"indices": [1]}))  # A file that `datasets` leaves in the folder.
+
+
+def make(folder, kind):
+    """(path of the same 23 records in each format, its first file)."""
+    images, paths, parquet = [encoded(i) for i in range(COUNT)], list(map(where, range(COUNT))), folder / "a.parquet"
+    if kind == "csv":
+        return write_csv(folder / "a.csv", ("image", "caption"), zip(paths, CAPTIONS, strict=True))
+    if kind == "tsv":
+        return write_csv(folder / "a.tsv", ("title", "filepath"), zip(CAPTIONS, paths, strict=True), "\t")
+    if kind == "semicolons":
+        rows = zip("1" * COUNT, paths, CAPTIONS, strict=True)
+        return write_csv(folder / "a.csv", ("id", "file", "text"), rows, ";")
+    if kind == "jsonl":
+        lines = [json.dumps({"id": i, "path": paths[i], "text": CAPTIONS[i]}) for i in range(COUNT)]
+        (folder / "a.jsonl").write_text("\n\n".join(lines))
+        return folder / "a.jsonl"
+    if kind == "parquet of paths":
+        pq.write_table(pa.table({"path": paths, "caption": CAPTIONS}), parquet)
+        return parquet
+    if kind == "parquet of bytes":
+        pq.write_table(pa.table({"text": CAPTIONS, "jpg": images}), parquet, row_group_size=4)
+        return parquet
+    if kind == "parquet folder":
+        (folder / "hf" / "data").mkdir(parents=True)
+        for k, part in enumerate((slice(0, 9), slice(9, COUNT))):
+            table = hf_table(images[part], CAPTIONS[part])
+            pq.write_table(table, folder / "hf" / "data" / f"train-{k:05d}-of-00002.parquet", row_group_size=3)
+        return folder / "hf"
+    save_to_disk(folder / "saved", hf_table(images))
+    return folder / "saved"
+
+
+KINDS = ("csv", "tsv", "semicolons", "jsonl", "parquet of paths", "parquet of bytes", "parquet folder", "save_to_disk")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_holds_the_same_records(folder, kind):
+    source = open_source(str(make(folder, kind)))
+    assert len(source) == COUNT and source.has_text
+    records = [source.read(i) for i in range(COUNT)]
+    assert [r.image for r in records] == [encoded(i) for i in range(COUNT)]
+    assert [r.text for r in records] == CAPTIONS
+    assert source.read(3, with_text=False).text is None
+    names = [r.name for r in records]
+    assert names == [source.name(i) for i in range(COUNT)] and len(set(names)) == COUNT
+    order = list(np.random.default_rng(0).integers(0, COUNT, 200))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, order)) == [records[i] for i in order]
+
+
+def test_rows_are_named_and_columns_chosen_by_option(folder):
+    source = open_source(str(make(folder, "csv")))
+    # The caption of every fifth row takes two lines, of which the last counts.
+    assert [source.name(i) for i in range(7)] == [f"a.csv, line {n}" for n in (3, 4, 5, 6, 7, 9, 10)]
+    rows = open_source(str(make(folder, "parquet folder")))
+    assert rows.name(0) == "train-00000-of-00002.parquet, row 1"
+    assert rows.name(COUNT - 1) == "train-00001-of-00002.parquet, row 14"
+    pq.write_table(pa.table({"url": ["x"]}), folder / "00000.parquet")  # As img2dataset does, beside each shard.
+    assert len(open_source(str(folder))) == COUNT
+    rows = [(where((i + 1) % COUNT), "wrong", where(i), f"words {i}") for i in range(COUNT)]
+    path = write_csv(folder / "b.csv", ("image", "caption", "the file", "words"), rows)
+    source = open_source(f"{path}?image=the file&text=words")
+    assert source.read(4)[1:3] == (encoded(4), "words 4")
+    table = hf_table([encoded(i) for i in range(COUNT)], name="photograph", text="words")
+    pq.write_table(table, folder / "b.parquet")
+    save_to_disk(folder / "saved", table)
+    for path in (folder / "b.parquet", folder / "saved"):
+        source = open_source(f"{path}?image=photograph")
+        assert not source.has_text and source.read(4).text is None
+        assert open_source(f"{path}?text=words&image=photograph").read(4)[1:3] == (encoded(4), CAPTIONS[4])
+    struct = pa.array([{"bytes": None, "path": where(3)}, {"bytes": encoded(1), "path": "1.jpg"}], HF_IMAGE)
+    pq.write_table(pa.table({"image": struct, "words": [["one", "two"], ["three"]]}), folder / "a.parquet")
+    source = open_source(f"{folder}/a.parquet")
+    assert [source.read(i).image for i in range(2)] == [encoded(3), encoded(1)] and not source.has_text
+    assert open_source(f"{folder}/a.parquet?text=words").read(0).text == "one\ntwo"  # A list of captions is lines.
+
+
+@pytest.mark.parametrize("kind", ("csv", "parquet of bytes", "save_to_disk"))
+def test_broken_rows_are_skipped_and_named(folder, kind, caplog):
+    """Rows 3, 5 and 7: without an image, with a broken one, without a caption."""
+    path = make(folder, kind)
+    names, says = [f"a.parquet, row {n}" for n in (4, 6, 8)], ("no image", "cannot identify", "no caption")
+    if kind == "csv":
+        lines = ["image,caption", *(f"{where(i)},c{i}" for i in range(COUNT))]
+        lines[4], lines[6], lines[8] = "none.png,gone", ",without an image", f"{where(7)},"
+        path.write_text("\n".join(lines))
+        names, says = [f"a.csv, line {n}" for n in (5, 7, 9)], ("none.png", "no image", "no caption")
+    else:
+        images = [None if i == 3 else b"broken" if i == 5 else encoded(i) for i in range(COUNT)]
+        captions = [None if i == 7 else c for i, c in enumerate(CAPTIONS)]
+        if kind == "save_to_disk":
+            save_to_disk(path, hf_table(images, captions))
+            names = [f"data-00000-of-00002.arrow, row {n}" for n in (4, 6, 8)]
+        else:
+            pq.write_table(pa.table({"image": images, "text": captions}), path)
+    ids = inputs.Tokens(1, lambda: lambda texts: np.zeros((len(texts), 1), np.int32))
+    with caplog.at_level(logging.WARNING):
+        batch = next(batches(path, {"image": inputs.Image(8), "ids": ids}, batch=COUNT, max_broken_share=0.5))
+    assert set(tags(batch["image"])) == set(range(COUNT)) - {3, 5, 7}
+    lines = [r.getMessage() for r in caplog.records]
+    for name, why in zip(names, says, strict=True):
+        assert sum(f"broken image: {name}: " in line and why in line for line in lines) == 1, (name, lines)
+
+
+def test_large_row_groups_are_told_or_refused(folder, tmp_path, monkeypatch, caplog):
+    path = make(folder, "parquet of bytes")
+    open_source(str(path))
+    monkeypatch.setattr(tables, "_LARGE_ROW_GROUP_BYTES", 10)
+    open_source(str(path), quiet=True)
+    assert not caplog.text
+    open_source(str(path))
+    assert "a.parquet has row groups of up to 0 MB" in caplog.text
+    monkeypatch.setattr(tables, "_MAX_ROW_GROUP_BYTES", 2**20)
+    for rows in (30, 300):  # Of one value that is stored once and used by each row.
+        pq.write_table(pa.table({"image": [bytes(2**13 + 1)] * rows}), path)
+        assert path.stat().st_size < 2**15
+        source = open_source(str(path))
+        if rows == 30:
+            assert source.read(29).image == bytes(2**13 + 1)
+        else:
+            refused("a.parquet has a row group of more than 1 MB, .*row_group_size=1000", source.read, 0)
+
+
+def two_datasets(folder):
+    for split in ("train", "test"):
+        save_to_disk(folder / split, ONE)
+
+
+def no_state(folder):
+    save_to_disk(folder, ONE)
+    (folder / "state.json").write_text("{}")
+
+
+ONE = hf_table([encoded(0)], ["x"])
+CAPTIONED = {"a.parquet": pa.table({"image": ["x"], "text": ["y"]}), "b.parquet": pa.table({"image": ["x"]})}
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.csv", "url,words\nx,y\n", "has no column image, file, .* or webp, only url, words"),
+    ("a.csv?image=x", "image\ny\n", r"has no column 'x' for \?image=, only image"),
+    ("a.csv?caption=x", "image\ny\n", "has the option caption: after . write image=COLUMN"),
+    ("a.csv", "image,caption\n", "a.csv has no rows"),
+    ("a.csv", "", "has no column image"),
+    ("a.csv", b"image,caption\nx,\xff\xfe\n", "after line .*: save it as UTF-8"),
+    ("a.tsv", 'image\nx\n"' + "y" * 200_000, "line 3: the row is not CSV .field larg"),
+    ("a.parquet", "no table", "a.parquet cannot be read as parquet"),
+    ("a.parquet", pa.table({"image": [1]}), "'image' of .*a.parquet holds int64"),
+    ("a.arrow", "no table", "a.arrow cannot be read as arrow"),
+    ("x", two_datasets, "holds several datasets .test, train.: choose one, e.g. .*/test"),
+    ("x", CAPTIONED, "b.parquet has no column with captions"),
+    ("x", {f"{n}-00000-of-00001.parquet": ONE for n in ("train", "test")}, "several splits .test, train.: choose"),
+    ("x", no_state, "is no state.json of save_to_disk"),
+    ("x?text=a", {"1.png": encoded(1)}, "images, which have no columns"),
+])  # fmt: skip
+def test_bad_tables_are_one_sentence(tmp_path, name, content, says):
+    path = tmp_path / name.split("?")[0]
+    if callable(content):
+        content(path)
+    for part, data in content.items() if isinstance(content, dict) else [] if callable(content) else [("", content)]:
+        (path / part).parent.mkdir(exist_ok=True)
+        if isinstance(data, pa.Table):
+            pq.write_table(data, path / part)
+        else:
+            (path / part).write_bytes(data if isinstance(data, bytes) else data.encode())
+    assert not re.search(r"\btar\b", refused(says, open_source, f"{tmp_path}/{name}"))
