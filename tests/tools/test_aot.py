@@ -256,9 +256,7 @@ def test_attention_kernels_compile_for_the_tpu(n, m, heads, width, gradient):
 @pytest.mark.parametrize(("topology", "tokens", "channels"), [
     ("v5e:2x2", 384, 320),
     pytest.param("v6e:2x2", 256, 640, marks=SLOW),
-    pytest.param("v5p:2x2x1", 512, 320, marks=SLOW),
     pytest.param("v5p:2x2x1", 1024, 640, marks=SLOW),
-    pytest.param("tpu7x:2x2x1", 512, 320, marks=SLOW),
     pytest.param("tpu7x:2x2x1", 256, 640, marks=SLOW),
 ])  # fmt: skip
 def test_feed_forward_kernels_compile_for_the_tpu(monkeypatch, topology, tokens, channels):
