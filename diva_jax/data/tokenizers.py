@@ -2,20 +2,20 @@
 
 import gzip
 import html
-import json
-import os
+import io
 import string
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import regex
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
+from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief, explained
-from diva_jax.common.json_files import open_regular
 from diva_jax.models.backbones import TextSpec
 
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
@@ -30,7 +30,7 @@ _WORDS = regex.compile(
 )
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CLIP_FILES = "tokenizer.json, vocab.json with merges.txt, or bpe_simple_vocab_16e6.txt.gz"
-_MAX_FILE_BYTES = 2**26
+_MAX_UNPACKED_BYTES = 2**26
 _MAX_ID = 2**24
 _OPENAI_MERGES = 49152 - 256 - 2  # Entries of OpenAI's merges file that make its vocabulary of 49,408.
 
@@ -130,41 +130,28 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
     return first, second
 
 
-def _content(path: Path, opened=open) -> bytes:
-    """The bytes of a regular file of at most 64 MiB, unpacked where `opened` unpacks."""
-    os.close(open_regular(path))
-    with opened(path, "rb") as f:
-        data = f.read(_MAX_FILE_BYTES + 1)
-    if len(data) > _MAX_FILE_BYTES:
-        raise OSError("it has more than 64 MiB")
-    return data
-
-
-def _read(path: Path, missing: dict | None = None) -> dict:
-    """The JSON of a file, or what stands for one that is missing."""
-    return missing if missing is not None and not path.exists() else json.loads(_content(path))
-
-
 def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, bool]]:
     """(token -> id, merges, added tokens as `ClipTokenizer` has them) from whichever of CLIP's files a folder has; a
     UserError where it has none, or one that is broken."""
-    path = folder / "tokenizer.json"
+    path, form = folder / "tokenizer.json", (dict[str, Any], "fetch it again")
     try:
         if path.exists():
-            whole = _read(path)
+            whole = json_files.read(path, *form)
             vocab, merges = whole["model"]["vocab"], [_pair(m) for m in whole["model"]["merges"]]
             listed = {t["id"]: t for t in whole.get("added_tokens", ())}
         elif (path := folder / "vocab.json").exists():
-            vocab = _read(path)
+            vocab = json_files.read(path, *form)
             path = folder / "merges.txt"
-            lines = _content(path).decode("utf-8").split("\n")
+            lines = json_files.read_bytes(path).decode("utf-8").split("\n")
             merges = [_pair(line) for line in lines if line and not line.startswith("#version")]
             path = folder / "added_tokens.json"  # Of older versions.
-            listed = {i: {"content": token, "normalized": True} for token, i in _read(path, {}).items()}
+            older = json_files.read(path, *form, {})
+            listed = {i: {"content": token, "normalized": True} for token, i in older.items()}
             path = folder / "tokenizer_config.json"
-            listed |= {int(i): t for i, t in _read(path, {}).get("added_tokens_decoder", {}).items()}
+            listed |= {int(i): t for i, t in json_files.read(path, *form, {}).get("added_tokens_decoder", {}).items()}
         elif (path := folder / "bpe_simple_vocab_16e6.txt.gz").exists():
-            lines = _content(path, gzip.open).decode("utf-8").split("\n")
+            with gzip.open(io.BytesIO(json_files.read_bytes(path))) as f:
+                lines = f.read(_MAX_UNPACKED_BYTES).decode("utf-8").split("\n")
             merges, listed = [_pair(line) for line in lines[1 : _OPENAI_MERGES + 1]], {}
             letters = [*BYTE_LETTERS, *(letter + "</w>" for letter in BYTE_LETTERS)]
             vocab = {t: i for i, t in enumerate([*letters, *(a + b for a, b in merges), _START, _END])}
@@ -173,8 +160,6 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
             raise UserError(f"{folder} has no tokenizer: it needs {needed}")
         added = {t["content"]: bool(t.get("normalized", not t.get("special"))) for t in listed.values()}
         return vocab | {t["content"]: i for i, t in listed.items()}, merges, added
-    except FileNotFoundError as e:
-        raise UserError(f"{path} is missing: put it beside {folder / 'vocab.json'}") from e
     except (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, RecursionError, zlib.error) as e:
         raise UserError(f"{path} is no tokenizer file of CLIP's ({brief(e)}): fetch it again") from e
 

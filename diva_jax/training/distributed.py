@@ -86,16 +86,7 @@ def _not_met(seconds: float) -> str:
 
 
 def initialise(join_timeout: float, lost_timeout: float) -> bool:
-    """Connects to the other processes of the run, if there are others. Returns whether `jax.distributed` was
-    initialised.
-
-    They are given by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and detected on TPU slices and
-    under Slurm. It must be called before any other use of devices. If not all connect within `join_timeout` seconds,
-    this process exits with one sentence: with 2 if the variables were set, with 1 in a cluster, where a machine may be
-    late and a service may start the command again. A process without a heartbeat for `lost_timeout` seconds is lost,
-    and all others end. A UserError where the variables do not fit together, a RunError where the cluster's description
-    cannot be read.
-    """
+    """Connects to the other processes of the run, see `session`; whether there are others."""
     explicit = _explicit()
     if explicit is None and not _in_cluster():
         return False
@@ -127,9 +118,14 @@ def initialise(join_timeout: float, lost_timeout: float) -> bool:
 
 @contextlib.contextmanager
 def session(join_timeout: float = 300, lost_timeout: float = 100):
-    """Context manager: `initialise`, and an exit for which no other process has to wait. After an exception the other
-    processes have `_GRACE_S` seconds to fail for the same reason. Then this process exits, even if another thread of
-    it, or the shutdown barrier between the processes, is still waiting."""
+    """Context manager that connects to the other processes of the run, if there are others, before any other use of
+    devices: those that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID give, or that are detected on TPU
+    slices and under Slurm. If not all connect within `join_timeout` seconds, this process exits with one sentence: with
+    2 if the variables were set, with 1 in a cluster, where a machine may be late and a service may start the command
+    again. A process without a heartbeat for `lost_timeout` seconds is lost, and all others end. After an exception the
+    other processes have `_GRACE_S` seconds to fail for the same reason; then this one exits, even if another thread of
+    it, or the shutdown barrier, is still waiting. A UserError where the variables do not fit together, a RunError where
+    the cluster's description cannot be read."""
     shared = initialise(join_timeout, lost_timeout)
     try:
         yield
