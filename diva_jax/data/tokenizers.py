@@ -134,6 +134,9 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
     """(token -> id, merges, added tokens as `ClipTokenizer` has them) from whichever of CLIP's files a folder has; a
     UserError where it has none, or one that is broken."""
     path, form = folder / "tokenizer.json", (dict[str, Any], "fetch it again")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")):
+        needed = f"{_CLIP_FILES}; put them there or set --config.eval.tokenizer=FOLDER"
+        raise UserError(f"{folder} has no tokenizer: it needs {needed}")
     try:
         if path.exists():
             whole = json_files.read(path, *form)
@@ -149,19 +152,27 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
             listed = {i: {"content": token, "normalized": True} for token, i in older.items()}
             path = folder / "tokenizer_config.json"
             listed |= {int(i): t for i, t in json_files.read(path, *form, {}).get("added_tokens_decoder", {}).items()}
-        elif (path := folder / "bpe_simple_vocab_16e6.txt.gz").exists():
+        else:
+            path = folder / "bpe_simple_vocab_16e6.txt.gz"
             with gzip.open(io.BytesIO(json_files.read_bytes(path))) as f:
                 lines = f.read(_MAX_UNPACKED_BYTES).decode("utf-8").split("\n")
             merges, listed = [_pair(line) for line in lines[1 : _OPENAI_MERGES + 1]], {}
             letters = [*BYTE_LETTERS, *(letter + "</w>" for letter in BYTE_LETTERS)]
             vocab = {t: i for i, t in enumerate([*letters, *(a + b for a, b in merges), _START, _END])}
-        else:
-            needed = f"{_CLIP_FILES}; put them there or set --config.eval.tokenizer=FOLDER"
-            raise UserError(f"{folder} has no tokenizer: it needs {needed}")
         added = {t["content"]: bool(t.get("normalized", not t.get("special"))) for t in listed.values()}
         return vocab | {t["content"]: i for i, t in listed.items()}, merges, added
-    except (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, RecursionError, zlib.error) as e:
-        raise UserError(f"{path} is no tokenizer file of CLIP's ({brief(e)}): fetch it again") from e
+    except (
+        UserError,
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+        zlib.error,
+    ) as e:
+        raise UserError(f"{path} is no tokenizer file of CLIP's ({brief(e, 300)}): fetch it again") from e
 
 
 # Kind of a tokenizer that is read by transformers -> how its texts are cleaned.
