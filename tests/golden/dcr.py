@@ -68,9 +68,7 @@ def prompt(z) -> dict[str, np.ndarray]:
     text = take(z, "w/text/")
     length, width = text["embeddings.position_embedding.weight"].shape
     layers = len({k.split(".")[2] for k in text if k.startswith("encoder.layers.")})
-    vocabulary, mlp_dim = (
-        len(text[n]) for n in ("embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
-    )
+    vocabulary, mlp_dim = len(text["embeddings.token_embedding.weight"]), len(text["encoder.layers.0.mlp.fc1.weight"])
     sizes = TextEncoderConfig(vocabulary, length, width, layers, HEADS, mlp_dim)
     encoder = filled(abstract(lambda rngs: TextEncoder(sizes, rngs=rngs)), text, names.TEXT_ENCODER)
     ids = jnp.asarray(z["text_ids"])

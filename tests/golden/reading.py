@@ -59,10 +59,10 @@ def diffusion_config(sd) -> dict:
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     )
     channels = widths("vae/encoder.", "conv1.weight")
-    vae = dict(
-        block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * len(channels), layers_per_block=2
+    vae = dict(block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * len(channels))
+    vae |= dict(
+        layers_per_block=2, norm_num_groups=_SD["vae_groups"], latent_channels=sd["vae/quant_conv.weight"].shape[0] // 2
     )
-    vae |= dict(norm_num_groups=_SD["vae_groups"], latent_channels=sd["vae/quant_conv.weight"].shape[0] // 2)
     preset = config.default().diffusion
     return dict(unet=unet, vae=vae, text_encoder=preset.text_encoder.to_dict(), scheduler=preset.scheduler.to_dict())
 

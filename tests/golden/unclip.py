@@ -31,9 +31,8 @@ GIVEN += ("stats_mean", "stats_std", "meta")
 def objective(z, sd) -> unclip.Objective:
     meta, diffusion = json.loads(str(z["meta"])), diffusion_config(sd)
     fields = dict(image_size=z["clip_pixels"].shape[1], heads=HEADS)
-    spec = tower_spec(
-        take(z, "w/"), "vit", **fields, activation="quick_gelu" if meta["act"] == "quick_gelu" else "gelu"
-    )
+    fields |= dict(activation="quick_gelu" if meta["act"] == "quick_gelu" else "gelu")
+    spec = tower_spec(take(z, "w/"), "vit", **fields)
     width = z["w/unet.class_embedding.linear_1.weight"].shape[1]
     diffusion["unet"] |= dict(class_embed_type="projection", projection_class_embeddings_input_dim=width)
     diffusion["scheduler"] |= dict(prediction_type="v_prediction")

@@ -65,9 +65,8 @@ def test_a_larger_view_is_resized_for_the_teacher_as_torch_does_it(norm):
     c.backbone.image_size = 42
     objective = abstract(lambda rngs: kuea.Objective(c, rngs=rngs))
     x = (np.random.default_rng(1).random((2, 42, 42, 3)) > 0.5).astype(np.float32)
-    small = torch.nn.functional.interpolate(
-        torch.from_numpy(x.transpose(0, 3, 1, 2)), (28, 28), mode="bicubic", antialias=True
-    )
+    channels_first = torch.from_numpy(x.transpose(0, 3, 1, 2))
+    small = torch.nn.functional.interpolate(channels_first, (28, 28), mode="bicubic", antialias=True)
     assert small.min() < 0 and small.max() > 1
     like = objective.spec if norm == "faithful" else backbones.DINOV2_L
     want = (small.numpy().transpose(0, 2, 3, 1) - np.float32(like.mean)) / np.float32(like.std)

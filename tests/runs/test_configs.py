@@ -23,12 +23,8 @@ NAMES = [f.stem for f in FILES if not f.stem.startswith("genhancer")] + ["kuea_v
 BUILT = "custom tiny world vitl14 siglip_so400m_384 dcr_siglip_so400m unclip_h14 judge_vitl14 kuea_vitb16".split()
 BUILT += ["kuea_vitl14:faithful", "smartclip_vitl14", "comclip_vitl14", "salm_vitl14"]
 # What the objectives train, those without a U-Net and the judge.
-OTHERS = {
-    "kuea": {"vision", "kernel_params"},
-    "smartclip": {"vision", "text", "mask_net"},
-    "salm": {"vision", "adapter"},
-}
-OTHERS |= {"comclip": {"vision"}, "judge": {"vision"}}
+OTHERS = {"kuea": {"vision", "kernel_params"}, "smartclip": {"vision", "text", "mask_net"}}
+OTHERS |= {"comclip": {"vision"}, "judge": {"vision"}, "salm": {"vision", "adapter"}}
 
 
 def load(name: str):

@@ -10,11 +10,8 @@ from places import ROOT
 
 # Name -> [arguments, what the line must contain].
 REFUSED = json.loads(Path(__file__).with_name("messages.json").read_text())
-FIELDS = (
-    "--config.steps=7\n      The optimizer steps",
-    "--config.eval.data=('drift=a', 'mmvp=b')",
-    "--config.diva.draws=2",
-)
+FIELDS = ["--config.steps=7\n      The optimizer steps", "--config.eval.data=('drift=a', 'mmvp=b')"]
+FIELDS.append("--config.diva.draws=2")
 SHOWN = {
     "help": (("--help",), ("usage: python -m diva_jax.main", "--workdir", "--init_from", "JAX_COORDINATOR_ADDRESS")),
     "fields": (("--config", "tiny", "--config.steps=7", "--config.eval.data=drift=a,mmvp=b", "--help"), FIELDS),

@@ -7,23 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+import diva_jax.world.tuning as tuning
+import diva_jax.world.why as why
 from diva_jax.data import tokenizers
 from diva_jax.training import partition, workdirs
 from diva_jax.training.step import Program
 from diva_jax.weights import parts
-from diva_jax.world import (
-    arms,
-    blindness,
-    comparison,
-    criteria,
-    experiment,
-    knowledge,
-    models,
-    pretrain,
-    scenes,
-    tuning,
-    why,
-)
+from diva_jax.world import arms, blindness, comparison, criteria, experiment, knowledge, models, pretrain, scenes
 
 SMALL = dict(block_out_channels=[8], attention_head_dim=[2], norm_num_groups=2, cross_attention_dim=24)
 TEXT = dict(hidden_size=24, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)

@@ -42,9 +42,8 @@ def _task(name):
     return copy.deepcopy(_TASKS[name])
 
 
-zeroshot_task, retrieval_task, feedback_task = (
-    functools.partial(_task, n) for n in ("zeroshot", "retrieval", "feedback")
-)
+zeroshot_task, retrieval_task = functools.partial(_task, "zeroshot"), functools.partial(_task, "retrieval")
+feedback_task = functools.partial(_task, "feedback")
 
 
 def flips(images):

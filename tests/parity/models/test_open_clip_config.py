@@ -113,18 +113,16 @@ def test_defaults_are_those_of_open_clip():
 @pytest.mark.parametrize("name", [*siglip.CHECKPOINT.timm, *eva02.CHECKPOINT.timm])
 def test_timm_table(name):
     with torch.device("meta"):
-        options = (
-            dict(num_classes=24, global_pool="token") if name in eva02.CHECKPOINT.timm else dict(global_pool="map")
-        )
-        trunk = timm.create_model(name, **(dict(num_classes=0) | options))
+        of_eva02 = name in eva02.CHECKPOINT.timm
+        options = dict(num_classes=24, global_pool="token") if of_eva02 else dict(num_classes=0, global_pool="map")
+        trunk = timm.create_model(name, **options)
     block, sizes = trunk.blocks[0], trunk.patch_embed
     activation = str(block.mlp.act).lower()
     activation = "silu" if "silu" in activation else "gelu_tanh" if "tanh" in activation else "gelu"
     theirs = dict(image_size=sizes.img_size[0], patch_size=sizes.patch_size[0], width=trunk.embed_dim)
-    theirs |= dict(
-        layers=len(trunk.blocks), heads=block.attn.num_heads, norm_eps=block.norm1.eps, activation=activation
-    )
-    if name in eva02.CHECKPOINT.timm:
+    theirs |= dict(layers=len(trunk.blocks), heads=block.attn.num_heads, norm_eps=block.norm1.eps)
+    theirs |= dict(activation=activation)
+    if of_eva02:
         assert eva02.CHECKPOINT.timm[name] == theirs | dict(mlp_dim=block.mlp.fc1_g.out_features)
         assert (trunk.rope.ref_feat_shape, trunk.rope.temperature) == ((16, 16), 10000)
         return

@@ -131,9 +131,8 @@ def known_to_timm(monkeypatch):
     fields = {f: getattr(EVA02, f) for f in eva02.CHECKPOINT.timm["eva02_base_patch16_clip_224"]}
     monkeypatch.setitem(eva02.CHECKPOINT.timm, "eva02_tiny_patch6_clip_42", fields)
     create = timm.create_model
-    monkeypatch.setattr(
-        timm, "create_model", lambda name, *a, **kw: (tiny if "eva02" in name else create)(name, *a, **kw)
-    )
+    made = lambda name, *a, **kw: (tiny if "eva02" in name else create)(name, *a, **kw)  # noqa: E731
+    monkeypatch.setattr(timm, "create_model", made)
 
 
 # Name -> (what writes it, its spec, formats, what is said of the format that cannot hold it).

@@ -37,11 +37,8 @@ def images(spec, count=3):
 
 @pytest.mark.parametrize("spec", [small.SPEC, TEACHER], ids=["vit", "siglip"])
 def test_new_adapters_change_nothing_and_merged_ones_compute_the_same(spec):
-    plain, tower = (
-        backbones.build(spec, rngs=Keys(0)),
-        adapted(spec, rank=3, alpha=7.0, targets=ALL + r"|attn_pool/(q|kv|mlp/fc[12])"),
-    )
-    x = images(spec)
+    plain, x = backbones.build(spec, rngs=Keys(0)), images(spec)
+    tower = adapted(spec, rank=3, alpha=7.0, targets=ALL + r"|attn_pool/(q|kv|mlp/fc[12])")
     np.testing.assert_array_equal(tower.encode(x).pooled, plain.encode(x).pooled)
     merged = adapters.merge(randomised(tower, 0.3))
     for ours, want in zip(merged.encode(x), tower.encode(x), strict=True):

@@ -59,9 +59,8 @@ def test_anchor_by_hand():
     np.testing.assert_allclose(found, [far, base, base + 0.3 * far], rtol=1e-5)
     p = small.program(rotations(anchor__weight=1.0, dtype="bfloat16", frozen_dtype="bfloat16"))
     arrays = small.random_arrays(p)
-    arrays |= {
-        n: arrays[n.replace("anchor/", "vision/")].astype(a.dtype) for n, a in p.arrays.items() if "anchor/" in n
-    }
+    copies = {n: n.replace("anchor/", "vision/") for n in p.arrays if n.startswith("anchor/")}
+    arrays |= {n: arrays[of].astype(p.arrays[n].dtype) for n, of in copies.items()}
     vision, anchor = (getattr(p.skeleton.merge(arrays), part) for part in ("vision", "anchor"))
     np.testing.assert_array_equal(vision.encode(view[:, :21, :21]).pooled, anchor.encode(view[:, :21, :21]).pooled)
 
