@@ -22,7 +22,7 @@ from diva_jax import weights
 from diva_jax.common import cli
 from diva_jax.common.errors import RunError, UserError, listing
 from diva_jax.models.backbones import spec_of
-from diva_jax.weights import clip, formats, names, origins
+from diva_jax.weights import formats, names, origins
 from diva_jax.weights.export import layouts
 from diva_jax.weights.formats import Tensors
 
@@ -38,7 +38,7 @@ def through_our_modules(folder: Path, spec) -> origins.ClipSource:
     source = origins.open_source(str(folder))
     scales = {n: np.asarray(t) for n, t in source.tensors.items() if n.startswith("logit_")}
     found = {}
-    for tower, table in (("vision", clip.table("vision", spec)), ("text", clip.table("text", spec))):
+    for tower, table in (("vision", names.table("vision", spec)), ("text", names.table("text", spec))):
         found |= names.to_torch(nnx.state(weights.load(str(folder), spec, tower=tower)), table)
         gc.collect()  # Modules contain reference cycles. This frees their memory for the next tower.
     return origins.ClipSource(str(folder), source.kind, Tensors(found | scales, source.files), source.spec)

@@ -100,12 +100,12 @@ def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
     from diva_jax.models import backbones
     from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
     from diva_jax.models.backbones.shared.transformer import Text
-    from diva_jax.weights import clip, formats, names
+    from diva_jax.weights import formats, names
 
     vision = backbones.build(spec, rngs=Keys(seed))
     text = Text(spec, rngs=Keys(seed + 1))
-    tensors = names.to_torch(nnx.state(vision), clip.table("vision", spec))
-    tensors |= names.to_torch(nnx.state(text), clip.table("text", spec))
+    tensors = names.to_torch(nnx.state(vision), names.table("vision", spec))
+    tensors |= names.to_torch(nnx.state(text), names.table("text", spec))
     tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
     formats.write_open_clip(folder, tensors, to_open_clip(spec))
 

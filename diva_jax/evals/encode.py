@@ -27,7 +27,7 @@ from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Array, abstract
 from diva_jax.training import partition, workdirs
 from diva_jax.training import workdirs as loads
-from diva_jax.weights import clip, names, origins, parts
+from diva_jax.weights import names, origins, parts
 
 _READER_THREADS = 16
 
@@ -250,7 +250,7 @@ def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dic
     """The parameters of one tower, "vision" or "text", of a source: name -> array on the mesh; smaller arrays than
     `min_shard` are replicated. A UserError where it is missing, invalid, or of another architecture."""
     opened = parts.open_tower(kind, origins.open_source(source, "--weights"), spec)
-    module = clip.abstract(kind, spec)
+    module = names.abstract(kind, spec)
     shardings = partition.parameter_shardings(names.flat(module), mesh, min_shard)
     state = opened.fill(module, loads.put_on(shardings.__getitem__))
     return {partition.name_of(path): var.get_value() for path, var in names.flat(state).items()}
@@ -271,7 +271,7 @@ def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
         fields = (*origins.ARCHITECTURE, "image_size")
         origins.check_same(vars(spec), wanted, fields, f"the run {source}", "config.backbone")
         min_shard = run.config.mesh.min_shard
-        towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in clip.TOWERS}
+        towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in names.TOWERS}
         params = put(run.params, mesh, min_shard)
         return Encoder(towers["vision"], towers.get("text"), spec.source, params, spec.source)
     vision = tower("vision", source, backbones.spec_of(config), mesh, config.mesh.min_shard)

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import is_regex
 from diva_jax.models.backbones import Spec
-from diva_jax.weights import clip
+from diva_jax.weights import names
 
 BATCH = P(("data", "fsdp"))
 Flat = dict[str, dict[str, jax.Array]]  # Tower -> name of a parameter in it -> array.
@@ -168,9 +168,9 @@ class Towers:
     def check(self, spec: Spec) -> None:
         """A UserError where a tower has other names or shapes than that of the backbone `spec`, or is not known."""
         for tower, shapes in self.shapes.items():
-            if tower not in (*clip.TOWERS, *clip.SCALARS):
+            if tower not in (*names.TOWERS, *names.SCALARS):
                 raise UserError(f"towers() returns {tower!r}: return only vision, text, logit_scale and logit_bias")
-            if wrong := clip.misfits(tower, {n: a.shape for n, a in shapes.items()}, spec):
+            if wrong := names.misfits(tower, {n: a.shape for n, a in shapes.items()}, spec):
                 raise UserError(
                     f"the {tower} tower of the objective is not that of config.backbone, they differ in "
                     f"{listing(wrong, 5)}: towers() must return the plain tower, with adapters merged"

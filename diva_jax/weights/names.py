@@ -3,20 +3,30 @@
 A `Table` (`models.names`) turns the path of a parameter into its name in a checkpoint. The map is made by walking the
 model, so it covers every parameter. Layouts: `kernel` [in, out] is PyTorch's `weight` [out, in], and a convolution's
 `kernel` [H, W, in, out] its `weight` [out, in, H, W]; everything else is carried as it is.
+
+The towers of a backbone have names in open_clip's checkpoints, in tables which each require their tower's names and
+ignore the other known ones, and in transformers' models, as each architecture's `TRANSFORMERS` converts them.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.data import preprocess
+from diva_jax.models import backbones, layers
+from diva_jax.models.backbones import Spec, TextSpec, architecture, architectures
+from diva_jax.models.backbones.shared.transformer import Text, require_text
+from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe
 from diva_jax.models.names import Table, flat, from_torch_layout, to_torch_layout, torch_shape
+from diva_jax.weights.formats import Tensor, Tensors
 
 _READERS = 2  # Tensors that are read at the same time. Each needs its own memory a second time meanwhile.
 _CHUNK = 2**20  # Elements of a tensor whose values are checked at a time.
@@ -104,3 +114,179 @@ def to_torch(state, table: Table) -> dict[str, np.ndarray]:
 # older versions of the libraries; FLUX's are those of Black Forest Labs' own files.
 _TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 UNET, VAE, TEXT_ENCODER, FLUX_VAE = (Table(**_TABLES[name]) for name in ("unet", "vae", "text_encoder", "flux_vae"))
+
+SCALARS = ("logit_scale", "logit_bias")
+_MODULES = {"vision": backbones.build, "text": Text}
+TOWERS = tuple(_MODULES)
+
+
+def table(tower: str, spec: Spec) -> Table:
+    """The table from the tower "vision" to `visual.*`, see the architecture's `CHECKPOINT`; or from "text" to names at
+    the top level for CLIP, else under `text.`; a UserError where there is no text tower."""
+    if tower == "vision":
+        return architecture(spec.arch).CHECKPOINT.vision
+    require_text(spec)
+    return architecture(spec.arch).CHECKPOINT.text
+
+
+def abstract(tower: str, spec: Spec, **kw) -> nnx.Module:
+    """The tower "vision" or "text" with shapes in place of arrays; other arguments as `backbones.build`'s."""
+    return layers.abstract(lambda rngs: _MODULES[tower](spec, rngs=rngs, **kw))
+
+
+def misfits(tower: str, shapes: Mapping[str, tuple[int, ...]], spec: Spec) -> list[str]:
+    """The names at which parameters (name -> shape) are not those of a tower of `spec`, or not the scalar `tower`."""
+    want = {tower: ()} if tower in SCALARS else {}
+    if tower in TOWERS:
+        want = {"/".join(map(str, path)): var.shape for path, var in flat(abstract(tower, spec)).items()}
+    return sorted(n for n in want.keys() | shapes.keys() if n not in shapes or shapes[n] != want.get(n))
+
+
+def grids(tensors: Tensors, spec: Spec) -> tuple[int, int]:
+    """Returns the patches per side in the checkpoint and in `spec`."""
+    return architecture(spec.arch).CHECKPOINT.positions.grid(tensors), spec.grid
+
+
+def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
+    """Returns the tensors with position embeddings for `spec.image_size`; the same object if they fit already.
+    Interpolation is bicubic over the grid of patches, in float32, as in the original (open_clip's `resize_pos_embed`;
+    for DINOv2 the models of transformers). Embeddings of other tokens are kept. Rotary embeddings are computed by the
+    model and are not in a checkpoint."""
+    old, new = grids(tensors, spec)
+    if old == new:
+        return tensors
+    positions = architecture(spec.arch).CHECKPOINT.positions
+    antialias = spec.registers > 0 if positions.antialias is None else positions.antialias
+    was = tensors[positions.name]
+    extra = was.shape[-2] - old * old
+    shape = (*was.shape[:-2], extra + new * new, was.shape[-1])
+
+    def read() -> np.ndarray:
+        table = np.asarray(was, np.float32).reshape(-1, was.shape[-1])
+        grid = table[extra:].reshape(old, old, -1)
+        if antialias:
+            # In full precision: by default an accelerator rounds products to bfloat16.
+            with jax.default_matmul_precision("highest"):
+                grid = np.asarray(jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True))
+        else:
+            weights = preprocess.cubic_weights((np.arange(new) + 0.5) * old / new - 0.5, old)
+            grid = np.einsum("io,opd,jp->ijd", weights, grid, weights, optimize=True).astype(np.float32)
+        return np.concatenate([table[:extra], grid.reshape(new * new, -1)]).reshape(shape)
+
+    resized = Tensor(shape, np.dtype(np.float32), read)
+    return Tensors({n: resized if n == positions.name else t for n, t in tensors.items()}, tensors.files)
+
+
+def stretch(table: np.ndarray, length: int, kept: int) -> np.ndarray:
+    """Position embeddings of texts [old, D] for a longer context, float32 [length, D], as Long-CLIP's (arXiv
+    2403.15378, section 3.2). The first `kept` rows, at most old - 2, stay. Row kept + i of the result is read at kept +
+    i * (old - kept) / (length - kept) by linear interpolation; past the last row it is extrapolated from the last
+    two."""
+    old = len(table)
+    at = kept + np.arange(length - kept) * ((old - kept) / (length - kept))
+    low = np.minimum(at.astype(int), old - 2)
+    share = (at - low)[:, None]
+    rows = (1 - share) * table[low] + share * table[low + 1]
+    return np.concatenate([table[:kept], rows]).astype(np.float32)
+
+
+def to_context(tensors: Tensors, text: TextSpec) -> Tensors:
+    """The tensors with `text.context_length` position embeddings of texts; the same object where they have them. Where
+    they do not, and `text.kept_positions` is not negative, they are stretched, see `stretch`; a UserError where more
+    are to be kept than can be."""
+    name = next((n for n in ("positional_embedding", "text.positional_embedding") if n in tensors), None)
+    if text.kept_positions < 0 or name is None or tensors[name].shape[0] == text.context_length:
+        return tensors
+    was = tensors[name]
+    old, length, kept = was.shape[0], text.context_length, text.kept_positions
+    if kept > min(old - 2, length - 1):
+        problem = f"text.kept_positions={kept} cannot be kept of {old} position embeddings for {length} tokens"
+        raise UserError(f"{problem}: use at most {min(old - 2, length - 1)}")
+
+    def read() -> np.ndarray:
+        return stretch(np.asarray(was, np.float32), length, kept)
+
+    longer = Tensor((length, *was.shape[1:]), np.dtype(np.float32), read)
+    return Tensors({n: longer if n == name else t for n, t in tensors.items()}, tensors.files)
+
+
+def layouts() -> list[Layout]:
+    """Those of all architectures that transformers has."""
+    return [module.TRANSFORMERS for module in architectures().values() if module.TRANSFORMERS is not None]
+
+
+def _layout(spec: Spec) -> Layout:
+    """The layout of `spec` in transformers; a UserError where transformers has no such model."""
+    layout = architecture(spec.arch).TRANSFORMERS
+    if layout is None:
+        raise UserError(f"transformers has no {spec.arch} model: use --format=open_clip or --format=pt")
+    return layout
+
+
+def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[str, Tensor]:
+    names, out = (recipe.open_clip, recipe.hf) if to_hf else (recipe.hf, recipe.open_clip)
+    parts = [tensors[n] for n in names]
+    first = tuple(parts[0].shape)
+    if len(parts) > 1 and (not first or any(tuple(p.shape[1:]) != first[1:] or not p.shape for p in parts)):
+        raise UserError(f"{listing(names)} have shapes that do not fit each other: fetch the file again")
+    shape = first if len(parts) == 1 else (sum(p.shape[0] for p in parts), *first[1:])
+    joint_shape = shape[::-1] if recipe.transposed else shape
+    if recipe.lead and not recipe.transposed:  # Adds the axis in the layout that has it, and removes it in the other.
+        joint_shape = shape[1:] if (recipe.lead > 0) == to_hf else (1, *shape)
+
+    def joint() -> np.ndarray:
+        arrays = [np.asarray(p) for p in parts]
+        array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return array.T if recipe.transposed else array.reshape(joint_shape)
+
+    if len(out) == 1:
+        return {out[0]: Tensor(joint_shape, parts[0].dtype, joint)}
+    shares = (1,) * len(out) if to_hf else recipe.shares
+    if not joint_shape or joint_shape[0] % sum(shares):
+        raise UserError(f"{names[0]} has the shape {joint_shape}, whose rows do not divide into {listing(out)}")
+    unit, split, start = joint_shape[0] // sum(shares), {}, 0
+    for name, share in zip(out, shares, strict=True):
+        rows = slice(start * unit, (start + share) * unit)
+        shape = (share * unit, *joint_shape[1:])
+        split[name] = Tensor(shape, parts[0].dtype, lambda rows=rows: joint()[rows])
+        start += share
+    return split
+
+
+def to_open_clip_names(tensors: Tensors, spec: Spec, source: str) -> Tensors:
+    """A transformers model under open_clip's names, lazily; a UserError lists names that are missing or unknown."""
+    plan = _layout(spec).recipes(spec)
+    known = {n for r in plan for n in r.hf}
+    constants = {f"{m}_model.embeddings.position_ids" for m in ("text", "vision")}
+    missing = [n for n in known if n not in tensors]
+    unknown = [n for n in tensors if n not in known | constants]
+    if missing or unknown:
+        parts = [f"{what}: {listing(sorted(n))}" for what, n in (("missing", missing), ("unknown", unknown)) if n]
+        raise UserError(f"{source} does not fit its config.json: {'; '.join(parts)}")
+    return Tensors({n: t for r in plan for n, t in _convert(r, tensors, False).items()}, tensors.files)
+
+
+def to_transformers_names(tensors: Mapping[str, Any], spec: Spec) -> dict[str, Tensor]:
+    """The inverse of `to_open_clip_names`; `tensors` are those of the whole model."""
+    return {n: t for r in _layout(spec).recipes(spec) for n, t in _convert(r, tensors, True).items()}
+
+
+def from_transformers(
+    config: Mapping[str, Any], preprocessor: Mapping[str, Any], where: str
+) -> tuple[Spec, frozenset[str]]:
+    """(The Spec that config.json and preprocessor_config.json, or {}, describe, the fields of it that they do not
+    specify); a UserError where the model or its activation is not implemented."""
+    kind = config.get("model_type")
+    known = {model: layout for layout in layouts() for model in layout.models}
+    if not isinstance(kind, str) or kind not in known:
+        names = [name for layout in known.values() for name in layout.models.values()]
+        problem = f"{where} is a {brief(kind)} model"
+        raise UserError(f"{problem}: give the folder of a whole {' or '.join(dict.fromkeys(names))}")
+    spec, silent = known[kind].from_config(config, preprocessor, where)
+    return backbones.check(spec, f"{where}: backbone"), silent
+
+
+def transformers_configs(spec: Spec, dtype: str = "float32") -> tuple[dict, dict]:
+    """The contents of config.json, for weights of a dtype, and of preprocessor_config.json, the test-time transform; a
+    UserError for what transformers has not."""
+    return _layout(spec).to_config(spec, dtype), _layout(spec).preprocessor(spec)

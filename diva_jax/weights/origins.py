@@ -20,7 +20,7 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, architectures
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.models.names import depth, tensor_shape
-from diva_jax.weights import clip, formats, names
+from diva_jax.weights import formats, names
 from diva_jax.weights.formats import OPEN_CLIP_CONFIG, Tensor, Tensors
 
 # Names of the files of CLIP weights, without suffix, in order of preference; a folder with open_clip's config has
@@ -203,7 +203,7 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
     """Removes prefixes of a state dict, and moves the names of the vision tower under `visual.`. Prefixes are those of
     modules around the model: DistributedDataParallel's `module.`, torch.compile's `_orig_mod.`, `class_model.model.` in
     the training state of DIVA's authors. A vision tower may be alone, and the text tower has one of its architecture's
-    names, see `clip.text_table`."""
+    names, see `names.table`."""
     modules = list(architectures().values())
     ends = tuple(tower + m.CHECKPOINT.mark for tower in ("visual.", "") for m in modules)
     marked = (n.removesuffix(end) for end in ends for n in tensors if n.endswith(end))
@@ -253,15 +253,15 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
     tensors = formats.weights_in(at, *CLIP_STEMS) if at.is_dir() else formats.open_file(at)
     where = str(at)
     tokenizer = tuple(folder / f for f in TOKENIZER_FILES if (folder / f).is_file()) if described else ()
-    if any(name.startswith(tuple(layout.mark for layout in clip.layouts())) for name in tensors):
+    if any(name.startswith(tuple(layout.mark for layout in names.layouts())) for name in tensors):
         config, preprocessor = folder / "config.json", folder / "preprocessor_config.json"
         prepared = formats.read_json(preprocessor) if preprocessor.is_file() else {}
-        spec, silent = clip.from_transformers(formats.read_json(config), prepared, where)
+        spec, silent = names.from_transformers(formats.read_json(config), prepared, where)
         if silent:
             say_once(
                 f"note: {where}: {listing(sorted(silent))} as open_clip runs these weights, not as config.json says"
             )
-        tensors = clip.to_open_clip_names(tensors, spec, where)
+        tensors = names.to_open_clip_names(tensors, spec, where)
         return ClipSource(where, "transformers folder", tensors, spec, silent, tokenizer)
     tensors = _open_clip_names(tensors, where)
     if described and (folder / OPEN_CLIP_CONFIG).is_file():
@@ -298,9 +298,9 @@ def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, n
     """The result of `RunAt.towers` ("vision", "text", "logit_scale", "logit_bias") in open_clip's names and layouts."""
     out = {}
     for tower, arrays in towers.items():
-        if tower in clip.TOWERS:
-            table = clip.table(tower, spec)
-            for path in names.flat(clip.abstract(tower, spec)):
+        if tower in names.TOWERS:
+            table = names.table(tower, spec)
+            for path in names.flat(names.abstract(tower, spec)):
                 array = np.asarray(arrays["/".join(map(str, path))])
                 out[table.torch_name(path)] = np.ascontiguousarray(names.to_torch_layout(path, array))
         else:
@@ -316,7 +316,7 @@ def whole_towers(params: Mapping[str, np.ndarray], spec: Spec) -> dict[str, dict
         tower, _, own = name.partition("/")
         towers.setdefault(tower, {})[own or tower] = array
     shapes = {tower: {n: np.shape(a) for n, a in arrays.items()} for tower, arrays in towers.items()} or {"vision": {}}
-    wrong = [f"{tower}/{n}" for tower in shapes for n in clip.misfits(tower, shapes[tower], spec)]
+    wrong = [f"{tower}/{n}" for tower in shapes for n in names.misfits(tower, shapes[tower], spec)]
     if wrong:
         problem = f"params are not those of whole towers of this backbone, they differ in {listing(sorted(wrong), 5)}"
         raise UserError(f"{problem}: give what Loss.towers() returns")

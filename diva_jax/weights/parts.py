@@ -19,7 +19,7 @@ from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.unet import TextEncoder, TextEncoderConfig, UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig, VAEConfig
 from diva_jax.models.names import Table
-from diva_jax.weights import clip, formats, names, origins
+from diva_jax.weights import formats, names, origins
 from diva_jax.weights.formats import Tensor, Tensors
 
 # Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).
@@ -61,8 +61,8 @@ def check_text(source: origins.ClipSource, spec: Spec) -> None:
         free = {"kept_positions"} | ({"context_length"} if spec.text.kept_positions >= 0 else set())
         stated = vars(source.spec.text)
         origins.check_same(stated, spec.text, stated.keys() - free, source.where, "config.backbone.text")
-    tensors = clip.to_context(source.tensors, spec.text)
-    names.check_names(clip.abstract("text", spec), tensors, clip.table("text", spec), source=source.where)
+    tensors = names.to_context(source.tensors, spec.text)
+    names.check_names(names.abstract("text", spec), tensors, names.table("text", spec), source=source.where)
 
 
 def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = "config.backbone") -> Opened:
@@ -70,18 +70,18 @@ def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = 
     Positions are interpolated to the resolution of `spec`, or stretched to its context where it asks for that."""
     if tower == "vision":
         origins.check_architecture(source, spec, field)
-        tensors = clip.to_resolution(source.tensors, spec)
-        old, new = clip.grids(source.tensors, spec)
+        tensors = names.to_resolution(source.tensors, spec)
+        old, new = names.grids(source.tensors, spec)
         note = f"position embeddings interpolated from {old} x {old} to {new} x {new} patches"
     else:
         check_text(source, spec)
-        tensors = clip.to_context(source.tensors, spec.text)
+        tensors = names.to_context(source.tensors, spec.text)
         note = f"position embeddings of texts stretched to {spec.text.context_length} tokens"
 
     def fill(state, put=None):
         if tensors is not source.tensors:
             say(f"{source.where}: {note}")
-        return names.assign(state, tensors, clip.table(tower, spec), source=source.where, put=put)
+        return names.assign(state, tensors, names.table(tower, spec), source=source.where, put=put)
 
     return Opened(source.files, fill)
 
@@ -129,7 +129,7 @@ def load(
     kw = dict(dtype=dtype, param_dtype=param_dtype)
     if isinstance(spec, Spec):
         opened = open_tower(tower, origins.open_source(source), spec)
-        module = clip.abstract(tower, spec, remat=remat, **kw)
+        module = names.abstract(tower, spec, remat=remat, **kw)
     else:
         model = _part(spec)[1]
         kw |= dict(remat=remat) if model is UNet else {}

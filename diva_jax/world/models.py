@@ -18,7 +18,7 @@ from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.diffusion.unet import TextEncoder, UNet
 from diva_jax.models.layers import Keys
-from diva_jax.weights import clip, formats, names
+from diva_jax.weights import formats, names
 from diva_jax.world import captions, drawing, patch_code, scenes, vocabulary
 
 WEIGHTS = Path(__file__).parent / "weights"  # What `pretrain` made, kept in the repository.
@@ -125,8 +125,8 @@ def base_config(objective: str, diffusion: Mapping | None = None):
 def write_new_clip(folder: Path, seed: int = 0) -> None:
     """Writes both towers with random weights and the tokenizer, in open_clip's layout."""
     vision, text = backbones.build(SPEC, rngs=Keys(seed)), Text(SPEC, rngs=Keys(seed + 1))
-    tensors = names.to_torch(nnx.state(vision), clip.table("vision", SPEC))
-    tensors |= names.to_torch(nnx.state(text), clip.table("text", SPEC))
+    tensors = names.to_torch(nnx.state(vision), names.table("vision", SPEC))
+    tensors |= names.to_torch(nnx.state(text), names.table("text", SPEC))
     tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
     formats.write_open_clip(folder, tensors, to_open_clip(SPEC))
     vocabulary.write(folder, captions.WORDS, TOKENS)

@@ -22,7 +22,7 @@ from diva_jax.common.log import say
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.training import partition, workdirs
 from diva_jax.training.step import Program, Steps
-from diva_jax.weights import clip, formats, names
+from diva_jax.weights import formats, names
 from diva_jax.world import models, objectives, records, tuning
 
 
@@ -120,7 +120,7 @@ def write_result(name: str, start: Path, folder: Path, program: Program, arrays:
         return names.to_torch(nnx.from_flat_state(filled), table)
 
     if STAGES[name].objective == objectives.CLIP:
-        towers = {"vision": clip.table("vision", models.SPEC), "text": clip.table("text", models.SPEC)}
+        towers = {"vision": names.table("vision", models.SPEC), "text": names.table("text", models.SPEC)}
         found = {k: v for part, table in towers.items() for k, v in tensors(part, table).items()}
         found["logit_scale"] = arrays["logit_scale"]
         formats.write_open_clip(folder, models.rounded(found), to_open_clip(models.SPEC))

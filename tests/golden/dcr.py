@@ -19,7 +19,7 @@ from diva_jax.models.names import Table
 from diva_jax.objectives import dcr
 from diva_jax.objectives.dcr import contrast
 from diva_jax.training import partition
-from diva_jax.weights import clip, names
+from diva_jax.weights import names
 
 PREFIX = "dcr_"
 HEADS = 4  # Of both towers; the arrays do not tell.
@@ -79,7 +79,7 @@ def prompt(z) -> dict[str, np.ndarray]:
 def objective(z, sd, text_context) -> dcr.Objective:
     module = dcr.Objective(settings(z, sd), rngs=Keys())
     plain = abstract(lambda rngs: backbones.build(module.spec, rngs=rngs))
-    module.vision = filled(plain, from_hf(take(z, "w/"), module.spec), clip.table("vision", module.spec))
+    module.vision = filled(plain, from_hf(take(z, "w/"), module.spec), names.table("vision", module.spec))
     adapters.adapt(module.vision, module.options.lora, Keys())
     module.projector = filled(module.projector, take(z, "w/project_clip."), _PROJECTOR)
     fill_generator(module, sd, text_context)

@@ -16,7 +16,7 @@ from diva_jax.models import backbones
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import diva
 from diva_jax.training import partition
-from diva_jax.weights import clip, names
+from diva_jax.weights import names
 
 RESULTS = ("latents", "features", "context", "pred_noise", "losses", "grad")
 # Values that do not follow from the arrays, by prefix of the file's name: heads or their width, window of pooling.
@@ -47,7 +47,7 @@ def compare(path, z, sd):
     c.diva.draws, c.diffusion.text_tokens = n, z["text_context"].shape[1]
     module = abstract(lambda rngs: diva.Objective(config.faithful(c), rngs=rngs))
     projection = names.Table("visual_proj", ((r"^", "visual_proj."),), ignore=(r"visual\..*",))
-    vision = clip.table("vision", module.spec)
+    vision = names.table("vision", module.spec)
     vision = dataclasses.replace(vision, ignore=(*vision.ignore, r"visual_proj\..*"))
     tables = {"vision": vision, "visual_proj": projection}
     for part, table in tables.items():

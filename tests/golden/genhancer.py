@@ -24,7 +24,7 @@ from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import genhancer
 from diva_jax.training import partition
-from diva_jax.weights import clip, names, parts
+from diva_jax.weights import names, parts
 from diva_jax.weights.formats import Tensors
 
 # Names in the authors' checkpoints.
@@ -90,7 +90,7 @@ def made(arrays, c, encoder: Tensors) -> tuple[partition.Skeleton, dict[str, jax
     module = abstract(lambda rngs: genhancer.Objective(c, rngs=rngs))
     skeleton, _ = partition.disassemble(module)
     tower = Tensors(from_hf(take(arrays, "w/model."), module.spec), [])
-    sources = {"vision": (tower, clip.table("vision", module.spec)), "vae": (encoder, names.FLUX_VAE)}
+    sources = {"vision": (tower, names.table("vision", module.spec)), "vae": (encoder, names.FLUX_VAE)}
     sources |= {part: (take(arrays, f"w/{prefix}"), table) for part, (prefix, table) in GENERATOR.items()}
     out = {}
     for name, (path, _) in skeleton.variables.items():

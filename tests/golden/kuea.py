@@ -17,7 +17,7 @@ from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.training import partition
 from diva_jax.training.step import Program, learning_rate, pace
-from diva_jax.weights import clip, names
+from diva_jax.weights import names
 from diva_jax.weights.formats import Tensors
 
 PREFIX = "kuea"
@@ -49,8 +49,8 @@ def program(z, **switches: str) -> tuple[Program, dict[str, jax.Array]]:
     arrays = {}
     for part, prefix in (("vision", "w/"), ("original", "w0/"), ("teacher", "teacher/")):
         spec = p.objective.taught_by if part == "teacher" else p.objective.spec
-        tensors = clip.to_resolution(Tensors(take(z, prefix, "visual."), []), spec)
-        state = names.assign(getattr(p.objective, part), tensors, clip.table("vision", spec), source=prefix)
+        tensors = names.to_resolution(Tensors(take(z, prefix, "visual."), []), spec)
+        state = names.assign(getattr(p.objective, part), tensors, names.table("vision", spec), source=prefix)
         arrays |= {f"{part}/{partition.name_of(k)}": v.get_value() for k, v in names.flat(state).items()}
     if "kernel_params" in p.arrays:
         arrays["kernel_params"] = jnp.asarray(z["gamma_coef0"])
@@ -110,7 +110,7 @@ def compute(z) -> dict[str, np.ndarray]:
     _, kernel = differentiate(p.skeleton, arrays, p.trained.__contains__, loss("loss_kernel"))
     out = dict(seen, teacher_input=p.skeleton.merge(arrays).teacher_view(pixels))
     for key, tree in (("grad", whole), ("grad_kernel", kernel)):
-        tensors = gradients(p.skeleton, tree, "vision", clip.table("vision", p.objective.spec))
+        tensors = gradients(p.skeleton, tree, "vision", names.table("vision", p.objective.spec))
         out |= {f"{key}/{n.removeprefix('visual.')}": a for n, a in tensors.items()}
         out[f"{key}/gamma_coef0"] = tree["kernel_params"]
     return {k: np.asarray(v) for k, v in out.items()} | trajectory(z)

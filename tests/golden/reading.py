@@ -9,7 +9,7 @@ from helpers import filled
 
 from diva_jax import config
 from diva_jax.models import backbones
-from diva_jax.weights import clip, names
+from diva_jax.weights import names
 
 # What a file of the U-Net and VAE does not tell.
 _SD = dict(unet_heads=(2, 2, 4, 4), unet_groups=8, vae_groups=4)
@@ -30,7 +30,7 @@ def tower_spec(tensors, arch: str, **fields) -> backbones.Spec:
 def from_hf(tensors, spec: backbones.Spec) -> dict[str, np.ndarray]:
     recipes = backbones.architecture(spec.arch).TRANSFORMERS.recipes(spec)
     found = [r for r in recipes if all(n in tensors for n in r.hf)]
-    return {n: np.asarray(t) for r in found for n, t in clip._convert(r, tensors, False).items()}
+    return {n: np.asarray(t) for r in found for n, t in names._convert(r, tensors, False).items()}
 
 
 def hf_spec(tensors, **fields) -> backbones.Spec:

@@ -18,7 +18,7 @@ from diva_jax.models.diffusion import schedule
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import unclip
 from diva_jax.training import partition
-from diva_jax.weights import clip
+from diva_jax.weights import names
 
 PREFIX = "unclip"
 HEADS = 4
@@ -40,7 +40,7 @@ def objective(z, sd) -> unclip.Objective:
     c.update(dtype="float32", frozen_dtype="float32")
     c.unclip.update(latents=meta["latents"], embed_noise="random")  # So that it has statistics.
     module = abstract(lambda rngs: unclip.Objective(c, rngs=rngs))
-    module.vision = filled(module.vision, take(z, "w/visual.", "visual."), clip.table("vision", spec))
+    module.vision = filled(module.vision, take(z, "w/visual.", "visual."), names.table("vision", spec))
     fill_generator(module, sd, z["text_context"], take(z, "w/unet."))
     for name in ("mean", "std"):
         setattr(module.image_normalizer, name, nnx.Variable(jnp.asarray(z[f"stats_{name}"])))
@@ -105,7 +105,7 @@ def compare(path, z, sd):
 
     out = jax.jit(run)(arrays, trained)
     for name in whole:
-        tensors = gradients(skeleton, out.pop(f"{name}/grad"), "vision", clip.table("vision", module.spec))
+        tensors = gradients(skeleton, out.pop(f"{name}/grad"), "vision", names.table("vision", module.spec))
         out |= {f"{name}/grad/{k}": v for k, v in tensors.items()}
     out |= dict(alphas_cumprod=abar, embed_alphas_cumprod=schedule.alphas_cumprod(unclip.LEVELS))
     return {k: z[k] for k in z.files if k not in GIVEN and not k.startswith("w/")}, out, {}

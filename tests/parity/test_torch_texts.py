@@ -15,7 +15,7 @@ from torch_objectives import tower as tower_of
 
 from diva_jax.models import backbones
 from diva_jax.training.step import image_keys
-from diva_jax.weights import clip, names
+from diva_jax.weights import names
 
 STEPS, B = 10, 8
 BLOCKS = backbones.architecture("vit").CHECKPOINT.text.rename[:6]  # Of the names within blocks.
@@ -43,9 +43,9 @@ def test_comclip():
     c.contrast.temperature, c.anchor.weight = 0.2, 40.0
     p, arrays = random_program(c)
     spec, teacher_spec = backbones.spec_of(c), backbones.spec_of(c, "teacher")
-    vision = functools.partial(part_tensors, p, part="vision", table=clip.table("vision", spec))
+    vision = functools.partial(part_tensors, p, part="vision", table=names.table("vision", spec))
     model = torch_model(spec)
-    texts = part_tensors(p, arrays, "contrast", clip.table("text", spec))
+    texts = part_tensors(p, arrays, "contrast", names.table("text", spec))
     model.load_state_dict(vision(arrays) | texts, strict=False)
     untuned, teacher = tower_of(p, arrays, "anchor", spec), tower_of(p, arrays, "relation", teacher_spec)
     trained = {f"visual.{n}": a for n, a in model.visual.named_parameters()}
@@ -119,7 +119,7 @@ def test_salm(teacher, visible):
     dino = tower_of(p, arrays, "teacher", teacher_spec) if frozen_teacher else torch_tower(teacher_spec)
 
     def tensors_of(arrays):
-        vision = part_tensors(p, arrays, "vision", clip.table("vision", spec))
+        vision = part_tensors(p, arrays, "vision", names.table("vision", spec))
         return {**vision, **part_tensors(p, arrays, "adapter", ADAPTER)}
 
     trained = {f"visual.{n}": a for n, a in tower.named_parameters()} | dict(adapter.named_parameters())
@@ -187,7 +187,7 @@ def test_smartclip():
     c.optim.update(lr=2e-3, warmup=0.15, weight_decay=0.5, eps=1e-2)
     p, arrays = random_program(c)
     spec = backbones.spec_of(c)
-    tables = {"vision": clip.table("vision", spec), "text": clip.table("text", spec), "mask_net": MASK_NET}
+    tables = {"vision": names.table("vision", spec), "text": names.table("text", spec), "mask_net": MASK_NET}
 
     def every_tensor(arrays):
         return {k: v for part, table in tables.items() for k, v in part_tensors(p, arrays, part, table).items()}

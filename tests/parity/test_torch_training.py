@@ -16,7 +16,7 @@ from torch_objectives import tower as tower_of
 from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.training.step import image_keys
-from diva_jax.weights import clip, names
+from diva_jax.weights import names
 
 STEPS = 10
 PROJECTION = names.Table("visual_proj")
@@ -80,7 +80,7 @@ def test_ten_steps_of_diva(optimizer, mode):
         return {"minimised": minimised, "loss": sum(map(sum, parts)).detach() / 2 / c.accum}
 
     def tensors_of(arrays):
-        tables = {"vision": clip.table("vision", model.spec), "visual_proj": PROJECTION}
+        tables = {"vision": names.table("vision", model.spec), "visual_proj": PROJECTION}
         parts = {part: part_tensors(p, arrays, part, table) for part, table in tables.items()}
         return {f"{part}/{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
 
@@ -101,8 +101,8 @@ class TorchJudge:
 
         self.c, self.spec, self.generator = p.config, backbones.spec_of(p.config), Generator(p, arrays)
         self.model = torch_model(self.spec)
-        start = part_tensors(p, arrays, "vision", clip.table("vision", self.spec))
-        texts = part_tensors(p, arrays, "text", clip.table("text", self.spec))
+        start = part_tensors(p, arrays, "vision", names.table("vision", self.spec))
+        texts = part_tensors(p, arrays, "text", names.table("text", self.spec))
         self.model.load_state_dict({**start, **texts}, strict=False)
         self.trained = {f"visual.{n}": a for n, a in self.model.visual.named_parameters()}
         self.encoder = CLIPTextModel(CLIPTextConfig(**p.config.diffusion.text_encoder.to_dict())).eval()
@@ -173,7 +173,7 @@ def test_steps_of_the_judge(kind):
     model, frozen = TorchJudge(p, arrays), {n: arrays[n] for n in p.abstract_frozen()}
     first = jax.jit(jax.grad(lambda a, b, k: p.skeleton.merge(a, frozen).loss(b, k)[0]))
     draw = jax.jit(lambda keys: p.skeleton.merge(arrays).draw(keys, (12, 12, 4)))
-    vision = functools.partial(part_tensors, p, part="vision", table=clip.table("vision", model.spec))
+    vision = functools.partial(part_tensors, p, part="vision", table=names.table("vision", model.spec))
 
     def want_of(i, batch, key):
         keys = image_keys(key, np.int32(i), batch["row"])

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, SiglipTokenizer, T5Tokenizer
 from diva_jax.data.tokenizers import siglip_clean
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
-from diva_jax.weights import clip
+from diva_jax.weights import names
 from diva_jax.weights.formats import write_safetensors
 
 
@@ -194,7 +194,7 @@ def transformers_folder(folder, spec=CLIP_FOLDER, **save):
     """Writes and returns the model of transformers that a spec describes; `save` as for `save_pretrained`."""
     import transformers
 
-    config = clip.transformers_configs(spec)[0]
+    config = names.transformers_configs(spec)[0]
     (kind,) = config.pop("architectures")
     if spec.has_text:
         config = {k: v for k, v in config.items() if k in ("vision_config", "text_config", "projection_dim")}

@@ -12,7 +12,7 @@ from helpers import relative_error, within
 from torch.nn.functional import interpolate
 from torch_models import PREFIX, torch_tower
 
-from diva_jax.weights import clip, names
+from diva_jax.weights import names
 
 
 def part_tensors(p, arrays, part: str, table) -> dict[str, torch.Tensor]:
@@ -23,7 +23,7 @@ def part_tensors(p, arrays, part: str, table) -> dict[str, torch.Tensor]:
 
 
 def tower(p, arrays, part: str, spec) -> torch.nn.Module:
-    model, tensors = torch_tower(spec), part_tensors(p, arrays, part, clip.table("vision", spec))
+    model, tensors = torch_tower(spec), part_tensors(p, arrays, part, names.table("vision", spec))
     model.load_state_dict({k.removeprefix(PREFIX[spec.arch]): v for k, v in tensors.items()})
     return model
 

@@ -22,7 +22,7 @@ from diva_jax.data import tokenizers
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import OPENAI_VOCABULARY, to_open_clip
-from diva_jax.weights import clip, formats, names, origins, parts
+from diva_jax.weights import formats, names, origins, parts
 from diva_jax.weights.formats import Tensor, Tensors
 from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
 
@@ -114,15 +114,15 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
     UserError where the source is another model, or a required part is missing; when values are read, where a tensor is
     not of floats, or not finite."""
     origins.check_architecture(source, spec)
-    tensors = clip.to_resolution(source.tensors, spec)
-    tower, table = clip.abstract("vision", spec), clip.table("vision", spec)
+    tensors = names.to_resolution(source.tensors, spec)
+    tower, table = names.abstract("vision", spec), names.table("vision", spec)
     names.check_names(tower, tensors, table, source=source.where)
     wanted = {n: tensors[n] for n in table.names(tower)}
     others = backbones.architecture(spec.arch).CHECKPOINT.others
     if text:
         if spec.has_text:
             parts.check_text(source, spec)
-            wanted |= {n: tensors[n] for n in clip.table("text", spec).names(clip.abstract("text", spec))}
+            wanted |= {n: tensors[n] for n in names.table("text", spec).names(names.abstract("text", spec))}
         if missing := [n for n in others if n not in tensors]:
             raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
     wanted |= {n: tensors[n] for n in others if n in tensors and (text or n.startswith("visual."))}
@@ -151,7 +151,7 @@ def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> d
     own = tokenizer_of(source, spec) if fmt != "pt" else None
     other = own is not None and spec.text.tokenizer == "clip" and own.size != OPENAI_VOCABULARY
     if fmt == "hf":
-        config, _ = clip.transformers_configs(spec, dtype)
+        config, _ = names.transformers_configs(spec, dtype)
         if other and spec.text.pool == "argmax":
             config["text_config"]["eos_token_id"] = 2  # transformers' code for "pool at the highest id".
         return config
@@ -341,9 +341,9 @@ def export(
         elif fmt == "open_clip":
             formats.write_open_clip(folder, tensors, config)
         else:
-            formats.write_safetensors(folder / "model.safetensors", clip.to_transformers_names(tensors, spec))
+            formats.write_safetensors(folder / "model.safetensors", names.to_transformers_names(tensors, spec))
             formats.write_json(folder / "config.json", config)
-            formats.write_json(folder / "preprocessor_config.json", clip.transformers_configs(spec)[1])
+            formats.write_json(folder / "preprocessor_config.json", names.transformers_configs(spec)[1])
         if spec.has_text and fmt != "pt":
             write_tokenizer(folder, source, spec, fmt)
         (folder / "README.md").write_text(card)

@@ -20,7 +20,7 @@ from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Keys
-from diva_jax.weights import clip
+from diva_jax.weights import names
 from diva_jax.weights.names import flat, torch_shape
 
 # One open_clip model for each way in which configs differ; the others are read by `make slow`.
@@ -47,7 +47,7 @@ def on_meta(config: dict) -> torch.nn.Module:
 @functools.cache
 def our_shapes(spec: Spec) -> dict[str, tuple]:
     found = {}
-    for table, tower in ((clip.table("vision", spec), build), (clip.table("text", spec), Text)):
+    for table, tower in ((names.table("vision", spec), build), (names.table("text", spec), Text)):
         leaves = flat(nnx.eval_shape(lambda tower=tower: tower(spec, rngs=Keys(0))))
         found |= {table.torch_name(p): torch_shape(p, v.shape) for p, v in leaves.items()}
     return found
@@ -58,7 +58,7 @@ def same_towers(spec: Spec, config: dict):
     assert set(theirs) - set(ours) == {"logit_scale"} | ({"logit_bias"} if spec.arch == "siglip" else set())
     assert {k: v for k, v in theirs.items() if k in ours} == ours
     for tower in ("vision", "text"):
-        assert all(n in ours or clip.table(tower, spec).ignored(n) for n in theirs)
+        assert all(n in ours or names.table(tower, spec).ignored(n) for n in theirs)
 
 
 def small(**kw) -> dict:

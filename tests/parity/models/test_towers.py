@@ -19,7 +19,7 @@ from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, build, eva02
 from diva_jax.models.backbones.shared.transformer import VARIANTS, Text
 from diva_jax.models.layers import Keys
-from diva_jax.weights import clip
+from diva_jax.weights import names
 from diva_jax.weights.names import assign, to_torch
 
 
@@ -30,7 +30,7 @@ class Tower:
 
     @property
     def table(self):
-        return clip.table("text" if self.text else "vision", self.spec)
+        return names.table("text" if self.text else "vision", self.spec)
 
     @functools.cached_property
     def theirs(self) -> torch.nn.Module:
@@ -176,7 +176,7 @@ def test_towers_that_there_are_not():
         refused("no projection", build, dataclasses.replace(spec, embed_dim=24), rngs=Keys(0))
     says = "backbone.arch='resnet' is no known architecture: use one of .*eva02"
     refused(says, build, dataclasses.replace(QUICK, arch="resnet"), rngs=Keys(0))
-    for fails in (lambda: Text(DINOV2, rngs=Keys(0)), lambda: clip.table("text", DINOV2)):
+    for fails in (lambda: Text(DINOV2, rngs=Keys(0)), lambda: names.table("text", DINOV2)):
         refused("a dinov2 backbone has no text tower", fails)
 
 

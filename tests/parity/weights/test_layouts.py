@@ -20,8 +20,7 @@ from diva_jax.common.errors import RunError
 from diva_jax.models import backbones
 from diva_jax.models.backbones import eva02
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
-from diva_jax.weights import clip as clip_weights
-from diva_jax.weights import formats, origins
+from diva_jax.weights import formats, names, origins
 from diva_jax.weights.export import layouts, publish
 from diva_jax.weights.formats import Tensor, Tensors
 from diva_jax.world import models
@@ -110,7 +109,7 @@ def test_custom_config_of_weights_that_describe_themselves(tmp_path):
             assert spec == from_open_clip(config | {"quick_gelu": True}, name=f"{name}-quickgelu")
     for name, spec in module["DINOV2"].items():
         assert backbones.spec_of(module["get_config"](name)) == spec
-        found, _ = clip_weights.from_transformers(*clip_weights.transformers_configs(spec), name)
+        found, _ = names.from_transformers(*names.transformers_configs(spec), name)
         assert found == spec
     refused("does not exist", module["get_config"], "nothing/there.pt")
 

@@ -22,7 +22,7 @@ from diva_jax import demo, weights
 from diva_jax.data import tokenizers
 from diva_jax.models.backbones import TextSpec
 from diva_jax.models.diffusion.presets import Diffusion
-from diva_jax.weights import clip, formats, origins, parts
+from diva_jax.weights import formats, names, origins, parts
 from diva_jax.weights.export import layouts
 from diva_jax.world import captions, models, scenes
 
@@ -59,23 +59,23 @@ def test_images(tmp_path, name, seed):
     close(diva_jax.load(str(tmp_path)).encode_image([image]), want, 2e-5)
     if spec.arch != "siglip":  # An export keeps the preparation.
         found = origins.open_source(str(tmp_path)).spec
-        assert clip.from_transformers(*clip.transformers_configs(found), "a")[0] == found
+        assert names.from_transformers(*names.transformers_configs(found), "a")[0] == found
 
 
 @pytest.mark.parametrize(("option", "value"), json.loads((TESTS / "parity/refused.json").read_text())["preprocessor"])
 def test_preparations_that_are_not_implemented_are_refused(option, value):
-    config, preprocessor = clip.transformers_configs(CLIP_FOLDER)
+    config, preprocessor = names.transformers_configs(CLIP_FOLDER)
     says = rf"x/preprocessor_config.json has .*{option}'?="
-    refused(says, clip.from_transformers, config, preprocessor | {option: value}, "x")
+    refused(says, names.from_transformers, config, preprocessor | {option: value}, "x")
 
 
 def test_older_forms_of_the_configs():
     """Sizes as numbers, and towers in `*_config_dict`."""
-    config, preprocessor = clip.transformers_configs(CLIP_FOLDER)
+    config, preprocessor = names.transformers_configs(CLIP_FOLDER)
     old = config | {"vision_config": {}, "text_config": {"hidden_size": 8}}
     old |= {f"{t}_config_dict": config[f"{t}_config"] for t in ("vision", "text")}
     sizes = dict(size=30, crop_size=30, feature_extractor_type="CLIPFeatureExtractor", image_processor_type=None)
-    assert clip.from_transformers(old, preprocessor | sizes, "x")[0] == CLIP_FOLDER
+    assert names.from_transformers(old, preprocessor | sizes, "x")[0] == CLIP_FOLDER
 
 
 TEXTS = ["a photo of a cat", "a photo of <cat-toy>", "<CAT-TOY>s and <New>, not <new>", "x<cat-toy>y"]
@@ -115,7 +115,7 @@ def test_siglip2_texts(tmp_path):
     spec = dataclasses.replace(SIGLIP2_FOLDER, text=text)
     model = transformers_folder(tmp_path, spec)
     theirs.save_pretrained(tmp_path)
-    preparation = clip.transformers_configs(spec)[1] | {"do_center_crop": False}
+    preparation = names.transformers_configs(spec)[1] | {"do_center_crop": False}
     formats.write_json(tmp_path / "preprocessor_config.json", preparation)
     texts = ["A Photo of a CAT", "dog"]
     ids = theirs(texts, padding="max_length", max_length=64, truncation=True, return_tensors="pt")["input_ids"]

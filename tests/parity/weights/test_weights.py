@@ -22,7 +22,7 @@ from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.models.diffusion.unet import TextEncoderConfig, UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
-from diva_jax.weights import clip, formats, names, origins
+from diva_jax.weights import formats, names, origins
 
 
 def clip_model(spec=CLIP):
@@ -40,8 +40,8 @@ def same(module, table, expected):
 
 
 def same_towers(source, expected, spec=CLIP):
-    same(weights.load(str(source), spec), clip.table("vision", spec), expected)
-    same(weights.load(str(source), spec, tower="text"), clip.table("text", spec), expected)
+    same(weights.load(str(source), spec), names.table("vision", spec), expected)
+    same(weights.load(str(source), spec, tower="text"), names.table("text", spec), expected)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_held_in_the_dtype_asked_for(model, tmp_path):
     tensors = state_dict(model)
     torch.save(tensors, tmp_path / "w.pt")
     loaded = weights.load(str(tmp_path / "w.pt"), CLIP, param_dtype=jnp.bfloat16)
-    same(loaded, clip.table("vision", CLIP), {k: v.bfloat16() for k, v in tensors.items()})
+    same(loaded, names.table("vision", CLIP), {k: v.bfloat16() for k, v in tensors.items()})
 
 
 def test_open_clip_folder_and_the_file_in_it(model, tmp_path):
@@ -101,7 +101,7 @@ def test_files_of_the_diva_authors(model, tmp_path, layout):
     content = {"tower": bare, "visual": tower, "training state": state}[layout]
     torch.save(content, tmp_path / "OpenAI-ViT-L-14-224.pth")
     source = str(tmp_path / "OpenAI-ViT-L-14-224.pth")
-    same(weights.load(source, CLIP), clip.table("vision", CLIP), tensors)
+    same(weights.load(source, CLIP), names.table("vision", CLIP), tensors)
     if layout != "training state":
         refused("only a vision tower", weights.load, source, CLIP, tower="text")
 
@@ -162,7 +162,7 @@ def test_transformers_models(tmp_path, spec, ids):
         if ids is not None:
             text = weights.load(str(tmp_path), spec, tower="text").encode(jnp.asarray(ids))
             close(text, model.get_text_features(input_ids=torch.from_numpy(ids)).pooler_output, 2e-5)
-    back, theirs = clip.to_transformers_names(source.tensors, spec), formats.weights_in(tmp_path, "model")
+    back, theirs = names.to_transformers_names(source.tensors, spec), formats.weights_in(tmp_path, "model")
     assert back.keys() == theirs.keys()
     for name, tensor in back.items():
         np.testing.assert_array_equal(np.asarray(tensor), np.asarray(theirs[name]), err_msg=name)
@@ -193,7 +193,7 @@ def test_open_clip_eva02(tmp_path):
     torch.save(tensors, tmp_path / "w.pt")
     torch.save({k.removeprefix("visual."): v for k, v in tensors.items() if "visual." in k}, tmp_path / "v.pt")
     same_towers(tmp_path / "w.pt", tensors, EVA02)
-    same(weights.load(str(tmp_path / "v.pt"), EVA02), clip.table("vision", EVA02), tensors)
+    same(weights.load(str(tmp_path / "v.pt"), EVA02), names.table("vision", EVA02), tensors)
     larger = weights.load(str(tmp_path / "w.pt"), dataclasses.replace(EVA02, image_size=54))
     want = resample_abs_pos_embed(tensors["visual.trunk.pos_embed"], [9, 9], num_prefix_tokens=1)
     close(larger.pos_embed[...], want, 2e-6)

@@ -18,8 +18,7 @@ from transformers import AutoTokenizer
 from diva_jax import demo
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import NO_TEXT, TABLE
-from diva_jax.weights import clip as towers
-from diva_jax.weights import formats, origins
+from diva_jax.weights import formats, names, origins
 from diva_jax.weights.export import layouts, publish
 from diva_jax.weights.formats import Tensors
 from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
@@ -150,14 +149,14 @@ def test_hub_ids_and_towers_that_transformers_cannot_hold(clip):
     assert origins.hub_id("hf-hub:timm/base") == origins.hub_id("timm/base") == "timm/base"
     assert origins.hub_id(clip.where) == origins.hub_id("nothing/there.pt") == origins.hub_id("") == ""
     text = dataclasses.replace(CLIP.text, causal=False)
-    refused("use --format=open_clip", lambda: towers.transformers_configs(dataclasses.replace(CLIP, text=text))[0])
+    refused("use --format=open_clip", lambda: names.transformers_configs(dataclasses.replace(CLIP, text=text))[0])
 
 
 @pytest.mark.parametrize("tag", list(TABLE))
 def test_every_backbone_has_configs_of_transformers(tag):
     """They describe what was exported; those of open_clip are compared with its own in tests/parity."""
     free = dict.fromkeys(("source", "open_clip_name", "select", "add_text", "readout"), "")
-    found, silent = towers.from_transformers(*towers.transformers_configs(TABLE[tag]), tag)
+    found, silent = names.from_transformers(*names.transformers_configs(TABLE[tag]), tag)
     assert dataclasses.replace(found, **free) == dataclasses.replace(TABLE[tag], **free) and not silent
 
 
@@ -193,7 +192,7 @@ def source_of(folder, *names) -> ClipSource:
 
 
 def exported(tmp_path, source):
-    formats.write_json(tmp_path / "config.json", towers.transformers_configs(SPEC)[0])
+    formats.write_json(tmp_path / "config.json", names.transformers_configs(SPEC)[0])
     layouts.write_tokenizer(tmp_path, source, SPEC, "hf")
     return tmp_path
 

@@ -25,7 +25,7 @@ from diva_jax.models.diffusion import presets, schedule
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.unet import TextEncoderConfig, UNetConfig
 from diva_jax.models.diffusion.vae import FluxVAEConfig, VAEConfig
-from diva_jax.weights import clip, formats, names, parts
+from diva_jax.weights import formats, names, parts
 
 pytestmark = pytest.mark.attack
 
@@ -119,7 +119,7 @@ def test_weights_that_are_no_floats_or_overflow_are_named(dtype):
 
 
 SD, CASES = json.loads(json.dumps(presets.preset("sd21_base"))), 60
-PREPROCESSOR = clip.transformers_configs(QUICK)[1]
+PREPROCESSOR = names.transformers_configs(QUICK)[1]
 
 
 def possible(spec) -> None:
@@ -146,12 +146,12 @@ def falling(left) -> None:
 
 
 def of_transformers(config, preprocessor=PREPROCESSOR):
-    return clip.from_transformers(config, preprocessor, "a")[0]
+    return names.from_transformers(config, preprocessor, "a")[0]
 
 
 # What parses a config, the config, and what holds for whatever is accepted.
 PARSERS = {
-    "preprocessor": (lambda p: of_transformers(clip.transformers_configs(QUICK)[0], p), PREPROCESSOR, possible),
+    "preprocessor": (lambda p: of_transformers(names.transformers_configs(QUICK)[0], p), PREPROCESSOR, possible),
     "unet": (UNetConfig.from_dict, SD["unet"], buildable),
     "vae": (VAEConfig.from_dict, SD["vae"], buildable),
     "flux_vae": (FluxVAEConfig.from_dict, SD["vae"] | {"shift_factor": 0.1159}, buildable),
@@ -159,7 +159,7 @@ PARSERS = {
     "schedule": (lambda c: schedule.alphas_cumprod(ScheduleConfig.from_dict(c)), SD["scheduler"], falling),
 }
 for number, each in enumerate((QUICK, SIGLIP, METACLIP2, DINOV2, DINOV2_REG)):
-    PARSERS[f"transformers {number}"] = of_transformers, clip.transformers_configs(each)[0], possible
+    PARSERS[f"transformers {number}"] = of_transformers, names.transformers_configs(each)[0], possible
 for number, each in enumerate((QUICK, TABLE["siglip_so400m"], METACLIP2)):
     PARSERS[f"open_clip {number}"] = (lambda c: backbones.check(from_open_clip(c), "a")), to_open_clip(each), possible
 

@@ -26,7 +26,7 @@ from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.layers import abstract
 from diva_jax.training import workdirs
-from diva_jax.weights import clip, formats, names, origins
+from diva_jax.weights import formats, names, origins
 
 
 def read_all(path):
@@ -152,20 +152,20 @@ def test_a_backbone_that_may_be_trained_can_be_built_and_exported(name):
 
 def test_transformers_models_and_options_that_are_not_implemented_are_named():
     for option in ("use_mask_token", "qkv_bias"):
-        config = clip.transformers_configs(DINOV2)[0] | {option: False}
-        refused(f"{option}=false", clip.from_transformers, config, {}, "x")
+        config = names.transformers_configs(DINOV2)[0] | {option: False}
+        refused(f"{option}=false", names.from_transformers, config, {}, "x")
     known = "is a 'bert' model: give the folder of a whole .*Dinov2Model.* or SiglipModel"
-    refused(known, clip.from_transformers, {"model_type": "bert"}, {}, "x")
+    refused(known, names.from_transformers, {"model_type": "bert"}, {}, "x")
 
 
 @pytest.mark.parametrize(("vocab", "activation"), [(32000, ""), (256000, "gelu_tanh")], ids=["siglip", "siglip2"])
 def test_published_siglip_folders_are_read_as_open_clip_runs_them(vocab, activation):
     """transformers' published configs leave `hidden_act` at its default, tanh, in both towers of both versions."""
     config = dict(model_type="siglip", text_config=dict(vocab_size=vocab), vision_config=dict(image_size=224))
-    spec, silent = clip.from_transformers(config, {}, "x")
+    spec, silent = names.from_transformers(config, {}, "x")
     assert (spec.activation, spec.text.activation, silent) == ("gelu", activation, {"activation"})
     giant = dict(hidden_size=1536, num_hidden_layers=40, num_attention_heads=16, intermediate_size=6144, image_size=256)
-    spec, _ = clip.from_transformers(config | dict(vision_config=giant), {}, "x")
+    spec, _ = names.from_transformers(config | dict(vision_config=giant), {}, "x")
     assert spec.activation == "gelu_tanh" and spec.text.activation == ("gelu" if vocab == 32000 else "")
 
 
@@ -200,7 +200,7 @@ def long_clip(table, kept):
 def test_positions_are_stretched_as_long_clip_does_it(old, kept, width):
     table = np.random.default_rng(old).normal(size=(old, width)).astype(np.float32)
     want = long_clip(table.astype(np.float64), kept)
-    got = clip.stretch(table, len(want), kept)
+    got = names.stretch(table, len(want), kept)
     assert got.dtype == np.float32 and len(got) == (248 if old == 77 else len(want))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
@@ -219,7 +219,7 @@ def longer(**changes):
 def test_a_checkpoint_is_stretched_only_where_that_is_asked_for(folder):
     stored = np.asarray(formats.open_file(folder / "open_clip_model.safetensors")["positional_embedding"])
     text = weights.load(str(folder), longer(context_length=248, kept_positions=20), tower="text")
-    np.testing.assert_array_equal(text.pos_embed[...], clip.stretch(stored, 248, 20))
+    np.testing.assert_array_equal(text.pos_embed[...], names.stretch(stored, 248, 20))
     assert text.encode(np.zeros((2, 248), np.int32)).shape == (2, small.SPEC.embed_dim)
     same = weights.load(str(folder), longer(kept_positions=20), tower="text")
     np.testing.assert_array_equal(same.pos_embed[...], stored)

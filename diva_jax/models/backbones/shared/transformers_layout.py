@@ -1,7 +1,7 @@
 """What an architecture states about its model in transformers: names, layouts and config files.
 
 A `Recipe` says how some tensors of one side make some of the other: joined along the first axis, transposed or
-reshaped, and split again. Values are moved, never computed, so both ways are exact; `weights.clip` carries them out.
+reshaped, and split again. Values are moved, never computed, so both ways are exact; `weights.names` carries them out.
 """
 
 import dataclasses
