@@ -86,7 +86,7 @@ def test_caveats_and_scores(clip, tuned, tmp_path):
         table[0] == f"| task | score | {samples.BEFORE} | this model | difference |"
         and table[1] == "|---|---|---|---|---|"
     )
-    numbers = "19.26 (12.76 to 25.76) | 25.93 (18.93 to 32.93) | +6.67 (1.48 to 11.85)"
+    numbers = "19.26 (12.76 to 25.76) | 25.93 (19.43 to 32.43) | +6.67 (1.48 to 11.85)"
     assert table[2] == rf"| MMVP-VLM | pooled \| embedding [%] | {numbers} |"
     assert len(table) == 4 and "published" in table[3]  # The rank has no score of these weights.
 
