@@ -48,18 +48,12 @@ class Profile:
 
 
 class Run:
-    """One training run in a workdir, checked and ready to load its weights.
-
-    Args:
-      config: a config as `config.default` returns it.
-      workdir: folder for config.json, checkpoints, metrics.jsonl and TensorBoard events; a path, or gs://...
-      init_from: WORKDIR or WORKDIR:STEP of another run, from which parameters of the same name and shape are taken
-        instead of from their sources. A run that resumes does not read it.
-      saved: a folder that `python -m diva_jax.aot --save` wrote, of the user's own: its executables are run.
-
-    Raises:
-      UserError: the config, the data or the workdir is invalid; nothing in the workdir is changed.
-    """
+    """One training run of a config, as `config.default` returns it, in a workdir for config.json, checkpoints,
+    metrics.jsonl and TensorBoard events, a path or gs://..., checked and ready to load its weights. `init_from`:
+    WORKDIR or WORKDIR:STEP of another run, from which parameters of the same name and shape are taken instead of from
+    their sources; a run that resumes does not read it. `saved`: a folder that `python -m diva_jax.aot --save` wrote, of
+    the user's own: its executables are run. A UserError where the config, the data or the workdir is invalid; nothing
+    in the workdir is changed then."""
 
     def __init__(self, config, workdir: epath.PathLike, init_from: str | None = None, saved: str | None = None):
         self.config, self.workdir = config, paths.folder(workdir, "--workdir")
@@ -142,7 +136,8 @@ class Run:
         wanted = set(program.abstract_frozen() if resumes else program.arrays)
         arrays, origins = workdirs.initial_arrays(program, wanted - set(taken))
         if taken:
-            arrays |= parent.read({n: program.arrays[n] for n in taken})
+            mine = {n: program.arrays[n] for n in taken}
+            arrays |= checkpoint.restore_arrays(parent.workdir, parent.step, mine)[0]
         if resumes:
             workdirs.check_sources(restored.meta["sources"], origins)
             self.batches.set_state(restored.data)

@@ -56,16 +56,6 @@ def parameter_shardings(arrays: Mapping, mesh: Mesh, min_shard: int) -> dict[str
     return {n: NamedSharding(mesh, parameter_spec(a.shape, fsdp, min_shard)) for n, a in arrays.items()}
 
 
-def like_parameters(tree, shardings: Mapping[str, NamedSharding], mesh: Mesh):
-    """Returns the shardings of an optimizer state: a leaf whose last key is a parameter's name has its sharding."""
-
-    def of(path, leaf):
-        key = getattr(path[-1], "key", None) if path else None
-        return shardings[key] if leaf.ndim and key in shardings else NamedSharding(mesh, P())
-
-    return jax.tree_util.tree_map_with_path(of, tree)
-
-
 def with_shardings(tree, shardings):
     """Returns a tree of ShapeDtypeStructs with these shardings."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)

@@ -221,8 +221,10 @@ class Program:
         return init({n: params[n] for n in self.active(stage)})
 
     def _abstract_opt(self, stage: int):
-        shapes = jax.eval_shape(self.optimizer(stage).init, {n: self.arrays[n] for n in self.active(stage)})
-        return partition.with_shardings(shapes, partition.like_parameters(shapes, self.shardings, self.mesh))
+        tx, params = self.optimizer(stage), {n: self.arrays[n] for n in self.active(stage)}
+        shapes, others = jax.eval_shape(tx.init, params), lambda leaf: leaf.update(sharding=self.replicated)
+        place = lambda leaf, of: leaf.update(sharding=of.sharding)  # noqa: E731
+        return optax.tree.map_params(tx, place, shapes, params, transform_non_params=others)
 
     def abstract_state(self, stage: int) -> dict:
         """The train state of a stage, as ShapeDtypeStructs with shardings."""

@@ -266,10 +266,6 @@ class Parent:
             )
         return found
 
-    def read(self, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """The values of these parameters, in the given dtypes and on the given shardings."""
-        return checkpoint.restore_arrays(self.workdir, self.step, arrays)[0] if arrays else {}
-
 
 @dataclasses.dataclass(frozen=True)
 class RunAt:
@@ -322,7 +318,10 @@ class RunAt:
         wanted = list(self.program.towers.shapes if wanted is None else wanted)
         needed = set().union(*(self.program.towers.needs(t) for t in wanted)) - set(self.params)
         taken = {n: self.program.arrays[n] for n in needed & set(self.taken.get("frozen", ()))}
-        inherited = Parent.recorded(self.taken).read(taken) if taken else {}
+        inherited = {}
+        if taken:
+            parent = Parent.recorded(self.taken)
+            inherited, _ = checkpoint.restore_arrays(parent.workdir, parent.step, taken)
         found, began = initial_arrays(self.program, needed - set(taken), every_source=False)
         check_sources(self.sources, began)
         return self.program.towers({**found, **inherited, **self.params}, wanted)
