@@ -214,10 +214,9 @@ def export(
     if params is not None:
         params = mapping("params", params, "Loss.towers()")
         if run is not None or options.get("results"):
-            raise UserError(
-                "params are for a source that is no run, and have no results: give the weights that the loop began "
-                "with, Loss.config.backbone.source, and leave out results"
-            )
+            problem = "params are for a source that is no run, and have no results"
+            advice = "give the weights that the loop began with, Loss.config.backbone.source, and leave out results"
+            raise UserError(f"{problem}: {advice}")
     configs.check_runs([source])
     options = publish.ExportOptions(**options)
     publish.export(source, out, format, dtype, options, run=run is not None, step=step, params=params)

@@ -96,7 +96,6 @@ def check_stored(config: Mapping[str, Any], where: str) -> None:
     """Raises a UserError where a config that was read from a workdir names a module that nobody else has named."""
     unknown = sorted(m for m in _named(config) - _trusted - sys.modules.keys() if not is_own(m))
     if unknown and not _trusts_all:
-        raise UserError(
-            f"{where} names the module {brief(unknown[0])}, which would be executed: read it, then give "
-            "--trust_objective (in Python, import it first), or a --config that names it too"
-        )
+        problem = f"{where} names the module {brief(unknown[0])}, which would be executed"
+        advice = "read it, then give --trust_objective (in Python, import it first), or a --config that names it too"
+        raise UserError(f"{problem}: {advice}")

@@ -328,10 +328,9 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, al
     match = _OPTIONS.fullmatch(path)
     path, options = (match[1], dict(parse_qsl(match[2], keep_blank_values=True))) if match else (path, {})
     if unknown := [o for o in options if o not in ("image", "text", "texts") or not options[o]]:
-        raise UserError(
-            f"config.data.path={path!r} has the option {listing(unknown)}: after ? write image=COLUMN, text=COLUMN, "
-            "texts=COLUMN, or several with & between them"
-        )
+        problem = f"config.data.path={path!r} has the option {listing(unknown)}"
+        advice = "after ? write image=COLUMN, text=COLUMN, texts=COLUMN, or several with & between them"
+        raise UserError(f"{problem}: {advice}")
     path = path if is_remote(path) else os.path.expanduser(path)
     advice = "check it, the network and this account's rights"
     # An object store refuses by an exception of its own; a local folder that is not there is a UserError.

@@ -30,10 +30,9 @@ def recipe(config: ConfigDict) -> None:
 def validate(config: ConfigDict) -> None:
     """Raises a UserError where no term has a weight."""
     if not any(config[term].weight for term in ("contrast", "anchor", "relation")):
-        raise UserError(
-            "config.objective=comclip trains nothing without a term: give config.contrast.weight, "
-            "config.anchor.weight or config.relation.weight above 0"
-        )
+        problem = "config.objective=comclip trains nothing without a term"
+        advice = "give config.contrast.weight, config.anchor.weight or config.relation.weight above 0"
+        raise UserError(f"{problem}: {advice}")
 
 
 class Objective(contract.Objective):

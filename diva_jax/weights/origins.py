@@ -183,10 +183,9 @@ class ClipSource:
     def described(self, source: str) -> Spec:
         """The Spec, with `source` as its source; a UserError where a bare file does not state heads and activation."""
         if self.spec is None:
-            raise UserError(
-                f"{self.where} ({self.kind}) does not specify the number of heads and the activation: give a config, "
-                "e.g. --config=configs/vitl14.py, or put its open_clip_config.json beside it"
-            )
+            problem = f"{self.where} ({self.kind}) does not specify the number of heads and the activation"
+            advice = "give a config, e.g. --config=configs/vitl14.py, or put its open_clip_config.json beside it"
+            raise UserError(f"{problem}: {advice}")
         return dataclasses.replace(self.spec, source=source)
 
 

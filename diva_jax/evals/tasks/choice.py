@@ -121,10 +121,9 @@ def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
     )
     kept = counts[index] >= metric.at_least
     if not kept.any():
-        raise UserError(
-            f"{items[0].where.rpartition(',')[0]}: no class has {metric.at_least} items, so nothing can be averaged: "
-            "give the whole file"
-        )
+        problem = f"{items[0].where.rpartition(',')[0]}"
+        advice = f"no class has {metric.at_least} items, so nothing can be averaged: give the whole file"
+        raise UserError(f"{problem}: {advice}")
     return Values(right[kept], strata=labels[index][kept], tested=False)
 
 
