@@ -44,9 +44,8 @@ def owners(program: Program) -> dict[str, str]:
     for prefix in sorted(parts, key=len):  # The longest prefix is applied last and takes precedence.
         names = [n for n in program.arrays if n == prefix or n.startswith(prefix + "/")]
         if not names:
-            problem = f"config.objective={program.config.objective}"
-            advice = f"pretrained() has {prefix!r}, but parameters are named like {listing(list(program.arrays)[:3])}"
-            raise UserError(f"{problem}: {advice}")
+            problem = f"config.objective={program.config.objective}: pretrained() has {prefix!r}"
+            raise UserError(f"{problem}, but parameters are named like {listing(list(program.arrays)[:3])}")
         for name in names:
             found[name] = prefix
             if any(re.fullmatch(pattern, name[len(prefix) + 1 :]) for pattern in parts[prefix].fresh):

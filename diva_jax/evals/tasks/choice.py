@@ -121,9 +121,8 @@ def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
     )
     kept = counts[index] >= metric.at_least
     if not kept.any():
-        problem = f"{items[0].where.rpartition(',')[0]}"
-        advice = f"no class has {metric.at_least} items, so nothing can be averaged: give the whole file"
-        raise UserError(f"{problem}: {advice}")
+        where, few = items[0].where.rpartition(",")[0], f"no class has {metric.at_least} items"
+        raise UserError(f"{where}: {few}, so nothing can be averaged: give the whole file")
     return Values(right[kept], strata=labels[index][kept], tested=False)
 
 
