@@ -86,15 +86,6 @@ def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32, seed:
     return shards
 
 
-def write_folder(out_dir: str | Path, count: int = 96, seed: int = 0) -> list[Path]:
-    """Writes the examples of `pack_photos` as a plain folder: `<photograph>/<number>.jpg`."""
-    written = []
-    for i, (photograph, _, jpeg) in enumerate(examples(count, seed)):
-        written.append(Path(out_dir) / Path(photograph).stem / f"{i:04d}.jpg")
-        paths.write_whole(written[-1], jpeg)
-    return written
-
-
 def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
     """Writes an open_clip folder with random weights: both towers and logit_scale."""
     from diva_jax.models import backbones
@@ -150,7 +141,8 @@ def main() -> None:
     out = Path(_OUT.value)
     print(f"writing photographs to {out / 'photos'} and {out / 'images'}", flush=True)
     pack_photos(out / "photos")
-    write_folder(out / "images", count=24)
+    for i, (photograph, _, jpeg) in enumerate(examples(24)):
+        paths.write_whole(out / "images" / Path(photograph).stem / f"{i:04d}.jpg", jpeg)
     print(f"writing a tiny CLIP to {out / 'clip'}", flush=True)
     write_clip(out / "clip", TINY)
     write_byte_tokenizer(out / "clip")

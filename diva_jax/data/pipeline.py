@@ -91,22 +91,19 @@ class Decoder:
                 f"than config.data.max_broken_share={self._max_share:g} allows: repair the data, or raise that field"
             )
 
-    def _record(self, i: int) -> Record:
-        """Reads record i; what may be the fault of a network or a disk is tried again, a few times."""
-        for pause in (*_RETRY_PAUSES_S, None):
-            try:
-                return read_with(self._source, i, self._with_text, self._choices)
-            except OSError as e:
-                if e.errno not in _TRANSIENT or pause is None:
-                    raise
-            time.sleep(pause)
-
     def read(self, i: int, memory: contextlib.ExitStack) -> tuple[Image, Record] | None:
         """(decoded image, record i), or None where it is broken or has no texts to choose between; `memory` holds what
         it needs. A RunError where too many records are broken, or memory ran out."""
         self._reading[threading.get_ident()] = printable(self._source.name(i)), time.monotonic()
         try:
-            record = self._record(i)
+            for pause in (*_RETRY_PAUSES_S, None):  # What may be the fault of a network or a disk is tried again.
+                try:
+                    record = read_with(self._source, i, self._with_text, self._choices)
+                    break
+                except OSError as e:
+                    if e.errno not in _TRANSIENT or pause is None:
+                        raise
+                time.sleep(pause)
             if self._with_text and not (record.text and record.text.strip()):
                 raise ValueError("it has no caption")
             if not all(choose(record, np.random.default_rng(0)) for choose in self._choices):
@@ -189,7 +186,17 @@ class Batches:
         source = open_records(config, inputs, str(cache_dir) if cache_dir else None, quiet=process_index != 0)
         choices = list(dict.fromkeys(i.alternatives for i in inputs.values() if hasattr(i, "alternatives")))
         for choice in choices:
-            self._check_texts(source, choice, config.path)
+            why = ""
+            for i in range(0, len(source), -(-len(source) // _PROBED)):
+                try:
+                    if choice(read_with(source, i, True, (choice,)), np.random.default_rng(0)):
+                        break
+                except (OSError, ValueError) as e:
+                    why = f" ({printable(source.name(i))}: {brief(e)})"
+            else:
+                problem = f"config.data.path={config.path!r}: not one of {min(len(source), _PROBED)} records has"
+                advice = "give it to them, or set config.judge.texts to another kind"
+                raise UserError(f"{problem} {choice.wanted}{why}: {advice}")
         if cache is not None:
             cache.check(source)
         self.source, self._cache, self._order = source, cache, shuffled(len(source), seed)
@@ -207,19 +214,6 @@ class Batches:
         self._consumed = 0
         self._pending: concurrent.futures.Future | None = None  # The next batch, while a thread makes it.
         self._batches = None  # Opened by the first batch: a restored run must not decode from position 0.
-
-    @staticmethod
-    def _check_texts(source: Source, choice: Alternatives, path: str) -> None:
-        """A UserError where not one of `_PROBED` records, spread over all, has texts to choose between."""
-        why = ""
-        for i in range(0, len(source), -(-len(source) // _PROBED)):
-            try:
-                if choice(read_with(source, i, True, (choice,)), np.random.default_rng(0)):
-                    return
-            except (OSError, ValueError) as e:
-                why = f" ({printable(source.name(i))}: {brief(e)})"
-        problem = f"config.data.path={path!r}: not one of {min(len(source), _PROBED)} records has {choice.wanted}{why}"
-        raise UserError(f"{problem}: give it to them, or set config.judge.texts to another kind")
 
     def _at(self, position: int) -> dict[str, np.ndarray]:
         """The arrays of the example at a position, and its "row". A broken record is replaced by the next good one in

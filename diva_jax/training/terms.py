@@ -154,7 +154,19 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
         def loss(self, batch, keys, *progress):
             """As the objective's own, whose metrics it keeps; without a loss of its own, "loss" is the sum of terms."""
             value, metrics = super().loss(batch, keys, *progress)
-            found = self._values(batch)
+            terms, found = self.terms, {}
+            x = self._pooled(self.towers()["vision"], terms.spec, batch)
+            if "anchor" in terms.names:
+                untuned = self._frozen("anchor", batch)
+                unit = terms.anchor.of == "unit"
+                away = jnp.square(pairs.unit(x) - pairs.unit(untuned) if unit else x - untuned)
+                found["anchor"] = jnp.mean(away if unit else jnp.sum(away, axis=-1))
+            if "contrast" in terms.names:
+                logits = pairs.cosines(x, self._frozen("contrast", batch)) / terms.contrast.temperature
+                found["contrast"] = pairs.contrast(logits)
+            if "relation" in terms.names:
+                o, taught = terms.relation, self._frozen("relation", batch)
+                found["relation"] = pairs.relation(x, taught, o.temperature, o.with_self)
             total = value + sum(getattr(self.terms, name).weight * found[name] for name in found)
             return total, {**metrics, **found, **({"loss": total} if kind.terms_alone else {})}
 
@@ -172,22 +184,5 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
                     return self.contrast.encode(batch["caption"])
                 spec = self.terms.teacher if name == "relation" else self.terms.spec
                 return self._pooled(getattr(self, name), spec, batch)
-
-        def _values(self, batch):
-            """Term -> its value for a batch, []."""
-            terms, found = self.terms, {}
-            x = self._pooled(self.towers()["vision"], terms.spec, batch)
-            if "anchor" in terms.names:
-                untuned = self._frozen("anchor", batch)
-                unit = terms.anchor.of == "unit"
-                away = jnp.square(pairs.unit(x) - pairs.unit(untuned) if unit else x - untuned)
-                found["anchor"] = jnp.mean(away if unit else jnp.sum(away, axis=-1))
-            if "contrast" in terms.names:
-                logits = pairs.cosines(x, self._frozen("contrast", batch)) / terms.contrast.temperature
-                found["contrast"] = pairs.contrast(logits)
-            if "relation" in terms.names:
-                o, taught = terms.relation, self._frozen("relation", batch)
-                found["relation"] = pairs.relation(x, taught, o.temperature, o.with_self)
-            return found
 
     return WithTerms

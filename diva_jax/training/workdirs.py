@@ -25,7 +25,6 @@ from diva_jax.common.log import say
 from diva_jax.training import checkpoint, partition
 from diva_jax.training.step import Program, learning_rate, pace
 from diva_jax.weights import formats, origins
-from diva_jax.weights.parts import Opened
 
 
 def put_on(sharding: Callable[[tuple], jax.sharding.Sharding]) -> Callable:
@@ -53,21 +52,6 @@ def owners(program: Program) -> dict[str, str]:
     return found
 
 
-def _fill(program: Program, prefix: str, opened: Opened, mine: list[str], wanted: set[str]) -> dict:
-    """{name: array} of the wanted parameters of one part."""
-    depth = prefix.count("/") + 1
-    paths = {n: program.skeleton.variables[n][0] for n in mine}
-    names = {path[depth:] or path: n for n, path in paths.items()}
-    variables = {p: program.skeleton.variables[n][1].replace(program.arrays[n]) for p, n in names.items()}
-    place = put_on(lambda path: program.shardings[names[path]])
-
-    def put(path, array, want):
-        return place(path, array, want) if names[path] in wanted else None
-
-    state = opened.fill(nnx.from_flat_state(variables), put)
-    return {names[path]: var.get_value() for path, var in nnx.to_flat_state(state)}
-
-
 def initial_arrays(
     program: Program, only: Collection[str] | None = None, every_source: bool = True
 ) -> tuple[dict, dict]:
@@ -86,7 +70,17 @@ def initial_arrays(
         # Hashing needs the processor while reading waits for the disk.
         digests = {prefix: hashes.submit(formats.fingerprint, o.files) for prefix, o in opened.items()}
         for prefix in needed:
-            arrays |= _fill(program, prefix, opened[prefix], mine[prefix], wanted)
+            depth = prefix.count("/") + 1
+            places = {n: program.skeleton.variables[n][0] for n in mine[prefix]}
+            named = {path[depth:] or path: n for n, path in places.items()}
+            variables = {p: program.skeleton.variables[n][1].replace(program.arrays[n]) for p, n in named.items()}
+            place = put_on(lambda path, named=named: program.shardings[named[path]])
+
+            def put(path, array, want, named=named, place=place):
+                return place(path, array, want) if named[path] in wanted else None
+
+            state = opened[prefix].fill(nnx.from_flat_state(variables), put)
+            arrays |= {named[path]: var.get_value() for path, var in nnx.to_flat_state(state)}
         if fresh := [n for n in program.arrays if n not in owner and n in wanted]:
             # The compiler removes the computation of all others.
             init = jax.jit(
