@@ -155,7 +155,10 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
         else:
             path = folder / "bpe_simple_vocab_16e6.txt.gz"
             with gzip.open(io.BytesIO(json_files.read_bytes(path))) as f:
-                lines = f.read(_MAX_UNPACKED_BYTES).decode("utf-8").split("\n")
+                content = f.read(_MAX_UNPACKED_BYTES + 1)
+            if len(content) > _MAX_UNPACKED_BYTES:
+                raise ValueError("it has more than 64 MiB")
+            lines = content.decode("utf-8").split("\n")
             merges, listed = [_pair(line) for line in lines[1 : _OPENAI_MERGES + 1]], {}
             letters = [*BYTE_LETTERS, *(letter + "</w>" for letter in BYTE_LETTERS)]
             vocab = {t: i for i, t in enumerate([*letters, *(a + b for a, b in merges), _START, _END])}
