@@ -279,16 +279,6 @@ def _ended(owner: dict) -> bool:
     return False
 
 
-def _lives(path: epath.Path, owner: dict) -> bool:
-    """Whether the lock is renewed or replaced while it is watched; clocks of other machines are not used."""
-    until = time.monotonic() + STALE_AFTER_S
-    while time.monotonic() < until:
-        time.sleep(min(1.0, STALE_AFTER_S / 5))
-        if (now := _owner(path)) != owner:
-            return now is not None
-    return False
-
-
 class Lock:
     """The lock of a workdir, on this machine or in a bucket, held until `close`. It is created exclusively. One that a
     killed run has left is taken over: at once if that process was one of this machine, else after the lock has not been
@@ -314,8 +304,13 @@ class Lock:
             owner = _owner(self._path) or {}
         if not _ended(owner):
             log.say(f"{self._path} exists: waiting up to {STALE_AFTER_S:.0f} s to see whether that run still lives")
-            if _lives(self._path, owner):
-                self._refuse(owner)
+            until = time.monotonic() + STALE_AFTER_S  # Clocks of other machines are not used.
+            while time.monotonic() < until:
+                time.sleep(min(1.0, STALE_AFTER_S / 5))
+                if (now := _owner(self._path)) != owner:
+                    if now is not None:  # It was renewed or replaced.
+                        self._refuse(owner)
+                    break
         elif _owner(self._path) != owner:
             self._refuse(owner)
         paths.write_whole(self._path, json.dumps(self._mine))

@@ -8,7 +8,6 @@ import dataclasses
 import gc
 import importlib
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -129,21 +128,6 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
     return Tensors(
         {n: _cast(n, t, np.dtype(getattr(jnp, dtype)), source.where) for n, t in wanted.items()}, source.files
     )
-
-
-def _write_pt(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    torch = formats.import_torch("--format=pt")
-
-    def tensor(t):
-        array = np.array(np.asarray(t), order="C")  # A copy, which PyTorch may write to.
-        if array.dtype == jnp.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
-    state = {n.removeprefix("visual."): tensor(t) for n, t in tensors.items()}
-    # Of a full disk, for example.
-    with explained(f"{folder / PT_FILE} is not written", "make room", RuntimeError, kind=OSError):
-        torch.save(state, folder / PT_FILE)
 
 
 def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> dict:
@@ -332,12 +316,22 @@ def export(
     and is not empty, or the format does not support this model; a RunError where the written files differ from the
     weights, or the library computes other embeddings."""
     tensors = whole_model(source, spec, dtype, text=fmt != "pt")
-    if fmt == "pt":
-        formats.import_torch("--format=pt")
+    torch = formats.import_torch("--format=pt") if fmt == "pt" else None
+
+    def tensor(t: Tensor):
+        array = np.array(np.asarray(t), order="C")  # A copy, which PyTorch may write to.
+        if array.dtype == jnp.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
     config = _config(fmt, spec, dtype, hub, source)
     with formats.new_folder(out) as folder:
         if fmt == "pt":
-            _write_pt(folder, tensors)
+            state = {n.removeprefix("visual."): tensor(t) for n, t in tensors.items()}
+            # Of a full disk, for example.
+            with explained(f"{folder / PT_FILE} is not written", "make room", RuntimeError, kind=OSError):
+                torch.save(state, folder / PT_FILE)
+            del state  # Its memory is needed where the export is read back.
         elif fmt == "open_clip":
             formats.write_open_clip(folder, tensors, config)
         else:

@@ -107,21 +107,6 @@ def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:
     return {"file": path.name, "created": results.created, "reference": reference, "rows": rows}
 
 
-def _check_hub(repo: str) -> None:
-    """Checks the name and the login, before anything is loaded."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    with explained(f"--push_to_hub={repo} is no name of a hub repository", "give USER/NAME", HFValidationError):
-        validate_repo_id(repo)
-        if repo.count("/") != 1:
-            raise HFValidationError("it must be USER/NAME")
-    problem = f"--push_to_hub={repo}: the hub does not know this account"
-    with explained(problem, "run hf auth login, or set HF_TOKEN", Exception):  # From DNS to a token that has expired.
-        HfApi().whoami()
-
-
 def export(
     source: str | os.PathLike,
     out: str | os.PathLike,
@@ -141,8 +126,18 @@ def export(
     the hub refuses; a RunError also where the export is written, but was not pushed."""
     source, out = os.fspath(source), paths.local(os.fspath(out), "--out")
     formats.refuse_taken(out)
-    if options.push_to_hub:
-        _check_hub(options.push_to_hub)
+    if repo := options.push_to_hub:  # The name and the login are checked before anything is loaded.
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        with explained(f"--push_to_hub={repo} is no name of a hub repository", "give USER/NAME", HFValidationError):
+            validate_repo_id(repo)
+            if repo.count("/") != 1:
+                raise HFValidationError("it must be USER/NAME")
+        problem = f"--push_to_hub={repo}: the hub does not know this account"
+        with explained(problem, "run hf auth login, or set HF_TOKEN", Exception):  # DNS, or a token that has expired.
+            HfApi().whoami()
     opened = origins.open_run(source, step) if run else origins.open_source(source)
     spec = spec or opened.described(source)
     if params is not None:
@@ -160,9 +155,7 @@ def export(
     shown["scores"] = scores_of(options.results, source, step) if options.results else None
     readme = card(opened, spec, fmt, dtype, about, **shown)
     layouts.export(opened, spec, out, fmt, dtype=dtype, card=readme, hub=options.push_to_hub)
-    if repo := options.push_to_hub:
-        from huggingface_hub import HfApi
-
+    if repo:
         problem = f"{out} is written, but was not pushed to {repo}"
         with explained(problem, f"push it with hf upload {repo} {out}", Exception, kind=RunError):
             HfApi().create_repo(repo, exist_ok=True)
