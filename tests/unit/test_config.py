@@ -17,7 +17,6 @@ from places import ROOT
 from diva_jax import __main__ as listing
 from diva_jax import config, objectives
 from diva_jax.common import errors, fields
-from diva_jax.common.errors import UserError
 from diva_jax.common.fields import field
 
 # One of them is of another type than any default.
@@ -43,8 +42,7 @@ def test_every_field_is_documented_and_has_impossible_values(objective):
         section, _, leaf = name.rpartition(".")
         tree = config.default(objective=objective).to_dict()
         functools.reduce(dict.__getitem__, section.split(".") if section else [], tree)[leaf] = None
-        with pytest.raises(UserError, match=re.escape(f"config.{name}=None must be ")):
-            config.validate(ConfigDict(tree), 1)
+        refused(re.escape(f"config.{name}=None must be "), config.validate, ConfigDict(tree), 1)
 
 
 def test_the_page_is_current():
@@ -138,20 +136,21 @@ def test_a_typing_error_in_any_field_finds_it():
        "gradient_checkpointing": "remat", "wandb.project": "log.wandb", "optim.lr.value": "optim.lr",
 }.items())  # fmt: skip
 def test_words_of_other_programs(wrong, meant):
-    with pytest.raises(UserError, match=f"^the config has no field {wrong}; did you mean .*{meant}.*[?]$"):
-        fields.require(config.default(), [wrong])
+    says = f"^the config has no field {wrong}; did you mean .*{meant}.*[?]$"
+    refused(says, fields.require, config.default(), [wrong])
 
 
 def test_sections_are_fields_nonsense_has_no_neighbour_and_values_must_fit():
     fields.require(config.default(), ["optim", "diffusion.unet", "steps"])
-    with pytest.raises(UserError, match="no field q.zzz: --config=FILE --help lists all that exist"):
-        fields.require(config.default(), ["q.zzz"])
-    with pytest.raises(UserError, match="no field stepps, lr; did you mean steps or optim.lr?"):
-        fields.require(config.default(), ["stepps", "lr"])
+    for wrong, says in (
+        (["q.zzz"], "no field q.zzz: --config=FILE --help lists all that exist"),
+        (["stepps", "lr"], "no field stepps, lr; did you mean steps or optim.lr?"),
+    ):
+        refused(says, fields.require, config.default(), wrong)
     refused(r"config.trainable=\(\) must have rows", lambda: config.validate(small.small_config(trainable=()), 1))
     refused("JAX_ENABLE_X64", lambda: config.validate(small.small_config(dtype="float64"), 1))
-    with pytest.raises(UserError, match="config.data.image_size=25 must be a multiple of 2"):
-        config.validate(small.small_config(data__image_size=25), 1)
+    wrong = small.small_config(data__image_size=25)
+    refused("config.data.image_size=25 must be a multiple of 2", config.validate, wrong, 1)
 
 
 DOCUMENTED = ("main", "evaluate", "export_torch", "report", "aot", "selfcheck", "cache_latents", "demo", "world.demo")
