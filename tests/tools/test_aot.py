@@ -209,10 +209,7 @@ SLOW = pytest.mark.slow  # Each case compiles a program of its own for a TPU.
 
 
 def compiled(topology, fn, batched, state=None):
-    """The compiled program on a slice, of arrays with these shapes and a replicated state.
-
-    Returns (FLOPs of the TPU kernels, those of other products, number of kernels).
-    """
+    """(FLOPs of the TPU kernels of a program compiled for a slice, those of other products, number of kernels)."""
     mesh = partition.make_mesh(config.default().mesh, aot.devices(topology)[2])
 
     def array(a, spec):

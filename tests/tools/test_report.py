@@ -262,7 +262,6 @@ def browser():
 
 
 def visit(driver, page, width, scheme):
-    """Opens a page at a width and in a colour scheme: (console messages, requested URLs)."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [{"name": "prefers-color-scheme", "value": scheme}]

@@ -21,7 +21,6 @@ OWN_GKE = OWN.replace("CLUSTER=", "CLUSTER=c").replace("IMAGE=", "IMAGE=i")
 
 
 def written(text: str) -> str:
-    """The flag of an env file with this content."""
     file = Path(tempfile.mkdtemp(prefix="diva_jax_env_")) / "env.sh"
     file.write_bytes(text.encode())
     return f"--env={file}"
@@ -125,7 +124,6 @@ def test_the_machines_and_the_image_install_mount_and_train():
 
 
 def python(folder, then):
-    """A program in place of Python, which writes its arguments to the file `ran`."""
     file = folder / "python"
     file.write_text(f'#!/bin/sh\necho "$*" >>{folder}/ran\n{then}\n')
     file.chmod(0o755)

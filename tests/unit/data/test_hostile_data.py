@@ -46,7 +46,6 @@ def test_shards_with_changed_bytes(tmp_path, seed):
 
 
 def extended(key: bytes, value: bytes) -> bytes:
-    """A shard with an extended header of one record before an image."""
     size = len(key) + len(value) + 3
     record = b"%d %s=%s\n" % (size + len(str(size + len(str(size)))), key, value)
     header, info, image = tarfile.TarInfo("x"), tarfile.TarInfo("1.png"), encoded(1)
@@ -226,7 +225,6 @@ BPE = "bpe_simple_vocab_16e6.txt.gz"
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A folder with each kind of file beside what it needs."""
     folder = tmp_path_factory.mktemp("good")
     eval_data.write_mmvp(folder / "mmvp")
     eval_data.sugarcrepe(folder / "choice")

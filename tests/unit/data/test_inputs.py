@@ -24,7 +24,6 @@ COUNT = 14
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """14 images with different captions, in two shards."""
     folder = tmp_path_factory.mktemp("captioned")
     for shard in range(2):
         members = {}
@@ -36,8 +35,6 @@ def captioned(tmp_path_factory):
 
 @dataclasses.dataclass
 class Spy:
-    """An input that keeps its examples."""
-
     seen: list
     shape, dtype, needs_text = (), np.dtype(np.int32), False
 

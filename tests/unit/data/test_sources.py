@@ -192,14 +192,12 @@ def write_csv(path, header, rows, separator=","):
 
 
 def write_arrow(path, table, rows=5):
-    """Writes a stream of record batches, like ArrowWriter of `datasets`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(path), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
         writer.write_table(table, max_chunksize=rows)
 
 
 def save_to_disk(folder, table, shards=2):
-    """The layout of `Dataset.save_to_disk`."""
     size = -(-table.num_rows // shards)
     names = [f"data-{k:05d}-of-{shards:05d}.arrow" for k in range(shards)]
     for k, name in enumerate(names):

@@ -21,19 +21,15 @@ prepare = partial(prepared, "choice", allow_partial=True)
 
 
 class Coarse(FakeModel):
-    """Embeddings of few values, so that ties happen."""
-
     def draw(self, *shape):
         return self.rng.integers(-1, 2, (*shape, 4)) + np.array([0, 0, 1, 2])
 
 
 def tables(task, model, name):
-    """The cosine of each item's images and texts."""
     return [cosines(task, model, item.images, item.texts) for item in task.sets[name]]
 
 
 def cosines(task, model, images, words):
-    """Rounded to seven decimals."""
     number = {image: i for i, image in enumerate(task.images)}
     a = unit(np.stack([model.pooled[0][number[image]] for image in images]).astype(float))
     return np.round(a @ unit(np.stack([model.words[t] for t in words]).astype(float)).T, 7)

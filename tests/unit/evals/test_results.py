@@ -41,7 +41,6 @@ def read(folder) -> list[dict]:
 
 
 def content(tmp_path, names) -> dict:
-    """A valid results.json with tasks of these names."""
     task = samples.drift_task()
     return samples.write_evaluation(tmp_path, [], **{"drift": task}) | {"tasks": dict.fromkeys(names, task)}
 
@@ -229,7 +228,6 @@ def arrays_of(build, spec):
 
 @functools.cache
 def towers_on(spec, devices: int, batch: int, **settings) -> encode.Towers:
-    """Compiled once for all tests."""
     mesh = partition.make_mesh(default(spec).mesh, jax.devices()[:devices])
     return encode.Towers(spec, mesh, Settings(batch_size=batch, **settings))
 

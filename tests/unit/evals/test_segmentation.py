@@ -90,8 +90,6 @@ def prepare(path, bind=True, **options):
 
 
 class Dense(FakeModel):
-    """Tokens of windows at random."""
-
     def dense(self, read, count, last):
         self.windows, self.last = [read(n) for n in range(count)], last
         self.tokens = self.draw(count, 9)

@@ -16,7 +16,6 @@ from diva_jax.weights.origins import Place
 
 
 def plain(values, resamples, strata=None, clusters=None):
-    """The textbook bootstrap: means of drawn indices."""
     rng, means, values = np.random.default_rng(1), [], np.asarray(values, float)
     groups = [np.flatnonzero(names == n) for names in (strata, clusters) if names is not None for n in np.unique(names)]
     for _ in range(resamples):
@@ -128,8 +127,6 @@ class Marks(ItemTask):
 
 
 class Held(dict):
-    """What stands for a model here."""
-
     label = "x"
 
 

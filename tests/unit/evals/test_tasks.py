@@ -25,8 +25,6 @@ def task(tmp_path_factory):
 
 
 class Given(FakeModel):
-    """A model with these embeddings."""
-
     def __init__(self, embeddings, label="fake"):
         super().__init__()
         self.draw, self.label = lambda count: embeddings, label

@@ -48,10 +48,7 @@ def test_the_kernel_equals_plain_attention(kernel, n, m, heads, width):
 
 @pytest.mark.parametrize("largest, share", [(1, (0, 0)), (3, (0.01, 0.99)), (20, (1, 1))])
 def test_scores_beyond_the_bound_of_the_norms(largest, share, monkeypatch):
-    """Every tile within the bound, some tiles beyond it, and all of them; three tiles each way, the last one padded.
-
-    Queries and keys are whole numbers, so that scores of hundreds are exact and only the softmax is compared.
-    """
+    """Every tile within the bound, some or all beyond it; of whole numbers, so that scores of hundreds are exact."""
     monkeypatch.setattr(attention, "MAX_BLOCK", {512: 128})
     rng = np.random.default_rng(largest)
     q, k = (jnp.asarray(rng.integers(-largest, largest + 1, (1, n, 2, 16)), jnp.float32) for n in (300, 290))
@@ -68,11 +65,8 @@ def test_scores_beyond_the_bound_of_the_norms(largest, share, monkeypatch):
 
 @pytest.mark.parametrize(("n", "m", "heads", "width"), [(37, 37, 3, 8), (30, 7, 1, 40), (1, 19, 5, 6)])
 def test_attention_on_cpus_equals_plain_attention(n, m, heads, width):
-    """Forward and gradients; scores are large, so that a softmax without its largest score subtracted overflows.
-
-    The reference is in float64. A float32 score of up to 200 is rounded by 2^-24 of itself, which changes its weight
-    by 1.2e-5 of itself.
-    """
+    """Scores are large, so that a softmax without its largest score subtracted overflows; a float32 score of up to 200
+    is rounded by 2^-24 of itself, which changes its weight by 1.2e-5 of itself. The reference is in float64."""
     args = [40 * qkv(n, m, heads, width)[0], *qkv(n, m, heads, width)[1:]]
     weight = jnp.asarray(np.random.default_rng(1).normal(size=(2, n, heads * width)), jnp.float32)
 
@@ -121,7 +115,6 @@ def test_each_implementation_is_for_its_device(monkeypatch):
 
 
 def program(device, allowed=None, length=1024, **kw):
-    """The program of attention, traced for a platform without the hardware."""
     args = [jax.ShapeDtypeStruct((8, length, 2, 64), jnp.bfloat16)] * 3
     with platform.traced_on(mesh(device), allowed):
         return jax.make_jaxpr(lambda *a: attention.attention(*a, **kw))(*args)
@@ -145,7 +138,6 @@ def test_the_mesh_and_what_is_allowed_decide_and_not_this_machine():
 
 
 def layer(channels, dtype, seed=0):
-    """A norm and a feed-forward layer with random weights, none of them zero or one."""
     layers = Layers(nnx.Rngs(seed), dtype, dtype)
     pair = layers.layer_norm(channels, 1e-5), FeedForward(channels, layers)
     rng = np.random.default_rng(seed)

@@ -188,7 +188,6 @@ def test_relations_without_an_image_itself_and_token_wise_text():
 
 @pytest.fixture(scope="module", params=range(4))
 def errors(request):
-    """Errors of 7 images under 5 texts and the neutral one."""
     return jnp.asarray(np.random.default_rng(request.param).uniform(0.5, 1.5, (7, 6)), jnp.float32)
 
 

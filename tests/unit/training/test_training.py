@@ -154,7 +154,6 @@ def of_steps(**fields):
 
 @pytest.fixture(scope="module")
 def programs():
-    """Of ten steps, and of 25."""
     return small.program(of_steps()), small.program(of_steps(steps=25))
 
 
@@ -264,7 +263,6 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Takes the place of the package wandb."""
     fake = mock.MagicMock()
     fake.init.return_value = fake
     monkeypatch.setitem(sys.modules, "wandb", fake)

@@ -114,7 +114,6 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def written(monkeypatch):
-    """Layouts write the card alone."""
 
     def export(source, spec, out, fmt, *, dtype, card, hub):
         out.mkdir()

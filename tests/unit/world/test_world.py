@@ -215,7 +215,6 @@ TESTS = sorted({test for e in endpoints.ENDPOINTS.values() for test in e.tests})
 
 
 def row(arm: str, seed: int, share: float, rng) -> dict:
-    """A run of which a share of the items is right."""
     found = {name: (rng.random(150) < share).astype(float) for name in TESTS}
     return experiment.row(arm, seed, 8, {"images": 8, "early": 4}, found, drift=0.0)
 
