@@ -185,7 +185,12 @@ def test_every_config_fits_sixteen_chips(name):
     assert report["fits"] and report["needed"] < report["available"]
 
 
-def test_slices_and_libtpu_that_is_missing_or_locked(monkeypatch):
+def test_meshes_of_slices_and_libtpu_that_is_missing_or_locked(monkeypatch):
+    for topology, fsdp in (("v6e:4x4", 2), ("v5p:4x4x4", 8), ("tpu7x:2x2x2", 2)):
+        c, found = config.default().mesh, aot.devices(topology)[2]
+        c.fsdp = fsdp
+        mesh = partition.make_mesh(c, found)
+        assert mesh.devices.shape == (len(found) // fsdp, fsdp) and set(mesh.devices.flat) == set(found)
     refused("v5e:3x3 is not a slice", aot.devices, "v5e:3x3")
     assert len(aot.devices("v4:2x2x1")[2]) == 4, "v4 has one device per chip"
     assert len(aot.devices("tpu7x:2x2x1")[2]) == 8, "tpu7x has two devices per chip"
@@ -194,15 +199,6 @@ def test_slices_and_libtpu_that_is_missing_or_locked(monkeypatch):
     assert "remove" in said and "lsof" in said
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     refused(r"\.\[tpu\]", aot.devices, "v5e:4x4")
-
-
-def test_every_divisor_is_a_mesh():
-    """Also where the sides of the slice are not sizes of the mesh; each device is in it once."""
-    for topology, fsdp in (("v6e:4x4", 2), ("v5p:4x4x4", 8), ("tpu7x:2x2x2", 2)):
-        c, found = config.default().mesh, aot.devices(topology)[2]
-        c.fsdp = fsdp
-        mesh = partition.make_mesh(c, found)
-        assert mesh.devices.shape == (len(found) // fsdp, fsdp) and set(mesh.devices.flat) == set(found)
 
 
 SLOW = pytest.mark.slow  # Each case compiles a program of its own for a TPU.

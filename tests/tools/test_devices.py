@@ -42,7 +42,7 @@ def traced(make, call, *given, wrt: tuple[int, ...] = ()) -> float:
     return chips.flops_by_part(jax.make_jaxpr(jax.grad(out, wrt) if wrt else out)(*given, state).jaxpr).total() / TERA
 
 
-def test_stable_diffusion():
+def test_stable_diffusion_and_the_whole_step():
     given, make = ((1, 64, 64, 4), (1, 77, 1024)), functools.partial(UNet, UNetConfig())
 
     def unet(model, latents, context):
@@ -53,6 +53,11 @@ def test_stable_diffusion():
     for size, tera in ((512, 1.117), (768, 2.609)):
         found = traced(functools.partial(VAE, VAEConfig()), VAE.encode, (1, size, size, 3))
         assert found == pytest.approx(tera, rel=0.01)
+    c = config.default("vitl14")
+    c.batch_size, c.accum = 2, 1
+    exact = Program(c, jax.sharding.AbstractMesh((1, 1), ("data", "fsdp"))).flops()
+    assert (exact.total() - exact["vae"]) / TERA == pytest.approx(3.83, rel=0.01)
+    assert exact.keys() >= {"vae", "vision", "unet"}
 
 
 @pytest.mark.parametrize("side, forward, condition", [(14, 0.272, 0.546), (24, 0.810, 1.644)])
@@ -65,14 +70,6 @@ def test_genhancers_denoiser(side, forward, condition):
     make = functools.partial(Flow, FlowConfig())
     assert traced(make, flow, *given) == pytest.approx(forward, rel=2e-3)
     assert traced(make, flow, *given, wrt=(1, 2)) == pytest.approx(condition, rel=2e-3)
-
-
-def test_whole_step():
-    c = config.default("vitl14")
-    c.batch_size, c.accum = 2, 1
-    exact = Program(c, jax.sharding.AbstractMesh((1, 1), ("data", "fsdp"))).flops()
-    assert (exact.total() - exact["vae"]) / TERA == pytest.approx(3.83, rel=0.01)
-    assert exact.keys() >= {"vae", "vision", "unet"}
 
 
 @pytest.mark.parametrize("make, again", [
@@ -322,14 +319,6 @@ def test_auto_takes_what_has_passed_on_this_kind_of_device_a_tpu(capsys, tmp_pat
     assert not capsys.readouterr().out
 
 
-def test_processes_agree(monkeypatch):
-    """A kernel must have passed on one of them and have failed on none."""
-    others = [{}, {HEADS: True, CHANNELS: False}, {"attention 72": True}]
-    monkeypatch.setattr(distributed, "gathered", lambda mine: [mine, *others])
-    compiler.keep_checked(V5E, {CHANNELS: True})
-    assert chosen() == {HEADS, "attention 72"}
-
-
 @pytest.mark.parametrize("what", ["version", "kernel"])
 def test_another_version_or_another_kernel_was_not_checked(what, monkeypatch, tmp_path):
     compiler.keep_checked(V5E, {HEADS: True})
@@ -342,8 +331,14 @@ def test_another_version_or_another_kernel_was_not_checked(what, monkeypatch, tm
     assert not chosen()
 
 
-def test_a_damaged_file_is_refused_with_what_to_do():
+def test_a_damaged_file_is_refused_and_processes_agree(monkeypatch):
     file = compiler.keep_checked(V5E, {HEADS: True})
     for content in ("", "[]", '{"kernels": {"attention 64": 1}}', '{"kernels": ["attention 64"]}'):
         file.write_text(content)
         refused("remove it", chosen)
+    file.unlink()
+    # A kernel must have passed on one of the processes and have failed on none.
+    others = [{}, {HEADS: True, CHANNELS: False}, {"attention 72": True}]
+    monkeypatch.setattr(distributed, "gathered", lambda mine: [mine, *others])
+    compiler.keep_checked(V5E, {CHANNELS: True})
+    assert chosen() == {HEADS, "attention 72"}

@@ -75,16 +75,6 @@ def test_the_headline_is_the_verdict(tmp_path):
     assert "a gain in pairs alone is not a result" in html(alone)
 
 
-def test_bounds_of_the_drift(tmp_path):
-    for ranks, cosine, titles in (
-        ((100.0, 50.0), 0.5, []),
-        ((100.0, 49.9), 0.5, ["Representation collapsed"]),
-        ((100.0, 51.0), 0.499, ["Representation replaced"]),
-    ):
-        found = evaluation.alarms(read(tmp_path, drift=samples.drift_task(ranks, cosine)))
-        assert [a.title for a in found] == titles
-
-
 def test_noise_and_differences_that_are_none(tmp_path):
     feedback = samples.feedback_task()
     # The tuned weights are the noise now.
@@ -100,7 +90,7 @@ def test_noise_and_differences_that_are_none(tmp_path):
     assert found[2][2] == "runs/vitl14:4600: MMVP-VLM, pooled embedding: zero is within the interval of the difference."
 
 
-def test_a_run_that_collapses_says_so(tmp_path):
+def test_a_run_that_collapses_says_so_beyond_the_bounds_of_the_drift(tmp_path):
     samples.write_run(tmp_path, rows=60, collapses=True)
     found = evaluation.alarms(inputs.read(tmp_path))
     assert [alarm.title for alarm in found] == ["Representation collapsed", "Feedback is noise"]
@@ -108,6 +98,13 @@ def test_a_run_that_collapses_says_so(tmp_path):
     # An evaluation of its checkpoints has no green headline either.
     samples.write_evaluation(tmp_path / "out", [], tmp_path, mmvp=samples.mmvp_task([]))
     assert evaluation.findings(inputs.read(tmp_path / "out"))[0].kind == "up doubted"
+    for ranks, cosine, titles in (
+        ((100.0, 50.0), 0.5, []),
+        ((100.0, 49.9), 0.5, ["Representation collapsed"]),
+        ((100.0, 51.0), 0.499, ["Representation replaced"]),
+    ):
+        found = evaluation.alarms(read(tmp_path / "bounds", drift=samples.drift_task(ranks, cosine)))
+        assert [a.title for a in found] == titles
 
 
 @pytest.mark.parametrize("difference", [-3.0, -0.5, 0.5, 3.0])

@@ -141,8 +141,7 @@ def bilinear(table, height, width):
     return ndimage.zoom(table, factors, order=1, mode="nearest", grid_mode=True)
 
 
-def test_class_lists():
-    """The sizes of the published lists, and the ids of classes in COCO's annotations."""
+def test_class_lists_and_names_from_a_file(tmp_path):
     ids = {"person": 1, "stop sign": 13, "wine glass": 46, "toothbrush": 90, "banner": 92, "wood": 182}
     stuff, context = (segmentation.SETS[name] for name in ("coco_stuff", "context59"))
     assert {name: stuff.values[stuff.names.index(name)] + 1 for name in ids} == ids
@@ -150,6 +149,14 @@ def test_class_lists():
     assert context.names.index("potted plant") == 39
     for found in segmentation.SETS.values():
         assert len(found.values) == found.classes and not set(found.values) & set(found.ignored)
+    write_voc(tmp_path / "voc")
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(["thing, any thing", *(f"c{i}" for i in range(19))]))
+    task = prepare(f"voc20={tmp_path}/voc", classes=str(path))
+    assert task.names[0] == ["thing", "any thing"] and list(task.owner[:3]) == [0, 0, 1]
+    path.write_text("one\n")
+    refused("has 20 classes, not 1", prepare, f"voc20={tmp_path}/voc", classes=str(path))
+    refused("classes=.*none.txt cannot be read", prepare, f"voc20={tmp_path}/voc", classes=str(tmp_path / "none.txt"))
 
 
 def test_synonyms_background_and_the_interval_of_ratios():
@@ -167,17 +174,6 @@ def test_synonyms_background_and_the_interval_of_ratios():
     draws = [rng.integers(0, 40, 40) for _ in range(4000)]
     plain = [np.mean(both[d].sum(0) / union[d].sum(0)) for d in draws]
     np.testing.assert_allclose([low, high], np.quantile(plain, (0.025, 0.975)), atol=0.01)
-
-
-def test_class_names_from_a_file(tmp_path):
-    write_voc(tmp_path / "voc")
-    path = tmp_path / "names.txt"
-    path.write_text("\n".join(["thing, any thing", *(f"c{i}" for i in range(19))]))
-    task = prepare(f"voc20={tmp_path}/voc", classes=str(path))
-    assert task.names[0] == ["thing", "any thing"] and list(task.owner[:3]) == [0, 0, 1]
-    path.write_text("one\n")
-    refused("has 20 classes, not 1", prepare, f"voc20={tmp_path}/voc", classes=str(path))
-    refused("classes=.*none.txt cannot be read", prepare, f"voc20={tmp_path}/voc", classes=str(tmp_path / "none.txt"))
 
 
 def test_bad_data_is_refused(tmp_path):

@@ -168,22 +168,22 @@ def robustness_task(tmp_path):
     return partial(prepared, "robustness", allow_partial=True, templates=str(tmp_path / "templates.json"))
 
 
-def test_labels_are_the_folders_numbers(tmp_path):
-    """Sorted as text, 10 and 100 would come before 2."""
-    found = robustness.read_set("v2", write(tmp_path, ["2", "10", "100", "0"]), True)
+def test_classes_are_those_of_numbers_wnids_and_objectnets_overlap(tmp_path):
+    """Sorted as text, 10 and 100 would come before 2; of two of the sets tests/parity has timm's indices."""
+    found = robustness.read_set("v2", write(tmp_path / "numbers", ["2", "10", "100", "0"]), True)
     assert found.classes == [NAMES[i] for i in (0, 2, 10, 100)]
     by_folder = {n.split("/")[0]: found.classes[t] for n, t in zip(found.names, found.targets, strict=True)}
     assert by_folder == {str(i): NAMES[i] for i in (0, 2, 10, 100)}
-
-
-def test_wnids_give_the_subset_in_imagenets_order(tmp_path):
-    """tests/parity has timm's indices of two of the sets."""
     known = {"n01440764": "tench", "n02123045": "tabby cat", "n15075141": "toilet paper"}
     assert {wnid: NAMES[IDS.index(wnid)] for wnid in known} == known
-    write(tmp_path, [IDS[900], IDS[3], IDS[40]])
+    write(tmp_path / "wnids", [IDS[900], IDS[3], IDS[40]])
     for name in ("a", "r", "sketch"):
-        found = robustness.read_set(name, tmp_path, True)
+        found = robustness.read_set(name, tmp_path / "wnids", True)
         assert found.classes == [NAMES[3], NAMES[40], NAMES[900]] and set(found.targets) == {0, 1, 2}
+    found = robustness.read_set("objectnet", write_objectnet(tmp_path / "objectnet"), True)
+    assert found.classes == ["alarm clock", "backpack"]
+    assert [n.split("/")[0] for n in found.names] == ["alarm_clock"] * 2 + ["backpack"] * 3
+    np.testing.assert_array_equal(np.asarray(found.read(0)), np.asarray(patch(7))[2:-2, 2:-2])
 
 
 def write_objectnet(root):
@@ -194,13 +194,6 @@ def write_objectnet(root):
     overlap = {"Backpack": "backpack, back pack", "Alarm clock": "analog clock; digital clock"}
     (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps(overlap))
     return root
-
-
-def test_objectnets_classes_of_imagenet_without_the_border(tmp_path):
-    found = robustness.read_set("objectnet", write_objectnet(tmp_path), True)
-    assert found.classes == ["alarm clock", "backpack"]
-    assert [n.split("/")[0] for n in found.names] == ["alarm_clock"] * 2 + ["backpack"] * 3
-    np.testing.assert_array_equal(np.asarray(found.read(0)), np.asarray(patch(7))[2:-2, 2:-2])
 
 
 def test_each_set_is_classified_among_its_own_classes(tmp_path, robustness_task):

@@ -224,7 +224,7 @@ def rows(shares: dict[str, float], seeds: int = 5, draw: int = 0) -> list[dict]:
     return [row(arm, s, share, rng) for arm, share in shares.items() for s in range(1 if arm == "untuned" else seeds)]
 
 
-def test_an_arm_that_is_as_good_as_its_control_is_not_claimed():
+def test_nothing_is_claimed_without_a_worse_control_and_several_seeds():
     shares = {"untuned": 0.4, "diva": 0.55, "diva_control": 0.55}
     found = comparison.compare(rows(shares, draw=1))["diva"]
     assert found.untuned[endpoints.SEEN].sign == 1 and found.control[endpoints.SEEN].sign == 0
@@ -235,6 +235,11 @@ def test_an_arm_that_is_as_good_as_its_control_is_not_claimed():
         control, tuned = ([r for r in runs if r["arm"] == arm] for arm in ("diva_control", "diva"))
         claims += comparison.difference(control, tuned, endpoints.SEEN).sign != 0
     assert claims <= 3
+    alone = comparison.compare(rows({"untuned": 0.4, "diva": 0.6}))
+    assert "its control was not run" in comparison.verdict("diva", alone["diva"])
+    single = comparison.compare(rows({"untuned": 0.4, "diva": 0.9, "diva_control": 0.1}, seeds=1))["diva"]
+    assert single.untuned[endpoints.SEEN].sign == 0 == single.control[endpoints.SEEN].sign
+    assert "nothing can be claimed" in comparison.verdict("diva", single)
 
 
 def test_an_arm_above_both_and_one_below(tmp_path):
@@ -249,14 +254,6 @@ def test_an_arm_above_both_and_one_below(tmp_path):
     assert Image.open(tmp_path / "pareto.png").width == 1440
     assert {c.holds for c in criteria.of_labels(rows(shares))} == {True}
     assert False in {c.holds for c in criteria.of_labels(rows(shares | {"labels": 0.5}))}
-
-
-def test_nothing_is_claimed_without_the_control_or_with_one_seed():
-    alone = comparison.compare(rows({"untuned": 0.4, "diva": 0.6}))
-    assert "its control was not run" in comparison.verdict("diva", alone["diva"])
-    single = comparison.compare(rows({"untuned": 0.4, "diva": 0.9, "diva_control": 0.1}, seeds=1))["diva"]
-    assert single.untuned[endpoints.SEEN].sign == 0 == single.control[endpoints.SEEN].sign
-    assert "nothing can be claimed" in comparison.verdict("diva", single)
 
 
 def test_every_arm_has_the_same_budget_and_a_control_that_differs():
