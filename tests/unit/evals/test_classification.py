@@ -237,8 +237,7 @@ def test_bad_splits_are_refused(tmp_path):
     (test / "c").rename(test / "d")
     refused("differ in the classes c, d", probe_task, tmp_path)
     tars = [probe_tars(tmp_path / "t" / name, labels) for name, labels in (("a", [0, 1]), ("b", [1, 4]))]
-    refused(
-        r"0.tar\[1\] of the test split has the label 4", probe_task, f"train={tars[0]},test={tars[1]}", neighbours=1
-    )
+    says = r"0.tar\[1\] of the test split has the label 4"
+    refused(says, probe_task, f"train={tars[0]},test={tars[1]}", neighbours=1)
     tars = [probe_tars(tmp_path / "u" / name, [0, 0]) for name in "ab"]
     refused("at least two classes", probe_task, f"train={tars[0]},test={tars[1]}", neighbours=1)

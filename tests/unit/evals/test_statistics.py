@@ -217,10 +217,8 @@ def test_the_best_by_chance_is_that_of_all_exchanges(clusters):
     for q in (0.1, 0.5, 0.9):
         assert abs(np.mean(found <= np.quantile(every, q)) - np.mean(every <= np.quantile(every, q))) < 0.03
     changes = np.random.default_rng(0).choice([-1.0, 0, 1], (8, 90))
-    one, eight, copies = (
-        np.quantile(seeds.largest_by_chance(c, np.arange(90), 4000, 0), 0.95)
-        for c in (changes[:1], changes, np.repeat(changes[:1], 8, axis=0))
-    )
+    given = (changes[:1], changes, np.repeat(changes[:1], 8, axis=0))
+    one, eight, copies = (np.quantile(seeds.largest_by_chance(c, np.arange(90), 4000, 0), 0.95) for c in given)
     assert copies == one < eight
 
 

@@ -205,9 +205,8 @@ def test_the_posterior_follows_the_texts(errors):
     for other in (same, also):
         np.testing.assert_allclose(other, weight, rtol=1e-4)
     # A lower error is a larger share, by exp(beta * difference).
-    np.testing.assert_allclose(
-        jnp.log(found[:, 0] / found[:, 3]), 9 * (errors[:, 3] - errors[:, 0]), rtol=1e-3, atol=1e-4
-    )
+    ratio = jnp.log(found[:, 0] / found[:, 3])
+    np.testing.assert_allclose(ratio, 9 * (errors[:, 3] - errors[:, 0]), rtol=1e-3, atol=1e-4)
     level = jnp.broadcast_to(errors[:, :1], errors.shape)
     found, weight = judge.posterior(level, ALL, 300.0)
     np.testing.assert_allclose(found, 0.2, rtol=1e-5)
@@ -229,9 +228,8 @@ def test_texts_that_are_not_there_have_no_share(errors):
 def test_a_shuffled_verdict_has_the_same_values_and_says_nothing(errors):
     present = ALL[:, :5].at[0, 1].set(False)
     found, _ = judge.posterior(errors, ALL.at[0, 1].set(False), 9.0)
-    many = jax.vmap(lambda k: judge.shuffled(found, present, jax.random.split(k, 7)))(
-        jax.random.split(jax.random.key(1), 500)
-    )
+    keys = jax.random.split(jax.random.key(1), 500)
+    many = jax.vmap(lambda k: judge.shuffled(found, present, jax.random.split(k, 7)))(keys)
     np.testing.assert_array_equal(np.sort(many, axis=-1), np.broadcast_to(np.sort(found, axis=-1), many.shape))
     assert (many[:, 0, 1] == 0).all()
     mean, kept = np.asarray(many.mean(axis=0)), np.asarray(present)

@@ -81,10 +81,8 @@ def test_caveats_and_scores(clip, tuned, tmp_path):
     text = publish.card(both, EVAL_CLIP, "hf", "float32", scores=scores)
     assert "No scores" not in text and "The text tower was not tuned" not in text
     table = text.split("## Scores")[1].split("##")[0].strip().splitlines()[2:]
-    assert (
-        table[0] == f"| task | score | {samples.BEFORE} | this model | difference |"
-        and table[1] == "|---|---|---|---|---|"
-    )
+    head = f"| task | score | {samples.BEFORE} | this model | difference |"
+    assert table[:2] == [head, "|---|---|---|---|---|"]
     numbers = "19.26 (12.76 to 25.76) | 25.93 (19.43 to 32.43) | +6.67 (1.48 to 11.85)"
     assert table[2] == rf"| MMVP-VLM | pooled \| embedding [%] | {numbers} |"
     assert len(table) == 4 and "published" in table[3]  # The rank has no score of these weights.
@@ -205,9 +203,8 @@ def test_whole_tokenizers_are_copied_and_who_needs_none(tmp_path, whole):
     assert layouts.without_tokenizer(source, dataclasses.replace(SPEC, text=NO_TEXT), "hf") == ""
     assert "--tokenizer=FOLDER" in layouts.without_tokenizer(source, SPEC, "open_clip")
     openai = dataclasses.replace(SPEC, text=dataclasses.replace(SPEC.text, vocab_size=49408))
-    assert (
-        layouts.without_tokenizer(source, openai, "open_clip") == "" != layouts.without_tokenizer(source, openai, "hf")
-    )
+    own, other = (layouts.without_tokenizer(source, openai, fmt) for fmt in ("open_clip", "hf"))
+    assert own == "" != other
 
 
 @pytest.mark.parametrize("names", [("vocab.json",), ("merges.txt",), ("none",)])

@@ -43,11 +43,8 @@ def test_missing_shards_and_the_fingerprint_of_contents_and_order(tmp_path):
     refused("has no weights", formats.weights_in, tmp_path, "other")
     for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
         (tmp_path / name).write_bytes(content)
-    a, b, c = (formats.fingerprint([tmp_path / n]) for n in "abc")
-    assert a == c != b and len(a) == 64
-    assert formats.fingerprint([tmp_path / "a", tmp_path / "b"]) != formats.fingerprint(
-        [tmp_path / "b", tmp_path / "a"]
-    )
+    a, b, c, ab, ba = (formats.fingerprint([tmp_path / n for n in names]) for names in ("a", "b", "c", "ab", "ba"))
+    assert a == c != b and len(a) == 64 and ab != ba
 
 
 def test_a_local_folder_goes_before_the_hub(tmp_path, monkeypatch):
