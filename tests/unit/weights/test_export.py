@@ -207,26 +207,22 @@ def test_whole_tokenizers_are_copied_and_who_needs_none(tmp_path, whole):
     assert own == "" != other
 
 
-@pytest.mark.parametrize("names", [("vocab.json",), ("merges.txt",), ("none",)])
-def test_what_is_not_whole_is_refused_and_named(tmp_path, whole, names):
+def test_what_is_not_whole_is_refused_and_named(tmp_path, whole):
     """Not written in part, from which transformers makes a tokenizer that knows no word."""
-    source = source_of(whole, *names)
-    folder = exported(tmp_path, source)
-    assert not (folder / "vocab.json").exists()
-    with pytest.raises(ValueError):
-        AutoTokenizer.from_pretrained(folder)
-    note = layouts.without_tokenizer(source, SPEC, "hf")
-    assert "vocab.json with merges.txt" in note and "--tokenizer=FOLDER" in note
-    assert note in publish.card(source, SPEC, "hf", "float32", note=note)
-    added = layouts.with_tokenizer(source, SPEC, str(whole))
-    assert layouts.without_tokenizer(added, SPEC, "hf") == "" and {f.name for f in added.tokenizer} >= {"vocab.json"}
-
-
-def test_bad_folders_of_a_tokenizer(tmp_path, whole):
-    source = source_of(whole, "none")
-    shutil.copy(whole / "vocab.json", tmp_path)
+    for name in ("vocab.json", "merges.txt", "none"):
+        source, folder = source_of(whole, name), tmp_path / name
+        folder.mkdir()
+        assert not (exported(folder, source) / "vocab.json").exists()
+        with pytest.raises(ValueError):
+            AutoTokenizer.from_pretrained(folder)
+        note = layouts.without_tokenizer(source, SPEC, "hf")
+        assert "vocab.json with merges.txt" in note and "--tokenizer=FOLDER" in note
+        added = layouts.with_tokenizer(source, SPEC, str(whole))
+        assert layouts.without_tokenizer(added, SPEC, "hf") == "" and "vocab.json" in {f.name for f in added.tokenizer}
+    (partial := tmp_path / "partial").mkdir()
+    shutil.copy(whole / "vocab.json", partial)
     for folder, spec, named in (
-        (tmp_path, SPEC, "it needs tokenizer.json or vocab.json with merges.txt"),
+        (partial, SPEC, "it needs tokenizer.json or vocab.json with merges.txt"),
         (tmp_path / "nowhere", SPEC, "--tokenizer="),
         (whole, dataclasses.replace(SPEC, text=NO_TEXT), "leave it out"),
         (whole, CLIP_FOLDER, "514 tokens"),
