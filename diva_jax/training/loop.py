@@ -1,6 +1,7 @@
 """A training run in a workdir: build, restore, step, log, evaluate, save."""
 
 import contextlib
+import importlib.util
 import json
 import signal
 import time
@@ -12,7 +13,7 @@ from etils import epath
 
 from diva_jax import config as configs
 from diva_jax.common import paths
-from diva_jax.common.errors import RunError
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
@@ -59,7 +60,9 @@ class Run:
         self.config, self.workdir = config, paths.folder(workdir, "--workdir")
         paths.check_writable(self.workdir, "--workdir")
         configs.validate(config, jax.device_count())
-        metrics.check_wandb(config.log.wandb)
+        if config.log.wandb and importlib.util.find_spec("wandb") is None:
+            problem = f"config.log.wandb={config.log.wandb!r} needs the package wandb"
+            raise UserError(f"{problem}: pip install -e '.[wandb]'")
         self.saved = compiler.saved_in(saved) if saved else None
         compiler.use_cache(config.compile_cache, self.workdir)
         self.mesh = partition.make_mesh(config.mesh)

@@ -1,12 +1,11 @@
 """Reports of a run: metrics.jsonl, TensorBoard events, log.txt and progress lines."""
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import math
 import time
 import uuid
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,25 +15,6 @@ from etils import epath
 from diva_jax.common import json_files, log, paths
 from diva_jax.common.errors import RunError, UserError, explained
 from diva_jax.data.pipeline import Decoder
-
-
-def check_wandb(project: str) -> None:
-    """Raises a UserError where Weights & Biases is asked for and not installed."""
-    if project and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"config.log.wandb={project!r} needs the package wandb: pip install -e '.[wandb]'")
-
-
-def _wandb_run(workdir: epath.Path, local: Path, project: str, config: dict):
-    """The run of Weights & Biases that belongs to this workdir, whose id is in `wandb_id.txt`."""
-    import wandb
-
-    file = workdir / "wandb_id.txt"
-    if not file.exists():
-        paths.write_whole(file, uuid.uuid4().hex)
-    known = json_files.read_bytes(file, 2**10).decode()
-    advice = "log in with `wandb login`, set WANDB_MODE=offline, or leave config.log.wandb empty"
-    with explained(f"config.log.wandb={project!r}: no run could be started", advice, Exception):
-        return wandb.init(project=project, id=known, name=workdir.name, dir=str(local), config=config, resume="allow")
 
 
 class Writer:
@@ -85,8 +65,16 @@ class Writer:
 
             self._board = SummaryWriter(str(self._mirror.local / "tensorboard"), purge_step=step + 1)
             self._opened.callback(self._board.close)
-        self._wandb = _wandb_run(path.parent, self._mirror.local, wandb, config or {}) if wandb else None
-        if self._wandb:
+        self._wandb = None
+        if wandb:
+            file = path.parent / "wandb_id.txt"  # The id of the run that belongs to this workdir.
+            if not file.exists():
+                paths.write_whole(file, uuid.uuid4().hex)
+            about = dict(id=json_files.read_bytes(file, 2**10).decode(), name=path.parent.name, config=config or {})
+            advice = "log in with `wandb login`, set WANDB_MODE=offline, or leave config.log.wandb empty"
+            with explained(f"config.log.wandb={wandb!r}: no run could be started", advice, Exception):
+                init = importlib.import_module("wandb").init
+                self._wandb = init(project=wandb, dir=str(self._mirror.local), resume="allow", **about)
             self._opened.callback(self._wandb.finish)
 
     def write(self, step: int, row: dict[str, float]) -> None:

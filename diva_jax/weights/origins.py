@@ -2,6 +2,7 @@
 detected from the contents."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -144,18 +145,6 @@ def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Pat
     return folder
 
 
-def clip_path(at: Path | str, field: str) -> Path:
-    """The file or folder of CLIP weights at a result of `locate`, or downloaded; a UserError without weights."""
-    if isinstance(at, Path):
-        return at
-    for stem in CLIP_STEMS:
-        for suffix in ("safetensors", "bin"):
-            folder = download(at, field, ["*.json", *TOKENIZER_FILES, f"{stem}.{suffix}", f"{stem}-*.{suffix}"])
-            if (folder / f"{stem}.{suffix}").exists() or list(folder.glob(f"{stem}-*.{suffix}")):
-                return folder
-    raise UserError(f"{field}={at!r} has no weights named {listing(CLIP_STEMS)}: give another repository")
-
-
 @dataclasses.dataclass(frozen=True)
 class ClipSource:
     """A checkpoint of a backbone, in the file or folder `where`, of the format `kind`. `tensors` are under open_clip's
@@ -245,7 +234,15 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
     if place.step is not None:
         opened = open_run(place.source, place.step)
         return dataclasses.replace(opened, spec=dataclasses.replace(opened.spec, source=source))
-    at = clip_path(place.at, field)
+    at = place.at
+    if not isinstance(at, Path):
+        for stem, suffix in itertools.product(CLIP_STEMS, ("safetensors", "bin")):
+            names_of = [f"{stem}.{suffix}", f"{stem}-*.{suffix}"]
+            at = download(place.at, field, ["*.json", *TOKENIZER_FILES, *names_of])
+            if any(next(at.glob(name), None) for name in names_of):
+                break
+        else:
+            raise UserError(f"{field}={place.at!r} has no weights named {listing(CLIP_STEMS)}: give another repository")
     folder = at if at.is_dir() else at.parent
     # A config in the folder of a file describes the file only if it has one of the standard names of weights.
     described = at.is_dir() or at.name.split(".")[0].split("-")[0] in CLIP_STEMS
