@@ -49,13 +49,11 @@ def test_tables_are_what_was_written_or_refused(tmp_path, seed):
 
 def test_wrong_rows_are_refused_by_line(tmp_path):
     for rows, line in (
-        (["0.jpg,a dog, running"], 2),
-        (["0.jpg,a", "1.jpg"], 3),
+        (["0.jpg,a dog, running"], 2), (["0.jpg,a", "1.jpg"], 3),
         (["0.jpg,a", '1.jpg,"a dog', "2.jpg,b", "3.jpg,c"], 3),
         (["0.jpg,a", '1.jpg,"a dog', "2.jpg,b", '3.jpg,c"', "4.jpg,d"], 3),
-        (['0.jpg,"a" dog'], 2),
-        (["0.jpg," + "x" * 200_000], 2),
-    ):
+        (['0.jpg,"a" dog'], 2), (["0.jpg," + "x" * 200_000], 2),
+    ):  # fmt: skip
         (tmp_path / "a.csv").write_text("\n".join(["image,caption", *rows]))
         refused(f"a.csv, line {line}: the row is not CSV", open_source, f"{tmp_path}/a.csv")
 

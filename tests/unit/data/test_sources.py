@@ -70,15 +70,12 @@ def test_bad_paths_are_one_sentence(tmp_path, shards):
     (tmp_path / "notes.txt").write_text("hello " * 200)
     two = r"2 files that do not exist \(.*00012.tar, .*00013.tar\)"
     for path, complaint in (
-        ("", "is not set"),
-        (None, "is not set"),
-        (f"{tmp_path}/nowhere", "does not exist"),
-        (f"{tmp_path}/nowhere/*.tar", "matches no file"),
-        (f"{shards}/{{00010..00013}}.tar", two),
+        ("", "is not set"), (None, "is not set"), (f"{tmp_path}/nowhere", "does not exist"),
+        (f"{tmp_path}/nowhere/*.tar", "matches no file"), (f"{shards}/{{00010..00013}}.tar", two),
         (f"{tmp_path}/empty", "neither .tar shards nor images"),
         (f"{tmp_path}/notes.txt", "notes.txt' is no kind of data"),
         ("nosuch://bucket/x", "cannot be reached"),
-    ):
+    ):  # fmt: skip
         assert "config.data.path" in refused(complaint, open_source, path) or "nosuch" in path
 
 

@@ -210,13 +210,11 @@ def test_each_set_is_classified_among_its_own_classes(tmp_path, robustness_task)
 def test_bad_folders_of_shifts_are_refused(tmp_path, robustness_task):
     root = write(tmp_path / "x", [IDS[0], IDS[1]])
     for path, says in (
-        ("a", "must read SET=FOLDER"),
-        (f"b={root}", "must read SET=FOLDER"),
-        (f"a={root},a={root}", "names a set twice"),
-        (f"a={root}/none", "is not a folder"),
+        ("a", "must read SET=FOLDER"), (f"b={root}", "must read SET=FOLDER"),
+        (f"a={root},a={root}", "names a set twice"), (f"a={root}/none", "is not a folder"),
         (f"v2={root}", "n01440764 is not named after a label"),
         (f"objectnet={root}", "has no mappings/folder_to_objectnet_label.json"),
-    ):
+    ):  # fmt: skip
         refused(says, robustness_task, path)
     refused("has 2 classes, ImageNet-A has 200.*allow_partial", robustness_task, f"a={root}", allow_partial=False)
     (root / "n1").mkdir()

@@ -43,14 +43,9 @@ def test_the_first_match_wins_and_wrong_tables_are_refused():
 
 def test_a_mesh_covers_all_devices_or_is_refused():
     for fields, want in (
-        ({}, (8, 1)),
-        ({"fsdp": 4}, (2, 4)),
-        ({"data": 1, "fsdp": 8}, (1, 8)),
-        ({"data": 8}, (8, 1)),
-        ({"fsdp": 3}, "does not divide the 8 devices"),
-        ({"data": 4}, "this run has 8"),
-        ({"fsdp": 0}, "0"),
-    ):
+        ({}, (8, 1)), ({"fsdp": 4}, (2, 4)), ({"data": 1, "fsdp": 8}, (1, 8)), ({"data": 8}, (8, 1)),
+        ({"fsdp": 3}, "does not divide the 8 devices"), ({"data": 4}, "this run has 8"), ({"fsdp": 0}, "0"),
+    ):  # fmt: skip
         c = config.default().mesh
         c.update(fields)
         if isinstance(want, str):

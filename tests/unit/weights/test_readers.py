@@ -78,12 +78,9 @@ def test_messages_are_cut_to_a_screen_and_end_with_their_advice():
 def test_places_that_are_not_there(find, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source, match in (
-        ("", "is empty"),
-        ("no/such/folder", "does not exist"),
-        ("local-dir:nothing", "does not exist"),
-        ("hf-hub:someone/something", "the hub did not give it"),
-        ("someone/something", "the hub did not give it"),
-    ):
+        ("", "is empty"), ("no/such/folder", "does not exist"), ("local-dir:nothing", "does not exist"),
+        ("hf-hub:someone/something", "the hub did not give it"), ("someone/something", "the hub did not give it"),
+    ):  # fmt: skip
         said = refused(match, find, source, "config.x.source")
         assert "config.x.source" in said and len(said) < 600
 
