@@ -7,7 +7,7 @@ The HLO has no time for kernels, but the compiler's dump has their final schedul
 best, and the file with the use of each unit has one line per bundle. The bundles of one step of the kernel's grid are
 counted, its beginning and its end included, so the number is somewhat too high for a kernel of many steps. Stalls on
 HBM and on the matrix unit are not in it; docs/TPU.md, section 4, has the bound of the latter. The attention kernel is
-compiled with its usual way alone, in which norms bound the scores (`flash.BOUNDED_SCORE`).
+compiled with its usual way alone, in which norms bound the scores (`kernels.BOUNDED_SCORE`).
 """
 
 import argparse
@@ -35,12 +35,12 @@ def bundles(folder: Path) -> dict[str, int]:
 
 def attention(size: list[int], block: tuple[int, int]):
     """Returns the function of local arrays, the shapes of arrays by image and of weights, and the number of tiles."""
-    from diva_jax.models.kernels import flash
+    from diva_jax.models import kernels
 
     n, m, heads, width = size
 
     def run(q, k, v):
-        out, pull = jax.vjp(lambda *a: flash.attend(*a, heads, None, block, False), q, k, v)
+        out, pull = jax.vjp(lambda *a: kernels.attend(*a, heads, None, block, False), q, k, v)
         return out, pull(out)
 
     by_image = [(heads * width, length) for length in (n, m, m)]
@@ -49,15 +49,15 @@ def attention(size: list[int], block: tuple[int, int]):
 
 def feed_forward(size: list[int], block: tuple[int, int]):
     """As `attention`; the block is (tokens, hidden units)."""
-    from diva_jax.models.kernels import feed_forward as kernel
+    from diva_jax.models import kernels
     from diva_jax.models.platform import tile
 
     n, c = size
-    kernel.TILES, kernel.MAX_PART = {c: (block[0], max(vmem for _, vmem in kernel.TILES.values()))}, block[1]
+    kernels.TILES, kernels.MAX_PART = {c: (block[0], max(vmem for _, vmem in kernels.TILES.values()))}, block[1]
 
     def run(x, *weights):
-        y, projection = kernel.forward(x, weights, 1e-5, save=True)
-        return y, kernel.backward(x, projection, y, weights, 1e-5)
+        y, projection = kernels.feed_forward(x, weights, 1e-5, save=True)
+        return y, kernels.feed_backward(x, projection, y, weights, 1e-5)
 
     return run, [(c, n)], [(c,), (c,), (c, 8 * c), (8 * c,), (4 * c, c), (c,)], n // tile(n, block[0])
 
@@ -83,10 +83,10 @@ def main() -> None:
         from diva_jax import aot
         from diva_jax import config as configs
         from diva_jax.costs import hlo
-        from diva_jax.models.kernels import flash
+        from diva_jax.models import kernels
         from diva_jax.training import partition
 
-        flash.BOUNDED_SCORE = math.inf
+        kernels.BOUNDED_SCORE = math.inf
         chip, _, devices = aot.devices(args.topology)
         mesh = partition.make_mesh(configs.default().mesh, devices)
         by_batch, replicated = NamedSharding(mesh, partition.BATCH), NamedSharding(mesh, P())

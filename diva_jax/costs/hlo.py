@@ -243,11 +243,11 @@ def _valid_pairs(size: int, taps: int, out: int, rest: str, axis: int) -> int:
     return sum(0 <= place <= (size - 1) * spread and place % spread == 0 for place in places)
 
 
-# The kernels of models/kernels/flash.py, by the start of their names, which end with the head dim: the number of
+# The attention kernels of models/kernels.py, by the start of their names, which end with the head dim: the number of
 # products of queries x keys x head dim whose sums are over the head dim, and of those in which it is the number of
 # rows.
 _FLASH = {"flash_forward_d": (1, 1), "flash_backward_d": (2, 3)}
-# Those of models/kernels/feed_forward.py, with the number of hidden units H: the number of products of tokens x C x H
+# The feed-forward ones, with the number of hidden units H: the number of products of tokens x C x H
 # whose sums are over the C channels, and of those over hidden units.
 _FEED_FORWARD = {"feed_forward_forward_h": (2, 1), "feed_forward_backward_h": (1, 2)}
 _KERNEL = re.compile(rf"\b({'|'.join([*_FLASH, *_FEED_FORWARD])})(\d+)")

@@ -48,15 +48,15 @@ def _sequence_minor(x: Array) -> Array:
 
 
 def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
-    """Attention on one device with the kernel of `models/kernels/flash.py`; shapes as in `attention`, [B, N, H, D].
+    """Attention on one device with the kernel of `models/kernels.py`; shapes as in `attention`, [B, N, H, D].
     Sequences are padded to multiples of LANES; `interpret` interprets the kernel on a CPU, for tests."""
-    from diva_jax.models.kernels import flash as kernel
+    from diva_jax.models import kernels
 
     (_, n, heads, width), m = q.shape, k.shape[1]
     padded = [_sequence_minor(x) for x in (q, k, v)]
     blocks = tuple(block(x.shape[2], width) for x in padded[:2])
     keys = m if padded[1].shape[2] != m else None
-    out = kernel.attend(*padded, heads, keys, blocks, interpret)
+    out = kernels.attend(*padded, heads, keys, blocks, interpret)
     return out[:, :, :n].swapaxes(1, 2).reshape(q.shape)
 
 

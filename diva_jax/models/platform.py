@@ -45,7 +45,7 @@ def traced_on(mesh, kernels: frozenset[str] | None) -> Iterator[None]:
 
 
 def allowed(kernel: str) -> bool:
-    """Whether a kernel of `models/kernels` may be used in what is traced now: "attention 64" for heads of 64,
+    """Whether a kernel of `models/kernels.py` may be used in what is traced now: "attention 64" for heads of 64,
     "feed-forward 320" for 320 channels."""
     kernels = _KERNELS.get()
     return kernels is None or kernel in kernels

@@ -35,7 +35,7 @@ AUTO, XLA, OWN = "auto", "xla", "own"
 _MAX_CACHE_BYTES = 10 * 2**30  # The compiled programs of all runs of a user have at most this size.
 _MAX_EXECUTABLE_BYTES = 2**33
 _REFUSED = re.compile(r"No such compile option: '([^']*)'|Failed to parse '[^']*' into flag (\w+)")
-_SOURCES = Path(platform.__file__).parent / "kernels"
+_SOURCES = [Path(platform.__file__).with_name(f"{name}.py") for name in ("kernels", "platform")]
 _CHECK = "python -m diva_jax.selfcheck --config=FILE --workdir=DIR"
 
 
@@ -109,7 +109,7 @@ def checked_file(kind: str, workdir: epath.Path | None = None) -> epath.Path:
     """The file with the results of a kind of device, `device.device_kind`; other versions or kernels have another."""
     packages = [p for p in ("jax", "jaxlib", "libtpu") if importlib.util.find_spec(p)]
     versions = [__version__, *map(importlib.metadata.version, packages)]
-    code = [file.read_bytes() for file in sorted(_SOURCES.iterdir()) if file.suffix == ".py"]
+    code = [file.read_bytes() for file in _SOURCES]
     crc = zlib.crc32(b"".join([json.dumps([kind, *versions]).encode(), *code]))
     return kept(workdir) / f"selfcheck-{re.sub(r'[^A-Za-z0-9]+', '-', kind)}-{crc:08x}.json"
 

@@ -64,18 +64,18 @@ TOY = (Case("attention", 64, 1, 100, 100, 1, True), Case("feed-forward", 128, 1,
 
 def cases_of(jaxpr) -> list[Case]:
     """The kernels in a traced program, each shape once; the arrays of their calls are those of one device."""
-    from diva_jax.models.kernels import feed_forward, flash
+    from diva_jax.models import kernels
 
     found: dict[Case, None] = {}
     for eqn in _kernel_calls(jaxpr):
         (batch, channels, n), second = (v.aval.shape for v in eqn.invars[:2])
         prefix, number = re.fullmatch(r"(.*?)(\d*)", eqn.params["name"]).groups()
-        if prefix in (flash.FORWARD, flash.BACKWARD):
+        if prefix in (kernels.FORWARD, kernels.BACKWARD):
             heads, cut = channels // int(number), int("iota" in str(eqn.params["jaxpr"]))  # Padding is masked.
             n, m = n - cut * (n == second[2]), second[2] - cut
-            found[Case("attention", int(number), batch, n, m, heads, prefix == flash.BACKWARD)] = None
-        elif prefix in (feed_forward.FORWARD, feed_forward.BACKWARD):
-            found[Case("feed-forward", channels, batch, n, int(number), 1, prefix == feed_forward.BACKWARD)] = None
+            found[Case("attention", int(number), batch, n, m, heads, prefix == kernels.BACKWARD)] = None
+        elif prefix in (kernels.FEED_FORWARD, kernels.FEED_BACKWARD):
+            found[Case("feed-forward", channels, batch, n, int(number), 1, prefix == kernels.FEED_BACKWARD)] = None
     # A backward pass is checked together with its forward pass.
     return [c for c in found if c.backward or c._replace(backward=True) not in found]
 

@@ -326,8 +326,8 @@ def test_another_version_or_another_kernel_was_not_checked(what, monkeypatch, tm
     if what == "version":
         monkeypatch.setattr(compiler.importlib.metadata, "version", lambda package: "9")
     else:
-        (tmp_path / "flash.py").write_text("changed")
-        monkeypatch.setattr(compiler, "_SOURCES", tmp_path)
+        (changed := tmp_path / "kernels.py").write_text("changed")
+        monkeypatch.setattr(compiler, "_SOURCES", [changed])
     assert not chosen()
 
 

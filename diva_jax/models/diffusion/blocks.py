@@ -17,10 +17,10 @@ MIN_TOKENS = 512
 
 
 def _kernel():
-    """The module `models/kernels/feed_forward.py`, imported where it is traced, since Pallas takes 50 ms."""
-    from diva_jax.models.kernels import feed_forward as module
+    """The module `models/kernels.py`, imported where it is traced, since Pallas takes 50 ms."""
+    from diva_jax.models import kernels
 
-    return module
+    return kernels
 
 
 def use_kernel(shape: tuple[int, int, int], hidden: int, dtype) -> bool:
@@ -63,7 +63,7 @@ def fused(x: Array, state: nnx.State, graph: nnx.GraphDef, interpret: bool) -> A
 
 def _forward(x, state, graph, interpret, save):
     weights, epsilon = _weights(state, graph, x.dtype)
-    kernel = functools.partial(_kernel().forward, epsilon=epsilon, save=save, interpret=interpret)
+    kernel = functools.partial(_kernel().feed_forward, epsilon=epsilon, save=save, interpret=interpret)
     return _run(kernel, [x], weights, interpret)
 
 
@@ -75,7 +75,7 @@ def _forward_saved(x, state, graph, interpret):
 def _backward(graph, interpret, saved, dy):
     x, projection, state = saved
     weights, epsilon = _weights(state, graph, x.dtype)
-    kernel = functools.partial(_kernel().backward, epsilon=epsilon, interpret=interpret)
+    kernel = functools.partial(_kernel().feed_backward, epsilon=epsilon, interpret=interpret)
     dx = _run(kernel, [x, projection, dy], weights, interpret)
     # Weights are frozen where the kernel is used today, and then XLA removes this computation.
     _, pull = jax.vjp(lambda state: _plain(x, *nnx.merge(graph, state)), state)

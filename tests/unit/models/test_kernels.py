@@ -13,9 +13,9 @@ from helpers import abstract_mesh as mesh
 from jax.sharding import PartitionSpec as P
 
 from diva_jax.models import attention, platform
+from diva_jax.models import kernels as pallas
 from diva_jax.models.diffusion import blocks
 from diva_jax.models.diffusion.blocks import FeedForward
-from diva_jax.models.kernels import flash
 from diva_jax.models.layers import Layers
 
 
@@ -56,7 +56,7 @@ def test_scores_beyond_the_bound_of_the_norms(largest, share, monkeypatch):
     v = jnp.asarray(rng.normal(size=k.shape), jnp.float32)
     norms = [jnp.linalg.norm(x, axis=-1)[0] for x in (q, k)]
     tiles = [[n[i : i + 128].max(axis=0) for i in (0, 128, 256)] for n in norms]
-    beyond = np.mean([a * b / 4 > flash.BOUNDED_SCORE for a in tiles[0] for b in tiles[1]])
+    beyond = np.mean([a * b / 4 > pallas.BOUNDED_SCORE for a in tiles[0] for b in tiles[1]])
     assert share[0] <= beyond <= share[1]
     with jax.default_matmul_precision("highest"):
         out = jax.jit(lambda a: attention.flash(*a, interpret=True))((q, k, v))

@@ -1,1 +1,0 @@
-"""Pallas kernels for TPUs. Those that import Pallas are imported where they are traced: it takes 50 ms."""
