@@ -51,11 +51,7 @@ _ENVIRONMENT = {
 
 
 class OutOfMemory(Exception):
-    """The compiler reported that the program does not fit: `needed` and `available` are in bytes."""
-
-    def __init__(self, needed: float, available: float):
-        super().__init__(f"{needed / _GIB:.2f} GiB needed, {available / _GIB:.2f} available")
-        self.needed, self.available = needed, available
+    """The compiler reported that the program does not fit: bytes that are needed, and available."""
 
 
 def devices(topology: str) -> tuple[chips.Chip, tuple[int, ...], list]:
@@ -142,9 +138,7 @@ def report(config, topology: str, save: str | None = None, hlo_file: str | None 
         "chips": n // chip.per_chip,
         "devices": n,
         "mesh": {"data": n // config.mesh.fsdp, "fsdp": config.mesh.fsdp},
-        "remat": config.remat,
-        "accum": config.accum,
-        "batch_size": config.batch_size,
+        **{name: config[name] for name in ("remat", "accum", "batch_size")},
         "per_device_batch": config.batch_size // config.accum // n,
     }
     program = Program(config, partition.make_mesh(config.mesh, mesh_devices))
@@ -155,7 +149,7 @@ def report(config, topology: str, save: str | None = None, hlo_file: str | None 
             if save:
                 compiler.save_executable(save, stage, known, compiled, program)
     except OutOfMemory as e:
-        return row | {"fits": False, "needed": e.needed, "available": e.available}
+        return row | {"fits": False, "needed": e.args[0], "available": e.args[1]}
     memory = hlo.memory(compiled)
     needed = memory.pop("needed")
     try:

@@ -139,8 +139,7 @@ class Evaluator:
             tasks[name] = {
                 "title": task.title,
                 "data": paths.without_secrets(task.data),
-                "count": task.count,
-                "items": task.items,
+                **{name: getattr(task, name) for name in ("count", "items")},
                 "metrics": {m: {"better": "higher", **info} for m, info in task.metrics.items()},
                 "weights": {label: seeds.outcome(task, members) for label, members in by_label.items()},
                 "comparisons": comparisons,

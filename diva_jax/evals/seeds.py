@@ -132,11 +132,7 @@ def largest_by_chance(changes: np.ndarray, clusters: np.ndarray, resamples: int,
 
 
 def best_notes(
-    tasks: Mapping[str, Task],
-    outcomes: Mapping[str, Mapping[str, Outcome]],
-    runs: Mapping[str, Sequence[str]],
-    chosen: bool,
-    settings: Settings,
+    tasks: Mapping[str, Task], outcomes: Mapping, runs: Mapping[str, Sequence[str]], chosen: bool, settings: Settings
 ) -> list[str]:
     """A sentence for every run with several checkpoints (workdir -> their labels): with `chosen` about its best, in the
     first task, else that it has no claim. `outcomes` are label -> task -> outcome, the first label is the reference."""

@@ -12,16 +12,12 @@ from typing import Any
 
 import numpy as np
 
+Labels = np.ndarray | None
 _MAX_COUNTS = 2**22  # Largest number of resampled counts in memory, 32 MB.
 
 
 def bootstrap(
-    values: np.ndarray,
-    *,
-    resamples: int,
-    seed: int,
-    strata: np.ndarray | None = None,
-    clusters: np.ndarray | None = None,
+    values: np.ndarray, *, resamples: int, seed: int, strata: Labels = None, clusters: Labels = None
 ) -> list[float]:
     """The 95% percentile bootstrap interval [low, high] of the mean of values [N], in their unit, the same for a seed.
 

@@ -53,30 +53,13 @@ def html(inputs: Inputs, body: list[Section]) -> str:
     """The HTML document with the result of `sections(inputs)`."""
     findings = evaluation.findings(inputs) if inputs.results else []
     findings += [run_finding(run) for run in inputs.runs]
-    wrong = evaluation.alarms(inputs)
-    title = f"{findings[0].what}: {findings[0].figures}"
-    if wrong and wrong[0].kind == "bad":
-        title = f"{wrong[0].title}! {title}"
-    contents: dict[str, int] = {}
-    for number, s in enumerate(body):
-        # Sections of the same title are one link, to the first.
-        contents.setdefault(s.title, number)
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("diva_jax.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     templates.globals.update(colour_role=colour_role, narrow=NARROW, wording=wording, median=median)
-    return templates.get_template("page.html").render(
-        title=title,
-        alarms=wrong,
-        first=findings[0],
-        findings=findings[1:],
-        inputs=inputs,
-        contents=contents,
-        sections=body,
-        files=[n for n in ("results.json", "predictions.csv", "metrics.jsonl") if (inputs.folder / n).is_file()],
-        colours=COLOURS,
-    )
+    content = dict(inputs=inputs, findings=findings, alarms=evaluation.alarms(inputs), sections=body, colours=COLOURS)
+    return templates.get_template("page.html").render(content)
 
 
 def _defaults(stored: dict[str, Any]) -> dict[str, Any] | None:

@@ -86,12 +86,9 @@ def from_open_clip(model: LibraryConfig) -> dict:
 def to_open_clip(spec: Spec) -> dict:
     """open_clip's model config of the vision tower: all but embed_dim and text_cfg."""
     vision = dict(
-        image_size=spec.image_size,
-        layers=spec.layers,
-        width=spec.width,
+        **{option: getattr(spec, option) for option in ("image_size", "layers", "width", "patch_size")},
         head_width=spec.width // spec.heads,
         mlp_ratio=occ.mlp_ratio(spec.width, spec.mlp_dim),
-        patch_size=spec.patch_size,
         **occ.tower_options(spec.activation, spec.norm_eps),
     )
     return dict(quick_gelu=spec.activation == "quick_gelu", vision_cfg=vision)

@@ -7,7 +7,6 @@ MLP in parallel. Sequences are text first, then image.
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -267,20 +266,13 @@ class Flow(nnx.Module):
         self.final_layer = LastLayer(config, layers)
 
     def __call__(
-        self,
-        x: Array,
-        t: Array,
-        guidance: Array,
-        vector: Array,
-        text: Array,
-        grid: tuple[int, int],
-        freqs: np.ndarray | None = None,
-        seen: Callable[[str, Array], None] = lambda name, value: None,
+        self, x: Array, t: Array, guidance: Array, vector: Array, text: Array, grid: tuple, freqs=None, seen=None
     ) -> Array:
         """The velocity at noisy latents, [B, h * w, in_channels], in `dtype`; the arguments are packed latents of this
         shape in raster order, times in [0, 1], 1 being noise, and strengths of guidance [B], the pooled condition [B,
         vector_dim], text tokens [B, T, text_dim], and `grid` (h, w). `freqs` are those of `timestep_code`; `seen` is
         called with the name and value of each intermediate result, while this is traced."""
+        seen = seen or (lambda name, value: None)
         parts = {
             "time_in": self.time_in(timestep_code(t, freqs).astype(self.dtype)),
             "guidance_in": self.guidance_in(timestep_code(guidance, freqs).astype(self.dtype)),

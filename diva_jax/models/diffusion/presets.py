@@ -77,9 +77,5 @@ class Diffusion:
         name = str(options["vae"].get("_class_name", ""))
         vae = find_code(name, "config.diffusion.vae._class_name") if "." in name else VAEConfig
         kinds = dict(unet=UNetConfig, vae=vae, text_encoder=TextEncoderConfig, scheduler=ScheduleConfig)
-        return cls(
-            source=options["source"],
-            prompt=options["prompt"],
-            text_tokens=options["text_tokens"],
-            **{part: kind.from_dict(options[part]) for part, kind in kinds.items()},
-        )
+        own = {name: options[name] for name in ("source", "prompt", "text_tokens")}
+        return cls(**own, **{part: kind.from_dict(options[part]) for part, kind in kinds.items()})

@@ -54,12 +54,8 @@ class UNetConfig:
         name, `attention_head_dim` is the *number* of heads; `num_attention_heads` overrides it."""
         file = LibraryConfig(options, "the U-Net's config")
         file.require_class("UNet2DConditionModel")
-        file.check(
-            _USED | set(_OPTIONS["of_ema"]),
-            _FIXED,
-            lists=True,
-            hint="use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint",
-        )
+        hint = "use a Stable Diffusion 1.5, 2.1-base, 2.1 or 2.1-unclip checkpoint"
+        file.check({*_USED, *_OPTIONS["of_ema"]}, _FIXED, lists=True, hint=hint)
         channels = file.sizes("block_out_channels", (320, 640, 1280, 1280))
         n = len(channels)
         classes = options.get("class_embed_type")

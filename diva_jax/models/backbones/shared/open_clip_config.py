@@ -298,14 +298,7 @@ def to_open_clip(spec: Spec) -> dict:
             f"open_clip cannot prepare images with resize_mode={spec.resize_mode} and interpolation="
             f"{spec.interpolation}: use --format=hf"
         )
-    return dict(
-        model_cfg=dict(embed_dim=spec.embed_dim, **tower | _text_activation(spec, tower), text_cfg=_text_cfg(spec)),
-        preprocess_cfg=dict(
-            size=spec.image_size,
-            mode="RGB",
-            mean=list(spec.mean),
-            std=list(spec.std),
-            interpolation=spec.interpolation,
-            resize_mode=spec.resize_mode,
-        ),
-    )
+    sizes = dict(embed_dim=spec.embed_dim, **tower | _text_activation(spec, tower), text_cfg=_text_cfg(spec))
+    resize = dict(interpolation=spec.interpolation, resize_mode=spec.resize_mode)
+    preprocess = dict(size=spec.image_size, mode="RGB", mean=list(spec.mean), std=list(spec.std), **resize)
+    return dict(model_cfg=sizes, preprocess_cfg=preprocess)

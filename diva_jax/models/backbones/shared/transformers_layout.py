@@ -73,9 +73,9 @@ def options(config: Any, defaults: Mapping[str, Any], where: str) -> dict[str, A
 # How the names of image processors begin -> whether they crop where their config does not say so.
 _PROCESSORS = {"CLIP": True, "Bit": True, "Siglip": False, "ViT": False}
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # By their numbers in Pillow.
-_PROCESSOR = packaged(__file__, "options.json")["image_processor"]
-# By architecture, what transformers' config files leave out.
-DEFAULTS = packaged(__file__, "options.json")["transformers"]
+_OPTIONS = packaged(__file__, "options.json")
+_PROCESSOR = _OPTIONS["image_processor"]
+DEFAULTS = _OPTIONS["transformers"]  # By architecture, what transformers' config files leave out.
 
 
 def _side(file: LibraryConfig, name: str, square: bool) -> tuple[int, bool]:
@@ -91,14 +91,7 @@ def _side(file: LibraryConfig, name: str, square: bool) -> tuple[int, bool]:
 
 
 def preprocessing(
-    preprocessor: Mapping[str, Any],
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    where: str,
-    *,
-    crops: bool = True,
-    any_size: bool = False,
+    preprocessor: Mapping, image_size: int, mean: Sequence, std: Sequence, where: str, *, crops=True, any_size=False
 ) -> dict[str, Any]:
     """The fields of Spec that preprocessor_config.json ({} where there is none) states: size, mean, std, resize_mode
     and interpolation. `image_size` is that of config.json [pixels]; `mean`, `std` and `crops` are the defaults of the
@@ -151,16 +144,7 @@ def their_activation(name: str) -> str:
 
 
 # Field of a Spec or TextSpec -> transformers' option of a tower.
-_TOWER = dict(
-    width="hidden_size",
-    mlp_dim="intermediate_size",
-    layers="num_hidden_layers",
-    heads="num_attention_heads",
-    activation="hidden_act",
-    norm_eps="layer_norm_eps",
-)
-VISION = _TOWER | dict(image_size="image_size", patch_size="patch_size")
-_TEXT = _TOWER | dict(vocab_size="vocab_size", context_length="max_position_embeddings")
+VISION, _TEXT = _OPTIONS["vision_fields"], _OPTIONS["text_fields"]
 
 
 def text_spec(config: Mapping[str, Any], vision_activation: str, activation: str, **others) -> TextSpec:
@@ -202,17 +186,7 @@ def tower_options(config: Mapping, defaults: Mapping[str, Mapping], where: str) 
 def image_processor(spec: Spec, kind: str = "CLIPImageProcessor") -> dict:
     """The content of preprocessor_config.json for an image processor that crops unless images are squashed."""
     side, crop = spec.resize, dict(height=spec.image_size, width=spec.image_size)
-    return dict(
-        image_processor_type=kind,
-        do_convert_rgb=True,
-        do_resize=True,
-        size=dict(height=side, width=side) if spec.resize_mode.startswith("squash") else dict(shortest_edge=side),
-        resample=_FILTERS.index(spec.interpolation),
-        do_center_crop=spec.resize_mode != "squash",
-        crop_size=crop,
-        do_rescale=True,
-        rescale_factor=1 / 255,
-        do_normalize=True,
-        image_mean=list(spec.mean),
-        image_std=list(spec.std),
-    )
+    side_of = dict(height=side, width=side) if spec.resize_mode.startswith("squash") else dict(shortest_edge=side)
+    own = dict(image_processor_type=kind, size=side_of, crop_size=crop, do_center_crop=spec.resize_mode != "squash")
+    own |= dict(resample=_FILTERS.index(spec.interpolation), image_mean=list(spec.mean), image_std=list(spec.std))
+    return _PROCESSOR["written"] | own | dict(rescale_factor=1 / 255)
