@@ -181,18 +181,14 @@ def _own(row: _Row) -> Item:
         isinstance(p, list) and len(p) == 2 and all(n in range(count) for n, count in zip(p, counts, strict=True))
         for p in pairs
     ):
-        raise UserError(
-            f"{row.where}: 'pairs' must be [image, text] numbers below {counts[0]} and {counts[1]}, not "
-            f"{brief(pairs)}: correct the row"
-        )
+        wanted = f"'pairs' must be [image, text] numbers below {counts[0]} and {counts[1]}"
+        raise UserError(f"{row.where}: {wanted}, not {brief(pairs)}: correct the row")
     right = sorted({(int(i), int(t)) for i, t in pairs})
     shown, said = (len({pair[side] for pair in right}) for side in (0, 1))
     if shown < counts[0] or (counts[0] > 1 and said < min(counts[1], 2)):
         raise UserError(f"{row.where}: an image has no text that belongs to it: complete 'pairs'")
     if len(right) == counts[0] * counts[1]:
-        raise UserError(
-            f"{row.where}: everything belongs together, so there is nothing to choose: add a wrong text or image"
-        )
+        raise UserError(f"{row.where}: everything belongs together: add a wrong text or image")
     groups = dict.fromkeys(("class", "pattern"), str(row.value["class"])[:100]) if "class" in row.value else {}
     return Item(row.where, tuple(map(row.image, names)), tuple(words), tuple(right), groups)
 
@@ -230,9 +226,7 @@ def _csv_items(file: Path) -> Iterable[tuple[str, Any]]:
     for line, row in files.csv_records(str(file), _CSV_COLUMNS):
         where = f"{file}, line {line}"
         if row.get("right") not in ("0", "1") or not all(row.get(c, "").strip() for c in _CSV_COLUMNS[:3]):
-            raise UserError(
-                f"{where}: item, image and text must not be empty, and right must be 0 or 1: correct the row"
-            )
+            raise UserError(f"{where}: item, image and text must not be empty, and right be 0 or 1: correct the row")
         _, item = items.setdefault(row["item"], (where, {"images": [], "texts": [], "pairs": []}))
         for kind in ("image", "text"):
             if row[kind] not in item[f"{kind}s"]:

@@ -252,7 +252,7 @@ def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dic
     opened = parts.open_tower(kind, origins.open_source(source, "--weights"), spec)
     module = names.abstract(kind, spec)
     shardings = partition.parameter_shardings(names.flat(module), mesh, min_shard)
-    state = opened.fill(module, loads.put_on(shardings.__getitem__))
+    state = opened.fill(module, workdirs.put_on(shardings.__getitem__))
     return {partition.name_of(path): var.get_value() for path, var in names.flat(state).items()}
 
 

@@ -40,10 +40,8 @@ def check(name: str, members: Sequence[Place]) -> None:
     (first, config), by_seed = runs[0], {}
     for place, other in runs:
         if place.step != first.step or len(runs) < len(members):
-            raise UserError(
-                f"--weights={name}=...: {listing([f'{p.source} (step {p.step})' for p in members])} are not at one "
-                "step: name it, WORKDIR:STEP"
-            )
+            places = listing([f"{p.source} (step {p.step})" for p in members])
+            raise UserError(f"--weights={name}=...: {places} are not at one step: name it, WORKDIR:STEP")
         if changed := differences(config, other, workdirs.WHOLE, (*workdirs.RESUMABLE, "seed")):
             problem = f"--weights={name}=...: {place.source} and {first.source} differ in more than their seed"
             raise UserError(f"{problem}: {listing(changed, 5)}; a group is of runs of one config")

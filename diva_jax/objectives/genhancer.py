@@ -151,16 +151,12 @@ class Objective(contract.Objective):
     """`vision` has adapters where a stage trains them; `project_clip`, `project_t5` and `denoiser` start at random."""
 
     def __init__(self, config, *, rngs):
-        self.spec, self.options = (
-            backbones.spec_of(config),
-            parse(GenHancerOptions, config.genhancer, "config.genhancer"),
-        )
+        self.spec = backbones.spec_of(config)
+        self.options = parse(GenHancerOptions, config.genhancer, "config.genhancer")
         self.vae_config, self.flow_config = _vae(self.options.vae), self.options.denoiser
-        if self.flow_config.in_channels != 4 * self.vae_config.latent_channels:
-            raise UserError(
-                f"config.genhancer.denoiser.in_channels={self.flow_config.in_channels} must be four times "
-                f"config.genhancer.vae.latent_channels, {4 * self.vae_config.latent_channels}"
-            )
+        if self.flow_config.in_channels != (wanted := 4 * self.vae_config.latent_channels):
+            problem = f"config.genhancer.denoiser.in_channels={self.flow_config.in_channels}"
+            raise UserError(f"{problem} must be four times config.genhancer.vae.latent_channels, {wanted}")
         dtype = jnp.dtype(config.dtype)
         tower = self.spec
         if tower.arch == "siglip" and self.options.siglip_gelu == FAITHFUL:

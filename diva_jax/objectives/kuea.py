@@ -107,10 +107,8 @@ class Objective(contract.Objective):
         self.spec, self.options = backbones.spec_of(config), parse(KueaOptions, config.kuea, "config.kuea")
         self.taught_by = self.options.teacher
         if self.options.teacher_resize == EXACT and self.options.teacher_crop_from < self.taught_by.image_size:
-            raise UserError(
-                f"config.kuea.teacher_crop_from={self.options.teacher_crop_from} must be at least the teacher's "
-                f"image_size, {self.taught_by.image_size}"
-            )
+            given, least = self.options.teacher_crop_from, self.taught_by.image_size
+            raise UserError(f"config.kuea.teacher_crop_from={given} must be at least the teacher's image_size, {least}")
         self.vision = contract.vision_tower(config, self.spec, rngs)
         kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.frozen_dtype))
         self.original, self.teacher = backbones.build(self.spec, **kw), backbones.build(self.taught_by, **kw)

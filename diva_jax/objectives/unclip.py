@@ -223,18 +223,11 @@ class Objective(StableDiffusionObjective):
         """Raises a UserError where this generator cannot be conditioned on this tower's embedding."""
         width, kind = self.diffusion.unet.class_embed_dim, self.diffusion.scheduler.prediction_type
         if width is None:
-            raise UserError(
-                "config.objective=unclip needs a U-Net that is conditioned on an image embedding, and config.diffusion "
-                "has none (class_embed_type is not set): make the config with diffusion='unclip_l' or 'unclip_h'"
-            )
+            problem = "config.objective=unclip needs a U-Net that is conditioned on an image embedding"
+            raise UserError(f"{problem}: make the config with diffusion='unclip_l' or 'unclip_h'")
         if width != 2 * self.spec.embed_dim:
-            raise UserError(
-                f"the generator of config.diffusion takes image embeddings of width {width // 2}, but those of "
-                f"config.backbone have {self.spec.embed_dim}: use unclip_l with OpenAI's ViT-L/14 and unclip_h with "
-                "OpenCLIP's ViT-H/14"
-            )
+            problem = f"config.diffusion takes embeddings of width {width // 2}, not of {self.spec.embed_dim}"
+            raise UserError(f"{problem}: use unclip_l with OpenAI's ViT-L/14 and unclip_h with OpenCLIP's ViT-H/14")
         if kind != "v_prediction":
-            raise UserError(
-                f"config.objective=unclip expects a generator of v-predictions, but config.diffusion.scheduler has "
-                f"prediction_type={kind!r}: set it to v_prediction if the generator's own scheduler does"
-            )
+            problem = f"config.objective=unclip expects a generator of v-predictions, not of prediction_type={kind!r}"
+            raise UserError(f"{problem}: set it to v_prediction if the generator's own scheduler does")

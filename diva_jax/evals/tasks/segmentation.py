@@ -163,13 +163,8 @@ def starts(length: int, window: int, stride: int) -> list[int]:
 
 def interpolation(old: int, new: int) -> np.ndarray:
     """Weights [new, old] of linear interpolation, edges repeated, as torch has it without `align_corners`."""
-    centres = ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1)
-    low = np.floor(centres).astype(int)
-    high, rows = (low + 1).clip(max=old - 1), np.arange(new)
-    weights = np.zeros((new, old), np.float32)
-    np.add.at(weights, (rows, low), 1 - (centres - low))
-    np.add.at(weights, (rows, high), centres - low)
-    return weights
+    centres, points = (np.arange(new) + 0.5) * old / new - 0.5, np.arange(old)
+    return np.stack([np.interp(centres, points, row) for row in np.eye(old)], axis=1).astype(np.float32)
 
 
 def resized(table: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -236,10 +231,8 @@ class Segmentation(Task):
         self.stride = self.options.stride or self.window // 2
         side = self.options.short_side or self.window * 3 // 2
         if side < self.window or self.stride > self.window:
-            raise UserError(
-                f"config.eval.segmentation: short_side={side} must be at least the window, {self.window}, and "
-                f"stride={self.stride} at most that: set backbone.image_size for another window"
-            )
+            problem = f"short_side={side} must be at least the window, {self.window}, and stride={self.stride} at most"
+            raise UserError(f"config.eval.segmentation: {problem}: set backbone.image_size for another window")
         self.sizes, self.windows = [], []
         for i, (_, _, size) in enumerate(self.pairs):
             w, h = (int(x * side / min(size) + 0.5) for x in size)

@@ -75,9 +75,7 @@ class Vision(nnx.Module):
         make = Layers(rngs, dtype, param_dtype)
         width = spec.width
         if spec.embed_dim != width:
-            raise UserError(
-                f"a dinov2 backbone has no projection: set embed_dim={spec.embed_dim} to its width, {width}"
-            )
+            raise UserError(f"a dinov2 backbone has no projection: set its embed_dim to its width, {width}")
         self.dtype, self.remat, self.registers = dtype, remat, spec.registers
         near_zero = nnx.initializers.normal(0.02)
         self.cls_token = make.param(near_zero, 1, 1, width)
@@ -145,10 +143,8 @@ def _to_config(spec: Spec, dtype: str) -> dict:
     swiglu = spec.activation == "swiglu"
     ratio = next((r for r in range(1, 17) if _hidden(spec.width, r, swiglu) == spec.mlp_dim), None)
     if ratio is None:
-        raise UserError(
-            f"transformers has no dinov2 model of width {spec.width} and mlp_dim {spec.mlp_dim}, whose ratio is no "
-            "whole number: use --format=pt"
-        )
+        problem = f"{spec.mlp_dim} is no multiple of {spec.width}"
+        raise UserError(f"transformers has no dinov2 model with such an mlp_dim, {problem}: use --format=pt")
     kind = "dinov2_with_registers" if spec.registers else "dinov2"
     config = dict(
         architectures=[_MODELS[kind]],

@@ -57,9 +57,7 @@ class Vision(nnx.Module):
         make = Layers(rngs, dtype, param_dtype)
         width, eps = spec.width, spec.norm_eps
         if spec.embed_dim != width:
-            raise UserError(
-                f"a siglip backbone has no projection: set embed_dim={spec.embed_dim} to its width, {width}"
-            )
+            raise UserError(f"a siglip backbone has no projection: set its embed_dim to its width, {width}")
         self.dtype, self.remat = dtype, remat
         self.patch_embed = make.conv(3, width, spec.patch_size, spec.patch_size)
         self.pos_embed = make.param(nnx.initializers.truncated_normal(width**-0.5), 1, spec.patches, width)
@@ -103,12 +101,8 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
 
 
 def _to_config(spec: Spec, dtype: str) -> dict:
-    text = spec.text
-    if any(getattr(text, field) != value for field, value in _TEXT_RULES.items() if field != "tokenizer"):
-        raise UserError(
-            f"transformers has no siglip text tower with causal={text.causal}, pool={text.pool!r}, "
-            f"proj_bias={text.proj_bias}: use --format=open_clip"
-        )
+    known = all(getattr(spec.text, field) == value for field, value in _TEXT_RULES.items() if field != "tokenizer")
+    hf.require_text(spec, known)
     return hf.two_towers(spec, dtype, "siglip", "SiglipModel", {}, dict(projection_size=spec.embed_dim))
 
 

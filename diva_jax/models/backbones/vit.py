@@ -118,11 +118,7 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
 
 def _to_config(spec: Spec, dtype: str) -> dict:
     text = spec.text
-    if not text.causal or text.proj_bias or text.pool not in ("argmax", "eos"):
-        raise UserError(
-            f"transformers has no vit text tower with causal={text.causal}, pool={text.pool!r}, "
-            f"proj_bias={text.proj_bias}: use --format=open_clip"
-        )
+    hf.require_text(spec, text.causal and not text.proj_bias and text.pool in ("argmax", "eos"))
     kind = "metaclip_2" if text.pool == "eos" and text.tokenizer == "xlm" else "clip"
     projection = dict(projection_dim=spec.embed_dim)
     if kind == "metaclip_2":

@@ -47,10 +47,8 @@ class FlowConfig:
         if self.width % self.heads:
             raise UserError(f"the denoiser's width={self.width} must be a multiple of its heads={self.heads}")
         if len(self.axes) != 3 or any(n < 0 or n % 2 for n in self.axes) or sum(self.axes) != self.width // self.heads:
-            raise UserError(
-                f"the denoiser's axes={self.axes} must be three even numbers whose sum is the width of a head, "
-                f"{self.width // self.heads}"
-            )
+            wanted = f"three even numbers whose sum is the width of a head, {self.width // self.heads}"
+            raise UserError(f"the denoiser's axes={self.axes} must be {wanted}")
 
     @property
     def hidden(self) -> int:

@@ -7,39 +7,33 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diva_jax.common.fields import between, one_of
+from diva_jax.common.fields import between, choice, field, one_of
 from diva_jax.models.layers import Array
 from diva_jax.models.library_config import LibraryConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """A noise schedule for timesteps 0 .. T-1; the defaults are Stable Diffusion 1.5's and 2.1-base's. `beta_start` and
-    `beta_end` are the variance of the noise added at the first and at the last timestep; between them beta is "linear",
-    linear in its square root ("scaled_linear"), or, without them, a squared cosine of time ("squaredcos_cap_v2", arXiv
-    2102.09672, equation 17). The U-Net predicts "epsilon", the noise, or "v_prediction", the velocity."""
+    """A noise schedule for timesteps 0 .. T-1, with diffusers' defaults."""
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"
-    prediction_type: str = "epsilon"
+    num_train_timesteps: int = field(1000, "T.", between(1, 2**20))
+    beta_start: float = field(0.0001, "The variance of the noise added at the first timestep.", between(1e-9, 0.999))
+    beta_end: float = field(0.02, "The variance of the noise added at the last timestep.", between(1e-9, 0.999))
+    beta_schedule: str = field(
+        "linear",
+        "Between them it is linear, linear in its square root, or instead a cosine (arXiv 2102.09672, equation 17).",
+        one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
+    )
+    prediction_type: str = choice("The U-Net predicts the noise, or the velocity.", "epsilon", "v_prediction")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "ScheduleConfig":
-        """Reads a diffusers folder's `scheduler_config.json`, with its defaults; options of sampling are ignored."""
+        """Reads a diffusers folder's `scheduler_config.json`; options of sampling are ignored."""
         file = LibraryConfig(options, "the scheduler's config")
         for name, allowed in (("trained_betas", (None,)), ("rescale_betas_zero_snr", (None, False))):
             if options.get(name) not in allowed:
                 file.refuse(name, "it is not supported: use the scheduler of a Stable Diffusion checkpoint")
-        rows = (
-            ("num_train_timesteps", 1000, None),
-            ("beta_start", 0.0001, between(1e-9, 0.999)),
-            ("beta_end", 0.02, between(1e-9, 0.999)),
-            ("beta_schedule", "linear", one_of("linear", "scaled_linear", "squaredcos_cap_v2")),
-            ("prediction_type", "epsilon", one_of("epsilon", "v_prediction")),
-        )
-        return cls(**{name: file.get(name, default, rule) for name, default, rule in rows})
+        return cls(**{f.name: file.get(f.name, f.default, f.metadata["rule"]) for f in dataclasses.fields(cls)})
 
 
 def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:

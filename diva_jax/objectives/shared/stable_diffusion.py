@@ -96,10 +96,8 @@ class StableDiffusionObjective(contract.Objective):
         dtypes = config.dtype, config.frozen_dtype
         self.latent_source = contract.LatentSource(d.vae, part, image_size, *dtypes, view, cached)
         if d.unet.class_embed_dim is not None and not self.takes_class:
-            raise UserError(
-                f"the {config.objective} objective has no class embedding to give to this U-Net "
-                "(class_embed_type is set): use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion"
-            )
+            problem = f"config.objective={config.objective} has no class embedding, which this U-Net needs"
+            raise UserError(f"{problem}: use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion")
 
     def build_generator(self, config, rngs: nnx.Rngs) -> None:
         """Makes the U-Net, the VAE (unless latents are cached) and, with a prompt, an empty `text_context`."""
@@ -124,10 +122,8 @@ class StableDiffusionObjective(contract.Objective):
         """Raises a UserError where `timestep_range` is not within the schedule."""
         low, high = self.timestep_range
         if not 0 <= low < high <= self.timesteps:
-            raise UserError(
-                f"config.{section}.first_timestep={low} and end_timestep={high} must be a range within the "
-                f"{self.timesteps} timesteps of config.diffusion.scheduler"
-            )
+            within = f"must be a range within the {self.timesteps} timesteps of config.diffusion.scheduler"
+            raise UserError(f"config.{section}.first_timestep={low} and end_timestep={high} {within}")
 
     def pretrained(self, fresh: tuple[str, ...] = (), mask_padding: bool = False) -> Mapping[str, parts.Part]:
         """The vision tower, U-Net, VAE and text. `fresh` are the tower's parameters that its source does not have, see

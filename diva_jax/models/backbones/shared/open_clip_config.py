@@ -294,10 +294,8 @@ def to_open_clip(spec: Spec) -> dict:
         raise UserError(f"open_clip has no {spec.arch} model: use --format=hf or --format=pt")
     tower = module.to_open_clip(spec) if "" in module.CHECKPOINT.timm else _to_timm(spec, module.CHECKPOINT)
     if spec.resize_mode not in _RESIZE_MODES or spec.interpolation not in _INTERPOLATIONS:
-        raise UserError(
-            f"open_clip cannot prepare images with resize_mode={spec.resize_mode} and interpolation="
-            f"{spec.interpolation}: use --format=hf"
-        )
+        problem = f"resize_mode={spec.resize_mode} and interpolation={spec.interpolation}"
+        raise UserError(f"open_clip cannot prepare images with {problem}: use --format=hf")
     sizes = dict(embed_dim=spec.embed_dim, **tower | _text_activation(spec, tower), text_cfg=_text_cfg(spec))
     resize = dict(interpolation=spec.interpolation, resize_mode=spec.resize_mode)
     preprocess = dict(size=spec.image_size, mode="RGB", mean=list(spec.mean), std=list(spec.std), **resize)

@@ -158,6 +158,13 @@ def vision_fields(config: Mapping[str, Any]) -> dict:
     return {field: config[option] for field, option in VISION.items() if field != "activation"}
 
 
+def require_text(spec: Spec, known: bool) -> None:
+    """A UserError where transformers has not such a text tower, of this architecture."""
+    if not known:
+        rules = ", ".join(f"{name}={getattr(spec.text, name)!r}" for name in ("causal", "pool", "proj_bias"))
+        raise UserError(f"transformers has no {spec.arch} text tower with {rules}: use --format=open_clip")
+
+
 def two_towers(spec: Spec, dtype: str, kind: str, model: str, vision: Mapping, text: Mapping, **options) -> dict:
     """The config.json of the class `model`, of the model type `kind`; `vision`, `text` and `options` are what towers
     and model have beside their sizes."""
