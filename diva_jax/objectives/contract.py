@@ -206,9 +206,8 @@ class Objective(nnx.Module):
         [B], the row of the image in the global batch. By default they are those of `latent_source`: "image", uint8 [S,
         S, 3] at the VAE's resolution, and "moments" where they are cached."""
         if self.latent_source is None:
-            raise UserError(
-                f"{type(self).__module__}: its Objective does not define inputs, what a batch holds: {_PAGE}"
-            )
+            problem = f"{type(self).__module__}: its Objective does not define inputs, what a batch holds"
+            raise UserError(f"{problem}: {_PAGE}")
         return self.latent_source.inputs
 
     def loss(self, batch: Mapping[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

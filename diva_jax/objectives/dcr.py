@@ -78,18 +78,14 @@ def recipe(config: ConfigDict) -> None:
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """The projector for condition.warmup_steps, then the adapters (and what `config.trainable` names) for steps."""
-    lora, arch, warm = (
-        parse(DcrOptions, config.dcr, "config.dcr").lora,
-        config.backbone.arch,
-        config.condition.warmup_steps,
-    )
+    lora, warm = parse(DcrOptions, config.dcr, "config.dcr").lora, config.condition.warmup_steps
     alone = (("projector/.*", 1.0), (".*", 0.0))
     first = contract.Stage("projector", 0, warm, config.condition.warmup_lr, alone)
     if config.dcr.projector_only:
         return (first,)
-    rows = lora.trainable("vision")
-    if lora.biases and arch in _INERT and not re.fullmatch(lora.targets, _INERT[arch]):
-        rows += ((f"vision/{_INERT[arch]}/bias", 1.0),)
+    rows, inert = lora.trainable("vision"), _INERT.get(config.backbone.arch)
+    if lora.biases and inert and not re.fullmatch(lora.targets, inert):
+        rows += ((f"vision/{inert}/bias", 1.0),)
     rest = contract.tune(config, warm)
     second = rest._replace(name="tower", trainable=rows + rest.trainable)
     return (first, second) if warm else (second,)
@@ -99,24 +95,19 @@ def validate(config: ConfigDict) -> None:
     """Raises a UserError where the batch cannot be divided into groups, or sizes or stages do not fit together."""
     options = parse(DcrOptions, config.dcr, "config.dcr")
     if options.stage1_loss == EXACT and not options.projector_only:
-        raise UserError(
-            "config.dcr.stage1_loss=exact is another loss than stage 2's: run stage 1 by itself with "
-            "config.dcr.projector_only=True, then stage 2 from its result with config.condition.warmup_steps=0"
-        )
+        alone = "stage 1 by itself with config.dcr.projector_only=True"
+        rest = "stage 2 from its result with config.condition.warmup_steps=0"
+        raise UserError(f"config.dcr.stage1_loss=exact is another loss than stage 2's: run {alone}, then {rest}")
     whole = options.group * config.accum
     if config.batch_size % whole:
         near = max(1, round(config.batch_size / whole)) * whole
-        raise UserError(
-            f"config.batch_size={config.batch_size} cannot be divided into groups of {options.group} images "
-            f"(config.dcr.group) x {config.accum} micro-batches (config.accum): use {near}"
-        )
+        groups = f"groups of {options.group} images (config.dcr.group) x {config.accum} micro-batches"
+        raise UserError(f"config.batch_size={config.batch_size} cannot be divided into {groups}: use {near}")
     if options.projector_only and not config.condition.warmup_steps:
         raise UserError("config.dcr.projector_only=True trains nothing with config.condition.warmup_steps=0: set steps")
     if config.data.image_size != config.backbone.image_size:
-        raise UserError(
-            f"config.data.image_size={config.data.image_size} and config.backbone.image_size="
-            f"{config.backbone.image_size} must be equal: the VAE and the vision tower of DCR see one view"
-        )
+        problem = f"config.data.image_size={config.data.image_size} must be equal to config.backbone.image_size"
+        raise UserError(f"{problem}={config.backbone.image_size}: the VAE and the vision tower of DCR see one view")
 
 
 class DcrDraws(NamedTuple):
@@ -238,7 +229,6 @@ class Objective(StableDiffusionObjective):
 
         def some(p):
             """[B, k, C] -> [B, k, h, w, c]."""
-
             each = [jnp.repeat(x, p.shape[1], axis=0) for x in (noisy, timesteps)]
             text = self.text_context[...].astype(p.dtype)
             out = self.run_unet(*each, p.reshape(-1, 1, p.shape[-1]) + text)

@@ -120,11 +120,9 @@ def check_fit(select: str, how: str, patches: int, text_tokens: int) -> None:
     """Raises a UserError where features and text are added token by token and their numbers differ."""
     n = token_count(select, patches)
     if how == "token" and n != text_tokens:
-        raise UserError(
-            f"backbone.add_text=token needs as many feature tokens as text tokens, but "
-            f"backbone.select={select} gives {n} and the prompt {text_tokens}: use add_text=mean or "
-            f"select=random:{text_tokens - 1}"
-        )
+        problem = f"backbone.add_text=token needs {text_tokens} feature tokens, as many as the prompt has"
+        advice = f"use add_text=mean or select=random:{text_tokens - 1}"
+        raise UserError(f"{problem}, but backbone.select={select} gives {n}: {advice}")
 
 
 class Objective(StableDiffusionObjective):
@@ -146,11 +144,8 @@ class Objective(StableDiffusionObjective):
 
         def one(key):
             t, eps, tokens = jax.random.split(key, 3)
-            return (
-                jax.random.randint(t, (), *self.timestep_range),
-                jax.random.normal(eps, latents_shape, jnp.float32),
-                tokens,
-            )
+            noise = jax.random.normal(eps, latents_shape, jnp.float32)
+            return jax.random.randint(t, (), *self.timestep_range), noise, tokens
 
         n = count or self.options.draws
         per_draw = jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys)  # [N, B]

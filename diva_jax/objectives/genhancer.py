@@ -101,13 +101,8 @@ def _lora(config: ConfigDict) -> adapters.Lora:
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """Stage 1 for stage1_steps, then stage 2 for config.steps; `config.trainable` replaces stage 2's table if given."""
-    o, end, rest = (
-        parse(GenHancerOptions, config.genhancer, "config.genhancer"),
-        config.genhancer.stage1_steps,
-        ((".*", 0.0),),
-    )
-    warm = 0 if o.warmup == FAITHFUL else None
-    out = []
+    o, rest, out = parse(GenHancerOptions, config.genhancer, "config.genhancer"), ((".*", 0.0),), []
+    end, warm = o.stage1_steps, 0 if o.warmup == FAITHFUL else None
     if end:
         out.append(contract.Stage("stage1", 0, end, o.stage1_lr, (*_GENERATOR, *rest), warmup_steps=warm))
     if o.stage2 != NONE:

@@ -153,7 +153,6 @@ class Objective(contract.Objective):
     def forward(self, pixels: Array, teacher_pixels: Array) -> tuple[Array, dict[str, Array]]:
         """The loss of pixels [B, S, S, 3] in [0, 1] before the backbone's normalisation, and [B, S', S', 3] before
         `teacher_view`. Returns (loss, {f, f0 [B, D], g [B, D'], k_clip, k_dino [B, B], loss_clean, loss_kernel []})."""
-
         view = preprocess.normalise(pixels, self.spec.mean, self.spec.std)
         with jax.named_scope("vision"):
             f = widened(self.vision.encode(view).pooled)

@@ -90,14 +90,10 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"{problem}: set config.teacher.image_size={spec.grid * config.teacher.patch_size}")
     if o.teacher == SELF:
         if spec.arch != "vit" or o.layer > spec.layers:
-            raise UserError(
-                f"config.salm.teacher=self needs a vit backbone of at least config.salm.layer={o.layer} blocks, and "
-                f"config.backbone is {spec.arch} with {spec.layers}: set config.salm.teacher=frozen"
-            )
+            problem = f"config.salm.teacher=self needs a vit backbone of at least config.salm.layer={o.layer} blocks"
+            raise UserError(f"{problem}, not {spec.arch} with {spec.layers}: set config.salm.teacher=frozen")
         if not config.ema.decay:
-            raise UserError(
-                "config.salm.teacher=self learns from a moving average of itself: set config.ema.decay, e.g. to 0.999"
-            )
+            raise UserError("config.salm.teacher=self learns from its moving average: set config.ema.decay, e.g. 0.999")
 
 
 class Adapter(nnx.Module):

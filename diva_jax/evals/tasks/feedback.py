@@ -105,9 +105,7 @@ class Feedback(Task):
         needed = self.program.towers.needs("vision")
         self._encoder = [n for n in self.program.trained if n in needed]
         if not hasattr(objective, "condition_losses") or not self._encoder or set(objective.inputs) != {"image"}:
-            problem = (
-                f"feedback cannot judge config.objective={config.objective!r}, which lacks condition_losses"
-            )
+            problem = f"feedback cannot judge config.objective={config.objective!r}, which lacks condition_losses"
             raise UserError(f"{problem}, a trained vision tower, or a loss of images alone: leave feedback out")
         self.edges = np.arange(TIMESTEP_BINS + 1) * objective.timesteps // TIMESTEP_BINS
         self._frozen: dict[str, jax.Array] = {}
