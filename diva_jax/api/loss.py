@@ -71,9 +71,8 @@ class Loss:
         texts = [None] * len(images) if texts is None else list(texts)
         needing = [name for name, i in self._inputs.items() if i.needs_text]
         if len(texts) != len(images) or (needing and not all(texts)):
-            raise UserError(
-                f"{len(images)} images need as many texts, none of them empty, for {listing(needing) or 'a batch'}"
-            )
+            what = listing(needing) or "a batch"
+            raise UserError(f"{len(images)} images need as many texts, none of them empty, for {what}")
         c, rows = self.config.data.crop, []
         for i, (given, text) in enumerate(zip(images, texts, strict=True)):
             image, rng = as_image(given).convert("RGB"), np.random.default_rng((seed, i))

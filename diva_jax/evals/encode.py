@@ -106,9 +106,8 @@ def require_finite(values: np.ndarray, label: str, what: str, kind: str = "embed
     """Returns values [N, ...] of `what` ("images"); a RunError, with the weights' label, where not finite."""
     bad = int((~np.isfinite(values).reshape(len(values), -1).all(axis=1)).sum())
     if bad:
-        raise RunError(
-            f"{label}: the {kind} of {bad} of {len(values)} {what} are not finite: these weights cannot be evaluated"
-        )
+        problem = f"the {kind} of {bad} of {len(values)} {what} are not finite"
+        raise RunError(f"{label}: {problem}: these weights cannot be evaluated")
     return values
 
 

@@ -22,7 +22,7 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from diva_jax.common import config_files, fields
-from diva_jax.common.errors import UserError, explained
+from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.objectives.contract import Objective, Pace, Progress, Stage, tune
 
 __all__ = ["Objective", "Pace", "Progress", "Stage", "default", "find", "names", "section", "stages", "tune"]
@@ -36,9 +36,7 @@ def names() -> list[str]:
 def find(name: str) -> ModuleType:
     """Imports an objective's module, of this package or of a dotted path; a UserError where it is none."""
     if "." not in name and name not in names():
-        raise UserError(
-            f"config.objective={name!r} is not known: use one of {', '.join(names())}, or the dotted path of a module"
-        )
+        raise UserError(f"config.objective={name!r} is not known: use {listing(names())}, or a module's dotted path")
     path = name if "." in name else f"{__name__}.{name}"
     module = config_files.module(path, "config.objective", "check the path and PYTHONPATH")
     if not hasattr(module, "Objective"):

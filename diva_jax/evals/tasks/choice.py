@@ -69,9 +69,7 @@ def published(path: Path, layout: str) -> list[tuple[Path, Published]]:
     if path.is_dir():
         here = [(path / file, row) for file, row in TABLE.items() if (path / file).is_file()]
         if not here:
-            raise UserError(
-                f"{path} has no file of a published set: give one of {listing(list(TABLE), 4)}, or your own"
-            )
+            raise UserError(f"{path} has no file of a published set: give {listing(list(TABLE), 4)}, or your own")
         return here
     if not path.is_file():
         raise UserError(f"--data=choice={path} does not exist: give the file of a set, or a folder of published files")

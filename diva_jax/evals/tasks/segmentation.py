@@ -83,9 +83,8 @@ def class_names(given: str, subject: Set, root: Path) -> list[list[str]]:
             lines = [line.split("\t")[-1] for line in files.read_text(objects).splitlines()[1:]]
     synonyms = [[n.strip() for n in line.split(",") if n.strip()] for line in lines if line.strip()]
     if len(synonyms) != subject.classes or not all(synonyms):
-        raise UserError(
-            f"{given or root}: {subject.title} has {subject.classes} classes, not {len(synonyms)}: correct the names"
-        )
+        problem = f"{subject.title} has {subject.classes} classes, not {len(synonyms)}"
+        raise UserError(f"{given or root}: {problem}: correct the names")
     return synonyms
 
 

@@ -54,7 +54,7 @@ def class_names(given: str, images: labelled.Images) -> list[list[str]]:
         names = [[name] for name in images.classes]
     else:
         raise UserError(
-            "the data names no classes (no classnames.txt): set --config.eval.zeroshot.classes=FILE.json with a list"
+            "the data names no classes: set --config.eval.zeroshot.classes=FILE.json, or add classnames.txt"
         )
     if isinstance(names, dict):
         keys = folders or list(map(str, range(len(names))))

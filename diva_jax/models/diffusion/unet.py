@@ -295,9 +295,7 @@ class TextEncoder(nnx.Module):
         always); None: all, padding included."""
         n = tokens.shape[1]
         if n > self.config.context_length:
-            raise UserError(
-                f"the text has {n} tokens, shorten it to {self.config.context_length}, the text encoder's limit"
-            )
+            raise UserError(f"the text has {n} tokens, shorten it to {self.config.context_length}, the encoder's limit")
         x = self.token_embedding(tokens) + self.position_embedding(jnp.arange(n))
         keys = None if mask is None else mask[:, None, None]  # [B, 1, 1, N], for every head and query.
         for layer in self.layers:
