@@ -243,9 +243,7 @@ class Results(Record):
     def _labels_are_known(self):
         for name, task in self.tasks.items():
             if strange := [label for label in task.weights if label not in self.labels]:
-                raise ValueError(
-                    f"{brief(name, 60)} has scores of {brief(strange[0])}, which is not one of the weights"
-                )
+                raise ValueError(f"{brief(name, 60)} has scores of {brief(strange[0])}, which is no set of weights")
         for verdict in (v for s in self.summary for v in s.verdicts):
             task = self.tasks.get(verdict.task)
             if not task or not {verdict.pairs, verdict.matches} <= task.metrics.keys():

@@ -144,9 +144,8 @@ def hbm_traffic(op: Op, computation: Computation) -> int:
         moved = arrays(op.type)[1 if op.type.startswith("((") else 0]
         return moved.size
     touched = [a for o in op.operands if o in computation for a in arrays(computation[o].type)] + arrays(op.type)
-    return sum(
-        a.size for a in touched if not re.search(r"S\([1-9]", a.layout)
-    )  # S(1) is VMEM, other ones are on chip too.
+    # S(1) is VMEM, other ones are on chip too.
+    return sum(a.size for a in touched if not re.search(r"S\([1-9]", a.layout))
 
 
 def collectives(module: HloModule, op: Op, computation: Computation) -> dict[str, tuple[str, int]]:

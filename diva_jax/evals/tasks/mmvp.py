@@ -104,11 +104,9 @@ def read_questions(path: str) -> list[Question]:
     questions, seen = [_question(file, folder, line, row) for line, row in rows], {}
     for first, second in zip(questions[::2], questions[1::2], strict=True):
         if first.id % 2 != 1 or second.id != first.id + 1 or first.image.parent != second.image.parent:
-            raise UserError(
-                f"{file}, lines {first.line} and {second.line}: a pair is an odd Question ID and the next even one of "
-                f"the same Type, not {first.id} ({first.image.parent.name}) and {second.id} "
-                f"({second.image.parent.name}): rows are swapped, missing or wrong"
-            )
+            given = " and ".join(f"{q.id} ({q.image.parent.name})" for q in (first, second))
+            rule = f"a pair is an odd Question ID and the next even one of the same Type, not {given}"
+            raise UserError(f"{file}, lines {first.line} and {second.line}: {rule}: correct the rows")
         if (line := seen.setdefault(first.image, first.line)) != first.line:
             raise UserError(f"{file}, line {first.line}: question {first.id} appears twice, first in line {line}")
     return questions

@@ -53,9 +53,7 @@ def class_names(given: str, images: labelled.Images) -> list[list[str]]:
     elif images.classes:
         names = [[name] for name in images.classes]
     else:
-        raise UserError(
-            "the data names no classes: set --config.eval.zeroshot.classes=FILE.json, or add classnames.txt"
-        )
+        raise UserError("the data names no classes: set config.eval.zeroshot.classes=FILE.json, or add classnames.txt")
     if isinstance(names, dict):
         keys = folders or list(map(str, range(len(names))))
         if missing := [key for key in keys if key not in names]:
