@@ -10,8 +10,7 @@ import numpy as np
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import differences
-from diva_jax.evals import Outcome, Settings, Task, stats
-from diva_jax.evals.items import ItemTask
+from diva_jax.evals import ItemTask, Outcome, Settings, Task, stats
 from diva_jax.training import workdirs
 from diva_jax.weights.origins import Place
 

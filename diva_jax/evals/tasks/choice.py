@@ -13,9 +13,8 @@ from PIL import Image
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import choice, field
 from diva_jax.data.images import read_file
-from diva_jax.evals import Settings, encode, stats
+from diva_jax.evals import ItemTask, Settings, Values, encode, require_count, stats
 from diva_jax.evals.choice_layouts import LAYOUTS, Item, joined, read_items
-from diva_jax.evals.items import ItemTask, Values, require_count
 from diva_jax.models.library_config import packaged
 
 _MAX_PATTERNS = 30  # Sets with more patterns than this have no score for each.

@@ -15,8 +15,7 @@ from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import files, labelled
-from diva_jax.evals import Outcome, Settings, encode, stats
-from diva_jax.evals.items import ItemTask, Values
+from diva_jax.evals import ItemTask, Outcome, Settings, Values, encode, stats
 from diva_jax.models.backbones import spec_of
 
 # In a set of another kind, beside Questions.csv: {"patterns": [names], "pairs": of each pattern}.

@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, above, at_least, field
 from diva_jax.data import labelled
-from diva_jax.evals import Settings, encode
-from diva_jax.evals.items import AT, ClassificationTask, Classified, resolved
+from diva_jax.evals import AT, ClassificationTask, Classified, Settings, encode, resolved
 from diva_jax.evals.tasks import zeroshot
 
 DECAYS = np.logspace(-6, 2, 97)  # Of the search, as CLIP (arXiv 2103.00020, appendix A.3) and CLIP_benchmark.

@@ -8,8 +8,7 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import labelled
-from diva_jax.evals import Settings, encode
-from diva_jax.evals.items import ItemTask, Values
+from diva_jax.evals import ItemTask, Settings, Values, encode
 
 _RECALL_AT = (1, 5, 10)
 _QUERY_BATCH = 256  # Queries that are ranked at once; fixed, so that the rounding of a score depends on nothing else.

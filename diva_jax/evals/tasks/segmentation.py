@@ -21,8 +21,7 @@ from diva_jax.common.fields import above, at_least, below, field, one_of
 from diva_jax.common.json_files import open_regular
 from diva_jax.data import files
 from diva_jax.data.images import FORMATS, MAX_PIXELS, read_file
-from diva_jax.evals import Outcome, Settings, Task, encode, stats
-from diva_jax.evals.items import require_count, set_and_folder
+from diva_jax.evals import Outcome, Settings, Task, encode, require_count, set_and_folder, stats
 from diva_jax.evals.tasks import zeroshot
 from diva_jax.models import backbones
 from diva_jax.models.backbones import spec_of

@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import field
 from diva_jax.data import labelled
-from diva_jax.evals import Settings, encode
-from diva_jax.evals.items import AT, ClassificationTask, Classified, resolved
+from diva_jax.evals import AT, ClassificationTask, Classified, Settings, encode, resolved
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ from helpers import refused
 from scipy import stats as reference
 
 from diva_jax.common.results_schema import Difference
-from diva_jax.evals import Settings, seeds, stats
-from diva_jax.evals.items import ItemTask, Values
+from diva_jax.evals import ItemTask, Settings, Values, seeds, stats
 from diva_jax.weights.origins import Place
 
 
