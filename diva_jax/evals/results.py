@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pydantic
 
 from diva_jax.common import json_files, log, paths
@@ -85,41 +86,11 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
         raise RunError(f"{problem}: see diva_jax/common/results_schema.py for what a task returns") from e
 
 
-def _figure(s: Mapping[str, Any], unit: str) -> str:
-    """Formats a score or difference with its interval: two decimals for %, else four significant digits."""
-    form = ".2f" if unit == "%" else ".4g"
-    text = f"{s['difference']:+{form}}" if "difference" in s else f"{s['score']:{form}}"
-    ends = "  [{}, {}]".format(*(f"{x:{form}}" for x in s["interval"])) if s["interval"] else ""
-    if s.get("runs_interval"):
-        ends += "  over {} runs [{}, {}]".format(len(s["runs"]), *(f"{x:{form}}" for x in s["runs_interval"]))
-    test = "  won {won}, lost {lost}, p = {p:.3g}".format(**s["mcnemar"]) if s.get("mcnemar") else ""
-    return f"{text:>8}{ends}{test}"
-
-
-def _rows(metrics: Mapping[str, Mapping], scores: Mapping[str, Mapping]) -> Iterator[tuple[str, str]]:
-    """Yields (name, figures) of each score; those of texts and groups are short and beside the matches."""
-    beside: list[str] = []
-    for metric, s in scores.items():
-        kind = metrics[metric].get("answers")
-        if kind in ("text", "group"):
-            beside.append(f"{ANSWERS[kind]} {_figure(s, '%').split()[0]}")
-        else:
-            more = [beside.pop(0) for _ in range(len(beside))] if kind == "match" else []
-            yield metric, "  ".join([_figure(s, metrics[metric]["unit"]), *more])
-
-
 def table(results: Mapping[str, Any]) -> str:
     """Formats the content of results.json: what it says in words, scores with intervals, differences and notes."""
-    lines = [f"{s.what}: {s.says}; {s.detail}" for s in map(Summary.model_validate, results["summary"])]
-    lines += results.get("notes", [])
-    for task in results["tasks"].values():
-        lines.append(f"{task['title']}: {task['count']} {task['items']}")
-        labelled = [(label, w["scores"]) for label, w in task["weights"].items()]
-        labelled += [(f"{c['before']} -> {c['after']}", c["scores"]) for c in task["comparisons"]]
-        for label, scores in labelled:
-            lines += [f"  {label:<40}  {name:<28}{figures}" for name, figures in _rows(task["metrics"], scores)]
-        lines += [f"  {label}: {note}" for label, w in task["weights"].items() for note in w.get("notes", [])]
-    return "\n".join(lines)
+    template = jinja2.Environment(loader=jinja2.PackageLoader("diva_jax.evals", "")).get_template("table.j2")
+    summary = [Summary.model_validate(s) for s in results["summary"]]
+    return template.render(results=results, summary=summary, answers=ANSWERS).strip("\n")
 
 
 def words(pairs: int, matches: int) -> str:
