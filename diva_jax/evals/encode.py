@@ -26,7 +26,6 @@ from diva_jax.models.backbones import Features, Spec
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Array, abstract
 from diva_jax.training import partition, workdirs
-from diva_jax.training import workdirs as loads
 from diva_jax.weights import names, origins, parts
 
 _READER_THREADS = 16
