@@ -226,7 +226,7 @@ def _csv_items(file: Path) -> Iterable[tuple[str, Any]]:
     for line, row in files.csv_records(str(file), _CSV_COLUMNS):
         where = f"{file}, line {line}"
         if row.get("right") not in ("0", "1") or not all(row.get(c, "").strip() for c in _CSV_COLUMNS[:3]):
-            raise UserError(f"{where}: item, image and text must not be empty, and right be 0 or 1: correct the row")
+            raise UserError(f"{where}: item, image and text must hold something, right must be 0 or 1: correct the row")
         _, item = items.setdefault(row["item"], (where, {"images": [], "texts": [], "pairs": []}))
         for kind in ("image", "text"):
             if row[kind] not in item[f"{kind}s"]:

@@ -91,7 +91,7 @@ def validate(config: ConfigDict) -> None:
     if o.teacher == SELF:
         if spec.arch != "vit" or o.layer > spec.layers:
             problem = f"config.salm.teacher=self needs a vit backbone of at least config.salm.layer={o.layer} blocks"
-            raise UserError(f"{problem}, not {spec.arch} with {spec.layers}: set config.salm.teacher=frozen")
+            raise UserError(f"{problem}, and it is {spec.arch} with {spec.layers}: set config.salm.teacher=frozen")
         if not config.ema.decay:
             raise UserError("config.salm.teacher=self learns from its moving average: set config.ema.decay, e.g. 0.999")
 
