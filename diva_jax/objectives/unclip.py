@@ -226,7 +226,7 @@ class Objective(StableDiffusionObjective):
             problem = "config.objective=unclip needs a U-Net that is conditioned on an image embedding"
             raise UserError(f"{problem}: make the config with diffusion='unclip_l' or 'unclip_h'")
         if width != 2 * self.spec.embed_dim:
-            problem = f"config.diffusion's embeddings: width {width // 2}, but those of the tower have {self.spec.embed_dim}"
+            problem = f"embeddings must have width {width // 2}, but those of the tower have {self.spec.embed_dim}"
             raise UserError(f"{problem}: use unclip_l with OpenAI's ViT-L/14 and unclip_h with OpenCLIP's ViT-H/14")
         if kind != "v_prediction":
             problem = f"config.objective=unclip expects a generator of v-predictions, not of prediction_type={kind!r}"
