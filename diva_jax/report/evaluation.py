@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from diva_jax.common.results_schema import Comparison, Results, Score, Summary, Task, Weights
+from diva_jax.common.results_schema import Comparison, Results, Score, Task, Weights
 from diva_jax.evals.results import LESS, MORE
 from diva_jax.report import images, wording
 from diva_jax.report.charts import Row, Series, arrows, bars, legend, points
@@ -31,14 +31,12 @@ def findings(inputs: Inputs) -> list[Finding]:
                 if difference := c.differences().get(metric):
                     finding = _finding(task, c, metric, len(results.labels) > 2, c.after in doubtful)
                     (known if difference.known_interval else others).append(finding)
-    return [_in_words(s, doubtful) for s in results.summary] + (known or others or list(_scores_alone(results)))
-
-
-def _in_words(s: Summary, doubted: set[str]) -> Finding:
-    kind, meaning = {MORE: "up won", LESS: "down lost"}.get(s.says, "zero"), f"{s.detail}."
-    if s.after in doubted and s.says == MORE:
-        kind, meaning = "up doubted", f"{_NO_IMPROVEMENT} {meaning}"
-    return Finding(s.what, s.says, meaning, kind)
+    out = []
+    for s in results.summary:
+        doubt = s.after in doubtful and s.says == MORE
+        kind = "up doubted" if doubt else {MORE: "up won", LESS: "down lost"}.get(s.says, "zero")
+        out.append(Finding(s.what, s.says, f"{_NO_IMPROVEMENT} " * doubt + f"{s.detail}.", kind))
+    return out + (known or others or list(_scores_alone(results)))
 
 
 def _finding(task: Task, c: Comparison, metric: str, several: bool, doubted: bool) -> Finding:

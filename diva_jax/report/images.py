@@ -77,13 +77,6 @@ def _decoded(encoded: str) -> np.ndarray:
         return np.asarray(file.convert("L"))
 
 
-def _class_map(numbers: np.ndarray, names: list[str], what: str) -> EmbeddedImage:
-    palette = [v for i, name in enumerate(names) for v in class_colour(i, name)]
-    image = Image.fromarray(numbers, "L")
-    image.putpalette((palette + [0] * 768)[: 3 * _UNLABELLED] + list(_UNLABELLED_COLOUR))
-    return EmbeddedImage(_uri(image, "png", optimize=True), what)
-
-
 def segmented(task: Task, labels: list[str]) -> list[Part]:
     """One row per image of a segmentation: the image, the truth, the classes under each set of weights; maybe none."""
     used = [w for w in labels if w in task.weights and task.weights[w].pictures]
@@ -91,6 +84,7 @@ def segmented(task: Task, labels: list[str]) -> list[Part]:
     if not used:
         return []
     names = [c.name for c in task.weights[used[0]].classes]
+    palette = [v for i, name in enumerate(names) for v in class_colour(i, name)]
     parts = [Part("heading", line="Images", note="evenly spaced over the set, not chosen by their scores")]
     for i, shown in enumerate(zip(*(task.weights[w].pictures for w in used), strict=False)):
         try:
@@ -101,7 +95,11 @@ def segmented(task: Task, labels: list[str]) -> list[Part]:
             continue
         roles = {w: colour_role(labels.index(w)) for w in used} if len(used) > 1 else {}
         images = [(_thumbnail(shown[0].image), Label("image"))]
-        images += [(_class_map(m, names, what), Label(what, role=roles.get(what, ""))) for what, m in maps.items()]
+        for what, numbers in maps.items():
+            image = Image.fromarray(numbers, "L")
+            image.putpalette((palette + [0] * 768)[: 3 * _UNLABELLED] + list(_UNLABELLED_COLOUR))
+            coloured = EmbeddedImage(_uri(image, "png", optimize=True), what)
+            images.append((coloured, Label(what, role=roles.get(what, ""))))
         parts.append(Part("strip", images=images, **_legend(list(maps.values()), names)))
     return parts
 
