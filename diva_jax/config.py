@@ -28,7 +28,6 @@ from diva_jax.weights import origins
 _MAX_INT = 10**9
 _PART = "The part's config, as in its config.json in a diffusers folder."
 _DTYPE = one_of("float32", "bfloat16", "float64")
-_REMAT = one_of("none", "vision", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,10 @@ class ConditionOptions:
     """`config.condition`, of objectives that project features into a generator."""
 
     warmup_steps: int = field(
-        0, "So many first steps train only the projection into the generator.", between(0, _MAX_INT)
+        0,
+        "The projection into the generator is first trained alone for this many steps; 0: all is trained from the "
+        "start.",
+        between(0, _MAX_INT),
     )
     warmup_lr: float = field(1e-4, "The peak learning rate of these steps.", between(0, 1e38))
 
@@ -58,7 +60,12 @@ class DiffusionOptions:
 class EmaOptions:
     """`config.ema`."""
 
-    decay: float = field(0.0, "The decay of a moving average, which is evaluated and exported; 0: none.", below(0, 1))
+    decay: float = field(
+        0.0,
+        "Evaluation and export use an exponential moving average of the trained weights with this decay, which starts "
+        "at their first values; 0: the weights themselves.",
+        below(0, 1),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +74,28 @@ class CropOptions:
 
     scale: tuple[float, float] = field((0.9, 1.0), "The range of a crop's share of the image's area.", pair(1e-4, 1))
     ratio: tuple[float, float] = field((3 / 4, 4 / 3), "The range of a crop's width over its height.", pair(1e-2, 1e2))
-    interpolation: str = field("bicubic", "How the crop is resized.", one_of(*images.INTERPOLATIONS))
+    interpolation: str = field(
+        "bicubic", "The crop is resized with this interpolation.", one_of(*images.INTERPOLATIONS)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
     """`config.data`."""
 
-    path: str = field("", "The images: shards, a folder, a table, tfds:name/split or mix:...; see docs/DATA.md.")
+    path: str = field(
+        "",
+        "The images are tar shards (a folder, a glob, {00000..00331}.tar), images in a folder, a table, "
+        "tfds:name/split, or mix:...; see docs/DATA.md.",
+    )
     allow_urls: bool = field(False, "Whether images that a table names by URL (https://, gs://, file://) are fetched.")
     image_size: int = field(512, "The crop's side, which is the VAE's resolution [pixels].", between(1, 2**14))
     crop: CropOptions = CropOptions()
-    latents: str = field("", "Crops and moments are read from this folder of cache_latents, if any, not computed.")
+    latents: str = field(
+        "",
+        "Crops and the VAE's moments are read from this folder of python -m diva_jax.cache_latents, and the VAE is not "
+        "loaded; if empty, they are computed.",
+    )
     threads: int = field(16, "The threads that decode, per process.", between(0, 1024))
     prefetch: int = field(2, "The batches that are made ahead.", between(1, 1024))
     decode_gib: float = field(4.0, "The memory of images decoded at once, per process [GiB].", between(2**-6, 2**14))
@@ -111,7 +128,9 @@ class CheckpointOptions:
 class LogOptions:
     """`config.log`."""
 
-    every: int = field(10, "Progress and metrics.jsonl get a row after so many steps.", between(1, _MAX_INT))
+    every: int = field(
+        10, "Progress, metrics.jsonl and TensorBoard get a row after so many steps.", between(1, _MAX_INT)
+    )
     tensorboard: bool = field(True, "Whether WORKDIR/tensorboard is written.")
     wandb: str = field("", "This project of Weights & Biases gets the same values, with the extra wandb; empty: none.")
 
@@ -134,8 +153,15 @@ class RunOptions:
     batch_size: int = field(256, "The images of one step, over all devices and micro-batches.", between(1, 2**24))
     accum: int = field(1, "The gradients of this many micro-batches make one step.", between(1, _MAX_INT))
     dtype: str = field("bfloat16", "Models compute in this dtype; trained weights are always held in float32.", _DTYPE)
-    frozen_dtype: str = field("bfloat16", "Frozen parts, such as the U-Net, are held in this dtype.", _DTYPE)
-    remat: str = field("none", "Blocks that the backward pass computes again: vision, +3% work; all, +30%.", _REMAT)
+    frozen_dtype: str = field(
+        "bfloat16", "Frozen parts, such as the U-Net and the VAE, are held in this dtype.", _DTYPE
+    )
+    remat: str = field(
+        "none",
+        "The backward pass computes blocks again, which saves memory: none, those of the vision tower (+3% work), or "
+        "all (+30%).",
+        one_of("none", "vision", "all"),
+    )
     trainable: tuple[tuple[str, float], ...] = field(
         (("vision/.*", 1.0), (".*", 0.0)),
         "Each row scales the learning rate of the parameters whose name matches its regular expression; 0 freezes "

@@ -35,16 +35,30 @@ class OptimOptions:
 
     name: str = field("sgd", "The optimizer.", one_of("sgd", "adamw"))
     lr: float = field(1e-4, "The peak learning rate.", above(0))
-    warmup: float = field(0.005, "The rate rises from 0 in this share of a stage's steps, rounded up.", below(0, 1))
-    warmup_steps: int = field(-1, "The warm-up in steps; -1: as warmup says.", between(-1, 10**9))
-    schedule: str = field("cosine", "After the warm-up, it falls to 0 or is constant.", one_of("cosine", "constant"))
+    warmup: float = field(
+        0.005, "The learning rate rises from 0 to its peak in this share of a stage's steps, rounded up.", below(0, 1)
+    )
+    warmup_steps: int = field(
+        -1, "The length of the warm-up as a number of steps; -1: as warmup says.", between(-1, 10**9)
+    )
+    schedule: str = field(
+        "cosine",
+        "After the warm-up, the learning rate falls to 0 at the stage's end (cosine) or is constant.",
+        one_of("cosine", "constant"),
+    )
     clip: float = field(1.0, "The gradient's global norm is clipped to this; 0: it is not.", between(0, 1e38))
     momentum: float = field(0.9, "The momentum of sgd.", below(0, 1))
     b1: float = field(0.9, "The decay of adamw's average of gradients.", below(0, 1))
     b2: float = field(0.999, "The decay of adamw's average of squared gradients.", below(0, 1))
-    eps: float = field(1e-8, "The epsilon of adamw.", Rule(lambda v: 0 < v <= 1, "must be above 0, at most 1"))
-    weight_decay: float = field(0.0, "For adamw decoupled, for sgd added to the gradient.", between(0, 1e38))
-    decay_all: bool = field(False, "Whether vectors (biases, norms) decay too, not matrices and convolutions alone.")
+    eps: float = field(
+        1e-8, "The epsilon of adamw's denominator.", Rule(lambda v: 0 < v <= 1, "must be above 0, at most 1")
+    )
+    weight_decay: float = field(
+        0.0, "The weight decay of adamw (decoupled) and sgd (added to the gradient).", between(0, 1e38)
+    )
+    decay_all: bool = field(
+        False, "Whether biases, norms and all other vectors decay too, and not matrices and convolutions alone."
+    )
     no_decay: str = field("", "Parameters whose whole name matches this regular expression do not decay.", REGEX)
 
 
