@@ -23,8 +23,10 @@ from diva_jax import __version__
 from diva_jax.common import config_files, errors, fields
 from diva_jax.common.errors import RunError, Terminated, UserError, place, printable
 
-_LINGER_S = 10.0  # Time for threads to end after a command has, since one of them may wait for a disk that is gone [s].
-_MAX_MESSAGE_CHARS = 10_000  # Values that a message quotes may be of any length.
+# Time for threads to end after a command has, since one of them may wait for a disk that is gone [s].
+_LINGER_S = 10.0
+# Values that a message quotes may be of any length.
+_MAX_MESSAGE_CHARS = 10_000
 # Exit codes after signals, as shells have them; a training run that has saved ends with 0 after SIGTERM.
 _SIGINT_CODE, _SIGTERM_CODE = 130, 143
 _FIELD_FLAG = re.compile(r"--?(?:no)?config\.([\w.]+)")
@@ -33,7 +35,8 @@ _EVERYWHERE = {
     "help": "Print this; with --config=FILE also every field with its value.",
     "version": "Print the version.",
 }
-_handled = 0  # How many signals have raised an exception.
+# How many signals have raised an exception.
+_handled = 0
 
 # Makes config -> [(dotted path, value, documentation)] of its fields.
 Describe = Callable[[ConfigDict], Sequence[tuple[str, str, str]]]

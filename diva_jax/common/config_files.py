@@ -20,7 +20,8 @@ from diva_jax.common.errors import UserError, brief, listing, named_by_configs, 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 # Fields whose value can be the dotted path of a module, or of a class in one.
 _MODULES, _CLASSES = ("objective",), ("_class_name", "code")
-_OWN = re.compile(r"diva_jax\.(\w+\.)*(objectives\.\w+|\w+_code)")  # Objectives and codes of latents of this package.
+# Objectives and codes of latents of this package.
+_OWN = re.compile(r"diva_jax\.(\w+\.)*(objectives\.\w+|\w+_code)")
 _trusted: set[str] = set()
 _trusts_all = False
 

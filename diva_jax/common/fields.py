@@ -76,7 +76,6 @@ def is_regex(text: str) -> bool:
     return True
 
 
-REGEX = Rule(is_regex, "must be a regular expression")
 # Type of a default -> whether a value is of this type, as set in Python or read from JSON; and the type's name.
 _KINDS = {
     bool: (lambda v: isinstance(v, bool), "True or False"),

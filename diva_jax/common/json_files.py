@@ -11,7 +11,8 @@ from etils import epath
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, brief, printable
 
-MAX_BYTES = 2**26  # Content of JSON needs up to thirty times the memory of its text.
+# Content of JSON needs up to thirty times the memory of its text.
+MAX_BYTES = 2**26
 # Of files of lines, which are parsed one by one.
 MAX_LINES_BYTES = 2**28
 _MAX_DEPTH = 64

@@ -9,7 +9,8 @@ from diva_jax.common.errors import brief
 from diva_jax.common.json_files import Record
 
 SCHEMA = 1
-LARGEST_NUMBER = 1e100  # Multiples of a number, such as the limits of a chart's axis, must be finite too.
+# Multiples of a number, such as the limits of a chart's axis, must be finite too.
+LARGEST_NUMBER = 1e100
 
 Number = Annotated[float, Field(gt=-LARGEST_NUMBER, lt=LARGEST_NUMBER, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]

@@ -55,7 +55,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 # 400 MB decoded; a larger image is taken for a decompression bomb.
 MAX_PIXELS = 2**27
 _REPAIR = "fetch it again, convert it to an RGB image of JPEG or PNG, or leave it out of the data"
-_BYTES_PER_PIXEL = 8  # While an image is decoded and converted, Pillow keeps four bytes per pixel, twice.
+# While an image is decoded and converted, Pillow keeps four bytes per pixel, twice.
+_BYTES_PER_PIXEL = 8
 
 
 class Memory:

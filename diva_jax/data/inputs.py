@@ -24,7 +24,8 @@ LEXICON = Path(__file__).with_name("edits.json")
 # Only words that begin before this character are edited: text towers read no more than 77 tokens.
 _REACH = 300
 _ARTICLE = re.compile(r"\b(a)n?(\s+)$", re.IGNORECASE)
-_MAX_WORDS = 128  # Words of a text in which others are looked for.
+# Words of a text in which others are looked for.
+_MAX_WORDS = 128
 
 
 class _Group(json_files.Record):

@@ -34,13 +34,15 @@ from diva_jax.data.sources import Source
 DTYPE = np.dtype(ml_dtypes.bfloat16)
 FILE = "latents.json"
 _Side = Annotated[int, Field(ge=1, le=2**30)]
-_HEADER = struct.Struct("<qiI4i")  # Record, crop, CRC-32 of the encoded image, box.
+# Record, crop, CRC-32 of the encoded image, box.
+_HEADER = struct.Struct("<qiI4i")
 # What array_record adds, at most about.
 _ENTRY_OVERHEAD_BYTES, _SHARD_OVERHEAD_BYTES = 160, 2**17
 _MAX_OPEN_SHARDS = 256
 _MAX_SHARDS = 10**6
 _AGAIN = "make the cache of this config and data with python -m diva_jax.cache_latents"
-_PROBED = 16  # Records that are compared with the data when a cache is opened.
+# Records that are compared with the data when a cache is opened.
+_PROBED = 16
 
 
 class Entry(NamedTuple):

@@ -25,7 +25,8 @@ from diva_jax.data.sources import Record, Source
 
 logger = logging.getLogger(__name__)
 
-_RETRY_PAUSES_S = (0.2, 1.0, 5.0)  # Before a read that failed is tried again.
+# Before a read that failed is tried again.
+_RETRY_PAUSES_S = (0.2, 1.0, 5.0)
 # Numbers of errors that say nothing of the data: of networks, of disks, and of a lack of memory or descriptors.
 _TRANSIENT = frozenset(
     getattr(errno, name)
@@ -37,9 +38,12 @@ _MAX_NAMED = 20
 _MAX_REASON = 300  # Characters.
 # The share of broken images is judged where there are more than these, since the first image may be a broken one.
 _MAX_UNJUDGED = 10
-_MAX_POSITION = 2**62  # More than any run has.
-_POLL_INTERVAL_S = 0.5  # Between two looks at whether a wait shall end.
-_PROBED = 256  # Records that are looked at before a run for texts to choose between.
+# More than any run has.
+_MAX_POSITION = 2**62
+# Between two looks at whether a wait shall end.
+_POLL_INTERVAL_S = 0.5
+# Records that are looked at before a run for texts to choose between.
+_PROBED = 256
 
 
 def read_with(source: Source, i: int, with_text: bool, choices: Sequence[Alternatives]) -> Record:

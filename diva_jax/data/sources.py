@@ -22,13 +22,19 @@ from diva_jax.data import files
 
 # Columns and features with captions, where the data's path has no `text=NAME`; the first that there is.
 TEXT_COLUMNS = ("caption", "text", "title", "captions")
-CAPTION_KINDS = ("txt", "json")  # Files with captions beside an image, or in its tar: the first that is not blank.
-_PROBED = 64  # Records of which it is asked whether they have captions.
-MAX_CAPTION_BYTES = 2**20  # A larger file of text beside an image, or in its tar, is no caption.
-_MAX_TEXTS, _MAX_TEXT = 64, 4096  # Of a record's list `texts`, and the characters of each.
+# Files with captions beside an image, or in its tar: the first that is not blank.
+CAPTION_KINDS = ("txt", "json")
+# Records of which it is asked whether they have captions.
+_PROBED = 64
+# A larger file of text beside an image, or in its tar, is no caption.
+MAX_CAPTION_BYTES = 2**20
+# Of a record's list `texts`, and the characters of each.
+_MAX_TEXTS, _MAX_TEXT = 64, 4096
 _MIXTURE, _MODULE = "mix:", "module:"
-_MAX_EPOCH_IMAGES = 2**31  # The shuffle of an epoch numbers its images with 32 bits.
-_LISTERS = 16  # Threads that list folders.
+# The shuffle of an epoch numbers its images with 32 bits.
+_MAX_EPOCH_IMAGES = 2**31
+# Threads that list folders.
+_LISTERS = 16
 # A path with options; a `?` that is part of a glob pattern has no NAME=VALUE after it.
 _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?&=]*(?:&\w+=[^?&=]*)*)")
 _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)=(.+)", re.S)

@@ -25,13 +25,16 @@ logger = logging.getLogger(__name__)
 
 # Names of columns that are used where `?image=` gives none; the first that a table has.
 IMAGE_COLUMNS = ("image", "file", "filepath", "path", "file_name", "filename", "image_path", "jpg", "png", "webp")
-_CHUNK_ROWS = 2**16  # Rows of a CSV file that are converted to Arrow at once.
+# Rows of a CSV file that are converted to Arrow at once.
+_CHUNK_ROWS = 2**16
 # Decoded row groups that a source keeps.
 _KEPT_ROW_GROUPS = 2
 _MAX_ROW_GROUP_BYTES = 2**30
 _ROWS_AT_ONCE = 16
-_LARGE_ROW_GROUP_BYTES = 2**26  # Random access is slow in row groups with more bytes than these.
-_MAX_LINE, _MAX_LIST = 2**24, 2**12  # Bytes of a line of JSON Lines, and entries of a list.
+# Random access is slow in row groups with more bytes than these.
+_LARGE_ROW_GROUP_BYTES = 2**26
+# Bytes of a line of JSON Lines, and entries of a list.
+_MAX_LINE, _MAX_LIST = 2**24, 2**12
 # Rows of which it is asked whether they hold paths.
 _PROBED = 16
 _CACHE = re.compile(r"(cache-|tmp).*\.arrow")

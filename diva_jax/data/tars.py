@@ -25,10 +25,14 @@ from diva_jax.data.sources import CAPTION_KINDS, MAX_CAPTION_BYTES, CaptionFiles
 
 logger = logging.getLogger(__name__)
 
-_INDEX_VERSION = 6  # Part of the cached index's name; increased whenever the content of an index changes.
-_SCANNERS = 16  # Threads that read headers, which is mostly waiting for the disk.
-_MAX_NAMED = 20  # Damaged shards that the log names; further ones are only counted.
-_MAX_INDEX_BYTES = 2**31  # A larger index, of more than thirty million images, is made at every start.
+# Part of the cached index's name; increased whenever the content of an index changes.
+_INDEX_VERSION = 6
+# Threads that read headers, which is mostly waiting for the disk.
+_SCANNERS = 16
+# Damaged shards that the log names; further ones are only counted.
+_MAX_NAMED = 20
+# A larger index, of more than thirty million images, is made at every start.
+_MAX_INDEX_BYTES = 2**31
 _MAX_HEADER_BYTES = 2**13  # tarfile needs time that grows with the square of an extended header's size.
 # The end of an archive is padded with zeros, of tar's default record at most; what is behind it is looked for in these.
 _MAX_PADDING_BYTES = 2**16

@@ -32,7 +32,8 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CLIP_FILES = "tokenizer.json, vocab.json with merges.txt, or bpe_simple_vocab_16e6.txt.gz"
 _MAX_UNPACKED_BYTES = 2**26
 _MAX_ID = 2**24
-_OPENAI_MERGES = 49152 - 256 - 2  # Entries of OpenAI's merges file that make its vocabulary of 49,408.
+# Entries of OpenAI's merges file that make its vocabulary of 49,408.
+_OPENAI_MERGES = 49152 - 256 - 2
 
 
 def _basic_clean(text: str) -> str:

@@ -32,16 +32,25 @@ from diva_jax.evals import stats, tasks
 class Settings:
     """The part of `config.eval` that all tasks share."""
 
-    every: int = field(0, "A run is evaluated before, after, and every so many steps; 0: never.", at_least(0))
+    every: int = field(
+        0,
+        "A training run is evaluated each time after this many steps, and before the first and after the last one; "
+        "0: never.",
+        at_least(0),
+    )
     data: tuple[str, ...] = field(
         (),
         "A training run is evaluated on these, texts TASK=PATH such as mmvp=data/MMVP_VLM.",
         Rule(lambda entries: all(isinstance(e, str) for e in entries), "must be texts TASK=PATH"),
     )
-    batch_size: int = field(64, "Images or texts per pass, over all devices; no score depends on it.", at_least(1))
+    batch_size: int = field(
+        64, "A forward pass has this many images or texts, over all devices; no score depends on it.", at_least(1)
+    )
     bootstrap: int = field(10_000, "Each interval is that of this many resamples.", at_least(1))
     seed: int = field(0, "The seed of the resamples and of all random draws of a task.", at_least(0))
-    dtype: str = choice("The towers compute in this dtype; float32 uses the full precision.", "float32", "bfloat16")
+    dtype: str = choice(
+        "The towers compute in this dtype; float32 uses the chip's full precision.", "float32", "bfloat16"
+    )
     tokenizer: str = field("", "The tokenizer's files are in this folder; if empty, they are those of the weights.")
 
 

@@ -25,7 +25,8 @@ COSTS = {
     "drift": ("drift", ("cosine",)),
     "probe": ("probe", ("linear_acc1",)),
 }
-_FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # How a formula begins, for one spreadsheet program or another.
+# How a formula begins, for one spreadsheet program or another.
+_FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 
 
 def flat(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 Labels = np.ndarray | None
-_MAX_COUNTS = 2**22  # Largest number of resampled counts in memory, 32 MB.
+# Largest number of resampled counts in memory, 32 MB.
+_MAX_COUNTS = 2**22
 
 
 def bootstrap(
@@ -105,7 +106,8 @@ def mean(values: np.ndarray, strata: np.ndarray | None = None) -> float:
 ANSWERS = {"image": "pairs", "text": "texts", "group": "groups", "match": "matches"}
 # Decimals to which cosines are rounded, so that the rounding of embeddings and sums does not turn a tie into an answer.
 _DECIMALS = 7
-_LARGE = 1e18  # Bounds the sums over cycles; only their sign counts.
+# Bounds the sums over cycles; only their sign counts.
+_LARGE = 1e18
 
 
 def rounded(scores: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.fields import REGEX, Rule, above, at_least, below, field
+from diva_jax.common.fields import Rule, above, at_least, below, field, is_regex
 from diva_jax.models.layers import Array, Matrix
 
 # Layers whose outputs are several projections, one after the other, by the last component of their path.
@@ -38,9 +38,13 @@ class Lora:
 
     rank: int = field(16, "The rank of each layer's update.", at_least(1))
     alpha: float = field(16.0, "The update is scaled by alpha / rank.", above(0))
-    dropout: float = field(0.0, "The probability that an element of an adapter's input is dropped.", below(0, 1))
+    dropout: float = field(
+        0.0, "The probability that an element of an adapter's input is dropped in training.", below(0, 1)
+    )
     targets: str = field(
-        BLOCKS, "The layers whose path, e.g. blocks/3/mlp/fc1, this regular expression matches are adapted.", REGEX
+        BLOCKS,
+        "The layers whose path in the model, e.g. blocks/3/mlp/fc1, matches this regular expression are adapted.",
+        Rule(is_regex, "must be a regular expression"),
     )
     fused: str = field(
         "qkv",

@@ -18,7 +18,8 @@ from diva_jax.models.diffusion.presets import LatentCode
 from diva_jax.weights.parts import Part
 
 _PAGE = "see docs/WRITE_AN_OBJECTIVE.md"
-_OWN_METRICS = {"grad_norm", "lr"}  # Metrics of every run.
+# Metrics of every run.
+_OWN_METRICS = {"grad_norm", "lr"}
 # Values of switches: what the models were trained on, and what the authors' code does.
 EXACT, FAITHFUL = "exact", "faithful"
 

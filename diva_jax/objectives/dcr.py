@@ -47,15 +47,26 @@ class DcrOptions:
     temperature: float = field(0.1, "The logits are divided by this temperature.", above(0))
     projector_only: bool = field(False, "Whether the run ends after stage 1 (condition.warmup_steps steps).")
     target: str = choice(
-        "The target is the U-Net's (exact), the velocity (faithful), or this.", EXACT, FAITHFUL, "epsilon", "velocity"
+        "The target is what the U-Net predicts (exact), velocity for every U-Net (faithful), or the one that is named.",
+        EXACT,
+        FAITHFUL,
+        "epsilon",
+        "velocity",
     )
-    plus_space: str = switch("The jitter is of the image in [0, 1] (exact), or of the normalised one (faithful).")
+    plus_space: str = switch(
+        "The positive view is a jitter of the image in [0, 1] (exact), or of the normalised one, clipped to [0, 1] "
+        "(faithful)."
+    )
     tower_norm: str = switch("The tower's input has the backbone's own mean and std (exact), or OpenAI's (faithful).")
-    text_mask: str = switch("The prompt attends to padding, as in diffusers' pipeline (exact), or not (faithful).")
+    text_mask: str = switch(
+        "The prompt attends to padding, as in Stable Diffusion's pipeline (exact), or not (faithful)."
+    )
     schedule_dtype: str = switch("The products of 1 - beta are in float32 (exact), or in config.dtype (faithful).")
     loss_dtype: str = switch("Predictions, logits and loss are in float32 (exact), or in config.dtype (faithful).")
     stage1_loss: str = switch(
-        "Stage 1 has the loss of stage 2 (faithful), or mean((UNet(z, t, c) - eps)^2) (exact).", FAITHFUL
+        "Stage 1 has the loss of stage 2 (faithful), or mean((UNet(z, t, c) - eps)^2), as the paper is said to do, "
+        "which could not be verified (exact).",
+        FAITHFUL,
     )
     lora: adapters.Lora = adapters.Lora(rank=16, alpha=16.0, dropout=0.1, biases=True)
 

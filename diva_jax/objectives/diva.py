@@ -36,14 +36,23 @@ class DivaOptions:
     first_timestep: int = field(0, "Timesteps are drawn from this one on.", at_least(0))
     end_timestep: int = field(0, "Timesteps are drawn below this one; 0: from all of the schedule.", at_least(0))
     condition_of: str = choice(
-        "The condition is of the image itself, or of the next one, a control that can teach nothing.", "own", "next"
+        "The condition is the image's own, or that of the next image in the batch, a control that can teach nothing.",
+        "own",
+        "next",
     )
-    vae_view: str = switch("The VAE's input is 2x - 1 (exact), or goes through CLIP's statistics and back (faithful).")
+    vae_view: str = switch(
+        "The VAE's input is 2x - 1 of the image (exact), or goes through CLIP's and back by ImageNet's mean and std "
+        "(faithful)."
+    )
     backbone_stats: str = switch("The backbone's input has its own mean and std (exact), or OpenAI's (faithful).")
     backbone_resize: str = switch(
-        "The view is resized bicubically, then normalised (exact), or normalised, then bilinearly (faithful)."
+        "The backbone's input is resized by antialiased bicubic interpolation and then normalised (exact), or "
+        "normalised and then resized bilinearly (faithful)."
     )
-    draw_weights: str = switch("The draws' losses are averaged (exact), or summed, the last over accum (faithful).")
+    draw_weights: str = switch(
+        "The draws' losses are averaged (exact), or summed over micro-batches with the last one weighted by 1 / "
+        "accum (faithful)."
+    )
     backbone_passes: str = switch("The draws share one pass of the backbone (exact), or have one each (faithful).")
 
 

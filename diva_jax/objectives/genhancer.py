@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import REGEX, at_least, between, choice, field, one_of, parse
+from diva_jax.common.fields import Rule, at_least, between, choice, field, is_regex, one_of, parse
 from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow, presets
@@ -40,7 +40,11 @@ class GenHancerVae(FluxVAEConfig):
         "black-forest-labs/FLUX.1-schnell",
         "The VAE's weights are in this file ae.safetensors, or a folder with it, or a diffusers folder or hub id.",
     )
-    code: str = field("", "A LatentCode's dotted path; it has in_channels, latent_channels and scaling_factor.")
+    code: str = field(
+        "",
+        "The LatentCode of this dotted path takes the place of the VAE, with in_channels, latent_channels and "
+        "scaling_factor.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,9 @@ class GenHancerLora(adapters.Lora):
     """`config.genhancer.lora`."""
 
     targets: str = field(
-        "", "The layers whose path this regular expression matches are adapted; if empty, the authors'.", REGEX
+        "",
+        "The encoder's layers whose path matches this regular expression are adapted; if empty, those of the authors.",
+        Rule(is_regex, "must be a regular expression"),
     )
 
 
@@ -59,16 +65,28 @@ class GenHancerOptions:
     stage1_steps: int = field(100_000, "The steps of stage 1, of projectors and denoiser; 0: --init_from.", at_least(0))
     stage1_lr: float = field(1e-4, "The peak learning rate of stage 1; stage 2 has config.optim.lr.", between(0, 1e38))
     stage2: str = choice(
-        "Stage 2 trains the adapters (only), the generator too (all), or there is none (none).", ONLY, ALL, NONE
+        "Stage 2 trains the encoder's adapters (only), or projectors and denoiser too (all); none: there is none.",
+        ONLY,
+        ALL,
+        NONE,
     )
     latents: str = choice("Latents are a sample of the VAE's posterior or its mean.", "sample", "mean")
     scale_factor: float = field(1.0, "This is s in t = sigmoid(s n), n being standard normal.")
     guidance: float = field(4.0, "The denoiser is told this strength of guidance for every image.")
     vae_dtype: str = field("float32", "The VAE computes and is held in this dtype.", one_of("float32", "bfloat16"))
-    time_precision: str = switch("Time t is in float32 (exact), or t, 1000 t and their codes in bfloat16 (faithful).")
-    warmup: str = switch("The warm-up is config.optim's, 10 steps (exact), or none, as the authors' (faithful).")
-    siglip_head_out: str = switch("SigLIP's pooling head's output is adapted (exact), or its bias trained (faithful).")
-    siglip_gelu: str = switch("SigLIP has config.backbone.activation (exact), or tanh's GELU (faithful).")
+    time_precision: str = switch(
+        "The time t is given in float32 (exact), or t, 1000 t and their codes are rounded to bfloat16 (faithful)."
+    )
+    warmup: str = switch(
+        "The warm-up is that of config.optim, 10 steps (exact), or there is none, as the authors' schedule ignores "
+        "it (faithful)."
+    )
+    siglip_head_out: str = switch(
+        "SigLIP's pooling head's output is adapted (exact), or its bias alone trained (faithful)."
+    )
+    siglip_gelu: str = switch(
+        "SigLIP's activation is config.backbone.activation (exact), or tanh's approximation of GELU (faithful)."
+    )
     denoiser: FlowConfig = FlowConfig()
     vae: GenHancerVae = GenHancerVae()
     lora: GenHancerLora = GenHancerLora(dropout=0.1, biases=True)

@@ -31,7 +31,11 @@ class KueaOptions:
     """`config.kuea`. "faithful" is what the authors' code does."""
 
     kernel: str = choice("The kernel of pairs of embeddings.", "polynomial", "gaussian", "cosine")
-    gamma: float = field(0.0032, "The polynomial kernel is (gamma a.b + c)^3, with 1 on the diagonal.", above(0))
+    gamma: float = field(
+        0.0032,
+        "The polynomial kernel is (gamma a.b + c)^3, normalised to 1 on the diagonal; only gamma/c matters.",
+        above(0),
+    )
     c: float = field(0.191623, "This is c in the polynomial kernel, see gamma.", above(0))
     teacher_gamma: float = field(0.0, "Gamma in the teacher's kernel; 0: 1 / its embed_dim.", at_least(0))
     teacher_c: float = field(1.0, "This is c in the teacher's kernel.", above(0))
@@ -40,10 +44,16 @@ class KueaOptions:
     clean_weight: float = field(1.0, "The distance to the initial encoder's embedding is weighted with this.")
     kernel_weight: float = field(0.5, "The distance of the kernels is weighted with this.")
     kernel_params: str = switch("The polynomial kernel's gamma and c are trained (exact), or constant (faithful).")
-    first_step_lr: str = switch("The warm-up holds from the first step on (exact), or from the second (faithful).")
+    first_step_lr: str = switch(
+        "The warm-up holds from the first step on (exact), or the first step has the peak learning rate (faithful)."
+    )
     teacher_norm: str = switch("The teacher's input has its own mean and std (exact), or the backbone's (faithful).")
-    teacher_resize: str = switch("The teacher's view is of the image (exact), or of the backbone's view (faithful).")
-    teacher_crop_from: int = field(256, "With teacher_resize=exact, the side before the crop [pixels].", at_least(0))
+    teacher_resize: str = switch(
+        "The teacher's input is prepared from the image (exact), or is the backbone's view, resized (faithful)."
+    )
+    teacher_crop_from: int = field(
+        256, "With teacher_resize=exact, images are resized to this before the crop [pixels].", at_least(0)
+    )
     teacher: backbones.Spec = backbones.DINOV2_L
 
     @property

@@ -47,7 +47,12 @@ class AdapterOptions:
     layers: int = field(4, "The blocks of the adapter.", between(1, 1024))
     width: int = field(512, "Its width.", between(1, 2**20))
     heads: int = field(8, "The heads of its attention.", between(1, 1024))
-    visible: str = choice("The adapter sees the teacher's unmasked tokens too (added), or not (none).", "added", "none")
+    visible: str = choice(
+        "The teacher's tokens that are not masked are added to what the adapter sees (added), or it sees the tuned "
+        "tower's tokens alone (none).",
+        "added",
+        "none",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +60,23 @@ class SalmOptions:
     """`config.salm`."""
 
     teacher: str = choice(
-        "The teacher is config.teacher (frozen), or the tower's moving average, see config.ema (self).", FROZEN, SELF
+        "The teacher is config.teacher (frozen), or the moving average of the tuned tower, whose decay is "
+        "config.ema's (self).",
+        FROZEN,
+        SELF,
     )
     layer: int = field(6, "With teacher=self, the tokens are those after this block.", between(1, 1024))
     mask: float = field(0.75, "This share of the patches is masked.", between(0, 1))
     preserve_weight: float = field(5.0, "The distance to the untuned tower is weighted with this.", between(0, 1e38))
-    beta: tuple[float, float] = field((0.0, 1.0), "The reconstruction's weight, first and last quarter.", _TWO)
-    gamma: tuple[float, float] = field((1.0, 0.1), "The alignment's weight, first and last quarter.", _TWO)
-    curriculum: bool = field(True, "Whether weights change linearly over quarters two and three, or are the last ones.")
+    beta: tuple[float, float] = field(
+        (0.0, 1.0), "The reconstruction's weight in the first quarter of the steps, and in the last.", _TWO
+    )
+    gamma: tuple[float, float] = field(
+        (1.0, 0.1), "The alignment's weight in the first quarter of the steps, and in the last.", _TWO
+    )
+    curriculum: bool = field(
+        True, "Whether weights change linearly over quarters two and three; if not: the last ones."
+    )
     uniformity_weight: float = field(0.01, "The uniformity of embeddings is weighted with this.", between(0, 1e38))
     adapter: AdapterOptions = AdapterOptions()
 

@@ -33,26 +33,41 @@ from diva_jax.weights import parts
 SECTIONS = ("diffusion",)
 # The schedule of the noise that is added to embeddings.
 LEVELS = schedule.ScheduleConfig(beta_schedule="squaredcos_cap_v2")
-_EMBED_NOISE = re.compile(r"none|mean0|random|level\d{1,3}")  # There are 1000 levels.
+# There are 1000 levels.
+_EMBED_NOISE = re.compile(r"none|mean0|random|level\d{1,3}")
 
 
 @dataclasses.dataclass(frozen=True)
 class UnclipOptions:
     """`config.unclip`."""
 
-    target: str = choice("The target is the velocity (v), or its noise (eps), weighed by abar_t.", "v", "eps")
+    target: str = choice(
+        "The target is the generator's own objective (v), or its noise (eps), which weighs timestep t by abar_t.",
+        "v",
+        "eps",
+    )
     embed_noise: str = field(
         "none",
-        "The noise of embeddings is none, level 0's mean (mean0), level L's (level<L>), or any level's (random).",
+        "The noise of embeddings is none, that of level 0 without its noise (mean0), of level L (level<L>), or of any "
+        "level (random).",
         Rule(_EMBED_NOISE.fullmatch, "must be none, mean0, random or level<L>, e.g. level0, L below 1000"),
     )
     embed_drop: float = field(0.0, "The class label is zero for this share of the images.", below(0, 1))
-    stats: str = choice("Noise is scaled by the generator's statistics of embeddings (on), or not.", "on", "off")
+    stats: str = choice(
+        "Noise is scaled by the generator's mean and std of embeddings (on), or by 0 and 1 (off).", "on", "off"
+    )
     latents: str = choice("Latents are a sample of the VAE's posterior or its mean.", "sample", "mean")
     condition_of: str = choice(
-        "The condition is of the image itself, or of the next one, a control that can teach nothing.", "own", "next"
+        "The condition is the image's own, or that of the next image in the batch, a control that can teach nothing.",
+        "own",
+        "next",
     )
-    clip_view: str = choice("The tower's view is its own (processor), or the generator's (ldm).", "processor", "ldm")
+    clip_view: str = choice(
+        "The tower's input is prepared by the backbone's own preprocessing (processor), or as in the generator's "
+        "training (ldm).",
+        "processor",
+        "ldm",
+    )
 
     @property
     def level(self) -> int | None:

@@ -28,7 +28,8 @@ _CURVES = {
     "lr": ("Learning rate", True),
     "images_per_s": ("Images per second", True),
 }
-_LINEAR = ("lr", "images_per_s")  # Schedules and speeds are read against zero.
+# Schedules and speeds are read against zero.
+_LINEAR = ("lr", "images_per_s")
 # Prefixes of keys from evaluations during training, and suffixes of the ends of their intervals.
 _EVALUATED = ("eval/", "feedback/")
 _ENDS = ("/low", "/high")

@@ -59,7 +59,8 @@ class Case(NamedTuple):
         return 2 * (6 if self.backward else 3) * self.batch * self.n * self.m * self.width
 
 
-TOY = (Case("attention", 64, 1, 100, 100, 1, True), Case("feed-forward", 128, 1, 128, 512, 1, True))  # For CPUs.
+# For CPUs.
+TOY = (Case("attention", 64, 1, 100, 100, 1, True), Case("feed-forward", 128, 1, 128, 512, 1, True))
 
 
 def cases_of(jaxpr) -> list[Case]:

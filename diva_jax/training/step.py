@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from diva_jax import objectives
 from diva_jax.common import log
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import REGEX, Rule, above, below, between, field, one_of
+from diva_jax.common.fields import Rule, above, below, between, field, is_regex, one_of
 from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.models import backbones, layers, platform
@@ -59,7 +59,11 @@ class OptimOptions:
     decay_all: bool = field(
         False, "Whether biases, norms and all other vectors decay too, and not matrices and convolutions alone."
     )
-    no_decay: str = field("", "Parameters whose whole name matches this regular expression do not decay.", REGEX)
+    no_decay: str = field(
+        "",
+        "Parameters whose whole name matches this regular expression do not decay.",
+        Rule(is_regex, "must be a regular expression"),
+    )
 
 
 def pace(stage: objectives.Stage, warmup: float) -> objectives.Pace:

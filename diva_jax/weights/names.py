@@ -28,8 +28,10 @@ from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe
 from diva_jax.models.names import Table, flat, from_torch_layout, to_torch_layout, torch_shape
 from diva_jax.weights.formats import Tensor, Tensors
 
-_READERS = 2  # Tensors that are read at the same time. Each needs its own memory a second time meanwhile.
-_CHUNK = 2**20  # Elements of a tensor whose values are checked at a time.
+# Tensors that are read at the same time. Each needs its own memory a second time meanwhile.
+_READERS = 2
+# Elements of a tensor whose values are checked at a time.
+_CHUNK = 2**20
 
 
 def check_type(name: str, dtype: np.dtype, source: str) -> None:

@@ -17,14 +17,17 @@ from diva_jax.evals import ItemTask, Settings, Values, encode, require_count, st
 from diva_jax.evals.choice_layouts import LAYOUTS, Item, joined, read_items
 from diva_jax.models.library_config import packaged
 
-_MAX_PATTERNS = 30  # Sets with more patterns than this have no score for each.
+# Sets with more patterns than this have no score for each.
+_MAX_PATTERNS = 30
 
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceOptions:
     """The section `config.eval.choice`."""
 
-    layout: str = choice("The layout of a file that has no published name; if empty, the name tells it.", "", *LAYOUTS)
+    layout: str = choice(
+        "A file that has no published name has this layout; if empty, the name tells it.", "", *LAYOUTS
+    )
     images: str = field("", "The images are in this folder; if empty, in that of the file.")
     allow_partial: bool = field(False, "Whether a published file may have another number of items.")
 

@@ -16,7 +16,8 @@ from diva_jax.common.fields import at_least, field
 from diva_jax.data import labelled
 from diva_jax.evals import Outcome, Settings, Task, encode, stats
 
-_QUERY_BATCH = 256  # Images whose neighbours are found at once.
+# Images whose neighbours are found at once.
+_QUERY_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ class JudgeOptions(ChoiceOptions):
     first_timestep: int = field(300, "Timesteps are drawn from this one on.", at_least(0))
     end_timestep: int = field(0, "Timesteps are drawn below this one; 0: from all of the schedule.", at_least(0))
     timestep_weight: str = choice(
-        "Errors weigh the same at all timesteps (equal), or as in the likelihood (nats).", "equal", "nats"
+        "All timesteps' errors weigh the same (equal), or as they add to the likelihood (nats).", "equal", "nats"
     )
     neutral: str = field("", "An image's error under a text is compared with that under this one.")
 

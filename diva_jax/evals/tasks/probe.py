@@ -123,7 +123,9 @@ class ProbeOptions:
 
     neighbours: int = field(20, "This many nearest neighbours vote.", at_least(1))
     temperature: float = field(0.07, "The temperature of the neighbours' votes.", above(0))
-    weight_decay: float = field(0.0, "The linear probe's; 0: searched on a part of the training split.", at_least(0))
+    weight_decay: float = field(
+        0.0, "The weight decay of the linear probe; 0: it is searched on a part of the training split.", at_least(0)
+    )
     held_out: float = field(
         0.2,
         "The weight decay is searched on this share of the training split, chosen by the seed.",

@@ -11,7 +11,8 @@ from diva_jax.data import labelled
 from diva_jax.evals import ItemTask, Settings, Values, encode
 
 _RECALL_AT = (1, 5, 10)
-_QUERY_BATCH = 256  # Queries that are ranked at once; fixed, so that the rounding of a score depends on nothing else.
+# Queries that are ranked at once; fixed, so that the rounding of a score depends on nothing else.
+_QUERY_BATCH = 256
 
 
 def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -19,9 +19,12 @@ from diva_jax.evals import AT, ClassificationTask, Classified, Settings, encode,
 
 logger = logging.getLogger(__name__)
 
-_PLACE = re.compile(r"\{c?\}")  # Where a template has the class: CLIP_benchmark's form, or OpenAI's.
-_CODE = re.compile(r"(class|label|[a-z]?)[-_ ]?[0-9]+", re.I)  # A class name that is rather a number or an identifier.
-LOGIT_SCALE = 100  # Factor of the cosines, as in every published evaluation; no answer depends on it.
+# Where a template has the class: CLIP_benchmark's form, or OpenAI's.
+_PLACE = re.compile(r"\{c?\}")
+# A class name that is rather a number or an identifier.
+_CODE = re.compile(r"(class|label|[a-z]?)[-_ ]?[0-9]+", re.I)
+# Factor of the cosines, as in every published evaluation; no answer depends on it.
+LOGIT_SCALE = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,9 @@ class ZeroShotOptions:
     """The section `config.eval.zeroshot`."""
 
     classes: str = field("", 'A JSON file of class names, or "imagenet"; if empty, the data\'s own are used.')
-    templates: str = field("", "A JSON file of prompt templates; if empty, the data's own or else ImageNet's are used.")
+    templates: str = field(
+        "", "A JSON file of prompt templates; if empty, the data's own are used, or else ImageNet's."
+    )
 
 
 @functools.cache

@@ -73,17 +73,28 @@ class TextSpec:
     mlp_dim: int = field(3072, "The hidden width of the transformer's MLPs.", between(0, _MAX_WIDTH))
     causal: bool = field(True, "Whether a token attends to the tokens before it alone.")
     pool: str = choice(
-        "The projected token: of the highest id, the first eos_id, or the last.", "argmax", "eos", "last"
+        "The token whose state is projected is that with the highest id, CLIP's end-of-text token (argmax), the "
+        "first one whose id is eos_id (eos), or the last one (last).",
+        "argmax",
+        "eos",
+        "last",
     )
     proj_bias: bool = field(False, "Whether the projection has a bias, as SigLIP's, or is a bare matrix, as CLIP's.")
     norm_eps: float = field(1e-5, "The epsilon of the LayerNorms.", between(0, 1))
     tokenizer: str = choice(
-        "BPE (clip), or SentencePiece on canonicalised (siglip) or any text (xlm).", "clip", "siglip", "xlm", ""
+        "The tokenizer is lower-cased BPE (clip), SentencePiece on canonicalised text (siglip), or SentencePiece "
+        "that keeps case and punctuation (xlm).",
+        "clip",
+        "siglip",
+        "xlm",
+        "",
     )
     activation: str = choice("The activation of the MLPs; empty: the vision tower's.", "", *ACTIVATIONS)
     eos_id: int = field(2, "The id of the end-of-text token, for pool=eos.", between(0, 2**24))
     kept_positions: int = field(
-        -1, "Of a checkpoint with another context_length so many positions are kept, the others stretched; -1: refused."
+        -1,
+        "For a checkpoint with another context_length, this many position embeddings are kept and the others are "
+        "stretched to fit; with -1 such a checkpoint is refused.",
     )
 
 
@@ -105,7 +116,11 @@ class Spec:
     heads: int = field(16, "The heads of the transformer's attention.", between(1, 1024))
     mlp_dim: int = field(4096, "The hidden width of the transformer's MLPs.", between(1, _MAX_WIDTH))
     embed_dim: int = field(768, "The width of the image embedding.", between(1, _MAX_WIDTH))
-    activation: str = choice("The activation of the MLPs; swiglu is dinov2's alone.", *ACTIVATIONS, "swiglu")
+    activation: str = choice(
+        'The activation of the MLPs is a name in layers.ACTIVATIONS; dinov2 may also have "swiglu".',
+        *ACTIVATIONS,
+        "swiglu",
+    )
     norm_eps: float = field(1e-5, "The epsilon of the LayerNorms.", between(0, 1))
     mean: tuple[float, ...] = field(
         OPENAI_MEAN,
@@ -119,16 +134,22 @@ class Spec:
     )
     resize_mode: str = field(
         "shortest",
-        "Test images are resized by their shorter side and cropped, or squashed; with :K to K pixels, and cropped.",
+        "Test images are resized by their shorter side and cropped (shortest), or squashed to a square (squash); "
+        "shortest:K and squash:K resize to K pixels and crop, as transformers does.",
         Rule(_RESIZE_MODE.fullmatch, "must be shortest, squash, shortest:K or squash:K, where K is a number of pixels"),
     )
     interpolation: str = field("bicubic", "Test images are resized with this interpolation.", one_of(*_INTERPOLATIONS))
     select: str = field(
         "all",
-        "The patch tokens that join the pooled one: K drawn with replacement (random:K), or the means of runs of K.",
+        "The patch tokens that join the pooled one as condition are all, none, K that are drawn uniformly with "
+        "replacement (random:K), or the means over runs of K along the raster order, without a remainder (runs:K).",
         Rule(_SELECT.fullmatch, "must be all, none, random:K or runs:K, where K is a number of patches below 100000"),
     )
-    add_text: str = choice("The text's tokens are added one by one (token), or their mean (mean).", "mean", "token")
+    add_text: str = choice(
+        "The text's tokens are added to the features token by token (token), or their mean to every one (mean).",
+        "mean",
+        "token",
+    )
     readout: str = field("pooled", "This backbone's MMVP-VLM score was published with this readout of the authors.")
     text: TextSpec = TextSpec()
     registers: int = field(0, "The number of register tokens (dinov2).", between(0, 1024))

@@ -18,7 +18,8 @@ from diva_jax.models.layers import ACTIVATIONS, Array, Layers, heads
 from diva_jax.models.library_config import LibraryConfig, packaged
 
 _OPTIONS = packaged(__file__, "options.json")["unet"]
-_FIXED = _OPTIONS["fixed"]  # Option -> its implemented values; diffusers' default is the first.
+# Option -> its implemented values; diffusers' default is the first.
+_FIXED = _OPTIONS["fixed"]
 # Those without effect belong to options that are not implemented, but for two: softmax is always computed in float32,
 # and a frozen network has no dropout.
 _USED = {*_OPTIONS["used"], *_OPTIONS["without_effect"]}
