@@ -51,10 +51,10 @@ def progress(what: str, total: int, unit: str = "steps", every: float = 20.0, in
     shown = dict(desc=what, total=total, initial=initial, unit=unit, leave=False, disable=jax.process_index() > 0)
     if sys.stdout.isatty():
         return tqdm(file=sys.stdout, **shown)
-    # Each state of the bar is a line.
+    # Each state of the bar is a line; without a position, a bar in another one would move the cursor up.
     lines = types.SimpleNamespace(write=lambda text: text.strip() and say(text.strip()), flush=lambda: None)
     line = "{desc}: {n_fmt}/{total_fmt} {unit}, {remaining} left"
-    return tqdm(file=lines, bar_format=line, mininterval=every, miniters=1, delay=every, **shown)
+    return tqdm(file=lines, bar_format=line, mininterval=every, miniters=1, delay=every, position=0, **shown)
 
 
 @contextlib.contextmanager

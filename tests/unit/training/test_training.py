@@ -236,9 +236,13 @@ class Terminal(io.StringIO):
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
-    with contextlib.closing(log.progress("counting", 4, "items", every=0.0)) as bar:
+    with (
+        contextlib.closing(log.progress("runs", 2, every=0.0)),
+        contextlib.closing(log.progress("counting", 4, "items", every=0.0)) as bar,
+    ):
         bar.update(3)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("counting: 3/4 items, ")
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("counting: 3/4 items, ") and "\x1b" not in out
     with contextlib.closing(log.progress("counting", 4, "items", every=3600.0)) as bar:
         bar.update(3)
     assert capsys.readouterr().out == ""
