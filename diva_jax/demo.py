@@ -112,7 +112,8 @@ def write_byte_tokenizer(folder: Path) -> None:
 
 def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
     """Writes a diffusers folder of a result of `presets.preset` with random weights; of the VAE, only the encoder."""
-    from diva_jax.models.diffusion.unet import TextEncoder, TextEncoderConfig, UNet, UNetConfig
+    from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
+    from diva_jax.models.diffusion.unet import UNet, UNetConfig
     from diva_jax.models.diffusion.vae import VAE, VAEConfig
     from diva_jax.weights import formats, names
 

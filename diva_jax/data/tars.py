@@ -81,15 +81,18 @@ def scan(path: str) -> tuple[list[Member], str]:
             if info.size < 0 or info.offset_data + info.size > length or tar.offset <= end:
                 break
             end = tar.offset
+            member = None
             if info.isreg() and not info.issparse():
-                members.append(Member(info.name, info.offset_data, info.size))
+                member = Member(info.name, info.offset_data, info.size)
             elif info.islnk() or info.issym():
                 folder = posixpath.dirname(info.name) if info.issym() else ""
-                target = named.get(posixpath.normpath(posixpath.join(folder, info.linkname)))
-                members += [target._replace(name=info.name)] if target else []
-                loose += [] if target else [info.name]
-            if members:
-                named[posixpath.normpath(members[-1].name)] = members[-1]
+                if target := named.get(posixpath.normpath(posixpath.join(folder, info.linkname))):
+                    member = target._replace(name=info.name)
+                else:
+                    loose.append(info.name)
+            if member:
+                members.append(member)
+                named[posixpath.normpath(member.name)] = member
         file.seek(end)
         # A complete archive ends with blocks of zeros; one that is cut off between two members has none.
         rest = file.read(_MAX_PADDING_BYTES)

@@ -31,7 +31,7 @@ from diva_jax.common.fields import at_least, between, choice, field, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion import schedule
-from diva_jax.models.diffusion.unet import TextEncoder
+from diva_jax.models.diffusion.text_encoder import TextEncoder
 from diva_jax.models.layers import Array, widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.shared import pairs

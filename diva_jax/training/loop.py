@@ -18,7 +18,7 @@ from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
-from diva_jax.training import cache_builder, checkpoint, compiler, distributed, metrics, partition, workdirs
+from diva_jax.training import cache_builder, checkpoint, compiler, distributed, lock, metrics, partition, workdirs
 from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program, Steps, averaged, train_steps
 
@@ -83,7 +83,7 @@ class Run:
         )
         self.total = self.program.stages[-1].end
         self.steps_before = workdirs.check_config(self.workdir, config)
-        self.lock: distributed.Lock | None = None
+        self.lock: lock.Lock | None = None
         self.stopped_by: signal.Signals | None = None
         self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
         distributed.check_same(
@@ -127,7 +127,7 @@ class Run:
         program, began = self.program, time.perf_counter()
         first = jax.process_index() == 0
         if self.start and first:  # Before its checkpoints are opened, which may belong to a run that still trains.
-            self.lock = distributed.Lock(self.workdir)
+            self.lock = lock.Lock(self.workdir)
         restored = checkpoint.restore_newest(self.workdir, lambda step: program.abstract_state(program.stage_at(step)))
         resumes, self.start = restored is not None, restored.step if restored else 0
         parent, taken = self.parent, self.taken
@@ -145,7 +145,7 @@ class Run:
             workdirs.check_sources(restored.meta["sources"], origins)
             self.batches.set_state(restored.data)
         if first:  # Nothing is written before all inputs have been checked.
-            self.lock = self.lock or distributed.Lock(self.workdir)
+            self.lock = self.lock or lock.Lock(self.workdir)
             workdirs.write_config(self.workdir, self.config)
             (self.workdir / "done").unlink(missing_ok=True)  # Of a run that now has more steps.
             for step, why in restored.damaged.items() if resumes else ():

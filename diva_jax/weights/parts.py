@@ -16,7 +16,8 @@ from diva_jax.models import layers
 from diva_jax.models.backbones import Spec, TextSpec
 from diva_jax.models.backbones.shared.transformer import require_text
 from diva_jax.models.diffusion.schedule import ScheduleConfig
-from diva_jax.models.diffusion.unet import TextEncoder, TextEncoderConfig, UNet, UNetConfig
+from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig, VAEConfig
 from diva_jax.models.names import Table
 from diva_jax.weights import formats, names, origins

@@ -16,7 +16,8 @@ from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion import presets
 from diva_jax.models.diffusion.presets import Diffusion
-from diva_jax.models.diffusion.unet import TextEncoder, UNet
+from diva_jax.models.diffusion.text_encoder import TextEncoder
+from diva_jax.models.diffusion.unet import UNet
 from diva_jax.models.layers import Keys
 from diva_jax.weights import formats, names
 from diva_jax.world import captions, drawing, patch_code, scenes, vocabulary

@@ -13,7 +13,7 @@ from reading import diffusion_config, fill_generator, from_hf, hf_spec, take
 from diva_jax import config
 from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
-from diva_jax.models.diffusion.unet import TextEncoder, TextEncoderConfig
+from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.layers import Keys, abstract
 from diva_jax.models.names import Table
 from diva_jax.objectives import dcr

@@ -23,7 +23,7 @@ from diva_jax import report
 from diva_jax.data import latent_cache, sources
 from diva_jax.evals.tasks import mmvp
 from diva_jax.report import images, inputs, page
-from diva_jax.training import checkpoint, distributed, metrics, workdirs
+from diva_jax.training import checkpoint, lock, metrics, workdirs
 from diva_jax.weights import formats
 from diva_jax.weights.export import publish
 
@@ -88,7 +88,7 @@ READERS = {
     "metrics.jsonl": (show, resume),
     "sessions.json": (show, resume),
     "images.json": (show,),
-    "lock.json": (lambda folder: distributed.Lock(epath.Path(folder)).close(),),
+    "lock.json": (lambda folder: lock.Lock(epath.Path(folder)).close(),),
     "latents.json": (lambda folder: latent_cache.Manifest.read(folder, "field"),),
     "Patterns.json": (lambda folder: mmvp.read_patterns(str(folder / "Questions.csv")),),
     "checkpoints/3/meta/metadata": (restore, checkpoint.stored_config),
@@ -134,8 +134,8 @@ def attack(folder, name, write):
 
 
 def copied(good, place, monkeypatch):
-    monkeypatch.setattr(distributed, "STALE_AFTER_S", 0.01)
-    monkeypatch.setattr(distributed, "SETTLED_AFTER_S", 0.0)
+    monkeypatch.setattr(lock, "STALE_AFTER_S", 0.01)
+    monkeypatch.setattr(lock, "SETTLED_AFTER_S", 0.0)
     return shutil.copytree(good, place)
 
 

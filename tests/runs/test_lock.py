@@ -16,14 +16,14 @@ from etils import epath
 from helpers import failed, refused
 
 from diva_jax.common.errors import UserError
-from diva_jax.training import distributed
-from diva_jax.training.distributed import Lock
+from diva_jax.training import lock
+from diva_jax.training.lock import Lock
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     for name, seconds in (("RENEWAL_INTERVAL_S", 0.05), ("STALE_AFTER_S", 0.6), ("SETTLED_AFTER_S", 0.1)):
-        monkeypatch.setattr(distributed, name, seconds)
+        monkeypatch.setattr(lock, name, seconds)
 
 
 def write(folder, **owner):
@@ -89,7 +89,7 @@ def test_a_run_that_lost_its_lock_ends_and_leaves_that_of_the_other(tmp_path):
 
 
 def test_a_process_of_this_machine_that_lives_is_named(tmp_path):
-    code = "import sys, time, diva_jax.training.distributed as l; l.RENEWAL_INTERVAL_S = .05; from etils import epath; "
+    code = "import sys, time, diva_jax.training.lock as l; l.RENEWAL_INTERVAL_S = .05; from etils import epath; "
     code += "l.Lock(epath.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     try:

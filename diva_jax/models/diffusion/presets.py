@@ -10,7 +10,8 @@ from flax import nnx
 from diva_jax.common import config_files
 from diva_jax.common.errors import UserError, brief
 from diva_jax.models.diffusion.schedule import ScheduleConfig
-from diva_jax.models.diffusion.unet import TextEncoderConfig, UNetConfig
+from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
+from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
 from diva_jax.models.layers import Array
 from diva_jax.models.library_config import packaged

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from diva_jax.data import inputs, preprocess, tokenizers
 from diva_jax.models.diffusion import schedule
 from diva_jax.models.diffusion.presets import Diffusion
-from diva_jax.models.diffusion.unet import TextEncoder, UNet
+from diva_jax.models.diffusion.text_encoder import TextEncoder
+from diva_jax.models.diffusion.unet import UNet
 from diva_jax.objectives import contract
 from diva_jax.weights import origins, parts
 

@@ -21,7 +21,8 @@ from diva_jax.models.diffusion import schedule, unet
 from diva_jax.models.diffusion import vae as vaes
 from diva_jax.models.diffusion.presets import PRESETS
 from diva_jax.models.diffusion.schedule import ScheduleConfig
-from diva_jax.models.diffusion.unet import TextEncoder, TextEncoderConfig, UNet, UNetConfig, timestep_embedding
+from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from diva_jax.models.diffusion.unet import UNet, UNetConfig, timestep_embedding
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
 from diva_jax.models.layers import Keys
 from diva_jax.weights import names

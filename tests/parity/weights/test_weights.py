@@ -20,7 +20,8 @@ from diva_jax import weights
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
-from diva_jax.models.diffusion.unet import TextEncoderConfig, UNetConfig
+from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
+from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
 from diva_jax.weights import formats, names, origins
 

@@ -24,7 +24,8 @@ from diva_jax.models.backbones import TABLE
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.models.diffusion import presets, schedule
 from diva_jax.models.diffusion.schedule import ScheduleConfig
-from diva_jax.models.diffusion.unet import TextEncoderConfig, UNetConfig
+from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
+from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import FluxVAEConfig, VAEConfig
 from diva_jax.weights import formats, names, parts
 
