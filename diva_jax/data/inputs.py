@@ -61,10 +61,11 @@ class Alternatives:
     """(record, generator) -> (at most `count` texts, the neutral text), or None where the record has no texts, which
     does not depend on the generator. With `of_caption`, the neutral text is the record's caption, else that of a
     subclass's `choose`, which takes and returns the same. `wanted` says what a record needs; `listed` is whether that
-    is its list `texts`."""
+    is its list `texts`. `every` has all texts that there can be, neutral ones too, where no record changes them."""
 
     count: int
     of_caption: bool = False
+    every: Sequence[str] = dataclasses.field(default=(), init=False)
     wanted = ""
     listed = False
 
@@ -127,10 +128,15 @@ class Listed(Alternatives):
 
 @dataclasses.dataclass(frozen=True)
 class Classes(Alternatives):
-    """A template with the names of classes, chosen at random; the neutral text has what all have."""
+    """A template with the names of classes, chosen at random; the neutral text has what those of all classes have."""
 
     names: Sequence[str] = ()
     template: str = "{}"
+
+    def __post_init__(self):
+        texts = [self.template.replace("{}", name) for name in self.names]
+        object.__setattr__(self, "_texts", (*texts, common(texts)))
+        object.__setattr__(self, "every", () if self.of_caption else self._texts)
 
     @classmethod
     def read(cls, count: int, of_caption: bool, path: str, template: str) -> "Classes":
@@ -139,15 +145,14 @@ class Classes(Alternatives):
             raise UserError(f"config.judge.template={template!r} has no {{}}, which stands for the name of a class")
         if not path:
             raise UserError("config.judge.classes is not set: give the JSON file with the names of the classes")
-        names = list(dict.fromkeys(entry[0].strip() for entry in labelled.read_names(path)))
+        names = tuple(dict.fromkeys(entry[0].strip() for entry in labelled.read_names(path)))
         if len(names) < 2:
             raise UserError(f"config.judge.classes={path} has fewer than two names: give more")
         return cls(count, of_caption, names, template)
 
     def choose(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
         chosen = rng.permutation(len(self.names))[: self.count]
-        texts = [self.template.replace("{}", self.names[i]) for i in chosen]
-        return texts, common(texts)
+        return [self._texts[i] for i in chosen], self._texts[-1]
 
 
 class Example(NamedTuple):

@@ -41,6 +41,8 @@ from diva_jax.weights import parts
 SECTIONS = ("diffusion",)
 # What is folded into an image's key for the order of its texts; its draws have the first numbers.
 _ORDER = 2**31 - 1
+# States of as many texts are kept; Stable Diffusion 2.1's take 0.3 MB each in float32.
+_MAX_KEPT_TEXTS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,40 +146,47 @@ def shuffled(values: Array, present: Array, keys: Array) -> Array:
 class Objective(StableDiffusionObjective):
     """`vision` is what is usually trained."""
 
-    prompted = False
-
     def __init__(self, config, *, rngs):
         self.options = parse(JudgeOptions, config.judge, "config.judge")
         super().__init__(config, config.data.image_size)
+        every = chooser(self.options).every
+        self.prompts = every if len(every) <= _MAX_KEPT_TEXTS else ()
         self.compares_images = self.options.image_weight > 0
         self.check_timesteps("judge")
         self.vision = contract.vision_tower(config, self.spec, rngs)
         kw = dict(rngs=rngs, dtype=self.dtype, param_dtype=jnp.dtype(config.frozen_dtype))
         self.text = Text(self.spec, **kw)
         self.build_generator(config, rngs)
-        self.text_encoder = TextEncoder(self.diffusion.text_encoder, **kw)
+        if not self.prompts:
+            self.text_encoder = TextEncoder(self.diffusion.text_encoder, **kw)
 
     @property
     def inputs(self) -> Mapping[str, inputs.Input]:
         """{"image": uint8 [S, S, 3]}, "moments" where they are cached, and token ids of the texts and the neutral text,
-        int32 [count + 1, N]: "texts" for the text tower, "conditions" for the generator."""
+        int32 [count + 1, N]: "texts" for the text tower, "conditions" for the generator, or in place of these the
+        numbers of kept states, [count + 1, 1]."""
         text, d, count, choose = self.spec.text, self.diffusion, self.options.count, chooser(self.options)
         own = parts.tokenizer(self.spec.source, text, self.options.tokenizer)
         generator = parts.prompt_tokenizer(d.source, d.text_tokens, d.text_encoder)
+
+        def numbered():
+            _, first, of = np.unique(generator()(self.prompts), axis=0, return_index=True, return_inverse=True)
+            number = dict(zip(self.prompts, first[of], strict=True))
+            return lambda texts: np.array([[number.get(text, -1)] for text in texts], np.int32)
+
+        conditions = (1, numbered) if self.prompts else (d.text_tokens, generator)
         return {
             **super().inputs,
             "texts": inputs.Texts(count, text.context_length, own, choose),
-            "conditions": inputs.Texts(count, d.text_tokens, generator, choose),
+            "conditions": inputs.Texts(count, *conditions, choose),
         }
 
     def pretrained(self) -> Mapping[str, parts.Part]:
         """All."""
         d = self.diffusion
-        return {
-            **super().pretrained(),
-            "text": parts.text(self.spec.source, self.spec),
-            "text_encoder": parts.diffusers(d.source, d.text_encoder, "config.diffusion.text_encoder"),
-        }
+        encoder = parts.diffusers(d.source, d.text_encoder, "config.diffusion.text_encoder")
+        text = {"text": parts.text(self.spec.source, self.spec)}
+        return {**super().pretrained(), **text, **({} if self.prompts else {"text_encoder": encoder})}
 
     def draw(self, keys: Array, latents_shape: tuple[int, int, int], count: int | None = None) -> JudgeDraws:
         """N draws (`count`, or config.judge.draws) from one key per image, [B]."""
@@ -191,9 +200,10 @@ class Objective(StableDiffusionObjective):
         return jax.vmap(jax.vmap(one))(jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys))
 
     def errors(self, latents: Array, ids: Array, drawn: JudgeDraws) -> Array:
-        """The error of each image, [B], under texts with the generator's token ids, int32 [B, T]."""
+        """The error of each image, [B], under texts with the generator's token ids, int32 [B, T], or with the numbers
+        of kept states, [B, 1]."""
         with jax.named_scope("text_encoder"):
-            context = self.text_encoder(ids)
+            context = self.text_context[...][ids[:, 0]].astype(self.dtype) if self.prompts else self.text_encoder(ids)
         weights = np.ones(self.timesteps)
         if self.options.timestep_weight == "nats":
             low, high = self.timestep_range

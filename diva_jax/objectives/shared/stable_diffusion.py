@@ -1,6 +1,6 @@
 """The base of objectives with a frozen Stable Diffusion model; sums over Monte Carlo draws with the memory of one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -80,17 +80,17 @@ class StableDiffusionObjective(contract.Objective):
     """A vision tower that is tuned through a frozen U-Net, with a frozen VAE and the states of a prompt. It has the
     backbone's `spec`, `diffusion`, which is `config.diffusion` parsed, the side of the VAE's images `image_size`
     [pixels], the `dtype` of computations, `unet`, `vae` (None where latents are cached), and `text_context`, the last
-    hidden state of the prompt, [1, T, C]. `takes_class`: whether the U-Net is given a class embedding too; `prompted`:
-    whether there is a prompt."""
+    hidden states of P `prompts`, [P, T, C], if there are any: that of `config.diffusion`, unless a subclass has its
+    own. `takes_class`: whether the U-Net is given a class embedding too."""
 
     takes_class: bool = False
-    prompted: bool = True
 
     def __init__(self, config, image_size: int, view: str = contract.EXACT):
         """Parses the config. Towers follow in the order in which initial values are drawn: `contract.vision_tower`,
         what the objective has besides, `build_generator`."""
         self.spec, self.diffusion = backbones.spec_of(config), Diffusion.from_dict(config.diffusion.to_dict())
         self.image_size, self.dtype = image_size, jnp.dtype(config.dtype)
+        self.prompts: Sequence[str] = (self.diffusion.prompt,)
         d, cached = self.diffusion, bool(config.data.latents)
         part = parts.diffusers(d.source, d.vae, "config.diffusion.vae")
         dtypes = config.dtype, config.frozen_dtype
@@ -100,12 +100,12 @@ class StableDiffusionObjective(contract.Objective):
             raise UserError(f"{problem}: use stable-diffusion-2-1-base, 2-1 or v1-5 as config.diffusion")
 
     def build_generator(self, config, rngs: nnx.Rngs) -> None:
-        """Makes the U-Net, the VAE (unless latents are cached) and, with a prompt, an empty `text_context`."""
+        """Makes the U-Net, the VAE (unless latents are cached) and, with prompts, an empty `text_context`."""
         unet, kw = self.diffusion.unet, dict(rngs=rngs, dtype=self.dtype, param_dtype=jnp.dtype(config.frozen_dtype))
         self.unet = UNet(unet, remat=config.remat == "all", **kw)
         self.vae = None if config.data.latents else self.diffusion.vae.build(**kw)
-        if self.prompted:
-            context = (1, self.diffusion.text_tokens, unet.cross_attention_dim)
+        if self.prompts:
+            context = (len(self.prompts), self.diffusion.text_tokens, unet.cross_attention_dim)
             self.text_context = nnx.Variable(jnp.zeros(context, jnp.float32))
 
     @property
@@ -129,12 +129,12 @@ class StableDiffusionObjective(contract.Objective):
         """The vision tower, U-Net, VAE and text. `fresh` are the tower's parameters that its source does not have, see
         `parts.Part`; with `mask_padding` the prompt's tokens do not attend to padding."""
         d = self.diffusion
-        prompt = parts.text_context(d.source, d.prompt, d.text_tokens, d.text_encoder, mask_padding)
+        context = parts.text_context(d.source, self.prompts, d.text_tokens, d.text_encoder, mask_padding)
         return {
             "vision": parts.vision(self.spec.source, self.spec, fresh=fresh),
             "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet", d.scheduler),
             **self.latent_source.pretrained,
-            **({"text_context": prompt} if self.prompted else {}),
+            **({"text_context": context} if self.prompts else {}),
         }
 
     def latents(self, pixels: Array, moments: Array | None = None, noise: Array | None = None) -> Array:

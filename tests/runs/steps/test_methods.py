@@ -1,6 +1,7 @@
 """Single methods: equations written out, draws, views, what each stage trains, and what cannot work."""
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow
 from diva_jax.models.layers import Keys
-from diva_jax.objectives import smartclip
+from diva_jax.objectives import judge, smartclip
 from diva_jax.objectives.dcr import contrast
 from diva_jax.training import partition, workdirs
 from diva_jax.training.loop import Run
+from diva_jax.world import models, records
 
 
 def made(c, arrays=small.random_arrays):
@@ -62,6 +64,29 @@ def test_a_mask_that_selects_nothing():
     found = cosines(m.at[0].set(0))
     assert found.shape == (5, 4) and (found[:, 0] == 0).all() and (found[:, 1:] != 0).all()
     assert np.isfinite(jax.grad(lambda m: cosines(m).sum())(m.at[0].set(0))).all()
+
+
+def test_states_of_the_texts_of_classes_are_kept(tmp_path, monkeypatch):
+    """With them the step has no text encoder of the generator, and the verdict is the same."""
+    names = ["red ring", "blue cross", "red  ring", "green star", "small heart", "red cross and blue ring"]
+    (tmp_path / "classes.json").write_text(json.dumps(names))
+    c = models.base_config("judge")
+    c.update(steps=1, batch_size=8, judge=dict(texts="classes", classes=str(tmp_path / "classes.json"), count=5))
+    c.data.update(path=records.path(3, count=20), threads=1)
+    found, keys = [], jax.random.split(jax.random.key(4), 8)
+    for limit in (len(names) + 1, len(names)):
+        monkeypatch.setattr(judge, "_MAX_KEPT_TEXTS", limit)
+        run = Run(c, tmp_path / str(limit))
+        arrays, _ = workdirs.initial_arrays(run.program, every_source=True)
+        (batch,) = itertools.islice(run.batches, 1)
+        ask = jax.jit(lambda arrays, b, k, p=run.program: p.skeleton.merge(arrays).judge(b, b["image"] / 255, k))
+        found.append(ask(arrays, {n: batch[n] for n in run.program.objective.inputs}, keys))
+        assert any(n.startswith("text_encoder/") for n in arrays) == (limit == len(names))
+        assert (batch["conditions"][:, :5, 0] < 0).any()
+        run.batches.close()
+    for kept, encoded_in_step in zip(*found, strict=True):
+        assert np.ptp(kept) > 0.01
+        np.testing.assert_allclose(kept, encoded_in_step, atol=2e-5)
 
 
 def test_what_cannot_work_is_one_sentence(files, tmp_path):
