@@ -25,8 +25,6 @@ from diva_jax.common.errors import RunError, Terminated, UserError, place, print
 
 # Time for threads to end after a command has, since one of them may wait for a disk that is gone [s].
 _LINGER_S = 10.0
-# Values that a message quotes may be of any length.
-_MAX_MESSAGE_CHARS = 10_000
 # Exit codes after signals, as shells have them; a training run that has saved ends with 0 after SIGTERM.
 _SIGINT_CODE, _SIGTERM_CODE = 130, 143
 _FIELD_FLAG = re.compile(r"--?(?:no)?config\.([\w.]+)")
@@ -239,6 +237,6 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
         message = f"error: {where}: {said}; {trace}"
         if not where:
             message = f"error: unexpected ({said}): {trace}, please report it"
-    print(printable(" ".join(message.split()))[:_MAX_MESSAGE_CHARS], file=sys.stderr, flush=True)
+    print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
     _end_within(_LINGER_S, code)
     sys.exit(code)

@@ -99,12 +99,12 @@ def above(least: float) -> Rule:
 
 def between(least: float, most: float) -> Rule:
     """Numbers from `least` to `most`."""
-    return Rule(lambda v: least <= v <= most, f"must be {_number(least)} to {_number(most)}")
+    return Rule(lambda v: least <= v <= most, f"must be {least} to {most}")
 
 
 def below(least: float, most: float) -> Rule:
     """Numbers from `least` on that are below `most`."""
-    return Rule(lambda v: least <= v < most, f"must be at least {_number(least)} and below {_number(most)}")
+    return Rule(lambda v: least <= v < most, f"must be at least {least} and below {most}")
 
 
 def pair(least: float, most: float) -> Rule:
@@ -121,10 +121,6 @@ def one_of(*values: Any) -> Rule:
 def choice(doc: str, default: Any, *others: Any) -> Any:
     """Declares a field that has one of some values, of which the first is the default."""
     return field(default, doc, one_of(default, *others))
-
-
-def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def declared(section: Any, prefix: str = "") -> dict[str, Field]:

@@ -12,7 +12,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import braceexpand
 import fsspec
@@ -307,25 +307,11 @@ def one_image_each(paths: Sequence[str], where: str, quiet: bool = False) -> lis
     return [p for p in images if p in kept]
 
 
-def is_file(path: str | os.PathLike) -> bool:
-    """Whether it is a regular file; False also for what cannot be the name of one."""
-    try:
-        return os.path.isfile(path)
-    except (OSError, ValueError):
-        return False
-
-
 def read_text(path: str | os.PathLike) -> str:
     """The content of a file of UTF-8, with or without a byte order mark; ends of lines are kept. A UserError if it is
     no regular file, has more than 256 MiB, or is not UTF-8."""
     with explained(f"{path} cannot be read as text", "fetch it again", UnicodeDecodeError):
         return json_files.read_bytes(path, json_files.MAX_LINES_BYTES).decode("utf-8-sig")
-
-
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; a UserError, which gives `where`, if it is not valid."""
-    with explained(f"{where} cannot be read as JSON", "correct it or fetch it again", ValueError):
-        return json_files.decoded(text)
 
 
 def _lines(file, first: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.data import files
 from diva_jax.data import tars as shards
@@ -172,7 +173,7 @@ def caption_csv(path: Path) -> Images:
             raise UserError(f"{path}, line {line}: {reason}")
         captions.setdefault(os.path.normpath(row["image"]), []).append(row["caption"])
     paths = [path.parent / name for name in captions]
-    if gone := next((p for p in paths if not files.is_file(p)), None):
+    if gone := next((p for p in paths if not os.path.isfile(p)), None):
         raise UserError(f"{path} names {str(gone)[:300]}, which does not exist: fetch the image or remove its rows")
     if not paths:
         raise UserError(f"{path} has no rows: it needs image,caption in each")
@@ -182,7 +183,7 @@ def caption_csv(path: Path) -> Images:
 def read_names(path: str) -> list[list[str]] | dict[str, list[str]]:
     """A JSON file with class names or prompt templates, as lists by label or by class; a text stands for a list of one.
     A UserError where it has anything else in it, such as a number or an empty text."""
-    value = files.parse_json(files.read_text(path), path)
+    value = json_files.parse(path, files.read_text(path))
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list | dict) or not value:
         raise UserError(f"{path} must hold a list of texts, or an object with one entry per class")

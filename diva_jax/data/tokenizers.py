@@ -30,6 +30,8 @@ _WORDS = regex.compile(
 )
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CLIP_FILES = "tokenizer.json, vocab.json with merges.txt, or bpe_simple_vocab_16e6.txt.gz"
+# What files of CLIP's tokenizer raise that are damaged.
+_DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, zlib.error)
 _MAX_UNPACKED_BYTES = 2**26
 _MAX_ID = 2**24
 # Entries of OpenAI's merges file that make its vocabulary of 49,408.
@@ -165,17 +167,7 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
             vocab = {t: i for i, t in enumerate([*letters, *(a + b for a, b in merges), _START, _END])}
         added = {t["content"]: bool(t.get("normalized", not t.get("special"))) for t in listed.values()}
         return vocab | {t["content"]: i for i, t in listed.items()}, merges, added
-    except (
-        UserError,
-        OSError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-        zlib.error,
-    ) as e:
+    except (UserError, *_DAMAGE) as e:
         raise UserError(f"{path} is no tokenizer file of CLIP's ({brief(e, 300)}): fetch it again") from e
 
 

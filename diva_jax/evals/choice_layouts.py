@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief
 from diva_jax.data import files
 
@@ -209,10 +211,10 @@ def _json_rows(file: Path, lines: bool) -> Iterator[tuple[str, Any]]:
     """(where, row) of each line that is not blank, or of each element of a list or value of an object."""
     text = files.read_text(file)
     if lines:
-        numbered = ((f"{file}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-        yield from ((where, files.parse_json(line, where)) for where, line in numbered)
+        numbered = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+        yield from ((f"{file}, line {n}", json_files.parse(file, line, n)) for n, line in numbered)
         return
-    value = files.parse_json(text, str(file))
+    value = json_files.parse(file, text)
     if not isinstance(value, list | dict):
         raise UserError(f"{file} holds neither a list nor an object: fetch it again")
     for key, row in value.items() if isinstance(value, dict) else enumerate(value):
@@ -240,7 +242,7 @@ def read_items(file: Path, layout: str, images: Path) -> list[Item]:
     """The items of a file in one of `LAYOUTS`; a UserError names the file and row that is wrong or whose image is."""
     own_table = layout == "own" and file.suffix.lower() not in (".jsonl", ".json")
     rows = _csv_items(file) if own_table else _json_rows(file, layout in ("own", "winoground"))
-    is_file = functools.cache(files.is_file)
+    is_file = functools.cache(os.path.isfile)
     items = [item for where, value in rows if (item := LAYOUTS[layout](_Row(file, where, value, images, is_file)))]
     if layout == "whatsup":
         _check_whatsup(items)

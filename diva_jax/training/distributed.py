@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from typing import Any
 
 import jax
 import numpy as np
@@ -152,17 +153,12 @@ def watched(step):
         ) from e
 
 
-def _gather(data: bytes) -> list[bytes]:
-    """The data of each process, up to `_MAX_FACTS_BYTES` of it, in the order of the processes."""
-    padded = np.frombuffer(data.ljust(_MAX_FACTS_BYTES), np.uint8)
-    return [bytes(row).rstrip() for row in multihost_utils.process_allgather(padded)]
-
-
-def gathered(facts: dict) -> list[dict]:
-    """The small dictionary of JSON values of each process, in their order."""
+def gathered(facts: Any) -> list:
+    """The value of each process, in their order: of JSON, of at most `_MAX_FACTS_BYTES`."""
     if jax.process_count() == 1:
         return [facts]
-    return [json.loads(row) for row in _gather(json.dumps(facts).encode())]
+    padded = np.frombuffer(json.dumps(facts).encode().ljust(_MAX_FACTS_BYTES), np.uint8)
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
 
 
 def check_same(facts: dict[str, str | int | None]) -> None:
@@ -177,9 +173,7 @@ def check_same(facts: dict[str, str | int | None]) -> None:
 
 def any_failed(failed: bool) -> bool:
     """Returns whether `failed` is true on any process."""
-    if jax.process_count() == 1:
-        return failed
-    return bool(multihost_utils.process_allgather(np.uint8(failed)).any())
+    return any(gathered(bool(failed)))
 
 
 class Interrupted(BaseException):

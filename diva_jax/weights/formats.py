@@ -13,7 +13,7 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -258,10 +258,12 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
     # save_file ignores strides, so that a transposed view would be written in the wrong order.
     dense = {name: np.asarray(t, order="C") for name, t in tensors.items()}
     with paths.whole_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         # Of a full disk, for example.
         with explained(f"{path} is not written", "make room", SafetensorError, kind=OSError):
             save_file(dense, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o666 & ~_umask())  # save_file makes files that only their owner can read.
+        temporary.chmod(mode)  # save_file makes files that only their owner can read.
 
 
 def write_json(path: str | Path, content: Mapping) -> None:
@@ -308,9 +310,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
                 if (fd := _lock(left)) is not None:
                     shutil.rmtree(left, ignore_errors=True)
                     os.close(fd)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_TEMPORARY, dir=out.parent))
+        tmp = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}{_TEMPORARY}")
+        tmp.mkdir()
         locked = _lock(tmp)
-        tmp.chmod(0o777 & ~_umask())  # mkdtemp creates folders that only their owner can read.
     try:
         with explained(f"--out={out} cannot be written", "give a folder with enough room"):
             yield tmp
@@ -320,9 +322,3 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         shutil.rmtree(tmp, ignore_errors=True)
         if locked is not None:
             os.close(locked)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -30,8 +30,6 @@ from diva_jax.weights.formats import Tensor, Tensors
 
 # Tensors that are read at the same time. Each needs its own memory a second time meanwhile.
 _READERS = 2
-# Elements of a tensor whose values are checked at a time.
-_CHUNK = 2**20
 
 
 def check_type(name: str, dtype: np.dtype, source: str) -> None:
@@ -41,16 +39,13 @@ def check_type(name: str, dtype: np.dtype, source: str) -> None:
 
 
 def check_values(name: str, array: np.ndarray, source: str, may_be_zero: bool = True) -> None:
-    """Checks floats of 2, 4 or 8 bytes, of any strides, in one pass over their bits: a UserError where one is NaN or
-    infinite, or, unless `may_be_zero` (biases), where all are zero."""
-    flat_array = array.ravel(order="K")
-    bits = flat_array.view(f"u{array.dtype.itemsize}")
-    infinity = np.asarray(np.inf, array.dtype).view(bits.dtype)
-    magnitude = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)  # Without the sign, floats are ordered as integers are.
-    largest = 0
-    for start in range(0, bits.size, _CHUNK):
-        largest = max(largest, int((bits[start : start + _CHUNK] & magnitude).max()))
-    if largest >= int(infinity):
+    """Checks floats of 2, 4 or 8 bytes, of any strides, by their bits and without a copy: a UserError where one is NaN
+    or infinite, or, unless `may_be_zero` (biases), where all are zero."""
+    size = array.dtype.itemsize
+    bits = array.ravel(order="K").view(f"u{size}")
+    # Without the sign, floats are ordered as integers are. As unsigned integers, the largest ones are negative floats.
+    largest = max(int(bits.max(initial=0)) & np.iinfo(f"i{size}").max, int(bits.view(f"i{size}").max(initial=0)))
+    if largest >= int(np.asarray(np.inf, array.dtype).view(bits.dtype)):
         raise UserError(f"{source}: the tensor {name} has values that are NaN or infinite: fetch the file again")
     if array.size and not largest and not may_be_zero:
         raise UserError(f"{source}: the tensor {name} is zero everywhere: fetch the file again")

@@ -3,6 +3,7 @@ text ("a photo of " + statement) prefers its own image, as published; texts, gro
 (`evals.stats`). A score is the mean over the patterns."""
 
 import dataclasses
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -89,7 +90,7 @@ def _question(path: Path, folder: Path, line: int, row: dict[str, str]) -> Quest
         wrong = f"the Question ID {brief(id_)} is not a number, or the Type {brief(type_)} is not the name of a folder"
         raise UserError(f"{where}: {wrong}")
     image = folder / type_ / f"{int(id_)}.jpg"
-    if not files.is_file(image):
+    if not os.path.isfile(image):
         raise UserError(f"{where}: its image {str(image)[:300]} does not exist: fetch it, or correct the row")
     return Question(line, int(id_), image, f"a photo of {statement}")
 
