@@ -28,8 +28,9 @@ def start(config, workdir, *more):
 def final_state(config, workdir) -> dict[str, np.ndarray]:
     p = small.program(get_config(str(config)))
     assert checkpoint.latest_step(workdir) == TOTAL
-    state, data, _ = checkpoint.restore(workdir, TOTAL, p.abstract_state(len(p.stages) - 1))
-    assert data["batches"] == TOTAL
+    state, data, meta = checkpoint.restore(workdir, TOTAL, p.abstract_state(len(p.stages) - 1))
+    assert data["batches"] == TOTAL and ("anchor" in meta["sources"]) == bool(p.config.anchor.weight)
+    assert meta["sources"].get("anchor", meta["sources"]["vision"]) == meta["sources"]["vision"]
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
 
 

@@ -107,7 +107,8 @@ def kuea_config(**fields):
 def kuea_arrays(p: Program) -> dict:
     """`random_arrays` with a kernel as in training."""
     arrays = random_arrays(p)
-    return arrays | {n: jnp.asarray([0.03, 0.19]) for n in arrays if n == "kernel_params"}
+    kernel = {n: jax.device_put(jnp.asarray([0.03, 0.19]), p.shardings[n]) for n in arrays if n == "kernel_params"}
+    return arrays | kernel
 
 
 def smartclip_config(**fields):

@@ -23,7 +23,6 @@ from diva_jax.data.preprocess import normalise, to_float
 from diva_jax.evals import Settings, encode
 from diva_jax.models import backbones
 from diva_jax.training import checkpoint, workdirs
-from diva_jax.training.step import averaged
 from diva_jax.weights import formats, origins, parts
 from diva_jax.weights.export import layouts
 
@@ -75,7 +74,7 @@ def saved(c, p, workdir) -> dict[str, jax.Array]:
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(STEP, state | {"step": jax.numpy.int32(STEP)}, {}, meta, True)
     needed = set().union(*(p.towers.needs(t) for t in p.towers.shapes)) - set(p.trained)
-    return {**workdirs.initial_arrays(p, needed, every_source=False)[0], **averaged(state)}
+    return {**workdirs.initial_arrays(p, needed, every_source=False)[0], **state[kinds[-1]]}
 
 
 _TRAINED = (("vision/pos_embed", 0.0), ("(vision|visual_proj)/.*", 1.0), (".*", 0.0))

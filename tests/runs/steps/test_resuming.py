@@ -1,27 +1,17 @@
-"""Anchor and moving average, resuming bit for bit, and runs that begin with another run's parameters."""
+"""Anchor and moving average, and runs that begin with another run's parameters."""
 
-import functools
 import importlib
-import shutil
 
 import jax
 import numpy as np
-import pytest
 import small
 from e2e_config import get_config
-from flax import nnx
 from helpers import refused
 
-from diva_jax import demo, objectives
+from diva_jax import objectives
 from diva_jax.data import preprocess
-from diva_jax.demo import pack_photos
-from diva_jax.models import backbones
-from diva_jax.models.diffusion.vae import VAE
-from diva_jax.models.layers import Keys
-from diva_jax.objectives import genhancer
 from diva_jax.training import checkpoint, workdirs
 from diva_jax.training.loop import Run
-from diva_jax.weights import formats, names, origins
 
 
 def rotations(folder="none", **fields):
@@ -87,46 +77,6 @@ def test_average_is_the_recursion_across_stages(monkeypatch):
             np.testing.assert_array_equal(array, states[0]["params"][name], err_msg=name)
 
 
-def test_resumes_bit_identical_and_exports_the_average(files, tmp_path):
-    """With both, on files: the second half again from a checkpoint; evaluation and export see the average.
-    test_train_e2e.py resumes the other objectives."""
-    c = rotations(files, anchor__weight=0.2, ema__decay=0.6, steps=4, checkpoint__every=2, compile_cache="")
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    assert Run(c, whole).run()
-    shutil.copytree(whole, again)
-    shutil.rmtree(again / "checkpoints" / "4")
-    (again / "done").unlink()
-    assert checkpoint.latest_step(again) == 2 and Run(c, again).run()
-
-    def state(workdir):
-        found, _, meta = checkpoint.restore(workdir, 4, Run(c, workdir).program.abstract_state(0))
-        return found, meta
-
-    (want, meta), (got, _) = state(whole), state(again)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert "anchor" in meta["sources"] and meta["sources"]["anchor"] == meta["sources"]["vision"]
-    at = workdirs.RunAt.open(whole)
-    for name, array in at.params.items():
-        np.testing.assert_array_equal(array, want["ema"][name], err_msg=name)
-        assert not np.array_equal(array, want["params"][name]), name
-    source = origins.open_run(whole)
-    np.testing.assert_array_equal(source.tensors["visual.proj"], np.asarray(want["ema"]["vision/proj/matrix"]))
-    assert backbones.spec_of(at.config) == source.spec
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory):
-    root = tmp_path_factory.mktemp("files")
-    pack_photos(root / "photos", count=8, per_shard=8)
-    demo.write_clip(root / "clip", small.SPEC_28)
-    vae = VAE(genhancer._vae(small.genhancer_config().genhancer.vae), rngs=Keys(3))
-    formats.write_safetensors(root / "ae.safetensors", names.to_torch(nnx.state(vae), names.FLUX_VAE))
-
-    sources = dict(backbone__source=f"{root}/clip", genhancer__vae__source=f"{root}/ae.safetensors")
-    sources |= dict(data__path=f"{root}/photos", data__threads=1, log__tensorboard=False)
-    return functools.partial(small.genhancer_config, **sources)
-
-
 def saved(run, step: int, change: float) -> dict:
     """Saves a checkpoint of a run whose trained parameters are changed, without training; returns what was loaded."""
     run.load()
@@ -140,36 +90,32 @@ def saved(run, step: int, change: float) -> dict:
     return {**run.frozen, **run.state["params"]}
 
 
-def test_stage_two_starts_from_stage_one_and_resumes(make, tmp_path, capsys):
-    first = Run(make(genhancer__stage2="none"), tmp_path / "one")
-    before = saved(first, 3, 0.5)
-    second = make(genhancer__stage1_steps=0, seed=4)
-    run = Run(second, tmp_path / "two", f"{tmp_path}/one:3")
-    after = saved(run, 2, 0.25)
-    taken = [n for n in before if n.startswith(("project_", "denoiser/"))]
+HEAD = (("head/.*", 1.0), (".*", 0.0))
+REST = (("vision/.*", 1.0), (".*", 0.0))
+
+
+def test_a_second_run_starts_from_the_first_and_resumes(files, tmp_path, capsys):
+    before = saved(Run(rotations(files, trainable=HEAD), tmp_path / "one"), 3, 0.5)
+    second = rotations(files, trainable=REST, seed=4)
+    after = saved(Run(second, tmp_path / "two", f"{tmp_path}/one:3"), 2, 0.25)
+    taken = [n for n in before if n.startswith("head/")]
     said = f"{len(taken)} of {len(after)} parameters are those of --init_from={tmp_path}/one, step 3"
     assert said in capsys.readouterr().out
     for name in after:
-        if name in taken:
-            np.testing.assert_array_equal(after[name], before[name] + 0.5, err_msg=name)
-        elif "/lora/" not in name:
-            np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+        np.testing.assert_array_equal(after[name], before[name] + 0.5 * (name in taken), err_msg=name)
     # Resuming: what is frozen comes from the first run again, whatever --init_from says.
     resumed = Run(second, tmp_path / "two", "nowhere")
     resumed.load()
-    for name in taken:
-        np.testing.assert_array_equal(resumed.frozen[name], after[name], err_msg=name)
-    for name, array in resumed.state["params"].items():
-        np.testing.assert_array_equal(array, after[name] + 0.25, err_msg=name)
+    for name, array in (resumed.frozen | resumed.state["params"]).items():
+        np.testing.assert_array_equal(array, after[name] + 0.25 * (name not in taken), err_msg=name)
     assert resumed.inherited["step"] == 3 and resumed.inherited["frozen"] == sorted(taken)
     resumed.batches.close()
     assert set(workdirs.RunAt.open(tmp_path / "two").towers()) == {"vision"}
 
 
-def test_a_run_of_other_models_is_refused(make, tmp_path):
-    saved(Run(make(genhancer__stage2="none"), tmp_path / "one"), 3, 0.0)
-    other = make(genhancer__stage1_steps=0)
-    refused("--init_from=.*:7 has no checkpoint", Run, other, tmp_path / "two", f"{tmp_path}/one:7")
+def test_a_run_of_other_models_is_refused(files, tmp_path):
+    saved(Run(rotations(files, trainable=HEAD), tmp_path / "one"), 3, 0.0)
+    refused("--init_from=.*:7 has no checkpoint", Run, rotations(files), tmp_path / "two", f"{tmp_path}/one:7")
     parent, unet = workdirs.Parent.open(f"{tmp_path}/one"), {"unet/kernel": jax.ShapeDtypeStruct((3, 3), np.float32)}
     refused("no parameter there .* has the name and shape of one of this config", parent.matching, unet)
     changed = parent.record([]) | {"sha256": "0"}
