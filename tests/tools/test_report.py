@@ -7,8 +7,8 @@ import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import commands
 import numpy as np
@@ -22,39 +22,18 @@ from diva_jax.report import charts, figures, images, inputs, page
 from diva_jax.report.figures import COLOURS
 
 
-class Page(HTMLParser):
-    """The elements of a page. Parsing fails if tags are not closed in order."""
-
-    VOID = {"meta", "link", "img"}
+class Page:
+    """The elements of a page, whose tags are closed in order: it is well-formed XML, too."""
 
     def __init__(self, source):
-        super().__init__()
-        self.tags, self.open, self.texts, self.source = [], [], [], source
-        self.feed(source)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, tag
-
-    def handle_data(self, data):
-        if self.open[-1:] not in (["style"], ["title"]):
-            self.texts.append(data)
+        self.source, root = source, ElementTree.fromstring(source)
+        for hidden in (*root.iter("style"), *root.iter("title")):
+            hidden.text = ""
+        self.tags, self.texts = [(e.tag, e.attrib) for e in root.iter()], list(root.itertext())
+        self.text = " ".join(" ".join(self.texts).replace("\u00a0", " ").split())
 
     def all(self, tag):
         return [attrs for name, attrs in self.tags if name == tag]
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.texts).replace("\u00a0", " ").split())
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,8 @@ from specs import EVAL_SIGLIP as SIGLIP
 from diva_jax import config, evals
 from diva_jax.common import results_schema
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.config import default
 from diva_jax.evals import Settings, encode, evaluator, results
-from diva_jax.evals.encode import Encoder
-from diva_jax.models import backbones
-from diva_jax.models.backbones import TABLE, Features
+from diva_jax.models.backbones import TABLE, Features, build
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Keys
 from diva_jax.training import partition
@@ -88,6 +85,8 @@ def test_the_documented_form_is_the_declared_one():
 
 
 ENDS = {1: [0.5, 3.0], 0: [-1.0, 2.0], -1: [-4.0, -0.2]}
+OTHERS = {"zeroshot": samples.zeroshot_task, "retrieval": samples.retrieval_task, "drift": samples.drift_task}
+FIGURES = ("zero-shot -0.1 [-0.2, +0.0]", "retrieval -0.3 [-0.6, -0.1], -0.3", "drift 0.973 [0.971, 0.975]")
 
 
 def summaries(pairs, matches, control=None, **others):
@@ -95,18 +94,25 @@ def summaries(pairs, matches, control=None, **others):
     if control is not None:
         task["weights"]["control"] = task["weights"][samples.AFTER]
         against = samples.pairs_task(ENDS[control], ENDS[control])["comparisons"][0]
-        task["comparisons"] = [*task["comparisons"], against | {"before": "control"}]
-        task["comparisons"].insert(0, task["comparisons"][0] | {"after": "control"})
+        first = task["comparisons"][0]
+        task["comparisons"] = [first | {"after": "control"}, first, against | {"before": "control"}]
     return results.summaries({"mmvp": task} | others)
 
 
 @pytest.mark.parametrize("pairs, matches", list(itertools.product(ENDS, ENDS)))
-def test_the_verdict_is_that_of_the_intervals(pairs, matches):
-    (found,) = summaries(pairs, matches)
-    want = {1: "sees more", -1: "sees less"}.get(matches, "differently calibrated" if pairs else "no difference shown")
-    assert found["says"] == found["verdicts"][0]["says"] == want
-    low, high = ENDS[matches]
-    assert f"matches {(low + high) / 2:+.1f} [{low:+.1f}, {high:+.1f}] (MMVP-VLM, pooled embedding)" in found["detail"]
+def test_the_verdict_is_that_of_the_intervals_and_what_was_not_measured_is_said(pairs, matches):
+    for given in (c for n in range(4) for c in itertools.combinations(OTHERS, n)):
+        (found,) = summaries(pairs, matches, **{name: OTHERS[name]() for name in given})
+        want = {1: "sees more", -1: "sees less"}.get(matches)
+        want = want or ("differently calibrated" if pairs else "no difference shown")
+        assert found["says"] == found["verdicts"][0]["says"] == want
+        low, high = ENDS[matches]
+        figures = f"matches {(low + high) / 2:+.1f} [{low:+.1f}, {high:+.1f}] (MMVP-VLM, pooled embedding)"
+        assert figures in found["detail"]
+        missing = [title for name, (title, _) in results.COSTS.items() if name not in given]
+        assert found["not_measured"] == missing
+        assert ("a gain in pairs alone is not a result" in found["detail"]) == ("zeroshot" not in given)
+        assert [figure in found["detail"] for figure in FIGURES] == [name in given for name in OTHERS]
 
 
 SIGNS = [(None, 0), ([0, 0], 0), ([0, 2], 0), ([-2, 0], 0), ([1, 1], 1), ([-3, -1], -1), ([2, 5], 1)]
@@ -117,20 +123,6 @@ SIGNS = [(None, 0), ([0, 0], 0), ([0, 2], 0), ([-2, 0], 0), ([1, 1], 1), ([-3, -
 def test_a_claim_needs_the_interval_over_items_and_the_one_over_runs(items, over_items, runs, over_runs):
     found = results_schema.Difference(difference=1.0, interval=items, runs_interval=runs).sign
     assert found == (over_items if runs is None or over_items == over_runs else 0)
-
-
-OTHERS = {"zeroshot": samples.zeroshot_task, "retrieval": samples.retrieval_task, "drift": samples.drift_task}
-
-
-@pytest.mark.parametrize("given", [c for n in range(4) for c in itertools.combinations(OTHERS, n)], ids=",".join)
-def test_what_was_not_measured_is_said(given):
-    (found,) = summaries(1, 0, **{name: OTHERS[name]() for name in given})
-    missing = [title for name, (title, _) in results.COSTS.items() if name not in given]
-    assert found["not_measured"] == missing
-    assert ("a gain in pairs alone is not a result" in found["detail"]) == ("zeroshot" not in given)
-    figures = ("zero-shot -0.1 [-0.2, +0.0]", "retrieval -0.3 [-0.6, -0.1], -0.3", "drift 0.973 [0.971, 0.975]")
-    for name, figure in zip(OTHERS, figures, strict=True):
-        assert (figure in found["detail"]) == (name in given)
 
 
 @pytest.mark.parametrize("control", ENDS)
@@ -222,18 +214,18 @@ WINDOWS = [np.asarray(patch(i).resize((42, 42))) for i in range(5)]
 
 
 @functools.cache
-def arrays_of(build, spec):
-    return partition.disassemble(build(spec, rngs=Keys(3)))[1]
+def arrays_of(make, spec):
+    return partition.disassemble(make(spec, rngs=Keys(3)))[1]
 
 
 @functools.cache
 def towers_on(spec, devices: int, batch: int, **settings) -> encode.Towers:
-    mesh = partition.make_mesh(default(spec).mesh, jax.devices()[:devices])
+    mesh = partition.make_mesh(config.default(spec).mesh, jax.devices()[:devices])
     return encode.Towers(spec, mesh, Settings(batch_size=batch, **settings))
 
 
 def images(spec, devices: int, batch: int, count: int = COUNT, seeds: int = 3, **settings):
-    return towers_on(spec, devices, batch, **settings).images(arrays_of(backbones.build, spec), patch, count, seeds)
+    return towers_on(spec, devices, batch, **settings).images(arrays_of(build, spec), patch, count, seeds)
 
 
 def embeddings(spec, devices: int, batch: int):
@@ -241,7 +233,7 @@ def embeddings(spec, devices: int, batch: int):
     ids = np.random.default_rng(0).integers(0, spec.text.vocab_size, (COUNT, spec.text.context_length), np.int32)
     out = images(spec, devices, batch) | {"texts": towers.texts(arrays_of(Text, spec), ids)}
     if spec is CLIP:
-        tokens = towers.dense(arrays_of(backbones.build, spec), WINDOWS.__getitem__, len(WINDOWS), "clearclip")
+        tokens = towers.dense(arrays_of(build, spec), WINDOWS.__getitem__, len(WINDOWS), "clearclip")
         out["dense"] = np.stack(list(tokens))
     return out
 
@@ -298,18 +290,19 @@ def test_published_readouts(tag):
 
 
 def test_unknown_readouts_are_refused():
+    mesh = partition.make_mesh(config.default(CLIP).mesh)
     for text in ("mean", "cls + mean(random)", "cls+mean(all)", "l2(cls) + mean(some 3)", ""):
         with pytest.raises(UserError, match="backbone.readout=.* cannot be read"):
-            encode.Towers(dataclasses.replace(CLIP, readout=text), partition.make_mesh(default(CLIP).mesh), Settings())
+            encode.Towers(dataclasses.replace(CLIP, readout=text), mesh, Settings())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_embeddings_that_are_not_finite_are_refused(value):
-    arrays = dict(arrays_of(backbones.build, CLIP))
+    arrays = dict(arrays_of(build, CLIP))
     arrays["proj/matrix"] = arrays["proj/matrix"].at[0, 0].set(value)
     table, texts = {"a": 0, "b": 1, "c": 2}, np.ones((3, CLIP.embed_dim), np.float32)
     texts[1:, 2] = value
-    model = encode.Model("run:7", towers_on(CLIP, 1, 7), Encoder(arrays, None, "", {}, ""), table, texts)
+    model = encode.Model("run:7", towers_on(CLIP, 1, 7), encode.Encoder(arrays, None, "", {}, ""), table, texts)
     failed("run:7: the embeddings of 5 of 5 images are not finite", model.images, patch, 5, seeds=3)
     with pytest.raises(RunError, match="run:7: the embeddings of 9 of 9 patches of a window are not finite"):
         next(model.dense(WINDOWS.__getitem__, 5, "clearclip"))

@@ -6,7 +6,6 @@ from functools import partial
 import numpy as np
 import pytest
 from eval_data import FakeModel, encoded, evaluated, patch, prepared, unit, write_image
-from helpers import refused
 from records import write_tar
 
 from diva_jax.evals.tasks import drift, retrieval, robustness, zeroshot
@@ -69,12 +68,6 @@ def test_effective_rank():
     assert drift.effective_rank(1 + 1e-6 * rng.standard_normal((400, 9))) < 1.001
 
 
-def test_bad_folders_of_drift_are_refused(tmp_path):
-    refused("is not a folder", prepare, tmp_path / "none")
-    (tmp_path / "a.png").write_bytes(b"")
-    refused("has 1 images, too few for 5 neighbours.*--config.eval.drift.neighbours", prepare, tmp_path)
-
-
 CAPTIONED = 23
 CAPTIONS = [[f"caption {j} of {i}" for j in range(1 + i % 5)] for i in range(CAPTIONED)]
 
@@ -129,26 +122,6 @@ def test_tars_with_several_captions(tmp_path):
     (tmp_path / "dataset_type.txt").write_text("retrieval\n")
     task = retrieval_task(tmp_path)
     assert task.images.targets == CAPTIONS and list(task.owner[:4]) == [0, 1, 1, 2]
-    write_tar(tmp_path / "test" / "0.tar", members | {"s1.txt": b""})
-    refused(r"0.tar\[1\] has no caption", retrieval_task, tmp_path)
-
-
-def test_bad_data_is_refused(table, tmp_path):
-    lines = table.read_text().splitlines()
-    for line, says in (
-        ("none.png,a thing,x", "names .*none.png, which does not exist"),
-        (f"{'x' * 5000},a thing,x", "line 3: a text of 5000 characters is no path"),
-        ("1.png,,", "line 3: image or caption is empty"),
-        (",a thing,x", "line 3: image or caption is empty"),
-        ("1.png,a thing", "line 3: the row is not CSV .it has 2 fields, the header 3"),
-    ):
-        table.write_text("\n".join([*lines[:2], line, *lines[3:]]))
-        refused(says, retrieval_task, table)
-    for text, says in (("file,caption\n1.png,x\n", "has no column image"), ("image,caption\n", "has no rows")):
-        table.write_text(text)
-        refused(says, retrieval_task, table)
-    for path in (tmp_path / "none.csv", tmp_path):
-        refused("neither a folder of tar shards nor a CSV file", retrieval_task, path)
 
 
 NAMES = zeroshot.imagenet("classes")
@@ -205,19 +178,3 @@ def test_each_set_is_classified_among_its_own_classes(tmp_path, robustness_task)
         right = (unit(pooled) @ unit(unit(np.array(texts)).mean(axis=1)).T).argmax(axis=1) == data.labels
         assert found.results["scores"][f"{prefix}acc1"]["score"] == pytest.approx(100 * right.mean())
     assert all((s["mcnemar"] is None) == metric.endswith("recall") for metric, s in compared["scores"].items())
-
-
-def test_bad_folders_of_shifts_are_refused(tmp_path, robustness_task):
-    root = write(tmp_path / "x", [IDS[0], IDS[1]])
-    for path, says in (
-        ("a", "must read SET=FOLDER"), (f"b={root}", "must read SET=FOLDER"),
-        (f"a={root},a={root}", "names a set twice"), (f"a={root}/none", "is not a folder"),
-        (f"v2={root}", "n01440764 is not named after a label"),
-        (f"objectnet={root}", "has no mappings/folder_to_objectnet_label.json"),
-    ):  # fmt: skip
-        refused(says, robustness_task, path)
-    refused("has 2 classes, ImageNet-A has 200.*allow_partial", robustness_task, f"a={root}", allow_partial=False)
-    (root / "n1").mkdir()
-    refused("n1 is not named after a WordNet id", robustness_task, f"r={root}")
-    (root / "n1").rename(root / IDS[2])
-    refused(f"{IDS[2]} has no image", robustness_task, f"r={root}")

@@ -1,0 +1,65 @@
+"""Files of a folder, declared as the JSON tables of tests have them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from records import encoded, write_tar
+
+
+def _patched(value, change):
+    """JSON content with other values at keys of objects and numbers of rows, or without them where they are null."""
+    if not isinstance(change, dict) or not isinstance(value, dict | list):
+        return change
+    value = value.copy()
+    for key, new in change.items():
+        at = int(key) if isinstance(value, list) else key
+        if new is None:
+            del value[at]
+        elif isinstance(value, list) and at == len(value):
+            value.append(new)
+        else:
+            value[at] = _patched(value[at] if isinstance(value, list) else value.get(at), new)
+    return value
+
+
+def _data(content) -> bytes:
+    """Text as UTF-8; "PNG" is an image, and [text, count] a text that is repeated."""
+    text = content if isinstance(content, str) else content[0] * content[1]
+    return encoded(7) if text == "PNG" else text.encode()
+
+
+def change(root: Path, tree: dict) -> None:
+    """Writes files by path: text, the members of a tar, the columns of a table, changes of JSON that is there, [first,
+    last, new lines or numbers of old ones] of a text that is there, or its length in bytes. A path that ends with "/"
+    is a folder; null: the file or folder is removed."""
+    for name, content in tree.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = path.read_bytes() if path.is_file() else b""
+        if old or content is None:  # A new file in place of one to which there may be other links.
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        if content is None:
+            continue
+        if name.endswith("/"):
+            path.mkdir()
+        elif isinstance(content, int):
+            path.write_bytes(old[:content])
+        elif isinstance(content, list) and len(content) == 3:
+            (first, last, new), lines = content, old.decode().splitlines()
+            new = [lines[n] if isinstance(n, int) else n for n in new]
+            path.write_text("\n".join([*lines[:first], *new, *lines[last:]]) + "\n")
+        elif not isinstance(content, dict):
+            path.write_bytes(_data(content))
+        elif path.suffix == ".tar":
+            write_tar(path, {member: _data(data) for member, data in content.items()})
+        elif path.suffix == ".parquet":
+            pq.write_table(pa.table(content), path)
+        elif path.suffix == ".arrow":
+            table = pa.table(content)
+            with pa.OSFile(str(path), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+                writer.write_table(table)
+        else:
+            path.write_text(json.dumps(_patched(json.loads(old or "{}"), content)))

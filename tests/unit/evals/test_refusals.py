@@ -1,0 +1,49 @@
+"""Data that a task cannot use is refused in one sentence that names the place, before any weights are loaded."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import eval_data
+import pytest
+import trees
+from helpers import refused
+from specs import EVAL_CLIP
+
+# Task, path of its data, its options, changes of good files, and what the sentence has; "$" is the folder of the files.
+CASES = json.loads(Path(__file__).with_name("refused.json").read_text())
+TARS = {f"tars/test/{i}.tar": {"0.cls": str(i), "0.png": "PNG"} for i in (0, 1)} | {"tars/classnames.txt": "a\nb\n"}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Data of every task, and of every layout of choices."""
+    root = tmp_path_factory.mktemp("good")
+    eval_data.write_task_data(root)
+    eval_data.naturalbench(root / "natural")
+    eval_data.aro(root / "relation", "relation", {"on": 3})
+    eval_data.aro(root / "attribution", "attribution", {"a_b": 3})
+    eval_data.whatsup(root / "whatsup")
+    eval_data.valse(root / "valse")
+    trees.change(root, TARS)
+    for task, data in (("zeroshot", "tars"), ("choice", "natural"), ("choice", "relation"), ("choice", "whatsup")):
+        opened(task, root / data)
+    return root
+
+
+def opened(task, path, **options):
+    partial = {"allow_partial": True} if task in ("choice", "robustness", "segmentation") else {}
+    eval_data.prepared(task, path, **partial | options).bind(eval_data.eval_config(EVAL_CLIP, "x"), None)
+
+
+@pytest.mark.parametrize("task, path, options, changes, says", CASES, ids=[case[-1][:40] for case in CASES])
+def test_refused(good, tmp_path, task, path, options, changes, says):
+    for there in good.iterdir():
+        if any(name.startswith(f"{there.name}/") for name in changes):
+            shutil.copytree(there, tmp_path / there.name, copy_function=os.link)
+        else:
+            (tmp_path / there.name).symlink_to(there)
+    trees.change(tmp_path, changes)
+    path, options = json.loads(json.dumps([path, options]).replace("$", str(tmp_path)))
+    refused(says, opened, task, path, **options)
