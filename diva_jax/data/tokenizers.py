@@ -29,7 +29,6 @@ _WORDS = regex.compile(
     rf"{_START}|{_END}|'(?:s|t|re|ve|m|ll|d)|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", flags=regex.IGNORECASE
 )
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_CLIP_FILES = "tokenizer.json, vocab.json with merges.txt, or bpe_simple_vocab_16e6.txt.gz"
 # What files of CLIP's tokenizer raise that are damaged.
 _DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, zlib.error)
 _MAX_UNPACKED_BYTES = 2**26
@@ -137,9 +136,6 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
     """(token -> id, merges, added tokens as `ClipTokenizer` has them) from whichever of CLIP's files a folder has; a
     UserError where it has none, or one that is broken."""
     path, form = folder / "tokenizer.json", (dict[str, Any], "fetch it again")
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")):
-        needed = f"{_CLIP_FILES}; put them there or set --config.eval.tokenizer=FOLDER"
-        raise UserError(f"{folder} has no tokenizer: it needs {needed}")
     try:
         if path.exists():
             whole = json_files.read(path, *form)
@@ -173,22 +169,28 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
 
 # Kind of a tokenizer that is read by transformers -> how its texts are cleaned.
 _CLEAN = {"siglip": siglip_clean, "xlm": whitespace_clean}
+# Files of which a folder needs one, and how a message names them: of CLIP's own tokenizer, and of transformers'.
+_CLIP_FILES = ("tokenizer.json", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")
+_CLIP_NEEDS = "tokenizer.json, vocab.json with merges.txt, or bpe_simple_vocab_16e6.txt.gz"
 _FOLDER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+_FOLDER_NEEDS = "tokenizer.json or spiece.model, with tokenizer_config.json"
 
 
-def open_tokenizer(text: TextSpec, folder: str | Path) -> Tokenizer:
-    """The tokenizer of a text tower, texts -> int32 [N, context_length], from the files in a folder. A UserError says
-    which are missing or broken, or that the vocabulary is larger than the tower's."""
-    folder = Path(folder)
-    if text.tokenizer == "clip":
+def open_tokenizer(text: TextSpec, folder: str | Path, field: str = "") -> Tokenizer:
+    """The tokenizer of a text tower, texts -> int32 [N, context_length], from the files in a folder, which the config's
+    `field` may name. A UserError says which are missing or broken, or that the vocabulary is larger than the tower's.
+    """
+    folder, kind = Path(folder), text.tokenizer
+    if kind != "clip" and kind not in _CLEAN:
+        raise UserError(f"text.tokenizer={kind!r} is not known: use clip, siglip or xlm")
+    needed, files = (_CLIP_NEEDS, _CLIP_FILES) if kind == "clip" else (_FOLDER_NEEDS, _FOLDER_FILES)
+    if not any((folder / name).exists() for name in files):
+        instead = f" or set --{field}=FOLDER" if field else ""
+        raise UserError(f"{folder} has no tokenizer: it needs {needed}; put them there{instead}")
+    if kind == "clip":
         tokenizer = ClipTokenizer(*clip_vocabulary(folder), text.context_length)
-    elif text.tokenizer in _CLEAN:
-        if not any((folder / f).exists() for f in _FOLDER_FILES):
-            problem = f"{folder} has no tokenizer: it needs tokenizer.json or spiece.model, with tokenizer_config.json"
-            raise UserError(f"{problem}; put them there or set --config.eval.tokenizer=FOLDER")
-        tokenizer = FolderTokenizer(folder, text.context_length, _CLEAN[text.tokenizer])
     else:
-        raise UserError(f"text.tokenizer={text.tokenizer!r} is not known: use clip, siglip or xlm")
+        tokenizer = FolderTokenizer(folder, text.context_length, _CLEAN[kind])
     if tokenizer.size > text.vocab_size:
         raise UserError(
             f"the tokenizer in {folder} has {tokenizer.size} tokens, but the text tower only {text.vocab_size}"

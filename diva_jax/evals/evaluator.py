@@ -76,7 +76,7 @@ class Evaluator:
         source, spec = encoder.source, self.towers.spec
         if source not in self._ids:
             folder = self.settings.tokenizer or parts.tokenizer_folder(source, "--weights")
-            self._ids[source] = tokenizers.open_tokenizer(spec.text, folder)(list(self._rows))
+            self._ids[source] = tokenizers.open_tokenizer(spec.text, folder, "config.eval.tokenizer")(list(self._rows))
         if encoder.text is not None:
             return self.towers.texts(encoder.text, self._ids[source])
         if source not in self._embeddings:

@@ -166,7 +166,7 @@ class Objective(StableDiffusionObjective):
         int32 [count + 1, N]: "texts" for the text tower, "conditions" for the generator, or in place of these the
         numbers of kept states, [count + 1, 1]."""
         text, d, count, choose = self.spec.text, self.diffusion, self.options.count, chooser(self.options)
-        own = parts.tokenizer(self.spec.source, text, self.options.tokenizer)
+        own = parts.tokenizer(self.spec.source, text, self.options.tokenizer, "config.judge.tokenizer")
         generator = parts.prompt_tokenizer(d.source, d.text_tokens, d.text_encoder)
 
         def numbered():

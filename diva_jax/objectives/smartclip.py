@@ -120,7 +120,7 @@ class Objective(contract.Objective):
     def inputs(self) -> Mapping[str, inputs.Input]:
         """{"image": uint8 [S, S, 3], "caption": int32 [context_length], of a random number of first sentences}."""
         text, s = self.spec.text, self.spec
-        tokenizer = parts.tokenizer(s.source, text, self.options.tokenizer)
+        tokenizer = parts.tokenizer(s.source, text, self.options.tokenizer, "config.smartclip.tokenizer")
         return {
             "image": inputs.Prepared(s.image_size, s.resize_mode, s.interpolation),
             "caption": inputs.Tokens(text.context_length, tokenizer, inputs.first_sentences),

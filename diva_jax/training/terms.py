@@ -130,7 +130,8 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
                 return found | {n: inputs.Cached(c.shape, n, "caption" in c.reads) for n, c in mine.items()}
             if "contrast" not in self.terms.names or "caption" in found:
                 return found
-            tokenizer = parts.tokenizer(self.terms.spec.source, text, self.terms.contrast.tokenizer)
+            folder = self.terms.contrast.tokenizer
+            tokenizer = parts.tokenizer(self.terms.spec.source, text, folder, "config.contrast.tokenizer")
             return {**found, "caption": inputs.Tokens(text.context_length, tokenizer)}
 
         @property

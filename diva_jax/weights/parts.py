@@ -278,9 +278,10 @@ def tokenizer_folder(source: str, field: str = "config.backbone.source") -> Path
     return where if where.is_dir() else where.parent
 
 
-def tokenizer(source: str, text: TextSpec, folder: str = "") -> Callable[[], tokenizers.Tokenizer]:
-    """A function that opens the tokenizer of a text tower, of a folder, by default that of the source of weights."""
-    return lambda: tokenizers.open_tokenizer(text, folder or tokenizer_folder(source))
+def tokenizer(source: str, text: TextSpec, folder: str, field: str) -> Callable[[], tokenizers.Tokenizer]:
+    """A function that opens the tokenizer of a text tower, of a folder, the value of the config's `field`, or where
+    this is empty that of the source of weights."""
+    return lambda: tokenizers.open_tokenizer(text, folder or tokenizer_folder(source), field)
 
 
 def prompt_tokenizer(source: str, tokens: int, config: TextEncoderConfig) -> Callable[[], tokenizers.Tokenizer]:

@@ -60,7 +60,7 @@ class Objective(contract.Objective):
     def inputs(self) -> Mapping[str, inputs.Input]:
         """{"image": uint8 [S, S, 3], "caption": int32 [context_length]}."""
         text, s = self.spec.text, self.spec
-        tokenizer = parts.tokenizer(s.source, text, self.options.tokenizer)
+        tokenizer = parts.tokenizer(s.source, text, self.options.tokenizer, "config.clip.tokenizer")
         return {"image": inputs.Image(s.image_size), "caption": inputs.Tokens(text.context_length, tokenizer)}
 
     def pretrained(self) -> Mapping[str, parts.Part]:

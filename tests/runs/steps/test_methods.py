@@ -109,6 +109,14 @@ def test_what_cannot_work_is_one_sentence(files, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_missing_tokenizer_names_the_field_that_is_read(files):
+    fields = {"contrast": "caption", "smartclip": "caption", "judge": "texts"}
+    for (section, name), made_by in zip(fields.items(), ("comclip", "smartclip", "judge"), strict=True):
+        c = getattr(small, f"{made_by}_config")(backbone__source=str(files / "clip"))
+        says = f"bpe_simple_vocab_16e6.txt.gz; put them there or set --config.{section}.tokenizer=FOLDER"
+        refused(says, small.program(c).objective.inputs[name].tokenizer)
+
+
 @pytest.mark.parametrize("option, mode", [("ldm", "aligned"), ("processor", "exact")])
 def test_the_view_of_the_encoder(option, mode):
     """tests/parity compares the aligned one with kornia's formula."""
