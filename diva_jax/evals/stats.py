@@ -106,8 +106,6 @@ def mean(values: np.ndarray, strata: np.ndarray | None = None) -> float:
 ANSWERS = {"image": "pairs", "text": "texts", "group": "groups", "match": "matches"}
 # Decimals to which cosines are rounded, so that the rounding of embeddings and sums does not turn a tie into an answer.
 _DECIMALS = 7
-# Bounds the sums over cycles; only their sign counts.
-_LARGE = 1e18
 
 
 def rounded(scores: np.ndarray) -> np.ndarray:
@@ -122,20 +120,14 @@ def _chosen(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _matched(scores: np.ndarray) -> np.ndarray:
-    """Whether giving text i to image i has a higher sum than any other one-to-one assignment: [..., K, T] -> [...].
-    Every other one differs from it by cycles (image i takes the text of image j, which takes another one, ...) or by
-    paths that end at a text beyond the first K; all of them must lose, as Floyd and Warshall's algorithm finds."""
-    count = scores.shape[-2]
-    gain = scores - np.diagonal(scores, axis1=-2, axis2=-1)[..., None]
-    if scores.shape[-1] > count:  # One more image without a text of its own stands for the texts beyond.
-        gain = np.concatenate([gain[..., :count], gain[..., count:].max(axis=-1, keepdims=True)], axis=-1)
-        gain = np.concatenate([gain, np.zeros_like(gain[..., :1, :])], axis=-2)
-    nodes = np.arange(gain.shape[-1])
-    gain[..., nodes, nodes] = -np.inf
-    for via in nodes:
-        longer = gain[..., :, via, None] + gain[..., None, via, :]
-        gain = np.minimum(np.maximum(gain, longer), _LARGE)
-    return (gain[..., nodes, nodes] < 0).all(axis=-1)
+    """Whether giving text i to image i has a higher sum than any other one-to-one assignment: [..., K, T] -> [...]."""
+    from scipy.optimize import linear_sum_assignment  # Here, see `mcnemar`.
+
+    # Scores are whole numbers: with less than one taken off the sum of the texts' own images, it must still be the best.
+    own, handicap = np.arange(scores.shape[-2]), 0.5 ** scores.shape[-2].bit_length() * np.eye(*scores.shape[-2:])
+    tables = (scores - handicap).reshape(-1, *scores.shape[-2:])
+    best = [linear_sum_assignment(table, maximize=True)[1] for table in tables]
+    return np.reshape([np.array_equal(texts, own) for texts in best], scores.shape[:-2])
 
 
 def answers(scores: np.ndarray, right: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:

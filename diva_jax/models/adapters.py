@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -123,30 +123,19 @@ class Update(nnx.Module):
         return weight.astype(jnp.float32) + self.scale * self._joined(product)
 
 
-def _adapted(call: Callable[[nnx.Module, Array], Array]) -> Callable[[nnx.Module, Array], Array]:
-    """The call of a layer, plus that of its update, `lora`."""
+def _adapted(kind: type[nnx.Module]) -> type[nnx.Module]:
+    """The class of a layer whose calls add that of its update, `lora`."""
 
-    def both(self, x: Array) -> Array:
-        y = call(self, x)
-        return y + self.lora(x.astype(y.dtype))
+    class Adapted(kind):
+        def __call__(self, x: Array) -> Array:
+            y = super().__call__(x)
+            return y + self.lora(x.astype(y.dtype))
 
-    return both
-
-
-class LoraLinear(nnx.Linear):
-    """An adapted `nnx.Linear`."""
-
-    __call__ = _adapted(nnx.Linear.__call__)
-
-
-class LoraMatrix(Matrix):
-    """An adapted `layers.Matrix`."""
-
-    __call__ = _adapted(Matrix.__call__)
+    return Adapted
 
 
 # Layer that can be adapted -> (its adapted form, the attribute of its weight [n_in, n_out]); and the other way round.
-_KINDS = {nnx.Linear: (LoraLinear, "kernel"), Matrix: (LoraMatrix, "matrix")}
+_KINDS = {nnx.Linear: (_adapted(nnx.Linear), "kernel"), Matrix: (_adapted(Matrix), "matrix")}
 _PLAIN = {adapted: (plain, weight) for plain, (adapted, weight) in _KINDS.items()}
 
 

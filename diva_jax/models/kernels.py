@@ -161,7 +161,7 @@ def _forward(q, k, v, heads, keys, blocks, interpret):
     (b, c, n), m = q.shape, k.shape[2]
     width, (bq, bk) = c // heads, blocks
     by_q, by_k, row = _specs(width, blocks, lambda i, j: (i, j))
-    return _call(
+    o, lse = _call(
         _forward_kernel, FORWARD, width, keys, interpret, ("parallel", "parallel", "parallel", "arbitrary"),
         grid=(b, heads, n // bq, m // bk),
         in_specs=[by_q, by_k, by_k],
@@ -169,10 +169,6 @@ def _forward(q, k, v, heads, keys, blocks, interpret):
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, heads, 1, n), jnp.float32)],
         scratch_shapes=[pltpu.VMEM((rows, bq), jnp.float32) for rows in (1, 1, width)],
     )(q, k, v)  # fmt: skip
-
-
-def _forward_saved(q, k, v, heads, keys, blocks, interpret):
-    o, lse = _forward(q, k, v, heads, keys, blocks, interpret)
     return o, (q, k, v, o, lse)
 
 
@@ -191,7 +187,7 @@ def _backward(heads, keys, blocks, interpret, saved, do):
     )(q, k, v, o, do, lse)  # fmt: skip
 
 
-attend.defvjp(_forward_saved, _backward)
+attend.defvjp(_forward, _backward)
 
 
 # Names of the kernels in compiled programs, followed by the number of hidden units; costs/hlo.py counts their FLOPs by
