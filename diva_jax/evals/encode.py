@@ -111,7 +111,7 @@ def require_finite(values: np.ndarray, label: str, what: str, kind: str = "embed
 
 
 def spread(rows: Sequence[np.ndarray], mesh: Mesh) -> Array:
-    """A row for each item of a batch as one global array over all devices; each process gives its own rows."""
+    """A row for each item of a batch as one global array over all devices; those of other processes are not used."""
     whole = np.stack(rows)
     return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, partition.BATCH), whole.__getitem__)
 
@@ -127,7 +127,6 @@ class Towers:
         self._vision = partition.disassemble(vision)[0]
         devices = mesh.devices.size
         self.batch = -(-settings.batch_size // devices) * devices
-        self._rows = NamedSharding(mesh, partition.BATCH)
         self._pixels = jax.ShapeDtypeStruct((spec.image_size, spec.image_size, 3), np.uint8)
         self._encode_images = self._compiled(self._image_step, static_argnames="readout")
         self._encode_texts = self._compiled(lambda arrays, ids: self._text.merge(arrays).encode(ids))
@@ -158,12 +157,11 @@ class Towers:
         """uint8 [B, S, S, 3] -> patch tokens [B, P, D]."""
         return self._vision.merge(arrays).encode_dense(self._normalised(pixels), last).astype(jnp.float32)
 
-    def _outputs(
-        self, step: Callable, read: Callable[[int], tuple], count: int, *like: jax.ShapeDtypeStruct
-    ) -> Iterator[Any]:
+    def outputs(self, step: Callable, read: Callable[[int], tuple], count: int, *like: Array) -> Iterator[Any]:
         """Yields the outputs of a compiled step for items 0..count-1, batch by batch, without the padding. `read` gives
         the arrays of one item, of the shapes `like`; it is called from threads, while the previous batch is in use."""
-        spans = self._rows.addressable_devices_indices_map((self.batch,)).values()
+        sharding = NamedSharding(self.mesh, partition.BATCH)
+        spans = sharding.addressable_devices_indices_map((self.batch,)).values()
         mine = sorted({i for (span,) in spans for i in range(*span.indices(self.batch))})
         padding = [np.zeros(x.shape, x.dtype) for x in like]
         with ThreadPoolExecutor(_READER_THREADS) as pool:
@@ -171,18 +169,12 @@ class Towers:
             def begin(first: int) -> dict[int, Future]:
                 return {i: pool.submit(read, first + i) for i in mine if first + i < count}
 
-            def spread(x: jax.ShapeDtypeStruct, column: Mapping[int, np.ndarray]) -> Array:
-                def piece(index):
-                    return np.stack([column[i] for i in range(*index[0].indices(self.batch))])
-
-                return jax.make_array_from_callback((self.batch, *x.shape), self._rows, piece)
-
             ahead = begin(0)
             try:
                 for first in range(0, count, self.batch):
                     now, ahead = ahead, begin(first + self.batch)
-                    rows = dict.fromkeys(mine, padding) | {i: future.result() for i, future in now.items()}
-                    out = step(*(spread(x, {i: row[k] for i, row in rows.items()}) for k, x in enumerate(like)))
+                    rows = [now[i].result() if i in now else padding for i in range(self.batch)]
+                    out = step(*(spread(column, self.mesh) for column in zip(*rows, strict=True)))
                     yield jax.tree.map(lambda x, first=first: np.asarray(x)[: count - first], out)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -206,7 +198,7 @@ class Towers:
         out, step = [], partial(self._encode_images, arrays, readout=readout)
         # A bar appears after half a minute.
         with tqdm(total=count, unit=" images", delay=30, mininterval=30, disable=jax.process_index() > 0) as progress:
-            for embeddings in self._outputs(step, load, count, *like):
+            for embeddings in self.outputs(step, load, count, *like):
                 out.append(embeddings)
                 progress.update(len(embeddings["pooled"]))
         return {k: np.concatenate([o[k] for o in out]) for k in out[0]}
@@ -217,14 +209,14 @@ class Towers:
         """Patch tokens of windows 0..count-1, in order, each float32 [P, D], not normalised. `read` gives window i,
         uint8 [S, S, 3], in threads; `last` is how the last block is run, see `models.backbones.shared.dense`."""
         step = partial(self._encode_dense, arrays, last=last)
-        for tokens in self._outputs(step, lambda i: (read(i),), count, self._pixels):
+        for tokens in self.outputs(step, lambda i: (read(i),), count, self._pixels):
             yield from tokens
 
     def texts(self, arrays: Mapping[str, Array], ids: np.ndarray) -> np.ndarray:
         """Computes the embeddings of token ids int32 [N, context_length]: float32 [N, D], not normalised."""
         like = jax.ShapeDtypeStruct(ids.shape[1:], ids.dtype)
         step = partial(self._encode_texts, arrays)
-        return np.concatenate(list(self._outputs(step, lambda i: (ids[i],), len(ids), like))).astype(np.float32)
+        return np.concatenate(list(self.outputs(step, lambda i: (ids[i],), len(ids), like))).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _matched(scores: np.ndarray) -> np.ndarray:
     """Whether giving text i to image i has a higher sum than any other one-to-one assignment: [..., K, T] -> [...]."""
     from scipy.optimize import linear_sum_assignment  # Here, see `mcnemar`.
 
-    # Scores are whole numbers: with less than one taken off the sum of the texts' own images, it must still be the best.
+    # Scores are whole numbers: the sum must be the highest even with less than one taken off it.
     own, handicap = np.arange(scores.shape[-2]), 0.5 ** scores.shape[-2].bit_length() * np.eye(*scores.shape[-2:])
     tables = (scores - handicap).reshape(-1, *scores.shape[-2:])
     best = [linear_sum_assignment(table, maximize=True)[1] for table in tables]

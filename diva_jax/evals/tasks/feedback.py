@@ -11,6 +11,7 @@ numbers of an image depend only on the seed and on the image's own number.
 import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -125,17 +126,15 @@ class Feedback(Task):
         image = images.open_image(data, name, rgb=True)
         return images.prepare(image, self.config.data.image_size, "shortest", "bicubic")
 
-    def _put(self, numbers: Sequence[int]) -> jax.Array:
-        """These images as one global batch; each process provides only its own rows."""
-        return encode.spread([self._pixels[i] for i in numbers], self.mesh)
-
     def _keys(self, use: int, numbers: Sequence[int]) -> np.ndarray:
         """Key data, one key per image; it depends only on the seed, the use and the image's number."""
         seed = jax.random.key_data(jax.random.key(self.settings.seed))
         return np.asarray(jax.random.key_data(image_keys(seed, use, jnp.asarray(numbers))))
 
     def _loss_step(self, module, own, other, keys):
-        return module.condition_losses({"image": own, "other": other}, jax.random.wrap_key_data(keys), self.edges)
+        """What `condition_losses` returns, but [B, BINS] each."""
+        keys = jax.random.wrap_key_data(keys)
+        return jax.tree.map(jnp.transpose, module.condition_losses({"image": own, "other": other}, keys, self.edges))
 
     def _gradient_step(self, arrays, own, keys):
         """keys: key data [R, B, ...] -> (mean cosine, norms [R])."""
@@ -180,16 +179,12 @@ class Feedback(Task):
             notes = [f"these weights have no projection into the U-Net: the one trained by {encoder.borrowed} is used"]
         return arrays, notes
 
-    def _condition_losses(self, arrays, batch: int) -> dict[str, np.ndarray]:
-        """The objective's `condition_losses`, float64 [N, BINS] each; the last batch is padded with the first image."""
-        parts = []
-        for first in range(0, self.count, batch):
-            rows = [i if i < self.count else 0 for i in range(first, first + batch)]
-            pixels = (self._put(rows), self._put(self.partners[rows]))
-            parts.append(jax.device_get(self._losses(arrays, *pixels, self._keys(0, rows))))
-        return {
-            name: np.concatenate([part[name].T for part in parts]).astype(np.float64)[: self.count] for name in parts[0]
-        }
+    def _condition_losses(self, arrays, towers: encode.Towers) -> dict[str, np.ndarray]:
+        """The objective's `condition_losses`, float64 [N, BINS] each."""
+        others, keys = [self._pixels[i] for i in self.partners], self._keys(0, range(self.count))
+        items = list(zip(self._pixels, others, keys, strict=True))
+        parts = list(towers.outputs(partial(self._losses, arrays), items.__getitem__, self.count, *items[0]))
+        return {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]}
 
     def _gradients(self, arrays, label: str) -> np.ndarray:
         """Mean cosine of each group, [groups]; NaN where a gradient is zero. Images that do not fill a group are
@@ -199,7 +194,8 @@ class Feedback(Task):
         for first in range(0, self.count - self._group + 1, self._group):
             rows = list(range(first, first + self._group)) * copies
             keys = np.stack([self._keys(1 + r, rows) for r in range(self.options.draws)])
-            cosine, norms = jax.device_get(self._cosines(arrays, self._put(rows), keys))
+            pixels = encode.spread([self._pixels[i] for i in rows], self.mesh)
+            cosine, norms = jax.device_get(self._cosines(arrays, pixels, keys))
             encode.require_finite(norms, label, "draws", "gradients")
             out.append(cosine if (norms > 0).all() else np.nan)
         return np.array(out, np.float64)
@@ -214,7 +210,7 @@ class Feedback(Task):
     def evaluate(self, model) -> Outcome:
         """Losses, gaps and agreement of gradients, with intervals over images (groups of images for the latter)."""
         arrays, notes = self._arrays(model)
-        losses = self._condition_losses(arrays, model.towers.batch)
+        losses = self._condition_losses(arrays, model.towers)
         weights = losses.pop("nats_per_loss", None)
         for values in losses.values():
             encode.require_finite(values, model.label, "images", "diffusion losses")
