@@ -26,15 +26,15 @@ def _patched(value, change):
 
 
 def _data(content) -> bytes:
-    """Text as UTF-8; "PNG" is an image, and [text, count] a text that is repeated."""
-    text = content if isinstance(content, str) else content[0] * content[1]
-    return encoded(7) if text == "PNG" else text.encode()
+    """Text as UTF-8; "PNG" is an image, and [text, more, count] a text with another one many times after it."""
+    text = content if isinstance(content, str) else content[0] + content[1] * content[2]
+    return encoded(7) if text == "PNG" else text.encode(errors="surrogateescape")
 
 
 def change(root: Path, tree: dict) -> None:
-    """Writes files by path: text, the members of a tar, the columns of a table, changes of JSON that is there, [first,
-    last, new lines or numbers of old ones] of a text that is there, or its length in bytes. A path that ends with "/"
-    is a folder; null: the file or folder is removed."""
+    """Writes files by path: text as in `_data`, the members of a tar, the columns of a table, changes of JSON that is
+    there, [first, last, new lines or numbers of old ones] of a text that is there, or its length in bytes. A path that
+    ends with "/" is a folder; null: the file or folder is removed."""
     for name, content in tree.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def change(root: Path, tree: dict) -> None:
             path.mkdir()
         elif isinstance(content, int):
             path.write_bytes(old[:content])
-        elif isinstance(content, list) and len(content) == 3:
+        elif isinstance(content, list) and isinstance(content[0], int):
             (first, last, new), lines = content, old.decode().splitlines()
             new = [lines[n] if isinstance(n, int) else n for n in new]
             path.write_text("\n".join([*lines[:first], *new, *lines[last:]]) + "\n")

@@ -137,12 +137,6 @@ def test_texts_of_records_and_pairs_in_mmvps_layout(tmp_path):
 
 
 def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
-    for options in ("seed=x", "seed=-1", "captions=long", "count=0", "colour=red", "seed=9" * 9):
-        says = r"config\.data\.path=module:diva_jax\.world\.records"
-        refused(says, sources.open_source, f"{records.MODULE}?{options}")
-    for module in ("no.such.module", "json", "", "diva_jax..data"):
-        says = "give module:NAME of one on PYTHONPATH that defines open_source"
-        refused(says, sources.open_source, f"module:{module}?a=1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").write_text("")
     for out in (None, "", "gs://bucket/x", "a_file", "a_file/x"):
@@ -157,13 +151,6 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
     refused("--arms has no_such_arm", experiment.experiment, *given)
     assert arms.find("diva:optim.lr=1e-3:anchor.weight=0.5").fields["optim.lr"] == 1e-3
     refused("give each field a number", arms.find, "diva:optim.lr=high")
-    blindness.write_pairs(tmp_path, seed=4, count=1)
-    for content, says in (
-        ('{"patterns": ["a"], "pairs": 0}', "Patterns.json.* it must read .*; remove it"),
-        ('{"patterns": ["a"], "pairs": 30}', "has 8 questions, MMVP-VLM has 60"),
-    ):
-        (tmp_path / mmvp.NAMES).write_text(content)
-        refused(says, mmvp.read_questions, str(tmp_path))
 
 
 def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
