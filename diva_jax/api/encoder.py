@@ -17,7 +17,7 @@ from diva_jax import config as configs
 from diva_jax.common import errors
 from diva_jax.common.errors import UserError, brief
 from diva_jax.data import tokenizers
-from diva_jax.data.images import open_image, prepare
+from diva_jax.data.images import prepare, read_file
 from diva_jax.evals import Settings, encode
 from diva_jax.models import backbones
 from diva_jax.training import partition
@@ -206,12 +206,7 @@ def as_image(given: ImageLike) -> Image.Image:
     if isinstance(given, Image.Image):
         return given
     if isinstance(given, str | os.PathLike):
-        try:
-            with open(given, "rb") as f:
-                data = f.read()
-        except OSError as e:
-            raise UserError(f"the image {os.fspath(given)} cannot be read ({e.strerror}): check the path") from e
-        return open_image(data, os.fspath(given))
+        return read_file(given)
     array = np.asarray(given)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         problem = f"an image is a PIL image, a file or an array uint8 [H, W, 3], not {array.dtype} {list(array.shape)}"

@@ -22,8 +22,8 @@ from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.common.paths import demo_hint, is_remote
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Formats of images that are not read; what is left out is said.
-UNREAD_SUFFIXES = tuple(
+# Formats of images that are not read.
+_UNREAD_SUFFIXES = tuple(
     f".{suffix}"
     for suffix in "heic heif avif jxl jp2 j2k jpx svg psd xcf tga ppm pgm pbm pnm ico icns eps pdf exr hdr dds pcx qoi "
     "dng raw cr2 cr3 crw nef nrw arw srf orf rw2 raf pef srw".split()
@@ -53,17 +53,20 @@ KINDS = {
     "csv": (".csv", ".tsv"),
     "jsonl": (".jsonl", ".ndjson"),
 }
+# Kinds that are not read; what is left out is said.
+UNREAD, _PACKED = "images of other formats", "compressed shards"
+_LEFT_OUT = {UNREAD: _UNREAD_SUFFIXES, _PACKED: (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")}
 
 _SEPARATORS = ",\t;|"
 _MAX_LINE = 2**24
 _USTAR_OFFSET, _USTAR = 257, b"ustar"
-_PACKED_TARS = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of a file, a key of `KINDS`, by suffix; None for others and hidden files, such as macOS's `._x.jpg`."""
-    base = posixpath.basename(name).lower()
-    return None if base.startswith(".") else next((k for k, suffixes in KINDS.items() if base.endswith(suffixes)), None)
+    """The kind of a file by its suffix, a key of `KINDS` or a kind that is not read; None for others and for hidden
+    files, such as macOS's `._x.jpg`."""
+    base, kinds = posixpath.basename(name).lower(), KINDS | _LEFT_OUT
+    return None if base.startswith(".") else next((k for k, suffixes in kinds.items() if base.endswith(suffixes)), None)
 
 
 def no_path(cell: str, allow_urls: bool = True) -> str:
@@ -75,11 +78,6 @@ def no_path(cell: str, allow_urls: bool = True) -> str:
         return ""
     advice = "fetch the images and give paths (training with data.allow_urls=True fetches them)"
     return f"{brief(cell)} is a URL: {advice}"
-
-
-def is_unread(name: str) -> bool:
-    """Whether a file is an image of a format that is not read."""
-    return name.lower().endswith(UNREAD_SUFFIXES) and not posixpath.basename(name).startswith(".")
 
 
 def expand(pattern: str) -> list[str]:
@@ -218,9 +216,9 @@ def find(path: str) -> tuple[str, list[str]]:
     if is_folder(path):
         paths = walk(path)
     elif exists(path):
-        if path.lower().endswith(_PACKED_TARS):
+        if (kind := kind_of(path)) == _PACKED:
             raise UserError(f"config.data.path={path!r} is compressed: unpack it to .tar, which is read in place")
-        if kind := kind_of(path):
+        if kind in KINDS:
             return kind, [path]
         with open_binary(path) as f:
             if f.read(_USTAR_OFFSET + len(_USTAR)).endswith(_USTAR):
@@ -228,19 +226,16 @@ def find(path: str) -> tuple[str, list[str]]:
         raise UserError(f"config.data.path={path!r} is no kind of data that is read here: give it {WHAT}")
     else:
         paths = _matches(path)
-    packed = [f for f in paths if f.lower().endswith(_PACKED_TARS)]
     by_kind: dict[str | None, list[str]] = {}
     for file in paths:
         by_kind.setdefault(kind_of(file), []).append(file)
-    kind = next((kind for kind in KINDS if kind in by_kind), None)
-    # Beside shards and images, img2dataset writes a Parquet file of their metadata, which nobody misses.
-    missed = {k: by_kind[k] for k in ("images", "csv", "jsonl") if k in by_kind and k != kind}
-    others = missed if kind in ("tars", "images") else {}
-    for what, left in {**others, "compressed shards": packed}.items():
-        if kind and left:
+    if kind := next((kind for kind in KINDS if kind in by_kind), None):
+        # Beside shards and images, img2dataset writes a Parquet file of their metadata, which nobody misses.
+        kinds = ("images", "csv", "jsonl", _PACKED) if kind in ("tars", "images") else (_PACKED,)
+        missed = {k: by_kind[k] for k in kinds if k in by_kind and k != kind}
+        for what, left in missed.items():
             logger.warning("%s: %d %s beside the %s are not read (%s)", path, len(left), what, kind, listing(left, 2))
-    if kind:
-        return kind, [f for f in paths if kind_of(f) == kind or (kind == "images" and is_unread(f))]
+        return kind, by_kind[kind] + (by_kind.get(UNREAD, []) if kind == "images" else [])
     raise UserError(
         f"config.data.path={path!r} has neither .tar shards nor images ({', '.join(IMAGE_SUFFIXES)}) nor tables "
         "(.arrow, .parquet, .csv, .tsv, .jsonl) in it; shards that are compressed must be unpacked, and images of "
@@ -291,7 +286,7 @@ def say_left_out(where: str, others: tuple[int, list[str]], unread: tuple[int, l
     one = f"a sample has one image, the first of {', '.join(IMAGE_SUFFIXES)}, or else of NAME.jpg and so on"
     for (count, some), what, rule in (
         (others, "further images of samples", one),
-        (unread, "images of other formats", "convert them to JPEG or PNG"),
+        (unread, UNREAD, "convert them to JPEG or PNG"),
     ):
         if count:
             logger.warning("%s: %d %s are not read (such as %s): %s", where, count, what, listing(some), rule)
@@ -302,7 +297,7 @@ def one_image_each(paths: Sequence[str], where: str, quiet: bool = False) -> lis
     images = [p for p in paths if kind_of(p) == "images"]
     kept = {sample[images_of(sample)[0]] for sample in group(zip(images, images, strict=True), where).values()}
     if not quiet:
-        others, unread = [p for p in images if p not in kept], [p for p in paths if is_unread(p)]
+        others, unread = [p for p in images if p not in kept], [p for p in paths if kind_of(p) == UNREAD]
         say_left_out(where, left_out(others), left_out(unread))
     return [p for p in images if p in kept]
 

@@ -123,7 +123,7 @@ def open_image(data: bytes, name: str, rgb: bool = False) -> Image.Image:
 
 def read_file(path: str | os.PathLike, rgb: bool = False) -> Image.Image:
     """`open_image` of a file on this machine or behind a scheme, which is regular and not larger than any image."""
-    with explained(f"the image {path} cannot be read", _REPAIR, OSError, ValueError):
+    with explained(f"the image {path} cannot be read", "check the path, or fetch it again", OSError, ValueError):
         data = files.read_image(os.fspath(path))
     return open_image(data, os.fspath(path), rgb)
 

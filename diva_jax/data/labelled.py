@@ -82,7 +82,7 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
             members, complaint = [], str(e)
         if complaint:
             raise UserError(f"{shard} cannot be read as a tar archive (it {complaint}): fetch it again")
-        unread += [m.name for m in members if files.is_unread(m.name)]
+        unread += [m.name for m in members if files.kind_of(m.name) == files.UNREAD]
         for sample in files.group(((m.name, m) for m in members), shard).values():
             images = files.images_of(sample)
             member = files.beside(sample, images[0], target) if images else None

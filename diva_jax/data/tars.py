@@ -156,7 +156,7 @@ def _index_shard(shard: int, path: str) -> _Index:
         complaint = "has no image"
     elif complaint and members:
         complaint += f": {len(rows)} images kept, the rest skipped"
-    unread = [m.name for m in members if files.is_unread(m.name)]
+    unread = [m.name for m in members if files.kind_of(m.name) == files.UNREAD]
     note = (shard, complaint, files.left_out(others), files.left_out(unread))
     notes = json.dumps([note] if complaint or others or unread else [])
     return _Index(np.array(rows, _ROW), np.frombuffer(b"".join(names), np.uint8), np.array(notes))

@@ -231,8 +231,10 @@ def identity(workdir: epath.PathLike, step: int) -> str:
     return hashlib.sha256(b"".join(map(json_files.read_bytes, files))).hexdigest()
 
 
-def _read(folder: epath.Path, wanted: dict, partial: bool = False) -> tuple[dict, dict, dict]:
-    """(arrays of a state laid out as `wanted` says, data position, meta); `Damaged` where it is not what was saved."""
+def restore(workdir: epath.PathLike, step: int, wanted: dict, partial: bool = False) -> tuple[dict, dict, dict]:
+    """(state laid out as `wanted` says, data position, meta); `Damaged` where it is not what was saved. With `partial`,
+    `wanted` is a part of what the checkpoint has."""
+    folder = _folder(workdir) / str(step)
     data, meta = check_files(folder)
     given = ocp.checkpoint_utils.construct_restore_args(wanted)
     args = ocp.args.PyTreeRestore(wanted, partial_restore=partial, restore_args=given)
@@ -244,16 +246,11 @@ def _read(folder: epath.Path, wanted: dict, partial: bool = False) -> tuple[dict
     return state, data, meta
 
 
-def restore(workdir: epath.PathLike, step: int, abstract_state: dict) -> tuple[dict, dict, dict]:
-    """(state laid out as `abstract_state` says, data position, meta); `Damaged` where it is not what was saved."""
-    return _read(_folder(workdir) / str(step), abstract_state)
-
-
 @contextlib.contextmanager
 def _reading(workdir: epath.PathLike, step: int):
-    """Yields a checkpoint's folder; what tensorstore and orbax raise for damaged files becomes a `UserError`."""
+    """Context manager in which what tensorstore and orbax raise for damaged files becomes a `UserError`."""
     try:
-        yield _folder(workdir) / str(step)
+        yield
     except Exception as e:
         reason = str(e) if isinstance(e, Damaged) else paths.reason(e)
         problem = f"the checkpoint of step {step} in {workdir} cannot be read ({reason})"
@@ -263,8 +260,8 @@ def _reading(workdir: epath.PathLike, step: int):
 def trained(workdir: epath.PathLike, step: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """ "params" and, where the run keeps one, "ema", the moving average -> name -> shape and dtype of what a checkpoint
     has; a UserError where it is damaged."""
-    with _reading(workdir, step) as folder:
-        tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+    with _reading(workdir, step):
+        tree = ocp.PyTreeCheckpointHandler().metadata(_folder(workdir) / str(step) / "state").tree
         kinds = [kind for kind in ("params", "ema") if kind in tree]
         return {k: {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in tree[k].items()} for k in kinds}
 
@@ -275,9 +272,9 @@ def restore_arrays(
     """Some of what is `trained`, whatever the optimizer was, of the shapes, dtypes and shardings in `arrays`: ({name:
     array}, meta). A UserError where the checkpoint is damaged."""
     saved = trained(workdir, step)[kind]
-    with _reading(workdir, step) as folder:
+    with _reading(workdir, step):
         wanted = {n: saved[n].update(sharding=a.sharding) for n, a in arrays.items()}
-        found, _, meta = _read(folder, {kind: wanted}, partial=True)
+        found, _, meta = restore(workdir, step, {kind: wanted}, partial=True)
     return {n: a.astype(arrays[n].dtype) for n, a in found[kind].items()}, meta
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import mesh_utils
+from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -140,20 +141,20 @@ class Towers:
         self._skeleton = skeleton
         self._abstract = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in sorted(arrays.items())}
         traced, self.shapes = jax.make_jaxpr(lambda a: _leaves(skeleton, a), return_shape=True)(self._abstract)
-        jaxpr, names = traced.jaxpr, list(self._abstract)
+        inputs = dict(zip(traced.jaxpr.invars, self._abstract, strict=True))
         # Variable of the traced program -> the parameters that its value depends on.
-        depends = {var: frozenset((name,)) for var, name in zip(jaxpr.invars, names, strict=True)}
-        for eqn in jaxpr.eqns:
-            used = frozenset().union(*(depends.get(v, ()) for v in eqn.invars if not hasattr(v, "val")))
-            depends.update(dict.fromkeys(eqn.outvars, used))
-        inputs = dict(zip(jaxpr.invars, names, strict=True))
-        self._needs: dict[tuple[str, str], frozenset[str]] = {}
-        self._same: dict[tuple[str, str], str] = {}  # Leaves that are an unchanged parameter.
+        depends = {var: frozenset((name,)) for var, name in inputs.items()}
+
+        def needs(var) -> frozenset[str]:
+            return frozenset() if isinstance(var, core.Literal) else depends.get(var, frozenset())
+
+        for eqn in traced.jaxpr.eqns:
+            depends.update(dict.fromkeys(eqn.outvars, frozenset().union(*map(needs, eqn.invars))))
         paths = [(path[0].key, path[1].key) for path, _ in jax.tree_util.tree_leaves_with_path(self.shapes)]
-        for leaf, var in zip(paths, jaxpr.outvars, strict=True):
-            self._needs[leaf] = frozenset() if hasattr(var, "val") else depends.get(var, frozenset())
-            if not hasattr(var, "val") and var in inputs:
-                self._same[leaf] = inputs[var]
+        leaves = dict(zip(paths, traced.jaxpr.outvars, strict=True))
+        self._needs = {leaf: needs(var) for leaf, var in leaves.items()}
+        # Leaves that are an unchanged parameter.
+        self._same = {leaf: inputs[v] for leaf, v in leaves.items() if not isinstance(v, core.Literal) and v in inputs}
 
     def check(self, spec: Spec) -> None:
         """A UserError where a tower has other names or shapes than that of the backbone `spec`, or is not known."""
@@ -175,19 +176,14 @@ class Towers:
         given array. `arrays` has at least those that `needs` names, on devices or on the host."""
         wanted = set(self.shapes if wanted is None else wanted)
         leaves = [leaf for leaf in self._needs if leaf[0] in wanted]
-        out: Flat = {t: {} for t in self.shapes if t in wanted}
-        computed = [leaf for leaf in leaves if leaf not in self._same]
-        for tower, name in leaves:
-            if (tower, name) in self._same:
-                out[tower][name] = arrays[self._same[tower, name]]
-        if computed:
+        found = {leaf: arrays[self._same[leaf]] for leaf in leaves if leaf in self._same}
+        if computed := [leaf for leaf in leaves if leaf not in self._same]:
             needed = sorted(frozenset().union(*(self._needs[leaf] for leaf in computed)))
 
             def compute(given):
                 rest = {n: jnp.zeros(a.shape, a.dtype) for n, a in self._abstract.items() if n not in given}
-                found = _leaves(self._skeleton, {**rest, **given})
-                return [found[tower][name] for tower, name in computed]
+                towers = _leaves(self._skeleton, {**rest, **given})
+                return [towers[tower][name] for tower, name in computed]
 
-            for (tower, name), array in zip(computed, jax.jit(compute)({n: arrays[n] for n in needed}), strict=True):
-                out[tower][name] = array
-        return out
+            found |= zip(computed, jax.jit(compute)({n: arrays[n] for n in needed}), strict=True)
+        return {t: {name: found[t, name] for tower, name in leaves if tower == t} for t in self.shapes if t in wanted}

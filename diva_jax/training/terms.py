@@ -112,13 +112,9 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
             self.terms = _Terms(names, *sections, dtypes, cached, spec, teacher)
             self.compares_images = self.compares_images or names != ("anchor",)
             kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.frozen_dtype))
-            models = {
-                "anchor": lambda: backbones.build(spec, **kw),
-                "contrast": lambda: Text(spec, **kw),
-                "relation": lambda: backbones.build(teacher, **kw),
-            }
             for name in names * (not cached):
-                setattr(self, name, models[name]())
+                of = teacher if name == "relation" else spec
+                setattr(self, name, Text(of, **kw) if name == "contrast" else backbones.build(of, **kw))
 
         @property
         def inputs(self):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, brief, explained, listing
@@ -292,15 +293,11 @@ def check_architecture(source: ClipSource, spec: Spec, field: str = "config.back
 
 def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, np.ndarray]:
     """The result of `RunAt.towers` ("vision", "text", "logit_scale", "logit_bias") in open_clip's names and layouts."""
-    out = {}
-    for tower, arrays in towers.items():
-        if tower in names.TOWERS:
-            table = names.table(tower, spec)
-            for path in names.flat(names.abstract(tower, spec)):
-                array = np.asarray(arrays["/".join(map(str, path))])
-                out[table.torch_name(path)] = np.ascontiguousarray(names.to_torch_layout(path, array))
-        else:
-            out[tower] = np.asarray(arrays[tower])
+    out = {tower: np.asarray(arrays[tower]) for tower, arrays in towers.items() if tower in names.SCALARS}
+    for tower in towers.keys() & set(names.TOWERS):
+        module = names.flat(names.abstract(tower, spec))
+        filled = {path: var.replace(towers[tower]["/".join(map(str, path))]) for path, var in module.items()}
+        out |= names.to_torch(nnx.from_flat_state(filled), names.table(tower, spec))
     return out
 
 
